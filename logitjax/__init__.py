@@ -1,0 +1,18 @@
+"""logitjax: losses, heads, fusion, audits and edits that work on logits, in JAX.
+
+Import the package you need (``from logitjax import losses``); nothing heavy is imported before.
+"""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_PACKAGES = ("data", "decoding", "heads", "losses", "models", "ops", "training", "transport")
+__all__ = ("__version__", *_PACKAGES)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return importlib.import_module(f"logitjax.{name}")
+    raise AttributeError(f"module 'logitjax' has no attribute {name!r}")

@@ -1,0 +1,27 @@
+"""Set before JAX starts: 8 CPU devices, a shared compilation cache, shape checks at run time."""
+
+import os
+import pathlib
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+os.environ.setdefault("MPLBACKEND", "Agg")
+_CACHE = pathlib.Path(__file__).parents[1] / ".cache" / "jax"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+import jaxtyping  # noqa: E402
+
+jaxtyping.install_import_hook("logitjax", "beartype.beartype")
+
+import hypothesis  # noqa: E402
+
+hypothesis.settings.register_profile(
+    "logitjax",
+    deadline=None,
+    max_examples=25,
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("logitjax")
