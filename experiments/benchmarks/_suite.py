@@ -1,0 +1,134 @@
+"""What every benchmark shares: paired timing, memory readings, bars, and the files a result leaves.
+
+Machines are noisy, so peers are timed in alternation inside one run and compared by the median of the
+ratios of neighbours: a slow minute slows both sides of a ratio.
+"""
+
+import csv
+import dataclasses
+import json
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from experiments._report import markdown_table
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Where results go, and how long a benchmark may take: ``scale`` is ``smoke`` or ``full``."""
+
+    directory: Path
+    scale: str = "full"
+    repeats: int = 5
+
+    @property
+    def smoke(self) -> bool:
+        return self.scale == "smoke"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bar:
+    """A figure that was promised: ``value`` has to be ``sense`` ``limit``."""
+
+    name: str
+    value: float
+    limit: float
+    sense: str = "<="
+
+    @property
+    def met(self) -> bool:
+        return self.value <= self.limit if self.sense == "<=" else self.value >= self.limit
+
+    def as_row(self) -> dict[str, Any]:
+        verdict = "met" if self.met else "MISSED"
+        return {
+            "bar": self.name,
+            "seen": self.value,
+            "promised": f"{self.sense} {self.limit:g}",
+            "": verdict,
+        }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result:
+    """Rows of a table (any columns), the bars they decide, and the plots written beside them."""
+
+    rows: Sequence[Mapping[str, Any]]
+    bars: Sequence[Bar] = ()
+    plots: Sequence[Path] = ()
+
+
+def paired_seconds(
+    functions: Mapping[str, Callable[[], Any]], *, repeats: int, warmup: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of each function, called in turn ``repeats`` times after ``warmup`` calls that compile."""
+    for function in functions.values():
+        for _ in range(warmup):
+            jax.block_until_ready(function())
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            jax.block_until_ready(function())
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def paired_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:
+    """Median of the ratios of measurements taken side by side."""
+    return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
+
+
+def temp_bytes(function: Callable[..., Any], *arguments: Any) -> int:
+    """Bytes of scratch memory XLA plans for ``jit(function)(*arguments)``."""
+    analysis = jax.jit(function).lower(*arguments).compile().memory_analysis()
+    return int(analysis.temp_size_in_bytes)
+
+
+def peak_rss_bytes() -> int:
+    """The most memory this process has held, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def environment() -> dict[str, Any]:
+    device = jax.devices()[0]
+    return {
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "device": f"{jax.device_count()} x {device.device_kind}",
+        "processor": platform.processor() or platform.machine(),
+    }
+
+
+def write(name: str, result: Result, options: Options) -> str:
+    """Write ``results.json``, ``table.csv`` and ``table.md`` and return what to print."""
+    options.directory.mkdir(parents=True, exist_ok=True)
+    rows = [dict(row) for row in result.rows]
+    bars = [bar.as_row() for bar in result.bars]
+    record = {
+        "name": name,
+        "scale": options.scale,
+        "environment": environment(),
+        "rows": rows,
+        "bars": [dataclasses.asdict(bar) | {"met": bar.met} for bar in result.bars],
+    }
+    (options.directory / "results.json").write_text(json.dumps(record, indent=1) + "\n")
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    with (options.directory / "table.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    text = markdown_table(rows)
+    if bars:
+        text += "\n\n" + markdown_table(bars)
+    (options.directory / "table.md").write_text(text + "\n")
+    return text + "".join(f"\nplot: {path}" for path in result.plots)
