@@ -17,7 +17,7 @@ def format_value(value: Any) -> str:
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A Markdown table with one line a row; the columns are the union of the rows' keys, in order."""
+    """A Markdown table, one line a row; its columns are the union of the rows' keys, in order."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
     cells = [[format_value(row.get(column)) for column in columns] for row in rows]
     widths = [max(len(c[i]) for c in [columns, *cells]) for i in range(len(columns))]

@@ -1,7 +1,8 @@
-"""Run benchmarks: ``python -m experiments.benchmark [all | NAME ...] [--list] [--scale=smoke|full]``.
+"""Run benchmarks: ``python -m experiments.benchmark [all | NAME ...] [--list] [--scale=...]``.
 
-Each leaves ``results.json``, ``table.csv``, ``table.md`` and plots under ``WORKDIR/NAME`` and prints its table
-and whether the figures that were promised were reached. ``--compare=OLD/results.json`` lists what got worse.
+Each leaves ``results.json``, ``table.csv``, ``table.md`` and plots under ``WORKDIR/NAME``, prints
+its table, and says whether the figures that were promised were reached.
+``--compare=OLD/results.json`` lists what got worse.
 """
 
 import importlib
@@ -34,7 +35,7 @@ def names() -> list[str]:
 
 
 def compare(old: Mapping[str, Any], bars: Sequence[_suite.Bar], *, slack: float = 0.1) -> str:
-    """Bars of both runs side by side; ``regressed`` marks a change for the worse beyond ``slack``."""
+    """Bars of both runs side by side; ``regressed``: changed for the worse beyond ``slack``."""
     before = {bar["name"]: bar["value"] for bar in old["bars"]}
     rows = []
     for bar in bars:

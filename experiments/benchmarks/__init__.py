@@ -1,1 +1,1 @@
-"""One module a benchmark, each with ``run(options) -> Result``; ``python -m experiments.benchmark`` finds them."""
+"""One module a benchmark, each with ``run(options) -> Result``; the command finds them here."""

@@ -1,7 +1,7 @@
-"""What every benchmark shares: paired timing, memory readings, bars, and the files a result leaves.
+"""What every benchmark shares: paired timing, memory readings, bars, and the files it leaves.
 
-Machines are noisy, so peers are timed in alternation inside one run and compared by the median of the
-ratios of neighbours: a slow minute slows both sides of a ratio.
+Machines are noisy, so peers are timed in alternation inside one run and compared by the median of
+the ratios of neighbours: a slow minute slows both sides of a ratio.
 """
 
 import csv
@@ -69,7 +69,7 @@ class Result:
 def paired_seconds(
     functions: Mapping[str, Callable[[], Any]], *, repeats: int, warmup: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of each function, called in turn ``repeats`` times after ``warmup`` calls that compile."""
+    """Seconds of each function, called in turn ``repeats`` times after ``warmup`` calls."""
     for function in functions.values():
         for _ in range(warmup):
             jax.block_until_ready(function())
