@@ -1,0 +1,126 @@
+"""logsumexp and log_softmax that stay finite in the gradient whatever is masked."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Bool, Float
+
+from logitjax.ops._checks import as_float, check_axis, check_where
+from logitjax.ops._types import Array
+
+AxisName = str | tuple[str, ...]
+
+
+def logsumexp(
+    logits: Float[Array, "..."],
+    *,
+    axis: int = -1,
+    where: Bool[Array, "..."] | None = None,
+    axis_name: AxisName | None = None,
+) -> Float[jax.Array, "..."]:
+    """Logarithm of the summed exponentials over the vocabulary.
+
+    Entries that are `-inf` or excluded by `where` count as absent. A row without any entry gives
+    `-inf`, with a gradient of zero rather than nan.
+
+    ::
+
+        log Z = m + log sum_v exp(logits_v - m),    m = max_v logits_v
+
+    Args:
+      logits: `[*batch, vocab]` (the vocabulary at `axis`).
+      axis: the vocabulary axis.
+      where: boolean, broadcastable to `logits`: True for the entries that exist.
+      axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that axis.
+
+    Returns:
+      `[*batch]`, float32.
+
+    Raises:
+      TypeError: `logits` is not floating point or `where` not boolean.
+      ValueError: `axis` is out of range or `where` does not broadcast.
+
+    >>> import jax.numpy as jnp
+    >>> print(logsumexp(jnp.log(jnp.array([1.0, 2.0, 5.0, 0.0]))).round(3))
+    2.079
+    """
+    logits = as_float(logits, "logits")
+    axis = check_axis(axis, logits.ndim, "logits")
+    return _logsumexp(mask_logits(logits, where), axis, axis_name)
+
+
+def log_softmax(
+    logits: Float[Array, "..."],
+    *,
+    axis: int = -1,
+    where: Bool[Array, "..."] | None = None,
+    axis_name: AxisName | None = None,
+) -> Float[jax.Array, "..."]:
+    """Log-probabilities over the vocabulary, `-inf` for entries that do not exist.
+
+    ::
+
+        log p_v = logits_v - log Z
+
+    Args:
+      logits: `[*batch, vocab]` (the vocabulary at `axis`).
+      axis: the vocabulary axis.
+      where: boolean, broadcastable to `logits`: True for the entries that exist.
+      axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that axis.
+
+    Returns:
+      The shape of `logits`, float32. A row without any entry is `-inf` throughout.
+
+    Raises:
+      TypeError: `logits` is not floating point or `where` not boolean.
+      ValueError: `axis` is out of range or `where` does not broadcast.
+
+    >>> import jax.numpy as jnp
+    >>> log_softmax(jnp.array([0.0, 0.0, -jnp.inf])).round(4)
+    Array([-0.6931, -0.6931,    -inf], dtype=float32)
+    """
+    logits = as_float(logits, "logits")
+    axis = check_axis(axis, logits.ndim, "logits")
+    logits = mask_logits(logits, where)
+    log_z = _logsumexp(logits, axis, axis_name)
+    return logits - jnp.expand_dims(finite_or_zero(log_z), axis)
+
+
+def mask_logits(logits: jax.Array, where: Array | None, name: str = "where") -> jax.Array:
+    """Sets the entries excluded by `where` to `-inf`."""
+    check_where(where, logits.shape, name)
+    return logits if where is None else jnp.where(where, logits, -jnp.inf)
+
+
+def finite_or_zero(values: jax.Array) -> jax.Array:
+    """Replaces infinities by zero, with a gradient of zero there; nan stays."""
+    return jnp.where(jnp.isinf(values), 0.0, values)
+
+
+def psum(values: jax.Array, axis_name: AxisName | None) -> jax.Array:
+    """Sums over the shards of the vocabulary, if there are any."""
+    return values if axis_name is None else lax.psum(values, axis_name)
+
+
+# A rule of its own, so that the derivative is one pass exp(logits - log Z) over what is there
+# anyway: autodiff would keep exp(logits - max) from the forward pass.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _logsumexp(logits: jax.Array, axis: int, axis_name: AxisName | None) -> jax.Array:
+    peak = logits.max(axis)
+    if axis_name is not None:
+        peak = lax.pmax(peak, axis_name)
+    peak = finite_or_zero(peak)
+    total = psum(jnp.exp(logits - jnp.expand_dims(peak, axis)).sum(axis), axis_name)
+    return jnp.log(total) + peak
+
+
+@_logsumexp.defjvp
+def _logsumexp_jvp(
+    axis: int, axis_name: AxisName | None, primals: tuple, tangents: tuple
+) -> tuple[jax.Array, jax.Array]:
+    (logits,), (tangent,) = primals, tangents
+    log_z = _logsumexp(logits, axis, axis_name)
+    probs = jnp.exp(logits - jnp.expand_dims(finite_or_zero(log_z), axis))
+    return log_z, psum((probs * tangent).sum(axis), axis_name)

@@ -1,0 +1,44 @@
+"""The mean over the positions that count."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Float
+
+from logitjax.ops._checks import check_where
+from logitjax.ops._types import Array
+
+
+def masked_mean(
+    values: Float[Array, "..."], where: Bool[Array, "..."] | None = None
+) -> Float[jax.Array, ""]:
+    """Mean of `values` over the positions where `where` is True.
+
+    Values outside the mask may be infinite or nan: neither the mean nor its gradient sees them.
+
+    ::
+
+        sum_i where_i values_i / max(1, sum_i where_i)
+
+    Args:
+      values: any shape, such as the unreduced losses `[batch, length]`.
+      where: boolean, broadcastable to `values`; all positions when None.
+
+    Returns:
+      A scalar, float32; 0 for an empty mask.
+
+    Raises:
+      TypeError: `where` is not boolean.
+      ValueError: `where` does not broadcast to `values`.
+
+    >>> import jax.numpy as jnp
+    >>> float(masked_mean(jnp.array([1.0, jnp.inf, 4.0]), jnp.array([True, False, True])))
+    2.5
+    """
+    values = jnp.asarray(values)
+    values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
+    check_where(where, values.shape)
+    if where is None:
+        where = jnp.ones(values.shape, bool)
+    where = jnp.broadcast_to(where, values.shape)
+    total = jnp.where(where, values, 0.0).sum()
+    return total / jnp.maximum(where.sum(), 1)

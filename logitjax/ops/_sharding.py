@@ -1,0 +1,47 @@
+"""Gathers, sorts and scatters on meshes with Explicit axes.
+
+JAX asks of these operations where their result lies when an axis is Explicit. They never move data
+between rows of the batch, so the answer is always: as the input does.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+
+def check_vocabulary_unsharded(values: jax.Array, name: str, operation: str) -> None:
+    """Raises when the last axis of `values` is sharded over an Explicit mesh axis."""
+    spec = jax.typeof(values).sharding.spec
+    if len(spec) == values.ndim and values.ndim and spec[-1] is not None:
+        raise ValueError(
+            f"{name} is sharded over {spec[-1]!r} along its vocabulary: a {operation} needs "
+            f"axis_name={spec[-1]!r} inside jax.shard_map, or an unsharded vocabulary"
+        )
+
+
+def over_batch(fn: Callable[..., Any], out_ndims: tuple[int, ...], *args: jax.Array) -> Any:
+    """Calls `fn(*args)`, which maps rows (all axes but the last) of the first argument to rows.
+
+    Args:
+      fn: returns a tuple of arrays, as many as `out_ndims` has entries.
+      out_ndims: per result, its number of axes; the leading ones are the batch axes of `args[0]`
+        and are laid out like those.
+      *args: arrays that share the leading axes of the first.
+    """
+    sharding = jax.typeof(args[0]).sharding
+    mesh = sharding.mesh
+    explicit = tuple(
+        name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind == AxisType.Explicit
+    )
+    if not explicit:
+        return fn(*args)
+    batch = tuple(sharding.spec[:-1])
+
+    def spec(ndim: int) -> NamedSharding:
+        entries = (batch + (None,) * ndim)[:ndim]
+        return NamedSharding(mesh, PartitionSpec(*entries))
+
+    out_sharding = tuple(spec(ndim) for ndim in out_ndims)
+    return jax.sharding.auto_axes(fn, axes=explicit, out_sharding=out_sharding)(*args)

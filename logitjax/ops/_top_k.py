@@ -1,0 +1,195 @@
+"""An exact top-k in two stages, several times faster than a direct one over a large vocabulary."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Bool, Float, Int, Shaped
+
+from logitjax.ops._checks import as_float
+from logitjax.ops._log_softmax import AxisName, logsumexp, mask_logits
+from logitjax.ops._sharding import check_vocabulary_unsharded, over_batch
+from logitjax.ops._types import Array
+
+
+def top_k(
+    values: Shaped[Array, "*batch vocab"],
+    k: int,
+    *,
+    axis_name: AxisName | None = None,
+    group_size: int = 128,
+) -> tuple[Shaped[jax.Array, "*batch k"], Int[jax.Array, "*batch k"]]:
+    """The k largest entries along the last axis, largest first, and where they are.
+
+    Gives what `jax.lax.top_k` gives, equal values lowest index first. The k largest entries lie in
+    the k groups with the largest maxima, so it is enough to look for them there: maximum of each
+    group of `group_size` neighbours, top-k groups, top-k of their entries. Where that saves nothing
+    (small vocabulary, large k) it is `jax.lax.top_k` itself.
+
+    Args:
+      values: `[*batch, vocab]`. `-inf` entries come last.
+      k: how many, at most the vocabulary.
+      axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that axis.
+        Each shard then sends its own k candidates, and the indices count over the whole vocabulary.
+      group_size: neighbours per group.
+
+    Returns:
+      `(values, indices)`, both `[*batch, k]`: the dtype of `values`, and int32. Differentiable in
+      the values.
+
+    Raises:
+      ValueError: `k` is not in 1..vocab, or the vocabulary is sharded over an Explicit mesh axis
+        and `axis_name` is not given.
+
+    >>> import jax.numpy as jnp
+    >>> top_k(jnp.array([1.0, 7.0, 3.0, 7.0]), 3)
+    (Array([7., 7., 3.], dtype=float32), Array([1, 3, 2], dtype=int32))
+    """
+    values = jnp.asarray(values)
+    shards = 1 if axis_name is None else lax.axis_size(axis_name)
+    vocab = values.shape[-1] if values.ndim else 0
+    if not 1 <= k <= vocab * shards:
+        raise ValueError(
+            f"k must be between 1 and the size of the vocabulary, {vocab * shards}, got {k}"
+        )
+    if group_size < 1:
+        raise ValueError(f"group_size must be positive, got {group_size}")
+    if axis_name is None:
+        check_vocabulary_unsharded(values, "values", "top-k")
+        return _local_top_k(values, k, group_size)
+    top_values, ids = _local_top_k(values, min(k, vocab), group_size)
+    ids = ids + lax.axis_index(axis_name) * vocab
+    # Shards lie in the order of their ids, so position still breaks ties by id.
+    axis = values.ndim - 1
+    top_values = lax.all_gather(top_values, axis_name, axis=axis, tiled=True, to="invarying")
+    ids = lax.all_gather(ids, axis_name, axis=axis, tiled=True, to="invarying")
+    top_values, places = _local_top_k(top_values, k, group_size)
+    return top_values, gather_at(ids, places)
+
+
+def gather_at(
+    values: Shaped[Array, "*batch vocab"],
+    ids: Int[Array, "*batch k"],
+    *,
+    axis_name: AxisName | None = None,
+) -> Shaped[jax.Array, "*batch k"]:
+    """The entries of `values` at the given indices, row by row.
+
+    Args:
+      values: `[*batch, vocab]`.
+      ids: `[*batch, k]`, within the vocabulary.
+      axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that axis.
+        `ids` count over the whole vocabulary.
+
+    Returns:
+      `[*batch, k]`, the dtype of `values`.
+
+    Raises:
+      ValueError: the leading axes differ, or the vocabulary is sharded over an Explicit mesh axis
+        and `axis_name` is not given.
+
+    >>> import jax.numpy as jnp
+    >>> gather_at(jnp.array([[1.0, 2.0, 3.0]]), jnp.array([[2, 0]]))
+    Array([[3., 1.]], dtype=float32)
+    """
+    values, ids = jnp.asarray(values), jnp.asarray(ids)
+    if values.shape[:-1] != ids.shape[:-1]:
+        raise ValueError(
+            f"ids must have the leading axes of values, {values.shape[:-1]}, got {ids.shape[:-1]}"
+        )
+
+    def gather(values: jax.Array, ids: jax.Array) -> tuple[jax.Array]:
+        return (jnp.take_along_axis(values, ids, axis=-1),)
+
+    if axis_name is None:
+        check_vocabulary_unsharded(values, "values", "gather")
+        return over_batch(gather, (values.ndim,), values, ids)[0]
+    vocab = values.shape[-1]
+    local = ids - lax.axis_index(axis_name) * vocab
+    here = (local >= 0) & (local < vocab)
+    found = over_batch(gather, (values.ndim,), values, jnp.where(here, local, 0))[0]
+    return lax.psum(jnp.where(here, found, 0), axis_name)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TopK:
+    """The k largest logits of each position: what a teacher's cache holds instead of all of them.
+
+    Attributes:
+      values: `[*batch, k]` logits, largest first.
+      indices: `[*batch, k]` int32, their ids in the vocabulary.
+      log_z: `[*batch]`, log of the summed exponentials over the *whole* vocabulary, so that
+        `values - log_z[..., None]` are log-probabilities.
+    """
+
+    values: jax.Array
+    indices: jax.Array
+    log_z: jax.Array
+
+
+def top_k_of(
+    logits: Float[Array, "*batch vocab"],
+    k: int,
+    *,
+    where: Bool[Array, "..."] | None = None,
+    axis_name: AxisName | None = None,
+) -> TopK:
+    """The `TopK` of full logits.
+
+    For a temperature, give `logits / temperature`.
+
+    Args:
+      logits: `[*batch, vocab]`.
+      k: how many to keep, at most the vocabulary.
+      where: boolean, broadcastable to `logits`: True for the entries that exist.
+      axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that axis.
+
+    Returns:
+      `TopK` with float32 values.
+
+    Raises:
+      ValueError: as `top_k`.
+
+    >>> import jax.numpy as jnp
+    >>> top = top_k_of(jnp.log(jnp.array([0.1, 0.7, 0.2])), 2)
+    >>> print(jnp.exp(top.values - top.log_z[..., None]).round(3), top.indices)
+    [0.7 0.2] [1 2]
+    """
+    logits = mask_logits(as_float(logits, "logits"), where)
+    values, indices = top_k(logits, k, axis_name=axis_name)
+    return TopK(values, indices, logsumexp(logits, axis_name=axis_name))
+
+
+def _local_top_k(values: jax.Array, k: int, group_size: int) -> tuple[jax.Array, jax.Array]:
+    if values.shape[-1] < 2 * k * group_size:
+
+        def find(values: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return tuple(lax.top_k(values, k))
+
+    else:
+
+        def find(values: jax.Array) -> tuple[jax.Array, jax.Array]:
+            ids = _grouped_ids(lax.stop_gradient(values), k, group_size)
+            # Gathered from the input, so that the gradient scatters k entries and not k groups.
+            return jnp.take_along_axis(values, ids, axis=-1), ids
+
+    return over_batch(find, (values.ndim, values.ndim), values)
+
+
+def _grouped_ids(values: jax.Array, k: int, group_size: int) -> jax.Array:
+    *batch, vocab = values.shape
+    groups = math.ceil(vocab / group_size)
+    lowest = -jnp.inf if jnp.issubdtype(values.dtype, jnp.floating) else jnp.iinfo(values.dtype).min
+    padding = [(0, 0)] * len(batch) + [(0, groups * group_size - vocab)]
+    grouped = jnp.pad(values, padding, constant_values=lowest)
+    grouped = grouped.reshape(*batch, groups, group_size)
+    _, chosen = lax.top_k(grouped.max(-1), k)
+    # In the order of the vocabulary, so that equal values keep it.
+    chosen = jnp.sort(chosen, axis=-1)
+    candidates = jnp.take_along_axis(grouped, chosen[..., None], axis=-2)
+    _, places = lax.top_k(candidates.reshape(*batch, k * group_size), k)
+    group, offset = places // group_size, places % group_size
+    return jnp.take_along_axis(chosen, group, axis=-1) * group_size + offset
