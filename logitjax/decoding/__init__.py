@@ -1,0 +1,3 @@
+"""Generation with key/value caches."""
+
+from logitjax.decoding._greedy import greedy_generate as greedy_generate

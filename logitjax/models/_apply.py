@@ -1,0 +1,80 @@
+"""Anybody's model as a pure function and its parameters."""
+
+from collections.abc import Callable
+from typing import Any
+
+from flax import nnx
+
+
+def from_nnx(module: nnx.Module, *, method: str | None = None) -> tuple[Callable, dict]:
+    """Turn an nnx module into ``(apply_fn, params)``.
+
+    ``params`` is a pure dict of the `nnx.Param` arrays; everything else the module holds (PRNG
+    streams, statistics) stays fixed inside ``apply_fn``. ``apply_fn.graphdef`` is there for those
+    who write ``nnx.merge(apply_fn.graphdef, params, apply_fn.rest)`` themselves, to call several
+    methods.
+
+    Args:
+      module: any nnx module.
+      method: the method to call; ``__call__`` when omitted.
+
+    Returns:
+      ``apply_fn(params, *args, **kwargs)`` and the parameters.
+
+    >>> import jax.numpy as jnp
+    >>> apply_fn, params = from_nnx(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+    >>> apply_fn(params, jnp.ones((1, 2))).shape
+    (1, 3)
+    """
+    graphdef, params, rest = nnx.split(module, nnx.Param, ...)
+
+    def apply_fn(params: Any, *args: Any, **kwargs: Any) -> Any:
+        model = nnx.merge(graphdef, params, rest)
+        return getattr(model, method or "__call__")(*args, **kwargs)
+
+    apply_fn.graphdef = graphdef
+    apply_fn.rest = rest
+    return apply_fn, nnx.to_pure_dict(params)
+
+
+def from_linen(
+    module: Any, variables: Any, *, method: Any = None, mutable: Any = False
+) -> tuple[Callable, Any]:
+    """Turn a Linen module and its variables into ``(apply_fn, params)``.
+
+    Collections other than ``params`` (batch statistics and the like) stay fixed inside
+    ``apply_fn``; with ``mutable`` it returns ``(output, updates)`` as ``module.apply`` does.
+
+    Args:
+      module: a ``flax.linen`` module.
+      variables: what ``module.init`` returned.
+      method: the method to apply; ``__call__`` when omitted.
+      mutable: as for ``module.apply``.
+
+    Returns:
+      ``apply_fn(params, *args, rngs=None, **kwargs)`` and the parameters.
+
+    Raises:
+      ValueError: where ``variables`` has no ``params`` collection.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from flax import linen
+    >>> module = linen.Dense(3)
+    >>> variables = module.init(jax.random.key(0), jnp.ones((1, 2)))
+    >>> apply_fn, params = from_linen(module, variables)
+    >>> apply_fn(params, jnp.ones((1, 2))).shape
+    (1, 3)
+    """
+    if "params" not in variables:
+        raise ValueError(
+            f"variables must hold a 'params' collection, got {sorted(variables)}; "
+            "hand in what module.init returned"
+        )
+    rest = {name: value for name, value in variables.items() if name != "params"}
+
+    def apply_fn(params: Any, *args: Any, rngs: Any = None, **kwargs: Any) -> Any:
+        return module.apply(
+            {"params": params, **rest}, *args, rngs=rngs, method=method, mutable=mutable, **kwargs
+        )
+
+    return apply_fn, variables["params"]

@@ -1,0 +1,186 @@
+"""Attention of one layer, with everything that layers of one kind share computed once."""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Bool, Float, Int
+
+from logitjax.models._cache import Cache, kind_name, position_mask, write, write_slots
+from logitjax.models._config import DecoderConfig, Window
+from logitjax.models._lora import project
+from logitjax.models._norm import Norm
+from logitjax.models._rope import apply_rope, rope_tables
+from logitjax.ops import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionContext:
+    """Rotations, mask and cache slots shared by all layers with the same window."""
+
+    window: Window
+    tables: Any
+    mask: Any
+    slots: Any
+    concatenate: bool
+    implementation: Literal["xla", "cudnn"] | None
+    lora_rows: Any
+
+
+def make_context(
+    config: DecoderConfig,
+    window: Window,
+    positions: Int[Array, "batch time"],
+    *,
+    segment_ids: Int[Array, "batch time"] | None,
+    padded: bool,
+    cache: Cache | None,
+    implementation: Literal["xla", "cudnn"] | None,
+    lora_rows: Array | None,
+) -> tuple[AttentionContext, jax.Array | None]:
+    """The context of one kind of layer, and the positions its cache will hold."""
+    time = positions.shape[1]
+    slots = held = mask = None
+    concatenate = False
+    length = time
+    if cache is not None:
+        before = cache.positions[kind_name(window)]
+        size = before.shape[1]
+        length = max(p.shape[1] for p in cache.positions.values())
+        if window is None and time > size:
+            raise ValueError(f"tokens: {time} new tokens do not fit a cache of {size} slots")
+        slots = write_slots(positions, size, window)
+        held = write(before, positions, slots)
+        concatenate = window is not None and time > 1
+        seen = jnp.concatenate([before, positions], axis=1) if concatenate else held
+        mask = position_mask(positions, seen, window)
+    elif segment_ids is not None or padded:
+        mask = _packed_mask(positions, segment_ids, window, padded)
+    tables = None
+    if config.position == "rope":
+        tables = rope_tables(config, window, positions, length)
+    context = AttentionContext(
+        window=window,
+        tables=tables,
+        mask=mask,
+        slots=slots,
+        concatenate=concatenate,
+        implementation=implementation,
+        lora_rows=lora_rows,
+    )
+    return context, held
+
+
+def _packed_mask(
+    positions: Array, segment_ids: Array | None, window: Window, padded: bool
+) -> Bool[jax.Array, "batch 1 time time"]:
+    index = jnp.arange(positions.shape[1])
+    mask = (index[:, None] >= index[None, :])[None]
+    if window is not None:
+        mask &= (index[:, None] - index[None, :] < window)[None]
+    if segment_ids is not None:
+        mask &= segment_ids[:, :, None] == segment_ids[:, None, :]
+    if padded:
+        mask &= (positions >= 0)[:, None, :]
+    return jnp.broadcast_to(mask, (positions.shape[0], *mask.shape[1:]))[:, None]
+
+
+def attend(
+    query: Float[Array, "batch time heads dim"],
+    key: Float[Array, "batch slots kv_heads dim"],
+    value: Float[Array, "batch slots kv_heads dim"],
+    context: AttentionContext,
+    *,
+    scale: float,
+    softcap: float | None,
+) -> Float[jax.Array, "batch time heads dim"]:
+    """Scaled dot-product attention; an own path where logits are soft-capped."""
+    causal = context.mask is None
+    if softcap is None:
+        window = None if context.window is None or not causal else (context.window - 1, 0)
+        return jax.nn.dot_product_attention(
+            query,
+            key,
+            value,
+            mask=context.mask,
+            scale=scale,
+            is_causal=causal,
+            local_window_size=window,
+            implementation=context.implementation,
+        )
+    batch, time, heads, dim = query.shape
+    groups = key.shape[2]
+    query = query.reshape(batch, time, groups, heads // groups, dim)
+    logits = jnp.einsum("btgnd,bsgd->bgnts", query, key, preferred_element_type=jnp.float32)
+    logits = softcap * jnp.tanh(logits * scale / softcap)
+    mask = context.mask
+    if mask is None:
+        index = jnp.broadcast_to(jnp.arange(time), (1, time))
+        mask = position_mask(index, index, context.window)
+    logits = jnp.where(mask[:, :, None], logits, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
+    out = jnp.einsum("bgnts,bsgd->btgnd", weights, value)
+    return out.reshape(batch, time, heads, dim)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with optional biases and query/key norms."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any):
+        def linear(inner: int, outer: int, bias: bool) -> nnx.Linear:
+            return nnx.Linear(
+                inner,
+                outer,
+                use_bias=bias,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                kernel_init=nnx.initializers.normal(0.02),
+                rngs=rngs,
+            )
+
+        self.config = config
+        inner = config.num_heads * config.head_dim
+        narrow = config.num_kv_heads * config.head_dim
+        self.query = linear(config.hidden_size, inner, config.qkv_bias)
+        self.key = linear(config.hidden_size, narrow, config.qkv_bias)
+        self.value = linear(config.hidden_size, narrow, config.qkv_bias)
+        self.output = linear(inner, config.hidden_size, config.output_bias)
+        if config.qk_norm:
+            self.query_norm = Norm(config, config.head_dim, param_dtype=param_dtype, rms=True)
+            self.key_norm = Norm(config, config.head_dim, param_dtype=param_dtype, rms=True)
+
+    def __call__(self, x: jax.Array, context: AttentionContext, cache: Any, lora: Any):
+        config = self.config
+        batch, time, _ = x.shape
+        rows = context.lora_rows
+        query = project(self.query, x, lora, "query", rows)
+        key = project(self.key, x, lora, "key", rows)
+        value = project(self.value, x, lora, "value", rows)
+        query = query.reshape(batch, time, config.num_heads, config.head_dim)
+        key = key.reshape(batch, time, config.num_kv_heads, config.head_dim)
+        value = value.reshape(batch, time, config.num_kv_heads, config.head_dim)
+        if config.qk_norm:
+            query, key = self.query_norm(query), self.key_norm(key)
+        if context.tables is not None:
+            query, key = apply_rope(query, context.tables), apply_rope(key, context.tables)
+        if cache is not None:
+            old = cache
+            cache = tuple(write(c, n, context.slots) for c, n in zip(old, (key, value)))
+            if context.concatenate:
+                key, value = (
+                    jnp.concatenate([c.astype(n.dtype), n], axis=1)
+                    for c, n in zip(old, (key, value))
+                )
+            else:
+                key, value = (c.astype(query.dtype) for c in cache)
+        out = attend(
+            query,
+            key,
+            value,
+            context,
+            scale=config.attention_scale,
+            softcap=config.attention_softcap,
+        )
+        return project(self.output, out.reshape(batch, time, -1), lora, "output", rows), cache

@@ -1,0 +1,130 @@
+"""Key/value caches as pytrees, and the masks that follow from the positions they hold."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Int
+
+from logitjax.models._config import DecoderConfig, Window
+from logitjax.ops import Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """What a decoder remembers of the tokens before.
+
+    ``keys`` and ``values`` follow the model's segments: per segment, one array a pattern entry
+    ``[repeats, batch, slots, kv_heads, head_dim]`` when stacked, one a layer without ``repeats``
+    when listed. ``positions[kind]`` is the position held by each slot, -1 for none, for all
+    layers of one attention window. ``length`` is each row's next position. A token of position
+    ``p`` lives in slot ``p % slots``: windowed layers keep a ring of their window's size, and
+    going back to a smaller ``length`` forgets what came after on full layers.
+    """
+
+    keys: tuple
+    values: tuple
+    positions: dict
+    length: Array
+
+
+def kind_name(window: Window) -> str:
+    return "global" if window is None else f"local_{window}"
+
+
+def cache_slots(window: Window, max_length: int) -> int:
+    return max_length if window is None else min(window, max_length)
+
+
+def init_cache(
+    config: DecoderConfig,
+    batch: int,
+    max_length: int,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    *,
+    layout: str = "listed",
+) -> Cache:
+    """An empty cache for ``batch`` rows of at most ``max_length`` tokens.
+
+    Windowed layers keep only their window. Past ``max_length`` the oldest tokens are overwritten.
+
+    Args:
+      config: the decoder's configuration.
+      batch: number of rows.
+      max_length: slots of layers without a window.
+      dtype: of keys and values.
+      layout: ``'listed'`` or ``'stacked'``, as the model's.
+
+    Returns:
+      A `Cache`.
+
+    >>> config = DecoderConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=2,
+    ...                        num_heads=2, num_kv_heads=1, head_dim=4)
+    >>> cache = init_cache(config, 3, 16)
+    >>> [k.shape for k in cache.keys[0]]
+    [(3, 16, 1, 4), (3, 16, 1, 4)]
+    """
+    stacked = layout == "stacked"
+
+    def arrays() -> tuple:
+        out = []
+        for spec in config.segments:
+            layers = spec.pattern if stacked else spec.pattern * spec.repeats
+            lead = (spec.repeats,) if stacked else ()
+            out.append(
+                tuple(
+                    jnp.zeros(
+                        (
+                            *lead,
+                            batch,
+                            cache_slots(window, max_length),
+                            config.num_kv_heads,
+                            config.head_dim,
+                        ),
+                        dtype,
+                    )
+                    for window in layers
+                )
+            )
+        return tuple(out)
+
+    positions = {
+        kind_name(window): jnp.full((batch, cache_slots(window, max_length)), -1, jnp.int32)
+        for window in dict.fromkeys(config.layer_windows)
+    }
+    return Cache(
+        keys=arrays(),
+        values=arrays(),
+        positions=positions,
+        length=jnp.zeros((batch,), jnp.int32),
+    )
+
+
+def write_slots(
+    positions: Int[Array, "batch time"], slots: int, window: Window
+) -> Int[jax.Array, "batch time"]:
+    """The slot each new token goes to; ``slots`` (out of range, so dropped) for padding.
+
+    Of more new tokens than a ring holds only the last of each row are kept.
+    """
+    keep = positions >= 0
+    if window is not None and positions.shape[1] > 1:
+        keep &= positions > positions.max(axis=1, keepdims=True) - slots
+    return jnp.where(keep, positions % slots, slots)
+
+
+def write(cached: Array, new: Array, slots: Int[Array, "batch time"]) -> jax.Array:
+    rows = jnp.arange(cached.shape[0])[:, None]
+    return jnp.asarray(cached).at[rows, slots].set(new.astype(cached.dtype), mode="drop")
+
+
+def position_mask(
+    queries: Int[Array, "batch time"], keys: Int[Array, "batch slots"], window: Window
+) -> Bool[jax.Array, "batch 1 time slots"]:
+    """Which keys a query sees: held, not later, and inside the window."""
+    q, k = jnp.asarray(queries)[:, :, None], jnp.asarray(keys)[:, None, :]
+    seen = (k >= 0) & (k <= q)
+    if window is not None:
+        seen &= k > q - window
+    return seen[:, None]

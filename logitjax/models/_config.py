@@ -1,0 +1,137 @@
+"""The static description of a decoder; every family is a setting of the same fields."""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Literal
+
+Window = int | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How rotary frequencies are stretched beyond the length a model was first trained on.
+
+    ``kind``: ``'linear'`` divides all frequencies by ``factor``; ``'llama3'`` only the slow ones;
+    ``'yarn'`` ramps between both by the number of turns; ``'longrope'`` divides each frequency by
+    its own number (``short_factors`` up to ``original_max_length``, else ``long_factors``);
+    ``'factors'`` divides by ``short_factors`` always (the ``rope_freqs`` tensor of a GGUF file).
+    """
+
+    kind: Literal["linear", "llama3", "yarn", "longrope", "factors"]
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_length: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SegmentSpec:
+    """``repeats`` copies of a pattern of layers, each given by its attention window."""
+
+    pattern: tuple[Window, ...]
+    repeats: int
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.pattern) * self.repeats
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """Sizes and switches of a decoder-only transformer.
+
+    ``windows`` holds one entry a layer: ``None`` attends to everything before, an int to that many
+    last positions, itself included. Empty means ``None`` everywhere. Layers with a window use
+    ``rope_local_theta`` (unscaled) where it is set. ``segment_boundaries`` are layer indices where
+    a segment must end, for edits that treat the layers before and after differently.
+
+    >>> config = DecoderConfig(vocab_size=256, hidden_size=32, intermediate_size=64, num_layers=3,
+    ...                        num_heads=4, num_kv_heads=2, head_dim=8, windows=(16, 16, None))
+    >>> config.segments
+    (SegmentSpec(pattern=(16,), repeats=2), SegmentSpec(pattern=(None,), repeats=1))
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    family: str = "llama"
+    max_length: int = 2048
+    activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
+    gated_mlp: bool = True
+    norm: Literal["rms", "layer"] = "rms"
+    norm_eps: float = 1e-5
+    norm_offset: float = 0.0
+    post_norms: bool = False
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    position: Literal["rope", "learned"] = "rope"
+    rope_theta: float = 10_000.0
+    rope_local_theta: float | None = None
+    rope_scaling: RopeScaling | None = None
+    rotary_dim: int | None = None
+    windows: tuple[Window, ...] = ()
+    attention_softcap: float | None = None
+    logits_softcap: float | None = None
+    query_scale: float | None = None
+    embedding_scale: float = 1.0
+    tie_embeddings: bool = True
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+    pad_id: int | None = None
+    segment_boundaries: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_kv_heads must divide num_heads, got {self.num_kv_heads} and {self.num_heads}"
+            )
+        if self.windows and len(self.windows) != self.num_layers:
+            raise ValueError(
+                f"windows must have one entry a layer ({self.num_layers}), got {len(self.windows)}"
+            )
+
+    @property
+    def layer_windows(self) -> tuple[Window, ...]:
+        return self.windows or (None,) * self.num_layers
+
+    @property
+    def segments(self) -> tuple[SegmentSpec, ...]:
+        cuts = [0, *sorted(set(self.segment_boundaries)), self.num_layers]
+        found: list[SegmentSpec] = []
+        for start, stop in itertools.pairwise(cuts):
+            found += _segments(self.layer_windows[start:stop])
+        return tuple(found)
+
+    @property
+    def attention_scale(self) -> float:
+        return self.head_dim**-0.5 if self.query_scale is None else self.query_scale
+
+    @property
+    def rope_dim(self) -> int:
+        return self.head_dim if self.rotary_dim is None else self.rotary_dim
+
+
+def _segments(windows: Sequence[Window]) -> list[SegmentSpec]:
+    """The shortest period that repeats at least twice, then the rest; else runs of equal layers."""
+    n = len(windows)
+    if n == 0:
+        return []
+    for period in range(1, n // 2 + 1):
+        if all(windows[i] == windows[i + period] for i in range(n - period)):
+            repeats = n // period
+            head = SegmentSpec(pattern=tuple(windows[:period]), repeats=repeats)
+            return [head, *_segments(windows[period * repeats :])]
+    run = next((i for i in range(1, n) if windows[i] != windows[0]), n)
+    return [SegmentSpec(pattern=(windows[0],), repeats=run), *_segments(windows[run:])]

@@ -1,0 +1,364 @@
+"""A decoder-only transformer in flax.nnx: embedding, segments of layers, norm, injected head."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Float, Int
+
+from logitjax.heads import LinearHead, TiedHead
+from logitjax.models._attention import Attention, make_context
+from logitjax.models._cache import Cache, init_cache, kind_name
+from logitjax.models._config import DecoderConfig, SegmentSpec
+from logitjax.models._lora import Lora, project, scaled_layers
+from logitjax.models._norm import Norm
+from logitjax.ops import Array
+
+_ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+}
+
+
+class MLP(nnx.Module):
+    """Gated or plain two-layer perceptron."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any):
+        def linear(inner: int, outer: int) -> nnx.Linear:
+            return nnx.Linear(
+                inner,
+                outer,
+                use_bias=config.mlp_bias,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                kernel_init=nnx.initializers.normal(0.02),
+                rngs=rngs,
+            )
+
+        self.activation = config.activation
+        self.gated = config.gated_mlp
+        if config.gated_mlp:
+            self.gate = linear(config.hidden_size, config.intermediate_size)
+        self.up = linear(config.hidden_size, config.intermediate_size)
+        self.down = linear(config.intermediate_size, config.hidden_size)
+
+    def __call__(self, x: jax.Array, lora: Any, rows: jax.Array | None) -> jax.Array:
+        activation = _ACTIVATIONS[self.activation]
+        up = project(self.up, x, lora, "up", rows)
+        if self.gated:
+            inner = activation(project(self.gate, x, lora, "gate", rows)) * up
+        else:
+            inner = activation(up)
+        return project(self.down, inner, lora, "down", rows)
+
+
+class Block(nnx.Module):
+    """One transformer layer."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any):
+        def norm() -> Norm:
+            return Norm(config, config.hidden_size, param_dtype=param_dtype)
+
+        self.post_norms = config.post_norms
+        self.attention_norm = norm()
+        self.attention = Attention(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        self.mlp_norm = norm()
+        self.mlp = MLP(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        if config.post_norms:
+            self.attention_post_norm = norm()
+            self.mlp_post_norm = norm()
+
+    def __call__(self, x: jax.Array, context: Any, cache: Any, lora: Any) -> tuple[jax.Array, Any]:
+        update, cache = self.attention(self.attention_norm(x), context, cache, lora)
+        x = x + (self.attention_post_norm(update) if self.post_norms else update)
+        update = self.mlp(self.mlp_norm(x), lora, context.lora_rows)
+        return x + (self.mlp_post_norm(update) if self.post_norms else update), cache
+
+
+def _rematerialised(function: Callable, remat: str) -> Callable:
+    if remat == "none":
+        return function
+    policies = {
+        "full": jax.checkpoint_policies.nothing_saveable,
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    }
+    return jax.checkpoint(function, policy=policies[remat])
+
+
+class Segment(nnx.Module):
+    """Layers that repeat one pattern; ``layers`` is one stacked block a pattern entry, or all."""
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        spec: SegmentSpec,
+        *,
+        rngs: nnx.Rngs,
+        dtype: Any,
+        param_dtype: Any,
+        layout: str,
+    ):
+        def block(key: jax.Array) -> Block:
+            return Block(config, rngs=nnx.Rngs(key), dtype=dtype, param_dtype=param_dtype)
+
+        self.spec = spec
+        if layout == "listed":
+            blocks = [block(rngs.params()) for _ in range(spec.num_layers)]
+        else:
+            graphdef = nnx.graphdef(nnx.eval_shape(lambda: block(jax.random.key(0))))
+            blocks = []
+            for _ in spec.pattern:
+                keys = jax.random.split(rngs.params(), spec.repeats)
+                blocks.append(nnx.merge(graphdef, jax.vmap(lambda k: nnx.state(block(k)))(keys)))
+        self.layers = nnx.List(blocks)
+
+    def __call__(
+        self, x: jax.Array, contexts: dict, caches: Any, loras: Any, *, layout: str, remat: str
+    ) -> tuple[jax.Array, tuple | None]:
+        """``caches``: one (keys, values) pair a member of ``layers``, or None."""
+        pattern = self.spec.pattern
+        count = len(self.layers)
+        split = [nnx.split(layer) for layer in self.layers]
+        graphdefs = [s[0] for s in split]
+        states = tuple(s[1] for s in split)
+        caches_in = (None,) * count if caches is None else caches
+        loras_in = (None,) * count if loras is None else loras
+
+        def layer(j: int) -> Callable:
+            context = contexts[pattern[j % len(pattern)]]
+
+            def run(state: Any, x: jax.Array, cache: Any, lora: Any) -> tuple[jax.Array, Any]:
+                return nnx.merge(graphdefs[j], state)(x, context, cache, lora)
+
+            return _rematerialised(run, remat)
+
+        def run_all(x: jax.Array, inputs: tuple) -> tuple[jax.Array, tuple]:
+            out = []
+            for j, (state, cache, lora) in enumerate(zip(*inputs, strict=True)):
+                x, cache = layer(j)(state, x, cache, lora)
+                out.append(cache)
+            return x, tuple(out)
+
+        inputs = (states, caches_in, loras_in)
+        x, out = run_all(x, inputs) if layout == "listed" else jax.lax.scan(run_all, x, inputs)
+        return x, None if caches is None else out
+
+
+class Decoder(nnx.Module):
+    """A decoder whose hidden states and logits are separate calls.
+
+    Parameters (and caches) of the layers are stacked per segment and scanned (``'stacked'``, for
+    training) or listed and unrolled (``'listed'``, for decoding); `with_layout` converts.
+
+    Args:
+      config: sizes and switches.
+      rngs: source of the initial parameters.
+      dtype: compute dtype. Norms, softmax and logits are float32 always.
+      param_dtype: dtype of the parameters.
+      layout: ``'stacked'`` or ``'listed'``.
+      remat: what the backward pass keeps of a layer: ``'none'`` recomputes nothing, ``'dots'``
+        keeps matmul results, ``'full'`` keeps the layer's input only.
+      head: a module ``head(hidden, embedding) -> logits`` with ``kernel_and_bias(embedding)``;
+        a `TiedHead` or `LinearHead` by ``config.tie_embeddings`` when omitted.
+      attention: ``implementation`` of `jax.nn.dot_product_attention`.
+
+    >>> config = DecoderConfig(vocab_size=11, hidden_size=8, intermediate_size=16, num_layers=2,
+    ...                        num_heads=2, num_kv_heads=1, head_dim=4)
+    >>> model = Decoder(config, rngs=nnx.Rngs(0))
+    >>> hidden, _ = model.hidden_states(jnp.array([[1, 2, 3]]))
+    >>> model.logits(hidden).shape
+    (1, 3, 11)
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: Any = jnp.float32,
+        param_dtype: Any = jnp.float32,
+        layout: str = "stacked",
+        remat: str = "none",
+        head: Any = None,
+        attention: Literal["xla", "cudnn"] | None = None,
+    ):
+        if layout not in ("stacked", "listed"):
+            raise ValueError(f"layout must be 'stacked' or 'listed', got {layout!r}")
+        if remat not in ("none", "dots", "full"):
+            raise ValueError(f"remat must be 'none', 'dots' or 'full', got {remat!r}")
+        self.config = config
+        self.dtype = jnp.dtype(dtype)
+        self.param_dtype = jnp.dtype(param_dtype)
+        self.layout: str = layout
+        self.remat: str = remat
+        self.attention: Literal["xla", "cudnn"] | None = attention
+        normal = nnx.initializers.normal(0.02)
+        self.embedding = nnx.Param(
+            normal(rngs.params(), (config.vocab_size, config.hidden_size), param_dtype)
+        )
+        if config.position == "learned":
+            self.position_embedding = nnx.Param(
+                normal(rngs.params(), (config.max_length, config.hidden_size), param_dtype)
+            )
+        self.segments = nnx.List(
+            [
+                Segment(
+                    config,
+                    spec,
+                    rngs=rngs,
+                    dtype=self.dtype,
+                    param_dtype=self.param_dtype,
+                    layout=layout,
+                )
+                for spec in config.segments
+            ]
+        )
+        self.final_norm = Norm(config, config.hidden_size, param_dtype=param_dtype)
+        if head is None and config.tie_embeddings:
+            head = TiedHead(dtype=self.dtype)
+        elif head is None:
+            head = LinearHead(
+                config.hidden_size,
+                config.vocab_size,
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+                rngs=rngs,
+            )
+        self.head = head
+
+    def embed(
+        self, tokens: Int[Array, "batch time"], positions: Int[Array, "batch time"]
+    ) -> Float[jax.Array, "batch time hidden"]:
+        """Input embeddings, scaled as the family asks, plus learned positions where it has them."""
+        x = jnp.take(self.embedding[...], tokens, axis=0).astype(self.dtype)
+        if self.config.embedding_scale != 1.0:
+            x = x * jnp.asarray(self.config.embedding_scale, self.dtype)
+        if self.config.position == "learned":
+            table = self.position_embedding[...]
+            x += jnp.take(table, jnp.maximum(positions, 0), axis=0, mode="clip").astype(self.dtype)
+        return x
+
+    def hidden_states(
+        self,
+        tokens: Int[Array, "batch time"],
+        *,
+        positions: Int[Array, "batch time"] | None = None,
+        segment_ids: Int[Array, "batch time"] | None = None,
+        cache: Cache | None = None,
+        lora: Lora | None = None,
+        lora_rows: Array | None = None,
+    ) -> tuple[Float[jax.Array, "batch time hidden"], Cache | None]:
+        """Normed hidden states before the head, and the cache after these tokens.
+
+        Args:
+          tokens: token ids.
+          positions: position of each token, -1 for padding, which is never attended. Counted
+            from 0 (within each segment) or on from ``cache.length`` when omitted.
+          segment_ids: packed documents; tokens attend within equal ids only. Not with a cache.
+          cache: from `init_cache`, in the model's layout.
+          lora: adapters in the model's layout.
+          lora_rows: bool ``[batch]``, the rows that use the adapters; all when omitted.
+
+        Returns:
+          Hidden states in the compute dtype, and the new cache (None without one).
+
+        Raises:
+          ValueError: for ``segment_ids`` together with a cache, or more new tokens than slots.
+        """
+        if cache is not None and segment_ids is not None:
+            raise ValueError("segment_ids: packed documents cannot be used with a cache")
+        padded = positions is not None
+        if positions is None:
+            positions = _default_positions(jnp.asarray(tokens), segment_ids, cache)
+        contexts, held = {}, {}
+        for window in dict.fromkeys(self.config.layer_windows):
+            contexts[window], held[kind_name(window)] = make_context(
+                self.config,
+                window,
+                jnp.asarray(positions),
+                segment_ids=segment_ids,
+                padded=padded,
+                cache=cache,
+                implementation=self.attention,
+                lora_rows=lora_rows,
+            )
+        x = self.embed(tokens, positions)
+        adapters = None if lora is None else scaled_layers(lora)
+        keys, values = [], []
+        for i, segment in enumerate(self.segments):
+            pairs = None if cache is None else tuple(zip(cache.keys[i], cache.values[i]))
+            x, pairs = segment(
+                x,
+                contexts,
+                pairs,
+                None if adapters is None else adapters[i],
+                layout=self.layout,
+                remat=self.remat,
+            )
+            if pairs is not None:
+                keys.append(tuple(k for k, _ in pairs))
+                values.append(tuple(v for _, v in pairs))
+        if cache is not None:
+            length = jnp.maximum(cache.length, positions.max(axis=1) + 1)
+            cache = Cache(keys=tuple(keys), values=tuple(values), positions=held, length=length)
+        return self.final_norm(x), cache
+
+    def logits(self, hidden: Float[Array, "*batch hidden"]) -> Float[jax.Array, "*batch vocab"]:
+        """float32 logits of hidden states, soft-capped where the family asks."""
+        logits = self.head(hidden, self.embedding[...])
+        cap = self.config.logits_softcap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "batch time"],
+        *,
+        positions: Int[Array, "batch time"] | None = None,
+        segment_ids: Int[Array, "batch time"] | None = None,
+    ) -> Float[jax.Array, "batch time vocab"]:
+        """Logits of whole sequences."""
+        hidden, _ = self.hidden_states(tokens, positions=positions, segment_ids=segment_ids)
+        return self.logits(hidden)
+
+    def head_kernel(self, *, ignore_softcap: bool = False) -> tuple[Array, Array | None, int]:
+        """Kernel, bias and vocabulary axis of the head, for the losses that fuse it.
+
+        Raises:
+          ValueError: where logits are soft-capped, which a kernel cannot say, unless ignored.
+        """
+        if self.config.logits_softcap is not None and not ignore_softcap:
+            raise ValueError(
+                f"logits are soft-capped at {self.config.logits_softcap}: apply the cap yourself "
+                "and pass ignore_softcap=True, or use logits()"
+            )
+        return self.head.kernel_and_bias(self.embedding[...])
+
+    def init_cache(self, batch: int, max_length: int, dtype: Any = None) -> Cache:
+        """An empty cache in this model's layout and compute dtype."""
+        dtype = self.dtype if dtype is None else dtype
+        return init_cache(self.config, batch, max_length, dtype, layout=self.layout)
+
+
+def _default_positions(tokens: Array, segment_ids: Array | None, cache: Cache | None) -> jax.Array:
+    index = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    if cache is not None:
+        return index + cache.length[:, None]
+    if segment_ids is None:
+        return index
+    ids = jnp.asarray(segment_ids)
+    starts = jnp.concatenate([jnp.ones_like(ids[:, :1], bool), ids[:, 1:] != ids[:, :-1]], axis=1)
+    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+
+
+def num_params(model: nnx.Module, exclude: Sequence[str] = ()) -> int:
+    """Number of parameters, without the top-level members named in ``exclude``.
+
+    >>> num_params(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), exclude=["bias"])
+    6
+    """
+    state = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    kept = {k: v for k, v in state.items() if k not in exclude}
+    return sum(leaf.size for leaf in jax.tree.leaves(kept))

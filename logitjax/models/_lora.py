@@ -1,0 +1,127 @@
+"""Low-rank adapters as a pytree beside the model, for stacked and listed layers alike."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from logitjax.models._config import DecoderConfig
+from logitjax.ops import Array
+
+TARGETS = ("query", "key", "value", "output", "gate", "up", "down")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """Adapters ``x @ down @ up * scale``; ``layers`` follows the model's segments and layout."""
+
+    layers: tuple
+    scale: float = dataclasses.field(default=1.0, metadata={"static": True})
+
+
+def _sizes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
+    hidden, wide = config.hidden_size, config.intermediate_size
+    inner = config.num_heads * config.head_dim
+    narrow = config.num_kv_heads * config.head_dim
+    sizes = {
+        "query": (hidden, inner),
+        "key": (hidden, narrow),
+        "value": (hidden, narrow),
+        "output": (inner, hidden),
+        "gate": (hidden, wide),
+        "up": (hidden, wide),
+        "down": (wide, hidden),
+    }
+    if not config.gated_mlp:
+        del sizes["gate"]
+    return sizes
+
+
+def init_lora(
+    config: DecoderConfig,
+    rank: int,
+    *,
+    key: Array,
+    alpha: float | None = None,
+    targets: Sequence[str] = TARGETS,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    layout: str = "stacked",
+) -> Lora:
+    """Adapters that change nothing yet: random ``a``, zero ``b``.
+
+    Args:
+      config: the decoder's configuration.
+      rank: inner size.
+      key: PRNG key.
+      alpha: the update is scaled by ``alpha / rank``; ``rank`` when omitted.
+      targets: linear maps to adapt, of ``query key value output gate up down``.
+      dtype: of the adapters.
+      layout: ``'stacked'`` or ``'listed'``, as the model's.
+
+    Returns:
+      A `Lora` to hand to ``hidden_states(..., lora=)``.
+
+    Raises:
+      ValueError: for an unknown target.
+
+    >>> config = DecoderConfig(vocab_size=8, hidden_size=8, intermediate_size=16, num_layers=2,
+    ...                        num_heads=2, num_kv_heads=1, head_dim=4)
+    >>> lora = init_lora(config, 2, key=jax.random.key(0), targets=("query",))
+    >>> lora.layers[0][0]["query"]["a"].shape
+    (2, 8, 2)
+
+    References:
+      Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021.
+    """
+    sizes = _sizes(config)
+    unknown = sorted(set(targets) - set(TARGETS))
+    if unknown:
+        raise ValueError(f"targets: unknown {unknown}, expected some of {TARGETS}")
+    stacked = layout == "stacked"
+
+    def layer(key: Array, lead: tuple[int, ...]) -> dict:
+        out = {}
+        for i, name in enumerate(n for n in TARGETS if n in targets and n in sizes):
+            inner, outer = sizes[name]
+            a = jax.random.normal(jax.random.fold_in(key, i), (*lead, inner, rank), jnp.float32)
+            out[name] = {
+                "a": (a * inner**-0.5).astype(dtype),
+                "b": jnp.zeros((*lead, rank, outer), dtype),
+            }
+        return out
+
+    layers, count = [], 0
+    for spec in config.segments:
+        entries = len(spec.pattern) if stacked else spec.num_layers
+        lead = (spec.repeats,) if stacked else ()
+        layers.append(
+            tuple(layer(jax.random.fold_in(key, count + j), lead) for j in range(entries))
+        )
+        count += spec.num_layers
+    scale = 1.0 if alpha is None else alpha / rank
+    return Lora(layers=tuple(layers), scale=scale)
+
+
+def scaled_layers(lora: Lora) -> tuple:
+    """The adapters with the scale folded into ``a``."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf * lora.scale if path[-1].key == "a" else leaf, lora.layers
+    )
+
+
+def project(
+    linear: nnx.Linear, x: jax.Array, lora: Any, name: str, rows: jax.Array | None
+) -> jax.Array:
+    """``linear(x)`` plus its adapter, on the batch rows where ``rows`` is true (None: on all)."""
+    y = linear(x)
+    if lora is None or name not in lora:
+        return y
+    a, b = (lora[name][n].astype(y.dtype) for n in ("a", "b"))
+    update = (x @ a) @ b
+    if rows is not None:
+        update = jnp.where(rows.reshape(-1, *(1,) * (update.ndim - 1)), update, 0)
+    return y + update

@@ -1,0 +1,139 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from logitjax import models
+from logitjax.models import Decoder, config_from_hf, from_nnx, with_layout
+from tests.models._configs import HF_CONFIGS, TOKENS
+
+CONFIG = config_from_hf(HF_CONFIGS["smollm2"])
+MIXED = config_from_hf(HF_CONFIGS["gemma3"])
+
+
+@functools.cache
+def decoder(name: str) -> Decoder:
+    return Decoder(config_from_hf(HF_CONFIGS[name]), rngs=nnx.Rngs(0))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits(graphdef, params, tokens, positions=None, segment_ids=None):
+    model = nnx.merge(graphdef, params)
+    return model(tokens, positions=positions, segment_ids=segment_ids)
+
+
+def run(model, *args):
+    apply_fn, params = from_nnx(model)
+    return logits(apply_fn.graphdef, params, *args)
+
+
+def test_segments_follow_the_pattern_of_windows():
+    assert [(s.pattern, s.repeats) for s in MIXED.segments] == [((6, 6, None), 2), ((6,), 2)]
+
+
+def test_listed_equals_stacked_and_comes_back_exactly():
+    model = decoder("gemma3")
+    listed = with_layout(model, "listed")
+    back = with_layout(listed, "stacked")
+    before, after = nnx.to_pure_dict(nnx.state(model)), nnx.to_pure_dict(nnx.state(back))
+    jax.tree.map(np.testing.assert_array_equal, before, after)
+    assert nnx.graphdef(model) == nnx.graphdef(back)
+    np.testing.assert_allclose(run(model, TOKENS), run(listed, TOKENS), rtol=2e-5, atol=2e-6)
+
+
+def test_params_convert_like_the_model():
+    model = decoder("gemma3")
+    _, params = from_nnx(model)
+    _, listed = from_nnx(with_layout(model, "listed"))
+    converted = models.params_with_layout(params, model.config, "listed")
+    jax.tree.map(np.testing.assert_array_equal, listed, converted)
+
+
+def test_packed_documents_do_not_see_each_other():
+    model = decoder("smollm2")
+    a, b = TOKENS[:1, :8], TOKENS[1:, :12]
+    packed = np.concatenate([a, b], axis=1)
+    ids = np.array([[1] * 8 + [2] * 12])
+    out = run(model, packed, None, ids)
+    np.testing.assert_allclose(out[:, :8], run(model, a), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(out[:, 8:], run(model, b), rtol=1e-5, atol=1e-6)
+
+
+def test_padding_changes_nothing_and_makes_no_nan():
+    model = decoder("smollm2")
+    padded = np.concatenate([np.zeros((2, 3), np.int32), TOKENS[:, :9]], axis=1)
+    positions = np.broadcast_to(np.r_[[-1] * 3, np.arange(9)], padded.shape)
+    out = run(model, padded, positions)
+    assert np.isfinite(out).all()
+    np.testing.assert_allclose(out[:, 3:], run(model, TOKENS[:, :9]), rtol=1e-5, atol=1e-6)
+
+
+def test_checkpointing_keeps_values_and_gradients():
+    def gradient(remat):
+        apply_fn, params = from_nnx(Decoder(CONFIG, rngs=nnx.Rngs(0), remat=remat))
+        return jax.jit(jax.grad(lambda p: apply_fn(p, TOKENS).var()))(params)
+
+    plain = gradient("none")
+    for remat in ("dots", "full"):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7),
+            plain,
+            gradient(remat),
+        )
+
+
+def test_compute_dtype_apart_from_parameter_dtype():
+    model = Decoder(CONFIG, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
+    hidden, _ = model.hidden_states(jnp.asarray(TOKENS))
+    assert hidden.dtype == jnp.bfloat16
+    assert model.logits(hidden).dtype == jnp.float32
+    assert model.embedding[...].dtype == jnp.float32
+    exact = run(Decoder(CONFIG, rngs=nnx.Rngs(0)), TOKENS)
+    np.testing.assert_allclose(model.logits(hidden), exact, atol=0.01)
+
+
+def test_kept_layers_are_copies_in_the_order_asked():
+    model = decoder("gemma3")
+    small = models.keep_layers(model, [5, 0, 7])
+    assert small.config.windows == (None, 6, 6)
+    theirs = with_layout(model, "listed")
+    ours = with_layout(small, "listed")
+    blocks = [layer for s in theirs.segments for layer in s.layers]
+    kept = [layer for s in ours.segments for layer in s.layers]
+    for index, layer in zip([5, 0, 7], kept, strict=True):
+        np.testing.assert_array_equal(layer.mlp.up.kernel[...], blocks[index].mlp.up.kernel[...])
+    assert small.embedding[...].unsafe_buffer_pointer() != (
+        model.embedding[...].unsafe_buffer_pointer()
+    )
+    assert run(small, TOKENS).shape == (2, 20, 96)
+    everything = models.keep_layers(model, range(8))
+    np.testing.assert_allclose(run(everything, TOKENS), run(model, TOKENS), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="indices must name layers 0 to 7"):
+        models.keep_layers(model, [8])
+
+
+def test_head_kernel_gives_the_logits():
+    for name in ("smollm2", "llama3"):
+        model = decoder(name)
+        kernel, bias, axis = model.head_kernel()
+        hidden, _ = model.hidden_states(jnp.asarray(TOKENS))
+        kernel = kernel.T if axis == 0 else kernel
+        assert bias is None
+        np.testing.assert_allclose(hidden @ kernel, model.logits(hidden), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="soft-capped"):
+        decoder("gemma2").head_kernel()
+
+
+def test_wrong_settings_are_named():
+    with pytest.raises(ValueError, match="layout must be"):
+        Decoder(CONFIG, rngs=nnx.Rngs(0), layout="flat")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="unknown model_type 'bert'"):
+        config_from_hf({"model_type": "bert"})
+    model = decoder("smollm2")
+    with pytest.raises(ValueError, match="segment_ids"):
+        model.hidden_states(
+            jnp.asarray(TOKENS), segment_ids=jnp.asarray(TOKENS), cache=model.init_cache(2, 32)
+        )
