@@ -20,3 +20,4 @@ from logitjax.ops._top_k import gather_at as gather_at
 from logitjax.ops._top_k import top_k as top_k
 from logitjax.ops._top_k import top_k_of as top_k_of
 from logitjax.ops._types import Array as Array
+from logitjax.ops._types import Number as Number

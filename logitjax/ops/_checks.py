@@ -52,7 +52,7 @@ def check_positive(value: Any, name: str) -> None:
         raise ValueError(f"{name} must be positive, got {value}")
 
 
-def check_between(value: Any, low: float, high: float, name: str) -> None:
+def check_between(value: Any, low: float | int, high: float | int, name: str) -> None:
     """Checks a Python number; a traced one cannot be looked at and passes."""
     if isinstance(value, (int, float)) and not low <= value <= high:
         raise ValueError(f"{name} must be between {low} and {high}, got {value}")

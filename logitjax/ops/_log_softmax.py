@@ -43,7 +43,7 @@ def logsumexp(
       ValueError: `axis` is out of range or `where` does not broadcast.
 
     >>> import jax.numpy as jnp
-    >>> print(logsumexp(jnp.log(jnp.array([1.0, 2.0, 5.0, 0.0]))).round(3))
+    >>> print(f"{logsumexp(jnp.log(jnp.array([1.0, 2.0, 5.0, 0.0]))):.3f}")
     2.079
     """
     logits = as_float(logits, "logits")

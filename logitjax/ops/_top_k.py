@@ -155,8 +155,8 @@ def top_k_of(
 
     >>> import jax.numpy as jnp
     >>> top = top_k_of(jnp.log(jnp.array([0.1, 0.7, 0.2])), 2)
-    >>> print(jnp.exp(top.values - top.log_z[..., None]).round(3), top.indices)
-    [0.7 0.2] [1 2]
+    >>> [f"{log_p:.2f}" for log_p in top.values - top.log_z], top.indices
+    (['-0.36', '-1.61'], Array([1, 2], dtype=int32))
     """
     logits = mask_logits(as_float(logits, "logits"), where)
     values, indices = top_k(logits, k, axis_name=axis_name)
@@ -167,7 +167,8 @@ def _local_top_k(values: jax.Array, k: int, group_size: int) -> tuple[jax.Array,
     if values.shape[-1] < 2 * k * group_size:
 
         def find(values: jax.Array) -> tuple[jax.Array, jax.Array]:
-            return tuple(lax.top_k(values, k))
+            largest, ids = lax.top_k(values, k)
+            return largest, ids
 
     else:
 

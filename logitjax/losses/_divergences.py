@@ -1,0 +1,247 @@
+"""Divergences between a student's and a teacher's distribution over one shared vocabulary.
+
+A data-parallel distillation step under `pmap`:
+
+>>> import jax
+>>> import jax.numpy as jnp
+>>> from logitjax.losses import kl_divergence
+>>> def step(kernel, inputs, teacher_logits):
+...     def loss_fn(kernel):
+...         return kl_divergence(inputs @ kernel, teacher_logits, temperature=2.0).mean()
+...
+...     loss, grad = jax.value_and_grad(loss_fn)(kernel)
+...     return kernel - jax.lax.pmean(grad, "data"), jax.lax.pmean(loss, "data")
+>>> step = jax.pmap(step, axis_name="data", in_axes=(None, 0, 0), out_axes=None)
+>>> inputs = jnp.ones((jax.local_device_count(), 2, 3))
+>>> teacher_logits = jnp.ones((jax.local_device_count(), 2, 4)) * jnp.array([3.0, 2.0, 1.0, 0.0])
+>>> kernel, loss = step(jnp.zeros((3, 4)), inputs, teacher_logits)
+>>> kernel, better = step(kernel, inputs, teacher_logits)
+>>> bool(better < loss)
+True
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Float
+
+from logitjax.ops import (
+    Array,
+    AxisName,
+    Number,
+    as_float,
+    check_axis,
+    check_between,
+    check_positive,
+    log_softmax,
+    psum,
+)
+
+
+def kl_divergence(
+    student_logits: Float[Array, "..."],
+    teacher_logits: Float[Array, "..."],
+    *,
+    direction: Literal["forward", "reverse"] = "forward",
+    temperature: Number = 1.0,
+    where: Bool[Array, "..."] | None = None,
+    axis: int = -1,
+    axis_name: AxisName | None = None,
+) -> Float[jax.Array, "..."]:
+    """Kullback-Leibler divergence between teacher and student, scaled by the squared temperature.
+
+    With `p` the teacher's and `q` the student's softmax of `logits / T`::
+
+        forward   T^2 sum_v p_v (log p_v - log q_v)     covers all of the teacher's mass
+        reverse   T^2 sum_v q_v (log q_v - log p_v)     seeks one of its modes
+
+    `T^2` keeps the size of the gradient when the temperature changes.
+
+    Args:
+      student_logits: `[*batch, vocab]` (the vocabulary at `axis`), any floating point dtype.
+      teacher_logits: the same shape. Differentiable as well: use `jax.lax.stop_gradient` where the
+        teacher shares parameters with the student.
+      direction: 'forward' for KL(teacher || student), 'reverse' for KL(student || teacher).
+      temperature: `T`, positive; may be traced.
+      where: boolean, broadcastable to the logits: True for the entries that exist in both.
+      axis: the vocabulary axis.
+      axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that axis.
+
+    Returns:
+      `[*batch]`, float32. `inf` where the first distribution has mass on an entry that is `-inf`
+      in the second; its gradient is then that of the other entries, and finite.
+
+    Raises:
+      TypeError: the logits are not floating point or `where` not boolean.
+      ValueError: the shapes differ, `where` does not broadcast, `direction` is unknown or
+        `temperature` not positive.
+
+    >>> import jax.numpy as jnp
+    >>> student = jnp.log(jnp.array([0.5, 0.5]))
+    >>> teacher = jnp.log(jnp.array([0.25, 0.75]))
+    >>> print(f"{kl_divergence(student, teacher):.4f}")
+    0.1308
+    >>> print(f"{kl_divergence(student, teacher, direction='reverse'):.4f}")
+    0.1438
+
+    References:
+      Hinton, Vinyals, Dean, Distilling the knowledge in a neural network, 2015 (section 2, T^2).
+    """
+    if direction not in ("forward", "reverse"):
+        raise ValueError(f"direction must be 'forward' or 'reverse', got {direction!r}")
+    log_q, log_p, axis = _log_probs(
+        student_logits, teacher_logits, temperature, where, axis, axis_name
+    )
+    first, second = (log_p, log_q) if direction == "forward" else (log_q, log_p)
+    scale = jnp.square(jnp.asarray(temperature, log_q.dtype))
+    return scale * psum(_kl_terms(first, second).sum(axis), axis_name)
+
+
+def generalized_jensen_shannon(
+    student_logits: Float[Array, "..."],
+    teacher_logits: Float[Array, "..."],
+    *,
+    beta: float | int = 0.5,
+    temperature: Number = 1.0,
+    where: Bool[Array, "..."] | None = None,
+    axis: int = -1,
+    axis_name: AxisName | None = None,
+) -> Float[jax.Array, "..."]:
+    """Generalised Jensen-Shannon divergence between teacher and student.
+
+    With `p` the teacher's and `q` the student's softmax of `logits / T`::
+
+        m = beta p + (1 - beta) q
+        beta KL(p || m) + (1 - beta) KL(q || m)        0 < beta < 1
+        KL(p || q)                                     beta = 0, forward
+        KL(q || p)                                     beta = 1, reverse
+
+    The formula itself tends to 0 at both ends, and divided by beta or 1 - beta to those two
+    divergences; as in TRL the ends are these divergences. Not multiplied by `T^2`, as in TRL.
+
+    Args:
+      student_logits: `[*batch, vocab]` (the vocabulary at `axis`), any floating point dtype.
+      teacher_logits: the same shape; differentiable as well.
+      beta: the teacher's weight, in `[0, 1]`, a Python number.
+      temperature: `T`, positive; may be traced.
+      where: boolean, broadcastable to the logits: True for the entries that exist in both.
+      axis: the vocabulary axis.
+      axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that axis.
+
+    Returns:
+      `[*batch]`, float32: finite for 0 < beta < 1, as `kl_divergence` at the ends.
+
+    Raises:
+      TypeError: the logits are not floating point or `where` not boolean.
+      ValueError: the shapes differ, `where` does not broadcast, `beta` is out of range or
+        `temperature` not positive.
+
+    >>> import jax.numpy as jnp
+    >>> student = jnp.array([0.0, -jnp.inf])
+    >>> teacher = jnp.array([-jnp.inf, 0.0])
+    >>> print(f"{generalized_jensen_shannon(student, teacher):.4f}")
+    0.6931
+
+    References:
+      Agarwal et al., On-policy distillation of language models, 2024 (arXiv 2306.13649), and
+      TRL's `generalized_jsd_loss`, whose convention this is. Some ports swap the two weights and
+      the two ends; they agree at beta = 1/2 only.
+    """
+    check_between(beta, 0, 1, "beta")
+    log_q, log_p, axis = _log_probs(
+        student_logits, teacher_logits, temperature, where, axis, axis_name
+    )
+    if beta == 0:
+        terms = _kl_terms(log_p, log_q)
+    elif beta == 1:
+        terms = _kl_terms(log_q, log_p)
+    else:
+        p, q = jnp.exp(log_p), jnp.exp(log_q)
+        mixture = beta * p + (1 - beta) * q
+        exists = mixture > 0
+        log_m = jnp.log(jnp.where(exists, mixture, 1.0))
+        # An entry that one of the two lacks has no logarithm there, and no weight either.
+        safe_p = jnp.where(exists & (log_p > -jnp.inf), log_p, log_m)
+        safe_q = jnp.where(exists & (log_q > -jnp.inf), log_q, log_m)
+        terms = beta * p * (safe_p - log_m) + (1 - beta) * q * (safe_q - log_m)
+    return psum(terms.sum(axis), axis_name)
+
+
+def total_variation(
+    student_logits: Float[Array, "..."],
+    teacher_logits: Float[Array, "..."],
+    *,
+    temperature: Number = 1.0,
+    where: Bool[Array, "..."] | None = None,
+    axis: int = -1,
+    axis_name: AxisName | None = None,
+) -> Float[jax.Array, "..."]:
+    """Total variation distance: the largest difference in probability of any set of entries.
+
+    With `p` the teacher's and `q` the student's softmax of `logits / T`::
+
+        1/2 sum_v |p_v - q_v|
+
+    Args:
+      student_logits: `[*batch, vocab]` (the vocabulary at `axis`), any floating point dtype.
+      teacher_logits: the same shape; differentiable as well.
+      temperature: `T`, positive; may be traced.
+      where: boolean, broadcastable to the logits: True for the entries that exist in both.
+      axis: the vocabulary axis.
+      axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that axis.
+
+    Returns:
+      `[*batch]`, float32, in `[0, 1]`.
+
+    Raises:
+      TypeError: the logits are not floating point or `where` not boolean.
+      ValueError: the shapes differ, `where` does not broadcast or `temperature` is not positive.
+
+    >>> import jax.numpy as jnp
+    >>> student = jnp.log(jnp.array([0.5, 0.5]))
+    >>> teacher = jnp.log(jnp.array([0.25, 0.75]))
+    >>> print(f"{total_variation(student, teacher):.2f}")
+    0.25
+
+    References:
+      Wen et al., f-divergence minimization for sequence-level knowledge distillation, 2023.
+    """
+    log_q, log_p, axis = _log_probs(
+        student_logits, teacher_logits, temperature, where, axis, axis_name
+    )
+    terms = jnp.abs(jnp.exp(log_p) - jnp.exp(log_q))
+    return 0.5 * psum(terms.sum(axis), axis_name)
+
+
+def _log_probs(
+    student_logits: Array,
+    teacher_logits: Array,
+    temperature: Number,
+    where: Array | None,
+    axis: int,
+    axis_name: AxisName | None,
+) -> tuple[jax.Array, jax.Array, int]:
+    student = as_float(student_logits, "student_logits")
+    teacher = as_float(teacher_logits, "teacher_logits")
+    axis = check_axis(axis, student.ndim, "student_logits")
+    if student.shape != teacher.shape:
+        message = f"teacher_logits must have the shape of student_logits, {student.shape}"
+        hint = ""
+        if student.ndim == teacher.ndim and student.shape[axis] != teacher.shape[axis]:
+            hint = "; across vocabularies use universal_logit_distance or graph_on_logits"
+        raise ValueError(f"{message}, got {teacher.shape}{hint}")
+    check_positive(temperature, "temperature")
+
+    def log_probs(logits: jax.Array) -> jax.Array:
+        return log_softmax(logits / temperature, axis=axis, where=where, axis_name=axis_name)
+
+    return log_probs(student), log_probs(teacher), axis
+
+
+def _kl_terms(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
+    """`p (log p - log q)` entry by entry."""
+    p = jnp.exp(log_p)
+    both = (log_p > -jnp.inf) & (log_q > -jnp.inf)
+    ratio = jnp.where(both, log_p, 0.0) - jnp.where(both, log_q, 0.0)
+    return jnp.where(both, p * ratio, jnp.where(p > 0, jnp.inf, 0.0))
