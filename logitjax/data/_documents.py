@@ -1,0 +1,175 @@
+"""From an example to pieces of text that every tokenizer can fit into a row."""
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from logitjax.data._tokenizer import Tokenizer
+
+# Consecutive stretches of text, each with whether the model learns to predict it.
+Segments = Sequence[tuple[str, bool]]
+Render = Callable[[Mapping[str, Any]], Segments]
+
+# More characters a token than any tokenizer reaches on prose; longer texts are first cut to this.
+_CHARACTERS_PER_TOKEN = 8
+_MAX_PROBES = 12
+_GOOD_FILL = 0.98
+
+
+class DocumentTooLong(ValueError):
+    """A document that may not be split does not fit into a row."""
+
+
+def render_example(example: Mapping[str, Any]) -> list[tuple[str, bool]]:
+    """Text as it is; prompt and response joined as they are; messages in ChatML.
+
+    Only responses and what the assistant says (with the end mark) are learnt.
+
+    >>> render_example({"prompt": "2 + 2 = ", "response": "4"})
+    [('2 + 2 = ', False), ('4', True)]
+    >>> render_example({"messages": [{"role": "user", "content": "Hi"},
+    ...                              {"role": "assistant", "content": "Hello"}]})
+    [('<|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n', False),
+     ('Hello<|im_end|>', True), ('\\n', False)]
+    """
+    if "text" in example:
+        return [(example["text"], True)]
+    if "messages" not in example:
+        return [(example["prompt"], False), (example["response"], True)]
+    segments: list[tuple[str, bool]] = []
+    context = ""
+    for message in example["messages"]:
+        context += f"<|im_start|>{message['role']}\n"
+        if message["role"] == "assistant":
+            segments += [(context, False), (message["content"] + "<|im_end|>", True)]
+            context = "\n"
+        else:
+            context += message["content"] + "<|im_end|>\n"
+    return [*segments, (context, False)] if context else segments
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Encoder:
+    """A tokenizer with the marks that packing puts around documents."""
+
+    tokenizer: Tokenizer
+    add_bos: bool
+    add_eos: bool
+
+    def __call__(self, segments: Segments, *, last: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids and their loss mask; the first token of a piece has nothing to predict it."""
+        ids: list[int] = []
+        learnt: list[bool] = []
+        if self.add_bos and self.tokenizer.bos_id is not None:
+            ids.append(self.tokenizer.bos_id)
+            learnt.append(False)
+        for text, trained in segments:
+            new = self.tokenizer.encode(text)
+            ids += new
+            learnt += [trained] * len(new)
+        if last and self.add_eos and self.tokenizer.eos_id is not None:
+            ids.append(self.tokenizer.eos_id)
+            learnt.append(segments[-1][1])
+        mask = np.asarray(learnt, bool)
+        mask[:1] = False
+        return np.asarray(ids, np.int32), mask
+
+
+Piece = dict[str, tuple[np.ndarray, np.ndarray]]
+
+
+def split_document(
+    rendered: Mapping[str, Segments],
+    encoders: Mapping[str, Encoder],
+    seq_len: int,
+    *,
+    may_split: bool = True,
+) -> Iterator[Piece]:
+    """Pieces that hold the same text for every tokenizer and fit into `seq_len` tokens of each.
+
+    A document is cut only when it does not fit, before white space where there is some.
+
+    Raises:
+        DocumentTooLong: it does not fit and `may_split` is false, or the tokenizers' texts differ
+            (each has its own chat format), so that there is no common place to cut.
+        ValueError: not even one character fits.
+    """
+    names = list(encoders)
+    text = "".join(t for t, _ in rendered[names[0]])
+    limit = seq_len * _CHARACTERS_PER_TOKEN
+    if len(text) <= limit or not may_split:
+        piece = {name: encoders[name](rendered[name], last=True) for name in names}
+        if _fits(piece, seq_len):
+            yield piece
+            return
+    if not may_split:
+        raise DocumentTooLong(f"does not fit into {seq_len} tokens")
+    if any(list(rendered[name]) != list(rendered[names[0]]) for name in names[1:]):
+        raise DocumentTooLong(
+            f"does not fit into {seq_len} tokens and cannot be split, for the tokenizers render it "
+            f"differently"
+        )
+    segments = rendered[names[0]]
+    starts = [match.start() for match in re.finditer(r"\s+", text)]
+    bounds = np.asarray(sorted({0, *starts, len(text)}))
+    begin = 0
+    while begin < len(text):
+        end, piece = _longest_prefix(segments, bounds, begin, encoders, seq_len)
+        yield piece
+        begin = end
+
+
+def _fits(piece: Piece, seq_len: int) -> bool:
+    return max(len(ids) for ids, _ in piece.values()) <= seq_len
+
+
+def _longest_prefix(
+    segments: Segments,
+    bounds: np.ndarray,
+    begin: int,
+    encoders: Mapping[str, Encoder],
+    seq_len: int,
+) -> tuple[int, Piece]:
+    """About the longest stretch from `begin` that fits; by secant, for encoding is the cost."""
+    total = int(bounds[-1])
+    stop = min(total, begin + seq_len * _CHARACTERS_PER_TOKEN)
+    candidates = bounds[(bounds > begin) & (bounds <= stop)]
+    for ends in (candidates, np.arange(begin + 1, min(total, begin + seq_len) + 1)):
+        best: tuple[int, Piece] | None = None
+        low, high = -1, len(ends)
+        guess = len(ends) - 1
+        for probe in itertools.count():
+            if high - low <= 1 or (probe >= _MAX_PROBES and best is not None):
+                break
+            end = int(ends[guess])
+            part = _cut(segments, begin, end)
+            piece = {name: encode(part, last=end == total) for name, encode in encoders.items()}
+            longest = max(1, *(len(ids) for ids, _ in piece.values()))
+            if longest <= seq_len:
+                low, best = guess, (end, piece)
+                if end == total or longest >= _GOOD_FILL * seq_len:
+                    break
+            else:
+                high = guess
+            wanted = begin + (end - begin) * seq_len / longest
+            guess = int(np.searchsorted(ends, wanted, side="right")) - 1
+            if probe >= _MAX_PROBES or not low < guess < high:
+                guess = (low + high) // 2
+        if best is not None:
+            return best
+    raise ValueError(f"seq_len={seq_len} is too short: not even one character of a document fits")
+
+
+def _cut(segments: Segments, begin: int, end: int) -> list[tuple[str, bool]]:
+    cut: list[tuple[str, bool]] = []
+    position = 0
+    for text, trained in segments:
+        part = text[max(begin - position, 0) : max(end - position, 0)]
+        if part:
+            cut.append((part, trained))
+        position += len(text)
+    return cut

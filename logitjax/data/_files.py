@@ -1,0 +1,143 @@
+"""Text and JSON-lines files as examples."""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from absl import logging
+from etils import epath
+
+from logitjax.data._examples import Examples, hash_text, normalise, parse_split, slice_of
+
+# A paragraph alone is too little context, and a book as one document leaves nothing to hold out.
+_MIN_DOCUMENT = 2000
+_MAX_WARNINGS = 10
+
+
+class _Errors:
+    """Counts malformed rows; raises on the first one unless they are to be skipped."""
+
+    def __init__(self, on_error: str):
+        self._raise = on_error == "raise"
+        self.count = 0
+
+    def report(self, where: str, reason: object) -> None:
+        if self._raise:
+            raise ValueError(f"{where}: {reason}")
+        self.count += 1
+        if self.count <= _MAX_WARNINGS:
+            logging.warning("skipped malformed row %s: %s", where, reason)
+        if self.count == _MAX_WARNINGS:
+            logging.warning("further malformed rows are counted silently")
+
+
+def _files(path: str, suffixes: tuple[str, ...], name: str, spec: str) -> list[epath.Path]:
+    """The files of one split: PATH itself, PATH/<split>/, PATH/<split>.<suffix>, or all below."""
+    root = epath.Path(path).expanduser()
+    if not root.exists():
+        raise FileNotFoundError(f"{spec}: no such file or directory: {root}")
+    if root.is_dir():
+        below = root / name
+        files = [root / (name + suffix) for suffix in suffixes]
+        files = [file for file in files if file.exists()]
+        if below.exists() and below.is_dir():
+            root = below
+        elif files:
+            return files
+        elif name != "train":
+            raise ValueError(_no_split(spec, name))
+        files = sorted(file for s in suffixes for file in root.rglob("*" + s) if file.is_file())
+        if not files:
+            raise FileNotFoundError(f"{spec}: no {' or '.join(suffixes)} file under {root}")
+        return files
+    if name != "train":
+        raise ValueError(_no_split(spec, name))
+    return [root]
+
+
+def _no_split(spec: str, name: str) -> str:
+    return (
+        f"{spec} has no split {name!r}: take a part of it (split='train[95%:]') or give a "
+        f"directory with one file or folder a split"
+    )
+
+
+def paragraphs_to_documents(text: str, minimum: int = _MIN_DOCUMENT) -> list[str]:
+    """Join blank-line separated blocks, in order, into documents of at least `minimum` characters.
+
+    >>> paragraphs_to_documents("a b\\n\\nc\\n\\n\\nd e f", minimum=4)
+    ['a b\\n\\nc', 'd e f']
+    """
+    documents: list[str] = []
+    pending: list[str] = []
+    for block in re.split(r"\n[^\S\n]*\n\s*", text.replace("\r\n", "\n").strip()):
+        pending.append(block)
+        if sum(map(len, pending)) >= minimum:
+            documents.append("\n\n".join(pending))
+            pending = []
+    if pending:
+        documents.append("\n\n".join(pending))
+    return [document for document in documents if document.strip()]
+
+
+def load_text(path: str, *, split: str, on_error: str, spec: str) -> Examples:
+    """A directory's files are one document each; a single file is cut between paragraphs."""
+    name, start, stop = parse_split(split)
+    errors = _Errors(on_error)
+    digest = hashlib.sha256()
+    rows: list[dict[str, Any]] = []
+    whole_files = epath.Path(path).expanduser().is_dir()
+    for file in _files(path, (".txt",), name, spec):
+        content = file.read_bytes()
+        digest.update(hashlib.sha256(content).digest())
+        try:
+            text = content.decode()
+        except UnicodeDecodeError as error:
+            errors.report(str(file), f"not UTF-8 at byte {error.start}")
+            continue
+        documents = [text] if whole_files and text.strip() else paragraphs_to_documents(text)
+        rows += [{"id": f"{file.name}:{i}", "text": d} for i, d in enumerate(documents)]
+    return _finish(rows, digest, errors, start, stop, spec, split)
+
+
+def load_jsonl(
+    path: str, *, split: str, on_error: str, spec: str, columns: Mapping[str, str] | None = None
+) -> Examples:
+    """One JSON object a line, read into memory; larger corpora belong in a tfds dataset."""
+    name, start, stop = parse_split(split)
+    errors = _Errors(on_error)
+    digest = hashlib.sha256(json.dumps(dict(columns or {}), sort_keys=True).encode())
+    rows: list[dict[str, Any]] = []
+    for file in _files(path, (".jsonl",), name, spec):
+        content = file.read_bytes()
+        digest.update(hashlib.sha256(content).digest())
+        for number, line in enumerate(content.split(b"\n"), start=1):
+            if not line.strip():
+                continue
+            try:
+                row = normalise(json.loads(line), columns)
+            except json.JSONDecodeError as error:
+                errors.report(f"{file}:{number}", f"not JSON: {error.msg} at column {error.colno}")
+            except ValueError as error:
+                errors.report(f"{file}:{number}", error)
+            else:
+                rows.append({"id": f"{file.name}:{number}"} | row)
+    return _finish(rows, digest, errors, start, stop, spec, split)
+
+
+def _finish(
+    rows: list[dict[str, Any]],
+    digest: Any,
+    errors: _Errors,
+    start: str | None,
+    stop: str | None,
+    spec: str,
+    split: str,
+) -> Examples:
+    part = slice_of(start, stop, len(rows))
+    if errors.count:
+        logging.warning("%s: %d malformed rows skipped, %d kept", spec, errors.count, len(rows))
+    fingerprint = hash_text(f"{digest.hexdigest()} {part.start}:{part.stop}")
+    return Examples(rows[part], fingerprint=fingerprint, errors=errors.count, source=spec)

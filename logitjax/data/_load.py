@@ -1,0 +1,110 @@
+"""One way in for every source: ``load_examples``."""
+
+import os
+from collections.abc import Mapping
+from typing import Literal
+
+from etils import epath
+
+from logitjax.data._examples import Examples
+from logitjax.data._files import load_jsonl, load_text
+
+
+def load_examples(
+    spec: str,
+    *,
+    split: str = "train",
+    on_error: Literal["raise", "skip"] = "raise",
+    data_dir: str | os.PathLike[str] | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> Examples:
+    """Read examples from text files, JSON lines or a tfds dataset.
+
+    The sources:
+
+    * ``text:PATH``. A directory's ``*.txt`` files (recursively, sorted) are one document each. A
+      single file is cut between paragraphs into documents of at least 2,000 characters.
+    * ``jsonl:PATH``, a file or a directory of ``*.jsonl``. A row is ``{"text"}``,
+      ``{"prompt", "response"}`` or ``{"messages": [{"role", "content"}, ...]}``, optionally with an
+      ``id``. It is read into memory.
+    * ``tfds:NAME`` or ``tfds:NAME:CONFIG``, read from array_record without TensorFlow. Our own
+      ``wiki_summaries`` and ``austen`` are prepared on first use; others have to be there already
+      (``python -m experiments.prepare NAME`` writes them).
+
+    ``split`` follows tfds: a name, optionally with a slice (``'train[:95%]'``, ``'train[100:]'``).
+    Files have the single split ``train``, unless PATH is a directory with ``<split>/`` or
+    ``<split>.txt``/``<split>.jsonl`` in it.
+
+    Args:
+        spec: ``kind:location`` as above.
+        split: the split, perhaps sliced.
+        on_error: what a malformed row does: ``'raise'`` names file and line; ``'skip'`` logs and
+            counts it in ``.errors``.
+        data_dir: where tfds datasets lie; default ``$TFDS_DATA_DIR``, else
+            ``~/tensorflow_datasets``.
+        columns: names to read under other names, e.g. ``{"question": "prompt", "answer":
+            "response"}``.
+
+    Returns:
+        The examples, with ``.errors`` and ``.fingerprint``.
+
+    Raises:
+        FileNotFoundError: a path, or a dataset that nobody has prepared.
+        ValueError: an unknown source or split, a malformed row, or no examples at all.
+
+    >>> import pathlib, tempfile
+    >>> path = pathlib.Path(tempfile.mkdtemp()) / "rows.jsonl"
+    >>> _ = path.write_text('{"prompt": "2 + 2 = ", "response": "4"}\\n{"text": 3}\\n')
+    >>> examples = load_examples(f"jsonl:{path}", on_error="skip")
+    >>> len(examples), examples.errors, examples[0]["response"]
+    (1, 1, '4')
+    """
+    kind, _, location = spec.partition(":")
+    if kind not in ("text", "jsonl", "tfds") or not location:
+        raise ValueError(
+            f"unknown data source {spec!r}: expected text:PATH, jsonl:PATH or tfds:NAME[:CONFIG]"
+        )
+    if on_error not in ("raise", "skip"):
+        raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
+    if kind == "text":
+        if columns:
+            raise ValueError("columns has no meaning for text files")
+        examples = load_text(location, split=split, on_error=on_error, spec=spec)
+    elif kind == "jsonl":
+        examples = load_jsonl(location, split=split, on_error=on_error, spec=spec, columns=columns)
+    else:
+        # tfds is slow to import, and most runs on files never need it.
+        from logitjax.data._tfds import load_tfds
+
+        examples = load_tfds(location, split=split, data_dir=data_dir, spec=spec, columns=columns)
+    if not len(examples):
+        skipped = f" ({examples.errors} malformed rows skipped)" if examples.errors else ""
+        raise ValueError(f"{spec}: no examples in split {split!r}{skipped}")
+    return examples
+
+
+def prepare(
+    name: str,
+    *,
+    data_dir: str | os.PathLike[str] | None = None,
+    manual_dir: str | os.PathLike[str] | None = None,
+) -> epath.Path:
+    """Write a tfds dataset as array_record, unless it is there; returns its directory.
+
+    Our own datasets need no TensorFlow; those that come with tfds mostly do
+    (``pip install 'logitjax[prepare]'``). Reading never does.
+
+    Args:
+        name: ``NAME`` or ``NAME:CONFIG``.
+        data_dir: where it goes; default ``$TFDS_DATA_DIR``, else ``~/tensorflow_datasets``.
+        manual_dir: where files lie that are fetched by hand; default
+            ``<data_dir>/downloads/manual``.
+
+    Raises:
+        FileNotFoundError: what the dataset is made from is missing; says how to get it.
+        ValueError: tfds has no such dataset.
+        ModuleNotFoundError: TensorFlow is needed and missing.
+    """
+    from logitjax.data import _tfds
+
+    return _tfds.prepare(name, data_dir=data_dir, manual_dir=manual_dir)

@@ -1,0 +1,68 @@
+"""The order of rows: a permutation per epoch that needs no memory and never changes."""
+
+from functools import lru_cache
+
+import numpy as np
+
+_ROUNDS = 8
+_MASK64 = 0xFFFFFFFFFFFFFFFF
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """splitmix64's finaliser."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+@lru_cache(maxsize=16)
+def _round_keys(seed: int, epoch: int) -> np.ndarray:
+    state = np.array([seed & _MASK64, (seed >> 64) & _MASK64, epoch & _MASK64], np.uint64)
+    key = np.zeros(1, np.uint64)
+    for word in state:
+        key = _mix(key + word + np.uint64(0x9E3779B97F4A7C15))
+    steps = np.arange(1, _ROUNDS + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    return _mix(key + steps)
+
+
+def permute(positions: np.ndarray, *, length: int, seed: int, epoch: int) -> np.ndarray:
+    """Where `positions` of an epoch go under its permutation of ``range(length)``.
+
+    A Feistel network over the next even power of two, repeated for what falls outside (cycle
+    walking). NumPy's own ``permutation`` may change between releases and holds all indices.
+
+    >>> [int(i) for i in sorted(permute(np.arange(5), length=5, seed=1, epoch=0))]
+    [0, 1, 2, 3, 4]
+    """
+    half = np.uint64(max(1, -(-(length - 1).bit_length() // 2)))
+    low = np.uint64((1 << int(half)) - 1)
+    keys = _round_keys(seed, epoch)
+    values = np.asarray(positions, np.uint64).copy()
+    todo = np.ones(values.shape, bool)
+    while todo.any():
+        left, right = values[todo] >> half, values[todo] & low
+        for key in keys:
+            left, right = right, left ^ (_mix(right + key) & low)
+        values[todo] = (left << half) | right
+        todo = values >= np.uint64(length)
+    return values.astype(np.int64)
+
+
+def global_indices(step: int, *, length: int, seed: int, batch_size: int) -> np.ndarray:
+    """The rows of batch `step`: consecutive places in the endless sequence of permuted epochs."""
+    places = np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.int64)
+    epochs, positions = np.divmod(places, length)
+    rows = np.empty(batch_size, np.int64)
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        rows[here] = permute(positions[here], length=length, seed=seed, epoch=int(epoch))
+    return rows
+
+
+def process_slice(batch_size: int, process_index: int, process_count: int) -> slice:
+    if process_count < 1 or batch_size % process_count:
+        raise ValueError(f"batch_size={batch_size} must divide by process_count={process_count}")
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index={process_index} must lie in [0, {process_count})")
+    share = batch_size // process_count
+    return slice(process_index * share, (process_index + 1) * share)

@@ -1,0 +1,263 @@
+"""Pack documents into rows, once, for all processes and runs."""
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from absl import logging
+from etils import epath
+from tqdm import tqdm
+
+from logitjax.data._array_record import ShardWriter, replace_atomically
+from logitjax.data._documents import (
+    DocumentTooLong,
+    Encoder,
+    Piece,
+    Render,
+    render_example,
+    split_document,
+)
+from logitjax.data._examples import Example, Examples
+from logitjax.data._packed import MANIFEST, PackedDataset, encode_row, read_manifest
+from logitjax.data._tokenizer import Tokenizer
+
+_FORMAT = 1
+_ROWS_PER_SHARD = 1 << 16
+# Rows kept open for documents that fill their rest; more fill better and cost time.
+_OPEN_ROWS = 64
+
+
+def pack(
+    examples: Sequence[Example],
+    tokenizers: Mapping[str, Tokenizer],
+    *,
+    seq_len: int,
+    directory: str | os.PathLike[str],
+    render: Render | Mapping[str, Render] = render_example,
+    add_bos: bool | Mapping[str, bool] | None = None,
+    add_eos: bool = True,
+    on_long: Literal["split", "skip", "raise"] = "split",
+    overwrite: bool = False,
+) -> PackedDataset:
+    """Pack examples into rows of `seq_len` tokens, or reuse what an equal call has packed.
+
+    Every row holds the same documents for every tokenizer, each with its own tokens and mask; it
+    is full when it is full for any of them. Documents that fit into a row are never cut (best fit
+    among the open rows); longer ones are cut before white space, at one place for all tokenizers.
+    The rows depend on nothing but the arguments, so hosts without a common disk may each pack.
+
+    On several hosts with a common disk let process 0 pack and the others call it after a barrier.
+
+    Args:
+        examples: what :func:`logitjax.data.load_examples` returns, or any sequence of such rows.
+        tokenizers: a name of your choice to a tokenizer.
+        seq_len: tokens a row.
+        directory: where the rows go; may be remote (``gs://``).
+        render: an example to (text, learnt) segments; per tokenizer if a mapping. A callable's
+            ``fingerprint`` attribute, else its qualified name, enters the fingerprint.
+        add_bos: start documents with the beginning-of-sequence token; default: what the tokenizer's
+            own ``add_bos`` says, else no.
+        add_eos: end documents with the end-of-sequence token.
+        on_long: what happens to a document longer than a row: it is cut, left out (and counted in
+            ``.statistics``), or an error.
+        overwrite: replace rows packed from something else instead of raising.
+
+    Returns:
+        The rows as a :class:`logitjax.data.PackedDataset`.
+
+    Raises:
+        ValueError: nothing to pack, `directory` holds rows packed from something else (says from
+            what), or a document is too long and may not be cut.
+
+    >>> import tempfile
+    >>> class Bytes:
+    ...     vocab_size, bos_id, eos_id, pad_id, fingerprint = 257, None, 256, 256, "bytes"
+    ...     def encode(self, text, add_bos=False): return list(text.encode())
+    ...     def decode(self, ids): return bytes(i for i in ids if i < 256).decode()
+    >>> rows = pack([{"text": "one"}, {"text": "three"}], {"pivot": Bytes()}, seq_len=12,
+    ...             directory=tempfile.mkdtemp())
+    >>> len(rows), rows.batch(0, seed=0, batch_size=1)["pivot"]["segment_ids"].tolist()
+    (1, [[1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 0, 0]])
+    """
+    if not tokenizers:
+        raise ValueError("tokenizers is empty")
+    if "row" in tokenizers:
+        raise ValueError("tokenizers: the name 'row' is taken by the row indices of a batch")
+    if seq_len < 2:
+        raise ValueError(f"seq_len must be at least 2, got {seq_len}")
+    if on_long not in ("split", "skip", "raise"):
+        raise ValueError(f"on_long must be 'split', 'skip' or 'raise', got {on_long!r}")
+    if not isinstance(examples, Examples):
+        examples = Examples(examples)
+    if not len(examples):
+        raise ValueError(f"{examples.source}: no examples to pack")
+    encoders = {
+        name: Encoder(
+            tokenizer=tokenizer, add_bos=_adds_bos(name, tokenizer, add_bos), add_eos=add_eos
+        )
+        for name, tokenizer in tokenizers.items()
+    }
+    renders = dict(render) if isinstance(render, Mapping) else dict.fromkeys(tokenizers, render)
+    if set(renders) != set(tokenizers):
+        raise ValueError(f"render must name the tokenizers {sorted(tokenizers)}")
+    made_from = {
+        "format": _FORMAT,
+        "examples": examples.fingerprint,
+        "seq_len": seq_len,
+        "tokenizers": {
+            name: [e.tokenizer.fingerprint, e.add_bos, e.add_eos] for name, e in encoders.items()
+        },
+        "render": {name: _name_of(r) for name, r in renders.items()},
+        "on_long": on_long,
+    }
+    root = epath.Path(directory).expanduser()
+    if (root / MANIFEST).exists() and not overwrite:
+        _check_same(read_manifest(root)["made_from"], made_from, root)
+        return PackedDataset(root)
+
+    statistics: dict[str, int] = {"documents": 0, "pieces": 0, "too_long": 0}
+    pieces = _pieces(examples, renders, encoders, seq_len, on_long, statistics)
+    if overwrite and (root / MANIFEST).exists():
+        (root / MANIFEST).unlink()
+    tokens, rows = dict.fromkeys(tokenizers, 0), 0
+    writer = ShardWriter(root, _ROWS_PER_SHARD)
+    pad_ids = {name: _pad_id(tokenizer) for name, tokenizer in tokenizers.items()}
+    try:
+        for row in best_fit(pieces, seq_len):
+            writer.write(encode_row([_lay_out(row, n, seq_len, pad_ids[n]) for n in tokenizers]))
+            rows += 1
+            for name in tokens:
+                tokens[name] += sum(len(piece[name][0]) for piece in row)
+    except BaseException:
+        writer.abort()
+        raise
+    writer.close()
+    if not rows:
+        raise ValueError(f"{examples.source}: every document is longer than seq_len={seq_len}")
+    manifest = {
+        "fingerprint": _digest(made_from),
+        "made_from": made_from,
+        "source": examples.source,
+        "seq_len": seq_len,
+        "tokenizers": list(tokenizers),
+        "pad_ids": pad_ids,
+        "shards": writer.shards,
+        "statistics": statistics | {"rows": rows, "tokens": tokens},
+    }
+    # The manifest comes last: without it the shards do not count.
+    replace_atomically(root / MANIFEST, json.dumps(manifest, indent=1).encode())
+    logging.info("packed %s into %s: %s", examples.source, root, manifest["statistics"])
+    return PackedDataset(root)
+
+
+def _pieces(
+    examples: Iterable[Example],
+    renders: Mapping[str, Render],
+    encoders: Mapping[str, Encoder],
+    seq_len: int,
+    on_long: str,
+    statistics: dict[str, int],
+) -> Iterator[Piece]:
+    for number, example in enumerate(
+        tqdm(examples, desc="packing", unit="doc", leave=False, disable=not sys.stderr.isatty())
+    ):
+        statistics["documents"] += 1
+        rendered = {name: render(example) for name, render in renders.items()}
+        try:
+            for piece in split_document(rendered, encoders, seq_len, may_split=on_long == "split"):
+                statistics["pieces"] += 1
+                yield piece
+        except DocumentTooLong as error:
+            if on_long != "skip":
+                raise DocumentTooLong(f"example {example.get('id', number)}: {error}") from None
+            statistics["too_long"] += 1
+
+
+def best_fit(
+    pieces: Iterable[Piece], seq_len: int, open_rows: int = _OPEN_ROWS
+) -> Iterator[list[Piece]]:
+    """Put each piece into the open row that it fills best; a row that must make room goes out."""
+    rows: list[list[Piece]] = []
+    room = np.zeros((0, 0), np.int64)
+    for piece in pieces:
+        need = np.asarray([len(ids) for ids, _ in piece.values()], np.int64)
+        room = room.reshape(len(rows), len(need))
+        fits = np.flatnonzero((room >= need).all(axis=1))
+        if len(fits):
+            place = int(fits[np.argmin((room[fits] - need).min(axis=1))])
+            rows[place].append(piece)
+            room[place] -= need
+        else:
+            if len(rows) == open_rows:
+                fullest = int(np.argmin(room.min(axis=1)))
+                yield rows.pop(fullest)
+                room = np.delete(room, fullest, axis=0)
+            rows.append([piece])
+            room = np.concatenate([room, seq_len - need[None]])
+            place = len(rows) - 1
+        if not room[place].min():
+            yield rows.pop(place)
+            room = np.delete(room, place, axis=0)
+    yield from rows
+
+
+def _lay_out(
+    row: Sequence[Piece], name: str, seq_len: int, pad_id: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    tokens = np.full(seq_len, pad_id, np.int32)
+    segment_ids = np.zeros(seq_len, np.int32)
+    loss_mask = np.zeros(seq_len, bool)
+    begin = 0
+    for segment, piece in enumerate(row, start=1):
+        ids, learnt = piece[name]
+        here = slice(begin, begin + len(ids))
+        tokens[here], segment_ids[here], loss_mask[here] = ids, segment, learnt
+        begin += len(ids)
+    return tokens, segment_ids, loss_mask
+
+
+def _pad_id(tokenizer: Tokenizer) -> int:
+    """Padding is masked everywhere, so any valid id does when the tokenizer has none of its own."""
+    for candidate in (tokenizer.pad_id, tokenizer.eos_id):
+        if candidate is not None:
+            return candidate
+    return 0
+
+
+def _adds_bos(name: str, tokenizer: Tokenizer, choice: bool | Mapping[str, bool] | None) -> bool:
+    if isinstance(choice, Mapping):
+        choice = choice.get(name)
+    return bool(getattr(tokenizer, "add_bos", False) if choice is None else choice)
+
+
+def _name_of(render: Callable[..., Any]) -> str:
+    fingerprint = getattr(render, "fingerprint", None)
+    return str(fingerprint or f"{render.__module__}.{render.__qualname__}")
+
+
+def _digest(made_from: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
+
+
+def _check_same(old: Mapping[str, Any], new: Mapping[str, Any], root: epath.Path) -> None:
+    differs = []
+    for key in sorted({*old, *new}):
+        before, now = old.get(key), new.get(key)
+        if before == now:
+            continue
+        if key == "tokenizers" and isinstance(before, Mapping) and isinstance(now, Mapping):
+            names = [n for n in sorted({*before, *now}) if before.get(n) != now.get(n)]
+            differs.append(f"tokenizers ({', '.join(names)})")
+        elif key == "examples":
+            differs.append("examples (other data)")
+        else:
+            differs.append(f"{key} ({before} there, {now} asked for)")
+    if differs:
+        raise ValueError(
+            f"{root} was packed from something else: {', '.join(differs)} differ; use another "
+            f"directory, or overwrite=True"
+        )

@@ -1,0 +1,261 @@
+"""Packed rows on disk: batches that are a pure function of the seed and the step."""
+
+import json
+import os
+import queue
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from logitjax.data._array_record import ShardReader
+from logitjax.data._order import global_indices, process_slice
+
+MANIFEST = "manifest.json"
+_MANIFEST_KEYS = {"fingerprint", "made_from", "seq_len", "tokenizers", "pad_ids", "shards"}
+_PREFETCH = 2
+
+# One tokenizer's arrays, or under the key "row" the indices of the rows themselves.
+Batch = dict[str, Any]
+
+
+def encode_row(arrays: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> bytes:
+    """Tokens, segment ids and loss mask of each tokenizer, one after the other."""
+    parts = []
+    for tokens, segment_ids, loss_mask in arrays:
+        parts += [tokens.astype("<i4"), segment_ids.astype("<i4"), loss_mask.astype("u1")]
+    return b"".join(part.tobytes() for part in parts)
+
+
+def _positions(segment_ids: np.ndarray) -> np.ndarray:
+    """Positions that start again at every segment, 0 in the padding."""
+    index = np.arange(segment_ids.shape[-1], dtype=np.int32)
+    starts = np.ones(segment_ids.shape, bool)
+    starts[..., 1:] = segment_ids[..., 1:] != segment_ids[..., :-1]
+    begin = np.maximum.accumulate(np.where(starts, index, 0), axis=-1)
+    return np.where(segment_ids > 0, index - begin, 0).astype(np.int32)
+
+
+class PackedDataset:
+    """Rows of packed documents, tokenised by one or several tokenizers.
+
+    Made by :func:`logitjax.data.pack` or, where somebody else has packed,
+    :func:`logitjax.data.open_packed`. A batch is ``{name: {"tokens", "segment_ids", "positions",
+    "loss_mask"}, "row"}`` of NumPy arrays [batch, seq_len] (int32, the mask bool) and [batch]
+    (int64), where ``name`` is a tokenizer's name given to ``pack``:
+
+    * ``segment_ids`` counts the documents of a row from 1; 0 is padding. Segment s holds the same
+      text for every tokenizer.
+    * ``positions`` start at 0 in every segment.
+    * ``loss_mask[t]`` says whether ``tokens[t]`` is to be predicted, from ``t - 1``. It is false
+      for the first token of a segment, so no prediction crosses documents.
+
+    Nothing depends on what was read before: batch ``step`` can be had alone, in any order, and the
+    state of a data pipeline is the step.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]):
+        self.directory = epath.Path(directory).expanduser()
+        self.manifest = read_manifest(self.directory)
+        self.fingerprint: str = self.manifest["fingerprint"]
+        self.seq_len: int = self.manifest["seq_len"]
+        self.names: tuple[str, ...] = tuple(self.manifest["tokenizers"])
+        self.pad_ids: dict[str, int] = self.manifest["pad_ids"]
+        self.statistics: dict[str, Any] = self.manifest.get("statistics", {})
+        self._reader = ShardReader(self.directory, self.manifest["shards"])
+
+    def __len__(self) -> int:
+        return len(self._reader)
+
+    def __repr__(self) -> str:
+        return (
+            f"PackedDataset({os.fspath(self.directory)!r}, {len(self)} rows of {self.seq_len}, "
+            f"{', '.join(self.names)})"
+        )
+
+    def indices(
+        self,
+        step: int,
+        *,
+        seed: int,
+        batch_size: int,
+        process_index: int = 0,
+        process_count: int = 1,
+    ) -> np.ndarray:
+        """The rows that batch `step` reads on this process, int64 [batch_size / process_count].
+
+        Each epoch visits every row once, in an order of its own; a batch may straddle two epochs.
+        The concatenation over processes is the same whatever their number.
+        """
+        if step < 0:
+            raise ValueError(f"step must not be negative, got {step}")
+        mine = process_slice(batch_size, process_index, process_count)
+        rows = global_indices(step, length=len(self), seed=seed, batch_size=batch_size)
+        return rows[mine]
+
+    def batch(
+        self,
+        step: int,
+        *,
+        seed: int,
+        batch_size: int,
+        process_index: int = 0,
+        process_count: int = 1,
+    ) -> Batch:
+        """This process's part of batch `step`; `batch_size` is the global one."""
+        return self.rows(
+            self.indices(
+                step,
+                seed=seed,
+                batch_size=batch_size,
+                process_index=process_index,
+                process_count=process_count,
+            )
+        )
+
+    def rows(self, indices: Sequence[int] | np.ndarray) -> Batch:
+        """The given rows as a batch; an index of -1 gives a row of padding."""
+        indices = np.asarray(indices, np.int64)
+        real = indices >= 0
+        size = 9 * self.seq_len
+        raw = np.zeros((len(indices), len(self.names), size), np.uint8)
+        for place, record in zip(
+            np.flatnonzero(real), self._reader.read(indices[real].tolist()), strict=True
+        ):
+            if len(record) != size * len(self.names):
+                raise ValueError(
+                    f"row {indices[place]} of {self.directory} has {len(record)} bytes instead of "
+                    f"{size * len(self.names)}"
+                )
+            raw[place] = np.frombuffer(record, np.uint8).reshape(len(self.names), size)
+        batch: Batch = {"row": indices}
+        cuts = (4 * self.seq_len, 8 * self.seq_len)
+        for k, name in enumerate(self.names):
+            tokens = np.ascontiguousarray(raw[:, k, : cuts[0]]).view("<i4")
+            segment_ids = np.ascontiguousarray(raw[:, k, cuts[0] : cuts[1]]).view("<i4")
+            tokens[~real] = self.pad_ids[name]
+            batch[name] = {
+                "tokens": tokens.astype(np.int32, copy=False),
+                "segment_ids": segment_ids.astype(np.int32, copy=False),
+                "positions": _positions(segment_ids),
+                "loss_mask": raw[:, k, cuts[1] :] != 0,
+            }
+        return batch
+
+    def iterate(
+        self,
+        start_step: int = 0,
+        *,
+        seed: int,
+        batch_size: int,
+        process_index: int = 0,
+        process_count: int = 1,
+        stop_step: int | None = None,
+        prefetch: int = _PREFETCH,
+    ) -> Iterator[Batch]:
+        """Batches from `start_step` on, read ahead by a thread; endless without `stop_step`."""
+
+        def produce() -> Iterator[Batch]:
+            step = start_step
+            while stop_step is None or step < stop_step:
+                yield self.batch(
+                    step,
+                    seed=seed,
+                    batch_size=batch_size,
+                    process_index=process_index,
+                    process_count=process_count,
+                )
+                step += 1
+
+        return read_ahead(produce(), prefetch)
+
+    def iterate_once(
+        self,
+        *,
+        batch_size: int,
+        process_index: int = 0,
+        process_count: int = 1,
+        max_rows: int | None = None,
+        prefetch: int = _PREFETCH,
+    ) -> Iterator[Batch]:
+        """All rows (or the first `max_rows`) in order, for evaluation.
+
+        Every process gets the same number of batches of the same shape; what is missing at the end
+        are rows of padding with row index -1 and nothing to predict.
+        """
+        mine = process_slice(batch_size, process_index, process_count)
+        count = len(self) if max_rows is None else min(max_rows, len(self))
+
+        def produce() -> Iterator[Batch]:
+            for begin in range(0, count, batch_size):
+                places = np.arange(begin, begin + batch_size)
+                yield self.rows(np.where(places < count, places, -1)[mine])
+
+        return read_ahead(produce(), prefetch)
+
+
+def read_manifest(directory: epath.Path) -> Mapping[str, Any]:
+    path = directory / MANIFEST
+    if not path.exists():
+        raise FileNotFoundError(f"no packed data in {directory} (it has no {MANIFEST})")
+    try:
+        manifest = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged ({error}); delete {directory} and pack again"
+        ) from None
+    missing = _MANIFEST_KEYS - set(manifest) if isinstance(manifest, dict) else _MANIFEST_KEYS
+    if missing:
+        raise ValueError(f"{path} lacks {sorted(missing)}; delete {directory} and pack again")
+    return manifest
+
+
+def open_packed(directory: str | os.PathLike[str]) -> PackedDataset:
+    """Open what :func:`logitjax.data.pack` has written, without data or tokenizers at hand.
+
+    Raises:
+        FileNotFoundError: there is nothing packed, or a shard is missing.
+        ValueError: the manifest or a shard is damaged.
+    """
+    return PackedDataset(directory)
+
+
+def read_ahead(batches: Iterator[Batch], depth: int) -> Iterator[Batch]:
+    """Draw from `batches` in a thread, at most `depth` in advance; errors come out here."""
+    if depth < 1:
+        yield from batches
+        return
+    ready: queue.Queue[tuple[bool, Any]] = queue.Queue(depth)
+    stopped = threading.Event()
+
+    def put(item: tuple[bool, Any]) -> bool:
+        while not stopped.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        try:
+            for batch in batches:
+                if not put((True, batch)):
+                    return
+            put((False, None))
+        except BaseException as error:
+            put((False, error))
+
+    threading.Thread(target=work, name="logitjax-data", daemon=True).start()
+    try:
+        while True:
+            more, item = ready.get()
+            if not more:
+                if item is not None:
+                    raise item
+                return
+            yield item
+    finally:
+        stopped.set()

@@ -1,0 +1,32 @@
+"""What the data layer asks of a tokenizer."""
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """Text to token ids and back; ``fingerprint`` changes whenever any encoding could.
+
+    ``bos_id``, ``eos_id`` and ``pad_id`` may be ``None``. A tokenizer whose model expects a
+    beginning-of-sequence token may carry ``add_bos = True``: :func:`logitjax.data.pack` obeys it.
+    """
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def bos_id(self) -> int | None: ...
+
+    @property
+    def eos_id(self) -> int | None: ...
+
+    @property
+    def pad_id(self) -> int | None: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def encode(self, text: str, add_bos: bool = False) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
