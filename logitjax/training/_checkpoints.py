@@ -1,0 +1,338 @@
+"""Checkpoints of the whole training state, through orbax."""
+
+import json
+import logging as python_logging
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from logitjax.training._sharding import path_string
+
+_SIZES = "_SIZES"
+
+
+class Restored(NamedTuple):
+    """What :meth:`Checkpointer.restore` returns."""
+
+    state: Any
+    step: int
+    extra: dict[str, Any]
+
+
+class Checkpointer:
+    """Saves and restores a state with its step and a JSON dictionary beside it.
+
+    Saving is asynchronous: it returns once the state is copied, and the files appear under their
+    final name only when they are complete. Each checkpoint carries a checksum of every leaf, so
+    that not only a missing or short file but a changed bit is noticed. All processes must call
+    every method. Leaves are stored under their path, and restore into any tree with these paths.
+
+    Args:
+      directory: of the checkpoints; ``gs://`` works.
+      max_to_keep: how many to keep; None for all.
+      asynchronous: write in the background.
+
+    >>> import tempfile
+    >>> state = {"w": jnp.arange(3.0)}
+    >>> with Checkpointer(tempfile.mkdtemp()) as checkpointer:
+    ...     _ = checkpointer.save(5, state, extra={"seed": 1})
+    ...     restored = checkpointer.restore_latest(state)
+    >>> restored.step, restored.extra, restored.state["w"].tolist()
+    (5, {'seed': 1}, [0.0, 1.0, 2.0])
+    """
+
+    def __init__(
+        self,
+        directory: str | epath.Path,
+        *,
+        max_to_keep: int | None = 3,
+        asynchronous: bool = True,
+    ):
+        self.directory = epath.Path(directory)
+        if "://" not in str(directory):
+            self.directory = self.directory.resolve()
+        if self.directory.exists() and not self.directory.is_dir():
+            raise ValueError(f"checkpoint directory {str(directory)!r} is a file")
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=max_to_keep,
+                cleanup_tmp_directories=True,
+                enable_async_checkpointing=asynchronous,
+            ),
+        )
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def save(self, step: int, state: Any, extra: Mapping[str, Any] | None = None) -> bool:
+        """Saves the state, unless this step is there already.
+
+        Args:
+          step: its step.
+          state: a pytree of global arrays. It may be donated as soon as this returns.
+          extra: a JSON dictionary.
+
+        Returns:
+          Whether it was saved.
+        """
+        if step in self.steps():
+            return False
+        meta = {"extra": dict(extra or {}), "checksums": _checksums(state)}
+        saved = self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(_nested(state)),
+                meta=ocp.args.JsonSave(meta),
+            ),
+            force=True,
+        )
+        self._record_sizes([done for done in self.steps() if done != step])
+        return saved
+
+    def steps(self) -> list[int]:
+        """The steps that can be restored, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def restore(self, state: Any, step: int) -> Restored:
+        """Restores one checkpoint onto the mesh of ``state``, whichever mesh it was saved from.
+
+        Args:
+          state: a pytree of arrays or ``ShapeDtypeStruct`` with shardings, as from
+            :func:`abstract_train_state`. Arrays are not written to.
+          step: which one.
+
+        Returns:
+          ``(state, step, extra)``.
+
+        Raises:
+          ValueError: if the checkpoint is not there, not readable, or of another state.
+        """
+        if step not in self.steps():
+            raise ValueError(f"no checkpoint of step {step} in {self.directory}: {self.steps()}")
+        try:
+            return self._read(state, step)
+        except _UnreadableError as error:
+            raise ValueError(f"checkpoint {step} in {self.directory}: {error}") from None
+
+    def restore_latest(self, state: Any) -> Restored | None:
+        """Restores the newest checkpoint that can be read.
+
+        One that cannot is reported in the log and renamed to ``corrupt_STEP``, and the one before
+        it is used.
+
+        Args:
+          state: as for :meth:`restore`.
+
+        Returns:
+          ``(state, step, extra)``, or None if there is no checkpoint at all.
+
+        Raises:
+          ValueError: if there are checkpoints and none can be read, or one is of another state.
+        """
+        steps = self.steps()[::-1]
+        reasons: list[str] = []
+        for tried, step in enumerate(steps):
+            try:
+                restored = self._read(state, step)
+            except _UnreadableError as error:
+                reasons.append(f"checkpoint {step} in {self.directory} is corrupt: {error}")
+                older = steps[tried + 1 : tried + 2]
+                then = f"using checkpoint {older[0]}" if older else "there is none before it"
+                logging.warning("%s; %s", reasons[-1], then)
+                continue
+            if tried:
+                self._set_aside(steps[:tried])
+            return restored
+        if reasons:
+            raise ValueError(f"{reasons[0]}; no older checkpoint can be read either")
+        return None
+
+    def wait(self) -> None:
+        """Waits until the last save is on disk."""
+        self._manager.wait_until_finished()
+        self._record_sizes(self.steps())
+
+    def close(self) -> None:
+        """Waits, and ends the background threads."""
+        self.wait()
+        self._manager.close()
+
+    def _read(self, state: Any, step: int) -> Restored:
+        self._manager.wait_until_finished()
+        said: str | None = None
+        mismatch: str | None = None
+        read: Any = None
+        # Failing reads leave asyncio tasks behind, which complain at length.
+        asyncio_log = python_logging.getLogger("asyncio")
+        level = asyncio_log.level
+        asyncio_log.setLevel(python_logging.CRITICAL + 1)
+        try:
+            self._check_sizes(step)
+            wanted = _nested(jax.tree.map(_abstract, state))
+            mismatch = _mismatch(wanted, self._manager.item_metadata(step)["state"].tree)
+            if mismatch is None:
+                read = self._manager.restore(
+                    step,
+                    args=ocp.args.Composite(
+                        state=ocp.args.StandardRestore(wanted),
+                        meta=ocp.args.JsonRestore(),
+                    ),
+                )
+        except Exception as error:
+            said = f"{type(error).__name__}: {str(error).splitlines()[0]}"[:200]
+        finally:
+            asyncio_log.setLevel(level)
+        if not _all_processes(said is None):
+            raise _UnreadableError(said or "another process could not read it")
+        if mismatch is not None:
+            raise ValueError(f"checkpoint {step} in {self.directory}: {mismatch}")
+        leaves = [_lookup(read["state"], path) for path in _paths(state)]
+        restored = jax.tree.unflatten(jax.tree.structure(state), leaves)
+        expected = read["meta"].get("checksums", {})
+        for name, value in _checksums(restored).items():
+            if expected.get(name) != value:
+                raise _UnreadableError(f"the checksum of {name!r} differs")
+        return Restored(restored, step, read["meta"].get("extra", {}))
+
+    def _record_sizes(self, steps: list[int]) -> None:
+        if jax.process_index() != 0:
+            return
+        for step in steps:
+            record = self.directory / str(step) / _SIZES
+            if record.parent.is_dir() and not record.exists():
+                record.write_text(json.dumps(_sizes(record.parent)))
+
+    def _check_sizes(self, step: int) -> None:
+        directory = self.directory / str(step)
+        record = directory / _SIZES
+        if not record.exists():
+            return  # Killed before it was written; the checksums still tell.
+        found = _sizes(directory)
+        for name, size in json.loads(record.read_text()).items():
+            if name not in found:
+                raise OSError(f"{name} is missing")
+            if found[name] != size:
+                raise OSError(f"{name} has {found[name]} bytes, not {size}")
+
+    def _set_aside(self, steps: list[int]) -> None:
+        if jax.process_index() == 0:
+            for step in steps:
+                source = self.directory / str(step)
+                aside = self.directory / f"corrupt_{step}"
+                if aside.exists():
+                    aside.rmtree()
+                source.rename(aside)
+        _all_processes(True)
+        self._manager.reload()
+
+
+class _UnreadableError(Exception):
+    pass
+
+
+def _paths(tree: Any) -> list[str]:
+    return [path_string(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+
+
+def _nested(tree: Any) -> dict[str, Any]:
+    """The leaves in nested dicts by path: what is stored does not depend on any class."""
+    nested: dict[str, Any] = {}
+    for path, leaf in zip(_paths(tree), jax.tree.leaves(tree)):
+        *parents, name = path.split("/")
+        node = nested
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return nested
+
+
+def _lookup(nested: Any, path: str) -> Any:
+    for name in path.split("/"):
+        nested = nested[name]
+    return nested
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _mismatch(wanted: Any, stored: Any) -> str | None:
+    wanted = dict(zip(_paths(wanted), jax.tree.leaves(wanted)))
+    stored = dict(zip(_paths(stored), jax.tree.leaves(stored)))
+    for name, leaf in wanted.items():
+        if name not in stored:
+            return f"it lacks {name!r}"
+        there = stored[name]
+        if not _is_key(leaf) and (tuple(there.shape), np.dtype(there.dtype)) != (
+            tuple(leaf.shape),
+            np.dtype(leaf.dtype),
+        ):
+            return (
+                f"{name!r} is {np.dtype(there.dtype)}{list(there.shape)} in it, expected "
+                f"{np.dtype(leaf.dtype)}{list(leaf.shape)}"
+            )
+    for name in stored:
+        if name not in wanted:
+            return f"it holds {name!r}, which this state lacks"
+    return None
+
+
+def _sizes(directory: epath.Path) -> dict[str, int]:
+    sizes = {}
+    pending = [directory]
+    while pending:
+        for path in pending.pop().iterdir():
+            if path.is_dir():
+                pending.append(path)
+            elif path.name not in (_SIZES, "_CHECKPOINT_METADATA"):
+                sizes[str(path.relative_to(directory))] = path.stat().length
+    return sizes
+
+
+@jax.jit
+def _sum_bits(leaves: list[jax.Array]) -> jax.Array:
+    def total(leaf: jax.Array) -> jax.Array:
+        if _is_key(leaf):
+            leaf = jax.random.key_data(leaf)
+        if leaf.dtype == jnp.bool_:
+            bits = leaf
+        else:
+            width = leaf.dtype.itemsize
+            unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(width, jnp.uint32)
+            bits = jax.lax.bitcast_convert_type(leaf, unsigned)
+        # Integer sums wrap and commute: the same on every mesh.
+        return jnp.sum(bits.astype(jnp.uint32), dtype=jnp.uint32)
+
+    return jnp.stack([total(leaf) for leaf in leaves])
+
+
+def _checksums(tree: Any) -> dict[str, int]:
+    leaves = jax.tree.leaves(tree)
+    sums = _sum_bits(leaves)
+    if not sums.is_fully_addressable:
+        mesh = next(x.sharding.mesh for x in leaves if isinstance(x.sharding, NamedSharding))
+        sums = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P()))(sums)
+    return {name: int(value) for name, value in zip(_paths(tree), np.asarray(sums))}
+
+
+def _all_processes(ok: bool) -> bool:
+    if jax.process_count() == 1:
+        return ok
+    return bool(multihost_utils.process_allgather(np.asarray(ok)).all())

@@ -1,0 +1,203 @@
+"""The training loop: resume, report, save, stop."""
+
+import collections
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+from jax.experimental import multihost_utils
+
+from logitjax.training._checkpoints import Checkpointer
+from logitjax.training._metrics import MetricAccumulator, MetricWriter, NullWriter
+from logitjax.training._preemption import Preempted, watch_for_preemption
+from logitjax.training._sharding import path_string
+from logitjax.training._state import TrainState
+from logitjax.training._step import StepOutput
+from logitjax.training._workdir import lock_workdir
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or its gradient stopped being finite.
+
+    Attributes:
+      step: the update that failed, counted from 1.
+      path: the file with its batch, if a workdir was given.
+    """
+
+    def __init__(self, message: str, step: int, path: str | None):
+        super().__init__(message)
+        self.step, self.path = step, path
+
+
+def train_loop(
+    state: TrainState,
+    step_fn: Callable[[TrainState, Any], tuple[TrainState, StepOutput]],
+    batches: Callable[[int], Any],
+    *,
+    total_steps: int,
+    workdir: str | epath.Path | None = None,
+    checkpointer: Checkpointer | None = None,
+    checkpoint_every: int = 0,
+    log_every: int = 10,
+    eval_fn: Callable[[TrainState, int], Mapping[str, float]] | None = None,
+    eval_every: int = 0,
+    writer: MetricWriter | None = None,
+    identity: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> TrainState:
+    """Trains to ``total_steps``, from the newest checkpoint if there is one, bit for bit.
+
+    Steps count finished updates. Update ``s + 1`` uses ``batches(s)``, which must depend on ``s``
+    alone: the data state of a checkpoint is its step. The host runs ahead of the device by one step
+    and waits for it only to log, evaluate and save. SIGTERM (to any of the processes) saves and
+    raises :class:`Preempted`; the same call continues.
+
+    Args:
+      state: at step 0, or where to go on without a checkpoint. It is consumed.
+      step_fn: from :func:`make_train_step`; with constants, ``functools.partial`` of it.
+      batches: step -> this process's rows of the global batch.
+      total_steps: number of updates at the end.
+      workdir: locked while the loop runs; gets ``nonfinite/step_STEP.npz``.
+      checkpointer: saves and resumes; it is left open.
+      checkpoint_every: steps between checkpoints; the last step is always saved.
+      log_every: steps between log lines: means of all metrics since the last, ``tokens_per_second``
+        (by the count of the loss) and ``seconds_per_step``.
+      eval_fn: ``(state, step) -> scalars``, logged as ``eval/NAME``.
+      eval_every: steps between evaluations; the last step is always evaluated.
+      writer: where metrics go (:func:`make_writer`).
+      identity: a JSON dictionary kept in the checkpoints, such as the fingerprint of the data. A
+        checkpoint with another one is refused.
+      progress: a tqdm bar, if standard error is a terminal.
+
+    Returns:
+      The final state.
+
+    Raises:
+      NonFiniteError: after the batch is saved; the update was not applied.
+      Preempted: after SIGTERM and saving.
+      WorkdirInUseError: if another run holds the workdir.
+      ValueError: if the checkpoint is of another state or identity.
+    """
+    writer = NullWriter() if writer is None else writer
+    with contextlib.ExitStack() as stack:
+        if workdir is not None:
+            stack.enter_context(lock_workdir(workdir))
+        told_to_stop = stack.enter_context(watch_for_preemption())
+        state, start = _resume(state, checkpointer, identity or {})
+        writer.resume(start)
+        bar = stack.enter_context(_progress_bar(start, total_steps, progress))
+
+        accumulator = MetricAccumulator()
+        pending: collections.deque[tuple[int, Any, StepOutput]] = collections.deque()
+
+        def check_finite(keep: int) -> None:
+            while len(pending) > keep:
+                _check_finite(*pending.popleft(), workdir=workdir)
+
+        def save(step: int) -> None:
+            check_finite(0)
+            if checkpointer is not None and checkpointer.save(step, state, identity):
+                logging.info("saving checkpoint %d", step)
+
+        clock, logged = time.perf_counter(), start
+        for step in range(start + 1, total_steps + 1):
+            batch = batches(step - 1)
+            state, output = step_fn(state, batch)
+            pending.append((step, batch, output))
+            accumulator.add(output.metrics)
+            check_finite(keep=1)
+            if bar is not None:
+                bar.update()
+            last = step == total_steps
+            if log_every and (step % log_every == 0 or last):
+                check_finite(0)
+                sums = accumulator.sums()
+                scalars = accumulator.compute()
+                elapsed = time.perf_counter() - clock
+                if step - logged > 0:
+                    scalars["seconds_per_step"] = elapsed / (step - logged)
+                    scalars["tokens_per_second"] = sums["loss"][1] / elapsed
+                writer.write_scalars(step, scalars)
+                if bar is not None:
+                    bar.set_postfix(loss=f"{scalars['loss']:.4g}")
+                accumulator.reset()
+                clock, logged = time.perf_counter(), step
+            paused = time.perf_counter()
+            if eval_fn is not None and (last or (eval_every and step % eval_every == 0)):
+                check_finite(0)
+                scores = eval_fn(state, step)
+                writer.write_scalars(step, {f"eval/{k}": v for k, v in scores.items()})
+            if last or (checkpoint_every and step % checkpoint_every == 0):
+                save(step)
+            if told_to_stop(step) and not last:
+                save(step)
+                if checkpointer is not None:
+                    checkpointer.wait()
+                writer.flush()
+                logging.warning("SIGTERM: stopped after step %d", step)
+                raise Preempted(step)
+            clock += time.perf_counter() - paused
+        check_finite(0)
+        if checkpointer is not None:
+            checkpointer.wait()
+        writer.flush()
+    return state
+
+
+def _resume(
+    state: TrainState, checkpointer: Checkpointer | None, identity: Mapping[str, Any]
+) -> tuple[TrainState, int]:
+    restored = None if checkpointer is None else checkpointer.restore_latest(state)
+    if restored is None:
+        return state, int(state.step)
+    for name, value in identity.items():
+        if name in restored.extra and restored.extra[name] != value:
+            raise ValueError(
+                f"{name}: checkpoint {restored.step} has {restored.extra[name]!r}, this run "
+                f"{value!r}; use another workdir"
+            )
+    logging.info("resuming at step %d", restored.step)
+    return restored.state, restored.step
+
+
+def _check_finite(step: int, batch: Any, output: StepOutput, *, workdir: Any) -> None:
+    if bool(output.finite):
+        return
+    means = MetricAccumulator()
+    means.add(output.metrics)
+    values = means.compute()
+    said = f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}"
+    path = None
+    if workdir is not None:
+        # Every process sees the same flag, so all come here.
+        if jax.process_count() > 1:
+            batch = multihost_utils.process_allgather(batch, tiled=True)
+        target = epath.Path(workdir) / "nonfinite" / f"step_{step}.npz"
+        path = str(target)
+        if jax.process_index() == 0:
+            leaves = jax.tree_util.tree_flatten_with_path(jax.device_get(batch))[0]
+            arrays: dict[str, Any] = {
+                path_string(key) or "batch": np.asarray(leaf) for key, leaf in leaves
+            }
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with target.open("wb") as file:
+                np.savez(file, **arrays, step=np.asarray(step))
+        said += f"; its batch is in {path}"
+    raise NonFiniteError(said, step, path)
+
+
+@contextlib.contextmanager
+def _progress_bar(start: int, total: int, wanted: bool) -> Any:
+    if not wanted or jax.process_index() != 0 or not sys.stderr.isatty():
+        yield None
+        return
+    import tqdm
+
+    with tqdm.tqdm(initial=start, total=total, unit="step", dynamic_ncols=True) as bar:
+        yield bar

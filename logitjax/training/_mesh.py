@@ -1,0 +1,138 @@
+"""The device mesh and the placement of batches on it."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+
+def make_mesh(spec: str = "data:-1,fsdp:1,tensor:1", devices: Any = None) -> Mesh:
+    """Makes the mesh that a specification such as ``data:-1,fsdp:2`` describes.
+
+    The axes are ``data`` (copies of the model), ``fsdp`` (the batch *and* the parameters are split)
+    and ``tensor`` (heads, feed-forward and vocabulary are split). An axis that the specification
+    leaves out has size 1, and at most one size may be -1: whatever is left of the devices. All axes
+    are ``Auto``: the compiler propagates shardings.
+
+    Args:
+      spec: comma-separated ``axis:size``, outermost axis first.
+      devices: the devices, by default all of them; those of an ahead-of-time topology will do.
+
+    Returns:
+      The mesh over exactly these devices.
+
+    Raises:
+      ValueError: on another axis or syntax, or sizes that do not multiply to the device count.
+
+    >>> dict(make_mesh("fsdp:-1", devices=jax.devices()[:1]).shape)
+    {'fsdp': 1, 'data': 1, 'tensor': 1}
+    """
+    devices = jax.devices() if devices is None else list(np.asarray(devices).flat)
+    sizes: dict[str, int] = {}
+    for part in spec.split(","):
+        name, _, size = part.strip().partition(":")
+        if name not in AXES or name in sizes:
+            raise ValueError(
+                f"mesh {spec!r}: expected each of {', '.join(AXES)} at most once, got {part!r}"
+            )
+        try:
+            sizes[name] = int(size)
+        except ValueError:
+            raise ValueError(
+                f"mesh {spec!r}: expected 'axis:size' such as 'data:-1', got {part!r}"
+            ) from None
+        if sizes[name] == 0 or sizes[name] < -1:
+            raise ValueError(f"mesh {spec!r}: a size is positive or -1, got {part!r}")
+    free = [name for name, size in sizes.items() if size == -1]
+    if len(free) > 1:
+        raise ValueError(f"mesh {spec!r}: only one axis may be -1, got {' and '.join(free)}")
+    fixed = int(np.prod([size for size in sizes.values() if size > 0], dtype=np.int64))
+    if free:
+        if len(devices) % fixed:
+            raise ValueError(f"mesh {spec!r}: {fixed} does not divide the {len(devices)} devices")
+        sizes[free[0]] = len(devices) // fixed
+    elif fixed != len(devices):
+        raise ValueError(f"mesh {spec!r}: it needs {fixed} devices, there are {len(devices)}")
+    for name in AXES:
+        sizes.setdefault(name, 1)
+    return jax.make_mesh(
+        tuple(sizes.values()),
+        tuple(sizes),
+        axis_types=(AxisType.Auto,) * len(sizes),
+        devices=devices,
+    )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of a batch: its first dimension over ``data`` and ``fsdp``."""
+    axes = tuple(name for name in mesh.axis_names if name in BATCH_AXES)
+    return NamedSharding(mesh, PartitionSpec(axes))
+
+
+def process_slice(mesh: Mesh) -> tuple[int, int]:
+    """Which share of a global batch this process feeds: ``(index, count)``.
+
+    Usually the process's own index and count. Processes that the ``tensor`` axis joins hold the
+    same rows and so get the same index.
+
+    >>> process_slice(make_mesh("data:1", devices=jax.devices()[:1]))
+    (0, 1)
+    """
+    shards = batch_sharding(mesh).devices_indices_map((batch_shards(mesh),))
+    rows: dict[int, set[int]] = {}
+    for device, (index,) in shards.items():
+        rows.setdefault(device.process_index, set()).add(index.indices(batch_shards(mesh))[0])
+    shares = sorted({tuple(sorted(share)) for share in rows.values()})
+    flat = [row for share in shares for row in share]
+    if len(flat) != len(set(flat)) or len({len(share) for share in shares}) > 1:
+        raise ValueError(
+            f"mesh {dict(mesh.shape)}: processes share batch rows unevenly; make data x fsdp a "
+            f"multiple of the process count, or a divisor of it"
+        )
+    return shares.index(tuple(sorted(rows[jax.process_index()]))), len(shares)
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Into how many pieces the mesh cuts a batch."""
+    return int(np.prod([mesh.shape[name] for name in mesh.axis_names if name in BATCH_AXES]))
+
+
+def make_global_batch(mesh: Mesh, batch: Any) -> Any:
+    """Makes one global array, sharded over ``data`` and ``fsdp``, of every process's rows.
+
+    Args:
+      mesh: the mesh.
+      batch: a pytree of numpy arrays ``[local_batch, ...]``: this process's rows, the
+        :func:`process_slice` share of the global batch.
+
+    Returns:
+      The same pytree of ``jax.Array`` ``[global_batch, ...]``.
+
+    Raises:
+      ValueError: if a leaf has no batch dimension, or the mesh does not divide it.
+
+    >>> mesh = make_mesh("data:1", devices=jax.devices()[:1])
+    >>> make_global_batch(mesh, {"tokens": np.zeros((4, 7), np.int32)})["tokens"].shape
+    (4, 7)
+    """
+    sharding = batch_sharding(mesh)
+    pieces, count = batch_shards(mesh), process_slice(mesh)[1]
+
+    def place(path: Any, leaf: Any) -> jax.Array:
+        if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
+            return leaf
+        leaf = np.asarray(leaf)
+        if leaf.ndim == 0 or leaf.shape[0] * count % pieces:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise ValueError(
+                f"batch {name!r}: its first dimension times {count} processes must be a "
+                f"multiple of data x fsdp = {pieces}, got shape {leaf.shape}"
+            )
+        shape = (leaf.shape[0] * count, *leaf.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, leaf, shape)
+
+    return jax.tree_util.tree_map_with_path(place, batch)

@@ -1,0 +1,219 @@
+"""Metrics: exact means of (sum, count) pairs, and where they are written."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+
+
+class MetricAccumulator:
+    """Sums ``{name: (sum, count)}`` over steps; divides once, when asked.
+
+    Values stay on the device until then: adding does not wait for the step.
+
+    >>> accumulator = MetricAccumulator()
+    >>> accumulator.add({"loss": (6.0, 2.0)})
+    >>> accumulator.add({"loss": (0.0, 4.0)})
+    >>> accumulator.compute()
+    {'loss': 1.0}
+    """
+
+    def __init__(self) -> None:
+        self._pending: list[Any] = []
+
+    def add(self, metrics: Mapping[str, tuple[Any, Any]]) -> None:
+        self._pending.append(dict(metrics))
+
+    def sums(self) -> dict[str, tuple[float, float]]:
+        """The total (sum, count) of every name."""
+        totals: dict[str, np.ndarray] = {}
+        for metrics in jax.device_get(self._pending):
+            for name, pair in metrics.items():
+                totals[name] = totals.get(name, np.zeros(2)) + np.asarray(pair, np.float64)
+        return {name: (float(total), float(count)) for name, (total, count) in totals.items()}
+
+    def compute(self) -> dict[str, float]:
+        """The mean of every name; nan where nothing was counted."""
+        return {
+            name: total / count if count else math.nan
+            for name, (total, count) in self.sums().items()
+        }
+
+    def reset(self) -> None:
+        self._pending = []
+
+
+@runtime_checkable
+class MetricWriter(Protocol):
+    """Takes scalars. ``resume(step)`` drops what a killed run wrote after that step."""
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None: ...
+
+    def resume(self, step: int) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class NullWriter:
+    """Writes nothing: what every process but the first gets."""
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        pass
+
+    def resume(self, step: int) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class JsonlWriter(NullWriter):
+    """One JSON object per line, ``{"step": 10, "loss": 1.5}``; nan and infinity become null.
+
+    Object stores cannot append: there the file is written anew at every flush.
+
+    Args:
+      path: of the file.
+    """
+
+    def __init__(self, path: str | epath.Path):
+        self._path = epath.Path(path)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._remote = "://" in str(path)
+        self._lines: list[str] = []
+        if self._remote and self._path.exists():
+            self._lines = self._path.read_text().splitlines()
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        values = {k: float(v) if math.isfinite(v) else None for k, v in scalars.items()}
+        line = json.dumps({"step": int(step), **values})
+        if self._remote:
+            self._lines.append(line)
+            return
+        with self._path.open("a") as file:
+            file.write(line + "\n")
+
+    def resume(self, step: int) -> None:
+        if not self._path.exists():
+            return
+        kept = []
+        for line in self._path.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError):
+                continue  # The last line of a killed run may be half a line.
+        self._lines = kept if self._remote else []
+        text = "".join(line + "\n" for line in kept)
+        partial = self._path.with_name(self._path.name + ".tmp")
+        partial.write_text(text)
+        partial.replace(self._path)
+
+    def flush(self) -> None:
+        if self._remote:
+            self._path.write_text("".join(line + "\n" for line in self._lines))
+
+    def close(self) -> None:
+        self.flush()
+
+
+class LogWriter(NullWriter):
+    """One log line per step, through absl."""
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        logging.info("step %d: %s", step, "  ".join(f"{k} {v:.5g}" for k, v in scalars.items()))
+
+
+class TensorBoardWriter(NullWriter):
+    """TensorBoard event files, through tensorboardX (the extra ``tensorboard``).
+
+    Args:
+      directory: of the event files.
+    """
+
+    def __init__(self, directory: str | epath.Path):
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError:
+            raise ImportError(
+                "TensorBoardWriter needs tensorboardX: pip install 'logitjax[tensorboard]'"
+            ) from None
+        self._make, self._directory = SummaryWriter, str(directory)
+        self._purge: int | None = None
+        self._writer: Any = None
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        if self._writer is None:
+            self._writer = self._make(self._directory, purge_step=self._purge)
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, step)
+
+    def resume(self, step: int) -> None:
+        self.close()
+        self._purge = step + 1
+
+    def flush(self) -> None:
+        if self._writer is not None:
+            self._writer.flush()
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+class MultiWriter(NullWriter):
+    """Hands everything to several writers.
+
+    Args:
+      writers: these.
+    """
+
+    def __init__(self, writers: Iterable[MetricWriter]):
+        self._writers = tuple(writers)
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        for writer in self._writers:
+            writer.write_scalars(step, scalars)
+
+    def resume(self, step: int) -> None:
+        for writer in self._writers:
+            writer.resume(step)
+
+    def flush(self) -> None:
+        for writer in self._writers:
+            writer.flush()
+
+    def close(self) -> None:
+        for writer in self._writers:
+            writer.close()
+
+
+def make_writer(workdir: str | epath.Path | None, *, tensorboard: bool = False) -> MetricWriter:
+    """The usual writers: ``metrics.jsonl`` and the log; nothing off process 0.
+
+    Args:
+      workdir: where ``metrics.jsonl`` and ``tensorboard/`` go; None for the log alone.
+      tensorboard: write event files too.
+
+    Returns:
+      A writer.
+    """
+    if jax.process_index() != 0:
+        return NullWriter()
+    writers: list[MetricWriter] = [LogWriter()]
+    if workdir is not None:
+        writers.append(JsonlWriter(epath.Path(workdir) / "metrics.jsonl"))
+        if tensorboard:
+            writers.append(TensorBoardWriter(epath.Path(workdir) / "tensorboard"))
+    return MultiWriter(writers)

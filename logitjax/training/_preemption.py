@@ -1,0 +1,54 @@
+"""Being told to stop: SIGTERM on one process, or on any of many."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+
+class Preempted(SystemExit):
+    """The run was told to stop, and saved. Uncaught, it ends the process with status 143."""
+
+    def __init__(self, step: int):
+        super().__init__(128 + signal.SIGTERM)
+        self.step = step
+
+    def __str__(self) -> str:
+        return f"stopped by SIGTERM after step {self.step}"
+
+
+@contextlib.contextmanager
+def watch_for_preemption() -> Iterator[Callable[[int], bool]]:
+    """Gives a function that says, once per step, whether to save and stop now.
+
+    One process notices its SIGTERM; a second SIGTERM ends it at once. With several, JAX's
+    preemption service does: a SIGTERM to any of them makes all say yes at the same step, so all
+    must ask at every step.
+
+    >>> with watch_for_preemption() as told_to_stop:
+    ...     told_to_stop(1)
+    False
+    """
+    if jax.process_count() > 1:
+        # JAX has its own handler for SIGTERM, which ours would replace.
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    told = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda step: False
+        return
+    before = signal.getsignal(signal.SIGTERM)
+
+    def handle(*_: Any) -> None:
+        told.set()
+        signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
+
+    signal.signal(signal.SIGTERM, handle)
+    try:
+        yield lambda step: told.is_set()
+    finally:
+        signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)

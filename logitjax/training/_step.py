@@ -1,0 +1,251 @@
+"""One jitted update: microbatches, exact means, clipping, a finite flag."""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from logitjax.training._mesh import batch_sharding, batch_shards, make_global_batch
+from logitjax.training._metrics import MetricAccumulator
+from logitjax.training._sharding import path_mask
+from logitjax.training._state import TrainState
+
+LossFn = Callable[..., tuple[Any, Any, dict[str, tuple[Any, Any]]]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StepOutput:
+    """What a step reports, all on the device: reading it waits for the step.
+
+    Attributes:
+      metrics: name -> (sum, count). ``loss`` and ``grad_norm`` are always there.
+      finite: whether loss and gradient norm are; if not, the update was not applied.
+    """
+
+    metrics: Any
+    finite: Any
+
+
+class TrainStep:
+    """The compiled step that :func:`make_train_step` makes.
+
+    Attributes:
+      traces: how often it was traced: once per shape of the batch.
+    """
+
+    def __init__(
+        self,
+        loss_fn: LossFn,
+        tx: optax.GradientTransformation,
+        *,
+        accumulate: int,
+        mesh: Mesh | None,
+        trainable: str | None,
+        schedule: Callable[[Any], Any] | None,
+    ):
+        if accumulate < 1:
+            raise ValueError(f"accumulate: expected at least 1 microbatch, got {accumulate}")
+        self.traces = 0
+        self._loss_fn, self._tx, self._accumulate = loss_fn, tx, accumulate
+        self._mesh, self._trainable, self._schedule = mesh, trainable, schedule
+        self._jitted: Any = None
+
+    def __call__(
+        self, state: TrainState, batch: Any, constants: Any = None
+    ) -> tuple[TrainState, StepOutput]:
+        """Updates the state, which is donated: do not use the old one again."""
+        if self._mesh is not None:
+            batch = make_global_batch(self._mesh, batch)
+        return self._compiled_for(state)(state, batch, constants)
+
+    def lower(self, state: Any, batch: Any, constants: Any = None) -> Any:
+        """Lowers the step for abstract arguments with shardings: compile for a pod from a desk."""
+        return self._compiled_for(state).lower(state, batch, constants)
+
+    def _compiled_for(self, state: TrainState) -> Any:
+        if self._jitted is None:
+            # The state leaves as it came, whatever the compiler would prefer: no second trace.
+            shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+            report = None if self._mesh is None else NamedSharding(self._mesh, P())
+            self._jitted = jax.jit(self._step, donate_argnums=0, out_shardings=(shardings, report))
+        return self._jitted
+
+    def _step(self, state: TrainState, batch: Any, constants: Any) -> tuple[TrainState, StepOutput]:
+        self.traces += 1
+        key = jax.random.fold_in(state.rng, state.step)
+        mask = None if self._trainable is None else path_mask(state.params, self._trainable)
+
+        def loss(params: Any, micro: Any, index: Any) -> Any:
+            if mask is not None:
+                params = jax.tree.map(
+                    lambda leaf, kept: leaf if kept else jax.lax.stop_gradient(leaf), params, mask
+                )
+            extra = () if constants is None else (constants,)
+            total, count, metrics = self._loss_fn(
+                params, micro, jax.random.fold_in(key, index), *extra
+            )
+            sums = {"loss": (total, count), **metrics}
+            return jnp.asarray(total, jnp.float32), jax.tree.map(_float32, sums)
+
+        grad_fn = jax.grad(loss, has_aux=True)
+        if self._accumulate == 1:
+            grads, sums = grad_fn(state.params, batch, 0)
+            grads = jax.tree.map(_float32, grads)
+        else:
+            grads, sums = self._scan(grad_fn, state.params, batch)
+        count = jnp.maximum(sums["loss"][1], 1e-9)
+        grads = jax.tree.map(lambda g, p: (g / count).astype(p.dtype), grads, state.params)
+        norm = optax.tree.norm(jax.tree.map(_float32, grads))
+        finite = jnp.isfinite(sums["loss"][0]) & jnp.isfinite(norm)
+
+        updates, opt_state = self._tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        # A step that is not finite must not poison what a later checkpoint holds.
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (params, opt_state),
+            (state.params, state.opt_state),
+        )
+        sums["grad_norm"] = (norm, jnp.float32(1))
+        if self._schedule is not None:
+            sums["learning_rate"] = (_float32(self._schedule(state.step)), jnp.float32(1))
+        after = TrainState(step=state.step + 1, params=params, opt_state=opt_state, rng=state.rng)
+        return after, StepOutput(metrics=sums, finite=finite)
+
+    def _scan(self, grad_fn: Any, params: Any, batch: Any) -> Any:
+        parts = self._accumulate
+
+        def split(path: Any, leaf: Any) -> Any:
+            shards = 1 if self._mesh is None else batch_shards(self._mesh)
+            if leaf.shape[0] % (parts * shards):
+                name = jax.tree_util.keystr(path, simple=True, separator="/")
+                raise ValueError(
+                    f"batch {name!r}: accumulate x data x fsdp = {parts} x {shards} does not "
+                    f"divide the batch of {leaf.shape[0]}"
+                )
+            # Microbatch i takes rows i, i + parts, ...: each device splits the rows it has.
+            leaf = leaf.reshape(leaf.shape[0] // parts, parts, *leaf.shape[1:]).swapaxes(0, 1)
+            if self._mesh is None:
+                return leaf
+            spec = P(None, *batch_sharding(self._mesh).spec)
+            return jax.lax.with_sharding_constraint(leaf, NamedSharding(self._mesh, spec))
+
+        micros = jax.tree_util.tree_map_with_path(split, batch)
+
+        def body(carry: Any, item: Any) -> Any:
+            grads, sums = grad_fn(params, *item)
+            return jax.tree.map(lambda a, b: a + _float32(b), carry, (grads, sums)), None
+
+        # Zeros of the right structure: the metrics are known only to the loss.
+        shapes = jax.eval_shape(
+            lambda: grad_fn(params, jax.tree.map(lambda leaf: leaf[0], micros), 0)
+        )
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), shapes)
+        return jax.lax.scan(body, zeros, (micros, jnp.arange(parts)))[0]
+
+
+def _float32(leaf: Any) -> jax.Array:
+    return jnp.asarray(leaf, jnp.float32)
+
+
+def make_train_step(
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    *,
+    accumulate: int = 1,
+    mesh: Mesh | None = None,
+    trainable: str | None = None,
+    schedule: Callable[[Any], Any] | None = None,
+) -> TrainStep:
+    """Makes one jitted update with a donated state.
+
+    The gradient is that of ``sum of losses / count`` over the *global* batch: tokens weigh the same
+    whichever microbatch, device or process they fall into. With ``accumulate`` the microbatches run
+    in a ``lax.scan`` and sum in float32. A step whose loss or gradient is not finite leaves
+    parameters and optimizer state as they were and says so in its output.
+
+    Args:
+      loss_fn: ``(params, batch, rng) -> (loss_sum, count, {name: (sum, count)})``; with constants
+        it takes them as a fourth argument. ``count`` must not depend on the parameters.
+      tx: the optimizer; clipping is part of it (:func:`make_optimizer`).
+      accumulate: number of microbatches.
+      mesh: the mesh of the state. Batches may then be this process's numpy rows.
+      trainable: a regular expression; parameters whose path it does not match get no gradient. Give
+        the same one to :func:`make_optimizer`, so that they have no optimizer state either.
+      schedule: the learning rate as a function of the step, to be reported.
+
+    Returns:
+      ``step(state, batch, constants=None) -> (state, StepOutput)``. ``constants`` is a pytree that
+      every step gets and none changes: a teacher's parameters, the model under a LoRA.
+
+    Raises:
+      ValueError: if the microbatches and the mesh do not divide the batch.
+
+    >>> def loss_fn(params, batch, rng):
+    ...     error = (batch["x"] * params["w"] - 1.0) ** 2
+    ...     return error.sum(), error.size, {}
+    >>> from logitjax.training import create_train_state, make_mesh
+    >>> mesh = make_mesh("data:1", devices=jax.devices()[:1])
+    >>> tx = optax.sgd(0.25)
+    >>> state = create_train_state({"w": jnp.zeros(())}, tx, mesh=mesh)
+    >>> step = make_train_step(loss_fn, tx, accumulate=2, mesh=mesh)
+    >>> state, output = step(state, {"x": jnp.ones(4)})
+    >>> float(state.params["w"]), bool(output.finite)
+    (0.5, True)
+    """
+    return TrainStep(
+        loss_fn,
+        tx,
+        accumulate=accumulate,
+        mesh=mesh,
+        trainable=trainable,
+        schedule=schedule,
+    )
+
+
+def make_eval_step(loss_fn: LossFn, *, mesh: Mesh | None = None) -> Callable[..., Any]:
+    """Makes a jitted evaluation with the loss function of :func:`make_train_step`.
+
+    Args:
+      loss_fn: as there; its key is constant.
+      mesh: as there.
+
+    Returns:
+      ``step(params, batch, constants=None) -> {name: (sum, count)}`` with ``loss`` among them.
+    """
+
+    def step(params: Any, batch: Any, constants: Any) -> Any:
+        extra = () if constants is None else (constants,)
+        total, count, metrics = loss_fn(params, batch, jax.random.key(0), *extra)
+        return jax.tree.map(_float32, {"loss": (total, count), **metrics})
+
+    report = None if mesh is None else NamedSharding(mesh, P())
+    jitted = jax.jit(step, out_shardings=report)
+
+    def call(params: Any, batch: Any, constants: Any = None) -> Any:
+        if mesh is not None:
+            batch = make_global_batch(mesh, batch)
+        return jitted(params, batch, constants)
+
+    return call
+
+
+def evaluate(
+    eval_step: Callable[..., Any], params: Any, batches: Iterable[Any], constants: Any = None
+) -> dict[str, float]:
+    """Means over all batches, each divided once by its whole count.
+
+    >>> step = make_eval_step(lambda params, batch, rng: (batch.sum(), batch.size, {}))
+    >>> evaluate(step, {}, [jnp.ones(3), jnp.zeros(1)])
+    {'loss': 0.75}
+    """
+    accumulator = MetricAccumulator()
+    for batch in batches:
+        accumulator.add(eval_step(params, batch, constants))
+    return accumulator.compute()

@@ -1,0 +1,109 @@
+"""Starting one of several processes."""
+
+import importlib.util
+import os
+import pathlib
+
+import jax
+from absl import logging
+
+
+def initialize(
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    cluster: str = "auto",
+) -> tuple[int, int]:
+    """Joins the other processes of a run, if there are any. Call it before anything uses a device.
+
+    What is not given comes from ``JAX_COORDINATOR_ADDRESS``, ``JAX_NUM_PROCESSES`` and
+    ``JAX_PROCESS_ID`` (or ``JOB_COMPLETION_INDEX``, which Kubernetes sets in an indexed job). If
+    none of these is there, JAX finds the cluster: SLURM, Open MPI, Kubernetes, TPU pods. Without a
+    cluster this is a single process, and nothing happens.
+
+    Args:
+      coordinator_address: ``host:port`` of process 0.
+      num_processes: how many processes there are.
+      process_id: which one this is.
+      cluster: ``auto``; ``none`` to stay alone; or the kind to expect: ``tpu``, ``slurm``, ``k8s``,
+        ``ompi``.
+
+    Returns:
+      ``(process_index, process_count)``.
+
+    Raises:
+      ValueError: if some but not all three are known, or ``cluster`` is unknown.
+
+    >>> initialize(cluster="none")
+    (0, 1)
+    """
+    if cluster not in ("auto", "none", "tpu", "slurm", "k8s", "ompi"):
+        raise ValueError(f"cluster: expected auto, none, tpu, slurm, k8s or ompi, got {cluster!r}")
+    if cluster == "none" or jax.distributed.is_initialized():
+        return jax.process_index(), jax.process_count()
+    env = os.environ
+    if coordinator_address is None:
+        coordinator_address = env.get("JAX_COORDINATOR_ADDRESS")
+    if num_processes is None:
+        num_processes = _integer("JAX_NUM_PROCESSES")
+    if process_id is None:
+        process_id = _integer("JAX_PROCESS_ID")
+    found = cluster if cluster != "auto" else _detect()
+    if process_id is None and coordinator_address and found != "slurm":
+        process_id = _integer("JOB_COMPLETION_INDEX")
+    known = {
+        "coordinator_address": coordinator_address,
+        "num_processes": num_processes,
+        "process_id": process_id,
+    }
+    missing = [name for name, value in known.items() if value is None]
+    if not missing:
+        logging.info("process %s of %s, coordinator %s", *reversed(list(known.values())))
+        jax.distributed.initialize(
+            coordinator_address, num_processes, process_id, cluster_detection_method="deactivate"
+        )
+    elif found is not None:
+        logging.info("joining the %s cluster", found)
+        devices = _slurm_devices() if found == "slurm" else None
+        jax.distributed.initialize(**known, local_device_ids=devices)
+    elif len(missing) < 3:
+        raise ValueError(
+            f"{missing[0]}: expected with {' and '.join(n for n in known if n not in missing)} "
+            f"(flag or environment), got nothing"
+        )
+    return jax.process_index(), jax.process_count()
+
+
+def _integer(name: str) -> int | None:
+    text = os.environ.get(name)
+    if not text:
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{name}: expected an integer, got {text!r}") from None
+
+
+def _detect() -> str | None:
+    env = os.environ
+    if "SLURM_STEP_NODELIST" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
+        return "slurm"
+    if int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
+        return "ompi"
+    platforms = env.get("JAX_PLATFORMS", "")
+    tpu = any(pathlib.Path(path).exists() for path in ("/dev/accel0", "/dev/vfio/0"))
+    if tpu and (not platforms or "tpu" in platforms) and importlib.util.find_spec("libtpu"):
+        return "tpu"
+    if "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env:
+        return "k8s"
+    return None
+
+
+def _slurm_devices() -> list[int] | None:
+    """All GPUs of the node, where it runs one task; JAX would give that task the first one only."""
+    gpus = os.environ.get("SLURM_GPUS_ON_NODE", "")
+    tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "").split("(")[0]
+    if tasks == "1" and gpus.isdigit() and int(gpus) > 1:
+        return list(range(int(gpus)))
+    return None
