@@ -1,0 +1,412 @@
+"""Graph-on-logits distillation: match the co-activation graphs of two models' top logits."""
+
+import dataclasses
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Float
+
+from logitjax import ops, transport
+from logitjax.losses._graph_statistics import GraphStatistics, graph_statistics
+from logitjax.ops import Array
+
+Node = Literal["rank", "token"]
+Logits = Literal["standardized", "softmax", "raw", "standardized_top_k", "softmax_top_k"]
+Value = Literal["closed_form", "sorted_coupling"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GraphConfig:
+    """Which graph is built from the logits, and which number compares two of them.
+
+    The paper leaves these open. Settings under which the loss is identically zero are refused.
+
+    Attributes:
+        k: logits kept at each position.
+        node: ``rank``: node r is the r-th largest logit, so vocabularies need no alignment (the
+            paper's figure). ``token``: a node is a vocabulary entry (the paper's abstract).
+        feature: the number that stands for a node, see `transport.graph_features`. ``row_mean``
+            is ``row_sum`` divided by k.
+        logits: ``standardized``: z-scored over the vocabulary, then top-k; ``softmax``: over the
+            vocabulary, then top-k; ``raw`` logits scale the loss with their square; the
+            ``..._top_k`` forms see the kept logits only.
+        value: ``closed_form``: L1 of the sorted features. ``sorted_coupling``: the squared
+            difference of the two graphs under the matching that sorting finds, which is close to
+            the Gromov-Wasserstein optimum where the closed form is a loose bound.
+        probes: random probes for ``row_rms``; None is exact.
+        certificate: add bounds of the Gromov-Wasserstein cost to the metrics (with token nodes
+            it takes O(T^2 k)).
+    """
+
+    k: int = 10
+    node: Node = "rank"
+    feature: transport.Feature = "row_sum"
+    logits: Logits = "standardized"
+    value: Value = "closed_form"
+    probes: int | None = None
+    certificate: bool = False
+
+    def __post_init__(self):
+        for name, choices in (
+            ("node", Node),
+            ("feature", transport.Feature),
+            ("logits", Logits),
+            ("value", Value),
+        ):
+            chosen = getattr(self, name)
+            if chosen not in get_args(choices):
+                raise ValueError(f"{name}: expected one of {get_args(choices)}, got {chosen!r}")
+        if self.k < 1:
+            raise ValueError(f"k: expected at least 1, got {self.k}")
+        if self.probes is not None and (self.probes < 1 or self.feature != "row_rms"):
+            raise ValueError(
+                f"probes: expected None, or at least 1 with feature='row_rms'; got {self.probes} "
+                f"with feature={self.feature!r}"
+            )
+        reason = self._identically_zero()
+        if reason:
+            raise ValueError(f"this graph loss is identically zero: {reason}")
+
+    def _identically_zero(self) -> str | None:
+        sums = self.feature in ("row_sum", "row_mean")
+        if self.logits == "standardized_top_k":
+            if self.k <= 2:
+                return f"logits='standardized_top_k' gives the same values everywhere at k={self.k}"
+            if sums and self.value == "closed_form":
+                return (
+                    f"logits='standardized_top_k' makes each position sum to zero, so every "
+                    f"{self.feature} Z^T (Z 1) vanishes; use logits='standardized' or "
+                    "feature='off_diagonal'"
+                )
+        if self.logits == "softmax_top_k" and self.k == 1:
+            return "logits='softmax_top_k' is 1 everywhere at k=1"
+        if self.feature == "off_diagonal" and self.k == 1 and self.value == "closed_form":
+            return "feature='off_diagonal' has nothing off the diagonal at k=1"
+        return None
+
+    def check_vocabulary(self, vocab_size: int | None) -> None:
+        """ValueError where keeping the whole vocabulary makes the loss vanish."""
+        if (
+            vocab_size is not None
+            and self.k >= vocab_size
+            and self.logits == "standardized"
+            and self.feature in ("row_sum", "row_mean")
+            and self.value == "closed_form"
+        ):
+            raise ValueError(
+                f"this graph loss is identically zero: k={self.k} keeps the whole vocabulary of "
+                f"{vocab_size}, whose z-scores sum to zero, so every {self.feature} vanishes; "
+                "use a smaller k or feature='off_diagonal'"
+            )
+
+
+def graph_on_logits(
+    student: Float[Array, "*batch student_positions student_vocab"] | GraphStatistics,
+    teacher: Float[Array, "*batch teacher_positions teacher_vocab"] | GraphStatistics,
+    *,
+    config: GraphConfig = GraphConfig(),
+    student_where: Bool[Array, "*batch student_positions"] | None = None,
+    teacher_where: Bool[Array, "*batch teacher_positions"] | None = None,
+    axis_name: str | None = None,
+    sequence_axis_name: str | None = None,
+) -> tuple[Float[jax.Array, "*batch"], dict[str, jax.Array]]:
+    """Distance of the co-activation graphs of two models' top-k logits, one graph a sample.
+
+    Each position contributes the outer product of its k largest logits, so the graph sums over
+    positions: the two models may tokenize differently, and differ in length and vocabulary. The
+    graph is never formed; with T valid positions and features f::
+
+        Z[t, :]   transformed top-k logits of position t
+        C         Z^T Z / T
+        f         C 1 = Z^T (Z 1) / T                          O(T k)
+        loss      mean_r | sort(f_student)_r - sort(f_teacher)_r |       (closed_form)
+                  mean_rs ( C_student[rs] - C_teacher[rs] )^2, sorted    (sorted_coupling)
+
+    With token nodes sums run over all nodes and are divided by k (by k^2 for the coupling), so
+    that both kinds of node have one scale.
+
+    The loss sees neither the order of positions nor which token is which; it shapes logits whose
+    identity another loss must anchor. The teacher is under ``stop_gradient``.
+
+    Args:
+        student: logits ``[*batch, positions, vocab]``, or their `GraphStatistics`.
+        teacher: the same for the teacher; positions and vocabulary may differ.
+        config: what to compare.
+        student_where: valid student positions, ``[*batch, positions]``.
+        teacher_where: valid teacher positions.
+        axis_name: mesh axis that shards both vocabularies, inside ``shard_map``.
+        sequence_axis_name: mesh axis that shards both models' positions, inside ``shard_map``.
+
+    Returns:
+        The loss ``[*batch]`` in float32, zero where a sample has no valid position on either
+        side, and metrics, each ``[*batch]`` and without gradient. They show degenerate settings:
+
+        - ``closed_form``: the closed form, whatever ``config.value``.
+        - ``student_scale``, ``teacher_scale``: largest feature; near zero means nothing is seen.
+        - ``student_row_sum_min``, ``student_row_sum_max``: range of Z 1. If both are one, C 1 is
+          the summed distribution and co-activation has cancelled.
+        - ``moved``: share of the student's nodes that sorting moves. Zero for rank nodes whose
+          row sums are positive: the loss is then a row-sum-weighted, time-averaged L1 of sorted
+          logits.
+        - ``student_rank_one``: share of the energy of C along f (rank nodes); near one means that
+          the graph holds a single direction.
+        - ``student_tokens``, ``teacher_tokens``: valid positions.
+        - with ``config.certificate``: ``lower`` <= Gromov-Wasserstein (p = 2) <= ``upper``, in the
+          units of ``sorted_coupling``, and ``gap`` = upper / lower.
+
+    Raises:
+        ValueError: if k exceeds a vocabulary, or batches differ, or the setting is identically
+            zero.
+
+    A step with a `pmap` over devices (``jit`` with a mesh is the modern form):
+
+    >>> import jax, jax.numpy as jnp
+    >>> config = GraphConfig(k=4)
+    >>> student = jax.random.normal(jax.random.key(0), (jax.device_count(), 2, 8, 32))
+    >>> teacher = jax.random.normal(jax.random.key(1), (jax.device_count(), 2, 5, 48))
+    >>> def step(student, teacher):
+    ...     loss = lambda s: graph_on_logits(s, teacher, config=config)[0].mean()
+    ...     value, gradient = jax.value_and_grad(loss)(student)
+    ...     return jax.lax.pmean(value, "data"), gradient
+    >>> value, gradient = jax.pmap(step, axis_name="data")(student, teacher)
+    >>> gradient.shape == student.shape, bool((value == value[0]).all())
+    (True, True)
+
+    References:
+        InfiGFusion (arXiv 2505.13893), framework figure: plain L1 of the sorted row features of
+        C = Z^T Z. We divide by valid positions and k, standardise over the vocabulary before the
+        top-k (the order "top-k, then standardise" is identically zero), and offer what the paper
+        leaves open as options.
+    """
+    student = _statistics("student", student, config, axis_name)
+    teacher = jax.lax.stop_gradient(_statistics("teacher", teacher, config, axis_name))
+    if student.values.shape[:-2] != teacher.values.shape[:-2]:
+        raise ValueError(
+            f"teacher: expected batch shape {student.values.shape[:-2]} as the student's, "
+            f"got {teacher.values.shape[:-2]}"
+        )
+    student_where = _positions("student_where", student_where, student)
+    teacher_where = _positions("teacher_where", teacher_where, teacher)
+    names = [*_METRICS]
+    names += ["student_rank_one"] if config.node == "rank" else []
+    names += ["lower", "upper", "gap"] if config.certificate else []
+
+    def compare(*arrays):
+        half = len(arrays) // 2
+        loss, metrics = _compare(
+            _Graph(arrays[:half], student.vocab_size, config, sequence_axis_name),
+            _Graph(arrays[half:], teacher.vocab_size, config, sequence_axis_name),
+        )
+        return loss, *(metrics[name] for name in names)
+
+    out_ndims = (student.values.ndim - 2,) * (1 + len(names))
+    arrays = (*_arrays(student, student_where), *_arrays(teacher, teacher_where))
+    loss, *values = ops.over_batch(compare, out_ndims, *arrays)
+    return loss, jax.lax.stop_gradient(dict(zip(names, values)))
+
+
+_METRICS = (
+    "closed_form",
+    "student_scale",
+    "teacher_scale",
+    "student_row_sum_min",
+    "student_row_sum_max",
+    "moved",
+    "student_tokens",
+    "teacher_tokens",
+)
+
+
+def _compare(ours, theirs):
+    config = ours.config
+    if config.node == "token":
+        ours.nodes = theirs.nodes = max(ours.nodes, theirs.nodes)
+    f, g = (graph.features(config.feature, config.probes) for graph in (ours, theirs))
+    closed_form = jnp.sum(jnp.abs(jnp.sort(f, axis=-1) - jnp.sort(g, axis=-1)), axis=-1) / config.k
+    loss = closed_form
+    metrics = _metrics(ours, theirs, f, g) | {"closed_form": closed_form}
+    if config.value == "sorted_coupling" or config.certificate:
+        upper = _sorted_coupling_value(ours, theirs, f, g)
+        lower = _lower_bound(ours, theirs)
+        gap = upper / jnp.maximum(lower, jnp.finfo(jnp.float32).tiny)
+        metrics |= {"lower": lower, "upper": upper, "gap": gap}
+        if config.value == "sorted_coupling":
+            loss = upper
+    both = (ours.tokens > 0) & (theirs.tokens > 0)
+    return jnp.where(both, loss, 0.0), metrics
+
+
+def _arrays(statistics, where):
+    names = ("values", "indices", "log_z", "mean", "std")
+    return *(jnp.asarray(getattr(statistics, name)) for name in names), where
+
+
+def _positions(name, where, statistics):
+    shape = statistics.values.shape[:-1]
+    if where is None:
+        return jnp.ones(shape, bool)
+    if where.shape != shape:
+        raise ValueError(f"{name}: expected a position mask of shape {shape}, got {where.shape}")
+    return jnp.asarray(where)
+
+
+class _Graph:
+    """Z of one model: transformed, masked, and divided so that Z^T Z is a mean over positions."""
+
+    def __init__(self, arrays, vocab_size, config, sequence_axis_name):
+        values, indices, log_z, mean, std, self.valid = arrays
+        self.config, self.axis = config, sequence_axis_name
+        z = _transform(values, log_z, mean, std, config.logits)
+        self.tokens = ops.psum(self.valid.sum(-1, dtype=jnp.float32), self.axis)
+        scale = jax.lax.rsqrt(jnp.maximum(self.tokens, 1.0))[..., None, None]
+        self.unscaled = jnp.where(self.valid[..., None], z, 0.0)
+        self.z = self.unscaled * scale
+        self.ids, self.nodes = None, config.k
+        if config.node == "token":
+            self.ids, self.nodes = _token_nodes(indices, vocab_size, self.axis)
+
+    def features(self, feature, probes):
+        """Features per k: sums over all nodes are divided by k, not by the count of nodes."""
+        f = transport.graph_features(
+            self.z,
+            self.ids,
+            feature="row_sum" if feature == "row_mean" else feature,
+            num_nodes=self.nodes,
+            probes=probes,
+            sequence_axis_name=self.axis,
+        )
+        if feature == "row_mean":
+            return f / self.config.k
+        if feature == "row_rms":
+            return f * (self.nodes / self.config.k) ** 0.5
+        return f
+
+    def matrix(self):
+        return ops.psum(jnp.einsum("...tu,...tw->...uw", self.z, self.z), self.axis)
+
+
+def _statistics(name, outputs, config, axis_name):
+    if isinstance(outputs, GraphStatistics):
+        statistics = outputs.truncate(config.k)
+    else:
+        if jnp.ndim(outputs) < 2:
+            raise ValueError(
+                f"{name}: expected [*batch, positions, vocab], got shape {jnp.shape(outputs)}"
+            )
+        statistics = graph_statistics(outputs, config.k, axis_name=axis_name)
+    config.check_vocabulary(statistics.vocab_size)
+    return statistics
+
+
+def _transform(values, log_z, mean, std, logits):
+    """Z from the kept logits; an entry of -inf (k beyond the real vocabulary) becomes zero."""
+    real = values > -jnp.inf
+    values = jnp.where(real, values, 0.0)
+    if logits == "standardized":
+        z = (values - mean[..., None]) / _positive(std)[..., None]
+    elif logits == "softmax":
+        z = jnp.exp(values - log_z[..., None])
+    elif logits == "raw":
+        z = values
+    elif logits == "softmax_top_k":
+        return jax.nn.softmax(values, axis=-1, where=real)
+    else:
+        count = jnp.maximum(real.sum(-1, keepdims=True), 1)
+        centred = jnp.where(real, values - values.sum(-1, keepdims=True) / count, 0.0)
+        variance = jnp.square(centred).sum(-1, keepdims=True) / count
+        z = centred * jax.lax.rsqrt(_positive(variance))
+    return jnp.where(real, z, 0.0)
+
+
+def _positive(x):
+    return jnp.where(x > 0, x, 1.0)
+
+
+def _token_nodes(ids, vocab, axis):
+    """Node of each kept token: its id where the vocabulary is small, else its rank among ids."""
+    positions, k = ids.shape[-2:]
+    if axis is not None:
+        positions *= jax.lax.axis_size(axis)
+    if vocab is not None and vocab <= positions * k:
+        return ids, vocab
+    every = transport.gather_positions(ids, ids.ndim - 2, axis)
+    nodes = transport.compact_nodes(every)
+    if axis is not None:
+        start = jax.lax.axis_index(axis) * ids.shape[-2]
+        nodes = jax.lax.dynamic_slice_in_dim(nodes, start, ids.shape[-2], axis=nodes.ndim - 2)
+    return nodes, positions * k
+
+
+def _order(f):
+    return jnp.argsort(-jax.lax.stop_gradient(f), axis=-1)
+
+
+def _sorted_coupling_value(ours, theirs, f, g):
+    k = ours.config.k
+    if ours.ids is None:
+        c, d = (_permute(graph.matrix(), _order(x)) for graph, x in ((ours, f), (theirs, g)))
+        return jnp.mean(jnp.square(c - d), axis=(-2, -1))
+    left = (ours.z, _renumber(ours.ids, f))
+    right = (theirs.z, _renumber(theirs.ids, g))
+
+    def norm(x, y):
+        y = tuple(transport.gather_positions(part, part.ndim - 2, ours.axis) for part in y)
+
+        def one(a, b, c, d):
+            return transport.sparse_products(a, b, c, d, ours.nodes)[0]
+
+        for _ in range(x[0].ndim - 2):
+            one = jax.vmap(one)
+        return ops.psum(one(*x, *y), ours.axis)
+
+    value = norm(left, left) + norm(right, right) - 2 * norm(left, right)
+    return jnp.maximum(value, 0.0) / k**2
+
+
+def _permute(matrix, order):
+    matrix = jnp.take_along_axis(matrix, order[..., :, None], axis=-2)
+    return jnp.take_along_axis(matrix, order[..., None, :], axis=-1)
+
+
+def _renumber(ids, f):
+    """Name each node by its place in the sorted order, so that equal names are matched."""
+    place = jnp.argsort(_order(f), axis=-1)
+    flat = jnp.take_along_axis(place, ids.reshape(*ids.shape[:-2], -1), axis=-1)
+    return flat.reshape(ids.shape)
+
+
+def _lower_bound(ours, theirs):
+    """Two cheap lower bounds of the cost with p = 2, in the units of the sorted coupling."""
+    k = ours.config.k
+
+    def squares(feature):
+        f, g = (graph.features(feature, probes=None) for graph in (ours, theirs))
+        return jnp.square(jnp.sort(f, axis=-1) - jnp.sort(g, axis=-1)).sum(-1)
+
+    return jnp.maximum(squares("row_sum") / (ours.nodes * k**2), squares("row_rms") / k)
+
+
+def _metrics(ours, theirs, f, g):
+    row_sums = ours.unscaled.sum(-1)
+    low = jnp.min(jnp.where(ours.valid, row_sums, jnp.inf), axis=-1)
+    high = jnp.max(jnp.where(ours.valid, row_sums, -jnp.inf), axis=-1)
+    if ours.axis is not None:
+        low = jax.lax.pmin(jax.lax.stop_gradient(low), ours.axis)
+        high = jax.lax.pmax(jax.lax.stop_gradient(high), ours.axis)
+    ordered = jnp.sort(f, axis=-1, descending=True)
+    metrics = {
+        "student_scale": jnp.max(jnp.abs(f), axis=-1),
+        "teacher_scale": jnp.max(jnp.abs(g), axis=-1),
+        "student_row_sum_min": jnp.where(ours.tokens > 0, low, 0.0),
+        "student_row_sum_max": jnp.where(ours.tokens > 0, high, 0.0),
+        "moved": jnp.mean(ordered != f, axis=-1),
+        "student_tokens": ours.tokens,
+        "teacher_tokens": theirs.tokens,
+    }
+    if ours.ids is None:
+        c = ours.matrix()
+        along = jnp.square(jnp.einsum("...uw,...w->...u", c, f)).sum(-1)
+        energy = jnp.square(c).sum((-2, -1)) * jnp.square(f).sum(-1)
+        metrics["student_rank_one"] = along / _positive(energy)
+    return metrics

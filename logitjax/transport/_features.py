@@ -1,0 +1,233 @@
+"""Node features of the graph C = Z^T Z, computed from Z: C is never formed at vocabulary scale."""
+
+import math
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
+
+from logitjax import ops
+from logitjax.ops import Array
+
+Feature = Literal["row_sum", "row_mean", "off_diagonal", "row_rms"]
+
+# Entries of scratch memory that one block of positions may use.
+_BLOCK_ENTRIES = 1 << 22
+
+
+def graph_features(
+    values: Float[Array, "*batch positions width"],
+    ids: Int[Array, "*batch positions width"] | None = None,
+    where: Bool[Array, "*batch positions"] | None = None,
+    *,
+    feature: Feature = "row_sum",
+    num_nodes: int | None = None,
+    probes: int | None = None,
+    key: jax.Array | None = None,
+    sequence_axis_name: str | None = None,
+) -> Float[Array, "*batch nodes"]:
+    """One number for each node of the co-activation graph C = Z^T Z, without forming C.
+
+    ``values`` are the rows of Z. Without ``ids`` a column is a node (rank nodes). With ``ids``
+    row t holds ``values[t, j]`` at node ``ids[t, j]`` and zero elsewhere (token nodes)::
+
+        row_sum       f = C 1 = Z^T (Z 1)                O(T k)
+        row_mean      f / n
+        off_diagonal  (C - diag C) 1                     O(T k)
+        row_rms       f_u^2 = mean_w C_uw^2              O(T^2 k), or O(T k) a probe
+
+    ``row_rms`` is exact through blocks of positions, or with ``probes`` the unbiased Hutchinson
+    estimate E[(C e)_u^2] / n over random signs e, whose relative error falls as probes^-1/2.
+
+    Args:
+        values: rows of Z, ``[*batch, positions, width]``.
+        ids: node of each value, in ``[0, num_nodes)``; out-of-range ids are dropped.
+        where: positions that count.
+        feature: which feature.
+        num_nodes: number of nodes; needed with ``ids``, otherwise it is the width.
+        probes: random probes for ``row_rms``; None computes it exactly.
+        key: ``jax.random.key`` of the probes; ``jax.random.key(0)`` if left out.
+        sequence_axis_name: mesh axis that shards the positions, inside ``shard_map``; the
+            features come back complete on every shard.
+
+    Returns:
+        Float32 features ``[*batch, nodes]``.
+
+    Raises:
+        ValueError: for an unknown feature, or ids without ``num_nodes``.
+
+    >>> import jax.numpy as jnp
+    >>> z = jnp.array([[3.0, 1.0], [2.0, 1.0]])
+    >>> graph_features(z)                                     # rows of [[13, 5], [5, 2]]
+    Array([18.,  7.], dtype=float32)
+    >>> graph_features(z, jnp.array([[2, 0], [2, 1]]), num_nodes=4)
+    Array([ 4.,  3., 18.,  0.], dtype=float32)
+
+    References:
+        InfiGFusion (arXiv 2505.13893), framework figure: C = Z^T Z and one scalar a node. The
+        paper builds C; f = Z^T (Z 1) is the same number.
+    """
+    if feature not in get_args(Feature):
+        raise ValueError(f"feature: expected one of {get_args(Feature)}, got {feature!r}")
+    if ids is not None and num_nodes is None:
+        raise ValueError("num_nodes: needed with ids (the number of nodes), got None")
+    if probes is not None and feature != "row_rms":
+        raise ValueError(f"probes: only feature='row_rms' is estimated, got feature={feature!r}")
+    z = jnp.asarray(values, jnp.float32)
+    if where is not None:
+        z = jnp.where(jnp.asarray(where)[..., None], z, 0.0)
+    nodes = z.shape[-1] if ids is None or num_nodes is None else num_nodes
+
+    if feature == "row_rms":
+        if probes is not None:
+            key = jax.random.key(0) if key is None else key
+            squares = _hutchinson(z, ids, nodes, probes, key, sequence_axis_name)
+        else:
+            squares = _row_squares(z, ids, nodes, sequence_axis_name)
+        return _safe_sqrt(squares / max(nodes, 1))
+
+    sums = z.sum(-1, keepdims=True)
+    weighted = z * (sums - z) if feature == "off_diagonal" else z * sums
+    f = scatter_columns(weighted, ids, nodes)
+    f = ops.psum(f, sequence_axis_name)
+    return f / max(nodes, 1) if feature == "row_mean" else f
+
+
+def compact_nodes(
+    ids: Int[Array, "*batch positions width"],
+) -> Int[Array, "*batch positions width"]:
+    """Renumber token ids to 0, 1, ... in order of id, so that T k nodes hold any vocabulary.
+
+    The number of nodes stays static (positions times width); those left over are isolated nodes
+    of feature zero, which two graphs of different vocabularies need as padding anyway.
+
+    >>> import jax.numpy as jnp
+    >>> compact_nodes(jnp.array([[900, 7], [7, 31]]))
+    Array([[2, 0],
+           [0, 1]], dtype=int32)
+    """
+    ids = jnp.asarray(ids)
+    flat = ids.reshape(*ids.shape[:-2], -1)
+    order = jnp.argsort(flat, axis=-1)
+    ordered = jnp.take_along_axis(flat, order, axis=-1)
+    new = jnp.concatenate(
+        [jnp.zeros_like(ordered[..., :1]), ordered[..., 1:] != ordered[..., :-1]], axis=-1
+    )
+    rank = jnp.cumsum(new.astype(jnp.int32), axis=-1)
+    inverse = jnp.argsort(order, axis=-1)
+    return jnp.take_along_axis(rank, inverse, axis=-1).reshape(ids.shape)
+
+
+def gather_positions(x: jax.Array, axis: int, axis_name: str | None) -> jax.Array:
+    """All shards' positions, in order, on each shard."""
+    if axis_name is None:
+        return x
+    return jax.lax.all_gather(x, axis_name, axis=axis, tiled=True)
+
+
+def scatter_columns(
+    values: jax.Array, ids: Int[Array, "*batch positions width"] | None, num_nodes: int
+) -> jax.Array:
+    """Sum over positions, each value into its node: ``[*batch, T, k] -> [*batch, nodes]``."""
+    if ids is None:
+        return values.sum(-2)
+
+    def one(v, i):
+        return jnp.zeros(num_nodes, v.dtype).at[i.reshape(-1)].add(v.reshape(-1), mode="drop")
+
+    return _over_batch(one, values, jnp.asarray(ids))
+
+
+def _over_batch(function, values, ids):
+    for _ in range(values.ndim - 2):
+        function = jax.vmap(function)
+    return function(values, ids)
+
+
+def _safe_sqrt(x):
+    positive = x > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1.0)), 0.0)
+
+
+def _block(positions: int, entries: int) -> int:
+    """Positions a block, a divisor-free count: the last block is padded with zero rows."""
+    return max(1, min(positions, _BLOCK_ENTRIES // max(entries, 1)))
+
+
+def _row_squares(z, ids, num_nodes, axis_name):
+    """r_u = sum_w C_uw^2 = sum_{t,s} Z_tu (Z Z^T)_ts Z_su."""
+    if ids is None:
+        if z.shape[-1] <= z.shape[-2]:
+            c = ops.psum(jnp.einsum("...tu,...tw->...uw", z, z), axis_name)
+            return jnp.square(c).sum(-1)
+        every = gather_positions(z, z.ndim - 2, axis_name)
+        gram = jnp.einsum("...tu,...su->...ts", z, every)
+        return ops.psum(jnp.sum(z * jnp.einsum("...ts,...su->...tu", gram, every), -2), axis_name)
+    ids = jnp.asarray(ids)
+    every_z = gather_positions(z, z.ndim - 2, axis_name)
+    every_ids = gather_positions(ids, ids.ndim - 2, axis_name)
+
+    def one(v, i, all_v, all_i):
+        _, products = sparse_products(v, i, all_v, all_i, num_nodes)
+        return scatter_columns(v * products, i, num_nodes)
+
+    for _ in range(z.ndim - 2):
+        one = jax.vmap(one)
+    return ops.psum(one(z, ids, every_z, every_ids), axis_name)
+
+
+def sparse_products(
+    values: jax.Array,
+    ids: jax.Array,
+    others: jax.Array,
+    other_ids: jax.Array,
+    num_nodes: int,
+) -> tuple[jax.Array, jax.Array]:
+    """For sparse Z (values, ids) and W (others), blockwise: ``(||Z W^T||_F^2, Z W^T W at ids)``.
+
+    With G = Z W^T the second result is (G W)_{t, ids[t, j]}, ``[T, k]``. A block of W's rows is
+    laid out densely and read at ``ids``, so the work is O(T_z T_w k) and the memory one block's.
+    """
+    positions, width = others.shape
+    block = _block(positions, max(num_nodes, values.size))
+    blocks = math.ceil(positions / block)
+    padding = blocks * block - positions
+    others = jnp.pad(others, ((0, padding), (0, 0))).reshape(blocks, block, width)
+    other_ids = jnp.pad(other_ids, ((0, padding), (0, 0))).reshape(blocks, block, width)
+    rows = jnp.arange(block)[:, None]
+
+    @jax.checkpoint
+    def step(carry, piece):
+        norm, products = carry
+        w, w_ids = piece
+        dense = jnp.zeros((block, num_nodes), w.dtype).at[rows, w_ids].add(w, mode="drop")
+        at_ids = dense.at[:, ids].get(mode="fill", fill_value=0.0)  # [block, T, k]
+        gram = jnp.einsum("tk,stk->st", values, at_ids)
+        products = products + jnp.einsum("st,stk->tk", gram, at_ids)
+        return (norm + jnp.sum(jnp.square(gram)), products), None
+
+    # Zeros derived from the inputs, so that they vary over the same mesh axes in shard_map.
+    zero = (values * 0.0) + jnp.sum(others) * 0.0
+    (norm, products), _ = jax.lax.scan(step, (jnp.sum(zero), zero), (others, other_ids))
+    return norm, products
+
+
+def _hutchinson(z, ids, num_nodes, probes, key, axis_name):
+    """Mean over random signs e of (C e)^2, one probe at a time."""
+
+    @jax.checkpoint
+    def step(total, probe_key):
+        signs = jax.random.rademacher(probe_key, (num_nodes,), jnp.float32)
+        if ids is None:
+            at_ids = signs
+        else:
+            at_ids = signs.at[jnp.asarray(ids)].get(mode="fill", fill_value=0.0)
+        along = jnp.sum(z * at_ids, axis=-1, keepdims=True)
+        product = ops.psum(scatter_columns(z * along, ids, num_nodes), axis_name)
+        return total + jnp.square(product), None
+
+    keys = jax.random.split(key, probes)
+    zero = ops.psum(scatter_columns(z * 0.0, ids, num_nodes), axis_name)
+    total, _ = jax.lax.scan(step, zero, keys)
+    return total / probes
