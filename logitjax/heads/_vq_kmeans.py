@@ -1,0 +1,228 @@
+"""Weighted k-means in a metric, by blocks of rows: never points x centres at once."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Float, Key
+
+from logitjax.ops import Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KMeans:
+    """Result of `fit_kmeans`.
+
+    Attributes:
+      assignment: ``[points]`` int32, the centre of each point.
+      centres: ``[centres, dim]``, weighted means of the points.
+      inertia: ``[iterations + 1]``, weighted mean squared distance before each update and at last.
+    """
+
+    assignment: jax.Array
+    centres: jax.Array
+    inertia: jax.Array
+
+
+def fit_kmeans(
+    points: Float[Array, "points dim"],
+    weights: Float[Array, " points"],
+    metric: Float[Array, "dim dim"] | None,
+    num_centres: int,
+    *,
+    key: Key[Array, ""],
+    iterations: int = 20,
+    block_size: int = 2048,
+    seeding_rounds: int = 16,
+) -> KMeans:
+    """Lloyd's algorithm for ``sum_i w_i |x_i - c|^2_M`` from a blocked k-means++ start.
+
+    Points keep their coordinates: only the centres are multiplied by the metric. The start draws
+    centres in ``seeding_rounds`` batches, each point with odds of weight times squared distance to
+    the centres so far (k-means|| without oversampling): one at a time would read all points
+    ``num_centres`` times. A centre that loses its points moves to one of the worst served points.
+
+    Args:
+      points: ``[points, dim]``, any float type.
+      weights: ``[points]``, not negative.
+      metric: ``[dim, dim]``, positive semidefinite; None for the Euclidean one.
+      num_centres: at most the number of points.
+      key: of the start.
+      iterations: updates of the centres.
+      block_size: points at a time; memory beyond the points is block_size x num_centres.
+      seeding_rounds: batches of the start.
+
+    Returns:
+      `KMeans`.
+
+    Raises:
+      ValueError: ``num_centres`` is not in 1..points.
+
+    >>> points = jnp.array([[0.0], [0.1], [5.0], [5.1]])
+    >>> found = fit_kmeans(points, jnp.ones(4), None, 2, key=jax.random.key(0))
+    >>> print(jnp.sort(found.centres[:, 0]).round(2))
+    [0.05 5.05]
+
+    References:
+      Arthur and Vassilvitskii, k-means++, 2007. Bahmani et al., Scalable k-means++, 2012.
+    """
+    points, weights = jnp.asarray(points), jnp.asarray(weights, jnp.float32)
+    count = points.shape[0]
+    if not 1 <= num_centres <= count:
+        raise ValueError(f"num_centres must be between 1 and {count} points, got {num_centres}")
+    if metric is not None:
+        metric = jnp.asarray(metric, jnp.float32)
+    block_size = min(block_size, count)
+    squares = _squares(points, metric, block_size=block_size)
+    centres = _seed(
+        key,
+        points,
+        weights,
+        metric,
+        squares,
+        num_centres,
+        rounds=min(seeding_rounds, num_centres),
+        block_size=block_size,
+    )
+    return _lloyd(
+        points, weights, metric, squares, centres, iterations=iterations, block_size=block_size
+    )
+
+
+def nearest(
+    points: Array, centres: Array, metric: Array | None, *, block_size: int = 2048
+) -> tuple[jax.Array, jax.Array]:
+    """The nearest centre of each point, and the squared distance less the point's own square."""
+    centres = jnp.asarray(centres, jnp.float32)
+    mapped = centres if metric is None else centres @ metric
+    offset = (mapped * centres).sum(-1)
+
+    def block(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+        cost = offset - 2.0 * rows.astype(jnp.float32) @ mapped.T
+        return cost.argmin(-1).astype(jnp.int32), cost.min(-1)
+
+    return over_rows(block, jnp.asarray(points), block_size)
+
+
+def over_rows(block: Callable[[jax.Array], Any], rows: jax.Array, block_size: int) -> Any:
+    """`block` over slices of the rows, joined again; the last slice is taken from the end."""
+    count = rows.shape[0]
+    block_size = min(block_size, count)
+    blocks = count // block_size
+    whole = rows[: blocks * block_size].reshape(blocks, block_size, *rows.shape[1:])
+    out = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), lax.map(block, whole))
+    if blocks * block_size == count:
+        return out
+    last = block(rows[blocks * block_size :])
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), out, last)
+
+
+@functools.partial(jax.jit, static_argnames="block_size")
+def _squares(points: jax.Array, metric: jax.Array | None, *, block_size: int) -> jax.Array:
+    def block(rows: jax.Array) -> jax.Array:
+        rows = rows.astype(jnp.float32)
+        mapped = rows if metric is None else rows @ metric
+        return (mapped * rows).sum(-1)
+
+    return over_rows(block, points, block_size)
+
+
+@functools.partial(jax.jit, static_argnames=("num_centres", "rounds", "block_size"))
+def _seed(
+    key: jax.Array,
+    points: jax.Array,
+    weights: jax.Array,
+    metric: jax.Array | None,
+    squares: jax.Array,
+    num_centres: int,
+    *,
+    rounds: int,
+    block_size: int,
+) -> jax.Array:
+    count = points.shape[0]
+    # Padded by repeating the last draw, so that all rounds have one shape.
+    per_round = -(-num_centres // rounds)
+    tiny = jnp.finfo(jnp.float32).tiny
+
+    def draw(carry: tuple, key: jax.Array) -> tuple[tuple, jax.Array]:
+        (distance,) = carry
+        # The k largest of these are k draws without replacement.
+        odds = jnp.log(jnp.maximum(weights, tiny)) + jnp.log(jnp.maximum(distance, tiny))
+        _, chosen = lax.top_k(odds + jax.random.gumbel(key, (count,)), per_round)
+        _, cost = nearest(points, points[chosen], metric, block_size=block_size)
+        distance = jnp.minimum(distance, jnp.maximum(cost + squares, 0.0))
+        return (distance.at[chosen].set(0.0),), chosen
+
+    start = jnp.full((count,), 1.0)
+    _, chosen = lax.scan(draw, (start,), jax.random.split(key, rounds))
+    return points[chosen.reshape(-1)[:num_centres]].astype(jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnames=("iterations", "block_size"))
+def _lloyd(
+    points: jax.Array,
+    weights: jax.Array,
+    metric: jax.Array | None,
+    squares: jax.Array,
+    centres: jax.Array,
+    *,
+    iterations: int,
+    block_size: int,
+) -> KMeans:
+    num_centres = centres.shape[0]
+    total = jnp.maximum(weights.sum(), jnp.finfo(jnp.float32).tiny)
+
+    def update(centres: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
+        assignment, cost = nearest(points, centres, metric, block_size=block_size)
+        distance = jnp.maximum(cost + squares, 0.0) * weights
+        means, mass = weighted_means(
+        points, weights, assignment, num_centres, block_size=block_size
+    )
+        empty = mass <= 0
+        # The j-th empty centre goes to the j-th worst served point.
+        worst = lax.top_k(distance, num_centres)[1]
+        rank = jnp.clip(jnp.cumsum(empty) - 1, 0)
+        means = jnp.where(empty[:, None], points[worst[rank]].astype(jnp.float32), means)
+        return means, distance.sum() / total
+
+    centres, inertia = lax.scan(update, centres, None, length=iterations)
+    assignment, cost = nearest(points, centres, metric, block_size=block_size)
+    last = (jnp.maximum(cost + squares, 0.0) * weights).sum() / total
+    means, mass = weighted_means(
+        points, weights, assignment, num_centres, block_size=block_size
+    )
+    centres = jnp.where(mass[:, None] > 0, means, centres)
+    return KMeans(assignment, centres, jnp.append(inertia, last))
+
+
+def weighted_means(
+    points: jax.Array,
+    weights: jax.Array,
+    assignment: jax.Array,
+    num_centres: int,
+    *,
+    block_size: int = 2048,
+) -> tuple[jax.Array, jax.Array]:
+    """Weighted means of the points of each centre (zero where it has none), and the weights."""
+    count, dim = points.shape
+    block_size = min(block_size, count)
+    sums = jnp.zeros((num_centres, dim), jnp.float32)
+
+    def add(sums: jax.Array, start: jax.Array) -> tuple[jax.Array, None]:
+        rows, weight, place = (
+            lax.dynamic_slice_in_dim(x, start, block_size) for x in (points, weights, assignment)
+        )
+        # Slices stop at the end, so the last one may overlap: what was counted weighs nothing.
+        fresh = jnp.maximum(start - (count - block_size), 0) <= jnp.arange(block_size)
+        rows = rows.astype(jnp.float32) * jnp.where(fresh, weight, 0.0)[:, None]
+        return sums.at[place].add(rows), None
+
+    sums, _ = lax.scan(add, sums, jnp.arange(0, count, block_size))
+    mass = jax.ops.segment_sum(weights, assignment, num_segments=num_centres)
+    safe = jnp.where(mass > 0, mass, 1.0)
+    return sums / safe[:, None], mass

@@ -1,0 +1,234 @@
+"""The vector-quantised head in training: exact loss from K cluster scores, never V logits."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Bool, Float, Int
+
+from logitjax.ops import (
+    Array,
+    AxisName,
+    check_positive,
+    check_where,
+    finite_or_zero,
+    logsumexp,
+    over_batch,
+)
+
+
+def cluster_log_mass(
+    bias: Float[Array, " vocab"], assignment: Int[Array, " vocab"], num_codes: int
+) -> Float[jax.Array, " codes"]:
+    """Log of the summed exponentials of the biases within each cluster.
+
+    All that the normaliser of a vector-quantised head has to know of the vocabulary: O(V) once per
+    step, not per token. ::
+
+        log B_k = log sum_{v: m(v) = k} exp(b_v)
+
+    Args:
+      bias: ``[vocab]``; ``-inf`` for entries that do not exist.
+      assignment: ``[vocab]``, the cluster ``m(v)`` of each entry.
+      num_codes: number of clusters K.
+
+    Returns:
+      ``[codes]``, float32; ``-inf`` where a cluster is empty.
+
+    >>> print(jnp.exp(cluster_log_mass(jnp.zeros(5), jnp.array([0, 0, 2, 0, 2]), 4)).round(1))
+    [3. 0. 2. 0.]
+    """
+    bias = _float32(bias)
+    peak = lax.stop_gradient(jax.ops.segment_max(bias, assignment, num_segments=num_codes))
+    peak = finite_or_zero(peak)
+    total = jax.ops.segment_sum(
+        jnp.exp(bias - peak[assignment]), assignment, num_segments=num_codes
+    )
+    return jnp.where(total > 0, jnp.log(jnp.where(total > 0, total, 1.0)) + peak, -jnp.inf)
+
+
+def code_scores(
+    hidden: Float[Array, "*batch hidden"],
+    codebook: Float[Array, "codes hidden"],
+    *,
+    soft_cap: float | None = None,
+) -> Float[jax.Array, "*batch codes"]:
+    """Scores of the clusters: inputs in the dtype of ``hidden``, sums and result in float32.
+
+    Args:
+      hidden: ``[*batch, hidden]``.
+      codebook: ``[codes, hidden]``.
+      soft_cap: bounds the scores smoothly, ``cap * tanh(score / cap)``. It acts before the bias of
+        a token is added: that keeps the loss O(K).
+
+    Returns:
+      ``[*batch, codes]``, float32.
+
+    >>> code_scores(jnp.ones((2, 3)), jnp.ones((4, 3))).shape
+    (2, 4)
+    """
+    hidden = jnp.asarray(hidden)
+    codebook = jnp.asarray(codebook, hidden.dtype)
+    contract = (((hidden.ndim - 1,), (1,)), ((), ()))
+    wide = jnp.promote_types(hidden.dtype, jnp.float32)
+    scores = lax.dot_general(hidden, codebook, contract, preferred_element_type=wide)
+    if soft_cap is None:
+        return scores
+    check_positive(soft_cap, "soft_cap")
+    return soft_cap * jnp.tanh(scores / soft_cap)
+
+
+def token_bias(
+    bias: Float[Array, " vocab"] | None,
+    assignment: Int[Array, " vocab"],
+    *,
+    temperature: float | Array = 1.0,
+    where: Bool[Array, " vocab"] | None = None,
+) -> Float[jax.Array, " vocab"]:
+    """The bias that the other functions add: zero if there is none, ``-inf`` where excluded."""
+    check_positive(temperature, "temperature")
+    bias = jnp.zeros(assignment.shape, jnp.float32) if bias is None else _float32(bias)
+    bias = bias / temperature
+    check_where(where, bias.shape)
+    return bias if where is None else jnp.where(where, bias, -jnp.inf)
+
+
+def vq_logits(
+    hidden: Float[Array, "*batch hidden"],
+    codebook: Float[Array, "codes hidden"],
+    bias: Float[Array, " vocab"] | None,
+    assignment: Int[Array, " vocab"],
+    *,
+    temperature: float | Array = 1.0,
+    soft_cap: float | None = None,
+    where: Bool[Array, " vocab"] | None = None,
+    axis_name: AxisName | None = None,
+) -> Float[jax.Array, "*batch vocab"]:
+    """All V logits: what the head means, for checks and for code that wants logits.
+
+    Training with it costs the memory of a full head; `vq_nll` and `vq_topk` give the same
+    numbers without it. ::
+
+        logit_v = (h . C_{m(v)} + b_v) / T
+
+    Args:
+      hidden: ``[*batch, hidden]``.
+      codebook: ``[codes, hidden]``; inside `jax.shard_map` this shard's codes.
+      bias: ``[vocab]``, or None for the head as published: equal logits within a cluster.
+      assignment: ``[vocab]``, cluster of each entry.
+      temperature: divides the logits.
+      soft_cap: as `code_scores`.
+      where: ``[vocab]``, True for the entries that exist.
+      axis_name: inside `jax.shard_map` with the codebook split over this mesh axis: that axis.
+
+    Returns:
+      ``[*batch, vocab]``, float32.
+
+    >>> vq_logits(jnp.ones((1, 1)), jnp.array([[1.0], [5.0]]), None, jnp.array([0, 1, 1, 0]))
+    Array([[1., 5., 5., 1.]], dtype=float32)
+
+    References:
+      VQ-Logits, arXiv:2505.10202. The bias is not in the paper: without it perplexity cannot fall
+      below the geometric mean of the cluster sizes (`perplexity_floor`).
+    """
+    added = token_bias(bias, assignment, temperature=temperature, where=where)
+
+    def run(hidden: Array, codebook: Array, added: Array, assignment: Array) -> tuple[jax.Array]:
+        scores = _all_scores(hidden, codebook, soft_cap, axis_name) / temperature
+        return (jnp.take(scores, assignment, axis=-1) + added,)
+
+    return over_batch(run, (jnp.ndim(hidden),), jnp.asarray(hidden), codebook, added, assignment)[0]
+
+
+def vq_nll(
+    hidden: Float[Array, "*batch hidden"],
+    codebook: Float[Array, "codes hidden"],
+    bias: Float[Array, " vocab"] | None,
+    assignment: Int[Array, " vocab"],
+    labels: Int[Array, "*batch"],
+    *,
+    temperature: float | Array = 1.0,
+    soft_cap: float | None = None,
+    z_loss: float = 0.0,
+    where: Bool[Array, " vocab"] | None = None,
+    axis_name: AxisName | None = None,
+) -> Float[jax.Array, "*batch"]:
+    """Cross-entropy of a vector-quantised head, exact, in O(N K d) and N x K memory.
+
+    Equal to the cross-entropy of `vq_logits`, in value and gradient, without making them. ::
+
+        z_k = h . C_k
+        log Z = logsumexp_k (z_k + log B_k),   log B_k = logsumexp_{v in k} b_v
+        nll = log Z - z_{m(y)} - b_y + z_loss * (log Z)^2
+
+    Args:
+      hidden: ``[*batch, hidden]``. bfloat16 is multiplied as such and summed in float32.
+      codebook: ``[codes, hidden]``; inside `jax.shard_map` this shard's codes.
+      bias: ``[vocab]``, or None for the head as published (``log B_k`` is then the log of the
+        cluster's size).
+      assignment: ``[vocab]``, cluster of each entry, 0 to codes - 1.
+      labels: ``[*batch]``, each in 0 to vocab - 1; one that is out of range gives nonsense, mask
+        it with `logitjax.ops.masked_mean`.
+      temperature: divides the logits.
+      soft_cap: as `code_scores`.
+      z_loss: weight of the squared log-normaliser.
+      where: ``[vocab]``, True for the entries that exist.
+      axis_name: inside `jax.shard_map` with the codebook split over this mesh axis: that axis.
+        Biases and assignment are whole on each shard.
+
+    Returns:
+      ``[*batch]``, float32, not reduced.
+
+    Raises:
+      ValueError: ``bias`` and ``assignment``, or ``labels`` and ``hidden``, do not fit.
+
+    >>> assignment = jnp.array([0, 1, 1, 0])
+    >>> print(vq_nll(jnp.ones((2, 1)), jnp.zeros((2, 1)), None, assignment, jnp.array([0, 3])))
+    [1.3862944 1.3862944]
+
+    References:
+      VQ-Logits, arXiv:2505.10202, which scatters to V logits; the normaliser over clusters is ours.
+    """
+    hidden, labels = jnp.asarray(hidden), jnp.asarray(labels)
+    if labels.shape != hidden.shape[:-1]:
+        raise ValueError(f"labels must be of shape {hidden.shape[:-1]}, got {labels.shape}")
+    added = token_bias(bias, assignment, temperature=temperature, where=where)
+
+    def run(
+        hidden: Array, labels: Array, codebook: Array, added: Array, assignment: Array
+    ) -> tuple[jax.Array]:
+        scores = code_scores(hidden, codebook, soft_cap=soft_cap) / temperature
+        local = codebook.shape[0]
+        shards = 1 if axis_name is None else lax.axis_size(axis_name)
+        mass = cluster_log_mass(added, assignment, local * shards)
+        code = assignment[labels]
+        if axis_name is None:
+            log_z = logsumexp(scores + mass)
+            chosen = jnp.take_along_axis(scores, code[..., None], axis=-1)[..., 0]
+        else:
+            first = lax.axis_index(axis_name) * local
+            mass = lax.dynamic_slice_in_dim(mass, first, local)
+            log_z = logsumexp(scores + mass, axis_name=axis_name)
+            code = code - first
+            here = (code >= 0) & (code < local)
+            chosen = jnp.take_along_axis(scores, jnp.where(here, code, 0)[..., None], axis=-1)
+            chosen = lax.psum(jnp.where(here, chosen[..., 0], 0.0), axis_name)
+        nll = log_z - chosen - added[labels]
+        return (nll + z_loss * log_z**2 if z_loss else nll,)
+
+    args = (hidden, labels, jnp.asarray(codebook), added, jnp.asarray(assignment))
+    return over_batch(run, (labels.ndim,), *args)[0]
+
+
+def _all_scores(
+    hidden: Array, codebook: Array, soft_cap: float | None, axis_name: AxisName | None
+) -> jax.Array:
+    scores = code_scores(hidden, codebook, soft_cap=soft_cap)
+    if axis_name is None:
+        return scores
+    axis = scores.ndim - 1
+    return lax.all_gather(scores, axis_name, axis=axis, tiled=True, to="invarying")
+
+
+def _float32(values: Array) -> jax.Array:
+    values = jnp.asarray(values)
+    return values.astype(jnp.promote_types(values.dtype, jnp.float32))
