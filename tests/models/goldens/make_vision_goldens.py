@@ -1,0 +1,201 @@
+"""Writes vision.npz and the torch checkpoints beside this file; needs torch.
+
+    python tests/models/goldens/make_vision_goldens.py
+
+The networks are written once more here with torch's own operations and the names that public
+checkpoints use. Weights are not stored: ``weight(name, shape)`` gives the same ones to both sides.
+"""
+
+import argparse
+import pathlib
+import zlib
+
+import numpy as np
+
+HERE = pathlib.Path(__file__).parent
+
+
+def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """A weight in torch's layout that depends on nothing but its name and shape."""
+    rng = np.random.default_rng(zlib.crc32(name.encode()))
+    if name.endswith("running_var"):
+        value = rng.uniform(0.5, 1.5, shape)
+    elif name.endswith("weight") and len(shape) == 1:
+        value = rng.uniform(0.5, 1.0, shape)
+    elif name.endswith("weight"):
+        value = rng.normal(size=shape) * np.sqrt(2 / np.prod(shape[1:]))
+    else:
+        value = 0.1 * rng.normal(size=shape)
+    return value.astype(np.float32)
+
+
+def images(size: int) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(2, size, size, 3)).astype(np.float32)
+
+
+class Net:
+    def __init__(self):
+        import torch
+
+        self.torch, self.f = torch, torch.nn.functional
+
+    def w(self, name, *shape):
+        return self.torch.from_numpy(weight(name, shape))
+
+    def conv(self, x, name, features, kernel=3, stride=1, groups=1, bias=False):
+        w = self.w(f"{name}.weight", features, x.shape[1] // groups, kernel, kernel)
+        b = self.w(f"{name}.bias", features) if bias else None
+        return self.f.conv2d(x, w, b, stride=stride, padding=(kernel - 1) // 2, groups=groups)
+
+    def bn(self, x, name):
+        names = ("running_mean", "running_var", "weight", "bias")
+        return self.f.batch_norm(x, *(self.w(f"{name}.{n}", x.shape[1]) for n in names))
+
+    def linear(self, x, name, classes):
+        x = x.mean((2, 3))
+        return self.f.linear(
+            x, self.w(f"{name}.weight", classes, x.shape[1]), self.w(f"{name}.bias", classes)
+        )
+
+    def basic(self, x, name, features, stride):
+        relu = self.f.relu
+        out = relu(self.bn(self.conv(x, f"{name}.conv1", features, 3, stride), f"{name}.bn1"))
+        out = self.bn(self.conv(out, f"{name}.conv2", features), f"{name}.bn2")
+        if stride != 1 or x.shape[1] != features:
+            x = self.conv(x, f"{name}.downsample.0", features, 1, stride)
+            x = self.bn(x, f"{name}.downsample.1")
+        return relu(out + x)
+
+    def resnet20(self, x):
+        x = self.f.relu(self.bn(self.conv(x, "conv1", 16), "bn1"))
+        for stage, features in enumerate((16, 32, 64), 1):
+            for block in range(3):
+                stride = 2 if stage > 1 and block == 0 else 1
+                x = self.basic(x, f"layer{stage}.{block}", features, stride)
+        return self.linear(x, "fc", 100)
+
+    def imagenet_resnet18(self, x):
+        x = self.f.relu(self.bn(self.conv(x, "conv1", 64, 7, 2), "bn1"))
+        x = self.f.max_pool2d(x, 3, 2, 1)
+        for stage, features in enumerate((64, 128, 256, 512), 1):
+            for block in range(2):
+                stride = 2 if stage > 1 and block == 0 else 1
+                x = self.basic(x, f"layer{stage}.{block}", features, stride)
+        return self.linear(x, "fc", 100)
+
+    def wrn_16_2(self, x):
+        relu = self.f.relu
+        x = self.conv(x, "conv1", 16)
+        for stage, features in enumerate((32, 64, 128), 1):
+            for block in range(2):
+                name = f"block{stage}.layer.{block}"
+                stride = 2 if stage > 1 and block == 0 else 1
+                active = relu(self.bn(x, f"{name}.bn1"))
+                out = self.conv(active, f"{name}.conv1", features, 3, stride)
+                out = self.conv(relu(self.bn(out, f"{name}.bn2")), f"{name}.conv2", features)
+                if x.shape[1] != features:
+                    x = self.conv(active, f"{name}.convShortcut", features, 1, stride)
+                x = out + x
+        return self.linear(relu(self.bn(x, "bn1")), "fc", 100)
+
+    def vgg8(self, x):
+        for block, features in enumerate((64, 128, 256, 512, 512)):
+            x = self.conv(x, f"block{block}.0", features, bias=True)
+            x = self.f.relu(self.bn(x, f"block{block}.1"))
+            if block < 3:
+                x = self.f.max_pool2d(x, 2)
+        return self.linear(x, "classifier", 100)
+
+    def mobilenet_v2(self, x):
+        relu = self.f.relu
+        x = relu(self.bn(self.conv(x, "conv1.0", 16, 3, 2), "conv1.1"))
+        stages = (
+            (8, 1, 1),
+            (12, 2, 1),
+            (16, 3, 2),
+            (32, 4, 2),
+            (48, 3, 1),
+            (80, 3, 2),
+            (160, 1, 1),
+        )
+        for stage, (features, blocks, first) in enumerate(stages):
+            for block in range(blocks):
+                name, wide = f"blocks.{stage}.{block}.conv", x.shape[1] * (6 if stage else 1)
+                stride = first if block == 0 else 1
+                out = relu(self.bn(self.conv(x, f"{name}.0", wide, 1), f"{name}.1"))
+                out = self.conv(out, f"{name}.3", wide, 3, stride, groups=wide)
+                out = self.conv(relu(self.bn(out, f"{name}.4")), f"{name}.6", features, 1)
+                out = self.bn(out, f"{name}.7")
+                x = x + out if stride == 1 and x.shape[1] == features else out
+        x = relu(self.bn(self.conv(x, "conv2.0", 1280, 1), "conv2.1"))
+        return self.linear(x, "classifier.0", 100)
+
+    def shufflenet_v2(self, x):
+        relu, torch = self.f.relu, self.torch
+
+        def join(left, right):
+            both = torch.stack([left, right], 2)  # [batch, half, 2, height, width]
+            return both.flatten(1, 2)
+
+        x = relu(self.bn(self.conv(x, "conv1", 24, 1), "bn1"))
+        for stage, (features, blocks) in enumerate(((116, 3), (232, 7), (464, 3)), 1):
+            for block in range(blocks + 1):
+                name, half = f"layer{stage}.{block}", features // 2
+                if block == 0:
+                    into = x.shape[1]
+                    left = self.bn(self.conv(x, f"{name}.conv1", into, 3, 2, into), f"{name}.bn1")
+                    left = relu(self.bn(self.conv(left, f"{name}.conv2", half, 1), f"{name}.bn2"))
+                    right, after, numbers = x, 2, (3, 4, 5)
+                else:
+                    (left, right), after, numbers = x.chunk(2, 1), 1, (1, 2, 3)
+                a, b, c = (f"{name}.conv{n}" for n in numbers)
+                u, v, w = (f"{name}.bn{n}" for n in numbers)
+                right = relu(self.bn(self.conv(right, a, half, 1), u))
+                right = self.bn(self.conv(right, b, half, 3, after, half), v)
+                right = relu(self.bn(self.conv(right, c, half, 1), w))
+                x = join(left, right)
+        x = relu(self.bn(self.conv(x, "conv2", 1024, 1), "bn2"))
+        return self.linear(x, "linear", 100)
+
+
+SIZES = {
+    "resnet20": 32,
+    "wrn_16_2": 32,
+    "vgg8": 32,
+    "mobilenet_v2": 32,
+    "shufflenet_v2": 32,
+    "imagenet_resnet18": 64,
+}
+
+
+def main() -> None:
+    import torch
+
+    net, goldens = Net(), {}
+    with torch.no_grad():
+        for name, size in SIZES.items():
+            x = torch.from_numpy(images(size)).permute(0, 3, 1, 2)
+            goldens[name] = getattr(net, name)(x).numpy()
+    np.savez_compressed(HERE / "vision.npz", **goldens)
+
+    base = torch.arange(12, dtype=torch.float32).reshape(3, 4)
+    content = {
+        "model": {
+            "module.plain": base,
+            "module.transposed": base.T,
+            "module.slice": base[1:, ::2],
+            "module.bfloat16": base.to(torch.bfloat16),
+            "module.count": torch.tensor(7),
+            "module.parameter": torch.nn.Parameter(base[0]),
+        },
+        "opt": argparse.Namespace(learning_rate=0.05),
+        "best_acc": np.float64(72.5),
+        "epoch": 240,
+    }
+    torch.save(content, HERE / "zip.pth")
+    torch.save(content, HERE / "legacy.pth", _use_new_zipfile_serialization=False)
+
+
+if __name__ == "__main__":
+    main()
