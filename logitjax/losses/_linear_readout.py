@@ -1,0 +1,132 @@
+"""A few numbers per position of a linear head's logits, differentiable, without the logits."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
+
+from logitjax.losses._graph_statistics import GraphStatistics
+from logitjax.losses._linear_call import Branch, sweep, vocabulary_size
+from logitjax.losses._linear_statistics import ReadoutStatistic
+from logitjax.ops import Array, AxisName, Number, TopK, finite_or_zero
+
+
+class Readout(NamedTuple):
+    """What `linear_readout` gives, float32; None for what was not asked.
+
+    Attributes:
+      log_z: `[*batch]` log-sum-exp of the logits.
+      label_logit: `[*batch]` the logit at `labels`.
+      gathered: `[*batch, n]` the logits at `ids`.
+      statistics: `GraphStatistics` of the top k.
+      cross_entropy: `[*batch]` of the labels; nan where a label is outside the vocabulary.
+    """
+
+    log_z: jax.Array
+    label_logit: jax.Array | None = None
+    gathered: jax.Array | None = None
+    statistics: GraphStatistics | None = None
+    cross_entropy: jax.Array | None = None
+
+    def gathered_top_k(self, ids: Array) -> TopK:
+        """`gathered` in the form that `sparse_kl_divergence` takes as its student."""
+        if self.gathered is None:
+            raise ValueError("gathered: ids were not given to linear_readout")
+        return TopK(values=self.gathered, indices=jnp.asarray(ids), log_z=self.log_z)
+
+
+def linear_readout(
+    hidden: Float[Array, "*batch hidden"],
+    head: Float[Array, "rows columns"],
+    *,
+    labels: Int[Array, "*batch"] | None = None,
+    ids: Int[Array, "*batch n"] | None = None,
+    top_k: int | None = None,
+    bias: Float[Array, " vocab"] | None = None,
+    vocab_axis: int | None = None,
+    temperature: Number = 1.0,
+    soft_cap: float | int | None = None,
+    where: Bool[Array, " vocab"] | None = None,
+    block_size: int | None = None,
+    token_block: int | None = None,
+    axis_name: AxisName | None = None,
+) -> Readout:
+    """Whatever several losses need of the logits, in one sweep over the vocabulary.
+
+    A loss that is a function of a few numbers per position (the log-normaliser, the logits of the
+    label or of a teacher's top tokens, the own top k with mean and deviation) can be written on top
+    of this as if the logits were there: every float of the result is differentiable, and the
+    backward pass is one more sweep however many of them are used.
+
+    Args:
+      hidden: `[*batch, hidden]`.
+      head: `[hidden, vocab]` or `[vocab, hidden]`.
+      labels: `[*batch]`; asks for `label_logit` and `cross_entropy`.
+      ids: `[*batch, n]` vocabulary ids; asks for `gathered`.
+      top_k: asks for `statistics` with so many entries, exact, ties lowest id first.
+      bias: `[vocab]`.
+      vocab_axis: the head's vocabulary axis; needed only for a square head.
+      temperature: divides the logits.
+      soft_cap: `cap tanh(logits / cap)`, before the temperature.
+      where: `[vocab]` boolean: True for the entries that exist; the others are `-inf`.
+      block_size: vocabulary entries a block; chosen from shape and backend by default.
+      token_block: positions a block along the last batch axis; likewise.
+      axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that axis;
+        ids count over the whole vocabulary.
+
+    Returns:
+      `Readout`.
+
+    Raises:
+      ValueError: shapes do not fit, or `top_k` is not within the vocabulary.
+
+    >>> import jax.numpy as jnp
+    >>> hidden, head = jnp.ones((4, 1)), jnp.array([[1.0, 3.0, 2.0]])
+    >>> readout = linear_readout(hidden, head, labels=jnp.array([0, 1, 2, 0]), top_k=2)
+    >>> print(readout.label_logit, readout.statistics.indices[0])
+    [1. 3. 2. 1.] [1 2]
+    """
+    student = Branch(hidden, head, bias, vocab_axis, soft_cap)
+    vocab = vocabulary_size(student, axis_name)
+    if top_k is not None and not 1 <= top_k <= vocab:
+        raise ValueError(f"top_k must be between 1 and the vocabulary size {vocab}, got {top_k}")
+    tokens = {}
+    if labels is not None:
+        tokens["labels"] = jnp.asarray(labels)
+    if ids is not None:
+        tokens["ids"] = jnp.asarray(ids, jnp.int32)
+    for name, value in tokens.items():
+        if not jnp.issubdtype(value.dtype, jnp.integer):
+            raise TypeError(f"{name} must be integers, got {value.dtype}")
+    out = sweep(
+        functools.partial(
+            _statistic, labels is not None, 0 if ids is None else ids.shape[-1], top_k or 0
+        ),
+        student,
+        tokens=tokens,
+        temperature=temperature,
+        where=where,
+        block_size=block_size,
+        token_block=token_block,
+        axis_name=axis_name,
+    )
+    statistics = entropy = None
+    if top_k is not None:
+        statistics = GraphStatistics(
+            values=out.values,
+            indices=out.indices,
+            log_z=out.log_z,
+            mean=out.mean,
+            std=out.std,
+            vocab_size=vocab,
+        )
+    if labels is not None:
+        known = (tokens["labels"] >= 0) & (tokens["labels"] < vocab)
+        entropy = jnp.where(known, finite_or_zero(out.log_z) - out.label, jnp.nan)
+    return Readout(out.log_z, out.label, out.gathered, statistics, entropy)
+
+
+def _statistic(labels: bool, ids: int, k: int, dtype: Any) -> ReadoutStatistic:
+    return ReadoutStatistic(labels=labels, ids=ids, k=k, moments=k > 0, dtype=dtype)

@@ -1,0 +1,347 @@
+"""One sweep over the vocabulary, shared by every loss that starts at hidden states.
+
+A sweep visits blocks of vocabulary columns, forms their logits for a block of positions, and hands
+them to a statistic. No logits outlive their block: the backward sweep forms them again and writes
+the head's gradient where it belongs. What a loss is made of lives in ``_linear_statistics``.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from logitjax.ops import Array, AxisName
+
+
+class Projection(NamedTuple):
+    """Hidden states and the head that turns them into logits."""
+
+    hidden: Array  # [*batch, hidden]
+    head: Array  # [hidden, vocab] or [vocab, hidden]
+    bias: Array | None  # [vocab]
+    inverse_temperature: Array  # scalar
+
+
+class Operands(NamedTuple):
+    """The arrays of a sweep; only ``student`` gets gradients."""
+
+    student: Projection
+    teacher: Projection | None
+    where: Array | None  # [vocab], columns that exist
+    tokens: Any  # dict of [*batch, ...] arrays that the statistic reads
+
+
+class Block(NamedTuple):
+    """Logits of one block of columns, -inf where a column does not count."""
+
+    student: Array  # [*batch, block] float32
+    teacher: Array | None
+    columns: Array  # [block] int32, ids in the whole vocabulary
+    first: Array  # position of the first column that no earlier block had
+    tokens: Any
+
+
+class Statistic(Protocol):
+    """What a sweep accumulates. Every leaf of its state starts with the batch shape."""
+
+    @property
+    def passes(self) -> int: ...
+    def start(self, batch: tuple[int, ...], passed: Any) -> Any: ...
+    def absorb(self, state: Any, block: Block, passed: Any) -> Any: ...
+    def reduce(self, state: Any, axis_name: AxisName, passed: Any) -> Any: ...
+    def finish(self, state: Any, passed: Any) -> tuple[Any, Any]: ...
+    def gradient(self, residuals: Any, cotangents: Any, block: Block) -> jax.Array: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """The static half of a sweep."""
+
+    statistic: Statistic
+    vocab_axes: tuple[int, ...]
+    soft_caps: tuple[float | None, ...]
+    block: int
+    token_block: int | None = None
+    axis_name: AxisName | None = None
+    varying: tuple[str, ...] = ()
+    combine: Callable[[Any, Any], jax.Array] | None = None
+
+    def local_vocab(self, operands: Operands) -> int:
+        return operands.student.head.shape[self.vocab_axes[0]]
+
+    def vary(self, tree: Any) -> Any:
+        """Mark loop carries as device-varying, as ``shard_map`` asks of them."""
+        return jax.tree.map(lambda x: vary(x, self.varying), tree)
+
+
+def vary(x: Any, axes: tuple[str, ...]) -> Any:
+    missing = tuple(a for a in axes if a not in getattr(jax.typeof(x), "vma", ()))
+    return lax.pcast(x, missing, to="varying") if missing else x
+
+
+def _contract(a, a_dims, b, b_dims):
+    wide = jnp.promote_types(a.dtype, jnp.float32)
+    return lax.dot_general(a, b, ((a_dims, b_dims), ((), ())), preferred_element_type=wide)
+
+
+def _compute_dtype(projection: Projection):
+    return jnp.result_type(projection.hidden.dtype, projection.head.dtype)
+
+
+def _head_block(projection: Projection, vocab_axis: int, start, size: int):
+    """The head's (and bias's) columns ``[start, start + size)`` in the matmul's dtype."""
+    head = lax.dynamic_slice_in_dim(projection.head, start, size, vocab_axis)
+    bias = projection.bias
+    if bias is not None:
+        bias = lax.dynamic_slice_in_dim(bias, start, size)
+    return head.astype(_compute_dtype(projection)), bias
+
+
+def _logits(projection: Projection, head, bias, vocab_axis: int, soft_cap: float | None, valid):
+    hidden = projection.hidden.astype(head.dtype)
+    logits = _contract(hidden, (hidden.ndim - 1,), head, (1 - vocab_axis,))
+    if bias is not None:
+        logits = logits + bias.astype(logits.dtype)
+    if soft_cap is not None:
+        logits = soft_cap * jnp.tanh(logits / soft_cap)
+    return jnp.where(valid, logits * projection.inverse_temperature, -jnp.inf)
+
+
+class _Columns(NamedTuple):
+    """What a block of columns has that does not depend on positions."""
+
+    start: Array
+    columns: Array
+    first: Array
+    valid: Array
+    heads: tuple[tuple[Array, Array | None], ...]
+
+
+def _column_ids(sweep: Sweep, operands: Operands, index):
+    """A block's local start, its ids in the whole vocabulary, and the first of them that is new."""
+    vocab = sweep.local_vocab(operands)
+    # The last block slides back to end at the vocabulary's end; columns it repeats do not count.
+    start = jnp.minimum(index * sweep.block, vocab - sweep.block)
+    shard = 0 if sweep.axis_name is None else lax.axis_index(sweep.axis_name)
+    columns = shard * vocab + start + jnp.arange(sweep.block, dtype=jnp.int32)
+    return start, columns, index * sweep.block - start
+
+
+def _columns(sweep: Sweep, operands: Operands, index) -> _Columns:
+    start, columns, first = _column_ids(sweep, operands, index)
+    valid = jnp.arange(sweep.block) >= first
+    if operands.where is not None:
+        valid &= lax.dynamic_slice_in_dim(operands.where, start, sweep.block)
+    branches = (operands.student, operands.teacher)
+    heads = tuple(
+        _head_block(branch, axis, start, sweep.block)
+        for branch, axis in zip(branches, sweep.vocab_axes)
+        if branch is not None
+    )
+    return _Columns(start, columns, first, valid, heads)
+
+
+def _block(sweep: Sweep, operands: Operands, columns: _Columns) -> Block:
+    branches = (operands.student, operands.teacher)
+    logits = [
+        _logits(branch, head, bias, axis, cap, columns.valid)
+        for branch, (head, bias), axis, cap in zip(
+            branches, columns.heads, sweep.vocab_axes, sweep.soft_caps
+        )
+        if branch is not None
+    ]
+    teacher = logits[1] if len(logits) == 2 else None
+    return Block(logits[0], teacher, columns.columns, columns.first, operands.tokens)
+
+
+def _raw_gradient(sweep: Sweep, operands: Operands, block: Block, gradient):
+    """From the gradient at the tempered, capped logits back to ``hidden @ head + bias``."""
+    slope = operands.student.inverse_temperature
+    cap = sweep.soft_caps[0]
+    if cap is not None:
+        capped = block.student / operands.student.inverse_temperature
+        slope = slope * (1 - jnp.square(capped / cap))
+    return jnp.where(block.student > -jnp.inf, gradient * slope, 0.0)
+
+
+def _head_gradient(sweep: Sweep, hidden, gradient):
+    """``hidden^T gradient`` over all positions, laid out as the head is."""
+    positions = tuple(range(hidden.ndim - 1))
+    if sweep.vocab_axes[0] == 1:
+        return _contract(hidden, positions, gradient, positions)
+    return _contract(gradient, positions, hidden, positions)
+
+
+def _add_block(total, block, start, axis: int):
+    size = block.shape[axis]
+    old = lax.dynamic_slice_in_dim(total, start, size, axis)
+    return lax.dynamic_update_slice_in_dim(total, old + block.astype(total.dtype), start, axis)
+
+
+class _Split:
+    """Cuts positions (the last batch axis, so that a sharded first axis stays whole) into blocks."""
+
+    def __init__(self, size: int | None, batch: tuple[int, ...]):
+        self.axis = len(batch) - 1
+        self.length = batch[-1] if batch else 1
+        self.size = size if size is not None and batch and size < self.length else None
+        if self.size is None:
+            self.batch = batch
+        else:
+            self.count = -(-self.length // self.size)
+            self.batch = (self.count, *batch[:-1], self.size)
+
+    def __call__(self, tree: Any) -> Any:
+        return tree if self.size is None else jax.tree.map(self._split, tree)
+
+    def _split(self, x):
+        pad = self.count * self.size - self.length
+        if pad:
+            x = jnp.pad(x, [(0, pad if a == self.axis else 0) for a in range(x.ndim)])
+        shape = (*x.shape[: self.axis], self.count, self.size, *x.shape[self.axis + 1 :])
+        return jnp.moveaxis(x.reshape(shape), self.axis, 0)
+
+    def join(self, tree: Any) -> Any:
+        return tree if self.size is None else jax.tree.map(self._join, tree)
+
+    def _join(self, x):
+        x = jnp.moveaxis(x, 0, self.axis)
+        shape = (*x.shape[: self.axis], self.count * self.size, *x.shape[self.axis + 2 :])
+        return lax.slice_in_dim(x.reshape(shape), 0, self.length, axis=self.axis)
+
+    def each(self, step: Callable, carry: Any, xs: Any) -> tuple[Any, Any]:
+        """``lax.scan`` over blocks of positions, or one call where there is only one."""
+        return step(carry, xs) if self.size is None else lax.scan(step, carry, xs)
+
+
+def _split_operands(operands: Operands, split: _Split):
+    """(tokens of every block, function that puts one block's tokens back)."""
+    teacher = operands.teacher
+    tokens = (operands.student.hidden, teacher and teacher.hidden, operands.tokens)
+
+    def place(tokens) -> Operands:
+        hidden, teacher_hidden, extra = tokens
+        placed = operands._replace(student=operands.student._replace(hidden=hidden), tokens=extra)
+        if teacher is not None:
+            placed = placed._replace(teacher=teacher._replace(hidden=teacher_hidden))
+        return placed
+
+    return split(tokens), place
+
+
+def _blocks(sweep: Sweep, operands: Operands):
+    return jnp.arange(-(-sweep.local_vocab(operands) // sweep.block), dtype=jnp.int32)
+
+
+def _accumulate(sweep: Sweep, operands: Operands, split: _Split, tokens, place):
+    """All passes of the statistic: (outputs, residuals), still cut into blocks of positions."""
+    statistic, passed = sweep.statistic, None
+    for number in range(statistic.passes):
+
+        def step(state, index, passed=passed):
+            columns = _columns(sweep, operands, index)
+
+            def absorb(carry, xs):
+                block = _block(sweep, place(xs[0]), columns)
+                return carry, statistic.absorb(xs[1], block, xs[2])
+
+            return split.each(absorb, (), (tokens, state, passed))[1], None
+
+        state = sweep.vary(statistic.start(split.batch, passed))
+        state, _ = lax.scan(step, state, _blocks(sweep, operands))
+        if sweep.axis_name is not None:
+            state = statistic.reduce(state, sweep.axis_name, passed)
+        outputs, residuals = statistic.finish(state, passed)
+        if number + 1 < statistic.passes:
+            passed = residuals
+    return outputs, residuals
+
+
+def _first_shard(sweep: Sweep, tree: Any) -> Any:
+    """Zero on all vocabulary shards but the first.
+
+    The caller's ``psum`` then restores the value, and its transpose hands every shard the whole
+    cotangent under either setting of ``check_vma``.
+    """
+    if sweep.axis_name is None:
+        return tree
+    first = lax.axis_index(sweep.axis_name) == 0
+    return jax.tree.map(lambda x: jnp.where(first, x, jnp.zeros_like(x)), tree)
+
+
+def _forward(sweep: Sweep, operands: Operands):
+    split = _Split(sweep.token_block, operands.student.hidden.shape[:-1])
+    tokens, place = _split_operands(operands, split)
+    outputs, residuals = split.join(_accumulate(sweep, operands, split, tokens, place))
+    return _first_shard(sweep, outputs), (operands, residuals)
+
+
+def _backward(sweep: Sweep, saved, cotangents):
+    operands, residuals = saved
+    student = operands.student
+    split = _Split(sweep.token_block, student.hidden.shape[:-1])
+    tokens, place = _split_operands(operands, split)
+    residuals, cotangents = split((residuals, _drop_integers(cotangents)))
+    axis = sweep.vocab_axes[0]
+    wide = jnp.promote_types(_compute_dtype(student), jnp.float32)
+
+    def step(carry, index):
+        d_hidden, d_head, d_bias = carry
+        columns = _columns(sweep, operands, index)
+        head = columns.heads[0][0]
+
+        def differentiate(sums, xs):
+            tokens, residuals, cotangents, d_hidden = xs
+            here = place(tokens)
+            block = _block(sweep, here, columns)
+            raw = sweep.statistic.gradient(residuals, cotangents, block)
+            raw = _raw_gradient(sweep, here, block, raw)
+            cast = raw.astype(head.dtype)
+            d_hidden = d_hidden + _contract(cast, (raw.ndim - 1,), head, (axis,))
+            hidden = here.student.hidden.astype(head.dtype)
+            d_head = sums[0] + _head_gradient(sweep, hidden, cast)
+            d_bias = sums[1]
+            if d_bias is not None:
+                d_bias = d_bias + raw.sum(tuple(range(raw.ndim - 1)))
+            return (d_head, d_bias), d_hidden
+
+        zeros = sweep.vary(
+            (
+                jnp.zeros(head.shape, wide),
+                None if d_bias is None else jnp.zeros(sweep.block, wide),
+            )
+        )
+        xs = (tokens, residuals, cotangents, d_hidden)
+        (block_head, block_bias), d_hidden = split.each(differentiate, zeros, xs)
+        d_head = _add_block(d_head, block_head, columns.start, axis)
+        if d_bias is not None:
+            d_bias = _add_block(d_bias, block_bias, columns.start, 0)
+        return (d_hidden, d_head, d_bias), None
+
+    start = sweep.vary(
+        (
+            jnp.zeros((*split.batch, student.hidden.shape[-1]), wide),
+            jnp.zeros_like(student.head),
+            None if student.bias is None else jnp.zeros_like(student.bias),
+        )
+    )
+    (d_hidden, d_head, d_bias), _ = lax.scan(step, start, _blocks(sweep, operands))
+    d_hidden = split.join(d_hidden).astype(student.hidden.dtype)
+    return (Operands(Projection(d_hidden, d_head, d_bias, None), None, None, None),)
+
+
+def _drop_integers(tree: Any) -> Any:
+    return jax.tree.map(lambda x: None if x.dtype == jax.dtypes.float0 else x, tree)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def run(sweep: Sweep, operands: Operands) -> Any:
+    """The statistic's outputs; under ``axis_name`` on the first shard only, zero elsewhere."""
+    return _forward(sweep, operands)[0]
+
+
+run.defvjp(_forward, _backward)

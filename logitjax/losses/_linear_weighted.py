@@ -1,0 +1,130 @@
+"""The scalar form: with the weights of the positions known, one sweep gives value and gradients.
+
+Unreduced losses cannot do this, because their cotangents arrive only with the backward pass. Here
+the logits of a few positions are kept over the whole vocabulary, just long enough to turn them into
+their gradient, so nothing is computed twice.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from logitjax.losses import _linear_sweep as _sweep
+from logitjax.losses._linear_sweep import Block, Operands, Projection, Sweep
+
+
+def _value_only(sweep: Sweep, operands: Operands, weights):
+    assert sweep.combine is not None
+    split = _sweep._Split(sweep.token_block, operands.student.hidden.shape[:-1])
+    tokens, place = _sweep._split_operands(operands, split)
+    outputs, _ = split.join(_sweep._accumulate(sweep, operands, split, tokens, place))
+    losses = sweep.combine(outputs, operands.tokens)
+    return _sweep._first_shard(sweep, _weighted_sum(losses, weights))
+
+
+def _weighted_sum(losses: jax.Array, weights: jax.Array) -> jax.Array:
+    """A weight of zero silences even an infinite or undefined loss."""
+    return jnp.sum(jnp.where(weights == 0, 0.0, losses * weights))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def run_weighted(sweep: Sweep, operands: Operands, weights: jax.Array) -> jax.Array:
+    """``sum(weights * losses)``; under ``axis_name`` on the first shard only, zero elsewhere."""
+    return _value_only(sweep, operands, weights)
+
+
+def _forward(sweep: Sweep, operands: Operands, weights: jax.Array):
+    student = operands.student
+    split = _sweep._Split(sweep.token_block, student.hidden.shape[:-1])
+    tokens, place = _sweep._split_operands(operands, split)
+    wide = jnp.promote_types(_sweep._compute_dtype(student), jnp.float32)
+
+    def positions(carry, xs):
+        here = place(xs[0])
+        losses, d_hidden, d_head, d_bias = _one_block(sweep, here, xs[1], *carry)
+        return (d_head, d_bias), (losses, d_hidden)
+
+    start = sweep.vary(
+        (
+            jnp.zeros(student.head.shape, wide),
+            None if student.bias is None else jnp.zeros(student.bias.shape, wide),
+        )
+    )
+    (d_head, d_bias), per_token = split.each(positions, start, (tokens, split(weights)))
+    losses, d_hidden = split.join(per_token)
+    total = _sweep._first_shard(sweep, _weighted_sum(losses, weights))
+    like = (student.hidden, student.head, student.bias)
+    grads = jax.tree.map(lambda g, x: g.astype(x.dtype), (d_hidden, d_head, d_bias), like)
+    return total, (grads, losses)
+
+
+def _one_block(sweep: Sweep, operands: Operands, weights, d_head, d_bias):
+    """Losses and gradients of one block of positions, added to the head's gradient so far."""
+    statistic, axis = sweep.statistic, sweep.vocab_axes[0]
+    assert sweep.combine is not None
+    numbers = _sweep._blocks(sweep, operands)
+    batch = operands.student.hidden.shape[:-1]
+
+    def first(state, index):
+        columns = _sweep._columns(sweep, operands, index)
+        block = _sweep._block(sweep, operands, columns)
+        return statistic.absorb(state, block, None), (block.student, block.teacher)
+
+    def again(state, xs, passed):
+        index, (student, teacher) = xs
+        start, columns, first_column = _sweep._column_ids(sweep, operands, index)
+        block = Block(student, teacher, columns, first_column, operands.tokens)
+        return statistic.absorb(state, block, passed), None
+
+    logits = passed = outputs = residuals = None
+    for number in range(statistic.passes):
+        state = sweep.vary(statistic.start(batch, passed))
+        if number == 0:
+            state, logits = lax.scan(first, state, numbers)
+        else:
+            step = functools.partial(again, passed=passed)
+            state, _ = lax.scan(step, state, (numbers, logits))
+        if sweep.axis_name is not None:
+            state = statistic.reduce(state, sweep.axis_name, passed)
+        outputs, residuals = statistic.finish(state, passed)
+        passed = residuals
+
+    combine = functools.partial(sweep.combine, tokens=operands.tokens)
+    losses, pull = jax.vjp(combine, outputs)
+    (cotangents,) = pull(weights.astype(losses.dtype))
+    cotangents = _sweep._drop_integers(cotangents)
+
+    def backward(carry, xs):
+        d_hidden, d_head, d_bias = carry
+        index, (student, teacher) = xs
+        start, columns, first_column = _sweep._column_ids(sweep, operands, index)
+        block = Block(student, teacher, columns, first_column, operands.tokens)
+        head, _ = _sweep._head_block(operands.student, axis, start, sweep.block)
+        raw = statistic.gradient(residuals, cotangents, block)
+        raw = _sweep._raw_gradient(sweep, operands, block, raw)
+        cast = raw.astype(head.dtype)
+        d_hidden = d_hidden + _sweep._contract(cast, (raw.ndim - 1,), head, (axis,))
+        hidden = operands.student.hidden.astype(head.dtype)
+        d_head = _sweep._add_block(
+            d_head, _sweep._head_gradient(sweep, hidden, cast), start, axis
+        )
+        if d_bias is not None:
+            bias = raw.sum(tuple(range(raw.ndim - 1)))
+            d_bias = _sweep._add_block(d_bias, bias, start, 0)
+        return (d_hidden, d_head, d_bias), None
+
+    d_hidden = sweep.vary(jnp.zeros(operands.student.hidden.shape, d_head.dtype))
+    carry, _ = lax.scan(backward, (d_hidden, d_head, d_bias), (numbers, logits))
+    return losses, *carry
+
+
+def _backward(sweep: Sweep, saved, cotangent):
+    grads, losses = saved
+    scaled = jax.tree.map(lambda g: g * cotangent.astype(g.dtype), grads)
+    student = Projection(*scaled, None)
+    return Operands(student, None, None, None), cotangent * losses
+
+
+run_weighted.defvjp(_forward, _backward)
