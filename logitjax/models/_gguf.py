@@ -85,7 +85,7 @@ def gguf_config(source: GgufSource) -> tuple[DecoderConfig, str]:
         "num_heads": heads,
         "num_kv_heads": int(get("attention.head_count_kv", heads)),
         "head_dim": head_dim,
-        "family": architecture,
+        "family": "gemma3_text" if architecture == "gemma3" else architecture,
         "max_length": int(need("context_length")),
         "norm_eps": float(need(f"attention.{epsilon}")),
         "rope_theta": float(get("rope.freq_base", 10_000.0)),
@@ -109,7 +109,7 @@ def gguf_config(source: GgufSource) -> tuple[DecoderConfig, str]:
 def _family_settings(common: dict, get: Any, window: int | None) -> dict[str, Any]:
     layers, hidden = common["num_layers"], common["hidden_size"]
     family = common["family"]
-    if family in ("gemma2", "gemma3"):
+    if family in ("gemma2", "gemma3_text"):
         period = 2 if family == "gemma2" else 6
         window = int(window or (4096 if family == "gemma2" else 1024))
         out: dict[str, Any] = {
@@ -117,6 +117,7 @@ def _family_settings(common: dict, get: Any, window: int | None) -> dict[str, An
             "norm_offset": 1.0,
             "post_norms": True,
             "embedding_scale": hidden**0.5,
+            "query_scale": common["head_dim"] ** -0.5,
             "windows": tuple(None if (i + 1) % period == 0 else window for i in range(layers)),
         }
         if family == "gemma2":

@@ -1,5 +1,6 @@
 """config.json of Hugging Face, in and out."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -71,7 +72,7 @@ def config_from_hf(raw: Mapping[str, Any], *, where: str = "config.json") -> Dec
         "family": family,
         "max_length": int(raw.get("max_position_embeddings") or 2048),
         "activation": _activation(activation or ("gelu_pytorch_tanh" if gemma else "silu"), where),
-        "norm_eps": float(raw.get("rms_norm_eps", 1e-6)),
+        "norm_eps": float(raw.get("rms_norm_eps") or (1e-5 if family == "phi3" else 1e-6)),
         "rope_theta": theta,
         "rope_local_theta": local_theta,
         "rope_scaling": scaling,
@@ -228,3 +229,152 @@ def _scaling(scaling: dict, raw: dict, where: str) -> RopeScaling | None:
             **common,
         )
     raise ValueError(f"{where}: unknown rope scaling {kind!r}")
+
+
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "gpt2": "GPT2LMHeadModel",
+}
+
+
+def config_to_hf(config: DecoderConfig, *, dtype: str = "float32") -> dict[str, Any]:
+    """The ``config.json`` of a configuration; `config_from_hf` gives the same one back.
+
+    Args:
+      config: of one of the known families.
+      dtype: of the stored tensors.
+
+    Returns:
+      A dict for JSON, in the field names that transformers and vLLM read.
+
+    Raises:
+      ValueError: for what Hugging Face's format of this family cannot say.
+
+    >>> raw = {"model_type": "gpt2", "vocab_size": 10, "n_embd": 8, "n_layer": 1, "n_head": 2}
+    >>> config = config_from_hf(raw)
+    >>> config_from_hf(config_to_hf(config)) == config
+    True
+    """
+    if config.family not in FAMILIES:
+        raise ValueError(
+            f"config: family {config.family!r} has no Hugging Face form, "
+            f"expected one of {', '.join(FAMILIES)}"
+        )
+    eos = config.eos_ids[0] if len(config.eos_ids) == 1 else list(config.eos_ids) or None
+    raw: dict[str, Any] = {
+        "architectures": [_ARCHITECTURES[config.family]],
+        "model_type": config.family,
+        "vocab_size": config.vocab_size,
+        "tie_word_embeddings": config.tie_embeddings,
+        "bos_token_id": config.bos_id,
+        "eos_token_id": eos,
+        "pad_token_id": config.pad_id,
+        "torch_dtype": dtype,
+    }
+    raw |= _gpt2_fields(config) if config.family == "gpt2" else _llama_fields(config)
+    if config_from_hf(raw) != _comparable(config):
+        ours, theirs = _comparable(config), config_from_hf(raw)
+        wrong = [f for f in vars(ours) if getattr(ours, f) != getattr(theirs, f)]
+        raise ValueError(
+            f"config: the Hugging Face form of {config.family} cannot say "
+            + ", ".join(f"{f}={getattr(ours, f)!r}" for f in wrong)
+        )
+    return raw
+
+
+def _comparable(config: DecoderConfig) -> DecoderConfig:
+    return dataclasses.replace(config, segment_boundaries=())
+
+
+def _gpt2_fields(config: DecoderConfig) -> dict[str, Any]:
+    names = {"gelu_tanh": "gelu_new", "gelu": "gelu", "silu": "silu"}
+    return {
+        "n_embd": config.hidden_size,
+        "n_layer": config.num_layers,
+        "n_head": config.num_heads,
+        "n_inner": config.intermediate_size,
+        "n_positions": config.max_length,
+        "n_ctx": config.max_length,
+        "activation_function": names[config.activation],
+        "layer_norm_epsilon": config.norm_eps,
+    }
+
+
+def _llama_fields(config: DecoderConfig) -> dict[str, Any]:
+    gemma = config.family.startswith("gemma")
+    names = {"gelu_tanh": "gelu_pytorch_tanh", "gelu": "gelu", "silu": "silu"}
+    raw: dict[str, Any] = {
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": config.max_length,
+        "hidden_activation" if gemma else "hidden_act": names[config.activation],
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": _scaling_fields(config),
+        "attention_bias": config.output_bias,
+    }
+    if config.family == "llama":
+        raw["mlp_bias"] = config.mlp_bias
+    if config.rotary_dim is not None:
+        raw["partial_rotary_factor"] = config.rotary_dim / config.head_dim
+    if config.rope_scaling is not None and config.family == "phi3":
+        raw["original_max_position_embeddings"] = config.rope_scaling.original_max_length
+    windows = [w for w in config.layer_windows if w is not None]
+    raw["sliding_window"] = windows[0] if windows else None
+    if config.family.startswith("qwen"):
+        raw["use_sliding_window"] = bool(windows)
+        raw["max_window_layers"] = config.num_layers - len(windows)
+    if gemma or (windows and config.family.startswith("qwen")):
+        raw["layer_types"] = [
+            "full_attention" if w is None else "sliding_attention" for w in config.layer_windows
+        ]
+    if gemma:
+        raw["query_pre_attn_scalar"] = _integer(config.attention_scale**-2)
+        raw["attn_logit_softcapping"] = config.attention_softcap
+        raw["final_logit_softcapping"] = config.logits_softcap
+    if config.rope_local_theta is not None:
+        raw["rope_local_base_freq"] = config.rope_local_theta
+    return raw
+
+
+def _integer(value: float) -> int | float:
+    return round(value) if abs(value - round(value)) < 1e-6 * value else value
+
+
+def _scaling_fields(config: DecoderConfig) -> dict[str, Any] | None:
+    scaling = config.rope_scaling
+    if scaling is None:
+        return None
+    raw: dict[str, Any] = {"rope_type": scaling.kind}
+    if scaling.kind == "factors":
+        raise ValueError("config: rope factors from a GGUF file have no Hugging Face form")
+    if scaling.kind == "longrope":
+        raw |= {
+            "type": "longrope",
+            "short_factor": list(scaling.short_factors),
+            "long_factor": list(scaling.long_factors),
+        }
+    if scaling.kind != "longrope" or config.family != "phi3":
+        raw["factor"] = scaling.factor
+    if scaling.kind == "llama3":
+        raw |= {
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+        }
+    if scaling.kind == "yarn":
+        raw |= {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow}
+    if scaling.attention_factor is not None:
+        raw["attention_factor"] = scaling.attention_factor
+    if scaling.kind != "linear" and config.family != "phi3":
+        raw["original_max_position_embeddings"] = scaling.original_max_length
+    return raw

