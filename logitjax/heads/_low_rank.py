@@ -1,0 +1,116 @@
+"""A head through a bottleneck: the plainest way to save parameters, to compare with."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
+
+from logitjax.losses._linear_cross_entropy import linear_cross_entropy
+from logitjax.ops import Array
+
+
+def low_rank_logits(
+    hidden: Float[Array, "*batch hidden"],
+    down: Float[Array, "hidden rank"],
+    kernel: Float[Array, "vocab rank"],
+    bias: Float[Array, " vocab"] | None = None,
+) -> Float[jax.Array, "*batch vocab"]:
+    """All V logits of a low-rank head, ``(h D) W^T + b``: O(rank (d + V)) per token.
+
+    >>> low_rank_logits(jnp.ones((1, 3)), jnp.ones((3, 1)), jnp.array([[1.0], [2.0]]))
+    Array([[3., 6.]], dtype=float32)
+    """
+    narrow = jnp.asarray(hidden) @ jnp.asarray(down)
+    wide = jnp.promote_types(narrow.dtype, jnp.float32)
+    logits = jnp.einsum("...r,vr->...v", narrow, kernel, preferred_element_type=wide)
+    return logits if bias is None else logits + jnp.asarray(bias)
+
+
+def low_rank_nll(
+    hidden: Float[Array, "*batch hidden"],
+    down: Float[Array, "hidden rank"],
+    kernel: Float[Array, "vocab rank"],
+    bias: Float[Array, " vocab"] | None,
+    labels: Int[Array, "*batch"],
+    *,
+    z_loss: float = 0.0,
+    where: Bool[Array, " vocab"] | None = None,
+) -> Float[jax.Array, "*batch"]:
+    """Cross-entropy of a low-rank head, by blocks of the vocabulary.
+
+    Args:
+      hidden: ``[*batch, hidden]``.
+      down: ``[hidden, rank]``.
+      kernel: ``[vocab, rank]``.
+      bias: ``[vocab]`` or None.
+      labels: ``[*batch]``.
+      z_loss: weight of the squared log-normaliser.
+      where: ``[vocab]``, True for the entries that exist.
+
+    Returns:
+      ``[*batch]``, float32, not reduced.
+
+    >>> print(low_rank_nll(jnp.zeros((2, 3)), jnp.ones((3, 1)), jnp.ones((4, 1)), None,
+    ...                    jnp.array([0, 1])).round(4))
+    [1.3863 1.3863]
+    """
+    narrow = jnp.asarray(hidden) @ jnp.asarray(down)
+    return linear_cross_entropy(
+        narrow, kernel, labels, bias=bias, vocab_axis=0, z_loss=z_loss, where=where
+    )
+
+
+def fit_low_rank(
+    rows: Float[Array, "vocab hidden"],
+    unigram: Float[Array, " vocab"],
+    hidden_mean: Float[Array, " hidden"],
+    hidden_cov: Float[Array, "hidden hidden"],
+    rank: int,
+    *,
+    row_bias: Float[Array, " vocab"] | None = None,
+    weight_power: float = 0.5,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The low-rank head nearest to a full one, in the metric of the hidden states.
+
+    Minimises ``sum_v u_v^p (w_v - w'_v)^T Cov(h) (w_v - w'_v)``, by an eigendecomposition; what is
+    lost at the mean hidden state goes into the bias.
+
+    Args:
+      rows: ``[vocab, hidden]``.
+      unigram: ``[vocab]``, probabilities or counts.
+      hidden_mean: ``[hidden]``.
+      hidden_cov: ``[hidden, hidden]``.
+      rank: at most hidden.
+      row_bias: ``[vocab]``, bias of the full head.
+      weight_power: the power p.
+
+    Returns:
+      ``(down [hidden, rank], kernel [vocab, rank], bias [vocab])``, float32.
+
+    Raises:
+      ValueError: ``rank`` is not in 1..hidden.
+
+    >>> rows = jnp.array([[1.0, 2.0], [2.0, 4.0], [-1.0, -2.0]])
+    >>> down, kernel, bias = fit_low_rank(rows, jnp.ones(3), jnp.zeros(2), jnp.eye(2), 1)
+    >>> bool(jnp.allclose(kernel @ down.T, rows, atol=1e-4))
+    True
+    """
+    rows = jnp.asarray(rows, jnp.float32)
+    if not 1 <= rank <= rows.shape[1]:
+        raise ValueError(f"rank must be between 1 and hidden={rows.shape[1]}, got {rank}")
+    weights = jnp.asarray(unigram, jnp.float32)
+    weights = jnp.maximum(weights / weights.sum(), 0.01 / rows.shape[0]) ** weight_power
+    root, inverse = metric_roots(hidden_cov)
+    mapped = rows @ root
+    _, vectors = jnp.linalg.eigh(jnp.einsum("vi,v,vj->ij", mapped, weights, mapped))
+    best = vectors[:, ::-1][:, :rank]
+    down, kernel = inverse @ best, mapped @ best
+    mean = jnp.asarray(hidden_mean, jnp.float32)
+    bias = rows @ mean - kernel @ (mean @ down)
+    return down, kernel, bias if row_bias is None else bias + jnp.asarray(row_bias)
+
+
+def metric_roots(cov: Float[Array, "d d"]) -> tuple[jax.Array, jax.Array]:
+    """The square root of a covariance and its inverse; tiny eigenvalues are lifted."""
+    values, vectors = jnp.linalg.eigh(jnp.asarray(cov, jnp.float32))
+    values = jnp.sqrt(jnp.maximum(values, 1e-6 * values[-1]))
+    return (vectors * values) @ vectors.T, (vectors / values) @ vectors.T

@@ -1,0 +1,357 @@
+"""Vector-quantised heads as flax.nnx modules, to be injected into a decoder."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Bool, Float, Int, Key
+
+from logitjax.heads._head_cost import HeadCost, shortlist_cost, vq_cost
+from logitjax.heads._vq_assignment import VQFit
+from logitjax.heads._vq_decode import VQTables, vq_sample, vq_tables, vq_topk
+from logitjax.heads._vq_loss import vq_logits, vq_nll
+from logitjax.heads._vq_shortlist import (
+    Pages,
+    Rescore,
+    exact_rows,
+    make_pages,
+    row_spread,
+    shortlist_logits,
+    shortlist_nll,
+    shortlist_topk,
+)
+from logitjax.ops import Array, AxisName, TopK
+
+
+class Assignment(nnx.Variable):
+    """Integer tables of a head: saved with it, never trained."""
+
+
+class VQHead(nnx.Module):
+    """One code for several tokens, and a bias for each: O(K) training and decoding.
+
+    As a decoder's ``head`` it gives all V logits, so everything works with it; `nll`, `top_k` and
+    `sample` give the same without them. Sharding: split ``codebook`` over the tensor axis (its first)
+    or replicate it, replicate ``bias`` and ``assignment``.
+
+    Args:
+      hidden_size: d.
+      vocab_size: V.
+      num_codes: K.
+      assignment: ``[vocab]``, e.g. of `fit_assignment`; balanced and random when omitted.
+      unigram: ``[vocab]`` counts or probabilities: biases begin at its logarithm, which they should.
+      use_bias: False is the head as published.
+      soft_cap: of the cluster scores.
+      dtype: compute dtype.
+      param_dtype: dtype of the parameters.
+      rngs: source of the initial codebook.
+
+    >>> head = VQHead(8, 20, 5, rngs=nnx.Rngs(0))
+    >>> head(jnp.ones((2, 8))).shape
+    (2, 20)
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        vocab_size: int,
+        num_codes: int,
+        *,
+        assignment: Array | None = None,
+        unigram: Array | None = None,
+        use_bias: bool = True,
+        soft_cap: float | None = None,
+        dtype: Any = jnp.float32,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        if not 1 <= num_codes <= vocab_size:
+            raise ValueError(f"num_codes must be between 1 and {vocab_size}, got {num_codes}")
+        key = rngs.params()
+        if assignment is None:
+            code = jnp.arange(vocab_size) * num_codes // vocab_size
+            assignment = jax.random.permutation(jax.random.fold_in(key, 1), code)
+        elif np.shape(assignment) != (vocab_size,):
+            raise ValueError(
+                f"assignment must be of shape ({vocab_size},), got {np.shape(assignment)}"
+            )
+        self.soft_cap = soft_cap
+        self.dtype = dtype
+        init = nnx.initializers.normal(hidden_size**-0.5)
+        self.codebook = nnx.Param(init(key, (num_codes, hidden_size), param_dtype))
+        # float32 whatever the rest is: a bias of -11.3 is a log-probability.
+        start = jnp.zeros(vocab_size)
+        if unigram is not None:
+            counts = jnp.asarray(unigram, jnp.float32)
+            start = jnp.log(jnp.maximum(counts / counts.sum(), 0.1 / counts.sum()))
+        self.bias = nnx.Param(start) if use_bias else None
+        self.assignment = Assignment(jnp.asarray(assignment, jnp.int32))
+
+    @classmethod
+    def from_fit(cls, fit: VQFit, **options: Any) -> "VQHead":
+        """The head that `fit_assignment` found."""
+        codes, hidden = fit.codebook.shape
+        head = cls(
+            hidden,
+            fit.assignment.shape[0],
+            codes,
+            assignment=fit.assignment,
+            rngs=nnx.Rngs(0),
+            **options,
+        )
+        head.load(fit.codebook, fit.bias, fit.assignment)
+        return head
+
+    def load(self, codebook: Array, bias: Array | None, assignment: Array) -> None:
+        """Overwrites parameters and assignment, e.g. after a reassignment."""
+        self.codebook[...] = jnp.asarray(codebook, self.codebook.dtype)
+        if self.bias is not None and bias is not None:
+            self.bias[...] = jnp.asarray(bias, self.bias.dtype)
+        self.assignment[...] = jnp.asarray(assignment, jnp.int32)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.assignment.shape[0]
+
+    @property
+    def num_codes(self) -> int:
+        return self.codebook.shape[0]
+
+    def _arrays(self) -> tuple[Array, Array | None, Array]:
+        bias = None if self.bias is None else self.bias[...]
+        return self.codebook[...], bias, self.assignment[...]
+
+    def __call__(
+        self, hidden: Float[Array, "*batch hidden"], embedding: Array | None = None
+    ) -> Float[jax.Array, "*batch vocab"]:
+        hidden = jnp.asarray(hidden, self.dtype)
+        return vq_logits(hidden, *self._arrays(), soft_cap=self.soft_cap)
+
+    def nll(
+        self,
+        hidden: Float[Array, "*batch hidden"],
+        labels: Int[Array, "*batch"],
+        embedding: Array | None = None,
+        *,
+        temperature: float | Array = 1.0,
+        z_loss: float = 0.0,
+        where: Bool[Array, " vocab"] | None = None,
+        axis_name: AxisName | None = None,
+    ) -> Float[jax.Array, "*batch"]:
+        """Cross-entropy, not reduced; see `vq_nll`."""
+        hidden = jnp.asarray(hidden, self.dtype)
+        return vq_nll(
+            hidden,
+            *self._arrays(),
+            labels,
+            temperature=temperature,
+            soft_cap=self.soft_cap,
+            z_loss=z_loss,
+            where=where,
+            axis_name=axis_name,
+        )
+
+    def tables(
+        self,
+        *,
+        width: int = 64,
+        temperature: float | Array = 1.0,
+        where: Bool[Array, " vocab"] | None = None,
+    ) -> VQTables:
+        """Tables for `top_k` and `sample`: make them once, outside the decoding loop."""
+        _, bias, assignment = self._arrays()
+        return vq_tables(
+            bias, assignment, self.num_codes, width=width, temperature=temperature, where=where
+        )
+
+    def top_k(
+        self,
+        hidden: Float[Array, "*batch hidden"],
+        k: int,
+        embedding: Array | None = None,
+        *,
+        tables: VQTables | None = None,
+    ) -> TopK:
+        """The k largest logits; see `vq_topk`."""
+        tables = self.tables(width=k) if tables is None else tables
+        hidden = jnp.asarray(hidden, self.dtype)
+        return vq_topk(hidden, self.codebook[...], tables, k, soft_cap=self.soft_cap)
+
+    def sample(
+        self,
+        key: Key[Array, ""],
+        hidden: Float[Array, "*batch hidden"],
+        *,
+        tables: VQTables | None = None,
+    ) -> Int[jax.Array, "*batch"]:
+        """Tokens drawn from the whole distribution; see `vq_sample`."""
+        tables = self.tables(width=1) if tables is None else tables
+        hidden = jnp.asarray(hidden, self.dtype)
+        return vq_sample(key, hidden, self.codebook[...], tables, soft_cap=self.soft_cap)
+
+    def kernel_and_bias(
+        self, embedding: Array | None = None
+    ) -> tuple[Array, Array | None, int]:
+        """The equivalent full head, ``[vocab, hidden]``: for losses that take a kernel.
+
+        Raises:
+          ValueError: with a soft cap, which a kernel cannot say.
+        """
+        if self.soft_cap is not None:
+            raise ValueError("a VQ head with a soft cap has no kernel; use nll() or the logits")
+        codebook, bias, assignment = self._arrays()
+        return codebook[assignment], bias, 0
+
+    def cost(self) -> HeadCost:
+        """What it costs; see `HeadCost`."""
+        codes, hidden = self.codebook.shape
+        itemsize = self.codebook.dtype.itemsize
+        return vq_cost(
+            self.vocab_size, hidden, codes, bias=self.bias is not None, itemsize=itemsize
+        )
+
+
+class ShortlistHead(VQHead):
+    """Codes choose a shortlist, rows of the (tied) embedding re-score it.
+
+    The natural head for a tied model: the rows are in memory anyway, and decoding reads few of them.
+    Its logits are those of the full head inside the shortlist.
+
+    Args:
+      num_pages: pages re-scored per position.
+      page_size: tokens per page.
+      rows: ``[vocab, hidden]``, the head's own rows; None takes the embedding.
+      Others as `VQHead`.
+
+    >>> head = ShortlistHead(8, 20, 5, num_pages=2, page_size=4, rngs=nnx.Rngs(0))
+    >>> head.cost().parameters
+    60
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        vocab_size: int,
+        num_codes: int,
+        *,
+        num_pages: int = 32,
+        page_size: int = 16,
+        rows: Array | None = None,
+        **options: Any,
+    ):
+        super().__init__(hidden_size, vocab_size, num_codes, **options)
+        self.num_pages = num_pages
+        self.page_size = page_size
+        self.rows = None if rows is None else nnx.Param(jnp.asarray(rows))
+        self.pages = Assignment(None)
+        self.make_pages()
+
+    def load(self, codebook: Array, bias: Array | None, assignment: Array) -> None:
+        super().load(codebook, bias, assignment)
+        self.make_pages()
+
+    def make_pages(self, rows: Array | None = None, hidden_cov: Array | None = None) -> None:
+        """Cuts the clusters into pages anew; with rows and covariance ranks them by their reach."""
+        codebook, bias, assignment = self._arrays()
+        bias = jnp.zeros(self.vocab_size) if bias is None else bias
+        margin = None
+        if rows is not None and hidden_cov is not None:
+            margin = row_spread(rows, codebook, assignment, hidden_cov)
+        pages = make_pages(bias, assignment, size=self.page_size, margin=margin)
+        self.num_pages = min(self.num_pages, pages.tokens.shape[0])
+        self.pages = Assignment(pages)
+
+    def _rescore(self, embedding: Array | None) -> Rescore:
+        if self.rows is not None:
+            return exact_rows(self.rows[...])
+        if embedding is None:
+            raise ValueError("a ShortlistHead without rows of its own needs the embedding")
+        return exact_rows(embedding)
+
+    def _options(self, embedding: Array | None) -> dict[str, Any]:
+        pages: Pages = self.pages.get_value()
+        return {
+            "pages": pages,
+            "rescore": self._rescore(embedding),
+            "num_pages": self.num_pages,
+            "soft_cap": self.soft_cap,
+        }
+
+    def __call__(
+        self, hidden: Float[Array, "*batch hidden"], embedding: Array | None = None
+    ) -> Float[jax.Array, "*batch vocab"]:
+        codebook, bias, assignment = self._arrays()
+        bias = jnp.zeros(self.vocab_size) if bias is None else bias
+        hidden = jnp.asarray(hidden, self.dtype)
+        return shortlist_logits(hidden, codebook, bias, assignment, **self._options(embedding))
+
+    def nll(
+        self,
+        hidden: Float[Array, "*batch hidden"],
+        labels: Int[Array, "*batch"],
+        embedding: Array | None = None,
+        *,
+        temperature: float | Array = 1.0,
+        z_loss: float = 0.0,
+        block_size: int = 256,
+    ) -> Float[jax.Array, "*batch"]:
+        """Cross-entropy over the whole vocabulary; see `shortlist_nll`."""
+        codebook, bias, assignment = self._arrays()
+        bias = jnp.zeros(self.vocab_size) if bias is None else bias
+        return shortlist_nll(
+            jnp.asarray(hidden, self.dtype),
+            codebook,
+            bias,
+            assignment,
+            labels,
+            temperature=temperature,
+            z_loss=z_loss,
+            block_size=block_size,
+            **self._options(embedding),
+        )
+
+    def top_k(
+        self,
+        hidden: Float[Array, "*batch hidden"],
+        k: int,
+        embedding: Array | None = None,
+        *,
+        temperature: float | Array = 1.0,
+        with_tail: bool = True,
+    ) -> TopK:
+        """The k largest logits; see `shortlist_topk`."""
+        return shortlist_topk(
+            jnp.asarray(hidden, self.dtype),
+            self.codebook[...],
+            k,
+            temperature=temperature,
+            with_tail=with_tail,
+            **self._options(embedding),
+        )
+
+    def sample(self, key: Key[Array, ""], hidden: Float[Array, "*batch hidden"], **_: Any) -> Any:
+        """Not offered: draw from `top_k`, or from the logits."""
+        raise NotImplementedError("sample from top_k() or from the logits of a ShortlistHead")
+
+    def kernel_and_bias(
+        self, embedding: Array | None = None
+    ) -> tuple[Array, Array | None, int]:
+        """Raises: the logits of a shortlist are not linear in the hidden state."""
+        raise ValueError("a ShortlistHead has no kernel; use nll() or the logits")
+
+    def cost(self) -> HeadCost:
+        """What it costs; see `HeadCost`."""
+        codes, hidden = self.codebook.shape
+        pages: Pages = self.pages.get_value()
+        return shortlist_cost(
+            self.vocab_size,
+            hidden,
+            codes,
+            pages=pages.tokens.shape[0],
+            size=self.page_size,
+            num_pages=self.num_pages,
+            own_rows=self.rows is not None,
+            itemsize=self.codebook.dtype.itemsize,
+        )
