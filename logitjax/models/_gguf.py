@@ -1,14 +1,56 @@
-"""GGUF files: tensors dequantised one at a time, and the decoder they describe."""
+"""Reading GGUF files: the header at once, tensors dequantised one at a time.
 
+``gguf.GGUFReader`` makes an array object of every token and merge, seconds and hundreds of
+megabytes for a vocabulary; here the header becomes plain Python values. Block formats are the
+library's.
+"""
+
+import math
+import struct
 from typing import Any
 
 import gguf
 import numpy as np
 from etils import epath
 
-from logitjax.models._config import DecoderConfig, RopeScaling
+_SCALARS = {
+    0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
+}  # fmt: skip
+_STRING, _ARRAY = 8, 9
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "gpt2")
+
+class _Header:
+    """Reads values off the front of a buffer."""
+
+    def __init__(self, data: bytes):
+        self.data = data
+        self.at = 0
+
+    def scalar(self, form: str) -> Any:
+        (value,) = struct.unpack_from("<" + form, self.data, self.at)
+        self.at += struct.calcsize(form)
+        return value
+
+    def string(self) -> str:
+        length = self.scalar("Q")
+        piece = self.data[self.at : self.at + length]
+        if len(piece) < length:
+            raise struct.error("string runs past the end")
+        self.at += length
+        return piece.decode("utf-8", "replace")
+
+    def value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self.string()
+        if kind != _ARRAY:
+            return self.scalar(_SCALARS[kind])
+        inner, count = self.scalar("I"), self.scalar("Q")
+        if inner in (_STRING, _ARRAY):
+            return [self.value(inner) for _ in range(count)]
+        form = f"<{count}{_SCALARS[inner]}"
+        values = struct.unpack_from(form, self.data, self.at)
+        self.at += struct.calcsize(form)
+        return list(values)
 
 
 class GgufSource:
@@ -18,161 +60,94 @@ class GgufSource:
         self.path = epath.Path(path)
         if not self.path.exists():
             raise ValueError(f"{self.path}: no such file")
+        self._size = self.path.stat().length
+        self._metadata: dict[str, Any] = {}
+        self._tensors: dict[str, tuple[int, tuple[int, ...], int]] = {}
+        length = 1 << 23
         with self.path.open("rb") as file:
-            magic = file.read(4)
-        if magic != b"GGUF":
-            raise ValueError(f"{self.path}: not a GGUF file")
+            data = file.read(length)
+            if data[:4] != b"GGUF":
+                raise ValueError(f"{self.path}: not a GGUF file")
+            while True:
+                try:
+                    self._parse(data)
+                    break
+                except (struct.error, KeyError, MemoryError) as error:
+                    more = file.read(length)
+                    if not more:
+                        raise ValueError(
+                            f"{self.path}: truncated or damaged GGUF file ({error})"
+                        ) from None
+                    data, length = data + more, 2 * length
+        for name in self._tensors:
+            if self._end(name) > self._size:
+                raise ValueError(
+                    f"{self.path}: truncated or damaged GGUF file (tensor {name!r} ends at byte "
+                    f"{self._end(name)}, the file has {self._size})"
+                )
+
+    def _parse(self, data: bytes) -> None:
+        header = _Header(data)
+        header.at = 4
+        version = header.scalar("I")
+        if version not in (2, 3):
+            raise ValueError(f"{self.path}: GGUF version {version} is not supported")
+        tensors, entries = header.scalar("Q"), header.scalar("Q")
+        self._metadata = {}
+        for _ in range(entries):
+            key = header.string()
+            self._metadata[key] = header.value(header.scalar("I"))
+        infos = {}
+        for _ in range(tensors):
+            name = header.string()
+            dims = [header.scalar("Q") for _ in range(header.scalar("I"))]
+            kind, offset = header.scalar("I"), header.scalar("Q")
+            infos[name] = (kind, tuple(reversed(dims)), offset)
+        alignment = self._metadata.get("general.alignment", 32)
+        start = -(-header.at // alignment) * alignment
+        self._tensors = {n: (kind, shape, start + at) for n, (kind, shape, at) in infos.items()}
+
+    def _kind(self, name: str) -> gguf.GGMLQuantizationType:
+        number = self._tensors[name][0]
         try:
-            self._reader = gguf.GGUFReader(str(self.path))
-            self._tensors = {t.name: t for t in self._reader.tensors}
-        except (ValueError, IndexError, KeyError) as error:
-            raise ValueError(f"{self.path}: truncated or damaged GGUF file ({error})") from None
+            return gguf.GGMLQuantizationType(number)
+        except ValueError:
+            raise ValueError(f"{self.path}: tensor {name!r} has unknown type {number}") from None
+
+    def _row_bytes(self, name: str) -> int:
+        block, size = gguf.GGML_QUANT_SIZES[self._kind(name)]
+        shape = self._tensors[name][1]
+        return math.prod(shape[1:] if len(shape) > 1 else shape) // block * size
+
+    def _rows(self, name: str) -> int:
+        shape = self._tensors[name][1]
+        return shape[0] if len(shape) > 1 else 1
+
+    def _end(self, name: str) -> int:
+        return self._tensors[name][2] + self._rows(name) * self._row_bytes(name)
 
     def names(self) -> set[str]:
         return set(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(int(n) for n in reversed(self._tensors[name].shape))
+        return self._tensors[name][1]
 
     def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
-        tensor = self._tensors[name]
+        """A tensor in float32, or a range of its first axis; blocks never cross rows."""
+        _, shape, offset = self._tensors[name]
+        width = self._row_bytes(name)
+        first, last, _ = rows.indices(shape[0]) if len(shape) > 1 else (0, 1, 1)
+        with self.path.open("rb") as file:
+            file.seek(offset + first * width)
+            data = np.frombuffer(file.read((last - first) * width), np.uint8)
+        kind = self._kind(name)
         try:
-            # Quantised blocks never cross rows of the last axis, so rows can be cut first.
-            data = tensor.data if rows == slice(None) else tensor.data[rows]
-            return gguf.quants.dequantize(data, tensor.tensor_type)
+            values = gguf.quants.dequantize(data.reshape(last - first, width), kind)
         except NotImplementedError:
-            kind = tensor.tensor_type.name
-            raise ValueError(f"{self.path}: tensor {name!r} has unsupported type {kind}") from None
+            raise ValueError(
+                f"{self.path}: tensor {name!r} has unsupported type {kind.name}"
+            ) from None
+        return values.reshape(last - first, *shape[1:]) if len(shape) > 1 else values[0][rows]
 
     def metadata(self, key: str, default: Any = None) -> Any:
-        field = self._reader.get_field(key)
-        return default if field is None else field.contents()
-
-
-def gguf_config(source: GgufSource) -> tuple[DecoderConfig, str]:
-    """The decoder that a GGUF file describes, and its architecture's name."""
-    architecture = source.metadata("general.architecture")
-    if architecture not in ARCHITECTURES:
-        raise ValueError(
-            f"{source.path}: unknown architecture {architecture!r}, "
-            f"expected one of {', '.join(ARCHITECTURES)}"
-        )
-
-    def get(key: str, default: Any = None) -> Any:
-        return source.metadata(f"{architecture}.{key}", default)
-
-    def need(key: str) -> Any:
-        value = get(key)
-        if value is None:
-            raise ValueError(f"{source.path}: metadata {architecture}.{key} is missing")
-        return value
-
-    names = source.names()
-    if "token_embd.weight" not in names:
-        raise ValueError(f"{source.path}: tensor 'token_embd.weight' is missing")
-    vocab_size = source.shape("token_embd.weight")[0]
-    hidden, heads, layers = (
-        int(need(k)) for k in ("embedding_length", "attention.head_count", "block_count")
-    )
-    epsilon = "layer_norm_epsilon" if architecture == "gpt2" else "layer_norm_rms_epsilon"
-    eos = source.metadata("tokenizer.ggml.eos_token_id")
-    head_dim = int(get("attention.key_length", hidden // heads))
-    common: dict[str, Any] = {
-        "vocab_size": vocab_size,
-        "hidden_size": hidden,
-        "intermediate_size": int(need("feed_forward_length")),
-        "num_layers": layers,
-        "num_heads": heads,
-        "num_kv_heads": int(get("attention.head_count_kv", heads)),
-        "head_dim": head_dim,
-        "family": "gemma3_text" if architecture == "gemma3" else architecture,
-        "max_length": int(need("context_length")),
-        "norm_eps": float(need(f"attention.{epsilon}")),
-        "rope_theta": float(get("rope.freq_base", 10_000.0)),
-        "rope_scaling": _rope_scaling(source, get),
-        "tie_embeddings": "output.weight" not in names,
-        "bos_id": source.metadata("tokenizer.ggml.bos_token_id"),
-        "eos_ids": () if eos is None else (int(eos),),
-        "pad_id": source.metadata("tokenizer.ggml.padding_token_id"),
-        "qkv_bias": "blk.0.attn_q.bias" in names or "blk.0.attn_qkv.bias" in names,
-        "output_bias": "blk.0.attn_output.bias" in names,
-        "mlp_bias": "blk.0.ffn_up.bias" in names,
-        "qk_norm": "blk.0.attn_q_norm.weight" in names,
-    }
-    rotary = int(get("rope.dimension_count", head_dim))
-    if rotary != head_dim:
-        common["rotary_dim"] = rotary
-    window = get("attention.sliding_window")
-    return DecoderConfig(**common | _family_settings(common, get, window)), architecture
-
-
-def _family_settings(common: dict, get: Any, window: int | None) -> dict[str, Any]:
-    layers, hidden = common["num_layers"], common["hidden_size"]
-    family = common["family"]
-    if family in ("gemma2", "gemma3_text"):
-        period = 2 if family == "gemma2" else 6
-        window = int(window or (4096 if family == "gemma2" else 1024))
-        out: dict[str, Any] = {
-            "activation": "gelu_tanh",
-            "norm_offset": 1.0,
-            "post_norms": True,
-            "embedding_scale": hidden**0.5,
-            "query_scale": common["head_dim"] ** -0.5,
-            "windows": tuple(None if (i + 1) % period == 0 else window for i in range(layers)),
-        }
-        if family == "gemma2":
-            out["attention_softcap"] = float(get("attn_logit_softcapping", 50.0))
-            out["logits_softcap"] = float(get("final_logit_softcapping", 30.0))
-            # The 27B model alone scales queries by hidden_size / num_heads, as llama.cpp does.
-            if layers == 46:
-                out["query_scale"] = (hidden / common["num_heads"]) ** -0.5
-        else:
-            out["rope_local_theta"] = float(get("rope.freq_base_swa", 10_000.0))
-            if layers == 62:
-                out["query_scale"] = (hidden / common["num_heads"]) ** -0.5
-        return out
-    if family == "gpt2":
-        return {
-            "activation": "gelu_tanh",
-            "gated_mlp": False,
-            "norm": "layer",
-            "position": "learned",
-        }
-    if window:
-        return {"windows": (int(window),) * layers}
-    return {}
-
-
-def _rope_scaling(source: GgufSource, get: Any) -> RopeScaling | None:
-    if "rope_freqs.weight" in source.names():
-        factors = tuple(float(f) for f in source.read("rope_freqs.weight"))
-        return RopeScaling(kind="factors", short_factors=factors)
-    if "rope_factors_short.weight" in source.names():
-        short, long = (
-            tuple(float(f) for f in source.read(f"rope_factors_{n}.weight"))
-            for n in ("short", "long")
-        )
-        original = int(get("rope.scaling.original_context_length", get("context_length")))
-        return RopeScaling(
-            kind="longrope",
-            factor=int(get("context_length")) / original,
-            original_max_length=original,
-            attention_factor=get("rope.scaling.attn_factor"),
-            short_factors=short,
-            long_factors=long,
-        )
-    kind = get("rope.scaling.type")
-    if kind in (None, "none"):
-        return None
-    if kind not in ("linear", "yarn"):
-        raise ValueError(f"{source.path}: unknown rope scaling {kind!r}")
-    return RopeScaling(
-        kind=kind,
-        factor=float(get("rope.scaling.factor", 1.0)),
-        original_max_length=int(get("rope.scaling.original_context_length", 8192)),
-    )
-
-
-def is_rope_tensor(name: str) -> bool:
-    """Tensors that the configuration absorbs."""
-    return name.startswith(("rope_freqs", "rope_factors_"))
+        return self._metadata.get(key, default)

@@ -16,7 +16,8 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from logitjax.models._config import DecoderConfig
 from logitjax.models._decoder import Decoder
-from logitjax.models._gguf import GgufSource, gguf_config, is_rope_tensor
+from logitjax.models._gguf import GgufSource
+from logitjax.models._gguf_config import gguf_config, is_rope_tensor
 from logitjax.models._hf_config import config_from_hf
 from logitjax.models._hub import hub_snapshot
 from logitjax.models._safetensors import SafetensorsSource
