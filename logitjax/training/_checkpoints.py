@@ -20,6 +20,16 @@ from logitjax.training._sharding import path_string
 _SIZES = "_SIZES"
 
 
+class _WithoutChatter(python_logging.Filter):
+    """Drops the dozens of lines that orbax logs for every save; its warnings stay."""
+
+    def filter(self, record: python_logging.LogRecord) -> bool:
+        return record.levelno > python_logging.INFO or "orbax" not in record.pathname
+
+
+_WITHOUT_CHATTER = _WithoutChatter()
+
+
 class Restored(NamedTuple):
     """What :meth:`Checkpointer.restore` returns."""
 
@@ -52,7 +62,7 @@ class Checkpointer:
 
     def __init__(
         self,
-        directory: str | epath.Path,
+        directory: epath.PathLike,
         *,
         max_to_keep: int | None = 3,
         asynchronous: bool = True,
@@ -62,8 +72,14 @@ class Checkpointer:
             self.directory = self.directory.resolve()
         if self.directory.exists() and not self.directory.is_dir():
             raise ValueError(f"checkpoint directory {str(directory)!r} is a file")
+        # The same filter object twice is one filter.
+        logging.get_absl_logger().addFilter(_WITHOUT_CHATTER)
         self._manager = ocp.CheckpointManager(
             self.directory,
+            item_handlers={
+                "state": ocp.StandardCheckpointHandler(),
+                "meta": ocp.JsonCheckpointHandler(),
+            },
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=max_to_keep,
                 cleanup_tmp_directories=True,

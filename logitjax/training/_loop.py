@@ -41,7 +41,7 @@ def train_loop(
     batches: Callable[[int], Any],
     *,
     total_steps: int,
-    workdir: str | epath.Path | None = None,
+    workdir: epath.PathLike | None = None,
     checkpointer: Checkpointer | None = None,
     checkpoint_every: int = 0,
     log_every: int = 10,
@@ -105,13 +105,17 @@ def train_loop(
             if checkpointer is not None and checkpointer.save(step, state, identity):
                 logging.info("saving checkpoint %d", step)
 
-        clock, logged = time.perf_counter(), start
+        clock, logged, untimed = time.perf_counter(), start, 0.0
         for step in range(start + 1, total_steps + 1):
             batch = batches(step - 1)
             state, output = step_fn(state, batch)
             pending.append((step, batch, output))
             accumulator.add(output.metrics)
             check_finite(keep=1)
+            if step == start + 1:
+                # Compilation is no part of the speed.
+                untimed = float(jax.device_get(output.metrics["loss"][1]))
+                clock, logged = time.perf_counter(), step
             if bar is not None:
                 bar.update()
             last = step == total_steps
@@ -120,13 +124,14 @@ def train_loop(
                 sums = accumulator.sums()
                 scalars = accumulator.compute()
                 elapsed = time.perf_counter() - clock
-                if step - logged > 0:
+                if step > logged:
                     scalars["seconds_per_step"] = elapsed / (step - logged)
-                    scalars["tokens_per_second"] = sums["loss"][1] / elapsed
+                    scalars["tokens_per_second"] = (sums["loss"][1] - untimed) / elapsed
                 writer.write_scalars(step, scalars)
                 if bar is not None:
                     bar.set_postfix(loss=f"{scalars['loss']:.4g}")
                 accumulator.reset()
+                untimed = 0.0
                 clock, logged = time.perf_counter(), step
             paused = time.perf_counter()
             if eval_fn is not None and (last or (eval_every and step % eval_every == 0)):

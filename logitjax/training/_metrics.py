@@ -86,7 +86,7 @@ class JsonlWriter(NullWriter):
       path: of the file.
     """
 
-    def __init__(self, path: str | epath.Path):
+    def __init__(self, path: epath.PathLike):
         self._path = epath.Path(path)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._remote = "://" in str(path)
@@ -141,7 +141,7 @@ class TensorBoardWriter(NullWriter):
       directory: of the event files.
     """
 
-    def __init__(self, directory: str | epath.Path):
+    def __init__(self, directory: epath.PathLike):
         try:
             from tensorboardX import SummaryWriter
         except ImportError:
@@ -199,7 +199,7 @@ class MultiWriter(NullWriter):
             writer.close()
 
 
-def make_writer(workdir: str | epath.Path | None, *, tensorboard: bool = False) -> MetricWriter:
+def make_writer(workdir: epath.PathLike | None, *, tensorboard: bool = False) -> MetricWriter:
     """The usual writers: ``metrics.jsonl`` and the log; nothing off process 0.
 
     Args:

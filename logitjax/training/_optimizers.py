@@ -71,7 +71,7 @@ def make_schedule(
         knee = max(warmup, 1)
 
         def inverse_root(step: Any) -> Any:
-            return learning_rate * jnp.sqrt(knee / (knee + step))
+            return learning_rate * jnp.sqrt(knee / (knee + jnp.maximum(step, 0)))
 
         course = inverse_root
 

@@ -25,7 +25,7 @@ class WorkdirInUseError(RuntimeError):
 
 
 @contextlib.contextmanager
-def lock_workdir(workdir: str | epath.Path) -> Iterator[None]:
+def lock_workdir(workdir: epath.PathLike) -> Iterator[None]:
     """Holds the workdir's lock; a second run on it is refused.
 
     On a file system the operating system holds the lock and drops it with the process, however that

@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+# Several processes on this machine, with their own devices, talking over loopback.
+#
+#   launch/local.sh PROCESSES DEVICES COMMAND...
+#   launch/local.sh 2 4 python -m experiments.graph_fusion --preset=smoke --workdir=runs/two
+#
+# DEVICES is the number of CPU devices of each process. Every line of output begins with its process.
+# SIGTERM and SIGINT are passed on; if one process fails, the others are stopped.
+set -euo pipefail
+
+if (($# < 3)); then
+  sed -n '2,8s/^# \{0,1\}//p' "$0" >&2
+  exit 2
+fi
+processes=$1 devices=$2
+shift 2
+
+python=$(command -v python || command -v python3)
+port=$("$python" -c 'import socket
+s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+
+export JAX_COORDINATOR_ADDRESS="127.0.0.1:$port" JAX_COORDINATOR_BIND_ADDRESS="127.0.0.1:$port"
+export JAX_NUM_PROCESSES="$processes" JAX_NUM_CPU_DEVICES="$devices"
+export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
+
+children=()
+pipes=$(mktemp -d)
+trap 'rm -rf "$pipes"' EXIT
+# Only processes started here, and only those that still run.
+stop() { for child in "${children[@]}"; do kill "-$1" "$child" 2>/dev/null || true; done; }
+trap 'stop TERM' TERM
+trap 'stop INT' INT
+
+for ((i = 0; i < processes; i++)); do
+  mkfifo "$pipes/out$i" "$pipes/err$i"
+  sed -u "s/^/[$i] /" <"$pipes/out$i" &
+  sed -u "s/^/[$i] /" <"$pipes/err$i" >&2 &
+  JAX_PROCESS_ID=$i "$@" >"$pipes/out$i" 2>"$pipes/err$i" &
+  children+=($!)
+done
+
+status=0 left=$processes
+while ((left)); do
+  code=0
+  wait -n "${children[@]}" || code=$?
+  running=()
+  for child in "${children[@]}"; do
+    if kill -0 "$child" 2>/dev/null; then running+=("$child"); fi
+  done
+  # A trapped signal ends wait too, with every child still running.
+  if ((${#running[@]} == left)); then continue; fi
+  left=${#running[@]} children=("${running[@]+"${running[@]}"}")
+  if ((code)); then
+    if ((!status)); then status=$code; fi
+    stop TERM
+  fi
+done
+# The last lines, unless something left behind keeps a pipe open.
+for _ in {1..40}; do
+  if [[ -z $(jobs -rp) ]]; then break; fi
+  sleep 0.05
+done
+left=$(jobs -rp)
+if [[ -n $left ]]; then kill $left 2>/dev/null || true; fi
+exit "$status"

@@ -1,0 +1,294 @@
+"""The loop and its files: resuming, refusing, stopping."""
+
+import json
+import math
+import pathlib
+import signal
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from logitjax import training
+from tests.training import toy
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def start(workdir, *options, timeout=120):
+    return subprocess.run(
+        [sys.executable, "-m", "tests.training.toy", str(workdir), *options],
+        cwd=ROOT,
+        timeout=timeout,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def printed(process):
+    assert process.returncode == 0, process.stderr[-3000:]
+    return process.stdout.split("digest")[-1].strip()
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("unbroken")
+    state = toy.train(workdir)
+    return toy.digest(jax.device_get(state.params)), toy.losses(workdir)
+
+
+def test_kill_and_resume_is_bitwise_equal(unbroken, tmp_path):
+    killed = start(tmp_path, "--signal=SIGKILL@6")
+    assert killed.returncode == -signal.SIGKILL
+    assert len(toy.losses(tmp_path)) == 6
+    again = start(tmp_path)
+    assert (printed(again), toy.losses(tmp_path)) == unbroken
+    assert "resuming at step 4" in again.stderr
+
+
+def test_sigterm_saves_then_resumes(unbroken, tmp_path):
+    told = start(tmp_path, "--signal=SIGTERM@5")
+    assert told.returncode == 128 + signal.SIGTERM, told.stderr[-3000:]
+    assert "stopped after step 6" in told.stderr
+    assert (tmp_path / "checkpoints/6").is_dir()
+    state = toy.train(tmp_path)
+    assert (toy.digest(jax.device_get(state.params)), toy.losses(tmp_path)) == unbroken
+
+
+def test_exception_then_resume_on_another_mesh(unbroken, tmp_path):
+    def fails(step, *share):
+        if step == 9:
+            raise OSError("the data went away")
+        return toy.batches(step, *share)
+
+    with pytest.raises(OSError, match="went away"):
+        toy.train(tmp_path, source=fails)
+    state = toy.train(tmp_path, mesh="data:2,fsdp:2,tensor:2")
+    assert state.params["embedding"].sharding.mesh.shape["fsdp"] == 2
+    np.testing.assert_allclose(toy.losses(tmp_path), unbroken[1], rtol=1e-4)
+    assert toy.losses(tmp_path)[:8] == unbroken[1][:8]
+
+
+def truncate(checkpoint):
+    largest = max(checkpoint.glob("state/**/d/*"), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:40])
+
+
+def delete(checkpoint):
+    for path in checkpoint.glob("state/**/d/*"):
+        path.unlink()
+
+
+def flip(checkpoint):
+    largest = max(checkpoint.glob("state/**/d/*"), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+
+
+def differ(checkpoint):
+    """Other values than were saved, in files that are whole."""
+    meta = checkpoint / "meta/metadata"
+    content = json.loads(meta.read_text())
+    name, value = next(iter(content["checksums"].items()))
+    content["checksums"][name] = value ^ 1
+    meta.write_text(json.dumps(content))
+    (checkpoint / "_SIZES").unlink()
+
+
+# tensorstore complains about the event loop of a read that failed.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [(truncate, "has 40 bytes"), (delete, "is missing"), (flip, ""), (differ, "the checksum of")],
+)
+def test_corrupt_checkpoint_falls_back_and_says_so(damage, said, tmp_path, caplog):
+    mesh = training.make_mesh("data:4,fsdp:2")
+    states = [
+        training.create_train_state(toy.init, toy.optimizer(), mesh=mesh, seed=s) for s in (1, 2)
+    ]
+    with training.Checkpointer(tmp_path) as checkpointer:
+        for step, state in enumerate(states):
+            checkpointer.save(step, state, {"seed": step})
+    damage(tmp_path / "1")
+    with training.Checkpointer(tmp_path) as checkpointer:
+        with caplog.at_level("WARNING"):
+            restored = checkpointer.restore_latest(states[0])
+        assert restored.step == 0
+        assert restored.extra == {"seed": 0}
+        assert toy.digest(restored.state.params) == toy.digest(states[0].params)
+        assert restored.state.params["embedding"].sharding == states[0].params["embedding"].sharding
+        warned = [r.getMessage() for r in caplog.records if "corrupt" in r.getMessage()]
+        assert len(warned) == 1
+        assert "checkpoint 1 in" in warned[0]
+        assert said in warned[0]
+        assert "using checkpoint 0" in warned[0]
+        assert (tmp_path / "corrupt_1").is_dir()
+        # The same step can be saved again.
+        assert checkpointer.save(1, states[1])
+        damage(tmp_path / "0")
+        assert checkpointer.restore_latest(states[0]).step == 1
+
+
+def test_no_readable_checkpoint_is_an_error(tmp_path):
+    mesh = training.make_mesh("data:8")
+    state = training.create_train_state({"w": np.ones(4)}, optax.sgd(1.0), mesh=mesh)
+    with training.Checkpointer(tmp_path) as checkpointer:
+        assert checkpointer.restore_latest(state) is None
+        checkpointer.save(3, state)
+        with pytest.raises(ValueError, match=r"no checkpoint of step 4 in .*\[3\]"):
+            checkpointer.restore(state, 4)
+        other = training.create_train_state({"w": np.ones(5)}, optax.sgd(1.0), mesh=mesh)
+        with pytest.raises(
+            ValueError, match=r"'params/w' is float32\[4\] in it, expected float32\[5\]"
+        ):
+            checkpointer.restore_latest(other)
+        other = training.create_train_state({"v": np.ones(4)}, optax.sgd(1.0), mesh=mesh)
+        with pytest.raises(ValueError, match="it lacks 'params/v'"):
+            checkpointer.restore_latest(other)
+        checkpointer.wait()
+        truncate(tmp_path / "3")
+        with pytest.raises(ValueError, match="corrupt") as error:
+            checkpointer.restore_latest(state)
+        assert "\n" not in str(error.value)
+
+
+def test_saved_state_may_be_donated_at_once(tmp_path):
+    """An asynchronous save must not see what the next step writes into the donated buffers."""
+    mesh = training.make_mesh("data:4,fsdp:2")
+    params = {"w": jnp.arange(1 << 20, dtype=jnp.float32).reshape(1 << 10, -1)}
+    state = training.create_train_state(params, optax.sgd(1.0), mesh=mesh)
+    step = training.make_train_step(
+        lambda params, batch, rng: (params["w"].sum() + 0 * batch.sum(), 1.0, {}),
+        optax.sgd(1.0),
+        mesh=mesh,
+    )
+    batch = np.zeros((8, 1), np.float32)
+    with training.Checkpointer(tmp_path, max_to_keep=None) as checkpointer:
+        for i in range(6):
+            checkpointer.save(i, state)
+            state, _ = step(state, batch)
+        for i in range(6):
+            restored = checkpointer.restore(state, i)
+            np.testing.assert_array_equal(restored.state.params["w"], params["w"] - i)
+
+
+def test_nonfinite_loss_stops_with_step_and_batch(tmp_path):
+    def poisoned(step, *share):
+        batch = toy.batches(step, *share)
+        if step == 5:
+            batch["scale"] = np.full(toy.BATCH, np.inf, np.float32)
+        else:
+            batch["scale"] = np.ones(toy.BATCH, np.float32)
+        return batch
+
+    def loss_fn(params, batch, rng):
+        total, count, metrics = toy.loss_fn(params, batch, rng)
+        return total * batch["scale"].mean(), count, metrics
+
+    mesh = training.make_mesh("data:8")
+    tx = toy.optimizer()
+    state = training.create_train_state(toy.init, tx, mesh=mesh)
+    step = training.make_train_step(loss_fn, tx, mesh=mesh)
+    with training.Checkpointer(tmp_path / "checkpoints") as checkpointer:
+        with pytest.raises(training.NonFiniteError, match=r"^step 6: loss inf") as error:
+            training.train_loop(
+                state,
+                step,
+                poisoned,
+                total_steps=9,
+                workdir=tmp_path,
+                checkpointer=checkpointer,
+                checkpoint_every=4,
+                log_every=100,
+            )
+        assert checkpointer.steps() == [4]
+    assert error.value.step == 6
+    saved = np.load(error.value.path)
+    assert int(saved["step"]) == 6
+    for name, value in poisoned(5).items():
+        np.testing.assert_array_equal(saved[name], value)
+
+
+def test_second_run_is_refused_and_a_dead_ones_lock_is_not(tmp_path, caplog):
+    with (
+        training.lock_workdir(tmp_path),
+        pytest.raises(training.WorkdirInUseError, match=r"in use by process \d+ on"),
+        training.lock_workdir(tmp_path),
+    ):
+        pass
+    (tmp_path / "lock").write_text(json.dumps({"pid": 999999, "host": "gone"}))
+    with caplog.at_level("WARNING"), training.lock_workdir(tmp_path):
+        assert "stale lock of process 999999" in caplog.text
+
+
+def test_other_data_is_refused(tmp_path):
+    toy.train(tmp_path, steps=4, identity={"data": "a"})
+    with pytest.raises(ValueError, match="data: checkpoint 4 has 'a', this run 'b'"):
+        toy.train(tmp_path, steps=8, identity={"data": "b"})
+
+
+def test_jsonl_is_cut_on_resume(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    writer = training.JsonlWriter(path)
+    for step in range(1, 6):
+        writer.write_scalars(step, {"loss": 1.0 / step, "bad": math.nan})
+    with path.open("a") as file:
+        file.write('{"step": 6, "lo')
+    writer = training.JsonlWriter(path)
+    writer.resume(3)
+    writer.write_scalars(4, {"loss": 7.0})
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [r["step"] for r in records] == [1, 2, 3, 4]
+    assert records[0] == {"step": 1, "loss": 1.0, "bad": None}
+    assert records[-1]["loss"] == 7.0
+
+
+def test_tensorboard_writer(tmp_path):
+    pytest.importorskip("tensorboardX")
+    writer = training.make_writer(tmp_path, tensorboard=True)
+    assert isinstance(writer, training.MetricWriter)
+    writer.resume(0)
+    writer.write_scalars(1, {"loss": 1.0})
+    writer.close()
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 1
+
+
+def test_evaluation_and_throughput_are_logged(tmp_path):
+    toy.train(
+        tmp_path, steps=4, every=0, eval_fn=lambda state, step: {"x": float(step)}, eval_every=2
+    )
+    lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [r["eval/x"] for r in lines if "eval/x" in r] == [2.0, 4.0]
+    logged = [r for r in lines if "loss" in r]
+    assert len(logged) == 4
+    assert all(r["grad_norm"] > 0 for r in logged)
+    # The first step compiles, and is not timed.
+    assert ["tokens_per_second" in r for r in logged] == [False, True, True, True]
+
+
+def test_host_stays_one_step_ahead():
+    """Nothing reads a step's results before the next one is dispatched."""
+    events = []
+
+    class Flag:
+        def __init__(self, step):
+            self.step = step
+
+        def __bool__(self):
+            events.append(("read", self.step))
+            return True
+
+    def step_fn(state, batch):
+        events.append(("dispatch", batch))
+        return state, training.StepOutput({"loss": (1.0, 1.0)}, Flag(batch))
+
+    state = training.TrainState(np.int32(0), {}, {}, None)
+    training.train_loop(state, step_fn, lambda step: step, total_steps=4, log_every=100)
+    assert events.index(("read", 1)) > events.index(("dispatch", 2))
+    assert events.index(("read", 2)) > events.index(("dispatch", 3))

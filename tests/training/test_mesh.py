@@ -1,0 +1,115 @@
+"""Meshes, sharding rules and batches on eight devices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from logitjax import models, training
+
+
+@pytest.mark.parametrize(
+    ("spec", "shape"),
+    [
+        ("data:-1,fsdp:1,tensor:1", {"data": 8, "fsdp": 1, "tensor": 1}),
+        ("data:2, fsdp:2, tensor:-1", {"data": 2, "fsdp": 2, "tensor": 2}),
+        ("fsdp:8", {"fsdp": 8, "data": 1, "tensor": 1}),
+    ],
+)
+def test_mesh(spec, shape):
+    mesh = training.make_mesh(spec)
+    assert dict(mesh.shape) == shape
+    assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("data:3", "it needs 3 devices, there are 8"),
+        ("data:-1,tensor:3", "3 does not divide the 8 devices"),
+        ("data:-1,fsdp:-1", "only one axis"),
+        ("dta:8", "'dta:8'"),
+        ("data=8", "'data=8'"),
+        ("data:x", "'data:x'"),
+        ("data:0", "positive or -1"),
+        ("data:2,data:4", "at most once"),
+        ("", "got ''"),
+    ],
+)
+def test_mesh_errors_are_one_line(spec, said):
+    with pytest.raises(ValueError, match="mesh") as error:
+        training.make_mesh(spec)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_batch_goes_over_data_and_fsdp():
+    mesh = training.make_mesh("data:2,fsdp:2,tensor:2")
+    batch = {"a": np.arange(8), "b": {"c": np.zeros((4, 3))}}
+    placed = training.make_global_batch(mesh, batch)
+    assert placed["a"].sharding.spec == P(("data", "fsdp"))
+    np.testing.assert_array_equal(placed["a"], batch["a"])
+    with pytest.raises(ValueError, match=r"batch 'b/c'.*data x fsdp = 4.*\(6, 3\)"):
+        training.make_global_batch(mesh, {"b": {"c": np.zeros((6, 3))}})
+    with pytest.raises(ValueError, match="batch 'a'"):
+        training.make_global_batch(mesh, {"a": np.zeros(())})
+
+
+@pytest.mark.parametrize("layout", ["stacked", "listed"])
+def test_decoder_rules_cover_the_decoder(layout):
+    config = models.DecoderConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=4,
+    )
+    module = nnx.eval_shape(lambda: models.Decoder(config, rngs=nnx.Rngs(0), layout=layout))
+    _, params = nnx.split(module)
+    mesh = training.make_mesh("data:2,fsdp:2,tensor:2")
+    tx = optax.adam(1e-3)
+    state = training.abstract_train_state(params, tx, mesh=mesh, rules=training.DECODER_RULES)
+    for tree in (state.params, state.opt_state[0].mu):
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+            used = {axis for axis in leaf.sharding.spec if axis}
+            name = training.path_string(path)
+            assert used == (set() if "norm" in name else {"fsdp", "tensor"}), name
+            # The stack of layers itself stays whole.
+            assert leaf.ndim < 3 or leaf.sharding.spec[0] is None, name
+    assert state.opt_state[0].count.sharding.spec == P()
+
+
+def test_rules_fall_back_or_refuse():
+    mesh_shape = {"data": 1, "fsdp": 2, "tensor": 4}
+    rules = training.ShardingRules(rules=(("kernel", P("fsdp", "tensor")),))
+    assert tuple(rules.spec("q/kernel", (8, 6), mesh_shape)) == ("fsdp", None)
+    assert tuple(rules.spec("q/bias", (8,), mesh_shape)) == ()
+    assert tuple(rules.spec("mu/kernel", (8,), mesh_shape)) == ()
+    strict = training.ShardingRules(rules=rules.rules, strict=True)
+    with pytest.raises(
+        ValueError, match="'q/kernel': 'tensor' of size 4 does not divide dimension 1"
+    ):
+        strict.spec("q/kernel", (8, 6), mesh_shape)
+    with pytest.raises(ValueError, match="not 'expert'"):
+        training.ShardingRules(rules=(("", P("expert")),)).spec("w", (8,), mesh_shape)
+
+
+def test_whole_state_is_sharded_and_independent_of_the_given_parameters():
+    mesh = training.make_mesh("data:4,fsdp:2")
+    given = {"w": jnp.ones((8, 4)), "b": np.zeros(4, np.float32)}
+    state = training.create_train_state(given, optax.adam(1e-3), mesh=mesh)
+    assert all(leaf.sharding.mesh == mesh for leaf in jax.tree.leaves(state))
+    assert state.opt_state[0].mu["w"].sharding.spec == P("fsdp", None)
+    step = training.make_train_step(
+        lambda params, batch, rng: ((params["w"] * batch.sum()).sum(), 1.0, {}),
+        optax.adam(1e-3),
+        mesh=mesh,
+    )
+    step(state, np.ones((8, 2), np.float32))
+    assert state.params["w"].is_deleted()
+    np.testing.assert_array_equal(given["w"], np.ones((8, 4)))

@@ -1,0 +1,131 @@
+"""Several processes over loopback, through ``launch/local.sh``."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from logitjax.training import distributed
+from tests.training import toy
+
+ROOT = pathlib.Path(__file__).parents[2]
+LAUNCH = str(ROOT / "launch/local.sh")
+
+
+def launch(processes, devices, *command, timeout=150):
+    return subprocess.run(
+        [LAUNCH, str(processes), str(devices), *command],
+        cwd=ROOT,
+        timeout=timeout,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def train(workdir, *options):
+    command = (sys.executable, "-m", "tests.training.toy", str(workdir), "--mesh=data:2,fsdp:2")
+    return launch(2, 2, *command, *options)
+
+
+def digests(text):
+    return {line.split()[-1] for line in text.splitlines() if "digest" in line}
+
+
+@pytest.mark.slow
+def test_two_processes_train_save_stop_and_resume(tmp_path):
+    toy.train(tmp_path / "one", mesh="data:-1")
+    whole = train(tmp_path / "two")
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    assert len(digests(whole.stdout)) == 1
+    assert whole.stdout.count("digest") == 2
+    np.testing.assert_allclose(
+        toy.losses(tmp_path / "two"), toy.losses(tmp_path / "one"), rtol=1e-4
+    )
+
+    # SIGTERM to process 1 alone: both save at the same step, and the same command goes on.
+    told = train(tmp_path / "told", "--signal=SIGTERM@5@1", "--delay=0.4")
+    assert told.returncode == 128 + signal.SIGTERM, told.stderr[-3000:]
+    assert told.stderr.count("SIGTERM: stopped after step") == 2
+    assert len(toy.losses(tmp_path / "told")) < 12
+    again = train(tmp_path / "told")
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert digests(again.stdout) == digests(whole.stdout)
+    assert toy.losses(tmp_path / "told") == toy.losses(tmp_path / "two")
+
+    # One process goes on from what two saved.
+    (tmp_path / "two/metrics.jsonl").unlink()
+    state = toy.train(tmp_path / "two", mesh="data:4,fsdp:2", steps=12)
+    assert int(state.step) == 12
+
+
+def test_launcher_stops_the_others_and_passes_signals_on():
+    failed = launch(
+        2, 1, "bash", "-c", 'test "$JAX_PROCESS_ID" = 1 && exit 7; sleep 60', timeout=30
+    )
+    assert failed.returncode == 7
+    text = 'echo "$JAX_NUM_PROCESSES $JAX_NUM_CPU_DEVICES ${JAX_COORDINATOR_ADDRESS%:*}"'
+    said = launch(2, 3, "bash", "-c", text)
+    assert sorted(said.stdout.split("\n")[:2]) == ["[0] 2 3 127.0.0.1", "[1] 2 3 127.0.0.1"]
+    assert launch(1, 1).returncode == 2
+    with subprocess.Popen(
+        [LAUNCH, "2", "1", "sleep", "60"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        time.sleep(0.7)
+        process.terminate()
+        assert process.wait(timeout=20) == 128 + signal.SIGTERM
+
+
+@pytest.fixture
+def clean_environment(monkeypatch):
+    for name in list(os.environ):
+        if name.startswith(
+            ("SLURM_", "OMPI_", "KUBERNETES_", "JAX_COORD", "JAX_PROC", "JAX_NUM_PR")
+        ):
+            monkeypatch.delenv(name)
+
+
+@pytest.mark.usefixtures("clean_environment")
+def test_where_the_processes_come_from(monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        distributed.jax.distributed, "initialize", lambda *args, **kw: calls.append((args, kw))
+    )
+    assert distributed.initialize() == (0, 1)
+    assert calls == []
+
+    distributed.initialize("host:1", 4, 0)
+    assert calls.pop()[0] == ("host:1", 4, 0)
+
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "head:9")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "4")
+    with pytest.raises(ValueError, match="process_id: expected with coordinator_address"):
+        distributed.initialize()
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", "3")
+    distributed.initialize()
+    assert calls.pop()[0] == ("head:9", 4, 3)
+    monkeypatch.setenv("JAX_PROCESS_ID", "2")
+    distributed.initialize()
+    assert calls.pop()[0] == ("head:9", 4, 2)
+    monkeypatch.setenv("JAX_PROCESS_ID", "two")
+    with pytest.raises(ValueError, match="JAX_PROCESS_ID: expected an integer, got 'two'"):
+        distributed.initialize()
+    for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
+        monkeypatch.delenv(name)
+
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "node[1-2]")
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    distributed.initialize()
+    assert calls.pop()[1]["local_device_ids"] is None
+    # One task per node must see all of the node's GPUs.
+    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "1(x2)")
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
+    distributed.initialize()
+    assert calls.pop()[1]["local_device_ids"] == list(range(8))
+    with pytest.raises(ValueError, match="got 'lsf'"):
+        distributed.initialize(cluster="lsf")

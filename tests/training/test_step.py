@@ -1,0 +1,193 @@
+"""The train step: accumulation, sharding, masks, freezing, non-finite values."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from logitjax import training
+from tests.training import toy
+
+
+def run(mesh_spec, *, accumulate=1, steps=3, devices=None, tx=None, **options):
+    mesh = training.make_mesh(mesh_spec, devices)
+    tx = toy.optimizer() if tx is None else tx
+    state = training.create_train_state(toy.init, tx, mesh=mesh)
+    step = training.make_train_step(quiet_loss, tx, accumulate=accumulate, mesh=mesh, **options)
+    outputs = []
+    for i in range(steps):
+        state, output = step(state, toy.batches(i))
+        outputs.append(jax.device_get(output))
+    return state, outputs, step
+
+
+def quiet_loss(params, batch, rng):
+    """Without noise, whose rows depend on the microbatch."""
+    hidden = params["embedding"][batch["tokens"]]
+    logits = hidden @ params["head"]["kernel"] + params["head"]["bias"]
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"])
+    return (losses * batch["mask"]).sum(), batch["mask"].sum(), {}
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return run("data:1", devices=jax.devices()[:1])
+
+
+@pytest.mark.parametrize(
+    ("mesh", "accumulate"),
+    [("data:1", 4), ("data:8", 1), ("data:2,fsdp:2,tensor:2", 2)],
+)
+def test_equals_one_device_and_one_batch(reference, mesh, accumulate):
+    devices = jax.devices()[:1] if mesh == "data:1" else None
+    state, outputs, step = run(mesh, accumulate=accumulate, devices=devices)
+    expected, expected_outputs, _ = reference
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6),
+        jax.device_get(state.params),
+        jax.device_get(expected.params),
+    )
+    for output, other in zip(outputs, expected_outputs):
+        assert output.metrics["loss"][1] == other.metrics["loss"][1]
+        np.testing.assert_allclose(output.metrics["loss"], other.metrics["loss"], rtol=1e-5)
+        np.testing.assert_allclose(
+            output.metrics["grad_norm"], other.metrics["grad_norm"], rtol=1e-5
+        )
+    assert step.traces == 1
+
+
+def test_gradient_is_that_of_the_global_mean():
+    tx = optax.sgd(1.0)
+    state, outputs, _ = run("data:8", accumulate=2, steps=1, tx=tx)
+    before = toy.init(jax.random.split(jax.random.key(0))[0])
+    batch = toy.batches(0)
+
+    def mean(params):
+        total, count, _ = quiet_loss(params, batch, None)
+        return total / count
+
+    value, grads = jax.value_and_grad(mean)(before)
+    jax.tree.map(
+        lambda p, g, q: np.testing.assert_allclose(p - g, q, atol=2e-6),
+        before,
+        grads,
+        jax.device_get(state.params),
+    )
+    total, count = outputs[0].metrics["loss"]
+    np.testing.assert_allclose(total / count, value, rtol=1e-6)
+
+
+def test_one_trace_per_shape():
+    _, _, step = run("data:8", steps=2)
+    assert step.traces == 1
+    tx = toy.optimizer()
+    state = training.create_train_state(toy.init, tx, mesh=training.make_mesh("data:8"))
+    for size in (16, 32, 16, 32):
+        state, _ = step(state, toy.batches(0, batch=size))
+    assert step.traces == 2
+
+
+def test_frozen_parameters_stay_and_have_no_state():
+    tx = training.make_optimizer(0.1, schedule="constant", trainable="^head/")
+    state, _, _ = run("data:8", tx=tx, trainable="^head/", steps=2)
+    before = toy.init(jax.random.split(jax.random.key(0))[0])
+    np.testing.assert_array_equal(state.params["embedding"], before["embedding"])
+    assert not np.allclose(state.params["head"]["kernel"], before["head"]["kernel"])
+    names = [
+        training.path_string(p) for p, _ in jax.tree_util.tree_leaves_with_path(state.opt_state)
+    ]
+    assert not any("embedding" in name for name in names)
+    with pytest.raises(ValueError, match="no parameter's path matches 'nothing'"):
+        training.make_optimizer(0.1, schedule="constant", trainable="nothing").init(before)
+
+
+def test_nonfinite_step_changes_nothing_and_says_so():
+    tx = optax.adam(0.1)
+    mesh = training.make_mesh("data:8")
+    state = training.create_train_state({"w": jnp.ones(3)}, tx, mesh=mesh)
+    step = training.make_train_step(
+        lambda params, batch, rng: ((batch @ params["w"]).sum(), batch.shape[0], {}), tx, mesh=mesh
+    )
+    good, bad = np.ones((8, 3), np.float32), np.full((8, 3), np.nan, np.float32)
+    state, output = step(state, good)
+    kept = jax.device_get((state.params, state.opt_state))
+    assert output.finite
+    state, output = step(state, bad)
+    assert not output.finite
+    jax.tree.map(
+        np.testing.assert_array_equal, kept, jax.device_get((state.params, state.opt_state))
+    )
+    assert int(state.step) == 2
+
+
+def test_constants_reach_the_loss_and_schedule_is_reported():
+    def loss_fn(params, batch, rng, teacher):
+        return ((params["w"] - teacher["w"]) ** 2).sum(), 1.0, {}
+
+    schedule = training.make_schedule(0.5, schedule="constant")
+    tx = optax.sgd(schedule)
+    mesh = training.make_mesh("data:8")
+    state = training.create_train_state({"w": jnp.zeros(3)}, tx, mesh=mesh)
+    step = training.make_train_step(loss_fn, tx, mesh=mesh, schedule=schedule)
+    state, output = step(state, np.zeros((8, 1)), {"w": jnp.ones(3)})
+    np.testing.assert_allclose(state.params["w"], np.ones(3))
+    assert output.metrics["learning_rate"][0] == 0.5
+
+
+def test_bad_microbatches():
+    with pytest.raises(ValueError, match=r"accumulate x data x fsdp = 4 x 8 does not divide .* 16"):
+        run("data:8", accumulate=4, steps=1)
+    with pytest.raises(ValueError, match="at least 1 microbatch"):
+        training.make_train_step(toy.loss_fn, optax.sgd(1.0), accumulate=0)
+
+
+def test_compiles_ahead_of_time():
+    mesh = training.make_mesh("data:4,fsdp:2")
+    tx = toy.optimizer()
+    state = training.abstract_train_state(toy.init, tx, mesh=mesh)
+    batch = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=training.batch_sharding(mesh)
+        ),
+        toy.batches(0),
+    )
+    step = training.make_train_step(toy.loss_fn, tx, mesh=mesh)
+    assert step.lower(state, batch).compile().memory_analysis() is not None
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "wsd", "rsqrt"])
+def test_schedules_warm_up_and_end(schedule):
+    rate = training.make_schedule(2.0, schedule=schedule, warmup=4, total_steps=24, final=0.25)
+    assert float(rate(0)) == 0
+    np.testing.assert_allclose(rate(4), 2.0)
+    assert float(rate(2)) == 1.0
+    end = {"constant": 2.0, "rsqrt": 2.0 * (4 / 24) ** 0.5}.get(schedule, 0.5)
+    np.testing.assert_allclose(rate(24), end, rtol=1e-6)
+
+
+def test_schedule_errors():
+    with pytest.raises(ValueError, match="total_steps"):
+        training.make_schedule(1.0, schedule="cosine")
+    with pytest.raises(ValueError, match="got 'cosin'"):
+        inspect.unwrap(training.make_schedule)(1.0, schedule="cosin")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lion", "adafactor", "sgd"])
+def test_optimizers_learn(optimizer):
+    tx = training.make_optimizer(
+        0.02, optimizer=optimizer, schedule="constant", moment_dtype=jnp.float32
+    )
+    params = {"w": jnp.full((3, 2), 2.0)}
+    state = tx.init(params)
+
+    @jax.jit
+    def update(params, state):
+        updates, state = tx.update(jax.tree.map(lambda w: 2 * w, params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(5):
+        params, state = update(params, state)
+    assert float(jnp.abs(params["w"]).max()) < 2.0
