@@ -137,7 +137,7 @@ def _longest_prefix(
     """About the longest stretch from `begin` that fits; by secant, for encoding is the cost."""
     total = int(bounds[-1])
     stop = min(total, begin + seq_len * _CHARACTERS_PER_TOKEN)
-    candidates = bounds[(bounds > begin) & (bounds <= stop)]
+    candidates = bounds[slice(*np.searchsorted(bounds, [begin, stop], side="right"))]
     for ends in (candidates, np.arange(begin + 1, min(total, begin + seq_len) + 1)):
         best: tuple[int, Piece] | None = None
         low, high = -1, len(ends)

@@ -11,7 +11,7 @@ Example = Mapping[str, Any]
 _SPLIT = re.compile(r"(?P<name>\w+)(?:\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?")
 
 
-class Examples(Sequence[Example]):
+class Examples(Sequence):
     """A sequence of examples that knows where it came from.
 
     Each example is a mapping with an ``id`` and one of ``text``, ``prompt`` + ``response``, or
@@ -30,7 +30,7 @@ class Examples(Sequence[Example]):
 
     def __init__(
         self,
-        rows: Sequence[Example],
+        rows: Sequence[Any],
         *,
         fingerprint: str | None = None,
         errors: int = 0,

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from absl import logging
@@ -14,6 +14,7 @@ from logitjax.data._examples import Examples, hash_text, normalise, parse_split,
 # A paragraph alone is too little context, and a book as one document leaves nothing to hold out.
 _MIN_DOCUMENT = 2000
 _MAX_WARNINGS = 10
+_HELD_OUT = ("validation", "test")
 
 
 class _Errors:
@@ -48,13 +49,30 @@ def _files(path: str, suffixes: tuple[str, ...], name: str, spec: str) -> list[e
             return files
         elif name != "train":
             raise ValueError(_no_split(spec, name))
-        files = sorted(file for s in suffixes for file in root.rglob("*" + s) if file.is_file())
+        files = sorted(file for file in _walk(root) if file.name.endswith(suffixes))
+        if root != below:
+            files = [file for file in files if not _held_out(file, root)]
         if not files:
             raise FileNotFoundError(f"{spec}: no {' or '.join(suffixes)} file under {root}")
         return files
     if name != "train":
         raise ValueError(_no_split(spec, name))
     return [root]
+
+
+def _walk(folder: epath.Path) -> Iterator[epath.Path]:
+    # epath has no recursive glob.
+    for path in folder.iterdir():
+        if path.is_dir():
+            yield from _walk(path)
+        else:
+            yield path
+
+
+def _held_out(file: epath.Path, root: epath.Path) -> bool:
+    """Whether a file below `root` is another split's, and so none of the training data."""
+    first = file.relative_to(root).parts[0]
+    return first.partition(".")[0] in _HELD_OUT
 
 
 def _no_split(spec: str, name: str) -> str:
@@ -86,9 +104,9 @@ def load_text(path: str, *, split: str, on_error: str, spec: str) -> Examples:
     """A directory's files are one document each; a single file is cut between paragraphs."""
     name, start, stop = parse_split(split)
     errors = _Errors(on_error)
-    digest = hashlib.sha256()
     rows: list[dict[str, Any]] = []
     whole_files = epath.Path(path).expanduser().is_dir()
+    digest = hashlib.sha256(b"files" if whole_files else b"paragraphs %d" % _MIN_DOCUMENT)
     for file in _files(path, (".txt",), name, spec):
         content = file.read_bytes()
         digest.update(hashlib.sha256(content).digest())
@@ -97,7 +115,10 @@ def load_text(path: str, *, split: str, on_error: str, spec: str) -> Examples:
         except UnicodeDecodeError as error:
             errors.report(str(file), f"not UTF-8 at byte {error.start}")
             continue
-        documents = [text] if whole_files and text.strip() else paragraphs_to_documents(text)
+        if not whole_files:
+            documents = paragraphs_to_documents(text)
+        else:
+            documents = [text] if text.strip() else []
         rows += [{"id": f"{file.name}:{i}", "text": d} for i, d in enumerate(documents)]
     return _finish(rows, digest, errors, start, stop, spec, split)
 

@@ -3,6 +3,7 @@
 from functools import lru_cache
 
 import numpy as np
+from jaxtyping import Int, Int64
 
 _ROUNDS = 8
 _MASK64 = 0xFFFFFFFFFFFFFFFF
@@ -25,7 +26,9 @@ def _round_keys(seed: int, epoch: int) -> np.ndarray:
     return _mix(key + steps)
 
 
-def permute(positions: np.ndarray, *, length: int, seed: int, epoch: int) -> np.ndarray:
+def permute(
+    positions: Int[np.ndarray, "rows"], *, length: int, seed: int, epoch: int
+) -> Int64[np.ndarray, "rows"]:
     """Where `positions` of an epoch go under its permutation of ``range(length)``.
 
     A Feistel network over the next even power of two, repeated for what falls outside (cycle
@@ -48,7 +51,9 @@ def permute(positions: np.ndarray, *, length: int, seed: int, epoch: int) -> np.
     return values.astype(np.int64)
 
 
-def global_indices(step: int, *, length: int, seed: int, batch_size: int) -> np.ndarray:
+def global_indices(
+    step: int, *, length: int, seed: int, batch_size: int
+) -> Int64[np.ndarray, "batch"]:
     """The rows of batch `step`: consecutive places in the endless sequence of permuted epochs."""
     places = np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.int64)
     epochs, positions = np.divmod(places, length)

@@ -120,6 +120,7 @@ def pack(
         return PackedDataset(root)
 
     statistics: dict[str, int] = {"documents": 0, "pieces": 0, "too_long": 0}
+    statistics["malformed"] = examples.errors
     pieces = _pieces(examples, renders, encoders, seq_len, on_long, statistics)
     if overwrite and (root / MANIFEST).exists():
         (root / MANIFEST).unlink()

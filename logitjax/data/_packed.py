@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from etils import epath
+from jaxtyping import Bool, Int, Int32, Int64
 
 from logitjax.data._array_record import ShardReader
 from logitjax.data._order import global_indices, process_slice
@@ -21,7 +22,10 @@ _PREFETCH = 2
 Batch = dict[str, Any]
 
 
-def encode_row(arrays: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> bytes:
+Row = tuple[Int32[np.ndarray, "tokens"], Int32[np.ndarray, "tokens"], Bool[np.ndarray, "tokens"]]
+
+
+def encode_row(arrays: Sequence[Row]) -> bytes:
     """Tokens, segment ids and loss mask of each tokenizer, one after the other."""
     parts = []
     for tokens, segment_ids, loss_mask in arrays:
@@ -29,7 +33,9 @@ def encode_row(arrays: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> b
     return b"".join(part.tobytes() for part in parts)
 
 
-def _positions(segment_ids: np.ndarray) -> np.ndarray:
+def _positions(
+    segment_ids: Int[np.ndarray, "*batch tokens"],
+) -> Int32[np.ndarray, "*batch tokens"]:
     """Positions that start again at every segment, 0 in the padding."""
     index = np.arange(segment_ids.shape[-1], dtype=np.int32)
     starts = np.ones(segment_ids.shape, bool)
@@ -54,6 +60,24 @@ class PackedDataset:
 
     Nothing depends on what was read before: batch ``step`` can be had alone, in any order, and the
     state of a data pipeline is the step.
+
+    >>> import tempfile
+    >>> from logitjax import data
+    >>> class Bytes:
+    ...     vocab_size, bos_id, eos_id, pad_id, fingerprint = 257, None, 256, 256, "bytes"
+    ...     def encode(self, text, add_bos=False): return list(text.encode())
+    ...     def decode(self, ids): return bytes(i for i in ids if i < 256).decode()
+    >>> directory = tempfile.mkdtemp()
+    >>> _ = data.pack([{"text": f"document {i}"} for i in range(10)], {"pivot": Bytes()},
+    ...               seq_len=16, directory=directory)
+    >>> rows = data.open_packed(directory)
+    >>> batch = rows.batch(3, seed=0, batch_size=4)
+    >>> batch["pivot"]["tokens"].shape, batch["row"].shape
+    ((4, 16), (4,))
+    >>> halves = [rows.indices(3, seed=0, batch_size=4, process_index=p, process_count=2)
+    ...           for p in range(2)]
+    >>> bool((np.concatenate(halves) == batch["row"]).all())
+    True
     """
 
     def __init__(self, directory: str | os.PathLike[str]):
@@ -83,7 +107,7 @@ class PackedDataset:
         batch_size: int,
         process_index: int = 0,
         process_count: int = 1,
-    ) -> np.ndarray:
+    ) -> Int64[np.ndarray, "batch"]:
         """The rows that batch `step` reads on this process, int64 [batch_size / process_count].
 
         Each epoch visits every row once, in an order of its own; a batch may straddle two epochs.
@@ -115,7 +139,7 @@ class PackedDataset:
             )
         )
 
-    def rows(self, indices: Sequence[int] | np.ndarray) -> Batch:
+    def rows(self, indices: Sequence[int] | Int[np.ndarray, "batch"]) -> Batch:
         """The given rows as a batch; an index of -1 gives a row of padding."""
         indices = np.asarray(indices, np.int64)
         real = indices >= 0
@@ -218,6 +242,10 @@ def open_packed(directory: str | os.PathLike[str]) -> PackedDataset:
     Raises:
         FileNotFoundError: there is nothing packed, or a shard is missing.
         ValueError: the manifest or a shard is damaged.
+
+    >>> open_packed("/nowhere")
+    Traceback (most recent call last):
+    FileNotFoundError: no packed data in /nowhere (it has no manifest.json)
     """
     return PackedDataset(directory)
 

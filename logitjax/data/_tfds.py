@@ -136,7 +136,7 @@ def _versions(path: epath.Path) -> list[epath.Path]:
     return sorted(found, key=lambda p: [int(part) for part in p.name.split(".")])
 
 
-class _Rows(Sequence[dict[str, Any]]):
+class _Rows(Sequence):
     """A tfds data source whose rows are reduced to text, prompt/response or messages."""
 
     def __init__(
@@ -172,7 +172,11 @@ class _Rows(Sequence[dict[str, Any]]):
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         index = int(index) % len(self)
-        row = {k: v.decode() if isinstance(v, bytes) else v for k, v in self._source[index].items()}
+        try:
+            stored = self._source[index]
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"{self._prefix}, row {index} cannot be read: {error}") from None
+        row = {k: v.decode() if isinstance(v, bytes) else v for k, v in stored.items()}
         try:
             kept = normalise({k: v for k, v in row.items() if k != "id"}, self._columns)
         except ValueError as error:

@@ -1,0 +1,397 @@
+import itertools
+import json
+import threading
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from logitjax.data import Examples, open_packed, pack
+from logitjax.data import _array_record as array_record
+from logitjax.data._documents import split_document
+from logitjax.data._packed import read_ahead
+from tests.data._tokenizers import ByteTokenizer, WordTokenizer
+
+TEXTS = [f"Document {i} " + "has a few more words " * (i % 5) for i in range(40)]
+EXAMPLES = [{"id": str(i), "text": text} for i, text in enumerate(TEXTS)]
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("packed")
+    tokenizers = {"bytes": ByteTokenizer(), "words": WordTokenizer()}
+    return pack(EXAMPLES, tokenizers, seq_len=128, directory=directory)
+
+
+def everything(dataset):
+    return dataset.rows(range(len(dataset)))
+
+
+def segments(arrays):
+    """(row, segment) -> the tokens of every segment."""
+    found = {}
+    for row, (tokens, ids) in enumerate(zip(arrays["tokens"], arrays["segment_ids"], strict=True)):
+        for segment in range(1, ids.max() + 1):
+            found[row, segment] = tokens[ids == segment].tolist()
+    return found
+
+
+def assert_equal(a, b):
+    assert a.keys() == b.keys()
+    for key in a:
+        if isinstance(a[key], dict):
+            assert_equal(a[key], b[key])
+        else:
+            assert a[key].dtype == b[key].dtype
+            np.testing.assert_array_equal(a[key], b[key])
+
+
+# Packing.
+
+
+def test_short_documents_come_whole_and_once(packed):
+    batch = everything(packed)
+    texts = {}
+    for name, tokenizer in (("bytes", ByteTokenizer()), ("words", WordTokenizer())):
+        for text in TEXTS:
+            tokenizer.encode(text)
+        texts[name] = {k: tokenizer.decode(v) for k, v in segments(batch[name]).items()}
+    assert sorted(texts["bytes"].values()) == sorted(TEXTS)
+    assert texts["bytes"] == texts["words"]
+
+
+_TEXT = st.text(st.sampled_from("aábc \n日"), min_size=1, max_size=150) | st.text(
+    st.sampled_from("abcde "), min_size=200, max_size=600
+)
+
+
+@given(texts=st.lists(_TEXT, min_size=1, max_size=8), seq_len=st.integers(7, 40))
+def test_packing_loses_no_token(tmp_path_factory, texts, seq_len):
+    tokenizers = {"bytes": ByteTokenizer(), "words": WordTokenizer()}
+    dataset = pack(
+        [{"text": text} for text in texts],
+        tokenizers,
+        seq_len=seq_len,
+        directory=tmp_path_factory.mktemp("lossless"),
+    )
+    batch = everything(dataset)
+    pieces = {
+        name: {k: tokenizers[name].decode(v) for k, v in segments(batch[name]).items()}
+        for name in tokenizers
+    }
+    assert pieces["bytes"] == pieces["words"]
+    # Every character is there as often as before, and every document's end mark once.
+    assert sorted("".join(pieces["bytes"].values())) == sorted("".join(texts))
+    for name, tokenizer in tokenizers.items():
+        inside = batch[name]["segment_ids"] > 0
+        assert (batch[name]["tokens"][inside] == tokenizer.eos_id).sum() == len(texts)
+        assert dataset.statistics["tokens"][name] == inside.sum()
+
+
+@given(text=_TEXT, seq_len=st.integers(7, 40))
+def test_the_pieces_of_a_long_document_join_to_it(text, seq_len):
+    from logitjax.data._documents import Encoder
+
+    encoders = {
+        "bytes": Encoder(tokenizer=ByteTokenizer(), add_bos=False, add_eos=True),
+        "words": Encoder(tokenizer=WordTokenizer(), add_bos=True, add_eos=True),
+    }
+    half = len(text) // 2
+    segments = [(text[:half], False), (text[half:], True)]
+    pieces = list(split_document(dict.fromkeys(encoders, segments), encoders, seq_len))
+    for name, encoder in encoders.items():
+        assert all(len(piece[name][0]) <= seq_len for piece in pieces)
+        joined = "".join(encoder.tokenizer.decode(piece[name][0].tolist()) for piece in pieces)
+        assert joined == text
+    if len(text.encode()) < seq_len:
+        assert len(pieces) == 1
+    # Only bytes of the second half are learnt, less the first of every piece.
+    learnt = sum(int(piece["bytes"][1].sum()) for piece in pieces)
+    assert learnt <= len(text[half:].encode()) + 1
+
+
+def test_long_documents_are_cut_before_white_space_and_fill_rows(tmp_path):
+    text = "word " * 400
+    dataset = pack([{"text": text}], {"b": ByteTokenizer()}, seq_len=64, directory=tmp_path)
+    batch = everything(dataset)
+    assert (batch["b"]["segment_ids"] > 0).mean() > 0.9
+    pieces = [ByteTokenizer().decode(s) for s in segments(batch["b"]).values()]
+    assert all(p.startswith(" ") or p.startswith("word") for p in pieces)
+    assert not any(p.strip().startswith("ord") for p in pieces)
+
+
+def test_rows_are_well_filled(tmp_path):
+    lengths = np.random.default_rng(0).integers(5, 100, 1500)
+    examples = [{"text": "x" * n} for n in lengths]
+    dataset = pack(examples, {"b": ByteTokenizer()}, seq_len=128, directory=tmp_path)
+    assert dataset.statistics["tokens"]["b"] / (len(dataset) * 128) > 0.97
+
+
+def test_on_long(tmp_path):
+    examples = [{"id": "short", "text": "ab"}, {"id": "lengthy", "text": "abc " * 50}]
+    tokenizers = {"b": ByteTokenizer()}
+    with pytest.raises(ValueError, match="example lengthy: does not fit into 16 tokens"):
+        pack(examples, tokenizers, seq_len=16, directory=tmp_path, on_long="raise")
+    assert not (tmp_path / "manifest.json").exists()
+    dataset = pack(examples, tokenizers, seq_len=16, directory=tmp_path, on_long="skip")
+    assert dataset.statistics["too_long"] == 1
+    assert dataset.statistics["pieces"] == 1
+
+
+def test_a_row_too_short_for_a_character(tmp_path):
+    with pytest.raises(ValueError, match="seq_len=2 is too short"):
+        pack([{"text": "日本"}], {"b": ByteTokenizer()}, seq_len=2, directory=tmp_path)
+
+
+# Masks.
+
+
+def test_masks_never_cross_documents(packed):
+    batch = everything(packed)
+    for name in ("bytes", "words"):
+        arrays = batch[name]
+        predicted = arrays["loss_mask"][:, 1:]
+        same = arrays["segment_ids"][:, 1:] == arrays["segment_ids"][:, :-1]
+        assert not (predicted & ~same).any()
+        assert not arrays["loss_mask"][:, 0].any()
+        assert not (arrays["loss_mask"] & (arrays["segment_ids"] == 0)).any()
+        starts = np.ones_like(arrays["loss_mask"])
+        starts[:, 1:] = ~same
+        inside = arrays["segment_ids"] > 0
+        np.testing.assert_array_equal(arrays["loss_mask"], inside & ~starts)
+        assert (arrays["positions"][starts] == 0).all()
+        step = np.diff(arrays["positions"], axis=1)
+        assert (step[same & inside[:, 1:]] == 1).all()
+
+
+def test_prompts_are_context_only(tmp_path):
+    tokenizers = {"b": ByteTokenizer(), "w": WordTokenizer()}
+    examples = [{"prompt": "What is two? ", "response": "It is two."}]
+    batch = everything(pack(examples, tokenizers, seq_len=64, directory=tmp_path))
+    for name, tokenizer in tokenizers.items():
+        learnt = batch[name]["tokens"][batch[name]["loss_mask"]].tolist()
+        assert tokenizer.decode(learnt) == "It is two."
+        assert learnt[-1] == tokenizer.eos_id
+
+
+def test_messages_are_learnt_where_the_assistant_speaks(tmp_path):
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello"},
+        {"role": "user", "content": "Bye"},
+        {"role": "assistant", "content": "See you"},
+    ]
+    dataset = pack(
+        [{"messages": messages}], {"b": ByteTokenizer()}, seq_len=256, directory=tmp_path
+    )
+    batch = everything(dataset)["b"]
+    learnt = ByteTokenizer().decode(batch["tokens"][batch["loss_mask"]].tolist())
+    assert learnt == "Hello<|im_end|>See you<|im_end|>"
+
+
+def test_tokenizers_may_render_differently_but_not_be_cut_then(tmp_path):
+    def shout(example):
+        return [(example["text"].upper() + "!", True)]
+
+    def plain(example):
+        return [(example["text"], True)]
+
+    tokenizers = {"a": ByteTokenizer(), "b": ByteTokenizer()}
+    renders = {"a": shout, "b": plain}
+    batch = everything(
+        pack([{"text": "hey"}], tokenizers, seq_len=16, directory=tmp_path / "1", render=renders)
+    )
+    decoded = [ByteTokenizer().decode(batch[n]["tokens"][0].tolist()) for n in "ab"]
+    assert decoded == ["HEY!", "hey"]
+    with pytest.raises(ValueError, match="render it differently"):
+        pack([{"text": "x " * 9}], tokenizers, seq_len=16, directory=tmp_path / "2", render=renders)
+
+
+# Batches.
+
+
+def test_any_batch_recomputed_alone_is_equal(packed):
+    run = itertools.islice(packed.iterate(seed=7, batch_size=4), 9)
+    fresh = open_packed(packed.directory)
+    for step, batch in reversed(list(enumerate(run))):
+        assert_equal(batch, fresh.batch(step, seed=7, batch_size=4))
+
+
+def test_resuming_continues_the_sequence(packed):
+    whole = list(packed.iterate(seed=1, batch_size=2, stop_step=8))
+    resumed = list(open_packed(packed.directory).iterate(5, seed=1, batch_size=2, stop_step=8))
+    assert len(resumed) == 3
+    for a, b in zip(whole[5:], resumed, strict=True):
+        assert_equal(a, b)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_the_union_over_processes_is_the_global_batch(packed, processes):
+    options = {"seed": 3, "batch_size": 8}
+    for step in (0, 1, 6):
+        whole = packed.batch(step, **options)
+        parts = [
+            packed.batch(step, **options, process_index=p, process_count=processes)
+            for p in range(processes)
+        ]
+        assert all(len(part["row"]) == 8 // processes for part in parts)
+        rows = np.concatenate([part["row"] for part in parts])
+        np.testing.assert_array_equal(rows, whole["row"])
+        tokens = np.concatenate([part["words"]["tokens"] for part in parts])
+        np.testing.assert_array_equal(tokens, whole["words"]["tokens"])
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_evaluation_reads_every_row_once(packed, processes):
+    parts = [
+        list(packed.iterate_once(batch_size=4, process_index=p, process_count=processes))
+        for p in range(processes)
+    ]
+    assert len({len(part) for part in parts}) == 1
+    rows = np.concatenate([batch["row"] for batches in zip(*parts) for batch in batches])
+    assert rows[rows >= 0].tolist() == list(range(len(packed)))
+    for batch in itertools.chain(*parts):
+        padding = batch["row"] < 0
+        assert batch["bytes"]["tokens"].shape == (4 // processes, 128)
+        assert not batch["bytes"]["loss_mask"][padding].any()
+        assert (batch["bytes"]["tokens"][padding] == 257).all()
+        # Without a padding token the end mark stands in.
+        assert (batch["words"]["tokens"][padding] == 2).all()
+
+
+def test_a_part_of_the_rows_for_quick_evaluation(packed):
+    batches = list(packed.iterate_once(batch_size=2, max_rows=3))
+    assert [b["row"].tolist() for b in batches] == [[0, 1], [2, -1]]
+
+
+def test_prefetch_stops_and_raises():
+    def failing():
+        yield {"row": 1}
+        raise RuntimeError("disk on fire")
+
+    batches = read_ahead(failing(), 2)
+    assert next(batches) == {"row": 1}
+    with pytest.raises(RuntimeError, match="disk on fire"):
+        next(batches)
+
+    endless = read_ahead(({"row": i} for i in itertools.count()), 2)
+    assert next(endless) == {"row": 0}
+    endless.close()
+    deadline = time.monotonic() + 5
+    while any(t.name == "logitjax-data" for t in threading.enumerate()):
+        assert time.monotonic() < deadline, "the reading thread goes on"
+        time.sleep(0.02)
+
+
+# What lies on disk.
+
+
+def test_equal_arguments_reuse_the_rows(tmp_path, monkeypatch):
+    tokenizers = {"b": ByteTokenizer()}
+    first = pack(EXAMPLES, tokenizers, seq_len=64, directory=tmp_path)
+    monkeypatch.setattr("logitjax.data._pack.split_document", None)
+    again = pack(EXAMPLES, tokenizers, seq_len=64, directory=tmp_path)
+    assert again.fingerprint == first.fingerprint
+    assert_equal(everything(again), everything(first))
+
+
+def test_packing_is_deterministic(tmp_path):
+    tokenizers = {"b": ByteTokenizer(), "w": WordTokenizer()}
+    a, b = (
+        pack(EXAMPLES, tokenizers, seq_len=64, directory=tmp_path / name) for name in ("a", "b")
+    )
+    assert a.fingerprint == b.fingerprint
+    assert_equal(everything(a), everything(b))
+
+
+def test_other_arguments_are_refused_by_name(tmp_path):
+    class Other(ByteTokenizer):
+        fingerprint = "other"
+
+    def pack_here(examples=EXAMPLES, tokenizer=None, seq_len=64, **options):
+        tokenizers = {"pivot": tokenizer or ByteTokenizer()}
+        return pack(examples, tokenizers, seq_len=seq_len, directory=tmp_path, **options)
+
+    pack_here()
+    with pytest.raises(ValueError, match=r"seq_len \(64 there, 32 asked for\) differ"):
+        pack_here(seq_len=32)
+    with pytest.raises(ValueError, match=r"tokenizers \(pivot\) differ"):
+        pack_here(tokenizer=Other())
+    with pytest.raises(ValueError, match="examples"):
+        pack_here(EXAMPLES[:-1])
+    with pytest.raises(ValueError, match="render"):
+        pack_here(render=lambda example: [(example["text"], True)])
+    assert pack_here(EXAMPLES[:-1], overwrite=True).statistics["documents"] == 39
+    assert pack_here(EXAMPLES[:-1]).statistics["documents"] == 39
+
+
+def test_an_interrupted_packing_starts_again(tmp_path):
+    def examples():
+        yield from EXAMPLES[:30]
+        raise KeyboardInterrupt
+
+    class Interrupted(Examples):
+        def __iter__(self):
+            return examples()
+
+    with pytest.raises(KeyboardInterrupt):
+        pack(Interrupted(EXAMPLES), {"b": ByteTokenizer()}, seq_len=64, directory=tmp_path)
+    with pytest.raises(FileNotFoundError, match="no packed data"):
+        open_packed(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    assert pack(EXAMPLES, {"b": ByteTokenizer()}, seq_len=64, directory=tmp_path)
+
+
+def test_several_shards_and_a_remote_directory(tmp_path, monkeypatch):
+    monkeypatch.setattr("logitjax.data._pack._ROWS_PER_SHARD", 3)
+    here = pack(EXAMPLES, {"b": ByteTokenizer()}, seq_len=64, directory=tmp_path / "here")
+    assert len(here.manifest["shards"]) > 3
+    monkeypatch.setattr(array_record, "is_remote", lambda path: True)
+    there = pack(EXAMPLES, {"b": ByteTokenizer()}, seq_len=64, directory=tmp_path / "there")
+    assert_equal(everything(here), everything(there))
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "gone", "junk", "manifest"])
+def test_damage_is_named(tmp_path, damage):
+    rng = np.random.default_rng(0)
+    examples = [{"text": "".join(map(chr, rng.integers(97, 123, 600)))} for _ in range(20)]
+    pack(examples, {"b": ByteTokenizer()}, seq_len=640, directory=tmp_path)
+    (shard,) = tmp_path.glob("*.array_record")
+    content = bytearray(shard.read_bytes())
+    if damage == "flip":
+        place = next(i for i in range(len(content) // 3, len(content)) if content[i])
+        content[place] ^= 0xFF
+        shard.write_bytes(content)
+    elif damage == "cut":
+        shard.write_bytes(content[: len(content) // 2])
+    elif damage == "junk":
+        shard.write_bytes(b"x" * len(content))
+    elif damage == "gone":
+        shard.unlink()
+    else:
+        (tmp_path / "manifest.json").write_text(json.dumps({"seq_len": 3})[:-4])
+    culprit = "manifest.json" if damage == "manifest" else shard.name
+    with pytest.raises((ValueError, FileNotFoundError), match=culprit) as caught:
+        everything(open_packed(tmp_path))
+    assert "damaged" in str(caught.value) or "lacks" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"examples": []}, "no examples to pack"),
+        ({"tokenizers": {}}, "tokenizers is empty"),
+        ({"tokenizers": {"row": ByteTokenizer()}}, "'row' is taken"),
+        ({"seq_len": 1}, "seq_len must be at least 2"),
+        ({"render": {"other": lambda e: []}}, "render must name the tokenizers"),
+    ],
+)
+def test_bad_arguments(tmp_path, arguments, message):
+    good = {"examples": EXAMPLES, "tokenizers": {"b": ByteTokenizer()}, "seq_len": 8}
+    good |= arguments
+    with pytest.raises(ValueError, match=message):
+        pack(good.pop("examples"), good.pop("tokenizers"), directory=tmp_path, **good)

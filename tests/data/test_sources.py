@@ -1,0 +1,172 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from logitjax.data import load_examples
+
+
+def write_rows(path, rows):
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_files_need_no_tfds(tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", [{"text": "a"}])
+    code = (
+        "import sys; from logitjax import data; "
+        f"data.load_examples('jsonl:{path}'); "
+        "print([m for m in ('tensorflow_datasets', 'tensorflow', 'jax') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert out.stdout.strip() == "[]"
+
+
+# Text.
+
+
+def test_a_single_text_file_is_cut_between_paragraphs(tmp_path):
+    paragraphs = [f"{i}. " + "some words " * 60 for i in range(20)]
+    path = tmp_path / "book.txt"
+    path.write_text("\n\n".join(paragraphs))
+    examples = load_examples(f"text:{path}")
+    assert 5 <= len(examples) <= 10
+    assert examples[0]["text"].startswith("0. some")
+    joined = "\n\n".join(e["text"] for e in examples)
+    assert joined.split() == " ".join(paragraphs).split()
+    held_out = load_examples(f"text:{path}", split="train[80%:]")
+    rest = load_examples(f"text:{path}", split="train[:80%]")
+    assert len(held_out) + len(rest) == len(examples)
+    assert held_out[-1] == examples[-1]
+    assert held_out.fingerprint != rest.fingerprint
+
+
+def test_a_directory_holds_a_document_a_file(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "two.txt").write_text("two\n\n" * 3000)
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "notes.md").write_text("not text")
+    (tmp_path / "validation.txt").write_text("held out")
+    examples = load_examples(f"text:{tmp_path}")
+    assert [e["text"][:3] for e in examples] == ["one", "two"]
+    held_out = load_examples(f"text:{tmp_path}", split="validation")
+    assert [e["text"] for e in held_out] == ["held out"]
+
+
+def test_text_that_is_not_utf8(tmp_path):
+    (tmp_path / "bad.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match=r"bad.txt: not UTF-8 at byte 3"):
+        load_examples(f"text:{tmp_path}")
+    (tmp_path / "good.txt").write_text("fine")
+    assert load_examples(f"text:{tmp_path}", on_error="skip").errors == 1
+
+
+# JSON lines.
+
+GOOD = [
+    {"text": "plain"},
+    {"prompt": "", "response": "an empty prompt is fine"},
+    {
+        "id": 7,
+        "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+    },
+]
+BAD = [
+    ("{not json", "not JSON"),
+    ("[1]", "expected an object, got list"),
+    ({"body": "x"}, "exactly one of"),
+    ({"text": "x", "prompt": "y", "response": "z"}, "exactly one of"),
+    ({"text": 3}, "'text' must be a string, got int"),
+    ({"text": "  "}, "'text' is empty"),
+    ({"prompt": "x"}, "'response' must be a string, got NoneType"),
+    ({"prompt": "x", "response": ""}, "'response' is empty"),
+    ({"messages": []}, "not empty"),
+    ({"messages": [{"role": "assistant"}]}, "'role' and 'content'"),
+    ({"messages": [{"role": "user", "content": "x"}]}, "no message of role 'assistant'"),
+    (b'{"text": "\xff"}', "utf-8"),
+]
+
+
+def test_the_three_forms(tmp_path):
+    examples = load_examples(f"jsonl:{write_rows(tmp_path / 'a.jsonl', GOOD)}")
+    assert [e["id"] for e in examples] == ["a.jsonl:1", "a.jsonl:2", "7"]
+    assert examples[1]["response"].startswith("an empty")
+    assert examples[2]["messages"][1] == {"role": "assistant", "content": "b"}
+
+
+@pytest.mark.parametrize(("row", "message"), BAD)
+def test_a_malformed_row_is_reported_with_file_and_line(tmp_path, row, message):
+    path = tmp_path / "rows.jsonl"
+    line = row if isinstance(row, str | bytes) else json.dumps(row)
+    line = line if isinstance(line, bytes) else line.encode()
+    path.write_bytes(b'{"text": "first"}\n\n' + line + b'\n{"text": "last"}')
+    with pytest.raises(ValueError, match=message) as caught:
+        load_examples(f"jsonl:{path}")
+    assert str(caught.value).startswith(f"{path}:3: ")
+    examples = load_examples(f"jsonl:{path}", on_error="skip")
+    assert [e["text"] for e in examples] == ["first", "last"]
+    assert examples.errors == 1
+
+
+def test_columns_are_renamed(tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", [{"question": "2 + 2?", "answer": "4", "page": 1}])
+    renames = {"question": "prompt", "answer": "response"}
+    (example,) = load_examples(f"jsonl:{path}", columns=renames)
+    assert (example["prompt"], example["response"]) == ("2 + 2?", "4")
+
+
+def test_fingerprints_follow_the_content(tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", GOOD)
+    first = load_examples(f"jsonl:{path}")
+    assert load_examples(f"jsonl:{path}").fingerprint == first.fingerprint
+    assert first[:2].fingerprint != first.fingerprint
+    write_rows(path, GOOD[:2])
+    assert load_examples(f"jsonl:{path}").fingerprint != first.fingerprint
+
+
+def test_split_slices(tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", [{"text": str(i)} for i in range(10)])
+
+    def rows(split):
+        return "".join(e["text"] for e in load_examples(f"jsonl:{path}", split=split))
+
+    assert rows("train[:30%]") == "012"
+    assert rows("train[30%:]") == "3456789"
+    assert rows("train[-2:]") == "89"
+    assert rows("train[2:4]") == "23"
+    with pytest.raises(ValueError, match="no examples in split"):
+        rows("train[20:]")
+    with pytest.raises(ValueError, match="split must look like"):
+        rows("train[a]")
+    with pytest.raises(ValueError, match=r"no split 'validation'.*train\[95%:\]"):
+        rows("validation")
+
+
+# What goes wrong.
+
+
+@pytest.mark.parametrize("spec", ["text:/no/such/place", "jsonl:/no/such/place.jsonl"])
+def test_a_wrong_path(spec):
+    with pytest.raises(FileNotFoundError, match=f"{spec}: no such file or directory"):
+        load_examples(spec)
+
+
+@pytest.mark.parametrize("spec", ["csv:a", "a.jsonl", "tfds:", "", "/data/text"])
+def test_an_unknown_source(spec):
+    with pytest.raises(ValueError, match="unknown data source") as caught:
+        load_examples(spec)
+    assert repr(spec) in str(caught.value)
+
+
+def test_empty_data(tmp_path):
+    (tmp_path / "a.txt").write_text("\n \n")
+    with pytest.raises(ValueError, match="no examples"):
+        load_examples(f"text:{tmp_path / 'a.txt'}")
+    with pytest.raises(FileNotFoundError, match=r"no \.jsonl file under"):
+        load_examples(f"jsonl:{tmp_path}")
+    path = write_rows(tmp_path / "bad.jsonl", ["nonsense"])
+    with pytest.raises(ValueError, match="1 malformed rows skipped"):
+        load_examples(f"jsonl:{path}", on_error="skip")
