@@ -6,6 +6,7 @@ An experiment is a frozen dataclass ``Config`` whose fields carry their help, a 
 
 import dataclasses
 import json
+import logging as py_logging
 import sys
 import traceback
 import types
@@ -13,8 +14,11 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 from absl import app, flags, logging
 from etils import epath
+
+_COMPILED = str(epath.Path("~/.cache/logitjax/compiled").expanduser())
 
 
 def field(default: Any, help: str, *, choices: tuple[str, ...] | None = None) -> Any:
@@ -90,6 +94,11 @@ def write_config(config: Any, workdir: epath.Path) -> None:
     path.write_text(text)
 
 
+def _is_ours(record: Any) -> bool:
+    """Libraries' own progress notes would bury the experiment's; their warnings stay."""
+    return record.levelno > py_logging.INFO or "site-packages" not in record.pathname
+
+
 def main(
     config_class: type,
     presets: Mapping[str, Mapping[str, Any]],
@@ -103,6 +112,9 @@ def main(
             raise app.UsageError(f"unexpected argument {argv[1]!r}")
         if not logging.level_info():
             logging.set_verbosity(logging.INFO)
+        logging.get_absl_handler().addFilter(_is_ours)
+        if jax.config.jax_compilation_cache_dir is None:
+            jax.config.update("jax_compilation_cache_dir", _COMPILED)
         workdir = epath.Path(flags.FLAGS.workdir)
         try:
             config = config_from_flags(config_class, presets, flags.FLAGS)

@@ -1,0 +1,163 @@
+"""The arms of graph fusion: what each one minimises, given the pivot's hidden states.
+
+Nothing here holds logits: one sweep over the vocabulary yields what a loss needs of the student,
+and the sources' statistics come from their cache.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from logitjax import losses, ops
+
+LOSSES: tuple[str, ...] = ("sft", "kl", "uld", "gld", "uld+gld")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Objective:
+    """``(1 - mix) SFT + mix (distillation terms)``, the terms by the name of the arm."""
+
+    loss: str
+    weights: tuple[float, ...]
+    mix: float = 0.5
+    gld_weight: float = 1.0
+    graph: losses.GraphConfig = losses.GraphConfig()  # noqa: RUF009
+
+    def __post_init__(self) -> None:
+        if self.loss not in LOSSES:
+            raise ValueError(f"loss: expected one of {', '.join(LOSSES)}, got {self.loss!r}")
+
+    @property
+    def shares(self) -> list[float]:
+        """The sources' weights, summing to one."""
+        return [weight / sum(self.weights) for weight in self.weights]
+
+    @property
+    def fusion(self) -> losses.GraphFusionConfig:
+        return losses.GraphFusionConfig(
+            mix=self.mix,
+            uld_weight=float("uld" in self.loss),
+            gld_weight=self.gld_weight * ("gld" in self.loss),
+            graph=self.graph,
+        )
+
+
+def targets(batch: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The label ``tokens[t + 1]`` of each position t, and where it counts."""
+    return batch["tokens"][:, 1:], batch["loss_mask"][:, 1:]
+
+
+def hidden_states(model: Any, batch: Mapping[str, Any]) -> Any:
+    """The hidden states of every position that has a successor."""
+    hidden, _ = model.hidden_states(
+        batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"]
+    )
+    return hidden[:, :-1]
+
+
+def head_arguments(model: Any) -> dict[str, Any]:
+    """A model's head as the keyword arguments of the ``losses.linear_...`` functions."""
+    kernel, bias, vocab_axis = model.head_kernel(ignore_softcap=True)
+    soft_cap = model.config.logits_softcap
+    return {"head": kernel, "bias": bias, "vocab_axis": vocab_axis, "soft_cap": soft_cap}
+
+
+def loss_function(
+    objective: Objective, graphdef: Any, sources: Sequence[str]
+) -> Callable[..., tuple[Any, Any, dict[str, tuple[Any, Any]]]]:
+    """The arm as ``loss_fn(params, batch, rng) -> (sum, count, metrics)``.
+
+    Args:
+      objective: which arm.
+      graphdef: of the pivot, to be merged with ``params``.
+      sources: the names under which ``batch["sources"]`` holds the statistics of each source, a
+        `losses.GraphStatistics` and a mask over its positions.
+    """
+
+    def loss_fn(params: Any, batch: Mapping[str, Any], rng: Any) -> Any:
+        del rng
+        model = nnx.merge(graphdef, params)
+        labels, where = targets(batch["pivot"])
+        hidden = hidden_states(model, batch["pivot"])
+        head = head_arguments(model)
+        count = where.sum()
+
+        def total(values: Any) -> Any:
+            return jnp.where(where, values, 0.0).sum()
+
+        if objective.loss == "sft":
+            # A scalar is enough, so the head's gradient is formed in the forward sweep.
+            weights = where.astype(jnp.float32)
+            sft = losses.linear_cross_entropy(hidden, labels=labels, token_weights=weights, **head)
+            return sft, count, {"sft": (sft, count)}
+
+        held = [batch["sources"][name] for name in sources]
+        if objective.loss == "kl":
+            ids = jnp.concatenate([teacher.indices for teacher, _ in held], axis=-1)
+            readout = losses.linear_readout(hidden, labels=labels, ids=ids, **head)
+            student = readout.gathered_top_k(ids)
+            divergence, start = 0.0, 0
+            for (teacher, _), weight in zip(held, objective.shares, strict=True):
+                stop = start + teacher.indices.shape[-1]
+                part = ops.TopK(
+                    values=student.values[..., start:stop],
+                    indices=student.indices[..., start:stop],
+                    log_z=student.log_z,
+                )
+                divergence += weight * losses.sparse_kl_divergence(part, teacher.top_k)
+                start = stop
+            sft, kl = total(readout.cross_entropy), total(divergence)
+            value = (1 - objective.mix) * sft + objective.mix * kl
+            return value, count, {"sft": (sft, count), "kl": (kl, count)}
+
+        teachers = [
+            losses.FusionTeacher(outputs=outputs, where=valid, weight=weight)
+            for (outputs, valid), weight in zip(held, objective.shares, strict=True)
+        ]
+        value, metrics = losses.linear_graph_fusion(
+            hidden, labels=labels, teachers=teachers, where=where, config=objective.fusion, **head
+        )
+        tokens = metrics["tokens"]
+        shown = [name for name in ("sft", "uld", "gld") if name in metrics]
+        sums = {name: ((metrics[name] * tokens).sum(), tokens.sum()) for name in shown}
+        return (value * tokens).sum(), count, sums
+
+    return loss_fn
+
+
+def score_function(graphdef: Any) -> Callable[..., tuple[Any, Any, dict[str, tuple[Any, Any]]]]:
+    """Held-out scores in the same form: negative log-likelihood, and agreement with the first
+    source's most likely token where the batch has one."""
+
+    def score(params: Any, batch: Mapping[str, Any], rng: Any) -> Any:
+        del rng
+        model = nnx.merge(graphdef, params)
+        labels, where = targets(batch["pivot"])
+        hidden = hidden_states(model, batch["pivot"])
+        readout = losses.linear_readout(hidden, labels=labels, top_k=1, **head_arguments(model))
+        nll = jnp.where(where, readout.cross_entropy, 0.0).sum()
+        count = where.sum()
+        best = first_choice(readout.statistics)
+        metrics = {"accuracy": ((where & (best == labels)).sum(), count)}
+        if "agreement" in batch:
+            metrics["agreement"] = ((where & (best == batch["agreement"])).sum(), count)
+        return nll, count, metrics
+
+    return score
+
+
+def source_statistics(
+    graphdef: Any, params: Any, batch: Mapping[str, Any], *, k: int
+) -> losses.GraphStatistics:
+    """What a source says at each position that has a successor."""
+    model = nnx.merge(graphdef, params)
+    readout = losses.linear_readout(hidden_states(model, batch), top_k=k, **head_arguments(model))
+    return readout.statistics
+
+
+def first_choice(statistics: losses.GraphStatistics) -> ops.Array:
+    """The most likely token of each position."""
+    return statistics.indices[..., 0]

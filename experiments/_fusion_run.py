@@ -1,0 +1,279 @@
+"""Training and scoring the arms of graph fusion, each in a folder of its own that it can resume."""
+
+import dataclasses
+import functools
+import json
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+from flax import nnx
+
+from experiments import _fusion, _fusion_data, _models
+from logitjax import decoding, losses, models, training
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What one run of one arm reached; ``curve`` holds (step, validation perplexity)."""
+
+    loss: str
+    learning_rate: float
+    seed: int
+    validation_perplexity: float
+    perplexity: float
+    agreement: float | None
+    accuracy: float
+    seconds_per_step: float
+    tokens: int
+    curve: tuple[tuple[int, float], ...]
+    sample: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """What all arms share: models, rows, statistics of the sources, mesh."""
+
+    config: Any
+    workdir: epath.Path
+    mesh: Any
+    pivot: models.Decoder
+    tokenizer: models.Tokenizer
+    packed: _fusion_data.Packed
+    sources: Mapping[str, "_fusion_data.Source"]
+
+    @functools.cached_property
+    def functional(self) -> tuple[Any, Any]:
+        """The pivot as (graphdef, parameters before training)."""
+        apply_fn, params = models.from_nnx(self.pivot)
+        return apply_fn.graphdef, params
+
+    @functools.cached_property
+    def _score(self) -> Any:
+        return training.make_eval_step(_fusion.score_function(self.functional[0]), mesh=self.mesh)
+
+    def scores(self, params: Any, split: str) -> dict[str, float]:
+        """Perplexity, accuracy and, where the first source reads the same tokens, agreement."""
+        found = training.evaluate(self._score, params, self.scored_batches(split))
+        return found | {"perplexity": float(np.exp(found["loss"]))}
+
+    def sample(self, params: Any, *, length: int = 32) -> str:
+        """What the pivot writes after the prompt, most likely token first."""
+        model = models.with_layout(nnx.merge(self.functional[0], params), "listed")
+        prompt = self.tokenizer.encode(self.config.prompt)
+        tokens = decoding.greedy_generate(
+            model, prompt, max_new_tokens=length, eos_id=self.tokenizer.eos_id
+        )
+        return self.config.prompt + self.tokenizer.decode(np.asarray(tokens)[0].tolist())
+
+    def batch(self, split: str, rows: Mapping[str, Any], *, sources: bool) -> dict[str, Any]:
+        batch: dict[str, Any] = {"pivot": dict(self.packed.columns(rows, "pivot"))}
+        if sources:
+            batch["sources"] = {
+                name: source.statistics(split, rows) for name, source in self.sources.items()
+            }
+        return batch
+
+    def scored_batches(self, split: str) -> Iterator[dict[str, Any]]:
+        index, count = training.process_slice(self.mesh)
+        first = next(iter(self.sources.values()))
+        rows = self.packed.splits[split].iterate_once(
+            batch_size=self.config.batch_size,
+            process_index=index,
+            process_count=count,
+            max_rows=self.config.eval_rows,
+        )
+        for row in rows:
+            batch = self.batch(split, row, sources=False)
+            if first.columns == self.packed.names["pivot"]:
+                statistics_, _ = first.statistics(split, row)
+                batch["agreement"] = _fusion.first_choice(statistics_)
+            yield batch
+
+
+def open_session(config: Any, workdir: epath.Path) -> Session:
+    """Load the models, pack the text and let the sources speak."""
+    if config.source_weight and len(config.source_weight) != len(config.source):
+        raise ValueError(
+            f"source_weight: {len(config.source_weight)} weights for {len(config.source)} sources"
+        )
+    mesh = training.make_mesh(config.mesh)
+    options = dict(dtype=config.dtype, layout=config.layout, remat=config.remat)
+    pivot, tokenizer = _models.load(config.pivot, **options)
+    if config.pivot_layers:
+        pivot = models.keep_layers(pivot, config.pivot_layers)
+    tokenizers = {"pivot": tokenizer}
+    specs = dict(zip(_source_names(config), config.source, strict=True))
+    for name, spec in specs.items():
+        tokenizers[name] = _models.load_tokenizer_of(spec)
+    packed = _fusion_data.pack_splits(
+        config.data,
+        tokenizers,
+        seq_len=config.seq_len,
+        on_error=config.on_error,
+        directory=workdir / "data",
+    )
+    distilling = [loss for loss in config.loss if loss != "sft"]
+    foreign = [n for n in specs if packed.names[n] != packed.names["pivot"]]
+    if "kl" in config.loss and foreign:
+        raise ValueError(
+            f"loss 'kl' needs one vocabulary, but source {specs[foreign[0]]!r} has another "
+            "tokenizer than the pivot; use uld, gld or uld+gld"
+        )
+    needed = _fusion_data.needed_rows(packed, config, distilling=bool(distilling))
+    sources = {
+        name: _fusion_data.open_source(
+            functools.partial(_models.load, spec, **options),
+            name=name,
+            packed=packed,
+            rows=needed,
+            k=config.cache_top_k,
+            batch_size=config.batch_size,
+            mesh=mesh,
+            directory=workdir / "sources" / name,
+        )
+        for name, spec in specs.items()
+    }
+    return Session(config, workdir, mesh, pivot, tokenizer, packed, sources)
+
+
+def _source_names(config: Any) -> list[str]:
+    return [f"source{i}" for i in range(len(config.source))]
+
+
+def run_arms(config: Any, workdir: epath.Path) -> dict[str, Any]:
+    """Every arm at its best learning rate with every seed; the untrained pivot for comparison."""
+    session = open_session(config, workdir)
+    before = _score_untrained(session)
+    outcomes: list[Outcome] = []
+    for loss in config.loss:
+        first = [_run_arm(session, loss, rate, seed=0) for rate in config.learning_rate]
+        best = min(first, key=lambda outcome: outcome.validation_perplexity)
+        if len(first) > 1:
+            logging.info("%s: learning rate %g is best on validation", loss, best.learning_rate)
+        outcomes.append(best)
+        outcomes += [
+            _run_arm(session, loss, best.learning_rate, seed=seed)
+            for seed in range(1, config.seeds)
+        ]
+    return {"before": before, "outcomes": outcomes}
+
+
+def _objective(config: Any, loss: str) -> _fusion.Objective:
+    return _fusion.Objective(
+        loss=loss,
+        mix=config.mix,
+        weights=config.source_weight or (1.0,) * len(config.source),
+        gld_weight=config.gld_weight,
+        graph=losses.GraphConfig(
+            k=config.top_k, node=config.node, feature=config.feature, value=config.value
+        ),
+    )
+
+
+def _score_untrained(session: Session) -> dict[str, Any]:
+    path = session.workdir / "before.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    params = session.functional[1]
+    scores = session.scores(params, "test")
+    record = {**scores, "sample": session.sample(params)}
+    _write_once(path, record)
+    return record
+
+
+def _run_arm(session: Session, loss: str, learning_rate: float, *, seed: int) -> Outcome:
+    config, mesh = session.config, session.mesh
+    name = f"{loss}/lr-{learning_rate:g}/seed-{seed}"
+    directory = session.workdir / "arms" / name
+    done = directory / "outcome.json"
+    if done.exists():
+        record = json.loads(done.read_text())
+        record["curve"] = tuple(tuple(point) for point in record["curve"])
+        return Outcome(**record)
+    logging.info("arm %s", name)
+
+    objective = _objective(config, loss)
+    graphdef, params = session.functional
+    loss_fn = _fusion.loss_function(objective, graphdef, tuple(session.sources))
+    schedule = dict(
+        schedule="cosine", warmup=int(config.warmup * config.steps), total_steps=config.steps
+    )
+    tx = training.make_optimizer(learning_rate, weight_decay=config.weight_decay, **schedule)
+    state = training.create_train_state(
+        params, tx, mesh=mesh, rules=training.DECODER_RULES, seed=seed
+    )
+    step = training.make_train_step(
+        loss_fn,
+        tx,
+        mesh=mesh,
+        accumulate=config.accumulate,
+        schedule=training.make_schedule(learning_rate, **schedule),
+    )
+    index, count = training.process_slice(mesh)
+    train = session.packed.splits["train"]
+
+    def batches(number: int) -> dict[str, Any]:
+        rows = train.batch(
+            number,
+            seed=seed,
+            batch_size=config.batch_size,
+            process_index=index,
+            process_count=count,
+        )
+        return session.batch("train", rows, sources=loss != "sft")
+
+    with training.Checkpointer(directory / "checkpoints", max_to_keep=2) as checkpointer:
+        state = training.train_loop(
+            state,
+            step,
+            batches,
+            total_steps=config.steps,
+            workdir=directory,
+            checkpointer=checkpointer,
+            checkpoint_every=config.checkpoint_every,
+            log_every=config.log_every,
+            eval_fn=lambda state, _: session.scores(state.params, "validation"),
+            eval_every=config.eval_every,
+            writer=training.make_writer(directory),
+            identity={"data": train.fingerprint, "arm": name},
+        )
+    lines = _metrics(directory)
+    curve = tuple(
+        (line["step"], line["eval/perplexity"]) for line in lines if "eval/perplexity" in line
+    )
+    # The first interval holds the compilation.
+    speeds = [line["seconds_per_step"] for line in lines if "seconds_per_step" in line]
+    test = session.scores(state.params, "test")
+    outcome = Outcome(
+        loss=loss,
+        learning_rate=learning_rate,
+        seed=seed,
+        validation_perplexity=curve[-1][1],
+        perplexity=test["perplexity"],
+        agreement=test.get("agreement"),
+        accuracy=test["accuracy"],
+        seconds_per_step=statistics.median(speeds[1:] or speeds),
+        tokens=config.steps * config.batch_size * config.seq_len,
+        curve=curve,
+        sample=session.sample(state.params),
+    )
+    _write_once(done, dataclasses.asdict(outcome))
+    return outcome
+
+
+def _metrics(directory: epath.Path) -> Sequence[Mapping[str, float]]:
+    text = (directory / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def _write_once(path: epath.Path, record: Mapping[str, Any]) -> None:
+    if jax.process_index() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".tmp")
+        partial.write_text(json.dumps(record, indent=1) + "\n")
+        partial.replace(path)
