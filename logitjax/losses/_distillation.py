@@ -117,7 +117,8 @@ def decoupled_knowledge_distillation(
       other_weight: beta of the paper: 8 by default, 2 or 6 for some published pairs.
       temperature: ``T``.
       where: the classes that exist, broadcastable to the logits.
-      axis_name: mesh axis over which the classes are split, inside ``shard_map``; labels count over all.
+      axis_name: mesh axis over which the classes are split, inside ``shard_map``; labels are
+        class numbers of the whole.
 
     Returns:
       float32 ``[*batch]``.

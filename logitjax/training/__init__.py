@@ -5,6 +5,8 @@ A run is a few calls: :func:`distributed.initialize`, :func:`make_mesh`, :func:`
 """
 
 from logitjax.training import distributed as distributed
+from logitjax.training._align_gradients import align_gradients as align_gradients
+from logitjax.training._align_gradients import aligned_value_and_grad as aligned_value_and_grad
 from logitjax.training._checkpoints import Checkpointer as Checkpointer
 from logitjax.training._checkpoints import Restored as Restored
 from logitjax.training._loop import NonFiniteError as NonFiniteError

@@ -249,7 +249,7 @@ def test_wrong_arguments_are_named():
     s = jnp.zeros((2, 3))
     with pytest.raises(ValueError, match="teacher_logits"):
         losses.binary_kl(s, jnp.zeros((2, 4)))
-    with pytest.raises(ValueError, match="reduction"):
-        losses.binary_kl_norm.__wrapped__(s, s, reduction="max")
+    with pytest.raises(Exception, match="reduction"):  # or the type checker's, where it is on
+        losses.binary_kl_norm(s, s, reduction="max")
     with pytest.raises(ValueError, match="temperature"):
         losses.knowledge_distillation(s, s, temperature=0.0)

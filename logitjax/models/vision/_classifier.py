@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float
 
+from logitjax.heads._dual_head import torch_linear
 from logitjax.models.vision._mobilenet import MobileNetV2
 from logitjax.models.vision._resnet import CifarResNet, ResNet
 from logitjax.models.vision._shufflenet import ShuffleNetV2
@@ -57,16 +58,6 @@ class ImageClassifier(nnx.Module):
     ) -> Float[jax.Array, "batch classes"]:
         """Logits; with ``train=True`` from batch statistics, which update the running ones."""
         return self.head(self.features(images, train=train))
-
-
-def torch_linear(in_features: int, out_features: int, *, rngs: nnx.Rngs) -> nnx.Linear:
-    """A linear layer initialised as torch's: uniform up to ``1 / sqrt(in_features)``."""
-
-    def uniform(key: jax.Array, shape: Any, dtype: Any = None, out_sharding: Any = None) -> Any:
-        limit = in_features**-0.5
-        return jax.random.uniform(key, shape, dtype, -limit, limit)
-
-    return nnx.Linear(in_features, out_features, kernel_init=uniform, bias_init=uniform, rngs=rngs)
 
 
 def create_classifier(

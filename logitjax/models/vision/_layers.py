@@ -89,7 +89,7 @@ def batch_norm(
 
 
 def max_pool(x: jax.Array, size: int, stride: int, pad: int = 0) -> jax.Array:
-    padding = ((pad, pad), (pad, pad))
+    padding: Any = ((pad, pad), (pad, pad))
     return nnx.max_pool(x, (size, size), strides=(stride, stride), padding=padding)
 
 

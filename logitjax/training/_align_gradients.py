@@ -1,0 +1,145 @@
+"""Two gradients on one backbone: taking out of the second what works against the first."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float
+
+from logitjax.training._sharding import path_mask
+
+
+def _mean_over(tree: Any, axis_name: Any) -> Any:
+    return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
+
+
+def align_gradients(
+    task_gradients: Any,
+    auxiliary_gradients: Any,
+    *,
+    trunk: str | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
+) -> tuple[Any, dict[str, Float[jax.Array, ""]]]:
+    """Add two gradients, after projecting a conflict out of the second.
+
+    Where the auxiliary gradient points against the task's (a negative inner product), its component
+    along the task's is removed; the task's own gradient is never changed.
+
+    ::
+
+        g2' = g2 - min(<g1, g2>, 0) / |g1|^2 * g1,      update g1 + g2'
+
+    Over all parameters, as released, the norm counts the task's own head: the head's gradient is
+    then scaled up by the projection, and in the trunk a conflict is left. With ``trunk`` the inner
+    product, the norm and the projection are over the shared parameters alone, where after it the
+    inner product is exactly not negative.
+
+    Args:
+      task_gradients: a pytree.
+      auxiliary_gradients: a pytree of the same structure.
+      trunk: a regular expression on paths (``backbone``): the shared parameters. None projects over
+        all parameters, as the released code does.
+      axis_name: the mesh axes of the batch inside ``pmap`` or ``shard_map``, where gradients are
+        each device's own: both are averaged *before* the inner product. Under ``jit`` gradients of
+        a mean over the global batch need nothing.
+
+    Returns:
+      The summed gradients, and scalars: ``cosine`` between the two before, ``norm_ratio`` of the
+      auxiliary to the task's, and ``coefficient``, which is negative where it projected and else 0.
+
+    Raises:
+      ValueError: no path matches ``trunk``.
+
+    >>> g, metrics = align_gradients({"w": jnp.array([1.0, 0.0])}, {"w": jnp.array([-1.0, 2.0])})
+    >>> g["w"].tolist(), float(metrics["coefficient"])
+    ([1.0, 2.0], -1.0)
+
+    References:
+      Yang et al., Dual-Head Knowledge Distillation (arXiv 2411.08937), gradient alignment;
+      the trunk-only form is ours.
+    """
+    task = _mean_over(task_gradients, axis_name)
+    auxiliary = _mean_over(auxiliary_gradients, axis_name)
+    shared = jax.tree.map(lambda _: True, task) if trunk is None else path_mask(task, trunk)
+    if not any(jax.tree.leaves(shared)):
+        raise ValueError(f"trunk {trunk!r} matches no parameter")
+
+    def inner(a: Any, b: Any) -> jax.Array:
+        products = jax.tree.map(
+            lambda x, y, use: jnp.sum(x.astype(jnp.float32) * y.astype(jnp.float32)) * use,
+            a,
+            b,
+            shared,
+        )
+        return jnp.asarray(sum(jax.tree.leaves(products)))
+
+    dot, task_square = inner(task, auxiliary), inner(task, task)
+    auxiliary_square = inner(auxiliary, auxiliary)
+    safe = jnp.where(task_square > 0, task_square, 1.0)
+    coefficient = jnp.where((dot < 0) & (task_square > 0), dot / safe, 0.0)
+
+    def combine(g1: jax.Array, g2: jax.Array, use: bool) -> jax.Array:
+        return g1 + (g2 - coefficient.astype(g1.dtype) * g1 if use else g2)
+
+    product = task_square * auxiliary_square
+    metrics = {
+        "cosine": jnp.where(product > 0, dot / jnp.sqrt(jnp.where(product > 0, product, 1.0)), 0.0),
+        "norm_ratio": jnp.sqrt(auxiliary_square / safe),
+        "coefficient": coefficient,
+    }
+    return jax.tree.map(combine, task, auxiliary, shared), metrics
+
+
+def aligned_value_and_grad(
+    loss_fn: Callable[..., tuple[tuple[Any, Any], Any]],
+    *,
+    trunk: str | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
+) -> Callable[..., tuple[tuple[tuple[Any, Any], Any], Any, dict[str, Any]]]:
+    """Both losses and their aligned gradient, from one forward pass and two pullbacks.
+
+    Args:
+      loss_fn: ``(params, *args) -> ((task, auxiliary), extra)``: two scalars, weights included, and
+        anything else, such as new batch statistics.
+      trunk: as for :func:`align_gradients`.
+      axis_name: as there.
+
+    Returns:
+      ``(params, *args) -> (((task, auxiliary), extra), gradients, metrics)``. Losses and ``extra``
+      are each device's own where there is an ``axis_name``.
+
+    >>> def loss_fn(params, x):
+    ...     return (jnp.sum(params["w"] * x), -jnp.sum(params["w"] ** 2)), None
+    >>> run = aligned_value_and_grad(loss_fn)
+    >>> _, gradient, metrics = run({"w": jnp.ones(2)}, jnp.ones(2))
+    >>> gradient["w"].tolist(), float(metrics["cosine"])
+    ([1.0, 1.0], -1.0)
+    """
+
+    def run(params: Any, *args: Any) -> tuple[tuple[tuple[Any, Any], Any], Any, dict[str, Any]]:
+        if axis_name is not None:
+            # Replicated parameters would make shard_map sum the gradients by itself.
+            params = jax.tree.map(lambda leaf: _varying(leaf, axis_name), params)
+        losses, pullback, extra = jax.vjp(lambda p: loss_fn(p, *args), params, has_aux=True)
+        one, zero = (jax.tree.map(lambda x, f=f: f(x), losses[0]) for f in (_ones, _zeros))
+        (task,) = pullback((one, zero))
+        (auxiliary,) = pullback((zero, one))
+        gradients, metrics = align_gradients(task, auxiliary, trunk=trunk, axis_name=axis_name)
+        return (losses, extra), gradients, metrics
+
+    return run
+
+
+def _ones(value: Any) -> jax.Array:
+    return jnp.ones_like(value)
+
+
+def _zeros(value: Any) -> jax.Array:
+    return jnp.zeros_like(value)
+
+
+def _varying(leaf: Any, axis_name: Any) -> jax.Array:
+    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+    missing = tuple(name for name in names if name not in jax.typeof(leaf).mat.varying)
+    return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
