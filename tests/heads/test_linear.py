@@ -1,0 +1,37 @@
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from logitjax.heads import LinearHead, TiedHead, linear_logits
+
+RNG = np.random.default_rng(0)
+HIDDEN = RNG.normal(size=(2, 3, 4)).astype(np.float32)
+KERNEL = RNG.normal(size=(4, 9)).astype(np.float32)
+BIAS = RNG.normal(size=9).astype(np.float32)
+
+
+def test_either_vocabulary_axis_and_bias():
+    expected = HIDDEN @ KERNEL + BIAS
+    np.testing.assert_allclose(linear_logits(HIDDEN, KERNEL, BIAS), expected, rtol=1e-5, atol=1e-5)
+    tied = linear_logits(HIDDEN, KERNEL.T, BIAS, vocab_axis=0)
+    np.testing.assert_allclose(tied, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_half_precision_in_is_float32_out():
+    logits = linear_logits(jnp.asarray(HIDDEN, jnp.bfloat16), KERNEL)
+    assert logits.dtype == jnp.float32
+    np.testing.assert_allclose(logits, HIDDEN @ KERNEL, atol=0.1)
+
+
+def test_heads_give_what_the_fused_losses_take():
+    head = LinearHead(4, 9, use_bias=True, rngs=nnx.Rngs(0))
+    kernel, bias, axis = head.kernel_and_bias()
+    np.testing.assert_allclose(
+        head(HIDDEN), linear_logits(HIDDEN, kernel, bias, vocab_axis=axis), rtol=1e-6
+    )
+    tied = TiedHead()
+    kernel, bias, axis = tied.kernel_and_bias(KERNEL.T)
+    assert bias is None
+    np.testing.assert_allclose(
+        tied(HIDDEN, KERNEL.T), linear_logits(HIDDEN, kernel, vocab_axis=axis), rtol=1e-6
+    )

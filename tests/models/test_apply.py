@@ -1,0 +1,78 @@
+"""Anybody's model as a pure function: a Linen toy and an nnx toy learn from each other."""
+
+import flax.linen
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from logitjax.losses import kl_divergence
+from logitjax.models import from_linen, from_nnx
+
+TOKENS = np.arange(24).reshape(3, 8) % 7
+
+
+class LinenToy(flax.linen.Module):
+    @flax.linen.compact
+    def __call__(self, tokens):
+        x = flax.linen.Embed(7, 5)(tokens)
+        x = flax.linen.BatchNorm(use_running_average=True)(x)
+        return flax.linen.Dense(7)(x)
+
+
+class NnxToy(nnx.Module):
+    def __init__(self, rngs):
+        self.embed = nnx.Embed(7, 6, rngs=rngs)
+        self.dropout = nnx.Dropout(0.0, rngs=rngs)
+        self.head = nnx.Linear(6, 7, rngs=rngs)
+
+    def __call__(self, tokens):
+        return self.head(self.dropout(self.embed(tokens)))
+
+    def hidden(self, tokens):
+        return self.embed(tokens)
+
+
+def toys():
+    linen = LinenToy()
+    variables = linen.init(jax.random.key(0), TOKENS)
+    return from_linen(linen, variables), from_nnx(NnxToy(nnx.Rngs(1)))
+
+
+@pytest.mark.parametrize("turn", [1, -1])
+def test_either_toy_is_fused_into_the_other(turn):
+    (student, params), (teacher, teacher_params) = toys()[::turn]
+    target = teacher(teacher_params, TOKENS)
+    tx = optax.adam(0.05)
+
+    def loss(params):
+        return kl_divergence(student(params, TOKENS), target).mean()
+
+    @jax.jit
+    def step(params, state):
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, state = tx.update(grads, state)
+        return optax.apply_updates(params, updates), state, value
+
+    state = tx.init(params)
+    values = []
+    for _ in range(40):
+        params, state, value = step(params, state)
+        values.append(float(value))
+    assert values[-1] < 0.2 * values[0]
+
+
+def test_other_methods_and_collections():
+    module = NnxToy(nnx.Rngs(0))
+    apply_fn, params = from_nnx(module, method="hidden")
+    assert set(params) == {"embed", "head"}
+    np.testing.assert_array_equal(apply_fn(params, TOKENS), module.hidden(TOKENS))
+    linen = LinenToy()
+    variables = linen.init(jax.random.key(0), TOKENS)
+    apply_fn, params = from_linen(linen, variables)
+    np.testing.assert_array_equal(apply_fn(params, TOKENS), linen.apply(variables, TOKENS))
+    with pytest.raises(ValueError, match="must hold a 'params' collection"):
+        from_linen(linen, {"batch_stats": {}})
+    assert jnp.ndim(params["Dense_0"]["bias"]) == 1
