@@ -1,10 +1,11 @@
 """An exact top-k in two stages, several times faster than a direct one over a large vocabulary."""
 
 import dataclasses
-import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Bool, Float, Int, Shaped
 
@@ -29,7 +30,8 @@ def top_k(
     (small vocabulary, large k) it is `jax.lax.top_k` itself.
 
     Args:
-      values: `[*batch, vocab]`. `-inf` entries come last.
+      values: `[*batch, vocab]`. `-inf` entries come last; nan may be missed, and 0.0 and -0.0 are
+        the same number.
       k: how many, at most the vocabulary.
       axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that axis.
         Each shard then sends its own k candidates, and the indices count over the whole vocabulary.
@@ -125,9 +127,10 @@ class TopK:
         `values - log_z[..., None]` are log-probabilities.
     """
 
-    values: jax.Array
-    indices: jax.Array
-    log_z: jax.Array
+    # Not `jax.Array`: a tree of specs or shapes is built by the same constructor.
+    values: Any
+    indices: Any
+    log_z: Any
 
 
 def top_k_of(
@@ -182,15 +185,47 @@ def _local_top_k(values: jax.Array, k: int, group_size: int) -> tuple[jax.Array,
 
 def _grouped_ids(values: jax.Array, k: int, group_size: int) -> jax.Array:
     *batch, vocab = values.shape
-    groups = math.ceil(vocab / group_size)
-    lowest = -jnp.inf if jnp.issubdtype(values.dtype, jnp.floating) else jnp.iinfo(values.dtype).min
-    padding = [(0, 0)] * len(batch) + [(0, groups * group_size - vocab)]
-    grouped = jnp.pad(values, padding, constant_values=lowest)
-    grouped = grouped.reshape(*batch, groups, group_size)
-    _, chosen = lax.top_k(grouped.max(-1), k)
+    groups = vocab // group_size
+    whole = groups * group_size
+    if whole == vocab:
+        maxima = values.reshape(*batch, groups, group_size).max(-1)
+    else:
+        # A slice here costs ten times the maxima themselves on CPU.
+        window = (1,) * len(batch) + (group_size,)
+        lowest = _lowest(values.dtype)
+        maxima = lax.reduce_window(values, lowest, lax.max, window, window, "VALID")
+    _, chosen = lax.top_k(maxima, k)
     # In the order of the vocabulary, so that equal values keep it.
-    chosen = jnp.sort(chosen, axis=-1)
-    candidates = jnp.take_along_axis(grouped, chosen[..., None], axis=-2)
-    _, places = lax.top_k(candidates.reshape(*batch, k * group_size), k)
+    first = jnp.sort(chosen, axis=-1) * group_size
+    # The incomplete group at the end is always looked at: padding it would copy all of `values`.
+    candidates = jnp.concatenate(
+        [
+            _windows(values, first, group_size).reshape(*batch, k * group_size),
+            values[..., whole:],
+        ],
+        axis=-1,
+    )
+    _, places = lax.top_k(candidates, k)
     group, offset = places // group_size, places % group_size
-    return jnp.take_along_axis(chosen, group, axis=-1) * group_size + offset
+    in_group = jnp.take_along_axis(first, jnp.minimum(group, k - 1), axis=-1) + offset
+    return jnp.where(group < k, in_group, places - k * group_size + whole)
+
+
+def _lowest(dtype: jnp.dtype) -> np.ndarray:
+    if jnp.issubdtype(dtype, jnp.floating):
+        return np.array(-np.inf, dtype)
+    return np.array(jnp.iinfo(dtype).min, dtype)
+
+
+def _windows(values: jax.Array, first: jax.Array, size: int) -> jax.Array:
+    """`values[..., first : first + size]` for each of the `[*batch, k]` first indices."""
+    batch = tuple(range(values.ndim - 1))
+    dimensions = lax.GatherDimensionNumbers(
+        offset_dims=(values.ndim,),
+        collapsed_slice_dims=(),
+        start_index_map=(values.ndim - 1,),
+        operand_batching_dims=batch,
+        start_indices_batching_dims=batch,
+    )
+    slice_sizes = (1,) * len(batch) + (size,)
+    return lax.gather(values, first[..., None], dimensions, slice_sizes, mode="promise_in_bounds")

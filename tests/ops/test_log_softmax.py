@@ -1,0 +1,115 @@
+import hypothesis
+import hypothesis.extra.numpy
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from logitjax.ops import log_softmax, logsumexp
+
+
+def oracle(logits):
+    logits = np.asarray(logits, np.float64)
+    peak = logits.max(-1, keepdims=True)
+    return np.log(np.exp(logits - peak).sum(-1)) + peak[..., 0]
+
+
+def test_values():
+    logits = np.random.default_rng(0).normal(size=(3, 17)).astype(np.float32) * 5
+    np.testing.assert_allclose(logsumexp(logits), oracle(logits), rtol=1e-6)
+    expected = logits - oracle(logits)[:, None]
+    np.testing.assert_allclose(log_softmax(logits), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(log_softmax(logits.T, axis=0), expected.T, rtol=1e-5, atol=1e-6)
+
+
+@jax.jit
+def values_and_grads(logits):
+    grads = [
+        jax.grad(lambda v: logsumexp(v)[0])(logits),
+        jax.grad(lambda v: jnp.exp(log_softmax(v)).sum())(logits),
+    ]
+    return (logsumexp(logits), log_softmax(logits)), grads
+
+
+@hypothesis.given(
+    hypothesis.extra.numpy.arrays(
+        np.float32, (2, 5), elements=st.floats(-1e4, 1e4, width=32) | st.just(-np.inf)
+    )
+)
+def test_never_nan(logits):
+    values, grads = values_and_grads(logits)
+    assert not any(np.isnan(value).any() for value in values)
+    assert all(np.isfinite(grad).all() for grad in grads)
+
+
+def test_empty_row_has_zero_gradient():
+    logits = jnp.full((2, 3), -jnp.inf)
+    np.testing.assert_array_equal(logsumexp(logits), [-np.inf, -np.inf])
+    np.testing.assert_array_equal(log_softmax(logits), logits)
+    np.testing.assert_array_equal(
+        jax.grad(lambda v: logsumexp(v).sum())(logits), 0.0 * logits.at[:].set(0)
+    )
+
+
+def test_where_is_minus_infinity():
+    logits = np.random.default_rng(0).normal(size=(3, 6)).astype(np.float32)
+    where = np.array([True, True, False, True, False, True])
+    padded = np.where(where, logits, -np.inf)
+    np.testing.assert_array_equal(log_softmax(logits, where=where), log_softmax(padded))
+    grad = jax.grad(lambda v: logsumexp(v, where=where).sum())(logits)
+    assert (np.asarray(grad)[:, ~where] == 0).all()
+    np.testing.assert_allclose(np.asarray(grad).sum(-1), 1.0, rtol=1e-6)
+
+
+def test_bfloat16_is_summed_in_float32():
+    logits = jnp.zeros(4096, jnp.bfloat16)
+    result = logsumexp(logits)
+    assert result.dtype == jnp.float32
+    np.testing.assert_allclose(result, np.log(4096), rtol=1e-6)
+
+
+def test_first_and_second_derivative():
+    logits = jnp.array([0.3, -1.0, 2.0])
+    probs = jax.nn.softmax(logits)
+    np.testing.assert_allclose(jax.jacfwd(logsumexp)(logits), probs, rtol=1e-6)
+    hessian = jax.hessian(logsumexp)(logits)
+    np.testing.assert_allclose(hessian, np.diag(probs) - np.outer(probs, probs), atol=1e-6)
+
+
+def test_vocabulary_sharded_equals_local():
+    mesh = jax.make_mesh((8,), ("model",), axis_types=(AxisType.Auto,))
+    logits = np.random.default_rng(0).normal(size=(4, 40)).astype(np.float32)
+    logits[0, 5:] = -np.inf  # whole shards without an entry
+    logits[1] = -np.inf
+    weights = np.random.default_rng(1).normal(size=(4, 40)).astype(np.float32)
+
+    def total(log_probs, w):
+        return jnp.where(log_probs > -jnp.inf, w * log_probs, 0.0).sum(-1)
+
+    def shard(v, w):
+        return jax.lax.psum(total(log_softmax(v, axis_name="model"), w), "model")
+
+    sharded = jax.shard_map(shard, mesh=mesh, in_specs=(P(None, "model"),) * 2, out_specs=P())
+
+    def local(v, w):
+        return total(log_softmax(v), w)
+
+    np.testing.assert_allclose(sharded(logits, weights), local(logits, weights), rtol=1e-5)
+    grads = [
+        jax.jit(jax.grad(lambda v, f=f: f(v, weights).sum()))(logits) for f in (sharded, local)
+    ]
+    np.testing.assert_allclose(*grads, rtol=1e-5, atol=1e-6)
+
+
+def test_errors_name_the_culprit():
+    with pytest.raises(TypeError):
+        logsumexp(jnp.arange(3))
+    with pytest.raises(ValueError, match="axis=2 is out of range for logits with 2 axes"):
+        logsumexp(jnp.zeros((2, 3)), axis=2)
+    with pytest.raises(ValueError, match=r"where of shape \(2,\) does not broadcast to \(2, 3\)"):
+        logsumexp(jnp.zeros((2, 3)), where=jnp.ones(2, bool))
+    with pytest.raises(ValueError, match=r"where of shape \(4, 2, 3\) does not broadcast"):
+        logsumexp(jnp.zeros((2, 3)), where=jnp.ones((4, 2, 3), bool))
