@@ -1,6 +1,6 @@
 """Pack documents into rows, once, for all processes and runs."""
 
-import hashlib
+import functools
 import json
 import os
 import sys
@@ -21,9 +21,11 @@ from logitjax.data._documents import (
     render_example,
     split_document,
 )
-from logitjax.data._examples import Example, Examples
+from logitjax.data._examples import Example, Examples, hash_text
 from logitjax.data._packed import MANIFEST, PackedDataset, encode_row, read_manifest
 from logitjax.data._tokenizer import Tokenizer
+
+EncodeChat = Callable[[Any, Any], tuple[Sequence[int], Sequence[bool]]]
 
 _FORMAT = 1
 _ROWS_PER_SHARD = 1 << 16
@@ -40,6 +42,7 @@ def pack(
     render: Render | Mapping[str, Render] = render_example,
     add_bos: bool | Mapping[str, bool] | None = None,
     add_eos: bool = True,
+    encode_chat: EncodeChat | None = None,
     on_long: Literal["split", "skip", "raise"] = "split",
     overwrite: bool = False,
 ) -> PackedDataset:
@@ -62,6 +65,9 @@ def pack(
         add_bos: start documents with the beginning-of-sequence token; default: what the tokenizer's
             own ``add_bos`` says, else no.
         add_eos: end documents with the end-of-sequence token.
+        encode_chat: ``(tokenizer, messages) -> (ids, learnt)``, such as
+            ``logitjax.models.encode_chat``, used for ``messages`` in place of `render`. What it
+            returns has all its marks already and cannot be cut.
         on_long: what happens to a document longer than a row: it is cut, left out (and counted in
             ``.statistics``), or an error.
         overwrite: replace rows packed from something else instead of raising.
@@ -112,6 +118,7 @@ def pack(
             name: [e.tokenizer.fingerprint, e.add_bos, e.add_eos] for name, e in encoders.items()
         },
         "render": {name: _name_of(r) for name, r in renders.items()},
+        "encode_chat": encode_chat and {name: _chat_of(t) for name, t in tokenizers.items()},
         "on_long": on_long,
     }
     root = epath.Path(directory).expanduser()
@@ -121,7 +128,10 @@ def pack(
 
     statistics: dict[str, int] = {"documents": 0, "pieces": 0, "too_long": 0}
     statistics["malformed"] = examples.errors
-    pieces = _pieces(examples, renders, encoders, seq_len, on_long, statistics)
+    cut = functools.partial(
+        _cut, renders=renders, encoders=encoders, seq_len=seq_len, on_long=on_long, chat=encode_chat
+    )
+    pieces = _pieces(examples, cut, on_long, statistics)
     if overwrite and (root / MANIFEST).exists():
         (root / MANIFEST).unlink()
     tokens, rows = dict.fromkeys(tokenizers, 0), 0
@@ -157,9 +167,7 @@ def pack(
 
 def _pieces(
     examples: Iterable[Example],
-    renders: Mapping[str, Render],
-    encoders: Mapping[str, Encoder],
-    seq_len: int,
+    cut: Callable[[Example], Iterator[Piece]],
     on_long: str,
     statistics: dict[str, int],
 ) -> Iterator[Piece]:
@@ -167,15 +175,41 @@ def _pieces(
         tqdm(examples, desc="packing", unit="doc", leave=False, disable=not sys.stderr.isatty())
     ):
         statistics["documents"] += 1
-        rendered = {name: render(example) for name, render in renders.items()}
         try:
-            for piece in split_document(rendered, encoders, seq_len, may_split=on_long == "split"):
+            for piece in cut(example):
                 statistics["pieces"] += 1
                 yield piece
         except DocumentTooLong as error:
             if on_long != "skip":
                 raise DocumentTooLong(f"example {example.get('id', number)}: {error}") from None
             statistics["too_long"] += 1
+
+
+def _cut(
+    example: Example,
+    *,
+    renders: Mapping[str, Render],
+    encoders: Mapping[str, Encoder],
+    seq_len: int,
+    on_long: str,
+    chat: EncodeChat | None,
+) -> Iterator[Piece]:
+    if chat is not None and "messages" in example:
+        piece = {}
+        for name, encoder in encoders.items():
+            ids, learnt = chat(encoder.tokenizer, example["messages"])
+            mask = np.asarray(learnt, bool)
+            mask[:1] = False
+            piece[name] = (np.asarray(ids, np.int32), mask)
+        if max(len(ids) for ids, _ in piece.values()) > seq_len:
+            raise DocumentTooLong(
+                f"does not fit into {seq_len} tokens, and a conversation under a chat template "
+                f"cannot be cut (on_long='skip' leaves it out)"
+            )
+        yield piece
+        return
+    rendered = {name: render(example) for name, render in renders.items()}
+    yield from split_document(rendered, encoders, seq_len, may_split=on_long == "split")
 
 
 def best_fit(
@@ -235,13 +269,18 @@ def _adds_bos(name: str, tokenizer: Tokenizer, choice: bool | Mapping[str, bool]
     return bool(getattr(tokenizer, "add_bos", False) if choice is None else choice)
 
 
+def _chat_of(tokenizer: Tokenizer) -> str:
+    """The template decides the tokens as much as the vocabulary does."""
+    return hash_text(str(getattr(tokenizer, "chat_template", None)))
+
+
 def _name_of(render: Callable[..., Any]) -> str:
     fingerprint = getattr(render, "fingerprint", None)
     return str(fingerprint or f"{render.__module__}.{render.__qualname__}")
 
 
 def _digest(made_from: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
+    return hash_text(json.dumps(made_from, sort_keys=True))
 
 
 def _check_same(old: Mapping[str, Any], new: Mapping[str, Any], root: epath.Path) -> None:

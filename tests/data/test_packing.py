@@ -192,6 +192,31 @@ def test_messages_are_learnt_where_the_assistant_speaks(tmp_path):
     assert learnt == "Hello<|im_end|>See you<|im_end|>"
 
 
+def test_conversations_under_the_tokenizers_own_templates(tmp_path):
+    class Chatty(ByteTokenizer):
+        chat_template = "first"
+
+    def encode_chat(tokenizer, messages):
+        ids = [i for m in messages for i in [256, *tokenizer.encode(m["content"])]]
+        learnt = [m["role"] == "assistant" for m in messages for _ in range(len(m["content"]) + 1)]
+        return ids, learnt
+
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    arguments = {"seq_len": 16, "directory": tmp_path, "encode_chat": encode_chat}
+    examples = [{"messages": messages}, {"text": "plain"}]
+    batch = everything(pack(examples, {"b": Chatty()}, **arguments))["b"]
+    assert batch["tokens"][0, :9].tolist() == [256, *b"Hi", 256, *b"Hello"]
+    assert batch["loss_mask"][0].nonzero()[0].tolist() == list(range(3, 9)) + list(range(10, 15))
+    Chatty.chat_template = "second"
+    with pytest.raises(ValueError, match="encode_chat"):
+        pack(examples, {"b": Chatty()}, **arguments)
+    long = [{"messages": [*messages, *messages]}, {"text": "plain"}]
+    with pytest.raises(ValueError, match=r"example 0: .* chat template cannot be cut"):
+        pack(long, {"b": Chatty()}, **arguments, overwrite=True)
+    packed = pack(long, {"b": Chatty()}, **arguments, overwrite=True, on_long="skip")
+    assert packed.statistics["too_long"] == 1
+
+
 def test_tokenizers_may_render_differently_but_not_be_cut_then(tmp_path):
     def shout(example):
         return [(example["text"].upper() + "!", True)]
