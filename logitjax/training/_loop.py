@@ -158,9 +158,16 @@ def train_loop(
 def _resume(
     state: TrainState, checkpointer: Checkpointer | None, identity: Mapping[str, Any]
 ) -> tuple[TrainState, int]:
-    restored = None if checkpointer is None else checkpointer.restore_latest(state)
-    if restored is None:
+    if checkpointer is None or not checkpointer.steps():
         return state, int(state.step)
+    shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state
+    )
+    for leaf in jax.tree.leaves(state):
+        leaf.delete()  # The memory never holds two states.
+    restored = checkpointer.restore_latest(shapes)
+    if restored is None:
+        raise ValueError(f"the checkpoints in {checkpointer.directory} went away while reading")
     for name, value in identity.items():
         if name in restored.extra and restored.extra[name] != value:
             raise ValueError(
