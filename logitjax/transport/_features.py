@@ -183,10 +183,13 @@ def sparse_products(
     others: jax.Array,
     other_ids: jax.Array,
     num_nodes: int,
+    *,
+    left: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """For sparse Z (values, ids) and W (others), blockwise: ``(||Z W^T||_F^2, Z W^T W at ids)``.
 
-    With G = Z W^T the second result is (G W)_{t, ids[t, j]}, ``[T, k]``. A block of W's rows is
+    With G = Z W^T the second result is (G W)_{t, ids[t, j]}, ``[T, k]``. ``left`` stands in for
+    the values of Z within G (where nodes have weights). A block of W's rows is
     laid out densely and read at ``ids``, so the work is O(T_z T_w k) and the memory one block's.
     """
     positions, width = others.shape
@@ -196,6 +199,7 @@ def sparse_products(
     others = jnp.pad(others, ((0, padding), (0, 0))).reshape(blocks, block, width)
     other_ids = jnp.pad(other_ids, ((0, padding), (0, 0))).reshape(blocks, block, width)
     rows = jnp.arange(block)[:, None]
+    left = values if left is None else left
 
     @jax.checkpoint
     def step(carry, piece):
@@ -203,7 +207,7 @@ def sparse_products(
         w, w_ids = piece
         dense = jnp.zeros((block, num_nodes), w.dtype).at[rows, w_ids].add(w, mode="drop")
         at_ids = dense.at[:, ids].get(mode="fill", fill_value=0.0)  # [block, T, k]
-        gram = jnp.einsum("tk,stk->st", values, at_ids)
+        gram = jnp.einsum("tk,stk->st", left, at_ids)
         products = products + jnp.einsum("st,stk->tk", gram, at_ids)
         return (norm + jnp.sum(jnp.square(gram)), products), None
 

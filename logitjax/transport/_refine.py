@@ -1,0 +1,106 @@
+"""Local search over matchings of two graphs of equal size, p = 2."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+Refine = Literal["none", "exchange", "assignment", "search"]
+
+# A move has to gain this share of the objective, or float32 noise would keep the search alive.
+_GAIN = 1e-6
+
+
+def refine_matching(c, d, matching, *, refine, steps, restarts, key):
+    """Raise ``sum_ij C_ij D_{q_i q_j}`` from the matching q; the cost falls by twice the gain."""
+    start = matching, _objective(c, d, matching)
+    if refine == "assignment":
+        return _climb(_assignment, c, d, start, steps)[0]
+    best = _climb(_exchange, c, d, start, steps)
+    if refine == "exchange":
+        return best[0]
+    n = matching.shape[0]
+
+    def both(q):
+        moved = _climb(_assignment, c, d, (q, _objective(c, d, q)), steps)
+        return _climb(_exchange, c, d, moved, steps)
+
+    def better_of(one, other):
+        return jax.tree.map(lambda a, b: jnp.where(one[1] > other[1], a, b), one, other)
+
+    best = better_of(both(matching), best)
+
+    def restart(best, key):
+        """Reshuffle a few nodes of the best so far, climb again, keep the better."""
+        which, order, size = jax.random.split(key, 3)
+        kept = jnp.sort(jax.random.permutation(which, n)[: max(2, n // 4)])
+        count = jax.random.randint(size, (), 2, max(3, n // 4 + 1))
+        # A rotation among the first `count` chosen nodes moves them all.
+        chosen = jax.random.permutation(order, kept)
+        place = jnp.arange(chosen.shape[0])
+        source = jnp.where(place < count, (place + 1) % count, place)
+        shaken = best[0].at[chosen].set(best[0][chosen[source]])
+        return better_of(both(shaken), best), None
+
+    if restarts:
+        best, _ = jax.lax.scan(restart, best, jax.random.split(key, restarts))
+    return best[0]
+
+
+def _objective(c, d, q):
+    return jnp.sum(c * d[q][:, q])
+
+
+def _climb(move, c, d, start, steps):
+    def unfinished(state):
+        _, _, step, improved = state
+        return improved & (step < steps)
+
+    def body(state):
+        q, value, step, _ = state
+        candidate = move(c, d, q)
+        new = _objective(c, d, candidate)
+        improved = new > value + _GAIN * jnp.abs(value)
+        q = jnp.where(improved, candidate, q)
+        return q, jnp.where(improved, new, value), step + 1, improved
+
+    q, value = start
+    q, value, _, _ = jax.lax.while_loop(
+        unfinished, body, (q, value, jnp.zeros((), jnp.int32), jnp.ones((), bool))
+    )
+    return q, value
+
+
+def _assignment(c, d, q):
+    """One conditional-gradient step of full length, by the Hungarian algorithm.
+
+    A matching sends diagonal to diagonal, so that part of the objective is linear and exact;
+    leaving the diagonals in the quadratic part would tie each node to where it is.
+    """
+    c_own, d_own = jnp.diag(c), jnp.diag(d)
+    gradient = 2 * (c - jnp.diag(c_own)) @ (d - jnp.diag(d_own))[q]
+    _, columns = optax.assignment.hungarian_algorithm(-(gradient + jnp.outer(c_own, d_own)))
+    return columns.astype(q.dtype)
+
+
+def _exchange(c, d, q):
+    """Swap all pairs of nodes that are each other's best partner, or the best pair alone."""
+    n = q.shape[0]
+    dq = d[q][:, q]
+    product = c @ dq
+    own, c_own, d_own = jnp.diag(product), jnp.diag(c), jnp.diag(dq)
+    gain = product + product.T - own[:, None] - own
+    # Minus the terms k = i and k = j of the sum, which a swap treats apart.
+    gain -= (c_own[:, None] - c.T) * (dq.T - d_own[:, None])
+    gain -= (c - c_own) * (d_own - dq)
+    gain = 2 * gain + (c_own[:, None] - c_own) * (d_own - d_own[:, None])
+    partner = jnp.argmax(gain, axis=1)
+    nodes = jnp.arange(n)
+    best_gain = gain[nodes, partner]
+    mutual = (partner[partner] == nodes) & (best_gain > 0)
+    together = q[jnp.where(mutual, partner, nodes)]
+    i = jnp.argmax(best_gain)
+    j = partner[i]
+    single = q.at[i].set(q[j]).at[j].set(q[i])
+    return jnp.where(_objective(c, d, together) > _objective(c, d, single), together, single)

@@ -1,0 +1,228 @@
+"""Every guarantee, against brute force over all matchings of small graphs.
+
+For Gram matrices GW_2^2 is the minimum of a concave function over couplings, so that a permutation
+is optimal and the brute force exact.
+"""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.optimize
+import scipy.stats
+
+from logitjax import transport
+from logitjax.transport import Coupling, FactoredGraph
+
+N, T = 6, 5
+
+
+def families(cases):
+    """Factors Z, W ``[cases, T, N]`` of all kinds of graph that logits give, and others."""
+    rng = np.random.default_rng(0)
+    z, w = rng.normal(size=(2, cases, T, N))
+    kind = np.arange(cases) % 6
+    sparse = np.where(rng.random((2, cases, T, N)) < 0.4, np.abs(3 + 2 * np.stack([z, w])), 0.0)
+    kinds = [
+        (z, w),  # dense Gaussian
+        (-np.sort(-z - 3), -np.sort(-w - 3)),  # rank nodes, positive
+        (-np.sort(-z), -np.sort(-w)),  # rank nodes, mixed signs
+        tuple(sparse),  # token nodes
+        (z, z[..., rng.permutation(N)] + 1e-2 * w),  # nearly isomorphic
+        (np.exp(2 * z), 1.5 * np.exp(2 * z)[..., ::-1]),  # heavy tails; a multiple of the other
+    ]
+    z = np.choose(kind[:, None, None], [pair[0] for pair in kinds])
+    w = np.choose(kind[:, None, None], [pair[1] for pair in kinds])
+    # Joint scaling, so that one tolerance fits all.
+    scale = np.sqrt(np.linalg.norm(np.swapaxes(w, 1, 2) @ w, axis=(1, 2)) / N)
+    return (z / scale[:, None, None]).astype(np.float32), (w / scale[:, None, None]).astype(
+        np.float32
+    )
+
+
+def brute_force(c, d, p):
+    """Least cost over all permutations, one of which is optimal for p = 2 and Gram matrices."""
+    q = jnp.asarray(list(itertools.permutations(range(c.shape[-1]))))
+    moved = d[q[:, :, None], q[:, None, :]]
+    return jnp.min(jnp.mean(jnp.abs(c - moved) ** p, axis=(1, 2)))
+
+
+def bracket(z, w):
+    c, d = z.T @ z, w.T @ w
+    out = {}
+    for p in (1, 2):
+        out[f"exact{p}"] = brute_force(c, d, p)
+        out[f"first{p}"] = transport.first_lower_bound(FactoredGraph(z), FactoredGraph(w), p=p)
+        out[f"second{p}"] = transport.second_lower_bound(c, d, p=p)
+        out[f"rows{p}"] = transport.sorted_rows_lower_bound(c, d, p=p)
+        out[f"third{p}"] = transport.third_lower_bound(c, d, p=p)
+        out[f"upper{p}"] = transport.certificate(c, d, p=p, scale="none").upper
+    out["moment2"] = transport.moment_lower_bound(FactoredGraph(z), FactoredGraph(w))
+    rms = (transport.graph_features(x, feature="row_rms") for x in (z, w))
+    out["rms2"] = transport.sorted_gw_lower_bound(*rms, p=2)
+    for refine in ("exchange", "assignment", "search"):
+        answer = transport.certificate(
+            FactoredGraph(z), FactoredGraph(w), scale="none", refine=refine, restarts=2
+        )
+        out[f"{refine}2"] = answer.upper
+        out[f"mass_{refine}"] = jnp.abs(
+            jnp.zeros(N).at[answer.coupling.columns].add(answer.coupling.mass) - 1 / N
+        ).sum()
+    return out
+
+
+def test_no_violation_in_1000_cases():
+    z, w = families(1000)
+    got = jax.device_get(
+        jax.jit(lambda *x: jax.lax.map(lambda y: bracket(*y), x, batch_size=50))(z, w)
+    )
+
+    def below(low, high):
+        excess = got[low] - got[high] * (1 + 1e-5)
+        assert (excess <= 2e-6).all(), (low, high, excess.max(), int(excess.argmax()) % 6)
+
+    for p in "12":
+        below(f"first{p}", f"third{p}")
+        below(f"second{p}", f"rows{p}")
+        below(f"rows{p}", f"third{p}")
+        below(f"third{p}", f"exact{p}")
+        below(f"exact{p}", f"upper{p}")
+    below("first2", "moment2")
+    below("rms2", "moment2")
+    below("moment2", "third2")
+    for refine in ("exchange", "assignment", "search"):
+        below("exact2", f"{refine}2")
+        below(f"{refine}2", "upper2")
+        assert (got[f"mass_{refine}"] < 1e-6).all()
+    below("search2", "exchange2")
+    # The search is not only valid but nearly always finds the optimum of these small cases.
+    assert np.mean(got["search2"] <= got["exact2"] * 1.0001 + 1e-6) > 0.9
+
+
+def test_seven_nodes():
+    rng = np.random.default_rng(1)
+    z, w = rng.normal(size=(2, 16, 4, 7)).astype(np.float32)
+
+    def one(pair):
+        x, y = pair
+        c, d = x.T @ x, y.T @ y
+        answer = transport.certificate(c, d, scale="none", bounds="third", refine="search")
+        return answer.lower, brute_force(c, d, 2), answer.upper
+
+    lower, exact, upper = jax.jit(functools.partial(jax.lax.map, one))((z, w))
+    assert (lower <= exact * (1 + 1e-5)).all()
+    assert (exact <= upper * (1 + 1e-5)).all()
+
+
+def test_closed_form_is_exact_where_one_graph_is_a_multiple_of_the_other():
+    rng = np.random.default_rng(2)
+    z = np.abs(rng.normal(size=(5, 9)))
+    c = (z.T @ z).astype(np.float32)
+    order = rng.permutation(9)
+    d = 1.7 * c[order][:, order]
+    answer = transport.certificate(c, d, p=1, scale="none")
+    np.testing.assert_allclose(answer.lower, 0.7 * c.mean(), rtol=1e-5)
+    np.testing.assert_allclose(answer.upper, answer.lower, rtol=1e-5)
+
+
+def test_every_bound_is_blind_to_hexagon_and_two_triangles():
+    """All rows of both graphs hold the same numbers, and yet they differ by 2/9."""
+
+    def cycle(n):
+        return np.roll(np.eye(n), 1, 0) + np.roll(np.eye(n), -1, 0)
+
+    hexagon = (cycle(6) + 2 * np.eye(6)).astype(np.float32)
+    triangles = np.kron(np.eye(2), cycle(3)).astype(np.float32) + 2 * np.eye(6, dtype=np.float32)
+    answer = transport.certificate(
+        hexagon, triangles, scale="none", bounds="third", refine="search"
+    )
+    np.testing.assert_allclose(answer.lower, 0.0, atol=1e-7)
+    np.testing.assert_allclose(answer.upper, 2 / 9, rtol=1e-5)
+    np.testing.assert_allclose(brute_force(hexagon, triangles, 2), 2 / 9, rtol=1e-5)
+
+
+def weighted_case():
+    rng = np.random.default_rng(3)
+    z, w = rng.normal(size=(4, 7)), rng.normal(size=(4, 5))
+    a, b = rng.dirichlet(np.ones(7)), rng.dirichlet(np.ones(5))
+    return [x.astype(np.float32) for x in (z.T @ z, w.T @ w, a, b)]
+
+
+def test_unequal_sizes_and_weights_equal_scipy():
+    c, d, a, b = weighted_case()
+    f, g = c @ a, d @ b
+    got = transport.first_lower_bound(c, d, c_weights=a, d_weights=b)
+    np.testing.assert_allclose(got, scipy.stats.wasserstein_distance(f, g, a, b), rtol=1e-5)
+    got = transport.first_lower_bound(c, d)
+    expected = scipy.stats.wasserstein_distance(c.mean(1), d.mean(1))
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+    got = transport.second_lower_bound(c, d, c_weights=a, d_weights=b, p=1)
+    expected = scipy.stats.wasserstein_distance(
+        c.ravel(), d.ravel(), np.outer(a, a).ravel(), np.outer(b, b).ravel()
+    )
+    np.testing.assert_allclose(got, expected, rtol=1e-4)
+
+
+def test_weighted_third_bound_is_just_below_the_linear_program():
+    c, d, a, b = weighted_case()
+    costs = np.array([[scipy.stats.wasserstein_distance(x, y, a, b) for y in d] for x in c])
+    marginals = np.concatenate(
+        [np.kron(np.eye(7), np.ones((1, 5))), np.kron(np.ones((1, 7)), np.eye(5))]
+    )
+    exact = scipy.optimize.linprog(
+        costs.ravel(), A_eq=marginals, b_eq=np.concatenate([a, b]), bounds=(0, None)
+    ).fun
+    got = transport.third_lower_bound(c, d, c_weights=a, d_weights=b, p=1)
+    assert 0.98 * exact < got <= exact * (1 + 1e-5)
+
+
+def test_weighted_certificate_brackets_and_its_coupling_has_the_weights_as_marginals():
+    c, d, a, b = weighted_case()
+    for p in (1, 2):
+        answer = transport.certificate(
+            c, d, c_weights=a, d_weights=b, p=p, bounds="third", scale="none"
+        )
+        plan = dense_plan(answer.coupling, 7, 5)
+        np.testing.assert_allclose(plan.sum(1), a, atol=1e-6)
+        np.testing.assert_allclose(plan.sum(0), b, atol=1e-6)
+        assert 0 < answer.lower <= answer.upper
+        np.testing.assert_allclose(answer.upper, dense_cost(c, d, plan, p), rtol=1e-4)
+
+
+def dense_plan(coupling: Coupling, n, m):
+    plan = np.zeros((n, m))
+    np.add.at(plan, (np.asarray(coupling.rows), np.asarray(coupling.columns)), coupling.mass)
+    return plan
+
+
+def dense_cost(c, d, plan, p):
+    difference = np.abs(np.asarray(c, np.float64)[:, :, None, None] - d[None, None]) ** p
+    return np.einsum("ijkl,ik,jl->", difference, plan, plan)
+
+
+def test_scales():
+    c, d, _, _ = weighted_case()
+    d = d[:5, :5]
+    c = c[:5, :5]
+    kwargs = {"refine": "exchange"}
+    none = transport.certificate(c, d, scale="none", **kwargs)
+    joint = transport.certificate(c, d, **kwargs)
+    unit = np.square(d).mean()
+    np.testing.assert_allclose(joint.upper, none.upper / unit, rtol=1e-4)
+    np.testing.assert_allclose(joint.gap, none.gap, rtol=1e-4)
+    separate = transport.certificate(3 * c, d, scale="separate")
+    again = transport.certificate(c, d, scale="separate")
+    np.testing.assert_allclose(separate.upper, again.upper, rtol=1e-4)
+
+
+def test_bad_inputs_name_the_culprit():
+    c, d, a, _ = weighted_case()
+    with pytest.raises(ValueError, match="refine: 'exchange' needs p=2, as many nodes"):
+        transport.certificate(c, d, refine="exchange")
+    with pytest.raises(ValueError, match=r"d: sorted_rows_lower_bound needs as many nodes as c, 7"):
+        transport.sorted_rows_lower_bound(c, d)
+    with pytest.raises(ValueError, match="p: expected at least 1"):
+        transport.sorted_gw_lower_bound(a, a, p=0)

@@ -1,0 +1,132 @@
+"""The cost of a coupling in all its forms, and gradients at a fixed coupling."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+from logitjax import transport
+from logitjax.transport import Coupling, FactoredGraph, _coupling
+
+
+def data(n=12, m=12):
+    rng = np.random.default_rng(0)
+
+    def sparse(nodes, positions):
+        values = rng.normal(size=(positions, 3)).astype(np.float32)
+        ids = np.argsort(rng.random((positions, nodes)), -1)[:, :3].astype(np.int32)
+        return FactoredGraph(values, ids, nodes)
+
+    return sparse(n, 9), sparse(m, 7)
+
+
+def dense_factor(graph):
+    z = np.zeros((len(graph.values), graph.num_nodes), np.float32)
+    np.put_along_axis(z, np.asarray(graph.ids), np.asarray(graph.values), -1)
+    return z
+
+
+def exact(c, d, coupling, p):
+    z, w = (dense_factor(g).astype(np.float64) for g in (c, d))
+    rows, columns, mass = (np.asarray(x) for x in (coupling.rows, coupling.columns, coupling.mass))
+    x, y = (z.T @ z)[rows][:, rows], (w.T @ w)[columns][:, columns]
+    return (np.abs(x - y) ** p * np.outer(mass, mass)).sum()
+
+
+@pytest.mark.parametrize("m", [12, 8])
+def test_all_forms_equal_the_oracle(m, monkeypatch):
+    c, d = data(m=m)
+    dense = [FactoredGraph(dense_factor(g)) for g in (c, d)]
+    matrices = [g.values.T @ g.values for g in dense]
+    coupling = transport.sorted_coupling(*(x.sum(1) for x in matrices))
+    for p in (1, 2):
+        expected = exact(c, d, coupling, p)
+        for graphs in ((c, d), dense, matrices, (c, matrices[1])):
+            got = transport.gw_at_coupling(*graphs, coupling, p=p)
+            np.testing.assert_allclose(got, expected, rtol=1e-5)
+    monkeypatch.setattr(_coupling, "_EXACT_PAIRS", 0)
+    monkeypatch.setattr(_coupling, "_BLOCK_ENTRIES", 50)
+    for graphs in ((c, d), dense):
+        got = transport.gw_at_coupling(*graphs, coupling, p=2)
+        np.testing.assert_allclose(got, exact(c, d, coupling, 2), rtol=1e-4)
+
+
+def test_blocks_do_not_change_the_value(monkeypatch):
+    c, d = data()
+    coupling = Coupling(*(jnp.arange(12, dtype=jnp.int32),) * 2, jnp.full(12, 1 / 12))
+    expected = transport.gw_at_coupling(c, d, coupling)
+    monkeypatch.setattr(_coupling, "_BLOCK_ENTRIES", 60)  # five rows a block; twelve do not divide
+    np.testing.assert_allclose(transport.gw_at_coupling(c, d, coupling), expected, rtol=1e-6)
+
+
+def test_envelope_gradient_of_the_upper_bound_equals_finite_differences():
+    c, d = data()
+
+    def upper(values):
+        graph = FactoredGraph(values, c.ids, c.num_nodes)
+        return transport.certificate(graph, d, scale="none", refine="exchange")
+
+    coupling = upper(c.values).coupling
+    gradient = jax.jit(jax.grad(lambda v: upper(v).upper))(c.values)
+    direction = np.random.default_rng(1).normal(size=c.values.shape)
+
+    def at(step):
+        moved = FactoredGraph(c.values + step * direction, c.ids, c.num_nodes)
+        z = np.zeros((9, 12))
+        np.put_along_axis(z, np.asarray(moved.ids), np.asarray(moved.values), -1)
+        w = dense_factor(d).astype(np.float64)
+        rows, columns = np.asarray(coupling.rows), np.asarray(coupling.columns)
+        return np.square((z.T @ z)[rows][:, rows] - (w.T @ w)[columns][:, columns]).mean()
+
+    slope = (at(1e-5) - at(-1e-5)) / 2e-5
+    np.testing.assert_allclose((gradient * direction).sum(), slope, rtol=1e-3)
+
+
+def test_subgradient_of_the_closed_form_equals_finite_differences():
+    rng = np.random.default_rng(2)
+    f, g, direction = rng.normal(size=(3, 10))
+    g = g[:8]
+    a = rng.dirichlet(np.ones(10))
+
+    def value(x):
+        return transport.sorted_gw_lower_bound(x, g, f_weights=a)
+
+    gradient = jax.grad(value)(jnp.asarray(f, jnp.float32))
+
+    def exact(x):
+        return scipy.stats.wasserstein_distance(x, g, a)
+
+    slope = (exact(f + 1e-6 * direction) - exact(f - 1e-6 * direction)) / 2e-6
+    np.testing.assert_allclose((gradient * direction).sum(), slope, rtol=1e-3)
+
+
+def test_lower_bounds_have_finite_gradients_where_graphs_are_equal_or_empty():
+    z = np.random.default_rng(3).normal(size=(4, 6)).astype(np.float32)
+    z[:, 5] = 0.0
+
+    @jax.jit
+    def loss(x):
+        graph, same = FactoredGraph(x), FactoredGraph(z)
+        bounds = (
+            transport.moment_lower_bound(graph, same),
+            transport.third_lower_bound(graph, same),
+            transport.first_lower_bound(graph, same),
+        )
+        return sum(bounds)
+
+    assert np.isfinite(jax.grad(loss)(z)).all()
+    assert np.isfinite(jax.grad(loss)(0 * z)).all()
+
+
+def test_certificate_under_vmap():
+    rng = np.random.default_rng(4)
+    z, w = rng.normal(size=(2, 3, 4, 6)).astype(np.float32)
+
+    def one(x, y):
+        return transport.certificate(FactoredGraph(x), FactoredGraph(y), refine="exchange")
+
+    together = jax.jit(jax.vmap(one))(z, w)
+    alone = jax.jit(one)
+    for i in range(3):
+        np.testing.assert_allclose(together.upper[i], alone(z[i], w[i]).upper, rtol=1e-5)
