@@ -27,7 +27,7 @@ def field(default: Any, help: str, *, choices: tuple[str, ...] | None = None) ->
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def _define(field_: dataclasses.Field, annotation: Any) -> None:
+def _define(field_: dataclasses.Field, annotation: Any, values: flags.FlagValues) -> None:
     name, help_ = field_.name, field_.metadata.get("help", "")
     optional = typing.get_origin(annotation) in (types.UnionType, typing.Union)
     if optional:
@@ -36,30 +36,40 @@ def _define(field_: dataclasses.Field, annotation: Any) -> None:
     if typing.get_origin(annotation) is tuple:
         element = typing.get_args(annotation)[0]
         if element is str:
-            flags.DEFINE_multi_string(name, None, help_ + "; repeatable")
+            flags.DEFINE_multi_string(name, None, help_ + "; repeatable", flag_values=values)
         else:
-            flags.DEFINE_list(name, None, help_ + "; comma-separated")
+            flags.DEFINE_list(name, None, help_ + "; comma-separated", flag_values=values)
     elif field_.metadata.get("choices"):
-        flags.DEFINE_enum(name, None, list(field_.metadata["choices"]), help_)
+        flags.DEFINE_enum(name, None, list(field_.metadata["choices"]), help_, flag_values=values)
     elif annotation is bool:
-        flags.DEFINE_bool(name, None, help_)
+        flags.DEFINE_bool(name, None, help_, flag_values=values)
     elif annotation is int:
-        flags.DEFINE_integer(name, None, help_)
+        flags.DEFINE_integer(name, None, help_, flag_values=values)
     elif annotation is float:
-        flags.DEFINE_float(name, None, help_)
+        flags.DEFINE_float(name, None, help_, flag_values=values)
     else:
-        flags.DEFINE_string(name, None, help_)
+        flags.DEFINE_string(name, None, help_, flag_values=values)
 
 
-def define_flags(config_class: type, presets: Mapping[str, Mapping[str, Any]]) -> None:
+def define_flags(
+    config_class: type,
+    presets: Mapping[str, Mapping[str, Any]],
+    values: flags.FlagValues = flags.FLAGS,
+) -> None:
     """One flag a field, plus ``--preset`` and ``--workdir``."""
-    flags.DEFINE_enum("preset", next(iter(presets)), list(presets), "Named set of defaults.")
+    flags.DEFINE_enum(
+        "preset", next(iter(presets)), list(presets), "Named set of defaults.", flag_values=values
+    )
     flags.DEFINE_string(
-        "workdir", None, "Where the run lives; the same one resumes it.", required=True
+        "workdir",
+        None,
+        "Where the run lives; the same one resumes it.",
+        required=True,
+        flag_values=values,
     )
     hints = typing.get_type_hints(config_class)
     for field_ in dataclasses.fields(config_class):
-        _define(field_, hints[field_.name])
+        _define(field_, hints[field_.name], values)
 
 
 def config_from_flags(

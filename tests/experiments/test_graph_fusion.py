@@ -1,0 +1,116 @@
+"""The main job on a tiny model: every arm trains, scores, reports, and continues after a stop."""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+
+from experiments import _fusion, _fusion_run, _models, graph_fusion
+from logitjax import losses, models
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def config(**changes):
+    smoke = {
+        **graph_fusion.PRESETS["smoke"],
+        "data": f"text:{ROOT / 'LICENSE'}",
+        "mesh": "data:2,tensor:4",
+    }
+    return graph_fusion.Config(**{**smoke, **changes})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = epath.Path(tmp_path_factory.mktemp("fusion"))
+    graph_fusion.run(config(loss=("sft", "uld+gld"), seeds=2), workdir)
+    return workdir
+
+
+def test_report_has_a_row_an_arm_and_a_plot(finished):
+    report = (finished / "report.md").read_text()
+    assert "| SFT " in report
+    assert "InfiGFusion)" in report
+    assert (finished / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_training_improves_held_out_perplexity(finished):
+    results = json.loads((finished / "results.json").read_text())
+    sft = [run for run in results["outcomes"] if run["loss"] == "sft"]
+    assert len(sft) == 2
+    assert all(run["perplexity"] < results["before"]["perplexity"] / 2 for run in sft)
+
+
+def test_seeds_differ_and_arms_see_equal_tokens(finished):
+    outcomes = json.loads((finished / "results.json").read_text())["outcomes"]
+    sft = [run["perplexity"] for run in outcomes if run["loss"] == "sft"]
+    assert sft[0] != sft[1]
+    assert len({run["tokens"] for run in outcomes}) == 1
+
+
+def test_same_command_again_trains_nothing(finished, monkeypatch):
+    monkeypatch.setattr(_fusion_run.training, "train_loop", None)
+    before = (finished / "report.md").read_text()
+    graph_fusion.run(config(loss=("sft", "uld+gld"), seeds=2), finished)
+    assert (finished / "report.md").read_text() == before
+
+
+def test_kl_refuses_a_source_with_another_vocabulary(tmp_path, monkeypatch):
+    other = _models.byte_tokenizer()
+    other.backend.add_tokens(["history"])
+    foreign = models.Tokenizer(other.backend, eos_id=256, pad_id=256)
+    monkeypatch.setattr(_models, "load_tokenizer_of", lambda spec: foreign)
+    with pytest.raises(ValueError, match="loss 'kl' needs one vocabulary"):
+        graph_fusion.run(config(loss=("kl",)), epath.Path(tmp_path))
+
+
+def test_wrong_number_of_source_weights(tmp_path):
+    with pytest.raises(ValueError, match="2 weights for 1 sources"):
+        graph_fusion.run(config(source_weight=(1.0, 2.0)), epath.Path(tmp_path))
+
+
+@pytest.mark.parametrize("loss", ["kl", "uld+gld"])
+def test_arm_equals_the_dense_losses(loss):
+    """The arm's value from blocked sweeps, against logits and the dense formulas."""
+    model = _models.tiny_decoder()
+    apply_fn, params = models.from_nnx(model)
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 256, (2, 12)).astype(np.int32)
+    pivot = {
+        "tokens": tokens,
+        "segment_ids": np.ones_like(tokens),
+        "positions": np.broadcast_to(np.arange(12, dtype=np.int32), tokens.shape),
+        "loss_mask": np.ones(tokens.shape, bool),
+    }
+    teacher = jnp.asarray(rng.normal(size=(2, 11, 257)), jnp.float32)
+    statistics = losses.graph_statistics(teacher, 257 if loss == "kl" else 10)
+    where = np.ones((2, 11), bool)
+    objective = _fusion.Objective(loss=loss, weights=(1.0,))
+    batch = {"pivot": pivot, "sources": {"source0": (statistics, where)}}
+    loss_fn = _fusion.loss_function(objective, apply_fn.graphdef, ("source0",))
+    total, count, _ = jax.jit(loss_fn)(params, batch, None)
+    logits = model(jnp.asarray(tokens))[:, :-1]
+    labels = jnp.asarray(tokens[:, 1:])
+    if loss == "kl":
+        sft = losses.cross_entropy(logits, labels)
+        expected = (0.5 * sft + 0.5 * losses.kl_divergence(logits, teacher)).sum()
+    else:
+        teachers = [losses.FusionTeacher(outputs=teacher)]
+        value, metrics = losses.graph_fusion_objective(logits, labels, teachers)
+        expected = (value * metrics["tokens"]).sum()
+    assert int(count) == 22
+    np.testing.assert_allclose(total, expected, rtol=2e-5)
+
+
+def test_objective_names_what_it_knows():
+    with pytest.raises(ValueError, match="expected one of sft, kl, uld, gld, uld\\+gld, got 'jsd'"):
+        _fusion.Objective(loss="jsd", weights=(1.0,))
+    assert dataclasses.replace(_fusion.Objective(loss="uld", weights=(1.0, 3.0))).shares == [
+        0.25,
+        0.75,
+    ]
