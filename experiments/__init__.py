@@ -1,0 +1,1 @@
+"""Experiments: one module a paper, started by ``python -m experiments.NAME --preset=...``."""
