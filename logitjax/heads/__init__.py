@@ -1,17 +1,15 @@
 """Output heads: hidden states in, float32 logits out."""
 
-from logitjax.heads._dual_head import DualHead as DualHead
-from logitjax.heads._dual_head import MLPHead as MLPHead
-from logitjax.heads._dual_head import dual_head_loss as dual_head_loss
-from logitjax.heads._linear import LinearHead as LinearHead
-from logitjax.heads._linear import TiedHead as TiedHead
-from logitjax.heads._linear import linear_logits as linear_logits
 from logitjax.heads._adaptive_softmax import AdaptiveConfig as AdaptiveConfig
 from logitjax.heads._adaptive_softmax import adaptive_log_probs as adaptive_log_probs
 from logitjax.heads._adaptive_softmax import adaptive_nll as adaptive_nll
 from logitjax.heads._adaptive_softmax import adaptive_topk as adaptive_topk
 from logitjax.heads._adaptive_softmax import fit_adaptive_softmax as fit_adaptive_softmax
 from logitjax.heads._adaptive_softmax import init_adaptive_softmax as init_adaptive_softmax
+from logitjax.heads._dual_head import DualHead as DualHead
+from logitjax.heads._dual_head import MLPHead as MLPHead
+from logitjax.heads._dual_head import dual_head_loss as dual_head_loss
+from logitjax.heads._dual_head import torch_linear as torch_linear
 from logitjax.heads._head_cost import HeadCost as HeadCost
 from logitjax.heads._head_cost import adaptive_cost as adaptive_cost
 from logitjax.heads._head_cost import full_cost as full_cost
@@ -19,6 +17,9 @@ from logitjax.heads._head_cost import low_rank_cost as low_rank_cost
 from logitjax.heads._head_cost import product_cost as product_cost
 from logitjax.heads._head_cost import shortlist_cost as shortlist_cost
 from logitjax.heads._head_cost import vq_cost as vq_cost
+from logitjax.heads._linear import LinearHead as LinearHead
+from logitjax.heads._linear import TiedHead as TiedHead
+from logitjax.heads._linear import linear_logits as linear_logits
 from logitjax.heads._low_rank import fit_low_rank as fit_low_rank
 from logitjax.heads._low_rank import low_rank_logits as low_rank_logits
 from logitjax.heads._low_rank import low_rank_nll as low_rank_nll
@@ -26,6 +27,7 @@ from logitjax.heads._vq_assignment import PerplexityFloor as PerplexityFloor
 from logitjax.heads._vq_assignment import VQFit as VQFit
 from logitjax.heads._vq_assignment import expected_targets as expected_targets
 from logitjax.heads._vq_assignment import fit_assignment as fit_assignment
+from logitjax.heads._vq_assignment import matched_bias as matched_bias
 from logitjax.heads._vq_assignment import perplexity_floor as perplexity_floor
 from logitjax.heads._vq_assignment import reassign as reassign
 from logitjax.heads._vq_decode import VQTables as VQTables

@@ -108,9 +108,9 @@ def fit_adaptive_softmax(
 ) -> dict[str, Any]:
     """An adaptive softmax from a full head's rows.
 
-    Frequent tokens keep their rows; a tail's entry in the head is the mean of its rows, weighted by
-    frequency; inside a tail the rows less that mean are cut to the tail's width in the metric of the
-    hidden states.
+    Frequent tokens keep their rows; a tail's entry in the head is the mean of its rows, weighted
+    by frequency; inside a tail the rows less that mean are cut to the tail's width in the metric
+    of the hidden states.
 
     Args:
       config: sizes.
@@ -226,9 +226,7 @@ def adaptive_log_probs(
     return jnp.take(jnp.concatenate(parts, axis=-1), params["rank"], axis=-1)
 
 
-def adaptive_topk(
-    hidden: Float[Array, "*batch hidden"], params: dict[str, Any], k: int
-) -> TopK:
+def adaptive_topk(hidden: Float[Array, "*batch hidden"], params: dict[str, Any], k: int) -> TopK:
     """The k most probable tokens; a tail is looked into only if it could hold one of them.
 
     No token of a tail is more probable than the tail. That bound is exact, and saves the tails most

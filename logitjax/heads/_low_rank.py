@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
-from logitjax.losses._linear_cross_entropy import linear_cross_entropy
+from logitjax.losses import linear_cross_entropy
 from logitjax.ops import Array
 
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Bool, Float, Int, Key
 
-from logitjax.heads._vq_loss import _all_scores, cluster_log_mass, token_bias
-from logitjax.ops import Array, AxisName, TopK, logsumexp, over_batch
+from logitjax.heads._vq_loss import all_scores, cluster_log_mass, on_batch, token_bias
+from logitjax.ops import Array, AxisName, TopK, logsumexp
 
 
 @jax.tree_util.register_dataclass
@@ -139,7 +139,7 @@ def vq_topk(
         raise ValueError(f"k must be between 1 and the width of the tables, {width}, got {k}")
 
     def run(hidden: Array, codebook: Array, tables: VQTables) -> tuple[jax.Array, ...]:
-        scores = _all_scores(hidden, codebook, soft_cap, axis_name) / tables.temperature
+        scores = all_scores(hidden, codebook, soft_cap, axis_name) / tables.temperature
         log_z = logsumexp(scores + tables.log_mass)
         by_row = jnp.take(scores, tables.code, axis=-1)
         _, rows = lax.top_k(by_row + tables.best_bias[:, 0], min(k, by_row.shape[-1]))
@@ -151,9 +151,7 @@ def vq_topk(
         return -negative[..., :k], tokens[..., :k], log_z
 
     ndim = jnp.ndim(hidden)
-    return TopK(
-        *over_batch(run, (ndim, ndim, ndim - 1), jnp.asarray(hidden), codebook, tables)
-    )
+    return TopK(*on_batch(run, (ndim, ndim, ndim - 1), hidden, codebook, tables))
 
 
 def vq_sample(
@@ -189,7 +187,7 @@ def vq_sample(
     """
 
     def run(hidden: Array, codebook: Array, tables: VQTables, key: Array) -> tuple[jax.Array]:
-        scores = _all_scores(hidden, codebook, soft_cap, axis_name) / tables.temperature
+        scores = all_scores(hidden, codebook, soft_cap, axis_name) / tables.temperature
         cluster_key, token_key = jax.random.split(key)
         code = jax.random.categorical(cluster_key, scores + tables.log_mass)
         start, stop = tables.starts[code], tables.starts[code + 1]
@@ -204,13 +202,11 @@ def vq_sample(
 
         steps = math.ceil(math.log2(tables.members.shape[0] + 1)) + 1
         # A search that has ended stays put: low == high there, and last is always beyond.
-        place, _ = lax.fori_loop(
-            0, steps, lambda i, b: _keep_ended(halve(i, b), b), (start, last)
-        )
+        place, _ = lax.fori_loop(0, steps, lambda i, b: _keep_ended(halve(i, b), b), (start, last))
         return (tables.members[jnp.minimum(place, last)],)
 
     ndim = jnp.ndim(hidden) - 1
-    return over_batch(run, (ndim,), jnp.asarray(hidden), codebook, tables, key)[0]
+    return on_batch(run, (ndim,), hidden, codebook, tables, key)[0]
 
 
 def _keep_ended(

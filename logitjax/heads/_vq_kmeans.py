@@ -181,8 +181,8 @@ def _lloyd(
         assignment, cost = nearest(points, centres, metric, block_size=block_size)
         distance = jnp.maximum(cost + squares, 0.0) * weights
         means, mass = weighted_means(
-        points, weights, assignment, num_centres, block_size=block_size
-    )
+            points, weights, assignment, num_centres, block_size=block_size
+        )
         empty = mass <= 0
         # The j-th empty centre goes to the j-th worst served point.
         worst = lax.top_k(distance, num_centres)[1]
@@ -193,9 +193,7 @@ def _lloyd(
     centres, inertia = lax.scan(update, centres, None, length=iterations)
     assignment, cost = nearest(points, centres, metric, block_size=block_size)
     last = (jnp.maximum(cost + squares, 0.0) * weights).sum() / total
-    means, mass = weighted_means(
-        points, weights, assignment, num_centres, block_size=block_size
-    )
+    means, mass = weighted_means(points, weights, assignment, num_centres, block_size=block_size)
     centres = jnp.where(mass[:, None] > 0, means, centres)
     return KMeans(assignment, centres, jnp.append(inertia, last))
 

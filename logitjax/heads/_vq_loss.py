@@ -1,5 +1,8 @@
 """The vector-quantised head in training: exact loss from K cluster scores, never V logits."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -133,10 +136,10 @@ def vq_logits(
     added = token_bias(bias, assignment, temperature=temperature, where=where)
 
     def run(hidden: Array, codebook: Array, added: Array, assignment: Array) -> tuple[jax.Array]:
-        scores = _all_scores(hidden, codebook, soft_cap, axis_name) / temperature
+        scores = all_scores(hidden, codebook, soft_cap, axis_name) / temperature
         return (jnp.take(scores, assignment, axis=-1) + added,)
 
-    return over_batch(run, (jnp.ndim(hidden),), jnp.asarray(hidden), codebook, added, assignment)[0]
+    return on_batch(run, (jnp.ndim(hidden),), hidden, codebook, added, assignment)[0]
 
 
 def vq_nll(
@@ -215,11 +218,20 @@ def vq_nll(
         nll = log_z - chosen - added[labels]
         return (nll + z_loss * log_z**2 if z_loss else nll,)
 
-    args = (hidden, labels, jnp.asarray(codebook), added, jnp.asarray(assignment))
-    return over_batch(run, (labels.ndim,), *args)[0]
+    return on_batch(run, (labels.ndim,), hidden, labels, codebook, added, assignment)[0]
 
 
-def _all_scores(
+def on_batch(fn: Callable[..., Any], out_ndims: tuple[int, ...], *args: Any) -> Any:
+    """`logitjax.ops.over_batch` for pytrees; the first argument has the batch axes."""
+    leaves, structure = jax.tree.flatten(args)
+
+    def run(*leaves: jax.Array) -> Any:
+        return fn(*jax.tree.unflatten(structure, leaves))
+
+    return over_batch(run, out_ndims, *map(jnp.asarray, leaves))
+
+
+def all_scores(
     hidden: Array, codebook: Array, soft_cap: float | None, axis_name: AxisName | None
 ) -> jax.Array:
     scores = code_scores(hidden, codebook, soft_cap=soft_cap)

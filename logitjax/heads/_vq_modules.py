@@ -1,5 +1,6 @@
 """Vector-quantised heads as flax.nnx modules, to be injected into a decoder."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -24,6 +25,8 @@ from logitjax.heads._vq_shortlist import (
 )
 from logitjax.ops import Array, AxisName, TopK
 
+_PAGE_FIELDS = tuple(field.name for field in dataclasses.fields(Pages))
+
 
 class Assignment(nnx.Variable):
     """Integer tables of a head: saved with it, never trained."""
@@ -33,15 +36,16 @@ class VQHead(nnx.Module):
     """One code for several tokens, and a bias for each: O(K) training and decoding.
 
     As a decoder's ``head`` it gives all V logits, so everything works with it; `nll`, `top_k` and
-    `sample` give the same without them. Sharding: split ``codebook`` over the tensor axis (its first)
-    or replicate it, replicate ``bias`` and ``assignment``.
+    `sample` give the same without them. Sharding: split ``codebook`` along its first axis over the
+    tensor axis of the mesh or replicate it, replicate ``bias`` and ``assignment``.
 
     Args:
       hidden_size: d.
       vocab_size: V.
       num_codes: K.
       assignment: ``[vocab]``, e.g. of `fit_assignment`; balanced and random when omitted.
-      unigram: ``[vocab]`` counts or probabilities: biases begin at its logarithm, which they should.
+      unigram: ``[vocab]`` counts or probabilities: biases begin at its logarithm, as they
+        should.
       use_bias: False is the head as published.
       soft_cap: of the cluster scores.
       dtype: compute dtype.
@@ -191,9 +195,7 @@ class VQHead(nnx.Module):
         hidden = jnp.asarray(hidden, self.dtype)
         return vq_sample(key, hidden, self.codebook[...], tables, soft_cap=self.soft_cap)
 
-    def kernel_and_bias(
-        self, embedding: Array | None = None
-    ) -> tuple[Array, Array | None, int]:
+    def kernel_and_bias(self, embedding: Array | None = None) -> tuple[Array, Array | None, int]:
         """The equivalent full head, ``[vocab, hidden]``: for losses that take a kernel.
 
         Raises:
@@ -216,8 +218,8 @@ class VQHead(nnx.Module):
 class ShortlistHead(VQHead):
     """Codes choose a shortlist, rows of the (tied) embedding re-score it.
 
-    The natural head for a tied model: the rows are in memory anyway, and decoding reads few of them.
-    Its logits are those of the full head inside the shortlist.
+    The natural head for a tied model: the rows are in memory anyway, and decoding reads few of
+    them. Its logits are those of the full head inside the shortlist.
 
     Args:
       num_pages: pages re-scored per position.
@@ -245,7 +247,6 @@ class ShortlistHead(VQHead):
         self.num_pages = num_pages
         self.page_size = page_size
         self.rows = None if rows is None else nnx.Param(jnp.asarray(rows))
-        self.pages = Assignment(None)
         self.make_pages()
 
     def load(self, codebook: Array, bias: Array | None, assignment: Array) -> None:
@@ -261,7 +262,17 @@ class ShortlistHead(VQHead):
             margin = row_spread(rows, codebook, assignment, hidden_cov)
         pages = make_pages(bias, assignment, size=self.page_size, margin=margin)
         self.num_pages = min(self.num_pages, pages.tokens.shape[0])
-        self.pages = Assignment(pages)
+        self.pages = pages
+
+    @property
+    def pages(self) -> Pages:
+        """The pages; their biases are those of the last `make_pages`, call it after training."""
+        return Pages(**{name: getattr(self, f"page_{name}")[...] for name in _PAGE_FIELDS})
+
+    @pages.setter
+    def pages(self, pages: Pages) -> None:
+        for name in _PAGE_FIELDS:
+            setattr(self, f"page_{name}", Assignment(getattr(pages, name)))
 
     def _rescore(self, embedding: Array | None) -> Rescore:
         if self.rows is not None:
@@ -271,9 +282,8 @@ class ShortlistHead(VQHead):
         return exact_rows(embedding)
 
     def _options(self, embedding: Array | None) -> dict[str, Any]:
-        pages: Pages = self.pages.get_value()
         return {
-            "pages": pages,
+            "pages": self.pages,
             "rescore": self._rescore(embedding),
             "num_pages": self.num_pages,
             "soft_cap": self.soft_cap,
@@ -335,21 +345,18 @@ class ShortlistHead(VQHead):
         """Not offered: draw from `top_k`, or from the logits."""
         raise NotImplementedError("sample from top_k() or from the logits of a ShortlistHead")
 
-    def kernel_and_bias(
-        self, embedding: Array | None = None
-    ) -> tuple[Array, Array | None, int]:
+    def kernel_and_bias(self, embedding: Array | None = None) -> tuple[Array, Array | None, int]:
         """Raises: the logits of a shortlist are not linear in the hidden state."""
         raise ValueError("a ShortlistHead has no kernel; use nll() or the logits")
 
     def cost(self) -> HeadCost:
         """What it costs; see `HeadCost`."""
         codes, hidden = self.codebook.shape
-        pages: Pages = self.pages.get_value()
         return shortlist_cost(
             self.vocab_size,
             hidden,
             codes,
-            pages=pages.tokens.shape[0],
+            pages=self.pages.tokens.shape[0],
             size=self.page_size,
             num_pages=self.num_pages,
             own_rows=self.rows is not None,

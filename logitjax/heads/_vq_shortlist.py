@@ -1,4 +1,4 @@
-"""Shortlists: cluster scores choose tokens, better rows re-score them, the rest keeps the VQ score."""
+"""Shortlists: cluster scores choose tokens, better rows re-score them, the rest stays as it is."""
 
 import dataclasses
 import math
@@ -221,9 +221,7 @@ def shortlist_nll(
         scores = code_scores(hidden, codebook, soft_cap=soft_cap)
         chosen = _choose(scores, pages, num_pages)
         scores = scores / temperature
-        tokens, logits, rest = _split(
-            hidden, scores, chosen, pages, rescore, temperature, soft_cap
-        )
+        tokens, logits, rest = _split(hidden, scores, chosen, pages, rescore, temperature, soft_cap)
         log_z = jnp.logaddexp(logsumexp(logits), logsumexp(rest))
         coarse = jnp.take_along_axis(scores, assignment[labels][:, None], axis=-1)[:, 0]
         coarse = coarse + jnp.asarray(bias)[labels] / temperature
@@ -292,9 +290,7 @@ def shortlist_topk(
         scores = code_scores(hidden, codebook, soft_cap=soft_cap)
         chosen = _choose(scores, pages, num_pages)
         scores = scores / temperature
-        tokens, logits, rest = _split(
-            hidden, scores, chosen, pages, rescore, temperature, soft_cap
-        )
+        tokens, logits, rest = _split(hidden, scores, chosen, pages, rescore, temperature, soft_cap)
         log_z = jnp.logaddexp(logsumexp(logits), logsumexp(rest))
         if with_tail:
             heads = jnp.take(scores, pages.code, axis=-1) + pages.bias.max(-1)

@@ -20,8 +20,8 @@ class HeadTargets:
     """Expectations of a full head over cached hidden states.
 
     The cross-entropy of a VQ head against the full one is linear in codebook and biases but for its
-    own normaliser. So sums over all positions, and the largest probabilities of each position (which
-    keep the noise of mini-batches low), are all that tuning needs: no V logits ever again.
+    own normaliser. So sums over all positions, and the largest probabilities of each position
+    (which keep the noise of mini-batches low), are all that tuning needs: no V logits ever again.
 
     Attributes:
       sums: ``[vocab, hidden]``, ``sum_n p(v | h_n) h_n``.

@@ -15,7 +15,7 @@ from flax import nnx
 
 @dataclasses.dataclass(frozen=True)
 class HiddenCache:
-    """Positions to predict from: ``hidden [count, hidden]`` float32 and ``labels [count]`` int32."""
+    """Positions to predict from: float32 ``hidden [count, hidden]``, int32 ``labels [count]``."""
 
     hidden: np.ndarray
     labels: np.ndarray

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import Float, Int
 
 from logitjax.heads import reassign, vq_nll
 from logitjax.heads._vq_loss import cluster_log_mass, code_scores
@@ -174,7 +175,7 @@ def tune_vq_head(
       ValueError: ``reassign_every`` without biases.
     """
     if reassign_every is not None and bias is None:
-        raise ValueError("reassign_every needs biases: without them a move cannot be undone in mass")
+        raise ValueError("reassign_every needs biases, got bias=None")
     params = {"codebook": jnp.asarray(codebook)}
     if bias is not None:
         params["bias"] = jnp.asarray(bias)
@@ -217,3 +218,41 @@ def tune_vq_head(
             )
             history["moved"].append(float(moved))
     return params["codebook"], params.get("bias"), assignment, history
+
+
+def reassign_from_labels(
+    codebook: Float[Array, "codes hidden"],
+    bias: Float[Array, " vocab"],
+    assignment: Int[Array, " vocab"],
+    hidden: Float[Array, "count hidden"],
+    labels: Int[Array, " count"],
+    *,
+    min_count: float = 30.0,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`logitjax.heads.reassign` from the labels of a training run, between two of its steps.
+
+    The periodic reassignment of training from scratch: gather hidden states and labels of a few
+    hundred recent batches, call this, go on with the new mapping and biases.
+
+    Args:
+      codebook: ``[codes, hidden]``.
+      bias: ``[vocab]``.
+      assignment: ``[vocab]``.
+      hidden: ``[count, hidden]``, hidden states.
+      labels: ``[count]``, the tokens that followed.
+      min_count: tokens seen less often stay: few labels overfit.
+
+    Returns:
+      ``(assignment, bias, moved)``.
+
+    >>> codebook, hidden = jnp.array([[1.0], [-1.0]]), jnp.array([[2.0], [-2.0]])
+    >>> new, bias, moved = reassign_from_labels(codebook, jnp.zeros(2), jnp.array([1, 0]), hidden,
+    ...                                         jnp.array([0, 1]), min_count=1)
+    >>> print(new, moved)
+    [0 1] 2
+    """
+    hidden, labels = jnp.asarray(hidden), jnp.asarray(labels)
+    vocab = len(assignment)
+    sums = jax.ops.segment_sum(hidden, labels, num_segments=vocab)
+    counts = jnp.bincount(labels, length=vocab).astype(jnp.float32)
+    return reassign(codebook, bias, assignment, sums, counts, hidden, min_count=min_count)

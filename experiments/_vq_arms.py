@@ -1,0 +1,403 @@
+"""Converting one head into each of its cheaper relatives, all with the same budget."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments._vq_context import Context, Split, in_blocks
+from logitjax import heads, losses, ops, training
+
+#: Mapping and bias of the VQ arms; ``labels`` arms go on to the next-token loss.
+VQ_ARMS = {
+    "vq_paper": ("kmeans", False),
+    "vq_plain": ("weighted_kmeans", False),
+    "vq_random": ("random", True),
+    "vq_bias": ("weighted_kmeans", True),
+    "vq_likelihood": ("likelihood", True),
+}
+BASELINES = ("low_rank", "product", "adaptive", "full_bias_labels", "full_labels")
+ARMS = (*VQ_ARMS, "vq_likelihood_labels", *BASELINES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Converted:
+    """A converted head as functions of arrays.
+
+    Attributes:
+      nll: ``(params, hidden, labels) -> [n]``.
+      top_k: ``(params, hidden) -> tokens [n, 5]``.
+      params: their first argument.
+      cost: counted, not timed.
+      floor: the perplexity below which the head without bias could not come, if it is a VQ head.
+      curve: training loss by step.
+      moved: tokens that changed their code, by reassignment.
+    """
+
+    nll: Callable[..., Any]
+    top_k: Callable[..., Any]
+    params: Any
+    cost: heads.HeadCost
+    floor: float | None = None
+    curve: tuple[float, ...] = ()
+    moved: tuple[float, ...] = ()
+    head: Any = None
+
+
+def convert(ctx: Context, arm: str, codes: int, seed: int, lr: float, config: Any) -> Converted:
+    """Fits and tunes one arm."""
+    if arm in VQ_ARMS or arm == "vq_likelihood_labels":
+        return _vq(ctx, arm, codes, seed, lr, config)
+    if arm == "low_rank":
+        return _linear(ctx, arm, seed, lr, config, *_low_rank(ctx, codes))
+    if arm == "product":
+        return _linear(ctx, arm, seed, lr, config, *_product(ctx, seed, config))
+    if arm == "adaptive":
+        return _adaptive(ctx, seed, lr, config)
+    return _full(ctx, arm, seed, lr, config)
+
+
+def measure(converted: Converted, ctx: Context, split: Split) -> dict[str, float]:
+    """Held-out perplexity ratio to the old head, and agreement with its first choices."""
+    nll_fn, top_fn = jax.jit(converted.nll), jax.jit(converted.top_k)
+    nll = in_blocks(lambda h, y: nll_fn(converted.params, h, y), split.hidden, split.labels)
+    tokens = in_blocks(lambda h: top_fn(converted.params, h), split.hidden)
+    teacher = split.targets.top_tokens[:, : tokens.shape[1]]
+    return {
+        "nll": float(nll.mean()),
+        "ratio": float(np.exp(nll.mean() - split.targets.nll.mean())),
+        "top1": float((tokens[:, 0] == teacher[:, 0]).mean()),
+        "top5": float((tokens[:, :, None] == teacher[:, None, :]).any(1).mean()),
+        "accuracy": float((tokens[:, 0] == split.labels).mean()),
+    }
+
+
+def shortlist(
+    ctx: Context, base: Converted, num_pages: int, config: Any, *, groups: int = 0, seed: int = 0
+) -> Converted:
+    """Re-scores a shortlist of a converted head with the old rows, or product-quantised ones."""
+    codebook, bias, assignment = (base.params[k] for k in ("codebook", "bias", "assignment"))
+    margin = heads.row_spread(ctx.rows, codebook, assignment, ctx.statistics.cov)
+    pages = heads.make_pages(bias, assignment, size=config.page_size, margin=margin)
+    num_pages = min(num_pages, pages.tokens.shape[0])
+    params = {"codebook": codebook, "bias": bias, "assignment": assignment, "pages": pages}
+    if groups:
+        params["product"] = heads.fit_product_codes(
+            ctx.rows,
+            ctx.unigram,
+            ctx.statistics.cov,
+            groups=groups,
+            num_codes=min(config.product_codes, ctx.vocab),
+            key=jax.random.key(seed),
+            iterations=config.kmeans_iterations,
+        )
+        # What quantisation loses at the mean hidden state goes back into a bias.
+        lost = ctx.rows @ ctx.statistics.mean
+        lost -= heads.product_kernel(*params["product"]) @ ctx.statistics.mean
+        params["row_bias"] = lost if ctx.row_bias is None else lost + ctx.row_bias
+    else:
+        params |= {"rows": ctx.rows, "row_bias": ctx.row_bias}
+
+    def options(params: Any) -> dict[str, Any]:
+        if groups:
+            rescore = heads.product_rows(*params["product"], params["row_bias"])
+        else:
+            rescore = heads.exact_rows(params["rows"], params["row_bias"])
+        return {"pages": params["pages"], "rescore": rescore, "num_pages": num_pages}
+
+    def nll(params: Any, hidden: Any, labels: Any) -> Any:
+        arrays = (params["codebook"], params["bias"], params["assignment"])
+        return heads.shortlist_nll(hidden, *arrays, labels, **options(params))
+
+    def top_k(params: Any, hidden: Any) -> Any:
+        k = min(5, num_pages * config.page_size)
+        top = heads.shortlist_topk(
+            hidden, params["codebook"], k, with_tail=False, **options(params)
+        )
+        return top.indices
+
+    cost = heads.shortlist_cost(
+        ctx.vocab,
+        ctx.width,
+        len(codebook),
+        pages=pages.tokens.shape[0],
+        size=config.page_size,
+        num_pages=num_pages,
+        own_rows=not ctx.tied,
+        product_groups=groups,
+        product_codes=config.product_codes,
+    )
+    return Converted(nll, top_k, params, cost, base.floor)
+
+
+def tune_shortlist_tail(
+    ctx: Context, converted: Converted, seed: int, lr: float, config: Any
+) -> Converted:
+    """A few steps of the shortlist's own normalised loss for the codebook and biases."""
+    trained = {k: converted.params[k] for k in ("codebook", "bias")}
+    fixed = {k: v for k, v in converted.params.items() if k not in trained}
+    train = ctx.splits["train"]
+    trained, _, losses_ = training.tune_head(
+        lambda params, fixed, h, y: converted.nll(params | fixed, h, y),
+        trained,
+        [train.hidden, train.labels],
+        steps=config.shortlist_steps,
+        batch_size=config.shortlist_batch,
+        learning_rate=lr,
+        constants=fixed,
+        seed=seed,
+    )
+    pages = heads._vq_shortlist.with_bias(converted.params["pages"], trained["bias"])
+    params = converted.params | trained | {"pages": pages}
+    return dataclasses.replace(converted, params=params, curve=tuple(losses_))
+
+
+def full(ctx: Context) -> Converted:
+    """The head that there was."""
+    cost = heads.full_cost(ctx.vocab, ctx.width, bias=ctx.row_bias is not None, tied=ctx.tied)
+    params = {"kernel": ctx.rows}
+    if ctx.row_bias is not None:
+        params["bias"] = ctx.row_bias
+    return Converted(_linear_nll, _linear_top_k, params, cost)
+
+
+def _vq(ctx: Context, arm: str, codes: int, seed: int, lr: float, config: Any) -> Converted:
+    labels_too = arm.endswith("_labels")
+    method, use_bias = VQ_ARMS[arm.removesuffix("_labels")]
+    train = ctx.splits["train"]
+    options = training.ConvertConfig(
+        num_codes=codes,
+        method=method,
+        use_bias=use_bias,
+        steps=config.steps,
+        batch_size=config.batch_size,
+        learning_rate=config.learning_rate[0] if labels_too else lr,
+        reassign_every=config.reassign_every,
+        seed=seed,
+    )
+    kmeans = "weighted_kmeans" if method == "likelihood" else method
+    head, history = training.fit_vq_head(
+        ctx.rows,
+        ctx.row_bias,
+        train.hidden,
+        train.targets,
+        options,
+        statistics=ctx.statistics,
+        start=ctx.fit(kmeans, codes, seed, config.kmeans_iterations),
+    )
+    bias = jnp.zeros(ctx.vocab) if head.bias is None else head.bias[...]
+    params = {"codebook": head.codebook[...], "bias": bias}
+    assignment = head.assignment[...]
+    curve = history["loss"]
+    if labels_too:
+        params, _, curve = training.tune_head(
+            training.vq_label_loss,
+            params,
+            [train.hidden, train.labels],
+            steps=config.steps,
+            batch_size=config.batch_size,
+            learning_rate=lr,
+            constants={"assignment": assignment},
+            seed=seed,
+        )
+        head.load(params["codebook"], params["bias"], assignment)
+    floor = heads.perplexity_floor(assignment, np.asarray(ctx.unigram))
+    tables = heads.vq_tables(params["bias"], assignment, codes, width=5)
+
+    def nll(params: Any, hidden: Any, labels: Any) -> Any:
+        return heads.vq_nll(
+            hidden, params["codebook"], params["bias"], params["assignment"], labels
+        )
+
+    def top_k(params: Any, hidden: Any) -> Any:
+        return heads.vq_topk(hidden, params["codebook"], params["tables"], 5).indices
+
+    return Converted(
+        nll,
+        top_k,
+        params | {"assignment": assignment, "tables": tables},
+        heads.vq_cost(ctx.vocab, ctx.width, codes, bias=use_bias),
+        floor.perplexity,
+        tuple(curve),
+        tuple(history["moved"]),
+        head,
+    )
+
+
+def _linear_logits(params: Any, hidden: Any) -> Any:
+    if "down" in params:
+        return heads.low_rank_logits(hidden, params["down"], params["kernel"], params["bias"])
+    return heads.linear_logits(hidden, params["kernel"], params.get("bias"), vocab_axis=0)
+
+
+def _linear_nll(params: Any, hidden: Any, labels: Any) -> Any:
+    hidden = hidden @ params["down"] if "down" in params else hidden
+    return losses.linear_cross_entropy(
+        hidden, params["kernel"], labels, bias=params.get("bias"), vocab_axis=0
+    )
+
+
+def _linear_top_k(params: Any, hidden: Any) -> Any:
+    return ops.top_k(_linear_logits(params, hidden), 5)[1]
+
+
+def _low_rank(ctx: Context, codes: int) -> tuple[Any, Any, Any, Any]:
+    """As many numbers as a codebook of that size has."""
+    rank = max(1, round(codes * ctx.width / (ctx.vocab + ctx.width)))
+    down, kernel, bias = heads.fit_low_rank(
+        ctx.rows, ctx.unigram, ctx.statistics.mean, ctx.statistics.cov, rank, row_bias=ctx.row_bias
+    )
+    params = {"down": down, "kernel": kernel, "bias": bias}
+    cost = heads.low_rank_cost(ctx.vocab, ctx.width, rank)
+    return params, {}, lambda params, constants: params, cost
+
+
+def _product(ctx: Context, seed: int, config: Any) -> tuple[Any, Any, Any, Any]:
+    codebooks, codes = heads.fit_product_codes(
+        ctx.rows,
+        ctx.unigram,
+        ctx.statistics.cov,
+        groups=config.product_groups,
+        num_codes=min(config.product_codes, ctx.vocab),
+        key=jax.random.key(seed),
+        iterations=config.kmeans_iterations,
+    )
+    kernel = heads.product_kernel(codebooks, codes)
+    bias = (ctx.rows - kernel) @ ctx.statistics.mean
+    bias = bias if ctx.row_bias is None else bias + ctx.row_bias
+
+    def effective(params: Any, constants: Any) -> Any:
+        rows = heads.product_kernel(params["codebooks"], constants["codes"])
+        return {"kernel": rows, "bias": params["bias"]}
+
+    cost = heads.product_cost(
+        ctx.vocab, ctx.width, config.product_groups, codes=config.product_codes
+    )
+    return {"codebooks": codebooks, "bias": bias}, {"codes": codes}, effective, cost
+
+
+def _linear(
+    ctx: Context,
+    arm: str,
+    seed: int,
+    lr: float,
+    config: Any,
+    params: Any,
+    constants: Any,
+    effective: Callable[..., Any],
+    cost: heads.HeadCost,
+) -> Converted:
+    """Heads that are a kernel in the end: tuned to the old head's distribution, as VQ heads are."""
+    train = ctx.splits["train"]
+    targets = train.targets
+
+    def loss(params: Any, constants: Any, hidden: Any, probs: Any, tokens: Any) -> Any:
+        real = effective(params, constants)
+        sums = constants["rest"]
+        if "down" in real:
+            hidden, sums = hidden @ real["down"], sums @ real["down"]
+        kernel, bias = real["kernel"], real["bias"]
+        first = tokens[:, 0]
+        nll = losses.linear_cross_entropy(hidden, kernel, first, bias=bias, vocab_axis=0)
+        logits = jnp.einsum("nd,nkd->nk", hidden, kernel[tokens]) + bias[tokens]
+        far = (kernel * sums).sum() + (bias * constants["rest_counts"]).sum()
+        return nll + logits[:, 0] - (probs * logits).sum(-1) - far
+
+    # Fewer of the top tokens: their rows are gathered, which VQ heads need not do.
+    top = min(16, targets.top_tokens.shape[1])
+    probs, tokens = targets.top_probs, targets.top_tokens
+    constants = constants | _rest_without_top(ctx, train, top)
+    params, _, curve = training.tune_head(
+        loss,
+        params,
+        [train.hidden, probs[:, :top], tokens[:, :top]],
+        steps=config.steps,
+        batch_size=config.batch_size,
+        learning_rate=lr,
+        constants=constants,
+        seed=seed,
+    )
+    real = jax.jit(effective)(params, constants)
+    return Converted(
+        _linear_nll,
+        _linear_top_k,
+        real,
+        cost,
+        curve=tuple(loss - targets.entropy for loss in curve),
+    )
+
+
+def _rest_without_top(ctx: Context, train: Split, top: int) -> dict[str, jax.Array]:
+    """What lies outside the first ``top`` tokens of each position, over all positions."""
+    import scipy.sparse
+
+    targets, count = train.targets, len(train.labels)
+    probs, tokens = targets.top_probs[:, :top], targets.top_tokens[:, :top]
+    places = np.repeat(np.arange(count), top)
+    kept = scipy.sparse.csr_matrix(
+        (probs.reshape(-1), (tokens.reshape(-1), places)), shape=(ctx.vocab, count)
+    )
+    sums = targets.sums - kept @ np.asarray(train.hidden)
+    counts = targets.counts - np.asarray(kept.sum(1))[:, 0]
+    return {"rest": jnp.asarray(sums / count), "rest_counts": jnp.asarray(counts / count)}
+
+
+def _adaptive(ctx: Context, seed: int, lr: float, config: Any) -> Converted:
+    """On labels: its log-probabilities are not linear in anything the old head's sums hold."""
+    train, vocab = ctx.splits["train"], ctx.vocab
+    options = heads.AdaptiveConfig(
+        vocab_size=vocab,
+        hidden_size=ctx.width,
+        cutoffs=(vocab // 24, vocab // 5),
+        div_value=config.adaptive_div,
+    )
+    params = heads.fit_adaptive_softmax(
+        options, ctx.rows, ctx.unigram, ctx.statistics.mean, ctx.statistics.cov
+    )
+    tables = {name: params.pop(name) for name in ("order", "rank")}
+    params, _, curve = training.tune_head(
+        lambda params, tables, h, y: heads.adaptive_nll(h, params | tables, y),
+        params,
+        [train.hidden, train.labels],
+        steps=config.steps,
+        batch_size=config.batch_size,
+        learning_rate=lr,
+        constants=tables,
+        seed=seed,
+    )
+    ranks = np.asarray(tables["rank"])[train.labels]
+    tails = [
+        (stop - start, width, 1.0, float(((ranks >= start) & (ranks < stop)).mean()))
+        for (start, stop), width in zip(options.tails, options.widths)
+    ]
+    return Converted(
+        lambda params, h, y: heads.adaptive_nll(h, params, y),
+        lambda params, h: heads.adaptive_topk(h, params, 5).indices,
+        params | tables,
+        heads.adaptive_cost(ctx.width, options.cutoffs[0], tails),
+        curve=tuple(curve),
+    )
+
+
+def _full(ctx: Context, arm: str, seed: int, lr: float, config: Any) -> Converted:
+    """Controls: what tuning a full head on the labels of the same text gives by itself."""
+    train = ctx.splits["train"]
+    bias = jnp.zeros(ctx.vocab) if ctx.row_bias is None else ctx.row_bias
+    params: dict[str, Any] = {"bias": bias}
+    constants: dict[str, Any] = {}
+    (params if arm == "full_labels" else constants)["kernel"] = ctx.rows
+    params, _, curve = training.tune_head(
+        lambda params, constants, h, y: _linear_nll(params | constants, h, y),
+        params,
+        [train.hidden, train.labels],
+        steps=config.steps,
+        batch_size=config.batch_size,
+        learning_rate=lr,
+        constants=constants,
+        seed=seed,
+    )
+    cost = heads.full_cost(ctx.vocab, ctx.width, bias=True, tied=ctx.tied)
+    return Converted(_linear_nll, _linear_top_k, params | constants, cost, curve=tuple(curve))

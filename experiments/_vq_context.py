@@ -1,0 +1,173 @@
+"""What all converted heads share: cached hidden states, the old head's targets, token counts."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from etils import epath
+
+from experiments import _fusion_data, _models
+from logitjax import data, heads, training
+
+BLOCK = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Cached positions of one split and what the old head says on them."""
+
+    hidden: np.ndarray
+    labels: np.ndarray
+    targets: training.HeadTargets
+
+    def head(self, count: int) -> "Split":
+        """The first positions only; sums over all positions are not cut."""
+        top = {
+            name: getattr(self.targets, name)[:count] for name in ("top_probs", "top_tokens", "nll")
+        }
+        return Split(
+            np.asarray(self.hidden[:count]),
+            self.labels[:count],
+            dataclasses.replace(self.targets, **top),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """The old head, the text, and a cache of k-means fits.
+
+    Attributes:
+      rows: ``[vocab, hidden]`` of the old head.
+      row_bias: its bias or None.
+      tied: whether the rows are the input embedding.
+      trunk_parameters: parameters of everything but the head's rows.
+      unigram: ``[vocab]`` counts over the whole training text, plus a tenth.
+      statistics: moments of the training hidden states.
+      splits: ``train``, ``validation``, ``test``.
+      packed: the rows of tokens.
+    """
+
+    rows: jax.Array
+    row_bias: jax.Array | None
+    tied: bool
+    trunk_parameters: int
+    unigram: jax.Array
+    statistics: training.HeadStatistics
+    splits: Mapping[str, Split]
+    packed: Mapping[str, data.PackedDataset]
+
+    @property
+    def vocab(self) -> int:
+        return self.rows.shape[0]
+
+    @property
+    def width(self) -> int:
+        return self.rows.shape[1]
+
+    @functools.lru_cache(maxsize=4)  # noqa: B019
+    def fit(self, method: str, codes: int, seed: int, iterations: int) -> heads.VQFit:
+        return heads.fit_assignment(
+            self.rows,
+            self.unigram,
+            self.statistics.mean,
+            self.statistics.cov,
+            codes,
+            method=method,
+            row_bias=self.row_bias,
+            key=jax.random.key(seed),
+            iterations=iterations,
+        )
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+def prepare(config: Any, workdir: epath.Path) -> Context:
+    """Packs text, runs the model once, runs its head once; all of it is kept on disk."""
+    root = epath.Path(config.cache_dir or workdir / "cache")
+    model, tokenizer = _models.load(config.model, layout="listed")
+    packed = _fusion_data.pack_splits(
+        config.data,
+        {"model": tokenizer},
+        seq_len=config.seq_len,
+        on_error="raise",
+        directory=root / "packed",
+    ).splits
+    kernel, row_bias, axis = model.head_kernel(ignore_softcap=True)
+    rows = jnp.asarray(kernel if axis == 0 else kernel.T, jnp.float32)
+    sizes = {
+        "train": config.train_tokens,
+        "validation": config.validation_tokens,
+        "test": config.test_tokens,
+    }
+    splits = {}
+    for name, size in sizes.items():
+        cache = training.cache_hidden_states(
+            model, _batches(packed[name], config), root / f"hidden_{name}", max_tokens=size
+        )
+        path = root / f"targets_{name}.npz"
+        if path.exists():
+            targets = training.HeadTargets.load(path)
+        else:
+            logging.info("the full head on %d positions of %s", len(cache), name)
+            targets = training.head_targets(
+                cache.hidden,
+                rows,
+                row_bias,
+                labels=cache.labels,
+                soft_cap=model.config.logits_softcap,
+            )
+            targets.save(path)
+        splits[name] = Split(cache.hidden, cache.labels, targets)
+    total = sum(x.size for x in jax.tree.leaves(_params(model)))
+    tied = model.config.tie_embeddings
+    return Context(
+        rows=rows,
+        row_bias=row_bias,
+        tied=tied,
+        trunk_parameters=total - rows.size * (1 if tied else 2),
+        unigram=jnp.asarray(_counts(packed["train"], len(rows)) + 0.1, jnp.float32),
+        statistics=training.head_statistics(splits["train"].hidden),
+        splits=splits,
+        packed=packed,
+    )
+
+
+def in_blocks(fn: Callable[..., Any], *arrays: np.ndarray) -> Any:
+    """`fn` over blocks of positions, results joined on the host; the last block is padded."""
+    count = len(arrays[0])
+    size = min(BLOCK, count)
+    parts = []
+    for start in range(0, count, size):
+        block = [np.asarray(x[start : start + size]) for x in arrays]
+        here = len(block[0])
+        block = [np.pad(x, [(0, size - here)] + [(0, 0)] * (x.ndim - 1)) for x in block]
+        parts.append(jax.tree.map(lambda x, n=here: np.asarray(x)[:n], fn(*block)))
+    return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
+
+
+def _batches(packed: data.PackedDataset, config: Any) -> Iterator[Mapping[str, Any]]:
+    step = 0
+    # An epoch at most: then the split is smaller than what was asked for.
+    while (step + 1) * config.batch_rows <= max(len(packed), config.batch_rows):
+        yield packed.batch(step, seed=0, batch_size=config.batch_rows)["model"]
+        step += 1
+
+
+def _counts(packed: data.PackedDataset, vocab: int) -> np.ndarray:
+    counts = np.zeros(vocab)
+    for batch in packed.iterate_once(batch_size=256):
+        tokens = batch["model"]["tokens"][batch["model"]["loss_mask"]]
+        counts += np.bincount(tokens, minlength=vocab)
+    return counts
+
+
+def _params(model: Any) -> Any:
+    from flax import nnx
+
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param))

@@ -1,0 +1,200 @@
+"""A small language model trained from scratch with each head; the trunk is the same."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from experiments._vq_context import Context
+from logitjax import heads, losses, models, training
+
+ARMS = (
+    "full_bias",
+    "full",
+    "vq_bias",
+    "vq_reassigned",
+    "vq_random",
+    "vq_plain",
+    "low_rank",
+    "adaptive",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """Rows over a small vocabulary: the most frequent tokens, and one for all others."""
+
+    train: np.ndarray
+    test: np.ndarray
+    train_mask: np.ndarray
+    test_mask: np.ndarray
+    unigram: np.ndarray
+    kept: np.ndarray
+
+
+def small_text(ctx: Context, config: Any) -> Text:
+    order = np.argsort(-np.asarray(ctx.unigram), kind="stable")
+    kept = np.sort(order[: min(config.scratch_vocab, ctx.vocab) - 1])
+    small = np.full(ctx.vocab, len(kept), np.int32)
+    small[kept] = np.arange(len(kept))
+    parts: dict[str, Any] = {}
+    for split, rows in (("train", None), ("test", 64)):
+        batches = ctx.packed[split].iterate_once(batch_size=64, max_rows=rows)
+        columns = [batch["model"] for batch in batches]
+        parts[split] = small[np.concatenate([c["tokens"] for c in columns])]
+        parts[f"{split}_mask"] = np.concatenate([c["loss_mask"] for c in columns])
+    counts = np.bincount(parts["train"][parts["train_mask"]], minlength=len(kept) + 1)
+    return Text(**parts, unigram=counts + 0.1, kept=kept)
+
+
+def train(ctx: Context, text: Text, arm: str, seed: int, lr: float, config: Any) -> dict[str, Any]:
+    """Trains one model and returns its held-out loss, the time of a step, and the curve."""
+    vocab, width = len(text.unigram), config.scratch_width
+    shape = models.DecoderConfig(
+        vocab_size=vocab,
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=width // 4,
+        tie_embeddings=False,
+    )
+    codes = max(2, vocab // 16)
+    head, nll = _head(ctx, text, arm, codes, width, seed)
+    trunk = models.Decoder(shape, rngs=nnx.Rngs(seed), head=nnx.Module())
+    graphdef, params, rest = nnx.split(trunk, nnx.Param, ...)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, lr, 20, max(21, config.scratch_steps))
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
+
+    def hidden_of(trunk_params: Any, tokens: jax.Array) -> jax.Array:
+        model = nnx.merge(graphdef, trunk_params, rest)
+        return model.hidden_states(tokens)[0][:, :-1]
+
+    def loss_fn(
+        params: Mapping[str, Any], batch: Mapping[str, Any], rng: Any, fixed: Any
+    ) -> tuple[Any, Any, dict]:
+        hidden = hidden_of(params["trunk"], batch["tokens"])
+        mask = batch["mask"][:, 1:]
+        losses_ = nll(params["head"], fixed, hidden, batch["tokens"][:, 1:])
+        return (losses_ * mask).sum(), mask.sum(), {}
+
+    mesh = training.make_mesh("data:1", devices=jax.devices()[:1])
+    start = {"trunk": nnx.to_pure_dict(params), "head": head["params"]}
+    state = training.create_train_state(start, tx, mesh=mesh, seed=seed)
+    step = training.make_train_step(loss_fn, tx)
+    fixed = head["fixed"]
+    curve = []
+    for index in range(config.scratch_steps):
+        rng = np.random.default_rng([seed, index])
+        rows = rng.integers(0, len(text.train), config.scratch_batch)
+        batch = {"tokens": text.train[rows], "mask": text.train_mask[rows]}
+        state, output = step(state, batch, fixed)
+        if index % 10 == 0 or index == config.scratch_steps - 1:
+            total, count = output.metrics["loss"]
+            curve.append((index, float(total) / float(count)))
+        halves = {config.scratch_steps // 3, 2 * config.scratch_steps // 3}
+        if arm == "vq_reassigned" and index in halves:
+            run = jax.jit(hidden_of)
+            state, fixed = _reassigned(state, fixed, run, text, config)
+    evaluate = training.make_eval_step(loss_fn)
+    batches = [
+        {"tokens": text.test[i : i + 16], "mask": text.test_mask[i : i + 16]}
+        for i in range(0, len(text.test) - 15, 16)
+    ]
+    held_out = training.evaluate(evaluate, state.params, batches, fixed)["loss"]
+    size = sum(x.size for x in jax.tree.leaves(head["params"]))
+    return {"nll": held_out, "parameters": size, "curve": curve}
+
+
+def _head(
+    ctx: Context, text: Text, arm: str, codes: int, width: int, seed: int
+) -> tuple[dict[str, Any], Callable[..., Any]]:
+    vocab = len(text.unigram)
+    key = jax.random.key(seed + 1000)
+    log_unigram = jnp.log(jnp.asarray(text.unigram / text.unigram.sum(), jnp.float32))
+
+    def normal(*shape: int) -> jax.Array:
+        return jax.random.normal(key, shape) * width**-0.5
+
+    if arm in ("full", "full_bias"):
+        params = {"kernel": normal(vocab, width)}
+        if arm == "full_bias":
+            params["bias"] = log_unigram
+        return {"params": params, "fixed": {}}, _full_nll
+    if arm == "low_rank":
+        rank = max(1, codes * width // (vocab + width))
+        params = {"down": normal(width, rank), "kernel": normal(vocab, rank), "bias": log_unigram}
+        return {"params": params, "fixed": {}}, _full_nll
+    if arm == "adaptive":
+        config = heads.AdaptiveConfig(
+            vocab_size=vocab, hidden_size=width, cutoffs=(vocab // 20, vocab // 4), div_value=4.0
+        )
+        params = heads.init_adaptive_softmax(key, config, jnp.asarray(text.unigram))
+        tables = {name: params.pop(name) for name in ("order", "rank")}
+        return {"params": params, "fixed": tables}, lambda params, fixed, h, y: heads.adaptive_nll(
+            h, params | fixed, y
+        )
+    if arm == "vq_random":
+        assignment = jax.random.permutation(key, jnp.arange(vocab) * codes // vocab)
+    else:
+        # Rows of the pretrained head: the map imports what it knows. Others share one mean row.
+        rows = jnp.concatenate([ctx.rows[text.kept], ctx.rows.mean(0, keepdims=True)])
+        assignment = heads.fit_assignment(
+            rows,
+            jnp.asarray(text.unigram, jnp.float32),
+            ctx.statistics.mean,
+            ctx.statistics.cov,
+            codes,
+            key=key,
+            iterations=10,
+        ).assignment
+    params = {"codebook": normal(codes, width)}
+    if arm != "vq_plain":
+        params["bias"] = log_unigram
+    return {"params": params, "fixed": {"assignment": assignment.astype(jnp.int32)}}, _vq_nll
+
+
+def _full_nll(params: Any, fixed: Any, hidden: Any, labels: Any) -> Any:
+    hidden = hidden @ params["down"] if "down" in params else hidden
+    return losses.linear_cross_entropy(
+        hidden, params["kernel"], labels, bias=params.get("bias"), vocab_axis=0
+    )
+
+
+def _vq_nll(params: Any, fixed: Any, hidden: Any, labels: Any) -> Any:
+    return heads.vq_nll(hidden, params["codebook"], params.get("bias"), fixed["assignment"], labels)
+
+
+def _reassigned(
+    state: Any, fixed: Any, run: Callable[..., Any], text: Text, config: Any
+) -> tuple[Any, Any]:
+    """Tokens move to the code under which their labels are most likely, by what was just seen."""
+    rng = np.random.default_rng(int(state.step))
+    hidden, labels = [], []
+    for _ in range(config.scratch_reassign_batches):
+        rows = rng.integers(0, len(text.train), config.scratch_batch)
+        states = np.asarray(run(state.params["trunk"], text.train[rows]))
+        mask = text.train_mask[rows][:, 1:]
+        hidden.append(states[mask])
+        labels.append(text.train[rows][:, 1:][mask])
+    new, bias, _ = training.reassign_from_labels(
+        state.params["head"]["codebook"],
+        state.params["head"]["bias"],
+        fixed["assignment"],
+        np.concatenate(hidden),
+        np.concatenate(labels),
+    )
+    head = state.params["head"] | {"bias": bias}
+    return state.replace(params=state.params | {"head": head}), {"assignment": new}
+
+
+@functools.lru_cache(maxsize=1)
+def text_of(ctx: Context, config: Any) -> Text:
+    return small_text(ctx, config)

@@ -1,0 +1,240 @@
+"""Vector-quantised heads beside full, blocked and adaptive ones: decoding and the training loss.
+
+Weights are random: nothing timed here depends on their values, but for adaptive softmax, whose tails
+cost by how often they are looked into. Its labels follow Zipf's law; in decoding its random head
+looks into nearly every tail, which a trained one does not.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+
+from experiments.benchmarks._suite import (
+    Bar,
+    Options,
+    Result,
+    paired_ratio,
+    paired_seconds,
+    temp_bytes,
+)
+from logitjax import heads, losses, ops
+
+SIZES = ((576, 49_152), (1024, 152_064), (2304, 256_000))
+SMOKE_SIZES = ((32, 2_000),)
+TOP = 8
+
+
+def _case(hidden: int, vocab: int, codes: int, count: int) -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+
+    def normal(*shape: int) -> np.ndarray:
+        # Repeats of a small block: half a billion normal numbers take longer than the benchmark.
+        block = rng.standard_normal((min(shape[0], 997), *shape[1:]), np.float32)
+        return np.resize(block, shape) * hidden**-0.5
+
+    ranks = np.arange(1, vocab + 1)
+    zipf = (1.0 / ranks) / (1.0 / ranks).sum()
+    return {
+        "hidden": jnp.asarray(rng.standard_normal((count, hidden), np.float32)),
+        "rows": jnp.asarray(normal(vocab, hidden)),
+        "codebook": jnp.asarray(normal(codes, hidden)),
+        "bias": jnp.asarray(np.log(zipf), jnp.float32),
+        "assignment": jnp.asarray(rng.permutation(np.arange(vocab) % codes).astype(np.int32)),
+        "labels": jnp.asarray(rng.choice(vocab, size=count, p=zipf).astype(np.int32)),
+        "unigram": zipf,
+    }
+
+
+def _adaptive(hidden: int, vocab: int, unigram: np.ndarray) -> dict[str, Any]:
+    config = heads.AdaptiveConfig(
+        vocab_size=vocab, hidden_size=hidden, cutoffs=(vocab // 25, vocab // 5)
+    )
+    return heads.init_adaptive_softmax(jax.random.key(0), config, unigram)
+
+
+def _decoders(case: dict[str, Any], codes: int) -> dict[str, Callable[[jax.Array], Any]]:
+    rows, codebook, bias = case["rows"], case["codebook"], case["bias"]
+    tables = jax.jit(heads.vq_tables, static_argnums=2, static_argnames="width")(
+        bias, case["assignment"], codes, width=TOP
+    )
+    pages = heads.make_pages(bias, case["assignment"], size=16)
+    num_pages = min(32, pages.tokens.shape[0])
+    adaptive = _adaptive(rows.shape[1], rows.shape[0], case["unigram"])
+
+    def full(h: jax.Array, rows: jax.Array) -> Any:
+        return ops.top_k(heads.linear_logits(h, rows, vocab_axis=0), TOP)
+
+    def shortlist(h: jax.Array, rows: jax.Array) -> Any:
+        rescore = heads.exact_rows(rows)
+        return heads.shortlist_topk(
+            h, codebook, TOP, pages=pages, rescore=rescore, num_pages=num_pages, with_tail=False
+        )
+
+    jitted = {
+        "full": (jax.jit(full), rows),
+        "vq": (jax.jit(lambda h, c: heads.vq_topk(h, c, tables, TOP)), codebook),
+        "shortlist": (jax.jit(shortlist), rows),
+        "adaptive": (jax.jit(lambda h, p: heads.adaptive_topk(h, p, TOP)), adaptive),
+    }
+    return {name: lambda h, f=f, weights=w: f(h, weights) for name, (f, w) in jitted.items()}
+
+
+def _losses(case: dict[str, Any]) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
+    """Loss and gradients with respect to hidden states and all parameters, and its arguments."""
+    labels, assignment = case["labels"], case["assignment"]
+    hidden, rows, codebook, bias = (case[k] for k in ("hidden", "rows", "codebook", "bias"))
+    adaptive = _adaptive(rows.shape[1], rows.shape[0], case["unigram"])
+    tables = {name: adaptive.pop(name) for name in ("order", "rank")}
+
+    def full(h: jax.Array, rows: jax.Array) -> jax.Array:
+        return losses.cross_entropy(heads.linear_logits(h, rows, vocab_axis=0), labels).mean()
+
+    def blocked(h: jax.Array, rows: jax.Array) -> jax.Array:
+        return losses.linear_cross_entropy(h, rows, labels, vocab_axis=0).mean()
+
+    def vq(h: jax.Array, codebook: jax.Array, bias: jax.Array) -> jax.Array:
+        return heads.vq_nll(h, codebook, bias, assignment, labels).mean()
+
+    def adaptive_loss(h: jax.Array, params: Any) -> jax.Array:
+        return heads.adaptive_nll(h, params | tables, labels).mean()
+
+    return {
+        "full": (jax.value_and_grad(full, (0, 1)), (hidden, rows)),
+        "blocked": (jax.value_and_grad(blocked, (0, 1)), (hidden, rows)),
+        "vq": (jax.value_and_grad(vq, (0, 1, 2)), (hidden, codebook, bias)),
+        "adaptive": (jax.value_and_grad(adaptive_loss, (0, 1)), (hidden, adaptive)),
+    }
+
+
+def _exponent(sizes: Sequence[int], seconds: Sequence[float]) -> float:
+    return float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
+
+
+def _vq_seconds(hidden: int, vocab: int, codes: int, count: int, repeats: int) -> dict[str, float]:
+    """Median seconds of training loss and decoding, without ever making the full head's rows."""
+    rng = np.random.default_rng(0)
+    h = jnp.asarray(rng.standard_normal((count, hidden), np.float32))
+    codebook = jnp.asarray(rng.standard_normal((codes, hidden), np.float32))
+    bias = jnp.asarray(rng.standard_normal(vocab), jnp.float32)
+    assignment = jnp.asarray(rng.permutation(np.arange(vocab) % codes).astype(np.int32))
+    labels = jnp.asarray(rng.integers(0, vocab, count), jnp.int32)
+    tables = heads.vq_tables(bias, assignment, codes, width=TOP)
+
+    def loss(h: jax.Array, codebook: jax.Array, bias: jax.Array) -> jax.Array:
+        return heads.vq_nll(h, codebook, bias, assignment, labels).mean()
+
+    train = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
+    decode = jax.jit(lambda h, c: heads.vq_topk(h, c, tables, TOP))
+    seconds = paired_seconds(
+        {"train": lambda: train(h, codebook, bias), "decode": lambda: decode(h[:1], codebook)},
+        repeats=repeats,
+        warmup=2,
+    )
+    return {name: float(np.median(times)) for name, times in seconds.items()}
+
+
+def run(options: Options) -> Result:
+    sizes = SMOKE_SIZES if options.smoke else SIZES
+    codes = 64 if options.smoke else 4096
+    counts = (1, 16) if options.smoke else (1, 16, 256)
+    rows: list[dict[str, Any]] = []
+    bars: list[Bar] = []
+    for hidden, vocab in sizes:
+        case = _case(hidden, vocab, codes, max(counts))
+        for count in counts:
+            h = case["hidden"][:count]
+            decoders = _decoders(case, codes)
+            times = paired_seconds(
+                {name: lambda f=f, h=h: f(h) for name, f in decoders.items()},
+                repeats=options.repeats if count > 16 else 4 * options.repeats,
+                warmup=2,
+            )
+            for name, seconds in times.items():
+                ratio = paired_ratio(times["full"], seconds)
+                rows.append(
+                    {
+                        "what": f"decode, N = {count}",
+                        "d": hidden,
+                        "V": vocab,
+                        "head": name,
+                        "ms": 1e3 * float(np.median(seconds)),
+                        "times faster": ratio,
+                    }
+                )
+                if name == "vq" and count == 1 and vocab == 152_064:
+                    bars.append(Bar(name="decode N=1 speed-up", value=ratio, limit=10, sense=">="))
+                if name == "shortlist" and count == 1 and vocab == 49_152:
+                    bars.append(
+                        Bar(name="shortlist decode N=1 speed-up", value=ratio, limit=6, sense=">=")
+                    )
+        # Widest and longest: fewer positions, or one call takes minutes.
+        count = 64 if options.smoke else (512 if hidden > 2000 else 2048)
+        case = _case(hidden, vocab, codes, count)
+        compared = _losses(case)
+        jitted = {name: (jax.jit(f), args) for name, (f, args) in compared.items()}
+        times = paired_seconds(
+            {name: lambda f=f, a=a: f(*a) for name, (f, a) in jitted.items()},
+            repeats=max(1, options.repeats // 2),
+        )
+        memory = {name: temp_bytes(f, *args) for name, (f, args) in compared.items()}
+        for name, seconds in times.items():
+            ratio = paired_ratio(times["full"], seconds)
+            rows.append(
+                {
+                    "what": f"train, N = {count}",
+                    "d": hidden,
+                    "V": vocab,
+                    "head": name,
+                    "ms": 1e3 * float(np.median(seconds)),
+                    "times faster": ratio,
+                    "temp MiB": memory[name] / 2**20,
+                }
+            )
+            if name == "vq" and vocab == 152_064:
+                share = memory[name] / memory["full"]
+                bars.append(Bar(name="training speed-up", value=ratio, limit=15, sense=">="))
+                bars.append(Bar(name="training temp memory", value=share, limit=1 / 15))
+        del case, compared, jitted
+    growth, plots = _growth(options)
+    rows += growth["rows"]
+    if not options.smoke:
+        bars += growth["bars"]
+    return Result(rows=rows, bars=bars, plots=plots)
+
+
+def _growth(options: Options) -> tuple[dict[str, Any], list[Any]]:
+    """How times grow with V at fixed K and with K at fixed V, as powers."""
+    hidden, count = (32, 64) if options.smoke else (1024, 512)
+    vocab, codes = (2_000, 64) if options.smoke else (152_064, 4096)
+    by_vocab = [vocab // 8, vocab // 4, vocab // 2, vocab]
+    by_codes = [codes // 4, codes // 2, codes, 2 * codes]
+    repeats = max(3, options.repeats)
+    seen_vocab = [_vq_seconds(hidden, v, codes, count, repeats) for v in by_vocab]
+    seen_codes = [_vq_seconds(hidden, vocab, k, count, repeats) for k in by_codes]
+    rows, bars = [], []
+    for what in ("train", "decode"):
+        in_vocab = _exponent(by_vocab, [s[what] for s in seen_vocab])
+        in_codes = _exponent(by_codes, [s[what] for s in seen_codes])
+        rows.append({"what": f"{what}: time ~ V^a", "d": hidden, "head": "vq", "power": in_vocab})
+        rows.append({"what": f"{what}: time ~ K^a", "d": hidden, "head": "vq", "power": in_codes})
+        bars.append(Bar(name=f"{what}: power of V", value=in_vocab, limit=0.25))
+        bars.append(Bar(name=f"{what}: power of K", value=in_codes, limit=0.6, sense=">="))
+    options.directory.mkdir(parents=True, exist_ok=True)
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5))
+    for axis, what in zip(axes, ("train", "decode")):
+        axis.loglog(by_vocab, [1e3 * s[what] for s in seen_vocab], "o-", label="V, K fixed")
+        axis.loglog(by_codes, [1e3 * s[what] for s in seen_codes], "s-", label="K, V fixed")
+        axis.set(title=what, xlabel="V or K", ylabel="milliseconds")
+        axis.legend()
+    path = options.directory / "growth.png"
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    if any(not math.isfinite(row["power"]) for row in rows):
+        raise ValueError("growth: a timing came out as zero")
+    return {"rows": rows, "bars": bars}, [path]

@@ -1,0 +1,59 @@
+import dataclasses
+import json
+
+import pytest
+from etils import epath
+
+from experiments import vq_head
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = epath.Path(tmp_path_factory.mktemp("vq"))
+    settings = vq_head.PRESETS["smoke"] | {
+        "arm": ("vq_paper", "vq_likelihood", "low_rank", "full_bias_labels"),
+        "scratch_arm": ("full_bias", "vq_reassigned"),
+        "scratch_steps": 4,
+    }
+    config = vq_head.Config(**settings)
+    vq_head.run(config, workdir)
+    return config, workdir
+
+
+@pytest.mark.slow
+def test_smoke_run_leaves_a_report(finished):
+    _, workdir = finished
+    text = (workdir / "report.md").read_text()
+    for name in ("full head, untouched", "VQ as published", "likelihood reassignment", "shortlist"):
+        assert name in text
+    assert (workdir / "frontier.png").exists()
+    assert (workdir / "curves.png").exists()
+    assert (workdir / "heads" / "vq_likelihood_32" / "head.safetensors").exists()
+    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert {r["arm"] for r in records} >= {"full", "vq_paper", "vq_likelihood", "low_rank"}
+    untouched = next(r for r in records if r["arm"] == "full")
+    assert untouched["ratio"] == pytest.approx(1.0, abs=1e-4)
+    assert untouched["top1"] > 0.99
+
+
+@pytest.mark.slow
+def test_finished_arms_are_not_run_again(finished, monkeypatch):
+    config, workdir = finished
+    before = (workdir / "results" / "vq_likelihood_32_0.json").read_text()
+
+    def fail(*_):
+        raise AssertionError("an arm was run again")
+
+    monkeypatch.setattr(vq_head._vq_arms, "convert", fail)
+    vq_head.run(config, workdir)
+    assert (workdir / "results" / "vq_likelihood_32_0.json").read_text() == before
+
+
+def test_presets_are_configurations():
+    for name, settings in vq_head.PRESETS.items():
+        assert dataclasses.asdict(vq_head.Config(**settings)), name
+
+
+def test_unknown_arms_are_named():
+    with pytest.raises(ValueError, match="--arm: expected one of"):
+        vq_head.Config(arm=("nonsense",))
