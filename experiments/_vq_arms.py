@@ -150,7 +150,7 @@ def tune_shortlist_tail(
         constants=fixed,
         seed=seed,
     )
-    pages = heads._vq_shortlist.with_bias(converted.params["pages"], trained["bias"])
+    pages = heads.with_page_biases(converted.params["pages"], trained["bias"])
     params = converted.params | trained | {"pages": pages}
     return dataclasses.replace(converted, params=params, curve=tuple(losses_))
 

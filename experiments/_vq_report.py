@@ -239,20 +239,21 @@ def _text(config: Any, ctx: Any, tables: Sequence[str], bars: Sequence[Mapping[s
     lines = [
         "# Vector-quantised output heads",
         "",
-        f"Model {config.model}, head {ctx.vocab} x {ctx.width} ({'tied' if ctx.tied else 'untied'}),"
+        f"Model {config.model}, head {ctx.vocab} x {ctx.width}"
+        f" ({'tied' if ctx.tied else 'untied'}),"
         f" data {config.data}. Fitted and tuned on {seen['train']} positions, learning rates"
         f" {', '.join(map(format_value, config.learning_rate))} chosen on {seen['validation']},"
-        f" figures from {seen['test']} held-out ones. {config.seeds} seed(s), {config.steps} steps of"
-        f" {config.batch_size} positions for every arm.",
+        f" figures from {seen['test']} held-out ones. {config.seeds} seed(s), {config.steps} steps"
+        f" of {config.batch_size} positions for every arm.",
         "",
         tables[0],
         "",
-        "`perplexity x`: over the untouched head; `x tuned control`: over the full head whose biases"
-        " were tuned on the same labels. Arms that say `labels` learn the text, all others imitate"
+        "`perplexity x`: over the untouched head; `x tuned control`: over the full head whose"
+        " biases were tuned on the same labels. Arms that say `labels` learn the text, all others imitate"
         " the old head. `floor`: no head with this mapping and without biases has a lower"
-        " perplexity. `of an untied head`: bytes kept, look-up tables included; a tied model keeps"
-        " its embedding whatever the head (`model tied`). Bytes read are counted for greedy decoding"
-        " of one sequence, adaptive softmax as if every tail were needed.",
+        " perplexity. `of an untied head`: bytes kept, look-up tables included; a tied model"
+        " keeps its embedding whatever the head (`model tied`). Bytes read are counted for greedy"
+        " decoding of one sequence, adaptive softmax as if every tail were needed.",
     ]
     if bars:
         lines += ["", "## Promised", "", markdown_table(bars)]
@@ -272,8 +273,8 @@ def _text(config: Any, ctx: Any, tables: Sequence[str], bars: Sequence[Mapping[s
         "",
         "## Beside the paper",
         "",
-        f"arXiv:2505.10202, abstract: {PAPER}, on WikiText-103 and C4. Its tables could not be read,"
-        " and all three at once are out of reach of the head as published (docs/vq_logits.md).",
+        f"arXiv:2505.10202, abstract: {PAPER}, on WikiText-103 and C4. Its tables could not be"
+        " read, and all three at once are out of reach of the head as published (docs/vq_logits.md).",
         "",
         "![frontier](frontier.png)",
         "![curves](curves.png)",

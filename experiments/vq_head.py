@@ -5,7 +5,7 @@
 reads text, computes the model's hidden states once, lets its own head speak once, and then fits and
 tunes one head after another on what is cached: codes with and without biases, with the mapping of
 the paper and with better ones, shortlists re-scored with exact and with product-quantised rows,
-low-rank, product-quantised and adaptive heads, and the full head tuned on the same text as a control.
+low-rank, product-quantised and adaptive heads, and as a control the full head tuned on that text.
 ``report.md`` gets what is left of the head's bytes, held-out perplexity against the untouched head
 and against the tuned one with biases, agreement in the first and first five tokens, and times.
 
@@ -220,10 +220,9 @@ def _converted_record(
 ) -> dict[str, Any]:
     full = _vq_arms.full(ctx)
     hidden = jnp.asarray(np.asarray(ctx.splits["test"].hidden[:1]))
-    functions = {
-        name: lambda f=jax.jit(one.top_k), p=one.params: f(p, hidden)
-        for name, one in (("full", full), ("new", converted))
-    }
+    jitted = {"full": (jax.jit(full.top_k), full.params)}
+    jitted["new"] = (jax.jit(converted.top_k), converted.params)
+    functions = {name: lambda f=f, p=p: f(p, hidden) for name, (f, p) in jitted.items()}
     seconds = paired_seconds(functions, repeats=config.timing_repeats, warmup=2)
     record = _vq_arms.measure(converted, ctx, ctx.splits["test"])
     logging.info(

@@ -54,3 +54,4 @@ from logitjax.heads._vq_shortlist import row_spread as row_spread
 from logitjax.heads._vq_shortlist import shortlist_logits as shortlist_logits
 from logitjax.heads._vq_shortlist import shortlist_nll as shortlist_nll
 from logitjax.heads._vq_shortlist import shortlist_topk as shortlist_topk
+from logitjax.heads._vq_shortlist import with_page_biases as with_page_biases

@@ -94,11 +94,11 @@ def make_pages(
     )
 
 
-def with_bias(pages: Pages, bias: Float[Array, " vocab"]) -> Pages:
+def with_page_biases(pages: Pages, bias: Float[Array, " vocab"]) -> Pages:
     """The same pages in the same ranking with other biases, differentiable in them.
 
     >>> pages = make_pages(jnp.zeros(3), jnp.array([0, 0, 1]), size=2)
-    >>> print(jnp.exp(with_bias(pages, jnp.log(jnp.array([1.0, 2.0, 4.0]))).log_mass))
+    >>> print(jnp.exp(with_page_biases(pages, jnp.log(jnp.array([1.0, 2.0, 4.0]))).log_mass))
     [3. 4.]
     """
     within = jnp.where(pages.tokens >= 0, jnp.asarray(bias)[pages.tokens], -jnp.inf)
@@ -214,7 +214,7 @@ def shortlist_nll(
         raise ValueError(f"labels must be of shape {hidden.shape[:-1]}, got {labels.shape}")
     _check_pages(num_pages, pages)
     check_positive(temperature, "temperature")
-    pages = _heated(with_bias(pages, bias), temperature)
+    pages = _heated(with_page_biases(pages, bias), temperature)
 
     def block(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
         hidden, labels = inputs
