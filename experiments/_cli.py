@@ -18,6 +18,9 @@ import jax
 from absl import app, flags, logging
 from etils import epath
 
+from experiments import _processes
+from logitjax import training
+
 _COMPILED = str(epath.Path("~/.cache/logitjax/compiled").expanduser())
 
 
@@ -67,6 +70,9 @@ def define_flags(
         required=True,
         flag_values=values,
     )
+    flags.DEFINE_string("coordinator_address", None, "host:port of process 0.", flag_values=values)
+    flags.DEFINE_integer("num_processes", None, "Processes of the run.", flag_values=values)
+    flags.DEFINE_integer("process_id", None, "Which of them this is.", flag_values=values)
     hints = typing.get_type_hints(config_class)
     for field_ in dataclasses.fields(config_class):
         _define(field_, hints[field_.name], values)
@@ -100,8 +106,9 @@ def write_config(config: Any, workdir: epath.Path) -> None:
             f"workdir {workdir} belongs to a run with another configuration: it differs in "
             f"{', '.join(changed)}; name a new --workdir"
         )
-    workdir.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
 
 
 def _is_ours(record: Any) -> bool:
@@ -128,7 +135,11 @@ def main(
         workdir = epath.Path(flags.FLAGS.workdir)
         try:
             config = config_from_flags(config_class, presets, flags.FLAGS)
-            write_config(config, workdir)
+            training.distributed.initialize(
+                flags.FLAGS.coordinator_address, flags.FLAGS.num_processes, flags.FLAGS.process_id
+            )
+            with _processes.first_alone("config"):
+                write_config(config, workdir)
             run(config, workdir)
         except (ValueError, TypeError, OSError) as error:
             workdir.mkdir(parents=True, exist_ok=True)

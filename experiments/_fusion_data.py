@@ -12,7 +12,7 @@ import tqdm
 from absl import logging
 from etils import epath
 
-from experiments import _fusion
+from experiments import _fusion, _processes
 from logitjax import data, losses, models
 from logitjax.models import Tokenizer
 
@@ -55,8 +55,13 @@ def pack_splits(
     names = {m: by_fingerprint.setdefault(t.fingerprint, m) for m, t in tokenizers.items()}
     distinct = {name: tokenizers[name] for name in dict.fromkeys(names.values())}
     splits = {}
-    for split, examples in load_splits(spec, on_error=on_error).items():
-        splits[split] = data.pack(examples, distinct, seq_len=seq_len, directory=directory / split)
+    with _processes.first_alone("load"):
+        loaded = load_splits(spec, on_error=on_error)
+    for split, examples in loaded.items():
+        with _processes.first_alone(f"pack {split}"):
+            splits[split] = data.pack(
+                examples, distinct, seq_len=seq_len, directory=directory / split
+            )
         logging.info(
             "%s: %d documents in %d rows of %d tokens%s",
             split,

@@ -7,13 +7,12 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from absl import logging
 from etils import epath
 from flax import nnx
 
-from experiments import _fusion, _fusion_data, _models
+from experiments import _fusion, _fusion_data, _models, _processes
 from logitjax import decoding, losses, models, training
 
 
@@ -177,12 +176,12 @@ def _objective(config: Any, loss: str) -> _fusion.Objective:
 
 def _score_untrained(session: Session) -> dict[str, Any]:
     path = session.workdir / "before.json"
-    if path.exists():
+    if _processes.agreed(path.exists()):
         return json.loads(path.read_text())
     params = session.functional[1]
     scores = session.scores(params, "test")
     record = {**scores, "sample": session.sample(params)}
-    _write_once(path, record)
+    _processes.write_json(path, record)
     return record
 
 
@@ -191,7 +190,7 @@ def _run_arm(session: Session, loss: str, learning_rate: float, *, seed: int) ->
     name = f"{loss}/lr-{learning_rate:g}/seed-{seed}"
     directory = session.workdir / "arms" / name
     done = directory / "outcome.json"
-    if done.exists():
+    if _processes.agreed(done.exists()):
         record = json.loads(done.read_text())
         record["curve"] = tuple(tuple(point) for point in record["curve"])
         return Outcome(**record)
@@ -262,18 +261,10 @@ def _run_arm(session: Session, loss: str, learning_rate: float, *, seed: int) ->
         curve=curve,
         sample=session.sample(state.params),
     )
-    _write_once(done, dataclasses.asdict(outcome))
+    _processes.write_json(done, dataclasses.asdict(outcome))
     return outcome
 
 
 def _metrics(directory: epath.Path) -> Sequence[Mapping[str, float]]:
     text = (directory / "metrics.jsonl").read_text()
     return [json.loads(line) for line in text.splitlines()]
-
-
-def _write_once(path: epath.Path, record: Mapping[str, Any]) -> None:
-    if jax.process_index() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".tmp")
-        partial.write_text(json.dumps(record, indent=1) + "\n")
-        partial.replace(path)
