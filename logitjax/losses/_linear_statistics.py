@@ -252,8 +252,8 @@ class KLStatistic:
         p, q = jnp.exp(over - over_z), jnp.exp(under - under_z)
         both = (over > -jnp.inf) & (under > -jnp.inf)
         if self.reverse:
-            ratio = jnp.where(both, over - under - (over_z - under_z), 0.0)
-            gradient = p * (ratio - finite)
+            ratio = jnp.where(both, over - under - (over_z - under_z) + 1.0, 0.0)
+            gradient = p * (ratio - finite - shared)
         else:
             gradient = q * shared - jnp.where(both, p, 0.0)
         return cotangents[..., None] * gradient

@@ -8,7 +8,7 @@ the head's gradient where it belongs. What a loss is made of lives in ``_linear_
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,7 @@ class Block(NamedTuple):
     tokens: Any
 
 
+@runtime_checkable
 class Statistic(Protocol):
     """What a sweep accumulates. Every leaf of its state starts with the batch shape."""
 
