@@ -114,7 +114,7 @@ def loss_function(
             return value, count, {"sft": (sft, count), "kl": (kl, count)}
 
         teachers = [
-            losses.FusionTeacher(outputs=outputs, where=valid, weight=weight)
+            losses.FusionTeacher(outputs=outputs, where=valid, weight=weight, aligned=True)
             for (outputs, valid), weight in zip(held, objective.shares, strict=True)
         ]
         value, metrics = losses.linear_graph_fusion(

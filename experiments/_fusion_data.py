@@ -37,6 +37,7 @@ class Packed:
 
     splits: Mapping[str, data.PackedDataset]
     names: Mapping[str, str]
+    lengths: Mapping[str, np.ndarray]
 
     def columns(self, batch: Mapping[str, Any], model: str) -> Mapping[str, Any]:
         return batch[self.names[model]]
@@ -70,7 +71,8 @@ def pack_splits(
             seq_len,
             f", {examples.errors} malformed rows skipped" if examples.errors else "",
         )
-    return Packed(splits, names)
+    lengths = {name: models.token_byte_lengths(t) for name, t in distinct.items()}
+    return Packed(splits, names, lengths)
 
 
 def needed_rows(packed: Packed, config: Any, *, distilling: bool) -> dict[str, np.ndarray]:
@@ -93,19 +95,32 @@ class Source:
 
     Attributes:
       columns: which tokenizer's columns of a batch it reads.
+      ours: which the pivot reads.
+      lengths: bytes of each token of both vocabularies, where they differ.
       tables: split -> (rows, arrays), the arrays indexed like the rows.
     """
 
     columns: str
+    ours: str
+    lengths: Mapping[str, np.ndarray]
     tables: Mapping[str, tuple[np.ndarray, Mapping[str, np.ndarray]]]
     vocab_size: int
 
     def statistics(self, split: str, batch: Mapping[str, Any]) -> tuple[Any, np.ndarray]:
-        """`losses.GraphStatistics` and the mask of valid positions, for a batch's rows."""
+        """`losses.GraphStatistics` at the pivot's positions, and where there are any."""
         rows, arrays = self.tables[split]
         places = np.searchsorted(rows, np.maximum(batch["row"], 0))
         found = {name: np.asarray(array[places]) for name, array in arrays.items()}
         where = batch[self.columns]["loss_mask"][:, 1:]
+        if self.columns != self.ours:
+            aligned, where = data.align_positions(
+                batch[self.ours],
+                batch[self.columns],
+                our_lengths=self.lengths[self.ours],
+                their_lengths=self.lengths[self.columns],
+            )
+            rows_ = np.arange(len(aligned))[:, None]
+            found = {name: array[rows_, aligned] for name, array in found.items()}
         return losses.GraphStatistics(**found, vocab_size=self.vocab_size), where
 
 
@@ -140,4 +155,5 @@ def open_source(
             fields = ("values", "indices", "log_z", "mean", "std")
             arrays = {f: np.concatenate([getattr(p, f) for p in parts]) for f in fields}
             tables[split] = (wanted, arrays)
-    return Source(packed.names[name], tables, vocab_size)
+    ours, columns = packed.names["pivot"], packed.names[name]
+    return Source(columns, ours, packed.lengths, tables, vocab_size)

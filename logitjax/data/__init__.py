@@ -1,10 +1,16 @@
 """Sources, packing, and batches that are a pure function of the seed and the step."""
 
+from logitjax.data._alignment import align_positions as align_positions
 from logitjax.data._documents import render_example as render_example
 from logitjax.data._examples import Examples as Examples
+from logitjax.data._images import LabelledImages as LabelledImages
+from logitjax.data._images import load_images as load_images
 from logitjax.data._load import load_examples as load_examples
 from logitjax.data._load import prepare as prepare
 from logitjax.data._pack import pack as pack
 from logitjax.data._packed import PackedDataset as PackedDataset
 from logitjax.data._packed import open_packed as open_packed
+from logitjax.data._teacher_cache import TeacherCache as TeacherCache
+from logitjax.data._teacher_cache import TeacherIdentity as TeacherIdentity
+from logitjax.data._teacher_cache import write_teacher_cache as write_teacher_cache
 from logitjax.data._tokenizer import Tokenizer as Tokenizer

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -64,11 +65,15 @@ class FusionTeacher:
             own tokenizer, length and vocabulary.
         where: its valid positions, ``[*batch, positions]``; None is all.
         weight: a number or ``[*batch]``; weights are divided by their sum over the teachers.
+        aligned: whether position t is the student's position t (of another tokenizer's outputs:
+            gathered where both have read the same text, see `logitjax.data.align_positions`).
+            Then only positions valid on both sides are compared, by ULD and by GLD.
     """
 
-    outputs: Array | GraphStatistics
-    where: Array | None = None
-    weight: Array | float = 1.0
+    outputs: Any
+    where: Any = None
+    weight: Any = 1.0
+    aligned: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 def graph_fusion_objective(
@@ -168,10 +173,16 @@ def graph_fusion_objective(
         if not isinstance(outputs, GraphStatistics):
             outputs = graph_statistics(outputs, needed, axis_name=axis_name)
         outputs = jax.lax.stop_gradient(outputs)
+        ours, theirs = where, teacher.where
+        if teacher.aligned:
+            if outputs.values.shape[:-1] != shape:
+                raise ValueError(
+                    f"teachers[{i}]: aligned outputs have the student's positions {shape}, got "
+                    f"{outputs.values.shape[:-1]}"
+                )
+            ours = theirs = valid if theirs is None else valid & theirs
         if config.uld_weight:
-            part = _token_wise(
-                statistics, outputs, where, teacher.where, config._uld_k, sequence_axis_name
-            )
+            part = _token_wise(statistics, outputs, ours, theirs, config._uld_k, sequence_axis_name)
             metrics[f"uld/{i}"] = part
             uld += weight * part
         if config.gld_weight:
@@ -179,8 +190,8 @@ def graph_fusion_objective(
                 statistics,
                 outputs,
                 config=config.graph,
-                student_where=where,
-                teacher_where=teacher.where,
+                student_where=ours,
+                teacher_where=theirs,
                 sequence_axis_name=sequence_axis_name,
             )
             metrics[f"gld/{i}"] = part

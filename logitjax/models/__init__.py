@@ -24,6 +24,7 @@ from logitjax.models._load import load_model as load_model
 from logitjax.models._lora import Lora as Lora
 from logitjax.models._lora import init_lora as init_lora
 from logitjax.models._rules import DECODER_RULES as DECODER_RULES
+from logitjax.models._token_lengths import token_byte_lengths as token_byte_lengths
 from logitjax.models._tokenizer import Tokenizer as Tokenizer
 from logitjax.models._tokenizer import check_tokenizer as check_tokenizer
 from logitjax.models._tokenizer import load_tokenizer as load_tokenizer

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
+from logitjax import losses
 from logitjax.losses import (
     FusionTeacher,
     GraphConfig,
@@ -163,3 +164,34 @@ def test_bad_inputs_name_the_culprit():
             config=CONFIG,
             cross_entropy=jnp.zeros((2, 8)),
         )
+
+
+def test_aligned_teacher_is_compared_where_both_count():
+    student, teacher = (jax.random.normal(jax.random.key(i), (1, 6, 32)) for i in range(2))
+    where = jnp.array([[True, True, True, True, True, False]])
+    correspond = jnp.array([[True, False, True, True, False, True]])
+    both = np.flatnonzero(np.asarray(where & correspond)[0])
+    labels = jnp.zeros((1, 6), jnp.int32)
+    config = losses.GraphFusionConfig(mix=1.0)
+    aligned, metrics = losses.graph_fusion_objective(
+        student,
+        labels,
+        [losses.FusionTeacher(outputs=teacher, where=correspond, aligned=True)],
+        where=where,
+        config=config,
+    )
+    expected, _ = losses.graph_fusion_objective(
+        student[:, both],
+        labels[:, both],
+        [losses.FusionTeacher(outputs=teacher[:, both])],
+        config=config,
+    )
+    np.testing.assert_allclose(aligned, expected, rtol=1e-6)
+    assert float(metrics["tokens"][0]) == 5
+
+
+def test_aligned_teacher_has_the_students_length():
+    student = jnp.zeros((1, 6, 32))
+    teacher = losses.FusionTeacher(outputs=jnp.zeros((1, 5, 40)), aligned=True)
+    with pytest.raises(ValueError, match=r"teachers\[0\]: aligned outputs"):
+        losses.graph_fusion_objective(student, jnp.zeros((1, 6), jnp.int32), [teacher])
