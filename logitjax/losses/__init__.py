@@ -22,3 +22,16 @@ from logitjax.losses._divergences import total_variation as total_variation
 from logitjax.losses._universal_logit_distance import (
     universal_logit_distance as universal_logit_distance,
 )
+from logitjax.losses._linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
+from logitjax.losses._linear_divergences import (
+    linear_generalized_jensen_shannon as linear_generalized_jensen_shannon,
+)
+from logitjax.losses._linear_divergences import linear_kl_divergence as linear_kl_divergence
+from logitjax.losses._linear_divergences import linear_total_variation as linear_total_variation
+from logitjax.losses._linear_graph_fusion import linear_graph_fusion as linear_graph_fusion
+from logitjax.losses._linear_readout import Readout as Readout
+from logitjax.losses._linear_readout import linear_readout as linear_readout
+from logitjax.losses._sparse_teacher import (
+    linear_sparse_kl_divergence as linear_sparse_kl_divergence,
+)
+from logitjax.losses._sparse_teacher import sparse_kl_divergence as sparse_kl_divergence
