@@ -2,13 +2,11 @@
 
 import dataclasses
 import functools
-import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
-import tqdm
 from absl import logging
 from etils import epath
 
@@ -91,69 +89,113 @@ def needed_rows(packed: Packed, config: Any, *, distilling: bool) -> dict[str, n
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What one source says about the rows that matter, from its cache on disk.
+    """What one source says about the rows that matter, from its caches on disk.
 
     Attributes:
       columns: which tokenizer's columns of a batch it reads.
       ours: which the pivot reads.
-      lengths: bytes of each token of both vocabularies, where they differ.
-      tables: split -> (rows, arrays), the arrays indexed like the rows.
+      lengths: bytes of each token of both vocabularies.
+      caches: by split.
     """
 
     columns: str
     ours: str
     lengths: Mapping[str, np.ndarray]
-    tables: Mapping[str, tuple[np.ndarray, Mapping[str, np.ndarray]]]
-    vocab_size: int
+    caches: Mapping[str, data.TeacherCache]
 
     def statistics(self, split: str, batch: Mapping[str, Any]) -> tuple[Any, np.ndarray]:
         """`losses.GraphStatistics` at the pivot's positions, and where there are any."""
-        rows, arrays = self.tables[split]
-        places = np.searchsorted(rows, np.maximum(batch["row"], 0))
-        found = {name: np.asarray(array[places]) for name, array in arrays.items()}
+        cache = self.caches[split]
+        found = cache.rows(batch["row"])
         where = batch[self.columns]["loss_mask"][:, 1:]
         if self.columns != self.ours:
-            aligned, where = data.align_positions(
+            places, where = data.align_positions(
                 batch[self.ours],
                 batch[self.columns],
                 our_lengths=self.lengths[self.ours],
                 their_lengths=self.lengths[self.columns],
             )
-            rows_ = np.arange(len(aligned))[:, None]
-            found = {name: array[rows_, aligned] for name, array in found.items()}
-        return losses.GraphStatistics(**found, vocab_size=self.vocab_size), where
+            rows = np.arange(len(places))[:, None]
+            found = {name: array[rows, places] for name, array in found.items()}
+        return losses.GraphStatistics(**found, vocab_size=cache.vocab_size), where
 
 
-def open_source(
-    load: Callable[[], tuple[Any, Any]],
+def let_source_read(
+    spec: str,
+    load: Callable[[], tuple[Any, models.Tokenizer]],
     *,
-    name: str,
+    columns: str,
     packed: Packed,
     rows: Mapping[str, np.ndarray],
     k: int,
     batch_size: int,
-    mesh: Any,
     directory: epath.Path,
-) -> Source:
-    """Let a source read the rows once, or open what it said about them before."""
-    model: Any = None
-    tables = {}
-    vocab_size = 0
-    for split, wanted in rows.items():
-        if model is None:
-            model, _ = load()
-            vocab_size = model.config.vocab_size
-            apply_fn, params = models.from_nnx(model)
+) -> dict[str, data.TeacherCache]:
+    """Let a source read the rows that it has not read yet; the model is loaded if there are any."""
+    loaded: list[Any] = []
+
+    def model() -> tuple[Any, Any, Any]:
+        if not loaded:
+            decoder, tokenizer = load()
+            apply_fn, params = models.from_nnx(decoder)
             read = jax.jit(functools.partial(_fusion.source_statistics, apply_fn.graphdef, k=k))
-        parts = []
-        for start in tqdm.trange(0, len(wanted), batch_size, desc=f"{name} {split}", disable=None):
-            chunk = wanted[start : start + batch_size]
-            batch = packed.splits[split].rows(np.resize(chunk, batch_size))
-            said = jax.device_get(read(params, batch[packed.names[name]]))
-            parts.append(jax.tree.map(operator.itemgetter(slice(len(chunk))), said))
-        if parts:
-            fields = ("values", "indices", "log_z", "mean", "std")
-            arrays = {f: np.concatenate([getattr(p, f) for p in parts]) for f in fields}
-            tables[split] = (wanted, arrays)
-    ours, columns = packed.names["pivot"], packed.names[name]
-    return Source(columns, ours, packed.lengths, tables, vocab_size)
+            loaded.extend((decoder.config, tokenizer, functools.partial(read, params)))
+        return tuple(loaded)
+
+    caches = {}
+    for split, wanted in rows.items():
+        if not len(wanted):
+            continue
+        path, dataset = directory / split, packed.splits[split]
+        expected = {"model": spec, "data": dataset.fingerprint, "k": k}
+        complete = (path / "teacher.json").exists()
+        if complete:
+            cache = data.TeacherCache(path)
+            cache.check(**expected)
+            complete = not len(cache.missing(wanted))
+        if not _processes.agreed(complete):
+            config, tokenizer, read = model()
+            identity = data.TeacherIdentity(
+                **expected,
+                tokenizer=tokenizer.fingerprint,
+                vocab_size=config.vocab_size,
+                positions=dataset.seq_len - 1,
+            )
+
+            def compute(chunk: np.ndarray, dataset: Any = dataset, read: Any = read) -> Any:
+                return jax.device_get(read(dataset.rows(chunk)[columns]))
+
+            data.write_teacher_cache(
+                path,
+                identity,
+                wanted,
+                compute,
+                batch_size=batch_size,
+                rows_per_shard=64,
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+            )
+            _processes.wait_for_all(f"read {path}")
+            cache = data.TeacherCache(path)
+        caches[split] = cache
+    return caches
+
+
+def open_caches(
+    directory: epath.Path, packed: Packed, columns: str, tokenizer: str, rows: Mapping[str, Any]
+) -> dict[str, data.TeacherCache]:
+    """Caches written before (``--teacher=cache:DIR``), checked against data and tokenizer."""
+    caches = {}
+    for split, wanted in rows.items():
+        if not len(wanted):
+            continue
+        cache = data.TeacherCache(directory / split)
+        cache.check(data=packed.splits[split].fingerprint, tokenizer=tokenizer)
+        missing = cache.missing(wanted)
+        if len(missing):
+            raise ValueError(
+                f"teacher cache {cache.directory} lacks {len(missing)} of the rows that this run "
+                f"visits, such as {missing[0]}: write it with --rows=all"
+            )
+        caches[split] = cache
+    return caches

@@ -124,19 +124,28 @@ def open_session(config: Any, workdir: epath.Path) -> Session:
             "tokenizer than the pivot; use uld, gld or uld+gld"
         )
     needed = _fusion_data.needed_rows(packed, config, distilling=bool(distilling))
-    sources = {
-        name: _fusion_data.open_source(
-            functools.partial(_models.load, spec, **options),
-            name=name,
-            packed=packed,
-            rows=needed,
-            k=config.cache_top_k,
-            batch_size=config.batch_size,
-            mesh=mesh,
-            directory=workdir / "sources" / name,
-        )
-        for name, spec in specs.items()
-    }
+    sources = {}
+    for i, (name, spec) in enumerate(specs.items()):
+        columns = packed.names[name]
+        if i < len(config.teacher):
+            kind, _, place = config.teacher[i].partition(":")
+            if kind != "cache" or not place:
+                raise ValueError(f"teacher: expected cache:DIR, got {config.teacher[i]!r}")
+            caches = _fusion_data.open_caches(
+                epath.Path(place), packed, columns, tokenizers[name].fingerprint, needed
+            )
+        else:
+            caches = _fusion_data.let_source_read(
+                spec,
+                functools.partial(_models.load, spec, **options),
+                columns=columns,
+                packed=packed,
+                rows=needed,
+                k=config.cache_top_k,
+                batch_size=config.batch_size,
+                directory=workdir / "sources" / name,
+            )
+        sources[name] = _fusion_data.Source(columns, packed.names["pivot"], packed.lengths, caches)
     return Session(config, workdir, mesh, pivot, tokenizer, packed, sources)
 
 

@@ -28,6 +28,12 @@ def first_alone(name: str) -> Iterator[None]:
         multihost_utils.sync_global_devices(name)
 
 
+def wait_for_all(name: str) -> None:
+    """A barrier."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
 def write_json(path: epath.Path, record: Mapping[str, Any]) -> None:
     """Write a file whole or not at all, by process 0."""
     if jax.process_index() != 0:

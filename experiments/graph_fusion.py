@@ -35,11 +35,14 @@ class Config:
     pivot_layers: tuple[int, ...] = field((), "Layers of the pivot to keep; all if empty.")
     source: tuple[str, ...] = field(("smollm2",), "Model to learn from")
     source_weight: tuple[float, ...] = field((), "Weight of each source; equal if empty.")
+    teacher: tuple[str, ...] = field(
+        (), "cache:DIR for each source in turn: what experiments.cache_logits wrote"
+    )
     data: str = field("tfds:wiki_summaries", "text:PATH, jsonl:PATH or tfds:NAME.")
     on_error: str = field("raise", "What a malformed row does.", choices=("raise", "skip"))
     loss: tuple[str, ...] = field(("sft", "kl", "uld", "uld+gld"), "Arm to train")
     mix: float = field(0.5, "Weight of the distillation terms; SFT gets the rest.")
-    gld_weight: float = field(1.0, "Weight of GLD beside ULD.")
+    gld_weight: float = field(2e-3, "Weight of GLD beside ULD.")
     top_k: int = field(10, "Logits a position that ULD and GLD look at.")
     cache_top_k: int = field(64, "Logits a position that the sources' cache keeps (KL uses all).")
     node: str = field("rank", "Graph nodes.", choices=("rank", "token"))
@@ -86,12 +89,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     "demo": dict(
         pivot_layers=(0, 1, 2, 3, 28, 29),
-        steps=80,
+        steps=60,
         batch_size=2,
         learning_rate=(1e-3,),
         eval_rows=24,
         eval_every=20,
-        checkpoint_every=40,
+        checkpoint_every=30,
     ),
     "report": dict(
         pivot_layers=(0, 1, 2, 3, 28, 29),
