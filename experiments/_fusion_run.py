@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from etils import epath
@@ -102,11 +104,11 @@ def open_session(config: Any, workdir: epath.Path) -> Session:
         )
     mesh = training.make_mesh(config.mesh)
     options = dict(dtype=config.dtype, layout=config.layout, remat=config.remat)
-    pivot, tokenizer = _models.load(config.pivot, **options)
+    pivot, tokenizer = _models.load(config.pivot, mesh=mesh, **options)
     if config.pivot_layers:
         pivot = models.keep_layers(pivot, config.pivot_layers)
     tokenizers = {"pivot": tokenizer}
-    specs = dict(zip(_source_names(config), config.source, strict=True))
+    specs = dict(zip(source_names(config), config.source, strict=True))
     for name, spec in specs.items():
         tokenizers[name] = _models.load_tokenizer_of(spec)
     packed = _fusion_data.pack_splits(
@@ -124,6 +126,8 @@ def open_session(config: Any, workdir: epath.Path) -> Session:
             "tokenizer than the pivot; use uld, gld or uld+gld"
         )
     needed = _fusion_data.needed_rows(packed, config, distilling=bool(distilling))
+    # Each process lets the sources read its own share, on its own devices.
+    here = training.make_mesh("fsdp:-1", devices=jax.local_devices())
     sources = {}
     for i, (name, spec) in enumerate(specs.items()):
         columns = packed.names[name]
@@ -137,7 +141,7 @@ def open_session(config: Any, workdir: epath.Path) -> Session:
         else:
             caches = _fusion_data.let_source_read(
                 spec,
-                functools.partial(_models.load, spec, **options),
+                functools.partial(_models.load, spec, mesh=here, **options),
                 columns=columns,
                 packed=packed,
                 rows=needed,
@@ -149,7 +153,7 @@ def open_session(config: Any, workdir: epath.Path) -> Session:
     return Session(config, workdir, mesh, pivot, tokenizer, packed, sources)
 
 
-def _source_names(config: Any) -> list[str]:
+def source_names(config: Any) -> list[str]:
     return [f"source{i}" for i in range(len(config.source))]
 
 
@@ -194,6 +198,61 @@ def _score_untrained(session: Session) -> dict[str, Any]:
     return record
 
 
+def make_step(
+    config: Any, graphdef: Any, mesh: Any, *, loss: str, learning_rate: float
+) -> tuple[Any, training.TrainStep]:
+    """An arm's optimizer and its compiled update."""
+    schedule = dict(
+        schedule="cosine", warmup=int(config.warmup * config.steps), total_steps=config.steps
+    )
+    tx = training.make_optimizer(learning_rate, weight_decay=config.weight_decay, **schedule)
+    step = training.make_train_step(
+        _fusion.loss_function(_objective(config, loss), graphdef, tuple(source_names(config))),
+        tx,
+        mesh=mesh,
+        accumulate=config.accumulate,
+        schedule=training.make_schedule(learning_rate, **schedule),
+    )
+    return tx, step
+
+
+def lower_step(config: Any, decoder: models.DecoderConfig, mesh: Any, *, loss: str) -> Any:
+    """The update of a pivot of this shape, lowered for a mesh without a byte of it in memory."""
+    abstract = nnx.eval_shape(
+        lambda: models.Decoder(
+            decoder,
+            rngs=nnx.Rngs(0),
+            dtype=jnp.dtype(config.dtype),
+            layout=config.layout,
+            remat=config.remat,
+        )
+    )
+    apply_fn, params = models.from_nnx(abstract)
+    tx, step = make_step(
+        config, apply_fn.graphdef, mesh, loss=loss, learning_rate=config.learning_rate[0]
+    )
+    state = training.abstract_train_state(params, tx, mesh=mesh, rules=training.DECODER_RULES)
+    rows, length, k = config.batch_size, config.seq_len, config.cache_top_k
+    sharding = training.batch_sharding(mesh)
+
+    def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=sharding)
+
+    columns = ("tokens", "segment_ids", "positions")
+    batch: dict[str, Any] = {"pivot": {name: array(jnp.int32, length) for name in columns}}
+    batch["pivot"]["loss_mask"] = array(jnp.bool_, length)
+    if loss != "sft":
+        per_position = [array(jnp.float32, length - 1) for _ in range(3)]
+        statistics_ = losses.GraphStatistics(
+            values=array(jnp.float32, length - 1, k),
+            indices=array(jnp.int32, length - 1, k),
+            **dict(zip(("log_z", "mean", "std"), per_position, strict=True)),
+        )
+        where = array(jnp.bool_, length - 1)
+        batch["sources"] = dict.fromkeys(source_names(config), (statistics_, where))
+    return step.lower(state, batch)
+
+
 def _run_arm(session: Session, loss: str, learning_rate: float, *, seed: int) -> Outcome:
     config, mesh = session.config, session.mesh
     name = f"{loss}/lr-{learning_rate:g}/seed-{seed}"
@@ -205,22 +264,10 @@ def _run_arm(session: Session, loss: str, learning_rate: float, *, seed: int) ->
         return Outcome(**record)
     logging.info("arm %s", name)
 
-    objective = _objective(config, loss)
     graphdef, params = session.functional
-    loss_fn = _fusion.loss_function(objective, graphdef, tuple(session.sources))
-    schedule = dict(
-        schedule="cosine", warmup=int(config.warmup * config.steps), total_steps=config.steps
-    )
-    tx = training.make_optimizer(learning_rate, weight_decay=config.weight_decay, **schedule)
+    tx, step = make_step(config, graphdef, mesh, loss=loss, learning_rate=learning_rate)
     state = training.create_train_state(
         params, tx, mesh=mesh, rules=training.DECODER_RULES, seed=seed
-    )
-    step = training.make_train_step(
-        loss_fn,
-        tx,
-        mesh=mesh,
-        accumulate=config.accumulate,
-        schedule=training.make_schedule(learning_rate, **schedule),
     )
     index, count = training.process_slice(mesh)
     train = session.packed.splits["train"]

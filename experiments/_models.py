@@ -1,9 +1,13 @@
 """Models by name, as experiments' flags give them."""
 
+import functools
+from typing import Any
+
 import jax.numpy as jnp
 import tokenizers
 from flax import nnx
 
+from logitjax import training
 from logitjax.models import (
     Decoder,
     DecoderConfig,
@@ -41,16 +45,35 @@ def tiny_decoder(seed: int = 0, *, layers: int = 2) -> Decoder:
 
 
 def load(
-    spec: str, *, dtype: str = "float32", layout: str = "stacked", remat: str = "none"
+    spec: str,
+    *,
+    dtype: str = "float32",
+    layout: str = "stacked",
+    remat: str = "none",
+    mesh: Any = None,
 ) -> tuple[Decoder, Tokenizer]:
-    """A decoder and its tokenizer: ``tiny[:SEED]``, or what `logitjax.models.load_model` takes."""
+    """A decoder and its tokenizer: ``tiny[:SEED]``, or what `logitjax.models.load_model` takes.
+
+    With a mesh, every tensor goes straight into the shards that training rules give it.
+    """
     kind, _, seed = spec.partition(":")
     if kind == "tiny":
         return tiny_decoder(int(seed or 0)), byte_tokenizer()
     tokenizer = load_tokenizer(spec)
-    model = load_model(spec, dtype=jnp.dtype(dtype), layout=layout, remat=remat)
+    model = load_model(
+        spec,
+        dtype=jnp.dtype(dtype),
+        layout=layout,
+        remat=remat,
+        mesh=mesh,
+        rules=None if mesh is None else functools.partial(_spec, mesh=mesh),
+    )
     check_tokenizer(model.config, tokenizer)
     return model, tokenizer
+
+
+def _spec(path: str, shape: tuple[int, ...], *, mesh: Any) -> Any:
+    return training.DECODER_RULES.spec(path, shape, mesh.shape)
 
 
 def load_tokenizer_of(spec: str) -> Tokenizer:

@@ -107,6 +107,43 @@ PRESETS: dict[str, dict[str, Any]] = {
         eval_every=40,
         checkpoint_every=40,
     ),
+    # Another tokenizer and vocabulary: `make gemma` fetches the source (Gemma terms of use).
+    "heterogeneous": dict(
+        source=(".cache/models/gemma-3-270m.gguf",),
+        loss=("sft", "uld", "uld+gld"),
+        pivot_layers=(0, 1, 2, 3, 28, 29),
+        steps=60,
+        batch_size=2,
+        learning_rate=(1e-3,),
+        seeds=3,
+        eval_rows=48,
+        eval_every=30,
+        checkpoint_every=30,
+    ),
+    # 130k examples, 4K inputs, four 14B-24B models: for a pod. Data: jsonl of prompt and response.
+    "paper": dict(
+        pivot="hf:microsoft/phi-4",
+        source=(
+            "hf:Qwen/Qwen2.5-14B-Instruct",
+            "hf:Qwen/Qwen2.5-Coder-14B-Instruct",
+            "hf:mistralai/Mistral-Small-24B-Instruct-2501",
+        ),
+        data="jsonl:data/fusion",
+        loss=("sft", "uld+gld"),
+        seq_len=4096,
+        batch_size=128,
+        accumulate=2,
+        steps=1000,
+        learning_rate=(1e-5,),
+        weight_decay=0.1,
+        eval_rows=512,
+        eval_every=250,
+        checkpoint_every=100,
+        dtype="bfloat16",
+        layout="stacked",
+        remat="full",
+        mesh="data:-1,fsdp:32,tensor:2",
+    ),
 }
 
 

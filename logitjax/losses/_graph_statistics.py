@@ -1,6 +1,7 @@
 """What graph fusion needs of a model's logits: a few numbers a position, cacheable offline."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,11 +28,11 @@ class GraphStatistics:
         vocab_size: entries of the vocabulary, static; None if unknown.
     """
 
-    values: Array
-    indices: Array
-    log_z: Array
-    mean: Array
-    std: Array
+    values: Any
+    indices: Any
+    log_z: Any
+    mean: Any
+    std: Any
     vocab_size: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property

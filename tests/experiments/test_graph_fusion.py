@@ -11,7 +11,7 @@ import pytest
 from etils import epath
 
 from experiments import _fusion, _fusion_run, _models, graph_fusion
-from logitjax import losses, models
+from logitjax import losses, models, training
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -114,3 +114,25 @@ def test_objective_names_what_it_knows():
         0.25,
         0.75,
     ]
+
+
+def test_paper_preset_traces_on_a_mesh():
+    """Phi-4's shape, 4K inputs, three sources: the whole update, abstractly."""
+    phi4 = models.DecoderConfig(
+        vocab_size=100_352,
+        hidden_size=5120,
+        intermediate_size=17_920,
+        num_layers=40,
+        num_heads=40,
+        num_kv_heads=10,
+        head_dim=128,
+        tie_embeddings=False,
+        max_length=16_384,
+    )
+    paper = graph_fusion.Config(**graph_fusion.PRESETS["paper"])
+    mesh = training.make_mesh("data:1,fsdp:4,tensor:2")
+    lowered = _fusion_run.lower_step(paper, phi4, mesh, loss="uld+gld")
+    state = lowered.args_info[0][0]
+    sizes = [leaf.shape for leaf in jax.tree.leaves(state)]
+    # Parameters and two moments of AdamW, 14.66B each.
+    assert sum(np.prod(shape, dtype=np.int64) for shape in sizes) > 3 * 14.6e9
