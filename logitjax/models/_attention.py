@@ -8,7 +8,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Bool, Float, Int
 
-from logitjax.models._cache import Cache, kind_name, position_mask, write, write_slots
+from logitjax.models._cache import (
+    Cache,
+    kind_name,
+    position_mask,
+    write_positions,
+    write_slots,
+    write_vectors,
+)
 from logitjax.models._config import DecoderConfig, Window
 from logitjax.models._lora import project
 from logitjax.models._norm import Norm
@@ -52,7 +59,7 @@ def make_context(
         if window is None and time > size:
             raise ValueError(f"tokens: {time} new tokens do not fit a cache of {size} slots")
         slots = write_slots(positions, size, window)
-        held = write(before, positions, slots)
+        held = write_positions(before, positions, slots)
         concatenate = window is not None and time > 1
         seen = jnp.concatenate([before, positions], axis=1) if concatenate else held
         mask = position_mask(positions, seen, window)
@@ -89,14 +96,14 @@ def _packed_mask(
 
 def attend(
     query: Float[Array, "batch time heads dim"],
-    key: Float[Array, "batch slots kv_heads dim"],
-    value: Float[Array, "batch slots kv_heads dim"],
+    key: Float[Array, "batch time kv_heads dim"],
+    value: Float[Array, "batch time kv_heads dim"],
     context: AttentionContext,
     *,
     scale: float,
     softcap: float | None,
 ) -> Float[jax.Array, "batch time heads dim"]:
-    """Scaled dot-product attention; an own path where logits are soft-capped."""
+    """Attention within a sequence; an own path where logits are soft-capped."""
     causal = context.mask is None
     if softcap is None:
         window = None if context.window is None or not causal else (context.window - 1, 0)
@@ -110,19 +117,37 @@ def attend(
             local_window_size=window,
             implementation=context.implementation,
         )
-    batch, time, heads, dim = query.shape
-    groups = key.shape[2]
-    query = query.reshape(batch, time, groups, heads // groups, dim)
-    logits = jnp.einsum("btgnd,bsgd->bgnts", query, key, preferred_element_type=jnp.float32)
-    logits = softcap * jnp.tanh(logits * scale / softcap)
     mask = context.mask
     if mask is None:
-        index = jnp.broadcast_to(jnp.arange(time), (1, time))
+        index = jnp.broadcast_to(jnp.arange(query.shape[1]), query.shape[:2])
         mask = position_mask(index, index, context.window)
-    logits = jnp.where(mask[:, :, None], logits, jnp.finfo(jnp.float32).min)
+    key, value = (jnp.swapaxes(x, 1, 2) for x in (key, value))
+    return attend_heads_first(query, key, value, mask, scale=scale, softcap=softcap)
+
+
+def attend_heads_first(
+    query: Float[Array, "batch time heads dim"],
+    key: Float[Array, "batch kv_heads slots dim"],
+    value: Float[Array, "batch kv_heads slots dim"],
+    mask: Bool[Array, "batch 1 time slots"],
+    *,
+    scale: float,
+    softcap: float | None,
+) -> Float[jax.Array, "batch time heads dim"]:
+    """Attention over keys and values laid out as a cache holds them."""
+    batch, time, heads, dim = query.shape
+    groups = key.shape[1]
+    # Query heads of one key head become rows of one matmul.
+    query = jnp.swapaxes(query, 1, 2).reshape(batch, groups, heads // groups * time, dim)
+    logits = jnp.einsum("bgqd,bgsd->bgqs", query, key, preferred_element_type=jnp.float32) * scale
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    logits = logits.reshape(batch, heads, time, -1)
+    logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
-    out = jnp.einsum("bgnts,bsgd->btgnd", weights, value)
-    return out.reshape(batch, time, heads, dim)
+    weights = weights.reshape(batch, groups, heads // groups * time, -1)
+    out = jnp.einsum("bgqs,bgsd->bgqd", weights, value)
+    return jnp.swapaxes(out.reshape(batch, heads, time, dim), 1, 2)
 
 
 class Attention(nnx.Module):
@@ -165,22 +190,18 @@ class Attention(nnx.Module):
             query, key = self.query_norm(query), self.key_norm(key)
         if context.tables is not None:
             query, key = apply_rope(query, context.tables), apply_rope(key, context.tables)
-        if cache is not None:
-            old = cache
-            cache = tuple(write(c, n, context.slots) for c, n in zip(old, (key, value)))
+        scale, softcap = config.attention_scale, config.attention_softcap
+        if cache is None:
+            out = attend(query, key, value, context, scale=scale, softcap=softcap)
+        else:
+            old, new = cache, (key, value)
+            cache = tuple(write_vectors(c, n, context.slots) for c, n in zip(old, new))
+            seen = cache
             if context.concatenate:
-                key, value = (
-                    jnp.concatenate([c.astype(n.dtype), n], axis=1)
-                    for c, n in zip(old, (key, value))
+                seen = (
+                    jnp.concatenate([c.astype(n.dtype), jnp.swapaxes(n, 1, 2)], axis=2)
+                    for c, n in zip(old, new)
                 )
-            else:
-                key, value = (c.astype(query.dtype) for c in cache)
-        out = attend(
-            query,
-            key,
-            value,
-            context,
-            scale=config.attention_scale,
-            softcap=config.attention_softcap,
-        )
+            key, value = (c.astype(query.dtype) for c in seen)
+            out = attend_heads_first(query, key, value, context.mask, scale=scale, softcap=softcap)
         return project(self.output, out.reshape(batch, time, -1), lora, "output", rows), cache

@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 
 from logitjax.models._config import DecoderConfig, Window
 from logitjax.ops import Array
@@ -16,11 +16,12 @@ class Cache:
     """What a decoder remembers of the tokens before.
 
     ``keys`` and ``values`` follow the model's segments: per segment, one array a pattern entry
-    ``[repeats, batch, slots, kv_heads, head_dim]`` when stacked, one a layer without ``repeats``
-    when listed. ``positions[kind]`` is the position held by each slot, -1 for none, for all
-    layers of one attention window. ``length`` is each row's next position. A token of position
-    ``p`` lives in slot ``p % slots``: windowed layers keep a ring of their window's size, and
-    going back to a smaller ``length`` forgets what came after on full layers.
+    ``[repeats, batch, kv_heads, slots, head_dim]`` when stacked, one a layer without ``repeats``
+    when listed; heads come before slots because a step then multiplies without transposing.
+    ``positions[kind]`` is the position held by each slot, -1 for none, for all layers of one
+    attention window. ``length`` is each row's next position. A token of position ``p`` lives in
+    slot ``p % slots``: windowed layers keep a ring of their window's size, and going back to a
+    smaller ``length`` forgets what came after on full layers.
     """
 
     keys: tuple
@@ -63,7 +64,7 @@ def init_cache(
     ...                        num_heads=2, num_kv_heads=1, head_dim=4)
     >>> cache = init_cache(config, 3, 16)
     >>> [k.shape for k in cache.keys[0]]
-    [(3, 16, 1, 4), (3, 16, 1, 4)]
+    [(3, 1, 16, 4), (3, 1, 16, 4)]
     """
     stacked = layout == "stacked"
 
@@ -78,8 +79,8 @@ def init_cache(
                         (
                             *lead,
                             batch,
-                            cache_slots(window, max_length),
                             config.num_kv_heads,
+                            cache_slots(window, max_length),
                             config.head_dim,
                         ),
                         dtype,
@@ -114,9 +115,22 @@ def write_slots(
     return jnp.where(keep, positions % slots, slots)
 
 
-def write(cached: Array, new: Array, slots: Int[Array, "batch time"]) -> jax.Array:
+def write_positions(
+    held: Int[Array, "batch slots"],
+    positions: Int[Array, "batch time"],
+    slots: Int[Array, "batch time"],
+) -> Int[jax.Array, "batch slots"]:
+    rows = jnp.arange(held.shape[0])[:, None]
+    return jnp.asarray(held).at[rows, slots].set(positions, mode="drop")
+
+
+def write_vectors(
+    cached: Float[Array, "batch heads slots dim"],
+    new: Float[Array, "batch time heads dim"],
+    slots: Int[Array, "batch time"],
+) -> Float[jax.Array, "batch heads slots dim"]:
     rows = jnp.arange(cached.shape[0])[:, None]
-    return jnp.asarray(cached).at[rows, slots].set(new.astype(cached.dtype), mode="drop")
+    return jnp.asarray(cached).at[rows, :, slots].set(new.astype(cached.dtype), mode="drop")
 
 
 def position_mask(

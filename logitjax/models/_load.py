@@ -205,7 +205,12 @@ def build_decoder(
         # Without the wait, transfers overlap and their buffers pile up on the host.
         return array.block_until_ready()
 
-    params = jax.tree_util.tree_map_with_path(build, shapes)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(shapes)
+    built: dict[int, jax.Array] = {}
+    # Largest first: each is held twice for a moment, and late moments should be small ones.
+    for i in sorted(range(len(leaves)), key=lambda i: -leaves[i][1].size):
+        built[i] = build(*leaves[i])
+    params = jax.tree.unflatten(structure, [built[i] for i in range(len(leaves))])
     return nnx.merge(graphdef, params)
 
 

@@ -40,7 +40,7 @@ class ImageClassifier(nnx.Module):
     """A backbone, which makes features of images, and a head, which makes logits of features.
 
     Args:
-      backbone: a module ``(images, train=) -> [batch, num_features]``.
+      backbone: a module ``(inputs, train=) -> [batch, num_features]``; of images or anything else.
       head: a module ``features -> logits``: ``nnx.Linear``, :class:`logitjax.heads.DualHead`, ...
     """
 
@@ -49,15 +49,15 @@ class ImageClassifier(nnx.Module):
         self.head: Any = head
 
     def features(
-        self, images: Float[Array, "batch height width channels"], *, train: bool = False
+        self, inputs: Float[Array, "batch ..."], *, train: bool = False
     ) -> Float[jax.Array, "batch features"]:
-        return self.backbone(images, train=train)
+        return self.backbone(inputs, train=train)
 
     def __call__(
-        self, images: Float[Array, "batch height width channels"], *, train: bool = False
+        self, inputs: Float[Array, "batch ..."], *, train: bool = False
     ) -> Float[jax.Array, "batch classes"]:
         """Logits; with ``train=True`` from batch statistics, which update the running ones."""
-        return self.head(self.features(images, train=train))
+        return self.head(self.features(inputs, train=train))
 
 
 def create_classifier(

@@ -1,0 +1,92 @@
+"""Host memory and seconds to load a checkpoint, as multiples of the model's size.
+
+On CPU the loaded model itself lies in host memory, so 1.0 is the least there can be.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from experiments.benchmarks import _suite
+
+_CHILD = """
+import json, sys, time
+import jax, jax.numpy as jnp
+from flax import nnx
+from logitjax.models import load_model
+
+def status(field):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
+
+spec, layout, dtype = sys.argv[1:]
+jnp.zeros(()).block_until_ready()
+# A child inherits its parent's peak through getrusage, not through VmHWM.
+before, start = status("VmRSS"), time.perf_counter()
+model = load_model(spec, layout=layout, param_dtype=jnp.dtype(dtype))
+leaves = jax.tree.leaves(nnx.state(model))
+jax.block_until_ready(leaves)
+seconds = time.perf_counter() - start
+size = sum(leaf.nbytes for leaf in leaves)
+print(json.dumps({"seconds": seconds, "size": size, "peak": status("VmHWM") - before}))
+"""
+
+_EXPORT = """
+import sys
+import jax.numpy as jnp
+from flax import nnx
+from logitjax import models
+
+spec, directory = sys.argv[1:]
+if spec == "random":
+    config = models.DecoderConfig(
+        vocab_size=32_000, hidden_size=512, intermediate_size=1408, num_layers=8, num_heads=8,
+        num_kv_heads=4, head_dim=64, max_length=2048,
+    )
+    model = models.Decoder(config, rngs=nnx.Rngs(0))
+else:
+    model = models.load_model(spec)
+models.save_pretrained(model, None, directory, max_shard_bytes=2**28)
+"""
+
+
+def _child(program: str, *arguments: str) -> str:
+    command = [sys.executable, "-c", program, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def _measure(spec: str, layout: str, dtype: str) -> dict[str, Any]:
+    return json.loads(_child(_CHILD, spec, layout, dtype).splitlines()[-1])
+
+
+def run(options: _suite.Options) -> _suite.Result:
+    """Exports a model, then loads it in a fresh process for every layout and dtype."""
+    options.directory.mkdir(parents=True, exist_ok=True)
+    name = "random" if options.smoke else "smollm2"
+    directory = str(Path(options.directory) / f"{name}-safetensors")
+    _child(_EXPORT, name, directory)
+    sources = {"safetensors": directory} | ({} if options.smoke else {"gguf": "smollm2"})
+    rows, worst = [], 0.0
+    for kind, spec in sources.items():
+        for layout in ("stacked", "listed"):
+            for dtype in ("float32", "bfloat16"):
+                seen = _measure(spec, layout, dtype)
+                ratio = seen["peak"] / seen["size"]
+                if kind == "safetensors" and dtype == "float32":
+                    worst = max(worst, ratio)
+                rows.append(
+                    {
+                        "from": f"{name} {kind}",
+                        "layout": layout,
+                        "parameters": dtype,
+                        "model, MB": round(seen["size"] / 1e6, 1),
+                        "peak / model": round(ratio, 3),
+                        "seconds": round(seen["seconds"], 2),
+                    }
+                )
+    bars = (
+        _suite.Bar(name="host memory at its peak / model, safetensors", value=worst, limit=1.3),
+    )
+    return _suite.Result(rows=rows, bars=bars)
