@@ -1,0 +1,42 @@
+"""What the README and the docs show runs."""
+
+import pathlib
+import re
+
+import jax.numpy as jnp
+import optax
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page):
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda page: page.name)
+def test_python_blocks_run(page):
+    names: dict = {}
+    for block in blocks(page):
+        exec(compile(block, str(page), "exec"), names)
+
+
+def test_the_readmes_train_step_trains():
+    names: dict = {}
+    exec(blocks(ROOT / "README.md")[0], names)
+    params = {"body": jnp.eye(8), "head": jnp.zeros((8, 32))}
+    teacher = {"head": jnp.sin(jnp.arange(256.0)).reshape(8, 32)}
+    batch = {"features": jnp.ones((2, 4, 8)), "mask": jnp.ones((2, 4), bool)}
+    opt_state = optax.adamw(1e-3).init(params)
+    seen = []
+    for _ in range(3):
+        params, opt_state, loss = names["train_step"](params, opt_state, batch, teacher)
+        seen.append(float(loss))
+    assert seen[0] > seen[1] > seen[2]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_between_pages_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!https?://)([^)#]+)", page.read_text()):
+        assert (page.parent / target).exists(), target
