@@ -7,6 +7,7 @@ from logitjax.transport._bounds import first_lower_bound as first_lower_bound
 from logitjax.transport._bounds import moment_lower_bound as moment_lower_bound
 from logitjax.transport._bounds import second_lower_bound as second_lower_bound
 from logitjax.transport._bounds import sorted_rows_lower_bound as sorted_rows_lower_bound
+from logitjax.transport._bounds import spectral_lower_bound as spectral_lower_bound
 from logitjax.transport._bounds import third_lower_bound as third_lower_bound
 from logitjax.transport._certificate import Certificate as Certificate
 from logitjax.transport._certificate import best_sorted_coupling as best_sorted_coupling

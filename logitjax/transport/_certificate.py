@@ -14,15 +14,26 @@ from logitjax.transport._bounds import (
     moment_lower_bound,
     second_lower_bound,
     sorted_rows_lower_bound,
+    spectral_lower_bound,
     third_lower_bound,
 )
 from logitjax.transport._coupling import gw_at_coupling
-from logitjax.transport._graph import Graph, dense_matrix, moments, multiply, num_nodes
+from logitjax.transport._graph import (
+    FactoredGraph,
+    Graph,
+    dense_matrix,
+    moments,
+    multiply,
+    num_nodes,
+)
 from logitjax.transport._refine import Refine, refine_matching
 from logitjax.transport._sorted import Coupling, sorted_coupling
 
 Scale = Literal["joint", "separate", "none"]
 Bounds = Literal["cheap", "sorted_rows", "third"]
+
+# Up to this many nodes a graph of more positions than nodes is multiplied out.
+_DENSE_NODES = 2048
 
 
 @jax.tree_util.register_dataclass
@@ -71,7 +82,8 @@ def certificate(
             ``none`` neither. The bounds are in these units.
         bounds: ``cheap``: `moment_lower_bound` (p = 2) or `first_lower_bound`;
             ``sorted_rows``: also `sorted_rows_lower_bound` (with weights or unequal sizes
-            `second_lower_bound`), n^2 log n; ``third``: also `third_lower_bound`, n^3.
+            `second_lower_bound`), n^2 log n; ``third``: also `third_lower_bound` and, where a
+            refinement would be allowed and both graphs are factored, `spectral_lower_bound`, n^3.
         refine: ``none`` keeps n x n numbers away; ``exchange`` swaps pairs of nodes, an n^3
             matrix product a step; ``assignment`` takes conditional-gradient steps (Hungarian
             algorithm); ``search`` both, then ``restarts`` times from a shaken matching. p = 2,
@@ -117,6 +129,8 @@ def certificate(
         c = multiply(c, 1.0 / (d_scale if scale == "joint" else _rms(c, c_weights)))
         d = multiply(d, 1.0 / d_scale)
 
+    spectral = uniform and p == 2 and all(isinstance(g, FactoredGraph) for g in (c, d))
+    c, d = _densest(c), _densest(d)
     coupling, _ = best_sorted_coupling(
         c, d, c_weights=c_weights, d_weights=d_weights, p=p, candidates=candidates
     )
@@ -133,7 +147,7 @@ def certificate(
         # Compared once more by the cost itself, so that no rounding can make it worse.
         coupling, _ = _cheapest(*fixed, [coupling, new], p)
     return Certificate(
-        lower=_lower(c, d, c_weights, d_weights, p, bounds, uniform),
+        lower=_lower(c, d, c_weights, d_weights, p, bounds, uniform, spectral),
         upper=gw_at_coupling(c, d, coupling, p=p),
         coupling=coupling,
     )
@@ -193,6 +207,15 @@ def _cheapest(c, d, plans, p):
     return jax.tree.map(lambda x: x[best], stacked), costs[best]
 
 
+def _densest(graph):
+    """The matrix itself where it is smaller than its factor, and small."""
+    if isinstance(graph, FactoredGraph):
+        n = num_nodes(graph)
+        if n <= min(_DENSE_NODES, graph.values.shape[0]):
+            return dense_matrix(graph)
+    return graph
+
+
 def _rms(graph, weights):
     n = num_nodes(graph)
     a = jnp.full(n, 1.0 / n) if weights is None else weights
@@ -200,7 +223,7 @@ def _rms(graph, weights):
     return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 1.0)
 
 
-def _lower(c, d, c_weights, d_weights, p, bounds, uniform):
+def _lower(c, d, c_weights, d_weights, p, bounds, uniform, spectral):
     weights = {"c_weights": c_weights, "d_weights": d_weights}
     if p == 2:
         found = [moment_lower_bound(c, d, **weights)]
@@ -213,4 +236,6 @@ def _lower(c, d, c_weights, d_weights, p, bounds, uniform):
             found.append(second_lower_bound(c, d, p=p, **weights))
     if bounds == "third":
         found.append(third_lower_bound(c, d, p=p, **weights))
+        if spectral:
+            found.append(spectral_lower_bound(c, d))
     return jnp.max(jnp.stack(found))

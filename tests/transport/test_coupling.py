@@ -9,6 +9,8 @@ import scipy.stats
 from logitjax import transport
 from logitjax.transport import Coupling, FactoredGraph, _coupling
 
+cost = jax.jit(transport.gw_at_coupling, static_argnames="p")
+
 
 def data(n=12, m=12):
     rng = np.random.default_rng(0)
@@ -43,21 +45,22 @@ def test_all_forms_equal_the_oracle(m, monkeypatch):
     for p in (1, 2):
         expected = exact(c, d, coupling, p)
         for graphs in ((c, d), dense, matrices, (c, matrices[1])):
-            got = transport.gw_at_coupling(*graphs, coupling, p=p)
+            got = cost(*graphs, coupling, p=p)
             np.testing.assert_allclose(got, expected, rtol=1e-5)
     monkeypatch.setattr(_coupling, "_EXACT_PAIRS", 0)
     monkeypatch.setattr(_coupling, "_BLOCK_ENTRIES", 50)
     for graphs in ((c, d), dense):
-        got = transport.gw_at_coupling(*graphs, coupling, p=2)
+        got = jax.jit(lambda *x: transport.gw_at_coupling(*x, p=2))(*graphs, coupling)
         np.testing.assert_allclose(got, exact(c, d, coupling, 2), rtol=1e-4)
 
 
 def test_blocks_do_not_change_the_value(monkeypatch):
     c, d = data()
     coupling = Coupling(*(jnp.arange(12, dtype=jnp.int32),) * 2, jnp.full(12, 1 / 12))
-    expected = transport.gw_at_coupling(c, d, coupling)
+    expected = cost(c, d, coupling)
     monkeypatch.setattr(_coupling, "_BLOCK_ENTRIES", 60)  # five rows a block; twelve do not divide
-    np.testing.assert_allclose(transport.gw_at_coupling(c, d, coupling), expected, rtol=1e-6)
+    got = jax.jit(lambda *x: transport.gw_at_coupling(*x))(c, d, coupling)
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
 def test_envelope_gradient_of_the_upper_bound_equals_finite_differences():
@@ -67,7 +70,7 @@ def test_envelope_gradient_of_the_upper_bound_equals_finite_differences():
         graph = FactoredGraph(values, c.ids, c.num_nodes)
         return transport.certificate(graph, d, scale="none", refine="exchange")
 
-    coupling = upper(c.values).coupling
+    coupling = jax.jit(upper)(c.values).coupling
     gradient = jax.jit(jax.grad(lambda v: upper(v).upper))(c.values)
     direction = np.random.default_rng(1).normal(size=c.values.shape)
 
@@ -92,7 +95,7 @@ def test_subgradient_of_the_closed_form_equals_finite_differences():
     def value(x):
         return transport.sorted_gw_lower_bound(x, g, f_weights=a)
 
-    gradient = jax.grad(value)(jnp.asarray(f, jnp.float32))
+    gradient = jax.jit(jax.grad(value))(jnp.asarray(f, jnp.float32))
 
     def exact(x):
         return scipy.stats.wasserstein_distance(x, g, a)
