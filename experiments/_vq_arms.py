@@ -83,7 +83,13 @@ def shortlist(
     margin = heads.row_spread(ctx.rows, codebook, assignment, ctx.statistics.cov)
     pages = heads.make_pages(bias, assignment, size=config.page_size, margin=margin)
     num_pages = min(num_pages, pages.tokens.shape[0])
-    params = {"codebook": codebook, "bias": bias, "assignment": assignment, "pages": pages}
+    params = {
+        "codebook": codebook,
+        "bias": bias,
+        "assignment": assignment,
+        "pages": pages,
+        "calibration": jnp.array([1.0, 0.0]),
+    }
     if groups:
         params["product"] = heads.fit_product_codes(
             ctx.rows,
@@ -106,7 +112,12 @@ def shortlist(
             rescore = heads.product_rows(*params["product"], params["row_bias"])
         else:
             rescore = heads.exact_rows(params["rows"], params["row_bias"])
-        return {"pages": params["pages"], "rescore": rescore, "num_pages": num_pages}
+        return {
+            "pages": params["pages"],
+            "rescore": rescore,
+            "num_pages": num_pages,
+            "calibration": params["calibration"],
+        }
 
     def nll(params: Any, hidden: Any, labels: Any) -> Any:
         arrays = (params["codebook"], params["bias"], params["assignment"])
@@ -137,7 +148,7 @@ def tune_shortlist_tail(
     ctx: Context, converted: Converted, seed: int, lr: float, config: Any
 ) -> Converted:
     """A few steps of the shortlist's own normalised loss for the codebook and biases."""
-    trained = {k: converted.params[k] for k in ("codebook", "bias")}
+    trained = {k: converted.params[k] for k in ("codebook", "bias", "calibration")}
     fixed = {k: v for k, v in converted.params.items() if k not in trained}
     train = ctx.splits["train"]
     trained, _, losses_ = training.tune_head(

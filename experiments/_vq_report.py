@@ -249,8 +249,8 @@ def _text(config: Any, ctx: Any, tables: Sequence[str], bars: Sequence[Mapping[s
         tables[0],
         "",
         "`perplexity x`: over the untouched head; `x tuned control`: over the full head whose"
-        " biases were tuned on the same labels. Arms that say `labels` learn the text, all others imitate"
-        " the old head. `floor`: no head with this mapping and without biases has a lower"
+        " biases were tuned on the same labels. Arms that say `labels` learn the text, all others"
+        " imitate the old head. `floor`: no head with this mapping and without biases has a lower"
         " perplexity. `of an untied head`: bytes kept, look-up tables included; a tied model"
         " keeps its embedding whatever the head (`model tied`). Bytes read are counted for greedy"
         " decoding of one sequence, adaptive softmax as if every tail were needed.",
@@ -274,7 +274,8 @@ def _text(config: Any, ctx: Any, tables: Sequence[str], bars: Sequence[Mapping[s
         "## Beside the paper",
         "",
         f"arXiv:2505.10202, abstract: {PAPER}, on WikiText-103 and C4. Its tables could not be"
-        " read, and all three at once are out of reach of the head as published (docs/vq_logits.md).",
+        " read, and all three at once are out of reach of the head as published"
+        " (docs/vq_logits.md).",
         "",
         "![frontier](frontier.png)",
         "![curves](curves.png)",

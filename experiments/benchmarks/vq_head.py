@@ -1,8 +1,8 @@
 """Vector-quantised heads beside full, blocked and adaptive ones: decoding and the training loss.
 
 Weights are random: nothing timed here depends on their values, but for adaptive softmax, whose
-tails cost by how often they are looked into. Its labels follow Zipf's law; in decoding its random head
-looks into nearly every tail, which a trained one does not.
+tails cost by how often they are looked into. Its labels follow Zipf's law; in decoding its random
+head looks into nearly every tail, which a trained one does not.
 """
 
 import math

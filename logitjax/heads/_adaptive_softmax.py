@@ -53,7 +53,7 @@ class AdaptiveConfig:
 
 
 def init_adaptive_softmax(
-    key: Key[Array, ""], config: AdaptiveConfig, unigram: Float[Array, " vocab"]
+    key: Key[jax.Array, ""], config: AdaptiveConfig, unigram: Float[Array, " vocab"]
 ) -> dict[str, Any]:
     """Random parameters, with biases at the unigram distribution.
 

@@ -44,7 +44,7 @@ def fit_assignment(
     method: Method = "weighted_kmeans",
     row_bias: Float[Array, " vocab"] | None = None,
     hidden: Float[Array, "count hidden"] | None = None,
-    key: Key[Array, ""] | None = None,
+    key: Key[jax.Array, ""] | None = None,
     weight_power: float = 0.5,
     iterations: int = 20,
     rounds: int = 3,

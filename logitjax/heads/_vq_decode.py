@@ -1,7 +1,9 @@
 """The vector-quantised head in decoding: exact top-k and exact samples from K cluster scores."""
 
 import dataclasses
+import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +41,7 @@ class VQTables:
     temperature: jax.Array
 
 
+@functools.partial(jax.jit, static_argnames=("num_codes", "width"))
 def vq_tables(
     bias: Float[Array, " vocab"] | None,
     assignment: Int[Array, " vocab"],
@@ -155,7 +158,7 @@ def vq_topk(
 
 
 def vq_sample(
-    key: Key[Array, ""],
+    key: Key[jax.Array, ""],
     hidden: Float[Array, "*batch hidden"],
     codebook: Float[Array, "codes hidden"],
     tables: VQTables,
@@ -194,7 +197,7 @@ def vq_sample(
         last = jnp.maximum(stop - 1, start)
         uniform = jax.random.uniform(token_key, code.shape) * tables.cumulative[last]
 
-        def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        def halve(_: Any, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             low, high = bounds
             middle = (low + high) // 2
             beyond = tables.cumulative[middle] > uniform

@@ -35,7 +35,7 @@ def fit_kmeans(
     metric: Float[Array, "dim dim"] | None,
     num_centres: int,
     *,
-    key: Key[Array, ""],
+    key: Key[jax.Array, ""],
     iterations: int = 20,
     block_size: int = 2048,
     seeding_rounds: int = 16,

@@ -185,7 +185,7 @@ class VQHead(nnx.Module):
 
     def sample(
         self,
-        key: Key[Array, ""],
+        key: Key[jax.Array, ""],
         hidden: Float[Array, "*batch hidden"],
         *,
         tables: VQTables | None = None,
@@ -247,6 +247,8 @@ class ShortlistHead(VQHead):
         self.num_pages = num_pages
         self.page_size = page_size
         self.rows = None if rows is None else nnx.Param(jnp.asarray(rows))
+        # Scale and offset of the log-odds that a token lies in the shortlist.
+        self.calibration = nnx.Param(jnp.array([1.0, 0.0]))
         self.make_pages()
 
     def load(self, codebook: Array, bias: Array | None, assignment: Array) -> None:
@@ -286,6 +288,7 @@ class ShortlistHead(VQHead):
             "pages": self.pages,
             "rescore": self._rescore(embedding),
             "num_pages": self.num_pages,
+            "calibration": self.calibration[...],
             "soft_cap": self.soft_cap,
         }
 
@@ -341,7 +344,7 @@ class ShortlistHead(VQHead):
             **self._options(embedding),
         )
 
-    def sample(self, key: Key[Array, ""], hidden: Float[Array, "*batch hidden"], **_: Any) -> Any:
+    def sample(self, key: Array, hidden: Array, **_: Any) -> Any:
         """Not offered: draw from `top_k`, or from the logits."""
         raise NotImplementedError("sample from top_k() or from the logits of a ShortlistHead")
 

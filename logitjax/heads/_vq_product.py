@@ -104,7 +104,7 @@ def fit_product_codes(
     *,
     groups: int,
     num_codes: int = 256,
-    key: Key[Array, ""] | None = None,
+    key: Key[jax.Array, ""] | None = None,
     iterations: int = 15,
     weight_power: float = 0.5,
 ) -> tuple[jax.Array, jax.Array]:

@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Float, Int
 
 from logitjax.heads._vq_loss import code_scores
-from logitjax.ops import Array, TopK, check_positive, logsumexp
+from logitjax.ops import Array, TopK, check_positive, finite_or_zero, logsumexp
 
 #: Better logits of some tokens: ``(hidden [n, hidden], tokens [n, c]) -> [n, c]`` float32.
 Rescore = Callable[[jax.Array, jax.Array], jax.Array]
@@ -162,6 +162,7 @@ def shortlist_nll(
     pages: Pages,
     rescore: Rescore,
     num_pages: int,
+    calibration: Float[Array, " 2"] | None = None,
     temperature: float | Array = 1.0,
     soft_cap: float | None = None,
     z_loss: float = 0.0,
@@ -169,16 +170,17 @@ def shortlist_nll(
 ) -> Float[jax.Array, "*batch"]:
     """Cross-entropy of a shortlist head, normalised over the whole vocabulary.
 
-    The ``num_pages`` best pages get the better logits; all other tokens keep their VQ logits, whose
-    mass is summed page by page. It is a proper distribution, and the one `shortlist_topk` decodes
-    from. ::
+    The ``num_pages`` best pages are shared out by the better logits; all other tokens keep their VQ
+    logits. How much the chosen pages get in all is what the codes say, since a logit by itself
+    means nothing: the two kinds differ by a number that depends on the context. It is a proper
+    distribution, and the one `shortlist_topk` decodes from. ::
 
-        l_v = rescore(h, v)             v in a chosen page
-              z_{m(v)} + b_v            otherwise
-        log Z = logaddexp(logsumexp_chosen l_v, logsumexp_{other pages} (z_code + log mass))
-        nll = log Z - l_y
+        g = logsumexp_{chosen pages} s - logsumexp_{other pages} s,    s = z_code + log mass
+        l_v = rescore(h, v) + shift(h)      v in a chosen page
+              z_{m(v)} + b_v                otherwise
+        shift such that  logsumexp_chosen l - logsumexp_{other pages} s = scale g + offset
 
-    The choice of pages has no gradient. The codebook learns from the tail and the normaliser.
+    The choice of pages has no gradient; the codes learn how much of the mass it catches.
 
     Args:
       hidden: ``[*batch, hidden]``.
@@ -189,6 +191,7 @@ def shortlist_nll(
       pages: of `make_pages`; their masses are made anew from ``bias``.
       rescore: e.g. ``exact_rows(embedding)`` or ``product_rows(codebooks, codes)``.
       num_pages: pages that are re-scored.
+      calibration: ``[scale, offset]`` of the log-odds of the shortlist; (1, 0) when omitted.
       temperature: divides the logits.
       soft_cap: bounds the VQ scores and, with it, the better logits.
       z_loss: weight of the squared log-normaliser.
@@ -214,17 +217,19 @@ def shortlist_nll(
         raise ValueError(f"labels must be of shape {hidden.shape[:-1]}, got {labels.shape}")
     _check_pages(num_pages, pages)
     check_positive(temperature, "temperature")
-    pages = _heated(with_page_biases(pages, bias), temperature)
+    pages = with_page_biases(pages, bias)
+    hot = _heated(pages, temperature)
 
     def block(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
         hidden, labels = inputs
         scores = code_scores(hidden, codebook, soft_cap=soft_cap)
         chosen = _choose(scores, pages, num_pages)
-        scores = scores / temperature
-        tokens, logits, rest = _split(hidden, scores, chosen, pages, rescore, temperature, soft_cap)
+        tokens, logits, rest = _split(hidden, scores, chosen, pages, rescore, calibration, soft_cap)
+        logits = logits / temperature
+        rest = jnp.where(jnp.isneginf(rest), -jnp.inf, _page_scores(scores / temperature, hot))
         log_z = jnp.logaddexp(logsumexp(logits), logsumexp(rest))
         coarse = jnp.take_along_axis(scores, assignment[labels][:, None], axis=-1)[:, 0]
-        coarse = coarse + jnp.asarray(bias)[labels] / temperature
+        coarse = (coarse + jnp.asarray(bias)[labels]) / temperature
         hit = tokens == labels[:, None]
         fine = jnp.where(hit, logits, 0.0).sum(-1)
         nll = log_z - jnp.where(hit.any(-1), fine, coarse)
@@ -241,6 +246,7 @@ def shortlist_topk(
     pages: Pages,
     rescore: Rescore,
     num_pages: int,
+    calibration: Float[Array, " 2"] | None = None,
     temperature: float | Array = 1.0,
     soft_cap: float | None = None,
     with_tail: bool = True,
@@ -259,6 +265,7 @@ def shortlist_topk(
       pages: of `make_pages`.
       rescore: as `shortlist_nll`.
       num_pages: pages that are re-scored.
+      calibration: as `shortlist_nll`.
       temperature: divides the logits. Other than 1 it costs O(V) a call.
       soft_cap: as `shortlist_nll`.
       with_tail: False looks at the chosen pages alone, which is cheaper, and what one wants when
@@ -280,7 +287,7 @@ def shortlist_topk(
     hidden = jnp.asarray(hidden)
     _check_pages(num_pages, pages)
     check_positive(temperature, "temperature")
-    pages = _heated(pages, temperature)
+    hot = _heated(pages, temperature)
     size = pages.tokens.shape[1]
     if k > num_pages * size:
         raise ValueError(f"k must be at most num_pages * size = {num_pages * size}, got {k}")
@@ -289,19 +296,20 @@ def shortlist_topk(
         (hidden,) = inputs
         scores = code_scores(hidden, codebook, soft_cap=soft_cap)
         chosen = _choose(scores, pages, num_pages)
-        scores = scores / temperature
-        tokens, logits, rest = _split(hidden, scores, chosen, pages, rescore, temperature, soft_cap)
+        tokens, logits, rest = _split(hidden, scores, chosen, pages, rescore, calibration, soft_cap)
+        scores, logits = scores / temperature, logits / temperature
+        rest = jnp.where(jnp.isneginf(rest), -jnp.inf, _page_scores(scores, hot))
         log_z = jnp.logaddexp(logsumexp(logits), logsumexp(rest))
         if with_tail:
-            heads = jnp.take(scores, pages.code, axis=-1) + pages.bias.max(-1)
+            heads = jnp.take(scores, hot.code, axis=-1) + hot.bias.max(-1)
             heads = jnp.where(jnp.isneginf(rest), -jnp.inf, heads)
             _, best = lax.top_k(heads, min(k, heads.shape[-1]))
             kept = jnp.take_along_axis(rest, best, axis=-1) > -jnp.inf
-            tail = jnp.take_along_axis(scores, pages.code[best], axis=-1)[..., None]
-            tail = jnp.where(kept[..., None], tail + pages.bias[best], -jnp.inf)
+            tail = jnp.take_along_axis(scores, hot.code[best], axis=-1)[..., None]
+            tail = jnp.where(kept[..., None], tail + hot.bias[best], -jnp.inf)
             tail = tail.reshape(hidden.shape[0], -1)
             logits = jnp.concatenate([logits, tail], axis=-1)
-            tokens = jnp.concatenate([tokens, pages.tokens[best].reshape(tail.shape)], axis=-1)
+            tokens = jnp.concatenate([tokens, hot.tokens[best].reshape(tail.shape)], axis=-1)
         values, places = lax.top_k(logits, k)
         return values, jnp.take_along_axis(tokens, places, axis=-1), log_z
 
@@ -317,6 +325,7 @@ def shortlist_logits(
     pages: Pages,
     rescore: Rescore,
     num_pages: int,
+    calibration: Float[Array, " 2"] | None = None,
     soft_cap: float | None = None,
 ) -> Float[jax.Array, "*batch vocab"]:
     """All V logits of a shortlist head: what `shortlist_nll` and `shortlist_topk` mean.
@@ -336,7 +345,7 @@ def shortlist_logits(
     flat = hidden.reshape(-1, hidden.shape[-1])
     scores = code_scores(flat, codebook, soft_cap=soft_cap)
     chosen = _choose(scores, pages, num_pages)
-    tokens, logits, _ = _split(flat, scores, chosen, pages, rescore, 1.0, soft_cap)
+    tokens, logits, _ = _split(flat, scores, chosen, pages, rescore, calibration, soft_cap)
     coarse = scores[:, assignment] + jnp.asarray(bias)
     tokens = jnp.where(tokens < 0, coarse.shape[-1], tokens)
     rows = jnp.arange(len(flat))[:, None]
@@ -349,24 +358,34 @@ def _choose(scores: jax.Array, pages: Pages, num_pages: int) -> jax.Array:
     return lax.top_k(ranked, num_pages)[1]
 
 
+def _page_scores(scores: jax.Array, pages: Pages) -> jax.Array:
+    return jnp.take(scores, pages.code, axis=-1) + pages.log_mass
+
+
 def _split(
     hidden: jax.Array,
     scores: jax.Array,
     chosen: jax.Array,
     pages: Pages,
     rescore: Rescore,
-    temperature: float | Array,
+    calibration: Array | None,
     soft_cap: float | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Tokens of the chosen pages, their better logits, and scores plus masses of all others."""
+    """Tokens of the chosen pages, their shifted logits, and scores plus masses of all others."""
     tokens = pages.tokens[chosen].reshape(len(hidden), -1)
     logits = rescore(hidden, jnp.maximum(tokens, 0))
     if soft_cap is not None:
         logits = soft_cap * jnp.tanh(logits / soft_cap)
-    logits = jnp.where(tokens >= 0, logits / temperature, -jnp.inf)
-    rest = jnp.take(scores, pages.code, axis=-1) + pages.log_mass
-    rest = rest.at[jnp.arange(len(hidden))[:, None], chosen].set(-jnp.inf)
-    return tokens, logits, rest
+    logits = jnp.where(tokens >= 0, logits, -jnp.inf)
+    masses = _page_scores(scores, pages)
+    rest = masses.at[jnp.arange(len(hidden))[:, None], chosen].set(-jnp.inf)
+    others = logsumexp(rest)
+    odds = logsumexp(jnp.take_along_axis(masses, chosen, axis=-1)) - finite_or_zero(others)
+    if calibration is not None:
+        odds = calibration[0] * odds + calibration[1]
+    # Where nothing else is left there is nothing to weigh the shortlist against.
+    shift = jnp.where(jnp.isneginf(others), 0.0, finite_or_zero(others) + odds - logsumexp(logits))
+    return tokens, logits + shift[:, None], rest
 
 
 def _check_pages(num_pages: int, pages: Pages) -> None:

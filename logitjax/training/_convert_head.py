@@ -287,6 +287,7 @@ def save_head(head: VQHead, directory: str | os.PathLike[str]) -> None:
         fields = dataclasses.fields(pages)
         tensors |= {f"pages.{f.name}": np.asarray(getattr(pages, f.name)) for f in fields}
         options |= {"num_pages": head.num_pages, "page_size": head.page_size}
+        tensors["calibration"] = np.asarray(head.calibration[...])
         if head.rows is not None:
             tensors["rows"] = np.asarray(head.rows[...])
     (root / "head.safetensors").write_bytes(save_tensors(tensors))
@@ -315,5 +316,6 @@ def load_head(directory: str | os.PathLike[str], *, dtype: Any = jnp.float32) ->
     head = kind.from_fit(fit, dtype=dtype, param_dtype=fit.codebook.dtype, **options)
     if isinstance(head, ShortlistHead):
         names = [f.name for f in dataclasses.fields(head.pages)]
+        head.calibration[...] = jnp.asarray(tensors["calibration"])
         head.pages = Pages(**{name: jnp.asarray(tensors[f"pages.{name}"]) for name in names})
     return head

@@ -53,7 +53,7 @@ def _fit(head, method, **options):
 
 
 def _divergence(head, fit):
-    logits = vq_logits(head["hidden"], fit.codebook, fit.bias, fit.assignment)
+    logits = jax.jit(vq_logits)(head["hidden"], fit.codebook, fit.bias, fit.assignment)
     log_probs = np.asarray(jax.nn.log_softmax(logits))
     return float((head["probs"] * (np.log(head["probs"]) - log_probs)).sum(-1).mean())
 
@@ -105,8 +105,8 @@ def test_reassignment_puts_a_misplaced_token_back(head):
     np.testing.assert_array_equal(same_bias, fit.bias)
     assert int(none) == 0
     labels = jnp.argmax(jnp.asarray(head["probs"]), -1)
-    before = vq_nll(head["hidden"], fit.codebook, fit.bias, moved, labels).mean()
-    assert vq_nll(head["hidden"], fit.codebook, bias, new, labels).mean() < before
+    before = jax.jit(vq_nll)(head["hidden"], fit.codebook, fit.bias, moved, labels).mean()
+    assert jax.jit(vq_nll)(head["hidden"], fit.codebook, bias, new, labels).mean() < before
 
 
 def test_fixed_mappings_have_clusters_of_equal_size(head):
@@ -166,7 +166,9 @@ def test_no_head_without_bias_goes_below_the_floor(head):
     )
     # A head that knows the cluster of every label: the best there can be.
     hidden = np.eye(CODES, dtype=np.float32)[fit.assignment[labels]]
-    nll = vq_nll(hidden, 50 * np.eye(CODES, dtype=np.float32), None, fit.assignment, labels)
+    nll = jax.jit(vq_nll)(
+        hidden, 50 * np.eye(CODES, dtype=np.float32), None, fit.assignment, labels
+    )
     assert np.exp(nll.mean()) == pytest.approx(floor.perplexity, rel=0.05)
 
 

@@ -10,6 +10,9 @@ from logitjax.losses import cross_entropy
 
 VOCAB, CODES, WIDTH, COUNT = 203, 16, 8, 24
 
+nll_of = jax.jit(vq_nll)
+logits_of = jax.jit(vq_logits)
+
 
 def _case(dtype=np.float32, *, seed=0):
     rng = np.random.default_rng(seed)
@@ -52,14 +55,14 @@ def test_loss_and_gradients_equal_the_scattered_reference(options):
 
 def test_logits_are_a_look_up_of_the_scores():
     case = _case()
-    got = vq_logits(case["hidden"], case["codebook"], case["bias"], case["assignment"])
+    got = logits_of(case["hidden"], case["codebook"], case["bias"], case["assignment"])
     want = (case["hidden"] @ case["codebook"].T)[:, case["assignment"]] + case["bias"]
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
 def test_without_bias_equal_logits_share_the_cluster_s_mass():
     case = _case()
-    nll = vq_nll(case["hidden"], case["codebook"], None, case["assignment"], case["labels"])
+    nll = nll_of(case["hidden"], case["codebook"], None, case["assignment"], case["labels"])
     sizes = np.bincount(case["assignment"], minlength=CODES)
     scores = case["hidden"] @ case["codebook"].T
     z = np.log((sizes * np.exp(scores)).sum(-1))
@@ -74,7 +77,7 @@ def test_as_many_codes_as_tokens_is_the_full_softmax():
     order = rng.permutation(50).astype(np.int32)
     labels = case["labels"] % 50
     bias = case["bias"][:50]
-    got = vq_nll(case["hidden"], rows[np.argsort(order)], bias, order, labels)
+    got = nll_of(case["hidden"], rows[np.argsort(order)], bias, order, labels)
     want = cross_entropy(case["hidden"] @ rows.T + bias, labels)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
@@ -82,7 +85,7 @@ def test_as_many_codes_as_tokens_is_the_full_softmax():
 def test_one_code_is_the_unigram_whatever_the_context():
     case = _case()
     log_unigram = jax.nn.log_softmax(case["bias"])
-    got = vq_nll(
+    got = nll_of(
         case["hidden"], case["codebook"][:1], case["bias"], 0 * case["assignment"], case["labels"]
     )
     np.testing.assert_allclose(got, -log_unigram[case["labels"]], rtol=1e-5)
@@ -98,23 +101,24 @@ def test_excluded_tokens_and_empty_clusters_leave_no_nan():
     def total(h, c, b):
         return vq_nll(h, c, b, case["assignment"], labels, where=where).sum()
 
-    value, grads = jax.value_and_grad(total, (0, 1, 2))(*args[:3])
-    np.testing.assert_allclose(value, _scattered(*args, where=where).sum(), rtol=1e-5)
+    value_and_grad = jax.jit(jax.value_and_grad(total, (0, 1, 2)))
+    value, grads = value_and_grad(*args[:3])
+    np.testing.assert_allclose(value, jax.jit(_scattered)(*args, where=where).sum(), rtol=1e-5)
     assert all(np.isfinite(g).all() for g in grads)
     assert not np.asarray(grads[2])[~where].any()
     np.testing.assert_array_equal(grads[1][-1], 0.0)
     minus_infinity = np.where(where, case["bias"], -np.inf)
-    grads = jax.grad(total, (0, 1, 2))(args[0], args[1], minus_infinity)
+    _, grads = value_and_grad(args[0], args[1], minus_infinity)
     assert all(np.isfinite(g).all() for g in grads)
 
 
 def test_bfloat16_is_summed_in_float32():
     case = _case()
     low = [jnp.asarray(case[name], jnp.bfloat16) for name in ("hidden", "codebook", "bias")]
-    got = vq_nll(*low, case["assignment"], case["labels"])
+    got = nll_of(*low, case["assignment"], case["labels"])
     assert got.dtype == jnp.float32
     exact = [jnp.asarray(x, jnp.float32) for x in low]
-    want = vq_nll(*exact, case["assignment"], case["labels"])
+    want = nll_of(*exact, case["assignment"], case["labels"])
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
@@ -142,8 +146,8 @@ def test_sharded_equals_local(kind, spec):
             placed["codebook"], placed["bias"]
         )
         value, grads = jax.device_get((value, grads))
-    want, want_grads = jax.value_and_grad(
-        lambda c, b: vq_nll(**case | {"codebook": c, "bias": b}).sum(), (0, 1)
+    want, want_grads = jax.jit(
+        jax.value_and_grad(lambda c, b: vq_nll(**case | {"codebook": c, "bias": b}).sum(), (0, 1))
     )(case["codebook"], case["bias"])
     np.testing.assert_allclose(value, want, rtol=1e-5)
     for got, reference in zip(grads, want_grads):
@@ -166,12 +170,11 @@ def test_shard_map_with_a_split_codebook_equals_local():
         return mapped(arguments[0], codebook, bias, *arguments[3:])[0].sum()
 
     nll, logits = jax.jit(mapped)(*arguments)
-    np.testing.assert_allclose(nll, vq_nll(*arguments), rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(logits, vq_logits(*arguments[:4]), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(nll, nll_of(*arguments), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(logits, logits_of(*arguments[:4]), rtol=1e-4, atol=1e-5)
     grads = jax.jit(jax.grad(total, (0, 1)))(*arguments[1:3])
-    want = jax.grad(lambda c, b: vq_nll(arguments[0], c, b, *arguments[3:]).sum(), (0, 1))(
-        *arguments[1:3]
-    )
+    plain = jax.grad(lambda c, b: vq_nll(arguments[0], c, b, *arguments[3:]).sum(), (0, 1))
+    want = jax.jit(plain)(*arguments[1:3])
     for got, reference in zip(grads, want):
         np.testing.assert_allclose(got, reference, rtol=1e-4, atol=1e-5)
 

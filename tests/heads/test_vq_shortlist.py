@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,6 +37,26 @@ def case():
     )
 
 
+@functools.partial(jax.jit, static_argnames=("num_pages", "temperature", "block_size"))
+def nll_of(hidden, codebook, bias, assignment, labels, pages, rows, **options):
+    return shortlist_nll(
+        hidden, codebook, bias, assignment, labels, pages=pages, rescore=exact_rows(rows), **options
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("k", "num_pages", "temperature"))
+def top_of(hidden, codebook, k, pages, rows, **options):
+    return shortlist_topk(hidden, codebook, k, pages=pages, rescore=exact_rows(rows), **options)
+
+
+@functools.partial(jax.jit, static_argnames=("num_pages",))
+def logits_of(hidden, codebook, bias, assignment, pages, rows, **options):
+    rescore = exact_rows(rows)
+    return shortlist_logits(
+        hidden, codebook, bias, assignment, pages=pages, rescore=rescore, **options
+    )
+
+
 def _head(case, num_pages, rescore=None):
     pages = make_pages(case["bias"], case["assignment"], size=4)
     rescore = exact_rows(case["rows"]) if rescore is None else rescore
@@ -58,12 +80,13 @@ def test_pages_hold_every_token_once(case):
 def test_loss_and_top_k_are_those_of_the_logits(case):
     head = _head(case, 10)
     coarse = (case["hidden"], case["codebook"], case["bias"], case["assignment"])
-    logits = shortlist_logits(*coarse, **head)
+    arrays = (head["pages"], case["rows"])
+    logits = logits_of(*coarse, *arrays, num_pages=10)
     log_probs = jax.nn.log_softmax(logits)
     want = -jnp.take_along_axis(log_probs, case["labels"][:, None], -1)[:, 0]
-    got = shortlist_nll(*coarse, case["labels"], **head, block_size=10)
+    got = nll_of(*coarse, case["labels"], *arrays, num_pages=10, block_size=10)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
-    top = shortlist_topk(case["hidden"], case["codebook"], 9, **head)
+    top = top_of(case["hidden"], case["codebook"], 9, *arrays, num_pages=10)
     values, tokens = jax.lax.top_k(logits, 9)
     np.testing.assert_array_equal(top.indices, tokens)
     np.testing.assert_allclose(top.values, values, rtol=1e-5, atol=1e-5)
@@ -72,10 +95,8 @@ def test_loss_and_top_k_are_those_of_the_logits(case):
 
 def test_a_shortlist_of_everything_is_the_full_head(case):
     pages = make_pages(case["bias"], case["assignment"], size=4)
-    head = _head(case, pages.tokens.shape[0])
-    got = shortlist_logits(
-        case["hidden"], case["codebook"], case["bias"], case["assignment"], **head
-    )
+    coarse = (case["hidden"], case["codebook"], case["bias"], case["assignment"])
+    got = logits_of(*coarse, pages, case["rows"], num_pages=pages.tokens.shape[0])
     np.testing.assert_allclose(got, case["hidden"] @ case["rows"].T, rtol=1e-4, atol=1e-5)
 
 
@@ -103,11 +124,13 @@ def test_gradients_equal_those_through_the_logits(case):
 def test_temperature_acts_on_all_logits(case):
     head = _head(case, 10)
     coarse = (case["hidden"], case["codebook"], case["bias"], case["assignment"])
-    logits = shortlist_logits(*coarse, **head) / 0.5
-    top = shortlist_topk(case["hidden"], case["codebook"], 3, **head, temperature=0.5)
+    arrays = (head["pages"], case["rows"])
+    logits = logits_of(*coarse, *arrays, num_pages=10) / 0.5
+    options = dict(num_pages=10, temperature=0.5)
+    top = top_of(case["hidden"], case["codebook"], 3, *arrays, **options)
     np.testing.assert_allclose(top.values, jax.lax.top_k(logits, 3)[0], rtol=1e-5)
     np.testing.assert_allclose(top.log_z, jax.nn.logsumexp(logits, axis=-1), rtol=1e-5)
-    nll = shortlist_nll(*coarse, case["labels"], **head, temperature=0.5)
+    nll = nll_of(*coarse, case["labels"], *arrays, **options)
     want = top.log_z - jnp.take_along_axis(logits, case["labels"][:, None], -1)[:, 0]
     np.testing.assert_allclose(nll, want, rtol=1e-4, atol=1e-5)
 
@@ -121,7 +144,11 @@ def test_a_shortlist_helps_and_a_longer_one_helps_more(case):
         return float((probs * (np.log(probs) - log_probs)).sum(-1).mean())
 
     seen = [
-        divergence(jax.nn.log_softmax(shortlist_logits(*coarse, **_head(case, n))))
+        divergence(
+            jax.nn.log_softmax(
+                logits_of(*coarse, _head(case, n)["pages"], case["rows"], num_pages=n)
+            )
+        )
         for n in (1, 8, 32)
     ]
     assert seen == sorted(seen, reverse=True)
