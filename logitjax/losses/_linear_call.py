@@ -10,7 +10,15 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from logitjax import ops
-from logitjax.losses._linear_sweep import Operands, Projection, Statistic, Sweep, run, vary
+from logitjax.losses._linear_sweep import (
+    Operands,
+    Projection,
+    Statistic,
+    Sweep,
+    run,
+    vary,
+    varying_axes,
+)
 from logitjax.losses._linear_weighted import run_weighted
 from logitjax.ops import Array, AxisName
 
@@ -69,24 +77,22 @@ def vocabulary_size(branch: Branch, axis_name: AxisName | None) -> int:
 
 
 def _projection(branch: Branch, axis: int, inverse_temperature: jax.Array) -> Projection:
-    arrays = []
+    arrays: dict[str, Any] = {}
     for name in ("hidden", "head", "bias"):
         value = getattr(branch, name)
         if value is not None:
             value = jnp.asarray(value)
             if not jnp.issubdtype(value.dtype, jnp.floating):
-                raise TypeError(
-                    f"{branch.prefix}{name} must be floating point, got {value.dtype}"
-                )
-        arrays.append(value)
-    vocab = arrays[1].shape[axis]
-    if arrays[2] is not None and arrays[2].shape != (vocab,):
+                raise TypeError(f"{branch.prefix}{name} must be floating point, got {value.dtype}")
+        arrays[name] = value
+    vocab = arrays["head"].shape[axis]
+    if arrays["bias"] is not None and arrays["bias"].shape != (vocab,):
         raise ValueError(
-            f"{branch.prefix}bias must have shape ({vocab},), got {arrays[2].shape}"
+            f"{branch.prefix}bias must have shape ({vocab},), got {arrays['bias'].shape}"
         )
     if branch.soft_cap is not None:
         ops.check_positive(branch.soft_cap, f"{branch.prefix}soft_cap")
-    return Projection(*arrays, inverse_temperature)
+    return Projection(**arrays, inverse_temperature=inverse_temperature)
 
 
 def _block_size(given: int | None, tokens: int, vocab: int) -> int:
@@ -198,9 +204,7 @@ def sweep(
         combine=combine,
     )
     # Outside the custom rule, so that the transpose sums the gradients of replicated arrays.
-    operands, token_weights = jax.tree.map(
-        lambda x: vary(x, varying), (operands, token_weights)
-    )
+    operands, token_weights = jax.tree.map(lambda x: vary(x, varying), (operands, token_weights))
     outputs = _on_mesh(config, operands, token_weights)
     if axis_name is not None:
         outputs = jax.tree.map(lambda x: lax.psum(x, axis_name), outputs)
@@ -211,13 +215,13 @@ def sweep(
 
 def _varying(tree: Any, axis_name: AxisName | None) -> tuple[str, ...]:
     """Mesh axes over which anything here differs, vocabulary shards included."""
-    axes = {a for x in jax.tree.leaves(tree) for a in getattr(jax.typeof(x), "vma", ())}
+    axes = {a for x in jax.tree.leaves(tree) for a in varying_axes(x)}
     if axis_name is not None and axes:
         axes |= {axis_name} if isinstance(axis_name, str) else set(axis_name)
     return tuple(sorted(axes))
 
 
-def _on_mesh(config: Sweep, operands: Operands, weights: jax.Array | None) -> Any:
+def _on_mesh(config: Sweep, operands: Operands, weights: Array | None) -> Any:
     """The sweep itself; Explicit mesh axes are left to the compiler inside it."""
 
     def call(operands, weights):
@@ -240,11 +244,12 @@ def _on_mesh(config: Sweep, operands: Operands, weights: jax.Array | None) -> An
             f"axis_name={split[axis]!r} inside jax.shard_map"
         )
     batch = tuple(sharding.spec[:-1])
-    shapes = jax.eval_shape(call, operands, weights)
-    out = jax.tree.map(
-        lambda x: NamedSharding(
-            mesh, PartitionSpec(*(batch + (None,) * x.ndim)[: x.ndim] if weights is None else ())
-        ),
-        shapes,
-    )
-    return jax.sharding.auto_axes(call, axes=explicit, out_sharding=out)(operands, weights)
+    plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (operands, weights))
+    shapes = jax.eval_shape(call, *plain)
+
+    def layout(x: jax.ShapeDtypeStruct) -> NamedSharding:
+        return NamedSharding(mesh, PartitionSpec(*(batch + (None,) * x.ndim)[: x.ndim]))
+
+    out = jax.tree.map(layout, shapes)
+    inside: Any = jax.sharding.auto_axes(call, axes=explicit, out_sharding=out)
+    return inside(operands, weights)

@@ -21,7 +21,7 @@ def linear_graph_fusion(
     teachers: Sequence[FusionTeacher],
     *,
     where: Bool[Array, "*batch positions"] | None = None,
-    config: GraphFusionConfig = GraphFusionConfig(),
+    config: GraphFusionConfig = GraphFusionConfig(),  # noqa: B008
     bias: Float[Array, " vocab"] | None = None,
     vocab_axis: int | None = None,
     soft_cap: float | int | None = None,

@@ -51,15 +51,15 @@ def _softmax(logits: jax.Array, log_z: jax.Array) -> jax.Array:
 
 
 class Readout(NamedTuple):
-    """What `ReadoutStatistic` gives; None for what was not asked."""
+    """What `ReadoutStatistic` gives: arrays, None for what was not asked."""
 
-    log_z: jax.Array
-    label: jax.Array | None = None  # logit at tokens["labels"]
-    gathered: jax.Array | None = None  # logits at tokens["ids"]
-    values: jax.Array | None = None
-    indices: jax.Array | None = None
-    mean: jax.Array | None = None
-    std: jax.Array | None = None
+    log_z: Any
+    label: Any = None  # logit at tokens["labels"]
+    gathered: Any = None  # logits at tokens["ids"]
+    values: Any = None
+    indices: Any = None
+    mean: Any = None
+    std: Any = None
 
 
 class _Moments(NamedTuple):
@@ -93,16 +93,16 @@ class _Moments(NamedTuple):
 
 class _ReadoutState(NamedTuple):
     sums: OnlineSums
-    label: jax.Array | None
-    gathered: jax.Array | None
-    values: jax.Array | None
-    indices: jax.Array | None
+    label: Any
+    gathered: Any
+    values: Any
+    indices: Any
     moments: _Moments | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReadoutStatistic:
-    """log Z, and as asked: the label's logit, logits at given ids, the top k, mean and deviation."""
+    """log Z and, as asked, the label's logit, logits at ids, the top k, mean and deviation."""
 
     labels: bool = False
     ids: int = 0
@@ -236,7 +236,7 @@ class KLStatistic:
         return tuple(sums.reduce(axis_name) for sums in state)
 
     def finish(self, state, passed: Any):
-        over, under = state
+        over, _ = state
         total, gap, escaped = over.sums
         # Mass where the other distribution has none: the divergence is infinite, and its gradient
         # that of the other entries.

@@ -23,7 +23,7 @@ class Projection(NamedTuple):
     hidden: Array  # [*batch, hidden]
     head: Array  # [hidden, vocab] or [vocab, hidden]
     bias: Array | None  # [vocab]
-    inverse_temperature: Array  # scalar
+    inverse_temperature: Any  # scalar; None in a gradient
 
 
 class Operands(NamedTuple):
@@ -38,10 +38,10 @@ class Operands(NamedTuple):
 class Block(NamedTuple):
     """Logits of one block of columns, -inf where a column does not count."""
 
-    student: Array  # [*batch, block] float32
-    teacher: Array | None
-    columns: Array  # [block] int32, ids in the whole vocabulary
-    first: Array  # position of the first column that no earlier block had
+    student: jax.Array  # [*batch, block] float32
+    teacher: jax.Array | None
+    columns: jax.Array  # [block] int32, ids in the whole vocabulary
+    first: jax.Array  # position of the first column that no earlier block had
     tokens: Any
 
 
@@ -79,32 +79,39 @@ class Sweep:
         return jax.tree.map(lambda x: vary(x, self.varying), tree)
 
 
+def varying_axes(x: Any) -> frozenset[str]:
+    """Mesh axes over which ``shard_map`` knows x to differ."""
+    return jax.typeof(x).manual_axis_type.varying
+
+
 def vary(x: Any, axes: tuple[str, ...]) -> Any:
-    missing = tuple(a for a in axes if a not in getattr(jax.typeof(x), "vma", ()))
+    missing = tuple(a for a in axes if a not in varying_axes(x))
     return lax.pcast(x, missing, to="varying") if missing else x
 
 
-def _contract(a, a_dims, b, b_dims):
+def contract(a, a_dims, b, b_dims):
     wide = jnp.promote_types(a.dtype, jnp.float32)
     return lax.dot_general(a, b, ((a_dims, b_dims), ((), ())), preferred_element_type=wide)
 
 
-def _compute_dtype(projection: Projection):
+def compute_dtype(projection: Projection):
     return jnp.result_type(projection.hidden.dtype, projection.head.dtype)
 
 
-def _head_block(projection: Projection, vocab_axis: int, start, size: int):
+def head_block(projection: Projection, vocab_axis: int, start, size: int):
     """The head's (and bias's) columns ``[start, start + size)`` in the matmul's dtype."""
     head = lax.dynamic_slice_in_dim(projection.head, start, size, vocab_axis)
     bias = projection.bias
     if bias is not None:
         bias = lax.dynamic_slice_in_dim(bias, start, size)
-    return head.astype(_compute_dtype(projection)), bias
+    return head.astype(compute_dtype(projection)), bias
 
 
-def _logits(projection: Projection, head, bias, vocab_axis: int, soft_cap: float | None, valid):
+def block_logits(
+    projection: Projection, head, bias, vocab_axis: int, soft_cap: float | None, valid
+):
     hidden = projection.hidden.astype(head.dtype)
-    logits = _contract(hidden, (hidden.ndim - 1,), head, (1 - vocab_axis,))
+    logits = contract(hidden, (hidden.ndim - 1,), head, (1 - vocab_axis,))
     if bias is not None:
         logits = logits + bias.astype(logits.dtype)
     if soft_cap is not None:
@@ -112,17 +119,17 @@ def _logits(projection: Projection, head, bias, vocab_axis: int, soft_cap: float
     return jnp.where(valid, logits * projection.inverse_temperature, -jnp.inf)
 
 
-class _Columns(NamedTuple):
+class Columns(NamedTuple):
     """What a block of columns has that does not depend on positions."""
 
-    start: Array
-    columns: Array
-    first: Array
-    valid: Array
-    heads: tuple[tuple[Array, Array | None], ...]
+    start: jax.Array
+    columns: jax.Array
+    first: jax.Array
+    valid: jax.Array
+    heads: tuple[tuple[jax.Array, jax.Array | None], ...]
 
 
-def _column_ids(sweep: Sweep, operands: Operands, index):
+def column_ids(sweep: Sweep, operands: Operands, index):
     """A block's local start, its ids in the whole vocabulary, and the first of them that is new."""
     vocab = sweep.local_vocab(operands)
     # The last block slides back to end at the vocabulary's end; columns it repeats do not count.
@@ -132,24 +139,24 @@ def _column_ids(sweep: Sweep, operands: Operands, index):
     return start, columns, index * sweep.block - start
 
 
-def _columns(sweep: Sweep, operands: Operands, index) -> _Columns:
-    start, columns, first = _column_ids(sweep, operands, index)
+def column_block(sweep: Sweep, operands: Operands, index) -> Columns:
+    start, columns, first = column_ids(sweep, operands, index)
     valid = jnp.arange(sweep.block) >= first
     if operands.where is not None:
         valid &= lax.dynamic_slice_in_dim(operands.where, start, sweep.block)
     branches = (operands.student, operands.teacher)
     heads = tuple(
-        _head_block(branch, axis, start, sweep.block)
+        head_block(branch, axis, start, sweep.block)
         for branch, axis in zip(branches, sweep.vocab_axes)
         if branch is not None
     )
-    return _Columns(start, columns, first, valid, heads)
+    return Columns(start, columns, first, valid, heads)
 
 
-def _block(sweep: Sweep, operands: Operands, columns: _Columns) -> Block:
+def form_block(sweep: Sweep, operands: Operands, columns: Columns) -> Block:
     branches = (operands.student, operands.teacher)
     logits = [
-        _logits(branch, head, bias, axis, cap, columns.valid)
+        block_logits(branch, head, bias, axis, cap, columns.valid)
         for branch, (head, bias), axis, cap in zip(
             branches, columns.heads, sweep.vocab_axes, sweep.soft_caps
         )
@@ -159,7 +166,7 @@ def _block(sweep: Sweep, operands: Operands, columns: _Columns) -> Block:
     return Block(logits[0], teacher, columns.columns, columns.first, operands.tokens)
 
 
-def _raw_gradient(sweep: Sweep, operands: Operands, block: Block, gradient):
+def raw_gradient(sweep: Sweep, operands: Operands, block: Block, gradient):
     """From the gradient at the tempered, capped logits back to ``hidden @ head + bias``."""
     slope = operands.student.inverse_temperature
     cap = sweep.soft_caps[0]
@@ -169,35 +176,33 @@ def _raw_gradient(sweep: Sweep, operands: Operands, block: Block, gradient):
     return jnp.where(block.student > -jnp.inf, gradient * slope, 0.0)
 
 
-def _head_gradient(sweep: Sweep, hidden, gradient):
+def head_gradient(sweep: Sweep, hidden, gradient):
     """``hidden^T gradient`` over all positions, laid out as the head is."""
     positions = tuple(range(hidden.ndim - 1))
     if sweep.vocab_axes[0] == 1:
-        return _contract(hidden, positions, gradient, positions)
-    return _contract(gradient, positions, hidden, positions)
+        return contract(hidden, positions, gradient, positions)
+    return contract(gradient, positions, hidden, positions)
 
 
-def _add_block(total, block, start, axis: int):
+def add_block(total, block, start, axis: int):
     size = block.shape[axis]
     old = lax.dynamic_slice_in_dim(total, start, size, axis)
     return lax.dynamic_update_slice_in_dim(total, old + block.astype(total.dtype), start, axis)
 
 
-class _Split:
-    """Cuts positions (the last batch axis, so that a sharded first axis stays whole) into blocks."""
+class Split:
+    """Cuts the last batch axis into blocks, so that a sharded first axis stays whole."""
 
     def __init__(self, size: int | None, batch: tuple[int, ...]):
         self.axis = len(batch) - 1
         self.length = batch[-1] if batch else 1
-        self.size = size if size is not None and batch and size < self.length else None
-        if self.size is None:
-            self.batch = batch
-        else:
-            self.count = -(-self.length // self.size)
-            self.batch = (self.count, *batch[:-1], self.size)
+        self.whole = size is None or not batch or size >= self.length
+        self.size = self.length if size is None else size
+        self.count = -(-self.length // self.size)
+        self.batch = batch if self.whole else (self.count, *batch[:-1], self.size)
 
     def __call__(self, tree: Any) -> Any:
-        return tree if self.size is None else jax.tree.map(self._split, tree)
+        return tree if self.whole else jax.tree.map(self._split, tree)
 
     def _split(self, x):
         pad = self.count * self.size - self.length
@@ -207,7 +212,7 @@ class _Split:
         return jnp.moveaxis(x.reshape(shape), self.axis, 0)
 
     def join(self, tree: Any) -> Any:
-        return tree if self.size is None else jax.tree.map(self._join, tree)
+        return tree if self.whole else jax.tree.map(self._join, tree)
 
     def _join(self, x):
         x = jnp.moveaxis(x, 0, self.axis)
@@ -216,10 +221,10 @@ class _Split:
 
     def each(self, step: Callable, carry: Any, xs: Any) -> tuple[Any, Any]:
         """``lax.scan`` over blocks of positions, or one call where there is only one."""
-        return step(carry, xs) if self.size is None else lax.scan(step, carry, xs)
+        return step(carry, xs) if self.whole else lax.scan(step, carry, xs)
 
 
-def _split_operands(operands: Operands, split: _Split):
+def split_operands(operands: Operands, split: Split):
     """(tokens of every block, function that puts one block's tokens back)."""
     teacher = operands.teacher
     tokens = (operands.student.hidden, teacher and teacher.hidden, operands.tokens)
@@ -234,26 +239,26 @@ def _split_operands(operands: Operands, split: _Split):
     return split(tokens), place
 
 
-def _blocks(sweep: Sweep, operands: Operands):
+def block_numbers(sweep: Sweep, operands: Operands):
     return jnp.arange(-(-sweep.local_vocab(operands) // sweep.block), dtype=jnp.int32)
 
 
-def _accumulate(sweep: Sweep, operands: Operands, split: _Split, tokens, place):
+def accumulate(sweep: Sweep, operands: Operands, split: Split, tokens, place):
     """All passes of the statistic: (outputs, residuals), still cut into blocks of positions."""
     statistic, passed = sweep.statistic, None
     for number in range(statistic.passes):
 
         def step(state, index, passed=passed):
-            columns = _columns(sweep, operands, index)
+            columns = column_block(sweep, operands, index)
 
             def absorb(carry, xs):
-                block = _block(sweep, place(xs[0]), columns)
+                block = form_block(sweep, place(xs[0]), columns)
                 return carry, statistic.absorb(xs[1], block, xs[2])
 
             return split.each(absorb, (), (tokens, state, passed))[1], None
 
         state = sweep.vary(statistic.start(split.batch, passed))
-        state, _ = lax.scan(step, state, _blocks(sweep, operands))
+        state, _ = lax.scan(step, state, block_numbers(sweep, operands))
         if sweep.axis_name is not None:
             state = statistic.reduce(state, sweep.axis_name, passed)
         outputs, residuals = statistic.finish(state, passed)
@@ -262,7 +267,7 @@ def _accumulate(sweep: Sweep, operands: Operands, split: _Split, tokens, place):
     return outputs, residuals
 
 
-def _first_shard(sweep: Sweep, tree: Any) -> Any:
+def first_shard(sweep: Sweep, tree: Any) -> Any:
     """Zero on all vocabulary shards but the first.
 
     The caller's ``psum`` then restores the value, and its transpose hands every shard the whole
@@ -275,36 +280,36 @@ def _first_shard(sweep: Sweep, tree: Any) -> Any:
 
 
 def _forward(sweep: Sweep, operands: Operands):
-    split = _Split(sweep.token_block, operands.student.hidden.shape[:-1])
-    tokens, place = _split_operands(operands, split)
-    outputs, residuals = split.join(_accumulate(sweep, operands, split, tokens, place))
-    return _first_shard(sweep, outputs), (operands, residuals)
+    split = Split(sweep.token_block, operands.student.hidden.shape[:-1])
+    tokens, place = split_operands(operands, split)
+    outputs, residuals = split.join(accumulate(sweep, operands, split, tokens, place))
+    return first_shard(sweep, outputs), (operands, residuals)
 
 
 def _backward(sweep: Sweep, saved, cotangents):
     operands, residuals = saved
     student = operands.student
-    split = _Split(sweep.token_block, student.hidden.shape[:-1])
-    tokens, place = _split_operands(operands, split)
-    residuals, cotangents = split((residuals, _drop_integers(cotangents)))
+    split = Split(sweep.token_block, student.hidden.shape[:-1])
+    tokens, place = split_operands(operands, split)
+    residuals, cotangents = split((residuals, drop_integers(cotangents)))
     axis = sweep.vocab_axes[0]
-    wide = jnp.promote_types(_compute_dtype(student), jnp.float32)
+    wide = jnp.promote_types(compute_dtype(student), jnp.float32)
 
     def step(carry, index):
         d_hidden, d_head, d_bias = carry
-        columns = _columns(sweep, operands, index)
+        columns = column_block(sweep, operands, index)
         head = columns.heads[0][0]
 
         def differentiate(sums, xs):
             tokens, residuals, cotangents, d_hidden = xs
             here = place(tokens)
-            block = _block(sweep, here, columns)
+            block = form_block(sweep, here, columns)
             raw = sweep.statistic.gradient(residuals, cotangents, block)
-            raw = _raw_gradient(sweep, here, block, raw)
+            raw = raw_gradient(sweep, here, block, raw)
             cast = raw.astype(head.dtype)
-            d_hidden = d_hidden + _contract(cast, (raw.ndim - 1,), head, (axis,))
+            d_hidden = d_hidden + contract(cast, (raw.ndim - 1,), head, (axis,))
             hidden = here.student.hidden.astype(head.dtype)
-            d_head = sums[0] + _head_gradient(sweep, hidden, cast)
+            d_head = sums[0] + head_gradient(sweep, hidden, cast)
             d_bias = sums[1]
             if d_bias is not None:
                 d_bias = d_bias + raw.sum(tuple(range(raw.ndim - 1)))
@@ -318,9 +323,9 @@ def _backward(sweep: Sweep, saved, cotangents):
         )
         xs = (tokens, residuals, cotangents, d_hidden)
         (block_head, block_bias), d_hidden = split.each(differentiate, zeros, xs)
-        d_head = _add_block(d_head, block_head, columns.start, axis)
+        d_head = add_block(d_head, block_head, columns.start, axis)
         if d_bias is not None:
-            d_bias = _add_block(d_bias, block_bias, columns.start, 0)
+            d_bias = add_block(d_bias, block_bias, columns.start, 0)
         return (d_hidden, d_head, d_bias), None
 
     start = sweep.vary(
@@ -330,12 +335,12 @@ def _backward(sweep: Sweep, saved, cotangents):
             None if student.bias is None else jnp.zeros_like(student.bias),
         )
     )
-    (d_hidden, d_head, d_bias), _ = lax.scan(step, start, _blocks(sweep, operands))
+    (d_hidden, d_head, d_bias), _ = lax.scan(step, start, block_numbers(sweep, operands))
     d_hidden = split.join(d_hidden).astype(student.hidden.dtype)
     return (Operands(Projection(d_hidden, d_head, d_bias, None), None, None, None),)
 
 
-def _drop_integers(tree: Any) -> Any:
+def drop_integers(tree: Any) -> Any:
     return jax.tree.map(lambda x: None if x.dtype == jax.dtypes.float0 else x, tree)
 
 

@@ -11,17 +11,36 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from logitjax.losses import _linear_sweep as _sweep
-from logitjax.losses._linear_sweep import Block, Operands, Projection, Sweep
+from logitjax.losses._linear_sweep import (
+    Block,
+    Operands,
+    Projection,
+    Split,
+    Sweep,
+    accumulate,
+    add_block,
+    block_numbers,
+    column_block,
+    column_ids,
+    compute_dtype,
+    contract,
+    drop_integers,
+    first_shard,
+    form_block,
+    head_block,
+    head_gradient,
+    raw_gradient,
+    split_operands,
+)
 
 
 def _value_only(sweep: Sweep, operands: Operands, weights):
     assert sweep.combine is not None
-    split = _sweep._Split(sweep.token_block, operands.student.hidden.shape[:-1])
-    tokens, place = _sweep._split_operands(operands, split)
-    outputs, _ = split.join(_sweep._accumulate(sweep, operands, split, tokens, place))
+    split = Split(sweep.token_block, operands.student.hidden.shape[:-1])
+    tokens, place = split_operands(operands, split)
+    outputs, _ = split.join(accumulate(sweep, operands, split, tokens, place))
     losses = sweep.combine(outputs, operands.tokens)
-    return _sweep._first_shard(sweep, _weighted_sum(losses, weights))
+    return first_shard(sweep, _weighted_sum(losses, weights))
 
 
 def _weighted_sum(losses: jax.Array, weights: jax.Array) -> jax.Array:
@@ -37,9 +56,9 @@ def run_weighted(sweep: Sweep, operands: Operands, weights: jax.Array) -> jax.Ar
 
 def _forward(sweep: Sweep, operands: Operands, weights: jax.Array):
     student = operands.student
-    split = _sweep._Split(sweep.token_block, student.hidden.shape[:-1])
-    tokens, place = _sweep._split_operands(operands, split)
-    wide = jnp.promote_types(_sweep._compute_dtype(student), jnp.float32)
+    split = Split(sweep.token_block, student.hidden.shape[:-1])
+    tokens, place = split_operands(operands, split)
+    wide = jnp.promote_types(compute_dtype(student), jnp.float32)
 
     def positions(carry, xs):
         here = place(xs[0])
@@ -54,7 +73,7 @@ def _forward(sweep: Sweep, operands: Operands, weights: jax.Array):
     )
     (d_head, d_bias), per_token = split.each(positions, start, (tokens, split(weights)))
     losses, d_hidden = split.join(per_token)
-    total = _sweep._first_shard(sweep, _weighted_sum(losses, weights))
+    total = first_shard(sweep, _weighted_sum(losses, weights))
     like = (student.hidden, student.head, student.bias)
     grads = jax.tree.map(lambda g, x: g.astype(x.dtype), (d_hidden, d_head, d_bias), like)
     return total, (grads, losses)
@@ -64,17 +83,17 @@ def _one_block(sweep: Sweep, operands: Operands, weights, d_head, d_bias):
     """Losses and gradients of one block of positions, added to the head's gradient so far."""
     statistic, axis = sweep.statistic, sweep.vocab_axes[0]
     assert sweep.combine is not None
-    numbers = _sweep._blocks(sweep, operands)
+    numbers = block_numbers(sweep, operands)
     batch = operands.student.hidden.shape[:-1]
 
     def first(state, index):
-        columns = _sweep._columns(sweep, operands, index)
-        block = _sweep._block(sweep, operands, columns)
+        columns = column_block(sweep, operands, index)
+        block = form_block(sweep, operands, columns)
         return statistic.absorb(state, block, None), (block.student, block.teacher)
 
     def again(state, xs, passed):
         index, (student, teacher) = xs
-        start, columns, first_column = _sweep._column_ids(sweep, operands, index)
+        _, columns, first_column = column_ids(sweep, operands, index)
         block = Block(student, teacher, columns, first_column, operands.tokens)
         return statistic.absorb(state, block, passed), None
 
@@ -91,28 +110,27 @@ def _one_block(sweep: Sweep, operands: Operands, weights, d_head, d_bias):
         outputs, residuals = statistic.finish(state, passed)
         passed = residuals
 
-    combine = functools.partial(sweep.combine, tokens=operands.tokens)
-    losses, pull = jax.vjp(combine, outputs)
+    # The weights vary over the vocabulary's mesh axis by type, so the outputs have to as well.
+    outputs, combine = sweep.vary(outputs), sweep.combine
+    losses, pull = jax.vjp(lambda outputs: combine(outputs, operands.tokens), outputs)
     (cotangents,) = pull(weights.astype(losses.dtype))
-    cotangents = _sweep._drop_integers(cotangents)
+    cotangents = drop_integers(cotangents)
 
     def backward(carry, xs):
         d_hidden, d_head, d_bias = carry
         index, (student, teacher) = xs
-        start, columns, first_column = _sweep._column_ids(sweep, operands, index)
+        start, columns, first_column = column_ids(sweep, operands, index)
         block = Block(student, teacher, columns, first_column, operands.tokens)
-        head, _ = _sweep._head_block(operands.student, axis, start, sweep.block)
+        head, _ = head_block(operands.student, axis, start, sweep.block)
         raw = statistic.gradient(residuals, cotangents, block)
-        raw = _sweep._raw_gradient(sweep, operands, block, raw)
+        raw = raw_gradient(sweep, operands, block, raw)
         cast = raw.astype(head.dtype)
-        d_hidden = d_hidden + _sweep._contract(cast, (raw.ndim - 1,), head, (axis,))
+        d_hidden = d_hidden + contract(cast, (raw.ndim - 1,), head, (axis,))
         hidden = operands.student.hidden.astype(head.dtype)
-        d_head = _sweep._add_block(
-            d_head, _sweep._head_gradient(sweep, hidden, cast), start, axis
-        )
+        d_head = add_block(d_head, head_gradient(sweep, hidden, cast), start, axis)
         if d_bias is not None:
             bias = raw.sum(tuple(range(raw.ndim - 1)))
-            d_bias = _sweep._add_block(d_bias, bias, start, 0)
+            d_bias = add_block(d_bias, bias, start, 0)
         return (d_hidden, d_head, d_bias), None
 
     d_hidden = sweep.vary(jnp.zeros(operands.student.hidden.shape, d_head.dtype))
@@ -123,7 +141,8 @@ def _one_block(sweep: Sweep, operands: Operands, weights, d_head, d_bias):
 def _backward(sweep: Sweep, saved, cotangent):
     grads, losses = saved
     scaled = jax.tree.map(lambda g: g * cotangent.astype(g.dtype), grads)
-    student = Projection(*scaled, None)
+    d_hidden, d_head, d_bias = scaled
+    student = Projection(d_hidden, d_head, d_bias, None)
     return Operands(student, None, None, None), cotangent * losses
 
 

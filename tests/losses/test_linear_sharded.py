@@ -1,0 +1,165 @@
+"""Blocked losses on 8 devices: vocabulary-parallel, gathered heads, Auto and Explicit meshes."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from logitjax import losses, ops
+
+BATCH, LENGTH, HIDDEN, VOCAB = 4, 6, 8, 4 * 50
+BLOCKS = dict(block_size=24, token_block=4)
+
+
+def _normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+X, W = _normal(0, BATCH, LENGTH, HIDDEN), _normal(1, HIDDEN, VOCAB)
+TX, TW = _normal(2, BATCH, LENGTH, HIDDEN), _normal(3, HIDDEN, VOCAB)
+Y = jnp.asarray(np.random.default_rng(4).integers(0, VOCAB, (BATCH, LENGTH)))
+WEIGHTS = _normal(5, BATCH, LENGTH)
+TEACHER = ops.top_k_of(TX @ TW, 7)
+
+
+def _mesh(kind=AxisType.Auto):
+    return jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(kind, kind))
+
+
+def _everything(x, w, y, weights, tx, tw, teacher, axis_name=None):
+    """One number per position that depends on all kinds of losses."""
+    options = dict(axis_name=axis_name, **BLOCKS)
+    total = losses.linear_cross_entropy(x, w, y, label_smoothing=0.1, z_loss=0.01, **options)
+    total += losses.linear_kl_divergence(x, w, tx, tw, direction="reverse", **options)
+    total += losses.linear_generalized_jensen_shannon(x, w, tx, tw, **options)
+    readout = losses.linear_readout(x, w, labels=y, ids=teacher.indices, top_k=5, **options)
+    s = readout.statistics
+    total += losses.sparse_kl_divergence(readout.gathered_top_k(teacher.indices), teacher)
+    return total + s.std + s.mean + jnp.cos(s.values + s.indices).sum(-1)
+
+
+def _scalar(x, w, y, weights, tx, tw, teacher, axis_name=None):
+    options = dict(axis_name=axis_name, token_weights=weights, **BLOCKS)
+    return losses.linear_kl_divergence(x, w, tx, tw, **options) + (
+        losses.linear_sparse_kl_divergence(
+            x, w, teacher, labels=y, cross_entropy_weight=0.5, **options
+        )
+    )
+
+
+ARGUMENTS = (X, W, Y, WEIGHTS, TX, TW, TEACHER)
+
+
+def _loss(form, *arguments, **options):
+    if form == "scalar":
+        return _scalar(*arguments, **options)
+    return (_everything(*arguments, **options) * arguments[3]).sum()
+
+
+@functools.cache
+def _expected(form):
+    return jax.jit(jax.value_and_grad(functools.partial(_loss, form), (0, 1)))(*ARGUMENTS)
+
+
+def _close(got, want):
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
+    for a, b in zip(got[1], want[1], strict=True):
+        assert np.abs(a - b).max() < 1e-5 * np.abs(b).max()
+
+
+def _vocabulary_parallel(form, check_vma):
+    head = P(None, "tensor")
+    rows = P("data")
+
+    def local(*arguments):
+        return lax.psum(_loss(form, *arguments, axis_name="tensor"), "data")
+
+    return jax.shard_map(
+        local,
+        mesh=_mesh(),
+        in_specs=(rows, head, rows, rows, rows, head, rows),
+        out_specs=P(),
+        check_vma=check_vma,
+    )
+
+
+@pytest.mark.parametrize("form", ["unreduced", "scalar"])
+def test_vocabulary_parallel_equals_local(form):
+    run = jax.jit(jax.value_and_grad(_vocabulary_parallel(form, True), (0, 1)))
+    _close(run(*ARGUMENTS), _expected(form))
+
+
+def test_vocabulary_parallel_without_vma_checks():
+    run = jax.jit(jax.value_and_grad(_vocabulary_parallel("scalar", False), (0, 1)))
+    _close(run(*ARGUMENTS), _expected("scalar"))
+
+
+def test_vocabulary_parallel_kl_needs_few_reductions_and_gathers_no_logits():
+    rows, head = P(), P(None, "tensor")
+
+    def local(x, w, tx, tw):
+        return losses.linear_kl_divergence(x, w, tx, tw, axis_name="tensor", block_size=8).sum()
+
+    run = jax.shard_map(local, mesh=_mesh(), in_specs=(rows, head, rows, head), out_specs=P())
+    compiled = jax.jit(jax.value_and_grad(run, (0, 1))).lower(X, W, TX, TW).compile()
+    text = compiled.as_text()
+    assert "all-gather" not in text
+    # Two maxima, two sums, the values, the gradient of the hidden states: not per block.
+    assert (
+        0 < len(re.findall(r"= \S+ all-reduce(?:-start)?\(|\) all-reduce(?:-start)?\(", text)) <= 6
+    )
+
+
+def test_heads_gathered_over_fsdp():
+    def local(x, w, y, weights, tx, tw, teacher):
+        w = lax.all_gather(w, "data", axis=0, tiled=True)
+        arguments = (x, w, y, weights, tx, tw, teacher)
+        return lax.psum(_loss("scalar", *arguments, axis_name="tensor"), "data")
+
+    rows = P("data")
+    run = jax.shard_map(
+        local,
+        mesh=_mesh(),
+        in_specs=(rows, P("data", "tensor"), rows, rows, rows, P(None, "tensor"), rows),
+        out_specs=P(),
+    )
+    _close(jax.jit(jax.value_and_grad(run, (0, 1)))(*ARGUMENTS), _expected("scalar"))
+
+
+@pytest.mark.parametrize("form", ["unreduced", "scalar"])
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_batch_sharded_under_jit(kind, form):
+    mesh = _mesh(kind)
+    rows, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+    shardings = (rows, whole, rows, rows, rows, whole, rows)
+    placed = tuple(
+        jax.tree.map(lambda leaf, s=s: jax.device_put(leaf, s), a)
+        for a, s in zip(ARGUMENTS, shardings, strict=True)
+    )
+    with jax.set_mesh(mesh):
+        got = jax.jit(jax.value_and_grad(functools.partial(_loss, form), (0, 1)))(*placed)
+    _close(got, _expected(form))
+
+
+def test_sharded_vocabulary_on_an_explicit_mesh_is_an_error_that_names_axis_name():
+    mesh = _mesh(AxisType.Explicit)
+    head = jax.device_put(W, NamedSharding(mesh, P(None, "tensor")))
+    x, y = (jax.device_put(a, NamedSharding(mesh, P())) for a in (X, Y))
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match="axis_name='tensor'"):
+        jax.jit(losses.linear_cross_entropy)(x, head, y)
+
+
+def test_data_parallel_under_pmap():
+    def step(w, x, y):
+        gradient = jax.grad(lambda w: losses.linear_cross_entropy(x, w, y, **BLOCKS).mean())(w)
+        return lax.pmean(gradient, "data")
+
+    run = jax.pmap(step, axis_name="data", in_axes=(None, 0, 0), devices=jax.devices()[:4])
+    want = jax.grad(lambda w: losses.cross_entropy(X @ w, Y).mean())(W)
+    np.testing.assert_allclose(run(W, X, Y)[0], want, atol=1e-6)
