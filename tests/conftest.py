@@ -11,6 +11,9 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
+# Scripts that write goldens need torch and transformers.
+collect_ignore_glob = ["*/make_*.py", "*/export_*.py"]
+
 import jaxtyping  # noqa: E402
 
 jaxtyping.install_import_hook("logitjax", "beartype.beartype")
