@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from etils import epath
+from flax import nnx
 
 from experiments import _fusion_data, _models
 from logitjax import data, heads, training
@@ -91,13 +92,12 @@ def prepare(config: Any, workdir: epath.Path) -> Context:
     """Packs text, runs the model once, runs its head once; all of it is kept on disk."""
     root = epath.Path(config.cache_dir or workdir / "cache")
     model, tokenizer = _models.load(config.model, layout="listed")
-    packed = _fusion_data.pack_splits(
-        config.data,
-        {"model": tokenizer},
-        seq_len=config.seq_len,
-        on_error="raise",
-        directory=root / "packed",
-    ).splits
+    packed = {
+        name: data.pack(
+            examples, {"model": tokenizer}, seq_len=config.seq_len, directory=root / "packed" / name
+        )
+        for name, examples in _examples(config).items()
+    }
     kernel, row_bias, axis = model.head_kernel(ignore_softcap=True)
     rows = jnp.asarray(kernel if axis == 0 else kernel.T, jnp.float32)
     sizes = {
@@ -151,6 +151,16 @@ def in_blocks(fn: Callable[..., Any], *arrays: np.ndarray) -> Any:
     return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
 
 
+def _examples(config: Any) -> Mapping[str, data.Examples]:
+    if not config.data.startswith("tfds:"):
+        return _fusion_data.load_splits(config.data, on_error="raise")
+    names = ("train", "validation", "test")
+    return {
+        name: data.load_examples(config.data, split=split)
+        for name, split in zip(names, config.splits, strict=True)
+    }
+
+
 def _batches(packed: data.PackedDataset, config: Any) -> Iterator[Mapping[str, Any]]:
     step = 0
     # An epoch at most: then the split is smaller than what was asked for.
@@ -168,6 +178,4 @@ def _counts(packed: data.PackedDataset, vocab: int) -> np.ndarray:
 
 
 def _params(model: Any) -> Any:
-    from flax import nnx
-
     return nnx.to_pure_dict(nnx.state(model, nnx.Param))

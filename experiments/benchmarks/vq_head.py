@@ -5,6 +5,7 @@ tails cost by how often they are looked into. Its labels follow Zipf's law; in d
 head looks into nearly every tail, which a trained one does not.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -59,29 +60,37 @@ def _adaptive(hidden: int, vocab: int, unigram: np.ndarray) -> dict[str, Any]:
 
 def _decoders(case: dict[str, Any], codes: int) -> dict[str, Callable[[jax.Array], Any]]:
     rows, codebook, bias = case["rows"], case["codebook"], case["bias"]
-    tables = jax.jit(heads.vq_tables, static_argnums=2, static_argnames="width")(
-        bias, case["assignment"], codes, width=TOP
-    )
-    pages = heads.make_pages(bias, case["assignment"], size=16)
-    num_pages = min(32, pages.tokens.shape[0])
+    tables = heads.vq_tables(bias, case["assignment"], codes, width=TOP)
+    pages = heads.make_pages(bias, case["assignment"], size=8)
+    num_pages = min(128, pages.tokens.shape[0])
     adaptive = _adaptive(rows.shape[1], rows.shape[0], case["unigram"])
 
     def full(h: jax.Array, rows: jax.Array) -> Any:
         return ops.top_k(heads.linear_logits(h, rows, vocab_axis=0), TOP)
 
-    def shortlist(h: jax.Array, rows: jax.Array) -> Any:
+    def vq(h: jax.Array, weights: tuple[Any, ...]) -> Any:
+        return heads.vq_topk(h, *weights, TOP)
+
+    def shortlist(h: jax.Array, weights: tuple[Any, ...]) -> Any:
+        codebook, pages, rows = weights
         rescore = heads.exact_rows(rows)
         return heads.shortlist_topk(
             h, codebook, TOP, pages=pages, rescore=rescore, num_pages=num_pages, with_tail=False
         )
 
-    jitted = {
-        "full": (jax.jit(full), rows),
-        "vq": (jax.jit(lambda h, c: heads.vq_topk(h, c, tables, TOP)), codebook),
-        "shortlist": (jax.jit(shortlist), rows),
-        "adaptive": (jax.jit(lambda h, p: heads.adaptive_topk(h, p, TOP)), adaptive),
+    def tails(h: jax.Array, params: Any) -> Any:
+        return heads.adaptive_topk(h, params, TOP)
+
+    weights = {
+        "full": (full, rows),
+        "vq": (vq, (codebook, tables)),
+        "shortlist": (shortlist, (codebook, pages, rows)),
+        "adaptive": (tails, adaptive),
     }
-    return {name: lambda h, f=f, weights=w: f(h, weights) for name, (f, w) in jitted.items()}
+    return {
+        name: functools.partial(lambda f, w, h: f(h, w), jax.jit(f), w)
+        for name, (f, w) in weights.items()
+    }
 
 
 def _losses(case: dict[str, Any]) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:

@@ -61,11 +61,11 @@ class ConvertConfig:
     kmeans_iterations: int = 10
     use_bias: bool = True
     num_pages: int = 0
-    page_size: int = 16
+    page_size: int = 8
     max_tokens: int = 100_000
     steps: int = 200
     batch_size: int = 2048
-    learning_rate: float = 3e-3
+    learning_rate: float = 2e-3
     reassign_every: int = 50
     min_count: float = 1.0
     top: int = 64

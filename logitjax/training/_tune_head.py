@@ -63,7 +63,8 @@ def tune_head(
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, learning_rate, max(1, int(warmup * steps)), max(2, steps)
     )
-    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99))
+    # The larger epsilon keeps codes and tokens that hardly occur from drifting with the noise.
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99, eps=1e-6))
     opt_state = tx.init(params) if opt_state is None else opt_state
 
     @jax.jit(donate_argnums=(0, 1))
@@ -144,7 +145,7 @@ def tune_vq_head(
     *,
     steps: int,
     batch_size: int = 2048,
-    learning_rate: float = 3e-3,
+    learning_rate: float = 2e-3,
     reassign_every: int | None = None,
     min_count: float = 1.0,
     seed: int = 0,
