@@ -38,7 +38,11 @@ def _logged_steps(workdir: Path) -> int:
 def _final(workdir: Path, steps: int) -> list[np.ndarray]:
     directory = workdir / _ARM / "checkpoints" / str(steps) / "state"
     tree = ocp.PyTreeCheckpointer().restore(directory.resolve())
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+    keys = [
+        jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in jax.tree.leaves(tree)
+    ]
+    leaves = zip(jax.tree.leaves(tree), keys, strict=True)
+    return [np.asarray(jax.random.key_data(leaf) if key else leaf) for leaf, key in leaves]
 
 
 def run(options: _suite.Options) -> _suite.Result:
