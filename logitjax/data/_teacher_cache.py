@@ -219,10 +219,13 @@ def write_teacher_cache(
             len(wanted) * identity.bytes_per_row / 1e6,
         )
     with tqdm(total=count, desc=identity.model, unit=" rows", disable=None) as bar:
+        done = 0
         for chunk in todo:
             _write_shard(root, identity, chunk, compute, batch_size, bar)
+            done += len(chunk)
+            # A disabled bar does not count.
             if bar.disable:
-                logging.info("%s: %d of %d rows read", identity.model, bar.n, count)
+                logging.info("%s: %d of %d rows read", identity.model, done, count)
     return TeacherCache(root)
 
 
