@@ -1,7 +1,6 @@
 """Tokenizers from tokenizer.json or rebuilt from GGUF metadata."""
 
 import hashlib
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,10 +43,8 @@ class Tokenizer:
         self.pad_id = pad_id
         self.chat_template = chat_template
         self.extra = dict(extra or {})
-        serialised = json.dumps(
-            [json.loads(backend.to_str()), bos_id, eos_id, pad_id], sort_keys=True
-        )
-        self.fingerprint = hashlib.sha256(serialised.encode()).hexdigest()
+        decisive = f"{backend.to_str()}\n{bos_id} {eos_id} {pad_id}"
+        self.fingerprint = hashlib.sha256(decisive.encode()).hexdigest()
 
     @property
     def vocab_size(self) -> int:
