@@ -1,0 +1,396 @@
+"""Blocked losses against dense float64 oracles: values, gradients, masks, memory."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from logitjax import losses
+
+BATCH, LENGTH, HIDDEN, TEACHER_HIDDEN, VOCAB = 2, 11, 16, 24, 301
+# Neither divides: 301 = 3 * 96 + 13, 11 = 2 * 4 + 3.
+BLOCKS = dict(block_size=96, token_block=4)
+CAP, TEMPERATURE = 4.0, 1.7
+
+
+def _normal(seed, *shape, scale=1.0):
+    return np.random.default_rng(seed).normal(size=shape, scale=scale)
+
+
+HIDDENS = _normal(0, BATCH, LENGTH, HIDDEN)
+HEAD = _normal(1, HIDDEN, VOCAB, scale=0.5)
+BIAS = _normal(2, VOCAB)
+TEACHER_HIDDENS = _normal(3, BATCH, LENGTH, TEACHER_HIDDEN)
+TEACHER_HEAD = _normal(4, VOCAB, TEACHER_HIDDEN, scale=0.4)
+WEIGHTS = _normal(5, BATCH, LENGTH)
+WHERE = np.arange(VOCAB) % 7 != 3
+LABELS = np.random.default_rng(6).choice(np.flatnonzero(WHERE), (BATCH, LENGTH))
+
+
+def _dense_logits(hidden, head, bias):
+    return CAP * jnp.tanh((hidden @ head + bias) / CAP) / TEMPERATURE
+
+
+def _teacher_logits():
+    return TEACHER_HIDDENS @ TEACHER_HEAD.T / TEMPERATURE
+
+
+def _plain_kl(p, q):
+    p, q = jax.nn.log_softmax(p), jax.nn.log_softmax(q)
+    return jnp.sum(jnp.exp(p) * (p - q), -1)
+
+
+def _plain_jsd(student, teacher, beta):
+    p, q = jax.nn.softmax(teacher), jax.nn.softmax(student)
+    m = jnp.log(beta * p + (1 - beta) * q)
+    return jnp.sum(beta * p * (jnp.log(p) - m) + (1 - beta) * q * (jnp.log(q) - m), -1)
+
+
+def _plain_cross_entropy(student, teacher):
+    log_z = jax.nn.logsumexp(student, -1)
+    places = np.searchsorted(np.flatnonzero(WHERE), LABELS)
+    label = jnp.take_along_axis(student, places[..., None], -1)[..., 0]
+    return 0.9 * (log_z - label) + 0.1 * (log_z - student.mean(-1)) + 0.01 * log_z**2
+
+
+def _against_teacher(function, **kwargs):
+    def loss(hidden, head, bias, **more):
+        return function(
+            hidden,
+            head,
+            TEACHER_HIDDENS.astype(hidden.dtype),
+            TEACHER_HEAD.astype(head.dtype),
+            bias=bias,
+            soft_cap=CAP,
+            temperature=TEMPERATURE,
+            where=WHERE,
+            **kwargs,
+            **more,
+        )
+
+    return loss
+
+
+def _cross_entropy(hidden, head, bias, **more):
+    return losses.linear_cross_entropy(
+        hidden,
+        head,
+        LABELS,
+        bias=bias,
+        soft_cap=CAP,
+        temperature=TEMPERATURE,
+        where=WHERE,
+        label_smoothing=0.1,
+        z_loss=0.01,
+        **more,
+    )
+
+
+# name: (ours, the formula on logits that exist only where WHERE)
+CASES = {
+    "cross_entropy": (_cross_entropy, _plain_cross_entropy),
+    "forward_kl": (
+        _against_teacher(losses.linear_kl_divergence),
+        lambda s, t: TEMPERATURE**2 * _plain_kl(t, s),
+    ),
+    "reverse_kl": (
+        _against_teacher(losses.linear_kl_divergence, direction="reverse"),
+        lambda s, t: TEMPERATURE**2 * _plain_kl(s, t),
+    ),
+    "jensen_shannon": (
+        _against_teacher(losses.linear_generalized_jensen_shannon, beta=0.3),
+        functools.partial(_plain_jsd, beta=0.3),
+    ),
+    "total_variation": (
+        _against_teacher(losses.linear_total_variation),
+        lambda s, t: 0.5 * jnp.abs(jax.nn.softmax(s) - jax.nn.softmax(t)).sum(-1),
+    ),
+}
+
+
+@functools.cache
+def _oracle(name):
+    """Values and gradients of the weighted sum, float64, excluded columns cut away."""
+    formula = CASES[name][1]
+    kept = np.flatnonzero(WHERE)
+    with jax.enable_x64(True):
+
+        def loss(hidden, head, bias):
+            student = _dense_logits(hidden, head, bias)[..., kept]
+            values = formula(student, jnp.asarray(_teacher_logits()[..., kept]))
+            return jnp.sum(values * WEIGHTS), values
+
+        run = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)
+        (_, values), gradients = run(*map(jnp.asarray, (HIDDENS, HEAD, BIAS)))
+        return np.asarray(values), [np.asarray(g) for g in gradients]
+
+
+def _relative(got, want):
+    return np.abs(np.asarray(got, np.float64) - want).max() / np.abs(want).max()
+
+
+def _run(name, form, dtype=np.float32, **more):
+    """(values or None, gradients by hidden, head, bias) of the weighted sum of our losses."""
+    function = CASES[name][0]
+    weights = jnp.asarray(WEIGHTS, jnp.float32)
+
+    @jax.jit
+    def run(hidden, head, bias):
+        def loss(hidden, head, bias):
+            if form == "scalar":
+                return function(hidden, head, bias, token_weights=weights, **BLOCKS, **more), None
+            values = function(hidden, head, bias, **BLOCKS, **more)
+            return jnp.sum(values * weights), values
+
+        return jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(hidden, head, bias)
+
+    arrays = (HIDDENS, HEAD, BIAS)
+    return run(*(jnp.asarray(x, dtype) for x in arrays))
+
+
+@pytest.mark.parametrize("form", ["unreduced", "scalar"])
+@pytest.mark.parametrize("name", CASES)
+def test_equals_float64_oracle(name, form):
+    values, gradients = _oracle(name)
+    (total, got), got_gradients = _run(name, form)
+    assert abs(total - (values * WEIGHTS).sum()) < 1e-5 * np.abs(values * WEIGHTS).sum()
+    if got is not None:
+        assert got.dtype == jnp.float32
+        assert _relative(got, values) < 1e-5
+    for got, want in zip(got_gradients, gradients, strict=True):
+        assert _relative(got, want) < 1e-5
+    assert not got_gradients[1][:, ~WHERE].any()
+
+
+@pytest.mark.parametrize("form", ["unreduced", "scalar"])
+def test_bfloat16_stays_within_its_rounding(form):
+    values, gradients = _oracle("forward_kl")
+    (_, got), got_gradients = _run("forward_kl", form, jnp.bfloat16)
+    if got is not None:
+        assert got.dtype == jnp.float32
+        assert _relative(got, values) < 0.03
+    for got, want in zip(got_gradients, gradients, strict=True):
+        assert got.dtype == jnp.bfloat16
+        assert _relative(got, want) < 0.03
+
+
+def test_head_layouts_agree_and_default_blocks_work():
+    def loss(head):
+        return losses.linear_cross_entropy(HIDDENS.astype(np.float32), head, LABELS).sum()
+
+    head = jnp.asarray(HEAD, jnp.float32)
+    run = jax.jit(jax.value_and_grad(loss))
+    value, gradient = run(head)
+    value_t, gradient_t = run(head.T)
+    np.testing.assert_allclose(value, value_t, rtol=1e-6)
+    np.testing.assert_allclose(gradient, gradient_t.T, atol=1e-6)
+    dense = losses.cross_entropy(HIDDENS.astype(np.float32) @ head, LABELS).sum()
+    np.testing.assert_allclose(value, dense, rtol=1e-6)
+
+
+def test_readout_gives_statistics_and_their_gradients():
+    hidden, head = jnp.asarray(HIDDENS, jnp.float32), jnp.asarray(HEAD, jnp.float32)
+    ids = jnp.asarray(np.random.default_rng(7).integers(0, VOCAB, (BATCH, LENGTH, 5)))
+
+    def numbers(readout):
+        s = readout
+        return [s.values, s.log_z, s.mean, s.std]
+
+    def blocked(hidden, head):
+        r = losses.linear_readout(hidden, head, ids=ids, top_k=9, where=WHERE, **BLOCKS)
+        return r.statistics, jnp.where(jnp.isfinite(r.gathered), r.gathered, 0.0)
+
+    def dense(hidden, head):
+        logits = hidden @ head
+        gathered = jnp.where(WHERE[ids], jnp.take_along_axis(logits, ids, -1), 0.0)
+        return losses.graph_statistics(logits, 9, where=jnp.asarray(WHERE)), gathered
+
+    def total(function):
+        def run(hidden, head):
+            statistics, gathered = function(hidden, head)
+            parts = [*numbers(statistics), gathered]
+            return sum(
+                (jnp.cos(i + p) * WEIGHTS.reshape(p.shape[:2] + (1,) * (p.ndim - 2))).sum()
+                for i, p in enumerate(parts)
+            ), statistics
+
+        return jax.jit(jax.value_and_grad(run, (0, 1), has_aux=True))(hidden, head)
+
+    (value, statistics), gradients = total(blocked)
+    (want, want_statistics), want_gradients = total(dense)
+    np.testing.assert_array_equal(statistics.indices, want_statistics.indices)
+    for got, expected in zip(numbers(statistics), numbers(want_statistics), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(value, want, rtol=1e-5)
+    for got, expected in zip(gradients, want_gradients, strict=True):
+        assert _relative(got, expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        losses.GraphFusionConfig(),
+        losses.GraphFusionConfig(
+            uld_top_k=12, graph=losses.GraphConfig(k=6, logits="softmax", node="token")
+        ),
+    ],
+)
+def test_graph_fusion_equals_dense(config):
+    hidden, head = jnp.asarray(HIDDENS, jnp.float32), jnp.asarray(HEAD, jnp.float32)
+    teacher = losses.graph_statistics(jnp.asarray(_normal(8, BATCH, 9, 120), jnp.float32), 12)
+    teachers = [losses.FusionTeacher(outputs=teacher)]
+    where = jnp.arange(LENGTH) < jnp.array([[LENGTH], [7]])
+
+    def blocked(hidden, head):
+        return losses.linear_graph_fusion(
+            hidden, head, LABELS, teachers, where=where, config=config, **BLOCKS
+        )[0].sum()
+
+    def dense(hidden, head):
+        return losses.graph_fusion_objective(
+            hidden @ head, LABELS, teachers, where=where, config=config
+        )[0].sum()
+
+    value, gradients = jax.jit(jax.value_and_grad(blocked, (0, 1)))(hidden, head)
+    want, want_gradients = jax.jit(jax.value_and_grad(dense, (0, 1)))(hidden, head)
+    np.testing.assert_allclose(value, want, rtol=1e-5)
+    for got, expected in zip(gradients, want_gradients, strict=True):
+        assert _relative(got, expected) < 1e-5
+
+
+def test_infinite_divergence_has_a_finite_gradient():
+    """As the dense losses: infinite where mass meets an entry that the other lacks."""
+    hidden = jnp.asarray(HIDDENS[0, :3], jnp.float32)
+    head = jnp.asarray(HEAD, jnp.float32)
+    teacher = jnp.asarray(TEACHER_HIDDENS[0, :3], jnp.float32)
+    teacher_head = jnp.asarray(TEACHER_HEAD, jnp.float32)
+    absent = jnp.where(jnp.arange(VOCAB) < 4, -jnp.inf, 0.0)
+    for direction, biases in (
+        ("forward", dict(bias=absent, teacher_bias=None)),
+        ("reverse", dict(bias=None, teacher_bias=absent)),
+    ):
+
+        def linear(hidden, direction=direction, biases=biases):
+            return losses.linear_kl_divergence(
+                hidden, head, teacher, teacher_head, direction=direction, **biases, block_size=96
+            )
+
+        def dense(hidden, direction=direction, biases=biases):
+            student, other = hidden @ head, teacher @ teacher_head.T
+            if biases["bias"] is not None:
+                student = student + absent
+            else:
+                other = other + absent
+            return losses.kl_divergence(student, other, direction=direction)
+
+        (got_value, got), (want_value, want) = (
+            jax.jit(jax.value_and_grad(lambda h, f=f: f(h).sum()))(hidden) for f in (linear, dense)
+        )
+        assert np.isposinf(got_value)
+        assert np.isposinf(want_value)
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=3e-6)
+
+
+def test_padding_by_minus_infinity_equals_no_padding():
+    hidden = jnp.asarray(HIDDENS, jnp.float32)
+    head = jnp.asarray(HEAD, jnp.float32)
+    padded = jnp.pad(head, [(0, 0), (0, 50)])
+    bias = jnp.where(jnp.arange(VOCAB + 50) < VOCAB, 0.0, -jnp.inf)
+
+    def plain(head):
+        return losses.linear_cross_entropy(hidden, head, LABELS, block_size=96).sum()
+
+    def with_padding(head):
+        values = losses.linear_cross_entropy(hidden, head, LABELS, bias=bias, block_size=96)
+        return values.sum()
+
+    value, gradient = jax.jit(jax.value_and_grad(plain))(head)
+    padded_value, padded_gradient = jax.jit(jax.value_and_grad(with_padding))(padded)
+    np.testing.assert_allclose(value, padded_value, rtol=1e-6)
+    np.testing.assert_allclose(padded_gradient[:, :VOCAB], gradient, atol=1e-6)
+    assert not padded_gradient[:, VOCAB:].any()
+
+
+def test_foreign_labels_are_nan_and_silenced_by_weight_zero():
+    hidden, head = jnp.asarray(HIDDENS, jnp.float32), jnp.asarray(HEAD, jnp.float32)
+    labels = jnp.asarray(LABELS).at[0, 0].set(-100).at[1, 3].set(VOCAB)
+    values = jax.jit(functools.partial(losses.linear_cross_entropy, block_size=96))(
+        hidden, head, labels
+    )
+    assert np.isnan(values[0, 0])
+    assert np.isnan(values[1, 3])
+    assert np.isfinite(values).sum() == values.size - 2
+    weights = jnp.where((labels >= 0) & (labels < VOCAB), 1.0, 0.0)
+    scalar = jax.jit(
+        jax.value_and_grad(
+            lambda h: losses.linear_cross_entropy(h, head, labels, token_weights=weights)
+        )
+    )
+    value, gradient = scalar(hidden)
+    np.testing.assert_allclose(value, np.nansum(values), rtol=1e-6)
+    assert np.isfinite(gradient).all()
+    assert not gradient[0, 0].any()
+
+
+def test_vmap_and_no_batch_axes():
+    hidden, head = jnp.asarray(HIDDENS, jnp.float32), jnp.asarray(HEAD, jnp.float32)
+    labels = jnp.asarray(LABELS)
+    loss = jax.jit(functools.partial(losses.linear_cross_entropy, block_size=96))
+    want = loss(hidden, head, labels)
+    np.testing.assert_allclose(jax.vmap(loss, (0, None, 0))(hidden, head, labels), want, rtol=1e-6)
+    np.testing.assert_allclose(loss(hidden[1, 2], head, labels[1, 2]), want[1, 2], rtol=1e-6)
+
+
+def _temp_bytes(function, *shapes):
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    compiled = jax.jit(jax.grad(function, (0, 1))).lower(*arguments).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("form", ["unreduced", "scalar"])
+def test_scratch_memory_is_a_small_share_of_dense(form):
+    tokens, width, vocab = 1024, 64, 65536
+    shapes = ((tokens, width), (width, vocab)) * 2
+    weights = jnp.ones(tokens)
+
+    def dense(x, w, xt, wt):
+        return losses.kl_divergence(x @ w, jax.lax.stop_gradient(xt @ wt)).sum()
+
+    def blocked(x, w, xt, wt):
+        if form == "scalar":
+            return losses.linear_kl_divergence(
+                x, w, xt, wt, token_weights=weights, block_size=2048, token_block=32
+            )
+        return losses.linear_kl_divergence(x, w, xt, wt, block_size=2048).sum()
+
+    assert _temp_bytes(blocked, *shapes) < _temp_bytes(dense, *shapes) / 10
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(head=np.zeros((5, 6), np.float32)), "head of shape"),
+        (dict(head=np.zeros((HIDDEN, HIDDEN), np.float32)), "give vocab_axis"),
+        (dict(bias=np.zeros(3, np.float32)), "bias must have shape"),
+        (dict(where=np.ones(3, bool)), "where must be boolean"),
+        (dict(temperature=0.0), "temperature must be positive"),
+        (dict(block_size=0), "block_size must be positive"),
+    ],
+)
+def test_errors_name_the_argument(change, message):
+    arguments = dict(hidden=HIDDENS.astype(np.float32), head=HEAD.astype(np.float32)) | change
+    hidden, head = arguments.pop("hidden"), arguments.pop("head")
+    with pytest.raises(ValueError, match=message):
+        losses.linear_cross_entropy(hidden, head, LABELS, **arguments)
+
+
+def test_other_vocabulary_is_an_error():
+    with pytest.raises(ValueError, match="teacher_head must have the vocabulary"):
+        losses.linear_kl_divergence(
+            HIDDENS.astype(np.float32),
+            HEAD.astype(np.float32),
+            TEACHER_HIDDENS.astype(np.float32),
+            TEACHER_HEAD[:-1].astype(np.float32),
+        )
