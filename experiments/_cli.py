@@ -22,6 +22,15 @@ from experiments import _processes
 from logitjax import training
 
 _COMPILED = str(epath.Path("~/.cache/logitjax/compiled").expanduser())
+# Anything else is a fault of ours and shows its traceback.
+_SAID_IN_ONE_LINE = (
+    ValueError,
+    TypeError,
+    OSError,
+    ImportError,
+    training.NonFiniteError,
+    training.WorkdirInUseError,
+)
 
 
 def field(default: Any, help: str, *, choices: tuple[str, ...] | None = None) -> Any:
@@ -141,7 +150,7 @@ def main(
             with _processes.first_alone("config"):
                 write_config(config, workdir)
             run(config, workdir)
-        except (ValueError, TypeError, OSError) as error:
+        except _SAID_IN_ONE_LINE as error:
             workdir.mkdir(parents=True, exist_ok=True)
             (workdir / "error.txt").write_text(traceback.format_exc())
             print(f"error: {error} (details: {workdir}/error.txt)", file=sys.stderr)

@@ -294,7 +294,7 @@ def _run_arm(session: Session, loss: str, learning_rate: float, *, seed: int) ->
             log_every=config.log_every,
             eval_fn=lambda state, _: session.scores(state.params, "validation"),
             eval_every=config.eval_every,
-            writer=training.make_writer(directory),
+            writer=training.make_writer(directory, tensorboard=config.tensorboard),
             identity={"data": train.fingerprint, "arm": name},
         )
     lines = _metrics(directory)

@@ -68,6 +68,7 @@ class Config:
     mesh: str = field("data:-1,fsdp:1,tensor:1", "Axes and sizes of the device mesh.")
     layout: str = field("listed", "Layers scanned or unrolled.", choices=("stacked", "listed"))
     remat: str = field("none", "What the backward pass keeps.", choices=("none", "dots", "full"))
+    tensorboard: bool = field(False, "Write TensorBoard event files too.")
     prompt: str = field("The history of", "Start of the sample continuations.")
 
 
@@ -112,13 +113,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         source=(".cache/models/gemma-3-270m.gguf",),
         loss=("sft", "uld", "uld+gld"),
         pivot_layers=(0, 1, 2, 3, 28, 29),
-        steps=60,
+        steps=40,
         batch_size=2,
         learning_rate=(1e-3,),
         seeds=3,
-        eval_rows=48,
-        eval_every=30,
-        checkpoint_every=30,
+        eval_rows=32,
+        eval_every=20,
+        checkpoint_every=20,
     ),
     # 130k examples, 4K inputs, four 14B-24B models: for a pod. Data: jsonl of prompt and response.
     "paper": dict(
