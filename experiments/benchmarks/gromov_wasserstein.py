@@ -1,0 +1,370 @@
+"""Gromov-Wasserstein between graphs of logits: closed form and certificate against general solvers.
+
+    python -m experiments.benchmark gromov_wasserstein
+
+Graphs: ``rank`` (node r is the r-th largest logit) and ``token`` (the n tokens of largest mass)
+from SmolLM2-135M and a copy of it without four layers, on packaged Wikipedia summaries, as
+probabilities or z-scores; ``gaussian`` (dense Gaussian columns). All are scaled jointly. Peers:
+ott-jax (entropic, epsilon annealed to 0.01, and low rank) and, where installed
+(``pip install 'logitjax[benchmark]'``), POT's conditional gradient from several starts. ``gap`` is
+the value over the best upper bound known for that pair.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import math
+import time
+import tracemalloc
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from experiments.benchmarks import _suite
+from logitjax import data, losses, models, transport
+from logitjax.transport import FactoredGraph, reference
+
+_TOKENS = (4, 512)
+_K = 10
+_SIZES = (8, 32, 128, 512, 2048, 8192)
+# Above these the n x n solvers take minutes.
+_LARGEST = {"refined": 512, "ott": 512, "ott_low_rank": 512, "pot": 512}
+_SCALING = (1_000, 5_000, 20_000, 50_000, 150_000)
+
+
+class Pair(NamedTuple):
+    """Two graphs: ours and the teacher's."""
+
+    family: str
+    n: int
+    c: FactoredGraph
+    d: FactoredGraph
+
+
+def run(options: _suite.Options) -> _suite.Result:
+    sizes = (8, 32) if options.smoke else _SIZES
+    statistics = None if options.smoke else real_statistics(max(sizes))
+    rows: list[dict[str, Any]] = []
+    for n in sizes:
+        for pair in pairs(n, statistics):
+            found = measure(pair, options)
+            rows += found
+            for row in found:
+                print(
+                    " ".join(
+                        f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}"
+                        for k, v in row.items()
+                    ),
+                    flush=True,
+                )
+    scaling = measure_scaling((200, 2_000) if options.smoke else _SCALING, options.repeats)
+    plots = [] if options.smoke else [plot(rows, options)]
+    return _suite.Result(rows=rows + scaling.rows, bars=bars(rows) + scaling.bars, plots=plots)
+
+
+def real_statistics(width: int) -> dict[str, losses.GraphStatistics]:
+    """The top logits of teacher and student at 2,048 positions of real text."""
+    tokenizer = models.load_tokenizer("smollm2")
+    examples = data.load_examples("tfds:wiki_summaries")
+    text = "\n\n".join(examples[i]["text"] for i in range(60))
+    tokens = np.asarray(tokenizer.encode(text)[: math.prod(_TOKENS)], np.int32).reshape(_TOKENS)
+    teacher = models.load_model("smollm2")
+    layers = teacher.config.num_layers
+    student = models.keep_layers(teacher, [i for i in range(layers) if i not in (12, 14, 16, 18)])
+    found = {}
+    for name, model in (("student", student), ("teacher", teacher)):
+        graph, state = nnx.split(model)
+
+        @jax.jit
+        def statistics(state, tokens, graph=graph):
+            model = nnx.merge(graph, state)
+            hidden, _ = model.hidden_states(tokens[None])
+            return losses.graph_statistics(model.logits(hidden)[0], width)
+
+        parts = [statistics(state, row) for row in tokens]
+        found[name] = jax.tree.map(lambda *x: np.concatenate(x), *parts)
+    return found
+
+
+def pairs(n: int, statistics: dict[str, losses.GraphStatistics] | None) -> list[Pair]:
+    rng = np.random.default_rng(n)
+    z, w = rng.normal(size=(2, 256, n)).astype(np.float32)
+    found = [Pair("gaussian", n, FactoredGraph(z), FactoredGraph(w))]
+    if statistics is None:
+        return found
+    x, y = (standardized(statistics[name])[:512, :n] for name in ("student", "teacher"))
+    found.append(Pair("rank", n, FactoredGraph(x), FactoredGraph(y)))
+    found.append(token_pair("token", n, statistics, probabilities))
+    found.append(token_pair("token, z-scores", n, statistics, standardized))
+    return found
+
+
+def standardized(s: losses.GraphStatistics) -> np.ndarray:
+    return (np.asarray(s.values) - np.asarray(s.mean)[:, None]) / np.asarray(s.std)[:, None]
+
+
+def probabilities(s: losses.GraphStatistics) -> np.ndarray:
+    return np.exp(np.asarray(s.values) - np.asarray(s.log_z)[:, None])
+
+
+def token_pair(
+    family: str,
+    n: int,
+    statistics: dict[str, losses.GraphStatistics],
+    transform: Callable[[losses.GraphStatistics], np.ndarray],
+) -> Pair:
+    (x, x_ids), (y, y_ids) = (
+        (transform(statistics[name]), np.asarray(statistics[name].indices))
+        for name in ("student", "teacher")
+    )
+    # The tokens with the largest mass over both models are the nodes; the rest are dropped.
+    mass = np.zeros(1 + max(x_ids.max(), y_ids.max()))
+    for values, ids in ((x, x_ids), (y, y_ids)):
+        np.add.at(mass, ids[:, :_K], values[:, :_K])
+    place = np.full(len(mass), n, np.int32)
+    chosen = np.argsort(-mass)[:n]
+    place[chosen] = np.arange(len(chosen))
+    token = [
+        FactoredGraph(values[:, :_K], place[ids[:, :_K]], n)
+        for values, ids in ((x, x_ids), (y, y_ids))
+    ]
+    return Pair(family, n, *token)
+
+
+def measure(pair: Pair, options: _suite.Options) -> list[dict[str, Any]]:
+    """Values in units of the teacher's mean squared entry; seconds without compilation."""
+    n = pair.n
+    row_rms = transport.graph_features(
+        pair.d.values, pair.d.ids, feature="row_rms", num_nodes=pair.d.num_nodes
+    )
+    unit = float(jnp.mean(jnp.square(row_rms))) ** 0.25
+    c, d = (dataclasses.replace(g, values=g.values / unit) for g in (pair.c, pair.d))
+    ours: dict[str, Callable[..., Any]] = {
+        "closed form": lambda c, d: jnp.square(transport.first_lower_bound(c, d, p=1)),
+        "certificate": functools.partial(transport.certificate, scale="none"),
+    }
+    if n <= _LARGEST["refined"]:
+        ours["certificate, refined"] = functools.partial(
+            transport.certificate, scale="none", refine="search", bounds="third"
+        )
+    rows = []
+    for name, function in ours.items():
+        step = jax.jit(function).lower(c, d).compile()
+        answer, seconds = timed(functools.partial(step, c, d), options.repeats)
+        row: dict[str, Any] = {"graph": pair.family, "n": n, "method": name}
+        if isinstance(answer, transport.Certificate):
+            row |= {"value": float(answer.upper), "lower": float(answer.lower)}
+        else:
+            row |= {"lower": float(answer)}
+        memory = step.memory_analysis().temp_size_in_bytes
+        rows.append(row | {"seconds": seconds, "MiB": memory / 2**20})
+    if n <= _LARGEST["ott"]:
+        # Dense: ott's own factors would have one column a position, more than there are nodes.
+        dense = [matrix(g).astype(np.float32) for g in (c, d)]
+        solve = functools.partial(reference.entropic_gw, *dense, max_iterations=30)
+        rows.append(solved(pair, "ott entropic 0.01", solve))
+    if n <= _LARGEST["ott_low_rank"]:
+        solve = functools.partial(reference.low_rank_gw, small_factor(c), small_factor(d))
+        rows.append(solved(pair, "ott low rank", solve))
+    if n <= _LARGEST["pot"] and importlib.util.find_spec("ot"):
+        rows.append(pot(pair, c, d, starts=3 if n > 128 else 10))
+    # A sound upper bound is the cost of a coupling; an unconverged solver has none.
+    best = min(row["value"] for row in rows if "value" in row)
+    for row in rows:
+        value = row.get("value", row.get("lower"))
+        row["gap"] = value / best if value is not None and best > 0 else None
+    return rows
+
+
+def matrix(graph: FactoredGraph) -> np.ndarray:
+    values = np.asarray(graph.values, np.float64)
+    if graph.ids is None:
+        return values.T @ values
+    nodes = int(graph.num_nodes or 0)
+    z = np.zeros((len(values), nodes + 1))
+    np.put_along_axis(z, np.minimum(np.asarray(graph.ids), nodes), values, -1)
+    return z[:, :nodes].T @ z[:, :nodes]
+
+
+def small_factor(graph: FactoredGraph) -> FactoredGraph:
+    """The same matrix by at most n rows, which is the least that ott has to multiply by."""
+    eigenvalues, vectors = np.linalg.eigh(matrix(graph))
+    return FactoredGraph((np.sqrt(np.maximum(eigenvalues, 0)) * vectors).T.astype(np.float32))
+
+
+def timed(function: Callable[[], Any], repeats: int) -> tuple[Any, float]:
+    answer = jax.block_until_ready(function())
+    seconds = _suite.paired_seconds({"it": function}, repeats=repeats, warmup=0)["it"]
+    return answer, float(np.median(seconds))
+
+
+def solved(pair: Pair, name: str, solve: Callable[[], Any]) -> dict[str, Any]:
+    answer: Any = None
+    row: dict[str, Any] = {"graph": pair.family, "n": pair.n, "method": name}
+    for _ in range(2):
+        start = time.perf_counter()
+        answer = solve()
+        row["seconds"] = time.perf_counter() - start
+        # The first call compiles, which is nothing beside a solve that took this long.
+        if row["seconds"] > 60:
+            break
+    if answer.converged:
+        row["value"] = answer.value
+    else:
+        row["note"] = answer.reason
+    return row
+
+
+def pot(pair: Pair, c: Any, d: Any, *, starts: int) -> dict[str, Any]:
+    """The best of POT's conditional gradients: from the product, two sorted and random plans."""
+    import ot
+
+    n = pair.n
+    x, y = (matrix(g) for g in (c, d))
+    uniform = np.full(n, 1.0 / n)
+    plans: list[Any] = [None]
+    for f, g in ((x.sum(1), y.sum(1)), (np.square(x).sum(1), np.square(y).sum(1))):
+        plans.append(np.zeros((n, n)))
+        plans[-1][np.argsort(-f), np.argsort(-g)] = 1.0 / n
+    rng = np.random.default_rng(0)
+    while len(plans) < starts:
+        plans.append(np.zeros((n, n)))
+        plans[-1][np.arange(n), rng.permutation(n)] = 1.0 / n
+    values, seconds = [], []
+    tracemalloc.start()
+    for plan in plans:
+        start = time.perf_counter()
+        _, log = ot.gromov.gromov_wasserstein(
+            x, y, uniform, uniform, loss_fun="square_loss", G0=plan, log=True
+        )
+        seconds.append(time.perf_counter() - start)
+        values.append(float(log["gw_dist"]))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return {
+        "graph": pair.family,
+        "n": n,
+        "method": f"POT, best of {len(values)}",
+        "value": min(values),
+        "seconds": float(np.median(seconds)),
+        "MiB": peak / 2**20,
+    }
+
+
+class Scaling(NamedTuple):
+    rows: list[dict[str, Any]]
+    bars: list[_suite.Bar]
+
+
+def measure_scaling(sizes: Sequence[int], repeats: int) -> Scaling:
+    """The closed form on n token nodes, ten a position and n / 10 positions; no n x n anywhere."""
+
+    def closed_form(v, v_ids, w, w_ids, n):
+        f, g = (
+            transport.graph_features(x, ids, num_nodes=n) for x, ids in ((v, v_ids), (w, w_ids))
+        )
+        return transport.sorted_gw_lower_bound(f, g)
+
+    rows = []
+    for n in sizes:
+        rng = np.random.default_rng(0)
+        positions = max(1, n // _K)
+        v, w = np.abs(rng.normal(size=(2, positions, _K))).astype(np.float32)
+        # Frequent tokens first, as in text.
+        v_ids, w_ids = (n * rng.random((2, positions, _K)) ** 3).astype(np.int32)
+        function = functools.partial(closed_form, n=n)
+        step = jax.jit(function)
+        _, seconds = timed(functools.partial(step, v, v_ids, w, w_ids), repeats)
+        memory = _suite.temp_bytes(function, v, v_ids, w, w_ids)
+        rows.append(
+            {
+                "graph": "scaling",
+                "n": n,
+                "method": "closed form",
+                "seconds": seconds,
+                "MiB": memory / 2**20,
+            }
+        )
+    # Small sizes measure the call; the slope is that of the larger ones.
+    large = rows[1:] if len(rows) > 2 else rows
+    logs = np.log([[row["n"], row["seconds"], row["MiB"]] for row in large])
+    time_slope, memory_slope = (np.polyfit(logs[:, 0], logs[:, i], 1)[0] for i in (1, 2))
+    return Scaling(
+        rows,
+        [
+            _suite.Bar(
+                name="closed form: exponent of time in n", value=float(time_slope), limit=1.2
+            ),
+            _suite.Bar(
+                name="closed form: exponent of memory in n", value=float(memory_slope), limit=1.05
+            ),
+        ],
+    )
+
+
+def bars(rows: Sequence[dict[str, Any]]) -> list[_suite.Bar]:
+    table = {(row["graph"], row["n"], row["method"].partition(", best")[0]): row for row in rows}
+
+    def peers(graph: str, n: int) -> float:
+        names = ("ott entropic 0.01", "POT")
+        solved = [table.get((graph, n, name), {}).get("value", math.inf) for name in names]
+        return min(solved)
+
+    found = []
+
+    def bar(name: str, value: float, limit: float, sense: str = "<=") -> None:
+        if math.isfinite(value):
+            found.append(_suite.Bar(name=name, value=value, limit=limit, sense=sense))
+
+    for graph in ("token", "token, z-scores"):
+        refined = table.get((graph, 512, "certificate, refined"))
+        if refined is None:
+            continue
+        cheap = table[graph, 512, "certificate"]
+        upper = refined["value"]
+        bar(f"{graph}, n = 512: upper / best of POT and ott", upper / peers(graph, 512), 1.01)
+        bar(f"{graph}, n = 512: upper / lower, cheap bounds", upper / cheap["lower"], 1.2)
+        bar(f"{graph}, n = 512: upper / lower, opt-in bounds", upper / refined["lower"], 1.1)
+        general = table[graph, 512, "ott entropic 0.01"]["seconds"]
+        for name, limit in (("closed form", 1000), ("certificate", 50)):
+            seconds = table[graph, 512, name]["seconds"]
+            bar(f"{graph}, n = 512: seconds of ott / {name}", general / seconds, limit, ">=")
+    refined = table.get(("gaussian", 128, "certificate, refined"))
+    if refined is not None:
+        ratio = refined["value"] / peers("gaussian", 128)
+        bar("gaussian, n = 128: refined upper / best of POT and ott", ratio, 1.05)
+    return found
+
+
+def plot(rows: Sequence[dict[str, Any]], options: _suite.Options):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    options.directory.mkdir(parents=True, exist_ok=True)
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
+    methods = list(dict.fromkeys(row["method"].partition(", best")[0] for row in rows))
+    for method in methods:
+        for axis, graph, column in ((axes[0], "token", "seconds"), (axes[1], "token", "gap")):
+            points = [
+                (row["n"], row[column])
+                for row in rows
+                if row["method"].startswith(method)
+                and row["method"].partition(", best")[0] == method
+                and row["graph"] == graph
+                and row.get(column)
+            ]
+            if points:
+                axis.loglog(*zip(*points), marker="o", label=method)
+    axes[0].set(xlabel="nodes", ylabel="seconds", title="token graphs: time")
+    axes[1].set(xlabel="nodes", ylabel="value / best known", title="token graphs: value")
+    axes[0].legend(fontsize=7)
+    path = options.directory / "gromov_wasserstein.png"
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path
