@@ -1,6 +1,13 @@
 """Datasets of this package as tfds builders; importing this package imports tfds."""
 
 from logitjax.data.builders._austen import Austen as Austen
+from logitjax.data.builders._fashion_mnist import FashionMnistPng as FashionMnistPng
+from logitjax.data.builders._udhr import Udhr as Udhr
 from logitjax.data.builders._wiki_summaries import WikiSummaries as WikiSummaries
 
-BUILDERS = {"austen": Austen, "wiki_summaries": WikiSummaries}
+BUILDERS = {
+    "austen": Austen,
+    "fashion_mnist_png": FashionMnistPng,
+    "udhr": Udhr,
+    "wiki_summaries": WikiSummaries,
+}

@@ -1,0 +1,320 @@
+"""Training one arm with one seed and all values of alpha, epoch by epoch, in resumable steps."""
+
+import functools
+import json
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import logging
+from etils import epath
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from experiments import _dual_head_arms, _dual_head_data, _dual_head_diagnostics
+from logitjax import training
+from logitjax.models import vision
+
+# More than this stays on the host and comes in pieces.
+_DEVICE_BYTES = 4 << 30
+_CHECKPOINT_SECONDS = 60.0
+_CHUNK_STEPS = 256
+
+
+class Trainer:
+    """One network, one arm, several values of alpha ("lanes") that see the same batches.
+
+    Lanes of small dense networks are mapped by ``vmap``; those of convolutional ones run one after
+    another, because convolutions with a batch of kernels are slow.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        task: _dual_head_data.Task,
+        arm: _dual_head_arms.Arm,
+        *,
+        network: str,
+        epochs: int,
+        learning_rate: float,
+        alphas: tuple[float, ...],
+        teacher: "Teacher | None",
+        resident: tuple[Any, Any] | None,
+        mesh: Any,
+    ):
+        self.config, self.task, self.arm, self.teacher = config, task, arm, teacher
+        self.epochs, self.alphas, self.resident, self.mesh = epochs, alphas, resident, mesh
+        self.replicated = NamedSharding(self.mesh, P())
+        self.steps = max(1, len(task.train) // config.batch_size)
+        self.over_lanes = self._vmap if network.startswith("mlp-") else self._map
+        shape, classes = task.shape, task.num_classes
+        self.make = functools.partial(
+            _dual_head_arms.create_network, network, classes, shape, arm.auxiliary
+        )
+        model = nnx.eval_shape(lambda: self.make(key=jax.random.key(0)))
+        self.graphdef, self.params, self.stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+        boundaries = {round(f * epochs) * self.steps: 0.1 for f in config.decay_at}
+        schedule = optax.piecewise_constant_schedule(learning_rate, boundaries)
+        self.tx = optax.chain(
+            optax.add_decayed_weights(config.weight_decay),
+            optax.sgd(schedule, momentum=config.momentum),
+        )
+        self.prepare = _dual_head_data.prepare_inputs(task, config.augment)
+        self.loss_fn = _dual_head_arms.loss_function(arm, self.graphdef)
+        self.initial = jax.jit(self._initial, out_shardings=self.replicated)
+        self.epoch = jax.jit(self._epoch, donate_argnums=0)
+        self.accuracy = jax.jit(self._accuracy)
+        self.measure = jax.jit(functools.partial(_dual_head_diagnostics.of_lanes, self))
+
+    @staticmethod
+    def _vmap(function: Any, lanes: Any) -> Any:
+        return jax.vmap(function)(lanes)
+
+    @staticmethod
+    def _map(function: Any, lanes: Any) -> Any:
+        return jax.lax.map(function, lanes)
+
+    def _initial(self, key: Any) -> Any:
+        """The same weights in every lane, replicated over the mesh."""
+        _, params, stats = nnx.split(self.make(key=key), nnx.Param, nnx.BatchStat)
+        lane = {"params": params, "stats": stats, "opt_state": self.tx.init(params)}
+        repeated = jax.tree.map(lambda x: jnp.repeat(x[None], len(self.alphas), 0), lane)
+        return repeated | {"alpha": jnp.array(self.alphas, jnp.float32)}
+
+    def _gradient(self, lane: Any, batch: tuple, alpha: Any, key: Any) -> tuple[Any, Any, Any]:
+        args = (lane["stats"], *batch, alpha, key)
+        if self.arm.align is None:
+
+            def total(params: Any) -> Any:
+                (task, logit), stats = self.loss_fn(params, *args)
+                return task + logit, (task + logit, stats)
+
+            gradient, (loss, stats) = jax.grad(total, has_aux=True)(lane["params"])
+            return gradient, loss, stats
+        trunk = "backbone" if self.arm.align == "trunk" else None
+        run = training.aligned_value_and_grad(self.loss_fn, trunk=trunk)
+        (parts, stats), gradient, _ = run(lane["params"], *args)
+        return gradient, sum(parts), stats
+
+    def _epoch(
+        self, lanes: Any, inputs: Any, labels: Any, teacher: Any, order: Any, key: Any, on: Any
+    ) -> tuple[Any, Any]:
+        """Steps over ``order`` (``[steps, batch]`` rows); ``on`` is 0 once alpha is off."""
+        sharded = NamedSharding(self.mesh, P("data"))
+
+        def lane_steps(lane: Any) -> tuple[Any, Any]:
+            alpha = lane["alpha"] * (1.0 if self.arm.smooths else on)
+
+            def step(lane: Any, now: tuple) -> tuple[Any, Any]:
+                rows, number = now
+                augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, number))
+                rows = jax.lax.with_sharding_constraint(rows, sharded)
+                x = self.prepare(inputs[rows], augment_key)
+                target = None if self.teacher is None else self.teacher.of(teacher, x, rows)
+                batch = (x, labels[rows], target)
+                gradient, loss, stats = self._gradient(lane, batch, alpha, dropout_key)
+                updates, opt_state = self.tx.update(gradient, lane["opt_state"], lane["params"])
+                params = optax.apply_updates(lane["params"], updates)
+                changed = {"params": params, "stats": stats, "opt_state": opt_state}
+                return lane | changed, loss
+
+            lane, loss = jax.lax.scan(step, lane, (order, jnp.arange(len(order))))
+            return lane, loss.mean()
+
+        return self.over_lanes(lane_steps, lanes)
+
+    def _accuracy(self, lanes: Any, inputs: Any, labels: Any) -> Any:
+        """Right answers in ``[batches, batch]`` rows, whose padding has the label -1."""
+
+        def lane_count(lane: Any) -> Any:
+            def count(x: Any, y: Any) -> Any:
+                model = nnx.merge(self.graphdef, lane["params"], lane["stats"], copy=True)
+                logits = model(self.prepare(x, None))
+                return (logits.argmax(-1) == y).sum()
+
+            return jax.lax.map(lambda xy: count(*xy), (inputs, labels)).sum()
+
+        return self.over_lanes(lane_count, lanes)
+
+    def score(self, lanes: Any, part: _dual_head_data.Part) -> np.ndarray:
+        """Accuracy of every lane."""
+        right = np.zeros(len(self.alphas))
+        for x, y in _batches(part, 500):
+            right += np.asarray(self.accuracy(lanes, x, y))
+        return right / len(part)
+
+    def train_epoch(self, lanes: Any, number: int, *, seed: int) -> tuple[Any, np.ndarray]:
+        """One pass in an order that depends on the seed and the epoch alone."""
+        config, train = self.config, self.task.train
+        rng = np.random.default_rng([seed, number])
+        order = rng.permutation(len(train))[: self.steps * config.batch_size]
+        order = order.reshape(self.steps, config.batch_size)
+        key = jax.random.fold_in(jax.random.key(seed), number)
+        on = float(not config.stop_epoch or number < config.stop_epoch)
+        teacher = None if self.teacher is None else self.teacher.argument
+        put = functools.partial(jax.device_put, device=self.replicated)
+        if self.resident is not None:
+            return self.epoch(lanes, *self.resident, teacher, put(order), key, on)
+        losses = []
+        for start in range(0, self.steps, _CHUNK_STEPS):
+            part = order[start : start + _CHUNK_STEPS]
+            inputs, labels = put(train.inputs[part.ravel()]), put(train.labels[part.ravel()])
+            rows = put(np.arange(part.size).reshape(part.shape))
+            chunk_key = jax.random.fold_in(key, start)
+            lanes, loss = self.epoch(lanes, inputs, labels, teacher, rows, chunk_key, on)
+            losses.append(np.asarray(loss) * len(part))
+        return lanes, np.sum(losses, 0) / self.steps
+
+    def fit(
+        self,
+        directory: epath.Path,
+        *,
+        seed: int,
+        told_to_stop: Any,
+        diagnose: bool,
+        keep: bool = False,
+    ) -> tuple[Any, dict[str, Any]]:
+        """Train to the end, from the newest checkpoint, and score.
+
+        Returns the lanes and a record: accuracies by lane, curves by epoch, diagnostics.
+        """
+        lanes, start, curves = self.initial(jax.random.key(seed)), 0, []
+        writer = training.JsonlWriter(directory / "metrics.jsonl")
+        with training.Checkpointer(directory / "checkpoints", max_to_keep=1) as checkpointer:
+            restored = checkpointer.restore_latest(lanes)
+            if restored is not None:
+                lanes, start, curves = restored.state, restored.step, restored.extra["curves"]
+                logging.info("%s: resuming at epoch %d", directory, start)
+            writer.resume(start)
+            saved = time.monotonic()
+            for number in range(start, self.epochs):
+                clock = time.perf_counter()
+                lanes, loss = self.train_epoch(lanes, number, seed=seed)
+                line = {"loss": np.asarray(loss).tolist()}
+                seconds = time.perf_counter() - clock
+                line["validation"] = self.score(lanes, self.task.validation).tolist()
+                if diagnose and number % self.config.diagnose_every == 0:
+                    line |= _dual_head_diagnostics.measure(self, lanes)
+                curves.append(line)
+                best = int(np.argmax(line["validation"]))
+                shown = {
+                    "loss": line["loss"][best],
+                    "validation": line["validation"][best],
+                    "alpha": self.alphas[best],
+                    "seconds": seconds,
+                }
+                writer.write_scalars(number + 1, shown)
+                level = logging.DEBUG if self.over_lanes == self._vmap else logging.INFO
+                logging.log(
+                    level,
+                    "%s epoch %d of %d: %s",
+                    directory.parent.name,
+                    number + 1,
+                    self.epochs,
+                    "  ".join(f"{k} {v:.4g}" for k, v in shown.items()),
+                )
+                last, stop = number + 1 == self.epochs, told_to_stop(number + 1)
+                due = time.monotonic() - saved > _CHECKPOINT_SECONDS
+                if (last and keep) or stop or (due and not last):
+                    checkpointer.save(number + 1, lanes, {"curves": curves})
+                    saved = time.monotonic()
+                if stop and not last:
+                    checkpointer.wait()
+                    raise training.Preempted(number + 1)
+        record = {
+            "alphas": list(self.alphas),
+            "validation": curves[-1]["validation"],
+            "test": self.score(lanes, self.task.test).tolist(),
+            "curves": curves,
+        }
+        return lanes, record
+
+
+class Teacher:
+    """A trained network; its logits are computed once where nothing is augmented.
+
+    Attributes:
+      argument: what the compiled epoch is given: those logits ``[train, classes]``, or the weights.
+    """
+
+    def __init__(self, trainer: Trainer, lanes: Any):
+        lane = jax.tree.map(lambda x: x[0], lanes)
+        self._graphdef = trainer.graphdef
+        weights = (lane["params"], lane["stats"])
+        self.argument: Any = weights
+        # Rows that come in pieces have no fixed numbers to look logits up by.
+        self.precomputed = trainer.config.augment == "none" and trainer.resident is not None
+        if self.precomputed:
+            ask = jax.jit(lambda weights, x: self._logits(weights, trainer.prepare(x, None)))
+            inputs = trainer.task.train.inputs
+            rows = [ask(weights, inputs[i : i + 500]) for i in range(0, len(inputs), 500)]
+            self.argument = jax.device_put(jnp.concatenate(rows), trainer.replicated)
+
+    def _logits(self, weights: Any, inputs: Any) -> Any:
+        model = nnx.merge(self._graphdef, *weights, copy=True)
+        return jax.lax.stop_gradient(model(inputs))
+
+    def of(self, argument: Any, inputs: Any, rows: Any) -> Any:
+        """The logits of a batch, given ``argument``."""
+        return argument[rows] if self.precomputed else self._logits(argument, inputs)
+
+
+def train_teacher(
+    trainer: Trainer, directory: epath.Path, *, told_to_stop: Any
+) -> tuple[Teacher, dict[str, Any]]:
+    """The teacher, trained or read from a torch checkpoint, and its record."""
+    if trainer.config.teacher_weights:
+        model = trainer.make(key=jax.random.key(0))
+        vision.load_torch_weights(model, trainer.config.teacher_weights)
+        _, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+        lane = {"params": params, "stats": stats, "opt_state": (), "alpha": jnp.zeros(())}
+        lanes = jax.device_put(jax.tree.map(lambda x: x[None], lane), trainer.replicated)
+        scores = {
+            name: trainer.score(lanes, part).tolist()
+            for name, part in (("validation", trainer.task.validation), ("test", trainer.task.test))
+        }
+        record = {"alphas": [0.0], "curves": [], **scores}
+    else:
+        lanes, record = trainer.fit(
+            directory, seed=0, told_to_stop=told_to_stop, diagnose=False, keep=True
+        )
+    write_record(directory / "result.json", record)
+    return Teacher(trainer, lanes), record
+
+
+def resident(task: _dual_head_data.Task, mesh: Any) -> tuple[Any, Any] | None:
+    """The training arrays on every device, if they are small enough."""
+    if task.train.inputs.nbytes > _DEVICE_BYTES:
+        return None
+    sharding = NamedSharding(mesh, P())
+    inputs, labels = np.asarray(task.train.inputs[:]), np.asarray(task.train.labels)
+    return jax.device_put(inputs, sharding), jax.device_put(labels, sharding)
+
+
+def _batches(part: _dual_head_data.Part, size: int) -> Any:
+    """Pieces of ``[batches, size]`` rows; the last is padded with the label -1."""
+    many = max(1, min(-(-len(part) // size), (256 << 20) // max(1, part.inputs[:1].nbytes * size)))
+    for start in range(0, len(part), many * size):
+        x = np.asarray(part.inputs[start : start + many * size])
+        y = part.labels[start : start + many * size]
+        missing = many * size - len(y)
+        x = np.concatenate([x, np.zeros((missing, *x.shape[1:]), x.dtype)])
+        y = np.concatenate([y, np.full(missing, -1, y.dtype)])
+        yield x.reshape(many, size, *x.shape[1:]), y.reshape(many, size)
+
+
+def read_record(path: epath.Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def write_record(path: epath.Path, record: Mapping[str, Any]) -> None:
+    if jax.process_index() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".tmp")
+        partial.write_text(json.dumps(record) + "\n")
+        partial.replace(path)

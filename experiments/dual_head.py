@@ -1,0 +1,244 @@
+"""Dual-head knowledge distillation beside everything it has to beat, each with its own best alpha.
+
+    python -m experiments.dual_head --preset=demo --workdir=runs/dual_head
+
+trains a teacher, then one student per arm, seed and value of alpha, and writes ``report.md`` with
+the test accuracy of every arm at the alpha that was best on *validation* data, paired tests
+between arms, and plots of how the two gradients and the features develop. Kill it whenever you
+like: the same command continues where it stopped.
+
+Arms (``--arm``, repeatable): ``ce``; ``label_smoothing``; ``kd``, ``dkd``, ``kd_standardized``,
+``dist`` (cross-entropy plus alpha times that loss); ``single`` (cross-entropy plus alpha times the
+logit loss, on one head); ``dual_linear`` and ``dual_mlp`` (the logit loss on a second head, which
+is the paper's method); ``..._aligned`` projects the logit loss's gradient in the trunk,
+``..._aligned_all`` over all parameters as released. Every arm tries the same values of alpha.
+
+Presets: ``smoke`` (synthetic images, seconds), ``demo`` (Fashion-MNIST, 10,000 images, ResNet-8),
+``report`` (100 languages, an MLP, 5 seeds), ``fashion`` (the demo with 3 seeds), ``paper``
+(CIFAR-100), ``paper_tiny_imagenet``, ``paper_imagenet``; the last three need ``--data`` to point to
+the files. ``docs/dual_head.md`` has the results and how to get the data.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+from absl import logging
+from etils import epath
+
+from experiments import _cli, _dual_head_arms
+from experiments._cli import field
+from logitjax import training
+
+ARMS = _dual_head_arms.ARM_NAMES
+_MAIN = ("ce", "kd", "dkd", "single", "dual_linear", "dual_linear_aligned")
+_MAIN += ("dual_mlp", "dual_mlp_aligned")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """What one run of the experiment does."""
+
+    data: str = field("tfds:udhr", "tfds:NAME, cifar100:DIR, folder:DIR or synthetic:CLASSES.")
+    image_size: int = field(32, "Height and width of images from a folder.")
+    train_examples: int = field(0, "Training examples; all if 0.")
+    validation_examples: int = field(2000, "Held out of training where there is no such split.")
+    test_examples: int = field(0, "Test examples; all if 0.")
+    augment: str = field(
+        "none", "Of training images.", choices=("none", "crop_flip", "resized_crop")
+    )
+    teacher: str = field("mlp-512-256", "Network of the teacher.")
+    teacher_weights: str | None = field(None, "Torch checkpoint of the teacher; trained if none.")
+    student: str = field("mlp-128", "Network of the student.")
+    arm: tuple[str, ...] = field(_MAIN, "Arm to train")
+    alpha: tuple[float, ...] = field((0.01, 0.1, 1.0), "Weights of the distillation loss to try.")
+    seeds: int = field(1, "Runs of every arm.")
+    epochs: int = field(20, "Of the students.")
+    teacher_epochs: int = field(20, "Of the teacher.")
+    batch_size: int = field(64, "Examples a step, over all devices.")
+    learning_rate: float = field(0.05, "Of the students; x0.1 at each of decay_at.")
+    teacher_learning_rate: float = field(0.05, "Of the teacher.")
+    decay_at: tuple[float, ...] = field((0.625, 0.75, 0.875), "Shares of the epochs.")
+    momentum: float = field(0.9, "Of SGD.")
+    weight_decay: float = field(5e-4, "Of all parameters, norms and biases included.")
+    stop_epoch: int = field(0, "Epoch from which alpha is 0; never if 0 (ImageNet script: 50).")
+    temperature: float = field(4.0, "Of kd, dkd and dist.")
+    dkd_beta: float = field(8.0, "Weight of the other classes in dkd.")
+    binary_temperature: float = field(2.0, "Of the logit loss.")
+    logit_loss: str = field(
+        "binary_kl_norm", "Of single and dual.", choices=("binary_kl_norm", "binary_kl")
+    )
+    diagnose_every: int = field(2, "Epochs between collapse diagnostics, of the first seed.")
+    mesh: str = field("data:-1", "Axes and sizes of the device mesh.")
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.arm) - set(ARMS))
+        if unknown:
+            raise ValueError(f"arm: expected one of {', '.join(ARMS)}, got {unknown[0]!r}")
+        for name in ("epochs", "teacher_epochs", "seeds", "batch_size", "diagnose_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if not self.alpha:
+            raise ValueError("alpha: expected at least one value")
+
+
+_FASHION: dict[str, Any] = dict(
+    data="tfds:fashion_mnist_png",
+    train_examples=10_000,
+    validation_examples=2_000,
+    teacher="resnet20",
+    student="resnet8",
+    arm=("ce", "kd", "single", "dual_linear"),
+    epochs=5,
+    teacher_epochs=5,
+    decay_at=(0.6, 0.8),
+)
+_IMAGENET: dict[str, Any] = dict(
+    augment="resized_crop",
+    learning_rate=0.1,
+    teacher_learning_rate=0.1,
+    weight_decay=1e-4,
+    epochs=100,
+    teacher_epochs=100,
+    batch_size=256,
+    decay_at=(0.3, 0.6, 0.9),
+    temperature=1.0,
+    arm=("ce", "kd", "dkd", "single", "dual_linear"),
+)
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "smoke": dict(
+        data="synthetic:10",
+        train_examples=256,
+        validation_examples=128,
+        test_examples=128,
+        teacher="resnet8",
+        student="resnet8",
+        arm=("ce", "kd", "single", "dual_mlp_aligned"),
+        alpha=(0.1,),
+        epochs=2,
+        teacher_epochs=2,
+        batch_size=32,
+        augment="crop_flip",
+    ),
+    "demo": _FASHION | dict(alpha=(0.03, 0.3)),
+    "fashion": _FASHION | dict(alpha=(0.01, 0.1, 1.0), seeds=3),
+    "report": dict(
+        arm=_MAIN,
+        alpha=(0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
+        seeds=5,
+        train_examples=10_000,
+        batch_size=128,
+        epochs=12,
+        teacher_epochs=12,
+    ),
+    "paper": dict(
+        data="cifar100:data/cifar-100-binary",
+        validation_examples=5_000,
+        augment="crop_flip",
+        teacher="resnet32x4",
+        student="shufflenet_v2",
+        learning_rate=0.01,
+        epochs=240,
+        teacher_epochs=240,
+        alpha=(0.01, 0.03, 0.1, 0.3, 1.0),
+        seeds=3,
+    ),
+    "paper_tiny_imagenet": dict(
+        data="folder:data/tiny-imagenet-200",
+        image_size=64,
+        validation_examples=10_000,
+        augment="crop_flip",
+        teacher="resnet18_small_stem",
+        student="shufflenet_v2",
+        learning_rate=0.01,
+        epochs=240,
+        teacher_epochs=240,
+        alpha=(0.01, 0.03, 0.1, 0.3, 1.0),
+        seeds=3,
+    ),
+    "paper_imagenet": _IMAGENET
+    | dict(
+        data="folder:data/imagenet",
+        image_size=224,
+        validation_examples=50_000,
+        teacher="imagenet_resnet34",
+        student="imagenet_resnet18",
+        stop_epoch=50,
+        alpha=(0.01, 0.1),
+    ),
+}
+
+
+def run(config: Config, workdir: epath.Path) -> None:
+    """Train the teacher and every arm, then write the report."""
+    from experiments import _dual_head_report
+
+    with training.lock_workdir(workdir), training.watch_for_preemption() as told_to_stop:
+        results = train_all(config, workdir, told_to_stop)
+    if jax.process_index() == 0:
+        print(_dual_head_report.write(config, results, workdir))
+
+
+def train_all(config: Config, workdir: epath.Path, told_to_stop: Any) -> dict[str, Any]:
+    """The teacher's record, and those of every arm by seed."""
+    from experiments import _dual_head_data, _dual_head_train
+
+    mesh = training.make_mesh(config.mesh)
+    task = _dual_head_data.load_task(config, workdir)
+    resident = _dual_head_train.resident(task, mesh)
+    known = _dual_head_arms.arms(config)
+
+    def trainer(arm: _dual_head_arms.Arm, **options: Any) -> Any:
+        return _dual_head_train.Trainer(config, task, arm, resident=resident, mesh=mesh, **options)
+
+    teaching = trainer(
+        known["ce"],
+        network=config.teacher,
+        epochs=config.teacher_epochs,
+        learning_rate=config.teacher_learning_rate,
+        alphas=(0.0,),
+        teacher=None,
+    )
+    teacher, record = _dual_head_train.train_teacher(
+        teaching, workdir / "teacher", told_to_stop=told_to_stop
+    )
+    logging.info("teacher %s: test accuracy %.4f", config.teacher, record["test"][0])
+    results: dict[str, Any] = {"teacher": record, "arms": {}}
+    for name in config.arm:
+        arm = known[name]
+        has_alpha = arm.smooths or arm.logit_loss is not None
+        made = None
+        for seed in range(config.seeds):
+            directory = workdir / "arms" / name / f"seed-{seed}"
+            record = _dual_head_train.read_record(directory / "result.json")
+            if record is None:
+                made = made or trainer(
+                    arm,
+                    network=config.student,
+                    epochs=config.epochs,
+                    learning_rate=config.learning_rate,
+                    alphas=config.alpha if has_alpha else (0.0,),
+                    teacher=teacher if arm.logit_loss is not None else None,
+                )
+                _, record = made.fit(
+                    directory, seed=seed, told_to_stop=told_to_stop, diagnose=seed == 0
+                )
+                _dual_head_train.write_record(directory / "result.json", record)
+                if jax.process_index() == 0 and (directory / "checkpoints").exists():
+                    (directory / "checkpoints").rmtree()
+            best = max(range(len(record["alphas"])), key=lambda i: record["validation"][i])
+            logging.info(
+                "%s, seed %d: validation %.4f at alpha %g, test %.4f",
+                name,
+                seed,
+                record["validation"][best],
+                record["alphas"][best],
+                record["test"][best],
+            )
+            results["arms"].setdefault(name, []).append(record)
+    return results
+
+
+if __name__ == "__main__":
+    _cli.main(Config, PRESETS, run)

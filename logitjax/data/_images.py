@@ -1,0 +1,218 @@
+"""Labelled images as arrays: what a classifier trains on."""
+
+import dataclasses
+import io
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from absl import logging
+from etils import epath
+
+from logitjax.data._examples import parse_split, slice_of
+
+_SUFFIXES = (".png", ".jpg", ".jpeg")
+_CIFAR = {"train": "train.bin", "test": "test.bin"}
+_CIFAR_LENGTH = {"train": 50_000, "test": 10_000}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LabelledImages:
+    """Images and their classes.
+
+    Attributes:
+      images: uint8 ``[count, height, width, channels]``; perhaps on disk (a memory map).
+      labels: int32 ``[count]``.
+      num_classes: how many classes there are, seen or not.
+      source: where they came from.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    num_classes: int
+    source: str
+
+    def __post_init__(self) -> None:
+        if self.images.ndim != 4 or self.images.dtype != np.uint8:
+            raise ValueError(
+                f"images must be uint8 [count, height, width, channels], got "
+                f"{self.images.dtype} {self.images.shape}"
+            )
+        if len(self.labels) != len(self.images):
+            raise ValueError(f"{len(self.images)} images but {len(self.labels)} labels")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def load_images(
+    spec: str,
+    *,
+    split: str = "train",
+    data_dir: str | os.PathLike[str] | None = None,
+    size: int | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> LabelledImages:
+    """Labelled images from any of the usual places.
+
+    The sources:
+
+    * ``tfds:NAME``: a prepared tfds dataset with one image and one label, read without TensorFlow.
+      Our own ``fashion_mnist_png`` is prepared on first use.
+    * ``cifar100:DIR``: CIFAR-100's binary version (``train.bin``, ``test.bin``).
+    * ``folder:DIR``: ``DIR/<split>/<class>/**/*.png|jpg|jpeg``, as ImageNet and Tiny-ImageNet lie
+      after unpacking (Tiny-ImageNet's ``val`` sorted into classes). Needs ``size``; pictures are
+      scaled so that the shorter side has it, and cut to the middle.
+    * ``synthetic:CLASSES``: noisy prototypes, for tests.
+
+    Args:
+      spec: one of the above.
+      split: a name, perhaps sliced: ``train[:45000]``, ``train[90%:]``.
+      data_dir: of tfds.
+      size: height and width of the result, for ``folder``.
+      cache_dir: where ``folder`` keeps the decoded arrays, once, as a memory map; in memory when
+        omitted.
+
+    Returns:
+      The images.
+
+    Raises:
+      FileNotFoundError: nothing lies there.
+      ValueError: an unknown source, or files that are not what they should be.
+
+    >>> digits = load_images("synthetic:10", split="train[:100]")
+    >>> digits.images.shape, digits.num_classes
+    ((100, 16, 16, 3), 10)
+    """
+    kind, _, location = spec.partition(":")
+    name, start, stop = parse_split(split)
+    if kind == "tfds" and location:
+        found = _tfds_images(location, name, data_dir)
+    elif kind == "cifar100" and location:
+        found = _cifar100(epath.Path(location), name)
+    elif kind == "folder" and location:
+        if size is None:
+            raise ValueError("size is needed for images from a folder")
+        found = _folder(epath.Path(location) / name, size, cache_dir)
+    elif kind == "synthetic" and location.isdigit():
+        found = _synthetic(int(location), name)
+    else:
+        raise ValueError(
+            f"unknown image source {spec!r}: expected tfds:NAME, cifar100:DIR, folder:DIR or "
+            "synthetic:CLASSES"
+        )
+    images, labels, classes = found
+    rows = slice_of(start, stop, len(labels))
+    return LabelledImages(
+        images=images[rows],
+        labels=np.asarray(labels[rows], np.int32),
+        num_classes=classes,
+        source=f"{spec}[{split}]",
+    )
+
+
+def _tfds_images(
+    name: str, split: str, data_dir: str | os.PathLike[str] | None
+) -> tuple[np.ndarray, np.ndarray, int]:
+    # tfds is slow to import, and the other sources do not need it.
+    import tensorflow_datasets as tfds
+
+    from logitjax.data import builders
+    from logitjax.data._tfds import _find as find_prepared
+    from logitjax.data._tfds import default_data_dir, prepare
+
+    root = epath.Path(data_dir).expanduser() if data_dir else default_data_dir()
+    directory = find_prepared(name, root)
+    if directory is None and name in builders.BUILDERS:
+        directory = prepare(name, data_dir=data_dir)
+    if directory is None:
+        raise FileNotFoundError(
+            f"tfds:{name} is not prepared: run `python -m experiments.prepare {name}`"
+        )
+    builder: Any = tfds.builder_from_directory(os.fspath(directory))
+    features: Any = builder.info.features
+    pictures = [k for k, f in features.items() if isinstance(f, tfds.features.Image)]
+    classes = [k for k, f in features.items() if isinstance(f, tfds.features.ClassLabel)]
+    label = "label" if "label" in classes else (classes[0] if len(classes) == 1 else None)
+    if len(pictures) != 1 or label is None:
+        raise ValueError(f"tfds:{name} does not have one image and one label: {sorted(features)}")
+    if split not in builder.info.splits:
+        raise ValueError(f"tfds:{name} has no split {split!r}: {sorted(builder.info.splits)}")
+    rows: Any = builder.as_data_source(split=split)
+    images = np.stack([np.asarray(row[pictures[0]], np.uint8) for row in rows])
+    labels = np.array([row[label] for row in rows], np.int32)
+    return images, labels, int(features[label].num_classes)
+
+
+def _cifar100(directory: epath.Path, split: str) -> tuple[np.ndarray, np.ndarray, int]:
+    if split not in _CIFAR:
+        raise ValueError(f"cifar100 has the splits train and test, not {split!r}")
+    path = directory / _CIFAR[split]
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: unpack cifar-100-binary.tar.gz there")
+    data = np.frombuffer(path.read_bytes(), np.uint8)
+    if data.size != _CIFAR_LENGTH[split] * 3074:
+        raise ValueError(f"{path} has {data.size} bytes, not {_CIFAR_LENGTH[split]} records")
+    records = data.reshape(-1, 3074)  # coarse label, fine label, planes of red, green and blue
+    images = records[:, 2:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    return np.ascontiguousarray(images), records[:, 1].astype(np.int32), 100
+
+
+def _folder(
+    directory: epath.Path, size: int, cache_dir: str | os.PathLike[str] | None
+) -> tuple[np.ndarray, np.ndarray, int]:
+    if not directory.is_dir():
+        raise FileNotFoundError(f"no image folder {directory}")
+    classes = sorted(path.name for path in directory.iterdir() if path.is_dir())
+    files: list[tuple[epath.Path, int]] = []
+    for number, name in enumerate(classes):
+        found = [p for p in (directory / name).glob("**/*") if p.suffix.lower() in _SUFFIXES]
+        files += [(path, number) for path in sorted(found, key=os.fspath)]
+    if not files:
+        raise ValueError(f"{directory} has no class folders with images")
+    labels = np.array([label for _, label in files], np.int32)
+    shape = (len(files), size, size, 3)
+    if cache_dir is None:
+        images = np.empty(shape, np.uint8)
+        _decode([path for path, _ in files], images)
+        return images, labels, len(classes)
+    cache = epath.Path(cache_dir) / f"{directory.name}_{size}_{len(files)}.npy"
+    if not cache.exists():
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        partial = cache.with_name(cache.name + ".partial")
+        mapped = np.lib.format.open_memmap(
+            os.fspath(partial), mode="w+", dtype=np.uint8, shape=shape
+        )
+        _decode([path for path, _ in files], mapped)
+        mapped.flush()
+        partial.rename(cache)
+    return np.load(os.fspath(cache), mmap_mode="r"), labels, len(classes)
+
+
+def _decode(paths: Sequence[epath.Path], images: np.ndarray) -> None:
+    from PIL import Image, UnidentifiedImageError
+
+    size = images.shape[1]
+    for number, path in enumerate(paths):
+        try:
+            picture = Image.open(io.BytesIO(path.read_bytes())).convert("RGB")
+        except (UnidentifiedImageError, OSError) as error:
+            raise ValueError(f"{path} is not a readable image: {error}") from None
+        scale = size / min(picture.size)
+        width, height = (max(size, round(n * scale)) for n in picture.size)
+        picture = picture.resize((width, height), Image.Resampling.BILINEAR)
+        left, top = (width - size) // 2, (height - size) // 2
+        images[number] = np.asarray(picture.crop((left, top, left + size, top + size)))
+        if number % 10_000 == 9_999:
+            logging.info("decoded %d of %d images", number + 1, len(paths))
+
+
+def _synthetic(classes: int, split: str) -> tuple[np.ndarray, np.ndarray, int]:
+    rng = np.random.default_rng(0)
+    prototypes = rng.integers(0, 256, (classes, 4, 4, 3)).repeat(4, 1).repeat(4, 2)
+    rng = np.random.default_rng({"train": 1, "validation": 2}.get(split, 3))
+    labels = rng.integers(classes, size=2048 if split == "train" else 512)
+    noise = rng.normal(scale=60, size=(len(labels), 16, 16, 3))
+    images = np.clip(prototypes[labels] + noise, 0, 255).astype(np.uint8)
+    return images, labels.astype(np.int32), classes

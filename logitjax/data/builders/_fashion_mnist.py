@@ -1,0 +1,97 @@
+"""Fashion-MNIST from the Debian package dataset-fashion-mnist, images stored as PNG."""
+
+import gzip
+import io
+import os
+import struct
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import numpy as np
+import tensorflow_datasets as tfds
+from etils import epath
+
+_INSTALL = (
+    "apt-get download dataset-fashion-mnist && dpkg-deb -x dataset-fashion-mnist_*.deb {manual_dir}"
+)
+_FOLDER = "usr/share/datasets/fashion-mnist"
+_NAMES = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
+_FILES = {"train": "train", "test": "t10k"}
+_IMAGES, _LABELS = 2051, 2049
+
+
+class FashionMnistPng(tfds.core.GeneratorBasedBuilder):
+    """The 60,000 + 10,000 images; tfds' own ``fashion_mnist`` needs TensorFlow to prepare."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES: ClassVar[dict[str, str]] = {"1.0.0": "First version."}
+    MANUAL_DOWNLOAD_INSTRUCTIONS = _INSTALL
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="Fashion-MNIST: 28x28 grey pictures of 10 kinds of clothes.",
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(shape=(28, 28, 1), encoding_format="png"),
+                    "label": tfds.features.ClassLabel(names=list(_NAMES)),
+                }
+            ),
+            supervised_keys=("image", "label"),
+            homepage="https://github.com/zalandoresearch/fashion-mnist",
+            license="MIT",
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+        folder = find_files(getattr(dl_manager, "_manual_dir", None))
+        return {split: self._generate_examples(folder, name) for split, name in _FILES.items()}
+
+    def _generate_examples(
+        self, folder: epath.Path, name: str
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        from PIL import Image
+
+        images = read_idx(folder / f"{name}-images-idx3-ubyte.gz", _IMAGES)
+        labels = read_idx(folder / f"{name}-labels-idx1-ubyte.gz", _LABELS)
+        for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+            # Only encoded bytes get into a dataset without TensorFlow.
+            file = io.BytesIO()
+            Image.fromarray(image).save(file, "PNG")
+            file.seek(0)
+            yield number, {"image": file, "label": int(label)}
+
+
+def find_files(manual_dir: str | os.PathLike[str] | None = None) -> epath.Path:
+    """Where the .deb was unpacked or is installed."""
+    places = [epath.Path("/") / _FOLDER]
+    if manual_dir:
+        places = [epath.Path(manual_dir) / _FOLDER, epath.Path(manual_dir), *places]
+    for place in places:
+        if (place / "train-images-idx3-ubyte.gz").exists():
+            return place
+    raise FileNotFoundError(
+        "fashion_mnist_png is made from a Debian package that is missing: "
+        + _INSTALL.format(manual_dir=manual_dir or "MANUAL_DIR")
+    )
+
+
+def read_idx(path: epath.Path, magic: int) -> np.ndarray:
+    """A gzipped IDX file of bytes."""
+    data = gzip.decompress(path.read_bytes())
+    axes = magic % 256
+    header = struct.unpack_from(f">{1 + axes}i", data) if len(data) >= 4 + 4 * axes else (0,)
+    shape, start = header[1:], 4 + 4 * axes
+    if header[0] != magic or len(data) != start + int(np.prod(shape)):
+        raise ValueError(f"{path} is not an IDX file of {axes} axes, or is cut short")
+    return np.frombuffer(data, np.uint8, offset=start).reshape(shape)

