@@ -18,8 +18,8 @@ SPLITS = ("train", "validation", "test")
 
 
 def load_splits(spec: str, *, on_error: str) -> dict[str, data.Examples]:
-    """A tfds dataset's own splits; of other sources the last two tenths are held out."""
-    if spec.startswith("tfds:"):
+    """The source's own splits where it has them; else the last two tenths are held out."""
+    if spec.startswith("tfds:") or _has_splits(spec):
         return {s: data.load_examples(spec, split=s, on_error=on_error) for s in SPLITS}
     examples = data.load_examples(spec, on_error=on_error)
     held = max(1, len(examples) // 10)
@@ -29,13 +29,29 @@ def load_splits(spec: str, *, on_error: str) -> dict[str, data.Examples]:
     return {s: examples[cuts[i] : cuts[i + 1]] for i, s in enumerate(SPLITS)}
 
 
+def _has_splits(spec: str) -> bool:
+    root = epath.Path(spec.partition(":")[2]).expanduser()
+    if not root.is_dir():
+        return False
+    names = {path.name.partition(".")[0] for path in root.iterdir()}
+    return {"validation", "test"} <= names
+
+
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """The packed rows of each split; ``names`` says which tokenizer's columns a model reads."""
+    """The packed rows of each split.
+
+    Attributes:
+      splits: by name.
+      names: which tokenizer's columns each model reads.
+      lengths: bytes of each token, by those columns.
+      chat: whether the rows are conversations, each model's under its own template.
+    """
 
     splits: Mapping[str, data.PackedDataset]
     names: Mapping[str, str]
     lengths: Mapping[str, np.ndarray]
+    chat: bool
 
     def columns(self, batch: Mapping[str, Any], model: str) -> Mapping[str, Any]:
         return batch[self.names[model]]
@@ -56,10 +72,17 @@ def pack_splits(
     splits = {}
     with _processes.first_alone("load"):
         loaded = load_splits(spec, on_error=on_error)
+    chat = "messages" in loaded["train"][0]
     for split, examples in loaded.items():
         with _processes.first_alone(f"pack {split}"):
             splits[split] = data.pack(
-                examples, distinct, seq_len=seq_len, directory=directory / split
+                examples,
+                distinct,
+                seq_len=seq_len,
+                directory=directory / split,
+                # A conversation under a template cannot be cut.
+                encode_chat=models.encode_chat if chat else None,
+                on_long="skip" if chat else "split",
             )
         logging.info(
             "%s: %d documents in %d rows of %d tokens%s",
@@ -70,7 +93,7 @@ def pack_splits(
             f", {examples.errors} malformed rows skipped" if examples.errors else "",
         )
     lengths = {name: models.token_byte_lengths(t) for name, t in distinct.items()}
-    return Packed(splits, names, lengths)
+    return Packed(splits, names, lengths, chat)
 
 
 def needed_rows(packed: Packed, config: Any, *, distilling: bool) -> dict[str, np.ndarray]:
@@ -93,14 +116,12 @@ class Source:
 
     Attributes:
       columns: which tokenizer's columns of a batch it reads.
-      ours: which the pivot reads.
-      lengths: bytes of each token of both vocabularies.
+      packed: the rows.
       caches: by split.
     """
 
     columns: str
-    ours: str
-    lengths: Mapping[str, np.ndarray]
+    packed: Packed
     caches: Mapping[str, data.TeacherCache]
 
     def statistics(self, split: str, batch: Mapping[str, Any]) -> tuple[Any, np.ndarray]:
@@ -108,12 +129,14 @@ class Source:
         cache = self.caches[split]
         found = cache.rows(batch["row"])
         where = batch[self.columns]["loss_mask"][:, 1:]
-        if self.columns != self.ours:
+        ours = self.packed.names["pivot"]
+        if self.columns != ours:
             places, where = data.align_positions(
-                batch[self.ours],
+                batch[ours],
                 batch[self.columns],
-                our_lengths=self.lengths[self.ours],
-                their_lengths=self.lengths[self.columns],
+                our_lengths=self.packed.lengths[ours],
+                their_lengths=self.packed.lengths[self.columns],
+                by="turn" if self.packed.chat else "document",
             )
             rows = np.arange(len(places))[:, None]
             found = {name: array[rows, places] for name, array in found.items()}

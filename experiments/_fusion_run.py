@@ -64,7 +64,9 @@ class Session:
 
     def sample(self, params: Any, *, length: int = 32) -> str:
         """What the pivot writes after the prompt, most likely token first."""
-        model = models.with_layout(nnx.merge(self.functional[0], params), "listed")
+        model = models.with_layout(
+            nnx.merge(self.functional[0], _fusion.pivot_of(params)), "listed"
+        )
         prompt = self.tokenizer.encode(self.config.prompt)
         tokens = decoding.greedy_generate(
             model, prompt, max_new_tokens=length, eos_id=self.tokenizer.eos_id
@@ -149,7 +151,7 @@ def open_session(config: Any, workdir: epath.Path) -> Session:
                 batch_size=config.batch_size,
                 directory=workdir / "sources" / name,
             )
-        sources[name] = _fusion_data.Source(columns, packed.names["pivot"], packed.lengths, caches)
+        sources[name] = _fusion_data.Source(columns, packed, caches)
     return Session(config, workdir, mesh, pivot, tokenizer, packed, sources)
 
 
@@ -265,6 +267,8 @@ def _run_arm(session: Session, loss: str, learning_rate: float, *, seed: int) ->
     logging.info("arm %s", name)
 
     graphdef, params = session.functional
+    if loss == _fusion.DUAL:
+        params = _fusion.with_auxiliary_head(graphdef, params)
     tx, step = make_step(config, graphdef, mesh, loss=loss, learning_rate=learning_rate)
     state = training.create_train_state(
         params, tx, mesh=mesh, rules=training.DECODER_RULES, seed=seed

@@ -1,23 +1,34 @@
 """Which positions of two tokenizations of one text have read the same prefix."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-# Bytes of a segment; a packed row's segments are far shorter.
-_SEGMENT_STRIDE = 1 << 40
+# More bytes than any text, and more turns than any document, in a packed row has.
+_TEXT_STRIDE = 1 << 28
+_TURN_STRIDE = 1 << 16
 
 
-def _starts(columns: Mapping[str, Any], lengths: np.ndarray) -> np.ndarray:
-    """For each token, its segment and the byte of that text where it begins, as one key."""
+def _starts(columns: Mapping[str, Any], lengths: np.ndarray, by: str) -> np.ndarray:
+    """For each token, its text and the byte of it where the token begins, as one key."""
     tokens = np.asarray(columns["tokens"])
-    segments = np.asarray(columns["segment_ids"], np.int64)
+    texts = np.asarray(columns["segment_ids"], np.int64)
     sizes = lengths[np.clip(tokens, 0, len(lengths) - 1)]
     begin = np.cumsum(sizes, axis=1) - sizes
     first = np.asarray(columns["positions"]) == 0
+    if by == "turn":
+        learnt = np.asarray(columns["loss_mask"])
+        turns = learnt & ~np.pad(learnt, ((0, 0), (1, 0)))[:, :-1]
+        texts = texts * _TURN_STRIDE + np.cumsum(turns, axis=1) - _at_start(turns, first)
+        first = turns
     origin = np.maximum.accumulate(np.where(first, begin, 0), axis=1)
-    return segments * _SEGMENT_STRIDE + begin - origin
+    return texts * _TEXT_STRIDE + begin - origin
+
+
+def _at_start(turns: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """How many turns the row had before each token's segment."""
+    return np.maximum.accumulate(np.where(first, np.cumsum(turns, axis=1) - turns, 0), axis=1)
 
 
 def align_positions(
@@ -26,6 +37,7 @@ def align_positions(
     *,
     our_lengths: np.ndarray,
     their_lengths: np.ndarray,
+    by: Literal["document", "turn"] = "document",
 ) -> tuple[np.ndarray, np.ndarray]:
     """For each of our positions, the position of another tokenizer that predicts from there on.
 
@@ -40,6 +52,8 @@ def align_positions(
         our_lengths: ``[vocab]``, how many bytes of text each of our tokens stands for; 0 for
             special tokens.
         their_lengths: the same of the other vocabulary.
+        by: what bytes are counted in: the document, or each learnt part of it, which is what
+            conversations have in common that two chat templates spell differently.
 
     Returns:
         ``places`` int ``[rows, length - 1]``, an index into the other's positions (0 where there is
@@ -54,7 +68,10 @@ def align_positions(
     >>> places.tolist(), where.tolist()
     ([[0, 0, 1]], [[False, True, True]])
     """
-    mine, other = _starts(ours, our_lengths)[:, 1:], _starts(theirs, their_lengths)[:, 1:]
+    mine, other = (
+        _starts(columns, lengths, by)[:, 1:]
+        for columns, lengths in ((ours, our_lengths), (theirs, their_lengths))
+    )
     wanted = np.asarray(ours["loss_mask"])[:, 1:]
     known = np.asarray(theirs["loss_mask"])[:, 1:]
     places = np.zeros(mine.shape, np.int64)

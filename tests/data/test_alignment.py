@@ -83,6 +83,20 @@ def test_matches_are_exactly_the_common_boundaries(pieces, draw):
         assert known[places[0, t] + 1] == mine[t + 1]
 
 
+def test_turns_are_aligned_whatever_the_templates_put_between():
+    vocab = {"<|user|>": 0, "hi": 1, "<s>": 2, "[I]": 3, "ab": 4, "a": 5, "b": 6, "c": 7, "x": 8}
+    lengths = np.array([len(token) for token in vocab])
+    ours = columns([[["<|user|>", "hi", "ab", "c", "x", "c", "ab"]]], vocab)
+    theirs = columns([[["<s>", "[I]", "hi", "x", "a", "b", "c", "x", "x", "c", "a", "b"]]], vocab)
+    ours["loss_mask"][0, :7] = [0, 0, 1, 1, 0, 1, 1]
+    theirs["loss_mask"][0, :12] = [0, 0, 0, 0, 1, 1, 1, 0, 0, 1, 1, 1]
+    places, where = data.align_positions(
+        ours, theirs, our_lengths=lengths, their_lengths=lengths, by="turn"
+    )
+    assert where[0].tolist() == [False, True, True, False, True, True, False]
+    assert (places[0][where[0]] + 1).tolist() == [4, 6, 9, 10]
+
+
 def test_byte_level_vocabulary_counts_bytes():
     tokenizer = byte_tokenizer()
     lengths = models.token_byte_lengths(tokenizer)
