@@ -14,6 +14,8 @@ from flax import nnx
 from logitjax import losses, ops
 
 LOSSES: tuple[str, ...] = ("sft", "kl", "uld", "gld", "uld+gld")
+# A second head for the sources' logits; it needs their vocabulary, as kl does.
+DUAL = "dual"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,8 +29,9 @@ class Objective:
     graph: losses.GraphConfig = losses.GraphConfig()  # noqa: RUF009
 
     def __post_init__(self) -> None:
-        if self.loss not in LOSSES:
-            raise ValueError(f"loss: expected one of {', '.join(LOSSES)}, got {self.loss!r}")
+        known = (*LOSSES, DUAL)
+        if self.loss not in known:
+            raise ValueError(f"loss: expected one of {', '.join(known)}, got {self.loss!r}")
 
     @property
     def shares(self) -> list[float]:
@@ -43,6 +46,18 @@ class Objective:
             gld_weight=self.gld_weight * ("gld" in self.loss),
             graph=self.graph,
         )
+
+
+def with_auxiliary_head(graphdef: Any, params: Any) -> dict[str, Any]:
+    """What the dual arm trains: the pivot, and a second head that starts as a copy of its own."""
+    kernel, _, vocab_axis = nnx.merge(graphdef, params).head_kernel(ignore_softcap=True)
+    kernel = jnp.array(kernel if vocab_axis == 1 else kernel.T)
+    return {"pivot": params, "auxiliary": {"head": {"kernel": kernel}}}
+
+
+def pivot_of(params: Any) -> Any:
+    """The pivot's parameters, without the second head that a dual arm trains beside them."""
+    return params["pivot"] if isinstance(params, dict) and "auxiliary" in params else params
 
 
 def targets(batch: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -79,7 +94,7 @@ def loss_function(
 
     def loss_fn(params: Any, batch: Mapping[str, Any], rng: Any) -> Any:
         del rng
-        model = nnx.merge(graphdef, params)
+        model = nnx.merge(graphdef, pivot_of(params))
         labels, where = targets(batch["pivot"])
         hidden = hidden_states(model, batch["pivot"])
         head = head_arguments(model)
@@ -113,6 +128,21 @@ def loss_function(
             value = (1 - objective.mix) * sft + objective.mix * kl
             return value, count, {"sft": (sft, count), "kl": (kl, count)}
 
+        if objective.loss == DUAL:
+            weights = where.astype(jnp.float32)
+            sft = losses.linear_cross_entropy(hidden, labels=labels, token_weights=weights, **head)
+            ids = jnp.concatenate([teacher.indices for teacher, _ in held], axis=-1)
+            kernel = params["auxiliary"]["head"]["kernel"]
+            gathered = losses.linear_readout(hidden, kernel, ids=ids, vocab_axis=1).gathered
+            parts = jnp.split(gathered, len(held), axis=-1)
+            distances = [
+                losses.binary_kl_norm(part, teacher.values, reduction="mean")
+                for part, (teacher, _) in zip(parts, held, strict=True)
+            ]
+            dual = total(sum(w * d for w, d in zip(objective.shares, distances, strict=True)))
+            value = (1 - objective.mix) * sft + objective.mix * dual
+            return value, count, {"sft": (sft, count), "dual": (dual, count)}
+
         teachers = [
             losses.FusionTeacher(outputs=outputs, where=valid, weight=weight, aligned=True)
             for (outputs, valid), weight in zip(held, objective.shares, strict=True)
@@ -134,7 +164,7 @@ def score_function(graphdef: Any) -> Callable[..., tuple[Any, Any, dict[str, tup
 
     def score(params: Any, batch: Mapping[str, Any], rng: Any) -> Any:
         del rng
-        model = nnx.merge(graphdef, params)
+        model = nnx.merge(graphdef, pivot_of(params))
         labels, where = targets(batch["pivot"])
         hidden = hidden_states(model, batch["pivot"])
         readout = losses.linear_readout(hidden, labels=labels, top_k=1, **head_arguments(model))

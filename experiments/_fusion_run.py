@@ -122,9 +122,10 @@ def open_session(config: Any, workdir: epath.Path) -> Session:
     )
     distilling = [loss for loss in config.loss if loss != "sft"]
     foreign = [n for n in specs if packed.names[n] != packed.names["pivot"]]
-    if "kl" in config.loss and foreign:
+    same = next((loss for loss in ("kl", _fusion.DUAL) if loss in config.loss), None)
+    if same and foreign:
         raise ValueError(
-            f"loss 'kl' needs one vocabulary, but source {specs[foreign[0]]!r} has another "
+            f"loss {same!r} needs one vocabulary, but source {specs[foreign[0]]!r} has another "
             "tokenizer than the pivot; use uld, gld or uld+gld"
         )
     needed = _fusion_data.needed_rows(packed, config, distilling=bool(distilling))

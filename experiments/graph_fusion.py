@@ -9,9 +9,10 @@ plots. Kill it whenever you like: the same command continues where it stopped.
 
 Arms (``--loss``, repeatable): ``sft`` next-token cross-entropy; ``kl`` adds KL to the sources' top
 logits with the exact tail mass (needs the same vocabulary); ``uld`` adds universal logit distance,
-``gld`` graph-on-logits distillation, ``uld+gld`` both, which is InfiGFusion. Weights follow the
-paper: (1 - mix) SFT + mix (...). With several learning rates, each arm picks its own on validation
-data with the first seed before the other seeds run.
+``gld`` graph-on-logits distillation, ``uld+gld`` both, which is InfiGFusion; ``dual`` a second LM
+head, dropped afterwards, that regresses the sources' top logits (same vocabulary). Weights follow
+the paper: (1 - mix) SFT + mix (...). With several learning rates, each arm picks its own on
+validation data with the first seed before the other seeds run.
 """
 
 import dataclasses
