@@ -3,7 +3,7 @@
 import dataclasses
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -167,7 +167,7 @@ def _folder(
     classes = sorted(path.name for path in directory.iterdir() if path.is_dir())
     files: list[tuple[epath.Path, int]] = []
     for number, name in enumerate(classes):
-        found = [p for p in (directory / name).glob("**/*") if p.suffix.lower() in _SUFFIXES]
+        found = [p for p in _files_below(directory / name) if p.suffix.lower() in _SUFFIXES]
         files += [(path, number) for path in sorted(found, key=os.fspath)]
     if not files:
         raise ValueError(f"{directory} has no class folders with images")
@@ -216,3 +216,12 @@ def _synthetic(classes: int, split: str) -> tuple[np.ndarray, np.ndarray, int]:
     noise = rng.normal(scale=60, size=(len(labels), 16, 16, 3))
     images = np.clip(prototypes[labels] + noise, 0, 255).astype(np.uint8)
     return images, labels.astype(np.int32), classes
+
+
+def _files_below(directory: epath.Path) -> Iterator[epath.Path]:
+    # A recursive glob is not to be had on every file system and version.
+    for path in sorted(directory.iterdir()):
+        if path.is_dir():
+            yield from _files_below(path)
+        else:
+            yield path

@@ -108,7 +108,7 @@ def test_arm_equals_the_dense_losses(loss):
 
 
 def test_objective_names_what_it_knows():
-    with pytest.raises(ValueError, match="expected one of sft, kl, uld, gld, uld\\+gld, got 'jsd'"):
+    with pytest.raises(ValueError, match="expected one of sft, .*got 'jsd'"):
         _fusion.Objective(loss="jsd", weights=(1.0,))
     assert dataclasses.replace(_fusion.Objective(loss="uld", weights=(1.0, 3.0))).shares == [
         0.25,

@@ -58,10 +58,11 @@ class FashionMnistPng(tfds.core.GeneratorBasedBuilder):
         return {split: self._generate_examples(folder, name) for split, name in _FILES.items()}
 
     def _generate_examples(
-        self, folder: epath.Path, name: str
+        self, folder: os.PathLike[str], name: str
     ) -> Iterator[tuple[int, dict[str, Any]]]:
         from PIL import Image
 
+        folder = epath.Path(folder)
         images = read_idx(folder / f"{name}-images-idx3-ubyte.gz", _IMAGES)
         labels = read_idx(folder / f"{name}-labels-idx1-ubyte.gz", _LABELS)
         for number, (image, label) in enumerate(zip(images, labels, strict=True)):
@@ -86,9 +87,9 @@ def find_files(manual_dir: str | os.PathLike[str] | None = None) -> epath.Path:
     )
 
 
-def read_idx(path: epath.Path, magic: int) -> np.ndarray:
+def read_idx(path: os.PathLike[str], magic: int) -> np.ndarray:
     """A gzipped IDX file of bytes."""
-    data = gzip.decompress(path.read_bytes())
+    data = gzip.decompress(epath.Path(path).read_bytes())
     axes = magic % 256
     header = struct.unpack_from(f">{1 + axes}i", data) if len(data) >= 4 + 4 * axes else (0,)
     shape, start = header[1:], 4 + 4 * axes

@@ -75,9 +75,9 @@ def find_declarations(manual_dir: str | os.PathLike[str] | None = None) -> epath
     )
 
 
-def read_paragraphs(path: epath.Path) -> list[str]:
+def read_paragraphs(path: os.PathLike[str]) -> list[str]:
     """Headings, paragraphs and list items of one translation, without markup."""
-    body = path.read_text().partition("<body")[2]
+    body = epath.Path(path).read_text().partition("<body")[2]
     found = (html.unescape(_TAG.sub(" ", part)) for part in _ARTICLE.findall(body))
     return [" ".join(text.split()) for text in found if text.strip()]
 
