@@ -187,19 +187,21 @@ def build_decoder(
         readers = [pieces[layer, leaf_path] for layer in layers]
         stacked = options["layout"] == "stacked" and keys[0] == "segments"
 
-        def fetch(index: Any) -> np.ndarray:
-            sub = index[1:] if stacked else index
-            chosen = readers[index[0]] if stacked else readers
-            first = chosen[0](sub)
-            out = np.empty((len(chosen), *first.shape), leaf.dtype)
-            out[0] = first
-            for i, read in enumerate(chosen[1:], 1):
-                out[i] = read(sub)
-            return out if stacked else out[0]
+        def fetch(indices: Sequence[Any]) -> list[np.ndarray]:
+            if not stacked:
+                return [part.astype(leaf.dtype, copy=False) for part in readers[0](indices)]
+            shapes_ = [_sliced_shape(leaf.shape, index) for index in indices]
+            out = [np.empty(shape, leaf.dtype) for shape in shapes_]
+            for number, read in enumerate(readers):
+                wanted = [i for i, index in enumerate(indices) if _holds(index[0], number, layers)]
+                parts = read([indices[i][1:] for i in wanted]) if wanted else []
+                for i, part in zip(wanted, parts, strict=True):
+                    out[i][number - indices[i][0].indices(len(layers))[0]] = part
+            return out
 
         sharding = shardings(name, leaf.shape)
         try:
-            array = jax.make_array_from_callback(leaf.shape, sharding, _memoised(fetch))
+            array = _placed(leaf.shape, sharding, fetch)
         except ValueError as error:
             raise ValueError(f"{where}: parameter {name} {leaf.shape}: {error}") from None
         # Without the wait, transfers overlap and their buffers pile up on the host.
@@ -214,18 +216,24 @@ def build_decoder(
     return nnx.merge(graphdef, params)
 
 
-def _memoised(fetch: Callable[[Any], np.ndarray]) -> Callable[[Any], np.ndarray]:
-    """Replicas of one slice on several local devices are read once."""
-    last: dict[str, np.ndarray] = {}
+def _placed(
+    shape: tuple[int, ...],
+    sharding: jax.sharding.Sharding,
+    fetch: Callable[[Sequence[Any]], list[np.ndarray]],
+) -> jax.Array:
+    """An array from all slices that this process's devices need, fetched together."""
+    needed = sharding.addressable_devices_indices_map(shape).values()
+    distinct = {str(index): index for index in needed}
+    parts = dict(zip(distinct, fetch(list(distinct.values())), strict=True))
+    return jax.make_array_from_callback(shape, sharding, lambda index: parts[str(index)])
 
-    def call(index: Any) -> np.ndarray:
-        key = str(index)
-        if key not in last:
-            last.clear()
-            last[key] = fetch(index)
-        return last[key]
 
-    return call
+def _sliced_shape(shape: tuple[int, ...], index: Any) -> tuple[int, ...]:
+    return tuple(len(range(*part.indices(size))) for part, size in zip(index, shape, strict=True))
+
+
+def _holds(part: slice, number: int, layers: Sequence[Any]) -> bool:
+    return number in range(*part.indices(len(layers)))
 
 
 def _layers_of(keys: Path, config: DecoderConfig, layout: str) -> tuple[list[int | None], Path]:
@@ -288,8 +296,8 @@ def _pieces(
     config: DecoderConfig,
     layout: str,
     where: str,
-) -> dict[tuple[int | None, Path], Callable[[Any], np.ndarray]]:
-    """For every leaf of every layer a function from an index to its values."""
+) -> dict[tuple[int | None, Path], Callable[[Sequence[Any]], list[np.ndarray]]]:
+    """For every leaf of every layer a function from indices to their values."""
     leaf_shapes: dict[tuple[int | None, Path], tuple[int, ...]] = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(shapes)[0]:
         keys = tuple(str(p.key) for p in path)
@@ -318,28 +326,33 @@ def _pieces(
 
 def _reader(
     source: TensorSource, spec: TensorSpec, start: int, size: int
-) -> Callable[[Any], np.ndarray]:
-    def read(index: Any) -> np.ndarray:
-        index = tuple(index)
-        if spec.transpose:
-            index = tuple(reversed(index))
+) -> Callable[[Sequence[Any]], list[np.ndarray]]:
+    def read(indices: Sequence[Any]) -> list[np.ndarray]:
+        indices = [tuple(reversed(i)) if spec.transpose else tuple(i) for i in indices]
         if spec.rope_heads or spec.axis == 1:
             # Interleaved or side-by-side parts do not lie in consecutive rows.
-            values = source.read(spec.name)
+            values, first = source.read(spec.name), 0
             if spec.rope_heads:
                 values = _deinterleave(values, spec.rope_heads)
             part = [slice(None)] * values.ndim
             part[spec.axis] = slice(start, start + size)
-            values = values[tuple(part)][index]
+            values = values[tuple(part)]
         else:
-            first, last, _ = index[0].indices(size)
-            rows = source.read(spec.name, slice(start + first, start + last))
-            values = rows[(slice(None), *index[1:])]
-        if spec.shift:
-            values = values - spec.shift
-        return values.T if spec.transpose else values
+            # One read of all rows that any of the devices needs.
+            ranges = [index[0].indices(size)[:2] for index in indices]
+            first, last = min(r[0] for r in ranges), max(r[1] for r in ranges)
+            values = source.read(spec.name, slice(start + first, start + last))
+        return [_part(values, index, first, spec) for index in indices]
 
     return read
+
+
+def _part(values: np.ndarray, index: Any, first: int, spec: TensorSpec) -> np.ndarray:
+    low, high, _ = index[0].indices(first + values.shape[0])
+    out = values[(slice(low - first, high - first), *index[1:])]
+    if spec.shift:
+        out = out - spec.shift
+    return out.T if spec.transpose else out
 
 
 def _deinterleave(values: np.ndarray, heads: int) -> np.ndarray:

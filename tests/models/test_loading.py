@@ -4,6 +4,7 @@ import importlib.util
 import json
 import pathlib
 import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ import safetensors.numpy
 from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
 
-from logitjax import models
+from logitjax import models, training
 from logitjax.models import load_config, load_model, save_pretrained
 from tests.models._checkpoints import tensors, write_checkpoint
 from tests.models._configs import HF_CONFIGS
@@ -199,3 +200,21 @@ def test_both_generations_of_rope_settings_mean_the_same():
 def test_packaged_config():
     config = load_config("smollm2")
     assert (config.vocab_size, config.num_layers, config.hidden_size) == (49152, 30, 576)
+
+
+@pytest.mark.parametrize("spec", ["data:8", "fsdp:8", "fsdp:4,tensor:2"])
+def test_a_process_reads_each_byte_once(tmp_path, monkeypatch, spec):
+    """However many of its devices hold a part of a tensor, or all of it."""
+    directory = write_checkpoint("smollm2", tmp_path / "in")
+    source = sys.modules[load_model.__module__].SafetensorsSource
+    read, counted = source.read, []
+
+    def counting(self, *arguments, **options):
+        values = read(self, *arguments, **options)
+        counted.append(values.nbytes)
+        return values
+
+    monkeypatch.setattr(source, "read", counting)
+    mesh = training.make_mesh(spec)
+    load_model(str(directory), mesh=mesh, rules=models.DECODER_RULES)
+    assert sum(counted) == sum(value.nbytes for value in tensors("smollm2").values())
