@@ -50,7 +50,12 @@ class Trainer:
         self.config, self.task, self.arm, self.teacher = config, task, arm, teacher
         self.epochs, self.alphas, self.resident, self.mesh = epochs, alphas, resident, mesh
         self.replicated = NamedSharding(self.mesh, P())
-        self.steps = max(1, len(task.train) // config.batch_size)
+        self.steps = len(task.train) // config.batch_size
+        if not self.steps:
+            raise ValueError(
+                f"batch_size: {config.batch_size} is more than the {len(task.train)} training "
+                "examples"
+            )
         self.over_lanes = self._vmap if network.startswith("mlp-") else self._map
         shape, classes = task.shape, task.num_classes
         self.make = functools.partial(

@@ -127,10 +127,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         arm=_MAIN,
         alpha=(0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
         seeds=5,
-        train_examples=10_000,
+        train_examples=6_000,
         batch_size=128,
-        epochs=12,
-        teacher_epochs=12,
+        epochs=10,
+        teacher_epochs=10,
     ),
     "paper": dict(
         data="cifar100:data/cifar-100-binary",

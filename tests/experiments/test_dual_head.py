@@ -111,6 +111,20 @@ def test_lanes_are_independent_and_alpha_stops(tmp_path):
         np.testing.assert_allclose(pair[0], one[0], rtol=1e-4, atol=1e-6)
 
 
+def test_data_that_comes_in_pieces_trains_the_same(tmp_path, monkeypatch):
+    task = _dual_head_data.load_task(TINY, epath.Path(tmp_path))
+    mesh = training.make_mesh("data:8")
+    trained = []
+    for limit, steps in ((1 << 30, 256), (0, 2)):
+        monkeypatch.setattr(_dual_head_train, "_DEVICE_BYTES", limit)
+        monkeypatch.setattr(_dual_head_train, "_CHUNK_STEPS", steps)
+        trainer = make_trainer(task, mesh, "dual_linear")
+        assert (trainer.resident is None) == (limit == 0)
+        lanes, loss = trainer.train_epoch(trainer.initial(jax.random.key(0)), 0, seed=0)
+        trained.append((lanes["params"], jnp.asarray(loss)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *trained)
+
+
 def test_a_simplex_has_collapsed_and_noise_has_not():
     classes = 5
     simplex = np.eye(classes) - 1 / classes
@@ -173,10 +187,16 @@ def test_alpha_is_chosen_on_validation_and_losses_are_reported_as_such():
     assert (gain, p) == (0.0, 1.0)
 
 
-def test_mistakes_in_the_configuration_are_named():
+def test_mistakes_in_the_configuration_are_named(tmp_path):
     with pytest.raises(ValueError, match="dual_deep"):
         dual_head.Config(arm=("dual_deep",))
     with pytest.raises(ValueError, match="epochs"):
         dual_head.Config(epochs=0)
+    task = _dual_head_data.load_task(TINY, epath.Path(tmp_path))
+    config = dataclasses.replace(TINY, batch_size=97)
+    options = {"epochs": 1, "learning_rate": 0.1, "alphas": (0.0,), "teacher": None}
+    options |= {"network": "mlp-4", "resident": None, "mesh": training.make_mesh("data:8")}
+    with pytest.raises(ValueError, match="batch_size"):
+        _dual_head_train.Trainer(config, task, _dual_head_arms.arms(config)["ce"], **options)
     for name, preset in dual_head.PRESETS.items():
         assert dual_head.Config(**preset), name
