@@ -1,0 +1,215 @@
+"""Cross-entropy and KL of large vocabularies: dense, checkpointed chunks, and the blocked sweep.
+
+Forward and backward, gradients of hidden states and head, float32. ``chunked`` is the scan over
+token chunks under ``jax.checkpoint`` that other trainers use. Ours comes in two forms: ``blocked
+scalar`` (``token_weights=``, what a training step uses) and ``blocked unreduced``, which like the
+chunked scan has to form every logit twice: 6 matmuls for KL where dense and scalar take 4.
+
+Bars are about KL at T = 2048 or 1024 and a vocabulary of 152,064 or more: scratch memory at most a
+tenth of dense, seconds at most dense's (1.2 times at H = 2048), never more than the chunked scan's.
+"""
+
+import concurrent.futures
+import functools
+import multiprocessing
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from experiments.benchmarks import _suite
+from logitjax import losses
+
+# (T, H, V): a small model, one with Qwen's vocabulary, one with Gemma's.
+SHAPES = ((2048, 576, 49152), (2048, 1024, 152064), (1024, 2048, 262144))
+SMOKE_SHAPES = ((256, 32, 8192),)
+CHUNK = 256
+PEERS = ("dense", "chunked", "blocked scalar", "blocked unreduced")
+
+Shape = tuple[int, int, int]
+
+
+def _inputs(shape: Shape) -> dict[str, jax.Array]:
+    tokens, width, vocab = shape
+    rng = np.random.default_rng(0)
+
+    def normal(*sizes: int, scale: float = 1.0) -> jax.Array:
+        return jnp.asarray(rng.standard_normal(sizes, np.float32) * np.float32(scale))
+
+    return {
+        "hidden": normal(tokens, width),
+        "head": normal(width, vocab, scale=2 * width**-0.5),
+        "teacher_hidden": normal(tokens, width),
+        "teacher_head": normal(width, vocab, scale=2 * width**-0.5),
+        "labels": jnp.asarray(rng.integers(0, vocab, tokens)),
+    }
+
+
+def _dense(kind: str, hidden: Any, head: Any, teacher: Any, teacher_head: Any, labels: Any) -> Any:
+    logits = hidden @ head
+    if kind == "cross-entropy":
+        return losses.cross_entropy(logits, labels)
+    return losses.kl_divergence(logits, jax.lax.stop_gradient(teacher @ teacher_head))
+
+
+def _chunked(
+    kind: str, hidden: Any, head: Any, teacher: Any, teacher_head: Any, labels: Any
+) -> Any:
+    @jax.checkpoint
+    def body(total: Any, chunk: Any) -> Any:
+        here, there, ids = chunk
+        return total + _dense(kind, here, head, there, teacher_head, ids).sum(), None
+
+    size = min(CHUNK, len(hidden))
+    chunks = [x.reshape(-1, size, *x.shape[1:]) for x in (hidden, teacher, labels)]
+    return jax.lax.scan(body, 0.0, tuple(chunks))[0] / len(hidden)
+
+
+def _blocked(
+    kind: str, weighted: bool, hidden: Any, head: Any, teacher: Any, teacher_head: Any, labels: Any
+) -> Any:
+    weights = jnp.full(len(hidden), 1 / len(hidden)) if weighted else None
+    if kind == "cross-entropy":
+        return losses.linear_cross_entropy(hidden, head, labels, token_weights=weights)
+    return losses.linear_kl_divergence(hidden, head, teacher, teacher_head, token_weights=weights)
+
+
+def step(kind: str, peer: str) -> Callable[[Mapping[str, jax.Array]], Any]:
+    """Mean loss with its gradients by the hidden states and the head."""
+
+    def loss(hidden: Any, head: Any, rest: Mapping[str, jax.Array]) -> Any:
+        arguments = (hidden, head, rest["teacher_hidden"], rest["teacher_head"], rest["labels"])
+        if peer == "dense":
+            return _dense(kind, *arguments).mean()
+        if peer == "chunked":
+            return _chunked(kind, *arguments)
+        return _blocked(kind, peer == "blocked scalar", *arguments).mean()
+
+    def run(inputs: Mapping[str, jax.Array]) -> Any:
+        rest = {k: v for k, v in inputs.items() if k not in ("hidden", "head")}
+        return jax.value_and_grad(loss, (0, 1))(inputs["hidden"], inputs["head"], rest)
+
+    return run
+
+
+def peak_rss(shape: Shape, kind: str, peer: str) -> int:
+    """The most memory a fresh process has held after two steps, in bytes."""
+    run, inputs = jax.jit(step(kind, peer)), _inputs(shape)
+    for _ in range(2):
+        jax.block_until_ready(run(inputs))
+    # getrusage starts from what the parent held when it forked.
+    status = pathlib.Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) * 1024
+    return _suite.peak_rss_bytes()
+
+
+def _in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def _measure(shape: Shape, kind: str, options: _suite.Options) -> list[dict[str, Any]]:
+    abstract = {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype)
+        for name, x in jax.eval_shape(functools.partial(_abstract_inputs, shape)).items()
+    }
+    rows = []
+    for peer in PEERS:
+        row = {"loss": kind, "T": shape[0], "H": shape[1], "V": shape[2], "form": peer}
+        row["temp MiB"] = _suite.temp_bytes(step(kind, peer), abstract) / 2**20
+        try:
+            row["peak RSS MiB"] = _in_fresh_process(peak_rss, shape, kind, peer) / 2**20
+        except concurrent.futures.process.BrokenProcessPool:
+            logging.warning("%s %s at %s does not fit into memory", kind, peer, shape)
+            row["peak RSS MiB"] = None
+        rows.append(row)
+    inputs = _inputs(shape)
+    fitting = [row for row in rows if row["peak RSS MiB"] is not None]
+    compiled = {row["form"]: jax.jit(step(kind, row["form"])) for row in fitting}
+    calls = {name: functools.partial(function, inputs) for name, function in compiled.items()}
+    seconds = _suite.paired_seconds(calls, repeats=options.repeats)
+    for row in fitting:
+        name = row["form"]
+        row["seconds"] = sorted(seconds[name])[len(seconds[name]) // 2]
+        for other in ("dense", "chunked"):
+            if other in seconds:
+                row[f"/ {other}"] = _suite.paired_ratio(seconds[name], seconds[other])
+    return rows
+
+
+def _abstract_inputs(shape: Shape) -> dict[str, jax.Array]:
+    tokens, width, vocab = shape
+    return {
+        "hidden": jnp.zeros((tokens, width)),
+        "head": jnp.zeros((width, vocab)),
+        "teacher_hidden": jnp.zeros((tokens, width)),
+        "teacher_head": jnp.zeros((width, vocab)),
+        "labels": jnp.zeros(tokens, jnp.int32),
+    }
+
+
+def _bars(rows: list[dict[str, Any]]) -> list[_suite.Bar]:
+    bars = []
+    held = {(r["loss"], r["V"], r["form"]): r for r in rows}
+    for (kind, vocab, form), row in held.items():
+        if kind != "kl" or not form.startswith("blocked") or vocab < 150_000:
+            continue
+        where = f"KL, H={row['H']}, V={vocab}, {form}"
+        dense = held[kind, vocab, "dense"]
+        share = row["temp MiB"] / dense["temp MiB"]
+        bars.append(_suite.Bar(name=f"{where}: scratch memory / dense", value=share, limit=0.1))
+        limit = 1.0 if row["H"] <= 1024 else 1.2
+        for other, most in (("dense", limit), ("chunked", 1.0)):
+            ratio = row.get(f"/ {other}")
+            if ratio is not None:
+                name = f"{where}: seconds / {other}"
+                bars.append(_suite.Bar(name=name, value=ratio, limit=most))
+    return bars
+
+
+def _plot(rows: list[dict[str, Any]], path: pathlib.Path) -> pathlib.Path:
+    import matplotlib.pyplot as plt
+
+    groups = list(dict.fromkeys((r["loss"], r["T"], r["H"], r["V"]) for r in rows))
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    for axis, column in zip(axes, ("seconds", "temp MiB"), strict=True):
+        for i, form in enumerate(PEERS):
+            values = [
+                next(
+                    (
+                        r.get(column) or np.nan
+                        for r in rows
+                        if (r["loss"], r["T"], r["H"], r["V"]) == group and r["form"] == form
+                    ),
+                    np.nan,
+                )
+                for group in groups
+            ]
+            axis.bar(np.arange(len(groups)) + 0.2 * (i - 1.5), values, 0.2, label=form)
+        axis.set_xticks(range(len(groups)), [f"{g[0]}\n{g[1]} x {g[2]}\nx {g[3]}" for g in groups])
+        axis.tick_params(axis="x", labelsize=7)
+        axis.set_yscale("log")
+        axis.set_ylabel(column)
+    axes[0].legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path
+
+
+def run(options: _suite.Options) -> _suite.Result:
+    rows = []
+    for shape in SMOKE_SHAPES if options.smoke else SHAPES:
+        for kind in ("cross-entropy", "kl"):
+            rows += _measure(shape, kind, options)
+            logging.info("%s at T, H, V = %s done", kind, shape)
+    plot = _plot(rows, options.directory / "vocabulary_losses.png")
+    return _suite.Result(rows=rows, bars=_bars(rows), plots=[plot])
