@@ -24,10 +24,10 @@ from logitjax.ops import Array, AxisName
 
 # Elements of logits that a block may hold. On CPU a block should stay near the caches; on an
 # accelerator it should be large enough that a matmul fills the chip.
-_BLOCK_ELEMENTS = {"cpu": 2**23}
+_BLOCK_ELEMENTS = {"cpu": 2**22}
 _BLOCK_ELEMENTS_ELSEWHERE = 2**26
 # The scalar form keeps whole rows of logits for so many elements.
-_ROW_ELEMENTS = {"cpu": 2**25}
+_ROW_ELEMENTS = {"cpu": 40_000_000}
 _ROW_ELEMENTS_ELSEWHERE = 2**28
 
 
@@ -95,12 +95,13 @@ def _projection(branch: Branch, axis: int, inverse_temperature: jax.Array) -> Pr
     return Projection(**arrays, inverse_temperature=inverse_temperature)
 
 
-def _block_size(given: int | None, tokens: int, vocab: int) -> int:
+def _block_size(given: int | None, rows: int, vocab: int) -> int:
+    """Columns a block, where a block has `rows` positions or head rows, whichever are more."""
     if given is not None:
         ops.check_positive(given, "block_size")
         return min(given, vocab)
     budget = _BLOCK_ELEMENTS.get(jax.default_backend(), _BLOCK_ELEMENTS_ELSEWHERE)
-    most = max(512, budget // max(tokens, 1))
+    most = max(512, budget // max(rows, 1))
     # Equal blocks, so that the last one repeats few columns, and whole vector registers.
     count = -(-vocab // most)
     return min(vocab, -(-math.ceil(vocab / count) // 128) * 128)
@@ -183,6 +184,7 @@ def sweep(
     wide = jnp.promote_types(
         jnp.result_type(sides[0].hidden.dtype, sides[0].head.dtype), jnp.float32
     )
+    widths = [side.hidden.shape[-1] for side in sides]
     operands = Operands(sides[0], sides[1] if teacher is not None else None, where, tokens)
     if weighted:
         token_weights = jnp.asarray(token_weights)
@@ -197,7 +199,7 @@ def sweep(
         statistic=statistic(wide),
         vocab_axes=axes,
         soft_caps=tuple(branch.soft_cap for branch in branches),
-        block=_block_size(block_size, together, vocab),
+        block=_block_size(block_size, max(together, *widths), vocab),
         token_block=token_block,
         axis_name=axis_name,
         varying=varying,
