@@ -134,7 +134,7 @@ def fit_assignment(
         assignment, history = found.assignment, found.inertia
     codebook, _ = weighted_means(rows, weights, assignment, num_codes, block_size=block_size)
     bias = centred_bias(rows, codebook, assignment, hidden_mean, row_bias, block_size=block_size)
-    if method == "likelihood":
+    if method == "likelihood" and hidden is not None:
         sums, counts = expected_targets(hidden, rows, row_bias)
         moved = []
         for _ in range(rounds):
@@ -161,7 +161,7 @@ def centred_bias(
 ) -> jax.Array:
     """Biases that make VQ logits equal the full head's at the mean hidden state."""
     mean = jnp.asarray(hidden_mean, jnp.float32)
-    full = over_rows(lambda block: block.astype(jnp.float32) @ mean, rows, block_size)
+    full = over_rows(lambda block: block.astype(jnp.float32) @ mean, jnp.asarray(rows), block_size)
     bias = full - (codebook @ mean)[assignment]
     return bias if row_bias is None else bias + jnp.asarray(row_bias, jnp.float32)
 

@@ -165,7 +165,10 @@ def fit_vq_head(
         )
         history["loss"] = [loss - targets.entropy for loss in history["loss"]]
     fit = VQFit(
-        assignment, codebook, jnp.zeros(len(assignment)) if bias is None else bias, jnp.zeros(0)
+        jnp.asarray(assignment),
+        jnp.asarray(codebook),
+        jnp.zeros(len(assignment)) if bias is None else jnp.asarray(bias),
+        jnp.zeros(0),
     )
     if not config.num_pages:
         return VQHead.from_fit(fit, use_bias=config.use_bias), history

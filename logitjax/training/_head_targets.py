@@ -52,8 +52,9 @@ class HeadTargets:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "HeadTargets":
         with epath.Path(path).open("rb") as file, np.load(file) as held:
-            arrays = {name: held[name] for name in held.files}
-        return cls(**arrays | {"entropy": float(arrays["entropy"])})
+            arrays: dict[str, Any] = {name: held[name] for name in held.files}
+        arrays["entropy"] = float(arrays["entropy"])
+        return cls(**arrays)
 
 
 def head_targets(
