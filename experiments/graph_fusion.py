@@ -112,7 +112,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Another tokenizer and vocabulary: `make gemma` fetches the source (Gemma terms of use).
     "heterogeneous": dict(
         source=(".cache/models/gemma-3-270m.gguf",),
-        loss=("sft", "uld", "uld+gld"),
+        loss=("sft", "uld+gld"),
         pivot_layers=(0, 1, 2, 3, 28, 29),
         steps=40,
         batch_size=2,
