@@ -62,8 +62,13 @@ def run(options: _suite.Options) -> _suite.Result:
                     flush=True,
                 )
     scaling = measure_scaling((200, 2_000) if options.smoke else _SCALING, options.repeats)
+    loss = measure_loss(64 if options.smoke else 4096, 4_096 if options.smoke else 152_064, options)
     plots = [] if options.smoke else [plot(rows, options)]
-    return _suite.Result(rows=rows + scaling.rows, bars=bars(rows) + scaling.bars, plots=plots)
+    return _suite.Result(
+        rows=rows + scaling.rows + loss.rows,
+        bars=bars(rows) + scaling.bars + ([] if options.smoke else loss.bars),
+        plots=plots,
+    )
 
 
 def real_statistics(width: int) -> dict[str, losses.GraphStatistics]:
@@ -160,8 +165,10 @@ def measure(pair: Pair, options: _suite.Options) -> list[dict[str, Any]]:
             row |= {"value": float(answer.upper), "lower": float(answer.lower)}
         else:
             row |= {"lower": float(answer)}
-        memory = step.memory_analysis().temp_size_in_bytes
-        rows.append(row | {"seconds": seconds, "MiB": memory / 2**20})
+        analysis = step.memory_analysis()
+        if analysis is not None:
+            row["MiB"] = analysis.temp_size_in_bytes / 2**20
+        rows.append(row | {"seconds": seconds})
     if n <= _LARGEST["ott"]:
         # Dense: ott's own factors would have one column a position, more than there are nodes.
         dense = [matrix(g).astype(np.float32) for g in (c, d)]
@@ -255,12 +262,12 @@ def pot(pair: Pair, c: Any, d: Any, *, starts: int) -> dict[str, Any]:
     }
 
 
-class Scaling(NamedTuple):
+class Measured(NamedTuple):
     rows: list[dict[str, Any]]
     bars: list[_suite.Bar]
 
 
-def measure_scaling(sizes: Sequence[int], repeats: int) -> Scaling:
+def measure_scaling(sizes: Sequence[int], repeats: int) -> Measured:
     """The closed form on n token nodes, ten a position and n / 10 positions; no n x n anywhere."""
 
     def closed_form(v, v_ids, w, w_ids, n):
@@ -293,7 +300,7 @@ def measure_scaling(sizes: Sequence[int], repeats: int) -> Scaling:
     large = rows[1:] if len(rows) > 2 else rows
     logs = np.log([[row["n"], row["seconds"], row["MiB"]] for row in large])
     time_slope, memory_slope = (np.polyfit(logs[:, 0], logs[:, i], 1)[0] for i in (1, 2))
-    return Scaling(
+    return Measured(
         rows,
         [
             _suite.Bar(
@@ -303,6 +310,50 @@ def measure_scaling(sizes: Sequence[int], repeats: int) -> Scaling:
                 name="closed form: exponent of memory in n", value=float(memory_slope), limit=1.05
             ),
         ],
+    )
+
+
+def measure_loss(positions: int, vocab: int, options: _suite.Options) -> Measured:
+    """What `graph_on_logits` adds to the head's own matrix products, with a cached teacher.
+
+    Both steps multiply forward and backward, one with the loss's gradient and one with a given
+    one, so that the gradient's memory is counted where it would be in training.
+    """
+    hidden = 1024
+    keys = jax.random.split(jax.random.key(0), 3)
+    h = jax.random.normal(keys[0], (positions, hidden))
+    kernel = jax.random.normal(keys[1], (vocab, hidden)) / hidden**0.5
+    shorter = jax.jit(lambda h, kernel: losses.graph_statistics(h @ kernel.T, _K))
+    teacher = shorter(h[: positions // 2], kernel)
+
+    def step(gradient):
+        def run(h, kernel):
+            logits, vjp = jax.vjp(lambda h, kernel: h @ kernel.T, h, kernel)
+            return vjp(gradient(logits))
+
+        return jax.jit(run)
+
+    head = step(lambda logits: logits)
+    loss = step(jax.grad(lambda logits: losses.graph_on_logits(logits, teacher)[0]))
+    seconds = _suite.paired_seconds(
+        {"head": lambda: head(h, kernel), "loss": lambda: loss(h, kernel)},
+        repeats=options.repeats,
+    )
+    rows = [
+        {
+            "graph": f"{positions} positions, vocabulary {vocab}",
+            "method": name,
+            "seconds": float(np.median(seconds[key])),
+        }
+        for key, name in (
+            ("head", "head forward + backward"),
+            ("loss", "the same with graph_on_logits"),
+        )
+    ]
+    added = _suite.paired_ratio(seconds["loss"], seconds["head"]) - 1.0
+    return Measured(
+        rows,
+        [_suite.Bar(name="graph_on_logits: seconds added to the head", value=added, limit=0.05)],
     )
 
 
