@@ -212,7 +212,7 @@ def shortlist_nll(
     References:
       The tail of the paper's head, arXiv:2505.10202, under rows of the head it replaces: ours.
     """
-    hidden, labels = jnp.asarray(hidden), jnp.asarray(labels)
+    hidden, labels, assignment = jnp.asarray(hidden), jnp.asarray(labels), jnp.asarray(assignment)
     if labels.shape != hidden.shape[:-1]:
         raise ValueError(f"labels must be of shape {hidden.shape[:-1]}, got {labels.shape}")
     _check_pages(num_pages, pages)
@@ -342,11 +342,12 @@ def shortlist_logits(
     [[1. 3. 0.]]
     """
     hidden = jnp.asarray(hidden)
+    pages = with_page_biases(pages, bias)
     flat = hidden.reshape(-1, hidden.shape[-1])
     scores = code_scores(flat, codebook, soft_cap=soft_cap)
     chosen = _choose(scores, pages, num_pages)
     tokens, logits, _ = _split(flat, scores, chosen, pages, rescore, calibration, soft_cap)
-    coarse = scores[:, assignment] + jnp.asarray(bias)
+    coarse = jnp.take(scores, assignment, axis=-1) + jnp.asarray(bias)
     tokens = jnp.where(tokens < 0, coarse.shape[-1], tokens)
     rows = jnp.arange(len(flat))[:, None]
     full = coarse.at[rows, tokens].set(logits, mode="drop")
