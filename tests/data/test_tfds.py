@@ -232,3 +232,19 @@ def test_the_prepare_command(austen_database, tmp_path):
     failed = subprocess.run(command, capture_output=True, text=True)
     assert failed.returncode == 1
     assert failed.stderr.strip().endswith("error: tfds has no dataset 'no_such_thing'")
+
+
+def test_austen_from_plain_texts(tmp_path):
+    folder = tmp_path / "downloads" / "manual" / "austen"
+    folder.mkdir(parents=True)
+    novels = ("Emma", "mansfield_park", "Northanger-Abbey", "Persuasion", "Pride and Prejudice")
+    body = "".join(f"CHAPTER {n}\n\nOne line\nand another, {n}.\n\n" for n in ("I", "II", "III"))
+    for name in novels:
+        (folder / f"{name}.txt").write_text(f"A title page\n\n{body}")
+    with pytest.raises(ValueError, match="no chapters of Sense and Sensibility"):
+        data.prepare("austen", data_dir=tmp_path)
+    (folder / "Sense and Sensibility.txt").write_text(body)
+    data.prepare("austen", data_dir=tmp_path)
+    train = data.load_examples("tfds:austen", data_dir=tmp_path)
+    assert len(train) == 6
+    assert train[0]["text"] == "One line and another, I."

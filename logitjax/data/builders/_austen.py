@@ -1,4 +1,4 @@
-"""Jane Austen's six novels, read from the Debian package r-cran-janeaustenr without R."""
+"""Jane Austen's six novels: from the Debian package r-cran-janeaustenr, without R, or from text."""
 
 import os
 import re
@@ -15,6 +15,7 @@ _INSTALL = (
     "apt-get download r-cran-janeaustenr && dpkg-deb -x r-cran-janeaustenr_*.deb {manual_dir}"
 )
 _DATABASE = "usr/lib/R/site-library/janeaustenr/data/Rdata.rdb"
+_TEXTS = "austen"
 _NOVELS = (
     "Emma",
     "Mansfield Park",
@@ -59,7 +60,11 @@ class Austen(tfds.core.GeneratorBasedBuilder):
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
         # The property of the same name insists on the folder, but the package may be installed.
         manual_dir = getattr(dl_manager, "_manual_dir", None)
-        novels = read_novels(find_database(manual_dir))
+        folder = epath.Path(manual_dir) / _TEXTS if manual_dir else None
+        if folder is not None and folder.is_dir():
+            novels = read_texts(folder)
+        else:
+            novels = read_novels(find_database(manual_dir))
         return {
             name: self._generate_examples(novels, name) for name in ("train", "validation", "test")
         }
@@ -94,7 +99,23 @@ def find_database(manual_dir: str | os.PathLike[str] | None = None) -> epath.Pat
     raise FileNotFoundError(
         "austen is made from a Debian package that is missing: "
         + _INSTALL.format(manual_dir=manual_dir or "MANUAL_DIR")
+        + f"; or put the six novels as text (Project Gutenberg has them) into {_TEXTS}/ there, "
+        "named after their titles: 'Emma.txt', 'Mansfield Park.txt', ..."
     )
+
+
+def read_texts(folder: str | os.PathLike[str]) -> dict[str, list[str]]:
+    """Novel to its chapters' texts, from one plain text file a novel."""
+    found = {}
+    for path in epath.Path(folder).iterdir():
+        title = re.sub(r"[\W_]+", " ", path.name.removesuffix(".txt")).lower()
+        for name in _NOVELS:
+            if name.lower() == title:
+                found[name] = split_chapters(path.read_text().splitlines())
+    missing = [name for name in _NOVELS if not found.get(name)]
+    if missing:
+        raise ValueError(f"{folder} has no chapters of {', '.join(missing)}")
+    return {name: found[name] for name in _NOVELS}
 
 
 def read_novels(database: epath.Path) -> dict[str, list[str]]:
