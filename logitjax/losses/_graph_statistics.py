@@ -10,6 +10,9 @@ from jaxtyping import Bool, Float
 from logitjax import ops
 from logitjax.ops import Array
 
+# The least share of the mean square that the variance may have for float32 sums about zero.
+_STEADY = 1e-2
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,20 +125,24 @@ def _moments(logits, axis_name):
 def _finite_sums(x, origin):
     """Count, sum and sum of squares of ``x - origin`` over the finite entries.
 
-    A mask inside the reductions makes them several times slower on CPU, so it is applied only
-    where the plain sums show that there is something to mask.
+    A mask or an offset inside the reductions makes them several times slower on CPU, so they are
+    applied only where the plain sums are not finite or would cancel.
     """
-    total, squares = (x - origin).sum(-1), jnp.square(x - origin).sum(-1)
+    total, squares = x.sum(-1), jnp.square(x).sum(-1)
+    n, at = x.shape[-1], origin[..., 0]
+    # Also false where it is nan.
+    fine = squares / n - jnp.square(total / n) > _STEADY * (squares / n + jnp.square(at))
 
-    def masked():
+    def shifted():
         finite = jnp.isfinite(x)
         kept = jnp.where(finite, x - origin, 0.0)
         return finite.sum(-1, dtype=jnp.float32), kept.sum(-1), jnp.square(kept).sum(-1)
 
     def plain():
-        return jnp.full_like(total, x.shape[-1]), total, squares
+        count = jnp.full_like(total, n)
+        return count, total - n * at, squares - 2 * at * total + n * jnp.square(at)
 
-    return jax.lax.cond(jnp.isfinite(total).all(), plain, masked)
+    return jax.lax.cond(fine.all(), plain, shifted)
 
 
 @_finite_sums.defjvp
