@@ -132,7 +132,7 @@ def sweep(
     student: Branch,
     teacher: Branch | None = None,
     *,
-    tokens: Mapping[str, Array] | None = None,
+    tokens: Mapping[str, Any] | None = None,
     temperature: Any = 1.0,
     where: Array | None = None,
     combine: Callable[[Any, Any], jax.Array] | None = None,
@@ -141,10 +141,11 @@ def sweep(
     token_block: int | None = None,
     axis_name: AxisName | None = None,
 ) -> Any:
-    """Run a sweep: the statistic's outputs, or with ``token_weights`` the weighted sum of losses.
+    """Run a sweep: the statistic's outputs, or the losses that ``combine`` makes of them.
 
     ``statistic`` is made from the dtype of the accumulators; ``combine(outputs, tokens)`` gives
-    losses ``[*batch]``.
+    losses ``[*batch]``. With ``token_weights``: the weighted sum of the losses, and the outputs
+    without a gradient.
     """
     ops.check_positive(temperature, "temperature")
     branches = [student] if teacher is None else [student, teacher]
@@ -171,9 +172,10 @@ def sweep(
             raise ValueError(
                 f"where must be boolean with shape ({vocab},), got {where.dtype}{where.shape}"
             )
-    tokens = {name: jnp.asarray(value) for name, value in (tokens or {}).items()}
-    for name, value in tokens.items():
+    tokens = lax.stop_gradient(jax.tree.map(jnp.asarray, dict(tokens or {})))
+    for path, value in jax.tree_util.tree_leaves_with_path(tokens):
         if value.shape[: len(batch)] != batch:
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
             raise ValueError(
                 f"{name} must start with the batch shape of hidden, {batch}, got {value.shape}"
             )
@@ -210,7 +212,9 @@ def sweep(
     outputs = _on_mesh(config, operands, token_weights)
     if axis_name is not None:
         outputs = jax.tree.map(lambda x: lax.psum(x, axis_name), outputs)
-    if weighted or combine is None:
+    if weighted:
+        return outputs[0], lax.stop_gradient(outputs[1])
+    if combine is None:
         return outputs
     return combine(outputs, tokens)
 

@@ -108,7 +108,7 @@ def linear_cross_entropy(
         label_smoothing=label_smoothing,
         z_loss=z_loss,
     )
-    return sweep(
+    loss = sweep(
         functools.partial(_statistic, bool(label_smoothing)),
         student,
         tokens={"labels": labels},
@@ -120,6 +120,7 @@ def linear_cross_entropy(
         token_block=token_block,
         axis_name=axis_name,
     )
+    return loss if token_weights is None else loss[0]
 
 
 def _statistic(moments: bool, dtype: Any) -> ReadoutStatistic:

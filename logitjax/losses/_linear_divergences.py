@@ -104,6 +104,7 @@ def linear_kl_divergence(
         token_block=token_block,
         axis_name=axis_name,
     )
+    loss = loss if token_weights is None else loss[0]
     return loss * jnp.square(jnp.asarray(temperature, loss.dtype))
 
 
@@ -174,7 +175,7 @@ def linear_generalized_jensen_shannon(
         statistic = functools.partial(_kl, beta == 1)
     else:
         statistic = functools.partial(_jensen_shannon, float(beta))
-    return sweep(
+    loss = sweep(
         statistic,
         Branch(hidden, head, bias, vocab_axis, soft_cap),
         Branch(
@@ -193,6 +194,7 @@ def linear_generalized_jensen_shannon(
         token_block=token_block,
         axis_name=axis_name,
     )
+    return loss if token_weights is None else loss[0]
 
 
 def linear_total_variation(
@@ -253,7 +255,7 @@ def linear_total_variation(
     >>> print(f"{linear_total_variation(one, head, one, teacher_head):.2f}")
     0.25
     """
-    return sweep(
+    loss = sweep(
         _total_variation,
         Branch(hidden, head, bias, vocab_axis, soft_cap),
         Branch(
@@ -272,6 +274,7 @@ def linear_total_variation(
         token_block=token_block,
         axis_name=axis_name,
     )
+    return loss if token_weights is None else loss[0]
 
 
 def _identity(outputs: jax.Array, tokens: Any) -> jax.Array:

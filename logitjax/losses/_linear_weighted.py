@@ -6,6 +6,7 @@ their gradient, so nothing is computed twice.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +41,7 @@ def _value_only(sweep: Sweep, operands: Operands, weights):
     tokens, place = split_operands(operands, split)
     outputs, _ = split.join(accumulate(sweep, operands, split, tokens, place))
     losses = sweep.combine(outputs, operands.tokens)
-    return first_shard(sweep, _weighted_sum(losses, weights))
+    return first_shard(sweep, (_weighted_sum(losses, weights), outputs))
 
 
 def _weighted_sum(losses: jax.Array, weights: jax.Array) -> jax.Array:
@@ -49,8 +50,11 @@ def _weighted_sum(losses: jax.Array, weights: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def run_weighted(sweep: Sweep, operands: Operands, weights: jax.Array) -> jax.Array:
-    """``sum(weights * losses)``; under ``axis_name`` on the first shard only, zero elsewhere."""
+def run_weighted(sweep: Sweep, operands: Operands, weights: jax.Array) -> tuple[jax.Array, Any]:
+    """``sum(weights * losses)``, and the statistic's outputs, which get no gradient.
+
+    Under ``axis_name`` on the first shard only, zero elsewhere.
+    """
     return _value_only(sweep, operands, weights)
 
 
@@ -62,8 +66,9 @@ def _forward(sweep: Sweep, operands: Operands, weights: jax.Array):
 
     def positions(carry, xs):
         here = place(xs[0])
-        losses, d_hidden, d_head, d_bias = _one_block(sweep, here, xs[1], *carry)
-        return (d_head, d_bias), (losses, d_hidden)
+        losses, outputs, *sums = _one_block(sweep, here, xs[1], *carry)
+        d_hidden, d_head, d_bias = sums
+        return (d_head, d_bias), (losses, outputs, d_hidden)
 
     start = sweep.vary(
         (
@@ -72,8 +77,8 @@ def _forward(sweep: Sweep, operands: Operands, weights: jax.Array):
         )
     )
     (d_head, d_bias), per_token = split.each(positions, start, (tokens, split(weights)))
-    losses, d_hidden = split.join(per_token)
-    total = first_shard(sweep, _weighted_sum(losses, weights))
+    losses, outputs, d_hidden = split.join(per_token)
+    total = first_shard(sweep, (_weighted_sum(losses, weights), outputs))
     like = (student.hidden, student.head, student.bias)
     grads = jax.tree.map(lambda g, x: g.astype(x.dtype), (d_hidden, d_head, d_bias), like)
     return total, (grads, losses)
@@ -135,11 +140,11 @@ def _one_block(sweep: Sweep, operands: Operands, weights, d_head, d_bias):
 
     d_hidden = sweep.vary(jnp.zeros(operands.student.hidden.shape, d_head.dtype))
     carry, _ = lax.scan(backward, (d_hidden, d_head, d_bias), (numbers, logits))
-    return losses, *carry
+    return losses, outputs, *carry
 
 
-def _backward(sweep: Sweep, saved, cotangent):
-    grads, losses = saved
+def _backward(sweep: Sweep, saved, cotangents):
+    (grads, losses), (cotangent, _) = saved, cotangents
     scaled = jax.tree.map(lambda g: g * cotangent.astype(g.dtype), grads)
     d_hidden, d_head, d_bias = scaled
     student = Projection(d_hidden, d_head, d_bias, None)

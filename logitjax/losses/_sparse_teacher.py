@@ -189,7 +189,7 @@ def linear_sparse_kl_divergence(
         token_block=token_block,
         axis_name=axis_name,
     )
-    return loss
+    return loss if token_weights is None else loss[0]
 
 
 def _per_token(value: Number, like: jax.Array) -> jax.Array:
