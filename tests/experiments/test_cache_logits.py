@@ -1,0 +1,52 @@
+"""The command that caches teachers: writes, resumes, and graph fusion trains from the result."""
+
+import json
+
+import numpy as np
+import pytest
+from etils import epath
+
+from experiments import _fusion_data, cache_logits
+from logitjax import data
+
+TEXT = "\n\n".join(f"paragraph {i} " + "word " * 60 for i in range(120))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT)
+    return f"text:{path}"
+
+
+def _config(source, **changes):
+    values = cache_logits.PRESETS["smoke"] | {"data": source} | changes
+    return cache_logits.Config(**values)
+
+
+def test_writes_caches_that_fit_their_rows(source, tmp_path):
+    workdir = epath.Path(tmp_path)
+    cache_logits.run(_config(source), workdir)
+    for split in _fusion_data.SPLITS:
+        cache = data.TeacherCache(workdir / "source0" / split)
+        packed = data.open_packed(workdir / "data" / split)
+        cache.check(data=packed.fingerprint, model="tiny:1", k=16, positions=63)
+        assert len(cache) == min(6, len(packed))
+        found = cache.rows(np.arange(len(cache)))
+        assert np.isfinite(found["values"]).all()
+        mass = np.exp(found["values"] - found["log_z"][..., None]).sum(-1)
+        assert ((mass > 0) & (mass < 1.001)).all()
+    assert "--teacher=cache:" in (workdir / "report.md").read_text()
+    before = {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("source0/*/*")}
+    cache_logits.run(_config(source), workdir)
+    assert before == {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("source0/*/*")}
+    identity = json.loads((tmp_path / "source0" / "train" / "teacher.json").read_text())
+    assert identity["model"] == "tiny:1"
+
+
+def test_options_that_make_no_sense_are_named(source, tmp_path):
+    workdir = epath.Path(tmp_path)
+    with pytest.raises(ValueError, match="splits: expected some of"):
+        cache_logits.run(_config(source, splits=("dev",)), workdir)
+    with pytest.raises(ValueError, match="rows: expected all or a positive number"):
+        cache_logits.run(_config(source, rows="none"), workdir)
