@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Float, Int, Key
+from jaxtyping import Float, Integer, Key
 
 from logitjax.heads._vq_kmeans import fit_kmeans
 from logitjax.heads._vq_shortlist import Rescore
@@ -11,7 +11,7 @@ from logitjax.ops import Array
 
 
 def product_kernel(
-    codebooks: Float[Array, "groups codes part"], codes: Int[Array, "vocab groups"]
+    codebooks: Float[Array, "groups codes part"], codes: Integer[Array, "vocab groups"]
 ) -> Float[jax.Array, "vocab hidden"]:
     """The rows that the codes stand for: with them every loss of a full head applies.
 
@@ -39,7 +39,7 @@ def product_kernel(
 def product_logits(
     hidden: Float[Array, "*batch hidden"],
     codebooks: Float[Array, "groups codes part"],
-    codes: Int[Array, "vocab groups"],
+    codes: Integer[Array, "vocab groups"],
     bias: Float[Array, " vocab"] | None = None,
 ) -> Float[jax.Array, "*batch vocab"]:
     """All V logits in O(K d + V groups) per token: one small table a group, then look-ups.
@@ -75,7 +75,7 @@ def product_logits(
 
 def product_rows(
     codebooks: Float[Array, "groups codes part"],
-    codes: Int[Array, "vocab groups"],
+    codes: Integer[Array, "vocab groups"],
     bias: Float[Array, " vocab"] | None = None,
 ) -> Rescore:
     """Re-scoring of a shortlist with product-quantised rows: ``groups`` look-ups a token.

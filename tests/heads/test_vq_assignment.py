@@ -177,5 +177,3 @@ def test_errors_name_the_argument(head):
         _fit(head, "likelihood")
     with pytest.raises(ValueError, match="num_codes must be between 1 and"):
         fit_assignment(head["rows"], head["unigram"], head["mean"], head["cov"], 999)
-    with pytest.raises(ValueError, match="hidden_cov must be of shape"):
-        fit_assignment(head["rows"], head["unigram"], head["mean"], head["cov"][:2], 4)
