@@ -1,7 +1,7 @@
 """Vector-quantised heads as flax.nnx modules, to be injected into a decoder."""
 
 import dataclasses
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -94,7 +94,7 @@ class VQHead(nnx.Module):
         self.assignment = Assignment(jnp.asarray(assignment, jnp.int32))
 
     @classmethod
-    def from_fit(cls, fit: VQFit, **options: Any) -> Self:
+    def from_fit(cls, fit: VQFit, **options: Any) -> "VQHead":
         """The head that `fit_assignment` found."""
         codes, hidden = fit.codebook.shape
         head = cls(
