@@ -71,6 +71,8 @@ class Trainer:
         )
         self.prepare = _dual_head_data.prepare_inputs(task, config.augment)
         self.loss_fn = _dual_head_arms.loss_function(arm, self.graphdef)
+        # Compiling the default generator once per convolution takes longer than some epochs.
+        self.generator = None if network.startswith("mlp-") else "unsafe_rbg"
         self.initial = jax.jit(self._initial, out_shardings=self.replicated)
         self.epoch = jax.jit(self._epoch, donate_argnums=0)
         self.accuracy = jax.jit(self._accuracy)
@@ -188,7 +190,8 @@ class Trainer:
 
         Returns the lanes and a record: accuracies by lane, curves by epoch, diagnostics.
         """
-        lanes, start, curves = self.initial(jax.random.key(seed)), 0, []
+        key = jax.random.key(seed, impl=self.generator)
+        lanes, start, curves = self.initial(key), 0, []
         writer = training.JsonlWriter(directory / "metrics.jsonl")
         with training.Checkpointer(directory / "checkpoints", max_to_keep=1) as checkpointer:
             restored = checkpointer.restore_latest(lanes)

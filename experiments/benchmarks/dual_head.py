@@ -86,13 +86,15 @@ def _steps(
     teaching = _dual_head_train.Trainer(
         config, task, arms["ce"], network=teacher, alphas=(0.0,), teacher=None, **options
     )
-    taught = _dual_head_train.Teacher(teaching, teaching.initial(jax.random.key(1)))
+    taught = _dual_head_train.Teacher(
+        teaching, teaching.initial(jax.random.key(1, impl=teaching.generator))
+    )
 
     def call(name: str) -> Any:
         trainer = _dual_head_train.Trainer(
             config, task, arms[name], network=student, alphas=(0.1,), teacher=taught, **options
         )
-        state = {"lanes": trainer.initial(jax.random.key(0)), "number": 0}
+        state = {"lanes": trainer.initial(jax.random.key(0, impl=trainer.generator)), "number": 0}
 
         def train() -> Any:
             state["lanes"], loss = trainer.train_epoch(state["lanes"], state["number"], seed=0)
