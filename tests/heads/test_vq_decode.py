@@ -83,7 +83,7 @@ def test_split_codebook_in_shard_map_equals_local():
     tables = vq_tables(case["bias"], case["assignment"], CODES, width=4)
 
     def local(hidden, codebook):
-        top = top_of(hidden, codebook, tables, 4, axis_name="tensor")
+        top = vq_topk(hidden, codebook, tables, 4, axis_name="tensor")
         key = jax.random.key(2)
         return top, vq_sample(key, hidden, codebook, tables, axis_name="tensor")
 
