@@ -128,7 +128,7 @@ def prepare(config: Any, workdir: epath.Path) -> Context:
     tied = model.config.tie_embeddings
     return Context(
         rows=rows,
-        row_bias=row_bias,
+        row_bias=None if row_bias is None else jnp.asarray(row_bias),
         tied=tied,
         trunk_parameters=total - rows.size * (1 if tied else 2),
         unigram=jnp.asarray(_counts(packed["train"], len(rows)) + 0.1, jnp.float32),
