@@ -28,6 +28,18 @@ class Objective:
     gld_weight: float = 1.0
     graph: losses.GraphConfig = losses.GraphConfig()  # noqa: RUF009
 
+    @classmethod
+    def of(cls, config: Any, loss: str, gld: str) -> "Objective":
+        """The arm that a configuration describes, with one of its graph losses."""
+        graph, weight = parse_gld(gld, k=config.top_k)
+        return cls(
+            loss=loss,
+            mix=config.mix,
+            weights=config.source_weight or (1.0,) * len(config.source),
+            gld_weight=weight,
+            graph=graph,
+        )
+
     def __post_init__(self) -> None:
         known = (*LOSSES, DUAL)
         if self.loss not in known:
@@ -46,6 +58,24 @@ class Objective:
             gld_weight=self.gld_weight * ("gld" in self.loss),
             graph=self.graph,
         )
+
+
+def parse_gld(text: str, *, k: int) -> tuple[losses.GraphConfig, float]:
+    """``NODE/FEATURE/VALUE:WEIGHT``, such as ``rank/row_sum/closed_form:0.002``.
+
+    >>> parse_gld("token/row_rms/closed_form:0.5", k=10)[1]
+    0.5
+    """
+    kind, _, weight = text.partition(":")
+    names = kind.split("/")
+    try:
+        if len(names) != 3:
+            raise ValueError("expected NODE/FEATURE/VALUE:WEIGHT")
+        node, feature, value = names
+        graph = losses.GraphConfig(k=k, node=node, feature=feature, value=value)  # type: ignore
+        return graph, float(weight)
+    except ValueError as error:
+        raise ValueError(f"gld {text!r}: {error}") from None
 
 
 def with_auxiliary_head(graphdef: Any, params: Any) -> dict[str, Any]:

@@ -68,6 +68,7 @@ def _row(loss: str, runs: Sequence[Any]) -> dict[str, Any]:
         "accuracy %": _percent([run.accuracy for run in runs]),
         "s/step": mean_and_spread([run.seconds_per_step for run in runs]),
         "learning rate": runs[0].learning_rate,
+        "graph loss": runs[0].gld,
         "seeds": len(runs),
     }
 
@@ -114,8 +115,8 @@ def _text(config: Any, outcomes: Sequence[Any], before: Mapping[str, Any], table
 Pivot `{config.pivot}`{_layers(config)}, sources {", ".join(f"`{s}`" for s in config.source)}, data
 `{config.data}`. Every arm trained {config.steps} steps of {config.batch_size} x {config.seq_len}
 tokens; its learning rate was chosen on validation data from {list(config.learning_rate)}; scores
-are on test rows. `mix` = {config.mix}, top {config.top_k} logits, {config.node} nodes, feature
-`{config.feature}`. Spread is one standard deviation over seeds.
+are on test rows. `mix` = {config.mix}, top {config.top_k} logits. Spread is one
+standard deviation over seeds.
 
 {table}
 

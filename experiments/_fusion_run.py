@@ -18,12 +18,28 @@ from experiments import _fusion, _fusion_data, _models, _processes
 from logitjax import decoding, losses, models, training
 
 
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What distinguishes the runs of one arm before seeds come in."""
+
+    loss: str
+    learning_rate: float
+    gld: str
+
+    @property
+    def name(self) -> str:
+        """A folder: the arm, its graph loss if it has one, its learning rate."""
+        kind = self.gld.replace("/", "-").replace(":", "-x") if "gld" in self.loss else ""
+        return "/".join(part for part in (self.loss, kind, f"lr-{self.learning_rate:g}") if part)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outcome:
     """What one run of one arm reached; ``curve`` holds (step, validation perplexity)."""
 
     loss: str
     learning_rate: float
+    gld: str | None
     seed: int
     validation_perplexity: float
     perplexity: float
@@ -161,33 +177,22 @@ def source_names(config: Any) -> list[str]:
 
 
 def run_arms(config: Any, workdir: epath.Path) -> dict[str, Any]:
-    """Every arm at its best learning rate with every seed; the untrained pivot for comparison."""
+    """Every arm at its best settings with every seed; the untrained pivot for comparison."""
+    for gld in config.gld:
+        _fusion.parse_gld(gld, k=config.top_k)
     session = open_session(config, workdir)
     before = _score_untrained(session)
     outcomes: list[Outcome] = []
     for loss in config.loss:
-        first = [_run_arm(session, loss, rate, seed=0) for rate in config.learning_rate]
-        best = min(first, key=lambda outcome: outcome.validation_perplexity)
-        if len(first) > 1:
-            logging.info("%s: learning rate %g is best on validation", loss, best.learning_rate)
-        outcomes.append(best)
-        outcomes += [
-            _run_arm(session, loss, best.learning_rate, seed=seed)
-            for seed in range(1, config.seeds)
-        ]
+        variants = config.gld if "gld" in loss else config.gld[:1]
+        tried = [Settings(loss, rate, gld) for rate in config.learning_rate for gld in variants]
+        first = [_run_arm(session, settings, seed=0) for settings in tried]
+        best = min(range(len(tried)), key=lambda i: first[i].validation_perplexity)
+        if len(tried) > 1:
+            logging.info("%s: best on validation of %d: %s", loss, len(tried), tried[best].name)
+        outcomes.append(first[best])
+        outcomes += [_run_arm(session, tried[best], seed=seed) for seed in range(1, config.seeds)]
     return {"before": before, "outcomes": outcomes}
-
-
-def _objective(config: Any, loss: str) -> _fusion.Objective:
-    return _fusion.Objective(
-        loss=loss,
-        mix=config.mix,
-        weights=config.source_weight or (1.0,) * len(config.source),
-        gld_weight=config.gld_weight,
-        graph=losses.GraphConfig(
-            k=config.top_k, node=config.node, feature=config.feature, value=config.value
-        ),
-    )
 
 
 def _score_untrained(session: Session) -> dict[str, Any]:
@@ -202,15 +207,17 @@ def _score_untrained(session: Session) -> dict[str, Any]:
 
 
 def make_step(
-    config: Any, graphdef: Any, mesh: Any, *, loss: str, learning_rate: float
+    config: Any, graphdef: Any, mesh: Any, settings: Settings
 ) -> tuple[Any, training.TrainStep]:
     """An arm's optimizer and its compiled update."""
+    objective = _fusion.Objective.of(config, settings.loss, settings.gld)
+    learning_rate = settings.learning_rate
     schedule = dict(
         schedule="cosine", warmup=int(config.warmup * config.steps), total_steps=config.steps
     )
     tx = training.make_optimizer(learning_rate, weight_decay=config.weight_decay, **schedule)
     step = training.make_train_step(
-        _fusion.loss_function(_objective(config, loss), graphdef, tuple(source_names(config))),
+        _fusion.loss_function(objective, graphdef, tuple(source_names(config))),
         tx,
         mesh=mesh,
         accumulate=config.accumulate,
@@ -231,9 +238,8 @@ def lower_step(config: Any, decoder: models.DecoderConfig, mesh: Any, *, loss: s
         )
     )
     apply_fn, params = models.from_nnx(abstract)
-    tx, step = make_step(
-        config, apply_fn.graphdef, mesh, loss=loss, learning_rate=config.learning_rate[0]
-    )
+    settings = Settings(loss, config.learning_rate[0], config.gld[0])
+    tx, step = make_step(config, apply_fn.graphdef, mesh, settings)
     state = training.abstract_train_state(params, tx, mesh=mesh, rules=training.DECODER_RULES)
     rows, length, k = config.batch_size, config.seq_len, config.cache_top_k
     sharding = training.batch_sharding(mesh)
@@ -256,9 +262,9 @@ def lower_step(config: Any, decoder: models.DecoderConfig, mesh: Any, *, loss: s
     return step.lower(state, batch)
 
 
-def _run_arm(session: Session, loss: str, learning_rate: float, *, seed: int) -> Outcome:
-    config, mesh = session.config, session.mesh
-    name = f"{loss}/lr-{learning_rate:g}/seed-{seed}"
+def _run_arm(session: Session, settings: Settings, *, seed: int) -> Outcome:
+    config, mesh, loss = session.config, session.mesh, settings.loss
+    name = f"{settings.name}/seed-{seed}"
     directory = session.workdir / "arms" / name
     done = directory / "outcome.json"
     if _processes.agreed(done.exists()):
@@ -270,7 +276,7 @@ def _run_arm(session: Session, loss: str, learning_rate: float, *, seed: int) ->
     graphdef, params = session.functional
     if loss == _fusion.DUAL:
         params = _fusion.with_auxiliary_head(graphdef, params)
-    tx, step = make_step(config, graphdef, mesh, loss=loss, learning_rate=learning_rate)
+    tx, step = make_step(config, graphdef, mesh, settings)
     state = training.create_train_state(
         params, tx, mesh=mesh, rules=training.DECODER_RULES, seed=seed
     )
@@ -311,7 +317,8 @@ def _run_arm(session: Session, loss: str, learning_rate: float, *, seed: int) ->
     test = session.scores(state.params, "test")
     outcome = Outcome(
         loss=loss,
-        learning_rate=learning_rate,
+        learning_rate=settings.learning_rate,
+        gld=settings.gld if "gld" in loss else None,
         seed=seed,
         validation_perplexity=curve[-1][1],
         perplexity=test["perplexity"],

@@ -43,16 +43,12 @@ class Config:
     on_error: str = field("raise", "What a malformed row does.", choices=("raise", "skip"))
     loss: tuple[str, ...] = field(("sft", "kl", "uld", "uld+gld"), "Arm to train")
     mix: float = field(0.5, "Weight of the distillation terms; SFT gets the rest.")
-    gld_weight: float = field(2e-3, "Weight of GLD beside ULD.")
+    gld: tuple[str, ...] = field(
+        ("rank/row_sum/closed_form:0.002",),
+        "The graph loss as NODE/FEATURE/VALUE:WEIGHT beside ULD; several are tried",
+    )
     top_k: int = field(10, "Logits a position that ULD and GLD look at.")
     cache_top_k: int = field(64, "Logits a position that the sources' cache keeps (KL uses all).")
-    node: str = field("rank", "Graph nodes.", choices=("rank", "token"))
-    feature: str = field(
-        "row_sum", "Node feature.", choices=("row_sum", "row_mean", "off_diagonal", "row_rms")
-    )
-    value: str = field(
-        "closed_form", "What the graph loss is.", choices=("closed_form", "sorted_coupling")
-    )
     seq_len: int = field(256, "Tokens a row.")
     batch_size: int = field(4, "Rows a step, over all processes.")
     accumulate: int = field(1, "Micro-batches a step.")
@@ -104,6 +100,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         **_STUDENT,
         steps=80,
         loss=LOSSES,
+        gld=(
+            "rank/row_sum/closed_form:0.002",
+            "token/row_rms/closed_form:0.02",
+            "rank/row_sum/sorted_coupling:0.0001",
+        ),
         learning_rate=(5e-4, 1e-3, 2e-3),
         seeds=3,
         eval_rows=48,

@@ -10,7 +10,7 @@ from pathlib import Path
 from experiments.benchmarks import _suite
 
 _ROOT = Path(__file__).parents[2]
-_ARM = Path("arms/uld+gld/lr-0.01/seed-0")
+_ARM = Path("arms/uld+gld/rank-row_sum-closed_form-x0.002/lr-0.01/seed-0")
 
 
 def _run(workdir: Path, processes: int, devices: int, steps: int) -> list[float]:

@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 
 from experiments.benchmarks import _suite
 
-_ARM = Path("arms/uld+gld/lr-0.01/seed-0")
+_ARM = Path("arms/uld+gld/rank-row_sum-closed_form-x0.002/lr-0.01/seed-0")
 
 
 def _command(workdir: Path, steps: int) -> list[str]:

@@ -108,7 +108,7 @@ def test_arm_equals_the_dense_losses(loss):
 
 
 def test_objective_names_what_it_knows():
-    with pytest.raises(ValueError, match="expected one of sft, .*got 'jsd'"):
+    with pytest.raises(ValueError, match=r"expected one of sft, .*got 'jsd'"):
         _fusion.Objective(loss="jsd", weights=(1.0,))
     assert dataclasses.replace(_fusion.Objective(loss="uld", weights=(1.0, 3.0))).shares == [
         0.25,
@@ -136,3 +136,21 @@ def test_paper_preset_traces_on_a_mesh():
     sizes = [leaf.shape for leaf in jax.tree.leaves(state)]
     # Parameters and two moments of AdamW, 14.66B each.
     assert sum(np.prod(shape, dtype=np.int64) for shape in sizes) > 3 * 14.6e9
+
+
+def test_graph_losses_are_tried_on_validation_data(tmp_path):
+    variants = ("rank/row_sum/closed_form:0.002", "token/off_diagonal/sorted_coupling:0.01")
+    workdir = epath.Path(tmp_path)
+    graph_fusion.run(config(loss=("uld+gld",), gld=variants, steps=3), workdir)
+    tried = sorted(path.name for path in (workdir / "arms" / "uld+gld").iterdir())
+    assert tried == ["rank-row_sum-closed_form-x0.002", "token-off_diagonal-sorted_coupling-x0.01"]
+    runs = [json.loads(p.read_text()) for p in workdir.glob("arms/uld+gld/*/*/*/outcome.json")]
+    best = min(runs, key=lambda run: run["validation_perplexity"])
+    assert best["gld"] in variants
+    assert f"| {best['gld']} " in (workdir / "report.md").read_text()
+
+
+@pytest.mark.parametrize("gld", ["rank/row_sum:1", "rank/row_sum/closed_form", "rank/row_sum/closed_form:heavy"])
+def test_a_wrong_graph_loss_is_named(gld, tmp_path):
+    with pytest.raises(ValueError, match=f"gld '{gld}'"):
+        graph_fusion.run(config(gld=(gld,)), epath.Path(tmp_path))
