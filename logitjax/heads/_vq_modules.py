@@ -264,15 +264,15 @@ class ShortlistHead(VQHead):
             margin = row_spread(rows, codebook, assignment, hidden_cov)
         pages = make_pages(bias, assignment, size=self.page_size, margin=margin)
         self.num_pages = min(self.num_pages, pages.tokens.shape[0])
-        self.pages = pages
+        self.set_pages(pages)
 
     @property
     def pages(self) -> Pages:
         """The pages; their biases are those of the last `make_pages`, call it after training."""
         return Pages(**{name: getattr(self, f"page_{name}")[...] for name in _PAGE_FIELDS})
 
-    @pages.setter
-    def pages(self, pages: Pages) -> None:
+    def set_pages(self, pages: Pages) -> None:
+        """Replaces the pages, e.g. by those of a checkpoint."""
         for name in _PAGE_FIELDS:
             setattr(self, f"page_{name}", Assignment(getattr(pages, name)))
 

@@ -320,5 +320,5 @@ def load_head(directory: str | os.PathLike[str], *, dtype: Any = jnp.float32) ->
     if isinstance(head, ShortlistHead):
         names = [f.name for f in dataclasses.fields(head.pages)]
         head.calibration[...] = jnp.asarray(tensors["calibration"])
-        head.pages = Pages(**{name: jnp.asarray(tensors[f"pages.{name}"]) for name in names})
+        head.set_pages(Pages(**{name: jnp.asarray(tensors[f"pages.{name}"]) for name in names}))
     return head

@@ -165,7 +165,7 @@ def test_product_rows_score_as_the_kernel_does(case):
         product_logits(case["hidden"], codebooks, codes), want, rtol=1e-4, atol=1e-5
     )
     rescore = product_rows(codebooks, codes, case["bias"])
-    tokens = np.tile(np.arange(6), (COUNT, 1))
+    tokens = jnp.tile(jnp.arange(6), (COUNT, 1))
     np.testing.assert_allclose(
         rescore(jnp.asarray(case["hidden"]), tokens),
         want[:, :6] + case["bias"][:6],
