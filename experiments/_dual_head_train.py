@@ -244,22 +244,22 @@ class Trainer:
 
 
 class Teacher:
-    """A trained network; its logits are computed once where nothing is augmented.
+    """A trained network; its logits for the students are computed once where nothing is augmented.
 
     Attributes:
       argument: what the compiled epoch is given: those logits ``[train, classes]``, or the weights.
     """
 
-    def __init__(self, trainer: Trainer, lanes: Any):
+    def __init__(self, trainer: Trainer, lanes: Any, pupils: _dual_head_data.Task):
         lane = jax.tree.map(lambda x: x[0], lanes)
         self._graphdef = trainer.graphdef
         weights = (lane["params"], lane["stats"])
         self.argument: Any = weights
         # Rows that come in pieces have no fixed numbers to look logits up by.
-        self.precomputed = trainer.config.augment == "none" and trainer.resident is not None
+        inputs = pupils.train.inputs
+        self.precomputed = trainer.config.augment == "none" and inputs.nbytes <= _DEVICE_BYTES
         if self.precomputed:
             ask = jax.jit(lambda weights, x: self._logits(weights, trainer.prepare(x, None)))
-            inputs = trainer.task.train.inputs
             rows = [ask(weights, inputs[i : i + 500]) for i in range(0, len(inputs), 500)]
             self.argument = jax.device_put(jnp.concatenate(rows), trainer.replicated)
 
@@ -273,7 +273,7 @@ class Teacher:
 
 
 def train_teacher(
-    trainer: Trainer, directory: epath.Path, *, told_to_stop: Any
+    trainer: Trainer, directory: epath.Path, *, pupils: _dual_head_data.Task, told_to_stop: Any
 ) -> tuple[Teacher, dict[str, Any]]:
     """The teacher, trained or read from a torch checkpoint, and its record."""
     if trainer.config.teacher_weights:
@@ -292,7 +292,7 @@ def train_teacher(
             directory, seed=0, told_to_stop=told_to_stop, diagnose=False, keep=True
         )
     write_record(directory / "result.json", record)
-    return Teacher(trainer, lanes), record
+    return Teacher(trainer, lanes, pupils), record
 
 
 def resident(task: _dual_head_data.Task, mesh: Any) -> tuple[Any, Any] | None:

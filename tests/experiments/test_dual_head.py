@@ -21,6 +21,7 @@ from logitjax import training
 
 TINY = dual_head.Config(
     data="synthetic:4",
+    teacher_examples=192,
     train_examples=96,
     validation_examples=64,
     test_examples=64,
@@ -56,7 +57,7 @@ def make_trainer(task, mesh, name: str, alphas=(0.01, 0.1)) -> _dual_head_train.
         arms[name],
         network="mlp-8",
         alphas=alphas,
-        teacher=_dual_head_train.Teacher(teaching, lanes),
+        teacher=_dual_head_train.Teacher(teaching, lanes, task),
         **options,
     )
 
