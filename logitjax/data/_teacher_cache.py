@@ -297,7 +297,7 @@ def _decode(identity: TeacherIdentity, record: bytes) -> Statistics:
 
 def _empty(identity: TeacherIdentity, count: int) -> Statistics:
     shape = (count, identity.positions)
-    out = {name: np.zeros(shape, np.float32) for name in FIELDS[2:]}
+    out: Statistics = {name: np.zeros(shape, np.float32) for name in FIELDS[2:]}
     out["values"] = np.zeros((*shape, identity.k), np.float32)
     out["indices"] = np.zeros((*shape, identity.k), np.int32)
     return out
