@@ -150,7 +150,9 @@ def test_graph_losses_are_tried_on_validation_data(tmp_path):
     assert f"| {best['gld']} " in (workdir / "report.md").read_text()
 
 
-@pytest.mark.parametrize("gld", ["rank/row_sum:1", "rank/row_sum/closed_form", "rank/row_sum/closed_form:heavy"])
+@pytest.mark.parametrize(
+    "gld", ["rank/row_sum:1", "rank/row_sum/closed_form", "rank/row_sum/closed_form:heavy"]
+)
 def test_a_wrong_graph_loss_is_named(gld, tmp_path):
     with pytest.raises(ValueError, match=f"gld '{gld}'"):
         graph_fusion.run(config(gld=(gld,)), epath.Path(tmp_path))
