@@ -16,7 +16,9 @@ collect_ignore_glob = ["*/make_*.py", "*/export_*.py"]
 
 import jaxtyping  # noqa: E402
 
-jaxtyping.install_import_hook("logitjax", "beartype.beartype")
+import tests._typechecker  # noqa: E402, F401
+
+jaxtyping.install_import_hook("logitjax", "tests._typechecker.typechecker")
 
 import hypothesis  # noqa: E402
 
