@@ -94,7 +94,7 @@ class VQHead(nnx.Module):
         self.assignment = Assignment(jnp.asarray(assignment, jnp.int32))
 
     @classmethod
-    def from_fit(cls, fit: VQFit, **options: Any) -> "VQHead":
+    def from_fit(cls, fit: VQFit, **options: Any) -> Any:
         """The head that `fit_assignment` found."""
         codes, hidden = fit.codebook.shape
         head = cls(
