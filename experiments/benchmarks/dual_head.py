@@ -87,7 +87,7 @@ def _steps(
         config, task, arms["ce"], network=teacher, alphas=(0.0,), teacher=None, **options
     )
     taught = _dual_head_train.Teacher(
-        teaching, teaching.initial(jax.random.key(1, impl=teaching.generator))
+        teaching, teaching.initial(jax.random.key(1, impl=teaching.generator)), task
     )
 
     def call(name: str) -> Any:
