@@ -3,7 +3,9 @@
 All bound ``GW_p^p(C, D) = min_pi sum |C_ij - D_kl|^p pi_ik pi_jl`` (no factor 1/2) for any square
 matrices, metrics or not, in this order::
 
-    first <= moment <= third <= GW,   second <= sorted_rows <= third,   spectral <= GW
+    first <= moment <= third <= GW,   second <= sorted_rows <= third
+
+Those that hold for matchings only, and are nearer, are in `logitjax.transport._matching_bounds`.
 """
 
 import jax
@@ -96,8 +98,8 @@ def moment_lower_bound(
         return sorted_gw_lower_bound(f, g, f_weights=c_weights, g_weights=d_weights, p=2)
 
     (f, f_square), (g, g_square) = _moments(c, d, c_weights, d_weights)
-    apart = cost(f, g) + cost(_sqrt(f_square - f * f), _sqrt(g_square - g * g))
-    return jnp.maximum(apart, cost(_sqrt(f_square), _sqrt(g_square)))
+    apart = cost(f, g) + cost(safe_sqrt(f_square - f * f), safe_sqrt(g_square - g * g))
+    return jnp.maximum(apart, cost(safe_sqrt(f_square), safe_sqrt(g_square)))
 
 
 def second_lower_bound(
@@ -162,7 +164,7 @@ def sorted_rows_lower_bound(c: Graph, d: Graph, *, p: int = 2) -> Float[Array, "
     >>> sorted_rows_lower_bound(jnp.array([[2.0, 0.0], [0.0, 0.0]]), jnp.zeros((2, 2)))
     Array(1., dtype=float32)
     """
-    _check_equal_sizes(c, d, "sorted_rows_lower_bound")
+    check_equal_sizes(c, d, "sorted_rows_lower_bound")
     x, y = (jnp.sort(jnp.sort(dense_matrix(g), axis=1), axis=0) for g in (c, d))
     return jnp.mean(jnp.abs(x - y) ** p)
 
@@ -204,7 +206,7 @@ def third_lower_bound(
     x, y, a, b = _dense(c, d, c_weights, d_weights)
     if x.shape == y.shape and c_weights is None and d_weights is None:
         x, y = jnp.sort(x, axis=1), jnp.sort(y, axis=1)
-        costs = _row_costs(jax.lax.stop_gradient(x), jax.lax.stop_gradient(y), p)
+        costs = row_costs(jax.lax.stop_gradient(x), jax.lax.stop_gradient(y), p)
         i, k = optax.assignment.hungarian_algorithm(costs)
         return jnp.mean(jnp.abs(x[i] - y[k]) ** p)
 
@@ -215,64 +217,7 @@ def third_lower_bound(
     return _dual_value(costs, a, b)
 
 
-def spectral_lower_bound(c: Graph, d: Graph) -> Float[Array, ""]:
-    """The projected eigenvalue bound, p = 2, O(n^3): near where two graphs are nearly alike.
-
-    A matching P maps the all-ones vector to itself and acts orthogonally on its complement. What
-    the two parts can gain at best, apart from each other, bounds ``tr(C P D P^T)`` from above: for
-    the complement the product of the sorted eigenvalues, for the rest a linear assignment. The
-    diagonals are once kept in the quadratic part and once moved to the linear one; the better
-    bound counts::
-
-        (|C|^2 + |D|^2 - 2 max_P (...)) / n^2 <= GW_2^2(C, D)
-
-    Args:
-        c: symmetric positive semi-definite matrix ``[n, n]``, or `FactoredGraph`. (A permutation
-            is then an optimal coupling; the bound holds for permutations of any symmetric ones.)
-        d: the same, with as many nodes; uniform weights.
-
-    Returns:
-        A scalar without gradient.
-
-    Raises:
-        ValueError: if the numbers of nodes differ.
-
-    >>> import jax.numpy as jnp
-    >>> print(spectral_lower_bound(jnp.diag(jnp.array([2.0, 0.0])), jnp.zeros((2, 2))))
-    1.0
-
-    References:
-        Hadley, Rendl, Wolkowicz, A new lower bound via projection for the quadratic assignment
-        problem (1992).
-    """
-    _check_equal_sizes(c, d, "spectral_lower_bound")
-    x, y = jax.lax.stop_gradient((dense_matrix(c), dense_matrix(d)))
-    n = len(x)
-
-    def gain(x, y, linear):
-        (r, mu), (s, nu) = _split(x), _split(y)
-        linear = linear + 2 * jnp.outer(r, s) / n
-        i, j = optax.assignment.hungarian_algorithm(-linear)
-        return x.sum() * y.sum() / n**2 + linear[i, j].sum() + mu @ nu
-
-    own, other = jnp.diag(x), jnp.diag(y)
-    apart = gain(x - jnp.diag(own), y - jnp.diag(other), jnp.outer(own, other))
-    best = jnp.minimum(gain(x, y, jnp.zeros_like(x)), apart)
-    return jnp.maximum(jnp.square(x).sum() + jnp.square(y).sum() - 2 * best, 0.0) / n**2
-
-
-def _split(x):
-    """Centred row sums, and the eigenvalues on the complement of the all-ones vector, sorted."""
-    rows = x.sum(1)
-    centred = x - rows[:, None] / len(x)
-    centred = centred - centred.mean(0)
-    centred = (centred + centred.T) / 2
-    # The all-ones direction has eigenvalue zero: move it above the others and leave it out.
-    shift = 2 * jnp.sqrt(jnp.square(centred).sum()) + 1.0
-    return rows - rows.mean(), jnp.linalg.eigvalsh(centred + shift / len(x))[:-1]
-
-
-def _row_costs(x, y, p):
+def row_costs(x, y, p):
     """Mean |x_i - y_k|^p of sorted rows, ``[n, m]``, a few rows at a time."""
 
     def one(row):
@@ -317,11 +262,11 @@ def _dense(c, d, c_weights, d_weights):
     return x, y, a, b
 
 
-def _check_equal_sizes(c, d, what):
+def check_equal_sizes(c, d, what):
     if num_nodes(c) != num_nodes(d):
         raise ValueError(f"d: {what} needs as many nodes as c, {num_nodes(c)}; got {num_nodes(d)}")
 
 
-def _sqrt(x):
+def safe_sqrt(x):
     positive = x > 0
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1.0)), 0.0)

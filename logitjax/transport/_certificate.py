@@ -14,7 +14,6 @@ from logitjax.transport._bounds import (
     moment_lower_bound,
     second_lower_bound,
     sorted_rows_lower_bound,
-    spectral_lower_bound,
     third_lower_bound,
 )
 from logitjax.transport._coupling import gw_at_coupling
@@ -25,6 +24,11 @@ from logitjax.transport._graph import (
     moments,
     multiply,
     num_nodes,
+)
+from logitjax.transport._matching_bounds import (
+    diagonal_lower_bound,
+    gilmore_lawler,
+    spectral_lower_bound,
 )
 from logitjax.transport._refine import Refine, refine_matching
 from logitjax.transport._sorted import Coupling, sorted_coupling
@@ -80,10 +84,13 @@ def certificate(
         p: power of the cost; 1 or 2.
         scale: ``joint`` divides both graphs by the RMS entry of d, ``separate`` each by its own,
             ``none`` neither. The bounds are in these units.
-        bounds: ``cheap``: `moment_lower_bound` (p = 2) or `first_lower_bound`;
+        bounds: ``cheap``: `moment_lower_bound` (p = 2) or `first_lower_bound`; where a
+            refinement would be allowed and both graphs are factored, so that a matching is
+            optimal, also `diagonal_lower_bound`;
             ``sorted_rows``: also `sorted_rows_lower_bound` (with weights or unequal sizes
-            `second_lower_bound`), n^2 log n; ``third``: also `third_lower_bound` and, where a
-            refinement would be allowed and both graphs are factored, `spectral_lower_bound`, n^3.
+            `second_lower_bound`), n^2 log n; ``third``: also `third_lower_bound` or, for matchings,
+            `gilmore_lawler_lower_bound` (whose assignment then is a candidate) and
+            `spectral_lower_bound`, n^3.
         refine: ``none`` keeps n x n numbers away; ``exchange`` swaps pairs of nodes, an n^3
             matrix product a step; ``assignment`` takes conditional-gradient steps (Hungarian
             algorithm); ``search`` both, then ``restarts`` times from a shaken matching. p = 2,
@@ -129,28 +136,39 @@ def certificate(
         c = multiply(c, 1.0 / (d_scale if scale == "joint" else _rms(c, c_weights)))
         d = multiply(d, 1.0 / d_scale)
 
-    spectral = uniform and p == 2 and all(isinstance(g, FactoredGraph) for g in (c, d))
+    # Of Gram matrices a matching is optimal: its bounds hold, and its assignments are candidates.
+    matching = uniform and p == 2 and all(isinstance(g, FactoredGraph) for g in (c, d))
     c, d = _densest(c), _densest(d)
+    lower = [_lower(c, d, c_weights, d_weights, p, bounds, uniform)]
+    if matching:
+        lower.append(diagonal_lower_bound(c, d))
+    if matching and bounds == "third":
+        bound, assigned = gilmore_lawler(c, d, branches=8)
+        lower += [bound, spectral_lower_bound(c, d)]
+        candidates = [*candidates, _uniform(assigned)]
     coupling, _ = best_sorted_coupling(
         c, d, c_weights=c_weights, d_weights=d_weights, p=p, candidates=candidates
     )
     if refine != "none":
         fixed = jax.lax.stop_gradient((c, d))
         x, y = (dense_matrix(g) for g in fixed)
-        matching = jnp.zeros_like(coupling.columns).at[coupling.rows].set(coupling.columns)
+        start = jnp.zeros_like(coupling.columns).at[coupling.rows].set(coupling.columns)
         key = jax.random.key(0) if key is None else key
         refined = refine_matching(
-            x, y, matching, refine=refine, steps=steps, restarts=restarts, key=key
+            x, y, start, refine=refine, steps=steps, restarts=restarts, key=key
         )
-        n = num_nodes(c)
-        new = Coupling(jnp.arange(n, dtype=jnp.int32), refined, jnp.full(n, 1.0 / n))
         # Compared once more by the cost itself, so that no rounding can make it worse.
-        coupling, _ = _cheapest(*fixed, [coupling, new], p)
+        coupling, _ = _cheapest(*fixed, [coupling, _uniform(refined)], p)
     return Certificate(
-        lower=_lower(c, d, c_weights, d_weights, p, bounds, uniform, spectral),
+        lower=jnp.max(jnp.stack(lower)),
         upper=gw_at_coupling(c, d, coupling, p=p),
         coupling=coupling,
     )
+
+
+def _uniform(matching):
+    n = len(matching)
+    return Coupling(jnp.arange(n, dtype=jnp.int32), matching, jnp.full(n, 1.0 / n))
 
 
 def best_sorted_coupling(
@@ -223,7 +241,7 @@ def _rms(graph, weights):
     return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 1.0)
 
 
-def _lower(c, d, c_weights, d_weights, p, bounds, uniform, spectral):
+def _lower(c, d, c_weights, d_weights, p, bounds, uniform):
     weights = {"c_weights": c_weights, "d_weights": d_weights}
     if p == 2:
         found = [moment_lower_bound(c, d, **weights)]
@@ -236,6 +254,4 @@ def _lower(c, d, c_weights, d_weights, p, bounds, uniform, spectral):
             found.append(second_lower_bound(c, d, p=p, **weights))
     if bounds == "third":
         found.append(third_lower_bound(c, d, p=p, **weights))
-        if spectral:
-            found.append(spectral_lower_bound(c, d))
     return jnp.max(jnp.stack(found))

@@ -61,6 +61,17 @@ def dense_matrix(graph) -> jax.Array:
     return z.T @ z
 
 
+def diagonal(graph) -> jax.Array:
+    """The diagonal of C, ``[n]``, without C."""
+    if not isinstance(graph, FactoredGraph):
+        return jnp.diag(jnp.asarray(graph, jnp.float32))
+    squares = jnp.square(jnp.asarray(graph.values, jnp.float32))
+    if graph.ids is None:
+        return squares.sum(0)
+    empty = jnp.zeros(num_nodes(graph), jnp.float32)
+    return empty.at[jnp.asarray(graph.ids)].add(squares, mode="drop")
+
+
 def multiply(graph, factor):
     """The graph with C multiplied by a positive number."""
     if isinstance(graph, FactoredGraph):

@@ -73,6 +73,10 @@ def bracket(z, w):
         out[f"upper{p}"] = transport.certificate(c, d, p=p, scale="none").upper
     out["moment2"] = transport.moment_lower_bound(FactoredGraph(z), FactoredGraph(w))
     out["spectral2"] = transport.spectral_lower_bound(c, d)
+    out["diagonal2"] = transport.diagonal_lower_bound(FactoredGraph(z), FactoredGraph(w))
+    out["lawler2"] = transport.gilmore_lawler_lower_bound(c, d, branches=0)
+    out["branched2"] = transport.gilmore_lawler_lower_bound(c, d, branches=2)
+    out["all_branches2"] = transport.gilmore_lawler_lower_bound(c, d, branches=N)
     rms = (transport.graph_features(x, feature="row_rms") for x in (z, w))
     out["rms2"] = transport.sorted_gw_lower_bound(*rms, p=2)
     for refine in ("exchange", "assignment", "search"):
@@ -104,6 +108,13 @@ def test_no_violation_in_1000_cases():
         below(f"exact{p}", f"upper{p}")
     below("first2", "moment2")
     below("spectral2", "exact2")
+    below("diagonal2", "lawler2")
+    below("third2", "lawler2")
+    below("lawler2", "branched2")
+    below("branched2", "all_branches2")
+    below("all_branches2", "exact2")
+    # Branching is not idle: somewhere it is what decides.
+    assert (got["branched2"] > got["lawler2"] * 1.01).any()
     below("rms2", "moment2")
     below("moment2", "third2")
     for refine in ("exchange", "assignment", "search"):
@@ -122,12 +133,40 @@ def test_seven_nodes():
     def one(pair):
         x, y = pair
         c, d = x.T @ x, y.T @ y
-        answer = transport.certificate(c, d, scale="none", bounds="third", refine="search")
+        answer = transport.certificate(
+            FactoredGraph(x), FactoredGraph(y), scale="none", bounds="third", refine="search"
+        )
         return answer.lower, brute_force(c, d, 2), answer.upper
 
     lower, exact, upper = jax.jit(functools.partial(jax.lax.map, one))((z, w))
     assert (lower <= exact * (1 + 1e-5)).all()
     assert (exact <= upper * (1 + 1e-5)).all()
+
+
+def test_gilmore_lawler_equals_the_assignment_of_scipy():
+    rng = np.random.default_rng(5)
+    z, w = np.abs(rng.normal(size=(2, 4, 7)))
+    c, d = z.T @ z, w.T @ w
+
+    def plain(c, d, linear=0.0):
+        n = len(c)
+        off = ~np.eye(n, dtype=bool)
+        x, y = (np.sort(m[off].reshape(n, n - 1), axis=1) for m in (c, d))
+        costs = np.square(np.diag(c)[:, None] - np.diag(d)) + linear
+        costs += np.square(x[:, None] - y).sum(-1)
+        i, k = scipy.optimize.linear_sum_assignment(costs)
+        return costs[i, k].sum()
+
+    got = transport.gilmore_lawler_lower_bound(*np.float32([c, d]), branches=0)
+    np.testing.assert_allclose(got, plain(c, d) / 49, rtol=1e-5)
+    h, values = np.argmax(np.diag(c)), []
+    for k in range(7):
+        rest, others = (np.delete(np.arange(7), node) for node in (h, k))
+        exact = 2 * np.square(c[rest, h][:, None] - d[others, k])
+        inner = plain(c[np.ix_(rest, rest)], d[np.ix_(others, others)], exact)
+        values.append(inner + (c[h, h] - d[k, k]) ** 2)
+    got = transport.gilmore_lawler_lower_bound(*np.float32([c, d]), branches=7)
+    np.testing.assert_allclose(got, min(values) / 49, rtol=1e-5)
 
 
 def test_closed_form_is_exact_where_one_graph_is_a_multiple_of_the_other():
