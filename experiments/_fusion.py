@@ -142,20 +142,25 @@ def loss_function(
         held = [batch["sources"][name] for name in sources]
         if objective.loss == "kl":
             ids = jnp.concatenate([teacher.indices for teacher, _ in held], axis=-1)
-            readout = losses.linear_readout(hidden, labels=labels, ids=ids, **head)
-            student = readout.gathered_top_k(ids)
-            divergence, start = 0.0, 0
-            for (teacher, _), weight in zip(held, objective.shares, strict=True):
-                stop = start + teacher.indices.shape[-1]
-                part = ops.TopK(
-                    values=student.values[..., start:stop],
-                    indices=student.indices[..., start:stop],
-                    log_z=student.log_z,
-                )
-                divergence += weight * losses.sparse_kl_divergence(part, teacher.top_k)
-                start = stop
-            sft, kl = total(readout.cross_entropy), total(divergence)
-            value = (1 - objective.mix) * sft + objective.mix * kl
+
+            def mixed(readout: losses.Readout, teachers: Sequence[ops.TopK]) -> Any:
+                kl = sparse_divergence(readout, teachers, objective.shares)
+                return (1 - objective.mix) * readout.cross_entropy + objective.mix * kl
+
+            # Here too a scalar is enough: no logit is formed twice.
+            teachers = [teacher.top_k for teacher, _ in held]
+            weights = where.astype(jnp.float32)
+            value, readout = losses.linear_fused_loss(
+                hidden,
+                loss=mixed,
+                tokens=teachers,
+                token_weights=weights,
+                labels=labels,
+                ids=ids,
+                **head,
+            )
+            sft = total(readout.cross_entropy)
+            kl = total(sparse_divergence(readout, teachers, objective.shares))
             return value, count, {"sft": (sft, count), "kl": (kl, count)}
 
         if objective.loss == DUAL:
@@ -186,6 +191,24 @@ def loss_function(
         return (value * tokens).sum(), count, sums
 
     return loss_fn
+
+
+def sparse_divergence(
+    readout: losses.Readout, teachers: Sequence[ops.TopK], shares: Sequence[float]
+) -> Any:
+    """KL to each teacher's top logits and its tail, weighted; the readout has gathered them all."""
+    student = readout.gathered_top_k(jnp.concatenate([t.indices for t in teachers], axis=-1))
+    divergence, start = 0.0, 0
+    for teacher, share in zip(teachers, shares, strict=True):
+        stop = start + teacher.indices.shape[-1]
+        part = ops.TopK(
+            values=student.values[..., start:stop],
+            indices=student.indices[..., start:stop],
+            log_z=student.log_z,
+        )
+        divergence += share * losses.sparse_kl_divergence(part, teacher)
+        start = stop
+    return divergence
 
 
 def score_function(graphdef: Any) -> Callable[..., tuple[Any, Any, dict[str, tuple[Any, Any]]]]:

@@ -1,0 +1,202 @@
+"""Distilling from a cache of the teacher's top 64 logits: cost of a step, and what is lost by it.
+
+    python -m experiments.benchmark cached_teacher
+
+The student is SmolLM2-135M's first and last layers, as in the demo of graph fusion; the teacher is
+the whole model, on packaged Wikipedia summaries. Three trainings see the same rows: ``sft``;
+``cached``, half SFT and half KL to 64 cached logits and the exact mass of the rest; ``live``, the
+same with the teacher run in the step and KL over the whole vocabulary. Seconds are of whole steps,
+optimizer included, taken in turns; the live step is timed without its teacher too.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from flax import nnx
+
+from experiments import _fusion, _models
+from experiments.benchmarks import _suite
+from logitjax import data, losses, models, training
+
+_LAYERS = (0, 1, 2, 3, 28, 29)
+_K = 64
+_LEARNING_RATE = 1e-3
+_MIX = 0.5
+ARMS = ("sft", "cached", "live")
+
+
+def run(options: _suite.Options) -> _suite.Result:
+    seeds, steps, held_out, rows_a_step, length = (
+        (1, 3, 2, 2, 64) if options.smoke else (2, 60, 24, 2, 256)
+    )
+    teacher, tokenizer = _models.load("tiny:1" if options.smoke else "smollm2")
+    student = (
+        _models.load("tiny")[0] if options.smoke else models.keep_layers(teacher, list(_LAYERS))
+    )
+    rows = _rows(tokenizer, length, options)
+    (student_fn, student_params), (teacher_fn, teacher_params) = (
+        models.from_nnx(model) for model in (student, teacher)
+    )
+    read = jax.jit(functools.partial(_fusion.source_statistics, teacher_fn.graphdef, k=_K))
+
+    def batch(split: str, step: int, seed: int) -> dict[str, Any]:
+        return rows[split].batch(step, seed=seed, batch_size=rows_a_step)["lm"]
+
+    # Read once: all that the cached training needs of its teacher.
+    caches = {
+        (seed, step): jax.device_get(read(teacher_params, batch("train", step, seed)))
+        for seed in range(seeds)
+        for step in range(steps)
+    }
+    logging.info("the teacher has read %d batches", len(caches))
+    constants, mesh = {"live": teacher_params}, training.make_mesh()
+    functions = {
+        arm: _loss(arm, student_fn.graphdef, teacher_fn.graphdef) for arm in (*ARMS, "given")
+    }
+
+    def trainer(arm: str, seed: int) -> tuple[Any, training.TrainStep]:
+        tx = training.make_optimizer(
+            _LEARNING_RATE, schedule="cosine", warmup=steps // 10, total_steps=steps
+        )
+        state = training.create_train_state(student_params, tx, mesh=mesh, seed=seed)
+        return state, training.make_train_step(functions[arm], tx)
+
+    def inputs(arm: str, step: int, seed: int) -> dict[str, Any]:
+        found: dict[str, Any] = {"pivot": batch("train", step, seed)}
+        if arm == "cached":
+            found["teacher"] = caches[seed, step]
+        return found
+
+    score = training.make_eval_step(_fusion.score_function(student_fn.graphdef))
+    scored = [{"pivot": batch("test", step, 0)} for step in range(held_out // rows_a_step)]
+    perplexities: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    for seed in range(seeds):
+        for arm in ARMS:
+            state, step_fn = trainer(arm, seed)
+            for step in range(steps):
+                state, _ = step_fn(state, inputs(arm, step, seed), constants.get(arm))
+            found = training.evaluate(score, state.params, scored)
+            perplexities[arm].append(float(np.exp(found["loss"])))
+            logging.info("%s, seed %d: perplexity %.4g", arm, seed, perplexities[arm][-1])
+
+    seconds = _suite.paired_seconds(
+        _timed(trainer, inputs, constants, functools.partial(_hidden, teacher_fn.graphdef)),
+        repeats=options.repeats,
+    )
+    table = []
+    for arm, times in seconds.items():
+        row: dict[str, Any] = {
+            "training": _NAMES[arm],
+            "seconds a step": float(np.median(times)),
+            "/ sft": _suite.paired_ratio(times, seconds["sft"]),
+        }
+        if arm in ARMS:
+            row["perplexity"] = float(np.mean(perplexities[arm]))
+            row["/ live"] = float(np.mean(np.divide(perplexities[arm], perplexities["live"])))
+        table.append(row)
+    lost = next(row["/ live"] for row in table if row["training"] == _NAMES["cached"])
+    return _suite.Result(
+        rows=table,
+        bars=[
+            _suite.Bar(
+                name="step from a cache / SFT step",
+                value=_suite.paired_ratio(seconds["cached"], seconds["sft"]),
+                limit=1.10,
+            ),
+            _suite.Bar(name="held-out perplexity, cached / live", value=lost, limit=1.01),
+        ],
+    )
+
+
+_NAMES = {
+    "sft": "SFT",
+    "cached": f"SFT + KL, cached top {_K}",
+    "given": "SFT + KL, teacher's hidden states given",
+    "live": "SFT + KL, live teacher",
+}
+
+
+def _rows(tokenizer: Any, length: int, options: _suite.Options) -> Mapping[str, data.PackedDataset]:
+    spec = "text:LICENSE" if options.smoke else "tfds:wiki_summaries"
+    directory = Path(options.directory) / "rows"
+    return {
+        split: data.pack(
+            data.load_examples(spec, split="train" if options.smoke else split),
+            {"lm": tokenizer},
+            seq_len=length,
+            directory=directory / split,
+        )
+        for split in ("train", "test")
+    }
+
+
+def _hidden(graphdef: Any, params: Any, batch: Mapping[str, Any]) -> Any:
+    return _fusion.hidden_states(nnx.merge(graphdef, params), batch)
+
+
+def _loss(arm: str, graphdef: Any, teacher_graphdef: Any) -> Callable[..., Any]:
+    """An arm's loss; ``live`` and ``given`` take the teacher's parameters as step constants."""
+    sft, cached = (
+        _fusion.loss_function(
+            _fusion.Objective(loss=loss, weights=(1.0,), mix=_MIX), graphdef, ("teacher",)
+        )
+        for loss in ("sft", "kl")
+    )
+
+    def loss_fn(params: Any, batch: Any, rng: Any, teacher: Any = None) -> Any:
+        if arm == "sft":
+            return sft(params, batch, rng)
+        if arm == "cached":
+            sources = {"teacher": (batch["teacher"], None)}
+            return cached(params, {"pivot": batch["pivot"], "sources": sources}, rng)
+        labels, where = _fusion.targets(batch["pivot"])
+        model, source = nnx.merge(graphdef, params), nnx.merge(teacher_graphdef, teacher)
+        hidden, head = _fusion.hidden_states(model, batch["pivot"]), _fusion.head_arguments(model)
+        theirs = _fusion.head_arguments(source)
+        there = batch["hidden"] if arm == "given" else _fusion.hidden_states(source, batch["pivot"])
+        weights = where.astype(np.float32)
+        ce = losses.linear_cross_entropy(hidden, labels=labels, token_weights=weights, **head)
+        kl = losses.linear_kl_divergence(
+            hidden,
+            teacher_hidden=jax.lax.stop_gradient(there),
+            teacher_head=theirs["head"],
+            teacher_vocab_axis=theirs["vocab_axis"],
+            token_weights=weights,
+            **head,
+        )
+        return (1 - _MIX) * ce + _MIX * kl, where.sum(), {}
+
+    return loss_fn
+
+
+def _timed(
+    trainer: Callable[..., Any],
+    inputs: Callable[..., Any],
+    constants: Mapping[str, Any],
+    hidden: Callable[..., Any],
+) -> dict[str, Callable[[], Any]]:
+    """One more step of each training, again and again, its batch on the device already."""
+    calls: dict[str, Callable[[], Any]] = {}
+    for arm in ("sft", "cached", "given", "live"):
+        state, step_fn = trainer(arm, 0)
+        batch = inputs(arm, 0, 0)
+        given = constants["live"] if arm in ("given", "live") else None
+        if arm == "given":
+            batch["hidden"] = jax.jit(hidden)(given, batch["pivot"])
+        calls[arm] = _repeated(step_fn, state, jax.device_put(batch), given)
+    return calls
+
+
+def _repeated(step_fn: training.TrainStep, state: Any, batch: Any, given: Any) -> Any:
+    held = [state]
+
+    def call() -> Any:
+        held[0], output = step_fn(held[0], batch, given)
+        return output.metrics
+
+    return call
