@@ -1,0 +1,288 @@
+"""Few-shot heads: AMU against its formulas in float64, and what every method has in common."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from logitjax import heads
+from tests.heads import _few_shot_oracle as oracle
+
+CLASSES, FEATURES, AUXILIARY, SHOTS = 7, 16, 12, 3
+LABELS = np.arange(CLASSES * SHOTS) % CLASSES
+
+
+def unit(x):
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def problem(seed=0):
+    """Noisy images of well separated classes, in two encoders, and class weights."""
+    rng = np.random.default_rng(seed)
+    weights = unit(rng.normal(size=(CLASSES, FEATURES)))
+    means = rng.normal(size=(CLASSES, AUXILIARY))
+    features = unit(weights[LABELS] + 0.2 * rng.normal(size=(len(LABELS), FEATURES)))
+    auxiliary = unit(means[LABELS] + 0.5 * rng.normal(size=(len(LABELS), AUXILIARY)))
+    zero_shot = 10 * features @ weights.T
+    return features, auxiliary, zero_shot, weights.T
+
+
+def inputs(seed=0):
+    features, auxiliary, zero_shot, weights = (x.astype(np.float32) for x in problem(seed))
+    made = heads.FewShotInputs(zero_shot=zero_shot, features=features, auxiliary=auxiliary)
+    return jax.tree.map(jnp.asarray, made), jnp.asarray(weights)
+
+
+MEASURES = [
+    dict(measure="none"),
+    dict(measure="kurtosis", normalizer=250.0),
+    dict(measure="kurtosis", normalizer="classes", exponent=1.3),
+    dict(measure="kurtosis", of="logits"),
+    dict(measure="entropy"),
+    dict(measure="max"),
+    dict(measure="max", of="logits"),
+    dict(measure="margin"),
+    dict(measure="margin", of="logits", exponent=0.7),
+    dict(measure="top5"),
+    dict(measure="energy"),
+    dict(measure="std"),
+]
+
+
+@pytest.mark.parametrize("x64", [False, True])
+def test_uncertainty_weights_are_the_published_formulas(x64):
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(5, CLASSES)) * np.array([[0.3], [1], [3], [6], [10]]) + 12
+    with jax.enable_x64(x64):
+        given = jnp.asarray(logits if x64 else logits.astype(np.float32))
+        for options in MEASURES:
+            config = heads.Uncertainty(**options)
+            got = heads.uncertainty_weight(given, config)
+            assert got.dtype == given.dtype
+            args = (config.measure, config.of, config.exponent, config.normalizer)
+            expected = oracle.weight(np.asarray(given, np.float64), *args)
+            np.testing.assert_allclose(got, expected, rtol=1e-12 if x64 else 2e-6, err_msg=options)
+
+
+def test_uncertainty_with_absent_classes_is_finite():
+    logits = jnp.array([[1.0, 0.5, 0.0, -1.0, -jnp.inf, 0.3]])
+    for measure in ("none", "kurtosis", "entropy", "max", "margin", "top5", "energy", "std"):
+        weight = heads.uncertainty_weight(logits, heads.Uncertainty(measure=measure))
+        assert np.isfinite(weight).all(), measure
+
+
+def test_kurtosis_over_a_fourth_of_the_classes_does_not_depend_on_their_number():
+    def sure(classes, **options):
+        logits = jnp.zeros((1, classes)).at[0, 0].set(50.0)
+        config = heads.Uncertainty(measure="kurtosis", exponent=1.0, **options)
+        return float(heads.uncertainty_weight(logits, config)[0, 0])
+
+    # One-hot probabilities: the released normaliser makes the same certainty weigh 130 times more.
+    assert sure(10, normalizer=250.0) / sure(1000, normalizer=250.0) > 100
+    ratio = sure(10, normalizer="classes") / sure(1000, normalizer="classes")
+    assert 1 < ratio < 1.6
+
+
+PRESETS = {
+    "official": (heads.AMUConfig.official(beta=2.0), dict(measure="none")),
+    "official_moment": (
+        heads.AMUConfig.official(uncertainty="moment"),
+        dict(measure="kurtosis", of="probabilities", rho=0.4, normalizer=250.0),
+    ),
+    "paper": (
+        heads.AMUConfig.paper(fusion_share=0.6),
+        dict(measure="kurtosis", of="logits", rho=0.4, normalizer=None),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_amu_loss_and_gradient_are_the_published_formulas(name):
+    config, measure = PRESETS[name]
+    _, auxiliary, zero_shot, _ = problem()
+    kernel = np.zeros((AUXILIARY, CLASSES))
+    np.add.at(kernel.T, LABELS, auxiliary / SHOTS)
+    measure = {"of": "probabilities", "rho": 0.4, "normalizer": None} | measure
+    factor = oracle.weight(zero_shot, *(measure[k] for k in ("measure", "of", "rho", "normalizer")))
+    expected, slope = oracle.loss_and_gradient(
+        kernel,
+        auxiliary,
+        zero_shot,
+        LABELS,
+        beta=config.beta,
+        share=config.fusion_share,
+        factor=factor,
+        standardize=config.standardize,
+    )
+    for x64 in (False, True):
+        with jax.enable_x64(x64):
+            kind = np.float64 if x64 else np.float32
+            given = heads.FewShotInputs(
+                zero_shot=zero_shot.astype(kind), auxiliary=auxiliary.astype(kind)
+            )
+            state = config.init(given, LABELS)
+            np.testing.assert_allclose(state.trained, kernel, rtol=1e-6, atol=1e-7)
+
+            def mean_loss(kernel, given=given):
+                return config.loss(heads.FewShotState(kernel, None), given, LABELS).mean()
+
+            value, grad = jax.value_and_grad(mean_loss)(state.trained)
+        np.testing.assert_allclose(value, expected, rtol=1e-12 if x64 else 1e-6)
+        np.testing.assert_allclose(grad, slope, rtol=1e-6, atol=1e-12 if x64 else 1e-6)
+
+
+def test_z_scores_of_equal_logits_are_zero_without_a_gradient():
+    logits = jnp.array([[2.0, 2.0, 2.0], [1.0, 2.0, 4.0]])
+    np.testing.assert_array_equal(heads.z_score(logits)[0], 0)
+    weights = jnp.arange(6.0).reshape(2, 3)
+    slope = jax.grad(lambda z: (weights * heads.z_score(z)).sum())(logits)
+    np.testing.assert_array_equal(slope[0], 0)
+    assert np.abs(slope[1]).max() > 0.1
+    shifted = heads.z_score(5.0 * logits + 3.0)
+    np.testing.assert_allclose(shifted, heads.z_score(logits), atol=1e-6)
+
+
+METHODS = {
+    "amu": heads.AMUConfig(beta=2.0),
+    "tip_adapter": heads.TipAdapterConfig(beta=3.0, sharpness=5.0),
+    "tip_adapter_f": heads.TipAdapterFConfig(beta=3.0, sharpness=5.0),
+    "cafo": heads.CaFoConfig(beta=1.0, sharpness=3.0),
+    "ape": heads.APEConfig(channels=8),
+    "clip_adapter": heads.ClipAdapterConfig(beta=0.1),
+    "task_res": heads.TaskResConfig(),
+    "linear_probe": heads.LinearProbeConfig(initial="features"),
+    "linear_probe_auxiliary": heads.LinearProbeConfig(initial="features", source="auxiliary"),
+    "cross_modal": heads.CrossModalConfig(),
+    "lp_plus_plus": heads.LPPlusPlusConfig(),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_zero_shot_logits_plus_a_bias(name):
+    config = METHODS[name]
+    images, weights = inputs()
+    state = config.init(images, LABELS, class_weights=weights, key=jax.random.key(0))
+    logits, bias = config.logits(state, images), config.bias(state, images)
+    assert logits.shape == bias.shape == (len(LABELS), CLASSES)
+    expected = images.zero_shot + config.beta * bias
+    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-4)
+    off = dataclasses.replace(config, beta=0.0)
+    np.testing.assert_allclose(off.logits(state, images), images.zero_shot, atol=1e-5)
+    # Leading axes are the caller's.
+    split = jax.tree.map(lambda x: x.reshape(SHOTS, CLASSES, -1), images)
+    np.testing.assert_allclose(
+        config.logits(state, split), logits.reshape(SHOTS, CLASSES, -1), atol=1e-4
+    )
+    if name not in ("clip_adapter", "task_res", "cross_modal"):
+        others, _ = inputs(seed=0)
+        accuracy = (config.logits(state, others).argmax(-1) == LABELS).mean()
+        assert accuracy >= (images.zero_shot.argmax(-1) == LABELS).mean()
+
+
+def test_caches_and_fusions_are_the_published_formulas():
+    features, auxiliary, zero_shot, weights = problem()
+    images, class_weights = inputs()
+    hit = np.eye(CLASSES)[LABELS]
+    cache = [np.exp(-2 * (1 - f @ f.T)) @ hit for f in (features, auxiliary)]
+    config = heads.TipAdapterConfig(sharpness=2.0)
+    got = config.bias(config.init(images, LABELS), images)
+    np.testing.assert_allclose(got, cache[0], rtol=1e-5)
+
+    z = [oracle.z_score(c) for c in cache]
+    agreement = np.stack([(oracle.z_score(zero_shot) * c).sum(-1) for c in z], -1)
+    p = oracle.softmax(agreement)
+    config = heads.CaFoConfig(sharpness=2.0)
+    got = config.bias(config.init(images, LABELS), images)
+    np.testing.assert_allclose(got, p[:, :1] * z[0] + p[:, 1:] * z[1], atol=1e-4)
+
+    similarity = np.zeros(FEATURES)
+    for i in range(CLASSES):
+        for j in range(CLASSES):
+            if i != j:
+                similarity += weights[:, i] * weights[:, j] / (CLASSES * (CLASSES - 1))
+    criterion = -0.7 * similarity + 0.3 * weights.var(1, ddof=1)
+    chosen = np.argsort(-criterion)[:5]
+    kept, text = unit(features[:, chosen]), unit(weights[chosen].T).T
+    divergence = -np.log2(oracle.softmax(kept @ text)[np.arange(len(LABELS)), LABELS])
+    values = hit * np.exp(0.1 * divergence)[:, None]
+    config = heads.APEConfig(channels=5)
+    state = config.init(images, LABELS, class_weights=class_weights)
+    np.testing.assert_array_equal(state.fixed[1], chosen)
+    expected = np.exp(-(1 - kept @ kept.T)) @ values
+    np.testing.assert_allclose(config.bias(state, images), expected, rtol=1e-5)
+
+
+def test_residual_methods_rewrite_their_published_classifiers():
+    features, _, zero_shot, weights = problem()
+    zero_shot = 100 * features @ weights
+    images, class_weights = inputs()
+    images = dataclasses.replace(images, zero_shot=jnp.asarray(zero_shot, jnp.float32))
+    rng = np.random.default_rng(1)
+    residual = 0.1 * rng.normal(size=weights.shape).astype(np.float32)
+    for renormalize in (False, True):
+        config = heads.TaskResConfig(beta=0.5, renormalize=renormalize)
+        state = config.init(images, LABELS, class_weights=class_weights)
+        state = state._replace(trained=jnp.asarray(residual))
+        moved = weights + 0.5 * residual
+        moved = moved / np.linalg.norm(moved, axis=0) if renormalize else moved
+        got = config.logits(state, images)
+        np.testing.assert_allclose(got, 100 * features @ moved, rtol=1e-4, atol=1e-3)
+
+        config = heads.ClipAdapterConfig(beta=0.2, renormalize=renormalize)
+        state = config.init(images, LABELS, class_weights=class_weights)
+        down, up = (np.asarray(state.trained[name], np.float64) for name in ("down", "up"))
+        adapted = np.maximum(np.maximum(features @ down, 0) @ up, 0)
+        mixed = 0.2 * adapted + 0.8 * features
+        mixed = unit(mixed) if renormalize else mixed
+        got = config.logits(state, images)
+        np.testing.assert_allclose(got, 100 * mixed @ weights, rtol=1e-4, atol=1e-3)
+
+
+def test_lp_plus_plus_starts_and_steps_as_published():
+    features, _, _, weights = problem()
+    images, class_weights = inputs()
+    text = features @ weights
+    means = np.stack([features[k == LABELS].mean(0) for k in range(CLASSES)], 1)
+    blend = 250 * np.mean([text[k == LABELS, k].mean() for k in range(CLASSES)])
+    config = heads.LPPlusPlusConfig(iterations=1, blend_every=1)
+    state = config.init(images, LABELS, class_weights=class_weights)
+    p = oracle.softmax(features @ means + blend * text) - np.eye(CLASSES)[LABELS]
+    n = len(LABELS)
+    rate = 4 * n / np.linalg.eigvalsh(features.T @ features)[-1]
+    np.testing.assert_allclose(
+        state.trained["prototypes"], means - rate * features.T @ p / n, rtol=1e-3, atol=1e-4
+    )
+    blend_rate = n / (4 * np.square(text).sum(0).max())
+    expected = blend - blend_rate * (p * text).sum(0) / n
+    np.testing.assert_allclose(state.trained["blend"], expected, rtol=1e-5)
+
+
+def test_views_of_an_image_are_averaged_and_class_means_are_not_of_length_one():
+    images, _ = inputs()
+    other, _ = inputs(seed=1)
+    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), images, other)
+    mean = unit(np.asarray(images.auxiliary + other.auxiliary) / 2)
+    kernel = heads.AMUConfig().init(both, LABELS, views=2).trained
+    expected = np.stack([mean[k == LABELS].mean(0) for k in range(CLASSES)], 1)
+    np.testing.assert_allclose(kernel, expected, rtol=1e-5, atol=1e-6)
+    assert np.linalg.norm(kernel, axis=0).max() < 0.999
+
+
+def test_mistakes_are_named():
+    images, _ = inputs()
+    bare = heads.FewShotInputs(zero_shot=images.zero_shot)
+    for config, missing in [
+        (heads.AMUConfig(), "auxiliary"),
+        (heads.TipAdapterConfig(), "features"),
+        (heads.CrossModalConfig(), "class_weights"),
+    ]:
+        with pytest.raises(ValueError, match=missing):
+            config.init(bare, LABELS)
+    with pytest.raises(ValueError, match="uncertainty"):
+        heads.AMUConfig.official(uncertainty="entropy")
+    with pytest.raises(Exception, match="measure"):
+        heads.Uncertainty(measure="doubt")
+    with pytest.raises(ValueError, match="at least 5"):
+        heads.uncertainty_weight(jnp.zeros((1, 3)), heads.Uncertainty(measure="top5"))
