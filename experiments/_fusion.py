@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -16,6 +17,9 @@ from logitjax import losses, ops
 LOSSES: tuple[str, ...] = ("sft", "kl", "uld", "gld", "uld+gld")
 # A second head for the sources' logits; it needs their vocabulary, as kl does.
 DUAL = "dual"
+
+# What a cache holds of one teacher.
+CachedTeacher = tuple[ops.TopK, losses.TailSample | None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,14 +145,13 @@ def loss_function(
 
         held = [batch["sources"][name] for name in sources]
         if objective.loss == "kl":
-            ids = jnp.concatenate([teacher.indices for teacher, _ in held], axis=-1)
+            teachers = [(teacher.top_k, teacher.tail) for teacher, _ in held]
 
-            def mixed(readout: losses.Readout, teachers: Sequence[ops.TopK]) -> Any:
+            def mixed(readout: losses.Readout, teachers: Sequence[CachedTeacher]) -> Any:
                 kl = sparse_divergence(readout, teachers, objective.shares)
                 return (1 - objective.mix) * readout.cross_entropy + objective.mix * kl
 
             # Here too a scalar is enough: no logit is formed twice.
-            teachers = [teacher.top_k for teacher, _ in held]
             weights = where.astype(jnp.float32)
             value, readout = losses.linear_fused_loss(
                 hidden,
@@ -156,7 +159,7 @@ def loss_function(
                 tokens=teachers,
                 token_weights=weights,
                 labels=labels,
-                ids=ids,
+                ids=jnp.concatenate([cached_ids(*teacher) for teacher in teachers], axis=-1),
                 **head,
             )
             sft = total(readout.cross_entropy)
@@ -193,20 +196,24 @@ def loss_function(
     return loss_fn
 
 
+def cached_ids(top: ops.TopK, tail: losses.TailSample | None) -> Any:
+    """Where a student's logits are needed for the KL to a cached teacher."""
+    return top.indices if tail is None else jnp.concatenate([top.indices, tail.indices], axis=-1)
+
+
 def sparse_divergence(
-    readout: losses.Readout, teachers: Sequence[ops.TopK], shares: Sequence[float]
+    readout: losses.Readout, teachers: Sequence[CachedTeacher], shares: Sequence[float]
 ) -> Any:
     """KL to each teacher's top logits and its tail, weighted; the readout has gathered them all."""
-    student = readout.gathered_top_k(jnp.concatenate([t.indices for t in teachers], axis=-1))
+    ids = [cached_ids(*teacher) for teacher in teachers]
+    assert readout.gathered is not None
     divergence, start = 0.0, 0
-    for teacher, share in zip(teachers, shares, strict=True):
-        stop = start + teacher.indices.shape[-1]
-        part = ops.TopK(
-            values=student.values[..., start:stop],
-            indices=student.indices[..., start:stop],
-            log_z=student.log_z,
-        )
-        divergence += share * losses.sparse_kl_divergence(part, teacher)
+    for (top, tail), places, share in zip(teachers, ids, shares, strict=True):
+        stop = start + places.shape[-1]
+        values = readout.gathered[..., start:stop]
+        student = ops.TopK(values=values, indices=places, log_z=readout.log_z)
+        kind = "bucket" if tail is None else "sampled"
+        divergence += share * losses.sparse_kl_divergence(student, top, tail=kind, sample=tail)
         start = stop
     return divergence
 
@@ -239,6 +246,29 @@ def source_statistics(
     model = nnx.merge(graphdef, params)
     readout = losses.linear_readout(hidden_states(model, batch), top_k=k, **head_arguments(model))
     return readout.statistics
+
+
+def source_record(
+    graphdef: Any, params: Any, batch: Mapping[str, Any], rows: Any, *, k: int, tail_samples: int
+) -> dict[str, Any]:
+    """What `data.write_teacher_cache` keeps of a batch; a tail's draws depend on its row alone."""
+    model = nnx.merge(graphdef, params)
+    hidden = hidden_states(model, batch)
+    statistics = losses.linear_readout(hidden, top_k=k, **head_arguments(model)).statistics
+    assert statistics is not None
+    names = ("values", "indices", "log_z", "mean", "std")
+    record = {name: getattr(statistics, name) for name in names}
+    if tail_samples:
+
+        def draw(row: Any) -> losses.TailSample:
+            here, taken, number = row
+            key = jax.random.fold_in(jax.random.key(0), number)
+            return losses.sample_tail(key, model.logits(here), taken, tail_samples)
+
+        # A row at a time: here logits are held.
+        tail = jax.lax.map(draw, (hidden, statistics.indices, jnp.asarray(rows, jnp.uint32)))
+        record |= {"tail_values": tail.values, "tail_indices": tail.indices}
+    return record
 
 
 def first_choice(statistics: losses.GraphStatistics) -> ops.Array:

@@ -140,7 +140,9 @@ class Source:
             )
             rows = np.arange(len(places))[:, None]
             found = {name: array[rows, places] for name, array in found.items()}
-        return losses.GraphStatistics(**found, vocab_size=cache.vocab_size), where
+        drawn = {n: found.pop(f"tail_{n}") for n in ("values", "indices") if f"tail_{n}" in found}
+        tail = losses.TailSample(**drawn) if drawn else None
+        return losses.GraphStatistics(**found, tail=tail, vocab_size=cache.vocab_size), where
 
 
 def let_source_read(
@@ -151,6 +153,7 @@ def let_source_read(
     packed: Packed,
     rows: Mapping[str, np.ndarray],
     k: int,
+    tail_samples: int = 0,
     batch_size: int,
     directory: epath.Path,
 ) -> dict[str, data.TeacherCache]:
@@ -161,7 +164,11 @@ def let_source_read(
         if not loaded:
             decoder, tokenizer = load()
             apply_fn, params = models.from_nnx(decoder)
-            read = jax.jit(functools.partial(_fusion.source_statistics, apply_fn.graphdef, k=k))
+            read = jax.jit(
+                functools.partial(
+                    _fusion.source_record, apply_fn.graphdef, k=k, tail_samples=tail_samples
+                )
+            )
             loaded.extend((decoder.config, tokenizer, functools.partial(read, params)))
         return tuple(loaded)
 
@@ -170,7 +177,12 @@ def let_source_read(
         if not len(wanted):
             continue
         path, dataset = directory / split, packed.splits[split]
-        expected = {"model": spec, "data": dataset.fingerprint, "k": k}
+        expected = {
+            "model": spec,
+            "data": dataset.fingerprint,
+            "k": k,
+            "tail_samples": tail_samples,
+        }
         complete = (path / "teacher.json").exists()
         if complete:
             cache = data.TeacherCache(path)
@@ -186,7 +198,7 @@ def let_source_read(
             )
 
             def compute(chunk: np.ndarray, dataset: Any = dataset, read: Any = read) -> Any:
-                return jax.device_get(read(dataset.rows(chunk)[columns]))
+                return jax.device_get(read(dataset.rows(chunk)[columns], chunk))
 
             data.write_teacher_cache(
                 path,

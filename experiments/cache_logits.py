@@ -41,6 +41,7 @@ class Config:
     rows: str = field("all", "Rows of each split to read: all, or a number from the start.")
     splits: tuple[str, ...] = field(_fusion_data.SPLITS, "Split to read")
     cache_top_k: int = field(64, "Logits a position to keep.")
+    tail_samples: int = field(0, "Tokens a position drawn from outside them: KL without bias.")
     batch_size: int = field(4, "Rows a process reads at once.")
     dtype: str = field("float32", "Compute type.", choices=("float32", "bfloat16"))
     layout: str = field("listed", "Layers scanned or unrolled.", choices=("stacked", "listed"))
@@ -55,6 +56,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         batch_size=2,
         rows="6",
         cache_top_k=16,
+        tail_samples=2,
     ),
     "demo": dict(rows="200"),
     "report": dict(),
@@ -100,6 +102,7 @@ def run(config: Config, workdir: epath.Path) -> None:
             packed=packed,
             rows=rows,
             k=config.cache_top_k,
+            tail_samples=config.tail_samples,
             batch_size=config.batch_size,
             directory=workdir / name,
         )
@@ -134,6 +137,7 @@ def _announce(
         vocab_size=tokenizer.vocab_size,
         positions=config.seq_len - 1,
         k=config.cache_top_k,
+        tail_samples=config.tail_samples,
     )
     count = sum(map(len, rows.values()))
     logging.info(

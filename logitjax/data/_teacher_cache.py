@@ -1,27 +1,20 @@
 """What a teacher says about packed rows, on disk: top logits and what makes them probabilities."""
 
 import dataclasses
-import hashlib
-import json
 import os
-import re
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
 import numpy as np
-from absl import logging
-from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 from jaxtyping import Int
-from tqdm import tqdm
 
-from logitjax.data._array_record import ShardReader, is_remote, replace_atomically
+from logitjax.data import _row_cache
 
 MANIFEST = "teacher.json"
-FIELDS = ("values", "indices", "log_z", "mean", "std")
-_FORMAT = 1
+_MOMENTS = ("log_z", "mean", "std")
+_NOUN = "teacher cache"
 _DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 Statistics = dict[str, np.ndarray]
@@ -39,6 +32,8 @@ class TeacherIdentity:
       positions: positions a row.
       k: logits kept a position.
       dtype: 'float16', 'bfloat16' or 'float32': how log-probabilities are stored.
+      tail_samples: tokens a position drawn from outside the top k, for an unbiased estimate of
+        divergences; 0 for none.
     """
 
     model: str
@@ -48,18 +43,29 @@ class TeacherIdentity:
     positions: int
     k: int
     dtype: str = "float16"
+    tail_samples: int = 0
 
     def __post_init__(self) -> None:
         if self.dtype not in _DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {self.dtype!r}")
         if not 1 <= self.k <= self.vocab_size:
             raise ValueError(f"k must be in 1..{self.vocab_size}, the vocabulary, got {self.k}")
+        if self.tail_samples < 0:
+            raise ValueError(f"tail_samples must not be negative, got {self.tail_samples}")
 
     @property
     def bytes_per_row(self) -> int:
         """Size of one row on disk."""
         entry = self._value_type.itemsize + self._id_type.itemsize
-        return self.positions * (self.k * entry + 3 * 4)
+        return self.positions * ((self.k + self.tail_samples) * entry + 3 * 4)
+
+    @property
+    def _fields(self) -> dict[str, int]:
+        """Name and entries a position of what is log-probabilities or ids, in the stored order."""
+        fields = {"values": self.k, "indices": self.k}
+        if self.tail_samples:
+            fields |= dict.fromkeys(("tail_values", "tail_indices"), self.tail_samples)
+        return fields
 
     @property
     def _value_type(self) -> np.dtype:
@@ -96,15 +102,13 @@ class TeacherCache:
 
     def __init__(self, directory: str | os.PathLike[str]):
         self.directory = epath.Path(directory).expanduser()
-        self.identity = _read_identity(self.directory)
-        parts = _read_parts(self.directory)
-        self._reader = ShardReader(self.directory, [part["shard"] for part in parts])
-        rows = [row for part in parts for row in _expand(part["rows"])]
-        order = np.argsort(np.asarray(rows, np.int64), kind="stable")
-        self._rows, self._places = np.asarray(rows, np.int64)[order], order
+        self.identity: TeacherIdentity = _row_cache.read_manifest(
+            self.directory, MANIFEST, TeacherIdentity, _NOUN
+        )
+        self._reader = _row_cache.RowReader(self.directory, _NOUN)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._reader)
 
     def __repr__(self) -> str:
         return (
@@ -117,17 +121,18 @@ class TeacherCache:
         return self.identity.vocab_size
 
     def check(self, **expected: Any) -> None:
-        """Raise unless the identity has these values (``k``: at least so many).
+        """Raise unless the identity has these values (``k``, ``tail_samples``: at least so many).
 
         Raises:
           ValueError: names every field that differs, with both values.
         """
-        _check(self.directory, self.identity, expected)
+        _row_cache.check_identity(
+            self.directory, self.identity, expected, _NOUN, at_least=("k", "tail_samples")
+        )
 
     def missing(self, rows: Sequence[int] | Int[np.ndarray, " rows"]) -> np.ndarray:
         """Which of these rows the cache does not hold, ascending; -1 is never missing."""
-        wanted = np.unique(np.asarray(rows, np.int64))
-        return np.setdiff1d(wanted[wanted >= 0], self._rows)
+        return self._reader.missing(rows)
 
     def rows(self, indices: Sequence[int] | Int[np.ndarray, " batch"]) -> Statistics:
         """The fields of `losses.GraphStatistics` for a batch's rows.
@@ -138,22 +143,17 @@ class TeacherCache:
 
         Returns:
           ``values`` (float32) and ``indices`` (int32), both ``[batch, positions, k]``; ``log_z``,
-          ``mean`` and ``std``, float32 ``[batch, positions]``.
+          ``mean`` and ``std``, float32 ``[batch, positions]``; with ``tail_samples`` also
+          ``tail_values`` and ``tail_indices``, the fields of `losses.TailSample`.
 
         Raises:
           ValueError: the cache lacks a row.
         """
         indices = np.asarray(indices, np.int64)
-        lacking = self.missing(indices)
-        if len(lacking):
-            raise ValueError(
-                f"teacher cache {self.directory} lacks {len(lacking)} of the rows asked for, "
-                f"such as {lacking[0]}: let the teacher read them first"
-            )
         real = np.flatnonzero(indices >= 0)
-        places = self._places[np.searchsorted(self._rows, indices[real])]
+        records = self._reader.read(indices[real], "let the teacher read them first")
         out = _empty(self.identity, len(indices))
-        for slot, record in zip(real, self._reader.read(places.tolist()), strict=True):
+        for slot, record in zip(real, records, strict=True):
             for name, value in _decode(self.identity, record).items():
                 out[name][slot] = value
         return out
@@ -181,7 +181,8 @@ def write_teacher_cache(
       identity: what it is made from.
       rows: indices into the packed data.
       compute: ``rows [batch_size] -> `` a mapping or object with the fields of
-        `losses.GraphStatistics`, ``[batch_size, positions, k]`` and ``[batch_size, positions]``.
+        `losses.GraphStatistics`, ``[batch_size, positions, k]`` and ``[batch_size, positions]``,
+        and, with ``tail_samples``, ``tail_values`` and ``tail_indices``.
         Always called with ``batch_size`` rows, so that it compiles once.
       batch_size: rows a call.
       rows_per_shard: rows a file, and what a kill can lose.
@@ -196,151 +197,69 @@ def write_teacher_cache(
         returns other shapes.
     """
     root = epath.Path(directory).expanduser()
-    if (root / MANIFEST).exists():
-        _check(root, _read_identity(root), dataclasses.asdict(identity), exact=True)
-    else:
-        root.mkdir(parents=True, exist_ok=True)
-        record = {"format": _FORMAT} | dataclasses.asdict(identity)
-        replace_atomically(root / MANIFEST, json.dumps(record, indent=1).encode())
-    wanted = np.unique(np.asarray(rows, np.int64))
-    # Chunks are cut from all wanted rows, so that they stay the same whatever is there already.
-    chunks = [wanted[i : i + rows_per_shard] for i in range(0, len(wanted), rows_per_shard)]
-    held = np.unique([r for part in _read_parts(root) for r in _expand(part["rows"])])
-    todo = [np.setdiff1d(chunk, held) for chunk in chunks[process_index::process_count]]
-    todo = [chunk for chunk in todo if len(chunk)]
-    count = sum(map(len, todo))
-    if count:
-        logging.info(
-            "%s: %d rows to read, %.1f MB (all %d rows: %.1f MB)",
-            identity.model,
-            count,
-            count * identity.bytes_per_row / 1e6,
-            len(wanted),
-            len(wanted) * identity.bytes_per_row / 1e6,
-        )
-    with tqdm(total=count, desc=identity.model, unit=" rows", disable=None) as bar:
-        done = 0
-        for chunk in todo:
-            _write_shard(root, identity, chunk, compute, batch_size, bar)
-            done += len(chunk)
-            # A disabled bar does not count.
-            if bar.disable:
-                logging.info("%s: %d of %d rows read", identity.model, done, count)
+    _row_cache.write_manifest(root, MANIFEST, identity, _NOUN)
+    _row_cache.write_rows(
+        root,
+        rows,
+        compute,
+        lambda computed, count: _encode(identity, computed, count),
+        batch_size=batch_size,
+        rows_per_shard=rows_per_shard,
+        label=identity.model,
+        bytes_per_row=identity.bytes_per_row,
+        process_index=process_index,
+        process_count=process_count,
+    )
     return TeacherCache(root)
 
 
-def _write_shard(
-    root: epath.Path,
-    identity: TeacherIdentity,
-    chunk: np.ndarray,
-    compute: Callable[[np.ndarray], Any],
-    batch_size: int,
-    bar: Any,
-) -> None:
-    name = f"part-{chunk[0]:08d}-{hashlib.sha256(chunk.tobytes()).hexdigest()[:12]}"
-    target = root / f"{name}.array_record"
-    # array_record writes to local disks only.
-    near = None if is_remote(root) else os.fspath(root)
-    with tempfile.TemporaryDirectory(dir=near, prefix=".reading-") as scratch:
-        path = epath.Path(scratch) / target.name
-        writer = ArrayRecordWriter(os.fspath(path), "group_size:1")
-        try:
-            for start in range(0, len(chunk), batch_size):
-                real = chunk[start : start + batch_size]
-                for record in _encode(identity, compute(np.resize(real, batch_size)), len(real)):
-                    writer.write(record)
-                bar.update(len(real))
-        finally:
-            writer.close()
-        size = path.stat().length
-        if is_remote(root):
-            path.copy(target, overwrite=True)
-        else:
-            path.replace(target)
-    shard = {"file": target.name, "rows": len(chunk), "bytes": size}
-    part = {"rows": _ranges(chunk), "shard": shard}
-    replace_atomically(root / f"{name}.json", json.dumps(part).encode())
-
-
 def _encode(identity: TeacherIdentity, said: Any, count: int) -> list[bytes]:
+    lists = identity._fields
     arrays = {
-        n: np.asarray(said[n] if isinstance(said, Mapping) else getattr(said, n)) for n in FIELDS
+        n: np.asarray(said[n] if isinstance(said, Mapping) else getattr(said, n))
+        for n in (*lists, *_MOMENTS)
     }
-    shape = (identity.positions, identity.k)
     for name, array in arrays.items():
-        expected = shape if name in ("values", "indices") else shape[:1]
+        expected = (identity.positions, lists[name]) if name in lists else (identity.positions,)
         if array.shape[1:] != expected:
             raise ValueError(
                 f"{name}: expected [batch, {', '.join(map(str, expected))}], got {array.shape}"
             )
-    # Log-probabilities need less of a short type's range than logits do.
-    log_p = arrays["values"].astype(np.float32) - arrays["log_z"][..., None].astype(np.float32)
-    values = log_p.astype(identity._value_type)
-    ids = arrays["indices"].astype(identity._id_type)
-    rest = [arrays[name].astype("<f4") for name in FIELDS[2:]]
-    return [b"".join(a[i].tobytes() for a in (values, ids, *rest)) for i in range(count)]
+    parts = []
+    for name, array in arrays.items():
+        if name in _MOMENTS:
+            parts.append(array.astype("<f4"))
+        elif name.endswith("indices"):
+            parts.append(array.astype(identity._id_type))
+        else:
+            # Log-probabilities need less of a short type's range than logits do.
+            log_p = array.astype(np.float32) - arrays["log_z"][..., None].astype(np.float32)
+            parts.append(log_p.astype(identity._value_type))
+    return [b"".join(a[i].tobytes() for a in parts) for i in range(count)]
 
 
 def _decode(identity: TeacherIdentity, record: bytes) -> Statistics:
     if len(record) != identity.bytes_per_row:
         raise ValueError(f"damaged record: {len(record)} bytes instead of {identity.bytes_per_row}")
-    shape = (identity.positions, identity.k)
-    entries = identity.positions * identity.k
-    begin = entries * identity._value_type.itemsize
-    end = begin + entries * identity._id_type.itemsize
-    log_p = np.frombuffer(record[:begin], identity._value_type).reshape(shape)
-    ids = np.frombuffer(record[begin:end], identity._id_type).reshape(shape)
-    log_z, mean, std = np.frombuffer(record[end:], "<f4").reshape(3, identity.positions)
-    values = log_p.astype(np.float32) + log_z[:, None]
-    return dict(values=values, indices=ids, log_z=log_z, mean=mean, std=std)
+    out: Statistics = {}
+    begin = 0
+    for name, entries in identity._fields.items():
+        kind = identity._id_type if name.endswith("indices") else identity._value_type
+        end = begin + identity.positions * entries * kind.itemsize
+        out[name] = np.frombuffer(record[begin:end], kind).reshape(identity.positions, entries)
+        begin = end
+    moments = np.frombuffer(record[begin:], "<f4").reshape(len(_MOMENTS), identity.positions)
+    out |= dict(zip(_MOMENTS, moments, strict=True))
+    for name in identity._fields:
+        if name.endswith("values"):
+            out[name] = out[name].astype(np.float32) + out["log_z"][:, None]
+    return out
 
 
 def _empty(identity: TeacherIdentity, count: int) -> Statistics:
     shape = (count, identity.positions)
-    out: Statistics = {name: np.zeros(shape, np.float32) for name in FIELDS[2:]}
-    out["values"] = np.zeros((*shape, identity.k), np.float32)
-    out["indices"] = np.zeros((*shape, identity.k), np.int32)
+    out: Statistics = {name: np.zeros(shape, np.float32) for name in _MOMENTS}
+    for name, entries in identity._fields.items():
+        kind = np.int32 if name.endswith("indices") else np.float32
+        out[name] = np.zeros((*shape, entries), kind)
     return out
-
-
-def _ranges(rows: np.ndarray) -> list[list[int]]:
-    """Ascending indices as half-open runs."""
-    cuts = np.flatnonzero(np.diff(rows) != 1) + 1
-    return [[int(run[0]), int(run[-1]) + 1] for run in np.split(rows, cuts)]
-
-
-def _expand(ranges: Sequence[Sequence[int]]) -> list[int]:
-    return [row for start, stop in ranges for row in range(start, stop)]
-
-
-def _read_identity(root: epath.Path) -> TeacherIdentity:
-    path = root / MANIFEST
-    if not path.exists():
-        raise FileNotFoundError(f"no teacher cache in {root} (it has no {MANIFEST})")
-    try:
-        record = json.loads(path.read_text())
-        if record.pop("format") != _FORMAT:
-            raise ValueError("another format")
-        return TeacherIdentity(**record)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(
-            f"{path} is damaged ({error}); delete {root} and let the teacher read again"
-        ) from None
-
-
-def _read_parts(root: epath.Path) -> list[dict]:
-    names = sorted(p.name for p in root.iterdir() if re.fullmatch(r"part-.*\.json", p.name))
-    return [json.loads((root / name).read_text()) for name in names]
-
-
-def _check(
-    root: epath.Path, held: TeacherIdentity, expected: Mapping[str, Any], *, exact: bool = False
-) -> None:
-    wrong = []
-    for name, value in expected.items():
-        has = getattr(held, name)
-        if has == value or (name == "k" and not exact and has >= value):
-            continue
-        wrong.append(f"its {name} is {has!r}, not {value!r}")
-    if wrong:
-        raise ValueError(f"teacher cache {root} does not fit: {'; '.join(wrong)}")

@@ -33,6 +33,8 @@ from logitjax.losses._sparse_teacher import (
     linear_sparse_kl_divergence as linear_sparse_kl_divergence,
 )
 from logitjax.losses._sparse_teacher import sparse_kl_divergence as sparse_kl_divergence
+from logitjax.losses._tail_sample import TailSample as TailSample
+from logitjax.losses._tail_sample import sample_tail as sample_tail
 from logitjax.losses._universal_logit_distance import (
     universal_logit_distance as universal_logit_distance,
 )

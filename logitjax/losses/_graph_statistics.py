@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
 from logitjax import ops
+from logitjax.losses._tail_sample import TailSample
 from logitjax.ops import Array
 
 # The least share of the mean square that the variance may have for float32 sums about zero.
@@ -28,6 +29,7 @@ class GraphStatistics:
         log_z: log-sum-exp of the logits, ``[*batch, positions]``.
         mean: mean of the finite logits, ``[*batch, positions]``.
         std: their population standard deviation, ``[*batch, positions]``.
+        tail: draws from outside the top k, where a cache keeps some.
         vocab_size: entries of the vocabulary, static; None if unknown.
     """
 
@@ -36,6 +38,7 @@ class GraphStatistics:
     log_z: Any
     mean: Any
     std: Any
+    tail: TailSample | None = None
     vocab_size: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property

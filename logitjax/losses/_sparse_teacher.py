@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 
 from logitjax.losses._linear_call import Branch, sweep, vocabulary_size
 from logitjax.losses._linear_statistics import Readout, ReadoutStatistic
+from logitjax.losses._tail_sample import TailSample
 from logitjax.ops import (
     Array,
     AxisName,
@@ -23,7 +24,7 @@ from logitjax.ops import (
     mask_logits,
 )
 
-Tail = Literal["bucket", "renormalize"]
+Tail = Literal["bucket", "renormalize", "sampled"]
 
 # The smallest mass 1 - sum(p) can resolve in float32.
 _LEAST_MASS = 2.0**-24
@@ -35,6 +36,7 @@ def sparse_kl_divergence(
     *,
     direction: Literal["forward", "reverse"] = "forward",
     tail: Tail = "bucket",
+    sample: TailSample | None = None,
     temperature: Number = 1.0,
     where: Bool[Array, "..."] | None = None,
     axis_name: AxisName | None = None,
@@ -51,14 +53,19 @@ def sparse_kl_divergence(
         bucket        sum_{i<=k} p_i log(p_i / q_i) + p_rest log(p_rest / q_rest),
                       p_rest = 1 - sum_{i<=k} p_i,  q_rest = 1 - sum_{i<=k} q_i
         renormalize   T^2 KL of both softmaxes over the k tokens alone, logits / T
+        sampled       sum_{i<=k} p_i log(p_i / q_i) + p_rest mean_s log(p_s / q_s)
+
+    With `m` tokens drawn from the teacher's tail the last is an unbiased estimate of the whole
+    divergence, and so is its gradient; a single position's value may be negative.
 
     Args:
       student: logits `[*batch, vocab]`, or the student's `TopK` at the *teacher's* indices (from
-        `linear_readout`).
+        `linear_readout`), followed by those of `sample`.
       teacher: `TopK` with k entries. Gets no gradient.
       direction: 'forward' for KL(teacher || student), 'reverse' for the other.
-      tail: 'bucket', or 'renormalize', which ignores the tail.
-      temperature: with 'renormalize' only: the bucket's mass is known at temperature 1.
+      tail: 'bucket'; 'renormalize', which ignores the tail; 'sampled', forward only.
+      sample: what 'sampled' needs, `[*batch, m]`. Gets no gradient.
+      temperature: with 'renormalize' only: the mass of the tail is known at temperature 1.
       where: boolean, broadcastable to the student's logits: True for the entries that exist.
       axis_name: mesh axis that splits the student's vocabulary, inside `jax.shard_map`.
 
@@ -66,8 +73,8 @@ def sparse_kl_divergence(
       `[*batch]`, float32. Tail masses below 2^-24 count as 2^-24, the resolution of float32.
 
     Raises:
-      ValueError: unknown `direction` or `tail`, shapes that do not fit, or a temperature with
-        'bucket'.
+      ValueError: unknown `direction` or `tail`, shapes that do not fit, a temperature with
+        'bucket' or 'sampled', or `sample` where it is not used or missing.
 
     >>> import jax.numpy as jnp
     >>> from logitjax.ops import top_k_of
@@ -80,21 +87,23 @@ def sparse_kl_divergence(
       MaxText and DistillKit keep top logits with the same log-normaliser; those that drop the
       tail correspond to 'renormalize'.
     """
-    _check(direction, tail, temperature)
+    _check(direction, tail, temperature, sample)
+    wanted = _ids(teacher, sample)
     if isinstance(student, TopK):
         gathered, log_z = student.values, student.log_z
     else:
         logits = mask_logits(as_float(student, "student"), where)
         log_z = logsumexp(logits, axis_name=axis_name)
-        gathered = gather_at(logits, teacher.indices, axis_name=axis_name)
-    if gathered.shape != teacher.values.shape:
+        gathered = gather_at(logits, wanted, axis_name=axis_name)
+    if gathered.shape != wanted.shape:
         raise ValueError(
-            f"student must have the teacher's batch shape and entries, {teacher.values.shape}, "
+            f"student must have the teacher's batch shape and entries, {wanted.shape}, "
             f"got {gathered.shape}"
         )
     if tail == "renormalize":
         gathered = gathered / temperature
-    return _sparse_kl(gathered, log_z, teacher, direction, tail, temperature)
+    drawn = None if sample is None else jnp.asarray(sample.values)
+    return _sparse_kl(gathered, log_z, teacher, drawn, direction, tail, temperature)
 
 
 def linear_sparse_kl_divergence(
@@ -106,6 +115,7 @@ def linear_sparse_kl_divergence(
     cross_entropy_weight: float | int = 0.0,
     direction: Literal["forward", "reverse"] = "forward",
     tail: Tail = "bucket",
+    sample: TailSample | None = None,
     temperature: Number = 1.0,
     bias: Float[Array, " vocab"] | None = None,
     vocab_axis: int | None = None,
@@ -134,6 +144,7 @@ def linear_sparse_kl_divergence(
       cross_entropy_weight: how much of the labels' cross-entropy to add.
       direction: as in `sparse_kl_divergence`.
       tail: as in `sparse_kl_divergence`.
+      sample: likewise.
       temperature: with `tail='renormalize'` only.
       bias: `[vocab]`.
       vocab_axis: the head's vocabulary axis; needed only for a square head.
@@ -158,12 +169,14 @@ def linear_sparse_kl_divergence(
     >>> print(f"{linear_sparse_kl_divergence(one, head, teacher):.4f}")
     0.1733
     """
-    _check(direction, tail, temperature)
+    _check(direction, tail, temperature, sample)
     tokens = {
-        "ids": jnp.asarray(teacher.indices),
+        "ids": _ids(teacher, sample),
         "values": jnp.asarray(teacher.values),
         "log_z": jnp.asarray(teacher.log_z),
     }
+    if sample is not None:
+        tokens["drawn"] = jnp.asarray(sample.values)
     if cross_entropy_weight:
         if labels is None:
             raise ValueError("labels: needed with cross_entropy_weight")
@@ -204,11 +217,13 @@ class _Combine:
     vocab: int
 
     def __call__(self, outputs: Readout, tokens: Any) -> jax.Array:
-        teacher = TopK(values=tokens["values"], indices=tokens["ids"], log_z=tokens["log_z"])
+        ids = tokens["ids"][..., : tokens["values"].shape[-1]]
+        teacher = TopK(values=tokens["values"], indices=ids, log_z=tokens["log_z"])
         loss = _sparse_kl(
             outputs.gathered,
             outputs.log_z,
             teacher,
+            tokens.get("drawn"),
             self.direction,
             self.tail,
             tokens["temperature"],
@@ -225,15 +240,25 @@ def _statistic(labels: bool, ids: int, dtype: Any) -> ReadoutStatistic:
     return ReadoutStatistic(labels=labels, ids=ids, dtype=dtype)
 
 
-def _check(direction: str, tail: str, temperature: Number) -> None:
+def _ids(teacher: TopK, sample: TailSample | None) -> jax.Array:
+    """Where the student's logits are needed: the top k, then what was drawn from the tail."""
+    ids = jnp.asarray(teacher.indices)
+    return ids if sample is None else jnp.concatenate([ids, jnp.asarray(sample.indices)], axis=-1)
+
+
+def _check(direction: str, tail: str, temperature: Number, sample: TailSample | None) -> None:
     if direction not in ("forward", "reverse"):
         raise ValueError(f"direction must be 'forward' or 'reverse', got {direction!r}")
-    if tail not in ("bucket", "renormalize"):
-        raise ValueError(f"tail must be 'bucket' or 'renormalize', got {tail!r}")
+    if tail not in get_args(Tail):
+        raise ValueError(f"tail must be one of {', '.join(get_args(Tail))}, got {tail!r}")
+    if (tail == "sampled") != (sample is not None):
+        raise ValueError(f"sample: tail='sampled' needs one and nothing else does, got {tail=}")
+    if tail == "sampled" and direction == "reverse":
+        raise ValueError("direction must be 'forward' with tail='sampled': the teacher drew it")
     check_positive(temperature, "temperature")
-    if tail == "bucket" and not (isinstance(temperature, int | float) and temperature == 1):
+    if tail != "renormalize" and not (isinstance(temperature, int | float) and temperature == 1):
         raise ValueError(
-            "temperature must be 1 with tail='bucket': the mass outside the top k is known at "
+            f"temperature must be 1 with tail={tail!r}: the mass outside the top k is known at "
             f"temperature 1 only; got {temperature}"
         )
 
@@ -242,11 +267,13 @@ def _sparse_kl(
     gathered: jax.Array,
     log_z: jax.Array,
     teacher: TopK,
+    drawn: jax.Array | None,
     direction: str,
     tail: str,
     temperature: Any,
 ) -> jax.Array:
-    """``gathered``: the student's logits, already over the temperature, at the teacher's ids."""
+    """``gathered``: the student's logits, already over the temperature, at the teacher's ids, then
+    at those of the logits ``drawn``."""
     values = jax.lax.stop_gradient(jnp.asarray(teacher.values).astype(gathered.dtype))
     if tail == "renormalize":
         scale = jnp.asarray(temperature, gathered.dtype)
@@ -255,8 +282,16 @@ def _sparse_kl(
         log_q = gathered - finite_or_zero(logsumexp(gathered))[..., None]
         return jnp.square(scale) * _kl(log_p, log_q, direction)
     teacher_log_z = jax.lax.stop_gradient(jnp.asarray(teacher.log_z).astype(gathered.dtype))
-    log_p = _with_tail(values - finite_or_zero(teacher_log_z)[..., None])
-    log_q = _with_tail(gathered - finite_or_zero(log_z)[..., None])
+    log_p = values - finite_or_zero(teacher_log_z)[..., None]
+    log_q = gathered - finite_or_zero(log_z)[..., None]
+    if drawn is not None:
+        k = log_p.shape[-1]
+        log_drawn = jax.lax.stop_gradient(drawn) - finite_or_zero(teacher_log_z)[..., None]
+        rest = jnp.maximum(1.0 - jnp.exp(log_p).sum(-1), 0.0)
+        there = log_drawn > -jnp.inf
+        gap = jnp.where(there, log_drawn - log_q[..., k:], 0.0).mean(-1)
+        return _kl(log_p, log_q[..., :k], direction) + rest * gap
+    log_p, log_q = _with_tail(log_p), _with_tail(log_q)
     return _kl(log_p, log_q, direction)
 
 

@@ -66,6 +66,29 @@ def test_rows_come_back_in_any_order(tmp_path, dtype, vocab_size, tolerance):
     assert len(cache) == 6
 
 
+def test_draws_from_the_tail_are_kept_too(tmp_path):
+    def say_more(rows):
+        rng = np.random.default_rng(rows)
+        shape = (len(rows), POSITIONS, 3)
+        tail = dict(
+            tail_values=rng.normal(size=shape).astype(np.float32) - 3,
+            tail_indices=rng.integers(0, 1000, shape),
+        )
+        return say(rows) | tail
+
+    who = identity(tail_samples=3)
+    cache = data.write_teacher_cache(tmp_path, who, [4, 7], say_more, batch_size=2)
+    got, want = cache.rows([7, 4]), say_more(np.array([4, 7]))
+    np.testing.assert_allclose(got["tail_values"], want["tail_values"][::-1], atol=1e-5)
+    np.testing.assert_array_equal(got["tail_indices"], want["tail_indices"][::-1])
+    check_rows(cache, [7, 4])
+    cache.check(tail_samples=2)
+    with pytest.raises(ValueError, match="its tail_samples is 3, not 4"):
+        cache.check(tail_samples=4)
+    with pytest.raises(ValueError, match="tail_samples must not be negative"):
+        identity(tail_samples=-1)
+
+
 def test_a_killed_run_goes_on_and_more_rows_can_follow(tmp_path):
     read = []
 

@@ -110,6 +110,82 @@ def _fused(x, w, b):
     )[0]
 
 
+SAMPLES = 6
+SAMPLE = losses.sample_tail(jax.random.key(0), TEACHER_LOGITS, TEACHER.indices, SAMPLES)
+
+
+def test_tail_samples_follow_the_tail():
+    logits = jnp.asarray([3.0, 1.0, -jnp.inf, 2.0, 0.0, 3.5])
+    drawn = losses.sample_tail(jax.random.key(1), logits, jnp.asarray([5, 0]), 20_000)
+    counts = np.bincount(drawn.indices, minlength=6)
+    p = np.exp([1.0, 2.0, 0.0])
+    expected = 20_000 * p / p.sum()
+    assert counts[[0, 2, 5]].sum() == 0
+    # Chi-square with two degrees of freedom: 13.8 is its 99.9th percentile.
+    assert (np.square(counts[[1, 3, 4]] - expected) / expected).sum() < 13.8
+    np.testing.assert_array_equal(drawn.values, np.asarray(logits)[drawn.indices])
+
+
+def test_nothing_left_to_draw_costs_nothing():
+    logits = jnp.asarray([1.0, -jnp.inf, 0.0])
+    top = ops.top_k_of(logits, 2)
+    drawn = losses.sample_tail(jax.random.key(0), logits, top.indices, 2)
+    assert (drawn.values == -jnp.inf).all()
+    student = jnp.asarray([0.0, -jnp.inf, 0.5])
+    value, gradient = jax.value_and_grad(
+        lambda z: losses.sparse_kl_divergence(z, top, tail="sampled", sample=drawn)
+    )(student)
+    np.testing.assert_allclose(value, losses.kl_divergence(student, logits), rtol=1e-5)
+    assert np.isfinite(gradient).all()
+
+
+def test_sampled_tail_estimates_the_full_divergence_and_its_gradient():
+    student, teacher, top = (X @ W.T)[0, 0], TEACHER_LOGITS[0, 0], TEACHER.indices[0, 0]
+    known = ops.top_k_of(teacher, K)
+
+    def estimate(z, samples):
+        drawn = losses.sample_tail(jax.random.key(2), teacher, top, samples)
+        return losses.sparse_kl_divergence(z, known, tail="sampled", sample=drawn)
+
+    value, gradient = jax.value_and_grad(functools.partial(estimate, samples=400_000))(student)
+    full, true = jax.value_and_grad(losses.kl_divergence)(student, teacher)
+    bucket = losses.sparse_kl_divergence(student, known)
+    assert abs(value - full) < 0.02 * (full - bucket)
+    np.testing.assert_allclose(gradient, true, atol=2e-3 * float(np.abs(true).max()))
+
+
+def test_linear_sampled_tail_equals_dense():
+    def dense(x, w):
+        loss = losses.sparse_kl_divergence(x @ w.T, TEACHER, tail="sampled", sample=SAMPLE)
+        return (loss * WEIGHTS).sum()
+
+    def linear(x, w, weights=None):
+        loss = losses.linear_sparse_kl_divergence(
+            x, w, TEACHER, tail="sampled", sample=SAMPLE, token_weights=weights, **BLOCKS
+        )
+        return loss if weights is not None else (loss * WEIGHTS).sum()
+
+    value, gradients = jax.value_and_grad(dense, (0, 1))(X, W)
+    for form in (linear, functools.partial(linear, weights=WEIGHTS)):
+        got, found = jax.jit(jax.value_and_grad(form, (0, 1)))(X, W)
+        np.testing.assert_allclose(got, value, rtol=1e-5)
+        for a, b in zip(found, gradients, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5 * float(np.abs(b).max()))
+
+
+def test_sampled_tails_that_make_no_sense_are_named():
+    with pytest.raises(ValueError, match="sample: tail='sampled' needs one"):
+        losses.sparse_kl_divergence(TEACHER_LOGITS, TEACHER, tail="sampled")
+    with pytest.raises(ValueError, match="sample: tail='sampled' needs one and nothing else"):
+        losses.sparse_kl_divergence(TEACHER_LOGITS, TEACHER, sample=SAMPLE)
+    with pytest.raises(ValueError, match="direction must be 'forward' with tail='sampled'"):
+        losses.sparse_kl_divergence(
+            TEACHER_LOGITS, TEACHER, direction="reverse", tail="sampled", sample=SAMPLE
+        )
+    with pytest.raises(ValueError, match="samples must be at least 1"):
+        losses.sample_tail(jax.random.key(0), TEACHER_LOGITS, TEACHER.indices, 0)
+
+
 @functools.cache
 def _expected():
     return jax.jit(jax.value_and_grad(_dense, (0, 1, 2)))(X, W, B)
