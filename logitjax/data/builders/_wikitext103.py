@@ -1,0 +1,80 @@
+"""WikiText-103 from its raw text files: the language modelling benchmark, an example an article."""
+
+import os
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any, ClassVar
+
+import tensorflow_datasets as tfds
+from etils import epath
+
+_FILES = {"train": "wiki.train.raw", "validation": "wiki.valid.raw", "test": "wiki.test.raw"}
+_INSTALL = (
+    "put wiki.train.raw, wiki.valid.raw and wiki.test.raw (from wikitext-103-raw-v1.zip) into "
+    "{manual_dir}"
+)
+# " = Title = " starts an article, " = = Section = = " does not.
+_TITLE = re.compile(r" = ([^=\s].*?) = ")
+
+
+class Wikitext103(tfds.core.GeneratorBasedBuilder):
+    """The published splits; the text as distributed, with its `` @-@ `` and `` @,@ ``."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES: ClassVar[dict[str, str]] = {"1.0.0": "First version."}
+    MANUAL_DOWNLOAD_INSTRUCTIONS = _INSTALL
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="Good and featured Wikipedia articles, 103 million words, unaltered.",
+            features=tfds.features.FeaturesDict(
+                {"title": tfds.features.Text(), "text": tfds.features.Text()}
+            ),
+            homepage="https://www.salesforce.com/products/einstein/ai-research/",
+            license="CC BY-SA 3.0 (Wikipedia contributors)",
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+        folder = find_texts(getattr(dl_manager, "_manual_dir", None))
+        return {split: self._generate_examples(folder / name) for split, name in _FILES.items()}
+
+    def _generate_examples(self, path: epath.Path) -> Iterator[tuple[int, dict[str, str]]]:
+        with path.open("r", encoding="utf-8") as file:
+            for number, (title, text) in enumerate(split_articles(file)):
+                yield number, {"title": title, "text": text}
+
+
+def find_texts(manual_dir: str | os.PathLike[str] | None = None) -> epath.Path:
+    """The directory of the three files."""
+    manual = epath.Path(manual_dir) if manual_dir else epath.Path(".")
+    for place in (manual, manual / "wikitext-103-raw"):
+        if all((place / name).exists() for name in _FILES.values()):
+            return place
+    raise FileNotFoundError(
+        "wikitext103 is made from files that are missing: "
+        + _INSTALL.format(manual_dir=manual_dir or "MANUAL_DIR")
+    )
+
+
+def split_articles(lines: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Title and text of each article; a title stands between empty lines and opens its text."""
+    title, kept, empty_before = "", [], True
+    pending: str | None = None
+    for line in lines:
+        line = line.rstrip("\n")
+        if pending is not None and not line.strip():
+            if title:
+                yield title, "\n".join(kept).strip()
+            found = _TITLE.fullmatch(pending)
+            title, kept = found[1] if found else "", [pending]
+        elif pending is not None:
+            kept.append(pending)
+        pending = line if empty_before and _TITLE.fullmatch(line) else None
+        empty_before = not line.strip()
+        if pending is None:
+            kept.append(line)
+    if pending is not None:
+        kept.append(pending)
+    if title:
+        yield title, "\n".join(kept).strip()

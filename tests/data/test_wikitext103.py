@@ -1,0 +1,44 @@
+import pytest
+
+from logitjax import data
+from logitjax.data.builders._wikitext103 import split_articles
+
+ARTICLE = """ 
+ = Robert <unk> = 
+ 
+ Robert is a naïve actor , born 1 @,@ 970 . He = no one . 
+ 
+ = = Career = = 
+ 
+ He acted . 
+ = x = 
+ He acted on . 
+ 
+"""
+
+
+def test_articles_begin_at_titles_between_empty_lines():
+    found = list(split_articles((ARTICLE + ARTICLE.replace("Robert <unk>", "Du = o")).splitlines()))
+    assert [title for title, _ in found] == ["Robert <unk>", "Du = o"]
+    assert found[0][1].startswith("= Robert <unk> =")
+    assert found[0][1].endswith("He acted . \n = x = \n He acted on .")
+    assert "= = Career = =" in found[1][1]
+
+
+def test_prepared_from_files_that_were_fetched_by_hand(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=r"wikitext103 is made from files.*wiki\.train\.raw"
+    ):
+        data.load_examples("tfds:wikitext103", data_dir=tmp_path)
+    folder = tmp_path / "downloads" / "manual" / "wikitext-103-raw"
+    folder.mkdir(parents=True)
+    for name, count in (("train", 3), ("valid", 1), ("test", 2)):
+        (folder / f"wiki.{name}.raw").write_text(ARTICLE * count, encoding="utf-8")
+    sizes = {
+        split: len(data.load_examples("tfds:wikitext103", split=split, data_dir=tmp_path))
+        for split in ("train", "validation", "test")
+    }
+    assert sizes == {"train": 3, "validation": 1, "test": 2}
+    first = data.load_examples("tfds:wikitext103", data_dir=tmp_path)[0]
+    assert first["title"] == "Robert <unk>"
+    assert "naïve" in first["text"]
