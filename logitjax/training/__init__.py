@@ -18,6 +18,14 @@ from logitjax.training._convert_head import head_statistics as head_statistics
 from logitjax.training._convert_head import load_head as load_head
 from logitjax.training._convert_head import save_head as save_head
 from logitjax.training._convert_head import with_head as with_head
+from logitjax.training._few_shot import FewShotTraining as FewShotTraining
+from logitjax.training._few_shot import few_shot_order as few_shot_order
+from logitjax.training._few_shot import fit_few_shot as fit_few_shot
+from logitjax.training._few_shot_sweep import best_setting as best_setting
+from logitjax.training._few_shot_sweep import few_shot_logits as few_shot_logits
+from logitjax.training._few_shot_sweep import grid_of as grid_of
+from logitjax.training._few_shot_sweep import sweep_few_shot as sweep_few_shot
+from logitjax.training._few_shot_sweep import with_settings as with_settings
 from logitjax.training._head_targets import HeadTargets as HeadTargets
 from logitjax.training._head_targets import head_targets as head_targets
 from logitjax.training._hidden_cache import HiddenCache as HiddenCache

@@ -1,0 +1,174 @@
+"""Few-shot training: trajectories of the published optimizer, and many runs in one program."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from logitjax import heads, training
+from tests.heads import _few_shot_oracle as oracle
+
+CLASSES, AUXILIARY = 5, 8
+
+
+def problem(count, seed=0):
+    rng = np.random.default_rng(seed)
+    labels = np.arange(count) % CLASSES
+    means = np.random.default_rng(9).normal(size=(CLASSES, AUXILIARY))
+    auxiliary = means[labels] + rng.normal(size=(count, AUXILIARY))
+    auxiliary /= np.linalg.norm(auxiliary, axis=-1, keepdims=True)
+    zero_shot = 3 * rng.normal(size=(count, CLASSES))
+    return auxiliary, zero_shot, labels
+
+
+def images(auxiliary, zero_shot, kind=np.float32):
+    features = {"auxiliary": auxiliary.astype(kind), "zero_shot": zero_shot.astype(kind)}
+    return heads.FewShotInputs(**features)
+
+
+PRESETS = {
+    "official": (heads.AMUConfig.official(beta=2.0), ("none", None, 0.4, None)),
+    "official_moment": (
+        heads.AMUConfig.official(uncertainty="moment"),
+        ("kurtosis", "probabilities", 0.4, 250.0),
+    ),
+    "paper": (heads.AMUConfig.paper(), ("kurtosis", "logits", 0.4, None)),
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_fifty_steps_are_those_of_the_published_optimizer(name):
+    config, measure = PRESETS[name]
+    # 19 images in batches of 4: the last batch of an epoch holds three.
+    auxiliary, zero_shot, labels = problem(19)
+    recipe = training.FewShotTraining(epochs=10, batch_size=4)
+    order = np.asarray(training.few_shot_order(jax.random.key(0), 19, recipe))
+    assert len(order) == recipe.total_steps(19) == 50
+    kernel = np.stack([auxiliary[k == labels].mean(0) for k in range(CLASSES)], 1)
+    trained, losses = oracle.train(
+        kernel,
+        auxiliary,
+        zero_shot,
+        labels,
+        order,
+        factor=oracle.weight(zero_shot, *measure),
+        beta=config.beta,
+        share=config.fusion_share,
+        standardize=config.standardize,
+    )
+    assert np.abs(trained - kernel).max() > 1e-2
+    for x64 in (False, True):
+        with jax.enable_x64(x64):
+            support = images(auxiliary, zero_shot, np.float64 if x64 else np.float32)
+            state = config.init(support, labels)
+            got, seen = training.fit_few_shot(
+                config, state, support, labels, order, training=recipe
+            )
+        tolerance = 1e-8 if x64 else 1e-6
+        np.testing.assert_allclose(got.trained, trained, rtol=0, atol=tolerance)
+        np.testing.assert_allclose(seen, losses, rtol=tolerance)
+
+
+def test_an_epoch_shows_every_image_once_and_views_take_turns():
+    recipe = training.FewShotTraining(epochs=3, batch_size=4)
+    order = np.asarray(training.few_shot_order(jax.random.key(0), 10, recipe, views=2))
+    assert order.shape == (9, 4)
+    epochs = order.reshape(3, 12)
+    for number, rows in enumerate(epochs):
+        first = 10 * (number % 2)
+        assert sorted(rows[rows >= 0]) == list(range(first, first + 10))
+        assert (rows[-2:] == -1).all()
+    assert (epochs[0] != epochs[2]).any()
+    cut = dataclasses.replace(recipe, steps=4)
+    assert training.few_shot_order(jax.random.key(0), 10, cut, views=2).shape == (4, 4)
+    assert training.few_shot_order(jax.random.key(0), 3, recipe).shape == (3, 3)
+
+
+def stacked(parts):
+    return jax.tree.map(lambda *x: jnp.stack(x), *parts)
+
+
+def test_a_sweep_is_its_runs_one_by_one():
+    config = heads.AMUConfig(uncertainty=heads.Uncertainty(measure="entropy"), initial="random")
+    recipe = training.FewShotTraining(epochs=4, batch_size=6)
+    runs = [problem(15, seed) for seed in (0, 1)]
+    tests = [problem(21, seed) for seed in (5, 6)]
+    support, held_out = (stacked([images(*run[:2]) for run in x]) for x in (runs, tests))
+    labels, truth = (np.stack([run[2] for run in x]) for x in (runs, tests))
+    truth[0, 3] = -1
+    grid = training.grid_of(
+        beta=[0.5, 3.0], uncertainty__exponent=[0.2], training__learning_rate=[1e-3, 3e-2]
+    )
+    options = dict(training=recipe, grid=grid, seed=3, batch_size=8)
+    found = training.sweep_few_shot(config, support, labels, {"test": (held_out, truth)}, **options)
+    again = training.sweep_few_shot(
+        config, support, labels, {"test": (held_out, truth)}, sequential=True, **options
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), found, again)
+    scores = found["test"]
+    assert scores["accuracy"].shape == scores["auxiliary_accuracy"].shape == (2, 4)
+    for run in range(2):
+        method, settings = training.with_settings(
+            config, recipe, {name: column[3] for name, column in grid.items()}
+        )
+        order_key, start = jax.random.split(jax.random.fold_in(jax.random.key(3), run))
+        order = training.few_shot_order(order_key, 15, settings)
+        own = images(*runs[run][:2])
+        state = method.init(own, labels[run], key=start)
+        state, _ = training.fit_few_shot(method, state, own, labels[run], order, training=settings)
+        logits = method.logits(state, images(*tests[run][:2]))
+        right = (np.asarray(logits).argmax(-1) == truth[run])[truth[run] >= 0]
+        np.testing.assert_allclose(scores["accuracy"][run, 3], right.mean(), rtol=1e-5)
+
+
+def test_training_beats_its_start_for_every_method_that_trains():
+    rng = np.random.default_rng(0)
+    weights = np.linalg.qr(rng.normal(size=(AUXILIARY, CLASSES)))[0].astype(np.float32)
+    auxiliary, _, labels = problem(20)
+    features = weights.T[labels] + 0.4 * rng.normal(size=(20, AUXILIARY))
+    features = (features / np.linalg.norm(features, axis=-1, keepdims=True)).astype(np.float32)
+    support = dataclasses.replace(images(auxiliary, 100 * features @ weights), features=features)
+    recipe = training.FewShotTraining(epochs=8, batch_size=5)
+    order = training.few_shot_order(jax.random.key(0), 20, recipe)
+    for config in (
+        heads.TipAdapterFConfig(),
+        heads.CaFoConfig(),
+        heads.ClipAdapterConfig(),
+        heads.TaskResConfig(),
+        heads.LinearProbeConfig(),
+        heads.CrossModalConfig(),
+    ):
+        state = config.init(support, labels, class_weights=weights)
+
+        @jax.jit
+        def run(state, config=config):
+            after, _ = training.fit_few_shot(config, state, support, labels, order, training=recipe)
+            return [config.loss(s, support, labels).mean() for s in (state, after)]
+
+        before, after = run(state)
+        assert after < before, type(config).__name__
+
+
+def test_settings_are_chosen_by_accuracy_then_by_cross_entropy():
+    scores = {
+        "accuracy": np.array([[0.5, 0.7, 0.7], [0.9, 0.1, 0.9]]),
+        "cross_entropy": np.array([[0.1, 2.0, 1.0], [np.nan, 0.0, 5.0]]),
+    }
+    assert training.best_setting(scores).tolist() == [2, 2]
+
+
+def test_mistakes_are_named():
+    auxiliary, zero_shot, labels = problem(5)
+    support = jax.tree.map(lambda x: x[None], images(auxiliary, zero_shot))
+    options = dict(training=training.FewShotTraining(epochs=1))
+    for grid, match in [({"gamma": [1.0]}, "gamma"), ({"beta": [1.0], "beta2": []}, "length")]:
+        with pytest.raises(ValueError, match=match):
+            training.sweep_few_shot(
+                heads.AMUConfig(), support, labels[None], {}, grid=grid, **options
+            )
+    with pytest.raises(ValueError, match="method"):
+        training.FewShotTraining.published("coop")
+    with pytest.raises(ValueError, match="epochs"):
+        training.FewShotTraining(epochs=0)
