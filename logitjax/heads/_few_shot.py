@@ -80,7 +80,7 @@ class FewShotConfig:
 
         Args:
           support: ``[views * n, ...]`` labelled images, view after view of all of them.
-          labels: ``[n]``.
+          labels: ``[n]``; images with the label -1 are not there.
           class_weights: ``[features, classes]`` zero-shot classifier, columns of length one; for
             methods that read it.
           views: augmented views of every image.

@@ -282,9 +282,12 @@ class LPPlusPlusConfig(FewShotConfig):
         labels: Int[Array, " n"],
         weights: Float[Array, "features classes"],
     ) -> dict[str, jax.Array]:
-        count, classes = len(features), weights.shape[-1]
+        classes = weights.shape[-1]
+        there = labels >= 0
+        count = jnp.maximum(there.sum(), 1)
+        features = jnp.where(there[:, None], features, 0.0)
         # The squared singular values are the eigenvalues of either Gram matrix.
-        wide = count < features.shape[-1]
+        wide = features.shape[0] < features.shape[1]
         gram = features @ features.T if wide else features.T @ features
         rate = 4.0 * count / jnp.linalg.eigvalsh(gram)[-1]
         text = features @ weights
@@ -299,7 +302,8 @@ class LPPlusPlusConfig(FewShotConfig):
 
         def loss(moving: Any, blend: Any) -> jax.Array:
             logits = features @ moving["prototypes"] + moving["bias"] + blend * text
-            return cross_entropy(logits, labels).mean()
+            values = cross_entropy(logits, jnp.maximum(labels, 0))
+            return jnp.where(there, values, 0.0).sum() / count
 
         def step(carry: Any, index: Any) -> tuple[Any, None]:
             moving, blend, velocity = carry

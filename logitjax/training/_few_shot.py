@@ -2,10 +2,12 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from logitjax.heads import FewShotConfig, FewShotInputs, FewShotState
@@ -70,11 +72,12 @@ class FewShotTraining:
         """Steps of a run."""
         return self.steps or self.epochs * self.batches(num_examples)
 
-    def optimizer(self, total_steps: int) -> optax.GradientTransformation:
-        """AdamW with its schedule."""
+    def optimizer(self, total_steps: Any) -> optax.GradientTransformation:
+        """AdamW with its schedule; the number of steps may be traced."""
 
         def rate(step: Any) -> Any:
-            share = jnp.clip((step - self.warmup) / max(1, total_steps - self.warmup), 0.0, 1.0)
+            rest = jnp.maximum(1, total_steps - self.warmup)
+            share = jnp.clip((step - self.warmup) / rest, 0.0, 1.0)
             cosine = 0.5 * (1.0 + jnp.cos(math.pi * share))
             return self.learning_rate * jnp.where(
                 step < self.warmup, step / max(1, self.warmup), cosine
@@ -86,34 +89,37 @@ class FewShotTraining:
 
 
 def few_shot_order(
-    key: jax.Array, num_examples: int, training: FewShotTraining, *, views: int = 1
-) -> jax.Array:
+    seed: int | Sequence[int],
+    num_examples: int,
+    training: FewShotTraining,
+    *,
+    views: int = 1,
+    stride: int | None = None,
+) -> np.ndarray:
     """Rows of every batch: a new permutation and the next view in each epoch.
 
     Args:
-      key: of the permutations.
+      seed: of the permutations.
       num_examples: labelled images.
       training: batch size and length.
-      views: augmented views; the rows of view ``v`` start at ``v * num_examples``.
+      views: augmented views; the rows of view ``v`` start at ``v * stride``.
+      stride: ``num_examples`` when omitted.
 
     Returns:
       int32 ``[steps, batch]``; -1 fills up short batches.
 
-    >>> order = few_shot_order(jax.random.key(0), 5, FewShotTraining(epochs=1, batch_size=2))
-    >>> order.shape, int(order.min()), sorted(int(i) for i in order.ravel())[1:]
-    ((3, 2), -1, [0, 1, 2, 3, 4])
+    >>> order = few_shot_order(0, 5, FewShotTraining(epochs=1, batch_size=2))
+    >>> order.shape, sorted(order.ravel().tolist())
+    ((3, 2), [-1, 0, 1, 2, 3, 4])
     """
     batch, batches = min(training.batch_size, num_examples), training.batches(num_examples)
     steps = training.total_steps(num_examples)
     epochs = -(-steps // batches)
-
-    def epoch(number: jax.Array) -> jax.Array:
-        rows = jax.random.permutation(jax.random.fold_in(key, number), num_examples)
-        rows = rows + (number % views) * num_examples
-        return jnp.pad(rows, (0, batches * batch - num_examples), constant_values=-1)
-
-    order = jax.lax.map(epoch, jnp.arange(epochs))
-    return order.reshape(epochs * batches, batch)[:steps].astype(jnp.int32)
+    order = np.full((epochs, batches * batch), -1, np.int32)
+    for epoch in range(epochs):
+        rows = np.random.default_rng([*np.atleast_1d(seed), epoch]).permutation(num_examples)
+        order[epoch, :num_examples] = rows + (epoch % views) * (stride or num_examples)
+    return order.reshape(epochs * batches, batch)[:steps]
 
 
 def fit_few_shot(
@@ -124,6 +130,7 @@ def fit_few_shot(
     order: Any,
     *,
     training: FewShotTraining,
+    steps: Any = None,
 ) -> tuple[FewShotState, jax.Array]:
     """Trains a few-shot head: a pure function to ``jit`` and ``vmap``.
 
@@ -134,27 +141,30 @@ def fit_few_shot(
       state: where it starts, see :meth:`FewShotConfig.init`.
       support: ``[views * n, ...]`` labelled images.
       labels: ``[n]``.
-      order: ``[steps, batch]`` rows of ``support``, see :func:`few_shot_order`.
+      order: ``[steps, batch]`` rows of ``support``, see :func:`few_shot_order`; -1 is none.
       training: the optimizer's settings.
+      steps: how many of the order's, all when omitted. It may be traced, so that one program serves
+        any number of images; the rest of the order is not looked at.
 
     Returns:
-      the trained state and the loss of every step, ``[steps]``.
+      the trained state and the loss of every step, ``[steps]`` (0 where it has not come to it).
 
     >>> from logitjax.heads import TaskResConfig
     >>> x, y = jnp.eye(4), jnp.arange(4) % 3
     >>> support = FewShotInputs(zero_shot=jnp.zeros((4, 3)), features=x)
     >>> config, training = TaskResConfig(), FewShotTraining(epochs=9, batch_size=4)
-    >>> order = few_shot_order(jax.random.key(0), 4, training)
-    >>> state = config.init(support, y)
-    >>> state, losses = fit_few_shot(config, state, support, y, order, training=training)
+    >>> order = few_shot_order(0, 4, training)
+    >>> state, losses = fit_few_shot(
+    ...     config, config.init(support, y), support, y, order, training=training)
     >>> bool(losses[-1] < losses[0])
     True
     """
-    support, labels = jax.tree.map(jnp.asarray, (config.prepare(support), labels))
-    steps, batch = order.shape
+    support, labels, order = jax.tree.map(jnp.asarray, (config.prepare(support), labels, order))
     count = len(labels)
-    full = count % batch == 0
-    tx = training.optimizer(steps)
+    # Nothing is missing from a whole number of batches; elsewhere rows may be.
+    full = steps is None and count % order.shape[1] == 0
+    total = len(order) if steps is None else steps
+    tx = training.optimizer(total)
 
     def step(carry: Any, rows: jax.Array) -> tuple[Any, jax.Array]:
         trained, opt_state = carry
@@ -172,5 +182,17 @@ def fit_few_shot(
         updates, opt_state = tx.update(gradient, opt_state, trained)
         return (optax.apply_updates(trained, updates), opt_state), loss
 
-    (trained, _), losses = jax.lax.scan(step, (state.trained, tx.init(state.trained)), order)
+    start = (state.trained, tx.init(state.trained))
+    if steps is None:
+        (trained, _), losses = jax.lax.scan(step, start, order)
+    else:
+
+        def body(index: Any, carry: Any) -> Any:
+            inner, losses = carry
+            inner, loss = step(inner, order[index])
+            return inner, losses.at[index].set(loss)
+
+        kind = jnp.result_type(*jax.tree.leaves(state.trained))
+        carry = (start, jnp.zeros(len(order), kind))
+        (trained, _), losses = jax.lax.fori_loop(0, total, body, carry)
     return FewShotState(trained, state.fixed), losses

@@ -1,6 +1,7 @@
 """Few-shot runs in bulk: many samples of images and a grid of settings in one program."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -108,7 +109,8 @@ def sweep_few_shot(
     Args:
       config: the method.
       support: ``[runs, views * n, ...]`` labelled images.
-      labels: ``[runs, n]``.
+      labels: ``[runs, n]``. Rows at the end may have the label -1, as many in each run: they are
+        not there, and calls with fewer of them share one program.
       held_out: by name, images ``[runs, m, ...]`` and labels ``[runs, m]`` to score on; images with
         negative labels do not count.
       training: the optimizer's settings, for methods that train.
@@ -124,7 +126,8 @@ def sweep_few_shot(
       ``auxiliary_accuracy``, that of the bias alone.
 
     Raises:
-      ValueError: a grid with an unknown name or columns of different lengths.
+      ValueError: a grid with an unknown name or columns of different lengths, or runs with
+        different numbers of images.
 
     >>> from logitjax.heads import TipAdapterConfig
     >>> images = FewShotInputs(zero_shot=jnp.zeros((1, 3, 3)), features=jnp.eye(3)[None])
@@ -138,33 +141,78 @@ def sweep_few_shot(
     lengths = {len(column) for column in columns.values()} or {1}
     if len(lengths) > 1:
         raise ValueError(f"grid: expected columns of one length, got {sorted(lengths)}")
-    settings = columns | {"": jnp.zeros(lengths.pop())}
-    runs, count = np.shape(labels)
-
-    def one(run: Any, setting: dict[str, jax.Array]) -> Any:
-        number, support, labels, held_out = run
-        given = {name: value for name, value in setting.items() if name}
-        method, trained = with_settings(config, training, given)
-        order_key, start_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), number))
-        state = method.init(
-            support, labels, class_weights=class_weights, views=views, key=start_key
+    labels = np.asarray(labels)
+    counts = set((labels >= 0).sum(1).tolist())
+    if len(counts) > 1 or (labels[:, : min(counts)] < 0).any():
+        raise ValueError(
+            f"labels: expected every run to start with as many images, got {sorted(counts)}"
         )
+    with_settings(config, training, dict.fromkeys(columns, 0.0))
+    order, steps = _orders(labels, counts.pop(), training, views=views, seed=seed)
+    found = _sweep(
+        (np.arange(len(labels)), support, labels, order, dict(held_out)),
+        columns | {"": jnp.zeros(lengths.pop())},
+        class_weights,
+        steps if config.trains else 0,
+        jax.random.key(seed),
+        config=config,
+        training=training,
+        views=views,
+        sequential=sequential,
+        batch_size=batch_size,
+    )
+    return jax.tree.map(np.asarray, found)
+
+
+def _orders(
+    labels: np.ndarray, count: int, training: FewShotTraining, *, views: int, seed: int
+) -> tuple[np.ndarray, int]:
+    """``[runs, steps, batch]`` rows, padded to what all of the rows would need; and the steps."""
+    runs, room = labels.shape
+    steps = training.total_steps(count)
+    width = min(training.batch_size, room)
+    order = np.full((runs, max(steps, training.total_steps(room)), width), -1, np.int32)
+    for run in range(runs):
+        rows = few_shot_order((seed, run), count, training, views=views, stride=room)
+        order[run, :steps, : rows.shape[1]] = rows
+    return order, steps
+
+
+@functools.partial(
+    jax.jit, static_argnames=("config", "training", "views", "sequential", "batch_size")
+)
+def _sweep(
+    data: Any,
+    settings: dict[str, jax.Array],
+    class_weights: Any,
+    steps: Any,
+    key: jax.Array,
+    *,
+    config: FewShotConfig,
+    training: FewShotTraining,
+    views: int,
+    sequential: bool,
+    batch_size: int,
+) -> Any:
+    def one(run: Any, setting: dict[str, jax.Array]) -> Any:
+        number, support, labels, order, held_out = run
+        given = {name: value for name, value in setting.items() if name}
+        method, recipe = with_settings(config, training, given)
+        start = jax.random.fold_in(key, number)
+        state = method.init(support, labels, class_weights=class_weights, views=views, key=start)
         if method.trains:
-            order = few_shot_order(order_key, count, trained, views=views)
-            state, _ = fit_few_shot(method, state, support, labels, order, training=trained)
+            state, _ = fit_few_shot(
+                method, state, support, labels, order, training=recipe, steps=steps
+            )
         return {
             name: _score(method, state, *images, batch_size=batch_size)
             for name, images in held_out.items()
         }
 
-    def run_all(data: Any, settings: dict[str, jax.Array]) -> Any:
-        if sequential:
-            return jax.lax.map(lambda run: jax.lax.map(lambda x: one(run, x), settings), data)
-        over_grid = jax.vmap(one, in_axes=(None, 0))
-        return jax.vmap(over_grid, in_axes=(0, None))(data, settings)
-
-    data = (jnp.arange(runs), support, jnp.asarray(labels), dict(held_out))
-    return jax.tree.map(np.asarray, jax.jit(run_all)(data, settings))
+    if sequential:
+        return jax.lax.map(lambda run: jax.lax.map(lambda x: one(run, x), settings), data)
+    over_grid = jax.vmap(one, in_axes=(None, 0))
+    return jax.vmap(over_grid, in_axes=(0, None))(data, settings)
 
 
 def _score(

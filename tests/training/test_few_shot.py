@@ -44,7 +44,7 @@ def test_fifty_steps_are_those_of_the_published_optimizer(name):
     # 19 images in batches of 4: the last batch of an epoch holds three.
     auxiliary, zero_shot, labels = problem(19)
     recipe = training.FewShotTraining(epochs=10, batch_size=4)
-    order = np.asarray(training.few_shot_order(jax.random.key(0), 19, recipe))
+    order = training.few_shot_order(0, 19, recipe)
     assert len(order) == recipe.total_steps(19) == 50
     kernel = np.stack([auxiliary[k == labels].mean(0) for k in range(CLASSES)], 1)
     trained, losses = oracle.train(
@@ -73,7 +73,7 @@ def test_fifty_steps_are_those_of_the_published_optimizer(name):
 
 def test_an_epoch_shows_every_image_once_and_views_take_turns():
     recipe = training.FewShotTraining(epochs=3, batch_size=4)
-    order = np.asarray(training.few_shot_order(jax.random.key(0), 10, recipe, views=2))
+    order = training.few_shot_order(0, 10, recipe, views=2)
     assert order.shape == (9, 4)
     epochs = order.reshape(3, 12)
     for number, rows in enumerate(epochs):
@@ -82,8 +82,8 @@ def test_an_epoch_shows_every_image_once_and_views_take_turns():
         assert (rows[-2:] == -1).all()
     assert (epochs[0] != epochs[2]).any()
     cut = dataclasses.replace(recipe, steps=4)
-    assert training.few_shot_order(jax.random.key(0), 10, cut, views=2).shape == (4, 4)
-    assert training.few_shot_order(jax.random.key(0), 3, recipe).shape == (3, 3)
+    assert training.few_shot_order(0, 10, cut, views=2).shape == (4, 4)
+    assert training.few_shot_order(0, 3, recipe).shape == (3, 3)
 
 
 def stacked(parts):
@@ -113,14 +113,43 @@ def test_a_sweep_is_its_runs_one_by_one():
         method, settings = training.with_settings(
             config, recipe, {name: column[3] for name, column in grid.items()}
         )
-        order_key, start = jax.random.split(jax.random.fold_in(jax.random.key(3), run))
-        order = training.few_shot_order(order_key, 15, settings)
+        start = jax.random.fold_in(jax.random.key(3), run)
+        order = training.few_shot_order((3, run), 15, settings)
         own = images(*runs[run][:2])
         state = method.init(own, labels[run], key=start)
         state, _ = training.fit_few_shot(method, state, own, labels[run], order, training=settings)
         logits = method.logits(state, images(*tests[run][:2]))
         right = (np.asarray(logits).argmax(-1) == truth[run])[truth[run] >= 0]
         np.testing.assert_allclose(scores["accuracy"][run, 3], right.mean(), rtol=1e-5)
+
+
+def test_rows_that_are_not_there_change_nothing():
+    recipe = training.FewShotTraining(epochs=3, batch_size=4)
+    run, test = problem(10), problem(15, seed=5)
+    weights = np.linalg.qr(np.random.default_rng(0).normal(size=(AUXILIARY, CLASSES)))[0]
+    weights = weights.astype(np.float32)
+
+    def padded(rows):
+        auxiliary, zero_shot, labels = run
+        made = images(auxiliary[:rows], zero_shot[:rows])
+        made = dataclasses.replace(made, features=made.auxiliary)
+        made = jax.tree.map(lambda x: np.pad(x, ((0, 10 - rows), (0, 0)))[None], made)
+        return made, np.pad(labels[:rows], (0, 10 - rows), constant_values=-1)[None]
+
+    held_out = images(*test[:2])
+    held_out = dataclasses.replace(held_out, features=held_out.auxiliary)
+    held_out = {"test": (jax.tree.map(lambda x: x[None], held_out), test[2][None])}
+    for config in (heads.AMUConfig(), heads.LPPlusPlusConfig(), heads.TipAdapterFConfig()):
+        before = training._few_shot_sweep._sweep._cache_size()
+        for rows in (5, 10):
+            support, labels = padded(rows)
+            options = dict(training=recipe, class_weights=weights)
+            found = training.sweep_few_shot(config, support, labels, held_out, **options)
+            only = jax.tree.map(lambda x, rows=rows: x[:, :rows], support)
+            exact = training.sweep_few_shot(config, only, labels[:, :rows], held_out, **options)
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), found, exact)
+        # 5 rows with room for 10, 5 without, and 10: the first and the last share a program.
+        assert training._few_shot_sweep._sweep._cache_size() == before + 2
 
 
 def test_training_beats_its_start_for_every_method_that_trains():
@@ -131,7 +160,7 @@ def test_training_beats_its_start_for_every_method_that_trains():
     features = (features / np.linalg.norm(features, axis=-1, keepdims=True)).astype(np.float32)
     support = dataclasses.replace(images(auxiliary, 100 * features @ weights), features=features)
     recipe = training.FewShotTraining(epochs=8, batch_size=5)
-    order = training.few_shot_order(jax.random.key(0), 20, recipe)
+    order = training.few_shot_order(0, 20, recipe)
     for config in (
         heads.TipAdapterFConfig(),
         heads.CaFoConfig(),
@@ -168,6 +197,10 @@ def test_mistakes_are_named():
             training.sweep_few_shot(
                 heads.AMUConfig(), support, labels[None], {}, grid=grid, **options
             )
+    pair = jax.tree.map(lambda x: jnp.concatenate([x, x]), support)
+    uneven = np.stack([labels, np.where(labels == 4, -1, labels)])
+    with pytest.raises(ValueError, match="labels"):
+        training.sweep_few_shot(heads.AMUConfig(), pair, uneven, {}, **options)
     with pytest.raises(ValueError, match="method"):
         training.FewShotTraining.published("coop")
     with pytest.raises(ValueError, match="epochs"):
