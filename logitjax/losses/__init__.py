@@ -29,6 +29,11 @@ from logitjax.losses._linear_graph_fusion import linear_graph_fusion as linear_g
 from logitjax.losses._linear_readout import Readout as Readout
 from logitjax.losses._linear_readout import linear_fused_loss as linear_fused_loss
 from logitjax.losses._linear_readout import linear_readout as linear_readout
+from logitjax.losses._linear_unlearning import (
+    linear_assistant_objective as linear_assistant_objective,
+)
+from logitjax.losses._linear_unlearning import linear_undial as linear_undial
+from logitjax.losses._linear_unlearning import linear_uniform_kl as linear_uniform_kl
 from logitjax.losses._sparse_teacher import (
     linear_sparse_kl_divergence as linear_sparse_kl_divergence,
 )
@@ -38,3 +43,18 @@ from logitjax.losses._tail_sample import sample_tail as sample_tail
 from logitjax.losses._universal_logit_distance import (
     universal_logit_distance as universal_logit_distance,
 )
+from logitjax.losses._unlearning import dpo as dpo
+from logitjax.losses._unlearning import gradient_ascent as gradient_ascent
+from logitjax.losses._unlearning import npo as npo
+from logitjax.losses._unlearning import sequence_nll as sequence_nll
+from logitjax.losses._unlearning import simnpo as simnpo
+from logitjax.losses._unlearning import weighted_gradient_ascent as weighted_gradient_ascent
+from logitjax.losses._unlearning_objective import UNLEARNING_METHODS as UNLEARNING_METHODS
+from logitjax.losses._unlearning_objective import UnlearningMethod as UnlearningMethod
+from logitjax.losses._unlearning_objective import assistant_objective as assistant_objective
+from logitjax.losses._unlearning_objective import gradient_difference as gradient_difference
+from logitjax.losses._unlearning_objective import unlearning_objective as unlearning_objective
+from logitjax.losses._unlearning_targets import rmu as rmu
+from logitjax.losses._unlearning_targets import rmu_direction as rmu_direction
+from logitjax.losses._unlearning_targets import undial as undial
+from logitjax.losses._unlearning_targets import uniform_kl as uniform_kl
