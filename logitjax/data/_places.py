@@ -1,0 +1,28 @@
+"""Where data lie that were fetched by hand or by tfds."""
+
+import os
+from collections.abc import Sequence
+
+from etils import epath
+
+
+def default_data_dir() -> epath.Path:
+    """``$TFDS_DATA_DIR``, else ``~/tensorflow_datasets``, read anew on each call."""
+    return epath.Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
+
+
+def fetched(
+    places: Sequence[str], *, data_dir: str | os.PathLike[str] | None, what: str, install: str
+) -> epath.Path:
+    """The first of ``places`` that is there, below ``downloads/manual`` or as an absolute path.
+
+    Raises:
+      FileNotFoundError: none is; says how to get it.
+    """
+    root = epath.Path(data_dir).expanduser() if data_dir else default_data_dir()
+    manual = root / "downloads" / "manual"
+    for place in places:
+        path = manual / place  # an absolute place stays itself
+        if path.exists():
+            return path
+    raise FileNotFoundError(f"{what} is not there: {install.format(manual=manual)}")
