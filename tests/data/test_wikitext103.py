@@ -3,22 +3,29 @@ import pytest
 from logitjax import data
 from logitjax.data.builders._wikitext103 import split_articles
 
-ARTICLE = """ 
- = Robert <unk> = 
- 
- Robert is a naïve actor , born 1 @,@ 970 . He = no one . 
- 
- = = Career = = 
- 
- He acted . 
- = x = 
- He acted on . 
- 
-"""
+# In the files every line begins and ends with a space, empty ones are a single space.
+ARTICLE = "\n".join(
+    f" {line} " if line else " "
+    for line in (
+        "",
+        "= Robert <unk> =",
+        "",
+        "Robert is a naïve actor , born 1 @,@ 970 . He = no one .",
+        "",
+        "= = Career = =",
+        "",
+        "He acted .",
+        "= x =",
+        "He acted on .",
+        "",
+        "",
+    )
+)
 
 
 def test_articles_begin_at_titles_between_empty_lines():
-    found = list(split_articles((ARTICLE + ARTICLE.replace("Robert <unk>", "Du = o")).splitlines()))
+    both = ARTICLE + ARTICLE.replace("Robert <unk>", "Du = o")
+    found = list(split_articles(both.splitlines()))
     assert [title for title, _ in found] == ["Robert <unk>", "Du = o"]
     assert found[0][1].startswith("= Robert <unk> =")
     assert found[0][1].endswith("He acted . \n = x = \n He acted on .")
@@ -26,9 +33,7 @@ def test_articles_begin_at_titles_between_empty_lines():
 
 
 def test_prepared_from_files_that_were_fetched_by_hand(tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match=r"wikitext103 is made from files.*wiki\.train\.raw"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"is made from files.*wiki\.train\.raw"):
         data.load_examples("tfds:wikitext103", data_dir=tmp_path)
     folder = tmp_path / "downloads" / "manual" / "wikitext-103-raw"
     folder.mkdir(parents=True)

