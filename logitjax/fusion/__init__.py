@@ -1,0 +1,17 @@
+"""Arithmetic on the next-token logits of several models: strategies that an ensemble decodes with.
+
+A strategy is a frozen dataclass, hashable and without state, that is called as
+``fused, info = strategy(logits_large, logits_experts, logits_bases, where=..., axis_name=...)``.
+"""
+
+from logitjax.fusion._dynamic import DynamicFusion as DynamicFusion
+from logitjax.fusion._logit_difference import LogitDifference as LogitDifference
+from logitjax.fusion._path import Divergences as Divergences
+from logitjax.fusion._path import fusion_divergences as fusion_divergences
+from logitjax.fusion._static import ContrastiveDecoding as ContrastiveDecoding
+from logitjax.fusion._static import DExperts as DExperts
+from logitjax.fusion._static import EmulatedFineTuning as EmulatedFineTuning
+from logitjax.fusion._static import ProxyTuning as ProxyTuning
+from logitjax.fusion._token_map import OverlapFusion as OverlapFusion
+from logitjax.fusion._token_map import TokenMap as TokenMap
+from logitjax.fusion._token_map import vocabulary_map as vocabulary_map

@@ -1,0 +1,169 @@
+"""Several alphas at once: damped Newton steps, one sweep over the vocabulary each."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from logitjax.fusion._path import Path
+from logitjax.fusion._solve import Solution
+from logitjax.ops import AxisName
+
+_DAMPING, _LEAST_DAMPING, _LARGEST_DAMPING = 1e-3, 1e-6, 1e6
+
+
+class _Visit(NamedTuple):
+    """What one sweep says of a point: how good it is, where to go, whether to stay."""
+
+    merit: jax.Array
+    residual: jax.Array
+    matrix: jax.Array
+    done: jax.Array
+    at: tuple[jax.Array, jax.Array]
+
+
+def project(
+    path: Path,
+    bounds: tuple[float, float],
+    *,
+    max_sweeps: int,
+    tolerance: float,
+    axis_name: AxisName | None,
+) -> Solution:
+    """The nearest distribution in which every expert gains as much as it does on its own text.
+
+    With l_t = log Q_t/Q::
+
+        min KL(P~ || P)  subject to  E_{P~}[l_t] >= KL(Q_t || Q) for all t
+
+    Its dual is the convex ``A(alpha) - alpha . target`` over the box of alphas, with gradient
+    E_{P~}[l] - target and Hessian Cov_{P~}[l]: Newton's method, damped since the covariance of
+    experts that agree is singular, with the alphas at a bound held while the gradient keeps them
+    there.
+    """
+    low, high = bounds
+    wanted = path.target_forward - path.gain
+    allowed = tolerance * jnp.clip(path.target_forward, 1e-2, 1.0)
+
+    def visit(alphas: jax.Array) -> _Visit:
+        log_z, means, covariance = path.joint_moments(alphas, axis_name=axis_name)
+        gap = wanted - means
+        held = ((alphas <= low) & (gap <= 0)) | ((alphas >= high) & (gap >= 0))
+        done = (held | (jnp.abs(gap) <= allowed)).all(0)
+        merit = log_z - (alphas * wanted).sum(0)
+        free = (~held).astype(gap.dtype)
+        matrix = covariance * free[:, None] * free[None]
+        forward = (alphas * means).sum(0) - log_z
+        return _Visit(merit, gap * free, matrix, done, (forward, log_z))
+
+    def step(seen: _Visit, damping: jax.Array) -> jax.Array:
+        matrix, residual = jnp.moveaxis(seen.matrix, (0, 1), (-2, -1)), seen.residual
+        diagonal = jnp.diagonal(matrix, axis1=-2, axis2=-1)
+        scale = damping[..., None] * jnp.maximum(diagonal, 1e-6) + 1e-12
+        matrix = matrix + scale[..., None] * jnp.eye(len(residual), dtype=residual.dtype)
+        return _solve(matrix, residual)
+
+    start = jnp.full_like(path.variance, 1 / len(path))
+    return _damped(visit, step, start, bounds, max_sweeps, unrolled=axis_name is not None)
+
+
+def least_step(
+    path: Path,
+    forward: jax.Array,
+    reverse: jax.Array,
+    start: jax.Array,
+    bounds: tuple[float, float],
+    *,
+    method: str,
+    max_sweeps: int,
+    tolerance: float,
+    axis_name: AxisName | None,
+) -> Solution:
+    """Alphas that meet the mean divergences, by shortest steps from ``start``.
+
+    One or two equations for T alphas: which of the many solutions is found depends on the start.
+    """
+    jeffreys = jnp.clip(forward + reverse, 1e-2, 1.0)
+
+    def visit(alphas: jax.Array) -> _Visit:
+        log_z, means, covariance = path.joint_moments(alphas, axis_name=axis_name)
+        moved = (alphas * means).sum(0) - log_z
+        gaps = jnp.stack([moved - forward, log_z - reverse])
+        slopes = jnp.stack([(covariance * alphas[None]).sum(1), means])
+        if method == "jeffreys":
+            gaps, slopes = gaps.sum(0, keepdims=True), slopes.sum(0, keepdims=True)
+        elif method == "budget":
+            gaps, slopes = gaps[:1], slopes[:1]
+        # The slope of the merit, where no step can leave the box.
+        downhill = -(slopes * gaps[:, None]).sum(0)
+        stuck = ((alphas <= bounds[0]) & (downhill <= 0)) | ((alphas >= bounds[1]) & (downhill > 0))
+        done = (jnp.abs(gaps) <= tolerance * jeffreys).all(0)
+        done |= (stuck | (jnp.abs(downhill) <= 1e-5)).all(0)
+        return _Visit((gaps**2).sum(0), gaps, slopes, done, (moved, log_z))
+
+    def step(seen: _Visit, damping: jax.Array) -> jax.Array:
+        slopes = jnp.moveaxis(seen.matrix, (0, 1), (-2, -1))
+        square = slopes @ jnp.swapaxes(slopes, -1, -2)
+        trace = jnp.trace(square, axis1=-2, axis2=-1)
+        size = square.shape[-1]
+        damped = square + (damping * trace + 1e-12)[..., None, None] * jnp.eye(
+            size, dtype=square.dtype
+        )
+        weights = _solve(damped, seen.residual)
+        return -(seen.matrix * weights[:, None]).sum(0)
+
+    return _damped(visit, step, start, bounds, max_sweeps, unrolled=axis_name is not None)
+
+
+def _solve(matrix: jax.Array, right: jax.Array) -> jax.Array:
+    """``matrix [*batch, n, n]`` and ``right [n, *batch]`` to ``[n, *batch]``."""
+    solved = jnp.linalg.solve(matrix, jnp.moveaxis(right, 0, -1)[..., None])[..., 0]
+    return jnp.moveaxis(solved, -1, 0)
+
+
+def _damped(
+    visit: Callable[[jax.Array], _Visit],
+    step: Callable[[_Visit, jax.Array], jax.Array],
+    start: jax.Array,
+    bounds: tuple[float, float],
+    max_sweeps: int,
+    *,
+    unrolled: bool,
+) -> Solution:
+    start = jnp.clip(jnp.where(jnp.isfinite(start), start, bounds[0]), *bounds)
+    seen = visit(start)
+    damping = jnp.full_like(seen.merit, _DAMPING)
+
+    def advance(carry: Any) -> Any:
+        alphas, seen, damping = carry
+        trial = jnp.clip(alphas + step(seen, damping), *bounds)
+        trial = jnp.where(jnp.isfinite(trial), trial, alphas)
+        new = visit(trial)
+        # Near the end what merits differ by is rounding.
+        better = new.merit <= seen.merit + 1e-6 * (1 + jnp.abs(seen.merit))
+        taken = (better | new.done) & ~seen.done
+
+        def choose(old: jax.Array, changed: jax.Array) -> jax.Array:
+            return jnp.where(taken, changed, old)
+
+        factor = jnp.where(taken, 0.2, 10.0)
+        damping = jnp.clip(damping * factor, _LEAST_DAMPING, _LARGEST_DAMPING)
+        return choose(alphas, trial), jax.tree.map(choose, seen, new), damping
+
+    carry = (start, seen, damping)
+    sweeps = jnp.ones((), jnp.int32)
+    if unrolled:
+        for _ in range(max_sweeps - 1):
+            carry = advance(carry)
+        sweeps = sweeps * max_sweeps
+    else:
+        carry, sweeps = lax.while_loop(
+            lambda held: (held[1] < max_sweeps) & ~held[0][1].done.all(),
+            lambda held: (advance(held[0]), held[1] + 1),
+            (carry, sweeps),
+        )
+    alphas, seen, _ = carry
+    converged = jnp.broadcast_to(seen.done, alphas.shape)
+    return Solution(alphas, seen.at, alphas, alphas, converged, sweeps)

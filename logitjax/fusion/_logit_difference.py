@@ -1,0 +1,122 @@
+"""Unlearning at decoding time: the large model less an assistant that knows what to forget."""
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Float
+
+from logitjax.fusion._inputs import pmax, read_inputs, vocabulary_size
+from logitjax.ops import Array, AxisName, logsumexp, psum, top_k
+
+_FORMS, _FILTERS, _OUTSIDE = ("raw", "centred"), ("clean", "official", "none"), ("keep", "exclude")
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LogitDifference:
+    """Takes away what an assistant, trained to know the data to forget and nothing else, says.
+
+    ::
+
+        large - alpha * assistant                                      raw
+        large - alpha * (assistant - log sum exp assistant + log V)    centred
+
+    Both are one distribution as long as all entries are changed. A filter leaves the assistant's
+    say to tokens that the large model finds likely, and then the constant matters: a raw assistant
+    with flat logits c moves those tokens by ``-alpha c`` against the others, a centred one by 0.
+    The two want different alphas.
+
+    Filters: ``'clean'`` changes tokens with ``p_large >= rate * max p_large``; ``'official'`` is
+    what was released, which also changes the ``int(rate * V)`` most likely tokens, so in effect
+    those; ``'none'`` changes all.
+
+    Attributes:
+      alpha: the assistant's weight.
+      form: see above.
+      filter: see above.
+      rate: of the filter.
+      outside: what becomes of the tokens that the filter leaves out: ``'keep'`` the large model's
+        logits, as in scoring a text; ``'exclude'`` them, as the release does while it generates.
+
+    >>> large, assistant = jnp.array([3.0, 2.0, -5.0]), jnp.array([4.0, 0.0, 0.0])
+    >>> fused, _ = LogitDifference(alpha=0.5, form="raw")(large, assistant)
+    >>> fused
+    Array([ 1.,  2., -5.], dtype=float32)
+
+    References:
+      Ji et al., Reversing the forget-retain objectives, 2024 (arXiv 2406.08607), eq. 2 and section
+      4.1: alpha 0.75, filter rate 0.01. The release also zeroes instead of excluding, so that an
+      excluded token wins where all others are negative; not here.
+    """
+
+    alpha: float = 0.75
+    form: Literal["raw", "centred"] = "centred"
+    filter: Literal["clean", "official", "none"] = "clean"
+    rate: float = 0.01
+    outside: Literal["keep", "exclude"] = "keep"
+
+    def __post_init__(self) -> None:
+        for name, known in (("form", _FORMS), ("filter", _FILTERS), ("outside", _OUTSIDE)):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}"
+                )
+        if not 0 < self.rate <= 1:
+            raise ValueError(f"rate: expected to be in (0, 1], got {self.rate}")
+
+    def __call__(
+        self,
+        logits_large: Float[Array, "*batch vocab"],
+        logits_experts: Float[Array, "..."],
+        logits_bases: Float[Array, "..."] | None = None,
+        *,
+        where: Bool[Array, "..."] | None = None,
+        axis_name: AxisName | None = None,
+    ) -> tuple[Float[jax.Array, "*batch vocab"], dict[str, Any]]:
+        """Float32 logits ``[*batch, vocab]`` and ``{"changed": how many entries}``.
+
+        Args:
+          logits_large: ``[*batch, vocab]``.
+          logits_experts: the assistant's, ``[*batch, vocab]`` or with a leading axis of 1.
+          logits_bases: None (or none along the leading axis).
+          where: boolean, broadcastable to the logits: True for the entries that exist.
+          axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that
+            axis.
+
+        Raises:
+          ValueError: there are bases, or not one assistant.
+        """
+        if logits_bases is not None and len(logits_bases):
+            raise ValueError("logits_bases: the logit difference takes none, only an assistant")
+        inputs = read_inputs(logits_large, logits_experts, None, where, needs_bases=False)
+        if len(inputs.experts) != 1:
+            raise ValueError(f"logits_experts: expected one assistant, got {len(inputs.experts)}")
+        assistant = inputs.experts[0]
+        exists = inputs.exists
+        if self.form == "centred":
+            log_z = logsumexp(assistant, where=exists, axis_name=axis_name)
+            count = psum(exists.sum(-1), axis_name)
+            constant = log_z - jnp.log(jnp.maximum(count, 1).astype(log_z.dtype))
+            assistant = assistant - constant[..., None]
+        fused = inputs.large - self.alpha * assistant
+        changed = exists
+        if self.filter != "none":
+            changed = exists & (self._threshold(inputs, axis_name) <= inputs.large)
+        fused = jnp.where(changed, fused, inputs.large if self.outside == "keep" else -jnp.inf)
+        return inputs.fused(fused), {"changed": psum(changed.sum(-1), axis_name)}
+
+    def _threshold(self, inputs: Any, axis_name: AxisName | None) -> jax.Array:
+        """The least large logit that is changed, ``[*batch, 1]``."""
+        large = inputs.fused(inputs.large)
+        peak = pmax(large.max(-1, keepdims=True), axis_name)
+        threshold = peak + math.log(self.rate)
+        if self.filter == "official":
+            count = int(self.rate * vocabulary_size(large, axis_name))
+            if count == 0:
+                return jnp.full_like(threshold, -jnp.inf)
+            values, _ = top_k(large, count, axis_name=axis_name)
+            threshold = jnp.minimum(threshold, values[..., -1:])
+        return threshold

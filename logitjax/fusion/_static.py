@@ -1,0 +1,229 @@
+"""Fusion with fixed weights: proxy-tuning and its relatives."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Float
+
+from logitjax.fusion._inputs import pmax, read_inputs
+from logitjax.ops import Array, AxisName, as_float, check_between, log_softmax
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProxyTuning:
+    """Adds what experts have learnt beyond their bases, at every token by the same weight.
+
+    ::
+
+        large + alpha * sum_t (expert_t - base_t)
+
+    With alpha = 1 the fused model is what tuning the large model would give if both learnt the
+    same log-ratio.
+
+    Attributes:
+      alpha: the weight.
+
+    >>> fused, _ = ProxyTuning()(jnp.zeros(2), jnp.array([1.0, 0.0]), jnp.array([0.5, 0.5]))
+    >>> fused
+    Array([ 0.5, -0.5], dtype=float32)
+
+    References:
+      Liu et al., Tuning language models by proxy, 2024 (arXiv 2401.08565).
+    """
+
+    alpha: float = 1.0
+
+    def __call__(
+        self,
+        logits_large: Float[Array, "*batch vocab"],
+        logits_experts: Float[Array, "..."],
+        logits_bases: Float[Array, "..."],
+        *,
+        where: Bool[Array, "..."] | None = None,
+        axis_name: AxisName | None = None,
+    ) -> tuple[Float[jax.Array, "*batch vocab"], dict[str, Any]]:
+        """Fused float32 logits ``[*batch, vocab]`` and an empty dictionary.
+
+        Args:
+          logits_large: ``[*batch, vocab]``.
+          logits_experts: ``[T, *batch, vocab]``, or without the leading axis for one.
+          logits_bases: as many, or one for all.
+          where: boolean, broadcastable to the logits: True for the entries that exist.
+          axis_name: of no effect, for entries are fused each by itself.
+        """
+        del axis_name
+        inputs = read_inputs(logits_large, logits_experts, logits_bases, where)
+        return inputs.fused(inputs.large + self.alpha * inputs.differences.sum(0)), {}
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DExperts:
+    """Towards an expert and away from an anti-expert, among what the large model finds plausible.
+
+    ::
+
+        large + alpha * (expert - antiexpert)   where p_large is in its top-p set, -inf elsewhere
+
+    The anti-expert takes the place of the base.
+
+    Attributes:
+      alpha: the weight.
+      top_p: share of the large model's probability that its most likely tokens must reach to be
+        kept; 1 keeps all.
+
+    >>> fused, _ = DExperts(top_p=0.5)(jnp.array([2.0, 0.0]), jnp.zeros(2), jnp.array([1.0, 0.0]))
+    >>> fused
+    Array([  0., -inf], dtype=float32)
+
+    References:
+      Liu et al., DExperts, 2021 (arXiv 2105.03023).
+    """
+
+    alpha: float = 2.0
+    top_p: float = 0.9
+
+    def __post_init__(self) -> None:
+        check_between(self.top_p, 0.0, 1.0, "top_p")
+
+    def __call__(
+        self,
+        logits_large: Float[Array, "*batch vocab"],
+        logits_experts: Float[Array, "..."],
+        logits_bases: Float[Array, "..."],
+        *,
+        where: Bool[Array, "..."] | None = None,
+        axis_name: AxisName | None = None,
+    ) -> tuple[Float[jax.Array, "*batch vocab"], dict[str, Any]]:
+        """As `ProxyTuning`; with ``axis_name`` only where ``top_p`` is 1.
+
+        Raises:
+          ValueError: ``top_p`` below 1 with a sharded vocabulary, which it would have to sort.
+        """
+        if self.top_p < 1 and axis_name is not None:
+            raise ValueError(
+                f"top_p={self.top_p} sorts the vocabulary, which axis_name={axis_name!r} splits: "
+                "gather the large model's logits or give top_p=1"
+            )
+        inputs = read_inputs(logits_large, logits_experts, logits_bases, where)
+        fused = inputs.fused(inputs.large + self.alpha * inputs.differences.sum(0))
+        if self.top_p < 1:
+            probs = jnp.exp(log_softmax(inputs.large, where=inputs.exists))
+            descending = -jnp.sort(-probs, axis=-1)
+            before = jnp.cumsum(descending, axis=-1) - descending
+            least = jnp.where(before < self.top_p, descending, jnp.inf).min(-1, keepdims=True)
+            fused = jnp.where(probs >= least, fused, -jnp.inf)
+        return fused, {}
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EmulatedFineTuning:
+    """A large pre-trained model under the reward that tuning a small one implies.
+
+    ::
+
+        log pi = log pi_large + beta * (log pi_tuned - log pi_base) - log Z
+
+    The distribution is that of `ProxyTuning` with alpha = beta; what comes out is normalised.
+
+    Attributes:
+      beta: weight of the implied reward.
+
+    >>> fused, _ = EmulatedFineTuning()(jnp.zeros(2), jnp.array([1.0, 1.0]), jnp.zeros(2))
+    >>> fused.round(3)
+    Array([-0.693, -0.693], dtype=float32)
+
+    References:
+      Mitchell et al., An emulator for fine-tuning large language models using small language
+      models, 2023 (arXiv 2310.12962).
+    """
+
+    beta: float = 1.0
+
+    def __call__(
+        self,
+        logits_large: Float[Array, "*batch vocab"],
+        logits_experts: Float[Array, "..."],
+        logits_bases: Float[Array, "..."],
+        *,
+        where: Bool[Array, "..."] | None = None,
+        axis_name: AxisName | None = None,
+    ) -> tuple[Float[jax.Array, "*batch vocab"], dict[str, Any]]:
+        """Log-probabilities ``[*batch, vocab]``; arguments as of `ProxyTuning`."""
+        fused, info = ProxyTuning(alpha=self.beta)(
+            logits_large, logits_experts, logits_bases, where=where
+        )
+        return log_softmax(fused, axis_name=axis_name), info
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ContrastiveDecoding:
+    """What the large model finds more likely than an amateur, among what it finds plausible.
+
+    ::
+
+        weight * large - amateur_weight * amateur   where p_large >= plausibility * max p_large
+
+    The amateur comes as the base, and there are no experts.
+
+    Attributes:
+      weight: of the large model.
+      amateur_weight: of the amateur.
+      plausibility: least probability as a fraction of the largest; 0 keeps all.
+
+    >>> fused, _ = ContrastiveDecoding()(
+    ...     jnp.array([2.0, 1.0, -9.0]), None, jnp.array([2.0, 0.0, 0.0]))
+    >>> fused
+    Array([  2. ,   1.5, -inf], dtype=float32)
+
+    References:
+      Li et al., Contrastive decoding, 2023 (arXiv 2210.15097): both weights 1. O'Brien and Lewis,
+      Contrastive decoding improves reasoning, 2023 (arXiv 2309.09117): 1.5 and 0.5, the defaults.
+    """
+
+    weight: float = 1.5
+    amateur_weight: float = 0.5
+    plausibility: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_between(self.plausibility, 0.0, 1.0, "plausibility")
+
+    def __call__(
+        self,
+        logits_large: Float[Array, "*batch vocab"],
+        logits_experts: Float[Array, "..."] | None,
+        logits_bases: Float[Array, "..."],
+        *,
+        where: Bool[Array, "..."] | None = None,
+        axis_name: AxisName | None = None,
+    ) -> tuple[Float[jax.Array, "*batch vocab"], dict[str, Any]]:
+        """Fused float32 logits ``[*batch, vocab]`` and an empty dictionary.
+
+        Args:
+          logits_large: ``[*batch, vocab]``.
+          logits_experts: None (or none along the leading axis).
+          logits_bases: the amateur's, ``[*batch, vocab]`` or with a leading axis of 1.
+          where: boolean, broadcastable to the logits: True for the entries that exist.
+          axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that
+            axis.
+
+        Raises:
+          ValueError: there are experts, or not one amateur.
+        """
+        if logits_experts is not None and len(logits_experts):
+            raise ValueError("logits_experts: contrastive decoding takes none, only a base")
+        inputs = read_inputs(logits_large, None, logits_bases, where, needs_experts=False)
+        if len(inputs.bases) != 1:
+            raise ValueError(f"logits_bases: expected one amateur, got {len(inputs.bases)}")
+        fused = inputs.fused(self.weight * inputs.large - self.amateur_weight * inputs.bases[0])
+        if self.plausibility > 0:
+            large = inputs.fused(inputs.large)
+            peak = pmax(large.max(-1, keepdims=True), axis_name)
+            kept = large >= peak + jnp.log(as_float(jnp.array([self.plausibility]), "plausibility"))
+            fused = jnp.where(kept, fused, -jnp.inf)
+        return fused, {}

@@ -1,0 +1,278 @@
+"""Models of one tokenizer whose vocabularies are padded, extended or numbered differently."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from logitjax.ops import Array, AxisName, as_float, log_softmax
+
+# Text that tokenizers are known to cut differently: spaces, digits, case, accents, code, emoji.
+PROBES = (
+    "The quick brown fox jumps over the lazy dog.",
+    "  Two spaces, a\ttab\nand a line; 3.14159 and 2,024 are numbers, and so is 1000000.",
+    "It's the student's don't-care ANTIDISESTABLISHMENTARIANISM, naïve café Ærøskøbing.",
+    "for (int i = 0; i < n; ++i) { sum += x[i] * y[i]; }  # 注释 コメント 🙂",
+)
+_LEAST_OVERLAP = 0.9
+_LEAST_ORDER = 0.99
+# A logit whose exponential is 0 beside any other, and finite, so that it cancels.
+_NOWHERE = -1e30
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenMap:
+    """Which token of a small vocabulary each token of a large one is.
+
+    Hashable by what it maps, so that it may be a static argument.
+
+    Attributes:
+      small_ids: int32 ``[large]``, the small model's id of each token, -1 where it has none.
+      small_size: logits of the small model.
+    """
+
+    small_ids: np.ndarray
+    small_size: int
+
+    def __post_init__(self) -> None:
+        ids = np.array(self.small_ids, np.int32)
+        if ids.ndim != 1 or ids.max(initial=-1) >= self.small_size or ids.min(initial=-1) < -1:
+            raise ValueError(
+                f"small_ids: expected one id below {self.small_size} (or -1) a token, got shape "
+                f"{ids.shape} with values up to {ids.max(initial=-1)}"
+            )
+        ids.setflags(write=False)
+        object.__setattr__(self, "small_ids", ids)
+
+    def __hash__(self) -> int:
+        return hash((self.small_ids.tobytes(), self.small_size))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, TokenMap):
+            return NotImplemented
+        same = self.small_size == other.small_size
+        return same and np.array_equal(self.small_ids, other.small_ids)
+
+    @property
+    def large_size(self) -> int:
+        return len(self.small_ids)
+
+    @property
+    def overlap(self) -> np.ndarray:
+        """Bool ``[large]``: the tokens that both have."""
+        return self.small_ids >= 0
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether ids agree and neither has what the other lacks."""
+        same = np.array_equal(self.small_ids, np.arange(self.large_size))
+        return same and self.large_size == self.small_size
+
+    def to_small(self, tokens: Int[Array, "*batch"], unknown: int) -> Int[jax.Array, "*batch"]:
+        """The small model's ids of the large model's tokens, ``unknown`` where it has none."""
+        ids = jnp.asarray(self.small_ids)[jnp.asarray(tokens)]
+        return jnp.where(ids < 0, unknown, ids)
+
+    def to_large(
+        self,
+        logits_small: Float[Array, "*batch small"],
+        *,
+        where: Bool[Array, "..."] | None = None,
+    ) -> Float[jax.Array, "*batch large"]:
+        """Log-probabilities of the small model at the large model's ids.
+
+        Logits of different vocabularies differ by an unknown constant; log-probabilities do not.
+        Off the overlap all models get the same vanishing value, so that the difference of two of
+        them is 0 there and divergences are those on the overlap.
+
+        Args:
+          logits_small: ``[*batch, small]``; more entries than the vocabulary has are padding.
+          where: boolean, broadcastable to them: True for the entries that exist.
+        """
+        logits = as_float(logits_small, "logits_small")
+        if logits.shape[-1] < self.small_size:
+            raise ValueError(
+                f"logits_small: expected at least {self.small_size} entries, got {logits.shape[-1]}"
+            )
+        log_p = log_softmax(logits, where=where)
+        found = jnp.take(log_p, np.maximum(self.small_ids, 0), axis=-1)
+        return jnp.where(self.overlap & (found > -jnp.inf), found, _NOWHERE)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OverlapFusion:
+    """A strategy for experts and bases whose vocabulary is not the large model's.
+
+    On tokens that both have, the fused logits are the strategy's, by differences of
+    log-probabilities; others keep the large model's logits, up to what normalisation does.
+
+    Attributes:
+      strategy: any strategy of this package.
+      token_map: from `vocabulary_map`; experts and bases share it.
+
+    >>> mapping = vocabulary_map(["a", "b", "c", "new"], ["a", "b", "c"], least_overlap=0.7)
+    >>> from logitjax.fusion import ProxyTuning
+    >>> fuse = OverlapFusion(strategy=ProxyTuning(), token_map=mapping)
+    >>> fused, _ = fuse(jnp.zeros(4), jnp.log(jnp.array([0.5, 0.25, 0.25])), jnp.zeros(3))
+    >>> (fused - fused[-1]).round(2)
+    Array([ 0.41, -0.29, -0.29,  0.  ], dtype=float32)
+    """
+
+    strategy: Any
+    token_map: TokenMap
+
+    def __call__(
+        self,
+        logits_large: Float[Array, "*batch vocab"],
+        logits_experts: Float[Array, "..."] | None,
+        logits_bases: Float[Array, "..."] | None,
+        *,
+        where: Bool[Array, "..."] | None = None,
+        axis_name: AxisName | None = None,
+    ) -> tuple[Float[jax.Array, "*batch vocab"], Any]:
+        """As the strategy, with ``[..., small]`` logits of experts and bases.
+
+        Raises:
+          ValueError: the vocabulary is sharded, or sizes do not fit the map.
+        """
+        if axis_name is not None:
+            raise ValueError(
+                f"axis_name={axis_name!r}: a token map gathers from the whole vocabulary; map the "
+                "small models' logits with to_large before sharding them"
+            )
+        size = logits_large.shape[-1]
+        if size < self.token_map.large_size:
+            raise ValueError(
+                f"logits_large: expected at least {self.token_map.large_size} entries, got {size}"
+            )
+        large = jnp.asarray(logits_large)[..., : self.token_map.large_size]
+        if where is not None:
+            where = jnp.broadcast_to(where, logits_large.shape)[..., : self.token_map.large_size]
+        small = [
+            None if x is None or not len(x) else self.token_map.to_large(x)
+            for x in (logits_experts, logits_bases)
+        ]
+        experts, bases = small
+        fused, info = self.strategy(large, experts, bases, where=where)
+        padding = [(0, 0)] * (fused.ndim - 1) + [(0, size - large.shape[-1])]
+        return jnp.pad(fused, padding, constant_values=-jnp.inf), info
+
+
+def vocabulary_map(
+    large: Any,
+    small: Any,
+    *,
+    probes: Iterable[str] = PROBES,
+    least_overlap: float = _LEAST_OVERLAP,
+) -> TokenMap:
+    """The token map of two vocabularies of one tokenizer; different tokenizers are refused.
+
+    Fusing next-token distributions makes sense only where both models cut text alike. With
+    tokenizers this is tried on ``probes``. Of plain vocabularies it can be judged only by their
+    spelling and numbering: tokenizers that were derived from one another keep the order of ids.
+
+    Args:
+      large: a tokenizer (with ``encode`` and ``get_vocab``, itself or in its ``backend``), a
+        mapping from token to id, or the tokens in the order of their ids.
+      small: likewise.
+      probes: texts that both have to cut alike.
+      least_overlap: share of the small vocabulary that has to be in the large one.
+
+    Returns:
+      `TokenMap`.
+
+    Raises:
+      ValueError: the two are not one tokenizer; says how that shows.
+
+    >>> vocabulary_map(["a", "b", "ab", "<new>"], {"a": 0, "b": 1, "ab": 2}).small_ids
+    array([ 0,  1,  2, -1], dtype=int32)
+    >>> vocabulary_map(["the", "cat"], ["le", "chat"])
+    Traceback (most recent call last):
+    ValueError: these are different tokenizers: 0 of the small vocabulary's 2 tokens are in ...
+    """
+    large_vocab, small_vocab = _vocabulary(large, "large"), _vocabulary(small, "small")
+    large_size, small_size = (max(v.values()) + 1 for v in (large_vocab, small_vocab))
+    ids = np.full(large_size, -1, np.int32)
+    common = [token for token in small_vocab if token in large_vocab]
+    for token in common:
+        ids[large_vocab[token]] = small_vocab[token]
+    if len(common) < least_overlap * len(small_vocab):
+        raise ValueError(
+            f"these are different tokenizers: {len(common)} of the small vocabulary's "
+            f"{len(small_vocab)} tokens are in the large one, expected at least "
+            f"{least_overlap:.0%}. {_ADVICE}"
+        )
+    encoders = [_encoder(t) for t in (large, small)]
+    if all(encoders):
+        _check_probes(encoders, ids, small, probes)
+    else:
+        held = ids[ids >= 0]
+        ordered = float((np.diff(held) > 0).mean()) if len(held) > 1 else 1.0
+        if ordered < _LEAST_ORDER:
+            raise ValueError(
+                "these look like different tokenizers: they number their common tokens in another "
+                f"order ({ordered:.0%} of neighbours keep it, expected {_LEAST_ORDER:.0%}). "
+                f"{_ADVICE}; if it is the same one, hand in the tokenizers instead of their "
+                "vocabularies"
+            )
+    return TokenMap(ids, small_size)
+
+
+_ADVICE = (
+    "Next-token distributions can be fused only where all models cut text alike; take an expert of "
+    "the large model's family, or distil across tokenizers (losses.universal_logit_distance)"
+)
+
+
+def _vocabulary(source: Any, name: str) -> Mapping[str, int]:
+    holder = getattr(source, "backend", source)
+    if hasattr(holder, "get_vocab"):
+        source = holder.get_vocab()
+    if isinstance(source, Mapping):
+        vocabulary = dict(source)
+    elif isinstance(source, Sequence) and not isinstance(source, str):
+        vocabulary = {token: i for i, token in enumerate(source)}
+    else:
+        raise TypeError(
+            f"{name}: expected a tokenizer, a mapping from token to id or a list of tokens, got "
+            f"{type(source).__name__}"
+        )
+    if not vocabulary:
+        raise ValueError(f"{name}: the vocabulary is empty")
+    return vocabulary
+
+
+def _encoder(source: Any) -> Callable[[str], list[int]] | None:
+    backend = getattr(source, "backend", source)
+    if not hasattr(backend, "encode"):
+        return None
+
+    def encode(text: str) -> list[int]:
+        try:
+            found = backend.encode(text, add_special_tokens=False)
+        except TypeError:
+            found = backend.encode(text)
+        return list(getattr(found, "ids", found))
+
+    return encode
+
+
+def _check_probes(encoders: Any, ids: np.ndarray, small: Any, probes: Iterable[str]) -> None:
+    encode_large, encode_small = encoders
+    for text in probes:
+        ours, theirs = encode_large(text), encode_small(text)
+        mapped = [int(ids[token]) for token in ours]
+        if mapped != theirs:
+            place = next(
+                (i for i, (a, b) in enumerate(zip(mapped, theirs)) if a != b),
+                min(len(mapped), len(theirs)),
+            )
+            raise ValueError(
+                f"these are different tokenizers: they cut {text!r} into {len(ours)} and "
+                f"{len(theirs)} tokens, alike only up to token {place}. {_ADVICE}"
+            )

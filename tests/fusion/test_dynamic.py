@@ -1,0 +1,258 @@
+"""Dynamic fusion against oracles in float64, and what each search promises."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from logitjax.fusion import DynamicFusion, fusion_divergences
+
+BATCH, VOCAB = 24, 384
+METHODS = ("grid", "newton", "jeffreys", "budget", "project")
+
+
+def language_like(rng, batch=BATCH, vocab=VOCAB, boost=6.0):
+    """Heavy-tailed logits of a large model, an expert and its base, which agree on the whole."""
+    common = rng.permuted(np.tile(-1.2 * np.log(np.arange(1, vocab + 1)), (batch, 1)), axis=1)
+    logits = [common + rng.normal(size=common.shape) for _ in range(2)]
+    rows = np.arange(batch)[:, None]
+    peaks = rng.integers(0, vocab, (batch, 3))
+    for values in logits:
+        values[rows, peaks] += rng.uniform(2, 2 + boost, (batch, 3))
+    expert = logits[1] + 0.5 * rng.normal(size=common.shape)
+    expert[rows, rng.integers(0, vocab, (batch, 2))] += rng.uniform(0, boost, (batch, 2))
+    return [x.astype(np.float32) for x in (logits[0], expert, logits[1])]
+
+
+LARGE, EXPERT, BASE = language_like(np.random.default_rng(0))
+
+
+def log_softmax(x):
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+@functools.cache
+def fuse(**options):
+    return jax.jit(DynamicFusion(**options))
+
+
+def naive(large, expert, base, alphas):
+    """F, R at each alpha from softmaxes and KL divergences, and their targets."""
+    p, q, r = (log_softmax(np.asarray(x, np.float64)) for x in (large, expert, base))
+
+    def kl(a, b):
+        return (np.exp(a) * (a - b)).sum(-1)
+
+    fused = [log_softmax(p + np.asarray(a)[..., None] * (q - r)) for a in alphas]
+    forward, reverse = (
+        np.array([kl(*pair) for pair in pairs])
+        for pairs in (
+            [(x, p) for x in fused],
+            [(p, x) for x in fused],
+        )
+    )
+    return forward, reverse, kl(q, r), kl(r, q)
+
+
+def naive_objective(large, expert, base, alphas):
+    forward, reverse, target, back = naive(large, expert, base, alphas)
+    return (forward - target) ** 2 + (reverse - back) ** 2
+
+
+def test_grid_is_the_papers():
+    values = np.linspace(0, 2, 21)
+    with jax.enable_x64(True):
+        args = [jnp.asarray(x, jnp.float64) for x in (LARGE, EXPERT, BASE)]
+        fused, info = jax.jit(DynamicFusion(method="grid"))(*args)
+    objective = naive_objective(LARGE, EXPERT, BASE, values)
+    expected = values[objective.argmin(0)]
+    np.testing.assert_array_equal(info["alpha"][0], expected)
+    difference = np.float64(EXPERT) - np.float64(BASE)
+    np.testing.assert_allclose(fused, LARGE + expected[:, None] * difference, rtol=1e-12)
+    # In float32 the same points are chosen, but for ties.
+    found = np.asarray(fuse(method="grid")(LARGE, EXPERT, BASE)[1]["alpha"][0])
+    assert (np.abs(found - expected) < 1e-6).mean() > 0.95
+
+
+def test_closed_forms_equal_autodiff():
+    with jax.enable_x64(True):
+        args = [jnp.asarray(x, jnp.float64) for x in (LARGE, EXPERT, BASE)]
+        alpha = jnp.asarray(np.random.default_rng(1).uniform(0.05, 1.9, BATCH))
+        p, q, r = (jax.nn.log_softmax(x) for x in args)
+        f, b = (jnp.exp(q) * (q - r)).sum(-1), (jnp.exp(r) * (r - q)).sum(-1)
+
+        def direct(name, alpha, p, d, f, b):
+            x = jax.nn.log_softmax(p + alpha * d)
+            forward, reverse = (jnp.exp(x) * (x - p)).sum(), (jnp.exp(p) * (p - x)).sum()
+            objective = (forward - f) ** 2 + (reverse - b) ** 2
+            return {"forward": forward, "reverse": reverse, "objective": objective}[name]
+
+        def derivatives(name):
+            function = functools.partial(direct, name)
+            stages = [function, jax.grad(function), jax.grad(jax.grad(function))]
+            return [jax.jit(jax.vmap(stage))(alpha, p, q - r, f, b) for stage in stages]
+
+        at = jax.jit(fusion_divergences)(*args, alpha)
+        fields = {
+            "forward": (at.forward, at.forward_slope, at.forward_curvature),
+            "reverse": (at.reverse, at.reverse_slope, at.reverse_curvature),
+            "objective": (at.objective, at.slope, at.curvature),
+        }
+        for name, found in fields.items():
+            for value, wanted in zip(found, derivatives(name), strict=True):
+                scale = np.maximum(np.abs(wanted), 1)
+                assert (np.abs(value - wanted) / scale).max() < 1e-8, name
+        np.testing.assert_allclose(at.target_forward, f, atol=1e-12)
+        np.testing.assert_allclose(at.target_reverse, b, atol=1e-12)
+
+
+@pytest.mark.parametrize("boost", [2.0, 6.0, 12.0])
+def test_newton_finds_the_global_minimum_or_says_that_it_may_not_have(boost):
+    logits = language_like(np.random.default_rng(3), boost=boost)
+    info = fuse(method="newton")(*logits)[1]
+    alpha = np.asarray(info["alpha"][0], np.float64)
+    found = naive_objective(*logits, [alpha])[0]
+    best = naive_objective(*logits, np.linspace(0, 2, 2001)).min(0)
+    good = found <= best + 1e-6
+    assert good.mean() > 0.95
+    assert (good | ~np.asarray(info["converged"])).all()
+    assert np.asarray(info["converged"]).mean() > 0.8
+
+
+def test_newton_finds_the_better_of_two_minima():
+    """The large model all but excludes a token that expert and base disagree about by 20."""
+    vocab = 1000
+    base = np.zeros(vocab)
+    base[0] = np.log(vocab - 1)  # Half of the base's probability.
+    large = np.zeros(vocab)
+    large[0] = np.log(1e-6 * (vocab - 1))
+    expert = base.copy()
+    expert[0] += 20
+    logits = [np.float32(x)[None] for x in (large, expert, base)]
+    values = np.linspace(0, 2, 4001)
+    objective = naive_objective(*logits, values)[:, 0]
+    inner = objective[1:-1]
+    minima = values[1:-1][(inner < objective[:-2]) & (inner < objective[2:])]
+    np.testing.assert_allclose(minima, [0.602, 1.154], atol=2e-3)
+    info = fuse(method="newton")(*logits)[1]
+    np.testing.assert_allclose(info["alpha"][0], minima[0], atol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["jeffreys", "budget", "project"])
+def test_roots_meet_their_equation(method):
+    info = fuse(method=method)(LARGE, EXPERT, BASE)[1]
+    alpha = np.asarray(info["alpha"][0], np.float64)
+    forward, reverse, target, back = naive(LARGE, EXPERT, BASE, [alpha])
+    p, q, r = (log_softmax(np.float64(x)) for x in (LARGE, EXPERT, BASE))
+    fused = np.exp(log_softmax(p + alpha[:, None] * (q - r)))
+    value, wanted = {
+        "jeffreys": (forward[0] + reverse[0], target + back),
+        "budget": (forward[0], target),
+        "project": ((fused * (q - r)).sum(-1), target),
+    }[method]
+    at_high, at_low = alpha >= 2, alpha <= 0
+    free = ~(at_high | at_low)
+    assert free.any()
+    np.testing.assert_allclose(value[free], wanted[free], rtol=2e-4, atol=1e-5)
+    assert (value[at_high] <= wanted[at_high] + 1e-4).all()
+    assert (value[at_low] >= wanted[at_low] - 1e-4).all()
+    assert np.asarray(info["converged"]).all()
+    assert (np.asarray(info["lower"]) <= alpha).all()
+    assert (np.asarray(info["upper"]) >= alpha).all()
+    np.testing.assert_allclose(info["forward"], forward[0], atol=2e-5)
+    np.testing.assert_allclose(info["reverse"], reverse[0], atol=2e-5)
+    np.testing.assert_allclose(info["target_forward"], target, atol=2e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_base_equal_to_the_large_model_gives_the_expert(method):
+    fused, info = fuse(method=method)(BASE, EXPERT, BASE)
+    np.testing.assert_allclose(info["alpha"][0], 1.0, atol=2e-3)
+    difference = log_softmax(np.asarray(fused)) - log_softmax(EXPERT)
+    assert np.abs(np.exp(log_softmax(EXPERT)) * difference).max() < 2e-3
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_expert_that_did_not_move_changes_nothing(method):
+    fused, info = fuse(method=method)(LARGE, BASE, BASE)
+    np.testing.assert_allclose(fused, LARGE, atol=1e-5)
+    assert np.isfinite(info["alpha"]).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_constants_in_logits_do_not_matter(method):
+    fused, info = fuse(method=method)(LARGE, EXPERT, BASE)
+    shifted, other = fuse(method=method)(LARGE + 30, EXPERT - 100, BASE + 70)
+    # Raw logits this large carry a few digits less.
+    assert np.median(np.abs(info["alpha"] - other["alpha"])) < 1e-3
+    assert np.median(np.abs(log_softmax(fused) - log_softmax(shifted))) < 2e-3
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_padding_never_makes_nan(method):
+    padded = [np.pad(x, ((0, 0), (0, 16))) for x in (LARGE, EXPERT, BASE)]
+    padded[1][:, VOCAB:] = -np.inf
+    fused, info = fuse(method=method)(*padded)
+    alone, wanted = fuse(method=method)(LARGE, EXPERT, BASE)
+    assert (np.asarray(fused)[:, VOCAB:] == -np.inf).all()
+    np.testing.assert_allclose(info["alpha"], wanted["alpha"], atol=1e-3)
+    np.testing.assert_allclose(fused[:, :VOCAB], alone, atol=1e-2)
+    where = np.arange(VOCAB + 16) < VOCAB
+    masked = jax.jit(functools.partial(DynamicFusion(method=method), where=where))(
+        *[np.pad(x, ((0, 0), (0, 16)), constant_values=50.0) for x in (LARGE, EXPERT, BASE)]
+    )
+    np.testing.assert_allclose(masked[0][:, :VOCAB], alone, atol=1e-2)
+    nothing = [np.full_like(x, -np.inf) for x in padded]
+    fused, info = fuse(method=method)(*nothing)
+    assert (np.asarray(fused) == -np.inf).all()
+
+
+def test_gradient_takes_alpha_as_given():
+    def loss(large, expert):
+        fused, _ = DynamicFusion()(large, expert, BASE)
+        return jax.nn.log_softmax(fused)[:, 0].sum()
+
+    info = fuse()(LARGE, EXPERT, BASE)[1]
+    by_large, by_expert = jax.jit(jax.grad(loss, (0, 1)))(LARGE, EXPERT)
+    np.testing.assert_allclose(by_expert, info["alpha"][0][:, None] * by_large, rtol=1e-4)
+
+
+def test_vmap_and_leading_axes_equal_rows_one_by_one():
+    strategy = DynamicFusion()
+    together = fuse()(LARGE, EXPERT, BASE)
+    shaped = jax.jit(strategy)(*[x.reshape(4, 6, VOCAB) for x in (LARGE, EXPERT, BASE)])
+    mapped = jax.jit(jax.vmap(strategy))(LARGE, EXPERT, BASE)
+    np.testing.assert_allclose(shaped[0].reshape(BATCH, VOCAB), together[0], atol=1e-3)
+    np.testing.assert_allclose(mapped[0], together[0], atol=1e-3)
+    np.testing.assert_allclose(mapped[1]["alpha"][:, 0], together[1]["alpha"][0], atol=1e-3)
+
+
+def test_bfloat16_comes_out_as_float32():
+    fused, _ = fuse()(*[jnp.asarray(x, jnp.bfloat16) for x in (LARGE, EXPERT, BASE)])
+    assert fused.dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (dict(method="bisect"), "method: expected one of grid, newton"),
+        (dict(multi="all"), "multi: expected one of"),
+        (dict(alpha_range=(1.0, 1.0)), "alpha_range"),
+        (dict(num=1), "num"),
+    ],
+)
+def test_mistakes_are_named(options, named):
+    with pytest.raises(ValueError, match=named):
+        DynamicFusion(**options)
+
+
+def test_shapes_are_checked():
+    with pytest.raises(ValueError, match="see vocabulary_map"):
+        DynamicFusion()(LARGE, EXPERT[:, :-1], BASE)
+    with pytest.raises(ValueError, match="one base or one for each of 3 experts, got 2"):
+        DynamicFusion()(LARGE, np.stack([EXPERT] * 3), np.stack([BASE] * 2))
+    with pytest.raises(ValueError, match="needs them, got none"):
+        DynamicFusion()(LARGE, np.zeros((0, *LARGE.shape), np.float32), BASE)

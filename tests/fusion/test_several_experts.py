@@ -1,0 +1,114 @@
+"""Several experts: what each rule does with them, and that the projection is a projection."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.optimize
+
+from logitjax.fusion import DynamicFusion
+from tests.fusion.test_dynamic import BASE, BATCH, LARGE, fuse, language_like, log_softmax
+
+EXPERTS = np.stack(
+    [language_like(np.random.default_rng(seed))[1] - BASE for seed in (10, 11)]
+).astype(np.float32)
+EXPERTS = BASE + 0.4 * EXPERTS
+INERT = np.stack([EXPERTS[0], BASE, BASE, BASE])
+
+
+def dual(alphas, p, ls, targets):
+    x = p + alphas @ ls
+    peak = x.max()
+    log_z = peak + np.log(np.exp(x - peak).sum())
+    fused = np.exp(x - log_z)
+    return log_z - alphas @ targets, ls @ fused - targets
+
+
+def test_projection_reaches_the_optimum_of_its_dual():
+    info = fuse(multi="project")(LARGE, EXPERTS, BASE)[1]
+    assert np.asarray(info["converged"]).all()
+    alphas = np.asarray(info["alpha"], np.float64)
+    p, r = (log_softmax(np.float64(x)) for x in (LARGE, BASE))
+    q = log_softmax(np.float64(EXPERTS))
+    for row in range(BATCH):
+        ls = q[:, row] - r[row]
+        targets = (np.exp(q[:, row]) * ls).sum(-1)
+        best = scipy.optimize.minimize(
+            dual,
+            np.ones(2),
+            args=(p[row], ls, targets),
+            jac=True,
+            bounds=[(0, 2)] * 2,
+            method="L-BFGS-B",
+            options={"ftol": 1e-15, "gtol": 1e-10},
+        )
+        assert dual(alphas[:, row], p[row], ls, targets)[0] <= best.fun + 1e-6
+
+
+def test_an_inert_expert_takes_nothing_from_the_projection():
+    alone = fuse(multi="project")(LARGE, INERT[:2], BASE)[0]
+    beside = fuse(multi="project")(LARGE, INERT, BASE)[0]
+    single = fuse(method="project")(LARGE, INERT[0], BASE)[0]
+    np.testing.assert_allclose(beside, alone, atol=2e-3)
+    np.testing.assert_allclose(beside, single, atol=2e-3)
+
+
+def test_inert_experts_dilute_the_papers_rule():
+    """Known: it matches the mean divergence, so that three idle experts take most of the say."""
+    one = fuse(method="grid")(LARGE, INERT[0], BASE)[1]
+    four = fuse(method="grid", multi="single")(LARGE, INERT, BASE)[1]
+    assert four["alpha"].shape == (4, BATCH)
+    useful = np.asarray(four["expert"]) == 0
+    assert useful.mean() > 0.5
+    assert np.asarray(four["alpha"][0])[useful].mean() < 0.8 * np.asarray(one["alpha"]).mean()
+
+
+@pytest.mark.parametrize("method", ["grid", "newton", "jeffreys", "budget", "project"])
+def test_single_follows_the_expert_of_the_least_summed_objective(method):
+    info = fuse(method=method, multi="single")(LARGE, EXPERTS, BASE)[1]
+    expert = np.asarray(info["expert"])
+    alpha = np.asarray(info["alpha"])
+    assert ((alpha > 0).sum(0) <= 1).all()
+    assert {0, 1} >= set(expert.tolist())
+    assert (alpha[expert, np.arange(BATCH)] >= 0).all()
+    if method == "grid":
+        joint = fuse(method="grid", multi="joint", num=21)(LARGE, EXPERTS, BASE)[1]
+        assert (np.asarray(joint["objective"]) <= np.asarray(info["objective"]) + 1e-6).all()
+
+
+def test_experts_by_themselves_add_up():
+    fused, info = fuse(method="jeffreys", multi="per_expert")(LARGE, EXPERTS, BASE)
+    one = [fuse(method="jeffreys")(LARGE, expert, BASE) for expert in EXPERTS]
+    for t in range(2):
+        np.testing.assert_allclose(info["alpha"][t], one[t][1]["alpha"][0], atol=1e-3)
+    np.testing.assert_allclose(fused, one[0][0] + one[1][0] - LARGE, atol=1e-2)
+    assert (np.asarray(info["expert"]) == -1).all()
+
+
+@pytest.mark.parametrize("method", ["newton", "jeffreys", "budget"])
+def test_joint_steps_meet_the_mean_divergence_where_they_can(method):
+    info = fuse(method=method, multi="joint")(LARGE, EXPERTS, BASE)[1]
+    free = ~np.asarray(info["at_bound"]) & np.asarray(info["converged"])
+    assert free.mean() > 0.5
+    reached = np.asarray(info["forward"]), np.asarray(info["reverse"])
+    wanted = np.asarray(info["target_forward"]), np.asarray(info["target_reverse"])
+    if method == "jeffreys":
+        np.testing.assert_allclose(sum(reached)[free], sum(wanted)[free], rtol=1e-3, atol=1e-4)
+    if method == "budget":
+        np.testing.assert_allclose(reached[0][free], wanted[0][free], rtol=2e-3, atol=1e-4)
+    grid = fuse(method="grid", multi="joint", num=11)(LARGE, EXPERTS, BASE)[1]
+    if method == "newton":
+        better = np.asarray(info["objective"]) <= np.asarray(grid["objective"]) + 1e-3
+        assert better.mean() > 0.8
+
+
+def test_a_base_for_each_expert():
+    bases = np.stack([BASE, BASE])
+    for multi in ("project", "single", "per_expert"):
+        shared = fuse(multi=multi)(LARGE, EXPERTS, BASE)[0]
+        np.testing.assert_allclose(fuse(multi=multi)(LARGE, EXPERTS, bases)[0], shared, atol=1e-3)
+
+
+def test_a_joint_grid_too_large_is_refused():
+    with pytest.raises(ValueError, match="194481 points"):
+        jax.eval_shape(DynamicFusion(method="grid", multi="joint"), jnp.asarray(LARGE), INERT, BASE)

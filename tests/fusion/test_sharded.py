@@ -1,0 +1,105 @@
+"""Fusion of a vocabulary that is split over devices, and of a batch that is."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from logitjax.fusion import (
+    ContrastiveDecoding,
+    DExperts,
+    DynamicFusion,
+    EmulatedFineTuning,
+    LogitDifference,
+    ProxyTuning,
+)
+from tests.fusion.test_dynamic import BASE, EXPERT, LARGE
+from tests.fusion.test_several_experts import EXPERTS
+
+STRATEGIES = {
+    "proxy": ProxyTuning(),
+    "dexperts": DExperts(top_p=1.0),
+    "emulated": EmulatedFineTuning(),
+    "contrastive": ContrastiveDecoding(),
+    "clean": LogitDifference(),
+    "official": LogitDifference(filter="official", form="raw"),
+    "grid": DynamicFusion(method="grid"),
+    "newton": DynamicFusion(method="newton", max_sweeps=6),
+    "jeffreys": DynamicFusion(method="jeffreys", max_sweeps=6),
+    "project": DynamicFusion(max_sweeps=6),
+}
+
+
+def mesh(kind=AxisType.Auto):
+    return jax.make_mesh((8,), ("tensor",), axis_types=(kind,))
+
+
+def arguments(name):
+    if name == "contrastive":
+        return LARGE, None, BASE
+    if name in ("clean", "official"):
+        return LARGE, EXPERT, None
+    return LARGE, EXPERTS if name == "project" else EXPERT, BASE
+
+
+def sharded(name):
+    args = [a for a in arguments(name) if a is not None]
+    specs = tuple(P(*[None] * (a.ndim - 1), "tensor") for a in args)
+
+    def local(*args):
+        given = iter(args)
+        full = [None if a is None else next(given) for a in arguments(name)]
+        return STRATEGIES[name](*full, axis_name="tensor")
+
+    run = jax.shard_map(
+        local, mesh=mesh(), in_specs=specs, out_specs=(P(None, "tensor"), P()), check_vma=True
+    )
+    return jax.jit(run), args
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_sharded_equals_local(name):
+    run, args = sharded(name)
+    fused, info = run(*args)
+    wanted, expected = jax.jit(STRATEGIES[name])(*arguments(name))
+    np.testing.assert_allclose(fused, wanted, atol=5e-3)
+    if "alpha" in info:
+        np.testing.assert_allclose(info["alpha"], expected["alpha"], atol=1e-3)
+
+
+# One for maxima, one for normalisers and targets; then the whole grid in one, else one a sweep.
+@pytest.mark.parametrize(
+    ("name", "reductions"), [("grid", 3), ("jeffreys", 2 + 6), ("newton", 2 + 1 + 6)]
+)
+def test_all_reduces_a_token_are_few_and_fixed(name, reductions):
+    run, args = sharded(name)
+    text = run.lower(*args).compile().as_text()
+    assert "all-gather" not in text
+    found = re.findall(r"= \S+ all-reduce(?:-start)?\(|\) all-reduce(?:-start)?\(", text)
+    assert len(found) == reductions
+    # None of them in the body of a loop.
+    for body in re.findall(r"^%?\S*body\S* .*?^}", text, re.MULTILINE | re.DOTALL):
+        assert "all-reduce" not in body
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("name", ["grid", "jeffreys", "project"])
+def test_batch_sharded_under_jit(kind, name):
+    rows = {2: P("tensor"), 3: P(None, "tensor")}
+    on = mesh(kind)
+    placed = [jax.device_put(a, NamedSharding(on, rows[a.ndim])) for a in arguments(name)]
+    with jax.set_mesh(on):
+        fused, _ = jax.jit(STRATEGIES[name])(*placed)
+    wanted, _ = jax.jit(STRATEGIES[name])(*arguments(name))
+    np.testing.assert_allclose(fused, wanted, atol=5e-3)
+
+
+def test_top_p_of_a_sharded_vocabulary_is_refused():
+    fuse = functools.partial(DExperts(), axis_name="tensor")
+    with pytest.raises(ValueError, match="axis_name='tensor'"):
+        jax.eval_shape(fuse, jnp.zeros((2, 8)), jnp.zeros((2, 8)), jnp.zeros((2, 8)))

@@ -1,0 +1,107 @@
+"""Vocabularies that are padded, extended, renumbered; and those of other tokenizers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokenizers
+
+from logitjax.fusion import (
+    DynamicFusion,
+    OverlapFusion,
+    ProxyTuning,
+    TokenMap,
+    fusion_divergences,
+    vocabulary_map,
+)
+from logitjax.models import Tokenizer
+
+
+def byte_pairs(merges, extra=()):
+    """A byte-level tokenizer with these merges."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*alphabet, *["".join(pair) for pair in merges]]
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.BPE({t: i for i, t in enumerate(tokens)}, merges)
+    )
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.add_special_tokens(list(extra))
+    return Tokenizer(backend)
+
+
+MERGES = [("t", "h"), ("th", "e"), ("i", "n")]
+
+
+def test_added_tokens_map_to_nothing():
+    mapping = vocabulary_map(byte_pairs(MERGES, ["<a>", "<b>"]), byte_pairs(MERGES, ["<a>"]))
+    size = 256 + len(MERGES)
+    np.testing.assert_array_equal(mapping.small_ids[:size], np.arange(size))
+    assert mapping.small_ids[size:].tolist() == [size, -1]
+    assert not mapping.is_identity
+    np.testing.assert_array_equal(mapping.to_small(np.array([5, size + 1]), unknown=0), [5, 0])
+    assert vocabulary_map(byte_pairs(MERGES), byte_pairs(MERGES)).is_identity
+
+
+def test_other_tokenizers_are_refused_and_told_why():
+    with pytest.raises(ValueError, match=r"they cut 'The quick .* tokens, alike only up to token"):
+        vocabulary_map(byte_pairs(MERGES), byte_pairs([("q", "u"), ("t", "h"), ("i", "n")]))
+    with pytest.raises(ValueError, match="0 of the small vocabulary's 2 tokens"):
+        vocabulary_map(["a", "b"], ["x", "y"])
+    shuffled = [str(i) for i in np.random.default_rng(0).permutation(100)]
+    with pytest.raises(ValueError, match="number their common tokens in another order"):
+        vocabulary_map([str(i) for i in range(100)], shuffled)
+    with pytest.raises(TypeError, match="large: expected a tokenizer"):
+        vocabulary_map(3, ["a"])
+
+
+def test_renumbered_tokenizers_are_the_same_tokenizer():
+    ours = byte_pairs([])
+    reverse = {token: 255 - i for token, i in ours.backend.get_vocab().items()}
+
+    class Renumbered:
+        def get_vocab(self):
+            return reverse
+
+        def encode(self, text):
+            return [255 - i for i in ours.encode(text)]
+
+    mapping = vocabulary_map(ours, Renumbered())
+    np.testing.assert_array_equal(mapping.small_ids, 255 - np.arange(256))
+
+
+def test_fusion_on_the_overlap():
+    rng = np.random.default_rng(0)
+    ids = np.array([2, 0, -1, 1, 3, -1, 5])
+    mapping = TokenMap(ids, 6)
+    large = rng.normal(size=(3, 7)).astype(np.float32)
+    expert, base = (rng.normal(size=(3, 6)).astype(np.float32) for _ in range(2))
+    q, r = jax.nn.log_softmax(expert), jax.nn.log_softmax(base)
+    shift = np.zeros_like(large)
+    both = ids >= 0
+    shift[:, both] = (q - r)[:, ids[both]]
+    fused, _ = OverlapFusion(strategy=ProxyTuning(), token_map=mapping)(large, expert, base)
+    np.testing.assert_allclose(fused, large + shift, atol=1e-5)
+    # Divergences are those on the overlap.
+    dynamic = OverlapFusion(strategy=DynamicFusion(), token_map=mapping)
+    found, info = jax.jit(dynamic)(large, expert + 7.0, base - 40.0)
+    inner = [x[:, ids[both]] for x in (expert, base)]
+    at = fusion_divergences(inner[0], *inner, jnp.ones(3))
+    np.testing.assert_allclose(info["target_forward"], at.target_forward, atol=1e-5)
+    np.testing.assert_allclose(found, large + info["alpha"][0][:, None] * shift, atol=1e-4)
+    padded = np.pad(large, ((0, 0), (0, 2)))
+    wide, _ = jax.jit(dynamic)(padded, expert, base)
+    assert wide.shape == (3, 9)
+    assert np.isinf(wide[:, 7:]).all()
+
+
+def test_maps_are_checked():
+    with pytest.raises(ValueError, match="small_ids"):
+        TokenMap(np.array([0, 6]), 6)
+    mapping = TokenMap(np.arange(4), 4)
+    assert hash(mapping) == hash(TokenMap(np.arange(4), 4))
+    assert mapping == TokenMap(np.arange(4), 4)
+    fuse = OverlapFusion(strategy=ProxyTuning(), token_map=mapping)
+    with pytest.raises(ValueError, match="at least 4 entries, got 3"):
+        fuse(jnp.zeros(3), jnp.zeros(4), jnp.zeros(4))
+    with pytest.raises(ValueError, match="axis_name='tensor'"):
+        fuse(jnp.zeros(4), jnp.zeros(4), jnp.zeros(4), axis_name="tensor")
