@@ -1,3 +1,38 @@
-"""Generation with key/value caches."""
+"""Decoding with key/value caches: one model or several fused ones, in batches or step by step.
 
+- `generate(model, prompts, max_new_tokens=...)` continues prompts of any lengths in one compiled
+  loop; `score` says how likely given continuations are; `greedy_generate` is the shortest way.
+- `Ensemble(large, experts=..., bases=..., fuse=...)` steps several models together, each on its
+  own prompt, and decodes from what ``fuse`` makes of their logits. Whatever takes a model here
+  takes an ensemble.
+- `Engine` is what `generate` is built on: slots that are filled (`Engine.prefill` with a
+  `Request`), stepped (`Engine.decode_chunk`) and emptied (`Engine.evict`) independently, which is
+  all that continuous batching needs. `DecodeOptions` says what is reported, `Emitted` reports it.
+- `Sampling` is how a row chooses its tokens; `sample`, `truncate`, `penalize_repetition` and
+  `sampling_logits` are the pure functions behind it. `TextStream` turns tokens into text as they
+  come and sees stop strings.
+- A model is a `logitjax.models.Decoder`, or anybody's ``(apply_fn, params, cache)``, or a
+  `CachedModel`, which says what such a function has to keep to.
+"""
+
+from logitjax.decoding._cached_model import CachedModel as CachedModel
+from logitjax.decoding._cached_model import cached_model as cached_model
+from logitjax.decoding._engine import Engine as Engine
+from logitjax.decoding._ensemble import Ensemble as Ensemble
+from logitjax.decoding._generate import Generated as Generated
+from logitjax.decoding._generate import generate as generate
 from logitjax.decoding._greedy import greedy_generate as greedy_generate
+from logitjax.decoding._requests import Request as Request
+from logitjax.decoding._sampling import Sampling as Sampling
+from logitjax.decoding._sampling import SamplingRows as SamplingRows
+from logitjax.decoding._sampling import penalize_repetition as penalize_repetition
+from logitjax.decoding._sampling import sample as sample
+from logitjax.decoding._sampling import sampling_logits as sampling_logits
+from logitjax.decoding._sampling import sampling_rows as sampling_rows
+from logitjax.decoding._sampling import truncate as truncate
+from logitjax.decoding._score import Scores as Scores
+from logitjax.decoding._score import score as score
+from logitjax.decoding._step import DecodeOptions as DecodeOptions
+from logitjax.decoding._step import DecodeState as DecodeState
+from logitjax.decoding._step import Emitted as Emitted
+from logitjax.decoding._text import TextStream as TextStream

@@ -60,8 +60,14 @@ def make_context(
             raise ValueError(f"tokens: {time} new tokens do not fit a cache of {size} slots")
         slots = write_slots(positions, size, window)
         held = write_positions(before, positions, slots)
-        concatenate = window is not None and time > 1
-        seen = jnp.concatenate([before, positions], axis=1) if concatenate else held
+        # Elsewhere what is new overwrites nothing that the first of the new tokens still sees.
+        concatenate = window is not None and time > 1 and size < window + time - 1
+        seen = held
+        if concatenate:
+            new = jnp.asarray(positions)
+            first = jnp.where(new < 0, jnp.iinfo(new.dtype).max, new).min(axis=1, keepdims=True)
+            # Positions that are written again are seen once, as they are now.
+            seen = jnp.concatenate([jnp.where(before < first, before, -1), new], axis=1)
         mask = position_mask(positions, seen, window)
     elif segment_ids is not None or padded:
         mask = _packed_mask(positions, segment_ids, window, padded)

@@ -20,8 +20,8 @@ class Cache:
     when listed; heads come before slots because a step then multiplies without transposing.
     ``positions[kind]`` is the position held by each slot, -1 for none, for all layers of one
     attention window. ``length`` is each row's next position. A token of position ``p`` lives in
-    slot ``p % slots``: windowed layers keep a ring of their window's size, and going back to a
-    smaller ``length`` forgets what came after on full layers.
+    slot ``p % slots``: windowed layers keep a ring of their window's size. Going back to an earlier
+    position forgets what came after, on windowed layers by as many as the ring has spare slots.
     """
 
     keys: tuple
@@ -34,8 +34,8 @@ def kind_name(window: Window) -> str:
     return "global" if window is None else f"local_{window}"
 
 
-def cache_slots(window: Window, max_length: int) -> int:
-    return max_length if window is None else min(window, max_length)
+def cache_slots(window: Window, max_length: int, ring_slack: int = 0) -> int:
+    return max_length if window is None else min(window + ring_slack, max_length)
 
 
 def init_cache(
@@ -45,6 +45,7 @@ def init_cache(
     dtype: jax.typing.DTypeLike = jnp.float32,
     *,
     layout: str = "listed",
+    ring_slack: int = 0,
 ) -> Cache:
     """An empty cache for ``batch`` rows of at most ``max_length`` tokens.
 
@@ -56,6 +57,8 @@ def init_cache(
       max_length: slots of layers without a window.
       dtype: of keys and values.
       layout: ``'listed'`` or ``'stacked'``, as the model's.
+      ring_slack: slots of windowed layers beyond their window: by so many tokens one may go back
+        without losing what the window still needs.
 
     Returns:
       A `Cache`.
@@ -80,7 +83,7 @@ def init_cache(
                             *lead,
                             batch,
                             config.num_kv_heads,
-                            cache_slots(window, max_length),
+                            cache_slots(window, max_length, ring_slack),
                             config.head_dim,
                         ),
                         dtype,
@@ -91,7 +94,9 @@ def init_cache(
         return tuple(out)
 
     positions = {
-        kind_name(window): jnp.full((batch, cache_slots(window, max_length)), -1, jnp.int32)
+        kind_name(window): jnp.full(
+            (batch, cache_slots(window, max_length, ring_slack)), -1, jnp.int32
+        )
         for window in dict.fromkeys(config.layer_windows)
     }
     return Cache(

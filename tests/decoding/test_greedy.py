@@ -51,7 +51,7 @@ def test_stacked_models_are_converted(model):
 
 
 def test_empty_prompts_are_refused(model):
-    with pytest.raises(ValueError, match="at least one token a row"):
+    with pytest.raises(ValueError, match="at least one token"):
         greedy_generate(model, [[], [1]], max_new_tokens=2)
     with pytest.raises(ValueError, match="max_new_tokens"):
         greedy_generate(model, [1], max_new_tokens=0)

@@ -1,0 +1,165 @@
+"""What can be stepped: a function with a cache, its parameters, and an empty cache."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from logitjax.models import Cache, Decoder, DecoderConfig, init_cache, with_layout
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class CachedModel:
+    """A model as decoding sees it.
+
+    ``apply(params, tokens, positions, cache) -> (logits, cache)`` with int32 ``tokens`` and
+    ``positions`` ``[rows, time]`` and float ``logits [rows, time, vocab]``. What it has to keep to:
+
+    - a token of position p >= 0 is remembered under p and attends to what is remembered of
+      positions up to p; handing in p again replaces what was there, and whatever the cache holds
+      of later positions is not seen (that is how rejected drafts are taken back);
+    - position -1 is padding: neither remembered nor attended, its logits are ignored;
+    - ``rows`` is axis 0 of every leaf of the cache, and rows do not mix.
+
+    Attributes:
+      apply: the function; hashable, equal for models that can be stacked.
+      params: a pytree of arrays.
+      init_cache: ``(rows, max_length) -> cache``, an empty one.
+      vocab_size: last axis of the logits.
+      experts: where one pass gives several models' logits, as two models with the same first
+        layers do, ``apply`` returns ``[1 + experts + bases, rows, time, vocab]``: the large
+        model's, so many experts', so many bases'.
+      bases: see ``experts``.
+      takes_last_only: ``apply`` understands ``last_only=True``: logits of the last token only.
+    """
+
+    apply: Callable[..., Any]
+    params: Any
+    init_cache: Callable[[int, int], Any]
+    vocab_size: int
+    experts: int = 0
+    bases: int = 0
+    takes_last_only: bool = False
+
+    @property
+    def outputs(self) -> int:
+        return 1 + self.experts + self.bases
+
+
+class Static:
+    """A value that jit compares by what it is made of, its hash taken once.
+
+    What cannot be hashed, as a strategy that holds arrays, equals only itself.
+    """
+
+    def __init__(self, value: Any):
+        self.value = value
+        try:
+            self._hash, self._hashable = hash(value), True
+        except TypeError:
+            self._hash, self._hashable = id(value), False
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        if not isinstance(other, Static) or self._hash != other._hash:
+            return False
+        return self.value is other.value or (self._hashable and self.value == other.value)
+
+
+@dataclasses.dataclass(frozen=True)
+class _DecoderApply:
+    graphdef: Static
+
+    def __call__(self, params: Any, tokens: Any, positions: Any, cache: Any, *, last_only=False):
+        model = nnx.merge(self.graphdef.value, params)
+        hidden, cache = model.hidden_states(tokens, positions=positions, cache=cache)
+        return model.logits(hidden[:, -1:] if last_only else hidden), cache
+
+
+@dataclasses.dataclass(frozen=True)
+class _DecoderCache:
+    config: DecoderConfig
+    dtype: Any
+    ring_slack: int
+
+    def __call__(self, rows: int, max_length: int) -> Cache:
+        return init_cache(
+            self.config, rows, max_length, self.dtype, layout="listed", ring_slack=self.ring_slack
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _GivenCache:
+    """The empty cache that came with a triple; jitted programs must not consume the original."""
+
+    cache: Any
+    rows: int
+
+    def __call__(self, rows: int, max_length: int) -> Any:
+        if rows == self.rows:
+            return jax.tree.map(jnp.array, self.cache)
+        if rows == 1:
+            return jax.tree.map(lambda leaf: jnp.array(leaf[:1]), self.cache)
+        raise ValueError(f"model: the given cache has {self.rows} rows, {rows} are needed")
+
+
+def cached_model(model: Any, *, ring_slack: int = 0) -> CachedModel:
+    """A `CachedModel` of whatever decodes.
+
+    Args:
+      model: a `logitjax.models.Decoder` (a stacked one is converted to listed layers, which decode
+        faster); a triple ``(apply_fn, params, cache)`` whose function keeps to what `CachedModel`
+        says and whose cache is empty, with as many rows as will be decoded together; or a
+        `CachedModel`, which comes back as it is.
+      ring_slack: extra slots of windowed layers' rings, as many as drafts may be taken back.
+
+    Returns:
+      The `CachedModel`.
+
+    Raises:
+      TypeError: for anything else.
+      ValueError: for a triple whose cache has no leaf, or leaves that disagree about the rows.
+    """
+    if isinstance(model, CachedModel):
+        return model
+    if isinstance(model, Decoder):
+        return _of_decoder(model, ring_slack)
+    if isinstance(model, tuple) and len(model) == 3 and callable(model[0]):
+        return _of_triple(*model)
+    raise TypeError(
+        "model must be a Decoder, a CachedModel or (apply_fn, params, cache), "
+        f"got {type(model).__name__}"
+    )
+
+
+def _of_decoder(model: Decoder, ring_slack: int) -> CachedModel:
+    graphdef, state = nnx.split(with_layout(model, "listed"))
+    return CachedModel(
+        apply=_DecoderApply(Static(graphdef)),
+        params=nnx.to_pure_dict(state),
+        init_cache=_DecoderCache(model.config, model.dtype, ring_slack),
+        vocab_size=model.config.vocab_size,
+        takes_last_only=True,
+    )
+
+
+def _of_triple(apply_fn: Callable[..., Any], params: Any, cache: Any) -> CachedModel:
+    rows = {leaf.shape[:1] for leaf in jax.tree.leaves(cache)}
+    if len(rows) != 1 or rows == {()}:
+        raise ValueError(f"model: axis 0 of every leaf of the cache is its rows, got {rows}")
+    count = next(iter(rows))[0]
+    ids = jax.ShapeDtypeStruct((count, 1), jnp.int32)
+    logits, _ = jax.eval_shape(apply_fn, params, ids, ids, cache)
+    return CachedModel(
+        apply=apply_fn,
+        params=params,
+        init_cache=_GivenCache(cache, count),
+        vocab_size=logits.shape[-1],
+    )

@@ -1,0 +1,179 @@
+"""Slots that are filled, stepped and emptied independently: what a server is built on."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from logitjax.decoding._ensemble import Ensemble, Plan
+from logitjax.decoding._requests import Request, fresh_rows, left_padded
+from logitjax.decoding._step import (
+    DecodeOptions,
+    DecodeState,
+    Emitted,
+    constrain,
+    put_rows,
+    run_steps,
+    start,
+)
+
+_jit = functools.partial(jax.jit, static_argnames=("plan", "options"), donate_argnames="state")
+
+
+@_jit
+def _prefill_row(plan: Plan, options: DecodeOptions, params, state, row, tokens, positions, slot):
+    row, emitted = start(plan, options, params, row, tokens, positions)
+    return constrain(plan, options, put_rows(plan, state, row, slot)), emitted
+
+
+@_jit
+def _prefill_all(plan: Plan, options: DecodeOptions, params, state, tokens, positions):
+    state = constrain(plan, options, state)
+    state, emitted = start(plan, options, params, state, tokens, positions)
+    return constrain(plan, options, state), emitted
+
+
+@functools.partial(jax.jit, static_argnames=("plan", "options", "steps"), donate_argnames="state")
+def _decode_chunk(plan: Plan, options: DecodeOptions, params, state, steps: int):
+    state, emitted = run_steps(plan, options, params, state, steps)
+    return constrain(plan, options, state), emitted
+
+
+@_jit
+def _freeze(plan: Plan, options: DecodeOptions, state: DecodeState, frozen):
+    return constrain(plan, options, dataclasses.replace(state, active=state.active & ~frozen))
+
+
+@_jit
+def _laid_out(plan: Plan, options: DecodeOptions, state: DecodeState):
+    return constrain(plan, options, state)
+
+
+class Engine:
+    """A fixed number of slots, each with its own prompt, settings and end.
+
+    Slots do not see each other: what a slot emits does not depend on what else is decoded, and
+    every program is compiled once, for all slots. Fill a slot (``prefill``), let all run for some
+    tokens (``decode_chunk``), look at what came, empty slots and fill them again: that is
+    continuous batching, and `generate` is the same thing with all slots filled at once.
+
+    Args:
+      model: a `Decoder`, a `CachedModel`, ``(apply_fn, params, cache)`` or an `Ensemble`.
+      slots: how many rows are decoded together.
+      max_length: most tokens of a slot, prompt included.
+      options: what is reported, and what requests may ask for.
+      extra: one slot's value of ``state.extra`` where a request brings none; a pytree of arrays.
+
+    >>> from flax import nnx
+    >>> from logitjax.models import Decoder, DecoderConfig
+    >>> config = DecoderConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=1,
+    ...                        num_heads=2, num_kv_heads=1, head_dim=4)
+    >>> engine = Engine(Decoder(config, rngs=nnx.Rngs(0), layout="listed"), slots=2, max_length=32)
+    >>> first = engine.prefill(0, Request(prompt=[1, 2, 3], max_new_tokens=4))
+    >>> engine.decode_chunk(2).tokens.shape, engine.active.tolist()
+    ((2, 2), [True, False])
+    >>> engine.evict(0)
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        slots: int,
+        max_length: int,
+        options: DecodeOptions | None = None,
+        extra: Any = None,
+    ):
+        ensemble = model if isinstance(model, Ensemble) else Ensemble(model)
+        self.plan = ensemble.plan
+        self.params = ensemble.params
+        self.options = DecodeOptions() if options is None else options
+        self.slots = slots
+        self.max_length = max_length
+        self._extra = extra
+        self._empty_row = self.plan.init_cache(1, max_length)
+        self._state: DecodeState | None = None
+
+    @property
+    def state(self) -> DecodeState:
+        """All slots as arrays. Programs consume it: do not hold on to an old one."""
+        if self._state is None:
+            idle = [Request(prompt=[0], max_new_tokens=1)] * self.slots
+            cache = self.plan.init_cache(self.slots, self.max_length)
+            state = fresh_rows(self.plan, self.options, idle, cache=cache, extra=self._extra)
+            state = dataclasses.replace(state, active=np.zeros(self.slots, bool))
+            self._state = state = _laid_out(self.plan, self.options, state)
+            return state
+        return self._state
+
+    @property
+    def active(self) -> np.ndarray:
+        """bool ``[slots]``: which slots go on. Waits for the device."""
+        return np.asarray(self.state.active)
+
+    def prefill(self, slot: int, request: Request) -> Emitted:
+        """Read a prompt into a slot, whatever was in it, and choose its first token.
+
+        Returns:
+          `Emitted` of one row.
+
+        Raises:
+          ValueError: for a slot that does not exist, or a request longer than ``max_length``.
+        """
+        if not 0 <= slot < self.slots:
+            raise ValueError(f"slot must be between 0 and {self.slots - 1}, got {slot}")
+        row, tokens, positions = self._rows([request], self._empty_row)
+        self._state, emitted = _prefill_row(
+            self.plan, self.options, self.params, self.state, row, tokens, positions, slot
+        )
+        return emitted
+
+    def prefill_all(self, requests: Sequence[Request]) -> Emitted:
+        """Read as many prompts as there are slots at once.
+
+        Raises:
+          ValueError: for another number of requests, or one longer than ``max_length``.
+        """
+        if len(requests) != self.slots:
+            raise ValueError(f"requests: expected {self.slots}, got {len(requests)}")
+        cache = self.plan.init_cache(self.slots, self.max_length)
+        state, tokens, positions = self._rows(requests, cache)
+        self._state, emitted = _prefill_all(
+            self.plan, self.options, self.params, state, tokens, positions
+        )
+        return emitted
+
+    def decode_chunk(self, steps: int) -> Emitted:
+        """Go on by at most ``steps`` tokens in every active slot.
+
+        Returns:
+          `Emitted` of ``[slots, steps]``; ``valid`` tells which tokens are there.
+        """
+        self._state, emitted = _decode_chunk(
+            self.plan, self.options, self.params, self.state, steps=steps
+        )
+        return emitted
+
+    def evict(self, slot: int | Sequence[int]) -> None:
+        """Freeze slots: they emit nothing until they are filled again."""
+        frozen = np.zeros(self.slots, bool)
+        frozen[slot] = True
+        self._state = _freeze(self.plan, self.options, self.state, frozen)
+
+    def _rows(
+        self, requests: Sequence[Request], cache: Any
+    ) -> tuple[DecodeState, np.ndarray, np.ndarray]:
+        prompts = [request.streams(self.plan) for request in requests]
+        for request, streams in zip(requests, prompts, strict=True):
+            longest = max(map(len, streams))
+            # The last token is emitted, not fed.
+            if longest + request.max_new_tokens - 1 > self.max_length:
+                raise ValueError(
+                    f"request: {longest} prompt tokens and {request.max_new_tokens} new ones do "
+                    f"not fit max_length={self.max_length}"
+                )
+        rows = fresh_rows(self.plan, self.options, requests, cache=cache, extra=self._extra)
+        return rows, *left_padded(prompts)

@@ -1,0 +1,238 @@
+"""Several models that step together, and the function that makes one distribution of theirs."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from logitjax.decoding._cached_model import CachedModel, Static, cached_model
+from logitjax.ops import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Streams (by index) that one call of ``apply`` steps; vmapped where there are several."""
+
+    apply: Callable[..., Any]
+    init_cache: Callable[[int, int], Any]
+    streams: tuple[int, ...]
+    outputs: int
+    takes_last_only: bool
+
+    @property
+    def batch_axis(self) -> int:
+        return len(self.streams) > 1
+
+    def empty(self, rows: int, max_length: int) -> Any:
+        cache = self.init_cache(rows, max_length)
+        if len(self.streams) == 1:
+            return cache
+        return jax.tree.map(
+            lambda leaf: jnp.broadcast_to(leaf, (len(self.streams), *leaf.shape)), cache
+        )
+
+    def forward(self, params: Any, tokens: Any, positions: Any, cache: Any, last_only: bool):
+        """Logits of each stream and output in order, each ``[rows, time, vocab]``."""
+
+        def call(*args: Any) -> Any:
+            if self.takes_last_only:
+                return self.apply(*args, last_only=last_only)
+            logits, cache = self.apply(*args)
+            return (logits[..., -1:, :] if last_only else logits), cache
+
+        index = np.array(self.streams)
+        if len(index) == 1:
+            logits, cache = call(params, tokens[index[0]], positions[index[0]], cache)
+            return list(logits) if self.outputs > 1 else [logits], cache
+        logits, cache = jax.vmap(call)(params, tokens[index], positions[index], cache)
+        if self.outputs > 1:
+            logits = logits.reshape(-1, *logits.shape[2:])
+        return list(logits), cache
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The static part of an `Ensemble`: what is called on which stream, and how it is fused."""
+
+    groups: tuple[Group, ...]
+    streams: int
+    vocab_sizes: tuple[int, ...]
+    experts: int
+    bases: int
+    fuse: Static | None
+
+    @property
+    def token_map(self) -> Any:
+        """How small models' token ids differ from the large one's; strategies may bring one."""
+        return None if self.fuse is None else getattr(self.fuse.value, "token_map", None)
+
+    def read(self, tokens: Array) -> list[Array]:
+        """Tokens of the large model as each stream has to be fed them."""
+        if self.token_map is None:
+            return [tokens] * self.streams
+        small = self.token_map.to_small(tokens, 0)
+        return [tokens, *[small] * (self.streams - 1)]
+
+    @property
+    def vocab_size(self) -> int:
+        return self.vocab_sizes[0]
+
+    @property
+    def outputs(self) -> int:
+        return 1 + self.experts + self.bases
+
+    def next_logits(self, rows: int) -> list[jax.ShapeDtypeStruct]:
+        """Shapes of what `forward` gives for one position of ``rows`` rows."""
+        sizes = [self.vocab_size] * self.outputs
+        if self.token_map is not None:
+            sizes = list(self.vocab_sizes)
+        return [jax.ShapeDtypeStruct((rows, size), jnp.float32) for size in sizes]
+
+    def init_cache(self, rows: int, max_length: int) -> tuple:
+        return tuple(group.empty(rows, max_length) for group in self.groups)
+
+    def forward(
+        self,
+        params: Sequence[Any],
+        tokens: Array,
+        positions: Array,
+        cache: Sequence[Any],
+        *,
+        last_only: bool = False,
+    ) -> tuple[list[jax.Array], tuple]:
+        """One pass of all models; ``tokens`` and ``positions`` ``[streams, rows, time]``.
+
+        Returns:
+          float32 logits ``[rows, time, vocab]`` of the large model, the experts and the bases, in
+          this order, cut or padded to the large model's vocabulary unless there is a token map;
+          and the cache.
+        """
+        tokens, positions = jnp.asarray(tokens), jnp.asarray(positions)
+        found: dict[tuple[int, int], jax.Array] = {}
+        caches = []
+        for group, weights, held in zip(self.groups, params, cache, strict=True):
+            logits, held = group.forward(weights, tokens, positions, held, last_only)
+            caches.append(held)
+            keys = [(s, o) for s in group.streams for o in range(group.outputs)]
+            found |= dict(zip(keys, logits, strict=True))
+        return [self._fit(found[key]) for key in sorted(found)], tuple(caches)
+
+    def _fit(self, logits: jax.Array) -> jax.Array:
+        logits = logits.astype(jnp.float32)
+        if self.token_map is not None:
+            return logits
+        logits = logits[..., : self.vocab_size]
+        missing = self.vocab_size - logits.shape[-1]
+        if not missing:
+            return logits
+        pad = [(0, 0)] * (logits.ndim - 1) + [(0, missing)]
+        return jnp.pad(logits, pad, constant_values=-jnp.inf)
+
+    def combine(self, logits: Sequence[jax.Array]) -> tuple[jax.Array, Any]:
+        """The distribution that is decoded from, and what the fusion says about it."""
+        if self.fuse is None:
+            return logits[0], {}
+        experts, bases = list(logits[1 : 1 + self.experts]), list(logits[1 + self.experts :])
+        empty = jnp.zeros((0, *logits[0].shape), logits[0].dtype)
+        where = None
+        if min(self.vocab_sizes) < self.vocab_size and self.token_map is None:
+            where = np.arange(self.vocab_size) < min(self.vocab_sizes)
+        return self.fuse.value(
+            logits[0],
+            jnp.stack(experts) if experts else empty,
+            jnp.stack(bases) if bases else empty,
+            where=where,
+        )
+
+
+def _kind(model: CachedModel) -> Any:
+    shapes = jax.tree.map(lambda leaf: (leaf.shape, jnp.dtype(leaf.dtype)), model.params)
+    return model.apply, model.init_cache, jax.tree.structure(model.params), str(shapes)
+
+
+class Ensemble:
+    """A large model with experts and bases, stepped together and fused token by token.
+
+    Small models of one architecture are stacked along a leading axis and run as one vmapped call.
+    Each model has its own prompt, positions and cache; the generated tokens are common to all.
+
+    Args:
+      large: the model whose distribution is moved: a `Decoder`, a triple or a `CachedModel`.
+      experts: models tuned towards something.
+      bases: what the experts were tuned from: one for all, or one an expert.
+      fuse: ``fuse(logits_large, logits_experts, logits_bases, where=None) -> (fused, info)`` with
+        logits ``[*batch, vocab]``, experts and bases along a new leading axis (of length 1 for
+        a base that serves all, of length 0 for none); any strategy of `logitjax.fusion`.
+        ``info`` is a pytree of arrays, handed through to the caller. A strategy with a
+        ``token_map`` gets the small models' logits as they are, and they read mapped tokens.
+      stack: whether small models of one architecture become one call. Their parameters are copied
+        then.
+      ring_slack: see `cached_model`.
+
+    Raises:
+      ValueError: for several models without ``fuse``, or bases that are neither one nor as many as
+        the experts.
+
+    >>> from flax import nnx
+    >>> from logitjax.models import Decoder, DecoderConfig
+    >>> config = DecoderConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=1,
+    ...                        num_heads=2, num_kv_heads=1, head_dim=4)
+    >>> models = [Decoder(config, rngs=nnx.Rngs(seed), layout="listed") for seed in range(3)]
+    >>> def proxy(large, experts, bases, where=None):
+    ...     return large + experts[0] - bases[0], {}
+    >>> both = Ensemble(models[0], experts=models[1:2], bases=models[2:], fuse=proxy)
+    >>> both.plan.streams, [group.streams for group in both.plan.groups]
+    (3, [(0,), (1, 2)])
+    """
+
+    def __init__(
+        self,
+        large: Any,
+        *,
+        experts: Sequence[Any] = (),
+        bases: Sequence[Any] = (),
+        fuse: Callable[..., Any] | None = None,
+        stack: bool = True,
+        ring_slack: int = 0,
+    ):
+        members = [cached_model(m, ring_slack=ring_slack) for m in (large, *experts, *bases)]
+        several = len(members) > 1 or members[0].outputs > 1
+        if several and fuse is None:
+            raise ValueError("fuse: several models need a function that makes one of their logits")
+        if len(bases) not in (0, 1, max(1, len(experts))):
+            raise ValueError(f"bases: expected one or {len(experts)} of them, got {len(bases)}")
+        inner = [m for m in members if m.outputs > 1]
+        if inner and len(members) > 1:
+            raise ValueError("large: a model that brings its experts with it takes no others")
+        kinds: dict[Any, list[int]] = {}
+        for i, member in enumerate(members):
+            # The large model keeps its own call: stacking would copy the most memory for the least.
+            shared = stack and i > 0
+            kinds.setdefault(_kind(member) if shared else i, []).append(i)
+        groups, params = [], []
+        for streams in kinds.values():
+            first = members[streams[0]]
+            groups.append(
+                Group(
+                    apply=first.apply,
+                    init_cache=first.init_cache,
+                    streams=tuple(streams),
+                    outputs=first.outputs,
+                    takes_last_only=first.takes_last_only,
+                )
+            )
+            trees = [members[i].params for i in streams]
+            one = len(trees) == 1
+            params.append(trees[0] if one else jax.tree.map(lambda *x: jnp.stack(x), *trees))
+        self.plan = Plan(
+            groups=tuple(groups),
+            streams=len(members),
+            vocab_sizes=tuple(m.vocab_size for m in members),
+            experts=inner[0].experts if inner else len(experts),
+            bases=inner[0].bases if inner else len(bases),
+            fuse=None if fuse is None else Static(fuse),
+        )
+        self.params: tuple = tuple(params)

@@ -1,0 +1,139 @@
+"""What goes into a slot: prompts as padded arrays, and each row's own settings."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from logitjax.decoding._ensemble import Plan
+from logitjax.decoding._sampling import GREEDY, Sampling, sampling_rows
+from logitjax.decoding._step import DecodeOptions, DecodeState
+
+Prompt = Sequence[int] | np.ndarray | jax.Array
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """A prompt and how to go on from it.
+
+    Attributes:
+      prompt: token ids, at least one.
+      others: the prompts of the experts, then of the bases, where theirs differ; None (for one of
+        them, or for all) is the same prompt.
+      max_new_tokens: the row freezes after so many.
+      sampling: how tokens are chosen.
+      stop_ids: the row freezes after any of these, which is still emitted.
+      logit_bias: added to the logits of these tokens.
+      extra: what the engine's processors shall find in ``state.extra`` for this slot.
+    """
+
+    prompt: Prompt
+    others: Sequence[Prompt | None] | None = None
+    max_new_tokens: int
+    sampling: Sampling = GREEDY
+    stop_ids: Sequence[int] = ()
+    logit_bias: Mapping[int, float] | None = None
+    extra: Any = None
+
+    def streams(self, plan: Plan) -> list[np.ndarray]:
+        """One prompt a model.
+
+        Raises:
+          ValueError: for empty prompts or a wrong number of them.
+        """
+        count = plan.streams - 1
+        others = [None] * count if self.others is None else list(self.others)
+        if len(others) != count:
+            raise ValueError(f"others: expected {count} prompts, got {len(others)}")
+        same = plan.read(np.asarray(self.prompt, np.int32))
+        given = zip(same, (None, *others), strict=True)
+        rows = [np.asarray(mine if own is None else own, np.int32) for mine, own in given]
+        for row in rows:
+            if row.ndim != 1 or not row.size:
+                raise ValueError(f"prompt: expected at least one token, got shape {row.shape}")
+        return rows
+
+
+def bucket(length: int, smallest: int = 16) -> int:
+    """The next power of two up to 128, then the next multiple of 128: few shapes to compile.
+
+    >>> [bucket(n) for n in (3, 17, 128, 129, 300)]
+    [16, 32, 128, 256, 384]
+    """
+    if length > 128:
+        return -(-length // 128) * 128
+    return max(smallest, 1 << (length - 1).bit_length())
+
+
+def left_padded(rows: Sequence[Sequence[np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """``rows[row][stream]`` as int32 tokens and positions ``[streams, rows, time]``, -1 before.
+
+    The last column is every prompt's last token.
+    """
+    time = bucket(max(len(prompt) for row in rows for prompt in row))
+    tokens = np.zeros((len(rows[0]), len(rows), time), np.int32)
+    positions = np.full_like(tokens, -1)
+    for i, row in enumerate(rows):
+        for stream, prompt in enumerate(row):
+            tokens[stream, i, time - len(prompt) :] = prompt
+            positions[stream, i, time - len(prompt) :] = np.arange(len(prompt))
+    return tokens, positions
+
+
+def fresh_rows(
+    plan: Plan,
+    options: DecodeOptions,
+    requests: Sequence[Request],
+    *,
+    cache: Any,
+    extra: Any = None,
+) -> DecodeState:
+    """The state of rows that have not read their prompts yet; an empty ``cache`` of as many rows.
+
+    Raises:
+      ValueError: for settings that the compiled options leave no room for.
+    """
+    count = len(requests)
+    for request in requests:
+        if request.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {request.max_new_tokens}")
+        if request.sampling.repetition_penalty != 1 and not options.repetition:
+            raise ValueError("sampling: repetition_penalty needs options with repetition=True")
+    stop_ids = _table([list(r.stop_ids) for r in requests], options.max_stop_ids, -1, "stop_ids")
+    biases = [dict(r.logit_bias or {}) for r in requests]
+    width = options.max_logit_bias
+    bias_ids = _table([list(b) for b in biases], width, plan.vocab_size, "logit_bias")
+    values = _table([list(b.values()) for b in biases], width, 0, "logit_bias", np.float32)
+    wrong = [i for b in biases for i in b if not 0 <= i < plan.vocab_size]
+    if wrong:
+        raise ValueError(f"logit_bias: token {wrong[0]} is not in the vocabulary")
+    given = [extra if r.extra is None else r.extra for r in requests]
+    return DecodeState(
+        cache=cache,
+        lengths=np.zeros((plan.streams, count), np.int32),
+        token=np.zeros(count, np.int32),
+        active=np.ones(count, bool),
+        stopped=np.zeros(count, bool),
+        left=np.array([r.max_new_tokens for r in requests], np.int32),
+        count=np.zeros(count, np.int32),
+        sampling=sampling_rows([r.sampling for r in requests], count),
+        stop_ids=stop_ids,
+        bias_ids=bias_ids,
+        bias_values=values,
+        seen=np.zeros((count, plan.vocab_size), bool) if options.repetition else None,
+        extra=jax.tree.map(lambda *leaves: np.stack(leaves), *given),
+    )
+
+
+def _table(
+    rows: Sequence[Sequence[Any]], width: int, fill: int, name: str, dtype: Any = np.int32
+) -> np.ndarray:
+    longest = max(map(len, rows))
+    if longest > width:
+        raise ValueError(f"{name}: {longest} entries, but options leave room for {width}")
+    table = np.full((len(rows), width), fill, dtype)
+    for row, values in zip(table, rows, strict=True):
+        row[: len(values)] = values
+    return table

@@ -1,0 +1,149 @@
+"""How likely given continuations are."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from logitjax.decoding._ensemble import Ensemble, Plan
+from logitjax.decoding._generate import as_prompts
+from logitjax.decoding._requests import Prompt, Request, bucket, left_padded
+from logitjax.ops import log_softmax
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scores:
+    """Log-probabilities of given tokens, one row a continuation.
+
+    Attributes:
+      logprobs: float32 ``[rows, time]``, 0 behind the end of a continuation.
+      greedy: bool ``[rows, time]``: the token is the most likely one.
+      where: bool ``[rows, time]``: the continuation is there.
+      info: what the fusion said; leaves end in ``[..., rows, time]``, or have one entry a block
+        where they are not by position.
+    """
+
+    logprobs: np.ndarray
+    greedy: np.ndarray
+    where: np.ndarray
+    info: Any = None
+
+    def totals(self) -> np.ndarray:
+        """float32 ``[rows]``: log-probability of each whole continuation."""
+        return self.logprobs.sum(axis=1)
+
+
+@functools.partial(jax.jit, static_argnames=("plan", "info"))
+def _score(plan: Plan, params, cache, prompt, tokens, positions, targets, *, info: bool):
+    """``prompt``: tokens and positions ``[S, B, T]``; the rest in blocks ``[n, S, B, t]``."""
+    _, cache = plan.forward(params, prompt[0], prompt[1], cache, last_only=True)
+
+    def block(cache: Any, inputs: Any) -> tuple[Any, Any]:
+        tokens, positions, targets = inputs
+        logits, cache = plan.forward(params, tokens, positions, cache)
+        fused, said = plan.combine(logits)
+        log_p = jnp.take_along_axis(log_softmax(fused), targets[..., None], axis=-1)[..., 0]
+        return cache, (log_p, fused.argmax(axis=-1) == targets, said if info else None)
+
+    return lax.scan(block, cache, (tokens, positions, targets))[1]
+
+
+def score(
+    model: Any,
+    prompts: Prompt | Sequence[Prompt],
+    continuations: Prompt | Sequence[Prompt],
+    *,
+    others: Sequence[Sequence[Prompt] | None] | None = None,
+    info: bool = False,
+    block: int = 64,
+) -> Scores:
+    """Log-probabilities of continuations, each after its prompt, under what `generate` draws from.
+
+    Teacher-forced in blocks, so that logits of ``block`` positions at most are held at once; the
+    models of an `Ensemble` read their own prompts and then the same continuation.
+
+    Args:
+      model: as for `generate`.
+      prompts: token ids, at least one each.
+      continuations: as many.
+      others: as for `generate`.
+      info: report what the fusion says about every position.
+      block: positions at a time.
+
+    Returns:
+      `Scores`.
+
+    Raises:
+      ValueError: for empty prompts or continuations, or unequal numbers of them.
+
+    >>> from flax import nnx
+    >>> from logitjax.models import Decoder, DecoderConfig
+    >>> config = DecoderConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=2,
+    ...                        num_heads=2, num_kv_heads=1, head_dim=4)
+    >>> model = Decoder(config, rngs=nnx.Rngs(0), layout="listed")
+    >>> score(model, [[1, 2, 3], [4]], [[5, 6], [7]]).where
+    array([[ True,  True],
+           [ True, False]])
+    """
+    ensemble = model if isinstance(model, Ensemble) else Ensemble(model)
+    plan = ensemble.plan
+    rows = as_prompts(prompts)
+    ends = [np.asarray(row, np.int32) for row in as_prompts(continuations)]
+    if len(rows) != len(ends) or not rows:
+        raise ValueError(f"continuations: expected {len(rows)}, got {len(ends)}")
+    if not all(map(len, ends)):
+        raise ValueError("continuations: expected at least one token each")
+    streams = [
+        Request(
+            prompt=row,
+            others=None if others is None else [None if o is None else o[i] for o in others],
+            max_new_tokens=1,
+        ).streams(plan)
+        for i, row in enumerate(rows)
+    ]
+    longest = max(map(len, ends))
+    block = min(block, bucket(longest))
+    time = -(-longest // block) * block
+    # A continuation's first token is predicted from the prompt's last, which each model reads of
+    # its own prompt; the rest of the prompts goes before.
+    before = left_padded([[prompt[:-1] for prompt in row] for row in streams])
+    tokens = np.zeros((plan.streams, len(rows), time), np.int32)
+    positions = np.full_like(tokens, -1)
+    targets = np.zeros((len(rows), time), np.int32)
+    for i, (row, end) in enumerate(zip(streams, ends, strict=True)):
+        targets[i, : len(end)] = end
+        for s, (prompt, read) in enumerate(zip(row, plan.read(end[:-1]), strict=True)):
+            tokens[s, i, : len(end)] = [prompt[-1], *read]
+            positions[s, i, : len(end)] = len(prompt) - 1 + np.arange(len(end))
+    where = np.arange(longest) < np.array([len(end) for end in ends])[:, None]
+
+    def blocks(array: np.ndarray) -> np.ndarray:
+        split = array.reshape(*array.shape[:-1], time // block, block)
+        return np.moveaxis(split, -2, 0)
+
+    log_p, greedy, said = _score(
+        plan,
+        ensemble.params,
+        plan.init_cache(len(rows), bucket(before[0].shape[-1] + time)),
+        before,
+        *map(blocks, (tokens, positions, targets)),
+        info=info,
+    )
+
+    def whole(leaf: jax.Array) -> np.ndarray:
+        if leaf.shape[-2:] != (len(rows), block):
+            return np.asarray(leaf)
+        parts = np.moveaxis(np.asarray(leaf), 0, -2)
+        return parts.reshape(*parts.shape[:-2], time)[..., :longest]
+
+    return Scores(
+        logprobs=np.where(where, whole(log_p), 0),
+        greedy=whole(greedy) & where,
+        where=where,
+        info=jax.tree.map(whole, said),
+    )

@@ -1,0 +1,249 @@
+"""One decoding step of all slots: the only place where tokens are made."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from logitjax.decoding._ensemble import Plan
+from logitjax.decoding._sampling import SamplingRows, penalize_repetition, sample
+from logitjax.ops import log_softmax, top_k
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeOptions:
+    """What a compiled step does beside stepping; every field costs only where it is used.
+
+    Attributes:
+      logprobs: report the log-probability of every chosen token.
+      top_logprobs: report so many of the most likely tokens with theirs.
+      logprobs_of: ``'model'``: of the (fused) logits as they are; ``'adjusted'``: after logit bias,
+        processors and repetition penalty. Before temperature and truncation always.
+      info: report what the fusion says about every token.
+      repetition: keep track of seen tokens, which a repetition penalty needs.
+      max_logit_bias: entries of a slot's logit bias.
+      max_stop_ids: stop tokens of a slot.
+      pad_id: what frozen rows emit.
+      processors: functions ``(logits [rows, vocab], state) -> logits`` applied after the bias and
+        before the penalty; ``state.extra`` holds what each slot was given for them.
+      mesh: devices to work on; rows of the state over its axis ``data``, key heads of the cache
+        over its axis ``tensor``, where those exist and divide.
+    """
+
+    logprobs: bool = False
+    top_logprobs: int = 0
+    logprobs_of: Literal["model", "adjusted"] = "model"
+    info: bool = False
+    repetition: bool = False
+    max_logit_bias: int = 0
+    max_stop_ids: int = 8
+    pad_id: int = 0
+    processors: tuple[Callable[..., Any], ...] = ()
+    mesh: jax.sharding.Mesh | None = None
+
+    def __post_init__(self) -> None:
+        if self.logprobs_of not in ("model", "adjusted"):
+            raise ValueError(f"logprobs_of must be 'model' or 'adjusted', got {self.logprobs_of!r}")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """All slots: axis 0 of every leaf is the slot, except in the cache and ``lengths``.
+
+    ``token`` was emitted but not fed yet. ``lengths [streams, slots]`` are the next positions.
+    ``left`` counts the tokens that may still be emitted, ``count`` those that were.
+    """
+
+    cache: Any
+    lengths: Any
+    token: Any
+    active: Any
+    stopped: Any
+    left: Any
+    count: Any
+    sampling: SamplingRows
+    stop_ids: Any
+    bias_ids: Any
+    bias_values: Any
+    seen: Any
+    extra: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Emitted:
+    """Tokens of one step, axis 0 the slot; of several, ``[slots, steps, ...]``.
+
+    ``valid`` is false where a slot was frozen. The rest is None unless asked for.
+    """
+
+    tokens: Any
+    valid: Any
+    logprobs: Any = None
+    top_ids: Any = None
+    top_logprobs: Any = None
+    info: Any = None
+
+
+def step(
+    plan: Plan, options: DecodeOptions, params: Any, state: DecodeState
+) -> tuple[DecodeState, Emitted]:
+    """Feed every active slot its last token and choose the next."""
+    tokens = jnp.stack(plan.read(state.token))[..., None]
+    positions = jnp.where(state.active, state.lengths, -1)[..., None]
+    logits, cache = plan.forward(params, tokens, positions, state.cache)
+    lengths = state.lengths + state.active
+    state = dataclasses.replace(state, cache=cache, lengths=lengths)
+    return emit(plan, options, state, [row[:, 0] for row in logits])
+
+
+def start(
+    plan: Plan,
+    options: DecodeOptions,
+    params: Any,
+    state: DecodeState,
+    tokens: jax.Array,
+    positions: jax.Array,
+) -> tuple[DecodeState, Emitted]:
+    """Feed left-padded prompts ``[streams, rows, time]`` to fresh rows, choose the first token."""
+    logits, cache = plan.forward(params, tokens, positions, state.cache, last_only=True)
+    seen = state.seen
+    if seen is not None:
+        ids = jnp.where(positions[0] >= 0, tokens[0], seen.shape[1])
+        seen = seen.at[jnp.arange(len(seen))[:, None], ids].set(True, mode="drop")
+    lengths = positions.max(axis=-1) + 1
+    state = dataclasses.replace(state, cache=cache, lengths=lengths, seen=seen)
+    return emit(plan, options, state, [row[:, -1] for row in logits])
+
+
+def emit(
+    plan: Plan, options: DecodeOptions, state: DecodeState, logits: list[jax.Array]
+) -> tuple[DecodeState, Emitted]:
+    """Fuse next-token logits ``[rows, vocab]``, choose, and take note of what ends here."""
+    fused, info = plan.combine(logits)
+    adjusted = adjust(options, state, fused)
+    chosen = sample(adjusted, state.sampling, state.count)
+    token = jnp.where(state.active, chosen, options.pad_id)
+    stopped = state.active & (token[:, None] == state.stop_ids).any(axis=-1)
+    left = state.left - state.active
+    emitted = Emitted(tokens=token, valid=state.active, info=info if options.info else None)
+    if options.logprobs or options.top_logprobs:
+        log_p = log_softmax(fused if options.logprobs_of == "model" else adjusted)
+        logprobs = jnp.take_along_axis(log_p, token[:, None], axis=-1)[:, 0]
+        emitted = dataclasses.replace(emitted, logprobs=logprobs)
+        if options.top_logprobs:
+            values, ids = top_k(log_p, options.top_logprobs)
+            emitted = dataclasses.replace(emitted, top_ids=ids, top_logprobs=values)
+    seen = state.seen
+    if seen is not None:
+        ids = jnp.where(state.active, token, seen.shape[1])
+        seen = seen.at[jnp.arange(len(seen)), ids].set(True, mode="drop")
+    state = dataclasses.replace(
+        state,
+        token=token,
+        active=state.active & ~stopped & (left > 0),
+        stopped=state.stopped | stopped,
+        left=left,
+        count=state.count + state.active,
+        seen=seen,
+    )
+    return state, emitted
+
+
+def adjust(options: DecodeOptions, state: DecodeState, logits: jax.Array) -> jax.Array:
+    """Logit bias, processors and repetition penalty, in this order."""
+    if options.max_logit_bias:
+        rows = jnp.arange(len(logits))[:, None]
+
+        def biased() -> jax.Array:
+            return logits.at[rows, state.bias_ids].add(state.bias_values, mode="drop")
+
+        any_bias = (state.bias_ids < logits.shape[-1]).any()
+        logits = lax.cond(any_bias, biased, lambda: logits)
+    for processor in options.processors:
+        logits = processor(logits, state)
+    if state.seen is not None:
+        logits = penalize_repetition(logits, state.seen, state.sampling.repetition_penalty)
+    return logits
+
+
+def run_steps(
+    plan: Plan, options: DecodeOptions, params: Any, state: DecodeState, steps: int
+) -> tuple[DecodeState, Emitted]:
+    """At most ``steps`` steps, fewer once every row is frozen; ``Emitted`` of ``[rows, steps]``."""
+    out = jax.eval_shape(
+        lambda s, x: emit(plan, options, s, x)[1], state, plan.next_logits(len(state.token))
+    )
+    empty = jax.tree.map(lambda leaf: jnp.zeros((steps, *leaf.shape), leaf.dtype), out)
+    empty = dataclasses.replace(empty, tokens=jnp.full_like(empty.tokens, options.pad_id))
+
+    def unfinished(carry: Any) -> jax.Array:
+        n, state, _ = carry
+        return (n < steps) & state.active.any()
+
+    def advance(carry: Any) -> Any:
+        n, state, buffers = carry
+        state, emitted = step(plan, options, params, state)
+        return n + 1, state, jax.tree.map(lambda b, e: b.at[n].set(e), buffers, emitted)
+
+    _, state, buffers = lax.while_loop(unfinished, advance, (jnp.int32(0), state, empty))
+    return state, rows_first(buffers)
+
+
+def rows_first(emitted: Emitted) -> Emitted:
+    """Of steps stacked in front: slots in front. What the fusion said keeps its steps in front."""
+    swapped = jax.tree.map(
+        lambda leaf: jnp.swapaxes(leaf, 0, 1), dataclasses.replace(emitted, info=None)
+    )
+    return dataclasses.replace(swapped, info=emitted.info)
+
+
+def put_rows(plan: Plan, state: DecodeState, rows: DecodeState, slot: jax.Array) -> DecodeState:
+    """``state`` with ``rows`` from ``slot`` on."""
+
+    def put(axis: int) -> Callable[..., jax.Array]:
+        return lambda old, new: lax.dynamic_update_slice_in_dim(
+            old, new.astype(old.dtype), slot, axis
+        )
+
+    cache = tuple(
+        jax.tree.map(put(group.batch_axis), old, new)
+        for group, old, new in zip(plan.groups, state.cache, rows.cache, strict=True)
+    )
+    lengths = put(1)(state.lengths, rows.lengths)
+    rest = [
+        dataclasses.replace(s, cache=(), lengths=()) for s in (state, rows)
+    ]  # every other leaf has the slot in front
+    merged = jax.tree.map(put(0), *rest)
+    return dataclasses.replace(merged, cache=cache, lengths=lengths)
+
+
+def constrain(plan: Plan, options: DecodeOptions, state: DecodeState) -> DecodeState:
+    """Lay the state out over the mesh, alike before and after every program."""
+    mesh = options.mesh
+    if mesh is None:
+        return state
+
+    def axis(name: str, size: int) -> str | None:
+        return name if name in mesh.axis_names and size % mesh.shape[name] == 0 else None
+
+    def pin(leaf: jax.Array, rows: int, heads: int | None = None) -> jax.Array:
+        entries: list[str | None] = [None] * leaf.ndim
+        if leaf.ndim > rows:
+            entries[rows] = axis("data", leaf.shape[rows])
+        if heads is not None and leaf.ndim == heads + 3:
+            entries[heads] = axis("tensor", leaf.shape[heads])
+        return lax.with_sharding_constraint(leaf, NamedSharding(mesh, PartitionSpec(*entries)))
+
+    cache = tuple(
+        jax.tree.map(lambda leaf, g=group: pin(leaf, g.batch_axis, g.batch_axis + 1), held)
+        for group, held in zip(plan.groups, state.cache, strict=True)
+    )
+    lengths = pin(state.lengths, 1)
+    rest = jax.tree.map(lambda leaf: pin(leaf, 0), dataclasses.replace(state, cache=(), lengths=()))
+    return dataclasses.replace(rest, cache=cache, lengths=lengths)

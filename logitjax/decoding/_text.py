@@ -1,0 +1,88 @@
+"""Tokens to text as they come, and stop strings, which tokens do not respect."""
+
+from collections.abc import Sequence
+
+from logitjax.models import Tokenizer
+
+
+class TextStream:
+    """The text of a growing list of tokens, handed out once it can no longer change.
+
+    Held back are the bytes of an unfinished character, and an end of the text that may become a
+    stop string. Special tokens leave no text.
+
+    Args:
+      tokenizer: of the model.
+      stop_strings: the text ends before the first of them.
+
+    >>> from tokenizers import Tokenizer as Backend, decoders, models
+    >>> backend = Backend(models.BPE({"a": 0, "b": 1, "!": 2}, []))
+    >>> backend.decoder = decoders.Fuse()
+    >>> stream = TextStream(Tokenizer(backend), stop_strings=["b!"])
+    >>> [stream.push([token]) for token in (0, 1, 0, 1, 2, 0)]
+    ['a', '', 'ba', '', '', '']
+    >>> stream.text, stream.stopped, len(stream.tokens)
+    ('aba', True, 5)
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str] = ()):
+        if any(not string for string in stop_strings):
+            raise ValueError("stop_strings: an empty string would stop everything")
+        self.tokenizer = tokenizer
+        self.stop_strings = tuple(stop_strings)
+        self.tokens: list[int] = []
+        self.stopped = False
+        self.text = ""
+        self._sent = 0
+        self._prefix = self._read = 0
+
+    def push(self, tokens: Sequence[int]) -> str:
+        """Take more tokens; the text that is certain by now and was not given before.
+
+        Tokens after the one that completes a stop string are not taken.
+        """
+        for token in tokens:
+            if self.stopped:
+                break
+            self.tokens.append(int(token))
+            self.text += self._new_text()
+            self._cut()
+        return self._give(len(self.text) if self.stopped else len(self.text) - self._held())
+
+    def finish(self) -> str:
+        """The text that was held back, once no more tokens come."""
+        if not self.stopped:
+            self.text += self._decode(self._prefix)[len(self._decode(self._prefix, self._read)) :]
+            self._prefix = self._read = len(self.tokens)
+            self._cut()
+        return self._give(len(self.text))
+
+    def _give(self, end: int) -> str:
+        start, self._sent = self._sent, max(end, self._sent)
+        return self.text[start : self._sent]
+
+    def _decode(self, start: int, stop: int | None = None) -> str:
+        return self.tokenizer.decode(self.tokens[start:stop], skip_special=True)
+
+    def _new_text(self) -> str:
+        """Decoded with the tokens before, since a decoder may treat the first one differently."""
+        before = self._decode(self._prefix, self._read)
+        now = self._decode(self._prefix)
+        if now.endswith("\N{REPLACEMENT CHARACTER}"):
+            return ""
+        self._prefix, self._read = self._read, len(self.tokens)
+        return now[len(before) :]
+
+    def _cut(self) -> None:
+        found = [self.text.find(string) for string in self.stop_strings]
+        ends = [place for place in found if place >= 0]
+        if ends:
+            self.text, self.stopped = self.text[: min(ends)], True
+
+    def _held(self) -> int:
+        """The longest end of the text that begins a stop string."""
+        longest = max(map(len, self.stop_strings), default=0)
+        for size in range(min(longest - 1, len(self.text)), 0, -1):
+            if any(string.startswith(self.text[-size:]) for string in self.stop_strings):
+                return size
+        return 0

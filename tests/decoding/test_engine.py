@@ -1,0 +1,128 @@
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from logitjax.decoding import DecodeOptions, Engine, Request, Sampling, generate
+from tests.decoding._models import PROMPTS, decoder, next_logits
+
+
+def alone(prompt, count, sampling=Sampling()):  # noqa: B008
+    """By itself, in a batch of the shape the other tests compile."""
+    prompts = [prompt, [1], [1]]
+    out = generate(decoder(), prompts, max_new_tokens=count, sampling=[sampling] * 3)
+    return out.rows()[0]
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return Engine(decoder(), slots=3, max_length=32, options=DecodeOptions(max_logit_bias=2))
+
+
+def collect(found, slot, emitted, row):
+    found.setdefault(slot, []).extend(
+        np.asarray(emitted.tokens[row])[np.asarray(emitted.valid[row])].tolist()
+    )
+
+
+def test_slots_are_filled_and_emptied_while_others_run(engine):
+    warm = Sampling(temperature=2.0, seed=8)
+    found: dict = {}
+    requests = {
+        0: Request(prompt=PROMPTS[1], max_new_tokens=12),
+        1: Request(prompt=PROMPTS[0], max_new_tokens=12, sampling=warm),
+        2: Request(prompt=PROMPTS[2], max_new_tokens=3),
+    }
+
+    def fill(slot, request):
+        first = engine.prefill(slot, request)
+        found[slot] = np.asarray(first.tokens).tolist()
+
+    def run():
+        chunk = engine.decode_chunk(4)
+        for slot in range(3):
+            collect(found, slot, chunk, slot)
+
+    fill(0, requests[0])
+    run()
+    fill(2, requests[2])
+    run()
+    fill(1, requests[1])
+    run()
+    np.testing.assert_array_equal(engine.active, [False, True, False])
+    assert found[0] == alone(PROMPTS[1], 12)
+    assert found[2] == alone(PROMPTS[2], 12)[:3]
+    # A slot that is used again remembers nothing.
+    fill(2, dataclasses.replace(requests[0], max_new_tokens=5))
+    run()
+    run()
+    assert found[2] == alone(PROMPTS[1], 12)[:5]
+    assert found[1] == alone(PROMPTS[0], 12, warm)
+    assert not engine.active.any()
+
+
+def test_evicted_slots_emit_nothing(engine):
+    for slot in range(2):
+        engine.prefill(slot, Request(prompt=PROMPTS[slot], max_new_tokens=20))
+    engine.evict(0)
+    chunk = engine.decode_chunk(4)
+    np.testing.assert_array_equal(chunk.valid.sum(axis=1), [0, 4, 0])
+    assert (np.asarray(chunk.tokens)[0] == 0).all()
+    engine.evict([0, 1])
+    assert not engine.active.any()
+
+
+def test_every_slot_has_its_own_settings(engine):
+    banned = alone(PROMPTS[0], 12)[0]
+    requests = [
+        Request(prompt=PROMPTS[0], max_new_tokens=4, logit_bias={banned: -1e9, 3: 0.0}),
+        Request(prompt=PROMPTS[0], max_new_tokens=4),
+        Request(prompt=PROMPTS[0], max_new_tokens=4, stop_ids=[banned]),
+    ]
+    first = engine.prefill_all(requests)
+    assert first.tokens[0] == np.argsort(-next_logits(decoder(), PROMPTS[0]))[1]
+    assert first.tokens[1] == first.tokens[2] == banned
+    np.testing.assert_array_equal(engine.active, [True, True, False])
+    np.testing.assert_array_equal(engine.state.stopped, [False, False, True])
+
+
+def test_processors_see_what_their_slot_was_given():
+    def only(logits, state):
+        allowed = jnp.arange(logits.shape[-1]) >= state.extra["least"][:, None]
+        return jnp.where(allowed, logits, -jnp.inf)
+
+    options = DecodeOptions(processors=(only,), logprobs=True, logprobs_of="adjusted")
+    engine = Engine(
+        decoder(), slots=2, max_length=32, options=options, extra={"least": np.int32(0)}
+    )
+    engine.prefill(0, Request(prompt=PROMPTS[0], max_new_tokens=5))
+    extra = {"least": np.int32(60)}
+    first = engine.prefill(1, Request(prompt=PROMPTS[0], max_new_tokens=5, extra=extra))
+    tail = next_logits(decoder(), PROMPTS[0])[60:]
+    assert first.tokens[0] == 60 + tail.argmax()
+    expected = tail.max() - np.log(np.exp(tail).sum())
+    np.testing.assert_allclose(first.logprobs[0], expected, atol=1e-4)
+    tokens = np.asarray(engine.decode_chunk(4).tokens)
+    assert (tokens[1] >= 60).all()
+    assert tokens[0].tolist() == alone(PROMPTS[0], 12)[1:5]
+
+
+def test_wrong_requests_are_named(engine):
+    for slot, request, message in (
+        (3, Request(prompt=[1], max_new_tokens=1), "slot must be between 0 and 2"),
+        (0, Request(prompt=[1] * 30, max_new_tokens=4), "do not fit max_length=32"),
+        (0, Request(prompt=[], max_new_tokens=4), "at least one token"),
+        (0, Request(prompt=[1], max_new_tokens=4, stop_ids=range(9)), "room for 8"),
+        (0, Request(prompt=[1], max_new_tokens=4, logit_bias=dict.fromkeys(range(3), 1.0)), "room"),
+        (
+            0,
+            Request(prompt=[1], max_new_tokens=4, sampling=Sampling(repetition_penalty=2.0)),
+            "repetition=True",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            engine.prefill(slot, request)
+    with pytest.raises(ValueError, match="expected 3"):
+        engine.prefill_all([Request(prompt=[1], max_new_tokens=1)])
+    assert engine.prefill(0, Request(prompt=[1] * 30, max_new_tokens=3)).tokens.shape == (1,)

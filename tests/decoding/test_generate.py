@@ -1,0 +1,168 @@
+import numpy as np
+import pytest
+from flax import nnx
+
+from experiments._models import byte_tokenizer
+from logitjax import decoding, models, training
+from logitjax.decoding import DecodeOptions, Sampling, generate
+from tests.decoding._models import CONFIG, PROMPTS, decoder, next_logits, slow_greedy
+
+REPORTED = DecodeOptions(logprobs=True, top_logprobs=3, max_logit_bias=2)
+
+
+def log_softmax(x):
+    x = x.astype(np.float64)
+    return x - x.max() - np.log(np.exp(x - x.max()).sum())
+
+
+@pytest.fixture(scope="module")
+def greedy():
+    return generate(decoder(), PROMPTS, max_new_tokens=10, options=REPORTED)
+
+
+def test_greedy_equals_the_uncached_model(greedy):
+    for row, prompt in zip(greedy.rows(), PROMPTS, strict=True):
+        assert row == slow_greedy(lambda ids: next_logits(decoder(), ids), prompt, 10)
+
+
+def test_log_probs_are_the_models(greedy):
+    for row, prompt in enumerate(PROMPTS):
+        for n in (0, 4, 9):
+            context = [*prompt, *greedy.tokens[row, :n].tolist()]
+            log_p = log_softmax(next_logits(decoder(), context))
+            token = greedy.tokens[row, n]
+            np.testing.assert_allclose(greedy.logprobs[row, n], log_p[token], atol=1e-4)
+            best = np.argsort(-log_p)[:3]
+            np.testing.assert_array_equal(greedy.top_ids[row, n], best)
+            np.testing.assert_allclose(greedy.top_logprobs[row, n], log_p[best], atol=1e-4)
+
+
+def test_a_padded_array_is_its_prompts(greedy):
+    tokens = np.zeros((3, 9), np.int32)
+    where = np.zeros((3, 9), bool)
+    for i, prompt in enumerate(PROMPTS):
+        tokens[i, 9 - len(prompt) :] = prompt
+        where[i, 9 - len(prompt) :] = True
+    out = generate(decoder(), tokens, where=where, max_new_tokens=10, options=REPORTED)
+    np.testing.assert_array_equal(out.tokens, greedy.tokens)
+
+
+def test_stop_ids_freeze_their_rows(greedy):
+    stop = int(greedy.tokens[1, 4])
+    out = generate(decoder(), PROMPTS, max_new_tokens=10, stop_ids=[stop], options=REPORTED)
+    for row, free in zip(out.rows(), greedy.rows(), strict=True):
+        end = free.index(stop) + 1 if stop in free else 10
+        assert row == free[:end]
+    np.testing.assert_array_equal(out.stopped, [stop in row for row in greedy.rows()])
+    assert (out.tokens[1, out.lengths[1] :] == 0).all()
+    assert (out.logprobs[1, out.lengths[1] :] <= 0).all()
+
+
+def test_draws_depend_on_the_seed_and_not_on_the_neighbours():
+    warm = Sampling(temperature=1.5, top_k=20, top_p=0.95, seed=3)
+    out = generate(decoder(), PROMPTS, max_new_tokens=10, sampling=warm)
+    for i, prompt in enumerate(PROMPTS):
+        alone = generate(
+            decoder(),
+            [prompt, PROMPTS[0], prompt],
+            max_new_tokens=10,
+            sampling=[
+                Sampling(temperature=1.5, top_k=20, top_p=0.95, seed=3 + i),
+                Sampling(),
+                Sampling(temperature=1.5, top_k=20, top_p=0.95, seed=99),
+            ],
+        )
+        np.testing.assert_array_equal(alone.tokens[0], out.tokens[i])
+        assert alone.rows()[1] == generate(decoder(), PROMPTS, max_new_tokens=10).rows()[0]
+        assert alone.rows()[2] != alone.rows()[0]
+
+
+def test_streaming_changes_nothing(greedy):
+    seen: list[list[int]] = [[], [], []]
+    calls = 0
+
+    def stream(row, tokens, text):
+        nonlocal calls
+        calls += 1
+        seen[row] += tokens
+        assert text == ""
+
+    out = generate(decoder(), PROMPTS, max_new_tokens=10, options=REPORTED, stream=stream, chunk=4)
+    for name in ("tokens", "lengths", "stopped", "top_ids"):
+        np.testing.assert_array_equal(getattr(out, name), getattr(greedy, name))
+    np.testing.assert_allclose(out.logprobs, greedy.logprobs, atol=1e-5)
+    assert seen == greedy.rows()
+    # The first token, two whole chunks, and what is left of a third.
+    assert calls == 3 * 4
+
+
+def test_stop_strings_end_rows_between_chunks():
+    tokenizer = byte_tokenizer()
+    free = generate(decoder(), PROMPTS, max_new_tokens=12, tokenizer=tokenizer)
+    text = free.texts[1]
+    stop = text[3:5]
+    assert len(stop.encode()) == 2
+    shown = []
+    out = generate(
+        decoder(),
+        PROMPTS,
+        max_new_tokens=12,
+        tokenizer=tokenizer,
+        stop_strings=[stop],
+        stream=lambda row, tokens, text: shown.append((row, text)),
+        chunk=3,
+    )
+    for row in range(3):
+        end = free.texts[row].find(stop)
+        expected = free.texts[row] if end < 0 else free.texts[row][:end]
+        assert out.texts[row] == expected
+        assert "".join(text for r, text in shown if r == row) == expected
+        assert out.stopped[row] == (end >= 0)
+        count = 12 if end < 0 else end + 2
+        assert out.rows()[row] == free.rows()[row][:count]
+        assert (out.tokens[row, count:] == 0).all()
+
+
+def test_a_bias_and_a_penalty_move_tokens(greedy):
+    banned = int(greedy.tokens[0, 0])
+    out = generate(
+        decoder(), PROMPTS, max_new_tokens=10, logit_bias={banned: -1e9}, options=REPORTED
+    )
+    assert banned not in out.tokens
+    second = np.argsort(-next_logits(decoder(), PROMPTS[0]))[1]
+    assert out.tokens[0, 0] == second
+    # What is reported is the model's own distribution.
+    log_p = log_softmax(next_logits(decoder(), PROMPTS[0]))
+    np.testing.assert_allclose(out.logprobs[0, 0], log_p[second], atol=1e-4)
+    strong = Sampling(repetition_penalty=1e6)
+    out = generate(decoder(), PROMPTS, max_new_tokens=10, sampling=strong)
+    for row, prompt in zip(out.rows(), PROMPTS, strict=True):
+        assert len({*row, *prompt}) == len(row) + len(prompt)
+
+
+def test_sharded_equals_local(greedy):
+    mesh = training.make_mesh("data:2,fsdp:2,tensor:2")
+    rules = training.ShardingRules(rules=models.DECODER_RULES)
+    apply_fn, params = models.from_nnx(decoder())
+    sharded = nnx.merge(apply_fn.graphdef, training.shard_tree(params, mesh, rules))
+    options = DecodeOptions(logprobs=True, top_logprobs=3, max_logit_bias=2, mesh=mesh)
+    prompts = [*PROMPTS, PROMPTS[0]]
+    out = generate(sharded, prompts, max_new_tokens=10, options=options)
+    np.testing.assert_array_equal(out.tokens[:3], greedy.tokens)
+    np.testing.assert_array_equal(out.tokens[3], greedy.tokens[0])
+    np.testing.assert_allclose(out.logprobs[:3], greedy.logprobs, atol=1e-4)
+
+
+def test_what_does_not_fit_is_refused():
+    for arguments, message in (
+        (dict(prompts=[[], [1]], max_new_tokens=2), "at least one token"),
+        (dict(prompts=[[1]], max_new_tokens=0), "max_new_tokens"),
+        (dict(prompts=[[1]], max_new_tokens=2, stop_strings=["x"]), "tokenizer"),
+        (dict(prompts=[[1]], max_new_tokens=2, sampling=[Sampling()] * 2), "one a prompt"),
+        (dict(prompts=[[1]], max_new_tokens=2, logit_bias={CONFIG.vocab_size: 1.0}), "vocabulary"),
+        (dict(prompts=[[1]], max_new_tokens=2, others=[[[1]]]), "expected 0 prompts"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            generate(decoder(), **arguments)
+    with pytest.raises(TypeError, match="Decoder, a CachedModel"):
+        decoding.cached_model(3)
