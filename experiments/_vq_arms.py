@@ -19,7 +19,9 @@ VQ_ARMS = {
     "vq_bias": ("weighted_kmeans", True),
     "vq_likelihood": ("likelihood", True),
 }
-BASELINES = ("low_rank", "product", "adaptive", "full_bias_labels", "full_labels")
+BASELINES = ("low_rank", "product", "wide_low_rank", "adaptive", "full_bias_labels", "full_labels")
+#: Heads that make V cheap logits, for exact rows to re-score the best of.
+SCREENS = ("product", "wide_low_rank")
 ARMS = (*VQ_ARMS, "vq_likelihood_labels", *BASELINES)
 
 
@@ -35,6 +37,9 @@ class Converted:
       floor: the perplexity below which the head without bias could not come, if it is a VQ head.
       curve: training loss by step.
       moved: tokens that changed their code, by reassignment.
+      head: the module, if it is a VQ head.
+      logits: ``(params, hidden) -> [n, vocab]``, of a head that can screen.
+      decode: as ``top_k``, where decoding takes another way to the same tokens.
     """
 
     nll: Callable[..., Any]
@@ -45,14 +50,19 @@ class Converted:
     curve: tuple[float, ...] = ()
     moved: tuple[float, ...] = ()
     head: Any = None
+    logits: Callable[..., Any] | None = None
+    decode: Callable[..., Any] | None = None
 
 
 def convert(ctx: Context, arm: str, codes: int, seed: int, lr: float, config: Any) -> Converted:
     """Fits and tunes one arm."""
     if arm in VQ_ARMS or arm == "vq_likelihood_labels":
         return _vq(ctx, arm, codes, seed, lr, config)
-    if arm == "low_rank":
-        return _linear(ctx, arm, seed, lr, config, *_low_rank(ctx, codes))
+    if arm in ("low_rank", "wide_low_rank"):
+        # As many numbers as a codebook of that size has, or as many as may be read.
+        rank = max(1, round(codes * ctx.width / (ctx.vocab + ctx.width)))
+        rank = rank if arm == "low_rank" else config.screen_rank
+        return _linear(ctx, arm, seed, lr, config, *_low_rank(ctx, rank))
     if arm == "product":
         return _linear(ctx, arm, seed, lr, config, *_product(ctx, seed, config))
     if arm == "adaptive":
@@ -142,6 +152,37 @@ def shortlist(
         product_codes=config.product_codes,
     )
     return Converted(nll, top_k, params, cost, base.floor)
+
+
+def screened(ctx: Context, base: Converted, candidates: int) -> Converted:
+    """Re-scores the best tokens of a cheap head with the old rows."""
+    screen = base.logits
+    if screen is None:
+        raise ValueError("this head does not make V logits to screen with")
+    params = {"screen": base.params, "rows": ctx.rows, "row_bias": ctx.row_bias}
+
+    def options(params: Any, logits: Any = screen) -> dict[str, Any]:
+        return {
+            "screen": lambda hidden: logits(params["screen"], hidden),
+            "rescore": heads.exact_rows(params["rows"], params["row_bias"]),
+            "num_candidates": candidates,
+        }
+
+    def nll(params: Any, hidden: Any, labels: Any) -> Any:
+        return heads.screened_nll(hidden, labels, **options(params))
+
+    def top_k(params: Any, hidden: Any, **way: Any) -> Any:
+        found = heads.screened_topk(hidden, 5, with_log_z=False, **options(params, **way))
+        return found.indices
+
+    def decode(params: Any, hidden: Any) -> Any:
+        return top_k(params, hidden, logits=_lookup_logits)
+
+    cost = heads.screened_cost(
+        base.cost, ctx.vocab, ctx.width, num_candidates=candidates, own_rows=not ctx.tied
+    )
+    looks_up = "product" in base.params
+    return Converted(nll, top_k, params, cost, decode=decode if looks_up else None)
 
 
 def tune_shortlist_tail(
@@ -244,6 +285,15 @@ def _linear_logits(params: Any, hidden: Any) -> Any:
     return heads.linear_logits(hidden, params["kernel"], params.get("bias"), vocab_axis=0)
 
 
+def _lookup_logits(params: Any, hidden: Any) -> Any:
+    """Of a product-quantised head, by look-ups: the sums of `_linear_logits`, less to read."""
+    return heads.product_logits(hidden, *params["product"], params["bias"])
+
+
+def _lookup_top_k(params: Any, hidden: Any) -> Any:
+    return ops.top_k(_lookup_logits(params, hidden), 5)[1]
+
+
 def _linear_nll(params: Any, hidden: Any, labels: Any) -> Any:
     hidden = hidden @ params["down"] if "down" in params else hidden
     return losses.linear_cross_entropy(
@@ -255,9 +305,7 @@ def _linear_top_k(params: Any, hidden: Any) -> Any:
     return ops.top_k(_linear_logits(params, hidden), 5)[1]
 
 
-def _low_rank(ctx: Context, codes: int) -> tuple[Any, Any, Any, Any]:
-    """As many numbers as a codebook of that size has."""
-    rank = max(1, round(codes * ctx.width / (ctx.vocab + ctx.width)))
+def _low_rank(ctx: Context, rank: int) -> tuple[Any, Any, Any, Any]:
     down, kernel, bias = heads.fit_low_rank(
         ctx.rows, ctx.unigram, ctx.statistics.mean, ctx.statistics.cov, rank, row_bias=ctx.row_bias
     )
@@ -281,8 +329,9 @@ def _product(ctx: Context, seed: int, config: Any) -> tuple[Any, Any, Any, Any]:
     bias = bias if ctx.row_bias is None else bias + ctx.row_bias
 
     def effective(params: Any, constants: Any) -> Any:
-        rows = heads.product_kernel(params["codebooks"], constants["codes"])
-        return {"kernel": rows, "bias": params["bias"]}
+        product = (params["codebooks"], constants["codes"])
+        rows = heads.product_kernel(*product)
+        return {"kernel": rows, "bias": params["bias"], "product": product}
 
     cost = heads.product_cost(
         ctx.vocab, ctx.width, config.product_groups, codes=config.product_codes
@@ -338,6 +387,8 @@ def _linear(
         real,
         cost,
         curve=tuple(loss - targets.entropy for loss in curve),
+        logits=_linear_logits,
+        decode=_lookup_top_k if "product" in real else None,
     )
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from etils import epath
 from flax import nnx
 
@@ -108,21 +107,19 @@ def prepare(config: Any, workdir: epath.Path) -> Context:
     splits = {}
     for name, size in sizes.items():
         cache = training.cache_hidden_states(
-            model, _batches(packed[name], config), root / f"hidden_{name}", max_tokens=size
+            model,
+            _batches(packed[name], config),
+            root / f"hidden_{name}",
+            max_tokens=size,
+            source=f"{packed[name].fingerprint}, {config.batch_rows} rows a batch",
         )
-        path = root / f"targets_{name}.npz"
-        if path.exists():
-            targets = training.HeadTargets.load(path)
-        else:
-            logging.info("the full head on %d positions of %s", len(cache), name)
-            targets = training.head_targets(
-                cache.hidden,
-                rows,
-                row_bias,
-                labels=cache.labels,
-                soft_cap=model.config.logits_softcap,
-            )
-            targets.save(path)
+        targets = training.cached_head_targets(
+            root / f"targets_{name}.npz",
+            cache,
+            rows,
+            row_bias,
+            soft_cap=model.config.logits_softcap,
+        )
         splits[name] = Split(cache.hidden, cache.labels, targets)
     total = sum(x.size for x in jax.tree.leaves(_params(model)))
     tied = model.config.tie_embeddings

@@ -31,8 +31,10 @@ class Text:
     """Rows over a small vocabulary: the most frequent tokens, and one for all others."""
 
     train: np.ndarray
+    validation: np.ndarray
     test: np.ndarray
     train_mask: np.ndarray
+    validation_mask: np.ndarray
     test_mask: np.ndarray
     unigram: np.ndarray
     kept: np.ndarray
@@ -44,7 +46,7 @@ def small_text(ctx: Context, config: Any) -> Text:
     small = np.full(ctx.vocab, len(kept), np.int32)
     small[kept] = np.arange(len(kept))
     parts: dict[str, Any] = {}
-    for split, rows in (("train", None), ("test", 64)):
+    for split, rows in (("train", None), ("validation", 32), ("test", 64)):
         batches = ctx.packed[split].iterate_once(batch_size=64, max_rows=rows)
         columns = [batch["model"] for batch in batches]
         parts[split] = small[np.concatenate([c["tokens"] for c in columns])]
@@ -104,13 +106,23 @@ def train(ctx: Context, text: Text, arm: str, seed: int, lr: float, config: Any)
             run = jax.jit(hidden_of)
             state, fixed = _reassigned(state, fixed, run, text, config)
     evaluate = training.make_eval_step(loss_fn)
-    batches = [
-        {"tokens": text.test[i : i + 16], "mask": text.test_mask[i : i + 16]}
-        for i in range(0, len(text.test) - 15, 16)
-    ]
-    held_out = training.evaluate(evaluate, state.params, batches, fixed)["loss"]
+    held_out = {
+        name: training.evaluate(evaluate, state.params, _blocks(tokens, mask), fixed)["loss"]
+        for name, tokens, mask in (
+            ("validation_nll", text.validation, text.validation_mask),
+            ("nll", text.test, text.test_mask),
+        )
+    }
     size = sum(x.size for x in jax.tree.leaves(head["params"]))
-    return {"nll": held_out, "parameters": size, "curve": curve}
+    return held_out | {"parameters": size, "curve": curve}
+
+
+def _blocks(tokens: np.ndarray, mask: np.ndarray) -> list[dict[str, np.ndarray]]:
+    size = min(16, len(tokens))
+    return [
+        {"tokens": tokens[i : i + size], "mask": mask[i : i + size]}
+        for i in range(0, len(tokens) - size + 1, size)
+    ]
 
 
 def _head(

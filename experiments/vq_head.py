@@ -5,13 +5,15 @@
 reads text, computes the model's hidden states once, lets its own head speak once, and then fits and
 tunes one head after another on what is cached: codes with and without biases, with the mapping of
 the paper and with better ones, shortlists re-scored with exact and with product-quantised rows,
-low-rank, product-quantised and adaptive heads, and as a control the full head tuned on that text.
+low-rank, product-quantised and adaptive heads, the first two also as screens for exact rows, and
+as a control the full head tuned on that text.
 ``report.md`` gets what is left of the head's bytes, held-out perplexity against the untouched head
 and against the tuned one with biases, agreement in the first and first five tokens, and times.
 
 Arms (``--arm``, repeatable) are tuned to the old head's distribution, those that end in ``_labels``
 and ``adaptive`` to the text. With several learning rates each arm picks its own on validation data
-with the first seed. Kill it whenever you like: finished arms are kept.
+with the first seed at the first size of the codebook. Kill it whenever you like: finished arms are
+kept.
 """
 
 import dataclasses
@@ -58,8 +60,10 @@ class Config:
     page_size: int = field(8, "Tokens a page.")
     shortlist_steps: int = field(0, "Steps of a shortlist's own loss after conversion.")
     shortlist_batch: int = field(256, "Positions of each.")
-    product_groups: int = field(32, "Groups of product quantisation.")
+    product_groups: int = field(96, "Groups of product quantisation.")
     product_codes: int = field(256, "Codes a group.")
+    screen_rank: int = field(48, "Rank of the low-rank head that screens.")
+    candidates: tuple[int, ...] = field((512,), "Tokens that exact rows re-score.")
     adaptive_div: float = field(4.0, "By how much the tails of adaptive softmax narrow.")
     scratch_arm: tuple[str, ...] = field((), "Head to train a small model from scratch with")
     scratch_vocab: int = field(8192, "Vocabulary of that model.")
@@ -98,6 +102,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         shortlist_batch=32,
         product_groups=4,
         product_codes=16,
+        screen_rank=4,
+        candidates=(8,),
         scratch_arm=("full_bias", "vq_reassigned", "adaptive"),
         scratch_vocab=128,
         scratch_width=16,
@@ -110,26 +116,30 @@ PRESETS: dict[str, dict[str, Any]] = {
         train_tokens=24_000,
         validation_tokens=2_000,
         test_tokens=6_000,
-        arm=("vq_paper", "vq_bias", "vq_likelihood"),
+        arm=("vq_paper", "vq_bias", "vq_likelihood", "wide_low_rank"),
         codes=(1024, 2048),
         steps=60,
         reassign_every=20,
         kmeans_iterations=5,
     ),
     "report": dict(
-        codes=(512, 2048),
+        arm=tuple(arm for arm in _vq_arms.ARMS if arm != "full_labels"),
+        codes=(2048, 512),
         seeds=3,
         learning_rate=(1e-3, 3e-3),
-        steps=80,
+        steps=60,
+        batch_size=512,
         reassign_every=20,
+        kmeans_iterations=5,
         shortlist_steps=20,
         scratch_arm=_vq_scratch.ARMS,
+        scratch_steps=150,
         scratch_learning_rate=(2e-3, 6e-3),
     ),
     "paper": dict(
-        # WikiText-103 is not in tfds (--data=text:DIRECTORY reads it); C4 has no test split.
-        data="tfds:c4:en",
-        splits=("train[:200000]", "validation[:50%]", "validation[50%:]"),
+        # C4: --data=tfds:c4:en --splits='train[:200000]' --splits='validation[:50%]'
+        # --splits='validation[50%:]', it has no test split.
+        data="tfds:wikitext103",
         train_tokens=1_000_000,
         validation_tokens=100_000,
         test_tokens=240_000,
@@ -161,7 +171,7 @@ def run(config: Config, workdir: epath.Path) -> None:
     for codes in config.codes:
         for arm in config.arm:
             # Arms without a codebook are the same whatever its size, but for the low rank.
-            if codes == config.codes[0] or arm in _vq_arms.VQ_ARMS or arm == "low_rank":
+            if codes == config.codes[0] or arm.startswith("vq") or arm == "low_rank":
                 records += _arm(ctx, arm, codes, config, results)
     scratch = [
         record for arm in config.scratch_arm for record in _scratch(ctx, arm, config, results)
@@ -176,7 +186,10 @@ def _arm(
     ctx: Any, arm: str, codes: int, config: Config, results: epath.Path
 ) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = []
-    best = config.learning_rate[0]
+    # Learning rates are compared at the first codebook size only.
+    first = results / f"{arm}_{config.codes[0]}_0.json"
+    known = codes != config.codes[0] and first.exists()
+    best = json.loads(first.read_text())[0]["lr"] if known else config.learning_rate[0]
     for seed in range(config.seeds):
         path = results / f"{arm}_{codes}_{seed}.json"
         if path.exists():
@@ -185,7 +198,7 @@ def _arm(
             records += found
             continue
         logging.info("%s, %d codes, seed %d", arm, codes, seed)
-        rates = config.learning_rate if seed == 0 else (best,)
+        rates = config.learning_rate if seed == 0 and not known else (best,)
         tried = [(_vq_arms.convert(ctx, arm, codes, seed, rate, config), rate) for rate in rates]
         if len(tried) > 1:
             held = [_vq_arms.measure(one, ctx, ctx.splits["validation"])["nll"] for one, _ in tried]
@@ -196,6 +209,11 @@ def _arm(
             found += _shortlists(ctx, converted, codes, seed, best, config)
             if seed == 0:
                 training.save_head(converted.head, results.parent / "heads" / f"{arm}_{codes}")
+        if arm in _vq_arms.SCREENS:
+            for count in config.candidates:
+                head = _vq_arms.screened(ctx, converted, count)
+                name = f"screened_{arm}_{count}"
+                found.append(_converted_record(name, codes, seed, head, ctx, config, best))
         path.write_text(json.dumps(found))
         records += found
     return records
@@ -225,7 +243,7 @@ def _converted_record(
     full = _vq_arms.full(ctx)
     hidden = jnp.asarray(np.asarray(ctx.splits["test"].hidden[:1]))
     jitted = {"full": (jax.jit(full.top_k), full.params)}
-    jitted["new"] = (jax.jit(converted.top_k), converted.params)
+    jitted["new"] = (jax.jit(converted.decode or converted.top_k), converted.params)
     functions = {name: lambda f=f, p=p: f(p, hidden) for name, (f, p) in jitted.items()}
     seconds = paired_seconds(functions, repeats=config.timing_repeats, warmup=2)
     record = _vq_arms.measure(converted, ctx, ctx.splits["test"])
@@ -259,7 +277,7 @@ def _scratch(ctx: Any, arm: str, config: Config, results: epath.Path) -> list[di
                 _vq_scratch.train(ctx, text, arm, seed, rate, config) | {"lr": rate}
                 for rate in rates
             ]
-            chosen = min(tried, key=lambda record: record["nll"])
+            chosen = min(tried, key=lambda record: record["validation_nll"])
             path.write_text(json.dumps(chosen | {"arm": arm, "seed": seed, "scratch": True}))
         record = json.loads(path.read_text())
         best = record["lr"]

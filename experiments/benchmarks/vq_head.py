@@ -6,7 +6,10 @@ head looks into nearly every tail, which a trained one does not.
 """
 
 import functools
+import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -64,6 +67,8 @@ def _decoders(case: dict[str, Any], codes: int) -> dict[str, Callable[[jax.Array
     pages = heads.make_pages(bias, case["assignment"], size=8)
     num_pages = min(128, pages.tokens.shape[0])
     adaptive = _adaptive(rows.shape[1], rows.shape[0], case["unigram"])
+    rank = min(48, rows.shape[1] // 4)
+    candidates = min(512, rows.shape[0] // 8)
 
     def full(h: jax.Array, rows: jax.Array) -> Any:
         return ops.top_k(heads.linear_logits(h, rows, vocab_axis=0), TOP)
@@ -78,6 +83,17 @@ def _decoders(case: dict[str, Any], codes: int) -> dict[str, Callable[[jax.Array
             h, codebook, TOP, pages=pages, rescore=rescore, num_pages=num_pages, with_tail=False
         )
 
+    def screened(h: jax.Array, weights: tuple[Any, ...]) -> Any:
+        down, kernel, rows = weights
+        return heads.screened_topk(
+            h,
+            TOP,
+            screen=lambda h: heads.low_rank_logits(h, down, kernel),
+            rescore=heads.exact_rows(rows),
+            num_candidates=candidates,
+            with_log_z=False,
+        )
+
     def tails(h: jax.Array, params: Any) -> Any:
         return heads.adaptive_topk(h, params, TOP)
 
@@ -85,6 +101,7 @@ def _decoders(case: dict[str, Any], codes: int) -> dict[str, Callable[[jax.Array
         "full": (full, rows),
         "vq": (vq, (codebook, tables)),
         "shortlist": (shortlist, (codebook, pages, rows)),
+        "screened": (screened, (rows[:rank].T, rows[:, :rank], rows)),
         "adaptive": (tails, adaptive),
     }
     return {
@@ -145,6 +162,48 @@ def _vq_seconds(hidden: int, vocab: int, codes: int, count: int, repeats: int) -
         warmup=2,
     )
     return {name: float(np.median(times)) for name, times in seconds.items()}
+
+
+_FIT = """
+import json, sys, time
+import jax, jax.numpy as jnp
+from experiments.benchmarks._suite import peak_rss_bytes
+from logitjax import heads
+
+vocab, hidden, codes, iterations = map(int, sys.argv[1:])
+key = jax.random.key(0)
+rows = jax.jit(lambda k: jax.random.normal(k, (vocab, hidden), jnp.bfloat16))(key)
+unigram = 1.0 / jnp.arange(1.0, vocab + 1)
+jax.block_until_ready(rows)
+before, start = peak_rss_bytes(), time.perf_counter()
+fit = heads.fit_assignment(
+    rows, unigram, jnp.zeros(hidden), jnp.eye(hidden), codes, iterations=iterations
+)
+jax.block_until_ready(fit)
+seconds = time.perf_counter() - start
+used = len(set(fit.assignment.tolist()))
+print(json.dumps({"seconds": seconds, "added": peak_rss_bytes() - before, "used": used}))
+"""
+
+
+def _fit(options: Options) -> tuple[dict[str, Any], Bar]:
+    """Memory that fitting a mapping adds to the rows, in a process of its own."""
+    vocab, hidden, codes = (2_000, 32, 64) if options.smoke else (262_144, 2304, 4096)
+    arguments = [str(x) for x in (vocab, hidden, codes, 2)]
+    command = [sys.executable, "-c", _FIT, *arguments]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    seen = json.loads(done.stdout.splitlines()[-1])
+    row = {
+        "what": f"fit_assignment, {codes} codes, 2 iterations",
+        "d": hidden,
+        "V": vocab,
+        "head": "vq",
+        "ms": 1e3 * seen["seconds"],
+        "added MiB": seen["added"] / 2**20,
+        "V x K would be, MiB": vocab * codes * 4 / 2**20,
+    }
+    share = seen["added"] / (vocab * codes * 4)
+    return row, Bar(name="fitting: memory added / (V x K)", value=share, limit=0.9)
 
 
 def run(options: Options) -> Result:
@@ -211,8 +270,10 @@ def run(options: Options) -> Result:
         del case, compared, jitted
     growth, plots = _growth(options)
     rows += growth["rows"]
+    fit, fit_bar = _fit(options)
+    rows.append(fit)
     if not options.smoke:
-        bars += growth["bars"]
+        bars += [*growth["bars"], fit_bar]
     return Result(rows=rows, bars=bars, plots=plots)
 
 

@@ -1,6 +1,7 @@
 """Output heads: hidden states in, float32 logits out."""
 
 from logitjax.heads._adaptive_softmax import AdaptiveConfig as AdaptiveConfig
+from logitjax.heads._adaptive_softmax import AdaptiveHead as AdaptiveHead
 from logitjax.heads._adaptive_softmax import adaptive_log_probs as adaptive_log_probs
 from logitjax.heads._adaptive_softmax import adaptive_nll as adaptive_nll
 from logitjax.heads._adaptive_softmax import adaptive_topk as adaptive_topk
@@ -40,14 +41,24 @@ from logitjax.heads._head_cost import adaptive_cost as adaptive_cost
 from logitjax.heads._head_cost import full_cost as full_cost
 from logitjax.heads._head_cost import low_rank_cost as low_rank_cost
 from logitjax.heads._head_cost import product_cost as product_cost
+from logitjax.heads._head_cost import screened_cost as screened_cost
 from logitjax.heads._head_cost import shortlist_cost as shortlist_cost
 from logitjax.heads._head_cost import vq_cost as vq_cost
+from logitjax.heads._linear import FullHead as FullHead
 from logitjax.heads._linear import LinearHead as LinearHead
 from logitjax.heads._linear import TiedHead as TiedHead
 from logitjax.heads._linear import linear_logits as linear_logits
+from logitjax.heads._low_rank import LowRankHead as LowRankHead
 from logitjax.heads._low_rank import fit_low_rank as fit_low_rank
 from logitjax.heads._low_rank import low_rank_logits as low_rank_logits
 from logitjax.heads._low_rank import low_rank_nll as low_rank_nll
+from logitjax.heads._screened import Screen as Screen
+from logitjax.heads._screened import ScreenedHead as ScreenedHead
+from logitjax.heads._screened import screened_logits as screened_logits
+from logitjax.heads._screened import screened_nll as screened_nll
+from logitjax.heads._screened import screened_topk as screened_topk
+from logitjax.heads._vocabulary_head import Assignment as Assignment
+from logitjax.heads._vocabulary_head import VocabularyHead as VocabularyHead
 from logitjax.heads._vq_assignment import PerplexityFloor as PerplexityFloor
 from logitjax.heads._vq_assignment import VQFit as VQFit
 from logitjax.heads._vq_assignment import expected_targets as expected_targets
@@ -65,9 +76,9 @@ from logitjax.heads._vq_loss import cluster_log_mass as cluster_log_mass
 from logitjax.heads._vq_loss import code_scores as code_scores
 from logitjax.heads._vq_loss import vq_logits as vq_logits
 from logitjax.heads._vq_loss import vq_nll as vq_nll
-from logitjax.heads._vq_modules import Assignment as Assignment
 from logitjax.heads._vq_modules import ShortlistHead as ShortlistHead
 from logitjax.heads._vq_modules import VQHead as VQHead
+from logitjax.heads._vq_product import ProductHead as ProductHead
 from logitjax.heads._vq_product import fit_product_codes as fit_product_codes
 from logitjax.heads._vq_product import product_kernel as product_kernel
 from logitjax.heads._vq_product import product_logits as product_logits

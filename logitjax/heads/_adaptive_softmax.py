@@ -6,10 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax import lax
 from jaxtyping import Float, Int, Key
 
+from logitjax.heads._head_cost import HeadCost, adaptive_cost
 from logitjax.heads._low_rank import metric_roots
+from logitjax.heads._vocabulary_head import Assignment, VocabularyHead
 from logitjax.ops import Array, TopK, gather_at, logsumexp
 
 
@@ -272,6 +275,101 @@ def adaptive_topk(hidden: Float[Array, "*batch hidden"], params: dict[str, Any],
         values, ranks = lax.cond(needed, look, lambda best: best, (values, ranks))
         start += tail["kernel"].shape[0]
     return TopK(values, params["order"][ranks], jnp.zeros(values.shape[:-1]))
+
+
+class AdaptiveHead(VocabularyHead):
+    """An adaptive softmax as a module, to be injected into a decoder.
+
+    Its logits are log-probabilities.
+
+    Args:
+      config: sizes.
+      unigram: ``[vocab]`` counts or probabilities, by which tokens are ranked.
+      params: of `fit_adaptive_softmax`; random when omitted.
+      dtype: compute dtype.
+      rngs: source of the initial weights.
+
+    >>> config = AdaptiveConfig(vocab_size=20, hidden_size=8, cutoffs=(4, 10))
+    >>> AdaptiveHead(config, jnp.ones(20), rngs=nnx.Rngs(0))(jnp.ones((2, 8))).shape
+    (2, 20)
+    """
+
+    def __init__(
+        self,
+        config: AdaptiveConfig,
+        unigram: Float[Array, " vocab"],
+        *,
+        params: dict[str, Any] | None = None,
+        dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        if params is None:
+            params = init_adaptive_softmax(rngs.params(), config, unigram)
+        self.dtype = dtype
+        self.head = nnx.Param(params["head"])
+        self.head_bias = nnx.Param(params["head_bias"])
+        self.tails = nnx.List([_Tail(**tail) for tail in params["tails"]])
+        self.order = Assignment(params["order"])
+        self.rank = Assignment(params["rank"])
+
+    def params(self) -> dict[str, Any]:
+        """What the functions take."""
+        return {
+            "head": self.head[...],
+            "head_bias": self.head_bias[...],
+            "tails": [
+                {"down": t.down[...], "kernel": t.kernel[...], "bias": t.bias[...]}
+                for t in self.tails
+            ],
+            "order": self.order[...],
+            "rank": self.rank[...],
+        }
+
+    def __call__(
+        self, hidden: Float[Array, "*batch hidden"], embedding: Array | None = None
+    ) -> Float[jax.Array, "*batch vocab"]:
+        return adaptive_log_probs(jnp.asarray(hidden, self.dtype), self.params())
+
+    def nll(
+        self,
+        hidden: Float[Array, "*batch hidden"],
+        labels: Int[Array, "*batch"],
+        embedding: Array | None = None,
+        *,
+        z_loss: float = 0.0,
+    ) -> Float[jax.Array, "*batch"]:
+        """Cross-entropy, not reduced; see `adaptive_nll`."""
+        hidden = jnp.asarray(hidden, self.dtype)
+        return adaptive_nll(hidden, self.params(), labels, z_loss=z_loss)
+
+    def top_k(
+        self, hidden: Float[Array, "*batch hidden"], k: int, embedding: Array | None = None
+    ) -> TopK:
+        """The k largest log-probabilities; see `adaptive_topk`."""
+        return adaptive_topk(jnp.asarray(hidden, self.dtype), self.params(), k)
+
+    def kernel_and_bias(self, embedding: Array | None = None) -> tuple[Array, Array, int]:
+        """Raises: a normaliser in each tail is not linear in the hidden state."""
+        raise ValueError("an AdaptiveHead has no kernel; use nll() or the log-probabilities")
+
+    def cost(self, tails_needed: float = 1.0, labels_in_tails: float = 1.0) -> HeadCost:
+        """What it costs; see `HeadCost`.
+
+        Args:
+          tails_needed: how often decoding looks into a tail.
+          labels_in_tails: how often a label lies in each.
+        """
+        frequent, hidden = self.head[...].shape
+        tails = [
+            (*t.kernel[...].shape, float(tails_needed), float(labels_in_tails)) for t in self.tails
+        ]
+        itemsize = self.head[...].dtype.itemsize
+        return adaptive_cost(hidden, frequent - len(tails), tails, itemsize=itemsize)
+
+
+class _Tail(nnx.Module):
+    def __init__(self, down: Array, kernel: Array, bias: Array):
+        self.down, self.kernel, self.bias = (nnx.Param(x) for x in (down, kernel, bias))
 
 
 def _affine(hidden: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:

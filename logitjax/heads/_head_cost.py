@@ -180,3 +180,31 @@ def adaptive_cost(
         decode_flops=int(2 * read),
         train_flops=int(6 * train),
     )
+
+
+def screened_cost(
+    screen: HeadCost,
+    vocab: int,
+    hidden: int,
+    *,
+    num_candidates: int,
+    own_rows: bool = False,
+    itemsize: int = 4,
+) -> HeadCost:
+    """A cheap head over the whole vocabulary, then exact rows for some of it.
+
+    The rows are the tied embedding's, or the head's own (``own_rows``).
+
+    >>> cost = screened_cost(product_cost(49152, 576, 96), 49152, 576, num_candidates=512)
+    >>> round(cost.read_bytes / full_cost(49152, 576).read_bytes, 3)
+    0.059
+    """
+    rows = vocab * hidden if own_rows else 0
+    exact = 2 * num_candidates * hidden
+    return HeadCost(
+        parameters=screen.parameters + rows,
+        stored_bytes=screen.stored_bytes + rows * itemsize,
+        read_bytes=screen.read_bytes + num_candidates * hidden * itemsize,
+        decode_flops=screen.decode_flops + exact,
+        train_flops=screen.train_flops + 3 * exact,
+    )

@@ -5,8 +5,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
+from logitjax.heads._head_cost import HeadCost, full_cost
+from logitjax.heads._vocabulary_head import VocabularyHead, log_unigram
+from logitjax.losses import linear_cross_entropy
 from logitjax.ops import Array
 
 
@@ -40,8 +43,56 @@ def linear_logits(
     return logits if bias is None else logits + jnp.asarray(bias, jnp.float32)
 
 
-class LinearHead(nnx.Module):
+class FullHead(VocabularyHead):
+    """What `LinearHead` and `TiedHead` share: a kernel over the whole vocabulary."""
+
+    dtype: Any
+
+    def kernel_and_bias(self, embedding: Any = None) -> tuple[Array, Array | None, int]:
+        """What the fused linear losses take: kernel, bias or None, axis of the vocabulary."""
+        raise NotImplementedError
+
+    def __call__(
+        self, hidden: Float[Array, "*batch hidden"], embedding: Array | None = None
+    ) -> Float[jax.Array, "*batch vocab"]:
+        kernel, bias, axis = self.kernel_and_bias(embedding)
+        return linear_logits(hidden, kernel, bias, vocab_axis=axis, dtype=self.dtype)
+
+    def nll(
+        self,
+        hidden: Float[Array, "*batch hidden"],
+        labels: Int[Array, "*batch"],
+        embedding: Array | None = None,
+        **options: Any,
+    ) -> Float[jax.Array, "*batch"]:
+        """Cross-entropy, not reduced, by blocks of the vocabulary; see `linear_cross_entropy`."""
+        kernel, bias, axis = self.kernel_and_bias(embedding)
+        hidden = jnp.asarray(hidden, self.dtype)
+        return linear_cross_entropy(hidden, kernel, labels, bias=bias, vocab_axis=axis, **options)
+
+    def cost(self, embedding: Array | None = None) -> HeadCost:
+        """What it costs; see `HeadCost`."""
+        kernel, bias, axis = self.kernel_and_bias(embedding)
+        return full_cost(
+            kernel.shape[axis],
+            kernel.shape[1 - axis],
+            bias=bias is not None,
+            tied=isinstance(self, TiedHead),
+            itemsize=kernel.dtype.itemsize,
+        )
+
+
+class LinearHead(FullHead):
     """A head with its own kernel ``[hidden, vocab]``.
+
+    Args:
+      hidden_size: d.
+      vocab_size: V.
+      use_bias: one number a vocabulary entry.
+      unigram: ``[vocab]`` counts or probabilities: biases begin at its logarithm.
+      dtype: compute dtype.
+      param_dtype: dtype of the parameters.
+      rngs: source of the initial kernel.
 
     >>> head = LinearHead(4, 10, rngs=nnx.Rngs(0))
     >>> head(jnp.ones((2, 4))).shape
@@ -55,6 +106,7 @@ class LinearHead(nnx.Module):
         vocab_size: int,
         *,
         use_bias: bool = False,
+        unigram: Array | None = None,
         dtype: Any = jnp.float32,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
@@ -62,30 +114,29 @@ class LinearHead(nnx.Module):
         self.dtype = dtype
         init = nnx.initializers.normal(hidden_size**-0.5)
         self.kernel = nnx.Param(init(rngs.params(), (hidden_size, vocab_size), param_dtype))
-        self.bias = nnx.Param(jnp.zeros((vocab_size,), param_dtype)) if use_bias else None
+        start = log_unigram(unigram, vocab_size).astype(param_dtype)
+        self.bias = nnx.Param(start) if use_bias else None
 
-    def __call__(
-        self, hidden: Float[Array, "*batch hidden"], embedding: Array | None = None
-    ) -> Float[jax.Array, "*batch vocab"]:
-        kernel, bias, axis = self.kernel_and_bias()
-        return linear_logits(hidden, kernel, bias, vocab_axis=axis, dtype=self.dtype)
-
-    def kernel_and_bias(self, embedding: Array | None = None) -> tuple[Array, Array | None, int]:
-        """What the fused linear losses take: kernel, bias or None, axis of the vocabulary."""
+    def kernel_and_bias(self, embedding: Any = None) -> tuple[Array, Array | None, int]:
         return self.kernel[...], None if self.bias is None else self.bias[...], 1
 
 
-class TiedHead(nnx.Module):
-    """A head without parameters: the kernel is the token embedding ``[vocab, hidden]``."""
+class TiedHead(FullHead):
+    """A head whose kernel is the token embedding ``[vocab, hidden]``.
 
-    def __init__(self, *, dtype: Any = jnp.float32):
+    Args:
+      bias: ``[vocab]``, where its biases begin: its only parameters. None for none.
+      dtype: compute dtype.
+
+    >>> TiedHead(bias=jnp.zeros(5))(jnp.ones((1, 2)), jnp.ones((5, 2))).shape
+    (1, 5)
+    """
+
+    def __init__(self, *, bias: Array | None = None, dtype: Any = jnp.float32):
         self.dtype = dtype
+        self.bias = None if bias is None else nnx.Param(jnp.asarray(bias))
 
-    def __call__(
-        self, hidden: Float[Array, "*batch hidden"], embedding: Float[Array, "vocab hidden"]
-    ) -> Float[jax.Array, "*batch vocab"]:
-        return linear_logits(hidden, embedding, vocab_axis=0, dtype=self.dtype)
-
-    def kernel_and_bias(self, embedding: Array) -> tuple[Array, None, int]:
-        """What the fused linear losses take: kernel, no bias, axis of the vocabulary."""
-        return embedding, None, 0
+    def kernel_and_bias(self, embedding: Any = None) -> tuple[Array, Array | None, int]:
+        if embedding is None:
+            raise ValueError("a TiedHead needs the embedding")
+        return embedding, None if self.bias is None else self.bias[...], 0

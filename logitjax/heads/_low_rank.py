@@ -1,9 +1,14 @@
 """A head through a bottleneck: the plainest way to save parameters, to compare with."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Bool, Float, Int
 
+from logitjax.heads._head_cost import HeadCost, low_rank_cost
+from logitjax.heads._vocabulary_head import VocabularyHead, log_unigram
 from logitjax.losses import linear_cross_entropy
 from logitjax.ops import Array
 
@@ -114,3 +119,77 @@ def metric_roots(cov: Float[Array, "d d"]) -> tuple[jax.Array, jax.Array]:
     values, vectors = jnp.linalg.eigh(jnp.asarray(cov, jnp.float32))
     values = jnp.sqrt(jnp.maximum(values, 1e-6 * values[-1]))
     return (vectors * values) @ vectors.T, (vectors / values) @ vectors.T
+
+
+class LowRankHead(VocabularyHead):
+    """`low_rank_logits` as a module, to be injected into a decoder.
+
+    Args:
+      hidden_size: d.
+      vocab_size: V.
+      rank: of the bottleneck.
+      unigram: ``[vocab]`` counts or probabilities: biases begin at its logarithm.
+      dtype: compute dtype.
+      param_dtype: dtype of the parameters.
+      rngs: source of the initial weights.
+
+    >>> LowRankHead(8, 20, 3, rngs=nnx.Rngs(0))(jnp.ones((2, 8))).shape
+    (2, 20)
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        vocab_size: int,
+        rank: int,
+        *,
+        unigram: Array | None = None,
+        dtype: Any = jnp.float32,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        if not 1 <= rank <= hidden_size:
+            raise ValueError(f"rank must be between 1 and hidden_size={hidden_size}, got {rank}")
+        self.dtype = dtype
+        narrow, wide = (nnx.initializers.normal(n**-0.5) for n in (hidden_size, rank))
+        self.down = nnx.Param(narrow(rngs.params(), (hidden_size, rank), param_dtype))
+        self.kernel = nnx.Param(wide(rngs.params(), (vocab_size, rank), param_dtype))
+        self.bias = nnx.Param(log_unigram(unigram, vocab_size))
+
+    @classmethod
+    def from_fit(cls, down: Array, kernel: Array, bias: Array, **options: Any) -> "LowRankHead":
+        """The head that `fit_low_rank` found."""
+        head = cls(down.shape[0], kernel.shape[0], down.shape[1], rngs=nnx.Rngs(0), **options)
+        for mine, found in ((head.down, down), (head.kernel, kernel), (head.bias, bias)):
+            mine[...] = jnp.asarray(found, mine.dtype)
+        return head
+
+    def __call__(
+        self, hidden: Float[Array, "*batch hidden"], embedding: Array | None = None
+    ) -> Float[jax.Array, "*batch vocab"]:
+        down, kernel = (jnp.asarray(x[...], self.dtype) for x in (self.down, self.kernel))
+        return low_rank_logits(jnp.asarray(hidden, self.dtype), down, kernel, self.bias[...])
+
+    def nll(
+        self,
+        hidden: Float[Array, "*batch hidden"],
+        labels: Int[Array, "*batch"],
+        embedding: Array | None = None,
+        *,
+        z_loss: float = 0.0,
+        where: Bool[Array, " vocab"] | None = None,
+    ) -> Float[jax.Array, "*batch"]:
+        """Cross-entropy, not reduced; see `low_rank_nll`."""
+        down = jnp.asarray(self.down[...], self.dtype)
+        hidden = jnp.asarray(hidden, self.dtype)
+        weights = (down, self.kernel[...], self.bias[...])
+        return low_rank_nll(hidden, *weights, labels, z_loss=z_loss, where=where)
+
+    def kernel_and_bias(self, embedding: Array | None = None) -> tuple[Array, Array, int]:
+        """The equivalent full head, ``[vocab, hidden]``: for losses that take a kernel."""
+        return self.kernel[...] @ self.down[...].T, self.bias[...], 0
+
+    def cost(self) -> HeadCost:
+        """What it costs; see `HeadCost`."""
+        (vocab, rank), hidden = self.kernel.shape, self.down.shape[0]
+        return low_rank_cost(vocab, hidden, rank, itemsize=self.kernel.dtype.itemsize)

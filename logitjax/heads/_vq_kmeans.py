@@ -114,8 +114,13 @@ def over_rows(block: Callable[[jax.Array], Any], rows: jax.Array, block_size: in
     count = rows.shape[0]
     block_size = min(block_size, count)
     blocks = count // block_size
-    whole = rows[: blocks * block_size].reshape(blocks, block_size, *rows.shape[1:])
-    out = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), lax.map(block, whole))
+
+    def one(start: jax.Array) -> Any:
+        return block(lax.dynamic_slice_in_dim(rows, start, block_size))
+
+    # Slices in the loop, not a reshape before it, which would copy all rows.
+    out = lax.map(one, jnp.arange(blocks) * block_size)
+    out = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), out)
     if blocks * block_size == count:
         return out
     last = block(rows[blocks * block_size :])

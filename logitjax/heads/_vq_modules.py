@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Bool, Float, Int, Key
 
 from logitjax.heads._head_cost import HeadCost, shortlist_cost, vq_cost
+from logitjax.heads._vocabulary_head import Assignment, VocabularyHead, log_unigram
 from logitjax.heads._vq_assignment import VQFit
 from logitjax.heads._vq_decode import VQTables, vq_sample, vq_tables, vq_topk
 from logitjax.heads._vq_loss import vq_logits, vq_nll
@@ -22,17 +23,15 @@ from logitjax.heads._vq_shortlist import (
     shortlist_logits,
     shortlist_nll,
     shortlist_topk,
+    with_page_biases,
 )
 from logitjax.ops import Array, AxisName, TopK
 
 _PAGE_FIELDS = tuple(field.name for field in dataclasses.fields(Pages))
+_TABLE_FIELDS = tuple(field.name for field in dataclasses.fields(VQTables))
 
 
-class Assignment(nnx.Variable):
-    """Integer tables of a head: saved with it, never trained."""
-
-
-class VQHead(nnx.Module):
+class VQHead(VocabularyHead):
     """One code for several tokens, and a bias for each: O(K) training and decoding.
 
     As a decoder's ``head`` it gives all V logits, so everything works with it; `nll`, `top_k` and
@@ -86,12 +85,9 @@ class VQHead(nnx.Module):
         init = nnx.initializers.normal(hidden_size**-0.5)
         self.codebook = nnx.Param(init(key, (num_codes, hidden_size), param_dtype))
         # float32 whatever the rest is: a bias of -11.3 is a log-probability.
-        start = jnp.zeros(vocab_size)
-        if unigram is not None:
-            counts = jnp.asarray(unigram, jnp.float32)
-            start = jnp.log(jnp.maximum(counts / counts.sum(), 0.1 / counts.sum()))
-        self.bias = nnx.Param(start) if use_bias else None
+        self.bias = nnx.Param(log_unigram(unigram, vocab_size)) if use_bias else None
         self.assignment = Assignment(jnp.asarray(assignment, jnp.int32))
+        self._drop_tables()
 
     @classmethod
     def from_fit(cls, fit: VQFit, **options: Any) -> Any:
@@ -114,6 +110,7 @@ class VQHead(nnx.Module):
         if self.bias is not None and bias is not None:
             self.bias[...] = jnp.asarray(bias, self.bias.dtype)
         self.assignment[...] = jnp.asarray(assignment, jnp.int32)
+        self._drop_tables()
 
     @property
     def vocab_size(self) -> int:
@@ -170,6 +167,26 @@ class VQHead(nnx.Module):
             bias, assignment, self.num_codes, width=width, temperature=temperature, where=where
         )
 
+    def prepare(self, width: int = 64) -> None:
+        """Makes the tables for `top_k` up to ``width`` and keeps them, as decoding code expects.
+
+        Without it `top_k` and `sample` sort the vocabulary on every call. Call it again after
+        training: the tables hold the biases of now.
+        """
+        tables = self.tables(width=width)
+        for name in _TABLE_FIELDS:
+            setattr(self, f"table_{name}", Assignment(getattr(tables, name)))
+
+    def _drop_tables(self) -> None:
+        for name in _TABLE_FIELDS:
+            setattr(self, f"table_{name}", nnx.data(None))
+
+    def _prepared(self, width: int) -> VQTables:
+        held = {name: getattr(self, f"table_{name}") for name in _TABLE_FIELDS}
+        if held["best"] is None or held["best"].shape[1] < width:
+            return self.tables(width=width)
+        return VQTables(**{name: table[...] for name, table in held.items()})
+
     def top_k(
         self,
         hidden: Float[Array, "*batch hidden"],
@@ -179,7 +196,7 @@ class VQHead(nnx.Module):
         tables: VQTables | None = None,
     ) -> TopK:
         """The k largest logits; see `vq_topk`."""
-        tables = self.tables(width=k) if tables is None else tables
+        tables = self._prepared(k) if tables is None else tables
         hidden = jnp.asarray(hidden, self.dtype)
         return vq_topk(hidden, self.codebook[...], tables, k, soft_cap=self.soft_cap)
 
@@ -187,11 +204,18 @@ class VQHead(nnx.Module):
         self,
         key: Key[jax.Array, ""],
         hidden: Float[Array, "*batch hidden"],
+        embedding: Array | None = None,
         *,
+        temperature: float | Array = 1.0,
         tables: VQTables | None = None,
     ) -> Int[jax.Array, "*batch"]:
-        """Tokens drawn from the whole distribution; see `vq_sample`."""
-        tables = self.tables(width=1) if tables is None else tables
+        """Tokens drawn from the whole distribution; see `vq_sample`.
+
+        ``tables`` carry their own temperature.
+        """
+        if tables is None:
+            plain = isinstance(temperature, (int, float)) and temperature == 1
+            tables = self._prepared(1) if plain else self.tables(width=1, temperature=temperature)
         hidden = jnp.asarray(hidden, self.dtype)
         return vq_sample(key, hidden, self.codebook[...], tables, soft_cap=self.soft_cap)
 
@@ -344,9 +368,22 @@ class ShortlistHead(VQHead):
             **self._options(embedding),
         )
 
-    def sample(self, key: Array, hidden: Array, **_: Any) -> Any:
-        """Not offered: draw from `top_k`, or from the logits."""
-        raise NotImplementedError("sample from top_k() or from the logits of a ShortlistHead")
+    def sample(
+        self,
+        key: Key[jax.Array, ""],
+        hidden: Float[Array, "*batch hidden"],
+        embedding: Array | None = None,
+        *,
+        temperature: float | Array = 1.0,
+        **_: Any,
+    ) -> Int[jax.Array, "*batch"]:
+        """Tokens drawn from the whole distribution, through all V logits."""
+        return VocabularyHead.sample(self, key, hidden, embedding, temperature=temperature)
+
+    def prepare(self, width: int = 64) -> None:
+        """Gives the pages the biases of now; `make_pages` also cuts and ranks them anew."""
+        if self.bias is not None:
+            self.set_pages(with_page_biases(self.pages, self.bias[...]))
 
     def kernel_and_bias(self, embedding: Array | None = None) -> tuple[Array, Array | None, int]:
         """Raises: the logits of a shortlist are not linear in the hidden state."""

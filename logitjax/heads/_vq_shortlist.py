@@ -235,7 +235,7 @@ def shortlist_nll(
         nll = log_z - jnp.where(hit.any(-1), fine, coarse)
         return nll + z_loss * log_z**2 if z_loss else nll
 
-    return _in_blocks(block, (hidden, labels), block_size)
+    return in_blocks(block, (hidden, labels), block_size)
 
 
 def shortlist_topk(
@@ -313,7 +313,7 @@ def shortlist_topk(
         values, places = lax.top_k(logits, k)
         return values, jnp.take_along_axis(tokens, places, axis=-1), log_z
 
-    return TopK(*_in_blocks(block, (hidden,), block_size))
+    return TopK(*in_blocks(block, (hidden,), block_size))
 
 
 def shortlist_logits(
@@ -405,7 +405,7 @@ def _heated(pages: Pages, temperature: float | Array) -> Pages:
     return dataclasses.replace(pages, bias=within, log_mass=logsumexp(within))
 
 
-def _in_blocks(block: Callable, inputs: tuple[jax.Array, ...], block_size: int) -> Any:
+def in_blocks(block: Callable, inputs: tuple[jax.Array, ...], block_size: int) -> Any:
     """`block` over flattened positions, some at a time, recomputed in the backward pass."""
     batch = inputs[0].shape[:-1]
     count = math.prod(batch)

@@ -27,6 +27,7 @@ from logitjax.training._few_shot_sweep import grid_of as grid_of
 from logitjax.training._few_shot_sweep import sweep_few_shot as sweep_few_shot
 from logitjax.training._few_shot_sweep import with_settings as with_settings
 from logitjax.training._head_targets import HeadTargets as HeadTargets
+from logitjax.training._head_targets import cached_head_targets as cached_head_targets
 from logitjax.training._head_targets import head_targets as head_targets
 from logitjax.training._hidden_cache import HiddenCache as HiddenCache
 from logitjax.training._hidden_cache import cache_hidden_states as cache_hidden_states

@@ -27,7 +27,7 @@ from logitjax.heads import (
     perplexity_floor,
 )
 from logitjax.ops import Array
-from logitjax.training._head_targets import HeadTargets, head_targets
+from logitjax.training._head_targets import HeadTargets, cached_head_targets
 from logitjax.training._hidden_cache import HiddenCache, cache_hidden_states
 from logitjax.training._tune_head import tune_vq_head
 
@@ -205,15 +205,16 @@ def convert_head(
     workdir: str | os.PathLike[str],
     config: ConvertConfig | None = None,
     unigram: Array | None = None,
+    source: str = "",
 ) -> Conversion:
     """Replaces a decoder's head by a vector-quantised one that imitates it.
 
     Hidden states are computed once and kept in ``workdir``; so is what the old head says on them.
     Then mapping and codebook are fitted to the old rows, codebook and biases tuned to the old
     head's distribution, tokens reassigned in between, and the head is written to
-    ``workdir/head``. A call
-    that was killed goes on after the hidden states it has, and another configuration of the same
-    ``max_tokens`` reuses them.
+    ``workdir/head``. A call that was killed goes on after the hidden states it has, and another
+    configuration of the same ``max_tokens`` reuses them. What the old head says is made again if
+    the head is another one; hidden states of another model or ``source`` are refused.
 
     Args:
       model: a `logitjax.models.Decoder` with a linear or tied head.
@@ -221,13 +222,15 @@ def convert_head(
       workdir: a local directory.
       config: sizes and budget.
       unigram: ``[vocab]`` counts from more text than is cached; they weigh the rows.
+      source: names the batches, see `cache_hidden_states`.
 
     Returns:
       `Conversion`. Its model shares the old one's parameters. Where the old logits were soft-capped
       the new head imitates the capped ones, and the new model caps nothing.
 
     Raises:
-      ValueError: the model's head is not linear, or the workdir holds another number of tokens.
+      ValueError: the model's head is not linear, or the workdir holds hidden states of another
+        model, ``source`` or number of tokens.
 
     References:
       VQ-Logits, arXiv:2505.10202, "pre-trained initialisation"; what is done here beyond k-means
@@ -237,20 +240,17 @@ def convert_head(
     root = epath.Path(workdir)
     kernel, row_bias, axis = model.head_kernel(ignore_softcap=True)
     rows = kernel if axis == 0 else kernel.T
-    cache = cache_hidden_states(model, batches, root / "hidden", max_tokens=config.max_tokens)
-    path = root / f"targets_{config.top}.npz"
-    if path.exists():
-        targets = HeadTargets.load(path)
-    else:
-        targets = head_targets(
-            cache.hidden,
-            rows,
-            row_bias,
-            labels=cache.labels,
-            top=config.top,
-            soft_cap=model.config.logits_softcap,
-        )
-        targets.save(path)
+    cache = cache_hidden_states(
+        model, batches, root / "hidden", max_tokens=config.max_tokens, source=source
+    )
+    targets = cached_head_targets(
+        root / f"targets_{config.top}.npz",
+        cache,
+        rows,
+        row_bias,
+        top=config.top,
+        soft_cap=model.config.logits_softcap,
+    )
     head, history = fit_vq_head(rows, row_bias, cache.hidden, targets, config, unigram=unigram)
     logging.info("head converted: KL divergence %s nats", history["loss"][-1:] or "not tuned")
     save_head(head, root / "head")

@@ -1,7 +1,9 @@
 """What an old head says on cached hidden states, kept in a form that tunes a new one cheaply."""
 
 import dataclasses
+import json
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,6 +15,7 @@ from etils import epath
 from jaxtyping import Float
 
 from logitjax.ops import Array, logsumexp, top_k
+from logitjax.training._hidden_cache import HiddenCache, fingerprint_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +35,7 @@ class HeadTargets:
       rest_counts: ``counts`` without the top ones.
       entropy: mean entropy of the full head, nats.
       nll: ``[count]``, the full head's own loss on the labels, if these were given.
+      made_from: fingerprints of positions, rows and options, where `cached_head_targets` made them.
     """
 
     sums: np.ndarray
@@ -42,11 +46,16 @@ class HeadTargets:
     rest_counts: np.ndarray
     entropy: float
     nll: np.ndarray
+    made_from: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         unfinished = epath.Path(f"{os.fspath(path)}.unfinished")
         with unfinished.open("wb") as file:
-            np.savez(file, **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
+            arrays: dict[str, Any] = {
+                f.name: getattr(self, f.name) for f in dataclasses.fields(self)
+            }
+            arrays["made_from"] = json.dumps(dict(self.made_from))
+            np.savez(file, **arrays)
         unfinished.replace(path)
 
     @classmethod
@@ -54,7 +63,61 @@ class HeadTargets:
         with epath.Path(path).open("rb") as file, np.load(file) as held:
             arrays: dict[str, Any] = {name: held[name] for name in held.files}
         arrays["entropy"] = float(arrays["entropy"])
+        arrays["made_from"] = json.loads(str(arrays.get("made_from", "{}")))
         return cls(**arrays)
+
+
+def cached_head_targets(
+    path: str | os.PathLike[str],
+    cache: HiddenCache,
+    rows: Float[Array, "vocab hidden"],
+    row_bias: Float[Array, " vocab"] | None = None,
+    *,
+    top: int = 64,
+    soft_cap: float | None = None,
+    block_size: int = 512,
+) -> HeadTargets:
+    """`head_targets` kept in a file, and made again if that is of other positions or another head.
+
+    Args:
+      path: the file.
+      cache: positions and their labels.
+      rows: ``[vocab, hidden]``, the full head.
+      row_bias: ``[vocab]``, its bias.
+      top: probabilities kept per position.
+      soft_cap: of its logits.
+      block_size: positions at a time.
+
+    Returns:
+      `HeadTargets`.
+    """
+    path = epath.Path(path)
+    wanted = {
+        "positions": cache.fingerprint,
+        "head": fingerprint_of((rows, row_bias)),
+        "top": top,
+        "soft_cap": soft_cap,
+    }
+    if path.exists():
+        held = HeadTargets.load(path)
+        apart = [name for name, value in wanted.items() if held.made_from.get(name) != value]
+        if not apart:
+            return held
+        logging.warning(
+            "%s was made with other %s: the full head runs again", path, " and ".join(apart)
+        )
+    targets = head_targets(
+        cache.hidden,
+        rows,
+        row_bias,
+        labels=cache.labels,
+        top=top,
+        soft_cap=soft_cap,
+        block_size=block_size,
+    )
+    targets = dataclasses.replace(targets, made_from=wanted)
+    targets.save(path)
+    return targets
 
 
 def head_targets(

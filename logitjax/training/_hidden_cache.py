@@ -1,12 +1,15 @@
 """Hidden states on disk: computed once, so that everything about a head is quick afterwards."""
 
 import dataclasses
+import functools
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from etils import epath
@@ -20,6 +23,11 @@ class HiddenCache:
     hidden: np.ndarray
     labels: np.ndarray
 
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of the labels and a sample of the hidden states."""
+        return fingerprint_of((self.hidden, self.labels))
+
     def __len__(self) -> int:
         return len(self.labels)
 
@@ -30,13 +38,14 @@ def cache_hidden_states(
     directory: str | os.PathLike[str],
     *,
     max_tokens: int,
+    source: str = "",
     log_every: int = 20,
 ) -> HiddenCache:
     """Run a decoder over packed batches once and keep what its head sees.
 
-    A directory that already holds the cache is read instead, and a run that was killed goes on
-    after the batches it has finished. Positions whose next token is not to be predicted are left
-    out.
+    A directory that already holds the cache is read instead, if it is of this model and ``source``,
+    and a run that was killed goes on after the batches it has finished. Positions whose next token
+    is not to be predicted are left out.
 
     Args:
       model: a `logitjax.models.Decoder`, or anything with its ``hidden_states``.
@@ -45,23 +54,38 @@ def cache_hidden_states(
         every call.
       directory: a local directory, which becomes the cache.
       max_tokens: stop at so many positions.
+      source: names the batches, e.g. by a `PackedDataset`'s fingerprint; a cache of others is
+        refused.
       log_every: batches between log lines.
 
     Returns:
       `HiddenCache` of at most ``max_tokens`` positions, memory-mapped.
 
     Raises:
-      ValueError: the directory holds a cache of another ``max_tokens``.
+      ValueError: the directory holds, in full or in part, the cache of another ``max_tokens``,
+        model or ``source``.
     """
     root = epath.Path(directory)
-    done = root / "cache.json"
+    graphdef, state = nnx.split(model)
+    wanted = {
+        "max_tokens": max_tokens,
+        "model": fingerprint_of(without_head(state)),
+        "source": source,
+    }
+    done, begun = root / "cache.json", root / "begun.json"
+    for record in (done, begun):
+        if record.exists():
+            held = json.loads(record.read_text())
+            for name, value in wanted.items():
+                if held.get(name) != value:
+                    raise ValueError(
+                        f"{root} holds hidden states for {name}={held.get(name)}, not {value}: "
+                        "remove it or choose another directory"
+                    )
     if done.exists():
-        held = json.loads(done.read_text())["max_tokens"]
-        if held != max_tokens:
-            raise ValueError(f"{root} holds hidden states for max_tokens={held}, not {max_tokens}")
         return _open(root)
     root.mkdir(parents=True, exist_ok=True)
-    graphdef, state = nnx.split(model)
+    begun.write_text(json.dumps(wanted))
 
     @jax.jit
     def run(state: Any, tokens: Any, positions: Any, segment_ids: Any) -> jax.Array:
@@ -98,10 +122,37 @@ def cache_hidden_states(
         values = np.concatenate([arrays[name] for arrays in held])[:max_tokens]
         with (root / f"{name}.npy").open("wb") as file:
             np.save(file, values)
-    done.write_text(json.dumps({"max_tokens": max_tokens, "count": min(count, max_tokens)}))
-    for part in parts:
+    done.write_text(json.dumps(wanted | {"count": min(count, max_tokens)}))
+    for part in (*parts, begun):
         part.unlink()
     return _open(root)
+
+
+def fingerprint_of(arrays: Any, *, sample: int = 4096) -> str:
+    """Shapes, types and evenly spaced numbers of a pytree of arrays, hashed.
+
+    Not all numbers: any training changes every array, and the rows of a head can be gigabytes.
+
+    >>> fingerprint_of(np.arange(3)) == fingerprint_of(np.arange(3))
+    True
+    >>> fingerprint_of(np.arange(3)) == fingerprint_of(np.arange(4))
+    False
+    """
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(arrays):
+        if not hasattr(leaf, "dtype") or jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            continue
+        digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}".encode())
+        # Along the first axis, then the others: flattening would copy a sharded array.
+        rows = leaf[:: max(1, leaf.shape[0] // 64)] if leaf.ndim else leaf
+        flat = np.asarray(rows).reshape(-1)
+        digest.update(flat[:: max(1, flat.size // sample)].tobytes())
+    return digest.hexdigest()[:32]
+
+
+def without_head(state: Any) -> Any:
+    """The parameters that hidden states depend on."""
+    return {name: part for name, part in nnx.to_pure_dict(state).items() if name != "head"}
 
 
 def _open(root: epath.Path) -> HiddenCache:

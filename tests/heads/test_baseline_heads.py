@@ -2,20 +2,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from logitjax.heads import (
     AdaptiveConfig,
+    AdaptiveHead,
+    LinearHead,
+    LowRankHead,
+    ProductHead,
+    ShortlistHead,
+    TiedHead,
+    VQHead,
     adaptive_cost,
     adaptive_log_probs,
     adaptive_nll,
     adaptive_topk,
     fit_adaptive_softmax,
     fit_low_rank,
+    fit_product_codes,
     full_cost,
     init_adaptive_softmax,
     low_rank_logits,
     low_rank_nll,
 )
+from logitjax.models import Decoder, DecoderConfig
 
 VOCAB, WIDTH, COUNT = 60, 8, 30
 CONFIG = AdaptiveConfig(vocab_size=VOCAB, hidden_size=WIDTH, cutoffs=(12, 30), div_value=2.0)
@@ -118,3 +128,118 @@ def test_errors_name_the_argument(case):
         adaptive_topk(case["hidden"], case["params"], 13)
     with pytest.raises(ValueError, match="rank must be between 1 and"):
         fit_low_rank(case["rows"], case["unigram"], np.zeros(WIDTH), np.eye(WIDTH), 9)
+
+
+# As modules.
+
+DECODER = DecoderConfig(
+    vocab_size=VOCAB,
+    hidden_size=WIDTH,
+    intermediate_size=16,
+    num_layers=1,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=4,
+)
+
+
+def _modules(case):
+    rngs, unigram = nnx.Rngs(3), case["unigram"]
+    codebooks, codes = fit_product_codes(
+        case["rows"], unigram, np.eye(WIDTH), groups=4, num_codes=32, iterations=3
+    )
+    fits = (case["hidden"].mean(0), np.cov(case["hidden"].T).astype(np.float32))
+    return {
+        "full": LinearHead(WIDTH, VOCAB, use_bias=True, unigram=unigram, rngs=rngs),
+        "tied": TiedHead(bias=np.log(unigram)),
+        "low rank": LowRankHead(WIDTH, VOCAB, 3, unigram=unigram, rngs=rngs),
+        "low rank, fitted": LowRankHead.from_fit(*fit_low_rank(case["rows"], unigram, *fits, 5)),
+        "product": ProductHead.from_fit(codebooks, codes),
+        "adaptive": AdaptiveHead(CONFIG, unigram, params=case["params"], rngs=rngs),
+        "VQ": VQHead(WIDTH, VOCAB, 20, unigram=unigram, rngs=rngs),
+        "shortlist": ShortlistHead(
+            WIDTH, VOCAB, 20, num_pages=9, page_size=2, unigram=unigram, rngs=rngs
+        ),
+    }
+
+
+HEADS = ("full", "tied", "low rank", "low rank, fitted", "product", "adaptive", "VQ", "shortlist")
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_heads_share_an_interface_inside_a_decoder(case, name):
+    head = _modules(case)[name]
+    model = Decoder(DECODER, rngs=nnx.Rngs(0), layout="listed", head=head)
+    embedding = model.embedding[...]
+    head.prepare(4)
+
+    @jax.jit
+    def look(hidden, labels):
+        logits = model.logits(hidden)
+        nll = head.nll(hidden, labels, embedding)
+        token = head.sample(jax.random.key(0), hidden, embedding, temperature=0.5)
+        return logits, nll, head.top_k(hidden, 4, embedding), token
+
+    logits, nll, top, token = look(case["hidden"], case["labels"])
+    assert logits.shape == (COUNT, VOCAB)
+    assert logits.dtype == jnp.float32
+    want = -np.take_along_axis(jax.nn.log_softmax(logits), case["labels"][:, None], 1)[:, 0]
+    np.testing.assert_allclose(nll, want, rtol=1e-4, atol=1e-5)
+    values, tokens = jax.lax.top_k(logits, 4)
+    np.testing.assert_allclose(top.values, values, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(top.indices, tokens)
+    np.testing.assert_allclose(top.log_z, jax.nn.logsumexp(logits, axis=-1), rtol=1e-4, atol=1e-5)
+    assert token.shape == (COUNT,)
+    assert ((token >= 0) & (token < VOCAB)).all()
+    cost = head.cost(embedding) if name in ("full", "tied") else head.cost()
+    trained = sum(x.size for x in jax.tree.leaves(nnx.state(head, nnx.Param)))
+    assert cost.parameters == trained - (2 if name == "shortlist" else 0)
+    if name in ("adaptive", "shortlist"):
+        with pytest.raises(ValueError, match="has no kernel"):
+            model.head_kernel()
+    else:
+        kernel, bias, axis = model.head_kernel()
+        rows = kernel if axis == 0 else kernel.T
+        again = case["hidden"] @ rows.T + (0 if bias is None else bias)
+        np.testing.assert_allclose(logits, again, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["low rank", "product", "adaptive", "VQ"])
+def test_a_decoder_decodes_and_trains_through_the_head_alone(case, name):
+    model = Decoder(DECODER, rngs=nnx.Rngs(0), layout="listed", head=_modules(case)[name])
+    model.head.prepare(1)
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+    @jax.jit
+    def step(params, tokens, cache):
+        model = nnx.merge(graphdef, params, rest)
+        hidden, cache = model.hidden_states(tokens, cache=cache)
+        best = model.head.top_k(hidden[:, -1], 1, model.embedding[...]).indices
+        return best, cache, model.logits(hidden[:, -1]).argmax(-1)
+
+    tokens, cache = jnp.array([[1, 2, 3], [4, 5, 6]]), model.init_cache(2, 8)
+    for _ in range(3):
+        tokens, cache, want = step(params, tokens, cache)
+        np.testing.assert_array_equal(tokens[:, 0], want)
+
+    def loss(params, tokens):
+        model = nnx.merge(graphdef, params, rest)
+        hidden, _ = model.hidden_states(tokens)
+        return model.head.nll(hidden[:, :-1], tokens[:, 1:]).mean()
+
+    text = jnp.asarray(case["labels"].reshape(3, 10))
+    value, grads = jax.jit(jax.value_and_grad(loss))(params, text)
+    nudged = jax.tree.map(lambda p, g: p - 0.05 * g, params, grads)
+    assert jax.jit(loss)(nudged, text) < value
+
+
+def test_modules_name_the_wrong_argument():
+    rngs = nnx.Rngs(0)
+    with pytest.raises(ValueError, match="groups must divide hidden_size=8"):
+        ProductHead(8, 20, groups=3, rngs=rngs)
+    with pytest.raises(ValueError, match="rank must be between 1 and hidden_size=8"):
+        LowRankHead(8, 20, 9, rngs=rngs)
+    with pytest.raises(ValueError, match="unigram must be of shape"):
+        LowRankHead(8, 20, 2, unigram=np.ones(19), rngs=rngs)
+    with pytest.raises(ValueError, match="a TiedHead needs the embedding"):
+        TiedHead()(jnp.ones((1, 8)))

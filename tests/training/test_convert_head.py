@@ -234,3 +234,54 @@ def test_labels_can_reassign_too(conversion):
     assert int(moved) > 5
     before = vq_nll(hidden, codebook, bias, scrambled, labels).mean()
     assert vq_nll(hidden, codebook, fitted, new, labels).mean() < before
+
+
+def test_caches_of_another_model_text_or_head_are_not_taken_for_this_one(model, tmp_path, caplog):
+    options = dict(max_tokens=60, source="some text")
+    cache = training.cache_hidden_states(model, _batches(), tmp_path / "h", **options)
+    again = training.cache_hidden_states(model, iter(()), tmp_path / "h", **options)
+    assert again.fingerprint == cache.fingerprint
+    with pytest.raises(ValueError, match="hidden states for source=some text, not other"):
+        training.cache_hidden_states(
+            model, _batches(), tmp_path / "h", max_tokens=60, source="other"
+        )
+    other = Decoder(CONFIG, rngs=nnx.Rngs(5), layout="listed")
+    with pytest.raises(ValueError, match="hidden states for model="):
+        training.cache_hidden_states(other, _batches(), tmp_path / "h", **options)
+
+    rows, path = model.embedding[...], tmp_path / "targets.npz"
+    first = training.cached_head_targets(path, cache, rows, top=8)
+    stamp = path.stat().st_mtime_ns
+    second = training.cached_head_targets(path, cache, rows, top=8)
+    assert path.stat().st_mtime_ns == stamp
+    np.testing.assert_array_equal(first.sums, second.sums)
+    assert second.made_from == first.made_from
+    shuffled = training.HiddenCache(cache.hidden[::-1], cache.labels[::-1])
+    cases = {
+        "head": (cache, rows + 1.0, {"top": 8}),
+        "positions": (shuffled, rows, {"top": 8}),
+        "top": (cache, rows, {"top": 4}),
+        "soft_cap": (cache, rows, {"top": 8, "soft_cap": 5.0}),
+    }
+    for name, (positions, kernel, settings) in cases.items():
+        first.save(path)
+        caplog.clear()
+        made = training.cached_head_targets(path, positions, kernel, **settings)
+        assert f"made with other {name}:" in caplog.text
+        want = training.head_targets(positions.hidden, kernel, labels=positions.labels, **settings)
+        np.testing.assert_array_equal(made.top_probs, want.top_probs)
+
+
+def test_a_part_of_a_cache_belongs_to_one_model(model, tmp_path):
+    def killed():
+        yield next(_batches())
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        training.cache_hidden_states(model, killed(), tmp_path / "h", max_tokens=200)
+    other = Decoder(CONFIG, rngs=nnx.Rngs(5), layout="listed")
+    with pytest.raises(ValueError, match="hidden states for model="):
+        training.cache_hidden_states(other, _batches(), tmp_path / "h", max_tokens=200)
+    cache = training.cache_hidden_states(model, _batches(), tmp_path / "h", max_tokens=200)
+    assert len(cache) == 200
+    assert not list((tmp_path / "h").glob("begun*"))

@@ -1,0 +1,64 @@
+"""What every head offers besides logits, for heads that make all V of them anyway."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Float, Int, Key
+
+from logitjax.heads._head_cost import HeadCost
+from logitjax.ops import Array, TopK, check_positive, top_k_of
+
+
+class Assignment(nnx.Variable):
+    """Integer tables of a head: saved with it, never trained."""
+
+
+class VocabularyHead(nnx.Module):
+    """Top-k and samples through the logits of the whole vocabulary.
+
+    A subclass has ``__call__(hidden, embedding=None)``. All heads share the signatures of `top_k`,
+    `sample` and ``nll(hidden, labels, embedding=None)``, so that code which decodes or trains need
+    not know which head it has; those with a quicker way override them.
+    """
+
+    def __call__(
+        self, hidden: Float[Array, "*batch hidden"], embedding: Array | None = None
+    ) -> Float[jax.Array, "*batch vocab"]:
+        raise NotImplementedError
+
+    def cost(self) -> HeadCost:
+        """What it costs; see `HeadCost`."""
+        raise NotImplementedError
+
+    def prepare(self, width: int = 64) -> None:
+        """Makes what decoding looks up, for `top_k` up to ``width``: here nothing."""
+
+    def top_k(
+        self, hidden: Float[Array, "*batch hidden"], k: int, embedding: Array | None = None
+    ) -> TopK:
+        """The k largest logits, their tokens, and the log-normaliser."""
+        return top_k_of(self(hidden, embedding), k)
+
+    def sample(
+        self,
+        key: Key[jax.Array, ""],
+        hidden: Float[Array, "*batch hidden"],
+        embedding: Array | None = None,
+        *,
+        temperature: float | Array = 1.0,
+    ) -> Int[jax.Array, "*batch"]:
+        """Tokens drawn from the whole distribution."""
+        check_positive(temperature, "temperature")
+        return jax.random.categorical(key, self(hidden, embedding) / temperature).astype(jnp.int32)
+
+
+def log_unigram(unigram: Any, vocab_size: int) -> jax.Array:
+    """Where biases begin: log-frequencies, tokens never seen as a tenth of one; zeros for None."""
+    if unigram is None:
+        return jnp.zeros(vocab_size)
+    counts = jnp.asarray(unigram, jnp.float32)
+    if counts.shape != (vocab_size,):
+        raise ValueError(f"unigram must be of shape ({vocab_size},), got {counts.shape}")
+    return jnp.log(jnp.maximum(counts / counts.sum(), 0.1 / counts.sum()))
