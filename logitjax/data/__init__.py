@@ -3,6 +3,13 @@
 from logitjax.data._alignment import align_positions as align_positions
 from logitjax.data._documents import render_example as render_example
 from logitjax.data._examples import Examples as Examples
+from logitjax.data._feature_cache import FeatureCache as FeatureCache
+from logitjax.data._feature_cache import FeatureIdentity as FeatureIdentity
+from logitjax.data._feature_cache import Features as Features
+from logitjax.data._feature_cache import write_feature_cache as write_feature_cache
+from logitjax.data._image_set import ImageSet as ImageSet
+from logitjax.data._image_set import load_image_set as load_image_set
+from logitjax.data._image_views import ImageViews as ImageViews
 from logitjax.data._images import LabelledImages as LabelledImages
 from logitjax.data._images import load_images as load_images
 from logitjax.data._load import load_examples as load_examples

@@ -115,34 +115,30 @@ def load_images(
 def _tfds_images(
     name: str, split: str, data_dir: str | os.PathLike[str] | None
 ) -> tuple[np.ndarray, np.ndarray, int]:
+    builder, picture, label = open_labelled_images(name, split, data_dir)
+    rows: Any = builder.as_data_source(split=split)
+    images = np.stack([np.asarray(row[picture], np.uint8) for row in rows])
+    labels = np.array([row[label] for row in rows], np.int32)
+    return images, labels, int(builder.info.features[label].num_classes)
+
+
+def open_labelled_images(
+    name: str, split: str, data_dir: str | os.PathLike[str] | None
+) -> tuple[Any, str, str]:
+    """A prepared tfds dataset and which of its features are the image and the label."""
     # tfds is slow to import, and the other sources do not need it.
     import tensorflow_datasets as tfds
 
-    from logitjax.data import builders
-    from logitjax.data._tfds import _find as find_prepared
-    from logitjax.data._tfds import default_data_dir, prepare
+    from logitjax.data._tfds import open_prepared
 
-    root = epath.Path(data_dir).expanduser() if data_dir else default_data_dir()
-    directory = find_prepared(name, root)
-    if directory is None and name in builders.BUILDERS:
-        directory = prepare(name, data_dir=data_dir)
-    if directory is None:
-        raise FileNotFoundError(
-            f"tfds:{name} is not prepared: run `python -m experiments.prepare {name}`"
-        )
-    builder: Any = tfds.builder_from_directory(os.fspath(directory))
+    builder = open_prepared(name, split=split, data_dir=data_dir, spec=f"tfds:{name}")
     features: Any = builder.info.features
     pictures = [k for k, f in features.items() if isinstance(f, tfds.features.Image)]
     classes = [k for k, f in features.items() if isinstance(f, tfds.features.ClassLabel)]
     label = "label" if "label" in classes else (classes[0] if len(classes) == 1 else None)
     if len(pictures) != 1 or label is None:
         raise ValueError(f"tfds:{name} does not have one image and one label: {sorted(features)}")
-    if split not in builder.info.splits:
-        raise ValueError(f"tfds:{name} has no split {split!r}: {sorted(builder.info.splits)}")
-    rows: Any = builder.as_data_source(split=split)
-    images = np.stack([np.asarray(row[pictures[0]], np.uint8) for row in rows])
-    labels = np.array([row[label] for row in rows], np.int32)
-    return images, labels, int(features[label].num_classes)
+    return builder, pictures[0], label
 
 
 def _cifar100(directory: epath.Path, split: str) -> tuple[np.ndarray, np.ndarray, int]:
@@ -162,15 +158,7 @@ def _cifar100(directory: epath.Path, split: str) -> tuple[np.ndarray, np.ndarray
 def _folder(
     directory: epath.Path, size: int, cache_dir: str | os.PathLike[str] | None
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    if not directory.is_dir():
-        raise FileNotFoundError(f"no image folder {directory}")
-    classes = sorted(path.name for path in directory.iterdir() if path.is_dir())
-    files: list[tuple[epath.Path, int]] = []
-    for number, name in enumerate(classes):
-        found = [p for p in _files_below(directory / name) if p.suffix.lower() in _SUFFIXES]
-        files += [(path, number) for path in sorted(found, key=os.fspath)]
-    if not files:
-        raise ValueError(f"{directory} has no class folders with images")
+    files, classes = class_folders(directory)
     labels = np.array([label for _, label in files], np.int32)
     shape = (len(files), size, size, 3)
     if cache_dir is None:
@@ -190,15 +178,49 @@ def _folder(
     return np.load(os.fspath(cache), mmap_mode="r"), labels, len(classes)
 
 
-def _decode(paths: Sequence[epath.Path], images: np.ndarray) -> None:
+def class_folders(directory: epath.Path) -> tuple[list[tuple[epath.Path, int]], list[str]]:
+    """Pictures with the numbers of their classes, and the classes: the folders' names, sorted."""
+    if not directory.is_dir():
+        raise FileNotFoundError(f"no image folder {directory}")
+    classes = sorted(path.name for path in directory.iterdir() if path.is_dir())
+    files: list[tuple[epath.Path, int]] = []
+    for number, name in enumerate(classes):
+        files += [(path, number) for path in pictures_below(directory / name)]
+    if not files:
+        raise ValueError(f"{directory} has no class folders with images")
+    return files, classes
+
+
+def pictures_below(directory: epath.Path) -> list[epath.Path]:
+    found = [p for p in _files_below(directory) if p.suffix.lower() in _SUFFIXES]
+    return sorted(found, key=os.fspath)
+
+
+def read_picture(path: epath.Path) -> Any:
+    """A PIL image in RGB; what is transparent lies on white.
+
+    Raises:
+      ValueError: it is not a readable image.
+    """
     from PIL import Image, UnidentifiedImageError
+
+    try:
+        picture = Image.open(io.BytesIO(path.read_bytes()))
+        if "A" in picture.getbands() or "transparency" in picture.info:
+            picture = picture.convert("RGBA")
+            ground = Image.new("RGBA", picture.size, "white")
+            picture = Image.alpha_composite(ground, picture)
+        return picture.convert("RGB")
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"{path} is not a readable image: {error}") from None
+
+
+def _decode(paths: Sequence[epath.Path], images: np.ndarray) -> None:
+    from PIL import Image
 
     size = images.shape[1]
     for number, path in enumerate(paths):
-        try:
-            picture = Image.open(io.BytesIO(path.read_bytes())).convert("RGB")
-        except (UnidentifiedImageError, OSError) as error:
-            raise ValueError(f"{path} is not a readable image: {error}") from None
+        picture = read_picture(path)
         scale = size / min(picture.size)
         width, height = (max(size, round(n * scale)) for n in picture.size)
         picture = picture.resize((width, height), Image.Resampling.BILINEAR)

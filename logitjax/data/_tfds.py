@@ -12,13 +12,9 @@ from tensorflow_datasets.core.registered import DatasetNotFoundError
 
 from logitjax.data import builders
 from logitjax.data._examples import Examples, hash_text, normalise, parse_split
+from logitjax.data._places import default_data_dir
 
 FILE_FORMAT = "array_record"
-
-
-def default_data_dir() -> epath.Path:
-    """``$TFDS_DATA_DIR``, else ``~/tensorflow_datasets``, read anew on each call."""
-    return epath.Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
 
 
 def prepare(
@@ -73,6 +69,22 @@ def load_tfds(
     spec: str,
     columns: Mapping[str, str] | None,
 ) -> Examples:
+    builder = open_prepared(name, split=split, data_dir=data_dir, spec=spec)
+    source = builder.as_data_source(split=split)  # pyright: ignore[reportCallIssue]
+    rows = _Rows(source, builder.info.features, f"{builder.info.full_name}/{split}", spec, columns)
+    columns_ = str(sorted((columns or {}).items()))
+    return Examples(rows, fingerprint=fingerprint_of(builder, split, columns_), source=spec)
+
+
+def open_prepared(
+    name: str, *, split: str, data_dir: str | os.PathLike[str] | None, spec: str
+) -> Any:
+    """The builder of a dataset that is there, or that we can make without asking.
+
+    Raises:
+      FileNotFoundError: it is not there.
+      ValueError: it cannot be read without TensorFlow, or lacks the split.
+    """
     root = epath.Path(data_dir).expanduser() if data_dir else default_data_dir()
     directory = _find(name, root)
     if directory is None and _name_and_config(name)[0] in builders.BUILDERS:
@@ -92,16 +104,14 @@ def load_tfds(
     split_name, _, _ = parse_split(split)
     if split_name not in builder.info.splits:
         raise ValueError(f"{spec} has no split {split_name!r}: {sorted(builder.info.splits)}")
-    source = builder.as_data_source(split=split)  # pyright: ignore[reportCallIssue]
-    rows = _Rows(source, builder.info.features, f"{builder.info.full_name}/{split}", spec, columns)
-    described = [
-        builder.info.full_name,
-        split,
-        # A dataset may be prepared anew under the same version from other files.
-        str([(s.name, s.shard_lengths, s.num_bytes) for s in builder.info.splits.values()]),
-        str(sorted((columns or {}).items())),
-    ]
-    return Examples(rows, fingerprint=hash_text("\n".join(described)), source=spec)
+    return builder
+
+
+def fingerprint_of(builder: Any, split: str, options: str = "") -> str:
+    """Changes with what a prepared dataset holds and with what is taken of it."""
+    # A dataset may be prepared anew under the same version from other files.
+    held = str([(s.name, s.shard_lengths, s.num_bytes) for s in builder.info.splits.values()])
+    return hash_text("\n".join([builder.info.full_name, split, held, options]))
 
 
 def _name_and_config(name: str) -> tuple[str, str]:

@@ -1,5 +1,7 @@
 """Snapshots of Hugging Face repositories."""
 
+from collections.abc import Sequence
+
 from etils import epath
 
 _FILES = [
@@ -13,8 +15,12 @@ _FILES = [
 ]
 
 
-def hub_snapshot(name: str) -> epath.Path:
+def hub_snapshot(name: str, files: Sequence[str] = _FILES) -> epath.Path:
     """The local directory of ``org/name`` or ``org/name@revision``, downloaded where needed.
+
+    Args:
+      name: of the repository.
+      files: patterns of what to download.
 
     Raises:
       ValueError: one line: the package is missing, the name is not a repository's, or it is
@@ -31,7 +37,7 @@ def hub_snapshot(name: str) -> epath.Path:
     repository, _, revision = name.partition("@")
     try:
         found = huggingface_hub.snapshot_download(
-            repository, revision=revision or None, allow_patterns=_FILES
+            repository, revision=revision or None, allow_patterns=list(files)
         )
     except errors.HFValidationError as error:
         raise ValueError(f"model 'hf:{name}': not a repository's name ({error})") from None

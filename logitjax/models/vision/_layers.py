@@ -14,11 +14,16 @@ from logitjax.ops import Array, over_batch
 _he_fan_out = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
-def _convolve(images: jax.Array, kernel: jax.Array, *args: Any, **options: Any) -> jax.Array:
+def _convolve(
+    images: jax.Array, kernel: jax.Array, strides: Any, *args: Any, **options: Any
+) -> jax.Array:
     """XLA's convolution, which on meshes with Explicit axes asks where its result lies."""
+    if kernel.shape[:2] == (1, 1) and set(strides) == {1}:
+        # On CPUs the plain product is up to ten times faster than XLA's convolution.
+        return jnp.matmul(images, kernel[0, 0], precision=options.get("precision"))
 
     def convolve(images: jax.Array, kernel: jax.Array) -> tuple[jax.Array]:
-        return (jax.lax.conv_general_dilated(images, kernel, *args, **options),)
+        return (jax.lax.conv_general_dilated(images, kernel, strides, *args, **options),)
 
     return over_batch(convolve, (images.ndim,), images, kernel)[0]
 
@@ -29,18 +34,23 @@ def conv(
     kernel: int,
     *,
     stride: int = 1,
+    pad: int | None = None,
+    same: bool = False,
     use_bias: bool = False,
     dtype: Any = None,
     rngs: nnx.Rngs,
 ) -> nnx.Conv:
-    """A convolution with torch's symmetric padding (``SAME`` differs from it at stride 2)."""
-    pad = (kernel - 1) // 2
+    """A convolution with torch's symmetric padding, ``(kernel - 1) // 2`` unless ``pad`` is given.
+
+    ``same=True`` pads as TensorFlow does, which at stride 2 differs from it.
+    """
+    side = (kernel - 1) // 2 if pad is None else pad
     return nnx.Conv(
         in_features,
         out_features,
         (kernel, kernel),
         strides=stride,
-        padding=[(pad, pad), (pad, pad)],
+        padding="SAME" if same else [(side, side), (side, side)],
         use_bias=use_bias,
         kernel_init=_he_fan_out,
         dtype=dtype,
@@ -50,26 +60,45 @@ def conv(
 
 
 class DepthwiseConv(nnx.Module):
-    """One 3x3 filter a channel, as nine shifted multiplications.
+    """One filter a channel, as ``kernel * kernel`` shifted multiplications.
 
     XLA's grouped convolution is several times slower on CPUs, and this fuses elsewhere.
+    ``same=True`` pads as TensorFlow does, otherwise padding is symmetric.
     """
 
-    def __init__(self, features: int, *, stride: int = 1, dtype: Any = None, rngs: nnx.Rngs):
-        self.stride, self.dtype = stride, dtype
+    def __init__(
+        self,
+        features: int,
+        *,
+        kernel: int = 3,
+        stride: int = 1,
+        same: bool = False,
+        dtype: Any = None,
+        rngs: nnx.Rngs,
+    ):
+        self.stride, self.same, self.dtype = stride, same, dtype
         # torch counts fan-out over all channels although a filter feeds only one.
-        std = math.sqrt(2.0 / (9 * features))
-        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (3, 3, 1, features)))
+        std = math.sqrt(2.0 / (kernel * kernel * features))
+        shape = (kernel, kernel, 1, features)
+        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), shape))
 
     def __call__(self, x: Float[Array, "batch height width features"]) -> jax.Array:
         x = jnp.asarray(x, self.dtype)
         kernel = jnp.asarray(self.kernel[...], x.dtype)
-        step = self.stride
+        size, step = kernel.shape[0], self.stride
         height, width = ((n - 1) // step + 1 for n in x.shape[1:3])
-        padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+
+        def padding(length: int, outputs: int) -> tuple[int, int]:
+            if not self.same:
+                return (size // 2, size // 2)
+            total = max((outputs - 1) * step + size - length, 0)
+            return total // 2, total - total // 2
+
+        sides = padding(x.shape[1], height), padding(x.shape[2], width)
+        padded = jnp.pad(x, ((0, 0), *sides, (0, 0)))
         out = 0.0
-        for i in range(3):
-            for j in range(3):
+        for i in range(size):
+            for j in range(size):
                 rows = slice(i, i + step * (height - 1) + 1, step)
                 columns = slice(j, j + step * (width - 1) + 1, step)
                 out = out + padded[:, rows, columns] * kernel[i, j, 0]
@@ -77,14 +106,19 @@ class DepthwiseConv(nnx.Module):
 
 
 def batch_norm(
-    features: int, *, axis_name: str | None = None, dtype: Any = None, rngs: nnx.Rngs
+    features: int,
+    *,
+    epsilon: float = 1e-5,
+    axis_name: str | None = None,
+    dtype: Any = None,
+    rngs: nnx.Rngs,
 ) -> nnx.BatchNorm:
     """Batch statistics of the global batch: under ``jit`` by themselves, else over ``axis_name``.
 
     The running variance takes in the biased estimate, where torch's takes the unbiased one.
     """
     return nnx.BatchNorm(
-        features, momentum=0.9, epsilon=1e-5, axis_name=axis_name, dtype=dtype, rngs=rngs
+        features, momentum=0.9, epsilon=epsilon, axis_name=axis_name, dtype=dtype, rngs=rngs
     )
 
 

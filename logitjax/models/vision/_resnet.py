@@ -37,11 +37,48 @@ class BasicBlock(nnx.Module):
         return nnx.relu(out + x)
 
 
+class Bottleneck(nnx.Module):
+    """A 3x3 convolution of a quarter of the channels between two 1x1 ones, and a shortcut.
+
+    The 3x3 convolution has the stride, as in torchvision.
+    """
+
+    def __init__(self, in_features: int, features: int, stride: int, options: dict[str, Any]):
+        conv_options = {key: options[key] for key in ("dtype", "rngs")}
+        narrow = features // 4
+        self.conv1 = conv(in_features, narrow, 1, **conv_options)
+        self.bn1 = batch_norm(narrow, **options)
+        self.conv2 = conv(narrow, narrow, 3, stride=stride, **conv_options)
+        self.bn2 = batch_norm(narrow, **options)
+        self.conv3 = conv(narrow, features, 1, **conv_options)
+        self.bn3 = batch_norm(features, **options)
+        shortcut = None
+        if stride != 1 or in_features != features:
+            project = conv(in_features, features, 1, stride=stride, **conv_options)
+            shortcut = nnx.List([project, batch_norm(features, **options)])
+        self.downsample: Any = shortcut
+
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        running = not train
+        out = nnx.relu(self.bn1(self.conv1(x), use_running_average=running))
+        out = nnx.relu(self.bn2(self.conv2(out), use_running_average=running))
+        out = self.bn3(self.conv3(out), use_running_average=running)
+        if self.downsample is not None:
+            project, norm = self.downsample
+            x = norm(project(x), use_running_average=running)
+        return nnx.relu(out + x)
+
+
 def _stage(
-    in_features: int, features: int, blocks: int, stride: int, options: dict[str, Any]
+    in_features: int,
+    features: int,
+    blocks: int,
+    stride: int,
+    options: dict[str, Any],
+    block: Any = BasicBlock,
 ) -> Any:
-    first = BasicBlock(in_features, features, stride, options)
-    rest = [BasicBlock(features, features, 1, options) for _ in range(blocks - 1)]
+    first = block(in_features, features, stride, options)
+    rest = [block(features, features, 1, options) for _ in range(blocks - 1)]
     return nnx.List([first, *rest])
 
 
@@ -102,11 +139,13 @@ class CifarResNet(nnx.Module):
 
 
 class ResNet(nnx.Module):
-    """torchvision's ResNet of basic blocks: 7x7 stem of stride 2, max-pooling, four stages.
+    """torchvision's ResNet: 7x7 stem of stride 2, max-pooling, four stages.
 
     Args:
-      blocks: blocks of the four stages: (2, 2, 2, 2) is ResNet-18, (3, 4, 6, 3) ResNet-34.
+      blocks: blocks of the four stages: (2, 2, 2, 2) is ResNet-18, (3, 4, 6, 3) ResNet-34 or, of
+        bottlenecks, ResNet-50.
       channels: of the images.
+      bottleneck: blocks of three convolutions and four times the features, 2048 in the end.
       small_stem: a 3x3 stem of stride 1 and no pooling, for small images. The released dual-head
         code trains this as its ImageNet student, which is not the usual one.
       axis_name: mesh axis of the batch inside ``shard_map`` or ``pmap``; not needed under ``jit``.
@@ -121,20 +160,22 @@ class ResNet(nnx.Module):
         blocks: Sequence[int],
         *,
         channels: int = 3,
+        bottleneck: bool = False,
         small_stem: bool = False,
         axis_name: str | None = None,
         dtype: Any = None,
         rngs: nnx.Rngs,
     ):
         options = {"axis_name": axis_name, "dtype": dtype, "rngs": rngs}
-        self.num_features, self.small_stem = 512, small_stem
+        block, widen = (Bottleneck, 4) if bottleneck else (BasicBlock, 1)
+        self.num_features, self.small_stem = 512 * widen, small_stem
         kernel, stride = (3, 1) if small_stem else (7, 2)
         self.conv1 = conv(channels, 64, kernel, stride=stride, dtype=dtype, rngs=rngs)
         self.bn1 = batch_norm(64, **options)
-        self.layer1 = _stage(64, 64, blocks[0], 1, options)
-        self.layer2 = _stage(64, 128, blocks[1], 2, options)
-        self.layer3 = _stage(128, 256, blocks[2], 2, options)
-        self.layer4 = _stage(256, 512, blocks[3], 2, options)
+        self.layer1 = _stage(64, 64 * widen, blocks[0], 1, options, block)
+        self.layer2 = _stage(64 * widen, 128 * widen, blocks[1], 2, options, block)
+        self.layer3 = _stage(128 * widen, 256 * widen, blocks[2], 2, options, block)
+        self.layer4 = _stage(256 * widen, 512 * widen, blocks[3], 2, options, block)
 
     def __call__(
         self, images: Float[Array, "batch height width channels"], *, train: bool = False

