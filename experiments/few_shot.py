@@ -1,0 +1,207 @@
+"""Few-shot learning beside a zero-shot classifier: AMU-Tuning and the methods it unifies.
+
+    python -m experiments.few_shot --preset=demo --workdir=runs/few_shot
+
+encodes Tux Paint's stamps (14 classes of drawings) and Fashion-MNIST with two frozen networks,
+draws samples of 1, 2, 4, 8 and 16 pictures a class, trains every arm on each, and writes
+``report.md``: accuracies, differences paired by sample, AMU's ablations, and a plot. Whatever an
+arm has to choose it chooses on validation pictures of its own sample. Kill it whenever you like:
+the same command continues with the arm it was at.
+
+The zero-shot classifier is EfficientNet-Lite0's ImageNet head read by class names: every class of
+the data set is a set of ImageNet classes. It is NOT CLIP, which no package holds; the auxiliary
+encoder is AlexNet. With CLIP weights and a second encoder on disk, ``--preset=paper`` runs the
+published setting on ImageNet and ten more data sets.
+
+Arms (``--arm``, repeatable): ``amu`` (the released code's form), ``amu_kurtosis`` (its weights by
+the kurtosis of probabilities over a fourth of the classes), ``amu_paper`` (the paper's figure),
+``amu_same_encoder`` (the auxiliary features are the zero-shot encoder's own), ``tip_adapter``,
+``tip_adapter_f``, ``cafo``, ``ape``, ``clip_adapter``, ``task_res``, ``lp_plus_plus``,
+``linear_probe``, ``linear_probe_auxiliary``, ``cross_modal``; and ``fixed``, AMU with beta 2, with
+its ablations ``fixed_...``. ``docs/few_shot.md`` has the results.
+"""
+
+import dataclasses
+import json
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+
+from experiments import _cli, _few_shot_arms, _few_shot_data
+from experiments._cli import field
+from logitjax import training
+
+ARMS = _few_shot_arms.ARM_NAMES
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """What one run of the experiment does."""
+
+    data: tuple[str, ...] = field(("stamps", "fashion"), "Data set, or synthetic:CLASSES")
+    encoder: str = field("efficientnet_lite0", "Encoder with names for classes: name or path.")
+    auxiliary: str = field("alexnet", "The other encoder: name or path.")
+    features: str = field("runs/features/few_shot", "Where features are kept, for all runs.")
+    views: str = field("plain", "Views of pictures to learn from: plain or random:COUNT.")
+    encode_batch: int = field(32, "Pictures encoded at once.")
+    shots: tuple[int, ...] = field((1, 2, 4, 8, 16), "Pictures of a class.")
+    runs: int = field(10, "Samples of every number of shots.")
+    at_once: int = field(10, "Samples trained together; 1 for large heads.")
+    arm: tuple[str, ...] = field(ARMS, "Arm to train")
+    grid: str = field("small", "How much arms search.", choices=("small", "full"))
+    epochs: int = field(50, "Of AMU.")
+    batch_size: int = field(8, "Of AMU.")
+    whole_steps: int = field(60, "Steps, of all pictures, of arms without a published recipe.")
+    seed: int = field(0, "Of samples and orders.")
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.arm) - set(ARMS))
+        if unknown:
+            raise ValueError(f"arm: expected one of {', '.join(ARMS)}, got {unknown[0]!r}")
+        for name in ("runs", "at_once", "epochs", "batch_size", "whole_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if not self.shots or min(self.shots) < 1:
+            raise ValueError(f"shots: expected positive numbers, got {self.shots}")
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "smoke": dict(
+        data=("synthetic:5",),
+        shots=(1, 4),
+        runs=3,
+        epochs=4,
+        whole_steps=8,
+        arm=("amu", "tip_adapter_f", "cafo", "task_res", "fixed"),
+    ),
+    "demo": {},
+    "report": dict(grid="full", whole_steps=200),
+    "paper": dict(
+        data=tuple(_few_shot_data.CLIP_SOURCES),
+        encoder="hf:timm/resnet50_clip.openai",
+        auxiliary="r-50-1000ep.pth.tar",
+        views="random:10",
+        encode_batch=128,
+        runs=3,
+        at_once=1,
+        grid="full",
+        whole_steps=1000,
+    ),
+}
+
+
+def run(config: Config, workdir: epath.Path) -> None:
+    """Train every arm on every sample, then write the report."""
+    from experiments import _few_shot_report
+
+    with training.lock_workdir(workdir), training.watch_for_preemption() as told_to_stop:
+        results = train_all(config, workdir, told_to_stop)
+    if jax.process_index() == 0:
+        print(_few_shot_report.write(config, results, workdir))
+
+
+def train_all(config: Config, workdir: epath.Path, told_to_stop: Any) -> dict[str, Any]:
+    """By data set, arm and shots the scores of every sample; see :func:`train_arm`."""
+    known = _few_shot_arms.arms(config)
+    results: dict[str, Any] = {}
+    done = 0
+    for name in config.data:
+        directory = workdir / "results" / name.replace(":", "_")
+        task = None
+        for arm in config.arm:
+            for shots in config.shots:
+                path = directory / f"{arm}_{shots}.json"
+                record = json.loads(path.read_text()) if path.exists() else None
+                if record is None:
+                    if told_to_stop(done):
+                        raise training.Preempted(done)
+                    task = task or _load(config, name)
+                    record = train_arm(config, task, known[arm], shots)
+                    _write(path, record)
+                    chosen = np.mean(record["test"])
+                    logging.info(
+                        "%s, %s, %d shots: test %.2f%% in %.1f s",
+                        name,
+                        arm,
+                        shots,
+                        100 * chosen,
+                        record["seconds"],
+                    )
+                results.setdefault(name, {}).setdefault(arm, {})[shots] = record
+                done += 1
+    return results
+
+
+def _load(config: Config, name: str) -> _few_shot_data.Task:
+    start = time.perf_counter()
+    task = _few_shot_data.load_task(config, name)
+    logging.info(
+        "%s: %d pictures of %d classes in %.1f s",
+        name,
+        len(task.train_labels),
+        len(task.class_names),
+        time.perf_counter() - start,
+    )
+    return task
+
+
+def train_arm(
+    config: Config, task: _few_shot_data.Task, arm: _few_shot_arms.Arm, shots: int
+) -> dict[str, Any]:
+    """Test accuracies of every sample at its chosen setting, and of the zero-shot classifier."""
+    start = time.perf_counter()
+    record: dict[str, Any] = {"test": [], "validation": [], "chosen": [], "zero_shot": []}
+    for first in range(0, config.runs, config.at_once):
+        runs = range(first, min(first + config.at_once, config.runs))
+        samples = _few_shot_data.draw(
+            task, shots, runs=runs, most=max(config.shots), seed=config.seed
+        )
+        support, held_out = samples.support, samples.held_out
+        if arm.same_encoder:
+            support = dataclasses.replace(support, auxiliary=support.features)
+            held_out = {
+                name: (dataclasses.replace(images, auxiliary=images.features), labels)
+                for name, (images, labels) in held_out.items()
+            }
+        scores = training.sweep_few_shot(
+            arm.config,
+            support,
+            samples.labels,
+            held_out,
+            training=arm.recipe,
+            grid=arm.grid,
+            class_weights=task.class_weights,
+            views=task.views,
+            seed=config.seed + first,
+            sequential=config.at_once == 1,
+        )
+        best = training.best_setting(scores["validation"])
+        rows = np.arange(len(best))
+        images, labels = held_out["test"]
+        right = (images.zero_shot.argmax(-1) == labels).sum(1) / (labels >= 0).sum(1)
+        record["zero_shot"] += right.tolist()
+        record["chosen"] += best.tolist()
+        for part in ("test", "validation"):
+            record[part] += scores[part]["accuracy"][rows, best].tolist()
+        if "auxiliary_accuracy" in scores["test"]:
+            alone = scores["test"]["auxiliary_accuracy"][rows, best]
+            record.setdefault("auxiliary", []).extend(alone.tolist())
+    record["grid"] = {name: list(column) for name, column in (arm.grid or {}).items()}
+    record["seconds"] = time.perf_counter() - start
+    return record
+
+
+def _write(path: epath.Path, record: dict[str, Any]) -> None:
+    if jax.process_index() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".tmp")
+        partial.write_text(json.dumps(record) + "\n")
+        partial.replace(path)
+
+
+if __name__ == "__main__":
+    _cli.main(Config, PRESETS, run)
