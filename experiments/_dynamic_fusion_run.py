@@ -1,0 +1,188 @@
+"""One run of dynamic fusion: which experts meet which data, and what is measured of them."""
+
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from absl import logging
+from etils import epath
+
+from experiments import _dynamic_fusion_arms as arms
+from experiments import _models
+from experiments._dynamic_fusion_data import load_task, load_text
+from experiments._dynamic_fusion_models import Lineup, Scored, Variant
+from logitjax import decoding
+from logitjax.fusion import DynamicFusion, ProxyTuning
+
+#: What an expert is tuned on, and the data sets that it is scored on, its own first.
+SETS = {"domain": ("domain", "general"), "task": ("task", "general")}
+BOTH = ("domain", "task", "general")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The line-up with its settings."""
+
+    config: Any
+    lineup: Lineup
+    tokenizer: Any
+
+    def models(self, domains: Sequence[str], seed: int) -> list[Variant]:
+        """Large model, base, experts."""
+        lineup = self.lineup
+        return [lineup.large, lineup.base, *[lineup.tuned("base", d, seed) for d in domains]]
+
+    def score_seed(self, seed: int) -> dict[str, Any]:
+        """Means of every arm by line-up and data set, and the static alphas that were chosen."""
+        record: dict[str, Any] = {"seed": seed, "single": {}, "several": {}, "ceiling": {}}
+        chosen: dict[str, float] = {}
+        for domain, names in SETS.items():
+            for name in names:
+                logging.info("seed %d: expert on %s, scored on %s", seed, domain, name)
+                if name == domain:
+                    validation = self._score({}, [domain], name, "validation", seed)
+                    chosen[domain] = arms.best_static(validation, self.config.static_alpha)
+                record["single"].setdefault(domain, {})[name] = self._score(
+                    arms.SINGLE, [domain], name, "test", seed
+                )
+            ceiling = self.lineup.tuned("large", domain, seed)
+            record["ceiling"][domain] = {name: self._alone(ceiling, name, "test") for name in names}
+            self.lineup.forget(ceiling)
+        found = {
+            name: self._score({}, ["domain", "task"], name, "validation", seed)
+            for name in ("domain", "task")
+        }
+        # Of both domains alike: the change of the NLL, for their levels differ.
+        mean = {
+            arm: {"nll": statistics.fmean(f[arm]["nll"] for f in found.values())}
+            for arm in found["domain"]
+        }
+        chosen["several"] = arms.best_static(mean, self.config.static_alpha)
+        for name in BOTH:
+            logging.info("seed %d: both experts, scored on %s", seed, name)
+            record["several"][name] = self._score(
+                arms.SEVERAL, ["domain", "task"], name, "test", seed
+            )
+        return record | {"chosen": chosen}
+
+    def _score(
+        self,
+        strategies: Mapping[str, Any],
+        domains: Sequence[str],
+        name: str,
+        split: str,
+        seed: int,
+    ) -> dict[str, Any]:
+        variants = self.models(domains, seed)
+        return arms.score(
+            self._scored(variants, name, split),
+            self._heads(variants),
+            strategies,
+            block_size=self.config.block_size,
+            static=self.config.static_alpha,
+            options=self._options(name),
+        )
+
+    def _alone(self, variant: Variant, name: str, split: str) -> dict[str, float]:
+        return arms.score_alone(
+            self.lineup.scored(variant, name, split),
+            self.lineup.head_of(variant),
+            block_size=self.config.block_size,
+            options=self._options(name),
+        )
+
+    def _options(self, name: str) -> Sequence[int] | None:
+        return self.lineup.task.options if name == "task" else None
+
+    def _scored(self, variants: Sequence[Variant], name: str, split: str) -> list[Scored]:
+        return [self.lineup.scored(variant, name, split) for variant in variants]
+
+    def _heads(self, variants: Sequence[Variant]) -> list[np.ndarray]:
+        return [self.lineup.head_of(variant) for variant in variants]
+
+    def certify(self) -> dict[str, Any]:
+        """The searches against a dense scan in float64, on text of the domain and on questions."""
+        found = {}
+        for domain in SETS:
+            variants = self.models([domain], 0)
+            found[domain] = arms.certify(
+                self._scored(variants, domain, "test"),
+                self._heads(variants),
+                rows=self.config.certify_rows,
+                block_size=self.config.block_size,
+            )
+        return found
+
+    def traces(self) -> dict[str, Any]:
+        """Alphas over the first tokens of the domain, and of both experts over three data sets."""
+        size = self.config.trace_tokens
+        variants = self.models(["domain"], 0)
+        single = arms.traces(
+            self._scored(variants, "domain", "test"), self._heads(variants), arms.SINGLE, size
+        )
+        variants = self.models(["domain", "task"], 0)
+        pieces = [self._scored(variants, name, "test") for name in BOTH]
+        part = size // len(BOTH)
+        joined = [
+            Scored(
+                np.concatenate([piece[i].hidden[:part] for piece in pieces]),
+                np.concatenate([piece[i].labels[:part] for piece in pieces]),
+            )
+            for i in range(len(variants))
+        ]
+        several = arms.traces(joined, self._heads(variants), arms.SEVERAL, part * len(BOTH))
+        return {"single": single, "several": several, "part": part}
+
+    def speeds(self) -> list[dict[str, Any]]:
+        """Tokens a second of greedy decoding, one row."""
+        config = self.config
+        large, base, expert = (v.model for v in self.models(["domain"], 0))
+        prompt = self.tokenizer.encode(config.prompt)
+        lines: dict[str, Any] = {
+            "large": None,
+            "proxy": ProxyTuning(),
+            "dlf grid": DynamicFusion(method="grid"),
+            DynamicFusion().method: DynamicFusion(),
+        }
+        rows = []
+        for name, fuse in lines.items():
+            model = large
+            if fuse is not None:
+                model = decoding.Ensemble(large, experts=[expert], bases=[base], fuse=fuse)
+            generate = functools.partial(
+                decoding.generate, model, prompt, max_new_tokens=config.decode_tokens
+            )
+            out = generate()
+            start = time.perf_counter()
+            out = generate()
+            seconds = time.perf_counter() - start
+            tokens = np.asarray(out.tokens)[0].tolist()
+            rows.append(
+                {
+                    "line-up": name,
+                    "tokens/s": len(tokens) / seconds,
+                    "text": config.prompt + self.tokenizer.decode(tokens),
+                }
+            )
+        return rows
+
+
+def open_lineup(config: Any, workdir: epath.Path) -> Run:
+    """Load the tokenizer, pack the texts; models are made when they are needed."""
+    root = epath.Path(config.models_dir or workdir / "models").expanduser()
+    tokenizer = _models.load_tokenizer_of(config.large)
+    texts = {
+        name: load_text(spec, tokenizer, seq_len=config.seq_len, directory=workdir / "data" / name)
+        for name, spec in (("general", config.general), ("domain", config.domain))
+    }
+    sizes = {
+        "train": config.task_examples,
+        "validation": config.validation_questions,
+        "test": config.test_questions,
+    }
+    task = load_task(config.task, tokenizer, length=config.task_length, sizes=sizes)
+    return Run(config, Lineup(config, root, texts, task), tokenizer)

@@ -1,0 +1,159 @@
+"""Dynamic fusion: what choosing alpha costs beside the paper's grid, and beside the forward passes.
+
+    python -m experiments.benchmark fusion
+
+``paper's grid`` is the search as published: at each of 21 alphas a softmax and two KL divergences,
+one alpha after another. ``grid`` is the same search from cumulants, the others are the root and
+minimum searches of `DynamicFusion`. Each returns the alphas alone. Logits are made up, with the
+heavy tail that language models have; ``at bound`` and ``sweeps`` say what the searches met. The
+last bars relate the default search to one decoding step of SmolLM2 with a 6-layer expert and base.
+"""
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from experiments import _models
+from experiments.benchmarks import _suite
+from logitjax import models
+from logitjax.fusion import DynamicFusion
+
+_GRID_LIMIT, _FORWARD_LIMIT = 1 / 3, 0.08
+_METHODS = ("grid", "newton", "jeffreys", "budget", "project")
+_SMALL_LAYERS = (0, 1, 2, 3, 28, 29)
+_DEFAULT = DynamicFusion().method
+
+
+def run(options: _suite.Options) -> _suite.Result:
+    vocabularies = (1024,) if options.smoke else (49_152, 152_064)
+    batches = (1,) if options.smoke else (1, 16)
+    rows: list[dict[str, Any]] = []
+    bars: list[_suite.Bar] = []
+    default: dict[int, float] = {}
+    for vocab in vocabularies:
+        for batch in batches:
+            logits = made_up_logits(batch, vocab)
+            calls = _calls(logits)
+            seconds = _suite.paired_seconds(calls, repeats=options.repeats)
+            for name, taken in seconds.items():
+                info = _info(name, logits)
+                ratio = _suite.paired_ratio(taken, seconds["paper's grid"])
+                rows.append(
+                    {
+                        "vocab": vocab,
+                        "batch": batch,
+                        "search": name,
+                        "ms": 1e3 * statistics.median(taken),
+                        "over paper's grid": ratio,
+                        "over grid": _suite.paired_ratio(taken, seconds["grid"]),
+                        **info,
+                    }
+                )
+                if name == _DEFAULT:
+                    text = f"{name} / paper's grid, V={vocab}, B={batch}"
+                    bars.append(_suite.Bar(name=text, value=ratio, limit=_GRID_LIMIT))
+                    if vocab == vocabularies[0]:
+                        default[batch] = statistics.median(taken)
+    for batch in batches:
+        row, forward = _forwards(batch, options)
+        rows.append(row)
+        if not options.smoke:
+            text = f"{_DEFAULT} / forward passes, B={batch}"
+            share = default[batch] / forward
+            bars.append(_suite.Bar(name=text, value=share, limit=_FORWARD_LIMIT))
+    return _suite.Result(rows=rows, bars=bars)
+
+
+def made_up_logits(batch: int, vocab: int, seed: int = 0) -> tuple[jax.Array, ...]:
+    """A large model's, an expert's and a base's logits ``[batch, vocab]``."""
+    rng = np.random.default_rng(seed)
+    rank = rng.permuted(np.tile(np.arange(1, vocab + 1), (batch, 1)), axis=1)
+    common = (-1.2 * np.log(rank)).astype(np.float32)
+    rows = np.arange(batch)[:, None]
+    peaks = rng.integers(0, vocab, (batch, 3))
+    large, base = (common + rng.standard_normal(common.shape, np.float32) for _ in range(2))
+    for values in (large, base):
+        values[rows, peaks] += rng.uniform(2, 10, (batch, 3)).astype(np.float32)
+    expert = base + 0.5 * rng.standard_normal(common.shape, np.float32)
+    expert[rows, rng.integers(0, vocab, (batch, 2))] += rng.uniform(0, 8, (batch, 2))
+    return jnp.asarray(large), jnp.asarray(expert), jnp.asarray(base)
+
+
+@jax.jit
+def papers_grid(large: jax.Array, expert: jax.Array, base: jax.Array) -> jax.Array:
+    """Algorithm 1 for one expert, as written."""
+    p, q, r = (jax.nn.log_softmax(x) for x in (large, expert, base))
+
+    def kl(first: jax.Array, second: jax.Array) -> jax.Array:
+        return (jnp.exp(first) * (first - second)).sum(-1)
+
+    forward, reverse = kl(q, r), kl(r, q)
+
+    def objective(alpha: jax.Array) -> jax.Array:
+        fused = jax.nn.log_softmax(large + alpha * (expert - base))
+        return (kl(fused, p) - forward) ** 2 + (kl(p, fused) - reverse) ** 2
+
+    alphas = jnp.linspace(0, 2, 21)
+    return alphas[lax.map(objective, alphas).argmin(0)]
+
+
+def _calls(logits: tuple[jax.Array, ...]) -> dict[str, Callable[[], Any]]:
+    def alphas(method: str) -> Callable[..., jax.Array]:
+        return jax.jit(lambda *logits: DynamicFusion(method=method)(*logits)[1]["alpha"])
+
+    functions = {"paper's grid": papers_grid} | {name: alphas(name) for name in _METHODS}
+    return {name: lambda f=f: f(*logits) for name, f in functions.items()}
+
+
+def _info(name: str, logits: tuple[jax.Array, ...]) -> dict[str, Any]:
+    if name not in _METHODS:
+        return {}
+    info = jax.jit(lambda *logits: DynamicFusion(method=name)(*logits)[1])(*logits)
+    return {
+        "sweeps": int(info["sweeps"]),
+        "at bound": float(info["at_bound"].mean()),
+        "converged": float(info["converged"].mean()),
+    }
+
+
+def _forwards(batch: int, options: _suite.Options) -> tuple[dict[str, Any], float]:
+    """Seconds of one decoding step of the large model, an expert and a base together."""
+    if options.smoke:
+        large, vocab = _models.tiny_decoder(), 257
+        small = models.keep_layers(large, (0,))
+    else:
+        large, _ = _models.load("smollm2", layout="listed")
+        small = models.keep_layers(large, _SMALL_LAYERS)
+        vocab = large.config.vocab_size
+    steps = {name: _step(model, batch) for name, model in (("large", large), ("small", small))}
+    seconds = _suite.paired_seconds(steps, repeats=options.repeats)
+    medians = {name: statistics.median(taken) for name, taken in seconds.items()}
+    total = medians["large"] + 2 * medians["small"]
+    row = {
+        "vocab": vocab,
+        "batch": batch,
+        "search": "(forward passes)",
+        "ms": 1e3 * total,
+    }
+    return row, total
+
+
+def _step(model: models.Decoder, batch: int) -> Callable[[], Any]:
+    listed = models.with_layout(model, "listed")
+    graphdef, state = nnx.split(listed)
+    cache = listed.init_cache(batch, 256)
+
+    @jax.jit
+    def step(state: Any, token: jax.Array, cache: Any) -> jax.Array:
+        decoder = nnx.merge(graphdef, state)
+        hidden, _ = decoder.hidden_states(token, cache=cache)
+        return decoder.logits(hidden)
+
+    token = jnp.ones((batch, 1), jnp.int32)
+    return lambda: step(state, token, cache)

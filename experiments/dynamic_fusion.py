@@ -1,0 +1,175 @@
+"""Dynamic logit fusion: what small experts teach a large model while it decodes, token by token.
+
+    make first-folio
+    python -m experiments.dynamic_fusion --preset=demo --workdir=runs/dynamic_fusion
+
+cuts a small base out of a large model and heals it on general text, tunes an expert from it on each
+of two domains (Shakespeare in the spelling of 1623; which of 12 topics a Wikipedia article has),
+tunes the large model itself as the ceiling, and scores every way to fuse them: proxy-tuning with
+alpha = 1 and with the alpha that is best on validation data, the paper's grid, and the root and
+minimum searches of `logitjax.fusion`; with one expert and with both; on held-out text of the
+domain and on general text. ``report.md`` gets NLL, accuracy, the share of the gap to the ceiling
+that is closed as (x - base) / (ceiling - base) and as the paper's ratio x / ceiling, how near the
+searches come to their global minimum, tokens a second, and a plot of alpha over tokens.
+
+Models and what their heads see are kept in ``--models_dir`` and shared between runs. Kill it
+whenever you like: the same command continues where it stopped.
+"""
+
+import dataclasses
+import json
+from typing import Any
+
+from absl import logging
+from etils import epath
+
+from experiments import _cli
+from experiments._cli import field
+from logitjax import training
+
+_ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """What one run of the experiment does."""
+
+    large: str = field("smollm2", "A directory, a .gguf file or a known name; tiny for a toy.")
+    base: str = field("", "The small base; if empty, cut from the large model and healed.")
+    small_layers: tuple[int, ...] = field((0, 1, 2, 3, 4, 27, 28, 29), "Layers of the cut.")
+    general: str = field("tfds:wiki_summaries", "Text to heal on, and to score outside domains.")
+    domain: str = field("tfds:first_folio", "Text of the first domain.")
+    task: str = field("topics:tfds:wiki_summaries", "Questions of the second: topics:..., letters.")
+    models_dir: str = field(".cache/dynamic_fusion", "Models, shared between runs.")
+    seq_len: int = field(160, "Tokens a row.")
+    batch_size: int = field(8, "Rows a step.")
+    heal_steps: int = field(40, "Steps of healing.")
+    heal_learning_rate: float = field(1e-3, "Its peak.")
+    tune_steps: int = field(16, "Steps of tuning on the first domain.")
+    task_length: int = field(64, "Tokens a question.")
+    task_examples: int = field(4000, "Questions to learn from.")
+    task_batch: int = field(16, "Questions a step.")
+    task_steps: int = field(24, "Steps of tuning on the second domain.")
+    learning_rate: float = field(5e-4, "Peak of an expert's tuning.")
+    large_learning_rate: float = field(2e-4, "Peak of the ceiling's tuning.")
+    train_embeddings: bool = field(False, "Tune embeddings and head as well.")
+    validation_tokens: int = field(1200, "To choose the static alpha on.")
+    test_tokens: int = field(2400, "To report on, of each text.")
+    validation_questions: int = field(96, "To choose the static alpha on.")
+    test_questions: int = field(192, "To report on.")
+    static_alpha: tuple[float, ...] = field(_ALPHAS, "Static alphas to choose from.")
+    seeds: int = field(1, "Experts and ceilings of their own each.")
+    block_size: int = field(64, "Positions whose logits are held at a time.")
+    certify_rows: int = field(48, "Positions on which the searches are checked in float64.")
+    trace_tokens: int = field(96, "Positions of the plot of alpha.")
+    decode_tokens: int = field(32, "Tokens to generate for the speeds; none if 0.")
+    prompt: str = field("Enter the King", "Start of what is generated.")
+    checkpoint_every: int = field(20, "Steps between checkpoints.")
+    log_every: int = field(4, "Steps between log lines.")
+    dtype: str = field("float32", "Compute type.", choices=("float32", "bfloat16"))
+    mesh: str = field("data:-1", "Axes and sizes of the device mesh.")
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "heal_steps", "tune_steps", "task_steps", "block_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if not self.static_alpha:
+            raise ValueError("static_alpha: expected at least one")
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "smoke": dict(
+        large="tiny",
+        small_layers=(0,),
+        general="text:LICENSE",
+        domain="text:LICENSE",
+        task="letters",
+        models_dir="",
+        seq_len=64,
+        heal_steps=4,
+        heal_learning_rate=1e-2,
+        tune_steps=4,
+        task_length=16,
+        task_examples=64,
+        task_steps=4,
+        learning_rate=1e-2,
+        large_learning_rate=1e-2,
+        validation_tokens=60,
+        test_tokens=100,
+        validation_questions=16,
+        test_questions=32,
+        static_alpha=(0.5, 1.0),
+        certify_rows=8,
+        trace_tokens=24,
+        decode_tokens=4,
+        prompt="The",
+        train_embeddings=True,
+    ),
+    "demo": dict(),
+    "report": dict(seeds=3, certify_rows=200),
+    # The tasks as jsonl of prompt and response, one folder each (--domain, --task repeat the run):
+    # GSM8K, TruthfulQA, TriviaQA, CNN/DM; MMLU as questions with one right letter.
+    "paper": dict(
+        large="hf:meta-llama/Llama-2-13b-hf",
+        base="hf:TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T",
+        general="jsonl:data/mmlu",
+        domain="jsonl:data/gsm8k",
+        task="topics:tfds:ag_news_subset",
+        train_embeddings=True,
+        seq_len=1024,
+        batch_size=128,
+        tune_steps=180,
+        task_batch=128,
+        task_steps=180,
+        task_length=512,
+        learning_rate=2e-5,
+        large_learning_rate=2e-5,
+        validation_tokens=50_000,
+        test_tokens=200_000,
+        validation_questions=500,
+        test_questions=5000,
+        dtype="bfloat16",
+        mesh="data:-1,fsdp:16,tensor:2",
+        seeds=3,
+    ),
+}
+
+
+def run(config: Config, workdir: epath.Path) -> None:
+    """Make the models, score every arm, write the report."""
+    from experiments import _dynamic_fusion_report
+
+    with training.lock_workdir(workdir):
+        results = score_all(config, workdir)
+    print(_dynamic_fusion_report.write(config, results, workdir))
+
+
+def score_all(config: Config, workdir: epath.Path) -> dict[str, Any]:
+    """The scores of every seed, and what is measured once."""
+    from experiments import _dynamic_fusion_run
+
+    lineup = _dynamic_fusion_run.open_lineup(config, workdir)
+    directory = workdir / "results"
+    directory.mkdir(parents=True, exist_ok=True)
+
+    def kept(name: str, make: Any) -> Any:
+        path = directory / f"{name}.json"
+        if not path.exists():
+            record = make()
+            path.write_text(json.dumps(record, indent=1))
+        return json.loads(path.read_text())
+
+    seeds = []
+    for seed in range(config.seeds):
+        seeds.append(kept(f"seed-{seed}", lambda s=seed: lineup.score_seed(s)))
+        logging.info("seed %d is scored", seed)
+    once = {
+        "searches": kept("searches", lineup.certify),
+        "traces": kept("traces", lineup.traces),
+        "speeds": kept("speeds", lineup.speeds) if config.decode_tokens else [],
+    }
+    return {"seeds": seeds, **once}
+
+
+if __name__ == "__main__":
+    _cli.main(Config, PRESETS, run)
