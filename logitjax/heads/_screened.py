@@ -63,7 +63,7 @@ def screened_logits(
 
 def screened_nll(
     hidden: Float[Array, "*batch hidden"],
-    labels: Int[Array, "*batch"],
+    labels: Int[Array, "..."],
     *,
     screen: Screen,
     rescore: Rescore,

@@ -132,7 +132,7 @@ def test_costs_add_up():
     untied = screened_cost(alone, 1000, 64, num_candidates=20, own_rows=True)
     assert untied.stored_bytes - cost.stored_bytes == full_cost(1000, 64).stored_bytes
     head = ScreenedHead(LowRankHead(64, 1000, 8, rngs=nnx.Rngs(0)), num_candidates=20)
-    assert head.cost(1000, 64) == cost
+    assert head.cost(64, 1000) == cost
 
 
 def test_errors_name_the_argument(case):
