@@ -34,7 +34,7 @@ class Source:
     test: str | None = None
     fit: str = "crop"
     size: int = 0
-    synsets: Mapping[str, _few_shot_synsets.Ids] | None = None
+    synsets: Mapping[str, str] | None = None
     cosine: bool = False
 
 
