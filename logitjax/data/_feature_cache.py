@@ -219,7 +219,7 @@ def _encode(identity: FeatureIdentity, found: Features, count: int) -> list[byte
         value = getattr(found, name)
         if value is None and not size:
             continue
-        shape = np.shape(value)
+        shape = () if value is None else np.shape(value)
         if shape[1:] != (identity.num_views, size):
             raise ValueError(f"{name}: expected [batch, {identity.num_views}, {size}], got {shape}")
         parts.append(np.asarray(value, np.float32))

@@ -77,7 +77,8 @@ class ImageSet(Sequence):
     ):
         self._read, self._read_labels, self._count = read, labels, count
         self._labels: np.ndarray | None = None
-        self.class_names, self.captions = tuple(class_names), captions and tuple(captions)
+        self.class_names = tuple(class_names)
+        self.captions = None if captions is None else tuple(captions)
         self.fingerprint, self.source = fingerprint, source
 
     def __len__(self) -> int:
@@ -104,6 +105,8 @@ class ImageSet(Sequence):
         """Only these pictures, in this order."""
         chosen = np.asarray(rows, np.int64)
         captions = self.captions
+        if captions is not None:
+            captions = [captions[row] for row in chosen]
         return ImageSet(
             lambda index: self._read(int(chosen[index])),
             lambda: self.labels[chosen],
@@ -111,7 +114,7 @@ class ImageSet(Sequence):
             class_names=self.class_names,
             fingerprint=hash_text(f"{self.fingerprint} {chosen.tolist()}"),
             source=self.source,
-            captions=captions and [captions[i] for i in chosen],
+            captions=captions,
         )
 
 

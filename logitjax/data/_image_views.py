@@ -103,7 +103,7 @@ class ImageViews:
         return np.asarray(picture.crop((left, top, left + size, top + size)))
 
     def _random(self, picture: Any, rng: np.random.Generator) -> np.ndarray:
-        box = _random_box(*picture.size, rng, self.scale)
+        box = _random_box(picture.size, rng, self.scale)
         view = np.asarray(picture.resize((self.size, self.size), self._filter, box=box))
         return view[:, ::-1] if rng.random() < 0.5 else view
 
@@ -118,9 +118,10 @@ def _on_white_square(picture: Any) -> Any:
 
 
 def _random_box(
-    width: int, height: int, rng: np.random.Generator, scale: tuple[float, float]
+    size: tuple[int, int], rng: np.random.Generator, scale: tuple[float, float]
 ) -> tuple[int, int, int, int]:
     """torchvision's ``RandomResizedCrop``: ten tries, then the middle."""
+    width, height = size
     for _ in range(10):
         area = width * height * rng.uniform(*scale)
         ratio = math.exp(rng.uniform(*np.log(_ASPECT)))

@@ -5,6 +5,8 @@ import json
 import os
 import pathlib
 import pickle
+import typing
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -190,7 +192,7 @@ def test_zero_shot_classifier_is_the_mean_of_prompts(tmp_path):
             rows[row, : len(ids)] = ids
         return rows
 
-    encoder.tokenizer = tokenize
+    encoder.tokenizer = typing.cast(Any, tokenize)
     kernel = vision.zero_shot_classifier(encoder, ["cat", "dog"], ["photo {}", "{}"], batch_size=3)
     assert kernel.shape == (16, 2)
     prompts = unit(encoder.text_features(tokenize(["photo dog", "dog"])))
@@ -230,6 +232,7 @@ def test_random_networks_are_the_same_everywhere():
     pixels = np.zeros((2, 16, 16, 3), np.uint8)
     features, logits = first.encode(pixels)
     assert features.shape == (2, 64)
+    assert logits is not None
     assert logits.shape == (2, 10)
     # Inside somebody else's jit it is a part of that.
     np.testing.assert_allclose(jax.jit(first.features)(jnp.asarray(pixels)), features, atol=1e-4)

