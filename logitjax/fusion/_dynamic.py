@@ -199,8 +199,8 @@ class DynamicFusion:
         moved, back = _divergences(*path.scan(values, axis_name=axis_name))
         # The first of equal ones, as the paper's strict comparison keeps it.
         best = ((moved - forward) ** 2 + (back - reverse) ** 2).argmin(0)
-        alpha, width = values[best], (high - low) / (self.num - 1)
-        at = tuple(jnp.take_along_axis(v, best[None], 0)[0] for v in (moved, back))
+        alpha, width = _pick(values, best), (high - low) / (self.num - 1)
+        at = (_pick(moved, best), _pick(back, best))
         lower, upper = jnp.maximum(alpha - width, low), jnp.minimum(alpha + width, high)
         return _Found(alpha, lower, upper, jnp.isfinite(at[0]), self.num, at)
 
@@ -213,7 +213,7 @@ class DynamicFusion:
         values = values[1:] if low == 0 else values
         moved, back = _divergences(*path.scan(values, axis_name=axis_name))
         best = ((moved - forward) ** 2 + (back - reverse) ** 2).argmin(0)
-        start, width = values[best], (high - low) / self.scan
+        start, width = _pick(values, best), (high - low) / self.scan
         lower, upper = jnp.maximum(start - width, low), jnp.minimum(start + width, high)
 
         def evaluate(alpha: jax.Array) -> Divergences:
@@ -272,7 +272,7 @@ class DynamicFusion:
                     start,
                     self.alpha_range,
                     method=self.method,
-                    max_sweeps=self.max_sweeps,
+                    max_sweeps=2 * self.max_sweeps,
                     tolerance=self.tolerance,
                     axis_name=axis_name,
                 )
@@ -295,8 +295,8 @@ class DynamicFusion:
 
         moved, back = lax.map(visit, points)
         best = ((moved - forward) ** 2 + (back - reverse) ** 2).argmin(0)
-        alpha = jnp.moveaxis(points[best], -1, 0)
-        at = tuple(jnp.take_along_axis(v, best[None], 0)[0] for v in (moved, back))
+        alpha = jnp.stack([_pick(column, best) for column in points.T])
+        at = (_pick(moved, best), _pick(back, best))
         width = (high - low) / (self.num - 1)
         lower, upper = jnp.maximum(alpha - width, low), jnp.minimum(alpha + width, high)
         return _Found(alpha, lower, upper, jnp.isfinite(alpha), len(points), at)
@@ -328,6 +328,16 @@ class DynamicFusion:
 def _divergences(alpha: jax.Array, moments: Moments) -> tuple[jax.Array, jax.Array]:
     """F and R."""
     return alpha * moments.mean - moments.log_z, moments.log_z
+
+
+def _pick(values: jax.Array, index: jax.Array) -> jax.Array:
+    """Of ``values [num, *batch]`` or ``[num]``, those at ``index [*batch]``.
+
+    By comparison, for a gather from a batch that is sharded would have to be told how.
+    """
+    values = values.reshape(*values.shape, *[1] * (1 + index.ndim - values.ndim))
+    chosen = jnp.arange(len(values)).reshape(-1, *[1] * index.ndim) == index
+    return jnp.where(chosen, values, 0).sum(0)
 
 
 def _first(values: Any) -> Any:

@@ -96,11 +96,13 @@ def least_step(
             gaps, slopes = gaps.sum(0, keepdims=True), slopes.sum(0, keepdims=True)
         elif method == "budget":
             gaps, slopes = gaps[:1], slopes[:1]
-        # The slope of the merit, where no step can leave the box.
+        # A step has only the alphas that it does not push out of the box.
         downhill = -(slopes * gaps[:, None]).sum(0)
         stuck = ((alphas <= bounds[0]) & (downhill <= 0)) | ((alphas >= bounds[1]) & (downhill > 0))
+        slopes, downhill = jnp.where(stuck, 0.0, slopes), jnp.where(stuck, 0.0, downhill)
+        # The second is less than what the linear model promises.
         done = (jnp.abs(gaps) <= tolerance * jeffreys).all(0)
-        done |= (stuck | (jnp.abs(downhill) <= 1e-5)).all(0)
+        done |= (downhill**2).sum(0) <= 1e-9 * (slopes**2).sum((0, 1))
         return _Visit((gaps**2).sum(0), gaps, slopes, done, (moved, log_z))
 
     def step(seen: _Visit, damping: jax.Array) -> jax.Array:

@@ -139,7 +139,7 @@ def _run(
     start = jnp.clip(jnp.where(jnp.isfinite(start), start, middle), low, high)
     # Ends are infinite until the search has been beyond the wanted point.
     unknown = jnp.full_like(start, jnp.inf)
-    state = _State(start, None, start, -unknown, unknown, jnp.zeros(start.shape, bool))
+    state = _State(start, None, start, -unknown, unknown, jnp.zeros_like(start, bool))
     # The first one fills in what evaluations keep.
     state, sweeps = advance(state), jnp.ones((), jnp.int32)
     if unrolled:

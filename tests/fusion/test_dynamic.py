@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -244,7 +245,9 @@ def test_bfloat16_comes_out_as_float32():
         (dict(num=1), "num"),
     ],
 )
-def test_mistakes_are_named(options, named):
+def test_mistakes_are_named(options, named, monkeypatch):
+    # Under tests a wrong choice would fail before, by its annotation.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     with pytest.raises(ValueError, match=named):
         DynamicFusion(**options)
 

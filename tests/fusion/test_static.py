@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -133,6 +134,8 @@ def test_padding_gives_no_nan():
         (lambda: ContrastiveDecoding(plausibility=-1.0), "plausibility"),
     ],
 )
-def test_mistakes_are_named(make, named):
+def test_mistakes_are_named(make, named, monkeypatch):
+    # Under tests a wrong choice would fail before, by its annotation.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     with pytest.raises(ValueError, match=named):
         make()
