@@ -62,11 +62,10 @@ def run(options: _suite.Options) -> _suite.Result:
                     flush=True,
                 )
     scaling = measure_scaling((200, 2_000) if options.smoke else _SCALING, options.repeats)
-    loss = measure_loss(64 if options.smoke else 4096, 4_096 if options.smoke else 152_064, options)
     plots = [] if options.smoke else [plot(rows, options)]
     return _suite.Result(
-        rows=rows + scaling.rows + loss.rows,
-        bars=bars(rows) + scaling.bars + ([] if options.smoke else loss.bars),
+        rows=rows + scaling.rows,
+        bars=bars(rows) + scaling.bars,
         plots=plots,
     )
 
@@ -310,50 +309,6 @@ def measure_scaling(sizes: Sequence[int], repeats: int) -> Measured:
                 name="closed form: exponent of memory in n", value=float(memory_slope), limit=1.05
             ),
         ],
-    )
-
-
-def measure_loss(positions: int, vocab: int, options: _suite.Options) -> Measured:
-    """What `graph_on_logits` adds to the head's own matrix products, with a cached teacher.
-
-    Both steps multiply forward and backward, one with the loss's gradient and one with a given
-    one, so that the gradient's memory is counted where it would be in training.
-    """
-    hidden = 1024
-    keys = jax.random.split(jax.random.key(0), 3)
-    h = jax.random.normal(keys[0], (positions, hidden))
-    kernel = jax.random.normal(keys[1], (vocab, hidden)) / hidden**0.5
-    shorter = jax.jit(lambda h, kernel: losses.graph_statistics(h @ kernel.T, _K))
-    teacher = shorter(h[: positions // 2], kernel)
-
-    def step(gradient):
-        def run(h, kernel):
-            logits, vjp = jax.vjp(lambda h, kernel: h @ kernel.T, h, kernel)
-            return vjp(gradient(logits))
-
-        return jax.jit(run)
-
-    head = step(lambda logits: logits)
-    loss = step(jax.grad(lambda logits: losses.graph_on_logits(logits, teacher)[0]))
-    seconds = _suite.paired_seconds(
-        {"head": lambda: head(h, kernel), "loss": lambda: loss(h, kernel)},
-        repeats=options.repeats,
-    )
-    rows = [
-        {
-            "graph": f"{positions} positions, vocabulary {vocab}",
-            "method": name,
-            "seconds": float(np.median(seconds[key])),
-        }
-        for key, name in (
-            ("head", "head forward + backward"),
-            ("loss", "the same with graph_on_logits"),
-        )
-    ]
-    added = _suite.paired_ratio(seconds["loss"], seconds["head"]) - 1.0
-    return Measured(
-        rows,
-        [_suite.Bar(name="graph_on_logits: seconds added to the head", value=added, limit=0.05)],
     )
 
 

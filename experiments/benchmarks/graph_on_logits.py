@@ -1,0 +1,53 @@
+"""What the graph loss adds to a head's own matrix products, the teacher's top-k given.
+
+Both steps multiply forward and backward, one with the loss's gradient and one with a given one, so
+that the gradient's memory is counted where it would be in training.
+"""
+
+import jax
+import numpy as np
+
+from experiments.benchmarks import _suite
+from logitjax import losses
+
+K = 10
+HIDDEN = 1024
+
+
+def run(options: _suite.Options) -> _suite.Result:
+    positions, vocab = (64, 4_096) if options.smoke else (4096, 152_064)
+    keys = jax.random.split(jax.random.key(0), 2)
+    h = jax.random.normal(keys[0], (positions, HIDDEN))
+    kernel = jax.random.normal(keys[1], (vocab, HIDDEN)) / HIDDEN**0.5
+    shorter = jax.jit(lambda h, kernel: losses.graph_statistics(h @ kernel.T, K))
+    teacher = shorter(h[: positions // 2], kernel)
+
+    def step(gradient):
+        def both(h, kernel):
+            logits, vjp = jax.vjp(lambda h, kernel: h @ kernel.T, h, kernel)
+            return vjp(gradient(logits))
+
+        return jax.jit(both)
+
+    head = step(lambda logits: logits)
+    loss = step(jax.grad(lambda logits: losses.graph_on_logits(logits, teacher)[0]))
+    seconds = _suite.paired_seconds(
+        {"head": lambda: head(h, kernel), "loss": lambda: loss(h, kernel)},
+        repeats=options.repeats,
+    )
+    added = _suite.paired_ratio(seconds["loss"], seconds["head"]) - 1.0
+    rows = [
+        {
+            "step": name,
+            "T": positions,
+            "V": vocab,
+            "k": K,
+            "seconds": float(np.median(seconds[key])),
+        }
+        for key, name in (
+            ("head", "head, forward + backward"),
+            ("loss", "the same with graph_on_logits"),
+        )
+    ]
+    bar = _suite.Bar(name="graph_on_logits: seconds added to the head", value=added, limit=0.05)
+    return _suite.Result(rows=rows, bars=[] if options.smoke else [bar])

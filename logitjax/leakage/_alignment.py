@@ -1,0 +1,161 @@
+"""How much of a known head a recovered subspace holds: the auditor's metrics."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from logitjax.ops import Array
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeadAlignment:
+    """A recovered subspace beside the head that made it.
+
+    Attributes:
+      transform: ``[dimension, hidden]``, G: the head is about ``basis @ G``.
+      relative_rms: ``|W - basis G| / |W|``.
+      rms: root mean square of ``W - basis G``.
+      r2: ``1 - relative_rms^2``.
+      r2_rotation: the same where G may only be a scaled orthogonal matrix; None unless basis is
+        already the head up to one.
+      overlap: mean squared cosine of the principal angles, over the head's dimensions.
+      max_angle: the largest principal angle, degrees.
+      chance: overlap of a random subspace of this size: dimension / V.
+      leak: overlap beyond chance: 0 for a random subspace, 1 for the head's own.
+    """
+
+    transform: np.ndarray
+    relative_rms: float
+    rms: float
+    r2: float
+    r2_rotation: float | None
+    overlap: float
+    max_angle: float
+    chance: float
+    leak: float
+
+
+def align_head(
+    basis: Float[Array, "vocab dimension"],
+    head: Float[Array, "_ hidden"],
+    *,
+    centre: bool = True,
+    rotation: bool = False,
+) -> HeadAlignment:
+    """Aligns a recovered subspace to the true head, up to GL(h): an audit knows both.
+
+    ::
+
+        G = argmin |W - basis G|_F,     leak = (mean cos^2 - d / V) / (1 - d / V)
+
+    Args:
+      basis: ``[vocab, dimension]``, any columns that span the subspace.
+      head: ``[vocab, hidden]``, W with its final norm's gain or without: the span of the rows over
+        the vocabulary does not depend on it.
+      centre: compare with ``W`` less its mean over the vocabulary, which is all that
+        log-probabilities hold.
+      rotation: also align by a scaled rotation only, for a basis whose G the norm layer settled.
+
+    Returns:
+      `HeadAlignment`.
+
+    Raises:
+      ValueError: vocabularies differ.
+
+    References:
+      Carlini et al., 2024, appendix B: error after least squares. Chance correction ours.
+
+    >>> head = np.random.default_rng(0).standard_normal((30, 2))
+    >>> found = align_head(head @ np.array([[2.0, 1.0], [0.0, 1.0]]), head, centre=False)
+    >>> print(round(found.leak, 6), round(found.relative_rms, 6))
+    1.0 0.0
+    """
+    if len(basis) != len(head):
+        raise ValueError(f"basis has {len(basis)} rows, head {len(head)}: one vocabulary expected")
+    basis = np.asarray(basis, np.float64)
+    head = np.asarray(head, np.float64)
+    if centre:
+        head = head - head.mean(axis=0)
+    vocab, dimension = basis.shape
+    q, r = np.linalg.qr(basis)
+    inside = q.T @ head
+    transform = np.linalg.lstsq(r, inside, rcond=None)[0]
+    norm = np.linalg.norm(head)
+    # |W|^2 - |Q^T W|^2 would lose the digits that matter when the fit is good.
+    error = np.linalg.norm(head - q @ inside)
+    own, _ = np.linalg.qr(head)
+    cosines = np.clip(np.linalg.svd(q.T @ own, compute_uv=False), 0.0, 1.0)
+    width = head.shape[1]
+    overlap = float((cosines**2).sum() / width)
+    chance = dimension / vocab
+    smallest = cosines.min() if dimension >= width else 0.0
+    turned = None
+    if rotation:
+        turned = _rotation_r2(np.asarray(basis), np.asarray(head))
+    return HeadAlignment(
+        transform=transform,
+        relative_rms=float(error / norm),
+        rms=float(error / np.sqrt(head.size)),
+        r2=float(1 - (error / norm) ** 2),
+        r2_rotation=turned,
+        overlap=overlap,
+        max_angle=float(np.degrees(np.arccos(smallest))),
+        chance=chance,
+        leak=float((overlap - chance) / (1 - chance)),
+    )
+
+
+def _rotation_r2(basis: np.ndarray, head: np.ndarray) -> float:
+    if basis.shape != head.shape:
+        raise ValueError(f"a rotation needs equal shapes, got {basis.shape} and {head.shape}")
+    # min |W - s B R|: s R from the singular values of B^T W.
+    kept = np.linalg.svd(basis.T @ head, compute_uv=False).sum()
+    return float(kept**2 / (np.linalg.norm(basis) * np.linalg.norm(head)) ** 2)
+
+
+def random_head_control(
+    head: Float[Array, "vocab hidden"], dimension: int, seed: int = 0, *, centre: bool = True
+) -> HeadAlignment:
+    """`align_head` of a random subspace: what the metrics say when nothing was found.
+
+    >>> control = random_head_control(np.random.default_rng(1).standard_normal((200, 4)), 4)
+    >>> abs(control.leak) < 0.2
+    True
+    """
+    random = np.random.default_rng(seed).standard_normal((len(head), dimension))
+    return align_head(random, head, centre=centre)
+
+
+def utility_loss(
+    true_log_probs: Float[Array, "n vocab"], served_log_probs: Float[Array, "n vocab"]
+) -> dict[str, float]:
+    """What a defence costs the honest user.
+
+    Args:
+      true_log_probs: ``[n, vocab]``.
+      served_log_probs: ``[n, vocab]`` as an API reports them; renormalised here.
+
+    Returns:
+      ``kl`` in nats, mean; ``top1``, share of equal first tokens; ``top5``, mean overlap of five.
+
+    >>> p = jnp.log(jnp.array([[0.5, 0.3, 0.1, 0.05, 0.03, 0.02]]))
+    >>> {k: abs(round(v, 5)) for k, v in utility_loss(p, p).items()}
+    {'kl': 0.0, 'top1': 1.0, 'top5': 1.0}
+    """
+    from logitjax.ops import top_k
+
+    truth = jnp.asarray(true_log_probs, jnp.float32)
+    served = jnp.asarray(served_log_probs, jnp.float32)
+    served = served - jnp.log(jnp.sum(jnp.exp(served), axis=-1, keepdims=True))
+    kl = jnp.sum(jnp.exp(truth) * (truth - served), axis=-1)
+    width = min(5, truth.shape[-1])
+    _, mine = top_k(truth, width)
+    _, theirs = top_k(served, width)
+    shared = (mine[:, :, None] == theirs[:, None, :]).any(-1).mean(-1)
+    return {
+        "kl": float(kl.mean()),
+        "top1": float((mine[:, 0] == theirs[:, 0]).mean()),
+        "top5": float(shared.mean()),
+    }

@@ -1,0 +1,118 @@
+"""Whole rows from a few of their values, once a basis of all rows is known."""
+
+import dataclasses
+
+import numpy as np
+import scipy.linalg
+from jaxtyping import Float, Int
+
+from logitjax.ops import Array
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BasisFit:
+    """Rows found from a basis.
+
+    Attributes:
+      rows: ``[n, vocab]``, float64.
+      coefficients: ``[n, rank]``.
+      residual: root mean square of what the given values leave unexplained, in their units.
+      condition: of the basis at the chosen tokens: by it errors of the values are multiplied at
+        most.
+    """
+
+    rows: np.ndarray
+    coefficients: np.ndarray
+    residual: float
+    condition: float
+
+
+def choose_tokens(basis: Float[Array, "vocab rank"], count: int) -> Int[np.ndarray, " count"]:
+    """Tokens at which to ask, so that `rows_from_basis` is well-conditioned.
+
+    Pivoted QR picks the first ``rank``; the rest have the largest rows of the basis that remain.
+
+    Args:
+      basis: ``[vocab, rank]``.
+      count: how many, at least the rank; twice the rank is a good number.
+
+    Returns:
+      ``[count]`` token ids.
+
+    Raises:
+      ValueError: too few or too many.
+
+    >>> choose_tokens(np.array([[0.1, 0.0], [2.0, 0.0], [0.0, 1.0]]), 2)
+    array([1, 2])
+    """
+    basis = np.asarray(basis, np.float64)
+    vocab, rank = basis.shape
+    if not rank <= count <= vocab:
+        raise ValueError(f"count must be between the rank {rank} and the vocabulary, got {count}")
+    order: np.ndarray = scipy.linalg.qr(basis.T, mode="r", pivoting=True)[-1]  # pyright: ignore
+    first = order[:rank]
+    rest = np.setdiff1d(np.arange(vocab), first)
+    size = np.einsum("vr,vr->v", basis[rest], basis[rest])
+    return np.concatenate([first, rest[np.argsort(-size)[: count - rank]]])
+
+
+def rows_from_basis(
+    basis: Float[Array, "vocab rank"],
+    tokens: Int[Array, " m"],
+    values: Float[Array, "n m"],
+    *,
+    unknown_shift: bool = True,
+    largest_condition: float = 1e6,
+) -> BasisFit:
+    """Least squares for each row's place in a known basis.
+
+    ``values = basis[tokens] c + shift``, then ``row = basis c + shift``: h + 1 values say all V.
+
+    Args:
+      basis: ``[vocab, rank]``, orthonormal or not.
+      tokens: ``[m]`` where the values were taken, distinct.
+      values: ``[n, m]``.
+      unknown_shift: whether rows are log-probabilities, of which each has its own normaliser, while
+        the basis is of centred rows.
+      largest_condition: beyond it the setting is refused.
+
+    Returns:
+      `BasisFit`.
+
+    Raises:
+      ValueError: fewer values than unknowns, or ill-conditioned ones: says what to do.
+
+    >>> basis = np.array([[1.0], [2.0], [4.0]])
+    >>> fit = rows_from_basis(basis, np.array([0, 1]), np.array([[3.0, 6.0]]), unknown_shift=False)
+    >>> print(fit.rows.round(6))
+    [[ 3.  6. 12.]]
+    """
+    basis = np.asarray(basis, np.float64)
+    tokens = np.asarray(tokens)
+    values = np.asarray(values, np.float64)
+    if values.shape[-1] != len(tokens):
+        raise ValueError(f"values must be [n, {len(tokens)}] as tokens, got {values.shape}")
+    known = basis
+    if unknown_shift:
+        known = np.concatenate([basis, np.ones((len(basis), 1))], axis=1)
+    unknowns = known.shape[1]
+    if len(tokens) < unknowns:
+        raise ValueError(
+            f"{len(tokens)} values a row cannot settle {unknowns} unknowns; "
+            f"ask for {2 * unknowns} tokens"
+        )
+    system = known[tokens]
+    found, _, _, singular = np.linalg.lstsq(system, values.T, rcond=None)
+    condition = float(singular[0] / singular[-1]) if singular[-1] > 0 else float("inf")
+    if condition > largest_condition:
+        raise ValueError(
+            f"the basis at these {len(tokens)} tokens has condition {condition:.2g}, more than "
+            f"largest_condition={largest_condition:.2g}: take more tokens, or choose_tokens()"
+        )
+    residual = float(np.sqrt(np.mean((system @ found - values.T) ** 2)))
+    return BasisFit(
+        rows=(known @ found).T,
+        coefficients=found[: basis.shape[1]].T,
+        residual=residual,
+        condition=condition,
+    )

@@ -1,0 +1,221 @@
+"""A model behind the rules of an API, in the same process, with a meter."""
+
+import functools
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from logitjax.leakage._policy import Answer, LogitPolicy
+from logitjax.ops import Array, check_positive
+
+
+class BudgetExhaustedError(RuntimeError):
+    """A query past the budget; nothing of it was answered."""
+
+
+class LogitOracle:
+    """Answers queries about a model as an API with a given policy would, and counts them.
+
+    For operators: what does the API that we plan give away? The model runs here; nothing else is
+    ever asked. Last-position logits are kept per prompt, so that many queries about one prompt,
+    which differ in their bias, cost one forward pass.
+
+    Args:
+      apply_fn: ``tokens [n, length] -> [n, vocab]``: logits of the position after the last.
+      policy: what the API does.
+      budget: queries that may be asked; None for any number.
+      seed: of the API's noise and dummy dimensions.
+      batch_size: prompts a forward pass.
+      cache_size: prompts whose logits are kept.
+
+    Attributes:
+      queries: answered so far.
+      values: numbers they reported so far.
+      prompts: forward passes so far, by prompt: what the queries cost the operator.
+
+    >>> table = jnp.arange(12.0).reshape(3, 4)
+    >>> oracle = LogitOracle(lambda tokens: table[tokens[:, -1]],
+    ...                      LogitPolicy(returns="logits", top_k=2), budget=3)
+    >>> oracle.ask([[0], [2]]).values
+    array([[ 3.,  2.],
+           [11., 10.]], dtype=float32)
+    >>> oracle.queries, oracle.values
+    (2, 4)
+    """
+
+    def __init__(
+        self,
+        apply_fn: Callable[[jax.Array], Array],
+        policy: LogitPolicy,
+        *,
+        budget: int | None = None,
+        seed: int = 0,
+        batch_size: int = 16,
+        cache_size: int = 256,
+    ):
+        check_positive(batch_size, "batch_size")
+        check_positive(cache_size, "cache_size")
+        self.policy = policy
+        self.budget = budget
+        self.queries = 0
+        self.values = 0
+        self.prompts = 0
+        self._apply = apply_fn
+        self._api, self._noise = jax.random.split(jax.random.key(seed))
+        self._batch_size = batch_size
+        self._cache_size = cache_size
+        self._cache: dict[bytes, np.ndarray] = {}
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Known after the first prompt."""
+        return next((len(row) for row in self._cache.values()), None)
+
+    def ask(self, prompts: Sequence[Sequence[int]] | Array) -> Answer:
+        """One query a prompt, without a bias.
+
+        Args:
+          prompts: ``n`` sequences of token ids, of any lengths.
+
+        Returns:
+          `Answer` ``[n, k]`` on the host.
+
+        Raises:
+          BudgetExhaustedError: it would pass the budget.
+        """
+        self._charge(len(prompts))
+        answers = []
+        for start in range(0, len(prompts), self._batch_size):
+            rows = self._logits(prompts[start : start + self._batch_size])
+            answers.append(self._report(rows, prompts[start : start + self._batch_size]))
+        return self._counted(
+            Answer(
+                values=np.concatenate([a.values for a in answers]),
+                tokens=np.concatenate([a.tokens for a in answers]),
+            )
+        )
+
+    def ask_biased(
+        self,
+        prompt: Sequence[int] | Array,
+        bias_tokens: Array | Sequence[Sequence[int]],
+        bias_values: Array | Sequence[Sequence[float]],
+    ) -> Answer:
+        """Many queries about one prompt, each with its own logit bias.
+
+        Args:
+          prompt: token ids.
+          bias_tokens: ``[n, biased]``.
+          bias_values: ``[n, biased]`` in nats.
+
+        Returns:
+          `Answer` ``[n, k]`` on the host.
+
+        Raises:
+          BudgetExhaustedError: it would pass the budget.
+          ValueError: the policy refuses the bias.
+        """
+        tokens = np.asarray(bias_tokens, np.int32)
+        bias = np.broadcast_to(np.asarray(bias_values, np.float32), tokens.shape)
+        if tokens.ndim != 2:
+            raise ValueError(f"bias_tokens must be [queries, biased], got {tokens.shape}")
+        if self.policy.bias == "none":
+            raise ValueError("this API takes no logit bias")
+        self._charge(len(tokens))
+        row = self._logits([prompt])
+        # So many at a time that [queries, vocab] stays small.
+        size = max(1, min(len(tokens), 2**23 // row.shape[-1]))
+        answers = []
+        for start in range(0, len(tokens), size):
+            part, values = tokens[start : start + size], bias[start : start + size]
+            short = size - len(part)
+            if short:  # One compiled shape: the last is filled up and cut again.
+                part = np.concatenate([part, np.repeat(part[-1:], short, 0)])
+                values = np.concatenate([values, np.repeat(values[-1:], short, 0)])
+            served = np.broadcast_to(row, (size, row.shape[-1]))
+            found = self._report(served, [prompt] * size, part, values)
+            keep = size - short
+            answers.append((found.values[:keep], found.tokens[:keep]))
+        return self._counted(
+            Answer(
+                values=np.concatenate([values for values, _ in answers]),
+                tokens=np.concatenate([tokens for _, tokens in answers]),
+            )
+        )
+
+    def true_log_probs(self, prompts: Sequence[Sequence[int]] | Array) -> np.ndarray:
+        """``[n, vocab]``: what the model says before any policy. For the auditor; not counted."""
+        parts = []
+        for start in range(0, len(prompts), self._batch_size):
+            parts.append(self._logits(prompts[start : start + self._batch_size]))
+        return np.asarray(jax.nn.log_softmax(jnp.concatenate(parts)))
+
+    def _charge(self, count: int) -> None:
+        if self.budget is not None and self.queries + count > self.budget:
+            raise BudgetExhaustedError(
+                f"{count} queries would pass the budget: {self.queries} of {self.budget} are used"
+            )
+        self.queries += count
+
+    def _counted(self, answer: Answer) -> Answer:
+        self.values += int(np.size(answer.values))
+        return answer
+
+    def _logits(self, prompts: Sequence[Any] | Array) -> np.ndarray:
+        """Rows of the cache; what is missing is computed, prompts of one length together."""
+        names = [np.asarray(prompt, np.int32).tobytes() for prompt in prompts]
+        missing: dict[int, dict[bytes, Any]] = {}
+        for name, prompt in zip(names, prompts, strict=True):
+            if name not in self._cache:
+                missing.setdefault(len(prompt), {})[name] = prompt
+        fresh: dict[bytes, np.ndarray] = {}
+        for group in missing.values():
+            tokens = jnp.asarray(np.stack([np.asarray(p, np.int32) for p in group.values()]))
+            rows = np.asarray(self._apply(tokens), np.float32)
+            if rows.ndim != 2 or rows.shape[0] != len(group):
+                raise ValueError(
+                    f"apply_fn must give [{len(group)}, vocab] for the last position, "
+                    f"got {rows.shape}"
+                )
+            fresh |= dict(zip(group, rows, strict=True))
+            self.prompts += len(group)
+        found = np.stack([fresh[n] if n in fresh else self._cache[n] for n in names])
+        self._cache |= fresh
+        while len(self._cache) > self._cache_size:
+            self._cache.pop(next(iter(self._cache)))
+        return found
+
+    def _report(
+        self, rows: np.ndarray, prompts: Any, tokens: Any = None, bias: Any = None
+    ) -> Answer:
+        numbers = [_number_of(prompt) for prompt in prompts]
+        fresh = None
+        if self.policy.noise and self.policy.noise_per == "query":
+            self._noise, key = jax.random.split(self._noise)
+            fresh = jax.random.split(key, len(numbers))
+        keys = _keys(self._api, jnp.asarray(numbers, jnp.uint32))
+        values, where = _answer(self.policy, rows, keys, self._api, fresh, tokens, bias)
+        return Answer(values=np.asarray(values), tokens=np.asarray(where))
+
+
+def _number_of(prompt: Any) -> int:
+    digest = hashlib.sha256(np.asarray(prompt, np.int32).tobytes()).digest()
+    return int.from_bytes(digest[:4], "little")
+
+
+@jax.jit
+def _keys(key: jax.Array, numbers: jax.Array) -> jax.Array:
+    return jax.vmap(lambda n: jax.random.fold_in(key, n))(numbers)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _answer(
+    policy: LogitPolicy, rows: Any, keys: Any, api: Any, fresh: Any, tokens: Any, bias: Any
+) -> tuple[jax.Array, jax.Array]:
+    served = policy.disturb(rows, keys, api_key=api, noise_key=fresh)
+    answer = policy.report(served, bias_tokens=tokens, bias_values=bias)
+    return jnp.asarray(answer.values), jnp.asarray(answer.tokens)

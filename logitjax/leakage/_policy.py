@@ -1,0 +1,201 @@
+"""What an API lets out of a next-token distribution, as a frozen description of it."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float, Int, Key
+
+from logitjax.ops import Array, as_float, check_positive, top_k
+
+RETURNS = ("logits", "logprobs")
+BIAS = ("none", "sampling", "reported")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What came back.
+
+    Attributes:
+      values: ``[*batch, k]``, what the policy reports, largest first if it reports a top-k.
+      tokens: ``[*batch, k]`` int32, which tokens they are of.
+    """
+
+    values: Array
+    tokens: Array
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LogitPolicy:
+    """The rules of a logit API: what it reports, and what it does to it before.
+
+    ::
+
+        z <- cap tanh(z / cap)                      soft_cap
+        z <- z + dummy_scale std(z) E u / sqrt(r)   r dummy_dims: E of the API, u of the prompt
+        z <- z + noise e                            e of the prompt
+        y = z + bias                                where bias moves what is reported
+        y <- log_softmax(y)                         returns="logprobs"
+        y <- max(y, floor), rounded to decimals, the top_k largest
+
+    Attributes:
+      returns: ``logits`` or ``logprobs``.
+      top_k: how many values an answer holds; None for all.
+      bias: ``none``: a query with a bias is refused; ``sampling``: accepted, but the reported
+        values are those without it (what commercial APIs changed to in 2024); ``reported``: it
+        moves them.
+      max_biased: how many tokens a query may bias.
+      bias_limit: the largest bias, in nats.
+      decimals: reported values are rounded to so many.
+      noise: standard deviation of Gaussian noise on the logits, in nats.
+      noise_per: ``prompt``: the same prompt gets the same noise, so asking again averages nothing;
+        ``query``: fresh noise, the mistake.
+      floor: reported values below it are reported as it.
+      dummy_dims: random directions added to the logits, which hide the hidden dimension.
+      dummy_scale: their size against the logits' standard deviation.
+      soft_cap: as in `losses`, in nats.
+
+    References:
+      Carlini et al., Stealing part of a production language model, 2024, sections 4 to 8, for the
+      kinds of API and for the defences.
+    """
+
+    returns: str = "logprobs"
+    top_k: int | None = None
+    bias: str = "none"
+    max_biased: int = 300
+    bias_limit: float = 100.0
+    decimals: int | None = None
+    noise: float = 0.0
+    noise_per: str = "prompt"
+    floor: float | None = None
+    dummy_dims: int = 0
+    dummy_scale: float = 0.1
+    soft_cap: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("returns", self.returns, RETURNS),
+            ("bias", self.bias, BIAS),
+            ("noise_per", self.noise_per, ("prompt", "query")),
+        ):
+            if value not in known:
+                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+        for name, value in (
+            ("top_k", self.top_k),
+            ("max_biased", self.max_biased),
+            ("bias_limit", self.bias_limit),
+            ("soft_cap", self.soft_cap),
+        ):
+            if value is not None:
+                check_positive(value, name)
+        for name, value in (("noise", self.noise), ("dummy_dims", self.dummy_dims)):
+            if value < 0:
+                raise ValueError(f"{name} must not be negative, got {value}")
+
+    @property
+    def values_per_query(self) -> int | None:
+        """How many values an answer holds, or None for the whole vocabulary."""
+        return self.top_k
+
+    def disturb(
+        self,
+        logits: Float[Array, "*batch vocab"],
+        prompt_key: Key[jax.Array, "*batch"],
+        *,
+        api_key: Key[jax.Array, ""],
+        noise_key: Key[jax.Array, "*batch"] | None = None,
+    ) -> Float[jax.Array, "*batch vocab"]:
+        """What the API does to logits whoever asks: soft cap, dummy dimensions, noise.
+
+        Args:
+          logits: ``[*batch, vocab]``.
+          prompt_key: ``[*batch]``, one a prompt: the same prompt, the same key.
+          api_key: of the API: draws the dummy directions.
+          noise_key: ``[*batch]``, where noise is fresh for every query.
+
+        Returns:
+          ``[*batch, vocab]``, float32.
+        """
+        logits = as_float(logits, "logits")
+        vocab = logits.shape[-1]
+        if self.soft_cap is not None:
+            logits = self.soft_cap * jnp.tanh(logits / self.soft_cap)
+        flat = logits.reshape(-1, vocab)
+        keys = prompt_key.reshape(-1)
+        if self.dummy_dims:
+            directions = jax.random.normal(api_key, (self.dummy_dims, vocab))
+            inside = jax.vmap(
+                lambda k: jax.random.normal(jax.random.fold_in(k, 1), (self.dummy_dims,))
+            )
+            size = self.dummy_scale * flat.std(axis=-1, keepdims=True) / self.dummy_dims**0.5
+            flat = flat + size * (inside(keys) @ directions)
+        if self.noise:
+            keys = keys if noise_key is None else noise_key.reshape(-1)
+            draw = jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, 2), (vocab,)))
+            flat = flat + self.noise * draw(keys)
+        return flat.reshape(logits.shape)
+
+    def report(
+        self,
+        served: Float[Array, "*batch vocab"],
+        *,
+        bias_tokens: Int[Array, "*batch biased"] | None = None,
+        bias_values: Float[Array, "*batch biased"] | None = None,
+    ) -> Answer:
+        """What is reported of logits that `disturb` made.
+
+        Args:
+          served: ``[*batch, vocab]``.
+          bias_tokens: ``[*batch, biased]`` the tokens of a query's bias.
+          bias_values: ``[*batch, biased]`` in nats.
+
+        Returns:
+          `Answer`, ``[*batch, top_k]`` or ``[*batch, vocab]``.
+
+        Raises:
+          ValueError: the bias is not allowed, or there is too much of it.
+
+        >>> policy = LogitPolicy(returns="logits", top_k=1, bias="reported", decimals=1)
+        >>> answer = policy.report(jnp.array([0.0, 1.26]), bias_tokens=jnp.array([0]),
+        ...                        bias_values=jnp.array([5.0]))
+        >>> print(answer.values, answer.tokens)
+        [5.] [0]
+        """
+        values = as_float(served, "served")
+        if bias_tokens is not None:
+            values = self._biased(values, jnp.asarray(bias_tokens), bias_values)
+        if self.returns == "logprobs":
+            values = jax.nn.log_softmax(values)
+        if self.floor is not None:
+            values = jnp.maximum(values, self.floor)
+        if self.decimals is not None:
+            # By an integer and back: what a JSON answer with so many digits would hold.
+            values = jnp.round(values * 10.0**self.decimals) / 10.0**self.decimals
+        if self.top_k is None or self.top_k >= values.shape[-1]:
+            tokens = jnp.broadcast_to(jnp.arange(values.shape[-1]), values.shape)
+            return Answer(values=values, tokens=tokens)
+        values, tokens = top_k(values, self.top_k)
+        return Answer(values=values, tokens=tokens)
+
+    def _biased(self, values: jax.Array, tokens: jax.Array, bias: Array | None) -> jax.Array:
+        if self.bias == "none":
+            raise ValueError("this API takes no logit bias")
+        if bias is None or jnp.shape(bias) != tokens.shape:
+            raise ValueError(
+                f"bias_values must be of the shape of bias_tokens, {tokens.shape}, "
+                f"got {None if bias is None else jnp.shape(bias)}"
+            )
+        if tokens.shape[-1] > self.max_biased:
+            raise ValueError(
+                f"at most {self.max_biased} tokens may be biased, got {tokens.shape[-1]}"
+            )
+        if self.bias == "sampling":
+            return values
+        bias = jnp.clip(jnp.asarray(bias, jnp.float32), -self.bias_limit, self.bias_limit)
+        flat = values.reshape(-1, values.shape[-1])
+        rows = jnp.arange(flat.shape[0])[:, None]
+        where = jnp.broadcast_to(tokens, (*values.shape[:-1], tokens.shape[-1]))
+        where = where.reshape(-1, where.shape[-1])
+        add = jnp.broadcast_to(bias, (*values.shape[:-1], tokens.shape[-1])).reshape(where.shape)
+        return flat.at[rows, where].add(add).reshape(values.shape)

@@ -1,0 +1,268 @@
+"""A whole row of log-probabilities from an API that reports a few values and takes a bias."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from logitjax.leakage._policy import Answer, LogitPolicy
+from logitjax.leakage._unbias import unbias_alone, unbias_by_reference, unbias_by_visible
+from logitjax.ops import Array
+
+
+@runtime_checkable
+class Asked(Protocol):
+    """What is asked: a `LogitOracle`, or a client of a server of one's own."""
+
+    policy: LogitPolicy
+
+    def ask(self, prompts: Any, /) -> Answer: ...
+
+    def ask_biased(self, prompt: Any, bias_tokens: Any, bias_values: Any, /) -> Answer: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecoveredRow:
+    """A row of log-probabilities.
+
+    Attributes:
+      log_probs: ``[vocab]``, float32 nats; ``-inf`` where nothing was found.
+      known: ``[vocab]``, bool.
+      error_bound: nats, from the decimals and the number format of the answers.
+      queries: what it took.
+      method: ``reference``, ``visible`` or ``alone``, see the functions ``unbias_*``.
+    """
+
+    log_probs: np.ndarray
+    known: np.ndarray
+    error_bound: float
+    queries: int
+    method: str
+
+    @property
+    def coverage(self) -> float:
+        """Share of the vocabulary that was found."""
+        return float(self.known.mean())
+
+
+def row_queries(vocab: int, top_k: int) -> int:
+    """Queries for a whole row with a reference token: ``1 + ceil((V - 1) / (K - 1))``.
+
+    >>> row_queries(5000, 5)
+    1251
+    """
+    if top_k < 2:
+        return vocab + 1
+    return 1 + math.ceil((vocab - 1) / (top_k - 1))
+
+
+def recover_log_probs(
+    oracle: Asked,
+    prompt: Sequence[int] | Array,
+    vocab_size: int,
+    *,
+    bias: float | None = None,
+    tokens: Sequence[int] | Array | None = None,
+    largest_error: float = 0.1,
+) -> RecoveredRow:
+    """Every log-probability of the next token, from top-k answers to biased queries.
+
+    One query without a bias gives the most likely token and its log-probability: the reference.
+    Each further one lifts it and k - 1 tokens by the same bias to the top of the answer, and is
+    undone with `unbias_by_reference`. The bias has to exceed the range of the logits, else tokens
+    stay below the top k: those are asked for again together with the reference unbiased
+    (`unbias_by_visible`), and what is still missing is reported, not guessed.
+
+    Args:
+      oracle: what to ask, e.g. a `LogitOracle`.
+      prompt: token ids.
+      vocab_size: V.
+      bias: nats; by default 30, then 80 for tokens that did not come up, or what the policy takes.
+      tokens: only these are wanted; by default all. An API of logits then gives their differences
+        to the most likely token: the normaliser is a sum over all.
+      largest_error: nats; a setting whose answers cannot be undone better is refused.
+
+    Returns:
+      `RecoveredRow`.
+
+    Raises:
+      ValueError: the API moves no reported values by a bias, reports logits rather than
+        log-probabilities with too few decimals, or the setting is too ill-conditioned; says which.
+      BudgetExhaustedError: the oracle's.
+
+    References:
+      openlogprobs; Carlini et al., 2024, section 5. Departs from both in the reference token: their
+      form without one loses 4 nats at a bias of 20 in float32, see `unbias_alone`.
+    """
+    policy = oracle.policy
+    if policy.bias != "reported":
+        raise ValueError(
+            f"the API has bias={policy.bias!r}: reported values do not move with a bias, "
+            "so only the top k can be seen"
+        )
+    if bias is not None and not 0 < bias <= policy.bias_limit:
+        raise ValueError(f"bias must be in (0, {policy.bias_limit}], got {bias}")
+    # What a float32 server adds to a logit costs it digits: no more than is needed.
+    biases = sorted({min(x, policy.bias_limit) for x in (30.0, 80.0)}) if bias is None else [bias]
+    step = _step(policy)
+    if 3 * step > largest_error:
+        raise ValueError(
+            f"answers have {policy.decimals} decimals: log-probabilities could be off by "
+            f"{3 * step:.2g} nats, more than largest_error={largest_error}"
+        )
+    first = oracle.ask([prompt])
+    reference = int(first.tokens[0, 0])
+    reference_value = float(first.values[0, 0])
+    wanted = np.arange(vocab_size) if tokens is None else np.asarray(tokens, np.int64)
+    k = vocab_size if policy.top_k is None else min(policy.top_k, vocab_size)
+    group = min(k - 1, policy.max_biased - 1)
+    found = np.full(vocab_size, -np.inf, np.float32)
+    known = np.zeros(vocab_size, bool)
+    found[first.tokens[0]] = first.values[0]
+    known[first.tokens[0]] = policy.floor is None or first.values[0] > policy.floor
+    if policy.returns == "logits":
+        reference_value = 0.0  # Differences are what answers tell; the normaliser comes last.
+        found[known] -= float(first.values[0, 0])
+    if group < 1:
+        return _alone(oracle, prompt, wanted, found, known, biases[0], step, largest_error)
+    missing = wanted[wanted != reference]
+    queries = 1
+    for largest in biases:
+        queries += _ask(
+            oracle, prompt, missing, reference, reference_value, largest, group, found, known
+        )
+        missing = missing[~known[missing]]
+        if not len(missing):
+            break
+    method = "reference"
+    if len(missing) and policy.returns == "logprobs":
+        queries += _ask_visible(
+            oracle, prompt, missing, reference, reference_value, largest, found, known
+        )
+        method = "visible" if known[missing].any() else method
+    if policy.returns == "logits" and known.all():
+        shift = found.max()
+        found = found - shift - np.log(np.exp(found - shift, dtype=np.float64).sum())
+    return RecoveredRow(
+        log_probs=np.where(known, found, -np.inf).astype(np.float32),
+        known=known,
+        error_bound=3 * step + 4 * float(np.finfo(np.float32).eps) * largest,
+        queries=queries,
+        method=method,
+    )
+
+
+def _step(policy: LogitPolicy) -> float:
+    """Half the distance of neighbouring values an answer can hold."""
+    return 0.0 if policy.decimals is None else 0.5 * 10.0**-policy.decimals
+
+
+def _ask(
+    oracle: Asked,
+    prompt: Any,
+    tokens: np.ndarray,
+    reference: int,
+    reference_value: float,
+    bias: float,
+    group: int,
+    found: np.ndarray,
+    known: np.ndarray,
+) -> int:
+    """Tokens in groups, the reference with each; fills ``found`` and ``known``."""
+    if not len(tokens):
+        return 0
+    short = -len(tokens) % group
+    filled = np.concatenate([tokens, np.repeat(tokens[-1:], short)]).reshape(-1, group)
+    lone = np.full((len(filled), 1), reference)
+    groups = np.concatenate([lone, filled], axis=1)
+    values = np.full(groups.shape, bias, np.float32)
+    # A token that fills up the last group must not be lifted twice.
+    values[-1, group + 1 - short :] = 0.0
+    answer = oracle.ask_biased(prompt, groups, values)
+    _undo(answer, groups[:, :1], groups, reference_value, oracle.policy.floor, found, known)
+    return len(groups)
+
+
+def _undo(
+    answer: Answer,
+    reference: np.ndarray,
+    asked: np.ndarray,
+    reference_value: float,
+    floor: float | None,
+    found: np.ndarray,
+    known: np.ndarray,
+) -> None:
+    tokens, values = np.asarray(answer.tokens), np.asarray(answer.values)
+    here = tokens == reference
+    seen = here.any(axis=1)
+    anchor = np.where(here, values, 0.0).sum(axis=1)
+    undone = np.asarray(unbias_by_reference(values, anchor, reference_value))
+    # Only tokens of this query were lifted: others in the answer stand lower by the bias.
+    lifted = (tokens[:, :, None] == asked[:, None, :]).any(-1) & seen[:, None]
+    if floor is not None:
+        lifted &= values > floor
+    found[tokens[lifted]] = undone[lifted]
+    known[tokens[lifted]] = True
+
+
+def _ask_visible(
+    oracle: Asked,
+    prompt: Any,
+    tokens: np.ndarray,
+    reference: int,
+    reference_value: float,
+    bias: float,
+    found: np.ndarray,
+    known: np.ndarray,
+) -> int:
+    """One token a query, lifted above what hid it; the reference stays where it is."""
+    alone = tokens[:, None]
+    answer = oracle.ask_biased(prompt, alone, np.full(alone.shape, bias, np.float32))
+    for token, values, where in zip(tokens, answer.values, answer.tokens, strict=True):
+        mine = values[where == token]
+        hidden = oracle.policy.floor is not None and (mine <= oracle.policy.floor).any()
+        if len(mine) and reference in where and not hidden:
+            visible = values[where == reference][0]
+            undone = unbias_by_visible(mine, visible, reference_value, bias)
+            found[token] = float(undone[0])
+            known[token] = True
+    return len(tokens)
+
+
+def _alone(
+    oracle: Asked,
+    prompt: Any,
+    tokens: np.ndarray,
+    found: np.ndarray,
+    known: np.ndarray,
+    bias: float,
+    step: float,
+    largest_error: float,
+) -> RecoveredRow:
+    """An API that reports one value: no room for a reference."""
+    if oracle.policy.returns == "logits":
+        raise ValueError("top-1 logits hold no normaliser: a bias cannot be told from the logit")
+    rest = tokens[~known[tokens]]
+    answer = oracle.ask_biased(prompt, rest[:, None], np.full((len(rest), 1), bias, np.float32))
+    came = np.asarray(answer.tokens)[:, 0] == rest
+    undone, factor = (np.asarray(x) for x in unbias_alone(answer.values, bias))
+    resolution = max(step, float(np.finfo(np.float32).eps))
+    errors = np.where(np.isnan(factor), np.inf, factor * resolution)
+    good = came & (errors <= largest_error)
+    if not good.any():
+        raise ValueError(
+            f"bias={bias} leaves 1 - P(biased) below what answers resolve, or lifts no token to "
+            f"the top: errors of {np.min(errors, initial=np.inf):.2g} nats and more, "
+            f"largest_error={largest_error}; ask for top_k >= 2"
+        )
+    found[rest[good]] = undone[good, 0]
+    known[rest[good]] = True
+    return RecoveredRow(
+        log_probs=np.where(known, found, -np.inf).astype(np.float32),
+        known=known,
+        error_bound=float(errors[good].max()),
+        queries=1 + len(rest),
+        method="alone",
+    )

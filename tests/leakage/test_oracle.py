@@ -1,0 +1,137 @@
+"""A policy does what it says, and the oracle counts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from logitjax.leakage import Answer, BudgetExhaustedError, LogitPolicy
+from tests.leakage._models import log_softmax, oracle_of
+
+LOGITS = np.array([[0.0, 3.0, 1.0, -2.0], [2.0, 0.5, 0.0, 1.0]])
+
+
+def test_log_probs_rounded_and_cut():
+    oracle = oracle_of(LOGITS, LogitPolicy(top_k=2, decimals=2))
+    answer = oracle.ask([[0], [1]])
+    want = np.sort(log_softmax(LOGITS), axis=1)[:, ::-1][:, :2].round(2)
+    np.testing.assert_allclose(answer.values, want, atol=1e-6)
+    np.testing.assert_array_equal(answer.tokens, [[1, 2], [0, 3]])
+    assert (oracle.queries, oracle.values, oracle.prompts) == (2, 4, 2)
+
+
+def test_floor_and_whole_rows():
+    answer = oracle_of(LOGITS, LogitPolicy(floor=-2.0)).ask([[0]])
+    np.testing.assert_allclose(answer.values, np.maximum(log_softmax(LOGITS[:1]), -2.0), atol=1e-6)
+    np.testing.assert_array_equal(answer.tokens, [[0, 1, 2, 3]])
+
+
+def test_bias_moves_what_is_reported_or_only_what_is_sampled():
+    tokens, bias = np.array([[3, 0]]), np.array([[6.0, 1.0]])
+    moved = LOGITS[0] + np.array([1.0, 0, 0, 6.0])
+    answer = oracle_of(LOGITS, LogitPolicy(bias="reported", top_k=1)).ask_biased([0], tokens, bias)
+    assert answer.tokens[0, 0] == 3
+    np.testing.assert_allclose(answer.values[0, 0], log_softmax(moved)[3], atol=1e-6)
+    answer = oracle_of(LOGITS, LogitPolicy(bias="sampling", top_k=1)).ask_biased([0], tokens, bias)
+    assert answer.tokens[0, 0] == 1
+    np.testing.assert_allclose(answer.values[0, 0], log_softmax(LOGITS[0])[1], atol=1e-6)
+
+
+def test_the_same_token_twice_is_lifted_by_the_sum_and_limits_hold():
+    policy = LogitPolicy(returns="logits", bias="reported", bias_limit=4.0)
+    answer = oracle_of(LOGITS, policy).ask_biased([0], [[0, 0]], [[9.0, 1.0]])
+    assert answer.values[0, 0] == 5.0
+    few = LogitPolicy(bias="reported", max_biased=1)
+    with pytest.raises(ValueError, match="at most 1 tokens may be biased, got 2"):
+        oracle_of(LOGITS, few).ask_biased([0], [[0, 1]], [[1.0, 1.0]])
+    with pytest.raises(ValueError, match="takes no logit bias"):
+        oracle_of(LOGITS, LogitPolicy()).ask_biased([0], [[0]], [[1.0]])
+
+
+def test_noise_is_the_prompt_s_unless_it_is_asked_to_be_fresh():
+    oracle = oracle_of(LOGITS, LogitPolicy(returns="logits", noise=1.0))
+    first, again = oracle.ask([[0]]).values, oracle.ask([[0], [1]]).values
+    np.testing.assert_array_equal(first[0], again[0])
+    assert not np.allclose(again[0] - LOGITS[0], again[1] - LOGITS[1])
+    other = oracle_of(LOGITS, LogitPolicy(returns="logits", noise=1.0), seed=1)
+    assert not np.allclose(first, other.ask([[0]]).values)
+    fresh = oracle_of(LOGITS, LogitPolicy(returns="logits", noise=1.0, noise_per="query"))
+    assert not np.allclose(fresh.ask([[0]]).values, fresh.ask([[0]]).values)
+    many = oracle_of(np.zeros((1, 20_000)), LogitPolicy(returns="logits", noise=0.7))
+    assert many.ask([[0]]).values.std() == pytest.approx(0.7, rel=0.02)
+
+
+def test_noise_of_biased_queries_is_the_prompt_s_too():
+    policy = LogitPolicy(returns="logits", noise=1.0, bias="reported")
+    oracle = oracle_of(LOGITS, policy)
+    plain = oracle.ask([[0]]).values[0]
+    biased = oracle.ask_biased([0], [[1], [2]], [[5.0], [5.0]]).values
+    np.testing.assert_allclose(biased - plain, [[0, 5, 0, 0], [0, 0, 5, 0]], atol=1e-6)
+
+
+def test_soft_cap_and_dummy_dimensions():
+    capped = oracle_of(LOGITS, LogitPolicy(returns="logits", soft_cap=2.0)).ask([[0]])
+    np.testing.assert_allclose(capped.values[0], 2 * np.tanh(LOGITS[0] / 2), rtol=1e-6)
+    rows = np.random.default_rng(0).standard_normal((30, 3)) @ np.eye(3, 200)
+    policy = LogitPolicy(returns="logits", dummy_dims=5, dummy_scale=0.1)
+    served = oracle_of(rows, policy).ask([[i] for i in range(30)]).values
+    assert np.linalg.matrix_rank(rows) == 3
+    assert np.linalg.matrix_rank(served, tol=1e-3) == 8
+    added = (served - rows).std(axis=1)
+    np.testing.assert_allclose(added.mean(), 0.1 * rows.std(axis=1).mean(), rtol=0.5)
+
+
+def test_a_budget_is_kept_and_nothing_is_answered_past_it():
+    oracle = oracle_of(LOGITS, LogitPolicy(bias="reported"), budget=3)
+    oracle.ask([[0], [1]])
+    with pytest.raises(BudgetExhaustedError, match="2 queries would pass the budget: 2 of 3"):
+        oracle.ask_biased([0], [[0], [1]], [[1.0], [1.0]])
+    assert oracle.queries == 2
+    oracle.ask([[1]])
+    assert oracle.queries == 3
+
+
+def test_prompts_of_several_lengths_and_a_forward_pass_each():
+    calls = []
+
+    def model(tokens):
+        calls.append(tokens.shape)
+        return jnp.asarray(LOGITS, jnp.float32)[tokens[:, -1]]
+
+    from logitjax.leakage import LogitOracle
+
+    oracle = LogitOracle(model, LogitPolicy(returns="logits"), cache_size=2)
+    answer = oracle.ask([[0], [5, 1], [0], [7, 0]])
+    np.testing.assert_allclose(answer.values, LOGITS[[0, 1, 0, 0]], atol=1e-6)
+    assert sorted(calls) == [(1, 1), (2, 2)]
+    oracle.ask([[7, 0]])
+    assert len(calls) == 2
+    assert oracle.prompts == 3
+    with pytest.raises(ValueError, match="apply_fn must give"):
+        LogitOracle(lambda tokens: jnp.zeros((1, 2, 3)), LogitPolicy()).ask([[1]])
+
+
+def test_policies_name_their_mistakes():
+    with pytest.raises(ValueError, match="bias: expected one of none, sampling, reported"):
+        LogitPolicy(bias="yes")
+    with pytest.raises(ValueError, match="top_k must be positive"):
+        LogitPolicy(top_k=0)
+    with pytest.raises(ValueError, match="noise must not be negative"):
+        LogitPolicy(noise=-1.0)
+
+
+def test_report_is_pure():
+    policy = LogitPolicy(bias="reported", top_k=2, decimals=3)
+    served = jnp.asarray(LOGITS, jnp.float32)
+
+    def run(logits, tokens, bias):
+        answer = policy.report(logits, bias_tokens=tokens, bias_values=bias)
+        return answer.values, answer.tokens
+
+    arguments = served, jnp.array([[0], [1]]), jnp.array([[1.0], [2.0]])
+    eager, jitted = run(*arguments), jax.jit(run)(*arguments)
+    one_by_one = jax.vmap(run)(*arguments)
+    for a, b, c in zip(eager, jitted, one_by_one, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+        np.testing.assert_allclose(a, c, atol=1e-6)
+    assert isinstance(policy.report(served), Answer)

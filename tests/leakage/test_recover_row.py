@@ -1,0 +1,162 @@
+"""Rows come back from a few values a query: exactly, at the stated price, or with a reason."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from logitjax.leakage import (
+    LogitPolicy,
+    choose_tokens,
+    corner_matrix,
+    recover_log_probs,
+    row_queries,
+    rows_from_basis,
+    unbias_alone,
+    unbias_by_reference,
+    unbias_by_visible,
+)
+from tests.leakage._models import head_and_states, log_softmax, oracle_of
+
+
+def _logits(vocab, span=25.0, seed=0):
+    values = np.random.default_rng(seed).standard_normal(vocab)
+    return (values - values.min()) / np.ptp(values) * span
+
+
+@settings(max_examples=8, deadline=None)
+@given(seed=st.integers(0, 999), bias=st.floats(0.5, 30.0), count=st.integers(2, 5))
+def test_algebra_is_exact_in_float64(seed, bias, count):
+    rng = np.random.default_rng(seed)
+    logits = 3 * rng.standard_normal(9)
+    truth = log_softmax(logits)
+    lifted = np.zeros(9)
+    lifted[:count] = bias
+    seen = log_softmax(logits + lifted)
+    by_reference = unbias_by_reference(seen[1:count], seen[0], truth[0])
+    np.testing.assert_allclose(by_reference, truth[1:count], atol=1e-4)
+    visible = unbias_by_visible(seen[:count], seen[8], truth[8], bias)
+    np.testing.assert_allclose(visible, truth[:count], atol=1e-4)
+
+
+def test_without_a_reference_the_digits_go_with_the_bias():
+    logits = _logits(50, 4.0)
+    truth = log_softmax(logits)
+    errors, factors = [], []
+    for bias in (1.0, 8.0, 14.0):
+        lifted = np.zeros(50)
+        lifted[3] = bias
+        seen = log_softmax(logits + lifted)[3:4].astype(np.float32)
+        found, factor = unbias_alone(seen, bias)
+        errors.append(abs(float(found[0]) - truth[3]))
+        factors.append(float(factor))
+    assert errors[0] < 1e-5
+    assert factors[0] < factors[1] < factors[2]
+    # The factor says what to expect: some float32 roundings, that many times larger.
+    for error, factor in zip(errors, factors, strict=True):
+        assert error <= 8e-7 * factor
+    lifted = np.zeros(50)
+    lifted[3] = 60.0
+    _, factor = unbias_alone(log_softmax(logits + lifted)[3:4].astype(np.float32), 60.0)
+    assert np.isnan(factor)
+
+
+@pytest.mark.parametrize(("decimals", "error"), [(None, 5e-6), (7, 5e-6), (3, 1.6e-3)])
+def test_top_five_and_bias_give_the_whole_row(decimals, error):
+    logits = _logits(1001)
+    policy = LogitPolicy(top_k=5, bias="reported", decimals=decimals)
+    oracle = oracle_of(logits[None], policy)
+    row = recover_log_probs(oracle, [0], 1001)
+    assert row.coverage == 1.0
+    assert row.method == "reference"
+    worst = np.abs(row.log_probs - log_softmax(logits)).max()
+    assert worst <= error
+    assert worst <= max(row.error_bound, 5e-6)
+    assert row.queries == oracle.queries == row_queries(1001, 5) == 251
+
+
+def test_too_small_a_bias_is_mended_where_a_visible_token_helps_and_reported_elsewhere():
+    logits = _logits(64, 12.0)
+    oracle = oracle_of(logits[None], LogitPolicy(top_k=3, bias="reported"))
+    row = recover_log_probs(oracle, [0], 64, bias=8.0)
+    assert 0.3 < row.coverage < 1.0
+    truth = log_softmax(logits)
+    np.testing.assert_allclose(row.log_probs[row.known], truth[row.known], atol=2e-5)
+    assert np.isneginf(row.log_probs[~row.known]).all()
+    assert row.queries == oracle.queries
+
+
+def test_logits_rather_than_log_probabilities():
+    logits = _logits(40, 9.0)
+    policy = LogitPolicy(returns="logits", top_k=4, bias="reported")
+    row = recover_log_probs(oracle_of(logits[None], policy), [0], 40)
+    np.testing.assert_allclose(row.log_probs, log_softmax(logits), atol=1e-5)
+
+
+def test_a_floor_hides_and_is_not_mistaken_for_a_value():
+    logits = _logits(30, 20.0)
+    policy = LogitPolicy(top_k=30, bias="reported", floor=-5.0)
+    row = recover_log_probs(oracle_of(logits[None], policy), [0], 30, bias=1.0)
+    truth = log_softmax(logits)
+    hidden = truth < -8
+    assert hidden.any()
+    assert not row.known[hidden].any()
+
+
+def test_one_value_a_query():
+    logits = _logits(20, 3.0)
+    policy = LogitPolicy(top_k=1, bias="reported")
+    row = recover_log_probs(oracle_of(logits[None], policy), [0], 20, bias=6.0)
+    assert row.method == "alone"
+    assert row.coverage == 1.0
+    np.testing.assert_allclose(row.log_probs, log_softmax(logits), atol=row.error_bound + 1e-5)
+    with pytest.raises(ValueError, match="below what answers resolve"):
+        recover_log_probs(oracle_of(logits[None], policy), [0], 20, bias=60.0)
+
+
+def test_what_cannot_work_is_refused_with_the_reason():
+    logits = _logits(20)[None]
+    with pytest.raises(ValueError, match="bias='sampling': reported values do not move"):
+        recover_log_probs(oracle_of(logits, LogitPolicy(top_k=5, bias="sampling")), [0], 20)
+    policy = LogitPolicy(top_k=5, bias="reported", decimals=1)
+    with pytest.raises(ValueError, match="answers have 1 decimals"):
+        recover_log_probs(oracle_of(logits, policy), [0], 20)
+    policy = LogitPolicy(top_k=5, bias="reported", bias_limit=10)
+    with pytest.raises(ValueError, match=r"bias must be in \(0, 10"):
+        recover_log_probs(oracle_of(logits, policy), [0], 20, bias=11)
+
+
+def test_rows_from_a_basis_at_twice_as_many_tokens_as_dimensions():
+    head, states = head_and_states(300, 12, 9)
+    truth = log_softmax(states @ head.T)
+    centred = head - head.mean(axis=0)
+    tokens = choose_tokens(np.linalg.qr(centred)[0], 24)
+    assert len(set(tokens.tolist())) == 24
+    fit = rows_from_basis(np.linalg.qr(centred)[0], tokens, truth[:, tokens])
+    np.testing.assert_allclose(fit.rows, truth, atol=1e-10)
+    assert fit.residual < 1e-10
+    random = np.random.default_rng(1).choice(300, 13, replace=False)
+    rough = rows_from_basis(np.linalg.qr(centred)[0], random, truth[:, random])
+    assert fit.condition < rough.condition
+    with pytest.raises(ValueError, match="12 values a row cannot settle 13 unknowns"):
+        rows_from_basis(centred, random[:12], truth[:, random[:12]])
+    with pytest.raises(ValueError, match=r"more than largest_condition=1\.5"):
+        rows_from_basis(centred, random, truth[:, random], largest_condition=1.5)
+    with pytest.raises(ValueError, match="count must be between the rank 12"):
+        choose_tokens(centred, 5)
+
+
+def test_a_corner_has_the_rank_of_the_whole():
+    head, states = head_and_states(400, 7, 11)
+    oracle = oracle_of(states @ head.T, LogitPolicy(top_k=5, bias="reported"))
+    columns = np.random.default_rng(2).choice(400, 11, replace=False)
+    corner = corner_matrix(oracle, [[i] for i in range(11)], columns, 400)
+    np.testing.assert_allclose(corner, log_softmax(states @ head.T)[:, columns], atol=1e-5)
+    centred = corner - corner.mean(axis=1, keepdims=True)
+    assert np.linalg.matrix_rank(centred, tol=1e-3) == 7
+    assert oracle.queries <= 11 * (1 + 3)
+    whole = oracle_of(states @ head.T, LogitPolicy())
+    np.testing.assert_allclose(
+        corner_matrix(whole, [[i] for i in range(11)], columns, 400), corner, atol=1e-5
+    )
+    assert whole.queries == 11

@@ -1,0 +1,259 @@
+"""Hidden dimension and column space under noise, rounding and a real spectrum."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from logitjax.leakage import (
+    LogitPolicy,
+    align_head,
+    cholesky_qr,
+    clip_spectrum,
+    complete_rows,
+    estimate_output_subspace,
+    gram_matrix,
+    init_sketch,
+    max_gap_dimension,
+    noise_edge,
+    noise_edge_dimension,
+    noise_from_repeats,
+    norm_kind,
+    null_gap,
+    random_head_control,
+    randomised_svd,
+    rounding_noise,
+    settle_by_norm,
+    sketch_basis,
+    update_sketch,
+    utility_loss,
+)
+from tests.leakage._models import head_and_states, log_softmax, oracle_of
+
+VOCAB, WIDTH, COUNT = 1200, 24, 90
+
+
+@pytest.fixture(scope="module")
+def case():
+    head, states = head_and_states(VOCAB, WIDTH, COUNT)
+    return head, log_softmax(states @ head.T).astype(np.float32)
+
+
+@pytest.mark.parametrize("method", ["gram", "sketch", "randomised"])
+def test_every_method_finds_the_head_s_span(case, method):
+    head, rows = case
+    found = estimate_output_subspace(rows, method=method, max_rank=60)
+    assert found.dimension == found.max_gap == WIDTH
+    aligned = align_head(found.basis, head)
+    assert aligned.relative_rms < 1e-4
+    assert aligned.leak > 0.9999
+    assert aligned.max_angle < 0.05
+    gram = found.basis.T @ found.basis
+    np.testing.assert_allclose(gram, np.eye(WIDTH), atol=1e-4)
+
+
+def test_log_probabilities_have_one_dimension_more_and_centring_takes_it(case):
+    _, rows = case
+    assert estimate_output_subspace(rows, centre=False).dimension == WIDTH + 1
+    assert estimate_output_subspace(rows).dimension == WIDTH
+    exactly = WIDTH + 1
+    assert estimate_output_subspace(rows[:exactly]).dimension == WIDTH
+
+
+def test_singular_values_are_numpy_s(case):
+    _, rows = case
+    centred = rows.astype(np.float64) - rows.mean(axis=1, keepdims=True, dtype=np.float64)
+    want = np.linalg.svd(centred, compute_uv=False)[:WIDTH]
+    found = estimate_output_subspace(rows)
+    np.testing.assert_allclose(found.singular_values[:WIDTH], want, rtol=1e-5)
+
+
+def test_rounding_does_not_hide_and_noise_hides_what_it_buries(case):
+    head, rows = case
+    rounded = estimate_output_subspace(rows.round(2), noise=rounding_noise(2))
+    assert rounded.above_edge == rounded.dimension == WIDTH
+    assert align_head(rounded.basis, head).relative_rms < 5e-3
+    rng = np.random.default_rng(0)
+    noisy = rows + 0.3 * rng.standard_normal(rows.shape).astype(np.float32)
+    found = estimate_output_subspace(noisy, noise=0.3)
+    assert found.above_edge == WIDTH
+    assert 0.05 < align_head(found.basis, head).relative_rms < 0.5
+    buried = rows + 30 * rng.standard_normal(rows.shape).astype(np.float32)
+    assert estimate_output_subspace(buried, noise=30.0).above_edge < WIDTH / 2
+
+
+def test_an_anisotropic_spectrum_defeats_the_largest_gap():
+    head, states = head_and_states(VOCAB, 40, 200, anisotropy=5.0)
+    states[:, 0] *= 60  # A direction that all prompts share, as in real models.
+    rows = (states @ head.T).astype(np.float32)
+    rows += 0.3 * np.random.default_rng(0).standard_normal(rows.shape).astype(np.float32)
+    found = estimate_output_subspace(rows, noise=0.3, centre=False)
+    assert found.max_gap == 1
+    assert found.above_edge >= 35
+
+
+def test_estimators_on_hand_worked_spectra():
+    spectrum = np.array([100.0, 10.0, 9.0, 8.0, 1.0, 0.9])
+    assert max_gap_dimension(spectrum) == 1
+    assert max_gap_dimension(spectrum, smallest=2) == 4
+    assert noise_edge(0.1, 16, 25) == pytest.approx(0.9)
+    assert noise_edge_dimension(spectrum, 0.1, 16, 25) == 5
+    # Gaps between exact zeros are no gaps.
+    assert max_gap_dimension(np.array([3.0, 2.0, 0.0, 0.0])) == 2
+    assert clip_spectrum(np.array([1.0, 0.0], np.float32))[1] == pytest.approx(2 * np.finfo(np.float32).eps)
+    with pytest.raises(ValueError, match="smallest must be between 1 and 5"):
+        max_gap_dimension(spectrum, smallest=6)
+
+
+def test_noise_is_measured_from_repeats_and_its_own_gap_is_small():
+    rng = np.random.default_rng(0)
+    repeats = rng.standard_normal((5, 1, 400)) + 0.4 * rng.standard_normal((5, 4, 400))
+    assert noise_from_repeats(repeats) == pytest.approx(0.4, rel=0.05)
+    assert null_gap(40, 4000, jax.random.key(0)) < 0.2
+    with pytest.raises(ValueError, match="r >= 2"):
+        noise_from_repeats(repeats[:, :1])
+
+
+def test_noise_edge_bounds_pure_noise():
+    noise = 0.5 * np.random.default_rng(1).standard_normal((60, 900))
+    largest = np.linalg.svd(noise, compute_uv=False)[0]
+    assert 0.95 < largest / noise_edge(0.5, 60, 900) < 1.05
+
+
+def test_sketch_streams_and_does_not_care_for_blocks(case):
+    _, rows = case
+    sketch = init_sketch(VOCAB, 40, jax.random.key(0))
+    for start in range(0, COUNT, 32):
+        sketch = update_sketch(sketch, rows[start : start + 32], centre=True)
+    assert int(sketch.rows) == COUNT
+    basis = np.asarray(sketch_basis(sketch))
+    centred = rows - rows.mean(axis=1, keepdims=True)
+    left = centred - centred @ basis @ basis.T
+    assert np.linalg.norm(left) < 1e-3 * np.linalg.norm(centred)
+
+
+def test_randomised_svd_needs_its_power_iteration_under_noise():
+    head, states = head_and_states(VOCAB, 20, 300)
+    rows = (states @ head.T).astype(np.float32)
+    rows += 3.0 * np.random.default_rng(0).standard_normal(rows.shape).astype(np.float32)
+    full = np.linalg.svd(rows, full_matrices=False)[2][:20].T
+    best = align_head(full, head, centre=False).max_angle
+    angles = []
+    for power in (0, 2):
+        _, basis = randomised_svd(rows, 20, jax.random.key(0), power_iterations=power)
+        angles.append(align_head(basis, head, centre=False).max_angle)
+    assert angles[1] < angles[0] - 1
+    assert angles[1] < best + 2
+
+
+def test_vocabulary_sharded_equals_local(case):
+    _, rows = case
+    mesh = jax.make_mesh((4,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def gram(rows):
+        return gram_matrix(rows, centre=True, block_size=100, axis_name="tensor")
+
+    def svd(rows):
+        return randomised_svd(rows, WIDTH, jax.random.key(3), centre=True, axis_name="tensor")
+
+    split = P(None, "tensor")
+    over = jax.jit(jax.shard_map(gram, mesh=mesh, in_specs=split, out_specs=P()))
+    np.testing.assert_allclose(over(rows), gram_matrix(rows, centre=True), rtol=1e-4, atol=0.05)
+    run = jax.shard_map(
+        svd, mesh=mesh, in_specs=split, out_specs=(P(), P("tensor")), check_vma=False
+    )
+    values, basis = jax.jit(run)(rows)
+    alone, _ = randomised_svd(rows, WIDTH, jax.random.key(3), centre=True)
+    np.testing.assert_allclose(values, alone, rtol=1e-4)
+    np.testing.assert_allclose(basis.T @ basis, np.eye(WIDTH), atol=1e-4)
+
+
+def test_cholesky_qr_survives_dependent_columns():
+    columns = np.random.default_rng(0).standard_normal((50, 4)).astype(np.float32)
+    columns[:, 3] = columns[:, 0] + 1e-3 * columns[:, 1]
+    basis = np.asarray(cholesky_qr(columns))
+    assert np.isfinite(basis).all()
+    inside = basis[:, :3] @ basis[:, :3].T @ columns[:, :3]
+    np.testing.assert_allclose(inside, columns[:, :3], atol=1e-3)
+
+
+def test_gram_of_many_rows_uses_the_symmetry():
+    rows = np.random.default_rng(0).standard_normal((530, 70)).astype(np.float32)
+    np.testing.assert_allclose(gram_matrix(rows, block_size=32), rows @ rows.T, atol=1e-3)
+
+
+def test_norm_layers_are_told_apart(case):
+    head, states = head_and_states(300, 10, 60)
+    assert norm_kind((states @ head.T).astype(np.float32), 10, centre=False) == "rms_norm"
+    gain, bias = np.random.default_rng(5).standard_normal((2, 10))
+    flat = states - states.mean(axis=1, keepdims=True)
+    normed = flat / flat.std(axis=1, keepdims=True) * gain + bias
+    logits = normed @ head.T
+    assert norm_kind(logits.astype(np.float32), 10, centre=False) == "layer_norm"
+    assert norm_kind(log_softmax(logits).astype(np.float32), 10) == "layer_norm"
+    with pytest.raises(ValueError, match="more than 11 rows"):
+        norm_kind(logits[:5].astype(np.float32), 10)
+
+
+def test_rms_norm_settles_the_head_up_to_a_rotation():
+    head, states = head_and_states(200, 8, 60)
+    rows = states @ head.T
+    found = estimate_output_subspace(rows.astype(np.float32), dimension=8, centre=False)
+    basis = np.asarray(found.basis, np.float64)
+    inner = settle_by_norm(rows @ basis)
+    rotated = basis @ np.linalg.inv(inner).T
+    aligned = align_head(rotated, head, centre=False, rotation=True)
+    assert aligned.r2_rotation > 1 - 1e-6
+    assert align_head(basis, head, centre=False, rotation=True).r2_rotation < 0.999
+    with pytest.raises(ValueError, match="36 rows are needed for 8 dimensions"):
+        settle_by_norm((rows @ basis)[:20])
+
+
+def test_metrics_know_chance(case):
+    head, _ = case
+    control = random_head_control(head, WIDTH, seed=3)
+    assert abs(control.leak) < 0.02
+    assert control.chance == WIDTH / VOCAB
+    assert control.overlap == pytest.approx(control.chance, abs=0.02)
+    half = align_head((head - head.mean(axis=0))[:, : WIDTH // 2], head)
+    assert half.overlap == pytest.approx(0.5, abs=1e-6)
+    assert half.max_angle == pytest.approx(90)
+    with pytest.raises(ValueError, match="one vocabulary expected"):
+        align_head(head[:5], head)
+
+
+def test_utility_counts_what_honest_users_lose(case):
+    _, rows = case
+    oracle = oracle_of(rows, LogitPolicy(noise=2.0))
+    served = oracle.ask([[i] for i in range(40)]).values
+    loss = utility_loss(rows[:40], served)
+    assert loss["kl"] > 0.5
+    assert loss["top1"] < 0.8
+    assert utility_loss(rows, rows)["top1"] == 1.0
+
+
+@pytest.mark.parametrize(("share", "found"), [(0.6, True), (0.03, False)])
+def test_completion_knows_what_it_is_worth(share, found):
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((150, 4)) @ rng.standard_normal((4, 60))
+    where = rng.random(rows.shape) < share
+    where[:, 0] = True
+    done = complete_rows(rows, where, 4, key=jax.random.key(0), iterations=60)
+    assert done.identifiable == found
+    if found:
+        np.testing.assert_allclose(done.rows, rows, atol=0.05)
+        assert "predicted" in done.verdict
+    else:
+        assert done.misfit < 0.5
+        assert "no more than the rank" in done.verdict
+
+
+def test_arguments_are_checked(case):
+    _, rows = case
+    with pytest.raises(ValueError, match="method: expected one of auto, gram"):
+        estimate_output_subspace(rows, method="svd")
+    with pytest.raises(ValueError, match="90 rows of 1200 show no dimension 91"):
+        estimate_output_subspace(rows, dimension=91)
+    with pytest.raises(ValueError, match="rank must be between 1 and 90"):
+        randomised_svd(jnp.asarray(rows), 91, jax.random.key(0))
