@@ -75,7 +75,7 @@ class LogitOracle:
         """Known after the first prompt."""
         return next((len(row) for row in self._cache.values()), None)
 
-    def ask(self, prompts: Sequence[Sequence[int]] | Array) -> Answer:
+    def ask(self, prompts: Sequence[Sequence[int] | Array] | Array) -> Answer:
         """One query a prompt, without a bias.
 
         Args:
@@ -147,7 +147,7 @@ class LogitOracle:
             )
         )
 
-    def true_log_probs(self, prompts: Sequence[Sequence[int]] | Array) -> np.ndarray:
+    def true_log_probs(self, prompts: Sequence[Sequence[int] | Array] | Array) -> np.ndarray:
         """``[n, vocab]``: what the model says before any policy. For the auditor; not counted."""
         parts = []
         for start in range(0, len(prompts), self._batch_size):

@@ -1,0 +1,80 @@
+"""The audit runs, keeps what it found, and says what it means."""
+
+import json
+
+import pytest
+from etils import epath
+
+from experiments import _leakage_policies, _leakage_report, leakage_audit
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = epath.Path(tmp_path_factory.mktemp("audit"))
+    settings = leakage_audit.PRESETS["smoke"] | {
+        "policy": ("full", "noise_0.1", "top_5", "top_5_bias"),
+        "seeds": 2,
+    }
+    config = leakage_audit.Config(**settings)
+    leakage_audit.run(config, workdir)
+    return config, workdir
+
+
+def test_what_is_open_is_called_open_and_what_is_closed_closed(finished):
+    _, workdir = finished
+    records = {
+        (r["policy"], r["seed"]): r for r in json.loads((workdir / "results.json").read_text())
+    }
+    # Noise differs by seed; what has none runs once.
+    assert set(records) == {
+        ("full", 0),
+        ("noise_0.1", 0),
+        ("noise_0.1", 1),
+        ("top_5", 0),
+        ("top_5_bias", 0),
+    }
+    assert records["full", 0]["dimension"] == 32
+    assert records["full", 0]["leak"] > 0.999
+    assert records["noise_0.1", 0]["leak"] != records["noise_0.1", 1]["leak"]
+    assert records["top_5", 0]["leak"] < 0.1
+    assert records["top_5", 0]["values"] == 5 * 60
+    biased = records["top_5_bias", 0]
+    assert biased["row_error"] < 5e-6
+    assert biased["row_queries"] == 65
+    assert biased["dimension"] == 32
+    assert biased["queries"] == 65 + 40 * (1 + 10)
+    text = (workdir / "report.md").read_text()
+    assert "`full`: open" in text
+    assert "`top_5`: closed" in text
+    for name in ("spectra.png", "frontier.png"):
+        assert (workdir / name).stat().length > 1000
+
+
+def test_finished_policies_are_not_asked_again(finished, monkeypatch):
+    config, workdir = finished
+    before = (workdir / "report.md").read_text()
+
+    def fail(*_):
+        raise AssertionError("a policy was asked again")
+
+    monkeypatch.setattr(_leakage_policies, "_from_rows", fail)
+    monkeypatch.setattr(_leakage_policies, "_through_bias", fail)
+    leakage_audit.run(config, workdir)
+    assert (workdir / "report.md").read_text() == before
+
+
+def test_policies_by_name():
+    assert _leakage_policies.parse("top_20_bias").bias == "reported"
+    assert _leakage_policies.parse("dummy_64_0.02").dummy_scale == 0.02
+    for name in {*_leakage_policies.DEMO, *_leakage_policies.REPORT}:
+        assert _leakage_policies.parse(name)
+    for wrong in ("top", "round_x", "noise_-1", "open"):
+        with pytest.raises(ValueError, match="policy"):
+            leakage_audit.Config(policy=(wrong,))
+
+
+def test_a_cheap_defence_that_hides_the_width_only_is_said_to_do_so():
+    record = {"leak": 0.99, "dimension": 40, "kl": 0.001}
+    assert "only the width is hidden" in _leakage_report.verdict([record], 32)
+    dear = {"leak": 0.02, "dimension": 3, "kl": 2.0}
+    assert _leakage_report.verdict([dear], 32) == "closed, and honest users pay for it"
