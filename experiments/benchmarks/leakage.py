@@ -1,0 +1,143 @@
+"""Rows through a logit bias, and the head's subspace beside numpy's full SVD.
+
+Rows of the subspace come from a head of the width and vocabulary of a 1.5-billion-parameter model
+with a spectrum as uneven as SmolLM2's (s_1 / s_h about 700). Each method runs in a process of its
+own, whose peak memory counts the rows.
+"""
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.benchmarks import _suite
+from logitjax import leakage
+
+SPAN = 25.0
+
+_SUBSPACE = """
+import json, sys, time
+import numpy as np
+from experiments.benchmarks._suite import peak_rss_bytes
+from experiments.benchmarks.leakage import uneven_rows
+
+vocab, hidden, count = map(int, sys.argv[2:5])
+rows, head = uneven_rows(vocab, hidden, count)
+start = time.perf_counter()
+if sys.argv[1] == "ours":
+    from logitjax import leakage
+    found = leakage.estimate_output_subspace(rows, centre=False)
+    dimension, basis = found.dimension, np.asarray(found.basis)
+    method = found.method
+else:
+    values, right = np.linalg.svd(rows, full_matrices=False)[1:]
+    gaps = -np.diff(np.log(np.maximum(values, values[0] * 1.2e-7 * count)))
+    skip = count // 20
+    dimension = int(np.argmax(gaps[skip - 1 :])) + skip
+    basis, method = right[:dimension].T, "numpy.linalg.svd"
+seconds = time.perf_counter() - start
+peak = peak_rss_bytes()
+from logitjax import leakage
+# The angle of a part of the head: all of it would take longer than what is measured.
+some = np.random.default_rng(1).standard_normal((hidden, 8)).astype(np.float32)
+aligned = leakage.align_head(basis[:, :dimension], head @ some, centre=False)
+print(json.dumps(dict(
+    method=method, seconds=seconds, peak=peak, dimension=dimension,
+    angle=aligned.max_angle, rms=aligned.relative_rms)))
+"""
+
+
+def uneven_rows(vocab: int, hidden: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Logits ``[count, vocab]`` and the head that made them."""
+    keys = jax.random.split(jax.random.key(0), 2)
+    scale = jnp.exp(-jnp.log(500.0) * jnp.arange(hidden) / hidden)
+    states = jax.random.normal(keys[0], (count, hidden)) * scale
+    head = jax.random.normal(keys[1], (vocab, hidden)) / hidden**0.5
+    rows = jax.jit(lambda states, head: states @ head.T)(states, head)
+    return np.asarray(rows), np.asarray(head)
+
+
+def _subspace(options: _suite.Options) -> tuple[list[dict[str, Any]], list[_suite.Bar]]:
+    sizes = (4_000, 32, 80) if options.smoke else (152_064, 1024, 2048)
+    rows, seen = [], {}
+    for name in ("ours", "numpy"):
+        command = [sys.executable, "-c", _SUBSPACE, name, *map(str, sizes)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        seen[name] = json.loads(done.stdout.splitlines()[-1])
+        rows.append(
+            {
+                "what": f"subspace, n = {sizes[2]}",
+                "V": sizes[0],
+                "h": sizes[1],
+                "method": seen[name]["method"],
+                "seconds": seen[name]["seconds"],
+                "peak RSS GB": seen[name]["peak"] / 1e9,
+                "dimension": seen[name]["dimension"],
+                "largest angle, degrees": seen[name]["angle"],
+            }
+        )
+    ours, peer = seen["ours"], seen["numpy"]
+    bars = [
+        _suite.Bar(
+            name="subspace: numpy's seconds / ours",
+            value=peer["seconds"] / ours["seconds"],
+            limit=10.0,
+            sense=">=",
+        ),
+        _suite.Bar(name="subspace: peak memory, GB", value=ours["peak"] / 1e9, limit=3.0),
+        _suite.Bar(
+            name="subspace: dimension off by", value=abs(ours["dimension"] - sizes[1]), limit=0
+        ),
+        _suite.Bar(
+            name="subspace: angle beyond numpy's, degrees",
+            value=ours["angle"] - peer["angle"],
+            limit=0.1,
+        ),
+    ]
+    return rows, bars
+
+
+def _recovery(options: _suite.Options) -> tuple[dict[str, Any], list[_suite.Bar]]:
+    vocab = 1_000 if options.smoke else 49_152
+    logits = np.random.default_rng(0).standard_normal(vocab)
+    logits = (logits - logits.mean()) / np.ptp(logits) * SPAN
+    truth = logits - np.log(np.exp(logits).sum())
+    table = jnp.asarray(logits, jnp.float32)[None]
+    policy = leakage.LogitPolicy(top_k=5, bias="reported", decimals=7)
+    oracle = leakage.LogitOracle(lambda tokens: table[tokens[:, -1]], policy)
+    seconds = _suite.paired_seconds(
+        {"row": lambda: leakage.recover_log_probs(oracle, [0], vocab)}, repeats=1, warmup=1
+    )["row"][0]
+    spent = oracle.queries
+    row = leakage.recover_log_probs(oracle, [0], vocab)
+    error = float(np.abs(row.log_probs - truth)[row.known].max())
+    price = leakage.row_queries(vocab, 5)
+    record = {
+        "what": "row from the top 5 and a bias",
+        "V": vocab,
+        "method": row.method,
+        "seconds": seconds,
+        "queries": row.queries,
+        "coverage": row.coverage,
+        "error, nats": error,
+    }
+    bars = [
+        _suite.Bar(name="row: largest error, nats", value=error, limit=5e-6),
+        _suite.Bar(name="row: coverage", value=row.coverage, limit=1.0, sense=">="),
+        _suite.Bar(
+            name="row: queries / (1 + ceil((V - 1) / 4))",
+            value=(oracle.queries - spent) / price,
+            limit=1.0,
+        ),
+    ]
+    return record, bars
+
+
+def run(options: _suite.Options) -> _suite.Result:
+    row, found = _recovery(options)
+    rows, bars = _subspace(options)
+    return _suite.Result(rows=[row, *rows], bars=found + ([] if options.smoke else bars))
