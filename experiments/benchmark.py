@@ -2,7 +2,7 @@
 
 Each leaves ``results.json``, ``table.csv``, ``table.md`` and plots under ``WORKDIR/NAME``, prints
 its table, and says whether the figures that were promised were reached.
-``--compare=OLD/results.json`` lists what got worse.
+``--compare=OLD/results.json`` lists what got worse; ``--page`` prints finished results as Markdown.
 """
 
 import importlib
@@ -24,6 +24,9 @@ _REPEATS = flags.DEFINE_integer(
     "repeats", 5, "Timed calls of each peer, in alternation.", lower_bound=1
 )
 _WORKDIR = flags.DEFINE_string("workdir", "runs/benchmarks", "Results go to WORKDIR/NAME.")
+_PAGE = flags.DEFINE_bool(
+    "page", False, "Print what WORKDIR holds as the sections of docs/benchmarks.md, and stop."
+)
 _COMPARE = flags.DEFINE_string(
     "compare", None, "An earlier results.json: list its bars beside these."
 )
@@ -53,8 +56,36 @@ def compare(old: Mapping[str, Any], bars: Sequence[_suite.Bar], *, slack: float 
     return markdown_table(rows)
 
 
+def page(workdir: Path) -> str:
+    """Finished full-scale results, a section each: what, command, versions, tables."""
+    sections = []
+    for name in names():
+        path = workdir / name / "results.json"
+        if not path.exists():
+            continue
+        record = json.loads(path.read_text())
+        if record["scale"] != "full":
+            continue
+        module = importlib.import_module(f"experiments.benchmarks.{name}")
+        machine = record["environment"]
+        bars = [_suite.Bar(**{k: v for k, v in b.items() if k != "met"}) for b in record["bars"]]
+        sections += [
+            f"## {name}\n",
+            (module.__doc__ or "").strip().splitlines()[0] + "\n",
+            f"`python -m experiments.benchmark {name}`, Python {machine['python']}, "
+            f"jax {machine['jax']}, {machine['device']}.\n",
+            markdown_table(record["rows"]) + "\n",
+        ]
+        if bars:
+            sections.append(markdown_table([bar.as_row() for bar in bars]) + "\n")
+    return "\n".join(sections)
+
+
 def main(argv: Sequence[str]) -> None:
     known = names()
+    if _PAGE.value:
+        print(page(Path(_WORKDIR.value)))
+        return
     if _LIST.value:
         for name in known:
             module = importlib.import_module(f"experiments.benchmarks.{name}")

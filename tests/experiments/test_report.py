@@ -58,3 +58,16 @@ def test_every_benchmark_says_what_it_is():
         module = importlib.import_module(f"experiments.benchmarks.{name}")
         assert module.__doc__
         assert callable(module.run)
+
+
+def test_page_shows_finished_results_of_full_scale(tmp_path):
+    bar = _suite.Bar(name="time", value=3.0, limit=2.0)
+    result = _suite.Result(rows=[{"step": "one", "seconds": 0.5}], bars=[bar])
+    for name, scale in (("resume", "full"), ("loading", "smoke")):
+        options = _suite.Options(directory=tmp_path / name, scale=scale)
+        _suite.write(name, result, options)
+    text = benchmark.page(tmp_path)
+    assert "## resume" in text
+    assert "| one  | 0.5     |" in text
+    assert "MISSED" in text
+    assert "loading" not in text
