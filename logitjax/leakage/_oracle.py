@@ -192,7 +192,7 @@ class LogitOracle:
     def _report(
         self, rows: np.ndarray, prompts: Any, tokens: Any = None, bias: Any = None
     ) -> Answer:
-        numbers = [_number_of(prompt) for prompt in prompts]
+        numbers = [prompt_number(prompt) for prompt in prompts]
         fresh = None
         if self.policy.noise and self.policy.noise_per == "query":
             self._noise, key = jax.random.split(self._noise)
@@ -202,7 +202,12 @@ class LogitOracle:
         return Answer(values=np.asarray(values), tokens=np.asarray(where))
 
 
-def _number_of(prompt: Any) -> int:
+def prompt_number(prompt: Sequence[int] | Array) -> int:
+    """32 bits that name a prompt, the same in every process: what noise is keyed by.
+
+    >>> prompt_number([1, 2]) == prompt_number(np.array([1, 2])) != prompt_number([2, 1])
+    True
+    """
     digest = hashlib.sha256(np.asarray(prompt, np.int32).tobytes()).digest()
     return int.from_bytes(digest[:4], "little")
 
