@@ -109,7 +109,7 @@ def build(policy: leakage.LogitPolicy) -> Any:
         scheduler=scheduler,
         tokenizer=tokenizer,
         model=_NAME.value or _LARGE.value,
-        vocab_size=tokenizer.vocab_size,
+        vocab_size=ensemble.plan.vocab_size,
         end_ids=ends,
         limits=limits,
         max_length=_LENGTH.value,

@@ -3,13 +3,20 @@
 import concurrent.futures
 import json
 import os
+import subprocess
+import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import openai
 import pytest
 import schemathesis
 
 from experiments import _models
+from experiments._leakage_http import HttpOracle
+from experiments.benchmarks.serve import small_model
+from logitjax import leakage
 from logitjax.decoding import DecodeOptions, Sampling, generate
 from tests.experiments._server import post, server
 
@@ -221,3 +228,48 @@ def test_fuzzed_requests_never_break_it(address):
 
     fuzz()
     assert 200 in seen
+
+
+def test_a_row_comes_back_over_http(tmp_path):
+    wide = small_model(tmp_path, 1000)
+    hidden, _ = wide.hidden_states(jnp.array([[5, 6, 7]]))
+    truth = np.asarray(jax.nn.log_softmax(wide.logits(hidden)[0, -1]))
+    arguments = (f"--large={tmp_path}", "--bias=reported", "--decimals=7", "--max_length=64")
+    with server(*arguments, "--slots=8", "--max_waiting=32") as (where, _):
+        policy = leakage.LogitPolicy(top_k=5, bias="reported", decimals=7)
+        oracle = HttpOracle(where, policy, workers=16, budget=251)
+        row = leakage.recover_log_probs(oracle, [5, 6, 7], 1000)
+        assert row.coverage == 1.0
+        assert np.abs(row.log_probs - truth).max() < 5e-6
+        assert oracle.queries == leakage.row_queries(1000, 5) == 251
+        with pytest.raises(leakage.BudgetExhaustedError):
+            oracle.ask([[1]])
+        oracle.close()
+
+
+def test_only_this_machine_is_audited():
+    with pytest.raises(ValueError, match="expected one of this machine"):
+        HttpOracle("http://example.com", leakage.LogitPolicy(top_k=5))
+
+
+def test_noise_is_the_prompt_s_and_decimals_are_kept():
+    arguments = ("--large=tiny", "--noise=1", "--decimals=2", "--bias=none", "--max_length=64")
+    with server(*arguments) as (where, _):
+        ask = {"prompt": [40, 41], "max_tokens": 2, "temperature": 0, "logprobs": 3}
+        first, again = (post(where, COMPLETIONS, ask)[1]["choices"][0] for _ in range(2))
+        assert first["logprobs"] == again["logprobs"]
+        for value in first["logprobs"]["token_logprobs"]:
+            assert value == round(value, 2)
+        exact = _greedy(_models.load("tiny", layout="listed"), [40, 41], 3)
+        quiet = np.asarray(exact.logprobs[0])[0]
+        assert abs(first["logprobs"]["token_logprobs"][0] - quiet) > 0.01
+        status, answer, _ = post(where, COMPLETIONS, ask | {"logit_bias": {"1": 2}})
+        assert status == 400
+        assert answer["error"]["message"] == "this server takes no logit_bias"
+
+
+def test_settings_that_contradict_are_one_line():
+    command = [sys.executable, "-m", "experiments.serve", "--soft_cap=5", "--bias=reported"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: soft_cap: with it bias must be none")
