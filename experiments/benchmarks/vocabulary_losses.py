@@ -102,12 +102,6 @@ def peak_rss(shape: Shape, kind: str, peer: str) -> int:
     """The most memory a fresh process has held after a step, in bytes."""
     run, inputs = jax.jit(step(kind, peer)), _inputs(shape)
     jax.block_until_ready(run(inputs))
-    # getrusage starts from what the parent held when it forked.
-    status = pathlib.Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM"):
-                return int(line.split()[1]) * 1024
     return _suite.peak_rss_bytes()
 
 

@@ -1,0 +1,165 @@
+"""A few-shot head of ImageNet's size trained on cached features, and eager torch beside it.
+
+    python -m experiments.benchmark few_shot
+
+AMU as released: 1000 classes, 2048 features, 16 images a class, AdamW. The whole run (50 epochs of
+batches of 256) is timed, and its memory read, in a process that does nothing else. Where the
+interpreter in ``LOGITJAX_TORCH_PYTHON`` has torch, the same steps are taken there with as many
+threads, in turns with ours; a step costs the same wherever in the run it is.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments.benchmarks import _suite
+from logitjax import heads, training
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Of the head and of the cached features."""
+
+    classes: int = 1000
+    features: int = 2048
+    shots: int = 16
+    epochs: int = 50
+
+    @property
+    def examples(self) -> int:
+        return self.classes * self.shots
+
+
+# Batch size, steps a turn, the least that torch's seconds have to be over ours.
+_TURNS = ((256, 63, 1.0), (8, 400, 2.5))
+_SECONDS, _GB = 75.0, 1.5
+
+
+def run(options: _suite.Options) -> _suite.Result:
+    shape = Shape(classes=20, features=32, shots=4, epochs=3) if options.smoke else Shape()
+    batch = 16 if options.smoke else 256
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+        whole = pool.submit(_whole_run, shape, batch).result()
+    rows: list[dict[str, Any]] = [whole]
+    bars = []
+    if not options.smoke:
+        bars = [
+            _suite.Bar(name=f"seconds of the run, B = {batch}", value=whole["s"], limit=_SECONDS),
+            _suite.Bar(name="peak RSS, GB", value=whole["peak RSS, GB"], limit=_GB),
+        ]
+    turns = ((4, 10, 0.0),) if options.smoke else _TURNS
+    with _torch(shape, options) as torch:
+        for batch, steps, least in turns:
+            calls: dict[str, Callable[[], Any]] = {"logitjax": _steps(shape, batch, steps)}
+            if torch is not None:
+                calls["torch, eager"] = lambda b=batch, n=steps: torch(b, n)
+            seconds = _suite.paired_seconds(calls, repeats=options.repeats)
+            for name, times in seconds.items():
+                rows.append(
+                    {
+                        "of": f"steps, {name}",
+                        "B": batch,
+                        "ms a step": 1e3 * np.median(times) / steps,
+                    }
+                )
+            if torch is not None:
+                ratio = _suite.paired_ratio(seconds["torch, eager"], seconds["logitjax"])
+                rows[-1]["over logitjax"] = ratio
+                bars.append(
+                    _suite.Bar(
+                        name=f"torch / logitjax, B = {batch}", value=ratio, limit=least, sense=">="
+                    )
+                )
+    return _suite.Result(rows=rows, bars=bars)
+
+
+def _problem(shape: Shape) -> tuple[heads.FewShotInputs, np.ndarray]:
+    rng = np.random.default_rng(0)
+    auxiliary = rng.standard_normal((shape.examples, shape.features), dtype=np.float32)
+    auxiliary /= np.linalg.norm(auxiliary, axis=1, keepdims=True)
+    zero_shot = 3 * rng.standard_normal((shape.examples, shape.classes), dtype=np.float32)
+    inputs = heads.FewShotInputs(zero_shot=zero_shot, auxiliary=auxiliary)
+    return inputs, np.arange(shape.examples, dtype=np.int32) % shape.classes
+
+
+def _steps(shape: Shape, batch: int, steps: int | None = None) -> Callable[[], jax.Array]:
+    """A call that trains for so many steps, or the whole run, from the class means."""
+    config = heads.AMUConfig.official()
+    recipe = training.FewShotTraining(batch_size=batch, epochs=shape.epochs, steps=steps)
+    support, labels = jax.tree.map(jax.numpy.asarray, _problem(shape))
+    order = jax.numpy.asarray(training.few_shot_order(0, shape.examples, recipe))
+
+    @jax.jit
+    def fit(support: heads.FewShotInputs, labels: jax.Array, order: jax.Array) -> Any:
+        state = config.init(support, labels)
+        state, losses = training.fit_few_shot(
+            config, state, support, labels, order, training=recipe
+        )
+        return state.trained, losses
+
+    return lambda: fit(support, labels, order)
+
+
+def _whole_run(shape: Shape, batch: int) -> dict[str, Any]:
+    """Compiles and trains; the memory is the most this process has held."""
+    call = _steps(shape, batch)
+    start = time.perf_counter()
+    _, losses = jax.block_until_ready(call())
+    seconds = time.perf_counter() - start
+    if not np.isfinite(losses).all():
+        raise FloatingPointError("the benchmark's losses are not finite")
+    return {
+        "of": f"{shape.epochs} epochs, compilation included",
+        "B": batch,
+        "ms a step": 1e3 * seconds / len(losses),
+        "s": seconds,
+        "peak RSS, GB": _suite.peak_rss_bytes() / 1e9,
+    }
+
+
+@contextlib.contextmanager
+def _torch(
+    shape: Shape, options: _suite.Options
+) -> Iterator[Callable[[int, int], dict[str, float]] | None]:
+    """A call that lets torch take steps, or None where there is no such interpreter."""
+    python = os.environ.get("LOGITJAX_TORCH_PYTHON")
+    if not python or options.smoke:
+        yield None
+        return
+    script = Path(__file__).with_name("_few_shot_torch.py")
+    sizes = (shape.classes, shape.features, shape.examples, os.cpu_count())
+    with subprocess.Popen(
+        [python, os.fspath(script), *map(str, sizes)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        send, receive = process.stdin, process.stdout
+        if receive.readline().strip() != "ready":
+            print(f"torch: {python} did not start")
+            yield None
+            return
+
+        def call(batch: int, steps: int) -> dict[str, float]:
+            send.write(f"{batch} {steps}\n")
+            send.flush()
+            return json.loads(receive.readline())
+
+        try:
+            yield call
+        finally:
+            send.close()
