@@ -8,6 +8,8 @@ from logitjax import heads, training
 
 # Of the fixed-weight arms: what the ablations have in common.
 FIXED_BETA = 2.0
+# Settings that every tuned arm tries, by the size of the grid.
+SETTINGS = {"small": 4, "full": 12}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,87 +31,100 @@ class Arm:
 
 def arms(config: Any) -> dict[str, Arm]:
     """Every arm by its name; ``config.grid`` is ``'small'`` or ``'full'``."""
+    return _tuned(config) | _fixed(config)
+
+
+def _tuned(config: Any) -> dict[str, Arm]:
+    """Every method tries as many settings: twice two or four values, or four times three."""
     full = config.grid == "full"
     amu = training.FewShotTraining(epochs=config.epochs, batch_size=config.batch_size)
     cache = training.FewShotTraining.published("tip_adapter_f")
-    # These have no published recipe for features of this kind: a rate is searched.
+    # These have no published recipe for features of this kind.
     whole = training.FewShotTraining(steps=config.whole_steps, batch_size=256)
-    betas = [0.5, 1.0, 2.0, 4.0]
-    cache_betas = [1.0, 3.0, 10.0] if full else [1.0, 5.0]
-    sharp = [1.0, 3.0, 5.5] if full else [1.0, 5.5]
     rates = [1e-4, 3e-4, 1e-3, 3e-3] if full else [3e-4, 3e-3]
-    amu_rates = [3e-4, 1e-3, 3e-3] if full else [1e-3]
+    decays = [0.0, 1e-2, 1e-1] if full else [0.0, 1e-2]
+    sharp = [1.0, 3.0, 5.5] if full else [1.0, 5.5]
 
-    def grid(**values: Sequence[float]) -> dict[str, list[float]]:
-        return training.grid_of(**values)
+    def bias_grid(*betas: float) -> dict[str, list[float]]:
+        """AMU's: the weight of the bias, and with a full grid the rate."""
+        amu_rates = [3e-4, 1e-3, 3e-3] if full else [1e-3]
+        return training.grid_of(beta=betas, training__learning_rate=amu_rates)
 
-    def fixed(**options: Any) -> Arm:
-        same = options.pop("same_encoder", False)
-        method = heads.AMUConfig.official(beta=FIXED_BETA, **options)
-        return Arm(config=method, recipe=amu, same_encoder=same)
+    def cache_grid(*betas: float) -> dict[str, list[float]]:
+        return training.grid_of(beta=betas if full else betas[1::2], sharpness=sharp)
+
+    def rate_grid(betas: Sequence[float] = ()) -> dict[str, list[float]]:
+        other = {"beta": betas} if betas else {"training__weight_decay": decays}
+        return training.grid_of(training__learning_rate=rates, **other)
 
     doubt = heads.Uncertainty(measure="kurtosis", normalizer="classes")
-    by_logits = heads.Uncertainty(measure="kurtosis", of="logits")
-    kurtosis = dataclasses.replace(fixed().config, uncertainty=doubt)
-    of_logits = dataclasses.replace(fixed().config, uncertainty=by_logits)
+    official = heads.AMUConfig.official()
     return {
-        "amu": Arm(
-            config=heads.AMUConfig.official(),
-            recipe=amu,
-            grid=grid(beta=betas, training__learning_rate=amu_rates),
-        ),
+        "amu": Arm(config=official, recipe=amu, grid=bias_grid(0.5, 1.0, 2.0, 4.0)),
         "amu_kurtosis": Arm(
             config=heads.AMUConfig(uncertainty=doubt),
             recipe=amu,
-            grid=grid(beta=betas, training__learning_rate=amu_rates),
+            grid=bias_grid(0.5, 1.0, 2.0, 4.0),
         ),
+        # Without the z-score the bias is as small as features of length one make it.
         "amu_paper": Arm(
-            config=heads.AMUConfig.paper(), recipe=amu, grid=grid(beta=[2.0, 8.0, 32.0])
+            config=heads.AMUConfig.paper(), recipe=amu, grid=bias_grid(2.0, 8.0, 32.0, 128.0)
         ),
         "amu_same_encoder": Arm(
-            config=heads.AMUConfig.official(), recipe=amu, grid=grid(beta=betas), same_encoder=True
+            config=official, recipe=amu, grid=bias_grid(0.5, 1.0, 2.0, 4.0), same_encoder=True
         ),
-        "tip_adapter": Arm(
-            config=heads.TipAdapterConfig(),
-            grid=grid(beta=[0.5, 1.0, 3.0, 10.0, 30.0], sharpness=[1.0, 3.0, 5.5, 10.0]),
-        ),
+        "tip_adapter": Arm(config=heads.TipAdapterConfig(), grid=cache_grid(0.5, 1.17, 3.0, 10.0)),
         "tip_adapter_f": Arm(
-            config=heads.TipAdapterFConfig(),
-            recipe=cache,
-            grid=grid(beta=cache_betas, sharpness=sharp),
+            config=heads.TipAdapterFConfig(), recipe=cache, grid=cache_grid(0.5, 1.17, 3.0, 10.0)
         ),
-        "cafo": Arm(
-            config=heads.CaFoConfig(),
-            recipe=cache,
-            grid=grid(beta=[0.6, 1.0, 2.0, 4.0] if full else [0.6, 2.0], sharpness=sharp),
-        ),
-        "ape": Arm(
-            config=heads.APEConfig(),
-            grid=grid(beta=[0.5, 1.0, 2.0, 5.0, 10.0], sharpness=[1.0, 3.0, 5.5]),
-        ),
+        "cafo": Arm(config=heads.CaFoConfig(), recipe=cache, grid=cache_grid(0.3, 0.6, 1.2, 2.4)),
+        "ape": Arm(config=heads.APEConfig(), grid=cache_grid(0.5, 1.0, 2.0, 5.0)),
         "clip_adapter": Arm(
             config=heads.ClipAdapterConfig(),
             recipe=whole,
-            grid=grid(beta=[0.2, 0.5], training__learning_rate=[1e-3, 1e-4] if full else [1e-3]),
+            grid=rate_grid([0.2, 0.5, 0.8] if full else [0.2, 0.5]),
         ),
         "task_res": Arm(
-            config=heads.TaskResConfig(), recipe=whole, grid=grid(training__learning_rate=rates)
-        ),
-        "lp_plus_plus": Arm(config=heads.LPPlusPlusConfig()),
-        "linear_probe": Arm(
-            config=heads.LinearProbeConfig(), recipe=whole, grid=grid(training__learning_rate=rates)
-        ),
-        "linear_probe_auxiliary": Arm(
-            config=heads.LinearProbeConfig(source="auxiliary"),
+            config=heads.TaskResConfig(),
             recipe=whole,
-            grid=grid(training__learning_rate=rates),
+            grid=rate_grid([0.5, 1.0, 2.0] if full else [0.5, 1.0]),
         ),
-        "cross_modal": Arm(
-            config=heads.CrossModalConfig(), recipe=whole, grid=grid(training__learning_rate=rates)
+        # Its step sizes are not searched: they follow from the data. What is left is how much of
+        # the zero-shot logits stays.
+        "lp_plus_plus": Arm(
+            config=heads.LPPlusPlusConfig(),
+            grid={"beta": [(i + 1) / SETTINGS[config.grid] for i in range(SETTINGS[config.grid])]},
         ),
+        "linear_probe": Arm(config=heads.LinearProbeConfig(), recipe=whole, grid=rate_grid()),
+        "linear_probe_auxiliary": Arm(
+            config=heads.LinearProbeConfig(source="auxiliary"), recipe=whole, grid=rate_grid()
+        ),
+        "cross_modal": Arm(config=heads.CrossModalConfig(), recipe=whole, grid=rate_grid()),
+    }
+
+
+def _fixed(config: Any) -> dict[str, Arm]:
+    """AMU with one weight for all, nothing tuned, and what changes when a part does."""
+    recipe = training.FewShotTraining(epochs=config.epochs, batch_size=config.batch_size)
+
+    def fixed(*, same_encoder: bool = False, **options: Any) -> Arm:
+        method = heads.AMUConfig(beta=FIXED_BETA, **options)
+        return Arm(config=method, recipe=recipe, same_encoder=same_encoder)
+
+    def weighted(measure: Any, **options: Any) -> Arm:
+        return fixed(uncertainty=heads.Uncertainty(measure=measure, **options))
+
+    return {
         "fixed": fixed(),
-        "fixed_kurtosis": Arm(config=kurtosis, recipe=amu),
-        "fixed_kurtosis_of_logits": Arm(config=of_logits, recipe=amu),
+        "fixed_kurtosis": weighted("kurtosis", normalizer="classes"),
+        "fixed_kurtosis_250": Arm(
+            config=heads.AMUConfig.official(uncertainty="moment", beta=FIXED_BETA), recipe=recipe
+        ),
+        "fixed_kurtosis_of_logits": weighted("kurtosis", of="logits"),
+        "fixed_entropy": weighted("entropy"),
+        "fixed_max": weighted("max"),
+        "fixed_margin": weighted("margin"),
+        "fixed_energy": weighted("energy"),
         "fixed_no_branch_loss": fixed(fusion_share=1.0),
         "fixed_branch_loss_only": fixed(fusion_share=0.0),
         "fixed_random_start": fixed(initial="random"),
@@ -117,7 +132,7 @@ def arms(config: Any) -> dict[str, Arm]:
     }
 
 
-ARM_NAMES: tuple[str, ...] = (
+METHODS: tuple[str, ...] = (
     "amu",
     "amu_kurtosis",
     "amu_paper",
@@ -132,6 +147,8 @@ ARM_NAMES: tuple[str, ...] = (
     "linear_probe",
     "linear_probe_auxiliary",
     "cross_modal",
+)
+ABLATIONS: tuple[str, ...] = (
     "fixed",
     "fixed_kurtosis",
     "fixed_kurtosis_of_logits",
@@ -140,4 +157,11 @@ ARM_NAMES: tuple[str, ...] = (
     "fixed_random_start",
     "fixed_same_encoder",
 )
-ABLATIONS = frozenset(name for name in ARM_NAMES if name.startswith("fixed"))
+MEASURES: tuple[str, ...] = (
+    "fixed_kurtosis_250",
+    "fixed_entropy",
+    "fixed_max",
+    "fixed_margin",
+    "fixed_energy",
+)
+ARM_NAMES = METHODS + ABLATIONS + MEASURES

@@ -17,12 +17,14 @@ Arms (``--arm``, repeatable): ``amu`` (the released code's form), ``amu_kurtosis
 the kurtosis of probabilities over a fourth of the classes), ``amu_paper`` (the paper's figure),
 ``amu_same_encoder`` (the auxiliary features are the zero-shot encoder's own), ``tip_adapter``,
 ``tip_adapter_f``, ``cafo``, ``ape``, ``clip_adapter``, ``task_res``, ``lp_plus_plus``,
-``linear_probe``, ``linear_probe_auxiliary``, ``cross_modal``; and ``fixed``, AMU with beta 2, with
-its ablations ``fixed_...``. ``docs/few_shot.md`` has the results.
+``linear_probe``, ``linear_probe_auxiliary``, ``cross_modal``: each tries as many settings as any
+other. ``fixed`` is AMU with beta 2 and nothing tuned, ``fixed_...`` its ablations.
+``docs/few_shot.md`` has the results.
 """
 
 import dataclasses
 import json
+import re
 import time
 from typing import Any
 
@@ -31,27 +33,31 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from experiments import _cli, _few_shot_arms, _few_shot_data
+from experiments import _cli, _few_shot_arms, _few_shot_data, _few_shot_samples
 from experiments._cli import field
-from logitjax import training
+from logitjax import heads, training
 
 ARMS = _few_shot_arms.ARM_NAMES
+_MAIN = _few_shot_arms.METHODS + _few_shot_arms.ABLATIONS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """What one run of the experiment does."""
 
-    data: tuple[str, ...] = field(("stamps", "fashion"), "Data set, or synthetic:CLASSES")
+    data: tuple[str, ...] = field(
+        ("stamps", "fashion"), "Data set, NAME=SPEC where it lies elsewhere, or synthetic:CLASSES"
+    )
     encoder: str = field("efficientnet_lite0", "Encoder with names for classes: name or path.")
     auxiliary: str = field("alexnet", "The other encoder: name or path.")
     features: str = field("runs/features/few_shot", "Where features are kept, for all runs.")
+    class_names: str = field("", "Directory of DATA.txt, one name a line; its own names if none.")
     views: str = field("plain", "Views of pictures to learn from: plain or random:COUNT.")
     encode_batch: int = field(32, "Pictures encoded at once.")
     shots: tuple[int, ...] = field((1, 2, 4, 8, 16), "Pictures of a class.")
     runs: int = field(10, "Samples of every number of shots.")
     at_once: int = field(10, "Samples trained together; 1 for large heads.")
-    arm: tuple[str, ...] = field(ARMS, "Arm to train")
+    arm: tuple[str, ...] = field(_MAIN, "Arm to train")
     grid: str = field("small", "How much arms search.", choices=("small", "full"))
     epochs: int = field(50, "Of AMU.")
     batch_size: int = field(8, "Of AMU.")
@@ -76,14 +82,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         runs=3,
         epochs=4,
         whole_steps=8,
-        arm=("amu", "tip_adapter_f", "cafo", "task_res", "fixed"),
+        arm=("amu", "tip_adapter", "task_res", "fixed"),
     ),
     "demo": {},
-    "report": dict(grid="full", whole_steps=200),
+    "report": dict(arm=ARMS, grid="full", whole_steps=200),
     "paper": dict(
         data=tuple(_few_shot_data.CLIP_SOURCES),
         encoder="hf:timm/resnet50_clip.openai",
         auxiliary="r-50-1000ep.pth.tar",
+        class_names="data/class_names",
         views="random:10",
         encode_batch=128,
         runs=3,
@@ -109,8 +116,9 @@ def train_all(config: Config, workdir: epath.Path, told_to_stop: Any) -> dict[st
     known = _few_shot_arms.arms(config)
     results: dict[str, Any] = {}
     done = 0
-    for name in config.data:
-        directory = workdir / "results" / name.replace(":", "_")
+    for spec in config.data:
+        name = spec.partition("=")[0]
+        directory = workdir / "results" / re.sub(r"\W+", "_", name)
         task = None
         for arm in config.arm:
             for shots in config.shots:
@@ -119,7 +127,7 @@ def train_all(config: Config, workdir: epath.Path, told_to_stop: Any) -> dict[st
                 if record is None:
                     if told_to_stop(done):
                         raise training.Preempted(done)
-                    task = task or _load(config, name)
+                    task = task or _load(config, spec)
                     record = train_arm(config, task, known[arm], shots)
                     _write(path, record)
                     chosen = np.mean(record["test"])
@@ -136,12 +144,12 @@ def train_all(config: Config, workdir: epath.Path, told_to_stop: Any) -> dict[st
     return results
 
 
-def _load(config: Config, name: str) -> _few_shot_data.Task:
+def _load(config: Config, spec: str) -> _few_shot_data.Task:
     start = time.perf_counter()
-    task = _few_shot_data.load_task(config, name)
+    task = _few_shot_data.load_task(config, spec)
     logging.info(
         "%s: %d pictures of %d classes in %.1f s",
-        name,
+        spec,
         len(task.train_labels),
         len(task.class_names),
         time.perf_counter() - start,
@@ -155,9 +163,10 @@ def train_arm(
     """Test accuracies of every sample at its chosen setting, and of the zero-shot classifier."""
     start = time.perf_counter()
     record: dict[str, Any] = {"test": [], "validation": [], "chosen": [], "zero_shot": []}
+    record["shifted"] = {name: {"test": [], "zero_shot": []} for name in task.shifted}
     for first in range(0, config.runs, config.at_once):
         runs = range(first, min(first + config.at_once, config.runs))
-        samples = _few_shot_data.draw(
+        samples = _few_shot_samples.draw(
             task, shots, runs=runs, most=max(config.shots), seed=config.seed
         )
         support, held_out = samples.support, samples.held_out
@@ -181,9 +190,10 @@ def train_arm(
         )
         best = training.best_setting(scores["validation"])
         rows = np.arange(len(best))
-        images, labels = held_out["test"]
-        right = (images.zero_shot.argmax(-1) == labels).sum(1) / (labels >= 0).sum(1)
-        record["zero_shot"] += right.tolist()
+        record["zero_shot"] += _zero_shot_accuracy(*held_out["test"])
+        for name, scored in record["shifted"].items():
+            scored["test"] += scores[name]["accuracy"][rows, best].tolist()
+            scored["zero_shot"] += _zero_shot_accuracy(*held_out[name])
         record["chosen"] += best.tolist()
         for part in ("test", "validation"):
             record[part] += scores[part]["accuracy"][rows, best].tolist()
@@ -193,6 +203,11 @@ def train_arm(
     record["grid"] = {name: list(column) for name, column in (arm.grid or {}).items()}
     record["seconds"] = time.perf_counter() - start
     return record
+
+
+def _zero_shot_accuracy(images: heads.FewShotInputs, labels: np.ndarray) -> list[float]:
+    right = images.zero_shot.argmax(-1) == labels
+    return (right.sum(1) / (labels >= 0).sum(1)).tolist()
 
 
 def _write(path: epath.Path, record: dict[str, Any]) -> None:
