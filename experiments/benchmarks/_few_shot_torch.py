@@ -46,7 +46,7 @@ def main(classes: int, features: int, examples: int, threads: int) -> None:
                 done += 1
         assert loss is not None
         seconds = time.perf_counter() - begin
-        print(json.dumps({"seconds": seconds, "loss": float(loss)}), flush=True)
+        print(json.dumps({"seconds": seconds, "loss": loss.item()}), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,169 @@
+"""The few-shot experiment: what it samples, tunes, compares and resumes."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+from experiments import (
+    _few_shot_arms,
+    _few_shot_data,
+    _few_shot_report,
+    _few_shot_samples,
+    _few_shot_synsets,
+    few_shot,
+)
+from logitjax import training
+
+
+def never(step: int) -> bool:
+    return False
+
+
+def test_smoke_through_the_command_line_and_again_without_training(tmp_path):
+    workdir = epath.Path(tmp_path) / "run"
+    command = [sys.executable, "-m", "experiments.few_shot", "--preset=smoke"]
+    command.append(f"--workdir={workdir}")
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    text = (workdir / "report.md").read_text()
+    assert done.stdout.strip() == text.strip()
+    assert "| amu " in text
+    assert "### Scored on noisier" in text
+    assert (workdir / "accuracy.png").exists()
+    again = subprocess.run(
+        [*command, "--data=nowhere"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert again.returncode == 2
+    assert "belongs to a run with another configuration" in again.stderr
+
+
+TINY = few_shot.Config(
+    data=("synthetic:4",),
+    shots=(1, 2),
+    runs=2,
+    at_once=2,
+    epochs=1,
+    whole_steps=2,
+    arm=("amu", "fixed"),
+)
+
+
+def test_a_stopped_run_continues_bit_for_bit(tmp_path):
+    def without_clocks(results):
+        return json.loads(json.dumps(results), object_hook=lambda x: {**x, "seconds": 0})
+
+    whole = few_shot.train_all(TINY, epath.Path(tmp_path) / "a", never)
+    halted = epath.Path(tmp_path) / "b"
+    with pytest.raises(training.Preempted):
+        few_shot.train_all(TINY, halted, lambda step: step == 3)
+    kept = sorted(path.name for path in (halted / "results" / "synthetic_4").iterdir())
+    assert kept == ["amu_1.json", "amu_2.json", "fixed_1.json"]
+    resumed = few_shot.train_all(TINY, halted, never)
+    assert without_clocks(resumed) == without_clocks(whole)
+    # What is there is read and not trained again.
+    path = halted / "results" / "synthetic_4" / "amu_2.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"test": [0.25, 0.5]}))
+    read = few_shot.train_all(TINY, halted, never)
+    assert read["synthetic:4"]["amu"][2]["test"] == [0.25, 0.5]
+
+
+def test_samples_are_nested_and_never_overlap():
+    task = _few_shot_data.synthetic("synthetic:3")
+    drawn = {n: _few_shot_samples.rows_of_run(task, n, run=1, seed=0) for n in (1, 4, 16)}
+    for train, validation, test in drawn.values():
+        assert sorted([*train, *validation, *test]) == list(range(len(task.train_labels)))
+        np.testing.assert_array_equal(validation, drawn[1][1])
+    assert set(drawn[1][0]) < set(drawn[4][0]) < set(drawn[16][0])
+    assert np.bincount(task.train_labels[drawn[4][0]]).tolist() == [4, 4, 4]
+    one, four = (_few_shot_samples.draw(task, n, runs=range(2), most=16) for n in (1, 4))
+    shapes = [jax.tree.map(np.shape, dataclasses.asdict(found)) for found in (one, four)]
+    assert shapes[0] == shapes[1]
+    assert ((one.labels >= 0).sum(1) == 3).all()
+    images, labels = four.held_out["test"]
+    right = task.plain.auxiliary[_few_shot_samples.rows_of_run(task, 4, run=0, seed=0)[2]]
+    np.testing.assert_array_equal(images.auxiliary[0][: len(right)], right)
+    assert (labels[0][len(right) :] == -1).all()
+    few = dataclasses.replace(task, train_labels=np.arange(len(task.train_labels)) // 60)
+    with pytest.raises(ValueError, match="too few"):
+        _few_shot_samples.rows_of_run(few, 1, run=0, seed=0)
+
+
+@pytest.mark.parametrize("grid", ["small", "full"])
+def test_every_tuned_arm_tries_as_many_settings(grid):
+    config = few_shot.Config(grid=grid)
+    arms = _few_shot_arms.arms(config)
+    assert sorted(arms) == sorted(few_shot.ARMS)
+    for name, arm in arms.items():
+        columns = arm.grid or {}
+        tuned = name in _few_shot_arms.METHODS
+        assert {len(column) for column in columns.values()} == (
+            {_few_shot_arms.SETTINGS[grid]} if tuned else set()
+        )
+        rows = list(zip(*columns.values()))
+        assert len(set(rows)) == len(rows), name
+        training.with_settings(arm.config, arm.recipe, dict.fromkeys(columns, 0.5))
+
+
+def test_names_of_classes_are_words(tmp_path):
+    ids = _few_shot_synsets.ids_of({"a": "3 1-2", "b": "7"}, ["b", "a"])
+    assert [rows.tolist() for rows in ids] == [[7], [1, 2, 3]]
+    with pytest.raises(ValueError, match="'c'"):
+        _few_shot_synsets.ids_of({"a": "3"}, ["c"])
+    for table in (_few_shot_synsets.STAMPS, _few_shot_synsets.FASHION):
+        rows = np.concatenate(_few_shot_synsets.ids_of(table, list(table)))
+        assert rows.min() >= 0
+        assert rows.max() < 1000
+    config = few_shot.Config(class_names=str(tmp_path))
+    assert _few_shot_data._words(config, "dtd", ("polka_dot",)) == ["polka dot"]
+    with pytest.raises(ValueError, match=r"imagenet.txt"):
+        _few_shot_data._words(config, "imagenet", ("n01440764", "n01443537"))
+    (tmp_path / "imagenet.txt").write_text("tench\ngoldfish\n")
+    words = _few_shot_data._words(config, "imagenet", ("n01440764", "n01443537"))
+    assert words == ["tench", "goldfish"]
+    with pytest.raises(ValueError, match="expected 1 names, got 2"):
+        _few_shot_data._words(config, "imagenet", ("n01440764",))
+
+
+def record(*test: float, zero_shot: float = 0.5, **more) -> dict:
+    columns = {"test": list(test), "zero_shot": [zero_shot] * len(test), "shifted": {}}
+    return columns | {"auxiliary": list(test), "seconds": 1.0} | more
+
+
+def test_the_report_says_how_far_the_reference_is_and_what_was_published():
+    stamps = {
+        "amu": {1: record(0.70, 0.72), 4: record(0.75, 0.77)},
+        "fixed": {1: record(0.70, 0.71), 4: record(0.74, 0.742)},
+    }
+    lead = _few_shot_report.least_lead("stamps", stamps)
+    assert lead == pytest.approx(-2.0)
+    parts = "\n".join(_few_shot_report._of_data_set("stamps", stamps))
+    assert "-2.0 points at any number of shots (promised: -1.5): MISSED" in parts
+    assert "| fixed, reference " in parts
+    assert "+0.5" in parts
+    elsewhere = {"imagenet_v2": {"test": [0.5, 0.6], "zero_shot": [0.4, 0.4]}}
+    imagenet = {"amu": {16: record(0.6, 0.7, shifted=elsewhere)}}
+    parts = "\n".join(_few_shot_report._of_data_set("imagenet", imagenet))
+    assert "70.0 " in parts
+    assert "58.6 " in parts
+    everything = dict.fromkeys(_few_shot_data.CLIP_SOURCES, imagenet)
+    rows = _few_shot_report.means(everything)
+    assert rows[0]["16 shots"] == "65.0 +- 7.1"
+    assert rows[1] == {"arm": "amu, published", "16 shots": "79.4"}
+
+
+def test_mistakes_in_the_configuration_are_named():
+    with pytest.raises(ValueError, match="amu_deep"):
+        few_shot.Config(arm=("amu_deep",))
+    with pytest.raises(ValueError, match="shots"):
+        few_shot.Config(shots=(0,))
+    with pytest.raises(ValueError, match="expected one of stamps"):
+        _few_shot_data.source_of("cifar")
+    name, source = _few_shot_data.source_of("ucf101=folder:frames")
+    assert (name, source.data, source.test) == ("ucf101", "folder:frames", "test")
