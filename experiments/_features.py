@@ -48,6 +48,7 @@ def identity_of(
         num_views=views.count,
         num_features=encoder.num_features,
         num_logits=encoder.num_classes,
+        compute_dtype=encoder.dtype,
         dtype=dtype,
     )
 
@@ -86,8 +87,8 @@ def extract(
             features, logits = encoder.encode(jax.device_put(pixels, spread))
             shape = (len(chunk), views.count, -1)
             return data.Features(
-                features=features.reshape(shape),  # pyright: ignore[reportArgumentType]
-                logits=None if logits is None else logits.reshape(shape),  # pyright: ignore
+                features=features.reshape(shape),
+                logits=None if logits is None else logits.reshape(shape),
                 labels=np.array([label for _, label in fetched], np.int32),
             )
 

@@ -17,6 +17,8 @@ from logitjax.data._load import prepare as prepare
 from logitjax.data._pack import pack as pack
 from logitjax.data._packed import PackedDataset as PackedDataset
 from logitjax.data._packed import open_packed as open_packed
+from logitjax.data._recognition import RECOGNITION_SETS as RECOGNITION_SETS
+from logitjax.data._recognition import RecognitionSet as RecognitionSet
 from logitjax.data._teacher_cache import TeacherCache as TeacherCache
 from logitjax.data._teacher_cache import TeacherIdentity as TeacherIdentity
 from logitjax.data._teacher_cache import write_teacher_cache as write_teacher_cache

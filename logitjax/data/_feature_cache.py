@@ -13,6 +13,7 @@ from logitjax.data import _row_cache
 
 MANIFEST = "features.json"
 _NOUN = "feature cache"
+_NAMES_OF = {"encoder": "encoder_fingerprint", "data": "data_fingerprint"}
 _DTYPES = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2")}
 
 
@@ -31,6 +32,7 @@ class FeatureIdentity:
       num_views: a row.
       num_features: a view.
       num_logits: a view; 0 where the encoder has no class head.
+      compute_dtype: what the encoder computed in.
       dtype: 'float32' or 'float16': how both are stored.
     """
 
@@ -44,6 +46,7 @@ class FeatureIdentity:
     num_views: int
     num_features: int
     num_logits: int = 0
+    compute_dtype: str = "float32"
     dtype: str = "float16"
 
     def __post_init__(self) -> None:
@@ -63,7 +66,7 @@ class FeatureIdentity:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Features:
-    """Rows of a cache.
+    """Rows of a cache: numpy arrays when read; when written, arrays that are still being computed.
 
     Attributes:
       features: float32 ``[rows, views, num_features]``.
@@ -71,9 +74,9 @@ class Features:
       labels: int32 ``[rows]``.
     """
 
-    features: np.ndarray
-    logits: np.ndarray | None
-    labels: np.ndarray
+    features: Any
+    logits: Any
+    labels: Any
 
 
 class FeatureCache:
@@ -192,11 +195,12 @@ def write_feature_cache(
       The cache as it is on disk now.
 
     Raises:
-      ValueError: the directory holds a cache of something else (says what differs), or ``compute``
-        returns other shapes.
+      ValueError: the directory holds a cache of something else (says what differs; encoder and data
+        may have other names if their fingerprints are the same), or ``compute`` returns other
+        shapes.
     """
     root = epath.Path(directory).expanduser()
-    _row_cache.write_manifest(root, MANIFEST, identity, _NOUN)
+    _row_cache.write_manifest(root, MANIFEST, identity, _NOUN, names_of=_NAMES_OF)
     _row_cache.write_rows(
         root,
         rows,

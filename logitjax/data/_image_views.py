@@ -96,15 +96,17 @@ class ImageViews:
     def _plain(self, picture: Any) -> np.ndarray:
         size = self.size
         target = size if self.fit == "pad" else self.resize
-        scale = target / min(picture.size)
-        width, height = (max(target, round(n * scale)) for n in picture.size)
+        # torchvision's Resize and CenterCrop round like this.
+        short = min(picture.size)
+        width, height = (target * n // short for n in picture.size)
         picture = picture.resize((width, height), self._filter)
-        left, top = (width - size) // 2, (height - size) // 2
+        left, top = round((width - size) / 2), round((height - size) / 2)
         return np.asarray(picture.crop((left, top, left + size, top + size)))
 
     def _random(self, picture: Any, rng: np.random.Generator) -> np.ndarray:
-        box = _random_box(picture.size, rng, self.scale)
-        view = np.asarray(picture.resize((self.size, self.size), self._filter, box=box))
+        # Cut first: what lies outside must not shine in through the filter.
+        part = picture.crop(_random_box(picture.size, rng, self.scale))
+        view = np.asarray(part.resize((self.size, self.size), self._filter))
         return view[:, ::-1] if rng.random() < 0.5 else view
 
 

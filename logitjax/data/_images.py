@@ -135,10 +135,12 @@ def open_labelled_images(
     features: Any = builder.info.features
     pictures = [k for k, f in features.items() if isinstance(f, tfds.features.Image)]
     classes = [k for k, f in features.items() if isinstance(f, tfds.features.ClassLabel)]
+    # Masks are images too, and a coarser class a second label.
+    picture = "image" if "image" in pictures else (pictures[0] if len(pictures) == 1 else None)
     label = "label" if "label" in classes else (classes[0] if len(classes) == 1 else None)
-    if len(pictures) != 1 or label is None:
+    if picture is None or label is None:
         raise ValueError(f"tfds:{name} does not have one image and one label: {sorted(features)}")
-    return builder, pictures[0], label
+    return builder, picture, label
 
 
 def _cifar100(directory: epath.Path, split: str) -> tuple[np.ndarray, np.ndarray, int]:
@@ -179,10 +181,15 @@ def _folder(
 
 
 def class_folders(directory: epath.Path) -> tuple[list[tuple[epath.Path, int]], list[str]]:
-    """Pictures with the numbers of their classes, and the classes: the folders' names, sorted."""
+    """Pictures with the numbers of their classes, and the classes: the folders' names, sorted.
+
+    Names that are all numbers are sorted as such.
+    """
     if not directory.is_dir():
         raise FileNotFoundError(f"no image folder {directory}")
     classes = sorted(path.name for path in directory.iterdir() if path.is_dir())
+    if all(name.isdecimal() for name in classes):
+        classes.sort(key=int)  # ImageNet-V2 has 0, 1, ... 999
     files: list[tuple[epath.Path, int]] = []
     for number, name in enumerate(classes):
         files += [(path, number) for path in pictures_below(directory / name)]

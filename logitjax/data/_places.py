@@ -11,6 +11,12 @@ def default_data_dir() -> epath.Path:
     return epath.Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
 
 
+def manual_dir(data_dir: str | os.PathLike[str] | None) -> epath.Path:
+    """Where files lie that were fetched by hand: ``downloads/manual``, as tfds has it."""
+    root = epath.Path(data_dir).expanduser() if data_dir else default_data_dir()
+    return root / "downloads" / "manual"
+
+
 def fetched(
     places: Sequence[str], *, data_dir: str | os.PathLike[str] | None, what: str, install: str
 ) -> epath.Path:
@@ -19,8 +25,7 @@ def fetched(
     Raises:
       FileNotFoundError: none is; says how to get it.
     """
-    root = epath.Path(data_dir).expanduser() if data_dir else default_data_dir()
-    manual = root / "downloads" / "manual"
+    manual = manual_dir(data_dir)
     for place in places:
         path = manual / place  # an absolute place stays itself
         if path.exists():

@@ -37,8 +37,8 @@ class RowReader:
         self._directory, self._noun = directory, noun
         self._reader = ShardReader(directory, [part["shard"] for part in parts])
         rows = [row for part in parts for row in _expand(part["rows"])]
-        order = np.argsort(np.asarray(rows, np.int64), kind="stable")
-        self.held, self._places = np.asarray(rows, np.int64)[order], order
+        # Two runs that did not know of each other may both have written a row.
+        self.held, self._places = np.unique(np.asarray(rows, np.int64), return_index=True)
 
     def __len__(self) -> int:
         return len(self.held)
@@ -61,11 +61,26 @@ class RowReader:
         return self._reader.read(places.tolist())
 
 
-def write_manifest(root: epath.Path, name: str, identity: Any, noun: str) -> None:
-    """Start a cache, or make sure that the one there was made from the same."""
+def write_manifest(
+    root: epath.Path,
+    name: str,
+    identity: Any,
+    noun: str,
+    *,
+    names_of: Mapping[str, str] | None = None,
+) -> None:
+    """Start a cache, or make sure that the one there was made from the same.
+
+    ``names_of`` are the fields that only name what another field is the fingerprint of: a file
+    that was moved is still the same.
+    """
     if (root / name).exists():
         held = read_manifest(root, name, type(identity), noun)
-        check_identity(root, held, dataclasses.asdict(identity), noun)
+        expected = dataclasses.asdict(identity)
+        for field, fingerprint in (names_of or {}).items():
+            if getattr(held, fingerprint) == expected[fingerprint]:
+                del expected[field]
+        check_identity(root, held, expected, noun)
         return
     root.mkdir(parents=True, exist_ok=True)
     record = {"format": _FORMAT} | dataclasses.asdict(identity)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from logitjax.models._torch_checkpoint import _bytes, _Dtype, _numpy_scalar
+from logitjax.models._torch_checkpoint import DAMAGE, _bytes, _Dtype, _numpy_scalar
 
 
 class _Array:
@@ -30,6 +30,13 @@ class _Array:
         self.value = np.frombuffer(data, dtype.dtype).reshape(shape, order=order)
 
 
+def _from_buffer(data: Any, dtype: Any, shape: Any, order: Any) -> "_Array":
+    """What protocol 5 calls for an array whose bytes lie in the pickle."""
+    array = _Array()
+    array.__setstate__((1, tuple(shape), dtype, order == "F", bytes(data)))
+    return array
+
+
 _CLASS = object()  # what numpy.ndarray is here: a word in an argument list
 
 
@@ -43,6 +50,7 @@ _ALLOWED: dict[tuple[str, str], Any] = {
         for core in ("core", "_core")
         for name, stand_in in (("_reconstruct", _Array), ("scalar", _numpy_scalar))
     },
+    **{(f"numpy.{core}.numeric", "_frombuffer"): _from_buffer for core in ("core", "_core")},
 }
 
 
@@ -82,5 +90,5 @@ def read_numpy_pickle(path: epath.PathLike) -> Any:
         return _arrays(_Unpickler(io.BytesIO(path.read_bytes())).load())
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} is refused as a pickle of arrays: {error}") from None
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, EOFError) as error:
+    except DAMAGE as error:
         raise ValueError(f"{path} cannot be read as a pickle of arrays: {error}") from None

@@ -11,6 +11,7 @@ import io
 import math
 import pickle
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -32,6 +33,19 @@ _STORAGES = {
 }
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
+# What pickle and zipfile raise over bytes that nobody meant.
+DAMAGE = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    EOFError,
+    OverflowError,
+    MemoryError,
+    RecursionError,
+    NotImplementedError,
+    zlib.error,
+)
 
 
 class _Attributes(dict):
@@ -259,7 +273,7 @@ def read_torch_checkpoint(path: epath.PathLike) -> Any:
     try:
         content = _read_zip(file) if file.getvalue()[:2] == b"PK" else _read_legacy(file)
         return _arrays(content)
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, EOFError) as error:
+    except DAMAGE as error:
         raise ValueError(f"{path} cannot be read as a torch checkpoint: {error}") from None
     except (pickle.UnpicklingError, zipfile.BadZipFile, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is refused as a torch checkpoint: {error}") from None

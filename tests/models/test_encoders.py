@@ -1,5 +1,6 @@
 """Encoders: packaged weights against torch's numbers, other people's layouts, and their errors."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -263,11 +264,16 @@ def test_a_numpy_pickle_that_calls_something_is_refused(tmp_path):
     path, mark = tmp_path / "tree.ckpt", tmp_path / "ran"
     tree = {"net": {"kernel": np.arange(6.0).reshape(2, 3).T, "names": ["a", 1]}}
     for protocol in (2, 3, 4, 5):
-        path.write_bytes(pickle.dumps(tree, protocol=protocol))
-        if protocol < 5:
-            found = read_numpy_pickle(path)
-            np.testing.assert_array_equal(found["net"]["kernel"], tree["net"]["kernel"])
-            assert found["net"]["names"] == ["a", 1]
+        whole = pickle.dumps(tree, protocol=protocol)
+        path.write_bytes(whole)
+        found = read_numpy_pickle(path)
+        np.testing.assert_array_equal(found["net"]["kernel"], tree["net"]["kernel"])
+        assert found["net"]["names"] == ["a", 1]
+        rng = np.random.default_rng(protocol)
+        for place, value in zip(rng.integers(len(whole), size=100), range(100), strict=True):
+            path.write_bytes(whole[:place] + bytes([value]) + whole[place + 1 :])
+            with contextlib.suppress(ValueError):  # and nothing else
+                read_numpy_pickle(path)
     for bad in (Call(os.system, f"touch {mark}"), Call(eval, f"open({str(mark)!r}, 'w')")):
         path.write_bytes(pickle.dumps({"net": bad}, protocol=3))
         with pytest.raises(ValueError, match="not allowed"):

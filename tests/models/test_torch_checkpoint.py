@@ -1,6 +1,7 @@
 """Torch files without torch: what is read, and what is refused before it can run."""
 
 import collections
+import contextlib
 import io
 import os
 import pathlib
@@ -143,3 +144,16 @@ def test_damaged_files_are_named(tmp_path):
     path.write_bytes(legacy[:-8])
     with pytest.raises(ValueError, match="truncated"):
         read_torch_checkpoint(path)
+
+
+@pytest.mark.parametrize("name", ["zip.pth", "legacy.pth"])
+def test_flipped_bytes_end_as_errors_that_name_the_file(tmp_path, name):
+    whole, path = (GOLDENS / name).read_bytes(), tmp_path / "flipped.pth"
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        content = bytearray(whole)
+        for place in rng.integers(len(whole), size=3):
+            content[place] = rng.integers(256)
+        path.write_bytes(content)
+        with contextlib.suppress(ValueError):
+            read_torch_checkpoint(path)

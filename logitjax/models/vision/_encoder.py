@@ -31,6 +31,7 @@ class Encoder:
       num_features: length of a feature vector.
       num_classes: of the class head; 0 where there is none.
       tokenizer: of CLIP's text tower, or None.
+      dtype: the name of what it computes in.
     """
 
     def __init__(
@@ -42,10 +43,11 @@ class Encoder:
         num_features: int,
         num_classes: int = 0,
         tokenizer: CLIPTokenizer | None = None,
+        dtype: Any = jnp.float32,
     ):
         self.name, self.model, self.preprocessing = name, model, preprocessing
         self.num_features, self.num_classes = num_features, num_classes
-        self.tokenizer = tokenizer
+        self.tokenizer, self.dtype = tokenizer, jnp.dtype(dtype).name
         self._graph, self._state = nnx.split(model)
         self._compiled = jax.jit(self._run, static_argnums=0)
 
@@ -131,6 +133,9 @@ class Encoder:
     def fingerprint(self) -> str:
         """A sha256 of the architecture and every weight."""
         digest = hashlib.sha256(type(self.model).__name__.encode())
+        # Neither attention heads nor CLIP's activation show in the weights.
+        if isinstance(self.model, CLIP):
+            digest.update(repr(self.model.config).encode())
         for path, variable in sorted(nnx.to_flat_state(self._state), key=lambda kv: str(kv[0])):
             value = np.asarray(variable[...])
             digest.update(f"{path} {value.shape} {value.dtype}".encode())

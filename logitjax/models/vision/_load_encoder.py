@@ -191,7 +191,7 @@ def _clip(
         found = load_clip_tokenizer(tokenizer, config.context_length)
     elif path.is_dir() and any(list(path.glob(f)) for f in ("tokenizer.json", *_SMALL_FILES[1:])):
         found = load_clip_tokenizer(path, config.context_length)
-    return Encoder(name, model, made, num_features=config.embed_dim, tokenizer=found)
+    return Encoder(name, model, made, num_features=config.embed_dim, tokenizer=found, dtype=dtype)
 
 
 def _resnet(name: str, weights: Weights, dtype: Any) -> Encoder:
@@ -216,7 +216,7 @@ def _resnet(name: str, weights: Weights, dtype: Any) -> Encoder:
         names = {torch_name(path): path for path in weight_paths(model)}
         weights = {key: value for key, value in weights.items() if not key.startswith("fc.")}
     fill_weights(model, weights, names)
-    return Encoder(name, model, _IMAGENET, num_features=width, num_classes=classes)
+    return Encoder(name, model, _IMAGENET, num_features=width, num_classes=classes, dtype=dtype)
 
 
 def _efficientnet(name: str, weights: Weights, dtype: Any) -> Encoder:
@@ -226,7 +226,7 @@ def _efficientnet(name: str, weights: Weights, dtype: Any) -> Encoder:
         lambda: create_classifier("efficientnet_lite0", classes, dtype=dtype, rngs=nnx.Rngs(0))
     )
     fill_weights(model, plain, torch_names(model))
-    return Encoder(name, model, _LITE, num_features=1280, num_classes=classes)
+    return Encoder(name, model, _LITE, num_features=1280, num_classes=classes, dtype=dtype)
 
 
 def _random(name: str, dtype: Any) -> Encoder:
@@ -243,7 +243,7 @@ def _random(name: str, dtype: Any) -> Encoder:
         weights[key] = value
     fill_weights(model, weights, names)
     features = model.backbone.num_features
-    return Encoder(name, model, _IMAGENET, num_features=features, num_classes=10)
+    return Encoder(name, model, _IMAGENET, num_features=features, num_classes=10, dtype=dtype)
 
 
 def _conv_features(
@@ -261,7 +261,7 @@ def _conv_features(
             raise ValueError(f"more than the {len(numbers)} convolutions of {network}")
         weights[f"{part}.{numbers[int(number)]}.{leaf}"] = value
     fill_weights(model, weights, names)
-    return Encoder(name or network, model, _IMAGENET, num_features=model.num_features)
+    return Encoder(name or network, model, _IMAGENET, num_features=model.num_features, dtype=dtype)
 
 
 def _from_flax(tree: Mapping[str, Any]) -> Weights:

