@@ -113,17 +113,18 @@ def _from_rows(
     noise = policy.noise
     if policy.decimals is not None:
         noise = math.hypot(noise, leakage.rounding_noise(policy.decimals))
-    found = leakage.estimate_output_subspace(served, noise=noise)
-    known = leakage.estimate_output_subspace(served, dimension=min(rows.width, len(served) - 1))
-    aligned = leakage.align_head(known.basis, rows.head)
+    # As many directions as the head has, whatever the estimate says: one Gram matrix does for both.
+    known = min(rows.width, len(served) - 1)
+    found = leakage.estimate_output_subspace(served, noise=noise, dimension=known)
+    aligned = leakage.align_head(found.basis, rows.head)
+    guess = found.restricted_gap if found.above_edge is None else found.above_edge
     some = slice(0, min(256, len(served)))
     return {
         "prompts": len(served),
-        "dimension": found.dimension,
+        "dimension": guess,
         "max_gap": found.max_gap,
         "restricted_gap": found.restricted_gap,
         "above_edge": found.above_edge,
-        "gap": found.gap,
         "leak": aligned.leak,
         "relative_rms": aligned.relative_rms,
         "max_angle": aligned.max_angle,
