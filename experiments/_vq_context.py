@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from flax import nnx
 
 from experiments import _fusion_data, _models
+from experiments._small_text import count_tokens
 from logitjax import data, heads, training
 
 BLOCK = 512
@@ -128,7 +128,7 @@ def prepare(config: Any, workdir: epath.Path) -> Context:
         row_bias=None if row_bias is None else jnp.asarray(row_bias),
         tied=tied,
         trunk_parameters=total - rows.size * (1 if tied else 2),
-        unigram=jnp.asarray(_counts(packed["train"], len(rows)) + 0.1, jnp.float32),
+        unigram=jnp.asarray(count_tokens(packed["train"], len(rows)) + 0.1, jnp.float32),
         statistics=training.head_statistics(splits["train"].hidden),
         splits=splits,
         packed=packed,
@@ -164,15 +164,3 @@ def _batches(packed: data.PackedDataset, config: Any) -> Iterator[Mapping[str, A
     while (step + 1) * config.batch_rows <= max(len(packed), config.batch_rows):
         yield packed.batch(step, seed=0, batch_size=config.batch_rows)["model"]
         step += 1
-
-
-def _counts(packed: data.PackedDataset, vocab: int) -> np.ndarray:
-    counts = np.zeros(vocab)
-    for batch in packed.iterate_once(batch_size=256):
-        tokens = batch["model"]["tokens"][batch["model"]["loss_mask"]]
-        counts += np.bincount(tokens, minlength=vocab)
-    return counts
-
-
-def _params(model: Any) -> Any:
-    return nnx.to_pure_dict(nnx.state(model, nnx.Param))

@@ -1,6 +1,5 @@
 """A small language model trained from scratch with each head; the trunk is the same."""
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from experiments._small_text import Text, small_text
 from experiments._vq_context import Context
 from logitjax import heads, losses, models, training
 
@@ -24,35 +24,6 @@ ARMS = (
     "low_rank",
     "adaptive",
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Text:
-    """Rows over a small vocabulary: the most frequent tokens, and one for all others."""
-
-    train: np.ndarray
-    validation: np.ndarray
-    test: np.ndarray
-    train_mask: np.ndarray
-    validation_mask: np.ndarray
-    test_mask: np.ndarray
-    unigram: np.ndarray
-    kept: np.ndarray
-
-
-def small_text(ctx: Context, config: Any) -> Text:
-    order = np.argsort(-np.asarray(ctx.unigram), kind="stable")
-    kept = np.sort(order[: min(config.scratch_vocab, ctx.vocab) - 1])
-    small = np.full(ctx.vocab, len(kept), np.int32)
-    small[kept] = np.arange(len(kept))
-    parts: dict[str, Any] = {}
-    for split, rows in (("train", None), ("validation", 32), ("test", 64)):
-        batches = ctx.packed[split].iterate_once(batch_size=64, max_rows=rows)
-        columns = [batch["model"] for batch in batches]
-        parts[split] = small[np.concatenate([c["tokens"] for c in columns])]
-        parts[f"{split}_mask"] = np.concatenate([c["loss_mask"] for c in columns])
-    counts = np.bincount(parts["train"][parts["train_mask"]], minlength=len(kept) + 1)
-    return Text(**parts, unigram=counts + 0.1, kept=kept)
 
 
 def train(ctx: Context, text: Text, arm: str, seed: int, lr: float, config: Any) -> dict[str, Any]:
@@ -94,9 +65,7 @@ def train(ctx: Context, text: Text, arm: str, seed: int, lr: float, config: Any)
     fixed = head["fixed"]
     curve = []
     for index in range(config.scratch_steps):
-        rng = np.random.default_rng([seed, index])
-        rows = rng.integers(0, len(text.train), config.scratch_batch)
-        batch = {"tokens": text.train[rows], "mask": text.train_mask[rows]}
+        batch = text.batch(index, seed=seed, size=config.scratch_batch)
         state, output = step(state, batch, fixed)
         if index % 10 == 0 or index == config.scratch_steps - 1:
             total, count = output.metrics["loss"]
@@ -107,22 +76,11 @@ def train(ctx: Context, text: Text, arm: str, seed: int, lr: float, config: Any)
             state, fixed = _reassigned(state, fixed, run, text, config)
     evaluate = training.make_eval_step(loss_fn)
     held_out = {
-        name: training.evaluate(evaluate, state.params, _blocks(tokens, mask), fixed)["loss"]
-        for name, tokens, mask in (
-            ("validation_nll", text.validation, text.validation_mask),
-            ("nll", text.test, text.test_mask),
-        )
+        name: training.evaluate(evaluate, state.params, text.blocks(split), fixed)["loss"]
+        for name, split in (("validation_nll", "validation"), ("nll", "test"))
     }
     size = sum(x.size for x in jax.tree.leaves(head["params"]))
     return held_out | {"parameters": size, "curve": curve}
-
-
-def _blocks(tokens: np.ndarray, mask: np.ndarray) -> list[dict[str, np.ndarray]]:
-    size = min(16, len(tokens))
-    return [
-        {"tokens": tokens[i : i + size], "mask": mask[i : i + size]}
-        for i in range(0, len(tokens) - size + 1, size)
-    ]
 
 
 def _head(
@@ -209,4 +167,4 @@ def _reassigned(
 
 @functools.lru_cache(maxsize=1)
 def text_of(ctx: Context, config: Any) -> Text:
-    return small_text(ctx, config)
+    return small_text(ctx.packed, np.asarray(ctx.unigram), config.scratch_vocab)

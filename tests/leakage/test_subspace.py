@@ -101,7 +101,9 @@ def test_estimators_on_hand_worked_spectra():
     assert noise_edge_dimension(spectrum, 0.1, 16, 25) == 5
     # Gaps between exact zeros are no gaps.
     assert max_gap_dimension(np.array([3.0, 2.0, 0.0, 0.0])) == 2
-    assert clip_spectrum(np.array([1.0, 0.0], np.float32))[1] == pytest.approx(2 * np.finfo(np.float32).eps)
+    assert clip_spectrum(np.array([1.0, 0.0], np.float32))[1] == pytest.approx(
+        2 * np.finfo(np.float32).eps
+    )
     with pytest.raises(ValueError, match="smallest must be between 1 and 5"):
         max_gap_dimension(spectrum, smallest=6)
 
