@@ -13,7 +13,11 @@ from logitjax.data import _row_cache
 
 MANIFEST = "features.json"
 _NOUN = "feature cache"
-_NAMES_OF = {"encoder": "encoder_fingerprint", "data": "data_fingerprint"}
+_NAMES_OF = {
+    "encoder": "encoder_fingerprint",
+    "data": "data_fingerprint",
+    "class_names": "data_fingerprint",
+}
 _DTYPES = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2")}
 
 
@@ -195,9 +199,9 @@ def write_feature_cache(
       The cache as it is on disk now.
 
     Raises:
-      ValueError: the directory holds a cache of something else (says what differs; encoder and data
-        may have other names if their fingerprints are the same), or ``compute`` returns other
-        shapes.
+      ValueError: the directory holds a cache of something else (says what differs; encoder, data
+        and classes may have other names if their fingerprints are the same), or ``compute`` returns
+        other shapes.
     """
     root = epath.Path(directory).expanduser()
     _row_cache.write_manifest(root, MANIFEST, identity, _NOUN, names_of=_NAMES_OF)

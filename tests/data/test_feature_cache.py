@@ -183,7 +183,6 @@ def test_rows_that_two_runs_wrote_count_once(tmp_path):
         ({"preprocessing": "mean=1"}, "its preprocessing is 'mean=0', not 'mean=1'"),
         ({"views": "random 8 px"}, "its views is 'plain 8 px', not 'random 8 px'"),
         ({"data_fingerprint": "p1"}, "its data_fingerprint is 'p0', not 'p1'"),
-        ({"class_names": ("a", "b")}, r"its class_names is \('a', 'b', 'c'\), not"),
         ({"num_views": 3}, "its num_views is 2, not 3"),
         ({"compute_dtype": "bfloat16"}, "its compute_dtype is 'float32', not 'bfloat16'"),
         ({"dtype": "float16"}, "its dtype is 'float32', not 'float16'"),
@@ -199,7 +198,9 @@ def test_a_cache_of_something_else_is_refused(tmp_path, changes, message):
 
 def test_moved_weights_and_pictures_are_still_the_same(tmp_path):
     data.write_feature_cache(tmp_path, identity(), [0], look, batch_size=1)
-    who = identity(encoder="elsewhere/net", data="elsewhere/pictures")
+    who = identity(
+        encoder="elsewhere/net", data="elsewhere/pictures", class_names=("ant", "bee", "cat")
+    )
     cache = data.write_feature_cache(tmp_path, who, [0, 1], look, batch_size=1)
     check_rows(cache.all(), [0, 1])
     with pytest.raises(ValueError, match="its encoder is 'net', not 'elsewhere/net'"):

@@ -7,6 +7,7 @@ import json
 
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
 from logitjax import data
@@ -220,7 +221,8 @@ def test_aircraft_have_lists_of_their_own(tmp_path):
         data.load_image_set("recognition:fgvc_aircraft", split="test")
 
 
-def test_imagenet_takes_names_where_they_are(tmp_path):
+def test_imagenet_takes_names_where_they_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     home = tmp_path / "imagenet"
     for name in ("n01440764", "n01443537"):
         save(home / "images" / "val" / name / "a.png")
@@ -230,7 +232,9 @@ def test_imagenet_takes_names_where_they_are(tmp_path):
     with pytest.raises(ValueError, match="n01440764 is a number of WordNet"):
         data.RECOGNITION_SETS["imagenet"].prompts(images.class_names)
     (home / "classnames.txt").write_text("n01440764 tench\nn01443537 goldfish\n")
-    assert data.load_image_set(spec, split="test").class_names == ("tench", "goldfish")
+    named = data.load_image_set(spec, split="test")
+    assert named.class_names == ("tench", "goldfish")
+    assert named.fingerprint == images.fingerprint
     # ImageNet-V2 numbers its folders in the same order.
     v2 = data.RECOGNITION_SETS["imagenet_v2"]
     for name in ("0", "1"):
@@ -241,6 +245,19 @@ def test_imagenet_takes_names_where_they_are(tmp_path):
     (home / "classnames.txt").write_text("n01440764 tench\n")
     with pytest.raises(ValueError, match="does not name the class n01443537"):
         data.load_image_set(spec, split="test")
+
+
+def test_imagenet_takes_names_out_of_open_clip_without_importing_it(tmp_path, monkeypatch):
+    root = package(monkeypatch, tmp_path, "open_clip").parent
+    (root / "zero_shot_metadata.py").write_text(
+        "T = (lambda c: 1 / 0,)\nIMAGENET_CLASSNAMES = ('tench', 'goldfish')\n"
+    )
+    found = [
+        _recognition.class_names_of("imagenet", classes, epath.Path(tmp_path))
+        for classes in (("n01443537", "n01440764"), ("1", "0"), ("n01443537",))
+    ]
+    # WordNet's numbers are told apart only where all of them are there.
+    assert found == [("goldfish", "tench"), ("goldfish", "tench"), ("n01443537",)]
 
 
 def test_prompts_of_every_set():

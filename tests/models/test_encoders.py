@@ -1,6 +1,7 @@
 """Encoders: packaged weights against torch's numbers, other people's layouts, and their errors."""
 
 import contextlib
+import gzip
 import importlib.util
 import json
 import os
@@ -166,7 +167,7 @@ def merges(tmp_path_factory):
     return path
 
 
-def test_clip_tokens_equal_open_clip(merges):
+def test_clip_tokens_equal_open_clip(merges, monkeypatch):
     tokenizer = vision.load_clip_tokenizer(merges)
     np.testing.assert_array_equal(tokenizer(list(TEXTS)), GOLDENS["bpe_tokens"])
     assert tokenizer.end == tokenizer.tokenizer.vocab_size - 1
@@ -176,6 +177,13 @@ def test_clip_tokens_equal_open_clip(merges):
         tokenizer(["word " * 90], truncate=False)
     (merges.parent / "tokenizer.json").write_text(tokenizer.tokenizer.backend.to_str())
     again = vision.load_clip_tokenizer(merges.parent)
+    np.testing.assert_array_equal(again(list(TEXTS)), GOLDENS["bpe_tokens"])
+    (merges.parent / "open_clip").mkdir()
+    (merges.parent / "open_clip" / "__init__.py").touch()
+    packed = gzip.compress(merges.read_bytes())
+    (merges.parent / "open_clip" / "bpe_simple_vocab_16e6.txt.gz").write_bytes(packed)
+    monkeypatch.syspath_prepend(merges.parent)
+    again = vision.load_clip_tokenizer("open_clip")
     np.testing.assert_array_equal(again(list(TEXTS)), GOLDENS["bpe_tokens"])
     (merges.parent / "empty").mkdir()
     with pytest.raises(ValueError, match=r"neither tokenizer\.json nor"):

@@ -10,6 +10,7 @@ from etils import epath
 from jaxtyping import Int
 from tokenizers import decoders, normalizers, pre_tokenizers
 
+from logitjax._packages import package_file
 from logitjax.models._load import read_json
 from logitjax.models._tokenizer import Tokenizer, load_tokenizer
 
@@ -64,12 +65,17 @@ def load_clip_tokenizer(path: epath.PathLike, context_length: int = 77) -> CLIPT
 
     Args:
       path: a directory with ``tokenizer.json``, or with merges (``merges.txt`` or OpenAI's
-        ``bpe_simple_vocab_16e6.txt.gz``); or such a file of merges.
+        ``bpe_simple_vocab_16e6.txt.gz``); or such a file of merges; or ``open_clip`` for the one in
+        the package open_clip_torch, which is not imported.
       context_length: tokens of a row.
 
     Raises:
       ValueError: nothing of the kind is there.
     """
+    if str(path) == "open_clip":
+        path = package_file(
+            "open_clip", _BPE_FILES[0], what="CLIP's merges", install="open_clip_torch==3.3.0"
+        )
     path = epath.Path(path)
     if path.is_dir():
         if (path / "tokenizer.json").exists():

@@ -107,7 +107,7 @@ class Encoder:
         if self.tokenizer is None:
             raise ValueError(
                 f"encoder {self.name!r} has no tokenizer: give load_encoder(tokenizer=) a "
-                "directory or a file of merges"
+                "directory or a file of merges, or 'open_clip' for that package's"
             )
         return self.tokenizer(texts)
 

@@ -71,7 +71,8 @@ def load_encoder(
       spec: one of these.
       size: of the pictures, where it shall not be the one the network was trained with. CLIP's
         position embeddings are for one size.
-      tokenizer: directory or file of merges for CLIP, where the checkpoint brings none.
+      tokenizer: directory or file of merges for CLIP, or ``open_clip`` (`load_clip_tokenizer`),
+        where the checkpoint brings none.
       dtype: of the computation; weights stay float32.
 
     Returns:
