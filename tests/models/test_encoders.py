@@ -97,6 +97,8 @@ def transformers_directory(path: pathlib.Path) -> pathlib.Path:
         "text_config": {"num_attention_heads": 3},
     }
     (path / "config.json").write_text(json.dumps(config))
+    colours = {"image_mean": [0.1, 0.2, 0.3], "image_std": [1.0, 0.5, 0.25]}
+    (path / "preprocessor_config.json").write_text(json.dumps(colours))
     return path
 
 
@@ -109,6 +111,8 @@ def test_clip_vit_equals_transformers(tmp_path):
     config = encoder.model.config
     assert (config.image_size, config.patch_size, config.vision_heads) == (32, 8, 4)
     assert (config.context_length, config.vocab_size, config.embed_dim) == (8, 20, 16)
+    white = encoder.preprocessing.normalize(np.full((1, 1, 1, 3), 255, np.uint8))
+    np.testing.assert_allclose(np.ravel(white), [0.9, 1.6, 2.8], rtol=1e-6)
     features = jax.jit(encoder.model.image_features)(images(32))
     assert_close(unit(features), GOLDENS["vit_images"])
     assert_close(unit(encoder.text_features(TOKENS)), GOLDENS["vit_texts"])
@@ -128,6 +132,7 @@ def test_clip_resnet_equals_open_clip(tmp_path):
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
     encoder = vision.load_encoder(str(tmp_path))
     assert encoder.model.config.vision_layers == (2, 1, 1, 2)
+    assert encoder.preprocessing.mean == (0.48145466, 0.4578275, 0.40821073)
     features = jax.jit(encoder.model.image_features)(images(64))
     assert_close(features, GOLDENS["rn_images"])
     assert_close(encoder.text_features(TOKENS), GOLDENS["rn_texts"])
@@ -233,6 +238,41 @@ def test_moco_checkpoints_are_resnets_without_their_projection(tmp_path):
     save_file(weights | head, tmp_path / "linear.safetensors")
     encoder = vision.load_encoder(str(tmp_path / "linear.safetensors"), size=32)
     assert (encoder.num_features, encoder.num_classes) == (2048, 3)
+
+
+TEXT = dict(text_width=512, text_heads=8, text_layers=12)
+
+
+@pytest.mark.parametrize(
+    ("make", "parameters"),
+    [
+        (
+            dict(vision_layers=(3, 4, 6, 3), vision_width=64, vision_heads=32, embed_dim=1024),
+            102007137,
+        ),
+        (dict(vision_layers=12, vision_width=768, vision_heads=12, patch_size=32), 151277313),
+        (dict(vision_layers=12, vision_width=768, vision_heads=12, patch_size=16), 149620737),
+    ],
+    ids=["RN50", "ViT-B/32", "ViT-B/16"],
+)
+def test_clip_has_the_published_sizes(make, parameters):
+    config = vision.CLIPConfig(**(dict(embed_dim=512, image_size=224) | TEXT | make))
+    model = nnx.eval_shape(lambda: vision.CLIP(config, rngs=nnx.Rngs(0)))
+    assert vision.parameter_count(model) == parameters
+
+
+def test_features_in_bfloat16_are_near():
+    pixels = pictures(32)
+    encoders = [
+        vision.load_encoder("random:resnet8", size=32, dtype=dtype)
+        for dtype in (jnp.float32, jnp.bfloat16)
+    ]
+    assert [encoder.dtype for encoder in encoders] == ["float32", "bfloat16"]
+    assert encoders[0].fingerprint == encoders[1].fingerprint
+    features, near = (encoder.features(pixels) for encoder in encoders)
+    assert near.dtype == jnp.float32
+    assert_close(near, features, atol=3e-2)
+    assert float(jnp.abs(near - features).max()) > 0
 
 
 def test_random_networks_are_the_same_everywhere():

@@ -184,15 +184,24 @@ def _clip(
     config = clip_config(named, settings)
     model = _shapes(lambda: CLIP(config, dtype=dtype, rngs=nnx.Rngs(0)))
     fill_weights(model, named, {torch_name(path): path for path in weight_paths(model)})
-    made = Preprocessing(
-        size=config.image_size, resize=config.image_size, mean=CLIP_MEAN, std=CLIP_STD
-    )
+    mean, std = _colours(path, settings)
+    made = Preprocessing(size=config.image_size, resize=config.image_size, mean=mean, std=std)
     found: CLIPTokenizer | None = None
     if tokenizer is not None:
         found = load_clip_tokenizer(tokenizer, config.context_length)
     elif path.is_dir() and any(list(path.glob(f)) for f in ("tokenizer.json", *_SMALL_FILES[1:])):
         found = load_clip_tokenizer(path, config.context_length)
     return Encoder(name, model, made, num_features=config.embed_dim, tokenizer=found, dtype=dtype)
+
+
+def _colours(path: epath.Path, settings: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Mean and deviation that open_clip's or transformers' files name, OpenAI's otherwise."""
+    named = settings.get("preprocess_cfg", {})
+    file = path / "preprocessor_config.json"
+    if path.is_dir() and not named and file.exists():
+        content = read_json(file)
+        named = {"mean": content.get("image_mean"), "std": content.get("image_std")}
+    return tuple(named.get("mean") or CLIP_MEAN), tuple(named.get("std") or CLIP_STD)
 
 
 def _resnet(name: str, weights: Weights, dtype: Any) -> Encoder:
