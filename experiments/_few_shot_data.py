@@ -47,16 +47,6 @@ class Source:
     shifted: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
 
 
-# Prompts are Tip-Adapter's; ImageNet has seven.
-_IMAGENET_PROMPTS = (
-    "itap of a {}.",
-    "a bad photo of the {}.",
-    "a origami {}.",
-    "a photo of the large {}.",
-    "a {} in a video game.",
-    "art of the {}.",
-    "a photo of the small {}.",
-)
 SOURCES: dict[str, Source] = {
     "stamps": Source(data="stamps", fit="pad", size=160, synsets=_few_shot_synsets.STAMPS),
     "fashion": Source(
@@ -68,58 +58,21 @@ SOURCES: dict[str, Source] = {
         cosine=True,
     ),
 }
-# CLIP's eleven. tfds has no aircraft, and actions only as videos: these two are folders.
+# CLIP's eleven, as tfds or folders have them, and what tests a shift of ImageNet's pictures.
 CLIP_SOURCES: dict[str, Source] = {
-    "imagenet": Source(
-        data="tfds:imagenet2012",
+    name: Source(
+        data=f"recognition:{name}",
         train="train",
-        test="validation",
-        prompts=_IMAGENET_PROMPTS,
+        test="test",
+        prompts=which.templates,
         shifted={
-            "imagenet_v2": ("tfds:imagenet_v2", "test"),
-            "imagenet_sketch": ("tfds:imagenet_sketch", "test"),
+            other: (f"recognition:{other}", "test")
+            for other in data.RECOGNITION_SETS
+            if other.startswith(f"{name}_")
         },
-    ),
-    "caltech101": Source(data="tfds:caltech101", train="train", test="test"),
-    "dtd": Source(data="tfds:dtd", train="train", test="test", prompts=("{} texture.",)),
-    "eurosat": Source(
-        data="tfds:eurosat:rgb",
-        train="train[:50%]",
-        test="train[50%:]",
-        prompts=("a centered satellite photo of {}.",),
-    ),
-    "fgvc_aircraft": Source(
-        data="folder:data/fgvc_aircraft",
-        train="train",
-        test="test",
-        prompts=("a photo of a {}, a type of aircraft.",),
-    ),
-    "food101": Source(
-        data="tfds:food101",
-        train="train",
-        test="validation",
-        prompts=("a photo of {}, a type of food.",),
-    ),
-    "oxford_flowers": Source(
-        data="tfds:oxford_flowers102",
-        train="train",
-        test="test",
-        prompts=("a photo of a {}, a type of flower.",),
-    ),
-    "oxford_pets": Source(
-        data="tfds:oxford_iiit_pet",
-        train="train",
-        test="test",
-        prompts=("a photo of a {}, a type of pet.",),
-    ),
-    "stanford_cars": Source(data="tfds:cars196", train="train", test="test"),
-    "sun397": Source(data="tfds:sun397", train="train", test="test"),
-    "ucf101": Source(
-        data="folder:data/ucf101_frames",
-        train="train",
-        test="test",
-        prompts=("a photo of a person doing {}.",),
-    ),
+    )
+    for name, which in data.RECOGNITION_SETS.items()
+    if "train" in which.folders or not which.folders
 }
 
 

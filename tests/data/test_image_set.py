@@ -217,8 +217,12 @@ def test_aircraft_have_lists_of_their_own(tmp_path):
     np.testing.assert_array_equal(images.labels, [1, 0])
     with pytest.raises(FileNotFoundError, match=r"needs .*images_variant_val\.txt"):
         data.load_image_set(f"recognition:fgvc_aircraft:{tmp_path}", split="val")
-    with pytest.raises(ValueError, match="is not in tfds: name the directory"):
-        data.load_image_set("recognition:fgvc_aircraft", split="test")
+    with pytest.raises(ValueError, match="is not in tfds: put fgvc_aircraft as CoOp has it into"):
+        data.load_image_set("recognition:fgvc_aircraft", split="test", data_dir=tmp_path)
+    (tmp_path / "downloads" / "manual").mkdir(parents=True)
+    home.rename(tmp_path / "downloads" / "manual" / "fgvc_aircraft")
+    again = data.load_image_set("recognition:fgvc_aircraft", split="test", data_dir=tmp_path)
+    assert again.fingerprint == images.fingerprint
 
 
 def test_imagenet_takes_names_where_they_are(tmp_path, monkeypatch):
@@ -267,11 +271,13 @@ def test_prompts_of_every_set():
         assert all("big dog" in prompt for prompt in prompts), name
         assert len(prompts) == (7 if name.startswith("imagenet") else 1)
         if which.tfds:
-            assert _recognition.tfds_source(name, "test")[0] == f"tfds:{which.tfds}"
+            assert (
+                _recognition.tfds_source(name, "test", epath.Path("."))[0] == f"tfds:{which.tfds}"
+            )
     pets = data.RECOGNITION_SETS["oxford_pets"].prompts(["Maine_Coon"])
     assert pets == [["a photo of a Maine Coon, a type of pet."]]
     with pytest.raises(ValueError, match="has the splits train, test in tfds, not 'val'"):
-        _recognition.tfds_source("imagenet", "val")
+        _recognition.tfds_source("imagenet", "val", epath.Path("."))
     with pytest.raises(ValueError, match=r"expected one of imagenet, .*, got 'mnist'"):
         data.load_image_set("recognition:mnist", split="test")
 

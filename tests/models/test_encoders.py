@@ -209,6 +209,8 @@ def test_zero_shot_classifier_is_the_mean_of_prompts(tmp_path):
     encoder.tokenizer = typing.cast(Any, tokenize)
     kernel = vision.zero_shot_classifier(encoder, ["cat", "dog"], ["photo {}", "{}"], batch_size=3)
     assert kernel.shape == (16, 2)
+    with pytest.raises(ValueError, match="n01440764 is a number of WordNet"):
+        vision.zero_shot_classifier(encoder, ["n01440764"], ["{}"])
     prompts = unit(encoder.text_features(tokenize(["photo dog", "dog"])))
     assert_close(kernel[:, 1], unit(prompts.mean(0)), atol=1e-5)
 

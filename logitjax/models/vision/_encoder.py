@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -169,9 +170,15 @@ def zero_shot_classifier(
     Returns:
       float32 ``[num_features, classes]``, columns of length one.
 
+    Raises:
+      ValueError: ImageNet's classes are given by their numbers.
+
     References:
       Radford et al. (arXiv 2103.00020), section 3.1.4.
     """
+    number = next((name for name in class_names if re.fullmatch(r"n\d{8}", name)), None)
+    if number is not None:
+        raise ValueError(f"class_names: {number} is a number of WordNet, not a name")
     prompts = [template.format(name) for name in class_names for template in templates]
     parts = []
     for start in range(0, len(prompts), batch_size):
