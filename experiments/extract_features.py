@@ -31,7 +31,9 @@ class Config:
     """What to encode, with what."""
 
     encoder: tuple[str, ...] = field(("efficientnet_lite0",), "Encoder: a name or a path")
-    data: str = field("stamps", "stamps, mnist_5k, emoji:VENDOR, tfds:NAME, folder:DIR, ...")
+    data: str = field(
+        "stamps", "stamps, mnist_5k, emoji:VENDOR, tfds:NAME, folder:DIR, recognition:NAME, ..."
+    )
     split: tuple[str, ...] = field(("all",), "Split, perhaps sliced (test[:2000])")
     views: tuple[str, ...] = field(("plain",), "Views of every picture: plain or random:COUNT")
     fit: str = field("crop", "What a square loses or gains.", choices=("crop", "pad"))
@@ -63,7 +65,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     "paper": dict(
         encoder=("hf:timm/resnet50_clip.openai",),
-        data="tfds:imagenet2012",
+        data="recognition:imagenet",
         split=("train",),
         views=("random:10",),
         rows="per_class:16",

@@ -62,7 +62,7 @@ class ImageViews:
         return " ".join([*parts, f"scale {low:g}-{high:g} seed {self.seed}"])
 
     def __call__(
-        self, image: UInt8[np.ndarray, "height width 3"], *, row: int
+        self, image: UInt8[np.ndarray, "height width 3"], *, row: int | np.integer
     ) -> UInt8[np.ndarray, "count size size 3"]:
         """The views of one picture.
 
@@ -82,7 +82,7 @@ class ImageViews:
             return self._plain(picture)[None]
         return np.stack(
             [
-                self._random(picture, np.random.default_rng([self.seed, row, view]))
+                self._random(picture, np.random.default_rng([self.seed, int(row), view]))
                 for view in range(self.count)
             ]
         )

@@ -4,10 +4,13 @@ import dataclasses
 import multiprocessing
 import os
 import signal
+import tempfile
 import time
 
+import hypothesis
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
 from logitjax import data
 
@@ -164,6 +167,33 @@ def test_processes_share_the_work_and_leave_the_same_cache(tmp_path):
         np.testing.assert_array_equal(getattr(one.all(), name), getattr(two.all(), name))
     names = [sorted(p.name for p in (tmp_path / d).iterdir()) for d in ("one", "two")]
     assert names[0] == names[1]
+
+
+@hypothesis.settings(max_examples=15, deadline=None)
+@hypothesis.given(
+    st.lists(st.lists(st.integers(0, 40), min_size=1, max_size=9), min_size=1, max_size=3),
+    st.integers(1, 4),
+    st.integers(1, 5),
+    st.integers(1, 3),
+)
+def test_any_order_of_runs_holds_every_row_once(runs, batch, per_shard, processes):
+    with tempfile.TemporaryDirectory() as directory:
+        for rows in runs:
+            for index in range(processes):
+                data.write_feature_cache(
+                    directory,
+                    identity(),
+                    rows,
+                    look,
+                    batch_size=batch,
+                    rows_per_shard=per_shard,
+                    process_index=index,
+                    process_count=processes,
+                )
+        wanted = sorted({row for rows in runs for row in rows})
+        cache = data.FeatureCache(directory)
+        assert cache.row_numbers.tolist() == wanted
+        check_rows(cache.rows(runs[0]), runs[0])
 
 
 def test_rows_that_two_runs_wrote_count_once(tmp_path):

@@ -73,6 +73,18 @@ def test_what_is_transparent_lies_on_white(tmp_path):
     assert images[1][0][0, 0].tolist() == [7, 7, 7]
 
 
+def test_a_picture_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    path = save(tmp_path / "a" / "broken.png")
+    images = data.load_image_set(f"folder:{tmp_path}")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4)
+    with pytest.raises(ValueError, match=r"broken\.png is not a readable image"):
+        images[0]
+    monkeypatch.undo()
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(ValueError, match=r"broken\.png is not a readable image"):
+        images[0]
+
+
 def test_unknown_sources_are_named():
     for spec in ("cifar", "folder:", "tfds:", "synthetic:many", "mnist_5k:x"):
         with pytest.raises(ValueError, match=r"unknown image source .*recognition:NAME"):
