@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from flax import nnx
 
 from logitjax.models import vision
@@ -120,6 +121,25 @@ def test_clip_vit_equals_transformers(tmp_path):
         vision.load_encoder(str(tmp_path), size=64)
     with pytest.raises(ValueError, match="has no tokenizer"):
         encoder.tokenize(["a cat"])
+
+
+def test_the_hub_is_asked_for_safetensors_first(tmp_path, monkeypatch):
+    asked = []
+
+    def snapshot(name, patterns):
+        asked.append((name, patterns))
+        return epath.Path(tmp_path)
+
+    monkeypatch.setattr(vision._load_encoder, "hub_snapshot", snapshot)
+    with pytest.raises(ValueError, match=r"neither \.safetensors nor \*\.bin"):
+        vision.load_encoder("hf:org/clip")
+    assert [name for name, _ in asked] == ["org/clip"] * 2
+    assert "*.safetensors" in asked[0][1]
+    assert not {"*.bin", "*.pt"} & set(asked[0][1])
+    assert "*.bin" in asked[1][1]
+    transformers_directory(tmp_path)
+    assert vision.load_encoder("hf:org/clip").model.config.embed_dim == 16
+    assert len(asked) == 3
 
 
 def test_clip_resnet_equals_open_clip(tmp_path):
