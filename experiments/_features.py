@@ -74,6 +74,7 @@ def extract(
     used = next(n for n in range(len(devices), 0, -1) if total % n == 0)
     mesh = jax.make_mesh((used,), ("data",), (AxisType.Auto,), devices=devices[:used])
     spread = NamedSharding(mesh, PartitionSpec("data"))
+    placed = encoder.placed(NamedSharding(mesh, PartitionSpec()))
 
     def fetch(row: int) -> tuple[np.ndarray, int]:
         picture, label = images[int(row)]
@@ -84,7 +85,7 @@ def extract(
         def compute(chunk: np.ndarray) -> data.Features:
             fetched = list(pool.map(fetch, chunk))
             pixels = np.concatenate([picture for picture, _ in fetched])
-            features, logits = encoder.encode(jax.device_put(pixels, spread))
+            features, logits = placed.encode(jax.device_put(pixels, spread))
             shape = (len(chunk), views.count, -1)
             return data.Features(
                 features=features.reshape(shape),

@@ -305,6 +305,12 @@ def test_random_networks_are_the_same_everywhere():
     assert features.shape == (2, 64)
     assert logits is not None
     assert logits.shape == (2, 10)
+    # On several devices.
+    mesh = jax.make_mesh((2,), ("data",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    placed = first.placed(jax.NamedSharding(mesh, jax.P()))
+    spread = placed.features(jax.device_put(pixels, jax.NamedSharding(mesh, jax.P("data"))))
+    np.testing.assert_allclose(spread, features, atol=1e-4)
+    assert placed.fingerprint == first.fingerprint
     # Inside somebody else's jit it is a part of that.
     np.testing.assert_allclose(jax.jit(first.features)(jnp.asarray(pixels)), features, atol=1e-4)
 

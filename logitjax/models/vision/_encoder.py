@@ -1,9 +1,10 @@
 """Frozen image encoders: pictures in, features out."""
 
+import copy
 import functools
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -56,8 +57,19 @@ class Encoder:
         head = f", {self.num_classes} classes" if self.num_classes else ""
         return f"Encoder({self.name!r}, {self.num_features} features{head})"
 
-    def _run(self, method: Callable[[Any, Any], Any], state: Any, inputs: Any) -> Any:
-        return method(nnx.merge(self._graph, state), inputs)
+    def placed(self, sharding: jax.sharding.Sharding) -> "Encoder":
+        """The same encoder with its weights laid out like this, once and not on every call.
+
+        It shares what was compiled. For pictures that are spread over devices weights should be
+        replicated on these: ``NamedSharding(mesh, PartitionSpec())``.
+        """
+        other = copy.copy(self)
+        other._state = jax.device_put(self._state, sharding)
+        return other
+
+    def _run(self, kind: str, state: Any, inputs: Any) -> Any:
+        model = nnx.merge(self._graph, state)
+        return self._images(model, inputs) if kind == "images" else model.text_features(inputs)
 
     def _images(self, model: Any, images: Any) -> tuple[jax.Array, jax.Array | None]:
         x = self.preprocessing.normalize(images)
@@ -78,7 +90,7 @@ class Encoder:
           Features, float32 ``[batch, num_features]``, not normalised; logits, float32
           ``[batch, num_classes]``, or None.
         """
-        return self._compiled(self._images, self._state, images)
+        return self._compiled("images", self._state, images)
 
     def features(
         self, images: Num[Array, "batch height width channels"]
@@ -128,7 +140,7 @@ class Encoder:
         """
         if not isinstance(self.model, CLIP):
             raise ValueError(f"encoder {self.name!r} has no text tower")
-        return self._compiled(_texts, self._state, tokens)
+        return self._compiled("texts", self._state, tokens)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -142,10 +154,6 @@ class Encoder:
             digest.update(f"{path} {value.shape} {value.dtype}".encode())
             digest.update(np.ascontiguousarray(value).tobytes())
         return digest.hexdigest()
-
-
-def _texts(model: Any, tokens: Any) -> jax.Array:
-    return model.text_features(tokens)
 
 
 def zero_shot_classifier(
