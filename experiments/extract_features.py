@@ -7,6 +7,8 @@ labels into WORKDIR/ENCODER/SPLIT_VIEWS, array_record files that `logitjax.data.
 and checks. ``--views=random:10`` are ten views a picture, cut out and mirrored at random but the
 same for every encoder and in every run. Kill it whenever you like: the same command goes on with
 the shard it was at. Several processes share the shards, and each encodes with its own devices.
+435 stamps at 160 pixels by both encoders of the preset took 15 s on two CPU cores; docs/vision.md
+has the tables.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Image classifiers of the distillation literature, in flax.nnx: images in, features or logits out.
+"""Image networks in flax.nnx: classifiers of the distillation literature, and frozen encoders.
 
 The parameter trees follow the names of the torch checkpoints they can be loaded from.
 """
