@@ -36,8 +36,8 @@ class Uncertainty:
     z is :func:`z_score`. The kurtosis of probabilities grows with the number of classes K (one-hot:
     about K), so a fixed normaliser makes beta mean something else on every data set;
     ``'classes'``, K / 4, is 250 at K = 1000 and does not. The kurtosis of logits is 2 to 3 for any
-    K and hardly depends on how sure the classifier is. Of logits, ``max`` and ``energy`` are nan
-    where they are not positive.
+    K and hardly depends on how sure the classifier is. A class at ``-inf`` has probability 0;
+    measures of logits want finite ones, ``max`` and ``energy`` positive ones.
 
     Attributes:
       measure: as above.
@@ -107,7 +107,9 @@ def uncertainty_weight(
     if measure == "std":
         return jnp.std(x, -1, ddof=1, keepdims=True)
     if measure == "kurtosis":
-        level = (z_score(x) ** 4).mean(-1, keepdims=True)
+        # Centred twice: the first mean is as rough as what all of a row's logits share is large.
+        centred = x - x.mean(-1, keepdims=True)
+        level = (z_score(centred) ** 4).mean(-1, keepdims=True)
         if config.normalizer is not None:
             by = classes / 4 if isinstance(config.normalizer, str) else config.normalizer
             level = level / by

@@ -63,7 +63,7 @@ def test_uncertainty_weights_are_the_published_formulas(x64):
             assert got.dtype == given.dtype
             args = (config.measure, config.of, config.exponent, config.normalizer)
             expected = oracle.weight(np.asarray(given, np.float64), *args)
-            np.testing.assert_allclose(got, expected, rtol=1e-12 if x64 else 2e-6, err_msg=options)
+            np.testing.assert_allclose(got, expected, rtol=1e-12 if x64 else 1e-6, err_msg=options)
 
 
 def test_uncertainty_with_absent_classes_is_finite():
