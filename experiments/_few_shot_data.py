@@ -14,8 +14,6 @@ from experiments import _features, _few_shot_synsets, extract_features
 from logitjax import data, heads
 from logitjax.models import vision
 
-# Prompts of data sets without their own.
-_PLAIN_PROMPT = ("a photo of a {}.",)
 # Of a class, for samples of 16 and 4 to validate on: enough that two samples differ.
 _PER_CLASS = "per_class:32"
 
@@ -43,7 +41,7 @@ class Source:
     size: int = 0
     synsets: Mapping[str, str] | None = None
     cosine: bool = False
-    prompts: tuple[str, ...] = _PLAIN_PROMPT
+    prompts: tuple[str, ...] = ("a photo of a {}.",)
     shifted: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
 
 
@@ -150,7 +148,7 @@ def load_task(config: Any, spec: str) -> Task:
     rows = _PER_CLASS if limited else "all"
     pair, images = encode(source.data, source.train, "plain", rows)
     names = images.class_names
-    weights = _class_weights(config, encoders[0], source, name, names)
+    weights = _class_weights(encoders[0], source, name, names)
 
     def inputs(pair: list[data.Features]) -> heads.FewShotInputs:
         first, second = pair
@@ -189,11 +187,14 @@ def _slug(text: str) -> str:
 
 
 def _class_weights(
-    config: Any, encoder: vision.Encoder, source: Source, name: str, class_names: tuple[str, ...]
+    encoder: vision.Encoder, source: Source, name: str, class_names: tuple[str, ...]
 ) -> np.ndarray:
     """Mean of unit vectors, of length one again: of prompts, or of rows of the ImageNet head."""
     if encoder.tokenizer is not None:
-        words = _words(config, name, class_names)
+        which = data.RECOGNITION_SETS.get(name)
+        if which is not None:
+            which.prompts(class_names)  # raises where they are numbers
+        words = [one.replace("_", " ") for one in class_names]
         return np.asarray(vision.zero_shot_classifier(encoder, words, source.prompts), np.float32)
     if source.synsets is None or encoder.num_classes != 1000:
         raise ValueError(
@@ -203,22 +204,6 @@ def _class_weights(
     ids = _few_shot_synsets.ids_of(source.synsets, class_names)
     means = jnp.stack([kernel[rows].mean(0) for rows in ids])
     return np.asarray(heads.unit_rows(means).T, np.float32)
-
-
-def _words(config: Any, name: str, class_names: tuple[str, ...]) -> list[str]:
-    """Names of classes as they shall stand in a sentence."""
-    path = epath.Path(config.class_names) / f"{name}.txt" if config.class_names else None
-    if path is not None and path.exists():
-        words = path.read_text().splitlines()
-        if len(words) != len(class_names):
-            raise ValueError(f"{path}: expected {len(class_names)} names, got {len(words)}")
-        return words
-    if all(re.fullmatch(r"n\d{8}", one) for one in class_names):
-        raise ValueError(
-            f"class_names: {name} numbers its classes ({class_names[0]}, ...); name a directory "
-            f"with {name}.txt, one name a line"
-        )
-    return [one.replace("_", " ") for one in class_names]
 
 
 def _zero_shot(

@@ -51,7 +51,6 @@ class Config:
     encoder: str = field("efficientnet_lite0", "Encoder with names for classes: name or path.")
     auxiliary: str = field("alexnet", "The other encoder: name or path.")
     features: str = field("runs/features/few_shot", "Where features are kept, for all runs.")
-    class_names: str = field("", "Directory of DATA.txt, one name a line; its own names if none.")
     views: str = field("plain", "Views of pictures to learn from: plain or random:COUNT.")
     encode_batch: int = field(32, "Pictures encoded at once.")
     shots: tuple[int, ...] = field((1, 2, 4, 8, 16), "Pictures of a class.")
@@ -90,7 +89,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         data=tuple(_few_shot_data.CLIP_SOURCES),
         encoder="hf:timm/resnet50_clip.openai",
         auxiliary="r-50-1000ep.pth.tar",
-        class_names="data/class_names",
         views="random:10",
         encode_batch=128,
         runs=3,

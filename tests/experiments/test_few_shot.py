@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
+from flax import nnx
 
 from experiments import (
     _few_shot_arms,
@@ -19,7 +20,8 @@ from experiments import (
     _few_shot_synsets,
     few_shot,
 )
-from logitjax import training
+from logitjax import data, training
+from logitjax.models import vision
 
 
 def never(step: int) -> bool:
@@ -111,7 +113,46 @@ def test_every_tuned_arm_tries_as_many_settings(grid):
         training.with_settings(arm.config, arm.recipe, dict.fromkeys(columns, 0.5))
 
 
-def test_names_of_classes_are_words(tmp_path):
+def test_pictures_become_a_task_with_views_and_a_shifted_test(tmp_path, monkeypatch):
+    classes = 3
+    model = vision.create_classifier("resnet8", num_classes=1000, rngs=nnx.Rngs(0))
+    encoder = vision.Encoder(
+        "tiny", model, vision.Preprocessing(size=16, resize=16), num_features=64, num_classes=1000
+    )
+    monkeypatch.setattr(vision, "load_encoder", lambda spec, size=None: encoder)
+    source = _few_shot_data.Source(
+        data=f"synthetic:{classes}",
+        train="train[:24]",
+        test="test[:9]",
+        size=16,
+        synsets={"0": "1 5-6", "1": "7", "2": "8-9"},
+        shifted={"elsewhere": (f"synthetic:{classes}", "test[9:15]")},
+    )
+    monkeypatch.setitem(_few_shot_data.SOURCES, "dots", source)
+    config = few_shot.Config(
+        data=("dots",), features=str(tmp_path), views="random:2", encode_batch=3
+    )
+    task = _few_shot_data.load_task(config, "dots")
+    assert task.train.zero_shot.shape == (2, 24, classes)
+    assert task.plain.features.shape == (24, 64)
+    assert task.test is not None
+    assert task.test[0].auxiliary.shape == (9, 64)
+    assert task.shifted["elsewhere"][1].shape == (6,)
+    np.testing.assert_allclose(np.linalg.norm(task.plain.features, axis=1), 1, rtol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(task.class_weights, axis=0), 1, rtol=1e-5)
+    # The zero-shot score of a class is the probability of its ImageNet classes.
+    pictures = data.load_image_set(source.data, split="test[:9]")
+    pixels = np.stack([pictures[i][0] for i in range(9)])
+    p = np.asarray(jax.nn.softmax(encoder.logits(pixels)))
+    expected = np.stack([p[:, [1, 5, 6]].sum(1), p[:, 7], p[:, [8, 9]].sum(1)], 1)
+    np.testing.assert_allclose(np.exp(task.test[0].zero_shot), expected, rtol=2e-2)
+    nameless = dataclasses.replace(source, synsets=None)
+    monkeypatch.setitem(_few_shot_data.SOURCES, "dots", nameless)
+    with pytest.raises(ValueError, match="neither text nor an ImageNet head"):
+        _few_shot_data.load_task(config, "dots")
+
+
+def test_synsets_are_numbers_and_ranges():
     ids = _few_shot_synsets.ids_of({"a": "3 1-2", "b": "7"}, ["b", "a"])
     assert [rows.tolist() for rows in ids] == [[7], [1, 2, 3]]
     with pytest.raises(ValueError, match="'c'"):
@@ -120,15 +161,6 @@ def test_names_of_classes_are_words(tmp_path):
         rows = np.concatenate(_few_shot_synsets.ids_of(table, list(table)))
         assert rows.min() >= 0
         assert rows.max() < 1000
-    config = few_shot.Config(class_names=str(tmp_path))
-    assert _few_shot_data._words(config, "dtd", ("polka_dot",)) == ["polka dot"]
-    with pytest.raises(ValueError, match=r"imagenet.txt"):
-        _few_shot_data._words(config, "imagenet", ("n01440764", "n01443537"))
-    (tmp_path / "imagenet.txt").write_text("tench\ngoldfish\n")
-    words = _few_shot_data._words(config, "imagenet", ("n01440764", "n01443537"))
-    assert words == ["tench", "goldfish"]
-    with pytest.raises(ValueError, match="expected 1 names, got 2"):
-        _few_shot_data._words(config, "imagenet", ("n01440764",))
 
 
 def record(*test: float, zero_shot: float = 0.5, **more) -> dict:
