@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments._dynamic_fusion_certificate import Certificate
 from experiments._dynamic_fusion_models import Scored
 from logitjax.fusion import DynamicFusion, ProxyTuning
 from logitjax.ops import log_softmax
@@ -30,7 +31,9 @@ SEVERAL: dict[str, Any] = {
     "jeffreys, joint": DynamicFusion(method="jeffreys", multi="joint"),
     "project": DynamicFusion(multi="project"),
 }
-SUMS = ("nll", "accuracy", "alpha", "at_bound", "unconverged")
+
+#: Those of `SINGLE` whose answers are held against a dense scan.
+SEARCHES = ("dlf grid", "newton", "jeffreys")
 
 
 class Block:
@@ -70,6 +73,7 @@ def _logits(head: jax.Array, hidden: jax.Array) -> jax.Array:
     return hidden @ head.T
 
 
+@jax.jit
 def _sums(
     logits: jax.Array, info: Mapping[str, Any], labels: jax.Array, where: jax.Array, options: Any
 ) -> dict[str, jax.Array]:
@@ -90,16 +94,8 @@ def _sums(
 
 
 @functools.partial(jax.jit, static_argnames="strategy")
-def _fused_sums(
-    large: Any, experts: Any, base: Any, labels: Any, where: Any, options: Any, *, strategy: Any
-) -> dict[str, jax.Array]:
-    fused, info = strategy(large, experts, base)
-    return _sums(fused, info, labels, where, options)
-
-
-@jax.jit
-def _alone_sums(logits: Any, labels: Any, where: Any, options: Any) -> dict[str, jax.Array]:
-    return _sums(logits, {}, labels, where, options)
+def _fused(large: Any, experts: Any, base: Any, *, strategy: Any) -> tuple[jax.Array, Any]:
+    return strategy(large, experts, base)
 
 
 @jax.jit
@@ -157,12 +153,13 @@ def score(
         alone = {"large": block.large, "base": block.base}
         alone |= {f"expert {i}": logits for i, logits in enumerate(block.experts)}
         for name, logits in alone.items():
-            totals.add(name, _alone_sums(logits, *rest))
-        inputs = (block.large, block.experts, block.base, *rest)
+            totals.add(name, _sums(logits, {}, *rest))
+        inputs = (block.large, block.experts, block.base)
         for name, strategy in arms.items():
-            totals.add(name, _fused_sums(*inputs, strategy=strategy))
+            totals.add(name, _sums(*_fused(*inputs, strategy=strategy), *rest))
         if static:
-            found = jax.device_get(_static_sums(*inputs, jnp.asarray(static, jnp.float32)))
+            alphas = jnp.asarray(static, jnp.float32)
+            found = jax.device_get(_static_sums(*inputs, *rest, alphas))
             for i, alpha in enumerate(static):
                 one = {name: value[i] for name, value in found.items()}
                 totals.add(static_name(alpha), one | {"alpha": alpha * block.where.sum()})
@@ -180,7 +177,7 @@ def score_alone(
     choices = None if options is None else jnp.asarray(options)
     for block in blocks([scored, scored, scored], [head] * 3, block_size):
         totals.count += int(block.where.sum())
-        totals.add("model", _alone_sums(block.large, block.labels, block.where, choices))
+        totals.add("model", _sums(block.large, {}, block.labels, block.where, choices))
     return {key: float(value) for key, value in totals.means("model").items()}
 
 
@@ -193,115 +190,37 @@ def best_static(means: Mapping[str, Mapping[str, float]], alphas: Sequence[float
     return min(alphas, key=lambda alpha: means[static_name(alpha)]["nll"])
 
 
-@functools.partial(jax.jit, static_argnames="strategy")
-def _trace(large: Any, experts: Any, base: Any, *, strategy: Any) -> jax.Array:
-    return strategy(large, experts, base)[1]["alpha"]
-
-
 def traces(
-    scored: Sequence[Scored], heads: Sequence[np.ndarray], arms: Mapping[str, Any], size: int
+    scored: Sequence[Scored],
+    heads: Sequence[np.ndarray],
+    arms: Mapping[str, Any],
+    *,
+    positions: int,
+    block_size: int,
 ) -> dict[str, list[list[float]]]:
     """Alphas ``[T][positions]`` of the dynamic arms on the first positions."""
-    block = next(iter(blocks(scored, heads, size)))
-    count = int(block.where.sum())
-    return {
-        name: np.asarray(_trace(block.large, block.experts, block.base, strategy=strategy))[
-            :, :count
-        ].tolist()
-        for name, strategy in arms.items()
-        if isinstance(strategy, DynamicFusion)
-    }
+    dynamic = {name: s for name, s in arms.items() if isinstance(s, DynamicFusion)}
+    found: dict[str, list[np.ndarray]] = {name: [] for name in dynamic}
+    few = [Scored(one.hidden[:positions], one.labels[:positions]) for one in scored]
+    for block in blocks(few, heads, block_size):
+        for name, strategy in dynamic.items():
+            _, info = _fused(block.large, block.experts, block.base, strategy=strategy)
+            found[name].append(np.asarray(info["alpha"])[:, np.asarray(block.where)])
+    return {name: np.concatenate(parts, 1).tolist() for name, parts in found.items()}
 
 
 def certify(
     scored: Sequence[Scored], heads: Sequence[np.ndarray], *, rows: int, block_size: int
 ) -> dict[str, dict[str, float]]:
-    """How near each search comes to the global minimum of what it minimises, in float64.
-
-    The reference scans 201 alphas and polishes its three best; the objective of `jeffreys` is
-    ``(J - target)^2``, that of the others the paper's.
-    """
-    from scipy import optimize
-
-    excess: dict[str, list[float]] = {}
-    flagged: dict[str, list[bool]] = {}
-    searches = {name: SINGLE[name] for name in ("dlf grid", "newton", "jeffreys")}
+    """How near each search comes to the global minimum of what it minimises, on ``rows`` rows."""
+    certificate = Certificate()
     for block in itertools.islice(blocks(scored, heads, block_size), -(-rows // block_size)):
+        count = min(int(block.where.sum()), rows - len(certificate))
         found = {
             name: jax.device_get(
-                jax.jit(lambda *x, s=strategy: s(*x)[1])(block.large, block.experts[0], block.base)
+                _fused(block.large, block.experts, block.base, strategy=SINGLE[name])[1]
             )
-            for name, strategy in searches.items()
+            for name in SEARCHES
         }
-        logits = (np.asarray(x, np.float64) for x in (block.large, block.experts[0], block.base))
-        for i, row in enumerate(zip(*logits, strict=True)):
-            if not block.where[i] or len(excess.get("newton", ())) >= rows:
-                break
-            divergences = _reference(*row)
-            targets = divergences(None)
-            values = np.linspace(0, 2, 201)
-            scan = [divergences(a) for a in values]
-
-            def paper(at: Any, targets: Any = targets) -> float:
-                return sum((x - y) ** 2 for x, y in zip(at, targets, strict=True))
-
-            def jeffreys(at: Any, targets: Any = targets) -> float:
-                return (sum(at) - sum(targets)) ** 2
-
-            for objective in (paper, jeffreys):
-                seen = np.array([objective(at) for at in scan])
-                best = seen.min()
-                for k in np.argsort(seen)[:3]:
-                    ends = max(values[k] - 0.01, 0), min(values[k] + 0.01, 2)
-                    polished = optimize.minimize_scalar(
-                        lambda a, objective=objective, at=divergences: objective(at(a)),
-                        bounds=ends,
-                        method="bounded",
-                        options={"xatol": 1e-9},
-                    )
-                    best = min(best, polished.fun)
-                for name, info in found.items():
-                    if (name == "jeffreys") != (objective is jeffreys):
-                        continue
-                    alpha = float(info["alpha"][0, i])
-                    excess.setdefault(name, []).append(objective(divergences(alpha)) - best)
-                    flagged.setdefault(name, []).append(not bool(info["converged"][i]))
-    table = {}
-    for name, values in excess.items():
-        good = np.array(values) <= 1e-6
-        table[name] = {
-            "rows": len(values),
-            "within 1e-6 %": 100 * float(good.mean()),
-            "flagged %": 100 * float(np.mean(flagged[name])),
-            "others unflagged": int((~good & ~np.array(flagged[name])).sum()),
-            "largest excess": float(max(values)),
-        }
-    return table
-
-
-def _reference(large: np.ndarray, expert: np.ndarray, base: np.ndarray) -> Any:
-    """Alpha to the two divergences; None to those of expert and base."""
-
-    def normal(x: np.ndarray) -> np.ndarray:
-        x = x - x.max()
-        return x - np.log(np.exp(x).sum())
-
-    p, q, r = normal(large), normal(expert), normal(base)
-    d = q - r
-    targets = float((np.exp(q) * d).sum()), float(-(np.exp(r) * d).sum())
-    lead = float((np.exp(p) * d).sum())
-    # The rest is below 1e-12 of the probability at any alpha.
-    kept = np.maximum(p, p + 2 * (d - lead)) > -38
-    p, d = p[kept], d[kept]
-
-    def divergences(alpha: float | None) -> tuple[float, float]:
-        if alpha is None:
-            return targets
-        x = p + alpha * d
-        peak = x.max()
-        weight = np.exp(x - peak)
-        total = weight.sum()
-        log_z = peak + np.log(total)
-        return float(alpha * (weight @ d) / total - log_z), float(log_z - alpha * lead)
-
-    return divergences
+        certificate.add(block.large[:count], block.experts[0, :count], block.base[:count], found)
+    return certificate.table()

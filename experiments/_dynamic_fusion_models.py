@@ -127,12 +127,13 @@ class Lineup:
         tokens = config.validation_tokens if split == "validation" else config.test_tokens
         key = digest(text.fingerprint, tokens, config.batch_size)
         directory = variant.directory / f"{name}-{split}-{key}"
-        cache = training.cache_hidden_states(
-            None if (directory / "cache.json").exists() else variant.model,
-            text.scored(split, config.batch_size),
-            directory,
-            max_tokens=tokens,
-        )
+        if (directory / "cache.json").exists():
+            cache = training.open_hidden_states(directory)
+        else:
+            rows = text.scored(split, config.batch_size)
+            cache = training.cache_hidden_states(
+                variant.model, rows, directory, max_tokens=tokens, source=text.fingerprint
+            )
         return Scored(np.asarray(cache.hidden), cache.labels)
 
     def forget(self, variant: Variant) -> None:
@@ -189,7 +190,7 @@ class Lineup:
         apply_fn, params = models.from_nnx(start)
         graphdef = apply_fn.graphdef
         trainable = None if config.train_embeddings else _LAYERS_ONLY
-        schedule = dict(schedule="cosine", warmup=max(1, steps // 10), total_steps=steps)
+        schedule: Any = dict(schedule="cosine", warmup=max(1, steps // 10), total_steps=steps)
         tx = training.make_optimizer(
             learning_rate, weight_decay=0.01, trainable=trainable, **schedule
         )

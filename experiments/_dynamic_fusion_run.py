@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,9 @@ from logitjax.fusion import DynamicFusion, ProxyTuning
 SETS = {"domain": ("domain", "general"), "task": ("task", "general")}
 BOTH = ("domain", "task", "general")
 
+#: Makes what has that name, unless it was made before.
+Kept = Callable[[str, Callable[[], Any]], Any]
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -36,37 +39,39 @@ class Run:
         lineup = self.lineup
         return [lineup.large, lineup.base, *[lineup.tuned("base", d, seed) for d in domains]]
 
-    def score_seed(self, seed: int) -> dict[str, Any]:
+    def score_seed(self, seed: int, kept: Kept) -> dict[str, Any]:
         """Means of every arm by line-up and data set, and the static alphas that were chosen."""
         record: dict[str, Any] = {"seed": seed, "single": {}, "several": {}, "ceiling": {}}
         chosen: dict[str, float] = {}
+
+        def score(strategies: Mapping[str, Any], domains: Sequence[str], name: str, split: str):
+            key = f"seed-{seed}-{'-'.join(domains)}-on-{name}-{split}"
+            return kept(key, lambda: self._score(strategies, domains, name, split, seed))
+
         for domain, names in SETS.items():
-            for name in names:
-                logging.info("seed %d: expert on %s, scored on %s", seed, domain, name)
-                if name == domain:
-                    validation = self._score({}, [domain], name, "validation", seed)
-                    chosen[domain] = arms.best_static(validation, self.config.static_alpha)
-                record["single"].setdefault(domain, {})[name] = self._score(
-                    arms.SINGLE, [domain], name, "test", seed
-                )
+            validation = score({}, [domain], domain, "validation")
+            chosen[domain] = arms.best_static(validation, self.config.static_alpha)
+            record["single"][domain] = {
+                name: score(arms.SINGLE, [domain], name, "test") for name in names
+            }
             ceiling = self.lineup.tuned("large", domain, seed)
-            record["ceiling"][domain] = {name: self._alone(ceiling, name, "test") for name in names}
+            record["ceiling"][domain] = {
+                name: kept(
+                    f"seed-{seed}-ceiling-{domain}-on-{name}",
+                    lambda c=ceiling, n=name: self._alone(c, n, "test"),
+                )
+                for name in names
+            }
             self.lineup.forget(ceiling)
-        found = {
-            name: self._score({}, ["domain", "task"], name, "validation", seed)
-            for name in ("domain", "task")
-        }
+        both = tuple(SETS)
+        found = {name: score({}, both, name, "validation") for name in both}
         # Of both domains alike: the change of the NLL, for their levels differ.
         mean = {
             arm: {"nll": statistics.fmean(f[arm]["nll"] for f in found.values())}
-            for arm in found["domain"]
+            for arm in found[both[0]]
         }
         chosen["several"] = arms.best_static(mean, self.config.static_alpha)
-        for name in BOTH:
-            logging.info("seed %d: both experts, scored on %s", seed, name)
-            record["several"][name] = self._score(
-                arms.SEVERAL, ["domain", "task"], name, "test", seed
-            )
+        record["several"] = {name: score(arms.SEVERAL, both, name, "test") for name in BOTH}
         return record | {"chosen": chosen}
 
     def _score(
@@ -77,6 +82,7 @@ class Run:
         split: str,
         seed: int,
     ) -> dict[str, Any]:
+        logging.info("seed %d: %s on %s (%s)", seed, " and ".join(domains), name, split)
         variants = self.models(domains, seed)
         return arms.score(
             self._scored(variants, name, split),
@@ -122,7 +128,11 @@ class Run:
         size = self.config.trace_tokens
         variants = self.models(["domain"], 0)
         single = arms.traces(
-            self._scored(variants, "domain", "test"), self._heads(variants), arms.SINGLE, size
+            self._scored(variants, "domain", "test"),
+            self._heads(variants),
+            arms.SINGLE,
+            positions=size,
+            block_size=self.config.block_size,
         )
         variants = self.models(["domain", "task"], 0)
         pieces = [self._scored(variants, name, "test") for name in BOTH]
@@ -134,7 +144,13 @@ class Run:
             )
             for i in range(len(variants))
         ]
-        several = arms.traces(joined, self._heads(variants), arms.SEVERAL, part * len(BOTH))
+        several = arms.traces(
+            joined,
+            self._heads(variants),
+            arms.SEVERAL,
+            positions=part * len(BOTH),
+            block_size=self.config.block_size,
+        )
         return {"single": single, "several": several, "part": part}
 
     def speeds(self) -> list[dict[str, Any]]:

@@ -36,25 +36,25 @@ class Config:
 
     large: str = field("smollm2", "A directory, a .gguf file or a known name; tiny for a toy.")
     base: str = field("", "The small base; if empty, cut from the large model and healed.")
-    small_layers: tuple[int, ...] = field((0, 1, 2, 3, 4, 27, 28, 29), "Layers of the cut.")
+    small_layers: tuple[int, ...] = field((0, 1, 2, 3, 28, 29), "Layers of the cut.")
     general: str = field("tfds:wiki_summaries", "Text to heal on, and to score outside domains.")
     domain: str = field("tfds:first_folio", "Text of the first domain.")
     task: str = field("topics:tfds:wiki_summaries", "Questions of the second: topics:..., letters.")
     models_dir: str = field(".cache/dynamic_fusion", "Models, shared between runs.")
-    seq_len: int = field(160, "Tokens a row.")
-    batch_size: int = field(8, "Rows a step.")
-    heal_steps: int = field(40, "Steps of healing.")
+    seq_len: int = field(128, "Tokens a row.")
+    batch_size: int = field(4, "Rows a step.")
+    heal_steps: int = field(60, "Steps of healing.")
     heal_learning_rate: float = field(1e-3, "Its peak.")
-    tune_steps: int = field(16, "Steps of tuning on the first domain.")
-    task_length: int = field(64, "Tokens a question.")
+    tune_steps: int = field(24, "Steps of tuning on the first domain.")
+    task_length: int = field(48, "Tokens a question.")
     task_examples: int = field(4000, "Questions to learn from.")
-    task_batch: int = field(16, "Questions a step.")
-    task_steps: int = field(24, "Steps of tuning on the second domain.")
+    task_batch: int = field(8, "Questions a step.")
+    task_steps: int = field(32, "Steps of tuning on the second domain.")
     learning_rate: float = field(5e-4, "Peak of an expert's tuning.")
     large_learning_rate: float = field(2e-4, "Peak of the ceiling's tuning.")
     train_embeddings: bool = field(False, "Tune embeddings and head as well.")
-    validation_tokens: int = field(1200, "To choose the static alpha on.")
-    test_tokens: int = field(2400, "To report on, of each text.")
+    validation_tokens: int = field(512, "To choose the static alpha on.")
+    test_tokens: int = field(1024, "To report on, of each text.")
     validation_questions: int = field(96, "To choose the static alpha on.")
     test_questions: int = field(192, "To report on.")
     static_alpha: tuple[float, ...] = field(_ALPHAS, "Static alphas to choose from.")
@@ -65,7 +65,7 @@ class Config:
     decode_tokens: int = field(32, "Tokens to generate for the speeds; none if 0.")
     prompt: str = field("Enter the King", "Start of what is generated.")
     checkpoint_every: int = field(20, "Steps between checkpoints.")
-    log_every: int = field(4, "Steps between log lines.")
+    log_every: int = field(8, "Steps between log lines.")
     dtype: str = field("float32", "Compute type.", choices=("float32", "bfloat16"))
     mesh: str = field("data:-1", "Axes and sizes of the device mesh.")
 
@@ -156,12 +156,14 @@ def score_all(config: Config, workdir: epath.Path) -> dict[str, Any]:
         path = directory / f"{name}.json"
         if not path.exists():
             record = make()
-            path.write_text(json.dumps(record, indent=1))
+            unfinished = directory / "unfinished"
+            unfinished.write_text(json.dumps(record, indent=1))
+            unfinished.rename(path)
         return json.loads(path.read_text())
 
     seeds = []
     for seed in range(config.seeds):
-        seeds.append(kept(f"seed-{seed}", lambda s=seed: lineup.score_seed(s)))
+        seeds.append(lineup.score_seed(seed, kept))
         logging.info("seed %d is scored", seed)
     once = {
         "searches": kept("searches", lineup.certify),

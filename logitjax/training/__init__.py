@@ -31,6 +31,7 @@ from logitjax.training._head_targets import cached_head_targets as cached_head_t
 from logitjax.training._head_targets import head_targets as head_targets
 from logitjax.training._hidden_cache import HiddenCache as HiddenCache
 from logitjax.training._hidden_cache import cache_hidden_states as cache_hidden_states
+from logitjax.training._hidden_cache import open_hidden_states as open_hidden_states
 from logitjax.training._loop import NonFiniteError as NonFiniteError
 from logitjax.training._loop import train_loop as train_loop
 from logitjax.training._mesh import batch_sharding as batch_sharding

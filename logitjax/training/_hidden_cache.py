@@ -83,7 +83,7 @@ def cache_hidden_states(
                         "remove it or choose another directory"
                     )
     if done.exists():
-        return _open(root)
+        return open_hidden_states(root)
     root.mkdir(parents=True, exist_ok=True)
     begun.write_text(json.dumps(wanted))
 
@@ -125,7 +125,7 @@ def cache_hidden_states(
     done.write_text(json.dumps(wanted | {"count": min(count, max_tokens)}))
     for part in (*parts, begun):
         part.unlink()
-    return _open(root)
+    return open_hidden_states(root)
 
 
 def fingerprint_of(arrays: Any, *, sample: int = 4096) -> str:
@@ -155,7 +155,11 @@ def without_head(state: Any) -> Any:
     return {name: part for name, part in nnx.to_pure_dict(state).items() if name != "head"}
 
 
-def _open(root: epath.Path) -> HiddenCache:
+def open_hidden_states(directory: str | os.PathLike[str]) -> HiddenCache:
+    """A finished cache, for those who no longer have the model that it was made with."""
+    root = epath.Path(directory)
+    if not (root / "cache.json").exists():
+        raise FileNotFoundError(f"{root} holds no finished cache of hidden states")
     return HiddenCache(
         hidden=np.load(os.fspath(root / "hidden.npy"), mmap_mode="r"),
         labels=np.load(os.fspath(root / "labels.npy")),

@@ -1,0 +1,171 @@
+"""The dynamic fusion experiment: a smoke run through its command line, and what scores mean."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+
+from experiments import (
+    _dynamic_fusion_arms,
+    _dynamic_fusion_certificate,
+    _dynamic_fusion_models,
+    _dynamic_fusion_report,
+    dynamic_fusion,
+)
+from experiments._dynamic_fusion_data import load_task
+from experiments._dynamic_fusion_models import Scored
+from experiments._models import byte_tokenizer
+from logitjax import training
+from logitjax.fusion import DynamicFusion, ProxyTuning
+
+ROOT = pathlib.Path(__file__).parents[2]
+CHANGES = {
+    "general": f"text:{ROOT / 'LICENSE'}",
+    "domain": f"text:{ROOT / 'LICENSE'}",
+    "mesh": "data:4,tensor:2",
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("dynamic_fusion")
+    command = [sys.executable, "-m", "experiments.dynamic_fusion", "--preset=smoke"]
+    command += [f"--workdir={workdir}", *[f"--{k}={v}" for k, v in CHANGES.items()]]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "## Verdicts" in done.stdout
+    return epath.Path(workdir)
+
+
+@pytest.mark.slow
+def test_report_has_every_arm_and_a_plot(finished):
+    report = (finished / "report.md").read_text()
+    for arm in (*_dynamic_fusion_arms.SINGLE, *_dynamic_fusion_arms.SEVERAL, "static"):
+        assert f"| {arm} " in report
+    assert "large, tuned (ceiling)" in report
+    assert "tokens/s" in report
+    assert (finished / "alpha.png").read_bytes().startswith(b"\x89PNG")
+    seeds = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    alone = seeds[0]["single"]["domain"]["domain"]
+    assert alone["static 1"]["nll"] == pytest.approx(alone["proxy"]["nll"], abs=1e-4)
+    assert seeds[0]["ceiling"]["domain"]["domain"]["nll"] < alone["large"]["nll"]
+
+
+@pytest.mark.slow
+def test_same_command_again_trains_nothing_and_scores_what_is_missing(finished, monkeypatch):
+    monkeypatch.setattr(training, "train_loop", None)
+    config = dynamic_fusion.Config(**{**dynamic_fusion.PRESETS["smoke"], **CHANGES})
+    before = (finished / "report.md").read_text()
+    for piece in ("seed-0-domain-on-domain-test", "seed-0-ceiling-task-on-task"):
+        (finished / "results" / f"{piece}.json").unlink()
+    (finished / "report.md").unlink()
+    dynamic_fusion.run(config, finished)
+    assert (finished / "report.md").read_text() == before
+
+
+@pytest.fixture(scope="module")
+def scored():
+    rng = np.random.default_rng(0)
+    head = rng.normal(size=(32, 8)).astype(np.float32)
+    labels = rng.integers(0, 32, 11)
+    return [Scored(rng.normal(size=(11, 8)).astype(np.float32), labels) for _ in range(3)], head
+
+
+def test_scores_are_means_over_positions_whatever_the_block(scored):
+    models, head = scored
+    arms = {"proxy": ProxyTuning(), "jeffreys": DynamicFusion(method="jeffreys")}
+    by_size = [
+        _dynamic_fusion_arms.score(models, [head] * 3, arms, block_size=size, static=(0.0, 1.0))
+        for size in (4, 11)
+    ]
+    for name, means in by_size[0].items():
+        for key, value in means.items():
+            assert value == pytest.approx(by_size[1][name][key], abs=1e-4), (name, key)
+    large, base, expert = (np.float64(m.hidden) @ np.float64(head).T for m in models)
+    fused = large + expert - base
+    log_p = fused - np.log(np.exp(fused).sum(-1, keepdims=True))
+    labels = models[0].labels
+    means = by_size[0]
+    assert means["proxy"]["nll"] == pytest.approx(-log_p[np.arange(11), labels].mean(), abs=1e-4)
+    assert means["proxy"]["accuracy"] == pytest.approx((fused.argmax(-1) == labels).mean())
+    assert means["static 1"]["nll"] == pytest.approx(means["proxy"]["nll"], abs=1e-5)
+    assert means["static 0"]["nll"] == pytest.approx(means["large"]["nll"], abs=1e-5)
+    assert _dynamic_fusion_arms.best_static(means, (0.0, 1.0)) in (0.0, 1.0)
+    among = _dynamic_fusion_arms.score(
+        models, [head] * 3, {}, block_size=4, options=sorted(set(labels.tolist()))
+    )
+    assert among["large"]["accuracy"] >= means["large"]["accuracy"]
+
+
+def test_traces_are_alphas_of_the_first_positions(scored):
+    models, head = scored
+    arms = {"proxy": ProxyTuning(), "grid": DynamicFusion(method="grid")}
+    found = _dynamic_fusion_arms.traces(models, [head] * 3, arms, positions=7, block_size=4)
+    assert list(found) == ["grid"]
+    large, base, expert = (jnp.asarray(m.hidden @ head.T) for m in models)
+    _, info = DynamicFusion(method="grid")(large, expert, base)
+    np.testing.assert_allclose(found["grid"], info["alpha"][:, :7], atol=1e-6)
+
+
+def test_certificate_tells_an_answer_that_is_off_and_unflagged(scored):
+    models, head = scored
+    logits = [m.hidden @ head.T for m in (models[0], models[2], models[1])]
+    _, info = DynamicFusion(method="newton")(*[jnp.asarray(x) for x in logits])
+    off = {**info, "alpha": np.asarray(info["alpha"]) + 0.2}
+    certificate = _dynamic_fusion_certificate.Certificate()
+    certificate.add(*logits, {"newton": info, "off": off})
+    table = certificate.table()
+    assert len(certificate) == 11
+    assert table["newton"]["others unflagged"] == 0
+    assert table["newton"]["within 1e-6 %"] > 90
+    assert table["off"]["within 1e-6 %"] < 50
+    assert table["off"]["others unflagged"] > 0
+
+
+def test_questions_end_before_their_answer_and_answers_differ_at_once():
+    sizes = {"train": 8, "validation": 4, "test": 4}
+    task = load_task("letters", byte_tokenizer(), length=16, sizes=sizes)
+    for split, size in sizes.items():
+        questions = task.splits[split]
+        assert len(questions) == size
+        assert (questions.answers == questions.tokens[:, 0]).all()
+        assert (questions.last == 4).all()
+    assert set(task.splits["test"].answers.tolist()) <= set(task.options)
+    with pytest.raises(ValueError, match="expected topics:SOURCE or letters, got 'sums'"):
+        load_task("sums", byte_tokenizer(), length=16, sizes=sizes)
+
+
+def test_verdicts_say_plainly_what_does_not_pay():
+    assert _dynamic_fusion_report.gap_closed(3.0, 4.0, 2.0) == 50
+    assert _dynamic_fusion_report.gap_closed(3.0, 4.0, 4.0) is None
+    arms = {name: {"nll": 3.5} for name in _dynamic_fusion_arms.SINGLE}
+    arms |= {"large": {"nll": 4.0}, "static 0.5": {"nll": 3.0}, "proxy": {"nll": 3.6}}
+    seed = {
+        "single": {"domain": {"domain": arms}, "task": {"task": arms}},
+        "ceiling": {name: {name: {"nll": 2.0}} for name in ("domain", "task")},
+        "chosen": {"domain": 0.5, "task": 0.5},
+    }
+    text = _dynamic_fusion_report.verdicts([seed])
+    assert "with the best static alpha (0.5) 50%" in text
+    assert (
+        "jeffreys closes 25%: MORE (in 1 of 1 seeds) than alpha = 1, NOT more (in 0 of 1 seeds) "
+        "than the best static alpha" in text
+    )
+
+
+def test_mistakes_are_named():
+    with pytest.raises(ValueError, match="seeds: expected at least 1"):
+        dynamic_fusion.Config(seeds=0)
+    with pytest.raises(ValueError, match="static_alpha"):
+        dynamic_fusion.Config(static_alpha=())
+
+
+def test_presets_name_fields_that_exist():
+    for preset in dynamic_fusion.PRESETS.values():
+        dynamic_fusion.Config(**preset)
+    assert _dynamic_fusion_models.SPLITS == ("train", "validation", "test")
