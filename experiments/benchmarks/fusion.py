@@ -96,7 +96,9 @@ def _certify(options: _suite.Options) -> dict[str, dict[str, float]]:
     names = {"dlf grid": "grid", "newton": "newton", "jeffreys": "jeffreys"}
     for start in range(0, count, part):
         block = tuple(values[start : start + part] for values in logits)
-        certificate.add(*block, {name: _searched(m, block) for name, m in names.items()})
+        large, expert, base = block
+        found = {name: _searched(method, block) for name, method in names.items()}
+        certificate.add(large, expert, base, found)
     return certificate.table()
 
 
