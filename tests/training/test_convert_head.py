@@ -241,6 +241,9 @@ def test_caches_of_another_model_text_or_head_are_not_taken_for_this_one(model, 
     cache = training.cache_hidden_states(model, _batches(), tmp_path / "h", **options)
     again = training.cache_hidden_states(model, iter(()), tmp_path / "h", **options)
     assert again.fingerprint == cache.fingerprint
+    assert training.open_hidden_states(tmp_path / "h").fingerprint == cache.fingerprint
+    with pytest.raises(FileNotFoundError, match="no finished cache"):
+        training.open_hidden_states(tmp_path)
     with pytest.raises(ValueError, match="hidden states for source=some text, not other"):
         training.cache_hidden_states(
             model, _batches(), tmp_path / "h", max_tokens=60, source="other"
