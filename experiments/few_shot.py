@@ -38,6 +38,8 @@ from experiments._cli import field
 from logitjax import heads, training
 
 ARMS = _few_shot_arms.ARM_NAMES
+# What they learn replaces a part of the zero-shot logits.
+_SCALED = (heads.ClipAdapterConfig, heads.TaskResConfig, heads.CrossModalConfig)
 _MAIN = _few_shot_arms.METHODS + _few_shot_arms.ABLATIONS
 
 
@@ -161,6 +163,9 @@ def train_arm(
     """Test accuracies of every sample at its chosen setting, and of the zero-shot classifier."""
     start = time.perf_counter()
     record: dict[str, Any] = {"test": [], "validation": [], "chosen": [], "zero_shot": []}
+    method = arm.config
+    if isinstance(method, _SCALED):
+        method = dataclasses.replace(method, scale=task.scale)
     record["shifted"] = {name: {"test": [], "zero_shot": []} for name in task.shifted}
     for first in range(0, config.runs, config.at_once):
         runs = range(first, min(first + config.at_once, config.runs))
@@ -175,7 +180,7 @@ def train_arm(
                 for name, (images, labels) in held_out.items()
             }
         scores = training.sweep_few_shot(
-            arm.config,
+            method,
             support,
             samples.labels,
             held_out,

@@ -30,19 +30,21 @@ class ClipAdapterConfig(FewShotConfig):
     ::
 
         A(f) = relu(relu(f @ W1) @ W2)
-        s_bias = 100 (A(f) - f) @ W0
+        s_bias = scale (A(f) - f) @ W0
 
-    That is the published method for logits ``s0 = 100 f @ W0`` if the moved feature is not scaled
+    That is the published method for logits ``s0 = scale f @ W0`` if the moved feature is not scaled
     to length one again, which the released code does (``renormalize``).
 
     Attributes:
       beta: the paper's alpha, the adapter's share of the feature.
       reduction: features over hidden units.
+      scale: of the zero-shot logits' cosines; CLIP's.
       renormalize: scale the mixed feature to length one.
     """
 
     beta: Number = 0.5
     reduction: int = 4
+    scale: Number = CLIP_SCALE
     renormalize: bool = False
 
     def init(
@@ -75,14 +77,14 @@ class ClipAdapterConfig(FewShotConfig):
     def bias(self, state: FewShotState, inputs: FewShotInputs) -> jax.Array:
         features = needed(inputs.features, "features", self)
         moved = self._moved(state, features)
-        return CLIP_SCALE * (moved - features) @ state.fixed
+        return self.scale * (moved - features) @ state.fixed
 
     def logits(self, state: FewShotState, inputs: FewShotInputs) -> jax.Array:
         if not self.renormalize:
             return super().logits(state, inputs)
         features = needed(inputs.features, "features", self)
         mixed = self.beta * self._moved(state, features) + (1.0 - self.beta) * features
-        return inputs.zero_shot + CLIP_SCALE * (unit_rows(mixed) - features) @ state.fixed
+        return inputs.zero_shot + self.scale * (unit_rows(mixed) - features) @ state.fixed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,17 +93,19 @@ class TaskResConfig(FewShotConfig):
 
     ::
 
-        s_bias = 100 f @ R
+        s_bias = scale f @ R
 
-    Exact for ``s0 = 100 f @ W0`` unless ``W0 + beta R`` is scaled to length one again, as in the
+    Exact for ``s0 = scale f @ W0`` unless ``W0 + beta R`` is scaled to length one again, as in the
     released code (``renormalize``).
 
     Attributes:
       beta: the paper's alpha.
+      scale: of the zero-shot logits' cosines; CLIP's.
       renormalize: scale the columns of ``W0 + beta R`` to length one; needs class weights.
     """
 
     beta: Number = 1.0
+    scale: Number = CLIP_SCALE
     renormalize: bool = False
 
     def init(
@@ -120,14 +124,14 @@ class TaskResConfig(FewShotConfig):
         return FewShotState(jnp.zeros(shape, features.dtype), weights)
 
     def bias(self, state: FewShotState, inputs: FewShotInputs) -> jax.Array:
-        return CLIP_SCALE * needed(inputs.features, "features", self) @ state.trained
+        return self.scale * needed(inputs.features, "features", self) @ state.trained
 
     def logits(self, state: FewShotState, inputs: FewShotInputs) -> jax.Array:
         if not self.renormalize:
             return super().logits(state, inputs)
         features = needed(inputs.features, "features", self)
         weights = unit_rows((state.fixed + self.beta * state.trained).T).T
-        return inputs.zero_shot + CLIP_SCALE * features @ (weights - state.fixed)
+        return inputs.zero_shot + self.scale * features @ (weights - state.fixed)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

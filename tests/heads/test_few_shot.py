@@ -214,30 +214,31 @@ def test_caches_and_fusions_are_the_published_formulas():
     np.testing.assert_allclose(config.bias(state, images), expected, rtol=1e-5)
 
 
-def test_residual_methods_rewrite_their_published_classifiers():
+@pytest.mark.parametrize("scale", [100.0, 20.0])
+def test_residual_methods_rewrite_their_published_classifiers(scale):
     features, _, zero_shot, weights = problem()
-    zero_shot = 100 * features @ weights
+    zero_shot = scale * features @ weights
     images, class_weights = inputs()
     images = dataclasses.replace(images, zero_shot=jnp.asarray(zero_shot, jnp.float32))
     rng = np.random.default_rng(1)
     residual = 0.1 * rng.normal(size=weights.shape).astype(np.float32)
     for renormalize in (False, True):
-        config = heads.TaskResConfig(beta=0.5, renormalize=renormalize)
+        config = heads.TaskResConfig(beta=0.5, renormalize=renormalize, scale=scale)
         state = config.init(images, LABELS, class_weights=class_weights)
         state = state._replace(trained=jnp.asarray(residual))
         moved = weights + 0.5 * residual
         moved = moved / np.linalg.norm(moved, axis=0) if renormalize else moved
         got = config.logits(state, images)
-        np.testing.assert_allclose(got, 100 * features @ moved, rtol=1e-4, atol=1e-3)
+        np.testing.assert_allclose(got, scale * features @ moved, rtol=1e-4, atol=1e-3)
 
-        config = heads.ClipAdapterConfig(beta=0.2, renormalize=renormalize)
+        config = heads.ClipAdapterConfig(beta=0.2, renormalize=renormalize, scale=scale)
         state = config.init(images, LABELS, class_weights=class_weights)
         down, up = (np.asarray(state.trained[name], np.float64) for name in ("down", "up"))
         adapted = np.maximum(np.maximum(features @ down, 0) @ up, 0)
         mixed = 0.2 * adapted + 0.8 * features
         mixed = unit(mixed) if renormalize else mixed
         got = config.logits(state, images)
-        np.testing.assert_allclose(got, 100 * mixed @ weights, rtol=1e-4, atol=1e-3)
+        np.testing.assert_allclose(got, scale * mixed @ weights, rtol=1e-4, atol=1e-3)
 
 
 def test_lp_plus_plus_starts_and_steps_as_published():
@@ -283,6 +284,6 @@ def test_mistakes_are_named():
     with pytest.raises(ValueError, match="uncertainty"):
         heads.AMUConfig.official(uncertainty="entropy")
     with pytest.raises(Exception, match="measure"):
-        heads.Uncertainty(measure="doubt")
+        heads.Uncertainty(measure="doubt")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="at least 5"):
         heads.uncertainty_weight(jnp.zeros((1, 3)), heads.Uncertainty(measure="top5"))
