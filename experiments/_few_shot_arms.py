@@ -40,7 +40,7 @@ def _tuned(config: Any) -> dict[str, Arm]:
     amu = training.FewShotTraining(epochs=config.epochs, batch_size=config.batch_size)
     cache = training.FewShotTraining.published("tip_adapter_f")
     # These have no published recipe for features of this kind.
-    whole = training.FewShotTraining(steps=config.whole_steps, batch_size=256)
+    short = training.FewShotTraining(steps=config.steps, batch_size=32)
     rates = [1e-4, 3e-4, 1e-3, 3e-3] if full else [3e-4, 3e-3]
     decays = [0.0, 1e-2, 1e-1] if full else [0.0, 1e-2]
     sharp = [1.0, 3.0, 5.5] if full else [1.0, 5.5]
@@ -80,13 +80,14 @@ def _tuned(config: Any) -> dict[str, Arm]:
         "cafo": Arm(config=heads.CaFoConfig(), recipe=cache, grid=cache_grid(0.3, 0.6, 1.2, 2.4)),
         "ape": Arm(config=heads.APEConfig(), grid=cache_grid(0.5, 1.0, 2.0, 5.0)),
         "clip_adapter": Arm(
-            config=heads.ClipAdapterConfig(),
-            recipe=whole,
+            # A fourth is published; the small grid belongs to a run of minutes.
+            config=heads.ClipAdapterConfig(reduction=4 if full else 16),
+            recipe=short,
             grid=rate_grid([0.2, 0.5, 0.8] if full else [0.2, 0.5]),
         ),
         "task_res": Arm(
             config=heads.TaskResConfig(),
-            recipe=whole,
+            recipe=short,
             grid=rate_grid([0.5, 1.0, 2.0] if full else [0.5, 1.0]),
         ),
         # Its step sizes are not searched: they follow from the data. What is left is how much of
@@ -95,11 +96,11 @@ def _tuned(config: Any) -> dict[str, Arm]:
             config=heads.LPPlusPlusConfig(),
             grid={"beta": [(i + 1) / SETTINGS[config.grid] for i in range(SETTINGS[config.grid])]},
         ),
-        "linear_probe": Arm(config=heads.LinearProbeConfig(), recipe=whole, grid=rate_grid()),
+        "linear_probe": Arm(config=heads.LinearProbeConfig(), recipe=short, grid=rate_grid()),
         "linear_probe_auxiliary": Arm(
-            config=heads.LinearProbeConfig(source="auxiliary"), recipe=whole, grid=rate_grid()
+            config=heads.LinearProbeConfig(source="auxiliary"), recipe=short, grid=rate_grid()
         ),
-        "cross_modal": Arm(config=heads.CrossModalConfig(), recipe=whole, grid=rate_grid()),
+        "cross_modal": Arm(config=heads.CrossModalConfig(), recipe=short, grid=rate_grid()),
     }
 
 

@@ -62,14 +62,14 @@ class Config:
     grid: str = field("small", "How much arms search.", choices=("small", "full"))
     epochs: int = field(50, "Of AMU.")
     batch_size: int = field(8, "Of AMU.")
-    whole_steps: int = field(60, "Steps, of all pictures, of arms without a published recipe.")
+    steps: int = field(60, "Of 32 pictures, of arms without a published recipe.")
     seed: int = field(0, "Of samples and orders.")
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.arm) - set(ARMS))
         if unknown:
             raise ValueError(f"arm: expected one of {', '.join(ARMS)}, got {unknown[0]!r}")
-        for name in ("runs", "at_once", "epochs", "batch_size", "whole_steps"):
+        for name in ("runs", "at_once", "epochs", "batch_size", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if not self.shots or min(self.shots) < 1:
@@ -82,11 +82,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         shots=(1, 4),
         runs=3,
         epochs=4,
-        whole_steps=8,
+        steps=8,
         arm=("amu", "tip_adapter", "task_res", "fixed"),
     ),
     "demo": {},
-    "report": dict(arm=ARMS, grid="full", whole_steps=200),
+    "report": dict(arm=ARMS, grid="full", steps=200),
     "paper": dict(
         data=tuple(_few_shot_data.CLIP_SOURCES),
         encoder="hf:timm/resnet50_clip.openai",
@@ -96,7 +96,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         runs=3,
         at_once=1,
         grid="full",
-        whole_steps=1000,
+        steps=1000,
     ),
 }
 

@@ -52,7 +52,7 @@ TINY = few_shot.Config(
     runs=2,
     at_once=2,
     epochs=1,
-    whole_steps=2,
+    steps=2,
     arm=("amu", "fixed"),
 )
 
