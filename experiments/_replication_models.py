@@ -323,7 +323,7 @@ def _save(path: epath.Path, arrays: dict[str, np.ndarray]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.parent / f"{path.name}.part"
     with part.open("wb") as file:
-        np.savez(file, **arrays)
+        np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
     part.replace(path)
 
 
