@@ -28,7 +28,7 @@ _DHKD_LIMIT, _ALIGNED_LIMIT = 1.05, 1.6
 
 
 def run(options: _suite.Options) -> _suite.Result:
-    batch, steps = (8, 1) if options.smoke else (64, 4)
+    batch, steps = (8, 1) if options.smoke else (64, 1)
     student, teacher = ("resnet8", "resnet8") if options.smoke else ("resnet20", "resnet56")
     names = ("kd", "dual_linear", "dual_mlp_aligned") if options.smoke else _ARMS
     rows: list[dict[str, Any]] = []
