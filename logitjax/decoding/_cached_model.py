@@ -84,7 +84,9 @@ class _DecoderApply:
 
 
 @dataclasses.dataclass(frozen=True)
-class _DecoderCache:
+class DecoderCache:
+    """Makes empty caches of a decoder."""
+
     config: DecoderConfig
     dtype: Any
     ring_slack: int
@@ -144,7 +146,7 @@ def _of_decoder(model: Decoder, ring_slack: int) -> CachedModel:
     return CachedModel(
         apply=_DecoderApply(Static(graphdef)),
         params=nnx.to_pure_dict(state),
-        init_cache=_DecoderCache(model.config, model.dtype, ring_slack),
+        init_cache=DecoderCache(model.config, model.dtype, ring_slack),
         vocab_size=model.config.vocab_size,
         takes_last_only=True,
     )

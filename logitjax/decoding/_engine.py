@@ -10,6 +10,7 @@ import numpy as np
 
 from logitjax.decoding._ensemble import Ensemble, Plan
 from logitjax.decoding._requests import Request, fresh_rows, left_padded
+from logitjax.decoding._speculate import Drafted, Drafter, Speculation, find_drafter, run_rounds
 from logitjax.decoding._step import (
     DecodeOptions,
     DecodeState,
@@ -42,6 +43,20 @@ def _decode_chunk(plan: Plan, options: DecodeOptions, params, state, steps: int)
     return constrain(plan, options, state), emitted
 
 
+@functools.partial(
+    jax.jit,
+    static_argnames=("plan", "drafter", "options", "rounds", "length", "coupled"),
+    donate_argnames="state",
+)
+def _speculate(
+    plan: Plan, drafter: Drafter, options: DecodeOptions, params, draft_params, state, **static
+):
+    state, emitted, drafted = run_rounds(
+        plan, drafter, options, params, draft_params, state, **static
+    )
+    return constrain(plan, options, state), emitted, drafted
+
+
 @_jit
 def _freeze(plan: Plan, options: DecodeOptions, state: DecodeState, frozen):
     return constrain(plan, options, dataclasses.replace(state, active=state.active & ~frozen))
@@ -66,6 +81,11 @@ class Engine:
       max_length: most tokens of a slot, prompt included.
       options: what is reported, and what requests may ask for.
       extra: one slot's value of ``state.extra`` where a request brings none; a pytree of arrays.
+      speculation: who drafts where ``speculate`` is to be called; caches then have room for drafts
+        that are taken back.
+
+    Raises:
+      ValueError: for a drafting member that the model does not have.
 
     >>> from flax import nnx
     >>> from logitjax.models import Decoder, DecoderConfig
@@ -86,15 +106,23 @@ class Engine:
         max_length: int,
         options: DecodeOptions | None = None,
         extra: Any = None,
+        speculation: Speculation | None = None,
     ):
         ensemble = model if isinstance(model, Ensemble) else Ensemble(model)
         self.plan = ensemble.plan
         self.params = ensemble.params
+        self.speculation = speculation
+        self._room = max_length
+        if speculation is not None:
+            self._drafter = find_drafter(self.plan, speculation.draft)
+            self._draft_params = self._drafter.params(self.params)
+            self.plan = self.plan.with_ring_slack(max(speculation.lengths))
+            self._room += max(speculation.lengths)
         self.options = DecodeOptions() if options is None else options
         self.slots = slots
         self.max_length = max_length
         self._extra = extra
-        self._empty_row = self.plan.init_cache(1, max_length)
+        self._empty_row = self.plan.init_cache(1, self._room)
         self._state: DecodeState | None = None
 
     @property
@@ -102,7 +130,7 @@ class Engine:
         """All slots as arrays. Programs consume it: do not hold on to an old one."""
         if self._state is None:
             idle = [Request(prompt=[0], max_new_tokens=1)] * self.slots
-            cache = self.plan.init_cache(self.slots, self.max_length)
+            cache = self.plan.init_cache(self.slots, self._room)
             state = fresh_rows(self.plan, self.options, idle, cache=cache, extra=self._extra)
             state = dataclasses.replace(state, active=np.zeros(self.slots, bool))
             self._state = state = _laid_out(self.plan, self.options, state)
@@ -139,7 +167,7 @@ class Engine:
         """
         if len(requests) != self.slots:
             raise ValueError(f"requests: expected {self.slots}, got {len(requests)}")
-        cache = self.plan.init_cache(self.slots, self.max_length)
+        cache = self.plan.init_cache(self.slots, self._room)
         state, tokens, positions = self._rows(requests, cache)
         self._state, emitted = _prefill_all(
             self.plan, self.options, self.params, state, tokens, positions
@@ -156,6 +184,38 @@ class Engine:
             self.plan, self.options, self.params, self.state, steps=steps
         )
         return emitted
+
+    def speculate(self, length: int, rounds: int = 1) -> tuple[Emitted, Drafted]:
+        """Go on by 1 to ``length + 1`` tokens a round in every active slot.
+
+        One member drafts ``length`` tokens, one pass of all members verifies them, and every slot
+        goes as far as its draft is accepted. Tokens are distributed as ``decode_chunk``'s are.
+
+        Returns:
+          `Emitted` of ``[slots, rounds * (length + 1)]``, each slot's tokens without gaps, and
+          `Drafted`.
+
+        Raises:
+          ValueError: without ``speculation``, or for a length that it has no room for.
+        """
+        if self.speculation is None:
+            raise ValueError("speculation: the engine was made without, it knows no drafter")
+        if not 1 <= length <= max(self.speculation.lengths):
+            raise ValueError(
+                f"length must be between 1 and {max(self.speculation.lengths)}, got {length}"
+            )
+        self._state, emitted, drafted = _speculate(
+            self.plan,
+            self._drafter,
+            self.options,
+            self.params,
+            self._draft_params,
+            self.state,
+            rounds=rounds,
+            length=length,
+            coupled=self.speculation.acceptance == "coupled",
+        )
+        return emitted, drafted
 
     def evict(self, slot: int | Sequence[int]) -> None:
         """Freeze slots: they emit nothing until they are filled again."""

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from logitjax.decoding._cached_model import CachedModel, Static, cached_model
+from logitjax.decoding._cached_model import CachedModel, DecoderCache, Static, cached_model
 from logitjax.ops import Array
 
 
@@ -119,6 +119,25 @@ class Plan:
             keys = [(s, o) for s in group.streams for o in range(group.outputs)]
             found |= dict(zip(keys, logits, strict=True))
         return [self._fit(found[key]) for key in sorted(found)], tuple(caches)
+
+    def at_large(self, logits: jax.Array) -> jax.Array:
+        """float32 logits of a small model at the large one's token ids."""
+        logits = self._fit(logits)
+        return logits if self.token_map is None else self.token_map.to_large(logits)
+
+    def with_ring_slack(self, slack: int) -> "Plan":
+        """The same with caches from which so many tokens can be taken back."""
+
+        def widened(init_cache: Any) -> Any:
+            if not isinstance(init_cache, DecoderCache):
+                return init_cache
+            return dataclasses.replace(init_cache, ring_slack=max(slack, init_cache.ring_slack))
+
+        groups = [
+            dataclasses.replace(group, init_cache=widened(group.init_cache))
+            for group in self.groups
+        ]
+        return dataclasses.replace(self, groups=tuple(groups))
 
     def _fit(self, logits: jax.Array) -> jax.Array:
         logits = logits.astype(jnp.float32)

@@ -122,12 +122,22 @@ def start(
 
 
 def emit(
-    plan: Plan, options: DecodeOptions, state: DecodeState, logits: list[jax.Array]
+    plan: Plan,
+    options: DecodeOptions,
+    state: DecodeState,
+    logits: list[jax.Array],
+    choose: Callable[[jax.Array, DecodeState], jax.Array] | None = None,
 ) -> tuple[DecodeState, Emitted]:
-    """Fuse next-token logits ``[rows, vocab]``, choose, and take note of what ends here."""
+    """Fuse next-token logits ``[rows, vocab]``, choose, and take note of what ends here.
+
+    ``choose(adjusted, state) -> tokens`` takes the place of plain sampling.
+    """
     fused, info = plan.combine(logits)
     adjusted = adjust(options, state, fused)
-    chosen = sample(adjusted, state.sampling, state.count)
+    if choose is None:
+        chosen = sample(adjusted, state.sampling, state.count)
+    else:
+        chosen = choose(adjusted, state)
     token = jnp.where(state.active, chosen, options.pad_id)
     stopped = state.active & (token[:, None] == state.stop_ids).any(axis=-1)
     left = state.left - state.active
@@ -139,10 +149,7 @@ def emit(
         if options.top_logprobs:
             values, ids = top_k(log_p, options.top_logprobs)
             emitted = dataclasses.replace(emitted, top_ids=ids, top_logprobs=values)
-    seen = state.seen
-    if seen is not None:
-        ids = jnp.where(state.active, token, seen.shape[1])
-        seen = seen.at[jnp.arange(len(seen)), ids].set(True, mode="drop")
+    seen = mark_seen(state.seen, token, state.active)
     state = dataclasses.replace(
         state,
         token=token,
@@ -153,6 +160,14 @@ def emit(
         seen=seen,
     )
     return state, emitted
+
+
+def mark_seen(seen: jax.Array | None, token: jax.Array, where: jax.Array) -> jax.Array | None:
+    """One token more for the repetition penalty, where somebody keeps track."""
+    if seen is None:
+        return None
+    ids = jnp.where(where, token, seen.shape[1])
+    return seen.at[jnp.arange(len(seen)), ids].set(True, mode="drop")
 
 
 def adjust(options: DecodeOptions, state: DecodeState, logits: jax.Array) -> jax.Array:

@@ -3,10 +3,12 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from logitjax.models import Decoder, DecoderConfig
+from logitjax.decoding import Ensemble
+from logitjax.models import Decoder, DecoderConfig, keep_layers
 
 # One layer with a ring of 6 slots and one without a window.
 CONFIG = DecoderConfig(
@@ -32,6 +34,19 @@ def decoder(seed: int = 0) -> Decoder:
     return nnx.merge(graphdef, state)
 
 
+@functools.cache
+def disturbed(seed: int, size: float = 0.15) -> Decoder:
+    """`decoder(0)` with noise on its weights: often of the same opinion."""
+    graphdef, state = nnx.split(decoder())
+    leaves, structure = jax.tree.flatten(state)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    leaves = [
+        leaf + size * leaf.std() * jax.random.normal(key, leaf.shape)
+        for key, leaf in zip(keys, leaves, strict=True)
+    ]
+    return nnx.merge(graphdef, jax.tree.unflatten(structure, leaves))
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(graphdef, state, tokens):
     return nnx.merge(graphdef, state)(tokens)
@@ -50,3 +65,25 @@ def slow_greedy(logits_after, prompt, count: int) -> list[int]:
     for _ in range(count):
         new.append(int(np.argmax(logits_after([*prompt, *new]))))
     return new
+
+
+def moved(large, experts, bases, where=None):
+    """Proxy tuning with a weight a expert, so that their order matters."""
+    weights = jnp.array([0.7, 0.4])[: len(experts)].reshape(-1, *(1,) * large.ndim)
+    shift = (weights * (experts - bases)).sum(0)
+    return large + shift, {"size": jnp.abs(shift).max(axis=-1)}
+
+
+THEIRS = [[[30, 31], [32], [33, 34, 35]], None, [[40], [41, 42, 43, 44], [45]]]
+
+
+@functools.cache
+def small(seed: int) -> Decoder:
+    return keep_layers(decoder(seed), [1])
+
+
+@functools.cache
+def fused_ensemble() -> tuple[Ensemble, list]:
+    """Two experts and a base for both, and the prompts of their own."""
+    ensemble = Ensemble(decoder(), experts=[small(1), small(2)], bases=[small(3)], fuse=moved)
+    return ensemble, THEIRS

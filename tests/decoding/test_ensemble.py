@@ -3,23 +3,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from logitjax import models
 from logitjax.decoding import CachedModel, DecodeOptions, Engine, Ensemble, Request, generate, score
-from tests.decoding._models import CONFIG, PROMPTS, decoder, next_logits, slow_greedy
-
-
-def moved(large, experts, bases, where=None):
-    """Proxy tuning with a weight a expert, so that their order matters."""
-    weights = jnp.array([0.7, 0.4])[: len(experts)].reshape(-1, *(1,) * large.ndim)
-    shift = (weights * (experts - bases)).sum(0)
-    return large + shift, {"size": jnp.abs(shift).max(axis=-1)}
-
-
-THEIRS = [[[30, 31], [32], [33, 34, 35]], None, [[40], [41, 42, 43, 44], [45]]]
-
-
-def small(seed):
-    return models.keep_layers(decoder(seed), [1])
+from tests.decoding._bags import bag_logits, bag_of_words
+from tests.decoding._models import (
+    CONFIG,
+    PROMPTS,
+    THEIRS,
+    decoder,
+    fused_ensemble,
+    moved,
+    next_logits,
+    slow_greedy,
+    small,
+)
 
 
 def fused_after(large, experts, bases, prompts):
@@ -39,7 +35,7 @@ def fused_after(large, experts, bases, prompts):
 
 @pytest.fixture(scope="module")
 def ensemble():
-    return Ensemble(decoder(), experts=[small(1), small(2)], bases=[small(3)], fuse=moved)
+    return fused_ensemble()[0]
 
 
 @pytest.fixture(scope="module")
@@ -104,33 +100,8 @@ def test_scores_of_one_model_are_its_log_probs():
     np.testing.assert_array_equal(out.totals(), out.logprobs.sum(axis=1))
 
 
-def bag_of_words(rows: int):
-    """A triple that is no transformer: its cache remembers tokens, its logits sum their rows."""
-
-    def apply_fn(params, tokens, positions, cache):
-        slot = jnp.where(positions < 0, cache["token"].shape[1], positions)
-        row = jnp.arange(len(tokens))[:, None]
-        kept = cache["token"].at[row, slot].set(tokens, mode="drop")
-        held = cache["there"].at[row, slot].set(True, mode="drop")
-        index = jnp.arange(kept.shape[1])
-        seen = held[:, None] & (index <= positions[..., None])
-        vectors = params[kept] * jnp.cos(index)[:, None]
-        return jnp.where(seen[..., None], vectors[:, None], 0).sum(2), {
-            "token": kept,
-            "there": held,
-        }
-
-    params = jax.random.normal(jax.random.key(0), (CONFIG.vocab_size, CONFIG.vocab_size))
-    empty = {"token": jnp.zeros((rows, 40), jnp.int32), "there": jnp.zeros((rows, 40), bool)}
-    return apply_fn, params, empty
-
-
-def bag_logits(params, ids):
-    return (np.asarray(params)[ids] * np.cos(np.arange(len(ids)))[:, None]).sum(0)
-
-
 def test_anybodys_model_steps_too():
-    triple = bag_of_words(3)
+    triple = bag_of_words(3, CONFIG.vocab_size)
     out = generate(triple, PROMPTS, max_new_tokens=6)
     for row, prompt in zip(out.rows(), PROMPTS, strict=True):
         assert row == slow_greedy(lambda ids: bag_logits(triple[1], ids), prompt, 6)
@@ -147,7 +118,7 @@ def test_anybodys_model_steps_too():
 
 
 def test_one_pass_may_give_several_models_logits():
-    apply_fn, params, empty = bag_of_words(3)
+    apply_fn, params, empty = bag_of_words(3, CONFIG.vocab_size)
 
     def both(params, tokens, positions, cache):
         logits, cache = apply_fn(params, tokens, positions, cache)
@@ -175,7 +146,7 @@ def test_vocabularies_of_different_widths_meet_in_the_common_part():
         assert where is not None
         return jnp.where(where, large + experts[0], -jnp.inf), {}
 
-    apply_fn, params, empty = bag_of_words(3)
+    apply_fn, params, empty = bag_of_words(3, CONFIG.vocab_size)
 
     def narrow(params, *args):
         logits, cache = apply_fn(params, *args)

@@ -1,0 +1,168 @@
+"""Decoding with a host that looks in between: streams, stop strings, ragged progress."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from logitjax.decoding._engine import Engine
+from logitjax.decoding._requests import Request
+from logitjax.decoding._step import Emitted
+from logitjax.decoding._text import TextStream
+from logitjax.models import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generated:
+    """What `generate` made, one row a prompt.
+
+    Attributes:
+      tokens: int32 ``[rows, new]``; after a row's end the pad token.
+      lengths: int32 ``[rows]``, tokens before that, a stop token included.
+      stopped: bool ``[rows]``: ended by a stop token or string rather than by the budget.
+      logprobs: float32 ``[rows, new]`` of the tokens, None unless asked for.
+      top_ids: int32 ``[rows, new, n]``, the most likely tokens.
+      top_logprobs: float32 ``[rows, new, n]``, theirs.
+      info: what the fusion said, leaves ``[new, ...]``.
+      texts: one string a row where a tokenizer was given, cut before a stop string.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    stopped: np.ndarray
+    logprobs: np.ndarray | None = None
+    top_ids: np.ndarray | None = None
+    top_logprobs: np.ndarray | None = None
+    info: Any = None
+    texts: tuple[str, ...] | None = None
+
+    def rows(self) -> list[list[int]]:
+        """Each row's tokens without padding."""
+        return [row[:n].tolist() for row, n in zip(self.tokens, self.lengths, strict=True)]
+
+
+def one_step(emitted: Emitted) -> Emitted:
+    """As one of several steps."""
+    wide = jax.tree.map(lambda leaf: leaf[:, None], replace(emitted, info=None))
+    return replace(wide, info=jax.tree.map(lambda leaf: leaf[None], emitted.info))
+
+
+def joined(parts: Sequence[Emitted]) -> Emitted:
+    """Consecutive pieces of ``[rows, steps]`` as one."""
+
+    def concatenate(axis: int) -> Callable[..., Any]:
+        return lambda *leaves: jnp.concatenate(leaves, axis=axis)
+
+    rows = jax.tree.map(concatenate(1), *[replace(p, info=None) for p in parts])
+    info = jax.tree.map(concatenate(0), *[p.info for p in parts])
+    return replace(rows, info=info)
+
+
+def in_chunks(
+    engine: Engine,
+    requests: Sequence[Request],
+    advance: Callable[[], Emitted],
+    *,
+    tokenizer: Tokenizer | None,
+    stop_strings: Sequence[str],
+    stream: Callable[[int, list[int], str], None] | None,
+) -> Generated:
+    """Prefill all slots, then ``advance()`` until every row has ended.
+
+    A call may bring each row another number of tokens; what the fusion said ends in rows then.
+    """
+    rows = [_Row(tokenizer, stop_strings) for _ in requests]
+    parts = [jax.tree.map(np.asarray, one_step(engine.prefill_all(requests)))]
+    while True:
+        active = engine.active
+        for i, row in enumerate(rows):
+            new, text = row.take(parts[-1].tokens[i][parts[-1].valid[i]], last=not active[i])
+            if stream is not None and (new or text):
+                stream(i, new, text)
+        cut = np.array([row.cut for row in rows])
+        if not (active & ~cut).any():
+            break
+        if (active & cut).any():
+            engine.evict(np.flatnonzero(cut).tolist())
+        parts.append(jax.tree.map(np.asarray, advance()))
+    lengths = np.array([row.length for row in rows], np.int32)
+    emitted = _without_gaps(parts, lengths, requests[0].max_new_tokens, engine.options.pad_id)
+    stopped = np.asarray(engine.state.stopped) | cut
+    texts = None if tokenizer is None else tuple(row.text for row in rows)
+    return replace(generated(emitted, stopped, None), texts=texts)
+
+
+def _without_gaps(
+    parts: Sequence[Emitted], lengths: np.ndarray, steps: int, pad_id: int
+) -> Emitted:
+    """Each row's tokens one behind the other, ``steps`` columns, nothing behind a row's end."""
+    emitted = jax.tree.map(np.asarray, joined(parts))
+
+    def fit(leaf: np.ndarray, fill: int = 0) -> np.ndarray:
+        wide = np.full((len(leaf), steps, *leaf.shape[2:]), fill, leaf.dtype)
+        for row, values, there, length in zip(wide, leaf, emitted.valid, lengths, strict=True):
+            row[:length] = values[there][:length]
+        return wide
+
+    def fit_info(leaf: np.ndarray) -> np.ndarray:
+        if leaf.shape[-1:] != lengths.shape:
+            return leaf[:steps]
+        return np.moveaxis(fit(np.moveaxis(leaf, -1, 0)), 0, -1)
+
+    rows = jax.tree.map(fit, replace(emitted, info=None))
+    info = jax.tree.map(fit_info, emitted.info)
+    return replace(rows, tokens=fit(emitted.tokens, pad_id), info=info)
+
+
+class _Row:
+    """What the host keeps of a row between chunks."""
+
+    def __init__(self, tokenizer: Tokenizer | None, stop_strings: Sequence[str]):
+        self._stream = None if tokenizer is None else TextStream(tokenizer, stop_strings)
+        self.length = 0
+
+    @property
+    def cut(self) -> bool:
+        return self._stream is not None and self._stream.stopped
+
+    @property
+    def text(self) -> str:
+        return "" if self._stream is None else self._stream.text
+
+    def take(self, tokens: np.ndarray, *, last: bool) -> tuple[list[int], str]:
+        """The new tokens up to a stop string, and the text that became certain."""
+        if self.cut or not len(tokens):
+            return [], ""
+        new, text = tokens.tolist(), ""
+        if self._stream is not None:
+            text = self._stream.push(new)
+            text += self._stream.finish() if last else ""
+            new = new[: len(self._stream.tokens) - self.length]
+        self.length += len(new)
+        return new, text
+
+
+def generated(emitted: Emitted, stopped: np.ndarray, tokenizer: Tokenizer | None) -> Generated:
+    """Of whole rows; with texts where there is a tokenizer."""
+    emitted = jax.tree.map(np.asarray, emitted)
+    lengths = emitted.valid.sum(axis=1).astype(np.int32)
+    texts = None
+    if tokenizer is not None:
+        texts = tuple(
+            tokenizer.decode(row[:n].tolist(), skip_special=True)
+            for row, n in zip(emitted.tokens, lengths, strict=True)
+        )
+    return Generated(
+        tokens=emitted.tokens,
+        lengths=lengths,
+        stopped=stopped,
+        logprobs=emitted.logprobs,
+        top_ids=emitted.top_ids,
+        top_logprobs=emitted.top_logprobs,
+        info=emitted.info,
+        texts=texts,
+    )

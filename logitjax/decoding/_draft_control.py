@@ -1,0 +1,137 @@
+"""How many tokens to draft next, from what drafting has cost and brought so far."""
+
+import collections
+import statistics
+from collections.abc import Hashable, Sequence
+
+
+class DraftControl:
+    """Chooses draft lengths by measured costs and acceptance.
+
+    A round of length d brings ``(1 - a^(d+1)) / (1 - a)`` tokens where drafts are accepted with
+    probability a. It pays where that is more than its time over a plain step's. Where no length
+    pays, rows go on step by step, and a draft is tried now and then, as often as its loss stays
+    below ``loss`` of the time. Costs are medians of the last few; calls that compiled do not count.
+    Reuse one control for calls of one kind: what it knows of costs and acceptance then stays.
+
+    Args:
+      lengths: what may be chosen, ascending; 0 always may.
+      loss: share of the time that looking may cost.
+      memory: about so many tested tokens are remembered for the acceptance.
+
+    >>> control = DraftControl((2, 5))
+    >>> for length, seconds in ((0, 1.0), (2, 1.4), (5, 2.0)):
+    ...     control.record(length, seconds=0.0)  # compiles
+    ...     control.record(length, seconds=seconds, tested=10 * length, accepted=9 * length)
+    >>> control.choose(), round(control.predicted(5), 1)
+    (5, 2.3)
+    """
+
+    def __init__(
+        self, lengths: Sequence[int] = (2, 5), *, loss: float = 0.01, memory: float = 48.0
+    ):
+        self.lengths = tuple(lengths)
+        self._loss_share = loss
+        self._memory = memory
+        # Even odds, worth less than two tokens: a first look decides.
+        self._accepted, self._tested = 0.75, 1.5
+        self._costs: dict[Hashable, collections.deque] = {}
+        self._spent = self._lost = 0.0
+        self._plain_worth = self._timed = 0.0
+
+    @property
+    def acceptance(self) -> float:
+        """Estimated probability that a drafted token is accepted."""
+        return self._accepted / self._tested
+
+    @property
+    def speedup(self) -> float | None:
+        """Plain steps' time over the time spent on as many tokens; None before any is known."""
+        return self._plain_worth / self._timed if self._timed else None
+
+    def cost(self, length: int, kind: Hashable = None) -> float | None:
+        """Seconds of a round (of a step for length 0); None where it has not been timed."""
+        times = self._costs.get((kind, length))
+        return statistics.median(times) if times else None
+
+    def predicted(self, length: int, kind: Hashable = None) -> float | None:
+        """Speed-up of rounds of this length over plain steps; None before both are timed."""
+        plain, cost = self.cost(0, kind), self.cost(length, kind)
+        if plain is None or cost is None:
+            return None
+        return expected_tokens(self.acceptance, length) * plain / cost
+
+    def choose(self, kind: Hashable = None) -> int:
+        """The next length; ``kind`` tells apart what costs differently (batch sizes)."""
+        plain = self.cost(0, kind)
+        if plain is None:
+            return 0
+        shortest = self.lengths[0]
+        known = self.cost(shortest, kind)
+        if known is None:
+            return shortest
+        # Untimed lengths cost as a straight line says.
+        slope = (known - plain) / shortest
+        gains = {}
+        for length in self.lengths:
+            cost = self.cost(length, kind) or max(plain + slope * length, plain)
+            gains[length] = expected_tokens(self.acceptance, length) * plain / cost
+        best = max(gains, key=lambda length: gains[length])
+        if gains[best] > 1 or self._lost < self._loss_share * self._spent:
+            return best
+        return 0
+
+    def record(
+        self,
+        length: int,
+        *,
+        seconds: float,
+        rounds: int = 1,
+        tokens: float | None = None,
+        tested: int = 0,
+        accepted: int = 0,
+        kind: Hashable = None,
+    ) -> None:
+        """Take note of a call.
+
+        Args:
+          length: drafted tokens a round; 0: plain steps.
+          seconds: of the call.
+          rounds: rounds (or steps) in it.
+          tokens: that a row got in a round on average; 1 for plain steps, by the acceptance where
+            omitted.
+          tested: drafted tokens that were compared.
+          accepted: those that were accepted.
+          kind: as of `choose`.
+        """
+        if tested:
+            keep = max(0.0, 1 - tested / self._memory)
+            self._accepted = keep * self._accepted + accepted
+            self._tested = keep * self._tested + tested
+        times = self._costs.get((kind, length))
+        if times is None:
+            self._costs[kind, length] = collections.deque(maxlen=9)
+            return
+        times.append(seconds / rounds)
+        self._spent += seconds
+        plain = self.cost(0, kind)
+        if plain is None:
+            return
+        if length == 0:
+            tokens = 1.0
+        elif tokens is None:
+            tokens = expected_tokens(self.acceptance, length)
+        worth = tokens * rounds * plain
+        self._timed += seconds
+        self._plain_worth += worth if length else seconds
+        if length:
+            self._lost = max(0.0, self._lost + seconds - worth)
+
+
+def expected_tokens(acceptance: float, length: int) -> float:
+    """Tokens of a round whose drafts are accepted with this probability, independently.
+
+    >>> expected_tokens(0.5, 2), expected_tokens(1.0, 4)
+    (1.75, 5.0)
+    """
+    return sum(acceptance**n for n in range(length + 1))

@@ -1,0 +1,370 @@
+"""Speculative steps: one member drafts, all members verify the draft in one pass."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Float, Int
+
+from logitjax.decoding._ensemble import Plan
+from logitjax.decoding._sampling import SamplingRows, row_keys, sample, sampling_logits
+from logitjax.decoding._step import (
+    DecodeOptions,
+    DecodeState,
+    Emitted,
+    adjust,
+    emit,
+    mark_seen,
+    rows_first,
+)
+from logitjax.ops import Array, as_float
+
+# Draws of one token: the draft's, whether it is accepted, what comes instead.
+_DRAFT, _ACCEPT, _INSTEAD = 1, 2, 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Speculation:
+    """Who drafts, how much, and how drafts are accepted.
+
+    Attributes:
+      draft: the member that drafts: ``'expert'`` or ``'base'`` (the first of them), or its place
+        among large model, experts and bases.
+      lengths: numbers of tokens that may be drafted at a time, ascending; each is a program.
+      acceptance: ``'rejection'`` accepts with probability min(1, p / q) and draws from what is left
+        of p otherwise, which accepts the most. ``'coupled'`` lets draft and target draw with the
+        same noise and accepts where they agree: a little less often, but the tokens are those that
+        plain decoding draws from the same seed, whatever the draft and its length.
+    """
+
+    draft: str | int = "expert"
+    lengths: tuple[int, ...] = (2, 5)
+    acceptance: str = "rejection"
+
+    def __post_init__(self) -> None:
+        lengths = tuple(self.lengths)
+        if not lengths or lengths[0] < 1 or lengths != tuple(sorted(set(lengths))):
+            raise ValueError(f"lengths must be ascending and at least 1, got {lengths}")
+        if self.acceptance not in ("rejection", "coupled"):
+            raise ValueError(
+                f"acceptance must be 'rejection' or 'coupled', got {self.acceptance!r}"
+            )
+        object.__setattr__(self, "lengths", lengths)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Drafted:
+    """What became of drafts: int32 ``[slots]``.
+
+    ``rounds`` that a slot took part in, drafted tokens that were compared (``tested``: those behind
+    the first rejected one are not), and ``accepted`` ones.
+    """
+
+    rounds: Any
+    tested: Any
+    accepted: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Drafter:
+    """Where in a plan the drafting member is."""
+
+    stream: int
+    group: int
+    member: int
+    alone: bool
+
+    def params(self, params: Any) -> Any:
+        """Its parameters; a copy where they lie in a stack."""
+        held = params[self.group]
+        return held if self.alone else jax.tree.map(lambda leaf: leaf[self.member], held)
+
+    def cache(self, cache: Any) -> Any:
+        held = cache[self.group]
+        return held if self.alone else jax.tree.map(lambda leaf: leaf[self.member], held)
+
+    def with_cache(self, cache: tuple, drafted: Any) -> tuple:
+        """What was drafted into is verified into; of a stack, a copy was drafted into."""
+        if not self.alone:
+            return cache
+        return (*cache[: self.group], drafted, *cache[self.group + 1 :])
+
+
+def find_drafter(plan: Plan, draft: str | int) -> Drafter:
+    """The member that ``draft`` names.
+
+    Raises:
+      ValueError: where there is none, or it has no pass of its own.
+    """
+    if plan.outputs != plan.streams:
+        raise ValueError("draft: the members share one pass, none can run ahead of the others")
+    places = {"expert": 1 if plan.experts else None, "base": plan.experts + 1}
+    stream = places.get(draft) if isinstance(draft, str) else draft
+    if stream is None or not 0 < stream < plan.streams:
+        raise ValueError(
+            f"draft: expected 'expert', 'base' or a place from 1 to {plan.streams - 1}, "
+            f"got {draft!r} with {plan.experts} experts and {plan.bases} bases"
+        )
+    for i, group in enumerate(plan.groups):
+        if stream in group.streams:
+            member = group.streams.index(stream)
+            return Drafter(stream, i, member, len(group.streams) == 1)
+    raise AssertionError("every stream is in a group")
+
+
+def accept_or_redraw(
+    logits: Float[Array, "rows vocab"],
+    draft_logits: Float[Array, "rows vocab"],
+    drafted: Int[Array, " rows"],
+    rows: SamplingRows,
+    counts: Int[Array, " rows"],
+    *,
+    there: Array | bool = True,
+) -> Int[jax.Array, " rows"]:
+    """The drafted token, or another one, such that what comes out is drawn from the target.
+
+    ::
+
+        x ~ q;   accept with probability min(1, p(x) / q(x)),   else draw from (p - q)+ / |(p - q)+|
+
+    Args:
+      logits: of the target before temperature and truncation.
+      draft_logits: whose softmax the draft was drawn from (what `sampling_logits` gives).
+      drafted: the draft.
+      rows: each row's settings; rows of temperature 0 give the most likely token.
+      counts: how many tokens each row has drawn before.
+      there: False where there is no draft: a plain draw.
+
+    Returns:
+      int32 tokens; the draft was accepted where they equal it.
+
+    >>> from logitjax.decoding import Sampling, sampling_rows
+    >>> rows = sampling_rows(Sampling(temperature=1.0), 1)
+    >>> target, draft = jnp.log(jnp.array([[1e-9, 1.0]])), jnp.log(jnp.array([[1.0, 1e-9]]))
+    >>> accept_or_redraw(target, draft, jnp.array([0]), rows, jnp.array([0]))
+    Array([1], dtype=int32)
+
+    References:
+      Leviathan et al., Fast inference from transformers via speculative decoding, 2023
+      (arXiv 2211.17192), algorithm 1. That p may be a fused distribution: Fu et al., Speculative
+      decoding for collaborative decoding, 2025 (arXiv 2502.01662).
+    """
+    logits = as_float(logits, "logits")
+    greedy = logits.argmax(axis=-1).astype(jnp.int32)
+
+    def draw() -> jax.Array:
+        p = jax.nn.softmax(sampling_logits(logits, rows), axis=-1)
+        q = jax.nn.softmax(jnp.asarray(draft_logits), axis=-1)
+        p_x, q_x = (
+            jnp.take_along_axis(x, jnp.asarray(drafted)[:, None], axis=-1)[:, 0] for x in (p, q)
+        )
+        keys = row_keys(rows.seed, counts)
+        accepted = _uniform(keys) * q_x < p_x
+        left = jnp.maximum(p - jnp.where(there, q, 0), 0)
+        # Nothing is left where p equals q up to rounding.
+        left = jnp.where(left.sum(axis=-1, keepdims=True) > 0, left, p)
+        other = (jnp.log(left) + _gumbel(keys, _INSTEAD, left.shape[-1])).argmax(axis=-1)
+        chosen = jnp.where(accepted & there, drafted, other).astype(jnp.int32)
+        return jnp.where(rows.temperature == 0, greedy, chosen)
+
+    return lax.cond((jnp.asarray(rows.temperature) > 0).any(), draw, lambda: greedy)
+
+
+def _gumbel(keys: jax.Array, purpose: int, size: int) -> jax.Array:
+    return jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, purpose), (size,)))(keys)
+
+
+def _uniform(keys: jax.Array) -> jax.Array:
+    return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, _ACCEPT)))(keys)
+
+
+def _draw_draft(
+    logits: jax.Array, rows: SamplingRows, counts: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Tokens and the logits of the distribution that they were drawn from."""
+    greedy = logits.argmax(axis=-1).astype(jnp.int32)
+
+    def draw() -> tuple[jax.Array, jax.Array]:
+        warm = sampling_logits(logits, rows)
+        noise = _gumbel(row_keys(rows.seed, counts), _DRAFT, logits.shape[-1])
+        drawn = (warm + noise).argmax(axis=-1).astype(jnp.int32)
+        return jnp.where(rows.temperature == 0, greedy, drawn), warm
+
+    return lax.cond((rows.temperature > 0).any(), draw, lambda: (greedy, logits))
+
+
+def _propose(
+    plan: Plan,
+    drafter: Drafter,
+    options: DecodeOptions,
+    params: Any,
+    state: DecodeState,
+    length: int,
+    coupled: bool,
+) -> tuple[jax.Array, jax.Array | None, tuple]:
+    """Tokens ``[length, rows]``, their logits (unless coupled), and the caches."""
+    group = dataclasses.replace(plan.groups[drafter.group], streams=(0,))
+
+    def advance(carry: Any, ahead: jax.Array) -> tuple[Any, Any]:
+        cache, token, seen = carry
+        fed = jnp.asarray(plan.read(token)[drafter.stream])
+        positions = jnp.where(state.active, state.lengths[drafter.stream] + ahead, -1)
+        logits, cache = group.forward(
+            params, fed[None, :, None], positions[None, :, None], cache, False
+        )
+        here = dataclasses.replace(state, token=token, seen=seen, count=state.count + ahead)
+        adjusted = adjust(options, here, plan.at_large(logits[0][:, 0]))
+        if coupled:
+            token, warm = sample(adjusted, state.sampling, here.count), None
+        else:
+            token, warm = _draw_draft(adjusted, state.sampling, here.count)
+        return (cache, token, mark_seen(seen, token, state.active)), (token, warm)
+
+    carry = (drafter.cache(state.cache), state.token, state.seen)
+    (cache, _, _), (tokens, warm) = lax.scan(advance, carry, jnp.arange(length))
+    return tokens, warm, drafter.with_cache(state.cache, cache)
+
+
+def _round(
+    plan: Plan,
+    drafter: Drafter,
+    options: DecodeOptions,
+    params: Any,
+    draft_params: Any,
+    length: int,
+    coupled: bool,
+    carry: Any,
+) -> Any:
+    """Draft, verify, emit what is accepted and one token more."""
+    state, buffers, written, stats = carry
+    rows = len(state.token)
+    drafts, warm, cache = _propose(plan, drafter, options, draft_params, state, length, coupled)
+    fed = jnp.concatenate([state.token[None], drafts]).T
+    ahead = state.lengths[..., None] + jnp.arange(length + 1)
+    positions = jnp.where(state.active[:, None], ahead, -1)
+    logits, cache = plan.forward(params, jnp.stack(plan.read(fed)), positions, cache)
+    # One column more, so that the last position has a draft to be told from.
+    drafts = jnp.concatenate([drafts, jnp.full_like(drafts[:1], -1)])
+    before = state.active
+    state = dataclasses.replace(state, cache=cache)
+
+    def at(values: jax.Array, n: jax.Array, axis: int) -> jax.Array:
+        return lax.dynamic_index_in_dim(values, n, axis, keepdims=False)
+
+    def unfinished(carry: Any) -> jax.Array:
+        n, state, alive = carry[:3]
+        return (n <= length) & (alive & state.active).any()
+
+    def advance(carry: Any) -> Any:
+        n, state, alive, buffers, written, tested, accepted = carry
+        draft, there = at(drafts, n, 0), n < length
+        now = state.active & alive
+
+        def choose(adjusted: jax.Array, state: DecodeState) -> jax.Array:
+            q = at(warm, jnp.minimum(n, length - 1), 0)
+            return accept_or_redraw(
+                adjusted, q, jnp.maximum(draft, 0), state.sampling, state.count, there=there
+            )
+
+        here = dataclasses.replace(state, active=now)
+        after, emitted = emit(
+            plan,
+            options,
+            here,
+            [at(values, n, 1) for values in logits],
+            None if coupled else choose,
+        )
+        # Rows that rejected a draft before wait for the next round.
+        after = dataclasses.replace(
+            after,
+            token=jnp.where(now, after.token, state.token),
+            active=jnp.where(now, after.active, state.active),
+        )
+        buffers = _write(buffers, _by_row(emitted, rows), written, now)
+        same = now & there & (after.token == draft)
+        return (
+            n + 1,
+            after,
+            same,
+            buffers,
+            written + now,
+            tested + (now & there),
+            accepted + same,
+        )
+
+    zero = jnp.zeros(rows, jnp.int32)
+    start = (jnp.int32(0), state, jnp.ones(rows, bool), buffers, zero + written, zero, zero)
+    _, state, _, buffers, after, tested, accepted = lax.while_loop(unfinished, advance, start)
+    state = dataclasses.replace(state, lengths=state.lengths + (after - written))
+    stats = Drafted(
+        rounds=stats.rounds + before,
+        tested=stats.tested + tested,
+        accepted=stats.accepted + accepted,
+    )
+    return state, buffers, after, stats
+
+
+def _by_row(emitted: Emitted, rows: int) -> Emitted:
+    """With rows in front in what the fusion said, too: rows advance by different numbers."""
+
+    def front(leaf: jax.Array) -> jax.Array:
+        if leaf.ndim == 0 or leaf.shape[-1] != rows:
+            raise ValueError(
+                f"options: info of speculative decoding has to end in the rows ({rows}), "
+                f"got shape {leaf.shape}"
+            )
+        return jnp.moveaxis(leaf, -1, 0)
+
+    return dataclasses.replace(emitted, info=jax.tree.map(front, emitted.info))
+
+
+def _write(buffers: Emitted, emitted: Emitted, written: jax.Array, where: jax.Array) -> Emitted:
+    def put(buffer: jax.Array, values: jax.Array) -> jax.Array:
+        place = jnp.where(where, written, len(buffer))
+        return buffer.at[place, jnp.arange(len(place))].set(values, mode="drop")
+
+    return jax.tree.map(put, buffers, emitted)
+
+
+def run_rounds(
+    plan: Plan,
+    drafter: Drafter,
+    options: DecodeOptions,
+    params: Any,
+    draft_params: Any,
+    state: DecodeState,
+    *,
+    rounds: int,
+    length: int,
+    coupled: bool,
+) -> tuple[DecodeState, Emitted, Drafted]:
+    """At most ``rounds`` rounds; ``Emitted`` of ``[slots, rounds * (length + 1)]``.
+
+    Each slot's tokens lie one behind the other; ``valid`` says how many there are.
+    """
+    count = len(state.token)
+    room = rounds * (length + 1)
+    out = jax.eval_shape(
+        lambda s, x: _by_row(emit(plan, options, s, x)[1], count), state, plan.next_logits(count)
+    )
+    empty = jax.tree.map(lambda leaf: jnp.zeros((room, *leaf.shape), leaf.dtype), out)
+    empty = dataclasses.replace(empty, tokens=jnp.full_like(empty.tokens, options.pad_id))
+    zero = jnp.zeros(count, jnp.int32)
+    one_round = functools.partial(
+        _round, plan, drafter, options, params, draft_params, length, coupled
+    )
+
+    def unfinished(carry: Any) -> jax.Array:
+        return (carry[0] < rounds) & carry[1][0].active.any()
+
+    _, (state, buffers, _, stats) = lax.while_loop(
+        unfinished,
+        lambda carry: (carry[0] + 1, one_round(carry[1])),
+        (jnp.int32(0), (state, empty, zero, Drafted(zero, zero, zero))),
+    )
+    info = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, -1), buffers.info)
+    return state, rows_first(dataclasses.replace(buffers, info=info)), stats

@@ -1,0 +1,309 @@
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from experiments._models import byte_tokenizer
+from logitjax import fusion
+from logitjax.decoding import (
+    CachedModel,
+    DecodeOptions,
+    DraftControl,
+    Engine,
+    Ensemble,
+    Request,
+    Sampling,
+    Speculation,
+    accept_or_redraw,
+    generate,
+    sampling_logits,
+    sampling_rows,
+    speculative_generate,
+)
+from tests.decoding._bags import bag_logits, bag_of_words
+from tests.decoding._models import PROMPTS, decoder, disturbed
+
+VOCAB = 5
+
+
+def mixed(large, experts, bases, where=None):
+    return 0.6 * large + 0.7 * experts[0], {"gap": jnp.abs(large - experts[0]).max(-1)}
+
+
+def bags(rows, vocab=VOCAB, seeds=(0, 1)):
+    return Ensemble(
+        bag_of_words(rows, vocab, seeds[0]),
+        experts=[bag_of_words(rows, vocab, seeds[1])],
+        fuse=mixed,
+    )
+
+
+class Scripted(DraftControl):
+    """Lengths in a fixed order."""
+
+    def __init__(self, *lengths):
+        super().__init__((1, 3))
+        self.order = itertools.cycle(lengths)
+
+    def choose(self, kind=None):
+        return next(self.order)
+
+
+REPORTED = DecodeOptions(logprobs=True, top_logprobs=2, info=True)
+
+
+def mean(large, experts, bases, where=None):
+    return large + experts.mean(0), {"size": jnp.abs(experts[0] - large).max(-1)}
+
+
+def test_greedy_is_plain_decoding():
+    # Rings of 6 slots, the drafting member in a stack, drafts rejected soon and late.
+    model = Ensemble(decoder(), experts=[disturbed(1), disturbed(2)], fuse=mean)
+    plain = generate(model, PROMPTS, max_new_tokens=14, options=REPORTED)
+    out = speculative_generate(
+        model,
+        PROMPTS,
+        max_new_tokens=14,
+        options=REPORTED,
+        draft=2,
+        lengths=(1, 3),
+        control=Scripted(3, 1, 3, 0),
+        chunk=4,
+    )
+    np.testing.assert_array_equal(out.tokens, plain.tokens)
+    np.testing.assert_array_equal(out.top_ids, plain.top_ids)
+    np.testing.assert_allclose(out.logprobs, plain.logprobs, atol=1e-4)
+    np.testing.assert_allclose(out.info["size"], plain.info["size"], rtol=1e-3)
+    assert {length for length, _, _ in out.calls} == {0, 1, 3}
+    assert 0.2 < out.acceptance < 0.95
+    assert (out.accepted <= out.tested).all()
+
+
+def test_redrawn_drafts_follow_the_target():
+    count = 60_000
+    logits = jnp.array([1.5, 1.0, 0.0, -0.5, -1.0, -jnp.inf])
+    draft = jnp.array([-1.0, 2.0, 0.5, -jnp.inf, 0.0, 1.0])
+    setting = Sampling(temperature=0.8, top_p=0.97)
+    rows = jax.tree.map(jnp.asarray, sampling_rows(setting, count))
+    wide = jnp.broadcast_to(logits, (count, 6))
+    q = jnp.broadcast_to(draft, (count, 6))
+    drafted = jax.random.categorical(jax.random.key(3), q).astype(jnp.int32)
+    drawn = np.asarray(
+        jax.jit(accept_or_redraw)(wide, q, drafted, rows, jnp.zeros(count, jnp.int32))
+    )
+    p = np.asarray(jax.nn.softmax(sampling_logits(wide[:1], sampling_rows(setting, 1))[0]), float)
+    seen = np.bincount(drawn, minlength=6)
+    assert (seen[p == 0] == 0).all()
+    assert stats.chisquare(seen[p > 0], count * p[p > 0] / p.sum()).pvalue > 1e-3
+    # As many are accepted as can be.
+    overlap = np.minimum(p, np.asarray(jax.nn.softmax(draft))).sum()
+    assert abs((drawn == np.asarray(drafted)).mean() - overlap) < 4 * 0.5 / count**0.5
+    alone = accept_or_redraw(wide, q, drafted, rows, jnp.zeros(count, jnp.int32), there=False)
+    seen = np.bincount(np.asarray(alone), minlength=6)
+    assert stats.chisquare(seen[p > 0], count * p[p > 0] / p.sum()).pvalue > 1e-3
+
+
+def exact(model, prompt, steps, temperature):
+    """Probability of every continuation under the fused distribution, float64."""
+    large, small = model.params
+    p = {}
+    for ids in itertools.product(range(VOCAB), repeat=steps):
+        total = 0.0
+        for n, token in enumerate(ids):
+            context = [*prompt, *ids[:n]]
+            logits = 0.6 * bag_logits(large, context) + 0.7 * bag_logits(small, context)
+            logits = logits.astype(np.float64) / temperature
+            total += logits[token] - np.logaddexp.reduce(logits)
+        p[ids] = np.exp(total)
+    return np.array(list(p.values()))
+
+
+@pytest.mark.parametrize("lengths", [(1,), (3,), (3, 0, 1)], ids=str)
+def test_continuations_follow_the_fused_distribution(lengths):
+    rows, steps, prompt = 4000, 3, [1, 4]
+    model = bags(rows)
+    out = speculative_generate(
+        model,
+        [prompt] * rows,
+        max_new_tokens=steps,
+        sampling=Sampling(temperature=0.9, seed=11),
+        lengths=(1, 3),
+        control=Scripted(*lengths),
+        chunk=1,
+    )
+    assert 0.3 < out.acceptance < 0.9
+    code = (out.tokens * VOCAB ** np.arange(steps)[::-1]).sum(1)
+    seen = np.bincount(code, minlength=VOCAB**steps)
+    expected = rows * exact(model, prompt, steps, 0.9)
+    often = expected > 5
+    assert (
+        stats.chisquare(
+            [*seen[often], seen[~often].sum()], [*expected[often], expected[~often].sum()]
+        ).pvalue
+        > 1e-3
+    )
+
+
+def test_coupled_draws_are_plain_draws():
+    model = bags(3, vocab=64)
+    settings = [
+        Sampling(temperature=1.0, seed=5),
+        Sampling(temperature=0.7, top_k=20, top_p=0.9, repetition_penalty=1.3, seed=6),
+        Sampling(),
+    ]
+    plain = generate(model, PROMPTS, max_new_tokens=12, sampling=settings)
+    for order in ((3,), (1, 0, 3)):
+        out = speculative_generate(
+            model,
+            PROMPTS,
+            max_new_tokens=12,
+            sampling=settings,
+            acceptance="coupled",
+            lengths=(1, 3),
+            control=Scripted(*order),
+            chunk=4,
+        )
+        np.testing.assert_array_equal(out.tokens, plain.tokens)
+
+
+def test_rows_end_where_plain_rows_end():
+    model, tokenizer = bags(3, vocab=64), byte_tokenizer()
+    free = generate(model, PROMPTS, max_new_tokens=12, tokenizer=tokenizer)
+    stop = int(free.tokens[1, 5])
+    settings = dict(max_new_tokens=12, lengths=(1, 3), length=3, tokenizer=tokenizer)
+    plain = generate(model, PROMPTS, max_new_tokens=12, stop_ids=[stop])
+    out = speculative_generate(model, PROMPTS, stop_ids=[stop], **settings)
+    for name in ("tokens", "lengths", "stopped"):
+        np.testing.assert_array_equal(getattr(out, name), getattr(plain, name))
+    text = free.texts[1][2:4]
+    shown: list[tuple[int, str]] = []
+    out = speculative_generate(
+        model,
+        PROMPTS,
+        stop_strings=[text],
+        stream=lambda row, tokens, piece: shown.append((row, piece)),
+        **settings,
+    )
+    for row in range(3):
+        assert out.texts[row] == free.texts[row].partition(text)[0]
+        assert "".join(piece for r, piece in shown if r == row) == out.texts[row]
+    assert out.stopped[1]
+
+
+def test_slots_speculate_and_step_by_turns():
+    model = bags(2, vocab=64)
+    plain = generate(model, PROMPTS[:2], max_new_tokens=12)
+    engine = Engine(model, slots=2, max_length=32, speculation=Speculation(lengths=(3,)))
+    found: list[list[int]] = [[], []]
+
+    def take(emitted):
+        for slot in range(2):
+            found[slot] += np.asarray(emitted.tokens[slot])[
+                np.asarray(emitted.valid[slot])
+            ].tolist()
+
+    found[0] += engine.prefill(0, Request(prompt=PROMPTS[0], max_new_tokens=12)).tokens.tolist()
+    take(engine.speculate(3, 1)[0])
+    found[1] += engine.prefill(1, Request(prompt=PROMPTS[1], max_new_tokens=12)).tokens.tolist()
+    take(engine.decode_chunk(2))
+    while engine.active.any():
+        emitted, drafted = engine.speculate(3, 1)
+        take(emitted)
+        assert (np.asarray(drafted.accepted) <= np.asarray(drafted.tested)).all()
+    assert found == plain.rows()
+
+
+def test_small_models_with_other_token_ids_draft():
+    order = np.random.default_rng(0).permutation(64)
+    apply_fn, params, empty = bag_of_words(3, 64, seed=1)
+    small = (apply_fn, params[order][:, order], empty)
+    # Token i of the large model is token small_ids[i] of the small one.
+    mapping = fusion.TokenMap(np.argsort(order), 64)
+    fuse = fusion.OverlapFusion(strategy=fusion.ProxyTuning(alpha=0.5), token_map=mapping)
+    base = (apply_fn, 0 * params, empty)
+    model = Ensemble((apply_fn, params, empty), experts=[small], bases=[base], fuse=fuse)
+    plain = generate(model, PROMPTS, max_new_tokens=8)
+    out = speculative_generate(model, PROMPTS, max_new_tokens=8, lengths=(2,), length=2)
+    np.testing.assert_array_equal(out.tokens, plain.tokens)
+    # With ids mapped, the small model is the large one.
+    np.testing.assert_array_equal(out.accepted, out.tested)
+
+
+def test_a_draft_that_agrees_is_always_accepted():
+    triple = bag_of_words(3, 64)
+    model = Ensemble(triple, experts=[bag_of_words(3, 64)], fuse=mixed)
+    out = speculative_generate(
+        model, PROMPTS, max_new_tokens=13, lengths=(3,), length=3, chunk=4,
+        sampling=Sampling(temperature=1 / 1.3),
+    )  # fmt: skip
+    # The same distribution up to the temperature: 1 token of the prefill, then 4 a round.
+    greedy = speculative_generate(model, PROMPTS, max_new_tokens=13, lengths=(3,), length=3)
+    np.testing.assert_array_equal(greedy.rounds, 3)
+    np.testing.assert_array_equal(greedy.accepted, greedy.tested)
+    assert out.acceptance > 0.7
+
+
+def simulated(control, acceptance, costs, tokens):
+    """Seconds over plain steps' seconds for so many tokens, by the control's choices."""
+    rng, seconds, done = np.random.default_rng(0), 0.0, 0
+    while done < tokens:
+        length = control.choose()
+        if length == 0:
+            control.record(0, seconds=6 * costs[0], rounds=6)
+            seconds, done = seconds + 6 * costs[0], done + 6
+            continue
+        rejected = np.flatnonzero(rng.random(length) > acceptance)
+        accepted = int(rejected[0]) if len(rejected) else length
+        tested = min(accepted + 1, length)
+        spent = costs[length] * rng.normal(1, 0.03)
+        control.record(length, seconds=spent, tokens=accepted + 1, tested=tested, accepted=accepted)
+        seconds, done = seconds + spent, done + accepted + 1
+    return seconds / (done * costs[0])
+
+
+def test_the_draft_length_follows_what_pays():
+    costs = {0: 1.0, 2: 1.4, 5: 2.0}
+    assert simulated(DraftControl((2, 5)), 0.0, costs, 256) < 1 / 0.97
+    assert simulated(DraftControl((2, 5)), 0.9, costs, 256) < 0.55
+    # Where verification is dear, good drafts do not pay either.
+    assert simulated(DraftControl((2, 5)), 0.6, {0: 1.0, 2: 2.2, 5: 4.5}, 256) < 1 / 0.97
+    # What changes is noticed.
+    control = DraftControl((2, 5))
+    simulated(control, 0.0, costs, 512)
+    assert control.choose() == 0
+    simulated(control, 0.95, costs, 2048)
+    assert control.choose() == 5
+    assert control.predicted(5) > 2
+    assert simulated(control, 0.0, costs, 2048) < 1 / 0.97
+
+
+def test_who_cannot_draft_is_named():
+    model = bags(1)
+    for arguments, message in (
+        (dict(draft="base"), "1 experts and 0 bases"),
+        (dict(draft=0), "place from 1 to 1"),
+        (dict(lengths=(3, 2)), "ascending"),
+        (dict(lengths=(2,), length=3), "one of lengths"),
+        (dict(acceptance="typical"), "'rejection' or 'coupled'"),
+        (dict(stop_strings=["x"]), "tokenizer"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            speculative_generate(model, [[1]], max_new_tokens=2, **arguments)
+    with pytest.raises(TypeError, match="Ensemble"):
+        speculative_generate(decoder(), [[1]], max_new_tokens=2)
+    with pytest.raises(ValueError, match="made without"):
+        Engine(model, slots=1, max_length=8).speculate(1)
+    apply_fn, params, empty = bag_of_words(1, VOCAB)
+
+    def both(params, tokens, positions, cache):
+        logits, cache = apply_fn(params, tokens, positions, cache)
+        return jnp.stack([logits, logits]), cache
+
+    shared = CachedModel(
+        apply=both, params=params, init_cache=lambda rows, n: empty, vocab_size=VOCAB, experts=1
+    )
+    with pytest.raises(ValueError, match="share one pass"):
+        speculative_generate(Ensemble(shared, fuse=mixed), [[1]], max_new_tokens=2)
