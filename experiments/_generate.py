@@ -9,15 +9,15 @@ import numpy as np
 
 from experiments import _models
 from logitjax import fusion
-from logitjax.decoding import Ensemble, Sampling, generate
+from logitjax.decoding import DraftControl, Ensemble, Sampling, generate, speculative_generate
 from logitjax.models import Tokenizer, render_chat
 
 STRATEGIES: dict[str, type] = {
     "contrastive": fusion.ContrastiveDecoding,
     "dexperts": fusion.DExperts,
-    "difference": fusion.LogitDifference,
     "dynamic": fusion.DynamicFusion,
     "eft": fusion.EmulatedFineTuning,
+    "logit_difference": fusion.LogitDifference,
     "proxy": fusion.ProxyTuning,
 }
 
@@ -84,30 +84,55 @@ class Limits:
     stop_strings: tuple[str, ...] = ()
 
 
-def answer(
-    ensemble: Ensemble,
-    tokenizer: Tokenizer,
-    prompt: str,
-    limits: Limits,
-    show: Callable[[str], None],
-) -> str:
-    """Continue ``prompt``, showing text as it comes; the whole text."""
-    tokens = tokenizer.encode(prompt)
-    if not tokens and tokenizer.bos_id is not None:
-        tokens = [tokenizer.bos_id]
-    out = generate(
-        ensemble,
-        [np.array(tokens, np.int32)],
-        max_new_tokens=limits.max_new_tokens,
-        sampling=limits.sampling,
-        stop_ids=limits.stop_ids,
-        stop_strings=limits.stop_strings,
-        tokenizer=tokenizer,
-        stream=lambda row, new, text: show(text),
-        chunk=4,
-    )
-    assert out.texts is not None
-    return out.texts[0]
+class Speaker:
+    """Goes on from texts, by plain or by speculative steps (``draft``: who drafts)."""
+
+    def __init__(
+        self, ensemble: Ensemble, tokenizer: Tokenizer, limits: Limits, draft: str | None = None
+    ):
+        self.ensemble = ensemble
+        self.tokenizer = tokenizer
+        self.limits = limits
+        self.draft = draft
+        self.tokens = 0
+        self._control = DraftControl()
+
+    def go_on(self, prompt: str, show: Callable[[str], None]) -> str:
+        """Continue ``prompt``, showing text as it comes; the whole text.
+
+        Raises:
+          ValueError: for a prompt that leaves no room in what the models can read.
+        """
+        tokenizer = self.tokenizer
+        tokens = tokenizer.encode(prompt)
+        if not tokens and tokenizer.bos_id is not None:
+            tokens = [tokenizer.bos_id]
+        most = self.ensemble.max_length
+        room = self.limits.max_new_tokens if most is None else most - len(tokens)
+        if room < 1:
+            raise ValueError(f"prompt: {len(tokens)} tokens, the models read at most {most}")
+        arguments: dict[str, Any] = dict(
+            max_new_tokens=min(self.limits.max_new_tokens, room),
+            sampling=self.limits.sampling,
+            stop_ids=self.limits.stop_ids,
+            stop_strings=self.limits.stop_strings,
+            tokenizer=tokenizer,
+            stream=lambda row, new, text: show(text),
+        )
+        prompts = [np.array(tokens, np.int32)]
+        if self.draft is None:
+            out = generate(self.ensemble, prompts, chunk=4, **arguments)
+        else:
+            out = speculative_generate(
+                self.ensemble,
+                prompts,
+                draft=self.draft,
+                control=self._control,
+                **arguments,
+            )
+        assert out.texts is not None
+        self.tokens = int(out.lengths[0])
+        return out.texts[0]
 
 
 class Conversation:

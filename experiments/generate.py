@@ -6,10 +6,11 @@
         --expert=runs/gsm8k_7b --base=hf:meta-llama/Llama-2-7b-hf
 
 Models are named as everywhere: a directory, a ``.gguf`` file, ``hf:org/name``, ``smollm2``.
-``--fusion`` is contrastive, dexperts, difference, dynamic, eft or proxy, with settings after a
-colon: ``--fusion=dynamic:method=grid,num=21``. With a chat template lines are turns of a
-conversation; ``--complete`` goes on from the text itself. Without ``--prompt`` prompts are read
-from the terminal, one a line, until the end of input.
+``--fusion`` is contrastive, dexperts, dynamic, eft, logit_difference or proxy, with settings after
+a colon: ``--fusion=dynamic:method=grid,num=21``. ``--draft=expert`` lets the expert run ahead and
+all models verify: the same distribution, faster where the expert guesses well. With a chat template
+prompts are turns of a conversation; ``--complete`` goes on from the text itself. Without
+``--prompt`` prompts are read from standard input, one a line, until its end.
 """
 
 import dataclasses
@@ -20,13 +21,14 @@ from collections.abc import Iterator, Sequence
 from absl import app, flags
 
 from experiments import _generate
-from experiments._generate import Limits
+from experiments._generate import Conversation, Limits, Speaker
 from logitjax.decoding import Sampling
 
 _LARGE = flags.DEFINE_string("large", "smollm2", "Model that is steered, or answers alone.")
 _EXPERT = flags.DEFINE_multi_string("expert", [], "Tuned small model; repeatable.")
 _BASE = flags.DEFINE_multi_string("base", [], "What the experts were tuned from: one, or one each.")
 _FUSION = flags.DEFINE_string("fusion", None, "How their logits become one: NAME[:key=value,...].")
+_DRAFT = flags.DEFINE_enum("draft", None, ["expert", "base"], "Who drafts speculatively.")
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "Answer this instead of asking; repeatable.")
 _COMPLETE = flags.DEFINE_bool("complete", False, "Go on from the text; no chat template.")
 _SYSTEM = flags.DEFINE_string("system", None, "First message of a conversation.")
@@ -78,28 +80,29 @@ def _answer_all() -> None:
             seed=_SEED.value,
         ),
         max_new_tokens=_TOKENS.value,
+        stop_strings=tuple(_STOP.value),
     )
     ensemble, tokenizer, ends = _generate.load_ensemble(
         _LARGE.value, _EXPERT.value, _BASE.value, _FUSION.value, dtype=_DTYPE.value
     )
-    limits = dataclasses.replace(limits, stop_ids=ends, stop_strings=tuple(_STOP.value))
+    limits = dataclasses.replace(limits, stop_ids=ends)
+    speaker = Speaker(ensemble, tokenizer, limits, _DRAFT.value)
     chat = tokenizer.chat_template is not None and not _COMPLETE.value
-    talk = _generate.Conversation(tokenizer, _SYSTEM.value)
+    talk = Conversation(tokenizer, _SYSTEM.value)
     for prompt in _prompts():
         if not chat:
             print(prompt, end="", flush=True)
         start = time.perf_counter()
-        text = _generate.answer(
-            ensemble,
-            tokenizer,
+        text = speaker.go_on(
             talk.ask(prompt) if chat else prompt,
-            limits,
             lambda piece: print(piece, end="", flush=True),
         )
         talk.answered(text)
         print(flush=True)
         if sys.stderr.isatty():
-            print(f"[{time.perf_counter() - start:.1f} s]", file=sys.stderr)
+            seconds = time.perf_counter() - start
+            rate = f"{speaker.tokens} tokens in {seconds:.1f} s, the first compiling included"
+            print(f"[{rate}]", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ class CachedModel:
         model's, so many experts', so many bases'.
       bases: see ``experts``.
       takes_last_only: ``apply`` understands ``last_only=True``: logits of the last token only.
+      max_length: most tokens that the model was made to read; None: unknown.
     """
 
     apply: Callable[..., Any]
@@ -43,6 +44,7 @@ class CachedModel:
     experts: int = 0
     bases: int = 0
     takes_last_only: bool = False
+    max_length: int | None = None
 
     @property
     def outputs(self) -> int:
@@ -149,6 +151,7 @@ def _of_decoder(model: Decoder, ring_slack: int) -> CachedModel:
         init_cache=DecoderCache(model.config, model.dtype, ring_slack),
         vocab_size=model.config.vocab_size,
         takes_last_only=True,
+        max_length=model.config.max_length,
     )
 
 

@@ -255,3 +255,5 @@ class Ensemble:
             fuse=None if fuse is None else Static(fuse),
         )
         self.params: tuple = tuple(params)
+        lengths = [m.max_length for m in members if m.max_length is not None]
+        self.max_length: int | None = min(lengths, default=None)

@@ -205,7 +205,7 @@ def _propose(
     state: DecodeState,
     length: int,
     coupled: bool,
-) -> tuple[jax.Array, jax.Array | None, tuple]:
+) -> tuple[jax.Array, Any, tuple]:
     """Tokens ``[length, rows]``, their logits (unless coupled), and the caches."""
     group = dataclasses.replace(plan.groups[drafter.group], streams=(0,))
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from logitjax.decoding import Ensemble
+from logitjax.decoding import DecodeOptions, Ensemble
 from logitjax.models import Decoder, DecoderConfig, keep_layers
 
 # One layer with a ring of 6 slots and one without a window.
@@ -22,6 +22,9 @@ CONFIG = DecoderConfig(
     windows=(6, None),
     tie_embeddings=False,
 )
+# Programs are compiled for options and shapes: tests that share these share them.
+REPORTED = DecodeOptions(logprobs=True, top_logprobs=3, max_logit_bias=2, repetition=True)
+NEW = 12
 PROMPTS = [[5, 6, 7], [9, 10, 11, 12, 13, 14, 15, 16, 17], [20]]
 
 

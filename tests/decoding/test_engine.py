@@ -5,19 +5,22 @@ import numpy as np
 import pytest
 
 from logitjax.decoding import DecodeOptions, Engine, Request, Sampling, generate
-from tests.decoding._models import PROMPTS, decoder, next_logits
+from tests.decoding._bags import bag_logits, bag_of_words
+from tests.decoding._models import NEW, PROMPTS, REPORTED, decoder, next_logits
 
 
 def alone(prompt, count, sampling=Sampling()):  # noqa: B008
     """By itself, in a batch of the shape the other tests compile."""
     prompts = [prompt, [1], [1]]
-    out = generate(decoder(), prompts, max_new_tokens=count, sampling=[sampling] * 3)
-    return out.rows()[0]
+    out = generate(
+        decoder(), prompts, max_new_tokens=NEW, sampling=[sampling] * 3, options=REPORTED
+    )
+    return out.rows()[0][:count]
 
 
 @pytest.fixture(scope="module")
 def engine():
-    return Engine(decoder(), slots=3, max_length=32, options=DecodeOptions(max_logit_bias=2))
+    return Engine(decoder(), slots=3, max_length=32, options=REPORTED)
 
 
 def collect(found, slot, emitted, row):
@@ -93,25 +96,26 @@ def test_processors_see_what_their_slot_was_given():
         return jnp.where(allowed, logits, -jnp.inf)
 
     options = DecodeOptions(processors=(only,), logprobs=True, logprobs_of="adjusted")
-    engine = Engine(
-        decoder(), slots=2, max_length=32, options=options, extra={"least": np.int32(0)}
-    )
+    bag = bag_of_words(2, 64)
+    engine = Engine(bag, slots=2, max_length=32, options=options, extra={"least": np.int32(0)})
     engine.prefill(0, Request(prompt=PROMPTS[0], max_new_tokens=5))
     extra = {"least": np.int32(60)}
     first = engine.prefill(1, Request(prompt=PROMPTS[0], max_new_tokens=5, extra=extra))
-    tail = next_logits(decoder(), PROMPTS[0])[60:]
+    tail = bag_logits(bag[1], PROMPTS[0])[60:]
     assert first.tokens[0] == 60 + tail.argmax()
     expected = tail.max() - np.log(np.exp(tail).sum())
     np.testing.assert_allclose(first.logprobs[0], expected, atol=1e-4)
     tokens = np.asarray(engine.decode_chunk(4).tokens)
     assert (tokens[1] >= 60).all()
-    assert tokens[0].tolist() == alone(PROMPTS[0], 12)[1:5]
+    free = generate(bag, [PROMPTS[0]] * 2, max_new_tokens=5).rows()[0]
+    assert tokens[0].tolist() == free[1:]
 
 
 def test_wrong_requests_are_named(engine):
+    plain = Engine(decoder(), slots=3, max_length=32, options=DecodeOptions(max_logit_bias=2))
     for slot, request, message in (
         (3, Request(prompt=[1], max_new_tokens=1), "slot must be between 0 and 2"),
-        (0, Request(prompt=[1] * 30, max_new_tokens=4), "do not fit max_length=32"),
+        (0, Request(prompt=[1] * 16, max_new_tokens=18), "do not fit max_length=32"),
         (0, Request(prompt=[], max_new_tokens=4), "at least one token"),
         (0, Request(prompt=[1], max_new_tokens=4, stop_ids=range(9)), "room for 8"),
         (0, Request(prompt=[1], max_new_tokens=4, logit_bias=dict.fromkeys(range(3), 1.0)), "room"),
@@ -122,7 +126,7 @@ def test_wrong_requests_are_named(engine):
         ),
     ):
         with pytest.raises(ValueError, match=message):
-            engine.prefill(slot, request)
+            plain.prefill(slot, request)
     with pytest.raises(ValueError, match="expected 3"):
-        engine.prefill_all([Request(prompt=[1], max_new_tokens=1)])
-    assert engine.prefill(0, Request(prompt=[1] * 30, max_new_tokens=3)).tokens.shape == (1,)
+        plain.prefill_all([Request(prompt=[1], max_new_tokens=1)])
+    assert engine.prefill(0, Request(prompt=[1] * 16, max_new_tokens=17)).tokens.shape == (1,)

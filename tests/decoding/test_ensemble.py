@@ -59,6 +59,7 @@ def test_every_model_reads_its_own_prompt(ensemble, fused):
     assert fused.info["size"].shape == (8, 3)
 
 
+@pytest.mark.slow
 def test_calls_of_their_own_change_nothing(fused):
     apart = Ensemble(
         decoder(), experts=[small(1), small(2)], bases=[small(3)], fuse=moved, stack=False
@@ -105,12 +106,13 @@ def test_anybodys_model_steps_too():
     out = generate(triple, PROMPTS, max_new_tokens=6)
     for row, prompt in zip(out.rows(), PROMPTS, strict=True):
         assert row == slow_greedy(lambda ids: bag_logits(triple[1], ids), prompt, 6)
-    mixed = Ensemble(decoder(), experts=[triple], bases=[small(3)], fuse=moved)
+    others = [bag_of_words(3, CONFIG.vocab_size, seed) for seed in (1, 2)]
+    mixed = Ensemble(triple, experts=others[:1], bases=others[1:], fuse=moved)
     out = generate(mixed, PROMPTS, max_new_tokens=4)
 
     def after(ids):
-        large, base = next_logits(decoder(), ids), next_logits(small(3), ids)
-        return large + 0.7 * (bag_logits(triple[1], ids) - base)
+        large, expert, base = (bag_logits(each[1], ids) for each in (triple, *others))
+        return large + 0.7 * (expert - base)
 
     assert out.rows()[1] == slow_greedy(after, PROMPTS[1], 4)
     with pytest.raises(ValueError, match="given cache has 3 rows"):
@@ -152,8 +154,9 @@ def test_vocabularies_of_different_widths_meet_in_the_common_part():
         logits, cache = apply_fn(params, *args)
         return logits[..., :50], cache
 
+    large = bag_of_words(3, CONFIG.vocab_size, 1)
     out = generate(
-        Ensemble(decoder(), experts=[(narrow, params, empty)], fuse=seen),
+        Ensemble(large, experts=[(narrow, params, empty)], fuse=seen),
         PROMPTS,
         max_new_tokens=6,
     )

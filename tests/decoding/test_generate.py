@@ -5,9 +5,7 @@ from flax import nnx
 from experiments._models import byte_tokenizer
 from logitjax import decoding, models, training
 from logitjax.decoding import DecodeOptions, Sampling, generate
-from tests.decoding._models import CONFIG, PROMPTS, decoder, next_logits, slow_greedy
-
-REPORTED = DecodeOptions(logprobs=True, top_logprobs=3, max_logit_bias=2)
+from tests.decoding._models import CONFIG, NEW, PROMPTS, REPORTED, decoder, next_logits, slow_greedy
 
 
 def log_softmax(x):
@@ -17,17 +15,17 @@ def log_softmax(x):
 
 @pytest.fixture(scope="module")
 def greedy():
-    return generate(decoder(), PROMPTS, max_new_tokens=10, options=REPORTED)
+    return generate(decoder(), PROMPTS, max_new_tokens=NEW, options=REPORTED)
 
 
 def test_greedy_equals_the_uncached_model(greedy):
     for row, prompt in zip(greedy.rows(), PROMPTS, strict=True):
-        assert row == slow_greedy(lambda ids: next_logits(decoder(), ids), prompt, 10)
+        assert row == slow_greedy(lambda ids: next_logits(decoder(), ids), prompt, NEW)
 
 
 def test_log_probs_are_the_models(greedy):
     for row, prompt in enumerate(PROMPTS):
-        for n in (0, 4, 9):
+        for n in (0, 4, 11):
             context = [*prompt, *greedy.tokens[row, :n].tolist()]
             log_p = log_softmax(next_logits(decoder(), context))
             token = greedy.tokens[row, n]
@@ -43,38 +41,36 @@ def test_a_padded_array_is_its_prompts(greedy):
     for i, prompt in enumerate(PROMPTS):
         tokens[i, 9 - len(prompt) :] = prompt
         where[i, 9 - len(prompt) :] = True
-    out = generate(decoder(), tokens, where=where, max_new_tokens=10, options=REPORTED)
+    out = generate(decoder(), tokens, where=where, max_new_tokens=NEW, options=REPORTED)
     np.testing.assert_array_equal(out.tokens, greedy.tokens)
 
 
 def test_stop_ids_freeze_their_rows(greedy):
     stop = int(greedy.tokens[1, 4])
-    out = generate(decoder(), PROMPTS, max_new_tokens=10, stop_ids=[stop], options=REPORTED)
+    out = generate(decoder(), PROMPTS, max_new_tokens=NEW, stop_ids=[stop], options=REPORTED)
     for row, free in zip(out.rows(), greedy.rows(), strict=True):
-        end = free.index(stop) + 1 if stop in free else 10
+        end = free.index(stop) + 1 if stop in free else NEW
         assert row == free[:end]
     np.testing.assert_array_equal(out.stopped, [stop in row for row in greedy.rows()])
     assert (out.tokens[1, out.lengths[1] :] == 0).all()
     assert (out.logprobs[1, out.lengths[1] :] <= 0).all()
 
 
-def test_draws_depend_on_the_seed_and_not_on_the_neighbours():
-    warm = Sampling(temperature=1.5, top_k=20, top_p=0.95, seed=3)
-    out = generate(decoder(), PROMPTS, max_new_tokens=10, sampling=warm)
+def test_draws_depend_on_the_seed_and_not_on_the_neighbours(greedy):
+    def warm(seed):
+        return Sampling(temperature=1.5, top_k=20, top_p=0.95, seed=seed)
+
+    def draw(prompts, sampling):
+        return generate(
+            decoder(), prompts, max_new_tokens=NEW, sampling=sampling, options=REPORTED
+        ).rows()
+
+    together = draw(PROMPTS, warm(3))
     for i, prompt in enumerate(PROMPTS):
-        alone = generate(
-            decoder(),
-            [prompt, PROMPTS[0], prompt],
-            max_new_tokens=10,
-            sampling=[
-                Sampling(temperature=1.5, top_k=20, top_p=0.95, seed=3 + i),
-                Sampling(),
-                Sampling(temperature=1.5, top_k=20, top_p=0.95, seed=99),
-            ],
-        )
-        np.testing.assert_array_equal(alone.tokens[0], out.tokens[i])
-        assert alone.rows()[1] == generate(decoder(), PROMPTS, max_new_tokens=10).rows()[0]
-        assert alone.rows()[2] != alone.rows()[0]
+        alone = draw([prompt, PROMPTS[0], prompt], [warm(3 + i), Sampling(), warm(99)])
+        assert alone[0] == together[i]
+        assert alone[1] == greedy.rows()[0]
+        assert alone[2] != alone[0]
 
 
 def test_streaming_changes_nothing(greedy):
@@ -87,7 +83,7 @@ def test_streaming_changes_nothing(greedy):
         seen[row] += tokens
         assert text == ""
 
-    out = generate(decoder(), PROMPTS, max_new_tokens=10, options=REPORTED, stream=stream, chunk=4)
+    out = generate(decoder(), PROMPTS, max_new_tokens=NEW, options=REPORTED, stream=stream, chunk=4)
     for name in ("tokens", "lengths", "stopped", "top_ids"):
         np.testing.assert_array_equal(getattr(out, name), getattr(greedy, name))
     np.testing.assert_allclose(out.logprobs, greedy.logprobs, atol=1e-5)
@@ -98,7 +94,7 @@ def test_streaming_changes_nothing(greedy):
 
 def test_stop_strings_end_rows_between_chunks():
     tokenizer = byte_tokenizer()
-    free = generate(decoder(), PROMPTS, max_new_tokens=12, tokenizer=tokenizer)
+    free = generate(decoder(), PROMPTS, max_new_tokens=NEW, tokenizer=tokenizer, options=REPORTED)
     text = free.texts[1]
     stop = text[3:5]
     assert len(stop.encode()) == 2
@@ -106,11 +102,12 @@ def test_stop_strings_end_rows_between_chunks():
     out = generate(
         decoder(),
         PROMPTS,
-        max_new_tokens=12,
+        max_new_tokens=NEW,
         tokenizer=tokenizer,
         stop_strings=[stop],
         stream=lambda row, tokens, text: shown.append((row, text)),
-        chunk=3,
+        chunk=4,
+        options=REPORTED,
     )
     for row in range(3):
         end = free.texts[row].find(stop)
@@ -118,7 +115,7 @@ def test_stop_strings_end_rows_between_chunks():
         assert out.texts[row] == expected
         assert "".join(text for r, text in shown if r == row) == expected
         assert out.stopped[row] == (end >= 0)
-        count = 12 if end < 0 else end + 2
+        count = NEW if end < 0 else end + 2
         assert out.rows()[row] == free.rows()[row][:count]
         assert (out.tokens[row, count:] == 0).all()
 
@@ -126,7 +123,7 @@ def test_stop_strings_end_rows_between_chunks():
 def test_a_bias_and_a_penalty_move_tokens(greedy):
     banned = int(greedy.tokens[0, 0])
     out = generate(
-        decoder(), PROMPTS, max_new_tokens=10, logit_bias={banned: -1e9}, options=REPORTED
+        decoder(), PROMPTS, max_new_tokens=NEW, logit_bias={banned: -1e9}, options=REPORTED
     )
     assert banned not in out.tokens
     second = np.argsort(-next_logits(decoder(), PROMPTS[0]))[1]
@@ -135,7 +132,7 @@ def test_a_bias_and_a_penalty_move_tokens(greedy):
     log_p = log_softmax(next_logits(decoder(), PROMPTS[0]))
     np.testing.assert_allclose(out.logprobs[0, 0], log_p[second], atol=1e-4)
     strong = Sampling(repetition_penalty=1e6)
-    out = generate(decoder(), PROMPTS, max_new_tokens=10, sampling=strong)
+    out = generate(decoder(), PROMPTS, max_new_tokens=NEW, sampling=strong, options=REPORTED)
     for row, prompt in zip(out.rows(), PROMPTS, strict=True):
         assert len({*row, *prompt}) == len(row) + len(prompt)
 
@@ -145,9 +142,9 @@ def test_sharded_equals_local(greedy):
     rules = training.ShardingRules(rules=models.DECODER_RULES)
     apply_fn, params = models.from_nnx(decoder())
     sharded = nnx.merge(apply_fn.graphdef, training.shard_tree(params, mesh, rules))
-    options = DecodeOptions(logprobs=True, top_logprobs=3, max_logit_bias=2, mesh=mesh)
+    options = DecodeOptions(logprobs=True, mesh=mesh)
     prompts = [*PROMPTS, PROMPTS[0]]
-    out = generate(sharded, prompts, max_new_tokens=10, options=options)
+    out = generate(sharded, prompts, max_new_tokens=NEW, options=options)
     np.testing.assert_array_equal(out.tokens[:3], greedy.tokens)
     np.testing.assert_array_equal(out.tokens[3], greedy.tokens[0])
     np.testing.assert_allclose(out.logprobs[:3], greedy.logprobs, atol=1e-4)

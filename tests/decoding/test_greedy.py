@@ -13,7 +13,7 @@ PROMPTS = [[5, 6, 7], [9, 10, 11, 12, 13, 14, 15, 16]]
 @pytest.fixture(scope="module")
 def model():
     # Local layers with rings of 6 slots, shorter than the longer prompt.
-    config = config_from_hf(HF_CONFIGS["gemma3"] | {"num_hidden_layers": 4})
+    config = config_from_hf(HF_CONFIGS["gemma3"] | {"num_hidden_layers": 3})
     return Decoder(config, rngs=nnx.Rngs(3), layout="listed")
 
 

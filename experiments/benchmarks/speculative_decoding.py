@@ -1,0 +1,172 @@
+"""Speculative decoding beside plain decoding, from drafts that are never right to always right.
+
+    python -m experiments.benchmark speculative_decoding
+
+SmolLM2 in float32 with a cut of six of its layers as the expert that drafts, greedy, 64 new tokens.
+Decoded is from ``large + weight * expert``: at weight 0 drafts are constant and never right, as the
+weight grows they are right more and more often, while everything costs the same. *predicted*: time
+of a plain run over that of as many rounds as there were, each a verifying pass and ``length``
+drafting steps, timed by themselves in between. *adaptive* chooses lengths by itself.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import _models
+from experiments.benchmarks import _suite
+from logitjax import models
+from logitjax.decoding import (
+    CachedModel,
+    DraftControl,
+    Ensemble,
+    cached_model,
+    generate,
+    speculative_generate,
+)
+
+_LAYERS = (0, 1, 2, 14, 28, 29)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Weighted:
+    """A model's function whose logits its parameters scale: no weight is compiled in."""
+
+    apply: Callable[..., Any]
+
+    def __call__(self, params: Any, *arguments: Any, **options: Any) -> tuple[Any, Any]:
+        weight, params = params
+        logits, cache = self.apply(params, *arguments, **options)
+        return weight * logits, cache
+
+
+def _sum(large: Any, experts: Any, bases: Any, where: Any = None) -> tuple[Any, dict]:
+    return large + experts[0], {}
+
+
+def _with_weight(small: CachedModel, weight: float) -> CachedModel:
+    return dataclasses.replace(small, params=(jnp.float32(weight), small.params[1]))
+
+
+def run(options: _suite.Options) -> _suite.Result:
+    smoke = options.smoke
+    model, tokenizer = _models.load("tiny" if smoke else "smollm2", layout="listed")
+    text = tokenizer.encode((Path(__file__).parents[2] / "LICENSE").read_text())
+    prompts = [np.array(text[40 * i :][: 10 + 2 * i], np.int32) for i in range(8)]
+    large = cached_model(model)
+    cut = cached_model(models.keep_layers(model, [0] if smoke else _LAYERS))
+    small = dataclasses.replace(cut, apply=_Weighted(cut.apply), params=(1.0, cut.params))
+    rows: list[dict[str, Any]] = []
+    for batch in (1,) if smoke else (1, 8):
+        for weight in (1.0,) if smoke else (0.0, 1.0, 4.0, 64.0):
+            rows += _rows(large, _with_weight(small, weight), prompts[:batch], weight, options)
+    fixed = [row for row in rows if row["lengths"] != "adaptive"]
+    adaptive = [row for row in rows if row["lengths"] == "adaptive"]
+    bars = []
+    if not smoke:
+        bars = [
+            _suite.Bar(
+                name="speed-up over what acceptance predicts, least of fixed lengths",
+                value=min(row["of predicted"] for row in fixed),
+                limit=0.85,
+                sense=">=",
+            ),
+            _suite.Bar(
+                name="adaptive over plain, least",
+                value=min(row["speed-up"] for row in adaptive),
+                limit=0.97,
+                sense=">=",
+            ),
+        ]
+    return _suite.Result(rows=rows, bars=bars)
+
+
+def _rows(
+    large: CachedModel,
+    small: CachedModel,
+    prompts: list[np.ndarray],
+    weight: float,
+    options: _suite.Options,
+) -> list[dict[str, Any]]:
+    new, lengths = (6, (2,)) if options.smoke else (64, (2, 5))
+    batch = len(prompts)
+    ensemble = Ensemble(large, experts=[small], fuse=_sum)
+    alone = Ensemble(small)
+    control = DraftControl(lengths)
+    speculate = functools.partial(
+        speculative_generate, ensemble, prompts, max_new_tokens=new, lengths=lengths
+    )
+    last: dict[Any, Any] = {}
+
+    def remember(name: Any, call: Callable[[], Any]) -> Callable[[], Any]:
+        def remembered() -> Any:
+            last[name] = call()
+            return last[name].tokens
+
+        return remembered
+
+    calls: dict[Any, Callable[[], Any]] = {
+        "plain": remember("plain", lambda: generate(ensemble, prompts, max_new_tokens=new)),
+        "one": lambda: generate(ensemble, prompts, max_new_tokens=1).tokens,
+        "draft": lambda: generate(alone, prompts, max_new_tokens=new).tokens,
+        "adaptive": remember("adaptive", lambda: speculate(control=control)),
+    }
+    for length in lengths:
+        calls[length] = remember(length, lambda n=length: speculate(length=n))
+        calls["verify", length] = _verify(ensemble, batch, length + 1)
+    # The control's first calls are its compilations: it settles before anything is timed.
+    seconds = _suite.paired_seconds(calls, repeats=options.repeats, warmup=2)
+    median = {name: float(np.median(times)) for name, times in seconds.items()}
+    rows = []
+    for name in (*lengths, "adaptive"):
+        out = last[name]
+        row = {
+            "B": batch,
+            "weight": weight,
+            "lengths": name,
+            "acceptance": out.acceptance,
+            "tokens a round": (out.lengths.max() - 1) / sum(rounds for _, rounds, _ in out.calls),
+            "tokens/s": batch * new / median[name],
+            "speed-up": _suite.paired_ratio(seconds["plain"], seconds[name]),
+        }
+        if name != "adaptive":
+            rounds = sum(rounds for _, rounds, _ in out.calls)
+            draft = np.array(seconds["draft"]) / new
+            verify = np.array(seconds["verify", name]) / _PASSES
+            expected = np.array(seconds["one"]) + rounds * (name * draft + verify)
+            row |= {
+                "predicted": _suite.paired_ratio(seconds["plain"], expected.tolist()),
+                "of predicted": _suite.paired_ratio(expected.tolist(), seconds[name]),
+            }
+        row["rows as plain"] = int((out.tokens == last["plain"].tokens).all(axis=1).sum())
+        rows.append(row)
+    return rows
+
+
+_PASSES = 4
+
+
+def _verify(ensemble: Ensemble, rows: int, width: int) -> Callable[[], Any]:
+    """``_PASSES`` passes of so many positions by all members, and the fused choice."""
+    plan = ensemble.plan
+    held = [plan.init_cache(rows, 128)]
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def forward(params: Any, cache: Any) -> tuple[jax.Array, Any]:
+        positions = jnp.broadcast_to(32 + jnp.arange(width), (plan.streams, rows, width))
+        logits, cache = plan.forward(params, jnp.zeros_like(positions), positions, cache)
+        return plan.combine(logits)[0].argmax(axis=-1), cache
+
+    def call() -> Any:
+        for _ in range(_PASSES):
+            chosen, held[0] = forward(ensemble.params, held[0])
+            jax.block_until_ready(chosen)
+        return chosen
+
+    return call
