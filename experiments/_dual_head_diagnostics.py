@@ -94,32 +94,29 @@ def measure(trainer: Any, lanes: Any) -> dict[str, list[float]]:
     task = trainer.task
     rows = np.sort(np.random.default_rng(0).permutation(len(task.train))[:_ROWS])
     teacher = None if trainer.teacher is None else trainer.teacher.argument
-    found = trainer.measure(lanes, task.train.inputs[rows], task.train.labels[rows], teacher, rows)
-    return {f"nc/{name}": np.asarray(value).tolist() for name, value in found.items()}
+    seen = (task.train.inputs[rows], task.train.labels[rows], teacher, rows)
+    found = [trainer.measure_lane(lane, *seen) for lane in trainer.unstack(lanes)]
+    return {f"nc/{name}": [float(one[name]) for one in found] for name in found[0]}
 
 
-def of_lanes(
-    trainer: Any, lanes: Any, inputs: Any, labels: Any, teacher: Any, rows: Any
+def of_lane(
+    trainer: Any, lane: Any, inputs: Any, labels: Any, teacher: Any, rows: Any
 ) -> dict[str, Any]:
-    """The measures of every lane; runs under jit."""
+    """The measures of one lane; runs under jit."""
     x = trainer.prepare(inputs, None)
     target = None if trainer.teacher is None else trainer.teacher.of(teacher, x, rows)
+    model = nnx.merge(trainer.graphdef, lane["params"], lane["stats"], copy=True)
+    features, logits, _ = _dual_head_arms.outputs(model, x, train=False)
+    found = geometry(features, labels, logits, _head_kernel(model), trainer.task.num_classes)
+    if trainer.arm.logit_loss is None:
+        return found
 
-    def of_lane(lane: Any) -> dict[str, Any]:
-        model = nnx.merge(trainer.graphdef, lane["params"], lane["stats"], copy=True)
-        features, logits, _ = _dual_head_arms.outputs(model, x, train=False)
-        found = geometry(features, labels, logits, _head_kernel(model), trainer.task.num_classes)
-        if trainer.arm.logit_loss is None:
-            return found
+    def losses(params: Any) -> Any:
+        return trainer.loss_fn(
+            params, lane["stats"], x, labels, target, lane["alpha"], train=False
+        )[0]
 
-        def losses(params: Any) -> Any:
-            return trainer.loss_fn(
-                params, lane["stats"], x, labels, target, lane["alpha"], train=False
-            )[0]
-
-        values, pullback = jax.vjp(losses, lane["params"])
-        one, zero = jnp.ones_like(values[0]), jnp.zeros_like(values[0])
-        (task,), (logit,) = pullback((one, zero)), pullback((zero, one))
-        return found | _compare(task, logit)
-
-    return jax.lax.map(of_lane, lanes)
+    values, pullback = jax.vjp(losses, lane["params"])
+    one, zero = jnp.ones_like(values[0]), jnp.zeros_like(values[0])
+    (task,), (logit,) = pullback((one, zero)), pullback((zero, one))
+    return found | _compare(task, logit)

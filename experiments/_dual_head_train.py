@@ -30,7 +30,9 @@ class Trainer:
     """One network, one arm, several values of alpha ("lanes") that see the same batches.
 
     Lanes of small dense networks are mapped by ``vmap``; those of convolutional ones run one after
-    another, because convolutions with a batch of kernels are slow.
+    another, because convolutions with a batch of kernels are slow. An epoch is one ``lax.scan``,
+    except for convolutions on CPU: XLA runs those inside a loop many times slower than outside, so
+    there the host steps.
     """
 
     def __init__(
@@ -56,7 +58,9 @@ class Trainer:
                 f"batch_size: {config.batch_size} is more than the {len(task.train)} training "
                 "examples"
             )
-        self.over_lanes = self._vmap if network.startswith("mlp-") else self._map
+        dense = network.startswith("mlp-")
+        self.over_lanes = self._vmap if dense else self._map
+        self.stepwise = not dense and jax.default_backend() == "cpu"
         shape, classes = task.shape, task.num_classes
         self.make = functools.partial(
             _dual_head_arms.create_network, network, classes, shape, arm.auxiliary
@@ -74,9 +78,12 @@ class Trainer:
         # Compiling the default generator once per convolution takes longer than some epochs.
         self.generator = None if network.startswith("mlp-") else "unsafe_rbg"
         self.initial = jax.jit(self._initial, out_shardings=self.replicated)
-        self.epoch = jax.jit(self._epoch, donate_argnums=0)
-        self.accuracy = jax.jit(self._accuracy)
-        self.measure = jax.jit(functools.partial(_dual_head_diagnostics.of_lanes, self))
+        self.one_step = jax.jit(self._step, donate_argnums=0)
+        self.one_count = jax.jit(self._count)
+        scanned = jax.jit(self._epoch, donate_argnums=0)
+        self.epoch = self._stepwise_epoch if self.stepwise else scanned
+        self.accuracy = self._stepwise_accuracy if self.stepwise else jax.jit(self._accuracy)
+        self.measure_lane = jax.jit(functools.partial(_dual_head_diagnostics.of_lane, self))
 
     @staticmethod
     def _vmap(function: Any, lanes: Any) -> Any:
@@ -112,41 +119,73 @@ class Trainer:
         self, lanes: Any, inputs: Any, labels: Any, teacher: Any, order: Any, key: Any, on: Any
     ) -> tuple[Any, Any]:
         """Steps over ``order`` (``[steps, batch]`` rows); ``on`` is 0 once alpha is off."""
-        sharded = NamedSharding(self.mesh, P("data"))
 
         def lane_steps(lane: Any) -> tuple[Any, Any]:
-            alpha = lane["alpha"] * (1.0 if self.arm.smooths else on)
-
             def step(lane: Any, now: tuple) -> tuple[Any, Any]:
-                rows, number = now
-                augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, number))
-                rows = jax.lax.with_sharding_constraint(rows, sharded)
-                x = self.prepare(inputs[rows], augment_key)
-                target = None if self.teacher is None else self.teacher.of(teacher, x, rows)
-                batch = (x, labels[rows], target)
-                gradient, loss, stats = self._gradient(lane, batch, alpha, dropout_key)
-                updates, opt_state = self.tx.update(gradient, lane["opt_state"], lane["params"])
-                params = optax.apply_updates(lane["params"], updates)
-                changed = {"params": params, "stats": stats, "opt_state": opt_state}
-                return lane | changed, loss
+                return self._step(lane, inputs, labels, teacher, *now, key, on)
 
             lane, loss = jax.lax.scan(step, lane, (order, jnp.arange(len(order))))
             return lane, loss.mean()
 
         return self.over_lanes(lane_steps, lanes)
 
+    def _step(
+        self,
+        lane: Any,
+        inputs: Any,
+        labels: Any,
+        teacher: Any,
+        rows: Any,
+        number: Any,
+        key: Any,
+        on: Any,
+    ) -> tuple[Any, Any]:
+        """One update of one lane."""
+        alpha = lane["alpha"] * (1.0 if self.arm.smooths else on)
+        augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, number))
+        rows = jax.lax.with_sharding_constraint(rows, NamedSharding(self.mesh, P("data")))
+        x = self.prepare(inputs[rows], augment_key)
+        target = None if self.teacher is None else self.teacher.of(teacher, x, rows)
+        batch = (x, labels[rows], target)
+        gradient, loss, stats = self._gradient(lane, batch, alpha, dropout_key)
+        updates, opt_state = self.tx.update(gradient, lane["opt_state"], lane["params"])
+        params = optax.apply_updates(lane["params"], updates)
+        return lane | {"params": params, "stats": stats, "opt_state": opt_state}, loss
+
+    def _stepwise_epoch(
+        self, lanes: Any, inputs: Any, labels: Any, teacher: Any, order: Any, key: Any, on: Any
+    ) -> tuple[Any, Any]:
+        """The same as `_epoch`, a call a step."""
+        done, means = [], []
+        for lane in self.unstack(lanes):
+            losses = []
+            for number, rows in enumerate(order):
+                numbered = (rows, np.int32(number), key, on)
+                lane, loss = self.one_step(lane, inputs, labels, teacher, *numbered)
+                losses.append(loss)
+            done.append(lane)
+            means.append(jnp.stack(losses).mean())
+        return _stack(done), jnp.stack(means)
+
+    def unstack(self, lanes: Any) -> list[Any]:
+        return [jax.tree.map(lambda x, i=i: x[i], lanes) for i in range(len(self.alphas))]
+
     def _accuracy(self, lanes: Any, inputs: Any, labels: Any) -> Any:
         """Right answers in ``[batches, batch]`` rows, whose padding has the label -1."""
 
         def lane_count(lane: Any) -> Any:
-            def count(x: Any, y: Any) -> Any:
-                model = nnx.merge(self.graphdef, lane["params"], lane["stats"], copy=True)
-                logits = model(self.prepare(x, None))
-                return (logits.argmax(-1) == y).sum()
-
-            return jax.lax.map(lambda xy: count(*xy), (inputs, labels)).sum()
+            return jax.lax.map(lambda xy: self._count(lane, *xy), (inputs, labels)).sum()
 
         return self.over_lanes(lane_count, lanes)
+
+    def _stepwise_accuracy(self, lanes: Any, inputs: Any, labels: Any) -> Any:
+        batches = list(zip(inputs, labels, strict=True))
+        return [sum(self.one_count(lane, *xy) for xy in batches) for lane in self.unstack(lanes)]
+
+    def _count(self, lane: Any, x: Any, y: Any) -> Any:
+        model = nnx.merge(self.graphdef, lane["params"], lane["stats"], copy=True)
+        logits = model(self.prepare(x, None))
+        return (logits.argmax(-1) == y).sum()
 
     def score(self, lanes: Any, part: _dual_head_data.Part) -> np.ndarray:
         """Accuracy of every lane."""
@@ -302,6 +341,10 @@ def resident(task: _dual_head_data.Task, mesh: Any) -> tuple[Any, Any] | None:
     sharding = NamedSharding(mesh, P())
     inputs, labels = np.asarray(task.train.inputs[:]), np.asarray(task.train.labels)
     return jax.device_put(inputs, sharding), jax.device_put(labels, sharding)
+
+
+def _stack(lanes: list[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *lanes)
 
 
 def _batches(part: _dual_head_data.Part, size: int) -> Any:

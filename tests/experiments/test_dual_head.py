@@ -201,3 +201,39 @@ def test_mistakes_in_the_configuration_are_named(tmp_path):
         _dual_head_train.Trainer(config, task, _dual_head_arms.arms(config)["ce"], **options)
     for name, preset in dual_head.PRESETS.items():
         assert dual_head.Config(**preset), name
+
+
+def test_steps_by_the_host_equal_a_scanned_epoch():
+    config = dataclasses.replace(TINY, batch_size=8, mesh="data:1")
+    rng = np.random.default_rng(0)
+    part = _dual_head_data.Part(
+        inputs=rng.integers(0, 256, (24, 8, 8, 3), dtype=np.uint8), labels=rng.integers(4, size=24)
+    )
+    stats = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
+    task = _dual_head_data.Task(train=part, validation=part, test=part, num_classes=4, **stats)
+    mesh = training.make_mesh("data:1", devices=jax.devices()[:1])
+    trainer = _dual_head_train.Trainer(
+        config,
+        task,
+        _dual_head_arms.arms(config)["ce"],
+        network="resnet8",
+        epochs=2,
+        learning_rate=0.05,
+        alphas=(0.0, 0.5),
+        teacher=None,
+        resident=_dual_head_train.resident(task, mesh),
+        mesh=mesh,
+    )
+    assert trainer.stepwise
+    start = trainer.initial(jax.random.key(0, impl=trainer.generator))
+    key = jax.random.key(1)
+    order = np.arange(24).reshape(3, 8)
+    arguments = (*trainer.resident, None, jnp.asarray(order), key, 1.0)
+    by_scan, loss = jax.jit(trainer._epoch)(start, *arguments)
+    by_host, host_loss = trainer.epoch(start, *arguments)
+    np.testing.assert_allclose(host_loss, loss, rtol=1e-4)
+    for one, other in zip(jax.tree.leaves(by_host), jax.tree.leaves(by_scan), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
+    batches = (part.inputs[None], part.labels[None])
+    counted = jax.jit(trainer._accuracy)(by_host, *batches)
+    np.testing.assert_array_equal(trainer.accuracy(by_host, *batches), counted)
