@@ -11,6 +11,7 @@ form at most dense's (1.2 times at H = 2048), and of both forms never more than 
 
 import concurrent.futures
 import functools
+import json
 import multiprocessing
 import pathlib
 from collections.abc import Callable, Mapping
@@ -203,10 +204,18 @@ def _plot(rows: list[dict[str, Any]], path: pathlib.Path) -> pathlib.Path:
 
 
 def run(options: _suite.Options) -> _suite.Result:
-    rows = []
+    # Half an hour's work: what is measured is kept, and a run that was killed goes on from it.
+    kept = options.directory / f"{options.scale}-{options.repeats}.partial.json"
+    rows: list[dict[str, Any]] = json.loads(kept.read_text()) if kept.exists() else []
+    done = {(r["loss"], r["T"], r["H"], r["V"]) for r in rows}
     for shape in SMOKE_SHAPES if options.smoke else SHAPES:
         for kind in ("cross-entropy", "kl"):
+            if (kind, *shape) in done:
+                continue
             rows += _measure(shape, kind, options)
+            options.directory.mkdir(parents=True, exist_ok=True)
+            kept.write_text(json.dumps(rows))
             logging.info("%s at T, H, V = %s done", kind, shape)
     plot = _plot(rows, options.directory / "vocabulary_losses.png")
+    kept.unlink()
     return _suite.Result(rows=rows, bars=_bars(rows), plots=[plot])
