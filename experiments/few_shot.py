@@ -96,7 +96,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         runs=3,
         at_once=1,
         grid="full",
-        steps=1000,
+        steps=12_800,
     ),
 }
 

@@ -299,27 +299,29 @@ class LPPlusPlusConfig(FewShotConfig):
         hit = one_hot(labels, classes, features.dtype)
         centroid_logits = (hit * text).sum(0) / jnp.maximum(hit.sum(0), 1)
         blend = jnp.full((classes,), 250.0 * centroid_logits.mean(), features.dtype)
-        moving = {
-            "prototypes": class_means(features, labels, classes),
-            "bias": jnp.zeros((classes,), features.dtype),
-        }
+        # Prototypes are sums of features: with fewer images than channels their coefficients move.
+        share = hit / jnp.maximum(hit.sum(0), 1)
+        seen, start = (gram, share) if wide else (features, features.T @ share)
 
-        def loss(moving: Any, blend: Any) -> jax.Array:
-            logits = features @ moving["prototypes"] + moving["bias"] + blend * text
+        def loss(logits: jax.Array) -> jax.Array:
             values = cross_entropy(logits, jnp.maximum(labels, 0))
             return jnp.where(there, values, 0.0).sum() / count
 
         def step(carry: Any, index: Any) -> tuple[Any, None]:
-            moving, blend, velocity = carry
-            slope, blend_slope = jax.grad(loss, argnums=(0, 1))(moving, blend)
-            velocity = jax.tree.map(lambda v, g: self.momentum * v + g, velocity, slope)
-            moving = jax.tree.map(lambda x, v: x - rate * v, moving, velocity)
+            (moving, bias), blend, velocity = carry
+            slope = jax.grad(loss)(seen @ moving + bias + blend * text)
+            down = (slope if wide else features.T @ slope, slope.sum(0))
+            velocity = jax.tree.map(lambda v, g: self.momentum * v + g, velocity, down)
+            moving, bias = jax.tree.map(lambda x, v: x - rate * v, (moving, bias), velocity)
             due = index % self.blend_every == self.blend_every - 1
-            return (moving, jnp.where(due, blend - blend_rate * blend_slope, blend), velocity), None
+            blended = blend - blend_rate * (slope * text).sum(0)
+            return ((moving, bias), jnp.where(due, blended, blend), velocity), None
 
-        start = (moving, blend, jax.tree.map(jnp.zeros_like, moving))
-        (moving, blend, _), _ = jax.lax.scan(step, start, jnp.arange(self.iterations))
-        return moving | {"blend": blend}
+        first = (start, jnp.zeros((classes,), features.dtype))
+        carry = (first, blend, jax.tree.map(jnp.zeros_like, first))
+        ((moving, bias), blend, _), _ = jax.lax.scan(step, carry, jnp.arange(self.iterations))
+        prototypes = features.T @ moving if wide else moving
+        return {"prototypes": prototypes, "bias": bias, "blend": blend}
 
     def bias(self, state: FewShotState, inputs: FewShotInputs) -> jax.Array:
         features = needed(inputs.features, "features", self)

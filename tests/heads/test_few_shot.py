@@ -260,6 +260,40 @@ def test_lp_plus_plus_starts_and_steps_as_published():
     np.testing.assert_allclose(state.trained["blend"], expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("count", [len(LABELS), 10])  # more and fewer images than channels
+def test_lp_plus_plus_is_its_gradient_descent(count):
+    features, _, _, weights = (x[:count] if len(x) == len(LABELS) else x for x in problem())
+    labels = LABELS[:count]
+    hit = np.eye(CLASSES)[labels]
+    text, share = features @ weights, hit / np.maximum(hit.sum(0), 1)
+    rate = 4 * count / np.linalg.eigvalsh(features.T @ features)[-1]
+    blend_rate = count / (4 * np.square(text).sum(0).max())
+    moving = [features.T @ share, np.zeros(CLASSES)]
+    blend = np.full(CLASSES, 250 * (share * text).sum(0).mean())
+    speed = [0.0, 0.0]
+    for step in range(23):
+        p = oracle.softmax(features @ moving[0] + moving[1] + blend * text) - hit
+        for k, slope in enumerate((features.T @ p / count, p.mean(0))):
+            speed[k] = 0.9 * speed[k] + slope
+            moving[k] = moving[k] - rate * speed[k]
+        if step % 10 == 9:
+            blend = blend - blend_rate * (p * text).mean(0)
+    images, class_weights = inputs()
+    config = heads.LPPlusPlusConfig(iterations=23)
+    with jax.enable_x64(True):
+        own = heads.FewShotInputs(zero_shot=np.zeros_like(text), features=features)
+        found = config.init(own, labels, class_weights=weights).trained
+    np.testing.assert_allclose(found["prototypes"], moving[0], rtol=1e-8, atol=1e-8)
+    np.testing.assert_allclose(found["bias"], moving[1], rtol=1e-8, atol=1e-8)
+    np.testing.assert_allclose(found["blend"], blend, rtol=1e-8)
+    # Rows that are not there change nothing.
+    padded = jax.tree.map(lambda x: jnp.pad(x[:count], ((0, 3), (0, 0))), images)
+    state = config.init(
+        padded, np.pad(labels, (0, 3), constant_values=-1), class_weights=class_weights
+    )
+    np.testing.assert_allclose(state.trained["blend"], blend, rtol=1e-4)
+
+
 def test_views_of_an_image_are_averaged_and_class_means_are_not_of_length_one():
     images, _ = inputs()
     other, _ = inputs(seed=1)
