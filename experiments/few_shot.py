@@ -57,7 +57,7 @@ class Config:
     encode_batch: int = field(32, "Pictures encoded at once.")
     shots: tuple[int, ...] = field((1, 2, 4, 8, 16), "Pictures of a class.")
     runs: int = field(10, "Samples of every number of shots.")
-    at_once: int = field(10, "Samples trained together; 1 for large heads.")
+    at_once: int = field(1, "Samples trained together; more pays on accelerators, if it fits.")
     arm: tuple[str, ...] = field(_MAIN, "Arm to train")
     grid: str = field("small", "How much arms search.", choices=("small", "full"))
     epochs: int = field(50, "Of AMU.")
@@ -94,7 +94,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         views="random:10",
         encode_batch=128,
         runs=3,
-        at_once=1,
         grid="full",
         steps=12_800,
     ),
@@ -188,7 +187,8 @@ def train_arm(
             grid=arm.grid,
             class_weights=task.class_weights,
             views=task.views,
-            seed=config.seed + first,
+            seed=config.seed,
+            first=first,
             sequential=config.at_once == 1,
         )
         best = training.best_setting(scores["validation"])

@@ -98,6 +98,7 @@ def sweep_few_shot(
     class_weights: Any = None,
     views: int = 1,
     seed: int = 0,
+    first: int = 0,
     sequential: bool = False,
     batch_size: int = 1024,
 ) -> dict[str, dict[str, np.ndarray]]:
@@ -118,7 +119,9 @@ def sweep_few_shot(
       class_weights: ``[features, classes]``, for methods that read them.
       views: augmented views of the labelled images.
       seed: of the orders and of random starts.
-      sequential: one run and one setting after another, for heads too large to train at once.
+      first: number of the first run, so that several calls are as one.
+      sequential: one run after another, and in training one setting after another: for heads too
+        large to train at once, and no slower on a CPU.
       batch_size: images scored at a time.
 
     Returns:
@@ -148,9 +151,10 @@ def sweep_few_shot(
             f"labels: expected every run to start with as many images, got {sorted(counts)}"
         )
     with_settings(config, training, dict.fromkeys(columns, 0.0))
-    order, steps = _orders(labels, counts.pop(), training, views=views, seed=seed)
+    numbers = np.arange(first, first + len(labels))
+    order, steps = _orders(numbers, labels, counts.pop(), training, views=views, seed=seed)
     found = _sweep(
-        (np.arange(len(labels)), support, labels, order, dict(held_out)),
+        (numbers, support, labels, order, dict(held_out)),
         columns | {"": jnp.zeros(lengths.pop())},
         class_weights,
         steps if config.trains else 0,
@@ -165,15 +169,21 @@ def sweep_few_shot(
 
 
 def _orders(
-    labels: np.ndarray, count: int, training: FewShotTraining, *, views: int, seed: int
+    numbers: np.ndarray,
+    labels: np.ndarray,
+    count: int,
+    training: FewShotTraining,
+    *,
+    views: int,
+    seed: int,
 ) -> tuple[np.ndarray, int]:
     """``[runs, steps, batch]`` rows, padded to what all of the rows would need; and the steps."""
     runs, room = labels.shape
     steps = training.total_steps(count)
     width = min(training.batch_size, room)
     order = np.full((runs, max(steps, training.total_steps(room)), width), -1, np.int32)
-    for run in range(runs):
-        rows = few_shot_order((seed, run), count, training, views=views, stride=room)
+    for run, number in enumerate(numbers.tolist()):
+        rows = few_shot_order((seed, number), count, training, views=views, stride=room)
         order[run, :steps, : rows.shape[1]] = rows
     return order, steps
 
@@ -194,7 +204,7 @@ def _sweep(
     sequential: bool,
     batch_size: int,
 ) -> Any:
-    def one(run: Any, setting: dict[str, jax.Array]) -> Any:
+    def one(run: Any, setting: dict[str, jax.Array], batch_size: int = batch_size) -> Any:
         number, support, labels, order, held_out = run
         given = {name: value for name, value in setting.items() if name}
         method, recipe = with_settings(config, training, given)
@@ -209,8 +219,13 @@ def _sweep(
             for name, images in held_out.items()
         }
 
-    if sequential:
+    if sequential and config.trains:
         return jax.lax.map(lambda run: jax.lax.map(lambda x: one(run, x), settings), data)
+    if sequential:
+        # What does not depend on the setting, such as the whole of LP++, is done once for all.
+        fewer = max(1, batch_size // len(settings[""]))
+        scored = jax.vmap(functools.partial(one, batch_size=fewer), in_axes=(None, 0))
+        return jax.lax.map(lambda run: scored(run, settings), data)
     over_grid = jax.vmap(one, in_axes=(None, 0))
     return jax.vmap(over_grid, in_axes=(0, None))(data, settings)
 

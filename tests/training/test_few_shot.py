@@ -107,6 +107,9 @@ def test_a_sweep_is_its_runs_one_by_one():
         config, support, labels, {"test": (held_out, truth)}, sequential=True, **options
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), found, again)
+    second = jax.tree.map(lambda x: x[1:], (support, labels, {"test": (held_out, truth)}))
+    last = training.sweep_few_shot(config, *second, first=1, sequential=True, **options)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b[1:], rtol=1e-4), last, found)
     scores = found["test"]
     assert scores["accuracy"].shape == scores["auxiliary_accuracy"].shape == (2, 4)
     for run in range(2):
@@ -148,8 +151,12 @@ def test_rows_that_are_not_there_change_nothing():
             only = jax.tree.map(lambda x, rows=rows: x[:, :rows], support)
             exact = training.sweep_few_shot(config, only, labels[:, :rows], held_out, **options)
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), found, exact)
-        # 5 rows with room for 10, 5 without, and 10: the first and the last share a program.
-        assert training._few_shot_sweep._sweep._cache_size() == before + 2
+            one = training.sweep_few_shot(
+                config, support, labels, held_out, sequential=True, **options
+            )
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), found, one)
+        # 5 rows with room for 10 and 10 share a program, at once and one by one; 5 have their own.
+        assert training._few_shot_sweep._sweep._cache_size() == before + 3
 
 
 def test_training_beats_its_start_for_every_method_that_trains():
