@@ -6,8 +6,8 @@ The student is SmolLM2-135M's first and last layers, as in the demo of graph fus
 the whole model, on packaged Wikipedia summaries. Four trainings see the same rows: ``sft``;
 ``cached``, half SFT and half KL to 64 cached logits and the exact mass of the rest; ``sampled``,
 the same with 64 draws from the rest, which make the KL unbiased; ``live``, the teacher run in the
-step and KL over the whole vocabulary. Seconds are of whole steps, optimizer
-included, taken in turns; the live step is timed without its teacher too. Trainings that are done are kept.
+step and KL over the whole vocabulary. Seconds are of whole steps, optimizer included, taken in
+turns; the live step is timed without its teacher too. Trainings that are done are kept.
 """
 
 import functools
