@@ -196,6 +196,8 @@ def run_steps(
     )
     empty = jax.tree.map(lambda leaf: jnp.zeros((steps, *leaf.shape), leaf.dtype), out)
     empty = dataclasses.replace(empty, tokens=jnp.full_like(empty.tokens, options.pad_id))
+    if steps == 0:
+        return state, rows_first(empty)
 
     def unfinished(carry: Any) -> jax.Array:
         n, state, _ = carry

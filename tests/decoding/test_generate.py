@@ -5,6 +5,7 @@ from flax import nnx
 from experiments._models import byte_tokenizer
 from logitjax import decoding, models, training
 from logitjax.decoding import DecodeOptions, Sampling, generate
+from tests.decoding._bags import bag_logits, bag_of_words
 from tests.decoding._models import CONFIG, NEW, PROMPTS, REPORTED, decoder, next_logits, slow_greedy
 
 
@@ -135,6 +136,14 @@ def test_a_bias_and_a_penalty_move_tokens(greedy):
     out = generate(decoder(), PROMPTS, max_new_tokens=NEW, sampling=strong, options=REPORTED)
     for row, prompt in zip(out.rows(), PROMPTS, strict=True):
         assert len({*row, *prompt}) == len(row) + len(prompt)
+
+
+def test_one_token_is_the_prompts_next():
+    bag = bag_of_words(3, 64)
+    out = generate(bag, PROMPTS, max_new_tokens=1, options=DecodeOptions(logprobs=True))
+    expected = [int(bag_logits(bag[1], prompt).argmax()) for prompt in PROMPTS]
+    assert out.tokens[:, 0].tolist() == expected
+    assert out.tokens.shape == out.logprobs.shape == (3, 1)
 
 
 def test_sharded_equals_local(greedy):

@@ -66,11 +66,9 @@ def test_all_rows_equal_transformers_and_each_other():
     left = diverging(batched, everything)
     print(f"{len(left)} of 64 rows leave transformers' at a tie: {left}")
     assert len(left) <= 2
-    alone = []
-    for prompt in golden()[0]:
-        alone.append(generate(smollm2(), [prompt], max_new_tokens=64).tokens[0])
-    left = diverging(np.stack(alone), everything)
-    apart = np.flatnonzero((np.stack(alone) != batched).any(axis=1)).tolist()
+    some = everything[::8]
+    alone = [generate(smollm2(), [golden()[0][i]], max_new_tokens=64).tokens[0] for i in some]
+    left = diverging(np.stack(alone), some)
+    apart = np.flatnonzero((np.stack(alone) != batched[some]).any(axis=1)).tolist()
     print(f"one by one: {len(left)} leave at a tie: {left}; {apart} differ from the batch")
-    assert len(left) <= 2
-    assert len(apart) <= 2
+    assert len(left) + len(apart) <= 1
