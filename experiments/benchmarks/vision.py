@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -121,12 +122,12 @@ def _tower(sizes: dict[str, Any], pixels: np.ndarray) -> Any:
     config = vision.CLIPConfig(image_size=224, **text, **sizes)
     tower = vision.VisionTransformer if config.patch_size else vision.ModifiedResNet
 
-    @jax.jit
-    def made() -> Any:
-        return nnx.split(tower(config, rngs=nnx.Rngs(0)))[1]
-
-    graph = nnx.split(nnx.eval_shape(lambda: tower(config, rngs=nnx.Rngs(0))))[0]
-    state = made()
+    # Initial weights take longer to compile than the network, and any will do.
+    graph, shapes = nnx.split(nnx.eval_shape(lambda: tower(config, rngs=nnx.Rngs(0))))
+    rng = np.random.default_rng(0)
+    state = jax.tree.map(
+        lambda leaf: jnp.asarray(rng.uniform(0, 0.02, leaf.shape), leaf.dtype), shapes
+    )
     encode = jax.jit(lambda state, x: nnx.merge(graph, state)(x / 255.0))
     return lambda: encode(state, pixels)
 
