@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from flax import nnx
 
 from experiments import _fusion_data, _models
 from experiments._small_text import count_tokens
@@ -164,3 +165,7 @@ def _batches(packed: data.PackedDataset, config: Any) -> Iterator[Mapping[str, A
     while (step + 1) * config.batch_rows <= max(len(packed), config.batch_rows):
         yield packed.batch(step, seed=0, batch_size=config.batch_rows)["model"]
         step += 1
+
+
+def _params(model: Any) -> Any:
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
