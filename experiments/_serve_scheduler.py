@@ -150,10 +150,7 @@ class Scheduler:
         with self._wake:
             while not self._closing and not self._waiting and not any(self._jobs):
                 self._wake.wait()
-            if self._closing:
-                closing = True
-            else:
-                closing = False
+            closing = self._closing
         if closing:
             self._fail(RuntimeError("the server is closing"))
             return False

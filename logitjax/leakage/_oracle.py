@@ -70,11 +70,6 @@ class LogitOracle:
         self._cache_size = cache_size
         self._cache: dict[bytes, np.ndarray] = {}
 
-    @property
-    def vocab_size(self) -> int | None:
-        """Known after the first prompt."""
-        return next((len(row) for row in self._cache.values()), None)
-
     def ask(self, prompts: Sequence[Sequence[int] | Array] | Array) -> Answer:
         """One query a prompt, without a bias.
 

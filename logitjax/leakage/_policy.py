@@ -93,11 +93,6 @@ class LogitPolicy:
             if value < 0:
                 raise ValueError(f"{name} must not be negative, got {value}")
 
-    @property
-    def values_per_query(self) -> int | None:
-        """How many values an answer holds, or None for the whole vocabulary."""
-        return self.top_k
-
     def disturb(
         self,
         logits: Float[Array, "*batch vocab"],

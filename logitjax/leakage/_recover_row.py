@@ -48,13 +48,13 @@ class RecoveredRow:
 
 
 def row_queries(vocab: int, top_k: int) -> int:
-    """Queries for a whole row with a reference token: ``1 + ceil((V - 1) / (K - 1))``.
+    """Queries for a whole row with a reference token: ``1 + ceil((V - 1) / (K - 1))``; V at K = 1.
 
     >>> row_queries(5000, 5)
     1251
     """
     if top_k < 2:
-        return vocab + 1
+        return vocab
     return 1 + math.ceil((vocab - 1) / (top_k - 1))
 
 

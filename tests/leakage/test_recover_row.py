@@ -108,6 +108,7 @@ def test_one_value_a_query():
     policy = LogitPolicy(top_k=1, bias="reported")
     row = recover_log_probs(oracle_of(logits[None], policy), [0], 20, bias=6.0)
     assert row.method == "alone"
+    assert row.queries == row_queries(20, 1) == 20
     assert row.coverage == 1.0
     np.testing.assert_allclose(row.log_probs, log_softmax(logits), atol=row.error_bound + 1e-5)
     with pytest.raises(ValueError, match="below what answers resolve"):
