@@ -158,6 +158,7 @@ class Checkpointer:
         Raises:
           ValueError: if there are checkpoints and none can be read, or one is of another state.
         """
+        self.wait()
         steps = self.steps()[::-1]
         reasons: list[str] = []
         for tried, step in enumerate(steps):
