@@ -59,6 +59,14 @@ SOURCES: dict[str, Source] = {
         # Where the likelihood of the 500 is highest; the head is 33% right and 78% sure at 100.
         scale=20.0,
     ),
+    # Learnt from one vendor's drawings, scored on three others' of the same emoji.
+    "emoji": Source(
+        data="emoji:apple",
+        fit="pad",
+        size=96,
+        synsets=_few_shot_synsets.EMOJI,
+        shifted={vendor: (f"emoji:{vendor}", "all") for vendor in ("facebook", "google", "twitter")},
+    ),
 }
 # CLIP's eleven, as tfds or folders have them, and what tests a shift of ImageNet's pictures.
 CLIP_SOURCES: dict[str, Source] = {

@@ -51,6 +51,23 @@ FASHION: dict[str, str] = {
     "Ankle boot": "514 630",
 }
 
+# Faces, symbols and flags have hardly a class that is theirs.
+EMOJI: dict[str, str] = {
+    "Activities": "416 422 429 430 522 543 560 574 702 722 746 747 752 768 795 801 805 852 890",
+    "Animals & Nature": "0-397 984-986 988 990-996",
+    "Flags": "557",
+    "Food & Drink": "440 441 504 505 572 849 898 899 907 923-969 987 998",
+    "Objects": (
+        "401 402 409 414 418 432 435 470 486 487 508 515 527 528 530 531 541 546 558 563 566 579 "
+        "587 590 591 593 594 604 605 608 610 620 636 637 664 673 677 695 707 732 742 748 749 754 "
+        "759 770 774 776 783 784 826 834 837 845 848 851 861 875 889 906 921 999"
+    ),
+    "People & Body": "981-983",
+    "Smileys & Emotion": "643",
+    "Symbols": "916 918-920",
+    "Travel & Places": f"{STAMPS['houses']} {STAMPS['vehicles']} 970-980",
+}
+
 
 def ids_of(table: Mapping[str, str], class_names: Sequence[str]) -> list[np.ndarray]:
     """ImageNet classes of every name, in the order of the names.

@@ -157,10 +157,12 @@ def test_synsets_are_numbers_and_ranges():
     assert [rows.tolist() for rows in ids] == [[7], [1, 2, 3]]
     with pytest.raises(ValueError, match="'c'"):
         _few_shot_synsets.ids_of({"a": "3"}, ["c"])
-    for table in (_few_shot_synsets.STAMPS, _few_shot_synsets.FASHION):
+    tables = (_few_shot_synsets.STAMPS, _few_shot_synsets.FASHION, _few_shot_synsets.EMOJI)
+    for table in tables:
         rows = np.concatenate(_few_shot_synsets.ids_of(table, list(table)))
         assert rows.min() >= 0
         assert rows.max() < 1000
+        assert len(np.unique(rows)) == len(rows)
 
 
 def record(*test: float, zero_shot: float = 0.5, **more) -> dict:
