@@ -22,4 +22,8 @@ from logitjax.data._recognition import RecognitionSet as RecognitionSet
 from logitjax.data._teacher_cache import TeacherCache as TeacherCache
 from logitjax.data._teacher_cache import TeacherIdentity as TeacherIdentity
 from logitjax.data._teacher_cache import write_teacher_cache as write_teacher_cache
+from logitjax.data._tofu import TofuItem as TofuItem
+from logitjax.data._tofu import TofuSubset as TofuSubset
+from logitjax.data._tofu import load_tofu as load_tofu
+from logitjax.data._tofu import tofu_subset as tofu_subset
 from logitjax.data._tokenizer import Tokenizer as Tokenizer

@@ -1,6 +1,7 @@
 """Snapshots of Hugging Face repositories."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 from etils import epath
 
@@ -15,12 +16,15 @@ _FILES = [
 ]
 
 
-def hub_snapshot(name: str, files: Sequence[str] = _FILES) -> epath.Path:
+def hub_snapshot(
+    name: str, files: Sequence[str] = _FILES, *, kind: Literal["model", "dataset"] = "model"
+) -> epath.Path:
     """The local directory of ``org/name`` or ``org/name@revision``, downloaded where needed.
 
     Args:
       name: of the repository.
       files: patterns of what to download.
+      kind: what the repository holds.
 
     Raises:
       ValueError: one line: the package is missing, the name is not a repository's, or it is
@@ -31,25 +35,28 @@ def hub_snapshot(name: str, files: Sequence[str] = _FILES) -> epath.Path:
         from huggingface_hub import errors
     except ImportError:
         raise ValueError(
-            f"model 'hf:{name}': package huggingface_hub is not installed "
+            f"{kind} 'hf:{name}': package huggingface_hub is not installed "
             "(pip install 'logitjax[hub]')"
         ) from None
     repository, _, revision = name.partition("@")
     try:
         found = huggingface_hub.snapshot_download(
-            repository, revision=revision or None, allow_patterns=list(files)
+            repository,
+            revision=revision or None,
+            repo_type=kind,
+            allow_patterns=list(files),
         )
     except errors.HFValidationError as error:
-        raise ValueError(f"model 'hf:{name}': not a repository's name ({error})") from None
+        raise ValueError(f"{kind} 'hf:{name}': not a repository's name ({error})") from None
     except errors.GatedRepoError:
         raise ValueError(
-            f"model 'hf:{name}': access must be asked for on its page, then `hf auth login`"
+            f"{kind} 'hf:{name}': access must be asked for on its page, then `hf auth login`"
         ) from None
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
-        raise ValueError(f"model 'hf:{name}': no such repository or revision") from None
+        raise ValueError(f"{kind} 'hf:{name}': no such repository or revision") from None
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
-            f"model 'hf:{name}': not in the local cache and the hub cannot be reached ({reason})"
+            f"{kind} 'hf:{name}': not in the local cache and the hub cannot be reached ({reason})"
         ) from None
     return epath.Path(found)

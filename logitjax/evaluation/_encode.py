@@ -1,0 +1,103 @@
+"""Questions and answers as rows of tokens, the same for training, scoring and generating."""
+
+import dataclasses
+
+import numpy as np
+
+from logitjax.data import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptTemplate:
+    """What stands around a question.
+
+    The answer follows directly. Use one template for training, scoring and generating: the release
+    of logit-difference unlearning has other spaces in one of them.
+
+    Attributes:
+      before: the question.
+      after: it, up to the answer.
+
+    >>> PromptTemplate.llama2().render("Who?")
+    '[INST] Who? [/INST]'
+    """
+
+    before: str
+    after: str
+
+    def render(self, question: str) -> str:
+        """The prompt."""
+        return self.before + question + self.after
+
+    @staticmethod
+    def llama2() -> "PromptTemplate":
+        """TOFU's, for Llama-2-chat."""
+        return PromptTemplate(before="[INST] ", after=" [/INST]")
+
+    @staticmethod
+    def phi() -> "PromptTemplate":
+        """TOFU's, for Phi-1.5."""
+        return PromptTemplate(before="Question: ", after="\nAnswer: ")
+
+    @staticmethod
+    def chatml() -> "PromptTemplate":
+        """That of SmolLM2 and Qwen, without a system message."""
+        return PromptTemplate(
+            before="<|im_start|>user\n", after="<|im_end|>\n<|im_start|>assistant\n"
+        )
+
+
+def encode_prompt(tokenizer: Tokenizer, template: PromptTemplate, question: str) -> np.ndarray:
+    """The tokens that an answer continues: int32 ``[time]``.
+
+    Starts with the tokenizer's beginning mark where it says so (``add_bos``).
+    """
+    add_bos = bool(getattr(tokenizer, "add_bos", False))
+    return np.asarray(tokenizer.encode(template.render(question), add_bos=add_bos), np.int32)
+
+
+def encode_answer(
+    tokenizer: Tokenizer,
+    template: PromptTemplate,
+    question: str,
+    answer: str,
+    *,
+    max_length: int = 200,
+    eos_id: int | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """A question with its answer, and which tokens are the answer's, the end mark included.
+
+    Text is encoded as one where its tokens begin with those of the prompt (as they do in TOFU's
+    code, which relies on it), otherwise prompt and answer apart: the row always begins with what
+    `encode_prompt` gives.
+
+    Args:
+      tokenizer: of the model.
+      template: what stands around the question.
+      question: of the item.
+      answer: right or wrong.
+      max_length: of the row; the rest is cut off. TOFU's is 200, OpenUnlearning's 512.
+      eos_id: the end mark, if it is not the tokenizer's.
+
+    Returns:
+      int32 ``[time]`` and bool ``[time]``.
+
+    Raises:
+      ValueError: the prompt alone takes ``max_length`` tokens.
+    """
+    prompt = encode_prompt(tokenizer, template, question)
+    add_bos = bool(getattr(tokenizer, "add_bos", False))
+    text = template.render(question) + answer
+    ids = np.asarray(tokenizer.encode(text, add_bos=add_bos), np.int32)
+    if not np.array_equal(ids[: len(prompt)], prompt):
+        ids = np.concatenate([prompt, np.asarray(tokenizer.encode(answer), np.int32)])
+    end = tokenizer.eos_id if eos_id is None else eos_id
+    if end is not None:
+        ids = np.append(ids, np.int32(end))
+    ids = ids[:max_length]
+    if len(prompt) >= len(ids):
+        raise ValueError(
+            f"no token of the answer fits: the prompt of {question[:60]!r} takes {len(prompt)} of "
+            f"max_length={max_length} tokens"
+        )
+    return ids, np.arange(len(ids)) >= len(prompt)
