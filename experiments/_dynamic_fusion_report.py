@@ -38,6 +38,8 @@ def write(config: Any, results: Mapping[str, Any], workdir: epath.Path) -> str:
     text = f"# Dynamic fusion\n\n{_setting(config, seeds)}\n\n## Verdicts\n\n{verdicts(seeds)}\n"
     for title, rows in tables:
         text += f"\n## {title}\n\n{markdown_table(rows)}\n"
+    if "graded" in seeds[0]:
+        text += f"\n## Answers to the first domain's questions\n\n{markdown_table(graded(seeds))}\n"
     text += f"\n## The searches against a dense scan in float64\n\n{_searches(results)}\n"
     if results["speeds"]:
         text += f"\n## Greedy decoding, one row\n\n{markdown_table(results['speeds'])}\n"
@@ -84,6 +86,29 @@ def single_table(seeds: Sequence[Any], domain: str, name: str) -> list[dict[str,
     table.insert(4, _row("static", chosen, seeds, domain, name))
     ceilings = [seed["ceiling"][domain][name] for seed in seeds]
     return [*table, _row("large, tuned (ceiling)", ceilings, seeds, domain, name)]
+
+
+def graded(seeds: Sequence[Any]) -> list[dict[str, Any]]:
+    """Mean grade of every arm's answers, and how it lies between large model and ceiling."""
+    rows = []
+    for arm in seeds[0]["graded"]:
+        grades = [100 * seed["graded"][arm]["grade"] for seed in seeds]
+        ends = [
+            [100 * seed["graded"][end]["grade"] for end in ("large", "ceiling")] for seed in seeds
+        ]
+        gaps = [gap_closed(grade, *end) for grade, end in zip(grades, ends, strict=True)]
+        known = [gap for gap in gaps if gap is not None]
+        ratios = [100 * g / end[1] for g, end in zip(grades, ends, strict=True) if end[1]]
+        rows.append(
+            {
+                "arm": arm,
+                "grade %": mean_and_spread(grades),
+                "gap closed %": mean_and_spread(known) if known else None,
+                "paper's ratio %": mean_and_spread(ratios) if ratios else None,
+                "questions": seeds[0]["graded"][arm]["questions"],
+            }
+        )
+    return rows
 
 
 def several_table(seeds: Sequence[Any], name: str) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from absl import logging
 from etils import epath
 
 from experiments import _dynamic_fusion_arms as arms
-from experiments import _models
+from experiments import _graded_tasks, _models
 from experiments._dynamic_fusion_data import load_task, load_text
 from experiments._dynamic_fusion_models import Lineup, Scored, Variant
 from logitjax import decoding
@@ -33,6 +33,7 @@ class Run:
     config: Any
     lineup: Lineup
     tokenizer: Any
+    graded: _graded_tasks.Graded | None = None
 
     def models(self, domains: Sequence[str], seed: int) -> list[Variant]:
         """Large model, base, experts."""
@@ -40,7 +41,10 @@ class Run:
         return [lineup.large, lineup.base, *[lineup.tuned("base", d, seed) for d in domains]]
 
     def score_seed(self, seed: int, kept: Kept) -> dict[str, Any]:
-        """Means of every arm by line-up and data set, and the static alphas that were chosen."""
+        """Means of every arm by line-up and data set, and the static alphas that were chosen.
+
+        With a graded task as the domain also the mean grade of its answers, by arm.
+        """
         record: dict[str, Any] = {"seed": seed, "single": {}, "several": {}, "ceiling": {}}
         chosen: dict[str, float] = {}
 
@@ -62,6 +66,8 @@ class Run:
                 )
                 for name in names
             }
+            if domain == "domain" and self.graded is not None:
+                record["graded"] = self._grade(ceiling, chosen[domain], seed, kept)
             self.lineup.forget(ceiling)
         both = tuple(SETS)
         found = {name: score({}, both, name, "validation") for name in both}
@@ -100,6 +106,47 @@ class Run:
             block_size=self.config.block_size,
             options=self._options(name),
         )
+
+    def _grade(
+        self, ceiling: Variant, static: float, seed: int, kept: Kept
+    ) -> dict[str, dict[str, Any]]:
+        """Mean grade of the answers to the domain's questions, by arm."""
+        assert self.graded is not None
+        config, kind = self.config, self.graded.kind
+        questions = self.graded.splits["test"][: config.graded_questions]
+        large, base, expert = self.models(["domain"], seed)
+
+        def fused(strategy: Any) -> Any:
+            return decoding.Ensemble(
+                large.model, experts=[expert.model], bases=[base.model], fuse=strategy
+            )
+
+        arms_: dict[str, Callable[[], Any]] = {
+            "large": lambda: large.model,
+            "expert": lambda: expert.model,
+            "proxy": lambda: fused(ProxyTuning()),
+            "static": lambda: fused(ProxyTuning(alpha=static)),
+            "dlf grid": lambda: fused(DynamicFusion(method="grid")),
+            DynamicFusion().method: lambda: fused(DynamicFusion()),
+            "ceiling": lambda: ceiling.model,
+        }
+
+        def measure(name: str) -> dict[str, Any]:
+            logging.info("seed %d: answers of %s", seed, name)
+            grades = _graded_tasks.grade(
+                arms_[name](),
+                kind,
+                questions,
+                self.tokenizer,
+                batch_size=config.task_batch,
+                max_prompt=config.seq_len,
+            )
+            return {"grade": statistics.fmean(grades), "questions": len(grades)}
+
+        return {
+            name: kept(f"seed-{seed}-graded-{name}", functools.partial(measure, name))
+            for name in arms_
+        }
 
     def _options(self, name: str) -> Sequence[int] | None:
         return self.lineup.task.options if name == "task" else None
@@ -191,9 +238,13 @@ def open_lineup(config: Any, workdir: epath.Path) -> Run:
     """Load the tokenizer, pack the texts; models are made when they are needed."""
     root = epath.Path(config.models_dir or workdir / "models").expanduser()
     tokenizer = _models.load_tokenizer_of(config.large)
+    graded, domain = None, config.domain
+    if _graded_tasks.is_graded(domain):
+        graded = _graded_tasks.load_graded(domain)
+        domain = _graded_tasks.write_for_tuning(graded, workdir / "data" / "questions")
     texts = {
         name: load_text(spec, tokenizer, seq_len=config.seq_len, directory=workdir / "data" / name)
-        for name, spec in (("general", config.general), ("domain", config.domain))
+        for name, spec in (("general", config.general), ("domain", domain))
     }
     sizes = {
         "train": config.task_examples,
@@ -201,4 +252,4 @@ def open_lineup(config: Any, workdir: epath.Path) -> Run:
         "test": config.test_questions,
     }
     task = load_task(config.task, tokenizer, length=config.task_length, sizes=sizes)
-    return Run(config, Lineup(config, root, texts, task), tokenizer)
+    return Run(config, Lineup(config, root, texts, task), tokenizer, graded)

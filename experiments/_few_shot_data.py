@@ -65,7 +65,7 @@ SOURCES: dict[str, Source] = {
         fit="pad",
         size=96,
         synsets=_few_shot_synsets.EMOJI,
-        shifted={vendor: (f"emoji:{vendor}", "all") for vendor in ("facebook", "google", "twitter")},
+        shifted={v: (f"emoji:{v}", "all") for v in ("facebook", "google", "twitter")},
     ),
 }
 # CLIP's eleven, as tfds or folders have them, and what tests a shift of ImageNet's pictures.

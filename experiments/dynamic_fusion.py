@@ -12,6 +12,9 @@ domain and on general text. ``report.md`` gets NLL, accuracy, the share of the g
 that is closed as (x - base) / (ceiling - base) and as the paper's ratio x / ceiling, how near the
 searches come to their global minimum, tokens a second, and a plot of alpha over tokens.
 
+With ``--domain=gsm8k:DIR`` (or ``trivia_qa``, ``cnn_dm``, ``truthful_qa``, ``mmlu``) experts learn
+a published task and every arm answers its test questions, which are graded as published.
+
 Models and what their heads see are kept in ``--models_dir`` and shared between runs. Kill it
 whenever you like: the same command continues where it stopped.
 """
@@ -38,7 +41,7 @@ class Config:
     base: str = field("", "The small base; if empty, cut from the large model and healed.")
     small_layers: tuple[int, ...] = field((0, 1, 2, 3, 28, 29), "Layers of the cut.")
     general: str = field("tfds:wiki_summaries", "Text to heal on, and to score outside domains.")
-    domain: str = field("tfds:first_folio", "Text of the first domain.")
+    domain: str = field("tfds:first_folio", "Text of the first domain, or a task: gsm8k:DIR, ...")
     task: str = field("topics:tfds:wiki_summaries", "Questions of the second: topics:..., letters.")
     models_dir: str = field(".cache/dynamic_fusion", "Models, shared between runs.")
     seq_len: int = field(128, "Tokens a row.")
@@ -57,6 +60,7 @@ class Config:
     test_tokens: int = field(1024, "To report on, of each text.")
     validation_questions: int = field(96, "To choose the static alpha on.")
     test_questions: int = field(192, "To report on.")
+    graded_questions: int = field(1000, "To answer, where the first domain is a task.")
     static_alpha: tuple[float, ...] = field(_ALPHAS, "Static alphas to choose from.")
     seeds: int = field(1, "Experts and ceilings of their own each.")
     block_size: int = field(64, "Positions whose logits are held at a time.")
@@ -107,13 +111,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     "demo": dict(),
     "report": dict(seeds=3, certify_rows=200),
-    # The tasks as jsonl of prompt and response, one folder each (--domain, --task repeat the run):
-    # GSM8K, TruthfulQA, TriviaQA, CNN/DM; MMLU as questions with one right letter.
+    # Once for each of the paper's tasks: --domain=gsm8k:DIR, truthful_qa:DIR, trivia_qa:DIR,
+    # cnn_dm:DIR and, which no expert was tuned on, mmlu:DIR.
     "paper": dict(
         large="hf:meta-llama/Llama-2-13b-hf",
         base="hf:TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T",
-        general="jsonl:data/mmlu",
-        domain="jsonl:data/gsm8k",
+        general="tfds:wiki_summaries",
+        domain="gsm8k:data/gsm8k",
         task="topics:tfds:ag_news_subset",
         train_embeddings=True,
         seq_len=1024,
@@ -128,6 +132,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         test_tokens=200_000,
         validation_questions=500,
         test_questions=5000,
+        graded_questions=1319,
         dtype="bfloat16",
         mesh="data:-1,fsdp:16,tensor:2",
         seeds=3,

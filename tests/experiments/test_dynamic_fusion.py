@@ -68,6 +68,24 @@ def test_same_command_again_trains_nothing_and_scores_what_is_missing(finished, 
     assert (finished / "report.md").read_text() == before
 
 
+@pytest.mark.slow
+def test_a_published_task_as_the_first_domain_is_answered_by_every_arm(tmp_path):
+    for split, count in (("train", 60), ("test", 8)):
+        rows = [
+            {"question": f"How much is {i} and {i}?", "answer": f"Twice.\n#### {2 * i}"}
+            for i in range(count)
+        ]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    changes = {**CHANGES, "domain": f"gsm8k:{tmp_path}", "graded_questions": 4, "mesh": "data:4"}
+    config = dynamic_fusion.Config(**{**dynamic_fusion.PRESETS["smoke"], **changes})
+    dynamic_fusion.run(config, epath.Path(tmp_path / "run"))
+    report = (tmp_path / "run/report.md").read_text()
+    assert "## Answers to the first domain's questions" in report
+    seed = json.loads((tmp_path / "run/metrics.jsonl").read_text())
+    assert set(seed["graded"]) >= {"large", "expert", "proxy", "static", "dlf grid", "ceiling"}
+    assert all(found["questions"] == 4 for found in seed["graded"].values())
+
+
 @pytest.fixture(scope="module")
 def scored():
     rng = np.random.default_rng(0)

@@ -1,0 +1,266 @@
+"""Published tasks with checkable answers: read, asked of a model or of a fused line-up, graded.
+
+Zero-shot, as *On giant's shoulders* scores them: GSM8K by the last number, TriviaQA by any of its
+aliases, CNN/DM by ROUGE-2, MMLU and TruthfulQA by the likeliest of the given answers.
+"""
+
+import dataclasses
+import json
+import re
+import string
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from logitjax import decoding
+from logitjax.models import Tokenizer
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Question:
+    """What is asked, and what is right.
+
+    Attributes:
+      prompt: the question in words, as experts are tuned on it.
+      response: the answer to learn from.
+      right: texts that count as right; for choices, those of them.
+      choices: answers to choose among; none where the answer is written freely.
+    """
+
+    prompt: str
+    response: str
+    right: tuple[str, ...]
+    choices: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kind:
+    """How a task's rows are read and its answers graded.
+
+    Attributes:
+      read: one row of its published JSON.
+      grade: ``(answer, right) -> 0..1``; of free answers.
+      max_new_tokens: of free answers.
+      stop_strings: that end one.
+    """
+
+    read: Callable[[Mapping[str, Any]], Question]
+    grade: Callable[[str, Sequence[str]], float] | None = None
+    max_new_tokens: int = 0
+    stop_strings: tuple[str, ...] = ()
+
+
+def last_number(text: str) -> str | None:
+    """The last number in a text without thousands' commas and trailing zeros, None without one."""
+    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
+    return f"{float(found[-1].replace(',', '')):g}" if found else None
+
+
+def same_number(answer: str, right: Sequence[str]) -> float:
+    number = last_number(answer)
+    return float(number is not None and number in {last_number(text) for text in right})
+
+
+def plain(text: str) -> str:
+    """Lower case without punctuation, articles and double spaces, as SQuAD compares answers."""
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def same_words(answer: str, right: Sequence[str]) -> float:
+    return float(plain(answer) in {plain(text) for text in right})
+
+
+def rouge_2(answer: str, right: Sequence[str]) -> float:
+    """F-measure of bigrams, with stemming."""
+    from rouge_score import rouge_scorer
+
+    scorer = rouge_scorer.RougeScorer(["rouge2"], use_stemmer=True)
+    return max(scorer.score(text, answer)["rouge2"].fmeasure for text in right)
+
+
+def _asked(question: str) -> str:
+    return f"Question: {question}\nAnswer:"
+
+
+def _gsm8k(row: Mapping[str, Any]) -> Question:
+    solution, _, number = row["answer"].partition("####")
+    # Experts learn to end with the number that is graded.
+    response = f" {re.sub('<<.*?>>', '', solution).strip()}\nThe answer is {number.strip()}"
+    return Question(prompt=_asked(row["question"]), response=response, right=(number.strip(),))
+
+
+def _trivia_qa(row: Mapping[str, Any]) -> Question:
+    answer = row["answer"]
+    known = dict.fromkeys([answer["value"], *answer.get("aliases", ())])
+    return Question(
+        prompt=_asked(row["question"]), response=f" {answer['value']}", right=tuple(known)
+    )
+
+
+def _cnn_dm(row: Mapping[str, Any]) -> Question:
+    prompt = f"Article: {row['article']}\nSummary:"
+    return Question(prompt=prompt, response=f" {row['highlights']}", right=(row["highlights"],))
+
+
+def _truthful_qa(row: Mapping[str, Any]) -> Question:
+    targets = row["mc1_targets"]
+    choices = tuple(f" {text}" for text in targets["choices"])
+    right = tuple(c for c, label in zip(choices, targets["labels"], strict=True) if label)
+    return Question(prompt=_asked(row["question"]), response=right[0], right=right, choices=choices)
+
+
+def _mmlu(row: Mapping[str, Any]) -> Question:
+    letters = string.ascii_uppercase[: len(row["choices"])]
+    listed = "\n".join(f"{x}. {text}" for x, text in zip(letters, row["choices"], strict=True))
+    right = f" {letters[row['answer']]}"
+    return Question(
+        prompt=f"{row['question'].strip()}\n{listed}\nAnswer:",
+        response=right,
+        right=(right,),
+        choices=tuple(f" {x}" for x in letters),
+    )
+
+
+KINDS: dict[str, Kind] = {
+    "gsm8k": Kind(
+        read=_gsm8k, grade=same_number, max_new_tokens=320, stop_strings=("\n\n", "Question:")
+    ),
+    "trivia_qa": Kind(read=_trivia_qa, grade=same_words, max_new_tokens=32, stop_strings=("\n",)),
+    "cnn_dm": Kind(read=_cnn_dm, grade=rouge_2, max_new_tokens=160, stop_strings=("\n\n",)),
+    "truthful_qa": Kind(read=_truthful_qa),
+    "mmlu": Kind(read=_mmlu),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Graded:
+    """The questions of each split of one task."""
+
+    name: str
+    splits: Mapping[str, tuple[Question, ...]]
+
+    @property
+    def kind(self) -> Kind:
+        return KINDS[self.name]
+
+
+def is_graded(spec: str) -> bool:
+    return spec.partition(":")[0] in KINDS
+
+
+def load_graded(spec: str) -> Graded:
+    """``gsm8k:DIR``, ``trivia_qa:``, ``cnn_dm:``, ``truthful_qa:``, ``mmlu:``.
+
+    ``DIR`` has ``train.jsonl`` and ``test.jsonl`` with rows as their authors publish them, perhaps
+    ``validation.jsonl``; else the last tenth of what is trained on is held out.
+
+    Raises:
+      ValueError: an unknown task, or a row that lacks something, with file and line.
+      FileNotFoundError: no such file.
+    """
+    name, _, place = spec.partition(":")
+    if name not in KINDS or not place:
+        raise ValueError(f"expected one of {', '.join(KINDS)} as NAME:DIRECTORY, got {spec!r}")
+    root = epath.Path(place).expanduser()
+    found = {}
+    for split in SPLITS:
+        path = root / f"{split}.jsonl"
+        if path.exists():
+            found[split] = _read(path, KINDS[name])
+        elif split != "validation":
+            raise FileNotFoundError(f"{path}: {name} needs train.jsonl and test.jsonl")
+    if "validation" not in found:
+        held = max(1, len(found["train"]) // 10)
+        found["validation"] = found["train"][-held:]
+        found["train"] = found["train"][:-held]
+    empty = [split for split in SPLITS if not found[split]]
+    if empty:
+        raise ValueError(f"{root}: no questions to be the {empty[0]} split of {name}")
+    return Graded(name, {split: found[split] for split in SPLITS})
+
+
+def _read(path: epath.Path, kind: Kind) -> tuple[Question, ...]:
+    questions = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            questions.append(kind.read(json.loads(line)))
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{path}, line {number}: {type(error).__name__}: {error}") from None
+    return tuple(questions)
+
+
+def write_for_tuning(task: Graded, directory: epath.Path) -> str:
+    """The questions as JSON lines of prompt and response, for :func:`load_examples`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for split, questions in task.splits.items():
+        rows = [json.dumps({"prompt": q.prompt, "response": q.response}) for q in questions]
+        (directory / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
+    return f"jsonl:{directory}"
+
+
+def grade(
+    model: Any,
+    kind: Kind,
+    questions: Sequence[Question],
+    tokenizer: Tokenizer,
+    *,
+    batch_size: int,
+    max_prompt: int,
+) -> list[float]:
+    """The grade of every question, 0 to 1.
+
+    Args:
+      model: whatever decodes: a model or a `decoding.Ensemble`.
+      kind: of the task.
+      questions: asked without examples.
+      tokenizer: the models'.
+      batch_size: questions together; choices count each.
+      max_prompt: tokens of a prompt; longer ones lose their beginning.
+    """
+    if kind.grade is None:
+        return _grade_choices(model, questions, tokenizer, batch_size, max_prompt)
+    grades: list[float] = []
+    for start in range(0, len(questions), batch_size):
+        part = questions[start : start + batch_size]
+        out = decoding.generate(
+            model,
+            [tokenizer.encode(q.prompt)[-max_prompt:] for q in part],
+            max_new_tokens=kind.max_new_tokens,
+            stop_ids=() if tokenizer.eos_id is None else (tokenizer.eos_id,),
+            stop_strings=kind.stop_strings,
+            tokenizer=tokenizer,
+        )
+        assert out.texts is not None
+        grades += [kind.grade(text, q.right) for text, q in zip(out.texts, part, strict=True)]
+    return grades
+
+
+def _grade_choices(
+    model: Any,
+    questions: Sequence[Question],
+    tokenizer: Tokenizer,
+    batch_size: int,
+    max_prompt: int,
+) -> list[float]:
+    rows = [(i, choice) for i, q in enumerate(questions) for choice in q.choices]
+    totals = np.zeros(len(rows))
+    prompts = [tokenizer.encode(q.prompt)[-max_prompt:] for q in questions]
+    for start in range(0, len(rows), batch_size):
+        part = rows[start : start + batch_size]
+        scores = decoding.score(
+            model, [prompts[i] for i, _ in part], [tokenizer.encode(c) for _, c in part]
+        )
+        totals[start : start + len(part)] = scores.totals()
+    grades, start = [], 0
+    for q in questions:
+        best = int(totals[start : start + len(q.choices)].argmax())
+        grades.append(float(q.choices[best] in q.right))
+        start += len(q.choices)
+    return grades
