@@ -8,7 +8,17 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_PACKAGES = ("data", "decoding", "evaluation", "heads", "losses", "models", "ops", "training", "transport")
+_PACKAGES = (
+    "data",
+    "decoding",
+    "evaluation",
+    "heads",
+    "losses",
+    "models",
+    "ops",
+    "training",
+    "transport",
+)
 __all__ = ("__version__", *_PACKAGES)
 
 

@@ -15,8 +15,9 @@ class PromptTemplate:
     of logit-difference unlearning has other spaces in one of them.
 
     Attributes:
-      before: the question.
-      after: it, up to the answer.
+      before: what comes before the question.
+      after: what follows it, up to the answer.
+      add_bos: begin with the tokenizer's beginning mark; None: if its ``add_bos`` says so.
 
     >>> PromptTemplate.llama2().render("Who?")
     '[INST] Who? [/INST]'
@@ -24,6 +25,7 @@ class PromptTemplate:
 
     before: str
     after: str
+    add_bos: bool | None = None
 
     def render(self, question: str) -> str:
         """The prompt."""
@@ -32,7 +34,7 @@ class PromptTemplate:
     @staticmethod
     def llama2() -> "PromptTemplate":
         """TOFU's, for Llama-2-chat."""
-        return PromptTemplate(before="[INST] ", after=" [/INST]")
+        return PromptTemplate(before="[INST] ", after=" [/INST]", add_bos=True)
 
     @staticmethod
     def phi() -> "PromptTemplate":
@@ -48,12 +50,8 @@ class PromptTemplate:
 
 
 def encode_prompt(tokenizer: Tokenizer, template: PromptTemplate, question: str) -> np.ndarray:
-    """The tokens that an answer continues: int32 ``[time]``.
-
-    Starts with the tokenizer's beginning mark where it says so (``add_bos``).
-    """
-    add_bos = bool(getattr(tokenizer, "add_bos", False))
-    return np.asarray(tokenizer.encode(template.render(question), add_bos=add_bos), np.int32)
+    """The tokens that an answer continues: int32 ``[time]``."""
+    return _encode(tokenizer, template, template.render(question))
 
 
 def encode_answer(
@@ -86,9 +84,7 @@ def encode_answer(
       ValueError: the prompt alone takes ``max_length`` tokens.
     """
     prompt = encode_prompt(tokenizer, template, question)
-    add_bos = bool(getattr(tokenizer, "add_bos", False))
-    text = template.render(question) + answer
-    ids = np.asarray(tokenizer.encode(text, add_bos=add_bos), np.int32)
+    ids = _encode(tokenizer, template, template.render(question) + answer)
     if not np.array_equal(ids[: len(prompt)], prompt):
         ids = np.concatenate([prompt, np.asarray(tokenizer.encode(answer), np.int32)])
     end = tokenizer.eos_id if eos_id is None else eos_id
@@ -101,3 +97,9 @@ def encode_answer(
             f"max_length={max_length} tokens"
         )
     return ids, np.arange(len(ids)) >= len(prompt)
+
+
+def _encode(tokenizer: Tokenizer, template: PromptTemplate, text: str) -> np.ndarray:
+    own = getattr(tokenizer, "add_bos", False)
+    add_bos = bool(own if template.add_bos is None else template.add_bos)
+    return np.asarray(tokenizer.encode(text, add_bos=add_bos), np.int32)

@@ -1,0 +1,133 @@
+"""Whether a model that forgot can be told from one that never knew."""
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+
+_CHUNK = 2**22
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ForgetQuality:
+    """How far two models' truth ratios on the forget set are apart.
+
+    Attributes:
+      statistic: D of Kolmogorov and Smirnov, 0 (alike) to 1.
+      interval: of ``statistic``, from resampled items.
+      p_value: what TOFU calls forget quality: of a D at least this large, were the two alike. It
+        measures the number of items as much as the model: read ``statistic`` beside it.
+      log10_p_value: finite where ``p_value`` is too small for a float.
+      items: of the model and of the reference.
+    """
+
+    statistic: float
+    interval: tuple[float, float]
+    p_value: float
+    log10_p_value: float
+    items: tuple[int, int]
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"D {self.statistic:.3f} [{low:.3f}, {high:.3f}], p {self.p_value:.3g}"
+
+
+def forget_quality(
+    ratios: Any,
+    reference_ratios: Any,
+    *,
+    paired: bool | None = None,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> ForgetQuality:
+    """Compares truth ratios on the forget set with those of a model retrained without it.
+
+    ::
+
+        D = sup_x |F(x) - F_ref(x)|
+
+    The interval is the basic bootstrap's, ``[2 D - q_hi, 2 D - q_lo]`` for the quantiles q of the
+    resampled D (drawing items again adds ties, which push D up; reflecting takes that back), cut to
+    [0, 1] and widened to hold D.
+
+    Args:
+      ratios: ``[n]``, of the model. Any increasing function of the truth ratio does: give
+        `log_truth_ratio`, which has no overflow.
+      reference_ratios: ``[m]``, of the retrained model.
+      paired: both are about the same items in the same order, which are then drawn together;
+        default: if there are as many.
+      confidence: of the interval.
+      resamples: for the interval.
+      seed: likewise.
+
+    Returns:
+      `ForgetQuality`.
+
+    Raises:
+      ValueError: nan or infinite or no values, ``confidence`` not in (0, 1), or paired values of
+        different numbers.
+
+    References:
+      Maini et al., 2024 (arXiv 2401.06121), section 2.3.2; the p-value is
+      ``scipy.stats.ks_2samp``'s. They give no interval. Two independently retrained Llama-2 models
+      reach p .87 to .9999 against each other: 1 is not the ceiling.
+
+    >>> print(forget_quality([0.1, 0.2, 0.3, 0.4], [0.1, 0.2, 0.3, 0.4]))
+    D 0.000 [0.000, 0.000], p 1
+    """
+    from scipy import stats
+
+    values = []
+    for name, given in (("ratios", ratios), ("reference_ratios", reference_ratios)):
+        array = np.asarray(given, np.float64)
+        if array.ndim != 1 or not len(array):
+            raise ValueError(f"{name} must be [n >= 1], got shape {array.shape}")
+        if not np.isfinite(array).all():
+            count = int((~np.isfinite(array)).sum())
+            raise ValueError(f"{name}: {count} of {len(array)} values are not finite")
+        values.append(array)
+    a, b = values
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
+    if paired and len(a) != len(b):
+        raise ValueError(f"paired values must be as many, got {len(a)} and {len(b)}")
+    d, p = map(float, stats.ks_2samp(a, b))
+    drawn = _resampled(a, b, len(a) == len(b) if paired is None else paired, resamples, seed)
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(drawn, [tail, 1 - tail])
+    return ForgetQuality(
+        statistic=d,
+        interval=(float(max(0.0, min(d, 2 * d - high))), float(min(1.0, max(d, 2 * d - low)))),
+        p_value=p,
+        log10_p_value=math.log10(p) if p > 0 else _asymptotic_log10(d, len(a), len(b)),
+        items=(len(a), len(b)),
+    )
+
+
+def _asymptotic_log10(d: float, n: int, m: int) -> float:
+    """The leading term of Kolmogorov's series, ``2 exp(-2 d^2 n m / (n + m))``."""
+    return (math.log(2) - 2 * d * d * n * m / (n + m)) / math.log(10)
+
+
+def _resampled(a: np.ndarray, b: np.ndarray, paired: bool, resamples: int, seed: int) -> np.ndarray:
+    """D of items drawn again: counts at the distinct values, and their running sums."""
+    rng = np.random.default_rng(seed)
+    distinct, places = np.unique(np.concatenate([a, b]), return_inverse=True)
+    place_a, place_b = places[: len(a)], places[len(a) :]
+
+    def distribution(place: np.ndarray, picks: np.ndarray) -> np.ndarray:
+        rows = np.arange(len(picks))[:, None] * len(distinct)
+        counts = np.bincount((place[picks] + rows).ravel(), minlength=len(picks) * len(distinct))
+        return counts.reshape(len(picks), -1).cumsum(axis=1) / len(place)
+
+    found = []
+    step = max(1, _CHUNK // len(distinct))
+    for start in range(0, resamples, step):
+        size = min(step, resamples - start)
+        picks = rng.integers(len(a), size=(size, len(a)))
+        others = picks if paired else rng.integers(len(b), size=(size, len(b)))
+        apart = distribution(place_a, picks) - distribution(place_b, others)
+        found.append(np.abs(apart).max(axis=1))
+    return np.concatenate(found)

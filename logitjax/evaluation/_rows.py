@@ -1,0 +1,99 @@
+"""Rows of any lengths through a function of fixed shapes."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from logitjax.evaluation._nll import NllFn
+
+LENGTH_STEP = 32
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RowScores:
+    """What a model says about the targets of each row.
+
+    Attributes:
+      nll: one float64 array a row, over its targets.
+      greedy: one bool array a row, or None where the function does not say.
+    """
+
+    nll: list[np.ndarray]
+    greedy: list[np.ndarray] | None
+
+    def totals(self) -> np.ndarray:
+        """float64 ``[rows]``, nats."""
+        return np.asarray([row.sum() for row in self.nll], np.float64)
+
+    def counts(self) -> np.ndarray:
+        """int ``[rows]``, targets."""
+        return np.asarray([len(row) for row in self.nll], np.int64)
+
+
+def score_rows(
+    nll_fn: NllFn,
+    rows: Sequence[tuple[np.ndarray, np.ndarray]],
+    *,
+    batch_size: int = 16,
+    pad_id: int = 0,
+    length_step: int = LENGTH_STEP,
+    progress: Callable[[int], Any] = lambda count: None,
+    describe: Callable[[int], str] = lambda row: f"row {row}",
+) -> RowScores:
+    """Negative log-likelihoods of the targets of rows, in batches of few shapes.
+
+    Rows go longest first, ``batch_size`` at a time, each batch padded at the end to a multiple of
+    ``length_step``; the last one is filled up with empty rows.
+
+    Args:
+      nll_fn: see `nll_from_apply`.
+      rows: token ids and which of them are targets, as from `encode_answer`.
+      batch_size: of every batch.
+      pad_id: any id the model has.
+      length_step: lengths are multiples of it.
+      progress: told how many rows were done.
+      describe: a row's name, for errors.
+
+    Returns:
+      `RowScores`, in the order of ``rows``.
+
+    Raises:
+      ValueError: a row whose first token is a target, answers of a wrong shape, or a loss that is
+        not finite, with the row.
+    """
+    if batch_size < 1 or length_step < 1:
+        raise ValueError(
+            f"batch_size and length_step must be positive, got {batch_size}, {length_step}"
+        )
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
+    nll: list[Any] = [None] * len(rows)
+    greedy: list[Any] = [None] * len(rows)
+    for start in range(0, len(order), batch_size):
+        picked = order[start : start + batch_size]
+        longest = len(rows[picked[0]][0])
+        shape = (batch_size, -(-longest // length_step) * length_step)
+        tokens, targets = np.full(shape, pad_id, np.int32), np.zeros(shape, bool)
+        for b, i in enumerate(picked):
+            ids, where = rows[i]
+            if len(ids) and where[0]:
+                raise ValueError(
+                    f"{describe(i)}: its first token is a target, which nothing predicts"
+                )
+            tokens[b, : len(ids)], targets[b, : len(ids)] = ids, where
+        said = nll_fn(tokens, targets)
+        values, best = said if isinstance(said, tuple) else (said, None)
+        if np.shape(values) != shape:
+            raise ValueError(f"nll_fn must give [batch, time] = {shape}, got {np.shape(values)}")
+        values = np.asarray(values, np.float64)
+        for b, i in enumerate(picked):
+            nll[i] = values[b][targets[b]]
+            if not np.isfinite(nll[i]).all():
+                count = int((~np.isfinite(nll[i])).sum())
+                raise ValueError(f"{describe(i)}: {count} of {len(nll[i])} losses are not finite")
+            if best is not None:
+                greedy[i] = np.asarray(best, bool)[b][targets[b]]
+        progress(len(picked))
+    known = bool(rows) and all(row is not None for row in greedy)
+    return RowScores(nll=nll, greedy=greedy if known else None)

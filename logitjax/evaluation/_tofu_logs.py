@@ -1,0 +1,128 @@
+"""TOFU's logs: one JSON file a set, ``{field: {item: value}}``."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+# Names of sets here, of files there.
+LOG_FILES = {
+    "retain": "eval_log.json",
+    "real_authors": "eval_real_author_wo_options.json",
+    "world_facts": "eval_real_world_wo_options.json",
+    "forget": "eval_log_forget.json",
+}
+AGGREGATED = "eval_log_aggregated.json"
+
+Log = Mapping[str, Any]
+
+
+def log_file(name: str) -> str:
+    """The file of a set; those that TOFU does not have are named like its own."""
+    return LOG_FILES.get(name, f"eval_log_{name}.json")
+
+
+def set_name(file: str) -> str | None:
+    """The set of a file, None for files that are no logs."""
+    for name, known in LOG_FILES.items():
+        if file == known:
+            return name
+    if file == AGGREGATED or not (file.startswith("eval_log_") and file.endswith(".json")):
+        return None
+    return file.removeprefix("eval_log_").removesuffix(".json")
+
+
+def read_logs(source: Any) -> dict[str, Log]:
+    """Logs by the name of their set.
+
+    Args:
+      source: a directory of logs, an ``eval_log_aggregated.json``, what `json.load` makes of one,
+        or a mapping by the names of sets (``retain``, ``real_authors``, ``world_facts``,
+        ``forget``). Whatever carries such a mapping as ``.logs`` will do as well.
+
+    Raises:
+      FileNotFoundError: no such path.
+      ValueError: not JSON, or no logs in it; names the file.
+    """
+    source = getattr(source, "logs", source)
+    if isinstance(source, Mapping):
+        named = {set_name(key) or key: log for key, log in source.items()}
+        return {name: check_log(log, name) for name, log in named.items()}
+    if not isinstance(source, str | os.PathLike):
+        raise TypeError(f"logs must be a path or a mapping, got {type(source).__name__}")
+    path = epath.Path(source).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(f"no such file or directory: {path}")
+    if not path.is_dir():
+        return read_logs(_read_json(path))
+    files = {set_name(file.name): file for file in path.iterdir() if set_name(file.name)}
+    if files:
+        return {
+            name: check_log(_read_json(file), str(file))
+            for name, file in sorted(files.items())
+            if name is not None
+        }
+    if (path / AGGREGATED).exists():
+        return read_logs(_read_json(path / AGGREGATED))
+    raise ValueError(f"{path}: no logs in it (expected {', '.join(LOG_FILES.values())})")
+
+
+def write_json(path: epath.Path, value: Any) -> None:
+    """Whole or not at all: a run that is killed leaves no half of a log."""
+    part = path.parent / f"{path.name}.part"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part.write_text(json.dumps(value, indent=4))
+    part.replace(path)
+
+
+def check_log(log: Any, where: str) -> Log:
+    """The log itself, if it has what every metric starts from.
+
+    Raises:
+      ValueError: it is not a log.
+    """
+    if not isinstance(log, Mapping) or not isinstance(log.get("avg_gt_loss"), Mapping | list):
+        raise ValueError(f"{where}: not a log of TOFU's ('avg_gt_loss' is missing)")
+    return log
+
+
+def column(log: Log, field: str, where: str) -> list[Any] | None:
+    """A field's values in the order of ``avg_gt_loss``; None if the log has no such field.
+
+    Raises:
+      ValueError: the field lacks some items.
+    """
+    if field not in log:
+        return None
+    values, first = log[field], log["avg_gt_loss"]
+    if isinstance(first, list):
+        if not isinstance(values, Sequence) or len(values) != len(first):
+            raise ValueError(f"{where}: {field!r} is not a list of {len(first)} items")
+        return list(values)
+    missing = [key for key in first if key not in values]
+    if missing:
+        raise ValueError(f"{where}: {field!r} lacks {len(missing)} items, first {missing[0]!r}")
+    return [values[key] for key in first]
+
+
+def items_of(log: Log) -> list[str]:
+    """Which items a log is about."""
+    first = log["avg_gt_loss"]
+    return [str(i) for i in range(len(first))] if isinstance(first, list) else list(first)
+
+
+def plain(values: Any) -> Any:
+    """Arrays and their numbers as JSON has them."""
+    if isinstance(values, np.ndarray | np.generic):
+        return values.tolist()
+    return values
+
+
+def _read_json(path: epath.Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON: {error.msg} at line {error.lineno}") from None

@@ -1,0 +1,175 @@
+"""Probabilities and truth ratios of answers, from losses a token, and the utility made of them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+Form = Literal["geometric", "arithmetic"]
+UTILITY_SETS = ("retain", "real_authors", "world_facts")
+UTILITY_PARTS = ("probability", "rouge_l", "truth_ratio")
+
+
+def answer_probability(average_nll: Any) -> np.ndarray:
+    """How likely answers are, for their length: ``exp(-nll / tokens) = P(a | q)^(1 / |a|)``.
+
+    Args:
+      average_nll: ``[n]``, nats a token.
+
+    Returns:
+      float64 ``[n]``.
+
+    >>> answer_probability([0.0, 0.6931472]).round(3)
+    array([1. , 0.5])
+    """
+    return np.exp(-np.asarray(average_nll, np.float64))
+
+
+def normalised_probability(average_nll: Any, perturbed_nll: Sequence[Any]) -> np.ndarray:
+    """How likely an answer is among itself and wrong ones, each for its length.
+
+    ::
+
+        p / (p + sum_i p_i) = 1 / (1 + sum_i exp(nll - nll_i))
+
+    Args:
+      average_nll: ``[n]``, nats a token, of the answers.
+      perturbed_nll: for each, those of its wrong answers.
+
+    Returns:
+      float64 ``[n]``.
+
+    Raises:
+      ValueError: unequal lengths, or no wrong answers.
+
+    References:
+      TOFU's probability of the real-world sets. OpenUnlearning adds 1e-10 below, which calls an
+      answer impossible once all of them are unlikely; computed as on the right it needs no such
+      thing.
+
+    >>> float(normalised_probability([0.0], [[0.0, 0.0, 0.0]])[0])
+    0.25
+    """
+    truth, wrong = _check(average_nll, perturbed_nll)
+    with np.errstate(over="ignore"):
+        odds = [np.exp(one - others).sum() for one, others in zip(truth, wrong)]
+    return 1.0 / (1.0 + np.asarray(odds, np.float64))
+
+
+def log_truth_ratio(
+    truth_nll: Any, perturbed_nll: Sequence[Any], *, form: Form = "geometric"
+) -> np.ndarray:
+    """The logarithm of `truth_ratio`, which neither overflows nor runs into ties.
+
+    Args, Returns and Raises as there.
+    """
+    if form not in get_args(Form):
+        raise ValueError(f"form must be 'geometric' or 'arithmetic', got {form!r}")
+    truth, wrong = _check(truth_nll, perturbed_nll)
+    if form == "geometric":
+        mean = [-others.mean() for others in wrong]
+    else:
+        mean = [np.logaddexp.reduce(-others) - np.log(len(others)) for others in wrong]
+    return np.asarray(mean, np.float64) + truth
+
+
+def truth_ratio(
+    truth_nll: Any, perturbed_nll: Sequence[Any], *, form: Form = "geometric"
+) -> np.ndarray:
+    """How likely wrong answers are against the right one in other words: above 1 is wrong.
+
+    ::
+
+        geometric   exp(-mean_i nll_i)  / exp(-nll)
+        arithmetic  mean_i exp(-nll_i)  / exp(-nll)
+
+    Args:
+      truth_nll: ``[n]``, nats a token, of the paraphrased answers (in the real-world sets, of the
+        answers themselves).
+      perturbed_nll: for each, those of its wrong answers.
+      form: the mean over wrong answers. The TOFU paper writes the arithmetic one, and its
+        ``get_model_utility`` has it; the truth ratios in its logs, its forget quality, its
+        leaderboard and OpenUnlearning have the geometric one. Model utility moves by .04 between
+        the two (.623 and .586 for the Llama-2-7B that knows all authors).
+
+    Returns:
+      float64 ``[n]``.
+
+    Raises:
+      ValueError: unequal lengths, no wrong answers, or an unknown form.
+
+    References:
+      Maini et al., 2024 (arXiv 2401.06121), equation 1. OpenUnlearning adds 1e-10 below the
+      fraction; we do not.
+
+    >>> wrong = [[np.log(2.0), np.log(8.0)]]
+    >>> float(truth_ratio([0.0], wrong)[0].round(6)), float(
+    ...     truth_ratio([0.0], wrong, form="arithmetic")[0].round(6))
+    (0.25, 0.3125)
+    """
+    with np.errstate(over="ignore"):
+        return np.exp(log_truth_ratio(truth_nll, perturbed_nll, form=form))
+
+
+def truth_ratio_utility(log_ratio: Any) -> float:
+    """How far a model tells right answers from wrong ones: the mean of ``max(0, 1 - R)``.
+
+    Args:
+      log_ratio: ``[n]``, from `log_truth_ratio`.
+
+    >>> truth_ratio_utility(np.log([0.25, 4.0]))
+    0.375
+    """
+    return float(np.mean(np.maximum(0.0, -np.expm1(np.minimum(log_ratio, 0.0)))))
+
+
+def truth_ratio_forget(log_ratio: Any) -> float:
+    """How little a model tells right answers from wrong ones: the mean of ``min(R, 1 / R)``.
+
+    For reporting; what decides how well something is forgotten is `forget_quality`.
+
+    >>> truth_ratio_forget(np.log([0.25, 4.0]))
+    0.25
+    """
+    return float(np.mean(np.exp(-np.abs(np.asarray(log_ratio, np.float64)))))
+
+
+def model_utility(parts: Mapping[str, float]) -> float:
+    """The harmonic mean of TOFU's nine numbers; one that is 0 makes it 0.
+
+    Args:
+      parts: keyed ``"retain.probability"`` and so on: probability, ROUGE-L recall (``rouge_l``) and
+        ``truth_ratio`` of ``retain``, ``real_authors`` and ``world_facts``. All in [0, 1].
+
+    Raises:
+      ValueError: one is missing, unknown or negative.
+
+    >>> names = [f"{a}.{b}" for a in UTILITY_SETS for b in UTILITY_PARTS]
+    >>> round(model_utility(dict.fromkeys(names, 0.5)), 6)
+    0.5
+    """
+    from scipy import stats
+
+    names = {f"{a}.{b}" for a in UTILITY_SETS for b in UTILITY_PARTS}
+    if set(parts) != names:
+        raise ValueError(
+            f"parts: missing {sorted(names - set(parts))}, unknown {sorted(set(parts) - names)}"
+        )
+    values = np.asarray([parts[name] for name in sorted(names)], np.float64)
+    if (values < 0).any():
+        raise ValueError(f"parts: negative values in {dict(parts)}")
+    return float(stats.hmean(values))
+
+
+def _check(truth_nll: Any, perturbed_nll: Sequence[Any]) -> tuple[np.ndarray, list[np.ndarray]]:
+    truth = np.asarray(truth_nll, np.float64)
+    wrong = [np.asarray(others, np.float64) for others in perturbed_nll]
+    if truth.ndim != 1 or len(truth) != len(wrong) or not len(truth):
+        raise ValueError(
+            "expected one loss an item and as many lists of those of wrong answers, got shape "
+            f"{truth.shape} and {len(wrong)} lists"
+        )
+    for i, others in enumerate(wrong):
+        if others.ndim != 1 or not len(others):
+            raise ValueError(f"item {i} has no wrong answers (shape {others.shape})")
+    return truth, wrong
