@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from scipy import stats
 
 from experiments._models import byte_tokenizer
-from logitjax import fusion
+from logitjax import fusion, training
 from logitjax.decoding import (
     CachedModel,
     DecodeOptions,
@@ -23,6 +24,7 @@ from logitjax.decoding import (
     sampling_rows,
     speculative_generate,
 )
+from logitjax.models import from_nnx
 from tests.decoding._bags import bag_logits, bag_of_words
 from tests.decoding._models import PROMPTS, decoder, disturbed
 
@@ -80,6 +82,35 @@ def test_greedy_is_plain_decoding():
     assert {length for length, _, _ in out.calls} == {0, 1, 3}
     assert 0.2 < out.acceptance < 0.95
     assert (out.accepted <= out.tested).all()
+
+
+@pytest.mark.slow
+def test_sharded_speculation_equals_local():
+    mesh = training.make_mesh("data:2,fsdp:2,tensor:2")
+    rules = training.DECODER_RULES
+
+    def spread(model):
+        apply_fn, params = from_nnx(model)
+        return nnx.merge(apply_fn.graphdef, training.shard_tree(params, mesh, rules))
+
+    def run(place, options):
+        large, expert = place(decoder()), place(disturbed(1))
+        return speculative_generate(
+            Ensemble(large, experts=[expert], fuse=mean),
+            [*PROMPTS, PROMPTS[0]],
+            max_new_tokens=8,
+            options=options,
+            draft=1,
+            lengths=(2,),
+            control=Scripted(2),
+            chunk=3,
+        )
+
+    local = run(lambda model: model, DecodeOptions(logprobs=True))
+    sharded = run(spread, DecodeOptions(logprobs=True, mesh=mesh))
+    np.testing.assert_array_equal(sharded.tokens, local.tokens)
+    np.testing.assert_allclose(sharded.logprobs, local.logprobs, atol=1e-4)
+    assert [call[:2] for call in sharded.calls] == [call[:2] for call in local.calls]
 
 
 def test_redrawn_drafts_follow_the_target():
