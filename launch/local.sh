@@ -5,11 +5,12 @@
 #   launch/local.sh 2 4 python -m experiments.graph_fusion --preset=smoke --workdir=runs/two
 #
 # DEVICES is the number of CPU devices of each process. Every line of output begins with its process.
-# SIGTERM and SIGINT are passed on; if one process fails, the others are stopped.
+# SIGTERM and SIGINT are passed on; if one process fails, the others are stopped, and killed if they
+# have not ended after GRACE seconds (60): who waits for a lost process may not hear SIGTERM.
 set -euo pipefail
 
 if (($# < 3)); then
-  sed -n '2,8s/^# \{0,1\}//p' "$0" >&2
+  sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
   exit 2
 fi
 processes=$1 devices=$2
@@ -24,8 +25,9 @@ export JAX_NUM_PROCESSES="$processes" JAX_NUM_CPU_DEVICES="$devices"
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
 
 children=()
+reaper=''
 pipes=$(mktemp -d)
-trap 'rm -rf "$pipes"' EXIT
+trap 'rm -rf "$pipes"; if [[ -n $reaper ]]; then kill "$reaper" 2>/dev/null || true; fi' EXIT
 # Only processes started here, and only those that still run.
 stop() { for child in "${children[@]}"; do kill "-$1" "$child" 2>/dev/null || true; done; }
 trap 'stop TERM' TERM
@@ -53,13 +55,22 @@ while ((left)); do
   if ((code)); then
     if ((!status)); then status=$code; fi
     stop TERM
+    if [[ -z $reaper ]] && ((left)); then
+      (
+        sleep "${GRACE:-60}" >/dev/null 2>&1 &
+        trap 'kill $!; exit' TERM
+        wait $!
+        stop KILL
+      ) &
+      reaper=$!
+    fi
   fi
 done
+if [[ -n $reaper ]]; then kill "$reaper" 2>/dev/null || true; fi
 # The last lines, unless something left behind keeps a pipe open.
 for _ in {1..40}; do
   if [[ -z $(jobs -rp) ]]; then break; fi
   sleep 0.05
 done
-left=$(jobs -rp)
-if [[ -n $left ]]; then kill $left 2>/dev/null || true; fi
+for job in $(jobs -rp); do kill "$job" 2>/dev/null || true; done
 exit "$status"

@@ -1,0 +1,184 @@
+#!/usr/bin/env bash
+# A TPU slice of Google Cloud as virtual machines: ask for it, copy this tree, run on all workers.
+#
+#   export NAME=fusion ZONE=us-east5-a ACCELERATOR=v5p-256
+#   launch/tpu_vm.sh create            queue the request (SPOT=1: may be taken away, costs less)
+#   launch/tpu_vm.sh wait              until the slice is there
+#   launch/tpu_vm.sh copy              tracked files to all workers, and the installation
+#   launch/tpu_vm.sh run COMMAND...    start on all workers, in the background
+#   launch/tpu_vm.sh logs [WORKER]     follow the output of worker 0 (or another, or all)
+#   launch/tpu_vm.sh status            state of the request, and of the command on each worker
+#   launch/tpu_vm.sh stop              SIGTERM: the run saves, and the same command resumes it
+#   launch/tpu_vm.sh delete
+#   launch/tpu_vm.sh keep COMMAND...   all of it, again and again while the slice is taken away
+#
+#   launch/tpu_vm.sh run python -m experiments.graph_fusion --preset=paper --workdir=gs://bucket/run
+#
+# DRY_RUN=1 prints the commands instead. The workdir must be one that all workers see (gs://), or
+# nothing survives the slice. No address is passed on: JAX asks the TPU runtime for the others.
+# More from the environment: PROJECT, RUNTIME (chosen by ACCELERATOR), NETWORK, SUBNETWORK,
+# SERVICE_ACCOUNT, INTERNAL_IPS=1, PYTHON_VERSION (3.12), DIRECTORY (logitjax), POLL seconds (30).
+set -euo pipefail
+
+usage() {
+  sed -n '2,21s/^# \{0,1\}//p' "$0" >&2
+  exit 2
+}
+if (($# == 0)); then usage; fi
+action=$1
+shift
+: "${NAME:?set NAME, of the slice}" "${ZONE:?set ZONE, such as us-east5-a}"
+directory=${DIRECTORY:-logitjax}
+
+# Everything that touches the cloud goes through here.
+do_it() {
+  if [[ ${DRY_RUN:-} == 1 ]]; then
+    printf '%q ' "$@"
+    echo
+  else
+    "$@"
+  fi
+}
+
+place=(--zone="$ZONE")
+if [[ -n ${PROJECT:-} ]]; then place+=(--project="$PROJECT"); fi
+
+runtime() {
+  case $ACCELERATOR in
+    v6e-*) echo v2-alpha-tpuv6e ;;
+    v5p-*) echo v2-alpha-tpuv5 ;;
+    v5litepod-*) echo v2-alpha-tpuv5-lite ;;
+    v4-*) echo tpu-ubuntu2204-base ;;
+    *)
+      echo "ACCELERATOR: no runtime known for $ACCELERATOR, set RUNTIME" >&2
+      return 1
+      ;;
+  esac
+}
+
+create() {
+  : "${ACCELERATOR:?set ACCELERATOR, such as v5p-256}"
+  local version options=()
+  version=${RUNTIME:-$(runtime)}
+  if [[ ${SPOT:-} == 1 ]]; then options+=(--spot); fi
+  if [[ -n ${NETWORK:-} ]]; then options+=(--network="$NETWORK"); fi
+  if [[ -n ${SUBNETWORK:-} ]]; then options+=(--subnetwork="$SUBNETWORK"); fi
+  if [[ -n ${SERVICE_ACCOUNT:-} ]]; then options+=(--service-account="$SERVICE_ACCOUNT"); fi
+  if [[ ${INTERNAL_IPS:-} == 1 ]]; then options+=(--internal-ips); fi
+  do_it gcloud compute tpus queued-resources create "$NAME" --node-id="$NAME" "${place[@]}" \
+    --accelerator-type="$ACCELERATOR" --runtime-version="$version" "${options[@]}"
+}
+
+state() {
+  gcloud compute tpus queued-resources describe "$NAME" "${place[@]}" \
+    --format='value(state.state)' 2>/dev/null || echo ABSENT
+}
+
+wait_for_slice() {
+  if [[ ${DRY_RUN:-} == 1 ]]; then
+    do_it gcloud compute tpus queued-resources describe "$NAME" "${place[@]}" \
+      --format='value(state.state)'
+    return
+  fi
+  local now
+  while true; do
+    now=$(state)
+    echo "$(date +%T) $NAME: $now" >&2
+    case $now in
+      ACTIVE) return ;;
+      FAILED | SUSPENDED | SUSPENDING | ABSENT) return 1 ;;
+    esac
+    sleep "${POLL:-30}"
+  done
+}
+
+ssh_to() {
+  local worker=$1
+  do_it gcloud compute tpus tpu-vm ssh "$NAME" "${place[@]}" --worker="$worker" --command="$2"
+}
+
+copy() {
+  local root archive install
+  root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+  archive=$(mktemp --suffix=.tar.gz)
+  do_it git -C "$root" archive --format=tar.gz --output="$archive" HEAD
+  do_it gcloud compute tpus tpu-vm scp "$archive" "$NAME:$directory.tar.gz" "${place[@]}" \
+    --worker=all
+  rm -f "$archive"
+  # The machines' own Python may be older than 3.11: uv brings one.
+  install="mkdir -p $directory && tar -xzf $directory.tar.gz -C $directory && cd $directory"
+  install+=" && python3 -m pip install --quiet --user uv && export PATH=\$HOME/.local/bin:\$PATH"
+  install+=" && uv venv --quiet --allow-existing --python ${PYTHON_VERSION:-3.12} .venv"
+  install+=" && uv pip install --quiet --python .venv/bin/python --editable '.[tpu,hub]'"
+  ssh_to all "$install"
+}
+
+run() {
+  if (($# == 0)); then usage; fi
+  local command
+  printf -v command '%q ' "$@"
+  ssh_to all "cd $directory && PATH=\$PWD/.venv/bin:\$PATH launch/background.sh ${command% }"
+}
+
+status() {
+  do_it gcloud compute tpus queued-resources describe "$NAME" "${place[@]}" \
+    --format='value(state.state)'
+  ssh_to all "cd $directory && if test -e run.status; then echo \"\$(hostname): ended with \
+\$(cat run.status)\"; else echo \"\$(hostname): runs as \$(cat run.pid)\"; fi"
+}
+
+delete() {
+  do_it gcloud compute tpus queued-resources delete "$NAME" "${place[@]}" --force --quiet
+}
+
+# 0 when the command ended well on worker 0, 1 when it ended badly, 2 when the slice went away, 3
+# when the run was only interrupted.
+follow() {
+  local ended
+  if [[ ${DRY_RUN:-} == 1 ]]; then return 0; fi
+  while true; do
+    sleep "${POLL:-30}"
+    if [[ $(state) != ACTIVE ]]; then return 2; fi
+    ended=$(ssh_to 0 "cat $directory/run.status 2>/dev/null || true" 2>/dev/null || true)
+    case $ended in
+      '') ;;
+      0) return 0 ;;
+      75 | 134 | 137 | 143) return 3 ;;
+      *) return 1 ;;
+    esac
+  done
+}
+
+keep() {
+  local outcome
+  if (($# == 0)); then usage; fi
+  for ((restart = 0; restart <= ${MAX_RESTARTS:-20}; restart++)); do
+    if [[ ${DRY_RUN:-} == 1 || $(state) == ABSENT ]]; then create; fi
+    outcome=2
+    if wait_for_slice; then
+      copy
+      run "$@"
+      outcome=0
+      follow || outcome=$?
+    fi
+    case $outcome in
+      0 | 1) return "$outcome" ;;
+      2) delete || true ;;
+    esac
+    echo "tpu_vm: interrupted, restart $((restart + 1)) of ${MAX_RESTARTS:-20}" >&2
+  done
+  return 1
+}
+
+case $action in
+  create) create ;;
+  wait) wait_for_slice ;;
+  copy) copy ;;
+  run) run "$@" ;;
+  logs) ssh_to "${1:-0}" "tail -n 100 -F $directory/run.log" ;;
+  status) status ;;
+  stop) ssh_to all "kill -TERM \$(cat $directory/run.pid)" ;;
+  delete) delete ;;
+  keep) keep "$@" ;;
+  *) usage ;;
+esac

