@@ -49,8 +49,10 @@ def forget_quality(
         D = sup_x |F(x) - F_ref(x)|
 
     The interval is the basic bootstrap's, ``[2 D - q_hi, 2 D - q_lo]`` for the quantiles q of the
-    resampled D (drawing items again adds ties, which push D up; reflecting takes that back), cut to
-    [0, 1] and widened to hold D.
+    resampled D: drawing items again pushes D up, and reflecting takes that back. It is widened by a
+    step of D at both ends and begins at 0 where the test does not reject at that confidence. On
+    normal samples of 40 to 300 items a nominal 90 % covered 80 to 99 % (the quantiles themselves:
+    0 to 77 %).
 
     Args:
       ratios: ``[n]``, of the model. Any increasing function of the truth ratio does: give
@@ -97,9 +99,13 @@ def forget_quality(
     drawn = _resampled(a, b, len(a) == len(b) if paired is None else paired, resamples, seed)
     tail = (1 - confidence) / 2
     low, high = np.quantile(drawn, [tail, 1 - tail])
+    # D moves in steps of about this size, which quantiles of few items feel.
+    step = (1 / len(a) + 1 / len(b)) / 2 if drawn.any() else 0.0
+    bottom = 0.0 if p >= 1 - confidence else max(0.0, min(d, 2 * d - high - step))
+    top = min(1.0, max(d, 2 * d - low + step))
     return ForgetQuality(
         statistic=d,
-        interval=(float(max(0.0, min(d, 2 * d - high))), float(min(1.0, max(d, 2 * d - low)))),
+        interval=(float(bottom), float(top)),
         p_value=p,
         log10_p_value=math.log10(p) if p > 0 else _asymptotic_log10(d, len(a), len(b)),
         items=(len(a), len(b)),

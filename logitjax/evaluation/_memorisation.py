@@ -39,7 +39,7 @@ def extraction_strength(
     found = ((wrong_after == 0) & where).sum(axis=-1)
     if as_open_unlearning:
         found = np.maximum(found, np.minimum(counts, 1))
-    return found / np.maximum(counts, 1)
+    return np.asarray(found / np.maximum(counts, 1))
 
 
 def exact_memorisation(greedy: Any, where: Any = None) -> np.ndarray:
@@ -62,7 +62,7 @@ def exact_memorisation(greedy: Any, where: Any = None) -> np.ndarray:
     array([0.75])
     """
     greedy, where = _rows(greedy, where)
-    return (greedy & where).sum(axis=-1) / np.maximum(where.sum(axis=-1), 1)
+    return np.asarray((greedy & where).sum(axis=-1) / np.maximum(where.sum(axis=-1), 1))
 
 
 def membership_auc(losses: Any, holdout_losses: Any) -> float:
