@@ -1,11 +1,13 @@
 """A decoder-only transformer in flax.nnx: embedding, segments of layers, norm, injected head."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Float, Int
 
 from logitjax.heads import LinearHead, TiedHead
@@ -88,6 +90,23 @@ def _rematerialised(function: Callable, remat: str) -> Callable:
     return jax.checkpoint(function, policy=policies[remat])
 
 
+def _over_batch(x: jax.Array) -> jax.Array:
+    """Keeps activations split over the batch where a mesh is known (`make_train_step`'s is).
+
+    Left alone the compiler may follow the embedding, which is split along the model dimension over
+    the same axis, and then sums every matmul over all devices.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(
+        name
+        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if name in ("data", "fsdp") and kind == AxisType.Auto
+    )
+    if not axes or x.shape[0] % math.prod(mesh.shape[name] for name in axes):
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes))
+
+
 class Segment(nnx.Module):
     """Layers that repeat one pattern; ``layers`` is one stacked block a pattern entry, or all."""
 
@@ -139,6 +158,7 @@ class Segment(nnx.Module):
             out = []
             for j, (state, cache, lora) in enumerate(zip(*inputs, strict=True)):
                 x, cache = layer(j)(state, x, cache, lora)
+                x = _over_batch(x)
                 out.append(cache)
             return x, tuple(out)
 
@@ -239,7 +259,7 @@ class Decoder(nnx.Module):
         if self.config.position == "learned":
             table = self.position_embedding[...]
             x += jnp.take(table, jnp.maximum(positions, 0), axis=0, mode="clip").astype(self.dtype)
-        return x
+        return _over_batch(x)
 
     def hidden_states(
         self,

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
@@ -59,12 +60,15 @@ def make_mesh(spec: str = "data:-1,fsdp:1,tensor:1", devices: Any = None) -> Mes
         raise ValueError(f"mesh {spec!r}: it needs {fixed} devices, there are {len(devices)}")
     for name in AXES:
         sizes.setdefault(name, 1)
-    return jax.make_mesh(
-        tuple(sizes.values()),
-        tuple(sizes),
-        axis_types=(AxisType.Auto,) * len(sizes),
-        devices=devices,
-    )
+    types = (AxisType.Auto,) * len(sizes)
+    try:
+        return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=devices)
+    except NotImplementedError:
+        # On a TPU torus of 4 x 4 x 8 no product of sides is 2: an axis then takes a part of a side.
+        grid = mesh_utils.create_device_mesh(
+            tuple(sizes.values()), devices, allow_split_physical_axes=True
+        )
+        return Mesh(grid, tuple(sizes), axis_types=types)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

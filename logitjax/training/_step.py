@@ -1,6 +1,7 @@
 """One jitted update: microbatches, exact means, clipping, a finite flag."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -66,14 +67,22 @@ class TrainStep:
 
     def lower(self, state: Any, batch: Any, constants: Any = None) -> Any:
         """Lowers the step for abstract arguments with shardings: compile for a pod from a desk."""
-        return self._compiled_for(state).lower(state, batch, constants)
+        return self.trace(state, batch, constants).lower()
+
+    def trace(self, state: Any, batch: Any, constants: Any = None) -> Any:
+        """Traces the step for the same arguments: a ``jax.stages.Traced`` with its jaxpr."""
+        return self._compiled_for(state).trace(state, batch, constants)
 
     def _compiled_for(self, state: TrainState) -> Any:
         if self._jitted is None:
             # The state leaves as it came, whatever the compiler would prefer: no second trace.
             shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
             report = None if self._mesh is None else NamedSharding(self._mesh, P())
-            self._jitted = jax.jit(self._step, donate_argnums=0, out_shardings=(shardings, report))
+            self._jitted = jax.jit(
+                _knowing(self._mesh, self._step),
+                donate_argnums=0,
+                out_shardings=(shardings, report),
+            )
         return self._jitted
 
     def _step(self, state: TrainState, batch: Any, constants: Any) -> tuple[TrainState, StepOutput]:
@@ -148,6 +157,19 @@ class TrainStep:
         )
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), shapes)
         return jax.lax.scan(body, zeros, (micros, jnp.arange(parts)))[0]
+
+
+def _knowing(mesh: Mesh | None, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, traced where a model finds the mesh to say how its activations are split."""
+    if mesh is None:
+        return function
+
+    @functools.wraps(function)
+    def traced(*args: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args)
+
+    return traced
 
 
 def _float32(leaf: Any) -> jax.Array:
@@ -226,7 +248,7 @@ def make_eval_step(loss_fn: LossFn, *, mesh: Mesh | None = None) -> Callable[...
         return jax.tree.map(_float32, {"loss": (total, count), **metrics})
 
     report = None if mesh is None else NamedSharding(mesh, P())
-    jitted = jax.jit(step, out_shardings=report)
+    jitted = jax.jit(_knowing(mesh, step), out_shardings=report)
 
     def call(params: Any, batch: Any, constants: Any = None) -> Any:
         if mesh is not None:

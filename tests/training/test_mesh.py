@@ -113,3 +113,44 @@ def test_whole_state_is_sharded_and_independent_of_the_given_parameters():
     step(state, np.ones((8, 2), np.float32))
     assert state.params["w"].is_deleted()
     np.testing.assert_array_equal(given["w"], np.ones((8, 4)))
+
+
+def test_an_axis_may_take_a_part_of_a_torus_side(monkeypatch):
+    """No product of sides of a 4 x 4 x 8 slice is 2: JAX then refuses until told to split one."""
+
+    def refuses(*args, **options):
+        raise NotImplementedError("Failed to find assignment for logical_axis_index 2 of size 2")
+
+    monkeypatch.setattr(jax, "make_mesh", refuses)
+    mesh = training.make_mesh("data:2,fsdp:2,tensor:2")
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert sorted(device.id for device in mesh.devices.flat) == list(range(8))
+    assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
+
+
+def test_activations_stay_split_over_the_batch():
+    """Else the compiler follows the embedding, split along the model dimension over fsdp."""
+    mesh = training.make_mesh("fsdp:8")
+    config = models.DecoderConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+    )
+    apply_fn, params = models.from_nnx(models.Decoder(config, rngs=nnx.Rngs(0)))
+    tx = optax.sgd(0.1)
+
+    def loss_fn(params, batch, rng):
+        hidden, _ = nnx.merge(apply_fn.graphdef, params).hidden_states(batch["tokens"])
+        return (hidden**2).sum(), batch["tokens"].size, {}
+
+    state = training.abstract_train_state(params, tx, mesh=mesh, rules=training.DECODER_RULES)
+    tokens = jax.ShapeDtypeStruct((16, 12), jnp.int32, sharding=training.batch_sharding(mesh))
+    step = training.make_train_step(loss_fn, tx, mesh=mesh)
+    text = step.lower(state, {"tokens": tokens}).compile().as_text()
+    # Rows of a device, all of the model dimension; nowhere all rows.
+    assert "f32[2,12,32]" in text
+    assert "f32[16,12,4]" not in text
