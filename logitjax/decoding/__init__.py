@@ -14,6 +14,7 @@
 - `Sampling` is how a row chooses its tokens; `sample`, `truncate`, `penalize_repetition` and
   `sampling_logits` are the pure functions behind it. `TextStream` turns tokens into text as they
   come and sees stop strings.
+- `paired_model` steps a model together with an assistant made of its first layers.
 - A model is a `logitjax.models.Decoder`, or anybody's ``(apply_fn, params, cache)``, or a
   `CachedModel`, which says what such a function has to keep to.
 """
@@ -27,6 +28,7 @@ from logitjax.decoding._engine import Engine as Engine
 from logitjax.decoding._ensemble import Ensemble as Ensemble
 from logitjax.decoding._generate import generate as generate
 from logitjax.decoding._greedy import greedy_generate as greedy_generate
+from logitjax.decoding._paired import paired_model as paired_model
 from logitjax.decoding._requests import Request as Request
 from logitjax.decoding._sampling import Sampling as Sampling
 from logitjax.decoding._sampling import SamplingRows as SamplingRows

@@ -7,6 +7,7 @@ A run is a few calls: :func:`distributed.initialize`, :func:`make_mesh`, :func:`
 from logitjax.training import distributed as distributed
 from logitjax.training._align_gradients import align_gradients as align_gradients
 from logitjax.training._align_gradients import aligned_value_and_grad as aligned_value_and_grad
+from logitjax.training._assistant import make_assistant_loss as make_assistant_loss
 from logitjax.training._checkpoints import Checkpointer as Checkpointer
 from logitjax.training._checkpoints import Restored as Restored
 from logitjax.training._convert_head import Conversion as Conversion
@@ -34,6 +35,8 @@ from logitjax.training._hidden_cache import cache_hidden_states as cache_hidden_
 from logitjax.training._hidden_cache import open_hidden_states as open_hidden_states
 from logitjax.training._loop import NonFiniteError as NonFiniteError
 from logitjax.training._loop import train_loop as train_loop
+from logitjax.training._merge_difference import make_merge_loss as make_merge_loss
+from logitjax.training._merge_difference import merge_by_distillation as merge_by_distillation
 from logitjax.training._mesh import batch_sharding as batch_sharding
 from logitjax.training._mesh import make_global_batch as make_global_batch
 from logitjax.training._mesh import make_mesh as make_mesh
