@@ -1,0 +1,299 @@
+"""One run of unlearning: which models are made, what they are asked, what is tried on them."""
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from absl import logging
+from etils import epath
+from flax import nnx
+
+from experiments import _unlearning_arms as arms
+from experiments import _unlearning_data as rows_of
+from experiments._unlearning_arms import Deployed
+from experiments._unlearning_models import Models, Trained
+from logitjax import decoding, evaluation, models
+
+#: What is measured of one deployed model: numbers by name.
+Scores = dict[str, float]
+
+
+class Run:
+    """Models with the questions that they are asked."""
+
+    def __init__(self, config: Any, workdir: epath.Path):
+        self.config, self.workdir = config, workdir
+        self.scene = rows_of.load_scene(config)
+        root = epath.Path(config.models_dir or workdir / "models").expanduser()
+        self.models = Models(config, root, self.scene)
+        self.differences = arms.differences(config)
+        self._references: dict[str, Any] = {}
+
+    def results(self) -> dict[str, Any]:
+        """Everything that the report shows; what was measured before is read."""
+        config, found = self.config, {}
+        for name in ("target", "retrained"):
+            found[name] = self._kept(name, lambda n=name: self._bare(n))
+        found["arms"] = {
+            arm: [
+                self._kept(f"{arm}-{seed}", lambda a=arm, s=seed: self._arm(a, s))
+                for seed in range(config.seeds)
+            ]
+            for arm in config.arm
+        }
+        clean = "difference_clean"
+        if clean in config.arm:
+            found["bypassed"] = self._kept("bypassed", self._bypassed)
+            found["alphas"] = self._kept("alphas", self._alphas)
+            found["betas"] = [
+                self._kept(f"beta-{beta:g}", lambda b=beta: self._beta(b)) for beta in config.betas
+            ]
+            if config.merge_steps:
+                found["merged"] = self._kept("merged", self._merged)
+        return found
+
+    def _kept(self, name: str, make: Callable[[], Any]) -> Any:
+        path = self.workdir / "results" / f"{name}.json"
+        if not path.exists():
+            logging.info("measuring %s", name)
+            record = make()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = path.parent / "unfinished"
+            unfinished.write_text(json.dumps(record, indent=1))
+            unfinished.rename(path)
+        return json.loads(path.read_text())
+
+    def ask(
+        self,
+        deployed: Deployed,
+        sets: Mapping[str, Any],
+        *,
+        reference: Any = None,
+        generates: bool = False,
+        logs: epath.Path | None = None,
+        mark: str = "",
+    ) -> evaluation.TofuEvaluation:
+        """TOFU's questions to a model, or to a model and its assistant."""
+        config = self.config
+        generate = None
+        if generates:
+            line_up, end = deployed.line_up(), self.models.tokenizer.eos_id
+
+            def generate(prompts: Sequence[np.ndarray], new: int) -> Sequence[Any]:
+                out = decoding.generate(
+                    line_up,
+                    prompts,
+                    max_new_tokens=new,
+                    stop_ids=() if end is None else (end,),
+                    options=decoding.DecodeOptions(pad_id=end or 0),
+                )
+                return out.rows()
+
+        return evaluation.evaluate_tofu(
+            deployed.nll,
+            generate,
+            self.models.tokenizer,
+            sets,
+            template=self.models.template,
+            reference_logs=reference,
+            workdir=logs,
+            model_fingerprint=mark,
+            batch_size=config.eval_batch,
+            max_length=config.max_length,
+            max_new_tokens=config.new_tokens,
+        )
+
+    def utility(self, found: evaluation.TofuEvaluation) -> float:
+        """TOFU's harmonic mean of nine numbers, or of those of the data to keep alone."""
+        if self.config.utility == "tofu" and found.model_utility is not None:
+            return found.model_utility
+        scores = found.scores["retain"]
+        parts = [scores.probability, scores.rouge_l, scores.truth_ratio]
+        return statistics.harmonic_mean([part for part in parts if part is not None])
+
+    def reference(self, kind: str) -> evaluation.TofuEvaluation:
+        """What the retrained model says to the ``'test'`` or ``'validation'`` questions."""
+        if kind not in self._references:
+            self._references[kind] = self.ask(
+                Deployed(model=self.models.retrained),
+                getattr(self.scene, kind),
+                generates=kind == "test",
+                logs=self.models.root / f"retrained-{self.models.key}" / f"{kind}-logs",
+                mark=self._mark(),
+            )
+        return self._references[kind]
+
+    def _target_on(self, kind: str) -> evaluation.TofuEvaluation:
+        name = f"target-{kind}"
+        if name not in self._references:
+            self._references[name] = self.ask(
+                Deployed(model=self.models.target),
+                getattr(self.scene, kind),
+                reference=self.reference(kind),
+                generates=kind == "test",
+                logs=self.models.root / f"target-{self.models.key}" / f"{kind}-logs",
+                mark=self._mark(),
+            )
+        return self._references[name]
+
+    def _mark(self) -> str:
+        return f"{self.models.key}-{self.config.new_tokens}"
+
+    def validate(self, deployed: Deployed) -> Scores:
+        """What an epoch is chosen by: how far forgotten, times the share of the utility kept.
+
+        The facts to forget are asked in other words than on the test, the facts to keep are
+        others; nothing is generated.
+        """
+        reference = self.reference("validation")
+        try:
+            found = self.ask(deployed, self.scene.validation, reference=reference)
+        except ValueError as error:
+            # A model that was destroyed may give losses that are not finite.
+            logging.warning("validation: %s", error)
+            return {"score": 0.0, "D": 1.0, "utility": 0.0, "forget": 0.0}
+        assert found.forget_quality is not None
+        d = found.forget_quality.statistic
+        utility = self.utility(found)
+        whole = self.utility(self._target_on("validation"))
+        return {
+            "score": (1 - d) * min(1.0, utility / max(whole, 1e-9)),
+            "D": d,
+            "utility": utility,
+            "forget": found.scores["forget"].probability,
+        }
+
+    def test(self, deployed: Deployed, *, generates: bool = True) -> Scores:
+        """Numbers of the test questions."""
+        reference = self.reference("test")
+        try:
+            found = self.ask(deployed, self.scene.test, reference=reference, generates=generates)
+        except ValueError as error:
+            logging.warning("test: %s", error)
+            return {"utility": 0.0, "forget_quality.statistic": 1.0, "broken": 1.0}
+        return found.as_dict() | {"utility": self.utility(found)}
+
+    def probe(self, deployed: Deployed, *, weights: bool) -> Scores:
+        """Probabilities of forgotten answers: in other words, and after some are taught again."""
+        names = {
+            "reworded": "forget_reworded",
+            "others": "forget_others",
+            "taught": "forget_taught",
+        }
+        plain = self.ask(deployed, self.scene.probes).scores
+        found = {label: plain[name].probability for label, name in names.items()}
+        if weights and self.config.relearn_steps:
+            again = Deployed(model=self.models.taught_again(deployed.model))
+            after = self.ask(again, self.scene.probes).scores
+            found |= {f"{label}, relearned": after[n].probability for label, n in names.items()}
+        return found
+
+    def _bare(self, name: str) -> dict[str, Any]:
+        deployed = Deployed(model=getattr(self.models, name))
+        found = self._target_on("test") if name == "target" else self.reference("test")
+        scores = found.as_dict() | {"utility": self.utility(found)}
+        return {"test": scores, "probe": self.probe(deployed, weights=True)}
+
+    def _arm(self, arm: str, seed: int) -> dict[str, Any]:
+        if arm in arms.METHODS:
+            trained = self.models.unlearn(arm, seed, self.validate)
+            deployed = self._own_weights(trained)
+            record = dict(trained.record)
+        else:
+            deployed, record = self._assisted(arm, seed)[1:]
+        record["test"] = self.test(deployed)
+        if seed == 0:
+            record["probe"] = self.probe(deployed, weights=arm in arms.METHODS)
+        if arm in arms.METHODS and not self.config.keep_weights:
+            config = self.config
+            settings = (config.epochs, config.learning_rate, config.rmu_scale)
+            self.models.forget_weights(arm, seed, *settings)
+        return record
+
+    def _own_weights(self, trained: Trained) -> Deployed:
+        graphdef, _, rest = nnx.split(self.models.target, nnx.Param, ...)
+        return Deployed(model=nnx.merge(graphdef, trained.params, rest))
+
+    def _assisted(self, arm: str, seed: int) -> tuple[models.Assistant, Deployed, dict[str, Any]]:
+        """A trained assistant; the clean arm's alpha is the best on validation."""
+        difference = self.differences[arm]
+        assistant, trained = self.models.assist(arm, difference, seed, self.validate)
+        record = dict(trained.record)
+        alpha = difference.fuse.alpha
+        if arm == "difference_clean":
+            tried = {a: self.validate(self._with(assistant, a)) for a in self.config.alphas}
+            alpha = max(tried, key=lambda a: tried[a]["score"], default=alpha)
+            record["alphas"] = {str(a): scores for a, scores in tried.items()}
+        record["alpha"] = alpha
+        deployed = Deployed(
+            model=self.models.target,
+            assistant=assistant,
+            difference=arms.with_alpha(difference, alpha),
+        )
+        return assistant, deployed, record
+
+    def _with(self, assistant: models.Assistant, alpha: float) -> Deployed:
+        difference = arms.with_alpha(self.differences["difference_clean"], alpha)
+        return Deployed(model=self.models.target, assistant=assistant, difference=difference)
+
+    def _clean(self) -> tuple[models.Assistant, float]:
+        """The clean assistant of seed 0, and the alpha that was chosen for it."""
+        arm = "difference_clean"
+        assistant, _ = self.models.assist(arm, self.differences[arm], 0, self.validate)
+        record = self._kept(f"{arm}-0", lambda: self._arm(arm, 0))
+        return assistant, record["alpha"]
+
+    def _bypassed(self) -> dict[str, Any]:
+        """Whoever leaves the assistant out has the target: the same weights, the same losses."""
+        assistant, _ = self._clean()
+        rows = self.models.rows(self.scene.forget)
+        with_none = self._with(assistant, 0.0)
+        sides = [
+            np.asarray(d.nll(rows["tokens"], rows["mask"])[0])
+            for d in (with_none, Deployed(model=self.models.target))
+        ]
+        return {"largest difference": float(abs(sides[0] - sides[1]).max())}
+
+    def _alphas(self) -> list[dict[str, Any]]:
+        """Forgetting and utility by alpha, from one assistant; nothing is trained."""
+        assistant, chosen = self._clean()
+        return [
+            self._short(self.test(self._with(assistant, alpha), generates=False))
+            | {"alpha": alpha, "chosen": alpha == chosen}
+            for alpha in self.config.alphas
+        ]
+
+    def _beta(self, beta: float) -> dict[str, Any]:
+        difference = dataclasses.replace(self.differences["difference_clean"], retain_weight=beta)
+        assistant, trained = self.models.assist("difference_clean", difference, 0, self.validate)
+        deployed = Deployed(model=self.models.target, assistant=assistant, difference=difference)
+        return {"beta": beta, "epoch": trained.record["epoch"]} | self._short(
+            self.test(deployed, generates=False)
+        )
+
+    def _short(self, scores: Scores) -> Scores:
+        names = {
+            "D": "forget_quality.statistic",
+            "forget probability": "forget.probability",
+            "retain probability": "retain.probability",
+            "utility": "utility",
+        }
+        return {label: scores[name] for label, name in names.items() if name in scores}
+
+    def _merged(self) -> dict[str, Any]:
+        """The difference baked into one model's weights, which is exported."""
+        assistant, alpha = self._clean()
+        difference = arms.with_alpha(self.differences["difference_clean"], alpha)
+        directory = self.models.directory("merged", 0, alpha, self.config.merge_steps)
+        model, seconds = self.models.merged(assistant, difference, directory)
+        models.save_pretrained(model, self.models.tokenizer, self.workdir / "merged")
+        deployed = Deployed(model=model)
+        return {
+            "seconds": seconds,
+            "alpha": alpha,
+            "test": self.test(deployed),
+            "probe": self.probe(deployed, weights=True),
+        }

@@ -1,0 +1,176 @@
+"""Unlearning: an assistant's training step beside NPO + KL, and decoding with it beside without.
+
+    python -m experiments.benchmark unlearning
+
+SmolLM2-135M, an assistant of its first 8 of 30 layers, batches of the same tokens to forget and to
+keep. A step is forward, backward and AdamW: ``npo_kl`` trains all weights and runs the frozen
+reference; ``assistant`` trains adapters of rank 32 on frozen weights. MiB: arguments, new results
+and scratch of the compiled step, so weights, optimizer and reference model count. Decoding is
+greedy, prefill included, one row and eight: the target alone, target and assistant in one pass
+(`decoding.paired_model`), and the two as separate models. ``over alone / (M + K) / M`` is the cost
+over the target alone as a share of what layer counts predict. Parts that are done are kept.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from experiments import _models, _unlearning_arms
+from experiments._unlearning_models import planned_bytes
+from experiments.benchmarks import _suite
+from logitjax import decoding, fusion, losses, models, training
+
+_FASTER, _SMALLER, _DECODE = 3.0, 0.5, 1.15
+
+
+def run(options: _suite.Options) -> _suite.Result:
+    spec, layers, rows, length, new = (
+        ("tiny", 1, 2, 16, 4) if options.smoke else ("smollm2", 8, 4, 96, 32)
+    )
+    model, _ = _models.load(spec, layout="listed")
+    model = models.with_layout(model, "listed")
+    kept = Path(options.directory) / f"{options.scale}.partial.json"
+    known = json.loads(kept.read_text()) if kept.exists() else {}
+
+    def part(name: str, make: Callable[[], Any]) -> Any:
+        if name not in known:
+            known[name] = make()
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            kept.write_text(json.dumps(known))
+        return known[name]
+
+    steps = part("steps", lambda: _steps(model, layers, rows, length, options.repeats))
+    table = list(steps["rows"])
+    bars = [
+        _suite.Bar(
+            name="NPO + KL step / assistant step, seconds",
+            value=steps["faster"],
+            limit=_FASTER,
+            sense=">=",
+        ),
+        _suite.Bar(
+            name="assistant step / NPO + KL step, memory", value=steps["smaller"], limit=_SMALLER
+        ),
+    ]
+    for batch in (1,) if options.smoke else (1, 8):
+        found = part(
+            f"decode {batch}", lambda b=batch: _decode(model, layers, b, new, options.repeats)
+        )
+        table += found["rows"]
+        bars.append(
+            _suite.Bar(
+                name=f"decoding over alone / (M + K) / M, B = {batch}",
+                value=found["share"],
+                limit=_DECODE,
+            )
+        )
+    kept.unlink()
+    return _suite.Result(rows=table, bars=bars)
+
+
+def _batch(model: models.Decoder, rows: int, length: int) -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+
+    def side() -> dict[str, np.ndarray]:
+        tokens = rng.integers(3, model.config.vocab_size, (rows, length)).astype(np.int32)
+        mask = np.broadcast_to(np.arange(length) >= length // 3, tokens.shape)
+        return {"tokens": tokens, "mask": np.ascontiguousarray(mask)}
+
+    return {"forget": side(), "retain": side()}
+
+
+def _steps(
+    model: models.Decoder, layers: int, rows: int, length: int, repeats: int
+) -> dict[str, Any]:
+    """Seconds and planned memory of a step of either."""
+    mesh = training.make_mesh("data:1", devices=jax.devices()[:1])
+    batch = training.make_global_batch(mesh, _batch(model, rows, length))
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    params = nnx.to_pure_dict(params)
+    assistant = models.init_assistant(model, layers, key=jax.random.key(0))
+    silent, base = training.make_assistant_loss(assistant.base)
+    npo_kl = _unlearning_arms.make_loss(losses.UNLEARNING_METHODS["npo_kl"], graphdef, rest)
+    calls: dict[str, Callable[[], Any]] = {}
+    sizes: dict[str, int] = {}
+    for name, loss_fn, start, constants in (
+        ("npo_kl", npo_kl, params, params),
+        ("assistant", silent, assistant.lora, base),
+    ):
+        tx = training.make_optimizer(1e-5, schedule="constant", weight_decay=0.01)
+        state = training.create_train_state(start, tx, mesh=mesh)
+        step = training.make_train_step(loss_fn, tx, mesh=mesh)
+        sizes[name] = planned_bytes(step.lower(state, batch, constants).compile())
+        calls[name] = _repeated(step, state, batch, constants)
+    seconds = _suite.paired_seconds(calls, repeats=repeats)
+    table = [
+        {
+            "what": f"step: {name}",
+            "B": 2 * rows,
+            "ms": 1e3 * float(np.median(taken)),
+            "tokens/s": 2 * rows * length / float(np.median(taken)),
+            "MiB": sizes[name] / 2**20,
+            "over npo_kl": _suite.paired_ratio(taken, seconds["npo_kl"]),
+        }
+        for name, taken in seconds.items()
+    ]
+    return {
+        "rows": table,
+        "faster": _suite.paired_ratio(seconds["npo_kl"], seconds["assistant"]),
+        "smaller": sizes["assistant"] / sizes["npo_kl"],
+    }
+
+
+def _repeated(step: training.TrainStep, state: Any, batch: Any, constants: Any) -> Any:
+    held = [state]
+
+    def call() -> Any:
+        held[0], output = step(held[0], batch, constants)
+        return output.metrics
+
+    return call
+
+
+def _decode(
+    model: models.Decoder, layers: int, batch: int, new: int, repeats: int
+) -> dict[str, Any]:
+    """Seconds of ``new`` tokens, and how they compare with what layer counts predict."""
+    assistant = models.init_assistant(model, layers, key=jax.random.key(0))
+    fuse = fusion.LogitDifference()
+    apart = models.merge_lora(assistant.base, assistant.lora)
+    line_ups: Mapping[str, Any] = {
+        "target alone": decoding.Ensemble(model),
+        "with its assistant, one pass": decoding.Ensemble(
+            decoding.paired_model(model, assistant), fuse=fuse
+        ),
+        "with its assistant, two models": decoding.Ensemble(model, experts=[apart], fuse=fuse),
+    }
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(3, model.config.vocab_size, 12 + i) for i in range(batch)]
+    calls = {
+        name: lambda m=line_up: decoding.generate(m, prompts, max_new_tokens=new).tokens
+        for name, line_up in line_ups.items()
+    }
+    seconds = _suite.paired_seconds(calls, repeats=repeats)
+    depth = model.config.num_layers
+    predicted = (depth + layers) / depth
+    table = []
+    for name, taken in seconds.items():
+        ratio = _suite.paired_ratio(taken, seconds["target alone"])
+        row: dict[str, Any] = {
+            "what": f"decode: {name}",
+            "B": batch,
+            "ms": 1e3 * float(np.median(taken)) / new,
+            "tokens/s": batch * new / float(np.median(taken)),
+            "over alone": ratio,
+        }
+        if name != "target alone":
+            row["over alone / (M + K) / M"] = ratio / predicted
+        table.append(row)
+    one_pass = seconds["with its assistant, one pass"]
+    share = _suite.paired_ratio(one_pass, seconds["target alone"]) / predicted
+    return {"rows": table, "share": share}

@@ -1,0 +1,258 @@
+"""The unlearning experiment: a smoke run, its caches, its rows, and what each arm minimises."""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+from flax import nnx
+
+from experiments import (
+    _unlearning_arms,
+    _unlearning_data,
+    _unlearning_models,
+    _unlearning_report,
+    _unlearning_run,
+    unlearning,
+)
+from experiments._models import byte_tokenizer, tiny_decoder
+from logitjax import losses, training
+from logitjax.data import TofuItem
+from logitjax.evaluation import PromptTemplate
+from logitjax.models import load_model, with_layout
+
+TOFU = pathlib.Path(__file__).parents[1] / "data" / "tofu"
+ARMS = ("npo_kl", "difference_clean")
+
+
+def configured(**changes):
+    return unlearning.Config(**{**unlearning.PRESETS["smoke"], "arm": ARMS, "betas": (), **changes})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = epath.Path(tmp_path_factory.mktemp("unlearning"))
+    config = configured()
+    unlearning.run(config, workdir)
+    return config, workdir
+
+
+@pytest.mark.slow
+def test_report_has_every_arm_what_it_took_and_a_plot(finished):
+    _, workdir = finished
+    report = (workdir / "report.md").read_text()
+    for arm in ("target", "retrained", *ARMS, "merged", "difference, bypassed"):
+        assert f"| {arm} " in report
+    assert "leaves the target's weights as they are" in report
+    assert (workdir / "scatter.png").read_bytes().startswith(b"\x89PNG")
+    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [record["arm"] for record in records] == list(ARMS)
+    npo, clean = records
+    assert clean["peak_bytes"] < npo["peak_bytes"]
+    assert clean["trained"] < npo["trained"]
+    assert 1 <= npo["epoch"] <= 2
+    # Without the assistant nothing was unlearned at all.
+    bypassed = json.loads((workdir / "results" / "bypassed.json").read_text())
+    assert bypassed["largest difference"] < 1e-5
+    assert load_model(str(workdir / "merged")).config.num_layers == 2
+
+
+@pytest.mark.slow
+def test_same_command_again_trains_nothing_and_asks_what_is_missing(finished, monkeypatch):
+    config, workdir = finished
+    before = (workdir / "report.md").read_text()
+    for name in ("difference_clean-0", "alphas", "target"):
+        (workdir / "results" / f"{name}.json").unlink()
+
+    def fail(*_, **__):
+        raise AssertionError("something was trained again")
+
+    monkeypatch.setattr(_unlearning_models.training, "make_global_batch", fail)
+    monkeypatch.setattr(training, "merge_by_distillation", fail)
+    unlearning.run(config, workdir)
+    again = (workdir / "report.md").read_text()
+    assert again == before
+
+
+def item(n, **more):
+    return TofuItem(question=f"q{n}?", answer=f"a{n}.", **more)
+
+
+def test_paraphrases_are_paired_and_wrong_answers_are_not_the_right_one():
+    rows = [
+        item(0, question_paraphrases=("Q", "Q", "R"), answer_paraphrases=("A", "a0.", "B")),
+        item(1, question_paraphrases=(), answer_paraphrases=("C",)),
+    ]
+    wrong = [item(0, perturbed_answers=("a0.", "x", "x", "y", "z"))]
+    added, false = _unlearning_data.augment(rows, wrong, 2, 2)
+    assert [(i.question, i.answer) for i in added] == [("Q", "A"), ("R", "B"), ("q1?", "C")]
+    assert [(i.question, i.answer) for i in false] == [("q0?", "x"), ("q0?", "y")]
+
+
+def test_the_tables_of_the_release_are_read_from_their_first_row():
+    config = configured(augmentation_dir=str(TOFU), paraphrases=2)
+    added, false = _unlearning_data._augmentations(config, 40)
+    assert len({i.question for i in added}) == len(added) == 2
+    assert "Kuwait" in added[0].question
+    assert false
+    assert _unlearning_data._augmentations(configured(augment=False), 40) == ((), ())
+
+
+def test_rows_of_several_questions_hold_each_once_and_predict_the_same():
+    tokenizer, template = byte_tokenizer(), PromptTemplate(before="", after=" ")
+    items = [item(n) for n in range(5)]
+    single = _unlearning_data.encode(items, tokenizer, template, 12)
+    together = _unlearning_data.packed(items, tokenizer, template, 12, 24)
+    assert len(together["tokens"]) < len(items)
+    assert together["mask"].sum() == single["mask"].sum()
+    model = tiny_decoder()
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    loss_fn = jax.jit(_unlearning_arms.answer_loss(graphdef, rest))
+    (one, count, _), (other, same, _) = (
+        loss_fn(nnx.to_pure_dict(params), rows, None) for rows in (single, together)
+    )
+    assert count == same
+    np.testing.assert_allclose(one, other, rtol=1e-5)
+
+
+def test_an_epoch_sees_every_row_once_whatever_the_size_of_a_step():
+    rows = {"tokens": np.arange(10)[:, None]}
+    seen = np.concatenate(
+        [_unlearning_data.picked(rows, s, size=4, seed=3)["tokens"][:, 0] for s in range(5)]
+    )
+    assert sorted(seen[:10].tolist()) == sorted(seen[10:].tolist()) == list(range(10))
+    assert seen[:10].tolist() != seen[10:].tolist()
+    assert _unlearning_data.steps_an_epoch(rows, 4) == 3
+
+
+@pytest.mark.slow
+def test_losses_of_arms_are_those_of_logits():
+    rng = np.random.default_rng(0)
+
+    def side(rows):
+        tokens = rng.integers(1, 200, (rows, 8)).astype(np.int32)
+        return {"tokens": tokens, "mask": np.arange(8) >= rng.integers(2, 5, (rows, 1))}
+
+    batch = {"forget": side(3), "retain": side(2)}
+    model, before = (with_layout(tiny_decoder(seed), "listed") for seed in (1, 2))
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    reference = nnx.to_pure_dict(nnx.state(before, nnx.Param))
+    direction = losses.rmu_direction(32, key=jax.random.key(0))
+
+    @jax.jit
+    def ours(params, reference):
+        found = {}
+        for arm, name in _unlearning_arms.METHODS.items():
+            loss_fn = _unlearning_arms.make_loss(
+                losses.UNLEARNING_METHODS[name], graphdef, rest, layer=1, direction=direction
+            )
+            found[arm] = loss_fn(params, batch, None, reference)[0]
+        return found
+
+    @jax.jit
+    def logits(params, tokens):
+        return nnx.merge(graphdef, params, rest)(tokens)
+
+    params = nnx.to_pure_dict(params)
+    found = ours(params, reference)
+    z, z0 = (
+        {k: logits(p, s["tokens"])[:, :-1] for k, s in batch.items()} for p in (params, reference)
+    )
+    labels = {k: s["tokens"][:, 1:] for k, s in batch.items()}
+    where = {k: s["mask"][:, 1:] for k, s in batch.items()}
+    nll, nll0 = ({k: losses.cross_entropy(x[k], labels[k]) for k in batch} for x in (z, z0))
+
+    def mean(values, k):
+        return float((np.asarray(values) * where[k]).sum() / where[k].sum())
+
+    n, n0 = (losses.sequence_nll(x["forget"], where["forget"])[0] for x in (nll, nll0))
+    lengths = where["forget"].sum(-1)
+    npo = float(losses.npo(n, n0).mean())
+    simnpo = 0.125 * float(losses.simnpo(n, lengths).mean())
+    undial = losses.undial(z["forget"], z0["forget"], labels["forget"])
+    kept = mean(nll["retain"], "retain")
+    expected = {
+        "ga": -mean(nll["forget"], "forget"),
+        "grad_diff": kept - mean(nll["forget"], "forget"),
+        "npo": npo,
+        "npo_gd": npo + kept,
+        "npo_kl": npo + mean(losses.kl_divergence(z["retain"], z0["retain"]), "retain"),
+        "simnpo": simnpo + kept,
+        "undial": mean(undial, "forget"),
+    }
+    for arm, value in expected.items():
+        np.testing.assert_allclose(found[arm], value, rtol=2e-4, err_msg=arm)
+    # Of the same model there is nothing to keep but itself; the direction is where RMU goes.
+    assert float(found["rmu"]) > 0
+
+
+def test_a_model_with_its_assistant_is_scored_as_it_is_decoded():
+    from logitjax import decoding, models
+
+    config = unlearning.Config(**unlearning.PRESETS["smoke"])
+    target = with_layout(tiny_decoder(3), "listed")
+    fresh = models.init_assistant(target, 1, rank=2, key=jax.random.key(0))
+    noisy = jax.tree.map(
+        lambda x: x + 0.3 * jnp.sin(jnp.arange(x.size)).reshape(x.shape), fresh.lora
+    )
+    deployed = _unlearning_arms.Deployed(
+        model=target,
+        assistant=models.Assistant(base=fresh.base, lora=noisy),
+        difference=_unlearning_arms.differences(config)["difference_clean"],
+        block=5,
+    )
+    tokens = np.arange(1, 15, dtype=np.int32).reshape(2, 7) * 7
+    targets = np.arange(7) >= np.array([[3], [4]])
+    nll, greedy = deployed.nll(tokens, targets)
+    prompts, answers = zip(*[(r[:s].tolist(), r[s:].tolist()) for r, s in zip(tokens, (3, 4))])
+    scores = decoding.score(deployed.line_up(), prompts, answers)
+    np.testing.assert_allclose(np.asarray(nll).sum(-1), -scores.totals(), rtol=1e-4)
+    assert np.asarray(greedy).sum() == scores.greedy.sum()
+
+
+def test_official_and_clean_differ_where_the_release_and_we_do():
+    found = _unlearning_arms.differences(unlearning.Config())
+    official, clean = found["difference_official"], found["difference_clean"]
+    assert (official.uniform, official.fuse.form, official.fuse.filter) == (
+        "all",
+        "raw",
+        "official",
+    )
+    assert (clean.uniform, clean.fuse.form, clean.fuse.filter) == ("answers", "centred", "clean")
+    assert official.generating.outside == "exclude"
+    assert clean.generating.outside == "keep"
+    assert official.lora_alpha / official.rank == 2
+    assert clean.lora_alpha / clean.rank == 1
+
+
+def test_verdicts_say_plainly_who_forgets_best_and_what_is_lost():
+    def record(d, utility):
+        return {"test": {"forget_quality.statistic": d, "utility": utility}}
+
+    results = {
+        "target": record(0.9, 0.5),
+        "arms": {"npo": [record(0.2, 0.3)], "difference_clean": [record(0.3, 0.48)]},
+    }
+    text = _unlearning_report.verdicts(results)
+    assert "smallest D of all arms: npo (0.200), keeping 60.0 %" in text
+    assert "keeps 96.0 % of the utility (LESS than 98 %), D 0.300, rank 2 of 2, NOT smaller" in text
+
+
+def test_mistakes_are_named(tmp_path):
+    with pytest.raises(ValueError, match="arm: expected some of"):
+        unlearning.Config(arm=("dpo",))
+    with pytest.raises(ValueError, match="row_length"):
+        unlearning.Config(row_length=8)
+    with pytest.raises(ValueError, match="split at 2, 10 or 20"):
+        _unlearning_data.load_scene(configured(tofu_dir=str(tmp_path), authors=200))
+    with pytest.raises(FileNotFoundError, match="no such directory"):
+        _unlearning_data.load_scene(configured(tofu_dir=str(tmp_path / "none")))
+
+
+def test_presets_name_fields_that_exist():
+    for preset in unlearning.PRESETS.values():
+        unlearning.Config(**preset)
+    assert _unlearning_run.Run
