@@ -33,7 +33,7 @@ class Difference:
       lora_alpha: their scale times their rank.
       retain_weight: beta.
       uniform: where it is silent: ``'answers'`` or ``'all'`` positions.
-      fuse: while a text is scored.
+      fuse: while a text is scored; keeps what it leaves out.
       generating: while one is generated.
     """
 
@@ -253,7 +253,7 @@ class Deployed:
             assert self.difference is not None
             base, held = nnx.split(self.assistant.base)
             lora, alpha = self.assistant.lora, self.difference.fuse.alpha
-            # One program for all alphas.
+            # One program for all alphas, which the shift of the logits is proportional to.
             fuse = dataclasses.replace(self.difference.fuse, alpha=1.0)
         return _nll(graphdef, base, fuse, self.block, state, held, lora, alpha, tokens, targets)
 
@@ -286,7 +286,6 @@ def _nll(
     assistant = None
     if base is not None:
         assistant = nnx.merge(base, held)
-        fuse = dataclasses.replace(fuse, alpha=alpha)
         sides.append(assistant.hidden_states(tokens, lora=lora)[0][:, :-1])
     labels = jnp.asarray(tokens)[:, 1:]
 
@@ -294,7 +293,8 @@ def _nll(
         *hidden, labels = args
         logits = model.logits(hidden[0])
         if assistant is not None:
-            logits, _ = fuse(logits, assistant.logits(hidden[1])[None], None)
+            fused, _ = fuse(logits, assistant.logits(hidden[1])[None], None)
+            logits = logits + alpha * (fused - logits)
         label = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
         return ops.logsumexp(logits) - label, logits.argmax(axis=-1) == labels
 
