@@ -226,8 +226,8 @@ def make_step(
     return tx, step
 
 
-def lower_step(config: Any, decoder: models.DecoderConfig, mesh: Any, *, loss: str) -> Any:
-    """The update of a pivot of this shape, lowered for a mesh without a byte of it in memory."""
+def trace_step(config: Any, decoder: models.DecoderConfig, mesh: Any, *, loss: str) -> Any:
+    """The update of a pivot of this shape, traced for a mesh without a byte of it in memory."""
     abstract = nnx.eval_shape(
         lambda: models.Decoder(
             decoder,
@@ -259,7 +259,12 @@ def lower_step(config: Any, decoder: models.DecoderConfig, mesh: Any, *, loss: s
         )
         where = array(jnp.bool_, length - 1)
         batch["sources"] = dict.fromkeys(source_names(config), (statistics_, where))
-    return step.lower(state, batch)
+    return step.trace(state, batch)
+
+
+def lower_step(config: Any, decoder: models.DecoderConfig, mesh: Any, *, loss: str) -> Any:
+    """What `trace_step` traces, lowered."""
+    return trace_step(config, decoder, mesh, loss=loss).lower()
 
 
 def _run_arm(session: Session, settings: Settings, *, seed: int) -> Outcome:

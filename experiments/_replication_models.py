@@ -40,21 +40,26 @@ class Scene:
     basis: jax.Array
 
 
+def trunk_shape(config: Any, vocab: int, layers: int) -> models.DecoderConfig:
+    """What teacher and students are, but for their depth."""
+    return models.DecoderConfig(
+        vocab_size=vocab,
+        hidden_size=config.width,
+        intermediate_size=4 * config.width,
+        num_layers=layers,
+        num_heads=max(1, config.width // 64),
+        num_kv_heads=max(1, config.width // 64),
+        head_dim=min(64, config.width),
+        max_length=config.seq_len,
+        tie_embeddings=False,
+    )
+
+
 class Trunk:
     """A decoder without a head, as functions of its parameters."""
 
     def __init__(self, config: Any, vocab: int, layers: int, seed: int):
-        shape = models.DecoderConfig(
-            vocab_size=vocab,
-            hidden_size=config.width,
-            intermediate_size=4 * config.width,
-            num_layers=layers,
-            num_heads=max(1, config.width // 64),
-            num_kv_heads=max(1, config.width // 64),
-            head_dim=min(64, config.width),
-            max_length=config.seq_len,
-            tie_embeddings=False,
-        )
+        shape = trunk_shape(config, vocab, layers)
         model = models.Decoder(shape, rngs=nnx.Rngs(seed), layout="listed", head=nnx.Module())
         self.graphdef, params, self.rest = nnx.split(model, nnx.Param, ...)
         self.params = nnx.to_pure_dict(params)
@@ -116,7 +121,7 @@ def train_student(scene: Scene, arm: str, seed: int, rate: float, config: Any) -
     if kind == "scratch":
         loss = _cross_entropy(trunk)
     else:
-        loss = _distillation(config, scene, trunk, official=kind == "official")
+        loss = distillation(config, scene, trunk, official=kind == "official")
     params, curve = _fit(
         config, text, start, loss, steps=config.steps, rate=rate, seed=seed, fixed=fixed
     )
@@ -215,7 +220,7 @@ def _cross_entropy(trunk: Trunk) -> Callable[..., Any]:
     return loss
 
 
-def _distillation(config: Any, scene: Scene, trunk: Trunk, *, official: bool) -> Callable[..., Any]:
+def distillation(config: Any, scene: Scene, trunk: Trunk, *, official: bool) -> Callable[..., Any]:
     def loss(params: Any, batch: Any, rng: Any, fixed: Any) -> Any:
         tokens = batch["tokens"]
         taught = jax.lax.stop_gradient(scene.trunk.hidden(fixed["teacher"]["trunk"], tokens))

@@ -1,0 +1,89 @@
+"""Chips by name: how much they hold and how fast they multiply; devices to compile for."""
+
+import dataclasses
+import os
+from typing import Any
+
+import jax
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One device.
+
+    Attributes:
+      kind: ``tpu``, ``gpu`` or ``cpu``.
+      memory: bytes; 0 where it is not known.
+      flops: bfloat16 operations a second at its peak; 0 where it is not known.
+      topology: the slice, as JAX names it, for TPUs.
+      count: devices asked for, for GPUs and CPUs; 0: as many as the mesh has.
+    """
+
+    name: str
+    kind: str
+    memory: float
+    flops: float
+    topology: str = ""
+    count: int = 0
+
+
+# What the compilers have (TPUs, in GiB) and the makers' data sheets; dense bfloat16 peak.
+_TPUS = {"v5e": (15.75, 197e12), "v5p": (95.74, 459e12), "v6e": (31.25, 918e12)}
+_GPUS = {"h100": (80e9, 989e12), "h200": (141e9, 989e12)}
+
+
+def parse_chip(text: str) -> Chip:
+    """``v5p:4x4x8`` (a slice), ``h100`` or ``h100:64`` (that many), ``cpu:8`` (of this machine).
+
+    >>> parse_chip("v5p:2x2x2").kind, parse_chip("h200:16").count
+    ('tpu', 16)
+    """
+    name, _, size = text.partition(":")
+    if name in _TPUS and all(side.isdigit() for side in size.split("x")):
+        gib, flops = _TPUS[name]
+        return Chip(name, "tpu", gib * 2.0**30, flops, topology=text)
+    if (name in _GPUS or name == "cpu") and (size.isdigit() or not size):
+        memory, flops = _GPUS.get(name, (0.0, 0.0))
+        return Chip(name, "gpu" if name in _GPUS else "cpu", memory, flops, count=int(size or 0))
+    known = ", ".join([*(f"{tpu}:TOPOLOGY" for tpu in _TPUS), *_GPUS, "cpu:COUNT"])
+    raise ValueError(f"chip: expected one of {known}, got {text!r}")
+
+
+def prepare(chip: Chip, mesh: str) -> None:
+    """Settings that JAX reads before it makes a device. Nothing here touches an accelerator."""
+    jax.config.update("jax_platforms", "cpu")
+    if chip.kind == "tpu":
+        # Otherwise libtpu looks for a TPU and for the metadata of a cloud machine.
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+        return
+    count = chip.count
+    if not count:
+        count = 1
+        for part in mesh.split(","):
+            size = part.partition(":")[2].strip()
+            if not size.isdigit():
+                raise ValueError(
+                    f"chip: {chip.name} needs a count such as {chip.name}:64, or a mesh without -1"
+                )
+            count *= int(size)
+    jax.config.update("jax_num_cpu_devices", count)
+
+
+def devices_of(chip: Chip) -> list[Any]:
+    """Devices to compile for: of the slice, or as many of the host."""
+    if chip.kind != "tpu":
+        return jax.devices("cpu")
+    from jax.experimental import topologies
+
+    try:
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=chip.topology)
+    except Exception as error:
+        line = str(error).splitlines()[0]
+        raise ValueError(
+            f"chip: {chip.topology} cannot be compiled for ({line}); the extra `plan` brings the "
+            "TPU compiler, on Python 3.12 or newer"
+        ) from None
+    return list(topology.devices)

@@ -1,0 +1,212 @@
+"""What a compiled program costs: floating-point work of its jaxpr, collectives of its HLO."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from jax.extend import core
+
+_BYTES = {
+    "pred": 1,
+    "s4": 0.5,
+    "u4": 0.5,
+    "s8": 1,
+    "u8": 1,
+    "s16": 2,
+    "u16": 2,
+    "bf16": 2,
+    "f16": 2,
+    "s32": 4,
+    "u32": 4,
+    "f32": 4,
+    "s64": 8,
+    "u64": 8,
+    "f64": 8,
+    "c64": 8,
+    "c128": 16,
+}
+KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+_COMPUTATION = re.compile(r"^(ENTRY )?%([^ ]+) \(.*\{$")
+_INSTRUCTION = re.compile(
+    r"^\s+(?:ROOT )?%(?P<name>\S+) = (?P<type>\(.*?\)|\S+) (?P<kind>[a-z][a-z0-9-]*)\((?P<rest>.*)"
+)
+_ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
+
+
+def matmul_flops(jaxpr: Any) -> float:
+    """Multiplications and additions of all matrix products and convolutions of a jaxpr.
+
+    Loops count as often as they run, a branch as its most expensive one. What ``shard_map`` runs on
+    every device counts that often. Elementwise work is left out. A ``while`` loop, whose length no
+    jaxpr says, counts once.
+
+    >>> import jax
+    >>> x = jax.numpy.ones((2, 3))
+    >>> matmul_flops(jax.make_jaxpr(lambda x: x @ x.T)(x))
+    24.0
+    """
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    total = 0.0
+    for equation in jaxpr.eqns:
+        name, params = equation.primitive.name, equation.params
+        if name == "dot_general":
+            (contracted, _), _ = params["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            inner = math.prod(shape[i] for i in contracted)
+            total += 2.0 * equation.outvars[0].aval.size * inner
+        elif name == "conv_general_dilated":
+            kernel = equation.invars[1].aval
+            outputs = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
+            work = 2.0 * equation.outvars[0].aval.size * kernel.size / outputs
+            total += work / params["batch_group_count"]
+        elif name == "cond":
+            total += max(matmul_flops(branch) for branch in params["branches"])
+        else:
+            inside = sum(matmul_flops(inner) for inner in _jaxprs(params))
+            if name == "scan":
+                inside *= params["length"]
+            elif name == "shard_map":
+                inside *= math.prod(
+                    params["mesh"].shape[axis] for axis in params["newly_manual_axes"]
+                )
+            total += inside
+    return total
+
+
+def _jaxprs(params: Mapping[str, Any]) -> Iterator[Any]:
+    for value in params.values():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(item, core.Jaxpr | core.ClosedJaxpr):
+                yield item
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """A line of HLO."""
+
+    name: str
+    type: str
+    kind: str
+    rest: str
+
+    def called(self, *roles: str) -> list[str]:
+        found = []
+        for role in roles:
+            found += re.findall(rf"\b{role}=%([^\s,)}}]+)", self.rest)
+            for group in re.findall(rf"\b{role}=\{{([^}}]*)\}}", self.rest):
+                found += [part.strip().lstrip("%") for part in group.split(",")]
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Collectives:
+    """What one device sends to or gets from others in one run of a program.
+
+    Attributes:
+      calls: by kind, how often.
+      bytes: by kind, of the arrays as they are before they are split or after they are joined.
+      unknown_loops: loops whose length could not be read; what is in them counts once.
+    """
+
+    calls: dict[str, int]
+    bytes: dict[str, float]
+    unknown_loops: int
+
+
+def collectives(text: str) -> Collectives:
+    """The collectives of compiled HLO, those in loops as often as they run.
+
+    An all-gather or all-reduce counts what it makes, a reduce-scatter what it takes: the whole
+    array, of which a ring moves nearly all past every device (an all-reduce twice).
+
+    Args:
+      text: of ``compiled.as_text()``.
+    """
+    computations, entry = _parse(text)
+    calls: dict[str, int] = dict.fromkeys(KINDS, 0)
+    sizes: dict[str, float] = dict.fromkeys(KINDS, 0.0)
+    unknown = 0
+
+    def visit(name: str, times: int) -> None:
+        nonlocal unknown
+        for instruction in computations.get(name, ()):
+            kind = instruction.kind.removesuffix("-start")
+            if kind in KINDS:
+                # The TPU compiler writes a reduce-scatter as an all-reduce that a fusion cuts.
+                if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
+                    kind = "reduce-scatter"
+                    size = _result_bytes(instruction)
+                else:
+                    size = _result_bytes(instruction)
+                    if kind == "reduce-scatter":
+                        size *= _group_size(instruction.rest)
+                calls[kind] += times
+                sizes[kind] += times * size
+            elif instruction.kind == "while":
+                length = _trip_count(instruction, computations)
+                unknown += length is None
+                for body in instruction.called("body"):
+                    visit(body, times * (1 if length is None else length))
+            else:
+                roles = ("calls", "branch_computations", "true_computation", "false_computation")
+                if instruction.kind in ("call", "async-start"):
+                    roles += ("to_apply",)
+                for inner in instruction.called(*roles):
+                    visit(inner, times)
+
+    visit(entry, 1)
+    return Collectives(
+        {kind: count for kind, count in calls.items() if count},
+        {kind: size for kind, size in sizes.items() if calls[kind]},
+        unknown,
+    )
+
+
+def _parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
+    computations: dict[str, list[Instruction]] = {}
+    entry = name = ""
+    for line in text.splitlines():
+        if found := _COMPUTATION.match(line):
+            name = found[2]
+            computations[name] = []
+            entry = name if found[1] else entry
+        elif found := _INSTRUCTION.match(line):
+            computations[name].append(Instruction(**found.groupdict()))
+    return computations, entry
+
+
+def _result_bytes(instruction: Instruction) -> float:
+    arrays = _ARRAY.findall(instruction.type)
+    sizes = [_BYTES.get(t, 4) * math.prod(map(int, filter(None, d.split(",")))) for t, d in arrays]
+    if not instruction.kind.endswith("-start"):
+        return sum(sizes)
+    if instruction.kind == "all-reduce-start":
+        return sum(sizes)
+    # A pair of what goes in and what comes out, and marks of its progress.
+    sizes = [
+        size for size, (t, d) in zip(sizes, arrays, strict=True) if d or t not in ("u32", "s32")
+    ]
+    return sum(sizes[len(sizes) // 2 :])
+
+
+def _group_size(rest: str) -> int:
+    if found := re.search(r"replica_groups=\[\d+,(\d+)\]", rest):
+        return int(found[1])
+    if found := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
+        return len(found[1].split(","))
+    return 1
+
+
+def _trip_count(loop: Instruction, computations: Mapping[str, list[Instruction]]) -> int | None:
+    if found := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest):
+        return int(found[1])
+    (condition,) = loop.called("condition") or [""]
+    inside = computations.get(condition, ())
+    limits = [i.rest.split(")")[0] for i in inside if i.kind == "constant"]
+    compared = [i for i in inside if i.kind == "compare" and "direction=LT" in i.rest]
+    # Loops over a fixed range count up from zero.
+    if len(limits) == 1 and len(compared) == 1 and limits[0].isdigit():
+        return int(limits[0])
+    return None

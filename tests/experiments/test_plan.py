@@ -1,0 +1,327 @@
+"""The planner: what it counts against what is known, and against what runs really take."""
+
+import functools
+import importlib.util
+import json
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from experiments import _fusion_run, _plan_chips, _plan_models, _plan_program, graph_fusion, plan
+from logitjax import training
+
+ROOT = pathlib.Path(__file__).parents[2]
+MESHES = ("data:8", "data:2,fsdp:4", "data:2,fsdp:2,tensor:2")
+CPU = _plan_chips.parse_chip("cpu:8")
+
+
+def smoke(mesh, **changes):
+    chosen = {**graph_fusion.PRESETS["smoke"], "mesh": mesh, "batch_size": 8, **changes}
+    return graph_fusion.Config(**chosen)
+
+
+@pytest.fixture
+def wide_smoke(monkeypatch):
+    preset = {**graph_fusion.PRESETS["smoke"], "batch_size": 8}
+    monkeypatch.setitem(graph_fusion.PRESETS, "smoke", preset)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("wide_smoke")
+@pytest.mark.parametrize("mesh", MESHES)
+def test_bytes_are_those_of_the_same_compilation(mesh):
+    (found,) = plan.plans("graph_fusion", "smoke", CPU, mesh=mesh)
+    decoder = _plan_models.decoder_config("tiny")
+    made = training.make_mesh(mesh)
+    lowered = _fusion_run.lower_step(smoke(mesh), decoder, made, loss="uld+gld")
+    memory = lowered.compile().memory_analysis()
+    assert found.argument_bytes == memory.argument_size_in_bytes
+    assert found.temp_bytes == memory.temp_size_in_bytes
+    assert found.output_bytes == memory.output_size_in_bytes
+    # What a device holds of the state and the batch, counted from the shardings.
+    held = sum(
+        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(_abstract_state(decoder, made, smoke(mesh)))
+    )
+    assert held < found.argument_bytes < held + 200_000
+    assert (found.devices, found.estimate, found.error) == (8, False, "")
+    assert "needs" in found.verdict
+
+
+def _abstract_state(decoder, mesh, config):
+    graphdef, params = _plan_models.abstract_decoder(decoder, layout=config.layout)
+    settings = _fusion_run.Settings("sft", 1e-3, config.gld[0])
+    tx, _ = _fusion_run.make_step(config, graphdef, mesh, settings)
+    state = training.abstract_train_state(params, tx, mesh=mesh, rules=training.DECODER_RULES)
+    return (state.params, state.opt_state)
+
+
+def test_matrix_products_are_counted_wherever_they_are():
+    x = jnp.ones((4, 6))
+    w = jnp.ones((6, 6))
+
+    def flops(f, *args):
+        return _plan_program.matmul_flops(jax.make_jaxpr(f)(*args))
+
+    once = 2.0 * 4 * 6 * 6
+    assert flops(lambda x: jax.lax.scan(lambda c, _: (c @ w, None), x, length=5)[0], x) == 5 * once
+    assert flops(lambda x: jax.lax.fori_loop(0, 5, lambda i, c: c @ w, x), x) == 5 * once
+    assert flops(lambda x: jax.lax.cond(True, lambda y: y @ w @ w, lambda y: y, x), x) == 2 * once
+    assert flops(jax.jit(lambda x: x @ w), x) == once
+
+    def loss(w, policy):
+        layer = jax.checkpoint(lambda y: jnp.tanh(y @ w)) if policy else lambda y: jnp.tanh(y @ w)
+        return layer(layer(x)).sum()
+
+    # Forward twice, each backward two products; x itself has no gradient.
+    kept = flops(lambda w: jax.grad(loss)(w, False), w)
+    again = flops(lambda w: jax.grad(loss)(w, True), w)
+    assert kept == 5 * once
+    assert again > kept
+    mesh = training.make_mesh("data:4,fsdp:2")
+    split = jax.shard_map(
+        lambda x: x @ w, mesh=mesh, in_specs=P("data"), out_specs=P("data"), axis_names={"data"}
+    )
+    assert flops(split, x) == once
+    images, kernel = jnp.ones((2, 8, 8, 3)), jnp.ones((3, 3, 3, 5))
+    convolve = functools.partial(
+        jax.lax.conv_general_dilated,
+        window_strides=(1, 1),
+        padding="SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    assert flops(convolve, images, kernel) == 2.0 * (2 * 8 * 8 * 5) * (3 * 3 * 3)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_work_is_within_a_tenth_of_the_compilers_count(mesh):
+    """The compiler counts a loop once, so this is a program without one."""
+    made = training.make_mesh(mesh)
+    rows = jax.ShapeDtypeStruct((512, 512), jnp.float32, sharding=training.batch_sharding(made))
+    split = NamedSharding(made, P("fsdp", "tensor"))
+    kernels = [jax.ShapeDtypeStruct((512, 512), jnp.float32, sharding=split) for _ in range(4)]
+
+    def loss(kernels, x):
+        for kernel in kernels:
+            x = jnp.maximum(x @ kernel, 0)
+        return (x**2).sum()
+
+    traced = jax.jit(jax.grad(loss)).trace(kernels, rows)
+    counted = traced.lower().compile().cost_analysis()["flops"]
+    assert _plan_program.matmul_flops(traced.jaxpr) / 8 == pytest.approx(counted, rel=0.1)
+
+
+def test_collectives_in_loops_count_as_often_as_they_run():
+    mesh = training.make_mesh("data:8")
+
+    def repeated(x):
+        def body(carry, _):
+            total = jax.lax.psum(jnp.sin(x * carry[0]), "data")
+            whole = jax.lax.all_gather(total * x, "data")
+            part = jax.lax.psum_scatter(whole.sum(1), "data", tiled=True)
+            return carry + part.sum() + whole.sum(), None
+
+        return jax.lax.scan(body, jnp.ones(3), length=7)[0]
+
+    run = jax.jit(jax.shard_map(repeated, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False))
+    text = run.lower(jnp.ones((100,), jnp.float32)).compile().as_text()
+    found = _plan_program.collectives(text)
+    assert found.unknown_loops == 0
+    assert found.calls["all-gather"] == 7
+    assert found.bytes["all-gather"] == 7 * 8 * 100 * 4
+    assert found.calls["all-reduce"] + found.calls.get("reduce-scatter", 0) == 14
+    assert found.bytes["all-reduce"] >= 7 * 100 * 4
+
+
+TPU_TEXT = """\
+HloModule jit_step
+
+%cond (p: (s32[], bf16[8,128])) -> pred[] {
+  %c = s32[]{:T(128)} constant(40)
+  %p = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %c), direction=LT
+}
+
+%all-reduce-scatter.1 (q: bf16[64,128]) -> bf16[2,128] {
+  %q = bf16[64,128]{1,0} parameter(0)
+  ROOT %ar = bf16[64,128]{1,0} all-reduce(%q), channel_id=7, replica_groups={{0,2},{1,3}}
+}
+
+%body (p.1: (s32[], bf16[8,128])) -> (s32[], bf16[8,128]) {
+  %p.1 = (s32[], bf16[8,128]{1,0}) parameter(0)
+  %x = bf16[8,128]{1,0} get-tuple-element(%p.1), index=1
+  %g = (bf16[8,128]{1,0}, bf16[32,128]{1,0}, u32[], u32[]) all-gather-start(%x), dimensions={0}
+  %d = bf16[32,128]{1,0} all-gather-done(%g)
+  %f = bf16[2,128]{1,0} fusion(%d), kind=kCustom, calls=%all-reduce-scatter.1
+  %s = f32[4,128]{1,0} reduce-scatter(%x), replica_groups=[2,4]<=[8], to_apply=%cond
+  ROOT %t = (s32[], bf16[8,128]{1,0}) tuple(%x, %x)
+}
+
+ENTRY %main (a: bf16[8,128]) -> bf16[8,128] {
+  %a = bf16[8,128]{1,0} parameter(0)
+  %w = (s32[], bf16[8,128]{1,0}) while(%a), condition=%cond, body=%body
+  ROOT %r = bf16[8,128]{1,0} get-tuple-element(%w), index=1
+}
+"""
+
+
+def test_the_tpu_compilers_way_to_write_them():
+    found = _plan_program.collectives(TPU_TEXT)
+    assert found.calls == {"all-gather": 40, "reduce-scatter": 80}
+    gathered, cut, scattered = 32 * 128 * 2, 64 * 128 * 2, 4 * 4 * 128 * 4
+    assert found.bytes == {"all-gather": 40 * gathered, "reduce-scatter": 40 * (cut + scattered)}
+    assert found.unknown_loops == 0
+    assert _plan_program.collectives(TPU_TEXT.replace("constant(40)", "parameter(1)")).calls == {
+        "all-gather": 1,
+        "reduce-scatter": 2,
+    }
+
+
+def test_chips():
+    assert _plan_chips.parse_chip("v5p:4x4x8").topology == "v5p:4x4x8"
+    assert _plan_chips.parse_chip("h100").memory == 80e9
+    for wrong in ("v5p", "a100", "v5e:2y2", "h100:x"):
+        with pytest.raises(ValueError, match=f"chip: expected one of .*got '{wrong}'"):
+            _plan_chips.parse_chip(wrong)
+
+
+def test_verdicts():
+    fits = plan.Plan(
+        experiment="graph_fusion",
+        preset="paper",
+        program="update",
+        chip="v5e:2x2",
+        mesh="data:4",
+        estimate=False,
+        devices=4,
+        memory=16 * 2**30,
+        flops=1e12,
+        argument_bytes=8 * 2**30,
+        output_bytes=2 * 2**30,
+        alias_bytes=2 * 2**30,
+        temp_bytes=4 * 2**30,
+        calls={"all-gather": 3},
+        collective_bytes={"all-gather": 2.0**30},
+        versions="jax 1",
+    )
+    assert fits.verdict == "fits: 12.00 GiB of 16 GiB"
+    over = plan.dataclasses.replace(fits, temp_bytes=9 * 2**30)
+    assert over.verdict.startswith("does not fit: 17.00 GiB")
+    said = (
+        "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory "
+        "required for HLO temporaries (24.19G) exceeds available HBM (15.75G). HLO module: jit_f."
+    )
+    sentence = "required for HLO temporaries (24.19G) exceeds available HBM (15.75G)"
+    assert plan._out_of_memory(said) == sentence
+    text = plan.markdown([fits, plan.dataclasses.replace(over, estimate=True, error=sentence)])
+    assert "estimate: does not fit: required" in text
+    assert "all-gather 1 in 3" in text
+    assert "at the chips' bfloat16 peak that is 0.00127 s" in plan.report(fits)
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "experiments.plan", *arguments],
+        cwd=ROOT,
+        timeout=280,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_command_estimates_for_gpus_and_keeps_what_it_found(tmp_path):
+    asked = ("--experiment=vq_head", "--preset=smoke", f"--workdir={tmp_path}")
+    done = command(*asked, "--chip=h100")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "ESTIMATE: fits" in done.stdout
+    (path,) = tmp_path.glob("*.json")
+    assert json.loads(path.read_text())["estimate"] is True
+    page = command("--markdown", f"--workdir={tmp_path}")
+    assert "| vq_head" in page.stdout
+    wrong = command(*asked, "--chip=h100", "--mesh=data:2")
+    assert wrong.returncode == 2
+    assert re.fullmatch(r"error: mesh: vq_head runs on one device\n", wrong.stderr)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra `plan`")
+def test_the_tpu_compiler_compiles_without_a_tpu(tmp_path):
+    asked = ("--experiment=vq_head", "--preset=smoke", f"--workdir={tmp_path}")
+    done = command(*asked, "--chip=v5e:2x2")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "fits" in done.stdout
+    assert "libtpu" in done.stdout
+
+
+# Runs of one step, in a process of its own: what plan says, and what the process then takes.
+MEASURE = """
+import pathlib, re, sys
+import jax
+jax.config.update("jax_num_cpu_devices", 8)
+import jax.numpy as jnp, optax
+from experiments import _plan_chips, plan
+from logitjax import training
+
+mesh = training.make_mesh(sys.argv[1])
+width, depth, rows = 1024, 6, 2048
+
+def loss_fn(params, batch, rng):
+    x = batch["x"]
+    for kernel in params:
+        x = jnp.tanh(x @ kernel)
+    return (x**2).sum(), x.size, {}
+
+tx = optax.adam(1e-3)
+make = lambda key: [jnp.ones((width, width)) / width for _ in range(depth)]
+state = training.create_train_state(make, tx, mesh=mesh)
+step = training.make_train_step(loss_fn, tx, mesh=mesh)
+shape = jax.ShapeDtypeStruct((rows, width), jnp.float32, sharding=training.batch_sharding(mesh))
+def like(x):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+
+abstract = jax.tree.map(like, state)
+found = plan.make_plan(
+    step.trace(abstract, {"x": shape}), _plan_chips.parse_chip("cpu:8"), devices=8,
+    experiment="e", preset="p", program="q",
+)
+compiled = step.trace(abstract, {"x": shape}).lower().compile()
+batch = {"x": jax.device_put(jnp.ones((rows, width)), training.batch_sharding(mesh))}
+jax.block_until_ready((state, batch))
+
+def resident(name):
+    status = pathlib.Path("/proc/self/status").read_text()
+    return int(re.search(name + r":\\s+(\\d+) kB", status)[1])
+
+before = resident("VmRSS")
+pathlib.Path("/proc/self/clear_refs").write_text("5")
+jax.block_until_ready(compiled(state, batch, None))
+taken = (resident("VmHWM") - before) * 1024
+beside = found.temp_bytes + found.output_bytes - found.alias_bytes
+print(beside * 8, taken)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not pathlib.Path("/proc/self/clear_refs").exists(), reason="needs /proc")
+@pytest.mark.parametrize("mesh", MESHES)
+def test_a_step_takes_what_was_planned(mesh):
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, mesh],
+        cwd=ROOT,
+        timeout=280,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    planned, taken = map(int, done.stdout.split())
+    assert planned == pytest.approx(taken, rel=0.1), (planned, taken)
