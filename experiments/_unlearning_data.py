@@ -80,13 +80,12 @@ def load_scene(config: Any) -> Scene:
     forget, retain = subset.forget, subset.retain
     # The authors just before the forget set, as many as are forgotten, as in the release.
     kept = retain[-len(forget) :]
-    count = config.retain_items
     rich = subset.retain_perturbed
     if len(rich) < 2:
         raise ValueError("authors: no kept author has wrong answers to be asked with")
-    half = min(count, len(rich) // 2)
     # Every second one each, so that all authors are on both sides.
-    test, validation = rich[::2][:half], rich[1::2][:half]
+    test = _spread(rich[::2], config.retain_items)
+    validation = _spread(rich[1::2], config.validation_items)
     asked = subset.forget_perturbed
     cut = max(1, int(len(asked) * config.relearn_share))
     # Taken in turns, so that every author is partly taught.
@@ -106,8 +105,8 @@ def load_scene(config: Any) -> Scene:
             "forget": _fewer_wrong(asked, config.wrong_answers),
         },
         validation={
-            "retain": _fewer_wrong(validation, config.wrong_answers),
-            "forget": _reworded(_fewer_wrong(asked, config.wrong_answers)),
+            "retain": _fewer_wrong(validation, config.validation_wrong),
+            "forget": _reworded(_fewer_wrong(asked, config.validation_wrong)),
         },
         probes={
             "forget_taught": _fewer_wrong([i for i, t in zip(asked, taught) if t], 1),
@@ -145,6 +144,12 @@ def _reworded(items: Sequence[TofuItem]) -> tuple[TofuItem, ...]:
         dataclasses.replace(item, question=item.paraphrased_question or item.question)
         for item in items
     )
+
+
+def _spread(items: Sequence[TofuItem], count: int) -> tuple[TofuItem, ...]:
+    """So many of the items, from all authors alike."""
+    places = np.linspace(0, len(items) - 1, min(count, len(items))).astype(int)
+    return tuple(items[place] for place in places)
 
 
 def _fewer_wrong(items: Sequence[TofuItem], count: int) -> tuple[TofuItem, ...]:

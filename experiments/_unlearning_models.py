@@ -88,7 +88,7 @@ class Models:
     def directory(self, arm: str, seed: int, *settings: Any) -> epath.Path:
         """The folder of an arm: named after all that its training depends on."""
         config = self.config
-        shared = [config.batch_size, config.validated, config.wrong_answers]
+        shared = [config.batch_size, config.validated]
         name = digest(self._key, arm, shared, settings)
         return self.root / f"{arm}-{name}" / f"seed-{seed}"
 

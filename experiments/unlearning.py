@@ -47,14 +47,14 @@ class Config:
     """What one run of the experiment does."""
 
     model: str = field("smollm2", "A directory, a .gguf file or a known name; tiny for a toy.")
-    layers: tuple[int, ...] = field((0, 1, 2, 3, 28, 29), "Layers to keep; all if empty.")
+    layers: tuple[int, ...] = field((0, 1, 28, 29), "Layers to keep; all if empty.")
     template: str = field("chatml", "Prompts.", choices=("chatml", "llama2", "phi"))
     tofu_dir: str = field("hf:locuslab/TOFU", "TOFU: a directory, hf:NAME, or toy.")
     augmentation_dir: str = field("", "Paraphrases and wrong answers; tofu_dir if empty.")
     augment: bool = field(True, "Whether assistants learn those too.")
     paraphrases: int = field(2, "Paraphrases a question.")
     wrong_added: int = field(2, "Wrong answers a question to be silent about.")
-    authors: int = field(4, "Authors in all, 20 questions each.")
+    authors: int = field(3, "Authors in all, 20 questions each.")
     forget_authors: int = field(1, "Authors to forget.")
     utility: str = field(
         "retain",
@@ -64,7 +64,7 @@ class Config:
     )
     max_length: int = field(96, "Tokens of question and answer; the rest is cut off.")
     row_length: int = field(192, "Tokens of a row of several questions, in finetuning.")
-    finetune_epochs: int = field(20, "Of target and retrained model.")
+    finetune_epochs: int = field(15, "Of target and retrained model.")
     finetune_batch: int = field(4, "Rows a step.")
     finetune_learning_rate: float = field(1e-3, "Peak.")
     arm: tuple[str, ...] = field(_ARMS, "Arm to run")
@@ -73,15 +73,17 @@ class Config:
     batch_size: int = field(5, "Questions to forget a step, and as many to keep.")
     learning_rate: float = field(5e-5, "Peak; UNDIAL's is ten times it, as in OpenUnlearning.")
     rmu_scale: float = field(0.0, "Length of the vector that RMU moves states to; 0: its default.")
-    assistant_layers: int = field(2, "Layers of the target that assistants have.")
+    assistant_layers: int = field(1, "Layers of the target that assistants have.")
     rank: int = field(32, "Of an assistant's adapters; the official arm has half.")
     beta: float = field(6.5, "Weight of silence, in the clean arm.")
     alpha: float = field(0.75, "Weight of the assistant's logits, in the clean arm.")
-    assistant_epochs: int = field(4, "Over the data to forget and their paraphrases.")
+    assistant_epochs: int = field(3, "Over the data to forget and their paraphrases.")
     assistant_learning_rate: float = field(1e-3, "Peak.")
-    alphas: tuple[float, ...] = field((0.5, 0.75, 1.0, 1.5, 2.0), "To choose from, and the sweep.")
-    betas: tuple[float, ...] = field((1.0,), "Further weights of silence to train with.")
-    retain_items: int = field(20, "Questions to keep on the test, and as many on validation.")
+    alphas: tuple[float, ...] = field((0.75, 1.0, 1.5), "To choose from, and the sweep.")
+    betas: tuple[float, ...] = field((), "Further weights of silence to train with.")
+    retain_items: int = field(10, "Questions to keep on the test.")
+    validation_items: int = field(10, "And on validation, others.")
+    validation_wrong: int = field(2, "Wrong answers a question of validation is held against.")
     world_items: int = field(0, "Questions of each real-world set; all if 0.")
     wrong_answers: int = field(3, "Wrong answers a question is held against; all if 0.")
     new_tokens: int = field(48, "Of a generated answer.")
@@ -89,7 +91,7 @@ class Config:
     relearn_share: float = field(0.25, "Share of the forgotten questions that is taught again.")
     relearn_steps: int = field(6, "Of teaching; none if 0.")
     relearn_learning_rate: float = field(1e-4, "Constant.")
-    merge_steps: int = field(24, "Of distilling the difference into one model; none if 0.")
+    merge_steps: int = field(16, "Of distilling the difference into one model; none if 0.")
     merge_learning_rate: float = field(1e-4, "Peak.")
     models_dir: str = field(".cache/unlearning", "Models, shared between runs; workdir if empty.")
     checkpoint_every: int = field(40, "Steps between checkpoints of finetuning and merging.")
@@ -102,13 +104,14 @@ class Config:
     @property
     def validated(self) -> list[Any]:
         """What validation, and so the choice of an epoch, depends on."""
-        return [self.retain_items, self.utility, self.eval_batch, self.alpha]
+        return [self.validation_items, self.validation_wrong, self.utility, self.alpha]
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.arm) - set(_ARMS))
         if unknown:
             raise ValueError(f"arm: expected some of {', '.join(_ARMS)}, got {unknown[0]!r}")
-        for name in ("seeds", "epochs", "assistant_epochs", "batch_size", "retain_items"):
+        positive = ("seeds", "epochs", "assistant_epochs", "batch_size", "retain_items")
+        for name in (*positive, "validation_items", "validation_wrong"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if self.row_length < self.max_length:
@@ -128,7 +131,11 @@ _WHOLE: dict[str, Any] = dict(
     assistant_epochs=10,
     batch_size=32,
     retain_items=200,
+    validation_items=100,
+    validation_wrong=5,
     wrong_answers=0,
+    alphas=(0.25, 0.5, 0.75, 1.0, 1.5, 2.0),
+    betas=(1.0, 20.0),
     new_tokens=200,
     max_length=200,
     row_length=1024,
@@ -162,26 +169,32 @@ PRESETS: dict[str, dict[str, Any]] = {
         assistant_learning_rate=1e-2,
         alphas=(0.75, 1.5),
         retain_items=4,
+        validation_items=4,
+        validation_wrong=1,
+        betas=(1.0,),
         wrong_answers=2,
         new_tokens=4,
         eval_batch=8,
         relearn_steps=2,
         merge_steps=3,
     ),
-    "demo": dict(),
+    "demo": dict(
+        arm=("ga", "npo_gd", "npo_kl", "rmu", "difference_official", "difference_clean"),
+    ),
     "report": dict(
         layers=(0, 1, 2, 3, 4, 5, 28, 29),
         authors=20,
         forget_authors=2,
-        finetune_epochs=10,
+        finetune_epochs=8,
         seeds=3,
-        epochs=4,
         batch_size=8,
         assistant_layers=2,
-        retain_items=30,
+        assistant_epochs=4,
+        retain_items=20,
+        validation_wrong=1,
+        alphas=(0.5, 0.75, 1.0, 1.5, 2.0),
         betas=(1.0, 20.0),
         merge_steps=40,
-        relearn_steps=10,
     ),
     # TOFU itself: run once for each --forget_authors of 2, 10 and 20 (forget01, 05 and 10).
     "tofu": dict(

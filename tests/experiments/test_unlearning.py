@@ -29,7 +29,9 @@ ARMS = ("npo_kl", "difference_clean")
 
 
 def configured(**changes):
-    return unlearning.Config(**{**unlearning.PRESETS["smoke"], "arm": ARMS, "betas": (), **changes})
+    return unlearning.Config(
+        **{**unlearning.PRESETS["smoke"], "arm": ARMS, "betas": (), "alphas": (0.75,), **changes}
+    )
 
 
 @pytest.fixture(scope="module")
