@@ -273,7 +273,7 @@ from experiments import _plan_chips, plan
 from logitjax import training
 
 mesh = training.make_mesh(sys.argv[1])
-width, depth, rows = 1024, 6, 2048
+width, depth, rows = 1024, 12, 1024
 
 def loss_fn(params, batch, rng):
     x = batch["x"]
@@ -297,17 +297,20 @@ found = plan.make_plan(
 compiled = step.trace(abstract, {"x": shape}).lower().compile()
 batch = {"x": jax.device_put(jnp.ones((rows, width)), training.batch_sharding(mesh))}
 jax.block_until_ready((state, batch))
+arrays = jax.tree.leaves((state, batch))
 
 def resident(name):
     status = pathlib.Path("/proc/self/status").read_text()
     return int(re.search(name + r":\\s+(\\d+) kB", status)[1])
 
+floats = [leaf for leaf in arrays if leaf.dtype == jnp.float32]
+held = sum(shard.data.nbytes for leaf in floats for shard in leaf.addressable_shards)
 before = resident("VmRSS")
 pathlib.Path("/proc/self/clear_refs").write_text("5")
 jax.block_until_ready(compiled(state, batch, None))
 taken = (resident("VmHWM") - before) * 1024
-beside = found.temp_bytes + found.output_bytes - found.alias_bytes
-print(beside * 8, taken)
+print(8 * (found.argument_bytes + found.temp_bytes + found.output_bytes - found.alias_bytes))
+print(held + taken)
 """
 
 
