@@ -26,9 +26,11 @@ from logitjax.ops import Array, AxisName
 # accelerator it should be large enough that a matmul fills the chip.
 _BLOCK_ELEMENTS = {"cpu": 2**22}
 _BLOCK_ELEMENTS_ELSEWHERE = 2**26
-# The scalar form keeps whole rows of logits for so many elements.
+# The scalar form keeps whole rows of logits for so many elements, and never fewer than these rows:
+# each block of them reads the heads and reads and writes the head's gradient once.
 _ROW_ELEMENTS = {"cpu": 40_000_000}
 _ROW_ELEMENTS_ELSEWHERE = 2**28
+_LEAST_ROWS = 256
 
 
 class Branch(NamedTuple):
@@ -117,7 +119,8 @@ def _token_block(given: int | None, batch: tuple[int, ...], vocab: int, weighted
     lead = max(1, math.prod(batch[:-1]))
     backend = jax.default_backend()
     if weighted:
-        most = _ROW_ELEMENTS.get(backend, _ROW_ELEMENTS_ELSEWHERE) // vocab
+        budget = _ROW_ELEMENTS.get(backend, _ROW_ELEMENTS_ELSEWHERE)
+        most = max(_LEAST_ROWS, budget // vocab)
     else:
         most = _BLOCK_ELEMENTS.get(backend, _BLOCK_ELEMENTS_ELSEWHERE) // min(vocab, 512)
     most = max(1, most // lead)
