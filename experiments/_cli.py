@@ -7,6 +7,7 @@ An experiment is a frozen dataclass ``Config`` whose fields carry their help, a 
 import dataclasses
 import json
 import logging as py_logging
+import os
 import sys
 import traceback
 import types
@@ -155,5 +156,18 @@ def main(
             (workdir / "error.txt").write_text(traceback.format_exc())
             print(f"error: {error} (details: {workdir}/error.txt)", file=sys.stderr)
             sys.exit(2)
+        except jax.errors.JaxRuntimeError as error:
+            if jax.process_count() == 1:
+                raise
+            # What fails in a collective fails because another process is gone.
+            said = str(error).splitlines()[0][:300]
+            print(
+                f"error: process {jax.process_index()}: {said}\nAnother process is gone; the same "
+                "command goes on from the newest checkpoint.",
+                file=sys.stderr,
+                flush=True,
+            )
+            # The usual way out would wait for the others.
+            os._exit(training.LOST_STATUS)
 
     app.run(start)

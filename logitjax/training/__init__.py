@@ -59,6 +59,8 @@ from logitjax.training._sharding import ShardingRules as ShardingRules
 from logitjax.training._sharding import path_mask as path_mask
 from logitjax.training._sharding import path_string as path_string
 from logitjax.training._sharding import shard_tree as shard_tree
+from logitjax.training._stalls import LOST_STATUS as LOST_STATUS
+from logitjax.training._stalls import watch_for_stalls as watch_for_stalls
 from logitjax.training._state import TrainState as TrainState
 from logitjax.training._state import abstract_train_state as abstract_train_state
 from logitjax.training._state import create_train_state as create_train_state

@@ -17,6 +17,8 @@ from logitjax.training._checkpoints import Checkpointer
 from logitjax.training._metrics import MetricAccumulator, MetricWriter, NullWriter
 from logitjax.training._preemption import Preempted, watch_for_preemption
 from logitjax.training._sharding import path_string
+from logitjax.training._stalls import stall_seconds as _stall_seconds
+from logitjax.training._stalls import watch_for_stalls
 from logitjax.training._state import TrainState
 from logitjax.training._step import StepOutput
 from logitjax.training._workdir import lock_workdir
@@ -50,6 +52,7 @@ def train_loop(
     writer: MetricWriter | None = None,
     identity: Mapping[str, Any] | None = None,
     progress: bool = True,
+    stall_seconds: float | None = None,
 ) -> TrainState:
     """Trains to ``total_steps``, from the newest checkpoint if there is one, bit for bit.
 
@@ -74,6 +77,8 @@ def train_loop(
       identity: a JSON dictionary kept in the checkpoints, such as the fingerprint of the data. A
         checkpoint with another one is refused.
       progress: a tqdm bar, if standard error is a terminal.
+      stall_seconds: after how long without a step the process ends with status 75, because another
+        one hangs; 0 for never. ``LOGITJAX_STALL_SECONDS``, or an hour with several processes.
 
     Returns:
       The final state.
@@ -92,6 +97,7 @@ def train_loop(
         state, start = _resume(state, checkpointer, identity or {})
         writer.resume(start)
         bar = stack.enter_context(_progress_bar(start, total_steps, progress))
+        alive = stack.enter_context(watch_for_stalls(_stall_seconds(stall_seconds)))
 
         accumulator = MetricAccumulator()
         pending: collections.deque[tuple[int, Any, StepOutput]] = collections.deque()
@@ -112,6 +118,8 @@ def train_loop(
             pending.append((step, batch, output))
             accumulator.add(output.metrics)
             check_finite(keep=1)
+            if step > start + 1:
+                alive(step - 1)
             if step == start + 1:
                 # Compilation is no part of the speed.
                 untimed = float(jax.device_get(output.metrics["loss"][1]))
@@ -148,6 +156,9 @@ def train_loop(
                 logging.warning("SIGTERM: stopped after step %d", step)
                 raise Preempted(step)
             clock += time.perf_counter() - paused
+            # Neither scoring nor saving is a part of the next step.
+            if step > start + 1:
+                alive(step)
         check_finite(0)
         if checkpointer is not None:
             checkpointer.wait()

@@ -14,6 +14,7 @@ def initialize(
     process_id: int | None = None,
     *,
     cluster: str = "auto",
+    heartbeat_seconds: int | None = None,
 ) -> tuple[int, int]:
     """Joins the other processes of a run, if there are any. Call it before anything uses a device.
 
@@ -28,6 +29,9 @@ def initialize(
       process_id: which one this is.
       cluster: ``auto``; ``none`` to stay alone; or the kind to expect: ``tpu``, ``slurm``, ``k8s``,
         ``ompi``.
+      heartbeat_seconds: after how long a process that is not heard of is lost: JAX then ends all
+        others, whose collectives would wait for it for ever. ``LOGITJAX_HEARTBEAT_SECONDS``, or
+        100.
 
     Returns:
       ``(process_index, process_count)``.
@@ -52,6 +56,8 @@ def initialize(
     found = cluster if cluster != "auto" else _detect()
     if process_id is None and coordinator_address and found != "slurm":
         process_id = _integer("JOB_COMPLETION_INDEX")
+    if heartbeat_seconds is None:
+        heartbeat_seconds = _integer("LOGITJAX_HEARTBEAT_SECONDS") or 100
     known = {
         "coordinator_address": coordinator_address,
         "num_processes": num_processes,
@@ -61,12 +67,18 @@ def initialize(
     if not missing:
         logging.info("process %s of %s, coordinator %s", *reversed(list(known.values())))
         jax.distributed.initialize(
-            coordinator_address, num_processes, process_id, cluster_detection_method="deactivate"
+            coordinator_address,
+            num_processes,
+            process_id,
+            cluster_detection_method="deactivate",
+            heartbeat_timeout_seconds=heartbeat_seconds,
         )
     elif found is not None:
         logging.info("joining the %s cluster", found)
         devices = _slurm_devices() if found == "slurm" else None
-        jax.distributed.initialize(**known, local_device_ids=devices)
+        jax.distributed.initialize(
+            **known, local_device_ids=devices, heartbeat_timeout_seconds=heartbeat_seconds
+        )
     elif len(missing) < 3:
         raise ValueError(
             f"{missing[0]}: expected with {' and '.join(n for n in known if n not in missing)} "

@@ -96,13 +96,18 @@ def main():
     parser.add_argument("--mesh", default="data:-1")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--signal", help="NAME@STEP or NAME@STEP@PROCESS: sent to itself")
+    parser.add_argument("--hang", help="STEP@PROCESS: waits there for ever, alive")
     parser.add_argument("--delay", type=float, default=0.0, help="seconds, before each step")
     flags = parser.parse_args()
     process, _ = training.distributed.initialize()
     name, at, *only = (flags.signal or "SIGTERM@-1").split("@")
 
+    hang = [int(part) for part in (flags.hang or "-1@-1").split("@")]
+
     def source(step, index, count):
         time.sleep(flags.delay)
+        if [step, process] == hang:
+            time.sleep(3600)
         if step == int(at) and (not only or int(only[0]) == process):
             # Until then the run is too fast for a checkpoint to be on disk.
             while not (pathlib.Path(flags.workdir) / "checkpoints/4").is_dir():

@@ -1,0 +1,151 @@
+"""A run that is killed again and again at random moments: is a checkpoint lost, do bits differ?"""
+
+import random
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from experiments.benchmarks import _faults_job, _suite
+
+_ROOT = Path(__file__).parents[2]
+
+
+def _start(workdir: Path, steps: int) -> subprocess.Popen:
+    arguments = [sys.executable, "-m", "experiments.benchmarks._faults_job", str(workdir)]
+    return subprocess.Popen(
+        [*arguments, str(steps)],
+        cwd=_ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=(workdir / "stderr").open("wb"),
+    )
+
+
+def _lines(workdir: Path) -> int:
+    metrics = workdir / "metrics.jsonl"
+    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+
+
+def _complete(workdir: Path) -> list[int]:
+    """Steps of the checkpoints that have their final name."""
+    found = (workdir / "checkpoints").glob("[0-9]*")
+    return sorted(int(path.name) for path in found if path.name.isdigit())
+
+
+def _final(workdir: Path, steps: int) -> list[bytes]:
+    tree = ocp.PyTreeCheckpointer().restore(workdir / "checkpoints" / str(steps) / "state")
+    leaves = jax.tree.leaves(tree)
+    keys = [jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in leaves]
+    return [
+        np.asarray(jax.random.key_data(leaf) if key else leaf).tobytes()
+        for leaf, key in zip(leaves, keys, strict=True)
+    ]
+
+
+def _life(workdir: Path, steps: int, draw: random.Random) -> dict[str, Any] | None:
+    """One start that ends with SIGKILL; None if it came to its end before."""
+    before = _complete(workdir)
+    process = _start(workdir, steps)
+    newest, told = (before[-1] if before else 0), None
+    # Into the middle of starting, restoring, training or saving.
+    patience = draw.uniform(0.0, 3.0) if draw.random() < 0.2 else None
+    deadline = time.monotonic() + (120 if patience is None else patience)
+    moved = None
+    while process.poll() is None and time.monotonic() < deadline:
+        if patience is None and moved is None:
+            said = (workdir / "stderr").read_text(errors="replace")
+            started = f"resuming at step {newest}" in said if newest else _lines(workdir) > 0
+            started = started or "resuming at step" in said
+            if started and _lines(workdir) > newest:
+                moved = time.monotonic() + draw.uniform(0.0, 0.3)
+        if moved is not None and time.monotonic() >= moved:
+            break
+        time.sleep(0.001)
+    ended = process.poll()
+    process.kill()
+    process.wait()
+    said = (workdir / "stderr").read_text(errors="replace")
+    if ended not in (None, 0):
+        raise RuntimeError(f"the run failed by itself: {said[-2000:]}")
+    if found := re.search(r"resuming at step (\d+)", said):
+        told = int(found[1])
+    if ended == 0:
+        return None
+    after = _complete(workdir)
+    reached = _lines(workdir)
+    return {
+        "resumed": told,
+        "newest": newest,
+        # It said which one it took, and took another than the newest that there was.
+        "lost": int(told is not None and told != newest) + int(bool(newest) and not after),
+        "step": reached,
+        "steps to do again": max(0, reached - (after[-1] if after else 0)),
+        "corrupt": len(list((workdir / "checkpoints").glob("corrupt_*"))),
+    }
+
+
+def run(options: _suite.Options) -> _suite.Result:
+    """Kills until there were enough; each run goes on until it ends, and is compared with peace."""
+    wanted, steps = (10, 40) if options.smoke else (200, 400)
+    directory = options.directory.resolve() / f"run-{time.time_ns()}"
+    peace = directory / "peace"
+    peace.mkdir(parents=True)
+    if _start(peace, steps).wait():
+        raise RuntimeError((peace / "stderr").read_text()[-2000:])
+    expected = _final(peace, steps)
+    seed = time.time_ns() % 2**32
+    draw = random.Random(seed)
+    kills: list[dict[str, Any]] = []
+    rows = []
+    while len(kills) < wanted:
+        workdir = directory / f"run-{len(rows)}"
+        workdir.mkdir()
+        mine: list[dict[str, Any]] = []
+        while len(kills) + len(mine) < wanted:
+            life = _life(workdir, steps, draw)
+            if life is None:
+                break
+            mine.append(life)
+        if _start(workdir, steps).wait():
+            raise RuntimeError((workdir / "stderr").read_text()[-2000:])
+        kills += mine
+        rows.append(
+            {
+                "run": len(rows),
+                "kills": len(mine),
+                "lost checkpoints": sum(life["lost"] for life in mine),
+                "unreadable checkpoints": max([life["corrupt"] for life in mine], default=0),
+                "most steps to do again": max(
+                    [life["steps to do again"] for life in mine], default=0
+                ),
+                "equal to a run in peace": _final(workdir, steps) == expected,
+            }
+        )
+        shutil.rmtree(workdir)
+    bars = [
+        _suite.Bar(name="kills", value=len(kills), limit=wanted, sense=">="),
+        _suite.Bar(
+            name="lost or unreadable checkpoints",
+            value=sum(row["lost checkpoints"] + row["unreadable checkpoints"] for row in rows),
+            limit=0,
+        ),
+        _suite.Bar(
+            name="runs that ended with other bits",
+            value=sum(not row["equal to a run in peace"] for row in rows),
+            limit=0,
+        ),
+        _suite.Bar(
+            # What is being written when the process dies is not there yet.
+            name=f"most steps to do again, of {_faults_job.EVERY} between checkpoints",
+            value=max(row["most steps to do again"] for row in rows),
+            limit=2 * _faults_job.EVERY,
+        ),
+    ]
+    return _suite.Result(rows=rows, bars=bars)
