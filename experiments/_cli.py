@@ -126,6 +126,16 @@ def _is_ours(record: Any) -> bool:
     return record.levelno > py_logging.INFO or "site-packages" not in record.pathname
 
 
+def _leave(status: int) -> None:
+    """Ends the process; one of many at once, for the usual way out waits for the others."""
+    if not training.distributed.is_joined():
+        sys.exit(status)
+    logging.flush()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 def main(
     config_class: type,
     presets: Mapping[str, Mapping[str, Any]],
@@ -155,9 +165,9 @@ def main(
             workdir.mkdir(parents=True, exist_ok=True)
             (workdir / "error.txt").write_text(traceback.format_exc())
             print(f"error: {error} (details: {workdir}/error.txt)", file=sys.stderr)
-            sys.exit(2)
+            _leave(2)
         except jax.errors.JaxRuntimeError as error:
-            if jax.process_count() == 1:
+            if not training.distributed.is_joined():
                 raise
             # What fails in a collective fails because another process is gone.
             said = str(error).splitlines()[0][:300]
@@ -165,9 +175,12 @@ def main(
                 f"error: process {jax.process_index()}: {said}\nAnother process is gone; the same "
                 "command goes on from the newest checkpoint.",
                 file=sys.stderr,
-                flush=True,
             )
-            # The usual way out would wait for the others.
-            os._exit(training.LOST_STATUS)
+            _leave(training.LOST_STATUS)
+        except Exception:
+            if not training.distributed.is_joined():
+                raise
+            traceback.print_exc()
+            _leave(1)
 
     app.run(start)

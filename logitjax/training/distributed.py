@@ -87,6 +87,11 @@ def initialize(
     return jax.process_index(), jax.process_count()
 
 
+def is_joined() -> bool:
+    """Whether this process has joined others. It touches no device."""
+    return jax.distributed.is_initialized()
+
+
 def _integer(name: str) -> int | None:
     text = os.environ.get(name)
     if not text:
