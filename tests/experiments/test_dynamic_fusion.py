@@ -76,7 +76,7 @@ def test_a_published_task_as_the_first_domain_is_answered_by_every_arm(tmp_path)
             for i in range(count)
         ]
         (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    changes = {**CHANGES, "domain": f"gsm8k:{tmp_path}", "graded_questions": 4, "mesh": "data:4"}
+    changes = {**CHANGES, "domain": f"gsm8k:{tmp_path}", "graded_questions": 4}
     config = dynamic_fusion.Config(**{**dynamic_fusion.PRESETS["smoke"], **changes})
     dynamic_fusion.run(config, epath.Path(tmp_path / "run"))
     report = (tmp_path / "run/report.md").read_text()
