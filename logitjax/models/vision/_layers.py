@@ -130,6 +130,6 @@ def max_pool(x: jax.Array, size: int, stride: int, pad: int = 0) -> jax.Array:
 def global_mean(x: Float[Array, "batch height width features"]) -> jax.Array:
     """Mean over all positions, in float32."""
     if x.dtype != jnp.float32:
-        # jaxlib 0.12 on CPUs fuses the sum of two bfloat16 convolutions into this mean wrongly: NaN.
+        # jaxlib 0.12 on CPUs fuses a sum of two bfloat16 convolutions into this mean wrongly: NaN.
         x = jax.lax.optimization_barrier(x)
     return jnp.asarray(x, jnp.float32).mean((1, 2))
