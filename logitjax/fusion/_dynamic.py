@@ -1,6 +1,7 @@
 """Dynamic logit fusion: how far to follow the experts, token by token."""
 
 import dataclasses
+import functools
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -11,6 +12,7 @@ from jaxtyping import Bool, Float
 from logitjax.fusion._inputs import read_inputs
 from logitjax.fusion._joint import least_step, project
 from logitjax.fusion._path import Divergences, Moments, Path, divergences_at, make_path
+from logitjax.fusion._rows import by_rows
 from logitjax.fusion._solve import Solution, find_minimum, find_root
 from logitjax.ops import Array, AxisName, check_between
 
@@ -132,8 +134,31 @@ class DynamicFusion:
           ValueError: shapes do not fit, or a joint grid would be too large.
         """
         inputs = read_inputs(logits_large, logits_experts, logits_bases, where)
-        frozen = jax.tree.map(lax.stop_gradient, inputs)
-        path = make_path(frozen, float(self.alpha_range[1]), axis_name)
+        given = [logits_large, logits_experts, logits_bases, where]
+        if where is not None:
+            given[3] = jnp.broadcast_to(where, logits_large.shape)
+        frozen = jax.tree.map(lambda x: lax.stop_gradient(jnp.asarray(x)), given)
+        decide = functools.partial(self._decide, axis_name=axis_name)
+        # All-reduces are counted by the token, not by the row.
+        if axis_name is None:
+            info = by_rows(decide, inputs.large.shape[:-1], *frozen)
+        else:
+            info = decide(*frozen)
+        shift = info["alpha"][..., None].astype(inputs.large.dtype) * inputs.differences
+        return inputs.fused(inputs.large + shift.sum(0)), info
+
+    def _decide(
+        self,
+        large: jax.Array,
+        experts: jax.Array,
+        bases: jax.Array,
+        where: jax.Array | None,
+        *,
+        axis_name: AxisName | None,
+    ) -> dict[str, jax.Array]:
+        """Alphas, and all that is reported beside them."""
+        inputs = read_inputs(large, experts, bases, where)
+        path = make_path(inputs, float(self.alpha_range[1]), axis_name)
         several = len(path) > 1
         expert = jnp.full(inputs.large.shape[:-1], -1 if several else 0, jnp.int32)
         if several and self.multi == "project":
@@ -149,9 +174,7 @@ class DynamicFusion:
                 found = found._replace(divergences=None)
             else:
                 found = found._replace(divergences=_first(found.divergences))
-        shift = found.alpha[..., None].astype(inputs.large.dtype) * inputs.differences
-        fused = inputs.fused(inputs.large + shift.sum(0))
-        return fused, {**self._report(path, found, axis_name), "expert": expert}
+        return {**self._report(path, found, axis_name), "expert": expert}
 
     def _alone(self, path: Path, axis_name: AxisName | None, *, mean_targets: bool) -> _Found:
         """Each expert's alpha with the others left out."""

@@ -40,8 +40,8 @@ class Path:
     """P and the directions, one for each expert.
 
     Attributes:
-      log_p: ``[*batch, vocab]``, -inf where the vocabulary does not exist.
-      directions: ``[T, *batch, vocab]``, h, centred under P.
+      log_p: ``[*batch, vocab]``, -inf where the vocabulary does not exist; padded to whole parts.
+      directions: ``[T, *batch, vocab]``, h, centred under P; likewise.
       peak: ``[T, *batch]``, the maximum of ``log_p + high * h``.
       variance: ``[T, *batch]``, of h under P.
       gain: ``[T, *batch]``, E_P[log expert/base].
@@ -83,13 +83,12 @@ class Path:
         return jnp.maximum(bound - _LARGEST_EXPONENT, 0.0)
 
     def _sums(self, alpha: jax.Array, order: int) -> jax.Array:
-        log_p, h = _parts(self.log_p), _parts(self.directions)
-        offset = self._offset(alpha)
-        weight = jnp.exp(log_p + alpha[..., None, None] * h - offset[..., None, None])
-        sums = [weight.sum(-1).sum(-1)]
+        h, offset = self.directions, self._offset(alpha)
+        weight = jnp.exp(self.log_p + alpha[..., None] * h - offset[..., None])
+        sums = [_total(weight)]
         for _ in range(order):
             weight = weight * h
-            sums.append(weight.sum(-1).sum(-1))
+            sums.append(_total(weight))
         return jnp.stack(sums)
 
     def _cumulants(self, sums: jax.Array, alpha: jax.Array) -> Moments:
@@ -111,10 +110,10 @@ class Path:
         offset = finite_or_zero(pmax(x.max(-1), axis_name))
         weight = jnp.exp(x - offset[..., None])
         count = len(h)
-        sums = [weight.sum(-1)]
-        sums += [(weight * h[t]).sum(-1) for t in range(count)]
+        sums = [_total(weight)]
+        sums += [_total(weight * h[t]) for t in range(count)]
         pairs = [(s, t) for s in range(count) for t in range(s + 1)]
-        sums += [(weight * h[s] * h[t]).sum(-1) for s, t in pairs]
+        sums += [_total(weight * h[s] * h[t]) for s, t in pairs]
         total, *rest = psum(jnp.stack(sums), axis_name)
         means = [value / total for value in rest[:count]]
         covariance: dict[tuple[int, int], jax.Array] = {}
@@ -124,10 +123,22 @@ class Path:
         return jnp.log(total) + offset, jnp.stack(means), jnp.stack(rows)
 
 
-def _parts(values: jax.Array) -> jax.Array:
+def _total(values: jax.Array) -> jax.Array:
     vocab = values.shape[-1]
-    parts = _PARTS if vocab % _PARTS == 0 and vocab >= 128 * _PARTS else 1
-    return values.reshape(*values.shape[:-1], parts, vocab // parts)
+    if vocab < 128 * _PARTS:
+        return values.sum(-1)
+    sums = values.reshape(*values.shape[:-1], _PARTS, vocab // _PARTS).sum(-1)
+    # Else the compiler makes one sum of the two, and loses two digits over a vocabulary of 50,000.
+    return lax.optimization_barrier(sums).sum(-1)
+
+
+def _padded(inputs: Inputs) -> Inputs:
+    """With entries that do not exist, up to whole parts of the vocabulary."""
+    vocab = inputs.large.shape[-1]
+    extra = -vocab % _PARTS if vocab >= 128 * _PARTS else 0
+    if not extra:
+        return inputs
+    return jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, extra)]), inputs)
 
 
 def make_path(inputs: Inputs, high: float, axis_name: AxisName | None) -> Path:
@@ -135,6 +146,7 @@ def make_path(inputs: Inputs, high: float, axis_name: AxisName | None) -> Path:
 
     Two all-reduces, whatever the number of experts.
     """
+    inputs = _padded(inputs)
     large, exists = inputs.large, inputs.exists
     experts, bases = inputs.experts, inputs.bases
     d = inputs.differences
@@ -155,8 +167,8 @@ def make_path(inputs: Inputs, high: float, axis_name: AxisName | None) -> Path:
         return jnp.exp(jnp.where(exists, logits - peak[..., None], -jnp.inf))
 
     p, q, r = weights(large, top), weights(experts, top_expert), weights(bases, top_base)
-    sums = [p.sum(-1)[None], q.sum(-1), r.sum(-1)]
-    sums += [(values * d).sum(-1) for values in (p, q, r)] + [(p * d * d).sum(-1)]
+    sums = [_total(p)[None], _total(q), _total(r)]
+    sums += [_total(values * d) for values in (p, q, r)] + [_total(p * d * d)]
     sums = psum(jnp.concatenate(sums), axis_name)
     cuts = [1, 1 + count, 1 + count + len(bases)]
     cuts += [cuts[-1] + count, cuts[-1] + 2 * count, cuts[-1] + 3 * count]

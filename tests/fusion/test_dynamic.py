@@ -259,3 +259,19 @@ def test_shapes_are_checked():
         DynamicFusion()(LARGE, np.stack([EXPERT] * 3), np.stack([BASE] * 2))
     with pytest.raises(ValueError, match="needs them, got none"):
         DynamicFusion()(LARGE, np.zeros((0, *LARGE.shape), np.float32), BASE)
+
+
+@pytest.mark.parametrize("vocab", [49_152, 50_257])
+def test_sums_over_a_large_vocabulary_keep_their_digits(vocab):
+    """Added up in order they lost two digits, enough to miss the divergence by 5e-4."""
+    logits = language_like(np.random.default_rng(7), 4, vocab)
+    _, info = fuse(method="jeffreys")(*logits)
+    alpha = np.asarray(info["alpha"][0])
+    forward, reverse, target_forward, target_reverse = naive(*logits, [alpha])
+    for name, wanted in (
+        ("target_forward", target_forward),
+        ("target_reverse", target_reverse),
+        ("forward", forward[0]),
+        ("reverse", reverse[0]),
+    ):
+        np.testing.assert_allclose(info[name], wanted, rtol=1e-5, atol=1e-6, err_msg=name)
