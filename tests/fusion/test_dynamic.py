@@ -263,8 +263,9 @@ def test_shapes_are_checked():
 
 @pytest.mark.parametrize("vocab", [49_152, 50_257])
 def test_sums_over_a_large_vocabulary_keep_their_digits(vocab):
-    """Added up in order they lost two digits, enough to miss the divergence by 5e-4."""
-    logits = language_like(np.random.default_rng(7), 4, vocab)
+    """Added up in order, long tails lost two digits: divergences were off by up to 5e-4."""
+    rng = np.random.default_rng(7)
+    logits = [2.5 * rng.normal(size=(4, vocab)).astype(np.float32) for _ in range(3)]
     _, info = fuse(method="jeffreys")(*logits)
     alpha = np.asarray(info["alpha"][0])
     forward, reverse, target_forward, target_reverse = naive(*logits, [alpha])
@@ -274,4 +275,4 @@ def test_sums_over_a_large_vocabulary_keep_their_digits(vocab):
         ("forward", forward[0]),
         ("reverse", reverse[0]),
     ):
-        np.testing.assert_allclose(info[name], wanted, rtol=1e-5, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(info[name], wanted, rtol=0, atol=1e-5, err_msg=name)
