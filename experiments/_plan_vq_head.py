@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from experiments import _plan_models
+from experiments import _plan_models, _vq_scratch
 from logitjax import heads, models, training
 
 CHIP = "v6e:2x2"
@@ -54,16 +54,7 @@ def _tuning(config: Any, codes: int, mesh: Any) -> Any:
 def _scratch(config: Any, mesh: Any) -> Any:
     vocab, width = config.scratch_vocab, config.scratch_width
     codes = max(2, vocab // 16)
-    shape = models.DecoderConfig(
-        vocab_size=vocab,
-        hidden_size=width,
-        intermediate_size=3 * width,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=width // 4,
-        tie_embeddings=False,
-    )
+    shape = _vq_scratch.shape_of(vocab, width)
     trunk = nnx.eval_shape(lambda: models.Decoder(shape, rngs=nnx.Rngs(0), head=nnx.Module()))
     graphdef, params, rest = nnx.split(trunk, nnx.Param, ...)
     start = {

@@ -26,10 +26,9 @@ ARMS = (
 )
 
 
-def train(ctx: Context, text: Text, arm: str, seed: int, lr: float, config: Any) -> dict[str, Any]:
-    """Trains one model and returns its held-out loss, the time of a step, and the curve."""
-    vocab, width = len(text.unigram), config.scratch_width
-    shape = models.DecoderConfig(
+def shape_of(vocab: int, width: int) -> models.DecoderConfig:
+    """The model that every head is trained with: two layers."""
+    return models.DecoderConfig(
         vocab_size=vocab,
         hidden_size=width,
         intermediate_size=3 * width,
@@ -39,6 +38,12 @@ def train(ctx: Context, text: Text, arm: str, seed: int, lr: float, config: Any)
         head_dim=width // 4,
         tie_embeddings=False,
     )
+
+
+def train(ctx: Context, text: Text, arm: str, seed: int, lr: float, config: Any) -> dict[str, Any]:
+    """Trains one model and returns its held-out loss, the time of a step, and the curve."""
+    vocab, width = len(text.unigram), config.scratch_width
+    shape = shape_of(vocab, width)
     codes = max(2, vocab // 16)
     head, nll = _head(ctx, text, arm, codes, width, seed)
     trunk = models.Decoder(shape, rngs=nnx.Rngs(seed), head=nnx.Module())
