@@ -3,7 +3,6 @@
 import functools
 import json
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -16,7 +15,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from experiments import _dual_head_arms, _dual_head_data, _dual_head_diagnostics
+from experiments import _dual_head_arms, _dual_head_data, _dual_head_diagnostics, _processes
 from logitjax import training
 from logitjax.models import vision
 
@@ -229,7 +228,9 @@ class Trainer:
         """
         key = jax.random.key(seed, impl=self.generator)
         lanes, start, curves = self.initial(key), 0, []
-        writer = training.JsonlWriter(directory / "metrics.jsonl")
+        writer: training.MetricWriter = training.NullWriter()
+        if jax.process_index() == 0:
+            writer = training.JsonlWriter(directory / "metrics.jsonl")
         with training.Checkpointer(directory / "checkpoints", max_to_keep=1) as checkpointer:
             restored = checkpointer.restore_latest(lanes)
             if restored is not None:
@@ -328,7 +329,7 @@ def train_teacher(
         lanes, record = trainer.fit(
             directory, seed=0, told_to_stop=told_to_stop, diagnose=False, keep=True
         )
-    write_record(directory / "result.json", record)
+    _processes.write_json(directory / "result.json", record)
     return Teacher(trainer, lanes, pupils), record
 
 
@@ -358,12 +359,5 @@ def _batches(part: _dual_head_data.Part, size: int) -> Any:
 
 
 def read_record(path: epath.Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def write_record(path: epath.Path, record: Mapping[str, Any]) -> None:
-    if jax.process_index() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".tmp")
-        partial.write_text(json.dumps(record) + "\n")
-        partial.replace(path)
+    """What a finished run left, if there is one; all processes say the same."""
+    return json.loads(path.read_text()) if _processes.agreed(path.exists()) else None

@@ -33,7 +33,7 @@ SEVERAL: dict[str, Any] = {
 }
 
 #: Those of `SINGLE` whose answers are held against a dense scan.
-SEARCHES = ("dlf grid", "newton", "jeffreys")
+SEARCHES = ("dlf grid", "newton", "jeffreys", "budget", "project")
 
 
 class Block:
@@ -188,6 +188,12 @@ def static_name(alpha: float) -> str:
 def best_static(means: Mapping[str, Mapping[str, float]], alphas: Sequence[float]) -> float:
     """The alpha of the least NLL."""
     return min(alphas, key=lambda alpha: means[static_name(alpha)]["nll"])
+
+
+def best_search(means: Mapping[str, Mapping[str, float]]) -> str:
+    """The dynamic arm of the least NLL."""
+    searches = [name for name, arm in SINGLE.items() if isinstance(arm, DynamicFusion)]
+    return min(searches, key=lambda name: means[name]["nll"])
 
 
 def traces(

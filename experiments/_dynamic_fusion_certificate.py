@@ -1,20 +1,16 @@
 """Searches for alpha against a dense scan in float64: how far from the global minimum they end."""
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 _HIGH, _POINTS = 2.0, 201
 
-# Alpha to KL(fused || large) and KL(large || fused); None to those of expert and base.
-_Divergences = Callable[[float | None], tuple[float, float]]
-
 
 class Certificate:
-    """Collects rows. `jeffreys` is judged by its own objective, ``(F + R - targets)^2``, others by
-    the paper's."""
+    """Collects rows. Each search is judged by what it minimises: `jeffreys`, `budget` and `project`
+    by their own objectives, others by the paper's."""
 
     def __init__(self) -> None:
         self._excess: dict[str, list[float]] = {}
@@ -31,22 +27,19 @@ class Certificate:
         logits = [np.asarray(values, np.float64) for values in (large, expert, base)]
         for i, row in enumerate(zip(*logits, strict=True)):
             self._rows += 1
-            divergences = reference(*row)
-            targets = divergences(None)
+            reference = Reference(*row)
             values = np.linspace(0, _HIGH, _POINTS)
-            scan = [divergences(float(a)) for a in values]
-            for own in (False, True):
-                names = [name for name in found if (name == "jeffreys") == own]
-                if not names:
-                    continue
-
-                objective = functools.partial(_objective, targets=targets, summed=own)
-                best = _global_minimum(divergences, objective, values, scan)
-                for name in names:
-                    alpha = float(found[name]["alpha"][0, i])
-                    self._excess.setdefault(name, []).append(objective(divergences(alpha)) - best)
-                    flagged = not bool(found[name]["converged"][i])
-                    self._flagged.setdefault(name, []).append(flagged)
+            scan = [reference.at(float(a)) for a in values]
+            best: dict[Objective, float] = {}
+            for name, info in found.items():
+                objective = OBJECTIVES.get(name, papers)
+                if objective not in best:
+                    best[objective] = _global_minimum(reference, objective, values, scan)
+                at = reference.at(float(info["alpha"][0, i]))
+                excess = objective(at, reference) - best[objective]
+                self._excess.setdefault(name, []).append(excess)
+                flagged = not bool(info["converged"][i])
+                self._flagged.setdefault(name, []).append(flagged)
 
     def table(self) -> dict[str, dict[str, float]]:
         """By search: rows within 1e-6 of the global minimum, and whether the others are flagged."""
@@ -63,25 +56,76 @@ class Certificate:
         return table
 
 
-def _objective(at: tuple[float, float], *, targets: tuple[float, float], summed: bool) -> float:
-    gaps = [x - y for x, y in zip(at, targets, strict=True)]
-    return sum(gaps) ** 2 if summed else sum(gap**2 for gap in gaps)
+class Point(NamedTuple):
+    """Alpha, KL(fused || large), KL(large || fused), and log E_P[(expert / base)^alpha]."""
+
+    alpha: float
+    forward: float
+    reverse: float
+    log_z: float
+
+
+class Reference:
+    """One row in float64: ``forward`` is KL(expert || base), ``reverse`` KL(base || expert)."""
+
+    def __init__(self, large: np.ndarray, expert: np.ndarray, base: np.ndarray):
+        p, q, r = (_normal(x) for x in (large, expert, base))
+        d = q - r
+        self.forward, self.reverse = float((np.exp(q) * d).sum()), float(-(np.exp(r) * d).sum())
+        self._lead = float((np.exp(p) * d).sum())
+        # The rest is below 1e-12 of the probability at any alpha.
+        kept = np.maximum(p, p + _HIGH * (d - self._lead)) > -38
+        self._p, self._d = p[kept], d[kept]
+
+    def at(self, alpha: float) -> Point:
+        x = self._p + alpha * self._d
+        peak = x.max()
+        weight = np.exp(x - peak)
+        total = weight.sum()
+        log_z = float(peak + np.log(total))
+        forward = float(alpha * (weight @ self._d) / total - log_z)
+        return Point(alpha, forward, log_z - alpha * self._lead, log_z)
+
+
+Objective = Callable[[Point, Reference], float]
+
+
+def papers(at: Point, row: Reference) -> float:
+    """Equation 3."""
+    return (at.forward - row.forward) ** 2 + (at.reverse - row.reverse) ** 2
+
+
+def _jeffreys(at: Point, row: Reference) -> float:
+    return (at.forward + at.reverse - row.forward - row.reverse) ** 2
+
+
+def _budget(at: Point, row: Reference) -> float:
+    return (at.forward - row.forward) ** 2
+
+
+def _project(at: Point, row: Reference) -> float:
+    """Its convex dual."""
+    return at.log_z - at.alpha * row.forward
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "jeffreys": _jeffreys,
+    "budget": _budget,
+    "project": _project,
+}
 
 
 def _global_minimum(
-    divergences: _Divergences,
-    objective: Callable[[tuple[float, float]], float],
-    values: np.ndarray,
-    scan: Sequence[tuple[float, float]],
+    row: Reference, objective: Objective, values: np.ndarray, scan: Sequence[Point]
 ) -> float:
     """The best of the scan, and of its three best points polished."""
     from scipy import optimize
 
-    seen = np.array([objective(at) for at in scan])
+    seen = np.array([objective(at, row) for at in scan])
     best, step = float(seen.min()), float(values[1] - values[0])
     for k in np.argsort(seen)[:3]:
         polished: Any = optimize.minimize_scalar(
-            lambda a: objective(divergences(a)),
+            lambda a: objective(row.at(float(a)), row),
             bounds=(max(values[k] - step, 0), min(values[k] + step, _HIGH)),
             method="bounded",
             options={"xatol": 1e-9},
@@ -90,29 +134,6 @@ def _global_minimum(
     return best
 
 
-def reference(large: np.ndarray, expert: np.ndarray, base: np.ndarray) -> _Divergences:
-    """Both divergences of one row, along alpha."""
-
-    def normal(x: np.ndarray) -> np.ndarray:
-        x = x - x.max()
-        return x - np.log(np.exp(x).sum())
-
-    p, q, r = normal(large), normal(expert), normal(base)
-    d = q - r
-    targets = float((np.exp(q) * d).sum()), float(-(np.exp(r) * d).sum())
-    lead = float((np.exp(p) * d).sum())
-    # The rest is below 1e-12 of the probability at any alpha.
-    kept = np.maximum(p, p + _HIGH * (d - lead)) > -38
-    p, d = p[kept], d[kept]
-
-    def divergences(alpha: float | None) -> tuple[float, float]:
-        if alpha is None:
-            return targets
-        x = p + alpha * d
-        peak = x.max()
-        weight = np.exp(x - peak)
-        total = weight.sum()
-        log_z = peak + np.log(total)
-        return float(alpha * (weight @ d) / total - log_z), float(log_z - alpha * lead)
-
-    return divergences
+def _normal(x: np.ndarray) -> np.ndarray:
+    x = x - x.max()
+    return x - np.log(np.exp(x).sum())

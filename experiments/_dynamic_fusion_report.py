@@ -183,6 +183,8 @@ def verdicts(seeds: Sequence[Any]) -> str:
             f"{mean_and_spread(closed['proxy'])}%, with the best static alpha ({alphas}) "
             f"{mean_and_spread(fixed)}%."
         )
+        best = ", ".join(seed["search"][domain] for seed in seeds)
+        lines.append(f"  - Best search on validation data, by seed: {best}.")
         for name in SINGLE:
             if name != "proxy":
                 against = [_against(closed[name], closed["proxy"]), _against(closed[name], fixed)]

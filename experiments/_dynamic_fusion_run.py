@@ -46,6 +46,7 @@ class Run:
         With a graded task as the domain also the mean grade of its answers, by arm.
         """
         record: dict[str, Any] = {"seed": seed, "single": {}, "several": {}, "ceiling": {}}
+        record["search"] = {}
         chosen: dict[str, float] = {}
 
         def score(strategies: Mapping[str, Any], domains: Sequence[str], name: str, split: str):
@@ -53,7 +54,8 @@ class Run:
             return kept(key, lambda: self._score(strategies, domains, name, split, seed))
 
         for domain, names in SETS.items():
-            validation = score({}, [domain], domain, "validation")
+            validation = score(arms.SINGLE, [domain], domain, "validation")
+            record["search"][domain] = arms.best_search(validation)
             chosen[domain] = arms.best_static(validation, self.config.static_alpha)
             record["single"][domain] = {
                 name: score(arms.SINGLE, [domain], name, "test") for name in names

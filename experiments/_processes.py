@@ -2,13 +2,16 @@
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
+
+from logitjax import training
 
 
 def agreed(answer: bool) -> bool:
@@ -28,13 +31,20 @@ def first_alone(name: str) -> Iterator[None]:
         multihost_utils.sync_global_devices(name)
 
 
+def make_mesh(spec: str) -> Any:
+    """The mesh as asked for; one that names all its sizes takes so many devices."""
+    sizes = [int(part.partition(":")[2]) for part in spec.split(",")]
+    devices = jax.devices() if -1 in sizes else jax.devices()[: math.prod(sizes)]
+    return training.make_mesh(spec, devices=devices)
+
+
 def wait_for_all(name: str) -> None:
     """A barrier."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
-def write_json(path: epath.Path, record: Mapping[str, Any]) -> None:
+def write_json(path: epath.Path, record: Any) -> None:
     """Write a file whole or not at all, by process 0."""
     if jax.process_index() != 0:
         return

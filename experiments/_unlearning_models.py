@@ -19,7 +19,7 @@ from absl import logging
 from etils import epath
 from flax import nnx
 
-from experiments import _models
+from experiments import _models, _processes
 from experiments import _unlearning_arms as arms
 from experiments import _unlearning_data as rows_of
 from experiments._unlearning_arms import Deployed, Difference
@@ -48,7 +48,7 @@ class Models:
         self.config, self.root, self.scene = config, root, scene
         self.tokenizer = _models.load_tokenizer_of(config.model)
         self.template = rows_of.TEMPLATES[config.template]()
-        self.mesh = _mesh(config.mesh)
+        self.mesh = _processes.make_mesh(config.mesh)
         source = [config.model, config.layers, config.dtype, _file_identity(config.model)]
         self._key = digest(
             source,
@@ -380,13 +380,6 @@ def planned_bytes(compiled: Any) -> int:
 
 def _told(scores: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
-
-
-def _mesh(spec: str) -> Any:
-    """As asked for; one that names all its sizes takes so many devices."""
-    sizes = [int(part.partition(":")[2]) for part in spec.split(",")]
-    devices = jax.devices() if -1 in sizes else jax.devices()[: int(np.prod(sizes))]
-    return training.make_mesh(spec, devices=devices)
 
 
 def _file_identity(spec: str) -> list[Any]:

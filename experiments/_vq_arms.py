@@ -201,6 +201,7 @@ def tune_shortlist_tail(
         learning_rate=lr,
         constants=fixed,
         seed=seed,
+        mesh=ctx.mesh,
     )
     pages = heads.with_page_biases(converted.params["pages"], trained["bias"])
     params = converted.params | trained | {"pages": pages}
@@ -239,6 +240,7 @@ def _vq(ctx: Context, arm: str, codes: int, seed: int, lr: float, config: Any) -
         options,
         statistics=ctx.statistics,
         start=ctx.fit(kmeans, codes, seed, config.kmeans_iterations),
+        mesh=ctx.mesh,
     )
     bias = jnp.zeros(ctx.vocab) if head.bias is None else head.bias[...]
     params = {"codebook": head.codebook[...], "bias": bias}
@@ -254,6 +256,7 @@ def _vq(ctx: Context, arm: str, codes: int, seed: int, lr: float, config: Any) -
             learning_rate=lr,
             constants={"assignment": assignment},
             seed=seed,
+            mesh=ctx.mesh,
         )
         head.load(params["codebook"], params["bias"], assignment)
     floor = heads.perplexity_floor(assignment, np.asarray(ctx.unigram))
@@ -379,6 +382,7 @@ def _linear(
         learning_rate=lr,
         constants=constants,
         seed=seed,
+        mesh=ctx.mesh,
     )
     real = jax.jit(effective)(params, constants)
     return Converted(
@@ -429,6 +433,7 @@ def _adaptive(ctx: Context, seed: int, lr: float, config: Any) -> Converted:
         learning_rate=lr,
         constants=tables,
         seed=seed,
+        mesh=ctx.mesh,
     )
     ranks = np.asarray(tables["rank"])[train.labels]
     tails = [
@@ -460,6 +465,7 @@ def _full(ctx: Context, arm: str, seed: int, lr: float, config: Any) -> Converte
         learning_rate=lr,
         constants=constants,
         seed=seed,
+        mesh=ctx.mesh,
     )
     cost = heads.full_cost(ctx.vocab, ctx.width, bias=True, tied=ctx.tied)
     return Converted(_linear_nll, _linear_top_k, params | constants, cost, curve=tuple(curve))

@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
-from experiments import _fusion_data, _models
+from experiments import _fusion_data, _models, _processes
 from experiments._small_text import count_tokens
 from logitjax import data, heads, training
 
@@ -51,6 +51,7 @@ class Context:
       statistics: moments of the training hidden states.
       splits: ``train``, ``validation``, ``test``.
       packed: the rows of tokens.
+      mesh: over which the positions of a step are split.
     """
 
     rows: jax.Array
@@ -61,6 +62,7 @@ class Context:
     statistics: training.HeadStatistics
     splits: Mapping[str, Split]
     packed: Mapping[str, data.PackedDataset]
+    mesh: Any
 
     @property
     def vocab(self) -> int:
@@ -90,6 +92,11 @@ class Context:
 
 def prepare(config: Any, workdir: epath.Path) -> Context:
     """Packs text, runs the model once, runs its head once; all of it is kept on disk."""
+    with _processes.first_alone("hidden states"):
+        return _prepare(config, workdir)
+
+
+def _prepare(config: Any, workdir: epath.Path) -> Context:
     root = epath.Path(config.cache_dir or workdir / "cache")
     model, tokenizer = _models.load(config.model, layout="listed")
     packed = {
@@ -133,6 +140,7 @@ def prepare(config: Any, workdir: epath.Path) -> Context:
         statistics=training.head_statistics(splits["train"].hidden),
         splits=splits,
         packed=packed,
+        mesh=_processes.make_mesh(config.mesh),
     )
 
 

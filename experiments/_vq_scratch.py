@@ -1,7 +1,7 @@
 """A small language model trained from scratch with each head; the trunk is the same."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments._small_text import Text, small_text
 from experiments._vq_context import Context
@@ -63,14 +64,17 @@ def train(ctx: Context, text: Text, arm: str, seed: int, lr: float, config: Any)
         losses_ = nll(params["head"], fixed, hidden, batch["tokens"][:, 1:])
         return (losses_ * mask).sum(), mask.sum(), {}
 
-    mesh = training.make_mesh("data:1", devices=jax.devices()[:1])
+    mesh = ctx.mesh
     start = {"trunk": nnx.to_pure_dict(params), "head": head["params"]}
     state = training.create_train_state(start, tx, mesh=mesh, seed=seed)
-    step = training.make_train_step(loss_fn, tx)
-    fixed = head["fixed"]
+    step = training.make_train_step(loss_fn, tx, mesh=mesh)
+    share = training.local_rows(mesh, config.scratch_batch)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    fixed = jax.device_put(head["fixed"], everywhere)
     curve = []
     for index in range(config.scratch_steps):
         batch = text.batch(index, seed=seed, size=config.scratch_batch)
+        batch = {name: rows[share] for name, rows in batch.items()}
         state, output = step(state, batch, fixed)
         if index % 10 == 0 or index == config.scratch_steps - 1:
             total, count = output.metrics["loss"]
@@ -78,10 +82,16 @@ def train(ctx: Context, text: Text, arm: str, seed: int, lr: float, config: Any)
         halves = {config.scratch_steps // 3, 2 * config.scratch_steps // 3}
         if arm == "vq_reassigned" and index in halves:
             run = jax.jit(hidden_of)
-            state, fixed = _reassigned(state, fixed, run, text, config)
-    evaluate = training.make_eval_step(loss_fn)
+            state, fixed = _reassigned(state, fixed, run, text, config, everywhere)
+    evaluate = training.make_eval_step(loss_fn, mesh=mesh)
+
+    def blocks(split: str) -> Iterator[dict[str, np.ndarray]]:
+        for block in text.blocks(split):
+            mine = training.local_rows(mesh, len(block["tokens"]))
+            yield {name: rows[mine] for name, rows in block.items()}
+
     held_out = {
-        name: training.evaluate(evaluate, state.params, text.blocks(split), fixed)["loss"]
+        name: training.evaluate(evaluate, state.params, blocks(split), fixed)["loss"]
         for name, split in (("validation_nll", "validation"), ("nll", "test"))
     }
     size = sum(x.size for x in jax.tree.leaves(head["params"]))
@@ -148,7 +158,7 @@ def _vq_nll(params: Any, fixed: Any, hidden: Any, labels: Any) -> Any:
 
 
 def _reassigned(
-    state: Any, fixed: Any, run: Callable[..., Any], text: Text, config: Any
+    state: Any, fixed: Any, run: Callable[..., Any], text: Text, config: Any, everywhere: Any
 ) -> tuple[Any, Any]:
     """Tokens move to the code under which their labels are most likely, by what was just seen."""
     rng = np.random.default_rng(int(state.step))
@@ -159,13 +169,16 @@ def _reassigned(
         mask = text.train_mask[rows][:, 1:]
         hidden.append(states[mask])
         labels.append(text.train[rows][:, 1:][mask])
+    # On the host: every process does the same, on its own device.
+    held = jax.tree.map(np.asarray, state.params["head"] | fixed)
     new, bias, _ = training.reassign_from_labels(
-        state.params["head"]["codebook"],
-        state.params["head"]["bias"],
-        fixed["assignment"],
+        held["codebook"],
+        held["bias"],
+        held["assignment"],
         np.concatenate(hidden),
         np.concatenate(labels),
     )
+    new, bias = jax.device_put((new, bias), everywhere)
     head = state.params["head"] | {"bias": bias}
     return state.replace(params=state.params | {"head": head}), {"assignment": new}
 

@@ -26,7 +26,7 @@ import jax
 from absl import logging
 from etils import epath
 
-from experiments import _cli, _dual_head_arms
+from experiments import _cli, _dual_head_arms, _processes
 from experiments._cli import field
 from logitjax import training
 
@@ -237,7 +237,7 @@ def train_all(config: Config, workdir: epath.Path, told_to_stop: Any) -> dict[st
                 _, record = made.fit(
                     directory, seed=seed, told_to_stop=told_to_stop, diagnose=seed == 0
                 )
-                _dual_head_train.write_record(directory / "result.json", record)
+                _processes.write_json(directory / "result.json", record)
                 if jax.process_index() == 0 and (directory / "checkpoints").exists():
                     (directory / "checkpoints").rmtree()
             best = max(range(len(record["alphas"])), key=lambda i: record["validation"][i])

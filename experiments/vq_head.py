@@ -27,7 +27,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from experiments import _cli, _vq_arms, _vq_context, _vq_report, _vq_scratch
+from experiments import _cli, _processes, _vq_arms, _vq_context, _vq_report, _vq_scratch
 from experiments._cli import field
 from experiments.benchmarks._suite import paired_ratio, paired_seconds
 from logitjax import training
@@ -73,6 +73,7 @@ class Config:
     scratch_learning_rate: tuple[float, ...] = field((3e-3,), "Its peak rate; several are tried.")
     scratch_reassign_batches: int = field(40, "Batches that a reassignment looks at.")
     timing_repeats: int = field(20, "Timed decoding steps.")
+    mesh: str = field("data:-1", "Axes and sizes of the device mesh.")
 
     def __post_init__(self) -> None:
         if len(self.splits) != 3:
@@ -164,6 +165,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def run(config: Config, workdir: epath.Path) -> None:
+    """Every head from what is cached, then the report."""
+    with training.lock_workdir(workdir):
+        _convert_all(config, workdir)
+
+
+def _convert_all(config: Config, workdir: epath.Path) -> None:
     ctx = _vq_context.prepare(config, workdir)
     results = workdir / "results"
     results.mkdir(parents=True, exist_ok=True)
@@ -176,10 +183,11 @@ def run(config: Config, workdir: epath.Path) -> None:
     scratch = [
         record for arm in config.scratch_arm for record in _scratch(ctx, arm, config, results)
     ]
-    with (workdir / "metrics.jsonl").open("w") as file:
-        for record in [*records, *scratch]:
-            file.write(json.dumps(record) + "\n")
-    print(_vq_report.write(config, ctx, records, scratch, workdir))
+    if jax.process_index() == 0:
+        with (workdir / "metrics.jsonl").open("w") as file:
+            for record in [*records, *scratch]:
+                file.write(json.dumps(record) + "\n")
+        print(_vq_report.write(config, ctx, records, scratch, workdir))
 
 
 def _arm(
@@ -188,11 +196,11 @@ def _arm(
     records: list[dict[str, Any]] = []
     # Learning rates are compared at the first codebook size only.
     first = results / f"{arm}_{config.codes[0]}_0.json"
-    known = codes != config.codes[0] and first.exists()
+    known = _processes.agreed(codes != config.codes[0] and first.exists())
     best = json.loads(first.read_text())[0]["lr"] if known else config.learning_rate[0]
     for seed in range(config.seeds):
         path = results / f"{arm}_{codes}_{seed}.json"
-        if path.exists():
+        if _processes.agreed(path.exists()):
             found = json.loads(path.read_text())
             best = found[0]["lr"]
             records += found
@@ -207,14 +215,14 @@ def _arm(
         found = [_converted_record(arm, codes, seed, converted, ctx, config, best)]
         if arm == "vq_likelihood":
             found += _shortlists(ctx, converted, codes, seed, best, config)
-            if seed == 0:
+            if seed == 0 and jax.process_index() == 0:
                 training.save_head(converted.head, results.parent / "heads" / f"{arm}_{codes}")
         if arm in _vq_arms.SCREENS:
             for count in config.candidates:
                 head = _vq_arms.screened(ctx, converted, count)
                 name = f"screened_{arm}_{count}"
                 found.append(_converted_record(name, codes, seed, head, ctx, config, best))
-        path.write_text(json.dumps(found))
+        _processes.write_json(path, found)
         records += found
     return records
 
@@ -269,7 +277,7 @@ def _scratch(ctx: Any, arm: str, config: Config, results: epath.Path) -> list[di
     best = config.scratch_learning_rate[0]
     for seed in range(config.seeds):
         path = results / f"scratch_{arm}_{seed}.json"
-        if not path.exists():
+        if not _processes.agreed(path.exists()):
             logging.info("from scratch: %s, seed %d", arm, seed)
             text = _vq_scratch.text_of(ctx, config)
             rates = config.scratch_learning_rate if seed == 0 else (best,)
@@ -278,7 +286,8 @@ def _scratch(ctx: Any, arm: str, config: Config, results: epath.Path) -> list[di
                 for rate in rates
             ]
             chosen = min(tried, key=lambda record: record["validation_nll"])
-            path.write_text(json.dumps(chosen | {"arm": arm, "seed": seed, "scratch": True}))
+            _processes.write_json(path, chosen | {"arm": arm, "seed": seed, "scratch": True})
+            _processes.wait_for_all(f"wrote {path.name}")
         record = json.loads(path.read_text())
         best = record["lr"]
         records.append(record)

@@ -93,7 +93,7 @@ def _certify(options: _suite.Options) -> dict[str, dict[str, float]]:
     certificate = Certificate()
     count, part = (16, 16) if options.smoke else (_ROWS, 64)
     logits = real_logits(count, smoke=options.smoke)
-    names = {"dlf grid": "grid", "newton": "newton", "jeffreys": "jeffreys"}
+    names = {"dlf grid": "grid"} | {name: name for name in _METHODS[1:]}
     for start in range(0, count, part):
         block = tuple(values[start : start + part] for values in logits)
         large, expert, base = block

@@ -1,59 +1,118 @@
-"""Two processes on loopback, data x fsdp, beside one process with the same devices: same losses?"""
+"""Four processes on loopback beside one process with as many devices, and beside one device.
 
+Each job trains tiny models from beginning to end in all three settings; its losses have to be the
+same.
+"""
+
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from experiments.benchmarks import _suite
 
 _ROOT = Path(__file__).parents[2]
-_ARM = Path("arms/uld+gld/rank-row_sum-closed_form-x0.002/lr-0.01/seed-0")
+_SMOKE = {"2 processes x 2 devices": (2, 2), "1 device": (1, 1)}
+_SETTINGS = {"4 processes x 2 devices": (4, 2), "1 x 8": (1, 8), "1 device": (1, 1)}
 
 
-def _run(workdir: Path, processes: int, devices: int, steps: int) -> list[float]:
-    arguments = [
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """An experiment, its flags (``{steps}`` and ``{mesh}`` are filled in), and where losses are."""
+
+    arguments: str
+    losses: Callable[[Path], list[float]]
+    mesh: str = "data:-1"
+
+
+def _logged(workdir: Path) -> list[float]:
+    """Of all arms, in the order of their names."""
+    found: list[float] = []
+    for path in sorted(workdir.rglob("metrics.jsonl")):
+        records = map(json.loads, path.read_text().splitlines())
+        found += [record["loss"] for record in records if "loss" in record]
+    return found
+
+
+def _curves(workdir: Path) -> list[float]:
+    """Of converted heads, and of models from scratch, whose points also name their step."""
+    found: list[float] = []
+    for line in (workdir / "metrics.jsonl").read_text().splitlines():
+        curve = json.loads(line)["curve"]
+        found += [point[1] if isinstance(point, list) else point for point in curve]
+    return found
+
+
+_JOBS = {
+    "graph_fusion": _Job(
+        "--loss=uld+gld --steps={steps} --batch_size=8 --log_every=1", _logged, "data:-1,fsdp:2"
+    ),
+    "vq_head": _Job(
+        "--arm=vq_likelihood --steps={steps} --scratch_arm=full_bias --scratch_arm=vq_reassigned "
+        "--scratch_steps={steps} --scratch_batch=8",
+        _curves,
+    ),
+    "dual_head": _Job("--arm=kd --arm=dual_mlp_aligned --train_examples={examples}", _logged),
+}
+
+
+def _run(name: str, workdir: Path, processes: int, devices: int, steps: int) -> list[float]:
+    job = _JOBS[name]
+    mesh = job.mesh if processes * devices > 1 else "data:1"
+    arguments = job.arguments.format(steps=steps, examples=32 * steps // 2).split()
+    command = [
+        "bash",
+        "launch/local.sh",
+        str(processes),
+        str(devices),
+        sys.executable,
         "-m",
-        "experiments.graph_fusion",
+        f"experiments.{name}",
         "--preset=smoke",
-        "--loss=uld+gld",
-        f"--steps={steps}",
-        "--batch_size=4",
-        "--log_every=1",
-        "--mesh=data:2,fsdp:2",
+        f"--mesh={mesh}",
         f"--workdir={workdir}",
+        *arguments,
     ]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    subprocess.run(
-        ["bash", "launch/local.sh", str(processes), str(devices), sys.executable, *arguments],
-        check=True,
-        cwd=_ROOT,
-        env={**os.environ, "PATH": path},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+    done = subprocess.run(
+        command, cwd=_ROOT, env={**os.environ, "PATH": path}, capture_output=True, text=True
     )
-    lines = (workdir / _ARM / "metrics.jsonl").read_text().splitlines()
-    return [record["loss"] for record in map(json.loads, lines) if "loss" in record]
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr}")
+    return job.losses(workdir)
 
 
 def run(options: _suite.Options) -> _suite.Result:
-    """Graph fusion of tiny models: the whole job, from packing to scores, in both settings."""
+    """The whole jobs, from packing to scores, in all settings."""
     steps = 4 if options.smoke else 20
+    jobs = ("graph_fusion",) if options.smoke else tuple(_JOBS)
+    settings = _SMOKE if options.smoke else _SETTINGS
     options.directory.mkdir(parents=True, exist_ok=True)
     directory = options.directory.resolve() / f"run-{time.time_ns()}"
-    one = _run(directory / "one", 1, 4, steps)
-    two = _run(directory / "two", 2, 2, steps)
-    rows = [
-        {
-            "step": i + 1,
-            "1 process x 4 devices": a,
-            "2 x 2": b,
-            "relative difference": abs(a - b) / a,
-        }
-        for i, (a, b) in enumerate(zip(one, two, strict=True))
-    ]
-    worst = max(row["relative difference"] for row in rows)
-    bar = _suite.Bar(name=f"largest difference over {steps} steps", value=worst, limit=1e-5)
-    return _suite.Result(rows=rows, bars=[bar])
+    rows, bars = [], []
+    for name in jobs:
+        found = {}
+        for setting, shape in settings.items():
+            workdir = directory / name / setting.replace(" ", "-")
+            found[setting] = _run(name, workdir, *shape, steps)
+        one = found["1 device"]
+        worst = 0.0
+        for setting, losses in found.items():
+            gaps = [abs(a - b) / max(abs(b), 1e-3) for a, b in zip(losses, one, strict=True)]
+            worst = max(worst, *gaps)
+            rows.append(
+                {
+                    "experiment": name,
+                    "setting": setting,
+                    "losses": len(losses),
+                    "first": losses[0],
+                    "last": losses[-1],
+                    "largest relative difference": max(gaps),
+                }
+            )
+        bars.append(_suite.Bar(name=f"{name}: largest difference", value=worst, limit=1e-5))
+    return _suite.Result(rows=rows, bars=bars)

@@ -36,6 +36,7 @@ class DraftControl:
         # Even odds, worth less than two tokens: a first look decides.
         self._accepted, self._tested = 0.75, 1.5
         self._costs: dict[Hashable, collections.deque] = {}
+        self._compiled: set[Hashable] = set()
         self._spent = self._lost = 0.0
         self._plain_worth = self._timed = 0.0
 
@@ -91,6 +92,7 @@ class DraftControl:
         tested: int = 0,
         accepted: int = 0,
         kind: Hashable = None,
+        program: Hashable = None,
     ) -> None:
         """Take note of a call.
 
@@ -103,15 +105,16 @@ class DraftControl:
           tested: drafted tokens that were compared.
           accepted: those that were accepted.
           kind: as of `choose`.
+          program: tells apart calls of one kind and length that are compiled each for itself.
         """
         if tested:
             keep = max(0.0, 1 - tested / self._memory)
             self._accepted = keep * self._accepted + accepted
             self._tested = keep * self._tested + tested
-        times = self._costs.get((kind, length))
-        if times is None:
-            self._costs[kind, length] = collections.deque(maxlen=9)
+        if (kind, length, program) not in self._compiled:
+            self._compiled.add((kind, length, program))
             return
+        times = self._costs.setdefault((kind, length), collections.deque(maxlen=9))
         times.append(seconds / rounds)
         self._spent += seconds
         plain = self.cost(0, kind)

@@ -20,6 +20,9 @@ from logitjax.decoding._step import DecodeOptions, Emitted
 from logitjax.models import Tokenizer
 from logitjax.ops import Array
 
+# So many chunks at once while drafting does not pay: each look of the host takes its time.
+_STRETCH = 4
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Speculated(Generated):
@@ -93,7 +96,8 @@ def speculative_generate(
       logit_bias: added to the logits of these tokens.
       tokenizer: of the model, to make texts.
       stream: called with (row, new tokens, new text) after every call.
-      chunk: about so many tokens between two looks of the host.
+      chunk: about so many tokens between two looks of the host; more where drafting does not pay
+        and neither ``stream`` nor ``stop_strings`` wants to see them.
       options: what else to report.
 
     Returns:
@@ -143,7 +147,8 @@ def speculative_generate(
         speculation=speculation,
     )
     control = DraftControl(speculation.lengths) if control is None else control
-    rounds = _Rounds(engine, control, length, chunk)
+    watched = stream is not None or bool(stop_strings)
+    rounds = _Rounds(engine, control, length, chunk, stretch=1 if watched else _STRETCH)
     out = in_chunks(
         engine,
         requests,
@@ -166,11 +171,20 @@ def speculative_generate(
 class _Rounds:
     """Calls of an engine whose length a control chooses, timed."""
 
-    def __init__(self, engine: Engine, control: DraftControl, length: int | None, chunk: int):
+    def __init__(
+        self,
+        engine: Engine,
+        control: DraftControl,
+        length: int | None,
+        chunk: int,
+        *,
+        stretch: int,
+    ):
         self._engine = engine
         self._control = control
         self._length = length
         self._chunk = chunk
+        self._stretch = stretch
         self._kind: Hashable = (engine.slots, engine.max_length, chunk)
         self.calls: list[tuple[int, int, float]] = []
         self.stats = np.zeros((3, engine.slots), np.int32)
@@ -178,8 +192,11 @@ class _Rounds:
     def advance(self) -> Emitted:
         length = self._control.choose(self._kind) if self._length is None else self._length
         start = time.perf_counter()
+        steps = self._chunk
         if length == 0:
-            emitted = jax.block_until_ready(self._engine.decode_chunk(self._chunk))
+            drafts_are_known = self._control.cost(self._control.lengths[0], self._kind) is not None
+            steps *= self._stretch if drafts_are_known else 1
+            emitted = jax.block_until_ready(self._engine.decode_chunk(steps))
             # Rows may end before the chunk does.
             rounds = max(1, int(np.asarray(emitted.valid).sum(axis=1).max()))
             known: dict[str, Any] = {}
@@ -196,7 +213,9 @@ class _Rounds:
             }
         seconds = time.perf_counter() - start
         self.calls.append((length, rounds, seconds))
-        self._control.record(length, seconds=seconds, rounds=rounds, kind=self._kind, **known)
+        self._control.record(
+            length, seconds=seconds, rounds=rounds, kind=self._kind, program=steps, **known
+        )
         return emitted
 
     def predicted(self) -> float | None:

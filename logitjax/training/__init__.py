@@ -38,6 +38,7 @@ from logitjax.training._loop import train_loop as train_loop
 from logitjax.training._merge_difference import make_merge_loss as make_merge_loss
 from logitjax.training._merge_difference import merge_by_distillation as merge_by_distillation
 from logitjax.training._mesh import batch_sharding as batch_sharding
+from logitjax.training._mesh import local_rows as local_rows
 from logitjax.training._mesh import make_global_batch as make_global_batch
 from logitjax.training._mesh import make_mesh as make_mesh
 from logitjax.training._mesh import process_slice as process_slice

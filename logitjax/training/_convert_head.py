@@ -12,6 +12,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Float
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
@@ -113,6 +114,7 @@ def fit_vq_head(
     statistics: HeadStatistics | None = None,
     unigram: Array | None = None,
     start: VQFit | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[VQHead, dict[str, list[float]]]:
     """Fits and tunes a head on cached hidden states: `convert_head` without the model.
 
@@ -125,6 +127,7 @@ def fit_vq_head(
       statistics: of ``hidden``.
       unigram: ``[vocab]`` counts; what the old head expects when omitted.
       start: a fit to tune, instead of a new one.
+      mesh: as of `tune_head`.
 
     Returns:
       The head, and the tuning's history (``loss``: KL divergence from the old head, ``moved``).
@@ -162,6 +165,7 @@ def fit_vq_head(
             reassign_every=config.reassign_every if moving else None,
             min_count=config.min_count,
             seed=config.seed,
+            mesh=mesh,
         )
         history["loss"] = [loss - targets.entropy for loss in history["loss"]]
     fit = VQFit(

@@ -100,6 +100,22 @@ def process_slice(mesh: Mesh) -> tuple[int, int]:
     return shares.index(tuple(sorted(rows[jax.process_index()]))), len(shares)
 
 
+def local_rows(mesh: Mesh, batch_size: int) -> slice:
+    """Which rows of a global batch this process feeds to :func:`make_global_batch`.
+
+    Raises:
+      ValueError: the processes cannot share so many rows.
+
+    >>> local_rows(make_mesh("data:1", devices=jax.devices()[:1]), 4)
+    slice(0, 4, None)
+    """
+    index, count = process_slice(mesh)
+    if batch_size % count:
+        raise ValueError(f"batch_size: {count} processes cannot share {batch_size} rows")
+    share = batch_size // count
+    return slice(index * share, (index + 1) * share)
+
+
 def batch_shards(mesh: Mesh) -> int:
     """Into how many pieces the mesh cuts a batch."""
     return int(np.prod([mesh.shape[name] for name in mesh.axis_names if name in BATCH_AXES]))

@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 
 from logitjax.heads import reassign, vq_nll
 from logitjax.heads._vq_loss import cluster_log_mass, code_scores
 from logitjax.ops import Array, logsumexp
 from logitjax.training._head_targets import HeadTargets
+from logitjax.training._mesh import local_rows, make_global_batch
 
 HeadLoss = Callable[..., jax.Array]
 
@@ -31,6 +33,7 @@ def tune_head(
     start_step: int = 0,
     stop_step: int | None = None,
     opt_state: Any = None,
+    mesh: Mesh | None = None,
 ) -> tuple[Any, Any, list[float]]:
     """Adam with a cosine schedule on mini-batches of cached positions.
 
@@ -50,9 +53,14 @@ def tune_head(
       start_step: where to begin.
       stop_step: where to end; ``steps`` when omitted.
       opt_state: of the part before.
+      mesh: its data and fsdp axes share the positions of a step; parameters and constants are on
+        every device. Every process has all ``arrays`` and gets all results.
 
     Returns:
       ``(params, opt_state, losses)``.
+
+    Raises:
+      ValueError: the mesh does not divide the positions of a step.
 
     >>> loss = lambda params, _, x: (params - x) ** 2
     >>> params, _, losses = tune_head(loss, jnp.zeros(()), [np.ones(8, np.float32)], steps=60,
@@ -79,15 +87,24 @@ def tune_head(
     count = len(arrays[0])
     batch_size = min(batch_size, count)
     per_epoch = count // batch_size
+    share = slice(None)
     params = jax.tree.map(jnp.array, params)
+    if mesh is not None:
+        share = local_rows(mesh, batch_size)
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        params, opt_state, constants = jax.device_put((params, opt_state, constants), everywhere)
     losses = []
     for index in range(start_step, steps if stop_step is None else stop_step):
         epoch, place = divmod(index, per_epoch)
         order = np.random.default_rng([seed, epoch]).permutation(count)
-        chosen = np.sort(order[place * batch_size : (place + 1) * batch_size])
+        chosen = np.sort(order[place * batch_size : (place + 1) * batch_size])[share]
         batch = [np.asarray(array[chosen]) for array in arrays]
+        batch = batch if mesh is None else make_global_batch(mesh, batch)
         params, opt_state, loss = step(params, opt_state, constants, batch)
         losses.append(loss)
+    if mesh is not None:
+        # Other code knows no mesh, and nothing of several processes.
+        params, opt_state = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), (params, opt_state))
     return params, opt_state, [float(loss) for loss in losses]
 
 
@@ -149,6 +166,7 @@ def tune_vq_head(
     reassign_every: int | None = None,
     min_count: float = 1.0,
     seed: int = 0,
+    mesh: Mesh | None = None,
 ) -> tuple[Array, Array | None, Array, dict[str, list[float]]]:
     """Tunes codebook and biases to the old head, and every so many steps the mapping as well.
 
@@ -168,6 +186,7 @@ def tune_vq_head(
       reassign_every: steps between reassignments; None keeps the mapping. Needs biases.
       min_count: expected targets below which a token stays where it is.
       seed: of the order of positions.
+      mesh: as of `tune_head`.
 
     Returns:
       ``(codebook, bias, assignment, history)``; history holds ``loss`` and ``moved``.
@@ -205,6 +224,7 @@ def tune_vq_head(
             start_step=start,
             stop_step=stop,
             opt_state=opt_state,
+            mesh=mesh,
         )
         history["loss"] += losses
         if stop < steps:

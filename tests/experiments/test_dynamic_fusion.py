@@ -145,6 +145,27 @@ def test_certificate_tells_an_answer_that_is_off_and_unflagged(scored):
     assert table["off"]["others unflagged"] > 0
 
 
+@pytest.mark.parametrize("method", ["jeffreys", "budget", "project"])
+def test_each_search_is_judged_by_what_it_minimises(scored, method):
+    models, head = scored
+    logits = [m.hidden @ head.T for m in (models[0], models[2], models[1])]
+    _, info = DynamicFusion(method=method)(*[jnp.asarray(x) for x in logits])
+    alpha = np.asarray(info["alpha"])
+    off = {**info, "alpha": np.where(alpha > 1, alpha - 0.2, alpha + 0.2)}
+    certificate = _dynamic_fusion_certificate.Certificate()
+    certificate.add(*logits, {method: info})
+    assert certificate.table()[method]["within 1e-6 %"] == 100
+    certificate = _dynamic_fusion_certificate.Certificate()
+    certificate.add(*logits, {method: off})
+    assert certificate.table()[method]["within 1e-6 %"] < 50
+
+
+def test_best_search_is_the_dynamic_arm_of_least_nll():
+    means = {name: {"nll": 3.0} for name in _dynamic_fusion_arms.SINGLE}
+    means |= {"proxy": {"nll": 1.0}, "budget": {"nll": 2.0}}
+    assert _dynamic_fusion_arms.best_search(means) == "budget"
+
+
 def test_questions_end_before_their_answer_and_answers_differ_at_once():
     sizes = {"train": 8, "validation": 4, "test": 4}
     task = load_task("letters", byte_tokenizer(), length=16, sizes=sizes)
@@ -167,9 +188,11 @@ def test_verdicts_say_plainly_what_does_not_pay():
         "single": {"domain": {"domain": arms}, "task": {"task": arms}},
         "ceiling": {name: {name: {"nll": 2.0}} for name in ("domain", "task")},
         "chosen": {"domain": 0.5, "task": 0.5},
+        "search": {"domain": "project", "task": "budget"},
     }
     text = _dynamic_fusion_report.verdicts([seed])
     assert "with the best static alpha (0.5) 50%" in text
+    assert "Best search on validation data, by seed: budget." in text
     assert (
         "jeffreys closes 25%: MORE (in 1 of 1 seeds) than alpha = 1, NOT more (in 0 of 1 seeds) "
         "than the best static alpha" in text
