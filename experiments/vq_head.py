@@ -109,7 +109,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         scratch_vocab=128,
         scratch_width=16,
         scratch_steps=6,
-        scratch_batch=2,
+        scratch_batch=8,
         scratch_reassign_batches=2,
         timing_repeats=2,
     ),

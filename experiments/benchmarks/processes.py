@@ -32,7 +32,7 @@ class _Job:
 def _logged(workdir: Path) -> list[float]:
     """Of all arms, in the order of their names."""
     found: list[float] = []
-    for path in sorted(workdir.rglob("metrics.jsonl")):
+    for path in sorted((workdir / "arms").rglob("metrics.jsonl")):
         records = map(json.loads, path.read_text().splitlines())
         found += [record["loss"] for record in records if "loss" in record]
     return found

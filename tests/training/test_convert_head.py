@@ -220,6 +220,31 @@ def test_tune_in_parts_is_tune_in_one():
     np.testing.assert_allclose(first + second, losses, rtol=1e-6)
 
 
+def test_tuning_over_a_mesh_is_tuning():
+    rng = np.random.default_rng(0)
+    data = [rng.normal(size=(64, 3)).astype(np.float32)]
+
+    def loss(params, constants, x):
+        return ((x @ params) - constants) ** 2
+
+    mesh = training.make_mesh("data:2,fsdp:2", devices=jax.devices()[:4])
+    options = dict(steps=10, batch_size=16, learning_rate=1e-1, constants=jnp.ones(()))
+    one, _, losses = training.tune_head(loss, jnp.ones(3), data, **options)
+    part, state, first = training.tune_head(
+        loss, jnp.ones(3), data, **options, mesh=mesh, stop_step=4
+    )
+    # What comes back is of no mesh: other code may go on with it.
+    assert len(part.sharding.device_set) == 1
+    many, _, second = training.tune_head(
+        loss, part, data, **options, mesh=mesh, start_step=4, opt_state=state
+    )
+    np.testing.assert_allclose(many, one, rtol=1e-5)
+    np.testing.assert_allclose(first + second, losses, rtol=1e-5)
+    options["batch_size"] = 18
+    with pytest.raises(ValueError, match="multiple of data x fsdp = 4"):
+        training.tune_head(loss, jnp.ones(3), data, **options, mesh=mesh)
+
+
 def test_labels_can_reassign_too(conversion):
     result = conversion[0]
     rng = np.random.default_rng(0)
