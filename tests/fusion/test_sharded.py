@@ -17,6 +17,7 @@ from logitjax.fusion import (
     EmulatedFineTuning,
     LogitDifference,
     ProxyTuning,
+    _rows,
 )
 from tests.fusion.test_dynamic import BASE, EXPERT, LARGE
 from tests.fusion.test_several_experts import EXPERTS
@@ -31,7 +32,8 @@ STRATEGIES = {
     "grid": DynamicFusion(method="grid"),
     "newton": DynamicFusion(method="newton", max_sweeps=6),
     "jeffreys": DynamicFusion(method="jeffreys", max_sweeps=6),
-    "project": DynamicFusion(max_sweeps=6),
+    "project": DynamicFusion(multi="project", max_sweeps=6),
+    "joint": DynamicFusion(max_sweeps=6),
 }
 
 
@@ -44,7 +46,7 @@ def arguments(name):
         return LARGE, None, BASE
     if name in ("clean", "official"):
         return LARGE, EXPERT, None
-    return LARGE, EXPERTS if name == "project" else EXPERT, BASE
+    return LARGE, EXPERTS if name in ("project", "joint") else EXPERT, BASE
 
 
 def sharded(name):
@@ -88,14 +90,19 @@ def test_all_reduces_a_token_are_few_and_fixed(name, reductions):
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("name", ["grid", "jeffreys", "project"])
-def test_batch_sharded_under_jit(kind, name):
+@pytest.mark.parametrize(
+    ("name", "turns"), [("grid", False), ("jeffreys", True), ("project", False)]
+)
+def test_batch_sharded_under_jit(kind, name, turns, monkeypatch):
+    if turns:
+        monkeypatch.setattr(_rows, "MOST_ENTRIES", 1)
     rows = {2: P("tensor"), 3: P(None, "tensor")}
     on = mesh(kind)
     placed = [jax.device_put(a, NamedSharding(on, rows[a.ndim])) for a in arguments(name)]
+    strategy = STRATEGIES[name]
     with jax.set_mesh(on):
-        fused, _ = jax.jit(STRATEGIES[name])(*placed)
-    wanted, _ = jax.jit(STRATEGIES[name])(*arguments(name))
+        fused, _ = jax.jit(lambda *logits: strategy(*logits))(*placed)
+    wanted, _ = jax.jit(strategy)(*arguments(name))
     np.testing.assert_allclose(fused, wanted, atol=5e-3)
 
 
