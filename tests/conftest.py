@@ -30,3 +30,10 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("logitjax")
+
+from tests import _executables  # noqa: E402
+
+
+def pytest_configure(config):
+    # Registered, and not left to this file's hooks, which would not see the doctests of the package.
+    config.pluginmanager.register(_executables)

@@ -248,9 +248,10 @@ def test_command_estimates_for_gpus_and_keeps_what_it_found(tmp_path):
     assert json.loads(path.read_text())["estimate"] is True
     page = command("--markdown", f"--workdir={tmp_path}")
     assert "| vq_head" in page.stdout
-    wrong = command(*asked, "--chip=h100", "--mesh=data:2")
+    elsewhere = ("--experiment=dynamic_fusion", "--preset=smoke", f"--workdir={tmp_path}")
+    wrong = command(*elsewhere, "--chip=h100", "--mesh=data:2")
     assert wrong.returncode == 2
-    assert re.fullmatch(r"error: mesh: vq_head runs on one device\n", wrong.stderr)
+    assert re.fullmatch(r"error: mesh: dynamic_fusion runs on one device\n", wrong.stderr)
 
 
 @pytest.mark.slow
