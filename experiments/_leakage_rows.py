@@ -97,16 +97,21 @@ def _prompts(config: Any, tokenizer: Any) -> np.ndarray:
     )
 
 
-def _logits(model: Any, prompts: np.ndarray, batch_size: int) -> np.ndarray:
-    graph, state = nnx.split(model)
+def last_logits(graphdef: Any) -> Any:
+    """A compiled ``(state, tokens [rows, length])`` to what the model says next, ``[rows, vocab]``."""
 
     @jax.jit
     def last(state: Any, tokens: jax.Array) -> jax.Array:
-        model = nnx.merge(graph, state)
+        model = nnx.merge(graphdef, state)
         hidden, _ = model.hidden_states(tokens)
         return model.logits(hidden[:, -1:])[:, 0].astype(jnp.float32)
 
-    parts = []
+    return last
+
+
+def _logits(model: Any, prompts: np.ndarray, batch_size: int) -> np.ndarray:
+    graphdef, state = nnx.split(model)
+    last, parts = last_logits(graphdef), []
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
         short = batch_size - len(batch)

@@ -60,6 +60,27 @@ KNOWN: dict[str, models.DecoderConfig] = {
         head_dim=64,
         tie_embeddings=False,
     ),
+    "hf:distilbert/distilgpt2": models.config_from_hf(
+        {
+            "model_type": "gpt2",
+            "vocab_size": 50_257,
+            "n_embd": 768,
+            "n_layer": 6,
+            "n_head": 12,
+            "n_positions": 1024,
+        }
+    ),
+    "hf:meta-llama/Llama-2-7b-chat-hf": dataclasses.replace(
+        _QWEN,
+        vocab_size=32_000,
+        hidden_size=4096,
+        intermediate_size=11_008,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=32,
+        qkv_bias=False,
+        max_length=4096,
+    ),
     "smollm2": models.DecoderConfig(
         vocab_size=49_152,
         hidden_size=576,

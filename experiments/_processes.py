@@ -3,7 +3,7 @@
 import contextlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -19,6 +19,34 @@ def agreed(answer: bool) -> bool:
     if jax.process_count() == 1:
         return answer
     return bool(multihost_utils.broadcast_one_to_all(np.int32(answer)))
+
+
+def said_by_first(make: Callable[[], Any]) -> Any:
+    """What process 0 makes, on all: anything that JSON can say. The others wait."""
+    if jax.process_count() == 1:
+        return make()
+    first = jax.process_index() == 0
+    text = json.dumps(make()).encode() if first else b""
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    sent = np.frombuffer(text, np.uint8) if first else np.zeros(size, np.uint8)
+    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(sent), np.uint8).tobytes())
+
+
+def held_here(tree: Any) -> Any:
+    """Arrays that this process can use alone: whole, on its first device. One process has them."""
+    if jax.process_count() == 1:
+        return tree
+
+    def whole(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
+            return leaf
+        if leaf.is_fully_replicated:
+            return leaf.addressable_data(0)
+        return jax.device_put(
+            multihost_utils.process_allgather(leaf, tiled=True), jax.local_devices()[0]
+        )
+
+    return jax.tree.map(whole, tree)
 
 
 @contextlib.contextmanager
@@ -42,6 +70,13 @@ def wait_for_all(name: str) -> None:
     """A barrier."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+def remove(directory: epath.Path) -> None:
+    """Process 0 removes a folder that may be there; nobody goes on before."""
+    if jax.process_index() == 0 and directory.exists():
+        directory.rmtree()
+    wait_for_all(f"remove {directory.name}")
 
 
 def write_json(path: epath.Path, record: Any) -> None:

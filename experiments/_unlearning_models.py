@@ -1,12 +1,12 @@
 """The models of unlearning: a target, one retrained without the forget set, and what arms make.
 
 Each has a folder named after all it depends on. What is finished is read, what was stopped goes on.
+Several processes train them together and then hold each model whole, every process for itself.
 """
 
 import dataclasses
 import functools
 import json
-import shutil
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -82,6 +82,11 @@ class Models:
         """Names what target and retrained model were made from."""
         return self._key
 
+    def share(self, rows: Rows) -> Rows:
+        """Of the rows of a step those that this process feeds."""
+        own = training.local_rows(self.mesh, len(rows["tokens"]))
+        return {name: values[own] for name, values in rows.items()}
+
     def rows(self, items: Any) -> Rows:
         return rows_of.encode(items, self.tokenizer, self.template, self.config.max_length)
 
@@ -116,7 +121,7 @@ class Models:
             batch = {"forget": rows_of.picked(forget, step, size=size, seed=seed)}
             if needs_retain:
                 batch["retain"] = rows_of.drawn(keep, step, size=size, seed=seed)
-            return batch
+            return {side: self.share(rows) for side, rows in batch.items()}
 
         return self._train(
             self.directory(arm, seed, config.epochs, config.learning_rate, config.rmu_scale),
@@ -153,6 +158,11 @@ class Models:
             assistant = models.Assistant(base=fresh.base, lora=lora)
             return Deployed(model=target, assistant=assistant, difference=difference)
 
+        both = rows_of.batches_to_forget_and_keep(forget, keep, size=size, seed=seed)
+
+        def batches(step: int) -> dict[str, Rows]:
+            return {side: self.share(rows) for side, rows in both(step).items()}
+
         settings = [difference.rank, difference.lora_alpha, difference.retain_weight]
         settings += [difference.uniform, repr(difference.fuse), config.assistant_layers]
         settings += [config.assistant_epochs, config.assistant_learning_rate]
@@ -160,7 +170,7 @@ class Models:
             self.directory(arm, seed, settings),
             fresh.lora,
             loss_fn,
-            rows_of.batches_to_forget_and_keep(forget, keep, size=size, seed=seed),
+            batches,
             per_epoch=rows_of.steps_an_epoch(forget, size),
             epochs=config.assistant_epochs,
             learning_rate=config.assistant_learning_rate,
@@ -179,8 +189,8 @@ class Models:
         state = self._state(nnx.to_pure_dict(params), tx, seed)
         for number in range(config.relearn_steps):
             batch = rows_of.picked(taught, number, size=config.batch_size, seed=seed)
-            state, _ = step(state, batch)
-        return nnx.merge(graphdef, state.params, rest)
+            state, _ = step(state, self.share(batch))
+        return nnx.merge(graphdef, _processes.held_here(state.params), rest)
 
     def merged(
         self, assistant: models.Assistant, difference: Difference, directory: epath.Path
@@ -195,7 +205,9 @@ class Models:
                 rows_of.picked(forget, step, size=size, seed=0),
                 rows_of.drawn(keep, step, size=size, seed=0),
             ]
-            return {name: np.concatenate([side[name] for side in sides]) for name in forget}
+            return self.share(
+                {name: np.concatenate([side[name] for side in sides]) for name in forget}
+            )
 
         begin = time.perf_counter()
         model = training.merge_by_distillation(
@@ -210,6 +222,8 @@ class Models:
             checkpoint_every=config.checkpoint_every,
             log_every=config.log_every,
         )
+        graphdef, state = nnx.split(model)
+        model = nnx.merge(graphdef, _processes.held_here(state))
         return model, time.perf_counter() - begin
 
     def _finetuned(self, name: str, items: Any) -> models.Decoder:
@@ -237,7 +251,7 @@ class Models:
             state = training.train_loop(
                 state,
                 step,
-                lambda s: rows_of.picked(rows, s, size=size, seed=0),
+                lambda s: self.share(rows_of.picked(rows, s, size=size, seed=0)),
                 total_steps=steps,
                 workdir=directory,
                 checkpointer=checkpointer,
@@ -246,7 +260,7 @@ class Models:
                 writer=training.make_writer(directory),
                 identity={"steps": steps},
             )
-        return nnx.merge(graphdef, state.params, rest)
+        return nnx.merge(graphdef, _processes.held_here(state.params), rest)
 
     def _state(self, params: Any, tx: Any, seed: int) -> Any:
         return training.create_train_state(
@@ -288,10 +302,13 @@ class Models:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state.params
         )
         trained = sum(leaf.size for leaf in jax.tree.leaves(like))
-        if done.exists() and best.exists():
+        if _processes.agreed(done.exists() and best.exists()):
             with training.Checkpointer(best, max_to_keep=1) as keeper:
                 record = json.loads(done.read_text())
-                return Trained(keeper.restore(like, record["step"]).state, record)
+                kept = keeper.restore(like, record["step"]).state
+                return Trained(_processes.held_here(kept), record)
+        if constants is not None and self.mesh.size > 1:
+            constants = training.shard_tree(constants, self.mesh, training.DECODER_RULES)
         logging.info("%s: %d steps", directory, steps)
         first = training.make_global_batch(self.mesh, batches(0))
         compiled = step.lower(state, first, constants).compile()
@@ -307,8 +324,8 @@ class Models:
 
         resumes = config.resume_arms
         checkpoints = directory / "checkpoints"
-        if not resumes and best.exists():
-            shutil.rmtree(best)
+        if not resumes:
+            _processes.remove(best)
         with (
             training.Checkpointer(best, max_to_keep=1) as keeper,
             training.Checkpointer(checkpoints, max_to_keep=1) as checkpointer,
@@ -319,12 +336,12 @@ class Models:
                 history = [h for h in json.loads(history_path.read_text()) if h["step"] <= began]
 
             def score(state: Any, at: int) -> dict[str, float]:
-                scores = validate(state.params)
+                scores = validate(_processes.held_here(state.params))
                 if not history or scores["score"] > max(h["score"] for h in history):
                     keeper.save(at, state.params)
                     keeper.wait()
                 history.append({"step": at, "epoch": at // per_epoch, **scores})
-                history_path.write_text(json.dumps(history, indent=1))
+                _processes.write_json(history_path, history)
                 logging.info("epoch %d: %s", at // per_epoch, _told(scores))
                 return scores
 
@@ -343,7 +360,7 @@ class Models:
                 identity={"steps": steps},
             )
             chosen = max(history, key=lambda h: h["score"])
-            found = keeper.restore(like, chosen["step"]).state
+            found = _processes.held_here(keeper.restore(like, chosen["step"]).state)
         # The first step of a process compiles.
         pace = statistics.median(seconds[1:] or seconds or [0.0])
         record = {
@@ -355,16 +372,13 @@ class Models:
             "peak_bytes": peak,
             "trained": trained,
         }
-        done.write_text(json.dumps(record, indent=1))
-        if checkpoints.exists():
-            shutil.rmtree(checkpoints)
+        _processes.write_json(done, record)
+        _processes.remove(checkpoints)
         return Trained(found, record)
 
     def forget_weights(self, arm: str, seed: int, *settings: Any) -> None:
         """Drop the weights of an arm of which all has been measured."""
-        best = self.directory(arm, seed, *settings) / "best"
-        if best.exists():
-            shutil.rmtree(best)
+        _processes.remove(self.directory(arm, seed, *settings) / "best")
 
 
 def planned_bytes(compiled: Any) -> int:

@@ -6,11 +6,13 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from absl import logging
 from etils import epath
 from flax import nnx
 
+from experiments import _processes
 from experiments import _unlearning_arms as arms
 from experiments import _unlearning_data as rows_of
 from experiments._unlearning_arms import Deployed
@@ -35,6 +37,8 @@ class Run:
     def results(self) -> dict[str, Any]:
         """Everything that the report shows; what was measured before is read."""
         config, found = self.config, {}
+        # Before anything is asked: all processes train them, the first one asks alone.
+        self.models.target, self.models.retrained  # noqa: B018
         for name in ("target", "retrained"):
             found[name] = self._kept(name, lambda n=name: self._bare(n))
         found["arms"] = {
@@ -57,14 +61,10 @@ class Run:
 
     def _kept(self, name: str, make: Callable[[], Any]) -> Any:
         path = self.workdir / "results" / f"{name}.json"
-        if not path.exists():
+        if not _processes.agreed(path.exists()):
             logging.info("measuring %s", name)
-            record = make()
-            path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = path.parent / "unfinished"
-            unfinished.write_text(json.dumps(record, indent=1))
-            unfinished.rename(path)
-        return json.loads(path.read_text())
+            _processes.write_json(path, make())
+        return _processes.said_by_first(lambda: json.loads(path.read_text()))
 
     def ask(
         self,
@@ -148,6 +148,9 @@ class Run:
         The facts to forget are asked in other words than on the test, the facts to keep are
         others; nothing is generated.
         """
+        return _processes.said_by_first(lambda: self._validated(deployed))
+
+    def _validated(self, deployed: Deployed) -> Scores:
         reference = self.reference("validation")
         try:
             found = self.ask(deployed, self.scene.validation, reference=reference)
@@ -168,6 +171,9 @@ class Run:
 
     def test(self, deployed: Deployed, *, generates: bool = True) -> Scores:
         """Numbers of the test questions."""
+        return _processes.said_by_first(lambda: self._tested(deployed, generates))
+
+    def _tested(self, deployed: Deployed, generates: bool) -> Scores:
         reference = self.reference("test")
         try:
             found = self.ask(deployed, self.scene.test, reference=reference, generates=generates)
@@ -183,19 +189,26 @@ class Run:
             "others": "forget_others",
             "taught": "forget_taught",
         }
-        plain = self.ask(deployed, self.scene.probes).scores
-        found = {label: plain[name].probability for label, name in names.items()}
+
+        def asked(deployed: Deployed, mark: str) -> Scores:
+            scores = self.ask(deployed, self.scene.probes).scores
+            return {f"{label}{mark}": scores[name].probability for label, name in names.items()}
+
+        found = _processes.said_by_first(lambda: asked(deployed, ""))
         if weights and self.config.relearn_steps:
             again = Deployed(model=self.models.taught_again(deployed.model))
-            after = self.ask(again, self.scene.probes).scores
-            found |= {f"{label}, relearned": after[n].probability for label, n in names.items()}
+            found |= _processes.said_by_first(lambda: asked(again, ", relearned"))
         return found
 
     def _bare(self, name: str) -> dict[str, Any]:
         deployed = Deployed(model=getattr(self.models, name))
-        found = self._target_on("test") if name == "target" else self.reference("test")
-        scores = found.as_dict() | {"utility": self.utility(found)}
-        return {"test": scores, "probe": self.probe(deployed, weights=True)}
+
+        def scores() -> Scores:
+            found = self._target_on("test") if name == "target" else self.reference("test")
+            return found.as_dict() | {"utility": self.utility(found)}
+
+        test = _processes.said_by_first(scores)
+        return {"test": test, "probe": self.probe(deployed, weights=True)}
 
     def _arm(self, arm: str, seed: int) -> dict[str, Any]:
         if arm in arms.METHODS:
@@ -250,12 +263,13 @@ class Run:
         """Whoever leaves the assistant out has the target: the same weights, the same losses."""
         assistant, _ = self._clean()
         rows = self.models.rows(self.scene.forget)
-        with_none = self._with(assistant, 0.0)
-        sides = [
-            np.asarray(d.nll(rows["tokens"], rows["mask"])[0])
-            for d in (with_none, Deployed(model=self.models.target))
-        ]
-        return {"largest difference": float(abs(sides[0] - sides[1]).max())}
+        both = (self._with(assistant, 0.0), Deployed(model=self.models.target))
+
+        def difference() -> float:
+            sides = [np.asarray(d.nll(rows["tokens"], rows["mask"])[0]) for d in both]
+            return float(abs(sides[0] - sides[1]).max())
+
+        return {"largest difference": _processes.said_by_first(difference)}
 
     def _alphas(self) -> list[dict[str, Any]]:
         """Forgetting and utility by alpha, from one assistant; nothing is trained."""
@@ -289,7 +303,8 @@ class Run:
         difference = arms.with_alpha(self.differences["difference_clean"], alpha)
         directory = self.models.directory("merged", 0, alpha, self.config.merge_steps)
         model, seconds = self.models.merged(assistant, difference, directory)
-        models.save_pretrained(model, self.models.tokenizer, self.workdir / "merged")
+        if jax.process_index() == 0:
+            models.save_pretrained(model, self.models.tokenizer, self.workdir / "merged")
         deployed = Deployed(model=model)
         return {
             "seconds": seconds,

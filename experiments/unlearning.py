@@ -22,6 +22,7 @@ was asked (and within an arm with ``--resume_arms``).
 import dataclasses
 from typing import Any
 
+import jax
 from etils import epath
 
 from experiments import _cli
@@ -227,7 +228,8 @@ def run(config: Config, workdir: epath.Path) -> None:
 
     with training.lock_workdir(workdir):
         results = _unlearning_run.Run(config, workdir).results()
-        print(_unlearning_report.write(config, results, workdir))
+        if jax.process_index() == 0:
+            print(_unlearning_report.write(config, results, workdir))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ _SETTINGS = {"4 processes x 2 devices": (4, 2), "1 x 8": (1, 8), "1 device": (1,
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
-    """An experiment, its flags (``{steps}`` and ``{mesh}`` are filled in), and where losses are."""
+    """An experiment, its flags (with ``{steps}`` and the like filled in), and where losses are."""
 
     arguments: str
     losses: Callable[[Path], list[float]]
@@ -30,9 +30,9 @@ class _Job:
 
 
 def _logged(workdir: Path) -> list[float]:
-    """Of all arms, in the order of their names."""
+    """Of all arms or models, in the order of their names."""
     found: list[float] = []
-    for path in sorted((workdir / "arms").rglob("metrics.jsonl")):
+    for path in sorted(workdir.glob("*/**/metrics.jsonl")):
         records = map(json.loads, path.read_text().splitlines())
         found += [record["loss"] for record in records if "loss" in record]
     return found
@@ -57,13 +57,20 @@ _JOBS = {
         _curves,
     ),
     "dual_head": _Job("--arm=kd --arm=dual_mlp_aligned --train_examples={examples}", _logged),
+    "unlearning": _Job(
+        "--arm=npo_kl --arm=difference_clean --batch_size=8 --finetune_batch=8 --log_every=1 "
+        "--finetune_epochs={steps} --epochs={epochs} --assistant_epochs={epochs} "
+        "--merge_steps={steps}",
+        _logged,
+    ),
 }
 
 
 def _run(name: str, workdir: Path, processes: int, devices: int, steps: int) -> list[float]:
     job = _JOBS[name]
     mesh = job.mesh if processes * devices > 1 else "data:1"
-    arguments = job.arguments.format(steps=steps, examples=32 * steps // 2).split()
+    filled = {"steps": steps, "examples": 32 * steps // 2, "epochs": steps}
+    arguments = job.arguments.format(**filled).split()
     command = [
         "bash",
         "launch/local.sh",

@@ -18,7 +18,7 @@ from logitjax.training._loop import train_loop
 from logitjax.training._mesh import make_mesh
 from logitjax.training._metrics import make_writer
 from logitjax.training._optimizers import make_optimizer, make_schedule
-from logitjax.training._sharding import DECODER_RULES
+from logitjax.training._sharding import DECODER_RULES, shard_tree
 from logitjax.training._state import create_train_state
 from logitjax.training._step import LossFn, make_train_step
 
@@ -134,6 +134,8 @@ def merge_by_distillation(
     student = keep_layers(target, range(target.config.num_layers))
     graphdef, params, rest = nnx.split(student, nnx.Param, ...)
     mesh = make_mesh("data:1", devices=jax.devices()[:1]) if mesh is None else mesh
+    if mesh.size > 1:
+        constants = shard_tree(constants, mesh, DECODER_RULES)
     schedule: Any = dict(schedule="cosine", warmup=max(1, steps // 10), total_steps=steps)
     tx = make_optimizer(learning_rate, weight_decay=0.01, **schedule)
     step = make_train_step(
