@@ -1,5 +1,6 @@
 """What unlearning trains: the target, an arm that needs a reference of it, an assistant."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -23,16 +24,20 @@ def trace_steps(config: Any, devices: Any) -> Iterator[tuple[str, Callable[[], A
     yield "update of the target", functools.partial(_finetuning, config, mesh)
 
 
-def _target(config: Any) -> tuple[Any, Any, Any]:
-    """Graph definition, abstract parameters and the rest of the model that is to forget."""
+def _target(config: Any) -> models.Decoder:
+    """The model that is to forget, of shapes alone."""
     shape = _plan_models.decoder_config(config.model)
-    model = nnx.eval_shape(
+    if config.layers:
+        kept = sum(i < shape.num_layers for i in config.layers)
+        shape = dataclasses.replace(shape, num_layers=kept)
+    return nnx.eval_shape(
         lambda: models.Decoder(shape, rngs=nnx.Rngs(0), layout="listed", dtype=config.dtype)
     )
-    if config.layers:
-        kept = [i for i in config.layers if i < shape.num_layers]
-        model = nnx.eval_shape(lambda: models.keep_layers(model, kept))
-    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+
+def _parts(config: Any) -> tuple[Any, Any, Any]:
+    """Its graph definition, parameters and the rest."""
+    graphdef, params, rest = nnx.split(_target(config), nnx.Param, ...)
     return graphdef, nnx.to_pure_dict(params), rest
 
 
@@ -62,35 +67,34 @@ def _trace(loss_fn: Any, params: Any, batch: Any, mesh: Any, constants: Any = No
 
 
 def _arm(config: Any, mesh: Any) -> Any:
-    graphdef, params, rest = _target(config)
+    graphdef, params, rest = _parts(config)
     loss_fn = arms.make_loss(losses.UNLEARNING_METHODS[arms.METHODS["npo_kl"]], graphdef, rest)
     return _trace(loss_fn, params, _questions(config, mesh), mesh, _placed(mesh, params))
 
 
 def _assistant(config: Any, mesh: Any) -> Any:
-    graphdef, params, rest = _target(config)
+    graphdef, params, rest = _parts(config)
 
-    def made(params: Any) -> Any:
+    def adapters(params: Any) -> Any:
         target = nnx.merge(graphdef, params, rest)
-        assistant = models.init_assistant(
-            target,
-            config.assistant_layers,
-            rank=config.rank,
-            alpha=float(config.rank),
-            key=jax.random.key(0),
-        )
-        return nnx.split(assistant.base)[1], assistant.lora
+        options: Any = dict(rank=config.rank, alpha=float(config.rank), key=jax.random.key(0))
+        return models.init_assistant(target, config.assistant_layers, **options).lora
 
-    base = nnx.eval_shape(
-        lambda: models.first_layers(nnx.merge(graphdef, params, rest), config.assistant_layers)
-    )
-    lora = jax.eval_shape(made, params)[1]
-    loss_fn, constants = training.make_assistant_loss(base, retain_weight=config.beta)
+    base = models.first_layers(_target(config), config.assistant_layers)
+    graphdef_of_base, shapes, rest_of_base = nnx.split(base, nnx.Param, ...)
+
+    def loss_fn(lora: Any, batch: Any, rng: Any, constants: Any) -> Any:
+        base = nnx.merge(graphdef_of_base, constants, rest_of_base)
+        loss, constants = training.make_assistant_loss(base, retain_weight=config.beta)
+        return loss(lora, batch, rng, constants)
+
+    constants = nnx.to_pure_dict(shapes)
+    lora = jax.eval_shape(adapters, params)
     return _trace(loss_fn, lora, _questions(config, mesh), mesh, _placed(mesh, constants))
 
 
 def _finetuning(config: Any, mesh: Any) -> Any:
-    graphdef, params, rest = _target(config)
+    graphdef, params, rest = _parts(config)
     columns = {"tokens": jnp.int32, "mask": jnp.bool_, "segment_ids": jnp.int32}
     batch = _plan_models.rows(
         mesh,

@@ -35,6 +35,7 @@ EXPERIMENTS = (
     "dynamic_fusion",
     "replication",
     "unlearning",
+    "leakage_audit",
 )
 _GIB = 2.0**30
 

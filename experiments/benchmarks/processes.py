@@ -69,7 +69,7 @@ _JOBS = {
 def _run(name: str, workdir: Path, processes: int, devices: int, steps: int) -> list[float]:
     job = _JOBS[name]
     mesh = job.mesh if processes * devices > 1 else "data:1"
-    filled = {"steps": steps, "examples": 32 * steps // 2, "epochs": steps}
+    filled = {"steps": steps, "examples": 32 * steps // 2, "epochs": max(2, steps // 4)}
     arguments = job.arguments.format(**filled).split()
     command = [
         "bash",

@@ -248,10 +248,20 @@ def test_command_estimates_for_gpus_and_keeps_what_it_found(tmp_path):
     assert json.loads(path.read_text())["estimate"] is True
     page = command("--markdown", f"--workdir={tmp_path}")
     assert "| vq_head" in page.stdout
-    elsewhere = ("--experiment=dynamic_fusion", "--preset=smoke", f"--workdir={tmp_path}")
+    elsewhere = ("--experiment=leakage_audit", "--preset=smoke", f"--workdir={tmp_path}")
     wrong = command(*elsewhere, "--chip=h100", "--mesh=data:2")
     assert wrong.returncode == 2
-    assert re.fullmatch(r"error: mesh: dynamic_fusion runs on one device\n", wrong.stderr)
+    assert re.fullmatch(r"error: mesh: leakage_audit runs on one device\n", wrong.stderr)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("experiment", "mesh"), [("unlearning", "data:4,tensor:2"), ("leakage_audit", "")]
+)
+def test_every_program_of_a_small_preset_compiles(experiment, mesh):
+    found = list(plan.plans(experiment, "smoke", CPU, mesh=mesh, every=True))
+    assert len({one.program for one in found}) == len(found) > 0
+    assert all(one.argument_bytes > 0 and one.flops > 0 for one in found)
 
 
 @pytest.mark.slow
