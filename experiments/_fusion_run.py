@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -267,8 +267,51 @@ def lower_step(config: Any, decoder: models.DecoderConfig, mesh: Any, *, loss: s
     return trace_step(config, decoder, mesh, loss=loss).lower()
 
 
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """What is needed to train an arm.
+
+    Attributes:
+      start: seed -> the state before the first step.
+      step: the compiled update.
+      batches: (step, seed) -> this process's rows.
+    """
+
+    start: Callable[[int], training.TrainState]
+    step: training.TrainStep
+    batches: Callable[..., dict[str, Any]]
+
+
+def prepare_arm(session: Session, settings: Settings) -> Arm:
+    """An arm at the settings, ready for every seed."""
+    config, mesh = session.config, session.mesh
+    graphdef, params = session.functional
+    if settings.loss == _fusion.DUAL:
+        params = _fusion.with_auxiliary_head(graphdef, params)
+    tx, step = make_step(config, graphdef, mesh, settings)
+    index, count = training.process_slice(mesh)
+    train = session.packed.splits["train"]
+
+    def start(seed: int) -> training.TrainState:
+        return training.create_train_state(
+            params, tx, mesh=mesh, rules=training.DECODER_RULES, seed=seed
+        )
+
+    def batches(number: int, seed: int = 0) -> dict[str, Any]:
+        rows = train.batch(
+            number,
+            seed=seed,
+            batch_size=config.batch_size,
+            process_index=index,
+            process_count=count,
+        )
+        return session.batch("train", rows, sources=settings.loss != "sft")
+
+    return Arm(start, step, batches)
+
+
 def _run_arm(session: Session, settings: Settings, *, seed: int) -> Outcome:
-    config, mesh, loss = session.config, session.mesh, settings.loss
+    config, loss = session.config, settings.loss
     name = f"{settings.name}/seed-{seed}"
     directory = session.workdir / "arms" / name
     done = directory / "outcome.json"
@@ -277,32 +320,12 @@ def _run_arm(session: Session, settings: Settings, *, seed: int) -> Outcome:
         record["curve"] = tuple(tuple(point) for point in record["curve"])
         return Outcome(**record)
     logging.info("arm %s", name)
-
-    graphdef, params = session.functional
-    if loss == _fusion.DUAL:
-        params = _fusion.with_auxiliary_head(graphdef, params)
-    tx, step = make_step(config, graphdef, mesh, settings)
-    state = training.create_train_state(
-        params, tx, mesh=mesh, rules=training.DECODER_RULES, seed=seed
-    )
-    index, count = training.process_slice(mesh)
-    train = session.packed.splits["train"]
-
-    def batches(number: int) -> dict[str, Any]:
-        rows = train.batch(
-            number,
-            seed=seed,
-            batch_size=config.batch_size,
-            process_index=index,
-            process_count=count,
-        )
-        return session.batch("train", rows, sources=loss != "sft")
-
+    arm = prepare_arm(session, settings)
     with training.Checkpointer(directory / "checkpoints", max_to_keep=2) as checkpointer:
         state = training.train_loop(
-            state,
-            step,
-            batches,
+            arm.start(seed),
+            arm.step,
+            functools.partial(arm.batches, seed=seed),
             total_steps=config.steps,
             workdir=directory,
             checkpointer=checkpointer,
@@ -311,7 +334,8 @@ def _run_arm(session: Session, settings: Settings, *, seed: int) -> Outcome:
             eval_fn=lambda state, _: session.scores(state.params, "validation"),
             eval_every=config.eval_every,
             writer=training.make_writer(directory, tensorboard=config.tensorboard),
-            identity={"data": train.fingerprint, "arm": name},
+            identity={"data": session.packed.splits["train"].fingerprint, "arm": name},
+            profile_steps=config.profile_steps,
         )
     lines = _metrics(directory)
     curve = tuple(

@@ -98,7 +98,7 @@ def _prompts(config: Any, tokenizer: Any) -> np.ndarray:
 
 
 def last_logits(graphdef: Any) -> Any:
-    """A compiled ``(state, tokens [rows, length])`` to what the model says next, ``[rows, vocab]``."""
+    """Compiled: ``(state, tokens [rows, length])`` to the logits of what comes next."""
 
     @jax.jit
     def last(state: Any, tokens: jax.Array) -> jax.Array:

@@ -65,6 +65,7 @@ class Config:
     mesh: str = field("data:-1,fsdp:1,tensor:1", "Axes and sizes of the device mesh.")
     layout: str = field("listed", "Layers scanned or unrolled.", choices=("stacked", "listed"))
     remat: str = field("none", "What the backward pass keeps.", choices=("none", "dots", "full"))
+    profile_steps: int = field(0, "Steps of each arm that jax.profiler traces, from the third on.")
     tensorboard: bool = field(False, "Write TensorBoard event files too.")
     prompt: str = field("The history of", "Start of the sample continuations.")
 

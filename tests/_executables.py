@@ -1,7 +1,7 @@
 """A pytest plugin: programs compiled by earlier modules are let go before mappings run out.
 
-Every compiled program holds several memory mappings as long as JAX caches it, and a process may have
-65,530 of them by Linux' default. A worker that runs half of the suite gets there.
+Every compiled program holds several memory mappings as long as JAX caches it, and a process may
+have 65,530 of them by Linux' default. A worker that runs half of the suite gets there.
 """
 
 import gc

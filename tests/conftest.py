@@ -35,5 +35,5 @@ from tests import _executables  # noqa: E402
 
 
 def pytest_configure(config):
-    # Registered, and not left to this file's hooks, which would not see the doctests of the package.
+    # This file's own hooks would not see the doctests of the package.
     config.pluginmanager.register(_executables)

@@ -4,7 +4,7 @@ import collections
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -53,6 +53,7 @@ def train_loop(
     identity: Mapping[str, Any] | None = None,
     progress: bool = True,
     stall_seconds: float | None = None,
+    profile_steps: int = 0,
 ) -> TrainState:
     """Trains to ``total_steps``, from the newest checkpoint if there is one, bit for bit.
 
@@ -79,6 +80,8 @@ def train_loop(
       progress: a tqdm bar, if standard error is a terminal.
       stall_seconds: after how long without a step the process ends with status 75, because another
         one hangs; 0 for never. ``LOGITJAX_STALL_SECONDS``, or an hour with several processes.
+      profile_steps: so many steps are traced by ``jax.profiler`` into ``workdir/profile``, from the
+        third on that this call takes: the first one compiles.
 
     Returns:
       The final state.
@@ -87,8 +90,10 @@ def train_loop(
       NonFiniteError: after the batch is saved; the update was not applied.
       Preempted: after SIGTERM and saving.
       WorkdirInUseError: if another run holds the workdir.
-      ValueError: if the checkpoint is of another state or identity.
+      ValueError: if the checkpoint is of another state or identity, or a profile has no workdir.
     """
+    if profile_steps and workdir is None:
+        raise ValueError("profile_steps: a trace needs a workdir to lie in")
     writer = NullWriter() if writer is None else writer
     with contextlib.ExitStack() as stack:
         if workdir is not None:
@@ -98,6 +103,7 @@ def train_loop(
         writer.resume(start)
         bar = stack.enter_context(_progress_bar(start, total_steps, progress))
         alive = stack.enter_context(watch_for_stalls(_stall_seconds(stall_seconds)))
+        profile = stack.enter_context(_profiler(workdir, start + 3, profile_steps))
 
         accumulator = MetricAccumulator()
         pending: collections.deque[tuple[int, Any, StepOutput]] = collections.deque()
@@ -113,6 +119,7 @@ def train_loop(
 
         clock, logged, untimed = time.perf_counter(), start, 0.0
         for step in range(start + 1, total_steps + 1):
+            profile(step)
             batch = batches(step - 1)
             state, output = step_fn(state, batch)
             pending.append((step, batch, output))
@@ -213,6 +220,32 @@ def _check_finite(step: int, batch: Any, output: StepOutput, *, workdir: Any) ->
                 np.savez(file, **arrays, step=np.asarray(step))
         said += f"; its batch is in {path}"
     raise NonFiniteError(said, step, path)
+
+
+@contextlib.contextmanager
+def _profiler(workdir: Any, first: int, count: int) -> Iterator[Callable[[int], None]]:
+    """Called before every step, traces ``count`` of them from ``first`` on."""
+    running = False
+
+    def stop() -> None:
+        nonlocal running
+        if running:
+            jax.profiler.stop_trace()
+            logging.info("profile of %d steps: %s", count, epath.Path(workdir) / "profile")
+        running = False
+
+    def before(step: int) -> None:
+        nonlocal running
+        if step == first and count:
+            jax.profiler.start_trace(str(epath.Path(workdir) / "profile"))
+            running = True
+        if step == first + count:
+            stop()
+
+    try:
+        yield before
+    finally:
+        stop()
 
 
 @contextlib.contextmanager

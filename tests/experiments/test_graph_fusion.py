@@ -46,6 +46,19 @@ def test_training_improves_held_out_perplexity(finished):
     assert all(run["perplexity"] < results["before"]["perplexity"] / 2 for run in sft)
 
 
+def test_an_arm_is_traced_once(tmp_path):
+    chosen = config(loss=("sft", "uld+gld"))
+    session = _fusion_run.open_session(chosen, epath.Path(tmp_path))
+    for loss in chosen.loss:
+        settings = _fusion_run.Settings(loss, 1e-2, chosen.gld[0])
+        arm = _fusion_run.prepare_arm(session, settings)
+        state = arm.start(0)
+        for step in range(3):
+            state, output = arm.step(state, arm.batches(step))
+        assert bool(output.finite)
+        assert arm.step.traces == 1
+
+
 def test_seeds_differ_and_arms_see_equal_tokens(finished):
     outcomes = json.loads((finished / "results.json").read_text())["outcomes"]
     sft = [run["perplexity"] for run in outcomes if run["loss"] == "sft"]

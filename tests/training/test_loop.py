@@ -294,3 +294,18 @@ def test_host_stays_one_step_ahead():
     training.train_loop(state, step_fn, lambda step: step, total_steps=4, log_every=100)
     assert events.index(("read", 1)) > events.index(("dispatch", 2))
     assert events.index(("read", 2)) > events.index(("dispatch", 3))
+
+
+def test_steps_are_profiled_on_request(tmp_path):
+    state = toy.train(tmp_path, steps=6, every=0, profile_steps=2)
+    assert int(state.step) == 6
+    assert [path.suffix for path in (tmp_path / "profile").rglob("*.xplane.pb")] == [".pb"]
+    with pytest.raises(ValueError, match="profile_steps: a trace needs a workdir"):
+        training.train_loop(state, lambda *_: None, toy.batches, total_steps=6, profile_steps=1)
+
+
+def test_a_profile_ends_with_the_run(tmp_path):
+    """A run may be over before all the steps that were asked for."""
+    toy.train(tmp_path / "first", steps=4, every=0, profile_steps=9)
+    toy.train(tmp_path / "second", steps=4, every=0, profile_steps=1)
+    assert all(list((tmp_path / name / "profile").rglob("*.pb")) for name in ("first", "second"))

@@ -1,0 +1,92 @@
+"""What a step of the main job costs beside its program: input, bookkeeping, pauses to save.
+
+The demo of graph_fusion, its SFT + ULD + GLD arm: the loop (rows and the source's cached statistics
+from disk, metrics, log lines) beside the same compiled step fed again and again with one batch that
+lies on the device; and how long an asynchronous save keeps the loop waiting.
+"""
+
+import statistics
+import time
+from typing import Any
+
+import jax
+from etils import epath
+
+from experiments import _fusion_run, graph_fusion
+from experiments.benchmarks import _suite
+from logitjax import training
+
+
+def _seconds(function: Any, *arguments: Any) -> float:
+    jax.block_until_ready(arguments)
+    begin = time.perf_counter()
+    jax.block_until_ready(function(*arguments))
+    return time.perf_counter() - begin
+
+
+def run(options: _suite.Options) -> _suite.Result:
+    """Both ways to take the same steps, in turn, then saves between steps."""
+    steps = 4 if options.smoke else 10
+    preset = graph_fusion.PRESETS["smoke" if options.smoke else "demo"]
+    changed = dict(loss=("uld+gld",), steps=steps, eval_rows=preset["batch_size"])
+    config = graph_fusion.Config(**{**preset, **changed, "mesh": "data:1"})
+    workdir = epath.Path(options.directory.resolve()) / f"run-{time.time_ns()}"
+    session = _fusion_run.open_session(config, workdir)
+    settings = _fusion_run.Settings("uld+gld", config.learning_rate[0], config.gld[0])
+    arm = _fusion_run.prepare_arm(session, settings)
+    held = training.make_global_batch(session.mesh, arm.batches(0))
+
+    def alone(state: Any) -> Any:
+        for _ in range(steps):
+            state, _ = arm.step(state, held)
+        return state
+
+    def loop(state: Any, name: str) -> Any:
+        directory = workdir / name
+        return training.train_loop(
+            state,
+            arm.step,
+            arm.batches,
+            total_steps=steps,
+            workdir=directory,
+            log_every=config.log_every,
+            writer=training.make_writer(directory),
+            progress=False,
+        )
+
+    alone(arm.start(0))
+    bare, looped = [], []
+    for number in range(options.repeats):
+        bare.append(_seconds(alone, arm.start(0)) / steps)
+        looped.append(_seconds(loop, arm.start(0), f"loop-{number}") / steps)
+    overhead = _suite.paired_ratio(looped, bare) - 1
+    step = statistics.median(bare)
+
+    pauses, state = [], arm.start(0)
+    with training.Checkpointer(workdir / "checkpoints", max_to_keep=1) as checkpointer:
+        for number in range(options.repeats + 1):
+            state, _ = arm.step(state, held)
+            pauses.append(_seconds(checkpointer.save, number, state))
+            checkpointer.wait()
+    # The first save makes folders and compiles its checksums.
+    pause = statistics.median(pauses[1:])
+    saved = sum(leaf.nbytes for leaf in jax.tree.leaves((state.params, state.opt_state)))
+    rows = [
+        {"what": "step, one batch on the device", "seconds": step, "of a step": 1.0},
+        {
+            "what": "input, metrics, log lines",
+            "seconds": overhead * step,
+            "of a step": overhead,
+        },
+        {
+            "what": f"pause of an asynchronous save of {saved / 1e6:.0f} MB",
+            "seconds": pause,
+            "of a step": pause / step,
+        },
+    ]
+    bars = [
+        _suite.Bar(name="input and bookkeeping of a step", value=overhead, limit=0.03),
+        _suite.Bar(name="pause to save, of a step", value=pause / step, limit=0.05),
+        _suite.Bar(name="traces of the step", value=float(arm.step.traces), limit=1.0),
+    ]
+    return _suite.Result(rows=rows, bars=bars)
