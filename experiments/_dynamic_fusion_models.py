@@ -1,12 +1,12 @@
 """The line-up of dynamic fusion: a large model, a healed cut of it, and what is tuned from either.
 
 Every model has a folder named after all it depends on, so that runs share them: checkpoints while
-it trains, and what its head sees on the texts that are scored, which is all the arms need.
+it trains, and what its head sees on the texts that are scored, which is all the arms need. Several
+processes train a model together; then each holds it whole, and the first lets it read.
 """
 
 import dataclasses
 import functools
-import shutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,7 +17,7 @@ from absl import logging
 from etils import epath
 from flax import nnx
 
-from experiments import _fusion, _models
+from experiments import _fusion, _models, _processes
 from experiments._dynamic_fusion_data import SPLITS, Questions, Task, Text, digest
 from logitjax import losses, models, training
 
@@ -84,7 +84,7 @@ class Lineup:
                 directory,
                 origin.model,
                 loss,
-                lambda step: data.batch(step, seed=seed, size=size),
+                lambda step: self._share(data.batch(step, seed=seed, size=size)),
                 steps=steps,
                 learning_rate=rate,
                 seed=seed,
@@ -102,10 +102,11 @@ class Lineup:
         if not self.config.base and not self.config.train_embeddings:
             return self.head
         path = variant.directory / "head.npy"
-        if not path.exists():
-            variant.directory.mkdir(parents=True, exist_ok=True)
-            with path.open("wb") as file:
-                np.save(file, _head_rows(variant.model))
+        if not _processes.agreed(path.exists()):
+            head = _head_rows(variant.model)
+            with _processes.first_alone(f"head of {variant.directory.name}"):
+                if not path.exists():
+                    _save(path, head)
         with path.open("rb") as file:
             return np.load(file)
 
@@ -116,32 +117,38 @@ class Lineup:
             questions = self.task.splits[split]
             directory = variant.directory / f"task-{split}-{digest(self.task.fingerprint)}"
             path = directory / "hidden.npy"
-            if not path.exists():
-                directory.mkdir(parents=True, exist_ok=True)
-                hidden = answer_states(variant.model, questions, config.batch_size)
-                with path.open("wb") as file:
-                    np.save(file, hidden)
+            if not _processes.agreed(path.exists()):
+                model = variant.model
+                with _processes.first_alone(f"{directory}"):
+                    if not path.exists():
+                        _save(path, answer_states(model, questions, config.batch_size))
             with path.open("rb") as file:
                 return Scored(np.load(file), questions.answers)
         text = self.texts[name]
         tokens = config.validation_tokens if split == "validation" else config.test_tokens
         key = digest(text.fingerprint, tokens, config.batch_size)
         directory = variant.directory / f"{name}-{split}-{key}"
-        if (directory / "cache.json").exists():
-            cache = training.open_hidden_states(directory)
-        else:
-            rows = text.scored(split, config.batch_size)
-            cache = training.cache_hidden_states(
-                variant.model, rows, directory, max_tokens=tokens, source=text.fingerprint
-            )
+        done = directory / "cache.json"
+        if not _processes.agreed(done.exists()):
+            model, rows = variant.model, text.scored(split, config.batch_size)
+            with _processes.first_alone(f"{directory}"):
+                if not done.exists():
+                    training.cache_hidden_states(
+                        model, rows, directory, max_tokens=tokens, source=text.fingerprint
+                    )
+        cache = training.open_hidden_states(directory)
         return Scored(np.asarray(cache.hidden), cache.labels)
 
     def forget(self, variant: Variant) -> None:
         """Drop the checkpoints of a model of which only what its head saw is still needed."""
         variant.__dict__.pop("model", None)
-        checkpoints = variant.directory / "checkpoints"
-        if checkpoints.exists():
-            shutil.rmtree(checkpoints)
+        _processes.remove(variant.directory / "checkpoints")
+
+    def _share(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Of the rows of a step those that this process feeds."""
+        size = len(next(iter(batch.values())))
+        own = training.local_rows(self.mesh, size)
+        return {name: rows[own] for name, rows in batch.items()}
 
     def _load_large(self) -> models.Decoder:
         return _models.load(self.config.large, dtype=self.config.dtype, layout="listed")[0]
@@ -159,7 +166,7 @@ class Lineup:
             return _fusion.hidden_states(nnx.merge(graphdef, state), batch)
 
         def batches(step: int) -> dict[str, Any]:
-            batch = self.texts["general"].batch(step, seed=0, size=config.batch_size)
+            batch = self._share(self.texts["general"].batch(step, seed=0, size=config.batch_size))
             return {**batch, "teacher": np.asarray(teach(state, batch))}
 
         return self._train(
@@ -224,7 +231,7 @@ class Lineup:
                 writer=training.make_writer(directory),
                 identity={"steps": steps},
             )
-        return nnx.merge(graphdef, jax.tree.map(_here, state.params))
+        return nnx.merge(graphdef, jax.tree.map(_here, _processes.held_here(state.params)))
 
 
 def text_loss(model: models.Decoder, batch: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -297,6 +304,12 @@ def _head_rows(model: models.Decoder) -> np.ndarray:
 def _here(leaf: jax.Array) -> jax.Array:
     """Off the training mesh, for code that knows none."""
     return jnp.asarray(np.asarray(leaf)) if len(leaf.devices()) > 1 else leaf
+
+
+def _save(path: epath.Path, array: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        np.save(file, array)
 
 
 def _file_identity(spec: str) -> list[Any]:

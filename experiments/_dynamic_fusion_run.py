@@ -12,7 +12,7 @@ from absl import logging
 from etils import epath
 
 from experiments import _dynamic_fusion_arms as arms
-from experiments import _graded_tasks, _models
+from experiments import _graded_tasks, _models, _processes
 from experiments._dynamic_fusion_data import load_task, load_text
 from experiments._dynamic_fusion_models import Lineup, Scored, Variant
 from logitjax import decoding
@@ -243,7 +243,8 @@ def open_lineup(config: Any, workdir: epath.Path) -> Run:
     graded, domain = None, config.domain
     if _graded_tasks.is_graded(domain):
         graded = _graded_tasks.load_graded(domain)
-        domain = _graded_tasks.write_for_tuning(graded, workdir / "data" / "questions")
+        with _processes.first_alone("questions"):
+            domain = _graded_tasks.write_for_tuning(graded, workdir / "data" / "questions")
     texts = {
         name: load_text(spec, tokenizer, seq_len=config.seq_len, directory=workdir / "data" / name)
         for name, spec in (("general", config.general), ("domain", domain))

@@ -23,10 +23,11 @@ import dataclasses
 import json
 from typing import Any
 
+import jax
 from absl import logging
 from etils import epath
 
-from experiments import _cli
+from experiments import _cli, _processes
 from experiments._cli import field
 from logitjax import training
 
@@ -148,7 +149,8 @@ def run(config: Config, workdir: epath.Path) -> None:
 
     with training.lock_workdir(workdir):
         results = score_all(config, workdir)
-    print(_dynamic_fusion_report.write(config, results, workdir))
+    if jax.process_index() == 0:
+        print(_dynamic_fusion_report.write(config, results, workdir))
 
 
 def score_all(config: Config, workdir: epath.Path) -> dict[str, Any]:
@@ -157,16 +159,12 @@ def score_all(config: Config, workdir: epath.Path) -> dict[str, Any]:
 
     lineup = _dynamic_fusion_run.open_lineup(config, workdir)
     directory = workdir / "results"
-    directory.mkdir(parents=True, exist_ok=True)
 
     def kept(name: str, make: Any) -> Any:
         path = directory / f"{name}.json"
-        if not path.exists():
-            record = make()
-            unfinished = directory / "unfinished"
-            unfinished.write_text(json.dumps(record, indent=1))
-            unfinished.rename(path)
-        return json.loads(path.read_text())
+        if not _processes.agreed(path.exists()):
+            _processes.write_json(path, make())
+        return _processes.said_by_first(lambda: json.loads(path.read_text()))
 
     seeds = []
     for seed in range(config.seeds):

@@ -33,7 +33,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from experiments import _cli, _few_shot_arms, _few_shot_data, _few_shot_samples
+from experiments import _cli, _few_shot_arms, _few_shot_data, _few_shot_samples, _processes
 from experiments._cli import field
 from logitjax import heads, training
 
@@ -122,13 +122,14 @@ def train_all(config: Config, workdir: epath.Path, told_to_stop: Any) -> dict[st
         for arm in config.arm:
             for shots in config.shots:
                 path = directory / f"{arm}_{shots}.json"
-                record = json.loads(path.read_text()) if path.exists() else None
+                finished = _processes.agreed(path.exists())
+                record = json.loads(path.read_text()) if finished else None
                 if record is None:
                     if told_to_stop(done):
                         raise training.Preempted(done)
                     task = task or _load(config, spec)
                     record = train_arm(config, task, known[arm], shots)
-                    _write(path, record)
+                    _processes.write_json(path, record)
                     chosen = np.mean(record["test"])
                     logging.info(
                         "%s, %s, %d shots: test %.2f%% in %.1f s",
@@ -211,14 +212,6 @@ def train_arm(
 def _zero_shot_accuracy(images: heads.FewShotInputs, labels: np.ndarray) -> list[float]:
     right = images.zero_shot.argmax(-1) == labels
     return (right.sum(1) / (labels >= 0).sum(1)).tolist()
-
-
-def _write(path: epath.Path, record: dict[str, Any]) -> None:
-    if jax.process_index() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".tmp")
-        partial.write_text(json.dumps(record) + "\n")
-        partial.replace(path)
 
 
 if __name__ == "__main__":

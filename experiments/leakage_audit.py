@@ -94,4 +94,4 @@ def run(config: Config, workdir: epath.Path) -> None:
 
 
 if __name__ == "__main__":
-    _cli.main(Config, PRESETS, run)
+    _cli.main(Config, PRESETS, run, one_process=True)

@@ -151,4 +151,4 @@ def _arm(scene: Any, arm: str, config: Config, directory: epath.Path) -> list[di
 
 
 if __name__ == "__main__":
-    _cli.main(Config, PRESETS, run)
+    _cli.main(Config, PRESETS, run, one_process=True)
