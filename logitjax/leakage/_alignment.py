@@ -4,6 +4,7 @@ import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
+import scipy.linalg
 from jaxtyping import Float
 
 from logitjax.ops import Array
@@ -79,14 +80,13 @@ def align_head(
     if centre:
         head = head - head.mean(axis=0)
     vocab, dimension = basis.shape
-    q, r = np.linalg.qr(basis)
+    q = _orthonormal(basis)
     inside = q.T @ head
-    transform = np.linalg.lstsq(r, inside, rcond=None)[0]
+    transform = np.linalg.lstsq(q.T @ basis, inside, rcond=None)[0]
     norm = np.linalg.norm(head)
     # |W|^2 - |Q^T W|^2 would lose the digits that matter when the fit is good.
     error = np.linalg.norm(head - q @ inside)
-    own, _ = np.linalg.qr(head)
-    cosines = np.clip(np.linalg.svd(q.T @ own, compute_uv=False), 0.0, 1.0)
+    cosines = np.clip(np.linalg.svd(q.T @ _orthonormal(head), compute_uv=False), 0.0, 1.0)
     width = head.shape[1]
     overlap = float((cosines**2).sum() / width)
     chance = dimension / vocab
@@ -105,6 +105,20 @@ def align_head(
         chance=chance,
         leak=float((overlap - chance) / (1 - chance)),
     )
+
+
+def _orthonormal(columns: np.ndarray) -> np.ndarray:
+    """Orthonormal columns of the same span, twice by Cholesky: products, where QR is reflections."""
+    q = columns
+    for _ in range(2):
+        try:
+            factor = scipy.linalg.cholesky(q.T @ q, lower=True)
+        except np.linalg.LinAlgError:
+            return np.linalg.qr(columns)[0]  # Too near to dependent for a Gram matrix.
+        q = scipy.linalg.solve_triangular(factor, q.T, lower=True).T
+    # The second pass sees what the first left: near the identity, or the Gram matrix lost it.
+    lost = abs(np.diag(factor) - 1).max() > 0.1
+    return np.linalg.qr(columns)[0] if lost else q
 
 
 def _rotation_r2(basis: np.ndarray, head: np.ndarray) -> float:

@@ -259,3 +259,17 @@ def test_arguments_are_checked(case):
         estimate_output_subspace(rows, dimension=91)
     with pytest.raises(ValueError, match="rank must be between 1 and 90"):
         randomised_svd(jnp.asarray(rows), 91, jax.random.key(0))
+
+
+@pytest.mark.parametrize("condition", [1.0, 1e6, 1e13])
+def test_alignment_is_that_of_householder_reflections(condition):
+    rng = np.random.default_rng(3)
+    scale = np.logspace(0, -np.log10(condition), 6)
+    basis = rng.standard_normal((300, 6)) * scale @ np.linalg.qr(rng.standard_normal((6, 6)))[0]
+    head = basis @ rng.standard_normal((6, 4)) + 0.1 * rng.standard_normal((300, 4))
+    found = leakage.align_head(basis, head, centre=False)
+    q, own = np.linalg.qr(basis)[0], np.linalg.qr(head)[0]
+    cosines = np.linalg.svd(q.T @ own)[1]
+    assert found.overlap == pytest.approx((cosines**2).mean(), abs=1e-9)
+    left = np.linalg.norm(head - q @ (q.T @ head)) / np.linalg.norm(head)
+    assert found.relative_rms == pytest.approx(left, abs=1e-9)
