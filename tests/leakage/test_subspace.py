@@ -267,7 +267,7 @@ def test_alignment_is_that_of_householder_reflections(condition):
     scale = np.logspace(0, -np.log10(condition), 6)
     basis = rng.standard_normal((300, 6)) * scale @ np.linalg.qr(rng.standard_normal((6, 6)))[0]
     head = basis @ rng.standard_normal((6, 4)) + 0.1 * rng.standard_normal((300, 4))
-    found = leakage.align_head(basis, head, centre=False)
+    found = align_head(basis, head, centre=False)
     q, own = np.linalg.qr(basis)[0], np.linalg.qr(head)[0]
     cosines = np.linalg.svd(q.T @ own)[1]
     assert found.overlap == pytest.approx((cosines**2).mean(), abs=1e-9)
