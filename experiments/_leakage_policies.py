@@ -50,6 +50,10 @@ REPORT = (
 )
 
 
+#: Nats below the most likely token within which a row has to come back exactly.
+SPAN = 25.0
+
+
 def parse(name: str) -> LogitPolicy:
     """The policy that a name stands for; ValueError if none."""
     kind, *rest = name.split("_")
@@ -150,11 +154,15 @@ def _through_bias(oracle: leakage.LogitOracle, rows: Any, config: Any) -> dict[s
     """A whole row, checked against the truth, and the dimension from a corner."""
     row = leakage.recover_log_probs(oracle, rows.prompts[0], rows.vocab)
     truth = _log_softmax(rows.logits[:1])[0]
+    off, below = np.abs(row.log_probs - truth), truth.max() - truth
     record: dict[str, Any] = {
         "prompts": 1,
         "row_queries": row.queries,
         "row_coverage": row.coverage,
-        "row_error": float(np.abs(row.log_probs - truth)[row.known].max()),
+        "row_error": float(off[row.known & (below <= SPAN)].max()),
+        "row_error_all": float(off[row.known].max()),
+        # A bias of 30 nats does not lift these; they are asked for once more.
+        "row_far": int((below >= 30.0).sum()),
         "row_span": float(np.ptp(truth)),
         "dimension": None,
         # What one query a value leaves is what the full policy leaves: the same rows, dearer.

@@ -109,9 +109,11 @@ def _bars(groups: Mapping[str, Any], rows: Any) -> list[dict[str, Any]]:
         bar("noise 0.3: largest gap off by", wrong, "> 0.02", wrong > 0.02)
     for record in groups.get("top_5_bias", [])[:1]:
         error, price = record["row_error"], leakage.row_queries(rows.vocab, 5)
-        bar("top 5 and bias: error of a row, nats", error, "<= 5e-06", error <= 5e-6)
-        count = record["row_queries"]
-        bar("top 5 and bias: queries of a row", count, f"<= {price}", count <= price)
+        bar("top 5 and bias: error over 25 nats", error, "<= 5e-06", error <= 5e-6)
+        count, far = record["row_queries"], record["row_far"]
+        again = -(-far // 4)
+        name = f"top 5 and bias: queries, {far} tokens over 30 nats down twice"
+        bar(name, count, f"<= {price} + {again}", count <= price + again)
     return found
 
 

@@ -30,7 +30,7 @@ class Config:
 
     model: str = field("smollm2", "tiny, smollm2, hf:REPO, gguf:PATH or a directory.")
     data: str = field("tfds:wiki_summaries", "Text that prompts are cut from.")
-    prompts: int = field(1000, "Prompts, one row of logits each.")
+    prompts: int = field(700, "Prompts, one row of logits each.")
     prompt_length: int = field(24, "Tokens of a prompt.")
     batch_size: int = field(25, "Prompts a forward pass.")
     policy: tuple[str, ...] = field(_leakage_policies.DEMO, "Rules of the API to audit")
@@ -64,6 +64,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         data="tfds:wikitext103",
         policy=_leakage_policies.REPORT,
         seeds=3,
+        prompts=1000,
         prompt_length=64,
         corner=820,
     ),
