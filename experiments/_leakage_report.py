@@ -1,6 +1,7 @@
 """The audit's table, plots and verdict."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -121,13 +122,13 @@ def _plot_spectra(groups: Mapping[str, Any], rows: Any, workdir: epath.Path) -> 
     from matplotlib import pyplot as plt
 
     figure, axis = plt.subplots(figsize=(7, 4.4), constrained_layout=True)
-    for name, group in groups.items():
-        record = group[0]
-        if "spectrum" not in record:
-            continue
+    colours = plt.get_cmap("turbo")
+    shown = {name: group[0] for name, group in groups.items() if "spectrum" in group[0]}
+    for number, (name, record) in enumerate(shown.items()):
         step = max(1, record["prompts"] // 500)
         places = [1 + i * step for i in range(len(record["spectrum"]))]
-        axis.plot(places, record["spectrum"], label=name, linewidth=1)
+        colour = colours((number + 0.5) / len(shown))
+        axis.plot(places, record["spectrum"], label=name, linewidth=1, color=colour)
     axis.axvline(rows.width, color="black", linewidth=0.8, linestyle=":")
     axis.set(yscale="log", xlabel="singular value", ylabel="size", title="spectra of the rows")
     axis.legend(fontsize=7, ncols=2)
@@ -138,19 +139,33 @@ def _plot_spectra(groups: Mapping[str, Any], rows: Any, workdir: epath.Path) -> 
     return path
 
 
+def _places(groups: Mapping[str, Any]) -> list[tuple[float, float, list[str]]]:
+    """Loss and leak of policies; those whose labels would lie on each other share a place."""
+    found: list[tuple[float, float, list[str]]] = []
+    for name, group in groups.items():
+        x = max(1e-6, sum(r["kl"] for r in group) / len(group))
+        y = sum(r["leak"] for r in group) / len(group)
+        for other_x, other_y, names in found:
+            if abs(math.log10(x / other_x)) < 0.5 and abs(y - other_y) < 0.025:
+                names.append(name)
+                break
+        else:
+            found.append((x, y, [name]))
+    return found
+
+
 def _plot_frontier(groups: Mapping[str, Any], workdir: epath.Path) -> epath.Path:
     from matplotlib import pyplot as plt
 
     figure, axis = plt.subplots(figsize=(6.4, 4.4), constrained_layout=True)
-    for name, group in groups.items():
-        x = sum(r["kl"] for r in group) / len(group)
-        y = sum(r["leak"] for r in group) / len(group)
-        axis.scatter(max(x, 1e-6), y, s=18)
-        axis.annotate(
-            name, (max(x, 1e-6), y), fontsize=7, xytext=(3, 3), textcoords="offset points"
-        )
+    for x, y, names in _places(groups):
+        axis.scatter(x, y, s=18, color="tab:blue")
+        label = ", ".join(names)
+        axis.annotate(label, (x, y), fontsize=7, xytext=(4, 4), textcoords="offset points")
+    # Room for the labels of what costs most.
     axis.set(
         xscale="log",
+        xlim=(5e-7, 200.0),
         xlabel="KL to the true distribution, nats (users' loss)",
         ylabel="leak",
         title="defences: down is safe, left is cheap",

@@ -14,9 +14,9 @@ is the paper's method); ``..._aligned`` projects the logit loss's gradient in th
 ``..._aligned_all`` over all parameters as released. Every arm tries the same values of alpha.
 
 Presets: ``smoke`` (synthetic images, seconds), ``demo`` (Fashion-MNIST, 10,000 images, ResNet-8),
-``report`` (100 languages, an MLP, 5 seeds), ``fashion`` (the demo with 3 alphas and seeds), ``paper``
-(CIFAR-100), ``paper_tiny_imagenet``, ``paper_imagenet``; the last three need ``--data`` to point to
-the files. ``docs/dual_head.md`` has the results and how to get the data.
+``report`` (100 languages, an MLP, 5 seeds), ``fashion`` (the demo with 3 alphas and seeds),
+``paper`` (CIFAR-100), ``paper_tiny_imagenet``, ``paper_imagenet``; the last three need ``--data``
+to point to the files. ``docs/dual_head.md`` has the results and how to get the data.
 """
 
 import dataclasses
