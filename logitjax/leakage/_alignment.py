@@ -86,7 +86,9 @@ def align_head(
     norm = np.linalg.norm(head)
     # |W|^2 - |Q^T W|^2 would lose the digits that matter when the fit is good.
     error = np.linalg.norm(head - q @ inside)
-    cosines = np.clip(np.linalg.svd(q.T @ _orthonormal(head), compute_uv=False), 0.0, 1.0)
+    cosines = np.clip(
+        np.linalg.svd(q.T @ _orthonormal(np.asarray(head)), compute_uv=False), 0.0, 1.0
+    )
     width = head.shape[1]
     overlap = float((cosines**2).sum() / width)
     chance = dimension / vocab
