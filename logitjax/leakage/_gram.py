@@ -41,7 +41,7 @@ def gram_matrix(
 
     def product(block: jax.Array) -> jax.Array:
         block = block.astype(dtype) - mean
-        return _lower_product(block)
+        return _symmetric_product(block)
 
     size = min(block_size, vocab)
 
@@ -54,8 +54,7 @@ def gram_matrix(
     total = lax.fori_loop(0, vocab // size, body, total)
     if vocab % size:
         total = total + product(rows[:, vocab - vocab % size :])
-    lower = jnp.tril(psum(total, axis_name))
-    return lower + jnp.tril(lower, -1).T
+    return psum(total, axis_name)
 
 
 def row_means(rows: Array, axis_name: AxisName | None = None) -> jax.Array:
@@ -102,15 +101,17 @@ def cholesky_qr(
     return columns
 
 
-def _lower_product(block: jax.Array) -> jax.Array:
-    """The lower half of ``block block^T``: XLA has no product that knows the symmetry."""
+def _symmetric_product(block: jax.Array) -> jax.Array:
+    """``block block^T``, the lower half mirrored: XLA has no product that knows the symmetry."""
     count = block.shape[0]
-    # Strips of at least 128 rows keep a matrix product at its speed.
-    parts = min(16, max(1, count // 128))
+    if count < 512:
+        return jnp.matmul(block, block.T, precision="highest")
+    parts = 4
     edges = [count * i // parts for i in range(parts + 1)]
     strips = []
     for i in range(parts):
         here = block[edges[i] : edges[i + 1]]
         strip = jnp.matmul(here, block[: edges[i + 1]].T, precision="highest")
         strips.append(jnp.pad(strip, ((0, 0), (0, count - edges[i + 1]))))
-    return jnp.concatenate(strips)
+    lower = jnp.tril(jnp.concatenate(strips))
+    return lower + jnp.tril(lower, -1).T
