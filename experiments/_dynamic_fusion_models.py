@@ -104,9 +104,7 @@ class Lineup:
         path = variant.directory / "head.npy"
         if not _processes.agreed(path.exists()):
             head = _head_rows(variant.model)
-            with _processes.first_alone(f"head of {variant.directory.name}"):
-                if not path.exists():
-                    _save(path, head)
+            _processes.by_first(f"{path}", lambda: _save(path, head))
         with path.open("rb") as file:
             return np.load(file)
 
@@ -119,23 +117,23 @@ class Lineup:
             path = directory / "hidden.npy"
             if not _processes.agreed(path.exists()):
                 model = variant.model
-                with _processes.first_alone(f"{directory}"):
-                    if not path.exists():
-                        _save(path, answer_states(model, questions, config.batch_size))
+                _processes.by_first(
+                    f"{path}",
+                    lambda: _save(path, answer_states(model, questions, config.batch_size)),
+                )
             with path.open("rb") as file:
                 return Scored(np.load(file), questions.answers)
         text = self.texts[name]
         tokens = config.validation_tokens if split == "validation" else config.test_tokens
         key = digest(text.fingerprint, tokens, config.batch_size)
         directory = variant.directory / f"{name}-{split}-{key}"
-        done = directory / "cache.json"
-        if not _processes.agreed(done.exists()):
+        if not _processes.agreed((directory / "cache.json").exists()):
             model, rows = variant.model, text.scored(split, config.batch_size)
-            with _processes.first_alone(f"{directory}"):
-                if not done.exists():
-                    training.cache_hidden_states(
-                        model, rows, directory, max_tokens=tokens, source=text.fingerprint
-                    )
+            options: Any = dict(max_tokens=tokens, source=text.fingerprint)
+            _processes.by_first(
+                f"{directory}",
+                lambda: training.cache_hidden_states(model, rows, directory, **options),
+            )
         cache = training.open_hidden_states(directory)
         return Scored(np.asarray(cache.hidden), cache.labels)
 
@@ -308,8 +306,10 @@ def _here(leaf: jax.Array) -> jax.Array:
 
 def _save(path: epath.Path, array: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
+    partial = path.with_name(path.name + ".tmp")
+    with partial.open("wb") as file:
         np.save(file, array)
+    partial.replace(path)
 
 
 def _file_identity(spec: str) -> list[Any]:

@@ -32,6 +32,13 @@ def said_by_first(make: Callable[[], Any]) -> Any:
     return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(sent), np.uint8).tobytes())
 
 
+def by_first(name: str, make: Callable[[], Any]) -> None:
+    """Process 0 does something that needs no other process; nobody goes on before."""
+    if jax.process_index() == 0:
+        make()
+    wait_for_all(name)
+
+
 def held_here(tree: Any) -> Any:
     """Arrays that this process can use alone: whole, on its first device. One process has them."""
     if jax.process_count() == 1:
@@ -74,9 +81,7 @@ def wait_for_all(name: str) -> None:
 
 def remove(directory: epath.Path) -> None:
     """Process 0 removes a folder that may be there; nobody goes on before."""
-    if jax.process_index() == 0 and directory.exists():
-        directory.rmtree()
-    wait_for_all(f"remove {directory.name}")
+    by_first(f"remove {directory.name}", lambda: directory.exists() and directory.rmtree())
 
 
 def write_json(path: epath.Path, record: Any) -> None:

@@ -77,6 +77,11 @@ class Models:
         """Finetuned on those that may be kept alone."""
         return self._finetuned("retrained", self.scene.retain)
 
+    def make(self) -> None:
+        """Target and retrained model: all processes train them, before the first one asks alone."""
+        for name in ("target", "retrained"):
+            getattr(self, name)
+
     @property
     def key(self) -> str:
         """Names what target and retrained model were made from."""

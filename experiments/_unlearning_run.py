@@ -37,8 +37,6 @@ class Run:
     def results(self) -> dict[str, Any]:
         """Everything that the report shows; what was measured before is read."""
         config, found = self.config, {}
-        # Before anything is asked: all processes train them, the first one asks alone.
-        self.models.target, self.models.retrained  # noqa: B018
         for name in ("target", "retrained"):
             found[name] = self._kept(name, lambda n=name: self._bare(n))
         found["arms"] = {
@@ -63,6 +61,7 @@ class Run:
         path = self.workdir / "results" / f"{name}.json"
         if not _processes.agreed(path.exists()):
             logging.info("measuring %s", name)
+            self.models.make()
             _processes.write_json(path, make())
         return _processes.said_by_first(lambda: json.loads(path.read_text()))
 

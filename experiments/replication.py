@@ -92,7 +92,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         learning_rate=(3e-3,),
         arm=("recovered_4", "copied_4", "dropped_4", "scratch_4"),
     ),
-    # Two hours and a half on two cores: a step of 1,024 tokens takes about a second there.
+    # Cut until two cores can run it in hours.
     "report": dict(
         batch_size=8,
         steps=300,

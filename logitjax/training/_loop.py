@@ -119,7 +119,7 @@ def train_loop(
 
         clock, logged, untimed = time.perf_counter(), start, 0.0
         for step in range(start + 1, total_steps + 1):
-            profile(step)
+            profile(step, state)
             batch = batches(step - 1)
             state, output = step_fn(state, batch)
             pending.append((step, batch, output))
@@ -223,8 +223,8 @@ def _check_finite(step: int, batch: Any, output: StepOutput, *, workdir: Any) ->
 
 
 @contextlib.contextmanager
-def _profiler(workdir: Any, first: int, count: int) -> Iterator[Callable[[int], None]]:
-    """Called before every step, traces ``count`` of them from ``first`` on."""
+def _profiler(workdir: Any, first: int, count: int) -> Iterator[Callable[[int, Any], None]]:
+    """Called before every step, traces ``count`` of them from ``first`` on, whole."""
     running = False
 
     def stop() -> None:
@@ -234,12 +234,16 @@ def _profiler(workdir: Any, first: int, count: int) -> Iterator[Callable[[int], 
             logging.info("profile of %d steps: %s", count, epath.Path(workdir) / "profile")
         running = False
 
-    def before(step: int) -> None:
+    def before(step: int, state: Any) -> None:
         nonlocal running
-        if step == first and count:
+        if not count or step not in (first, first + count):
+            return
+        # The host is a step ahead of the device.
+        jax.block_until_ready(state)
+        if step == first:
             jax.profiler.start_trace(str(epath.Path(workdir) / "profile"))
             running = True
-        if step == first + count:
+        else:
             stop()
 
     try:
