@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
 from logitjax.fusion._inputs import pmax, read_inputs, vocabulary_size
-from logitjax.ops import Array, AxisName, logsumexp, psum, top_k
+from logitjax.ops import Array, AxisName, kth_largest, logsumexp, psum
 
 _FORMS, _FILTERS, _OUTSIDE = ("raw", "centred"), ("clean", "official", "none"), ("keep", "exclude")
 
@@ -117,6 +117,6 @@ class LogitDifference:
             count = int(self.rate * vocabulary_size(large, axis_name))
             if count == 0:
                 return jnp.full_like(threshold, -jnp.inf)
-            values, _ = top_k(large, count, axis_name=axis_name)
-            threshold = jnp.minimum(threshold, values[..., -1:])
+            least = kth_largest(large, count, axis_name=axis_name)
+            threshold = jnp.minimum(threshold, least[..., None])
         return threshold

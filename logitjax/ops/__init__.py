@@ -6,6 +6,7 @@ from logitjax.ops._checks import check_between as check_between
 from logitjax.ops._checks import check_positive as check_positive
 from logitjax.ops._checks import check_same_shape as check_same_shape
 from logitjax.ops._checks import check_where as check_where
+from logitjax.ops._kth_largest import kth_largest as kth_largest
 from logitjax.ops._log_softmax import AxisName as AxisName
 from logitjax.ops._log_softmax import finite_or_zero as finite_or_zero
 from logitjax.ops._log_softmax import log_softmax as log_softmax
