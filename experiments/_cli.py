@@ -140,8 +140,6 @@ def main(
     config_class: type,
     presets: Mapping[str, Mapping[str, Any]],
     run: Callable[[Any, epath.Path], None],
-    *,
-    one_process: bool = False,
 ) -> None:
     """Parse flags, write ``config.json`` into the workdir, run; user errors end as one line.
 
@@ -149,7 +147,6 @@ def main(
       config_class: the experiment's ``Config``.
       presets: its defaults by name.
       run: ``(config, workdir)``; every process calls it.
-      one_process: the experiment needs one device, and refuses to be started as several processes.
     """
     define_flags(config_class, presets)
 
@@ -167,11 +164,6 @@ def main(
             training.distributed.initialize(
                 flags.FLAGS.coordinator_address, flags.FLAGS.num_processes, flags.FLAGS.process_id
             )
-            if one_process and jax.process_count() > 1:
-                raise ValueError(
-                    "this experiment needs one device and runs as one process, not as "
-                    f"{jax.process_count()}: start it once"
-                )
             with _processes.first_alone("config"):
                 write_config(config, workdir)
             run(config, workdir)

@@ -3,8 +3,8 @@
 import contextlib
 import json
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -12,6 +12,8 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from logitjax import training
+
+Task = TypeVar("Task")
 
 
 def agreed(answer: bool) -> bool:
@@ -64,6 +66,11 @@ def first_alone(name: str) -> Iterator[None]:
     yield
     if jax.process_count() > 1 and jax.process_index() == 0:
         multihost_utils.sync_global_devices(name)
+
+
+def share_of(tasks: Sequence[Task]) -> Sequence[Task]:
+    """Every so-manieth of tasks that do not need each other: those that this process does."""
+    return tasks[jax.process_index() :: jax.process_count()]
 
 
 def make_mesh(spec: str) -> Any:

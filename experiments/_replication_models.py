@@ -262,7 +262,7 @@ def _fit(
     tx = training.make_optimizer(
         rate, schedule="cosine", warmup=max(1, steps // 20), total_steps=steps, weight_decay=0.01
     )
-    mesh = training.make_mesh("data:1", devices=jax.devices()[:1])
+    mesh = training.make_mesh("data:1", devices=jax.local_devices()[:1])
     state = training.create_train_state(start, tx, mesh=mesh, seed=seed)
     step = training.make_train_step(loss, tx)
     fixed = {} if fixed is None else fixed

@@ -16,10 +16,11 @@ like: finished policies are kept.
 import dataclasses
 from typing import Any
 
+import jax
 from absl import logging
 from etils import epath
 
-from experiments import _cli, _leakage_policies, _leakage_report, _leakage_rows
+from experiments import _cli, _leakage_policies, _leakage_report, _leakage_rows, _processes
 from experiments._cli import field
 from logitjax import training
 
@@ -74,25 +75,33 @@ PRESETS: dict[str, dict[str, Any]] = {
 def run(config: Config, workdir: epath.Path) -> None:
     """Logits once, then one policy after another, then the report."""
     with training.lock_workdir(workdir):
-        rows = _leakage_rows.load(config, workdir)
-        records = []
+        with _processes.first_alone("logits"):
+            rows = _leakage_rows.load(config, workdir)
+        tasks = []
         for name in config.policy:
             policy = _leakage_policies.parse(name)
             random = policy.noise > 0 or policy.dummy_dims > 0
-            for seed in range(config.seeds if random else 1):
-                record = _leakage_policies.audit(name, seed, rows, config, workdir / "policies")
-                logging.info(
-                    "%s, seed %d: dimension %s of %d, leak %.4f, KL %.3g",
-                    name,
-                    seed,
-                    record["dimension"],
-                    rows.width,
-                    record["leak"],
-                    record["kl"],
-                )
-                records.append(record)
-        print(_leakage_report.write(config, rows, records, workdir))
+            tasks += [(name, seed) for seed in range(config.seeds if random else 1)]
+
+        def audit(name: str, seed: int) -> dict[str, Any]:
+            return _leakage_policies.audit(name, seed, rows, config, workdir / "policies")
+
+        for name, seed in _processes.share_of(tasks):
+            record = audit(name, seed)
+            logging.info(
+                "%s, seed %d: dimension %s of %d, leak %.4f, KL %.3g",
+                name,
+                seed,
+                record["dimension"],
+                rows.width,
+                record["leak"],
+                record["kl"],
+            )
+        _processes.wait_for_all("audited")
+        if jax.process_index() == 0:
+            records = [audit(*task) for task in tasks]
+            print(_leakage_report.write(config, rows, records, workdir))
 
 
 if __name__ == "__main__":
-    _cli.main(Config, PRESETS, run, one_process=True)
+    _cli.main(Config, PRESETS, run)

@@ -19,10 +19,11 @@ import dataclasses
 import json
 from typing import Any
 
+import jax
 from absl import logging
 from etils import epath
 
-from experiments import _cli, _replication_models, _replication_report
+from experiments import _cli, _processes, _replication_models, _replication_report
 from experiments._cli import field
 from logitjax import training
 
@@ -129,7 +130,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 def run(config: Config, workdir: epath.Path) -> None:
     """The teacher, its head from outside, every student, the report."""
     with training.lock_workdir(workdir):
-        scene = _replication_models.prepare(config, workdir)
+        with _processes.first_alone("teacher"):
+            scene = _replication_models.prepare(config, workdir)
         logging.info(
             "head of the teacher: dimension %d of %d, leak %.4f, after %d queries",
             scene.recovered["dimension"],
@@ -137,10 +139,16 @@ def run(config: Config, workdir: epath.Path) -> None:
             scene.recovered["leak"],
             scene.recovered["queries"],
         )
-        records = [
-            record for arm in config.arm for record in _arm(scene, arm, config, workdir / "arms")
-        ]
-        print(_replication_report.write(config, scene, records, workdir))
+        for arm in _processes.share_of(config.arm):
+            _arm(scene, arm, config, workdir / "arms")
+        _processes.wait_for_all("arms")
+        if jax.process_index() == 0:
+            records = [
+                record
+                for arm in config.arm
+                for record in _arm(scene, arm, config, workdir / "arms")
+            ]
+            print(_replication_report.write(config, scene, records, workdir))
 
 
 def _arm(scene: Any, arm: str, config: Config, directory: epath.Path) -> list[dict[str, Any]]:
@@ -166,4 +174,4 @@ def _arm(scene: Any, arm: str, config: Config, directory: epath.Path) -> list[di
 
 
 if __name__ == "__main__":
-    _cli.main(Config, PRESETS, run, one_process=True)
+    _cli.main(Config, PRESETS, run)

@@ -1,7 +1,9 @@
 """What the processes of a run agree on, with two of them."""
 
+import json
 import sys
 
+import numpy as np
 import pytest
 
 from tests.training.test_processes import launch
@@ -51,9 +53,24 @@ def test_two_processes_agree(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_experiment_of_one_device_refuses_several_processes(tmp_path):
-    command = (sys.executable, "-m", "experiments.leakage_audit", "--preset=smoke")
-    done = launch(2, 1, *command, f"--workdir={tmp_path}")
-    assert done.returncode == 2
-    assert "runs as one process, not as 2: start it once" in done.stderr
-    assert not (tmp_path / "config.json").exists()
+@pytest.mark.parametrize(
+    ("experiment", "flags", "made"),
+    [
+        ("leakage_audit", ("--policy=full", "--policy=round_2"), "policies/*.json"),
+        ("replication", ("--arm=recovered_2", "--arm=scratch_1"), "arms/*.json"),
+    ],
+)
+def test_processes_take_turns_at_what_needs_one_device(tmp_path, experiment, flags, made):
+    reports = []
+    for processes in (1, 2):
+        workdir = tmp_path / str(processes)
+        command = (sys.executable, "-m", f"experiments.{experiment}", "--preset=smoke", *flags)
+        done = launch(processes, 1, *command, f"--workdir={workdir}")
+        assert done.returncode == 0, done.stderr[-3000:]
+        found = sorted(workdir.glob(made))
+        assert len(found) == 2
+        reports.append([json.loads(path.read_text()) for path in found])
+    for one, two in zip(*reports, strict=True):
+        for name in ("leak", "dimension", "nll", "trained"):
+            if name in one:
+                np.testing.assert_allclose(two[name], one[name], rtol=1e-4)
