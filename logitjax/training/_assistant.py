@@ -17,6 +17,7 @@ def make_assistant_loss(
     *,
     retain_weight: float = 6.5,
     uniform: str = "answers",
+    max_positions: int | None = None,
 ) -> tuple[LossFn, Any]:
     """The loss of an assistant's adapters, for `make_train_step`.
 
@@ -38,12 +39,16 @@ def make_assistant_loss(
       retain_weight: beta, 6.5 in the paper and 5 in its code.
       uniform: where it has to be silent: where it would predict a token of an ``'answers'``, or at
         ``'all'`` positions, prompt and padding included, as in the released code.
+      max_positions: the most positions that count in any step, if that is known: the head, most of
+        a small assistant's work, then meets no others. All positions when None. The loss of a step
+        in which more of them count is nan.
 
     Returns:
       ``loss_fn(lora, batch, rng, constants)``, a mean with a count of 1, and the constants.
 
     Raises:
-      ValueError: ``uniform`` is neither, or logits are soft-capped.
+      ValueError: ``uniform`` is neither, ``max_positions`` is not positive, or logits are
+        soft-capped.
 
     >>> from logitjax.models import DecoderConfig, init_assistant
     >>> config = DecoderConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=2,
@@ -64,6 +69,8 @@ def make_assistant_loss(
     """
     if uniform not in ("answers", "all"):
         raise ValueError(f"uniform must be 'answers' or 'all', got {uniform!r}")
+    if max_positions is not None and max_positions < 1:
+        raise ValueError(f"max_positions must be positive, got {max_positions}")
     base.head_kernel()
     graphdef, params, rest = nnx.split(base, nnx.Param, ...)
 
@@ -77,17 +84,25 @@ def make_assistant_loss(
         labels, where = next_tokens(tokens, answers)
         if uniform == "all":
             where = where | retain[:, None]
+        retain = jnp.broadcast_to(retain[:, None], tokens.shape)
+        count = where.sum()
+        if max_positions is not None and max_positions < where.size:
+            (at,) = jnp.nonzero(where.ravel(), size=max_positions, fill_value=0)
+            hidden = hidden.reshape(-1, hidden.shape[-1])[at]
+            labels, retain = labels.ravel()[at], retain.ravel()[at]
+            where = jnp.arange(max_positions) < count
         kernel, bias, vocab_axis = model.head_kernel()
         loss, parts = linear_assistant_objective(
             hidden,
             kernel,
             labels,
-            jnp.broadcast_to(retain[:, None], tokens.shape),
+            retain,
             where=where,
             retain_weight=retain_weight,
             bias=bias,
             vocab_axis=vocab_axis,
         )
+        loss = jnp.where(count > where.size, jnp.nan, loss)
         one = jnp.float32(1)
         return loss, one, {name: (value, one) for name, value in parts.items()}
 

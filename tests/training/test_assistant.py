@@ -117,6 +117,26 @@ def test_loss_is_that_of_logits(uniform):
     np.testing.assert_allclose(loss, forget + 5.0 * retain, rtol=1e-4)
 
 
+@pytest.mark.parametrize("uniform", ["answers", "all"])
+def test_positions_that_do_not_count_need_not_meet_the_head(uniform):
+    base, lora = trained()[0].base, trained()[0].lora
+    count = 11 if uniform == "answers" else 17
+    found = []
+    for most in (None, count, count + 3):
+        loss_fn, constants = training.make_assistant_loss(base, uniform=uniform, max_positions=most)
+        found.append(jax.grad(lambda x, f=loss_fn, c=constants: f(x, BATCH, None, c)[0])(lora))
+    for other in found[1:]:
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found[0], other
+        )
+    loss_fn, constants = training.make_assistant_loss(
+        base, uniform=uniform, max_positions=count - 1
+    )
+    assert np.isnan(loss_fn(lora, BATCH, None, constants)[0])
+    with pytest.raises(ValueError, match="max_positions must be positive, got 0"):
+        training.make_assistant_loss(base, max_positions=0)
+
+
 def test_uniform_is_answers_or_all():
     with pytest.raises(ValueError, match="uniform must be"):
         training.make_assistant_loss(trained()[0].base, uniform="everywhere")
