@@ -211,11 +211,12 @@ def _trunk_of(params: Any, fixed: Any) -> Any:
 def _cross_entropy(trunk: Trunk) -> Callable[..., Any]:
     def loss(params: Any, batch: Any, rng: Any, fixed: Any) -> Any:
         hidden = trunk.hidden(_trunk_of(params, fixed), batch["tokens"])[:, :-1]
-        mask = batch["mask"][:, 1:]
-        each = losses.linear_cross_entropy(
-            hidden, _kernel(params, fixed), batch["tokens"][:, 1:], vocab_axis=0
+        mask = batch["mask"][:, 1:].astype(jnp.float32)
+        kernel, labels = _kernel(params, fixed), batch["tokens"][:, 1:]
+        total = losses.linear_cross_entropy(
+            hidden, kernel, labels, vocab_axis=0, token_weights=mask
         )
-        return (each * mask).sum(), mask.sum(), {}
+        return total, mask.sum(), {}
 
     return loss
 
@@ -226,6 +227,8 @@ def distillation(config: Any, scene: Scene, trunk: Trunk, *, official: bool) -> 
         taught = jax.lax.stop_gradient(scene.trunk.hidden(fixed["teacher"]["trunk"], tokens))
         hidden = trunk.hidden(_trunk_of(params, fixed), tokens)
         kernel, head = _kernel(params, fixed), fixed["teacher"]["head"]
+        mask = batch["mask"].astype(jnp.float32)
+        # Pads and all where official.
         kl = losses.linear_kl_divergence(
             hidden,
             kernel,
@@ -234,14 +237,15 @@ def distillation(config: Any, scene: Scene, trunk: Trunk, *, official: bool) -> 
             vocab_axis=0,
             teacher_vocab_axis=0,
             temperature=config.temperature,
+            token_weights=jnp.ones_like(mask) if official else mask,
         )
-        if official:  # "batchmean": a sum over positions, pads and all, over sequences.
-            return kl.sum(), jnp.float32(len(tokens)), {}
-        mask = batch["mask"]
-        ce = losses.linear_cross_entropy(hidden[:, :-1], kernel, tokens[:, 1:], vocab_axis=0)
+        if official:  # "batchmean": a sum over positions over the number of sequences.
+            return kl, jnp.float32(len(tokens)), {}
         # The last position has no label, but a teacher.
-        total = (kl * mask).sum() + config.ce_weight * (ce * mask[:, 1:]).sum()
-        return total, mask.sum(), {}
+        ce = losses.linear_cross_entropy(
+            hidden[:, :-1], kernel, tokens[:, 1:], vocab_axis=0, token_weights=mask[:, 1:]
+        )
+        return kl + config.ce_weight * ce, mask.sum(), {}
 
     return lambda params, batch, rng, fixed: loss(
         params, batch, rng, fixed | {"teacher": scene.teacher}
