@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from logitjax import fusion, losses, models, ops
@@ -33,6 +34,8 @@ class Difference:
       lora_alpha: their scale times their rank.
       retain_weight: beta.
       uniform: where it is silent: ``'answers'`` or ``'all'`` positions.
+      silent: on which rows: of ``'all'`` kept authors, or on as many as are forgotten and on wrong
+        answers to the forgotten questions, as ``'released'``.
       fuse: while a text is scored; keeps what it leaves out.
       generating: while one is generated.
     """
@@ -41,6 +44,7 @@ class Difference:
     lora_alpha: float
     retain_weight: float
     uniform: str
+    silent: str
     fuse: fusion.LogitDifference
     generating: fusion.LogitDifference
 
@@ -50,18 +54,22 @@ def differences(config: Any) -> dict[str, Difference]:
 
     ``official`` is the released code: rank 16, beta 5, silence at all positions, the int(0.01 V)
     most likely tokens changed by raw logits with weight 0.8, nothing else generated. ``clean`` has
-    the paper's rank and beta, silence on answers, centred logits for tokens with a hundredth of the
-    largest probability or more; others keep the target's logit while generating too. Were they
-    excluded, a confident target would have one token left to choose from, and forget nothing.
+    the paper's rank and beta, silence on answers, and centred logits; alpha is chosen, and so is
+    whether a filter keeps the logits of tokens under a hundredth of the largest probability. They
+    are not excluded while generating: a confident target would have one token left to choose from,
+    and forget nothing. It is silent about all kept authors: where it has only seen as many as are
+    forgotten, and wrong answers that begin as right ones do, a small assistant is not silent about
+    the others.
     """
     official = fusion.LogitDifference(alpha=0.8, form="raw", filter="official", rate=0.01)
-    clean = fusion.LogitDifference(alpha=config.alpha)
+    clean = fusion.LogitDifference(alpha=config.alpha, filter=config.filters[0])
     return {
         "difference_official": Difference(
             rank=config.rank // 2,
             lora_alpha=float(config.rank),
             retain_weight=5.0,
             uniform="all",
+            silent="released",
             fuse=official,
             generating=dataclasses.replace(official, outside="exclude"),
         ),
@@ -70,17 +78,20 @@ def differences(config: Any) -> dict[str, Difference]:
             lora_alpha=float(config.rank),
             retain_weight=config.beta,
             uniform="answers",
+            silent="all",
             fuse=clean,
             generating=clean,
         ),
     }
 
 
-def with_alpha(difference: Difference, alpha: float) -> Difference:
+def with_alpha(difference: Difference, alpha: float, filter: str) -> Difference:
+    """The same assistant, taken away with another weight from other tokens."""
+    changes: Any = {"alpha": alpha, "filter": filter}
     return dataclasses.replace(
         difference,
-        fuse=dataclasses.replace(difference.fuse, alpha=alpha),
-        generating=dataclasses.replace(difference.generating, alpha=alpha),
+        fuse=dataclasses.replace(difference.fuse, **changes),
+        generating=dataclasses.replace(difference.generating, **changes),
     )
 
 
@@ -128,6 +139,7 @@ def make_loss(
     *,
     layer: int = 1,
     direction: Any = None,
+    most: Mapping[str, int] | None = None,
 ) -> Callable[..., Any]:
     """``loss_fn(params, batch, rng, reference)`` of a method, for `training.make_train_step`.
 
@@ -140,6 +152,8 @@ def make_loss(
       rest: what of it is no parameter.
       layer: after which RMU moves hidden states.
       direction: where RMU moves them.
+      most: of ``forget`` and ``retain``, the most answers' tokens in any step: the head then meets
+        no other positions. The loss is nan where there are more.
     """
     forget_loss = getattr(losses, method.forget)
     options = {k: v for k, v in method.options.items() if k != "scale"}
@@ -148,70 +162,105 @@ def make_loss(
         del rng
         model = nnx.merge(graphdef, params, rest)
         sides = ["forget"] if method.retain == "none" else ["forget", "retain"]
-        tokens = jnp.concatenate([batch[side]["tokens"] for side in sides])
-        count = len(batch["forget"]["tokens"])
         before = nnx.merge(graphdef, reference, rest) if method.needs_reference else None
-        labels = tokens[:, 1:]
         where = {side: batch[side]["mask"][:, 1:] for side in sides}
         if method.forget_level == "hidden":
             assert before is not None
+            tokens = jnp.concatenate([batch[side]["tokens"] for side in sides])
+            count = len(batch["forget"]["tokens"])
             states = layer_states(model, layer, tokens)[:, 1:]
             kept = layer_states(before, layer, batch["retain"]["tokens"])[:, 1:]
             forget = forget_loss(states[:count], direction)
             retain = losses.rmu(states[count:], kept)
             return _weighed(method, forget, where["forget"], retain, where["retain"])
-        hidden, _ = model.hidden_states(tokens)
-        head, hidden = head_arguments(model), hidden[:, :-1]
-        there = theirs = None
+        spots = {side: Spots(where[side], most and most[side]) for side in sides}
+        labels = {side: spots[side].pick(batch[side]["tokens"][:, 1:]) for side in sides}
+
+        def states_of(which: models.Decoder, sides: list[str]) -> dict[str, jax.Array]:
+            """Hidden states that predict answers, ``[tokens, hidden]``."""
+            rows = [batch[side]["tokens"] for side in sides]
+            hidden, _ = which.hidden_states(jnp.concatenate(rows))
+            cuts = np.cumsum([len(r) for r in rows])[:-1]
+            parts = jnp.split(hidden[:, :-1], cuts)
+            return {s: spots[s].pick(part) for s, part in zip(sides, parts, strict=True)}
+
+        head, here = head_arguments(model), states_of(model, sides)
+        there: dict[str, jax.Array] = {}
+        theirs: dict[str, Any] = {}
         if before is not None:
             # NPO needs the rows to forget, the divergence those to keep.
-            rows = slice(
-                count if method.forget_level == "tokens" and method.retain == "kl" else 0,
-                None if method.retain == "kl" else count,
-            )
-            there = before.hidden_states(tokens[rows])[0][:, :-1]
-            theirs = head_arguments(before)
-        nll = losses.linear_cross_entropy(hidden, labels=labels, **head)
+            wanted = [] if method.forget_level == "tokens" and method.retain == "kl" else ["forget"]
+            wanted += ["retain"] if method.retain == "kl" else []
+            there, theirs = states_of(before, wanted), head_arguments(before)
+        flat = losses.linear_cross_entropy(
+            jnp.concatenate([here[side] for side in sides]),
+            labels=jnp.concatenate([labels[side] for side in sides]),
+            **head,
+        )
+        size = len(labels["forget"])
+        forget_nll = spots["forget"].put(flat[:size])
         if method.forget == "undial":
-            assert there is not None
-            assert theirs is not None
-            forget = losses.linear_undial(
-                hidden[:count],
-                reference_hidden=there[:count],
+            undial = losses.linear_undial(
+                here["forget"],
+                reference_hidden=there["forget"],
                 reference_head=theirs["head"],
                 reference_vocab_axis=theirs["vocab_axis"],
-                labels=labels[:count],
+                labels=labels["forget"],
                 **head,
                 **options,
             )
+            forget = spots["forget"].put(undial)
         elif method.forget_level == "answers":
-            summed, lengths = losses.sequence_nll(nll[:count], where["forget"])
+            summed, lengths = losses.sequence_nll(forget_nll, where["forget"])
             second = lengths
             if method.needs_reference:
-                assert there is not None
-                assert theirs is not None
-                old = losses.linear_cross_entropy(there[:count], labels=labels[:count], **theirs)
-                second = losses.sequence_nll(old, where["forget"])[0]
+                old = losses.linear_cross_entropy(
+                    there["forget"], labels=labels["forget"], **theirs
+                )
+                second = losses.sequence_nll(spots["forget"].put(old), where["forget"])[0]
             forget = forget_loss(summed, second, **options)
         else:
-            forget = forget_loss(nll[:count], **options)
+            forget = forget_loss(forget_nll, **options)
         counted = where["forget"] if method.forget_level == "tokens" else None
-        if method.retain == "none":
-            return _weighed(method, forget, counted, None, None)
-        retain = nll[count:]
+        retain = None
         if method.retain == "kl":
-            assert there is not None
-            assert theirs is not None
-            retain = losses.linear_kl_divergence(
-                hidden[count:],
-                teacher_hidden=there[-len(hidden[count:]) :],
+            divergence = losses.linear_kl_divergence(
+                here["retain"],
+                teacher_hidden=there["retain"],
                 teacher_head=theirs["head"],
                 teacher_vocab_axis=theirs["vocab_axis"],
                 **head,
             )
-        return _weighed(method, forget, counted, retain, where["retain"])
+            retain = spots["retain"].put(divergence)
+        elif method.retain != "none":
+            retain = spots["retain"].put(flat[size:])
+        loss, one, means = _weighed(method, forget, counted, retain, where.get("retain"))
+        fit = jnp.stack([spots[side].fits for side in sides]).all()
+        return jnp.where(fit, loss, jnp.nan), one, means
 
     return loss_fn
+
+
+class Spots:
+    """Positions of ``[rows, time]`` that count, first of all, and a way back."""
+
+    def __init__(self, where: jax.Array, most: int | None):
+        self._where, self._at, self.fits = where, None, jnp.bool_(True)
+        if most is not None and most < where.size:
+            (self._at,) = jnp.nonzero(where.ravel(), size=most, fill_value=where.size)
+            self.fits = where.sum() <= most
+
+    def pick(self, values: jax.Array) -> jax.Array:
+        """``[rows, time, ...]`` to ``[most, ...]``, or to all positions in a row."""
+        flat = jnp.asarray(values).reshape(-1, *values.shape[2:])
+        return flat if self._at is None else flat.at[self._at].get(mode="clip")
+
+    def put(self, values: jax.Array) -> jax.Array:
+        """``[most]`` back to ``[rows, time]``, zero elsewhere."""
+        if self._at is not None:
+            zeros = jnp.zeros(self._where.size, values.dtype)
+            values = zeros.at[self._at].set(values, mode="drop")
+        return values.reshape(self._where.shape)
 
 
 def _weighed(
@@ -255,7 +304,13 @@ class Deployed:
             lora, alpha = self.assistant.lora, self.difference.fuse.alpha
             # One program for all alphas, which the shift of the logits is proportional to.
             fuse = dataclasses.replace(self.difference.fuse, alpha=1.0)
-        return _nll(graphdef, base, fuse, self.block, state, held, lora, alpha, tokens, targets)
+        # Only targets meet the head, a few sizes of program for all batches.
+        where = np.asarray(targets)[:, 1:]
+        wanted = np.flatnonzero(where)
+        at = np.full(max(1, -(-len(wanted) // self.block)) * self.block, where.size, np.int32)
+        at[: len(wanted)] = wanted
+        at = at.reshape(-1, self.block)
+        return _nll(graphdef, base, fuse, state, held, lora, alpha, tokens, at)
 
     def line_up(self) -> Any:
         """For `decoding.generate`."""
@@ -268,18 +323,17 @@ class Deployed:
         return decoding.Ensemble(pair, fuse=self.difference.generating)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _nll(
     graphdef: Any,
     base: Any,
     fuse: Any,
-    block: int,
     state: Any,
     held: Any,
     lora: Any,
     alpha: Any,
     tokens: Any,
-    targets: Any,
+    at: Any,
 ) -> tuple[jax.Array, jax.Array]:
     model = nnx.merge(graphdef, state)
     sides = [model.hidden_states(tokens)[0][:, :-1]]
@@ -288,24 +342,21 @@ def _nll(
         assistant = nnx.merge(base, held)
         sides.append(assistant.hidden_states(tokens, lora=lora)[0][:, :-1])
     labels = jnp.asarray(tokens)[:, 1:]
+    sides = [side.reshape(labels.size, -1) for side in sides]
 
-    def one(args: Any) -> tuple[jax.Array, jax.Array]:
-        *hidden, labels = args
+    def one(at: jax.Array) -> tuple[jax.Array, jax.Array]:
+        hidden = [side.at[at].get(mode="clip") for side in sides]
         logits = model.logits(hidden[0])
         if assistant is not None:
             fused, _ = fuse(logits, assistant.logits(hidden[1])[None], None)
             logits = logits + alpha * (fused - logits)
-        label = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
-        return ops.logsumexp(logits) - label, logits.argmax(axis=-1) == labels
+        wanted = labels.ravel().at[at].get(mode="clip")
+        label = jnp.take_along_axis(logits, wanted[:, None], axis=-1)[:, 0]
+        return ops.logsumexp(logits) - label, logits.argmax(axis=-1) == wanted
 
-    def blocks(values: jax.Array) -> jax.Array:
-        flat = values.reshape(-1, *values.shape[2:])
-        flat = jnp.pad(flat, [(0, -len(flat) % block)] + [(0, 0)] * (flat.ndim - 1))
-        return flat.reshape(-1, block, *flat.shape[1:])
+    def back(values: jax.Array) -> jax.Array:
+        rows = jnp.zeros(labels.size, values.dtype).at[at].set(values, mode="drop")
+        return jnp.pad(rows.reshape(labels.shape), ((0, 0), (1, 0)))
 
-    found = jax.lax.map(one, tuple(map(blocks, (*sides, labels))))
-    nll, greedy = (
-        jnp.pad(leaf.reshape(-1)[: labels.size].reshape(labels.shape), ((0, 0), (1, 0)))
-        for leaf in found
-    )
-    return jnp.where(targets, nll, 0.0), greedy & targets
+    nll, greedy = map(back, jax.lax.map(one, at))
+    return nll, greedy

@@ -53,10 +53,18 @@ class Scene:
     probes: Mapping[str, tuple[TofuItem, ...]]
 
     @property
-    def fingerprint(self) -> str:
-        """Of all that models learn."""
-        sides = (self.full, self.retain, self.forget, self.forget_more, self.retain_more)
-        return digest([[(i.question, i.answer) for i in side] for side in sides])
+    def taught(self) -> str:
+        """Names what target and retrained model learn."""
+        return _named(self.full, self.retain)
+
+    @property
+    def unlearned(self) -> str:
+        """Names what arms learn."""
+        return _named(self.forget, self.forget_more, self.retain_more)
+
+
+def _named(*sides: Sequence[TofuItem]) -> str:
+    return digest([[(i.question, i.answer) for i in side] for side in sides])
 
 
 def load_scene(config: Any) -> Scene:

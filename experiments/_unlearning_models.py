@@ -52,7 +52,7 @@ class Models:
         source = [config.model, config.layers, config.dtype, _file_identity(config.model)]
         self._key = digest(
             source,
-            scene.fingerprint,
+            scene.taught,
             [config.template, config.max_length, config.row_length],
             [config.finetune_epochs, config.finetune_batch, config.finetune_learning_rate],
         )
@@ -98,16 +98,23 @@ class Models:
     def directory(self, arm: str, seed: int, *settings: Any) -> epath.Path:
         """The folder of an arm: named after all that its training depends on."""
         config = self.config
-        shared = [config.batch_size, config.validated]
+        shared = [config.batch_size, config.validated, self.scene.unlearned]
         name = digest(self._key, arm, shared, settings)
         return self.root / f"{arm}-{name}" / f"seed-{seed}"
 
-    def unlearn(self, arm: str, seed: int, validate: Callable[[Deployed], Any]) -> Trained:
-        """The target's weights after an arm's training, of the epoch that validation chose."""
+    def unlearn(
+        self, arm: str, seed: int, validate: Callable[[Deployed], Any], *, rate: float = 1.0
+    ) -> Trained:
+        """The target's weights after an arm's training, of the epoch that validation chose.
+
+        Args:
+          arm: of those that train weights.
+          seed: of batches and directions.
+          validate: scores an epoch.
+          rate: what the learning rate is multiplied by.
+        """
         config = self.config
         method = losses.UNLEARNING_METHODS[arms.METHODS[arm]]
-        # The methods' own rates relative to each other, around the one that suits the model.
-        rate = config.learning_rate * method.learning_rate / 1e-5
         target, forget, keep = self.target, *map(self.rows, (self.scene.forget, self.scene.retain))
         depth = target.config.num_layers
         layer = max(1, min(depth - 1, round(7 / 32 * depth)))
@@ -118,7 +125,6 @@ class Models:
         )
         graphdef, params, rest = nnx.split(target, nnx.Param, ...)
         params = nnx.to_pure_dict(params)
-        loss_fn = arms.make_loss(method, graphdef, rest, layer=layer, direction=direction)
         size = config.batch_size
         needs_retain = method.retain != "none"
 
@@ -128,14 +134,24 @@ class Models:
                 batch["retain"] = rows_of.drawn(keep, step, size=size, seed=seed)
             return {side: self.share(rows) for side, rows in batch.items()}
 
+        per_epoch = rows_of.steps_an_epoch(forget, size)
+        loss_fn = arms.make_loss(
+            method,
+            graphdef,
+            rest,
+            layer=layer,
+            direction=direction,
+            most=self._most(batches, per_epoch * config.epochs),
+        )
         return self._train(
-            self.directory(arm, seed, config.epochs, config.learning_rate, config.rmu_scale),
+            self._unlearned_at(arm, seed, rate),
             params,
             loss_fn,
             batches,
-            per_epoch=rows_of.steps_an_epoch(forget, size),
+            per_epoch=per_epoch,
             epochs=config.epochs,
-            learning_rate=rate,
+            # The methods' own rates relative to each other, around the one that suits the model.
+            learning_rate=rate * config.learning_rate * method.learning_rate / 1e-5,
             seed=seed,
             constants=params if method.needs_reference else None,
             validate=lambda params: validate(Deployed(model=nnx.merge(graphdef, params, rest))),
@@ -153,10 +169,8 @@ class Models:
             alpha=difference.lora_alpha,
             key=jax.random.key(seed),
         )
-        loss_fn, constants = training.make_assistant_loss(
-            fresh.base, retain_weight=difference.retain_weight, uniform=difference.uniform
-        )
-        forget, keep = map(self.rows, (self.scene.forget_more, self.scene.retain_more))
+        silent = self.scene.retain if difference.silent == "all" else self.scene.retain_more
+        forget, keep = map(self.rows, (self.scene.forget_more, silent))
         size = config.batch_size
 
         def deployed(lora: Any) -> Deployed:
@@ -168,22 +182,47 @@ class Models:
         def batches(step: int) -> dict[str, Rows]:
             return {side: self.share(rows) for side, rows in both(step).items()}
 
+        epochs, per_epoch = config.assistant_epochs, rows_of.steps_an_epoch(forget, size)
+        most = self._most(both, epochs * per_epoch) if difference.uniform == "answers" else None
+        loss_fn, constants = training.make_assistant_loss(
+            fresh.base,
+            retain_weight=difference.retain_weight,
+            uniform=difference.uniform,
+            max_positions=None if most is None else sum(most.values()),
+        )
         settings = [difference.rank, difference.lora_alpha, difference.retain_weight]
-        settings += [difference.uniform, repr(difference.fuse), config.assistant_layers]
+        settings += [
+            difference.uniform,
+            difference.silent,
+            repr(difference.fuse),
+            config.assistant_layers,
+        ]
         settings += [config.assistant_epochs, config.assistant_learning_rate]
         found = self._train(
             self.directory(arm, seed, settings),
             fresh.lora,
             loss_fn,
             batches,
-            per_epoch=rows_of.steps_an_epoch(forget, size),
-            epochs=config.assistant_epochs,
+            per_epoch=per_epoch,
+            epochs=epochs,
             learning_rate=config.assistant_learning_rate,
             seed=seed,
             constants=constants,
             validate=lambda lora: validate(deployed(lora)),
+            b2=0.99,
         )
         return models.Assistant(base=fresh.base, lora=found.params), found
+
+    def _most(self, batches: Callable[[int], Any], steps: int) -> dict[str, int] | None:
+        """The most answers' tokens on each side of a step; of no use where rows are split."""
+        if self.mesh.size > 1:
+            return None
+        # Token 0 of a row is predicted by nobody.
+        seen = [
+            {side: int(rows["mask"][:, 1:].sum()) for side, rows in batches(step).items()}
+            for step in range(steps)
+        ]
+        return {side: max(1, *(counts[side] for counts in seen)) for side in seen[0]}
 
     def taught_again(self, model: models.Decoder, seed: int = 0) -> models.Decoder:
         """A model after a few steps on some of the questions that it was to forget."""
@@ -285,6 +324,7 @@ class Models:
         seed: int,
         constants: Any,
         validate: Callable[[Any], dict[str, float]],
+        b2: float = 0.999,
     ) -> Trained:
         """Trains, scores every epoch on validation, and comes back with the best."""
         config, steps = self.config, per_epoch * epochs
@@ -293,9 +333,7 @@ class Models:
         schedule: Any = dict(
             schedule="linear", warmup=min(per_epoch, steps // 2), total_steps=steps, final=0.0
         )
-        tx = training.make_optimizer(
-            learning_rate, b2=0.999, weight_decay=0.01, clip=1.0, **schedule
-        )
+        tx = training.make_optimizer(learning_rate, b2=b2, weight_decay=0.01, clip=1.0, **schedule)
         step = training.make_train_step(
             loss_fn,
             tx,
@@ -381,9 +419,14 @@ class Models:
         _processes.remove(checkpoints)
         return Trained(found, record)
 
-    def forget_weights(self, arm: str, seed: int, *settings: Any) -> None:
+    def forget_weights(self, arm: str, seed: int, *, rate: float = 1.0) -> None:
         """Drop the weights of an arm of which all has been measured."""
-        _processes.remove(self.directory(arm, seed, *settings) / "best")
+        _processes.remove(self._unlearned_at(arm, seed, rate) / "best")
+
+    def _unlearned_at(self, arm: str, seed: int, rate: float) -> epath.Path:
+        config = self.config
+        settings = (config.epochs, rate * config.learning_rate, config.rmu_scale)
+        return self.directory(arm, seed, *settings)
 
 
 def planned_bytes(compiled: Any) -> int:

@@ -31,8 +31,15 @@ def write(config: Any, results: Mapping[str, Any], workdir: epath.Path) -> str:
     text += (
         f"## What comes back\n\n{markdown_table(probe_rows(results))}\n\n{_probe_notes(config)}\n"
     )
+    if "rates" in results:
+        text += (
+            "\n## Learning rates\n\nThe best score on validation by what the learning rate was "
+            f"multiplied by, seed 0.\n\n{markdown_table(rate_rows(results))}\n"
+        )
     if "alphas" in results:
-        text += "\n## Alpha, one assistant\n\n" + markdown_table(results["alphas"]) + "\n"
+        text += (
+            "\n## Alpha and filter, one assistant\n\n" + markdown_table(results["alphas"]) + "\n"
+        )
     if results.get("betas"):
         text += "\n## Beta, an assistant each\n\n" + markdown_table(results["betas"]) + "\n"
     plot = scatter(results, workdir / "scatter.png")
@@ -85,6 +92,7 @@ def arm_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "arm": arm,
                 "epoch": ", ".join(str(r["epoch"]) for r in records if "epoch" in r) or None,
                 "alpha": ", ".join(f"{r['alpha']:g}" for r in records if "alpha" in r) or None,
+                "filter": ", ".join(r["filter"] for r in records if "filter" in r) or None,
                 "D": _cell(records, "forget_quality.statistic"),
                 "p": _cell(records, "forget_quality.p_value"),
                 "forget prob": _cell(records, "forget.probability"),
@@ -118,6 +126,18 @@ def training_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
             {"arm": "merged (beside its assistant)", "s to the best": results["merged"]["seconds"]}
         )
     return rows
+
+
+def rate_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Scores on validation of the learning rates that were tried, and the one chosen."""
+    return [
+        {
+            "arm": arm,
+            **{f"x{float(rate):g}": score for rate, score in scores.items()},
+            "chosen": f"x{results['arms'][arm][0]['rate']:g}",
+        }
+        for arm, scores in results["rates"].items()
+    ]
 
 
 def probe_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:

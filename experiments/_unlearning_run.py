@@ -46,6 +46,10 @@ class Run:
             ]
             for arm in config.arm
         }
+        if len(config.rates) > 1:
+            found["rates"] = {
+                arm: self._scores_by_rate(arm) for arm in config.arm if arm in arms.METHODS
+            }
         clean = "difference_clean"
         if clean in config.arm:
             found["bypassed"] = self._kept("bypassed", self._bypassed)
@@ -211,58 +215,83 @@ class Run:
 
     def _arm(self, arm: str, seed: int) -> dict[str, Any]:
         if arm in arms.METHODS:
-            trained = self.models.unlearn(arm, seed, self.validate)
+            rate = self._rate(arm)
+            trained = self.models.unlearn(arm, seed, self.validate, rate=rate)
             deployed = self._own_weights(trained)
-            record = dict(trained.record)
+            record = trained.record | {"rate": rate}
         else:
             deployed, record = self._assisted(arm, seed)[1:]
         record["test"] = self.test(deployed)
         if seed == 0:
             record["probe"] = self.probe(deployed, weights=arm in arms.METHODS)
         if arm in arms.METHODS and not self.config.keep_weights:
-            config = self.config
-            settings = (config.epochs, config.learning_rate, config.rmu_scale)
-            self.models.forget_weights(arm, seed, *settings)
+            self.models.forget_weights(arm, seed, rate=record["rate"])
         return record
+
+    def _rate(self, arm: str) -> float:
+        """What an arm's learning rate is multiplied by: the best on validation with seed 0."""
+        rates = self.config.rates
+        if len(rates) == 1:
+            return rates[0]
+        scores = self._scores_by_rate(arm)
+        best = max(rates, key=lambda rate: scores[str(rate)])
+        if not self.config.keep_weights:
+            for rate in set(rates) - {best}:
+                self.models.forget_weights(arm, 0, rate=rate)
+        return best
+
+    def _scores_by_rate(self, arm: str) -> dict[str, float]:
+        """The best score on validation of each rate."""
+
+        def score(rate: float) -> float:
+            history = self.models.unlearn(arm, 0, self.validate, rate=rate).record["history"]
+            return max(scores["score"] for scores in history)
+
+        name = f"rates-{arm}"
+        return self._kept(name, lambda: {str(rate): score(rate) for rate in self.config.rates})
 
     def _own_weights(self, trained: Trained) -> Deployed:
         graphdef, _, rest = nnx.split(self.models.target, nnx.Param, ...)
         return Deployed(model=nnx.merge(graphdef, trained.params, rest))
 
     def _assisted(self, arm: str, seed: int) -> tuple[models.Assistant, Deployed, dict[str, Any]]:
-        """A trained assistant; the clean arm's alpha is the best on validation."""
+        """A trained assistant; the clean arm's alpha and filter are the best on validation."""
         difference = self.differences[arm]
         assistant, trained = self.models.assist(arm, difference, seed, self.validate)
-        record = dict(trained.record)
-        alpha = difference.fuse.alpha
+        record: dict[str, Any] = dict(trained.record)
         if arm == "difference_clean":
-            tried = {a: self.validate(self._with(assistant, a)) for a in self.config.alphas}
-            alpha = max(tried, key=lambda a: tried[a]["score"], default=alpha)
-            record["alphas"] = {str(a): scores for a, scores in tried.items()}
-        record["alpha"] = alpha
-        deployed = Deployed(
-            model=self.models.target,
-            assistant=assistant,
-            difference=arms.with_alpha(difference, alpha),
-        )
+            options = [(a, f) for f in self.config.filters for a in self.config.alphas]
+            tried = [self.validate(self._with(assistant, *option)) for option in options]
+            best = max(range(len(options)), key=lambda n: tried[n]["score"])
+            record["alpha"], record["filter"] = options[best]
+            record["tried"] = [
+                {"alpha": a, "filter": f} | scores
+                for (a, f), scores in zip(options, tried, strict=True)
+            ]
+            deployed = self._with(assistant, *options[best])
+        else:
+            record |= {"alpha": difference.fuse.alpha, "filter": difference.fuse.filter}
+            deployed = Deployed(
+                model=self.models.target, assistant=assistant, difference=difference
+            )
         return assistant, deployed, record
 
-    def _with(self, assistant: models.Assistant, alpha: float) -> Deployed:
-        difference = arms.with_alpha(self.differences["difference_clean"], alpha)
+    def _with(self, assistant: models.Assistant, alpha: float, filter: str) -> Deployed:
+        difference = arms.with_alpha(self.differences["difference_clean"], alpha, filter)
         return Deployed(model=self.models.target, assistant=assistant, difference=difference)
 
-    def _clean(self) -> tuple[models.Assistant, float]:
-        """The clean assistant of seed 0, and the alpha that was chosen for it."""
+    def _clean(self) -> tuple[models.Assistant, float, str]:
+        """The clean assistant of seed 0, and the alpha and filter that were chosen for it."""
         arm = "difference_clean"
         assistant, _ = self.models.assist(arm, self.differences[arm], 0, self.validate)
         record = self._kept(f"{arm}-0", lambda: self._arm(arm, 0))
-        return assistant, record["alpha"]
+        return assistant, record["alpha"], record["filter"]
 
     def _bypassed(self) -> dict[str, Any]:
         """Whoever leaves the assistant out has the target: the same weights, the same losses."""
-        assistant, _ = self._clean()
+        assistant, _, chosen = self._clean()
         rows = self.models.rows(self.scene.forget)
-        both = (self._with(assistant, 0.0), Deployed(model=self.models.target))
+        both = (self._with(assistant, 0.0, chosen), Deployed(model=self.models.target))
 
         def difference() -> float:
             sides = [np.asarray(d.nll(rows["tokens"], rows["mask"])[0]) for d in both]
@@ -271,18 +300,24 @@ class Run:
         return {"largest difference": _processes.said_by_first(difference)}
 
     def _alphas(self) -> list[dict[str, Any]]:
-        """Forgetting and utility by alpha, from one assistant; nothing is trained."""
-        assistant, chosen = self._clean()
+        """Forgetting and utility by alpha and filter, from one assistant; nothing is trained."""
+        assistant, *chosen = self._clean()
         return [
-            self._short(self.test(self._with(assistant, alpha), generates=False))
-            | {"alpha": alpha, "chosen": alpha == chosen}
-            for alpha in self.config.alphas
+            {"filter": f, "alpha": a}
+            | self._short(self.test(self._with(assistant, a, f), generates=False))
+            | {"chosen": [a, f] == chosen}
+            for f in self.config.filters
+            for a in self.config.alphas
         ]
 
     def _beta(self, beta: float) -> dict[str, Any]:
         difference = dataclasses.replace(self.differences["difference_clean"], retain_weight=beta)
         assistant, trained = self.models.assist("difference_clean", difference, 0, self.validate)
-        deployed = Deployed(model=self.models.target, assistant=assistant, difference=difference)
+        deployed = Deployed(
+            model=self.models.target,
+            assistant=assistant,
+            difference=arms.with_alpha(difference, *self._clean()[1:]),
+        )
         return {"beta": beta, "epoch": trained.record["epoch"]} | self._short(
             self.test(deployed, generates=False)
         )
@@ -298,9 +333,9 @@ class Run:
 
     def _merged(self) -> dict[str, Any]:
         """The difference baked into one model's weights, which is exported."""
-        assistant, alpha = self._clean()
-        difference = arms.with_alpha(self.differences["difference_clean"], alpha)
-        directory = self.models.directory("merged", 0, alpha, self.config.merge_steps)
+        assistant, alpha, chosen = self._clean()
+        difference = arms.with_alpha(self.differences["difference_clean"], alpha, chosen)
+        directory = self.models.directory("merged", 0, alpha, chosen, self.config.merge_steps)
         model, seconds = self.models.merged(assistant, difference, directory)
         if jax.process_index() == 0:
             models.save_pretrained(model, self.models.tokenizer, self.workdir / "merged")
@@ -308,6 +343,7 @@ class Run:
         return {
             "seconds": seconds,
             "alpha": alpha,
+            "filter": chosen,
             "test": self.test(deployed),
             "probe": self.probe(deployed, weights=True),
         }

@@ -72,15 +72,22 @@ class Config:
     seeds: int = field(1, "Runs of every arm.")
     epochs: int = field(3, "Over the data to forget, of arms that train the model.")
     batch_size: int = field(5, "Questions to forget a step, and as many to keep.")
-    learning_rate: float = field(5e-5, "Peak; UNDIAL's is ten times it, as in OpenUnlearning.")
+    learning_rate: float = field(3e-4, "Peak; UNDIAL's is ten times it, as in OpenUnlearning.")
+    rates: tuple[float, ...] = field(
+        (1.0,), "Of --learning_rate: each arm gets the best on validation, with the first seed."
+    )
     rmu_scale: float = field(0.0, "Length of the vector that RMU moves states to; 0: its default.")
     assistant_layers: int = field(1, "Layers of the target that assistants have.")
     rank: int = field(32, "Of an assistant's adapters; the official arm has half.")
     beta: float = field(6.5, "Weight of silence, in the clean arm.")
-    alpha: float = field(0.75, "Weight of the assistant's logits, in the clean arm.")
-    assistant_epochs: int = field(3, "Over the data to forget and their paraphrases.")
-    assistant_learning_rate: float = field(1e-3, "Peak.")
+    alpha: float = field(0.75, "Weight of the assistant's logits, while the clean arm trains.")
+    assistant_epochs: int = field(6, "Over the data to forget and their paraphrases.")
+    assistant_learning_rate: float = field(1e-2, "Peak.")
     alphas: tuple[float, ...] = field((0.75, 1.0, 1.5), "To choose from, and the sweep.")
+    filters: tuple[str, ...] = field(
+        ("none", "clean"),
+        "Which tokens the clean arm changes: to choose from, and the sweep; epochs with the first.",
+    )
     betas: tuple[float, ...] = field((), "Further weights of silence to train with.")
     retain_items: int = field(10, "Questions to keep on the test.")
     validation_items: int = field(10, "And on validation, others.")
@@ -120,6 +127,14 @@ class Config:
                 f"row_length: a question of max_length={self.max_length} tokens has to fit, got "
                 f"{self.row_length}"
             )
+        wrong = sorted(set(self.filters) - {"clean", "none"})
+        if wrong or not self.filters or not self.alphas:
+            raise ValueError(
+                f"filters, alphas: expected at least one each, filters clean or none, got "
+                f"{list(self.filters)} and {list(self.alphas)}"
+            )
+        if not self.rates or min(self.rates) <= 0:
+            raise ValueError(f"rates: expected positive numbers, got {list(self.rates)}")
         if not 0 < self.relearn_share < 1:
             raise ValueError(f"relearn_share: expected in (0, 1), got {self.relearn_share}")
 
@@ -130,6 +145,7 @@ _WHOLE: dict[str, Any] = dict(
     assistant_layers=8,
     epochs=10,
     assistant_epochs=10,
+    assistant_learning_rate=1e-3,
     batch_size=32,
     retain_items=200,
     validation_items=100,
@@ -164,6 +180,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         epochs=2,
         batch_size=4,
         learning_rate=1e-3,
+        rates=(0.5, 1.0),
         assistant_layers=1,
         rank=4,
         assistant_epochs=2,
@@ -180,22 +197,18 @@ PRESETS: dict[str, dict[str, Any]] = {
         merge_steps=3,
     ),
     "demo": dict(
-        arm=("ga", "npo_gd", "npo_kl", "rmu", "difference_official", "difference_clean"),
+        arm=("ga", "npo_kl", "difference_official", "difference_clean"),
     ),
     "report": dict(
-        layers=(0, 1, 2, 3, 4, 5, 28, 29),
         authors=20,
         forget_authors=2,
         finetune_epochs=8,
         seeds=3,
-        batch_size=8,
-        assistant_layers=2,
-        assistant_epochs=4,
+        rates=(0.2, 1.0),
         retain_items=20,
         validation_wrong=1,
-        alphas=(0.5, 0.75, 1.0, 1.5, 2.0),
-        betas=(1.0, 20.0),
-        merge_steps=40,
+        betas=(1.0,),
+        merge_steps=24,
     ),
     # TOFU itself: run once for each --forget_authors of 2, 10 and 20 (forget01, 05 and 10).
     "tofu": dict(

@@ -1,5 +1,7 @@
 """The unlearning experiment: a smoke run, its caches, its rows, and what each arm minimises."""
 
+import dataclasses
+import functools
 import json
 import pathlib
 
@@ -53,6 +55,14 @@ def test_report_has_every_arm_what_it_took_and_a_plot(finished):
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [record["arm"] for record in records] == list(ARMS)
     npo, clean = records
+    # Each rate was tried on validation, the better one is the arm's, weights of neither are left.
+    scores = json.loads((workdir / "results" / "rates-npo_kl.json").read_text())
+    assert set(scores) == {"0.5", "1.0"}
+    assert scores[str(npo["rate"])] == max(scores.values())
+    tried = list((workdir / "models").glob("npo_kl-*/seed-0"))
+    assert len(tried) == 2
+    assert not any((directory / "best").exists() for directory in tried)
+    assert f"x{npo['rate']:g}" in report.split("## Learning rates")[1]
     assert clean["peak_bytes"] < npo["peak_bytes"]
     assert clean["trained"] < npo["trained"]
     assert 1 <= npo["epoch"] <= 2
@@ -144,12 +154,19 @@ def test_losses_of_arms_are_those_of_logits():
     reference = nnx.to_pure_dict(nnx.state(before, nnx.Param))
     direction = losses.rmu_direction(32, key=jax.random.key(0))
 
-    @jax.jit
-    def ours(params, reference):
+    most = {side: int(rows["mask"][:, 1:].sum()) + 1 for side, rows in batch.items()}
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def ours(params, reference, more=None):
         found = {}
         for arm, name in _unlearning_arms.METHODS.items():
             loss_fn = _unlearning_arms.make_loss(
-                losses.UNLEARNING_METHODS[name], graphdef, rest, layer=1, direction=direction
+                losses.UNLEARNING_METHODS[name],
+                graphdef,
+                rest,
+                layer=1,
+                direction=direction,
+                most=None if more is None else {side: n + more for side, n in most.items()},
             )
             found[arm] = loss_fn(params, batch, None, reference)[0]
         return found
@@ -187,6 +204,11 @@ def test_losses_of_arms_are_those_of_logits():
     }
     for arm, value in expected.items():
         np.testing.assert_allclose(found[arm], value, rtol=2e-4, err_msg=arm)
+    for more in (0, -1):
+        for arm, value in ours(params, reference, more).items():
+            np.testing.assert_allclose(value, found[arm], rtol=1e-5, err_msg=arm)
+    for arm, value in ours(params, reference, -2).items():
+        assert np.isnan(value) or arm == "rmu"
     # Of the same model there is nothing to keep but itself; the direction is where RMU goes.
     assert float(found["rmu"]) > 0
 
@@ -223,11 +245,32 @@ def test_official_and_clean_differ_where_the_release_and_we_do():
         "raw",
         "official",
     )
-    assert (clean.uniform, clean.fuse.form, clean.fuse.filter) == ("answers", "centred", "clean")
+    assert (clean.uniform, clean.fuse.form, clean.fuse.filter) == ("answers", "centred", "none")
     assert official.generating.outside == "exclude"
     assert clean.generating.outside == "keep"
     assert official.lora_alpha / official.rank == 2
     assert clean.lora_alpha / clean.rank == 1
+    assert (official.silent, clean.silent) == ("released", "all")
+
+
+def test_target_does_not_depend_on_what_assistants_learn_beside():
+    scene = _unlearning_data.load_scene(configured())
+    more = dataclasses.replace(scene, forget_more=(*scene.forget_more, item(0)))
+    assert more.taught == scene.taught
+    assert more.unlearned != scene.unlearned
+    assert _unlearning_data.load_scene(configured(authors=4)).taught != scene.taught
+
+
+def test_spots_find_their_way_back():
+    where = jnp.array([[False, True, True], [True, False, False]])
+    values = jnp.arange(6.0).reshape(2, 3)
+    for most in (None, 3, 5):
+        spots = _unlearning_arms.Spots(where, most)
+        assert bool(spots.fits)
+        np.testing.assert_array_equal(
+            jnp.where(where, spots.put(spots.pick(values)), 0), jnp.where(where, values, 0)
+        )
+    assert not bool(_unlearning_arms.Spots(where, 2).fits)
 
 
 def test_verdicts_say_plainly_who_forgets_best_and_what_is_lost():
@@ -246,6 +289,10 @@ def test_verdicts_say_plainly_who_forgets_best_and_what_is_lost():
 def test_mistakes_are_named(tmp_path):
     with pytest.raises(ValueError, match="arm: expected some of"):
         unlearning.Config(arm=("dpo",))
+    with pytest.raises(ValueError, match="filters, alphas: expected at least one each"):
+        unlearning.Config(filters=("official",))
+    with pytest.raises(ValueError, match=r"rates: expected positive numbers, got \[0.0\]"):
+        unlearning.Config(rates=(0.0,))
     with pytest.raises(ValueError, match="row_length"):
         unlearning.Config(row_length=8)
     with pytest.raises(ValueError, match="split at 2, 10 or 20"):
