@@ -327,7 +327,8 @@ class Run:
             "D": "forget_quality.statistic",
             "forget probability": "forget.probability",
             "retain probability": "retain.probability",
-            "utility": "utility",
+            # Nothing is generated for these.
+            "utility without ROUGE-L": "utility",
         }
         return {label: scores[name] for label, name in names.items() if name in scores}
 
