@@ -227,7 +227,8 @@ def scatter(results: Mapping[str, Any], path: epath.Path) -> epath.Path:
             if not points:
                 continue
             marker = "*" if arm.startswith("difference") else ("s" if n < 2 else "o")
-            place.scatter(*zip(*points, strict=True), label=arm, marker=marker, s=60)
+            color = pyplot.get_cmap("tab20")(n)
+            place.scatter(*zip(*points, strict=True), label=arm, marker=marker, s=60, color=color)
         place.set(xlabel=label, ylabel="utility")
         place.grid(alpha=0.3)
     axes[0].legend(fontsize=7)
