@@ -35,6 +35,7 @@ for spec in (P(), P(("data", "fsdp"))):
 folder = workdir / "folder"
 _processes.by_first("made", lambda: folder.mkdir(parents=True))
 assert folder.exists()
+_processes.wait_for_all("seen")
 _processes.remove(folder)
 assert not folder.exists()
 _processes.remove(folder)
