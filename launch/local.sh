@@ -5,8 +5,8 @@
 #   launch/local.sh 2 4 python -m experiments.graph_fusion --preset=smoke --workdir=runs/two
 #
 # DEVICES is the number of CPU devices of each process. Every line of output begins with its process.
-# SIGTERM and SIGINT are passed on; if one process fails, the others are stopped, and killed if they
-# have not ended after GRACE seconds (60): who waits for a lost process may not hear SIGTERM.
+# SIGTERM is passed on, and SIGINT as one; if one process fails, the others are stopped, and killed
+# if they have not ended after GRACE seconds (60): who waits for a lost process may not hear SIGTERM.
 set -euo pipefail
 
 if (($# < 3)); then
@@ -29,9 +29,10 @@ reaper=''
 pipes=$(mktemp -d)
 trap 'rm -rf "$pipes"; if [[ -n $reaper ]]; then kill "$reaper" 2>/dev/null || true; fi' EXIT
 # Only processes started here, and only those that still run.
-stop() { for child in "${children[@]}"; do kill "-$1" "$child" 2>/dev/null || true; done; }
+stop() { for child in "${children[@]+"${children[@]}"}"; do kill "-$1" "$child" 2>/dev/null || true; done; }
 trap 'stop TERM' TERM
-trap 'stop INT' INT
+# In the background, processes ignore SIGINT; what Ctrl-C means is TERM.
+trap 'stop TERM' INT
 
 for ((i = 0; i < processes; i++)); do
   mkfifo "$pipes/out$i" "$pipes/err$i"
@@ -41,21 +42,24 @@ for ((i = 0; i < processes; i++)); do
   children+=($!)
 done
 
-status=0 left=$processes
-while ((left)); do
-  code=0
-  wait -n "${children[@]}" || code=$?
-  running=()
+status=0
+while ((${#children[@]})); do
+  # Not `wait -n`, which answers 127 where all children end between its look at them and its wait
+  # (bash 5.2); the status of a child by its number is kept until it is asked for.
+  sleep 0.1 || true # a terminal interrupts this too
+  running=() code=0
   for child in "${children[@]}"; do
-    if kill -0 "$child" 2>/dev/null; then running+=("$child"); fi
+    if kill -0 "$child" 2>/dev/null; then
+      running+=("$child")
+    else
+      wait "$child" || code=$?
+    fi
   done
-  # A trapped signal ends wait too, with every child still running.
-  if ((${#running[@]} == left)); then continue; fi
-  left=${#running[@]} children=("${running[@]+"${running[@]}"}")
+  children=("${running[@]+"${running[@]}"}")
   if ((code)); then
     if ((!status)); then status=$code; fi
     stop TERM
-    if [[ -z $reaper ]] && ((left)); then
+    if [[ -z $reaper ]] && ((${#children[@]})); then
       (
         sleep "${GRACE:-60}" >/dev/null 2>&1 &
         trap 'kill $!; exit' TERM

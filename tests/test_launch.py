@@ -257,3 +257,21 @@ def test_local_kills_what_does_not_hear_sigterm():
     start = time.monotonic()
     call("local.sh", "2", "1", "bash", "-c", deaf, GRACE="1", code=7)
     assert 0.9 < time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_local_hands_on_the_status_of_what_ends_at_once(code):
+    for _ in range(5):
+        call("local.sh", "3", "1", "bash", "-c", f"echo up; exit {code}", code=code)
+
+
+def test_local_waits_for_what_a_terminal_interrupts(tmp_path):
+    # Ctrl-C reaches the whole group: the script, what it waits with, and its children.
+    script = f"trap 'sleep 0.3; echo saved > {tmp_path}/said; exit 5' TERM; touch {tmp_path}/up; sleep 20 & wait"
+    command = ["bash", LAUNCH / "local.sh", "1", "1", "bash", "-c", script]
+    with subprocess.Popen(command, cwd=ROOT, start_new_session=True) as process:
+        while not (tmp_path / "up").exists():
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(timeout=20) == 5
+    assert (tmp_path / "said").read_text() == "saved\n"
