@@ -267,9 +267,9 @@ def test_local_hands_on_the_status_of_what_ends_at_once(code):
 
 def test_local_waits_for_what_a_terminal_interrupts(tmp_path):
     # Ctrl-C reaches the whole group: the script, what it waits with, and its children.
-    script = f"trap 'sleep 0.3; echo saved > {tmp_path}/said; exit 5' TERM; touch {tmp_path}/up; sleep 20 & wait"
+    script = "trap 'sleep 0.3; echo saved > said; exit 5' TERM; touch up; sleep 20 & wait"
     command = ["bash", LAUNCH / "local.sh", "1", "1", "bash", "-c", script]
-    with subprocess.Popen(command, cwd=ROOT, start_new_session=True) as process:
+    with subprocess.Popen(command, cwd=tmp_path, start_new_session=True) as process:
         while not (tmp_path / "up").exists():
             time.sleep(0.02)
         os.killpg(process.pid, signal.SIGINT)
