@@ -85,7 +85,7 @@ def _assistant(config: Any, mesh: Any) -> Any:
 
     def loss_fn(lora: Any, batch: Any, rng: Any, constants: Any) -> Any:
         base = nnx.merge(graphdef_of_base, constants, rest_of_base)
-        loss, constants = training.make_assistant_loss(base, retain_weight=config.beta)
+        loss, constants = training.make_assistant_loss(base, retain_weight=config.betas[0])
         return loss(lora, batch, rng, constants)
 
     constants = nnx.to_pure_dict(shapes)

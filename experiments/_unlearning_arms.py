@@ -54,7 +54,7 @@ def differences(config: Any) -> dict[str, Difference]:
 
     ``official`` is the released code: rank 16, beta 5, silence at all positions, the int(0.01 V)
     most likely tokens changed by raw logits with weight 0.8, nothing else generated. ``clean`` has
-    the paper's rank and beta, silence on answers, and centred logits; alpha is chosen, and so is
+    the paper's rank, silence on answers, and centred logits; beta and alpha are chosen, and so is
     whether a filter keeps the logits of tokens under a hundredth of the largest probability. They
     are not excluded while generating: a confident target would have one token left to choose from,
     and forget nothing. It is silent about all kept authors: where it has only seen as many as are
@@ -76,7 +76,7 @@ def differences(config: Any) -> dict[str, Difference]:
         "difference_clean": Difference(
             rank=config.rank,
             lora_alpha=float(config.rank),
-            retain_weight=config.beta,
+            retain_weight=config.betas[0],
             uniform="answers",
             silent="all",
             fuse=clean,

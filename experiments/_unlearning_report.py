@@ -41,7 +41,10 @@ def write(config: Any, results: Mapping[str, Any], workdir: epath.Path) -> str:
             "\n## Alpha and filter, one assistant\n\n" + markdown_table(results["alphas"]) + "\n"
         )
     if results.get("betas"):
-        text += "\n## Beta, an assistant each\n\n" + markdown_table(results["betas"]) + "\n"
+        text += (
+            "\n## Beta, an assistant each\n\nThe best score on validation, seed 0, and the same "
+            f"assistant on the test.\n\n{markdown_table(results['betas'])}\n"
+        )
     plot = scatter(results, workdir / "scatter.png")
     text += f"\n![forgetting and utility]({plot.name})\n"
     (workdir / "report.md").write_text(text)

@@ -15,7 +15,7 @@ from flax import nnx
 from experiments import _processes
 from experiments import _unlearning_arms as arms
 from experiments import _unlearning_data as rows_of
-from experiments._unlearning_arms import Deployed
+from experiments._unlearning_arms import Deployed, Difference
 from experiments._unlearning_models import Models, Trained
 from logitjax import decoding, evaluation, models
 
@@ -54,9 +54,9 @@ class Run:
         if clean in config.arm:
             found["bypassed"] = self._kept("bypassed", self._bypassed)
             found["alphas"] = self._kept("alphas", self._alphas)
-            found["betas"] = [
-                self._kept(f"beta-{beta:g}", lambda b=beta: self._beta(b)) for beta in config.betas
-            ]
+            if len(config.betas) > 1:
+                chosen = self._clean_arm().retain_weight
+                found["betas"] = [r | {"chosen": r["beta"] == chosen} for r in self._by_beta()]
             if config.merge_steps:
                 found["merged"] = self._kept("merged", self._merged)
         return found
@@ -247,34 +247,51 @@ class Run:
             history = self.models.unlearn(arm, 0, self.validate, rate=rate).record["history"]
             return max(scores["score"] for scores in history)
 
-        name = f"rates-{arm}"
-        return self._kept(name, lambda: {str(rate): score(rate) for rate in self.config.rates})
+        return {
+            str(rate): self._kept(f"rate-{rate:g}-{arm}", lambda r=rate: score(r))
+            for rate in self.config.rates
+        }
 
     def _own_weights(self, trained: Trained) -> Deployed:
         graphdef, _, rest = nnx.split(self.models.target, nnx.Param, ...)
         return Deployed(model=nnx.merge(graphdef, trained.params, rest))
 
     def _assisted(self, arm: str, seed: int) -> tuple[models.Assistant, Deployed, dict[str, Any]]:
-        """A trained assistant; the clean arm's alpha and filter are the best on validation."""
+        """A trained assistant; the clean arm's beta, alpha and filter are validation's best."""
+        if arm == "difference_clean":
+            return self._clean_assisted(self._clean_arm(), seed)
         difference = self.differences[arm]
         assistant, trained = self.models.assist(arm, difference, seed, self.validate)
-        record: dict[str, Any] = dict(trained.record)
-        if arm == "difference_clean":
-            options = [(a, f) for f in self.config.filters for a in self.config.alphas]
-            tried = [self.validate(self._with(assistant, *option)) for option in options]
-            best = max(range(len(options)), key=lambda n: tried[n]["score"])
-            record["alpha"], record["filter"] = options[best]
-            record["tried"] = [
+        record = trained.record | {"alpha": difference.fuse.alpha, "filter": difference.fuse.filter}
+        deployed = Deployed(model=self.models.target, assistant=assistant, difference=difference)
+        return assistant, deployed, record
+
+    def _clean_assisted(
+        self, difference: Difference, seed: int
+    ) -> tuple[models.Assistant, Deployed, dict[str, Any]]:
+        """The clean arm with a beta; the alpha and filter that validation chooses for it."""
+        assistant, trained = self.models.assist("difference_clean", difference, seed, self.validate)
+        options = [(a, f) for f in self.config.filters for a in self.config.alphas]
+        tried = [self.validate(self._with(assistant, *option)) for option in options]
+        best = max(range(len(options)), key=lambda n: tried[n]["score"])
+        record = trained.record | {
+            "beta": difference.retain_weight,
+            "alpha": options[best][0],
+            "filter": options[best][1],
+            "tried": [
                 {"alpha": a, "filter": f} | scores
                 for (a, f), scores in zip(options, tried, strict=True)
-            ]
-            deployed = self._with(assistant, *options[best])
-        else:
-            record |= {"alpha": difference.fuse.alpha, "filter": difference.fuse.filter}
-            deployed = Deployed(
-                model=self.models.target, assistant=assistant, difference=difference
-            )
-        return assistant, deployed, record
+            ],
+        }
+        return assistant, self._with(assistant, *options[best]), record
+
+    def _clean_arm(self) -> Difference:
+        """The clean arm, with the beta that does best on validation with seed 0."""
+        difference = self.differences["difference_clean"]
+        if len(self.config.betas) == 1:
+            return difference
+        best = max(self._by_beta(), key=lambda record: record["validation"])
+        return dataclasses.replace(difference, retain_weight=best["beta"])
 
     def _with(self, assistant: models.Assistant, alpha: float, filter: str) -> Deployed:
         difference = arms.with_alpha(self.differences["difference_clean"], alpha, filter)
@@ -283,7 +300,7 @@ class Run:
     def _clean(self) -> tuple[models.Assistant, float, str]:
         """The clean assistant of seed 0, and the alpha and filter that were chosen for it."""
         arm = "difference_clean"
-        assistant, _ = self.models.assist(arm, self.differences[arm], 0, self.validate)
+        assistant, _ = self.models.assist(arm, self._clean_arm(), 0, self.validate)
         record = self._kept(f"{arm}-0", lambda: self._arm(arm, 0))
         return assistant, record["alpha"], record["filter"]
 
@@ -310,17 +327,17 @@ class Run:
             for a in self.config.alphas
         ]
 
+    def _by_beta(self) -> list[dict[str, Any]]:
+        """Validation's best, and what it comes to on the test, of an assistant for each beta."""
+        return [self._kept(f"beta-{b:g}", lambda b=b: self._beta(b)) for b in self.config.betas]
+
     def _beta(self, beta: float) -> dict[str, Any]:
         difference = dataclasses.replace(self.differences["difference_clean"], retain_weight=beta)
-        assistant, trained = self.models.assist("difference_clean", difference, 0, self.validate)
-        deployed = Deployed(
-            model=self.models.target,
-            assistant=assistant,
-            difference=arms.with_alpha(difference, *self._clean()[1:]),
-        )
-        return {"beta": beta, "epoch": trained.record["epoch"]} | self._short(
-            self.test(deployed, generates=False)
-        )
+        _, deployed, record = self._clean_assisted(difference, 0)
+        return {
+            **{name: record[name] for name in ("beta", "epoch", "alpha", "filter")},
+            "validation": max(scores["score"] for scores in record["tried"]),
+        } | self._short(self.test(deployed, generates=False))
 
     def _short(self, scores: Scores) -> Scores:
         names = {

@@ -79,7 +79,10 @@ class Config:
     rmu_scale: float = field(0.0, "Length of the vector that RMU moves states to; 0: its default.")
     assistant_layers: int = field(1, "Layers of the target that assistants have.")
     rank: int = field(32, "Of an assistant's adapters; the official arm has half.")
-    beta: float = field(6.5, "Weight of silence, in the clean arm.")
+    betas: tuple[float, ...] = field(
+        (6.5,),
+        "Weights of silence: the clean arm gets the best on validation, with the first seed.",
+    )
     alpha: float = field(0.75, "Weight of the assistant's logits, while the clean arm trains.")
     assistant_epochs: int = field(6, "Over the data to forget and their paraphrases.")
     assistant_learning_rate: float = field(1e-2, "Peak.")
@@ -88,7 +91,6 @@ class Config:
         ("none", "clean"),
         "Which tokens the clean arm changes: to choose from, and the sweep; epochs with the first.",
     )
-    betas: tuple[float, ...] = field((), "Further weights of silence to train with.")
     retain_items: int = field(10, "Questions to keep on the test.")
     validation_items: int = field(10, "And on validation, others.")
     validation_wrong: int = field(2, "Wrong answers a question of validation is held against.")
@@ -133,8 +135,10 @@ class Config:
                 f"filters, alphas: expected at least one each, filters clean or none, got "
                 f"{list(self.filters)} and {list(self.alphas)}"
             )
-        if not self.rates or min(self.rates) <= 0:
-            raise ValueError(f"rates: expected positive numbers, got {list(self.rates)}")
+        for name in ("rates", "betas"):
+            values = getattr(self, name)
+            if not values or min(values) <= 0:
+                raise ValueError(f"{name}: expected positive numbers, got {list(values)}")
         if not 0 < self.relearn_share < 1:
             raise ValueError(f"relearn_share: expected in (0, 1), got {self.relearn_share}")
 
@@ -152,7 +156,7 @@ _WHOLE: dict[str, Any] = dict(
     validation_wrong=5,
     wrong_answers=0,
     alphas=(0.25, 0.5, 0.75, 1.0, 1.5, 2.0),
-    betas=(1.0, 20.0),
+    betas=(6.5, 1.0, 20.0),
     new_tokens=200,
     max_length=200,
     row_length=1024,
@@ -189,7 +193,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         retain_items=4,
         validation_items=4,
         validation_wrong=1,
-        betas=(1.0,),
+        betas=(6.5, 1.0),
         wrong_answers=2,
         new_tokens=4,
         eval_batch=8,
@@ -204,10 +208,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         forget_authors=2,
         finetune_epochs=8,
         seeds=3,
-        rates=(0.2, 1.0),
+        rates=(0.05, 0.2, 1.0, 3.0),
         retain_items=20,
         validation_wrong=1,
-        betas=(1.0,),
+        betas=(6.5, 2.0, 1.0, 0.5),
         merge_steps=24,
     ),
     # TOFU itself: run once for each --forget_authors of 2, 10 and 20 (forget01, 05 and 10).

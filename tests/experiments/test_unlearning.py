@@ -32,7 +32,7 @@ ARMS = ("npo_kl", "difference_clean")
 
 def configured(**changes):
     return unlearning.Config(
-        **{**unlearning.PRESETS["smoke"], "arm": ARMS, "betas": (), "alphas": (0.75,), **changes}
+        **{**unlearning.PRESETS["smoke"], "arm": ARMS, "alphas": (0.75,), **changes}
     )
 
 
@@ -56,13 +56,18 @@ def test_report_has_every_arm_what_it_took_and_a_plot(finished):
     assert [record["arm"] for record in records] == list(ARMS)
     npo, clean = records
     # Each rate was tried on validation, the better one is the arm's, weights of neither are left.
-    scores = json.loads((workdir / "results" / "rates-npo_kl.json").read_text())
-    assert set(scores) == {"0.5", "1.0"}
-    assert scores[str(npo["rate"])] == max(scores.values())
+    results = workdir / "results"
+    scores = {
+        rate: json.loads((results / f"rate-{rate}-npo_kl.json").read_text()) for rate in ("0.5", "1")
+    }
+    assert scores[f"{npo['rate']:g}"] == max(scores.values())
     tried = list((workdir / "models").glob("npo_kl-*/seed-0"))
     assert len(tried) == 2
     assert not any((directory / "best").exists() for directory in tried)
     assert f"x{npo['rate']:g}" in report.split("## Learning rates")[1]
+    # So was each beta.
+    betas = [json.loads((results / f"beta-{beta}.json").read_text()) for beta in ("6.5", "1")]
+    assert clean["beta"] == max(betas, key=lambda record: record["validation"])["beta"]
     assert clean["peak_bytes"] < npo["peak_bytes"]
     assert clean["trained"] < npo["trained"]
     assert 1 <= npo["epoch"] <= 2
@@ -293,6 +298,8 @@ def test_mistakes_are_named(tmp_path):
         unlearning.Config(filters=("official",))
     with pytest.raises(ValueError, match=r"rates: expected positive numbers, got \[0.0\]"):
         unlearning.Config(rates=(0.0,))
+    with pytest.raises(ValueError, match=r"betas: expected positive numbers, got \[\]"):
+        unlearning.Config(betas=())
     with pytest.raises(ValueError, match="row_length"):
         unlearning.Config(row_length=8)
     with pytest.raises(ValueError, match="split at 2, 10 or 20"):
