@@ -58,7 +58,8 @@ def test_report_has_every_arm_what_it_took_and_a_plot(finished):
     # Each rate was tried on validation, the better one is the arm's, weights of neither are left.
     results = workdir / "results"
     scores = {
-        rate: json.loads((results / f"rate-{rate}-npo_kl.json").read_text()) for rate in ("0.5", "1")
+        rate: json.loads((results / f"rate-{rate}-npo_kl.json").read_text())
+        for rate in ("0.5", "1")
     }
     assert scores[f"{npo['rate']:g}"] == max(scores.values())
     tried = list((workdir / "models").glob("npo_kl-*/seed-0"))
