@@ -173,8 +173,8 @@ def make_loss(
             forget = forget_loss(states[:count], direction)
             retain = losses.rmu(states[count:], kept)
             return _weighed(method, forget, where["forget"], retain, where["retain"])
-        spots = {side: Spots(where[side], most and most[side]) for side in sides}
-        labels = {side: spots[side].pick(batch[side]["tokens"][:, 1:]) for side in sides}
+        positions = {side: ops.Positions(where[side], most and most[side]) for side in sides}
+        labels = {side: positions[side].pick(batch[side]["tokens"][:, 1:]) for side in sides}
 
         def states_of(which: models.Decoder, sides: list[str]) -> dict[str, jax.Array]:
             """Hidden states that predict answers, ``[tokens, hidden]``."""
@@ -182,7 +182,7 @@ def make_loss(
             hidden, _ = which.hidden_states(jnp.concatenate(rows))
             cuts = np.cumsum([len(r) for r in rows])[:-1]
             parts = jnp.split(hidden[:, :-1], cuts)
-            return {s: spots[s].pick(part) for s, part in zip(sides, parts, strict=True)}
+            return {s: positions[s].pick(part) for s, part in zip(sides, parts, strict=True)}
 
         head, here = head_arguments(model), states_of(model, sides)
         there: dict[str, jax.Array] = {}
@@ -198,7 +198,7 @@ def make_loss(
             **head,
         )
         size = len(labels["forget"])
-        forget_nll = spots["forget"].put(flat[:size])
+        forget_nll = positions["forget"].put(flat[:size])
         if method.forget == "undial":
             undial = losses.linear_undial(
                 here["forget"],
@@ -209,7 +209,7 @@ def make_loss(
                 **head,
                 **options,
             )
-            forget = spots["forget"].put(undial)
+            forget = positions["forget"].put(undial)
         elif method.forget_level == "answers":
             summed, lengths = losses.sequence_nll(forget_nll, where["forget"])
             second = lengths
@@ -217,7 +217,7 @@ def make_loss(
                 old = losses.linear_cross_entropy(
                     there["forget"], labels=labels["forget"], **theirs
                 )
-                second = losses.sequence_nll(spots["forget"].put(old), where["forget"])[0]
+                second = losses.sequence_nll(positions["forget"].put(old), where["forget"])[0]
             forget = forget_loss(summed, second, **options)
         else:
             forget = forget_loss(forget_nll, **options)
@@ -231,36 +231,14 @@ def make_loss(
                 teacher_vocab_axis=theirs["vocab_axis"],
                 **head,
             )
-            retain = spots["retain"].put(divergence)
+            retain = positions["retain"].put(divergence)
         elif method.retain != "none":
-            retain = spots["retain"].put(flat[size:])
+            retain = positions["retain"].put(flat[size:])
         loss, one, means = _weighed(method, forget, counted, retain, where.get("retain"))
-        fit = jnp.stack([spots[side].fits for side in sides]).all()
+        fit = jnp.stack([positions[side].fits for side in sides]).all()
         return jnp.where(fit, loss, jnp.nan), one, means
 
     return loss_fn
-
-
-class Spots:
-    """Positions of ``[rows, time]`` that count, first of all, and a way back."""
-
-    def __init__(self, where: jax.Array, most: int | None):
-        self._where, self._at, self.fits = where, None, jnp.bool_(True)
-        if most is not None and most < where.size:
-            (self._at,) = jnp.nonzero(where.ravel(), size=most, fill_value=where.size)
-            self.fits = where.sum() <= most
-
-    def pick(self, values: jax.Array) -> jax.Array:
-        """``[rows, time, ...]`` to ``[most, ...]``, or to all positions in a row."""
-        flat = jnp.asarray(values).reshape(-1, *values.shape[2:])
-        return flat if self._at is None else flat.at[self._at].get(mode="clip")
-
-    def put(self, values: jax.Array) -> jax.Array:
-        """``[most]`` back to ``[rows, time]``, zero elsewhere."""
-        if self._at is not None:
-            zeros = jnp.zeros(self._where.size, values.dtype)
-            values = zeros.at[self._at].set(values, mode="drop")
-        return values.reshape(self._where.shape)
 
 
 def _weighed(

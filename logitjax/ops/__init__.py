@@ -1,4 +1,4 @@
-"""Array operations the other packages share: exact top-k, safe softmax, masked mean, checks."""
+"""Operations the other packages share: exact top-k, safe softmax, means, positions, checks."""
 
 from logitjax.ops._checks import as_float as as_float
 from logitjax.ops._checks import check_axis as check_axis
@@ -14,6 +14,7 @@ from logitjax.ops._log_softmax import logsumexp as logsumexp
 from logitjax.ops._log_softmax import mask_logits as mask_logits
 from logitjax.ops._log_softmax import psum as psum
 from logitjax.ops._masked_mean import masked_mean as masked_mean
+from logitjax.ops._positions import Positions as Positions
 from logitjax.ops._sharding import check_vocabulary_unsharded as check_vocabulary_unsharded
 from logitjax.ops._sharding import over_batch as over_batch
 from logitjax.ops._top_k import TopK as TopK

@@ -9,6 +9,7 @@ from flax import nnx
 
 from logitjax.losses import linear_assistant_objective
 from logitjax.models import Decoder
+from logitjax.ops import Positions
 from logitjax.training._step import LossFn
 
 
@@ -85,24 +86,20 @@ def make_assistant_loss(
         if uniform == "all":
             where = where | retain[:, None]
         retain = jnp.broadcast_to(retain[:, None], tokens.shape)
-        count = where.sum()
-        if max_positions is not None and max_positions < where.size:
-            (at,) = jnp.nonzero(where.ravel(), size=max_positions, fill_value=0)
-            hidden = hidden.reshape(-1, hidden.shape[-1])[at]
-            labels, retain = labels.ravel()[at], retain.ravel()[at]
-            where = jnp.arange(max_positions) < count
+        positions = Positions(where, max_positions)
+        hidden, labels, retain = map(positions.pick, (hidden, labels, retain))
         kernel, bias, vocab_axis = model.head_kernel()
         loss, parts = linear_assistant_objective(
             hidden,
             kernel,
             labels,
             retain,
-            where=where,
+            where=positions.counted,
             retain_weight=retain_weight,
             bias=bias,
             vocab_axis=vocab_axis,
         )
-        loss = jnp.where(count > where.size, jnp.nan, loss)
+        loss = jnp.where(positions.fits, loss, jnp.nan)
         one = jnp.float32(1)
         return loss, one, {name: (value, one) for name, value in parts.items()}
 

@@ -75,3 +75,39 @@ def test_processes_take_turns_at_what_needs_one_device(tmp_path, experiment, fla
         for name in ("leak", "dimension", "nll", "trained"):
             if name in one:
                 np.testing.assert_allclose(two[name], one[name], rtol=1e-4)
+
+
+# One process finds an error in what it was given, another waits for it at a barrier.
+ALONE = """
+import dataclasses
+import jax
+from experiments import _cli, _processes
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    error: str = _cli.field("", "Of the last process.", choices=("", "ValueError", "KeyError"))
+
+def run(config, workdir):
+    if jax.process_index() == 1:
+        raise {"ValueError": ValueError, "KeyError": KeyError}[config.error]("no such thing")
+    _processes.wait_for_all("never")
+
+_cli.main(Config, {"only": {}}, run)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [("ValueError", 2, "error: no such thing (details"), ("KeyError", 1, "Traceback")],
+)
+def test_an_error_of_one_process_ends_the_job(tmp_path, monkeypatch, error, status, said):
+    # The usual way out of Python would wait for the other process, which waits for this one.
+    monkeypatch.setenv("GRACE", "1")
+    done = launch(
+        *("2", "1", sys.executable, "-c", ALONE, f"--workdir={tmp_path}", f"--error={error}"),
+        timeout=60,
+    )
+    assert done.returncode == status, done.stdout + done.stderr
+    assert said in done.stderr
+    assert "no such thing" in done.stderr
