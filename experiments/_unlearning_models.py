@@ -150,8 +150,7 @@ class Models:
             batches,
             per_epoch=per_epoch,
             epochs=config.epochs,
-            # The methods' own rates relative to each other, around the one that suits the model.
-            learning_rate=rate * config.learning_rate * method.learning_rate / 1e-5,
+            learning_rate=rate * config.learning_rate,
             seed=seed,
             constants=params if method.needs_reference else None,
             validate=lambda params: validate(Deployed(model=nnx.merge(graphdef, params, rest))),

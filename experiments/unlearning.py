@@ -72,7 +72,7 @@ class Config:
     seeds: int = field(1, "Runs of every arm.")
     epochs: int = field(3, "Over the data to forget, of arms that train the model.")
     batch_size: int = field(5, "Questions to forget a step, and as many to keep.")
-    learning_rate: float = field(3e-4, "Peak; UNDIAL's is ten times it, as in OpenUnlearning.")
+    learning_rate: float = field(3e-4, "Peak, of arms that train the model.")
     rates: tuple[float, ...] = field(
         (1.0,), "Of --learning_rate: each arm gets the best on validation, with the first seed."
     )
@@ -148,6 +148,8 @@ _WHOLE: dict[str, Any] = dict(
     utility="tofu",
     assistant_layers=8,
     epochs=10,
+    # OpenUnlearning's UNDIAL has ten times the learning rate of its other methods.
+    rates=(1.0, 10.0),
     assistant_epochs=10,
     assistant_learning_rate=1e-3,
     batch_size=32,
