@@ -204,6 +204,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     "demo": dict(
         arm=("ga", "npo_kl", "difference_official", "difference_clean"),
+        # What validation chooses in `report`.
+        betas=(0.5,),
     ),
     "report": dict(
         authors=20,
