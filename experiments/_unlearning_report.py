@@ -17,6 +17,7 @@ _NOTES = (
     "medians of whole steps without compilation; MiB is what the compiler plans for one step, "
     "weights, optimizer and reference model included."
 )
+_SHARE = "% of target's"
 _UNCHANGED = (
     "The logit difference leaves the target's weights as they are: whoever has them, and leaves "
     "the assistant out, has the target of the first row. Only `merged` changes weights."
@@ -104,7 +105,7 @@ def arm_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "retain prob": _cell(records, "retain.probability"),
                 "retain ROUGE-L": _cell(records, "retain.rouge_l"),
                 "utility": _cell(records, "utility"),
-                "% of target's": mean_and_spread(share) if share else None,
+                _SHARE: mean_and_spread(share) if share else None,
             }
         )
     return rows
@@ -189,6 +190,19 @@ def verdicts(results: Mapping[str, Any]) -> str:
         f"{100 * kept[best]:.1f} % of the target's utility (the target's own D is "
         f"{results['target']['test']['forget_quality.statistic']:.3f})"
     ]
+    keeping = [arm for arm in distance if kept[arm] >= 0.98]
+    if keeping:
+        least = min(keeping, key=lambda arm: distance[arm])
+        lines.append(
+            f"- smallest D of those that keep at least 98 %: {least} ({distance[least]:.3f})"
+        )
+    swept = [row for row in results.get("alphas", ()) if row[_SHARE] >= 98]
+    if swept:
+        row = min(swept, key=lambda row: row["D"])
+        lines.append(
+            f"- of the sweep of alpha (seed 0, on the test), alpha {row['alpha']:g} and filter "
+            f"{row['filter']} keep {row[_SHARE]:.1f} % at D {row['D']:.3f}"
+        )
     for arm in distance:
         if not arm.startswith("difference"):
             continue

@@ -22,6 +22,12 @@ from logitjax import decoding, evaluation, models
 #: What is measured of one deployed model: numbers by name.
 Scores = dict[str, float]
 
+_SWEPT = {
+    "D": "forget_quality.statistic",
+    "forget probability": "forget.probability",
+    "retain probability": "retain.probability",
+}
+
 
 class Run:
     """Models with the questions that they are asked."""
@@ -319,13 +325,20 @@ class Run:
     def _alphas(self) -> list[dict[str, Any]]:
         """Forgetting and utility by alpha and filter, from one assistant; nothing is trained."""
         assistant, *chosen = self._clean()
-        return [
-            {"filter": f, "alpha": a}
-            | self._short(self.test(self._with(assistant, a, f), generates=False))
-            | {"chosen": [a, f] == chosen}
-            for f in self.config.filters
-            for a in self.config.alphas
-        ]
+        whole = _processes.said_by_first(lambda: self.utility(self._target_on("test")))
+
+        def row(alpha: float, filter: str) -> dict[str, Any]:
+            scores = self.test(self._with(assistant, alpha, filter))
+            return {
+                "filter": filter,
+                "alpha": alpha,
+                **_named(scores, _SWEPT | {"retain ROUGE-L": "retain.rouge_l"}),
+                "utility": scores["utility"],
+                "% of target's": 100 * scores["utility"] / max(whole, 1e-9),
+                "chosen": [alpha, filter] == chosen,
+            }
+
+        return [row(a, f) for f in self.config.filters for a in self.config.alphas]
 
     def _by_beta(self) -> list[dict[str, Any]]:
         """Validation's best, and what it comes to on the test, of an assistant for each beta."""
@@ -337,17 +350,12 @@ class Run:
         return {
             **{name: record[name] for name in ("beta", "epoch", "alpha", "filter")},
             "validation": max(scores["score"] for scores in record["tried"]),
-        } | self._short(self.test(deployed, generates=False))
-
-    def _short(self, scores: Scores) -> Scores:
-        names = {
-            "D": "forget_quality.statistic",
-            "forget probability": "forget.probability",
-            "retain probability": "retain.probability",
             # Nothing is generated for these.
-            "utility without ROUGE-L": "utility",
+            **_named(
+                self.test(deployed, generates=False),
+                _SWEPT | {"utility without ROUGE-L": "utility"},
+            ),
         }
-        return {label: scores[name] for label, name in names.items() if name in scores}
 
     def _merged(self) -> dict[str, Any]:
         """The difference baked into one model's weights, which is exported."""
@@ -365,3 +373,8 @@ class Run:
             "test": self.test(deployed),
             "probe": self.probe(deployed, weights=True),
         }
+
+
+def _named(scores: Scores, names: Mapping[str, str]) -> Scores:
+    """Some scores by the names of a table."""
+    return {label: scores[name] for label, name in names.items() if name in scores}

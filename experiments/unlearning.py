@@ -86,7 +86,7 @@ class Config:
     alpha: float = field(0.75, "Weight of the assistant's logits, while the clean arm trains.")
     assistant_epochs: int = field(6, "Over the data to forget and their paraphrases.")
     assistant_learning_rate: float = field(1e-2, "Peak.")
-    alphas: tuple[float, ...] = field((0.75, 1.0, 1.5), "To choose from, and the sweep.")
+    alphas: tuple[float, ...] = field((0.5, 0.6, 0.75, 1.0), "To choose from, and the sweep.")
     filters: tuple[str, ...] = field(
         ("none", "clean"),
         "Which tokens the clean arm changes: to choose from, and the sweep; epochs with the first.",
