@@ -206,6 +206,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         arm=("ga", "npo_kl", "difference_official", "difference_clean"),
         # What validation chooses in `report`.
         betas=(0.5,),
+        alphas=(0.5, 0.75),
     ),
     "report": dict(
         authors=20,
