@@ -267,18 +267,6 @@ def test_target_does_not_depend_on_what_assistants_learn_beside():
     assert _unlearning_data.load_scene(configured(authors=4)).taught != scene.taught
 
 
-def test_spots_find_their_way_back():
-    where = jnp.array([[False, True, True], [True, False, False]])
-    values = jnp.arange(6.0).reshape(2, 3)
-    for most in (None, 3, 5):
-        spots = _unlearning_arms.Spots(where, most)
-        assert bool(spots.fits)
-        np.testing.assert_array_equal(
-            jnp.where(where, spots.put(spots.pick(values)), 0), jnp.where(where, values, 0)
-        )
-    assert not bool(_unlearning_arms.Spots(where, 2).fits)
-
-
 def test_verdicts_say_plainly_who_forgets_best_and_what_is_lost():
     def record(d, utility):
         return {"test": {"forget_quality.statistic": d, "utility": utility}}
@@ -290,6 +278,15 @@ def test_verdicts_say_plainly_who_forgets_best_and_what_is_lost():
     text = _unlearning_report.verdicts(results)
     assert "smallest D of all arms: npo (0.200), keeping 60.0 %" in text
     assert "keeps 96.0 % of the utility (LESS than 98 %), D 0.300, rank 2 of 2, NOT smaller" in text
+    assert "at least 98 %:" not in text
+    results["arms"]["ga"] = [record(0.8, 0.495)]
+    results["alphas"] = [
+        {"alpha": alpha, "filter": "none", "D": d, "% of target's": share}
+        for alpha, d, share in ((0.5, 0.7, 99.0), (0.6, 0.6, 98.0), (1.0, 0.1, 60.0))
+    ]
+    text = _unlearning_report.verdicts(results)
+    assert "smallest D of those that keep at least 98 %: ga (0.800)" in text
+    assert "alpha 0.6 and filter none keep 98.0 % at D 0.600" in text
 
 
 def test_mistakes_are_named(tmp_path):
