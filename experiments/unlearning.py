@@ -203,7 +203,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         merge_steps=3,
     ),
     "demo": dict(
-        arm=("ga", "npo_kl", "difference_official", "difference_clean"),
+        arm=("ga", "npo_kl", "difference_clean"),
+        finetune_epochs=10,
         # What validation chooses in `report`.
         betas=(0.5,),
         alphas=(0.5, 0.75),
