@@ -208,6 +208,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         # What validation chooses in `report`.
         betas=(0.5,),
         alphas=(0.5, 0.75),
+        filters=("none",),
+        merge_steps=8,
     ),
     "report": dict(
         authors=20,
