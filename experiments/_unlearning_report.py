@@ -198,7 +198,7 @@ def verdicts(results: Mapping[str, Any]) -> str:
         )
     swept = [row for row in results.get("alphas", ()) if row[_SHARE] >= 98]
     if swept:
-        row = min(swept, key=lambda row: row["D"])
+        row = min(swept, key=lambda row: (row["D"], row["forget probability"]))
         lines.append(
             f"- of the sweep of alpha (seed 0, on the test), alpha {row['alpha']:g} and filter "
             f"{row['filter']} keep {row[_SHARE]:.1f} % at D {row['D']:.3f}"

@@ -281,8 +281,8 @@ def test_verdicts_say_plainly_who_forgets_best_and_what_is_lost():
     assert "at least 98 %:" not in text
     results["arms"]["ga"] = [record(0.8, 0.495)]
     results["alphas"] = [
-        {"alpha": alpha, "filter": "none", "D": d, "% of target's": share}
-        for alpha, d, share in ((0.5, 0.7, 99.0), (0.6, 0.6, 98.0), (1.0, 0.1, 60.0))
+        {"alpha": a, "filter": "none", "D": d, "forget probability": 1 - a, "% of target's": share}
+        for a, d, share in ((0.5, 0.6, 99.0), (0.6, 0.6, 98.0), (1.0, 0.1, 60.0))
     ]
     text = _unlearning_report.verdicts(results)
     assert "smallest D of those that keep at least 98 %: ga (0.800)" in text
