@@ -1,6 +1,7 @@
 """Tables and files that experiments leave for people: Markdown in, nothing to compute."""
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,8 +32,9 @@ def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def mean_and_spread(values: Sequence[float]) -> str:
     """``mean +- sample standard deviation``; the bare value where there is only one."""
-    mean = math.fsum(values) / len(values)
+    mean = statistics.fmean(values)
     if len(values) == 1:
         return format_value(mean)
-    variance = math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1)
-    return f"{format_value(mean)} +- {format_value(math.sqrt(variance))}"
+    # Exact, so equal values have no spread instead of one of 1e-17; of finite values only.
+    spread = statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
+    return f"{format_value(mean)} +- {format_value(spread)}"

@@ -18,6 +18,8 @@ _NOTES = (
     "weights, optimizer and reference model included."
 )
 _SHARE = "% of target's"
+#: Means of multiples of one over the number of items, added up in another order.
+_TIE = 1e-9
 _UNCHANGED = (
     "The logit difference leaves the target's weights as they are: whoever has them, and leaves "
     "the assistant out, has the target of the first row. Only `merged` changes weights."
@@ -185,8 +187,10 @@ def verdicts(results: Mapping[str, Any]) -> str:
         for arm in distance
     }
     best = min(distance, key=lambda arm: distance[arm])
+    ties = [arm for arm in distance if arm != best and distance[arm] - distance[best] < _TIE]
+    also = f", and {', '.join(ties)}" if ties else ""
     lines = [
-        f"- smallest D of all arms: {best} ({distance[best]:.3f}), keeping "
+        f"- smallest D of all arms: {best} ({distance[best]:.3f}{also}), keeping "
         f"{100 * kept[best]:.1f} % of the target's utility (the target's own D is "
         f"{results['target']['test']['forget_quality.statistic']:.3f})"
     ]
@@ -207,7 +211,7 @@ def verdicts(results: Mapping[str, Any]) -> str:
         if not arm.startswith("difference"):
             continue
         others = {a: d for a, d in distance.items() if not a.startswith("difference")}
-        rank = sorted(distance.values()).index(distance[arm]) + 1
+        rank = 1 + sum(d < distance[arm] - _TIE for d in distance.values())
         fine = "at least" if kept[arm] >= 0.98 else "LESS than"
         beaten = "" if not others else _against(distance[arm], min(others.values()))
         lines.append(
@@ -218,6 +222,8 @@ def verdicts(results: Mapping[str, Any]) -> str:
 
 
 def _against(d: float, best: float) -> str:
+    if abs(d - best) < _TIE:
+        return f", as small as the best of the others ({best:.3f})"
     return f", {'smaller' if d < best else 'NOT smaller'} than the best of the others ({best:.3f})"
 
 

@@ -23,6 +23,7 @@ class Positions:
     Args:
       where: bool ``[...]``, which positions count.
       most: places; all positions stay where they are when None, or when there are no more of them.
+        Leave it None where positions are split over devices: gathering them would move them.
 
     Raises:
       ValueError: ``most`` is not positive.

@@ -19,6 +19,8 @@ def test_table_has_the_union_of_columns_in_order():
 def test_spread_is_the_sample_deviation():
     assert _report.mean_and_spread([1.0, 2.0, 3.0]) == "2 +- 1"
     assert _report.mean_and_spread([2.5]) == "2.5"
+    assert _report.mean_and_spread([0.35, 0.35, 0.35]) == "0.35 +- 0"
+    assert _report.mean_and_spread([1.0, float("inf")]) == "inf +- nan"
 
 
 def test_ratio_is_the_median_of_neighbours():

@@ -279,6 +279,11 @@ def test_verdicts_say_plainly_who_forgets_best_and_what_is_lost():
     assert "smallest D of all arms: npo (0.200), keeping 60.0 %" in text
     assert "keeps 96.0 % of the utility (LESS than 98 %), D 0.300, rank 2 of 2, NOT smaller" in text
     assert "at least 98 %:" not in text
+    results["arms"]["rmu"] = [record(0.1, 0.3), record(0.2, 0.3), record(0.3, 0.3)]
+    results["arms"]["difference_clean"] = [record(0.2, 0.48)]
+    text = _unlearning_report.verdicts(results)
+    assert "smallest D of all arms: npo (0.200, and difference_clean, rmu), keeping" in text
+    assert "D 0.200, rank 1 of 3, as small as the best of the others (0.200)" in text
     results["arms"]["ga"] = [record(0.8, 0.495)]
     results["alphas"] = [
         {"alpha": a, "filter": "none", "D": d, "forget probability": 1 - a, "% of target's": share}
