@@ -186,9 +186,9 @@ def verdicts(results: Mapping[str, Any]) -> str:
         arm: statistics.fmean(_values(results["arms"][arm], "utility")) / whole if whole else 0.0
         for arm in distance
     }
-    best = min(distance, key=lambda arm: distance[arm])
-    ties = [arm for arm in distance if arm != best and distance[arm] - distance[best] < _TIE]
-    also = f", and {', '.join(ties)}" if ties else ""
+    first = [arm for arm in distance if distance[arm] < min(distance.values()) + _TIE]
+    best = max(first, key=lambda arm: kept[arm])
+    also = "".join(f", {arm} too" for arm in first if arm != best)
     lines = [
         f"- smallest D of all arms: {best} ({distance[best]:.3f}{also}), keeping "
         f"{100 * kept[best]:.1f} % of the target's utility (the target's own D is "

@@ -282,7 +282,9 @@ def test_verdicts_say_plainly_who_forgets_best_and_what_is_lost():
     results["arms"]["rmu"] = [record(0.1, 0.3), record(0.2, 0.3), record(0.3, 0.3)]
     results["arms"]["difference_clean"] = [record(0.2, 0.48)]
     text = _unlearning_report.verdicts(results)
-    assert "smallest D of all arms: npo (0.200, and difference_clean, rmu), keeping" in text
+    assert (
+        "smallest D of all arms: difference_clean (0.200, npo too, rmu too), keeping 96.0 %" in text
+    )
     assert "D 0.200, rank 1 of 3, as small as the best of the others (0.200)" in text
     results["arms"]["ga"] = [record(0.8, 0.495)]
     results["alphas"] = [
