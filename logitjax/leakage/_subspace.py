@@ -15,6 +15,7 @@ from logitjax.leakage._dimension import (
     spectrum_gaps,
 )
 from logitjax.leakage._gram import cholesky_qr, gram_matrix, row_means
+from logitjax.leakage._host import host_gram, host_project, on_host
 from logitjax.leakage._precision import in_float64
 from logitjax.leakage._sketch import init_sketch, randomised_svd, sketch_basis, update_sketch
 from logitjax.ops import Array
@@ -139,9 +140,13 @@ def estimate_output_subspace(
 def _by_gram(
     rows: Array, centre: bool, block_size: int
 ) -> tuple[np.ndarray, Callable[[int], jax.Array]]:
-    gram = jax.jit(gram_matrix, static_argnames=("centre", "block_size"))(
-        rows, centre=centre, block_size=block_size
-    )
+    held = np.asarray(rows) if on_host(rows) else None
+    if held is None:
+        gram = jax.jit(gram_matrix, static_argnames=("centre", "block_size"))(
+            rows, centre=centre, block_size=block_size
+        )
+    else:
+        gram = jnp.asarray(host_gram(held, centre=centre, block_size=block_size))
     squares, left = jnp.linalg.eigh(gram)
     values = np.asarray(jnp.sqrt(jnp.maximum(squares[::-1], 0.0)))
     # float64 squared: what lies under the root of its precision is rounding.
@@ -149,7 +154,12 @@ def _by_gram(
     values = np.maximum(values, floor)
 
     def basis(size: int) -> jax.Array:
-        return _right_vectors(rows, left[:, ::-1][:, :size], values[:size], centre)
+        scaled = left[:, ::-1][:, :size] / values[:size]
+        if held is None:
+            mean = row_means(rows) if centre else jnp.zeros(rows.shape[0], jnp.float32)
+            return _project(rows, scaled, mean)
+        mean = held.mean(axis=1, dtype=np.float64) if centre else None
+        return host_project(held, np.asarray(scaled), mean, block_size=block_size)
 
     return values, basis
 
@@ -159,11 +169,6 @@ def _project(rows: jax.Array, left: jax.Array, mean: jax.Array) -> jax.Array:
     left = left.astype(jnp.float32)
     product = jnp.matmul(rows.T.astype(jnp.float32), left, precision="highest")
     return product - (mean.astype(jnp.float32) @ left)[None, :]
-
-
-def _right_vectors(rows: Array, left: jax.Array, values: np.ndarray, centre: bool) -> jax.Array:
-    mean = row_means(rows) if centre else jnp.zeros(rows.shape[0], jnp.float32)
-    return _project(rows, left / values, mean)
 
 
 def _randomised(

@@ -29,6 +29,7 @@ from logitjax.leakage import (
     update_sketch,
     utility_loss,
 )
+from logitjax.leakage import _subspace
 from tests.leakage._models import head_and_states, log_softmax, oracle_of
 
 VOCAB, WIDTH, COUNT = 1200, 24, 90
@@ -67,6 +68,34 @@ def test_singular_values_are_numpy_s(case):
     want = np.linalg.svd(centred, compute_uv=False)[:WIDTH]
     found = estimate_output_subspace(rows)
     np.testing.assert_allclose(found.singular_values[:WIDTH], want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("centre", [True, False])
+def test_blas_on_the_host_equals_xla(case, centre, monkeypatch):
+    head, rows = case
+    on_host = estimate_output_subspace(rows, centre=centre, block_size=500)
+    held = estimate_output_subspace(jnp.asarray(rows), centre=centre)
+    monkeypatch.setattr(_subspace, "on_host", lambda rows: False)
+    by_xla = estimate_output_subspace(rows, centre=centre, block_size=500)
+    assert on_host.dimension == held.dimension == by_xla.dimension == WIDTH + (not centre)
+    size = on_host.dimension
+    for other in (held, by_xla):
+        np.testing.assert_allclose(
+            on_host.singular_values[:size], other.singular_values[:size], rtol=1e-9
+        )
+        both = np.linalg.svd(on_host.basis.T @ other.basis, compute_uv=False)
+        np.testing.assert_allclose(both, 1.0, atol=1e-5)
+
+
+def test_half_precision_rows_are_read_as_they_are(case):
+    _, rows = case
+    half = jnp.asarray(rows, jnp.bfloat16)
+    found = estimate_output_subspace(half, dimension=WIDTH)
+    want = estimate_output_subspace(half.astype(jnp.float32), dimension=WIDTH)
+    np.testing.assert_allclose(
+        found.singular_values[:WIDTH], want.singular_values[:WIDTH], rtol=1e-9
+    )
+    np.testing.assert_allclose(found.basis, want.basis, atol=1e-5)
 
 
 def test_rounding_does_not_hide_and_noise_hides_what_it_buries(case):
