@@ -8,6 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 from logitjax.leakage import (
     LogitPolicy,
+    _subspace,
     align_head,
     cholesky_qr,
     clip_spectrum,
@@ -29,7 +30,6 @@ from logitjax.leakage import (
     update_sketch,
     utility_loss,
 )
-from logitjax.leakage import _subspace
 from tests.leakage._models import head_and_states, log_softmax, oracle_of
 
 VOCAB, WIDTH, COUNT = 1200, 24, 90
@@ -72,7 +72,7 @@ def test_singular_values_are_numpy_s(case):
 
 @pytest.mark.parametrize("centre", [True, False])
 def test_blas_on_the_host_equals_xla(case, centre, monkeypatch):
-    head, rows = case
+    _, rows = case
     on_host = estimate_output_subspace(rows, centre=centre, block_size=500)
     held = estimate_output_subspace(jnp.asarray(rows), centre=centre)
     monkeypatch.setattr(_subspace, "on_host", lambda rows: False)
