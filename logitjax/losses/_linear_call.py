@@ -183,13 +183,9 @@ def sweep(
                 f"{name} must start with the batch shape of hidden, {batch}, got {value.shape}"
             )
     weighted = token_weights is not None
-    token_block = _token_block(token_block, batch, vocab, weighted)
-    length = batch[-1] if batch else 1
-    together = math.prod(batch) // max(length, 1) * min(token_block or length, length)
     wide = jnp.promote_types(
         jnp.result_type(sides[0].hidden.dtype, sides[0].head.dtype), jnp.float32
     )
-    widths = [side.hidden.shape[-1] for side in sides]
     operands = Operands(sides[0], sides[1] if teacher is not None else None, where, tokens)
     if weighted:
         token_weights = jnp.asarray(token_weights)
@@ -199,22 +195,35 @@ def sweep(
                 f"{token_weights.shape}"
             )
         token_weights = token_weights.astype(wide)
-    varying = _varying((operands, token_weights), axis_name)
-    config = Sweep(
-        statistic=statistic(wide),
-        vocab_axes=axes,
-        soft_caps=tuple(branch.soft_cap for branch in branches),
-        block=_block_size(block_size, max(together, *widths), vocab),
-        token_block=token_block,
-        axis_name=axis_name,
-        varying=varying,
-        combine=combine,
-    )
-    # Outside the custom rule, so that the transpose sums the gradients of replicated arrays.
-    operands, token_weights = jax.tree.map(lambda x: vary(x, varying), (operands, token_weights))
-    outputs = _on_mesh(config, operands, token_weights)
-    if axis_name is not None:
-        outputs = jax.tree.map(lambda x: lax.psum(x, axis_name), outputs)
+
+    def local(operands: Operands, token_weights: Array | None) -> Any:
+        """Of the rows that are here: all of them, or a device's."""
+        batch = operands.student.hidden.shape[:-1]
+        positions = _token_block(token_block, batch, vocab, weighted)
+        length = batch[-1] if batch else 1
+        together = math.prod(batch) // max(length, 1) * min(positions or length, length)
+        widths = [side.hidden.shape[-1] for side in sides]
+        varying = _varying((operands, token_weights), axis_name)
+        config = Sweep(
+            statistic=statistic(wide),
+            vocab_axes=axes,
+            soft_caps=tuple(branch.soft_cap for branch in branches),
+            block=_block_size(block_size, max(together, *widths), vocab),
+            token_block=positions,
+            axis_name=axis_name,
+            varying=varying,
+            combine=combine,
+        )
+        # Outside the custom rule, so that the transpose sums the gradients of replicated arrays.
+        operands, token_weights = jax.tree.map(
+            lambda x: vary(x, varying), (operands, token_weights)
+        )
+        outputs = _on_explicit_mesh(config, operands, token_weights)
+        if axis_name is None:
+            return outputs
+        return jax.tree.map(lambda x: lax.psum(x, axis_name), outputs)
+
+    outputs = _on_auto_mesh(local, operands, token_weights)
     if weighted:
         return outputs[0], lax.stop_gradient(outputs[1])
     if combine is None:
@@ -230,7 +239,37 @@ def _varying(tree: Any, axis_name: AxisName | None) -> tuple[str, ...]:
     return tuple(sorted(axes))
 
 
-def _on_mesh(config: Sweep, operands: Operands, weights: Array | None) -> Any:
+def _on_auto_mesh(local: Callable[..., Any], operands: Operands, weights: Array | None) -> Any:
+    """Every device sweeps its own rows, where the mesh is known that a batch is split over.
+
+    Left alone the compiler gathers a block of the head, and sums its gradient over all devices,
+    once for every block of positions; so it does both once a sweep.
+    """
+    hidden = operands.student.hidden
+    axes = ops.auto_batch_axes(hidden.shape[0]) if hidden.ndim > 1 else ()
+    mesh = jax.sharding.get_abstract_mesh()
+    if math.prod(mesh.shape[name] for name in axes) == 1:
+        return local(operands, weights)
+    rows, everywhere = PartitionSpec(axes), PartitionSpec()
+    student = Projection(rows, everywhere, everywhere, everywhere)
+    teacher = everywhere if operands.teacher is None else student
+
+    def mine(operands: Operands, weights: Array | None) -> Any:
+        outputs = local(operands, weights)
+        return outputs if weights is None else (lax.psum(outputs[0], axes), outputs[1])
+
+    # All axes where the others have one device: a part of a mesh is harder on the compiler.
+    alone = mesh.size == math.prod(mesh.shape[name] for name in axes)
+    over_rows = jax.shard_map(
+        mine,
+        in_specs=(Operands(student, teacher, everywhere, rows), rows),
+        out_specs=rows if weights is None else (everywhere, rows),
+        axis_names=set(mesh.axis_names if alone else axes),
+    )
+    return over_rows(operands, weights)
+
+
+def _on_explicit_mesh(config: Sweep, operands: Operands, weights: Array | None) -> Any:
     """The sweep itself; Explicit mesh axes are left to the compiler inside it."""
 
     def call(operands, weights):

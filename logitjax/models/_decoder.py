@@ -1,15 +1,15 @@
 """A decoder-only transformer in flax.nnx: embedding, segments of layers, norm, injected head."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Float, Int
 
+from logitjax import ops
 from logitjax.heads import LinearHead, TiedHead
 from logitjax.models._attention import Attention, make_context
 from logitjax.models._cache import Cache, init_cache, kind_name
@@ -96,15 +96,8 @@ def _over_batch(x: jax.Array) -> jax.Array:
     Left alone the compiler may follow the embedding, which is split along the model dimension over
     the same axis, and then sums every matmul over all devices.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = tuple(
-        name
-        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-        if name in ("data", "fsdp") and kind == AxisType.Auto
-    )
-    if not axes or x.shape[0] % math.prod(mesh.shape[name] for name in axes):
-        return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes))
+    axes = ops.auto_batch_axes(x.shape[0])
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes)) if axes else x
 
 
 class Segment(nnx.Module):

@@ -1,14 +1,32 @@
-"""Gathers, sorts and scatters on meshes with Explicit axes.
+"""Where rows of a batch lie on a mesh.
 
-JAX asks of these operations where their result lies when an axis is Explicit. They never move data
-between rows of the batch, so the answer is always: as the input does.
+JAX asks of gathers, sorts and scatters where their result lies when an axis is Explicit. They never
+move data between rows of the batch, so the answer is always: as the input does.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+#: Mesh axes over which a batch is split, `logitjax.training.make_mesh`'s names for them.
+BATCH_AXES = ("data", "fsdp")
+
+
+def auto_batch_axes(rows: int) -> tuple[str, ...]:
+    """The `BATCH_AXES` of the mesh in whose context this is traced, if they divide so many rows.
+
+    None of them without such a context (`logitjax.training.make_train_step` makes one), and where
+    an axis is Explicit or Manual: then it is somebody else's.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    if any(kind == AxisType.Manual for kind in kinds.values()):
+        return ()
+    axes = tuple(name for name in BATCH_AXES if kinds.get(name) == AxisType.Auto)
+    return () if rows % math.prod(mesh.shape[name] for name in axes) else axes
 
 
 def check_vocabulary_unsharded(values: jax.Array, name: str, operation: str) -> None:

@@ -1,5 +1,6 @@
 """Blocked losses on 8 devices: vocabulary-parallel, gathered heads, Auto and Explicit meshes."""
 
+import contextlib
 import functools
 import re
 
@@ -145,6 +146,44 @@ def test_batch_sharded_under_jit(kind, form):
     with jax.set_mesh(mesh):
         got = jax.jit(jax.value_and_grad(functools.partial(_loss, form), (0, 1)))(*placed)
     _close(got, _expected(form))
+
+
+def _collectives_by_place(mesh, form, known):
+    """Collectives (in loops, outside of loops) of a step whose head is split over ``fsdp``."""
+    rows, head, whole = (NamedSharding(mesh, P(*axes)) for axes in (("fsdp",), (None, "fsdp"), ()))
+    shardings = (rows, head, rows, rows, rows, whole, rows)
+    placed = tuple(
+        jax.tree.map(lambda leaf, s=s: jax.device_put(leaf, s), a)
+        for a, s in zip(ARGUMENTS, shardings, strict=True)
+    )
+    step = jax.jit(
+        jax.value_and_grad(functools.partial(_loss, form), (0, 1)),
+        out_shardings=(whole, (rows, head)),
+    )
+    with jax.set_mesh(mesh) if known else contextlib.nullcontext():
+        compiled = step.lower(*placed).compile()
+    _close(compiled(*placed), _expected(form))
+    loops, _, entry = compiled.as_text().partition("\nENTRY")
+    kinds = r" (?:all-gather|all-reduce|reduce-scatter|all-to-all)(?:-start)?\("
+    return len(re.findall(kinds, loops)), len(re.findall(kinds, entry))
+
+
+@pytest.mark.parametrize("form", ["unreduced", "scalar"])
+def test_a_known_mesh_gathers_the_head_and_sums_its_gradient_once_a_sweep(form):
+    mesh = jax.make_mesh((4,), ("fsdp",), (AxisType.Auto,), devices=jax.devices()[:4])
+    inside, outside = _collectives_by_place(mesh, form, known=True)
+    assert inside == 0
+    assert outside > 0
+    # What this is for: left alone the compiler puts them into the loops.
+    if form == "scalar":
+        assert _collectives_by_place(mesh, form, known=False)[0] > 0
+
+
+def test_rows_that_the_mesh_does_not_divide_are_left_to_the_compiler():
+    mesh = jax.make_mesh((8,), ("fsdp",), (AxisType.Auto,))
+    with jax.set_mesh(mesh):
+        got = jax.jit(jax.value_and_grad(functools.partial(_loss, "scalar"), (0, 1)))(*ARGUMENTS)
+    _close(got, _expected("scalar"))
 
 
 def test_sharded_vocabulary_on_an_explicit_mesh_is_an_error_that_names_axis_name():
