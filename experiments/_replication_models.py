@@ -277,7 +277,7 @@ def _fit(
         if index % max(1, steps // 40) == 0 or index == steps - 1:
             total, count = output.metrics["loss"]
             curve.append((index, float(total) / float(count)))
-            if index % max(1, steps // 8) == 0:
+            if len(curve) % 5 == 1:
                 logging.info("step %d of %d: loss %.4f", index, steps, curve[-1][1])
     return jax.device_get(state.params), curve
 

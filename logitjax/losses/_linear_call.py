@@ -196,9 +196,10 @@ def sweep(
             )
         token_weights = token_weights.astype(wide)
 
-    def local(operands: Operands, token_weights: Array | None) -> Any:
-        """Of the rows that are here: all of them, or a device's."""
+    def local(operands: Operands, token_weights: Array | None, axis_name: AxisName | None) -> Any:
+        """Of the rows and columns that are here: all of them, or a device's."""
         batch = operands.student.hidden.shape[:-1]
+        vocab = operands.student.head.shape[axes[0]]
         positions = _token_block(token_block, batch, vocab, weighted)
         length = batch[-1] if batch else 1
         together = math.prod(batch) // max(length, 1) * min(positions or length, length)
@@ -223,7 +224,10 @@ def sweep(
             return outputs
         return jax.tree.map(lambda x: lax.psum(x, axis_name), outputs)
 
-    outputs = _on_auto_mesh(local, operands, token_weights)
+    if axis_name is None:
+        outputs = _on_auto_mesh(local, operands, token_weights, axes)
+    else:
+        outputs = local(operands, token_weights, axis_name)
     if weighted:
         return outputs[0], lax.stop_gradient(outputs[1])
     if combine is None:
@@ -239,34 +243,48 @@ def _varying(tree: Any, axis_name: AxisName | None) -> tuple[str, ...]:
     return tuple(sorted(axes))
 
 
-def _on_auto_mesh(local: Callable[..., Any], operands: Operands, weights: Array | None) -> Any:
-    """Every device sweeps its own rows, where the mesh is known that a batch is split over.
+def _on_auto_mesh(
+    local: Callable[..., Any],
+    operands: Operands,
+    weights: Array | None,
+    vocab_axes: tuple[int, ...],
+) -> Any:
+    """Every device sweeps its own rows and columns, where the mesh they are split over is known.
 
     Left alone the compiler gathers a block of the head, and sums its gradient over all devices,
     once for every block of positions; so it does both once a sweep.
     """
-    hidden = operands.student.hidden
-    axes = ops.auto_batch_axes(hidden.shape[0]) if hidden.ndim > 1 else ()
     mesh = jax.sharding.get_abstract_mesh()
-    if math.prod(mesh.shape[name] for name in axes) == 1:
-        return local(operands, weights)
-    rows, everywhere = PartitionSpec(axes), PartitionSpec()
-    student = Projection(rows, everywhere, everywhere, everywhere)
-    teacher = everywhere if operands.teacher is None else student
+    hidden, head = operands.student.hidden, operands.student.head
+
+    def dividing(names: tuple[str, ...], size: int) -> tuple[str, ...]:
+        return tuple(name for name in ops.auto_axes(names, size) if mesh.shape[name] > 1)
+
+    rows = dividing(ops.BATCH_AXES, hidden.shape[0]) if hidden.ndim > 1 else ()
+    columns = dividing(ops.VOCABULARY_AXES, head.shape[vocab_axes[0]])
+    if not rows + columns:
+        return local(operands, weights, None)
+    by_row, by_column, whole = PartitionSpec(rows), PartitionSpec(columns), PartitionSpec()
+
+    def side(axis: int) -> Projection:
+        by_axis = PartitionSpec(*(columns if i == axis else None for i in range(2)))
+        return Projection(by_row, by_axis, by_column, whole)
 
     def mine(operands: Operands, weights: Array | None) -> Any:
-        outputs = local(operands, weights)
-        return outputs if weights is None else (lax.psum(outputs[0], axes), outputs[1])
+        outputs = local(operands, weights, columns or None)
+        return outputs if weights is None else (lax.psum(outputs[0], rows), outputs[1])
 
+    sides = [side(axis) for axis in vocab_axes]
+    teacher = sides[1] if len(sides) == 2 else whole
     # All axes where the others have one device: a part of a mesh is harder on the compiler.
-    alone = mesh.size == math.prod(mesh.shape[name] for name in axes)
-    over_rows = jax.shard_map(
+    alone = mesh.size == math.prod(mesh.shape[name] for name in rows + columns)
+    everywhere = jax.shard_map(
         mine,
-        in_specs=(Operands(student, teacher, everywhere, rows), rows),
-        out_specs=rows if weights is None else (everywhere, rows),
-        axis_names=set(mesh.axis_names if alone else axes),
+        in_specs=(Operands(sides[0], teacher, by_column, by_row), by_row),
+        out_specs=by_row if weights is None else (whole, by_row),
+        axis_names=set(mesh.axis_names if alone else rows + columns),
     )
-    return over_rows(operands, weights)
+    return everywhere(operands, weights)
 
 
 def _on_explicit_mesh(config: Sweep, operands: Operands, weights: Array | None) -> Any:

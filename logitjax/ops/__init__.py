@@ -16,7 +16,8 @@ from logitjax.ops._log_softmax import psum as psum
 from logitjax.ops._masked_mean import masked_mean as masked_mean
 from logitjax.ops._positions import Positions as Positions
 from logitjax.ops._sharding import BATCH_AXES as BATCH_AXES
-from logitjax.ops._sharding import auto_batch_axes as auto_batch_axes
+from logitjax.ops._sharding import VOCABULARY_AXES as VOCABULARY_AXES
+from logitjax.ops._sharding import auto_axes as auto_axes
 from logitjax.ops._sharding import check_vocabulary_unsharded as check_vocabulary_unsharded
 from logitjax.ops._sharding import over_batch as over_batch
 from logitjax.ops._top_k import TopK as TopK

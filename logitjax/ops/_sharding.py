@@ -5,28 +5,30 @@ move data between rows of the batch, so the answer is always: as the input does.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-#: Mesh axes over which a batch is split, `logitjax.training.make_mesh`'s names for them.
+#: Mesh axes over which a batch is split, and a vocabulary: `logitjax.training.make_mesh`'s names.
 BATCH_AXES = ("data", "fsdp")
+VOCABULARY_AXES = ("tensor",)
 
 
-def auto_batch_axes(rows: int) -> tuple[str, ...]:
-    """The `BATCH_AXES` of the mesh in whose context this is traced, if they divide so many rows.
+def auto_axes(names: Sequence[str], size: int) -> tuple[str, ...]:
+    """Those of the named axes that a dimension of this size can be split over here.
 
-    None of them without such a context (`logitjax.training.make_train_step` makes one), and where
-    an axis is Explicit or Manual: then it is somebody else's.
+    They are axes of the mesh in whose context this is traced; there are none without such a context
+    (`logitjax.training.make_train_step` makes one), where they do not divide the size, and inside
+    ``shard_map`` or on Explicit axes, where the split is somebody else's.
     """
     mesh = jax.sharding.get_abstract_mesh()
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     if any(kind == AxisType.Manual for kind in kinds.values()):
         return ()
-    axes = tuple(name for name in BATCH_AXES if kinds.get(name) == AxisType.Auto)
-    return () if rows % math.prod(mesh.shape[name] for name in axes) else axes
+    axes = tuple(name for name in names if kinds.get(name) == AxisType.Auto)
+    return () if size % math.prod(mesh.shape[name] for name in axes) else axes
 
 
 def check_vocabulary_unsharded(values: jax.Array, name: str, operation: str) -> None:

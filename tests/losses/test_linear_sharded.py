@@ -149,8 +149,9 @@ def test_batch_sharded_under_jit(kind, form):
 
 
 def _collectives_by_place(mesh, form, known):
-    """Collectives (in loops, outside of loops) of a step whose head is split over ``fsdp``."""
-    rows, head, whole = (NamedSharding(mesh, P(*axes)) for axes in (("fsdp",), (None, "fsdp"), ()))
+    """Collectives (in loops, outside of loops) of a step whose head lies as FSDP lays it."""
+    layouts = (("fsdp",), ("fsdp", "tensor"), ())
+    rows, head, whole = (NamedSharding(mesh, P(*axes)) for axes in layouts)
     shardings = (rows, head, rows, rows, rows, whole, rows)
     placed = tuple(
         jax.tree.map(lambda leaf, s=s: jax.device_put(leaf, s), a)
@@ -170,13 +171,18 @@ def _collectives_by_place(mesh, form, known):
 
 @pytest.mark.parametrize("form", ["unreduced", "scalar"])
 def test_a_known_mesh_gathers_the_head_and_sums_its_gradient_once_a_sweep(form):
-    mesh = jax.make_mesh((4,), ("fsdp",), (AxisType.Auto,), devices=jax.devices()[:4])
-    inside, outside = _collectives_by_place(mesh, form, known=True)
-    assert inside == 0
-    assert outside > 0
-    # What this is for: left alone the compiler puts them into the loops.
-    if form == "scalar":
-        assert _collectives_by_place(mesh, form, known=False)[0] > 0
+    devices = jax.devices()[:4]
+    for sizes in ((4, 1), (2, 2)):
+        mesh = jax.make_mesh(sizes, ("fsdp", "tensor"), (AxisType.Auto,) * 2, devices=devices)
+        inside, outside = _collectives_by_place(mesh, form, known=True)
+        assert outside > 0
+        # Split over the vocabulary the scalar form sums over its shards for every block of
+        # positions, numbers of the positions only.
+        if form == "unreduced" or sizes[1] == 1:
+            assert inside == 0
+        # What this is for: left alone the compiler puts them into the loops.
+        if form == "scalar":
+            assert _collectives_by_place(mesh, form, known=False)[0] > inside
 
 
 def test_rows_that_the_mesh_does_not_divide_are_left_to_the_compiler():
