@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import re
 
 import jax
@@ -185,11 +186,19 @@ def test_a_known_mesh_gathers_the_head_and_sums_its_gradient_once_a_sweep(form):
             assert _collectives_by_place(mesh, form, known=False)[0] > inside
 
 
-def test_rows_that_the_mesh_does_not_divide_are_left_to_the_compiler():
-    mesh = jax.make_mesh((8,), ("fsdp",), (AxisType.Auto,))
+@pytest.mark.parametrize("sizes", [(8, 1), (2, 3)], ids=["rows", "vocabulary"])
+def test_what_the_mesh_does_not_divide_is_left_to_the_compiler(sizes):
+    devices = jax.devices()[: math.prod(sizes)]
+    mesh = jax.make_mesh(sizes, ("fsdp", "tensor"), (AxisType.Auto,) * 2, devices=devices)
     with jax.set_mesh(mesh):
         got = jax.jit(jax.value_and_grad(functools.partial(_loss, "scalar"), (0, 1)))(*ARGUMENTS)
     _close(got, _expected("scalar"))
+
+
+def test_a_known_mesh_outside_of_jit():
+    with jax.set_mesh(_mesh()):
+        got = losses.linear_cross_entropy(X, W, Y, token_weights=WEIGHTS)
+    np.testing.assert_allclose(got, (losses.cross_entropy(X @ W, Y) * WEIGHTS).sum(), rtol=1e-5)
 
 
 def test_sharded_vocabulary_on_an_explicit_mesh_is_an_error_that_names_axis_name():
