@@ -3,11 +3,15 @@
 XLA's products on CPU compute both halves of a symmetric matrix and copy transposed operands.
 """
 
+from typing import Any
+
 import jax
 import numpy as np
 import scipy.linalg
 
 from logitjax.ops import Array
+
+_dsyrk: Any = scipy.linalg.get_blas_funcs("syrk", dtype=np.float64)
 
 
 def on_host(rows: Array) -> bool:
@@ -27,9 +31,7 @@ def host_gram(rows: np.ndarray, *, centre: bool, block_size: int) -> np.ndarray:
         if centre:
             block -= mean
         # A transposed view is what Fortran reads without a copy.
-        total = scipy.linalg.blas.dsyrk(
-            1.0, block.T, beta=1.0, c=total, trans=True, lower=True, overwrite_c=True
-        )
+        total = _dsyrk(1.0, block.T, beta=1.0, c=total, trans=True, lower=True, overwrite_c=True)
     return total + np.tril(total, -1).T
 
 

@@ -264,10 +264,12 @@ def _on_auto_mesh(
     columns = dividing(ops.VOCABULARY_AXES, head.shape[vocab_axes[0]])
     if not rows + columns:
         return local(operands, weights, None)
-    by_row, by_column, whole = PartitionSpec(rows), PartitionSpec(columns), PartitionSpec()
+    # Where arrays lie, in the place of arrays.
+    spec: Any = PartitionSpec
+    by_row, by_column, whole = spec(rows), spec(columns), spec()
 
     def side(axis: int) -> Projection:
-        by_axis = PartitionSpec(*(columns if i == axis else None for i in range(2)))
+        by_axis = spec(*(columns if i == axis else None for i in range(2)))
         return Projection(by_row, by_axis, by_column, whole)
 
     def mine(operands: Operands, weights: Array | None) -> Any:
