@@ -16,8 +16,8 @@ import schemathesis
 from experiments import _models
 from experiments._leakage_http import HttpOracle
 from experiments.benchmarks.serve import small_model
-from logitjax import leakage
-from logitjax.decoding import DecodeOptions, Sampling, generate
+from logitjax import fusion, leakage
+from logitjax.decoding import DecodeOptions, Ensemble, Sampling, generate
 from tests.experiments._server import post, server
 
 KEY = "a-key"
@@ -245,6 +245,26 @@ def test_a_row_comes_back_over_http(tmp_path):
         with pytest.raises(leakage.BudgetExhaustedError):
             oracle.ask([[1]])
         oracle.close()
+
+
+def test_an_unlearned_model_is_served_as_its_difference(model):
+    decoder, tokenizer = model
+    fused = Ensemble(
+        decoder,
+        experts=[_models.load("tiny:1", layout="listed")[0]],
+        fuse=fusion.LogitDifference(alpha=0.5),
+    )
+    want = _greedy((fused, tokenizer), "Hello", 6)
+    arguments = ("--large=tiny", "--expert=tiny:1", "--fusion=logit_difference:alpha=0.5")
+    with server(*arguments, "--slots=2", "--max_length=64") as (where, _):
+        body = {"prompt": "Hello", "max_tokens": 6, "temperature": 0, "logprobs": 2}
+        status, answer, _ = post(where, COMPLETIONS, body)
+    assert status == 200
+    choice = answer["choices"][0]
+    seen, expected = choice["logprobs"]["token_logprobs"], np.asarray(want.logprobs[0])[:6]
+    np.testing.assert_allclose(seen, expected, atol=1e-4)
+    plain = np.asarray(_greedy(model, "Hello", 6).logprobs[0])[:6]
+    assert np.abs(expected - plain).max() > 1e-2
 
 
 def test_only_this_machine_is_audited():
