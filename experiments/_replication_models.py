@@ -147,9 +147,12 @@ def train_student(scene: Scene, arm: str, seed: int, rate: float, config: Any) -
 
 
 def teacher_record(scene: Scene) -> dict[str, Any]:
-    """The teacher measured as the students are."""
+    """The teacher measured as the students are, and behind the best head of what was recovered."""
     scores = nll(scene.text, "test", scene.trunk, scene.teacher, {})
-    return {"arm": "teacher", "parameters": _size(scene.teacher), **scores}
+    basis, head = (np.asarray(x, np.float64) for x in (scene.basis, scene.teacher["head"]))
+    nearest = jnp.asarray(basis @ np.linalg.lstsq(basis, head)[0], jnp.float32)
+    behind = nll(scene.text, "test", scene.trunk, scene.teacher | {"head": nearest}, {})["nll"]
+    return {"arm": "teacher", "parameters": _size(scene.teacher), "nll_behind": behind, **scores}
 
 
 def nll(text: Text, split: str, trunk: Trunk, params: Any, fixed: Any) -> dict[str, float]:

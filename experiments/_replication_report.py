@@ -34,7 +34,9 @@ def write(
         f"{math.exp(teacher['nll']):.4g} (unshifted, as the released code logs it, NLL "
         f"{teacher['unshifted_nll']:.4g}). Its head from {seen['queries']:,} queries of "
         f"log-probabilities with {config.decimals} decimals: dimension {seen['dimension']}, leak "
-        f"{seen['leak']:.4f}, relative rms {seen['relative_rms']:.2g}.\n",
+        f"{seen['leak']:.4f}, relative rms {seen['relative_rms']:.2g}. Its own states behind the "
+        f"head of that subspace nearest to its own: perplexity "
+        f"{100 * math.expm1(teacher['nll_behind'] - teacher['nll']):+.3g} %.\n",
         markdown_table(rows),
         "\nPerplexity: of the next token, pads left out, over the teacher's. `R2`: of the last "
         "hidden states after a rotation, centred, on positions that did not fit it; in brackets "

@@ -17,7 +17,7 @@ _dsyrk: Any = scipy.linalg.get_blas_funcs("syrk", dtype=np.float64)
 def on_host(rows: Array) -> bool:
     """Whether rows lie where BLAS can read them, and no accelerator would read them sooner."""
     if isinstance(rows, jax.Array):
-        return rows.is_fully_addressable and all(d.platform == "cpu" for d in rows.devices())
+        return {d.platform for d in rows.devices()} == {"cpu"} and len(rows.devices()) == 1
     return jax.default_backend() == "cpu"
 
 

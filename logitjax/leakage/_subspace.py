@@ -85,7 +85,7 @@ def estimate_output_subspace(
       method: as above.
       max_rank: an upper bound of h, for ``sketch`` and ``randomised``; by default half the rows.
       key: for these two.
-      block_size: of the Gram matrix.
+      block_size: tokens at a time for the Gram matrix, on the host by BLAS.
 
     Returns:
       `OutputSubspace`.

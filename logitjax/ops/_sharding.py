@@ -20,14 +20,20 @@ def auto_axes(names: Sequence[str], size: int) -> tuple[str, ...]:
     """Those of the named axes that a dimension of this size can be split over here.
 
     They are axes of the mesh in whose context this is traced; there are none without such a context
-    (`logitjax.training.make_train_step` makes one), where they do not divide the size, and inside
-    ``shard_map`` or on Explicit axes, where the split is somebody else's.
+    (`logitjax.training.make_train_step` makes one), where they do not divide the size, and where an
+    axis is Explicit or, inside ``shard_map``, Manual: then the split is somebody else's.
+
+    >>> auto_axes(BATCH_AXES, 8)
+    ()
+    >>> device = jax.devices()[:1]
+    >>> with jax.set_mesh(jax.make_mesh((1,), ("data",), (AxisType.Auto,), devices=device)):
+    ...     auto_axes(BATCH_AXES, 8)
+    ('data',)
     """
     mesh = jax.sharding.get_abstract_mesh()
-    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    if any(kind == AxisType.Manual for kind in kinds.values()):
+    if any(kind != AxisType.Auto for kind in mesh.axis_types):
         return ()
-    axes = tuple(name for name in names if kinds.get(name) == AxisType.Auto)
+    axes = tuple(name for name in names if name in mesh.axis_names)
     return () if size % math.prod(mesh.shape[name] for name in axes) else axes
 
 

@@ -7,9 +7,9 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from logitjax.ops import BATCH_AXES
+from logitjax.ops import BATCH_AXES, VOCABULARY_AXES
 
-AXES = ("data", "fsdp", "tensor")
+AXES = (*BATCH_AXES, *VOCABULARY_AXES)
 
 
 def make_mesh(spec: str = "data:-1,fsdp:1,tensor:1", devices: Any = None) -> Mesh:

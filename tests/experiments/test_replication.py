@@ -1,5 +1,6 @@
 """Students behind a recovered head: the report, resuming, and what each arm starts from."""
 
+import dataclasses
 import json
 import math
 
@@ -66,6 +67,17 @@ def test_a_student_with_everything_of_the_teacher_is_the_teacher(finished):
     undone = {"trunk": same, "mix": jax.numpy.asarray(mix, jax.numpy.float32)}
     found = _replication_models.nll(scene.text, "test", scene.trunk, undone, {"basis": scene.basis})
     assert found["nll"] == pytest.approx(teacher["nll"], abs=1e-2)
+
+
+def test_what_the_recovered_subspace_lacks_is_measured(finished):
+    config, workdir = finished
+    scene = _replication_models.prepare(config, workdir)
+    mix = np.random.default_rng(0).standard_normal((config.width, config.width))
+    whole = dataclasses.replace(scene, basis=scene.teacher["head"] @ mix)
+    record = _replication_models.teacher_record(whole)
+    assert record["nll_behind"] == pytest.approx(record["nll"], abs=1e-5)
+    part = dataclasses.replace(scene, basis=scene.basis[:, :1])
+    assert abs(_replication_models.teacher_record(part)["nll_behind"] - record["nll"]) > 1e-4
 
 
 def test_arms_are_checked():
