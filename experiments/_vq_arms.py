@@ -22,6 +22,10 @@ VQ_ARMS = {
 BASELINES = ("low_rank", "product", "wide_low_rank", "adaptive", "full_bias_labels", "full_labels")
 #: Heads that make V cheap logits, for exact rows to re-score the best of.
 SCREENS = ("product", "wide_low_rank")
+#: What a head is given rather than trains.
+_GIVEN = frozenset(
+    {"rows", "row_bias", "pages", "tables", "product", "assignment", "order", "rank"}
+)
 ARMS = (*VQ_ARMS, "vq_likelihood_labels", *BASELINES)
 
 
@@ -83,6 +87,23 @@ def measure(converted: Converted, ctx: Context, split: Split) -> dict[str, float
         "top5": float((tokens[:, :, None] == teacher[:, None, :]).any(1).mean()),
         "accuracy": float((tokens[:, 0] == split.labels).mean()),
     }
+
+
+def training_step(converted: Converted) -> Callable[..., Any] | None:
+    """Loss and gradients, for the head's parameters and the trunk: ``(hidden, labels) -> ...``.
+
+    None for a screen with exact rows, which has nothing of its own to train.
+    """
+    if "screen" in converted.params:
+        return None
+    given = {name: x for name, x in converted.params.items() if name in _GIVEN}
+    trained = {name: x for name, x in converted.params.items() if name not in _GIVEN}
+
+    def loss(trained: Any, given: Any, hidden: Any, labels: Any) -> Any:
+        return converted.nll(trained | given, hidden, labels).mean()
+
+    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 2)))
+    return lambda hidden, labels: step(trained, given, hidden, labels)
 
 
 def shortlist(

@@ -95,6 +95,7 @@ def _row(
         "top-1 %": mean_and_spread([100 * record["top1"] for record in group]),
         "top-5 %": mean_and_spread([100 * record["top5"] for record in group]),
         "decode x faster": mean_and_spread([record["decode_speedup"] for record in group]),
+        "training x faster": first["training_speedup"],
         "floor": first["floor"],
     }
     if tuned is not None:
@@ -261,7 +262,9 @@ def _text(config: Any, ctx: Any, tables: Sequence[str], bars: Sequence[Mapping[s
         " imitate the old head. `floor`: no head with this mapping and without biases has a lower"
         " perplexity. `of an untied head`: bytes kept, look-up tables included; a tied model"
         " keeps its embedding whatever the head (`model tied`). Bytes read are counted for greedy"
-        " decoding of one sequence, adaptive softmax as if every tail were needed.",
+        " decoding of one sequence, adaptive softmax as if every tail were needed. `training x"
+        " faster`: loss and gradients for head and trunk beside the full head's, both blocked, on"
+        f" {config.shortlist_batch} positions.",
     ]
     if bars:
         lines += ["", "## Promised", "", markdown_table(bars)]

@@ -254,6 +254,9 @@ def _converted_record(
     jitted["new"] = (jax.jit(converted.decode or converted.top_k), converted.params)
     functions = {name: lambda f=f, p=p: f(p, hidden) for name, (f, p) in jitted.items()}
     seconds = paired_seconds(functions, repeats=config.timing_repeats, warmup=2)
+    speedup = paired_ratio(seconds["full"], seconds["new"])
+    # Times of training are taken once an arm: they do not depend on what was learnt.
+    training_speedup = _training_speedup(ctx, converted, config) if seed == 0 else None
     record = _vq_arms.measure(converted, ctx, ctx.splits["test"])
     logging.info(
         "%s, %d codes: perplexity x%.4f, top-1 %.4f", arm, codes, record["ratio"], record["top1"]
@@ -267,9 +270,23 @@ def _converted_record(
         "curve": list(converted.curve),
         "moved": list(converted.moved),
         "decode_ms": 1e3 * statistics.median(seconds["new"]),
-        "decode_speedup": paired_ratio(seconds["full"], seconds["new"]),
+        "decode_speedup": speedup,
+        "training_speedup": training_speedup,
         "cost": dataclasses.asdict(converted.cost),
     }
+
+
+def _training_speedup(ctx: Any, converted: Any, config: Config) -> float | None:
+    """Loss and gradients of the full head, blocked as all linear losses, over those of this one."""
+    train, count = ctx.splits["train"], config.shortlist_batch
+    batch = (jnp.asarray(np.asarray(train.hidden[:count])), jnp.asarray(train.labels[:count]))
+    steps = {"full": _vq_arms.training_step(_vq_arms.full(ctx))}
+    steps["new"] = _vq_arms.training_step(converted)
+    if steps["new"] is None:
+        return None
+    functions = {name: lambda f=f: f(*batch) for name, f in steps.items()}
+    seconds = paired_seconds(functions, repeats=3)
+    return paired_ratio(seconds["full"], seconds["new"])
 
 
 def _scratch(ctx: Any, arm: str, config: Config, results: epath.Path) -> list[dict[str, Any]]:
