@@ -280,12 +280,10 @@ def _training_speedup(ctx: Any, converted: Any, config: Config) -> float | None:
     """Loss and gradients of the full head, blocked as all linear losses, over those of this one."""
     train, count = ctx.splits["train"], config.shortlist_batch
     batch = (jnp.asarray(np.asarray(train.hidden[:count])), jnp.asarray(train.labels[:count]))
-    steps = {"full": _vq_arms.training_step(_vq_arms.full(ctx))}
-    steps["new"] = _vq_arms.training_step(converted)
-    if steps["new"] is None:
+    full, new = _vq_arms.training_step(_vq_arms.full(ctx)), _vq_arms.training_step(converted)
+    if full is None or new is None:
         return None
-    functions = {name: lambda f=f: f(*batch) for name, f in steps.items()}
-    seconds = paired_seconds(functions, repeats=3)
+    seconds = paired_seconds({"full": lambda: full(*batch), "new": lambda: new(*batch)}, repeats=3)
     return paired_ratio(seconds["full"], seconds["new"])
 
 

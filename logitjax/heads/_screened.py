@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from logitjax.heads._head_cost import HeadCost, screened_cost
 from logitjax.heads._vocabulary_head import VocabularyHead
 from logitjax.heads._vq_shortlist import Rescore, exact_rows, in_blocks
-from logitjax.ops import Array, TopK, check_positive, gather_at, logsumexp, top_k
+from logitjax.ops import Array, TopK, check_positive, finite_or_zero, gather_at, logsumexp, top_k
 
 #: Approximate logits of the whole vocabulary: ``hidden [n, hidden] -> [n, vocab]`` float32.
 Screen = Callable[[jax.Array], jax.Array]
@@ -26,12 +26,14 @@ def screened_logits(
 ) -> Float[jax.Array, "*batch vocab"]:
     """Logits of a cheap head, the largest of them replaced by those of better rows.
 
-    Where the cheap head imitates the full one, both kinds are on one scale and the tail is nearly
-    right; the tokens that matter are exact. ::
+    The candidates are shared out by the better logits; how much they get in all is what the cheap
+    head says, as in `shortlist_nll`: its logits are only known up to a number that depends on the
+    context, which a head tuned to imitate another's probabilities may well learn. ::
 
-        s = screen(h)
-        l_v = rescore(h, v)   v among the num_candidates largest of s
-              s_v             otherwise
+        s = screen(h),  c = the num_candidates largest of it
+        l_v = rescore(h, v)       v in c
+              s_v + shift(h)      otherwise
+        shift = logsumexp_{v in c} rescore(h, v) - logsumexp_{v in c} s_v
 
     Args:
       hidden: ``[*batch, hidden]``.
@@ -48,16 +50,14 @@ def screened_logits(
     >>> cheap = lambda h: jnp.array([[0.0, 1.0, 2.0]])
     >>> screened_logits(jnp.ones((1, 1)), screen=cheap, rescore=exact_rows(jnp.full((3, 1), 5.0)),
     ...                 num_candidates=1)
-    Array([[0., 1., 5.]], dtype=float32)
+    Array([[3., 4., 5.]], dtype=float32)
 
     References:
       Shim et al., SVD-softmax, 2017, for a low-rank screen; here any cheap head may screen.
     """
     hidden = jnp.asarray(hidden)
     flat = hidden.reshape(-1, hidden.shape[-1])
-    scores, tokens, better = _look(flat, screen, rescore, num_candidates)
-    rows = jnp.arange(flat.shape[0])[:, None]
-    logits = scores.at[rows, tokens].set(better)
+    logits = _joined(*_look(flat, screen, rescore, num_candidates))
     return logits.reshape(*hidden.shape[:-1], -1)
 
 
@@ -157,8 +157,7 @@ def screened_topk(
     chosen = jnp.take_along_axis(tokens, places, axis=-1)
     log_z = jnp.zeros(len(flat), jnp.float32)
     if with_log_z:
-        rows = jnp.arange(flat.shape[0])[:, None]
-        log_z = logsumexp(scores.at[rows, tokens].set(better))
+        log_z = logsumexp(_joined(scores, tokens, better))
     return TopK(values.reshape(*batch, k), chosen.reshape(*batch, k), log_z.reshape(batch))
 
 
@@ -267,3 +266,10 @@ def _look(
         )
     _, tokens = top_k(jax.lax.stop_gradient(scores), num_candidates, group_size=8)
     return scores, tokens, rescore(hidden, tokens)
+
+
+def _joined(scores: jax.Array, tokens: jax.Array, better: jax.Array) -> jax.Array:
+    """The better logits at their tokens, and the cheap ones elsewhere, moved to their scale."""
+    rows = jnp.arange(scores.shape[0])[:, None]
+    shift = finite_or_zero(logsumexp(better)) - finite_or_zero(logsumexp(scores[rows, tokens]))
+    return (scores + shift[:, None]).at[rows, tokens].set(better)

@@ -47,11 +47,28 @@ def test_the_best_of_the_screen_are_exact_and_the_rest_is_the_screen_s(case):
     cheap = np.asarray(low_rank_logits(case["hidden"], *case["low"]))
     logits = np.asarray(screened_logits(case["hidden"], **_options(case, 12)))
     best = np.argsort(-cheap, axis=-1)[:, :12]
-    want = cheap.copy()
-    np.put_along_axis(want, best, np.take_along_axis(case["full"], best, 1), 1)
+    exact = np.take_along_axis(case["full"], best, 1)
+    mass = np.exp(np.take_along_axis(cheap, best, 1)).sum(-1)
+    want = cheap + np.log(np.exp(exact).sum(-1) / mass)[:, None]
+    np.put_along_axis(want, best, exact, 1)
+    # What all candidates get together is the screen's.
+    share = np.take_along_axis(jax.nn.softmax(logits), best, 1).sum(-1)
+    np.testing.assert_allclose(share, mass / np.exp(cheap).sum(-1), rtol=1e-4)
     np.testing.assert_allclose(logits, want, rtol=1e-4, atol=1e-5)
     everything = screened_logits(case["hidden"], **_options(case, VOCAB))
     np.testing.assert_allclose(everything, case["full"], rtol=1e-4, atol=1e-5)
+
+
+def test_a_number_that_the_context_adds_to_the_screen_changes_nothing(case):
+    options = _options(case, 12)
+    cheap = options["screen"]
+    moved = options | {"screen": lambda hidden: cheap(hidden) + 3.0 * hidden[:, :1] - 5.0}
+    want = screened_nll(case["hidden"], case["labels"], **options)
+    np.testing.assert_allclose(
+        screened_nll(case["hidden"], case["labels"], **moved), want, rtol=1e-4, atol=1e-5
+    )
+    top = screened_topk(case["hidden"], 3, **moved)
+    np.testing.assert_allclose(top.log_z, screened_topk(case["hidden"], 3, **options).log_z, 1e-5)
 
 
 def test_loss_and_gradients_are_those_of_the_logits(case):
