@@ -1,5 +1,6 @@
 """Checkpoints of the whole training state, through orbax."""
 
+import dataclasses
 import json
 import logging as python_logging
 from collections.abc import Mapping
@@ -28,6 +29,39 @@ class _WithoutChatter(python_logging.Filter):
 
 
 _WITHOUT_CHATTER = _WithoutChatter()
+
+
+class _MetaHandler(ocp.JsonCheckpointHandler):
+    """JSON with the checksums in it, whose values are waited for in the background."""
+
+    _FILE = "metadata"
+
+    def __init__(self) -> None:
+        super().__init__(self._FILE)
+
+    async def async_save(
+        self, directory: epath.Path, item: Any = None, args: Any = None
+    ) -> list[ocp.future.Future]:
+        commit = self._commit(directory, args)
+        return [ocp.future.CommitFutureAwaitingContractedSignals(commit, name="meta")]
+
+    async def _commit(self, directory: epath.Path, args: "_MetaSave") -> None:
+        meta = {"extra": args.extra, "checksums": args.checksums.values()}
+        if jax.process_index() == 0:
+            (directory / self._FILE).write_text(json.dumps(meta))
+
+
+@ocp.args.register_with_handler(_MetaHandler, for_save=True)
+@dataclasses.dataclass
+class _MetaSave(ocp.args.CheckpointArgs):
+    extra: dict[str, Any]
+    checksums: "_Checksums"
+
+
+@ocp.args.register_with_handler(_MetaHandler, for_restore=True)
+@dataclasses.dataclass
+class _MetaRestore(ocp.args.CheckpointArgs):
+    pass
 
 
 class Restored(NamedTuple):
@@ -78,7 +112,7 @@ class Checkpointer:
             self.directory,
             item_handlers={
                 "state": ocp.StandardCheckpointHandler(),
-                "meta": ocp.JsonCheckpointHandler(),
+                "meta": _MetaHandler(),
             },
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=max_to_keep,
@@ -106,12 +140,11 @@ class Checkpointer:
         """
         if step in self.steps():
             return False
-        meta = {"extra": dict(extra or {}), "checksums": _checksums(state)}
         saved = self._manager.save(
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(_nested(state)),
-                meta=ocp.args.JsonSave(meta),
+                meta=_MetaSave(extra=dict(extra or {}), checksums=_Checksums(state)),
             ),
             force=True,
         )
@@ -205,7 +238,7 @@ class Checkpointer:
                     step,
                     args=ocp.args.Composite(
                         state=ocp.args.StandardRestore(wanted),
-                        meta=ocp.args.JsonRestore(),
+                        meta=_MetaRestore(),
                     ),
                 )
         except Exception as error:
@@ -219,7 +252,7 @@ class Checkpointer:
         leaves = [_lookup(read["state"], path) for path in _paths(state)]
         restored = jax.tree.unflatten(jax.tree.structure(state), leaves)
         expected = read["meta"].get("checksums", {})
-        for name, value in _checksums(restored).items():
+        for name, value in _Checksums(restored).values().items():
             if expected.get(name) != value:
                 raise _UnreadableError(f"the checksum of {name!r} differs")
         return Restored(restored, step, read["meta"].get("extra", {}))
@@ -340,13 +373,20 @@ def _sum_bits(leaves: list[jax.Array]) -> jax.Array:
     return jnp.stack([total(leaf) for leaf in leaves])
 
 
-def _checksums(tree: Any) -> dict[str, int]:
-    leaves = jax.tree.leaves(tree)
-    sums = _sum_bits(leaves)
-    if not sums.is_fully_addressable:
-        mesh = next(x.sharding.mesh for x in leaves if isinstance(x.sharding, NamedSharding))
-        sums = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P()))(sums)
-    return {name: int(value) for name, value in zip(_paths(tree), np.asarray(sums))}
+class _Checksums:
+    """One of each leaf, being computed: by then the leaves may have been donated."""
+
+    def __init__(self, tree: Any):
+        leaves = jax.tree.leaves(tree)
+        sums = _sum_bits(leaves)
+        if not sums.is_fully_addressable:
+            mesh = next(x.sharding.mesh for x in leaves if isinstance(x.sharding, NamedSharding))
+            sums = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P()))(sums)
+        self._names, self._sums = _paths(tree), sums
+
+    def values(self) -> dict[str, int]:
+        """Waits for them."""
+        return {name: int(value) for name, value in zip(self._names, np.asarray(self._sums))}
 
 
 def _all_processes(ok: bool) -> bool:
