@@ -119,6 +119,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         test_tokens=6_000,
         arm=("vq_paper", "vq_bias", "vq_likelihood", "wide_low_rank"),
         codes=(1024, 2048),
+        pages=(64, 128, 256, 512),
         steps=60,
         reassign_every=20,
         kmeans_iterations=5,

@@ -28,8 +28,9 @@ from experiments.benchmarks._suite import (
 )
 from logitjax import heads, losses, ops
 
-SIZES = ((576, 49_152), (1024, 152_064), (2304, 256_000))
-SMOKE_SIZES = ((32, 2_000),)
+#: Hidden size, vocabulary, codes.
+SIZES = ((576, 49_152, 2048), (1024, 152_064, 4096), (2304, 256_000, 4096))
+SMOKE_SIZES = ((32, 2_000, 64),)
 TOP = 8
 
 
@@ -208,11 +209,10 @@ def _fit(options: Options) -> tuple[dict[str, Any], Bar]:
 
 def run(options: Options) -> Result:
     sizes = SMOKE_SIZES if options.smoke else SIZES
-    codes = 64 if options.smoke else 4096
     counts = (1, 16) if options.smoke else (1, 16, 256)
     rows: list[dict[str, Any]] = []
     bars: list[Bar] = []
-    for hidden, vocab in sizes:
+    for hidden, vocab, codes in sizes:
         case = _case(hidden, vocab, codes, max(counts))
         for count in counts:
             h = case["hidden"][:count]

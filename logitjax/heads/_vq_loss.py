@@ -71,9 +71,14 @@ def code_scores(
     """
     hidden = jnp.asarray(hidden)
     codebook = jnp.asarray(codebook, hidden.dtype)
-    contract = (((hidden.ndim - 1,), (1,)), ((), ()))
     wide = jnp.promote_types(hidden.dtype, jnp.float32)
-    scores = lax.dot_general(hidden, codebook, contract, preferred_element_type=wide)
+    if hidden.size == codebook.shape[1]:
+        # One position: a product with a vector, which on CPU is nearly twice as fast.
+        scores = jnp.matmul(codebook, hidden.reshape(-1), preferred_element_type=wide)
+        scores = scores.reshape(*hidden.shape[:-1], -1)
+    else:
+        contract = (((hidden.ndim - 1,), (1,)), ((), ()))
+        scores = lax.dot_general(hidden, codebook, contract, preferred_element_type=wide)
     if soft_cap is None:
         return scores
     check_positive(soft_cap, "soft_cap")

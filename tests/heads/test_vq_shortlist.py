@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from logitjax.heads import (
+    code_scores,
     exact_rows,
     fit_product_codes,
     make_pages,
@@ -190,3 +191,39 @@ def test_errors_name_the_argument(case):
         shortlist_topk(case["hidden"], case["codebook"], 9, **_head(case, 2))
     with pytest.raises(ValueError, match="groups must divide"):
         fit_product_codes(case["rows"], np.ones(VOCAB), np.eye(WIDTH), groups=3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_one_position_scores_as_one_of_many(dtype):
+    rng = np.random.default_rng(0)
+    rows = jnp.asarray(rng.normal(size=(1000, WIDTH)), dtype)
+    hidden = jnp.asarray(rng.normal(size=(3, WIDTH)), dtype)
+    # More than are gathered at a time, and not a multiple of it.
+    tokens = jnp.asarray(rng.integers(0, 1000, (3, 601)))
+    row_bias = jnp.asarray(rng.normal(size=1000), jnp.float32)
+    weights = jnp.asarray(rng.normal(size=(3, 601)), jnp.float32)
+
+    @jax.jit
+    def scored(rows, hidden, tokens, weights):
+        def total(rows, hidden):
+            scores = exact_rows(rows, row_bias)(hidden, tokens)
+            return (scores * weights).sum(), scores
+
+        return jax.value_and_grad(total, (0, 1), has_aux=True)(rows, hidden)
+
+    (_, together), together_grads = scored(rows, hidden, tokens, weights)
+    assert together.dtype == jnp.float32
+    alone = [scored(rows, *(x[i : i + 1] for x in (hidden, tokens, weights))) for i in range(3)]
+    tolerance = dict(rtol=1e-5, atol=1e-5) if dtype == "float32" else dict(rtol=0.02, atol=0.2)
+    np.testing.assert_allclose(
+        np.concatenate([scores for (_, scores), _ in alone]), together, **tolerance
+    )
+    summed = jax.tree.map(lambda *parts: sum(np.float32(x) for x in parts), *(g for _, g in alone))
+    np.testing.assert_allclose(summed[0], np.float32(together_grads[0]), **tolerance)
+    for i, (_, grads) in enumerate(alone):
+        np.testing.assert_allclose(
+            np.float32(grads[1][0]), np.float32(together_grads[1][i]), **tolerance
+        )
+    scores = code_scores(hidden, rows)
+    np.testing.assert_allclose(code_scores(hidden[:1], rows), scores[:1], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(code_scores(hidden[1], rows), scores[1], rtol=1e-5, atol=1e-5)
