@@ -20,7 +20,7 @@ NAMES = {
     "vq_random": "VQ + bias, random mapping",
     "vq_bias": "VQ + bias, weighted k-means",
     "vq_likelihood": "VQ + bias, likelihood reassignment",
-    "vq_likelihood_labels": "the same, then tuned on labels",
+    "vq_likelihood_labels": "VQ + bias, reassigned, then tuned on labels",
     "low_rank": "low rank of equal size + bias",
     "wide_low_rank": "low rank, wider, + bias",
     "product": "product quantisation + bias",
@@ -196,23 +196,42 @@ def _frontier(
     full: Mapping[str, Any],
     path: epath.Path,
 ) -> epath.Path:
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5))
+    """Down and left is better in both; what differs in size alone is joined by a line."""
+    lines: dict[str, list[tuple[float, float, float]]] = {}
     for (arm, codes), group in groups.items():
         if arm == "full":
             continue
         share = 100 * group[0]["cost"]["read_bytes"] / full["cost"]["read_bytes"]
-        label = f"{arm} {codes or ''}"
-        for axis, name in zip(axes, ("ratio", "top1")):
-            value = sum(r[name] for r in group) / len(group)
-            axis.plot(share, value, "o")
-            axis.annotate(label, (share, value), fontsize=6)
+        ratio, top1 = (sum(r[name] for r in group) / len(group) for name in ("ratio", "top1"))
+        lines.setdefault(_line(arm, codes), []).append((share, ratio, 100 * (1 - top1)))
+    figure, axes = plt.subplots(1, 2, figsize=(12, 5.5), sharex=True)
+    markers = "os^vDP*X<>ph"
+    for number, (name, points) in enumerate(lines.items()):
+        share, *values = zip(*sorted(points))
+        style = {"marker": markers[number % len(markers)], "color": f"C{number % 10}"}
+        for axis, value in zip(axes, values):
+            # Perfect agreement has no logarithm: it lies on the lower edge.
+            axis.plot(share, [max(v, 0.01) for v in value], ms=5, lw=1, label=name, **style)
     axes[0].axhline(1.04, color="grey", lw=0.5)
-    axes[1].axhline(0.99, color="grey", lw=0.5)
+    axes[1].axhline(1, color="grey", lw=0.5)
     axes[0].set(ylabel="held-out perplexity / untouched head", yscale="log")
-    axes[1].set(ylabel="top-1 agreement")
+    axes[1].set(ylabel="top-1 disagreement, %", yscale="log")
     for axis in axes:
         axis.set(xlabel="head bytes read per token, % of the full head", xscale="log")
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=7
+    )
+    bottom = 0.12 + 0.035 * -(-len(lines) // 3)
+    figure.subplots_adjust(bottom=bottom, top=0.97, left=0.06, right=0.98, wspace=0.17)
     return _save(figure, path)
+
+
+def _line(arm: str, codes: int) -> str:
+    """What a point of the frontier belongs to: shortlists by codebook, others by kind."""
+    if arm.startswith("shortlist") and not arm.endswith("_tuned"):
+        rows = "product-quantised" if "product" in arm else "exact"
+        return f"shortlists, {rows} rows, K = {codes}"
+    return _name(arm)
 
 
 def _curves(
@@ -231,12 +250,12 @@ def _curves(
     axes[1].set(xlabel="step", ylabel="training loss from scratch, nats")
     for axis in axes:
         if axis.lines:
-            axis.legend(fontsize=7)
+            axis.legend(fontsize=6, ncols=2)
+    figure.tight_layout()
     return _save(figure, path)
 
 
 def _save(figure: Any, path: epath.Path) -> epath.Path:
-    figure.tight_layout()
     with path.open("wb") as file:
         figure.savefig(file, dpi=120, format="png")
     plt.close(figure)
