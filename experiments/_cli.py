@@ -47,11 +47,9 @@ def _define(field_: dataclasses.Field, annotation: Any, values: flags.FlagValues
         annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
     help_ = f"{help_} (default {field_.default!r})"
     if typing.get_origin(annotation) is tuple:
-        element = typing.get_args(annotation)[0]
-        if element is str:
-            flags.DEFINE_multi_string(name, None, help_ + "; repeatable", flag_values=values)
-        else:
-            flags.DEFINE_list(name, None, help_ + "; comma-separated", flag_values=values)
+        of_text = typing.get_args(annotation)[0] is str
+        how = "repeatable" if of_text else "comma-separated or repeated"
+        flags.DEFINE_multi_string(name, None, f"{help_}; {how}, none if empty", flag_values=values)
     elif field_.metadata.get("choices"):
         flags.DEFINE_enum(name, None, list(field_.metadata["choices"]), help_, flag_values=values)
     elif annotation is bool:
@@ -100,7 +98,9 @@ def config_from_flags(
             continue
         if isinstance(given, list):
             element = typing.get_args(hints[field_.name])[0]
-            given = tuple(element(item) for item in given)
+            if element is not str:
+                given = [item for one in given for item in one.split(",")]
+            given = tuple(element(item) for item in given if item)
         chosen[field_.name] = given
     return config_class(**chosen)
 

@@ -88,7 +88,7 @@ def _row(
         "head": _name(first["arm"]),
         "K": codes,
         "parameters": cost["parameters"],
-        "of an untied head %": 100 * cost["stored_bytes"] / (4 * rows_size),
+        "added, % of a head": 100 * cost["stored_bytes"] / (4 * rows_size),
         "bytes read a token %": 100 * cost["read_bytes"] / whole["read_bytes"],
         "perplexity x": mean("ratio"),
         "x tuned control": None,
@@ -279,10 +279,10 @@ def _text(config: Any, ctx: Any, tables: Sequence[str], bars: Sequence[Mapping[s
         "`perplexity x`: over the untouched head; `x tuned control`: over the full head whose"
         " biases were tuned on the same labels. Arms that say `labels` learn the text, all others"
         " imitate the old head. `floor`: no head with this mapping and without biases has a lower"
-        " perplexity. `of an untied head`: bytes kept, look-up tables included; a tied model"
-        " keeps its embedding whatever the head (`model tied`). Bytes read are counted for greedy"
-        " decoding of one sequence, adaptive softmax as if every tail were needed. `training x"
-        " faster`: loss and gradients for head and trunk beside the full head's, both blocked, on"
+        " perplexity. `added`: bytes kept beside the embedding, look-up tables included, of those"
+        " of an untied full head. Bytes read are counted for greedy decoding of one sequence,"
+        " adaptive softmax as if every tail were needed. `training x faster`: loss and gradients"
+        " for head and trunk beside the full head's, both blocked, on"
         f" {config.shortlist_batch} positions.",
     ]
     if bars:

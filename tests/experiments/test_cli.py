@@ -40,6 +40,12 @@ def test_flags_override_the_preset():
     assert config == Config(name="big", layers=(3, 4), source=("p", "q"), on=True)
 
 
+def test_lists_add_up_and_may_be_emptied():
+    config = parse("--preset=large", "--layers=3,4", "--layers=5", "--source=")
+    assert config == Config(name="big", layers=(3, 4, 5), source=())
+    assert parse("--preset=large", "--layers=") == Config(name="big")
+
+
 @pytest.mark.parametrize("argument", ["--kind=z", "--rate=fast", "--preset=none", "--layers=a"])
 def test_bad_values_are_refused(argument):
     with pytest.raises((flags.IllegalFlagValueError, ValueError)):
