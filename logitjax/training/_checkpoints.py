@@ -15,6 +15,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from orbax.checkpoint import future as ocp_future
 
 from logitjax.training._sharding import path_string
 
@@ -41,9 +42,9 @@ class _MetaHandler(ocp.JsonCheckpointHandler):
 
     async def async_save(
         self, directory: epath.Path, item: Any = None, args: Any = None
-    ) -> list[ocp.future.Future]:
+    ) -> list[ocp_future.Future]:
         commit = self._commit(directory, args)
-        return [ocp.future.CommitFutureAwaitingContractedSignals(commit, name="meta")]
+        return [ocp_future.CommitFutureAwaitingContractedSignals(commit, name="meta")]
 
     async def _commit(self, directory: epath.Path, args: "_MetaSave") -> None:
         meta = {"extra": args.extra, "checksums": args.checksums.values()}
@@ -75,8 +76,9 @@ class Restored(NamedTuple):
 class Checkpointer:
     """Saves and restores a state with its step and a JSON dictionary beside it.
 
-    Saving is asynchronous: it returns once the state is copied, and the files appear under their
-    final name only when they are complete. Each checkpoint carries a checksum of every leaf, so
+    Saving is asynchronous: it returns once the state is copied to the host (on CPU: held, so that
+    the next step is not given its buffers), and the files appear under their final name only when
+    they are complete. Each checkpoint carries a checksum of every leaf, so
     that not only a missing or short file but a changed bit is noticed. All processes must call
     every method. Leaves are stored under their path, and restore into any tree with these paths.
 
