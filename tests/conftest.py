@@ -14,7 +14,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # Scripts that write goldens need torch and transformers.
 collect_ignore_glob = ["*/make_*.py", "*/export_*.py"]
 
-# Half of the suite's time is LLVM optimising programs that run once; `.ci/run` has a run with it.
+# Programs here run once, and optimising them costs more than it saves; `.ci/run` has a run with
+# LLVM's optimisations.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jaxtyping  # noqa: E402

@@ -173,7 +173,9 @@ from logitjax import heads
 
 vocab, hidden, codes, iterations = map(int, sys.argv[1:])
 key = jax.random.key(0)
-rows = jax.jit(lambda k: jax.random.normal(k, (vocab, hidden), jnp.bfloat16))(key)
+# From a small block: making them must not take more than fitting, or its memory does not show.
+block = jax.random.normal(key, (997, hidden), jnp.bfloat16)
+rows = jax.jit(lambda block: jnp.resize(block, (vocab, hidden)))(block)
 unigram = 1.0 / jnp.arange(1.0, vocab + 1)
 jax.block_until_ready(rows)
 before, start = peak_rss_bytes(), time.perf_counter()

@@ -141,6 +141,14 @@ def exact_rows(
 ) -> Rescore:
     """Re-scoring with the rows of a full head, ``w_v . h + a_v``.
 
+    Args:
+      rows: ``[vocab, hidden]``.
+      row_bias: ``[vocab]``, or None.
+
+    Returns:
+      A `Rescore`: inputs in the dtype of ``hidden``, sums and result in float32. Tokens outside of
+      the vocabulary are taken for its nearest end.
+
     >>> exact_rows(jnp.eye(3))(jnp.array([[1.0, 2.0, 3.0]]), jnp.array([[2, 0]]))
     Array([[3., 1.]], dtype=float32)
     """
@@ -158,7 +166,7 @@ def exact_rows(
 
         def by_parts(hidden: jax.Array, tokens: jax.Array) -> jax.Array:
             """A part's rows stay in the cache between being gathered and being read."""
-            parts = jnp.array_split(tokens, -(-tokens.size // _PART))
+            parts = jnp.array_split(tokens, max(1, -(-tokens.size // _PART)))
             return jnp.concatenate([at_once(hidden, part) for part in parts])
 
         if hidden.shape[0] == 1:

@@ -47,7 +47,7 @@ class _MetaHandler(ocp.JsonCheckpointHandler):
         return [ocp_future.CommitFutureAwaitingContractedSignals(commit, name="meta")]
 
     async def _commit(self, directory: epath.Path, args: "_MetaSave") -> None:
-        meta = {"extra": args.extra, "checksums": args.checksums.values()}
+        meta = {"extra": args.extra, "checksums": args.checksums.wait()}
         if jax.process_index() == 0:
             (directory / self._FILE).write_text(json.dumps(meta))
 
@@ -254,7 +254,7 @@ class Checkpointer:
         leaves = [_lookup(read["state"], path) for path in _paths(state)]
         restored = jax.tree.unflatten(jax.tree.structure(state), leaves)
         expected = read["meta"].get("checksums", {})
-        for name, value in _Checksums(restored).values().items():
+        for name, value in _Checksums(restored).wait().items():
             if expected.get(name) != value:
                 raise _UnreadableError(f"the checksum of {name!r} differs")
         return Restored(restored, step, read["meta"].get("extra", {}))
@@ -386,8 +386,8 @@ class _Checksums:
             sums = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P()))(sums)
         self._names, self._sums = _paths(tree), sums
 
-    def values(self) -> dict[str, int]:
-        """Waits for them."""
+    def wait(self) -> dict[str, int]:
+        """Their values by path."""
         return {name: int(value) for name, value in zip(self._names, np.asarray(self._sums))}
 
 
