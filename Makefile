@@ -20,6 +20,7 @@ $(READY): setup.cfg pyproject.toml
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	$(BIN)/python -m pip install --quiet --no-deps $(NO_DEPS)
+	$(BIN)/python -m logitjax.native || true # needs a C++ compiler, and nothing needs it
 	touch $@
 
 demo: $(READY)

@@ -19,9 +19,17 @@ VQ_ARMS = {
     "vq_bias": ("weighted_kmeans", True),
     "vq_likelihood": ("likelihood", True),
 }
-BASELINES = ("low_rank", "product", "wide_low_rank", "adaptive", "full_bias_labels", "full_labels")
+BASELINES = (
+    "low_rank",
+    "product",
+    "packed_product",
+    "wide_low_rank",
+    "adaptive",
+    "full_bias_labels",
+    "full_labels",
+)
 #: Heads that make V cheap logits, for exact rows to re-score the best of.
-SCREENS = ("product", "wide_low_rank")
+SCREENS = ("product", "packed_product", "wide_low_rank")
 #: What a head is given rather than trains.
 _GIVEN = frozenset(
     {"rows", "row_bias", "pages", "tables", "product", "assignment", "order", "rank"}
@@ -67,8 +75,11 @@ def convert(ctx: Context, arm: str, codes: int, seed: int, lr: float, config: An
         rank = max(1, round(codes * ctx.width / (ctx.vocab + ctx.width)))
         rank = rank if arm == "low_rank" else config.screen_rank
         return _linear(ctx, arm, seed, lr, config, *_low_rank(ctx, rank))
-    if arm == "product":
-        return _linear(ctx, arm, seed, lr, config, *_product(ctx, seed, config))
+    if arm in ("product", "packed_product"):
+        packed = arm == "packed_product"
+        parts = _product(ctx, seed, config, packed=packed)
+        tuned = _linear(ctx, arm, seed, lr, config, *parts)
+        return _packed(tuned) if packed else tuned
     if arm == "adaptive":
         return _adaptive(ctx, seed, lr, config)
     return _full(ctx, arm, seed, lr, config)
@@ -92,9 +103,10 @@ def measure(converted: Converted, ctx: Context, split: Split) -> dict[str, float
 def training_step(converted: Converted) -> Callable[..., Any] | None:
     """Loss and gradients, for the head's parameters and the trunk: ``(hidden, labels) -> ...``.
 
-    None for a screen with exact rows, which has nothing of its own to train.
+    None for a screen with exact rows, which has nothing of its own to train, and for packed codes,
+    which train as product quantisation does.
     """
-    if "screen" in converted.params:
+    if "screen" in converted.params or "packed" in converted.params:
         return None
     given = {name: x for name, x in converted.params.items() if name in _GIVEN}
     trained = {name: x for name, x in converted.params.items() if name not in _GIVEN}
@@ -202,7 +214,7 @@ def screened(ctx: Context, base: Converted, candidates: int) -> Converted:
     cost = heads.screened_cost(
         base.cost, ctx.vocab, ctx.width, num_candidates=candidates, own_rows=not ctx.tied
     )
-    looks_up = "product" in base.params
+    looks_up = "product" in base.params and "packed" not in base.params
     return Converted(nll, top_k, params, cost, decode=decode if looks_up else None)
 
 
@@ -309,6 +321,25 @@ def _linear_logits(params: Any, hidden: Any) -> Any:
     return heads.linear_logits(hidden, params["kernel"], params.get("bias"), vocab_axis=0)
 
 
+def _packed(tuned: Converted) -> Converted:
+    """The same codes, two a byte: everything is measured with the logits that decoding has."""
+    codebooks, codes = tuned.params["product"]
+    params = {"codebooks": codebooks, "packed": heads.pack_codes(codes)}
+    params["bias"] = tuned.params["bias"]
+
+    def logits(params: Any, hidden: Any) -> Any:
+        return heads.packed_logits(hidden, params["codebooks"], params["packed"], params["bias"])
+
+    return dataclasses.replace(
+        tuned,
+        params=params,
+        logits=logits,
+        nll=lambda params, h, y: losses.cross_entropy(logits(params, h), y),
+        top_k=lambda params, h: ops.top_k(logits(params, h), 5)[1],
+        decode=None,
+    )
+
+
 def _lookup_logits(params: Any, hidden: Any) -> Any:
     """Of a product-quantised head, by look-ups: the sums of `_linear_logits`, less to read."""
     return heads.product_logits(hidden, *params["product"], params["bias"])
@@ -338,13 +369,17 @@ def _low_rank(ctx: Context, rank: int) -> tuple[Any, Any, Any, Any]:
     return params, {}, lambda params, constants: params, cost
 
 
-def _product(ctx: Context, seed: int, config: Any) -> tuple[Any, Any, Any, Any]:
+def _product(
+    ctx: Context, seed: int, config: Any, *, packed: bool = False
+) -> tuple[Any, Any, Any, Any]:
+    groups = config.packed_groups if packed else config.product_groups
+    num_codes = min(16 if packed else config.product_codes, ctx.vocab)
     codebooks, codes = heads.fit_product_codes(
         ctx.rows,
         ctx.unigram,
         ctx.statistics.cov,
-        groups=config.product_groups,
-        num_codes=min(config.product_codes, ctx.vocab),
+        groups=groups,
+        num_codes=num_codes,
         key=jax.random.key(seed),
         iterations=config.kmeans_iterations,
     )
@@ -357,9 +392,7 @@ def _product(ctx: Context, seed: int, config: Any) -> tuple[Any, Any, Any, Any]:
         rows = heads.product_kernel(*product)
         return {"kernel": rows, "bias": params["bias"], "product": product}
 
-    cost = heads.product_cost(
-        ctx.vocab, ctx.width, config.product_groups, codes=config.product_codes
-    )
+    cost = heads.product_cost(ctx.vocab, ctx.width, groups, codes=num_codes, packed=packed)
     return {"codebooks": codebooks, "bias": bias}, {"codes": codes}, effective, cost
 
 

@@ -24,6 +24,7 @@ NAMES = {
     "low_rank": "low rank of equal size + bias",
     "wide_low_rank": "low rank, wider, + bias",
     "product": "product quantisation + bias",
+    "packed_product": "product quantisation, 16 codes a group, + bias",
     "adaptive": "adaptive softmax, tuned on labels",
 }
 SCRATCH_NAMES = {

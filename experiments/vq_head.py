@@ -5,7 +5,7 @@
 reads text, computes the model's hidden states once, lets its own head speak once, and then fits and
 tunes one head after another on what is cached: codes with and without biases, with the mapping of
 the paper and with better ones, shortlists re-scored with exact and with product-quantised rows,
-low-rank, product-quantised and adaptive heads, the first two also as screens for exact rows, and
+low-rank, product-quantised and adaptive heads, all but the last also as screens for exact rows, and
 as a control the full head tuned on that text.
 ``report.md`` gets what is left of the head's bytes, held-out perplexity against the untouched head
 and against the tuned one with biases, agreement in the first and first five tokens, and times.
@@ -62,6 +62,7 @@ class Config:
     shortlist_batch: int = field(256, "Positions of each.")
     product_groups: int = field(96, "Groups of product quantisation.")
     product_codes: int = field(256, "Codes a group.")
+    packed_groups: int = field(192, "Groups of 16 codes, of product quantisation packed in bytes.")
     screen_rank: int = field(48, "Rank of the low-rank head that screens.")
     candidates: tuple[int, ...] = field((512,), "Tokens that exact rows re-score.")
     adaptive_div: float = field(4.0, "By how much the tails of adaptive softmax narrow.")
@@ -103,6 +104,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         shortlist_batch=32,
         product_groups=4,
         product_codes=16,
+        packed_groups=8,
         screen_rank=4,
         candidates=(8,),
         scratch_arm=("full_bias", "vq_reassigned", "adaptive"),
@@ -117,9 +119,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         train_tokens=24_000,
         validation_tokens=2_000,
         test_tokens=6_000,
-        arm=("vq_paper", "vq_bias", "vq_likelihood", "wide_low_rank"),
+        arm=("vq_paper", "vq_bias", "vq_likelihood", "packed_product"),
         codes=(1024, 2048),
         pages=(64, 128, 256, 512),
+        candidates=(128, 512),
         steps=60,
         reassign_every=20,
         kmeans_iterations=5,

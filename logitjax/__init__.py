@@ -17,6 +17,7 @@ _PACKAGES = (
     "leakage",
     "losses",
     "models",
+    "native",
     "ops",
     "training",
     "transport",

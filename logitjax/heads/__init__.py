@@ -52,6 +52,10 @@ from logitjax.heads._low_rank import LowRankHead as LowRankHead
 from logitjax.heads._low_rank import fit_low_rank as fit_low_rank
 from logitjax.heads._low_rank import low_rank_logits as low_rank_logits
 from logitjax.heads._low_rank import low_rank_nll as low_rank_nll
+from logitjax.heads._product_head import ProductHead as ProductHead
+from logitjax.heads._product_packed import pack_codes as pack_codes
+from logitjax.heads._product_packed import packed_logits as packed_logits
+from logitjax.heads._product_packed import unpack_codes as unpack_codes
 from logitjax.heads._screened import Screen as Screen
 from logitjax.heads._screened import ScreenedHead as ScreenedHead
 from logitjax.heads._screened import screened_logits as screened_logits
@@ -78,7 +82,6 @@ from logitjax.heads._vq_loss import vq_logits as vq_logits
 from logitjax.heads._vq_loss import vq_nll as vq_nll
 from logitjax.heads._vq_modules import ShortlistHead as ShortlistHead
 from logitjax.heads._vq_modules import VQHead as VQHead
-from logitjax.heads._vq_product import ProductHead as ProductHead
 from logitjax.heads._vq_product import fit_product_codes as fit_product_codes
 from logitjax.heads._vq_product import product_kernel as product_kernel
 from logitjax.heads._vq_product import product_logits as product_logits

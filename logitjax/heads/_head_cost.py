@@ -113,19 +113,30 @@ def shortlist_cost(
 
 
 def product_cost(
-    vocab: int, hidden: int, groups: int, *, codes: int = 256, itemsize: int = 4
+    vocab: int,
+    hidden: int,
+    groups: int,
+    *,
+    codes: int = 256,
+    packed: bool = False,
+    itemsize: int = 4,
 ) -> HeadCost:
     """Product quantisation with biases: a look-up a group and token, in training a full head.
+
+    ``packed``: codes take half a byte each, see `pack_codes`.
 
     >>> round(product_cost(49152, 576, 16).read_bytes / full_cost(49152, 576).read_bytes, 3)
     0.014
     """
     parameters = codes * hidden + vocab
-    width = 1 if codes <= 256 else 2
+    assignment = vocab * groups * (1 if codes <= 256 else 2)
+    if packed:
+        # Of whole blocks of 32 tokens, and pairs of groups.
+        assignment = -(-vocab // 32) * 32 * -(-groups // 2)
     return HeadCost(
         parameters=parameters,
-        stored_bytes=parameters * itemsize + vocab * groups * width,
-        read_bytes=parameters * itemsize + vocab * groups * width,
+        stored_bytes=parameters * itemsize + assignment,
+        read_bytes=parameters * itemsize + assignment,
         decode_flops=2 * codes * hidden + vocab * groups,
         train_flops=6 * vocab * hidden,
     )

@@ -1,19 +1,18 @@
 """Product quantisation of head rows: no ties, few parameters, a normaliser over V."""
 
-from typing import Any
+import functools
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax import lax
-from jaxtyping import Float, Int, Integer, Key
+from jaxtyping import Float, Integer, Key
 
-from logitjax.heads._head_cost import HeadCost, product_cost
-from logitjax.heads._vocabulary_head import Assignment, VocabularyHead, log_unigram
 from logitjax.heads._vq_kmeans import fit_kmeans
 from logitjax.heads._vq_shortlist import Rescore
-from logitjax.losses import linear_cross_entropy
 from logitjax.ops import Array
+
+#: Positions up to which tables are sums of products of numbers.
+_FEW = 4
 
 
 def product_kernel(
@@ -66,7 +65,7 @@ def product_logits(
     >>> product_logits(jnp.ones((1, 2)), jnp.arange(4.0).reshape(2, 2, 1), jnp.array([[0, 1]]))
     Array([[3.]], dtype=float32)
     """
-    tables = _tables(jnp.asarray(hidden), jnp.asarray(codebooks))
+    tables = product_tables(jnp.asarray(hidden), jnp.asarray(codebooks))
     by_group = jnp.asarray(codes).astype(jnp.int32).T
 
     def add(total: jax.Array, group: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
@@ -93,7 +92,7 @@ def product_rows(
     codebooks, codes = jnp.asarray(codebooks), jnp.asarray(codes)
 
     def rescore(hidden: jax.Array, tokens: jax.Array) -> jax.Array:
-        tables = _tables(hidden, codebooks)
+        tables = product_tables(hidden, codebooks)
         chosen = codes[tokens].astype(jnp.int32)
         groups = jnp.arange(codebooks.shape[0])
         rows = jnp.arange(hidden.shape[0])[:, None, None]
@@ -168,111 +167,14 @@ def fit_product_codes(
     return jnp.stack([f.centres for f in found]), codes.astype(small)
 
 
-class ProductHead(VocabularyHead):
-    """`product_logits` as a module, to be injected into a decoder. The codes are not trained.
-
-    Args:
-      hidden_size: d.
-      vocab_size: V.
-      groups: into how many parts the hidden dimensions are cut.
-      num_codes: codes a group.
-      codes: ``[vocab, groups]``, e.g. of `fit_product_codes`; random when omitted.
-      unigram: ``[vocab]`` counts or probabilities: biases begin at its logarithm.
-      dtype: compute dtype.
-      param_dtype: dtype of the codebooks.
-      rngs: source of the initial codebooks.
-
-    >>> ProductHead(8, 20, groups=4, num_codes=5, rngs=nnx.Rngs(0))(jnp.ones((2, 8))).shape
-    (2, 20)
-    """
-
-    def __init__(
-        self,
-        hidden_size: int,
-        vocab_size: int,
-        *,
-        groups: int,
-        num_codes: int = 256,
-        codes: Array | None = None,
-        unigram: Array | None = None,
-        dtype: Any = jnp.float32,
-        param_dtype: Any = jnp.float32,
-        rngs: nnx.Rngs,
-    ):
-        if hidden_size % groups:
-            raise ValueError(f"groups must divide hidden_size={hidden_size}, got {groups}")
-        small = jnp.uint8 if num_codes <= 256 else jnp.uint16
-        if codes is None:
-            codes = jax.random.randint(rngs.params(), (vocab_size, groups), 0, num_codes)
-        elif codes.shape != (vocab_size, groups):
-            raise ValueError(f"codes must be of shape {(vocab_size, groups)}, got {codes.shape}")
-        self.dtype = dtype
-        init = nnx.initializers.normal(hidden_size**-0.5)
-        shape = (groups, num_codes, hidden_size // groups)
-        self.codebooks = nnx.Param(init(rngs.params(), shape, param_dtype))
-        self.bias = nnx.Param(log_unigram(unigram, vocab_size))
-        self.codes = Assignment(jnp.asarray(codes).astype(small))
-
-    @classmethod
-    def from_fit(
-        cls, codebooks: Array, codes: Array, bias: Array | None = None, **options: Any
-    ) -> "ProductHead":
-        """The head that `fit_product_codes` found."""
-        groups, num_codes, part = codebooks.shape
-        head = cls(
-            groups * part,
-            codes.shape[0],
-            groups=groups,
-            num_codes=num_codes,
-            codes=codes,
-            rngs=nnx.Rngs(0),
-            **options,
-        )
-        head.codebooks[...] = jnp.asarray(codebooks, head.codebooks.dtype)
-        if bias is not None:
-            head.bias[...] = jnp.asarray(bias, head.bias.dtype)
-        return head
-
-    def __call__(
-        self, hidden: Float[Array, "*batch hidden"], embedding: Array | None = None
-    ) -> Float[jax.Array, "*batch vocab"]:
-        hidden = jnp.asarray(hidden, self.dtype)
-        return product_logits(hidden, self.codebooks[...], self.codes[...], self.bias[...])
-
-    def nll(
-        self,
-        hidden: Float[Array, "*batch hidden"],
-        labels: Int[Array, "*batch"],
-        embedding: Array | None = None,
-        **options: Any,
-    ) -> Float[jax.Array, "*batch"]:
-        """Cross-entropy, not reduced, through `product_kernel`; see `linear_cross_entropy`."""
-        kernel, bias, axis = self.kernel_and_bias()
-        hidden = jnp.asarray(hidden, self.dtype)
-        return linear_cross_entropy(hidden, kernel, labels, bias=bias, vocab_axis=axis, **options)
-
-    def kernel_and_bias(self, embedding: Array | None = None) -> tuple[Array, Array, int]:
-        """The equivalent full head, ``[vocab, hidden]``: for losses that take a kernel."""
-        return product_kernel(self.codebooks[...], self.codes[...]), self.bias[...], 0
-
-    def cost(self) -> HeadCost:
-        """What it costs; see `HeadCost`."""
-        groups, num_codes, part = self.codebooks.shape
-        return product_cost(
-            self.codes.shape[0],
-            groups * part,
-            groups,
-            codes=num_codes,
-            itemsize=self.codebooks.dtype.itemsize,
-        )
-
-
-def _tables(hidden: jax.Array, codebooks: jax.Array) -> jax.Array:
+def product_tables(hidden: jax.Array, codebooks: jax.Array) -> jax.Array:
+    """``h_g . C^g_k``, ``[..., groups, codes]``."""
     groups, _, part = codebooks.shape
     wide = jnp.promote_types(hidden.dtype, jnp.float32)
-    return jnp.einsum(
-        "...gp,gkp->...gk",
-        hidden.reshape(*hidden.shape[:-1], groups, part),
-        codebooks.astype(hidden.dtype),
-        preferred_element_type=wide,
-    )
+    cut = hidden.reshape(*hidden.shape[:-1], groups, part)
+    codebooks = codebooks.astype(hidden.dtype)
+    if hidden.size <= _FEW * groups * part and part <= 8:
+        # As many tiny products as there are groups cost more to start than to do.
+        terms = (cut[..., i, None].astype(wide) * codebooks[..., i] for i in range(part))
+        return functools.reduce(jnp.add, terms)
+    return jnp.einsum("...gp,gkp->...gk", cut, codebooks, preferred_element_type=wide)

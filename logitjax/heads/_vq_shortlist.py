@@ -12,12 +12,18 @@ from jax import lax
 from jaxtyping import Float, Int
 
 from logitjax.heads._vq_loss import code_scores
-from logitjax.ops import Array, TopK, check_positive, finite_or_zero, logsumexp
+from logitjax.ops import (
+    Array,
+    TopK,
+    check_positive,
+    finite_or_zero,
+    logsumexp,
+    row_products,
+    top_k,
+)
 
 #: Better logits of some tokens: ``(hidden [n, hidden], tokens [n, c]) -> [n, c]`` float32.
 Rescore = Callable[[jax.Array, jax.Array], jax.Array]
-#: Rows that are gathered at a time for one position on CPU.
-_PART = 256
 
 
 @jax.tree_util.register_dataclass
@@ -154,26 +160,7 @@ def exact_rows(
     """
 
     def rescore(hidden: jax.Array, tokens: jax.Array) -> jax.Array:
-        table = jnp.asarray(rows)
-        tokens = jnp.clip(tokens, 0, table.shape[0] - 1)
-        wide = jnp.promote_types(hidden.dtype, jnp.float32)
-
-        def at(tokens: jax.Array) -> jax.Array:
-            return table.at[tokens].get(mode="promise_in_bounds").astype(hidden.dtype)
-
-        def at_once(hidden: jax.Array, tokens: jax.Array) -> jax.Array:
-            return jnp.matmul(at(tokens), hidden, preferred_element_type=wide)
-
-        def by_parts(hidden: jax.Array, tokens: jax.Array) -> jax.Array:
-            """A part's rows stay in the cache between being gathered and being read."""
-            parts = jnp.array_split(tokens, max(1, -(-tokens.size // _PART)))
-            return jnp.concatenate([at_once(hidden, part) for part in parts])
-
-        if hidden.shape[0] == 1:
-            one = (hidden[0], tokens[0])
-            scores = lax.platform_dependent(*one, cpu=by_parts, default=at_once)[None]
-        else:
-            scores = jnp.einsum("nd,ncd->nc", hidden, at(tokens), preferred_element_type=wide)
+        scores = row_products(hidden, rows, tokens)
         return scores if row_bias is None else scores + jnp.asarray(row_bias)[tokens]
 
     return rescore
@@ -384,7 +371,7 @@ def shortlist_logits(
 
 def _choose(scores: jax.Array, pages: Pages, num_pages: int) -> jax.Array:
     ranked = lax.stop_gradient(jnp.take(scores, pages.code, axis=-1) + pages.lift)
-    return lax.top_k(ranked, num_pages)[1]
+    return top_k(ranked, num_pages)[1]
 
 
 def _page_scores(scores: jax.Array, pages: Pages) -> jax.Array:

@@ -15,6 +15,7 @@ from logitjax.ops._log_softmax import mask_logits as mask_logits
 from logitjax.ops._log_softmax import psum as psum
 from logitjax.ops._masked_mean import masked_mean as masked_mean
 from logitjax.ops._positions import Positions as Positions
+from logitjax.ops._row_products import row_products as row_products
 from logitjax.ops._sharding import BATCH_AXES as BATCH_AXES
 from logitjax.ops._sharding import VOCABULARY_AXES as VOCABULARY_AXES
 from logitjax.ops._sharding import auto_axes as auto_axes

@@ -1,6 +1,7 @@
 """An exact top-k in two stages, several times faster than a direct one over a large vocabulary."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -9,10 +10,14 @@ import numpy as np
 from jax import lax
 from jaxtyping import Bool, Float, Int, Shaped
 
+from logitjax import native
 from logitjax.ops._checks import as_float
 from logitjax.ops._log_softmax import AxisName, logsumexp, mask_logits
 from logitjax.ops._sharding import check_vocabulary_unsharded, over_batch
 from logitjax.ops._types import Array
+
+#: Entries from which on the kernel for CPUs is worth a call.
+_LONG = 1024
 
 
 def top_k(
@@ -167,7 +172,18 @@ def top_k_of(
 
 
 def _local_top_k(values: jax.Array, k: int, group_size: int) -> tuple[jax.Array, jax.Array]:
-    if values.shape[-1] < 2 * k * group_size:
+    grouped = values.shape[-1] >= 2 * k * group_size
+    if values.dtype == jnp.float32 and values.shape[-1] >= _LONG and native.in_use():
+
+        def find(values: jax.Array) -> tuple[jax.Array, jax.Array]:
+            ids = native.on_cpu(
+                functools.partial(_native_ids, k=k),
+                lambda v: _grouped_ids(v, k, group_size) if grouped else lax.top_k(v, k)[1],
+                lax.stop_gradient(values),
+            )
+            return jnp.take_along_axis(values, ids, axis=-1), ids
+
+    elif not grouped:
 
         def find(values: jax.Array) -> tuple[jax.Array, jax.Array]:
             largest, ids = lax.top_k(values, k)
@@ -181,6 +197,11 @@ def _local_top_k(values: jax.Array, k: int, group_size: int) -> tuple[jax.Array,
             return jnp.take_along_axis(values, ids, axis=-1), ids
 
     return over_batch(find, (values.ndim, values.ndim), values)
+
+
+def _native_ids(values: jax.Array, *, k: int) -> jax.Array:
+    *batch, vocab = values.shape
+    return native.largest_ids(values.reshape(-1, vocab), k).reshape(*batch, k)
 
 
 def _grouped_ids(values: jax.Array, k: int, group_size: int) -> jax.Array:

@@ -1,0 +1,11 @@
+"""``python -m logitjax.native``: builds the kernels for this machine's CPU."""
+
+import sys
+
+from logitjax import native
+
+if __name__ == "__main__":
+    try:
+        print(f"kernels for CPUs: {native.build()}")
+    except RuntimeError as error:
+        sys.exit(f"kernels for CPUs are not built, XLA does their work: {error}")

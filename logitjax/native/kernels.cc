@@ -1,0 +1,290 @@
+// What XLA's CPU compiler has no fast form of: look-ups in 16-entry tables, products with rows
+// chosen by number, and the places of the largest entries. See __init__.py for what they compute.
+//
+// Portable C++17; with AVX2 the look-ups are byte shuffles. Everything else is written so that
+// compilers vectorise it.
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <thread>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "xla/ffi/api/ffi.h"
+
+namespace {
+
+namespace ffi = xla::ffi;
+
+// Shares `count` pieces of work with XLA's threads. The caller works too, and waits only for
+// pieces that somebody has begun: a busy pool makes it slower, never stuck.
+template <typename Work>
+void InParallel(ffi::ThreadPool& pool, int64_t count, Work work) {
+  struct State {
+    Work work;
+    int64_t count;
+    std::atomic<int64_t> next{0};
+    std::atomic<int64_t> done{0};
+    State(Work work, int64_t count) : work(std::move(work)), count(count) {}
+    void Run() {
+      for (int64_t i; (i = next.fetch_add(1)) < count;) {
+        work(i);
+        done.fetch_add(1, std::memory_order_release);
+      }
+    }
+  };
+  auto state = std::make_shared<State>(std::move(work), count);
+  const int64_t helpers = std::min<int64_t>(pool.num_threads() - 1, count - 1);
+  for (int64_t i = 0; i < helpers; ++i) pool.Schedule([state] { state->Run(); });
+  state->Run();
+  while (state->done.load(std::memory_order_acquire) < count) std::this_thread::yield();
+}
+
+// ---- Sums of table look-ups -----------------------------------------------------------------
+
+constexpr int64_t kTokens = 32;     // of a block
+constexpr int64_t kTable = 16;      // entries of a group's table
+constexpr int64_t kMaxPairs = 128;  // pairs of groups whose sums fit 16 bits: 2 * 128 * 255
+
+// One block's sums. A pair of groups is 32 bytes of codes, 16 a group: the low half of byte j is
+// the code of token j, the high half that of token j + 16.
+void BlockSums(const uint8_t* codes, const uint8_t* tables, int64_t pairs, int32_t* sums) {
+#if defined(__AVX2__)
+  const __m256i low = _mm256_set1_epi8(0x0f);
+  for (int64_t start = 0; start < pairs; start += kMaxPairs) {
+    const int64_t stop = std::min(pairs, start + kMaxPairs);
+    // `all` adds bytes of odd tokens 256-fold to even ones; they are taken away again at the end.
+    __m256i all[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+    __m256i odd[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+    for (int64_t p = start; p < stop; ++p) {
+      const __m256i code =
+          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + p * 2 * kTable));
+      const __m256i table =
+          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tables + p * 2 * kTable));
+      const __m256i first = _mm256_shuffle_epi8(table, _mm256_and_si256(code, low));
+      const __m256i second =
+          _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(code, 4), low));
+      all[0] = _mm256_add_epi16(all[0], first);
+      odd[0] = _mm256_add_epi16(odd[0], _mm256_srli_epi16(first, 8));
+      all[1] = _mm256_add_epi16(all[1], second);
+      odd[1] = _mm256_add_epi16(odd[1], _mm256_srli_epi16(second, 8));
+    }
+    for (int half = 0; half < 2; ++half) {
+      alignas(32) uint16_t even_sums[16], odd_sums[16];
+      _mm256_store_si256(
+          reinterpret_cast<__m256i*>(even_sums),
+          _mm256_sub_epi16(all[half], _mm256_slli_epi16(odd[half], 8)));
+      _mm256_store_si256(reinterpret_cast<__m256i*>(odd_sums), odd[half]);
+      for (int j = 0; j < 8; ++j) {
+        int32_t* out = sums + half * 16 + 2 * j;
+        const int32_t even_sum = even_sums[j] + even_sums[j + 8];
+        const int32_t odd_sum = odd_sums[j] + odd_sums[j + 8];
+        out[0] = even_sum + (start ? out[0] : 0);
+        out[1] = odd_sum + (start ? out[1] : 0);
+      }
+    }
+  }
+#else
+  std::fill(sums, sums + kTokens, 0);
+  for (int64_t g = 0; g < 2 * pairs; ++g) {
+    const uint8_t* code = codes + g * kTable;
+    const uint8_t* table = tables + g * kTable;
+    for (int64_t j = 0; j < 16; ++j) {
+      sums[j] += table[code[j] & 0x0f];
+      sums[j + 16] += table[code[j] >> 4];
+    }
+  }
+#endif
+}
+
+ffi::Error LookupSums(ffi::ThreadPool pool, ffi::Buffer<ffi::U8> tables,
+                      ffi::Buffer<ffi::U8> blocks, ffi::ResultBuffer<ffi::S32> sums) {
+  const auto table_dims = tables.dimensions();
+  const auto block_dims = blocks.dimensions();
+  if (table_dims.size() != 3 || block_dims.size() != 3 || table_dims[1] != 2 * block_dims[1] ||
+      table_dims[2] != kTable || block_dims[2] != 2 * kTable) {
+    return ffi::Error::InvalidArgument("tables [n, 2 pairs, 16] and blocks [b, pairs, 32] wanted");
+  }
+  const int64_t positions = table_dims[0], count = block_dims[0], pairs = block_dims[1];
+  const uint8_t* table = tables.typed_data();
+  const uint8_t* code = blocks.typed_data();
+  int32_t* out = sums->typed_data();
+  // Pieces of some 20,000 shuffles: a few microseconds.
+  const int64_t size = std::max<int64_t>(1, 10000 / std::max<int64_t>(1, pairs * positions));
+  InParallel(pool, (count + size - 1) / size, [=](int64_t piece) {
+    for (int64_t b = piece * size; b < std::min(count, (piece + 1) * size); ++b) {
+      // A block's codes stay in the cache for all positions.
+      for (int64_t n = 0; n < positions; ++n) {
+        BlockSums(code + b * pairs * 2 * kTable, table + n * pairs * 2 * kTable, pairs,
+                  out + (n * count + b) * kTokens);
+      }
+    }
+  });
+  return ffi::Error::Success();
+}
+
+// ---- Products with chosen rows --------------------------------------------------------------
+
+float Wide(float x) { return x; }
+
+float Wide(uint16_t bits) {  // of a bfloat16
+  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  float x;
+  std::memcpy(&x, &wide, sizeof(x));
+  return x;
+}
+
+template <typename T>
+float Dot(const float* vector, const T* row, const T* next, int64_t width) {
+  constexpr int64_t kLanes = 32;
+  float lanes[kLanes] = {0};
+  int64_t i = 0;
+  for (; i + kLanes <= width; i += kLanes) {
+    // Rows lie anywhere in memory: the next one is on its way while this one is read.
+    for (int64_t line = 0; line < kLanes; line += 64 / sizeof(T)) {
+      __builtin_prefetch(next + i + line);
+    }
+    for (int64_t j = 0; j < kLanes; ++j) lanes[j] += vector[i + j] * Wide(row[i + j]);
+  }
+  float sum = 0;
+  for (; i < width; ++i) sum += vector[i] * Wide(row[i]);
+  for (int64_t half = kLanes / 2; half; half /= 2) {
+    for (int64_t j = 0; j < half; ++j) lanes[j] += lanes[j + half];
+  }
+  return sum + lanes[0];
+}
+
+template <typename T>
+void ChosenProducts(ffi::ThreadPool& pool, const float* vectors, const T* rows, const int32_t* ids,
+                    float* out, int64_t positions, int64_t each, int64_t width, int64_t vocab) {
+  const int64_t count = positions * each;
+  const int64_t size = std::max<int64_t>(1, 20000 / std::max<int64_t>(1, width));
+  const auto row_of = [=](int64_t i) {
+    const int64_t id = std::min<int64_t>(std::max<int64_t>(ids[i], 0), vocab - 1);
+    return rows + id * width;
+  };
+  InParallel(pool, (count + size - 1) / size, [=](int64_t piece) {
+    const int64_t stop = std::min(count, (piece + 1) * size);
+    for (int64_t i = piece * size; i < stop; ++i) {
+      const T* next = row_of(i + 1 < stop ? i + 1 : i);
+      out[i] = Dot(vectors + (i / each) * width, row_of(i), next, width);
+    }
+  });
+}
+
+ffi::Error RowProducts(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> vectors, ffi::AnyBuffer rows,
+                       ffi::Buffer<ffi::S32> ids, ffi::ResultBuffer<ffi::F32> products) {
+  const auto vector_dims = vectors.dimensions();
+  const auto row_dims = rows.dimensions();
+  const auto id_dims = ids.dimensions();
+  if (vector_dims.size() != 2 || row_dims.size() != 2 || id_dims.size() != 2 ||
+      vector_dims[1] != row_dims[1] || vector_dims[0] != id_dims[0]) {
+    return ffi::Error::InvalidArgument("vectors [n, d], rows [v, d] and ids [n, m] wanted");
+  }
+  const auto run = [&](const auto* typed) {
+    ChosenProducts(pool, vectors.typed_data(), typed, ids.typed_data(), products->typed_data(),
+                   id_dims[0], id_dims[1], row_dims[1], row_dims[0]);
+    return ffi::Error::Success();
+  };
+  switch (rows.element_type()) {
+    case ffi::F32:
+      return run(static_cast<const float*>(rows.untyped_data()));
+    case ffi::BF16:
+      return run(static_cast<const uint16_t*>(rows.untyped_data()));
+    default:
+      return ffi::Error::InvalidArgument("rows must be float32 or bfloat16");
+  }
+}
+
+// ---- Places of the largest entries ----------------------------------------------------------
+
+// Integers in the order of the numbers: nan above inf, 0.0 and -0.0 the same.
+int32_t OrderOf(float x) {
+  x += 0.0f;
+  int32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return bits ^ ((bits >> 31) & 0x7fffffff);
+}
+
+void Largest(const float* values, int64_t count, int64_t k, int32_t* out) {
+  // The k-th largest of the maxima of neighbours is no larger than the k-th largest entry.
+  const int64_t size = std::min<int64_t>(64, std::max<int64_t>(1, count / (4 * k)));
+  const int64_t groups = (count + size - 1) / size;
+  std::vector<int32_t> maxima(groups);
+  for (int64_t g = 0; g < groups; ++g) {
+    int32_t best = INT32_MIN;
+    for (int64_t i = g * size; i < std::min(count, (g + 1) * size); ++i) {
+      best = std::max(best, OrderOf(values[i]));
+    }
+    maxima[g] = best;
+  }
+  int32_t least = INT32_MIN;
+  if (groups >= k) {
+    std::vector<int32_t> sorted(maxima);
+    std::nth_element(sorted.begin(), sorted.begin() + (k - 1), sorted.end(), std::greater<>());
+    least = sorted[k - 1];
+  }
+  std::vector<std::pair<int32_t, int32_t>> found;
+  found.reserve(4 * k);
+  for (int64_t g = 0; g < groups; ++g) {
+    if (maxima[g] < least) continue;
+    for (int64_t i = g * size; i < std::min(count, (g + 1) * size); ++i) {
+      const int32_t order = OrderOf(values[i]);
+      if (order >= least) found.emplace_back(order, static_cast<int32_t>(i));
+    }
+  }
+  const auto before = [](const auto& a, const auto& b) {
+    return a.first != b.first ? a.first > b.first : a.second < b.second;
+  };
+  if (static_cast<int64_t>(found.size()) > k) {
+    std::nth_element(found.begin(), found.begin() + k, found.end(), before);
+  }
+  std::sort(found.begin(), found.begin() + k, before);
+  for (int64_t i = 0; i < k; ++i) out[i] = found[i].second;
+}
+
+ffi::Error LargestIds(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> values,
+                      ffi::ResultBuffer<ffi::S32> ids) {
+  const auto dims = values.dimensions();
+  const auto out_dims = ids->dimensions();
+  if (dims.size() != 2 || out_dims.size() != 2 || dims[0] != out_dims[0] ||
+      out_dims[1] < 1 || out_dims[1] > dims[1]) {
+    return ffi::Error::InvalidArgument("values [n, v] and 1 <= k <= v wanted");
+  }
+  const int64_t count = dims[1], k = out_dims[1];
+  const float* in = values.typed_data();
+  int32_t* out = ids->typed_data();
+  InParallel(pool, dims[0], [=](int64_t n) { Largest(in + n * count, count, k, out + n * k); });
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(logitjax_lookup_sums, LookupSums,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::U8>>()
+                                  .Arg<ffi::Buffer<ffi::U8>>()
+                                  .Ret<ffi::Buffer<ffi::S32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(logitjax_row_products, RowProducts,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(logitjax_largest_ids, LargestIds,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::S32>>());
