@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 
 from experiments.benchmarks import _faults_job, _suite
 
@@ -76,6 +77,8 @@ def _life(workdir: Path, steps: int, draw: random.Random) -> dict[str, Any] | No
     said = _said(workdir)
     if ended not in (None, 0):
         raise RuntimeError(f"the run failed by itself: {said[-2000:]}")
+    for reason in re.findall(r"checkpoint \d+ in .* is corrupt: .*", said):
+        logging.warning("%s", reason)
     if found := re.search(r"resuming at step (\d+)", said):
         told = int(found[1])
     if ended == 0:

@@ -2,7 +2,7 @@
 
 The demo of graph_fusion, its SFT + ULD + GLD arm: the loop (rows and the source's cached statistics
 from disk, metrics, log lines) beside the same compiled step fed again and again with one batch that
-lies on the device; and how long an asynchronous save keeps the loop waiting.
+lies on the device; how long an asynchronous save keeps the loop waiting, and what it takes from the step beside it.
 """
 
 import statistics
@@ -62,14 +62,17 @@ def run(options: _suite.Options) -> _suite.Result:
     overhead = _suite.paired_ratio(looped, bare) - 1
     step = statistics.median(bare)
 
-    pauses, state = [], arm.start(0)
+    pauses, beside, state = [], [], arm.start(0)
     with training.Checkpointer(workdir / "checkpoints", max_to_keep=1) as checkpointer:
         for number in range(options.repeats + 1):
             state, _ = arm.step(state, held)
             pauses.append(_seconds(checkpointer.save, number, state))
+            begin = time.perf_counter()
+            state, _ = jax.block_until_ready(arm.step(state, held))
+            beside.append(time.perf_counter() - begin)
             checkpointer.wait()
     # The first save makes folders and compiles its checksums.
-    pause = statistics.median(pauses[1:])
+    pause, during = statistics.median(pauses[1:]), statistics.median(beside[1:])
     saved = sum(leaf.nbytes for leaf in jax.tree.leaves((state.params, state.opt_state)))
     rows = [
         {"what": "step, one batch on the device", "seconds": step, "of a step": 1.0},
@@ -82,6 +85,11 @@ def run(options: _suite.Options) -> _suite.Result:
             "what": f"pause of an asynchronous save of {saved / 1e6:.0f} MB",
             "seconds": pause,
             "of a step": pause / step,
+        },
+        {
+            "what": "the step after it, while that is written",
+            "seconds": during,
+            "of a step": during / step,
         },
     ]
     bars = [

@@ -40,7 +40,7 @@ def pack_codes(codes: Integer[Array, "vocab groups"]) -> UInt8[jax.Array, "block
       product quantization fast scan, 2015, for the layout's idea.
     """
     codes = jnp.asarray(codes)
-    if not isinstance(codes, jax.core.Tracer) and codes.size:
+    if jax.core.is_concrete(codes) and codes.size:
         least, most = int(codes.min()), int(codes.max())
         if least < 0 or most >= _CODES:
             raise ValueError(f"codes must be between 0 and 15, got {least} to {most}")

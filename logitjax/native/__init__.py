@@ -2,7 +2,7 @@
 
 Sums of look-ups in small tables, products with chosen rows, and the places of the largest entries,
 in C++ that XLA calls (``jax.ffi``). Nothing needs them: `logitjax.ops` and `logitjax.heads` give
-the same results without, and take these where they are built and the program has one device, a CPU ::
+the same results without, and take these where they are built and a program has one device, a CPU ::
 
     python -m logitjax.native
 

@@ -1,5 +1,6 @@
 """Checkpoints of the whole training state, through orbax."""
 
+import concurrent.futures
 import dataclasses
 import json
 import logging as python_logging
@@ -76,11 +77,12 @@ class Restored(NamedTuple):
 class Checkpointer:
     """Saves and restores a state with its step and a JSON dictionary beside it.
 
-    Saving is asynchronous: it returns once the state is copied to the host (on CPU: held, so that
-    the next step is not given its buffers), and the files appear under their final name only when
-    they are complete. Each checkpoint carries a checksum of every leaf, so
-    that not only a missing or short file but a changed bit is noticed. All processes must call
-    every method. Leaves are stored under their path, and restore into any tree with these paths.
+    Saving is asynchronous: it returns once the state is copied to the host (one process on a CPU:
+    held, so that the next step is not given its buffers), and the files appear under their final
+    name only when they are complete. What goes wrong then is raised by the next call. Each
+    checkpoint carries a checksum of every leaf, so that not only a missing or short file but a
+    changed bit is noticed. All processes must call every method. Leaves are stored under their
+    path, and restore into any tree with these paths.
 
     Args:
       directory: of the checkpoints; ``gs://`` works.
@@ -122,6 +124,9 @@ class Checkpointer:
                 enable_async_checkpointing=asynchronous,
             ),
         )
+        self._asynchronous = asynchronous
+        self._worker = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._handover: concurrent.futures.Future | None = None
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -142,19 +147,22 @@ class Checkpointer:
         """
         if step in self.steps():
             return False
-        saved = self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_nested(state)),
-                meta=_MetaSave(extra=dict(extra or {}), checksums=_Checksums(state)),
-            ),
-            force=True,
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(_nested(state)),
+            meta=_MetaSave(extra=dict(extra or {}), checksums=_Checksums(state)),
         )
-        self._record_sizes([done for done in self.steps() if done != step])
-        return saved
+        held = _hold(args.state.item) if self._asynchronous and _on_one_host(state) else None
+        if held is None:
+            self._save(step, args)
+        else:
+            # Orbax looks at every leaf before it returns, which takes it longer than the data.
+            views, args.state.item = held
+            self._handover = self._worker.submit(self._save, step, args, views)
+        return True
 
     def steps(self) -> list[int]:
         """The steps that can be restored, oldest first."""
+        self._handed_over()
         return sorted(self._manager.all_steps())
 
     def restore(self, state: Any, step: int) -> Restored:
@@ -214,13 +222,29 @@ class Checkpointer:
 
     def wait(self) -> None:
         """Waits until the last save is on disk."""
+        self._handed_over()
         self._manager.wait_until_finished()
         self._record_sizes(self.steps())
 
     def close(self) -> None:
         """Waits, and ends the background threads."""
-        self.wait()
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._worker.shutdown()
+            self._manager.close()
+
+    def _save(self, step: int, args: Any, views: list[np.ndarray] | None = None) -> None:
+        done = sorted(self._manager.all_steps())
+        self._manager.save(step, args=args, force=True)
+        self._record_sizes(done)
+        if views is not None:  # and until then held
+            self._manager.wait_until_finished()
+
+    def _handed_over(self) -> None:
+        handover, self._handover = self._handover, None
+        if handover is not None:
+            handover.result()
 
     def _read(self, state: Any, step: int) -> Restored:
         self._manager.wait_until_finished()
@@ -265,15 +289,22 @@ class Checkpointer:
         for step in steps:
             record = self.directory / str(step) / _SIZES
             if record.parent.is_dir() and not record.exists():
-                record.write_text(json.dumps(_sizes(record.parent)))
+                # Whole or not there: half a record would condemn a good checkpoint.
+                part = record.with_name(f"{_SIZES}.part")
+                part.write_text(json.dumps(_sizes(record.parent)))
+                part.rename(record)
 
     def _check_sizes(self, step: int) -> None:
         directory = self.directory / str(step)
         record = directory / _SIZES
         if not record.exists():
             return  # Killed before it was written; the checksums still tell.
+        try:
+            recorded = json.loads(record.read_text())
+        except ValueError:
+            return  # Cut off by a crash of the machine, as above.
         found = _sizes(directory)
-        for name, size in json.loads(record.read_text()).items():
+        for name, size in recorded.items():
             if name not in found:
                 raise OSError(f"{name} is missing")
             if found[name] != size:
@@ -289,6 +320,29 @@ class Checkpointer:
                 source.rename(aside)
         _all_processes(True)
         self._manager.reload()
+
+
+def _on_one_host(state: Any) -> bool:
+    """Whether the state lies in the memory of this process, which is the only one."""
+    return jax.process_count() == 1 and all(
+        device.platform == "cpu" for leaf in jax.tree.leaves(state) for device in leaf.devices()
+    )
+
+
+def _hold(state: Any) -> tuple[list[np.ndarray], Any] | None:
+    """Views that keep XLA from giving the buffers to a step they are donated to, and the state.
+
+    None where a view turns out to be a copy, which holds nothing.
+    """
+    # Keys have no such view; they are small.
+    state = jax.tree.map(lambda leaf: jax.random.clone(leaf) if _is_key(leaf) else leaf, state)
+    views = []
+    for leaf in jax.tree.leaves(state):
+        for shard in () if _is_key(leaf) else leaf.addressable_shards:
+            views.append(np.asarray(shard.data))
+            if views[-1].ctypes.data != shard.data.unsafe_buffer_pointer():
+                return None
+    return views, state
 
 
 class _UnreadableError(Exception):
@@ -353,7 +407,7 @@ def _sizes(directory: epath.Path) -> dict[str, int]:
         for path in pending.pop().iterdir():
             if path.is_dir():
                 pending.append(path)
-            elif path.name not in (_SIZES, "_CHECKPOINT_METADATA"):
+            elif not path.name.startswith((_SIZES, "_CHECKPOINT_METADATA")):
                 sizes[str(path.relative_to(directory))] = path.stat().length
     return sizes
 

@@ -6,6 +6,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -135,6 +136,27 @@ def test_corrupt_checkpoint_falls_back_and_says_so(damage, said, tmp_path, caplo
         assert checkpointer.save(1, states[1])
         damage(tmp_path / "0")
         assert checkpointer.restore_latest(states[0]).step == 1
+
+
+@pytest.mark.parametrize("left", ["", '{"state/'])
+def test_a_kill_while_sizes_are_recorded_costs_no_checkpoint(left, tmp_path):
+    mesh = training.make_mesh("data:8")
+    state = training.create_train_state({"w": np.ones(4)}, optax.sgd(1.0), mesh=mesh)
+    with training.Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(3, state)
+    # What an earlier version could leave, and what this one may.
+    (tmp_path / "3/_SIZES").write_text(left)
+    (tmp_path / "3/_SIZES.part").write_text(left)
+    with training.Checkpointer(tmp_path) as checkpointer:
+        assert checkpointer.restore_latest(state).step == 3
+    (tmp_path / "3/_SIZES").unlink()
+    for _ in range(2):
+        with training.Checkpointer(tmp_path) as checkpointer:
+            assert checkpointer.restore_latest(state).step == 3
+    recorded = json.loads((tmp_path / "3/_SIZES").read_text())
+    assert recorded
+    assert not any("SIZES" in name for name in recorded)
+    assert not (tmp_path / "3/_SIZES.part").exists()
 
 
 def test_no_readable_checkpoint_is_an_error(tmp_path):
@@ -309,3 +331,47 @@ def test_a_profile_ends_with_the_run(tmp_path):
     toy.train(tmp_path / "first", steps=4, every=0, profile_steps=9)
     toy.train(tmp_path / "second", steps=4, every=0, profile_steps=1)
     assert all(list((tmp_path / name / "profile").rglob("*.pb")) for name in ("first", "second"))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, "bfloat16", np.int8])
+def test_a_saved_state_may_be_donated_at_once(dtype, tmp_path, monkeypatch):
+    """The save begins only once the step that gets the buffers has run."""
+    mesh = training.make_mesh("data:4,fsdp:2")
+    state = {
+        "w": jax.device_put(jnp.arange(64, dtype=dtype), jax.NamedSharding(mesh, jax.P("fsdp"))),
+        "scalar": jax.device_put(jnp.ones((), dtype), jax.NamedSharding(mesh, jax.P())),
+        "key": jax.random.key(3),
+    }
+    before = jax.random.key_data(jax.random.key(3))
+    gate = threading.Event()
+    step = jax.jit(
+        lambda state: {**state, "w": state["w"] + 1, "scalar": state["scalar"] * 2},
+        donate_argnums=0,
+    )
+    with training.Checkpointer(tmp_path) as checkpointer:
+        saved = checkpointer._save
+
+        def late(*args):
+            gate.wait(60)
+            saved(*args)
+
+        monkeypatch.setattr(checkpointer, "_save", late)
+        checkpointer.save(0, state)
+        after = jax.block_until_ready(step(state))
+        gate.set()
+        restored = checkpointer.restore_latest(after)
+    assert restored.state["w"].tolist() == list(range(64))
+    assert restored.state["scalar"] == 1
+    assert after["w"].tolist() == list(range(1, 65))
+    np.testing.assert_array_equal(jax.random.key_data(restored.state["key"]), before)
+
+
+def test_what_goes_wrong_in_the_background_is_raised_by_the_next_call(tmp_path, monkeypatch):
+    mesh = training.make_mesh("data:8")
+    state = training.create_train_state({"w": np.ones(4)}, optax.sgd(1.0), mesh=mesh)
+    with training.Checkpointer(tmp_path) as checkpointer:
+        monkeypatch.setattr(checkpointer._manager, "save", lambda *_, **__: 1 / 0)
+        checkpointer.save(0, state)
+        with pytest.raises(ZeroDivisionError):
+            checkpointer.wait()
+        assert checkpointer.steps() == []
