@@ -2,7 +2,8 @@
 
 The demo of graph_fusion, its SFT + ULD + GLD arm: the loop (rows and the source's cached statistics
 from disk, metrics, log lines) beside the same compiled step fed again and again with one batch that
-lies on the device; how long an asynchronous save keeps the loop waiting, and what it takes from the step beside it.
+lies on the device; how long an asynchronous save keeps the loop waiting, and what the step beside
+its writing takes.
 """
 
 import statistics
