@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import is_concrete
 from jaxtyping import Float, Integer, UInt8
 
 from logitjax import native
@@ -40,7 +41,7 @@ def pack_codes(codes: Integer[Array, "vocab groups"]) -> UInt8[jax.Array, "block
       product quantization fast scan, 2015, for the layout's idea.
     """
     codes = jnp.asarray(codes)
-    if jax.core.is_concrete(codes) and codes.size:
+    if codes.size and is_concrete(codes):
         least, most = int(codes.min()), int(codes.max())
         if least < 0 or most >= _CODES:
             raise ValueError(f"codes must be between 0 and 15, got {least} to {most}")
