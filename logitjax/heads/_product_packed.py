@@ -1,12 +1,12 @@
 """Product quantisation by 16 codes a group: half a byte each, looked up in tables of bytes."""
 
+import contextlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.core import is_concrete
 from jaxtyping import Float, Integer, UInt8
 
 from logitjax import native
@@ -41,8 +41,8 @@ def pack_codes(codes: Integer[Array, "vocab groups"]) -> UInt8[jax.Array, "block
       product quantization fast scan, 2015, for the layout's idea.
     """
     codes = jnp.asarray(codes)
-    if codes.size and is_concrete(codes):
-        least, most = int(codes.min()), int(codes.max())
+    with contextlib.suppress(jax.errors.ConcretizationTypeError):  # while it is traced
+        least, most = int(codes.min(initial=0)), int(codes.max(initial=0))
         if least < 0 or most >= _CODES:
             raise ValueError(f"codes must be between 0 and 15, got {least} to {most}")
     vocab, groups = codes.shape

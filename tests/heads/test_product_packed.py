@@ -119,3 +119,8 @@ def test_the_module_stores_half_a_byte_a_code():
     assert jnp.abs(grads.codebooks[...]).max() > 0
     with pytest.raises(ValueError, match="at most 16"):
         heads.ProductHead(8, 20, groups=4, num_codes=17, packed=True, rngs=nnx.Rngs(0))
+
+
+def test_packing_is_traceable():
+    codes = jnp.array([[1, 2, 3]] * 5)
+    np.testing.assert_array_equal(jax.jit(heads.pack_codes)(codes), heads.pack_codes(codes))
