@@ -160,7 +160,7 @@ def _bars(
         count = len(group)
         mean = {k: sum(r[k] for r in group) / count for k in ("ratio", "top1", "decode_speedup")}
         share = group[0]["cost"]["read_bytes"] / full["cost"]["read_bytes"]
-        if group[0]["arm"].startswith(("vq", "shortlist", "screened", "product")):
+        if group[0]["arm"].startswith(("vq", "shortlist", "screened", "product", "packed")):
             points.append(mean | {"share": share, "name": _name(group[0]["arm"])})
     lean = [p for p in points if p["share"] <= 0.1]
     same = [p for p in points if p["top1"] >= 0.99]
