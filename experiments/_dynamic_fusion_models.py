@@ -57,6 +57,7 @@ class Lineup:
             texts["general"].fingerprint,
             config.base or config.small_layers,
             config.train_embeddings,
+            config.layout,
             [config.batch_size, config.heal_steps, config.heal_learning_rate],
         )
         self.base = Variant(root / f"base-{cut}", self._load_base)
@@ -74,7 +75,12 @@ class Lineup:
             else (config.tune_steps, config.batch_size)
         )
         name = digest(
-            origin.directory.name, data.fingerprint, steps, size, rate, config.train_embeddings
+            origin.directory.name,
+            data.fingerprint,
+            steps,
+            size,
+            rate,
+            [config.train_embeddings, config.layout],
         )
         directory = self.root / f"{start}-{domain}-{name}" / f"seed-{seed}"
 
@@ -192,7 +198,7 @@ class Lineup:
     ) -> models.Decoder:
         """Trains, or goes on, or reads what is finished."""
         config = self.config
-        apply_fn, params = models.from_nnx(start)
+        apply_fn, params = models.from_nnx(models.with_layout(start, config.layout))
         graphdef = apply_fn.graphdef
         trainable = None if config.train_embeddings else _LAYERS_ONLY
         schedule: Any = dict(schedule="cosine", warmup=max(1, steps // 10), total_steps=steps)
@@ -229,7 +235,8 @@ class Lineup:
                 writer=training.make_writer(directory),
                 identity={"steps": steps},
             )
-        return nnx.merge(graphdef, jax.tree.map(_here, _processes.held_here(state.params)))
+        trained = nnx.merge(graphdef, jax.tree.map(_here, _processes.held_here(state.params)))
+        return models.with_layout(trained, "listed")
 
 
 def text_loss(model: models.Decoder, batch: Mapping[str, Any]) -> tuple[Any, Any]:

@@ -25,7 +25,7 @@ def trace_steps(config: Any, devices: Any) -> Iterator[tuple[str, Callable[[], A
 
 def _update(config: Any, spec: str, rate: float, mesh: Any) -> Any:
     graphdef, params = _plan_models.abstract_decoder(
-        _plan_models.decoder_config(spec), dtype=config.dtype, layout="listed"
+        _plan_models.decoder_config(spec), dtype=config.dtype, layout=config.layout
     )
     steps = config.tune_steps
     schedule: Any = dict(schedule="cosine", warmup=max(1, steps // 10), total_steps=steps)

@@ -74,6 +74,9 @@ class Config:
     checkpoint_every: int = field(20, "Steps between checkpoints.")
     log_every: int = field(8, "Steps between log lines.")
     dtype: str = field("float32", "Compute type.", choices=("float32", "bfloat16"))
+    layout: str = field(
+        "listed", "Layers scanned or unrolled in training.", choices=("stacked", "listed")
+    )
     mesh: str = field("data:-1", "Axes and sizes of the device mesh.")
 
     def __post_init__(self) -> None:
@@ -137,6 +140,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         test_questions=5000,
         graded_questions=1319,
         dtype="bfloat16",
+        layout="stacked",
         mesh="data:-1,fsdp:16,tensor:2",
         seeds=3,
     ),

@@ -121,7 +121,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         test_tokens=6_000,
         arm=("vq_paper", "vq_bias", "vq_likelihood", "packed_product"),
         codes=(1024, 2048),
-        pages=(64, 128, 256, 512),
         candidates=(128, 512),
         steps=60,
         reassign_every=20,

@@ -8,6 +8,7 @@
 #include <atomic>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <thread>
 #include <type_traits>
@@ -65,6 +66,8 @@ void BlockSums(const uint8_t* codes, const uint8_t* tables, int64_t pairs, int32
     __m256i all[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
     __m256i odd[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
     for (int64_t p = start; p < stop; ++p) {
+      // A block or two ahead: codes come from memory, in order.
+      __builtin_prefetch(codes + p * 2 * kTable + 3072);
       const __m256i code =
           _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + p * 2 * kTable));
       const __m256i table =
@@ -214,24 +217,29 @@ int32_t OrderOf(float x) {
   return bits ^ ((bits >> 31) & 0x7fffffff);
 }
 
-void Largest(const float* values, int64_t count, int64_t k, int32_t* out) {
-  // The k-th largest of the maxima of neighbours is no larger than the k-th largest entry.
-  const int64_t size = std::min<int64_t>(64, std::max<int64_t>(1, count / (4 * k)));
-  const int64_t groups = (count + size - 1) / size;
-  std::vector<int32_t> maxima(groups);
+// The largest of each `kSize` neighbours.
+template <int64_t kSize>
+void Maxima(const float* values, int64_t groups, int32_t* maxima) {
   for (int64_t g = 0; g < groups; ++g) {
     int32_t best = INT32_MIN;
-    for (int64_t i = g * size; i < std::min(count, (g + 1) * size); ++i) {
-      best = std::max(best, OrderOf(values[i]));
-    }
+    for (int64_t i = 0; i < kSize; ++i) best = std::max(best, OrderOf(values[g * kSize + i]));
     maxima[g] = best;
   }
-  int32_t least = INT32_MIN;
-  if (groups >= k) {
-    std::vector<int32_t> sorted(maxima);
-    std::nth_element(sorted.begin(), sorted.begin() + (k - 1), sorted.end(), std::greater<>());
-    least = sorted[k - 1];
+}
+
+void Largest(const float* values, int64_t count, int64_t k, int32_t* out) {
+  // The k-th largest of the maxima of neighbours is no larger than the k-th largest entry.
+  const int64_t size = count >= 128 * k ? 64 : count >= 32 * k ? 16 : 1;
+  const int64_t whole = count / size, groups = (count + size - 1) / size;
+  std::vector<int32_t> maxima(groups, INT32_MIN);
+  const auto find = size == 64 ? Maxima<64> : size == 16 ? Maxima<16> : Maxima<1>;
+  find(values, whole, maxima.data());
+  for (int64_t i = whole * size; i < count; ++i) {
+    maxima[whole] = std::max(maxima[whole], OrderOf(values[i]));
   }
+  std::vector<int32_t> sorted(maxima);
+  std::nth_element(sorted.begin(), sorted.begin() + (k - 1), sorted.end(), std::greater<>());
+  const int32_t least = sorted[k - 1];
   std::vector<std::pair<int32_t, int32_t>> found;
   found.reserve(4 * k);
   for (int64_t g = 0; g < groups; ++g) {
