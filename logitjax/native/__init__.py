@@ -28,6 +28,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 from jax import lax
 
 _SOURCE = pathlib.Path(__file__).with_name("kernels.cc")
@@ -137,10 +138,14 @@ def _call(name: str, result: Any) -> Callable[..., Any]:
 @functools.cache
 def _loaded() -> bool:
     """Loads what `build` left, once a process."""
-    library = _library()
-    if not library.exists():
+    try:
+        library = _library()
+        if not library.exists():
+            return False
+        symbols = ctypes.CDLL(str(library))
+    except (OSError, RuntimeError) as error:  # no home directory, another C library
+        logging.warning("kernels for CPUs cannot be loaded, XLA does their work: %s", error)
         return False
-    symbols = ctypes.CDLL(str(library))
     for name in _TARGETS:
         symbol = f"logitjax_{name}"
         target = jax.ffi.pycapsule(getattr(symbols, symbol))

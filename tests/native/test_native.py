@@ -65,6 +65,19 @@ def test_a_compiler_that_fails_is_told(monkeypatch, tmp_path, compiler, said):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_library_that_cannot_be_loaded_is_left_alone(monkeypatch, tmp_path, caplog):
+    broken = tmp_path / "kernels.so"
+    broken.write_bytes(b"not a library")
+    monkeypatch.setattr(native, "_library", lambda: broken)
+    native._loaded.cache_clear()
+    try:
+        with caplog.at_level("WARNING"):
+            assert not native._loaded()
+    finally:
+        native._loaded.cache_clear()
+    assert "XLA does their work" in caplog.text
+
+
 # 300 groups need more than the 16 bits of one sum; 33 tokens a second block; 1 group half a pair.
 @pytest.mark.parametrize(
     ("vocab", "groups", "positions"), [(33, 300, 2), (5, 1, 1), (700, 514, 3), (4096, 192, 1)]
