@@ -61,6 +61,7 @@ def mean(large, experts, bases, where=None):
     return large + experts.mean(0), {"size": jnp.abs(experts[0] - large).max(-1)}
 
 
+@pytest.mark.slow
 def test_greedy_is_plain_decoding():
     # Rings of 6 slots, the drafting member in a stack, drafts rejected soon and late.
     model = Ensemble(decoder(), experts=[disturbed(1), disturbed(2)], fuse=mean)

@@ -52,6 +52,7 @@ def test_options_that_make_no_sense_are_named(source, tmp_path):
         cache_logits.run(_config(source, rows="none"), workdir)
 
 
+@pytest.mark.slow
 def test_the_pivot_learns_from_a_cache_with_a_sampled_tail(source, tmp_path):
     workdir = epath.Path(tmp_path)
     cache_logits.run(_config(source, rows="all", tail_samples=3), workdir)

@@ -62,6 +62,7 @@ def make_trainer(task, mesh, name: str, alphas=(0.01, 0.1)) -> _dual_head_train.
     )
 
 
+@pytest.mark.slow
 def test_a_run_reports_every_arm_and_is_not_repeated(tmp_path):
     workdir = epath.Path(tmp_path)
     results = dual_head.train_all(TINY, workdir, never)

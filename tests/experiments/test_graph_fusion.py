@@ -151,6 +151,7 @@ def test_paper_preset_traces_on_a_mesh():
     assert sum(np.prod(shape, dtype=np.int64) for shape in sizes) > 3 * 14.6e9
 
 
+@pytest.mark.slow
 def test_graph_losses_are_tried_on_validation_data(tmp_path):
     variants = ("rank/row_sum/closed_form:0.002", "token/off_diagonal/sorted_coupling:0.01")
     workdir = epath.Path(tmp_path)

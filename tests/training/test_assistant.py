@@ -74,6 +74,7 @@ def test_training_neither_copies_nor_donates_a_buffer_of_the_target():
     assert set(pointers(nnx.state(assistant.base))) < set(before)
 
 
+@pytest.mark.slow
 def test_it_knows_what_to_forget_and_is_silent_on_what_to_keep():
     assistant, _, metrics = trained()
     assert metrics["forget"][0] < 0.5
@@ -117,6 +118,7 @@ def test_loss_is_that_of_logits(uniform):
     np.testing.assert_allclose(loss, forget + 5.0 * retain, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("uniform", ["answers", "all"])
 def test_positions_that_do_not_count_need_not_meet_the_head(uniform):
     base, lora = trained()[0].base, trained()[0].lora
@@ -163,6 +165,7 @@ def merged():
     return student, [float(mean(params)) for params in sides]
 
 
+@pytest.mark.slow
 def test_merging_brings_the_target_to_the_combined_distribution():
     _, (before, after) = merged()
     assert before > 0.3

@@ -90,6 +90,7 @@ def bracket(z, w):
     return out
 
 
+@pytest.mark.slow
 def test_no_violation_in_1000_cases():
     z, w = families(1000)
     got = jax.device_get(
