@@ -269,7 +269,14 @@ def test_local_waits_for_what_a_terminal_interrupts(tmp_path):
     # Ctrl-C reaches the whole group: the script, what it waits with, and its children.
     script = "trap 'sleep 0.3; echo saved > said; exit 5' TERM; touch up; sleep 20 & wait"
     command = ["bash", LAUNCH / "local.sh", "1", "1", "bash", "-c", script]
-    with subprocess.Popen(command, cwd=tmp_path, start_new_session=True) as process:
+
+    def as_in_a_terminal():
+        # Where the suite itself runs in the background, its children ignore Ctrl-C.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(
+        command, cwd=tmp_path, start_new_session=True, preexec_fn=as_in_a_terminal
+    ) as process:
         while not (tmp_path / "up").exists():
             time.sleep(0.02)
         os.killpg(process.pid, signal.SIGINT)
