@@ -27,7 +27,15 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from experiments import _cli, _processes, _vq_arms, _vq_context, _vq_report, _vq_scratch
+from experiments import (
+    _cli,
+    _processes,
+    _vq_arms,
+    _vq_context,
+    _vq_report,
+    _vq_rescored,
+    _vq_scratch,
+)
 from experiments._cli import field
 from experiments.benchmarks._suite import paired_ratio, paired_seconds
 from logitjax import training
@@ -222,7 +230,7 @@ def _arm(
                 training.save_head(converted.head, results.parent / "heads" / f"{arm}_{codes}")
         if arm in _vq_arms.SCREENS:
             for count in config.candidates:
-                head = _vq_arms.screened(ctx, converted, count)
+                head = _vq_rescored.screened(ctx, converted, count)
                 name = f"screened_{arm}_{count}"
                 found.append(_converted_record(name, codes, seed, head, ctx, config, best))
         _processes.write_json(path, found)
@@ -239,10 +247,10 @@ def _shortlists(
             kind = "shortlist_product" if groups else "shortlist"
             if groups and pages != config.pages[-1]:
                 continue
-            head = _vq_arms.shortlist(ctx, base, pages, config, groups=groups, seed=seed)
+            head = _vq_rescored.shortlist(ctx, base, pages, config, groups=groups, seed=seed)
             found.append(_converted_record(f"{kind}_{pages}", codes, seed, head, ctx, config, lr))
             if config.shortlist_steps and not groups and pages == config.pages[0]:
-                tuned = _vq_arms.tune_shortlist_tail(ctx, head, seed, lr, config)
+                tuned = _vq_rescored.tune_shortlist_tail(ctx, head, seed, lr, config)
                 name = f"{kind}_{pages}_tuned"
                 found.append(_converted_record(name, codes, seed, tuned, ctx, config, lr))
     return found

@@ -11,7 +11,7 @@ from jaxtyping import Float, Integer, UInt8
 
 from logitjax import native
 from logitjax.heads._vq_product import product_logits, product_tables
-from logitjax.ops import Array
+from logitjax.ops import Array, over_batch
 
 _BLOCK = 32
 _CODES = 16
@@ -58,6 +58,14 @@ def unpack_codes(
     packed: UInt8[Array, "blocks pairs 32"], vocab: int, groups: int
 ) -> UInt8[jax.Array, "vocab groups"]:
     """What `pack_codes` packed.
+
+    Args:
+      packed: ``[ceil(vocab / 32), ceil(groups / 2), 32]``.
+      vocab: tokens that were packed.
+      groups: groups that were packed.
+
+    Returns:
+      ``[vocab, groups]``, uint8, 0..15.
 
     >>> unpack_codes(pack_codes(jnp.array([[1, 2, 3]])), 1, 3)
     Array([[1, 2, 3]], dtype=uint8)
@@ -112,8 +120,12 @@ def packed_logits(
             f"{vocab} tokens and {groups} groups of at most {_CODES} codes are packed as "
             f"{expected}, got {packed.shape} and {num_codes} codes"
         )
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    return _logits(flat, codebooks, packed, bias).reshape(*hidden.shape[:-1], vocab)
+
+    def logits(hidden: jax.Array, *head: jax.Array) -> tuple[jax.Array]:
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        return (_logits(flat, *head).reshape(*hidden.shape[:-1], vocab),)
+
+    return over_batch(logits, (hidden.ndim,), hidden, codebooks, packed, bias)[0]
 
 
 @jax.custom_jvp

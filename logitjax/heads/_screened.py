@@ -11,7 +11,16 @@ from jaxtyping import Float, Int
 from logitjax.heads._head_cost import HeadCost, screened_cost
 from logitjax.heads._vocabulary_head import VocabularyHead
 from logitjax.heads._vq_shortlist import Rescore, exact_rows, in_blocks
-from logitjax.ops import Array, TopK, check_positive, finite_or_zero, gather_at, logsumexp, top_k
+from logitjax.ops import (
+    Array,
+    TopK,
+    check_positive,
+    finite_or_zero,
+    gather_at,
+    logsumexp,
+    over_batch,
+    top_k,
+)
 
 #: Approximate logits of the whole vocabulary: ``hidden [n, hidden] -> [n, vocab]`` float32.
 Screen = Callable[[jax.Array], jax.Array]
@@ -153,8 +162,8 @@ def screened_topk(
     batch = hidden.shape[:-1]
     flat = hidden.reshape(-1, hidden.shape[-1])
     scores, tokens, better = _look(flat, screen, rescore, num_candidates)
-    values, places = jax.lax.top_k(better, k)
-    chosen = jnp.take_along_axis(tokens, places, axis=-1)
+    values, places = top_k(better, k)
+    chosen = gather_at(tokens, places)
     log_z = jnp.zeros(len(flat), jnp.float32)
     if with_log_z:
         log_z = logsumexp(_joined(scores, tokens, better))
@@ -270,6 +279,10 @@ def _look(
 
 def _joined(scores: jax.Array, tokens: jax.Array, better: jax.Array) -> jax.Array:
     """The better logits at their tokens, and the cheap ones elsewhere, moved to their scale."""
-    rows = jnp.arange(scores.shape[0])[:, None]
-    shift = finite_or_zero(logsumexp(better)) - finite_or_zero(logsumexp(scores[rows, tokens]))
-    return (scores + shift[:, None]).at[rows, tokens].set(better)
+
+    def join(scores: jax.Array, tokens: jax.Array, better: jax.Array) -> tuple[jax.Array]:
+        rows = jnp.arange(scores.shape[0])[:, None]
+        shift = finite_or_zero(logsumexp(better)) - finite_or_zero(logsumexp(scores[rows, tokens]))
+        return ((scores + shift[:, None]).at[rows, tokens].set(better),)
+
+    return over_batch(join, (2,), scores, tokens, better)[0]

@@ -9,7 +9,7 @@ from jaxtyping import Float, Integer, Key
 
 from logitjax.heads._vq_kmeans import fit_kmeans
 from logitjax.heads._vq_shortlist import Rescore
-from logitjax.ops import Array
+from logitjax.ops import Array, over_batch
 
 #: Positions up to which tables are sums of products of numbers.
 _FEW = 4
@@ -65,16 +65,22 @@ def product_logits(
     >>> product_logits(jnp.ones((1, 2)), jnp.arange(4.0).reshape(2, 2, 1), jnp.array([[0, 1]]))
     Array([[3.]], dtype=float32)
     """
-    tables = product_tables(jnp.asarray(hidden), jnp.asarray(codebooks))
-    by_group = jnp.asarray(codes).astype(jnp.int32).T
+    hidden, codebooks, codes = jnp.asarray(hidden), jnp.asarray(codebooks), jnp.asarray(codes)
 
-    def add(total: jax.Array, group: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        table, code = group
-        return total + jnp.take(table, code, axis=-1), None
+    def look_up(hidden: jax.Array, codebooks: jax.Array, codes: jax.Array) -> tuple[jax.Array]:
+        tables = product_tables(hidden, codebooks)
+        by_group = codes.astype(jnp.int32).T
 
-    shape = (*tables.shape[:-2], by_group.shape[1])
-    start = jnp.zeros(shape, tables.dtype)
-    total, _ = lax.scan(add, start, (jnp.moveaxis(tables, -2, 0), by_group))
+        def add(total: jax.Array, group: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+            table, code = group
+            return total + jnp.take(table, code, axis=-1), None
+
+        shape = (*tables.shape[:-2], by_group.shape[1])
+        start = jnp.zeros(shape, tables.dtype)
+        total, _ = lax.scan(add, start, (jnp.moveaxis(tables, -2, 0), by_group))
+        return (total,)
+
+    (total,) = over_batch(look_up, (hidden.ndim,), hidden, codebooks, codes)
     return total if bias is None else total + jnp.asarray(bias)
 
 

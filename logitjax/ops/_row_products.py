@@ -8,6 +8,7 @@ from jax import lax
 from jaxtyping import Float, Int
 
 from logitjax import native
+from logitjax.ops._sharding import over_batch
 from logitjax.ops._types import Array
 
 #: Rows that XLA gathers at a time for one position on a CPU: they fit its cache.
@@ -37,9 +38,13 @@ def row_products(
     """
     vectors, rows = jnp.asarray(vectors), jnp.asarray(rows)
     ids = jnp.clip(jnp.asarray(ids), 0, rows.shape[0] - 1)
-    if vectors.dtype == jnp.float32 and rows.dtype in (jnp.float32, jnp.bfloat16):
-        return native.on_cpu(_native, _gathered, vectors, rows, ids)
-    return _gathered(vectors, rows, ids)
+
+    def products(vectors: jax.Array, rows: jax.Array, ids: jax.Array) -> tuple[jax.Array]:
+        if vectors.dtype == jnp.float32 and rows.dtype in (jnp.float32, jnp.bfloat16):
+            return (native.on_cpu(_native, _gathered, vectors, rows, ids),)
+        return (_gathered(vectors, rows, ids),)
+
+    return over_batch(products, (2,), vectors, rows, ids)[0]
 
 
 @jax.custom_jvp

@@ -54,7 +54,7 @@ def over_batch(fn: Callable[..., Any], out_ndims: tuple[int, ...], *args: jax.Ar
       fn: returns a tuple of arrays, as many as `out_ndims` has entries.
       out_ndims: per result, its number of axes; the leading ones are the batch axes of `args[0]`
         and are laid out like those.
-      *args: arrays that share the leading axes of the first.
+      *args: arrays that share the leading axes of the first, or are the same for all of them.
     """
     sharding = jax.typeof(args[0]).sharding
     mesh = sharding.mesh

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from logitjax import heads
 
@@ -124,3 +126,33 @@ def test_the_module_stores_half_a_byte_a_code():
 def test_packing_is_traceable():
     codes = jnp.array([[1, 2, 3]] * 5)
     np.testing.assert_array_equal(jax.jit(heads.pack_codes)(codes), heads.pack_codes(codes))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_positions_may_be_split_over_a_mesh(kind):
+    hidden, codebooks, chosen, bias = _setup(positions=8)
+    packed = heads.pack_codes(chosen)
+    rows = heads.product_kernel(codebooks, chosen) + 0.01
+    mesh = jax.make_mesh((8,), ("data",), (kind,))
+
+    def everything(hidden, codebooks, chosen, packed, bias, rows):
+        options = {
+            "screen": lambda hidden: heads.packed_logits(hidden, codebooks, packed, bias),
+            "rescore": heads.exact_rows(rows),
+            "num_candidates": 9,
+        }
+        return (
+            heads.product_logits(hidden, codebooks, chosen, bias),
+            heads.screened_logits(hidden, **options),
+            heads.screened_topk(hidden, 3, **options),
+        )
+
+    head = (codebooks, chosen, packed, bias, rows)
+    local = everything(hidden, *head)
+    with jax.set_mesh(mesh):
+        split = jax.device_put(hidden, NamedSharding(mesh, P("data")))
+        head = jax.device_put(head, NamedSharding(mesh, P()))
+        found = jax.jit(everything)(split, *head)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(local), strict=True):
+        assert one.sharding.spec[0] == "data"
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
