@@ -3,20 +3,27 @@
 import os
 import pathlib
 
+import jaxlib.version
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 os.environ.setdefault("MPLBACKEND", "Agg")
 _CACHE = pathlib.Path(__file__).parents[1] / ".cache" / "jax"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+# Small programs too: most of those here are, and two workers and their children share them.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 # Scripts that write goldens need torch and transformers.
 collect_ignore_glob = ["*/make_*.py", "*/export_*.py"]
 
-# Programs here run once, and optimising them costs more than it saves; `.ci/run` has a run with
-# LLVM's optimisations.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Programs here run once, and optimising them costs more than it saves. `.ci/run` also runs tests
+# with what users have.
+_flags = ["--xla_backend_optimization_level=0"]
+if jaxlib.version.__version_info__ < (0, 11):
+    # Emitters that do not go through MLIR compile in half the time; later versions have no others.
+    _flags.append("--xla_cpu_use_fusion_emitters=false")
+os.environ.setdefault("XLA_FLAGS", " ".join(_flags))
 
 import jaxtyping  # noqa: E402
 
