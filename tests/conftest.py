@@ -1,5 +1,6 @@
 """Set before JAX starts: 8 CPU devices, a shared compilation cache, shape checks at run time."""
 
+import gc
 import os
 import pathlib
 
@@ -48,3 +49,10 @@ from tests import _executables  # noqa: E402
 def pytest_configure(config):
     # This file's own hooks would not see the doctests of the package.
     config.pluginmanager.register(_executables)
+
+
+def pytest_collection_finish(session):
+    # Tracing makes many small objects; what was imported need not be looked through each time.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 100)

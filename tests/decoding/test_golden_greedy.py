@@ -66,7 +66,7 @@ def test_all_rows_equal_transformers_and_each_other():
     left = diverging(batched, everything)
     print(f"{len(left)} of 64 rows leave transformers' at a tie: {left}")
     assert len(left) <= 2
-    some = everything[::16]
+    some = [0, 2, 17, 24]  # of two lengths, which are compiled one by one
     alone = [generate(smollm2(), [golden()[0][i]], max_new_tokens=64).tokens[0] for i in some]
     left = diverging(np.stack(alone), some)
     apart = np.flatnonzero((np.stack(alone) != batched[some]).any(axis=1)).tolist()
