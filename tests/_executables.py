@@ -24,7 +24,8 @@ def allowed() -> int:
 
 
 def pytest_runtest_teardown(item, nextitem):
-    same_module = nextitem is not None and nextitem.path == item.path
-    if not same_module and mappings() > allowed() // 4:
+    if nextitem is not None and nextitem.path == item.path:
+        return
+    if mappings() > allowed() // 4:
         jax.clear_caches()
-        gc.collect()
+    gc.collect()  # the suite seldom does by itself, see conftest.py

@@ -55,4 +55,4 @@ def pytest_collection_finish(session):
     # Tracing makes many small objects; what was imported need not be looked through each time.
     gc.collect()
     gc.freeze()
-    gc.set_threshold(100_000, 20, 100)
+    gc.set_threshold(100_000, 20, 10)
