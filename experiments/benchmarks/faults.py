@@ -91,7 +91,7 @@ def _life(workdir: Path, steps: int, draw: random.Random) -> dict[str, Any] | No
         "training": _STEP.search(said) is not None,
         "resumed": told,
         "newest": newest,
-        "had": bool(before or after),
+        "checkpointed": bool(before or after),
         # It said which one it took, and took another than the newest that there was.
         "lost": int(told is not None and told != newest) + int(bool(newest) and not after),
         "step": reached,
@@ -130,7 +130,7 @@ def run(options: _suite.Options) -> _suite.Result:
                 "run": len(rows),
                 "kills": len(mine),
                 "after a step": sum(life["training"] for life in mine),
-                "with a checkpoint": sum(life["had"] for life in mine),
+                "with a checkpoint": sum(life["checkpointed"] for life in mine),
                 "lost checkpoints": sum(life["lost"] for life in mine),
                 "unreadable checkpoints": max([life["corrupt"] for life in mine], default=0),
                 "most steps to do again": max(
@@ -151,7 +151,7 @@ def run(options: _suite.Options) -> _suite.Result:
         ),
         _suite.Bar(
             name="kills that had a checkpoint to lose",
-            value=sum(life["had"] for life in kills),
+            value=sum(life["checkpointed"] for life in kills),
             limit=wanted // 2,
             sense=">=",
         ),
