@@ -23,6 +23,9 @@ def initialize(
     none of these is there, JAX finds the cluster: SLURM, Open MPI, Kubernetes, TPU pods. Without a
     cluster, or where it is known that there is one process, nothing happens.
 
+    Processes with several CPU devices dispatch one program at a time from then on: with more in
+    flight, whose collectives gloo carries side by side, they have been seen to wait for ever.
+
     Args:
       coordinator_address: ``host:port`` of process 0.
       num_processes: how many processes there are.
@@ -68,6 +71,7 @@ def initialize(
         # Joined, it would send what its own devices tell each other over sockets.
         logging.info("the only process")
     elif not missing:
+        _dispatch_one_by_one()
         logging.info("process %s of %s, coordinator %s", *reversed(list(known.values())))
         jax.distributed.initialize(
             coordinator_address,
@@ -77,6 +81,7 @@ def initialize(
             heartbeat_timeout_seconds=heartbeat_seconds,
         )
     elif found is not None:
+        _dispatch_one_by_one()
         logging.info("joining the %s cluster", found)
         devices = _slurm_devices() if found == "slurm" else None
         jax.distributed.initialize(
@@ -93,6 +98,11 @@ def initialize(
 def is_joined() -> bool:
     """Whether this process has joined others. It touches no device."""
     return jax.distributed.is_initialized()
+
+
+def _dispatch_one_by_one() -> None:
+    if jax.config.jax_num_cpu_devices > 1:
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 def _integer(name: str) -> int | None:

@@ -96,6 +96,7 @@ def test_where_the_processes_come_from(monkeypatch):
     monkeypatch.setattr(
         distributed.jax.distributed, "initialize", lambda *args, **kw: calls.append((args, kw))
     )
+    monkeypatch.setattr(distributed, "_dispatch_one_by_one", lambda: None)
     assert distributed.initialize() == (0, 1)
     assert distributed.initialize("host:1", 1, 0) == (0, 1)
     assert calls == []
@@ -130,3 +131,15 @@ def test_where_the_processes_come_from(monkeypatch):
     assert calls.pop()[1]["local_device_ids"] == list(range(8))
     with pytest.raises(ValueError, match="got 'lsf'"):
         distributed.initialize(cluster="lsf")
+
+
+def test_several_cpu_devices_of_one_of_several_processes_run_one_program_at_a_time():
+    says = (
+        "import jax; from logitjax.training import distributed; distributed.jax.distributed"
+        ".initialize = lambda *args, **kw: None; distributed.initialize('host:1', 2, 0)\n"
+        "print(jax.config.values['jax_cpu_enable_async_dispatch'])"
+    )
+    for devices, expected in (("1", "True"), ("2", "False")):
+        env = {**os.environ, "JAX_NUM_CPU_DEVICES": devices}
+        done = subprocess.run([sys.executable, "-c", says], env=env, capture_output=True, text=True)
+        assert done.stdout.strip() == expected, done.stderr[-2000:]
