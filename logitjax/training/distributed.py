@@ -101,7 +101,7 @@ def is_joined() -> bool:
 
 
 def _dispatch_one_by_one() -> None:
-    if jax.config.jax_num_cpu_devices > 1:
+    if getattr(jax.config, "jax_num_cpu_devices", 1) > 1:
         jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
