@@ -1,6 +1,6 @@
 # Two commands need nothing before them but python3, git and make:
 #   make demo   set-up, default model and data, the main job on real text, a table and a picture
-#   make test   the same set-up and the whole suite (what is marked slow: make test-slow)
+#   make test   the same set-up and the suite (make test-slow: what is marked slow)
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin

@@ -97,8 +97,13 @@ def test_compiled_programs_are_kept_for_one_cpu_device_and_not_for_several(tmp_p
     # Read back, graph_fusion's step on eight of them waits for ever.
     for devices in (1, 2):
         kept = tmp_path / f"kept-{devices}"
-        env = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices)}
-        env["JAX_COMPILATION_CACHE_DIR"] = str(kept)
+        env = {
+            **os.environ,
+            "JAX_NUM_CPU_DEVICES": str(devices),
+            "JAX_COMPILATION_CACHE_DIR": str(kept),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }
         command = [sys.executable, "-c", JOB, "--preset=smoke", f"--workdir={tmp_path / 'run'}"]
         done = subprocess.run(command, env=env, capture_output=True, text=True)
         assert done.stdout.strip() == "2.0", done.stderr[-2000:]
