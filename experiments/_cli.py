@@ -126,18 +126,6 @@ def _is_ours(record: Any) -> bool:
     return record.levelno > py_logging.INFO or "site-packages" not in record.pathname
 
 
-def _keep_compiled() -> None:
-    """Programs come from JAX's persistent cache, but not for several CPU devices.
-
-    There, one that was read back may let two devices meet in different collectives: they wait for
-    each other until XLA ends the process (jaxlib 0.10.2 and 0.12.0).
-    """
-    if jax.default_backend() == "cpu" and jax.device_count() > 1:
-        jax.config.update("jax_enable_compilation_cache", False)
-    elif jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", _COMPILED)
-
-
 def _leave(status: int) -> None:
     """Ends the process; one of many at once, for the usual way out waits for the others."""
     if not training.distributed.is_joined():
@@ -168,13 +156,14 @@ def main(
         if not logging.level_info():
             logging.set_verbosity(logging.INFO)
         logging.get_absl_handler().addFilter(_is_ours)
+        if jax.config.jax_compilation_cache_dir is None:
+            jax.config.update("jax_compilation_cache_dir", _COMPILED)
         workdir = epath.Path(flags.FLAGS.workdir)
         try:
             config = config_from_flags(config_class, presets, flags.FLAGS)
             training.distributed.initialize(
                 flags.FLAGS.coordinator_address, flags.FLAGS.num_processes, flags.FLAGS.process_id
             )
-            _keep_compiled()
             with _processes.first_alone("config"):
                 write_config(config, workdir)
             run(config, workdir)

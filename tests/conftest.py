@@ -8,6 +8,8 @@ import jaxlib.version
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+# As `training.distributed.initialize` does.
+os.environ.setdefault("PJRT_NPROC", "24")
 os.environ.setdefault("MPLBACKEND", "Agg")
 _CACHE = pathlib.Path(__file__).parents[1] / ".cache" / "jax"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import pathlib
+import re
 
 import jax
 from absl import logging
@@ -23,8 +24,10 @@ def initialize(
     none of these is there, JAX finds the cluster: SLURM, Open MPI, Kubernetes, TPU pods. Without a
     cluster, or where it is known that there is one process, nothing happens.
 
-    Processes with several CPU devices dispatch one program at a time from then on: with more in
-    flight, whose collectives gloo carries side by side, they have been seen to wait for ever.
+    A process with several CPU devices, also one alone, gets three threads for each
+    (``PJRT_NPROC``, unless it is set). By default XLA has as many as there are cores, and runs and
+    starts the devices' programs on the same ones: where some wait to start a program and others,
+    within the one before, for devices that no thread is left for, they wait for ever.
 
     Args:
       coordinator_address: ``host:port`` of process 0.
@@ -47,6 +50,7 @@ def initialize(
     """
     if cluster not in ("auto", "none", "tpu", "slurm", "k8s", "ompi"):
         raise ValueError(f"cluster: expected auto, none, tpu, slurm, k8s or ompi, got {cluster!r}")
+    _enough_threads()
     if cluster == "none" or jax.distributed.is_initialized():
         return jax.process_index(), jax.process_count()
     env = os.environ
@@ -71,7 +75,6 @@ def initialize(
         # Joined, it would send what its own devices tell each other over sockets.
         logging.info("the only process")
     elif not missing:
-        _dispatch_one_by_one()
         logging.info("process %s of %s, coordinator %s", *reversed(list(known.values())))
         jax.distributed.initialize(
             coordinator_address,
@@ -81,7 +84,6 @@ def initialize(
             heartbeat_timeout_seconds=heartbeat_seconds,
         )
     elif found is not None:
-        _dispatch_one_by_one()
         logging.info("joining the %s cluster", found)
         devices = _slurm_devices() if found == "slurm" else None
         jax.distributed.initialize(
@@ -100,9 +102,20 @@ def is_joined() -> bool:
     return jax.distributed.is_initialized()
 
 
-def _dispatch_one_by_one() -> None:
-    if getattr(jax.config, "jax_num_cpu_devices", 1) > 1:
-        jax.config.update("jax_cpu_enable_async_dispatch", False)
+def _enough_threads() -> None:
+    """For each CPU device one to run its program, one to start the next and one to spare."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    forced = re.search(r"xla_force_host_platform_device_count=(\d+)", flags)
+    devices = max(getattr(jax.config, "jax_num_cpu_devices", 1), int(forced[1]) if forced else 1)
+    if devices > 1 and 3 * devices > _cores():
+        os.environ.setdefault("PJRT_NPROC", str(3 * devices))
+
+
+def _cores() -> int:
+    """Those this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _integer(name: str) -> int | None:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -96,7 +97,6 @@ def test_where_the_processes_come_from(monkeypatch):
     monkeypatch.setattr(
         distributed.jax.distributed, "initialize", lambda *args, **kw: calls.append((args, kw))
     )
-    monkeypatch.setattr(distributed, "_dispatch_one_by_one", lambda: None)
     assert distributed.initialize() == (0, 1)
     assert distributed.initialize("host:1", 1, 0) == (0, 1)
     assert calls == []
@@ -133,13 +133,57 @@ def test_where_the_processes_come_from(monkeypatch):
         distributed.initialize(cluster="lsf")
 
 
-def test_several_cpu_devices_of_one_of_several_processes_run_one_program_at_a_time():
-    says = (
-        "import jax; from logitjax.training import distributed; distributed.jax.distributed"
-        ".initialize = lambda *args, **kw: None; distributed.initialize('host:1', 2, 0)\n"
-        "print(jax.config.values['jax_cpu_enable_async_dispatch'])"
+@pytest.mark.parametrize(
+    ("devices", "flags", "threads", "expected"),
+    [
+        (2, "", None, "6"),
+        (-1, "--xla_force_host_platform_device_count=4", None, "12"),
+        (2, "", "9", "9"),
+        (1, "", None, None),
+        (-1, "", None, None),
+    ],
+)
+def test_several_cpu_devices_get_enough_threads(monkeypatch, devices, flags, threads, expected):
+    monkeypatch.setattr(
+        distributed, "jax", SimpleNamespace(config=SimpleNamespace(jax_num_cpu_devices=devices))
     )
-    for devices, expected in (("1", "True"), ("2", "False")):
-        env = {**os.environ, "JAX_NUM_CPU_DEVICES": devices}
-        done = subprocess.run([sys.executable, "-c", says], env=env, capture_output=True, text=True)
-        assert done.stdout.strip() == expected, done.stderr[-2000:]
+    monkeypatch.setattr(distributed, "_cores", lambda: 4)
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    monkeypatch.delenv("PJRT_NPROC", raising=False)
+    if threads:
+        monkeypatch.setenv("PJRT_NPROC", threads)
+    distributed._enough_threads()
+    assert os.environ.get("PJRT_NPROC") == expected
+
+
+# On fewer than 16 threads this waits for ever: those of some devices wait to start a program, while
+# others wait in the one before for devices that no thread is left for.
+MANY_IN_FLIGHT = """
+import jax, jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec as P
+from logitjax.training import distributed
+
+distributed.initialize(cluster="none")
+mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+@jax.jit
+def mixed(x):
+    for _ in range(4):
+        x = jnp.tanh(x + x.sum(0))
+    return x
+
+rows = jnp.linspace(-1.0, 1.0, 64 * 64).reshape(64, 64)
+lanes = [jax.device_put(rows + i, NamedSharding(mesh, P("data"))) for i in range(4)]
+for _ in range(50):
+    lanes = [mixed(lane) for lane in lanes]
+print(len(jax.block_until_ready(lanes)))
+"""
+
+
+def test_more_programs_in_flight_than_threads():
+    ours = ("PJRT_NPROC", "XLA_FLAGS")
+    env = {name: value for name, value in os.environ.items() if name not in ours}
+    env["JAX_NUM_CPU_DEVICES"] = "8"
+    command = [sys.executable, "-c", MANY_IN_FLIGHT]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100)
+    assert done.stdout.strip() == "4", done.stderr[-2000:]
