@@ -57,9 +57,9 @@ _JOBS = {
         "--scratch_steps={steps} --scratch_batch=8",
         _curves,
     ),
-    # At a fiftieth of the preset's rates. Where an input of a rectifier is within rounding of 0, two
-    # settings may take either side, and gradients of that channel differ by percents; how much of
-    # it is seen in losses grows with the rate. (In float64 eight devices equal one:
+    # At a fiftieth of the preset's rates. Where an input of a rectifier is within rounding of 0,
+    # settings may take different sides, and gradients of that channel differ by percents; how much
+    # of it losses show grows with the rate. (In float64 eight devices equal one:
     # tests/experiments/test_dual_head.py.)
     "dual_head": _Job(
         "--arm=kd --arm=dual_mlp_aligned --train_examples={examples} --learning_rate=0.001 "
