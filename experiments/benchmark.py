@@ -15,8 +15,8 @@ from typing import Any
 from absl import app, flags
 
 from experiments import benchmarks
-from experiments._report import markdown_table
 from experiments.benchmarks import _suite
+from experiments.shared.report import markdown_table
 
 _LIST = flags.DEFINE_bool("list", False, "Name the benchmarks and stop.")
 _SCALE = flags.DEFINE_enum("scale", "full", ["smoke", "full"], "smoke: seconds; full: as reported.")

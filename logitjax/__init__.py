@@ -9,18 +9,26 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PACKAGES = (
+    "commands",
     "data",
     "decoding",
+    "distillation",
     "evaluation",
+    "few_shot",
     "fusion",
     "heads",
+    "kernels",
     "leakage",
     "losses",
     "models",
-    "native",
     "ops",
+    "serving",
+    "storage",
     "training",
     "transport",
+    "unlearning",
+    "vision",
+    "vq",
 )
 __all__ = ("__version__", *_PACKAGES)
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 
-from experiments._report import markdown_table
+from experiments.shared.report import markdown_table
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -21,9 +21,10 @@ import numpy as np
 from absl import logging
 from flax import nnx
 
-from experiments import _fusion, _models
 from experiments.benchmarks import _suite
 from logitjax import data, losses, models, training
+from logitjax.commands import named_models
+from logitjax.distillation import objectives
 
 _LAYERS = (0, 1, 2, 3, 28, 29)
 _K = 64
@@ -37,16 +38,18 @@ def run(options: _suite.Options) -> _suite.Result:
     seeds, steps, held_out, rows_a_step, length = (
         (1, 3, 2, 2, 64) if options.smoke else (2, 60, 24, 2, 256)
     )
-    teacher, tokenizer = _models.load("tiny:1" if options.smoke else "smollm2")
+    teacher, tokenizer = named_models.load("tiny:1" if options.smoke else "smollm2")
     student = (
-        _models.load("tiny")[0] if options.smoke else models.keep_layers(teacher, list(_LAYERS))
+        named_models.load("tiny")[0]
+        if options.smoke
+        else models.keep_layers(teacher, list(_LAYERS))
     )
     rows = _rows(tokenizer, length, options)
     (student_fn, student_params), (teacher_fn, teacher_params) = (
         models.from_nnx(model) for model in (student, teacher)
     )
     read = jax.jit(
-        functools.partial(_fusion.source_record, teacher_fn.graphdef, k=_K, tail_samples=_TAIL)
+        functools.partial(objectives.source_record, teacher_fn.graphdef, k=_K, tail_samples=_TAIL)
     )
 
     def batch(split: str, step: int, seed: int) -> dict[str, Any]:
@@ -82,7 +85,7 @@ def run(options: _suite.Options) -> _suite.Result:
             found["teacher"] = _statistics(caches[seed, step], tail=arm == "sampled")
         return found
 
-    score = training.make_eval_step(_fusion.score_function(student_fn.graphdef))
+    score = training.make_eval_step(objectives.score_function(student_fn.graphdef))
     scored = [{"pivot": batch("test", step, 0)} for step in range(held_out // rows_a_step)]
     kept = Path(options.directory) / f"{options.scale}.partial.json"
     known = json.loads(kept.read_text()) if kept.exists() else {}
@@ -171,14 +174,14 @@ def _statistics(record: Mapping[str, Any], *, tail: bool) -> losses.GraphStatist
 
 
 def _hidden(graphdef: Any, params: Any, batch: Mapping[str, Any]) -> Any:
-    return _fusion.hidden_states(nnx.merge(graphdef, params), batch)
+    return objectives.hidden_states(nnx.merge(graphdef, params), batch)
 
 
 def _loss(arm: str, graphdef: Any, teacher_graphdef: Any) -> Callable[..., Any]:
     """An arm's loss; ``live`` and ``given`` take the teacher's parameters as step constants."""
     sft, cached = (
-        _fusion.loss_function(
-            _fusion.Objective(loss=loss, weights=(1.0,), mix=_MIX), graphdef, ("teacher",)
+        objectives.loss_function(
+            objectives.Objective(loss=loss, weights=(1.0,), mix=_MIX), graphdef, ("teacher",)
         )
         for loss in ("sft", "kl")
     )
@@ -189,11 +192,16 @@ def _loss(arm: str, graphdef: Any, teacher_graphdef: Any) -> Callable[..., Any]:
         if arm in ("cached", "sampled"):
             sources = {"teacher": (batch["teacher"], None)}
             return cached(params, {"pivot": batch["pivot"], "sources": sources}, rng)
-        labels, where = _fusion.targets(batch["pivot"])
+        labels, where = objectives.targets(batch["pivot"])
         model, source = nnx.merge(graphdef, params), nnx.merge(teacher_graphdef, teacher)
-        hidden, head = _fusion.hidden_states(model, batch["pivot"]), _fusion.head_arguments(model)
-        theirs = _fusion.head_arguments(source)
-        there = batch["hidden"] if arm == "given" else _fusion.hidden_states(source, batch["pivot"])
+        hidden, head = (
+            objectives.hidden_states(model, batch["pivot"]),
+            objectives.head_arguments(model),
+        )
+        theirs = objectives.head_arguments(source)
+        there = (
+            batch["hidden"] if arm == "given" else objectives.hidden_states(source, batch["pivot"])
+        )
         weights = where.astype(np.float32)
         ce = losses.linear_cross_entropy(hidden, labels=labels, token_weights=weights, **head)
         kl = losses.linear_kl_divergence(

@@ -19,8 +19,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import _dual_head_arms, _dual_head_data, _dual_head_train, dual_head
 from experiments.benchmarks import _suite
+from experiments.dual_head import __main__ as dual_head
+from experiments.dual_head import arms as dual_head_arms
+from experiments.dual_head import data as dual_head_data
+from experiments.dual_head import train as dual_head_train
 from logitjax import training
 
 _ARMS = ("kd", "single", "dual_linear", "dual_mlp", "dual_linear_aligned", "dual_mlp_aligned")
@@ -72,26 +75,26 @@ def _steps(
     )
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (batch * steps, 32, 32, 3), dtype=np.uint8)
-    part = _dual_head_data.Part(inputs=images, labels=rng.integers(100, size=len(images)))
+    part = dual_head_data.Part(inputs=images, labels=rng.integers(100, size=len(images)))
     stats = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
-    task = _dual_head_data.Task(train=part, validation=part, test=part, num_classes=100, **stats)
+    task = dual_head_data.Task(train=part, validation=part, test=part, num_classes=100, **stats)
     mesh = training.make_mesh("data:1", devices=jax.devices()[:1])
     options = {
         "epochs": 240,
         "learning_rate": 0.05,
-        "resident": _dual_head_train.resident(task, mesh),
+        "resident": dual_head_train.resident(task, mesh),
         "mesh": mesh,
     }
-    arms = _dual_head_arms.arms(config)
-    teaching = _dual_head_train.Trainer(
+    arms = dual_head_arms.arms(config)
+    teaching = dual_head_train.Trainer(
         config, task, arms["ce"], network=teacher, alphas=(0.0,), teacher=None, **options
     )
-    taught = _dual_head_train.Teacher(
+    taught = dual_head_train.Teacher(
         teaching, teaching.initial(jax.random.key(1, impl=teaching.generator)), task
     )
 
     def call(name: str) -> Any:
-        trainer = _dual_head_train.Trainer(
+        trainer = dual_head_train.Trainer(
             config, task, arms[name], network=student, alphas=(0.1,), teacher=taught, **options
         )
         state = {"lanes": trainer.initial(jax.random.key(0, impl=trainer.generator)), "number": 0}

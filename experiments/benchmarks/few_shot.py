@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 from experiments.benchmarks import _suite
-from logitjax import heads, training
+from logitjax import few_shot
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,26 +85,26 @@ def run(options: _suite.Options) -> _suite.Result:
     return _suite.Result(rows=rows, bars=bars)
 
 
-def _problem(shape: Shape) -> tuple[heads.FewShotInputs, np.ndarray]:
+def _problem(shape: Shape) -> tuple[few_shot.FewShotInputs, np.ndarray]:
     rng = np.random.default_rng(0)
     auxiliary = rng.standard_normal((shape.examples, shape.features), dtype=np.float32)
     auxiliary /= np.linalg.norm(auxiliary, axis=1, keepdims=True)
     zero_shot = 3 * rng.standard_normal((shape.examples, shape.classes), dtype=np.float32)
-    inputs = heads.FewShotInputs(zero_shot=zero_shot, auxiliary=auxiliary)
+    inputs = few_shot.FewShotInputs(zero_shot=zero_shot, auxiliary=auxiliary)
     return inputs, np.arange(shape.examples, dtype=np.int32) % shape.classes
 
 
 def _steps(shape: Shape, batch: int, steps: int | None = None) -> Callable[[], jax.Array]:
     """A call that trains for so many steps, or the whole run, from the class means."""
-    config = heads.AMUConfig.official()
-    recipe = training.FewShotTraining(batch_size=batch, epochs=shape.epochs, steps=steps)
+    config = few_shot.AMUConfig.official()
+    recipe = few_shot.FewShotTraining(batch_size=batch, epochs=shape.epochs, steps=steps)
     support, labels = jax.tree.map(jax.numpy.asarray, _problem(shape))
-    order = jax.numpy.asarray(training.few_shot_order(0, shape.examples, recipe))
+    order = jax.numpy.asarray(few_shot.few_shot_order(0, shape.examples, recipe))
 
     @jax.jit
-    def fit(support: heads.FewShotInputs, labels: jax.Array, order: jax.Array) -> Any:
+    def fit(support: few_shot.FewShotInputs, labels: jax.Array, order: jax.Array) -> Any:
         state = config.init(support, labels)
-        state, losses = training.fit_few_shot(
+        state, losses = few_shot.fit_few_shot(
             config, state, support, labels, order, training=recipe
         )
         return state.trained, losses

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from experiments import _fusion
 from experiments.benchmarks import _suite
-from logitjax import losses, models
+from logitjax import distillation, losses, models
+from logitjax.distillation import objectives
 
 
 def _model(smoke: bool) -> models.Decoder:
@@ -39,7 +39,7 @@ def run(options: _suite.Options) -> _suite.Result:
     # Zipf-like logits: a few large ones, a long tail, as real models give.
     teacher = jnp.asarray(rng.gumbel(size=(1, length, vocab)), jnp.float32)
     statistics = jax.jit(lambda x: losses.graph_statistics(x, 10))(teacher)
-    config = losses.GraphFusionConfig()
+    config = distillation.GraphFusionConfig()
 
     def dense(objective: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
         def loss(params: Any, given: Any) -> Any:
@@ -54,15 +54,15 @@ def run(options: _suite.Options) -> _suite.Result:
         return 0.5 * sft + 0.5 * losses.kl_divergence(logits, jax.lax.stop_gradient(given))
 
     def fused(logits: Any, given: Any) -> Any:
-        teachers = [losses.FusionTeacher(outputs=given)]
-        return losses.graph_fusion_objective(logits, labels, teachers, config=config)[0]
+        teachers = [distillation.FusionTeacher(outputs=given)]
+        return distillation.graph_fusion_objective(logits, labels, teachers, config=config)[0]
 
     def blocked(params: Any, given: Any) -> Any:
         model = nnx.merge(apply_fn.graphdef, params)
         hidden, _ = model.hidden_states(tokens)
-        teachers = [losses.FusionTeacher(outputs=given)]
-        head = _fusion.head_arguments(model)
-        value, _ = losses.linear_graph_fusion(
+        teachers = [distillation.FusionTeacher(outputs=given)]
+        head = objectives.head_arguments(model)
+        value, _ = distillation.linear_graph_fusion(
             hidden, labels=labels, teachers=teachers, config=config, **head
         )
         return value.mean()

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from experiments.benchmarks import _suite
-from logitjax import losses
+from logitjax import distillation, losses
 
 K = 10
 HIDDEN = 1024
@@ -30,7 +30,7 @@ def run(options: _suite.Options) -> _suite.Result:
         return jax.jit(both)
 
     head = step(lambda logits: logits)
-    loss = step(jax.grad(lambda logits: losses.graph_on_logits(logits, teacher)[0]))
+    loss = step(jax.grad(lambda logits: distillation.graph_on_logits(logits, teacher)[0]))
     seconds = _suite.paired_seconds(
         {"head": lambda: head(h, kernel), "loss": lambda: loss(h, kernel)},
         repeats=options.repeats,

@@ -28,10 +28,10 @@ import numpy as np
 from absl import logging
 from flax import nnx
 
-from experiments import _models
-from experiments._leakage_http import HttpOracle
 from experiments.benchmarks import _suite
 from logitjax import leakage
+from logitjax.commands import named_models
+from logitjax.leakage._http import HttpOracle
 from logitjax.models import Decoder, DecoderConfig, save_pretrained
 
 CLIENTS, SECONDS, FUZZED = 200, 60, 1000
@@ -50,7 +50,7 @@ def small_model(directory: pathlib.Path, vocab: int) -> Decoder:
         max_length=512,
     )
     model = Decoder(config, rngs=nnx.Rngs(0), layout="listed")
-    save_pretrained(model, _models.byte_tokenizer(), directory)
+    save_pretrained(model, named_models.byte_tokenizer(), directory)
     return model
 
 
@@ -60,7 +60,7 @@ def running(*arguments: str) -> Iterator[tuple[str, subprocess.Popen]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "experiments.serve", f"--port={port}", *arguments]
+    command = [sys.executable, "-m", "logitjax.commands.serve", f"--port={port}", *arguments]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     address = f"http://127.0.0.1:{port}"
     try:

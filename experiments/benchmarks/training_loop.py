@@ -13,8 +13,9 @@ from typing import Any
 import jax
 from etils import epath
 
-from experiments import _fusion_run, graph_fusion
 from experiments.benchmarks import _suite
+from experiments.graph_fusion import __main__ as graph_fusion
+from experiments.graph_fusion import train
 from logitjax import training
 
 
@@ -32,9 +33,9 @@ def run(options: _suite.Options) -> _suite.Result:
     changed = dict(loss=("uld+gld",), steps=steps, eval_rows=preset["batch_size"])
     config = graph_fusion.Config(**{**preset, **changed, "mesh": "data:1"})
     workdir = epath.Path(options.directory.resolve()) / f"run-{time.time_ns()}"
-    session = _fusion_run.open_session(config, workdir)
-    settings = _fusion_run.Settings("uld+gld", config.learning_rate[0], config.gld[0])
-    arm = _fusion_run.prepare_arm(session, settings)
+    session = train.open_session(config, workdir)
+    settings = train.Settings("uld+gld", config.learning_rate[0], config.gld[0])
+    arm = train.prepare_arm(session, settings)
     held = training.make_global_batch(session.mesh, arm.batches(0))
 
     def alone(state: Any) -> Any:

@@ -7,8 +7,8 @@ keep. A step is forward, backward and AdamW: ``npo_kl`` trains all weights and r
 reference; ``assistant`` trains adapters of rank 32 on frozen weights. MiB: arguments, new results
 and scratch of the compiled step, so weights, optimizer and reference model count. Decoding is
 greedy, prefill included, one row and eight: the target alone, target and assistant in one pass
-(`decoding.paired_model`), and the two as separate models. ``over alone / (M + K) / M`` is the cost
-over the target alone as a share of what layer counts predict. Parts that are done are kept.
+(`unlearning.paired_model`), and the two as separate models. ``over alone / (M + K) / M`` is the
+cost over the target alone as a share of what layer counts predict. Parts that are done are kept.
 """
 
 import json
@@ -20,10 +20,11 @@ import jax
 import numpy as np
 from flax import nnx
 
-from experiments import _models, _unlearning_arms
-from experiments._unlearning_models import planned_bytes
 from experiments.benchmarks import _suite
-from logitjax import decoding, fusion, losses, models, training
+from experiments.unlearning import arms
+from experiments.unlearning.models import planned_bytes
+from logitjax import decoding, fusion, models, training, unlearning
+from logitjax.commands import named_models
 
 _FASTER, _SMALLER, _DECODE = 3.0, 0.5, 1.15
 
@@ -32,7 +33,7 @@ def run(options: _suite.Options) -> _suite.Result:
     spec, layers, rows, length, new = (
         ("tiny", 1, 2, 16, 4) if options.smoke else ("smollm2", 8, 4, 96, 32)
     )
-    model, _ = _models.load(spec, layout="listed")
+    model, _ = named_models.load(spec, layout="listed")
     model = models.with_layout(model, "listed")
     kept = Path(options.directory) / f"{options.scale}.partial.json"
     known = json.loads(kept.read_text()) if kept.exists() else {}
@@ -92,9 +93,9 @@ def _steps(
     batch = training.make_global_batch(mesh, _batch(model, rows, length))
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     params = nnx.to_pure_dict(params)
-    assistant = models.init_assistant(model, layers, key=jax.random.key(0))
-    silent, base = training.make_assistant_loss(assistant.base)
-    npo_kl = _unlearning_arms.make_loss(losses.UNLEARNING_METHODS["npo_kl"], graphdef, rest)
+    assistant = unlearning.init_assistant(model, layers, key=jax.random.key(0))
+    silent, base = unlearning.make_assistant_loss(assistant.base)
+    npo_kl = arms.make_loss(unlearning.UNLEARNING_METHODS["npo_kl"], graphdef, rest)
     calls: dict[str, Callable[[], Any]] = {}
     sizes: dict[str, int] = {}
     for name, loss_fn, start, constants in (
@@ -139,13 +140,13 @@ def _decode(
     model: models.Decoder, layers: int, batch: int, new: int, repeats: int
 ) -> dict[str, Any]:
     """Seconds of ``new`` tokens, and how they compare with what layer counts predict."""
-    assistant = models.init_assistant(model, layers, key=jax.random.key(0))
+    assistant = unlearning.init_assistant(model, layers, key=jax.random.key(0))
     fuse = fusion.LogitDifference()
-    apart = models.merge_lora(assistant.base, assistant.lora)
+    apart = unlearning.merge_lora(assistant.base, assistant.lora)
     line_ups: Mapping[str, Any] = {
         "target alone": decoding.Ensemble(model),
         "with its assistant, one pass": decoding.Ensemble(
-            decoding.paired_model(model, assistant), fuse=fuse
+            unlearning.paired_model(model, assistant), fuse=fuse
         ),
         "with its assistant, two models": decoding.Ensemble(model, experts=[apart], fuse=fuse),
     }

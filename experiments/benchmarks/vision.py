@@ -22,11 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from experiments import _features
 from experiments.benchmarks import _suite
-from logitjax import data
-from logitjax._packages import package_file
-from logitjax.models import vision
+from logitjax import data, vision
+from logitjax.commands import features
+from logitjax.storage._packages import package_file
 
 _PROMISED = 17
 _TOWERS = {
@@ -64,7 +63,7 @@ def run(options: _suite.Options) -> _suite.Result:
         images = data.load_image_set("synthetic:10", split="test[:4]")
     else:
         images = data.load_image_set("foolbox")
-    views = _features.views_of(encoder, "plain")
+    views = features.views_of(encoder, "plain")
     pixels = np.concatenate([views(images[row][0], row=row) for row in range(len(images))])
     labels = images.labels
     taken = pixels[np.arange(batch) % len(pixels)]

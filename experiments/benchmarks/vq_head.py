@@ -26,7 +26,7 @@ from experiments.benchmarks._suite import (
     paired_seconds,
     temp_bytes,
 )
-from logitjax import heads, losses, ops
+from logitjax import heads, losses, ops, vq
 
 #: Hidden size, vocabulary, codes.
 SIZES = ((576, 49_152, 2048), (1024, 152_064, 4096), (2304, 256_000, 4096))
@@ -64,8 +64,8 @@ def _adaptive(hidden: int, vocab: int, unigram: np.ndarray) -> dict[str, Any]:
 
 def _decoders(case: dict[str, Any], codes: int) -> dict[str, Callable[[jax.Array], Any]]:
     rows, codebook, bias = case["rows"], case["codebook"], case["bias"]
-    tables = heads.vq_tables(bias, case["assignment"], codes, width=TOP)
-    pages = heads.make_pages(bias, case["assignment"], size=8)
+    tables = vq.vq_tables(bias, case["assignment"], codes, width=TOP)
+    pages = vq.make_pages(bias, case["assignment"], size=8)
     num_pages = min(128, pages.tokens.shape[0])
     adaptive = _adaptive(rows.shape[1], rows.shape[0], case["unigram"])
     rank = min(48, rows.shape[1] // 4)
@@ -80,22 +80,22 @@ def _decoders(case: dict[str, Any], codes: int) -> dict[str, Callable[[jax.Array
     def full(h: jax.Array, rows: jax.Array) -> Any:
         return ops.top_k(heads.linear_logits(h, rows, vocab_axis=0), TOP)
 
-    def vq(h: jax.Array, weights: tuple[Any, ...]) -> Any:
-        return heads.vq_topk(h, *weights, TOP)
+    def of_codes(h: jax.Array, weights: tuple[Any, ...]) -> Any:
+        return vq.vq_topk(h, *weights, TOP)
 
     def shortlist(h: jax.Array, weights: tuple[Any, ...]) -> Any:
         codebook, pages, rows = weights
-        rescore = heads.exact_rows(rows)
-        return heads.shortlist_topk(
+        rescore = vq.exact_rows(rows)
+        return vq.shortlist_topk(
             h, codebook, TOP, pages=pages, rescore=rescore, num_pages=num_pages, with_tail=False
         )
 
-    def screened(h: jax.Array, screen: heads.Screen, rows: jax.Array) -> Any:
-        return heads.screened_topk(
+    def screened(h: jax.Array, screen: vq.Screen, rows: jax.Array) -> Any:
+        return vq.screened_topk(
             h,
             TOP,
             screen=screen,
-            rescore=heads.exact_rows(rows),
+            rescore=vq.exact_rows(rows),
             num_candidates=candidates,
             with_log_z=False,
         )
@@ -106,14 +106,14 @@ def _decoders(case: dict[str, Any], codes: int) -> dict[str, Callable[[jax.Array
 
     def product(h: jax.Array, weights: tuple[Any, ...]) -> Any:
         books, packed, bias, rows = weights
-        return screened(h, lambda h: heads.packed_logits(h, books, packed, bias), rows)
+        return screened(h, lambda h: vq.packed_logits(h, books, packed, bias), rows)
 
     def tails(h: jax.Array, params: Any) -> Any:
         return heads.adaptive_topk(h, params, TOP)
 
     weights = {
         "full": (full, rows),
-        "vq": (vq, (codebook, tables)),
+        "vq": (of_codes, (codebook, tables)),
         "shortlist": (shortlist, (codebook, pages, rows)),
         "low-rank screen": (low_rank, (rows[:rank].T, rows[:, :rank], rows)),
         "packed product screen": (product, (books, packed, bias, rows)),
@@ -138,8 +138,8 @@ def _losses(case: dict[str, Any]) -> dict[str, tuple[Callable[..., Any], tuple[A
     def blocked(h: jax.Array, rows: jax.Array) -> jax.Array:
         return losses.linear_cross_entropy(h, rows, labels, vocab_axis=0).mean()
 
-    def vq(h: jax.Array, codebook: jax.Array, bias: jax.Array) -> jax.Array:
-        return heads.vq_nll(h, codebook, bias, assignment, labels).mean()
+    def vq_loss(h: jax.Array, codebook: jax.Array, bias: jax.Array) -> jax.Array:
+        return vq.vq_nll(h, codebook, bias, assignment, labels).mean()
 
     def adaptive_loss(h: jax.Array, params: Any) -> jax.Array:
         return heads.adaptive_nll(h, params | tables, labels).mean()
@@ -147,7 +147,7 @@ def _losses(case: dict[str, Any]) -> dict[str, tuple[Callable[..., Any], tuple[A
     return {
         "full": (jax.value_and_grad(full, (0, 1)), (hidden, rows)),
         "blocked": (jax.value_and_grad(blocked, (0, 1)), (hidden, rows)),
-        "vq": (jax.value_and_grad(vq, (0, 1, 2)), (hidden, codebook, bias)),
+        "vq": (jax.value_and_grad(vq_loss, (0, 1, 2)), (hidden, codebook, bias)),
         "adaptive": (jax.value_and_grad(adaptive_loss, (0, 1)), (hidden, adaptive)),
     }
 
@@ -164,13 +164,13 @@ def _vq_seconds(hidden: int, vocab: int, codes: int, count: int, repeats: int) -
     bias = jnp.asarray(rng.standard_normal(vocab), jnp.float32)
     assignment = jnp.asarray(rng.permutation(np.arange(vocab) % codes).astype(np.int32))
     labels = jnp.asarray(rng.integers(0, vocab, count), jnp.int32)
-    tables = heads.vq_tables(bias, assignment, codes, width=TOP)
+    tables = vq.vq_tables(bias, assignment, codes, width=TOP)
 
     def loss(h: jax.Array, codebook: jax.Array, bias: jax.Array) -> jax.Array:
-        return heads.vq_nll(h, codebook, bias, assignment, labels).mean()
+        return vq.vq_nll(h, codebook, bias, assignment, labels).mean()
 
     train = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
-    decode = jax.jit(lambda h, c: heads.vq_topk(h, c, tables, TOP))
+    decode = jax.jit(lambda h, c: vq.vq_topk(h, c, tables, TOP))
     seconds = paired_seconds(
         {"train": lambda: train(h, codebook, bias), "decode": lambda: decode(h[:1], codebook)},
         repeats=repeats,
@@ -193,7 +193,7 @@ rows = jax.jit(lambda block: jnp.resize(block, (vocab, hidden)))(block)
 unigram = 1.0 / jnp.arange(1.0, vocab + 1)
 jax.block_until_ready(rows)
 before, start = peak_rss_bytes(), time.perf_counter()
-fit = heads.fit_assignment(
+fit = vq.fit_assignment(
     rows, unigram, jnp.zeros(hidden), jnp.eye(hidden), codes, iterations=iterations
 )
 jax.block_until_ready(fit)

@@ -1,12 +1,7 @@
 """Sources, packing, and batches that are a pure function of the seed and the step."""
 
-from logitjax.data._alignment import align_positions as align_positions
 from logitjax.data._documents import render_example as render_example
 from logitjax.data._examples import Examples as Examples
-from logitjax.data._feature_cache import FeatureCache as FeatureCache
-from logitjax.data._feature_cache import FeatureIdentity as FeatureIdentity
-from logitjax.data._feature_cache import Features as Features
-from logitjax.data._feature_cache import write_feature_cache as write_feature_cache
 from logitjax.data._image_set import ImageSet as ImageSet
 from logitjax.data._image_set import load_image_set as load_image_set
 from logitjax.data._image_views import ImageViews as ImageViews
@@ -19,11 +14,4 @@ from logitjax.data._packed import PackedDataset as PackedDataset
 from logitjax.data._packed import open_packed as open_packed
 from logitjax.data._recognition import RECOGNITION_SETS as RECOGNITION_SETS
 from logitjax.data._recognition import RecognitionSet as RecognitionSet
-from logitjax.data._teacher_cache import TeacherCache as TeacherCache
-from logitjax.data._teacher_cache import TeacherIdentity as TeacherIdentity
-from logitjax.data._teacher_cache import write_teacher_cache as write_teacher_cache
-from logitjax.data._tofu import TofuItem as TofuItem
-from logitjax.data._tofu import TofuSubset as TofuSubset
-from logitjax.data._tofu import load_tofu as load_tofu
-from logitjax.data._tofu import tofu_subset as tofu_subset
 from logitjax.data._tokenizer import Tokenizer as Tokenizer

@@ -13,7 +13,6 @@ import numpy as np
 from etils import epath
 from jaxtyping import Int
 
-from logitjax._packages import package_file
 from logitjax.data._examples import hash_text, parse_split, slice_of
 from logitjax.data._images import (
     class_folders,
@@ -24,6 +23,7 @@ from logitjax.data._images import (
 )
 from logitjax.data._places import fetched, manual_dir
 from logitjax.data._recognition import class_names_of, files_of, recognition_set, tfds_source
+from logitjax.storage._packages import package_file
 
 # Folders of the Debian package with 14 drawings or more; a class is its folder's last name.
 STAMPS = (

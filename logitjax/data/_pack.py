@@ -12,7 +12,6 @@ from absl import logging
 from etils import epath
 from tqdm import tqdm
 
-from logitjax.data._array_record import ShardWriter, replace_atomically
 from logitjax.data._documents import (
     DocumentTooLong,
     Encoder,
@@ -24,6 +23,7 @@ from logitjax.data._documents import (
 from logitjax.data._examples import Example, Examples, hash_text
 from logitjax.data._packed import MANIFEST, PackedDataset, encode_row, read_manifest
 from logitjax.data._tokenizer import Tokenizer
+from logitjax.storage._array_record import ShardWriter, replace_atomically
 
 EncodeChat = Callable[[Any, Any], tuple[Sequence[int], Sequence[bool]]]
 

@@ -11,8 +11,8 @@ import numpy as np
 from etils import epath
 from jaxtyping import Bool, Int, Int32, Int64
 
-from logitjax.data._array_record import ShardReader
 from logitjax.data._order import global_indices, process_slice
+from logitjax.storage._array_record import ShardReader
 
 MANIFEST = "manifest.json"
 _MANIFEST_KEYS = {"fingerprint", "made_from", "seq_len", "tokenizers", "pad_ids", "shards"}

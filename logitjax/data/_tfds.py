@@ -91,8 +91,8 @@ def open_prepared(
         directory = prepare(name, data_dir=data_dir)
     if directory is None:
         raise FileNotFoundError(
-            f"{spec} is not in {root}: run `python -m experiments.prepare {name}`, or say where it "
-            f"is (data_dir= or TFDS_DATA_DIR)"
+            f"{spec} is not in {root}: run `python -m logitjax.commands.prepare {name}`, or say "
+            f"where it is (data_dir= or TFDS_DATA_DIR)"
         )
     builder = tfds.builder_from_directory(os.fspath(directory))
     file_format = getattr(builder.info.file_format, "value", builder.info.file_format)

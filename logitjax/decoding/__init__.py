@@ -28,7 +28,6 @@ from logitjax.decoding._engine import Engine as Engine
 from logitjax.decoding._ensemble import Ensemble as Ensemble
 from logitjax.decoding._generate import generate as generate
 from logitjax.decoding._greedy import greedy_generate as greedy_generate
-from logitjax.decoding._paired import paired_model as paired_model
 from logitjax.decoding._requests import Request as Request
 from logitjax.decoding._sampling import Sampling as Sampling
 from logitjax.decoding._sampling import SamplingRows as SamplingRows

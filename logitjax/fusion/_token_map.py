@@ -225,7 +225,7 @@ def vocabulary_map(
 
 _ADVICE = (
     "Next-token distributions can be fused only where all models cut text alike; take an expert of "
-    "the large model's family, or distil across tokenizers (losses.universal_logit_distance)"
+    "the large model's family, or distil across tokenizers (distillation.universal_logit_distance)"
 )
 
 

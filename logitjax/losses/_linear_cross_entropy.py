@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
-from logitjax.losses._linear_call import Branch, sweep, vocabulary_size
-from logitjax.losses._linear_statistics import Readout, ReadoutStatistic
+from logitjax.losses.sweep._call import Branch, sweep, vocabulary_size
+from logitjax.losses.sweep._statistics import Readout, ReadoutStatistic
 from logitjax.ops import Array, AxisName, Number, finite_or_zero
 
 

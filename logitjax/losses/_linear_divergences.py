@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
-from logitjax.losses._linear_call import Branch, sweep
-from logitjax.losses._linear_statistics import (
+from logitjax.losses.sweep._call import Branch, sweep
+from logitjax.losses.sweep._statistics import (
     JensenShannonStatistic,
     KLStatistic,
     TotalVariationStatistic,

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from logitjax.losses._graph_statistics import GraphStatistics
-from logitjax.losses._linear_call import Branch, sweep, vocabulary_size
-from logitjax.losses._linear_statistics import ReadoutStatistic
+from logitjax.losses.sweep._call import Branch, sweep, vocabulary_size
+from logitjax.losses.sweep._statistics import ReadoutStatistic
 from logitjax.ops import Array, AxisName, Number, TopK, finite_or_zero
 
 

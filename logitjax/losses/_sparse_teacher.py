@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
-from logitjax.losses._linear_call import Branch, sweep, vocabulary_size
-from logitjax.losses._linear_statistics import Readout, ReadoutStatistic
 from logitjax.losses._tail_sample import TailSample
+from logitjax.losses.sweep._call import Branch, sweep, vocabulary_size
+from logitjax.losses.sweep._statistics import Readout, ReadoutStatistic
 from logitjax.ops import (
     Array,
     AxisName,

@@ -2,14 +2,6 @@
 
 from logitjax.models._apply import from_linen as from_linen
 from logitjax.models._apply import from_nnx as from_nnx
-from logitjax.models._assistant import Assistant as Assistant
-from logitjax.models._assistant import PairCache as PairCache
-from logitjax.models._assistant import first_layers as first_layers
-from logitjax.models._assistant import init_assistant as init_assistant
-from logitjax.models._assistant import init_pair_cache as init_pair_cache
-from logitjax.models._assistant import listed_lora as listed_lora
-from logitjax.models._assistant import merge_lora as merge_lora
-from logitjax.models._assistant import paired_hidden_states as paired_hidden_states
 from logitjax.models._cache import Cache as Cache
 from logitjax.models._cache import init_cache as init_cache
 from logitjax.models._chat import encode_chat as encode_chat

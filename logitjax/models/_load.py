@@ -13,15 +13,15 @@ from etils import epath
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from logitjax._packages import package_file
 from logitjax.models._config import DecoderConfig
 from logitjax.models._decoder import Decoder
 from logitjax.models._gguf import GgufSource
 from logitjax.models._gguf_config import gguf_config, is_rope_tensor
 from logitjax.models._hf_config import config_from_hf
-from logitjax.models._hub import hub_snapshot
-from logitjax.models._safetensors import SafetensorsSource
 from logitjax.models._weight_map import Path, TensorSpec, gguf_tensors, hf_tensors
+from logitjax.storage._hub import hub_snapshot
+from logitjax.storage._packages import package_file
+from logitjax.storage._safetensors import SafetensorsSource
 
 # Buffers that old checkpoints carry and nothing reads.
 _IGNORED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Float, Int
 
-from logitjax import native
+from logitjax import kernels
 from logitjax.ops._sharding import over_batch
 from logitjax.ops._types import Array
 
@@ -22,7 +22,7 @@ def row_products(
 ) -> Float[jax.Array, "n chosen"]:
     """Each vector times rows of its own, ``out[n, m] = vectors[n] . rows[ids[n, m]]``.
 
-    On a CPU the rows are read where they lie (`logitjax.native`), elsewhere gathered first.
+    On a CPU the rows are read where they lie (`logitjax.kernels`), elsewhere gathered first.
 
     Args:
       vectors: ``[n, width]``.
@@ -41,7 +41,7 @@ def row_products(
 
     def products(vectors: jax.Array, rows: jax.Array, ids: jax.Array) -> tuple[jax.Array]:
         if vectors.dtype == jnp.float32 and rows.dtype in (jnp.float32, jnp.bfloat16):
-            return (native.on_cpu(_native, _gathered, vectors, rows, ids),)
+            return (kernels.on_cpu(_native, _gathered, vectors, rows, ids),)
         return (_gathered(vectors, rows, ids),)
 
     return over_batch(products, (2,), vectors, rows, ids)[0]
@@ -49,7 +49,7 @@ def row_products(
 
 @jax.custom_jvp
 def _native(vectors: jax.Array, rows: jax.Array, ids: jax.Array) -> jax.Array:
-    return native.row_products(vectors, rows, ids.astype(jnp.int32))
+    return kernels.row_products(vectors, rows, ids.astype(jnp.int32))
 
 
 @_native.defjvp

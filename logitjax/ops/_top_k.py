@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Bool, Float, Int, Shaped
 
-from logitjax import native
+from logitjax import kernels
 from logitjax.ops._checks import as_float
 from logitjax.ops._log_softmax import AxisName, logsumexp, mask_logits
 from logitjax.ops._sharding import check_vocabulary_unsharded, over_batch
@@ -173,10 +173,10 @@ def top_k_of(
 
 def _local_top_k(values: jax.Array, k: int, group_size: int) -> tuple[jax.Array, jax.Array]:
     grouped = values.shape[-1] >= 2 * k * group_size
-    if values.dtype == jnp.float32 and values.shape[-1] >= _LONG and native.in_use():
+    if values.dtype == jnp.float32 and values.shape[-1] >= _LONG and kernels.in_use():
 
         def find(values: jax.Array) -> tuple[jax.Array, jax.Array]:
-            ids = native.on_cpu(
+            ids = kernels.on_cpu(
                 functools.partial(_native_ids, k=k),
                 lambda v: _grouped_ids(v, k, group_size) if grouped else lax.top_k(v, k)[1],
                 lax.stop_gradient(values),
@@ -201,7 +201,7 @@ def _local_top_k(values: jax.Array, k: int, group_size: int) -> tuple[jax.Array,
 
 def _native_ids(values: jax.Array, *, k: int) -> jax.Array:
     *batch, vocab = values.shape
-    return native.largest_ids(values.reshape(-1, vocab), k).reshape(*batch, k)
+    return kernels.largest_ids(values.reshape(-1, vocab), k).reshape(*batch, k)
 
 
 def _grouped_ids(values: jax.Array, k: int, group_size: int) -> jax.Array:

@@ -14,13 +14,7 @@ import optax
 from jaxtyping import Float
 
 from logitjax.ops import Array
-from logitjax.transport._graph import (
-    Graph,
-    check_weights,
-    dense_matrix,
-    moments,
-    num_nodes,
-)
+from logitjax.transport._graph import Graph, check_weights, dense_matrix, moments, num_nodes
 from logitjax.transport._sorted import sorted_gw_lower_bound
 
 # Pairs of rows compared at once by the third bound.

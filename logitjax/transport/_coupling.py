@@ -8,13 +8,7 @@ from jaxtyping import Float
 
 from logitjax.ops import Array
 from logitjax.transport._features import sparse_products
-from logitjax.transport._graph import (
-    FactoredGraph,
-    Graph,
-    dense_factor,
-    dense_matrix,
-    num_nodes,
-)
+from logitjax.transport._graph import FactoredGraph, Graph, dense_factor, dense_matrix, num_nodes
 from logitjax.transport._sorted import Coupling
 
 # Up to this many matched pairs the graphs are compared entry by entry, without cancellation.

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from logitjax.data import Examples, open_packed, pack
-from logitjax.data import _array_record as array_record
 from logitjax.data._documents import split_document
 from logitjax.data._packed import read_ahead
+from logitjax.storage import _array_record as array_record
 from tests.data._tokenizers import ByteTokenizer, WordTokenizer
 
 TEXTS = [f"Document {i} " + "has a few more words " * (i % 5) for i in range(40)]

@@ -7,8 +7,8 @@ import pytest
 from flax import nnx
 from scipy import stats
 
-from experiments._models import byte_tokenizer
 from logitjax import fusion, training
+from logitjax.commands.named_models import byte_tokenizer
 from logitjax.decoding import (
     CachedModel,
     DecodeOptions,

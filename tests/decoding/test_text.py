@@ -1,6 +1,6 @@
 import pytest
 
-from experiments._models import byte_tokenizer
+from logitjax.commands.named_models import byte_tokenizer
 from logitjax.decoding import TextStream
 
 

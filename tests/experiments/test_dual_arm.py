@@ -4,12 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import _fusion, _models
-from logitjax import losses, models
+from logitjax import distillation, losses, models
+from logitjax.commands import named_models
+from logitjax.distillation import objectives
 
 
 def test_dual_arm_equals_the_dense_form_and_separates_the_heads():
-    model = _models.tiny_decoder()
+    model = named_models.tiny_decoder()
     apply_fn, params = models.from_nnx(model)
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 256, (2, 12)).astype(np.int32)
@@ -28,11 +29,11 @@ def test_dual_arm_equals_the_dense_form_and_separates_the_heads():
             for i, teacher in enumerate(teachers)
         },
     }
-    objective = _fusion.Objective(loss=_fusion.DUAL, weights=(1.0, 3.0))
-    loss_fn = _fusion.loss_function(objective, apply_fn.graphdef, ("source0", "source1"))
-    trained = _fusion.with_auxiliary_head(apply_fn.graphdef, params)
-    assert _fusion.pivot_of(trained) is params
-    assert _fusion.pivot_of(params) is params
+    objective = objectives.Objective(loss=objectives.DUAL, weights=(1.0, 3.0))
+    loss_fn = objectives.loss_function(objective, apply_fn.graphdef, ("source0", "source1"))
+    trained = objectives.with_auxiliary_head(apply_fn.graphdef, params)
+    assert objectives.pivot_of(trained) is params
+    assert objectives.pivot_of(params) is params
 
     @jax.jit
     def run(trained):
@@ -45,7 +46,7 @@ def test_dual_arm_equals_the_dense_form_and_separates_the_heads():
     (value, (count, metrics)), gradient = run(trained)
     logits, labels = model(jnp.asarray(tokens))[:, :-1], jnp.asarray(tokens[:, 1:])
     # The second head starts as a copy of the first.
-    distances = [losses.binary_kl_norm(logits, t, reduction="mean") for t in teachers]
+    distances = [distillation.binary_kl_norm(logits, t, reduction="mean") for t in teachers]
     dual = (0.25 * distances[0] + 0.75 * distances[1]).sum()
     sft = losses.cross_entropy(logits, labels).sum()
     assert int(count) == 22
@@ -55,7 +56,7 @@ def test_dual_arm_equals_the_dense_form_and_separates_the_heads():
     hidden, _ = model.hidden_states(jnp.asarray(tokens))
     expected = jax.grad(
         lambda w: sum(
-            0.5 * share * losses.binary_kl_norm(hidden[:, :-1] @ w, t, reduction="mean").sum()
+            0.5 * share * distillation.binary_kl_norm(hidden[:, :-1] @ w, t, reduction="mean").sum()
             for share, t in zip((0.25, 0.75), teachers)
         )
     )(trained["auxiliary"]["head"]["kernel"])

@@ -9,14 +9,11 @@ import numpy as np
 import pytest
 from etils import epath
 
-from experiments import (
-    _dual_head_arms,
-    _dual_head_data,
-    _dual_head_diagnostics,
-    _dual_head_report,
-    _dual_head_train,
-    dual_head,
-)
+from experiments.dual_head import __main__ as dual_head
+from experiments.dual_head import arms as dual_head_arms
+from experiments.dual_head import data as dual_head_data
+from experiments.dual_head import diagnostics, report
+from experiments.dual_head import train as dual_head_train
 from logitjax import training
 
 TINY = dual_head.Config(
@@ -43,21 +40,21 @@ def never(epoch: int) -> bool:
     return False
 
 
-def make_trainer(task, mesh, name: str, alphas=(0.01, 0.1)) -> _dual_head_train.Trainer:
-    resident = _dual_head_train.resident(task, mesh)
+def make_trainer(task, mesh, name: str, alphas=(0.01, 0.1)) -> dual_head_train.Trainer:
+    resident = dual_head_train.resident(task, mesh)
     options = {"epochs": 2, "learning_rate": 0.02, "resident": resident, "mesh": mesh}
-    arms = _dual_head_arms.arms(TINY)
-    teaching = _dual_head_train.Trainer(
+    arms = dual_head_arms.arms(TINY)
+    teaching = dual_head_train.Trainer(
         TINY, task, arms["ce"], network="mlp-16", alphas=(0.0,), teacher=None, **options
     )
     lanes = teaching.initial(jax.random.key(9))
-    return _dual_head_train.Trainer(
+    return dual_head_train.Trainer(
         TINY,
         task,
         arms[name],
         network="mlp-8",
         alphas=alphas,
-        teacher=_dual_head_train.Teacher(teaching, lanes, task),
+        teacher=dual_head_train.Teacher(teaching, lanes, task),
         **options,
     )
 
@@ -67,12 +64,12 @@ def test_a_run_reports_every_arm_and_is_not_repeated(tmp_path):
     workdir = epath.Path(tmp_path)
     results = dual_head.train_all(TINY, workdir, never)
     assert sorted(results["arms"]) == sorted(TINY.arm)
-    text = _dual_head_report.write(TINY, results, workdir)
+    text = report.write(TINY, results, workdir)
     assert "dual_mlp_aligned against tuned single" in text
     assert (workdir / "alpha.png").exists()
     assert (workdir / "collapse.png").exists()
     line = results["arms"]["single"][0]["curves"][0]
-    assert {f"nc/{name}" for name in _dual_head_diagnostics.MEASURES} <= set(line)
+    assert {f"nc/{name}" for name in diagnostics.MEASURES} <= set(line)
     path = workdir / "arms" / "single" / "seed-1" / "result.json"
     record = json.loads(path.read_text())
     path.write_text(json.dumps(record | {"test": [0.5, 0.25]}))
@@ -81,7 +78,7 @@ def test_a_run_reports_every_arm_and_is_not_repeated(tmp_path):
 
 
 def test_a_stopped_run_continues_bit_for_bit(tmp_path):
-    task = _dual_head_data.load_task(TINY, epath.Path(tmp_path))
+    task = dual_head_data.load_task(TINY, epath.Path(tmp_path))
     trainer = make_trainer(task, training.make_mesh("data:8"), "dual_mlp_aligned")
     options = {"seed": 3, "diagnose": False}
     whole, record = trainer.fit(epath.Path(tmp_path) / "a", told_to_stop=never, **options)
@@ -94,7 +91,7 @@ def test_a_stopped_run_continues_bit_for_bit(tmp_path):
 
 
 def test_lanes_are_independent_and_alpha_stops(tmp_path):
-    task = _dual_head_data.load_task(TINY, epath.Path(tmp_path))
+    task = dual_head_data.load_task(TINY, epath.Path(tmp_path))
     mesh = training.make_mesh("data:8")
     both = make_trainer(task, mesh, "single")
     alone = make_trainer(task, mesh, "single", alphas=(0.1,))
@@ -114,12 +111,12 @@ def test_lanes_are_independent_and_alpha_stops(tmp_path):
 
 
 def test_data_that_comes_in_pieces_trains_the_same(tmp_path, monkeypatch):
-    task = _dual_head_data.load_task(TINY, epath.Path(tmp_path))
+    task = dual_head_data.load_task(TINY, epath.Path(tmp_path))
     mesh = training.make_mesh("data:8")
     trained = []
     for limit, steps in ((1 << 30, 256), (0, 2)):
-        monkeypatch.setattr(_dual_head_train, "_DEVICE_BYTES", limit)
-        monkeypatch.setattr(_dual_head_train, "_CHUNK_STEPS", steps)
+        monkeypatch.setattr(dual_head_train, "_DEVICE_BYTES", limit)
+        monkeypatch.setattr(dual_head_train, "_CHUNK_STEPS", steps)
         trainer = make_trainer(task, mesh, "dual_linear")
         assert (trainer.resident is None) == (limit == 0)
         lanes, loss = trainer.train_epoch(trainer.initial(jax.random.key(0)), 0, seed=0)
@@ -136,19 +133,17 @@ def test_a_simplex_has_collapsed_and_noise_has_not():
     for name, noise in (("collapsed", 1e-4), ("noisy", 1.0)):
         features = simplex[labels] + noise * rng.normal(size=(len(labels), classes))
         args = [jnp.asarray(x, jnp.float32) for x in (features, features @ simplex, simplex)]
-        found[name] = _dual_head_diagnostics.geometry(
-            args[0], jnp.asarray(labels), args[1], args[2], classes
-        )
+        found[name] = diagnostics.geometry(args[0], jnp.asarray(labels), args[1], args[2], classes)
     for name, value in found["collapsed"].items():
         assert value < 1e-3, name
         assert found["noisy"][name] > 0.05, name
 
 
 def test_augmentation_keeps_shape_and_depends_on_the_key_alone(tmp_path):
-    task = _dual_head_data.load_task(TINY, epath.Path(tmp_path))
+    task = dual_head_data.load_task(TINY, epath.Path(tmp_path))
     rows = task.train.inputs[:4]
     for kind in ("crop_flip", "resized_crop"):
-        prepare = _dual_head_data.prepare_inputs(task, kind)
+        prepare = dual_head_data.prepare_inputs(task, kind)
         plain = prepare(rows, None)
         first, second, other = (prepare(rows, jax.random.key(k)) for k in (0, 0, 1))
         assert first.shape == plain.shape
@@ -158,8 +153,8 @@ def test_augmentation_keeps_shape_and_depends_on_the_key_alone(tmp_path):
 
 
 def test_ngrams_tell_texts_apart():
-    rows = _dual_head_data.hashed_ngrams(["abcabc", "abcabd", "xyzxyz"])
-    np.testing.assert_allclose(np.linalg.norm(rows, axis=1), _dual_head_data.SCALE, rtol=1e-5)
+    rows = dual_head_data.hashed_ngrams(["abcabc", "abcabd", "xyzxyz"])
+    np.testing.assert_allclose(np.linalg.norm(rows, axis=1), dual_head_data.SCALE, rtol=1e-5)
     assert rows[0] @ rows[1] > 2 * (rows[0] @ rows[2])
 
 
@@ -179,13 +174,13 @@ def test_alpha_is_chosen_on_validation_and_losses_are_reported_as_such():
             "dual_mlp": records([0.9, 0.70], [0.9, 0.71], [0.9, 0.73]),
         },
     }
-    assert _dual_head_report.best_alpha(results["arms"]["single"]) == 1
-    text = _dual_head_report.verdict(results)
+    assert report.best_alpha(results["arms"]["single"]) == 1
+    text = report.verdict(results)
     assert "dual_linear against tuned single: -10.00" in text
     assert "is WORSE" in text
     assert "dual_mlp against tuned single: +0.33 points" in text
     assert "NOT distinguishable" in text
-    gain, p = _dual_head_report.paired([0.5, 0.6, 0.7], [0.5, 0.6, 0.7])
+    gain, p = report.paired([0.5, 0.6, 0.7], [0.5, 0.6, 0.7])
     assert (gain, p) == (0.0, 1.0)
 
 
@@ -194,37 +189,37 @@ def test_mistakes_in_the_configuration_are_named(tmp_path):
         dual_head.Config(arm=("dual_deep",))
     with pytest.raises(ValueError, match="epochs"):
         dual_head.Config(epochs=0)
-    task = _dual_head_data.load_task(TINY, epath.Path(tmp_path))
+    task = dual_head_data.load_task(TINY, epath.Path(tmp_path))
     config = dataclasses.replace(TINY, batch_size=97)
     options = {"epochs": 1, "learning_rate": 0.1, "alphas": (0.0,), "teacher": None}
     options |= {"network": "mlp-4", "resident": None, "mesh": training.make_mesh("data:8")}
     with pytest.raises(ValueError, match="batch_size"):
-        _dual_head_train.Trainer(config, task, _dual_head_arms.arms(config)["ce"], **options)
+        dual_head_train.Trainer(config, task, dual_head_arms.arms(config)["ce"], **options)
     for name, preset in dual_head.PRESETS.items():
         assert dual_head.Config(**preset), name
 
 
-def tiny_pictures() -> _dual_head_data.Task:
+def tiny_pictures() -> dual_head_data.Task:
     rng = np.random.default_rng(0)
-    part = _dual_head_data.Part(
+    part = dual_head_data.Part(
         inputs=rng.integers(0, 256, (24, 8, 8, 3), dtype=np.uint8), labels=rng.integers(4, size=24)
     )
     stats = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
-    return _dual_head_data.Task(train=part, validation=part, test=part, num_classes=4, **stats)
+    return dual_head_data.Task(train=part, validation=part, test=part, num_classes=4, **stats)
 
 
-def make_resnet(config, task, *, devices, alphas=(0.0,)) -> _dual_head_train.Trainer:
+def make_resnet(config, task, *, devices, alphas=(0.0,)) -> dual_head_train.Trainer:
     mesh = training.make_mesh(f"data:{devices}", devices=jax.devices()[:devices])
-    trainer = _dual_head_train.Trainer(
+    trainer = dual_head_train.Trainer(
         config,
         task,
-        _dual_head_arms.arms(config)["ce"],
+        dual_head_arms.arms(config)["ce"],
         network="resnet8",
         epochs=2,
         learning_rate=0.05,
         alphas=alphas,
         teacher=None,
-        resident=_dual_head_train.resident(task, mesh),
+        resident=dual_head_train.resident(task, mesh),
         mesh=mesh,
     )
     assert trainer.stepwise
@@ -284,7 +279,7 @@ def test_eight_devices_equal_one_where_rounding_moves_no_rectifier():
 def test_twenty_steps_of_the_smoke_preset_are_the_same_on_eight_devices(tmp_path):
     config = dual_head.Config(**dual_head.PRESETS["smoke"] | {"train_examples": 320})
     assert config.teacher_learning_rate == 0.05
-    task = _dual_head_data.load_task(config, epath.Path(tmp_path))
+    task = dual_head_data.load_task(config, epath.Path(tmp_path))
     with jax.enable_x64(True):
         losses = [
             train_in_float64(make_resnet(config, task, devices=devices), 2)[1] for devices in (8, 1)

@@ -10,17 +10,15 @@ import numpy as np
 import pytest
 from etils import epath
 
-from experiments import (
-    _dynamic_fusion_arms,
-    _dynamic_fusion_certificate,
-    _dynamic_fusion_models,
-    _dynamic_fusion_report,
-    dynamic_fusion,
-)
-from experiments._dynamic_fusion_data import load_task
-from experiments._dynamic_fusion_models import Scored
-from experiments._models import byte_tokenizer
+from experiments.dynamic_fusion import __main__ as dynamic_fusion
+from experiments.dynamic_fusion import arms as dynamic_fusion_arms
+from experiments.dynamic_fusion import certificate as dynamic_fusion_certificate
+from experiments.dynamic_fusion import models as dynamic_fusion_models
+from experiments.dynamic_fusion import report as dynamic_fusion_report
+from experiments.dynamic_fusion.data import load_task
+from experiments.dynamic_fusion.models import Scored
 from logitjax import training
+from logitjax.commands.named_models import byte_tokenizer
 from logitjax.fusion import DynamicFusion, ProxyTuning
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -45,7 +43,7 @@ def finished(tmp_path_factory):
 @pytest.mark.slow
 def test_report_has_every_arm_and_a_plot(finished):
     report = (finished / "report.md").read_text()
-    for arm in (*_dynamic_fusion_arms.SINGLE, *_dynamic_fusion_arms.SEVERAL, "static"):
+    for arm in (*dynamic_fusion_arms.SINGLE, *dynamic_fusion_arms.SEVERAL, "static"):
         assert f"| {arm} " in report
     assert "large, tuned (ceiling)" in report
     assert "tokens/s" in report
@@ -98,7 +96,7 @@ def test_scores_are_means_over_positions_whatever_the_block(scored):
     models, head = scored
     arms = {"proxy": ProxyTuning(), "jeffreys": DynamicFusion(method="jeffreys")}
     by_size = [
-        _dynamic_fusion_arms.score(models, [head] * 3, arms, block_size=size, static=(0.0, 1.0))
+        dynamic_fusion_arms.score(models, [head] * 3, arms, block_size=size, static=(0.0, 1.0))
         for size in (4, 11)
     ]
     for name, means in by_size[0].items():
@@ -113,8 +111,8 @@ def test_scores_are_means_over_positions_whatever_the_block(scored):
     assert means["proxy"]["accuracy"] == pytest.approx((fused.argmax(-1) == labels).mean())
     assert means["static 1"]["nll"] == pytest.approx(means["proxy"]["nll"], abs=1e-5)
     assert means["static 0"]["nll"] == pytest.approx(means["large"]["nll"], abs=1e-5)
-    assert _dynamic_fusion_arms.best_static(means, (0.0, 1.0)) in (0.0, 1.0)
-    among = _dynamic_fusion_arms.score(
+    assert dynamic_fusion_arms.best_static(means, (0.0, 1.0)) in (0.0, 1.0)
+    among = dynamic_fusion_arms.score(
         models, [head] * 3, {}, block_size=4, options=sorted(set(labels.tolist()))
     )
     assert among["large"]["accuracy"] >= means["large"]["accuracy"]
@@ -123,7 +121,7 @@ def test_scores_are_means_over_positions_whatever_the_block(scored):
 def test_traces_are_alphas_of_the_first_positions(scored):
     models, head = scored
     arms = {"proxy": ProxyTuning(), "grid": DynamicFusion(method="grid")}
-    found = _dynamic_fusion_arms.traces(models, [head] * 3, arms, positions=7, block_size=4)
+    found = dynamic_fusion_arms.traces(models, [head] * 3, arms, positions=7, block_size=4)
     assert list(found) == ["grid"]
     large, base, expert = (jnp.asarray(m.hidden @ head.T) for m in models)
     _, info = DynamicFusion(method="grid")(large, expert, base)
@@ -135,7 +133,7 @@ def test_certificate_tells_an_answer_that_is_off_and_unflagged(scored):
     logits = [m.hidden @ head.T for m in (models[0], models[2], models[1])]
     _, info = DynamicFusion(method="newton")(*[jnp.asarray(x) for x in logits])
     off = {**info, "alpha": np.asarray(info["alpha"]) + 0.2}
-    certificate = _dynamic_fusion_certificate.Certificate()
+    certificate = dynamic_fusion_certificate.Certificate()
     certificate.add(*logits, {"newton": info, "off": off})
     table = certificate.table()
     assert len(certificate) == 11
@@ -152,18 +150,18 @@ def test_each_search_is_judged_by_what_it_minimises(scored, method):
     _, info = DynamicFusion(method=method)(*[jnp.asarray(x) for x in logits])
     alpha = np.asarray(info["alpha"])
     off = {**info, "alpha": np.where(alpha > 1, alpha - 0.2, alpha + 0.2)}
-    certificate = _dynamic_fusion_certificate.Certificate()
+    certificate = dynamic_fusion_certificate.Certificate()
     certificate.add(*logits, {method: info})
     assert certificate.table()[method]["within 1e-6 %"] == 100
-    certificate = _dynamic_fusion_certificate.Certificate()
+    certificate = dynamic_fusion_certificate.Certificate()
     certificate.add(*logits, {method: off})
     assert certificate.table()[method]["within 1e-6 %"] < 50
 
 
 def test_best_search_is_the_dynamic_arm_of_least_nll():
-    means = {name: {"nll": 3.0} for name in _dynamic_fusion_arms.SINGLE}
+    means = {name: {"nll": 3.0} for name in dynamic_fusion_arms.SINGLE}
     means |= {"proxy": {"nll": 1.0}, "budget": {"nll": 2.0}}
-    assert _dynamic_fusion_arms.best_search(means) == "budget"
+    assert dynamic_fusion_arms.best_search(means) == "budget"
 
 
 def test_questions_end_before_their_answer_and_answers_differ_at_once():
@@ -180,9 +178,9 @@ def test_questions_end_before_their_answer_and_answers_differ_at_once():
 
 
 def test_verdicts_say_plainly_what_does_not_pay():
-    assert _dynamic_fusion_report.gap_closed(3.0, 4.0, 2.0) == 50
-    assert _dynamic_fusion_report.gap_closed(3.0, 4.0, 4.0) is None
-    arms = {name: {"nll": 3.5} for name in _dynamic_fusion_arms.SINGLE}
+    assert dynamic_fusion_report.gap_closed(3.0, 4.0, 2.0) == 50
+    assert dynamic_fusion_report.gap_closed(3.0, 4.0, 4.0) is None
+    arms = {name: {"nll": 3.5} for name in dynamic_fusion_arms.SINGLE}
     arms |= {"large": {"nll": 4.0}, "static 0.5": {"nll": 3.0}, "proxy": {"nll": 3.6}}
     seed = {
         "single": {"domain": {"domain": arms}, "task": {"task": arms}},
@@ -190,7 +188,7 @@ def test_verdicts_say_plainly_what_does_not_pay():
         "chosen": {"domain": 0.5, "task": 0.5},
         "search": {"domain": "project", "task": "budget"},
     }
-    text = _dynamic_fusion_report.verdicts([seed])
+    text = dynamic_fusion_report.verdicts([seed])
     assert "with the best static alpha (0.5) 50%" in text
     assert "Best search on validation data, by seed: budget." in text
     assert (
@@ -209,4 +207,4 @@ def test_mistakes_are_named():
 def test_presets_name_fields_that_exist():
     for preset in dynamic_fusion.PRESETS.values():
         dynamic_fusion.Config(**preset)
-    assert _dynamic_fusion_models.SPLITS == ("train", "validation", "test")
+    assert dynamic_fusion_models.SPLITS == ("train", "validation", "test")

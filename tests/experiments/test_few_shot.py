@@ -12,16 +12,12 @@ import pytest
 from etils import epath
 from flax import nnx
 
-from experiments import (
-    _few_shot_arms,
-    _few_shot_data,
-    _few_shot_report,
-    _few_shot_samples,
-    _few_shot_synsets,
-    few_shot,
-)
-from logitjax import data, training
-from logitjax.models import vision
+from experiments.few_shot import __main__ as few_shot
+from experiments.few_shot import arms as few_shot_arms
+from experiments.few_shot import data as few_shot_data
+from experiments.few_shot import report, samples
+from experiments.few_shot import synsets as few_shot_synsets
+from logitjax import data, training, vision
 
 
 def never(step: int) -> bool:
@@ -77,40 +73,40 @@ def test_a_stopped_run_continues_bit_for_bit(tmp_path):
 
 
 def test_samples_are_nested_and_never_overlap():
-    task = _few_shot_data.synthetic("synthetic:3")
-    drawn = {n: _few_shot_samples.rows_of_run(task, n, run=1, seed=0) for n in (1, 4, 16)}
+    task = few_shot_data.synthetic("synthetic:3")
+    drawn = {n: samples.rows_of_run(task, n, run=1, seed=0) for n in (1, 4, 16)}
     for train, validation, test in drawn.values():
         assert sorted([*train, *validation, *test]) == list(range(len(task.train_labels)))
         np.testing.assert_array_equal(validation, drawn[1][1])
     assert set(drawn[1][0]) < set(drawn[4][0]) < set(drawn[16][0])
     assert np.bincount(task.train_labels[drawn[4][0]]).tolist() == [4, 4, 4]
-    one, four = (_few_shot_samples.draw(task, n, runs=range(2), most=16) for n in (1, 4))
+    one, four = (samples.draw(task, n, runs=range(2), most=16) for n in (1, 4))
     shapes = [jax.tree.map(np.shape, dataclasses.asdict(found)) for found in (one, four)]
     assert shapes[0] == shapes[1]
     assert ((one.labels >= 0).sum(1) == 3).all()
     images, labels = four.held_out["test"]
-    right = task.plain.auxiliary[_few_shot_samples.rows_of_run(task, 4, run=0, seed=0)[2]]
+    right = task.plain.auxiliary[samples.rows_of_run(task, 4, run=0, seed=0)[2]]
     np.testing.assert_array_equal(images.auxiliary[0][: len(right)], right)
     assert (labels[0][len(right) :] == -1).all()
     few = dataclasses.replace(task, train_labels=np.arange(len(task.train_labels)) // 60)
     with pytest.raises(ValueError, match="too few"):
-        _few_shot_samples.rows_of_run(few, 1, run=0, seed=0)
+        samples.rows_of_run(few, 1, run=0, seed=0)
 
 
 @pytest.mark.parametrize("grid", ["small", "full"])
 def test_every_tuned_arm_tries_as_many_settings(grid):
     config = few_shot.Config(grid=grid)
-    arms = _few_shot_arms.arms(config)
+    arms = few_shot_arms.arms(config)
     assert sorted(arms) == sorted(few_shot.ARMS)
     for name, arm in arms.items():
         columns = arm.grid or {}
-        tuned = name in _few_shot_arms.METHODS
+        tuned = name in few_shot_arms.METHODS
         assert {len(column) for column in columns.values()} == (
-            {_few_shot_arms.SETTINGS[grid]} if tuned else set()
+            {few_shot_arms.SETTINGS[grid]} if tuned else set()
         )
         rows = list(zip(*columns.values()))
         assert len(set(rows)) == len(rows), name
-        training.with_settings(arm.config, arm.recipe, dict.fromkeys(columns, 0.5))
+        few_shot.with_settings(arm.config, arm.recipe, dict.fromkeys(columns, 0.5))
 
 
 def test_pictures_become_a_task_with_views_and_a_shifted_test(tmp_path, monkeypatch):
@@ -120,7 +116,7 @@ def test_pictures_become_a_task_with_views_and_a_shifted_test(tmp_path, monkeypa
         "tiny", model, vision.Preprocessing(size=16, resize=16), num_features=64, num_classes=1000
     )
     monkeypatch.setattr(vision, "load_encoder", lambda spec, size=None: encoder)
-    source = _few_shot_data.Source(
+    source = few_shot_data.Source(
         data=f"synthetic:{classes}",
         train="train[:24]",
         test="test[:9]",
@@ -128,11 +124,11 @@ def test_pictures_become_a_task_with_views_and_a_shifted_test(tmp_path, monkeypa
         synsets={"0": "1 5-6", "1": "7", "2": "8-9"},
         shifted={"elsewhere": (f"synthetic:{classes}", "test[9:15]")},
     )
-    monkeypatch.setitem(_few_shot_data.SOURCES, "dots", source)
+    monkeypatch.setitem(few_shot_data.SOURCES, "dots", source)
     config = few_shot.Config(
         data=("dots",), features=str(tmp_path), views="random:2", encode_batch=3
     )
-    task = _few_shot_data.load_task(config, "dots")
+    task = few_shot_data.load_task(config, "dots")
     assert task.train.zero_shot.shape == (2, 24, classes)
     assert task.plain.features.shape == (24, 64)
     assert task.test is not None
@@ -147,19 +143,19 @@ def test_pictures_become_a_task_with_views_and_a_shifted_test(tmp_path, monkeypa
     expected = np.stack([p[:, [1, 5, 6]].sum(1), p[:, 7], p[:, [8, 9]].sum(1)], 1)
     np.testing.assert_allclose(np.exp(task.test[0].zero_shot), expected, rtol=2e-2)
     nameless = dataclasses.replace(source, synsets=None)
-    monkeypatch.setitem(_few_shot_data.SOURCES, "dots", nameless)
+    monkeypatch.setitem(few_shot_data.SOURCES, "dots", nameless)
     with pytest.raises(ValueError, match="neither text nor an ImageNet head"):
-        _few_shot_data.load_task(config, "dots")
+        few_shot_data.load_task(config, "dots")
 
 
 def test_synsets_are_numbers_and_ranges():
-    ids = _few_shot_synsets.ids_of({"a": "3 1-2", "b": "7"}, ["b", "a"])
+    ids = few_shot_synsets.ids_of({"a": "3 1-2", "b": "7"}, ["b", "a"])
     assert [rows.tolist() for rows in ids] == [[7], [1, 2, 3]]
     with pytest.raises(ValueError, match="'c'"):
-        _few_shot_synsets.ids_of({"a": "3"}, ["c"])
-    tables = (_few_shot_synsets.STAMPS, _few_shot_synsets.FASHION, _few_shot_synsets.EMOJI)
+        few_shot_synsets.ids_of({"a": "3"}, ["c"])
+    tables = (few_shot_synsets.STAMPS, few_shot_synsets.FASHION, few_shot_synsets.EMOJI)
     for table in tables:
-        rows = np.concatenate(_few_shot_synsets.ids_of(table, list(table)))
+        rows = np.concatenate(few_shot_synsets.ids_of(table, list(table)))
         assert rows.min() >= 0
         assert rows.max() < 1000
         assert len(np.unique(rows)) == len(rows)
@@ -175,19 +171,19 @@ def test_the_report_says_how_far_the_reference_is_and_what_was_published():
         "amu": {1: record(0.70, 0.72), 4: record(0.75, 0.77)},
         "fixed": {1: record(0.70, 0.71), 4: record(0.74, 0.742)},
     }
-    lead = _few_shot_report.least_lead("stamps", stamps)
+    lead = report.least_lead("stamps", stamps)
     assert lead == pytest.approx(-2.0)
-    parts = "\n".join(_few_shot_report._of_data_set("stamps", stamps))
+    parts = "\n".join(report._of_data_set("stamps", stamps))
     assert "-2.0 points at any number of shots (promised: -1.5): MISSED" in parts
     assert "| fixed, reference " in parts
     assert "+0.5" in parts
     elsewhere = {"imagenet_v2": {"test": [0.5, 0.6], "zero_shot": [0.4, 0.4]}}
     imagenet = {"amu": {16: record(0.6, 0.7, shifted=elsewhere)}}
-    parts = "\n".join(_few_shot_report._of_data_set("imagenet", imagenet))
+    parts = "\n".join(report._of_data_set("imagenet", imagenet))
     assert "70.0 " in parts
     assert "58.6 " in parts
-    everything = dict.fromkeys(_few_shot_data.CLIP_SOURCES, imagenet)
-    rows = _few_shot_report.means(everything)
+    everything = dict.fromkeys(few_shot_data.CLIP_SOURCES, imagenet)
+    rows = report.means(everything)
     assert rows[0]["16 shots"] == "65.0 +- 7.1"
     assert rows[1] == {"arm": "amu, published", "16 shots": "79.4"}
 
@@ -198,6 +194,6 @@ def test_mistakes_in_the_configuration_are_named():
     with pytest.raises(ValueError, match="shots"):
         few_shot.Config(shots=(0,))
     with pytest.raises(ValueError, match="expected one of stamps"):
-        _few_shot_data.source_of("cifar")
-    name, source = _few_shot_data.source_of("ucf101=folder:frames")
+        few_shot_data.source_of("cifar")
+    name, source = few_shot_data.source_of("ucf101=folder:frames")
     assert (name, source.data, source.test) == ("ucf101", "folder:frames", "test")

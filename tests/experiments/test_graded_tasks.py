@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments import _graded_tasks as tasks
-from experiments import dynamic_fusion
-from experiments._models import byte_tokenizer
+from experiments.dynamic_fusion import __main__ as dynamic_fusion
+from experiments.dynamic_fusion import graded_tasks as tasks
+from logitjax.commands.named_models import byte_tokenizer
 from logitjax.models import Decoder, DecoderConfig
 
 GSM8K = {"question": "2 and 3?", "answer": "It is <<2+3=5>>5.\n#### 1,005"}

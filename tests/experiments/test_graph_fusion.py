@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 from etils import epath
 
-from experiments import _fusion, _fusion_run, _models, graph_fusion
-from logitjax import losses, models, training
+from experiments.graph_fusion import __main__ as graph_fusion
+from experiments.graph_fusion import train
+from logitjax import distillation, losses, models, training
+from logitjax.commands import named_models
+from logitjax.distillation import objectives
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -48,10 +51,10 @@ def test_training_improves_held_out_perplexity(finished):
 
 def test_an_arm_is_traced_once(tmp_path):
     chosen = config(loss=("sft", "uld+gld"))
-    session = _fusion_run.open_session(chosen, epath.Path(tmp_path))
+    session = train.open_session(chosen, epath.Path(tmp_path))
     for loss in chosen.loss:
-        settings = _fusion_run.Settings(loss, 1e-2, chosen.gld[0])
-        arm = _fusion_run.prepare_arm(session, settings)
+        settings = train.Settings(loss, 1e-2, chosen.gld[0])
+        arm = train.prepare_arm(session, settings)
         state = arm.start(0)
         for step in range(3):
             state, output = arm.step(state, arm.batches(step))
@@ -67,17 +70,17 @@ def test_seeds_differ_and_arms_see_equal_tokens(finished):
 
 
 def test_same_command_again_trains_nothing(finished, monkeypatch):
-    monkeypatch.setattr(_fusion_run.training, "train_loop", None)
+    monkeypatch.setattr(train.training, "train_loop", None)
     before = (finished / "report.md").read_text()
     graph_fusion.run(config(loss=("sft", "uld+gld"), seeds=2), finished)
     assert (finished / "report.md").read_text() == before
 
 
 def test_kl_refuses_a_source_with_another_vocabulary(tmp_path, monkeypatch):
-    other = _models.byte_tokenizer()
+    other = named_models.byte_tokenizer()
     other.backend.add_tokens(["history"])
     foreign = models.Tokenizer(other.backend, eos_id=256, pad_id=256)
-    monkeypatch.setattr(_models, "load_tokenizer_of", lambda spec: foreign)
+    monkeypatch.setattr(named_models, "load_tokenizer_of", lambda spec: foreign)
     with pytest.raises(ValueError, match="loss 'kl' needs one vocabulary"):
         graph_fusion.run(config(loss=("kl",)), epath.Path(tmp_path))
 
@@ -90,7 +93,7 @@ def test_wrong_number_of_source_weights(tmp_path):
 @pytest.mark.parametrize("loss", ["kl", "uld+gld"])
 def test_arm_equals_the_dense_losses(loss):
     """The arm's value from blocked sweeps, against logits and the dense formulas."""
-    model = _models.tiny_decoder()
+    model = named_models.tiny_decoder()
     apply_fn, params = models.from_nnx(model)
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 256, (2, 12)).astype(np.int32)
@@ -103,9 +106,9 @@ def test_arm_equals_the_dense_losses(loss):
     teacher = jnp.asarray(rng.normal(size=(2, 11, 257)), jnp.float32)
     statistics = losses.graph_statistics(teacher, 257 if loss == "kl" else 10)
     where = np.ones((2, 11), bool)
-    objective = _fusion.Objective(loss=loss, weights=(1.0,))
+    objective = objectives.Objective(loss=loss, weights=(1.0,))
     batch = {"pivot": pivot, "sources": {"source0": (statistics, where)}}
-    loss_fn = _fusion.loss_function(objective, apply_fn.graphdef, ("source0",))
+    loss_fn = objectives.loss_function(objective, apply_fn.graphdef, ("source0",))
     total, count, _ = jax.jit(loss_fn)(params, batch, None)
     logits = model(jnp.asarray(tokens))[:, :-1]
     labels = jnp.asarray(tokens[:, 1:])
@@ -113,8 +116,8 @@ def test_arm_equals_the_dense_losses(loss):
         sft = losses.cross_entropy(logits, labels)
         expected = (0.5 * sft + 0.5 * losses.kl_divergence(logits, teacher)).sum()
     else:
-        teachers = [losses.FusionTeacher(outputs=teacher)]
-        value, metrics = losses.graph_fusion_objective(logits, labels, teachers)
+        teachers = [distillation.FusionTeacher(outputs=teacher)]
+        value, metrics = distillation.graph_fusion_objective(logits, labels, teachers)
         expected = (value * metrics["tokens"]).sum()
     assert int(count) == 22
     np.testing.assert_allclose(total, expected, rtol=2e-5)
@@ -122,8 +125,8 @@ def test_arm_equals_the_dense_losses(loss):
 
 def test_objective_names_what_it_knows():
     with pytest.raises(ValueError, match=r"expected one of sft, .*got 'jsd'"):
-        _fusion.Objective(loss="jsd", weights=(1.0,))
-    assert dataclasses.replace(_fusion.Objective(loss="uld", weights=(1.0, 3.0))).shares == [
+        objectives.Objective(loss="jsd", weights=(1.0,))
+    assert dataclasses.replace(objectives.Objective(loss="uld", weights=(1.0, 3.0))).shares == [
         0.25,
         0.75,
     ]
@@ -144,7 +147,7 @@ def test_paper_preset_traces_on_a_mesh():
     )
     paper = graph_fusion.Config(**graph_fusion.PRESETS["paper"])
     mesh = training.make_mesh("data:1,fsdp:4,tensor:2")
-    lowered = _fusion_run.lower_step(paper, phi4, mesh, loss="uld+gld")
+    lowered = train.lower_step(paper, phi4, mesh, loss="uld+gld")
     state = lowered.args_info[0][0]
     sizes = [leaf.shape for leaf in jax.tree.leaves(state)]
     # Parameters and two moments of AdamW, 14.66B each.

@@ -5,7 +5,8 @@ import json
 import pytest
 from etils import epath
 
-from experiments import _leakage_policies, _leakage_report, leakage_audit
+from experiments.leakage_audit import __main__ as leakage_audit
+from experiments.leakage_audit import policies, report
 
 
 @pytest.fixture(scope="module")
@@ -57,17 +58,17 @@ def test_finished_policies_are_not_asked_again(finished, monkeypatch):
     def fail(*_):
         raise AssertionError("a policy was asked again")
 
-    monkeypatch.setattr(_leakage_policies, "_from_rows", fail)
-    monkeypatch.setattr(_leakage_policies, "_through_bias", fail)
+    monkeypatch.setattr(policies, "_from_rows", fail)
+    monkeypatch.setattr(policies, "_through_bias", fail)
     leakage_audit.run(config, workdir)
     assert (workdir / "report.md").read_text() == before
 
 
 def test_policies_by_name():
-    assert _leakage_policies.parse("top_20_bias").bias == "reported"
-    assert _leakage_policies.parse("dummy_64_0.02").dummy_scale == 0.02
-    for name in {*_leakage_policies.DEMO, *_leakage_policies.REPORT}:
-        assert _leakage_policies.parse(name)
+    assert policies.parse("top_20_bias").bias == "reported"
+    assert policies.parse("dummy_64_0.02").dummy_scale == 0.02
+    for name in {*policies.DEMO, *policies.REPORT}:
+        assert policies.parse(name)
     for wrong in ("top", "round_x", "noise_-1", "open"):
         with pytest.raises(ValueError, match="policy"):
             leakage_audit.Config(policy=(wrong,))
@@ -75,6 +76,6 @@ def test_policies_by_name():
 
 def test_a_cheap_defence_that_hides_the_width_only_is_said_to_do_so():
     record = {"leak": 0.99, "dimension": 40, "kl": 0.001}
-    assert "only the width is hidden" in _leakage_report.verdict([record], 32)
+    assert "only the width is hidden" in report.verdict([record], 32)
     dear = {"leak": 0.02, "dimension": 3, "kl": 2.0}
-    assert _leakage_report.verdict([dear], 32) == "closed, and honest users pay for it"
+    assert report.verdict([dear], 32) == "closed, and honest users pay for it"

@@ -15,12 +15,16 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from experiments import _fusion_run, _plan_chips, _plan_models, _plan_program, graph_fusion, plan
+from experiments.graph_fusion import __main__ as graph_fusion
+from experiments.graph_fusion import train
+from experiments.plan import __main__ as plan
+from experiments.plan import chips, shapes
+from experiments.plan import program as plan_program
 from logitjax import training
 
 ROOT = pathlib.Path(__file__).parents[2]
 MESHES = ("data:8", "data:2,fsdp:4", "data:2,fsdp:2,tensor:2")
-CPU = _plan_chips.parse_chip("cpu:8")
+CPU = chips.parse_chip("cpu:8")
 
 
 def smoke(mesh, **changes):
@@ -39,9 +43,9 @@ def wide_smoke(monkeypatch):
 @pytest.mark.parametrize("mesh", MESHES)
 def test_bytes_are_those_of_the_same_compilation(mesh):
     (found,) = plan.plans("graph_fusion", "smoke", CPU, mesh=mesh)
-    decoder = _plan_models.decoder_config("tiny")
+    decoder = shapes.decoder_config("tiny")
     made = training.make_mesh(mesh)
-    lowered = _fusion_run.lower_step(smoke(mesh), decoder, made, loss="uld+gld")
+    lowered = train.lower_step(smoke(mesh), decoder, made, loss="uld+gld")
     memory = lowered.compile().memory_analysis()
     assert found.argument_bytes == memory.argument_size_in_bytes
     assert found.temp_bytes == memory.temp_size_in_bytes
@@ -57,9 +61,9 @@ def test_bytes_are_those_of_the_same_compilation(mesh):
 
 
 def _abstract_state(decoder, mesh, config):
-    graphdef, params = _plan_models.abstract_decoder(decoder, layout=config.layout)
-    settings = _fusion_run.Settings("sft", 1e-3, config.gld[0])
-    tx, _ = _fusion_run.make_step(config, graphdef, mesh, settings)
+    graphdef, params = shapes.abstract_decoder(decoder, layout=config.layout)
+    settings = train.Settings("sft", 1e-3, config.gld[0])
+    tx, _ = train.make_step(config, graphdef, mesh, settings)
     state = training.abstract_train_state(params, tx, mesh=mesh, rules=training.DECODER_RULES)
     return (state.params, state.opt_state)
 
@@ -69,7 +73,7 @@ def test_matrix_products_are_counted_wherever_they_are():
     w = jnp.ones((6, 6))
 
     def flops(f, *args):
-        return _plan_program.matmul_flops(jax.make_jaxpr(f)(*args))
+        return plan_program.matmul_flops(jax.make_jaxpr(f)(*args))
 
     once = 2.0 * 4 * 6 * 6
     assert flops(lambda x: jax.lax.scan(lambda c, _: (c @ w, None), x, length=5)[0], x) == 5 * once
@@ -116,7 +120,7 @@ def test_work_is_within_a_tenth_of_the_compilers_count(mesh):
 
     traced = jax.jit(jax.grad(loss)).trace(kernels, rows)
     counted = traced.lower().compile().cost_analysis()["flops"]
-    assert _plan_program.matmul_flops(traced.jaxpr) / 8 == pytest.approx(counted, rel=0.1)
+    assert plan_program.matmul_flops(traced.jaxpr) / 8 == pytest.approx(counted, rel=0.1)
 
 
 def test_collectives_in_loops_count_as_often_as_they_run():
@@ -133,7 +137,7 @@ def test_collectives_in_loops_count_as_often_as_they_run():
 
     run = jax.jit(jax.shard_map(repeated, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False))
     text = run.lower(jnp.ones((100,), jnp.float32)).compile().as_text()
-    found = _plan_program.collectives(text)
+    found = plan_program.collectives(text)
     assert found.unknown_loops == 0
     assert found.calls["all-gather"] == 7
     assert found.bytes["all-gather"] == 7 * 8 * 100 * 4
@@ -175,23 +179,23 @@ ENTRY %main (a: bf16[8,128]) -> bf16[8,128] {
 
 
 def test_the_tpu_compilers_way_to_write_them():
-    found = _plan_program.collectives(TPU_TEXT)
+    found = plan_program.collectives(TPU_TEXT)
     assert found.calls == {"all-gather": 40, "reduce-scatter": 80}
     gathered, cut, scattered = 32 * 128 * 2, 64 * 128 * 2, 4 * 4 * 128 * 4
     assert found.bytes == {"all-gather": 40 * gathered, "reduce-scatter": 40 * (cut + scattered)}
     assert found.unknown_loops == 0
-    assert _plan_program.collectives(TPU_TEXT.replace("constant(40)", "parameter(1)")).calls == {
+    assert plan_program.collectives(TPU_TEXT.replace("constant(40)", "parameter(1)")).calls == {
         "all-gather": 1,
         "reduce-scatter": 2,
     }
 
 
 def test_chips():
-    assert _plan_chips.parse_chip("v5p:4x4x8").topology == "v5p:4x4x8"
-    assert _plan_chips.parse_chip("h100").memory == 80e9
+    assert chips.parse_chip("v5p:4x4x8").topology == "v5p:4x4x8"
+    assert chips.parse_chip("h100").memory == 80e9
     for wrong in ("v5p", "a100", "v5e:2y2", "h100:x"):
         with pytest.raises(ValueError, match=f"chip: expected one of .*got '{wrong}'"):
-            _plan_chips.parse_chip(wrong)
+            chips.parse_chip(wrong)
 
 
 def test_verdicts():
@@ -280,7 +284,8 @@ import pathlib, re, sys
 import jax
 jax.config.update("jax_num_cpu_devices", 8)
 import jax.numpy as jnp, optax
-from experiments import _plan_chips, plan
+from experiments.plan import chips
+from experiments.plan import __main__ as plan
 from logitjax import training
 
 mesh = training.make_mesh(sys.argv[1])
@@ -302,7 +307,7 @@ def like(x):
 
 abstract = jax.tree.map(like, state)
 found = plan.make_plan(
-    step.trace(abstract, {"x": shape}), _plan_chips.parse_chip("cpu:8"), devices=8,
+    step.trace(abstract, {"x": shape}), chips.parse_chip("cpu:8"), devices=8,
     experiment="e", preset="p", program="q",
 )
 compiled = step.trace(abstract, {"x": shape}).lower().compile()

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from etils import epath
 
-from experiments import _replication_models, replication
+from experiments.replication import __main__ as replication
+from experiments.replication import models
 
 
 @pytest.fixture(scope="module")
@@ -45,18 +46,18 @@ def test_finished_students_are_not_trained_again(finished, monkeypatch):
     def fail(*_, **__):
         raise AssertionError("something was trained again")
 
-    monkeypatch.setattr(_replication_models, "_fit", fail)
+    monkeypatch.setattr(models, "_fit", fail)
     replication.run(config, workdir)
     assert (workdir / "results.json").read_text() == before
 
 
 def test_a_student_with_everything_of_the_teacher_is_the_teacher(finished):
     config, workdir = finished
-    scene = _replication_models.prepare(config, workdir)
-    same = _replication_models._dropped(scene.teacher["trunk"], 2, 2)
+    scene = models.prepare(config, workdir)
+    same = models._dropped(scene.teacher["trunk"], 2, 2)
     params = {"trunk": same, "head": scene.teacher["head"]}
-    mine = _replication_models.nll(scene.text, "test", scene.trunk, params, {})
-    teacher = _replication_models.teacher_record(scene)
+    mine = models.nll(scene.text, "test", scene.trunk, params, {})
+    teacher = models.teacher_record(scene)
     assert mine["nll"] == pytest.approx(teacher["nll"], abs=1e-6)
     # The recovered columns hold the teacher's head up to one matrix and, for log-probabilities,
     # up to one vector: some mix gives its distribution back.
@@ -65,19 +66,19 @@ def test_a_student_with_everything_of_the_teacher_is_the_teacher(finished):
     basis = np.asarray(scene.basis, np.float64)
     mix = np.linalg.lstsq(basis, centred, rcond=None)[0]
     undone = {"trunk": same, "mix": jax.numpy.asarray(mix, jax.numpy.float32)}
-    found = _replication_models.nll(scene.text, "test", scene.trunk, undone, {"basis": scene.basis})
+    found = models.nll(scene.text, "test", scene.trunk, undone, {"basis": scene.basis})
     assert found["nll"] == pytest.approx(teacher["nll"], abs=1e-2)
 
 
 def test_what_the_recovered_subspace_lacks_is_measured(finished):
     config, workdir = finished
-    scene = _replication_models.prepare(config, workdir)
+    scene = models.prepare(config, workdir)
     mix = np.random.default_rng(0).standard_normal((config.width, config.width))
     whole = dataclasses.replace(scene, basis=scene.teacher["head"] @ mix)
-    record = _replication_models.teacher_record(whole)
+    record = models.teacher_record(whole)
     assert record["nll_behind"] == pytest.approx(record["nll"], abs=1e-5)
     part = dataclasses.replace(scene, basis=scene.basis[:, :1])
-    assert abs(_replication_models.teacher_record(part)["nll_behind"] - record["nll"]) > 1e-4
+    assert abs(models.teacher_record(part)["nll_behind"] - record["nll"]) > 1e-4
 
 
 def test_arms_are_checked():

@@ -2,12 +2,13 @@
 
 import json
 
-from experiments import _report, benchmark
+from experiments import benchmark
 from experiments.benchmarks import _suite
+from experiments.shared import report
 
 
 def test_table_has_the_union_of_columns_in_order():
-    table = _report.markdown_table([{"a": 1, "b": 0.123456}, {"a": None, "c": "x"}])
+    table = report.markdown_table([{"a": 1, "b": 0.123456}, {"a": None, "c": "x"}])
     assert table.splitlines() == [
         "| a | b      | c |",
         "|---|--------|---|",
@@ -17,10 +18,10 @@ def test_table_has_the_union_of_columns_in_order():
 
 
 def test_spread_is_the_sample_deviation():
-    assert _report.mean_and_spread([1.0, 2.0, 3.0]) == "2 +- 1"
-    assert _report.mean_and_spread([2.5]) == "2.5"
-    assert _report.mean_and_spread([0.35, 0.35, 0.35]) == "0.35 +- 0"
-    assert _report.mean_and_spread([1.0, float("inf")]) == "inf +- nan"
+    assert report.mean_and_spread([1.0, 2.0, 3.0]) == "2 +- 1"
+    assert report.mean_and_spread([2.5]) == "2.5"
+    assert report.mean_and_spread([0.35, 0.35, 0.35]) == "0.35 +- 0"
+    assert report.mean_and_spread([1.0, float("inf")]) == "inf +- nan"
 
 
 def test_ratio_is_the_median_of_neighbours():

@@ -12,21 +12,19 @@ import pytest
 from etils import epath
 from flax import nnx
 
-from experiments import (
-    _unlearning_arms,
-    _unlearning_data,
-    _unlearning_models,
-    _unlearning_report,
-    _unlearning_run,
-    unlearning,
-)
-from experiments._models import byte_tokenizer, tiny_decoder
-from logitjax import losses, training
-from logitjax.data import TofuItem
+from experiments.unlearning import __main__ as unlearning
+from experiments.unlearning import arms
+from experiments.unlearning import data as unlearning_data
+from experiments.unlearning import models as unlearning_models
+from experiments.unlearning import report as unlearning_report
+from experiments.unlearning import run as unlearning_run
+from logitjax import losses
+from logitjax.commands.named_models import byte_tokenizer, tiny_decoder
 from logitjax.evaluation import PromptTemplate
 from logitjax.models import load_model, with_layout
+from logitjax.unlearning import TofuItem
 
-TOFU = pathlib.Path(__file__).parents[1] / "data" / "tofu"
+TOFU = pathlib.Path(__file__).parents[1] / "unlearning" / "tofu"
 ARMS = ("npo_kl", "difference_clean")
 
 
@@ -88,8 +86,8 @@ def test_same_command_again_trains_nothing_and_asks_what_is_missing(finished, mo
     def fail(*_, **__):
         raise AssertionError("something was trained again")
 
-    monkeypatch.setattr(_unlearning_models.training, "make_global_batch", fail)
-    monkeypatch.setattr(training, "merge_by_distillation", fail)
+    monkeypatch.setattr(unlearning_models.training, "make_global_batch", fail)
+    monkeypatch.setattr(unlearning, "merge_by_distillation", fail)
     unlearning.run(config, workdir)
     again = (workdir / "report.md").read_text()
     assert again == before
@@ -105,30 +103,30 @@ def test_paraphrases_are_paired_and_wrong_answers_are_not_the_right_one():
         item(1, question_paraphrases=(), answer_paraphrases=("C",)),
     ]
     wrong = [item(0, perturbed_answers=("a0.", "x", "x", "y", "z"))]
-    added, false = _unlearning_data.augment(rows, wrong, 2, 2)
+    added, false = unlearning_data.augment(rows, wrong, 2, 2)
     assert [(i.question, i.answer) for i in added] == [("Q", "A"), ("R", "B"), ("q1?", "C")]
     assert [(i.question, i.answer) for i in false] == [("q0?", "x"), ("q0?", "y")]
 
 
 def test_the_tables_of_the_release_are_read_from_their_first_row():
     config = configured(augmentation_dir=str(TOFU), paraphrases=2)
-    added, false = _unlearning_data._augmentations(config, 40)
+    added, false = unlearning_data._augmentations(config, 40)
     assert len({i.question for i in added}) == len(added) == 2
     assert "Kuwait" in added[0].question
     assert false
-    assert _unlearning_data._augmentations(configured(augment=False), 40) == ((), ())
+    assert unlearning_data._augmentations(configured(augment=False), 40) == ((), ())
 
 
 def test_rows_of_several_questions_hold_each_once_and_predict_the_same():
     tokenizer, template = byte_tokenizer(), PromptTemplate(before="", after=" ")
     items = [item(n) for n in range(5)]
-    single = _unlearning_data.encode(items, tokenizer, template, 12)
-    together = _unlearning_data.packed(items, tokenizer, template, 12, 24)
+    single = unlearning_data.encode(items, tokenizer, template, 12)
+    together = unlearning_data.packed(items, tokenizer, template, 12, 24)
     assert len(together["tokens"]) < len(items)
     assert together["mask"].sum() == single["mask"].sum()
     model = tiny_decoder()
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-    loss_fn = jax.jit(_unlearning_arms.answer_loss(graphdef, rest))
+    loss_fn = jax.jit(arms.answer_loss(graphdef, rest))
     (one, count, _), (other, same, _) = (
         loss_fn(nnx.to_pure_dict(params), rows, None) for rows in (single, together)
     )
@@ -139,11 +137,11 @@ def test_rows_of_several_questions_hold_each_once_and_predict_the_same():
 def test_an_epoch_sees_every_row_once_whatever_the_size_of_a_step():
     rows = {"tokens": np.arange(10)[:, None]}
     seen = np.concatenate(
-        [_unlearning_data.picked(rows, s, size=4, seed=3)["tokens"][:, 0] for s in range(5)]
+        [unlearning_data.picked(rows, s, size=4, seed=3)["tokens"][:, 0] for s in range(5)]
     )
     assert sorted(seen[:10].tolist()) == sorted(seen[10:].tolist()) == list(range(10))
     assert seen[:10].tolist() != seen[10:].tolist()
-    assert _unlearning_data.steps_an_epoch(rows, 4) == 3
+    assert unlearning_data.steps_an_epoch(rows, 4) == 3
 
 
 @pytest.mark.slow
@@ -158,16 +156,16 @@ def test_losses_of_arms_are_those_of_logits():
     model, before = (with_layout(tiny_decoder(seed), "listed") for seed in (1, 2))
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     reference = nnx.to_pure_dict(nnx.state(before, nnx.Param))
-    direction = losses.rmu_direction(32, key=jax.random.key(0))
+    direction = unlearning.rmu_direction(32, key=jax.random.key(0))
 
     most = {side: int(rows["mask"][:, 1:].sum()) + 1 for side, rows in batch.items()}
 
     @functools.partial(jax.jit, static_argnums=2)
     def ours(params, reference, more=None):
         found = {}
-        for arm, name in _unlearning_arms.METHODS.items():
-            loss_fn = _unlearning_arms.make_loss(
-                losses.UNLEARNING_METHODS[name],
+        for arm, name in arms.METHODS.items():
+            loss_fn = arms.make_loss(
+                unlearning.UNLEARNING_METHODS[name],
                 graphdef,
                 rest,
                 layer=1,
@@ -193,11 +191,11 @@ def test_losses_of_arms_are_those_of_logits():
     def mean(values, k):
         return float((np.asarray(values) * where[k]).sum() / where[k].sum())
 
-    n, n0 = (losses.sequence_nll(x["forget"], where["forget"])[0] for x in (nll, nll0))
+    n, n0 = (unlearning.sequence_nll(x["forget"], where["forget"])[0] for x in (nll, nll0))
     lengths = where["forget"].sum(-1)
-    npo = float(losses.npo(n, n0).mean())
-    simnpo = 0.125 * float(losses.simnpo(n, lengths).mean())
-    undial = losses.undial(z["forget"], z0["forget"], labels["forget"])
+    npo = float(unlearning.npo(n, n0).mean())
+    simnpo = 0.125 * float(unlearning.simnpo(n, lengths).mean())
+    undial = unlearning.undial(z["forget"], z0["forget"], labels["forget"])
     kept = mean(nll["retain"], "retain")
     expected = {
         "ga": -mean(nll["forget"], "forget"),
@@ -220,18 +218,18 @@ def test_losses_of_arms_are_those_of_logits():
 
 
 def test_a_model_with_its_assistant_is_scored_as_it_is_decoded():
-    from logitjax import decoding, models
+    from logitjax import decoding
 
     config = unlearning.Config(**unlearning.PRESETS["smoke"])
     target = with_layout(tiny_decoder(3), "listed")
-    fresh = models.init_assistant(target, 1, rank=2, key=jax.random.key(0))
+    fresh = unlearning.init_assistant(target, 1, rank=2, key=jax.random.key(0))
     noisy = jax.tree.map(
         lambda x: x + 0.3 * jnp.sin(jnp.arange(x.size)).reshape(x.shape), fresh.lora
     )
-    deployed = _unlearning_arms.Deployed(
+    deployed = arms.Deployed(
         model=target,
-        assistant=models.Assistant(base=fresh.base, lora=noisy),
-        difference=_unlearning_arms.differences(config)["difference_clean"],
+        assistant=unlearning.Assistant(base=fresh.base, lora=noisy),
+        difference=arms.differences(config)["difference_clean"],
         block=5,
     )
     tokens = np.arange(1, 15, dtype=np.int32).reshape(2, 7) * 7
@@ -244,7 +242,7 @@ def test_a_model_with_its_assistant_is_scored_as_it_is_decoded():
 
 
 def test_official_and_clean_differ_where_the_release_and_we_do():
-    found = _unlearning_arms.differences(unlearning.Config())
+    found = arms.differences(unlearning.Config())
     official, clean = found["difference_official"], found["difference_clean"]
     assert (official.uniform, official.fuse.form, official.fuse.filter) == (
         "all",
@@ -260,11 +258,11 @@ def test_official_and_clean_differ_where_the_release_and_we_do():
 
 
 def test_target_does_not_depend_on_what_assistants_learn_beside():
-    scene = _unlearning_data.load_scene(configured())
+    scene = unlearning_data.load_scene(configured())
     more = dataclasses.replace(scene, forget_more=(*scene.forget_more, item(0)))
     assert more.taught == scene.taught
     assert more.unlearned != scene.unlearned
-    assert _unlearning_data.load_scene(configured(authors=4)).taught != scene.taught
+    assert unlearning_data.load_scene(configured(authors=4)).taught != scene.taught
 
 
 def test_verdicts_say_plainly_who_forgets_best_and_what_is_lost():
@@ -275,13 +273,13 @@ def test_verdicts_say_plainly_who_forgets_best_and_what_is_lost():
         "target": record(0.9, 0.5),
         "arms": {"npo": [record(0.2, 0.3)], "difference_clean": [record(0.3, 0.48)]},
     }
-    text = _unlearning_report.verdicts(results)
+    text = unlearning_report.verdicts(results)
     assert "smallest D of all arms: npo (0.200), keeping 60.0 %" in text
     assert "keeps 96.0 % of the utility (LESS than 98 %), D 0.300, rank 2 of 2, NOT smaller" in text
     assert "at least 98 %:" not in text
     results["arms"]["rmu"] = [record(0.1, 0.3), record(0.2, 0.3), record(0.3, 0.3)]
     results["arms"]["difference_clean"] = [record(0.2, 0.48)]
-    text = _unlearning_report.verdicts(results)
+    text = unlearning_report.verdicts(results)
     assert (
         "smallest D of all arms: difference_clean (0.200, npo too, rmu too), keeping 96.0 %" in text
     )
@@ -291,7 +289,7 @@ def test_verdicts_say_plainly_who_forgets_best_and_what_is_lost():
         {"alpha": a, "filter": "none", "D": d, "forget probability": 1 - a, "% of target's": share}
         for a, d, share in ((0.5, 0.6, 99.0), (0.6, 0.6, 98.0), (1.0, 0.1, 60.0))
     ]
-    text = _unlearning_report.verdicts(results)
+    text = unlearning_report.verdicts(results)
     assert "smallest D of those that keep at least 98 %: ga (0.800)" in text
     assert "alpha 0.6 and filter none keep 98.0 % at D 0.600" in text
 
@@ -308,12 +306,12 @@ def test_mistakes_are_named(tmp_path):
     with pytest.raises(ValueError, match="row_length"):
         unlearning.Config(row_length=8)
     with pytest.raises(ValueError, match="split at 2, 10 or 20"):
-        _unlearning_data.load_scene(configured(tofu_dir=str(tmp_path), authors=200))
+        unlearning_data.load_scene(configured(tofu_dir=str(tmp_path), authors=200))
     with pytest.raises(FileNotFoundError, match="no such directory"):
-        _unlearning_data.load_scene(configured(tofu_dir=str(tmp_path / "none")))
+        unlearning_data.load_scene(configured(tofu_dir=str(tmp_path / "none")))
 
 
 def test_presets_name_fields_that_exist():
     for preset in unlearning.PRESETS.values():
         unlearning.Config(**preset)
-    assert _unlearning_run.Run
+    assert unlearning_run.Run

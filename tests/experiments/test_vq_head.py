@@ -4,7 +4,7 @@ import json
 import pytest
 from etils import epath
 
-from experiments import vq_head
+from experiments.vq_head import __main__ as vq_head
 
 
 @pytest.fixture(scope="module")

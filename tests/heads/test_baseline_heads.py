@@ -9,23 +9,20 @@ from logitjax.heads import (
     AdaptiveHead,
     LinearHead,
     LowRankHead,
-    ProductHead,
-    ShortlistHead,
     TiedHead,
-    VQHead,
     adaptive_cost,
     adaptive_log_probs,
     adaptive_nll,
     adaptive_topk,
     fit_adaptive_softmax,
     fit_low_rank,
-    fit_product_codes,
     full_cost,
     init_adaptive_softmax,
     low_rank_logits,
     low_rank_nll,
 )
 from logitjax.models import Decoder, DecoderConfig
+from logitjax.vq import ProductHead, ShortlistHead, VQHead, fit_product_codes
 
 VOCAB, WIDTH, COUNT = 60, 8, 30
 CONFIG = AdaptiveConfig(vocab_size=VOCAB, hidden_size=WIDTH, cutoffs=(12, 30), div_value=2.0)

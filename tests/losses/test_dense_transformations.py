@@ -10,12 +10,12 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
+from logitjax.distillation import universal_logit_distance
 from logitjax.losses import (
     cross_entropy,
     generalized_jensen_shannon,
     kl_divergence,
     total_variation,
-    universal_logit_distance,
 )
 
 VOCAB = 32

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from logitjax import losses
+from logitjax import distillation, losses
 
 BATCH, LENGTH, HIDDEN, TEACHER_HIDDEN, VOCAB = 2, 11, 16, 24, 301
 # Neither divides: 301 = 3 * 96 + 13, 11 = 2 * 4 + 3.
@@ -231,25 +231,25 @@ def test_readout_gives_statistics_and_their_gradients():
 @pytest.mark.parametrize(
     "config",
     [
-        losses.GraphFusionConfig(),
-        losses.GraphFusionConfig(
-            uld_top_k=12, graph=losses.GraphConfig(k=6, logits="softmax", node="token")
+        distillation.GraphFusionConfig(),
+        distillation.GraphFusionConfig(
+            uld_top_k=12, graph=distillation.GraphConfig(k=6, logits="softmax", node="token")
         ),
     ],
 )
 def test_graph_fusion_equals_dense(config):
     hidden, head = jnp.asarray(HIDDENS, jnp.float32), jnp.asarray(HEAD, jnp.float32)
     teacher = losses.graph_statistics(jnp.asarray(_normal(8, BATCH, 9, 120), jnp.float32), 12)
-    teachers = [losses.FusionTeacher(outputs=teacher)]
+    teachers = [distillation.FusionTeacher(outputs=teacher)]
     where = jnp.arange(LENGTH) < jnp.array([[LENGTH], [7]])
 
     def blocked(hidden, head):
-        return losses.linear_graph_fusion(
+        return distillation.linear_graph_fusion(
             hidden, head, LABELS, teachers, where=where, config=config, **BLOCKS
         )[0].sum()
 
     def dense(hidden, head):
-        return losses.graph_fusion_objective(
+        return distillation.graph_fusion_objective(
             hidden @ head, LABELS, teachers, where=where, config=config
         )[0].sum()
 

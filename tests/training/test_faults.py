@@ -16,7 +16,7 @@ import pytest
 from etils import epath
 
 from logitjax import training
-from logitjax.data._array_record import ShardReader, ShardWriter
+from logitjax.storage._array_record import ShardReader, ShardWriter
 from tests.training import toy
 
 ROOT = pathlib.Path(__file__).parents[2]

@@ -1,0 +1,169 @@
+"""The arms of the dual-head experiment: which loss meets which head."""
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from logitjax import distillation, losses, vision
+
+
+class MLP(nnx.Module):
+    """Features of flattened inputs: linear layers with ReLU, the last one included."""
+
+    classifier_name = "fc"
+
+    def __init__(self, in_features: int, widths: tuple[int, ...], *, rngs: nnx.Rngs):
+        sizes = (in_features, *widths)
+        self.layers = nnx.List(
+            [distillation.torch_linear(a, b, rngs=rngs) for a, b in itertools.pairwise(sizes)]
+        )
+        self.num_features = widths[-1]
+
+    def __call__(self, inputs: Any, *, train: bool = False) -> jax.Array:
+        del train
+        inputs = inputs.reshape(len(inputs), -1)
+        for layer in self.layers:
+            inputs = nnx.relu(layer(inputs))
+        return inputs
+
+
+def create_network(
+    name: str, num_classes: int, shape: tuple[int, ...], auxiliary: str | None, *, key: Any
+) -> vision.ImageClassifier:
+    """``mlp-512-128`` or a name of ``vision.MODELS``; all arms of a seed start with one trunk."""
+    head = None
+    if auxiliary is not None:
+        head = functools.partial(distillation.DualHead, auxiliary=auxiliary)
+    rngs = nnx.Rngs(key)
+    if name.startswith("mlp-"):
+        widths = tuple(int(part) for part in name.split("-")[1:])
+        backbone = MLP(math.prod(shape), widths, rngs=rngs)
+        make = distillation.torch_linear if head is None else head
+        return vision.ImageClassifier(backbone, make(widths[-1], num_classes, rngs=rngs))
+    return vision.create_classifier(name, num_classes, channels=shape[-1], head=head, rngs=rngs)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One way to train the student.
+
+    Attributes:
+      name: of the arm.
+      logit_loss: ``(student, teacher, labels) -> [batch]``, weighted by alpha; None without one.
+      auxiliary: the second head, which then gets the logit loss.
+      align: project the logit loss's gradient: over the ``trunk`` or over ``all`` parameters.
+      smooths: alpha is label smoothing instead, alpha / (1 + alpha) of it.
+    """
+
+    name: str
+    logit_loss: Callable[..., Any] | None = None
+    auxiliary: str | None = None
+    align: str | None = None
+    smooths: bool = False
+
+
+def arms(config: Any) -> dict[str, Arm]:
+    """Every arm by its name."""
+    binary = (
+        distillation.binary_kl if config.logit_loss == "binary_kl" else distillation.binary_kl_norm
+    )
+
+    def logit_loss(student: Any, teacher: Any, labels: Any) -> Any:
+        del labels
+        return binary(student, teacher, temperature=config.binary_temperature)
+
+    def kd(student: Any, teacher: Any, labels: Any) -> Any:
+        del labels
+        return distillation.knowledge_distillation(student, teacher, temperature=config.temperature)
+
+    def dkd(student: Any, teacher: Any, labels: Any) -> Any:
+        return distillation.decoupled_knowledge_distillation(
+            student, teacher, labels, other_weight=config.dkd_beta, temperature=config.temperature
+        )
+
+    def standardized(student: Any, teacher: Any, labels: Any) -> Any:
+        del labels
+        pair = (distillation.standardize_logits(x) for x in (student, teacher))
+        return distillation.knowledge_distillation(*pair, temperature=2.0)
+
+    def dist(student: Any, teacher: Any, labels: Any) -> Any:
+        del labels
+        return distillation.dist(student, teacher, temperature=config.temperature)
+
+    found = [
+        Arm(name="ce"),
+        Arm(name="label_smoothing", smooths=True),
+        Arm(name="kd", logit_loss=kd),
+        Arm(name="dkd", logit_loss=dkd),
+        Arm(name="kd_standardized", logit_loss=standardized),
+        Arm(name="dist", logit_loss=dist),
+        Arm(name="single", logit_loss=logit_loss),
+        Arm(name="single_aligned", logit_loss=logit_loss, align="trunk"),
+    ]
+    for auxiliary in ("linear", "mlp"):
+        made = functools.partial(Arm, logit_loss=logit_loss, auxiliary=auxiliary)
+        found += [
+            made(name=f"dual_{auxiliary}"),
+            made(name=f"dual_{auxiliary}_aligned", align="trunk"),
+            made(name=f"dual_{auxiliary}_aligned_all", align="all"),
+        ]
+    return {arm.name: arm for arm in found}
+
+
+ARM_NAMES: tuple[str, ...] = (
+    "ce",
+    "label_smoothing",
+    "kd",
+    "dkd",
+    "kd_standardized",
+    "dist",
+    "single",
+    "single_aligned",
+    "dual_linear",
+    "dual_linear_aligned",
+    "dual_linear_aligned_all",
+    "dual_mlp",
+    "dual_mlp_aligned",
+    "dual_mlp_aligned_all",
+)
+
+
+def outputs(model: Any, inputs: Any, *, train: bool, key: Any = None) -> tuple[Any, Any, Any]:
+    """Features, the logits that predict, and the logits that meet the teacher."""
+    features = model.features(inputs, train=train)
+    logits = model.head(features)
+    if isinstance(model.head, distillation.DualHead):
+        return features, logits, model.head.auxiliary(features, train=train, key=key)
+    return features, logits, logits
+
+
+def loss_function(arm: Arm, graphdef: Any) -> Callable[..., tuple[tuple[Any, Any], Any]]:
+    """``(params, stats, inputs, labels, teacher, alpha, key, train) -> ((task, logit), stats)``."""
+
+    def loss_fn(
+        params: Any,
+        stats: Any,
+        inputs: Any,
+        labels: Any,
+        teacher: Any,
+        alpha: Any,
+        key: Any = None,
+        train: bool = True,
+    ) -> tuple[tuple[Any, Any], Any]:
+        model = nnx.merge(graphdef, params, stats, copy=True)
+        _, logits, other = outputs(model, inputs, train=train, key=key)
+        smoothing = alpha / (1.0 + alpha) if arm.smooths else 0.0
+        task = losses.cross_entropy(logits, labels, label_smoothing=smoothing).mean()
+        logit = jnp.zeros(())
+        if arm.logit_loss is not None:
+            logit = alpha * arm.logit_loss(other, teacher, labels).mean()
+        return (task, logit), nnx.state(model, nnx.BatchStat)
+
+    return loss_fn

@@ -1,0 +1,152 @@
+"""What a run of `experiments.dual_head` is given, and its presets."""
+
+import dataclasses
+from typing import Any
+
+from experiments.dual_head import arms as dual_head_arms
+from logitjax.commands.cli import field
+
+ARMS = dual_head_arms.ARM_NAMES
+_MAIN = ("ce", "kd", "dkd", "single", "dual_linear", "dual_linear_aligned")
+_MAIN += ("dual_mlp", "dual_mlp_aligned")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """What one run of the experiment does."""
+
+    data: str = field("tfds:udhr", "tfds:NAME, cifar100:DIR, folder:DIR or synthetic:CLASSES.")
+    image_size: int = field(32, "Height and width of images from a folder.")
+    train_examples: int = field(0, "Training examples; all if 0.")
+    validation_examples: int = field(2000, "Held out of training where there is no such split.")
+    test_examples: int = field(0, "Test examples; all if 0.")
+    augment: str = field(
+        "none", "Of training images.", choices=("none", "crop_flip", "resized_crop")
+    )
+    teacher: str = field("mlp-512-256", "Network of the teacher.")
+    teacher_examples: int = field(0, "Training examples of the teacher; the students' if 0.")
+    teacher_weights: str | None = field(None, "Torch checkpoint of the teacher; trained if none.")
+    student: str = field("mlp-128", "Network of the student.")
+    arm: tuple[str, ...] = field(_MAIN, "Arm to train")
+    alpha: tuple[float, ...] = field((0.01, 0.1, 1.0), "Weights of the distillation loss to try.")
+    seeds: int = field(1, "Runs of every arm.")
+    epochs: int = field(20, "Of the students.")
+    teacher_epochs: int = field(20, "Of the teacher.")
+    batch_size: int = field(64, "Examples a step, over all devices.")
+    learning_rate: float = field(0.05, "Of the students; x0.1 at each of decay_at.")
+    teacher_learning_rate: float = field(0.05, "Of the teacher.")
+    decay_at: tuple[float, ...] = field((0.625, 0.75, 0.875), "Shares of the epochs.")
+    momentum: float = field(0.9, "Of SGD.")
+    weight_decay: float = field(5e-4, "Of all parameters, norms and biases included.")
+    stop_epoch: int = field(0, "Epoch from which alpha is 0; never if 0 (ImageNet script: 50).")
+    temperature: float = field(4.0, "Of kd, dkd and dist.")
+    dkd_beta: float = field(8.0, "Weight of the other classes in dkd.")
+    binary_temperature: float = field(2.0, "Of the logit loss.")
+    logit_loss: str = field(
+        "binary_kl_norm", "Of single and dual.", choices=("binary_kl_norm", "binary_kl")
+    )
+    diagnose_every: int = field(2, "Epochs between collapse diagnostics, of the first seed.")
+    mesh: str = field("data:-1", "Axes and sizes of the device mesh.")
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.arm) - set(ARMS))
+        if unknown:
+            raise ValueError(f"arm: expected one of {', '.join(ARMS)}, got {unknown[0]!r}")
+        for name in ("epochs", "teacher_epochs", "seeds", "batch_size", "diagnose_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if not self.alpha:
+            raise ValueError("alpha: expected at least one value")
+
+
+_FASHION: dict[str, Any] = dict(
+    data="tfds:fashion_mnist_png",
+    train_examples=10_000,
+    validation_examples=2_000,
+    # Better on five times the data than a deeper ResNet on the students', and soon trained.
+    teacher="mlp-512",
+    teacher_examples=50_000,
+    student="resnet8",
+    arm=("ce", "kd", "single", "dual_linear"),
+    epochs=5,
+    teacher_epochs=5,
+    decay_at=(0.6, 0.8),
+)
+_IMAGENET: dict[str, Any] = dict(
+    augment="resized_crop",
+    learning_rate=0.1,
+    teacher_learning_rate=0.1,
+    weight_decay=1e-4,
+    epochs=100,
+    teacher_epochs=100,
+    batch_size=256,
+    decay_at=(0.3, 0.6, 0.9),
+    temperature=1.0,
+    arm=("ce", "kd", "dkd", "single", "dual_linear"),
+)
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "smoke": dict(
+        data="synthetic:10",
+        train_examples=256,
+        validation_examples=128,
+        test_examples=128,
+        teacher="resnet8",
+        student="resnet8",
+        arm=("ce", "kd", "single", "dual_mlp_aligned"),
+        alpha=(0.1,),
+        epochs=2,
+        teacher_epochs=2,
+        batch_size=32,
+        augment="crop_flip",
+    ),
+    "demo": _FASHION | dict(alpha=(0.3,)),
+    "fashion": _FASHION | dict(alpha=(0.1, 0.3, 1.0), seeds=3),
+    "report": dict(
+        # A deeper teacher is no better here; one that saw five times the data is.
+        teacher="mlp-512",
+        teacher_examples=30_000,
+        arm=_MAIN,
+        alpha=(0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
+        seeds=5,
+        train_examples=6_000,
+        batch_size=128,
+        epochs=10,
+        teacher_epochs=10,
+    ),
+    "paper": dict(
+        data="cifar100:data/cifar-100-binary",
+        validation_examples=5_000,
+        augment="crop_flip",
+        teacher="resnet32x4",
+        student="shufflenet_v2",
+        learning_rate=0.01,
+        epochs=240,
+        teacher_epochs=240,
+        alpha=(0.01, 0.03, 0.1, 0.3, 1.0),
+        seeds=3,
+    ),
+    "paper_tiny_imagenet": dict(
+        data="folder:data/tiny-imagenet-200",
+        image_size=64,
+        validation_examples=10_000,
+        augment="crop_flip",
+        teacher="resnet18_small_stem",
+        student="shufflenet_v2",
+        learning_rate=0.01,
+        epochs=240,
+        teacher_epochs=240,
+        alpha=(0.01, 0.03, 0.1, 0.3, 1.0),
+        seeds=3,
+    ),
+    "paper_imagenet": _IMAGENET
+    | dict(
+        data="folder:data/imagenet",
+        image_size=224,
+        validation_examples=50_000,
+        teacher="imagenet_resnet34",
+        student="imagenet_resnet18",
+        stop_epoch=50,
+        alpha=(0.01, 0.1),
+    ),
+}

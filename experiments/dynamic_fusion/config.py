@@ -1,0 +1,121 @@
+"""What a run of `experiments.dynamic_fusion` is given, and its presets."""
+
+import dataclasses
+from typing import Any
+
+from logitjax.commands.cli import field
+
+# SmolLM2-135M's dearest: those that its NLL misses most when each is left out alone.
+_LAYERS = (0, 1, 2, 8, 10, 11, 21, 23, 24, 27, 28, 29)
+_ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """What one run of the experiment does."""
+
+    large: str = field("smollm2", "A directory, a .gguf file or a known name; tiny for a toy.")
+    base: str = field("", "The small base; if empty, cut from the large model and healed.")
+    small_layers: tuple[int, ...] = field(_LAYERS, "Layers of the cut.")
+    general: str = field("tfds:wiki_summaries", "Text to heal on, and to score outside domains.")
+    domain: str = field("tfds:first_folio", "Text of the first domain, or a task: gsm8k:DIR, ...")
+    task: str = field("topics:tfds:wiki_summaries", "Questions of the second: topics:..., letters.")
+    models_dir: str = field(".cache/dynamic_fusion", "Models, shared between runs.")
+    seq_len: int = field(128, "Tokens a row.")
+    batch_size: int = field(4, "Rows a step.")
+    heal_steps: int = field(60, "Steps of healing.")
+    heal_learning_rate: float = field(5e-4, "Its peak.")
+    tune_steps: int = field(24, "Steps of tuning on the first domain.")
+    task_length: int = field(48, "Tokens a question.")
+    task_examples: int = field(4000, "Questions to learn from.")
+    task_batch: int = field(8, "Questions a step.")
+    task_steps: int = field(32, "Steps of tuning on the second domain.")
+    learning_rate: float = field(5e-4, "Peak of an expert's tuning.")
+    large_learning_rate: float = field(2e-4, "Peak of the ceiling's tuning.")
+    train_embeddings: bool = field(False, "Tune embeddings and head as well.")
+    validation_tokens: int = field(512, "To choose the static alpha on.")
+    test_tokens: int = field(1024, "To report on, of each text.")
+    validation_questions: int = field(96, "To choose the static alpha on.")
+    test_questions: int = field(192, "To report on.")
+    graded_questions: int = field(1000, "To answer, where the first domain is a task.")
+    static_alpha: tuple[float, ...] = field(_ALPHAS, "Static alphas to choose from.")
+    seeds: int = field(1, "Experts and ceilings of their own each.")
+    block_size: int = field(64, "Positions whose logits are held at a time.")
+    certify_rows: int = field(48, "Positions on which the searches are checked in float64.")
+    trace_tokens: int = field(96, "Positions of the plot of alpha.")
+    decode_tokens: int = field(32, "Tokens to generate for the speeds; none if 0.")
+    prompt: str = field("Enter the King", "Start of what is generated.")
+    checkpoint_every: int = field(20, "Steps between checkpoints.")
+    log_every: int = field(8, "Steps between log lines.")
+    dtype: str = field("float32", "Compute type.", choices=("float32", "bfloat16"))
+    layout: str = field(
+        "listed", "Layers scanned or unrolled in training.", choices=("stacked", "listed")
+    )
+    mesh: str = field("data:-1", "Axes and sizes of the device mesh.")
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "heal_steps", "tune_steps", "task_steps", "block_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if not self.static_alpha:
+            raise ValueError("static_alpha: expected at least one")
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "smoke": dict(
+        large="tiny",
+        small_layers=(0,),
+        general="text:LICENSE",
+        domain="text:LICENSE",
+        task="letters",
+        models_dir="",
+        seq_len=64,
+        heal_steps=4,
+        heal_learning_rate=1e-2,
+        tune_steps=4,
+        task_length=16,
+        task_examples=64,
+        task_steps=4,
+        learning_rate=1e-2,
+        large_learning_rate=1e-2,
+        validation_tokens=60,
+        test_tokens=100,
+        validation_questions=16,
+        test_questions=32,
+        static_alpha=(0.5, 1.0),
+        certify_rows=8,
+        trace_tokens=24,
+        decode_tokens=4,
+        prompt="The",
+        train_embeddings=True,
+    ),
+    "demo": dict(),
+    "report": dict(seeds=3, certify_rows=200),
+    # Once for each of the paper's tasks: --domain=gsm8k:DIR, truthful_qa:DIR, trivia_qa:DIR,
+    # cnn_dm:DIR and, which no expert was tuned on, mmlu:DIR.
+    "paper": dict(
+        large="hf:meta-llama/Llama-2-13b-hf",
+        base="hf:TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T",
+        general="tfds:wiki_summaries",
+        domain="gsm8k:data/gsm8k",
+        task="topics:tfds:ag_news_subset",
+        train_embeddings=True,
+        seq_len=1024,
+        batch_size=128,
+        tune_steps=180,
+        task_batch=128,
+        task_steps=180,
+        task_length=512,
+        learning_rate=2e-5,
+        large_learning_rate=2e-5,
+        validation_tokens=50_000,
+        test_tokens=200_000,
+        validation_questions=500,
+        test_questions=5000,
+        graded_questions=1319,
+        dtype="bfloat16",
+        layout="stacked",
+        mesh="data:-1,fsdp:16,tensor:2",
+        seeds=3,
+    ),
+}

@@ -1,0 +1,145 @@
+"""Text to learn from and to be scored on, and questions with one right token as their answer."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from logitjax import data
+from logitjax.distillation import sources
+from logitjax.models import Tokenizer
+
+SPLITS = ("train", "validation", "test")
+
+
+def digest(*parts: Any) -> str:
+    """A short name for what something was made from."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """Packed rows of each split of one source."""
+
+    packed: Mapping[str, data.PackedDataset]
+
+    @property
+    def fingerprint(self) -> str:
+        return digest(*[self.packed[split].fingerprint for split in SPLITS])
+
+    def batch(self, step: int, *, seed: int, size: int) -> dict[str, np.ndarray]:
+        return dict(self.packed["train"].batch(step, seed=seed, batch_size=size)["model"])
+
+    def scored(self, split: str, size: int) -> Iterator[dict[str, np.ndarray]]:
+        """The rows of a split in an order that does not favour its beginning."""
+        rows = self.packed[split]
+        for step in range(max(1, len(rows) // size)):
+            yield dict(rows.batch(step, seed=0, batch_size=size)["model"])
+
+
+def load_text(spec: str, tokenizer: Tokenizer, *, seq_len: int, directory: epath.Path) -> Text:
+    packed = sources.pack_splits(
+        spec, {"model": tokenizer}, seq_len=seq_len, on_error="raise", directory=directory
+    )
+    return Text(packed.splits)
+
+
+@dataclasses.dataclass(frozen=True)
+class Questions:
+    """Rows that end where the answer's first token is to be said.
+
+    Attributes:
+      tokens: int32 ``[n, length]``, padded on the right.
+      last: int32 ``[n]``, the position that predicts the answer.
+      answers: int32 ``[n]``, token ids.
+    """
+
+    tokens: np.ndarray
+    last: np.ndarray
+    answers: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.answers)
+
+    def __getitem__(self, rows: Any) -> "Questions":
+        return Questions(self.tokens[rows], self.last[rows], self.answers[rows])
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Questions of each split; ``options`` are the token ids that may be answers."""
+
+    splits: Mapping[str, Questions]
+    options: tuple[int, ...]
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        parts = [hashlib.sha256(self.splits[s].tokens.tobytes()).hexdigest() for s in SPLITS]
+        return digest(*parts, self.options)
+
+    def batch(self, step: int, *, seed: int, size: int) -> dict[str, np.ndarray]:
+        questions = self.splits["train"]
+        per_epoch = max(1, len(questions) // size)
+        epoch, place = divmod(step, per_epoch)
+        order = np.random.default_rng([seed, epoch]).permutation(len(questions))
+        return dataclasses.asdict(questions[order[place * size : (place + 1) * size]])
+
+
+def load_task(spec: str, tokenizer: Tokenizer, *, length: int, sizes: Mapping[str, int]) -> Task:
+    """``topics:tfds:NAME``, articles whose ``topic`` is asked for; ``letters``, a toy.
+
+    Args:
+      spec: which task.
+      tokenizer: the models'.
+      length: tokens a question, prompt and all.
+      sizes: questions of each split.
+    """
+    kind, _, source = spec.partition(":")
+    rows: dict[str, list[tuple[str, str, str]]]
+    if kind == "letters":
+        rows = {split: _letters(split, sizes[split]) for split in SPLITS}
+    elif kind == "topics":
+        rows = {}
+        for split in SPLITS:
+            examples = data.load_examples(source, split=split)
+            order = np.random.default_rng(0).permutation(len(examples))[: sizes[split]]
+            found = [examples[int(i)] for i in order]
+            rows[split] = [(row["text"], "\nTopic:", " " + row["topic"]) for row in found]
+    else:
+        raise ValueError(f"task: expected topics:SOURCE or letters, got {spec!r}")
+    answers = sorted({answer for split in SPLITS for _, _, answer in rows[split]})
+    first = {answer: tokenizer.encode(answer)[0] for answer in answers}
+    if len(set(first.values())) < len(first):
+        raise ValueError(f"task: answers of {spec} share their first tokens: {first}")
+    splits = {split: _questions(rows[split], tokenizer, first, length) for split in SPLITS}
+    return Task(splits, tuple(first.values()))
+
+
+def _questions(
+    rows: Sequence[tuple[str, str, str]],
+    tokenizer: Tokenizer,
+    first: Mapping[str, int],
+    length: int,
+) -> Questions:
+    tokens = np.zeros((len(rows), length), np.int32)
+    last = np.zeros(len(rows), np.int32)
+    for i, (text, question, _) in enumerate(rows):
+        asked = tokenizer.encode(question)
+        # The beginning of an article says most of what it is about.
+        ids = [*tokenizer.encode(text[: 12 * length])[: length - len(asked)], *asked]
+        tokens[i, : len(ids)] = ids
+        last[i] = len(ids) - 1
+    return Questions(tokens, last, np.array([first[answer] for *_, answer in rows], np.int32))
+
+
+def _letters(split: str, count: int) -> list[tuple[str, str, str]]:
+    """Which letter a word begins with."""
+    rng = random.Random(split)
+    words = ["".join(rng.choices("abcd", k=4)) for _ in range(count)]
+    return [(word, ":", word[0]) for word in words]

@@ -1,0 +1,329 @@
+"""The line-up of dynamic fusion: a large model, a healed cut of it, and what is tuned from either.
+
+Every model has a folder named after all it depends on, so that runs share them: checkpoints while
+it trains, and what its head sees on the texts that are scored, which is all the arms need. Several
+processes train a model together; then each holds it whole, and the first lets it read.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from etils import epath
+from flax import nnx
+
+from experiments.dynamic_fusion.data import SPLITS, Questions, Task, Text, digest
+from logitjax import losses, models, training, vq
+from logitjax.commands import named_models
+from logitjax.distillation import objectives
+from logitjax.training import processes
+
+_LAYERS_ONLY = r"(segments|final_norm)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """What a head sees where something is predicted: ``hidden [n, width]``, ``labels [n]``."""
+
+    hidden: np.ndarray
+    labels: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A model by name, made when somebody asks for it."""
+
+    directory: epath.Path
+    make: Callable[[], models.Decoder]
+
+    @functools.cached_property
+    def model(self) -> models.Decoder:
+        return self.make()
+
+
+class Lineup:
+    """All models of a run and the data they meet."""
+
+    def __init__(self, config: Any, root: epath.Path, texts: Mapping[str, Text], task: Task):
+        self.config, self.root, self.texts, self.task = config, root, texts, task
+        self.mesh = training.make_mesh(config.mesh)
+        source = digest(config.large, config.dtype, _file_identity(config.large))
+        self.large = Variant(root / f"large-{source}", self._load_large)
+        cut = digest(
+            source,
+            texts["general"].fingerprint,
+            config.base or config.small_layers,
+            config.train_embeddings,
+            config.layout,
+            [config.batch_size, config.heal_steps, config.heal_learning_rate],
+        )
+        self.base = Variant(root / f"base-{cut}", self._load_base)
+
+    def tuned(self, start: str, domain: str, seed: int) -> Variant:
+        """``start`` (``'base'`` for an expert, ``'large'`` for the ceiling) tuned on a domain."""
+        config = self.config
+        origin = {"base": self.base, "large": self.large}[start]
+        asked = domain == "task"
+        data = self.task if asked else self.texts[domain]
+        rate = config.learning_rate if start == "base" else config.large_learning_rate
+        steps, size = (
+            (config.task_steps, config.task_batch)
+            if asked
+            else (config.tune_steps, config.batch_size)
+        )
+        name = digest(
+            origin.directory.name,
+            data.fingerprint,
+            steps,
+            size,
+            rate,
+            [config.train_embeddings, config.layout],
+        )
+        directory = self.root / f"{start}-{domain}-{name}" / f"seed-{seed}"
+
+        def make() -> models.Decoder:
+            loss = task_loss if asked else text_loss
+            return self._train(
+                directory,
+                origin.model,
+                loss,
+                lambda step: self._share(data.batch(step, seed=seed, size=size)),
+                steps=steps,
+                learning_rate=rate,
+                seed=seed,
+            )
+
+        return Variant(directory, make)
+
+    @functools.cached_property
+    def head(self) -> np.ndarray:
+        """The large model's head, ``[vocab, width]``."""
+        return _head_rows(self.large.model)
+
+    def head_of(self, variant: Variant) -> np.ndarray:
+        """A model's head: the large one's own array where all share it."""
+        if not self.config.base and not self.config.train_embeddings:
+            return self.head
+        path = variant.directory / "head.npy"
+        if not processes.agreed(path.exists()):
+            head = _head_rows(variant.model)
+            processes.by_first(f"{path}", lambda: _save(path, head))
+        with path.open("rb") as file:
+            return np.load(file)
+
+    def scored(self, variant: Variant, name: str, split: str) -> Scored:
+        """What the head of a model sees on a split of a text or of the task; computed once."""
+        config = self.config
+        if name == "task":
+            questions = self.task.splits[split]
+            directory = variant.directory / f"task-{split}-{digest(self.task.fingerprint)}"
+            path = directory / "hidden.npy"
+            if not processes.agreed(path.exists()):
+                model = variant.model
+                processes.by_first(
+                    f"{path}",
+                    lambda: _save(path, answer_states(model, questions, config.batch_size)),
+                )
+            with path.open("rb") as file:
+                return Scored(np.load(file), questions.answers)
+        text = self.texts[name]
+        tokens = config.validation_tokens if split == "validation" else config.test_tokens
+        key = digest(text.fingerprint, tokens, config.batch_size)
+        directory = variant.directory / f"{name}-{split}-{key}"
+        if not processes.agreed((directory / "cache.json").exists()):
+            model, rows = variant.model, text.scored(split, config.batch_size)
+            options: Any = dict(max_tokens=tokens, source=text.fingerprint)
+            processes.by_first(
+                f"{directory}",
+                lambda: vq.cache_hidden_states(model, rows, directory, **options),
+            )
+        cache = vq.open_hidden_states(directory)
+        return Scored(np.asarray(cache.hidden), cache.labels)
+
+    def forget(self, variant: Variant) -> None:
+        """Drop the checkpoints of a model of which only what its head saw is still needed."""
+        variant.__dict__.pop("model", None)
+        processes.remove(variant.directory / "checkpoints")
+
+    def _share(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Of the rows of a step those that this process feeds."""
+        size = len(next(iter(batch.values())))
+        own = training.local_rows(self.mesh, size)
+        return {name: rows[own] for name, rows in batch.items()}
+
+    def _load_large(self) -> models.Decoder:
+        return named_models.load(self.config.large, dtype=self.config.dtype, layout="listed")[0]
+
+    def _load_base(self) -> models.Decoder:
+        config = self.config
+        if config.base:
+            return named_models.load(config.base, dtype=config.dtype, layout="listed")[0]
+        large = self.large.model
+        layers = [i for i in config.small_layers if i < large.config.num_layers]
+        graphdef, state = nnx.split(large)
+
+        @jax.jit
+        def teach(state: Any, batch: Mapping[str, Any]) -> jax.Array:
+            return objectives.hidden_states(nnx.merge(graphdef, state), batch)
+
+        def batches(step: int) -> dict[str, Any]:
+            batch = self._share(self.texts["general"].batch(step, seed=0, size=config.batch_size))
+            return {**batch, "teacher": np.asarray(teach(state, batch))}
+
+        return self._train(
+            self.base.directory,
+            models.keep_layers(large, layers),
+            healing_loss,
+            batches,
+            steps=config.heal_steps,
+            learning_rate=config.heal_learning_rate,
+            seed=0,
+            constants=self.head,
+        )
+
+    def _train(
+        self,
+        directory: epath.Path,
+        start: models.Decoder,
+        loss: Callable[..., Any],
+        batches: Callable[[int], Any],
+        *,
+        steps: int,
+        learning_rate: float,
+        seed: int,
+        constants: Any = None,
+    ) -> models.Decoder:
+        """Trains, or goes on, or reads what is finished."""
+        config = self.config
+        apply_fn, params = models.from_nnx(models.with_layout(start, config.layout))
+        graphdef = apply_fn.graphdef
+        trainable = None if config.train_embeddings else _LAYERS_ONLY
+        schedule: Any = dict(schedule="cosine", warmup=max(1, steps // 10), total_steps=steps)
+        tx = training.make_optimizer(
+            learning_rate, weight_decay=0.01, trainable=trainable, **schedule
+        )
+
+        def loss_fn(params: Any, batch: Any, rng: Any, *constants: Any) -> Any:
+            del rng
+            total, count = loss(nnx.merge(graphdef, params), batch, *constants)
+            return total, count, {}
+
+        step = training.make_train_step(
+            loss_fn,
+            tx,
+            mesh=self.mesh,
+            trainable=trainable,
+            schedule=training.make_schedule(learning_rate, **schedule),
+        )
+        state = training.create_train_state(
+            params, tx, mesh=self.mesh, rules=training.DECODER_RULES, seed=seed
+        )
+        logging.info("%s: %d steps", directory, steps)
+        with training.Checkpointer(directory / "checkpoints", max_to_keep=1) as checkpointer:
+            state = training.train_loop(
+                state,
+                functools.partial(step, constants=constants),
+                batches,
+                total_steps=steps,
+                workdir=directory,
+                checkpointer=checkpointer,
+                checkpoint_every=config.checkpoint_every,
+                log_every=config.log_every,
+                writer=training.make_writer(directory),
+                identity={"steps": steps},
+            )
+        trained = nnx.merge(graphdef, jax.tree.map(_here, processes.held_here(state.params)))
+        return models.with_layout(trained, "listed")
+
+
+def text_loss(model: models.Decoder, batch: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Summed next-token cross-entropy, and of how many tokens."""
+    labels, where = objectives.targets(batch)
+    hidden = objectives.hidden_states(model, batch)
+    weights = where.astype(jnp.float32)
+    head = objectives.head_arguments(model)
+    loss = losses.linear_cross_entropy(hidden, labels=labels, token_weights=weights, **head)
+    return loss, weights.sum()
+
+
+def healing_loss(
+    model: models.Decoder, batch: Mapping[str, Any], teacher_head: Any
+) -> tuple[Any, Any]:
+    """Summed KL divergence from what the whole model says, by its head ``[vocab, width]``."""
+    _, where = objectives.targets(batch)
+    hidden = objectives.hidden_states(model, batch)
+    weights = where.astype(jnp.float32)
+    head = objectives.head_arguments(model)
+    loss = losses.linear_kl_divergence(
+        hidden,
+        head["head"],
+        batch["teacher"],
+        teacher_head,
+        vocab_axis=head["vocab_axis"],
+        teacher_vocab_axis=0,
+        token_weights=weights,
+    )
+    return loss, weights.sum()
+
+
+def task_loss(model: models.Decoder, batch: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Summed cross-entropy of the answers' first tokens."""
+    hidden = _at_last(model, batch)
+    loss = losses.cross_entropy(model.logits(hidden), batch["answers"])
+    return loss.sum(), jnp.float32(loss.size)
+
+
+def answer_states(model: models.Decoder, questions: Questions, size: int) -> np.ndarray:
+    """Hidden states that predict the answers, ``[n, width]``."""
+    graphdef, state = nnx.split(model)
+
+    @jax.jit
+    def run(state: Any, batch: Mapping[str, Any]) -> jax.Array:
+        return _at_last(nnx.merge(graphdef, state), batch).astype(jnp.float32)
+
+    found = []
+    for start in range(0, len(questions), size):
+        rows = np.arange(start, start + size) % len(questions)
+        part = run(state, dataclasses.asdict(questions[rows]))
+        found.append(np.asarray(part)[: len(questions) - start])
+    return np.concatenate(found)
+
+
+def _at_last(model: models.Decoder, batch: Mapping[str, Any]) -> jax.Array:
+    hidden, _ = model.hidden_states(batch["tokens"])
+    # By a mask: a gather of sharded rows would need to be told where its result lies.
+    at = jnp.arange(hidden.shape[1]) == batch["last"][:, None]
+    return jnp.einsum("bt,bth->bh", at.astype(hidden.dtype), hidden)
+
+
+def _head_rows(model: models.Decoder) -> np.ndarray:
+    kernel, bias, vocab_axis = model.head_kernel()
+    if bias is not None:
+        raise ValueError("large: heads with a bias are not supported here")
+    return np.asarray(kernel if vocab_axis == 0 else kernel.T, np.float32)
+
+
+def _here(leaf: jax.Array) -> jax.Array:
+    """Off the training mesh, for code that knows none."""
+    return jnp.asarray(np.asarray(leaf)) if len(leaf.devices()) > 1 else leaf
+
+
+def _save(path: epath.Path, array: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".tmp")
+    with partial.open("wb") as file:
+        np.save(file, array)
+    partial.replace(path)
+
+
+def _file_identity(spec: str) -> list[Any]:
+    path = epath.Path(spec)
+    return [path.stat().length] if path.exists() and not path.is_dir() else []
+
+
+__all__ = ("SPLITS", "Lineup", "Scored", "Variant")

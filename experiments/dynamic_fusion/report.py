@@ -1,0 +1,247 @@
+"""The tables, verdicts and plots of dynamic fusion."""
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from experiments.dynamic_fusion.arms import SEVERAL, SINGLE, static_name
+from experiments.shared.report import markdown_table, mean_and_spread
+
+#: What is compared by which measure: (name, the greater the better).
+MEASURES = {"domain": ("nll", False), "task": ("accuracy", True), "general": ("nll", False)}
+_TITLES = {
+    "domain": "text of the first domain",
+    "task": "questions of the second domain",
+    "general": "general text",
+}
+
+
+def gap_closed(value: float, base: float, ceiling: float) -> float | None:
+    """(x - base) / (ceiling - base) in percent; None where there is no gap."""
+    return 100 * (value - base) / (ceiling - base) if abs(ceiling - base) > 1e-9 else None
+
+
+def write(config: Any, results: Mapping[str, Any], workdir: epath.Path) -> str:
+    """Write ``report.md``, ``metrics.jsonl`` and plots; returns what to print."""
+    seeds = results["seeds"]
+    tables = []
+    for domain in ("domain", "task"):
+        for name in seeds[0]["single"][domain]:
+            title = f"One expert, of the {_which(domain)} domain, on {_TITLES[name]}"
+            tables.append((title, single_table(seeds, domain, name)))
+    for name in seeds[0]["several"]:
+        title = f"Both experts, on {_TITLES[name]}"
+        tables.append((title, several_table(seeds, name)))
+    text = f"# Dynamic fusion\n\n{_setting(config, seeds)}\n\n## Verdicts\n\n{verdicts(seeds)}\n"
+    for title, rows in tables:
+        text += f"\n## {title}\n\n{markdown_table(rows)}\n"
+    if "graded" in seeds[0]:
+        text += f"\n## Answers to the first domain's questions\n\n{markdown_table(graded(seeds))}\n"
+    text += f"\n## The searches against a dense scan in float64\n\n{_searches(results)}\n"
+    if results["speeds"]:
+        text += f"\n## Greedy decoding, one row\n\n{markdown_table(results['speeds'])}\n"
+    plot = plot_traces(results["traces"], workdir / "alpha.png")
+    text += f"\n![alpha over tokens]({plot.name})\n\n{_NOTES}\n"
+    (workdir / "report.md").write_text(text)
+    with (workdir / "metrics.jsonl").open("w") as file:
+        for record in seeds:
+            file.write(json.dumps(record) + "\n")
+    return text
+
+
+_NOTES = (
+    "Gap closed is (x - large) / (ceiling - large): 0 for the untouched large model, 100 for the "
+    "large model tuned on the same data. The paper's ratio is x / ceiling for accuracies and "
+    "ceiling / x for perplexities; it is high for the untouched model too. `static` is "
+    "proxy-tuning with the alpha that was best on validation data of the expert's own domain."
+)
+
+
+def _which(domain: str) -> str:
+    return {"domain": "first", "task": "second"}[domain]
+
+
+def _setting(config: Any, seeds: Sequence[Any]) -> str:
+    base = config.base or f"layers {', '.join(map(str, config.small_layers))} of it, healed"
+    return (
+        f"Large model {config.large}; small base: {base}. Domains: {config.domain} and "
+        f"{config.task}; general text: {config.general}. {len(seeds)} seed(s) of experts and "
+        f"ceilings."
+    )
+
+
+def single_table(seeds: Sequence[Any], domain: str, name: str) -> list[dict[str, Any]]:
+    """Every arm with one expert, scored on one data set."""
+    rows = [("large", "large"), ("small base", "base"), ("expert", "expert 0")]
+    rows += [(arm, arm) for arm in SINGLE]
+    static = [static_name(seed["chosen"][domain]) for seed in seeds]
+    table = [
+        _row(label, [seed["single"][domain][name][arm] for seed in seeds], seeds, domain, name)
+        for label, arm in rows
+    ]
+    chosen = [seed["single"][domain][name][arm] for seed, arm in zip(seeds, static, strict=True)]
+    table.insert(4, _row("static", chosen, seeds, domain, name))
+    ceilings = [seed["ceiling"][domain][name] for seed in seeds]
+    return [*table, _row("large, tuned (ceiling)", ceilings, seeds, domain, name)]
+
+
+def graded(seeds: Sequence[Any]) -> list[dict[str, Any]]:
+    """Mean grade of every arm's answers, and how it lies between large model and ceiling."""
+    rows = []
+    for arm in seeds[0]["graded"]:
+        grades = [100 * seed["graded"][arm]["grade"] for seed in seeds]
+        ends = [
+            [100 * seed["graded"][end]["grade"] for end in ("large", "ceiling")] for seed in seeds
+        ]
+        gaps = [gap_closed(grade, *end) for grade, end in zip(grades, ends, strict=True)]
+        known = [gap for gap in gaps if gap is not None]
+        ratios = [100 * g / end[1] for g, end in zip(grades, ends, strict=True) if end[1]]
+        rows.append(
+            {
+                "arm": arm,
+                "grade %": mean_and_spread(grades),
+                "gap closed %": mean_and_spread(known) if known else None,
+                "paper's ratio %": mean_and_spread(ratios) if ratios else None,
+                "questions": seeds[0]["graded"][arm]["questions"],
+            }
+        )
+    return rows
+
+
+def several_table(seeds: Sequence[Any], name: str) -> list[dict[str, Any]]:
+    """Every arm with both experts; the gap is that of the data set's own ceiling."""
+    domain = name if name in ("domain", "task") else None
+    rows = [("large", "large"), *[(arm, arm) for arm in SEVERAL]]
+    table = [
+        _row(label, [seed["several"][name][arm] for seed in seeds], seeds, domain, name)
+        for label, arm in rows
+    ]
+    chosen = [seed["several"][name][static_name(seed["chosen"]["several"])] for seed in seeds]
+    table.insert(2, _row("static", chosen, seeds, domain, name))
+    return table
+
+
+def _row(
+    label: str,
+    means: Sequence[Mapping[str, float]],
+    seeds: Sequence[Any],
+    domain: str | None,
+    name: str,
+) -> dict[str, Any]:
+    row: dict[str, Any] = {"arm": label, "NLL": _spread(means, "nll")}
+    row["accuracy %"] = _spread(means, "accuracy", 100)
+    if domain == name:
+        for measure, title in (("nll", "NLL"), ("accuracy", "accuracy")):
+            gaps = [
+                gap_closed(
+                    found[measure],
+                    seed["single"][name][name]["large"][measure],
+                    seed["ceiling"][name][name][measure],
+                )
+                for found, seed in zip(means, seeds, strict=True)
+            ]
+            known = [gap for gap in gaps if gap is not None]
+            row[f"gap closed, {title} %"] = mean_and_spread(known) if known else None
+        ratios = [_ratio(found, seed, name) for found, seed in zip(means, seeds, strict=True)]
+        row["paper's ratio %"] = mean_and_spread(ratios)
+    for key, title, factor in (
+        ("alpha", "mean alpha", 1),
+        ("at_bound", "at bound %", 100),
+        ("unconverged", "flagged %", 100),
+    ):
+        row[title] = _spread(means, key, factor)
+    return row
+
+
+def _ratio(found: Mapping[str, float], seed: Any, name: str) -> float:
+    ceiling = seed["ceiling"][name][name]
+    if name == "task":
+        return 100 * found["accuracy"] / ceiling["accuracy"] if ceiling["accuracy"] else 0.0
+    return 100 * 2.718281828459045 ** (ceiling["nll"] - found["nll"])
+
+
+def _spread(means: Sequence[Mapping[str, float]], key: str, factor: float = 1) -> str | None:
+    if any(key not in found for found in means):
+        return None
+    return mean_and_spread([factor * found[key] for found in means])
+
+
+def verdicts(seeds: Sequence[Any]) -> str:
+    """Whether choosing alpha anew pays, in words, by the gap of the NLL on held-out data."""
+    lines = []
+    for domain in ("domain", "task"):
+        found = [seed["single"][domain][domain] for seed in seeds]
+        static = [static_name(seed["chosen"][domain]) for seed in seeds]
+        closed = {name: _closed(found, [name] * len(seeds), seeds, domain) for name in SINGLE}
+        fixed = _closed(found, static, seeds, domain)
+        alphas = ", ".join(f"{seed['chosen'][domain]:g}" for seed in seeds)
+        lines.append(
+            f"- {_which(domain)} domain: of the gap of the NLL, proxy-tuning with alpha = 1 closes "
+            f"{mean_and_spread(closed['proxy'])}%, with the best static alpha ({alphas}) "
+            f"{mean_and_spread(fixed)}%."
+        )
+        best = ", ".join(seed["search"][domain] for seed in seeds)
+        lines.append(f"  - Best search on validation data, by seed: {best}.")
+        for name in SINGLE:
+            if name != "proxy":
+                against = [_against(closed[name], closed["proxy"]), _against(closed[name], fixed)]
+                lines.append(
+                    f"  - {name} closes {mean_and_spread(closed[name])}%: {against[0]} than alpha "
+                    f"= 1, {against[1]} than the best static alpha."
+                )
+    return "\n".join(lines)
+
+
+def _closed(
+    found: Sequence[Any], arms: Sequence[str], seeds: Sequence[Any], domain: str
+) -> list[float]:
+    gaps = [
+        gap_closed(f[arm]["nll"], f["large"]["nll"], seed["ceiling"][domain][domain]["nll"])
+        for f, arm, seed in zip(found, arms, seeds, strict=True)
+    ]
+    return [0.0 if gap is None else gap for gap in gaps]
+
+
+def _against(ours: Sequence[float], other: Sequence[float]) -> str:
+    wins = sum(a > b for a, b in zip(ours, other, strict=True))
+    word = "MORE" if statistics.fmean(ours) > statistics.fmean(other) else "NOT more"
+    return f"{word} (in {wins} of {len(ours)} seeds)"
+
+
+def _searches(results: Mapping[str, Any]) -> str:
+    rows = [
+        {"data": _which(domain), "search": name, **found}
+        for domain, searches in results["searches"].items()
+        for name, found in searches.items()
+    ]
+    return markdown_table(rows)
+
+
+def plot_traces(traces: Mapping[str, Any], path: epath.Path) -> epath.Path:
+    """Alpha over tokens: one expert on its domain, and both over three kinds of text."""
+    from matplotlib import pyplot
+
+    several = {k: v for k, v in traces["several"].items() if "jeffreys, joint" not in k}
+    figure, axes = pyplot.subplots(
+        1 + len(several), 1, figsize=(11, 2.2 * (1 + len(several))), sharex=False
+    )
+    for name, alphas in traces["single"].items():
+        axes[0].plot(alphas[0], label=name, linewidth=1)
+    axes[0].set(title="one expert, text of its domain", ylabel="alpha")
+    axes[0].legend(ncols=5, fontsize=7, loc="upper right")
+    for place, (name, alphas) in zip(axes[1:], several.items(), strict=True):
+        for label, values in zip(("first domain", "second domain"), alphas, strict=True):
+            place.plot(values, label=f"expert of the {label}", linewidth=1)
+        for cut in (traces["part"], 2 * traces["part"]):
+            place.axvline(cut, color="grey", linewidth=0.5)
+        place.set(title=f"{name}: first domain | questions | general text", ylabel="alpha")
+        place.legend(ncols=2, fontsize=7, loc="upper right")
+    axes[-1].set_xlabel("token")
+    figure.tight_layout()
+    with path.open("wb") as file:
+        figure.savefig(file, format="png", dpi=110)
+    pyplot.close(figure)
+    return path

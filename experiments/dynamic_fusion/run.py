@@ -1,0 +1,260 @@
+"""One run of dynamic fusion: which experts meet which data, and what is measured of them."""
+
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from absl import logging
+from etils import epath
+
+from experiments.dynamic_fusion import arms as arms
+from experiments.dynamic_fusion import graded_tasks
+from experiments.dynamic_fusion.data import load_task, load_text
+from experiments.dynamic_fusion.models import Lineup, Scored, Variant
+from logitjax import decoding
+from logitjax.commands import named_models
+from logitjax.fusion import DynamicFusion, ProxyTuning
+from logitjax.training import processes
+
+#: What an expert is tuned on, and the data sets that it is scored on, its own first.
+SETS = {"domain": ("domain", "general"), "task": ("task", "general")}
+BOTH = ("domain", "task", "general")
+
+#: Makes what has that name, unless it was made before.
+Kept = Callable[[str, Callable[[], Any]], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The line-up with its settings."""
+
+    config: Any
+    lineup: Lineup
+    tokenizer: Any
+    graded: graded_tasks.Graded | None = None
+
+    def models(self, domains: Sequence[str], seed: int) -> list[Variant]:
+        """Large model, base, experts."""
+        lineup = self.lineup
+        return [lineup.large, lineup.base, *[lineup.tuned("base", d, seed) for d in domains]]
+
+    def score_seed(self, seed: int, kept: Kept) -> dict[str, Any]:
+        """Means of every arm by line-up and data set, and the static alphas that were chosen.
+
+        With a graded task as the domain also the mean grade of its answers, by arm.
+        """
+        record: dict[str, Any] = {"seed": seed, "single": {}, "several": {}, "ceiling": {}}
+        record["search"] = {}
+        chosen: dict[str, float] = {}
+
+        def score(strategies: Mapping[str, Any], domains: Sequence[str], name: str, split: str):
+            key = f"seed-{seed}-{'-'.join(domains)}-on-{name}-{split}"
+            return kept(key, lambda: self._score(strategies, domains, name, split, seed))
+
+        for domain, names in SETS.items():
+            validation = score(arms.SINGLE, [domain], domain, "validation")
+            record["search"][domain] = arms.best_search(validation)
+            chosen[domain] = arms.best_static(validation, self.config.static_alpha)
+            record["single"][domain] = {
+                name: score(arms.SINGLE, [domain], name, "test") for name in names
+            }
+            ceiling = self.lineup.tuned("large", domain, seed)
+            record["ceiling"][domain] = {
+                name: kept(
+                    f"seed-{seed}-ceiling-{domain}-on-{name}",
+                    lambda c=ceiling, n=name: self._alone(c, n, "test"),
+                )
+                for name in names
+            }
+            if domain == "domain" and self.graded is not None:
+                record["graded"] = self._grade(ceiling, chosen[domain], seed, kept)
+            self.lineup.forget(ceiling)
+        both = tuple(SETS)
+        found = {name: score({}, both, name, "validation") for name in both}
+        # Of both domains alike: the change of the NLL, for their levels differ.
+        mean = {
+            arm: {"nll": statistics.fmean(f[arm]["nll"] for f in found.values())}
+            for arm in found[both[0]]
+        }
+        chosen["several"] = arms.best_static(mean, self.config.static_alpha)
+        record["several"] = {name: score(arms.SEVERAL, both, name, "test") for name in BOTH}
+        return record | {"chosen": chosen}
+
+    def _score(
+        self,
+        strategies: Mapping[str, Any],
+        domains: Sequence[str],
+        name: str,
+        split: str,
+        seed: int,
+    ) -> dict[str, Any]:
+        logging.info("seed %d: %s on %s (%s)", seed, " and ".join(domains), name, split)
+        variants = self.models(domains, seed)
+        return arms.score(
+            self._scored(variants, name, split),
+            self._heads(variants),
+            strategies,
+            block_size=self.config.block_size,
+            static=self.config.static_alpha,
+            options=self._options(name),
+        )
+
+    def _alone(self, variant: Variant, name: str, split: str) -> dict[str, float]:
+        return arms.score_alone(
+            self.lineup.scored(variant, name, split),
+            self.lineup.head_of(variant),
+            block_size=self.config.block_size,
+            options=self._options(name),
+        )
+
+    def _grade(
+        self, ceiling: Variant, static: float, seed: int, kept: Kept
+    ) -> dict[str, dict[str, Any]]:
+        """Mean grade of the answers to the domain's questions, by arm."""
+        assert self.graded is not None
+        config, kind = self.config, self.graded.kind
+        questions = self.graded.splits["test"][: config.graded_questions]
+        large, base, expert = self.models(["domain"], seed)
+
+        def fused(strategy: Any) -> Any:
+            return decoding.Ensemble(
+                large.model, experts=[expert.model], bases=[base.model], fuse=strategy
+            )
+
+        arms_: dict[str, Callable[[], Any]] = {
+            "large": lambda: large.model,
+            "expert": lambda: expert.model,
+            "proxy": lambda: fused(ProxyTuning()),
+            "static": lambda: fused(ProxyTuning(alpha=static)),
+            "dlf grid": lambda: fused(DynamicFusion(method="grid")),
+            DynamicFusion().method: lambda: fused(DynamicFusion()),
+            "ceiling": lambda: ceiling.model,
+        }
+
+        def measure(name: str) -> dict[str, Any]:
+            logging.info("seed %d: answers of %s", seed, name)
+            grades = graded_tasks.grade(
+                arms_[name](),
+                kind,
+                questions,
+                self.tokenizer,
+                batch_size=config.task_batch,
+                max_prompt=config.seq_len,
+            )
+            return {"grade": statistics.fmean(grades), "questions": len(grades)}
+
+        return {
+            name: kept(f"seed-{seed}-graded-{name}", functools.partial(measure, name))
+            for name in arms_
+        }
+
+    def _options(self, name: str) -> Sequence[int] | None:
+        return self.lineup.task.options if name == "task" else None
+
+    def _scored(self, variants: Sequence[Variant], name: str, split: str) -> list[Scored]:
+        return [self.lineup.scored(variant, name, split) for variant in variants]
+
+    def _heads(self, variants: Sequence[Variant]) -> list[np.ndarray]:
+        return [self.lineup.head_of(variant) for variant in variants]
+
+    def certify(self) -> dict[str, Any]:
+        """The searches against a dense scan in float64, on text of the domain and on questions."""
+        found = {}
+        for domain in SETS:
+            variants = self.models([domain], 0)
+            found[domain] = arms.certify(
+                self._scored(variants, domain, "test"),
+                self._heads(variants),
+                rows=self.config.certify_rows,
+                block_size=self.config.block_size,
+            )
+        return found
+
+    def traces(self) -> dict[str, Any]:
+        """Alphas over the first tokens of the domain, and of both experts over three data sets."""
+        size = self.config.trace_tokens
+        variants = self.models(["domain"], 0)
+        single = arms.traces(
+            self._scored(variants, "domain", "test"),
+            self._heads(variants),
+            arms.SINGLE,
+            positions=size,
+            block_size=self.config.block_size,
+        )
+        variants = self.models(["domain", "task"], 0)
+        pieces = [self._scored(variants, name, "test") for name in BOTH]
+        part = size // len(BOTH)
+        joined = [
+            Scored(
+                np.concatenate([piece[i].hidden[:part] for piece in pieces]),
+                np.concatenate([piece[i].labels[:part] for piece in pieces]),
+            )
+            for i in range(len(variants))
+        ]
+        several = arms.traces(
+            joined,
+            self._heads(variants),
+            arms.SEVERAL,
+            positions=part * len(BOTH),
+            block_size=self.config.block_size,
+        )
+        return {"single": single, "several": several, "part": part}
+
+    def speeds(self) -> list[dict[str, Any]]:
+        """Tokens a second of greedy decoding, one row."""
+        config = self.config
+        large, base, expert = (v.model for v in self.models(["domain"], 0))
+        prompt = self.tokenizer.encode(config.prompt)
+        lines: dict[str, Any] = {
+            "large": None,
+            "proxy": ProxyTuning(),
+            "dlf grid": DynamicFusion(method="grid"),
+            DynamicFusion().method: DynamicFusion(),
+        }
+        rows = []
+        for name, fuse in lines.items():
+            model = large
+            if fuse is not None:
+                model = decoding.Ensemble(large, experts=[expert], bases=[base], fuse=fuse)
+            generate = functools.partial(
+                decoding.generate, model, prompt, max_new_tokens=config.decode_tokens
+            )
+            out = generate()
+            start = time.perf_counter()
+            out = generate()
+            seconds = time.perf_counter() - start
+            tokens = np.asarray(out.tokens)[0].tolist()
+            rows.append(
+                {
+                    "line-up": name,
+                    "tokens/s": len(tokens) / seconds,
+                    "text": config.prompt + self.tokenizer.decode(tokens),
+                }
+            )
+        return rows
+
+
+def open_lineup(config: Any, workdir: epath.Path) -> Run:
+    """Load the tokenizer, pack the texts; models are made when they are needed."""
+    root = epath.Path(config.models_dir or workdir / "models").expanduser()
+    tokenizer = named_models.load_tokenizer_of(config.large)
+    graded, domain = None, config.domain
+    if graded_tasks.is_graded(domain):
+        graded = graded_tasks.load_graded(domain)
+        with processes.first_alone("questions"):
+            domain = graded_tasks.write_for_tuning(graded, workdir / "data" / "questions")
+    texts = {
+        name: load_text(spec, tokenizer, seq_len=config.seq_len, directory=workdir / "data" / name)
+        for name, spec in (("general", config.general), ("domain", domain))
+    }
+    sizes = {
+        "train": config.task_examples,
+        "validation": config.validation_questions,
+        "test": config.test_questions,
+    }
+    task = load_task(config.task, tokenizer, length=config.task_length, sizes=sizes)
+    return Run(config, Lineup(config, root, texts, task), tokenizer, graded)

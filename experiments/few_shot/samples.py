@@ -1,0 +1,84 @@
+"""Samples of a few-shot task: which pictures are learnt from, validated on and tested on."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments.few_shot.data import Task
+from logitjax import few_shot
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Samples:
+    """Several samples of a task, padded so that all numbers of shots have one shape.
+
+    Attributes:
+      support: ``[runs, views * n, ...]``.
+      labels: ``[runs, n]``, -1 where a row is not there.
+      held_out: validation, test and shifted pictures, their labels -1 where a row is not there.
+    """
+
+    support: few_shot.FewShotInputs
+    labels: np.ndarray
+    held_out: dict[str, tuple[few_shot.FewShotInputs, np.ndarray]]
+
+
+def rows_of_run(
+    task: Task, shots: int, *, run: int, seed: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows of ``task.train`` to learn from, to validate on, and to test on if it has no test.
+
+    More shots contain fewer; validation does not depend on the shots. A class that has too few
+    pictures for all of them gives fewer shots.
+    """
+    rng = np.random.default_rng([seed, run])
+    for_validation, for_test = (2, 2) if task.test is None else (4, 0)
+    parts: tuple[list, list, list] = ([], [], [])
+    for number in range(len(task.class_names)):
+        rows = rng.permutation(np.flatnonzero(task.train_labels == number))
+        count = min(shots, len(rows) - for_validation - for_test)
+        if count < 1:
+            raise ValueError(
+                f"data: {task.name} has {len(rows)} pictures of {task.class_names[number]!r}, too "
+                "few to learn from, validate and test"
+            )
+        parts[0].append(rows[:count])
+        parts[1].append(rows[-for_validation:])
+        parts[2].append(rows[count:-for_validation])
+    train, validation, test = (np.concatenate(part) for part in parts)
+    return train, validation, test
+
+
+def draw(task: Task, shots: int, *, runs: Any, most: int, seed: int = 0) -> Samples:
+    """Samples of the runs with these numbers; ``most`` shots are what there is room for."""
+    drawn = [rows_of_run(task, shots, run=run, seed=seed) for run in runs]
+    room = [rows_of_run(task, most, run=runs[0], seed=seed)[0].size]
+    # The fewer the shots, the more is left to test on.
+    room += [drawn[0][1].size, rows_of_run(task, 1, run=runs[0], seed=seed)[2].size]
+
+    def padded(part: int) -> np.ndarray:
+        rows = np.full((len(drawn), room[part]), -1)
+        for run, found in enumerate(drawn):
+            rows[run, : found[part].size] = found[part]
+        return rows
+
+    def labels_of(rows: np.ndarray) -> np.ndarray:
+        return np.where(rows >= 0, task.train_labels[rows], -1)
+
+    def views_of(x: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        return np.moveaxis(x[:, rows], 0, 1).reshape(len(rows), -1, x.shape[-1])
+
+    def plain(rows: np.ndarray) -> Any:
+        return task.plain[rows], labels_of(rows)
+
+    def whole(images: few_shot.FewShotInputs, labels: np.ndarray) -> Any:
+        return jax.tree.map(lambda x: np.repeat(x[None], len(drawn), 0), (images, labels))
+
+    rows = padded(0)
+    support = jax.tree.map(lambda x: views_of(x, rows), task.train)
+    held_out = {"validation": plain(padded(1))}
+    held_out["test"] = plain(padded(2)) if task.test is None else whole(*task.test)
+    held_out |= {name: whole(*found) for name, found in task.shifted.items()}
+    return Samples(support=support, labels=labels_of(rows), held_out=held_out)

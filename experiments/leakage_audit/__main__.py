@@ -1,0 +1,62 @@
+"""What the API of a model gives away, policy by policy, and what closing it costs.
+
+    python -m experiments.leakage_audit --preset=demo --workdir=runs/leakage_audit
+
+puts the rules of an API (``--policy``, repeatable) in front of a model in this process, asks what
+can be asked, and writes ``report.md``: hidden dimension, how much of the head leaked, queries and
+values that took, what the policy costs honest users, and a verdict in words; with plots of the
+spectra and of leak against cost. Nothing but the model in this process is ever asked.
+
+Policies: ``full``, ``round_D`` (D decimals), ``noise_S`` (S nats), ``floor_F``, ``top_K`` (without
+a bias; the reader fills in the K-th value), ``top_K_bias`` (a whole row and a corner of the matrix
+through the bias), ``dummy_R_A`` (R directions of relative size A), ``cap_C``. Kill it whenever you
+like: finished policies are kept.
+"""
+
+from typing import Any
+
+import jax
+from absl import logging
+from etils import epath
+
+from experiments.leakage_audit import policies, report
+from experiments.leakage_audit import rows as leakage_audit_rows
+from experiments.leakage_audit.config import PRESETS, Config
+from logitjax import training
+from logitjax.commands import cli
+from logitjax.training import processes
+
+
+def run(config: Config, workdir: epath.Path) -> None:
+    """Logits once, then one policy after another, then the report."""
+    with training.lock_workdir(workdir):
+        with processes.first_alone("logits"):
+            rows = leakage_audit_rows.load(config, workdir)
+        tasks = []
+        for name in config.policy:
+            policy = policies.parse(name)
+            random = policy.noise > 0 or policy.dummy_dims > 0
+            tasks += [(name, seed) for seed in range(config.seeds if random else 1)]
+
+        def audit(name: str, seed: int) -> dict[str, Any]:
+            return policies.audit(name, seed, rows, config, workdir / "policies")
+
+        for name, seed in processes.share_of(tasks):
+            record = audit(name, seed)
+            logging.info(
+                "%s, seed %d: dimension %s of %d, leak %.4f, KL %.3g",
+                name,
+                seed,
+                record["dimension"],
+                rows.width,
+                record["leak"],
+                record["kl"],
+            )
+        processes.wait_for_all("audited")
+        if jax.process_index() == 0:
+            records = [audit(*task) for task in tasks]
+            print(report.write(config, rows, records, workdir))
+
+
+if __name__ == "__main__":
+    cli.main(Config, PRESETS, run)

@@ -1,0 +1,54 @@
+"""What a run of `experiments.leakage_audit` is given, and its presets."""
+
+import dataclasses
+from typing import Any
+
+from experiments.leakage_audit import policies
+from logitjax.commands.cli import field
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """What one run of the experiment does."""
+
+    model: str = field("smollm2", "tiny, smollm2, hf:REPO, gguf:PATH or a directory.")
+    data: str = field("tfds:wiki_summaries", "Text that prompts are cut from.")
+    prompts: int = field(700, "Prompts, one row of logits each.")
+    prompt_length: int = field(24, "Tokens of a prompt.")
+    batch_size: int = field(25, "Prompts a forward pass.")
+    policy: tuple[str, ...] = field(policies.DEMO, "Rules of the API to audit")
+    seeds: int = field(1, "Of noise and dummy dimensions; policies without either run once.")
+    corner: int = field(0, "Rows and columns of the corner asked for through a bias; 0: none.")
+    repeats: int = field(8, "Answers to one prompt that measure noise.")
+
+    def __post_init__(self) -> None:
+        for name in self.policy:
+            policies.parse(name)
+        for name in ("prompts", "prompt_length", "batch_size", "seeds"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.corner > self.prompts:
+            raise ValueError(f"corner: at most prompts={self.prompts}, got {self.corner}")
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "smoke": dict(
+        model="tiny",
+        data="text:LICENSE",
+        prompts=60,
+        prompt_length=8,
+        policy=("full", "round_2", "noise_0.3", "top_5", "top_5_bias", "dummy_4_0.1"),
+        corner=40,
+    ),
+    "demo": dict(corner=0),
+    "report": dict(policy=policies.REPORT, seeds=3, corner=620),
+    "paper": dict(
+        model="hf:distilbert/distilgpt2",
+        data="tfds:wikitext103",
+        policy=policies.REPORT,
+        seeds=3,
+        prompts=1000,
+        prompt_length=64,
+        corner=820,
+    ),
+}

@@ -1,0 +1,294 @@
+"""Will it fit? Compile a preset's programs for a slice that is not there, and count.
+
+    python -m experiments.plan --experiment=graph_fusion --preset=paper --chip=v5p:4x4x8
+    python -m experiments.plan --experiment=graph_fusion --preset=paper --chip=h100 \
+        --mesh=data:1,fsdp:32,tensor:2
+
+For TPUs the real compiler compiles ahead of time, on any machine, TPU or not (the extra ``plan``,
+Python 3.12 or newer): bytes of a device, floating-point work, collectives by kind and bytes, and
+the compiler's own verdict. No weight and no data is read. For GPUs the program is compiled for as
+many CPU devices in the same mesh: an estimate, and called one. Results are kept under
+``--workdir``; ``--markdown`` prints all that are there as the tables of docs/plans.md.
+"""
+
+import dataclasses
+import importlib
+import json
+import pathlib
+import re
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+from absl import app, flags
+
+from experiments.plan import chips
+from experiments.shared.report import markdown_table
+
+EXPERIMENTS = (
+    "graph_fusion",
+    "vq_head",
+    "dual_head",
+    "few_shot",
+    "dynamic_fusion",
+    "replication",
+    "unlearning",
+    "leakage_audit",
+)
+_GIB = 2.0**30
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One program of one preset on one mesh.
+
+    Attributes:
+      chip: as it was asked for.
+      estimate: compiled for other devices than it is planned for.
+      devices: that the program uses.
+      memory: bytes that a device has; 0 where it is not known.
+      argument_bytes: of a device, as are all bytes.
+      output_bytes: those that take the place of donated arguments among them.
+      alias_bytes: arguments that outputs take the place of.
+      temp_bytes: what the program holds beside.
+      peak_bytes: of all these, at any time; 0 where the compiler does not say.
+      flops: of all matrix products, of all devices together.
+      calls: collectives by kind, of one device.
+      collective_bytes: of these.
+      unknown_loops: loops that count once, for their length is not known.
+      seconds: of the compilation.
+      error: what the compiler said if it does not fit.
+    """
+
+    experiment: str
+    preset: str
+    program: str
+    chip: str
+    mesh: str
+    estimate: bool
+    devices: int
+    memory: float
+    flops: float
+    argument_bytes: int = 0
+    output_bytes: int = 0
+    alias_bytes: int = 0
+    temp_bytes: int = 0
+    peak_bytes: int = 0
+    calls: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    collective_bytes: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    unknown_loops: int = 0
+    seconds: float = 0.0
+    error: str = ""
+    versions: str = ""
+
+    @property
+    def needed(self) -> int:
+        """Bytes of a device while the program runs."""
+        held = self.argument_bytes + self.temp_bytes + self.output_bytes - self.alias_bytes
+        return max(held, self.peak_bytes)
+
+    @property
+    def verdict(self) -> str:
+        if self.error:
+            return f"does not fit: {self.error}"
+        size = f"{self.needed / _GIB:.2f} GiB"
+        if not self.memory:
+            return f"needs {size}"
+        fits = "fits" if self.needed <= self.memory else "does not fit"
+        return f"{fits}: {size} of {self.memory / _GIB:.4g} GiB"
+
+
+def make_plan(traced: Any, chip: chips.Chip, *, devices: int, mesh: str = "", **names: str) -> Plan:
+    """Lower, compile and count one traced program."""
+    from experiments.plan import program as plan_program
+
+    known = dict(
+        **names,
+        chip=chip.topology or f"{chip.name}:{devices}",
+        mesh=mesh,
+        estimate=chip.kind == "gpu",
+        devices=devices,
+        memory=chip.memory,
+        flops=plan_program.matmul_flops(traced.jaxpr),
+        versions=_versions(chip),
+    )
+    start = time.perf_counter()
+    try:
+        compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return Plan(**known, error=_out_of_memory(str(error)), seconds=time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+    sent = plan_program.collectives(compiled.as_text())
+    return Plan(
+        **known,
+        argument_bytes=int(memory.argument_size_in_bytes),
+        output_bytes=int(memory.output_size_in_bytes),
+        alias_bytes=int(memory.alias_size_in_bytes),
+        temp_bytes=int(memory.temp_size_in_bytes),
+        peak_bytes=int(getattr(memory, "peak_memory_in_bytes", 0)),
+        calls=sent.calls,
+        collective_bytes=sent.bytes,
+        unknown_loops=sent.unknown_loops,
+        seconds=seconds,
+    )
+
+
+def _out_of_memory(text: str) -> str:
+    """The sentence with the numbers out of a page of allocations."""
+    found = re.search(
+        r"(?:required|Used).*?[\d.]+[KMGT]\)? (?:exceeds|of) .*?[\d.]+[KMGT]\)?", text
+    )
+    return found[0] if found else text.splitlines()[0][:200]
+
+
+def _versions(chip: chips.Chip) -> str:
+    if chip.kind != "tpu":
+        return f"jax {jax.__version__}"
+    from importlib import metadata
+
+    return f"jax {jax.__version__}, libtpu {metadata.version('libtpu')}"
+
+
+def plans(
+    experiment: str, preset: str, chip: chips.Chip, *, mesh: str = "", every: bool = False
+) -> Iterator[Plan]:
+    """The main program of a preset, or all that the experiment names, one after another."""
+    module = importlib.import_module(f"experiments.{experiment}.config")
+    tracer = importlib.import_module(f"experiments.{experiment}.programs")
+    if preset not in module.PRESETS:
+        raise ValueError(f"preset: expected one of {', '.join(module.PRESETS)}, got {preset!r}")
+    chosen = dict(module.PRESETS[preset])
+    if mesh:
+        if "mesh" not in {field.name for field in dataclasses.fields(module.Config)}:
+            raise ValueError(f"mesh: {experiment} runs on one device")
+        chosen["mesh"] = mesh
+    config = module.Config(**chosen)
+    devices = chips.devices_of(chip)
+    names = {"experiment": experiment, "preset": preset}
+    used = len(devices) if hasattr(config, "mesh") else 1
+    if hasattr(config, "mesh"):
+        names["mesh"] = config.mesh
+    for program, traced in tracer.trace_steps(config, devices):
+        yield make_plan(traced(), chip, devices=used, program=program, **names)
+        if not every:
+            return
+
+
+def report(plan: Plan) -> str:
+    """A plan in words."""
+    lines = [
+        f"{plan.experiment}, preset {plan.preset}: {plan.program}",
+        f"  on {plan.devices} devices of {plan.chip}"
+        + (f", mesh {plan.mesh}" if plan.devices > 1 else ""),
+        f"  {'ESTIMATE: ' if plan.estimate else ''}{plan.verdict}",
+    ]
+    if not plan.error:
+        parts = (("arguments", plan.argument_bytes), ("temporary", plan.temp_bytes))
+        parts += (("outputs beside", plan.output_bytes - plan.alias_bytes),)
+        sizes = ", ".join(f"{name} {size / _GIB:.3f} GiB" for name, size in parts)
+        lines.append(f"  a device holds {sizes}")
+    lines.append(f"  matrix products: {plan.flops / 1e12:.4g} TFLOP in all")
+    peak = chips.parse_chip(plan.chip).flops
+    if peak:
+        seconds = plan.flops / plan.devices / peak
+        lines.append(f"  at the chips' bfloat16 peak that is {seconds:.3g} s, so no run takes less")
+    for kind, calls in plan.calls.items():
+        size = plan.collective_bytes[kind] / _GIB
+        lines.append(f"  {kind}: {calls} calls, {size:.4g} GiB a device")
+    if plan.unknown_loops:
+        lines.append(f"  (what is in {plan.unknown_loops} loops of unknown length counts once)")
+    lines.append(f"  compiled in {plan.seconds:.0f} s ({plan.versions})")
+    return "\n".join(lines)
+
+
+def markdown(found: Sequence[Plan]) -> str:
+    """Tables of memory and of work, a line a program."""
+    memory, work = [], []
+    for plan in found:
+        name = {"experiment": plan.experiment, "program": plan.program, "chip": plan.chip}
+        failed = bool(plan.error)
+        memory.append(
+            name
+            | {
+                "mesh": plan.mesh if plan.devices > 1 else "one device",
+                "arguments, GiB": None if failed else plan.argument_bytes / _GIB,
+                "temporary, GiB": None if failed else plan.temp_bytes / _GIB,
+                "verdict": ("estimate: " if plan.estimate else "") + plan.verdict,
+            }
+        )
+        kinds = (
+            f"{kind} {size / _GIB:.3g} in {plan.calls[kind]}"
+            for kind, size in plan.collective_bytes.items()
+        )
+        work.append(
+            name
+            | {
+                "devices": plan.devices,
+                "TFLOP": plan.flops / 1e12,
+                "collectives of a device: GiB in calls": ", ".join(kinds) or "none",
+            }
+        )
+    versions = sorted({plan.versions for plan in found})
+    return "\n\n".join(
+        [markdown_table(memory), markdown_table(work), f"Compiled with {'; '.join(versions)}."]
+    )
+
+
+def read(workdir: pathlib.Path) -> list[Plan]:
+    """All plans that were kept, in the order of the experiments."""
+    found = [Plan(**json.loads(path.read_text())) for path in sorted(workdir.glob("*.json"))]
+    return sorted(found, key=lambda plan: (EXPERIMENTS.index(plan.experiment), plan.estimate))
+
+
+def keep(plan: Plan, workdir: pathlib.Path) -> None:
+    workdir.mkdir(parents=True, exist_ok=True)
+    words = (plan.experiment, plan.preset, plan.program, plan.chip, plan.mesh)
+    name = re.sub(r"[^\w.]+", "-", "-".join(words))
+    (workdir / f"{name}.json").write_text(json.dumps(dataclasses.asdict(plan), indent=1) + "\n")
+
+
+def _main(argv: Sequence[str]) -> None:
+    values = flags.FLAGS
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}")
+    workdir = pathlib.Path(values.workdir)
+    if values.markdown:
+        print(markdown(read(workdir)))
+        return
+    try:
+        if values.experiment is None:
+            raise ValueError(f"experiment: expected one of {', '.join(EXPERIMENTS)}")
+        tracer = importlib.import_module(f"experiments.{values.experiment}.programs")
+        chip = chips.parse_chip(values.chip or tracer.CHIP)
+        chips.prepare(chip, values.mesh or _mesh_of(values.experiment, values.preset))
+        for plan in plans(
+            values.experiment, values.preset, chip, mesh=values.mesh or "", every=values.all
+        ):
+            print(report(plan), flush=True)
+            keep(plan, workdir)
+    except (ValueError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _mesh_of(experiment: str, preset: str) -> str:
+    module = importlib.import_module(f"experiments.{experiment}.config")
+    return module.PRESETS.get(preset, {}).get("mesh", "data:1")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_enum("experiment", None, list(EXPERIMENTS), "Whose programs.")
+    flags.DEFINE_string("preset", "paper", "Of the experiment.")
+    flags.DEFINE_string("mesh", None, "Axes and sizes, if not the preset's.")
+    flags.DEFINE_string("chip", None, "v5p:4x4x8, v5e:..., v6e:..., h100[:COUNT], h200, cpu:COUNT.")
+    flags.DEFINE_bool(
+        "all", False, "All programs that the experiment names, not the main one only."
+    )
+    flags.DEFINE_string("workdir", "runs/plans", "Where results are kept.")
+    flags.DEFINE_bool("markdown", False, "Print what is kept as tables, and stop.")
+    app.run(_main)

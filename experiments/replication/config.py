@@ -1,0 +1,106 @@
+"""What a run of `experiments.replication` is given, and its presets."""
+
+import dataclasses
+from typing import Any
+
+from experiments.replication import models
+from logitjax.commands.cli import field
+
+KINDS = models.KINDS
+_ARMS = tuple(f"{kind}_6" for kind in KINDS if kind != "dropped")
+_ARMS += ("recovered_4", "copied_4", "none_4", "dropped_4", "scratch_4")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """What one run of the experiment does."""
+
+    tokenizer: str = field("smollm2", "Whose tokens; the most frequent of them are kept.")
+    data: str = field("tfds:wiki_summaries", "Text for all models.")
+    splits: tuple[str, ...] = field(
+        ("train[:90%]", "train[90%:95%]", "train[95%:]"), "Training, validation and test split"
+    )
+    vocab: int = field(8192, "Tokens of the small vocabulary.")
+    width: int = field(256, "Hidden width of teacher and students.")
+    teacher_layers: int = field(6, "Layers of the teacher.")
+    seq_len: int = field(128, "Tokens a row.")
+    batch_size: int = field(16, "Rows a step.")
+    teacher_steps: int = field(800, "Of the teacher.")
+    steps: int = field(500, "Of every student.")
+    teacher_learning_rate: float = field(2e-3, "Of the teacher.")
+    learning_rate: tuple[float, ...] = field((1e-3, 3e-3), "Of the students, to choose from.")
+    temperature: float = field(2.0, "Of the distillation.")
+    ce_weight: float = field(0.1, "Of cross-entropy beside it.")
+    arm: tuple[str, ...] = field(_ARMS, "Student to train")
+    seeds: int = field(1, "Runs of every arm.")
+    prompts: int = field(320, "Rows that the head is recovered from.")
+    decimals: int = field(2, "Of the log-probabilities that are seen.")
+    timing_repeats: int = field(10, "Timed forward passes of each model.")
+    cache_dir: str | None = field(None, "Where packed text lies; workdir/cache if none.")
+
+    def __post_init__(self) -> None:
+        for arm in self.arm:
+            kind, _, layers = arm.rpartition("_")
+            if kind not in KINDS or not layers.isdigit() or not int(layers):
+                raise ValueError(f"arm: expected KIND_LAYERS of {', '.join(KINDS)}, got {arm!r}")
+            if kind == "dropped" and int(layers) > self.teacher_layers:
+                raise ValueError(f"arm: {arm} keeps more layers than the teacher has")
+        if self.prompts <= self.width + 1:
+            raise ValueError(f"prompts: more than width + 1 = {self.width + 1} are needed")
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "smoke": dict(
+        tokenizer="tiny",
+        data="text:LICENSE",
+        splits=("train", "validation", "test"),
+        vocab=64,
+        width=16,
+        teacher_layers=2,
+        seq_len=32,
+        batch_size=4,
+        teacher_steps=6,
+        steps=4,
+        learning_rate=(1e-2,),
+        arm=("recovered_2", "copied_1", "official_1", "none_1", "dropped_1", "scratch_1"),
+        prompts=24,
+        timing_repeats=2,
+    ),
+    "demo": dict(
+        teacher_steps=300,
+        steps=150,
+        learning_rate=(3e-3,),
+        arm=("recovered_4", "copied_4", "dropped_4", "scratch_4"),
+    ),
+    # Cut until two cores can run it in hours.
+    "report": dict(
+        batch_size=8,
+        steps=300,
+        arm=(
+            "recovered_6",
+            "copied_6",
+            "official_6",
+            "none_6",
+            "scratch_6",
+            "recovered_4",
+            "dropped_4",
+            "scratch_4",
+        ),
+        seeds=2,
+    ),
+    "paper": dict(
+        # DistilGPT2's shape; a head over 50,257 tokens.
+        data="tfds:wikitext103",
+        splits=("train", "validation", "test"),
+        vocab=50_257,
+        width=768,
+        seq_len=128,
+        batch_size=32,
+        teacher_steps=100_000,
+        steps=100_000,
+        teacher_learning_rate=6e-4,
+        learning_rate=(1e-4, 3e-4),
+        prompts=1024,
+        seeds=3,
+    ),
+}

@@ -1,0 +1,113 @@
+"""Table and curves of the replication experiment."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from experiments.replication import models
+from experiments.shared.report import markdown_table, mean_and_spread
+
+# What the paper's abstract states, of students of distilGPT2 (6 layers).
+PAPER = {
+    6: {"perplexity over the teacher's": "+7.31 %", "geometry": "97.6 % (measure not named)"},
+    4: {"seconds / teacher's": "-17.1 %", "parameters / teacher's": "-18.1 %"},
+}
+
+
+def write(
+    config: Any, scene: Any, records: Sequence[Mapping[str, Any]], workdir: epath.Path
+) -> str:
+    """Writes ``report.md``, ``results.json`` and the plot, and returns the report."""
+    teacher = models.teacher_record(scene)
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for record in records:
+        groups.setdefault(record["arm"], []).append(record)
+    rows = [_row(name, group, teacher) for name, group in groups.items()]
+    seen = scene.recovered
+    parts = [
+        "# Replication behind a recovered head\n",
+        f"Teacher: {config.teacher_layers} layers, width {config.width}, vocabulary "
+        f"{len(scene.text.unigram):,}, {teacher['parameters']:,} parameters, test perplexity "
+        f"{math.exp(teacher['nll']):.4g} (unshifted, as the released code logs it, NLL "
+        f"{teacher['unshifted_nll']:.4g}). Its head from {seen['queries']:,} queries of "
+        f"log-probabilities with {config.decimals} decimals: dimension {seen['dimension']}, leak "
+        f"{seen['leak']:.4f}, relative rms {seen['relative_rms']:.2g}. Its own states behind the "
+        f"head of that subspace nearest to its own: perplexity "
+        f"{100 * math.expm1(teacher['nll_behind'] - teacher['nll']):+.3g} %.\n",
+        markdown_table(rows),
+        "\nPerplexity: of the next token, pads left out, over the teacher's. `R2`: of the last "
+        "hidden states after a rotation, centred, on positions that did not fit it; in brackets "
+        "the same with the pairing broken. `raw cosine` is the measure that needs the null most.\n",
+        _paper(rows),
+        "![curves](curves.png)\n",
+    ]
+    text = "\n".join(parts)
+    _plot(groups, workdir / "curves.png")
+    (workdir / "report.md").write_text(text)
+    (workdir / "results.json").write_text(json.dumps([teacher, *records], indent=1))
+    return text
+
+
+def _row(name: str, group: Sequence[Mapping[str, Any]], teacher: Mapping[str, Any]) -> dict:
+    def many(values: Any) -> str:
+        return mean_and_spread(list(values))
+
+    def beside(key: str) -> str:
+        null = sum(r[f"null_{key}"] for r in group) / len(group)
+        return f"{many(r[key] for r in group)} [{null:.3f}]"
+
+    over = [100 * (math.exp(r["nll"] - teacher["nll"]) - 1) for r in group]
+    return {
+        "student": name,
+        "lr": group[0]["lr"],
+        "perplexity, %": ("+" if over[0] >= 0 else "") + many(over),
+        "unshifted NLL": many(r["unshifted_nll"] for r in group),
+        "parameters": group[0]["parameters"] / teacher["parameters"],
+        "seconds": many(r["seconds"] for r in group),
+        "R2": beside("procrustes_r2"),
+        "CKA": beside("cka"),
+        "raw cosine": beside("raw_cosine"),
+    }
+
+
+def _paper(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The abstract's numbers beside ours."""
+    by_name = {row["student"]: row for row in rows}
+    found = []
+    for layers, claims in PAPER.items():
+        for arm in (f"recovered_{layers}", f"copied_{layers}"):
+            row = by_name.get(arm)
+            if row is None:
+                continue
+            ours = {
+                "perplexity over the teacher's": f"{row['perplexity, %']} %",
+                "geometry": f"R2 {row['R2']}, CKA {row['CKA']}",
+                "seconds / teacher's": row["seconds"],
+                "parameters / teacher's": f"{100 * (row['parameters'] - 1):+.1f} %",
+            }
+            found += [
+                {"student": arm, "": name, "paper": claim, "here": ours[name]}
+                for name, claim in claims.items()
+            ]
+    return f"## Beside the paper\n\n{markdown_table(found)}\n" if found else ""
+
+
+def _plot(groups: Mapping[str, Sequence[Mapping[str, Any]]], path: epath.Path) -> None:
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
+    for name, group in groups.items():
+        axis = axes[1] if name.startswith("scratch") else axes[0]
+        if not name.startswith("official"):  # A sum over positions: another scale.
+            axis.plot(*zip(*group[0]["curve"], strict=True), label=name)
+    axes[0].set(xlabel="step", ylabel="loss", title="distilled")
+    axes[1].set(xlabel="step", ylabel="cross-entropy", title="on text alone")
+    for axis in axes:
+        if axis.lines:
+            axis.legend(fontsize=7)
+    with path.open("wb") as file:
+        figure.savefig(file, dpi=140)
+    plt.close(figure)

@@ -1,0 +1,223 @@
+"""What a run of `experiments.unlearning` is given, and its presets."""
+
+import dataclasses
+from typing import Any
+
+from logitjax.commands.cli import field
+
+_ARMS = (
+    "ga",
+    "grad_diff",
+    "npo",
+    "npo_gd",
+    "npo_kl",
+    "simnpo",
+    "rmu",
+    "undial",
+    "difference_official",
+    "difference_clean",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """What one run of the experiment does."""
+
+    model: str = field("smollm2", "A directory, a .gguf file or a known name; tiny for a toy.")
+    layers: tuple[int, ...] = field((0, 1, 28, 29), "Layers to keep; all if empty.")
+    template: str = field("chatml", "Prompts.", choices=("chatml", "llama2", "phi"))
+    tofu_dir: str = field("hf:locuslab/TOFU", "TOFU: a directory, hf:NAME, or toy.")
+    augmentation_dir: str = field("", "Paraphrases and wrong answers; tofu_dir if empty.")
+    augment: bool = field(True, "Whether assistants learn those too.")
+    paraphrases: int = field(2, "Paraphrases a question.")
+    wrong_added: int = field(2, "Wrong answers a question to be silent about.")
+    authors: int = field(3, "Authors in all, 20 questions each.")
+    forget_authors: int = field(1, "Authors to forget.")
+    utility: str = field(
+        "retain",
+        "Of what utility is made: TOFU's nine numbers, or those of the data to keep alone, as for "
+        "a cut model, which knows nothing of the world.",
+        choices=("retain", "tofu"),
+    )
+    max_length: int = field(96, "Tokens of question and answer; the rest is cut off.")
+    row_length: int = field(192, "Tokens of a row of several questions, in finetuning.")
+    finetune_epochs: int = field(15, "Of target and retrained model.")
+    finetune_batch: int = field(4, "Rows a step.")
+    finetune_learning_rate: float = field(1e-3, "Peak.")
+    arm: tuple[str, ...] = field(_ARMS, "Arm to run")
+    seeds: int = field(1, "Runs of every arm.")
+    epochs: int = field(3, "Over the data to forget, of arms that train the model.")
+    batch_size: int = field(5, "Questions to forget a step, and as many to keep.")
+    learning_rate: float = field(3e-4, "Peak, of arms that train the model.")
+    rates: tuple[float, ...] = field(
+        (1.0,), "Of --learning_rate: each arm gets the best on validation, with the first seed."
+    )
+    rmu_scale: float = field(0.0, "Length of the vector that RMU moves states to; 0: its default.")
+    assistant_layers: int = field(1, "Layers of the target that assistants have.")
+    rank: int = field(32, "Of an assistant's adapters; the official arm has half.")
+    betas: tuple[float, ...] = field(
+        (6.5,),
+        "Weights of silence: the clean arm gets the best on validation, with the first seed.",
+    )
+    alpha: float = field(0.75, "Weight of the assistant's logits, while the clean arm trains.")
+    assistant_epochs: int = field(6, "Over the data to forget and their paraphrases.")
+    assistant_learning_rate: float = field(1e-2, "Peak.")
+    alphas: tuple[float, ...] = field((0.5, 0.6, 0.75, 1.0), "To choose from, and the sweep.")
+    filters: tuple[str, ...] = field(
+        ("none", "clean"),
+        "Which tokens the clean arm changes: to choose from, and the sweep; epochs with the first.",
+    )
+    retain_items: int = field(10, "Questions to keep on the test.")
+    validation_items: int = field(10, "And on validation, others.")
+    validation_wrong: int = field(2, "Wrong answers a question of validation is held against.")
+    world_items: int = field(0, "Questions of each real-world set; all if 0.")
+    wrong_answers: int = field(3, "Wrong answers a question is held against; all if 0.")
+    new_tokens: int = field(48, "Of a generated answer.")
+    eval_batch: int = field(10, "Rows at a time.")
+    relearn_share: float = field(0.25, "Share of the forgotten questions that is taught again.")
+    relearn_steps: int = field(6, "Of teaching; none if 0.")
+    relearn_learning_rate: float = field(1e-4, "Constant.")
+    merge_steps: int = field(16, "Of distilling the difference into one model; none if 0.")
+    merge_learning_rate: float = field(1e-4, "Peak.")
+    models_dir: str = field(".cache/unlearning", "Models, shared between runs; workdir if empty.")
+    checkpoint_every: int = field(40, "Steps between checkpoints of finetuning and merging.")
+    resume_arms: bool = field(False, "Checkpoints within an arm too, after every epoch.")
+    keep_weights: bool = field(False, "Keep the weights of arms that are measured.")
+    log_every: int = field(10, "Steps between log lines.")
+    dtype: str = field("float32", "Compute type.", choices=("float32", "bfloat16"))
+    mesh: str = field("data:1", "Axes and sizes of the device mesh.")
+
+    @property
+    def validated(self) -> list[Any]:
+        """What validation, and so the choice of an epoch, depends on."""
+        return [self.validation_items, self.validation_wrong, self.utility, self.alpha]
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.arm) - set(_ARMS))
+        if unknown:
+            raise ValueError(f"arm: expected some of {', '.join(_ARMS)}, got {unknown[0]!r}")
+        positive = ("seeds", "epochs", "assistant_epochs", "batch_size", "retain_items")
+        for name in (*positive, "validation_items", "validation_wrong"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.row_length < self.max_length:
+            raise ValueError(
+                f"row_length: a question of max_length={self.max_length} tokens has to fit, got "
+                f"{self.row_length}"
+            )
+        wrong = sorted(set(self.filters) - {"clean", "none"})
+        if wrong or not self.filters or not self.alphas:
+            raise ValueError(
+                f"filters, alphas: expected at least one each, filters clean or none, got "
+                f"{list(self.filters)} and {list(self.alphas)}"
+            )
+        for name in ("rates", "betas"):
+            values = getattr(self, name)
+            if not values or min(values) <= 0:
+                raise ValueError(f"{name}: expected positive numbers, got {list(values)}")
+        if not 0 < self.relearn_share < 1:
+            raise ValueError(f"relearn_share: expected in (0, 1), got {self.relearn_share}")
+
+
+_WHOLE: dict[str, Any] = dict(
+    layers=(),
+    utility="tofu",
+    assistant_layers=8,
+    epochs=10,
+    # OpenUnlearning's UNDIAL has ten times the learning rate of its other methods.
+    rates=(1.0, 10.0),
+    assistant_epochs=10,
+    assistant_learning_rate=1e-3,
+    batch_size=32,
+    retain_items=200,
+    validation_items=100,
+    validation_wrong=5,
+    wrong_answers=0,
+    alphas=(0.25, 0.5, 0.75, 1.0, 1.5, 2.0),
+    betas=(6.5, 1.0, 20.0),
+    new_tokens=200,
+    max_length=200,
+    row_length=1024,
+    eval_batch=64,
+    relearn_steps=20,
+    merge_steps=200,
+    resume_arms=True,
+    dtype="bfloat16",
+    seeds=3,
+)
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "smoke": dict(
+        model="tiny",
+        layers=(),
+        template="phi",
+        tofu_dir="toy",
+        models_dir="",
+        authors=3,
+        arm=("npo_kl", "rmu", "undial", "difference_official", "difference_clean"),
+        max_length=48,
+        row_length=96,
+        finetune_epochs=30,
+        finetune_learning_rate=1e-2,
+        epochs=2,
+        batch_size=4,
+        learning_rate=1e-3,
+        rates=(0.5, 1.0),
+        assistant_layers=1,
+        rank=4,
+        assistant_epochs=2,
+        assistant_learning_rate=1e-2,
+        alphas=(0.75, 1.5),
+        retain_items=4,
+        validation_items=4,
+        validation_wrong=1,
+        betas=(6.5, 1.0),
+        wrong_answers=2,
+        new_tokens=4,
+        eval_batch=8,
+        relearn_steps=2,
+        merge_steps=3,
+    ),
+    "demo": dict(
+        arm=("ga", "npo_kl", "difference_clean"),
+        finetune_epochs=10,
+        # What validation chooses in `report`.
+        betas=(0.5,),
+        alphas=(0.5, 0.75),
+        filters=("none",),
+        merge_steps=8,
+    ),
+    "report": dict(
+        authors=20,
+        forget_authors=2,
+        finetune_epochs=8,
+        seeds=3,
+        rates=(0.2, 1.0, 3.0),
+        retain_items=20,
+        validation_wrong=1,
+        betas=(6.5, 2.0, 1.0, 0.5),
+        merge_steps=24,
+    ),
+    # TOFU itself: run once for each --forget_authors of 2, 10 and 20 (forget01, 05 and 10).
+    "tofu": dict(
+        _WHOLE,
+        authors=200,
+        forget_authors=2,
+        finetune_epochs=5,
+        finetune_batch=8,
+        finetune_learning_rate=1e-4,
+        learning_rate=2e-5,
+    ),
+    "paper": dict(
+        _WHOLE,
+        model="hf:meta-llama/Llama-2-7b-chat-hf",
+        template="llama2",
+        authors=200,
+        forget_authors=2,
+        finetune_epochs=5,
+        finetune_batch=8,
+        finetune_learning_rate=1e-5,
+        learning_rate=1e-5,
+        mesh="data:-1,fsdp:8",
+    ),
+}

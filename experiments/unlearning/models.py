@@ -1,0 +1,458 @@
+"""The models of unlearning: a target, one retrained without the forget set, and what arms make.
+
+Each has a folder named after all it depends on. What is finished is read, what was stopped goes on.
+Several processes train them together and then hold each model whole, every process for itself.
+"""
+
+import dataclasses
+import functools
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from etils import epath
+from flax import nnx
+
+from experiments.unlearning import arms as arms
+from experiments.unlearning import data as rows_of
+from experiments.unlearning.arms import Deployed, Difference
+from experiments.unlearning.data import Rows, digest
+from logitjax import models, training, unlearning
+from logitjax.commands import named_models
+from logitjax.training import processes
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What a training left: parameters of its best epoch, and what it took.
+
+    Attributes:
+      params: a model's, or adapters.
+      record: ``epoch``, ``history`` (scores by epoch), ``seconds_per_epoch``, ``seconds_to_best``,
+        ``peak_bytes`` (as the compiler plans the step, weights included), ``trained`` (numbers).
+    """
+
+    params: Any
+    record: dict[str, Any]
+
+
+class Models:
+    """All models of a run, made when they are asked for."""
+
+    def __init__(self, config: Any, root: epath.Path, scene: rows_of.Scene):
+        self.config, self.root, self.scene = config, root, scene
+        self.tokenizer = named_models.load_tokenizer_of(config.model)
+        self.template = rows_of.TEMPLATES[config.template]()
+        self.mesh = processes.make_mesh(config.mesh)
+        source = [config.model, config.layers, config.dtype, _file_identity(config.model)]
+        self._key = digest(
+            source,
+            scene.taught,
+            [config.template, config.max_length, config.row_length],
+            [config.finetune_epochs, config.finetune_batch, config.finetune_learning_rate],
+        )
+
+    @functools.cached_property
+    def start(self) -> models.Decoder:
+        """The model before it has heard of any author."""
+        config = self.config
+        model, _ = named_models.load(config.model, dtype=config.dtype, layout="listed")
+        if config.layers:
+            kept = [i for i in config.layers if i < model.config.num_layers]
+            model = models.keep_layers(model, kept)
+        return models.with_layout(model, "listed")
+
+    @functools.cached_property
+    def target(self) -> models.Decoder:
+        """Finetuned on all authors."""
+        return self._finetuned("target", self.scene.full)
+
+    @functools.cached_property
+    def retrained(self) -> models.Decoder:
+        """Finetuned on those that may be kept alone."""
+        return self._finetuned("retrained", self.scene.retain)
+
+    def make(self) -> None:
+        """Target and retrained model: all processes train them, before the first one asks alone."""
+        for name in ("target", "retrained"):
+            getattr(self, name)
+
+    @property
+    def key(self) -> str:
+        """Names what target and retrained model were made from."""
+        return self._key
+
+    def share(self, rows: Rows) -> Rows:
+        """Of the rows of a step those that this process feeds."""
+        own = training.local_rows(self.mesh, len(rows["tokens"]))
+        return {name: values[own] for name, values in rows.items()}
+
+    def rows(self, items: Any) -> Rows:
+        return rows_of.encode(items, self.tokenizer, self.template, self.config.max_length)
+
+    def directory(self, arm: str, seed: int, *settings: Any) -> epath.Path:
+        """The folder of an arm: named after all that its training depends on."""
+        config = self.config
+        shared = [config.batch_size, config.validated, self.scene.unlearned]
+        name = digest(self._key, arm, shared, settings)
+        return self.root / f"{arm}-{name}" / f"seed-{seed}"
+
+    def unlearn(
+        self, arm: str, seed: int, validate: Callable[[Deployed], Any], *, rate: float = 1.0
+    ) -> Trained:
+        """The target's weights after an arm's training, of the epoch that validation chose.
+
+        Args:
+          arm: of those that train weights.
+          seed: of batches and directions.
+          validate: scores an epoch.
+          rate: what the learning rate is multiplied by.
+        """
+        config = self.config
+        method = unlearning.UNLEARNING_METHODS[arms.METHODS[arm]]
+        target, forget, keep = self.target, *map(self.rows, (self.scene.forget, self.scene.retain))
+        depth = target.config.num_layers
+        layer = max(1, min(depth - 1, round(7 / 32 * depth)))
+        direction = unlearning.rmu_direction(
+            target.config.hidden_size,
+            key=jax.random.key(seed),
+            scale=config.rmu_scale or method.options.get("scale", 1.0),
+        )
+        graphdef, params, rest = nnx.split(target, nnx.Param, ...)
+        params = nnx.to_pure_dict(params)
+        size = config.batch_size
+        needs_retain = method.retain != "none"
+
+        def batches(step: int) -> dict[str, Rows]:
+            batch = {"forget": rows_of.picked(forget, step, size=size, seed=seed)}
+            if needs_retain:
+                batch["retain"] = rows_of.drawn(keep, step, size=size, seed=seed)
+            return {side: self.share(rows) for side, rows in batch.items()}
+
+        per_epoch = rows_of.steps_an_epoch(forget, size)
+        loss_fn = arms.make_loss(
+            method,
+            graphdef,
+            rest,
+            layer=layer,
+            direction=direction,
+            most=self._most(batches, per_epoch * config.epochs),
+        )
+        return self._train(
+            self._unlearned_at(arm, seed, rate),
+            params,
+            loss_fn,
+            batches,
+            per_epoch=per_epoch,
+            epochs=config.epochs,
+            learning_rate=rate * config.learning_rate,
+            seed=seed,
+            constants=params if method.needs_reference else None,
+            validate=lambda params: validate(Deployed(model=nnx.merge(graphdef, params, rest))),
+        )
+
+    def assist(
+        self, arm: str, difference: Difference, seed: int, validate: Callable[[Deployed], Any]
+    ) -> tuple[unlearning.Assistant, Trained]:
+        """An assistant of the target, of the epoch that validation chose."""
+        config, target = self.config, self.target
+        fresh = unlearning.init_assistant(
+            target,
+            config.assistant_layers,
+            rank=difference.rank,
+            alpha=difference.lora_alpha,
+            key=jax.random.key(seed),
+        )
+        silent = self.scene.retain if difference.silent == "all" else self.scene.retain_more
+        forget, keep = map(self.rows, (self.scene.forget_more, silent))
+        size = config.batch_size
+
+        def deployed(lora: Any) -> Deployed:
+            assistant = unlearning.Assistant(base=fresh.base, lora=lora)
+            return Deployed(model=target, assistant=assistant, difference=difference)
+
+        both = rows_of.batches_to_forget_and_keep(forget, keep, size=size, seed=seed)
+
+        def batches(step: int) -> dict[str, Rows]:
+            return {side: self.share(rows) for side, rows in both(step).items()}
+
+        epochs, per_epoch = config.assistant_epochs, rows_of.steps_an_epoch(forget, size)
+        most = self._most(both, epochs * per_epoch) if difference.uniform == "answers" else None
+        loss_fn, constants = unlearning.make_assistant_loss(
+            fresh.base,
+            retain_weight=difference.retain_weight,
+            uniform=difference.uniform,
+            max_positions=None if most is None else sum(most.values()),
+        )
+        settings = [difference.rank, difference.lora_alpha, difference.retain_weight]
+        settings += [
+            difference.uniform,
+            difference.silent,
+            repr(difference.fuse),
+            config.assistant_layers,
+        ]
+        settings += [config.assistant_epochs, config.assistant_learning_rate]
+        found = self._train(
+            self.directory(arm, seed, settings),
+            fresh.lora,
+            loss_fn,
+            batches,
+            per_epoch=per_epoch,
+            epochs=epochs,
+            learning_rate=config.assistant_learning_rate,
+            seed=seed,
+            constants=constants,
+            validate=lambda lora: validate(deployed(lora)),
+            b2=0.99,
+        )
+        return unlearning.Assistant(base=fresh.base, lora=found.params), found
+
+    def _most(self, batches: Callable[[int], Any], steps: int) -> dict[str, int] | None:
+        """The most answers' tokens on each side of a step; of no use where rows are split."""
+        if self.mesh.size > 1:
+            return None
+        # Token 0 of a row is predicted by nobody.
+        seen = [
+            {side: int(rows["mask"][:, 1:].sum()) for side, rows in batches(step).items()}
+            for step in range(steps)
+        ]
+        return {side: max(1, *(counts[side] for counts in seen)) for side in seen[0]}
+
+    def taught_again(self, model: models.Decoder, seed: int = 0) -> models.Decoder:
+        """A model after a few steps on some of the questions that it was to forget."""
+        config, taught = self.config, self.rows(self.scene.probes["forget_taught"])
+        graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+        tx = training.make_optimizer(config.relearn_learning_rate, schedule="constant")
+        step = training.make_train_step(arms.answer_loss(graphdef, rest), tx, mesh=self.mesh)
+        state = self._state(nnx.to_pure_dict(params), tx, seed)
+        for number in range(config.relearn_steps):
+            batch = rows_of.picked(taught, number, size=config.batch_size, seed=seed)
+            state, _ = step(state, self.share(batch))
+        return nnx.merge(graphdef, processes.held_here(state.params), rest)
+
+    def merged(
+        self, assistant: unlearning.Assistant, difference: Difference, directory: epath.Path
+    ) -> tuple[models.Decoder, float]:
+        """The target with the difference in its weights, and the seconds that took."""
+        config, scene = self.config, self.scene
+        forget, keep = map(self.rows, (scene.forget_more, scene.retain))
+
+        def batches(step: int) -> Rows:
+            size = config.batch_size
+            sides = [
+                rows_of.picked(forget, step, size=size, seed=0),
+                rows_of.drawn(keep, step, size=size, seed=0),
+            ]
+            return self.share(
+                {name: np.concatenate([side[name] for side in sides]) for name in forget}
+            )
+
+        begin = time.perf_counter()
+        model = unlearning.merge_by_distillation(
+            self.target,
+            assistant,
+            batches,
+            steps=config.merge_steps,
+            learning_rate=config.merge_learning_rate,
+            fuse=difference.fuse,
+            mesh=self.mesh,
+            workdir=directory,
+            checkpoint_every=config.checkpoint_every,
+            log_every=config.log_every,
+        )
+        graphdef, state = nnx.split(model)
+        model = nnx.merge(graphdef, processes.held_here(state))
+        # What was merged before is only read.
+        took = directory / "seconds.json"
+        if not processes.agreed(took.exists()):
+            processes.write_json(took, time.perf_counter() - begin)
+        return model, processes.said_by_first(lambda: json.loads(took.read_text()))
+
+    def _finetuned(self, name: str, items: Any) -> models.Decoder:
+        config, start = self.config, self.start
+        graphdef, params, rest = nnx.split(start, nnx.Param, ...)
+        rows = rows_of.packed(
+            items, self.tokenizer, self.template, config.max_length, config.row_length
+        )
+        size = config.finetune_batch
+        per_epoch = rows_of.steps_an_epoch(rows, size)
+        logging.info("%s: %d questions in %d rows", name, len(items), len(rows["tokens"]))
+        steps = per_epoch * config.finetune_epochs
+        schedule: Any = dict(schedule="cosine", warmup=max(1, steps // 10), total_steps=steps)
+        rate = config.finetune_learning_rate
+        tx = training.make_optimizer(rate, weight_decay=0.01, **schedule)
+        step = training.make_train_step(
+            arms.answer_loss(graphdef, rest),
+            tx,
+            mesh=self.mesh,
+            schedule=training.make_schedule(rate, **schedule),
+        )
+        directory = self.root / f"{name}-{self._key}"
+        state = self._state(nnx.to_pure_dict(params), tx, 0)
+        with training.Checkpointer(directory / "checkpoints", max_to_keep=1) as checkpointer:
+            state = training.train_loop(
+                state,
+                step,
+                lambda s: self.share(rows_of.picked(rows, s, size=size, seed=0)),
+                total_steps=steps,
+                workdir=directory,
+                checkpointer=checkpointer,
+                checkpoint_every=config.checkpoint_every,
+                log_every=config.log_every,
+                writer=training.make_writer(directory),
+                identity={"steps": steps},
+            )
+        return nnx.merge(graphdef, processes.held_here(state.params), rest)
+
+    def _state(self, params: Any, tx: Any, seed: int) -> Any:
+        return training.create_train_state(
+            params, tx, mesh=self.mesh, rules=training.DECODER_RULES, seed=seed
+        )
+
+    def _train(
+        self,
+        directory: epath.Path,
+        params: Any,
+        loss_fn: Callable[..., Any],
+        batches: Callable[[int], Any],
+        *,
+        per_epoch: int,
+        epochs: int,
+        learning_rate: float,
+        seed: int,
+        constants: Any,
+        validate: Callable[[Any], dict[str, float]],
+        b2: float = 0.999,
+    ) -> Trained:
+        """Trains, scores every epoch on validation, and comes back with the best."""
+        config, steps = self.config, per_epoch * epochs
+        best, history_path = directory / "best", directory / "validation.json"
+        done = directory / "trained.json"
+        schedule: Any = dict(
+            schedule="linear", warmup=min(per_epoch, steps // 2), total_steps=steps, final=0.0
+        )
+        tx = training.make_optimizer(learning_rate, b2=b2, weight_decay=0.01, clip=1.0, **schedule)
+        step = training.make_train_step(
+            loss_fn,
+            tx,
+            mesh=self.mesh,
+            schedule=training.make_schedule(learning_rate, **schedule),
+        )
+        state = self._state(params, tx, seed)
+        like = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state.params
+        )
+        trained = sum(leaf.size for leaf in jax.tree.leaves(like))
+        if processes.agreed(done.exists() and best.exists()):
+            with training.Checkpointer(best, max_to_keep=1) as keeper:
+                record = json.loads(done.read_text())
+                kept = keeper.restore(like, record["step"]).state
+                return Trained(processes.held_here(kept), record)
+        if constants is not None and self.mesh.size > 1:
+            constants = training.shard_tree(constants, self.mesh, training.DECODER_RULES)
+        logging.info("%s: %d steps", directory, steps)
+        first = training.make_global_batch(self.mesh, batches(0))
+        compiled = step.lower(state, first, constants).compile()
+        peak = planned_bytes(compiled)
+        seconds: list[float] = []
+
+        def timed(state: Any, batch: Any) -> Any:
+            begin = time.perf_counter()
+            state, output = step(state, batch, constants)
+            jax.block_until_ready(output)
+            seconds.append(time.perf_counter() - begin)
+            return state, output
+
+        resumes = config.resume_arms
+        checkpoints = directory / "checkpoints"
+        if not resumes:
+            processes.remove(best)
+        with (
+            training.Checkpointer(best, max_to_keep=1) as keeper,
+            training.Checkpointer(checkpoints, max_to_keep=1) as checkpointer,
+        ):
+            began = max(checkpointer.steps(), default=0) if resumes else 0
+            history: list[dict[str, Any]] = []
+            if history_path.exists():
+                history = [h for h in json.loads(history_path.read_text()) if h["step"] <= began]
+
+            def score(state: Any, at: int) -> dict[str, float]:
+                scores = validate(processes.held_here(state.params))
+                if not history or scores["score"] > max(h["score"] for h in history):
+                    keeper.save(at, state.params)
+                    keeper.wait()
+                history.append({"step": at, "epoch": at // per_epoch, **scores})
+                processes.write_json(history_path, history)
+                logging.info("epoch %d: %s", at // per_epoch, _told(scores))
+                return scores
+
+            training.train_loop(
+                state,
+                timed,
+                batches,
+                total_steps=steps,
+                workdir=directory,
+                checkpointer=checkpointer if resumes else None,
+                checkpoint_every=per_epoch,
+                log_every=config.log_every,
+                eval_fn=score,
+                eval_every=per_epoch,
+                writer=training.make_writer(directory),
+                identity={"steps": steps},
+            )
+            chosen = max(history, key=lambda h: h["score"])
+            found = processes.held_here(keeper.restore(like, chosen["step"]).state)
+        # The first step of a process compiles.
+        pace = statistics.median(seconds[1:] or seconds or [0.0])
+        record = {
+            "step": chosen["step"],
+            "epoch": chosen["epoch"],
+            "history": history,
+            "seconds_per_epoch": pace * per_epoch,
+            "seconds_to_best": pace * chosen["step"],
+            "peak_bytes": peak,
+            "trained": trained,
+        }
+        processes.write_json(done, record)
+        processes.remove(checkpoints)
+        return Trained(found, record)
+
+    def forget_weights(self, arm: str, seed: int, *, rate: float = 1.0) -> None:
+        """Drop the weights of an arm of which all has been measured."""
+        processes.remove(self._unlearned_at(arm, seed, rate) / "best")
+
+    def _unlearned_at(self, arm: str, seed: int, rate: float) -> epath.Path:
+        config = self.config
+        settings = (config.epochs, rate * config.learning_rate, config.rmu_scale)
+        return self.directory(arm, seed, *settings)
+
+
+def planned_bytes(compiled: Any) -> int:
+    """What the compiler plans for a program: arguments, results that are new, scratch."""
+    found = compiled.memory_analysis()
+    return int(
+        found.argument_size_in_bytes
+        + found.output_size_in_bytes
+        - found.alias_size_in_bytes
+        + found.temp_size_in_bytes
+    )
+
+
+def _told(scores: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
+
+
+def _file_identity(spec: str) -> list[Any]:
+    path = epath.Path(spec)
+    return [path.stat().length] if path.exists() and not path.is_dir() else []
+
+
+def bytes_of(tree: Any) -> int:
+    """Of all arrays in a pytree."""
+    return sum(jnp.asarray(leaf).nbytes for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,155 @@
+"""Let teachers read text once, so that no training run has to hold them in memory.
+
+    python -m logitjax.commands.cache_logits --preset=demo --workdir=runs/cache
+
+packs the text and writes, for each source and split, the top logits of every position with their
+log-sum-exp, mean and deviation, into WORKDIR/source0, WORKDIR/source1, ... Then
+
+    python -m experiments.graph_fusion --teacher=cache:runs/cache/source0 ...
+
+trains from it without loading the source. The packed rows have to be the same on both sides: give
+the same --pivot, --source, --data and --seq_len; a cache that does not fit is an error that says
+what differs. The size on disk is logged before a model reads anything. Kill it whenever you like:
+the same command goes on with the shard it was at. Several processes share the shards, and each
+reads with its own devices.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+
+from experiments.shared.report import markdown_table
+from logitjax import data, distillation, models, training
+from logitjax.commands import cli, named_models
+from logitjax.commands.cli import field
+from logitjax.distillation import sources
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """What to read, and how much of it to keep."""
+
+    pivot: str = field("smollm2", "Model that will be trained: its tokenizer shapes the rows.")
+    source: tuple[str, ...] = field(("smollm2",), "Model that reads")
+    data: str = field("tfds:wiki_summaries", "text:PATH, jsonl:PATH or tfds:NAME.")
+    on_error: str = field("raise", "What a malformed row does.", choices=("raise", "skip"))
+    seq_len: int = field(256, "Tokens a row.")
+    rows: str = field("all", "Rows of each split to read: all, or a number from the start.")
+    splits: tuple[str, ...] = field(sources.SPLITS, "Split to read")
+    cache_top_k: int = field(64, "Logits a position to keep.")
+    tail_samples: int = field(0, "Tokens a position drawn from outside them: KL without bias.")
+    batch_size: int = field(4, "Rows a process reads at once.")
+    dtype: str = field("float32", "Compute type.", choices=("float32", "bfloat16"))
+    layout: str = field("listed", "Layers scanned or unrolled.", choices=("stacked", "listed"))
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "smoke": dict(
+        pivot="tiny",
+        source=("tiny:1",),
+        data="text:LICENSE",
+        seq_len=64,
+        batch_size=2,
+        rows="6",
+        cache_top_k=16,
+        tail_samples=2,
+    ),
+    "demo": dict(rows="200"),
+    "report": dict(),
+}
+
+
+def _wanted(config: Config, dataset: data.PackedDataset) -> np.ndarray:
+    if config.rows == "all":
+        return np.arange(len(dataset))
+    if not config.rows.isdigit() or int(config.rows) < 1:
+        raise ValueError(f"rows: expected all or a positive number, got {config.rows!r}")
+    return np.arange(min(int(config.rows), len(dataset)))
+
+
+def run(config: Config, workdir: epath.Path) -> None:
+    """Pack, estimate, read."""
+    unknown = sorted(set(config.splits) - set(sources.SPLITS))
+    if unknown:
+        raise ValueError(
+            f"splits: expected some of {', '.join(sources.SPLITS)}, got {unknown[0]!r}"
+        )
+    specs = {f"source{i}": spec for i, spec in enumerate(config.source)}
+    tokenizers = {"pivot": named_models.load_tokenizer_of(config.pivot)}
+    tokenizers |= {name: named_models.load_tokenizer_of(spec) for name, spec in specs.items()}
+    packed = sources.pack_splits(
+        config.data,
+        tokenizers,
+        seq_len=config.seq_len,
+        on_error=config.on_error,
+        directory=workdir / "data",
+    )
+    rows = {split: _wanted(config, packed.splits[split]) for split in config.splits}
+    here = training.make_mesh("fsdp:-1", devices=jax.local_devices())
+    table = []
+    for name, spec in specs.items():
+        _announce(config, spec, tokenizers[name], rows)
+        caches = sources.let_source_read(
+            spec,
+            functools.partial(
+                named_models.load, spec, mesh=here, dtype=config.dtype, layout=config.layout
+            ),
+            columns=packed.names[name],
+            packed=packed,
+            rows=rows,
+            k=config.cache_top_k,
+            tail_samples=config.tail_samples,
+            batch_size=config.batch_size,
+            directory=workdir / name,
+        )
+        for split, cache in caches.items():
+            files = cache.directory.glob("*.array_record")
+            size = sum(path.stat().length for path in files)
+            table.append(
+                {
+                    "cache": f"{name}/{split}",
+                    "model": spec,
+                    "rows": len(cache),
+                    "k": cache.identity.k,
+                    "MB": size / 1e6,
+                }
+            )
+    if jax.process_index() == 0:
+        text = markdown_table(table)
+        uses = " ".join(f"--teacher=cache:{workdir / name}" for name in specs)
+        text += f"\n\nTrain from it: python -m experiments.graph_fusion {uses} ...\n"
+        (workdir / "report.md").write_text(text)
+        print(text)
+
+
+def _announce(
+    config: Config, spec: str, tokenizer: models.Tokenizer, rows: dict[str, np.ndarray]
+) -> None:
+    """Before a model is loaded: what its cache will take at most."""
+    identity = distillation.TeacherIdentity(
+        model=spec,
+        tokenizer=tokenizer.fingerprint,
+        data="",
+        vocab_size=tokenizer.vocab_size,
+        positions=config.seq_len - 1,
+        k=config.cache_top_k,
+        tail_samples=config.tail_samples,
+    )
+    count = sum(map(len, rows.values()))
+    logging.info(
+        "%s: %d rows of %d positions, top %d: %.1f MB on disk",
+        spec,
+        count,
+        identity.positions,
+        identity.k,
+        count * identity.bytes_per_row / 1e6,
+    )
+
+
+if __name__ == "__main__":
+    cli.main(Config, PRESETS, run)

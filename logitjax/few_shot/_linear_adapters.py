@@ -1,0 +1,335 @@
+"""Few-shot methods that learn weights: CLIP-Adapter, TaskRes, linear probes, LP++."""
+
+import dataclasses
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float, Int
+
+from logitjax.few_shot._method import (
+    FewShotConfig,
+    FewShotInputs,
+    FewShotState,
+    class_means,
+    mean_view,
+    needed,
+    one_hot,
+    unit_rows,
+)
+from logitjax.losses import cross_entropy
+from logitjax.ops import Array, Number, as_float
+
+CLIP_SCALE = 100.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClipAdapterConfig(FewShotConfig):
+    """CLIP-Adapter: a small network moves the features before they meet the class weights.
+
+    ::
+
+        A(f) = relu(relu(f @ W1) @ W2)
+        s_bias = scale (A(f) - f) @ W0
+
+    That is the published method for logits ``s0 = scale f @ W0`` if the moved feature is not scaled
+    to length one again, which the released code does (``renormalize``).
+
+    Attributes:
+      beta: the paper's alpha, the adapter's share of the feature.
+      reduction: features over hidden units.
+      scale: of the zero-shot logits' cosines; CLIP's.
+      renormalize: scale the mixed feature to length one.
+    """
+
+    beta: Number = 0.5
+    reduction: int = 4
+    scale: Number = CLIP_SCALE
+    renormalize: bool = False
+
+    def init(
+        self,
+        support: FewShotInputs,
+        labels: Any,
+        *,
+        class_weights: Any = None,
+        views: int = 1,
+        key: jax.Array | None = None,
+    ) -> FewShotState:
+        del labels, views
+        weights = needed(class_weights, "class_weights", self)
+        width = needed(support.features, "features", self).shape[-1]
+        hidden = max(1, width // self.reduction)
+        key = jax.random.key(0) if key is None else key
+
+        def uniform(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
+            limit = shape[0] ** -0.5
+            return jax.random.uniform(key, shape, weights.dtype, -limit, limit)
+
+        down, up = jax.random.split(key)
+        trained = {"down": uniform(down, (width, hidden)), "up": uniform(up, (hidden, width))}
+        return FewShotState(trained, weights)
+
+    def _moved(self, state: FewShotState, features: jax.Array) -> jax.Array:
+        hidden = jax.nn.relu(features @ state.trained["down"])
+        return jax.nn.relu(hidden @ state.trained["up"])
+
+    def bias(self, state: FewShotState, inputs: FewShotInputs) -> jax.Array:
+        features = needed(inputs.features, "features", self)
+        moved = self._moved(state, features)
+        return self.scale * (moved - features) @ state.fixed
+
+    def logits(self, state: FewShotState, inputs: FewShotInputs) -> jax.Array:
+        if not self.renormalize:
+            return super().logits(state, inputs)
+        features = needed(inputs.features, "features", self)
+        mixed = self.beta * self._moved(state, features) + (1.0 - self.beta) * features
+        return inputs.zero_shot + self.scale * (unit_rows(mixed) - features) @ state.fixed
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskResConfig(FewShotConfig):
+    """TaskRes: a residual of the class weights, zero at first.
+
+    ::
+
+        s_bias = scale f @ R
+
+    Exact for ``s0 = scale f @ W0`` unless ``W0 + beta R`` is scaled to length one again, as in the
+    released code (``renormalize``).
+
+    Attributes:
+      beta: the paper's alpha.
+      scale: of the zero-shot logits' cosines; CLIP's.
+      renormalize: scale the columns of ``W0 + beta R`` to length one; needs class weights.
+    """
+
+    beta: Number = 1.0
+    scale: Number = CLIP_SCALE
+    renormalize: bool = False
+
+    def init(
+        self,
+        support: FewShotInputs,
+        labels: Any,
+        *,
+        class_weights: Any = None,
+        views: int = 1,
+        key: jax.Array | None = None,
+    ) -> FewShotState:
+        del labels, views, key
+        features = needed(support.features, "features", self)
+        weights = needed(class_weights, "class_weights", self) if self.renormalize else None
+        shape = (features.shape[-1], support.zero_shot.shape[-1])
+        return FewShotState(jnp.zeros(shape, features.dtype), weights)
+
+    def bias(self, state: FewShotState, inputs: FewShotInputs) -> jax.Array:
+        return self.scale * needed(inputs.features, "features", self) @ state.trained
+
+    def logits(self, state: FewShotState, inputs: FewShotInputs) -> jax.Array:
+        if not self.renormalize:
+            return super().logits(state, inputs)
+        features = needed(inputs.features, "features", self)
+        weights = unit_rows((state.fixed + self.beta * state.trained).T).T
+        return inputs.zero_shot + self.scale * features @ (weights - state.fixed)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LinearProbeConfig(FewShotConfig):
+    """A linear classifier of one encoder's features; its bias takes the zero-shot logits back.
+
+    ::
+
+        s_bias = scale * f @ W + b - s0
+
+    Attributes:
+      beta: 1 is the probe by itself, less mixes it with the zero-shot logits.
+      source: the encoder, ``'features'`` or ``'auxiliary'``.
+      scale: of the cosines.
+      initial: ``'features'`` (class means) or ``'zeros'``.
+    """
+
+    source: Literal["features", "auxiliary"] = "features"
+    scale: Number = CLIP_SCALE
+    initial: Literal["features", "zeros"] = "zeros"
+
+    def init(
+        self,
+        support: FewShotInputs,
+        labels: Any,
+        *,
+        class_weights: Any = None,
+        views: int = 1,
+        key: jax.Array | None = None,
+    ) -> FewShotState:
+        del class_weights, key
+        features = mean_view(needed(getattr(support, self.source), self.source, self), views)
+        classes = support.zero_shot.shape[-1]
+        kernel = jnp.zeros((features.shape[-1], classes), features.dtype)
+        if self.initial == "features":
+            kernel = class_means(features, labels, classes)
+        bias = jnp.zeros((classes,), features.dtype)
+        return FewShotState({"kernel": kernel, "bias": bias}, None)
+
+    def bias(self, state: FewShotState, inputs: FewShotInputs) -> jax.Array:
+        features = needed(getattr(inputs, self.source), self.source, self)
+        own = self.scale * features @ state.trained["kernel"] + state.trained["bias"]
+        return own - inputs.zero_shot
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CrossModalConfig(FewShotConfig):
+    """The cross-modal linear probe: class weights are further labelled examples.
+
+    The probe starts from the class weights, and half of its loss is that of classifying them. Every
+    step sees all of them, where the released code samples a batch of them.
+
+    ::
+
+        s_bias = scale * f @ W - s0
+
+    Attributes:
+      beta: as in :class:`LinearProbeConfig`.
+      scale: of the cosines, fixed.
+      text_share: of the loss.
+    """
+
+    scale: Number = CLIP_SCALE
+    text_share: Number = 0.5
+
+    def init(
+        self,
+        support: FewShotInputs,
+        labels: Any,
+        *,
+        class_weights: Any = None,
+        views: int = 1,
+        key: jax.Array | None = None,
+    ) -> FewShotState:
+        del support, labels, views, key
+        weights = needed(class_weights, "class_weights", self)
+        return FewShotState(weights, weights)
+
+    def bias(self, state: FewShotState, inputs: FewShotInputs) -> jax.Array:
+        features = needed(inputs.features, "features", self)
+        return self.scale * features @ state.trained - inputs.zero_shot
+
+    def loss(self, state: FewShotState, inputs: FewShotInputs, labels: Any) -> jax.Array:
+        text = self.scale * state.fixed.T @ state.trained
+        of_text = cross_entropy(text, jnp.arange(len(text))).mean()
+        of_images = cross_entropy(self.logits(state, inputs), labels)
+        image_share = jnp.subtract(1.0, self.text_share)
+        return image_share * of_images + self.text_share * of_text
+
+
+def lp_plus_plus_logits(
+    features: Float[Array, "*batch features"],
+    class_weights: Float[Array, "features classes"],
+    prototypes: Float[Array, "features classes"],
+    blend: Float[Array, " classes"],
+    bias: Float[Array, " classes"],
+) -> Float[jax.Array, "*batch classes"]:
+    """``f @ V + b + blend * (f @ W0)``, without a scale of the cosines.
+
+    >>> one = jnp.ones(2)
+    >>> lp_plus_plus_logits(jnp.eye(2), jnp.eye(2), jnp.eye(2), 3 * one, 0 * one)
+    Array([[4., 0.],
+           [0., 4.]], dtype=float32)
+    """
+    features = as_float(features, "features")
+    return features @ prototypes + bias + blend * (features @ class_weights)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LPPlusPlusConfig(FewShotConfig):
+    """LP++: prototypes plus class weights with a learnt factor for each class.
+
+    Its step sizes follow from the data, so :meth:`init` runs the whole of its training: gradient
+    descent with momentum on all examples, the factors moving every tenth step.
+
+    ::
+
+        s = f @ V + b + blend * (f @ W0)
+        V0 = class means                    blend0 = 250 mean_k <class mean_k, W0_k>
+        lr_V = 4 n / lambda_max(F.T F)      lr_blend = n / (4 max_k sum_n (f_n W0_k)^2)
+
+    Attributes:
+      beta: as in :class:`LinearProbeConfig`.
+      iterations: of gradient descent.
+      momentum: of the prototypes.
+      blend_every: steps between those of the factors.
+    """
+
+    iterations: int = 300
+    momentum: float = 0.9
+    blend_every: int = 10
+    trains: ClassVar[bool] = False
+
+    def init(
+        self,
+        support: FewShotInputs,
+        labels: Any,
+        *,
+        class_weights: Any = None,
+        views: int = 1,
+        key: jax.Array | None = None,
+    ) -> FewShotState:
+        del key
+        weights = needed(class_weights, "class_weights", self)
+        features = mean_view(needed(support.features, "features", self), views)
+        trained = self._solve(features, jnp.asarray(labels), weights)
+        return FewShotState(trained, weights)
+
+    def _solve(
+        self,
+        features: Float[Array, "n features"],
+        labels: Int[Array, " n"],
+        weights: Float[Array, "features classes"],
+    ) -> dict[str, jax.Array]:
+        classes = weights.shape[-1]
+        there = labels >= 0
+        count = jnp.maximum(there.sum(), 1)
+        features = jnp.where(there[:, None], features, 0.0)
+        # The squared singular values are the eigenvalues of either Gram matrix.
+        wide = features.shape[0] < features.shape[1]
+        gram = features @ features.T if wide else features.T @ features
+        rate = 4.0 * count / jnp.linalg.eigvalsh(gram)[-1]
+        text = features @ weights
+        blend_rate = count / (4.0 * jnp.square(text).sum(0).max())
+        hit = one_hot(labels, classes, features.dtype)
+        centroid_logits = (hit * text).sum(0) / jnp.maximum(hit.sum(0), 1)
+        blend = jnp.full((classes,), 250.0 * centroid_logits.mean(), features.dtype)
+        # Prototypes are sums of features: with fewer images than channels their coefficients move.
+        share = hit / jnp.maximum(hit.sum(0), 1)
+        seen, start = (gram, share) if wide else (features, features.T @ share)
+
+        def loss(logits: jax.Array) -> jax.Array:
+            values = cross_entropy(logits, jnp.maximum(labels, 0))
+            return jnp.where(there, values, 0.0).sum() / count
+
+        def step(carry: Any, index: Any) -> tuple[Any, None]:
+            (moving, bias), blend, velocity = carry
+            slope = jax.grad(loss)(seen @ moving + bias + blend * text)
+            down = (slope if wide else features.T @ slope, slope.sum(0))
+            velocity = jax.tree.map(lambda v, g: self.momentum * v + g, velocity, down)
+            moving, bias = jax.tree.map(lambda x, v: x - rate * v, (moving, bias), velocity)
+            due = index % self.blend_every == self.blend_every - 1
+            blended = blend - blend_rate * (slope * text).sum(0)
+            return ((moving, bias), jnp.where(due, blended, blend), velocity), None
+
+        first = (start, jnp.zeros((classes,), features.dtype))
+        carry = (first, blend, jax.tree.map(jnp.zeros_like, first))
+        ((moving, bias), blend, _), _ = jax.lax.scan(step, carry, jnp.arange(self.iterations))
+        prototypes = features.T @ moving if wide else moving
+        return {"prototypes": prototypes, "bias": bias, "blend": blend}
+
+    def bias(self, state: FewShotState, inputs: FewShotInputs) -> jax.Array:
+        features = needed(inputs.features, "features", self)
+        own = lp_plus_plus_logits(
+            features,
+            state.fixed,
+            state.trained["prototypes"],
+            state.trained["blend"],
+            state.trained["bias"],
+        )
+        return own - inputs.zero_shot

@@ -1,0 +1,165 @@
+"""Kernels for CPUs, where XLA's compiler has no fast form of what decoding a cheap head needs.
+
+Sums of look-ups in small tables, products with chosen rows, and the places of the largest entries,
+in C++ that XLA calls (``jax.ffi``). Nothing needs them: `logitjax.ops` and `logitjax.heads` give
+the same results without, and take these where they are built and a program has one device, a CPU ::
+
+    python -m logitjax.kernels
+
+builds them with the machine's C++ compiler (``CXX``, else c++, g++ or clang++) into the user's
+cache. ``LOGITJAX_NATIVE=0`` leaves them unused, e.g. for ``jax.export``; ``LOGITJAX_NATIVE=1`` uses
+them with several devices too, each of which then gets all rows of what they are given.
+
+What is shared here is lowest: it knows nothing of the rest of the library.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import pathlib
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+from jax import lax
+
+_SOURCE = pathlib.Path(__file__).with_name("kernels.cc")
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-DNDEBUG", "-shared", "-fPIC", "-pthread")
+_TARGETS = ("lookup_sums", "row_products", "largest_ids")
+
+
+def build() -> pathlib.Path:
+    """Compiles the kernels for this machine, unless they are, and says where they lie.
+
+    Raises:
+      RuntimeError: there is no C++ compiler, or it fails; with what it said.
+    """
+    library = _library()
+    if library.exists():
+        return library
+    named = os.environ.get("CXX")
+    found = [shutil.which(name) for name in ("c++", "g++", "clang++")]
+    compiler = shlex.split(named) if named else [path for path in found if path][:1]
+    if not compiler:
+        raise RuntimeError("no C++ compiler: install g++ or clang++, or name one in CXX")
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as directory:
+        # Another process may be building too: whole or not there.
+        made = pathlib.Path(directory) / library.name
+        command = [*compiler, *_FLAGS, f"-I{jax.ffi.include_dir()}", str(_SOURCE), "-o", str(made)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode or not made.exists():
+            raise RuntimeError(f"{shlex.join(command)} failed:\n{done.stderr[-4000:]}")
+        made.replace(library)
+    return library
+
+
+def in_use() -> bool:
+    """Whether programs traced now take the kernels when they run on a CPU.
+
+    Raises:
+      RuntimeError: ``LOGITJAX_NATIVE=1``, and they are not built.
+    """
+    wish = os.environ.get("LOGITJAX_NATIVE", "")
+    if wish == "0" or (not wish and jax.device_count() != 1):
+        return False
+    if wish and not _loaded():
+        raise RuntimeError("LOGITJAX_NATIVE is set: build the kernels, python -m logitjax.kernels")
+    return _loaded()
+
+
+def on_cpu(native: Callable[..., Any], otherwise: Callable[..., Any], *args: jax.Array) -> Any:
+    """``native(*args)`` where that runs on a CPU and kernels are `in_use`, else ``otherwise``."""
+    if not in_use():
+        return otherwise(*args)
+    return lax.platform_dependent(*args, cpu=native, default=otherwise)
+
+
+def lookup_sums(tables: jax.Array, blocks: jax.Array) -> jax.Array:
+    """Sums of look-ups in tables of 16 bytes, for 32 tokens a block.
+
+    ::
+
+        sum_g tables[n, g, code_g(v)]
+
+    Args:
+      tables: ``[n, 2 * pairs, 16]``, uint8.
+      blocks: ``[count, pairs, 32]``, uint8, see `logitjax.heads.pack_codes`.
+
+    Returns:
+      ``[n, 32 * count]``, int32.
+    """
+    result = jax.ShapeDtypeStruct((tables.shape[0], 32 * blocks.shape[0]), jnp.int32)
+    return _call("lookup_sums", result)(tables, blocks)
+
+
+def row_products(vectors: jax.Array, rows: jax.Array, ids: jax.Array) -> jax.Array:
+    """Products of each vector with rows of its own, which are read where they lie.
+
+    Args:
+      vectors: ``[n, d]``, float32.
+      rows: ``[v, d]``, float32 or bfloat16.
+      ids: ``[n, m]``, int32; what lies outside is taken for the nearest end.
+
+    Returns:
+      ``[n, m]``, float32.
+    """
+    return _call("row_products", jax.ShapeDtypeStruct(ids.shape, jnp.float32))(vectors, rows, ids)
+
+
+def largest_ids(values: jax.Array, k: int) -> jax.Array:
+    """Where the k largest entries of each row are, largest first, equal ones lowest index first.
+
+    Args:
+      values: ``[n, v]``, float32; nan is larger than all.
+      k: how many, 1..v.
+
+    Returns:
+      ``[n, k]``, int32.
+    """
+    result = jax.ShapeDtypeStruct((values.shape[0], k), jnp.int32)
+    return _call("largest_ids", result)(values)
+
+
+def _call(name: str, result: Any) -> Callable[..., Any]:
+    if not _loaded():
+        raise RuntimeError("the kernels are not built: python -m logitjax.kernels")
+    return jax.ffi.ffi_call(f"logitjax_{name}", result, vmap_method="sequential")
+
+
+@functools.cache
+def _loaded() -> bool:
+    """Loads what `build` left, once a process."""
+    try:
+        library = _library()
+        if not library.exists():
+            return False
+        symbols = ctypes.CDLL(str(library))
+    except (OSError, RuntimeError) as error:  # no home directory, another C library
+        logging.warning("kernels for CPUs cannot be loaded, XLA does their work: %s", error)
+        return False
+    for name in _TARGETS:
+        symbol = f"logitjax_{name}"
+        target = jax.ffi.pycapsule(getattr(symbols, symbol))
+        jax.ffi.register_ffi_target(symbol, target, platform="cpu")
+    return True
+
+
+@functools.cache
+def _library() -> pathlib.Path:
+    """A file of this source, these flags, this jax and this processor."""
+    info = pathlib.Path("/proc/cpuinfo")
+    text = info.read_text() if info.exists() else ""
+    flags = [line for line in text.splitlines() if line.startswith(("flags", "Features"))][:1]
+    parts = (_SOURCE.read_text(), _FLAGS, jax.__version__, platform.machine(), flags)
+    cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+    return pathlib.Path(cache) / "logitjax" / f"kernels-{digest}.so"

@@ -1,0 +1,11 @@
+"""``python -m logitjax.kernels``: builds the kernels for this machine's CPU."""
+
+import sys
+
+from logitjax import kernels
+
+if __name__ == "__main__":
+    try:
+        print(f"kernels for CPUs: {kernels.build()}")
+    except RuntimeError as error:
+        sys.exit(f"kernels for CPUs are not built, XLA does their work: {error}")

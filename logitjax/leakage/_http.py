@@ -1,0 +1,135 @@
+"""An oracle over HTTP: the same audit against one's own server on the loopback interface."""
+
+import concurrent.futures
+import http.client
+import ipaddress
+import json
+import threading
+import time
+import urllib.parse
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from logitjax.leakage._oracle import BudgetExhaustedError
+from logitjax.leakage._policy import Answer, LogitPolicy
+
+
+class HttpOracle:
+    """Asks a completion server, one token at a time, and counts.
+
+    Args:
+      address: ``http://127.0.0.1:PORT``. Only loopback: audits are of servers one runs.
+      policy: what the server is known to do; ``top_k`` values are asked for.
+      api_key: of the server.
+      workers: requests under way at once.
+      budget: queries that may be asked; None for any number.
+
+    Raises:
+      ValueError: an address that is not of this machine.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        policy: LogitPolicy,
+        *,
+        api_key: str | None = None,
+        workers: int = 16,
+        budget: int | None = None,
+    ):
+        host = urllib.parse.urlsplit(address).hostname or ""
+        if host != "localhost" and not _is_loopback(host):
+            raise ValueError(f"address: expected one of this machine, got {address}")
+        self.policy = policy
+        self.queries = 0
+        self.values = 0
+        self.budget = budget
+        self._host = urllib.parse.urlsplit(address).netloc
+        self._headers = {"Content-Type": "application/json"}
+        if api_key is not None:
+            self._headers["Authorization"] = f"Bearer {api_key}"
+        self._pool = concurrent.futures.ThreadPoolExecutor(workers)
+        self._local = threading.local()
+
+    def ask(self, prompts: Sequence[Any]) -> Answer:
+        """One query a prompt, without a bias."""
+        return self._all([(prompt, None) for prompt in prompts])
+
+    def ask_biased(self, prompt: Any, bias_tokens: Any, bias_values: Any) -> Answer:
+        """Many queries about one prompt, each with its own logit bias."""
+        tokens, values = np.asarray(bias_tokens), np.asarray(bias_values, float)
+        biases = []
+        for row, amounts in zip(tokens, np.broadcast_to(values, tokens.shape), strict=True):
+            added: dict[str, float] = {}
+            for token, amount in zip(row.tolist(), amounts.tolist(), strict=True):
+                added[str(token)] = added.get(str(token), 0.0) + amount
+            biases.append(added)
+        return self._all([(prompt, bias) for bias in biases])
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _all(self, queries: Sequence[tuple[Any, Mapping[str, float] | None]]) -> Answer:
+        if self.budget is not None and self.queries + len(queries) > self.budget:
+            raise BudgetExhaustedError(
+                f"{len(queries)} queries would pass the budget: "
+                f"{self.queries} of {self.budget} are used"
+            )
+        self.queries += len(queries)
+        found = list(self._pool.map(lambda query: self._one(*query), queries))
+        answer = Answer(
+            values=np.array([[value for _, value in row] for row in found], np.float32),
+            tokens=np.array([[token for token, _ in row] for row in found], np.int32),
+        )
+        self.values += answer.values.size
+        return answer
+
+    def _one(self, prompt: Any, bias: Mapping[str, float] | None) -> list[tuple[int, float]]:
+        body: dict[str, Any] = {
+            "prompt": np.asarray(prompt).tolist(),
+            "max_tokens": 1,
+            "temperature": 0,
+            "logprobs": self.policy.top_k,
+            "return_tokens_as_token_ids": True,
+        }
+        if bias:
+            body["logit_bias"] = bias
+        answer = self._post(json.dumps(body))
+        tops = answer["choices"][0]["logprobs"]["top_logprobs"][0]
+        found = [(int(name.removeprefix("token_id:")), value) for name, value in tops.items()]
+        return sorted(found, key=lambda pair: -pair[1])
+
+    def _post(self, body: str) -> Any:
+        for _ in range(200):
+            status, headers, text = self._send(body)
+            if status == 200:
+                return json.loads(text)
+            if status != 429:
+                raise RuntimeError(f"the server answered {status}: {text[:200]!r}")
+            time.sleep(float(headers.get("Retry-After", "1")))
+        raise RuntimeError("the server stayed overloaded")
+
+    def _send(self, body: str) -> tuple[int, Any, bytes]:
+        for fresh in (False, True):
+            connection = getattr(self._local, "connection", None)
+            if connection is None or fresh:
+                connection = http.client.HTTPConnection(self._host, timeout=120)
+                self._local.connection = connection
+            try:
+                connection.request("POST", "/v1/completions", body, self._headers)
+                answer = connection.getresponse()
+                return answer.status, answer.headers, answer.read()
+            except (http.client.HTTPException, ConnectionError):
+                # An idle connection that the server closed is opened anew, once.
+                if fresh:
+                    raise
+        raise AssertionError("not reached")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

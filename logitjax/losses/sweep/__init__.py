@@ -1,0 +1,1 @@
+"""The sweep over the vocabulary: blocks of logits that a statistic sums up, never held whole."""

@@ -1,0 +1,122 @@
+"""Training the assistant of a logit difference: adapters on the first layers of a frozen model."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from logitjax.models import Decoder
+from logitjax.ops import Positions
+from logitjax.training._step import LossFn
+from logitjax.unlearning._linear_losses import linear_assistant_objective
+
+
+def make_assistant_loss(
+    base: Decoder,
+    *,
+    retain_weight: float = 6.5,
+    uniform: str = "answers",
+    max_positions: int | None = None,
+) -> tuple[LossFn, Any]:
+    """The loss of an assistant's adapters, for `make_train_step`.
+
+    Learns what is to be forgotten and to say nothing about what is to be kept::
+
+        mean_{forget answers} -log p(y) + beta mean_{retain} KL(uniform || p)
+
+    Each step takes one batch to forget and one to keep, of shapes that do not change. Both run as
+    one, and one sweep over blocks of the vocabulary gives the value and its gradient: no logits
+    ``[rows, time, vocab]``, no gradient of the head, no pass of the large model, and no reference
+    model. The frozen weights reach the step as its constants, so nothing of them is copied or
+    donated.
+
+    Batches are ``{"forget": {"tokens", "mask"}, "retain": {"tokens", "mask"}}``: int32 and bool
+    ``[rows, time]``, padded at the end, ``mask`` True at the tokens of the answers.
+
+    Args:
+      base: the `logitjax.unlearning.Assistant`'s, whose arrays are the large model's.
+      retain_weight: beta, 6.5 in the paper and 5 in its code.
+      uniform: where it has to be silent: where it would predict a token of an ``'answers'``, or at
+        ``'all'`` positions, prompt and padding included, as in the released code.
+      max_positions: the most positions that count in any step, if that is known: the head, most of
+        a small assistant's work, then meets no others. All positions when None. The loss of a step
+        in which more of them count is nan.
+
+    Returns:
+      ``loss_fn(lora, batch, rng, constants)``, a mean with a count of 1, and the constants.
+
+    Raises:
+      ValueError: ``uniform`` is neither, ``max_positions`` is not positive, or logits are
+        soft-capped.
+
+    >>> from logitjax.models import DecoderConfig
+    >>> from logitjax.unlearning import init_assistant
+    >>> config = DecoderConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=2,
+    ...                        num_heads=2, num_kv_heads=1, head_dim=4)
+    >>> target = Decoder(config, rngs=nnx.Rngs(0), layout="listed")
+    >>> assistant = init_assistant(target, 1, rank=2, key=jax.random.key(0))
+    >>> loss_fn, constants = make_assistant_loss(assistant.base)
+    >>> rows = {"tokens": jnp.array([[1, 2, 3]]), "mask": jnp.array([[False, True, True]])}
+    >>> loss, count, parts = loss_fn(assistant.lora, {"forget": rows, "retain": rows}, None,
+    ...                              constants)
+    >>> loss.shape, sorted(parts)
+    ((), ['forget', 'retain'])
+
+    References:
+      Ji et al., Reversing the forget-retain objectives, 2024 (arXiv 2406.08607), eqs. 3-5. The
+      release splits each micro-batch by a label and counts a missing side as 0; it has dropout of
+      0.05 on the adapters' inputs, which this has not.
+    """
+    if uniform not in ("answers", "all"):
+        raise ValueError(f"uniform must be 'answers' or 'all', got {uniform!r}")
+    if max_positions is not None and max_positions < 1:
+        raise ValueError(f"max_positions must be positive, got {max_positions}")
+    base.head_kernel()
+    graphdef, params, rest = nnx.split(base, nnx.Param, ...)
+
+    def loss_fn(
+        lora: Any, batch: Mapping[str, Any], rng: Any, constants: Any
+    ) -> tuple[Any, Any, dict[str, tuple[Any, Any]]]:
+        del rng
+        model = nnx.merge(graphdef, constants, rest)
+        tokens, answers, retain = together(batch)
+        hidden, _ = model.hidden_states(tokens, lora=lora)
+        labels, where = next_tokens(tokens, answers)
+        if uniform == "all":
+            where = where | retain[:, None]
+        retain = jnp.broadcast_to(retain[:, None], tokens.shape)
+        positions = Positions(where, max_positions)
+        hidden, labels, retain = map(positions.pick, (hidden, labels, retain))
+        kernel, bias, vocab_axis = model.head_kernel()
+        loss, parts = linear_assistant_objective(
+            hidden,
+            kernel,
+            labels,
+            retain,
+            where=positions.counted,
+            retain_weight=retain_weight,
+            bias=bias,
+            vocab_axis=vocab_axis,
+        )
+        loss = jnp.where(positions.fits, loss, jnp.nan)
+        one = jnp.float32(1)
+        return loss, one, {name: (value, one) for name, value in parts.items()}
+
+    return loss_fn, nnx.to_pure_dict(params)
+
+
+def together(batch: Mapping[str, Any]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Rows to forget, then rows to keep: tokens, answers, and which rows are to be kept."""
+    sides = [batch["forget"], batch["retain"]]
+    tokens, answers = (
+        jnp.concatenate([jnp.asarray(side[name]) for side in sides]) for name in ("tokens", "mask")
+    )
+    return tokens, answers, jnp.arange(len(tokens)) >= len(sides[0]["tokens"])
+
+
+def next_tokens(tokens: Any, answers: Any) -> tuple[jax.Array, jax.Array]:
+    """What each position predicts, and where that is a token of the answer."""
+    labels = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
+    return labels, jnp.pad(jnp.asarray(answers)[:, 1:], ((0, 0), (0, 1)))

@@ -1,0 +1,390 @@
+"""The TOFU benchmark on a model: scores, generated answers, logs."""
+
+import dataclasses
+import hashlib
+import inspect
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+from tqdm import tqdm
+
+from logitjax.data import Tokenizer
+from logitjax.evaluation._encode import PromptTemplate, encode_answer, encode_prompt
+from logitjax.evaluation._nll import NllFn
+from logitjax.evaluation._rouge import rouge_recall
+from logitjax.evaluation._rows import score_rows
+from logitjax.unlearning._memorisation import exact_memorisation, extraction_strength
+from logitjax.unlearning._tofu import TofuItem
+from logitjax.unlearning._tofu_logs import AGGREGATED, log_file, plain, write_json
+from logitjax.unlearning._tofu_metrics import TofuEvaluation, metrics_from_logs
+from logitjax.unlearning._truth_ratio import Form, normalised_probability, truth_ratio
+
+# (prompts, most new tokens) -> what follows each prompt, without the prompt.
+GenerateFn = Callable[[list[np.ndarray], int], Sequence[Any]]
+
+# Whoever changes what a log holds changes this, so that older ones are made again.
+_VERSION = 1
+_LOG_SECONDS = 30.0
+# Only their losses are asked for.
+_LOSS_ONLY = ("holdout",)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Setting:
+    """Everything but the model and the items that decides what a log says."""
+
+    template: PromptTemplate
+    max_length: int
+    max_new_tokens: int
+    eos_id: int | None
+    generates: bool
+
+
+def evaluate_tofu(
+    nll_fn: NllFn,
+    generate_fn: GenerateFn | None,
+    tokenizer: Tokenizer,
+    sets: Mapping[str, Sequence[TofuItem]],
+    *,
+    template: PromptTemplate,
+    reference_logs: Any = None,
+    workdir: str | os.PathLike[str] | None = None,
+    model_fingerprint: str = "",
+    form: Form = "geometric",
+    batch_size: int = 16,
+    generate_batch_size: int | None = None,
+    max_length: int = 200,
+    max_new_tokens: int = 200,
+    eos_id: int | None = None,
+    limit: int | None = None,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> TofuEvaluation:
+    """Runs the TOFU benchmark on a model, whatever that is.
+
+    Of every item: losses of the answer, of its paraphrase and of the wrong answers, and the answer
+    that the model gives, with its ROUGE recall. With a ``workdir`` each set's log is written once
+    it is done, as TOFU's own code would (``eval_log.json``, ``eval_log_forget.json``,
+    ``eval_real_author_wo_options.json``, ``eval_real_world_wo_options.json``, and all in one
+    ``eval_log_aggregated.json``), and read the next time if it is about the same thing.
+
+    Args:
+      nll_fn: ``(tokens, targets)``, int32 and bool ``[batch, time]``, to the negative
+        log-likelihood of every target, float32 ``[batch, time]``; from logits by `nll_from_apply`.
+        With its ``with_greedy`` extraction strength and exact memorisation are reported too, over
+        the answers' tokens without the end mark.
+      generate_fn: ``(prompts, max_new_tokens)``, a list of int32 arrays and a number, to what
+        follows each prompt, greedily. None leaves out ROUGE and with it the model utility.
+      tokenizer: of the model.
+      sets: by name. ``retain``, ``real_authors``, ``world_facts`` make the model utility,
+        ``forget`` the forget quality; ``holdout`` (only its losses are taken) allows a membership
+        attack. Others are reported as the first are; with names that begin in ``forget``, as that.
+      template: what stands around the question; the one the model was trained with.
+      reference_logs: of the model retrained without the forget set: its `TofuEvaluation`, or what
+        `metrics_from_logs` takes.
+      workdir: for the logs; one model each. Only process 0 writes; all must be able to read.
+      model_fingerprint: changes with the model; logs under another one are made again.
+      form: of the truth ratio in the metrics. Logs hold the geometric one, as TOFU's.
+      batch_size: rows of tokens at a time; lengths are padded to multiples of 32.
+      generate_batch_size: prompts at a time, those of like lengths together; default
+        ``batch_size``. The last batch is filled up, so that all are of one size.
+      max_length: of prompt and answer; TOFU's is 200, OpenUnlearning's 512.
+      max_new_tokens: of generated answers.
+      eos_id: the end mark, if it is not the tokenizer's.
+      limit: take only the first items of each set; TOFU's code takes 300.
+      confidence: of the interval of the forget quality.
+      seed: of its resampling.
+
+    Returns:
+      `TofuEvaluation`.
+
+    Raises:
+      ValueError: items without wrong answers, losses that are not finite (names set and item), or a
+        file in ``workdir`` that this did not write.
+
+    References:
+      Maini et al., 2024 (arXiv 2401.06121), section 2.3; logs as of its code. Departures: the whole
+      forget set unless ``limit`` says otherwise; prompts are encoded the same way for scoring and
+      generating; ROUGE holds the generated text against the item's answer, not against a decoded
+      one.
+    """
+    sets = {name: tuple(items)[:limit] for name, items in sets.items()}
+    _check_sets(sets)
+    end = tokenizer.eos_id if eos_id is None else eos_id
+    setting = _Setting(
+        template=template,
+        max_length=max_length,
+        max_new_tokens=max_new_tokens,
+        eos_id=end,
+        generates=generate_fn is not None,
+    )
+    root = None if workdir is None else epath.Path(workdir).expanduser()
+    logs: dict[str, dict[str, Any]] = {}
+    for name, items in sets.items():
+        mark = _fingerprint(name, items, setting, tokenizer.fingerprint, model_fingerprint)
+        log = None if root is None else _finished(root / log_file(name), mark)
+        if log is None:
+            log = _log_set(
+                name,
+                items,
+                setting,
+                nll_fn,
+                generate_fn,
+                tokenizer,
+                batch_size=batch_size,
+                generate_batch_size=generate_batch_size or batch_size,
+            )
+            log["fingerprint"] = mark
+            if root is not None and jax.process_index() == 0:
+                write_json(root / log_file(name), log)
+        logs[name] = log
+    if root is not None and jax.process_index() == 0:
+        write_json(root / AGGREGATED, {log_file(name): log for name, log in logs.items()})
+    return metrics_from_logs(
+        logs, reference_logs=reference_logs, form=form, confidence=confidence, seed=seed
+    )
+
+
+def _check_sets(sets: Mapping[str, Sequence[TofuItem]]) -> None:
+    if not sets:
+        raise ValueError("sets: none given")
+    for name, items in sets.items():
+        if not items:
+            raise ValueError(f"sets: {name!r} has no items")
+        keys = [item.index for item in items]
+        if len(set(keys)) != len(keys):
+            raise ValueError(f"sets: {name!r} has items of the same index, which logs are keyed by")
+        for item in items:
+            if name not in _LOSS_ONLY and not item.perturbed_answers:
+                raise ValueError(
+                    f"sets: item {item.index} of {name!r} has no wrong answers; take the "
+                    "_perturbed split"
+                )
+
+
+def _fingerprint(
+    name: str, items: Sequence[TofuItem], setting: _Setting, tokenizer: str, model: str
+) -> str:
+    said = [
+        _VERSION,
+        name,
+        [dataclasses.asdict(item) for item in items],
+        dataclasses.asdict(setting),
+        tokenizer,
+        model,
+    ]
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def _finished(path: epath.Path, mark: str) -> dict[str, Any] | None:
+    """A log that is there already, if it is about the same items, setting and model."""
+    if not path.exists():
+        return None
+    try:
+        log = json.loads(path.read_text())
+        written = log["fingerprint"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise ValueError(
+            f"{path}: not a log of evaluate_tofu (no 'fingerprint'); choose another workdir"
+        ) from None
+    if written != mark:
+        logging.info("%s: of another model or setting, made again", path)
+        return None
+    logging.info("%s: finished before", path)
+    return log
+
+
+class _Progress:
+    """A bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, label: str, total: int):
+        self._label, self._total, self._done = label, total, 0
+        quiet = True if jax.process_index() else None
+        self._bar = tqdm(total=total, desc=label, unit="row", leave=False, disable=quiet)
+        self._said = time.monotonic()
+
+    def __call__(self, count: int) -> None:
+        self._done += count
+        self._bar.update(count)
+        late = time.monotonic() - self._said > _LOG_SECONDS
+        if self._bar.disable and (late or self._done == self._total):
+            logging.info("%s: %d of %d", self._label, self._done, self._total)
+            self._said = time.monotonic()
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def _log_set(
+    name: str,
+    items: Sequence[TofuItem],
+    setting: _Setting,
+    nll_fn: NllFn,
+    generate_fn: GenerateFn | None,
+    tokenizer: Tokenizer,
+    *,
+    batch_size: int,
+    generate_batch_size: int,
+) -> dict[str, Any]:
+    """One set's log, with TOFU's fields in TOFU's order."""
+    keys = [str(item.index) for item in items]
+    log: dict[str, Any] = {}
+
+    def put(field: str, values: Any) -> None:
+        log[field] = {key: plain(value) for key, value in zip(keys, values, strict=True)}
+
+    scored = _score_answers(name, items, setting, nll_fn, tokenizer, batch_size)
+    own, paraphrase, wrong = scored.own, scored.paraphrase, scored.wrong
+    total, count = scored.total, scored.count
+    average = total / count
+    put("avg_gt_loss", average[own])
+    put("gt_loss", total[own])
+    put("num_token_gt", count[own])
+    if scored.greedy is not None:
+        put("extraction_strength", [extraction_strength(row) for row in scored.greedy])
+        put("exact_memorization", [exact_memorisation(row) for row in scored.greedy])
+    if name in _LOSS_ONLY:
+        return log
+    if generate_fn is not None:
+        said = _generate(name, items, setting, generate_fn, tokenizer, generate_batch_size)
+        answers = [item.answer for item in items]
+        prompts = [setting.template.render(item.question) for item in items]
+        put("generated_text", [list(row) for row in zip(prompts, said, answers, strict=True)])
+        recall = rouge_recall(answers, said)
+        put("rouge1_recall", recall.rouge_1)
+        put("rougeL_recall", recall.rouge_l)
+    put("average_perturb_loss", [average[row] for row in wrong])
+    put("avg_paraphrased_loss", average[paraphrase])
+    put("truth_ratio", truth_ratio(average[paraphrase], [average[row] for row in wrong]))
+    put("paraphrased_loss", total[paraphrase])
+    put("perturb_loss", [total[row] for row in wrong])
+    put("num_token_paraphrased", count[paraphrase])
+    put("num_token_perturb", [count[row] for row in wrong])
+    if name in ("real_authors", "world_facts"):
+        likely = normalised_probability(average[own], [average[row] for row in wrong])
+        with np.errstate(divide="ignore"):
+            put("normalized_gt_loss", -np.log(likely))
+    return log
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Scored:
+    """Nats and tokens of all answers, and which of these are whose.
+
+    ``greedy`` holds for each item's own answer, without the end mark, which of its tokens are the
+    most likely ones.
+    """
+
+    total: np.ndarray
+    count: np.ndarray
+    greedy: list[np.ndarray] | None
+    own: list[int]
+    paraphrase: list[int]
+    wrong: list[list[int]]
+
+
+def _score_answers(
+    name: str,
+    items: Sequence[TofuItem],
+    setting: _Setting,
+    nll_fn: NllFn,
+    tokenizer: Tokenizer,
+    batch_size: int,
+) -> _Scored:
+    rows: list[tuple[np.ndarray, np.ndarray]] = []
+    owners: list[TofuItem] = []
+
+    def add(item: TofuItem, answer: str) -> int:
+        row = encode_answer(
+            tokenizer,
+            setting.template,
+            item.question,
+            answer,
+            max_length=setting.max_length,
+            eos_id=setting.eos_id,
+        )
+        rows.append(row)
+        owners.append(item)
+        return len(rows) - 1
+
+    own, paraphrase, wrong = [], [], []
+    for item in items:
+        own.append(add(item, item.answer))
+        if name not in _LOSS_ONLY:
+            # The real-world sets have no paraphrase: the answer is not scored twice.
+            plain = item.paraphrased_answer is None
+            paraphrase.append(own[-1] if plain else add(item, item.truth))
+            wrong.append([add(item, answer) for answer in item.perturbed_answers])
+    progress = _Progress(f"{name}: losses", len(rows))
+    try:
+        pad = next((i for i in (tokenizer.pad_id, tokenizer.eos_id) if i is not None), 0)
+        scores = score_rows(
+            nll_fn,
+            rows,
+            batch_size=batch_size,
+            pad_id=pad,
+            progress=progress,
+            describe=lambda i: f"set {name!r}, item {owners[i].index}",
+        )
+    finally:
+        progress.close()
+    greedy = None
+    if scores.greedy is not None:
+        # An answer that was cut off has no end mark.
+        ends = [rows[i][0][-1] == setting.eos_id for i in own]
+        greedy = [scores.greedy[i][: -1 if end else None] for i, end in zip(own, ends)]
+    return _Scored(
+        total=scores.totals(),
+        count=scores.counts(),
+        greedy=greedy,
+        own=own,
+        paraphrase=paraphrase,
+        wrong=wrong,
+    )
+
+
+def _generate(
+    name: str,
+    items: Sequence[TofuItem],
+    setting: _Setting,
+    generate_fn: GenerateFn,
+    tokenizer: Tokenizer,
+    batch_size: int,
+) -> list[str]:
+    """What the model answers, in the order of the items."""
+    prompts = [encode_prompt(tokenizer, setting.template, item.question) for item in items]
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    said = [""] * len(prompts)
+    progress = _Progress(f"{name}: answers", len(prompts))
+    try:
+        for start in range(0, len(order), batch_size):
+            picked = order[start : start + batch_size]
+            # Filled up with the shortest, so that a compiled decoder sees one number of rows.
+            filled = picked + picked[-1:] * (batch_size - len(picked))
+            found = generate_fn([prompts[i] for i in filled], setting.max_new_tokens)
+            if len(found) != len(filled):
+                raise ValueError(
+                    f"generate_fn must give one answer a prompt, got {len(found)} for "
+                    f"{len(filled)} prompts"
+                )
+            for i, tokens in zip(picked, found):
+                said[i] = _decode(tokenizer, np.asarray(tokens, np.int64).ravel(), setting.eos_id)
+            progress(len(picked))
+    finally:
+        progress.close()
+    return said
+
+
+def _decode(tokenizer: Tokenizer, tokens: np.ndarray, eos_id: int | None) -> str:
+    ends = np.flatnonzero(tokens == eos_id) if eos_id is not None else []
+    kept = tokens[: ends[0]] if len(ends) else tokens
+    # Ours can leave out marks in between, as TOFU's code does; the protocol does not ask for it.
+    skips = "skip_special" in inspect.signature(tokenizer.decode).parameters
+    return tokenizer.decode(kept.tolist(), **({"skip_special": True} if skips else {})).strip()

@@ -1,0 +1,263 @@
+"""Unlearning losses that start at negative log-likelihoods, of tokens or of whole answers.
+
+Where these came from does not matter: `cross_entropy` of logits or `linear_cross_entropy` of hidden
+states, which never forms them. Weights and defaults are those of OpenUnlearning
+(`UNLEARNING_METHODS` holds what its configurations say of each method).
+
+>>> import jax.numpy as jnp
+>>> from logitjax import losses
+>>> logits, labels = jnp.zeros((2, 3, 5)), jnp.array([[1, 2, 3], [4, 0, 0]])
+>>> answer = jnp.array([[True, True, True], [True, False, False]])
+>>> nll, lengths = unlearning.sequence_nll(losses.cross_entropy(logits, labels), answer)
+>>> [f"{loss:.3f}" for loss in unlearning.npo(nll, nll - 1.0)]
+['12.888', '12.888']
+>>> [f"{loss:.5f}" for loss in unlearning.simnpo(nll, lengths)]
+['0.00032', '0.00032']
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
+
+from logitjax.ops import Array, Number, check_positive, check_same_shape, check_where
+
+
+def as_losses(values: Array, name: str) -> jax.Array:
+    """Float32 losses, of any shape; float64 stays where x64 is on."""
+    values = jnp.asarray(values)
+    if not jnp.issubdtype(values.dtype, jnp.floating):
+        raise TypeError(f"{name} must be floating point, got {values.dtype}")
+    return values.astype(jnp.promote_types(values.dtype, jnp.float32))
+
+
+def sequence_nll(
+    token_nll: Float[Array, "*batch time"], where: Bool[Array, "..."] | None = None
+) -> tuple[Float[jax.Array, "*batch"], Int[jax.Array, "*batch"]]:
+    """Summed negative log-likelihood of each answer, and how many tokens it has.
+
+    ::
+
+        n = sum_t where_t nll_t,    |y| = sum_t where_t
+
+    Args:
+      token_nll: ``[*batch, time]``, as from `cross_entropy`; whatever stands where ``where`` is
+        False, nan included, counts for nothing.
+      where: boolean, broadcastable to ``token_nll``: the tokens of the answer.
+
+    Returns:
+      float32 ``[*batch]`` and int32 ``[*batch]``.
+
+    Raises:
+      TypeError: ``token_nll`` is not floating point or ``where`` not boolean.
+      ValueError: ``where`` does not broadcast.
+
+    >>> sequence_nll(jnp.array([1.0, jnp.nan, 2.0]), jnp.array([True, False, True]))
+    (Array(3., dtype=float32), Array(2, dtype=int32))
+    """
+    nll = as_losses(token_nll, "token_nll")
+    if where is None:
+        where = jnp.ones(nll.shape, bool)
+    where = jnp.asarray(where)
+    check_where(where, nll.shape)
+    where = jnp.broadcast_to(where, nll.shape)
+    return jnp.where(where, nll, 0.0).sum(-1), where.sum(-1, dtype=jnp.int32)
+
+
+def gradient_ascent(nll: Float[Array, "*batch"]) -> Float[jax.Array, "*batch"]:
+    """Makes what is to be forgotten less likely, without a bound: minus its likelihood loss.
+
+    ::
+
+        -nll = log p(y)
+
+    Args:
+      nll: ``[*batch]``, of tokens; the published mean is over the tokens of all answers together.
+
+    Returns:
+      float32 ``[*batch]``.
+
+    Raises:
+      TypeError: ``nll`` is not floating point.
+
+    >>> gradient_ascent(jnp.array([0.5, 2.0]))
+    Array([-0.5, -2. ], dtype=float32)
+
+    References:
+      Maini et al., TOFU, 2024 (arXiv 2401.06121), section 4.
+    """
+    return -as_losses(nll, "nll")
+
+
+def weighted_gradient_ascent(
+    nll: Float[Array, "*batch"], *, beta: Number = 1.0
+) -> Float[jax.Array, "*batch"]:
+    """WGA: gradient ascent that lets go of a token once it is unlikely.
+
+    The weight is a constant for the gradient, as in the code of its authors.
+
+    ::
+
+        -p^beta nll,    p = exp(-nll)
+
+    Args:
+      nll: ``[*batch]``, of tokens. ``inf`` gives 0, the limit.
+      beta: how soon it lets go; 0 is gradient ascent.
+
+    Returns:
+      float32 ``[*batch]``.
+
+    Raises:
+      TypeError: ``nll`` is not floating point.
+
+    >>> [f"{loss:.4f}" for loss in weighted_gradient_ascent(jnp.array([0.0, 0.6931472, 200.0]))]
+    ['-0.0000', '-0.3466', '-0.0000']
+
+    References:
+      Wang et al., Rethinking LLM unlearning objectives, 2025 (arXiv 2502.19301); OpenUnlearning's
+      ``WGA``, beta 1.
+    """
+    nll = as_losses(nll, "nll")
+    gone = nll == jnp.inf
+    finite = jnp.where(gone, 0.0, nll)
+    weight = jax.lax.stop_gradient(jnp.exp(-beta * finite))
+    return jnp.where(gone, 0.0, -weight * finite)
+
+
+def npo(
+    nll: Float[Array, "*batch"],
+    reference_nll: Float[Array, "*batch"],
+    *,
+    beta: float | int = 0.1,
+) -> Float[jax.Array, "*batch"]:
+    """Negative preference optimisation: gradient ascent that fades as the answer is forgotten.
+
+    Bounded from below, unlike gradient ascent, which it becomes as ``beta`` goes to 0. The
+    reference gets no gradient.
+
+    ::
+
+        -(2 / beta) log sigmoid( beta (n - n_ref) )
+
+    Args:
+      nll: ``[*batch]``, summed over each answer's tokens: `sequence_nll`.
+      reference_nll: ``[*batch]``, of the model before unlearning.
+      beta: inverse temperature.
+
+    Returns:
+      float32 ``[*batch]``.
+
+    Raises:
+      TypeError: arrays are not floating point.
+      ValueError: different shapes, or ``beta`` is not positive.
+
+    >>> print(f"{npo(jnp.array(30.0), jnp.array(10.0)):.4f}")
+    2.5386
+
+    References:
+      Zhang et al., Negative preference optimization, 2024 (arXiv 2404.05868). OpenUnlearning's
+      ``NPO``: beta 0.1 in its configuration (1 in its class).
+    """
+    gap = _above_reference(nll, reference_nll, "nll", "reference_nll")
+    return _preference(gap, beta)
+
+
+def simnpo(
+    nll: Float[Array, "*batch"],
+    lengths: Int[Array, "*batch"],
+    *,
+    beta: float | int = 4.5,
+    delta: Number = 0.0,
+) -> Float[jax.Array, "*batch"]:
+    """SimNPO: negative preference by likelihood per token, without a reference model.
+
+    ::
+
+        -(2 / beta) log sigmoid( beta (n / |y| - delta) )
+
+    Args:
+      nll: ``[*batch]``, summed over each answer's tokens: `sequence_nll`.
+      lengths: ``[*batch]``, tokens of each answer; none counts as one.
+      beta: inverse temperature.
+      delta: the likelihood loss a token that counts as forgotten.
+
+    Returns:
+      float32 ``[*batch]``.
+
+    Raises:
+      TypeError: ``nll`` is not floating point or ``lengths`` not integers.
+      ValueError: different shapes, or ``beta`` is not positive.
+
+    >>> print(f"{simnpo(jnp.array(2.0), jnp.array(4), beta=2.5):.4f}")
+    0.2015
+
+    References:
+      Fan et al., Simplicity prevails, 2024 (arXiv 2410.07163). OpenUnlearning's ``SimNPO``: beta
+      4.5, delta 0, and weights of 0.125 and 1 for it and the retain loss; the authors use beta 2.5
+      and 0.1375 on forget05.
+    """
+    nll = as_losses(nll, "nll")
+    lengths = jnp.asarray(lengths)
+    if not jnp.issubdtype(lengths.dtype, jnp.integer):
+        raise TypeError(f"lengths must be integers, got {lengths.dtype}")
+    check_same_shape(nll, lengths, "nll", "lengths")
+    return _preference(nll / jnp.maximum(lengths, 1) - delta, beta)
+
+
+def dpo(
+    chosen_nll: Float[Array, "*batch"],
+    rejected_nll: Float[Array, "*batch"],
+    reference_chosen_nll: Float[Array, "*batch"],
+    reference_rejected_nll: Float[Array, "*batch"],
+    *,
+    beta: float | int = 0.1,
+) -> Float[jax.Array, "*batch"]:
+    """Direct preference optimisation; with "I don't know" as the chosen answer it is IdkDPO.
+
+    The references get no gradient.
+
+    ::
+
+        -(2 / beta) log sigmoid( beta ( (n_l - n_l,ref) - (n_w - n_w,ref) ) )
+
+    Args:
+      chosen_nll: ``[*batch]``, ``n_w``: summed over the tokens of the answer to give instead.
+      rejected_nll: ``[*batch]``, ``n_l``: of the answer to forget.
+      reference_chosen_nll: ``[*batch]``, of the model before unlearning.
+      reference_rejected_nll: ``[*batch]``, likewise.
+      beta: inverse temperature.
+
+    Returns:
+      float32 ``[*batch]``.
+
+    Raises:
+      TypeError: arrays are not floating point.
+      ValueError: different shapes, or ``beta`` is not positive.
+
+    >>> one = jnp.array(1.0)
+    >>> print(f"{dpo(one, one, one, one):.4f}")
+    13.8629
+
+    References:
+      Rafailov et al., Direct preference optimization, 2023 (arXiv 2305.18290); Maini et al., TOFU,
+      2024 (arXiv 2401.06121). The factor ``2 / beta`` is OpenUnlearning's and that of NPO's code,
+      which changes the step but not the minimum; others print ``1 / beta`` or none.
+    """
+    chosen = _above_reference(
+        chosen_nll, reference_chosen_nll, "chosen_nll", "reference_chosen_nll"
+    )
+    rejected = _above_reference(
+        rejected_nll, reference_rejected_nll, "rejected_nll", "reference_rejected_nll"
+    )
+    check_same_shape(chosen, rejected, "chosen_nll", "rejected_nll")
+    return _preference(rejected - chosen, beta)
+
+
+def _above_reference(nll: Array, reference: Array, name: str, reference_name: str) -> jax.Array:
+    nll, reference = as_losses(nll, name), as_losses(reference, reference_name)
+    check_same_shape(nll, reference, name, reference_name)
+    return nll - jax.lax.stop_gradient(reference)
+
+
+def _preference(gap: jax.Array, beta: float) -> jax.Array:
+    check_positive(beta, "beta")
+    return 2.0 / beta * jax.nn.softplus(-beta * gap)

@@ -1,0 +1,168 @@
+"""A logit difference baked into the weights of one model."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from flax import nnx
+
+from logitjax.fusion import LogitDifference
+from logitjax.losses import kl_divergence
+from logitjax.models import Decoder, keep_layers
+from logitjax.training._checkpoints import Checkpointer
+from logitjax.training._loop import train_loop
+from logitjax.training._mesh import make_mesh
+from logitjax.training._metrics import make_writer
+from logitjax.training._optimizers import make_optimizer, make_schedule
+from logitjax.training._sharding import DECODER_RULES, shard_tree
+from logitjax.training._state import create_train_state
+from logitjax.training._step import LossFn, make_train_step
+from logitjax.unlearning._assistant import Assistant
+from logitjax.unlearning._assistant_loss import next_tokens
+
+
+def make_merge_loss(
+    target: Decoder,
+    assistant: Assistant,
+    *,
+    fuse: Callable[..., tuple[Any, Any]] | None = None,
+    block: int = 64,
+) -> tuple[LossFn, Any]:
+    """The divergence of one model from what a target and its assistant say together.
+
+    ::
+
+        mean_{positions} KL( softmax(fuse(target, assistant)) || softmax(student) )
+
+    Logits exist for ``block`` positions at a time.
+
+    Args:
+      target: the model before.
+      assistant: made of its first layers.
+      fuse: as for `logitjax.decoding.Ensemble`; ``LogitDifference()`` when None.
+      block: positions.
+
+    Returns:
+      ``loss_fn(params, batch, rng, constants)`` and the constants. Batches are ``{"tokens",
+      "mask"}``, int32 and bool ``[rows, time]``: the divergence counts where a token with ``mask``
+      is predicted.
+    """
+    fuse = LogitDifference() if fuse is None else fuse
+    student_def, params, rest = nnx.split(target, nnx.Param, ...)
+    base_def, base_params, base_rest = nnx.split(assistant.base, nnx.Param, ...)
+    constants = {
+        "target": nnx.to_pure_dict(params),
+        "base": nnx.to_pure_dict(base_params),
+        "lora": assistant.lora,
+    }
+
+    def loss_fn(
+        params: Any, batch: Mapping[str, Any], rng: Any, constants: Any
+    ) -> tuple[Any, Any, dict[str, tuple[Any, Any]]]:
+        del rng
+        student = nnx.merge(student_def, params, rest)
+        teacher = nnx.merge(student_def, constants["target"], rest)
+        helper = nnx.merge(base_def, constants["base"], base_rest)
+        tokens = jnp.asarray(batch["tokens"])
+        _, where = next_tokens(tokens, batch["mask"])
+        told, _ = teacher.hidden_states(tokens)
+        known, _ = helper.hidden_states(tokens, lora=constants["lora"])
+        hidden, _ = student.hidden_states(tokens)
+
+        @jax.checkpoint
+        def divergence(args: Any) -> jax.Array:
+            hidden, told, known = args
+            fused, _ = fuse(teacher.logits(told), helper.logits(known)[None], None)
+            return kl_divergence(student.logits(hidden), jax.lax.stop_gradient(fused))
+
+        def blocks(hidden: jax.Array) -> jax.Array:
+            flat = hidden.reshape(-1, hidden.shape[-1])
+            return jnp.pad(flat, ((0, -len(flat) % block), (0, 0))).reshape(
+                -1, block, flat.shape[-1]
+            )
+
+        values = jax.lax.map(divergence, tuple(map(blocks, (hidden, told, known))))
+        values = values.reshape(-1)[: where.size].reshape(where.shape)
+        return jnp.where(where, values, 0.0).sum(), where.sum(), {}
+
+    return loss_fn, constants
+
+
+def merge_by_distillation(
+    target: Decoder,
+    assistant: Assistant,
+    batches: Callable[[int], Mapping[str, Any]],
+    *,
+    steps: int,
+    learning_rate: float = 5e-5,
+    fuse: Callable[..., tuple[Any, Any]] | None = None,
+    block: int = 64,
+    seed: int = 0,
+    mesh: Any = None,
+    workdir: epath.PathLike | None = None,
+    checkpoint_every: int = 0,
+    log_every: int = 10,
+) -> Decoder:
+    """One model that says by itself what a target and its assistant say together.
+
+    A logit difference leaves the target's weights as they are: whoever holds them holds what was to
+    be forgotten. This trains a copy of the target towards the combined distribution, for exporting
+    (`logitjax.models.save_pretrained`) and serving without the assistant. How much stays in the new
+    weights, to be brought back by a little training, has to be measured.
+
+    Args:
+      target: the model before; it is not changed.
+      assistant: trained.
+      batches: step -> ``{"tokens", "mask"}`` as in `make_merge_loss`: rows to forget and rows to
+        keep, whose prompts may count too. A function of the step alone.
+      steps: of AdamW, with a cosine schedule and a tenth of warm-up.
+      learning_rate: its peak.
+      fuse: as for `logitjax.decoding.Ensemble`; ``LogitDifference()`` when None.
+      block: positions whose logits are held at a time.
+      seed: of the run.
+      mesh: from `make_mesh`; the first device when None.
+      workdir: checkpoints and metrics, for going on after a stop; None: neither.
+      checkpoint_every: steps between checkpoints.
+      log_every: steps between log lines.
+
+    Returns:
+      A decoder like ``target``, with arrays of its own.
+    """
+    loss_fn, constants = make_merge_loss(target, assistant, fuse=fuse, block=block)
+    student = keep_layers(target, range(target.config.num_layers))
+    graphdef, params, rest = nnx.split(student, nnx.Param, ...)
+    mesh = make_mesh("data:1", devices=jax.devices()[:1]) if mesh is None else mesh
+    if mesh.size > 1:
+        constants = shard_tree(constants, mesh, DECODER_RULES)
+    schedule: Any = dict(schedule="cosine", warmup=max(1, steps // 10), total_steps=steps)
+    tx = make_optimizer(learning_rate, weight_decay=0.01, **schedule)
+    step = make_train_step(
+        loss_fn, tx, mesh=mesh, schedule=make_schedule(learning_rate, **schedule)
+    )
+    state = create_train_state(
+        nnx.to_pure_dict(params), tx, mesh=mesh, rules=DECODER_RULES, seed=seed
+    )
+    checkpointer = writer = None
+    if workdir is not None:
+        checkpointer = Checkpointer(epath.Path(workdir) / "checkpoints", max_to_keep=1)
+        writer = make_writer(epath.Path(workdir))
+    try:
+        state = train_loop(
+            state,
+            functools.partial(step, constants=constants),
+            batches,
+            total_steps=steps,
+            workdir=workdir,
+            checkpointer=checkpointer,
+            checkpoint_every=checkpoint_every,
+            log_every=log_every,
+            writer=writer,
+            identity={"steps": steps},
+        )
+    finally:
+        if checkpointer is not None:
+            checkpointer.close()
+    return nnx.merge(graphdef, state.params, rest)

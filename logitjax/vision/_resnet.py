@@ -1,0 +1,189 @@
+"""Residual networks: the 6n + 2 family for small images and torchvision's for ImageNet."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Float
+
+from logitjax.ops import Array
+from logitjax.vision._layers import batch_norm, conv, global_mean, max_pool
+
+
+class BasicBlock(nnx.Module):
+    """Two 3x3 convolutions and a shortcut, projected where shape changes (option B)."""
+
+    def __init__(self, in_features: int, features: int, stride: int, options: dict[str, Any]):
+        conv_options = {key: options[key] for key in ("dtype", "rngs")}
+        self.conv1 = conv(in_features, features, 3, stride=stride, **conv_options)
+        self.bn1 = batch_norm(features, **options)
+        self.conv2 = conv(features, features, 3, **conv_options)
+        self.bn2 = batch_norm(features, **options)
+        shortcut = None
+        if stride != 1 or in_features != features:
+            project = conv(in_features, features, 1, stride=stride, **conv_options)
+            shortcut = nnx.List([project, batch_norm(features, **options)])
+        self.downsample: Any = shortcut
+
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        running = not train
+        out = nnx.relu(self.bn1(self.conv1(x), use_running_average=running))
+        out = self.bn2(self.conv2(out), use_running_average=running)
+        if self.downsample is not None:
+            project, norm = self.downsample
+            x = norm(project(x), use_running_average=running)
+        return nnx.relu(out + x)
+
+
+class Bottleneck(nnx.Module):
+    """A 3x3 convolution of a quarter of the channels between two 1x1 ones, and a shortcut.
+
+    The 3x3 convolution has the stride, as in torchvision.
+    """
+
+    def __init__(self, in_features: int, features: int, stride: int, options: dict[str, Any]):
+        conv_options = {key: options[key] for key in ("dtype", "rngs")}
+        narrow = features // 4
+        self.conv1 = conv(in_features, narrow, 1, **conv_options)
+        self.bn1 = batch_norm(narrow, **options)
+        self.conv2 = conv(narrow, narrow, 3, stride=stride, **conv_options)
+        self.bn2 = batch_norm(narrow, **options)
+        self.conv3 = conv(narrow, features, 1, **conv_options)
+        self.bn3 = batch_norm(features, **options)
+        shortcut = None
+        if stride != 1 or in_features != features:
+            project = conv(in_features, features, 1, stride=stride, **conv_options)
+            shortcut = nnx.List([project, batch_norm(features, **options)])
+        self.downsample: Any = shortcut
+
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        running = not train
+        out = nnx.relu(self.bn1(self.conv1(x), use_running_average=running))
+        out = nnx.relu(self.bn2(self.conv2(out), use_running_average=running))
+        out = self.bn3(self.conv3(out), use_running_average=running)
+        if self.downsample is not None:
+            project, norm = self.downsample
+            x = norm(project(x), use_running_average=running)
+        return nnx.relu(out + x)
+
+
+def _stage(
+    in_features: int,
+    features: int,
+    blocks: int,
+    stride: int,
+    options: dict[str, Any],
+    block: Any = BasicBlock,
+) -> Any:
+    first = block(in_features, features, stride, options)
+    rest = [block(features, features, 1, options) for _ in range(blocks - 1)]
+    return nnx.List([first, *rest])
+
+
+class CifarResNet(nnx.Module):
+    """ResNet of depth 6n + 2 for images of about 32 pixels: three stages of n basic blocks.
+
+    Args:
+      depth: 8, 14, 20, 32, 44, 56, 110, ...
+      widths: channels of the stem and of the three stages; the ``x4`` models quadruple the stages
+        and double the stem.
+      channels: of the images.
+      axis_name: mesh axis of the batch inside ``shard_map`` or ``pmap``; not needed under ``jit``.
+      dtype: of the computation; parameters stay float32.
+      rngs: needs ``params``.
+
+    Raises:
+      ValueError: a depth that is not 6n + 2.
+
+    >>> net = CifarResNet(8, rngs=nnx.Rngs(0))
+    >>> net(jax.numpy.ones((2, 32, 32, 3))).shape
+    (2, 64)
+
+    References:
+      He et al. (arXiv 1512.03385) with 1x1 projections; widths and names as in mdistiller.
+    """
+
+    classifier_name = "fc"
+
+    def __init__(
+        self,
+        depth: int,
+        widths: Sequence[int] = (16, 16, 32, 64),
+        *,
+        channels: int = 3,
+        axis_name: str | None = None,
+        dtype: Any = None,
+        rngs: nnx.Rngs,
+    ):
+        blocks, rest = divmod(depth - 2, 6)
+        if rest or blocks < 1:
+            raise ValueError(f"depth must be 6n + 2 (8, 14, 20, ...), got {depth}")
+        options = {"axis_name": axis_name, "dtype": dtype, "rngs": rngs}
+        self.num_features = widths[3]
+        self.conv1 = conv(channels, widths[0], 3, dtype=dtype, rngs=rngs)
+        self.bn1 = batch_norm(widths[0], **options)
+        self.layer1 = _stage(widths[0], widths[1], blocks, 1, options)
+        self.layer2 = _stage(widths[1], widths[2], blocks, 2, options)
+        self.layer3 = _stage(widths[2], widths[3], blocks, 2, options)
+
+    def __call__(
+        self, images: Float[Array, "batch height width channels"], *, train: bool = False
+    ) -> Float[jax.Array, "batch features"]:
+        x = nnx.relu(self.bn1(self.conv1(jnp.asarray(images)), use_running_average=not train))
+        for stage in (self.layer1, self.layer2, self.layer3):
+            for block in stage:
+                x = block(x, train=train)
+        return global_mean(x)
+
+
+class ResNet(nnx.Module):
+    """torchvision's ResNet: 7x7 stem of stride 2, max-pooling, four stages.
+
+    Args:
+      blocks: blocks of the four stages: (2, 2, 2, 2) is ResNet-18, (3, 4, 6, 3) ResNet-34 or, of
+        bottlenecks, ResNet-50.
+      channels: of the images.
+      bottleneck: blocks of three convolutions and four times the features, 2048 in the end.
+      small_stem: a 3x3 stem of stride 1 and no pooling, for small images. The released dual-head
+        code trains this as its ImageNet student, which is not the usual one.
+      axis_name: mesh axis of the batch inside ``shard_map`` or ``pmap``; not needed under ``jit``.
+      dtype: of the computation; parameters stay float32.
+      rngs: needs ``params``.
+    """
+
+    classifier_name = "fc"
+
+    def __init__(
+        self,
+        blocks: Sequence[int],
+        *,
+        channels: int = 3,
+        bottleneck: bool = False,
+        small_stem: bool = False,
+        axis_name: str | None = None,
+        dtype: Any = None,
+        rngs: nnx.Rngs,
+    ):
+        options = {"axis_name": axis_name, "dtype": dtype, "rngs": rngs}
+        block, widen = (Bottleneck, 4) if bottleneck else (BasicBlock, 1)
+        self.num_features, self.small_stem = 512 * widen, small_stem
+        kernel, stride = (3, 1) if small_stem else (7, 2)
+        self.conv1 = conv(channels, 64, kernel, stride=stride, dtype=dtype, rngs=rngs)
+        self.bn1 = batch_norm(64, **options)
+        self.layer1 = _stage(64, 64 * widen, blocks[0], 1, options, block)
+        self.layer2 = _stage(64 * widen, 128 * widen, blocks[1], 2, options, block)
+        self.layer3 = _stage(128 * widen, 256 * widen, blocks[2], 2, options, block)
+        self.layer4 = _stage(256 * widen, 512 * widen, blocks[3], 2, options, block)
+
+    def __call__(
+        self, images: Float[Array, "batch height width channels"], *, train: bool = False
+    ) -> Float[jax.Array, "batch features"]:
+        x = nnx.relu(self.bn1(self.conv1(jnp.asarray(images)), use_running_average=not train))
+        if not self.small_stem:
+            x = max_pool(x, 3, 2, pad=1)
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            for block in stage:
+                x = block(x, train=train)
+        return global_mean(x)

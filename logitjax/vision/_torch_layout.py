@@ -1,0 +1,162 @@
+"""Weights between our trees and the names torch checkpoints give them."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax import nnx
+
+from logitjax.storage._torch_checkpoint import read_state_dict
+from logitjax.vision._classifier import ImageClassifier
+
+_LEAVES = {
+    "kernel": "weight",
+    "embedding": "weight",
+    "scale": "weight",
+    "bias": "bias",
+    "mean": "running_mean",
+    "var": "running_var",
+}
+# Written by torch for every norm, and no part of the function.
+_IGNORED = re.compile(r"(^|\.)num_batches_tracked$")
+
+
+def torch_names(model: ImageClassifier) -> dict[str, tuple[Any, ...]]:
+    """The name each weight has in a torch state dict, and its path in ours.
+
+    Only a linear head has a name there: a dual head's own weights are left out.
+
+    >>> from logitjax.vision import create_classifier
+    >>> names = torch_names(create_classifier("resnet8", rngs=nnx.Rngs(0)))
+    >>> names["layer2.0.downsample.0.weight"]
+    ('backbone', 'layer2', 0, 'downsample', 0, 'kernel')
+    """
+    names = {}
+    for path in weight_paths(model):
+        if path[0] == "backbone":
+            parts = path[1:]
+        elif len(path) == 2 or (len(path) == 3 and path[1] == "fc"):
+            parts = (model.backbone.classifier_name, path[-1])
+        else:
+            continue
+        names[torch_name(parts)] = path
+    return names
+
+
+def weight_paths(model: nnx.Module) -> list[tuple[Any, ...]]:
+    """The paths of parameters and running statistics."""
+    state = nnx.state(model, (nnx.Param, nnx.BatchStat))
+    return [tuple(path) for path, _ in nnx.to_flat_state(state)]
+
+
+def torch_name(path: tuple[Any, ...]) -> str:
+    """What torch calls the weight at a path of a module that is named as torch's is.
+
+    >>> torch_name(("layer1", 0, "bn1", "scale"))
+    'layer1.0.bn1.weight'
+    """
+    return ".".join([*map(str, path[:-1]), _LEAVES.get(str(path[-1]), str(path[-1]))])
+
+
+def _to_ours(value: np.ndarray, leaf: str) -> np.ndarray:
+    if leaf != "kernel":  # tables and vectors lie the same way on both sides
+        return value
+    return value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
+
+
+def _to_torch(value: np.ndarray, leaf: str) -> np.ndarray:
+    if leaf != "kernel":
+        return value
+    return value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
+
+
+def load_torch_weights(
+    model: ImageClassifier,
+    weights: epath.PathLike | Mapping[str, np.ndarray],
+    *,
+    strict_head: bool = True,
+) -> ImageClassifier:
+    """Fill a classifier with the weights of a torch checkpoint, without torch.
+
+    Files in the layout of torchvision (ResNets) and mdistiller (the small-image networks) fit the
+    networks of the same names: ``.safetensors``, or ``.pth``/``.pt``/``.tar`` read through an
+    allow-list. A checkpoint may hold the weights under ``model`` or ``state_dict`` and may carry
+    the ``module.`` prefix of data-parallel training.
+
+    Args:
+      model: as :func:`create_classifier` makes it; it is updated in place.
+      weights: a file, or the arrays by their torch names.
+      strict_head: False keeps the model's own head where the file's has another number of classes.
+
+    Returns:
+      The model.
+
+    Raises:
+      ValueError: weights are missing, unknown, of another shape, or the file is not safe to read.
+    """
+    state_dict = dict(weights) if isinstance(weights, Mapping) else read_state_dict(weights)
+    keep = () if strict_head else ("head",)
+    fill_weights(model, state_dict, torch_names(model), keep_misfits_of=keep)
+    return model
+
+
+def fill_weights(
+    model: nnx.Module,
+    weights: Mapping[str, np.ndarray],
+    names: Mapping[str, tuple[Any, ...]],
+    *,
+    keep_misfits_of: tuple[str, ...] = (),
+) -> None:
+    """Put torch's arrays, turned into our layout, where ``names`` says; all of them must fit.
+
+    Args:
+      model: updated in place; its leaves may be shapes alone.
+      weights: by torch name.
+      names: the path in ``model`` of every torch name.
+      keep_misfits_of: modules at the top of ``model`` that keep what they have where a shape
+        differs.
+
+    Raises:
+      ValueError: weights are missing, unknown or of another shape.
+    """
+    weights = {k: v for k, v in weights.items() if not _IGNORED.search(k)}
+    if missing := sorted(set(names) - set(weights)):
+        raise ValueError(f"weights lack {len(missing)} entries, the first is {missing[0]!r}")
+    if unknown := sorted(set(weights) - set(names)):
+        raise ValueError(f"weights hold {len(unknown)} entries more, the first is {unknown[0]!r}")
+    flat = dict(nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat))))
+    for name, path in names.items():
+        value, variable = _to_ours(np.asarray(weights[name]), str(path[-1])), flat[path]
+        if value.shape != variable.shape:
+            if path[0] in keep_misfits_of:
+                continue
+            raise ValueError(
+                f"weight {name!r} must have shape {variable.shape} (in our layout), got "
+                f"{value.shape}"
+            )
+        flat[path] = variable.replace(jnp.asarray(value, variable.dtype))
+    nnx.update(model, nnx.from_flat_state(flat.items()))
+
+
+def to_torch_weights(model: ImageClassifier) -> dict[str, np.ndarray]:
+    """A classifier's weights by their torch names, in torch's layout.
+
+    Of a dual head the first head is written, as the classifier's only one.
+    """
+    flat = dict(nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat))))
+    weights = {}
+    for name, path in torch_names(model).items():
+        value = np.asarray(jax.device_get(flat[path][...]))
+        weights[name] = np.ascontiguousarray(_to_torch(value, str(path[-1])))
+    return weights
+
+
+def blank(model: Any, names: Mapping[str, tuple[Any, ...]]) -> dict[str, np.ndarray]:
+    """Zeros in the shapes torch gives the weights of a model, whose leaves may be shapes alone."""
+    flat = dict(nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat))))
+    zeros = {name: np.zeros(flat[path].shape, np.float32) for name, path in names.items()}
+    return {name: _to_torch(value, str(names[name][-1])) for name, value in zeros.items()}

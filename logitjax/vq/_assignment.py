@@ -1,0 +1,417 @@
+"""Which tokens share a code: mappings from the rows of a full head, and what they can reach."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int, Key
+
+from logitjax.ops import Array, logsumexp
+from logitjax.vq._kmeans import fit_kmeans, over_rows, weighted_means
+from logitjax.vq._loss import cluster_log_mass
+
+Method = Literal["random", "frequency", "kmeans", "weighted_kmeans", "likelihood"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class VQFit:
+    """A vector-quantised head fitted to a full one.
+
+    Attributes:
+      assignment: ``[vocab]`` int32.
+      codebook: ``[codes, hidden]`` float32, unigram-weighted mean rows.
+      bias: ``[vocab]`` float32, ``(w_v - C_{m(v)}) . mean(h)`` plus the old bias.
+      inertia: k-means' objective by iteration, or empty; for ``'likelihood'`` the tokens that
+        moved in each round.
+    """
+
+    assignment: jax.Array
+    codebook: jax.Array
+    bias: jax.Array
+    inertia: jax.Array
+
+
+def fit_assignment(
+    rows: Float[Array, "vocab hidden"],
+    unigram: Float[Array, " vocab"],
+    hidden_mean: Float[Array, " hidden"],
+    hidden_cov: Float[Array, "hidden hidden"],
+    num_codes: int,
+    *,
+    method: Method = "weighted_kmeans",
+    row_bias: Float[Array, " vocab"] | None = None,
+    hidden: Float[Array, "count hidden"] | None = None,
+    key: Key[jax.Array, ""] | None = None,
+    weight_power: float = 0.5,
+    iterations: int = 20,
+    rounds: int = 3,
+    block_size: int = 2048,
+) -> VQFit:
+    """Fits mapping, codebook and biases to the rows of a full head.
+
+    What one code for several tokens costs is, to second order, half the variance of what it gets
+    wrong about their logits, under the head's own probabilities. Hence ``'weighted_kmeans'``: rows
+    in the covariance metric of the hidden states, weighted by ``unigram ** weight_power``. ::
+
+        sum_v u_v^p (w_v - C_{m(v)})^T Cov(h) (w_v - C_{m(v)})
+
+    The others: ``'random'`` clusters of equal size; ``'frequency'``, neighbours in frequency,
+    equal size; ``'kmeans'``, rows as they are, unweighted (the paper's); ``'likelihood'``,
+    weighted k-means and then `reassign` by what the full head says on ``hidden``.
+
+    Blocks keep memory at the rows themselves plus block_size x codes, whatever the vocabulary.
+
+    Args:
+      rows: ``[vocab, hidden]``, rows of the full head; bfloat16 will do.
+      unigram: ``[vocab]``, probabilities or counts.
+      hidden_mean: ``[hidden]``, mean of the hidden states.
+      hidden_cov: ``[hidden, hidden]``, their covariance.
+      num_codes: clusters K, at most vocab.
+      method: see above.
+      row_bias: ``[vocab]``, bias of the full head.
+      hidden: ``[count, hidden]``, hidden states, for ``'likelihood'`` only.
+      key: of random choices.
+      weight_power: the power p: 0.5 to 1 are sensible.
+      iterations: of Lloyd's algorithm.
+      rounds: of reassignment.
+      block_size: rows at a time.
+
+    Returns:
+      `VQFit`.
+
+    Raises:
+      ValueError: unknown method, ``num_codes`` out of range, shapes that do not fit, or no
+        ``hidden`` where they are needed.
+
+    >>> rows = jnp.array([[1.0, 0.0], [1.1, 0.0], [0.0, 3.0], [0.0, 3.1]])
+    >>> fit = fit_assignment(rows, jnp.ones(4), jnp.zeros(2), jnp.eye(2), 2)
+    >>> first, second, third, fourth = fit.assignment.tolist()
+    >>> first == second, third == fourth, first == third
+    (True, True, False)
+
+    References:
+      VQ-Logits, arXiv:2505.10202, names k-means over rows and fixed mappings. Weights, metric and
+      reassignment are ours.
+    """
+    rows = jnp.asarray(rows)
+    vocab, width = rows.shape
+    unigram = jnp.asarray(unigram, jnp.float32)
+    for name, value, shape in (
+        ("unigram", unigram, (vocab,)),
+        ("hidden_mean", hidden_mean, (width,)),
+        ("hidden_cov", hidden_cov, (width, width)),
+    ):
+        if value.shape != shape:
+            raise ValueError(f"{name} must be of shape {shape}, got {value.shape}")
+    if not 1 <= num_codes <= vocab:
+        raise ValueError(f"num_codes must be between 1 and vocab={vocab}, got {num_codes}")
+    if method not in Method.__args__:
+        raise ValueError(f"method must be one of {Method.__args__}, got {method!r}")
+    if method == "likelihood" and hidden is None:
+        raise ValueError("method 'likelihood' needs hidden=, hidden states to look at")
+    key = jax.random.key(0) if key is None else key
+    weights = unigram / jnp.maximum(unigram.sum(), 1e-30)
+    weights = jnp.maximum(weights, 0.01 / vocab)
+    history = jnp.zeros(0)
+    if method in ("random", "frequency"):
+        order = jax.random.permutation(key, vocab) if method == "random" else jnp.argsort(-unigram)
+        code = (jnp.arange(vocab) * num_codes // vocab).astype(jnp.int32)
+        assignment = jnp.zeros(vocab, jnp.int32).at[order].set(code)
+    else:
+        plain = method == "kmeans"
+        found = fit_kmeans(
+            rows,
+            jnp.ones(vocab) if plain else weights**weight_power,
+            None if plain else jnp.asarray(hidden_cov),
+            num_codes,
+            key=key,
+            iterations=iterations,
+            block_size=block_size,
+        )
+        assignment, history = found.assignment, found.inertia
+    codebook, _ = weighted_means(rows, weights, assignment, num_codes, block_size=block_size)
+    bias = centred_bias(rows, codebook, assignment, hidden_mean, row_bias, block_size=block_size)
+    if method == "likelihood" and hidden is not None:
+        sums, counts = expected_targets(hidden, rows, row_bias)
+        moved = []
+        for _ in range(rounds):
+            new, bias, count = reassign(
+                codebook, bias, assignment, sums, counts, hidden, block_size=block_size
+            )
+            assignment = new
+            codebook, _ = weighted_means(
+                rows, weights, assignment, num_codes, block_size=block_size
+            )
+            moved.append(count)
+        history = jnp.stack(moved).astype(jnp.float32) if moved else history
+    return VQFit(assignment, codebook, bias, history)
+
+
+def centred_bias(
+    rows: Array,
+    codebook: Array,
+    assignment: Array,
+    hidden_mean: Array,
+    row_bias: Array | None = None,
+    *,
+    block_size: int = 2048,
+) -> jax.Array:
+    """Biases that make VQ logits equal the full head's at the mean hidden state."""
+    mean = jnp.asarray(hidden_mean, jnp.float32)
+    full = over_rows(lambda block: block.astype(jnp.float32) @ mean, jnp.asarray(rows), block_size)
+    bias = full - (codebook @ mean)[assignment]
+    return bias if row_bias is None else bias + jnp.asarray(row_bias, jnp.float32)
+
+
+def expected_targets(
+    hidden: Float[Array, "count hidden"],
+    rows: Float[Array, "vocab hidden"],
+    row_bias: Float[Array, " vocab"] | None = None,
+    *,
+    soft_cap: float | None = None,
+    block_size: int = 512,
+) -> tuple[Float[jax.Array, "vocab hidden"], Float[jax.Array, " vocab"]]:
+    """How often the full head expects each token, and the summed hidden states where it does.
+
+    With them the loss of any VQ head against the full one is linear in codebook and biases but for
+    its normaliser. Probabilities in place of counted labels give every token some evidence. ::
+
+        counts_v = sum_n p(v | h_n),    sums_v = sum_n p(v | h_n) h_n
+
+    Args:
+      hidden: ``[count, hidden]``.
+      rows: ``[vocab, hidden]`` of the full head.
+      row_bias: ``[vocab]``, its bias.
+      soft_cap: of its logits.
+      block_size: hidden states at a time; memory is block_size x vocab.
+
+    Returns:
+      ``(sums [vocab, hidden], counts [vocab])``, float32.
+
+    >>> sums, counts = expected_targets(jnp.ones((3, 2)), jnp.zeros((6, 2)))
+    >>> print(counts[0].round(3), sums[0].round(3))
+    0.5 [0.5 0.5]
+    """
+    rows = jnp.asarray(rows, jnp.float32)
+    added = jnp.zeros(rows.shape[0]) if row_bias is None else jnp.asarray(row_bias, jnp.float32)
+    sums, counts = jnp.zeros(rows.shape, jnp.float32), jnp.zeros(rows.shape[0], jnp.float32)
+    for start in range(0, len(hidden), block_size):
+        block = np.asarray(hidden[start : start + block_size], np.float32)
+        sums, counts = _add_expected(sums, counts, block, rows, added, soft_cap)
+    return sums, counts
+
+
+@jax.jit(static_argnames="soft_cap", donate_argnums=(0, 1))
+def _add_expected(
+    sums: jax.Array,
+    counts: jax.Array,
+    hidden: jax.Array,
+    rows: jax.Array,
+    bias: jax.Array,
+    soft_cap: float | None,
+) -> tuple[jax.Array, jax.Array]:
+    logits = hidden @ rows.T + bias
+    if soft_cap is not None:
+        logits = soft_cap * jnp.tanh(logits / soft_cap)
+    probs = jax.nn.softmax(logits)
+    return sums + probs.T @ hidden, counts + probs.sum(0)
+
+
+def reassign(
+    codebook: Float[Array, "codes hidden"],
+    bias: Float[Array, " vocab"],
+    assignment: Int[Array, " vocab"],
+    sums: Float[Array, "vocab hidden"],
+    counts: Float[Array, " vocab"],
+    hidden: Float[Array, "count hidden"],
+    *,
+    min_count: float = 1.0,
+    soft_cap: float | None = None,
+    block_size: int = 2048,
+) -> tuple[Int[jax.Array, " vocab"], Float[jax.Array, " vocab"], Int[jax.Array, ""]]:
+    """Moves each token to the code under which its targets are most likely.
+
+    One round of coordinate ascent on the likelihood, first order in the mass of a token. ::
+
+        m(v) <- argmax_k  hbar_v . C_k - A_k,      A_k = log sum_n exp(z_nk - log Z_n)
+        b_v  <- log counts_v - A_{m(v)}
+
+    Args:
+      codebook: ``[codes, hidden]``.
+      bias: ``[vocab]``.
+      assignment: ``[vocab]``.
+      sums: ``[vocab, hidden]``, summed hidden states where the token is the target: of
+        `expected_targets`, or of labels.
+      counts: ``[vocab]``, how often it is.
+      hidden: ``[count, hidden]``, the hidden states these came from.
+      min_count: tokens with less evidence keep code and bias.
+      soft_cap: of the scores; ranking by ``hbar . C`` then is an approximation.
+      block_size: rows at a time.
+
+    Returns:
+      ``(assignment, bias, moved)``: the new ones, and how many tokens moved.
+
+    >>> codebook = jnp.array([[1.0], [-1.0]])
+    >>> hidden = jnp.array([[2.0], [-2.0]])
+    >>> new, bias, moved = reassign(codebook, jnp.zeros(2), jnp.array([1, 0]), hidden, jnp.ones(2),
+    ...                             hidden)
+    >>> print(new, moved)
+    [0 1] 2
+
+    References:
+      Our derivation: hard EM on the mapping with the codebook fixed. It wants about a million
+      target tokens if counted from labels.
+    """
+    codebook = jnp.asarray(codebook, jnp.float32)
+    mass = code_mass(codebook, bias, assignment, hidden, soft_cap=soft_cap, block_size=block_size)
+    counts = jnp.asarray(counts, jnp.float32)
+
+    def block(inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+        rows, weight = inputs[:, :-1], jnp.maximum(inputs[:, -1:], 1e-9)
+        score = (rows / weight) @ codebook.T - mass
+        return score.argmax(-1).astype(jnp.int32), score.max(-1)
+
+    stacked = jnp.concatenate([jnp.asarray(sums), counts[:, None]], axis=1)
+    best, _ = over_rows(block, stacked, block_size)
+    enough = counts >= min_count
+    new = jnp.where(enough, best, assignment)
+    # b_v = log counts_v - A: the mass that the head gives the token is then what was counted.
+    fitted = jnp.log(jnp.maximum(counts, 1e-9)) - mass[new]
+    return new, jnp.where(enough, fitted, bias), (new != assignment).sum()
+
+
+def matched_bias(
+    codebook: Float[Array, "codes hidden"],
+    bias: Float[Array, " vocab"],
+    assignment: Int[Array, " vocab"],
+    counts: Float[Array, " vocab"],
+    hidden: Float[Array, "count hidden"],
+    *,
+    min_count: float = 1e-6,
+    block_size: int = 2048,
+) -> Float[jax.Array, " vocab"]:
+    """Biases under which every token gets the mass that it should, to first order.
+
+    ::
+
+        b_v <- log counts_v - A_{m(v)},      A_k = log sum_n exp(z_nk - log Z_n)
+
+    Args:
+      codebook: ``[codes, hidden]``.
+      bias: ``[vocab]``, from which ``log Z`` is computed.
+      assignment: ``[vocab]``.
+      counts: ``[vocab]``, how often a token is the target.
+      hidden: ``[count, hidden]``.
+      min_count: tokens with less evidence count as having so much.
+      block_size: hidden states at a time.
+
+    Returns:
+      ``[vocab]``, float32.
+
+    >>> bias = matched_bias(jnp.zeros((1, 2)), jnp.zeros(2), jnp.zeros(2, int),
+    ...                     jnp.array([3.0, 1.0]), jnp.zeros((4, 2)))
+    >>> [f"{b:.3f}" for b in bias]
+    ['0.405', '-0.693']
+    """
+    codebook = jnp.asarray(codebook, jnp.float32)
+    mass = code_mass(codebook, bias, assignment, hidden, block_size=block_size)
+    return jnp.log(jnp.maximum(jnp.asarray(counts, jnp.float32), min_count)) - mass[assignment]
+
+
+def code_mass(
+    codebook: Array,
+    bias: Array,
+    assignment: Array,
+    hidden: Array,
+    *,
+    soft_cap: float | None = None,
+    block_size: int = 2048,
+) -> jax.Array:
+    """``A_k = log sum_n exp(z_nk - log Z_n)``, the log mass of a token of bias 0 in each code."""
+    log_mass = cluster_log_mass(jnp.asarray(bias), jnp.asarray(assignment), codebook.shape[0])
+    total = jnp.full((codebook.shape[0],), -jnp.inf)
+    for start in range(0, len(hidden), block_size):
+        block = np.asarray(hidden[start : start + block_size], np.float32)
+        total = jnp.logaddexp(total, _block_mass(codebook, log_mass, block, soft_cap))
+    return total
+
+
+@jax.jit(static_argnames="soft_cap")
+def _block_mass(
+    codebook: jax.Array, log_mass: jax.Array, hidden: jax.Array, soft_cap: float | None
+) -> jax.Array:
+    scores = hidden @ codebook.T
+    if soft_cap is not None:
+        scores = soft_cap * jnp.tanh(scores / soft_cap)
+    log_z = logsumexp(scores + log_mass)
+    return logsumexp(scores - log_z[:, None], axis=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class PerplexityFloor:
+    """What a mapping can reach at best; see `perplexity_floor`.
+
+    Attributes:
+      perplexity: a head without bias cannot have a perplexity below this.
+      excess_nats: it loses at least this many nats a token to a full head.
+      ratio: ``exp(excess_nats)``, the least factor on perplexity.
+      singleton_mass: probability of tokens that have a code to themselves.
+      codes_used: clusters that are not empty.
+      largest: size of the largest.
+    """
+
+    perplexity: float
+    excess_nats: float
+    ratio: float
+    singleton_mass: float
+    codes_used: int
+    largest: int
+
+
+def perplexity_floor(
+    assignment: Int[Array, " vocab"], unigram: Float[Array, " vocab"]
+) -> PerplexityFloor:
+    """What no training can better, if all tokens of a cluster share one logit.
+
+    ::
+
+        perplexity >= exp(E log n_{m(X)})
+        excess >= sum_k u_k KL(u(. | k) || uniform over the cluster)
+
+    A bias per token removes both; what is left then is how much the context says about the token
+    within its cluster.
+
+    Args:
+      assignment: ``[vocab]``.
+      unigram: ``[vocab]``, probabilities or counts.
+
+    Returns:
+      `PerplexityFloor`, on the host.
+
+    >>> floor = perplexity_floor(jnp.array([0, 0, 1]), jnp.array([1.0, 1.0, 2.0]))
+    >>> round(floor.perplexity, 3), floor.ratio, floor.singleton_mass
+    (1.414, 1.0, 0.5)
+
+    References:
+      Exact consequences of VQ-Logits, arXiv:2505.10202, eq. for its logits; ours.
+    """
+    assignment = np.asarray(assignment)
+    prob = np.asarray(unigram, np.float64)
+    prob = prob / prob.sum()
+    sizes = np.bincount(assignment)
+    mass = np.bincount(assignment, prob)
+    log_size = np.log(sizes[assignment])
+    known = prob > 0
+    within = np.log(prob[known] / mass[assignment[known]])
+    excess = float((prob[known] * (within + log_size[known])).sum())
+    return PerplexityFloor(
+        perplexity=float(np.exp((prob * log_size).sum())),
+        excess_nats=max(excess, 0.0),
+        ratio=float(np.exp(max(excess, 0.0))),
+        singleton_mass=float(mass[sizes == 1].sum()) if (sizes == 1).any() else 0.0,
+        codes_used=int((sizes > 0).sum()),
+        largest=int(sizes.max()),
+    )

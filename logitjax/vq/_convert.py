@@ -1,0 +1,327 @@
+"""From a model with a full head to the same model with a vector-quantised one."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from etils import epath
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Float
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+from logitjax.ops import Array
+from logitjax.vq._assignment import (
+    PerplexityFloor,
+    VQFit,
+    fit_assignment,
+    matched_bias,
+    perplexity_floor,
+)
+from logitjax.vq._heads import ShortlistHead, VQHead
+from logitjax.vq._hidden_cache import HiddenCache, cache_hidden_states
+from logitjax.vq._shortlist import Pages
+from logitjax.vq._targets import HeadTargets, cached_head_targets
+from logitjax.vq._tune import tune_vq_head
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """How a head is converted.
+
+    Attributes:
+      num_codes: clusters K.
+      method: the mapping, see `logitjax.vq.fit_assignment`. ``'likelihood'`` is weighted k-means
+        here, reassigned while tuning.
+      weight_power: rows weigh ``unigram ** weight_power``.
+      kmeans_iterations: of Lloyd's algorithm.
+      use_bias: False converts to the head as published.
+      num_pages: pages of a `ShortlistHead`; 0 makes a `VQHead`.
+      page_size: tokens a page.
+      max_tokens: positions that are cached and tuned on.
+      steps: of tuning; 0 leaves the head as fitted.
+      batch_size: positions a step.
+      learning_rate: peak.
+      reassign_every: steps between reassignments of tokens to codes; 0 never.
+      min_count: expected targets below which a token is not reassigned.
+      top: probabilities kept per position while tuning.
+      seed: of k-means and of the order of positions.
+    """
+
+    num_codes: int = 4096
+    method: Literal["random", "frequency", "kmeans", "weighted_kmeans", "likelihood"] = "likelihood"
+    weight_power: float = 0.5
+    kmeans_iterations: int = 10
+    use_bias: bool = True
+    num_pages: int = 0
+    page_size: int = 8
+    max_tokens: int = 100_000
+    steps: int = 200
+    batch_size: int = 2048
+    learning_rate: float = 2e-3
+    reassign_every: int = 50
+    min_count: float = 1.0
+    top: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_pages and not self.use_bias:
+            raise ValueError("num_pages: a shortlist needs biases, set use_bias=True")
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadStatistics:
+    """First and second moments of hidden states: ``mean [hidden]``, ``cov [hidden, hidden]``."""
+
+    mean: jax.Array
+    cov: jax.Array
+
+
+def head_statistics(
+    hidden: Float[Array, "count hidden"], *, block_size: int = 8192
+) -> HeadStatistics:
+    """Mean and covariance of cached hidden states, by blocks.
+
+    >>> stats = head_statistics(np.array([[0.0, 1.0], [2.0, 1.0]], np.float32))
+    >>> print(stats.mean, stats.cov.tolist())
+    [1. 1.] [[1.0, 0.0], [0.0, 0.0]]
+    """
+    total, square = jnp.zeros(hidden.shape[1]), jnp.zeros((hidden.shape[1],) * 2)
+    # About the first block's mean: the square of a large mean would drown the variance.
+    shift = jnp.asarray(np.asarray(hidden[:block_size], np.float32).mean(0))
+    for start in range(0, len(hidden), block_size):
+        block = jnp.asarray(np.asarray(hidden[start : start + block_size], np.float32)) - shift
+        total, square = total + block.sum(0), square + block.T @ block
+    mean = total / len(hidden)
+    return HeadStatistics(mean + shift, square / len(hidden) - jnp.outer(mean, mean))
+
+
+def fit_vq_head(
+    rows: Array,
+    row_bias: Array | None,
+    hidden: np.ndarray,
+    targets: HeadTargets,
+    config: ConvertConfig,
+    *,
+    statistics: HeadStatistics | None = None,
+    unigram: Array | None = None,
+    start: VQFit | None = None,
+    mesh: Mesh | None = None,
+) -> tuple[VQHead, dict[str, list[float]]]:
+    """Fits and tunes a head on cached hidden states: `convert_head` without the model.
+
+    Args:
+      rows: ``[vocab, hidden]`` of the old head.
+      row_bias: ``[vocab]`` or None.
+      hidden: ``[count, hidden]``.
+      targets: of `head_targets`, for the same positions.
+      config: sizes and budget.
+      statistics: of ``hidden``.
+      unigram: ``[vocab]`` counts; what the old head expects when omitted.
+      start: a fit to tune, instead of a new one.
+      mesh: as of `tune_head`.
+
+    Returns:
+      The head, and the tuning's history (``loss``: KL divergence from the old head, ``moved``).
+    """
+    statistics = head_statistics(hidden) if statistics is None else statistics
+    unigram = targets.counts if unigram is None else unigram
+    if start is None:
+        start = fit_assignment(
+            rows,
+            jnp.asarray(unigram),
+            statistics.mean,
+            statistics.cov,
+            config.num_codes,
+            method="weighted_kmeans" if config.method == "likelihood" else config.method,
+            row_bias=row_bias,
+            key=jax.random.key(config.seed),
+            weight_power=config.weight_power,
+            iterations=config.kmeans_iterations,
+        )
+    codebook, assignment, bias = start.codebook, start.assignment, None
+    if config.use_bias:
+        bias = matched_bias(codebook, start.bias, assignment, targets.counts, hidden)
+    history: dict[str, list[float]] = {"loss": [], "moved": []}
+    if config.steps:
+        moving = config.method == "likelihood" and config.use_bias and config.reassign_every
+        codebook, bias, assignment, history = tune_vq_head(
+            codebook,
+            bias,
+            assignment,
+            hidden,
+            targets,
+            steps=config.steps,
+            batch_size=config.batch_size,
+            learning_rate=config.learning_rate,
+            reassign_every=config.reassign_every if moving else None,
+            min_count=config.min_count,
+            seed=config.seed,
+            mesh=mesh,
+        )
+        history["loss"] = [loss - targets.entropy for loss in history["loss"]]
+    fit = VQFit(
+        jnp.asarray(assignment),
+        jnp.asarray(codebook),
+        jnp.zeros(len(assignment)) if bias is None else jnp.asarray(bias),
+        jnp.zeros(0),
+    )
+    if not config.num_pages:
+        return VQHead.from_fit(fit, use_bias=config.use_bias), history
+    head = ShortlistHead.from_fit(fit, num_pages=config.num_pages, page_size=config.page_size)
+    head.make_pages(rows, statistics.cov)
+    return head, history
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """What `convert_head` gives back.
+
+    Attributes:
+      model: the same parameters with the new head.
+      head: the head.
+      floor: what its mapping could reach without biases.
+      history: KL divergence by step, and tokens moved by each reassignment.
+      cache: hidden states and labels it was tuned on.
+      targets: what the old head says there.
+    """
+
+    model: Any
+    head: VQHead
+    floor: PerplexityFloor
+    history: dict[str, list[float]]
+    cache: HiddenCache
+    targets: HeadTargets
+
+
+def convert_head(
+    model: Any,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    workdir: str | os.PathLike[str],
+    config: ConvertConfig | None = None,
+    unigram: Array | None = None,
+    source: str = "",
+) -> Conversion:
+    """Replaces a decoder's head by a vector-quantised one that imitates it.
+
+    Hidden states are computed once and kept in ``workdir``; so is what the old head says on them.
+    Then mapping and codebook are fitted to the old rows, codebook and biases tuned to the old
+    head's distribution, tokens reassigned in between, and the head is written to
+    ``workdir/head``. A call that was killed goes on after the hidden states it has, and another
+    configuration of the same ``max_tokens`` reuses them. What the old head says is made again if
+    the head is another one; hidden states of another model or ``source`` are refused.
+
+    Args:
+      model: a `logitjax.models.Decoder` with a linear or tied head.
+      batches: packed batches of one tokenizer, as for `cache_hidden_states`.
+      workdir: a local directory.
+      config: sizes and budget.
+      unigram: ``[vocab]`` counts from more text than is cached; they weigh the rows.
+      source: names the batches, see `cache_hidden_states`.
+
+    Returns:
+      `Conversion`. Its model shares the old one's parameters. Where the old logits were soft-capped
+      the new head imitates the capped ones, and the new model caps nothing.
+
+    Raises:
+      ValueError: the model's head is not linear, or the workdir holds hidden states of another
+        model, ``source`` or number of tokens.
+
+    References:
+      VQ-Logits, arXiv:2505.10202, "pre-trained initialisation"; what is done here beyond k-means
+      over rows is ours, see docs/vq_logits.md.
+    """
+    config = ConvertConfig() if config is None else config
+    root = epath.Path(workdir)
+    kernel, row_bias, axis = model.head_kernel(ignore_softcap=True)
+    rows = kernel if axis == 0 else kernel.T
+    cache = cache_hidden_states(
+        model, batches, root / "hidden", max_tokens=config.max_tokens, source=source
+    )
+    targets = cached_head_targets(
+        root / f"targets_{config.top}.npz",
+        cache,
+        rows,
+        row_bias,
+        top=config.top,
+        soft_cap=model.config.logits_softcap,
+    )
+    head, history = fit_vq_head(rows, row_bias, cache.hidden, targets, config, unigram=unigram)
+    logging.info("head converted: KL divergence %s nats", history["loss"][-1:] or "not tuned")
+    save_head(head, root / "head")
+    return Conversion(
+        model=with_head(model, head),
+        head=head,
+        floor=perplexity_floor(head.assignment[...], np.asarray(targets.counts)),
+        history=history,
+        cache=cache,
+        targets=targets,
+    )
+
+
+def with_head(model: Any, head: nnx.Module) -> Any:
+    """The same decoder, parameters shared, with another head and no soft cap of its own."""
+    graphdef, state = nnx.split(model)
+    new = nnx.merge(graphdef, state)
+    new.head = head
+    if new.config.logits_softcap is not None:
+        new.config = dataclasses.replace(new.config, logits_softcap=None)
+    return new
+
+
+def save_head(head: VQHead, directory: str | os.PathLike[str]) -> None:
+    """Writes a `VQHead` or `ShortlistHead` as ``head.safetensors`` and ``head.json``."""
+    root = epath.Path(directory)
+    root.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        "codebook": np.asarray(head.codebook[...]),
+        "assignment": np.asarray(head.assignment[...]),
+    }
+    if head.bias is not None:
+        tensors["bias"] = np.asarray(head.bias[...])
+    options: dict[str, Any] = {"soft_cap": head.soft_cap, "use_bias": head.bias is not None}
+    if isinstance(head, ShortlistHead):
+        pages = head.pages
+        fields = dataclasses.fields(pages)
+        tensors |= {f"pages.{f.name}": np.asarray(getattr(pages, f.name)) for f in fields}
+        options |= {"num_pages": head.num_pages, "page_size": head.page_size}
+        tensors["calibration"] = np.asarray(head.calibration[...])
+        if head.rows is not None:
+            tensors["rows"] = np.asarray(head.rows[...])
+    (root / "head.safetensors").write_bytes(save_tensors(tensors))
+    kind = type(head).__name__
+    (root / "head.json").write_text(json.dumps({"kind": kind, "options": options}, indent=1))
+
+
+def load_head(directory: str | os.PathLike[str], *, dtype: Any = jnp.float32) -> VQHead:
+    """Reads what `save_head` wrote.
+
+    Raises:
+      FileNotFoundError: there is no head in the directory.
+    """
+    root = epath.Path(directory)
+    if not (root / "head.json").exists():
+        raise FileNotFoundError(f"no head in {root} (it has no head.json)")
+    record = json.loads((root / "head.json").read_text())
+    tensors = load_tensors((root / "head.safetensors").read_bytes())
+    kind = {"VQHead": VQHead, "ShortlistHead": ShortlistHead}[record["kind"]]
+    options = dict(record["options"])
+    if "rows" in tensors:
+        options["rows"] = tensors["rows"]
+    assignment = jnp.asarray(tensors["assignment"])
+    bias = jnp.asarray(tensors.get("bias", np.zeros(len(assignment), np.float32)))
+    fit = VQFit(assignment, jnp.asarray(tensors["codebook"]), bias, jnp.zeros(0))
+    head = kind.from_fit(fit, dtype=dtype, param_dtype=fit.codebook.dtype, **options)
+    if isinstance(head, ShortlistHead):
+        names = [f.name for f in dataclasses.fields(head.pages)]
+        head.calibration[...] = jnp.asarray(tensors["calibration"])
+        head.set_pages(Pages(**{name: jnp.asarray(tensors[f"pages.{name}"]) for name in names}))
+    return head

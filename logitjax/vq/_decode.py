@@ -1,0 +1,229 @@
+"""The vector-quantised head in decoding: exact top-k and exact samples from K cluster scores."""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Bool, Float, Int, Key
+
+from logitjax.ops import Array, AxisName, TopK, logsumexp
+from logitjax.vq._loss import all_scores, cluster_log_mass, on_batch, token_bias
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class VQTables:
+    """What decoding looks up, made once per bias and temperature by `vq_tables`.
+
+    Attributes:
+      best: ``[codes, width]`` tokens of a cluster by falling bias, -1 where there are no more.
+        Rows are ordered by their first token, so that equal logits come out lowest token first.
+      best_bias: ``[codes, width]``, their biases; ``-inf`` for none.
+      code: ``[codes]``, the cluster of each of these rows.
+      members: ``[vocab]`` tokens, cluster by cluster.
+      starts: ``[codes + 1]``, where in ``members`` each cluster starts.
+      cumulative: ``[vocab]``, running sum of ``exp(bias) / B`` within a cluster, in that order.
+      log_mass: ``[codes]``, ``log B``.
+      temperature: what the biases were divided by.
+    """
+
+    best: jax.Array
+    best_bias: jax.Array
+    code: jax.Array
+    members: jax.Array
+    starts: jax.Array
+    cumulative: jax.Array
+    log_mass: jax.Array
+    temperature: jax.Array
+
+
+@functools.partial(jax.jit, static_argnames=("num_codes", "width"))
+def vq_tables(
+    bias: Float[Array, " vocab"] | None,
+    assignment: Int[Array, " vocab"],
+    num_codes: int,
+    *,
+    width: int = 64,
+    temperature: float | Array = 1.0,
+    where: Bool[Array, " vocab"] | None = None,
+) -> VQTables:
+    """Sorts every cluster by bias, for `vq_topk` and `vq_sample`.
+
+    O(V log V), once for a bias and a temperature. The temperature is applied here to the biases and
+    there to the scores.
+
+    Args:
+      bias: ``[vocab]``, or None for the head as published.
+      assignment: ``[vocab]``, cluster of each entry.
+      num_codes: number of clusters.
+      width: the largest ``k`` that `vq_topk` will be asked for.
+      temperature: divides the logits.
+      where: ``[vocab]``, True for the entries that exist.
+
+    Returns:
+      `VQTables`.
+
+    Raises:
+      ValueError: ``width`` is not positive.
+
+    >>> tables = vq_tables(jnp.array([0.0, 1.0, 2.0]), jnp.array([1, 0, 1]), 2, width=2)
+    >>> print(tables.best.tolist(), tables.code.tolist())
+    [[1, -1], [2, 0]] [0, 1]
+    """
+    if width < 1:
+        raise ValueError(f"width must be positive, got {width}")
+    assignment = jnp.asarray(assignment)
+    vocab = assignment.shape[0]
+    width = min(width, vocab)
+    added = token_bias(bias, assignment, temperature=temperature, where=where)
+    members = jnp.lexsort((jnp.arange(vocab), -added, assignment)).astype(jnp.int32)
+    starts = jnp.searchsorted(assignment[members], jnp.arange(num_codes + 1)).astype(jnp.int32)
+    places = starts[:-1, None] + jnp.arange(width)
+    exists = places < starts[1:, None]
+    best = jnp.where(exists, members[jnp.minimum(places, vocab - 1)], -1)
+    best_bias = jnp.where(exists, added[best], -jnp.inf)
+    code = jnp.argsort(jnp.where(best[:, 0] < 0, vocab, best[:, 0])).astype(jnp.int32)
+    log_mass = cluster_log_mass(added, assignment, num_codes)
+    finite = jnp.where(jnp.isfinite(log_mass), log_mass, 0.0)
+    shares = jnp.exp(added - finite[assignment])[members]
+    return VQTables(
+        best=best[code],
+        best_bias=best_bias[code],
+        code=code,
+        members=members,
+        starts=starts,
+        cumulative=_segmented_sum(shares, assignment[members]),
+        log_mass=log_mass,
+        temperature=jnp.asarray(temperature, jnp.float32),
+    )
+
+
+def vq_topk(
+    hidden: Float[Array, "*batch hidden"],
+    codebook: Float[Array, "codes hidden"],
+    tables: VQTables,
+    k: int,
+    *,
+    soft_cap: float | None = None,
+    axis_name: AxisName | None = None,
+) -> TopK:
+    """The k largest logits in O(K d + k^2) per token, exactly those of `vq_logits`.
+
+    Inside a cluster the order is that of the biases whatever the hidden state, and each of the k
+    best clusters offers a token that beats all tokens of clusters ranked lower. So k tokens from
+    each of k clusters are enough. Equal logits come lowest token first, as `jax.lax.top_k` has it.
+
+    Args:
+      hidden: ``[*batch, hidden]``.
+      codebook: ``[codes, hidden]``; inside `jax.shard_map` this shard's codes.
+      tables: of `vq_tables`, with ``width >= k``.
+      k: how many.
+      soft_cap: as `code_scores`.
+      axis_name: inside `jax.shard_map` with the codebook split over this mesh axis: that axis.
+
+    Returns:
+      `TopK` of ``[*batch, k]`` logits (over the temperature) and tokens, and ``log_z`` over the
+      whole vocabulary: ``values - log_z[..., None]`` are log-probabilities.
+
+    Raises:
+      ValueError: ``k`` is not in 1..width.
+
+    >>> bias, assignment = jnp.array([0.0, 1.0, 2.0]), jnp.array([1, 0, 1])
+    >>> tables = vq_tables(bias, assignment, 2, width=2)
+    >>> vq_topk(jnp.ones((1, 1)), jnp.array([[5.0], [1.0]]), tables, 2).indices
+    Array([[1, 2]], dtype=int32)
+    """
+    width = tables.best.shape[1]
+    if not 1 <= k <= width:
+        raise ValueError(f"k must be between 1 and the width of the tables, {width}, got {k}")
+
+    def run(hidden: Array, codebook: Array, tables: VQTables) -> tuple[jax.Array, ...]:
+        scores = all_scores(hidden, codebook, soft_cap, axis_name) / tables.temperature
+        log_z = logsumexp(scores + tables.log_mass)
+        by_row = jnp.take(scores, tables.code, axis=-1)
+        _, rows = lax.top_k(by_row + tables.best_bias[:, 0], min(k, by_row.shape[-1]))
+        values = jnp.take_along_axis(by_row, rows, axis=-1)[..., None]
+        values = (values + tables.best_bias[rows, :k]).reshape(*rows.shape[:-1], -1)
+        tokens = tables.best[rows, :k].reshape(values.shape)
+        # Two keys: among equal logits the lowest token, wherever its cluster came.
+        negative, tokens = lax.sort((-values, tokens), num_keys=2)
+        return -negative[..., :k], tokens[..., :k], log_z
+
+    ndim = jnp.ndim(hidden)
+    return TopK(*on_batch(run, (ndim, ndim, ndim - 1), hidden, codebook, tables))
+
+
+def vq_sample(
+    key: Key[jax.Array, ""],
+    hidden: Float[Array, "*batch hidden"],
+    codebook: Float[Array, "codes hidden"],
+    tables: VQTables,
+    *,
+    soft_cap: float | None = None,
+    axis_name: AxisName | None = None,
+) -> Int[jax.Array, "*batch"]:
+    """Draws tokens from the whole distribution in O(K d + log V) per token, exactly.
+
+    First the cluster, ``k ~ softmax(z + log B)``, then a token within it, ``v ~ exp(b_v) / B_k``,
+    by inverting a cumulative table of that cluster alone: one table over all V would be too coarse
+    in float32.
+
+    Args:
+      key: a `jax.random.key`.
+      hidden: ``[*batch, hidden]``.
+      codebook: ``[codes, hidden]``; inside `jax.shard_map` this shard's codes.
+      tables: of `vq_tables`, made with the temperature to sample at.
+      soft_cap: as `code_scores`.
+      axis_name: inside `jax.shard_map` with the codebook split over this mesh axis: that axis.
+
+    Returns:
+      ``[*batch]`` int32 tokens.
+
+    >>> bias, assignment = jnp.array([0.0, -jnp.inf, 2.0]), jnp.array([1, 1, 0])
+    >>> tables = vq_tables(bias, assignment, 2)
+    >>> vq_sample(jax.random.key(0), jnp.ones((3, 1)), jnp.array([[-50.0], [0.0]]), tables)
+    Array([0, 0, 0], dtype=int32)
+    """
+
+    def run(hidden: Array, codebook: Array, tables: VQTables, key: Array) -> tuple[jax.Array]:
+        scores = all_scores(hidden, codebook, soft_cap, axis_name) / tables.temperature
+        cluster_key, token_key = jax.random.split(key)
+        code = jax.random.categorical(cluster_key, scores + tables.log_mass)
+        start, stop = tables.starts[code], tables.starts[code + 1]
+        last = jnp.maximum(stop - 1, start)
+        uniform = jax.random.uniform(token_key, code.shape) * tables.cumulative[last]
+
+        def halve(_: Any, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            low, high = bounds
+            middle = (low + high) // 2
+            beyond = tables.cumulative[middle] > uniform
+            return jnp.where(beyond, low, middle + 1), jnp.where(beyond, middle, high)
+
+        steps = math.ceil(math.log2(tables.members.shape[0] + 1)) + 1
+        # A search that has ended stays put: low == high there, and last is always beyond.
+        place, _ = lax.fori_loop(0, steps, lambda i, b: _keep_ended(halve(i, b), b), (start, last))
+        return (tables.members[jnp.minimum(place, last)],)
+
+    ndim = jnp.ndim(hidden) - 1
+    return on_batch(run, (ndim,), hidden, codebook, tables, key)[0]
+
+
+def _keep_ended(
+    new: tuple[jax.Array, jax.Array], old: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    ended = old[0] >= old[1]
+    return jnp.where(ended, old[0], new[0]), jnp.where(ended, old[1], new[1])
+
+
+def _segmented_sum(values: jax.Array, segments: jax.Array) -> jax.Array:
+    """Running sums that start anew with each segment."""
+    fresh = jnp.concatenate([jnp.ones((1,), bool), segments[1:] != segments[:-1]])
+
+    def combine(left: tuple, right: tuple) -> tuple:
+        return left[0] | right[0], jnp.where(right[0], right[1], left[1] + right[1])
+
+    return lax.associative_scan(combine, (fresh, values))[1]

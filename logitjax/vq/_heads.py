@@ -1,0 +1,404 @@
+"""Vector-quantised heads as flax.nnx modules, to be injected into a decoder."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Bool, Float, Int, Key
+
+from logitjax.heads._head_cost import HeadCost, shortlist_cost, vq_cost
+from logitjax.heads._vocabulary_head import Assignment, VocabularyHead, log_unigram
+from logitjax.ops import Array, AxisName, TopK
+from logitjax.vq._assignment import VQFit
+from logitjax.vq._decode import VQTables, vq_sample, vq_tables, vq_topk
+from logitjax.vq._loss import vq_logits, vq_nll
+from logitjax.vq._shortlist import (
+    Pages,
+    Rescore,
+    exact_rows,
+    make_pages,
+    row_spread,
+    shortlist_logits,
+    shortlist_nll,
+    shortlist_topk,
+    with_page_biases,
+)
+
+_PAGE_FIELDS = tuple(field.name for field in dataclasses.fields(Pages))
+_TABLE_FIELDS = tuple(field.name for field in dataclasses.fields(VQTables))
+
+
+class VQHead(VocabularyHead):
+    """One code for several tokens, and a bias for each: O(K) training and decoding.
+
+    As a decoder's ``head`` it gives all V logits, so everything works with it; `nll`, `top_k` and
+    `sample` give the same without them. Sharding: split ``codebook`` along its first axis over the
+    tensor axis of the mesh or replicate it, replicate ``bias`` and ``assignment``.
+
+    Args:
+      hidden_size: d.
+      vocab_size: V.
+      num_codes: K.
+      assignment: ``[vocab]``, e.g. of `fit_assignment`; balanced and random when omitted.
+      unigram: ``[vocab]`` counts or probabilities: biases begin at its logarithm, as they
+        should.
+      use_bias: False is the head as published.
+      soft_cap: of the cluster scores.
+      dtype: compute dtype.
+      param_dtype: dtype of the parameters.
+      rngs: source of the initial codebook.
+
+    >>> head = VQHead(8, 20, 5, rngs=nnx.Rngs(0))
+    >>> head(jnp.ones((2, 8))).shape
+    (2, 20)
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        vocab_size: int,
+        num_codes: int,
+        *,
+        assignment: Array | None = None,
+        unigram: Array | None = None,
+        use_bias: bool = True,
+        soft_cap: float | None = None,
+        dtype: Any = jnp.float32,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        if not 1 <= num_codes <= vocab_size:
+            raise ValueError(f"num_codes must be between 1 and {vocab_size}, got {num_codes}")
+        key = rngs.params()
+        if assignment is None:
+            code = jnp.arange(vocab_size) * num_codes // vocab_size
+            assignment = jax.random.permutation(jax.random.fold_in(key, 1), code)
+        elif np.shape(assignment) != (vocab_size,):
+            raise ValueError(
+                f"assignment must be of shape ({vocab_size},), got {np.shape(assignment)}"
+            )
+        self.soft_cap = soft_cap
+        self.dtype = dtype
+        init = nnx.initializers.normal(hidden_size**-0.5)
+        self.codebook = nnx.Param(init(key, (num_codes, hidden_size), param_dtype))
+        # float32 whatever the rest is: a bias of -11.3 is a log-probability.
+        self.bias = nnx.Param(log_unigram(unigram, vocab_size)) if use_bias else None
+        self.assignment = Assignment(jnp.asarray(assignment, jnp.int32))
+        self._drop_tables()
+
+    @classmethod
+    def from_fit(cls, fit: VQFit, **options: Any) -> Any:
+        """The head that `fit_assignment` found."""
+        codes, hidden = fit.codebook.shape
+        head = cls(
+            hidden,
+            fit.assignment.shape[0],
+            codes,
+            assignment=fit.assignment,
+            rngs=nnx.Rngs(0),
+            **options,
+        )
+        head.load(fit.codebook, fit.bias, fit.assignment)
+        return head
+
+    def load(self, codebook: Array, bias: Array | None, assignment: Array) -> None:
+        """Overwrites parameters and assignment, e.g. after a reassignment."""
+        self.codebook[...] = jnp.asarray(codebook, self.codebook.dtype)
+        if self.bias is not None and bias is not None:
+            self.bias[...] = jnp.asarray(bias, self.bias.dtype)
+        self.assignment[...] = jnp.asarray(assignment, jnp.int32)
+        self._drop_tables()
+
+    @property
+    def vocab_size(self) -> int:
+        return self.assignment.shape[0]
+
+    @property
+    def num_codes(self) -> int:
+        return self.codebook.shape[0]
+
+    def _arrays(self) -> tuple[Array, Array | None, Array]:
+        bias = None if self.bias is None else self.bias[...]
+        return self.codebook[...], bias, self.assignment[...]
+
+    def __call__(
+        self, hidden: Float[Array, "*batch hidden"], embedding: Array | None = None
+    ) -> Float[jax.Array, "*batch vocab"]:
+        hidden = jnp.asarray(hidden, self.dtype)
+        return vq_logits(hidden, *self._arrays(), soft_cap=self.soft_cap)
+
+    def nll(
+        self,
+        hidden: Float[Array, "*batch hidden"],
+        labels: Int[Array, "*batch"],
+        embedding: Array | None = None,
+        *,
+        temperature: float | Array = 1.0,
+        z_loss: float = 0.0,
+        where: Bool[Array, " vocab"] | None = None,
+        axis_name: AxisName | None = None,
+    ) -> Float[jax.Array, "*batch"]:
+        """Cross-entropy, not reduced; see `vq_nll`."""
+        hidden = jnp.asarray(hidden, self.dtype)
+        return vq_nll(
+            hidden,
+            *self._arrays(),
+            labels,
+            temperature=temperature,
+            soft_cap=self.soft_cap,
+            z_loss=z_loss,
+            where=where,
+            axis_name=axis_name,
+        )
+
+    def tables(
+        self,
+        *,
+        width: int = 64,
+        temperature: float | Array = 1.0,
+        where: Bool[Array, " vocab"] | None = None,
+    ) -> VQTables:
+        """Tables for `top_k` and `sample`: make them once, outside the decoding loop."""
+        _, bias, assignment = self._arrays()
+        return vq_tables(
+            bias, assignment, self.num_codes, width=width, temperature=temperature, where=where
+        )
+
+    def prepare(self, width: int = 64) -> None:
+        """Makes the tables for `top_k` up to ``width`` and keeps them, as decoding code expects.
+
+        Without it `top_k` and `sample` sort the vocabulary on every call. Call it again after
+        training: the tables hold the biases of now.
+        """
+        tables = self.tables(width=width)
+        for name in _TABLE_FIELDS:
+            setattr(self, f"table_{name}", Assignment(getattr(tables, name)))
+
+    def _drop_tables(self) -> None:
+        for name in _TABLE_FIELDS:
+            setattr(self, f"table_{name}", nnx.data(None))
+
+    def _prepared(self, width: int) -> VQTables:
+        held = {name: getattr(self, f"table_{name}") for name in _TABLE_FIELDS}
+        if held["best"] is None or held["best"].shape[1] < width:
+            return self.tables(width=width)
+        return VQTables(**{name: table[...] for name, table in held.items()})
+
+    def top_k(
+        self,
+        hidden: Float[Array, "*batch hidden"],
+        k: int,
+        embedding: Array | None = None,
+        *,
+        tables: VQTables | None = None,
+    ) -> TopK:
+        """The k largest logits; see `vq_topk`."""
+        tables = self._prepared(k) if tables is None else tables
+        hidden = jnp.asarray(hidden, self.dtype)
+        return vq_topk(hidden, self.codebook[...], tables, k, soft_cap=self.soft_cap)
+
+    def sample(
+        self,
+        key: Key[jax.Array, ""],
+        hidden: Float[Array, "*batch hidden"],
+        embedding: Array | None = None,
+        *,
+        temperature: float | Array = 1.0,
+        tables: VQTables | None = None,
+    ) -> Int[jax.Array, "*batch"]:
+        """Tokens drawn from the whole distribution; see `vq_sample`.
+
+        ``tables`` carry their own temperature.
+        """
+        if tables is None:
+            plain = isinstance(temperature, (int, float)) and temperature == 1
+            tables = self._prepared(1) if plain else self.tables(width=1, temperature=temperature)
+        hidden = jnp.asarray(hidden, self.dtype)
+        return vq_sample(key, hidden, self.codebook[...], tables, soft_cap=self.soft_cap)
+
+    def kernel_and_bias(self, embedding: Array | None = None) -> tuple[Array, Array | None, int]:
+        """The equivalent full head, ``[vocab, hidden]``: for losses that take a kernel.
+
+        Raises:
+          ValueError: with a soft cap, which a kernel cannot say.
+        """
+        if self.soft_cap is not None:
+            raise ValueError("a VQ head with a soft cap has no kernel; use nll() or the logits")
+        codebook, bias, assignment = self._arrays()
+        return codebook[assignment], bias, 0
+
+    def cost(self) -> HeadCost:
+        """What it costs; see `HeadCost`."""
+        codes, hidden = self.codebook.shape
+        itemsize = self.codebook.dtype.itemsize
+        return vq_cost(
+            self.vocab_size, hidden, codes, bias=self.bias is not None, itemsize=itemsize
+        )
+
+
+class ShortlistHead(VQHead):
+    """Codes choose a shortlist, rows of the (tied) embedding re-score it.
+
+    The natural head for a tied model: the rows are in memory anyway, and decoding reads few of
+    them. Its logits are those of the full head inside the shortlist.
+
+    Args:
+      num_pages: pages re-scored per position.
+      page_size: tokens per page.
+      rows: ``[vocab, hidden]``, the head's own rows; None takes the embedding.
+      Others as `VQHead`.
+
+    >>> head = ShortlistHead(8, 20, 5, num_pages=2, page_size=4, rngs=nnx.Rngs(0))
+    >>> head.cost().parameters
+    60
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        vocab_size: int,
+        num_codes: int,
+        *,
+        num_pages: int = 32,
+        page_size: int = 16,
+        rows: Array | None = None,
+        **options: Any,
+    ):
+        super().__init__(hidden_size, vocab_size, num_codes, **options)
+        self.num_pages = num_pages
+        self.page_size = page_size
+        self.rows = None if rows is None else nnx.Param(jnp.asarray(rows))
+        # Scale and offset of the log-odds that a token lies in the shortlist.
+        self.calibration = nnx.Param(jnp.array([1.0, 0.0]))
+        self.make_pages()
+
+    def load(self, codebook: Array, bias: Array | None, assignment: Array) -> None:
+        super().load(codebook, bias, assignment)
+        self.make_pages()
+
+    def make_pages(self, rows: Array | None = None, hidden_cov: Array | None = None) -> None:
+        """Cuts the clusters into pages anew; with rows and covariance ranks them by their reach."""
+        codebook, bias, assignment = self._arrays()
+        bias = jnp.zeros(self.vocab_size) if bias is None else bias
+        margin = None
+        if rows is not None and hidden_cov is not None:
+            margin = row_spread(rows, codebook, assignment, hidden_cov)
+        pages = make_pages(bias, assignment, size=self.page_size, margin=margin)
+        self.num_pages = min(self.num_pages, pages.tokens.shape[0])
+        self.set_pages(pages)
+
+    @property
+    def pages(self) -> Pages:
+        """The pages; their biases are those of the last `make_pages`, call it after training."""
+        return Pages(**{name: getattr(self, f"page_{name}")[...] for name in _PAGE_FIELDS})
+
+    def set_pages(self, pages: Pages) -> None:
+        """Replaces the pages, e.g. by those of a checkpoint."""
+        for name in _PAGE_FIELDS:
+            setattr(self, f"page_{name}", Assignment(getattr(pages, name)))
+
+    def _rescore(self, embedding: Array | None) -> Rescore:
+        if self.rows is not None:
+            return exact_rows(self.rows[...])
+        if embedding is None:
+            raise ValueError("a ShortlistHead without rows of its own needs the embedding")
+        return exact_rows(embedding)
+
+    def _options(self, embedding: Array | None) -> dict[str, Any]:
+        return {
+            "pages": self.pages,
+            "rescore": self._rescore(embedding),
+            "num_pages": self.num_pages,
+            "calibration": self.calibration[...],
+            "soft_cap": self.soft_cap,
+        }
+
+    def __call__(
+        self, hidden: Float[Array, "*batch hidden"], embedding: Array | None = None
+    ) -> Float[jax.Array, "*batch vocab"]:
+        codebook, bias, assignment = self._arrays()
+        bias = jnp.zeros(self.vocab_size) if bias is None else bias
+        hidden = jnp.asarray(hidden, self.dtype)
+        return shortlist_logits(hidden, codebook, bias, assignment, **self._options(embedding))
+
+    def nll(
+        self,
+        hidden: Float[Array, "*batch hidden"],
+        labels: Int[Array, "*batch"],
+        embedding: Array | None = None,
+        *,
+        temperature: float | Array = 1.0,
+        z_loss: float = 0.0,
+        block_size: int = 256,
+    ) -> Float[jax.Array, "*batch"]:
+        """Cross-entropy over the whole vocabulary; see `shortlist_nll`."""
+        codebook, bias, assignment = self._arrays()
+        bias = jnp.zeros(self.vocab_size) if bias is None else bias
+        return shortlist_nll(
+            jnp.asarray(hidden, self.dtype),
+            codebook,
+            bias,
+            assignment,
+            labels,
+            temperature=temperature,
+            z_loss=z_loss,
+            block_size=block_size,
+            **self._options(embedding),
+        )
+
+    def top_k(
+        self,
+        hidden: Float[Array, "*batch hidden"],
+        k: int,
+        embedding: Array | None = None,
+        *,
+        temperature: float | Array = 1.0,
+        with_tail: bool = True,
+    ) -> TopK:
+        """The k largest logits; see `shortlist_topk`."""
+        return shortlist_topk(
+            jnp.asarray(hidden, self.dtype),
+            self.codebook[...],
+            k,
+            temperature=temperature,
+            with_tail=with_tail,
+            **self._options(embedding),
+        )
+
+    def sample(
+        self,
+        key: Key[jax.Array, ""],
+        hidden: Float[Array, "*batch hidden"],
+        embedding: Array | None = None,
+        *,
+        temperature: float | Array = 1.0,
+        **_: Any,
+    ) -> Int[jax.Array, "*batch"]:
+        """Tokens drawn from the whole distribution, through all V logits."""
+        return VocabularyHead.sample(self, key, hidden, embedding, temperature=temperature)
+
+    def prepare(self, width: int = 64) -> None:
+        """Gives the pages the biases of now; `make_pages` also cuts and ranks them anew."""
+        if self.bias is not None:
+            self.set_pages(with_page_biases(self.pages, self.bias[...]))
+
+    def kernel_and_bias(self, embedding: Array | None = None) -> tuple[Array, Array | None, int]:
+        """Raises: the logits of a shortlist are not linear in the hidden state."""
+        raise ValueError("a ShortlistHead has no kernel; use nll() or the logits")
+
+    def cost(self) -> HeadCost:
+        """What it costs; see `HeadCost`."""
+        codes, hidden = self.codebook.shape
+        return shortlist_cost(
+            self.vocab_size,
+            hidden,
+            codes,
+            pages=self.pages.tokens.shape[0],
+            size=self.page_size,
+            num_pages=self.num_pages,
+            own_rows=self.rows is not None,
+            itemsize=self.codebook.dtype.itemsize,
+        )

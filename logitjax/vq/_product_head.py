@@ -1,0 +1,125 @@
+"""A product-quantised head as a module."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Float, Int
+
+from logitjax.heads._head_cost import HeadCost, product_cost
+from logitjax.heads._vocabulary_head import Assignment, VocabularyHead, log_unigram
+from logitjax.losses import linear_cross_entropy
+from logitjax.ops import Array
+from logitjax.vq._product import product_kernel, product_logits
+from logitjax.vq._product_packed import pack_codes, packed_logits, unpack_codes
+
+
+class ProductHead(VocabularyHead):
+    """`product_logits` as a module, to be injected into a decoder. The codes are not trained.
+
+    Args:
+      hidden_size: d.
+      vocab_size: V.
+      groups: into how many parts the hidden dimensions are cut.
+      num_codes: codes a group.
+      codes: ``[vocab, groups]``, e.g. of `fit_product_codes`; random when omitted.
+      packed: keep two codes a byte, for at most 16 of them, and make logits by `packed_logits`.
+      unigram: ``[vocab]`` counts or probabilities: biases begin at its logarithm.
+      dtype: compute dtype.
+      param_dtype: dtype of the codebooks.
+      rngs: source of the initial codebooks.
+
+    >>> ProductHead(8, 20, groups=4, num_codes=5, rngs=nnx.Rngs(0))(jnp.ones((2, 8))).shape
+    (2, 20)
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        vocab_size: int,
+        *,
+        groups: int,
+        num_codes: int = 256,
+        codes: Array | None = None,
+        packed: bool = False,
+        unigram: Array | None = None,
+        dtype: Any = jnp.float32,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        if packed and num_codes > 16:
+            raise ValueError(f"a packed head has at most 16 codes a group, got {num_codes}")
+        if hidden_size % groups:
+            raise ValueError(f"groups must divide hidden_size={hidden_size}, got {groups}")
+        small = jnp.uint8 if num_codes <= 256 else jnp.uint16
+        if codes is None:
+            codes = jax.random.randint(rngs.params(), (vocab_size, groups), 0, num_codes)
+        elif codes.shape != (vocab_size, groups):
+            raise ValueError(f"codes must be of shape {(vocab_size, groups)}, got {codes.shape}")
+        self.dtype = dtype
+        init = nnx.initializers.normal(hidden_size**-0.5)
+        shape = (groups, num_codes, hidden_size // groups)
+        self.codebooks = nnx.Param(init(rngs.params(), shape, param_dtype))
+        self.bias = nnx.Param(log_unigram(unigram, vocab_size))
+        codes = jnp.asarray(codes).astype(small)
+        self.packed = packed
+        self.codes = Assignment(pack_codes(codes) if packed else codes)
+
+    @classmethod
+    def from_fit(
+        cls, codebooks: Array, codes: Array, bias: Array | None = None, **options: Any
+    ) -> "ProductHead":
+        """The head that `fit_product_codes` found."""
+        groups, num_codes, part = codebooks.shape
+        head = cls(
+            groups * part,
+            codes.shape[0],
+            groups=groups,
+            num_codes=num_codes,
+            codes=codes,
+            rngs=nnx.Rngs(0),
+            **options,
+        )
+        head.codebooks[...] = jnp.asarray(codebooks, head.codebooks.dtype)
+        if bias is not None:
+            head.bias[...] = jnp.asarray(bias, head.bias.dtype)
+        return head
+
+    def __call__(
+        self, hidden: Float[Array, "*batch hidden"], embedding: Array | None = None
+    ) -> Float[jax.Array, "*batch vocab"]:
+        hidden = jnp.asarray(hidden, self.dtype)
+        logits = packed_logits if self.packed else product_logits
+        return logits(hidden, self.codebooks[...], self.codes[...], self.bias[...])
+
+    def nll(
+        self,
+        hidden: Float[Array, "*batch hidden"],
+        labels: Int[Array, "*batch"],
+        embedding: Array | None = None,
+        **options: Any,
+    ) -> Float[jax.Array, "*batch"]:
+        """Cross-entropy, not reduced, through `product_kernel`; see `linear_cross_entropy`."""
+        kernel, bias, axis = self.kernel_and_bias()
+        hidden = jnp.asarray(hidden, self.dtype)
+        return linear_cross_entropy(hidden, kernel, labels, bias=bias, vocab_axis=axis, **options)
+
+    def kernel_and_bias(self, embedding: Array | None = None) -> tuple[Array, Array, int]:
+        """The equivalent full head, ``[vocab, hidden]``: for losses that take a kernel."""
+        codes, bias = self.codes[...], self.bias[...]
+        if self.packed:
+            codes = unpack_codes(codes, len(bias), self.codebooks.shape[0])
+        return product_kernel(self.codebooks[...], codes), bias, 0
+
+    def cost(self) -> HeadCost:
+        """What it costs; see `HeadCost`."""
+        groups, num_codes, part = self.codebooks.shape
+        return product_cost(
+            self.bias.shape[0],
+            groups * part,
+            groups,
+            codes=num_codes,
+            packed=self.packed,
+            itemsize=self.codebooks.dtype.itemsize,
+        )

@@ -1,0 +1,288 @@
+"""Screened heads: a cheap head looks at all tokens, exact rows re-score the best of them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Float, Int
+
+from logitjax.heads._head_cost import HeadCost, screened_cost
+from logitjax.heads._vocabulary_head import VocabularyHead
+from logitjax.ops import (
+    Array,
+    TopK,
+    check_positive,
+    finite_or_zero,
+    gather_at,
+    logsumexp,
+    over_batch,
+    top_k,
+)
+from logitjax.vq._shortlist import Rescore, exact_rows, in_blocks
+
+#: Approximate logits of the whole vocabulary: ``hidden [n, hidden] -> [n, vocab]`` float32.
+Screen = Callable[[jax.Array], jax.Array]
+
+
+def screened_logits(
+    hidden: Float[Array, "*batch hidden"],
+    *,
+    screen: Screen,
+    rescore: Rescore,
+    num_candidates: int,
+) -> Float[jax.Array, "*batch vocab"]:
+    """Logits of a cheap head, the largest of them replaced by those of better rows.
+
+    The candidates are shared out by the better logits; how much they get in all is what the cheap
+    head says, as in `shortlist_nll`: its logits are only known up to a number that depends on the
+    context, which a head tuned to imitate another's probabilities may well learn. ::
+
+        s = screen(h),  c = the num_candidates largest of it
+        l_v = rescore(h, v)       v in c
+              s_v + shift(h)      otherwise
+        shift = logsumexp_{v in c} rescore(h, v) - logsumexp_{v in c} s_v
+
+    Args:
+      hidden: ``[*batch, hidden]``.
+      screen: the cheap head, e.g. a partial `low_rank_logits` or `product_logits`.
+      rescore: e.g. ``exact_rows(embedding)``.
+      num_candidates: tokens that are re-scored.
+
+    Returns:
+      ``[*batch, vocab]``, float32.
+
+    Raises:
+      ValueError: ``num_candidates`` is not in 1..vocab.
+
+    >>> cheap = lambda h: jnp.array([[0.0, 1.0, 2.0]])
+    >>> screened_logits(jnp.ones((1, 1)), screen=cheap, rescore=exact_rows(jnp.full((3, 1), 5.0)),
+    ...                 num_candidates=1)
+    Array([[3., 4., 5.]], dtype=float32)
+
+    References:
+      Shim et al., SVD-softmax, 2017, for a low-rank screen; here any cheap head may screen.
+    """
+    hidden = jnp.asarray(hidden)
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    logits = _joined(*_look(flat, screen, rescore, num_candidates))
+    return logits.reshape(*hidden.shape[:-1], -1)
+
+
+def screened_nll(
+    hidden: Float[Array, "*batch hidden"],
+    labels: Int[Array, "..."],
+    *,
+    screen: Screen,
+    rescore: Rescore,
+    num_candidates: int,
+    temperature: float | Array = 1.0,
+    z_loss: float = 0.0,
+    block_size: int = 256,
+) -> Float[jax.Array, "*batch"]:
+    """Cross-entropy of `screened_logits`, by blocks of positions.
+
+    The choice of candidates has no gradient.
+
+    Args:
+      hidden: ``[*batch, hidden]``.
+      labels: ``[*batch]``.
+      screen: as `screened_logits`.
+      rescore: as `screened_logits`.
+      num_candidates: as `screened_logits`.
+      temperature: divides the logits.
+      z_loss: weight of the squared log-normaliser.
+      block_size: positions at a time; memory is block_size x vocab.
+
+    Returns:
+      ``[*batch]``, float32, not reduced.
+
+    Raises:
+      ValueError: ``num_candidates`` is not in 1..vocab, or ``labels`` do not fit ``hidden``.
+
+    >>> nll = screened_nll(jnp.ones((1, 2)), jnp.array([1]), screen=lambda h: jnp.zeros((1, 4)),
+    ...                    rescore=exact_rows(jnp.zeros((4, 2))), num_candidates=2)
+    >>> print(nll.round(4))
+    [1.3863]
+    """
+    hidden, labels = jnp.asarray(hidden), jnp.asarray(labels)
+    if labels.shape != hidden.shape[:-1]:
+        raise ValueError(f"labels must be of shape {hidden.shape[:-1]}, got {labels.shape}")
+    check_positive(temperature, "temperature")
+
+    def block(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
+        hidden, labels = inputs
+        logits = screened_logits(
+            hidden, screen=screen, rescore=rescore, num_candidates=num_candidates
+        )
+        logits = logits / temperature
+        log_z = logsumexp(logits)
+        nll = log_z - gather_at(logits, labels[:, None])[:, 0]
+        return nll + z_loss * log_z**2 if z_loss else nll
+
+    return in_blocks(block, (hidden, labels), block_size)
+
+
+def screened_topk(
+    hidden: Float[Array, "*batch hidden"],
+    k: int,
+    *,
+    screen: Screen,
+    rescore: Rescore,
+    num_candidates: int,
+    with_log_z: bool = True,
+) -> TopK:
+    """The k best candidates by their better logits.
+
+    They are the full head's wherever its k best tokens are among the candidates.
+
+    Args:
+      hidden: ``[*batch, hidden]``.
+      k: how many, at most ``num_candidates``.
+      screen: as `screened_logits`.
+      rescore: as `screened_logits`.
+      num_candidates: as `screened_logits`.
+      with_log_z: False leaves ``log_z`` zero, which greedy decoding does not need.
+
+    Returns:
+      `TopK`: ``[*batch, k]`` logits and tokens, ``log_z`` over the whole vocabulary.
+
+    Raises:
+      ValueError: ``k`` is not in 1..num_candidates, or that is not in 1..vocab.
+
+    >>> cheap = lambda h: jnp.array([[0.0, 1.0, 2.0]])
+    >>> exact = exact_rows(jnp.array([[9.0], [4.0], [3.0]]))
+    >>> screened_topk(jnp.ones((1, 1)), 1, screen=cheap, rescore=exact, num_candidates=2).indices
+    Array([[1]], dtype=int32)
+    """
+    if not 1 <= k <= num_candidates:
+        raise ValueError(f"k must be between 1 and num_candidates={num_candidates}, got {k}")
+    hidden = jnp.asarray(hidden)
+    batch = hidden.shape[:-1]
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    scores, tokens, better = _look(flat, screen, rescore, num_candidates)
+    values, places = top_k(better, k)
+    chosen = gather_at(tokens, places)
+    log_z = jnp.zeros(len(flat), jnp.float32)
+    if with_log_z:
+        log_z = logsumexp(_joined(scores, tokens, better))
+    return TopK(values.reshape(*batch, k), chosen.reshape(*batch, k), log_z.reshape(batch))
+
+
+class ScreenedHead(VocabularyHead):
+    """A cheap head screens, rows of the (tied) embedding re-score.
+
+    The head for a model whose embedding is in memory anyway and which wants its own logits back
+    while reading a tenth of them.
+
+    Args:
+      screen: any head that makes V cheap logits: a `ProductHead`, a `LowRankHead`, a `VQHead`.
+      num_candidates: tokens that are re-scored.
+      rows: ``[vocab, hidden]``, the head's own rows; None takes the embedding.
+      row_bias: ``[vocab]``, their biases.
+
+    >>> from logitjax.heads import LowRankHead
+    >>> head = ScreenedHead(LowRankHead(8, 20, 2, rngs=nnx.Rngs(0)), num_candidates=4)
+    >>> head(jnp.ones((3, 8)), jnp.ones((20, 8))).shape
+    (3, 20)
+    """
+
+    def __init__(
+        self,
+        screen: VocabularyHead,
+        *,
+        num_candidates: int = 512,
+        rows: Array | None = None,
+        row_bias: Array | None = None,
+    ):
+        self.screen = screen
+        self.num_candidates = num_candidates
+        self.rows = None if rows is None else nnx.Param(jnp.asarray(rows))
+        self.row_bias = None if row_bias is None else nnx.Param(jnp.asarray(row_bias))
+
+    def _options(self, embedding: Array | None) -> dict[str, Any]:
+        rows = embedding if self.rows is None else self.rows[...]
+        if rows is None:
+            raise ValueError("a ScreenedHead without rows of its own needs the embedding")
+        bias = None if self.row_bias is None else self.row_bias[...]
+        return {
+            "screen": self.screen,
+            "rescore": exact_rows(rows, bias),
+            "num_candidates": self.num_candidates,
+        }
+
+    def __call__(
+        self, hidden: Float[Array, "*batch hidden"], embedding: Array | None = None
+    ) -> Float[jax.Array, "*batch vocab"]:
+        return screened_logits(hidden, **self._options(embedding))
+
+    def nll(
+        self,
+        hidden: Float[Array, "*batch hidden"],
+        labels: Int[Array, "*batch"],
+        embedding: Array | None = None,
+        *,
+        temperature: float | Array = 1.0,
+        z_loss: float = 0.0,
+        block_size: int = 256,
+    ) -> Float[jax.Array, "*batch"]:
+        """Cross-entropy over the whole vocabulary; see `screened_nll`."""
+        return screened_nll(
+            hidden,
+            labels,
+            temperature=temperature,
+            z_loss=z_loss,
+            block_size=block_size,
+            **self._options(embedding),
+        )
+
+    def top_k(
+        self,
+        hidden: Float[Array, "*batch hidden"],
+        k: int,
+        embedding: Array | None = None,
+        *,
+        with_log_z: bool = True,
+    ) -> TopK:
+        """The k best candidates; see `screened_topk`."""
+        return screened_topk(hidden, k, with_log_z=with_log_z, **self._options(embedding))
+
+    def kernel_and_bias(self, embedding: Array | None = None) -> tuple[Array, Array | None, int]:
+        """Raises: the logits of a screened head are not linear in the hidden state."""
+        raise ValueError("a ScreenedHead has no kernel; use nll() or the logits")
+
+    def cost(self, hidden_size: int, vocab_size: int) -> HeadCost:
+        """What it costs, on top of its screen; see `HeadCost`."""
+        return screened_cost(
+            self.screen.cost(),
+            vocab_size,
+            hidden_size,
+            num_candidates=self.num_candidates,
+            own_rows=self.rows is not None,
+        )
+
+
+def _look(
+    hidden: jax.Array, screen: Screen, rescore: Rescore, num_candidates: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Cheap scores of all tokens, the candidates, and their better logits."""
+    scores = screen(hidden)
+    if not 1 <= num_candidates <= scores.shape[-1]:
+        raise ValueError(
+            f"num_candidates must be between 1 and the vocabulary, {scores.shape[-1]}, "
+            f"got {num_candidates}"
+        )
+    _, tokens = top_k(jax.lax.stop_gradient(scores), num_candidates, group_size=8)
+    return scores, tokens, rescore(hidden, tokens)
+
+
+def _joined(scores: jax.Array, tokens: jax.Array, better: jax.Array) -> jax.Array:
+    """The better logits at their tokens, and the cheap ones elsewhere, moved to their scale."""
+
+    def join(scores: jax.Array, tokens: jax.Array, better: jax.Array) -> tuple[jax.Array]:
+        rows = jnp.arange(scores.shape[0])[:, None]
+        shift = finite_or_zero(logsumexp(better)) - finite_or_zero(logsumexp(scores[rows, tokens]))
+        return ((scores + shift[:, None]).at[rows, tokens].set(better),)
+
+    return over_batch(join, (2,), scores, tokens, better)[0]

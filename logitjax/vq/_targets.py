@@ -1,0 +1,198 @@
+"""What an old head says on cached hidden states, kept in a form that tunes a new one cheaply."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.sparse
+from absl import logging
+from etils import epath
+from jaxtyping import Float
+
+from logitjax.ops import Array, logsumexp, top_k
+from logitjax.vq._hidden_cache import HiddenCache, fingerprint_of
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadTargets:
+    """Expectations of a full head over cached hidden states.
+
+    The cross-entropy of a VQ head against the full one is linear in codebook and biases but for its
+    own normaliser. So sums over all positions, and the largest probabilities of each position
+    (which keep the noise of mini-batches low), are all that tuning needs: no V logits ever again.
+
+    Attributes:
+      sums: ``[vocab, hidden]``, ``sum_n p(v | h_n) h_n``.
+      counts: ``[vocab]``, ``sum_n p(v | h_n)``.
+      top_probs: ``[count, k]``, the largest probabilities of each position.
+      top_tokens: ``[count, k]`` int32, theirs.
+      rest_sums: ``sums`` without the top ones.
+      rest_counts: ``counts`` without the top ones.
+      entropy: mean entropy of the full head, nats.
+      nll: ``[count]``, the full head's own loss on the labels, if these were given.
+      made_from: fingerprints of positions, rows and options, where `cached_head_targets` made them.
+    """
+
+    sums: np.ndarray
+    counts: np.ndarray
+    top_probs: np.ndarray
+    top_tokens: np.ndarray
+    rest_sums: np.ndarray
+    rest_counts: np.ndarray
+    entropy: float
+    nll: np.ndarray
+    made_from: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        unfinished = epath.Path(f"{os.fspath(path)}.unfinished")
+        with unfinished.open("wb") as file:
+            arrays: dict[str, Any] = {
+                f.name: getattr(self, f.name) for f in dataclasses.fields(self)
+            }
+            arrays["made_from"] = json.dumps(dict(self.made_from))
+            np.savez(file, **arrays)
+        unfinished.replace(path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "HeadTargets":
+        with epath.Path(path).open("rb") as file, np.load(file) as held:
+            arrays: dict[str, Any] = {name: held[name] for name in held.files}
+        arrays["entropy"] = float(arrays["entropy"])
+        arrays["made_from"] = json.loads(str(arrays.get("made_from", "{}")))
+        return cls(**arrays)
+
+
+def cached_head_targets(
+    path: str | os.PathLike[str],
+    cache: HiddenCache,
+    rows: Float[Array, "vocab hidden"],
+    row_bias: Float[Array, " vocab"] | None = None,
+    *,
+    top: int = 64,
+    soft_cap: float | None = None,
+    block_size: int = 512,
+) -> HeadTargets:
+    """`head_targets` kept in a file, and made again if that is of other positions or another head.
+
+    Args:
+      path: the file.
+      cache: positions and their labels.
+      rows: ``[vocab, hidden]``, the full head.
+      row_bias: ``[vocab]``, its bias.
+      top: probabilities kept per position.
+      soft_cap: of its logits.
+      block_size: positions at a time.
+
+    Returns:
+      `HeadTargets`.
+    """
+    path = epath.Path(path)
+    wanted = {
+        "positions": cache.fingerprint,
+        "head": fingerprint_of((rows, row_bias)),
+        "top": top,
+        "soft_cap": soft_cap,
+    }
+    if path.exists():
+        held = HeadTargets.load(path)
+        apart = [name for name, value in wanted.items() if held.made_from.get(name) != value]
+        if not apart:
+            return held
+        logging.warning(
+            "%s was made with other %s: the full head runs again", path, " and ".join(apart)
+        )
+    targets = head_targets(
+        cache.hidden,
+        rows,
+        row_bias,
+        labels=cache.labels,
+        top=top,
+        soft_cap=soft_cap,
+        block_size=block_size,
+    )
+    targets = dataclasses.replace(targets, made_from=wanted)
+    targets.save(path)
+    return targets
+
+
+def head_targets(
+    hidden: Float[Array, "count hidden"],
+    rows: Float[Array, "vocab hidden"],
+    row_bias: Float[Array, " vocab"] | None = None,
+    *,
+    labels: Any = None,
+    top: int = 64,
+    soft_cap: float | None = None,
+    block_size: int = 512,
+) -> HeadTargets:
+    """Run the full head once over cached hidden states; O(N V d), the only time it is needed.
+
+    Args:
+      hidden: ``[count, hidden]``.
+      rows: ``[vocab, hidden]``, the full head.
+      row_bias: ``[vocab]``, its bias.
+      labels: ``[count]``; its loss on them is kept too.
+      top: probabilities kept per position.
+      soft_cap: of its logits.
+      block_size: positions at a time; memory is block_size x vocab.
+
+    Returns:
+      `HeadTargets`, on the host.
+
+    >>> targets = head_targets(np.ones((3, 2), np.float32), np.zeros((5, 2), np.float32), top=5)
+    >>> round(targets.entropy, 3), round(float(targets.counts[0]), 3)
+    (1.609, 0.6)
+    """
+    rows = jnp.asarray(rows, jnp.float32)
+    vocab, width = rows.shape
+    top = min(top, vocab)
+    bias = jnp.zeros(vocab) if row_bias is None else jnp.asarray(row_bias, jnp.float32)
+    labels = np.zeros(len(hidden), np.int32) if labels is None else np.asarray(labels)
+
+    @jax.jit(donate_argnums=(0, 1))
+    def add(sums: Any, counts: Any, hidden: Any, labels: Any, exists: Any) -> Any:
+        logits = hidden @ rows.T + bias
+        if soft_cap is not None:
+            logits = soft_cap * jnp.tanh(logits / soft_cap)
+        log_z = logsumexp(logits)
+        probs = jnp.exp(logits - log_z[:, None]) * exists[:, None]
+        values, tokens = top_k(logits, top)
+        entropy = log_z - (probs * jnp.maximum(logits, -1e30)).sum(-1)
+        chosen = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
+        out = (jnp.exp(values - log_z[:, None]), tokens, entropy, log_z - chosen)
+        return sums + probs.T @ hidden, counts + probs.sum(0), out
+
+    sums, counts, parts = jnp.zeros((vocab, width)), jnp.zeros(vocab), []
+    block_size = min(block_size, len(hidden))
+    for start in range(0, len(hidden), block_size):
+        block = np.asarray(hidden[start : start + block_size], np.float32)
+        here = len(block)
+        pad = block_size - here
+        block = np.pad(block, ((0, pad), (0, 0)))
+        label = np.pad(labels[start : start + block_size], (0, pad))
+        exists = np.arange(block_size) < here
+        sums, counts, out = add(sums, counts, block, label, exists)
+        parts.append([np.asarray(x)[:here] for x in out])
+        if start // block_size % 20 == 0:
+            logging.info("full head: %d of %d positions", start + here, len(hidden))
+    probs, tokens, entropy, nll = (np.concatenate(x) for x in zip(*parts))
+    sums, counts = np.asarray(sums), np.asarray(counts)
+    places = np.repeat(np.arange(len(hidden)), top)
+    kept = scipy.sparse.csr_matrix(
+        (probs.reshape(-1), (tokens.reshape(-1), places)), shape=(vocab, len(hidden))
+    )
+    return HeadTargets(
+        sums=sums,
+        counts=counts,
+        top_probs=probs,
+        top_tokens=tokens,
+        rest_sums=sums - kept @ np.asarray(hidden, np.float32),
+        rest_counts=counts - np.asarray(kept.sum(1))[:, 0],
+        entropy=float(entropy.mean()),
+        nll=nll,
+    )

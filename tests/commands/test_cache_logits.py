@@ -1,0 +1,81 @@
+"""The command that caches teachers: writes, resumes, and graph fusion trains from the result."""
+
+import json
+
+import numpy as np
+import pytest
+from etils import epath
+
+from experiments.graph_fusion import __main__ as graph_fusion
+from experiments.graph_fusion import train
+from logitjax import data, distillation
+from logitjax.commands import cache_logits
+from logitjax.distillation import sources as distillation_sources
+
+TEXT = "\n\n".join(f"paragraph {i} " + "word " * 60 for i in range(120))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT)
+    return f"text:{path}"
+
+
+def _config(source, **changes):
+    values = cache_logits.PRESETS["smoke"] | {"data": source} | changes
+    return cache_logits.Config(**values)
+
+
+def test_writes_caches_that_fit_their_rows(source, tmp_path):
+    workdir = epath.Path(tmp_path)
+    cache_logits.run(_config(source), workdir)
+    for split in distillation_sources.SPLITS:
+        cache = distillation.TeacherCache(workdir / "source0" / split)
+        packed = data.open_packed(workdir / "data" / split)
+        cache.check(data=packed.fingerprint, model="tiny:1", k=16, positions=63)
+        assert len(cache) == min(6, len(packed))
+        found = cache.rows(np.arange(len(cache)))
+        assert np.isfinite(found["values"]).all()
+        mass = np.exp(found["values"] - found["log_z"][..., None]).sum(-1)
+        assert ((mass > 0) & (mass < 1.001)).all()
+    assert "--teacher=cache:" in (workdir / "report.md").read_text()
+    before = {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("source0/*/*")}
+    cache_logits.run(_config(source), workdir)
+    assert before == {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("source0/*/*")}
+    identity = json.loads((tmp_path / "source0" / "train" / "teacher.json").read_text())
+    assert identity["model"] == "tiny:1"
+
+
+def test_options_that_make_no_sense_are_named(source, tmp_path):
+    workdir = epath.Path(tmp_path)
+    with pytest.raises(ValueError, match="splits: expected some of"):
+        cache_logits.run(_config(source, splits=("dev",)), workdir)
+    with pytest.raises(ValueError, match="rows: expected all or a positive number"):
+        cache_logits.run(_config(source, rows="none"), workdir)
+
+
+@pytest.mark.slow
+def test_the_pivot_learns_from_a_cache_with_a_sampled_tail(source, tmp_path):
+    workdir = epath.Path(tmp_path)
+    cache_logits.run(_config(source, rows="all", tail_samples=3), workdir)
+    values = graph_fusion.PRESETS["smoke"] | {
+        "data": source,
+        "teacher": (f"cache:{workdir / 'source0'}",),
+        "loss": ("kl",),
+        "batch_size": 8,
+        "eval_rows": 8,
+        "steps": 2,
+        "eval_every": 2,
+        "checkpoint_every": 2,
+        "log_every": 1,
+    }
+    session = train.open_session(graph_fusion.Config(**values), workdir / "fusion")
+    rows = session.packed.splits["train"].batch(0, seed=0, batch_size=8)
+    statistics, _ = session.sources["source0"].statistics("train", rows)
+    assert statistics.tail.values.shape == (8, 63, 3)
+    # What is drawn is not among the top 16.
+    assert (statistics.tail.indices[..., None] != statistics.indices[..., None, :]).all()
+    assert (statistics.tail.values <= statistics.values[..., -1:] + 0.1).all()
+    outcome = train.run_arms(session.config, session.workdir)["outcomes"][0]
+    assert np.isfinite(outcome.perplexity)

@@ -1,0 +1,84 @@
+"""The command that talks: what it prints, what it refuses, in one line."""
+
+import io
+
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+from logitjax import decoding, models
+from logitjax.commands import generate, named_models, speaker
+
+flags.FLAGS.mark_as_parsed()
+FEW = dict(max_new_tokens=6)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """A tiny model of no chat template as transformers writes one."""
+    path = tmp_path_factory.mktemp("tiny")
+    models.save_pretrained(named_models.tiny_decoder(3), named_models.byte_tokenizer(), path)
+    return str(path)
+
+
+def said(capsys, **flags):
+    with flagsaver.flagsaver(**flags):
+        generate.main(["generate"])
+    return capsys.readouterr().out
+
+
+def refused(capsys, **flags):
+    with flagsaver.flagsaver(**flags), pytest.raises(SystemExit) as stop:
+        generate.main(["generate"])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    return error
+
+
+def test_goes_on_from_prompts(directory, capsys):
+    tokenizer = named_models.byte_tokenizer()
+    out = decoding.generate(
+        models.load_model(directory),
+        [tokenizer.encode("abc")],
+        max_new_tokens=6,
+        stop_ids=[tokenizer.eos_id],
+        tokenizer=tokenizer,
+    )
+    shown = said(capsys, large=directory, prompt=["abc", "abc"], **FEW)
+    assert shown == 2 * f"abc{out.texts[0]}\n"
+
+
+def test_reads_standard_input_and_fuses(directory, capsys, monkeypatch):
+    small = dict(large=directory, expert=["tiny:1"], base=["tiny:2"], **FEW)
+    texts = []
+    for draft in (None, "expert"):
+        monkeypatch.setattr("sys.stdin", io.StringIO("one\n\ntwo\n"))
+        texts.append(said(capsys, fusion="proxy:alpha=0.5", draft=draft, **small))
+    assert texts[0].startswith("one")
+    assert "\ntwo" in texts[0]
+    assert texts[0] == texts[1]
+
+
+def test_mistakes_are_one_line(directory, capsys, tmp_path):
+    assert "no strategy" not in refused(capsys, large=directory, fusion="proxy")
+    assert "expected one of contrastive" in refused(
+        capsys, large=directory, expert=["tiny"], fusion="magic"
+    )
+    assert "proxy takes alpha" in refused(
+        capsys, large=directory, expert=["tiny"], fusion="proxy:beta=1"
+    )
+    assert "nowhere" in refused(capsys, large=str(tmp_path / "nowhere"), prompt=["a"])
+    assert "at most 512" in refused(capsys, large=directory, prompt=["a" * 512], **FEW)
+    assert "temperature" in refused(capsys, large=directory, temperature=-1.0)
+
+
+def test_conversations_keep_their_turns():
+    tokenizer = named_models.byte_tokenizer()
+    template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    tokenizer.chat_template = template + "{% if add_generation_prompt %}[assistant]{% endif %}"
+    talk = speaker.Conversation(tokenizer, "be brief")
+    assert talk.ask("hi") == "[system]be brief[user]hi[assistant]"
+    talk.answered("yes")
+    assert talk.ask("so?").endswith("[user]hi[assistant]yes[user]so?[assistant]")

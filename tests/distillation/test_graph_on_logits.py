@@ -1,0 +1,294 @@
+"""`graph_on_logits` and its statistics against a dense float64 oracle; sharded against local."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from logitjax.distillation import GraphConfig, graph_on_logits
+from logitjax.losses import GraphStatistics, graph_statistics
+
+CONFIGS = [
+    GraphConfig(k=4),
+    GraphConfig(k=4, feature="off_diagonal", logits="softmax"),
+    GraphConfig(k=4, feature="row_rms", logits="raw", value="sorted_coupling"),
+    GraphConfig(k=4, node="token"),
+    GraphConfig(k=4, node="token", feature="row_rms"),
+    GraphConfig(k=4, node="token", value="sorted_coupling", logits="softmax"),
+]
+
+
+run = jax.jit(graph_on_logits, static_argnames="config")
+
+
+def data():
+    rng = np.random.default_rng(0)
+    student = 3 * rng.normal(size=(2, 8, 40)).astype(np.float32)
+    teacher = 3 * rng.normal(size=(2, 6, 48)).astype(np.float32)
+    return student, teacher, rng.random((2, 8)) < 0.8, rng.random((2, 6)) < 0.8
+
+
+def dense_z(logits, where, config, nodes):
+    """Rows of Z as [positions, nodes] float64."""
+    x = np.asarray(logits, np.float64)
+    finite = np.isfinite(x)
+    n = finite.sum(-1, keepdims=True)
+    mean = np.where(finite, x, 0).sum(-1, keepdims=True) / n
+    std = np.sqrt(np.where(finite, x - mean, 0) ** 2).sum(-1, keepdims=True)
+    std = np.sqrt((np.where(finite, x - mean, 0) ** 2).sum(-1, keepdims=True) / n)
+    z = {
+        "standardized": (x - mean) / std,
+        "softmax": np.exp(x) / np.exp(x).sum(-1, keepdims=True),
+        "raw": x,
+    }[config.logits]
+    ids = np.argsort(-x, axis=-1, kind="stable")[:, : config.k]
+    top = np.take_along_axis(z, ids, -1) * np.asarray(where)[:, None]
+    if config.node == "rank":
+        return top
+    out = np.zeros((len(x), nodes))
+    np.put_along_axis(out, ids, top, -1)
+    return out
+
+
+def oracle(student, teacher, student_where, teacher_where, config):
+    nodes = config.k if config.node == "rank" else max(student.shape[-1], teacher.shape[-1])
+    sides = []
+    for logits, where in ((student, student_where), (teacher, teacher_where)):
+        z = dense_z(logits, where, config, nodes)
+        c = z.T @ z / max(where.sum(), 1)
+        f = {
+            "row_sum": c.sum(-1),
+            "row_mean": c.sum(-1) / config.k,
+            "off_diagonal": c.sum(-1) - np.diag(c),
+            "row_rms": np.sqrt((c**2).sum(-1) / config.k),
+        }[config.feature]
+        order = np.argsort(-f, kind="stable")
+        sides.append((f[order], c[order][:, order]))
+    (f, c), (g, d) = sides
+    if config.value == "sorted_coupling":
+        return ((c - d) ** 2).sum() / config.k**2
+    return np.abs(f - g).sum() / config.k
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_equals_dense_oracle(config):
+    student, teacher, student_where, teacher_where = data()
+    loss, _ = run(
+        student, teacher, config=config, student_where=student_where, teacher_where=teacher_where
+    )
+    expected = [oracle(*row, config) for row in zip(*data())]
+    np.testing.assert_allclose(loss, expected, rtol=2e-4)
+
+
+@pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[2], CONFIGS[4], CONFIGS[5]], ids=str)
+def test_gradient_equals_finite_differences(config):
+    student, teacher, student_where, teacher_where = data()
+
+    def loss(x):
+        value, _ = graph_on_logits(
+            x, teacher, config=config, student_where=student_where, teacher_where=teacher_where
+        )
+        return value.sum()
+
+    gradient = np.asarray(jax.jit(jax.grad(loss))(student))
+    direction = np.random.default_rng(1).normal(size=student.shape)
+    step = 1e-6
+
+    def value(x):
+        masks = (student_where, teacher_where)
+        rows = zip(x, teacher, *masks)
+        return sum(oracle(*row, config) for row in rows)
+
+    x = student.astype(np.float64)
+    slope = (value(x + step * direction) - value(x - step * direction)) / (2 * step)
+    np.testing.assert_allclose((gradient * direction).sum(), slope, rtol=1e-3)
+
+
+def test_statistics_give_the_same_as_logits_and_may_hold_more():
+    student, teacher, student_where, _ = data()
+    config = CONFIGS[0]
+    whole, _ = run(student, teacher, config=config, student_where=student_where)
+    cached, _ = run(
+        graph_statistics(student, 6),
+        graph_statistics(teacher, 4),
+        config=config,
+        student_where=student_where,
+    )
+    np.testing.assert_allclose(whole, cached, rtol=1e-5)
+    with pytest.raises(ValueError, match="hold the top 3 logits, 4 are needed"):
+        graph_on_logits(graph_statistics(student, 3), teacher, config=config)
+
+
+def test_statistics_of_padded_and_masked_vocabulary():
+    logits = np.array([[2.0, -np.inf, 5.0, 1.0]], np.float32)
+    keep = np.array([True, True, True, False])
+    got = graph_statistics(logits, 3, where=keep)
+    np.testing.assert_allclose(got.mean, [3.5])
+    np.testing.assert_allclose(got.std, [1.5])
+    np.testing.assert_allclose(got.log_z, [np.log(np.exp(2) + np.exp(5))], rtol=1e-6)
+    np.testing.assert_array_equal(got.values, [[5.0, 2.0, -np.inf]])
+    assert got.vocab_size == 4
+
+    def loss(x):
+        config = GraphConfig(k=3)
+        return graph_on_logits(x, np.ones((2, 5), np.float32) * np.arange(5), config=config)[0]
+
+    gradient = jax.jit(jax.grad(loss))(np.repeat(logits, 2, 0))
+    assert np.isfinite(gradient).all()
+    assert (gradient[:, 1] == 0).all()
+    assert np.abs(gradient).sum() > 0
+
+
+@pytest.mark.parametrize("offset", [0.0, -7.0, 5000.0])
+def test_moments_survive_an_offset(offset):
+    logits = (np.random.default_rng(5).normal(size=(3, 500)) + offset).astype(np.float32)
+    got = jax.jit(graph_statistics, static_argnums=1)(logits, 4)
+    exact = logits.astype(np.float64)
+    np.testing.assert_allclose(got.mean, exact.mean(-1), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(got.std, exact.std(-1), rtol=1e-4)
+
+
+def test_teacher_gets_no_gradient_and_empty_samples_are_zero():
+    student, teacher, _, _ = data()
+    nothing = np.zeros((2, 8), bool)
+
+    def loss(s, t, where):
+        return graph_on_logits(s, t, config=CONFIGS[0], student_where=where)[0].sum()
+
+    step = jax.jit(jax.value_and_grad(loss, (0, 1)))
+    value, (gradient, teacher_gradient) = step(student, teacher, np.ones((2, 8), bool))
+    assert value > 0
+    assert (teacher_gradient == 0).all()
+    value, (gradient, _) = step(student, teacher, nothing)
+    assert value == 0
+    assert (gradient == 0).all()
+
+
+def test_invariances_of_the_graph():
+    """Equal graphs give zero; positions may be shuffled, and token ids renamed."""
+    student, _, _, _ = data()
+    rng = np.random.default_rng(3)
+    shuffled = student[:, rng.permutation(8)][:, :, rng.permutation(40)]
+    for config in (CONFIGS[0], CONFIGS[3]):
+        np.testing.assert_allclose(run(student, student, config=config)[0], 0.0, atol=1e-6)
+        np.testing.assert_allclose(run(student, shuffled, config=config)[0], 0.0, atol=2e-5)
+
+
+def test_many_token_nodes_are_compacted():
+    """A vocabulary larger than positions times k gives the value of a scatter into it."""
+    rng = np.random.default_rng(4)
+    student = 3 * rng.normal(size=(1, 3, 400)).astype(np.float32)
+    teacher = 3 * rng.normal(size=(1, 5, 300)).astype(np.float32)
+    for config in (CONFIGS[3], CONFIGS[5]):
+        loss, _ = run(student, teacher, config=config)
+        ones = (np.ones(3, bool), np.ones(5, bool))
+        expected = oracle(student[0], teacher[0], *ones, config)
+        np.testing.assert_allclose(loss[0], expected, rtol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"logits": "standardized_top_k"}, "sum to zero"),
+        ({"logits": "standardized_top_k", "k": 2, "feature": "off_diagonal"}, "same values"),
+        ({"logits": "softmax_top_k", "k": 1}, "1 everywhere"),
+        ({"feature": "off_diagonal", "k": 1}, "off the diagonal"),
+        ({"probes": 4}, "probes"),
+        ({"k": 0}, "k: expected at least 1"),
+    ],
+)
+def test_settings_that_see_nothing_are_refused(options, reason):
+    with pytest.raises(ValueError, match=reason):
+        GraphConfig(**options)
+
+
+def test_bad_inputs_name_the_culprit():
+    student, teacher, _, _ = data()
+    with pytest.raises(ValueError, match="k=40 keeps the whole vocabulary"):
+        graph_on_logits(student, teacher, config=GraphConfig(k=40))
+    with pytest.raises(ValueError, match="k: expected 1 to the vocabulary size 40, got 41"):
+        graph_on_logits(student, teacher, config=GraphConfig(k=41))
+    with pytest.raises(ValueError, match="teacher: expected batch shape"):
+        graph_on_logits(
+            graph_statistics(student, 4),
+            graph_statistics(teacher[:1], 4),
+            config=GraphConfig(k=4),
+        )
+
+
+def test_metrics_show_degenerate_settings():
+    student, teacher, _, _ = data()
+    _, metrics = run(
+        student, teacher, config=GraphConfig(k=4, logits="softmax_top_k", certificate=True)
+    )
+    # Z 1 = 1: the row sum is the summed distribution and carries no co-activation.
+    np.testing.assert_allclose(metrics["student_row_sum_min"], 1.0, rtol=1e-5)
+    np.testing.assert_allclose(metrics["student_row_sum_max"], 1.0, rtol=1e-5)
+    assert (metrics["moved"] == 0).all()
+    assert (metrics["student_rank_one"] > 0.5).all()
+    assert (metrics["student_rank_one"] <= 1.0 + 1e-6).all()
+    assert (metrics["lower"] <= metrics["upper"] * (1 + 1e-5)).all()
+    for value in metrics.values():
+        assert value.shape == (2,)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_sharded_equals_local(config):
+    """Positions over 2 devices and the vocabulary over 4, value and gradient."""
+    student, teacher, student_where, teacher_where = data()
+    mesh = jax.make_mesh((2, 4), ("seq", "vocab"), axis_types=(AxisType.Auto,) * 2)
+
+    def local(s, t, sw, tw, **axes):
+        return graph_on_logits(s, t, config=config, student_where=sw, teacher_where=tw, **axes)[0]
+
+    both, positions = PartitionSpec(None, "seq", "vocab"), PartitionSpec(None, "seq")
+    sharded = jax.shard_map(
+        functools.partial(local, axis_name="vocab", sequence_axis_name="seq"),
+        mesh=mesh,
+        in_specs=(both, both, positions, positions),
+        out_specs=PartitionSpec(),
+    )
+
+    def value_and_grad(f):
+        def total(s, *rest):
+            return f(s, *rest).sum()
+
+        return jax.jit(jax.value_and_grad(total))(student, teacher, student_where, teacher_where)
+
+    value, gradient = value_and_grad(sharded)
+    expected, expected_gradient = value_and_grad(local)
+    np.testing.assert_allclose(value, expected, rtol=1e-4)
+    np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[4]], ids=str)
+def test_batch_sharded_on_both_kinds_of_mesh(config, kind):
+    student, teacher, student_where, _ = (np.repeat(x, 2, 0) for x in data())
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(kind,))
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+
+    def loss(s, t, w):
+        values, metrics = graph_on_logits(s, t, config=config, student_where=w)
+        return values.sum(), (values, metrics)
+
+    step = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    (_, (expected, _)), expected_gradient = step(student, teacher, student_where)
+    with jax.set_mesh(mesh):
+        inputs = jax.device_put((student, teacher, student_where), sharding)
+        (_, (values, _)), gradient = step(*inputs)
+    np.testing.assert_allclose(values, expected, rtol=1e-5)
+    np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_statistics_are_a_pytree():
+    student, _, _, _ = data()
+    statistics = graph_statistics(student, 4)
+    assert isinstance(jax.tree.map(lambda x: x, statistics), GraphStatistics)
+    rows = jax.vmap(lambda s: graph_on_logits(s, s, config=CONFIGS[0])[0])(statistics)
+    np.testing.assert_allclose(rows, 0.0, atol=1e-6)
+    half = graph_on_logits(jnp.asarray(student, jnp.bfloat16), student, config=CONFIGS[0])[0]
+    assert half.dtype == jnp.float32

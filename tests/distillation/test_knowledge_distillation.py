@@ -1,0 +1,255 @@
+"""Distillation losses of classifiers against float64 oracles, at extremes, and on meshes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from logitjax import distillation
+
+BATCH, CLASSES = 8, 16
+
+
+def logits(seed: int, scale: float = 3.0, classes: int = CLASSES) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(BATCH, classes), scale=scale)
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    return np.exp(-np.logaddexp(0, -x))
+
+
+def log_softmax(x: np.ndarray) -> np.ndarray:
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def binary_kl_oracle(s: np.ndarray, t: np.ndarray, tau: float) -> tuple[np.ndarray, np.ndarray]:
+    a, b = s / tau, t / tau
+    p, softplus = sigmoid(b), functools.partial(np.logaddexp, 0)
+    value = tau**2 * (p * (softplus(-a) - softplus(-b)) + sigmoid(-b) * (softplus(a) - softplus(b)))
+    return value.sum(-1), tau * (sigmoid(a) - p)
+
+
+def binary_kl_norm_oracle(
+    s: np.ndarray, t: np.ndarray, tau: float
+) -> tuple[np.ndarray, np.ndarray]:
+    x = (s - t) / (2 * tau)
+    return (tau**2 * (np.logaddexp(x, -x) - np.log(2))).sum(-1), tau / 2 * np.tanh(x)
+
+
+def kd_oracle(s: np.ndarray, t: np.ndarray, tau: float) -> tuple[np.ndarray, np.ndarray]:
+    log_q, log_p = log_softmax(s / tau), log_softmax(t / tau)
+    p = np.exp(log_p)
+    return tau**2 * (p * (log_p - log_q)).sum(-1), tau * (np.exp(log_q) - p)
+
+
+ORACLES = [
+    (distillation.binary_kl, binary_kl_oracle),
+    (distillation.binary_kl_norm, binary_kl_norm_oracle),
+    (distillation.knowledge_distillation, kd_oracle),
+]
+
+
+@pytest.mark.parametrize(("loss", "oracle"), ORACLES)
+@pytest.mark.parametrize("tau", [1.0, 4.0])
+def test_value_and_gradient_equal_float64_oracles(loss, oracle, tau):
+    s, t = logits(0).astype(np.float32), logits(1).astype(np.float32)
+    value, pull = jax.vjp(lambda s: loss(s, t, temperature=tau), s)
+    expected, gradient = oracle(s.astype(np.float64), t.astype(np.float64), tau)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    (got,) = pull(jnp.ones(BATCH))
+    np.testing.assert_allclose(got, gradient, rtol=1e-6, atol=1e-6)
+
+
+def test_decoupled_equals_the_released_form_in_float64():
+    s, t = logits(2).astype(np.float32), logits(3).astype(np.float32)
+    labels = np.arange(BATCH) % CLASSES
+    tau, alpha, beta = 4.0, 1.5, 6.0
+
+    def released(s):
+        s, teacher = s / tau, jnp.asarray(t, jnp.float64) / tau
+        hot = jax.nn.one_hot(labels, CLASSES, dtype=bool)
+        q, p = jax.nn.softmax(s), jax.nn.softmax(teacher)
+
+        def pair(x):
+            return jnp.stack([(x * hot).sum(1), (x * ~hot).sum(1)], 1)
+
+        target = (pair(p) * (jnp.log(pair(p)) - jnp.log(pair(q)))).sum(1)
+        log_q, log_p = (jax.nn.log_softmax(x - 1000.0 * hot) for x in (s, teacher))
+        others = (jnp.exp(log_p) * (log_p - log_q)).sum(1)
+        return tau**2 * (alpha * target + beta * others)
+
+    with jax.enable_x64(True):
+        expected, pull = jax.vjp(released, jnp.asarray(s, jnp.float64))
+        (gradient,) = pull(jnp.ones(BATCH, jnp.float64))
+    value, pull = jax.vjp(
+        lambda s: distillation.decoupled_knowledge_distillation(
+            s, t, labels, target_weight=alpha, other_weight=beta, temperature=tau
+        ),
+        s,
+    )
+    np.testing.assert_allclose(value, expected, rtol=2e-6)
+    np.testing.assert_allclose(pull(jnp.ones(BATCH))[0], gradient, rtol=1e-6, atol=2e-6)
+
+
+def test_dist_equals_numpy_correlations():
+    s, t = logits(4).astype(np.float32), logits(5).astype(np.float32)
+    q, p = np.exp(log_softmax(s.astype(np.float64))), np.exp(log_softmax(t.astype(np.float64)))
+    inter = np.array([1 - np.corrcoef(a, b)[0, 1] for a, b in zip(q, p)])
+    intra = np.mean([1 - np.corrcoef(a, b)[0, 1] for a, b in zip(q.T, p.T)])
+    value = distillation.dist(s, t, inter_weight=2.0, intra_weight=3.0)
+    np.testing.assert_allclose(value, 2 * inter + 3 * intra, rtol=2e-5)
+    padded = distillation.dist(
+        np.concatenate([s, s[:2]]),
+        np.concatenate([t, 7 + t[:2] ** 2]),
+        inter_weight=2.0,
+        intra_weight=3.0,
+        example_where=np.arange(BATCH + 2) < BATCH,
+    )
+    np.testing.assert_allclose(padded[:BATCH], value, rtol=1e-5)
+
+
+def test_standardised_logits_equal_numpy_and_have_a_gradient_at_equal_logits():
+    z = logits(6).astype(np.float32)
+    wide = z.astype(np.float64)
+    expected = (wide - wide.mean(-1, keepdims=True)) / (wide.std(-1, ddof=1, keepdims=True) + 1e-7)
+    np.testing.assert_allclose(distillation.standardize_logits(z), expected, rtol=1e-5, atol=1e-6)
+    flat = jax.grad(lambda z: (distillation.standardize_logits(z) ** 3).sum())(jnp.ones((1, 4)))
+    assert np.isfinite(flat).all()
+
+
+@pytest.mark.parametrize("loss", [distillation.binary_kl, distillation.binary_kl_norm])
+def test_finite_at_any_gap(loss):
+    gaps = jnp.array([-1e4, -1e3, -17.0, 0.0, 17.0, 1e3, 1e4])[:, None]
+    values, gradients = jax.vmap(
+        jax.value_and_grad(lambda s, t: loss(s, t, temperature=1.0)), in_axes=(0, None)
+    )(gaps, jnp.zeros(1))
+    assert np.isfinite(values).all()
+    assert np.isfinite(gradients).all()
+    np.testing.assert_allclose(values[0], 5e3, rtol=1e-3)
+
+
+def test_the_released_float32_form_fails_where_ours_does_not():
+    """Clamping a float32 sigmoid at 1 - 1e-8 clamps at 1: its log of the rest is -inf."""
+
+    def released(student, teacher, tau):
+        q = jnp.clip(jax.nn.sigmoid(student / tau), 1e-8, 1 - 1e-8)
+        p = jnp.clip(jax.nn.sigmoid(teacher / tau), 1e-8, 1 - 1e-8)
+        return tau**2 * jnp.sum(p * jnp.log(p / q) + (1 - p) * jnp.log((1 - p) / (1 - q)), -1)
+
+    def released_norm(student, teacher, tau):
+        return released(student - teacher, jnp.zeros_like(student), tau)
+
+    student, teacher = jnp.array([36.0, 0.0]), jnp.array([0.0, 0.0])
+    for broken, ours in (
+        (released, distillation.binary_kl),
+        (released_norm, distillation.binary_kl_norm),
+    ):
+        value, gradient = jax.value_and_grad(broken)(student, teacher, 2.0)
+        assert not np.isfinite(value)
+        assert not np.isfinite(gradient).all()
+        value, gradient = jax.value_and_grad(ours)(student, teacher)
+        assert np.isfinite(value)
+        assert np.isfinite(gradient).all()
+        near = student / 8
+        np.testing.assert_allclose(broken(near, teacher, 2.0), ours(near, teacher), rtol=1e-5)
+
+
+@given(st.floats(-50, 50), st.floats(0.5, 8))
+def test_norm_is_the_divergence_from_one_half(gap, tau):
+    value = distillation.binary_kl_norm(jnp.array([gap]), jnp.array([0.0]), temperature=tau)
+    q = sigmoid(np.float64(np.float32(gap)) / tau)
+    other = sigmoid(-np.float64(np.float32(gap)) / tau)
+    expected = tau**2 * -0.5 * (np.log(2 * q) + np.log(2 * other))
+    np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-7)
+
+
+def all_losses(s, t, labels, where=None, axis_name=None):
+    options = {"where": where, "axis_name": axis_name}
+    standard = [distillation.standardize_logits(x, **options) for x in (s, t)]
+    return jnp.stack(
+        [
+            distillation.binary_kl(s, t, **options),
+            distillation.binary_kl(s, t, centre=True, reduction="mean", **options),
+            distillation.binary_kl_norm(s, t, **options),
+            distillation.binary_kl_norm(s, t, centre=True, reduction="mean", **options),
+            distillation.knowledge_distillation(s, t, **options),
+            distillation.knowledge_distillation(*standard, temperature=2.0, **options),
+            distillation.decoupled_knowledge_distillation(s, t, labels, **options),
+        ]
+    )
+
+
+@jax.jit
+def with_gradient(s, t, labels, where=None):
+    return jax.value_and_grad(
+        lambda s, t: (lambda x: (x.sum(), x))(all_losses(s, t, labels, where)),
+        argnums=(0, 1),
+        has_aux=True,
+    )(s, t)
+
+
+def test_absent_classes_change_nothing():
+    s, t = logits(7).astype(np.float32), logits(8).astype(np.float32)
+    labels = np.arange(BATCH)
+    (_, values), (gradient, teacher_gradient) = with_gradient(s, t, labels)
+    assert not np.any(teacher_gradient)
+    padding = np.full((BATCH, 4), -np.inf, np.float32)
+    wide = [np.concatenate([x, padding], 1) for x in (s, t)]
+    where = np.arange(CLASSES + 4) < CLASSES
+    masked = [
+        np.concatenate([x, 5 + 0 * padding[:, :1].repeat(4, 1).clip(0, 0)], 1) for x in (s, t)
+    ]
+    for args in ((*wide, labels, None), (*masked, labels, where[None, :])):
+        (_, padded), (padded_gradient, _) = with_gradient(*args)
+        np.testing.assert_allclose(padded, values, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(padded_gradient[:, :CLASSES], gradient, rtol=1e-4, atol=1e-5)
+        assert not np.any(padded_gradient[:, CLASSES:])
+
+
+def test_split_vocabulary_equals_whole():
+    mesh = jax.make_mesh((8,), ("classes",), axis_types=(AxisType.Auto,))
+    s, t = logits(9).astype(np.float32), logits(10).astype(np.float32)
+    labels = np.arange(BATCH) * 2
+    split = jax.jit(
+        jax.shard_map(
+            lambda s, t: all_losses(s, t, labels, axis_name="classes"),
+            mesh=mesh,
+            in_specs=(P(None, "classes"), P(None, "classes")),
+            out_specs=P(),
+        )
+    )
+    np.testing.assert_allclose(split(s, t), all_losses(s, t, labels), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_batch_split_over_devices(kind):
+    s, t = logits(11).astype(np.float32), logits(12).astype(np.float32)
+    labels = np.arange(BATCH)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+
+    def total(s, t, labels):
+        return all_losses(s, t, labels).sum() + distillation.dist(s, t).sum()
+
+    expected = jax.jit(jax.value_and_grad(total))(s, t, labels)
+    with jax.set_mesh(mesh):
+        args = [jax.device_put(x, NamedSharding(mesh, P("data"))) for x in (s, t, labels)]
+        value, gradient = jax.jit(jax.value_and_grad(total))(*args)
+    np.testing.assert_allclose(value, expected[0], rtol=1e-5)
+    np.testing.assert_allclose(gradient, expected[1], rtol=1e-4, atol=1e-5)
+
+
+def test_wrong_arguments_are_named():
+    s = jnp.zeros((2, 3))
+    with pytest.raises(ValueError, match="teacher_logits"):
+        distillation.binary_kl(s, jnp.zeros((2, 4)))
+    with pytest.raises(Exception, match="reduction"):  # or the type checker's, where it is on
+        distillation.binary_kl_norm(s, s, reduction="max")
+    with pytest.raises(ValueError, match="temperature"):
+        distillation.knowledge_distillation(s, s, temperature=0.0)

@@ -1,0 +1,323 @@
+"""Few-shot heads: AMU against its formulas in float64, and what every method has in common."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from logitjax import few_shot
+from tests.few_shot import _oracle as oracle
+
+CLASSES, FEATURES, AUXILIARY, SHOTS = 7, 16, 12, 3
+LABELS = np.arange(CLASSES * SHOTS) % CLASSES
+
+
+def unit(x):
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def problem(seed=0):
+    """Noisy images of well separated classes, in two encoders, and class weights."""
+    rng = np.random.default_rng(seed)
+    weights = unit(rng.normal(size=(CLASSES, FEATURES)))
+    means = rng.normal(size=(CLASSES, AUXILIARY))
+    features = unit(weights[LABELS] + 0.2 * rng.normal(size=(len(LABELS), FEATURES)))
+    auxiliary = unit(means[LABELS] + 0.5 * rng.normal(size=(len(LABELS), AUXILIARY)))
+    zero_shot = 10 * features @ weights.T
+    return features, auxiliary, zero_shot, weights.T
+
+
+def inputs(seed=0):
+    features, auxiliary, zero_shot, weights = (x.astype(np.float32) for x in problem(seed))
+    made = few_shot.FewShotInputs(zero_shot=zero_shot, features=features, auxiliary=auxiliary)
+    return jax.tree.map(jnp.asarray, made), jnp.asarray(weights)
+
+
+MEASURES = [
+    dict(measure="none"),
+    dict(measure="kurtosis", normalizer=250.0),
+    dict(measure="kurtosis", normalizer="classes", exponent=1.3),
+    dict(measure="kurtosis", of="logits"),
+    dict(measure="entropy"),
+    dict(measure="max"),
+    dict(measure="max", of="logits"),
+    dict(measure="margin"),
+    dict(measure="margin", of="logits", exponent=0.7),
+    dict(measure="top5"),
+    dict(measure="energy"),
+    dict(measure="std"),
+]
+
+
+@pytest.mark.parametrize("x64", [False, True])
+def test_uncertainty_weights_are_the_published_formulas(x64):
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(5, CLASSES)) * np.array([[0.3], [1], [3], [6], [10]]) + 12
+    with jax.enable_x64(x64):
+        given = jnp.asarray(logits if x64 else logits.astype(np.float32))
+        for options in MEASURES:
+            config = few_shot.Uncertainty(**options)
+            got = few_shot.uncertainty_weight(given, config)
+            assert got.dtype == given.dtype
+            args = (config.measure, config.of, config.exponent, config.normalizer)
+            expected = oracle.weight(np.asarray(given, np.float64), *args)
+            np.testing.assert_allclose(got, expected, rtol=1e-12 if x64 else 1e-6, err_msg=options)
+
+
+def test_uncertainty_with_absent_classes_is_finite():
+    logits = jnp.array([[1.0, 0.5, 0.0, -1.0, -jnp.inf, 0.3]])
+    for measure in ("none", "kurtosis", "entropy", "max", "margin", "top5", "energy", "std"):
+        weight = few_shot.uncertainty_weight(logits, few_shot.Uncertainty(measure=measure))
+        assert np.isfinite(weight).all(), measure
+
+
+def test_kurtosis_over_a_fourth_of_the_classes_does_not_depend_on_their_number():
+    def sure(classes, **options):
+        logits = jnp.zeros((1, classes)).at[0, 0].set(50.0)
+        config = few_shot.Uncertainty(measure="kurtosis", exponent=1.0, **options)
+        return float(few_shot.uncertainty_weight(logits, config)[0, 0])
+
+    # One-hot probabilities: the released normaliser makes the same certainty weigh 130 times more.
+    assert sure(10, normalizer=250.0) / sure(1000, normalizer=250.0) > 100
+    ratio = sure(10, normalizer="classes") / sure(1000, normalizer="classes")
+    assert 1 < ratio < 1.6
+
+
+PRESETS = {
+    "official": (few_shot.AMUConfig.official(beta=2.0), dict(measure="none")),
+    "official_moment": (
+        few_shot.AMUConfig.official(uncertainty="moment"),
+        dict(measure="kurtosis", of="probabilities", rho=0.4, normalizer=250.0),
+    ),
+    "paper": (
+        few_shot.AMUConfig.paper(fusion_share=0.6),
+        dict(measure="kurtosis", of="logits", rho=0.4, normalizer=None),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_amu_loss_and_gradient_are_the_published_formulas(name):
+    config, measure = PRESETS[name]
+    _, auxiliary, zero_shot, _ = problem()
+    kernel = np.zeros((AUXILIARY, CLASSES))
+    np.add.at(kernel.T, LABELS, auxiliary / SHOTS)
+    measure = {"of": "probabilities", "rho": 0.4, "normalizer": None} | measure
+    factor = oracle.weight(zero_shot, *(measure[k] for k in ("measure", "of", "rho", "normalizer")))
+    expected, slope = oracle.loss_and_gradient(
+        kernel,
+        auxiliary,
+        zero_shot,
+        LABELS,
+        beta=config.beta,
+        share=config.fusion_share,
+        factor=factor,
+        standardize=config.standardize,
+    )
+    for x64 in (False, True):
+        with jax.enable_x64(x64):
+            kind = np.float64 if x64 else np.float32
+            given = few_shot.FewShotInputs(
+                zero_shot=zero_shot.astype(kind), auxiliary=auxiliary.astype(kind)
+            )
+            state = config.init(given, LABELS)
+            np.testing.assert_allclose(state.trained, kernel, rtol=1e-6, atol=1e-7)
+
+            def mean_loss(kernel, given=given):
+                return config.loss(few_shot.FewShotState(kernel, None), given, LABELS).mean()
+
+            value, grad = jax.value_and_grad(mean_loss)(state.trained)
+        np.testing.assert_allclose(value, expected, rtol=1e-12 if x64 else 1e-6)
+        np.testing.assert_allclose(grad, slope, rtol=1e-6, atol=1e-12 if x64 else 1e-6)
+
+
+def test_z_scores_of_equal_logits_are_zero_without_a_gradient():
+    logits = jnp.array([[2.0, 2.0, 2.0], [1.0, 2.0, 4.0]])
+    np.testing.assert_array_equal(few_shot.z_score(logits)[0], 0)
+    weights = jnp.arange(6.0).reshape(2, 3)
+    slope = jax.grad(lambda z: (weights * few_shot.z_score(z)).sum())(logits)
+    np.testing.assert_array_equal(slope[0], 0)
+    assert np.abs(slope[1]).max() > 0.1
+    shifted = few_shot.z_score(5.0 * logits + 3.0)
+    np.testing.assert_allclose(shifted, few_shot.z_score(logits), atol=1e-6)
+
+
+METHODS = {
+    "amu": few_shot.AMUConfig(beta=2.0),
+    "tip_adapter": few_shot.TipAdapterConfig(beta=3.0, sharpness=5.0),
+    "tip_adapter_f": few_shot.TipAdapterFConfig(beta=3.0, sharpness=5.0),
+    "cafo": few_shot.CaFoConfig(beta=1.0, sharpness=3.0),
+    "ape": few_shot.APEConfig(channels=8),
+    "clip_adapter": few_shot.ClipAdapterConfig(beta=0.1),
+    "task_res": few_shot.TaskResConfig(),
+    "linear_probe": few_shot.LinearProbeConfig(initial="features"),
+    "linear_probe_auxiliary": few_shot.LinearProbeConfig(initial="features", source="auxiliary"),
+    "cross_modal": few_shot.CrossModalConfig(),
+    "lp_plus_plus": few_shot.LPPlusPlusConfig(),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_zero_shot_logits_plus_a_bias(name):
+    config = METHODS[name]
+    images, weights = inputs()
+    state = config.init(images, LABELS, class_weights=weights, key=jax.random.key(0))
+    logits, bias = config.logits(state, images), config.bias(state, images)
+    assert logits.shape == bias.shape == (len(LABELS), CLASSES)
+    expected = images.zero_shot + config.beta * bias
+    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-4)
+    off = dataclasses.replace(config, beta=0.0)
+    np.testing.assert_allclose(off.logits(state, images), images.zero_shot, atol=1e-5)
+    # Leading axes are the caller's.
+    split = jax.tree.map(lambda x: x.reshape(SHOTS, CLASSES, -1), images)
+    np.testing.assert_allclose(
+        config.logits(state, split), logits.reshape(SHOTS, CLASSES, -1), atol=1e-4
+    )
+    if name not in ("clip_adapter", "task_res", "cross_modal"):
+        others, _ = inputs(seed=0)
+        accuracy = (config.logits(state, others).argmax(-1) == LABELS).mean()
+        assert accuracy >= (images.zero_shot.argmax(-1) == LABELS).mean()
+
+
+def test_caches_and_fusions_are_the_published_formulas():
+    features, auxiliary, zero_shot, weights = problem()
+    images, class_weights = inputs()
+    hit = np.eye(CLASSES)[LABELS]
+    cache = [np.exp(-2 * (1 - f @ f.T)) @ hit for f in (features, auxiliary)]
+    config = few_shot.TipAdapterConfig(sharpness=2.0)
+    got = config.bias(config.init(images, LABELS), images)
+    np.testing.assert_allclose(got, cache[0], rtol=1e-5)
+
+    z = [oracle.z_score(c) for c in cache]
+    agreement = np.stack([(oracle.z_score(zero_shot) * c).sum(-1) for c in z], -1)
+    p = oracle.softmax(agreement)
+    config = few_shot.CaFoConfig(sharpness=2.0)
+    got = config.bias(config.init(images, LABELS), images)
+    np.testing.assert_allclose(got, p[:, :1] * z[0] + p[:, 1:] * z[1], atol=1e-4)
+
+    similarity = np.zeros(FEATURES)
+    for i in range(CLASSES):
+        for j in range(CLASSES):
+            if i != j:
+                similarity += weights[:, i] * weights[:, j] / (CLASSES * (CLASSES - 1))
+    criterion = -0.7 * similarity + 0.3 * weights.var(1, ddof=1)
+    chosen = np.argsort(-criterion)[:5]
+    kept, text = unit(features[:, chosen]), unit(weights[chosen].T).T
+    divergence = -np.log2(oracle.softmax(kept @ text)[np.arange(len(LABELS)), LABELS])
+    values = hit * np.exp(0.1 * divergence)[:, None]
+    config = few_shot.APEConfig(channels=5)
+    state = config.init(images, LABELS, class_weights=class_weights)
+    np.testing.assert_array_equal(state.fixed[1], chosen)
+    expected = np.exp(-(1 - kept @ kept.T)) @ values
+    np.testing.assert_allclose(config.bias(state, images), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [100.0, 20.0])
+def test_residual_methods_rewrite_their_published_classifiers(scale):
+    features, _, zero_shot, weights = problem()
+    zero_shot = scale * features @ weights
+    images, class_weights = inputs()
+    images = dataclasses.replace(images, zero_shot=jnp.asarray(zero_shot, jnp.float32))
+    rng = np.random.default_rng(1)
+    residual = 0.1 * rng.normal(size=weights.shape).astype(np.float32)
+    for renormalize in (False, True):
+        config = few_shot.TaskResConfig(beta=0.5, renormalize=renormalize, scale=scale)
+        state = config.init(images, LABELS, class_weights=class_weights)
+        state = state._replace(trained=jnp.asarray(residual))
+        moved = weights + 0.5 * residual
+        moved = moved / np.linalg.norm(moved, axis=0) if renormalize else moved
+        got = config.logits(state, images)
+        np.testing.assert_allclose(got, scale * features @ moved, rtol=1e-4, atol=1e-3)
+
+        config = few_shot.ClipAdapterConfig(beta=0.2, renormalize=renormalize, scale=scale)
+        state = config.init(images, LABELS, class_weights=class_weights)
+        down, up = (np.asarray(state.trained[name], np.float64) for name in ("down", "up"))
+        adapted = np.maximum(np.maximum(features @ down, 0) @ up, 0)
+        mixed = 0.2 * adapted + 0.8 * features
+        mixed = unit(mixed) if renormalize else mixed
+        got = config.logits(state, images)
+        np.testing.assert_allclose(got, scale * mixed @ weights, rtol=1e-4, atol=1e-3)
+
+
+def test_lp_plus_plus_starts_and_steps_as_published():
+    features, _, _, weights = problem()
+    images, class_weights = inputs()
+    text = features @ weights
+    means = np.stack([features[k == LABELS].mean(0) for k in range(CLASSES)], 1)
+    blend = 250 * np.mean([text[k == LABELS, k].mean() for k in range(CLASSES)])
+    config = few_shot.LPPlusPlusConfig(iterations=1, blend_every=1)
+    state = config.init(images, LABELS, class_weights=class_weights)
+    p = oracle.softmax(features @ means + blend * text) - np.eye(CLASSES)[LABELS]
+    n = len(LABELS)
+    rate = 4 * n / np.linalg.eigvalsh(features.T @ features)[-1]
+    np.testing.assert_allclose(
+        state.trained["prototypes"], means - rate * features.T @ p / n, rtol=1e-3, atol=1e-4
+    )
+    blend_rate = n / (4 * np.square(text).sum(0).max())
+    expected = blend - blend_rate * (p * text).sum(0) / n
+    np.testing.assert_allclose(state.trained["blend"], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("count", [len(LABELS), 10])  # more and fewer images than channels
+def test_lp_plus_plus_is_its_gradient_descent(count):
+    features, _, _, weights = (x[:count] if len(x) == len(LABELS) else x for x in problem())
+    labels = LABELS[:count]
+    hit = np.eye(CLASSES)[labels]
+    text, share = features @ weights, hit / np.maximum(hit.sum(0), 1)
+    rate = 4 * count / np.linalg.eigvalsh(features.T @ features)[-1]
+    blend_rate = count / (4 * np.square(text).sum(0).max())
+    moving = [features.T @ share, np.zeros(CLASSES)]
+    blend = np.full(CLASSES, 250 * (share * text).sum(0).mean())
+    speed = [0.0, 0.0]
+    for step in range(23):
+        p = oracle.softmax(features @ moving[0] + moving[1] + blend * text) - hit
+        for k, slope in enumerate((features.T @ p / count, p.mean(0))):
+            speed[k] = 0.9 * speed[k] + slope
+            moving[k] = moving[k] - rate * speed[k]
+        if step % 10 == 9:
+            blend = blend - blend_rate * (p * text).mean(0)
+    images, class_weights = inputs()
+    config = few_shot.LPPlusPlusConfig(iterations=23)
+    with jax.enable_x64(True):
+        own = few_shot.FewShotInputs(zero_shot=np.zeros_like(text), features=features)
+        found = config.init(own, labels, class_weights=weights).trained
+    np.testing.assert_allclose(found["prototypes"], moving[0], rtol=1e-8, atol=1e-8)
+    np.testing.assert_allclose(found["bias"], moving[1], rtol=1e-8, atol=1e-8)
+    np.testing.assert_allclose(found["blend"], blend, rtol=1e-8)
+    # Rows that are not there change nothing.
+    padded = jax.tree.map(lambda x: jnp.pad(x[:count], ((0, 3), (0, 0))), images)
+    state = config.init(
+        padded, np.pad(labels, (0, 3), constant_values=-1), class_weights=class_weights
+    )
+    np.testing.assert_allclose(state.trained["blend"], blend, rtol=1e-4)
+
+
+def test_views_of_an_image_are_averaged_and_class_means_are_not_of_length_one():
+    images, _ = inputs()
+    other, _ = inputs(seed=1)
+    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), images, other)
+    mean = unit(np.asarray(images.auxiliary + other.auxiliary) / 2)
+    kernel = few_shot.AMUConfig().init(both, LABELS, views=2).trained
+    expected = np.stack([mean[k == LABELS].mean(0) for k in range(CLASSES)], 1)
+    np.testing.assert_allclose(kernel, expected, rtol=1e-5, atol=1e-6)
+    assert np.linalg.norm(kernel, axis=0).max() < 0.999
+
+
+def test_mistakes_are_named():
+    images, _ = inputs()
+    bare = few_shot.FewShotInputs(zero_shot=images.zero_shot)
+    for config, missing in [
+        (few_shot.AMUConfig(), "auxiliary"),
+        (few_shot.TipAdapterConfig(), "features"),
+        (few_shot.CrossModalConfig(), "class_weights"),
+    ]:
+        with pytest.raises(ValueError, match=missing):
+            config.init(bare, LABELS)
+    with pytest.raises(ValueError, match="uncertainty"):
+        few_shot.AMUConfig.official(uncertainty="entropy")
+    with pytest.raises(Exception, match="measure"):
+        few_shot.Uncertainty(measure="doubt")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="at least 5"):
+        few_shot.uncertainty_weight(jnp.zeros((1, 3)), few_shot.Uncertainty(measure="top5"))

@@ -1,0 +1,295 @@
+"""The completion server over loopback: what it answers, refuses, and survives."""
+
+import concurrent.futures
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import openai
+import pytest
+import schemathesis
+
+from experiments.benchmarks.serve import small_model
+from logitjax import fusion, leakage
+from logitjax.commands import named_models
+from logitjax.decoding import DecodeOptions, Ensemble, Sampling, generate
+from logitjax.leakage._http import HttpOracle
+from tests.serving._server import post, server
+
+KEY = "a-key"
+COMPLETIONS = "/v1/completions"
+
+
+@pytest.fixture(scope="module")
+def address():
+    arguments = ("--large=tiny", f"--api_key={KEY}", "--slots=4", "--max_length=96")
+    flags = ("--max_tokens=32", "--max_waiting=40", "--top_logprobs=5", "--bias=reported")
+    with server(*arguments, *flags) as (where, process):
+        yield where
+        assert process.poll() is None, "the server died"
+
+
+@pytest.fixture(scope="module")
+def client(address):
+    return openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return named_models.load("tiny", layout="listed")
+
+
+def _greedy(model, prompt, count, **options):
+    decoder, tokenizer = model
+    tokens = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+    return generate(
+        decoder,
+        [np.array(tokens)],
+        max_new_tokens=count,
+        sampling=Sampling(),
+        stop_ids=(tokenizer.eos_id,),
+        options=DecodeOptions(logprobs=True, top_logprobs=5),
+        **options,
+    )
+
+
+def test_greedy_completions_are_the_engine_s(client, model):
+    answer = client.completions.create(
+        model="tiny", prompt="Hello", max_tokens=8, temperature=0, logprobs=5
+    )
+    want = _greedy(model, "Hello", 8)
+    choice = answer.choices[0]
+    assert choice.text == model[1].decode(np.asarray(want.tokens[0])[:8].tolist())
+    np.testing.assert_allclose(
+        choice.logprobs.token_logprobs, np.asarray(want.logprobs[0])[:8], atol=1e-4
+    )
+    assert answer.usage.prompt_tokens == 5
+    assert answer.usage.completion_tokens == 8
+    assert choice.finish_reason == "length"
+    assert len(choice.logprobs.top_logprobs) == 8
+
+
+def test_streamed_text_is_the_whole_text(client):
+    options = dict(model="tiny", prompt="abc", max_tokens=12, seed=3, temperature=0.9)
+    whole = client.completions.create(**options)
+    parts = list(
+        client.completions.create(**options, stream=True, stream_options={"include_usage": True})
+    )
+    assert "".join(p.choices[0].text for p in parts if p.choices) == whole.choices[0].text
+    assert [p for p in parts if p.choices][-1].choices[0].finish_reason == "length"
+    assert parts[-1].usage.completion_tokens == 12
+
+
+def test_prompts_of_tokens_several_and_copies(client):
+    answer = client.completions.create(
+        model="tiny", prompt=[[1, 2, 3], [4, 5]], n=2, max_tokens=3, seed=0, temperature=1.0
+    )
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    assert answer.usage.prompt_tokens == 5
+    texts = [choice.text for choice in answer.choices]
+    again = client.completions.create(
+        model="tiny", prompt=[4, 5], max_tokens=3, seed=3, temperature=1.0
+    )
+    # The fourth answer draws with the fourth seed, alone or not.
+    assert again.choices[0].text == texts[3]
+
+
+def test_logit_bias_forces_a_token_and_is_told_by_its_id(address):
+    status, answer, _ = post(
+        address,
+        COMPLETIONS,
+        {
+            "prompt": [7],
+            "max_tokens": 1,
+            "temperature": 0,
+            "logit_bias": {"65": 90},
+            "logprobs": 2,
+            "return_tokens_as_token_ids": True,
+        },
+        key=KEY,
+    )
+    assert status == 200
+    shown = answer["choices"][0]["logprobs"]
+    assert shown["tokens"] == ["token_id:65"]
+    assert shown["token_logprobs"][0] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_stop_strings_end_an_answer_and_stay_out_of_it(client):
+    full = client.completions.create(model="tiny", prompt="Hi", max_tokens=20, temperature=0)
+    text = full.choices[0].text
+    stop = text[4:6]
+    cut = client.completions.create(
+        model="tiny", prompt="Hi", max_tokens=20, temperature=0, stop=[stop]
+    )
+    assert cut.choices[0].text == text[: text.find(stop)]
+    assert cut.choices[0].finish_reason == "stop"
+
+
+def test_models_and_health(client, address):
+    assert [m.id for m in client.models.list()] == ["tiny"]
+    with pytest.raises(openai.AuthenticationError):
+        openai.OpenAI(base_url=f"{address}/v1", api_key="wrong", max_retries=0).models.list()
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "message"),
+    [
+        ({}, "prompt", "prompt must be a string"),
+        ({"prompt": ""}, "prompt", "must not be empty"),
+        ({"prompt": [300]}, "prompt", "there is no token 300"),
+        ({"prompt": "a" * 90, "max_tokens": 20}, "prompt", "do not fit 96"),
+        ({"prompt": "a", "max_tokens": 0}, "max_tokens", "between 1 and 32"),
+        ({"prompt": "a", "max_tokens": True}, "max_tokens", "must be an integer"),
+        ({"prompt": "a", "temperature": "hot"}, "temperature", "must be a number"),
+        ({"prompt": "a", "top_p": 0}, "top_p", "above 0"),
+        ({"prompt": "a", "logprobs": 6}, "logprobs", "between 0 and 5"),
+        ({"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias", "not a token id"),
+        ({"prompt": "a", "logit_bias": {"1": 101}}, "1", "between -100 and 100"),
+        ({"prompt": "a", "logit_bias": {"999": 1}}, "logit_bias", "no token 999"),
+        ({"prompt": "a", "stop": ["a"] * 5}, "stop", "at most 4"),
+        ({"prompt": "a", "echo": True}, "echo", "not supported"),
+        ({"prompt": "a", "n": 17}, "n", "between 1 and 16"),
+        ({"prompt": "\ud800"}, "prompt", ""),
+    ],
+)
+def test_bad_requests_name_the_field(address, body, param, message):
+    status, answer, _ = post(address, COMPLETIONS, body, key=KEY)
+    assert status == 400, answer
+    assert answer["error"]["param"] == param
+    assert message in answer["error"]["message"]
+
+
+def test_what_is_no_request_at_all(address):
+    for raw in (b"", b"{", b"[1]", b"null", b'{"prompt": NaN}', b"[" * 100_000, os.urandom(64)):
+        assert post(address, COMPLETIONS, None, key=KEY, raw=raw)[0] == 400
+    assert post(address, COMPLETIONS, None, key=KEY, raw=b" " * 2_000_000)[0] == 413
+    assert post(address, "/v1/nothing", {}, key=KEY)[0] == 404
+    assert post(address, "/health", {}, key=KEY)[0] == 405
+    assert post(address, COMPLETIONS, {"prompt": "a"})[0] == 401
+    other = {"prompt": "a", "model": "gpt"}
+    status, answer, _ = post(address, COMPLETIONS, other, key=KEY)
+    assert (status, answer["error"]["message"]) == (404, "the model is 'tiny', not 'gpt'")
+    # A byte-level model without a chat template cannot chat; it says so.
+    status, answer, _ = post(
+        address,
+        "/v1/chat/completions",
+        {"messages": [{"role": "user", "content": "hi"}]},
+        key=KEY,
+    )
+    assert status == 400
+    assert "no chat template" in answer["error"]["message"]
+
+
+def test_overload_is_refused_with_a_time_and_nothing_else_breaks(address):
+    def one(i):
+        body = {"prompt": [i % 200 + 1] * 8, "max_tokens": 32, "n": 4, "seed": i}
+        status, _, headers = post(address, COMPLETIONS, body, key=KEY)
+        return status, headers.get("Retry-After")
+
+    with concurrent.futures.ThreadPoolExecutor(40) as pool:
+        found = list(pool.map(one, range(80)))
+    codes = {status for status, _ in found}
+    assert codes == {200, 429}
+    assert all(int(after) >= 1 for status, after in found if status == 429)
+    assert post(address, COMPLETIONS, {"prompt": "a", "max_tokens": 1}, key=KEY)[0] == 200
+
+
+def test_a_client_that_leaves_frees_its_slots(address, client):
+    streams = [
+        client.completions.create(model="tiny", prompt="a", max_tokens=32, n=8, stream=True)
+        for _ in range(4)
+    ]
+    for stream in streams:
+        next(iter(stream))
+        stream.close()
+    answer = client.completions.create(model="tiny", prompt="b", max_tokens=4)
+    assert answer.usage.completion_tokens == 4
+
+
+def test_fuzzed_requests_never_break_it(address):
+    schema = schemathesis.openapi.from_url(f"{address}/openapi.json")
+    from hypothesis import HealthCheck, given, settings
+
+    count = int(os.environ.get("LOGITJAX_FUZZ", "40"))
+    seen = []
+
+    @given(case=schema["/v1/completions"]["POST"].as_strategy())
+    @settings(max_examples=count, deadline=None, suppress_health_check=list(HealthCheck))
+    def fuzz(case):
+        answer = case.call(headers={"Authorization": f"Bearer {KEY}"}, timeout=60)
+        seen.append(answer.status_code)
+        assert answer.status_code in (200, 400, 404, 413, 415, 429)
+        if answer.status_code != 200:
+            assert json.loads(answer.content)["error"]["message"]
+
+    fuzz()
+    assert 200 in seen
+
+
+def test_a_row_comes_back_over_http(tmp_path):
+    wide = small_model(tmp_path, 1000)
+    hidden, _ = wide.hidden_states(jnp.array([[5, 6, 7]]))
+    truth = np.asarray(jax.nn.log_softmax(wide.logits(hidden)[0, -1]))
+    arguments = (f"--large={tmp_path}", "--bias=reported", "--decimals=7", "--max_length=64")
+    with server(*arguments, "--slots=8", "--max_waiting=32") as (where, _):
+        policy = leakage.LogitPolicy(top_k=5, bias="reported", decimals=7)
+        oracle = HttpOracle(where, policy, workers=16, budget=251)
+        row = leakage.recover_log_probs(oracle, [5, 6, 7], 1000)
+        assert row.coverage == 1.0
+        assert np.abs(row.log_probs - truth).max() < 5e-6
+        assert oracle.queries == leakage.row_queries(1000, 5) == 251
+        with pytest.raises(leakage.BudgetExhaustedError):
+            oracle.ask([[1]])
+        oracle.close()
+
+
+def test_an_unlearned_model_is_served_as_its_difference(model):
+    decoder, tokenizer = model
+    fused = Ensemble(
+        decoder,
+        experts=[named_models.load("tiny:1", layout="listed")[0]],
+        fuse=fusion.LogitDifference(alpha=0.5),
+    )
+    want = _greedy((fused, tokenizer), "Hello", 6)
+    arguments = ("--large=tiny", "--expert=tiny:1", "--fusion=logit_difference:alpha=0.5")
+    with server(*arguments, "--slots=2", "--max_length=64") as (where, _):
+        body = {"prompt": "Hello", "max_tokens": 6, "temperature": 0, "logprobs": 2}
+        status, answer, _ = post(where, COMPLETIONS, body)
+    assert status == 200
+    choice = answer["choices"][0]
+    seen, expected = choice["logprobs"]["token_logprobs"], np.asarray(want.logprobs[0])[:6]
+    np.testing.assert_allclose(seen, expected, atol=1e-4)
+    plain = np.asarray(_greedy(model, "Hello", 6).logprobs[0])[:6]
+    assert np.abs(expected - plain).max() > 1e-2
+
+
+def test_only_this_machine_is_audited():
+    with pytest.raises(ValueError, match="expected one of this machine"):
+        HttpOracle("http://example.com", leakage.LogitPolicy(top_k=5))
+
+
+def test_noise_is_the_prompt_s_and_decimals_are_kept():
+    arguments = ("--large=tiny", "--noise=1", "--decimals=2", "--bias=none", "--max_length=64")
+    with server(*arguments) as (where, _):
+        ask = {"prompt": [40, 41], "max_tokens": 2, "temperature": 0, "logprobs": 3}
+        first, again = (post(where, COMPLETIONS, ask)[1]["choices"][0] for _ in range(2))
+        assert first["logprobs"] == again["logprobs"]
+        for value in first["logprobs"]["token_logprobs"]:
+            assert value == round(value, 2)
+        exact = _greedy(named_models.load("tiny", layout="listed"), [40, 41], 3)
+        quiet = np.asarray(exact.logprobs[0])[0]
+        assert abs(first["logprobs"]["token_logprobs"][0] - quiet) > 0.01
+        status, answer, _ = post(where, COMPLETIONS, ask | {"logit_bias": {"1": 2}})
+        assert status == 400
+        assert answer["error"]["message"] == "this server takes no logit_bias"
+
+
+def test_settings_that_contradict_are_one_line():
+    command = [sys.executable, "-m", "logitjax.commands.serve", "--soft_cap=5", "--bias=reported"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: soft_cap: with it bias must be none")

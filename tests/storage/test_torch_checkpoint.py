@@ -1,0 +1,159 @@
+"""Torch files without torch: what is read, and what is refused before it can run."""
+
+import collections
+import contextlib
+import io
+import os
+import pathlib
+import pickle
+import zipfile
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from logitjax.storage import _torch_checkpoint
+from logitjax.storage._torch_checkpoint import read_state_dict, read_torch_checkpoint
+
+GOLDENS = pathlib.Path(__file__).parent / "goldens"
+
+
+@pytest.mark.parametrize("name", ["zip.pth", "legacy.pth"])
+def test_reads_what_torch_wrote(name):
+    content = read_torch_checkpoint(GOLDENS / name)
+    assert content["epoch"] == 240
+    assert content["opt"] == {"learning_rate": 0.05}
+    assert content["best_acc"] == 72.5
+    base = np.arange(12, dtype=np.float32).reshape(3, 4)
+    weights = read_state_dict(GOLDENS / name)
+    np.testing.assert_array_equal(weights["plain"], base)
+    np.testing.assert_array_equal(weights["transposed"], base.T)
+    np.testing.assert_array_equal(weights["slice"], base[1:, ::2])
+    np.testing.assert_array_equal(weights["parameter"], base[0])
+    np.testing.assert_array_equal(weights["bfloat16"].astype(np.float32), base)
+    assert weights["bfloat16"].dtype == ml_dtypes.bfloat16
+    assert weights["count"] == 7
+
+
+class Call:
+    """Pickles to a call of a function with arguments."""
+
+    def __init__(self, function, *args):
+        self.function, self.args = function, args
+
+    def __reduce__(self):
+        return self.function, self.args
+
+
+def archive(path: pathlib.Path, data: bytes, storages: dict[str, bytes] | None = None):
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("archive/data.pkl", data)
+        for key, value in (storages or {}).items():
+            file.writestr(f"archive/data/{key}", value)
+    return path
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        lambda mark: Call(os.system, f"touch {mark}"),
+        lambda mark: {"weights": Call(eval, f"open({str(mark)!r}, 'w')")},
+        lambda mark: Call(__import__, "os"),
+        lambda mark: collections.OrderedDict(a=Call(pathlib.Path.touch, mark)),
+        lambda mark: Call(np.load, str(mark)),
+    ],
+)
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_pickle_that_calls_something_is_refused(tmp_path, content, legacy):
+    mark, path = tmp_path / "ran", tmp_path / "bad.pth"
+    data = pickle.dumps(content(mark), protocol=2)
+    if legacy:
+        start = [_torch_checkpoint._LEGACY_MAGIC, _torch_checkpoint._LEGACY_PROTOCOL, {}]
+        path.write_bytes(b"".join(pickle.dumps(x, protocol=2) for x in start) + data)
+    else:
+        archive(path, data)
+    with pytest.raises(ValueError, match="not allowed"):
+        read_torch_checkpoint(path)
+    assert not mark.exists()
+
+
+class FloatStorage:
+    """Pickled by name, which the test then changes to torch's."""
+
+
+def tensor(storage: tuple, offset, size, stride) -> bytes:
+    """A pickled tensor, with a storage reference as torch writes it."""
+
+    class Reference:
+        pass
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, value):
+            return storage if isinstance(value, Reference) else None
+
+        def reducer_override(self, value):
+            if isinstance(value, Call):
+                return value.__reduce__()
+            return NotImplemented
+
+    out = io.BytesIO()
+    Pickler(out, protocol=2).dump(
+        {"w": Call(_torch_checkpoint._Tensor, Reference(), offset, size, stride, False, None)}
+    )
+    data = out.getvalue()
+    for mine, theirs in (
+        (b"clogitjax.models._torch_checkpoint\n_Tensor\n", b"ctorch._utils\n_rebuild_tensor_v2\n"),
+        (b"ctests.models.test_torch_checkpoint\nFloatStorage\n", b"ctorch\nFloatStorage\n"),
+    ):
+        assert mine in data
+        data = data.replace(mine, theirs)
+    return data
+
+
+@pytest.mark.parametrize(
+    ("offset", "size", "stride"),
+    [
+        (0, (5,), (1,)),
+        (3, (2,), (1,)),
+        (0, (2, 2), (4, 1)),
+        (-1, (2,), (1,)),
+        (0, (2,), (-1,)),
+        (0, (2, 2), (1,)),
+        (0, (1 << 40, 4), (0, 1)),
+    ],
+)
+def test_views_beyond_their_storage_are_refused(tmp_path, offset, size, stride):
+    storage = ("storage", FloatStorage, "0", "cpu", 4)
+    path = archive(
+        tmp_path / "t.pth",
+        tensor(storage, offset, size, stride),
+        {"0": np.zeros(4, "f4").tobytes()},
+    )
+    with pytest.raises(ValueError, match=r"storage|strides"):
+        read_torch_checkpoint(path)
+
+
+def test_damaged_files_are_named(tmp_path):
+    whole = (GOLDENS / "zip.pth").read_bytes()
+    for content in (b"", b"not a checkpoint", whole[: len(whole) // 2]):
+        path = tmp_path / "damaged.pth"
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"damaged\.pth"):
+            read_torch_checkpoint(path)
+    legacy = (GOLDENS / "legacy.pth").read_bytes()
+    path.write_bytes(legacy[:-8])
+    with pytest.raises(ValueError, match="truncated"):
+        read_torch_checkpoint(path)
+
+
+@pytest.mark.parametrize("name", ["zip.pth", "legacy.pth"])
+def test_flipped_bytes_end_as_errors_that_name_the_file(tmp_path, name):
+    whole, path = (GOLDENS / name).read_bytes(), tmp_path / "flipped.pth"
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        content = bytearray(whole)
+        for place in rng.integers(len(whole), size=3):
+            content[place] = rng.integers(256)
+        path.write_bytes(content)
+        with contextlib.suppress(ValueError):
+            read_torch_checkpoint(path)

@@ -1,0 +1,114 @@
+"""What the processes of a run agree on, with two of them."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from tests.training.test_processes import launch
+
+# Of each process: what all have to say alike.
+SCRIPT = """
+import sys
+import jax, numpy as np
+from etils import epath
+from jax.sharding import NamedSharding, PartitionSpec as P
+from logitjax.training import processes
+from logitjax import training
+
+training.distributed.initialize()
+index, workdir = jax.process_index(), epath.Path(sys.argv[1])
+said = processes.said_by_first(lambda: {"from": index, "nan": float("nan"), "text": "ä" * 300})
+assert said["from"] == 0 and said["nan"] != said["nan"] and said["text"] == "ä" * 300, said
+assert processes.agreed(index == 0) and not _processes.agreed(index == 1)
+
+mesh = training.make_mesh("data:2,fsdp:2")
+whole = np.arange(8.0, dtype=np.float32).reshape(4, 2)
+for spec in (P(), P(("data", "fsdp"))):
+    tree = {"x": jax.make_array_from_callback(
+        whole.shape, NamedSharding(mesh, spec), lambda at: whole[at])}
+    here = processes.held_here(tree)["x"]
+    assert here.is_fully_addressable and len(here.devices()) == 1
+    np.testing.assert_array_equal(here, whole)
+
+folder = workdir / "folder"
+processes.by_first("made", lambda: folder.mkdir(parents=True))
+assert folder.exists()
+processes.wait_for_all("seen")
+processes.remove(folder)
+assert not folder.exists()
+processes.remove(folder)
+processes.write_json(workdir / f"from-{index}.json", index)
+processes.wait_for_all("written")
+assert [path.name for path in workdir.glob("*.json")] == ["from-0.json"]
+print("agreed")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_agree(tmp_path):
+    done = launch(2, 2, sys.executable, "-c", SCRIPT, str(tmp_path))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("agreed") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("experiment", "flags", "made"),
+    [
+        ("leakage_audit", ("--policy=full", "--policy=round_2"), "policies/*.json"),
+        ("replication", ("--arm=recovered_2", "--arm=scratch_1"), "arms/*.json"),
+    ],
+)
+def test_processes_take_turns_at_what_needs_one_device(tmp_path, experiment, flags, made):
+    reports = []
+    for processes in (1, 2):
+        workdir = tmp_path / str(processes)
+        command = (sys.executable, "-m", f"experiments.{experiment}", "--preset=smoke", *flags)
+        done = launch(processes, 1, *command, f"--workdir={workdir}")
+        assert done.returncode == 0, done.stderr[-3000:]
+        found = sorted(workdir.glob(made))
+        assert len(found) == 2
+        reports.append([json.loads(path.read_text()) for path in found])
+    for one, two in zip(*reports, strict=True):
+        for name in ("leak", "dimension", "nll", "trained"):
+            if name in one:
+                np.testing.assert_allclose(two[name], one[name], rtol=1e-4)
+
+
+# One process finds an error in what it was given, another waits for it at a barrier.
+ALONE = """
+import dataclasses
+import jax
+from logitjax.commands import cli
+from logitjax.training import processes
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    error: str = cli.field("", "Of the last process.", choices=("", "ValueError", "KeyError"))
+
+def run(config, workdir):
+    if jax.process_index() == 1:
+        raise {"ValueError": ValueError, "KeyError": KeyError}[config.error]("no such thing")
+    processes.wait_for_all("never")
+
+cli.main(Config, {"only": {}}, run)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [("ValueError", 2, "error: no such thing (details"), ("KeyError", 1, "Traceback")],
+)
+def test_an_error_of_one_process_ends_the_job(tmp_path, monkeypatch, error, status, said):
+    # The usual way out of Python would wait for the other process, which waits for this one.
+    monkeypatch.setenv("GRACE", "1")
+    done = launch(
+        *("2", "1", sys.executable, "-c", ALONE, f"--workdir={tmp_path}", f"--error={error}"),
+        timeout=60,
+    )
+    assert done.returncode == status, done.stdout + done.stderr
+    assert said in done.stderr
+    assert "no such thing" in done.stderr

@@ -1,0 +1,207 @@
+"""The assistant learns what to forget and nothing else; the target under it stays as it is."""
+
+import functools
+import os
+import subprocess
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from logitjax import fusion, losses, models, training, unlearning
+from logitjax.models import Decoder, DecoderConfig
+from logitjax.unlearning import init_assistant
+
+CONFIG = DecoderConfig(
+    vocab_size=48,
+    hidden_size=16,
+    intermediate_size=32,
+    num_layers=3,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    max_length=64,
+)
+FORGET = {
+    "tokens": np.array([[1, 2, 3, 4, 5, 0], [1, 6, 7, 8, 0, 0]], np.int32),
+    "mask": np.array([[0, 0, 1, 1, 1, 0], [0, 0, 1, 1, 0, 0]], bool),
+}
+RETAIN = {
+    "tokens": np.array([[1, 9, 10, 11, 12, 13], [1, 14, 15, 16, 0, 0]], np.int32),
+    "mask": np.array([[0, 0, 1, 1, 1, 1], [0, 0, 1, 1, 0, 0]], bool),
+}
+BATCH = {"forget": FORGET, "retain": RETAIN}
+
+
+@functools.cache
+def target():
+    """With larger weights than at initialisation, so that it has opinions."""
+    model = Decoder(CONFIG, rngs=nnx.Rngs(0), layout="listed")
+    graphdef, state = nnx.split(model)
+    state = jax.tree.map(lambda leaf: 20 * leaf if leaf.ndim > 1 else leaf, state)
+    return nnx.merge(graphdef, state)
+
+
+def pointers(tree):
+    return [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(tree)]
+
+
+@functools.cache
+def trained():
+    """An assistant after 80 steps, and what the target's buffers were before."""
+    before = pointers(nnx.state(target()))
+    assistant = init_assistant(target(), 2, rank=4, key=jax.random.key(0))
+    loss_fn, constants = unlearning.make_assistant_loss(assistant.base, retain_weight=2.0)
+    assert set(pointers(constants)) < set(before)
+    tx = optax.adam(0.02)
+    mesh = training.make_mesh("data:1", devices=jax.devices()[:1])
+    state = training.create_train_state(assistant.lora, tx, mesh=mesh)
+    step = training.make_train_step(loss_fn, tx, mesh=mesh)
+    for _ in range(80):
+        state, output = step(state, BATCH, constants)
+    assert step.traces == 1
+    metrics = jax.device_get(output.metrics)
+    return unlearning.Assistant(base=assistant.base, lora=state.params), before, metrics
+
+
+def test_training_neither_copies_nor_donates_a_buffer_of_the_target():
+    assistant, before, _ = trained()
+    leaves = jax.tree.leaves(nnx.state(target()))
+    assert not any(leaf.is_deleted() for leaf in leaves)
+    assert pointers(leaves) == before
+    assert set(pointers(nnx.state(assistant.base))) < set(before)
+
+
+@pytest.mark.slow
+def test_it_knows_what_to_forget_and_is_silent_on_what_to_keep():
+    assistant, _, metrics = trained()
+    assert metrics["forget"][0] < 0.5
+    assert metrics["retain"][0] < 0.5
+    # The difference takes from the target what the assistant knows, and nothing elsewhere.
+    fuse = fusion.LogitDifference(alpha=1.0, filter="none")
+    moved = {}
+    for name, rows in BATCH.items():
+        tokens = jnp.asarray(rows["tokens"])
+        hidden, known = target().hidden_states(tokens)[0], assistant.hidden_states(tokens)[0]
+        large = target().logits(hidden)
+        fused, _ = fuse(large, assistant.logits(known)[None], None)
+        labels, where = tokens[:, 1:], rows["mask"][:, 1:]
+        gap = losses.cross_entropy(fused[:, :-1], labels) - losses.cross_entropy(
+            large[:, :-1], labels
+        )
+        moved[name] = float(np.abs(gap)[where].mean())
+    assert moved["forget"] > 2.0
+    assert moved["retain"] < 0.25 * moved["forget"]
+
+
+@pytest.mark.parametrize("uniform", ["answers", "all"])
+def test_loss_is_that_of_logits(uniform):
+    assistant, _, _ = trained()
+    loss_fn, constants = unlearning.make_assistant_loss(
+        assistant.base, retain_weight=5.0, uniform=uniform
+    )
+    loss, count, parts = jax.jit(loss_fn)(assistant.lora, BATCH, None, constants)
+    logits = {
+        name: assistant.logits(assistant.hidden_states(jnp.asarray(rows["tokens"]))[0])
+        for name, rows in BATCH.items()
+    }
+    nll = losses.cross_entropy(logits["forget"][:, :-1], FORGET["tokens"][:, 1:])
+    forget = np.asarray(nll)[FORGET["mask"][:, 1:]].mean()
+    silent = np.asarray(unlearning.uniform_kl(logits["retain"]))
+    # The release counts every position, whatever it predicts.
+    retain = silent.mean() if uniform == "all" else silent[:, :-1][RETAIN["mask"][:, 1:]].mean()
+    assert float(count) == 1
+    np.testing.assert_allclose(parts["forget"][0], forget, rtol=1e-4)
+    np.testing.assert_allclose(parts["retain"][0], retain, rtol=1e-4)
+    np.testing.assert_allclose(loss, forget + 5.0 * retain, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("uniform", ["answers", "all"])
+def test_positions_that_do_not_count_need_not_meet_the_head(uniform):
+    base, lora = trained()[0].base, trained()[0].lora
+    count = 11 if uniform == "answers" else 17
+    found = []
+    for most in (None, count, count + 3):
+        loss_fn, constants = unlearning.make_assistant_loss(
+            base, uniform=uniform, max_positions=most
+        )
+        found.append(jax.grad(lambda x, f=loss_fn, c=constants: f(x, BATCH, None, c)[0])(lora))
+    for other in found[1:]:
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found[0], other
+        )
+    loss_fn, constants = unlearning.make_assistant_loss(
+        base, uniform=uniform, max_positions=count - 1
+    )
+    assert np.isnan(loss_fn(lora, BATCH, None, constants)[0])
+    with pytest.raises(ValueError, match="max_positions must be positive, got 0"):
+        unlearning.make_assistant_loss(base, max_positions=0)
+
+
+def test_uniform_is_answers_or_all():
+    with pytest.raises(ValueError, match="uniform must be"):
+        unlearning.make_assistant_loss(trained()[0].base, uniform="everywhere")
+
+
+@functools.cache
+def merged():
+    assistant, before, _ = trained()
+    rows = {name: np.concatenate([FORGET[name], RETAIN[name]]) for name in FORGET}
+    rows["mask"] = rows["tokens"] > 0
+    student = unlearning.merge_by_distillation(
+        target(), assistant, lambda step: rows, steps=60, learning_rate=0.02, block=5, log_every=0
+    )
+    assert pointers(nnx.state(target())) == before
+    assert not set(pointers(nnx.state(student))) & set(before)
+    loss_fn, constants = unlearning.make_merge_loss(target(), assistant, block=7)
+
+    @jax.jit
+    def mean(params):
+        total, count, _ = loss_fn(params, rows, None, constants)
+        return total / count
+
+    sides = [nnx.to_pure_dict(nnx.state(m, nnx.Param)) for m in (target(), student)]
+    return student, [float(mean(params)) for params in sides]
+
+
+@pytest.mark.slow
+def test_merging_brings_the_target_to_the_combined_distribution():
+    _, (before, after) = merged()
+    assert before > 0.3
+    assert after < 0.1 * before
+
+
+def test_the_merged_model_is_exported_and_loads_again(tmp_path):
+    student, _ = merged()
+    models.save_pretrained(student, None, tmp_path)
+    again = models.load_model(str(tmp_path), layout="listed")
+    sides = [nnx.to_pure_dict(nnx.state(m, nnx.Param)) for m in (student, again)]
+    jax.tree.map(np.testing.assert_array_equal, *sides)
+
+
+_READ_BACK = """
+import sys
+import numpy as np, torch, transformers
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+tokens = torch.tensor(np.load(sys.argv[1] + "/tokens.npy").astype(np.int64))
+with torch.no_grad():
+    np.save(sys.argv[1] + "/logits.npy", model(tokens).logits.numpy())
+"""
+
+
+@pytest.mark.skipif(
+    not os.environ.get("LOGITJAX_TORCH_PYTHON"), reason="LOGITJAX_TORCH_PYTHON is not set"
+)
+def test_the_merged_model_loads_in_transformers(tmp_path):
+    student, _ = merged()
+    models.save_pretrained(student, None, tmp_path)
+    np.save(tmp_path / "tokens.npy", RETAIN["tokens"])
+    command = [os.environ["LOGITJAX_TORCH_PYTHON"], "-c", _READ_BACK, os.fspath(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    ours = student(jnp.asarray(RETAIN["tokens"]))
+    np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), ours, atol=2e-4)

@@ -1,0 +1,299 @@
+"""Unlearning losses against float64 oracles, at gaps of 200, and from hidden states."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from logitjax import losses, unlearning
+
+BATCH, TIME, HIDDEN, VOCAB = 2, 3, 5, 16
+
+
+def normal(seed: int, *shape: int, scale: float = 3.0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape, scale=scale).astype(np.float32)
+
+
+def log_softmax(x: np.ndarray) -> np.ndarray:
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def finite_differences(function, x: np.ndarray, step: float = 1e-5) -> np.ndarray:
+    """Gradient of the summed float64 oracle."""
+    x = x.astype(np.float64)
+    out = np.zeros_like(x)
+    for index in np.ndindex(*x.shape):
+        up, down = x.copy(), x.copy()
+        up[index] += step
+        down[index] -= step
+        out[index] = (function(up).sum() - function(down).sum()) / (2 * step)
+    return out
+
+
+LABELS = np.array([[3, 0, 15], [7, 7, 1]])
+REFERENCE = normal(1, BATCH, TIME, VOCAB)
+REFERENCE_NLL, OTHER_NLL, OTHER_REFERENCE_NLL = np.abs(normal(2, 3, 8, scale=20.0))
+LENGTHS = np.arange(1, 9)
+
+
+def softplus(x):
+    return np.logaddexp(0, x)
+
+
+def undial_oracle(z):
+    target = REFERENCE.astype(np.float64) - 10.0 * (np.arange(VOCAB) == LABELS[..., None])
+    return -(np.exp(log_softmax(target)) * log_softmax(z)).sum(-1)
+
+
+# From negative log-likelihoods of eight answers.
+SEQUENCE = {
+    "npo": (
+        lambda n: unlearning.npo(n, REFERENCE_NLL),
+        lambda n: 2 / 0.1 * softplus(-0.1 * (n - REFERENCE_NLL)),
+    ),
+    "simnpo": (
+        lambda n: unlearning.simnpo(n, LENGTHS, beta=2.5, delta=0.3),
+        lambda n: 2 / 2.5 * softplus(-2.5 * (n / LENGTHS - 0.3)),
+    ),
+    "dpo_chosen": (
+        lambda n: unlearning.dpo(n, OTHER_NLL, REFERENCE_NLL, OTHER_REFERENCE_NLL),
+        lambda n: 20 * softplus(-0.1 * (OTHER_NLL - OTHER_REFERENCE_NLL - (n - REFERENCE_NLL))),
+    ),
+    "dpo_rejected": (
+        lambda n: unlearning.dpo(OTHER_NLL, n, OTHER_REFERENCE_NLL, REFERENCE_NLL),
+        lambda n: 20 * softplus(-0.1 * (n - REFERENCE_NLL - (OTHER_NLL - OTHER_REFERENCE_NLL))),
+    ),
+    "gradient_ascent": (unlearning.gradient_ascent, lambda n: -n),
+}
+# From logits.
+TOKEN = {
+    "uniform_kl": (
+        unlearning.uniform_kl,
+        lambda z: -log_softmax(z).mean(-1) - np.log(VOCAB),
+    ),
+    "undial": (lambda z: unlearning.undial(z, REFERENCE, LABELS), undial_oracle),
+    "rmu": (
+        lambda h: unlearning.rmu(h, REFERENCE[0, 0]),
+        lambda h: np.square(h - REFERENCE[0, 0].astype(np.float64)).mean(-1),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [*SEQUENCE, *TOKEN])
+def test_value_and_gradient_equal_float64_oracles(name):
+    loss, oracle = (SEQUENCE | TOKEN)[name]
+    x = np.abs(normal(3, 8, scale=20.0)) if name in SEQUENCE else normal(0, BATCH, TIME, VOCAB)
+    value, pull = jax.vjp(loss, x)
+    (gradient,) = pull(jnp.ones(value.shape))
+    assert value.dtype == jnp.float32
+    np.testing.assert_allclose(value, oracle(x.astype(np.float64)), rtol=1e-6, atol=1e-6)
+    expected = finite_differences(oracle, x)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_weighted_gradient_ascent_holds_its_weight_constant():
+    nll = np.abs(normal(4, 8, scale=1.0))
+    value, pull = jax.vjp(lambda n: unlearning.weighted_gradient_ascent(n, beta=2.0), nll)
+    weight = np.exp(-2.0 * nll.astype(np.float64))
+    np.testing.assert_allclose(value, -weight * nll, rtol=1e-6)
+    np.testing.assert_allclose(pull(jnp.ones(8))[0], -weight, rtol=1e-6)
+    for extreme, expected in ((np.inf, 0.0), (np.nan, np.nan)):
+        value = unlearning.weighted_gradient_ascent(np.float32([extreme]))
+        np.testing.assert_array_equal(value, [expected])
+
+
+def all_losses(z: jax.Array, reference: jax.Array) -> dict[str, jax.Array]:
+    """Every loss that logits reach, the labels' masked ones included."""
+    labels = jnp.asarray(LABELS).at[1, 2].set(-100)
+    answer = labels >= 0
+    nll = losses.cross_entropy(z, labels)
+    reference_nll = losses.cross_entropy(reference, labels)
+    n, lengths = unlearning.sequence_nll(nll, answer)
+    n_ref, _ = unlearning.sequence_nll(reference_nll, answer)
+    retain = losses.kl_divergence(z, reference)
+    tokens = {
+        "ga": unlearning.gradient_ascent(nll),
+        "wga": unlearning.weighted_gradient_ascent(nll),
+        "undial": unlearning.undial(z, reference, labels),
+    }
+    out = {
+        name: unlearning.unlearning_objective(x, forget_where=answer)[0]
+        for name, x in tokens.items()
+    }
+    answers = {
+        "npo": unlearning.npo(n, n_ref),
+        "simnpo": unlearning.simnpo(n, lengths),
+        "dpo": unlearning.dpo(n, n_ref, n_ref, n),
+    }
+    out |= {name: unlearning.unlearning_objective(x, retain)[0] for name, x in answers.items()}
+    out["gd"], _ = unlearning.gradient_difference(
+        nll, nll, forget_where=answer, retain_where=answer
+    )
+    uniform = unlearning.uniform_kl(z)
+    out["assistant"], _ = unlearning.assistant_objective(nll, uniform, forget_where=answer)
+    return out
+
+
+with_jacobian = jax.jit(lambda z, r: (all_losses(z, r), jax.jacrev(all_losses)(z, r)))
+
+
+@pytest.mark.parametrize("gap", [200.0, -200.0])
+def test_finite_at_gaps_of_200(gap):
+    z = jnp.asarray(normal(5, BATCH, TIME, VOCAB)).at[..., 3].add(gap)
+    for args in ((z, jnp.asarray(REFERENCE)), (jnp.asarray(REFERENCE), z)):
+        for name, x in jax.tree.leaves_with_path(with_jacobian(*args)):
+            assert np.isfinite(x).all(), (name, gap)
+
+
+def test_the_released_uniform_loss_fails_where_ours_does_not():
+    z = jnp.array([120.0, 0.0, 0.0])
+    released = -jnp.log(jax.nn.softmax(z)).mean() - jnp.log(3.0)
+    assert not np.isfinite(released)
+    np.testing.assert_allclose(unlearning.uniform_kl(z), 80 - np.log(3), rtol=1e-6)
+
+
+def test_objectives_weigh_means_of_what_counts():
+    nll = np.float32([[1.0, 2.0], [3.0, np.nan]])
+    where = np.isfinite(nll)
+    loss, means = unlearning.gradient_difference(
+        nll, nll[0], forget_weight=0.5, retain_weight=4.0, forget_where=where
+    )
+    np.testing.assert_allclose(loss, -0.5 * 2.0 + 4.0 * 1.5, rtol=1e-6)
+    np.testing.assert_allclose([means["forget"], means["retain"]], [-2.0, 1.5], rtol=1e-6)
+    for method in unlearning.UNLEARNING_METHODS.values():
+        assert callable(getattr(losses, method.forget))
+        assert (method.retain == "none") == (method.retain_weight == 0.0)
+
+
+def head_and_bias(dtype=np.float32):
+    head = normal(6, VOCAB + 4, HIDDEN, scale=1.0)
+    bias = np.r_[normal(7, VOCAB), np.full(4, -np.inf)].astype(np.float32)
+    return head.astype(dtype), bias
+
+
+@pytest.mark.parametrize("masked_by", ["where", "bias"])
+def test_blocked_forms_equal_dense_ones(masked_by):
+    hidden, other = (normal(seed, BATCH, TIME, HIDDEN, scale=1.0) for seed in (8, 9))
+    head, bias = head_and_bias()
+    where = None
+    if masked_by == "where":
+        where, bias = np.isfinite(bias), np.where(np.isfinite(bias), bias, 3.0)
+
+    def dense(hidden, head):
+        z, reference = (x @ head.T + bias for x in (hidden, other))
+        uniform = unlearning.uniform_kl(z, where=where)
+        return uniform + unlearning.undial(z, reference, LABELS, where=where)
+
+    def blocked(hidden, head):
+        options = {"bias": bias, "where": where, "block_size": 8}
+        uniform = unlearning.linear_uniform_kl(hidden, head, **options)
+        reference = (other, jax.lax.stop_gradient(head), LABELS)
+        return uniform + unlearning.linear_undial(
+            hidden, head, *reference, reference_bias=bias, **options
+        )
+
+    results = []
+    for function in (dense, blocked):
+        total = jax.jit(
+            jax.value_and_grad(lambda *x, f=function: (f(*x).sum(), f(*x)), (0, 1), has_aux=True)
+        )
+        results.append(total(hidden, head))
+    (_, expected), gradients = results[0]
+    (_, values), got = results[1]
+    np.testing.assert_allclose(values, expected, rtol=1e-5)
+    for a, b in zip(got, gradients, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_weighted_undial_is_the_weighted_sum():
+    hidden, other = (normal(seed, BATCH, TIME, HIDDEN, scale=1.0) for seed in (8, 9))
+    head = normal(6, VOCAB, HIDDEN, scale=1.0)
+    labels = np.where(LABELS == 15, -100, LABELS)
+    weights = (labels >= 0) / 5.0
+    dense = unlearning.undial(hidden @ head.T, other @ head.T, labels)
+    value = unlearning.linear_undial(
+        hidden, head, other, head, labels, token_weights=weights.astype(np.float32)
+    )
+    np.testing.assert_allclose(value, np.where(labels >= 0, dense, 0.0).sum() / 5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("clean", [True, False])
+def test_assistant_in_one_sweep_equals_its_two_halves(clean):
+    hidden = normal(10, 2 * BATCH, TIME, HIDDEN, scale=1.0)
+    head, bias = normal(11, HIDDEN, VOCAB, scale=1.0), normal(12, VOCAB)
+    answer = np.arange(TIME) > 0
+    labels = np.where(answer, np.r_[LABELS, LABELS], -100)
+    retain = np.broadcast_to(np.arange(2 * BATCH)[:, None] >= BATCH, labels.shape)
+    where = np.broadcast_to(answer | (retain & (not clean)), labels.shape)
+
+    def dense(hidden, head):
+        z = hidden @ head + bias
+        return unlearning.assistant_objective(
+            losses.cross_entropy(z[:BATCH], labels[:BATCH]),
+            unlearning.uniform_kl(z[BATCH:]),
+            forget_where=where[:BATCH],
+            retain_where=where[BATCH:],
+        )
+
+    def blocked(hidden, head):
+        return unlearning.linear_assistant_objective(
+            hidden, head, labels, retain, where=where, bias=bias, block_size=8
+        )
+
+    (expected, means), gradients = jax.jit(jax.value_and_grad(dense, (0, 1), has_aux=True))(
+        hidden, head
+    )
+    (value, got_means), got = jax.jit(jax.value_and_grad(blocked, (0, 1), has_aux=True))(
+        hidden, head
+    )
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(got_means), jax.tree.leaves(means), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+    for a, b in zip(got, gradients, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_split_vocabulary_equals_whole():
+    mesh = jax.make_mesh((8,), ("vocab",), axis_types=(AxisType.Auto,))
+    hidden, other = (normal(seed, BATCH, TIME, HIDDEN, scale=1.0) for seed in (8, 9))
+    head = normal(13, HIDDEN, VOCAB, scale=1.0)
+
+    def total(head, axis_name=None):
+        z, reference = hidden @ head, other @ head
+        return jnp.stack(
+            [
+                unlearning.uniform_kl(z, axis_name=axis_name),
+                unlearning.undial(z, reference, LABELS, axis_name=axis_name),
+                unlearning.linear_uniform_kl(hidden, head, axis_name=axis_name),
+                unlearning.linear_undial(hidden, head, other, head, LABELS, axis_name=axis_name),
+            ]
+        )
+
+    split = jax.jit(
+        jax.shard_map(
+            functools.partial(total, axis_name="vocab"),
+            mesh=mesh,
+            in_specs=P(None, "vocab"),
+            out_specs=P(),
+        )
+    )
+    values = split(head)
+    np.testing.assert_allclose(values, total(head), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(values[:2], values[2:], rtol=1e-5, atol=1e-6)
+
+
+def test_wrong_arguments_are_named():
+    n = jnp.zeros(2)
+    with pytest.raises(Exception, match="reference_nll"):
+        unlearning.npo(n, jnp.zeros(3))
+    with pytest.raises(ValueError, match="beta"):
+        unlearning.npo(n, n, beta=0.0)
+    with pytest.raises(Exception, match="lengths"):
+        unlearning.simnpo(n, n)
+    with pytest.raises(ValueError, match="target"):
+        unlearning.rmu(jnp.zeros((2, 3)), jnp.zeros(2))

@@ -1,0 +1,240 @@
+"""Each metric against cases worked by hand, scipy, and the definitions written out."""
+
+import itertools
+import json
+import pathlib
+
+import hypothesis
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+from scipy import stats
+
+from logitjax.evaluation import rouge_recall
+from logitjax.unlearning import (
+    answer_probability,
+    exact_memorisation,
+    extraction_strength,
+    forget_quality,
+    log_truth_ratio,
+    membership_auc,
+    metrics_from_logs,
+    model_utility,
+    normalised_probability,
+    privleak,
+    truth_ratio,
+    truth_ratio_forget,
+    truth_ratio_utility,
+)
+
+GOLDENS = pathlib.Path(__file__).parent / "goldens"
+losses = st.floats(0, 30)
+wrong_losses = st.lists(losses, min_size=1, max_size=5)
+
+
+def golden(field):
+    log = json.loads((GOLDENS / "eval_real_world_wo_options.json").read_text())
+    return list(log[field].values())
+
+
+def test_a_log_of_tofus_own_code_says_the_same():
+    truth, wrong = golden("avg_paraphrased_loss"), golden("average_perturb_loss")
+    np.testing.assert_allclose(truth_ratio(truth, wrong), golden("truth_ratio"), rtol=1e-6)
+    likely = normalised_probability(golden("avg_gt_loss"), wrong)
+    np.testing.assert_allclose(-np.log(likely), golden("normalized_gt_loss"), rtol=1e-12)
+    _, said, answers = zip(*golden("generated_text"))
+    assert rouge_recall(answers, said).rouge_l.tolist() == golden("rougeL_recall")
+
+
+def test_metrics_of_that_log():
+    found = metrics_from_logs(GOLDENS)
+    scores = found.scores["world_facts"]
+    assert scores.items == 7
+    assert scores.rouge_l == pytest.approx(6 / 7)
+    assert scores.probability == pytest.approx(
+        np.exp(-np.array(golden("normalized_gt_loss"))).mean()
+    )
+    ratio = np.array(golden("truth_ratio"))
+    assert scores.truth_ratio == pytest.approx(np.maximum(0, 1 - ratio).mean(), rel=1e-6)
+    assert found.model_utility is None
+    assert found.forget_quality is None
+
+
+@hypothesis.given(losses, wrong_losses, st.floats(-5, 5))
+def test_truth_ratios_as_they_are_written(truth, wrong, shift):
+    p, others = np.exp(-truth), np.exp(-np.array(wrong))
+    arithmetic = truth_ratio([truth], [wrong], form="arithmetic")[0]
+    geometric = truth_ratio([truth], [wrong])[0]
+    assert arithmetic == pytest.approx(others.mean() / p)
+    assert geometric == pytest.approx(stats.gmean(others) / p)
+    assert arithmetic >= geometric * (1 - 1e-12)
+    # A constant on every loss, e.g. a longer answer's, leaves both alone.
+    moved = truth_ratio([truth + shift], [np.array(wrong) + shift])[0]
+    assert moved == pytest.approx(geometric)
+    likely = normalised_probability([truth], [wrong])[0]
+    assert likely == pytest.approx(p / (p + others.sum()))
+
+
+def test_nothing_overflows_for_a_model_that_was_destroyed():
+    assert normalised_probability([2000.0], [[2000.0, 2000.0]])[0] == pytest.approx(1 / 3)
+    assert normalised_probability([2000.0], [[0.0]])[0] == 0
+    far = log_truth_ratio([5000.0, 0.0], [[0.0], [5000.0]])
+    assert far.tolist() == [5000.0, -5000.0]
+    assert truth_ratio_utility(far) == 0.5
+    assert truth_ratio_forget(far) == 0.0
+    assert log_truth_ratio([0.0], [[2000.0, 2000.0]], form="arithmetic").tolist() == [-2000.0]
+
+
+def test_wrong_answers_are_needed():
+    with pytest.raises(ValueError, match="item 1 has no wrong answers"):
+        truth_ratio([1.0, 2.0], [[1.0], []])
+    with pytest.raises(ValueError, match="one loss an item"):
+        normalised_probability([1.0, 2.0], [[1.0]])
+
+
+def parts(values):
+    sets, fields = ("retain", "real_authors", "world_facts"), ("probability", "rouge_l")
+    names = [f"{a}.{b}" for a in sets for b in (*fields, "truth_ratio")]
+    return dict(zip(names, values, strict=True))
+
+
+def test_model_utility_of_llama_2_that_knows_all_authors():
+    # The nine numbers of its published logs, rounded; the utility from the logs is .6227.
+    known = [0.990, 0.986, 0.475, 0.455, 0.933, 0.596, 0.419, 0.882, 0.539]
+    assert model_utility(parts(known)) == pytest.approx(0.6227, abs=5e-4)
+    assert model_utility(parts([0.0, *known[1:]])) == 0.0
+    with pytest.raises(ValueError, match="negative"):
+        model_utility(parts([-0.1, *known[1:]]))
+    with pytest.raises(ValueError, match=r"missing \['retain.probability'\]"):
+        model_utility({k: v for k, v in parts(known).items() if k != "retain.probability"})
+
+
+@hypothesis.given(st.lists(st.floats(0.01, 1), min_size=9, max_size=9))
+def test_model_utility_is_scipys_harmonic_mean(values):
+    assert model_utility(parts(values)) == pytest.approx(stats.hmean(values))
+
+
+def shifted(n, k):
+    """Two samples of n with D = k / n and no ties."""
+    return np.arange(n, dtype=float), np.arange(n) + k - 0.5
+
+
+def test_forget_quality_of_published_models():
+    # 119 of 300 items: Llama-2 that knows all authors against the one retrained on 90 %.
+    found = forget_quality(*shifted(300, 119))
+    assert found.statistic == pytest.approx(0.397, abs=5e-4)
+    assert found.p_value == pytest.approx(1.8e-21, rel=0.05)
+    assert found.log10_p_value == pytest.approx(np.log10(found.p_value))
+    # Of 40 items the p-value can have few values, and tables of others have these. (Those of the
+    # paper on logit-difference unlearning also have .66, .58 and .52 at 1 %: only .58 can be.)
+    grid = [forget_quality(*shifted(40, k)).p_value for k in range(20)]
+    for published in (0.99, 0.92, 0.58, 0.40, 0.27, 0.10, 1.27e-3):
+        assert min(abs(p - published) / published for p in grid) < 0.03, published
+
+
+@hypothesis.given(
+    st.lists(st.integers(-6, 6), min_size=1, max_size=30),
+    st.lists(st.integers(-6, 6), min_size=1, max_size=30),
+)
+def test_forget_quality_is_scipys_whatever_increasing_function_is_taken(a, b):
+    found = forget_quality(a, b, resamples=20)
+    expected = stats.ks_2samp(a, b)
+    assert found.statistic == expected.statistic
+    assert found.p_value == expected.pvalue
+    low, high = found.interval
+    assert 0 <= low <= found.statistic <= high <= 1
+    assert forget_quality(np.exp(a), np.exp(b), resamples=20) == found
+    assert forget_quality(b, a, resamples=1).statistic == found.statistic
+
+
+def test_a_model_is_like_itself_and_the_interval_covers():
+    rng = np.random.default_rng(0)
+    same = rng.normal(size=50)
+    assert forget_quality(same, same).interval == (0.0, 0.0)
+    # Not told apart at 95 %, so 0 is in the interval.
+    assert forget_quality(*shifted(40, 5)).interval[0] == 0
+    assert forget_quality(*shifted(40, 30)).interval[0] > 0.3
+    # Normals one apart have D = .383; of 60 draws the interval of 90 % should cover most.
+    truth = 2 * stats.norm.cdf(0.5) - 1
+    covered = 0
+    for _ in range(60):
+        a, b = rng.normal(size=100), rng.normal(1.0, 1.0, size=100)
+        low, high = forget_quality(a, b, paired=False, confidence=0.9, resamples=200).interval
+        covered += low <= truth <= high
+    assert covered >= 46
+
+
+def test_p_values_that_no_float_holds():
+    found = forget_quality(*shifted(4000, 3000), resamples=2)
+    assert found.p_value < 1e-300
+    assert np.isfinite(found.log10_p_value)
+    assert found.log10_p_value < -300
+
+
+def test_forget_quality_refuses_what_is_no_number():
+    with pytest.raises(ValueError, match="ratios: 1 of 2 values are not finite"):
+        forget_quality([1.0, np.nan], [1.0])
+    with pytest.raises(ValueError, match=r"reference_ratios must be \[n >= 1\]"):
+        forget_quality([1.0], [])
+    with pytest.raises(ValueError, match="paired values must be as many, got 1 and 2"):
+        forget_quality([1.0], [1.0, 2.0], paired=True)
+    with pytest.raises(ValueError, match="confidence"):
+        forget_quality([1.0], [1.0], confidence=1.0)
+
+
+@hypothesis.given(st.lists(st.booleans(), min_size=1, max_size=12))
+def test_extraction_strength_as_it_is_written(hits):
+    k = next((k for k in range(len(hits) + 1) if all(hits[k:])), len(hits))
+    found = extraction_strength(hits)
+    assert found == pytest.approx(1 - k / len(hits))
+    assert found <= exact_memorisation(hits) == pytest.approx(np.mean(hits))
+    # OpenUnlearning's loop leaves k at the last token where no end fits.
+    theirs = next((k for k in range(len(hits)) if all(hits[k:])), len(hits) - 1)
+    expected = 1 - theirs / len(hits)
+    assert extraction_strength(hits, as_open_unlearning=True) == pytest.approx(expected)
+
+
+def test_only_what_counts_counts():
+    greedy = [[True, False, True, True, False], [False] * 5]
+    where = [[False, True, True, True, False], [False] * 5]
+    assert extraction_strength(greedy, where).tolist() == pytest.approx([2 / 3, 0.0])
+    assert exact_memorisation(greedy, where).tolist() == pytest.approx([2 / 3, 0.0])
+    with pytest.raises(ValueError, match="greedy and where differ"):
+        exact_memorisation([True], [[True]])
+
+
+@hypothesis.given(
+    st.lists(st.integers(0, 5), min_size=1, max_size=8),
+    st.lists(st.integers(0, 5), min_size=1, max_size=8),
+)
+def test_membership_auc_counts_pairs(members, others):
+    pairs = [(a < b) + 0.5 * (a == b) for a, b in itertools.product(members, others)]
+    assert membership_auc(members, others) == pytest.approx(np.mean(pairs))
+    assert membership_auc(members, others) + membership_auc(others, members) == pytest.approx(1)
+
+
+def test_privleak():
+    # As many forgotten texts below as above those held out is what the retrained model has.
+    assert privleak(0.4, 0.4) == 0
+    assert privleak(0.0, 0.5) == pytest.approx(100)
+    assert privleak(0.7, 0.4) == pytest.approx(-50)
+    with pytest.raises(ValueError, match="auc must be between"):
+        privleak(1.5)
+    with pytest.raises(ValueError, match="losses: expected numbers"):
+        membership_auc([], [1.0])
+
+
+def test_rouge_is_stemmed_recall_in_order():
+    found = rouge_recall(
+        ["The cats were running home", "a b c d", "", "Zoë’s"],
+        ["home ran a cat, the running cat", "d c b a", "x", "zo"],
+    )
+    # the, cat, run, home of 5 words; in order: "the ... running" or "cat ... running".
+    np.testing.assert_allclose(found.rouge_1, [4 / 5, 1.0, 0.0, 0.5])
+    np.testing.assert_allclose(found.rouge_l, [2 / 5, 1 / 4, 0.0, 0.5])
+    with pytest.raises(ValueError, match="as many predictions"):
+        rouge_recall(["a"], [])
+
+
+def test_probability():
+    assert answer_probability([0.0, np.log(4.0)]).tolist() == pytest.approx([1.0, 0.25])

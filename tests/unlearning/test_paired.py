@@ -1,0 +1,94 @@
+"""A model and its assistant in one pass: the tokens and logits of decoding the two apart."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from logitjax import decoding, fusion, unlearning
+from logitjax.models import Decoder, with_layout
+from logitjax.unlearning import Assistant, init_assistant
+from tests.decoding._models import CONFIG, NEW, PROMPTS, decoder
+
+# Vocabulary of 64: a rate at which the filter changes some tokens and leaves others.
+DIFFERENCE = fusion.LogitDifference(alpha=0.9, rate=1e-3)
+
+
+@pytest.fixture(scope="module")
+def pair():
+    target = decoder()
+    fresh = init_assistant(target, 1, rank=4, alpha=8.0, key=jax.random.key(0))
+    leaves, tree = jax.tree.flatten(fresh.lora)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    noisy = [0.5 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves)]
+    return target, Assistant(base=fresh.base, lora=jax.tree.unflatten(tree, noisy))
+
+
+def apart(assistant: Assistant) -> decoding.CachedModel:
+    """The assistant as a model of its own."""
+    graphdef, state = nnx.split(assistant.base)
+
+    def apply(params, tokens, positions, cache):
+        model = nnx.merge(graphdef, params["state"])
+        hidden, cache = model.hidden_states(
+            tokens, positions=positions, cache=cache, lora=params["lora"]
+        )
+        return model.logits(hidden), cache
+
+    params = {"state": nnx.to_pure_dict(state), "lora": assistant.lora}
+    return decoding.CachedModel(
+        apply=apply, params=params, init_cache=assistant.base.init_cache, vocab_size=64
+    )
+
+
+def test_same_tokens_and_log_probabilities_as_two_models(pair):
+    target, assistant = pair
+    options = decoding.DecodeOptions(logprobs=True, info=True)
+    together = decoding.Ensemble(unlearning.paired_model(target, assistant), fuse=DIFFERENCE)
+    separate = decoding.Ensemble(target, experts=[apart(assistant)], fuse=DIFFERENCE)
+    ours, theirs = (
+        decoding.generate(model, PROMPTS, max_new_tokens=NEW, options=options)
+        for model in (together, separate)
+    )
+    np.testing.assert_array_equal(ours.tokens, theirs.tokens)
+    np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=2e-4)
+    np.testing.assert_array_equal(ours.info["changed"], theirs.info["changed"])
+    alone = decoding.generate(target, PROMPTS, max_new_tokens=NEW)
+    assert (alone.tokens != ours.tokens).any()
+
+
+def test_rows_do_not_mix_and_slots_are_independent(pair):
+    model = decoding.Ensemble(unlearning.paired_model(*pair), fuse=DIFFERENCE)
+    together = decoding.generate(model, PROMPTS, max_new_tokens=NEW)
+    engine = decoding.Engine(model, slots=2, max_length=32)
+    found = {}
+    for slot, i in ((0, 1), (1, 0), (0, 2)):
+        request = decoding.Request(prompt=PROMPTS[i], max_new_tokens=NEW)
+        first = np.asarray(engine.prefill(slot, request).tokens).reshape(-1)
+        rest = np.asarray(engine.decode_chunk(NEW - 1).tokens)[slot]
+        found[i] = [*first.tolist(), *rest.tolist()]
+    for i, tokens in found.items():
+        assert tokens == together.tokens[i].tolist()
+
+
+def test_alpha_zero_is_the_target_whose_weights_are_used_as_they_are(pair):
+    target, assistant = pair
+    model = unlearning.paired_model(target, assistant)
+    params = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(model.params["model"])}
+    mine = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(nnx.state(target))}
+    assert params == mine
+    off = decoding.Ensemble(model, fuse=fusion.LogitDifference(alpha=0.0))
+    continuations = [[3, 1, 4, 1], [5, 9], [2]]
+    ours, theirs = (decoding.score(m, PROMPTS, continuations) for m in (off, target))
+    np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=2e-5)
+
+
+def test_an_assistant_of_another_model_is_refused(pair):
+    _, assistant = pair
+    other = Decoder(dataclasses.replace(CONFIG, vocab_size=32), rngs=nnx.Rngs(0), layout="listed")
+    with pytest.raises(ValueError, match="assistant: expected the first layers"):
+        unlearning.paired_model(other, assistant)
+    stacked = with_layout(decoder(), "stacked")
+    assert unlearning.paired_model(stacked, assistant).experts == 1

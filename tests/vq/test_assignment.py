@@ -1,0 +1,179 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from logitjax.vq import (
+    expected_targets,
+    fit_assignment,
+    fit_kmeans,
+    perplexity_floor,
+    reassign,
+    vq_logits,
+    vq_nll,
+)
+
+VOCAB, WIDTH, CODES = 120, 6, 10
+
+
+@pytest.fixture(scope="module")
+def head():
+    """A full head whose rows form clusters, with one direction that hidden states hardly use."""
+    rng = np.random.default_rng(0)
+    truth = rng.integers(0, CODES, VOCAB)
+    centres = 2.0 * rng.normal(size=(CODES, WIDTH))
+    rows = centres[truth] + 0.1 * rng.normal(size=(VOCAB, WIDTH))
+    scale = np.ones(WIDTH)
+    scale[0] = 1e-3
+    rows[:, 0] += 50 * rng.normal(size=VOCAB)
+    hidden = (rng.normal(size=(800, WIDTH)) + 0.3) * scale
+    logits = hidden @ rows.T
+    probs = np.exp(logits - np.log(np.exp(logits).sum(-1, keepdims=True)))
+    return dict(
+        rows=rows.astype(np.float32),
+        unigram=probs.mean(0).astype(np.float32),
+        hidden=hidden.astype(np.float32),
+        mean=hidden.mean(0).astype(np.float32),
+        cov=np.cov(hidden.T).astype(np.float32),
+        truth=truth,
+        probs=probs,
+    )
+
+
+def _fit(head, method, **options):
+    return fit_assignment(
+        head["rows"],
+        head["unigram"],
+        head["mean"],
+        head["cov"],
+        CODES,
+        method=method,
+        **options,
+    )
+
+
+def _divergence(head, fit):
+    logits = jax.jit(vq_logits)(head["hidden"], fit.codebook, fit.bias, fit.assignment)
+    log_probs = np.asarray(jax.nn.log_softmax(logits))
+    return float((head["probs"] * (np.log(head["probs"]) - log_probs)).sum(-1).mean())
+
+
+def test_the_metric_ignores_what_hidden_states_never_show(head):
+    excess = {
+        method: _divergence(head, _fit(head, method, key=jax.random.key(1)))
+        for method in ("random", "frequency", "kmeans", "weighted_kmeans")
+    }
+    assert excess["weighted_kmeans"] < 0.1
+    for other in ("random", "frequency", "kmeans"):
+        assert excess["weighted_kmeans"] < 0.3 * excess[other], (other, excess)
+
+
+def test_likelihood_reassignment_improves_what_it_starts_from(head):
+    start = _fit(head, "random")
+    better = fit_assignment(
+        head["rows"],
+        head["unigram"],
+        head["mean"],
+        head["cov"],
+        CODES,
+        method="likelihood",
+        hidden=head["hidden"],
+        iterations=1,
+        rounds=3,
+    )
+    assert _divergence(head, better) < 0.5 * _divergence(head, start)
+    assert better.inertia.shape == (3,)
+
+
+def test_reassignment_puts_a_misplaced_token_back(head):
+    fit = _fit(head, "weighted_kmeans")
+    sums, counts = expected_targets(head["hidden"], head["rows"])
+    np.testing.assert_allclose(counts, head["probs"].sum(0), rtol=1e-3)
+    np.testing.assert_allclose(sums, head["probs"].T @ head["hidden"], rtol=1e-3, atol=1e-2)
+    token = int(np.argmax(head["unigram"]))
+    home = int(fit.assignment[token])
+    moved = fit.assignment.at[token].set((home + 1) % CODES)
+    new, bias, count = reassign(
+        fit.codebook, fit.bias, moved, sums, counts, head["hidden"], block_size=32
+    )
+    assert int(new[token]) == home
+    assert int(count) >= 1
+    kept, same_bias, none = reassign(
+        fit.codebook, fit.bias, moved, sums, counts, head["hidden"], min_count=1e9
+    )
+    np.testing.assert_array_equal(kept, moved)
+    np.testing.assert_array_equal(same_bias, fit.bias)
+    assert int(none) == 0
+    labels = jnp.argmax(jnp.asarray(head["probs"]), -1)
+    before = jax.jit(vq_nll)(head["hidden"], fit.codebook, fit.bias, moved, labels).mean()
+    assert jax.jit(vq_nll)(head["hidden"], fit.codebook, bias, new, labels).mean() < before
+
+
+def test_fixed_mappings_have_clusters_of_equal_size(head):
+    for method in ("random", "frequency"):
+        sizes = np.bincount(_fit(head, method).assignment, minlength=CODES)
+        assert sizes.min() == sizes.max() == VOCAB // CODES
+    by_frequency = np.asarray(_fit(head, "frequency").assignment)
+    assert (np.diff(by_frequency[np.argsort(-head["unigram"])]) >= 0).all()
+
+
+def test_kmeans_beats_its_start_and_blocks_do_not_matter():
+    rng = np.random.default_rng(0)
+    points = rng.normal(size=(230, 5)).astype(np.float32)
+    weights = rng.uniform(size=230).astype(np.float32)
+    metric = np.cov(rng.normal(size=(5, 50))).astype(np.float32)
+    runs = [
+        fit_kmeans(
+            points, weights, metric, 12, key=jax.random.key(0), iterations=8, block_size=size
+        )
+        for size in (230, 64)
+    ]
+    np.testing.assert_array_equal(runs[0].assignment, runs[1].assignment)
+    inertia = np.asarray(runs[0].inertia)
+    assert (np.diff(inertia) <= 1e-5).all()
+    apart = points - np.asarray(runs[0].centres)[runs[0].assignment]
+    want = (weights * np.einsum("ni,ij,nj->n", apart, metric, apart)).sum() / weights.sum()
+    assert want <= inertia[-1] * 1.001
+
+
+def test_kmeans_leaves_no_centre_without_points():
+    points = np.repeat(np.arange(6.0, dtype=np.float32), 40)[:, None]
+    points = points + 1e-3 * np.random.default_rng(0).normal(size=points.shape)
+    found = fit_kmeans(
+        points.astype(np.float32), np.ones(240), None, 6, key=jax.random.key(3), iterations=12
+    )
+    assert len(np.unique(found.assignment)) == 6
+
+
+def test_floor_of_known_mappings():
+    unigram = np.arange(1.0, 13.0)
+    own = perplexity_floor(np.arange(12), unigram)
+    assert (own.perplexity, own.excess_nats, own.singleton_mass) == (1.0, 0.0, pytest.approx(1.0))
+    one = perplexity_floor(np.zeros(12, int), unigram)
+    prob = unigram / unigram.sum()
+    assert one.perplexity == pytest.approx(12.0)
+    assert one.excess_nats == pytest.approx((prob * np.log(prob * 12)).sum())
+    assert (one.largest, one.codes_used) == (12, 1)
+    pairs = perplexity_floor(np.arange(12) // 2, unigram)
+    assert pairs.perplexity == pytest.approx(2.0)
+
+
+def test_no_head_without_bias_goes_below_the_floor(head):
+    fit = _fit(head, "weighted_kmeans")
+    floor = perplexity_floor(fit.assignment, head["unigram"])
+    labels = np.random.default_rng(0).choice(
+        VOCAB, size=4000, p=head["unigram"] / head["unigram"].sum()
+    )
+    # A head that knows the cluster of every label: the best there can be.
+    hidden = np.eye(CODES, dtype=np.float32)[fit.assignment[labels]]
+    nll = jax.jit(vq_nll)(
+        hidden, 50 * np.eye(CODES, dtype=np.float32), None, fit.assignment, labels
+    )
+    assert np.exp(nll.mean()) == pytest.approx(floor.perplexity, rel=0.05)
+
+
+def test_errors_name_the_argument(head):
+    with pytest.raises(ValueError, match="needs hidden="):
+        _fit(head, "likelihood")
+    with pytest.raises(ValueError, match="num_codes must be between 1 and"):
+        fit_assignment(head["rows"], head["unigram"], head["mean"], head["cov"], 999)

@@ -1,0 +1,312 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from logitjax import training, vq
+from logitjax.decoding import greedy_generate
+from logitjax.heads import Assignment
+from logitjax.models import Decoder, DecoderConfig
+from logitjax.vq import ShortlistHead, VQHead, vq_nll
+
+VOCAB, WIDTH, TIME = 96, 16, 12
+CONFIG = DecoderConfig(
+    vocab_size=VOCAB,
+    hidden_size=WIDTH,
+    intermediate_size=32,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+)
+
+
+def _batches(count=6, batch=4):
+    for step in range(count):
+        rng = np.random.default_rng(step)
+        mask = np.ones((batch, TIME), bool)
+        mask[:, 0] = False
+        yield {
+            "tokens": rng.integers(0, VOCAB, (batch, TIME)).astype(np.int32),
+            "positions": np.broadcast_to(np.arange(TIME, dtype=np.int32), (batch, TIME)),
+            "segment_ids": np.ones((batch, TIME), np.int32),
+            "loss_mask": mask,
+        }
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = Decoder(CONFIG, rngs=nnx.Rngs(0), layout="listed")
+    rng = np.random.default_rng(0)
+    # Rows in groups, so that there is something for codes to find.
+    rows = rng.normal(size=(8, WIDTH))[rng.integers(0, 8, VOCAB)]
+    model.embedding[...] = jnp.asarray(rows + 0.2 * rng.normal(size=rows.shape), jnp.float32)
+    return model
+
+
+@pytest.fixture(scope="module")
+def conversion(model, tmp_path_factory):
+    config = vq.ConvertConfig(
+        num_codes=16,
+        max_tokens=200,
+        steps=40,
+        batch_size=64,
+        learning_rate=1e-2,
+        reassign_every=15,
+        kmeans_iterations=5,
+        top=8,
+    )
+    workdir = tmp_path_factory.mktemp("convert")
+    return vq.convert_head(model, _batches(), workdir=workdir, config=config), workdir
+
+
+def _divergence(model, head, hidden):
+    teacher = jax.nn.log_softmax(model.logits(hidden))
+    student = jax.nn.log_softmax(head(hidden))
+    return float((jnp.exp(teacher) * (teacher - student)).sum(-1).mean())
+
+
+def test_cached_hidden_states_are_the_model_s(model, conversion):
+    cache = conversion[0].cache
+    batch = next(iter(_batches()))
+    hidden, _ = model.hidden_states(batch["tokens"])
+    np.testing.assert_allclose(cache.hidden[: TIME - 1], hidden[0, :-1], rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(cache.labels[: TIME - 1], batch["tokens"][0, 1:])
+    assert len(cache) == 200
+
+
+def test_targets_hold_the_whole_distribution(model, conversion):
+    result = conversion[0]
+    probs = np.asarray(jax.nn.softmax(model.logits(result.cache.hidden)))
+    np.testing.assert_allclose(result.targets.counts, probs.sum(0), rtol=1e-3)
+    np.testing.assert_allclose(
+        result.targets.sums, probs.T @ result.cache.hidden, rtol=1e-3, atol=1e-3
+    )
+    entropy = -(probs * np.log(probs)).sum(-1).mean()
+    assert result.targets.entropy == pytest.approx(entropy, rel=1e-3)
+    kept = np.sort(probs, -1)[:, ::-1][:, :8]
+    np.testing.assert_allclose(result.targets.top_probs, kept, rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(
+        result.targets.rest_counts, probs.sum(0) - _kept_counts(result), rtol=1e-2, atol=1e-3
+    )
+
+
+def _kept_counts(result):
+    counts = np.zeros(VOCAB)
+    np.add.at(counts, result.targets.top_tokens.reshape(-1), result.targets.top_probs.reshape(-1))
+    return counts
+
+
+def test_tuning_minimises_the_true_divergence(model, conversion):
+    result = conversion[0]
+    hidden = jnp.asarray(result.cache.hidden)
+    seen = _divergence(model, result.head, hidden)
+    assert seen < 0.5 * result.history["loss"][0]
+    # The cheap objective is the divergence, not a proxy of it.
+    params = {"codebook": result.head.codebook[...], "bias": result.head.bias[...]}
+    assignment = result.head.assignment[...]
+    count = len(hidden)
+    constants = {
+        "assignment": assignment,
+        "rest": jax.ops.segment_sum(
+            jnp.asarray(result.targets.rest_sums) / count, assignment, num_segments=16
+        ),
+        "rest_counts": jnp.asarray(result.targets.rest_counts) / count,
+    }
+    loss = vq.vq_distillation_loss(
+        params, constants, hidden, result.targets.top_probs, result.targets.top_tokens
+    ).mean()
+    assert float(loss) - result.targets.entropy == pytest.approx(seen, abs=2e-4)
+    assert len(result.history["moved"]) == 2
+
+
+def test_checkpoint_loads_back(conversion):
+    result, workdir = conversion
+    head = vq.load_head(workdir / "head")
+    hidden = jnp.asarray(result.cache.hidden[:5])
+    np.testing.assert_array_equal(head(hidden), result.head(hidden))
+    with pytest.raises(FileNotFoundError, match="no head in"):
+        vq.load_head(workdir)
+
+
+def test_converting_again_reads_what_is_there(model, conversion):
+    result, workdir = conversion
+
+    def nothing():
+        raise AssertionError("hidden states were computed again")
+        yield
+
+    config = vq.ConvertConfig(
+        num_codes=16, max_tokens=200, steps=0, num_pages=4, page_size=4, top=8
+    )
+    again = vq.convert_head(model, nothing(), workdir=workdir, config=config)
+    assert isinstance(again.head, ShortlistHead)
+    hidden = jnp.asarray(result.cache.hidden[:20])
+    embedding = model.embedding[...]
+    top = again.head.top_k(hidden, 1, embedding).indices[:, 0]
+    assert (top == again.model.logits(hidden).argmax(-1)).all()
+    loaded = vq.load_head(workdir / "head")
+    np.testing.assert_array_equal(loaded(hidden, embedding), again.head(hidden, embedding))
+    with pytest.raises(ValueError, match="holds hidden states for max_tokens=200"):
+        vq.cache_hidden_states(model, nothing(), workdir / "hidden", max_tokens=7)
+
+
+def test_converted_model_decodes_without_v_logits(conversion):
+    model = conversion[0].model
+    prompt = np.array([[1, 2, 3]], np.int32)
+    want = greedy_generate(model, prompt, max_new_tokens=5)
+    tables = model.head.tables(width=1)
+    cache = model.init_cache(1, 8)
+    tokens, seen = jnp.asarray(prompt), []
+    for _ in range(5):
+        hidden, cache = model.hidden_states(tokens, cache=cache)
+        tokens = model.head.top_k(hidden[:, -1], 1, tables=tables).indices
+        seen.append(int(tokens[0, 0]))
+    np.testing.assert_array_equal(want[0], seen)
+
+
+def test_decoder_trains_from_scratch_and_fine_tunes_with_the_head(conversion):
+    scratch = Decoder(
+        CONFIG,
+        rngs=nnx.Rngs(1),
+        head=VQHead(WIDTH, VOCAB, 12, unigram=np.ones(VOCAB), rngs=nnx.Rngs(2)),
+    )
+    batch = next(iter(_batches()))
+    for model in (scratch, conversion[0].model):
+        graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+        def loss_fn(params, batch, rng, graphdef=graphdef, rest=rest):
+            model = nnx.merge(graphdef, params, rest)
+            hidden, _ = model.hidden_states(batch["tokens"])
+            nll = model.head.nll(hidden[:, :-1], batch["tokens"][:, 1:], z_loss=1e-4)
+            return nll.sum(), nll.size, {}
+
+        mesh = training.make_mesh("data:2,tensor:4")
+        tx = optax.adam(3e-3)
+        rules = training.ShardingRules(
+            rules=(("codebook$", jax.sharding.PartitionSpec("tensor", None)),)
+        )
+        state = training.create_train_state(nnx.to_pure_dict(params), tx, mesh=mesh, rules=rules)
+        step = training.make_train_step(loss_fn, tx, mesh=mesh)
+        seen = []
+        for _ in range(6):
+            state, output = step(state, {"tokens": batch["tokens"]})
+            total, count = output.metrics["loss"]
+            seen.append(float(total) / float(count))
+        assert seen[-1] < seen[0]
+        assert state.params["head"]["codebook"].sharding.spec[0] == "tensor"
+
+
+def test_assignment_is_saved_and_not_trained():
+    head = VQHead(8, 20, 5, rngs=nnx.Rngs(0))
+    _, params, tables = nnx.split(head, nnx.Param, Assignment)
+    assert set(nnx.to_pure_dict(params)) == {"codebook", "bias"}
+    assert set(nnx.to_pure_dict(tables)) == {"assignment"}
+
+
+def test_tune_in_parts_is_tune_in_one():
+    rng = np.random.default_rng(0)
+    data = [rng.normal(size=(64, 3)).astype(np.float32)]
+
+    def loss(params, constants, x):
+        return ((x @ params) - 1.0) ** 2
+
+    options = dict(steps=10, batch_size=16, learning_rate=1e-1)
+    whole, _, losses = vq.tune_head(loss, jnp.ones(3), data, **options)
+    part, state, first = vq.tune_head(loss, jnp.ones(3), data, **options, stop_step=4)
+    part, _, second = vq.tune_head(loss, part, data, **options, start_step=4, opt_state=state)
+    np.testing.assert_allclose(part, whole, rtol=1e-6)
+    np.testing.assert_allclose(first + second, losses, rtol=1e-6)
+
+
+def test_tuning_over_a_mesh_is_tuning():
+    rng = np.random.default_rng(0)
+    data = [rng.normal(size=(64, 3)).astype(np.float32)]
+
+    def loss(params, constants, x):
+        return ((x @ params) - constants) ** 2
+
+    mesh = training.make_mesh("data:2,fsdp:2", devices=jax.devices()[:4])
+    options = dict(steps=10, batch_size=16, learning_rate=1e-1, constants=jnp.ones(()))
+    one, _, losses = vq.tune_head(loss, jnp.ones(3), data, **options)
+    part, state, first = vq.tune_head(loss, jnp.ones(3), data, **options, mesh=mesh, stop_step=4)
+    # What comes back is of no mesh: other code may go on with it.
+    assert len(part.sharding.device_set) == 1
+    many, _, second = vq.tune_head(
+        loss, part, data, **options, mesh=mesh, start_step=4, opt_state=state
+    )
+    np.testing.assert_allclose(many, one, rtol=1e-5)
+    np.testing.assert_allclose(first + second, losses, rtol=1e-5)
+    options["batch_size"] = 18
+    with pytest.raises(ValueError, match="multiple of data x fsdp = 4"):
+        vq.tune_head(loss, jnp.ones(3), data, **options, mesh=mesh)
+
+
+def test_labels_can_reassign_too(conversion):
+    result = conversion[0]
+    rng = np.random.default_rng(0)
+    head = result.head
+    scrambled = jnp.asarray(rng.permutation(np.asarray(head.assignment[...])))
+    hidden = jnp.asarray(rng.normal(size=(4000, WIDTH)).astype(np.float32))
+    labels = head(hidden).argmax(-1)
+    codebook, bias = head.codebook[...], head.bias[...]
+    new, fitted, moved = vq.reassign_from_labels(
+        codebook, bias, scrambled, hidden, labels, min_count=5
+    )
+    assert int(moved) > 5
+    before = vq_nll(hidden, codebook, bias, scrambled, labels).mean()
+    assert vq_nll(hidden, codebook, fitted, new, labels).mean() < before
+
+
+def test_caches_of_another_model_text_or_head_are_not_taken_for_this_one(model, tmp_path, caplog):
+    options = dict(max_tokens=60, source="some text")
+    cache = vq.cache_hidden_states(model, _batches(), tmp_path / "h", **options)
+    again = vq.cache_hidden_states(model, iter(()), tmp_path / "h", **options)
+    assert again.fingerprint == cache.fingerprint
+    assert vq.open_hidden_states(tmp_path / "h").fingerprint == cache.fingerprint
+    with pytest.raises(FileNotFoundError, match="no finished cache"):
+        vq.open_hidden_states(tmp_path)
+    with pytest.raises(ValueError, match="hidden states for source=some text, not other"):
+        vq.cache_hidden_states(model, _batches(), tmp_path / "h", max_tokens=60, source="other")
+    other = Decoder(CONFIG, rngs=nnx.Rngs(5), layout="listed")
+    with pytest.raises(ValueError, match="hidden states for model="):
+        vq.cache_hidden_states(other, _batches(), tmp_path / "h", **options)
+
+    rows, path = model.embedding[...], tmp_path / "targets.npz"
+    first = vq.cached_head_targets(path, cache, rows, top=8)
+    stamp = path.stat().st_mtime_ns
+    second = vq.cached_head_targets(path, cache, rows, top=8)
+    assert path.stat().st_mtime_ns == stamp
+    np.testing.assert_array_equal(first.sums, second.sums)
+    assert second.made_from == first.made_from
+    shuffled = vq.HiddenCache(cache.hidden[::-1], cache.labels[::-1])
+    cases = {
+        "head": (cache, rows + 1.0, {"top": 8}),
+        "positions": (shuffled, rows, {"top": 8}),
+        "top": (cache, rows, {"top": 4}),
+        "soft_cap": (cache, rows, {"top": 8, "soft_cap": 5.0}),
+    }
+    for name, (positions, kernel, settings) in cases.items():
+        first.save(path)
+        caplog.clear()
+        made = vq.cached_head_targets(path, positions, kernel, **settings)
+        assert f"made with other {name}:" in caplog.text
+        want = vq.head_targets(positions.hidden, kernel, labels=positions.labels, **settings)
+        np.testing.assert_array_equal(made.top_probs, want.top_probs)
+
+
+def test_a_part_of_a_cache_belongs_to_one_model(model, tmp_path):
+    def killed():
+        yield next(_batches())
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        vq.cache_hidden_states(model, killed(), tmp_path / "h", max_tokens=200)
+    other = Decoder(CONFIG, rngs=nnx.Rngs(5), layout="listed")
+    with pytest.raises(ValueError, match="hidden states for model="):
+        vq.cache_hidden_states(other, _batches(), tmp_path / "h", max_tokens=200)
+    cache = vq.cache_hidden_states(model, _batches(), tmp_path / "h", max_tokens=200)
+    assert len(cache) == 200
+    assert not list((tmp_path / "h").glob("begun*"))

@@ -1,0 +1,104 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from logitjax.vq import vq_logits, vq_sample, vq_tables, vq_topk
+
+VOCAB, CODES, WIDTH, COUNT, K = 203, 16, 8, 24, 20
+
+top_of = jax.jit(vq_topk, static_argnums=3)
+sample_of = jax.jit(vq_sample)
+logits_of = jax.jit(vq_logits)
+
+
+def _case(seed=0):
+    rng = np.random.default_rng(seed)
+    return dict(
+        hidden=rng.normal(size=(COUNT, WIDTH)).astype(np.float32),
+        codebook=rng.normal(size=(CODES, WIDTH)).astype(np.float32),
+        bias=rng.normal(size=VOCAB).astype(np.float32),
+        assignment=rng.integers(0, CODES - 1, VOCAB).astype(np.int32),
+    )
+
+
+@pytest.mark.parametrize("ties", ["none", "rounded", "no bias"])
+def test_top_k_is_that_of_the_scattered_logits(ties):
+    case = _case()
+    if ties != "none":
+        case = {k: np.round(v) if k != "assignment" else v for k, v in case.items()}
+    bias = None if ties == "no bias" else case["bias"]
+    tables = vq_tables(bias, case["assignment"], CODES, width=K)
+    got = top_of(case["hidden"], case["codebook"], tables, K)
+    logits = logits_of(case["hidden"], case["codebook"], bias, case["assignment"])
+    values, indices = jax.lax.top_k(logits, K)
+    np.testing.assert_array_equal(got.indices, indices)
+    np.testing.assert_array_equal(got.values, values)
+    np.testing.assert_allclose(got.log_z, jax.nn.logsumexp(logits, axis=-1), rtol=1e-5)
+
+
+def test_top_k_at_a_temperature_over_some_tokens():
+    case = _case()
+    where = np.arange(VOCAB) % 3 > 0
+    options = dict(temperature=0.5, where=where)
+    tables = vq_tables(case["bias"], case["assignment"], CODES, width=K, **options)
+    got = top_of(case["hidden"], case["codebook"], tables, 5)
+    logits = logits_of(**case, **options)
+    np.testing.assert_array_equal(got.indices, jax.lax.top_k(logits, 5)[1])
+    np.testing.assert_allclose(got.log_z, jax.nn.logsumexp(logits, axis=-1), rtol=1e-5)
+
+
+def test_samples_follow_the_distribution():
+    case = _case(3)
+    where = np.arange(VOCAB) != 7
+    tables = vq_tables(case["bias"], case["assignment"], CODES, temperature=1.5, where=where)
+    draws = 100_000
+    hidden = jnp.broadcast_to(case["hidden"][0], (draws, WIDTH))
+    tokens = sample_of(jax.random.key(1), hidden, case["codebook"], tables)
+    logits = logits_of(**case | {"hidden": case["hidden"][:1]}, temperature=1.5, where=where)
+    probs = np.asarray(jax.nn.softmax(logits[0]), np.float64)
+    seen = np.bincount(tokens, minlength=VOCAB)
+    assert seen[7] == 0
+    expected = draws * probs[where] / probs[where].sum()
+    assert scipy.stats.chisquare(seen[where], expected).pvalue > 1e-3
+
+
+def test_one_cluster_and_singletons():
+    case = _case()
+    for assignment, codes in ((0 * case["assignment"], 1), (np.arange(VOCAB), VOCAB)):
+        codebook = np.resize(case["codebook"], (codes, WIDTH))
+        tables = vq_tables(case["bias"], assignment.astype(np.int32), codes, width=4)
+        got = top_of(case["hidden"], codebook, tables, 4)
+        logits = logits_of(case["hidden"], codebook, case["bias"], assignment.astype(np.int32))
+        np.testing.assert_array_equal(got.indices, jax.lax.top_k(logits, 4)[1])
+        assert sample_of(jax.random.key(0), case["hidden"], codebook, tables).max() < VOCAB
+
+
+def test_split_codebook_in_shard_map_equals_local():
+    case = _case()
+    mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    tables = vq_tables(case["bias"], case["assignment"], CODES, width=4)
+
+    def local(hidden, codebook):
+        top = vq_topk(hidden, codebook, tables, 4, axis_name="tensor")
+        key = jax.random.key(2)
+        return top, vq_sample(key, hidden, codebook, tables, axis_name="tensor")
+
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=(P("data"), P("tensor")), out_specs=P("data"))
+    top, tokens = jax.jit(mapped)(case["hidden"], case["codebook"])
+    want = top_of(case["hidden"], case["codebook"], tables, 4)
+    np.testing.assert_array_equal(top.indices, want.indices)
+    np.testing.assert_allclose(top.values, want.values, rtol=1e-5, atol=1e-5)
+    assert tokens.shape == (COUNT,)
+
+
+def test_errors_name_the_argument():
+    case = _case()
+    tables = vq_tables(case["bias"], case["assignment"], CODES, width=4)
+    with pytest.raises(ValueError, match="k must be between 1 and the width of the tables, 4"):
+        vq_topk(case["hidden"], case["codebook"], tables, 5)
+    with pytest.raises(ValueError, match="width must be positive"):
+        vq_tables(case["bias"], case["assignment"], CODES, width=0)

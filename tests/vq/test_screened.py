@@ -1,0 +1,166 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from logitjax.heads import (
+    LowRankHead,
+    fit_low_rank,
+    full_cost,
+    low_rank_cost,
+    low_rank_logits,
+    screened_cost,
+)
+from logitjax.models import Decoder, DecoderConfig
+from logitjax.vq import (
+    ProductHead,
+    ScreenedHead,
+    VQHead,
+    exact_rows,
+    screened_logits,
+    screened_nll,
+    screened_topk,
+)
+
+VOCAB, WIDTH, COUNT = 96, 8, 20
+
+
+@pytest.fixture(scope="module")
+def case():
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(VOCAB, WIDTH)) * np.array([2.0, 1.5] + [0.4] * (WIDTH - 2))
+    rows = rows.astype(np.float32)
+    hidden = rng.normal(size=(COUNT, WIDTH)).astype(np.float32)
+    low = fit_low_rank(rows, np.ones(VOCAB), np.zeros(WIDTH), np.eye(WIDTH), 2)
+    labels = rng.integers(0, VOCAB, COUNT).astype(np.int32)
+    return dict(rows=rows, hidden=hidden, low=low, labels=labels, full=hidden @ rows.T)
+
+
+def _options(case, count):
+    down, kernel, bias = case["low"]
+    screen = functools.partial(low_rank_logits, down=down, kernel=kernel, bias=bias)
+    return dict(screen=screen, rescore=exact_rows(case["rows"]), num_candidates=count)
+
+
+def test_the_best_of_the_screen_are_exact_and_the_rest_is_the_screen_s(case):
+    cheap = np.asarray(low_rank_logits(case["hidden"], *case["low"]))
+    logits = np.asarray(screened_logits(case["hidden"], **_options(case, 12)))
+    best = np.argsort(-cheap, axis=-1)[:, :12]
+    exact = np.take_along_axis(case["full"], best, 1)
+    mass = np.exp(np.take_along_axis(cheap, best, 1)).sum(-1)
+    want = cheap + np.log(np.exp(exact).sum(-1) / mass)[:, None]
+    np.put_along_axis(want, best, exact, 1)
+    # What all candidates get together is the screen's.
+    share = np.take_along_axis(jax.nn.softmax(logits), best, 1).sum(-1)
+    np.testing.assert_allclose(share, mass / np.exp(cheap).sum(-1), rtol=1e-4)
+    np.testing.assert_allclose(logits, want, rtol=1e-4, atol=1e-5)
+    everything = screened_logits(case["hidden"], **_options(case, VOCAB))
+    np.testing.assert_allclose(everything, case["full"], rtol=1e-4, atol=1e-5)
+
+
+def test_a_number_that_the_context_adds_to_the_screen_changes_nothing(case):
+    options = _options(case, 12)
+    cheap = options["screen"]
+    moved = options | {"screen": lambda hidden: cheap(hidden) + 3.0 * hidden[:, :1] - 5.0}
+    want = screened_nll(case["hidden"], case["labels"], **options)
+    np.testing.assert_allclose(
+        screened_nll(case["hidden"], case["labels"], **moved), want, rtol=1e-4, atol=1e-5
+    )
+    top = screened_topk(case["hidden"], 3, **moved)
+    np.testing.assert_allclose(top.log_z, screened_topk(case["hidden"], 3, **options).log_z, 1e-5)
+
+
+def test_loss_and_gradients_are_those_of_the_logits(case):
+    down, kernel, bias = case["low"]
+
+    def options(kernel, rows):
+        screen = functools.partial(low_rank_logits, down=down, kernel=kernel, bias=bias)
+        return dict(screen=screen, rescore=exact_rows(rows), num_candidates=12)
+
+    def lean(kernel, rows):
+        extra = dict(block_size=6, temperature=0.8, z_loss=1e-3)
+        return screened_nll(case["hidden"], case["labels"], **options(kernel, rows), **extra).sum()
+
+    def plain(kernel, rows):
+        logits = screened_logits(case["hidden"], **options(kernel, rows)) / 0.8
+        log_z = jax.nn.logsumexp(logits, axis=-1)
+        at_label = jnp.take_along_axis(logits, case["labels"][:, None], -1)[:, 0]
+        return (log_z - at_label + 1e-3 * log_z**2).sum()
+
+    arguments = (kernel, jnp.asarray(case["rows"]))
+    got = jax.jit(jax.value_and_grad(lean, (0, 1)))(*arguments)
+    want = jax.jit(jax.value_and_grad(plain, (0, 1)))(*arguments)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, want)
+
+
+def test_top_k_is_the_full_head_s_wherever_the_screen_lists_it(case):
+    top = screened_topk(case["hidden"], 3, **_options(case, 30))
+    cheap = np.asarray(low_rank_logits(case["hidden"], *case["low"]))
+    listed = np.argsort(-cheap, axis=-1)[:, :30]
+    values, tokens = jax.lax.top_k(case["full"], 3)
+    caught = (np.asarray(tokens)[:, :, None] == listed[:, None, :]).any(-1).all(-1)
+    assert caught.mean() > 0.5
+    np.testing.assert_array_equal(np.asarray(top.indices)[caught], np.asarray(tokens)[caught])
+    np.testing.assert_allclose(np.asarray(top.values)[caught], values[caught], rtol=1e-4)
+    logits = screened_logits(case["hidden"], **_options(case, 30))
+    np.testing.assert_allclose(top.log_z, jax.nn.logsumexp(logits, axis=-1), rtol=1e-5)
+    greedy = screened_topk(case["hidden"], 3, **_options(case, 30), with_log_z=False)
+    np.testing.assert_array_equal(greedy.indices, top.indices)
+    assert not np.asarray(greedy.log_z).any()
+
+
+@pytest.mark.parametrize("kind", ["low rank", "product", "VQ"])
+def test_any_cheap_head_screens_for_a_tied_decoder(case, kind):
+    rngs = nnx.Rngs(0)
+    screen = {
+        "low rank": LowRankHead(WIDTH, VOCAB, 2, rngs=rngs),
+        "product": ProductHead(WIDTH, VOCAB, groups=4, num_codes=8, rngs=rngs),
+        "VQ": VQHead(WIDTH, VOCAB, 16, rngs=rngs),
+    }[kind]
+    config = DecoderConfig(
+        vocab_size=VOCAB,
+        hidden_size=WIDTH,
+        intermediate_size=16,
+        num_layers=1,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=4,
+    )
+    head = ScreenedHead(screen, num_candidates=VOCAB)
+    model = Decoder(config, rngs=nnx.Rngs(1), layout="listed", head=head)
+    embedding = model.embedding[...]
+    full = case["hidden"] @ embedding.T
+    np.testing.assert_allclose(model.logits(case["hidden"]), full, rtol=1e-4, atol=1e-5)
+    top = model.head.top_k(case["hidden"], 1, embedding)
+    np.testing.assert_array_equal(top.indices[:, 0], full.argmax(-1))
+    nll = model.head.nll(case["hidden"], case["labels"], embedding)
+    want = -np.take_along_axis(jax.nn.log_softmax(full), case["labels"][:, None], 1)[:, 0]
+    np.testing.assert_allclose(nll, want, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="has no kernel"):
+        model.head_kernel()
+
+
+def test_costs_add_up():
+    cost = screened_cost(low_rank_cost(1000, 64, 8), 1000, 64, num_candidates=20)
+    alone = low_rank_cost(1000, 64, 8)
+    assert cost.parameters == alone.parameters
+    assert cost.read_bytes - alone.read_bytes == 20 * 64 * 4
+    untied = screened_cost(alone, 1000, 64, num_candidates=20, own_rows=True)
+    assert untied.stored_bytes - cost.stored_bytes == full_cost(1000, 64).stored_bytes
+    head = ScreenedHead(LowRankHead(64, 1000, 8, rngs=nnx.Rngs(0)), num_candidates=20)
+    assert head.cost(64, 1000) == cost
+
+
+def test_errors_name_the_argument(case):
+    with pytest.raises(ValueError, match="num_candidates must be between 1 and the vocabulary, 96"):
+        screened_logits(case["hidden"], **_options(case, VOCAB + 1))
+    with pytest.raises(ValueError, match="k must be between 1 and num_candidates=4"):
+        screened_topk(case["hidden"], 5, **_options(case, 4))
+    with pytest.raises(ValueError, match="labels must be of shape"):
+        screened_nll(case["hidden"], case["labels"][:-1], **_options(case, 4))
+    head = ScreenedHead(LowRankHead(WIDTH, VOCAB, 2, rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match="needs the embedding"):
+        head(case["hidden"])
