@@ -155,7 +155,7 @@ def make_loss(
       most: of ``forget`` and ``retain``, the most answers' tokens in any step: the head then meets
         no other positions. The loss is nan where there are more.
     """
-    forget_loss = getattr(losses, method.forget)
+    forget_loss = getattr(unlearning, method.forget)
     options = {k: v for k, v in method.options.items() if k != "scale"}
 
     def loss_fn(params: Any, batch: Mapping[str, Any], rng: Any, reference: Any = None) -> Any:

@@ -166,7 +166,7 @@ def test_objectives_weigh_means_of_what_counts():
     np.testing.assert_allclose(loss, -0.5 * 2.0 + 4.0 * 1.5, rtol=1e-6)
     np.testing.assert_allclose([means["forget"], means["retain"]], [-2.0, 1.5], rtol=1e-6)
     for method in unlearning.UNLEARNING_METHODS.values():
-        assert callable(getattr(losses, method.forget))
+        assert callable(getattr(unlearning, method.forget))
         assert (method.retain == "none") == (method.retain_weight == 0.0)
 
 
