@@ -1,8 +1,4 @@
-"""What every benchmark shares: paired timing, memory readings, bars, and the files it leaves.
-
-Machines are noisy, so peers are timed in alternation inside one run and compared by the median of
-the ratios of neighbours: a slow minute slows both sides of a ratio.
-"""
+"""What every benchmark shares: memory readings, bars, and the files it leaves."""
 
 import csv
 import dataclasses
@@ -10,9 +6,7 @@ import json
 import platform
 import re
 import resource
-import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,27 +59,6 @@ class Result:
     rows: Sequence[Mapping[str, Any]]
     bars: Sequence[Bar] = ()
     plots: Sequence[Path] = ()
-
-
-def paired_seconds(
-    functions: Mapping[str, Callable[[], Any]], *, repeats: int, warmup: int = 1
-) -> dict[str, list[float]]:
-    """Seconds of each function, called in turn ``repeats`` times after ``warmup`` calls."""
-    for function in functions.values():
-        for _ in range(warmup):
-            jax.block_until_ready(function())
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(repeats):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            jax.block_until_ready(function())
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def paired_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:
-    """Median of the ratios of measurements taken side by side."""
-    return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
 
 
 def temp_bytes(function: Callable[..., Any], *arguments: Any) -> int:

@@ -22,6 +22,7 @@ from absl import logging
 from flax import nnx
 
 from experiments.benchmarks import _suite
+from experiments.shared import timing
 from logitjax import data, losses, models, training
 from logitjax.commands import named_models
 from logitjax.distillation import objectives
@@ -105,7 +106,7 @@ def run(options: _suite.Options) -> _suite.Result:
             kept.write_text(json.dumps(known))
             logging.info("%s: perplexity %.4g", name, perplexities[arm][-1])
 
-    seconds = _suite.paired_seconds(
+    seconds = timing.paired_seconds(
         _timed(trainer, inputs, constants, functools.partial(_hidden, teacher_fn.graphdef)),
         repeats=options.repeats,
     )
@@ -114,7 +115,7 @@ def run(options: _suite.Options) -> _suite.Result:
         row: dict[str, Any] = {
             "training": _NAMES[arm],
             "seconds a step": float(np.median(times)),
-            "/ sft": _suite.paired_ratio(times, seconds["sft"]),
+            "/ sft": timing.paired_ratio(times, seconds["sft"]),
         }
         if arm in ARMS:
             row["perplexity"] = float(np.mean(perplexities[arm]))

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from experiments.benchmarks import _suite
+from experiments.shared import timing
 from logitjax import fusion, models
 from logitjax.commands import named_models
 from logitjax.decoding import Ensemble, generate
@@ -44,16 +45,16 @@ def run(options: _suite.Options) -> _suite.Result:
             }
             if peer is not None:
                 calls["transformers + torch"] = lambda g=given: peer(g)
-            seconds = _suite.paired_seconds(calls, repeats=options.repeats)
+            seconds = timing.paired_seconds(calls, repeats=options.repeats)
             for name, times in seconds.items():
-                ratio = _suite.paired_ratio(seconds["logitjax"], times)
+                ratio = timing.paired_ratio(seconds["logitjax"], times)
                 rows.append(_row(name, batch, new, times) | {"ours / its seconds": ratio})
             if peer is not None:
                 ours, theirs = seconds["logitjax"], seconds["transformers + torch"]
                 bars.append(
                     _suite.Bar(
                         name=f"tokens/s over torch's, B = {batch}",
-                        value=_suite.paired_ratio(theirs, ours),
+                        value=timing.paired_ratio(theirs, ours),
                         limit=_BARS[batch],
                         sense=">=",
                     )
@@ -96,9 +97,9 @@ def _fused_rows(
             name: lambda m=line_up, g=prompts[:batch]: generate(m, g, max_new_tokens=new).tokens
             for name, line_up in line_ups.items()
         }
-        seconds = _suite.paired_seconds(calls, repeats=options.repeats)
+        seconds = timing.paired_seconds(calls, repeats=options.repeats)
         for name, times in seconds.items():
-            ratio = _suite.paired_ratio(times, seconds["large alone"])
+            ratio = timing.paired_ratio(times, seconds["large alone"])
             count = 1 if name == "large alone" else 1 + len(small)
             rows.append(
                 _row(name, batch, new, times) | {"models": count, "over large alone": ratio}

@@ -24,6 +24,7 @@ from experiments.dual_head import __main__ as dual_head
 from experiments.dual_head import arms as dual_head_arms
 from experiments.dual_head import data as dual_head_data
 from experiments.dual_head import train as dual_head_train
+from experiments.shared import timing
 from logitjax import training
 
 _ARMS = ("kd", "single", "dual_linear", "dual_mlp", "dual_linear_aligned", "dual_mlp_aligned")
@@ -38,10 +39,10 @@ def run(options: _suite.Options) -> _suite.Result:
     bars: list[_suite.Bar] = []
     for given in (False,) if options.smoke else (False, True):
         calls = _steps(names, student, teacher, batch, steps, logits_given=given)
-        seconds = _suite.paired_seconds(calls, repeats=options.repeats)
+        seconds = timing.paired_seconds(calls, repeats=options.repeats)
         where = "logits given" if given else f"{teacher} in the step"
         for name in names:
-            ratio = _suite.paired_ratio(seconds[name], seconds["kd"])
+            ratio = timing.paired_ratio(seconds[name], seconds["kd"])
             median = float(np.median(seconds[name])) / steps
             rows.append(
                 {

@@ -24,6 +24,7 @@ import jax
 import numpy as np
 
 from experiments.benchmarks import _suite
+from experiments.shared import timing
 from logitjax import few_shot
 
 
@@ -65,7 +66,7 @@ def run(options: _suite.Options) -> _suite.Result:
             calls: dict[str, Callable[[], Any]] = {"logitjax": _steps(shape, batch, steps)}
             if torch is not None:
                 calls["torch, eager"] = lambda b=batch, n=steps: torch(b, n)
-            seconds = _suite.paired_seconds(calls, repeats=options.repeats)
+            seconds = timing.paired_seconds(calls, repeats=options.repeats)
             for name, times in seconds.items():
                 rows.append(
                     {
@@ -75,7 +76,7 @@ def run(options: _suite.Options) -> _suite.Result:
                     }
                 )
             if torch is not None:
-                ratio = _suite.paired_ratio(seconds["torch, eager"], seconds["logitjax"])
+                ratio = timing.paired_ratio(seconds["torch, eager"], seconds["logitjax"])
                 rows[-1]["over logitjax"] = ratio
                 bars.append(
                     _suite.Bar(

@@ -24,6 +24,7 @@ from jax import lax
 
 from experiments.benchmarks import _suite
 from experiments.dynamic_fusion.certificate import Certificate
+from experiments.shared import timing
 from logitjax import data, models
 from logitjax.commands import named_models
 from logitjax.fusion import DynamicFusion
@@ -46,10 +47,10 @@ def run(options: _suite.Options) -> _suite.Result:
         for batch in batches:
             logits = made_up_logits(batch, vocab)
             calls = _calls(logits)
-            seconds = _suite.paired_seconds(calls, repeats=options.repeats)
+            seconds = timing.paired_seconds(calls, repeats=options.repeats)
             for name, taken in seconds.items():
                 info = _info(name, logits)
-                ratio = _suite.paired_ratio(taken, seconds["paper's grid"])
+                ratio = timing.paired_ratio(taken, seconds["paper's grid"])
                 rows.append(
                     {
                         "vocab": vocab,
@@ -57,7 +58,7 @@ def run(options: _suite.Options) -> _suite.Result:
                         "search": name,
                         "ms": 1e3 * statistics.median(taken),
                         "over paper's grid": ratio,
-                        "over grid": _suite.paired_ratio(taken, seconds["grid"]),
+                        "over grid": timing.paired_ratio(taken, seconds["grid"]),
                         **info,
                     }
                 )
@@ -202,7 +203,7 @@ def _forwards(batch: int, options: _suite.Options) -> tuple[dict[str, Any], floa
         small = models.keep_layers(large, _SMALL_LAYERS)
         vocab = large.config.vocab_size
     steps = {name: _step(model, batch) for name, model in (("large", large), ("small", small))}
-    seconds = _suite.paired_seconds(steps, repeats=options.repeats)
+    seconds = timing.paired_seconds(steps, repeats=options.repeats)
     medians = {name: statistics.median(taken) for name, taken in seconds.items()}
     total = medians["large"] + 2 * medians["small"]
     row = {

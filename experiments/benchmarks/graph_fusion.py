@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 from experiments.benchmarks import _suite
+from experiments.shared import timing
 from logitjax import distillation, losses, models
 from logitjax.distillation import objectives
 
@@ -75,7 +76,7 @@ def run(options: _suite.Options) -> _suite.Result:
             statistics,
         ),
     }
-    seconds = _suite.paired_seconds(
+    seconds = timing.paired_seconds(
         {name: lambda f=f, x=x: f(params, x) for name, (f, x) in steps.items()},
         repeats=options.repeats,
     )
@@ -86,7 +87,7 @@ def run(options: _suite.Options) -> _suite.Result:
             "T": length,
             "V": vocab,
             "seconds": min(seconds[name]),
-            "ratio to SFT + KL": _suite.paired_ratio(seconds[name], seconds[reference]),
+            "ratio to SFT + KL": timing.paired_ratio(seconds[name], seconds[reference]),
             "temp MiB": _suite.temp_bytes(f, params, x) / 2**20,
         }
         for name, (f, x) in steps.items()

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from experiments.benchmarks import _suite
+from experiments.shared import timing
 from logitjax import distillation, losses
 
 K = 10
@@ -31,11 +32,11 @@ def run(options: _suite.Options) -> _suite.Result:
 
     head = step(lambda logits: logits)
     loss = step(jax.grad(lambda logits: distillation.graph_on_logits(logits, teacher)[0]))
-    seconds = _suite.paired_seconds(
+    seconds = timing.paired_seconds(
         {"head": lambda: head(h, kernel), "loss": lambda: loss(h, kernel)},
         repeats=options.repeats,
     )
-    added = _suite.paired_ratio(seconds["loss"], seconds["head"]) - 1.0
+    added = timing.paired_ratio(seconds["loss"], seconds["head"]) - 1.0
     rows = [
         {
             "step": name,

@@ -25,6 +25,7 @@ import numpy as np
 from flax import nnx
 
 from experiments.benchmarks import _suite
+from experiments.shared import timing
 from logitjax import data, losses, models, transport
 from logitjax.transport import FactoredGraph, reference
 
@@ -204,7 +205,7 @@ def small_factor(graph: FactoredGraph) -> FactoredGraph:
 
 def timed(function: Callable[[], Any], repeats: int) -> tuple[Any, float]:
     answer = jax.block_until_ready(function())
-    seconds = _suite.paired_seconds({"it": function}, repeats=repeats, warmup=0)["it"]
+    seconds = timing.paired_seconds({"it": function}, repeats=repeats, warmup=0)["it"]
     return answer, float(np.median(seconds))
 
 

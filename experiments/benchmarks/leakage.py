@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmarks import _suite
+from experiments.shared import timing
 from logitjax import leakage
 
 SPAN = 25.0
@@ -109,7 +110,7 @@ def _recovery(options: _suite.Options) -> tuple[dict[str, Any], list[_suite.Bar]
     table = jnp.asarray(logits, jnp.float32)[None]
     policy = leakage.LogitPolicy(top_k=5, bias="reported", decimals=7)
     oracle = leakage.LogitOracle(lambda tokens: table[tokens[:, -1]], policy)
-    seconds = _suite.paired_seconds(
+    seconds = timing.paired_seconds(
         {"row": lambda: leakage.recover_log_probs(oracle, [0], vocab)}, repeats=1, warmup=1
     )["row"][0]
     spent = oracle.queries

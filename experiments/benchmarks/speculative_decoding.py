@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmarks import _suite
+from experiments.shared import timing
 from logitjax import models
 from logitjax.commands import named_models
 from logitjax.decoding import (
@@ -121,10 +122,10 @@ def _rows(
     for length in lengths:
         calls[length] = remember(length, lambda n=length: speculate(length=n))
         calls["verify", length] = _verify(ensemble, batch, length + 1)
-    seconds = _suite.paired_seconds(calls, repeats=options.repeats)
+    seconds = timing.paired_seconds(calls, repeats=options.repeats)
     # The control's first calls are its compilations and first looks: it settles before it is timed.
     adaptive = remember("adaptive", lambda: speculate(control=control))
-    settled = _suite.paired_seconds(
+    settled = timing.paired_seconds(
         {"plain": plain, "adaptive": adaptive}, repeats=2 * options.repeats, warmup=2
     )
     rows = []
@@ -137,7 +138,7 @@ def _rows(
             "acceptance": out.acceptance,
             "tokens a round": (out.lengths.max() - 1) / sum(rounds for _, rounds, _ in out.calls),
             "tokens/s": batch * new / float(np.median(taken[name])),
-            "speed-up": _suite.paired_ratio(taken["plain"], taken[name]),
+            "speed-up": timing.paired_ratio(taken["plain"], taken[name]),
         }
         if name != "adaptive":
             rounds = sum(rounds for _, rounds, _ in out.calls)
@@ -145,8 +146,8 @@ def _rows(
             verify = np.array(seconds["verify", name]) / _PASSES
             expected = np.array(seconds["one"]) + rounds * (name * draft + verify)
             row |= {
-                "predicted": _suite.paired_ratio(seconds["plain"], expected.tolist()),
-                "of predicted": _suite.paired_ratio(expected.tolist(), seconds[name]),
+                "predicted": timing.paired_ratio(seconds["plain"], expected.tolist()),
+                "of predicted": timing.paired_ratio(expected.tolist(), seconds[name]),
             }
         row["rows as plain"] = int((out.tokens == last["plain"].tokens).all(axis=1).sum())
         rows.append(row)

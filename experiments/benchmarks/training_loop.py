@@ -16,6 +16,7 @@ from etils import epath
 from experiments.benchmarks import _suite
 from experiments.graph_fusion import __main__ as graph_fusion
 from experiments.graph_fusion import train
+from experiments.shared import timing
 from logitjax import training
 
 
@@ -61,7 +62,7 @@ def run(options: _suite.Options) -> _suite.Result:
     for number in range(options.repeats):
         bare.append(_seconds(alone, arm.start(0)) / steps)
         looped.append(_seconds(loop, arm.start(0), f"loop-{number}") / steps)
-    overhead = _suite.paired_ratio(looped, bare) - 1
+    overhead = timing.paired_ratio(looped, bare) - 1
     step = statistics.median(bare)
 
     pauses, beside, state = [], [], arm.start(0)

@@ -21,6 +21,7 @@ import numpy as np
 from flax import nnx
 
 from experiments.benchmarks import _suite
+from experiments.shared import timing
 from experiments.unlearning import arms
 from experiments.unlearning.models import planned_bytes
 from logitjax import decoding, fusion, models, training, unlearning
@@ -107,7 +108,7 @@ def _steps(
         step = training.make_train_step(loss_fn, tx, mesh=mesh)
         sizes[name] = planned_bytes(step.lower(state, batch, constants).compile())
         calls[name] = _repeated(step, state, batch, constants)
-    seconds = _suite.paired_seconds(calls, repeats=repeats)
+    seconds = timing.paired_seconds(calls, repeats=repeats)
     table = [
         {
             "what": f"step: {name}",
@@ -115,13 +116,13 @@ def _steps(
             "ms": 1e3 * float(np.median(taken)),
             "tokens/s": 2 * rows * length / float(np.median(taken)),
             "MiB": sizes[name] / 2**20,
-            "over npo_kl": _suite.paired_ratio(taken, seconds["npo_kl"]),
+            "over npo_kl": timing.paired_ratio(taken, seconds["npo_kl"]),
         }
         for name, taken in seconds.items()
     ]
     return {
         "rows": table,
-        "faster": _suite.paired_ratio(seconds["npo_kl"], seconds["assistant"]),
+        "faster": timing.paired_ratio(seconds["npo_kl"], seconds["assistant"]),
         "smaller": sizes["assistant"] / sizes["npo_kl"],
     }
 
@@ -156,12 +157,12 @@ def _decode(
         name: lambda m=line_up: decoding.generate(m, prompts, max_new_tokens=new).tokens
         for name, line_up in line_ups.items()
     }
-    seconds = _suite.paired_seconds(calls, repeats=repeats)
+    seconds = timing.paired_seconds(calls, repeats=repeats)
     depth = model.config.num_layers
     predicted = (depth + layers) / depth
     table = []
     for name, taken in seconds.items():
-        ratio = _suite.paired_ratio(taken, seconds["target alone"])
+        ratio = timing.paired_ratio(taken, seconds["target alone"])
         row: dict[str, Any] = {
             "what": f"decode: {name}",
             "B": batch,
@@ -173,5 +174,5 @@ def _decode(
             row["over alone / (M + K) / M"] = ratio / predicted
         table.append(row)
     one_pass = seconds["with its assistant, one pass"]
-    share = _suite.paired_ratio(one_pass, seconds["target alone"]) / predicted
+    share = timing.paired_ratio(one_pass, seconds["target alone"]) / predicted
     return {"rows": table, "share": share}

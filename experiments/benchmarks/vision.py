@@ -23,6 +23,7 @@ import numpy as np
 from flax import nnx
 
 from experiments.benchmarks import _suite
+from experiments.shared import timing
 from logitjax import data, vision
 from logitjax.commands import features
 from logitjax.storage._packages import package_file
@@ -78,7 +79,7 @@ def run(options: _suite.Options) -> _suite.Result:
         calls["alexnet"] = lambda: alexnet.encode(taken)
         for name, sizes in _TOWERS.items():
             calls[name] = _tower(sizes, taken)
-    seconds = _suite.paired_seconds(calls, repeats=options.repeats)
+    seconds = timing.paired_seconds(calls, repeats=options.repeats)
     theirs = _torch(options, pixels, batch)
 
     rows = []

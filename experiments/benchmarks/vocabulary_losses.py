@@ -23,6 +23,7 @@ import numpy as np
 from absl import logging
 
 from experiments.benchmarks import _suite
+from experiments.shared import timing
 from logitjax import losses
 
 # (T, H, V): a small model, one with Qwen's vocabulary, one with Gemma's.
@@ -131,13 +132,13 @@ def _measure(shape: Shape, kind: str, options: _suite.Options) -> list[dict[str,
     fitting = [row for row in rows if row["peak RSS MiB"] is not None]
     compiled = {row["form"]: jax.jit(step(kind, row["form"])) for row in fitting}
     calls = {name: functools.partial(function, inputs) for name, function in compiled.items()}
-    seconds = _suite.paired_seconds(calls, repeats=options.repeats)
+    seconds = timing.paired_seconds(calls, repeats=options.repeats)
     for row in fitting:
         name = row["form"]
         row["seconds"] = sorted(seconds[name])[len(seconds[name]) // 2]
         for other in ("dense", "chunked"):
             if other in seconds:
-                row[f"/ {other}"] = _suite.paired_ratio(seconds[name], seconds[other])
+                row[f"/ {other}"] = timing.paired_ratio(seconds[name], seconds[other])
     return rows
 
 

@@ -22,10 +22,9 @@ from experiments.benchmarks._suite import (
     Bar,
     Options,
     Result,
-    paired_ratio,
-    paired_seconds,
     temp_bytes,
 )
+from experiments.shared.timing import paired_ratio, paired_seconds
 from logitjax import heads, losses, ops, vq
 
 #: Hidden size, vocabulary, codes.

@@ -12,10 +12,9 @@ from jax.sharding import PartitionSpec as P
 from experiments.dual_head import arms as dual_head_arms
 from experiments.dual_head import data as dual_head_data
 from experiments.dual_head import train as dual_head_train
-from experiments.plan import shapes
+from experiments.shared import shapes
 from logitjax import training
 
-CHIP = "v5e:2x4"
 # Images and classes of the data sets that presets name.
 _SIZES = {
     "cifar-100": (50_000, 100),

@@ -7,10 +7,8 @@ from typing import Any
 from flax import nnx
 
 from experiments.dynamic_fusion.models import text_loss
-from experiments.plan import shapes
+from experiments.shared import shapes
 from logitjax import training
-
-CHIP = "v5p:4x4x4"
 
 
 def trace_steps(config: Any, devices: Any) -> Iterator[tuple[str, Callable[[], Any]]]:

@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from experiments.few_shot import arms as few_shot_arms
-from experiments.plan import shapes
+from experiments.shared import shapes
 from logitjax import few_shot, training
 from logitjax.few_shot import _sweep as few_shot_sweep
 
-CHIP = "v5e:2x2"
 # ImageNet under CLIP's and MoCo's ResNet-50: the largest of the paper's data sets.
 _CLASSES, _FEATURES, _AUXILIARY = 1000, 1024, 2048
 _HELD_OUT = {"validation": 4 * _CLASSES, "test": 50_000}

@@ -5,11 +5,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from experiments.graph_fusion import train
-from experiments.plan import shapes
+from experiments.shared import shapes
 from logitjax import training
 from logitjax.distillation import objectives
-
-CHIP = "v5p:4x4x8"
 
 
 def trace_steps(config: Any, devices: Any) -> Iterator[tuple[str, Callable[[], Any]]]:

@@ -7,10 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from experiments.leakage_audit import rows
-from experiments.plan import shapes
+from experiments.shared import shapes
 from logitjax import training
-
-CHIP = "v5e:2x2"
 
 
 def trace_steps(config: Any, devices: Any) -> Iterator[tuple[str, Callable[[], Any]]]:

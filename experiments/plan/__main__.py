@@ -24,19 +24,21 @@ from typing import Any
 import jax
 from absl import app, flags
 
-from experiments.plan import chips
+from experiments.plan import chips, costs
 from experiments.shared.report import markdown_table
+from logitjax import training
 
-EXPERIMENTS = (
-    "graph_fusion",
-    "vq_head",
-    "dual_head",
-    "few_shot",
-    "dynamic_fusion",
-    "replication",
-    "unlearning",
-    "leakage_audit",
-)
+# By experiment the slice to plan for where no chip is named.
+EXPERIMENTS = {
+    "graph_fusion": "v5p:4x4x8",
+    "vq_head": "v6e:2x2",
+    "dual_head": "v5e:2x4",
+    "few_shot": "v5e:2x2",
+    "dynamic_fusion": "v5p:4x4x4",
+    "replication": "v5e:2x2",
+    "unlearning": "v5p:2x2x4",
+    "leakage_audit": "v5e:2x2",
+}
 _GIB = 2.0**30
 
 
@@ -102,8 +104,6 @@ class Plan:
 
 def make_plan(traced: Any, chip: chips.Chip, *, devices: int, mesh: str = "", **names: str) -> Plan:
     """Lower, compile and count one traced program."""
-    from experiments.plan import program as plan_program
-
     known = dict(
         **names,
         chip=chip.topology or f"{chip.name}:{devices}",
@@ -111,7 +111,7 @@ def make_plan(traced: Any, chip: chips.Chip, *, devices: int, mesh: str = "", **
         estimate=chip.kind == "gpu",
         devices=devices,
         memory=chip.memory,
-        flops=plan_program.matmul_flops(traced.jaxpr),
+        flops=costs.matmul_flops(traced.jaxpr),
         versions=_versions(chip),
     )
     start = time.perf_counter()
@@ -123,7 +123,7 @@ def make_plan(traced: Any, chip: chips.Chip, *, devices: int, mesh: str = "", **
         return Plan(**known, error=_out_of_memory(str(error)), seconds=time.perf_counter() - start)
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
-    sent = plan_program.collectives(compiled.as_text())
+    sent = costs.collectives(compiled.as_text())
     return Plan(
         **known,
         argument_bytes=int(memory.argument_size_in_bytes),
@@ -158,25 +158,35 @@ def plans(
     experiment: str, preset: str, chip: chips.Chip, *, mesh: str = "", every: bool = False
 ) -> Iterator[Plan]:
     """The main program of a preset, or all that the experiment names, one after another."""
-    module = importlib.import_module(f"experiments.{experiment}.config")
-    tracer = importlib.import_module(f"experiments.{experiment}.programs")
-    if preset not in module.PRESETS:
-        raise ValueError(f"preset: expected one of {', '.join(module.PRESETS)}, got {preset!r}")
-    chosen = dict(module.PRESETS[preset])
+    settings = importlib.import_module(f"experiments.{experiment}.config")
+    module = importlib.import_module(f"experiments.{experiment}.programs")
+    if preset not in settings.PRESETS:
+        raise ValueError(f"preset: expected one of {', '.join(settings.PRESETS)}, got {preset!r}")
+    chosen = dict(settings.PRESETS[preset])
+    fields = {field.name for field in dataclasses.fields(settings.Config)}
     if mesh:
-        if "mesh" not in {field.name for field in dataclasses.fields(module.Config)}:
+        if "mesh" not in fields:
             raise ValueError(f"mesh: {experiment} runs on one device")
         chosen["mesh"] = mesh
-    config = module.Config(**chosen)
+    config = settings.Config(**chosen)
     devices = chips.devices_of(chip)
     names = {"experiment": experiment, "preset": preset}
-    used = len(devices) if hasattr(config, "mesh") else 1
-    if hasattr(config, "mesh"):
+    if "mesh" in fields:
         names["mesh"] = config.mesh
-    for program, traced in tracer.trace_steps(config, devices):
-        yield make_plan(traced(), chip, devices=used, program=program, **names)
+        made = training.make_mesh(config.mesh, devices=devices)
+    else:
+        made = training.make_mesh("data:1", devices=devices[:1])
+    for name, trace in _traces(module, config, made):
+        yield make_plan(trace(), chip, devices=made.size, program=name, **names)
         if not every:
             return
+
+
+def _traces(module: Any, config: Any, mesh: Any) -> Iterator[tuple[str, Any]]:
+    if hasattr(module, "programs"):
+        yield from ((program.name, program.trace) for program in module.programs(config, mesh))
+    else:  # Those that are not moved to `programs` yet.
+        yield from module.trace_steps(config, list(mesh.devices.flat))
 
 
 def report(plan: Plan) -> str:
@@ -242,7 +252,8 @@ def markdown(found: Sequence[Plan]) -> str:
 def read(workdir: pathlib.Path) -> list[Plan]:
     """All plans that were kept, in the order of the experiments."""
     found = [Plan(**json.loads(path.read_text())) for path in sorted(workdir.glob("*.json"))]
-    return sorted(found, key=lambda plan: (EXPERIMENTS.index(plan.experiment), plan.estimate))
+    order = list(EXPERIMENTS)
+    return sorted(found, key=lambda plan: (order.index(plan.experiment), plan.estimate))
 
 
 def keep(plan: Plan, workdir: pathlib.Path) -> None:
@@ -263,8 +274,7 @@ def _main(argv: Sequence[str]) -> None:
     try:
         if values.experiment is None:
             raise ValueError(f"experiment: expected one of {', '.join(EXPERIMENTS)}")
-        tracer = importlib.import_module(f"experiments.{values.experiment}.programs")
-        chip = chips.parse_chip(values.chip or tracer.CHIP)
+        chip = chips.parse_chip(values.chip or EXPERIMENTS[values.experiment])
         chips.prepare(chip, values.mesh or _mesh_of(values.experiment, values.preset))
         for plan in plans(
             values.experiment, values.preset, chip, mesh=values.mesh or "", every=values.all
@@ -282,13 +292,15 @@ def _mesh_of(experiment: str, preset: str) -> str:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_enum("experiment", None, list(EXPERIMENTS), "Whose programs.")
-    flags.DEFINE_string("preset", "paper", "Of the experiment.")
-    flags.DEFINE_string("mesh", None, "Axes and sizes, if not the preset's.")
-    flags.DEFINE_string("chip", None, "v5p:4x4x8, v5e:..., v6e:..., h100[:COUNT], h200, cpu:COUNT.")
-    flags.DEFINE_bool(
-        "all", False, "All programs that the experiment names, not the main one only."
+    flags.DEFINE_enum("experiment", None, list(EXPERIMENTS), "Experiment whose programs to plan.")
+    flags.DEFINE_string("preset", "paper", "Preset of the experiment.")
+    flags.DEFINE_string("mesh", None, "Axes and sizes of the mesh, in place of the preset's.")
+    flags.DEFINE_string(
+        "chip",
+        None,
+        "Chips to plan for: v5p:4x4x8, v5e:..., v6e:..., h100[:COUNT], h200[:COUNT] or cpu:COUNT.",
     )
-    flags.DEFINE_string("workdir", "runs/plans", "Where results are kept.")
-    flags.DEFINE_bool("markdown", False, "Print what is kept as tables, and stop.")
+    flags.DEFINE_bool("all", False, "Plan every program of the experiment, not only the main one.")
+    flags.DEFINE_string("workdir", "runs/plans", "Folder in which plans are kept.")
+    flags.DEFINE_bool("markdown", False, "Print the plans that are kept as tables, and stop.")
     app.run(_main)

@@ -13,8 +13,8 @@ from absl import logging
 from etils import epath
 from flax import nnx
 
-from experiments.benchmarks._suite import paired_ratio, paired_seconds
 from experiments.shared.small_text import Text, count_tokens, small_text
+from experiments.shared.timing import paired_ratio, paired_seconds
 from logitjax import data, leakage, losses, models, training
 from logitjax.commands import named_models
 from logitjax.distillation import sources

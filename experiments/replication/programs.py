@@ -9,11 +9,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from experiments.plan import shapes
 from experiments.replication import models as replication_models
+from experiments.shared import shapes
 from logitjax import models, training
-
-CHIP = "v5e:2x2"
 
 
 def trace_steps(config: Any, devices: Any) -> Iterator[tuple[str, Callable[[], Any]]]:

@@ -9,11 +9,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from experiments.plan import shapes as plan_shapes
+from experiments.shared import shapes as plan_shapes
 from experiments.unlearning import arms as arms
 from logitjax import models, training, unlearning
-
-CHIP = "v5p:2x2x4"
 
 
 def trace_steps(config: Any, devices: Any) -> Iterator[tuple[str, Callable[[], Any]]]:

@@ -27,7 +27,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from experiments.benchmarks._suite import paired_ratio, paired_seconds
+from experiments.shared.timing import paired_ratio, paired_seconds
 from experiments.vq_head import arms, context, report, rescored
 from experiments.vq_head import scratch as vq_head_scratch
 from experiments.vq_head.config import PRESETS, Config

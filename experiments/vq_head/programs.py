@@ -8,11 +8,10 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from experiments.plan import shapes as plan_shapes
+from experiments.shared import shapes as plan_shapes
 from experiments.vq_head import scratch
 from logitjax import models, training, vq
 
-CHIP = "v6e:2x2"
 _TOP = 64
 
 

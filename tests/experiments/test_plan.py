@@ -18,8 +18,8 @@ from jax.sharding import PartitionSpec as P
 from experiments.graph_fusion import __main__ as graph_fusion
 from experiments.graph_fusion import train
 from experiments.plan import __main__ as plan
-from experiments.plan import chips, shapes
-from experiments.plan import program as plan_program
+from experiments.plan import chips, costs
+from experiments.shared import shapes
 from logitjax import training
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -73,7 +73,7 @@ def test_matrix_products_are_counted_wherever_they_are():
     w = jnp.ones((6, 6))
 
     def flops(f, *args):
-        return plan_program.matmul_flops(jax.make_jaxpr(f)(*args))
+        return costs.matmul_flops(jax.make_jaxpr(f)(*args))
 
     once = 2.0 * 4 * 6 * 6
     assert flops(lambda x: jax.lax.scan(lambda c, _: (c @ w, None), x, length=5)[0], x) == 5 * once
@@ -120,7 +120,7 @@ def test_work_is_within_a_tenth_of_the_compilers_count(mesh):
 
     traced = jax.jit(jax.grad(loss)).trace(kernels, rows)
     counted = traced.lower().compile().cost_analysis()["flops"]
-    assert plan_program.matmul_flops(traced.jaxpr) / 8 == pytest.approx(counted, rel=0.1)
+    assert costs.matmul_flops(traced.jaxpr) / 8 == pytest.approx(counted, rel=0.1)
 
 
 def test_collectives_in_loops_count_as_often_as_they_run():
@@ -137,7 +137,7 @@ def test_collectives_in_loops_count_as_often_as_they_run():
 
     run = jax.jit(jax.shard_map(repeated, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False))
     text = run.lower(jnp.ones((100,), jnp.float32)).compile().as_text()
-    found = plan_program.collectives(text)
+    found = costs.collectives(text)
     assert found.unknown_loops == 0
     assert found.calls["all-gather"] == 7
     assert found.bytes["all-gather"] == 7 * 8 * 100 * 4
@@ -179,12 +179,12 @@ ENTRY %main (a: bf16[8,128]) -> bf16[8,128] {
 
 
 def test_the_tpu_compilers_way_to_write_them():
-    found = plan_program.collectives(TPU_TEXT)
+    found = costs.collectives(TPU_TEXT)
     assert found.calls == {"all-gather": 40, "reduce-scatter": 80}
     gathered, cut, scattered = 32 * 128 * 2, 64 * 128 * 2, 4 * 4 * 128 * 4
     assert found.bytes == {"all-gather": 40 * gathered, "reduce-scatter": 40 * (cut + scattered)}
     assert found.unknown_loops == 0
-    assert plan_program.collectives(TPU_TEXT.replace("constant(40)", "parameter(1)")).calls == {
+    assert costs.collectives(TPU_TEXT.replace("constant(40)", "parameter(1)")).calls == {
         "all-gather": 1,
         "reduce-scatter": 2,
     }

@@ -1,0 +1,44 @@
+"""Jitted programs that an experiment's run and the planner share.
+
+Each experiment has `programs(config, mesh)`, which yields them with abstract arguments, the main
+one first. The run builds them with the same constructors and calls them on arrays.
+"""
+
+import dataclasses
+from typing import Any, Protocol
+
+import jax
+
+
+class Traceable(Protocol):
+    """What can be traced without being run: `jax.jit(f)` or a `training.TrainStep`."""
+
+    def trace(self, *arguments: Any, **options: Any) -> jax.stages.Traced: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program:
+    """One jitted program of an experiment.
+
+    Attributes:
+        name: What it does, in words.
+        jitted: The function, as the run calls it.
+        arguments: Abstract positional arguments, with the shardings of the run.
+        options: Keyword arguments, such as static ones.
+    """
+
+    name: str
+    jitted: Traceable
+    arguments: tuple[Any, ...]
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def trace(self) -> jax.stages.Traced:
+        """The program with its jaxpr, ready to be lowered and compiled; no number is computed.
+
+        >>> import jax.numpy as jnp
+        >>> row = jax.ShapeDtypeStruct((3,), jnp.float32)
+        >>> twice = Program(name="twice", jitted=jax.jit(lambda x: 2 * x), arguments=(row,))
+        >>> twice.trace().out_info.shape
+        (3,)
+        """
+        return self.jitted.trace(*self.arguments, **self.options)

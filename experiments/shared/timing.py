@@ -1,0 +1,32 @@
+"""Paired timing: on a noisy machine peers are timed in turns and compared by the median of ratios.
+
+A slow minute slows both sides of a ratio.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+
+def paired_seconds(
+    functions: Mapping[str, Callable[[], Any]], *, repeats: int, warmup: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of each function, called in turn ``repeats`` times after ``warmup`` calls."""
+    for function in functions.values():
+        for _ in range(warmup):
+            jax.block_until_ready(function())
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            jax.block_until_ready(function())
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def paired_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:
+    """Median of the ratios of measurements taken side by side."""
+    return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
