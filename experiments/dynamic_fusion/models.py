@@ -221,7 +221,7 @@ class Lineup:
             schedule=training.make_schedule(learning_rate, **schedule),
         )
         state = training.create_train_state(
-            params, tx, mesh=self.mesh, rules=training.DECODER_RULES, seed=seed
+            params, tx, mesh=self.mesh, rules=models.DECODER_RULES, seed=seed
         )
         logging.info("%s: %d steps", directory, steps)
         with training.Checkpointer(directory / "checkpoints", max_to_keep=1) as checkpointer:

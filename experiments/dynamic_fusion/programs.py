@@ -8,7 +8,7 @@ from flax import nnx
 
 from experiments.dynamic_fusion.models import text_loss
 from experiments.shared import shapes
-from logitjax import training
+from logitjax import models, training
 
 
 def trace_steps(config: Any, devices: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -35,5 +35,5 @@ def _update(config: Any, spec: str, rate: float, mesh: Any) -> Any:
         return *text_loss(nnx.merge(graphdef, params), batch), {}
 
     step = training.make_train_step(loss_fn, tx, mesh=mesh, trainable=trainable)
-    state = training.abstract_train_state(params, tx, mesh=mesh, rules=training.DECODER_RULES)
+    state = training.abstract_train_state(params, tx, mesh=mesh, rules=models.DECODER_RULES)
     return step.trace(state, shapes.packed(mesh, config.batch_size, config.seq_len))

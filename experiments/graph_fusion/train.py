@@ -245,7 +245,7 @@ def trace_step(config: Any, decoder: models.DecoderConfig, mesh: Any, *, loss: s
     apply_fn, params = models.from_nnx(abstract)
     settings = Settings(loss, config.learning_rate[0], config.gld[0])
     tx, step = make_step(config, apply_fn.graphdef, mesh, settings)
-    state = training.abstract_train_state(params, tx, mesh=mesh, rules=training.DECODER_RULES)
+    state = training.abstract_train_state(params, tx, mesh=mesh, rules=models.DECODER_RULES)
     rows, length, k = config.batch_size, config.seq_len, config.cache_top_k
     sharding = training.batch_sharding(mesh)
 
@@ -299,7 +299,7 @@ def prepare_arm(session: Session, settings: Settings) -> Arm:
 
     def start(seed: int) -> training.TrainState:
         return training.create_train_state(
-            params, tx, mesh=mesh, rules=training.DECODER_RULES, seed=seed
+            params, tx, mesh=mesh, rules=models.DECODER_RULES, seed=seed
         )
 
     def batches(number: int, seed: int = 0) -> dict[str, Any]:

@@ -312,7 +312,7 @@ class Models:
 
     def _state(self, params: Any, tx: Any, seed: int) -> Any:
         return training.create_train_state(
-            params, tx, mesh=self.mesh, rules=training.DECODER_RULES, seed=seed
+            params, tx, mesh=self.mesh, rules=models.DECODER_RULES, seed=seed
         )
 
     def _train(
@@ -355,7 +355,7 @@ class Models:
                 kept = keeper.restore(like, record["step"]).state
                 return Trained(processes.held_here(kept), record)
         if constants is not None and self.mesh.size > 1:
-            constants = training.shard_tree(constants, self.mesh, training.DECODER_RULES)
+            constants = training.shard_tree(constants, self.mesh, models.DECODER_RULES)
         logging.info("%s: %d steps", directory, steps)
         first = training.make_global_batch(self.mesh, batches(0))
         compiled = step.lower(state, first, constants).compile()

@@ -51,7 +51,7 @@ def _placed(mesh: Any, tree: Any) -> Any:
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         tree,
-        training.DECODER_RULES.shardings(tree, mesh),
+        models.DECODER_RULES.shardings(tree, mesh),
     )
 
 
@@ -60,7 +60,7 @@ def _trace(loss_fn: Any, params: Any, batch: Any, mesh: Any, constants: Any = No
         1e-5, weight_decay=0.01, schedule="linear", warmup=1, total_steps=10, final=0.0
     )
     step = training.make_train_step(loss_fn, tx, mesh=mesh)
-    state = training.abstract_train_state(params, tx, mesh=mesh, rules=training.DECODER_RULES)
+    state = training.abstract_train_state(params, tx, mesh=mesh, rules=models.DECODER_RULES)
     return step.trace(state, batch, constants)
 
 

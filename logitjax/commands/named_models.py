@@ -1,14 +1,13 @@
 """Models by name, as experiments' flags give them."""
 
-import functools
 from typing import Any
 
 import jax.numpy as jnp
 import tokenizers
 from flax import nnx
 
-from logitjax import training
 from logitjax.models import (
+    DECODER_RULES,
     Decoder,
     DecoderConfig,
     Tokenizer,
@@ -66,14 +65,10 @@ def load(
         layout=layout,
         remat=remat,
         mesh=mesh,
-        rules=None if mesh is None else functools.partial(_spec, mesh=mesh),
+        rules=DECODER_RULES,
     )
     check_tokenizer(model.config, tokenizer)
     return model, tokenizer
-
-
-def _spec(path: str, shape: tuple[int, ...], *, mesh: Any) -> Any:
-    return training.DECODER_RULES.spec(path, shape, mesh.shape)
 
 
 def load_tokenizer_of(spec: str) -> Tokenizer:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -11,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import NamedSharding, SingleDeviceSharding
 
+from logitjax import ops
 from logitjax.models._config import DecoderConfig
 from logitjax.models._decoder import Decoder
 from logitjax.models._gguf import GgufSource
@@ -82,7 +82,7 @@ def load_model(
     layout: str = "stacked",
     remat: str = "none",
     mesh: jax.sharding.Mesh | None = None,
-    rules: Any = None,
+    rules: ops.ShardingRules | None = None,
     attention: Literal["xla", "cudnn"] | None = None,
 ) -> Decoder:
     """Load a decoder from a Hugging Face directory, a GGUF file, or by name.
@@ -98,11 +98,9 @@ def load_model(
       dtype: compute dtype.
       layout: ``'stacked'`` for training, ``'listed'`` for decoding.
       remat: see `Decoder`.
-      mesh: devices to spread the parameters over; replicated where ``rules`` is None.
-      rules: a `logitjax.training.ShardingRules`; or ``rule(path, shape) -> PartitionSpec``; or
-        (regex, PartitionSpec) pairs tried in order on paths such as
-        ``segments/0/layers/0/attention/query/kernel``, meaning the last dimensions
-        (`DECODER_RULES` are such pairs).
+      mesh: devices to spread the parameters over.
+      rules: how, such as `DECODER_RULES`; paths are those of
+        ``segments/0/layers/0/attention/query/kernel``. Every device holds all of it when omitted.
       attention: see `Decoder`.
 
     Returns:
@@ -135,25 +133,14 @@ def load_model(
     )
 
 
-def _shardings(mesh: Any, rules: Any) -> Callable[[str, tuple[int, ...]], jax.sharding.Sharding]:
+def _shardings(
+    mesh: jax.sharding.Mesh | None, rules: ops.ShardingRules | None
+) -> Callable[[str, tuple[int, ...]], jax.sharding.Sharding]:
     if mesh is None:
         device = SingleDeviceSharding(jax.local_devices()[0])
         return lambda path, shape: device
-
-    def spec(path: str, shape: tuple[int, ...]) -> PartitionSpec:
-        if rules is None:
-            return PartitionSpec()
-        if hasattr(rules, "spec"):
-            return rules.spec(path, shape, mesh.shape)
-        if callable(rules):
-            rule: Any = rules
-            return rule(path, shape)
-        for pattern, partition in rules:
-            if re.search(pattern, path) and len(partition) <= len(shape):
-                return PartitionSpec(*[None] * (len(shape) - len(partition)), *partition)
-        return PartitionSpec()
-
-    return lambda path, shape: NamedSharding(mesh, spec(path, shape))
+    rules = ops.ShardingRules() if rules is None else rules
+    return lambda path, shape: NamedSharding(mesh, rules.spec(path, shape, mesh.shape))
 
 
 def build_decoder(

@@ -1,4 +1,4 @@
-"""Operations the other packages share: exact top-k, safe softmax, means, positions, checks."""
+"""Operations the other packages share: top-k, safe softmax, means, checks, sharding rules."""
 
 from logitjax.ops._checks import as_float as as_float
 from logitjax.ops._checks import check_axis as check_axis
@@ -21,6 +21,9 @@ from logitjax.ops._sharding import VOCABULARY_AXES as VOCABULARY_AXES
 from logitjax.ops._sharding import auto_axes as auto_axes
 from logitjax.ops._sharding import check_vocabulary_unsharded as check_vocabulary_unsharded
 from logitjax.ops._sharding import over_batch as over_batch
+from logitjax.ops._sharding_rules import ShardingRules as ShardingRules
+from logitjax.ops._sharding_rules import path_mask as path_mask
+from logitjax.ops._sharding_rules import path_string as path_string
 from logitjax.ops._top_k import TopK as TopK
 from logitjax.ops._top_k import gather_at as gather_at
 from logitjax.ops._top_k import top_k as top_k

@@ -27,11 +27,7 @@ from logitjax.training._optimizers import make_optimizer as make_optimizer
 from logitjax.training._optimizers import make_schedule as make_schedule
 from logitjax.training._preemption import Preempted as Preempted
 from logitjax.training._preemption import watch_for_preemption as watch_for_preemption
-from logitjax.training._sharding import DECODER_RULES as DECODER_RULES
 from logitjax.training._sharding import FSDP_RULES as FSDP_RULES
-from logitjax.training._sharding import ShardingRules as ShardingRules
-from logitjax.training._sharding import path_mask as path_mask
-from logitjax.training._sharding import path_string as path_string
 from logitjax.training._sharding import shard_tree as shard_tree
 from logitjax.training._stalls import LOST_STATUS as LOST_STATUS
 from logitjax.training._stalls import watch_for_stalls as watch_for_stalls

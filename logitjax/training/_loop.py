@@ -13,10 +13,10 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
+from logitjax.ops import path_string
 from logitjax.training._checkpoints import Checkpointer
 from logitjax.training._metrics import MetricAccumulator, MetricWriter, NullWriter
 from logitjax.training._preemption import Preempted, watch_for_preemption
-from logitjax.training._sharding import path_string
 from logitjax.training._stalls import stall_seconds as _stall_seconds
 from logitjax.training._stalls import watch_for_stalls
 from logitjax.training._state import TrainState

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from logitjax.training._sharding import path_mask
+from logitjax.ops import path_mask
 
 Schedule = Literal["constant", "linear", "cosine", "wsd", "rsqrt"]
 Optimizer = Literal["adamw", "lion", "adafactor", "sgd"]

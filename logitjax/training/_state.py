@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from logitjax.training._sharding import FSDP_RULES, ShardingRules, shard_tree
+from logitjax.ops import ShardingRules
+from logitjax.training._sharding import FSDP_RULES, shard_tree
 
 
 @jax.tree_util.register_dataclass

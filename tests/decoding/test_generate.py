@@ -148,7 +148,7 @@ def test_one_token_is_the_prompts_next():
 
 def test_sharded_equals_local(greedy):
     mesh = training.make_mesh("data:2,fsdp:2,tensor:2")
-    rules = training.ShardingRules(rules=models.DECODER_RULES)
+    rules = models.DECODER_RULES
     apply_fn, params = models.from_nnx(decoder())
     sharded = nnx.merge(apply_fn.graphdef, training.shard_tree(params, mesh, rules))
     options = DecodeOptions(logprobs=True, mesh=mesh)

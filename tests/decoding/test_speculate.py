@@ -24,7 +24,7 @@ from logitjax.decoding import (
     sampling_rows,
     speculative_generate,
 )
-from logitjax.models import from_nnx
+from logitjax.models import DECODER_RULES, from_nnx
 from tests.decoding._bags import bag_logits, bag_of_words
 from tests.decoding._models import PROMPTS, decoder, disturbed
 
@@ -88,7 +88,7 @@ def test_greedy_is_plain_decoding():
 @pytest.mark.slow
 def test_sharded_speculation_equals_local():
     mesh = training.make_mesh("data:2,fsdp:2,tensor:2")
-    rules = training.DECODER_RULES
+    rules = DECODER_RULES
 
     def spread(model):
         apply_fn, params = from_nnx(model)

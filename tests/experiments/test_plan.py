@@ -20,7 +20,7 @@ from experiments.graph_fusion import train
 from experiments.plan import __main__ as plan
 from experiments.plan import chips, costs
 from experiments.shared import shapes
-from logitjax import training
+from logitjax import models, training
 
 ROOT = pathlib.Path(__file__).parents[2]
 MESHES = ("data:8", "data:2,fsdp:4", "data:2,fsdp:2,tensor:2")
@@ -64,7 +64,7 @@ def _abstract_state(decoder, mesh, config):
     graphdef, params = shapes.abstract_decoder(decoder, layout=config.layout)
     settings = train.Settings("sft", 1e-3, config.gld[0])
     tx, _ = train.make_step(config, graphdef, mesh, settings)
-    state = training.abstract_train_state(params, tx, mesh=mesh, rules=training.DECODER_RULES)
+    state = training.abstract_train_state(params, tx, mesh=mesh, rules=models.DECODER_RULES)
     return (state.params, state.opt_state)
 
 
@@ -286,7 +286,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 import jax.numpy as jnp, optax
 from experiments.plan import chips
 from experiments.plan import __main__ as plan
-from logitjax import training
+from logitjax import models, training
 
 mesh = training.make_mesh(sys.argv[1])
 width, depth, rows = 1024, 12, 1024

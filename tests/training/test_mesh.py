@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from logitjax import models, training
+from logitjax import models, ops, training
 
 
 @pytest.mark.parametrize(
@@ -70,17 +70,23 @@ def test_decoder_rules_cover_the_decoder(layout):
         num_heads=4,
         num_kv_heads=2,
         head_dim=4,
+        qkv_bias=True,
+        output_bias=True,
+        mlp_bias=True,
     )
     module = nnx.eval_shape(lambda: models.Decoder(config, rngs=nnx.Rngs(0), layout=layout))
     _, params = nnx.split(module)
     mesh = training.make_mesh("data:2,fsdp:2,tensor:2")
     tx = optax.adam(1e-3)
-    state = training.abstract_train_state(params, tx, mesh=mesh, rules=training.DECODER_RULES)
+    state = training.abstract_train_state(params, tx, mesh=mesh, rules=models.DECODER_RULES)
     for tree in (state.params, state.opt_state[0].mu):
         for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
             used = {axis for axis in leaf.sharding.spec if axis}
-            name = training.path_string(path)
-            assert used == (set() if "norm" in name else {"fsdp", "tensor"}), name
+            name = ops.path_string(path)
+            if re.search("norm|(output|down)/bias", name):
+                assert used == set(), name
+            else:
+                assert used == ({"tensor"} if "bias" in name else {"fsdp", "tensor"}), name
             # The stack of layers itself stays whole.
             assert leaf.ndim < 3 or leaf.sharding.spec[0] is None, name
     assert state.opt_state[0].count.sharding.spec == P()
@@ -88,17 +94,17 @@ def test_decoder_rules_cover_the_decoder(layout):
 
 def test_rules_fall_back_or_refuse():
     mesh_shape = {"data": 1, "fsdp": 2, "tensor": 4}
-    rules = training.ShardingRules(rules=(("kernel", P("fsdp", "tensor")),))
+    rules = ops.ShardingRules(rules=(("kernel", P("fsdp", "tensor")),))
     assert tuple(rules.spec("q/kernel", (8, 6), mesh_shape)) == ("fsdp", None)
     assert tuple(rules.spec("q/bias", (8,), mesh_shape)) == ()
     assert tuple(rules.spec("mu/kernel", (8,), mesh_shape)) == ()
-    strict = training.ShardingRules(rules=rules.rules, strict=True)
+    strict = ops.ShardingRules(rules=rules.rules, strict=True)
     with pytest.raises(
         ValueError, match="'q/kernel': 'tensor' of size 4 does not divide dimension 1"
     ):
         strict.spec("q/kernel", (8, 6), mesh_shape)
     with pytest.raises(ValueError, match="not 'expert'"):
-        training.ShardingRules(rules=(("", P("expert")),)).spec("w", (8,), mesh_shape)
+        ops.ShardingRules(rules=(("", P("expert")),)).spec("w", (8,), mesh_shape)
 
 
 def test_whole_state_is_sharded_and_independent_of_the_given_parameters():
@@ -130,9 +136,7 @@ def test_an_axis_may_take_a_part_of_a_torus_side(monkeypatch):
     assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
 
 
-def test_activations_stay_split_over_the_batch():
-    """Else the compiler follows the embedding, split along the model dimension over fsdp."""
-    mesh = training.make_mesh("fsdp:8")
+def _compiled_step(mesh, **biases):
     config = models.DecoderConfig(
         vocab_size=64,
         hidden_size=32,
@@ -141,6 +145,7 @@ def test_activations_stay_split_over_the_batch():
         num_heads=4,
         num_kv_heads=2,
         head_dim=8,
+        **biases,
     )
     apply_fn, params = models.from_nnx(models.Decoder(config, rngs=nnx.Rngs(0)))
     tx = optax.sgd(0.1)
@@ -149,12 +154,25 @@ def test_activations_stay_split_over_the_batch():
         hidden, _ = nnx.merge(apply_fn.graphdef, params).hidden_states(batch["tokens"])
         return (hidden**2).sum(), batch["tokens"].size, {}
 
-    state = training.abstract_train_state(params, tx, mesh=mesh, rules=training.DECODER_RULES)
+    state = training.abstract_train_state(params, tx, mesh=mesh, rules=models.DECODER_RULES)
     tokens = jax.ShapeDtypeStruct((16, 12), jnp.int32, sharding=training.batch_sharding(mesh))
     step = training.make_train_step(loss_fn, tx, mesh=mesh)
-    text = step.lower(state, {"tokens": tokens}).compile().as_text()
+    return step.lower(state, {"tokens": tokens}).compile().as_text()
+
+
+def test_activations_stay_split_over_the_batch():
+    """Else the compiler follows the embedding, split along the model dimension over fsdp."""
+    text = _compiled_step(training.make_mesh("fsdp:8"))
     # Rows of a device with all of the model dimension; no product takes all rows.
     assert "f32[2,12,32]" in text
     leading = {int(rows) for rows in re.findall(r"= f32\[(\d+),\S* dot\(", text)}
     assert 2 * 12 in leading
     assert 16 * 12 not in leading, leading
+
+
+def test_biases_that_lie_with_their_kernels_need_no_gather():
+    """Held whole, the gradient of each bias is gathered: five more in this step."""
+    mesh = training.make_mesh("fsdp:4,tensor:2")
+    plain = _compiled_step(mesh)
+    biased = _compiled_step(mesh, qkv_bias=True, mlp_bias=True, output_bias=True)
+    assert biased.count(" all-gather(") == plain.count(" all-gather(") > 0

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from logitjax import training
+from logitjax import ops, training
 from tests.training import toy
 
 
@@ -96,9 +96,7 @@ def test_frozen_parameters_stay_and_have_no_state():
     before = toy.init(jax.random.split(jax.random.key(0))[0])
     np.testing.assert_array_equal(state.params["embedding"], before["embedding"])
     assert not np.allclose(state.params["head"]["kernel"], before["head"]["kernel"])
-    names = [
-        training.path_string(p) for p, _ in jax.tree_util.tree_leaves_with_path(state.opt_state)
-    ]
+    names = [ops.path_string(p) for p, _ in jax.tree_util.tree_leaves_with_path(state.opt_state)]
     assert not any("embedding" in name for name in names)
     with pytest.raises(ValueError, match="no parameter's path matches 'nothing'"):
         training.make_optimizer(0.1, schedule="constant", trainable="nothing").init(before)

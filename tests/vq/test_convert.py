@@ -5,7 +5,7 @@ import optax
 import pytest
 from flax import nnx
 
-from logitjax import training, vq
+from logitjax import ops, training, vq
 from logitjax.decoding import greedy_generate
 from logitjax.heads import Assignment
 from logitjax.models import Decoder, DecoderConfig
@@ -185,7 +185,7 @@ def test_decoder_trains_from_scratch_and_fine_tunes_with_the_head(conversion):
 
         mesh = training.make_mesh("data:2,tensor:4")
         tx = optax.adam(3e-3)
-        rules = training.ShardingRules(
+        rules = ops.ShardingRules(
             rules=(("codebook$", jax.sharding.PartitionSpec("tensor", None)),)
         )
         state = training.create_train_state(nnx.to_pure_dict(params), tx, mesh=mesh, rules=rules)

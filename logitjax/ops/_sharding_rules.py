@@ -1,0 +1,118 @@
+"""Which leaf of a pytree is split over which mesh axis, by rules on its path."""
+
+import dataclasses
+import re
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+
+def path_string(path: Any) -> str:
+    """The path of a leaf as text, ``layers/0/kernel``, without the ``value`` of an nnx variable."""
+    if path and path[-1] == jax.tree_util.GetAttrKey("value"):
+        path = path[:-1]
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def path_mask(tree: Any, pattern: str) -> Any:
+    """Marks the leaves whose path contains a match of the regular expression.
+
+    >>> path_mask({"head": {"bias": 0, "kernel": 1}}, "bias$")
+    {'head': {'bias': True, 'kernel': False}}
+    """
+    search = re.compile(pattern).search
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: search(path_string(path)) is not None, tree
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShardingRules:
+    """An ordered list of `(path regular expression, PartitionSpec)`: the first match decides.
+
+    A specification is for the *last* dimensions of the leaf: one rule fits a layer and a stack of
+    layers, whose leading dimension stays whole. Optimizer states carry their parameters' paths, and
+    so the same rules shard them; leaves with fewer dimensions than the specification (counters,
+    factored moments) are replicated.
+
+    Attributes:
+      rules: the list. Matching is ``re.search`` in ``layers/0/attention/query/kernel``.
+      unmatched: what happens to a leaf that no rule matches: ``replicate``, or ``fsdp``, its
+        largest dimension that the ``fsdp`` axis divides.
+      strict: raise if a mesh axis does not divide its dimension. Otherwise that dimension of that
+        leaf stays whole (3 key-value heads on ``tensor:2``), which is logged.
+
+    >>> from jax.sharding import PartitionSpec as P
+    >>> rules = ShardingRules(rules=(("kernel$", P("fsdp", "tensor")),))
+    >>> tuple(rules.spec("layers/kernel", (30, 8, 8), {"fsdp": 4, "tensor": 2}))
+    (None, 'fsdp', 'tensor')
+    """
+
+    rules: tuple[tuple[str, P], ...] = ()
+    unmatched: Literal["replicate", "fsdp"] = "replicate"
+    strict: bool = False
+
+    def spec(self, path: str, shape: tuple[int, ...], mesh_shape: Any) -> P:
+        """The specification of one leaf.
+
+        Args:
+          path: its path.
+          shape: its shape.
+          mesh_shape: sizes of the mesh axes, ``mesh.shape``.
+
+        Returns:
+          A PartitionSpec that fits the shape.
+
+        Raises:
+          ValueError: if a rule names an axis that the mesh lacks, or, if ``strict``, one that does
+            not divide its dimension.
+        """
+        for pattern, rule in self.rules:
+            if re.search(pattern, path):
+                return self._fit(path, shape, mesh_shape, tuple(rule))
+        size = mesh_shape.get("fsdp", 1)
+        if self.unmatched == "fsdp" and size > 1:
+            divisible = [i for i, n in enumerate(shape) if n and n % size == 0]
+            if divisible and len(shape) > 1:
+                largest = max(divisible, key=lambda i: shape[i])
+                return P(*("fsdp" if i == largest else None for i in range(len(shape))))
+        return P()
+
+    def _fit(self, path: str, shape: tuple[int, ...], mesh_shape: Any, rule: tuple) -> P:
+        if len(rule) > len(shape):
+            return P()
+        fitted: list[Any] = [None] * len(shape)
+        for dim, axes in zip(range(len(shape) - len(rule), len(shape)), rule):
+            if axes is None:
+                continue
+            names = (axes,) if isinstance(axes, str) else tuple(axes)
+            missing = [name for name in names if name not in mesh_shape]
+            if missing:
+                raise ValueError(
+                    f"sharding of {path!r}: the mesh has {tuple(mesh_shape)}, not {missing[0]!r}"
+                )
+            size = int(np.prod([mesh_shape[name] for name in names]))
+            if shape[dim] % size == 0:
+                fitted[dim] = axes
+                continue
+            said = (
+                f"sharding of {path!r}: {axes!r} of size {size} does not divide dimension {dim} "
+                f"of shape {shape}"
+            )
+            if self.strict:
+                raise ValueError(said)
+            logging.log_first_n(logging.INFO, "%s; it stays whole", 20, said)
+        return P(*fitted)
+
+    def shardings(self, tree: Any, mesh: Mesh) -> Any:
+        """The ``NamedSharding`` of every leaf of a pytree of arrays or ``ShapeDtypeStruct``."""
+
+        def leaf_sharding(path: Any, leaf: Any) -> NamedSharding:
+            shape = tuple(leaf.shape)
+            return NamedSharding(mesh, self.spec(path_string(path), shape, mesh.shape))
+
+        return jax.tree_util.tree_map_with_path(leaf_sharding, tree)
