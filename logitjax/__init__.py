@@ -22,6 +22,7 @@ _PACKAGES = (
     "losses",
     "models",
     "ops",
+    "processes",
     "serving",
     "storage",
     "training",

@@ -28,9 +28,8 @@ from etils import epath
 
 from experiments.dual_head import arms as dual_head_arms
 from experiments.dual_head.config import PRESETS, Config
-from logitjax import training
+from logitjax import processes, training
 from logitjax.commands import cli
-from logitjax.training import processes
 
 
 def run(config: Config, workdir: epath.Path) -> None:

@@ -16,8 +16,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from experiments.dual_head import arms, data, diagnostics
-from logitjax import distillation, training, vision
-from logitjax.training import processes
+from logitjax import distillation, processes, training, vision
 
 # More than this stays on the host and comes in pieces.
 _DEVICE_BYTES = 4 << 30
@@ -358,4 +357,4 @@ def _batches(part: data.Part, size: int) -> Any:
 
 def read_record(path: epath.Path) -> dict[str, Any] | None:
     """What a finished run left, if there is one; all processes say the same."""
-    return json.loads(path.read_text()) if processes.agreed(path.exists()) else None
+    return json.loads(path.read_text()) if processes.broadcast_from_first(path.exists) else None

@@ -27,9 +27,8 @@ from absl import logging
 from etils import epath
 
 from experiments.dynamic_fusion.config import PRESETS, Config
-from logitjax import training
+from logitjax import processes, training
 from logitjax.commands import cli
-from logitjax.training import processes
 
 
 def run(config: Config, workdir: epath.Path) -> None:
@@ -51,9 +50,9 @@ def score_all(config: Config, workdir: epath.Path) -> dict[str, Any]:
 
     def kept(name: str, make: Any) -> Any:
         path = directory / f"{name}.json"
-        if not processes.agreed(path.exists()):
+        if not processes.broadcast_from_first(path.exists):
             processes.write_json(path, make())
-        return processes.said_by_first(lambda: json.loads(path.read_text()))
+        return processes.broadcast_from_first(lambda: json.loads(path.read_text()))
 
     seeds = []
     for seed in range(config.seeds):

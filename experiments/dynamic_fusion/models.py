@@ -18,10 +18,9 @@ from etils import epath
 from flax import nnx
 
 from experiments.dynamic_fusion.data import SPLITS, Questions, Task, Text, digest
-from logitjax import losses, models, training, vq
+from logitjax import losses, models, processes, training, vq
 from logitjax.commands import named_models
 from logitjax.distillation import objectives
-from logitjax.training import processes
 
 _LAYERS_ONLY = r"(segments|final_norm)"
 
@@ -110,9 +109,9 @@ class Lineup:
         if not self.config.base and not self.config.train_embeddings:
             return self.head
         path = variant.directory / "head.npy"
-        if not processes.agreed(path.exists()):
+        if not processes.broadcast_from_first(path.exists):
             head = _head_rows(variant.model)
-            processes.by_first(f"{path}", lambda: _save(path, head))
+            processes.run_on_first(f"{path}", lambda: _save(path, head))
         with path.open("rb") as file:
             return np.load(file)
 
@@ -123,9 +122,9 @@ class Lineup:
             questions = self.task.splits[split]
             directory = variant.directory / f"task-{split}-{digest(self.task.fingerprint)}"
             path = directory / "hidden.npy"
-            if not processes.agreed(path.exists()):
+            if not processes.broadcast_from_first(path.exists):
                 model = variant.model
-                processes.by_first(
+                processes.run_on_first(
                     f"{path}",
                     lambda: _save(path, answer_states(model, questions, config.batch_size)),
                 )
@@ -135,10 +134,10 @@ class Lineup:
         tokens = config.validation_tokens if split == "validation" else config.test_tokens
         key = digest(text.fingerprint, tokens, config.batch_size)
         directory = variant.directory / f"{name}-{split}-{key}"
-        if not processes.agreed((directory / "cache.json").exists()):
+        if not processes.broadcast_from_first((directory / "cache.json").exists):
             model, rows = variant.model, text.scored(split, config.batch_size)
             options: Any = dict(max_tokens=tokens, source=text.fingerprint)
-            processes.by_first(
+            processes.run_on_first(
                 f"{directory}",
                 lambda: vq.cache_hidden_states(model, rows, directory, **options),
             )
@@ -148,7 +147,7 @@ class Lineup:
     def forget(self, variant: Variant) -> None:
         """Drop the checkpoints of a model of which only what its head saw is still needed."""
         variant.__dict__.pop("model", None)
-        processes.remove(variant.directory / "checkpoints")
+        processes.remove_directory(variant.directory / "checkpoints")
 
     def _share(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Of the rows of a step those that this process feeds."""
@@ -237,7 +236,7 @@ class Lineup:
                 writer=training.make_writer(directory),
                 identity={"steps": steps},
             )
-        trained = nnx.merge(graphdef, jax.tree.map(_here, processes.held_here(state.params)))
+        trained = nnx.merge(graphdef, jax.tree.map(_here, processes.local_copy(state.params)))
         return models.with_layout(trained, "listed")
 
 

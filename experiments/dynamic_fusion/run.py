@@ -15,10 +15,9 @@ from experiments.dynamic_fusion import arms as arms
 from experiments.dynamic_fusion import graded_tasks
 from experiments.dynamic_fusion.data import load_task, load_text
 from experiments.dynamic_fusion.models import Lineup, Scored, Variant
-from logitjax import decoding
+from logitjax import decoding, processes
 from logitjax.commands import named_models
 from logitjax.fusion import DynamicFusion, ProxyTuning
-from logitjax.training import processes
 
 #: What an expert is tuned on, and the data sets that it is scored on, its own first.
 SETS = {"domain": ("domain", "general"), "task": ("task", "general")}
@@ -245,7 +244,7 @@ def open_lineup(config: Any, workdir: epath.Path) -> Run:
     graded, domain = None, config.domain
     if graded_tasks.is_graded(domain):
         graded = graded_tasks.load_graded(domain)
-        with processes.first_alone("questions"):
+        with processes.first_before_others("questions"):
             domain = graded_tasks.write_for_tuning(graded, workdir / "data" / "questions")
     texts = {
         name: load_text(spec, tokenizer, seq_len=config.seq_len, directory=workdir / "data" / name)

@@ -37,9 +37,8 @@ from experiments.few_shot import arms as few_shot_arms
 from experiments.few_shot import data as few_shot_data
 from experiments.few_shot import samples as few_shot_samples
 from experiments.few_shot.config import _SCALED, PRESETS, Config
-from logitjax import few_shot, training
+from logitjax import few_shot, processes, training
 from logitjax.commands import cli
-from logitjax.training import processes
 
 
 def run(config: Config, workdir: epath.Path) -> None:
@@ -64,7 +63,7 @@ def train_all(config: Config, workdir: epath.Path, told_to_stop: Any) -> dict[st
         for arm in config.arm:
             for shots in config.shots:
                 path = directory / f"{arm}_{shots}.json"
-                finished = processes.agreed(path.exists())
+                finished = processes.broadcast_from_first(path.exists)
                 record = json.loads(path.read_text()) if finished else None
                 if record is None:
                     if told_to_stop(done):

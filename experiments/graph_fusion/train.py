@@ -14,11 +14,10 @@ from absl import logging
 from etils import epath
 from flax import nnx
 
-from logitjax import decoding, losses, models, training
+from logitjax import decoding, losses, models, processes, training
 from logitjax.commands import named_models
 from logitjax.distillation import objectives
 from logitjax.distillation import sources as distillation_sources
-from logitjax.training import processes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +201,7 @@ def run_arms(config: Any, workdir: epath.Path) -> dict[str, Any]:
 
 def _score_untrained(session: Session) -> dict[str, Any]:
     path = session.workdir / "before.json"
-    if processes.agreed(path.exists()):
+    if processes.broadcast_from_first(path.exists):
         return json.loads(path.read_text())
     params = session.functional[1]
     scores = session.scores(params, "test")
@@ -320,7 +319,7 @@ def _run_arm(session: Session, settings: Settings, *, seed: int) -> Outcome:
     name = f"{settings.name}/seed-{seed}"
     directory = session.workdir / "arms" / name
     done = directory / "outcome.json"
-    if processes.agreed(done.exists()):
+    if processes.broadcast_from_first(done.exists):
         record = json.loads(done.read_text())
         record["curve"] = tuple(tuple(point) for point in record["curve"])
         return Outcome(**record)

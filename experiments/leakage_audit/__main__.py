@@ -22,15 +22,14 @@ from etils import epath
 from experiments.leakage_audit import policies, report
 from experiments.leakage_audit import rows as leakage_audit_rows
 from experiments.leakage_audit.config import PRESETS, Config
-from logitjax import training
+from logitjax import processes, training
 from logitjax.commands import cli
-from logitjax.training import processes
 
 
 def run(config: Config, workdir: epath.Path) -> None:
     """Logits once, then one policy after another, then the report."""
     with training.lock_workdir(workdir):
-        with processes.first_alone("logits"):
+        with processes.first_before_others("logits"):
             rows = leakage_audit_rows.load(config, workdir)
         tasks = []
         for name in config.policy:
@@ -41,7 +40,7 @@ def run(config: Config, workdir: epath.Path) -> None:
         def audit(name: str, seed: int) -> dict[str, Any]:
             return policies.audit(name, seed, rows, config, workdir / "policies")
 
-        for name, seed in processes.share_of(tasks):
+        for name, seed in processes.local_share(tasks):
             record = audit(name, seed)
             logging.info(
                 "%s, seed %d: dimension %s of %d, leak %.4f, KL %.3g",
@@ -52,7 +51,7 @@ def run(config: Config, workdir: epath.Path) -> None:
                 record["leak"],
                 record["kl"],
             )
-        processes.wait_for_all("audited")
+        processes.barrier("audited")
         if jax.process_index() == 0:
             records = [audit(*task) for task in tasks]
             print(report.write(config, rows, records, workdir))

@@ -24,15 +24,14 @@ from etils import epath
 
 from experiments.replication import models, report
 from experiments.replication.config import PRESETS, Config
-from logitjax import training
+from logitjax import processes, training
 from logitjax.commands import cli
-from logitjax.training import processes
 
 
 def run(config: Config, workdir: epath.Path) -> None:
     """The teacher, its head from outside, every student, the report."""
     with training.lock_workdir(workdir):
-        with processes.first_alone("teacher"):
+        with processes.first_before_others("teacher"):
             scene = models.prepare(config, workdir)
         logging.info(
             "head of the teacher: dimension %d of %d, leak %.4f, after %d queries",
@@ -41,9 +40,9 @@ def run(config: Config, workdir: epath.Path) -> None:
             scene.recovered["leak"],
             scene.recovered["queries"],
         )
-        for arm in processes.share_of(config.arm):
+        for arm in processes.local_share(config.arm):
             _arm(scene, arm, config, workdir / "arms")
-        processes.wait_for_all("arms")
+        processes.barrier("arms")
         if jax.process_index() == 0:
             records = [
                 record

@@ -23,9 +23,8 @@ from experiments.unlearning import arms as arms
 from experiments.unlearning import data as rows_of
 from experiments.unlearning.arms import Deployed, Difference
 from experiments.unlearning.data import Rows, digest
-from logitjax import models, training, unlearning
+from logitjax import models, processes, training, unlearning
 from logitjax.commands import named_models
-from logitjax.training import processes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Models:
         self.config, self.root, self.scene = config, root, scene
         self.tokenizer = named_models.load_tokenizer_of(config.model)
         self.template = rows_of.TEMPLATES[config.template]()
-        self.mesh = processes.make_mesh(config.mesh)
+        self.mesh = training.make_partial_mesh(config.mesh)
         source = [config.model, config.layers, config.dtype, _file_identity(config.model)]
         self._key = digest(
             source,
@@ -234,7 +233,7 @@ class Models:
         for number in range(config.relearn_steps):
             batch = rows_of.picked(taught, number, size=config.batch_size, seed=seed)
             state, _ = step(state, self.share(batch))
-        return nnx.merge(graphdef, processes.held_here(state.params), rest)
+        return nnx.merge(graphdef, processes.local_copy(state.params), rest)
 
     def merged(
         self, assistant: unlearning.Assistant, difference: Difference, directory: epath.Path
@@ -267,12 +266,12 @@ class Models:
             log_every=config.log_every,
         )
         graphdef, state = nnx.split(model)
-        model = nnx.merge(graphdef, processes.held_here(state))
+        model = nnx.merge(graphdef, processes.local_copy(state))
         # What was merged before is only read.
         took = directory / "seconds.json"
-        if not processes.agreed(took.exists()):
+        if not processes.broadcast_from_first(took.exists):
             processes.write_json(took, time.perf_counter() - begin)
-        return model, processes.said_by_first(lambda: json.loads(took.read_text()))
+        return model, processes.broadcast_from_first(lambda: json.loads(took.read_text()))
 
     def _finetuned(self, name: str, items: Any) -> models.Decoder:
         config, start = self.config, self.start
@@ -308,7 +307,7 @@ class Models:
                 writer=training.make_writer(directory),
                 identity={"steps": steps},
             )
-        return nnx.merge(graphdef, processes.held_here(state.params), rest)
+        return nnx.merge(graphdef, processes.local_copy(state.params), rest)
 
     def _state(self, params: Any, tx: Any, seed: int) -> Any:
         return training.create_train_state(
@@ -349,11 +348,11 @@ class Models:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state.params
         )
         trained = sum(leaf.size for leaf in jax.tree.leaves(like))
-        if processes.agreed(done.exists() and best.exists()):
+        if processes.broadcast_from_first(lambda: done.exists() and best.exists()):
             with training.Checkpointer(best, max_to_keep=1) as keeper:
                 record = json.loads(done.read_text())
                 kept = keeper.restore(like, record["step"]).state
-                return Trained(processes.held_here(kept), record)
+                return Trained(processes.local_copy(kept), record)
         if constants is not None and self.mesh.size > 1:
             constants = training.shard_tree(constants, self.mesh, models.DECODER_RULES)
         logging.info("%s: %d steps", directory, steps)
@@ -372,7 +371,7 @@ class Models:
         resumes = config.resume_arms
         checkpoints = directory / "checkpoints"
         if not resumes:
-            processes.remove(best)
+            processes.remove_directory(best)
         with (
             training.Checkpointer(best, max_to_keep=1) as keeper,
             training.Checkpointer(checkpoints, max_to_keep=1) as checkpointer,
@@ -383,7 +382,7 @@ class Models:
                 history = [h for h in json.loads(history_path.read_text()) if h["step"] <= began]
 
             def score(state: Any, at: int) -> dict[str, float]:
-                scores = validate(processes.held_here(state.params))
+                scores = validate(processes.local_copy(state.params))
                 if not history or scores["score"] > max(h["score"] for h in history):
                     keeper.save(at, state.params)
                     keeper.wait()
@@ -407,7 +406,7 @@ class Models:
                 identity={"steps": steps},
             )
             chosen = max(history, key=lambda h: h["score"])
-            found = processes.held_here(keeper.restore(like, chosen["step"]).state)
+            found = processes.local_copy(keeper.restore(like, chosen["step"]).state)
         # The first step of a process compiles.
         pace = statistics.median(seconds[1:] or seconds or [0.0])
         record = {
@@ -420,12 +419,12 @@ class Models:
             "trained": trained,
         }
         processes.write_json(done, record)
-        processes.remove(checkpoints)
+        processes.remove_directory(checkpoints)
         return Trained(found, record)
 
     def forget_weights(self, arm: str, seed: int, *, rate: float = 1.0) -> None:
         """Drop the weights of an arm of which all has been measured."""
-        processes.remove(self._unlearned_at(arm, seed, rate) / "best")
+        processes.remove_directory(self._unlearned_at(arm, seed, rate) / "best")
 
     def _unlearned_at(self, arm: str, seed: int, rate: float) -> epath.Path:
         config = self.config

@@ -16,8 +16,7 @@ from experiments.unlearning import arms as arms
 from experiments.unlearning import data as rows_of
 from experiments.unlearning.arms import Deployed, Difference
 from experiments.unlearning.models import Models, Trained
-from logitjax import decoding, models, unlearning
-from logitjax.training import processes
+from logitjax import decoding, models, processes, unlearning
 
 #: What is measured of one deployed model: numbers by name.
 Scores = dict[str, float]
@@ -69,11 +68,11 @@ class Run:
 
     def _kept(self, name: str, make: Callable[[], Any]) -> Any:
         path = self.workdir / "results" / f"{name}.json"
-        if not processes.agreed(path.exists()):
+        if not processes.broadcast_from_first(path.exists):
             logging.info("measuring %s", name)
             self.models.make()
             processes.write_json(path, make())
-        return processes.said_by_first(lambda: json.loads(path.read_text()))
+        return processes.broadcast_from_first(lambda: json.loads(path.read_text()))
 
     def ask(
         self,
@@ -157,7 +156,7 @@ class Run:
         The facts to forget are asked in other words than on the test, the facts to keep are
         others; nothing is generated.
         """
-        return processes.said_by_first(lambda: self._validated(deployed))
+        return processes.broadcast_from_first(lambda: self._validated(deployed))
 
     def _validated(self, deployed: Deployed) -> Scores:
         reference = self.reference("validation")
@@ -180,7 +179,7 @@ class Run:
 
     def test(self, deployed: Deployed, *, generates: bool = True) -> Scores:
         """Numbers of the test questions."""
-        return processes.said_by_first(lambda: self._tested(deployed, generates))
+        return processes.broadcast_from_first(lambda: self._tested(deployed, generates))
 
     def _tested(self, deployed: Deployed, generates: bool) -> Scores:
         reference = self.reference("test")
@@ -203,10 +202,10 @@ class Run:
             scores = self.ask(deployed, self.scene.probes).scores
             return {f"{label}{mark}": scores[name].probability for label, name in names.items()}
 
-        found = processes.said_by_first(lambda: asked(deployed, ""))
+        found = processes.broadcast_from_first(lambda: asked(deployed, ""))
         if weights and self.config.relearn_steps:
             again = Deployed(model=self.models.taught_again(deployed.model))
-            found |= processes.said_by_first(lambda: asked(again, ", relearned"))
+            found |= processes.broadcast_from_first(lambda: asked(again, ", relearned"))
         return found
 
     def _bare(self, name: str) -> dict[str, Any]:
@@ -216,7 +215,7 @@ class Run:
             found = self._target_on("test") if name == "target" else self.reference("test")
             return found.as_dict() | {"utility": self.utility(found)}
 
-        test = processes.said_by_first(scores)
+        test = processes.broadcast_from_first(scores)
         return {"test": test, "probe": self.probe(deployed, weights=True)}
 
     def _arm(self, arm: str, seed: int) -> dict[str, Any]:
@@ -322,12 +321,12 @@ class Run:
             sides = [np.asarray(d.nll(rows["tokens"], rows["mask"])[0]) for d in both]
             return float(abs(sides[0] - sides[1]).max())
 
-        return {"largest difference": processes.said_by_first(difference)}
+        return {"largest difference": processes.broadcast_from_first(difference)}
 
     def _alphas(self) -> list[dict[str, Any]]:
         """Forgetting and utility by alpha and filter, from one assistant; nothing is trained."""
         assistant, *chosen = self._clean()
-        whole = processes.said_by_first(lambda: self.utility(self._target_on("test")))
+        whole = processes.broadcast_from_first(lambda: self.utility(self._target_on("test")))
 
         def row(alpha: float, filter: str) -> dict[str, Any]:
             scores = self.test(self._with(assistant, alpha, filter))

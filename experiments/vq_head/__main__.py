@@ -31,9 +31,8 @@ from experiments.shared.timing import paired_ratio, paired_seconds
 from experiments.vq_head import arms, context, report, rescored
 from experiments.vq_head import scratch as vq_head_scratch
 from experiments.vq_head.config import PRESETS, Config
-from logitjax import training, vq
+from logitjax import processes, training, vq
 from logitjax.commands import cli
-from logitjax.training import processes
 
 
 def run(config: Config, workdir: epath.Path) -> None:
@@ -68,11 +67,11 @@ def _arm(
     records: list[dict[str, Any]] = []
     # Learning rates are compared at the first codebook size only.
     first = results / f"{arm}_{config.codes[0]}_0.json"
-    known = processes.agreed(codes != config.codes[0] and first.exists())
+    known = processes.broadcast_from_first(lambda: codes != config.codes[0] and first.exists())
     best = json.loads(first.read_text())[0]["lr"] if known else config.learning_rate[0]
     for seed in range(config.seeds):
         path = results / f"{arm}_{codes}_{seed}.json"
-        if processes.agreed(path.exists()):
+        if processes.broadcast_from_first(path.exists):
             found = json.loads(path.read_text())
             best = found[0]["lr"]
             records += found
@@ -164,7 +163,7 @@ def _scratch(ctx: Any, arm: str, config: Config, results: epath.Path) -> list[di
     best = config.scratch_learning_rate[0]
     for seed in range(config.seeds):
         path = results / f"scratch_{arm}_{seed}.json"
-        if not processes.agreed(path.exists()):
+        if not processes.broadcast_from_first(path.exists):
             logging.info("from scratch: %s, seed %d", arm, seed)
             text = vq_head_scratch.text_of(ctx, config)
             rates = config.scratch_learning_rate if seed == 0 else (best,)
@@ -174,7 +173,7 @@ def _scratch(ctx: Any, arm: str, config: Config, results: epath.Path) -> list[di
             ]
             chosen = min(tried, key=lambda record: record["validation_nll"])
             processes.write_json(path, chosen | {"arm": arm, "seed": seed, "scratch": True})
-            processes.wait_for_all(f"wrote {path.name}")
+            processes.barrier(f"wrote {path.name}")
         record = json.loads(path.read_text())
         best = record["lr"]
         records.append(record)

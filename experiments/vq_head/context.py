@@ -12,10 +12,9 @@ from etils import epath
 from flax import nnx
 
 from experiments.shared.small_text import count_tokens
-from logitjax import data, vq
+from logitjax import data, processes, training, vq
 from logitjax.commands import named_models
 from logitjax.distillation import sources
-from logitjax.training import processes
 
 BLOCK = 512
 
@@ -94,7 +93,7 @@ class Context:
 
 def prepare(config: Any, workdir: epath.Path) -> Context:
     """Packs text, runs the model once, runs its head once; all of it is kept on disk."""
-    with processes.first_alone("hidden states"):
+    with processes.first_before_others("hidden states"):
         return _prepare(config, workdir)
 
 
@@ -142,7 +141,7 @@ def _prepare(config: Any, workdir: epath.Path) -> Context:
         statistics=vq.head_statistics(splits["train"].hidden),
         splits=splits,
         packed=packed,
-        mesh=processes.make_mesh(config.mesh),
+        mesh=training.make_partial_mesh(config.mesh),
     )
 
 

@@ -19,8 +19,7 @@ import jax
 from absl import app, flags, logging
 from etils import epath
 
-from logitjax import training
-from logitjax.training import processes
+from logitjax import processes, training
 
 _COMPILED = str(epath.Path("~/.cache/logitjax/compiled").expanduser())
 # Anything else is a fault of ours and shows its traceback.
@@ -164,7 +163,7 @@ def main(
             training.distributed.initialize(
                 flags.FLAGS.coordinator_address, flags.FLAGS.num_processes, flags.FLAGS.process_id
             )
-            with processes.first_alone("config"):
+            with processes.first_before_others("config"):
                 write_config(config, workdir)
             run(config, workdir)
         except _SAID_IN_ONE_LINE as error:

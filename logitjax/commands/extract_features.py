@@ -22,10 +22,9 @@ from absl import logging
 from etils import epath
 
 from experiments.shared.report import markdown_table
-from logitjax import data, vision
+from logitjax import data, processes, vision
 from logitjax.commands import cli, features
 from logitjax.commands.cli import field
-from logitjax.training import processes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,7 +114,7 @@ def run(config: Config, workdir: epath.Path) -> None:
                     batch_size=config.batch_size,
                     dtype=config.dtype,
                 )
-                processes.wait_for_all(f"features {directory.name}")
+                processes.barrier(f"features {directory.name}")
                 seconds = time.perf_counter() - start
                 logging.info("%s: %d rows in %.1f s", directory, len(rows), seconds)
                 files = directory.glob("*.array_record")

@@ -10,12 +10,11 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from logitjax import data, losses, models
+from logitjax import data, losses, models, processes
 from logitjax.distillation import objectives
 from logitjax.distillation._alignment import align_positions
 from logitjax.distillation._teacher_cache import TeacherCache, TeacherIdentity, write_teacher_cache
 from logitjax.models import Tokenizer
-from logitjax.training import processes
 
 SPLITS = ("train", "validation", "test")
 
@@ -73,11 +72,11 @@ def pack_splits(
     names = {m: by_fingerprint.setdefault(t.fingerprint, m) for m, t in tokenizers.items()}
     distinct = {name: tokenizers[name] for name in dict.fromkeys(names.values())}
     splits = {}
-    with processes.first_alone("load"):
+    with processes.first_before_others("load"):
         loaded = load_splits(spec, on_error=on_error)
     chat = "messages" in loaded["train"][0]
     for split, examples in loaded.items():
-        with processes.first_alone(f"pack {split}"):
+        with processes.first_before_others(f"pack {split}"):
             splits[split] = data.pack(
                 examples,
                 distinct,
@@ -191,7 +190,7 @@ def let_source_read(
             cache = TeacherCache(path)
             cache.check(**expected)
             complete = not len(cache.missing(wanted))
-        if not processes.agreed(complete):
+        if not processes.broadcast_from_first(lambda done=complete: done):
             config, tokenizer, read = model()
             identity = TeacherIdentity(
                 **expected,
@@ -213,7 +212,7 @@ def let_source_read(
                 process_index=jax.process_index(),
                 process_count=jax.process_count(),
             )
-            processes.wait_for_all(f"read {path}")
+            processes.barrier(f"read {path}")
             cache = TeacherCache(path)
         caches[split] = cache
     return caches

@@ -5,7 +5,6 @@ A run is a few calls: :func:`distributed.initialize`, :func:`make_mesh`, :func:`
 """
 
 from logitjax.training import distributed as distributed
-from logitjax.training import processes as processes
 from logitjax.training._checkpoints import Checkpointer as Checkpointer
 from logitjax.training._checkpoints import Restored as Restored
 from logitjax.training._loop import NonFiniteError as NonFiniteError
@@ -14,6 +13,7 @@ from logitjax.training._mesh import batch_sharding as batch_sharding
 from logitjax.training._mesh import local_rows as local_rows
 from logitjax.training._mesh import make_global_batch as make_global_batch
 from logitjax.training._mesh import make_mesh as make_mesh
+from logitjax.training._mesh import make_partial_mesh as make_partial_mesh
 from logitjax.training._mesh import process_slice as process_slice
 from logitjax.training._metrics import JsonlWriter as JsonlWriter
 from logitjax.training._metrics import LogWriter as LogWriter

@@ -1,5 +1,6 @@
 """The device mesh and the placement of batches on it."""
 
+import math
 from typing import Any
 
 import jax
@@ -70,6 +71,17 @@ def make_mesh(spec: str = "data:-1,fsdp:1,tensor:1", devices: Any = None) -> Mes
             tuple(sizes.values()), devices, allow_split_physical_axes=True
         )
         return Mesh(grid, tuple(sizes), axis_types=types)
+
+
+def make_partial_mesh(spec: str) -> Mesh:
+    """As `make_mesh`, but a specification that fixes all its sizes takes only so many devices.
+
+    >>> make_partial_mesh("data:1").size
+    1
+    """
+    sizes = [int(part.partition(":")[2]) for part in spec.split(",")]
+    devices = jax.devices() if -1 in sizes else jax.devices()[: math.prod(sizes)]
+    return make_mesh(spec, devices=devices)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

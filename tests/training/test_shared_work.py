@@ -14,33 +14,33 @@ import sys
 import jax, numpy as np
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec as P
-from logitjax.training import processes
-from logitjax import training
+from logitjax import processes, training
 
 training.distributed.initialize()
 index, workdir = jax.process_index(), epath.Path(sys.argv[1])
-said = processes.said_by_first(lambda: {"from": index, "nan": float("nan"), "text": "ä" * 300})
+first = processes.broadcast_from_first
+said = first(lambda: {"from": index, "nan": float("nan"), "text": "ä" * 300})
 assert said["from"] == 0 and said["nan"] != said["nan"] and said["text"] == "ä" * 300, said
-assert processes.agreed(index == 0) and not _processes.agreed(index == 1)
+assert first(lambda: index == 0) and not first(lambda: index == 1)
 
 mesh = training.make_mesh("data:2,fsdp:2")
 whole = np.arange(8.0, dtype=np.float32).reshape(4, 2)
 for spec in (P(), P(("data", "fsdp"))):
     tree = {"x": jax.make_array_from_callback(
         whole.shape, NamedSharding(mesh, spec), lambda at: whole[at])}
-    here = processes.held_here(tree)["x"]
+    here = processes.local_copy(tree)["x"]
     assert here.is_fully_addressable and len(here.devices()) == 1
     np.testing.assert_array_equal(here, whole)
 
 folder = workdir / "folder"
-processes.by_first("made", lambda: folder.mkdir(parents=True))
+processes.run_on_first("made", lambda: folder.mkdir(parents=True))
 assert folder.exists()
-processes.wait_for_all("seen")
-processes.remove(folder)
+processes.barrier("seen")
+processes.remove_directory(folder)
 assert not folder.exists()
-processes.remove(folder)
+processes.remove_directory(folder)
 processes.write_json(workdir / f"from-{index}.json", index)
-processes.wait_for_all("written")
+processes.barrier("written")
 assert [path.name for path in workdir.glob("*.json")] == ["from-0.json"]
 print("agreed")
 """
@@ -82,7 +82,7 @@ ALONE = """
 import dataclasses
 import jax
 from logitjax.commands import cli
-from logitjax.training import processes
+from logitjax import processes
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -91,7 +91,7 @@ class Config:
 def run(config, workdir):
     if jax.process_index() == 1:
         raise {"ValueError": ValueError, "KeyError": KeyError}[config.error]("no such thing")
-    processes.wait_for_all("never")
+    processes.barrier("never")
 
 cli.main(Config, {"only": {}}, run)
 """

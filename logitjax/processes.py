@@ -1,0 +1,98 @@
+"""What several processes of one run must agree on: who writes, and what is already done.
+
+Process 0 is the one that writes and decides. With one process every function here is as good as
+free, so code that calls them runs everywhere.
+"""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+
+from logitjax.storage import write_atomic
+
+Task = TypeVar("Task")
+
+
+def broadcast_from_first(make: Callable[[], Any]) -> Any:
+    """What `make()` returns on process 0, on all processes; only process 0 calls it.
+
+    Looking at a shared disk at different moments may differ: let one look and tell the others.
+
+    Args:
+        make: Returns anything that JSON can hold.
+
+    >>> broadcast_from_first(lambda: {"step": 3})
+    {'step': 3}
+    """
+    if jax.process_count() == 1:
+        return make()
+    first = jax.process_index() == 0
+    text = json.dumps(make()).encode() if first else b""
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    sent = np.frombuffer(text, np.uint8) if first else np.zeros(size, np.uint8)
+    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(sent), np.uint8).tobytes())
+
+
+def run_on_first(name: str, work: Callable[[], Any]) -> None:
+    """Process 0 does something that needs no other process; nobody goes on before it is done."""
+    if jax.process_index() == 0:
+        work()
+    barrier(name)
+
+
+@contextlib.contextmanager
+def first_before_others(name: str) -> Iterator[None]:
+    """Process 0 runs the body first; the others run it after, and find what it left on disk."""
+    if jax.process_index() != 0:
+        barrier(name)
+    yield
+    if jax.process_index() == 0:
+        barrier(name)
+
+
+def barrier(name: str) -> None:
+    """All processes wait here for each other; `name` tells one barrier from the next."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def local_share(tasks: Sequence[Task]) -> Sequence[Task]:
+    """This process's share of tasks that do not need each other: every `process_count`-th one."""
+    return tasks[jax.process_index() :: jax.process_count()]
+
+
+def local_copy(tree: Any) -> Any:
+    """Global arrays as whole arrays on this process's first device, for work it does alone.
+
+    All processes must call it. Arrays that one process holds whole are returned as they are.
+    """
+    if jax.process_count() == 1:
+        return tree
+
+    def whole(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
+            return leaf
+        if leaf.is_fully_replicated:
+            return leaf.addressable_data(0)
+        return jax.device_put(
+            multihost_utils.process_allgather(leaf, tiled=True), jax.local_devices()[0]
+        )
+
+    return jax.tree.map(whole, tree)
+
+
+def write_json(path: epath.Path, record: Any) -> None:
+    """Process 0 writes a JSON file, whole or not at all; the others go on at once."""
+    if jax.process_index() == 0:
+        write_atomic(path, json.dumps(record, indent=1) + "\n")
+
+
+def remove_directory(directory: epath.Path) -> None:
+    """Process 0 removes a folder that may be there; nobody goes on before it is gone."""
+    run_on_first(f"remove {directory.name}", lambda: directory.exists() and directory.rmtree())
