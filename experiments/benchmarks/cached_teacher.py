@@ -24,7 +24,6 @@ from flax import nnx
 from experiments.benchmarks import _suite
 from experiments.shared import timing
 from logitjax import data, losses, models, training
-from logitjax.commands import named_models
 from logitjax.distillation import objectives
 
 _LAYERS = (0, 1, 2, 3, 28, 29)
@@ -39,11 +38,9 @@ def run(options: _suite.Options) -> _suite.Result:
     seeds, steps, held_out, rows_a_step, length = (
         (1, 3, 2, 2, 64) if options.smoke else (2, 60, 24, 2, 256)
     )
-    teacher, tokenizer = named_models.load("tiny:1" if options.smoke else "smollm2")
+    teacher, tokenizer = models.load("tiny:1" if options.smoke else "smollm2")
     student = (
-        named_models.load("tiny")[0]
-        if options.smoke
-        else models.keep_layers(teacher, list(_LAYERS))
+        models.load("tiny")[0] if options.smoke else models.keep_layers(teacher, list(_LAYERS))
     )
     rows = _rows(tokenizer, length, options)
     (student_fn, student_params), (teacher_fn, teacher_params) = (

@@ -22,7 +22,6 @@ import numpy as np
 from experiments.benchmarks import _suite
 from experiments.shared import timing
 from logitjax import fusion, models
-from logitjax.commands import named_models
 from logitjax.decoding import Ensemble, generate
 
 _BARS = {1: 1.0, 8: 0.95}
@@ -31,7 +30,7 @@ _BARS = {1: 1.0, 8: 0.95}
 def run(options: _suite.Options) -> _suite.Result:
     new = 4 if options.smoke else 64
     spec = "tiny" if options.smoke else "smollm2"
-    model, tokenizer = named_models.load(spec, layout="listed")
+    model, tokenizer = models.load(spec, layout="listed")
     text = tokenizer.encode((Path(__file__).parents[2] / "LICENSE").read_text())
     prompts = [np.array(text[40 * i :][: 10 + 2 * i], np.int32) for i in range(8)]
     alone = Ensemble(model)

@@ -26,7 +26,6 @@ from experiments.benchmarks import _suite
 from experiments.dynamic_fusion.certificate import Certificate
 from experiments.shared import timing
 from logitjax import data, models
-from logitjax.commands import named_models
 from logitjax.fusion import DynamicFusion
 
 _GRID_LIMIT, _FORWARD_LIMIT = 1 / 3, 0.08
@@ -107,10 +106,10 @@ def real_logits(count: int, *, smoke: bool) -> tuple[jax.Array, ...]:
     """A model's logits ``[count, vocab]`` on held-out text under the three contexts."""
     length = max(_CONTEXTS)
     if smoke:
-        model, tokenizer = named_models.load("tiny", layout="listed")
+        model, tokenizer = models.load("tiny", layout="listed")
         text = data.load_examples("text:LICENSE")
     else:
-        model, tokenizer = named_models.load("smollm2", layout="listed")
+        model, tokenizer = models.load("smollm2", layout="listed")
         text = data.load_examples("tfds:wiki_summaries", split="test")
     ids = [token for i in range(40) for token in tokenizer.encode(text[i % len(text)]["text"])]
     rows = min(4, len(ids) // length)
@@ -196,10 +195,10 @@ def _info(name: str, logits: tuple[jax.Array, ...]) -> dict[str, Any]:
 def _forwards(batch: int, options: _suite.Options) -> tuple[dict[str, Any], float]:
     """Seconds of one decoding step of the large model, an expert and a base together."""
     if options.smoke:
-        large, vocab = named_models.tiny_decoder(), 257
+        large, vocab = models.tiny_decoder(), 257
         small = models.keep_layers(large, (0,))
     else:
-        large, _ = named_models.load("smollm2", layout="listed")
+        large, _ = models.load("smollm2", layout="listed")
         small = models.keep_layers(large, _SMALL_LAYERS)
         vocab = large.config.vocab_size
     steps = {name: _step(model, batch) for name, model in (("large", large), ("small", small))}

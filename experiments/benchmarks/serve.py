@@ -29,8 +29,7 @@ from absl import logging
 from flax import nnx
 
 from experiments.benchmarks import _suite
-from logitjax import leakage
-from logitjax.commands import named_models
+from logitjax import leakage, models
 from logitjax.leakage._http import HttpOracle
 from logitjax.models import Decoder, DecoderConfig, save_pretrained
 
@@ -50,7 +49,7 @@ def small_model(directory: pathlib.Path, vocab: int) -> Decoder:
         max_length=512,
     )
     model = Decoder(config, rngs=nnx.Rngs(0), layout="listed")
-    save_pretrained(model, named_models.byte_tokenizer(), directory)
+    save_pretrained(model, models.byte_tokenizer(), directory)
     return model
 
 

@@ -23,7 +23,6 @@ import numpy as np
 from experiments.benchmarks import _suite
 from experiments.shared import timing
 from logitjax import models
-from logitjax.commands import named_models
 from logitjax.decoding import (
     CachedModel,
     DraftControl,
@@ -58,7 +57,7 @@ def _with_weight(small: CachedModel, weight: float) -> CachedModel:
 
 def run(options: _suite.Options) -> _suite.Result:
     smoke = options.smoke
-    model, tokenizer = named_models.load("tiny" if smoke else "smollm2", layout="listed")
+    model, tokenizer = models.load("tiny" if smoke else "smollm2", layout="listed")
     text = tokenizer.encode((Path(__file__).parents[2] / "LICENSE").read_text())
     prompts = [np.array(text[40 * i :][: 10 + 2 * i], np.int32) for i in range(8)]
     large = cached_model(model)

@@ -25,7 +25,6 @@ from experiments.shared import timing
 from experiments.unlearning import arms
 from experiments.unlearning.models import planned_bytes
 from logitjax import decoding, fusion, models, training, unlearning
-from logitjax.commands import named_models
 
 _FASTER, _SMALLER, _DECODE = 3.0, 0.5, 1.15
 
@@ -34,7 +33,7 @@ def run(options: _suite.Options) -> _suite.Result:
     spec, layers, rows, length, new = (
         ("tiny", 1, 2, 16, 4) if options.smoke else ("smollm2", 8, 4, 96, 32)
     )
-    model, _ = named_models.load(spec, layout="listed")
+    model, _ = models.load(spec, layout="listed")
     model = models.with_layout(model, "listed")
     kept = Path(options.directory) / f"{options.scale}.partial.json"
     known = json.loads(kept.read_text()) if kept.exists() else {}

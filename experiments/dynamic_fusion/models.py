@@ -19,7 +19,6 @@ from flax import nnx
 
 from experiments.dynamic_fusion.data import SPLITS, Questions, Task, Text, digest
 from logitjax import losses, models, processes, training, vq
-from logitjax.commands import named_models
 from logitjax.distillation import objectives
 
 _LAYERS_ONLY = r"(segments|final_norm)"
@@ -156,12 +155,12 @@ class Lineup:
         return {name: rows[own] for name, rows in batch.items()}
 
     def _load_large(self) -> models.Decoder:
-        return named_models.load(self.config.large, dtype=self.config.dtype, layout="listed")[0]
+        return models.load(self.config.large, dtype=self.config.dtype, layout="listed")[0]
 
     def _load_base(self) -> models.Decoder:
         config = self.config
         if config.base:
-            return named_models.load(config.base, dtype=config.dtype, layout="listed")[0]
+            return models.load(config.base, dtype=config.dtype, layout="listed")[0]
         large = self.large.model
         layers = [i for i in config.small_layers if i < large.config.num_layers]
         graphdef, state = nnx.split(large)

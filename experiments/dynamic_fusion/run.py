@@ -15,8 +15,7 @@ from experiments.dynamic_fusion import arms as arms
 from experiments.dynamic_fusion import graded_tasks
 from experiments.dynamic_fusion.data import load_task, load_text
 from experiments.dynamic_fusion.models import Lineup, Scored, Variant
-from logitjax import decoding, processes
-from logitjax.commands import named_models
+from logitjax import decoding, models, processes
 from logitjax.fusion import DynamicFusion, ProxyTuning
 
 #: What an expert is tuned on, and the data sets that it is scored on, its own first.
@@ -240,7 +239,7 @@ class Run:
 def open_lineup(config: Any, workdir: epath.Path) -> Run:
     """Load the tokenizer, pack the texts; models are made when they are needed."""
     root = epath.Path(config.models_dir or workdir / "models").expanduser()
-    tokenizer = named_models.load_tokenizer_of(config.large)
+    tokenizer = models.load_tokenizer(config.large)
     graded, domain = None, config.domain
     if graded_tasks.is_graded(domain):
         graded = graded_tasks.load_graded(domain)

@@ -15,7 +15,6 @@ from etils import epath
 from flax import nnx
 
 from logitjax import decoding, losses, models, processes, training
-from logitjax.commands import named_models
 from logitjax.distillation import objectives
 from logitjax.distillation import sources as distillation_sources
 
@@ -126,13 +125,13 @@ def open_session(config: Any, workdir: epath.Path) -> Session:
         )
     mesh = training.make_mesh(config.mesh)
     options = dict(dtype=config.dtype, layout=config.layout, remat=config.remat)
-    pivot, tokenizer = named_models.load(config.pivot, mesh=mesh, **options)
+    pivot, tokenizer = models.load(config.pivot, mesh=mesh, **options)
     if config.pivot_layers:
         pivot = models.keep_layers(pivot, config.pivot_layers)
     tokenizers = {"pivot": tokenizer}
     specs = dict(zip(source_names(config), config.source, strict=True))
     for name, spec in specs.items():
-        tokenizers[name] = named_models.load_tokenizer_of(spec)
+        tokenizers[name] = models.load_tokenizer(spec)
     packed = distillation_sources.pack_splits(
         config.data,
         tokenizers,
@@ -164,7 +163,7 @@ def open_session(config: Any, workdir: epath.Path) -> Session:
         else:
             caches = distillation_sources.let_source_read(
                 spec,
-                functools.partial(named_models.load, spec, mesh=here, **options),
+                functools.partial(models.load, spec, mesh=here, **options),
                 columns=columns,
                 packed=packed,
                 rows=needed,

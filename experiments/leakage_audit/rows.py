@@ -10,8 +10,7 @@ from absl import logging
 from etils import epath
 from flax import nnx
 
-from logitjax import data, leakage
-from logitjax.commands import named_models
+from logitjax import data, leakage, models
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +52,7 @@ class Rows:
 
 def load(config: Any, workdir: epath.Path) -> Rows:
     """Cuts prompts, runs the model; a second run reads what the first left."""
-    model, tokenizer = named_models.load(config.model, layout="listed")
+    model, tokenizer = models.load(config.model, layout="listed")
     kernel, bias, axis = model.head_kernel(ignore_softcap=True)
     if bias is not None:
         raise ValueError("a head with biases is not audited: its rows span one dimension more")

@@ -16,7 +16,6 @@ from flax import nnx
 from experiments.shared.small_text import Text, count_tokens, small_text
 from experiments.shared.timing import paired_ratio, paired_seconds
 from logitjax import data, leakage, losses, models, training
-from logitjax.commands import named_models
 from logitjax.distillation import sources
 
 KINDS = ("recovered", "copied", "official", "none", "dropped", "scratch")
@@ -176,7 +175,7 @@ def nll(text: Text, split: str, trunk: Trunk, params: Any, fixed: Any) -> dict[s
 
 
 def _text(config: Any, root: epath.Path) -> Text:
-    tokenizer = named_models.load_tokenizer_of(config.tokenizer)
+    tokenizer = models.load_tokenizer(config.tokenizer)
     if config.data.startswith("tfds:"):
         names = ("train", "validation", "test")
         examples: Any = {

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from logitjax import models, training
-from logitjax.commands import named_models
 
 _QWEN = models.DecoderConfig(
     vocab_size=152_064,
@@ -95,11 +94,9 @@ KNOWN: dict[str, models.DecoderConfig] = {
 
 
 def decoder_config(spec: str) -> models.DecoderConfig:
-    """The shape of a model: a known name, a toy, or what its own files say."""
+    """The shape of a model: a known name, or what its own files say."""
     if spec in KNOWN:
         return KNOWN[spec]
-    if spec.partition(":")[0] == "tiny":
-        return named_models.tiny_decoder().config
     return models.load_config(spec)
 
 

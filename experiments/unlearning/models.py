@@ -24,7 +24,6 @@ from experiments.unlearning import data as rows_of
 from experiments.unlearning.arms import Deployed, Difference
 from experiments.unlearning.data import Rows, digest
 from logitjax import models, processes, training, unlearning
-from logitjax.commands import named_models
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Models:
 
     def __init__(self, config: Any, root: epath.Path, scene: rows_of.Scene):
         self.config, self.root, self.scene = config, root, scene
-        self.tokenizer = named_models.load_tokenizer_of(config.model)
+        self.tokenizer = models.load_tokenizer(config.model)
         self.template = rows_of.TEMPLATES[config.template]()
         self.mesh = training.make_partial_mesh(config.mesh)
         source = [config.model, config.layers, config.dtype, _file_identity(config.model)]
@@ -61,7 +60,7 @@ class Models:
     def start(self) -> models.Decoder:
         """The model before it has heard of any author."""
         config = self.config
-        model, _ = named_models.load(config.model, dtype=config.dtype, layout="listed")
+        model, _ = models.load(config.model, dtype=config.dtype, layout="listed")
         if config.layers:
             kept = [i for i in config.layers if i < model.config.num_layers]
             model = models.keep_layers(model, kept)

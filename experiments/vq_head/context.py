@@ -12,8 +12,7 @@ from etils import epath
 from flax import nnx
 
 from experiments.shared.small_text import count_tokens
-from logitjax import data, processes, training, vq
-from logitjax.commands import named_models
+from logitjax import data, models, processes, training, vq
 from logitjax.distillation import sources
 
 BLOCK = 512
@@ -99,7 +98,7 @@ def prepare(config: Any, workdir: epath.Path) -> Context:
 
 def _prepare(config: Any, workdir: epath.Path) -> Context:
     root = epath.Path(config.cache_dir or workdir / "cache")
-    model, tokenizer = named_models.load(config.model, layout="listed")
+    model, tokenizer = models.load(config.model, layout="listed")
     packed = {
         name: data.pack(
             examples, {"model": tokenizer}, seq_len=config.seq_len, directory=root / "packed" / name

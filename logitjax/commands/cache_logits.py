@@ -25,7 +25,7 @@ from etils import epath
 
 from experiments.shared.report import markdown_table
 from logitjax import data, distillation, models, training
-from logitjax.commands import cli, named_models
+from logitjax.commands import cli
 from logitjax.commands.cli import field
 from logitjax.distillation import sources
 
@@ -80,8 +80,8 @@ def run(config: Config, workdir: epath.Path) -> None:
             f"splits: expected some of {', '.join(sources.SPLITS)}, got {unknown[0]!r}"
         )
     specs = {f"source{i}": spec for i, spec in enumerate(config.source)}
-    tokenizers = {"pivot": named_models.load_tokenizer_of(config.pivot)}
-    tokenizers |= {name: named_models.load_tokenizer_of(spec) for name, spec in specs.items()}
+    tokenizers = {"pivot": models.load_tokenizer(config.pivot)}
+    tokenizers |= {name: models.load_tokenizer(spec) for name, spec in specs.items()}
     packed = sources.pack_splits(
         config.data,
         tokenizers,
@@ -97,7 +97,7 @@ def run(config: Config, workdir: epath.Path) -> None:
         caches = sources.let_source_read(
             spec,
             functools.partial(
-                named_models.load, spec, mesh=here, dtype=config.dtype, layout=config.layout
+                models.load, spec, mesh=here, dtype=config.dtype, layout=config.layout
             ),
             columns=packed.names[name],
             packed=packed,

@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from logitjax import fusion
-from logitjax.commands import named_models
+from logitjax import fusion, models
 from logitjax.decoding import DraftControl, Ensemble, Sampling, generate, speculative_generate
 from logitjax.models import Tokenizer, render_chat
 
@@ -60,17 +59,17 @@ def load_ensemble(
     # Before any weights are read.
     chosen = None if fuse is None else strategy(fuse)
     small = (*experts, *bases)
-    tokenizer = named_models.load_tokenizer_of(large)
-    maps = {fusion.vocabulary_map(tokenizer, named_models.load_tokenizer_of(s)) for s in small}
+    tokenizer = models.load_tokenizer(large)
+    maps = {fusion.vocabulary_map(tokenizer, models.load_tokenizer(s)) for s in small}
     if len(maps) > 1:
         raise ValueError("expert, base: the small models number their tokens differently")
     for mapping in maps:
         if not mapping.is_identity:
             chosen = fusion.OverlapFusion(strategy=chosen, token_map=mapping)
-    models = [named_models.load(s, dtype=dtype, layout="listed")[0] for s in (large, *small)]
-    ends = {*models[0].config.eos_ids, *[i for i in (tokenizer.eos_id,) if i is not None]}
+    loaded = [models.load(s, dtype=dtype, layout="listed")[0] for s in (large, *small)]
+    ends = {*loaded[0].config.eos_ids, *[i for i in (tokenizer.eos_id,) if i is not None]}
     count = 1 + len(experts)
-    ensemble = Ensemble(models[0], experts=models[1:count], bases=models[count:], fuse=chosen)
+    ensemble = Ensemble(loaded[0], experts=loaded[1:count], bases=loaded[count:], fuse=chosen)
     return ensemble, tokenizer, tuple(sorted(ends))
 
 

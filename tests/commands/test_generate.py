@@ -7,7 +7,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 from logitjax import decoding, models
-from logitjax.commands import generate, named_models, speaker
+from logitjax.commands import generate, speaker
 
 flags.FLAGS.mark_as_parsed()
 FEW = dict(max_new_tokens=6)
@@ -17,7 +17,7 @@ FEW = dict(max_new_tokens=6)
 def directory(tmp_path_factory):
     """A tiny model of no chat template as transformers writes one."""
     path = tmp_path_factory.mktemp("tiny")
-    models.save_pretrained(named_models.tiny_decoder(3), named_models.byte_tokenizer(), path)
+    models.save_pretrained(models.tiny_decoder(3), models.byte_tokenizer(), path)
     return str(path)
 
 
@@ -38,7 +38,7 @@ def refused(capsys, **flags):
 
 
 def test_goes_on_from_prompts(directory, capsys):
-    tokenizer = named_models.byte_tokenizer()
+    tokenizer = models.byte_tokenizer()
     out = decoding.generate(
         models.load_model(directory),
         [tokenizer.encode("abc")],
@@ -75,7 +75,7 @@ def test_mistakes_are_one_line(directory, capsys, tmp_path):
 
 
 def test_conversations_keep_their_turns():
-    tokenizer = named_models.byte_tokenizer()
+    tokenizer = models.byte_tokenizer()
     template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
     tokenizer.chat_template = template + "{% if add_generation_prompt %}[assistant]{% endif %}"
     talk = speaker.Conversation(tokenizer, "be brief")

@@ -3,8 +3,8 @@ import pytest
 from flax import nnx
 
 from logitjax import decoding, models, training
-from logitjax.commands.named_models import byte_tokenizer
 from logitjax.decoding import DecodeOptions, Sampling, generate
+from logitjax.models import byte_tokenizer
 from tests.decoding._bags import bag_logits, bag_of_words
 from tests.decoding._models import CONFIG, NEW, PROMPTS, REPORTED, decoder, next_logits, slow_greedy
 

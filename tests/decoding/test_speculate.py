@@ -8,7 +8,6 @@ from flax import nnx
 from scipy import stats
 
 from logitjax import fusion, training
-from logitjax.commands.named_models import byte_tokenizer
 from logitjax.decoding import (
     CachedModel,
     DecodeOptions,
@@ -24,7 +23,7 @@ from logitjax.decoding import (
     sampling_rows,
     speculative_generate,
 )
-from logitjax.models import DECODER_RULES, from_nnx
+from logitjax.models import DECODER_RULES, byte_tokenizer, from_nnx
 from tests.decoding._bags import bag_logits, bag_of_words
 from tests.decoding._models import PROMPTS, decoder, disturbed
 

@@ -1,7 +1,7 @@
 import pytest
 
-from logitjax.commands.named_models import byte_tokenizer
 from logitjax.decoding import TextStream
+from logitjax.models import byte_tokenizer
 
 
 def test_characters_come_whole():

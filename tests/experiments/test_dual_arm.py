@@ -5,12 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from logitjax import distillation, losses, models
-from logitjax.commands import named_models
 from logitjax.distillation import objectives
 
 
 def test_dual_arm_equals_the_dense_form_and_separates_the_heads():
-    model = named_models.tiny_decoder()
+    model = models.tiny_decoder()
     apply_fn, params = models.from_nnx(model)
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 256, (2, 12)).astype(np.int32)

@@ -18,8 +18,8 @@ from experiments.dynamic_fusion import report as dynamic_fusion_report
 from experiments.dynamic_fusion.data import load_task
 from experiments.dynamic_fusion.models import Scored
 from logitjax import training
-from logitjax.commands.named_models import byte_tokenizer
 from logitjax.fusion import DynamicFusion, ProxyTuning
+from logitjax.models import byte_tokenizer
 
 ROOT = pathlib.Path(__file__).parents[2]
 CHANGES = {

@@ -13,7 +13,6 @@ from etils import epath
 from experiments.graph_fusion import __main__ as graph_fusion
 from experiments.graph_fusion import train
 from logitjax import distillation, losses, models, training
-from logitjax.commands import named_models
 from logitjax.distillation import objectives
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -77,10 +76,10 @@ def test_same_command_again_trains_nothing(finished, monkeypatch):
 
 
 def test_kl_refuses_a_source_with_another_vocabulary(tmp_path, monkeypatch):
-    other = named_models.byte_tokenizer()
+    other = models.byte_tokenizer()
     other.backend.add_tokens(["history"])
     foreign = models.Tokenizer(other.backend, eos_id=256, pad_id=256)
-    monkeypatch.setattr(named_models, "load_tokenizer_of", lambda spec: foreign)
+    monkeypatch.setattr(models, "load_tokenizer", lambda spec: foreign)
     with pytest.raises(ValueError, match="loss 'kl' needs one vocabulary"):
         graph_fusion.run(config(loss=("kl",)), epath.Path(tmp_path))
 
@@ -93,7 +92,7 @@ def test_wrong_number_of_source_weights(tmp_path):
 @pytest.mark.parametrize("loss", ["kl", "uld+gld"])
 def test_arm_equals_the_dense_losses(loss):
     """The arm's value from blocked sweeps, against logits and the dense formulas."""
-    model = named_models.tiny_decoder()
+    model = models.tiny_decoder()
     apply_fn, params = models.from_nnx(model)
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 256, (2, 12)).astype(np.int32)

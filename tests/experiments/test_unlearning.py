@@ -19,9 +19,8 @@ from experiments.unlearning import models as unlearning_models
 from experiments.unlearning import report as unlearning_report
 from experiments.unlearning import run as unlearning_run
 from logitjax import losses
-from logitjax.commands.named_models import byte_tokenizer, tiny_decoder
 from logitjax.evaluation import PromptTemplate
-from logitjax.models import load_model, with_layout
+from logitjax.models import byte_tokenizer, load_model, tiny_decoder, with_layout
 from logitjax.unlearning import TofuItem
 
 TOFU = pathlib.Path(__file__).parents[1] / "unlearning" / "tofu"

@@ -14,8 +14,7 @@ import pytest
 import schemathesis
 
 from experiments.benchmarks.serve import small_model
-from logitjax import fusion, leakage
-from logitjax.commands import named_models
+from logitjax import fusion, leakage, models
 from logitjax.decoding import DecodeOptions, Ensemble, Sampling, generate
 from logitjax.leakage._http import HttpOracle
 from tests.serving._server import post, server
@@ -40,7 +39,7 @@ def client(address):
 
 @pytest.fixture(scope="module")
 def model():
-    return named_models.load("tiny", layout="listed")
+    return models.load("tiny", layout="listed")
 
 
 def _greedy(model, prompt, count, **options):
@@ -251,7 +250,7 @@ def test_an_unlearned_model_is_served_as_its_difference(model):
     decoder, tokenizer = model
     fused = Ensemble(
         decoder,
-        experts=[named_models.load("tiny:1", layout="listed")[0]],
+        experts=[models.load("tiny:1", layout="listed")[0]],
         fuse=fusion.LogitDifference(alpha=0.5),
     )
     want = _greedy((fused, tokenizer), "Hello", 6)
@@ -280,7 +279,7 @@ def test_noise_is_the_prompt_s_and_decimals_are_kept():
         assert first["logprobs"] == again["logprobs"]
         for value in first["logprobs"]["token_logprobs"]:
             assert value == round(value, 2)
-        exact = _greedy(named_models.load("tiny", layout="listed"), [40, 41], 3)
+        exact = _greedy(models.load("tiny", layout="listed"), [40, 41], 3)
         quiet = np.asarray(exact.logprobs[0])[0]
         assert abs(first["logprobs"]["token_logprobs"][0] - quiet) > 0.01
         status, answer, _ = post(where, COMPLETIONS, ask | {"logit_bias": {"1": 2}})

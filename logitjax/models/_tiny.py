@@ -1,0 +1,39 @@
+"""A toy decoder that needs no files: for smoke runs and tests."""
+
+from flax import nnx
+
+from logitjax.models._config import DecoderConfig
+from logitjax.models._decoder import Decoder
+
+
+def tiny_seed(spec: str) -> int | None:
+    """The seed of `tiny` or `tiny:SEED`; None for any other model.
+
+    Raises:
+        ValueError: What follows the colon is no number.
+    """
+    kind, _, seed = spec.partition(":")
+    if kind != "tiny":
+        return None
+    if seed and not seed.isdigit():
+        raise ValueError(f"model: expected tiny or tiny:SEED, got {spec!r}")
+    return int(seed or 0)
+
+
+def tiny_config(*, layers: int = 2) -> DecoderConfig:
+    """The shape of `tiny_decoder`."""
+    return DecoderConfig(
+        vocab_size=257,  # bytes and the end of a text, as of `byte_tokenizer`
+        hidden_size=32,
+        intermediate_size=64,
+        num_layers=layers,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        max_length=512,
+    )
+
+
+def tiny_decoder(seed: int = 0, *, layers: int = 2) -> Decoder:
+    """A random decoder of some thousand weights for `byte_tokenizer`."""
+    return Decoder(tiny_config(layers=layers), rngs=nnx.Rngs(seed))
