@@ -47,7 +47,7 @@ class _Weighted:
         return weight * logits, cache
 
 
-def _sum(large: Any, experts: Any, bases: Any, where: Any = None) -> tuple[Any, dict]:
+def _sum(large: Any, experts: Any, bases: Any, vocab_where: Any = None) -> tuple[Any, dict]:
     return large + experts[0], {}
 
 

@@ -156,14 +156,14 @@ class Plan:
             return logits[0], {}
         experts, bases = list(logits[1 : 1 + self.experts]), list(logits[1 + self.experts :])
         empty = jnp.zeros((0, *logits[0].shape), logits[0].dtype)
-        where = None
+        vocab_where = None
         if min(self.vocab_sizes) < self.vocab_size and self.token_map is None:
-            where = np.arange(self.vocab_size) < min(self.vocab_sizes)
+            vocab_where = np.arange(self.vocab_size) < min(self.vocab_sizes)
         return self.fuse.value(
             logits[0],
             jnp.stack(experts) if experts else empty,
             jnp.stack(bases) if bases else empty,
-            where=where,
+            vocab_where=vocab_where,
         )
 
 
@@ -182,8 +182,8 @@ class Ensemble:
       large: the model whose distribution is moved: a `Decoder`, a triple or a `CachedModel`.
       experts: models tuned towards something.
       bases: what the experts were tuned from: one for all, or one an expert.
-      fuse: ``fuse(logits_large, logits_experts, logits_bases, where=None) -> (fused, info)`` with
-        logits ``[*batch, vocab]``, experts and bases along a new leading axis (of length 1 for
+      fuse: ``fuse(large, experts, bases, vocab_where=None) -> (fused, info)`` with logits
+        ``[*batch, vocab]``, experts and bases along a new leading axis (of length 1 for
         a base that serves all, of length 0 for none); any strategy of `logitjax.fusion`.
         ``info`` is a pytree of arrays, handed through to the caller. A strategy with a
         ``token_map`` gets the small models' logits as they are, and they read mapped tokens.
@@ -200,7 +200,7 @@ class Ensemble:
     >>> config = DecoderConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=1,
     ...                        num_heads=2, num_kv_heads=1, head_dim=4)
     >>> models = [Decoder(config, rngs=nnx.Rngs(seed), layout="listed") for seed in range(3)]
-    >>> def proxy(large, experts, bases, where=None):
+    >>> def proxy(large, experts, bases, vocab_where=None):
     ...     return large + experts[0] - bases[0], {}
     >>> both = Ensemble(models[0], experts=models[1:2], bases=models[2:], fuse=proxy)
     >>> both.plan.streams, [group.streams for group in both.plan.groups]

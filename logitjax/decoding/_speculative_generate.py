@@ -113,7 +113,7 @@ def speculative_generate(
     >>> config = DecoderConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=1,
     ...                        num_heads=2, num_kv_heads=1, head_dim=4)
     >>> large, small = (Decoder(config, rngs=nnx.Rngs(i), layout="listed") for i in range(2))
-    >>> def mean(large, experts, bases, where=None):
+    >>> def mean(large, experts, bases, vocab_where=None):
     ...     return (large + experts[0]) / 2, {}
     >>> model = Ensemble(large, experts=[small], fuse=mean)
     >>> out = speculative_generate(model, [[1, 2, 3]], max_new_tokens=6, length=2)

@@ -51,7 +51,7 @@ def _prepare(
     temperature: float,
     reduction: str,
     centre: bool,
-    where: Array | None,
+    vocab_where: Array | None,
     axis: int,
     axis_name: AxisName | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -59,13 +59,13 @@ def _prepare(
     student = as_float(student_logits, "student_logits")
     teacher = jax.lax.stop_gradient(as_float(teacher_logits, "teacher_logits"))
     check_same_shape(student, teacher, "student_logits", "teacher_logits")
-    check_where(where, student.shape)
+    check_where(vocab_where, student.shape, "vocab_where")
     check_positive(temperature, "temperature")
     if reduction not in ("sum", "mean"):
         raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
     keep = (student != -jnp.inf) & (teacher != -jnp.inf)
-    if where is not None:
-        keep = keep & where
+    if vocab_where is not None:
+        keep = keep & vocab_where
     student, teacher = jnp.where(keep, student, 0.0), jnp.where(keep, teacher, 0.0)
     if centre:
         count = jnp.maximum(psum(keep.sum(axis, keepdims=True), axis_name), 1)
@@ -92,7 +92,7 @@ def binary_kl(
     temperature: float = 2.0,
     reduction: Reduction = "sum",
     centre: bool = False,
-    where: Bool[Array, "..."] | None = None,
+    vocab_where: Bool[Array, "..."] | None = None,
     axis: int = -1,
     axis_name: AxisName | None = None,
 ) -> Float[jax.Array, "..."]:
@@ -114,7 +114,7 @@ def binary_kl(
         or ``'mean'``.
       centre: subtract each row's mean first. For teachers that expose log-probabilities only, whose
         absolute logits mean nothing.
-      where: the classes to compare. A class at ``-inf`` on either side is left out as well.
+      vocab_where: the classes to compare. A class at ``-inf`` on either side is left out as well.
       axis: the class axis.
       axis_name: mesh axis over which the classes are split, inside ``shard_map``.
 
@@ -134,7 +134,7 @@ def binary_kl(
       on; here they are log-sigmoids.
     """
     student, teacher, keep = _prepare(
-        student_logits, teacher_logits, temperature, reduction, centre, where, axis, axis_name
+        student_logits, teacher_logits, temperature, reduction, centre, vocab_where, axis, axis_name
     )
     values = temperature**2 * bernoulli_kl(student / temperature, teacher / temperature)
     return _reduce(values, keep, reduction, axis, axis_name)
@@ -147,7 +147,7 @@ def binary_kl_norm(
     temperature: float = 2.0,
     reduction: Reduction = "sum",
     centre: bool = False,
-    where: Bool[Array, "..."] | None = None,
+    vocab_where: Bool[Array, "..."] | None = None,
     axis: int = -1,
     axis_name: AxisName | None = None,
 ) -> Float[jax.Array, "..."]:
@@ -168,7 +168,7 @@ def binary_kl_norm(
       temperature: ``t`` above.
       reduction: over classes: ``'sum'`` as published, or ``'mean'``.
       centre: subtract each row's mean first, for teachers known up to a constant.
-      where: the classes to compare. A class at ``-inf`` on either side is left out as well.
+      vocab_where: the classes to compare. A class at ``-inf`` on either side is left out as well.
       axis: the class axis.
       axis_name: mesh axis over which the classes are split, inside ``shard_map``.
 
@@ -187,7 +187,7 @@ def binary_kl_norm(
       form is ours and agrees with the released code where that is finite.
     """
     student, teacher, keep = _prepare(
-        student_logits, teacher_logits, temperature, reduction, centre, where, axis, axis_name
+        student_logits, teacher_logits, temperature, reduction, centre, vocab_where, axis, axis_name
     )
     values = temperature**2 * _log_cosh((student - teacher) / (2.0 * temperature))
     return _reduce(values, keep, reduction, axis, axis_name)

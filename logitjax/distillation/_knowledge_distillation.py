@@ -32,12 +32,12 @@ def _softened(
 def _softmax_kl(
     student: jax.Array,
     teacher: jax.Array,
-    where: Array | None,
+    vocab_where: Array | None,
     axis: int,
     axis_name: AxisName | None,
 ) -> jax.Array:
-    log_q = log_softmax(student, axis=axis, where=where, axis_name=axis_name)
-    log_p = log_softmax(teacher, axis=axis, where=where, axis_name=axis_name)
+    log_q = log_softmax(student, axis=axis, vocab_where=vocab_where, axis_name=axis_name)
+    log_p = log_softmax(teacher, axis=axis, vocab_where=vocab_where, axis_name=axis_name)
     # A class with no teacher mass contributes nothing, also where the student has none either.
     live = log_p != -jnp.inf
     gap = jnp.where(live, log_p, 0.0) - jnp.where(live, log_q, 0.0)
@@ -49,7 +49,7 @@ def knowledge_distillation(
     teacher_logits: Float[Array, "..."],
     *,
     temperature: float = 4.0,
-    where: Bool[Array, "..."] | None = None,
+    vocab_where: Bool[Array, "..."] | None = None,
     axis: int = -1,
     axis_name: AxisName | None = None,
 ) -> Float[jax.Array, "..."]:
@@ -66,7 +66,7 @@ def knowledge_distillation(
       student_logits: ``[*batch, classes]`` (classes along ``axis``).
       teacher_logits: the same shape.
       temperature: 4 with weights .1 (labels) and .9 on CIFAR; 1 with .5 and .5 on ImageNet.
-      where: the classes that exist.
+      vocab_where: the classes that exist.
       axis: the class axis.
       axis_name: mesh axis over which the classes are split, inside ``shard_map``.
 
@@ -85,7 +85,7 @@ def knowledge_distillation(
       defaults as in mdistiller.
     """
     student, teacher = _softened(student_logits, teacher_logits, temperature)
-    return temperature**2 * _softmax_kl(student, teacher, where, axis, axis_name)
+    return temperature**2 * _softmax_kl(student, teacher, vocab_where, axis, axis_name)
 
 
 def decoupled_knowledge_distillation(
@@ -96,7 +96,7 @@ def decoupled_knowledge_distillation(
     target_weight: float = 1.0,
     other_weight: float = 8.0,
     temperature: float = 4.0,
-    where: Bool[Array, "..."] | None = None,
+    vocab_where: Bool[Array, "..."] | None = None,
     axis_name: AxisName | None = None,
 ) -> Float[jax.Array, "*batch"]:
     """DKD: distillation split into "is it the label" and "which of the others", weighted apart.
@@ -116,7 +116,7 @@ def decoupled_knowledge_distillation(
       target_weight: alpha of the paper.
       other_weight: beta of the paper: 8 by default, 2 or 6 for some published pairs.
       temperature: ``T``.
-      where: the classes that exist, broadcastable to the logits.
+      vocab_where: the classes that exist, broadcastable to the logits.
       axis_name: mesh axis over which the classes are split, inside ``shard_map``; labels are
         class numbers of the whole.
 
@@ -140,12 +140,12 @@ def decoupled_knowledge_distillation(
     first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * classes
     ids = first + jax.lax.broadcasted_iota(jnp.int32, student.shape, student.ndim - 1)
     target = ids == jnp.asarray(labels)[..., None]
-    others = ~target if where is None else ~target & where
+    others = ~target if vocab_where is None else ~target & vocab_where
 
     def target_logit(logits: jax.Array) -> jax.Array:
         """The logit of "it is the label": its own logit over the evidence for all others."""
         own = psum(jnp.sum(jnp.where(target, logits, 0.0), -1), axis_name)
-        return own - logsumexp(logits, where=others, axis_name=axis_name)
+        return own - logsumexp(logits, vocab_where=others, axis_name=axis_name)
 
     target_part = bernoulli_kl(target_logit(student), target_logit(teacher))
     other_part = _softmax_kl(student, teacher, others, -1, axis_name)
@@ -155,7 +155,7 @@ def decoupled_knowledge_distillation(
 def standardize_logits(
     logits: Float[Array, "..."],
     *,
-    where: Bool[Array, "..."] | None = None,
+    vocab_where: Bool[Array, "..."] | None = None,
     axis: int = -1,
     axis_name: AxisName | None = None,
     epsilon: float = 1e-7,
@@ -171,7 +171,7 @@ def standardize_logits(
 
     Args:
       logits: ``[*batch, classes]`` (classes along ``axis``).
-      where: the classes that count. Those at ``-inf`` never do; both come back as ``-inf``.
+      vocab_where: the classes that count. Those at ``-inf`` never do; both come back as ``-inf``.
       axis: the class axis.
       axis_name: mesh axis over which the classes are split, inside ``shard_map``.
       epsilon: as in the released code.
@@ -186,10 +186,10 @@ def standardize_logits(
       Sun et al., Logit Standardization in Knowledge Distillation (CVPR 2024, arXiv 2403.01427).
     """
     logits = as_float(logits, "logits")
-    check_where(where, logits.shape)
+    check_where(vocab_where, logits.shape, "vocab_where")
     keep = logits != -jnp.inf
-    if where is not None:
-        keep = keep & where
+    if vocab_where is not None:
+        keep = keep & vocab_where
     safe = jnp.where(keep, logits, 0.0)
 
     def total(values: jax.Array) -> jax.Array:
@@ -223,7 +223,7 @@ def dist(
     inter_weight: float = 1.0,
     intra_weight: float = 1.0,
     temperature: float = 1.0,
-    example_where: Bool[Array, " batch"] | None = None,
+    where: Bool[Array, " batch"] | None = None,
 ) -> Float[jax.Array, " batch"]:
     """DIST: match correlations of the probabilities, within an example and within a class.
 
@@ -243,7 +243,7 @@ def dist(
       inter_weight: beta of the paper (2 on ImageNet).
       intra_weight: gamma of the paper (2 on ImageNet).
       temperature: 1 on ImageNet, 4 on CIFAR.
-      example_where: the examples that count in the second term.
+      where: the examples that count in the second term.
 
     Returns:
       float32 ``[batch]``.
@@ -264,7 +264,7 @@ def dist(
     student, teacher = jax.nn.softmax(student), jax.nn.softmax(teacher)
     everywhere = jnp.ones(student.shape, bool)
     inter = _pearson_distance(student, teacher, everywhere, -1)
-    if example_where is not None:
-        everywhere = everywhere & jnp.asarray(example_where)[:, None]
+    if where is not None:
+        everywhere = everywhere & jnp.asarray(where)[:, None]
     intra = _pearson_distance(student, teacher, everywhere, 0).mean()
     return temperature**2 * (inter_weight * inter + intra_weight * intra)

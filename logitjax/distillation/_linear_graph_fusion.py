@@ -80,7 +80,7 @@ def linear_graph_fusion(
         bias=bias,
         vocab_axis=vocab_axis,
         soft_cap=soft_cap,
-        where=vocab_where,
+        vocab_where=vocab_where,
         block_size=block_size,
         token_block=token_block,
         axis_name=axis_name,

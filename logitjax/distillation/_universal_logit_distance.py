@@ -48,8 +48,8 @@ def universal_logit_distance(
     *,
     top_k: int | None = 10,
     temperature: Number = 1.0,
-    where: Bool[Array, "..."] | None = None,
-    teacher_where: Bool[Array, "..."] | None = None,
+    vocab_where: Bool[Array, "..."] | None = None,
+    teacher_vocab_where: Bool[Array, "..."] | None = None,
     axis: int = -1,
     axis_name: AxisName | None = None,
 ) -> Float[jax.Array, "..."]:
@@ -74,8 +74,8 @@ def universal_logit_distance(
       top_k: how many ranks to compare; None for all of them.
       temperature: `T`, positive; may be traced. A `TopK` is taken as it is: make it from
         `logits / T`.
-      where: boolean, broadcastable to `student`: True for its entries that exist.
-      teacher_where: the same for `teacher`.
+      vocab_where: boolean, broadcastable to `student`: True for its entries that exist.
+      teacher_vocab_where: the same for `teacher`.
       axis: the vocabulary axis of the logits.
       axis_name: inside `jax.shard_map` with the vocabularies split over this mesh axis: that axis.
         A `TopK` is whole on every shard.
@@ -122,8 +122,8 @@ def universal_logit_distance(
             return _top_probs(model, top_k, name)
         return _sorted_probs(model, top_k, temperature, mask, mask_name, axis, axis_name, name)
 
-    q = probs(student, where, "where", "student")
-    p = probs(teacher, teacher_where, "teacher_where", "teacher")
+    q = probs(student, vocab_where, "vocab_where", "student")
+    p = probs(teacher, teacher_vocab_where, "teacher_vocab_where", "teacher")
     if q.shape[:-1] != p.shape[:-1]:
         raise ValueError(
             f"teacher must have the batch axes of student, {q.shape[:-1]}, got {p.shape[:-1]}: "
@@ -137,13 +137,13 @@ def _sorted_probs(
     logits: Array,
     top_k: int | None,
     temperature: Number,
-    where: Array | None,
+    vocab_where: Array | None,
     where_name: str,
     axis: int,
     axis_name: AxisName | None,
     name: str,
 ) -> jax.Array:
-    masked = mask_logits(as_float(logits, name), where, where_name)
+    masked = mask_logits(as_float(logits, name), vocab_where, where_name)
     scaled = jnp.moveaxis(masked, check_axis(axis, masked.ndim, name), -1) / temperature
     log_z = logsumexp(scaled, axis_name=axis_name)
     if axis_name is None:

@@ -112,7 +112,7 @@ class DynamicFusion:
         logits_experts: Float[Array, "..."],
         logits_bases: Float[Array, "..."],
         *,
-        where: Bool[Array, "..."] | None = None,
+        vocab_where: Bool[Array, "..."] | None = None,
         axis_name: AxisName | None = None,
     ) -> tuple[Float[jax.Array, "*batch vocab"], dict[str, jax.Array]]:
         """Fused logits, and what was decided.
@@ -121,8 +121,8 @@ class DynamicFusion:
           logits_large: ``[*batch, vocab]``, untempered.
           logits_experts: ``[T, *batch, vocab]``, or without the leading axis for one expert.
           logits_bases: as many, or one for all.
-          where: boolean, broadcastable to the logits: True for the entries that exist. Entries
-            that are ``-inf`` in any of the models do not exist either.
+          vocab_where: boolean, broadcastable to the logits: True for the entries that exist.
+            Entries that are ``-inf`` in any of the models do not exist either.
           axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that
             axis.
 
@@ -137,10 +137,10 @@ class DynamicFusion:
         Raises:
           ValueError: shapes do not fit, or a joint grid would be too large.
         """
-        inputs = read_inputs(logits_large, logits_experts, logits_bases, where)
-        given = [logits_large, logits_experts, logits_bases, where]
-        if where is not None:
-            given[3] = jnp.broadcast_to(where, logits_large.shape)
+        inputs = read_inputs(logits_large, logits_experts, logits_bases, vocab_where)
+        given = [logits_large, logits_experts, logits_bases, vocab_where]
+        if vocab_where is not None:
+            given[3] = jnp.broadcast_to(vocab_where, logits_large.shape)
         frozen = jax.tree.map(lambda x: lax.stop_gradient(jnp.asarray(x)), given)
         decide = functools.partial(self._decide, axis_name=axis_name)
         # All-reduces are counted by the token, not by the row.
@@ -156,12 +156,12 @@ class DynamicFusion:
         large: jax.Array,
         experts: jax.Array,
         bases: jax.Array,
-        where: jax.Array | None,
+        vocab_where: jax.Array | None,
         *,
         axis_name: AxisName | None,
     ) -> dict[str, jax.Array]:
         """Alphas, and all that is reported beside them."""
-        inputs = read_inputs(large, experts, bases, where)
+        inputs = read_inputs(large, experts, bases, vocab_where)
         path = make_path(inputs, float(self.alpha_range[1]), axis_name)
         several = len(path) > 1
         expert = jnp.full(inputs.large.shape[:-1], -1 if several else 0, jnp.int32)

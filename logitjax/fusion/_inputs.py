@@ -35,14 +35,14 @@ def read_inputs(
     logits_large: Array,
     logits_experts: Array | None,
     logits_bases: Array | None,
-    where: Array | None,
+    vocab_where: Array | None,
     *,
     needs_experts: bool = True,
     needs_bases: bool = True,
 ) -> Inputs:
     """Checks shapes and marks the entries that exist in every model that is given."""
     large = as_float(logits_large, "logits_large")
-    check_where(where, large.shape)
+    check_where(vocab_where, large.shape, "vocab_where")
     experts = _stacked(logits_experts, large, "logits_experts", needed=needs_experts)
     bases = _stacked(logits_bases, large, "logits_bases", needed=needs_bases)
     if experts is not None and bases is not None and bases.shape[0] not in (1, experts.shape[0]):
@@ -55,8 +55,8 @@ def read_inputs(
     for logits in (experts, bases):
         if logits is not None:
             exists &= (logits != -jnp.inf).all(0)
-    if where is not None:
-        exists &= jnp.asarray(where)
+    if vocab_where is not None:
+        exists &= jnp.asarray(vocab_where)
 
     def there(logits: Any) -> Any:
         return None if logits is None else jnp.where(exists, logits, 0.0)

@@ -73,7 +73,7 @@ class LogitDifference:
         logits_experts: Float[Array, "..."],
         logits_bases: Float[Array, "..."] | None = None,
         *,
-        where: Bool[Array, "..."] | None = None,
+        vocab_where: Bool[Array, "..."] | None = None,
         axis_name: AxisName | None = None,
     ) -> tuple[Float[jax.Array, "*batch vocab"], dict[str, Any]]:
         """Float32 logits ``[*batch, vocab]`` and ``{"changed": how many entries}``.
@@ -82,7 +82,7 @@ class LogitDifference:
           logits_large: ``[*batch, vocab]``.
           logits_experts: the assistant's, ``[*batch, vocab]`` or with a leading axis of 1.
           logits_bases: None (or none along the leading axis).
-          where: boolean, broadcastable to the logits: True for the entries that exist.
+          vocab_where: boolean, broadcastable to the logits: True for the entries that exist.
           axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that
             axis.
 
@@ -91,13 +91,13 @@ class LogitDifference:
         """
         if logits_bases is not None and len(logits_bases):
             raise ValueError("logits_bases: the logit difference takes none, only an assistant")
-        inputs = read_inputs(logits_large, logits_experts, None, where, needs_bases=False)
+        inputs = read_inputs(logits_large, logits_experts, None, vocab_where, needs_bases=False)
         if len(inputs.experts) != 1:
             raise ValueError(f"logits_experts: expected one assistant, got {len(inputs.experts)}")
         assistant = inputs.experts[0]
         exists = inputs.exists
         if self.form == "centred":
-            log_z = logsumexp(assistant, where=exists, axis_name=axis_name)
+            log_z = logsumexp(assistant, vocab_where=exists, axis_name=axis_name)
             count = psum(exists.sum(-1), axis_name)
             constant = log_z - jnp.log(jnp.maximum(count, 1).astype(log_z.dtype))
             assistant = assistant - constant[..., None]

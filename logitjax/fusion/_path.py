@@ -251,7 +251,7 @@ def fusion_divergences(
     logits_base: Float[Array, "*batch vocab"],
     alpha: Float[Array, "*batch"],
     *,
-    where: Bool[Array, "..."] | None = None,
+    vocab_where: Bool[Array, "..."] | None = None,
     axis_name: AxisName | None = None,
 ) -> Divergences:
     """How far the fused distribution is from the large model's, beside expert and base.
@@ -270,7 +270,7 @@ def fusion_divergences(
       logits_expert: the same shape.
       logits_base: the same shape.
       alpha: `[*batch]`, not negative.
-      where: boolean, broadcastable to the logits: True for the entries that exist.
+      vocab_where: boolean, broadcastable to the logits: True for the entries that exist.
       axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that axis.
 
     Returns:
@@ -289,7 +289,7 @@ def fusion_divergences(
       ours.
     """
     alpha = jnp.asarray(alpha)
-    inputs = read_inputs(logits_large, logits_expert, logits_base, where)
+    inputs = read_inputs(logits_large, logits_expert, logits_base, vocab_where)
     # Any upper end serves, as long as it is above alpha.
     path = make_path(inputs, 2.0, axis_name)
     # With the bound on the peak out of use beyond it.

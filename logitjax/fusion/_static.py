@@ -42,7 +42,7 @@ class ProxyTuning:
         logits_experts: Float[Array, "..."],
         logits_bases: Float[Array, "..."],
         *,
-        where: Bool[Array, "..."] | None = None,
+        vocab_where: Bool[Array, "..."] | None = None,
         axis_name: AxisName | None = None,
     ) -> tuple[Float[jax.Array, "*batch vocab"], dict[str, Any]]:
         """Fused float32 logits ``[*batch, vocab]`` and an empty dictionary.
@@ -51,11 +51,11 @@ class ProxyTuning:
           logits_large: ``[*batch, vocab]``.
           logits_experts: ``[T, *batch, vocab]``, or without the leading axis for one.
           logits_bases: as many, or one for all.
-          where: boolean, broadcastable to the logits: True for the entries that exist.
+          vocab_where: boolean, broadcastable to the logits: True for the entries that exist.
           axis_name: of no effect, for entries are fused each by itself.
         """
         del axis_name
-        inputs = read_inputs(logits_large, logits_experts, logits_bases, where)
+        inputs = read_inputs(logits_large, logits_experts, logits_bases, vocab_where)
         return inputs.fused(inputs.large + self.alpha * inputs.differences.sum(0)), {}
 
 
@@ -95,7 +95,7 @@ class DExperts:
         logits_experts: Float[Array, "..."],
         logits_bases: Float[Array, "..."],
         *,
-        where: Bool[Array, "..."] | None = None,
+        vocab_where: Bool[Array, "..."] | None = None,
         axis_name: AxisName | None = None,
     ) -> tuple[Float[jax.Array, "*batch vocab"], dict[str, Any]]:
         """As `ProxyTuning`; with ``axis_name`` only where ``top_p`` is 1.
@@ -108,10 +108,10 @@ class DExperts:
                 f"top_p={self.top_p} sorts the vocabulary, which axis_name={axis_name!r} splits: "
                 "gather the large model's logits or give top_p=1"
             )
-        inputs = read_inputs(logits_large, logits_experts, logits_bases, where)
+        inputs = read_inputs(logits_large, logits_experts, logits_bases, vocab_where)
         fused = inputs.fused(inputs.large + self.alpha * inputs.differences.sum(0))
         if self.top_p < 1:
-            probs = jnp.exp(log_softmax(inputs.large, where=inputs.exists))
+            probs = jnp.exp(log_softmax(inputs.large, vocab_where=inputs.exists))
             descending = -jnp.sort(-probs, axis=-1)
             before = jnp.cumsum(descending, axis=-1) - descending
             least = jnp.where(before < self.top_p, descending, jnp.inf).min(-1, keepdims=True)
@@ -150,12 +150,12 @@ class EmulatedFineTuning:
         logits_experts: Float[Array, "..."],
         logits_bases: Float[Array, "..."],
         *,
-        where: Bool[Array, "..."] | None = None,
+        vocab_where: Bool[Array, "..."] | None = None,
         axis_name: AxisName | None = None,
     ) -> tuple[Float[jax.Array, "*batch vocab"], dict[str, Any]]:
         """Log-probabilities ``[*batch, vocab]``; arguments as of `ProxyTuning`."""
         fused, info = ProxyTuning(alpha=self.beta)(
-            logits_large, logits_experts, logits_bases, where=where
+            logits_large, logits_experts, logits_bases, vocab_where=vocab_where
         )
         return log_softmax(fused, axis_name=axis_name), info
 
@@ -199,7 +199,7 @@ class ContrastiveDecoding:
         logits_experts: Float[Array, "..."] | None,
         logits_bases: Float[Array, "..."],
         *,
-        where: Bool[Array, "..."] | None = None,
+        vocab_where: Bool[Array, "..."] | None = None,
         axis_name: AxisName | None = None,
     ) -> tuple[Float[jax.Array, "*batch vocab"], dict[str, Any]]:
         """Fused float32 logits ``[*batch, vocab]`` and an empty dictionary.
@@ -208,7 +208,7 @@ class ContrastiveDecoding:
           logits_large: ``[*batch, vocab]``.
           logits_experts: None (or none along the leading axis).
           logits_bases: the amateur's, ``[*batch, vocab]`` or with a leading axis of 1.
-          where: boolean, broadcastable to the logits: True for the entries that exist.
+          vocab_where: boolean, broadcastable to the logits: True for the entries that exist.
           axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that
             axis.
 
@@ -217,7 +217,7 @@ class ContrastiveDecoding:
         """
         if logits_experts is not None and len(logits_experts):
             raise ValueError("logits_experts: contrastive decoding takes none, only a base")
-        inputs = read_inputs(logits_large, None, logits_bases, where, needs_experts=False)
+        inputs = read_inputs(logits_large, None, logits_bases, vocab_where, needs_experts=False)
         if len(inputs.bases) != 1:
             raise ValueError(f"logits_bases: expected one amateur, got {len(inputs.bases)}")
         fused = inputs.fused(self.weight * inputs.large - self.amateur_weight * inputs.bases[0])

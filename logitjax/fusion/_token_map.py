@@ -81,7 +81,7 @@ class TokenMap:
         self,
         logits_small: Float[Array, "*batch small"],
         *,
-        where: Bool[Array, "..."] | None = None,
+        vocab_where: Bool[Array, "..."] | None = None,
     ) -> Float[jax.Array, "*batch large"]:
         """Log-probabilities of the small model at the large model's ids.
 
@@ -91,14 +91,14 @@ class TokenMap:
 
         Args:
           logits_small: ``[*batch, small]``; more entries than the vocabulary has are padding.
-          where: boolean, broadcastable to them: True for the entries that exist.
+          vocab_where: boolean, broadcastable to them: True for the entries that exist.
         """
         logits = as_float(logits_small, "logits_small")
         if logits.shape[-1] < self.small_size:
             raise ValueError(
                 f"logits_small: expected at least {self.small_size} entries, got {logits.shape[-1]}"
             )
-        log_p = log_softmax(logits, where=where)
+        log_p = log_softmax(logits, vocab_where=vocab_where)
         found = jnp.take(log_p, np.maximum(self.small_ids, 0), axis=-1)
         return jnp.where(self.overlap & (found > -jnp.inf), found, _NOWHERE)
 
@@ -132,7 +132,7 @@ class OverlapFusion:
         logits_experts: Float[Array, "..."] | None,
         logits_bases: Float[Array, "..."] | None,
         *,
-        where: Bool[Array, "..."] | None = None,
+        vocab_where: Bool[Array, "..."] | None = None,
         axis_name: AxisName | None = None,
     ) -> tuple[Float[jax.Array, "*batch vocab"], Any]:
         """As the strategy, with ``[..., small]`` logits of experts and bases.
@@ -151,14 +151,16 @@ class OverlapFusion:
                 f"logits_large: expected at least {self.token_map.large_size} entries, got {size}"
             )
         large = jnp.asarray(logits_large)[..., : self.token_map.large_size]
-        if where is not None:
-            where = jnp.broadcast_to(where, logits_large.shape)[..., : self.token_map.large_size]
+        if vocab_where is not None:
+            vocab_where = jnp.broadcast_to(vocab_where, logits_large.shape)[
+                ..., : self.token_map.large_size
+            ]
         small = [
             None if x is None or not len(x) else self.token_map.to_large(x)
             for x in (logits_experts, logits_bases)
         ]
         experts, bases = small
-        fused, info = self.strategy(large, experts, bases, where=where)
+        fused, info = self.strategy(large, experts, bases, vocab_where=vocab_where)
         padding = [(0, 0)] * (fused.ndim - 1) + [(0, size - large.shape[-1])]
         return jnp.pad(fused, padding, constant_values=-jnp.inf), info
 

@@ -38,7 +38,7 @@ def low_rank_nll(
     labels: Int[Array, "*batch"],
     *,
     z_loss: float = 0.0,
-    where: Bool[Array, " vocab"] | None = None,
+    vocab_where: Bool[Array, " vocab"] | None = None,
 ) -> Float[jax.Array, "*batch"]:
     """Cross-entropy of a low-rank head, by blocks of the vocabulary.
 
@@ -49,7 +49,7 @@ def low_rank_nll(
       bias: ``[vocab]`` or None.
       labels: ``[*batch]``.
       z_loss: weight of the squared log-normaliser.
-      where: ``[vocab]``, True for the entries that exist.
+      vocab_where: ``[vocab]``, True for the entries that exist.
 
     Returns:
       ``[*batch]``, float32, not reduced.
@@ -60,7 +60,7 @@ def low_rank_nll(
     """
     narrow = jnp.asarray(hidden) @ jnp.asarray(down)
     return linear_cross_entropy(
-        narrow, kernel, labels, bias=bias, vocab_axis=0, z_loss=z_loss, where=where
+        narrow, kernel, labels, bias=bias, vocab_axis=0, z_loss=z_loss, vocab_where=vocab_where
     )
 
 
@@ -177,13 +177,13 @@ class LowRankHead(VocabularyHead):
         embedding: Array | None = None,
         *,
         z_loss: float = 0.0,
-        where: Bool[Array, " vocab"] | None = None,
+        vocab_where: Bool[Array, " vocab"] | None = None,
     ) -> Float[jax.Array, "*batch"]:
         """Cross-entropy, not reduced; see `low_rank_nll`."""
         down = jnp.asarray(self.down[...], self.dtype)
         hidden = jnp.asarray(hidden, self.dtype)
         weights = (down, self.kernel[...], self.bias[...])
-        return low_rank_nll(hidden, *weights, labels, z_loss=z_loss, where=where)
+        return low_rank_nll(hidden, *weights, labels, z_loss=z_loss, vocab_where=vocab_where)
 
     def kernel_and_bias(self, embedding: Array | None = None) -> tuple[Array, Array, int]:
         """The equivalent full head, ``[vocab, hidden]``: for losses that take a kernel."""

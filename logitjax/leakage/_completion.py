@@ -33,7 +33,7 @@ class Completion:
 
 def complete_rows(
     values: Float[Array, "n vocab"],
-    where: Bool[Array, "n vocab"],
+    vocab_where: Bool[Array, "n vocab"],
     rank: int,
     *,
     key: Key[jax.Array, ""],
@@ -50,8 +50,8 @@ def complete_rows(
     values chosen by size, as an API's top-k, need several times that.
 
     Args:
-      values: ``[n, vocab]``; anything where ``where`` is False.
-      where: ``[n, vocab]``, True where a value is given.
+      values: ``[n, vocab]``; anything where ``vocab_where`` is False.
+      vocab_where: ``[n, vocab]``, True where a value is given.
       rank: of the matrix, usually the hidden dimension.
       key: of the start and of the choice of held-out values.
       iterations: of both half steps.
@@ -72,17 +72,19 @@ def complete_rows(
     True
     """
     check_positive(rank, "rank")
-    where = np.asarray(where, bool)
-    values = np.where(where, np.asarray(values, np.float32), 0.0)
+    vocab_where = np.asarray(vocab_where, bool)
+    values = np.where(vocab_where, np.asarray(values, np.float32), 0.0)
     count, vocab = values.shape
-    given = where.sum(axis=1)
+    given = vocab_where.sum(axis=1)
     if not given.all():
         raise ValueError(f"row {int(np.argmin(given))} has no value")
-    spread = float(values[where].std())
+    spread = float(values[vocab_where].std())
     keep_key, start_key = jax.random.split(key)
-    kept_back = where & (np.asarray(jax.random.uniform(keep_key, where.shape)) < held_out)
-    kept_back &= (where & ~kept_back).any(axis=1, keepdims=True)
-    seen = where & ~kept_back
+    kept_back = vocab_where & (
+        np.asarray(jax.random.uniform(keep_key, vocab_where.shape)) < held_out
+    )
+    kept_back &= (vocab_where & ~kept_back).any(axis=1, keepdims=True)
+    seen = vocab_where & ~kept_back
     left, right = _alternate(
         jnp.asarray(values), jnp.asarray(seen, jnp.float32), start_key, rank, iterations, ridge
     )

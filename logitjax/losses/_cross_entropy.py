@@ -43,7 +43,7 @@ def cross_entropy(
     *,
     label_smoothing: Number = 0.0,
     z_loss: Number = 0.0,
-    where: Bool[Array, "..."] | None = None,
+    vocab_where: Bool[Array, "..."] | None = None,
     axis: int = -1,
     axis_name: AxisName | None = None,
 ) -> Float[jax.Array, "..."]:
@@ -57,14 +57,14 @@ def cross_entropy(
         (1 - e) (log Z - logits_y) + e mean_v (log Z - logits_v) + c (log Z)^2
 
     with `e = label_smoothing`, `c = z_loss`. The mean is over the entries that exist: neither
-    `-inf` nor excluded by `where`.
+    `-inf` nor excluded by `vocab_where`.
 
     Args:
       logits: `[*batch, vocab]` (the vocabulary at `axis`), any floating point dtype.
       labels: `[*batch]` integers in `0..vocab - 1`.
       label_smoothing: the weight `e` of the uniform distribution, in `[0, 1)`.
       z_loss: the weight `c` of the squared log-normaliser, which keeps logits from drifting.
-      where: boolean, broadcastable to `logits`: True for the entries that exist.
+      vocab_where: boolean, broadcastable to `logits`: True for the entries that exist.
       axis: the vocabulary axis.
       axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that axis.
         Labels count over the whole vocabulary.
@@ -75,8 +75,9 @@ def cross_entropy(
       labels >= 0)` leaves both the nan and its gradient out.
 
     Raises:
-      TypeError: `labels` are not integers, `logits` not floating point or `where` not boolean.
-      ValueError: `labels` do not have the shape of `logits` without `axis`, `where` does not
+      TypeError: `labels` are not integers, `logits` not floating point or `vocab_where` not
+        boolean.
+      ValueError: `labels` do not have the shape of `logits` without `axis`, `vocab_where` does not
         broadcast, or `label_smoothing` is out of range.
 
     >>> import jax.numpy as jnp
@@ -103,7 +104,7 @@ def cross_entropy(
     if isinstance(label_smoothing, (int, float)) and not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
 
-    logits = mask_logits(logits, where)
+    logits = mask_logits(logits, vocab_where)
     vocab = logits.shape[axis]
     first, size = 0, vocab
     if axis_name is not None:

@@ -45,7 +45,7 @@ def kl_divergence(
     *,
     direction: Literal["forward", "reverse"] = "forward",
     temperature: Number = 1.0,
-    where: Bool[Array, "..."] | None = None,
+    vocab_where: Bool[Array, "..."] | None = None,
     axis: int = -1,
     axis_name: AxisName | None = None,
 ) -> Float[jax.Array, "..."]:
@@ -64,7 +64,7 @@ def kl_divergence(
         teacher shares parameters with the student.
       direction: 'forward' for KL(teacher || student), 'reverse' for KL(student || teacher).
       temperature: `T`, positive; may be traced.
-      where: boolean, broadcastable to the logits: True for the entries that exist in both.
+      vocab_where: boolean, broadcastable to the logits: True for the entries that exist in both.
       axis: the vocabulary axis.
       axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that axis.
 
@@ -73,8 +73,8 @@ def kl_divergence(
       in the second; its gradient is then that of the other entries, and finite.
 
     Raises:
-      TypeError: the logits are not floating point or `where` not boolean.
-      ValueError: the shapes differ, `where` does not broadcast, `direction` is unknown or
+      TypeError: the logits are not floating point or `vocab_where` not boolean.
+      ValueError: the shapes differ, `vocab_where` does not broadcast, `direction` is unknown or
         `temperature` not positive.
 
     >>> import jax.numpy as jnp
@@ -91,7 +91,7 @@ def kl_divergence(
     if direction not in ("forward", "reverse"):
         raise ValueError(f"direction must be 'forward' or 'reverse', got {direction!r}")
     log_q, log_p, axis = _log_probs(
-        student_logits, teacher_logits, temperature, where, axis, axis_name
+        student_logits, teacher_logits, temperature, vocab_where, axis, axis_name
     )
     first, second = (log_p, log_q) if direction == "forward" else (log_q, log_p)
     scale = jnp.square(jnp.asarray(temperature, log_q.dtype))
@@ -104,7 +104,7 @@ def generalized_jensen_shannon(
     *,
     beta: float | int = 0.5,
     temperature: Number = 1.0,
-    where: Bool[Array, "..."] | None = None,
+    vocab_where: Bool[Array, "..."] | None = None,
     axis: int = -1,
     axis_name: AxisName | None = None,
 ) -> Float[jax.Array, "..."]:
@@ -125,7 +125,7 @@ def generalized_jensen_shannon(
       teacher_logits: the same shape; differentiable as well.
       beta: the teacher's weight, in `[0, 1]`, a Python number.
       temperature: `T`, positive; may be traced.
-      where: boolean, broadcastable to the logits: True for the entries that exist in both.
+      vocab_where: boolean, broadcastable to the logits: True for the entries that exist in both.
       axis: the vocabulary axis.
       axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that axis.
 
@@ -133,8 +133,8 @@ def generalized_jensen_shannon(
       `[*batch]`, float32: finite for 0 < beta < 1, as `kl_divergence` at the ends.
 
     Raises:
-      TypeError: the logits are not floating point or `where` not boolean.
-      ValueError: the shapes differ, `where` does not broadcast, `beta` is out of range or
+      TypeError: the logits are not floating point or `vocab_where` not boolean.
+      ValueError: the shapes differ, `vocab_where` does not broadcast, `beta` is out of range or
         `temperature` not positive.
 
     >>> import jax.numpy as jnp
@@ -150,7 +150,7 @@ def generalized_jensen_shannon(
     """
     check_between(beta, 0, 1, "beta")
     log_q, log_p, axis = _log_probs(
-        student_logits, teacher_logits, temperature, where, axis, axis_name
+        student_logits, teacher_logits, temperature, vocab_where, axis, axis_name
     )
     if beta == 0:
         terms = _kl_terms(log_p, log_q)
@@ -173,7 +173,7 @@ def total_variation(
     teacher_logits: Float[Array, "..."],
     *,
     temperature: Number = 1.0,
-    where: Bool[Array, "..."] | None = None,
+    vocab_where: Bool[Array, "..."] | None = None,
     axis: int = -1,
     axis_name: AxisName | None = None,
 ) -> Float[jax.Array, "..."]:
@@ -187,7 +187,7 @@ def total_variation(
       student_logits: `[*batch, vocab]` (the vocabulary at `axis`), any floating point dtype.
       teacher_logits: the same shape; differentiable as well.
       temperature: `T`, positive; may be traced.
-      where: boolean, broadcastable to the logits: True for the entries that exist in both.
+      vocab_where: boolean, broadcastable to the logits: True for the entries that exist in both.
       axis: the vocabulary axis.
       axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that axis.
 
@@ -195,8 +195,9 @@ def total_variation(
       `[*batch]`, float32, in `[0, 1]`.
 
     Raises:
-      TypeError: the logits are not floating point or `where` not boolean.
-      ValueError: the shapes differ, `where` does not broadcast or `temperature` is not positive.
+      TypeError: the logits are not floating point or `vocab_where` not boolean.
+      ValueError: the shapes differ, `vocab_where` does not broadcast or `temperature` is not
+        positive.
 
     >>> import jax.numpy as jnp
     >>> student = jnp.log(jnp.array([0.5, 0.5]))
@@ -208,7 +209,7 @@ def total_variation(
       Wen et al., f-divergence minimization for sequence-level knowledge distillation, 2023.
     """
     log_q, log_p, axis = _log_probs(
-        student_logits, teacher_logits, temperature, where, axis, axis_name
+        student_logits, teacher_logits, temperature, vocab_where, axis, axis_name
     )
     terms = jnp.abs(jnp.exp(log_p) - jnp.exp(log_q))
     return 0.5 * psum(terms.sum(axis), axis_name)
@@ -218,7 +219,7 @@ def _log_probs(
     student_logits: Array,
     teacher_logits: Array,
     temperature: Number,
-    where: Array | None,
+    vocab_where: Array | None,
     axis: int,
     axis_name: AxisName | None,
 ) -> tuple[jax.Array, jax.Array, int]:
@@ -234,7 +235,9 @@ def _log_probs(
     check_positive(temperature, "temperature")
 
     def log_probs(logits: jax.Array) -> jax.Array:
-        return log_softmax(logits / temperature, axis=axis, where=where, axis_name=axis_name)
+        return log_softmax(
+            logits / temperature, axis=axis, vocab_where=vocab_where, axis_name=axis_name
+        )
 
     return log_probs(student), log_probs(teacher), axis
 

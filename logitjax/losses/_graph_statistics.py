@@ -59,18 +59,18 @@ def graph_statistics(
     logits: Float[Array, "*batch positions vocab"],
     k: int,
     *,
-    where: Bool[Array, "..."] | None = None,
+    vocab_where: Bool[Array, "..."] | None = None,
     axis_name: str | None = None,
 ) -> GraphStatistics:
     """Top-k logits, log-sum-exp, mean and standard deviation of every position.
 
-    Entries of -inf (a padded vocabulary) and those that ``where`` leaves out count in none of
+    Entries of -inf (a padded vocabulary) and those that ``vocab_where`` leaves out count in none of
     them. Differentiable in every field. Under ``jit``, fields that nobody reads cost nothing.
 
     Args:
         logits: ``[*batch, positions, vocab]``, any float type.
         k: how many to keep, at most the vocabulary.
-        where: vocabulary entries that count, broadcastable to the logits.
+        vocab_where: vocabulary entries that count, broadcastable to the logits.
         axis_name: mesh axis that shards the vocabulary, inside ``shard_map``.
 
     Returns:
@@ -90,8 +90,8 @@ def graph_statistics(
         vocab *= jax.lax.axis_size(axis_name)
     if not 1 <= k <= vocab:
         raise ValueError(f"k: expected 1 to the vocabulary size {vocab}, got {k}")
-    if where is not None:
-        logits = jnp.where(jnp.asarray(where), logits, -jnp.inf)
+    if vocab_where is not None:
+        logits = jnp.where(jnp.asarray(vocab_where), logits, -jnp.inf)
     values, indices = ops.top_k(logits, k, axis_name=axis_name)
     mean, std = _moments(logits.astype(jnp.float32), axis_name)
     return GraphStatistics(

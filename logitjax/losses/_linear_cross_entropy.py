@@ -42,7 +42,7 @@ def linear_cross_entropy(
     soft_cap: float | int | None = None,
     label_smoothing: float | int = 0.0,
     z_loss: float | int = 0.0,
-    where: Bool[Array, " vocab"] | None = None,
+    vocab_where: Bool[Array, " vocab"] | None = None,
     token_weights: Float[Array, "*batch"] | None = None,
     block_size: int | None = None,
     token_block: int | None = None,
@@ -70,7 +70,7 @@ def linear_cross_entropy(
       soft_cap: `cap`, as Gemma 2 has on its logits; none by default.
       label_smoothing: `e`.
       z_loss: `c`.
-      where: `[vocab]` boolean: True for the entries that exist, as in a padded vocabulary.
+      vocab_where: `[vocab]` boolean: True for the entries that exist, as in a padded vocabulary.
       token_weights: `[*batch]`. Gives the scalar `sum(token_weights * loss)` and forms gradients in
         the same sweep as the value, so that nothing is computed twice. A position of weight 0
         counts for nothing whatever its label.
@@ -113,7 +113,7 @@ def linear_cross_entropy(
         student,
         tokens={"labels": labels},
         temperature=temperature,
-        where=where,
+        vocab_where=vocab_where,
         combine=combine,
         token_weights=token_weights,
         block_size=block_size,

@@ -30,7 +30,7 @@ def linear_kl_divergence(
     temperature: Number = 1.0,
     soft_cap: float | int | None = None,
     teacher_soft_cap: float | int | None = None,
-    where: Bool[Array, " vocab"] | None = None,
+    vocab_where: Bool[Array, " vocab"] | None = None,
     token_weights: Float[Array, "*batch"] | None = None,
     block_size: int | None = None,
     token_block: int | None = None,
@@ -60,7 +60,7 @@ def linear_kl_divergence(
       temperature: `T`, positive; may be traced, but gets no gradient.
       soft_cap: `cap` of the student's logits.
       teacher_soft_cap: `cap` of the teacher's.
-      where: `[vocab]` boolean: True for the entries that exist in both.
+      vocab_where: `[vocab]` boolean: True for the entries that exist in both.
       token_weights: `[*batch]`. Gives the scalar `sum(token_weights * loss)` and forms gradients in
         the same sweep as the value: four matmuls in place of six. A position of weight 0 counts for
         nothing.
@@ -97,7 +97,7 @@ def linear_kl_divergence(
             "teacher_",
         ),
         temperature=temperature,
-        where=where,
+        vocab_where=vocab_where,
         combine=_identity,
         token_weights=token_weights,
         block_size=block_size,
@@ -122,7 +122,7 @@ def linear_generalized_jensen_shannon(
     temperature: Number = 1.0,
     soft_cap: float | int | None = None,
     teacher_soft_cap: float | int | None = None,
-    where: Bool[Array, " vocab"] | None = None,
+    vocab_where: Bool[Array, " vocab"] | None = None,
     token_weights: Float[Array, "*batch"] | None = None,
     block_size: int | None = None,
     token_block: int | None = None,
@@ -151,7 +151,7 @@ def linear_generalized_jensen_shannon(
       temperature: `T`. The result is not multiplied by `T^2`.
       soft_cap: of the student's logits.
       teacher_soft_cap: of the teacher's.
-      where: `[vocab]` boolean.
+      vocab_where: `[vocab]` boolean.
       token_weights: `[*batch]`; gives a scalar.
       block_size: vocabulary entries a block.
       token_block: positions a block.
@@ -187,7 +187,7 @@ def linear_generalized_jensen_shannon(
             "teacher_",
         ),
         temperature=temperature,
-        where=where,
+        vocab_where=vocab_where,
         combine=_identity,
         token_weights=token_weights,
         block_size=block_size,
@@ -210,7 +210,7 @@ def linear_total_variation(
     temperature: Number = 1.0,
     soft_cap: float | int | None = None,
     teacher_soft_cap: float | int | None = None,
-    where: Bool[Array, " vocab"] | None = None,
+    vocab_where: Bool[Array, " vocab"] | None = None,
     token_weights: Float[Array, "*batch"] | None = None,
     block_size: int | None = None,
     token_block: int | None = None,
@@ -236,7 +236,7 @@ def linear_total_variation(
       temperature: `T`.
       soft_cap: of the student's logits.
       teacher_soft_cap: of the teacher's.
-      where: `[vocab]` boolean.
+      vocab_where: `[vocab]` boolean.
       token_weights: `[*batch]`; gives a scalar.
       block_size: vocabulary entries a block.
       token_block: positions a block.
@@ -267,7 +267,7 @@ def linear_total_variation(
             "teacher_",
         ),
         temperature=temperature,
-        where=where,
+        vocab_where=vocab_where,
         combine=_identity,
         token_weights=token_weights,
         block_size=block_size,

@@ -49,7 +49,7 @@ def linear_readout(
     vocab_axis: int | None = None,
     temperature: Number = 1.0,
     soft_cap: float | int | None = None,
-    where: Bool[Array, " vocab"] | None = None,
+    vocab_where: Bool[Array, " vocab"] | None = None,
     block_size: int | None = None,
     token_block: int | None = None,
     axis_name: AxisName | None = None,
@@ -71,7 +71,7 @@ def linear_readout(
       vocab_axis: the head's vocabulary axis; needed only for a square head.
       temperature: divides the logits.
       soft_cap: `cap tanh(logits / cap)`, before the temperature.
-      where: `[vocab]` boolean: True for the entries that exist; the others are `-inf`.
+      vocab_where: `[vocab]` boolean: True for the entries that exist; the others are `-inf`.
       block_size: vocabulary entries a block; chosen from shape and backend by default.
       token_block: positions a block along the last batch axis; likewise.
       axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that axis;
@@ -96,7 +96,7 @@ def linear_readout(
         student,
         tokens=tokens,
         temperature=temperature,
-        where=where,
+        vocab_where=vocab_where,
         block_size=block_size,
         token_block=token_block,
         axis_name=axis_name,
@@ -118,7 +118,7 @@ def linear_fused_loss(
     vocab_axis: int | None = None,
     temperature: Number = 1.0,
     soft_cap: float | int | None = None,
-    where: Bool[Array, " vocab"] | None = None,
+    vocab_where: Bool[Array, " vocab"] | None = None,
     block_size: int | None = None,
     token_block: int | None = None,
     axis_name: AxisName | None = None,
@@ -147,7 +147,7 @@ def linear_fused_loss(
       vocab_axis: 0 or 1.
       temperature: divides the logits.
       soft_cap: of the logits.
-      where: `[vocab]` boolean.
+      vocab_where: `[vocab]` boolean.
       block_size: vocabulary entries a block.
       token_block: positions a block.
       axis_name: mesh axis that splits the vocabulary.
@@ -182,7 +182,7 @@ def linear_fused_loss(
         student,
         tokens=columns | {"loss": tokens},
         temperature=temperature,
-        where=where,
+        vocab_where=vocab_where,
         combine=combine,
         token_weights=token_weights,
         block_size=block_size,

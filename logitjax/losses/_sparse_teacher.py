@@ -38,7 +38,7 @@ def sparse_kl_divergence(
     tail: Tail = "bucket",
     sample: TailSample | None = None,
     temperature: Number = 1.0,
-    where: Bool[Array, "..."] | None = None,
+    vocab_where: Bool[Array, "..."] | None = None,
     axis_name: AxisName | None = None,
 ) -> Float[jax.Array, "*batch"]:
     """KL divergence to a teacher known by its top k logits and its log-normaliser.
@@ -66,7 +66,7 @@ def sparse_kl_divergence(
       tail: 'bucket'; 'renormalize', which ignores the tail; 'sampled', forward only.
       sample: what 'sampled' needs, `[*batch, m]`. Gets no gradient.
       temperature: with 'renormalize' only: the mass of the tail is known at temperature 1.
-      where: boolean, broadcastable to the student's logits: True for the entries that exist.
+      vocab_where: boolean, broadcastable to the student's logits: True for the entries that exist.
       axis_name: mesh axis that splits the student's vocabulary, inside `jax.shard_map`.
 
     Returns:
@@ -92,7 +92,7 @@ def sparse_kl_divergence(
     if isinstance(student, TopK):
         gathered, log_z = student.values, student.log_z
     else:
-        logits = mask_logits(as_float(student, "student"), where)
+        logits = mask_logits(as_float(student, "student"), vocab_where)
         log_z = logsumexp(logits, axis_name=axis_name)
         gathered = gather_at(logits, wanted, axis_name=axis_name)
     if gathered.shape != wanted.shape:
@@ -120,7 +120,7 @@ def linear_sparse_kl_divergence(
     bias: Float[Array, " vocab"] | None = None,
     vocab_axis: int | None = None,
     soft_cap: float | int | None = None,
-    where: Bool[Array, " vocab"] | None = None,
+    vocab_where: Bool[Array, " vocab"] | None = None,
     token_weights: Float[Array, "*batch"] | None = None,
     block_size: int | None = None,
     token_block: int | None = None,
@@ -149,7 +149,7 @@ def linear_sparse_kl_divergence(
       bias: `[vocab]`.
       vocab_axis: the head's vocabulary axis; needed only for a square head.
       soft_cap: of the student's logits.
-      where: `[vocab]` boolean: True for the entries that exist.
+      vocab_where: `[vocab]` boolean: True for the entries that exist.
       token_weights: `[*batch]`. Gives the scalar `sum(token_weights * loss)` and forms gradients in
         the same sweep as the value. A position of weight 0 counts for nothing.
       block_size: vocabulary entries a block; chosen from shape and backend by default.
@@ -195,7 +195,7 @@ def linear_sparse_kl_divergence(
         student,
         tokens=tokens | {"temperature": _per_token(temperature, tokens["log_z"])},
         temperature=temperature,
-        where=where,
+        vocab_where=vocab_where,
         combine=combine,
         token_weights=token_weights,
         block_size=block_size,

@@ -17,13 +17,13 @@ def logsumexp(
     logits: Float[Array, "..."],
     *,
     axis: int = -1,
-    where: Bool[Array, "..."] | None = None,
+    vocab_where: Bool[Array, "..."] | None = None,
     axis_name: AxisName | None = None,
 ) -> Float[jax.Array, "..."]:
     """Logarithm of the summed exponentials over the vocabulary.
 
-    Entries that are `-inf` or excluded by `where` count as absent. A row without any entry gives
-    `-inf`, with a gradient of zero rather than nan.
+    Entries that are `-inf` or excluded by `vocab_where` count as absent. A row without any entry
+    gives `-inf`, with a gradient of zero rather than nan.
 
     ::
 
@@ -32,15 +32,15 @@ def logsumexp(
     Args:
       logits: `[*batch, vocab]` (the vocabulary at `axis`).
       axis: the vocabulary axis.
-      where: boolean, broadcastable to `logits`: True for the entries that exist.
+      vocab_where: boolean, broadcastable to `logits`: True for the entries that exist.
       axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that axis.
 
     Returns:
       `[*batch]`, float32.
 
     Raises:
-      TypeError: `logits` is not floating point or `where` not boolean.
-      ValueError: `axis` is out of range or `where` does not broadcast.
+      TypeError: `logits` is not floating point or `vocab_where` not boolean.
+      ValueError: `axis` is out of range or `vocab_where` does not broadcast.
 
     >>> import jax.numpy as jnp
     >>> print(f"{logsumexp(jnp.log(jnp.array([1.0, 2.0, 5.0, 0.0]))):.3f}")
@@ -48,14 +48,14 @@ def logsumexp(
     """
     logits = as_float(logits, "logits")
     axis = check_axis(axis, logits.ndim, "logits")
-    return _logsumexp(mask_logits(logits, where), axis, axis_name)
+    return _logsumexp(mask_logits(logits, vocab_where), axis, axis_name)
 
 
 def log_softmax(
     logits: Float[Array, "..."],
     *,
     axis: int = -1,
-    where: Bool[Array, "..."] | None = None,
+    vocab_where: Bool[Array, "..."] | None = None,
     axis_name: AxisName | None = None,
 ) -> Float[jax.Array, "..."]:
     """Log-probabilities over the vocabulary, `-inf` for entries that do not exist.
@@ -67,15 +67,15 @@ def log_softmax(
     Args:
       logits: `[*batch, vocab]` (the vocabulary at `axis`).
       axis: the vocabulary axis.
-      where: boolean, broadcastable to `logits`: True for the entries that exist.
+      vocab_where: boolean, broadcastable to `logits`: True for the entries that exist.
       axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that axis.
 
     Returns:
       The shape of `logits`, float32. A row without any entry is `-inf` throughout.
 
     Raises:
-      TypeError: `logits` is not floating point or `where` not boolean.
-      ValueError: `axis` is out of range or `where` does not broadcast.
+      TypeError: `logits` is not floating point or `vocab_where` not boolean.
+      ValueError: `axis` is out of range or `vocab_where` does not broadcast.
 
     >>> import jax.numpy as jnp
     >>> log_softmax(jnp.array([0.0, 0.0, -jnp.inf])).round(4)
@@ -83,15 +83,17 @@ def log_softmax(
     """
     logits = as_float(logits, "logits")
     axis = check_axis(axis, logits.ndim, "logits")
-    logits = mask_logits(logits, where)
+    logits = mask_logits(logits, vocab_where)
     log_z = _logsumexp(logits, axis, axis_name)
     return logits - jnp.expand_dims(finite_or_zero(log_z), axis)
 
 
-def mask_logits(logits: jax.Array, where: Array | None, name: str = "where") -> jax.Array:
-    """Sets the entries excluded by `where` to `-inf`."""
-    check_where(where, logits.shape, name)
-    return logits if where is None else jnp.where(where, logits, -jnp.inf)
+def mask_logits(
+    logits: jax.Array, vocab_where: Array | None, name: str = "vocab_where"
+) -> jax.Array:
+    """Sets the entries excluded by `vocab_where` to `-inf`."""
+    check_where(vocab_where, logits.shape, name)
+    return logits if vocab_where is None else jnp.where(vocab_where, logits, -jnp.inf)
 
 
 def finite_or_zero(values: jax.Array) -> jax.Array:

@@ -142,7 +142,7 @@ def top_k_of(
     logits: Float[Array, "*batch vocab"],
     k: int,
     *,
-    where: Bool[Array, "..."] | None = None,
+    vocab_where: Bool[Array, "..."] | None = None,
     axis_name: AxisName | None = None,
 ) -> TopK:
     """The `TopK` of full logits.
@@ -152,7 +152,7 @@ def top_k_of(
     Args:
       logits: `[*batch, vocab]`.
       k: how many to keep, at most the vocabulary.
-      where: boolean, broadcastable to `logits`: True for the entries that exist.
+      vocab_where: boolean, broadcastable to `logits`: True for the entries that exist.
       axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that axis.
 
     Returns:
@@ -166,7 +166,7 @@ def top_k_of(
     >>> [f"{log_p:.2f}" for log_p in top.values - top.log_z], top.indices
     (['-0.36', '-1.61'], Array([1, 2], dtype=int32))
     """
-    logits = mask_logits(as_float(logits, "logits"), where)
+    logits = mask_logits(as_float(logits, "logits"), vocab_where)
     values, indices = top_k(logits, k, axis_name=axis_name)
     return TopK(values, indices, logsumexp(logits, axis_name=axis_name))
 

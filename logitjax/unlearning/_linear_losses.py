@@ -22,7 +22,7 @@ def linear_uniform_kl(
     *,
     bias: Float[Array, " vocab"] | None = None,
     vocab_axis: int | None = None,
-    where: Bool[Array, " vocab"] | None = None,
+    vocab_where: Bool[Array, " vocab"] | None = None,
     block_size: int | None = None,
     token_block: int | None = None,
     axis_name: AxisName | None = None,
@@ -41,7 +41,7 @@ def linear_uniform_kl(
       head: ``[hidden, vocab]`` or ``[vocab, hidden]``.
       bias: ``[vocab]``; entries at ``-inf`` do not exist.
       vocab_axis: the head's vocabulary axis; needed only for a square head.
-      where: ``[vocab]`` boolean: True for the entries that exist.
+      vocab_where: ``[vocab]`` boolean: True for the entries that exist.
       block_size: vocabulary entries a block; chosen from shape and backend by default.
       token_block: positions a block along the last batch axis; likewise.
       axis_name: inside `jax.shard_map` with the head's vocabulary split over this mesh axis: that
@@ -66,12 +66,12 @@ def linear_uniform_kl(
         head,
         bias=bias,
         vocab_axis=vocab_axis,
-        where=where,
+        vocab_where=vocab_where,
         block_size=block_size,
         token_block=token_block,
         axis_name=axis_name,
     )
-    mean, count = _mean_logit(Branch(hidden, head, bias, vocab_axis), where, axis_name)
+    mean, count = _mean_logit(Branch(hidden, head, bias, vocab_axis), vocab_where, axis_name)
     return finite_or_zero(readout.log_z) - mean - jnp.log(count)
 
 
@@ -89,7 +89,7 @@ def linear_undial(
     reference_vocab_axis: int | None = None,
     soft_cap: float | int | None = None,
     reference_soft_cap: float | int | None = None,
-    where: Bool[Array, " vocab"] | None = None,
+    vocab_where: Bool[Array, " vocab"] | None = None,
     token_weights: Float[Array, "*batch"] | None = None,
     block_size: int | None = None,
     token_block: int | None = None,
@@ -110,7 +110,7 @@ def linear_undial(
       reference_vocab_axis: likewise.
       soft_cap: ``cap tanh(logits / cap)``.
       reference_soft_cap: likewise.
-      where: ``[vocab]`` boolean: True for the entries that exist.
+      vocab_where: ``[vocab]`` boolean: True for the entries that exist.
       token_weights: ``[*batch]``; gives the scalar ``sum(token_weights * loss)``, with gradients in
         the same sweep as the value.
       block_size: vocabulary entries a block.
@@ -148,7 +148,7 @@ def linear_undial(
             "reference_",
         ),
         tokens={"labels": labels},
-        where=where,
+        vocab_where=vocab_where,
         combine=_KnownLabels(vocab=vocabulary_size(student, axis_name)),
         token_weights=token_weights,
         block_size=block_size,
@@ -229,7 +229,7 @@ def linear_assistant_objective(
         labels=labels,
         bias=bias,
         vocab_axis=vocab_axis,
-        where=vocab_where,
+        vocab_where=vocab_where,
         block_size=block_size,
         token_block=token_block,
         axis_name=axis_name,
@@ -251,19 +251,21 @@ def _known_or_normaliser(readout: Readout, retain: jax.Array) -> jax.Array:
 
 
 def _mean_logit(
-    branch: Branch, where: Array | None, axis_name: AxisName | None
+    branch: Branch, vocab_where: Array | None, axis_name: AxisName | None
 ) -> tuple[jax.Array, jax.Array]:
     """Mean over the vocabulary of every position's logits, and the number of entries."""
     axis = resolve_vocab_axis(branch)
     head = jnp.asarray(branch.head)
     wide = jnp.promote_types(head.dtype, jnp.float32)
-    exists = jnp.ones(head.shape[axis], bool) if where is None else jnp.asarray(where)
+    exists = jnp.ones(head.shape[axis], bool) if vocab_where is None else jnp.asarray(vocab_where)
     bias = None
     if branch.bias is not None:
         bias = jnp.asarray(branch.bias).astype(wide)
         exists = exists & (bias > -jnp.inf)
     count = jnp.maximum(psum(exists.sum(), axis_name), 1).astype(wide)
-    rows = head if where is None and bias is None else jnp.where(_along(exists, axis), head, 0)
+    rows = (
+        head if vocab_where is None and bias is None else jnp.where(_along(exists, axis), head, 0)
+    )
     row = psum(rows.sum(axis, dtype=wide), axis_name) / count
     hidden = jnp.asarray(branch.hidden).astype(wide)
     mean = jnp.einsum("...h,h->...", hidden, row, precision=lax.Precision.HIGHEST)

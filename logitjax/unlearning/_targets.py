@@ -24,7 +24,7 @@ from logitjax.unlearning._losses import as_losses
 def uniform_kl(
     logits: Float[Array, "*batch vocab"],
     *,
-    where: Bool[Array, "..."] | None = None,
+    vocab_where: Bool[Array, "..."] | None = None,
     axis_name: AxisName | None = None,
 ) -> Float[jax.Array, "*batch"]:
     """How far a model is from knowing nothing: divergence of its distribution from the uniform one.
@@ -38,7 +38,7 @@ def uniform_kl(
 
     Args:
       logits: ``[*batch, vocab]``, any floating point dtype.
-      where: boolean, broadcastable to the logits: True for the entries that exist, which the
+      vocab_where: boolean, broadcastable to the logits: True for the entries that exist, which the
         uniform distribution is over. Entries at ``-inf`` do not.
       axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that axis.
 
@@ -46,8 +46,8 @@ def uniform_kl(
       float32 ``[*batch]``.
 
     Raises:
-      TypeError: the logits are not floating point or ``where`` not boolean.
-      ValueError: ``where`` does not broadcast.
+      TypeError: the logits are not floating point or ``vocab_where`` not boolean.
+      ValueError: ``vocab_where`` does not broadcast.
 
     >>> [f"{kl:.3f}" for kl in uniform_kl(jnp.array([[3.0, 3.0, -jnp.inf], [400.0, 0.0, 0.0]]))]
     ['0.000', '265.568']
@@ -57,7 +57,7 @@ def uniform_kl(
       constant. The release takes the log of a float32 softmax, which is infinite once a logit lies
       103 below the largest, and averages over all positions, prompt and padding included.
     """
-    logits = mask_logits(as_float(logits, "logits"), where)
+    logits = mask_logits(as_float(logits, "logits"), vocab_where)
     log_z = finite_or_zero(logsumexp(logits, axis_name=axis_name))
     exists = logits > -jnp.inf
     total = psum(jnp.where(exists, logits, 0.0).sum(-1), axis_name)
@@ -71,7 +71,7 @@ def undial(
     labels: Int[Array, "*batch"],
     *,
     beta: Number = 10.0,
-    where: Bool[Array, "..."] | None = None,
+    vocab_where: Bool[Array, "..."] | None = None,
     axis_name: AxisName | None = None,
 ) -> Float[jax.Array, "*batch"]:
     """UNDIAL: distils the model from itself with the logit of the memorised token lowered.
@@ -85,7 +85,7 @@ def undial(
       reference_logits: the same shape, of the model before unlearning; no gradient.
       labels: ``[*batch]``, the tokens to forget.
       beta: how far their logit is lowered.
-      where: boolean, broadcastable to the logits: True for the entries that exist.
+      vocab_where: boolean, broadcastable to the logits: True for the entries that exist.
       axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that axis;
         labels count over the whole vocabulary.
 
@@ -117,10 +117,10 @@ def undial(
         first, size = lax.axis_index(axis_name) * vocab, lax.axis_size(axis_name) * vocab
     hit = jnp.arange(vocab) + first == labels[..., None]
     target = jnp.where(hit, reference - beta, reference)
-    log_t = log_softmax(target, where=where, axis_name=axis_name)
+    log_t = log_softmax(target, vocab_where=vocab_where, axis_name=axis_name)
     t = jnp.exp(log_t)
     entropy = -psum(jnp.where(t > 0, t * log_t, 0.0).sum(-1), axis_name)
-    loss = kl_divergence(logits, target, where=where, axis_name=axis_name) + entropy
+    loss = kl_divergence(logits, target, vocab_where=vocab_where, axis_name=axis_name) + entropy
     return jnp.where((labels >= 0) & (labels < size), loss, jnp.nan)
 
 

@@ -49,7 +49,7 @@ def vq_tables(
     *,
     width: int = 64,
     temperature: float | Array = 1.0,
-    where: Bool[Array, " vocab"] | None = None,
+    vocab_where: Bool[Array, " vocab"] | None = None,
 ) -> VQTables:
     """Sorts every cluster by bias, for `vq_topk` and `vq_sample`.
 
@@ -62,7 +62,7 @@ def vq_tables(
       num_codes: number of clusters.
       width: the largest ``k`` that `vq_topk` will be asked for.
       temperature: divides the logits.
-      where: ``[vocab]``, True for the entries that exist.
+      vocab_where: ``[vocab]``, True for the entries that exist.
 
     Returns:
       `VQTables`.
@@ -79,7 +79,7 @@ def vq_tables(
     assignment = jnp.asarray(assignment)
     vocab = assignment.shape[0]
     width = min(width, vocab)
-    added = token_bias(bias, assignment, temperature=temperature, where=where)
+    added = token_bias(bias, assignment, temperature=temperature, vocab_where=vocab_where)
     members = jnp.lexsort((jnp.arange(vocab), -added, assignment)).astype(jnp.int32)
     starts = jnp.searchsorted(assignment[members], jnp.arange(num_codes + 1)).astype(jnp.int32)
     places = starts[:-1, None] + jnp.arange(width)

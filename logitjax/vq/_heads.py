@@ -138,7 +138,7 @@ class VQHead(VocabularyHead):
         *,
         temperature: float | Array = 1.0,
         z_loss: float = 0.0,
-        where: Bool[Array, " vocab"] | None = None,
+        vocab_where: Bool[Array, " vocab"] | None = None,
         axis_name: AxisName | None = None,
     ) -> Float[jax.Array, "*batch"]:
         """Cross-entropy, not reduced; see `vq_nll`."""
@@ -150,7 +150,7 @@ class VQHead(VocabularyHead):
             temperature=temperature,
             soft_cap=self.soft_cap,
             z_loss=z_loss,
-            where=where,
+            vocab_where=vocab_where,
             axis_name=axis_name,
         )
 
@@ -159,12 +159,17 @@ class VQHead(VocabularyHead):
         *,
         width: int = 64,
         temperature: float | Array = 1.0,
-        where: Bool[Array, " vocab"] | None = None,
+        vocab_where: Bool[Array, " vocab"] | None = None,
     ) -> VQTables:
         """Tables for `top_k` and `sample`: make them once, outside the decoding loop."""
         _, bias, assignment = self._arrays()
         return vq_tables(
-            bias, assignment, self.num_codes, width=width, temperature=temperature, where=where
+            bias,
+            assignment,
+            self.num_codes,
+            width=width,
+            temperature=temperature,
+            vocab_where=vocab_where,
         )
 
     def prepare(self, width: int = 64) -> None:

@@ -90,14 +90,14 @@ def token_bias(
     assignment: Int[Array, " vocab"],
     *,
     temperature: float | Array = 1.0,
-    where: Bool[Array, " vocab"] | None = None,
+    vocab_where: Bool[Array, " vocab"] | None = None,
 ) -> Float[jax.Array, " vocab"]:
     """The bias that the other functions add: zero if there is none, ``-inf`` where excluded."""
     check_positive(temperature, "temperature")
     bias = jnp.zeros(assignment.shape, jnp.float32) if bias is None else _float32(bias)
     bias = bias / temperature
-    check_where(where, bias.shape)
-    return bias if where is None else jnp.where(where, bias, -jnp.inf)
+    check_where(vocab_where, bias.shape, "vocab_where")
+    return bias if vocab_where is None else jnp.where(vocab_where, bias, -jnp.inf)
 
 
 def vq_logits(
@@ -108,7 +108,7 @@ def vq_logits(
     *,
     temperature: float | Array = 1.0,
     soft_cap: float | None = None,
-    where: Bool[Array, " vocab"] | None = None,
+    vocab_where: Bool[Array, " vocab"] | None = None,
     axis_name: AxisName | None = None,
 ) -> Float[jax.Array, "*batch vocab"]:
     """All V logits: what the head means, for checks and for code that wants logits.
@@ -125,7 +125,7 @@ def vq_logits(
       assignment: ``[vocab]``, cluster of each entry.
       temperature: divides the logits.
       soft_cap: as `code_scores`.
-      where: ``[vocab]``, True for the entries that exist.
+      vocab_where: ``[vocab]``, True for the entries that exist.
       axis_name: inside `jax.shard_map` with the codebook split over this mesh axis: that axis.
 
     Returns:
@@ -138,7 +138,7 @@ def vq_logits(
       VQ-Logits, arXiv:2505.10202. The bias is not in the paper: without it perplexity cannot fall
       below the geometric mean of the cluster sizes (`perplexity_floor`).
     """
-    added = token_bias(bias, assignment, temperature=temperature, where=where)
+    added = token_bias(bias, assignment, temperature=temperature, vocab_where=vocab_where)
 
     def run(hidden: Array, codebook: Array, added: Array, assignment: Array) -> tuple[jax.Array]:
         scores = all_scores(hidden, codebook, soft_cap, axis_name) / temperature
@@ -157,7 +157,7 @@ def vq_nll(
     temperature: float | Array = 1.0,
     soft_cap: float | None = None,
     z_loss: float = 0.0,
-    where: Bool[Array, " vocab"] | None = None,
+    vocab_where: Bool[Array, " vocab"] | None = None,
     axis_name: AxisName | None = None,
 ) -> Float[jax.Array, "*batch"]:
     """Cross-entropy of a vector-quantised head, exact, in O(N K d) and N x K memory.
@@ -179,7 +179,7 @@ def vq_nll(
       temperature: divides the logits.
       soft_cap: as `code_scores`.
       z_loss: weight of the squared log-normaliser.
-      where: ``[vocab]``, True for the entries that exist.
+      vocab_where: ``[vocab]``, True for the entries that exist.
       axis_name: inside `jax.shard_map` with the codebook split over this mesh axis: that axis.
         Biases and assignment are whole on each shard.
 
@@ -199,7 +199,7 @@ def vq_nll(
     hidden, labels = jnp.asarray(hidden), jnp.asarray(labels)
     if labels.shape != hidden.shape[:-1]:
         raise ValueError(f"labels must be of shape {hidden.shape[:-1]}, got {labels.shape}")
-    added = token_bias(bias, assignment, temperature=temperature, where=where)
+    added = token_bias(bias, assignment, temperature=temperature, vocab_where=vocab_where)
 
     def run(
         hidden: Array, labels: Array, codebook: Array, added: Array, assignment: Array

@@ -70,7 +70,7 @@ def slow_greedy(logits_after, prompt, count: int) -> list[int]:
     return new
 
 
-def moved(large, experts, bases, where=None):
+def moved(large, experts, bases, vocab_where=None):
     """Proxy tuning with a weight a expert, so that their order matters."""
     weights = jnp.array([0.7, 0.4])[: len(experts)].reshape(-1, *(1,) * large.ndim)
     shift = (weights * (experts - bases)).sum(0)

@@ -144,9 +144,9 @@ def test_one_pass_may_give_several_models_logits():
 
 
 def test_vocabularies_of_different_widths_meet_in_the_common_part():
-    def seen(large, experts, bases, where=None):
-        assert where is not None
-        return jnp.where(where, large + experts[0], -jnp.inf), {}
+    def seen(large, experts, bases, vocab_where=None):
+        assert vocab_where is not None
+        return jnp.where(vocab_where, large + experts[0], -jnp.inf), {}
 
     apply_fn, params, empty = bag_of_words(3, CONFIG.vocab_size)
 

@@ -30,7 +30,7 @@ from tests.decoding._models import PROMPTS, decoder, disturbed
 VOCAB = 5
 
 
-def mixed(large, experts, bases, where=None):
+def mixed(large, experts, bases, vocab_where=None):
     return 0.6 * large + 0.7 * experts[0], {"gap": jnp.abs(large - experts[0]).max(-1)}
 
 
@@ -56,7 +56,7 @@ class Scripted(DraftControl):
 REPORTED = DecodeOptions(logprobs=True, top_logprobs=2, info=True)
 
 
-def mean(large, experts, bases, where=None):
+def mean(large, experts, bases, vocab_where=None):
     return large + experts.mean(0), {"size": jnp.abs(experts[0] - large).max(-1)}
 
 

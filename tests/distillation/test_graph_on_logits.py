@@ -125,7 +125,7 @@ def test_statistics_give_the_same_as_logits_and_may_hold_more():
 def test_statistics_of_padded_and_masked_vocabulary():
     logits = np.array([[2.0, -np.inf, 5.0, 1.0]], np.float32)
     keep = np.array([True, True, True, False])
-    got = graph_statistics(logits, 3, where=keep)
+    got = graph_statistics(logits, 3, vocab_where=keep)
     np.testing.assert_allclose(got.mean, [3.5])
     np.testing.assert_allclose(got.std, [1.5])
     np.testing.assert_allclose(got.log_z, [np.log(np.exp(2) + np.exp(5))], rtol=1e-6)

@@ -110,7 +110,7 @@ def test_dist_equals_numpy_correlations():
         np.concatenate([t, 7 + t[:2] ** 2]),
         inter_weight=2.0,
         intra_weight=3.0,
-        example_where=np.arange(BATCH + 2) < BATCH,
+        where=np.arange(BATCH + 2) < BATCH,
     )
     np.testing.assert_allclose(padded[:BATCH], value, rtol=1e-5)
 
@@ -171,7 +171,7 @@ def test_norm_is_the_divergence_from_one_half(gap, tau):
 
 
 def all_losses(s, t, labels, where=None, axis_name=None):
-    options = {"where": where, "axis_name": axis_name}
+    options = {"vocab_where": where, "axis_name": axis_name}
     standard = [distillation.standardize_logits(x, **options) for x in (s, t)]
     return jnp.stack(
         [

@@ -80,7 +80,11 @@ def test_padded_vocabulary_counts_for_nothing(top_k):
     np.testing.assert_allclose(result, expected, rtol=1e-5)
     garbage = np.where(np.isinf(padded), 9.0, padded)
     masked = universal_logit_distance(
-        garbage, teacher, top_k=top_k, where=np.arange(26) < 17, teacher_where=np.ones(23, bool)
+        garbage,
+        teacher,
+        top_k=top_k,
+        vocab_where=np.arange(26) < 17,
+        teacher_vocab_where=np.ones(23, bool),
     )
     np.testing.assert_allclose(masked, expected, rtol=1e-5)
 
@@ -136,8 +140,8 @@ def test_errors_name_the_culprit():
         universal_logit_distance(student, cached)
     with pytest.raises(ValueError, match="top_k=None compares all ranks, but teacher is a TopK"):
         universal_logit_distance(student, cached, top_k=None)
-    with pytest.raises(ValueError, match="teacher_where applies to logits"):
-        universal_logit_distance(student, cached, top_k=4, teacher_where=np.ones(23, bool))
+    with pytest.raises(ValueError, match="teacher_vocab_where applies to logits"):
+        universal_logit_distance(student, cached, top_k=4, teacher_vocab_where=np.ones(23, bool))
     with pytest.raises(ValueError, match=r"batch axes of student, \(2, 3\), got \(2, 2\)"):
         universal_logit_distance(student, teacher[:, :2], top_k=4)
 

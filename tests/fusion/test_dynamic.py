@@ -202,7 +202,7 @@ def test_padding_never_makes_nan(method):
     np.testing.assert_allclose(info["alpha"], wanted["alpha"], atol=1e-3)
     np.testing.assert_allclose(fused[:, :VOCAB], alone, atol=1e-2)
     where = np.arange(VOCAB + 16) < VOCAB
-    masked = jax.jit(functools.partial(DynamicFusion(method=method), where=where))(
+    masked = jax.jit(functools.partial(DynamicFusion(method=method), vocab_where=where))(
         *[np.pad(x, ((0, 0), (0, 16)), constant_values=50.0) for x in (LARGE, EXPERT, BASE)]
     )
     np.testing.assert_allclose(masked[0][:, :VOCAB], alone, atol=1e-2)

@@ -23,9 +23,9 @@ def test_turns_are_the_whole(monkeypatch, multi, experts, entries):
     where = jnp.arange(VOCAB) < 90 if entries > 1 else None
     logits = (large, expert, base)
     fuse = DynamicFusion(multi=multi)
-    whole, whole_info = jax.jit(lambda *logits: fuse(*logits, where=where))(*logits)
+    whole, whole_info = jax.jit(lambda *logits: fuse(*logits, vocab_where=where))(*logits)
     monkeypatch.setattr(_rows, "MOST_ENTRIES", entries)
-    turns = jax.jit(lambda *logits: fuse(*logits, where=where)).lower(*logits)
+    turns = jax.jit(lambda *logits: fuse(*logits, vocab_where=where)).lower(*logits)
     assert "dynamic_slice" in turns.as_text()
     fused, info = turns.compile()(*logits)
     assert set(info) == set(whole_info)

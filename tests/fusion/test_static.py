@@ -119,7 +119,7 @@ def test_padding_gives_no_nan():
         assert not np.isnan(fused).any()
         assert np.isinf(fused[1:]).all()
     where = np.array([True, True, False])
-    fused, _ = ProxyTuning()(np.zeros(3, np.float32), expert, expert, where=where)
+    fused, _ = ProxyTuning()(np.zeros(3, np.float32), expert, expert, vocab_where=where)
     np.testing.assert_array_equal(np.isfinite(fused), [True, False, False])
     for strategy in (LogitDifference(), LogitDifference(filter="official", rate=0.9)):
         assert not np.isnan(strategy(large, expert)[0]).any()

@@ -67,7 +67,7 @@ def test_padded_vocabulary_counts_for_nothing():
 
     where = np.arange(16) < 11
     garbage = np.concatenate([logits, np.full_like(padding, 7.0)], -1)
-    masked = cross_entropy(garbage, labels, where=where, **options)
+    masked = cross_entropy(garbage, labels, vocab_where=where, **options)
     np.testing.assert_allclose(masked, cross_entropy(padded, labels, **options), rtol=1e-6)
 
 

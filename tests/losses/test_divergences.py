@@ -133,7 +133,7 @@ def test_padded_vocabulary_counts_for_nothing(divergence):
     expected = divergence(student, teacher)
     np.testing.assert_allclose(divergence(*padded), expected, rtol=1e-5)
     garbage = [np.pad(x, padding, constant_values=5.0) for x in (student, teacher)]
-    masked = divergence(*garbage, where=np.arange(16) < 11)
+    masked = divergence(*garbage, vocab_where=np.arange(16) < 11)
     np.testing.assert_allclose(masked, expected, rtol=1e-5)
 
 
@@ -179,5 +179,5 @@ def test_errors_name_the_culprit():
         generalized_jensen_shannon(student, teacher, beta=1.5)
     with pytest.raises((TypeError, ValueError), match="direction"):
         kl_divergence(student, teacher, direction="sideways")
-    with pytest.raises(ValueError, match=r"where of shape \(10,\) does not broadcast"):
-        kl_divergence(student, teacher, where=np.ones(10, bool))
+    with pytest.raises(ValueError, match=r"vocab_where of shape \(10,\) does not broadcast"):
+        kl_divergence(student, teacher, vocab_where=np.ones(10, bool))

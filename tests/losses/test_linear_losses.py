@@ -65,7 +65,7 @@ def _against_teacher(function, **kwargs):
             bias=bias,
             soft_cap=CAP,
             temperature=TEMPERATURE,
-            where=WHERE,
+            vocab_where=WHERE,
             **kwargs,
             **more,
         )
@@ -81,7 +81,7 @@ def _cross_entropy(hidden, head, bias, **more):
         bias=bias,
         soft_cap=CAP,
         temperature=TEMPERATURE,
-        where=WHERE,
+        vocab_where=WHERE,
         label_smoothing=0.1,
         z_loss=0.01,
         **more,
@@ -199,13 +199,13 @@ def test_readout_gives_statistics_and_their_gradients():
         return [s.values, s.log_z, s.mean, s.std]
 
     def blocked(hidden, head):
-        r = losses.linear_readout(hidden, head, ids=ids, top_k=9, where=WHERE, **BLOCKS)
+        r = losses.linear_readout(hidden, head, ids=ids, top_k=9, vocab_where=WHERE, **BLOCKS)
         return r.statistics, jnp.where(jnp.isfinite(r.gathered), r.gathered, 0.0)
 
     def dense(hidden, head):
         logits = hidden @ head
         gathered = jnp.where(WHERE[ids], jnp.take_along_axis(logits, ids, -1), 0.0)
-        return losses.graph_statistics(logits, 9, where=jnp.asarray(WHERE)), gathered
+        return losses.graph_statistics(logits, 9, vocab_where=jnp.asarray(WHERE)), gathered
 
     def total(function):
         def run(hidden, head):
@@ -374,7 +374,7 @@ def test_scratch_memory_is_a_small_share_of_dense(form):
         (dict(head=np.zeros((5, 6), np.float32)), "head of shape"),
         (dict(head=np.zeros((HIDDEN, HIDDEN), np.float32)), "give vocab_axis"),
         (dict(bias=np.zeros(3, np.float32)), "bias must have shape"),
-        (dict(where=np.ones(3, bool)), "where must be boolean"),
+        (dict(vocab_where=np.ones(3, bool)), "vocab_where must be boolean"),
         (dict(temperature=0.0), "temperature must be positive"),
         (dict(block_size=0), "block_size must be positive"),
     ],

@@ -58,8 +58,8 @@ def test_where_is_minus_infinity():
     logits = np.random.default_rng(0).normal(size=(3, 6)).astype(np.float32)
     where = np.array([True, True, False, True, False, True])
     padded = np.where(where, logits, -np.inf)
-    np.testing.assert_array_equal(log_softmax(logits, where=where), log_softmax(padded))
-    grad = jax.grad(lambda v: logsumexp(v, where=where).sum())(logits)
+    np.testing.assert_array_equal(log_softmax(logits, vocab_where=where), log_softmax(padded))
+    grad = jax.grad(lambda v: logsumexp(v, vocab_where=where).sum())(logits)
     assert (np.asarray(grad)[:, ~where] == 0).all()
     np.testing.assert_allclose(np.asarray(grad).sum(-1), 1.0, rtol=1e-6)
 
@@ -109,7 +109,9 @@ def test_errors_name_the_culprit():
         logsumexp(jnp.arange(3))
     with pytest.raises(ValueError, match="axis=2 is out of range for logits with 2 axes"):
         logsumexp(jnp.zeros((2, 3)), axis=2)
-    with pytest.raises(ValueError, match=r"where of shape \(2,\) does not broadcast to \(2, 3\)"):
-        logsumexp(jnp.zeros((2, 3)), where=jnp.ones(2, bool))
-    with pytest.raises(ValueError, match=r"where of shape \(4, 2, 3\) does not broadcast"):
-        logsumexp(jnp.zeros((2, 3)), where=jnp.ones((4, 2, 3), bool))
+    with pytest.raises(
+        ValueError, match=r"vocab_where of shape \(2,\) does not broadcast to \(2, 3\)"
+    ):
+        logsumexp(jnp.zeros((2, 3)), vocab_where=jnp.ones(2, bool))
+    with pytest.raises(ValueError, match=r"vocab_where of shape \(4, 2, 3\) does not broadcast"):
+        logsumexp(jnp.zeros((2, 3)), vocab_where=jnp.ones((4, 2, 3), bool))

@@ -169,7 +169,7 @@ def test_top_k_of_is_a_pytree_of_log_probabilities():
 
 
 def test_top_k_of_leaves_masked_entries_out():
-    top = top_k_of(jnp.array([3.0, 2.0, 1.0]), 2, where=jnp.array([False, True, True]))
+    top = top_k_of(jnp.array([3.0, 2.0, 1.0]), 2, vocab_where=jnp.array([False, True, True]))
     np.testing.assert_array_equal(top.indices, [1, 2])
     np.testing.assert_allclose(top.log_z, np.log(np.exp(2) + np.exp(1)), rtol=1e-6)
 

@@ -186,11 +186,11 @@ def test_blocked_forms_equal_dense_ones(masked_by):
 
     def dense(hidden, head):
         z, reference = (x @ head.T + bias for x in (hidden, other))
-        uniform = unlearning.uniform_kl(z, where=where)
-        return uniform + unlearning.undial(z, reference, LABELS, where=where)
+        uniform = unlearning.uniform_kl(z, vocab_where=where)
+        return uniform + unlearning.undial(z, reference, LABELS, vocab_where=where)
 
     def blocked(hidden, head):
-        options = {"bias": bias, "where": where, "block_size": 8}
+        options = {"bias": bias, "vocab_where": where, "block_size": 8}
         uniform = unlearning.linear_uniform_kl(hidden, head, **options)
         reference = (other, jax.lax.stop_gradient(head), LABELS)
         return uniform + unlearning.linear_undial(

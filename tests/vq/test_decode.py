@@ -43,7 +43,7 @@ def test_top_k_is_that_of_the_scattered_logits(ties):
 def test_top_k_at_a_temperature_over_some_tokens():
     case = _case()
     where = np.arange(VOCAB) % 3 > 0
-    options = dict(temperature=0.5, where=where)
+    options = dict(temperature=0.5, vocab_where=where)
     tables = vq_tables(case["bias"], case["assignment"], CODES, width=K, **options)
     got = top_of(case["hidden"], case["codebook"], tables, 5)
     logits = logits_of(**case, **options)
@@ -54,11 +54,11 @@ def test_top_k_at_a_temperature_over_some_tokens():
 def test_samples_follow_the_distribution():
     case = _case(3)
     where = np.arange(VOCAB) != 7
-    tables = vq_tables(case["bias"], case["assignment"], CODES, temperature=1.5, where=where)
+    tables = vq_tables(case["bias"], case["assignment"], CODES, temperature=1.5, vocab_where=where)
     draws = 100_000
     hidden = jnp.broadcast_to(case["hidden"][0], (draws, WIDTH))
     tokens = sample_of(jax.random.key(1), hidden, case["codebook"], tables)
-    logits = logits_of(**case | {"hidden": case["hidden"][:1]}, temperature=1.5, where=where)
+    logits = logits_of(**case | {"hidden": case["hidden"][:1]}, temperature=1.5, vocab_where=where)
     probs = np.asarray(jax.nn.softmax(logits[0]), np.float64)
     seen = np.bincount(tokens, minlength=VOCAB)
     assert seen[7] == 0

@@ -28,7 +28,7 @@ def _case(dtype=np.float32, *, seed=0):
 
 def _scattered(hidden, codebook, bias, assignment, labels, where=None, z_loss=0.0, **options):
     """The definition: V logits, then a plain cross-entropy."""
-    logits = vq_logits(hidden, codebook, bias, assignment, where=where, **options)
+    logits = vq_logits(hidden, codebook, bias, assignment, vocab_where=where, **options)
     log_z = jax.nn.logsumexp(logits, axis=-1)
     return log_z - jnp.take_along_axis(logits, labels[:, None], -1)[:, 0] + z_loss * log_z**2
 
@@ -99,7 +99,7 @@ def test_excluded_tokens_and_empty_clusters_leave_no_nan():
     args = (case["hidden"], case["codebook"], case["bias"], case["assignment"], labels)
 
     def total(h, c, b):
-        return vq_nll(h, c, b, case["assignment"], labels, where=where).sum()
+        return vq_nll(h, c, b, case["assignment"], labels, vocab_where=where).sum()
 
     value_and_grad = jax.jit(jax.value_and_grad(total, (0, 1, 2)))
     value, grads = value_and_grad(*args[:3])

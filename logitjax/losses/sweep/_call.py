@@ -137,7 +137,7 @@ def sweep(
     *,
     tokens: Mapping[str, Any] | None = None,
     temperature: Any = 1.0,
-    where: Array | None = None,
+    vocab_where: Array | None = None,
     combine: Callable[[Any, Any], jax.Array] | None = None,
     token_weights: Array | None = None,
     block_size: int | None = None,
@@ -167,13 +167,14 @@ def sweep(
             raise ValueError(
                 f"teacher_head must have the vocabulary of head, {vocab} entries, got "
                 f"{sides[1].head.shape[axes[1]]}: cut or pad one of them and exclude the padding "
-                "with where"
+                "with vocab_where"
             )
-    if where is not None:
-        where = jnp.asarray(where)
-        if where.dtype != jnp.bool_ or where.shape != (vocab,):
+    if vocab_where is not None:
+        vocab_where = jnp.asarray(vocab_where)
+        if vocab_where.dtype != jnp.bool_ or vocab_where.shape != (vocab,):
             raise ValueError(
-                f"where must be boolean with shape ({vocab},), got {where.dtype}{where.shape}"
+                f"vocab_where must be boolean with shape ({vocab},), got "
+                f"{vocab_where.dtype}{vocab_where.shape}"
             )
     tokens = lax.stop_gradient(jax.tree.map(jnp.asarray, dict(tokens or {})))
     for path, value in jax.tree_util.tree_leaves_with_path(tokens):
@@ -186,7 +187,7 @@ def sweep(
     wide = jnp.promote_types(
         jnp.result_type(sides[0].hidden.dtype, sides[0].head.dtype), jnp.float32
     )
-    operands = Operands(sides[0], sides[1] if teacher is not None else None, where, tokens)
+    operands = Operands(sides[0], sides[1] if teacher is not None else None, vocab_where, tokens)
     if weighted:
         token_weights = jnp.asarray(token_weights)
         if token_weights.shape != batch:

@@ -31,7 +31,7 @@ class Operands(NamedTuple):
 
     student: Projection
     teacher: Projection | None
-    where: Array | None  # [vocab], columns that exist
+    vocab_where: Array | None  # [vocab], columns that exist
     tokens: Any  # dict of [*batch, ...] arrays that the statistic reads
 
 
@@ -142,8 +142,8 @@ def column_ids(sweep: Sweep, operands: Operands, index):
 def column_block(sweep: Sweep, operands: Operands, index) -> Columns:
     start, columns, first = column_ids(sweep, operands, index)
     valid = jnp.arange(sweep.block) >= first
-    if operands.where is not None:
-        valid &= lax.dynamic_slice_in_dim(operands.where, start, sweep.block)
+    if operands.vocab_where is not None:
+        valid &= lax.dynamic_slice_in_dim(operands.vocab_where, start, sweep.block)
     branches = (operands.student, operands.teacher)
     heads = tuple(
         head_block(branch, axis, start, sweep.block)
