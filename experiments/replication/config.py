@@ -3,10 +3,9 @@
 import dataclasses
 from typing import Any
 
-from experiments.replication import models
 from logitjax.commands.cli import field
 
-KINDS = models.KINDS
+KINDS = ("recovered", "copied", "official", "none", "dropped", "scratch")
 _ARMS = tuple(f"{kind}_6" for kind in KINDS if kind != "dropped")
 _ARMS += ("recovered_4", "copied_4", "none_4", "dropped_4", "scratch_4")
 
@@ -15,28 +14,33 @@ _ARMS += ("recovered_4", "copied_4", "none_4", "dropped_4", "scratch_4")
 class Config:
     """What one run of the experiment does."""
 
-    tokenizer: str = field("smollm2", "Whose tokens; the most frequent of them are kept.")
-    data: str = field("tfds:wiki_summaries", "Text for all models.")
+    tokenizer: str = field("smollm2", "Model whose tokenizer is used, its most frequent tokens.")
+    data: str = field("tfds:wiki_summaries", "text:PATH, jsonl:PATH or tfds:NAME.")
     splits: tuple[str, ...] = field(
-        ("train[:90%]", "train[90%:95%]", "train[95%:]"), "Training, validation and test split"
+        ("train[:90%]", "train[90%:95%]", "train[95%:]"),
+        "Training, validation and test split of the text",
     )
     vocab: int = field(8192, "Tokens of the small vocabulary.")
     width: int = field(256, "Hidden width of teacher and students.")
     teacher_layers: int = field(6, "Layers of the teacher.")
     seq_len: int = field(128, "Tokens a row.")
     batch_size: int = field(16, "Rows a step.")
-    teacher_steps: int = field(800, "Of the teacher.")
-    steps: int = field(500, "Of every student.")
-    teacher_learning_rate: float = field(2e-3, "Of the teacher.")
-    learning_rate: tuple[float, ...] = field((1e-3, 3e-3), "Of the students, to choose from.")
-    temperature: float = field(2.0, "Of the distillation.")
-    ce_weight: float = field(0.1, "Of cross-entropy beside it.")
-    arm: tuple[str, ...] = field(_ARMS, "Student to train")
-    seeds: int = field(1, "Runs of every arm.")
-    prompts: int = field(320, "Rows that the head is recovered from.")
-    decimals: int = field(2, "Of the log-probabilities that are seen.")
+    teacher_steps: int = field(800, "Training steps of the teacher.")
+    steps: int = field(500, "Training steps of every student.")
+    teacher_learning_rate: float = field(2e-3, "Peak learning rate of the teacher.")
+    learning_rate: tuple[float, ...] = field(
+        (1e-3, 3e-3), "Peak learning rates of the students to choose from."
+    )
+    temperature: float = field(2.0, "Temperature of the distillation.")
+    ce_weight: float = field(0.1, "Weight of the cross-entropy beside the distillation.")
+    arm: tuple[str, ...] = field(_ARMS, "Student to train, as KIND_LAYERS")
+    seeds: int = field(1, "Runs of every student.")
+    prompts: int = field(320, "Prompts that the head is recovered from.")
+    decimals: int = field(2, "Decimals of the log-probabilities that are seen.")
     timing_repeats: int = field(10, "Timed forward passes of each model.")
-    cache_dir: str | None = field(None, "Where packed text lies; workdir/cache if none.")
+    checkpoint_every: int = field(200, "Steps between checkpoints.")
+    mesh: str = field("data:-1", "Axes and sizes of the device mesh.")
+    cache_dir: str | None = field(None, "Folder of the packed text; WORKDIR/cache if none.")
 
     def __post_init__(self) -> None:
         for arm in self.arm:
@@ -65,6 +69,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         arm=("recovered_2", "copied_1", "official_1", "none_1", "dropped_1", "scratch_1"),
         prompts=24,
         timing_repeats=2,
+        mesh="data:1",
     ),
     "demo": dict(
         teacher_steps=300,

@@ -7,8 +7,10 @@ from typing import Any
 
 from etils import epath
 
-from experiments.replication import models
-from experiments.shared.report import markdown_table, mean_and_spread
+from experiments.replication import train
+from experiments.replication.config import Config
+from experiments.shared.records import by_key
+from experiments.shared.report import markdown_table, mean_and_spread, save_figure
 
 # What the paper's abstract states, of students of distilGPT2 (6 layers).
 PAPER = {
@@ -18,13 +20,11 @@ PAPER = {
 
 
 def write(
-    config: Any, scene: Any, records: Sequence[Mapping[str, Any]], workdir: epath.Path
+    config: Config, scene: train.Scene, records: Sequence[Mapping[str, Any]], workdir: epath.Path
 ) -> str:
-    """Writes ``report.md``, ``results.json`` and the plot, and returns the report."""
-    teacher = models.teacher_record(scene)
-    groups: dict[str, list[Mapping[str, Any]]] = {}
-    for record in records:
-        groups.setdefault(record["arm"], []).append(record)
+    """Writes `report.md`, `results.json` and the plot, and returns the report."""
+    teacher = train.teacher_record(scene)
+    groups = by_key(records, "arm")
     rows = [_row(name, group, teacher) for name, group in groups.items()]
     seen = scene.recovered
     parts = [
@@ -108,6 +108,4 @@ def _plot(groups: Mapping[str, Sequence[Mapping[str, Any]]], path: epath.Path) -
     for axis in axes:
         if axis.lines:
             axis.legend(fontsize=7)
-    with path.open("wb") as file:
-        figure.savefig(file, dpi=140)
-    plt.close(figure)
+    save_figure(figure, path)

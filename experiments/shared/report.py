@@ -5,6 +5,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from etils import epath
+
 
 def format_value(value: Any) -> str:
     """Four significant digits for numbers, ``-`` for what is missing."""
@@ -38,3 +40,13 @@ def mean_and_spread(values: Sequence[float]) -> str:
     # Exact, so equal values have no spread instead of one of 1e-17; of finite values only.
     spread = statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
     return f"{format_value(mean)} +- {format_value(spread)}"
+
+
+def save_figure(figure: Any, path: epath.Path) -> epath.Path:
+    """Writes a matplotlib figure as PNG and closes it."""
+    from matplotlib import pyplot
+
+    with path.open("wb") as file:
+        figure.savefig(file, format="png", dpi=140)
+    pyplot.close(figure)
+    return path

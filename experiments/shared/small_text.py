@@ -1,11 +1,14 @@
 """Text over a small vocabulary, for small models that are trained from nothing."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+from etils import epath
 
 from logitjax import data
+from logitjax.distillation import sources
+from logitjax.models import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,13 +39,42 @@ class Text:
         ]
 
 
-def small_text(packed: Mapping[str, data.PackedDataset], unigram: np.ndarray, size: int) -> Text:
-    """Packed splits with a stream ``model``, their tokens renumbered.
+def pack_splits(
+    spec: str,
+    splits: Sequence[str],
+    tokenizer: Tokenizer,
+    *,
+    seq_len: int,
+    directory: epath.Path,
+) -> dict[str, data.PackedDataset]:
+    """Packs training, validation and test text as the stream `model`.
 
     Args:
-      packed: ``train``, ``validation`` and ``test``.
-      unigram: ``[vocab]`` counts: the most frequent tokens keep a number.
-      size: of the small vocabulary.
+        spec: `text:PATH`, `jsonl:PATH` or `tfds:NAME`.
+        splits: What of a tfds dataset to train, choose and report on.
+        tokenizer: Tokenizer of the stream.
+        seq_len: Tokens a row.
+        directory: Folder of the packed rows.
+    """
+    examples: Mapping[str, data.Examples]
+    if spec.startswith("tfds:"):
+        named = zip(sources.SPLITS, splits, strict=True)
+        examples = {name: data.load_examples(spec, split=split) for name, split in named}
+    else:
+        examples = sources.load_splits(spec, on_error="raise")
+    return {
+        name: data.pack(rows, {"model": tokenizer}, seq_len=seq_len, directory=directory / name)
+        for name, rows in examples.items()
+    }
+
+
+def small_text(packed: Mapping[str, data.PackedDataset], unigram: np.ndarray, size: int) -> Text:
+    """Packed splits with a stream `model`, their tokens renumbered.
+
+    Args:
+        packed: `train`, `validation` and `test`.
+        unigram: `[vocab]` counts: the most frequent tokens keep a number.
+        size: Tokens of the small vocabulary.
     """
     vocab = len(unigram)
     order = np.argsort(-np.asarray(unigram), kind="stable")
@@ -60,7 +92,7 @@ def small_text(packed: Mapping[str, data.PackedDataset], unigram: np.ndarray, si
 
 
 def count_tokens(packed: data.PackedDataset, vocab: int) -> np.ndarray:
-    """``[vocab]`` counts of what a model learns to predict in a split."""
+    """`[vocab]` counts of what a model learns to predict in a split."""
     counts = np.zeros(vocab)
     for batch in packed.iterate_once(batch_size=256):
         tokens = batch["model"]["tokens"][batch["model"]["loss_mask"]]

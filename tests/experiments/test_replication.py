@@ -10,7 +10,7 @@ import pytest
 from etils import epath
 
 from experiments.replication import __main__ as replication
-from experiments.replication import models
+from experiments.replication import arms, train
 
 
 @pytest.fixture(scope="module")
@@ -46,18 +46,19 @@ def test_finished_students_are_not_trained_again(finished, monkeypatch):
     def fail(*_, **__):
         raise AssertionError("something was trained again")
 
-    monkeypatch.setattr(models, "_fit", fail)
+    monkeypatch.setattr(train, "train_student", fail)
     replication.run(config, workdir)
     assert (workdir / "results.json").read_text() == before
 
 
 def test_a_student_with_everything_of_the_teacher_is_the_teacher(finished):
     config, workdir = finished
-    scene = models.prepare(config, workdir)
-    same = models._dropped(scene.teacher["trunk"], 2, 2)
+    scene = train.prepare(config, workdir)
+    same = arms.dropped(scene.teacher["trunk"], 2)
     params = {"trunk": same, "head": scene.teacher["head"]}
-    mine = models.nll(scene.text, "test", scene.trunk, params, {})
-    teacher = models.teacher_record(scene)
+    whole = arms.Student(scene.trunk, "teacher")
+    mine = train.nll(scene.text, "test", whole, params, {})
+    teacher = train.teacher_record(scene)
     assert mine["nll"] == pytest.approx(teacher["nll"], abs=1e-6)
     # The recovered columns hold the teacher's head up to one matrix and, for log-probabilities,
     # up to one vector: some mix gives its distribution back.
@@ -66,19 +67,20 @@ def test_a_student_with_everything_of_the_teacher_is_the_teacher(finished):
     basis = np.asarray(scene.basis, np.float64)
     mix = np.linalg.lstsq(basis, centred, rcond=None)[0]
     undone = {"trunk": same, "mix": jax.numpy.asarray(mix, jax.numpy.float32)}
-    found = models.nll(scene.text, "test", scene.trunk, undone, {"basis": scene.basis})
+    student = arms.Student(scene.trunk, "recovered")
+    found = train.nll(scene.text, "test", student, undone, {"basis": scene.basis})
     assert found["nll"] == pytest.approx(teacher["nll"], abs=1e-2)
 
 
 def test_what_the_recovered_subspace_lacks_is_measured(finished):
     config, workdir = finished
-    scene = models.prepare(config, workdir)
+    scene = train.prepare(config, workdir)
     mix = np.random.default_rng(0).standard_normal((config.width, config.width))
     whole = dataclasses.replace(scene, basis=scene.teacher["head"] @ mix)
-    record = models.teacher_record(whole)
+    record = train.teacher_record(whole)
     assert record["nll_behind"] == pytest.approx(record["nll"], abs=1e-5)
     part = dataclasses.replace(scene, basis=scene.basis[:, :1])
-    assert abs(models.teacher_record(part)["nll_behind"] - record["nll"]) > 1e-4
+    assert abs(train.teacher_record(part)["nll_behind"] - record["nll"]) > 1e-4
 
 
 def test_arms_are_checked():

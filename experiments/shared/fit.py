@@ -1,0 +1,149 @@
+"""Training as experiments do it: an update that the planner compiles too, a run that resumes."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import optax
+from etils import epath
+
+from experiments.shared.programs import Program
+from logitjax import models, ops, processes, training
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Update:
+    """A compiled update with its optimizer; a run trains with it, a plan traces it.
+
+    Attributes:
+        tx: Optimizer.
+        step: Compiled update.
+        mesh: Mesh of the state.
+        rules: Where each leaf of the state goes.
+    """
+
+    tx: optax.GradientTransformation
+    step: training.TrainStep
+    mesh: jax.sharding.Mesh
+    rules: ops.ShardingRules
+
+    def start(self, params: Any, seed: int = 0) -> training.TrainState:
+        """The state before the first step."""
+        return training.create_train_state(
+            params, self.tx, mesh=self.mesh, rules=self.rules, seed=seed
+        )
+
+    def program(self, name: str, params: Any, batch: Any, constants: Any = None) -> Program:
+        """The update of abstract parameters and constants, for a plan."""
+        state = training.abstract_train_state(params, self.tx, mesh=self.mesh, rules=self.rules)
+        placed = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            constants,
+            self.rules.shardings(constants, self.mesh),
+        )
+        return Program(name=name, jitted=self.step, arguments=(state, batch, placed))
+
+
+def make_update(
+    loss_fn: Callable[..., Any],
+    learning_rate: float,
+    *,
+    mesh: jax.sharding.Mesh,
+    steps: int,
+    warmup: int,
+    rules: ops.ShardingRules = models.DECODER_RULES,
+    trainable: str | None = None,
+    **options: Any,
+) -> Update:
+    """AdamW after a warm-up, clipped, its rate down by a cosine unless another course is named.
+
+    Args:
+        loss_fn: As `training.make_train_step` takes it.
+        learning_rate: Peak.
+        mesh: Mesh of the state.
+        steps: Steps of the whole run.
+        warmup: Steps from 0 to the peak.
+        rules: Where each leaf of the state goes.
+        trainable: Regular expression of the parameters that are trained; all if None.
+        **options: For `training.make_optimizer`.
+
+    Returns:
+        The update.
+    """
+    course: Any = dict(schedule="cosine", warmup=warmup, total_steps=steps)
+    course |= {name: options.pop(name) for name in ("schedule", "final") if name in options}
+    tx = training.make_optimizer(
+        learning_rate, trainable=trainable, **{"weight_decay": 0.01, **course, **options}
+    )
+    step = training.make_train_step(
+        loss_fn,
+        tx,
+        mesh=mesh,
+        trainable=trainable,
+        schedule=training.make_schedule(learning_rate, **course),
+    )
+    return Update(tx=tx, step=step, mesh=mesh, rules=rules)
+
+
+def fit(
+    update: Update,
+    params: Any,
+    batches: Callable[[int], Mapping[str, Any]],
+    *,
+    steps: int,
+    directory: epath.Path,
+    constants: Any = None,
+    seed: int = 0,
+    checkpoint_every: int = 0,
+    log_every: int = 10,
+) -> Any:
+    """Trains, goes on from the newest checkpoint, or reads what is finished.
+
+    Args:
+        update: The compiled update.
+        params: Parameters before the first step.
+        batches: Step -> rows of the whole batch, of which each process takes its own.
+        steps: Steps of the whole run.
+        directory: Folder of the checkpoints and of `metrics.jsonl`.
+        constants: What every step gets and none changes.
+        seed: Seed of the steps' keys.
+        checkpoint_every: Steps between checkpoints.
+        log_every: Steps between log lines.
+
+    Returns:
+        The trained parameters; every process holds them whole.
+    """
+    if constants is not None:
+        constants = training.shard_tree(constants, update.mesh, update.rules)
+    with training.Checkpointer(directory / "checkpoints", max_to_keep=1) as checkpointer:
+        state = training.train_loop(
+            update.start(params, seed),
+            functools.partial(update.step, constants=constants),
+            lambda step: share(update.mesh, batches(step)),
+            total_steps=steps,
+            workdir=directory,
+            checkpointer=checkpointer,
+            checkpoint_every=checkpoint_every,
+            log_every=log_every,
+            writer=training.make_writer(directory),
+            identity={"steps": steps},
+        )
+    return processes.local_copy(state.params)
+
+
+def share(mesh: jax.sharding.Mesh, batch: Any) -> Any:
+    """Of the rows of a whole batch those that this process feeds."""
+    return jax.tree.map(lambda rows: rows[training.local_rows(mesh, len(rows))], batch)
+
+
+def curve(directory: epath.Path, name: str = "loss") -> list[tuple[int, float]]:
+    """A metric by step, from the `metrics.jsonl` of a training."""
+
+    def read() -> list[tuple[int, float]]:
+        lines = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
+        return [(line["step"], line[name]) for line in lines if name in line]
+
+    return processes.broadcast_from_first(read)
