@@ -1,5 +1,6 @@
 """Projection of conflicting gradients: algebra, and reduction over devices before the product."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -88,7 +89,7 @@ def test_one_forward_two_pullbacks_equal_two_gradients():
     (losses, extra), got, _ = aligned_value_and_grad(loss_fn, trunk="trunk")(params, x, y)
     both = [jax.grad(lambda p, i=i: loss_fn(p, x, y)[0][i])(params) for i in (0, 1)]
     expected, _ = align_gradients(*both, trunk="trunk")
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), got, expected)
+    chex.assert_trees_all_close(got, expected, rtol=1e-5)
     assert extra["hidden"].shape == (16, 6)
     np.testing.assert_allclose(losses[0], loss_fn(params, x, y)[0][0])
 
@@ -113,7 +114,7 @@ def test_gradients_are_averaged_before_the_inner_product(check_vma):
         check_vma=check_vma,
     )
     got, split_metrics = jax.jit(split)(params, x, y)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, expected)
+    chex.assert_trees_all_close(got, expected, rtol=1e-4, atol=1e-5)
     for name, value in metrics.items():
         np.testing.assert_allclose(split_metrics[name], value, rtol=1e-4)
 
@@ -128,4 +129,4 @@ def test_under_pmap():
         out_axes=None,
     )
     got = step(params, x.reshape(8, 2, 4), y.reshape(8, 2))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, expected)
+    chex.assert_trees_all_close(got, expected, rtol=1e-4, atol=1e-5)

@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -71,7 +72,7 @@ def test_blocks_change_nothing_and_save_memory():
     for size in (3, 9):
         run = jax.jit(functools.partial(grad, block_size=size, **options))
         blocked = run(weights, features, labels, teacher)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), blocked, whole)
+        chex.assert_trees_all_close(blocked, whole, atol=1e-5)
     assert whole[1][1]["cross_entropy"][0, 3] == 0
 
     def scratch(block_size):
@@ -101,7 +102,7 @@ def test_batch_split_over_devices(kind):
         split = [jax.device_put(x, NamedSharding(mesh, P("data"))) for x in args]
         step = jax.jit(functools.partial(jax.grad(objective, has_aux=True), block_size=2))
         got = step(kernels(), *split)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, expected)
+    chex.assert_trees_all_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("auxiliary", ["linear", "mlp"])

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -86,7 +87,7 @@ def test_a_stopped_run_continues_bit_for_bit(tmp_path):
     with pytest.raises(training.Preempted):
         trainer.fit(halted, told_to_stop=lambda epoch: epoch == 1, **options)
     resumed, again = trainer.fit(halted, told_to_stop=never, **options)
-    jax.tree.map(np.testing.assert_array_equal, resumed, whole)
+    chex.assert_trees_all_equal(resumed, whole)
     assert again == record
 
 
@@ -121,7 +122,7 @@ def test_data_that_comes_in_pieces_trains_the_same(tmp_path, monkeypatch):
         assert (trainer.resident is None) == (limit == 0)
         lanes, loss = trainer.train_epoch(trainer.initial(jax.random.key(0)), 0, seed=0)
         trained.append((lanes["params"], jnp.asarray(loss)))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *trained)
+    chex.assert_trees_all_close(*trained, rtol=1e-4, atol=1e-6)
 
 
 def test_a_simplex_has_collapsed_and_noise_has_not():
@@ -272,7 +273,7 @@ def test_eight_devices_equal_one_where_rounding_moves_no_rectifier():
             train_in_float64(make_resnet(config, tiny_pictures(), devices=devices), 1)
             for devices in (8, 1)
         ]
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-13), *trained)
+        chex.assert_trees_all_close(*trained, rtol=0, atol=1e-13)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -108,7 +109,7 @@ def test_a_sweep_is_its_runs_one_by_one():
     again = few_shot.sweep_few_shot(
         config, support, labels, {"test": (held_out, truth)}, sequential=True, **options
     )
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), found, again)
+    chex.assert_trees_all_close(found, again, rtol=1e-4)
     second = jax.tree.map(lambda x: x[1:], (support, labels, {"test": (held_out, truth)}))
     last = few_shot.sweep_few_shot(config, *second, first=1, sequential=True, **options)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b[1:], rtol=1e-4), last, found)
@@ -152,11 +153,11 @@ def test_rows_that_are_not_there_change_nothing():
             found = few_shot.sweep_few_shot(config, support, labels, held_out, **options)
             only = jax.tree.map(lambda x, rows=rows: x[:, :rows], support)
             exact = few_shot.sweep_few_shot(config, only, labels[:, :rows], held_out, **options)
-            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), found, exact)
+            chex.assert_trees_all_close(found, exact, rtol=1e-4)
             one = few_shot.sweep_few_shot(
                 config, support, labels, held_out, sequential=True, **options
             )
-            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), found, one)
+            chex.assert_trees_all_close(found, one, rtol=1e-4)
         # 5 rows with room for 10 and 10 share a program, at once and one by one; 5 have their own.
         assert training._few_shot_sweep._sweep._cache_size() == before + 3
 

@@ -1,5 +1,6 @@
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,7 +40,7 @@ def test_listed_equals_stacked_and_comes_back_exactly():
     listed = with_layout(model, "listed")
     back = with_layout(listed, "stacked")
     before, after = nnx.to_pure_dict(nnx.state(model)), nnx.to_pure_dict(nnx.state(back))
-    jax.tree.map(np.testing.assert_array_equal, before, after)
+    chex.assert_trees_all_equal(before, after)
     assert nnx.graphdef(model) == nnx.graphdef(back)
     np.testing.assert_allclose(run(model, TOKENS), run(listed, TOKENS), rtol=2e-5, atol=2e-6)
 
@@ -49,7 +50,7 @@ def test_params_convert_like_the_model():
     _, params = from_nnx(model)
     _, listed = from_nnx(with_layout(model, "listed"))
     converted = models.params_with_layout(params, model.config, "listed")
-    jax.tree.map(np.testing.assert_array_equal, listed, converted)
+    chex.assert_trees_all_equal(listed, converted)
 
 
 def test_packed_documents_do_not_see_each_other():

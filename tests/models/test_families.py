@@ -3,6 +3,7 @@
 import functools
 import pathlib
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,4 +62,4 @@ def test_family(family, tmp_path):
     again = load_model(str(tmp_path / "out"))
     assert again.config == model.config
     ours, theirs = (nnx.to_pure_dict(nnx.state(m)) for m in (model, again))
-    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    chex.assert_trees_all_equal(ours, theirs)

@@ -1,7 +1,7 @@
 """GGUF files written here from the golden weights load to the same parameters."""
 
+import chex
 import gguf
-import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -118,7 +118,7 @@ def test_gguf_equals_safetensors(tmp_path, name, architecture):
     ours, theirs = (nnx.to_pure_dict(nnx.state(m)) for m in (here, there))
     # 1 + w - 1 in float32 is not quite w.
     atol = 2e-7 if architecture == "gemma2" else 0
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=atol), ours, theirs)
+    chex.assert_trees_all_close(ours, theirs, rtol=0, atol=atol)
     fields = [f for f in vars(here.config) if f not in ("family", "norm_eps", "query_scale")]
     for field in fields:
         assert getattr(here.config, field) == getattr(there.config, field), field

@@ -6,6 +6,7 @@ import pathlib
 import shutil
 import sys
 
+import chex
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -31,7 +32,7 @@ def params(model):
 
 
 def assert_equal(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a, b)
+    chex.assert_trees_all_equal(a, b)
 
 
 def rewritten(source: pathlib.Path, target: pathlib.Path, change) -> pathlib.Path:

@@ -1,5 +1,6 @@
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,7 +46,7 @@ def test_fresh_adapters_change_nothing_and_rows_choose():
     converted = models.lora_with_layout(lora, CONFIG, "listed")
     np.testing.assert_allclose(apply(listed, converted), full, rtol=1e-4, atol=5e-5)
     back = models.lora_with_layout(converted, CONFIG, "stacked")
-    jax.tree.map(np.testing.assert_array_equal, back, lora)
+    chex.assert_trees_all_equal(back, lora)
 
 
 def test_adapters_equal_merged_kernels():

@@ -4,6 +4,7 @@ import functools
 import os
 import subprocess
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -180,7 +181,7 @@ def test_the_merged_model_is_exported_and_loads_again(tmp_path):
     models.save_pretrained(student, None, tmp_path)
     again = models.load_model(str(tmp_path), layout="listed")
     sides = [nnx.to_pure_dict(nnx.state(m, nnx.Param)) for m in (student, again)]
-    jax.tree.map(np.testing.assert_array_equal, *sides)
+    chex.assert_trees_all_equal(*sides)
 
 
 _READ_BACK = """

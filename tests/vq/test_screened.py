@@ -1,5 +1,6 @@
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -93,7 +94,7 @@ def test_loss_and_gradients_are_those_of_the_logits(case):
     arguments = (kernel, jnp.asarray(case["rows"]))
     got = jax.jit(jax.value_and_grad(lean, (0, 1)))(*arguments)
     want = jax.jit(jax.value_and_grad(plain, (0, 1)))(*arguments)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, want)
+    chex.assert_trees_all_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 def test_top_k_is_the_full_head_s_wherever_the_screen_lists_it(case):
