@@ -13,42 +13,54 @@ LOSSES = objectives.LOSSES
 class Config:
     """What one run of the experiment does."""
 
-    pivot: str = field(
-        "smollm2", "Model that is trained: a directory, a .gguf file or a known name."
-    )
-    pivot_layers: tuple[int, ...] = field((), "Layers of the pivot to keep; all if empty.")
+    pivot: str = field("smollm2", "Model to train: a directory, a .gguf file or a known name.")
+    pivot_layers: tuple[int, ...] = field((), "Layers of the pivot to keep; all if none is named")
     source: tuple[str, ...] = field(("smollm2",), "Model to learn from")
-    source_weight: tuple[float, ...] = field((), "Weight of each source; equal if empty.")
+    source_weight: tuple[float, ...] = field((), "Weight of each source; equal if none is given")
     teacher: tuple[str, ...] = field(
-        (), "cache:DIR for each source in turn: what logitjax.commands.cache_logits wrote"
+        (), "cache:DIR for each source in turn, as `logitjax cache-logits` writes it"
     )
-    data: str = field("tfds:wiki_summaries", "text:PATH, jsonl:PATH or tfds:NAME.")
-    on_error: str = field("raise", "What a malformed row does.", choices=("raise", "skip"))
+    data: str = field(
+        "tfds:wiki_summaries", "Text to train on: tfds:NAME, text:PATH or jsonl:PATH."
+    )
+    on_error: str = field(
+        "raise", "Whether a malformed row stops the run or is left out.", choices=("raise", "skip")
+    )
     loss: tuple[str, ...] = field(("sft", "kl", "uld", "uld+gld"), "Arm to train")
     mix: float = field(0.5, "Weight of the distillation terms; SFT gets the rest.")
     gld: tuple[str, ...] = field(
         ("rank/row_sum/closed_form:0.002",),
-        "The graph loss as NODE/FEATURE/VALUE:WEIGHT beside ULD; several are tried",
+        "Graph loss beside ULD, as NODE/FEATURE/VALUE:WEIGHT; the best of several is kept",
     )
-    top_k: int = field(10, "Logits a position that ULD and GLD look at.")
-    cache_top_k: int = field(64, "Logits a position that the sources' cache keeps (KL uses all).")
-    seq_len: int = field(256, "Tokens a row.")
-    batch_size: int = field(4, "Rows a step, over all processes.")
-    accumulate: int = field(1, "Micro-batches a step.")
+    top_k: int = field(10, "Logits of each position that ULD and GLD look at.")
+    cache_top_k: int = field(64, "Logits of each position that a cache keeps; KL uses them all.")
+    seq_len: int = field(256, "Tokens of a row.")
+    batch_size: int = field(4, "Rows of a step, over all processes.")
+    accumulate: int = field(1, "Micro-batches of a step.")
     steps: int = field(100, "Optimiser steps of each arm.")
-    learning_rate: tuple[float, ...] = field((3e-4,), "Peak learning rate; several are tried.")
-    warmup: float = field(0.1, "Share of the steps that warm up.")
-    weight_decay: float = field(0.01, "AdamW's.")
-    seeds: int = field(1, "Runs of each arm, at its best learning rate.")
+    learning_rate: tuple[float, ...] = field(
+        (3e-4,), "Peak learning rate; the best of several is kept for each arm"
+    )
+    warmup: float = field(0.1, "Share of the steps in which the learning rate rises.")
+    weight_decay: float = field(0.01, "Weight decay of AdamW.")
+    seeds: int = field(1, "Runs of each arm at its best settings.")
     eval_rows: int = field(32, "Rows of validation and of test that are scored.")
     eval_every: int = field(25, "Steps between validations.")
     checkpoint_every: int = field(25, "Steps between checkpoints.")
     log_every: int = field(5, "Steps between log lines.")
-    dtype: str = field("float32", "Compute type.", choices=("float32", "bfloat16"))
+    dtype: str = field("float32", "Type that models compute in.", choices=("float32", "bfloat16"))
     mesh: str = field("data:-1,fsdp:1,tensor:1", "Axes and sizes of the device mesh.")
-    layout: str = field("listed", "Layers scanned or unrolled.", choices=("stacked", "listed"))
-    remat: str = field("none", "What the backward pass keeps.", choices=("none", "dots", "full"))
-    profile_steps: int = field(0, "Steps of each arm that jax.profiler traces, from the third on.")
+    layout: str = field(
+        "listed",
+        "Whether layers are stacked and scanned, or listed and unrolled.",
+        choices=("stacked", "listed"),
+    )
+    remat: str = field(
+        "none", "What the backward pass computes again.", choices=("none", "dots", "full")
+    )
+    profile_steps: int = field(
+        0, "Steps of each arm that jax.profiler records, from the third step on."
+    )
     tensorboard: bool = field(False, "Write TensorBoard event files too.")
     prompt: str = field("The history of", "Start of the sample continuations.")
 

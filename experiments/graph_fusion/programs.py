@@ -1,24 +1,55 @@
-"""What graph fusion runs: the update of every arm of a preset."""
+"""What graph fusion runs on devices: the update of every arm of a preset."""
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
 from experiments.graph_fusion import train
+from experiments.graph_fusion.config import Config
+from experiments.graph_fusion.data import source_names
 from experiments.shared import shapes
-from logitjax import training
-from logitjax.distillation import objectives
+from experiments.shared.programs import Program
+from logitjax import losses, models, training
 
 
-def trace_steps(config: Any, devices: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Names and how to trace each program of a run; the first is the main one."""
-    mesh = training.make_mesh(config.mesh, devices=devices)
-    pivot = shapes.decoder_config(config.pivot)
-    # Two losses in one update need the most; the others are below it.
-    arms = sorted(config.loss, key=lambda loss: (loss != "uld+gld", loss))
-    for loss in arms:
-        if loss != objectives.DUAL:
-            yield (
-                f"update of the {loss} arm",
-                functools.partial(train.trace_step, config, pivot, mesh, loss=loss),
-            )
+def programs(config: Config, mesh: Mesh) -> Iterator[Program]:
+    """The update of each arm with its first settings; the one that needs the most comes first."""
+    graphdef, params = shapes.abstract_decoder(
+        shapes.decoder_config(config.pivot),
+        dtype=jnp.dtype(config.dtype),
+        layout=config.layout,
+        remat=config.remat,
+    )
+    batch = {"pivot": shapes.packed(mesh, config.batch_size, config.seq_len)}
+    sources = dict.fromkeys(source_names(config), _statistics(config, mesh))
+    # Two losses in one update need the most.
+    for loss in sorted(config.loss, key=lambda loss: (loss != "uld+gld", loss)):
+        settings = train.Settings(loss, config.learning_rate[0], config.gld[0])
+        tx, step = train.make_step(config, graphdef, mesh, settings)
+        trained = jax.eval_shape(
+            lambda params, loss=loss: train.trained_parameters(loss, graphdef, params), params
+        )
+        state = training.abstract_train_state(trained, tx, mesh=mesh, rules=models.DECODER_RULES)
+        read = {} if loss == "sft" else {"sources": sources}
+        arguments = (state, batch | read)
+        yield Program(name=f"update of the {loss} arm", jitted=step, arguments=arguments)
+
+
+def _statistics(config: Config, mesh: Mesh) -> tuple[losses.GraphStatistics, Any]:
+    """What a source says about a batch, and where."""
+    positions, k = config.seq_len - 1, config.cache_top_k
+    columns: dict[str, Any] = shapes.rows(
+        mesh,
+        config.batch_size,
+        values=(jnp.float32, positions, k),
+        indices=(jnp.int32, positions, k),
+        log_z=(jnp.float32, positions),
+        mean=(jnp.float32, positions),
+        std=(jnp.float32, positions),
+        where=(jnp.bool_, positions),
+    )
+    where = columns.pop("where")
+    return losses.GraphStatistics(**columns), where

@@ -8,6 +8,8 @@ from typing import Any
 import jax
 from etils import epath
 
+from experiments.graph_fusion.config import Config
+from experiments.graph_fusion.train import Outcome
 from experiments.shared.report import format_value, markdown_table, mean_and_spread
 
 NAMES = {
@@ -16,6 +18,7 @@ NAMES = {
     "uld": "SFT + ULD",
     "gld": "SFT + GLD",
     "uld+gld": "SFT + ULD + GLD (InfiGFusion)",
+    "dual": "SFT + second head",
 }
 
 # InfiGFusion, Table 3: averages over 18 reasoning tasks, Phi-4 14B pivot, accuracy in percent.
@@ -26,8 +29,8 @@ PAPER = (
 )
 
 
-def write(config: Any, results: Mapping[str, Any], workdir: epath.Path) -> str:
-    """Write ``report.md``, ``results.json`` and ``report.png``; returns the table."""
+def write(config: Config, results: Mapping[str, Any], workdir: epath.Path) -> str:
+    """Write `report.md`, `results.json` and `report.png`; returns the table."""
     outcomes, before = results["outcomes"], results["before"]
     rows = [_before_row(before)]
     rows += [_row(loss, _of(outcomes, loss)) for loss in config.loss]
@@ -47,7 +50,7 @@ def write(config: Any, results: Mapping[str, Any], workdir: epath.Path) -> str:
     return f"{table}\n\nreport: {workdir}/report.md\nplot:   {workdir}/report.png"
 
 
-def _of(outcomes: Sequence[Any], loss: str) -> list[Any]:
+def _of(outcomes: Sequence[Outcome], loss: str) -> list[Outcome]:
     return [outcome for outcome in outcomes if outcome.loss == loss]
 
 
@@ -60,7 +63,7 @@ def _before_row(before: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _row(loss: str, runs: Sequence[Any]) -> dict[str, Any]:
+def _row(loss: str, runs: Sequence[Outcome]) -> dict[str, Any]:
     return {
         "arm": NAMES[loss],
         "perplexity": mean_and_spread([run.perplexity for run in runs]),
@@ -78,7 +81,7 @@ def _percent(values: Sequence[float | None]) -> str:
     return mean_and_spread(known) if known else "-"
 
 
-def plot(config: Any, outcomes: Sequence[Any], path: epath.Path) -> None:
+def plot(config: Config, outcomes: Sequence[Outcome], path: epath.Path) -> None:
     """Validation perplexity over steps, and where each arm ended."""
     import matplotlib
 
@@ -105,7 +108,9 @@ def plot(config: Any, outcomes: Sequence[Any], path: epath.Path) -> None:
     plt.close(figure)
 
 
-def _text(config: Any, outcomes: Sequence[Any], before: Mapping[str, Any], table: str) -> str:
+def _text(
+    config: Config, outcomes: Sequence[Outcome], before: Mapping[str, Any], table: str
+) -> str:
     samples = [{"arm": "pivot, untrained", "continuation": _cell(before["sample"])}]
     for loss in config.loss:
         run = _of(outcomes, loss)[0]
@@ -137,7 +142,7 @@ Greedy continuations of "{config.prompt}":
 """
 
 
-def _layers(config: Any) -> str:
+def _layers(config: Config) -> str:
     layers = config.pivot_layers
     return f" (layers {', '.join(map(str, layers))})" if layers else ""
 

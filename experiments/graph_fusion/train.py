@@ -4,19 +4,20 @@ import dataclasses
 import functools
 import json
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
+import optax
 from absl import logging
 from etils import epath
 from flax import nnx
+from jax.sharding import Mesh
 
-from logitjax import decoding, losses, models, processes, training
+from experiments.graph_fusion.config import Config
+from experiments.graph_fusion.data import Corpus, load_corpus, source_names
+from logitjax import decoding, models, processes, training
 from logitjax.distillation import objectives
-from logitjax.distillation import sources as distillation_sources
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What one run of one arm reached; ``curve`` holds (step, validation perplexity)."""
+    """What one run of one arm reached; `curve` holds (step, validation perplexity)."""
 
     loss: str
     learning_rate: float
@@ -52,134 +53,65 @@ class Outcome:
     sample: str
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Session:
-    """What all arms share: models, rows, statistics of the sources, mesh."""
+    """What all arms share: the pivot as it was loaded, its tokenizer, rows, mesh, folder."""
 
-    config: Any
+    config: Config
     workdir: epath.Path
-    mesh: Any
-    pivot: models.Decoder
+    mesh: Mesh
+    graphdef: Any
+    params: Any
     tokenizer: models.Tokenizer
-    packed: distillation_sources.Packed
-    sources: Mapping[str, "distillation_sources.Source"]
-
-    @functools.cached_property
-    def functional(self) -> tuple[Any, Any]:
-        """The pivot as (graphdef, parameters before training)."""
-        apply_fn, params = models.from_nnx(self.pivot)
-        return apply_fn.graphdef, params
+    corpus: Corpus
 
     @functools.cached_property
     def _score(self) -> Any:
-        return training.make_eval_step(
-            objectives.score_function(self.functional[0]), mesh=self.mesh
-        )
+        return training.make_eval_step(objectives.score_function(self.graphdef), mesh=self.mesh)
 
     def scores(self, params: Any, split: str) -> dict[str, float]:
         """Perplexity, accuracy and, where the first source reads the same tokens, agreement."""
-        found = training.evaluate(self._score, params, self.scored_batches(split))
-        return found | {"perplexity": float(np.exp(found["loss"]))}
+        batches = self.corpus.scored(split, self.config, self.mesh)
+        means = training.evaluate(self._score, params, batches)
+        return means | {"perplexity": float(np.exp(means["loss"]))}
 
     def sample(self, params: Any, *, length: int = 32) -> str:
         """What the pivot writes after the prompt, most likely token first."""
-        model = models.with_layout(
-            nnx.merge(self.functional[0], objectives.pivot_of(params)), "listed"
-        )
-        prompt = self.tokenizer.encode(self.config.prompt)
+        model = nnx.merge(self.graphdef, objectives.pivot_of(params))
         tokens = decoding.greedy_generate(
-            model, prompt, max_new_tokens=length, eos_id=self.tokenizer.eos_id
+            models.with_layout(model, "listed"),
+            self.tokenizer.encode(self.config.prompt),
+            max_new_tokens=length,
+            eos_id=self.tokenizer.eos_id,
         )
         return self.config.prompt + self.tokenizer.decode(np.asarray(tokens)[0].tolist())
 
-    def batch(self, split: str, rows: Mapping[str, Any], *, sources: bool) -> dict[str, Any]:
-        batch: dict[str, Any] = {"pivot": dict(self.packed.columns(rows, "pivot"))}
-        if sources:
-            batch["sources"] = {
-                name: source.statistics(split, rows) for name, source in self.sources.items()
-            }
-        return batch
 
-    def scored_batches(self, split: str) -> Iterator[dict[str, Any]]:
-        index, count = training.process_slice(self.mesh)
-        first = next(iter(self.sources.values()))
-        rows = self.packed.splits[split].iterate_once(
-            batch_size=self.config.batch_size,
-            process_index=index,
-            process_count=count,
-            max_rows=self.config.eval_rows,
-        )
-        for row in rows:
-            batch = self.batch(split, row, sources=False)
-            if first.columns == self.packed.names["pivot"]:
-                statistics_, _ = first.statistics(split, row)
-                batch["agreement"] = objectives.first_choice(statistics_)
-            yield batch
-
-
-def open_session(config: Any, workdir: epath.Path) -> Session:
-    """Load the models, pack the text and let the sources speak."""
+def open_session(config: Config, workdir: epath.Path) -> Session:
+    """Loads the pivot, packs the text and lets the sources read."""
     if config.source_weight and len(config.source_weight) != len(config.source):
         raise ValueError(
             f"source_weight: {len(config.source_weight)} weights for {len(config.source)} sources"
         )
     mesh = training.make_mesh(config.mesh)
-    options = dict(dtype=config.dtype, layout=config.layout, remat=config.remat)
-    pivot, tokenizer = models.load(config.pivot, mesh=mesh, **options)
+    pivot, tokenizer = models.load(
+        config.pivot, mesh=mesh, dtype=config.dtype, layout=config.layout, remat=config.remat
+    )
     if config.pivot_layers:
         pivot = models.keep_layers(pivot, config.pivot_layers)
-    tokenizers = {"pivot": tokenizer}
-    specs = dict(zip(source_names(config), config.source, strict=True))
-    for name, spec in specs.items():
-        tokenizers[name] = models.load_tokenizer(spec)
-    packed = distillation_sources.pack_splits(
-        config.data,
-        tokenizers,
-        seq_len=config.seq_len,
-        on_error=config.on_error,
-        directory=workdir / "data",
+    apply_fn, params = models.from_nnx(pivot)
+    return Session(
+        config=config,
+        workdir=workdir,
+        mesh=mesh,
+        graphdef=apply_fn.graphdef,
+        params=params,
+        tokenizer=tokenizer,
+        corpus=load_corpus(config, tokenizer, workdir),
     )
-    distilling = [loss for loss in config.loss if loss != "sft"]
-    foreign = [n for n in specs if packed.names[n] != packed.names["pivot"]]
-    same = next((loss for loss in ("kl", objectives.DUAL) if loss in config.loss), None)
-    if same and foreign:
-        raise ValueError(
-            f"loss {same!r} needs one vocabulary, but source {specs[foreign[0]]!r} has another "
-            "tokenizer than the pivot; use uld, gld or uld+gld"
-        )
-    needed = distillation_sources.needed_rows(packed, config, distilling=bool(distilling))
-    # Each process lets the sources read its own share, on its own devices.
-    here = training.make_mesh("fsdp:-1", devices=jax.local_devices())
-    sources = {}
-    for i, (name, spec) in enumerate(specs.items()):
-        columns = packed.names[name]
-        if i < len(config.teacher):
-            kind, _, place = config.teacher[i].partition(":")
-            if kind != "cache" or not place:
-                raise ValueError(f"teacher: expected cache:DIR, got {config.teacher[i]!r}")
-            caches = distillation_sources.open_caches(
-                epath.Path(place), packed, columns, tokenizers[name].fingerprint, needed
-            )
-        else:
-            caches = distillation_sources.let_source_read(
-                spec,
-                functools.partial(models.load, spec, mesh=here, **options),
-                columns=columns,
-                packed=packed,
-                rows=needed,
-                k=config.cache_top_k,
-                batch_size=config.batch_size,
-                directory=workdir / "sources" / name,
-            )
-        sources[name] = distillation_sources.Source(columns, packed, caches)
-    return Session(config, workdir, mesh, pivot, tokenizer, packed, sources)
 
 
-def source_names(config: Any) -> list[str]:
-    return [f"source{i}" for i in range(len(config.source))]
-
-
-def run_arms(config: Any, workdir: epath.Path) -> dict[str, Any]:
+def run_arms(config: Config, workdir: epath.Path) -> dict[str, Any]:
     """Every arm at its best settings with every seed; the untrained pivot for comparison."""
     for gld in config.gld:
         objectives.parse_gld(gld, k=config.top_k)
@@ -202,7 +134,7 @@ def _score_untrained(session: Session) -> dict[str, Any]:
     path = session.workdir / "before.json"
     if processes.broadcast_from_first(path.exists):
         return json.loads(path.read_text())
-    params = session.functional[1]
+    params = session.params
     scores = session.scores(params, "test")
     record = {**scores, "sample": session.sample(params)}
     processes.write_json(path, record)
@@ -210,111 +142,40 @@ def _score_untrained(session: Session) -> dict[str, Any]:
 
 
 def make_step(
-    config: Any, graphdef: Any, mesh: Any, settings: Settings
-) -> tuple[Any, training.TrainStep]:
+    config: Config, graphdef: Any, mesh: Mesh, settings: Settings
+) -> tuple[optax.GradientTransformation, training.TrainStep]:
     """An arm's optimizer and its compiled update."""
-    objective = objectives.Objective.of(config, settings.loss, settings.gld)
-    learning_rate = settings.learning_rate
-    schedule = dict(
+    graph, weight = objectives.parse_gld(settings.gld, k=config.top_k)
+    objective = objectives.Objective(
+        loss=settings.loss,
+        weights=config.source_weight or (1.0,) * len(config.source),
+        mix=config.mix,
+        gld_weight=weight,
+        graph=graph,
+    )
+    schedule: dict[str, Any] = dict(
         schedule="cosine", warmup=int(config.warmup * config.steps), total_steps=config.steps
     )
-    tx = training.make_optimizer(learning_rate, weight_decay=config.weight_decay, **schedule)
+    tx = training.make_optimizer(
+        settings.learning_rate, weight_decay=config.weight_decay, **schedule
+    )
     step = training.make_train_step(
-        objectives.loss_function(objective, graphdef, tuple(source_names(config))),
+        objectives.loss_function(objective, graphdef, source_names(config)),
         tx,
         mesh=mesh,
         accumulate=config.accumulate,
-        schedule=training.make_schedule(learning_rate, **schedule),
+        schedule=training.make_schedule(settings.learning_rate, **schedule),
     )
     return tx, step
 
 
-def trace_step(config: Any, decoder: models.DecoderConfig, mesh: Any, *, loss: str) -> Any:
-    """The update of a pivot of this shape, traced for a mesh without a byte of it in memory."""
-    abstract = nnx.eval_shape(
-        lambda: models.Decoder(
-            decoder,
-            rngs=nnx.Rngs(0),
-            dtype=jnp.dtype(config.dtype),
-            layout=config.layout,
-            remat=config.remat,
-        )
-    )
-    apply_fn, params = models.from_nnx(abstract)
-    settings = Settings(loss, config.learning_rate[0], config.gld[0])
-    tx, step = make_step(config, apply_fn.graphdef, mesh, settings)
-    state = training.abstract_train_state(params, tx, mesh=mesh, rules=models.DECODER_RULES)
-    rows, length, k = config.batch_size, config.seq_len, config.cache_top_k
-    sharding = training.batch_sharding(mesh)
-
-    def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=sharding)
-
-    columns = ("tokens", "segment_ids", "positions")
-    batch: dict[str, Any] = {"pivot": {name: array(jnp.int32, length) for name in columns}}
-    batch["pivot"]["loss_mask"] = array(jnp.bool_, length)
-    if loss != "sft":
-        per_position = [array(jnp.float32, length - 1) for _ in range(3)]
-        statistics_ = losses.GraphStatistics(
-            values=array(jnp.float32, length - 1, k),
-            indices=array(jnp.int32, length - 1, k),
-            **dict(zip(("log_z", "mean", "std"), per_position, strict=True)),
-        )
-        where = array(jnp.bool_, length - 1)
-        batch["sources"] = dict.fromkeys(source_names(config), (statistics_, where))
-    return step.trace(state, batch)
-
-
-def lower_step(config: Any, decoder: models.DecoderConfig, mesh: Any, *, loss: str) -> Any:
-    """What `trace_step` traces, lowered."""
-    return trace_step(config, decoder, mesh, loss=loss).lower()
-
-
-@dataclasses.dataclass(frozen=True)
-class Arm:
-    """What is needed to train an arm.
-
-    Attributes:
-      start: seed -> the state before the first step.
-      step: the compiled update.
-      batches: (step, seed) -> this process's rows.
-    """
-
-    start: Callable[[int], training.TrainState]
-    step: training.TrainStep
-    batches: Callable[..., dict[str, Any]]
-
-
-def prepare_arm(session: Session, settings: Settings) -> Arm:
-    """An arm at the settings, ready for every seed."""
-    config, mesh = session.config, session.mesh
-    graphdef, params = session.functional
-    if settings.loss == objectives.DUAL:
-        params = objectives.with_auxiliary_head(graphdef, params)
-    tx, step = make_step(config, graphdef, mesh, settings)
-    index, count = training.process_slice(mesh)
-    train = session.packed.splits["train"]
-
-    def start(seed: int) -> training.TrainState:
-        return training.create_train_state(
-            params, tx, mesh=mesh, rules=models.DECODER_RULES, seed=seed
-        )
-
-    def batches(number: int, seed: int = 0) -> dict[str, Any]:
-        rows = train.batch(
-            number,
-            seed=seed,
-            batch_size=config.batch_size,
-            process_index=index,
-            process_count=count,
-        )
-        return session.batch("train", rows, sources=settings.loss != "sft")
-
-    return Arm(start, step, batches)
+def trained_parameters(loss: str, graphdef: Any, params: Any) -> Any:
+    """What an arm trains: the pivot, beside which the dual arm has a second head."""
+    return objectives.with_auxiliary_head(graphdef, params) if loss == objectives.DUAL else params
 
 
 def _run_arm(session: Session, settings: Settings, *, seed: int) -> Outcome:
-    config, loss = session.config, settings.loss
+    config, loss, mesh = session.config, settings.loss, session.mesh
     name = f"{settings.name}/seed-{seed}"
     directory = session.workdir / "arms" / name
     done = directory / "outcome.json"
@@ -323,12 +184,32 @@ def _run_arm(session: Session, settings: Settings, *, seed: int) -> Outcome:
         record["curve"] = tuple(tuple(point) for point in record["curve"])
         return Outcome(**record)
     logging.info("arm %s", name)
-    arm = prepare_arm(session, settings)
+    tx, step = make_step(config, session.graphdef, mesh, settings)
+    start = training.create_train_state(
+        trained_parameters(loss, session.graphdef, session.params),
+        tx,
+        mesh=mesh,
+        rules=models.DECODER_RULES,
+        seed=seed,
+    )
+    train = session.corpus.packed.splits["train"]
+    index, count = training.process_slice(mesh)
+
+    def batch(number: int) -> dict[str, Any]:
+        rows = train.batch(
+            number,
+            seed=seed,
+            batch_size=config.batch_size,
+            process_index=index,
+            process_count=count,
+        )
+        return session.corpus.batch("train", rows, distil=loss != "sft")
+
     with training.Checkpointer(directory / "checkpoints", max_to_keep=2) as checkpointer:
         state = training.train_loop(
-            arm.start(seed),
-            arm.step,
-            functools.partial(arm.batches, seed=seed),
+            start,
+            step,
+            batch,
             total_steps=config.steps,
             workdir=directory,
             checkpointer=checkpointer,
@@ -337,12 +218,12 @@ def _run_arm(session: Session, settings: Settings, *, seed: int) -> Outcome:
             eval_fn=lambda state, _: session.scores(state.params, "validation"),
             eval_every=config.eval_every,
             writer=training.make_writer(directory, tensorboard=config.tensorboard),
-            identity={"data": session.packed.splits["train"].fingerprint, "arm": name},
+            identity={"data": train.fingerprint, "arm": name},
             profile_steps=config.profile_steps,
         )
     lines = _metrics(directory)
     curve = tuple(
-        (line["step"], line["eval/perplexity"]) for line in lines if "eval/perplexity" in line
+        (int(line["step"]), line["eval/perplexity"]) for line in lines if "eval/perplexity" in line
     )
     # The first interval holds the compilation.
     speeds = [line["seconds_per_step"] for line in lines if "seconds_per_step" in line]

@@ -104,7 +104,7 @@ class Plan:
 
 def make_plan(traced: Any, chip: chips.Chip, *, devices: int, mesh: str = "", **names: str) -> Plan:
     """Lower, compile and count one traced program."""
-    known = dict(
+    known: dict[str, Any] = dict(
         **names,
         chip=chip.topology or f"{chip.name}:{devices}",
         mesh=mesh,

@@ -36,18 +36,6 @@ class Objective:
     gld_weight: float = 1.0
     graph: GraphConfig = GraphConfig()  # noqa: RUF009
 
-    @classmethod
-    def of(cls, config: Any, loss: str, gld: str) -> "Objective":
-        """The arm that a configuration describes, with one of its graph losses."""
-        graph, weight = parse_gld(gld, k=config.top_k)
-        return cls(
-            loss=loss,
-            mix=config.mix,
-            weights=config.source_weight or (1.0,) * len(config.source),
-            gld_weight=weight,
-            graph=graph,
-        )
-
     def __post_init__(self) -> None:
         known = (*LOSSES, DUAL)
         if self.loss not in known:

@@ -98,17 +98,27 @@ def pack_splits(
     return Packed(splits, names, lengths, chat)
 
 
-def needed_rows(packed: Packed, config: Any, *, distilling: bool) -> dict[str, np.ndarray]:
-    """The rows of each split that some run reads from the sources' statistics, ascending."""
+def needed_rows(
+    packed: Packed, *, steps: int, batch_size: int, seeds: int, eval_rows: int
+) -> dict[str, np.ndarray]:
+    """The rows of each split whose statistics some run reads, ascending.
+
+    Args:
+        packed: The rows.
+        steps: Steps of a run.
+        batch_size: Rows of a step.
+        seeds: Runs, with seeds from 0; 0 where nothing learns from the sources.
+        eval_rows: Rows of each held-out split that are scored.
+    """
     train = packed.splits["train"]
     visited = [
-        train.indices(step, seed=seed, batch_size=config.batch_size)
-        for seed in range(config.seeds if distilling else 0)
-        for step in range(config.steps)
+        train.indices(step, seed=seed, batch_size=batch_size)
+        for seed in range(seeds)
+        for step in range(steps)
     ]
     rows = {"train": np.unique(np.concatenate(visited)) if visited else np.zeros(0, np.int64)}
     for split in SPLITS[1:]:
-        rows[split] = np.arange(min(config.eval_rows, len(packed.splits[split])))
+        rows[split] = np.arange(min(eval_rows, len(packed.splits[split])))
     return rows
 
 

@@ -71,8 +71,8 @@ def test_the_pivot_learns_from_a_cache_with_a_sampled_tail(source, tmp_path):
         "log_every": 1,
     }
     session = train.open_session(graph_fusion.Config(**values), workdir / "fusion")
-    rows = session.packed.splits["train"].batch(0, seed=0, batch_size=8)
-    statistics, _ = session.sources["source0"].statistics("train", rows)
+    rows = session.corpus.packed.splits["train"].batch(0, seed=0, batch_size=8)
+    statistics, _ = session.corpus.sources["source0"].statistics("train", rows)
     assert statistics.tail.values.shape == (8, 63, 3)
     # What is drawn is not among the top 16.
     assert (statistics.tail.indices[..., None] != statistics.indices[..., None, :]).all()

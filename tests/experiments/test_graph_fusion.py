@@ -12,6 +12,7 @@ from etils import epath
 
 from experiments.graph_fusion import __main__ as graph_fusion
 from experiments.graph_fusion import train
+from experiments.graph_fusion.programs import programs
 from logitjax import distillation, losses, models, training
 from logitjax.distillation import objectives
 
@@ -51,14 +52,19 @@ def test_training_improves_held_out_perplexity(finished):
 def test_an_arm_is_traced_once(tmp_path):
     chosen = config(loss=("sft", "uld+gld"))
     session = train.open_session(chosen, epath.Path(tmp_path))
+    rows = session.corpus.packed.splits["train"]
     for loss in chosen.loss:
         settings = train.Settings(loss, 1e-2, chosen.gld[0])
-        arm = train.prepare_arm(session, settings)
-        state = arm.start(0)
-        for step in range(3):
-            state, output = arm.step(state, arm.batches(step))
+        tx, step = train.make_step(chosen, session.graphdef, session.mesh, settings)
+        state = training.create_train_state(
+            session.params, tx, mesh=session.mesh, rules=models.DECODER_RULES
+        )
+        for number in range(3):
+            batch = rows.batch(number, seed=0, batch_size=chosen.batch_size)
+            batch = session.corpus.batch("train", batch, distil=loss != "sft")
+            state, output = step(state, batch)
         assert bool(output.finite)
-        assert arm.step.traces == 1
+        assert step.traces == 1
 
 
 def test_seeds_differ_and_arms_see_equal_tokens(finished):
@@ -133,21 +139,10 @@ def test_objective_names_what_it_knows():
 
 def test_paper_preset_traces_on_a_mesh():
     """Phi-4's shape, 4K inputs, three sources: the whole update, abstractly."""
-    phi4 = models.DecoderConfig(
-        vocab_size=100_352,
-        hidden_size=5120,
-        intermediate_size=17_920,
-        num_layers=40,
-        num_heads=40,
-        num_kv_heads=10,
-        head_dim=128,
-        tie_embeddings=False,
-        max_length=16_384,
-    )
     paper = graph_fusion.Config(**graph_fusion.PRESETS["paper"])
-    mesh = training.make_mesh("data:1,fsdp:4,tensor:2")
-    lowered = train.lower_step(paper, phi4, mesh, loss="uld+gld")
-    state = lowered.args_info[0][0]
+    program = next(programs(paper, training.make_mesh("data:1,fsdp:4,tensor:2")))
+    assert program.name == "update of the uld+gld arm"
+    state = program.trace().args_info[0][0]
     sizes = [leaf.shape for leaf in jax.tree.leaves(state)]
     # Parameters and two moments of AdamW, 14.66B each.
     assert sum(np.prod(shape, dtype=np.int64) for shape in sizes) > 3 * 14.6e9

@@ -16,11 +16,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from experiments.graph_fusion import __main__ as graph_fusion
-from experiments.graph_fusion import train
+from experiments.graph_fusion.programs import programs
 from experiments.plan import __main__ as plan
 from experiments.plan import chips, costs
-from experiments.shared import shapes
-from logitjax import models, training
+from logitjax import training
 
 ROOT = pathlib.Path(__file__).parents[2]
 MESHES = ("data:8", "data:2,fsdp:4", "data:2,fsdp:2,tensor:2")
@@ -43,29 +42,20 @@ def wide_smoke(monkeypatch):
 @pytest.mark.parametrize("mesh", MESHES)
 def test_bytes_are_those_of_the_same_compilation(mesh):
     (found,) = plan.plans("graph_fusion", "smoke", CPU, mesh=mesh)
-    decoder = shapes.decoder_config("tiny")
-    made = training.make_mesh(mesh)
-    lowered = train.lower_step(smoke(mesh), decoder, made, loss="uld+gld")
-    memory = lowered.compile().memory_analysis()
+    program = next(programs(smoke(mesh), training.make_mesh(mesh)))
+    memory = program.trace().lower().compile().memory_analysis()
     assert found.argument_bytes == memory.argument_size_in_bytes
     assert found.temp_bytes == memory.temp_size_in_bytes
     assert found.output_bytes == memory.output_size_in_bytes
-    # What a device holds of the state and the batch, counted from the shardings.
+    # What a device holds of the state, counted from the shardings; the rest is the batch.
+    state = program.arguments[0]
     held = sum(
         int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(_abstract_state(decoder, made, smoke(mesh)))
+        for leaf in jax.tree.leaves((state.params, state.opt_state))
     )
     assert held < found.argument_bytes < held + 200_000
     assert (found.devices, found.estimate, found.error) == (8, False, "")
     assert "needs" in found.verdict
-
-
-def _abstract_state(decoder, mesh, config):
-    graphdef, params = shapes.abstract_decoder(decoder, layout=config.layout)
-    settings = train.Settings("sft", 1e-3, config.gld[0])
-    tx, _ = train.make_step(config, graphdef, mesh, settings)
-    state = training.abstract_train_state(params, tx, mesh=mesh, rules=models.DECODER_RULES)
-    return (state.params, state.opt_state)
 
 
 def test_matrix_products_are_counted_wherever_they_are():
