@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from experiments.vq_head.context import Context, Split, in_blocks
 from logitjax import heads, losses, ops, vq
@@ -118,9 +119,21 @@ def training_step(converted: Converted) -> Callable[..., Any] | None:
     return lambda hidden, labels: step(trained, given, hidden, labels)
 
 
+def cost_of(head: Callable[..., Any], *sizes: int, **options: Any) -> heads.HeadCost:
+    """The cost of a head of these sizes, without making its arrays."""
+    return nnx.eval_shape(lambda: head(*sizes, **options, rngs=nnx.Rngs(0))).cost()
+
+
+def _full_cost(ctx: Context, *, bias: bool) -> heads.HeadCost:
+    if ctx.tied:
+        start = jnp.zeros(ctx.vocab) if bias else None
+        return heads.TiedHead(bias=start).cost(ctx.rows)
+    return cost_of(heads.LinearHead, ctx.width, ctx.vocab, use_bias=bias)
+
+
 def full(ctx: Context) -> Converted:
     """The head that there was."""
-    cost = heads.full_cost(ctx.vocab, ctx.width, bias=ctx.row_bias is not None, tied=ctx.tied)
+    cost = _full_cost(ctx, bias=ctx.row_bias is not None)
     params = {"kernel": ctx.rows}
     if ctx.row_bias is not None:
         params["bias"] = ctx.row_bias
@@ -182,7 +195,7 @@ def _vq(ctx: Context, arm: str, codes: int, seed: int, lr: float, config: Any) -
         nll,
         top_k,
         params | {"assignment": assignment, "tables": tables},
-        heads.vq_cost(ctx.vocab, ctx.width, codes, bias=use_bias),
+        cost_of(vq.VQHead, ctx.width, ctx.vocab, codes, use_bias=use_bias),
         floor.perplexity,
         tuple(curve),
         tuple(history["moved"]),
@@ -240,7 +253,7 @@ def _low_rank(ctx: Context, rank: int) -> tuple[Any, Any, Any, Any]:
         ctx.rows, ctx.unigram, ctx.statistics.mean, ctx.statistics.cov, rank, row_bias=ctx.row_bias
     )
     params = {"down": down, "kernel": kernel, "bias": bias}
-    cost = heads.low_rank_cost(ctx.vocab, ctx.width, rank)
+    cost = cost_of(heads.LowRankHead, ctx.width, ctx.vocab, rank)
     return params, {}, lambda params, constants: params, cost
 
 
@@ -267,7 +280,8 @@ def _product(
         rows = vq.product_kernel(*product)
         return {"kernel": rows, "bias": params["bias"], "product": product}
 
-    cost = heads.product_cost(ctx.vocab, ctx.width, groups, codes=num_codes, packed=packed)
+    shape: Any = dict(groups=groups, num_codes=num_codes, packed=packed)
+    cost = cost_of(vq.ProductHead, ctx.width, ctx.vocab, **shape)
     return {"codebooks": codebooks, "bias": bias}, {"codes": codes}, effective, cost
 
 
@@ -365,15 +379,13 @@ def _adaptive(ctx: Context, seed: int, lr: float, config: Any) -> Converted:
         mesh=ctx.mesh,
     )
     ranks = np.asarray(tables["rank"])[train.labels]
-    tails = [
-        (stop - start, width, 1.0, float(((ranks >= start) & (ranks < stop)).mean()))
-        for (start, stop), width in zip(options.tails, options.widths)
-    ]
+    labels_in = [float(((ranks >= start) & (ranks < stop)).mean()) for start, stop in options.tails]
+    head = heads.AdaptiveHead(options, ctx.unigram, params=params | tables, rngs=nnx.Rngs(0))
     return Converted(
         lambda params, h, y: heads.adaptive_nll(h, params, y),
         lambda params, h: heads.adaptive_topk(h, params, 5).indices,
         params | tables,
-        heads.adaptive_cost(ctx.width, options.cutoffs[0], tails),
+        head.cost(labels_in=labels_in),
         curve=tuple(curve),
     )
 
@@ -396,5 +408,5 @@ def _full(ctx: Context, arm: str, seed: int, lr: float, config: Any) -> Converte
         seed=seed,
         mesh=ctx.mesh,
     )
-    cost = heads.full_cost(ctx.vocab, ctx.width, bias=True, tied=ctx.tied)
+    cost = _full_cost(ctx, bias=True)
     return Converted(_linear_nll, _linear_top_k, params | constants, cost, curve=tuple(curve))

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from experiments.vq_head import arms
 from experiments.vq_head.context import Context
@@ -70,18 +71,36 @@ def shortlist(
         top = vq.shortlist_topk(hidden, params["codebook"], k, with_tail=False, **options(params))
         return top.indices
 
-    cost = heads.shortlist_cost(
-        ctx.vocab,
+    head = vq.ShortlistHead(
         ctx.width,
+        ctx.vocab,
         len(codebook),
-        pages=pages.tokens.shape[0],
-        size=config.page_size,
         num_pages=num_pages,
-        own_rows=not ctx.tied,
-        product_groups=groups,
-        product_codes=config.product_codes,
+        page_size=config.page_size,
+        rows=None if ctx.tied or groups else ctx.rows,
+        assignment=assignment,
+        rngs=nnx.Rngs(0),
     )
+    cost = head.cost(ctx.rows)
+    if groups:
+        cost = _with_product_rows(cost, ctx, num_pages * config.page_size, groups, config)
     return arms.Converted(nll, top_k, params, cost, base.floor)
+
+
+def _with_product_rows(
+    cost: heads.HeadCost, ctx: Context, listed: int, groups: int, config: Any
+) -> heads.HeadCost:
+    """Of a shortlist whose rows are product-quantised rather than the embedding's."""
+    numbers = config.product_codes * ctx.width
+    fewer = 2 * numbers + listed * groups - 2 * listed * ctx.width
+    return dataclasses.replace(
+        cost,
+        parameters=cost.parameters + numbers,
+        stored_bytes=cost.stored_bytes + numbers * 4 + ctx.vocab * groups,
+        read_bytes=cost.read_bytes + numbers * 4 + listed * (groups + 4 - ctx.width * 4),
+        decode_flops=cost.decode_flops + fewer,
+        train_flops=cost.train_flops + 3 * fewer,
+    )
 
 
 def screened(ctx: Context, base: arms.Converted, candidates: int) -> arms.Converted:
@@ -108,9 +127,7 @@ def screened(ctx: Context, base: arms.Converted, candidates: int) -> arms.Conver
     def decode(params: Any, hidden: Any) -> Any:
         return top_k(params, hidden, logits=arms.lookup_logits)
 
-    cost = heads.screened_cost(
-        base.cost, ctx.vocab, ctx.width, num_candidates=candidates, own_rows=not ctx.tied
-    )
+    cost = base.cost.with_rows(candidates, ctx.width, own=0 if ctx.tied else ctx.vocab)
     looks_up = "product" in base.params and "packed" not in base.params
     return arms.Converted(nll, top_k, params, cost, decode=decode if looks_up else None)
 

@@ -8,13 +8,6 @@ from logitjax.heads._adaptive_softmax import adaptive_topk as adaptive_topk
 from logitjax.heads._adaptive_softmax import fit_adaptive_softmax as fit_adaptive_softmax
 from logitjax.heads._adaptive_softmax import init_adaptive_softmax as init_adaptive_softmax
 from logitjax.heads._head_cost import HeadCost as HeadCost
-from logitjax.heads._head_cost import adaptive_cost as adaptive_cost
-from logitjax.heads._head_cost import full_cost as full_cost
-from logitjax.heads._head_cost import low_rank_cost as low_rank_cost
-from logitjax.heads._head_cost import product_cost as product_cost
-from logitjax.heads._head_cost import screened_cost as screened_cost
-from logitjax.heads._head_cost import shortlist_cost as shortlist_cost
-from logitjax.heads._head_cost import vq_cost as vq_cost
 from logitjax.heads._linear import FullHead as FullHead
 from logitjax.heads._linear import LinearHead as LinearHead
 from logitjax.heads._linear import TiedHead as TiedHead

@@ -1,6 +1,7 @@
 """Adaptive softmax: frequent tokens in full, rare ones in narrow tails; to compare with."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Float, Int, Key
 
-from logitjax.heads._head_cost import HeadCost, adaptive_cost
+from logitjax.heads._head_cost import HeadCost
 from logitjax.heads._low_rank import metric_roots
 from logitjax.heads._vocabulary_head import Assignment, VocabularyHead
 from logitjax.ops import Array, TopK, gather_at, logsumexp
@@ -352,19 +353,35 @@ class AdaptiveHead(VocabularyHead):
         """Raises: a normaliser in each tail is not linear in the hidden state."""
         raise ValueError("an AdaptiveHead has no kernel; use nll() or the log-probabilities")
 
-    def cost(self, tails_needed: float = 1.0, labels_in_tails: float = 1.0) -> HeadCost:
+    def cost(
+        self,
+        embedding: Array | None = None,
+        *,
+        looked_into: Sequence[float] | None = None,
+        labels_in: Sequence[float] | None = None,
+    ) -> HeadCost:
         """What it costs; see `HeadCost`.
 
         Args:
-          tails_needed: how often decoding looks into a tail.
-          labels_in_tails: how often a label lies in each.
+          embedding: not used.
+          looked_into: how often decoding has to look into each tail; always when omitted.
+          labels_in: how often a label lies in each tail; always when omitted.
         """
-        frequent, hidden = self.head[...].shape
-        tails = [
-            (*t.kernel[...].shape, float(tails_needed), float(labels_in_tails)) for t in self.tails
-        ]
-        itemsize = self.head[...].dtype.itemsize
-        return adaptive_cost(hidden, frequent - len(tails), tails, itemsize=itemsize)
+        always = [1.0] * len(self.tails)
+        sizes = [t.down.size + t.kernel.size + t.bias.size for t in self.tails]
+        head = self.head.size + self.head_bias.size
+        parameters = head + sum(sizes)
+        read = head + sum(size * often for size, often in zip(sizes, looked_into or always))
+        train = head + sum(size * often for size, often in zip(sizes, labels_in or always))
+        itemsize = self.head.dtype.itemsize
+        return HeadCost(
+            parameters=parameters,
+            # With both tables between tokens and ranks.
+            stored_bytes=parameters * itemsize + 2 * self.order.size * 4,
+            read_bytes=int(read * itemsize),
+            decode_flops=int(2 * read),
+            train_flops=int(6 * train),
+        )
 
 
 class _Tail(nnx.Module):

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float, Int
 
-from logitjax.heads._head_cost import HeadCost, full_cost
-from logitjax.heads._vocabulary_head import VocabularyHead, log_unigram
+from logitjax.heads._head_cost import HeadCost
+from logitjax.heads._vocabulary_head import VocabularyHead
 from logitjax.losses import linear_cross_entropy
 from logitjax.ops import Array
 
@@ -70,16 +70,20 @@ class FullHead(VocabularyHead):
         hidden = jnp.asarray(hidden, self.dtype)
         return linear_cross_entropy(hidden, kernel, labels, bias=bias, vocab_axis=axis, **options)
 
-    def cost(self, embedding: Array | None = None) -> HeadCost:
-        """What it costs; see `HeadCost`."""
-        kernel, bias, axis = self.kernel_and_bias(embedding)
-        return full_cost(
-            kernel.shape[axis],
-            kernel.shape[1 - axis],
-            bias=bias is not None,
-            tied=isinstance(self, TiedHead),
-            itemsize=kernel.dtype.itemsize,
-        )
+
+def _full_cost(kernel: Any, bias: Any, *, tied: bool) -> HeadCost:
+    """Tied, it stores no kernel of its own but reads one all the same."""
+    itemsize = kernel.dtype.itemsize
+    extra = 0 if bias is None else bias.size
+    own = (0 if tied else kernel.size) + extra
+    return HeadCost(
+        parameters=own,
+        stored_bytes=own * itemsize,
+        read_bytes=(kernel.size + extra) * itemsize,
+        decode_flops=2 * kernel.size,
+        train_flops=6 * kernel.size,
+        exact=True,
+    )
 
 
 class LinearHead(FullHead):
@@ -114,11 +118,14 @@ class LinearHead(FullHead):
         self.dtype = dtype
         init = nnx.initializers.normal(hidden_size**-0.5)
         self.kernel = nnx.Param(init(rngs.params(), (hidden_size, vocab_size), param_dtype))
-        start = log_unigram(unigram, vocab_size).astype(param_dtype)
+        start = self.initial_bias(unigram, vocab_size).astype(param_dtype)
         self.bias = nnx.Param(start) if use_bias else None
 
     def kernel_and_bias(self, embedding: Any = None) -> tuple[Array, Array | None, int]:
         return self.kernel[...], None if self.bias is None else self.bias[...], 1
+
+    def cost(self, embedding: Array | None = None) -> HeadCost:
+        return _full_cost(self.kernel, self.bias, tied=False)
 
 
 class TiedHead(FullHead):
@@ -140,3 +147,8 @@ class TiedHead(FullHead):
         if embedding is None:
             raise ValueError("a TiedHead needs the embedding")
         return embedding, None if self.bias is None else self.bias[...], 0
+
+    def cost(self, embedding: Array | None = None) -> HeadCost:
+        if embedding is None:
+            raise ValueError("embedding: expected the rows of a TiedHead, got None")
+        return _full_cost(embedding, self.bias, tied=True)

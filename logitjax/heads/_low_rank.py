@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Bool, Float, Int
 
-from logitjax.heads._head_cost import HeadCost, low_rank_cost
-from logitjax.heads._vocabulary_head import VocabularyHead, log_unigram
+from logitjax.heads._head_cost import HeadCost
+from logitjax.heads._vocabulary_head import VocabularyHead
 from logitjax.losses import linear_cross_entropy
 from logitjax.ops import Array
 
@@ -154,7 +154,7 @@ class LowRankHead(VocabularyHead):
         narrow, wide = (nnx.initializers.normal(n**-0.5) for n in (hidden_size, rank))
         self.down = nnx.Param(narrow(rngs.params(), (hidden_size, rank), param_dtype))
         self.kernel = nnx.Param(wide(rngs.params(), (vocab_size, rank), param_dtype))
-        self.bias = nnx.Param(log_unigram(unigram, vocab_size))
+        self.bias = nnx.Param(self.initial_bias(unigram, vocab_size))
 
     @classmethod
     def from_fit(cls, down: Array, kernel: Array, bias: Array, **options: Any) -> "LowRankHead":
@@ -189,7 +189,15 @@ class LowRankHead(VocabularyHead):
         """The equivalent full head, ``[vocab, hidden]``: for losses that take a kernel."""
         return self.kernel[...] @ self.down[...].T, self.bias[...], 0
 
-    def cost(self) -> HeadCost:
-        """What it costs; see `HeadCost`."""
+    def cost(self, embedding: Array | None = None) -> HeadCost:
         (vocab, rank), hidden = self.kernel.shape, self.down.shape[0]
-        return low_rank_cost(vocab, hidden, rank, itemsize=self.kernel.dtype.itemsize)
+        parameters = rank * (vocab + hidden) + vocab
+        itemsize = self.kernel.dtype.itemsize
+        return HeadCost(
+            parameters=parameters,
+            stored_bytes=parameters * itemsize,
+            read_bytes=parameters * itemsize,
+            decode_flops=2 * rank * (vocab + hidden),
+            train_flops=6 * rank * (vocab + hidden),
+            exact=rank >= hidden,
+        )

@@ -28,9 +28,22 @@ class VocabularyHead(nnx.Module):
     ) -> Float[jax.Array, "*batch vocab"]:
         raise NotImplementedError
 
-    def cost(self) -> HeadCost:
-        """What it costs; see `HeadCost`."""
+    def cost(self, embedding: Array | None = None) -> HeadCost:
+        """What it costs; see `HeadCost`. Heads whose rows are the embedding's need its shape.
+
+        Only shapes are read: a head made under `nnx.eval_shape` has the same cost.
+        """
         raise NotImplementedError
+
+    @staticmethod
+    def initial_bias(unigram: Any, vocab_size: int) -> jax.Array:
+        """Log-frequencies, tokens never seen as a tenth of one; zeros where `unigram` is None."""
+        if unigram is None:
+            return jnp.zeros(vocab_size)
+        counts = jnp.asarray(unigram, jnp.float32)
+        if counts.shape != (vocab_size,):
+            raise ValueError(f"unigram: expected shape ({vocab_size},), got {counts.shape}")
+        return jnp.log(jnp.maximum(counts / counts.sum(), 0.1 / counts.sum()))
 
     def prepare(self, width: int = 64) -> None:
         """Makes what decoding looks up, for `top_k` up to ``width``: here nothing."""
@@ -52,13 +65,3 @@ class VocabularyHead(nnx.Module):
         """Tokens drawn from the whole distribution."""
         check_positive(temperature, "temperature")
         return jax.random.categorical(key, self(hidden, embedding) / temperature).astype(jnp.int32)
-
-
-def log_unigram(unigram: Any, vocab_size: int) -> jax.Array:
-    """Where biases begin: log-frequencies, tokens never seen as a tenth of one; zeros for None."""
-    if unigram is None:
-        return jnp.zeros(vocab_size)
-    counts = jnp.asarray(unigram, jnp.float32)
-    if counts.shape != (vocab_size,):
-        raise ValueError(f"unigram must be of shape ({vocab_size},), got {counts.shape}")
-    return jnp.log(jnp.maximum(counts / counts.sum(), 0.1 / counts.sum()))

@@ -9,8 +9,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Bool, Float, Int, Key
 
-from logitjax.heads._head_cost import HeadCost, shortlist_cost, vq_cost
-from logitjax.heads._vocabulary_head import Assignment, VocabularyHead, log_unigram
+from logitjax.heads import Assignment, HeadCost, VocabularyHead
 from logitjax.ops import Array, AxisName, TopK
 from logitjax.vq._assignment import VQFit
 from logitjax.vq._decode import VQTables, vq_sample, vq_tables, vq_topk
@@ -85,7 +84,7 @@ class VQHead(VocabularyHead):
         init = nnx.initializers.normal(hidden_size**-0.5)
         self.codebook = nnx.Param(init(key, (num_codes, hidden_size), param_dtype))
         # float32 whatever the rest is: a bias of -11.3 is a log-probability.
-        self.bias = nnx.Param(log_unigram(unigram, vocab_size)) if use_bias else None
+        self.bias = nnx.Param(self.initial_bias(unigram, vocab_size)) if use_bias else None
         self.assignment = Assignment(jnp.asarray(assignment, jnp.int32))
         self._drop_tables()
 
@@ -235,12 +234,22 @@ class VQHead(VocabularyHead):
         codebook, bias, assignment = self._arrays()
         return codebook[assignment], bias, 0
 
-    def cost(self) -> HeadCost:
-        """What it costs; see `HeadCost`."""
-        codes, hidden = self.codebook.shape
+    def cost(self, embedding: Array | None = None) -> HeadCost:
+        """What it costs; see `HeadCost`.
+
+        Decoding reads the codebook and, per cluster, log-mass, best token and its bias.
+        """
+        (codes, hidden), vocab = self.codebook.shape, self.vocab_size
         itemsize = self.codebook.dtype.itemsize
-        return vq_cost(
-            self.vocab_size, hidden, codes, bias=self.bias is not None, itemsize=itemsize
+        parameters = codes * hidden + (0 if self.bias is None else vocab)
+        tables = 2 * vocab * 4 + codes * 16
+        return HeadCost(
+            parameters=parameters,
+            stored_bytes=parameters * itemsize + tables,
+            read_bytes=codes * hidden * itemsize + codes * 12,
+            decode_flops=2 * codes * hidden,
+            train_flops=6 * codes * hidden,
+            exact=codes == vocab,
         )
 
 
@@ -394,16 +403,18 @@ class ShortlistHead(VQHead):
         """Raises: the logits of a shortlist are not linear in the hidden state."""
         raise ValueError("a ShortlistHead has no kernel; use nll() or the logits")
 
-    def cost(self) -> HeadCost:
-        """What it costs; see `HeadCost`."""
-        codes, hidden = self.codebook.shape
-        return shortlist_cost(
-            self.vocab_size,
-            hidden,
-            codes,
-            pages=self.pages.tokens.shape[0],
-            size=self.page_size,
-            num_pages=self.num_pages,
-            own_rows=self.rows is not None,
-            itemsize=self.codebook.dtype.itemsize,
+    def cost(self, embedding: Array | None = None) -> HeadCost:
+        """What it costs; see `HeadCost`. Exact for the tokens in the shortlist."""
+        (codes, hidden), vocab = self.codebook.shape, self.vocab_size
+        itemsize = self.codebook.dtype.itemsize
+        pages, listed = self.pages.tokens.shape[0], self.num_pages * self.page_size
+        parameters = codes * hidden + vocab
+        choosing = HeadCost(
+            parameters=parameters,
+            stored_bytes=parameters * itemsize + vocab * 4 + pages * (self.page_size * 8 + 12),
+            read_bytes=codes * hidden * itemsize + pages * 12 + listed * 4,
+            decode_flops=2 * codes * hidden,
+            train_flops=6 * codes * hidden,
         )
+        own = 0 if self.rows is None else vocab
+        return choosing.with_rows(listed, hidden, own=own, itemsize=itemsize)

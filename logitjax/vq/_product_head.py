@@ -7,8 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float, Int
 
-from logitjax.heads._head_cost import HeadCost, product_cost
-from logitjax.heads._vocabulary_head import Assignment, VocabularyHead, log_unigram
+from logitjax.heads import Assignment, HeadCost, VocabularyHead
 from logitjax.losses import linear_cross_entropy
 from logitjax.ops import Array
 from logitjax.vq._product import product_kernel, product_logits
@@ -61,7 +60,7 @@ class ProductHead(VocabularyHead):
         init = nnx.initializers.normal(hidden_size**-0.5)
         shape = (groups, num_codes, hidden_size // groups)
         self.codebooks = nnx.Param(init(rngs.params(), shape, param_dtype))
-        self.bias = nnx.Param(log_unigram(unigram, vocab_size))
+        self.bias = nnx.Param(self.initial_bias(unigram, vocab_size))
         codes = jnp.asarray(codes).astype(small)
         self.packed = packed
         self.codes = Assignment(pack_codes(codes) if packed else codes)
@@ -112,14 +111,20 @@ class ProductHead(VocabularyHead):
             codes = unpack_codes(codes, len(bias), self.codebooks.shape[0])
         return product_kernel(self.codebooks[...], codes), bias, 0
 
-    def cost(self) -> HeadCost:
-        """What it costs; see `HeadCost`."""
-        groups, num_codes, part = self.codebooks.shape
-        return product_cost(
-            self.bias.shape[0],
-            groups * part,
-            groups,
-            codes=num_codes,
-            packed=self.packed,
-            itemsize=self.codebooks.dtype.itemsize,
+    def cost(self, embedding: Array | None = None) -> HeadCost:
+        """What it costs; see `HeadCost`: a look-up a group and token, in training a full head."""
+        groups, codes, part = self.codebooks.shape
+        vocab, hidden = self.bias.shape[0], groups * part
+        itemsize = self.codebooks.dtype.itemsize
+        parameters = codes * hidden + vocab
+        assignment = vocab * groups * (1 if codes <= 256 else 2)
+        if self.packed:
+            # Of whole blocks of 32 tokens, and pairs of groups.
+            assignment = -(-vocab // 32) * 32 * -(-groups // 2)
+        return HeadCost(
+            parameters=parameters,
+            stored_bytes=parameters * itemsize + assignment,
+            read_bytes=parameters * itemsize + assignment,
+            decode_flops=2 * codes * hidden + vocab * groups,
+            train_flops=6 * vocab * hidden,
         )

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float, Int
 
-from logitjax.heads._head_cost import HeadCost, screened_cost
-from logitjax.heads._vocabulary_head import VocabularyHead
+from logitjax.heads import HeadCost, VocabularyHead
 from logitjax.ops import (
     Array,
     TopK,
@@ -252,15 +251,14 @@ class ScreenedHead(VocabularyHead):
         """Raises: the logits of a screened head are not linear in the hidden state."""
         raise ValueError("a ScreenedHead has no kernel; use nll() or the logits")
 
-    def cost(self, hidden_size: int, vocab_size: int) -> HeadCost:
+    def cost(self, embedding: Array | None = None) -> HeadCost:
         """What it costs, on top of its screen; see `HeadCost`."""
-        return screened_cost(
-            self.screen.cost(),
-            vocab_size,
-            hidden_size,
-            num_candidates=self.num_candidates,
-            own_rows=self.rows is not None,
-        )
+        rows: Any = embedding if self.rows is None else self.rows
+        if rows is None:
+            raise ValueError("embedding: expected the rows that re-score, got None")
+        vocab, hidden = rows.shape
+        own = 0 if self.rows is None else vocab
+        return self.screen.cost(embedding).with_rows(self.num_candidates, hidden, own=own)
 
 
 def _look(

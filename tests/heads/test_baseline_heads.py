@@ -10,13 +10,11 @@ from logitjax.heads import (
     LinearHead,
     LowRankHead,
     TiedHead,
-    adaptive_cost,
     adaptive_log_probs,
     adaptive_nll,
     adaptive_topk,
     fit_adaptive_softmax,
     fit_low_rank,
-    full_cost,
     init_adaptive_softmax,
     low_rank_logits,
     low_rank_nll,
@@ -106,16 +104,16 @@ def test_low_rank_keeps_what_hidden_states_use(case):
 
 
 def test_costs_of_the_same_head_agree():
-    full = full_cost(VOCAB, WIDTH, bias=True)
+    full = nnx.eval_shape(lambda: LinearHead(WIDTH, VOCAB, use_bias=True, rngs=nnx.Rngs(0))).cost()
     assert full.parameters == VOCAB * (WIDTH + 1)
-    tied = full_cost(VOCAB, WIDTH, tied=True)
+    tied = TiedHead().cost(np.zeros((VOCAB, WIDTH), np.float32))
     assert (tied.parameters, tied.read_bytes) == (0, VOCAB * WIDTH * 4)
-    adaptive = adaptive_cost(WIDTH, 12, [(18, 4, 0.5, 0.2), (30, 2, 0.1, 0.1)])
-    params = init_adaptive_softmax(jax.random.key(0), CONFIG, np.ones(VOCAB))
-    tables = {"order", "rank"}
-    sizes = [v.size for k, v in params.items() if k not in {*tables, "tails"}]
-    sizes += [leaf.size for leaf in jax.tree.leaves(params["tails"])]
-    assert adaptive.parameters == sum(sizes)
+    head = AdaptiveHead(CONFIG, np.ones(VOCAB), rngs=nnx.Rngs(0))
+    often, seldom = head.cost(), head.cost(looked_into=(0.5, 0.1), labels_in=(0.2, 0.1))
+    assert often.stored_bytes == seldom.stored_bytes
+    assert often.parameters == sum(x.size for x in jax.tree.leaves(nnx.state(head, nnx.Param)))
+    tails = [sum(x.size for x in jax.tree.leaves(nnx.state(tail))) for tail in head.tails]
+    assert often.train_flops - seldom.train_flops == int(6 * (0.8 * tails[0] + 0.9 * tails[1]))
 
 
 def test_errors_name_the_argument(case):
@@ -188,7 +186,7 @@ def test_heads_share_an_interface_inside_a_decoder(case, name):
     np.testing.assert_allclose(top.log_z, jax.nn.logsumexp(logits, axis=-1), rtol=1e-4, atol=1e-5)
     assert token.shape == (COUNT,)
     assert ((token >= 0) & (token < VOCAB)).all()
-    cost = head.cost(embedding) if name in ("full", "tied") else head.cost()
+    cost = head.cost(embedding)
     trained = sum(x.size for x in jax.tree.leaves(nnx.state(head, nnx.Param)))
     assert cost.parameters == trained - (2 if name == "shortlist" else 0)
     if name in ("adaptive", "shortlist"):
@@ -236,7 +234,7 @@ def test_modules_name_the_wrong_argument():
         ProductHead(8, 20, groups=3, rngs=rngs)
     with pytest.raises(ValueError, match="rank must be between 1 and hidden_size=8"):
         LowRankHead(8, 20, 9, rngs=rngs)
-    with pytest.raises(ValueError, match="unigram must be of shape"):
+    with pytest.raises(ValueError, match="unigram: expected shape"):
         LowRankHead(8, 20, 2, unigram=np.ones(19), rngs=rngs)
     with pytest.raises(ValueError, match="a TiedHead needs the embedding"):
         TiedHead()(jnp.ones((1, 8)))

@@ -10,10 +10,7 @@ from flax import nnx
 from logitjax.heads import (
     LowRankHead,
     fit_low_rank,
-    full_cost,
-    low_rank_cost,
     low_rank_logits,
-    screened_cost,
 )
 from logitjax.models import Decoder, DecoderConfig
 from logitjax.vq import (
@@ -145,14 +142,13 @@ def test_any_cheap_head_screens_for_a_tied_decoder(case, kind):
 
 
 def test_costs_add_up():
-    cost = screened_cost(low_rank_cost(1000, 64, 8), 1000, 64, num_candidates=20)
-    alone = low_rank_cost(1000, 64, 8)
+    screen = LowRankHead(64, 1000, 8, rngs=nnx.Rngs(0))
+    rows, alone = jnp.zeros((1000, 64)), screen.cost()
+    cost = ScreenedHead(screen, num_candidates=20).cost(rows)
     assert cost.parameters == alone.parameters
     assert cost.read_bytes - alone.read_bytes == 20 * 64 * 4
-    untied = screened_cost(alone, 1000, 64, num_candidates=20, own_rows=True)
-    assert untied.stored_bytes - cost.stored_bytes == full_cost(1000, 64).stored_bytes
-    head = ScreenedHead(LowRankHead(64, 1000, 8, rngs=nnx.Rngs(0)), num_candidates=20)
-    assert head.cost(64, 1000) == cost
+    untied = ScreenedHead(screen, num_candidates=20, rows=rows).cost()
+    assert untied.stored_bytes - cost.stored_bytes == rows.size * 4
 
 
 def test_errors_name_the_argument(case):
