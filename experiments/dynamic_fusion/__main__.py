@@ -8,62 +8,32 @@ of two domains (Shakespeare in the spelling of 1623; which of 12 topics a Wikipe
 tunes the large model itself as the ceiling, and scores every way to fuse them: proxy-tuning with
 alpha = 1 and with the alpha that is best on validation data, the paper's grid, and the root and
 minimum searches of `logitjax.fusion`; with one expert and with both; on held-out text of the
-domain and on general text. ``report.md`` gets NLL, accuracy, the share of the gap to the ceiling
+domain and on general text. `report.md` gets NLL, accuracy, the share of the gap to the ceiling
 that is closed as (x - base) / (ceiling - base) and as the paper's ratio x / ceiling, how near the
 searches come to their global minimum, tokens a second, and a plot of alpha over tokens.
 
-With ``--domain=gsm8k:DIR`` (or ``trivia_qa``, ``cnn_dm``, ``truthful_qa``, ``mmlu``) experts learn
+With `--domain=gsm8k:DIR` (or `trivia_qa`, `cnn_dm`, `truthful_qa`, `mmlu`) experts learn
 a published task and every arm answers its test questions, which are graded as published.
 
-Models and what their heads see are kept in ``--models_dir`` and shared between runs. Kill it
+Models and what their heads see are kept in `--models_dir` and shared between runs. Kill it
 whenever you like: the same command continues where it stopped.
 """
 
-import json
-from typing import Any
-
 import jax
-from absl import logging
 from etils import epath
 
+from experiments.dynamic_fusion import measure, report
 from experiments.dynamic_fusion.config import PRESETS, Config
-from logitjax import processes, training
+from logitjax import training
 from logitjax.commands import cli
 
 
 def run(config: Config, workdir: epath.Path) -> None:
     """Make the models, score every arm, write the report."""
-    from experiments.dynamic_fusion import report
-
     with training.lock_workdir(workdir):
-        results = score_all(config, workdir)
+        results = measure.open_lineup(config, workdir).all()
     if jax.process_index() == 0:
         print(report.write(config, results, workdir))
-
-
-def score_all(config: Config, workdir: epath.Path) -> dict[str, Any]:
-    """The scores of every seed, and what is measured once."""
-    from experiments.dynamic_fusion import run as dynamic_fusion_run
-
-    lineup = dynamic_fusion_run.open_lineup(config, workdir)
-    directory = workdir / "results"
-
-    def kept(name: str, make: Any) -> Any:
-        path = directory / f"{name}.json"
-        if not processes.broadcast_from_first(path.exists):
-            processes.write_json(path, make())
-        return processes.broadcast_from_first(lambda: json.loads(path.read_text()))
-
-    seeds = []
-    for seed in range(config.seeds):
-        seeds.append(lineup.score_seed(seed, kept))
-        logging.info("seed %d is scored", seed)
-    once = {
-        "searches": kept("searches", lineup.certify),
-        "traces": kept("traces", lineup.traces),
-        "speeds": kept("speeds", lineup.speeds) if config.decode_tokens else [],
-    }
-    return {"seeds": seeds, **once}
 
 
 if __name__ == "__main__":

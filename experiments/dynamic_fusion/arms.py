@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.dynamic_fusion.certificate import Certificate
-from experiments.dynamic_fusion.models import Scored
+from experiments.dynamic_fusion.train import Scored
 from logitjax.fusion import DynamicFusion, ProxyTuning
 from logitjax.ops import log_softmax
 
-#: One expert. ``static`` is proxy-tuning with the alpha that was best on validation data.
+#: One expert. `static` is proxy-tuning with the alpha that was best on validation data.
 SINGLE: dict[str, Any] = {
     "proxy": ProxyTuning(),
     "dlf grid": DynamicFusion(method="grid"),
@@ -46,11 +46,11 @@ class Block:
 
 
 def blocks(scored: Sequence[Scored], heads: Sequence[np.ndarray], size: int) -> Any:
-    """Blocks of ``size`` positions; the last one is filled up with positions that do not count.
+    """Blocks of `size` positions; the last one is filled up with positions that do not count.
 
     Args:
       scored: of the large model, the base and the experts.
-      heads: theirs, ``[vocab, width]``; one array where they share it.
+      heads: theirs, `[vocab, width]`; one array where they share it.
       size: positions.
     """
     on_device: dict[int, jax.Array] = {}
@@ -102,7 +102,7 @@ def _fused(large: Any, experts: Any, base: Any, *, strategy: Any) -> tuple[jax.A
 def _static_sums(
     large: Any, experts: Any, base: Any, labels: Any, where: Any, options: Any, alphas: Any
 ) -> dict[str, jax.Array]:
-    """As the others, with a leading axis of alphas ``[num]``, all experts by the same."""
+    """As the others, with a leading axis of alphas `[num]`, all experts by the same."""
 
     def one(alpha: jax.Array) -> dict[str, jax.Array]:
         return _sums(large + alpha * (experts - base).sum(0), {}, labels, where, options)
@@ -142,7 +142,7 @@ def score(
       heads: theirs.
       arms: strategies.
       block_size: positions at a time.
-      static: alphas of ``static ALPHA`` arms.
+      static: alphas of `static ALPHA` arms.
       options: token ids among which accuracy looks for the answer; the whole vocabulary if None.
     """
     totals = Totals()
@@ -204,7 +204,7 @@ def traces(
     positions: int,
     block_size: int,
 ) -> dict[str, list[list[float]]]:
-    """Alphas ``[T][positions]`` of the dynamic arms on the first positions."""
+    """Alphas `[T][positions]` of the dynamic arms on the first positions."""
     dynamic = {name: s for name, s in arms.items() if isinstance(s, DynamicFusion)}
     found: dict[str, list[np.ndarray]] = {name: [] for name in dynamic}
     few = [Scored(one.hidden[:positions], one.labels[:positions]) for one in scored]
@@ -218,7 +218,7 @@ def traces(
 def certify(
     scored: Sequence[Scored], heads: Sequence[np.ndarray], *, rows: int, block_size: int
 ) -> dict[str, dict[str, float]]:
-    """How near each search comes to the global minimum of what it minimises, on ``rows`` rows."""
+    """How near each search comes to the global minimum of what it minimises, on `rows` rows."""
     certificate = Certificate()
     for block in itertools.islice(blocks(scored, heads, block_size), -(-rows // block_size)):
         count = min(int(block.where.sum()), rows - len(certificate))

@@ -23,7 +23,7 @@ class Certificate:
     def add(
         self, large: Any, expert: Any, base: Any, found: Mapping[str, Mapping[str, Any]]
     ) -> None:
-        """Rows of logits ``[n, vocab]``, and what each search says of them (of more, perhaps)."""
+        """Rows of logits `[n, vocab]`, and what each search says of them (of more, perhaps)."""
         logits = [np.asarray(values, np.float64) for values in (large, expert, base)]
         for i, row in enumerate(zip(*logits, strict=True)):
             self._rows += 1
@@ -66,7 +66,7 @@ class Point(NamedTuple):
 
 
 class Reference:
-    """One row in float64: ``forward`` is KL(expert || base), ``reverse`` KL(base || expert)."""
+    """One row in float64: `forward` is KL(expert || base), `reverse` KL(base || expert)."""
 
     def __init__(self, large: np.ndarray, expert: np.ndarray, base: np.ndarray):
         p, q, r = (_normal(x) for x in (large, expert, base))

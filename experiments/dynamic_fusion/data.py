@@ -13,9 +13,8 @@ from etils import epath
 
 from logitjax import data
 from logitjax.distillation import sources
+from logitjax.distillation.sources import SPLITS
 from logitjax.models import Tokenizer
-
-SPLITS = ("train", "validation", "test")
 
 
 def digest(*parts: Any) -> str:
@@ -55,9 +54,9 @@ class Questions:
     """Rows that end where the answer's first token is to be said.
 
     Attributes:
-      tokens: int32 ``[n, length]``, padded on the right.
-      last: int32 ``[n]``, the position that predicts the answer.
-      answers: int32 ``[n]``, token ids.
+      tokens: int32 `[n, length]`, padded on the right.
+      last: int32 `[n]`, the position that predicts the answer.
+      answers: int32 `[n]`, token ids.
     """
 
     tokens: np.ndarray
@@ -73,7 +72,7 @@ class Questions:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """Questions of each split; ``options`` are the token ids that may be answers."""
+    """Questions of each split; `options` are the token ids that may be answers."""
 
     splits: Mapping[str, Questions]
     options: tuple[int, ...]
@@ -92,7 +91,7 @@ class Task:
 
 
 def load_task(spec: str, tokenizer: Tokenizer, *, length: int, sizes: Mapping[str, int]) -> Task:
-    """``topics:tfds:NAME``, articles whose ``topic`` is asked for; ``letters``, a toy.
+    """`topics:tfds:NAME`, articles whose `topic` is asked for; `letters`, a toy.
 
     Args:
       spec: which task.

@@ -1,6 +1,6 @@
 """The tables, verdicts and plots of dynamic fusion."""
 
-import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,7 +8,14 @@ from typing import Any
 from etils import epath
 
 from experiments.dynamic_fusion.arms import SEVERAL, SINGLE, static_name
-from experiments.shared.report import markdown_table, mean_and_spread
+from experiments.dynamic_fusion.config import Config
+from experiments.shared.report import (
+    markdown_table,
+    mean_and_spread,
+    save_figure,
+    spread,
+    write_report,
+)
 
 #: What is compared by which measure: (name, the greater the better).
 MEASURES = {"domain": ("nll", False), "task": ("accuracy", True), "general": ("nll", False)}
@@ -24,8 +31,8 @@ def gap_closed(value: float, base: float, ceiling: float) -> float | None:
     return 100 * (value - base) / (ceiling - base) if abs(ceiling - base) > 1e-9 else None
 
 
-def write(config: Any, results: Mapping[str, Any], workdir: epath.Path) -> str:
-    """Write ``report.md``, ``metrics.jsonl`` and plots; returns what to print."""
+def write(config: Config, results: Mapping[str, Any], workdir: epath.Path) -> str:
+    """Writes `report.md`, `metrics.jsonl` and plots; returns what to print."""
     seeds = results["seeds"]
     tables = []
     for domain in ("domain", "task"):
@@ -45,11 +52,7 @@ def write(config: Any, results: Mapping[str, Any], workdir: epath.Path) -> str:
         text += f"\n## Greedy decoding, one row\n\n{markdown_table(results['speeds'])}\n"
     plot = plot_traces(results["traces"], workdir / "alpha.png")
     text += f"\n![alpha over tokens]({plot.name})\n\n{_NOTES}\n"
-    (workdir / "report.md").write_text(text)
-    with (workdir / "metrics.jsonl").open("w") as file:
-        for record in seeds:
-            file.write(json.dumps(record) + "\n")
-    return text
+    return write_report(workdir, text, seeds)
 
 
 _NOTES = (
@@ -64,7 +67,7 @@ def _which(domain: str) -> str:
     return {"domain": "first", "task": "second"}[domain]
 
 
-def _setting(config: Any, seeds: Sequence[Any]) -> str:
+def _setting(config: Config, seeds: Sequence[Any]) -> str:
     base = config.base or f"layers {', '.join(map(str, config.small_layers))} of it, healed"
     return (
         f"Large model {config.large}; small base: {base}. Domains: {config.domain} and "
@@ -131,8 +134,8 @@ def _row(
     domain: str | None,
     name: str,
 ) -> dict[str, Any]:
-    row: dict[str, Any] = {"arm": label, "NLL": _spread(means, "nll")}
-    row["accuracy %"] = _spread(means, "accuracy", 100)
+    row: dict[str, Any] = {"arm": label, "NLL": spread(means, "nll")}
+    row["accuracy %"] = spread(means, "accuracy", 100)
     if domain == name:
         for measure, title in (("nll", "NLL"), ("accuracy", "accuracy")):
             gaps = [
@@ -152,7 +155,7 @@ def _row(
         ("at_bound", "at bound %", 100),
         ("unconverged", "flagged %", 100),
     ):
-        row[title] = _spread(means, key, factor)
+        row[title] = spread(means, key, factor)
     return row
 
 
@@ -160,13 +163,7 @@ def _ratio(found: Mapping[str, float], seed: Any, name: str) -> float:
     ceiling = seed["ceiling"][name][name]
     if name == "task":
         return 100 * found["accuracy"] / ceiling["accuracy"] if ceiling["accuracy"] else 0.0
-    return 100 * 2.718281828459045 ** (ceiling["nll"] - found["nll"])
-
-
-def _spread(means: Sequence[Mapping[str, float]], key: str, factor: float = 1) -> str | None:
-    if any(key not in found for found in means):
-        return None
-    return mean_and_spread([factor * found[key] for found in means])
+    return 100 * math.exp(ceiling["nll"] - found["nll"])
 
 
 def verdicts(seeds: Sequence[Any]) -> str:
@@ -241,7 +238,4 @@ def plot_traces(traces: Mapping[str, Any], path: epath.Path) -> epath.Path:
         place.legend(ncols=2, fontsize=7, loc="upper right")
     axes[-1].set_xlabel("token")
     figure.tight_layout()
-    with path.open("wb") as file:
-        figure.savefig(file, format="png", dpi=110)
-    pyplot.close(figure)
-    return path
+    return save_figure(figure, path)

@@ -1,6 +1,5 @@
 """Table and curves of the replication experiment."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +9,13 @@ from etils import epath
 from experiments.replication import train
 from experiments.replication.config import Config
 from experiments.shared.records import by_key
-from experiments.shared.report import markdown_table, mean_and_spread, save_figure
+from experiments.shared.report import (
+    markdown_table,
+    mean_and_spread,
+    save_figure,
+    spread,
+    write_report,
+)
 
 # What the paper's abstract states, of students of distilGPT2 (6 layers).
 PAPER = {
@@ -22,7 +27,7 @@ PAPER = {
 def write(
     config: Config, scene: train.Scene, records: Sequence[Mapping[str, Any]], workdir: epath.Path
 ) -> str:
-    """Writes `report.md`, `results.json` and the plot, and returns the report."""
+    """Writes `report.md`, `metrics.jsonl` and the plot, and returns the report."""
     teacher = train.teacher_record(scene)
     groups = by_key(records, "arm")
     rows = [_row(name, group, teacher) for name, group in groups.items()]
@@ -46,27 +51,22 @@ def write(
     ]
     text = "\n".join(parts)
     _plot(groups, workdir / "curves.png")
-    (workdir / "report.md").write_text(text)
-    (workdir / "results.json").write_text(json.dumps([teacher, *records], indent=1))
-    return text
+    return write_report(workdir, text, [teacher, *records])
 
 
 def _row(name: str, group: Sequence[Mapping[str, Any]], teacher: Mapping[str, Any]) -> dict:
-    def many(values: Any) -> str:
-        return mean_and_spread(list(values))
-
     def beside(key: str) -> str:
         null = sum(r[f"null_{key}"] for r in group) / len(group)
-        return f"{many(r[key] for r in group)} [{null:.3f}]"
+        return f"{spread(group, key)} [{null:.3f}]"
 
     over = [100 * (math.exp(r["nll"] - teacher["nll"]) - 1) for r in group]
     return {
         "student": name,
         "lr": group[0]["lr"],
-        "perplexity, %": ("+" if over[0] >= 0 else "") + many(over),
-        "unshifted NLL": many(r["unshifted_nll"] for r in group),
+        "perplexity, %": ("+" if over[0] >= 0 else "") + mean_and_spread(over),
+        "unshifted NLL": spread(group, "unshifted_nll"),
         "parameters": group[0]["parameters"] / teacher["parameters"],
-        "seconds": many(r["seconds"] for r in group),
+        "seconds": spread(group, "seconds"),
         "R2": beside("procrustes_r2"),
         "CKA": beside("cka"),
         "raw cosine": beside("raw_cosine"),

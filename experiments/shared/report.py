@@ -1,11 +1,14 @@
 """Tables and files that experiments leave for people: Markdown in, nothing to compute."""
 
+import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
+
+from logitjax import storage
 
 
 def format_value(value: Any) -> str:
@@ -50,3 +53,17 @@ def save_figure(figure: Any, path: epath.Path) -> epath.Path:
         figure.savefig(file, format="png", dpi=140)
     pyplot.close(figure)
     return path
+
+
+def spread(records: Sequence[Mapping[str, Any]], name: str, factor: float = 1.0) -> str | None:
+    """`mean_and_spread` of a number over the records that have it; None where none has."""
+    values = [factor * record[name] for record in records if record.get(name) is not None]
+    return mean_and_spread(values) if values else None
+
+
+def write_report(workdir: epath.Path, text: str, records: Sequence[Mapping[str, Any]]) -> str:
+    """Writes `report.md` and its records to `metrics.jsonl`, a line each; returns the text."""
+    storage.write_atomic(workdir / "report.md", text)
+    lines = [json.dumps(record) + "\n" for record in records]
+    storage.write_atomic(workdir / "metrics.jsonl", "".join(lines))
+    return text

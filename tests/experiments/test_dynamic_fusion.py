@@ -13,10 +13,9 @@ from etils import epath
 from experiments.dynamic_fusion import __main__ as dynamic_fusion
 from experiments.dynamic_fusion import arms as dynamic_fusion_arms
 from experiments.dynamic_fusion import certificate as dynamic_fusion_certificate
-from experiments.dynamic_fusion import models as dynamic_fusion_models
 from experiments.dynamic_fusion import report as dynamic_fusion_report
 from experiments.dynamic_fusion.data import load_task
-from experiments.dynamic_fusion.models import Scored
+from experiments.dynamic_fusion.train import Scored
 from logitjax import training
 from logitjax.fusion import DynamicFusion, ProxyTuning
 from logitjax.models import byte_tokenizer
@@ -207,4 +206,3 @@ def test_mistakes_are_named():
 def test_presets_name_fields_that_exist():
     for preset in dynamic_fusion.PRESETS.values():
         dynamic_fusion.Config(**preset)
-    assert dynamic_fusion_models.SPLITS == ("train", "validation", "test")

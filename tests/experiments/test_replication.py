@@ -24,7 +24,8 @@ def finished(tmp_path_factory):
 
 def test_the_report_holds_teacher_and_students(finished):
     config, workdir = finished
-    teacher, recovered, copied = json.loads((workdir / "results.json").read_text())
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    teacher, recovered, copied = map(json.loads, lines)
     assert teacher["arm"] == "teacher"
     # A mixing matrix more, a layer less; nothing is counted twice.
     width, vocab = config.width, config.vocab
@@ -41,14 +42,14 @@ def test_the_report_holds_teacher_and_students(finished):
 
 def test_finished_students_are_not_trained_again(finished, monkeypatch):
     config, workdir = finished
-    before = (workdir / "results.json").read_text()
+    before = (workdir / "metrics.jsonl").read_text()
 
     def fail(*_, **__):
         raise AssertionError("something was trained again")
 
     monkeypatch.setattr(train, "train_student", fail)
     replication.run(config, workdir)
-    assert (workdir / "results.json").read_text() == before
+    assert (workdir / "metrics.jsonl").read_text() == before
 
 
 def test_a_student_with_everything_of_the_teacher_is_the_teacher(finished):

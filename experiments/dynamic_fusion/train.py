@@ -17,16 +17,21 @@ from absl import logging
 from etils import epath
 from flax import nnx
 
-from experiments.dynamic_fusion.data import SPLITS, Questions, Task, Text, digest
-from logitjax import losses, models, processes, training, vq
+from experiments.dynamic_fusion.config import Config
+from experiments.dynamic_fusion.data import Questions, Task, Text, digest
+from experiments.shared import fit
+from logitjax import losses, models, processes, storage, training, vq
 from logitjax.distillation import objectives
 
 _LAYERS_ONLY = r"(segments|final_norm)"
 
+#: `(model, batch, *constants)` to the summed loss and of how many positions it is.
+Loss = Callable[..., tuple[Any, Any]]
+
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """What a head sees where something is predicted: ``hidden [n, width]``, ``labels [n]``."""
+    """What a head sees where something is predicted: `hidden [n, width]`, `labels [n]`."""
 
     hidden: np.ndarray
     labels: np.ndarray
@@ -47,9 +52,9 @@ class Variant:
 class Lineup:
     """All models of a run and the data they meet."""
 
-    def __init__(self, config: Any, root: epath.Path, texts: Mapping[str, Text], task: Task):
+    def __init__(self, config: Config, root: epath.Path, texts: Mapping[str, Text], task: Task):
         self.config, self.root, self.texts, self.task = config, root, texts, task
-        self.mesh = training.make_mesh(config.mesh)
+        self.mesh = training.make_partial_mesh(config.mesh)
         source = digest(config.large, config.dtype, _file_identity(config.large))
         self.large = Variant(root / f"large-{source}", self._load_large)
         cut = digest(
@@ -63,7 +68,7 @@ class Lineup:
         self.base = Variant(root / f"base-{cut}", self._load_base)
 
     def tuned(self, start: str, domain: str, seed: int) -> Variant:
-        """``start`` (``'base'`` for an expert, ``'large'`` for the ceiling) tuned on a domain."""
+        """`start` (`'base'` for an expert, `'large'` for the ceiling) tuned on a domain."""
         config = self.config
         origin = {"base": self.base, "large": self.large}[start]
         asked = domain == "task"
@@ -85,14 +90,13 @@ class Lineup:
         directory = self.root / f"{start}-{domain}-{name}" / f"seed-{seed}"
 
         def make() -> models.Decoder:
-            loss = task_loss if asked else text_loss
             return self._train(
                 directory,
                 origin.model,
-                loss,
-                lambda step: self._share(data.batch(step, seed=seed, size=size)),
+                task_loss if asked else text_loss,
+                lambda step: data.batch(step, seed=seed, size=size),
                 steps=steps,
-                learning_rate=rate,
+                rate=rate,
                 seed=seed,
             )
 
@@ -100,7 +104,7 @@ class Lineup:
 
     @functools.cached_property
     def head(self) -> np.ndarray:
-        """The large model's head, ``[vocab, width]``."""
+        """The large model's head, `[vocab, width]`."""
         return _head_rows(self.large.model)
 
     def head_of(self, variant: Variant) -> np.ndarray:
@@ -148,12 +152,6 @@ class Lineup:
         variant.__dict__.pop("model", None)
         processes.remove_directory(variant.directory / "checkpoints")
 
-    def _share(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Of the rows of a step those that this process feeds."""
-        size = len(next(iter(batch.values())))
-        own = training.local_rows(self.mesh, size)
-        return {name: rows[own] for name, rows in batch.items()}
-
     def _load_large(self) -> models.Decoder:
         return models.load(self.config.large, dtype=self.config.dtype, layout="listed")[0]
 
@@ -163,80 +161,66 @@ class Lineup:
             return models.load(config.base, dtype=config.dtype, layout="listed")[0]
         large = self.large.model
         layers = [i for i in config.small_layers if i < large.config.num_layers]
-        graphdef, state = nnx.split(large)
-
-        @jax.jit
-        def teach(state: Any, batch: Mapping[str, Any]) -> jax.Array:
-            return objectives.hidden_states(nnx.merge(graphdef, state), batch)
-
-        def batches(step: int) -> dict[str, Any]:
-            batch = self._share(self.texts["general"].batch(step, seed=0, size=config.batch_size))
-            return {**batch, "teacher": np.asarray(teach(state, batch))}
-
+        teacher, params = models.from_nnx(large)
         return self._train(
             self.base.directory,
             models.keep_layers(large, layers),
-            healing_loss,
-            batches,
+            functools.partial(healing_loss, teacher.graphdef),
+            lambda step: self.texts["general"].batch(step, seed=0, size=config.batch_size),
             steps=config.heal_steps,
-            learning_rate=config.heal_learning_rate,
+            rate=config.heal_learning_rate,
             seed=0,
-            constants=self.head,
+            constants=params,
         )
 
     def _train(
         self,
         directory: epath.Path,
         start: models.Decoder,
-        loss: Callable[..., Any],
+        loss: Loss,
         batches: Callable[[int], Any],
         *,
         steps: int,
-        learning_rate: float,
+        rate: float,
         seed: int,
         constants: Any = None,
     ) -> models.Decoder:
         """Trains, or goes on, or reads what is finished."""
         config = self.config
         apply_fn, params = models.from_nnx(models.with_layout(start, config.layout))
-        graphdef = apply_fn.graphdef
-        trainable = None if config.train_embeddings else _LAYERS_ONLY
-        schedule: Any = dict(schedule="cosine", warmup=max(1, steps // 10), total_steps=steps)
-        tx = training.make_optimizer(
-            learning_rate, weight_decay=0.01, trainable=trainable, **schedule
-        )
-
-        def loss_fn(params: Any, batch: Any, rng: Any, *constants: Any) -> Any:
-            del rng
-            total, count = loss(nnx.merge(graphdef, params), batch, *constants)
-            return total, count, {}
-
-        step = training.make_train_step(
-            loss_fn,
-            tx,
-            mesh=self.mesh,
-            trainable=trainable,
-            schedule=training.make_schedule(learning_rate, **schedule),
-        )
-        state = training.create_train_state(
-            params, tx, mesh=self.mesh, rules=models.DECODER_RULES, seed=seed
-        )
         logging.info("%s: %d steps", directory, steps)
-        with training.Checkpointer(directory / "checkpoints", max_to_keep=1) as checkpointer:
-            state = training.train_loop(
-                state,
-                functools.partial(step, constants=constants),
-                batches,
-                total_steps=steps,
-                workdir=directory,
-                checkpointer=checkpointer,
-                checkpoint_every=config.checkpoint_every,
-                log_every=config.log_every,
-                writer=training.make_writer(directory),
-                identity={"steps": steps},
-            )
-        trained = nnx.merge(graphdef, jax.tree.map(_here, processes.local_copy(state.params)))
-        return models.with_layout(trained, "listed")
+        trained = fit.fit(
+            make_update(config, apply_fn.graphdef, loss, self.mesh, rate=rate, steps=steps),
+            params,
+            batches,
+            steps=steps,
+            directory=directory,
+            constants=constants,
+            seed=seed,
+            checkpoint_every=config.checkpoint_every,
+            log_every=config.log_every,
+        )
+        model = nnx.merge(apply_fn.graphdef, jax.tree.map(_here, trained))
+        return models.with_layout(model, "listed")
+
+
+def make_update(
+    config: Config, graphdef: Any, loss: Loss, mesh: Any, *, rate: float, steps: int
+) -> fit.Update:
+    """The compiled update of a model of the line-up."""
+
+    def loss_fn(params: Any, batch: Any, rng: Any, *constants: Any) -> Any:
+        del rng
+        return *loss(nnx.merge(graphdef, params), batch, *constants), {}
+
+    return fit.make_update(
+        loss_fn,
+        rate,
+        mesh=mesh,
+        steps=steps,
+        warmup=max(1, steps // 10),
+        trainable=None if config.train_embeddings else _LAYERS_ONLY,
+    )
 
 
 def text_loss(model: models.Decoder, batch: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -250,20 +234,20 @@ def text_loss(model: models.Decoder, batch: Mapping[str, Any]) -> tuple[Any, Any
 
 
 def healing_loss(
-    model: models.Decoder, batch: Mapping[str, Any], teacher_head: Any
+    graphdef: Any, model: models.Decoder, batch: Mapping[str, Any], params: Any
 ) -> tuple[Any, Any]:
-    """Summed KL divergence from what the whole model says, by its head ``[vocab, width]``."""
+    """Summed KL divergence from what the whole model says, of its graph and parameters."""
     _, where = objectives.targets(batch)
-    hidden = objectives.hidden_states(model, batch)
     weights = where.astype(jnp.float32)
-    head = objectives.head_arguments(model)
+    whole = jax.lax.stop_gradient(nnx.merge(graphdef, params))
+    head, teacher = objectives.head_arguments(model), objectives.head_arguments(whole)
     loss = losses.linear_kl_divergence(
-        hidden,
+        objectives.hidden_states(model, batch),
         head["head"],
-        batch["teacher"],
-        teacher_head,
+        objectives.hidden_states(whole, batch),
+        teacher["head"],
         vocab_axis=head["vocab_axis"],
-        teacher_vocab_axis=0,
+        teacher_vocab_axis=teacher["vocab_axis"],
         token_weights=weights,
     )
     return loss, weights.sum()
@@ -277,7 +261,7 @@ def task_loss(model: models.Decoder, batch: Mapping[str, Any]) -> tuple[Any, Any
 
 
 def answer_states(model: models.Decoder, questions: Questions, size: int) -> np.ndarray:
-    """Hidden states that predict the answers, ``[n, width]``."""
+    """Hidden states that predict the answers, `[n, width]`."""
     graphdef, state = nnx.split(model)
 
     @jax.jit
@@ -312,16 +296,9 @@ def _here(leaf: jax.Array) -> jax.Array:
 
 
 def _save(path: epath.Path, array: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".tmp")
-    with partial.open("wb") as file:
-        np.save(file, array)
-    partial.replace(path)
+    storage.write_atomic(path, lambda file: np.save(file, array))
 
 
 def _file_identity(spec: str) -> list[Any]:
     path = epath.Path(spec)
     return [path.stat().length] if path.exists() and not path.is_dir() else []
-
-
-__all__ = ("SPLITS", "Lineup", "Scored", "Variant")

@@ -1,4 +1,4 @@
-"""One run of dynamic fusion: which experts meet which data, and what is measured of them."""
+"""What a run of dynamic fusion measures: which experts meet which data, arm by arm."""
 
 import dataclasses
 import functools
@@ -11,10 +11,11 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from experiments.dynamic_fusion import arms as arms
-from experiments.dynamic_fusion import graded_tasks
+from experiments.dynamic_fusion import arms, graded_tasks
+from experiments.dynamic_fusion.config import Config
 from experiments.dynamic_fusion.data import load_task, load_text
-from experiments.dynamic_fusion.models import Lineup, Scored, Variant
+from experiments.dynamic_fusion.train import Lineup, Scored, Variant
+from experiments.shared.records import kept
 from logitjax import decoding, models, processes
 from logitjax.fusion import DynamicFusion, ProxyTuning
 
@@ -22,17 +23,15 @@ from logitjax.fusion import DynamicFusion, ProxyTuning
 SETS = {"domain": ("domain", "general"), "task": ("task", "general")}
 BOTH = ("domain", "task", "general")
 
-#: Makes what has that name, unless it was made before.
-Kept = Callable[[str, Callable[[], Any]], Any]
-
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """The line-up with its settings."""
+class Measured:
+    """The line-up with what it is asked; what was measured is kept in `directory`."""
 
-    config: Any
+    config: Config
+    directory: epath.Path
     lineup: Lineup
-    tokenizer: Any
+    tokenizer: models.Tokenizer
     graded: graded_tasks.Graded | None = None
 
     def models(self, domains: Sequence[str], seed: int) -> list[Variant]:
@@ -40,7 +39,19 @@ class Run:
         lineup = self.lineup
         return [lineup.large, lineup.base, *[lineup.tuned("base", d, seed) for d in domains]]
 
-    def score_seed(self, seed: int, kept: Kept) -> dict[str, Any]:
+    def all(self) -> dict[str, Any]:
+        """The scores of every seed, and what is measured once."""
+        return {
+            "seeds": [self.score_seed(seed) for seed in range(self.config.seeds)],
+            "searches": self._kept("searches", self.certify),
+            "traces": self._kept("traces", self.traces),
+            "speeds": self._kept("speeds", self.speeds) if self.config.decode_tokens else [],
+        }
+
+    def _kept(self, name: str, make: Callable[[], Any]) -> Any:
+        return kept(self.directory / f"{name}.json", make)
+
+    def score_seed(self, seed: int) -> dict[str, Any]:
         """Means of every arm by line-up and data set, and the static alphas that were chosen.
 
         With a graded task as the domain also the mean grade of its answers, by arm.
@@ -51,7 +62,7 @@ class Run:
 
         def score(strategies: Mapping[str, Any], domains: Sequence[str], name: str, split: str):
             key = f"seed-{seed}-{'-'.join(domains)}-on-{name}-{split}"
-            return kept(key, lambda: self._score(strategies, domains, name, split, seed))
+            return self._kept(key, lambda: self._score(strategies, domains, name, split, seed))
 
         for domain, names in SETS.items():
             validation = score(arms.SINGLE, [domain], domain, "validation")
@@ -62,14 +73,14 @@ class Run:
             }
             ceiling = self.lineup.tuned("large", domain, seed)
             record["ceiling"][domain] = {
-                name: kept(
+                name: self._kept(
                     f"seed-{seed}-ceiling-{domain}-on-{name}",
                     lambda c=ceiling, n=name: self._alone(c, n, "test"),
                 )
                 for name in names
             }
             if domain == "domain" and self.graded is not None:
-                record["graded"] = self._grade(ceiling, chosen[domain], seed, kept)
+                record["graded"] = self._grade(ceiling, chosen[domain], seed)
             self.lineup.forget(ceiling)
         both = tuple(SETS)
         found = {name: score({}, both, name, "validation") for name in both}
@@ -109,9 +120,7 @@ class Run:
             options=self._options(name),
         )
 
-    def _grade(
-        self, ceiling: Variant, static: float, seed: int, kept: Kept
-    ) -> dict[str, dict[str, Any]]:
+    def _grade(self, ceiling: Variant, static: float, seed: int) -> dict[str, dict[str, Any]]:
         """Mean grade of the answers to the domain's questions, by arm."""
         assert self.graded is not None
         config, kind = self.config, self.graded.kind
@@ -146,7 +155,7 @@ class Run:
             return {"grade": statistics.fmean(grades), "questions": len(grades)}
 
         return {
-            name: kept(f"seed-{seed}-graded-{name}", functools.partial(measure, name))
+            name: self._kept(f"seed-{seed}-graded-{name}", functools.partial(measure, name))
             for name in arms_
         }
 
@@ -236,7 +245,7 @@ class Run:
         return rows
 
 
-def open_lineup(config: Any, workdir: epath.Path) -> Run:
+def open_lineup(config: Config, workdir: epath.Path) -> Measured:
     """Load the tokenizer, pack the texts; models are made when they are needed."""
     root = epath.Path(config.models_dir or workdir / "models").expanduser()
     tokenizer = models.load_tokenizer(config.large)
@@ -255,4 +264,6 @@ def open_lineup(config: Any, workdir: epath.Path) -> Run:
         "test": config.test_questions,
     }
     task = load_task(config.task, tokenizer, length=config.task_length, sizes=sizes)
-    return Run(config, Lineup(config, root, texts, task), tokenizer, graded)
+    return Measured(
+        config, workdir / "results", Lineup(config, root, texts, task), tokenizer, graded
+    )
