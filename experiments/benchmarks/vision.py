@@ -26,7 +26,7 @@ from experiments.benchmarks import _suite
 from experiments.shared import timing
 from logitjax import data, vision
 from logitjax.commands import features
-from logitjax.storage._packages import package_file
+from logitjax.storage import package_file
 
 _PROMISED = 17
 _TOWERS = {

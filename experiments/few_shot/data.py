@@ -156,7 +156,7 @@ def load_task(config: Any, spec: str) -> Task:
                 rows=chosen,
                 batch_size=config.encode_batch,
             )
-            found.append(cache.rows(chosen))
+            found.append(cache.read(chosen))
         return found, images
 
     limited = source.test is not None and not source.train.endswith("]")

@@ -76,13 +76,13 @@ def extract(
     placed = encoder.placed(NamedSharding(mesh, PartitionSpec()))
 
     def fetch(row: int) -> tuple[np.ndarray, int]:
-        picture, label = images[int(row)]
-        return views(picture, row=int(row)), label
+        picture, label = images[row]
+        return views(picture, row=row), label
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
 
         def compute(chunk: np.ndarray) -> few_shot.Features:
-            fetched = list(pool.map(fetch, chunk))
+            fetched = list(pool.map(fetch, chunk.tolist()))
             pixels = np.concatenate([picture for picture, _ in fetched])
             features, logits = placed.encode(jax.device_put(pixels, spread))
             shape = (len(chunk), views.count, -1)
@@ -92,13 +92,14 @@ def extract(
                 labels=np.array([label for _, label in fetched], np.int32),
             )
 
-        return few_shot.write_feature_cache(
-            directory,
-            identity_of(encoder, images, views, dtype=dtype),
+        cache = few_shot.FeatureCache(directory, identity_of(encoder, images, views, dtype=dtype))
+        cache.fill(
             np.arange(len(images)) if rows is None else rows,
             compute,
             batch_size=batch_size,
             rows_per_shard=rows_per_shard,
+            label=encoder.name,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
+        return cache

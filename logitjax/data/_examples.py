@@ -1,10 +1,10 @@
 """Examples: what every source yields, whatever it was read from."""
 
-import hashlib
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, overload
+
+from logitjax.storage import digest
 
 Example = Mapping[str, Any]
 
@@ -44,7 +44,7 @@ class Examples(Sequence):
     @property
     def fingerprint(self) -> str:
         if self._fingerprint is None:
-            self._fingerprint = fingerprint_rows(self._rows)
+            self._fingerprint = digest([dict(row) for row in self._rows])
         return self._fingerprint
 
     def __len__(self) -> int:
@@ -59,26 +59,16 @@ class Examples(Sequence):
             return self._rows[index]
         start, stop, step = index.indices(len(self))
         picked = [self._rows[i] for i in range(start, stop, step)]
-        digest = hash_text(f"{self.fingerprint} {start}:{stop}:{step}")
-        return Examples(picked, fingerprint=digest, source=f"{self.source}[{start}:{stop}:{step}]")
+        fingerprint = digest(self.fingerprint, start, stop, step)
+        return Examples(
+            picked, fingerprint=fingerprint, source=f"{self.source}[{start}:{stop}:{step}]"
+        )
 
     def __iter__(self) -> Iterator[Example]:
         return iter(self._rows)
 
     def __repr__(self) -> str:
         return f"Examples({self.source!r}, {len(self)} examples, {self.errors} errors)"
-
-
-def hash_text(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def fingerprint_rows(rows: Sequence[Example]) -> str:
-    """SHA-256 over the rows' JSON, in order."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(dict(row), sort_keys=True).encode() + b"\n")
-    return digest.hexdigest()
 
 
 def parse_split(split: str) -> tuple[str, str | None, str | None]:

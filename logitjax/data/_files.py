@@ -1,6 +1,5 @@
 """Text and JSON-lines files as examples."""
 
-import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -9,7 +8,8 @@ from typing import Any
 from absl import logging
 from etils import epath
 
-from logitjax.data._examples import Examples, hash_text, normalise, parse_split, slice_of
+from logitjax.data._examples import Examples, normalise, parse_split, slice_of
+from logitjax.storage import digest
 
 # A paragraph alone is too little context, and a book as one document leaves nothing to hold out.
 _MIN_DOCUMENT = 2000
@@ -106,10 +106,10 @@ def load_text(path: str, *, split: str, on_error: str, spec: str) -> Examples:
     errors = _Errors(on_error)
     rows: list[dict[str, Any]] = []
     whole_files = epath.Path(path).expanduser().is_dir()
-    digest = hashlib.sha256(b"files" if whole_files else b"paragraphs %d" % _MIN_DOCUMENT)
+    held: list[Any] = ["files" if whole_files else f"paragraphs {_MIN_DOCUMENT}"]
     for file in _files(path, (".txt",), name, spec):
         content = file.read_bytes()
-        digest.update(hashlib.sha256(content).digest())
+        held.append(digest(content))
         try:
             text = content.decode()
         except UnicodeDecodeError as error:
@@ -120,7 +120,7 @@ def load_text(path: str, *, split: str, on_error: str, spec: str) -> Examples:
         else:
             documents = [text] if text.strip() else []
         rows += [{"id": f"{file.name}:{i}", "text": d} for i, d in enumerate(documents)]
-    return _finish(rows, digest, errors, start, stop, spec, split)
+    return _finish(rows, held, errors, start, stop, spec, split)
 
 
 def load_jsonl(
@@ -129,11 +129,11 @@ def load_jsonl(
     """One JSON object a line, read into memory; larger corpora belong in a tfds dataset."""
     name, start, stop = parse_split(split)
     errors = _Errors(on_error)
-    digest = hashlib.sha256(json.dumps(dict(columns or {}), sort_keys=True).encode())
+    held: list[Any] = [dict(columns or {})]
     rows: list[dict[str, Any]] = []
     for file in _files(path, (".jsonl",), name, spec):
         content = file.read_bytes()
-        digest.update(hashlib.sha256(content).digest())
+        held.append(digest(content))
         for number, line in enumerate(content.split(b"\n"), start=1):
             if not line.strip():
                 continue
@@ -145,12 +145,12 @@ def load_jsonl(
                 errors.report(f"{file}:{number}", error)
             else:
                 rows.append({"id": f"{file.name}:{number}"} | row)
-    return _finish(rows, digest, errors, start, stop, spec, split)
+    return _finish(rows, held, errors, start, stop, spec, split)
 
 
 def _finish(
     rows: list[dict[str, Any]],
-    digest: Any,
+    held: list[Any],
     errors: _Errors,
     start: str | None,
     stop: str | None,
@@ -160,5 +160,5 @@ def _finish(
     part = slice_of(start, stop, len(rows))
     if errors.count:
         logging.warning("%s: %d malformed rows skipped, %d kept", spec, errors.count, len(rows))
-    fingerprint = hash_text(f"{digest.hexdigest()} {part.start}:{part.stop}")
+    fingerprint = digest(held, part.start, part.stop)
     return Examples(rows[part], fingerprint=fingerprint, errors=errors.count, source=spec)

@@ -1,7 +1,6 @@
 """Labelled pictures of any size, read one at a time: what encoders make features of."""
 
 import gzip
-import hashlib
 import io
 import json
 import os
@@ -13,7 +12,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Int
 
-from logitjax.data._examples import hash_text, parse_split, slice_of
+from logitjax.data._examples import parse_split, slice_of
 from logitjax.data._images import (
     class_folders,
     load_images,
@@ -23,7 +22,7 @@ from logitjax.data._images import (
 )
 from logitjax.data._places import fetched, manual_dir
 from logitjax.data._recognition import class_names_of, files_of, recognition_set, tfds_source
-from logitjax.storage._packages import package_file
+from logitjax.storage import digest, package_file
 
 # Folders of the Debian package with 14 drawings or more; a class is its folder's last name.
 STAMPS = (
@@ -113,7 +112,7 @@ class ImageSet(Sequence):
             lambda: self.labels[chosen],
             count=len(chosen),
             class_names=self.class_names,
-            fingerprint=hash_text(f"{self.fingerprint} {chosen.tolist()}"),
+            fingerprint=digest(self.fingerprint, chosen),
             source=self.source,
             captions=captions,
         )
@@ -211,20 +210,19 @@ def _files(
         lambda: np.array([label for _, label in files], np.int32),
         count=len(files),
         class_names=classes,
-        fingerprint=hash_text(f"{list(classes)} {described}"),
+        fingerprint=digest(classes, described),
         source="files",
         captions=captions,
     )
 
 
 def _arrays(images: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> ImageSet:
-    held = hashlib.sha256(images.tobytes()).hexdigest()
     return ImageSet(
         lambda index: (_three_channels(images[index]), int(labels[index])),
         lambda: labels,
         count=len(labels),
         class_names=classes,
-        fingerprint=hash_text(f"{list(classes)} {held} {labels.tolist()}"),
+        fingerprint=digest(classes, images, labels),
         source="arrays",
     )
 

@@ -170,6 +170,7 @@ def _folder(
     cache = epath.Path(cache_dir) / f"{directory.name}_{size}_{len(files)}.npy"
     if not cache.exists():
         cache.parent.mkdir(parents=True, exist_ok=True)
+        # Memory-mapped, so what grows is the file: nothing that `write_atomic` could be given.
         partial = cache.with_name(cache.name + ".partial")
         mapped = np.lib.format.open_memmap(
             os.fspath(partial), mode="w+", dtype=np.uint8, shape=shape

@@ -1,7 +1,6 @@
 """Pack documents into rows, once, for all processes and runs."""
 
 import functools
-import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,10 +19,17 @@ from logitjax.data._documents import (
     render_example,
     split_document,
 )
-from logitjax.data._examples import Example, Examples, hash_text
-from logitjax.data._packed import MANIFEST, PackedDataset, encode_row, read_manifest
+from logitjax.data._examples import Example, Examples
+from logitjax.data._packed import KIND, PackedDataset, encode_row
 from logitjax.data._tokenizer import Tokenizer
-from logitjax.storage._array_record import ShardWriter, replace_atomically
+from logitjax.storage import (
+    ShardWriter,
+    check_manifest,
+    digest,
+    has_manifest,
+    remove_manifest,
+    write_manifest,
+)
 
 EncodeChat = Callable[[Any, Any], tuple[Sequence[int], Sequence[bool]]]
 
@@ -122,8 +128,8 @@ def pack(
         "on_long": on_long,
     }
     root = epath.Path(directory).expanduser()
-    if (root / MANIFEST).exists() and not overwrite:
-        _check_same(read_manifest(root)["made_from"], made_from, root)
+    if has_manifest(root) and not overwrite:
+        check_manifest(root, KIND, made_from)
         return PackedDataset(root)
 
     statistics: dict[str, int] = {"documents": 0, "pieces": 0, "too_long": 0}
@@ -132,26 +138,19 @@ def pack(
         _cut, renders=renders, encoders=encoders, seq_len=seq_len, on_long=on_long, chat=encode_chat
     )
     pieces = _pieces(examples, cut, on_long, statistics)
-    if overwrite and (root / MANIFEST).exists():
-        (root / MANIFEST).unlink()
+    remove_manifest(root)
     tokens, rows = dict.fromkeys(tokenizers, 0), 0
-    writer = ShardWriter(root, _ROWS_PER_SHARD)
     pad_ids = {name: _pad_id(tokenizer) for name, tokenizer in tokenizers.items()}
-    try:
+    with ShardWriter(root, _ROWS_PER_SHARD) as writer:
         for row in best_fit(pieces, seq_len):
             writer.write(encode_row([_lay_out(row, n, seq_len, pad_ids[n]) for n in tokenizers]))
             rows += 1
             for name in tokens:
                 tokens[name] += sum(len(piece[name][0]) for piece in row)
-    except BaseException:
-        writer.abort()
-        raise
-    writer.close()
     if not rows:
         raise ValueError(f"{examples.source}: every document is longer than seq_len={seq_len}")
-    manifest = {
-        "fingerprint": _digest(made_from),
-        "made_from": made_from,
+    contents = {
+        "fingerprint": digest(made_from),
         "source": examples.source,
         "seq_len": seq_len,
         "tokenizers": list(tokenizers),
@@ -160,8 +159,8 @@ def pack(
         "statistics": statistics | {"rows": rows, "tokens": tokens},
     }
     # The manifest comes last: without it the shards do not count.
-    replace_atomically(root / MANIFEST, json.dumps(manifest, indent=1).encode())
-    logging.info("packed %s into %s: %s", examples.source, root, manifest["statistics"])
+    write_manifest(root, KIND, made_from, contents)
+    logging.info("packed %s into %s: %s", examples.source, root, contents["statistics"])
     return PackedDataset(root)
 
 
@@ -271,33 +270,9 @@ def _adds_bos(name: str, tokenizer: Tokenizer, choice: bool | Mapping[str, bool]
 
 def _chat_of(tokenizer: Tokenizer) -> str:
     """The template decides the tokens as much as the vocabulary does."""
-    return hash_text(str(getattr(tokenizer, "chat_template", None)))
+    return digest(getattr(tokenizer, "chat_template", None))
 
 
 def _name_of(render: Callable[..., Any]) -> str:
     fingerprint = getattr(render, "fingerprint", None)
     return str(fingerprint or f"{render.__module__}.{render.__qualname__}")
-
-
-def _digest(made_from: Mapping[str, Any]) -> str:
-    return hash_text(json.dumps(made_from, sort_keys=True))
-
-
-def _check_same(old: Mapping[str, Any], new: Mapping[str, Any], root: epath.Path) -> None:
-    differs = []
-    for key in sorted({*old, *new}):
-        before, now = old.get(key), new.get(key)
-        if before == now:
-            continue
-        if key == "tokenizers" and isinstance(before, Mapping) and isinstance(now, Mapping):
-            names = [n for n in sorted({*before, *now}) if before.get(n) != now.get(n)]
-            differs.append(f"tokenizers ({', '.join(names)})")
-        elif key == "examples":
-            differs.append("examples (other data)")
-        else:
-            differs.append(f"{key} ({before} there, {now} asked for)")
-    if differs:
-        raise ValueError(
-            f"{root} was packed from something else: {', '.join(differs)} differ; use another "
-            f"directory, or overwrite=True"
-        )

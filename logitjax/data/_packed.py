@@ -1,10 +1,9 @@
 """Packed rows on disk: batches that are a pure function of the seed and the step."""
 
-import json
 import os
 import queue
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,10 +11,9 @@ from etils import epath
 from jaxtyping import Bool, Int, Int32, Int64
 
 from logitjax.data._order import global_indices, process_slice
-from logitjax.storage._array_record import ShardReader
+from logitjax.storage import ShardReader, read_manifest
 
-MANIFEST = "manifest.json"
-_MANIFEST_KEYS = {"fingerprint", "made_from", "seq_len", "tokenizers", "pad_ids", "shards"}
+KIND = "packed dataset"
 _PREFETCH = 2
 
 # One tokenizer's arrays, or under the key "row" the indices of the rows themselves.
@@ -82,7 +80,7 @@ class PackedDataset:
 
     def __init__(self, directory: str | os.PathLike[str]):
         self.directory = epath.Path(directory).expanduser()
-        self.manifest = read_manifest(self.directory)
+        self.manifest = read_manifest(self.directory, KIND)
         self.fingerprint: str = self.manifest["fingerprint"]
         self.seq_len: int = self.manifest["seq_len"]
         self.names: tuple[str, ...] = tuple(self.manifest["tokenizers"])
@@ -220,22 +218,6 @@ class PackedDataset:
         return read_ahead(produce(), prefetch)
 
 
-def read_manifest(directory: epath.Path) -> Mapping[str, Any]:
-    path = directory / MANIFEST
-    if not path.exists():
-        raise FileNotFoundError(f"no packed data in {directory} (it has no {MANIFEST})")
-    try:
-        manifest = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(
-            f"{path} is damaged ({error}); delete {directory} and pack again"
-        ) from None
-    missing = _MANIFEST_KEYS - set(manifest) if isinstance(manifest, dict) else _MANIFEST_KEYS
-    if missing:
-        raise ValueError(f"{path} lacks {sorted(missing)}; delete {directory} and pack again")
-    return manifest
-
-
 def open_packed(directory: str | os.PathLike[str]) -> PackedDataset:
     """Open what :func:`logitjax.data.pack` has written, without data or tokenizers at hand.
 
@@ -245,7 +227,7 @@ def open_packed(directory: str | os.PathLike[str]) -> PackedDataset:
 
     >>> open_packed("/nowhere")
     Traceback (most recent call last):
-    FileNotFoundError: no packed data in /nowhere (it has no manifest.json)
+    FileNotFoundError: no packed dataset in /nowhere (it has no manifest.json)
     """
     return PackedDataset(directory)
 

@@ -10,7 +10,7 @@ from typing import Any
 from etils import epath
 
 from logitjax.data._images import class_folders
-from logitjax.storage._packages import package_file
+from logitjax.storage import package_file
 
 _WORDNET = re.compile(r"n\d{8}")
 _SPLITS = ("train", "val", "test")

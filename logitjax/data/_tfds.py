@@ -11,8 +11,9 @@ from etils import epath
 from tensorflow_datasets.core.registered import DatasetNotFoundError
 
 from logitjax.data import builders
-from logitjax.data._examples import Examples, hash_text, normalise, parse_split
+from logitjax.data._examples import Examples, normalise, parse_split
 from logitjax.data._places import default_data_dir
+from logitjax.storage import digest
 
 FILE_FORMAT = "array_record"
 
@@ -110,8 +111,8 @@ def open_prepared(
 def fingerprint_of(builder: Any, split: str, options: str = "") -> str:
     """Changes with what a prepared dataset holds and with what is taken of it."""
     # A dataset may be prepared anew under the same version from other files.
-    held = str([(s.name, s.shard_lengths, s.num_bytes) for s in builder.info.splits.values()])
-    return hash_text("\n".join([builder.info.full_name, split, held, options]))
+    held = [(s.name, list(s.shard_lengths), s.num_bytes) for s in builder.info.splits.values()]
+    return digest(builder.info.full_name, split, held, options)
 
 
 def _name_and_config(name: str) -> tuple[str, str]:

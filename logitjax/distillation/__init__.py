@@ -23,7 +23,6 @@ from logitjax.distillation._knowledge_distillation import standardize_logits as 
 from logitjax.distillation._linear_graph_fusion import linear_graph_fusion as linear_graph_fusion
 from logitjax.distillation._teacher_cache import TeacherCache as TeacherCache
 from logitjax.distillation._teacher_cache import TeacherIdentity as TeacherIdentity
-from logitjax.distillation._teacher_cache import write_teacher_cache as write_teacher_cache
 from logitjax.distillation._universal_logit_distance import (
     universal_logit_distance as universal_logit_distance,
 )

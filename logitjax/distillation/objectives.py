@@ -243,7 +243,7 @@ def source_statistics(
 def source_record(
     graphdef: Any, params: Any, batch: Mapping[str, Any], rows: Any, *, k: int, tail_samples: int
 ) -> dict[str, Any]:
-    """What `write_teacher_cache` keeps of a batch; a tail's draws depend on its row alone."""
+    """What a `TeacherCache` keeps of a batch; a tail's draws depend on its row alone."""
     model = nnx.merge(graphdef, params)
     hidden = hidden_states(model, batch)
     statistics = losses.linear_readout(hidden, top_k=k, **head_arguments(model)).statistics

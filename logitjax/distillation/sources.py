@@ -13,8 +13,9 @@ from etils import epath
 from logitjax import data, losses, models, processes
 from logitjax.distillation import objectives
 from logitjax.distillation._alignment import align_positions
-from logitjax.distillation._teacher_cache import TeacherCache, TeacherIdentity, write_teacher_cache
+from logitjax.distillation._teacher_cache import TeacherCache, TeacherIdentity
 from logitjax.models import Tokenizer
+from logitjax.storage import has_manifest
 
 SPLITS = ("train", "validation", "test")
 
@@ -139,7 +140,7 @@ class Source:
     def statistics(self, split: str, batch: Mapping[str, Any]) -> tuple[Any, np.ndarray]:
         """`losses.GraphStatistics` at the pivot's positions, and where there are any."""
         cache = self.caches[split]
-        found = cache.rows(batch["row"])
+        found = cache.read(batch["row"])
         where = batch[self.columns]["loss_mask"][:, 1:]
         ours = self.packed.names["pivot"]
         if self.columns != ours:
@@ -195,7 +196,7 @@ def let_source_read(
             "k": k,
             "tail_samples": tail_samples,
         }
-        complete = (path / "teacher.json").exists()
+        complete = has_manifest(path)
         if complete:
             cache = TeacherCache(path)
             cache.check(**expected)
@@ -212,13 +213,12 @@ def let_source_read(
             def compute(chunk: np.ndarray, dataset: Any = dataset, read: Any = read) -> Any:
                 return jax.device_get(read(dataset.rows(chunk)[columns], chunk))
 
-            write_teacher_cache(
-                path,
-                identity,
+            TeacherCache(path, identity).fill(
                 wanted,
                 compute,
                 batch_size=batch_size,
                 rows_per_shard=64,
+                label=spec,
                 process_index=jax.process_index(),
                 process_count=jax.process_count(),
             )

@@ -11,7 +11,6 @@ from logitjax.few_shot._cache_adapters import cafo_bias as cafo_bias
 from logitjax.few_shot._feature_cache import FeatureCache as FeatureCache
 from logitjax.few_shot._feature_cache import FeatureIdentity as FeatureIdentity
 from logitjax.few_shot._feature_cache import Features as Features
-from logitjax.few_shot._feature_cache import write_feature_cache as write_feature_cache
 from logitjax.few_shot._linear_adapters import ClipAdapterConfig as ClipAdapterConfig
 from logitjax.few_shot._linear_adapters import CrossModalConfig as CrossModalConfig
 from logitjax.few_shot._linear_adapters import LinearProbeConfig as LinearProbeConfig

@@ -2,17 +2,15 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from etils import epath
 from jaxtyping import Int
 
-from logitjax.storage import _row_cache
+from logitjax.storage import ArrayCodec, RowCache, read_manifest
 
-MANIFEST = "features.json"
-_NOUN = "feature cache"
+_KIND = "feature cache"
 _NAMES_OF = {
     "encoder": "encoder_fingerprint",
     "data": "data_fingerprint",
@@ -60,12 +58,7 @@ class FeatureIdentity:
     @property
     def bytes_per_row(self) -> int:
         """Size of one row on disk."""
-        return self._layout.itemsize
-
-    @property
-    def _layout(self) -> np.dtype:
-        shape = (self.num_views, self.num_features + self.num_logits)
-        return np.dtype([("label", "<i4"), ("numbers", _DTYPES[self.dtype], shape)])
+        return _Codec(self).bytes_per_row
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,8 +76,51 @@ class Features:
     labels: Any
 
 
-class FeatureCache:
-    """Read access to what `write_feature_cache` has written.
+class _Codec:
+    """Features and logits of a view side by side, in a short type; the class beside them."""
+
+    def __init__(self, identity: FeatureIdentity):
+        self._identity = identity
+        self._sizes = {"features": identity.num_features, "logits": identity.num_logits}
+        numbers = (identity.num_views, sum(self._sizes.values()))
+        self._arrays = ArrayCodec(
+            {"label": (np.int32, ()), "numbers": (_DTYPES[identity.dtype], numbers)}
+        )
+        self.bytes_per_row = self._arrays.bytes_per_row
+
+    def encode(self, computed: Features, count: int) -> list[bytes]:
+        parts = []
+        for name, size in self._sizes.items():
+            value = getattr(computed, name)
+            if value is None and not size:
+                continue
+            shape = () if value is None else np.shape(value)
+            if shape[1:] != (self._identity.num_views, size):
+                wanted = f"[batch, {self._identity.num_views}, {size}]"
+                raise ValueError(f"{name}: expected {wanted}, got {shape}")
+            parts.append(np.asarray(value, np.float32))
+        numbers = np.concatenate(parts, -1)[:count]
+        with np.errstate(over="ignore"):
+            stored = numbers.astype(_DTYPES[self._identity.dtype])
+        if not np.isfinite(stored).all():
+            raise ValueError(
+                f"{self._identity.encoder}: values up to {np.abs(numbers).max():g} cannot be "
+                f"stored as {self._identity.dtype}"
+            )
+        return self._arrays.encode({"label": computed.labels, "numbers": stored}, count)
+
+    def decode(self, records: Sequence[bytes]) -> Features:
+        stored = self._arrays.decode(records)
+        numbers, cut = stored["numbers"].astype(np.float32), self._sizes["features"]
+        logits = numbers[..., cut:] if self._sizes["logits"] else None
+        return Features(features=numbers[..., :cut], logits=logits, labels=stored["label"])
+
+
+class FeatureCache(RowCache):
+    """What an encoder makes of pictures, found by their number in the image set.
+
+    `fill` encodes pictures that are not there yet; its `compute` gives `Features`. `read` returns
+    them, in the order asked for.
 
     >>> import tempfile
     >>> identity = FeatureIdentity(
@@ -94,24 +130,33 @@ class FeatureCache:
     >>> def compute(rows):
     ...     features = np.broadcast_to(rows[:, None, None], (len(rows), 1, 3))
     ...     return Features(features=features, logits=None, labels=rows % 2)
-    >>> cache = write_feature_cache(tempfile.mkdtemp(), identity, range(5), compute, batch_size=2)
-    >>> found = cache.rows([4, 1])
-    >>> found.features[:, 0, 0], found.labels
+    >>> cache = FeatureCache(tempfile.mkdtemp(), identity)
+    >>> cache.fill(range(5), compute, batch_size=2)
+    >>> two = cache.read([4, 1])
+    >>> two.features[:, 0, 0], two.labels
     (array([4., 1.], dtype=float32), array([0, 1], dtype=int32))
     >>> cache.check(encoder_fingerprint="other")
     Traceback (most recent call last):
-    ValueError: feature cache ... does not fit: its encoder_fingerprint is 'n', not 'other'
+    ValueError: feature cache ... does not fit: its encoder_fingerprint is 'n', not 'other' ...
+
+    Args:
+        directory: Where the cache is or will be; may be remote.
+        identity: What it is made from; begins a cache where there is none. Without it there must be
+            one. Encoder, data and classes may have other names if their fingerprints are the same.
+
+    Raises:
+        FileNotFoundError: There is no cache, and no `identity` to begin one with.
+        ValueError: The directory holds a cache of something else (names all that differs).
     """
 
-    def __init__(self, directory: str | os.PathLike[str]):
-        self.directory = epath.Path(directory).expanduser()
-        self.identity: FeatureIdentity = _row_cache.read_manifest(
-            self.directory, MANIFEST, FeatureIdentity, _NOUN
+    def __init__(self, directory: str | os.PathLike[str], identity: FeatureIdentity | None = None):
+        made_from = None if identity is None else dataclasses.asdict(identity)
+        if identity is None:
+            identity = _identity(read_manifest(directory, _KIND)["made_from"])
+        super().__init__(
+            directory, _Codec(identity), made_from=made_from, kind=_KIND, names_of=_NAMES_OF
         )
-        self._reader = _row_cache.RowReader(self.directory, _NOUN)
-
-    def __len__(self) -> int:
-        return len(self._reader)
+        self.identity = _identity(self.made_from)
 
     def __repr__(self) -> str:
         made = f"{self.identity.views} views of {self.identity.data} by {self.identity.encoder}"
@@ -121,124 +166,15 @@ class FeatureCache:
     def class_names(self) -> tuple[str, ...]:
         return self.identity.class_names
 
-    @property
-    def row_numbers(self) -> np.ndarray:
-        """The rows there are, ascending."""
-        return self._reader.held
-
-    def check(self, **expected: Any) -> None:
-        """Raise unless the identity has these values.
-
-        Raises:
-          ValueError: names every field that differs, with both values.
-        """
-        _row_cache.check_identity(self.directory, self.identity, expected, _NOUN)
-
-    def missing(self, rows: Sequence[int] | Int[np.ndarray, " rows"]) -> np.ndarray:
-        """Which of these rows the cache does not hold, ascending."""
-        return self._reader.missing(rows)
-
-    def rows(self, indices: Sequence[int] | Int[np.ndarray, " batch"]) -> Features:
-        """Features, logits and labels of rows.
-
-        Args:
-          indices: ``[batch]`` rows of the image set.
-
-        Returns:
-          The `Features`, in the order asked for.
-
-        Raises:
-          ValueError: the cache lacks a row.
-        """
-        records = self._reader.read(indices, "extract them first")
-        who = self.identity
-        layout = who._layout
-        damaged = next((r for r in records if len(r) != layout.itemsize), None)
-        if damaged is not None:
-            raise ValueError(f"damaged record: {len(damaged)} bytes instead of {layout.itemsize}")
-        stored = np.frombuffer(b"".join(records), layout)
-        numbers = stored["numbers"].astype(np.float32)
-        labels = stored["label"].astype(np.int32)
-        logits = numbers[..., who.num_features :] if who.num_logits else None
-        return Features(features=numbers[..., : who.num_features], logits=logits, labels=labels)
+    def read(self, rows: Sequence[int] | Int[np.ndarray, " batch"]) -> Features:
+        """Features, logits and labels of rows `[batch]` of the image set."""
+        return super().read(rows)
 
     def all(self) -> Features:
         """Every row there is, in ascending order."""
-        return self.rows(self.row_numbers)
+        return self.read(self.row_numbers)
 
 
-def write_feature_cache(
-    directory: str | os.PathLike[str],
-    identity: FeatureIdentity,
-    rows: Sequence[int] | Int[np.ndarray, " rows"],
-    compute: Callable[[np.ndarray], Features],
-    *,
-    batch_size: int,
-    rows_per_shard: int = 256,
-    process_index: int = 0,
-    process_count: int = 1,
-) -> FeatureCache:
-    """Encode pictures once; rows that the directory already holds are not encoded again.
-
-    Each process writes shards of its own and needs no other; a shard counts once it is complete,
-    so a killed run loses at most the one it was at, and the same call goes on from there. With
-    several processes, wait for all of them before using the result.
-
-    Args:
-      directory: where the cache is or will be; may be remote.
-      identity: what it is made from.
-      rows: of the image set.
-      compute: ``rows [batch_size] -> Features``. Always called with ``batch_size`` rows, so that it
-        compiles once.
-      batch_size: rows a call.
-      rows_per_shard: rows a file, and what a kill can lose.
-      process_index: which share of the shards to write.
-      process_count: among how many.
-
-    Returns:
-      The cache as it is on disk now.
-
-    Raises:
-      ValueError: the directory holds a cache of something else (says what differs; encoder, data
-        and classes may have other names if their fingerprints are the same), or ``compute`` returns
-        other shapes.
-    """
-    root = epath.Path(directory).expanduser()
-    _row_cache.write_manifest(root, MANIFEST, identity, _NOUN, names_of=_NAMES_OF)
-    _row_cache.write_rows(
-        root,
-        rows,
-        compute,
-        lambda computed, count: _encode(identity, computed, count),
-        batch_size=batch_size,
-        rows_per_shard=rows_per_shard,
-        label=identity.encoder,
-        bytes_per_row=identity.bytes_per_row,
-        process_index=process_index,
-        process_count=process_count,
-    )
-    return FeatureCache(root)
-
-
-def _encode(identity: FeatureIdentity, found: Features, count: int) -> list[bytes]:
-    sizes = {"features": identity.num_features, "logits": identity.num_logits}
-    parts = []
-    for name, size in sizes.items():
-        value = getattr(found, name)
-        if value is None and not size:
-            continue
-        shape = () if value is None else np.shape(value)
-        if shape[1:] != (identity.num_views, size):
-            raise ValueError(f"{name}: expected [batch, {identity.num_views}, {size}], got {shape}")
-        parts.append(np.asarray(value, np.float32))
-    numbers = np.concatenate(parts, -1)[:count]
-    stored = np.zeros(count, identity._layout)
-    with np.errstate(over="ignore"):
-        stored["numbers"] = numbers
-    if not np.isfinite(stored["numbers"]).all():
-        raise ValueError(
-            f"{identity.encoder}: values up to {np.abs(numbers).max():g} cannot be stored as "
-            f"{identity.dtype}"
-        )
-    stored["label"] = found.labels[:count]
-    return [row.tobytes() for row in stored]
+def _identity(made_from: Mapping[str, Any]) -> FeatureIdentity:
+    names = tuple(made_from["class_names"])
+    return FeatureIdentity(**{**made_from, "class_names": names})

@@ -1,7 +1,6 @@
 """Checkpoints into decoders, one tensor at a time, straight to where it shall live."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -20,9 +19,7 @@ from logitjax.models._gguf_config import gguf_config, is_rope_tensor
 from logitjax.models._hf_config import config_from_hf
 from logitjax.models._tiny import tiny_config, tiny_decoder, tiny_seed
 from logitjax.models._weight_map import Path, TensorSpec, gguf_tensors, hf_tensors
-from logitjax.storage._hub import hub_snapshot
-from logitjax.storage._packages import package_file
-from logitjax.storage._safetensors import SafetensorsSource
+from logitjax.storage import SafetensorsSource, hub_snapshot, package_file, read_json
 
 # Buffers that old checkpoints carry and nothing reads.
 _IGNORED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
@@ -66,15 +63,6 @@ def load_config(spec: str) -> DecoderConfig:
     if path.is_dir():
         return config_from_hf(read_json(path / "config.json"), where=str(path / "config.json"))
     return gguf_config(GgufSource(path))[0]
-
-
-def read_json(path: epath.Path) -> dict:
-    if not path.exists():
-        raise ValueError(f"{path}: no such file")
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
 
 
 def load_model(

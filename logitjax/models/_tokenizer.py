@@ -1,6 +1,5 @@
 """Tokenizers from tokenizer.json or rebuilt from GGUF metadata."""
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,8 +9,9 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from logitjax.models._config import DecoderConfig
 from logitjax.models._gguf import GgufSource
-from logitjax.models._load import find_checkpoint, read_json
+from logitjax.models._load import find_checkpoint
 from logitjax.models._tiny import tiny_seed
+from logitjax.storage import digest, read_json
 
 _DIGITS = pre_tokenizers.Digits(individual_digits=True)
 _LLAMA3 = (
@@ -44,8 +44,7 @@ class Tokenizer:
         self.pad_id = pad_id
         self.chat_template = chat_template
         self.extra = dict(extra or {})
-        decisive = f"{backend.to_str()}\n{bos_id} {eos_id} {pad_id}"
-        self.fingerprint = hashlib.sha256(decisive.encode()).hexdigest()
+        self.fingerprint = digest(backend.to_str(), bos_id, eos_id, pad_id)
 
     @property
     def vocab_size(self) -> int:

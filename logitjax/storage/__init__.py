@@ -1,3 +1,33 @@
-"""Files written whole or not at all, the on-disk cache, and weights in the formats people have."""
+"""Files written whole or not at all, the one on-disk cache, and weights in the formats people have.
 
+Keep something of your own that is expensive and belongs to rows: say how a row becomes bytes
+(`ArrayCodec` for arrays of fixed shapes), what decides it, and fill a `RowCache`::
+
+    codec = ArrayCodec({"embedding": ("float16", (768,))})
+    made_from = {"model": "encoder-v2", "data": digest(texts), "layer": 11}
+    cache = RowCache("embeddings", codec, made_from=made_from)
+    cache.fill(range(len(texts)), embed, batch_size=32)
+    cache.read([3, 1])["embedding"]
+
+A cache that was made for something else is refused, and the error says what differs. What is not
+made of rows has a manifest (`write_manifest`, `check_manifest`) and the same rule.
+"""
+
+from logitjax.storage._digest import digest as digest
+from logitjax.storage._files import read_json as read_json
 from logitjax.storage._files import write_atomic as write_atomic
+from logitjax.storage._hub import hub_snapshot as hub_snapshot
+from logitjax.storage._manifest import check_manifest as check_manifest
+from logitjax.storage._manifest import has_manifest as has_manifest
+from logitjax.storage._manifest import read_manifest as read_manifest
+from logitjax.storage._manifest import remove_manifest as remove_manifest
+from logitjax.storage._manifest import write_manifest as write_manifest
+from logitjax.storage._numpy_pickle import read_numpy_pickle as read_numpy_pickle
+from logitjax.storage._packages import package_file as package_file
+from logitjax.storage._rows import ArrayCodec as ArrayCodec
+from logitjax.storage._rows import RowCache as RowCache
+from logitjax.storage._rows import RowCodec as RowCodec
+from logitjax.storage._safetensors import SafetensorsSource as SafetensorsSource
+from logitjax.storage._shards import ShardReader as ShardReader
+from logitjax.storage._shards import ShardWriter as ShardWriter
+from logitjax.storage._torch_checkpoint import read_state_dict as read_state_dict

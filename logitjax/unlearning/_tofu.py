@@ -12,6 +12,8 @@ from typing import Any
 
 from etils import epath
 
+from logitjax import storage
+
 QUESTIONS_PER_AUTHOR = 20
 _AUTHORS = 200
 _SPLIT = re.compile(r"(forget|retain)(\d\d)(_perturbed|_paraphrased)?")
@@ -197,10 +199,7 @@ def tofu_subset(
 def _directory(source: str | os.PathLike[str], name: str) -> epath.Path:
     text = os.fspath(source)
     if text.startswith("hf:"):
-        # Models know the hub; nothing else of them is needed to read a file.
-        from logitjax.storage._hub import hub_snapshot
-
-        return hub_snapshot(text[3:], [name], kind="dataset")
+        return storage.hub_snapshot(text[3:], [name], kind="dataset")
     root = epath.Path(text).expanduser()
     if not (root.exists() and root.is_dir()):
         raise FileNotFoundError(

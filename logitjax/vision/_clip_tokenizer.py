@@ -10,9 +10,8 @@ from etils import epath
 from jaxtyping import Int
 from tokenizers import decoders, normalizers, pre_tokenizers
 
-from logitjax.models._load import read_json
-from logitjax.models._tokenizer import Tokenizer, load_tokenizer
-from logitjax.storage._packages import package_file
+from logitjax.models import Tokenizer, load_tokenizer
+from logitjax.storage import package_file, read_json
 
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"

@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import hashlib
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +13,7 @@ from flax import nnx
 from jaxtyping import Float, Int, Num
 
 from logitjax.ops import Array
+from logitjax.storage import digest
 from logitjax.vision._classifier import ImageClassifier
 from logitjax.vision._clip import CLIP
 from logitjax.vision._clip_tokenizer import CLIPTokenizer
@@ -145,15 +145,10 @@ class Encoder:
     @functools.cached_property
     def fingerprint(self) -> str:
         """A sha256 of the architecture and every weight."""
-        digest = hashlib.sha256(type(self.model).__name__.encode())
         # Neither attention heads nor CLIP's activation show in the weights.
-        if isinstance(self.model, CLIP):
-            digest.update(repr(self.model.config).encode())
-        for path, variable in sorted(nnx.to_flat_state(self._state), key=lambda kv: str(kv[0])):
-            value = np.asarray(variable[...])
-            digest.update(f"{path} {value.shape} {value.dtype}".encode())
-            digest.update(np.ascontiguousarray(value).tobytes())
-        return digest.hexdigest()
+        config = repr(self.model.config) if isinstance(self.model, CLIP) else None
+        weights = {str(path): v[...] for path, v in nnx.to_flat_state(self._state)}
+        return digest(type(self.model).__name__, config, weights)
 
 
 def zero_shot_classifier(

@@ -9,12 +9,14 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
-from logitjax.models._load import find_checkpoint, read_json
-from logitjax.storage._hub import hub_snapshot
-from logitjax.storage._numpy_pickle import read_numpy_pickle
-from logitjax.storage._packages import package_file
-from logitjax.storage._safetensors import SafetensorsSource
-from logitjax.storage._torch_checkpoint import read_state_dict
+from logitjax.storage import (
+    SafetensorsSource,
+    hub_snapshot,
+    package_file,
+    read_json,
+    read_numpy_pickle,
+    read_state_dict,
+)
 from logitjax.vision._classifier import ImageClassifier, create_classifier
 from logitjax.vision._clip import CLIP
 from logitjax.vision._clip_config import clip_config, openai_names
@@ -107,7 +109,9 @@ def _from_path(spec: str, tokenizer: str | None, dtype: Any) -> Encoder:
         if not list(path.glob("*.safetensors")):
             path = hub_snapshot(spec[3:], (*_SMALL_FILES, *_PICKLES))
     else:
-        path = find_checkpoint(spec)
+        path = epath.Path(spec)
+        if not path.exists():
+            raise ValueError(f"encoder {spec!r}: no such file or directory")
     weights = _read(path)
     if any(name.startswith(("visual.", "vision_model.")) for name in weights):
         return _clip(spec, path, weights, tokenizer, dtype)

@@ -35,7 +35,7 @@ def test_writes_caches_that_fit_their_rows(source, tmp_path):
         packed = data.open_packed(workdir / "data" / split)
         cache.check(data=packed.fingerprint, model="tiny:1", k=16, positions=63)
         assert len(cache) == min(6, len(packed))
-        found = cache.rows(np.arange(len(cache)))
+        found = cache.read(np.arange(len(cache)))
         assert np.isfinite(found["values"]).all()
         mass = np.exp(found["values"] - found["log_z"][..., None]).sum(-1)
         assert ((mass > 0) & (mass < 1.001)).all()
@@ -43,8 +43,8 @@ def test_writes_caches_that_fit_their_rows(source, tmp_path):
     before = {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("source0/*/*")}
     cache_logits.run(_config(source), workdir)
     assert before == {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("source0/*/*")}
-    identity = json.loads((tmp_path / "source0" / "train" / "teacher.json").read_text())
-    assert identity["model"] == "tiny:1"
+    identity = json.loads((tmp_path / "source0" / "train" / "manifest.json").read_text())
+    assert identity["made_from"]["model"] == "tiny:1"
 
 
 def test_options_that_make_no_sense_are_named(source, tmp_path):

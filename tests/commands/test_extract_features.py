@@ -33,7 +33,7 @@ def test_a_cache_holds_what_the_encoder_says(tmp_path, encoder):
     cache = commands_features.extract(
         encoder, images(), tmp_path, views=views, rows=rows, batch_size=3, dtype="float32"
     )
-    found = cache.rows(rows)
+    found = cache.read(rows)
     pixels = np.concatenate([views(images()[row][0], row=row) for row in rows])
     features, logits = encoder.encode(pixels)
     np.testing.assert_allclose(found.features.reshape(8, -1), features, atol=1e-5)
@@ -45,7 +45,7 @@ def test_a_cache_holds_what_the_encoder_says(tmp_path, encoder):
         encoder, images(), tmp_path, views=views, rows=[0, 4], batch_size=3, dtype="float32"
     )
     np.testing.assert_array_equal(more.row_numbers, [0, 1, 4, 5, 11])
-    np.testing.assert_array_equal(more.rows(rows).features, found.features)
+    np.testing.assert_array_equal(more.read(rows).features, found.features)
 
 
 def test_mismatches_are_said(tmp_path, encoder):
@@ -141,8 +141,9 @@ def test_two_processes_equal_one_and_errors_take_one_line(tmp_path):
         np.testing.assert_array_equal(caches[0].all().labels, caches[1].all().labels)
     assert json.loads((tmp_path / "one" / "config.json").read_text())["data"] == "synthetic:4"
     # The weights changed behind the workdir's back.
-    manifest = tmp_path / "one" / "random_resnet8" / "test_plain" / "features.json"
-    record = json.loads(manifest.read_text()) | {"encoder_fingerprint": "other"}
+    manifest = tmp_path / "one" / "random_resnet8" / "test_plain" / "manifest.json"
+    record = json.loads(manifest.read_text())
+    record["made_from"]["encoder_fingerprint"] = "other"
     manifest.write_text(json.dumps(record))
     again = start(tmp_path / "one")
     said, _ = again.communicate(timeout=300)

@@ -74,5 +74,5 @@ def test_recognition_sets_read_tfds_and_name_classes(root):
     assert (len(images), images.source) == (4, "recognition:dtd[test[:4]]")
     whole = data.load_image_set("tfds:dtd", split="test[:4]", data_dir=root)
     assert images.fingerprint == whole.fingerprint
-    with pytest.raises(FileNotFoundError, match=r"run `python -m experiments\.prepare food101`"):
+    with pytest.raises(FileNotFoundError, match="prepare food101`"):
         data.load_image_set("recognition:food101", split="test", data_dir=root)

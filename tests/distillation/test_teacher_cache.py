@@ -10,6 +10,12 @@ from logitjax import distillation
 K, POSITIONS = 4, 6
 
 
+def write(directory, identity, rows, compute, **options):
+    cache = distillation.TeacherCache(directory, identity)
+    cache.fill(rows, compute, **options)
+    return cache
+
+
 def identity(**changes):
     values = dict(
         model="teacher",
@@ -41,7 +47,7 @@ def say(rows):
 
 
 def check_rows(cache, rows, tolerance=1e-5):
-    got, want = cache.rows(rows), say(rows)
+    got, want = cache.read(rows), say(rows)
     for name, value in want.items():
         if name == "indices":
             np.testing.assert_array_equal(got[name], value)
@@ -58,9 +64,7 @@ def check_rows(cache, rows, tolerance=1e-5):
 def test_rows_come_back_in_any_order(tmp_path, dtype, vocab_size, tolerance):
     rows = np.array([3, 4, 5, 9, 20, 21])
     who = identity(dtype=dtype, vocab_size=vocab_size)
-    cache = distillation.write_teacher_cache(
-        tmp_path, who, rows, say, batch_size=4, rows_per_shard=4
-    )
+    cache = write(tmp_path, who, rows, say, batch_size=4, rows_per_shard=4)
     check_rows(cache, [21, 3, 9, 9], tolerance)
     size = sum(path.stat().st_size for path in tmp_path.glob("*.array_record"))
     # array_record adds at least one 64 kB block a shard.
@@ -79,8 +83,8 @@ def test_draws_from_the_tail_are_kept_too(tmp_path):
         return say(rows) | tail
 
     who = identity(tail_samples=3)
-    cache = distillation.write_teacher_cache(tmp_path, who, [4, 7], say_more, batch_size=2)
-    got, want = cache.rows([7, 4]), say_more(np.array([4, 7]))
+    cache = write(tmp_path, who, [4, 7], say_more, batch_size=2)
+    got, want = cache.read([7, 4]), say_more(np.array([4, 7]))
     np.testing.assert_allclose(got["tail_values"], want["tail_values"][::-1], atol=1e-5)
     np.testing.assert_array_equal(got["tail_indices"], want["tail_indices"][::-1])
     check_rows(cache, [7, 4])
@@ -102,19 +106,17 @@ def test_a_killed_run_goes_on_and_more_rows_can_follow(tmp_path):
 
     arguments = dict(batch_size=2, rows_per_shard=2)
     with pytest.raises(KeyboardInterrupt):
-        distillation.write_teacher_cache(tmp_path, identity(), range(8), interrupted, **arguments)
+        write(tmp_path, identity(), range(8), interrupted, **arguments)
     again = []
 
     def count(rows):
         again.append(rows.tolist())
         return say(rows)
 
-    cache = distillation.write_teacher_cache(tmp_path, identity(), range(8), count, **arguments)
+    cache = write(tmp_path, identity(), range(8), count, **arguments)
     assert read + again == [[0, 1], [2, 3], [4, 5], [6, 7]]
-    assert not list(tmp_path.glob(".reading-*"))
-    cache = distillation.write_teacher_cache(
-        tmp_path, identity(), [1, 11, 6, 30], count, **arguments
-    )
+    assert not list(tmp_path.glob(".unfinished-*"))
+    cache = write(tmp_path, identity(), [1, 11, 6, 30], count, **arguments)
     assert again[2:] == [[11, 30]]
     check_rows(cache, [30, 0, 7, 11])
 
@@ -127,7 +129,7 @@ def test_processes_share_the_work_without_talking(tmp_path):
         return say(rows)
 
     for process in range(3):
-        cache = distillation.write_teacher_cache(
+        cache = write(
             tmp_path,
             identity(),
             range(20),
@@ -142,12 +144,12 @@ def test_processes_share_the_work_without_talking(tmp_path):
 
 
 def test_padding_rows_are_zeros_and_absent_rows_an_error(tmp_path):
-    cache = distillation.write_teacher_cache(tmp_path, identity(), [2, 5], say, batch_size=2)
-    got = cache.rows([-1, 5])
+    cache = write(tmp_path, identity(), [2, 5], say, batch_size=2)
+    got = cache.read([-1, 5])
     assert all(not got[name][0].any() for name in got)
     assert cache.missing([-1, 2, 3, 4]).tolist() == [3, 4]
     with pytest.raises(ValueError, match="lacks 1 of the rows asked for, such as 7"):
-        cache.rows([2, 7])
+        cache.read([2, 7])
 
 
 @pytest.mark.parametrize(
@@ -155,14 +157,14 @@ def test_padding_rows_are_zeros_and_absent_rows_an_error(tmp_path):
     [("tokenizer", "other"), ("data", "other"), ("model", "other"), ("k", 2), ("positions", 7)],
 )
 def test_what_does_not_fit_is_named(tmp_path, name, value):
-    distillation.write_teacher_cache(tmp_path, identity(), [0], say, batch_size=1)
+    write(tmp_path, identity(), [0], say, batch_size=1)
     other = identity(**{name: value})
     with pytest.raises(ValueError, match=f"does not fit: its {name} is .* not {value!r}"):
-        distillation.write_teacher_cache(tmp_path, other, [0], say, batch_size=1)
+        write(tmp_path, other, [0], say, batch_size=1)
 
 
 def test_check_lists_every_difference_and_takes_a_smaller_k(tmp_path):
-    cache = distillation.write_teacher_cache(tmp_path, identity(), [0], say, batch_size=1)
+    cache = write(tmp_path, identity(), [0], say, batch_size=1)
     cache.check(k=2, data="rows", vocab_size=1000)
     with pytest.raises(ValueError, match=r"its data is 'rows', not 'x'; its k is 4, not 5"):
         cache.check(data="x", k=5)
@@ -171,15 +173,15 @@ def test_check_lists_every_difference_and_takes_a_smaller_k(tmp_path):
 def test_damage_is_reported(tmp_path):
     with pytest.raises(FileNotFoundError, match="no teacher cache in"):
         distillation.TeacherCache(tmp_path)
-    distillation.write_teacher_cache(tmp_path, identity(), [0], say, batch_size=1)
-    (tmp_path / "teacher.json").write_text("{")
+    write(tmp_path, identity(), [0], say, batch_size=1)
+    (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(ValueError, match="is damaged"):
         distillation.TeacherCache(tmp_path)
 
 
 def test_wrong_shapes_and_options_are_errors(tmp_path):
     with pytest.raises(ValueError, match="values: expected"):
-        distillation.write_teacher_cache(tmp_path, identity(k=5), [0], say, batch_size=1)
+        write(tmp_path, identity(k=5), [0], say, batch_size=1)
     with pytest.raises(ValueError, match="dtype must be one of"):
         identity(dtype="int8")
     with pytest.raises(ValueError, match="k must be in"):

@@ -17,6 +17,12 @@ from logitjax import few_shot
 VIEWS, FEATURES, LOGITS = 2, 5, 3
 
 
+def write(directory, identity, rows, compute, **options):
+    cache = few_shot.FeatureCache(directory, identity)
+    cache.fill(rows, compute, **options)
+    return cache
+
+
 def identity(**changes):
     values = dict(
         encoder="net",
@@ -57,17 +63,15 @@ def check_rows(found, rows, tolerance=1e-6):
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("float16", 2e-3)])
 def test_rows_come_back_in_any_order(tmp_path, dtype, tolerance):
     rows = [3, 4, 5, 9, 20, 21, 22]
-    cache = few_shot.write_feature_cache(
-        tmp_path, identity(dtype=dtype), rows, look, batch_size=2, rows_per_shard=3
-    )
+    cache = write(tmp_path, identity(dtype=dtype), rows, look, batch_size=2, rows_per_shard=3)
     assert len(cache) == 7
     assert cache.class_names == ("a", "b", "c")
-    check_rows(cache.rows([21, 3, 9, 9]), [21, 3, 9, 9], tolerance)
+    check_rows(cache.read([21, 3, 9, 9]), [21, 3, 9, 9], tolerance)
     check_rows(cache.all(), rows, tolerance)
     np.testing.assert_array_equal(cache.missing([1, 3, 30]), [1, 30])
     assert "7 rows, plain 8 px views of pictures by net" in repr(cache)
     with pytest.raises(ValueError, match=r"lacks 1 of the rows .* such as 8"):
-        cache.rows([3, 8])
+        cache.read([3, 8])
 
 
 def test_encoders_without_a_class_head_have_no_logits(tmp_path):
@@ -76,7 +80,7 @@ def test_encoders_without_a_class_head_have_no_logits(tmp_path):
     def features_alone(rows):
         return dataclasses.replace(look(rows), logits=None)
 
-    cache = few_shot.write_feature_cache(tmp_path, who, [1, 2], features_alone, batch_size=2)
+    cache = write(tmp_path, who, [1, 2], features_alone, batch_size=2)
     assert cache.all().logits is None
     np.testing.assert_allclose(cache.all().features, look([1, 2]).features, atol=1e-6)
     assert who.bytes_per_row == 4 + 4 * VIEWS * FEATURES
@@ -90,9 +94,9 @@ def test_more_rows_can_follow_and_none_is_computed_twice(tmp_path):
         return look(rows)
 
     options = dict(batch_size=2, rows_per_shard=4)
-    few_shot.write_feature_cache(tmp_path, identity(), range(4), count, **options)
-    few_shot.write_feature_cache(tmp_path, identity(), range(4), count, **options)
-    cache = few_shot.write_feature_cache(tmp_path, identity(), [2, 9, 5, 3], count, **options)
+    write(tmp_path, identity(), range(4), count, **options)
+    write(tmp_path, identity(), range(4), count, **options)
+    cache = write(tmp_path, identity(), [2, 9, 5, 3], count, **options)
     assert seen == [[0, 1], [2, 3], [5, 9]]
     check_rows(cache.all(), [0, 1, 2, 3, 5, 9])
 
@@ -104,9 +108,7 @@ def slow_run(directory, wait):
             time.sleep(wait)
         return look(rows)
 
-    few_shot.write_feature_cache(
-        directory / "cache", identity(), range(8), compute, batch_size=2, rows_per_shard=4
-    )
+    write(directory / "cache", identity(), range(8), compute, batch_size=2, rows_per_shard=4)
 
 
 def test_a_killed_run_goes_on(tmp_path):
@@ -125,19 +127,17 @@ def test_a_killed_run_goes_on(tmp_path):
         again.append(rows.tolist())
         return look(rows)
 
-    cache = few_shot.write_feature_cache(
-        tmp_path / "cache", identity(), range(8), count, batch_size=2, rows_per_shard=4
-    )
+    cache = write(tmp_path / "cache", identity(), range(8), count, batch_size=2, rows_per_shard=4)
     assert again == [[4, 5], [6, 7]]
     check_rows(cache.all(), range(8))
 
 
 def test_a_part_without_its_list_of_rows_does_not_count(tmp_path):
     options = dict(batch_size=2, rows_per_shard=2)
-    few_shot.write_feature_cache(tmp_path, identity(), range(4), look, **options)
+    write(tmp_path, identity(), range(4), look, **options)
     min(tmp_path.glob("part-*.json")).unlink()  # as if killed between the two
     assert len(few_shot.FeatureCache(tmp_path)) == 2
-    cache = few_shot.write_feature_cache(tmp_path, identity(), range(4), look, **options)
+    cache = write(tmp_path, identity(), range(4), look, **options)
     check_rows(cache.all(), range(4))
 
 
@@ -150,7 +150,7 @@ def test_processes_share_the_work_and_leave_the_same_cache(tmp_path):
             seen[index].extend(chunk.tolist())
             return look(chunk)
 
-        few_shot.write_feature_cache(
+        write(
             tmp_path / "two",
             identity(),
             rows,
@@ -159,7 +159,7 @@ def test_processes_share_the_work_and_leave_the_same_cache(tmp_path):
             process_count=2,
             **options,
         )
-    one = few_shot.write_feature_cache(tmp_path / "one", identity(), rows, look, **options)
+    one = write(tmp_path / "one", identity(), rows, look, **options)
     two = few_shot.FeatureCache(tmp_path / "two")
     assert not set(seen[0]) & set(seen[1])
     assert sorted({*seen[0], *seen[1]}) == rows.tolist()
@@ -180,7 +180,7 @@ def test_any_order_of_runs_holds_every_row_once(runs, batch, per_shard, processe
     with tempfile.TemporaryDirectory() as directory:
         for rows in runs:
             for index in range(processes):
-                few_shot.write_feature_cache(
+                write(
                     directory,
                     identity(),
                     rows,
@@ -193,12 +193,12 @@ def test_any_order_of_runs_holds_every_row_once(runs, batch, per_shard, processe
         wanted = sorted({row for rows in runs for row in rows})
         cache = few_shot.FeatureCache(directory)
         assert cache.row_numbers.tolist() == wanted
-        check_rows(cache.rows(runs[0]), runs[0])
+        check_rows(cache.read(runs[0]), runs[0])
 
 
 def test_rows_that_two_runs_wrote_count_once(tmp_path):
-    few_shot.write_feature_cache(tmp_path, identity(), [0, 1], look, batch_size=2)
-    few_shot.write_feature_cache(tmp_path / "b", identity(), [1, 2], look, batch_size=2)
+    write(tmp_path, identity(), [0, 1], look, batch_size=2)
+    write(tmp_path / "b", identity(), [1, 2], look, batch_size=2)
     for path in (tmp_path / "b").glob("part-*"):
         path.rename(tmp_path / path.name)
     cache = few_shot.FeatureCache(tmp_path)
@@ -220,18 +220,18 @@ def test_rows_that_two_runs_wrote_count_once(tmp_path):
     ],
 )
 def test_a_cache_of_something_else_is_refused(tmp_path, changes, message):
-    few_shot.write_feature_cache(tmp_path, identity(), [0], look, batch_size=1)
+    write(tmp_path, identity(), [0], look, batch_size=1)
     with pytest.raises(ValueError, match=message):
-        few_shot.write_feature_cache(tmp_path, identity(**changes), [1], look, batch_size=1)
+        write(tmp_path, identity(**changes), [1], look, batch_size=1)
     assert len(few_shot.FeatureCache(tmp_path)) == 1
 
 
 def test_moved_weights_and_pictures_are_still_the_same(tmp_path):
-    few_shot.write_feature_cache(tmp_path, identity(), [0], look, batch_size=1)
+    write(tmp_path, identity(), [0], look, batch_size=1)
     who = identity(
         encoder="elsewhere/net", data="elsewhere/pictures", class_names=("ant", "bee", "cat")
     )
-    cache = few_shot.write_feature_cache(tmp_path, who, [0, 1], look, batch_size=1)
+    cache = write(tmp_path, who, [0, 1], look, batch_size=1)
     check_rows(cache.all(), [0, 1])
     with pytest.raises(ValueError, match="its encoder is 'net', not 'elsewhere/net'"):
         cache.check(encoder="elsewhere/net")
@@ -242,36 +242,34 @@ def test_what_cannot_be_stored_is_said(tmp_path):
         return dataclasses.replace(look(rows), features=np.zeros((len(rows), FEATURES)))
 
     with pytest.raises(ValueError, match=r"features: expected \[batch, 2, 5\], got \(1, 5\)"):
-        few_shot.write_feature_cache(tmp_path / "a", identity(), [0], wrong_shape, batch_size=1)
+        write(tmp_path / "a", identity(), [0], wrong_shape, batch_size=1)
 
     def without_logits(rows):
         return dataclasses.replace(look(rows), logits=None)
 
     with pytest.raises(ValueError, match=r"logits: expected \[batch, 2, 3\], got \(\)"):
-        few_shot.write_feature_cache(tmp_path / "b", identity(), [0], without_logits, batch_size=1)
+        write(tmp_path / "b", identity(), [0], without_logits, batch_size=1)
 
     def large(rows):
         return dataclasses.replace(look(rows), features=np.full((1, VIEWS, FEATURES), 1e5))
 
     with pytest.raises(ValueError, match=r"net: values up to 100000 cannot be stored as float16"):
-        few_shot.write_feature_cache(
-            tmp_path / "c", identity(dtype="float16"), [0], large, batch_size=1
-        )
+        write(tmp_path / "c", identity(dtype="float16"), [0], large, batch_size=1)
     with pytest.raises(ValueError, match="dtype must be one of float32, float16, got 'int8'"):
         identity(dtype="int8")
 
 
 def test_damage_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no feature cache in .*features\.json"):
+    with pytest.raises(FileNotFoundError, match=r"no feature cache in .*manifest\.json"):
         few_shot.FeatureCache(tmp_path)
-    few_shot.write_feature_cache(tmp_path, identity(), range(4), look, batch_size=2)
+    write(tmp_path, identity(), range(4), look, batch_size=2)
     (shard,) = tmp_path.glob("*.array_record")
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-10])
     with pytest.raises(ValueError, match=r"array_record is damaged"):
         few_shot.FeatureCache(tmp_path)
     shard.write_bytes(whole)
-    manifest = tmp_path / "features.json"
+    manifest = tmp_path / "manifest.json"
     manifest.write_text(manifest.read_text()[:40])
-    with pytest.raises(ValueError, match=r"features\.json is damaged"):
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged"):
         few_shot.FeatureCache(tmp_path)

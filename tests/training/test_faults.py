@@ -16,7 +16,7 @@ import pytest
 from etils import epath
 
 from logitjax import training
-from logitjax.storage._array_record import ShardReader, ShardWriter
+from logitjax.storage import ShardReader, ShardWriter
 from tests.training import toy
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -138,10 +138,9 @@ def test_corrupted_shard_of_rows_names_the_file(place, tmp_path):
     """As long as before, so that its size gives nothing away."""
     rng = np.random.default_rng(0)
     rows = [rng.bytes(400) for _ in range(64)]
-    writer = ShardWriter(epath.Path(tmp_path), rows_per_shard=32)
-    for row in rows:
-        writer.write(row)
-    writer.close()
+    with ShardWriter(epath.Path(tmp_path), rows_per_shard=32) as writer:
+        for row in rows:
+            writer.write(row)
     assert ShardReader(epath.Path(tmp_path), writer.shards).read(range(64)) == rows
     path = tmp_path / writer.shards[1]["file"]
     content = bytearray(path.read_bytes())
@@ -154,7 +153,7 @@ def test_corrupted_shard_of_rows_names_the_file(place, tmp_path):
     if place == "end":  # Padding, which nobody reads.
         assert reader.read(range(32, 64)) == rows[32:]
         return
-    with pytest.raises(ValueError, match=rf"packed shard \S*{path.name} is damaged"):
+    with pytest.raises(ValueError, match=rf"shard \S*{path.name} is damaged"):
         reader.read(range(32, 64))
 
 

@@ -4,8 +4,9 @@ import json
 import pathlib
 
 import pytest
+from etils import epath
 
-from logitjax.storage import _hub
+from logitjax import storage
 from logitjax.unlearning import load_tofu, tofu_subset
 
 FILES = pathlib.Path(__file__).parent / "tofu"
@@ -118,9 +119,9 @@ def test_the_hub_is_asked_for_one_file_of_a_data_set(monkeypatch):
 
     def snapshot(name, files, *, kind):
         asked.append((name, files, kind))
-        return _hub.epath.Path(FILES)
+        return epath.Path(FILES)
 
-    monkeypatch.setattr(_hub, "hub_snapshot", snapshot)
+    monkeypatch.setattr(storage, "hub_snapshot", snapshot)
     assert len(load_tofu("hf:locuslab/TOFU", "retain_perturbed")) == 3
     assert asked == [("locuslab/TOFU", ["retain_perturbed.json"], "dataset")]
 

@@ -18,8 +18,7 @@ from etils import epath
 from flax import nnx
 
 from logitjax import vision
-from logitjax.storage._numpy_pickle import read_numpy_pickle
-from logitjax.storage._torch_checkpoint import read_state_dict
+from logitjax.storage import read_numpy_pickle, read_state_dict
 from logitjax.vision._clip_config import clip_config, openai_names
 from tests.storage.test_torch_checkpoint import Call
 from tests.vision.goldens.make_encoder_goldens import TEXTS, TOKENS, clip_weight, pictures

@@ -1,0 +1,290 @@
+"""Rows that something expensive was computed of, in parts that can be added to.
+
+A cache is a directory with a manifest and parts: a shard of records and a small JSON file with the
+rows they belong to. A part counts once both are there, so processes need not talk, a killed run
+loses at most the part it was at, and rows can follow later.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from absl import logging
+from etils import epath
+from tqdm import tqdm
+
+from logitjax.storage._digest import digest
+from logitjax.storage._files import write_atomic
+from logitjax.storage._manifest import check_manifest, has_manifest, read_manifest, write_manifest
+from logitjax.storage._shards import ShardReader, open_shard
+
+Rows = Sequence[int] | np.ndarray
+
+
+@runtime_checkable
+class RowCodec(Protocol):
+    """How what is computed of rows becomes bytes, one record a row, and back.
+
+    `bytes_per_row` is about the size of a record, for progress reports.
+    """
+
+    @property
+    def bytes_per_row(self) -> int: ...
+
+    def encode(self, computed: Any, count: int) -> Sequence[bytes]:
+        """The records of the first `count` rows of what was computed of a batch."""
+        ...
+
+    def decode(self, records: Sequence[bytes]) -> Any:
+        """What `RowCache.read` returns for rows with these records."""
+        ...
+
+
+class ArrayCodec:
+    """Rows of named arrays of fixed shapes: `{name: [batch, *shape]}` in and out.
+
+    Args:
+        fields: `{name: (dtype, shape of a row)}`.
+
+    >>> codec = ArrayCodec({"value": ("float32", (2,)), "label": ("int32", ())})
+    >>> records = codec.encode({"value": np.ones((3, 2)), "label": np.arange(3)}, 2)
+    >>> len(records), codec.bytes_per_row, codec.decode(records)["label"]
+    (2, 12, array([0, 1], dtype=int32))
+    """
+
+    def __init__(self, fields: Mapping[str, tuple[Any, tuple[int, ...]]]):
+        self.fields = {name: (np.dtype(dtype), shape) for name, (dtype, shape) in fields.items()}
+        self.bytes_per_row = sum(
+            dtype.itemsize * int(np.prod(shape)) for dtype, shape in self.fields.values()
+        )
+
+    def encode(self, computed: Any, count: int) -> list[bytes]:
+        """Records of a mapping, or of an object with these attributes."""
+        parts = []
+        for name, (dtype, shape) in self.fields.items():
+            array = computed[name] if isinstance(computed, Mapping) else getattr(computed, name)
+            array = np.asarray(array)
+            if array.shape[1:] != shape or len(array) < count:
+                wanted = ", ".join(["batch", *map(str, shape)])
+                raise ValueError(f"{name}: expected [{wanted}], got {array.shape}")
+            # Little-endian on every machine.
+            parts.append(np.ascontiguousarray(array[:count], dtype.newbyteorder("<")))
+        return [b"".join(part[i].tobytes() for part in parts) for i in range(count)]
+
+    def decode(self, records: Sequence[bytes]) -> dict[str, np.ndarray]:
+        """The arrays of rows, `[rows, *shape]` each."""
+        for record in records:
+            if len(record) != self.bytes_per_row:
+                raise ValueError(
+                    f"damaged record: {len(record)} bytes instead of {self.bytes_per_row}"
+                )
+        raw = np.frombuffer(b"".join(records), np.uint8).reshape(len(records), self.bytes_per_row)
+        out, begin = {}, 0
+        for name, (dtype, shape) in self.fields.items():
+            end = begin + dtype.itemsize * int(np.prod(shape))
+            field = np.ascontiguousarray(raw[:, begin:end]).view(dtype.newbyteorder("<"))
+            out[name] = field.reshape(len(records), *shape).astype(dtype, copy=False)
+            begin = end
+        return out
+
+
+class RowCache:
+    """Something expensive about numbered rows, computed once and kept on disk.
+
+    The directory remembers what it was made from, and is refused for anything else. Rows are
+    computed in batches, in any order, by one or several processes; a run that was killed goes on
+    with the same call.
+
+    >>> import tempfile
+    >>> directory = tempfile.mkdtemp()
+    >>> codec = ArrayCodec({"square": ("int64", ())})
+    >>> def compute(rows):
+    ...     return {"square": rows**2}
+    >>> cache = RowCache(directory, codec, made_from={"data": "integers", "power": 2})
+    >>> cache.fill(range(5), compute, batch_size=2)
+    >>> cache.read([4, 1])["square"], cache.missing([3, 7])
+    (array([16,  1]), array([7]))
+    >>> RowCache(directory, codec, made_from={"data": "integers", "power": 3})
+    Traceback (most recent call last):
+    ValueError: row cache ... does not fit: its power is 2, not 3 ...
+
+    Args:
+        directory: Where the cache is or will be; may be remote.
+        codec: How rows become bytes and back.
+        made_from: Everything that decides the rows: JSON values by name, such as the digest of the
+            data. Begins a cache where there is none. Without it there must be one.
+        kind: What the cache is called in errors.
+        names_of: As in `check_manifest`.
+
+    Attributes:
+        directory: Where the cache is.
+        made_from: What it was made from.
+        row_numbers: The rows there are, ascending.
+
+    Raises:
+        FileNotFoundError: There is no cache, and no `made_from` to begin one with.
+        ValueError: The directory was made for something else (names all that differs), or is
+            damaged.
+    """
+
+    # Parts of `made_from` of which a cache may have more than is asked for.
+    _at_least: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        codec: RowCodec,
+        *,
+        made_from: Mapping[str, Any] | None = None,
+        kind: str = "row cache",
+        names_of: Mapping[str, str] | None = None,
+    ):
+        self.directory = epath.Path(directory).expanduser()
+        self._codec, self._kind = codec, kind
+        if made_from is None:
+            self.made_from = read_manifest(self.directory, kind)["made_from"]
+        elif has_manifest(self.directory):
+            held = check_manifest(self.directory, kind, made_from, names_of=names_of)
+            self.made_from = held["made_from"]
+        else:
+            write_manifest(self.directory, kind, made_from)
+            self.made_from = dict(made_from)
+        self._index()
+
+    def _index(self) -> None:
+        parts = _read_parts(self.directory)
+        self._reader = ShardReader(self.directory, [part["shard"] for part in parts])
+        rows = [row for part in parts for row in _expand(part["rows"])]
+        # Two runs that did not know of each other may both have written a row.
+        self.row_numbers, self._places = np.unique(np.asarray(rows, np.int64), return_index=True)
+
+    def __len__(self) -> int:
+        return len(self.row_numbers)
+
+    def check(self, **expected: Any) -> None:
+        """Raises unless the cache was made from these.
+
+        Raises:
+            ValueError: Names every part that differs, with both values.
+        """
+        check_manifest(self.directory, self._kind, expected, at_least=self._at_least)
+
+    def missing(self, rows: Rows) -> np.ndarray:
+        """Which of these rows are not there, ascending; -1 is never missing."""
+        wanted = np.unique(np.asarray(rows, np.int64))
+        return np.setdiff1d(wanted[wanted >= 0], self.row_numbers)
+
+    def read(self, rows: Rows) -> Any:
+        """What the codec makes of these rows' records, in this order.
+
+        Raises:
+            ValueError: The cache lacks a row, or a record is damaged.
+        """
+        rows = np.asarray(rows, np.int64)
+        lacking = self.missing(rows)
+        if len(lacking) or (len(rows) and rows.min() < 0):
+            first = lacking[0] if len(lacking) else rows.min()
+            raise ValueError(
+                f"{self._kind} {self.directory} lacks {max(1, len(lacking))} of the rows asked "
+                f"for, such as {first}: compute them first"
+            )
+        places = self._places[np.searchsorted(self.row_numbers, rows)]
+        return self._codec.decode(self._reader.read(places.tolist()))
+
+    def fill(
+        self,
+        rows: Rows,
+        compute: Callable[[np.ndarray], Any],
+        *,
+        batch_size: int,
+        rows_per_shard: int = 256,
+        label: str = "",
+        process_index: int = 0,
+        process_count: int = 1,
+    ) -> None:
+        """Computes the rows that are not there yet, this process's share of them.
+
+        Each process writes parts of its own and needs no other. With several, wait for all of them
+        and open the cache anew before reading.
+
+        Args:
+            rows: The rows wanted in the end.
+            compute: `rows [batch_size] -> ` what the codec encodes. Always called with `batch_size`
+                rows, repeated ones in the last call, so that it compiles once. What it has only
+                dispatched runs while the next batch is fetched.
+            batch_size: Rows a call.
+            rows_per_shard: Rows a file, and what a kill can lose.
+            label: On the progress bar.
+            process_index: Which share of the parts to write.
+            process_count: Among how many.
+        """
+        wanted = np.unique(np.asarray(rows, np.int64))
+        # Cut from all wanted rows, so that parts stay the same whatever is there already.
+        cuts = range(0, len(wanted), rows_per_shard)
+        mine = [wanted[i : i + rows_per_shard] for i in cuts][process_index::process_count]
+        # Anew from the disk: another process may have written since.
+        self._index()
+        todo = [part for part in (self.missing(part) for part in mine) if len(part)]
+        count = sum(map(len, todo))
+        megabytes = self._codec.bytes_per_row / 1e6
+        if count:
+            logging.info(
+                "%s: %d rows to read, %.1f MB (all %d rows: %.1f MB)",
+                *(label, count, count * megabytes, len(wanted), len(wanted) * megabytes),
+            )
+        with tqdm(total=count, desc=label, unit=" rows", disable=None) as bar:
+            done = 0
+            for part in todo:
+                self._write_part(part, _ahead(part, compute, batch_size), bar.update)
+                done += len(part)
+                # A disabled bar does not count.
+                if bar.disable:
+                    logging.info("%s: %d of %d rows read", label, done, count)
+        self._index()
+
+    def add(self, rows: Rows, computed: Any) -> None:
+        """Writes what was computed of these rows as one part."""
+        rows = np.asarray(rows, np.int64)
+        self._write_part(rows, [(computed, len(rows))], lambda count: None)
+        self._index()
+
+    def _write_part(self, rows: np.ndarray, batches: Any, written: Callable[[int], Any]) -> None:
+        name = f"part-{rows[0]:08d}-{digest(rows)[:12]}"
+        with open_shard(self.directory, name) as (write, shard):
+            for computed, count in batches:
+                for record in self._codec.encode(computed, count):
+                    write(record)
+                written(count)
+        part = {"rows": _ranges(rows), "shard": shard}
+        write_atomic(self.directory / f"{name}.json", json.dumps(part))
+
+
+def _ahead(rows: np.ndarray, compute: Callable[[np.ndarray], Any], batch_size: int) -> Any:
+    """`(computed, count)` of each batch, the next one dispatched before this one is taken."""
+    last: tuple[Any, int] | None = None
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        computed = compute(np.resize(batch, batch_size))
+        if last is not None:
+            yield last
+        last = (computed, len(batch))
+    if last is not None:
+        yield last
+
+
+def _ranges(rows: np.ndarray) -> list[list[int]]:
+    """Indices as half-open runs of ascending ones."""
+    cuts = np.flatnonzero(np.diff(rows) != 1) + 1
+    return [[int(run[0]), int(run[-1]) + 1] for run in np.split(rows, cuts)]
+
+
+def _expand(ranges: Sequence[Sequence[int]]) -> list[int]:
+    return [row for start, stop in ranges for row in range(start, stop)]
+
+
+def _read_parts(root: epath.Path) -> list[dict]:
+    names = sorted(p.name for p in root.iterdir() if re.fullmatch(r"part-.*\.json", p.name))
+    return [json.loads((root / name).read_text()) for name in names]

@@ -1,0 +1,164 @@
+"""array_record files with errors that name the file, on local and remote paths."""
+
+import bisect
+import contextlib
+import itertools
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from etils import epath
+
+from logitjax.storage._files import is_remote
+
+# One record a group is what random access wants; no read-ahead for the same reason.
+_WRITER_OPTIONS = "group_size:1"
+_READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
+
+Shard = dict[str, Any]
+
+
+@contextlib.contextmanager
+def open_shard(directory: epath.Path, name: str) -> Iterator[tuple[Callable[[bytes], None], Shard]]:
+    """`(write, shard)`: a file that appears under its name when the body has ended well.
+
+    array_record itself writes to local disks only, so a shard for elsewhere is written locally
+    and then copied. `shard` says then what the file is called, how many rows and how many bytes it
+    has.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    near = None if is_remote(directory) else os.fspath(directory)
+    with tempfile.TemporaryDirectory(dir=near, prefix=".unfinished-") as scratch:
+        target = directory / f"{name}.array_record"
+        path = epath.Path(scratch) / target.name
+        writer = ArrayRecordWriter(os.fspath(path), _WRITER_OPTIONS)
+        shard: Shard = {"file": target.name, "rows": 0}
+
+        def write(record: bytes) -> None:
+            writer.write(record)
+            shard["rows"] += 1
+
+        try:
+            yield write, shard
+        finally:
+            writer.close()
+        shard["bytes"] = path.stat().length
+        if is_remote(directory):
+            path.copy(target, overwrite=True)
+        else:
+            path.replace(target)
+
+
+class ShardWriter:
+    """Writes a stream of records as numbered shards, each there only when it is complete.
+
+    Args:
+        directory: Where the shards go; made if needed.
+        rows_per_shard: Records a shard.
+
+    Attributes:
+        shards: Of each complete shard its file's name, rows and bytes, for a manifest.
+    """
+
+    def __init__(self, directory: epath.Path, rows_per_shard: int):
+        self._directory = directory
+        self._rows_per_shard = rows_per_shard
+        self._open = contextlib.ExitStack()
+        self._write: Callable[[bytes], None] | None = None
+        self._shard: Shard = {}
+        self.shards: list[Shard] = []
+
+    def write(self, record: bytes) -> None:
+        """Adds a record."""
+        if self._write is None:
+            name = f"rows-{len(self.shards):05d}"
+            self._write, self._shard = self._open.enter_context(open_shard(self._directory, name))
+        self._write(record)
+        if self._shard["rows"] == self._rows_per_shard:
+            self._finish()
+
+    def _finish(self) -> None:
+        if self._write is not None:
+            self._open.close()
+            self.shards.append(self._shard)
+            self._write = None
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if error[0] is None:
+            self._finish()
+        else:
+            # Handed on, so that the shard at hand does not count as complete.
+            self._open.__exit__(*error)
+
+
+class ShardReader:
+    """Random access over shards, checked against the sizes they were written with.
+
+    Args:
+        directory: Where they lie.
+        shards: What `ShardWriter` says of them.
+
+    Raises:
+        FileNotFoundError: A shard is missing.
+        ValueError: A shard has another size; on reading, one that is damaged inside.
+    """
+
+    def __init__(self, directory: epath.Path, shards: Sequence[Shard]):
+        self._paths = [directory / shard["file"] for shard in shards]
+        self._rows = [int(shard["rows"]) for shard in shards]
+        self._ends = list(itertools.accumulate(self._rows))
+        self._readers: dict[int, ArrayRecordReader] = {}
+        self._lock = threading.Lock()
+        self._mirror: tempfile.TemporaryDirectory | None = None
+        for path, shard in zip(self._paths, shards, strict=True):
+            if not path.exists():
+                raise FileNotFoundError(f"{directory} lacks a shard: {path}")
+            size = path.stat().length
+            if size != shard["bytes"]:
+                raise ValueError(
+                    f"shard {path} is damaged: {size} bytes instead of {shard['bytes']}; delete "
+                    f"{directory} and let it be made again"
+                )
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def read(self, indices: Sequence[int]) -> list[bytes]:
+        """The records of these numbers, counted over all shards."""
+        return [self._read(int(index)) for index in indices]
+
+    def _read(self, index: int) -> bytes:
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        shard = bisect.bisect_right(self._ends, index)
+        offset = index - (self._ends[shard] - self._rows[shard])
+        with self._lock:
+            try:
+                return self._reader(shard).read([offset])[0]
+            except RuntimeError as error:
+                raise ValueError(
+                    f"shard {self._paths[shard]} is damaged at row {offset}: {error}"
+                ) from None
+
+    def _reader(self, shard: int) -> ArrayRecordReader:
+        if shard not in self._readers:
+            path = self._paths[shard]
+            local = self._fetch(path) if is_remote(path) else path
+            reader = ArrayRecordReader(os.fspath(local), _READER_OPTIONS)
+            if not reader.ok() or reader.num_records() != self._rows[shard]:
+                raise ValueError(f"shard {path} is damaged: it cannot be opened")
+            self._readers[shard] = reader
+        return self._readers[shard]
+
+    def _fetch(self, path: epath.Path) -> epath.Path:
+        if self._mirror is None:
+            self._mirror = tempfile.TemporaryDirectory(prefix="logitjax-rows-")
+        local = epath.Path(self._mirror.name) / path.name
+        path.copy(local, overwrite=True)
+        return local
