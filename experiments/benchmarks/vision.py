@@ -120,10 +120,9 @@ def _with_grouped_convolutions(encoder: vision.Encoder) -> vision.Encoder:
 def _tower(sizes: dict[str, Any], pixels: np.ndarray) -> Any:
     text: dict[str, Any] = dict(text_width=64, text_heads=1, text_layers=1, vocab_size=64)
     config = vision.CLIPConfig(image_size=224, **text, **sizes)
-    tower = vision.VisionTransformer if config.patch_size else vision.ModifiedResNet
 
     # Initial weights take longer to compile than the network, and any will do.
-    graph, shapes = nnx.split(nnx.eval_shape(lambda: tower(config, rngs=nnx.Rngs(0))))
+    graph, shapes = nnx.split(nnx.eval_shape(lambda: vision.CLIP(config, rngs=nnx.Rngs(0)).visual))
     rng = np.random.default_rng(0)
     state = jax.tree.map(
         lambda leaf: jnp.asarray(rng.uniform(0, 0.02, leaf.shape), leaf.dtype), shapes

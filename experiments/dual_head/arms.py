@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from logitjax import distillation, losses, vision
+from logitjax import distillation, heads, losses, vision
 
 
 class MLP(nnx.Module):
@@ -22,7 +22,7 @@ class MLP(nnx.Module):
     def __init__(self, in_features: int, widths: tuple[int, ...], *, rngs: nnx.Rngs):
         sizes = (in_features, *widths)
         self.layers = nnx.List(
-            [distillation.torch_linear(a, b, rngs=rngs) for a, b in itertools.pairwise(sizes)]
+            [heads.torch_linear(a, b, rngs=rngs) for a, b in itertools.pairwise(sizes)]
         )
         self.num_features = widths[-1]
 
@@ -37,7 +37,7 @@ class MLP(nnx.Module):
 def create_network(
     name: str, num_classes: int, shape: tuple[int, ...], auxiliary: str | None, *, key: Any
 ) -> vision.ImageClassifier:
-    """``mlp-512-128`` or a name of ``vision.MODELS``; all arms of a seed start with one trunk."""
+    """An MLP, ``mlp-512-128``, or what `create_classifier` knows; a seed's arms share a trunk."""
     head = None
     if auxiliary is not None:
         head = functools.partial(distillation.DualHead, auxiliary=auxiliary)
@@ -45,7 +45,7 @@ def create_network(
     if name.startswith("mlp-"):
         widths = tuple(int(part) for part in name.split("-")[1:])
         backbone = MLP(math.prod(shape), widths, rngs=rngs)
-        make = distillation.torch_linear if head is None else head
+        make = heads.torch_linear if head is None else head
         return vision.ImageClassifier(backbone, make(widths[-1], num_classes, rngs=rngs))
     return vision.create_classifier(name, num_classes, channels=shape[-1], head=head, rngs=rngs)
 

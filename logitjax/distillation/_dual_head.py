@@ -9,23 +9,9 @@ from flax import nnx
 from jaxtyping import Float, Int
 
 from logitjax.distillation._binary_kl import binary_kl_norm
+from logitjax.heads import torch_linear
 from logitjax.losses import cross_entropy
 from logitjax.ops import Array
-
-
-def torch_linear(
-    in_features: int, out_features: int, *, dtype: Any = None, rngs: nnx.Rngs
-) -> nnx.Linear:
-    """A linear layer initialised as torch's: uniform up to ``1 / sqrt(in_features)``."""
-
-    def uniform(key: jax.Array, shape: Any, dtype: Any = None, out_sharding: Any = None) -> Any:
-        del out_sharding
-        limit = in_features**-0.5
-        return jax.random.uniform(key, shape, dtype, -limit, limit)
-
-    return nnx.Linear(
-        in_features, out_features, kernel_init=uniform, bias_init=uniform, dtype=dtype, rngs=rngs
-    )
 
 
 class MLPHead(nnx.Module):

@@ -12,6 +12,7 @@ from logitjax.heads._linear import FullHead as FullHead
 from logitjax.heads._linear import LinearHead as LinearHead
 from logitjax.heads._linear import TiedHead as TiedHead
 from logitjax.heads._linear import linear_logits as linear_logits
+from logitjax.heads._linear import torch_linear as torch_linear
 from logitjax.heads._low_rank import LowRankHead as LowRankHead
 from logitjax.heads._low_rank import fit_low_rank as fit_low_rank
 from logitjax.heads._low_rank import low_rank_logits as low_rank_logits

@@ -152,3 +152,23 @@ class TiedHead(FullHead):
         if embedding is None:
             raise ValueError("embedding: expected the rows of a TiedHead, got None")
         return _full_cost(embedding, self.bias, tied=True)
+
+
+def torch_linear(
+    in_features: int, out_features: int, *, dtype: Any = None, rngs: nnx.Rngs
+) -> nnx.Linear:
+    """A linear layer that starts as torch's do: uniform up to ``1 / sqrt(in_features)``.
+
+    >>> layer = torch_linear(4, 2, rngs=nnx.Rngs(0))
+    >>> bool((abs(layer.kernel[...]) <= 0.5).all())
+    True
+    """
+
+    def uniform(key: jax.Array, shape: Any, dtype: Any = None, out_sharding: Any = None) -> Any:
+        del out_sharding
+        limit = in_features**-0.5
+        return jax.random.uniform(key, shape, dtype, -limit, limit)
+
+    return nnx.Linear(
+        in_features, out_features, kernel_init=uniform, bias_init=uniform, dtype=dtype, rngs=rngs
+    )

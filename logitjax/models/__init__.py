@@ -10,7 +10,6 @@ from logitjax.models._config import DecoderConfig as DecoderConfig
 from logitjax.models._config import RopeScaling as RopeScaling
 from logitjax.models._config import SegmentSpec as SegmentSpec
 from logitjax.models._decoder import Decoder as Decoder
-from logitjax.models._decoder import num_params as num_params
 from logitjax.models._export import save_pretrained as save_pretrained
 from logitjax.models._hf_config import config_from_hf as config_from_hf
 from logitjax.models._hf_config import config_to_hf as config_to_hf

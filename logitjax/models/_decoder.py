@@ -1,6 +1,6 @@
 """A decoder-only transformer in flax.nnx: embedding, segments of layers, norm, injected head."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -364,14 +364,3 @@ def _default_positions(tokens: Array, segment_ids: Array | None, cache: Cache | 
     ids = jnp.asarray(segment_ids)
     starts = jnp.concatenate([jnp.ones_like(ids[:, :1], bool), ids[:, 1:] != ids[:, :-1]], axis=1)
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
-
-
-def num_params(model: nnx.Module, exclude: Sequence[str] = ()) -> int:
-    """Number of parameters, without the top-level members named in ``exclude``.
-
-    >>> num_params(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), exclude=["bias"])
-    6
-    """
-    state = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    kept = {k: v for k, v in state.items() if k not in exclude}
-    return sum(leaf.size for leaf in jax.tree.leaves(kept))

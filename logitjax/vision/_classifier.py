@@ -5,11 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 from jaxtyping import Float
 
-from logitjax.distillation._dual_head import torch_linear
+from logitjax.heads import torch_linear
 from logitjax.ops import Array
 from logitjax.vision._efficientnet import EfficientNetLite0
 from logitjax.vision._mobilenet import MobileNetV2
@@ -20,7 +19,7 @@ from logitjax.vision._wide_resnet import WideResNet
 
 _X4 = (32, 64, 128, 256)
 
-MODELS: dict[str, Callable[..., Any]] = {
+_MODELS: dict[str, Callable[..., Any]] = {
     **{f"resnet{depth}": functools.partial(CifarResNet, depth) for depth in (8, 14, 20, 32)},
     **{f"resnet{depth}": functools.partial(CifarResNet, depth) for depth in (44, 56, 110)},
     **{f"resnet{depth}x4": functools.partial(CifarResNet, depth, _X4) for depth in (8, 32)},
@@ -76,7 +75,7 @@ def create_classifier(
     """A network of the literature by its name.
 
     Args:
-      name: a key of ``MODELS``, such as ``resnet20``, ``resnet32x4``, ``wrn_16_2``, ``vgg8``,
+      name: such as ``resnet20``, ``resnet32x4``, ``wrn_16_2``, ``vgg8``,
         ``mobilenet_v2``, ``shufflenet_v2``, ``imagenet_resnet18`` or ``efficientnet_lite0``.
       num_classes: of the head.
       channels: of the images.
@@ -96,18 +95,8 @@ def create_classifier(
     >>> net(jax.numpy.ones((2, 32, 32, 3))).shape
     (2, 10)
     """
-    if name not in MODELS:
-        raise ValueError(f"name must be one of {', '.join(sorted(MODELS))}, got {name!r}")
-    backbone = MODELS[name](channels=channels, axis_name=axis_name, dtype=dtype, rngs=rngs)
+    if name not in _MODELS:
+        raise ValueError(f"name must be one of {', '.join(sorted(_MODELS))}, got {name!r}")
+    backbone = _MODELS[name](channels=channels, axis_name=axis_name, dtype=dtype, rngs=rngs)
     make_head = torch_linear if head is None else head
     return ImageClassifier(backbone, make_head(backbone.num_features, num_classes, rngs=rngs))
-
-
-def parameter_count(model: nnx.Module) -> int:
-    """Trainable numbers in a module: running statistics are not among them.
-
-    >>> parameter_count(create_classifier("resnet8", rngs=nnx.Rngs(0)))
-    83892
-    """
-    leaves = jax.tree.leaves(nnx.state(model, nnx.Param))
-    return sum(int(np.prod(leaf.shape)) for leaf in leaves)

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from logitjax import vision
 from logitjax.distillation import DualHead, binary_kl, binary_kl_norm, dual_head_loss
 from logitjax.losses import cross_entropy
+from tests._modules import num_params
 
 FEATURES, CLASSES = 6, 10
 
@@ -110,7 +111,7 @@ def test_inference_uses_and_keeps_the_first_head_only(auxiliary):
     make = functools.partial(DualHead, auxiliary=auxiliary)
     model = vision.create_classifier("resnet8", 10, head=make, rngs=nnx.Rngs(0))
     extra = {"linear": 64 * 10 + 10, "mlp": 64 * 200 + 200 + 2 * 200 + 200 * 10 + 10}[auxiliary]
-    counted = vision.parameter_count(model)
+    counted = num_params(model)
     features = jnp.asarray(np.random.default_rng(0).normal(size=(4, 64)), jnp.float32)
     logits, other = model.head.both(features, train=True, key=jax.random.key(0))
     np.testing.assert_allclose(logits, model.head(features), rtol=1e-6)
@@ -119,14 +120,14 @@ def test_inference_uses_and_keeps_the_first_head_only(auxiliary):
     exported = vision.to_torch_weights(model)
     assert {name for name in exported if name.startswith("fc")} == {"fc.weight", "fc.bias"}
     model.head = model.head.without_auxiliary()
-    assert counted - vision.parameter_count(model) == extra
+    assert counted - num_params(model) == extra
     np.testing.assert_allclose(model.head(features), logits, rtol=1e-6)
 
 
 def test_published_cost_of_the_auxiliary_heads():
     def count(auxiliary):
         head = nnx.eval_shape(lambda: DualHead(64, 100, auxiliary=auxiliary, rngs=nnx.Rngs(0)))
-        return vision.parameter_count(head.aux)
+        return num_params(head.aux)
 
     assert (count("linear"), count("mlp")) == (6_500, 33_500)
 

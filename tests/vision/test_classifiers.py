@@ -11,6 +11,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from logitjax import vision
+from logitjax.vision._resnet import CifarResNet
+from tests._modules import num_params
 from tests.vision.goldens.make_vision_goldens import SIZES, images, weight
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
@@ -42,7 +44,7 @@ PARAMETERS = {
 def test_parameter_counts(name):
     classes = 1000 if name.startswith("imagenet") else 100
     model = nnx.eval_shape(lambda: vision.create_classifier(name, classes, rngs=nnx.Rngs(0)))
-    assert vision.parameter_count(model) == PARAMETERS[name]
+    assert num_params(model) == PARAMETERS[name]
 
 
 def empty(name: str, **options) -> vision.ImageClassifier:
@@ -165,4 +167,4 @@ def test_wrong_names_are_refused():
     with pytest.raises(ValueError, match="resnet20"):
         vision.create_classifier("resnet21", rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="depth"):
-        vision.CifarResNet(21, rngs=nnx.Rngs(0))
+        CifarResNet(21, rngs=nnx.Rngs(0))

@@ -20,6 +20,9 @@ from flax import nnx
 from logitjax import vision
 from logitjax.storage import read_numpy_pickle, read_state_dict
 from logitjax.vision._clip_config import clip_config, openai_names
+from logitjax.vision._clip_tokenizer import load_clip_tokenizer
+from logitjax.vision._resnet import ResNet
+from tests._modules import num_params
 from tests.storage.test_torch_checkpoint import Call
 from tests.vision.goldens.make_encoder_goldens import TEXTS, TOKENS, clip_weight, pictures
 from tests.vision.goldens.make_vision_goldens import images, weight
@@ -192,7 +195,7 @@ def merges(tmp_path_factory):
 
 
 def test_clip_tokens_equal_open_clip(merges, monkeypatch):
-    tokenizer = vision.load_clip_tokenizer(merges)
+    tokenizer = load_clip_tokenizer(merges)
     np.testing.assert_array_equal(tokenizer(list(TEXTS)), GOLDENS["bpe_tokens"])
     assert tokenizer.end == tokenizer.tokenizer.vocab_size - 1
     ids = tokenizer(["a cat"])[0].tolist()
@@ -200,18 +203,18 @@ def test_clip_tokens_equal_open_clip(merges, monkeypatch):
     with pytest.raises(ValueError, match="tokens, more than 75"):
         tokenizer(["word " * 90], truncate=False)
     (merges.parent / "tokenizer.json").write_text(tokenizer.tokenizer.backend.to_str())
-    again = vision.load_clip_tokenizer(merges.parent)
+    again = load_clip_tokenizer(merges.parent)
     np.testing.assert_array_equal(again(list(TEXTS)), GOLDENS["bpe_tokens"])
     (merges.parent / "open_clip").mkdir()
     (merges.parent / "open_clip" / "__init__.py").touch()
     packed = gzip.compress(merges.read_bytes())
     (merges.parent / "open_clip" / "bpe_simple_vocab_16e6.txt.gz").write_bytes(packed)
     monkeypatch.syspath_prepend(merges.parent)
-    again = vision.load_clip_tokenizer("open_clip")
+    again = load_clip_tokenizer("open_clip")
     np.testing.assert_array_equal(again(list(TEXTS)), GOLDENS["bpe_tokens"])
     (merges.parent / "empty").mkdir()
     with pytest.raises(ValueError, match=r"neither tokenizer\.json nor"):
-        vision.load_clip_tokenizer(merges.parent / "empty")
+        load_clip_tokenizer(merges.parent / "empty")
 
 
 def test_zero_shot_classifier_is_the_mean_of_prompts(tmp_path):
@@ -235,7 +238,7 @@ def test_zero_shot_classifier_is_the_mean_of_prompts(tmp_path):
 
 
 def resnet_weights() -> dict[str, np.ndarray]:
-    model = nnx.eval_shape(lambda: vision.ResNet((2, 1, 1, 1), bottleneck=True, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: ResNet((2, 1, 1, 1), bottleneck=True, rngs=nnx.Rngs(0)))
     from logitjax.vision._torch_layout import blank, torch_name, weight_paths
 
     names = {torch_name(path): path for path in weight_paths(model)}
@@ -279,7 +282,7 @@ TEXT = dict(text_width=512, text_heads=8, text_layers=12)
 def test_clip_has_the_published_sizes(make, parameters):
     config = vision.CLIPConfig(**(dict(embed_dim=512, image_size=224) | TEXT | make))
     model = nnx.eval_shape(lambda: vision.CLIP(config, rngs=nnx.Rngs(0)))
-    assert vision.parameter_count(model) == parameters
+    assert num_params(model) == parameters
 
 
 def test_features_in_bfloat16_are_near():
