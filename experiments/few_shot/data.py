@@ -12,8 +12,6 @@ from etils import epath
 
 from experiments.few_shot import synsets as few_shot_synsets
 from logitjax import data, few_shot, vision
-from logitjax.commands import extract_features
-from logitjax.commands import features as commands_features
 
 # Of a class, for samples of 16 and 4 to validate on: enough that two samples differ.
 _PER_CLASS = "per_class:32"
@@ -142,17 +140,17 @@ def load_task(config: Any, spec: str) -> Task:
         place: str, split: str, views: str, rows: str = "all"
     ) -> tuple[list[few_shot.Features], data.ImageSet]:
         images = data.load_image_set(place, split=split)
-        chosen = extract_features.rows_of(images, rows)
+        chosen = few_shot.choose_rows(images, rows)
         found = []
         for encoder in encoders:
-            cache = commands_features.extract(
+            cache = few_shot.extract_features(
                 encoder,
                 images,
                 epath.Path(config.features)
                 / _slug(place)
                 / _slug(encoder.name)
                 / f"{_slug(split)}_{_slug(views)}",
-                views=commands_features.views_of(encoder, views, fit=source.fit),
+                views=few_shot.encoder_views(encoder, views, fit=source.fit),
                 rows=chosen,
                 batch_size=config.encode_batch,
             )

@@ -9,30 +9,8 @@ from typing import Any
 from etils import epath
 
 from logitjax import storage
-
-
-def format_value(value: Any) -> str:
-    """Four significant digits for numbers, ``-`` for what is missing."""
-    if value is None:
-        return "-"
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value)
-    if isinstance(value, int) or not math.isfinite(value):
-        return str(value)
-    return f"{value:.4g}"
-
-
-def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A Markdown table, one line a row; its columns are the union of the rows' keys, in order."""
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    cells = [[format_value(row.get(column)) for column in columns] for row in rows]
-    widths = [max(len(c[i]) for c in [columns, *cells]) for i in range(len(columns))]
-
-    def line(values: Sequence[str]) -> str:
-        return "| " + " | ".join(v.ljust(w) for v, w in zip(values, widths, strict=True)) + " |"
-
-    rule = "|" + "|".join("-" * (w + 2) for w in widths) + "|"
-    return "\n".join([line(columns), rule, *map(line, cells)])
+from logitjax.commands.tables import format_value as format_value
+from logitjax.commands.tables import markdown_table as markdown_table
 
 
 def mean_and_spread(values: Sequence[float]) -> str:

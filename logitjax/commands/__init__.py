@@ -1,1 +1,51 @@
-"""What a user runs on their own model and data."""
+"""What a user runs on their own model and data: `logitjax NAME --flag=...`.
+
+Each module is a command: its docstring is the help, `Config` its flags, `run` the work, which is a
+function of a room or a layer and ends in files. `logitjax --help` imports none of them.
+"""
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "generate": "Talk with a model, or with a large one that small ones steer.",
+    "serve": "Serve a model, or several fused ones, over OpenAI's completion API.",
+    "prepare": "Write data sets of tensorflow-datasets once, to be read without TensorFlow.",
+    "cache-logits": "Let teachers read text once, for training without them in memory.",
+    "extract-features": "Let frozen image encoders see pictures once, for training of heads.",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The console script: runs the command that comes first, with the flags that follow.
+
+    Args:
+        arguments: What follows `logitjax` on the command line; `sys.argv`'s if omitted.
+    """
+    name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if name in ("--help", "-h", "help"):
+        width = max(map(len, COMMANDS))
+        print("usage: logitjax COMMAND [--flag=value ...]\n")
+        for command, line in COMMANDS.items():
+            print(f"  {command:{width}}  {line}")
+        print("\n`logitjax COMMAND --help` explains a command and lists its flags.")
+        return
+    if name == "--version":
+        print(importlib.import_module("logitjax").__version__)
+        return
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f", perhaps {near[0]}" if near else f" ({', '.join(COMMANDS)})"
+        print(f"error: command: expected one that `logitjax --help` lists{hint}, got {name!r}",
+              file=sys.stderr)  # fmt: skip
+        sys.exit(2)
+    try:
+        command = importlib.import_module(f"logitjax.commands.{name.replace('-', '_')}")
+    except ImportError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    from logitjax.commands import cli
+
+    cli.main(command.Config, None, command.run, program=f"logitjax {name}", arguments=rest)

@@ -1,8 +1,9 @@
 """Let teachers read text once, so that no training run has to hold them in memory.
 
-    python -m logitjax.commands.cache_logits --preset=demo --workdir=runs/cache
+    logitjax cache-logits --source=hf:org/teacher --pivot=smollm2 \\
+        --data=text:FILE --workdir=runs/cache
 
-packs the text and writes, for each source and split, the top logits of every position with their
+It packs the text and writes, for each source and split, the top logits of every position with their
 log-sum-exp, mean and deviation, into WORKDIR/source0, WORKDIR/source1, ... Then
 
     python -m experiments.graph_fusion --teacher=cache:runs/cache/source0 ...
@@ -16,17 +17,15 @@ reads with its own devices.
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
 from etils import epath
 
-from experiments.shared.report import markdown_table
 from logitjax import data, distillation, models, training
-from logitjax.commands import cli
 from logitjax.commands.cli import field
+from logitjax.commands.tables import markdown_table
 from logitjax.distillation import sources
 
 
@@ -34,34 +33,24 @@ from logitjax.distillation import sources
 class Config:
     """What to read, and how much of it to keep."""
 
-    pivot: str = field("smollm2", "Model that will be trained: its tokenizer shapes the rows.")
-    source: tuple[str, ...] = field(("smollm2",), "Model that reads")
-    data: str = field("tfds:wiki_summaries", "text:PATH, jsonl:PATH or tfds:NAME.")
-    on_error: str = field("raise", "What a malformed row does.", choices=("raise", "skip"))
-    seq_len: int = field(256, "Tokens a row.")
+    pivot: str = field("smollm2", "Model that will be trained; its tokenizer shapes the rows.")
+    source: tuple[str, ...] = field(("smollm2",), "Model that reads.")
+    data: str = field("tfds:wiki_summaries", "Text to read: text:PATH, jsonl:PATH or tfds:NAME.")
+    on_error: str = field("raise", "What happens at a malformed row.", choices=("raise", "skip"))
+    seq_len: int = field(256, "Number of tokens in a row.")
     rows: str = field("all", "Rows of each split to read: all, or a number from the start.")
-    splits: tuple[str, ...] = field(sources.SPLITS, "Split to read")
-    cache_top_k: int = field(64, "Logits a position to keep.")
-    tail_samples: int = field(0, "Tokens a position drawn from outside them: KL without bias.")
-    batch_size: int = field(4, "Rows a process reads at once.")
+    splits: tuple[str, ...] = field(sources.SPLITS, "Split to read.")
+    cache_top_k: int = field(64, "Number of logits kept per position.")
+    tail_samples: int = field(
+        0, "Number of tokens per position drawn from the others, for KL without bias."
+    )
+    batch_size: int = field(4, "Number of rows read at once by a process.")
     dtype: str = field("float32", "Compute type.", choices=("float32", "bfloat16"))
-    layout: str = field("listed", "Layers scanned or unrolled.", choices=("stacked", "listed"))
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "smoke": dict(
-        pivot="tiny",
-        source=("tiny:1",),
-        data="text:LICENSE",
-        seq_len=64,
-        batch_size=2,
-        rows="6",
-        cache_top_k=16,
-        tail_samples=2,
-    ),
-    "demo": dict(rows="200"),
-    "report": dict(),
-}
+    layout: str = field(
+        "listed",
+        "Whether layers are scanned (stacked) or unrolled (listed).",
+        choices=("stacked", "listed"),
+    )
 
 
 def _wanted(config: Config, dataset: data.PackedDataset) -> np.ndarray:
@@ -149,7 +138,3 @@ def _announce(
         identity.k,
         count * identity.bytes_per_row / 1e6,
     )
-
-
-if __name__ == "__main__":
-    cli.main(Config, PRESETS, run)

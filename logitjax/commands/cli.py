@@ -1,29 +1,33 @@
-"""From absl flags to one frozen dataclass: presets first, then what the command line says.
+"""From absl flags to one frozen dataclass, and from an error to one line.
 
-An experiment is a frozen dataclass ``Config`` whose fields carry their help, a dict of presets, and
-``run(config, workdir)``; ``main(Config, PRESETS, run)`` does the rest.
+A command or an experiment is a frozen dataclass `Config` whose fields carry their help, and
+`run(config, workdir)`, or `run(config)` where nothing is kept. `main(Config, PRESETS, run)` does
+the rest: `--help`, flags, presets below them, `config.json`, several processes, exit statuses.
 """
 
 import dataclasses
+import inspect
+import itertools
 import json
 import logging as py_logging
 import os
 import sys
+import textwrap
 import traceback
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-from absl import app, flags, logging
+from absl import flags, logging
 from etils import epath
 
 from logitjax import processes, training
 
 _COMPILED = str(epath.Path("~/.cache/logitjax/compiled").expanduser())
-# Anything else is a fault of ours and shows its traceback.
-_SAID_IN_ONE_LINE = (
+# What a user can mend. Anything else is a fault of ours and shows its traceback.
+_ONE_LINE_ERRORS = (
     ValueError,
     TypeError,
     OSError,
@@ -31,81 +35,164 @@ _SAID_IN_ONE_LINE = (
     training.NonFiniteError,
     training.WorkdirInUseError,
 )
+_HELP = ("--help", "-h", "-help", "--helpfull", "--helpshort")
+
+REQUIRED: Any = dataclasses.MISSING
+"""Default of a `field` that has to be given."""
 
 
-def field(default: Any, help: str, *, choices: tuple[str, ...] | None = None) -> Any:
-    """A dataclass field that becomes the flag of the same name."""
-    metadata = {"help": help, "choices": choices}
+def field(
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[str] | None = None,
+    minimum: float | None = None,
+    positional: bool = False,
+) -> Any:
+    """A dataclass field that becomes the flag of the same name.
+
+    Args:
+        default: Its value where neither a flag nor a preset gives one; `REQUIRED` for none.
+        help: What it is, as a whole phrase.
+        choices: All its values, for text.
+        minimum: Lowest value, for numbers.
+        positional: Whether arguments without a flag are its values; for one tuple of text.
+    """
+    metadata = {"help": help, "choices": choices, "minimum": minimum, "positional": positional}
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def _define(field_: dataclasses.Field, annotation: Any, values: flags.FlagValues) -> None:
-    name, help_ = field_.name, field_.metadata.get("help", "")
-    optional = typing.get_origin(annotation) in (types.UnionType, typing.Union)
-    if optional:
-        annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
-    help_ = f"{help_} (default {field_.default!r})"
-    if typing.get_origin(annotation) is tuple:
-        of_text = typing.get_args(annotation)[0] is str
-        how = "repeatable" if of_text else "comma-separated or repeated"
-        flags.DEFINE_multi_string(name, None, f"{help_}; {how}, none if empty", flag_values=values)
-    elif field_.metadata.get("choices"):
-        flags.DEFINE_enum(name, None, list(field_.metadata["choices"]), help_, flag_values=values)
-    elif annotation is bool:
-        flags.DEFINE_bool(name, None, help_, flag_values=values)
-    elif annotation is int:
-        flags.DEFINE_integer(name, None, help_, flag_values=values)
-    elif annotation is float:
-        flags.DEFINE_float(name, None, help_, flag_values=values)
-    else:
-        flags.DEFINE_string(name, None, help_, flag_values=values)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Place:
+    """Where a run lives, and which of its processes this is."""
+
+    workdir: str = field(
+        REQUIRED, "Directory of the run, perhaps on an object store; the same one continues it."
+    )
+    coordinator_address: str | None = field(
+        None, "Host and port of process 0, where no cluster says them."
+    )
+    num_processes: int | None = field(None, "Number of processes, where no cluster says it.")
+    process_id: int | None = field(None, "Number of this process, from 0.")
+
+
+def _type_of(hint: Any) -> tuple[Any, bool]:
+    """The type of a field's value or values, and whether there are several."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        hint = next(a for a in typing.get_args(hint) if a is not type(None))
+    if typing.get_origin(hint) is tuple:
+        return typing.get_args(hint)[0], True
+    return hint, False
+
+
+def _fields(config_class: type) -> list[tuple[dataclasses.Field, Any, bool]]:
+    hints = typing.get_type_hints(config_class)
+    return [(f, *_type_of(hints[f.name])) for f in dataclasses.fields(config_class)]
 
 
 def define_flags(
-    config_class: type,
-    presets: Mapping[str, Mapping[str, Any]],
-    values: flags.FlagValues = flags.FLAGS,
-) -> None:
-    """One flag a field, plus ``--preset`` and ``--workdir``."""
-    flags.DEFINE_enum(
-        "preset", next(iter(presets)), list(presets), "Named set of defaults.", flag_values=values
-    )
-    flags.DEFINE_string(
-        "workdir",
-        None,
-        "Where the run lives; the same one resumes it.",
-        required=True,
-        flag_values=values,
-    )
-    flags.DEFINE_string("coordinator_address", None, "host:port of process 0.", flag_values=values)
-    flags.DEFINE_integer("num_processes", None, "Processes of the run.", flag_values=values)
-    flags.DEFINE_integer("process_id", None, "Which of them this is.", flag_values=values)
-    hints = typing.get_type_hints(config_class)
-    for field_ in dataclasses.fields(config_class):
-        _define(field_, hints[field_.name], values)
+    config_class: type, presets: Mapping[str, Mapping[str, Any]] | None = None
+) -> flags.FlagValues:
+    """A flag for each field, and `--preset` where there are any."""
+    values = flags.FlagValues()
+    if presets:
+        first = next(iter(presets))
+        flags.DEFINE_enum("preset", first, list(presets), "", flag_values=values)
+    for field_, kind, several in _fields(config_class):
+        name, least = field_.name, field_.metadata["minimum"]
+        # None throughout: what was not given is left to the preset and the dataclass.
+        if several:
+            flags.DEFINE_multi_string(name, None, "", flag_values=values)
+        elif field_.metadata["choices"]:
+            flags.DEFINE_enum(name, None, field_.metadata["choices"], "", flag_values=values)
+        elif kind is bool:
+            flags.DEFINE_bool(name, None, "", flag_values=values)
+        elif kind is int:
+            flags.DEFINE_integer(name, None, "", lower_bound=least, flag_values=values)
+        elif kind is float:
+            flags.DEFINE_float(name, None, "", lower_bound=least, flag_values=values)
+        else:
+            flags.DEFINE_string(name, None, "", flag_values=values)
+    return values
 
 
 def config_from_flags(
-    config_class: type, presets: Mapping[str, Mapping[str, Any]], values: flags.FlagValues
+    config_class: type,
+    presets: Mapping[str, Mapping[str, Any]] | None,
+    values: flags.FlagValues,
+    rest: Sequence[str] = (),
 ) -> Any:
-    """The preset's values, overridden by the flags that were given."""
-    chosen = dict(presets[values.preset])
-    hints = typing.get_type_hints(config_class)
-    for field_ in dataclasses.fields(config_class):
-        given = values[field_.name].value
+    """The preset's values, overridden by the flags that were given.
+
+    Args:
+        config_class: The dataclass.
+        presets: Its defaults by name.
+        values: Flags of `define_flags`, parsed.
+        rest: Arguments without a flag.
+
+    Raises:
+        ValueError: A value of the wrong type, a required one that is missing, or an argument
+            that nothing takes.
+    """
+    chosen = dict(presets[values.preset]) if presets else {}
+    for field_, kind, several in _fields(config_class):
+        name, given = field_.name, values[field_.name].value
+        if rest and field_.metadata["positional"]:
+            given, rest = [*(given or []), *rest], ()
         if given is None:
+            if name not in chosen and field_.default is REQUIRED:
+                raise ValueError(f"{name}: expected a value, got none; give --{name}=...")
             continue
-        if isinstance(given, list):
-            element = typing.get_args(hints[field_.name])[0]
-            if element is not str:
+        if several:
+            if kind is not str:
                 given = [item for one in given for item in one.split(",")]
-            given = tuple(element(item) for item in given if item)
-        chosen[field_.name] = given
+            try:
+                given = tuple(kind(item) for item in given if item)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+        chosen[name] = given
+    if rest:
+        raise ValueError(f"unexpected argument {rest[0]!r}")
     return config_class(**chosen)
 
 
+def help_text(
+    program: str,
+    doc: str | None,
+    classes: Sequence[type],
+    presets: Mapping[str, Any] | None = None,
+) -> str:
+    """What `--help` prints: the docstring, then each flag of the classes with its help."""
+    shown, rest = [], ""
+    if presets:
+        names = "|".join(presets)
+        shown.append((f"--preset={names}", "Named set of defaults, the first if none is named."))
+    for field_, kind, several in itertools.chain(*map(_fields, classes)):
+        says = field_.metadata["help"].rstrip(".") + "."
+        if field_.metadata["positional"]:
+            rest = f" {field_.name.upper()} ..."
+        if field_.metadata["choices"]:
+            value = "|".join(field_.metadata["choices"])
+        else:
+            value = "TEXT" if kind is str else "NUMBER"
+        if several:
+            says += " May be repeated." if kind is str else " Commas separate several."
+        default = field_.default
+        if default is REQUIRED:
+            says += " Required."
+        elif default not in (None, (), ""):
+            default = ", ".join(map(str, default)) if several else default
+            says += f" Default: {default}."
+        name = f"--[no]{field_.name}" if kind is bool else f"--{field_.name}={value}"
+        shown.append((name, says))
+    lines = [f"usage: {program} [--flag=value ...]{rest}", "", inspect.cleandoc(doc or ""), ""]
+    for name, says in shown:
+        lines += [f"  {name}", textwrap.indent(textwrap.fill(says, 90), " " * 6)]
+    return "\n".join(lines)
+
+
 def write_config(config: Any, workdir: epath.Path) -> None:
-    """Write ``config.json``; a workdir that holds another configuration is refused."""
+    """Write `config.json`; a workdir that holds another configuration is refused."""
     text = json.dumps(dataclasses.asdict(config), indent=1, sort_keys=True) + "\n"
     path = workdir / "config.json"
     if path.exists() and path.read_text() != text:
@@ -137,55 +224,84 @@ def _leave(status: int) -> None:
 
 def main(
     config_class: type,
-    presets: Mapping[str, Mapping[str, Any]],
-    run: Callable[[Any, epath.Path], None],
+    presets: Mapping[str, Mapping[str, Any]] | None,
+    run: Callable[..., None],
+    *,
+    program: str | None = None,
+    arguments: Sequence[str] | None = None,
 ) -> None:
-    """Parse flags, write ``config.json`` into the workdir, run; user errors end as one line.
+    """Parse flags, join the other processes, run; what a user can mend ends as one line.
+
+    A wrong flag, wrong data and a missing package end with status 2. A `run` that takes a workdir
+    gets one, with `config.json` in it.
 
     Args:
-      config_class: the experiment's ``Config``.
-      presets: its defaults by name.
-      run: ``(config, workdir)``; every process calls it.
+        config_class: The dataclass that `run` is given.
+        presets: Its defaults by name; the first ones hold if none is named.
+        run: `(config, workdir)`, which every process calls, or `(config)`.
+        program: What `--help` calls it; the module's name if omitted.
+        arguments: What follows the program on the command line; `sys.argv`'s if omitted.
     """
-    define_flags(config_class, presets)
-
-    def start(argv: list[str]) -> None:
-        if len(argv) > 1:
-            raise app.UsageError(f"unexpected argument {argv[1]!r}")
-        if not logging.level_info():
-            logging.set_verbosity(logging.INFO)
-        logging.get_absl_handler().addFilter(_is_ours)
-        if jax.config.jax_compilation_cache_dir is None:
-            jax.config.update("jax_compilation_cache_dir", _COMPILED)
-        workdir = epath.Path(flags.FLAGS.workdir)
-        try:
-            config = config_from_flags(config_class, presets, flags.FLAGS)
-            training.distributed.initialize(
-                flags.FLAGS.coordinator_address, flags.FLAGS.num_processes, flags.FLAGS.process_id
-            )
-            with processes.first_before_others("config"):
-                write_config(config, workdir)
-            run(config, workdir)
-        except _SAID_IN_ONE_LINE as error:
-            workdir.mkdir(parents=True, exist_ok=True)
-            (workdir / "error.txt").write_text(traceback.format_exc())
-            print(f"error: {error} (details: {workdir}/error.txt)", file=sys.stderr)
-            _leave(2)
-        except jax.errors.JaxRuntimeError as error:
-            if not training.distributed.is_joined():
-                raise
-            # What fails in a collective fails because another process is gone.
-            said = str(error).splitlines()[0][:300]
-            print(
-                f"error: process {jax.process_index()}: {said}\nAnother process is gone; the same "
-                "command goes on from the newest checkpoint.",
-                file=sys.stderr,
-            )
-            _leave(training.LOST_STATUS)
-        except Exception:
-            if not training.distributed.is_joined():
-                raise
-            traceback.print_exc()
-            _leave(1)
-
-    app.run(start)
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    doc = sys.modules[run.__module__]
+    if program is None:
+        spec = doc.__spec__
+        program = f"python -m {spec.name.removesuffix('.__main__')}" if spec else sys.argv[0]
+    kept = "workdir" in inspect.signature(run).parameters
+    if set(arguments) & set(_HELP):
+        classes = (_Place, config_class) if kept else (config_class,)
+        print(help_text(program, doc.__doc__, classes, presets))
+        return
+    logging.use_absl_handler()
+    logging.get_absl_handler().addFilter(_is_ours)
+    flags.FLAGS.mark_as_parsed()  # absl's logging waits for it
+    place = None
+    try:
+        values = define_flags(config_class, presets)
+        if kept:
+            values.append_flag_values(define_flags(_Place))
+        rest = values([program, *arguments])[1:]
+        place = config_from_flags(_Place, None, values) if kept else None
+    except (flags.Error, ValueError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", _COMPILED)
+    try:
+        config = config_from_flags(config_class, presets, values, rest)
+        if place is None:
+            run(config)
+            return
+        logging.set_verbosity(logging.INFO)
+        training.distributed.initialize(
+            place.coordinator_address, place.num_processes, place.process_id
+        )
+        workdir = epath.Path(place.workdir)
+        with processes.first_before_others("config"):
+            write_config(config, workdir)
+        run(config, workdir)
+    except _ONE_LINE_ERRORS as error:
+        details = ""
+        if place is not None:
+            path = epath.Path(place.workdir) / "error.txt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(traceback.format_exc())
+            details = f" (details: {path})"
+        print(f"error: {error}{details}", file=sys.stderr)
+        _leave(2)
+    except jax.errors.JaxRuntimeError as error:
+        if not training.distributed.is_joined():
+            raise
+        # What fails in a collective fails because another process is gone.
+        said = str(error).splitlines()[0][:300]
+        print(
+            f"error: process {jax.process_index()}: {said}\nAnother process is gone; the same "
+            "command goes on from the newest checkpoint.",
+            file=sys.stderr,
+        )
+        _leave(training.LOST_STATUS)
+    except Exception:
+        if not training.distributed.is_joined():
+            raise
+        traceback.print_exc()
+        _leave(1)

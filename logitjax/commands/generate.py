@@ -1,51 +1,100 @@
-"""Talk to a model, or to a large model steered by small ones, in the terminal.
+"""Talk with a model, or with a large model steered by small ones, in the terminal.
 
-    python -m logitjax.commands.generate --large=smollm2
-    python -m logitjax.commands.generate --complete --prompt="It is a truth" --temperature=0.8
-    python -m logitjax.commands.generate --large=hf:meta-llama/Llama-2-13b-hf --fusion=dynamic \\
+    logitjax generate --model=smollm2
+    logitjax generate --complete --prompt="It is a truth" --temperature=0.8
+    logitjax generate --model=hf:meta-llama/Llama-2-13b-hf --fusion=dynamic \\
         --expert=runs/gsm8k_7b --base=hf:meta-llama/Llama-2-7b-hf
 
-Models are named as everywhere: a directory, a ``.gguf`` file, ``hf:org/name``, ``smollm2``.
-``--fusion`` is contrastive, dexperts, dynamic, eft, logit_difference or proxy, with settings after
-a colon: ``--fusion=dynamic:method=grid,num=21``. ``--draft=expert`` lets the expert run ahead and
-all models verify: the same distribution, faster where the expert guesses well. With a chat template
-prompts are turns of a conversation; ``--complete`` goes on from the text itself. Without
-``--prompt`` prompts are read from standard input, one a line, until its end.
+A model is a directory, a `.gguf` file, `hf:org/name` or `smollm2`. `--fusion` is contrastive,
+dexperts, dynamic, eft, logit_difference or proxy, with settings after a colon:
+`--fusion=dynamic:method=grid,num=21`. With `--draft=expert` the expert runs ahead and all models
+verify: the same distribution, faster where the expert guesses well. With a chat template prompts
+are turns of a conversation; `--complete` goes on from the text itself. Without `--prompt`, prompts
+are read from standard input, one a line, until its end.
 """
 
 import dataclasses
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
+from typing import Any
 
-from absl import app, flags
+import numpy as np
 
-from logitjax.commands import speaker as commands_speaker
-from logitjax.commands.speaker import Conversation, Limits, Speaker
-from logitjax.decoding import Sampling
-
-_LARGE = flags.DEFINE_string("large", "smollm2", "Model that is steered, or answers alone.")
-_EXPERT = flags.DEFINE_multi_string("expert", [], "Tuned small model; repeatable.")
-_BASE = flags.DEFINE_multi_string("base", [], "What the experts were tuned from: one, or one each.")
-_FUSION = flags.DEFINE_string("fusion", None, "How their logits become one: NAME[:key=value,...].")
-_DRAFT = flags.DEFINE_enum("draft", None, ["expert", "base"], "Who drafts speculatively.")
-_PROMPT = flags.DEFINE_multi_string("prompt", [], "Answer this instead of asking; repeatable.")
-_COMPLETE = flags.DEFINE_bool("complete", False, "Go on from the text; no chat template.")
-_SYSTEM = flags.DEFINE_string("system", None, "First message of a conversation.")
-_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "Longest answer.", lower_bound=1)
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0: the most likely token, always.")
-_TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from so many tokens; 0: all.")
-_TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw from the likeliest tokens of this probability.")
-_MIN_P = flags.DEFINE_float("min_p", 0.0, "Least probability beside the likeliest token's.")
-_PENALTY = flags.DEFINE_float("repetition_penalty", 1.0, "Above 1: repeat less.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
-_STOP = flags.DEFINE_multi_string("stop", [], "Text that ends an answer; repeatable.")
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Compute type.")
+from logitjax import decoding
+from logitjax.commands.cli import field
+from logitjax.commands.strategies import strategy
+from logitjax.models import Tokenizer, render_chat
 
 
-def _prompts() -> Iterator[str]:
-    if _PROMPT.value:
-        yield from _PROMPT.value
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Who answers what, and how."""
+
+    model: str = field("smollm2", "Model that answers alone or is steered.")
+    expert: tuple[str, ...] = field((), "Tuned small model.")
+    base: tuple[str, ...] = field((), "What the experts were tuned from: one, or one each.")
+    fusion: str | None = field(None, "How their logits become one: NAME or NAME:key=value,...")
+    draft: str | None = field(None, "Who drafts tokens ahead.", choices=("expert", "base"))
+    prompt: tuple[str, ...] = field((), "Text to answer, instead of standard input.")
+    complete: bool = field(False, "Go on from the text, without the chat template.")
+    system: str | None = field(None, "First message of a conversation.")
+    max_new_tokens: int = field(256, "Most tokens of an answer.", minimum=1)
+    temperature: float = field(0.0, "Temperature of the draws; 0 takes the likeliest token.")
+    top_k: int = field(0, "Number of likeliest tokens to draw from; 0 for all.")
+    top_p: float = field(1.0, "Probability of the likeliest tokens to draw from.")
+    min_p: float = field(0.0, "Least probability of a token as a share of the highest.")
+    repetition_penalty: float = field(1.0, "Penalty of tokens that were there; above 1 for fewer.")
+    seed: int = field(0, "Seed of the draws.")
+    stop: tuple[str, ...] = field((), "Text that ends an answer.")
+    dtype: str = field("float32", "Compute type.", choices=("float32", "bfloat16"))
+
+
+def run(config: Config) -> None:
+    """Loads the models once, then answers one prompt after another."""
+    sampling = decoding.Sampling(
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        min_p=config.min_p,
+        repetition_penalty=config.repetition_penalty,
+        seed=config.seed,
+    )
+    ensemble, tokenizer, ends = decoding.load_ensemble(
+        config.model, config.expert, config.base, strategy(config.fusion), dtype=config.dtype
+    )
+    options: dict[str, Any] = dict(
+        sampling=sampling, stop_ids=ends, stop_strings=config.stop, tokenizer=tokenizer
+    )
+    if config.draft is not None:
+        options |= dict(draft=config.draft, control=decoding.DraftControl())
+    chat = tokenizer.chat_template is not None and not config.complete
+    talk = Conversation(tokenizer, config.system)
+    try:
+        for prompt in _prompts(config):
+            if not chat:
+                print(prompt, end="", flush=True)
+            start = time.perf_counter()
+            text, count = answer(
+                ensemble,
+                talk.ask(prompt) if chat else prompt,
+                config.max_new_tokens,
+                options,
+                lambda piece: print(piece, end="", flush=True),
+            )
+            talk.answered(text)
+            print(flush=True)
+            if sys.stderr.isatty():
+                seconds = time.perf_counter() - start
+                rate = f"{count} tokens in {seconds:.1f} s, the first compiling included"
+                print(f"[{rate}]", file=sys.stderr)
+    except KeyboardInterrupt:
+        print()
+
+
+def _prompts(config: Config) -> Iterator[str]:
+    if config.prompt:
+        yield from config.prompt
         return
     while True:
         if sys.stdin.isatty():
@@ -57,53 +106,51 @@ def _prompts() -> Iterator[str]:
             yield line.rstrip("\n")
 
 
-def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}")
-    try:
-        _answer_all()
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print()
+def answer(
+    ensemble: decoding.Ensemble,
+    prompt: str,
+    max_new_tokens: int,
+    options: dict[str, Any],
+    show: Callable[[str], None],
+) -> tuple[str, int]:
+    """The text that continues a prompt, shown as it comes, and its number of tokens.
 
-
-def _answer_all() -> None:
-    limits = Limits(
-        sampling=Sampling(
-            temperature=_TEMPERATURE.value,
-            top_k=_TOP_K.value,
-            top_p=_TOP_P.value,
-            min_p=_MIN_P.value,
-            repetition_penalty=_PENALTY.value,
-            seed=_SEED.value,
-        ),
-        max_new_tokens=_TOKENS.value,
-        stop_strings=tuple(_STOP.value),
+    Raises:
+        ValueError: The prompt leaves no room in what the models can read.
+    """
+    tokenizer = options["tokenizer"]
+    tokens = tokenizer.encode(prompt)
+    if not tokens and tokenizer.bos_id is not None:
+        tokens = [tokenizer.bos_id]
+    most = ensemble.max_length
+    room = max_new_tokens if most is None else most - len(tokens)
+    if room < 1:
+        raise ValueError(f"prompt: {len(tokens)} tokens, the models read at most {most}")
+    # Few steps a call, so that text comes as it is made.
+    make = decoding.speculative_generate if "draft" in options else decoding.generate
+    more = {} if "draft" in options else {"chunk": 4}
+    out = make(
+        ensemble,
+        [np.array(tokens, np.int32)],
+        max_new_tokens=min(max_new_tokens, room),
+        stream=lambda row, new, text: show(text),
+        **more,
+        **options,
     )
-    ensemble, tokenizer, ends = commands_speaker.load_ensemble(
-        _LARGE.value, _EXPERT.value, _BASE.value, _FUSION.value, dtype=_DTYPE.value
-    )
-    limits = dataclasses.replace(limits, stop_ids=ends)
-    speaker = Speaker(ensemble, tokenizer, limits, _DRAFT.value)
-    chat = tokenizer.chat_template is not None and not _COMPLETE.value
-    talk = Conversation(tokenizer, _SYSTEM.value)
-    for prompt in _prompts():
-        if not chat:
-            print(prompt, end="", flush=True)
-        start = time.perf_counter()
-        text = speaker.go_on(
-            talk.ask(prompt) if chat else prompt,
-            lambda piece: print(piece, end="", flush=True),
-        )
-        talk.answered(text)
-        print(flush=True)
-        if sys.stderr.isatty():
-            seconds = time.perf_counter() - start
-            rate = f"{speaker.tokens} tokens in {seconds:.1f} s, the first compiling included"
-            print(f"[{rate}]", file=sys.stderr)
+    assert out.texts is not None
+    return out.texts[0], int(out.lengths[0])
 
 
-if __name__ == "__main__":
-    app.run(main)
+class Conversation:
+    """Turns so far, and what the model is asked to go on from."""
+
+    def __init__(self, tokenizer: Tokenizer, system: str | None = None):
+        self._tokenizer = tokenizer
+        self._messages = [] if system is None else [{"role": "system", "content": system}]
+
+    def ask(self, text: str) -> str:
+        self._messages.append({"role": "user", "content": text})
+        return render_chat(self._tokenizer, self._messages, add_generation_prompt=True)
+
+    def answered(self, text: str) -> None:
+        self._messages.append({"role": "assistant", "content": text})

@@ -1,37 +1,33 @@
-"""Write tfds datasets as array_record, once, so that everything else reads them without TensorFlow.
+"""Write tfds data sets as array_record, once, to be read without TensorFlow ever after.
 
-    python -m logitjax.commands.prepare wiki_summaries austen
+    logitjax prepare wiki_summaries austen
 
-Our own datasets (``wiki_summaries``, ``austen``) need no TensorFlow. Those that come with tfds do
-while they are prepared: ``pip install 'logitjax[prepare]'`` first. Datasets go to ``--data_dir``,
-else ``$TFDS_DATA_DIR``, else ``~/tensorflow_datasets``; one that is there already is left alone.
+Our own data sets (`wiki_summaries`, `austen`, ...) need no TensorFlow. Those that come with tfds do
+while they are prepared: `pip install 'logitjax[prepare]'` first. One that is there already is left
+alone.
 """
 
-import sys
-from collections.abc import Sequence
-
-from absl import app, flags
+import dataclasses
 
 from logitjax import data
-
-_DATA_DIR = flags.DEFINE_string("data_dir", None, "where datasets go (default $TFDS_DATA_DIR)")
-_MANUAL_DIR = flags.DEFINE_string(
-    "manual_dir",
-    None,
-    "where files lie that are fetched by hand (default <data_dir>/downloads/manual)",
-)
+from logitjax.commands.cli import REQUIRED, field
 
 
-def main(argv: Sequence[str]) -> None:
-    if len(argv) < 2:
-        sys.exit("usage: python -m logitjax.commands.prepare NAME[:CONFIG] ... [--data_dir=DIR]")
-    for name in argv[1:]:
-        try:
-            path = data.prepare(name, data_dir=_DATA_DIR.value, manual_dir=_MANUAL_DIR.value)
-        except (OSError, ModuleNotFoundError, ValueError) as error:
-            sys.exit(f"error: {error}")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """What to prepare, and where."""
+
+    name: tuple[str, ...] = field(REQUIRED, "Data set, as NAME or NAME:CONFIG.", positional=True)
+    data_dir: str | None = field(
+        None, "Directory of the data sets; else $TFDS_DATA_DIR or ~/tensorflow_datasets."
+    )
+    manual_dir: str | None = field(
+        None, "Directory of files fetched by hand; else DATA_DIR/downloads/manual."
+    )
+
+
+def run(config: Config) -> None:
+    """Prepares one after another and says where each lies."""
+    for name in config.name:
+        path = data.prepare(name, data_dir=config.data_dir, manual_dir=config.manual_dir)
         print(f"{name}: {path}")
-
-
-if __name__ == "__main__":
-    app.run(main)

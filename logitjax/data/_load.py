@@ -29,7 +29,7 @@ def load_examples(
       ``id``. It is read into memory.
     * ``tfds:NAME`` or ``tfds:NAME:CONFIG``, read from array_record without TensorFlow. Our own
       ``wiki_summaries`` and ``austen`` are prepared on first use; others have to be there already
-      (``python -m logitjax.commands.prepare NAME`` writes them).
+      (``logitjax prepare NAME`` writes them).
 
     ``split`` follows tfds: a name, optionally with a slice (``'train[:95%]'``, ``'train[100:]'``).
     Files have the single split ``train``, unless PATH is a directory with ``<split>/`` or

@@ -92,7 +92,7 @@ def open_prepared(
         directory = prepare(name, data_dir=data_dir)
     if directory is None:
         raise FileNotFoundError(
-            f"{spec} is not in {root}: run `python -m logitjax.commands.prepare {name}`, or say "
+            f"{spec} is not in {root}: run `logitjax prepare {name}`, or say "
             f"where it is (data_dir= or TFDS_DATA_DIR)"
         )
     builder = tfds.builder_from_directory(os.fspath(directory))

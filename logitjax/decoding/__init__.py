@@ -5,6 +5,7 @@
 - `Ensemble(large, experts=..., bases=..., fuse=...)` steps several models together, each on its
   own prompt, and decodes from what ``fuse`` makes of their logits. Whatever takes a model here
   takes an ensemble.
+- `load_ensemble` does so by the models' names.
 - `Engine` is what `generate` is built on: slots that are filled (`Engine.prefill` with a
   `Request`), stepped (`Engine.decode_chunk`) and emptied (`Engine.evict`) independently, which is
   all that continuous batching needs. `DecodeOptions` says what is reported, `Emitted` reports it.
@@ -28,6 +29,7 @@ from logitjax.decoding._engine import Engine as Engine
 from logitjax.decoding._ensemble import Ensemble as Ensemble
 from logitjax.decoding._generate import generate as generate
 from logitjax.decoding._greedy import greedy_generate as greedy_generate
+from logitjax.decoding._load_ensemble import load_ensemble as load_ensemble
 from logitjax.decoding._requests import Request as Request
 from logitjax.decoding._sampling import Sampling as Sampling
 from logitjax.decoding._sampling import SamplingRows as SamplingRows

@@ -8,6 +8,9 @@ from logitjax.few_shot._cache_adapters import TipAdapterConfig as TipAdapterConf
 from logitjax.few_shot._cache_adapters import TipAdapterFConfig as TipAdapterFConfig
 from logitjax.few_shot._cache_adapters import cache_logits as cache_logits
 from logitjax.few_shot._cache_adapters import cafo_bias as cafo_bias
+from logitjax.few_shot._extract import choose_rows as choose_rows
+from logitjax.few_shot._extract import encoder_views as encoder_views
+from logitjax.few_shot._extract import extract_features as extract_features
 from logitjax.few_shot._feature_cache import FeatureCache as FeatureCache
 from logitjax.few_shot._feature_cache import FeatureIdentity as FeatureIdentity
 from logitjax.few_shot._feature_cache import Features as Features

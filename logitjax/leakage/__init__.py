@@ -26,6 +26,7 @@ from logitjax.leakage._geometry import compare_geometry as compare_geometry
 from logitjax.leakage._geometry import null_geometry as null_geometry
 from logitjax.leakage._gram import cholesky_qr as cholesky_qr
 from logitjax.leakage._gram import gram_matrix as gram_matrix
+from logitjax.leakage._http import HttpOracle as HttpOracle
 from logitjax.leakage._known_basis import BasisFit as BasisFit
 from logitjax.leakage._known_basis import choose_tokens as choose_tokens
 from logitjax.leakage._known_basis import rows_from_basis as rows_from_basis

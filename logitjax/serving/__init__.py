@@ -1,1 +1,8 @@
-"""A server with the OpenAI API."""
+"""A server with OpenAI's completion API over a decoder or an ensemble of them.
+
+`build_app` makes an ASGI application of a model; `ServerConfig` says what it takes and what its
+policy lets out. It needs the extra `serve`.
+"""
+
+from logitjax.serving._app import build_app as build_app
+from logitjax.serving._config import ServerConfig as ServerConfig

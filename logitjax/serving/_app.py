@@ -7,7 +7,7 @@ import hmac
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from starlette.applications import Starlette
@@ -17,9 +17,10 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from logitjax.decoding import Request, Sampling, TextStream
+from logitjax.decoding import Ensemble, Request, Sampling, TextStream
 from logitjax.models import Tokenizer, render_chat
 from logitjax.serving import _schema as schema
+from logitjax.serving._config import ServerConfig, make_scheduler, prompt_extra
 from logitjax.serving._scheduler import Job, OverloadedError, Scheduler, Token
 from logitjax.serving._schema import BadRequestError, CompletionRequest, ServerLimits
 
@@ -30,17 +31,35 @@ class Service:
 
     scheduler: Scheduler
     tokenizer: Tokenizer
-    model: str
     vocab_size: int
     end_ids: tuple[int, ...]
-    limits: ServerLimits
-    max_length: int
-    api_key: str | None = None
-    extra_of: Callable[[Sequence[int]], Any] | None = None
+    config: ServerConfig
+
+    @property
+    def limits(self) -> ServerLimits:
+        return self.config.limits
 
 
-def build_app(service: Service) -> Starlette:
-    """The application; it starts and ends the scheduler with itself."""
+def build_app(
+    model: Ensemble, tokenizer: Tokenizer, end_ids: Sequence[int], config: ServerConfig
+) -> Starlette:
+    """The application of one model or several fused ones, ready for any ASGI server.
+
+    It starts the decoding engine when it starts, and ends it with itself.
+
+    Args:
+        model: What decodes.
+        tokenizer: Its tokenizer.
+        end_ids: Tokens that end an answer.
+        config: Limits, slots and the policy of what is reported.
+    """
+    service = Service(
+        scheduler=make_scheduler(model, end_ids, config),
+        tokenizer=tokenizer,
+        vocab_size=model.plan.vocab_size,
+        end_ids=tuple(end_ids),
+        config=config,
+    )
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -79,11 +98,11 @@ async def _http_error(_: HttpRequest, error: Any) -> Response:
 
 
 def _refused(service: Service, request: HttpRequest) -> Response | None:
-    if service.api_key is None:
+    if service.config.api_key is None:
         return None
     given = request.headers.get("authorization", "").encode()
     # In constant time: a comparison that stops early would tell the key letter by letter.
-    if hmac.compare_digest(given, f"Bearer {service.api_key}".encode()):
+    if hmac.compare_digest(given, f"Bearer {service.config.api_key}".encode()):
         return None
     return error_response(401, "a wrong or missing API key", headers={"WWW-Authenticate": "Bearer"})
 
@@ -93,7 +112,12 @@ def _models(service: Service) -> Any:
         refused = _refused(service, request)
         if refused is not None:
             return refused
-        entry = {"id": service.model, "object": "model", "created": 0, "owned_by": "logitjax"}
+        entry = {
+            "id": service.config.model,
+            "object": "model",
+            "created": 0,
+            "owned_by": "logitjax",
+        }
         return JSONResponse({"object": "list", "data": [entry]})
 
     return endpoint
@@ -167,8 +191,8 @@ def _no_constant(name: str) -> Any:
 
 
 def _jobs(service: Service, asked: CompletionRequest) -> list[tuple[Job, Sequence[int]]]:
-    if asked.model not in (None, "", service.model):
-        raise HTTPException(404, f"the model is {service.model!r}, not {asked.model[:60]!r}")
+    if asked.model not in (None, "", service.config.model):
+        raise HTTPException(404, f"the model is {service.config.model!r}, not {asked.model[:60]!r}")
     wrong = [i for i in asked.logit_bias if i >= service.vocab_size]
     if wrong:
         raise BadRequestError(f"logit_bias: there is no token {wrong[0]}", "logit_bias")
@@ -176,10 +200,10 @@ def _jobs(service: Service, asked: CompletionRequest) -> list[tuple[Job, Sequenc
     jobs = []
     for number, prompt in enumerate(asked.prompts):
         tokens = _tokens(service, prompt, asked.chat)
-        if len(tokens) + asked.max_tokens - 1 > service.max_length:
+        if len(tokens) + asked.max_tokens - 1 > service.config.max_length:
             raise BadRequestError(
                 f"{len(tokens)} prompt tokens and max_tokens={asked.max_tokens} do not fit "
-                f"{service.max_length}",
+                f"{service.config.max_length}",
                 "messages" if asked.chat else "prompt",
             )
         for copy in range(asked.n):
@@ -199,7 +223,7 @@ def _jobs(service: Service, asked: CompletionRequest) -> list[tuple[Job, Sequenc
                 sampling=sampling,
                 stop_ids=service.end_ids,
                 logit_bias=asked.logit_bias or None,
-                extra=None if service.extra_of is None else service.extra_of(tokens),
+                extra=prompt_extra(tokens, service.config.policy),
             )
             jobs.append((Job(request, loop), tokens))
     return jobs
@@ -319,7 +343,7 @@ def _frame(service: Service, asked: CompletionRequest, *, chunk: bool) -> dict[s
         "id": f"{'chatcmpl' if asked.chat else 'cmpl'}-{secrets.token_hex(12)}",
         "object": f"{kind}.chunk" if chunk and asked.chat else kind,
         "created": int(time.time()),
-        "model": service.model,
+        "model": service.config.model,
     }
 
 

@@ -1,13 +1,18 @@
-"""Requests of the completion API: what is accepted, and its description for machines."""
+"""Requests of the completion API: one model says what is accepted and describes it for machines."""
 
 import dataclasses
-import math
+import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
+
+import pydantic
+from pydantic import BaseModel, Field
+
+_TOKEN = r"^[0-9]{1,9}$"
 
 
 class BadRequestError(ValueError):
-    """A request that cannot be answered; ``param`` is the field at fault."""
+    """A request that cannot be answered; `param` is the field at fault."""
 
     def __init__(self, message: str, param: str | None = None):
         super().__init__(message)
@@ -29,9 +34,9 @@ class ServerLimits:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompletionRequest:
-    """A validated request, prompts still as they came."""
+    """A checked request of either kind, with its defaults; prompts still as they came."""
 
-    prompts: Sequence[str | Sequence[int]]
+    prompts: Sequence[Any]
     n: int
     max_tokens: int
     temperature: float
@@ -50,37 +55,155 @@ class CompletionRequest:
     chat: bool
 
 
-def _number(body: Mapping[str, Any], name: str, default: float, low: float, high: float) -> float:
-    value = body.get(name)
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise BadRequestError(f"{name} must be a number, got {_short(value)}", name)
-    if not low <= value <= high:
-        raise BadRequestError(f"{name} must be between {low:g} and {high:g}, got {value:g}", name)
-    return float(value)
+def _integer(low: int, high: int) -> Any:
+    return Annotated[int, Field(ge=low, le=high)] | None
 
 
-def _integer(
-    body: Mapping[str, Any], name: str, default: int | None, low: int, high: int
-) -> int | None:
-    value = body.get(name)
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise BadRequestError(f"{name} must be an integer, got {_short(value)}", name)
-    if not low <= value <= high:
-        raise BadRequestError(f"{name} must be between {low} and {high}, got {value}", name)
-    return value
+def _number(low: float, high: float) -> Any:
+    return Annotated[float, Field(ge=low, le=high, allow_inf_nan=False)] | None
 
 
-def _boolean(body: Mapping[str, Any], name: str) -> bool:
-    value = body.get(name)
-    if value is None:
-        return False
-    if not isinstance(value, bool):
-        raise BadRequestError(f"{name} must be true or false, got {_short(value)}", name)
-    return value
+Text = Annotated[str, Field(min_length=1)]
+Tokens = Annotated[list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(min_length=1)]
+
+
+class Message(BaseModel, strict=True):
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+class StreamOptions(BaseModel, strict=True):
+    """What a stream holds beside the text."""
+
+    include_usage: bool | None = None
+
+
+@functools.lru_cache(maxsize=8)
+def request_model(limits: ServerLimits, *, chat: bool) -> type[BaseModel]:
+    """The body of a request to a server of these limits. `null` is as good as no field."""
+
+    class Shared(BaseModel, strict=True):
+        model: str | None = None
+        n: _integer(1, limits.max_prompts) = None
+        max_tokens: _integer(1, limits.max_tokens) = None
+        temperature: _number(0, 2) = None
+        top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
+        top_k: _integer(0, 1 << 30) = None
+        min_p: _number(0, 1) = None
+        repetition_penalty: _number(0.1, 10) = None
+        seed: _integer(0, 2**32 - 1) = None
+        stop: Text | Annotated[list[Text], Field(max_length=4)] | None = None
+        stream: bool | None = None
+        stream_options: StreamOptions | None = None
+        logit_bias: (
+            Annotated[
+                dict[
+                    Annotated[str, Field(pattern=_TOKEN)],
+                    Annotated[
+                        float,
+                        Field(ge=-limits.bias_limit, le=limits.bias_limit, allow_inf_nan=False),
+                    ],
+                ],
+                Field(max_length=limits.max_logit_bias),
+            ]
+            | None
+        ) = None
+        return_tokens_as_token_ids: bool | None = None
+
+    class Completion(Shared, strict=True):
+        prompt: (
+            Text
+            | Tokens
+            | Annotated[list[Text | Tokens], Field(min_length=1, max_length=limits.max_prompts)]
+        )
+        logprobs: _integer(0, limits.max_logprobs) = None
+
+    class Chat(Shared, strict=True):
+        messages: Annotated[list[Message], Field(min_length=1)]
+        max_completion_tokens: _integer(1, limits.max_tokens) = None
+        logprobs: bool | None = None
+        top_logprobs: _integer(0, limits.max_logprobs) = None
+
+    return Chat if chat else Completion
+
+
+# Where the neutral value is not given, an answer would not be what was asked for.
+_UNSUPPORTED: tuple[tuple[str, Sequence[Any]], ...] = (
+    ("frequency_penalty", (0,)),
+    ("presence_penalty", (0,)),
+    ("echo", (False,)),
+    ("suffix", ()),
+    ("tools", ([],)),
+    ("response_format", ()),
+    ("best_of", (1,)),
+)
+
+
+def parse(body: Any, limits: ServerLimits, *, chat: bool) -> CompletionRequest:
+    """A request from JSON.
+
+    Raises:
+        BadRequestError: Names the field, what was expected and what came.
+    """
+    if not isinstance(body, dict):
+        raise BadRequestError(f"the body must be a JSON object, got {_short(body)}")
+    for name, neutral in _UNSUPPORTED:
+        if body.get(name) is not None and body[name] not in neutral:
+            raise BadRequestError(f"{name} is not supported", name)
+    if body.get("logit_bias") and not limits.logit_bias:
+        raise BadRequestError("this server takes no logit_bias", "logit_bias")
+    model = request_model(limits, chat=chat)
+    try:
+        asked: Any = model.model_validate(body)
+    except pydantic.ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        if first["type"] == "string_unicode":  # Lone surrogates, which JSON can spell.
+            name = str(first["loc"][0])
+            raise BadRequestError(f"{name} is not valid Unicode", name) from None
+        raise _explained(first["loc"], body, model, limits) from None
+    shown, longest = asked.logprobs, asked.max_tokens
+    if chat:
+        prompts: Sequence[Any] = [[message.model_dump() for message in asked.messages]]
+        shown = (asked.top_logprobs or 0) if asked.logprobs else None
+        if asked.top_logprobs and not asked.logprobs:
+            raise BadRequestError("top_logprobs needs logprobs", "top_logprobs")
+        longest = asked.max_completion_tokens or longest
+    elif isinstance(asked.prompt, str) or isinstance(asked.prompt[0], int):
+        prompts = [asked.prompt]
+    else:
+        prompts = asked.prompt
+    n = asked.n or 1
+    if n * len(prompts) > limits.max_prompts:
+        raise BadRequestError(
+            f"at most {limits.max_prompts} answers a request, got {n} for each of "
+            f"{len(prompts)} prompts",
+            "n",
+        )
+
+    def given(value: Any, default: Any) -> Any:
+        return default if value is None else value
+
+    return CompletionRequest(
+        prompts=prompts,
+        n=n,
+        max_tokens=longest or min(limits.max_tokens, 64 if chat else 16),
+        temperature=given(asked.temperature, 1.0),
+        top_p=given(asked.top_p, 1.0),
+        top_k=asked.top_k or 0,
+        min_p=asked.min_p or 0.0,
+        repetition_penalty=given(asked.repetition_penalty, 1.0),
+        seed=asked.seed,
+        logprobs=shown,
+        logit_bias={int(token): value for token, value in (asked.logit_bias or {}).items()},
+        stop=[asked.stop] if isinstance(asked.stop, str) else asked.stop or [],
+        stream=bool(asked.stream),
+        include_usage=bool(asked.stream_options and asked.stream_options.include_usage),
+        tokens_as_ids=bool(asked.return_tokens_as_token_ids),
+        model=asked.model,
+        chat=chat,
+    )
 
 
 def _short(value: Any) -> str:
@@ -88,181 +211,104 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def parse(body: Any, limits: ServerLimits, *, chat: bool) -> CompletionRequest:
-    """A request from JSON.
-
-    Raises:
-      BadRequestError: naming the field, what was expected and what came.
-    """
-    if not isinstance(body, dict):
-        raise BadRequestError(f"the body must be a JSON object, got {_short(body)}")
-    for name, neutral in (
-        ("frequency_penalty", 0),
-        ("presence_penalty", 0),
-        ("echo", False),
-        ("suffix", None),
-        ("tools", None),
-        ("response_format", None),
-    ):
-        if body.get(name) not in (None, neutral, []):
-            raise BadRequestError(f"{name} is not supported", name)
-    if body.get("best_of") not in (None, 1):
-        raise BadRequestError("best_of is not supported", "best_of")
-    model = body.get("model")
-    if model is not None and not isinstance(model, str):
-        raise BadRequestError(f"model must be a string, got {_short(model)}", "model")
-    top = limits.max_logprobs
-    if chat:
-        prompts: Sequence[Any] = [_messages(body.get("messages"))]
-        shown = _integer(body, "top_logprobs", 0, 0, top)
-        logprobs = shown if _boolean(body, "logprobs") else None
-        if logprobs is None and shown:
-            raise BadRequestError("top_logprobs needs logprobs", "top_logprobs")
+def _explained(
+    at: tuple[int | str, ...], body: Mapping[str, Any], model: type[BaseModel], limits: ServerLimits
+) -> BadRequestError:
+    """One line about the field at `at`, in the words of this API and with the schema's bounds."""
+    name = str(at[0])
+    value = body.get(name)
+    many = isinstance(value, list | dict)
+    if name == "prompt":
+        if value in ("", []) or (many and any(one in ("", []) for one in value)):
+            return BadRequestError("prompt must not be empty", name)
+        if many and len(value) > limits.max_prompts and not isinstance(value[0], int):
+            return BadRequestError(f"at most {limits.max_prompts} prompts, got {len(value)}", name)
+        kinds = "a string, a list of strings or token ids"
+        return BadRequestError(f"prompt must be {kinds}, got {_short(value)}", name)
+    if name == "messages":
+        if not many or not value:
+            return BadRequestError("messages must be a list that is not empty", name)
+        one = value[at[1]] if len(at) > 1 and isinstance(at[1], int) else value
+        needed = "messages must have a role and a content, both strings"
+        return BadRequestError(f"{needed}, got {_short(one)}", name)
+    if name == "stop":
+        if many and len(value) > 4:
+            return BadRequestError(f"at most 4 stop strings, got {len(value)}", name)
+        return BadRequestError("stop must be a string or a list of them, none empty", name)
+    if name == "logit_bias":
+        if not isinstance(value, dict):
+            needed = "logit_bias must be an object from token id to number"
+            return BadRequestError(f"{needed}, got {_short(value)}", name)
+        if len(at) == 1:
+            most = limits.max_logit_bias
+            return BadRequestError(f"at most {most} tokens may be biased, got {len(value)}", name)
+        if at[-1] == "[key]":
+            return BadRequestError(f"logit_bias: {_short(at[1])} is not a token id", name)
+        name, value = str(at[1]), value[at[1]]
+        schema: Mapping[str, Any] = {
+            "type": "number",
+            "minimum": -limits.bias_limit,
+            "maximum": limits.bias_limit,
+        }
     else:
-        prompts = _prompts(body.get("prompt"), limits)
-        logprobs = _integer(body, "logprobs", None, 0, top)
-    longest = _integer(body, "max_tokens", None, 1, limits.max_tokens)
-    if chat:
-        longest = _integer(body, "max_completion_tokens", longest, 1, limits.max_tokens)
-    options = body.get("stream_options")
-    if options is not None and not isinstance(options, dict):
-        raise BadRequestError("stream_options must be an object", "stream_options")
-    n = _integer(body, "n", None, 1, limits.max_prompts) or 1
-    if n * len(prompts) > limits.max_prompts:
-        raise BadRequestError(
-            f"at most {limits.max_prompts} answers a request, got {n} for each of "
-            f"{len(prompts)} prompts",
-            "n",
-        )
-    return CompletionRequest(
-        prompts=prompts,
-        n=n,
-        max_tokens=longest or min(limits.max_tokens, 64 if chat else 16),
-        temperature=_number(body, "temperature", 1.0, 0.0, 2.0),
-        top_p=_probability(body),
-        top_k=_integer(body, "top_k", 0, 0, 1 << 30) or 0,
-        min_p=_number(body, "min_p", 0.0, 0.0, 1.0),
-        repetition_penalty=_number(body, "repetition_penalty", 1.0, 0.1, 10.0),
-        seed=_integer(body, "seed", None, 0, 2**32 - 1),
-        logprobs=logprobs,
-        logit_bias=_bias(body.get("logit_bias"), limits),
-        stop=_stop(body.get("stop")),
-        stream=_boolean(body, "stream"),
-        include_usage=_boolean(options or {}, "include_usage"),
-        tokens_as_ids=_boolean(body, "return_tokens_as_token_ids"),
-        model=model,
-        chat=chat,
-    )
+        described = model.model_json_schema()["properties"][name]
+        schema = next((s for s in described["anyOf"] if s.get("type") != "null"), described)
+    return BadRequestError(f"{name} must be {_expected(schema, value)}, got {_short(value)}", name)
 
 
-def _probability(body: Mapping[str, Any]) -> float:
-    value = _number(body, "top_p", 1.0, 0.0, 1.0)
-    if value == 0:
-        raise BadRequestError("top_p must be above 0", "top_p")
-    return value
+def _expected(schema: Mapping[str, Any], value: Any) -> str:
+    kind = schema.get("type", "object")
+    words = {
+        "integer": "an integer",
+        "number": "a number",
+        "boolean": "true or false",
+        "string": "a string",
+        "object": "an object",
+    }
+    number = isinstance(value, int if kind == "integer" else int | float)
+    if "maximum" not in schema or not number or isinstance(value, bool) or value != value:
+        return words[kind]
+    if "exclusiveMinimum" in schema:
+        return f"above {schema['exclusiveMinimum']:g} and at most {schema['maximum']:g}"
+    # Numbers in full: %g would write 4294967295 as 4.29497e+09.
+    return f"between {_plain(schema['minimum'])} and {_plain(schema['maximum'])}"
 
 
-def _prompts(prompt: Any, limits: ServerLimits) -> list[Any]:
-    if isinstance(prompt, str):
-        found: list[Any] = [prompt]
-    elif isinstance(prompt, list) and prompt and all(_is_token(x) for x in prompt):
-        found = [prompt]
-    elif isinstance(prompt, list) and prompt:
-        found = list(prompt)
-        for one in found:
-            tokens = isinstance(one, list) and one and all(_is_token(x) for x in one)
-            if not isinstance(one, str) and not tokens:
-                raise BadRequestError(
-                    f"prompt must hold strings or lists of token ids, got {_short(one)}", "prompt"
-                )
-    else:
-        raise BadRequestError(
-            f"prompt must be a string, a list of strings or token ids, got {_short(prompt)}",
-            "prompt",
-        )
-    if any(not one for one in found):
-        raise BadRequestError("prompt must not be empty", "prompt")
-    if len(found) > limits.max_prompts:
-        raise BadRequestError(f"at most {limits.max_prompts} prompts, got {len(found)}", "prompt")
-    return found
+def _plain(value: float) -> str:
+    return str(int(value)) if value == int(value) else f"{value:g}"
 
 
-def _is_token(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
+class ErrorDetail(BaseModel):
+    """What is wrong with a request."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
 
 
-def _messages(messages: Any) -> Any:
-    if not isinstance(messages, list) or not messages:
-        raise BadRequestError("messages must be a list that is not empty", "messages")
-    for message in messages:
-        if not isinstance(message, dict) or not all(
-            isinstance(message.get(key), str) for key in ("role", "content")
-        ):
-            raise BadRequestError(
-                f"messages must have a role and a content, both strings, got {_short(message)}",
-                "messages",
-            )
-    return [{"role": m["role"], "content": m["content"]} for m in messages]
+class Error(BaseModel):
+    """The body of every refusal."""
+
+    error: ErrorDetail
 
 
-def _bias(bias: Any, limits: ServerLimits) -> dict[int, float]:
-    if bias is None or bias == {}:
-        return {}
-    if not limits.logit_bias:
-        raise BadRequestError("this server takes no logit_bias", "logit_bias")
-    if not isinstance(bias, dict):
-        raise BadRequestError(
-            f"logit_bias must be an object from token id to number, got {_short(bias)}",
-            "logit_bias",
-        )
-    if len(bias) > limits.max_logit_bias:
-        raise BadRequestError(
-            f"at most {limits.max_logit_bias} tokens may be biased, got {len(bias)}", "logit_bias"
-        )
-    found = {}
-    for key in bias:
-        # Only plain digits: int() would take ' 1', '1_0' and digits of other scripts too.
-        if not (key.isascii() and key.isdigit() and len(key) < 10):
-            raise BadRequestError(f"logit_bias: {_short(key)} is not a token id", "logit_bias")
-        found[int(key)] = _number(bias, key, 0.0, -limits.bias_limit, limits.bias_limit)
-    return found
-
-
-def _stop(stop: Any) -> list[str]:
-    if stop is None:
-        return []
-    found = [stop] if isinstance(stop, str) else stop
-    if not isinstance(found, list) or not all(isinstance(s, str) and s for s in found):
-        raise BadRequestError("stop must be a string or a list of them, none empty", "stop")
-    if len(found) > 4:
-        raise BadRequestError(f"at most 4 stop strings, got {len(found)}", "stop")
-    return list(found)
+_REF = "#/components/schemas/{model}"
 
 
 def openapi(limits: ServerLimits) -> dict[str, Any]:
     """The API's description, for clients, fuzzers and people."""
-    error = {
+    schemas: dict[str, Any] = {}
+
+    def described(model: type[BaseModel]) -> dict[str, str]:
+        schema = model.model_json_schema(ref_template=_REF)
+        schemas.update(schema.pop("$defs", {}))
+        schemas[model.__name__] = schema
+        return {"$ref": _REF.format(model=model.__name__)}
+
+    refused = {
         "description": "What is wrong with the request.",
-        "content": {
-            "application/json": {
-                "schema": {
-                    "type": "object",
-                    "required": ["error"],
-                    "properties": {
-                        "error": {
-                            "type": "object",
-                            "required": ["message", "type"],
-                            "properties": {
-                                "message": {"type": "string"},
-                                "type": {"type": "string"},
-                                "param": {"type": ["string", "null"]},
-                                "code": {"type": ["string", "null"]},
-                            },
-                        }
-                    },
-                }
-            }
-        },
+        "content": {"application/json": {"schema": described(Error)}},
     }
     answer = {
         "description": "Done; server-sent events where stream is true.",
@@ -271,82 +317,29 @@ def openapi(limits: ServerLimits) -> dict[str, Any]:
             "text/event-stream": {"schema": {"type": "string"}},
         },
     }
-    shared: dict[str, Any] = {
-        "model": {"type": "string"},
-        "n": {"type": "integer", "minimum": 1, "maximum": limits.max_prompts},
-        "max_tokens": {"type": "integer", "minimum": 1, "maximum": limits.max_tokens},
-        "temperature": {"type": "number", "minimum": 0, "maximum": 2},
-        "top_p": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
-        "top_k": {"type": "integer", "minimum": 0},
-        "min_p": {"type": "number", "minimum": 0, "maximum": 1},
-        "repetition_penalty": {"type": "number", "minimum": 0.1, "maximum": 10},
-        "seed": {"type": "integer", "minimum": 0, "maximum": 2**32 - 1},
-        "stop": {
-            "oneOf": [
-                {"type": "string", "minLength": 1},
-                {"type": "array", "items": {"type": "string", "minLength": 1}, "maxItems": 4},
-            ]
-        },
-        "stream": {"type": "boolean"},
-        "logit_bias": {
-            "type": "object",
-            "propertyNames": {"pattern": "^[0-9]{1,9}$"},
-            "additionalProperties": {
-                "type": "number",
-                "minimum": -limits.bias_limit,
-                "maximum": limits.bias_limit,
-            },
-            "maxProperties": limits.max_logit_bias,
-        },
-        "return_tokens_as_token_ids": {"type": "boolean"},
-    }
-    token = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
-    text = {"type": "string", "minLength": 1}
-    tokens = {"type": "array", "items": token, "minItems": 1}
-    several = {"type": "array", "items": {"anyOf": [text, tokens]}, "minItems": 1}
-    completion = shared | {
-        "prompt": {"anyOf": [text, tokens, several | {"maxItems": limits.max_prompts}]},
-        "logprobs": {"type": "integer", "minimum": 0, "maximum": limits.max_logprobs},
-    }
-    message = {
-        "type": "object",
-        "required": ["role", "content"],
-        "properties": {"role": {"type": "string"}, "content": {"type": "string"}},
-    }
-    chat = shared | {
-        "messages": {"type": "array", "items": message, "minItems": 1},
-        "logprobs": {"type": "boolean"},
-        "top_logprobs": {"type": "integer", "minimum": 0, "maximum": limits.max_logprobs},
-    }
 
-    def post(summary: str, properties: Any, required: str) -> dict[str, Any]:
-        schema = {"type": "object", "required": [required], "properties": properties}
-        return {
-            "post": {
-                "summary": summary,
-                "requestBody": {
-                    "required": True,
-                    "content": {"application/json": {"schema": schema}},
-                },
-                "responses": {
-                    "200": answer,
-                    **dict.fromkeys(("400", "401", "404", "413", "415", "429"), error),
-                },
-            }
-        }
+    def post(summary: str, *, chat: bool) -> dict[str, Any]:
+        schema = described(request_model(limits, chat=chat))
+        body = {"required": True, "content": {"application/json": {"schema": schema}}}
+        codes = ("400", "401", "404", "413", "415", "429")
+        responses = {"200": answer, **dict.fromkeys(codes, refused)}
+        return {"post": {"summary": summary, "requestBody": body, "responses": responses}}
 
     def get(summary: str, *codes: str) -> dict[str, Any]:
-        found = {"200": {"description": summary}} | dict.fromkeys(codes, error)
-        return {"get": {"summary": summary, "responses": found}}
+        responses = {"200": {"description": summary}} | dict.fromkeys(codes, refused)
+        return {"get": {"summary": summary, "responses": responses}}
 
     return {
         "openapi": "3.1.0",
         "info": {"title": "logitjax completions", "version": "1"},
-        "components": {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
         "paths": {
-            "/v1/completions": post("Goes on from a prompt.", completion, "prompt"),
-            "/v1/chat/completions": post("Answers a conversation.", chat, "messages"),
+            "/v1/completions": post("Goes on from a prompt.", chat=False),
+            "/v1/chat/completions": post("Answers a conversation.", chat=True),
             "/v1/models": get("What is served.", "401"),
             "/health": get("Whether it still decodes.", "503"),
+        },
+        "components": {
+            "schemas": schemas,
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
     }

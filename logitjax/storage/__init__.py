@@ -24,6 +24,7 @@ from logitjax.storage._manifest import remove_manifest as remove_manifest
 from logitjax.storage._manifest import write_manifest as write_manifest
 from logitjax.storage._numpy_pickle import read_numpy_pickle as read_numpy_pickle
 from logitjax.storage._packages import package_file as package_file
+from logitjax.storage._require import require as require
 from logitjax.storage._rows import ArrayCodec as ArrayCodec
 from logitjax.storage._rows import RowCache as RowCache
 from logitjax.storage._rows import RowCodec as RowCodec

@@ -23,8 +23,9 @@ def source(tmp_path_factory):
 
 
 def _config(source, **changes):
-    values = cache_logits.PRESETS["smoke"] | {"data": source} | changes
-    return cache_logits.Config(**values)
+    small = dict(pivot="tiny", source=("tiny:1",), data=source, seq_len=64, batch_size=2)
+    few = dict(rows="6", cache_top_k=16, tail_samples=2)
+    return cache_logits.Config(**(small | few | changes))
 
 
 def test_writes_caches_that_fit_their_rows(source, tmp_path):

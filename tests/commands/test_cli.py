@@ -16,7 +16,7 @@ class Config:
     name: str = cli.field("a", "A name.")
     kind: str = cli.field("x", "A choice.", choices=("x", "y"))
     layers: tuple[int, ...] = cli.field((), "Some layers.")
-    source: tuple[str, ...] = cli.field(("s",), "Repeatable")
+    source: tuple[str, ...] = cli.field(("s",), "A source.", positional=True)
     rate: float = cli.field(0.5, "A rate.")
     on: bool = cli.field(False, "A switch.")
 
@@ -25,10 +25,9 @@ PRESETS = {"small": {"rate": 0.1}, "large": {"name": "big", "layers": (1, 2)}}
 
 
 def parse(*arguments: str) -> Config:
-    values = flags.FlagValues()
-    cli.define_flags(Config, PRESETS, values)
-    values(["program", "--workdir=w", *arguments])
-    return cli.config_from_flags(Config, PRESETS, values)
+    values = cli.define_flags(Config, PRESETS)
+    rest = values(["program", *arguments])[1:]
+    return cli.config_from_flags(Config, PRESETS, values, rest)
 
 
 def test_first_preset_is_the_default():
@@ -50,6 +49,48 @@ def test_lists_add_up_and_may_be_emptied():
 def test_bad_values_are_refused(argument):
     with pytest.raises((flags.IllegalFlagValueError, ValueError)):
         parse(argument)
+
+
+def test_arguments_without_a_flag_go_to_the_field_that_takes_them():
+    assert parse("p", "--source=q", "r").source == ("q", "p", "r")
+
+
+def test_a_required_value_is_asked_for():
+    @dataclasses.dataclass(frozen=True)
+    class Needy:
+        model: str = cli.field(cli.REQUIRED, "A model.")
+
+    values = cli.define_flags(Needy)
+    values(["program"])
+    with pytest.raises(ValueError, match="model: expected a value, got none; give --model="):
+        cli.config_from_flags(Needy, None, values)
+
+
+def test_help_shows_the_docstring_and_every_flag_with_its_default():
+    text = cli.help_text("logitjax toy", "What it does.", [Config], PRESETS)
+    assert text.startswith("usage: logitjax toy [--flag=value ...] SOURCE ...\n\nWhat it does.")
+    assert "--kind=x|y\n      A choice. Default: x." in text
+    assert "--[no]on\n" in text
+    assert "--preset=small|large" in text
+
+
+def run_alone(config):
+    print(config)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--nmae=b"], "error: Unknown command line flag 'nmae'. Did you mean: name ?"),
+        (["--kind=z"], "error: flag --kind=z: value should be one of <x|y>"),
+        (["--rate=fast"], "error: flag --rate=fast: could not convert string to float: 'fast'"),
+    ],
+)
+def test_a_wrong_flag_is_one_line_and_status_2(capsys, arguments, said):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(Config, PRESETS, run_alone, program="toy", arguments=arguments)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == said + "\n"
 
 
 def test_workdir_keeps_its_configuration(tmp_path):

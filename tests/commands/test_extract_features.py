@@ -12,8 +12,6 @@ import pytest
 from etils import epath
 
 from logitjax import data, few_shot, vision
-from logitjax.commands import extract_features
-from logitjax.commands import features as commands_features
 
 SPEC = "random:resnet8"
 
@@ -28,9 +26,9 @@ def images(split="test[:12]"):
 
 
 def test_a_cache_holds_what_the_encoder_says(tmp_path, encoder):
-    views = commands_features.views_of(encoder, "random:2", seed=3)
+    views = few_shot.encoder_views(encoder, "random:2", seed=3)
     rows = [1, 4, 5, 11]
-    cache = commands_features.extract(
+    cache = few_shot.extract_features(
         encoder, images(), tmp_path, views=views, rows=rows, batch_size=3, dtype="float32"
     )
     found = cache.read(rows)
@@ -41,7 +39,7 @@ def test_a_cache_holds_what_the_encoder_says(tmp_path, encoder):
     np.testing.assert_array_equal(found.labels, images().labels[rows])
     assert cache.class_names == ("0", "1", "2", "3")
     # More rows are added; those there stay.
-    more = commands_features.extract(
+    more = few_shot.extract_features(
         encoder, images(), tmp_path, views=views, rows=[0, 4], batch_size=3, dtype="float32"
     )
     np.testing.assert_array_equal(more.row_numbers, [0, 1, 4, 5, 11])
@@ -50,20 +48,20 @@ def test_a_cache_holds_what_the_encoder_says(tmp_path, encoder):
 
 def test_mismatches_are_said(tmp_path, encoder):
     options = dict(rows=[0, 1], batch_size=2)
-    plain = commands_features.views_of(encoder, "plain")
-    commands_features.extract(encoder, images(), tmp_path, views=plain, **options)
+    plain = few_shot.encoder_views(encoder, "plain")
+    few_shot.extract_features(encoder, images(), tmp_path, views=plain, **options)
     other_size = vision.load_encoder(SPEC, size=24)
     for who, what, views, message in [
         (
             encoder,
             images(),
-            commands_features.views_of(encoder, "plain", fit="pad"),
+            few_shot.encoder_views(encoder, "plain", fit="pad"),
             "its views is",
         ),
         (
             other_size,
             images(),
-            commands_features.views_of(other_size, "plain"),
+            few_shot.encoder_views(other_size, "plain"),
             "its views is 'plain 16 px",
         ),
         (encoder, images("test[:10]"), plain, "its data is .*; its data_fingerprint is"),
@@ -71,32 +69,36 @@ def test_mismatches_are_said(tmp_path, encoder):
         (vision.load_encoder(SPEC, size=16, dtype="bfloat16"), images(), plain, "compute_dtype"),
     ]:
         with pytest.raises(ValueError, match=message):
-            commands_features.extract(who, what, tmp_path, views=views, **options)
+            few_shot.extract_features(who, what, tmp_path, views=views, **options)
     with pytest.raises(ValueError, match="its dtype is 'float16', not 'float32'"):
-        commands_features.extract(
+        few_shot.extract_features(
             encoder, images(), tmp_path, views=plain, dtype="float32", **options
         )
     with pytest.raises(ValueError, match="views must be plain or random:COUNT, got 'random'"):
-        commands_features.views_of(encoder, "random")
+        few_shot.encoder_views(encoder, "random")
 
 
 def test_rows_of_a_set():
     some = images("test[:40]")
-    found = extract_features.rows_of(some, "per_class:2", seed=1)
+    found = few_shot.choose_rows(some, "per_class:2", seed=1)
     np.testing.assert_array_equal(np.bincount(some.labels[found]), [2, 2, 2, 2])
     assert (np.diff(found) > 0).all()
-    assert (found != extract_features.rows_of(some, "per_class:2", seed=2)).any()
+    assert (found != few_shot.choose_rows(some, "per_class:2", seed=2)).any()
     # A class has what it has.
-    assert len(extract_features.rows_of(some, "per_class:100")) == 40
-    np.testing.assert_array_equal(extract_features.rows_of(some, "3"), [0, 1, 2])
-    np.testing.assert_array_equal(extract_features.rows_of(some, "all"), np.arange(40))
+    assert len(few_shot.choose_rows(some, "per_class:100")) == 40
+    np.testing.assert_array_equal(few_shot.choose_rows(some, "3"), [0, 1, 2])
+    np.testing.assert_array_equal(few_shot.choose_rows(some, "all"), np.arange(40))
     for wrong in ("some", "per_class:0", "per_class:", "-3", "per_image:2"):
         with pytest.raises(ValueError, match="rows: expected all, a number or per_class:N"):
-            extract_features.rows_of(some, wrong)
+            few_shot.choose_rows(some, wrong)
 
 
 def start(workdir, *arguments):
-    command = [sys.executable, "-m", "logitjax.commands.extract_features", "--preset=smoke"]
+    command = [
+        *(sys.executable, "-m", "logitjax", "extract-features"),
+        *("--encoder=random:resnet8", "--data=synthetic:4", "--split=test", "--views=plain"),
+        *("--views=random:2", "--rows=per_class:3", "--size=16", "--batch_size=4"),
+    ]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     root = pathlib.Path(__file__).parents[2]
     return subprocess.Popen(

@@ -3,13 +3,10 @@
 import io
 
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 
 from logitjax import decoding, models
-from logitjax.commands import generate, speaker
+from logitjax.commands import generate
 
-flags.FLAGS.mark_as_parsed()
 FEW = dict(max_new_tokens=6)
 
 
@@ -21,20 +18,16 @@ def directory(tmp_path_factory):
     return str(path)
 
 
-def said(capsys, **flags):
-    with flagsaver.flagsaver(**flags):
-        generate.main(["generate"])
+def said(capsys, **values):
+    generate.run(generate.Config(**values))
     return capsys.readouterr().out
 
 
-def refused(capsys, **flags):
-    with flagsaver.flagsaver(**flags), pytest.raises(SystemExit) as stop:
-        generate.main(["generate"])
-    assert stop.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    return error
+def refused(**values):
+    with pytest.raises(ValueError) as error:
+        generate.run(generate.Config(**values))
+    assert "\n" not in str(error.value)
+    return str(error.value)
 
 
 def test_goes_on_from_prompts(directory, capsys):
@@ -46,12 +39,12 @@ def test_goes_on_from_prompts(directory, capsys):
         stop_ids=[tokenizer.eos_id],
         tokenizer=tokenizer,
     )
-    shown = said(capsys, large=directory, prompt=["abc", "abc"], **FEW)
+    shown = said(capsys, model=directory, prompt=("abc", "abc"), **FEW)
     assert shown == 2 * f"abc{out.texts[0]}\n"
 
 
 def test_reads_standard_input_and_fuses(directory, capsys, monkeypatch):
-    small = dict(large=directory, expert=["tiny:1"], base=["tiny:2"], **FEW)
+    small = dict(model=directory, expert=("tiny:1",), base=("tiny:2",), **FEW)
     texts = []
     for draft in (None, "expert"):
         monkeypatch.setattr("sys.stdin", io.StringIO("one\n\ntwo\n"))
@@ -61,24 +54,22 @@ def test_reads_standard_input_and_fuses(directory, capsys, monkeypatch):
     assert texts[0] == texts[1]
 
 
-def test_mistakes_are_one_line(directory, capsys, tmp_path):
-    assert "no strategy" not in refused(capsys, large=directory, fusion="proxy")
+def test_mistakes_are_one_line(directory, tmp_path):
+    assert "no strategy" not in refused(model=directory, fusion="proxy")
     assert "expected one of contrastive" in refused(
-        capsys, large=directory, expert=["tiny"], fusion="magic"
+        model=directory, expert=("tiny",), fusion="magic"
     )
-    assert "proxy takes alpha" in refused(
-        capsys, large=directory, expert=["tiny"], fusion="proxy:beta=1"
-    )
-    assert "nowhere" in refused(capsys, large=str(tmp_path / "nowhere"), prompt=["a"])
-    assert "at most 512" in refused(capsys, large=directory, prompt=["a" * 512], **FEW)
-    assert "temperature" in refused(capsys, large=directory, temperature=-1.0)
+    assert "proxy takes alpha" in refused(model=directory, expert=("tiny",), fusion="proxy:beta=1")
+    assert "nowhere" in refused(model=str(tmp_path / "nowhere"), prompt=("a",))
+    assert "at most 512" in refused(model=directory, prompt=("a" * 512,), **FEW)
+    assert "temperature" in refused(model=directory, temperature=-1.0)
 
 
 def test_conversations_keep_their_turns():
     tokenizer = models.byte_tokenizer()
     template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
     tokenizer.chat_template = template + "{% if add_generation_prompt %}[assistant]{% endif %}"
-    talk = speaker.Conversation(tokenizer, "be brief")
+    talk = generate.Conversation(tokenizer, "be brief")
     assert talk.ask("hi") == "[system]be brief[user]hi[assistant]"
     talk.answered("yes")
     assert talk.ask("so?").endswith("[user]hi[assistant]yes[user]so?[assistant]")

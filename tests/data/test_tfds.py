@@ -198,7 +198,7 @@ def test_other_datasets_name_their_columns(reviews, monkeypatch):
         assert len(list(examples)) == 100
     with pytest.raises(ValueError, match=r"tfds:reviews has no split 'test': \['train'\]"):
         data.load_examples("tfds:reviews", split="test")
-    with pytest.raises(FileNotFoundError, match=r"logitjax.commands.prepare reviews:large"):
+    with pytest.raises(FileNotFoundError, match=r"logitjax prepare reviews:large"):
         data.load_examples("tfds:reviews:large")
     builder = Reviews(data_dir=os.fspath(reviews), config="large", file_format="array_record")
     builder.download_and_prepare(file_format="array_record")
@@ -217,9 +217,7 @@ def test_a_damaged_shard_is_named(tmp_path):
 
 
 def test_an_unprepared_dataset_says_how_to_prepare_it(tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match=r"python -m logitjax.commands.prepare ag_news_subset"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"logitjax prepare ag_news_subset"):
         data.load_examples("tfds:ag_news_subset", data_dir=tmp_path)
     with pytest.raises(ValueError, match="tfds has no dataset 'no_such_thing'"):
         data.prepare("no_such_thing", data_dir=tmp_path)
@@ -227,12 +225,12 @@ def test_an_unprepared_dataset_says_how_to_prepare_it(tmp_path):
 
 def test_the_prepare_command(austen_database, tmp_path):
     arguments = ["austen", f"--data_dir={tmp_path}", f"--manual_dir={tmp_path / 'manual'}"]
-    command = [sys.executable, "-m", "logitjax.commands.prepare", *arguments]
+    command = [sys.executable, "-m", "logitjax", "prepare", *arguments]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     assert done.stdout.strip().endswith(f"austen: {tmp_path}/austen/1.0.0")
-    command[3] = "no_such_thing"
+    command[4] = "no_such_thing"
     failed = subprocess.run(command, capture_output=True, text=True)
-    assert failed.returncode == 1
+    assert failed.returncode == 2
     assert failed.stderr.strip().endswith("error: tfds has no dataset 'no_such_thing'")
 
 

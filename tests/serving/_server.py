@@ -17,7 +17,7 @@ def server(*arguments, timeout=180):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "logitjax.commands.serve", f"--port={port}", *arguments]
+    command = [sys.executable, "-m", "logitjax", "serve", f"--port={port}", *arguments]
     environment = dict(os.environ, JAX_PLATFORMS="cpu")
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     address = f"http://127.0.0.1:{port}"

@@ -12,20 +12,36 @@ import numpy as np
 import openai
 import pytest
 import schemathesis
+from flax import nnx
 
-from experiments.benchmarks.serve import small_model
 from logitjax import fusion, leakage, models
 from logitjax.decoding import DecodeOptions, Ensemble, Sampling, generate
-from logitjax.leakage._http import HttpOracle
 from tests.serving._server import post, server
 
 KEY = "a-key"
 COMPLETIONS = "/v1/completions"
 
 
+def small_model(directory, vocab):
+    """One layer and a wide vocabulary, on disk as any model is."""
+    config = models.DecoderConfig(
+        vocab_size=vocab,
+        hidden_size=64,
+        intermediate_size=128,
+        num_layers=1,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        max_length=512,
+    )
+    model = models.Decoder(config, rngs=nnx.Rngs(0), layout="listed")
+    models.save_pretrained(model, models.byte_tokenizer(), directory)
+    return model
+
+
 @pytest.fixture(scope="module")
 def address():
-    arguments = ("--large=tiny", f"--api_key={KEY}", "--slots=4", "--max_length=96")
+    arguments = ("--model=tiny", f"--api_key={KEY}", "--slots=4", "--max_length=96")
     flags = ("--max_tokens=32", "--max_waiting=40", "--top_logprobs=5", "--bias=reported")
     with server(*arguments, *flags) as (where, process):
         yield where
@@ -233,10 +249,10 @@ def test_a_row_comes_back_over_http(tmp_path):
     wide = small_model(tmp_path, 1000)
     hidden, _ = wide.hidden_states(jnp.array([[5, 6, 7]]))
     truth = np.asarray(jax.nn.log_softmax(wide.logits(hidden)[0, -1]))
-    arguments = (f"--large={tmp_path}", "--bias=reported", "--decimals=7", "--max_length=64")
+    arguments = (f"--model={tmp_path}", "--bias=reported", "--decimals=7", "--max_length=64")
     with server(*arguments, "--slots=8", "--max_waiting=32") as (where, _):
         policy = leakage.LogitPolicy(top_k=5, bias="reported", decimals=7)
-        oracle = HttpOracle(where, policy, workers=16, budget=251)
+        oracle = leakage.HttpOracle(where, policy, workers=16, budget=251)
         row = leakage.recover_log_probs(oracle, [5, 6, 7], 1000)
         assert row.coverage == 1.0
         assert np.abs(row.log_probs - truth).max() < 5e-6
@@ -254,7 +270,7 @@ def test_an_unlearned_model_is_served_as_its_difference(model):
         fuse=fusion.LogitDifference(alpha=0.5),
     )
     want = _greedy((fused, tokenizer), "Hello", 6)
-    arguments = ("--large=tiny", "--expert=tiny:1", "--fusion=logit_difference:alpha=0.5")
+    arguments = ("--model=tiny", "--expert=tiny:1", "--fusion=logit_difference:alpha=0.5")
     with server(*arguments, "--slots=2", "--max_length=64") as (where, _):
         body = {"prompt": "Hello", "max_tokens": 6, "temperature": 0, "logprobs": 2}
         status, answer, _ = post(where, COMPLETIONS, body)
@@ -268,11 +284,11 @@ def test_an_unlearned_model_is_served_as_its_difference(model):
 
 def test_only_this_machine_is_audited():
     with pytest.raises(ValueError, match="expected one of this machine"):
-        HttpOracle("http://example.com", leakage.LogitPolicy(top_k=5))
+        leakage.HttpOracle("http://example.com", leakage.LogitPolicy(top_k=5))
 
 
 def test_noise_is_the_prompt_s_and_decimals_are_kept():
-    arguments = ("--large=tiny", "--noise=1", "--decimals=2", "--bias=none", "--max_length=64")
+    arguments = ("--model=tiny", "--noise=1", "--decimals=2", "--bias=none", "--max_length=64")
     with server(*arguments) as (where, _):
         ask = {"prompt": [40, 41], "max_tokens": 2, "temperature": 0, "logprobs": 3}
         first, again = (post(where, COMPLETIONS, ask)[1]["choices"][0] for _ in range(2))
@@ -288,7 +304,7 @@ def test_noise_is_the_prompt_s_and_decimals_are_kept():
 
 
 def test_settings_that_contradict_are_one_line():
-    command = [sys.executable, "-m", "logitjax.commands.serve", "--soft_cap=5", "--bias=reported"]
+    command = [sys.executable, "-m", "logitjax", "serve", "--soft_cap=5", "--bias=reported"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: soft_cap: with it bias must be none")

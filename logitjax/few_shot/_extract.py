@@ -10,13 +10,24 @@ import numpy as np
 from etils import epath
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from logitjax import data, few_shot, vision
+from logitjax import data, vision
+from logitjax.few_shot._feature_cache import FeatureCache, FeatureIdentity, Features
 
 
-def views_of(
+def encoder_views(
     encoder: vision.Encoder, spec: str, *, fit: str = "crop", seed: int = 0
 ) -> data.ImageViews:
-    """``plain``, or ``random:COUNT``, of the size and with the interpolation an encoder takes."""
+    """Views of pictures as an encoder takes them, in its size and by its interpolation.
+
+    Args:
+        encoder: Who will look at them.
+        spec: `plain`, or `random:COUNT` for so many random crops of each picture.
+        fit: What a square loses (`crop`) or gains (`pad`).
+        seed: Seed of random views.
+
+    Raises:
+        ValueError: The spec is neither.
+    """
     kind, _, count = spec.partition(":")
     if kind not in ("plain", "random") or (kind == "random") != count.isdigit():
         raise ValueError(f"views must be plain or random:COUNT, got {spec!r}")
@@ -31,12 +42,12 @@ def views_of(
     )
 
 
-def identity_of(
+def _identity(
     encoder: vision.Encoder, images: data.ImageSet, views: data.ImageViews, *, dtype: str
-) -> few_shot.FeatureIdentity:
+) -> FeatureIdentity:
     """What a cache of these will say it is made from."""
     colours = dataclasses.asdict(encoder.preprocessing)
-    return few_shot.FeatureIdentity(
+    return FeatureIdentity(
         encoder=encoder.name,
         encoder_fingerprint=encoder.fingerprint,
         preprocessing=" ".join(f"{k}={colours[k]}" for k in ("mean", "std")),
@@ -52,7 +63,7 @@ def identity_of(
     )
 
 
-def extract(
+def extract_features(
     encoder: vision.Encoder,
     images: data.ImageSet,
     directory: epath.PathLike,
@@ -62,11 +73,25 @@ def extract(
     batch_size: int = 16,
     dtype: str = "float16",
     rows_per_shard: int = 256,
-) -> few_shot.FeatureCache:
-    """Encode the rows (all when omitted) that ``directory`` does not hold yet.
+) -> FeatureCache:
+    """Encode pictures once and keep what a frozen encoder sees.
 
-    ``batch_size`` counts pictures; every view of them is encoded in one call, spread over this
-    process's devices. Processes share the shards.
+    Rows that the directory already holds are left alone, so that a call that was killed goes on.
+    Every view of a batch is encoded in one call, spread over this process's devices; processes
+    share the shards.
+
+    Args:
+        encoder: The frozen encoder.
+        images: Pictures with their labels.
+        directory: Becomes the cache, or is one of the same encoder, pictures and views.
+        views: What is seen of each picture, as of `encoder_views`.
+        rows: Numbers of the pictures, as of `choose_rows`; all if omitted.
+        batch_size: Pictures encoded together, with all their views.
+        dtype: Type on disk.
+        rows_per_shard: Pictures a file.
+
+    Raises:
+        ValueError: The directory holds the features of something else; it says which part differs.
     """
     total = batch_size * views.count
     devices = jax.local_devices()
@@ -81,18 +106,18 @@ def extract(
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
 
-        def compute(chunk: np.ndarray) -> few_shot.Features:
+        def compute(chunk: np.ndarray) -> Features:
             fetched = list(pool.map(fetch, chunk.tolist()))
             pixels = np.concatenate([picture for picture, _ in fetched])
             features, logits = placed.encode(jax.device_put(pixels, spread))
             shape = (len(chunk), views.count, -1)
-            return few_shot.Features(
+            return Features(
                 features=features.reshape(shape),
                 logits=None if logits is None else logits.reshape(shape),
                 labels=np.array([label for _, label in fetched], np.int32),
             )
 
-        cache = few_shot.FeatureCache(directory, identity_of(encoder, images, views, dtype=dtype))
+        cache = FeatureCache(directory, _identity(encoder, images, views, dtype=dtype))
         cache.fill(
             np.arange(len(images)) if rows is None else rows,
             compute,
@@ -103,3 +128,27 @@ def extract(
             process_count=jax.process_count(),
         )
         return cache
+
+
+def choose_rows(images: data.ImageSet, spec: str, *, seed: int = 0) -> np.ndarray:
+    """Numbers of pictures by a spec, ascending.
+
+    Args:
+        images: What they are chosen from.
+        spec: `all`, a number from the start, or `per_class:N` at random.
+        seed: Seed of the choice.
+
+    Raises:
+        ValueError: The spec is none of these.
+    """
+    if spec == "all":
+        return np.arange(len(images))
+    kind, _, number = spec.rpartition(":")
+    if kind not in ("", "per_class") or not number.isdigit() or int(number) < 1:
+        raise ValueError(f"rows: expected all, a number or per_class:N, got {spec!r}")
+    if not kind:
+        return np.arange(min(int(number), len(images)))
+    order = np.random.default_rng(seed).permutation(len(images))
+    labels = images.labels[order]
+    classes = range(len(images.class_names))
+    return np.sort(np.concatenate([order[labels == c][: int(number)] for c in classes]))

@@ -1,0 +1,52 @@
+"""Several models by name as one ensemble."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from logitjax import fusion, models
+from logitjax.decoding._ensemble import Ensemble
+
+
+def load_ensemble(
+    large: str,
+    experts: Sequence[str] = (),
+    bases: Sequence[str] = (),
+    fuse: Any = None,
+    *,
+    dtype: str = "float32",
+) -> tuple[Ensemble, models.Tokenizer, tuple[int, ...]]:
+    """Load models by name and let them decode together.
+
+    Small models whose tokenizer differs from the large one's are fused over the tokens that both
+    have.
+
+    Args:
+        large: The model that is steered, or decodes alone; as for `logitjax.models.load`.
+        experts: Tuned small models.
+        bases: What the experts were tuned from: one for all, or one each.
+        fuse: Strategy of `logitjax.fusion`; None for the large model alone.
+        dtype: Compute type.
+
+    Returns:
+        The ensemble, the large model's tokenizer, and the tokens that end an answer, ascending.
+
+    Raises:
+        ValueError: Small models without a strategy or a strategy without them, or small models
+            that number their tokens differently.
+    """
+    small = (*experts, *bases)
+    if (fuse is None) == bool(small):
+        raise ValueError("fusion: experts or bases need a strategy, and a strategy needs them")
+    # Before any weights are read.
+    tokenizer = models.load_tokenizer(large)
+    maps = {fusion.vocabulary_map(tokenizer, models.load_tokenizer(s)) for s in small}
+    if len(maps) > 1:
+        raise ValueError("expert, base: the small models number their tokens differently")
+    for mapping in maps:
+        if not mapping.is_identity:
+            fuse = fusion.OverlapFusion(strategy=fuse, token_map=mapping)
+    loaded = [models.load(s, dtype=dtype, layout="listed")[0] for s in (large, *small)]
+    ends = {*loaded[0].config.eos_ids, *[i for i in (tokenizer.eos_id,) if i is not None]}
+    count = 1 + len(experts)
+    ensemble = Ensemble(loaded[0], experts=loaded[1:count], bases=loaded[count:], fuse=fuse)
+    return ensemble, tokenizer, tuple(sorted(ends))
