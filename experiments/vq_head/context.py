@@ -122,7 +122,7 @@ def _prepare(config: Any, workdir: epath.Path) -> Context:
             source=f"{packed[name].fingerprint}, {config.batch_rows} rows a batch",
         )
         targets = vq.cached_head_targets(
-            root / f"targets_{name}.npz",
+            root / f"targets_{name}",
             cache,
             rows,
             row_bias,

@@ -122,7 +122,6 @@ class RowCache:
     Attributes:
         directory: Where the cache is.
         made_from: What it was made from.
-        row_numbers: The rows there are, ascending.
 
     Raises:
         FileNotFoundError: There is no cache, and no `made_from` to begin one with.
@@ -152,14 +151,22 @@ class RowCache:
         else:
             write_manifest(self.directory, kind, made_from)
             self.made_from = dict(made_from)
-        self._index()
+        self._load()
 
-    def _index(self) -> None:
+    def _load(self) -> None:
         parts = _read_parts(self.directory)
         self._reader = ShardReader(self.directory, [part["shard"] for part in parts])
         rows = [row for part in parts for row in _expand(part["rows"])]
         # Two runs that did not know of each other may both have written a row.
-        self.row_numbers, self._places = np.unique(np.asarray(rows, np.int64), return_index=True)
+        self._rows, self._places = np.unique(np.asarray(rows, np.int64), return_index=True)
+        self._added = False
+
+    @property
+    def row_numbers(self) -> np.ndarray:
+        """The rows there are, ascending."""
+        if self._added:
+            self._load()
+        return self._rows
 
     def __len__(self) -> int:
         return len(self.row_numbers)
@@ -226,7 +233,7 @@ class RowCache:
         cuts = range(0, len(wanted), rows_per_shard)
         mine = [wanted[i : i + rows_per_shard] for i in cuts][process_index::process_count]
         # Anew from the disk: another process may have written since.
-        self._index()
+        self._load()
         todo = [part for part in (self.missing(part) for part in mine) if len(part)]
         count = sum(map(len, todo))
         megabytes = self._codec.bytes_per_row / 1e6
@@ -243,13 +250,11 @@ class RowCache:
                 # A disabled bar does not count.
                 if bar.disable:
                     logging.info("%s: %d of %d rows read", label, done, count)
-        self._index()
 
     def add(self, rows: Rows, computed: Any) -> None:
         """Writes what was computed of these rows as one part."""
         rows = np.asarray(rows, np.int64)
         self._write_part(rows, [(computed, len(rows))], lambda count: None)
-        self._index()
 
     def _write_part(self, rows: np.ndarray, batches: Any, written: Callable[[int], Any]) -> None:
         name = f"part-{rows[0]:08d}-{digest(rows)[:12]}"
@@ -260,6 +265,7 @@ class RowCache:
                 written(count)
         part = {"rows": _ranges(rows), "shard": shard}
         write_atomic(self.directory / f"{name}.json", json.dumps(part))
+        self._added = True  # read when somebody asks: to look at all parts after each is slow
 
 
 def _ahead(rows: np.ndarray, compute: Callable[[np.ndarray], Any], batch_size: int) -> Any:

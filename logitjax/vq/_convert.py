@@ -216,8 +216,8 @@ def convert_head(
     Then mapping and codebook are fitted to the old rows, codebook and biases tuned to the old
     head's distribution, tokens reassigned in between, and the head is written to
     ``workdir/head``. A call that was killed goes on after the hidden states it has, and another
-    configuration of the same ``max_tokens`` reuses them. What the old head says is made again if
-    the head is another one; hidden states of another model or ``source`` are refused.
+    configuration of the same ``max_tokens`` reuses them. What is of another
+    model, head or ``source`` is refused.
 
     Args:
       model: a `logitjax.models.Decoder` with a linear or tied head.
@@ -247,7 +247,7 @@ def convert_head(
         model, batches, root / "hidden", max_tokens=config.max_tokens, source=source
     )
     targets = cached_head_targets(
-        root / f"targets_{config.top}.npz",
+        root / f"targets_{config.top}",
         cache,
         rows,
         row_bias,

@@ -2,18 +2,27 @@
 
 import dataclasses
 import functools
-import hashlib
-import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from etils import epath
 from flax import nnx
+
+from logitjax.storage import (
+    RowCache,
+    check_manifest,
+    digest,
+    has_manifest,
+    read_manifest,
+    write_atomic,
+    write_manifest,
+)
+
+_KIND = "hidden states"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,10 +35,36 @@ class HiddenCache:
     @functools.cached_property
     def fingerprint(self) -> str:
         """Of the labels and a sample of the hidden states."""
-        return fingerprint_of((self.hidden, self.labels))
+        return sampled_digest((self.hidden, self.labels))
 
     def __len__(self) -> int:
         return len(self.labels)
+
+
+def sampled_digest(arrays: Any) -> str:
+    """Tells hidden states and heads apart without reading gigabytes."""
+    return digest(arrays, sample=4096)
+
+
+class _Codec:
+    """A batch's positions, as many as its mask leaves: their count and width, labels, states."""
+
+    bytes_per_row = 0  # differs from batch to batch
+
+    def encode(self, computed: HiddenCache, count: int) -> list[bytes]:
+        header = np.asarray(computed.hidden.shape, "<i8")
+        labels, hidden = computed.labels.astype("<i4"), computed.hidden.astype("<f4")
+        return [header.tobytes() + labels.tobytes() + hidden.tobytes()]
+
+    def decode(self, records: Sequence[bytes]) -> HiddenCache:
+        parts = []
+        for record in records:
+            count, width = (int(n) for n in np.frombuffer(record, "<i8", 2))
+            labels = np.frombuffer(record, "<i4", count, offset=16)
+            hidden = np.frombuffer(record, "<f4", count * width, offset=16 + 4 * count)
+            parts.append((hidden.reshape(count, width), labels))
+        hidden, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        return HiddenCache(hidden, labels)
 
 
 def cache_hidden_states(
@@ -67,25 +102,16 @@ def cache_hidden_states(
     """
     root = epath.Path(directory)
     graphdef, state = nnx.split(model)
-    wanted = {
+    made_from = {
         "max_tokens": max_tokens,
-        "model": fingerprint_of(without_head(state)),
+        "model": sampled_digest(_without_head(state)),
         "source": source,
     }
-    done, begun = root / "cache.json", root / "begun.json"
-    for record in (done, begun):
-        if record.exists():
-            held = json.loads(record.read_text())
-            for name, value in wanted.items():
-                if held.get(name) != value:
-                    raise ValueError(
-                        f"{root} holds hidden states for {name}={held.get(name)}, not {value}: "
-                        "remove it or choose another directory"
-                    )
-    if done.exists():
+    if has_manifest(root):
+        check_manifest(root, _KIND, made_from)
         return open_hidden_states(root)
-    root.mkdir(parents=True, exist_ok=True)
-    begun.write_text(json.dumps(wanted))
+    # One row a batch, until all are there.
+    parts = RowCache(root / "parts", _Codec(), made_from=made_from, kind=_KIND)
 
     @jax.jit
     def run(state: Any, tokens: Any, positions: Any, segment_ids: Any) -> jax.Array:
@@ -94,63 +120,35 @@ def cache_hidden_states(
         )
         return hidden.astype(np.float32)
 
-    count = 0
+    count, used = 0, 0
+    finished = set(parts.row_numbers.tolist())
     for index, batch in enumerate(batches):
-        part = root / f"part_{index:06d}.npz"
-        if not part.exists():
+        if index not in finished:
             hidden = run(state, batch["tokens"], batch["positions"], batch["segment_ids"])
             keep = np.asarray(batch["loss_mask"])[:, 1:]
-            arrays = {
-                "hidden": np.asarray(hidden)[:, :-1][keep],
-                "labels": np.asarray(batch["tokens"])[:, 1:][keep].astype(np.int32),
-            }
-            unfinished = root / "unfinished.npz"
-            with unfinished.open("wb") as file:
-                np.savez(file, **arrays)
-            unfinished.replace(part)
-        with part.open("rb") as file:
-            count += len(np.load(file)["labels"])
+            labels = np.asarray(batch["tokens"])[:, 1:][keep]
+            parts.add([index], HiddenCache(np.asarray(hidden)[:, :-1][keep], labels))
+            count += len(labels)
+        else:
+            count += len(parts.read([index]))
+        used = index + 1
         if index % log_every == 0:
             logging.info("hidden states: %d of %d positions", min(count, max_tokens), max_tokens)
         if count >= max_tokens:
             break
-    parts = sorted(root.glob("part_*.npz"))
-    if not parts:
+    if not used:
         raise ValueError("batches: nothing to run the model over")
-    held = [np.load(part) for part in parts]
+    held = parts.read(range(used))
+    # Whole arrays, because tuning draws positions at random from memory-mapped ones.
     for name in ("hidden", "labels"):
-        values = np.concatenate([arrays[name] for arrays in held])[:max_tokens]
-        with (root / f"{name}.npy").open("wb") as file:
-            np.save(file, values)
-    done.write_text(json.dumps(wanted | {"count": min(count, max_tokens)}))
-    for part in (*parts, begun):
-        part.unlink()
+        array = getattr(held, name)[:max_tokens]
+        write_atomic(root / f"{name}.npy", functools.partial(np.save, arr=array))
+    write_manifest(root, _KIND, made_from, {"count": min(count, max_tokens)})
+    parts.directory.rmtree()
     return open_hidden_states(root)
 
 
-def fingerprint_of(arrays: Any, *, sample: int = 4096) -> str:
-    """Shapes, types and evenly spaced numbers of a pytree of arrays, hashed.
-
-    Not all numbers: any training changes every array, and the rows of a head can be gigabytes.
-
-    >>> fingerprint_of(np.arange(3)) == fingerprint_of(np.arange(3))
-    True
-    >>> fingerprint_of(np.arange(3)) == fingerprint_of(np.arange(4))
-    False
-    """
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(arrays):
-        if not hasattr(leaf, "dtype") or jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            continue
-        digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}".encode())
-        # Along the first axis, then the others: flattening would copy a sharded array.
-        rows = leaf[:: max(1, leaf.shape[0] // 64)] if leaf.ndim else leaf
-        flat = np.asarray(rows).reshape(-1)
-        digest.update(flat[:: max(1, flat.size // sample)].tobytes())
-    return digest.hexdigest()[:32]
-
-
-def without_head(state: Any) -> Any:
+def _without_head(state: Any) -> Any:
     """The parameters that hidden states depend on."""
     return {name: part for name, part in nnx.to_pure_dict(state).items() if name != "head"}
 
@@ -158,8 +156,7 @@ def without_head(state: Any) -> Any:
 def open_hidden_states(directory: str | os.PathLike[str]) -> HiddenCache:
     """A finished cache, for those who no longer have the model that it was made with."""
     root = epath.Path(directory)
-    if not (root / "cache.json").exists():
-        raise FileNotFoundError(f"{root} holds no finished cache of hidden states")
+    read_manifest(root, _KIND)
     return HiddenCache(
         hidden=np.load(os.fspath(root / "hidden.npy"), mmap_mode="r"),
         labels=np.load(os.fspath(root / "labels.npy")),

@@ -1,9 +1,7 @@
 """What an old head says on cached hidden states, kept in a form that tunes a new one cheaply."""
 
 import dataclasses
-import json
 import os
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -15,7 +13,10 @@ from etils import epath
 from jaxtyping import Float
 
 from logitjax.ops import Array, logsumexp, top_k
-from logitjax.vq._hidden_cache import HiddenCache, fingerprint_of
+from logitjax.storage import check_manifest, has_manifest, write_atomic, write_manifest
+from logitjax.vq._hidden_cache import HiddenCache, sampled_digest
+
+_KIND = "head targets"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,6 @@ class HeadTargets:
       rest_counts: ``counts`` without the top ones.
       entropy: mean entropy of the full head, nats.
       nll: ``[count]``, the full head's own loss on the labels, if these were given.
-      made_from: fingerprints of positions, rows and options, where `cached_head_targets` made them.
     """
 
     sums: np.ndarray
@@ -46,29 +46,10 @@ class HeadTargets:
     rest_counts: np.ndarray
     entropy: float
     nll: np.ndarray
-    made_from: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        unfinished = epath.Path(f"{os.fspath(path)}.unfinished")
-        with unfinished.open("wb") as file:
-            arrays: dict[str, Any] = {
-                f.name: getattr(self, f.name) for f in dataclasses.fields(self)
-            }
-            arrays["made_from"] = json.dumps(dict(self.made_from))
-            np.savez(file, **arrays)
-        unfinished.replace(path)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "HeadTargets":
-        with epath.Path(path).open("rb") as file, np.load(file) as held:
-            arrays: dict[str, Any] = {name: held[name] for name in held.files}
-        arrays["entropy"] = float(arrays["entropy"])
-        arrays["made_from"] = json.loads(str(arrays.get("made_from", "{}")))
-        return cls(**arrays)
 
 
 def cached_head_targets(
-    path: str | os.PathLike[str],
+    directory: str | os.PathLike[str],
     cache: HiddenCache,
     rows: Float[Array, "vocab hidden"],
     row_bias: Float[Array, " vocab"] | None = None,
@@ -77,10 +58,10 @@ def cached_head_targets(
     soft_cap: float | None = None,
     block_size: int = 512,
 ) -> HeadTargets:
-    """`head_targets` kept in a file, and made again if that is of other positions or another head.
+    """`head_targets` kept in a directory, which is read the next time.
 
     Args:
-      path: the file.
+      directory: where they are or will be.
       cache: positions and their labels.
       rows: ``[vocab, hidden]``, the full head.
       row_bias: ``[vocab]``, its bias.
@@ -90,22 +71,23 @@ def cached_head_targets(
 
     Returns:
       `HeadTargets`.
+
+    Raises:
+      ValueError: the directory holds those of other positions, another head or other options;
+        names all that differs.
     """
-    path = epath.Path(path)
-    wanted = {
+    root = epath.Path(directory)
+    made_from = {
         "positions": cache.fingerprint,
-        "head": fingerprint_of((rows, row_bias)),
+        "head": sampled_digest((rows, row_bias)),
         "top": top,
         "soft_cap": soft_cap,
     }
-    if path.exists():
-        held = HeadTargets.load(path)
-        apart = [name for name, value in wanted.items() if held.made_from.get(name) != value]
-        if not apart:
-            return held
-        logging.warning(
-            "%s was made with other %s: the full head runs again", path, " and ".join(apart)
-        )
+    if has_manifest(root):
+        check_manifest(root, _KIND, made_from)
+        with (root / "targets.npz").open("rb") as file, np.load(file) as held:
+            arrays: dict[str, Any] = {name: held[name] for name in held.files}
+        return HeadTargets(**arrays | {"entropy": float(arrays["entropy"])})
     targets = head_targets(
         cache.hidden,
         rows,
@@ -115,8 +97,9 @@ def cached_head_targets(
         soft_cap=soft_cap,
         block_size=block_size,
     )
-    targets = dataclasses.replace(targets, made_from=wanted)
-    targets.save(path)
+    arrays = {f.name: getattr(targets, f.name) for f in dataclasses.fields(targets)}
+    write_atomic(root / "targets.npz", lambda file: np.savez(file, **arrays))
+    write_manifest(root, _KIND, made_from)
     return targets
 
 
