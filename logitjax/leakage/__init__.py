@@ -6,28 +6,17 @@ front of a model in the same process and counts what is asked; `recover_log_prob
 say how much of the head has leaked and what a defence takes from honest users.
 """
 
-from logitjax.leakage._alignment import HeadAlignment as HeadAlignment
 from logitjax.leakage._alignment import align_head as align_head
 from logitjax.leakage._alignment import random_head_control as random_head_control
 from logitjax.leakage._alignment import utility_loss as utility_loss
-from logitjax.leakage._completion import Completion as Completion
 from logitjax.leakage._completion import complete_rows as complete_rows
 from logitjax.leakage._corner import corner_matrix as corner_matrix
-from logitjax.leakage._dimension import clip_spectrum as clip_spectrum
-from logitjax.leakage._dimension import max_gap_dimension as max_gap_dimension
 from logitjax.leakage._dimension import noise_edge as noise_edge
-from logitjax.leakage._dimension import noise_edge_dimension as noise_edge_dimension
-from logitjax.leakage._dimension import noise_from_repeats as noise_from_repeats
 from logitjax.leakage._dimension import null_gap as null_gap
 from logitjax.leakage._dimension import rounding_noise as rounding_noise
-from logitjax.leakage._dimension import spectrum_gaps as spectrum_gaps
-from logitjax.leakage._geometry import Geometry as Geometry
 from logitjax.leakage._geometry import compare_geometry as compare_geometry
 from logitjax.leakage._geometry import null_geometry as null_geometry
-from logitjax.leakage._gram import cholesky_qr as cholesky_qr
-from logitjax.leakage._gram import gram_matrix as gram_matrix
 from logitjax.leakage._http import HttpOracle as HttpOracle
-from logitjax.leakage._known_basis import BasisFit as BasisFit
 from logitjax.leakage._known_basis import choose_tokens as choose_tokens
 from logitjax.leakage._known_basis import rows_from_basis as rows_from_basis
 from logitjax.leakage._norm_layer import norm_kind as norm_kind
@@ -36,18 +25,7 @@ from logitjax.leakage._oracle import BudgetExhaustedError as BudgetExhaustedErro
 from logitjax.leakage._oracle import LogitOracle as LogitOracle
 from logitjax.leakage._oracle import prompt_number as prompt_number
 from logitjax.leakage._policy import BIAS as BIAS
-from logitjax.leakage._policy import Answer as Answer
 from logitjax.leakage._policy import LogitPolicy as LogitPolicy
-from logitjax.leakage._recover_row import RecoveredRow as RecoveredRow
 from logitjax.leakage._recover_row import recover_log_probs as recover_log_probs
 from logitjax.leakage._recover_row import row_queries as row_queries
-from logitjax.leakage._sketch import RowSketch as RowSketch
-from logitjax.leakage._sketch import init_sketch as init_sketch
-from logitjax.leakage._sketch import randomised_svd as randomised_svd
-from logitjax.leakage._sketch import sketch_basis as sketch_basis
-from logitjax.leakage._sketch import update_sketch as update_sketch
-from logitjax.leakage._subspace import OutputSubspace as OutputSubspace
 from logitjax.leakage._subspace import estimate_output_subspace as estimate_output_subspace
-from logitjax.leakage._unbias import unbias_alone as unbias_alone
-from logitjax.leakage._unbias import unbias_by_reference as unbias_by_reference
-from logitjax.leakage._unbias import unbias_by_visible as unbias_by_visible

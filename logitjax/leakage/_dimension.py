@@ -79,7 +79,7 @@ def noise_edge_dimension(
 
     Args:
       singular_values: ``[n]``.
-      sigma: noise of one value, see `noise_from_repeats` and `rounding_noise`.
+      sigma: noise of one value, see `rounding_noise`.
       rows: n.
       columns: V.
 
@@ -90,28 +90,6 @@ def noise_edge_dimension(
     2
     """
     return int((clip_spectrum(singular_values) > noise_edge(sigma, rows, columns)).sum())
-
-
-def noise_from_repeats(repeats: Float[Array, "*repeats vocab"]) -> float:
-    """Noise of one value, from answers to the same prompt.
-
-    Args:
-      repeats: ``[..., r, vocab]``, r answers to each prompt. Noise that is keyed by the prompt does
-        not show here.
-
-    Returns:
-      sigma, in the values' units.
-
-    Raises:
-      ValueError: fewer than two answers.
-
-    >>> round(noise_from_repeats(np.array([[1.0, 2.0], [1.0, 4.0]])), 4)
-    1.0
-    """
-    repeats = np.asarray(repeats, np.float64)
-    if repeats.ndim < 2 or repeats.shape[-2] < 2:
-        raise ValueError(f"repeats must be [..., r >= 2, vocab], got {repeats.shape}")
-    return float(np.sqrt(repeats.var(axis=-2, ddof=1).mean()))
 
 
 def rounding_noise(decimals: int) -> float:

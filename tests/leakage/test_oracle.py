@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from logitjax.leakage import Answer, BudgetExhaustedError, LogitPolicy
+from logitjax.leakage import BudgetExhaustedError, LogitPolicy
+from logitjax.leakage._policy import Answer
 from tests.leakage._models import log_softmax, oracle_of
 
 LOGITS = np.array([[0.0, 3.0, 1.0, -2.0], [2.0, 0.5, 0.0, 1.0]])

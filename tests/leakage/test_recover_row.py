@@ -12,10 +12,8 @@ from logitjax.leakage import (
     recover_log_probs,
     row_queries,
     rows_from_basis,
-    unbias_alone,
-    unbias_by_reference,
-    unbias_by_visible,
 )
+from logitjax.leakage._unbias import unbias_alone, unbias_by_reference, unbias_by_visible
 from tests.leakage._models import head_and_states, log_softmax, oracle_of
 
 

@@ -10,26 +10,19 @@ from logitjax.leakage import (
     LogitPolicy,
     _subspace,
     align_head,
-    cholesky_qr,
-    clip_spectrum,
     complete_rows,
     estimate_output_subspace,
-    gram_matrix,
-    init_sketch,
-    max_gap_dimension,
     noise_edge,
-    noise_edge_dimension,
-    noise_from_repeats,
     norm_kind,
     null_gap,
     random_head_control,
-    randomised_svd,
     rounding_noise,
     settle_by_norm,
-    sketch_basis,
-    update_sketch,
     utility_loss,
 )
+from logitjax.leakage._dimension import clip_spectrum, max_gap_dimension, noise_edge_dimension
+from logitjax.leakage._gram import cholesky_qr, gram_matrix
+from logitjax.leakage._sketch import init_sketch, randomised_svd, sketch_basis, update_sketch
 from tests.leakage._models import head_and_states, log_softmax, oracle_of
 
 VOCAB, WIDTH, COUNT = 1200, 24, 90
@@ -137,16 +130,8 @@ def test_estimators_on_hand_worked_spectra():
         max_gap_dimension(spectrum, smallest=6)
 
 
-def test_noise_is_measured_from_repeats_and_its_own_gap_is_small():
-    rng = np.random.default_rng(0)
-    repeats = rng.standard_normal((5, 1, 400)) + 0.4 * rng.standard_normal((5, 4, 400))
-    assert noise_from_repeats(repeats) == pytest.approx(0.4, rel=0.05)
+def test_noise_edge_bounds_pure_noise_whose_gaps_are_small():
     assert null_gap(40, 4000, jax.random.key(0)) < 0.2
-    with pytest.raises(ValueError, match="r >= 2"):
-        noise_from_repeats(repeats[:, :1])
-
-
-def test_noise_edge_bounds_pure_noise():
     noise = 0.5 * np.random.default_rng(1).standard_normal((60, 900))
     largest = np.linalg.svd(noise, compute_uv=False)[0]
     assert 0.95 < largest / noise_edge(0.5, 60, 900) < 1.05
