@@ -4,12 +4,6 @@
 """
 
 from logitjax.transport._bounds import first_lower_bound as first_lower_bound
-from logitjax.transport._bounds import moment_lower_bound as moment_lower_bound
-from logitjax.transport._bounds import second_lower_bound as second_lower_bound
-from logitjax.transport._bounds import sorted_rows_lower_bound as sorted_rows_lower_bound
-from logitjax.transport._bounds import third_lower_bound as third_lower_bound
-from logitjax.transport._certificate import Certificate as Certificate
-from logitjax.transport._certificate import best_sorted_coupling as best_sorted_coupling
 from logitjax.transport._certificate import certificate as certificate
 from logitjax.transport._coupling import gw_at_coupling as gw_at_coupling
 from logitjax.transport._features import Feature as Feature
@@ -18,11 +12,6 @@ from logitjax.transport._features import gather_positions as gather_positions
 from logitjax.transport._features import graph_features as graph_features
 from logitjax.transport._features import sparse_products as sparse_products
 from logitjax.transport._graph import FactoredGraph as FactoredGraph
-from logitjax.transport._matching_bounds import diagonal_lower_bound as diagonal_lower_bound
-from logitjax.transport._matching_bounds import (
-    gilmore_lawler_lower_bound as gilmore_lawler_lower_bound,
-)
-from logitjax.transport._matching_bounds import spectral_lower_bound as spectral_lower_bound
-from logitjax.transport._sorted import Coupling as Coupling
+from logitjax.transport._refine import Refinement as Refinement
 from logitjax.transport._sorted import sorted_coupling as sorted_coupling
 from logitjax.transport._sorted import sorted_gw_lower_bound as sorted_gw_lower_bound

@@ -30,7 +30,7 @@ from logitjax.transport._matching_bounds import (
     gilmore_lawler,
     spectral_lower_bound,
 )
-from logitjax.transport._refine import Refine, refine_matching
+from logitjax.transport._refine import Refinement, refine_matching
 from logitjax.transport._sorted import Coupling, sorted_coupling
 
 Scale = Literal["joint", "separate", "none"]
@@ -64,9 +64,7 @@ def certificate(
     p: int = 2,
     scale: Scale = "joint",
     bounds: Bounds = "cheap",
-    refine: Refine = "none",
-    steps: int = 100,
-    restarts: int = 8,
+    refine: Refinement | None = None,
     key: jax.Array | None = None,
     candidates: Sequence[Coupling] = (),
 ) -> Certificate:
@@ -91,12 +89,8 @@ def certificate(
             `second_lower_bound`), n^2 log n; ``third``: also `third_lower_bound` or, for matchings,
             `gilmore_lawler_lower_bound` (whose assignment then is a candidate) and
             `spectral_lower_bound`, n^3.
-        refine: ``none`` keeps n x n numbers away; ``exchange`` swaps pairs of nodes, an n^3
-            matrix product a step; ``assignment`` takes conditional-gradient steps (Hungarian
-            algorithm); ``search`` both, then ``restarts`` times from a shaken matching. p = 2,
-            equal sizes, uniform weights.
-        steps: at most this many of each kind of step in a row.
-        restarts: of ``search``.
+        refine: how the coupling is improved; it needs p = 2, equal sizes and uniform weights. Left
+            out, nothing of size n x n is made.
         key: ``jax.random.key`` of the restarts; ``jax.random.key(0)`` if left out.
         candidates: more couplings to start from, for example of a shared vocabulary.
 
@@ -107,9 +101,9 @@ def certificate(
         ValueError: for unknown options, or a refinement outside its conditions.
 
     >>> import jax.numpy as jnp
-    >>> from logitjax.transport import FactoredGraph
-    >>> z = jnp.array([[1.0, 2.0, 0.0], [0.0, 1.0, 1.0]])
-    >>> answer = certificate(FactoredGraph(z), FactoredGraph(z[:, ::-1] + 0.1), refine="exchange")
+    >>> from logitjax.transport import FactoredGraph, Refinement
+    >>> z, how = jnp.array([[1.0, 2.0, 0.0], [0.0, 1.0, 1.0]]), Refinement("exchange")
+    >>> answer = certificate(FactoredGraph(z), FactoredGraph(z[:, ::-1] + 0.1), refine=how)
     >>> bool(0 < answer.lower), bool(answer.lower <= answer.upper), answer.coupling.rows.shape
     (True, True, (3,))
 
@@ -121,15 +115,14 @@ def certificate(
     for name, value, kind in (
         ("scale", scale, Scale),
         ("bounds", bounds, Bounds),
-        ("refine", refine, Refine),
     ):
         if value not in get_args(kind):
             raise ValueError(f"{name}: expected one of {get_args(kind)}, got {value!r}")
     uniform = c_weights is None and d_weights is None and num_nodes(c) == num_nodes(d)
-    if refine != "none" and not (uniform and p == 2):
+    if refine is not None and not (uniform and p == 2):
         raise ValueError(
-            f"refine: {refine!r} needs p=2, as many nodes in c as in d and no weights; got p={p}, "
-            f"{num_nodes(c)} and {num_nodes(d)} nodes"
+            f"refine: {refine.kind!r} needs p=2, as many nodes in c as in d and no weights; "
+            f"got p={p}, {num_nodes(c)} and {num_nodes(d)} nodes"
         )
     if scale != "none":
         d_scale = _rms(d, d_weights)
@@ -149,14 +142,12 @@ def certificate(
     coupling, _ = best_sorted_coupling(
         c, d, c_weights=c_weights, d_weights=d_weights, p=p, candidates=candidates
     )
-    if refine != "none":
+    if refine is not None:
         fixed = jax.lax.stop_gradient((c, d))
         x, y = (dense_matrix(g) for g in fixed)
         start = jnp.zeros_like(coupling.columns).at[coupling.rows].set(coupling.columns)
         key = jax.random.key(0) if key is None else key
-        refined = refine_matching(
-            x, y, start, refine=refine, steps=steps, restarts=restarts, key=key
-        )
+        refined = refine_matching(x, y, start, how=refine, key=key)
         # Compared once more by the cost itself, so that no rounding can make it worse.
         coupling, _ = _cheapest(*fixed, [coupling, _uniform(refined)], p)
     return Certificate(

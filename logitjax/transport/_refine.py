@@ -1,19 +1,45 @@
 """Local search over matchings of two graphs of equal size, p = 2."""
 
-from typing import Literal
+import dataclasses
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
 
-Refine = Literal["none", "exchange", "assignment", "search"]
+Kind = Literal["exchange", "assignment", "search"]
 
 # A move has to gain this share of the objective, or float32 noise would keep the search alive.
 _GAIN = 1e-6
 
 
-def refine_matching(c, d, matching, *, refine, steps, restarts, key):
+@dataclasses.dataclass(frozen=True)
+class Refinement:
+    """How a matching of two graphs is improved, for `certificate`.
+
+    Attributes:
+        kind: ``exchange`` swaps pairs of nodes, an n^3 matrix product a step; ``assignment`` takes
+            conditional-gradient steps (Hungarian algorithm); ``search`` both, then ``restarts``
+            times from a shaken matching.
+        steps: at most this many of each kind of step in a row.
+        restarts: of ``search``.
+
+    >>> Refinement("exchange").steps
+    100
+    """
+
+    kind: Kind
+    steps: int = 100
+    restarts: int = 8
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"refine: expected one of {get_args(Kind)}, got {self.kind!r}")
+
+
+def refine_matching(c, d, matching, *, how: Refinement, key):
     """Raise ``sum_ij C_ij D_{q_i q_j}`` from the matching q; the cost falls by twice the gain."""
+    refine, steps, restarts = how.kind, how.steps, how.restarts
     start = matching, _objective(c, d, matching)
     if refine == "assignment":
         return _climb(_assignment, c, d, start, steps)[0]

@@ -15,18 +15,28 @@ import scipy.optimize
 import scipy.stats
 
 from logitjax import transport
-from logitjax.transport import Coupling, FactoredGraph
+from logitjax.transport import FactoredGraph
+from logitjax.transport._bounds import (
+    moment_lower_bound,
+    second_lower_bound,
+    sorted_rows_lower_bound,
+    third_lower_bound,
+)
+from logitjax.transport._matching_bounds import (
+    diagonal_lower_bound,
+    gilmore_lawler_lower_bound,
+    spectral_lower_bound,
+)
+from logitjax.transport._sorted import Coupling
 
 N, T = 6, 5
-certificate = jax.jit(
-    transport.certificate, static_argnames=("p", "scale", "bounds", "refine", "restarts")
-)
+certificate = jax.jit(transport.certificate, static_argnames=("p", "scale", "bounds", "refine"))
 first, second, third = (
     jax.jit(f, static_argnames="p")
     for f in (
         transport.first_lower_bound,
-        transport.second_lower_bound,
-        transport.third_lower_bound,
+        second_lower_bound,
+        third_lower_bound,
     )
 )
 
@@ -67,21 +77,24 @@ def bracket(z, w):
     for p in (1, 2):
         out[f"exact{p}"] = brute_force(c, d, p)
         out[f"first{p}"] = transport.first_lower_bound(FactoredGraph(z), FactoredGraph(w), p=p)
-        out[f"second{p}"] = transport.second_lower_bound(c, d, p=p)
-        out[f"rows{p}"] = transport.sorted_rows_lower_bound(c, d, p=p)
-        out[f"third{p}"] = transport.third_lower_bound(c, d, p=p)
+        out[f"second{p}"] = second_lower_bound(c, d, p=p)
+        out[f"rows{p}"] = sorted_rows_lower_bound(c, d, p=p)
+        out[f"third{p}"] = third_lower_bound(c, d, p=p)
         out[f"upper{p}"] = transport.certificate(c, d, p=p, scale="none").upper
-    out["moment2"] = transport.moment_lower_bound(FactoredGraph(z), FactoredGraph(w))
-    out["spectral2"] = transport.spectral_lower_bound(c, d)
-    out["diagonal2"] = transport.diagonal_lower_bound(FactoredGraph(z), FactoredGraph(w))
-    out["lawler2"] = transport.gilmore_lawler_lower_bound(c, d, branches=0)
-    out["branched2"] = transport.gilmore_lawler_lower_bound(c, d, branches=2)
-    out["all_branches2"] = transport.gilmore_lawler_lower_bound(c, d, branches=N)
+    out["moment2"] = moment_lower_bound(FactoredGraph(z), FactoredGraph(w))
+    out["spectral2"] = spectral_lower_bound(c, d)
+    out["diagonal2"] = diagonal_lower_bound(FactoredGraph(z), FactoredGraph(w))
+    out["lawler2"] = gilmore_lawler_lower_bound(c, d, branches=0)
+    out["branched2"] = gilmore_lawler_lower_bound(c, d, branches=2)
+    out["all_branches2"] = gilmore_lawler_lower_bound(c, d, branches=N)
     rms = (transport.graph_features(x, feature="row_rms") for x in (z, w))
     out["rms2"] = transport.sorted_gw_lower_bound(*rms, p=2)
     for refine in ("exchange", "assignment", "search"):
         answer = transport.certificate(
-            FactoredGraph(z), FactoredGraph(w), scale="none", refine=refine, restarts=2
+            FactoredGraph(z),
+            FactoredGraph(w),
+            scale="none",
+            refine=transport.Refinement(refine, restarts=2),
         )
         out[f"{refine}2"] = answer.upper
         out[f"mass_{refine}"] = jnp.abs(
@@ -135,7 +148,11 @@ def test_seven_nodes():
         x, y = pair
         c, d = x.T @ x, y.T @ y
         answer = transport.certificate(
-            FactoredGraph(x), FactoredGraph(y), scale="none", bounds="third", refine="search"
+            FactoredGraph(x),
+            FactoredGraph(y),
+            scale="none",
+            bounds="third",
+            refine=transport.Refinement("search"),
         )
         return answer.lower, brute_force(c, d, 2), answer.upper
 
@@ -158,7 +175,7 @@ def test_gilmore_lawler_equals_the_assignment_of_scipy():
         i, k = scipy.optimize.linear_sum_assignment(costs)
         return costs[i, k].sum()
 
-    got = transport.gilmore_lawler_lower_bound(*np.float32([c, d]), branches=0)
+    got = gilmore_lawler_lower_bound(*np.float32([c, d]), branches=0)
     np.testing.assert_allclose(got, plain(c, d) / 49, rtol=1e-5)
     h, values = np.argmax(np.diag(c)), []
     for k in range(7):
@@ -166,7 +183,7 @@ def test_gilmore_lawler_equals_the_assignment_of_scipy():
         exact = 2 * np.square(c[rest, h][:, None] - d[others, k])
         inner = plain(c[np.ix_(rest, rest)], d[np.ix_(others, others)], exact)
         values.append(inner + (c[h, h] - d[k, k]) ** 2)
-    got = transport.gilmore_lawler_lower_bound(*np.float32([c, d]), branches=7)
+    got = gilmore_lawler_lower_bound(*np.float32([c, d]), branches=7)
     np.testing.assert_allclose(got, min(values) / 49, rtol=1e-5)
 
 
@@ -189,7 +206,9 @@ def test_every_bound_is_blind_to_hexagon_and_two_triangles():
 
     hexagon = (cycle(6) + 2 * np.eye(6)).astype(np.float32)
     triangles = np.kron(np.eye(2), cycle(3)).astype(np.float32) + 2 * np.eye(6, dtype=np.float32)
-    answer = certificate(hexagon, triangles, scale="none", bounds="third", refine="search")
+    answer = certificate(
+        hexagon, triangles, scale="none", bounds="third", refine=transport.Refinement("search")
+    )
     np.testing.assert_allclose(answer.lower, 0.0, atol=1e-7)
     np.testing.assert_allclose(answer.upper, 2 / 9, rtol=1e-5)
     np.testing.assert_allclose(brute_force(hexagon, triangles, 2), 2 / 9, rtol=1e-5)
@@ -256,7 +275,7 @@ def test_scales():
     c, d, _, _ = weighted_case()
     d = d[:5, :5]
     c = c[:5, :5]
-    kwargs = {"refine": "exchange"}
+    kwargs = {"refine": transport.Refinement("exchange")}
     none = certificate(c, d, scale="none", **kwargs)
     joint = certificate(c, d, **kwargs)
     unit = np.square(d).mean()
@@ -270,8 +289,8 @@ def test_scales():
 def test_bad_inputs_name_the_culprit():
     c, d, a, _ = weighted_case()
     with pytest.raises(ValueError, match="refine: 'exchange' needs p=2, as many nodes"):
-        transport.certificate(c, d, refine="exchange")
+        transport.certificate(c, d, refine=transport.Refinement("exchange"))
     with pytest.raises(ValueError, match=r"d: sorted_rows_lower_bound needs as many nodes as c, 7"):
-        transport.sorted_rows_lower_bound(c, d)
+        sorted_rows_lower_bound(c, d)
     with pytest.raises(ValueError, match="p: expected at least 1"):
         transport.sorted_gw_lower_bound(a, a, p=0)

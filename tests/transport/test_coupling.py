@@ -7,7 +7,9 @@ import pytest
 import scipy.stats
 
 from logitjax import transport
-from logitjax.transport import Coupling, FactoredGraph, _coupling
+from logitjax.transport import FactoredGraph, _coupling
+from logitjax.transport._bounds import moment_lower_bound, third_lower_bound
+from logitjax.transport._sorted import Coupling
 
 cost = jax.jit(transport.gw_at_coupling, static_argnames="p")
 
@@ -68,7 +70,9 @@ def test_envelope_gradient_of_the_upper_bound_equals_finite_differences():
 
     def upper(values):
         graph = FactoredGraph(values, c.ids, c.num_nodes)
-        return transport.certificate(graph, d, scale="none", refine="exchange")
+        return transport.certificate(
+            graph, d, scale="none", refine=transport.Refinement("exchange")
+        )
 
     coupling = jax.jit(upper)(c.values).coupling
     gradient = jax.jit(jax.grad(lambda v: upper(v).upper))(c.values)
@@ -112,8 +116,8 @@ def test_lower_bounds_have_finite_gradients_where_graphs_are_equal_or_empty():
     def loss(x):
         graph, same = FactoredGraph(x), FactoredGraph(z)
         bounds = (
-            transport.moment_lower_bound(graph, same),
-            transport.third_lower_bound(graph, same),
+            moment_lower_bound(graph, same),
+            third_lower_bound(graph, same),
             transport.first_lower_bound(graph, same),
         )
         return sum(bounds)
@@ -127,7 +131,9 @@ def test_certificate_under_vmap():
     z, w = rng.normal(size=(2, 3, 4, 6)).astype(np.float32)
 
     def one(x, y):
-        return transport.certificate(FactoredGraph(x), FactoredGraph(y), refine="exchange")
+        return transport.certificate(
+            FactoredGraph(x), FactoredGraph(y), refine=transport.Refinement("exchange")
+        )
 
     together = jax.jit(jax.vmap(one))(z, w)
     alone = jax.jit(one)

@@ -20,7 +20,9 @@ def test_entropic_solution_lies_in_the_certificate():
     answer = reference.entropic_gw(c, d)
     assert answer.converged
     assert answer.marginal_error < 1e-3
-    bounds = transport.certificate(c, d, scale="none", bounds="third", refine="search")
+    bounds = transport.certificate(
+        c, d, scale="none", bounds="third", refine=transport.Refinement("search")
+    )
     # Its plan is a coupling, so its cost is no lower than the bound, and it is close to ours.
     assert bounds.lower <= answer.value
     assert bounds.upper <= 1.02 * answer.value
