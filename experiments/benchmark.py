@@ -23,6 +23,9 @@ _SCALE = flags.DEFINE_enum("scale", "full", ["smoke", "full"], "smoke: seconds; 
 _REPEATS = flags.DEFINE_integer(
     "repeats", 5, "Timed calls of each peer, in alternation.", lower_bound=1
 )
+_ONLY = flags.DEFINE_string(
+    "only", "", "Parts of a benchmark that has some: areas of mutations, with commas between them."
+)
 _WORKDIR = flags.DEFINE_string("workdir", "runs/benchmarks", "Results go to WORKDIR/NAME.")
 _PAGE = flags.DEFINE_bool(
     "page", False, "Print what WORKDIR holds as the sections of docs/benchmarks.md, and stop."
@@ -100,7 +103,10 @@ def main(argv: Sequence[str]) -> None:
     for name in known if "all" in wanted else wanted:
         module = importlib.import_module(f"experiments.benchmarks.{name}")
         options = _suite.Options(
-            directory=Path(_WORKDIR.value) / name, scale=_SCALE.value, repeats=_REPEATS.value
+            directory=Path(_WORKDIR.value) / name,
+            scale=_SCALE.value,
+            repeats=_REPEATS.value,
+            only=_ONLY.value,
         )
         result = module.run(options)
         print(f"\n## {name}\n\n{_suite.write(name, result, options)}", flush=True)

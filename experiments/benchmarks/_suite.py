@@ -18,11 +18,15 @@ from experiments.shared.report import markdown_table
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """Where results go, and how long a benchmark may take: ``scale`` is ``smoke`` or ``full``."""
+    """Where results go, and how long a benchmark may take: ``scale`` is ``smoke`` or ``full``.
+
+    ``only`` names parts of a benchmark that has some, with commas between them.
+    """
 
     directory: Path
     scale: str = "full"
     repeats: int = 5
+    only: str = ""
 
     @property
     def smoke(self) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 from absl import logging
 
 from logitjax import unlearning
-from logitjax.data import TokenizerLike
+from logitjax.data import Tokenizer
 from logitjax.evaluation import PromptTemplate, encode_answer
 from logitjax.unlearning import TofuItem
 
@@ -209,7 +209,7 @@ def augment(
 
 
 def encode(
-    items: Sequence[TofuItem], tokenizer: TokenizerLike, template: PromptTemplate, length: int
+    items: Sequence[TofuItem], tokenizer: Tokenizer, template: PromptTemplate, length: int
 ) -> Rows:
     """Rows of one length, padded at the end, ``mask`` at the tokens of the answers."""
     pad = next((i for i in (tokenizer.pad_id, tokenizer.eos_id) if i is not None), 0)
@@ -225,7 +225,7 @@ def encode(
 
 def packed(
     items: Sequence[TofuItem],
-    tokenizer: TokenizerLike,
+    tokenizer: Tokenizer,
     template: PromptTemplate,
     length: int,
     row_length: int,

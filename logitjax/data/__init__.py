@@ -14,4 +14,4 @@ from logitjax.data._packed import PackedDataset as PackedDataset
 from logitjax.data._packed import open_packed as open_packed
 from logitjax.data._recognition import RECOGNITION_SETS as RECOGNITION_SETS
 from logitjax.data._recognition import RecognitionSet as RecognitionSet
-from logitjax.data._tokenizer import TokenizerLike as TokenizerLike
+from logitjax.data._tokenizer import Tokenizer as Tokenizer

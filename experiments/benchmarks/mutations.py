@@ -1,0 +1,579 @@
+"""Small faults put into the library one at a time: do the tests that should notice fail?
+
+Mutants come from rules (`_mutants`) and are drawn by a seed; each goes into a copy of the tree and
+meets the tests that `AREAS` names for its file, and the file's own doctests. What survives is
+listed with its edit and killed by a new test, or explained in ``equivalent_mutants.toml``. Results
+are kept as they come, and hold as long as the file and its tests stay as they are: a run that was
+ended goes on. ``--only=losses,step`` runs some areas.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import shutil
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.benchmarks import _mutants, _suite
+from experiments.benchmarks._mutants import Mutant
+from experiments.benchmarks._mutation_worker import Worker
+from experiments.shared.report import markdown_table
+
+_ROOT = Path(__file__).parents[2]
+_SEED = 24
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Area:
+    """Files that are mutated together: how often, and what tests each of them has.
+
+    Paths are without ``logitjax/`` and ``.py``, tests without ``tests/`` and ``.py``.
+    """
+
+    mutants: int
+    files: Mapping[str, Sequence[str]]
+
+
+_LINEAR = ("losses/test_linear_losses", "losses/test_sparse_teacher")
+_DECODER = ("models/test_cache", "models/test_decoder")
+_BOUNDS = ("transport/test_bounds", "transport/test_reference")
+_DYNAMIC = ("fusion/test_dynamic", "fusion/test_several_experts")
+
+AREAS: Mapping[str, Area] = {
+    "losses": Area(
+        mutants=22,
+        files={
+            "losses/_cross_entropy": ("losses/test_cross_entropy",),
+            "losses/_divergences": ("losses/test_divergences",),
+            "losses/_graph_statistics": ("distillation/test_graph_on_logits",),
+            "losses/_linear_divergences": ("losses/test_linear_losses",),
+            "losses/_linear_readout": ("losses/test_linear_losses",),
+            "losses/_sparse_teacher": ("losses/test_sparse_teacher",),
+            "losses/_tail_sample": ("losses/test_sparse_teacher",),
+            "unlearning/_losses": ("unlearning/test_losses",),
+            "unlearning/_linear_losses": ("unlearning/test_losses",),
+            "unlearning/_targets": ("unlearning/test_losses",),
+        },
+    ),
+    "sweep": Area(
+        mutants=14,
+        files={
+            "losses/sweep/_call": _LINEAR,
+            "losses/sweep/_engine": _LINEAR,
+            "losses/sweep/_statistics": _LINEAR,
+            "losses/sweep/_weighted": _LINEAR,
+        },
+    ),
+    "distillation": Area(
+        mutants=20,
+        files={
+            "distillation/_align_gradients": ("distillation/test_align_gradients",),
+            "distillation/_alignment": ("distillation/test_alignment",),
+            "distillation/_binary_kl": ("distillation/test_dual_head",),
+            "distillation/_dual_head": ("distillation/test_dual_head",),
+            "distillation/_graph_fusion": ("distillation/test_graph_fusion",),
+            "distillation/_graph_on_logits": ("distillation/test_graph_on_logits",),
+            "distillation/_knowledge_distillation": ("distillation/test_knowledge_distillation",),
+            "distillation/_linear_graph_fusion": ("distillation/test_graph_fusion",),
+            "distillation/_universal_logit_distance": (
+                "distillation/test_universal_logit_distance",
+            ),
+        },
+    ),
+    "attention": Area(
+        mutants=16,
+        files={
+            "models/_attention": _DECODER,
+            "models/_cache": _DECODER,
+            "models/_rope": _DECODER,
+        },
+    ),
+    "packing": Area(
+        mutants=14,
+        files={
+            "data/_documents": ("data/test_packing",),
+            "data/_order": ("data/test_order",),
+            "data/_pack": ("data/test_packing",),
+            "data/_packed": ("data/test_packing",),
+        },
+    ),
+    "step": Area(
+        mutants=10,
+        files={
+            "training/_metrics": ("training/test_step", "training/test_loop"),
+            "training/_step": ("training/test_step",),
+        },
+    ),
+    "decoding": Area(
+        mutants=18,
+        files={
+            "decoding/_draft_control": ("decoding/test_speculate",),
+            "decoding/_sampling": ("decoding/test_sampling", "decoding/test_engine"),
+            "decoding/_speculate": ("decoding/test_speculate",),
+            "decoding/_step": ("decoding/test_engine", "decoding/test_generate"),
+        },
+    ),
+    "fusion": Area(
+        mutants=14,
+        files={
+            "fusion/_dynamic": _DYNAMIC,
+            "fusion/_inputs": (*_DYNAMIC, "fusion/test_static"),
+            "fusion/_joint": ("fusion/test_several_experts",),
+            "fusion/_logit_difference": ("fusion/test_static",),
+            "fusion/_path": _DYNAMIC,
+            "fusion/_solve": _DYNAMIC,
+            "fusion/_static": ("fusion/test_static",),
+            "fusion/_token_map": ("fusion/test_token_map",),
+        },
+    ),
+    "leakage": Area(
+        mutants=16,
+        files={
+            "leakage/_alignment": ("leakage/test_geometry", "leakage/test_subspace"),
+            "leakage/_completion": ("leakage/test_subspace",),
+            "leakage/_corner": ("leakage/test_subspace",),
+            "leakage/_dimension": ("leakage/test_subspace",),
+            "leakage/_geometry": ("leakage/test_geometry",),
+            "leakage/_gram": ("leakage/test_subspace",),
+            "leakage/_known_basis": ("leakage/test_recover_row",),
+            "leakage/_policy": ("leakage/test_oracle",),
+            "leakage/_recover_row": ("leakage/test_recover_row",),
+            "leakage/_sketch": ("leakage/test_subspace",),
+            "leakage/_subspace": ("leakage/test_subspace",),
+            "leakage/_unbias": ("leakage/test_recover_row",),
+        },
+    ),
+    "transport": Area(
+        mutants=16,
+        files={
+            "transport/_bounds": _BOUNDS,
+            "transport/_certificate": _BOUNDS,
+            "transport/_coupling": ("transport/test_coupling",),
+            "transport/_features": ("transport/test_features",),
+            "transport/_matching_bounds": _BOUNDS,
+            "transport/_refine": ("transport/test_reference",),
+            "transport/_sorted": (*_BOUNDS, "distillation/test_graph_on_logits"),
+        },
+    ),
+    "metrics": Area(
+        mutants=14,
+        files={
+            "evaluation/_nll": ("unlearning/test_tofu",),
+            "evaluation/_perplexity": ("unlearning/test_tofu",),
+            "evaluation/_rouge": ("unlearning/test_metrics",),
+            "unlearning/_forget_quality": ("unlearning/test_metrics",),
+            "unlearning/_memorisation": ("unlearning/test_metrics",),
+            "unlearning/_tofu_metrics": ("unlearning/test_metrics", "unlearning/test_tofu"),
+            "unlearning/_truth_ratio": ("unlearning/test_metrics",),
+        },
+    ),
+    "vq": Area(
+        mutants=12,
+        files={
+            "vq/_assignment": ("vq/test_assignment",),
+            "vq/_decode": ("vq/test_decode",),
+            "vq/_kmeans": ("vq/test_assignment",),
+            "vq/_loss": ("vq/test_loss",),
+        },
+    ),
+    "loaders": Area(
+        mutants=16,
+        files={
+            "models/_gguf": ("models/test_gguf",),
+            "models/_load": ("models/test_loading",),
+            "models/_weight_map": ("models/test_families", "models/test_loading"),
+            "storage/_safetensors": ("models/test_loading",),
+            "storage/_torch_checkpoint": ("storage/test_torch_checkpoint",),
+        },
+    ),
+}
+
+# Faults that tests once let pass, written by hand: they run whatever is drawn.
+NAMED: Sequence[tuple[str, str, str, str]] = (
+    (
+        "the edge of a sliding window in a packed mask",
+        "models/_attention",
+        "index[:, None] - index[None, :] < window",
+        "index[:, None] - index[None, :] <= window",
+    ),
+    (
+        "the gradient of an unlearning reference",
+        "unlearning/_losses",
+        "return nll - jax.lax.stop_gradient(reference)",
+        "return nll - reference",
+    ),
+    (
+        "the microbatch in the step's key",
+        "training/_step",
+        "jax.random.fold_in(key, index)",
+        "key",
+    ),
+    (
+        "infinity where a student gives nothing to a token of the teacher's",
+        "losses/_divergences",
+        "jnp.where(p > 0, jnp.inf, 0.0)",
+        "0.0",
+    ),
+    (
+        "the same, of a teacher's top tokens",
+        "losses/_sparse_teacher",
+        "jnp.where(mass > 0, jnp.inf, 0.0)",
+        "0.0",
+    ),
+    (
+        "the same, in the sweep",
+        "losses/sweep/_statistics",
+        "jnp.where(escaped > 0, jnp.inf, finite)",
+        "finite",
+    ),
+    (
+        "the rule of restricted_gap",
+        "leakage/_subspace",
+        "smallest = min(max(1, count // 20), len(values) - 1)",
+        "smallest = 1",
+    ),
+    (
+        "the first position of a packed row",
+        "data/_documents",
+        "mask[:1] = False",
+        "mask[:0] = False",
+    ),
+    (
+        "the first position of a packed conversation",
+        "data/_pack",
+        "mask[:1] = False",
+        "mask[:0] = False",
+    ),
+)
+# What a smoke run tries: tests of these compile little.
+_SMOKE = ("data/_order", "data/_documents", "storage/_torch_checkpoint")
+
+# Imported once; none of them starts a device.
+_PRELOAD = (
+    "tests.conftest",
+    "jax.numpy",
+    "jax.experimental.pallas",
+    "flax.nnx",
+    "optax",
+    "chex",
+    "orbax.checkpoint",
+    "hypothesis.extra.numpy",
+    "pytest",
+    "safetensors.numpy",
+    "tokenizers",
+    "ml_dtypes",
+    "etils.epath",
+    "tqdm",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """A mutant and the tests that should notice."""
+
+    mutant: Mutant
+    area: str
+    tests: Sequence[str]
+    name: str = ""
+
+    @property
+    def key(self) -> str:
+        """One text for one mutant, whatever the line it has moved to."""
+        mutant = self.mutant
+        return "\n".join([mutant.path, mutant.rule, mutant.before, "->", mutant.after])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Equivalent:
+    """A mutant that no test can tell from the library, and why."""
+
+    file: str
+    before: str
+    after: str
+    why: str
+
+
+@functools.cache
+def equivalents() -> Sequence[Equivalent]:
+    text = (Path(__file__).parent / "equivalent_mutants.toml").read_text()
+    return [Equivalent(**entry) for entry in tomllib.loads(text).get("mutant", [])]
+
+
+def cases(
+    root: Path, areas: Mapping[str, Area], named: Iterable[tuple[str, str, str, str]], seed: int
+) -> list[Case]:
+    """The mutants of some areas: those written by hand first, then those drawn."""
+    chosen: list[Case] = []
+    seen: set[tuple[str, int, int, str]] = set()
+
+    def add(case: Case) -> None:
+        mutant = case.mutant
+        edit = (mutant.path, mutant.start, mutant.end, mutant.new)
+        if edit not in seen:
+            seen.add(edit)
+            chosen.append(case)
+
+    for area, content in areas.items():
+        texts = {f"logitjax/{f}.py": (root / f"logitjax/{f}.py").read_text() for f in content.files}
+        tests = {
+            f"logitjax/{file}.py": tuple(f"tests/{test}.py" for test in names)
+            for file, names in content.files.items()
+        }
+        for name, file, before, after in named:
+            path = f"logitjax/{file}.py"
+            if path in texts:
+                mutant = _mutants.named(path, texts[path], before, after)
+                add(Case(mutant=mutant, area=area, tests=tests[path], name=name))
+        for mutant in _mutants.choose(texts, content.mutants, seed):
+            add(Case(mutant=mutant, area=area, tests=tests[mutant.path]))
+    return chosen
+
+
+class Laboratory:
+    """A copy of the tree in which one file at a time is changed, and a process that runs tests.
+
+    Args:
+      root: the tree.
+      directory: where the copy, the log and compiled programs go.
+      package: what is mutated; its name at the top of the tree.
+      preload: what the process imports once.
+      marks: which tests run, as pytest's ``-m``.
+    """
+
+    def __init__(
+        self, root: Path, directory: Path, *, package: str, preload: Sequence[str], marks: str = ""
+    ):
+        self._root, self._package, self._marks = root, package, marks
+        self._tree, self._log = directory / "tree", directory / "pytest.log"
+        shutil.rmtree(self._tree, ignore_errors=True)
+        for name in (package, "tests"):
+            skipped = shutil.ignore_patterns("__pycache__", ".cache")
+            shutil.copytree(root / name, self._tree / name, ignore=skipped)
+        for name in ("setup.cfg", "pyproject.toml"):
+            if (root / name).exists():
+                shutil.copy2(root / name, self._tree / name)
+        environment = (
+            {}
+            if "JAX_COMPILATION_CACHE_DIR" in os.environ
+            else {"JAX_COMPILATION_CACHE_DIR": str(directory / "jax")}
+        )
+        self._worker = Worker(self._tree, preload, environment)
+
+    def __enter__(self) -> "Laboratory":
+        return self
+
+    def __exit__(self, *unused: Any) -> None:
+        self._worker.close()
+
+    def run(
+        self, tests: Sequence[str], files: Sequence[str], *, limit: float, bytecode: bool
+    ) -> dict[str, Any]:
+        """Runs tests and the doctests of files until one fails."""
+        marks = ["-m", self._marks] if self._marks else []
+        # Its own settings are for several processes; what pytest keeps would outlive a mutant.
+        options = ["-o", "addopts=", "-p", "no:cacheprovider", "-q", "-x", "--doctest-modules"]
+        outcome = self._worker.run(
+            [*options, *marks, *tests, *files],
+            package=self._package,
+            wall=300 + 10 * limit,
+            cpu=limit,
+            bytecode=bytecode,
+            log=self._log,
+        )
+        if outcome["file"] and not Path(outcome["file"]).is_relative_to(self._tree):
+            raise RuntimeError(f"tested {outcome['file']}, which is not in {self._tree}")
+        return outcome
+
+    def without(self, tests: Sequence[str], files: Sequence[str]) -> float:
+        """Seconds of the processor that tests take where nothing is wrong, which they must show."""
+        outcome = self.run(tests, files, limit=3600, bytecode=True)
+        if outcome["code"]:
+            raise RuntimeError(
+                f"without a mutant pytest ended with {outcome['code']} at {outcome['failed']!r} "
+                f"of {', '.join(tests)}:\n{self._log.read_text()[-4000:]}"
+            )
+        return outcome["cpu"]
+
+    def outcome(self, mutant: Mutant, tests: Sequence[str], usual: float) -> dict[str, Any]:
+        """Whether tests notice a mutant: ``verdict``, ``by`` and ``cpu``."""
+        with self.changed(mutant):
+            # Beyond what is usual there may be programs to compile that the library has not.
+            limit = 120 + 5 * usual
+            outcome = self.run(tests, [mutant.path], limit=limit, bytecode=False)
+        code = outcome["code"]
+        if code in (3, 4, 5):
+            text = self._log.read_text()[-4000:]
+            raise RuntimeError(f"pytest could not run {', '.join(tests)}:\n{text}")
+        by = outcome["failed"] or ("" if code >= 0 else f"signal {-code}")
+        return {
+            "verdict": "killed" if code else "survived",
+            "by": by,
+            "cpu": round(outcome["cpu"], 1),
+        }
+
+    @contextlib.contextmanager
+    def changed(self, mutant: Mutant) -> Iterator[None]:
+        path, original = self._tree / mutant.path, self._root / mutant.path
+        before = path.stat()
+        path.write_text(mutant.apply(path.read_text()))
+        # Python keeps what it compiled by time and size, and both may well be equal.
+        os.utime(path, (before.st_atime, before.st_mtime + 100_000))
+        try:
+            yield
+        finally:
+            shutil.copy2(original, path)
+
+
+class Record:
+    """Outcomes on disk, each under the text of its mutant, its file and its tests."""
+
+    def __init__(self, path: Path, root: Path):
+        self._path, self._root = path, root
+        self._digest = functools.cache(self._digest_of)
+        self._known: dict[tuple[str, str], dict[str, Any]] = {}
+        if path.exists():
+            for line in path.read_text().splitlines():
+                # The last line of a run that was ended may be half of one.
+                with contextlib.suppress(ValueError):
+                    entry = json.loads(line)
+                    self._known[entry["key"], entry["digest"]] = entry
+
+    def _digest_of(self, files: tuple[str, ...]) -> str:
+        digest = hashlib.sha256()
+        for file in files:
+            digest.update((self._root / file).read_bytes())
+        return digest.hexdigest()
+
+    def get(self, case: Case) -> dict[str, Any] | None:
+        return self._known.get((case.key, self._digest((case.mutant.path, *case.tests))))
+
+    def put(self, case: Case, outcome: Mapping[str, Any]) -> None:
+        digest = self._digest((case.mutant.path, *case.tests))
+        entry = {"key": case.key, "digest": digest, **outcome}
+        self._known[case.key, digest] = entry
+        with self._path.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+def examine(
+    laboratory: Laboratory, chosen: Sequence[Case], record: Record
+) -> list[tuple[Case, dict[str, Any]]]:
+    """Outcomes of all cases, those on record as they are."""
+    groups: dict[Sequence[str], list[Case]] = collections.defaultdict(list)
+    for case in chosen:
+        if record.get(case) is None:
+            groups[case.tests].append(case)
+    left = sum(map(len, groups.values()))
+    if left:
+        print(f"{len(chosen)} mutants, {left} of them to try", flush=True)
+    done = 0
+    for tests, group in groups.items():
+        usual = laboratory.without(tests, sorted({case.mutant.path for case in group}))
+        print(f"{' '.join(tests)}: {usual:.1f} CPU-seconds without a mutant", flush=True)
+        for case in group:
+            outcome = laboratory.outcome(case.mutant, tests, usual)
+            record.put(case, outcome)
+            done += 1
+            mutant = case.mutant
+            print(
+                f"[{done}/{left}] {outcome['verdict']:8s} {outcome['cpu']:5.1f} s {mutant.rule} "
+                f"{mutant.path}:{mutant.line} {outcome['by']}",
+                flush=True,
+            )
+    return [(case, record.get(case) or {}) for case in chosen]
+
+
+def _explained(mutant: Mutant) -> Equivalent | None:
+    for entry in equivalents():
+        if (entry.file, entry.before, entry.after) == (mutant.path, mutant.before, mutant.after):
+            return entry
+    return None
+
+
+def _counts(outcomes: Sequence[tuple[Case, str]], part: str) -> list[dict[str, Any]]:
+    rows: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    for case, verdict in outcomes:
+        rows[case.mutant.path if part == "file" else case.mutant.rule][verdict] += 1
+    verdicts = ("killed", "survived", "equivalent")
+    return [
+        {part: name, "mutants": sum(counts.values()), **{v: counts[v] for v in verdicts}}
+        for name, counts in sorted(rows.items())
+    ]
+
+
+def _page(outcomes: Sequence[tuple[Case, str]]) -> str:
+    """The report: counts by file and by rule, then each mutant that was not killed."""
+    parts = ["# Mutants\n", markdown_table(_counts(outcomes, "file")) + "\n"]
+    parts += [markdown_table(_counts(outcomes, "rule")) + "\n"]
+    for verdict in ("survived", "equivalent"):
+        parts.append(f"## {verdict.capitalize()}\n")
+        for case, seen in outcomes:
+            if seen == verdict:
+                parts.append(_described(case))
+    return "\n".join(parts)
+
+
+def _described(case: Case) -> str:
+    mutant, known = case.mutant, _explained(case.mutant)
+    edit = [f"- {line}" for line in mutant.before.splitlines()]
+    edit += [f"+ {line}" for line in mutant.after.splitlines()]
+    text = f"`{mutant.path}:{mutant.line}`, {mutant.rule}"
+    text += f": {case.name}" if case.name else ""
+    end = known.why if known else f"Tests that ran: {', '.join(case.tests)}."
+    return "\n".join([text, "", "```diff", *edit, "```", "", end, ""])
+
+
+def run(options: _suite.Options) -> _suite.Result:
+    """Tries every mutant of the areas that were asked for, and writes ``report.md``."""
+    wanted = [name for name in options.only.split(",") if name] or list(AREAS)
+    unknown = sorted(set(wanted) - set(AREAS))
+    if unknown:
+        raise ValueError(f"only: expected some of {', '.join(AREAS)}, got {unknown[0]!r}")
+    areas = {name: AREAS[name] for name in wanted}
+    if options.smoke:
+        files = {file: tests for a in areas.values() for file, tests in a.files.items()}
+        areas = {"smoke": Area(mutants=5, files={f: t for f, t in files.items() if f in _SMOKE})}
+    chosen = cases(_ROOT, areas, () if options.smoke else NAMED, _SEED)
+    options.directory.mkdir(parents=True, exist_ok=True)
+    directory = options.directory.resolve()
+    # What is known to change nothing is not tried.
+    tried = [case for case in chosen if _explained(case.mutant) is None]
+    record = Record(directory / "outcomes.jsonl", _ROOT)
+    with Laboratory(
+        _ROOT, directory, package="logitjax", preload=_PRELOAD, marks="not slow"
+    ) as laboratory:
+        verdicts = {
+            case.key: outcome["verdict"] for case, outcome in examine(laboratory, tried, record)
+        }
+    outcomes = [(case, verdicts.get(case.key, "equivalent")) for case in chosen]
+    (directory / "report.md").write_text(_page(outcomes))
+    for case, verdict in outcomes:
+        if verdict == "survived":
+            print("\n" + _described(case), flush=True)
+    killed = [case for case, verdict in outcomes if verdict == "killed"]
+    bars = [
+        _suite.Bar(
+            name="killed, of the mutants that are no equivalents",
+            value=len(killed) / max(1, len(verdicts)),
+            limit=0.95,
+            sense=">=",
+        )
+    ]
+    if not options.smoke:
+        by_hand = [verdict for case, verdict in outcomes if case.name]
+        bars.append(
+            _suite.Bar(
+                name="faults that tests once let pass and still do",
+                value=sum(verdict != "killed" for verdict in by_hand),
+                limit=0,
+            )
+        )
+        if len(areas) == len(AREAS):
+            bars.append(_suite.Bar(name="mutants", value=len(outcomes), limit=150, sense=">="))
+    return _suite.Result(rows=_counts(outcomes, "file"), bars=bars)
