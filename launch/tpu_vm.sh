@@ -109,7 +109,7 @@ copy() {
   install="mkdir -p $directory && tar -xzf $directory.tar.gz -C $directory && cd $directory"
   install+=" && python3 -m pip install --quiet --user uv && export PATH=\$HOME/.local/bin:\$PATH"
   install+=" && uv venv --quiet --allow-existing --python ${PYTHON_VERSION:-3.12} .venv"
-  install+=" && uv pip install --quiet --python .venv/bin/python --editable '.[tpu,hub]'"
+  install+=" && uv pip install --quiet --python .venv/bin/python --editable '.[tpu,all]'"
   ssh_to all "$install"
 }
 

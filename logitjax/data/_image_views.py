@@ -7,6 +7,8 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import UInt8
 
+from logitjax.storage import require
+
 _ASPECT = (3 / 4, 4 / 3)
 
 
@@ -73,7 +75,7 @@ class ImageViews:
         Returns:
           uint8 ``[count, size, size, 3]``.
         """
-        from PIL import Image
+        Image = require("PIL.Image", extra="vision")
 
         picture = Image.fromarray(image)
         if self.fit == "pad":
@@ -89,7 +91,7 @@ class ImageViews:
 
     @property
     def _filter(self) -> Any:
-        from PIL import Image
+        Image = require("PIL.Image", extra="vision")
 
         return Image.Resampling[self.interpolation.upper()]
 
@@ -111,7 +113,7 @@ class ImageViews:
 
 
 def _on_white_square(picture: Any) -> Any:
-    from PIL import Image
+    Image = require("PIL.Image", extra="vision")
 
     side = max(picture.size)
     square = Image.new("RGB", (side, side), "white")

@@ -11,6 +11,7 @@ from absl import logging
 from etils import epath
 
 from logitjax.data._examples import parse_split, slice_of
+from logitjax.storage import require
 
 _SUFFIXES = (".png", ".jpg", ".jpeg")
 _CIFAR = {"train": "train.bin", "test": "test.bin"}
@@ -210,7 +211,7 @@ def read_picture(path: epath.Path) -> Any:
     Raises:
       ValueError: it is not a readable image.
     """
-    from PIL import Image, UnidentifiedImageError
+    Image = require("PIL.Image", extra="vision")
 
     try:
         picture = Image.open(io.BytesIO(path.read_bytes()))
@@ -219,12 +220,12 @@ def read_picture(path: epath.Path) -> Any:
             ground = Image.new("RGBA", picture.size, "white")
             picture = Image.alpha_composite(ground, picture)
         return picture.convert("RGB")
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
+    except (Image.UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
         raise ValueError(f"{path} is not a readable image: {error}") from None
 
 
 def _decode(paths: Sequence[epath.Path], images: np.ndarray) -> None:
-    from PIL import Image
+    Image = require("PIL.Image", extra="vision")
 
     size = images.shape[1]
     for number, path in enumerate(paths):

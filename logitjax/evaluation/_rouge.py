@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from logitjax.storage import require
+
 
 class RougeRecall(NamedTuple):
     """Recall of each text: float64 ``[n]`` each."""
@@ -40,7 +42,7 @@ def rouge_recall(references: Sequence[str], predictions: Sequence[str]) -> Rouge
     RougeRecall(rouge_1=array([1.]), rouge_l=array([0.5]))
     """
     # Takes nltk along, which nobody needs who only trains.
-    from rouge_score import rouge_scorer
+    rouge_scorer = require("rouge_score.rouge_scorer", extra="eval")
 
     if len(references) != len(predictions):
         raise ValueError(

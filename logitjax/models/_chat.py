@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from logitjax.models._tokenizer import Tokenizer
+from logitjax.storage import require
 
 
 def render_chat(
@@ -32,13 +33,13 @@ def render_chat(
     """
     if tokenizer.chat_template is None:
         raise ValueError("tokenizer: has no chat template, give the text itself")
-    import jinja2
-    import jinja2.sandbox
+    jinja2 = require("jinja2", extra="models")
+    sandbox = require("jinja2.sandbox", extra="models")
 
     def refuse(message: str) -> None:
         raise jinja2.TemplateError(message)
 
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    environment = sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
     environment.globals["raise_exception"] = refuse

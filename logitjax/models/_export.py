@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import safetensors.numpy
 from etils import epath
 from flax import nnx
 from jax.experimental import multihost_utils
@@ -15,6 +14,7 @@ from logitjax.models._decoder import Decoder
 from logitjax.models._hf_config import config_to_hf
 from logitjax.models._tokenizer import Tokenizer
 from logitjax.models._weight_map import TensorSpec, hf_tensors
+from logitjax.storage import require
 
 
 def checkpoint_tensors(model: Decoder) -> Iterator[tuple[str, np.ndarray]]:
@@ -135,11 +135,12 @@ def _check_head(model: Decoder) -> None:
 
 
 def _write_shard(path: epath.Path, shard: dict[str, np.ndarray]) -> None:
+    safetensors = require("safetensors.numpy", extra="models")
     metadata = {"format": "pt"}
     if "://" in str(path):
-        path.write_bytes(safetensors.numpy.save(shard, metadata))
+        path.write_bytes(safetensors.save(shard, metadata))
     else:
-        safetensors.numpy.save_file(shard, str(path), metadata)
+        safetensors.save_file(shard, str(path), metadata)
 
 
 def _write_json(path: epath.Path, value: Any) -> None:

@@ -9,9 +9,10 @@ import math
 import struct
 from typing import Any
 
-import gguf
 import numpy as np
 from etils import epath
+
+from logitjax.storage import require
 
 _SCALARS = {
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
@@ -107,7 +108,8 @@ class GgufSource:
         start = -(-header.at // alignment) * alignment
         self._tensors = {n: (kind, shape, start + at) for n, (kind, shape, at) in infos.items()}
 
-    def _kind(self, name: str) -> gguf.GGMLQuantizationType:
+    def _kind(self, name: str) -> Any:
+        gguf = require("gguf", extra="models")
         number = self._tensors[name][0]
         try:
             return gguf.GGMLQuantizationType(number)
@@ -115,6 +117,7 @@ class GgufSource:
             raise ValueError(f"{self.path}: tensor {name!r} has unknown type {number}") from None
 
     def _row_bytes(self, name: str) -> int:
+        gguf = require("gguf", extra="models")
         block, size = gguf.GGML_QUANT_SIZES[self._kind(name)]
         shape = self._tensors[name][1]
         return math.prod(shape[1:] if len(shape) > 1 else shape) // block * size
@@ -140,9 +143,9 @@ class GgufSource:
         with self.path.open("rb") as file:
             file.seek(offset + first * width)
             data = np.frombuffer(file.read((last - first) * width), np.uint8)
-        kind = self._kind(name)
+        kind, quants = self._kind(name), require("gguf.quants", extra="models")
         try:
-            values = gguf.quants.dequantize(data.reshape(last - first, width), kind)
+            values = quants.dequantize(data.reshape(last - first, width), kind)
         except NotImplementedError:
             raise ValueError(
                 f"{self.path}: tensor {name!r} has unsupported type {kind.name}"

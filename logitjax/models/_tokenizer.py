@@ -3,17 +3,14 @@
 from collections.abc import Sequence
 from typing import Any
 
-import tokenizers
 from etils import epath
-from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from logitjax.models._config import DecoderConfig
 from logitjax.models._gguf import GgufSource
 from logitjax.models._load import find_checkpoint
 from logitjax.models._tiny import tiny_seed
-from logitjax.storage import digest, read_json
+from logitjax.storage import digest, read_json, require
 
-_DIGITS = pre_tokenizers.Digits(individual_digits=True)
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -30,7 +27,7 @@ class Tokenizer:
 
     def __init__(
         self,
-        backend: tokenizers.Tokenizer,
+        backend: Any,  # tokenizers.Tokenizer
         *,
         bos_id: int | None = None,
         eos_id: int | None = None,
@@ -83,12 +80,13 @@ def load_tokenizer(spec: str) -> Tokenizer:
 
 def byte_tokenizer() -> Tokenizer:
     """Text as its UTF-8 bytes, plus an end-of-text token: no files needed."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizers = require("tokenizers", extra="models")
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     vocab = {symbol: i for i, symbol in enumerate(alphabet)}
-    backend = tokenizers.Tokenizer(models.BPE(vocab, merges=[]))
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges=[]))
     backend.add_special_tokens(["<|end|>"])
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
     return Tokenizer(backend, eos_id=len(vocab), pad_id=len(vocab))
 
 
@@ -113,6 +111,7 @@ def _from_directory(path: epath.Path) -> Tokenizer:
     file = path / "tokenizer.json"
     if not file.exists():
         raise ValueError(f"{file}: no such file")
+    tokenizers = require("tokenizers", extra="models")
     try:
         backend = tokenizers.Tokenizer.from_str(file.read_text())
     except Exception as error:
@@ -157,6 +156,7 @@ def _from_gguf(source: GgufSource) -> Tokenizer:
         backend = _sentencepiece(source, tokens, types)
     else:
         raise ValueError(f"{source.path}: unknown tokenizer model {kind!r}")
+    tokenizers = require("tokenizers", extra="models")
     # 3 marks control tokens, 4 tokens the user defined.
     marked = [
         tokenizers.AddedToken(t, special=c == 3, normalized=False)
@@ -175,41 +175,43 @@ def _from_gguf(source: GgufSource) -> Tokenizer:
     )
 
 
-def _byte_level(source: GgufSource, tokens: list[str]) -> tokenizers.Tokenizer:
+def _byte_level(source: GgufSource, tokens: list[str]) -> Any:
     merges = source.metadata("tokenizer.ggml.merges")
     if merges is None:
         raise ValueError(f"{source.path}: metadata tokenizer.ggml.merges is missing")
+    tokenizers = require("tokenizers", extra="models")
+    pre = tokenizers.pre_tokenizers
     pairs = [tuple(m.split(" ")) for m in merges]
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    byte_level = pre.ByteLevel(add_prefix_space=False, use_regex=True)
+    plain = pre.ByteLevel(add_prefix_space=False, use_regex=False)
 
-    def regex(pattern: str) -> pre_tokenizers.PreTokenizer:
-        split = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
-        return pre_tokenizers.Sequence([split, plain])
+    def regex(pattern: str) -> Any:
+        split = pre.Split(tokenizers.Regex(pattern), "isolated")
+        return pre.Sequence([split, plain])
 
-    pre = source.metadata("tokenizer.ggml.pre", "default")
+    kind = source.metadata("tokenizer.ggml.pre", "default")
     known = {
         "default": lambda: byte_level,
         "gpt-2": lambda: byte_level,
-        "smollm": lambda: pre_tokenizers.Sequence([_DIGITS, byte_level]),
+        "smollm": lambda: pre.Sequence([pre.Digits(individual_digits=True), byte_level]),
         "llama-bpe": lambda: regex(_LLAMA3),
         "llama3": lambda: regex(_LLAMA3),
         "qwen2": lambda: regex(_QWEN2),
         "dbrx": lambda: regex(_LLAMA3),
     }
-    if pre not in known:
-        raise ValueError(f"{source.path}: unknown pre-tokenizer {pre!r}")
+    if kind not in known:
+        raise ValueError(f"{source.path}: unknown pre-tokenizer {kind!r}")
     vocab = {t: i for i, t in enumerate(tokens)}
-    ignore = pre in ("llama-bpe", "llama3")
-    backend = tokenizers.Tokenizer(models.BPE(vocab, pairs, ignore_merges=ignore))
-    backend.pre_tokenizer = known[pre]()
-    backend.decoder = decoders.ByteLevel()
-    if pre == "qwen2":
-        backend.normalizer = normalizers.NFC()
+    ignore = kind in ("llama-bpe", "llama3")
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, pairs, ignore_merges=ignore))
+    backend.pre_tokenizer = known[kind]()
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    if kind == "qwen2":
+        backend.normalizer = tokenizers.normalizers.NFC()
     return backend
 
 
-def _sentencepiece(source: GgufSource, tokens: list[str], types: list[int]):
+def _sentencepiece(source: GgufSource, tokens: list[str], types: list[int]) -> Any:
     """Byte-fallback BPE whose merges follow from the pieces' scores."""
     scores = source.metadata("tokenizer.ggml.scores")
     if scores is None:
@@ -224,9 +226,10 @@ def _sentencepiece(source: GgufSource, tokens: list[str], types: list[int]):
         found.sort(key=lambda ab: (vocab[ab[0]], vocab[ab[1]]))
         merges += [(-score, a, b) for a, b in found]
     merges.sort(key=lambda m: m[0])
+    tokenizers = require("tokenizers", extra="models")
     unknown = source.metadata("tokenizer.ggml.unknown_token_id")
     backend = tokenizers.Tokenizer(
-        models.BPE(
+        tokenizers.models.BPE(
             vocab,
             [(a, b) for _, a, b in merges],
             unk_token=None if unknown is None else tokens[unknown],
@@ -234,13 +237,17 @@ def _sentencepiece(source: GgufSource, tokens: list[str], types: list[int]):
             byte_fallback=True,
         )
     )
-    steps: list[Any] = [normalizers.Replace(" ", "▁")]
+    steps: list[Any] = [tokenizers.normalizers.Replace(" ", "▁")]
     prefix = bool(source.metadata("tokenizer.ggml.add_space_prefix", True))
     if prefix:
-        steps.insert(0, normalizers.Prepend("▁"))
-    backend.normalizer = normalizers.Sequence(steps)
-    after: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        steps.insert(0, tokenizers.normalizers.Prepend("▁"))
+    backend.normalizer = tokenizers.normalizers.Sequence(steps)
+    after: list[Any] = [
+        tokenizers.decoders.Replace("▁", " "),
+        tokenizers.decoders.ByteFallback(),
+        tokenizers.decoders.Fuse(),
+    ]
     if prefix:
-        after.append(decoders.Strip(" ", 1, 0))
-    backend.decoder = decoders.Sequence(after)
+        after.append(tokenizers.decoders.Strip(" ", 1, 0))
+    backend.decoder = tokenizers.decoders.Sequence(after)
     return backend

@@ -5,6 +5,8 @@ from typing import Literal
 
 from etils import epath
 
+from logitjax.storage._require import require
+
 _FILES = [
     "config.json",
     "generation_config.json",
@@ -27,17 +29,11 @@ def hub_snapshot(
       kind: what the repository holds.
 
     Raises:
-      ValueError: one line: the package is missing, the name is not a repository's, or it is
-        neither here nor to be had.
+      ValueError: one line: the name is not a repository's, or it is neither here nor to be had.
+      ImportError: the package is missing.
     """
-    try:
-        import huggingface_hub
-        from huggingface_hub import errors
-    except ImportError:
-        raise ValueError(
-            f"{kind} 'hf:{name}': package huggingface_hub is not installed "
-            "(pip install 'logitjax[hub]')"
-        ) from None
+    huggingface_hub = require("huggingface_hub", extra="models")
+    errors = require("huggingface_hub.errors", extra="models")
     repository, _, revision = name.partition("@")
     try:
         found = huggingface_hub.snapshot_download(

@@ -19,6 +19,8 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
+from logitjax.storage._require import require
+
 _STORAGES = {
     "DoubleStorage": np.float64,
     "FloatStorage": np.float32,
@@ -304,9 +306,9 @@ def read_state_dict(path: epath.PathLike) -> dict[str, np.ndarray]:
       ValueError: the file is damaged, refused, or holds no named arrays.
     """
     if str(path).endswith(".safetensors"):
-        from safetensors.numpy import load
-
-        found: Any = load(epath.Path(path).read_bytes())
+        found: Any = require("safetensors.numpy", extra="models").load(
+            epath.Path(path).read_bytes()
+        )
     else:
         found = read_torch_checkpoint(path)
     if isinstance(found, _Script):

@@ -10,6 +10,8 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from logitjax.storage import require
+
 
 class MetricAccumulator:
     """Sums ``{name: (sum, count)}`` over steps; divides once, when asked.
@@ -142,13 +144,8 @@ class TensorBoardWriter(NullWriter):
     """
 
     def __init__(self, directory: epath.PathLike):
-        try:
-            from tensorboardX import SummaryWriter
-        except ImportError:
-            raise ImportError(
-                "TensorBoardWriter needs tensorboardX: pip install 'logitjax[tensorboard]'"
-            ) from None
-        self._make, self._directory = SummaryWriter, str(directory)
+        self._make = require("tensorboardX", extra="tensorboard").SummaryWriter
+        self._directory = str(directory)
         self._purge: int | None = None
         self._writer: Any = None
 

@@ -5,13 +5,11 @@ import html
 from collections.abc import Sequence
 
 import numpy as np
-import tokenizers
 from etils import epath
 from jaxtyping import Int
-from tokenizers import decoders, normalizers, pre_tokenizers
 
 from logitjax.models import Tokenizer, load_tokenizer
-from logitjax.storage import package_file, read_json
+from logitjax.storage import package_file, read_json, require
 
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -96,25 +94,28 @@ def _from_merges(path: epath.Path, vocab: dict[str, int] | None) -> Tokenizer:
         symbols = _byte_symbols()
         tokens = [*symbols, *(f"{symbol}</w>" for symbol in symbols), *map("".join, merges)]
         vocab = {token: i for i, token in enumerate([*tokens, _START, _END])}
+    tokenizers = require("tokenizers", extra="models")
     backend = tokenizers.Tokenizer(
         tokenizers.models.BPE(
             vocab, merges, continuing_subword_prefix="", end_of_word_suffix="</w>", fuse_unk=False
         )
     )
-    backend.normalizer = normalizers.Sequence(
+    backend.normalizer = tokenizers.normalizers.Sequence(
         [
-            normalizers.NFC(),
-            normalizers.Replace(tokenizers.Regex(r"\s+"), " "),
-            normalizers.Lowercase(),
+            tokenizers.normalizers.NFC(),
+            tokenizers.normalizers.Replace(tokenizers.Regex(r"\s+"), " "),
+            tokenizers.normalizers.Lowercase(),
         ]
     )
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(tokenizers.Regex(_WORDS), "removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            tokenizers.pre_tokenizers.Split(tokenizers.Regex(_WORDS), "removed", invert=True),
+            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    backend.decoder = decoders.Sequence([decoders.Replace("</w>", " "), decoders.ByteLevel()])
+    backend.decoder = tokenizers.decoders.Sequence(
+        [tokenizers.decoders.Replace("</w>", " "), tokenizers.decoders.ByteLevel()]
+    )
     backend.add_special_tokens([_START, _END])
     return Tokenizer(backend, bos_id=vocab[_START], eos_id=vocab[_END], pad_id=0)
 

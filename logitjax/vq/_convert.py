@@ -14,10 +14,9 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Float
-from safetensors.numpy import load as load_tensors
-from safetensors.numpy import save as save_tensors
 
 from logitjax.ops import Array
+from logitjax.storage import require
 from logitjax.vq._assignment import (
     PerplexityFloor,
     VQFit,
@@ -296,7 +295,9 @@ def save_head(head: VQHead, directory: str | os.PathLike[str]) -> None:
         tensors["calibration"] = np.asarray(head.calibration[...])
         if head.rows is not None:
             tensors["rows"] = np.asarray(head.rows[...])
-    (root / "head.safetensors").write_bytes(save_tensors(tensors))
+    (root / "head.safetensors").write_bytes(
+        require("safetensors.numpy", extra="models").save(tensors)
+    )
     kind = type(head).__name__
     (root / "head.json").write_text(json.dumps({"kind": kind, "options": options}, indent=1))
 
@@ -311,7 +312,9 @@ def load_head(directory: str | os.PathLike[str], *, dtype: Any = jnp.float32) ->
     if not (root / "head.json").exists():
         raise FileNotFoundError(f"no head in {root} (it has no head.json)")
     record = json.loads((root / "head.json").read_text())
-    tensors = load_tensors((root / "head.safetensors").read_bytes())
+    tensors = require("safetensors.numpy", extra="models").load(
+        (root / "head.safetensors").read_bytes()
+    )
     kind = {"VQHead": VQHead, "ShortlistHead": ShortlistHead}[record["kind"]]
     options = dict(record["options"])
     if "rows" in tensors:

@@ -111,7 +111,7 @@ def test_hub_names_give_one_line(monkeypatch):
         load_model("hf:nobody/nothing")
     assert "\n" not in str(error.value)
     monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
-    with pytest.raises(ValueError, match=r"pip install 'logitjax\[hub\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'logitjax\[models\]'"):
         load_model("hf:nobody/nothing")
 
 

@@ -11,6 +11,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
+from logitjax.storage import require
+
 _INSTALL = (
     "apt-get download dataset-fashion-mnist && dpkg-deb -x dataset-fashion-mnist_*.deb {manual_dir}"
 )
@@ -60,7 +62,7 @@ class FashionMnistPng(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(
         self, folder: os.PathLike[str], name: str
     ) -> Iterator[tuple[int, dict[str, Any]]]:
-        from PIL import Image
+        Image = require("PIL.Image", extra="vision")
 
         folder = epath.Path(folder)
         images = read_idx(folder / f"{name}-images-idx3-ubyte.gz", _IMAGES)
