@@ -86,31 +86,29 @@ def run(options: _suite.Options) -> _suite.Result:
     return _suite.Result(rows=rows, bars=bars)
 
 
-def _problem(shape: Shape) -> tuple[few_shot.FewShotInputs, np.ndarray]:
+def _problem(shape: Shape) -> few_shot.FewShotTask:
     rng = np.random.default_rng(0)
     auxiliary = rng.standard_normal((shape.examples, shape.features), dtype=np.float32)
     auxiliary /= np.linalg.norm(auxiliary, axis=1, keepdims=True)
     zero_shot = 3 * rng.standard_normal((shape.examples, shape.classes), dtype=np.float32)
-    inputs = few_shot.FewShotInputs(zero_shot=zero_shot, auxiliary=auxiliary)
-    return inputs, np.arange(shape.examples, dtype=np.int32) % shape.classes
+    inputs = few_shot.Inputs(zero_shot=zero_shot, auxiliary=auxiliary)
+    labels = np.arange(shape.examples, dtype=np.int32) % shape.classes
+    return few_shot.FewShotTask(support=inputs, labels=labels)
 
 
 def _steps(shape: Shape, batch: int, steps: int | None = None) -> Callable[[], jax.Array]:
     """A call that trains for so many steps, or the whole run, from the class means."""
     config = few_shot.AMUConfig.official()
-    recipe = few_shot.FewShotTraining(batch_size=batch, epochs=shape.epochs, steps=steps)
-    support, labels = jax.tree.map(jax.numpy.asarray, _problem(shape))
-    order = jax.numpy.asarray(few_shot.few_shot_order(0, shape.examples, recipe))
+    recipe = few_shot.Recipe(batch_size=batch, epochs=shape.epochs, steps=steps)
+    task = jax.tree.map(jax.numpy.asarray, _problem(shape))
+    order = jax.numpy.asarray(few_shot.batch_order(0, shape.examples, recipe))
 
     @jax.jit
-    def fit(support: few_shot.FewShotInputs, labels: jax.Array, order: jax.Array) -> Any:
-        state = config.init(support, labels)
-        state, losses = few_shot.fit_few_shot(
-            config, state, support, labels, order, training=recipe
-        )
+    def fit(task: few_shot.FewShotTask, order: jax.Array) -> Any:
+        state, losses = few_shot.fit(config, task, config.init(task), order, training=recipe)
         return state.trained, losses
 
-    return lambda: fit(support, labels, order)
+    return lambda: fit(task, order)
 
 
 def _whole_run(shape: Shape, batch: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import numpy as np
 from etils import epath
 
 from experiments.dual_head import diagnostics
-from experiments.shared.report import markdown_table, mean_and_spread
+from experiments.shared.report import markdown_table, mean_and_spread, paired
 
 # Top-1 accuracy on CIFAR-100 that the READMEs of mdistiller and LSKD print (teacher, student).
 PUBLISHED: dict[tuple[str, str], dict[str, float]] = {
@@ -33,18 +33,6 @@ def best_alpha(records: Sequence[Mapping[str, Any]]) -> int:
     """The value of alpha (its number) whose mean validation accuracy over seeds is highest."""
     validation = np.array([record["validation"] for record in records])
     return int(validation.mean(0).argmax())
-
-
-def paired(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
-    """Mean of the differences by seed, and the p-value of a two-sided paired t-test."""
-    from scipy import stats
-
-    difference = np.array(first) - np.array(second)
-    if len(difference) < 2:
-        return float(difference.mean()), math.nan
-    if np.ptp(difference) == 0:
-        return float(difference.mean()), 1.0 if difference[0] == 0 else 0.0
-    return float(difference.mean()), float(stats.ttest_rel(first, second).pvalue)
 
 
 def _percent(values: Sequence[float]) -> list[float]:

@@ -3,15 +3,42 @@
 import dataclasses
 from typing import Any
 
-from experiments.few_shot import arms as few_shot_arms
-from experiments.few_shot import data as few_shot_data
-from logitjax import few_shot
+from experiments.few_shot.sources import CLIP_SOURCES
 from logitjax.commands.cli import field
 
-ARMS = few_shot_arms.ARM_NAMES
-# What they learn replaces a part of the zero-shot logits.
-_SCALED = (few_shot.ClipAdapterConfig, few_shot.TaskResConfig, few_shot.CrossModalConfig)
-_MAIN = few_shot_arms.METHODS + few_shot_arms.ABLATIONS
+METHODS: tuple[str, ...] = (
+    "amu",
+    "amu_kurtosis",
+    "amu_paper",
+    "amu_same_encoder",
+    "tip_adapter",
+    "tip_adapter_f",
+    "cafo",
+    "ape",
+    "clip_adapter",
+    "task_res",
+    "lp_plus_plus",
+    "linear_probe",
+    "linear_probe_auxiliary",
+    "cross_modal",
+)
+ABLATIONS: tuple[str, ...] = (
+    "fixed",
+    "fixed_kurtosis",
+    "fixed_kurtosis_of_logits",
+    "fixed_no_branch_loss",
+    "fixed_branch_loss_only",
+    "fixed_random_start",
+    "fixed_same_encoder",
+)
+MEASURES: tuple[str, ...] = (
+    "fixed_kurtosis_250",
+    "fixed_entropy",
+    "fixed_max",
+    "fixed_margin",
+    "fixed_energy",
+)
+ARMS = METHODS + ABLATIONS + MEASURES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,22 +46,28 @@ class Config:
     """What one run of the experiment does."""
 
     data: tuple[str, ...] = field(
-        ("stamps", "fashion"), "Data set, NAME=SPEC where it lies elsewhere, or synthetic:CLASSES"
+        ("stamps", "fashion"),
+        "Data set by name, NAME=SPEC where its pictures lie elsewhere, or synthetic:CLASSES",
     )
-    encoder: str = field("efficientnet_lite0", "Encoder with names for classes: name or path.")
-    auxiliary: str = field("alexnet", "The other encoder: name or path.")
-    features: str = field("runs/features/few_shot", "Where features are kept, for all runs.")
-    views: str = field("plain", "Views of pictures to learn from: plain or random:COUNT.")
-    encode_batch: int = field(32, "Pictures encoded at once.")
-    shots: tuple[int, ...] = field((1, 2, 4, 8, 16), "Pictures of a class.")
-    runs: int = field(10, "Samples of every number of shots.")
-    at_once: int = field(1, "Samples trained together; more pays on accelerators, if it fits.")
-    arm: tuple[str, ...] = field(_MAIN, "Arm to train")
-    grid: str = field("small", "How much arms search.", choices=("small", "full"))
-    epochs: int = field(50, "Of AMU.")
-    batch_size: int = field(8, "Of AMU.")
-    steps: int = field(60, "Of 32 pictures, of arms without a published recipe.")
-    seed: int = field(0, "Of samples and orders.")
+    encoder: str = field(
+        "efficientnet_lite0", "Encoder whose head or text tower names classes: a name or a path."
+    )
+    auxiliary: str = field("alexnet", "Second encoder, for the bias: a name or a path.")
+    features: str = field("runs/features/few_shot", "Folder of encoded pictures, for all runs.")
+    views: str = field("plain", "Views of the pictures to learn from: plain or random:COUNT.")
+    encode_batch: int = field(32, "Pictures that are encoded at once.")
+    shots: tuple[int, ...] = field((1, 2, 4, 8, 16), "Labelled pictures of each class")
+    runs: int = field(10, "Samples of each number of shots.")
+    at_once: int = field(
+        1, "Samples that a device trains together; more pays on accelerators, if they fit."
+    )
+    arm: tuple[str, ...] = field(METHODS + ABLATIONS, "Arm to train")
+    grid: str = field("small", "How many settings an arm tries.", choices=("small", "full"))
+    epochs: int = field(50, "Epochs of AMU.")
+    batch_size: int = field(8, "Pictures of a step of AMU.")
+    steps: int = field(60, "Steps of 32 pictures, of arms without a published recipe.")
+    seed: int = field(0, "Seed of samples and of the order of pictures.")
+    mesh: str = field("data:-1", "Axes and sizes of the device mesh; `data` splits the samples.")
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.arm) - set(ARMS))
@@ -59,7 +92,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "demo": {},
     "report": dict(arm=ARMS, grid="full", steps=200),
     "paper": dict(
-        data=tuple(few_shot_data.CLIP_SOURCES),
+        data=tuple(CLIP_SOURCES),
         encoder="hf:timm/resnet50_clip.openai",
         auxiliary="r-50-1000ep.pth.tar",
         views="random:10",

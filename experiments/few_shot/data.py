@@ -11,6 +11,8 @@ import numpy as np
 from etils import epath
 
 from experiments.few_shot import synsets as few_shot_synsets
+from experiments.few_shot.config import Config
+from experiments.few_shot.sources import Source, source_of
 from logitjax import data, few_shot, vision
 
 # Of a class, for samples of 16 and 4 to validate on: enough that two samples differ.
@@ -18,115 +20,37 @@ _PER_CLASS = "per_class:32"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Source:
-    """Where pictures come from and how the zero-shot classifier names them.
-
-    Attributes:
-      data: of :func:`logitjax.data.load_image_set`.
-      train: the split that is sampled from.
-      test: the split to score on; None where the rest of ``train`` is.
-      fit: what a square loses or gains, ``'crop'`` or ``'pad'``.
-      size: of the views; 0 takes each encoder's own.
-      synsets: ImageNet classes of every class, for encoders with an ImageNet head.
-      cosine: score by cosines with the mean weights of those classes, not by their probability.
-      scale: of cosines: CLIP's, or one for a head that was never trained on cosines.
-      prompts: with ``{}`` for the name of a class, for encoders with a text tower.
-      shifted: further pictures of the same classes to score on: data and split by name.
-    """
-
-    data: str
-    train: str = "all"
-    test: str | None = None
-    fit: str = "crop"
-    size: int = 0
-    synsets: Mapping[str, str] | None = None
-    cosine: bool = False
-    scale: float = 100.0
-    prompts: tuple[str, ...] = ("a photo of a {}.",)
-    shifted: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
-
-
-SOURCES: dict[str, Source] = {
-    "stamps": Source(data="stamps", fit="pad", size=160, synsets=few_shot_synsets.STAMPS),
-    "fashion": Source(
-        data="tfds:fashion_mnist_png",
-        train="train[:500]",
-        test="test[:2000]",
-        size=96,
-        synsets=few_shot_synsets.FASHION,
-        cosine=True,
-        # Where the likelihood of the 500 is highest; the head is 33% right and 78% sure at 100.
-        scale=20.0,
-    ),
-    # Learnt from one vendor's drawings, scored on three others' of the same emoji.
-    "emoji": Source(
-        data="emoji:apple",
-        fit="pad",
-        size=96,
-        synsets=few_shot_synsets.EMOJI,
-        shifted={v: (f"emoji:{v}", "all") for v in ("facebook", "google", "twitter")},
-    ),
-}
-# CLIP's eleven, as tfds or folders have them, and what tests a shift of ImageNet's pictures.
-CLIP_SOURCES: dict[str, Source] = {
-    name: Source(
-        data=f"recognition:{name}",
-        train="train",
-        test="test",
-        prompts=which.templates,
-        shifted={
-            other: (f"recognition:{other}", "test")
-            for other in data.RECOGNITION_SETS
-            if other.startswith(f"{name}_")
-        },
-    )
-    for name, which in data.RECOGNITION_SETS.items()
-    if "train" in which.folders or not which.folders
-}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
     """All pictures of a source, encoded.
 
     Attributes:
-      name: of the source.
-      class_names: by class number.
-      train: ``[views, n, ...]``.
-      plain: the same pictures ``[n, ...]`` as they are validated and tested on.
-      train_labels: ``[n]``.
-      test: ``[m, ...]`` and labels ``[m]``; None where the rest of ``train`` is the test.
-      class_weights: ``[features, classes]`` of the zero-shot classifier, columns of length one.
-      scale: of its cosines.
-      shifted: by name further pictures and labels to score on.
+        name: Name of the source.
+        class_names: Names by class number.
+        train: `[views, n, ...]` pictures to learn from.
+        plain: The same pictures `[n, ...]` as they are validated and tested on.
+        train_labels: `[n]` classes.
+        test: `[m, ...]` pictures and labels `[m]`; None where the rest of `train` is the test.
+        class_weights: `[features, classes]` of the zero-shot classifier, columns of length one.
+        scale: Scale of its cosines.
+        shifted: By name further pictures and labels to score on.
     """
 
     name: str
     class_names: tuple[str, ...]
-    train: few_shot.FewShotInputs
-    plain: few_shot.FewShotInputs
+    train: few_shot.Inputs
+    plain: few_shot.Inputs
     train_labels: np.ndarray
-    test: tuple[few_shot.FewShotInputs, np.ndarray] | None
+    test: tuple[few_shot.Inputs, np.ndarray] | None
     class_weights: np.ndarray
     scale: float
-    shifted: Mapping[str, tuple[few_shot.FewShotInputs, np.ndarray]]
+    shifted: Mapping[str, tuple[few_shot.Inputs, np.ndarray]]
 
     @property
     def views(self) -> int:
         return len(self.train)
 
 
-def source_of(spec: str) -> tuple[str, Source]:
-    """``NAME``, or ``NAME=DATA`` for pictures that lie elsewhere."""
-    name, _, place = spec.partition("=")
-    source = SOURCES.get(name) or CLIP_SOURCES.get(name)
-    if source is None:
-        known = ", ".join([*SOURCES, *CLIP_SOURCES])
-        raise ValueError(f"data: expected one of {known} or synthetic:CLASSES, got {name!r}")
-    return name, dataclasses.replace(source, data=place) if place else source
-
-
-def load_task(config: Any, spec: str) -> Task:
+def load_task(config: Config, spec: str) -> Task:
     """Encode what the caches do not hold yet, and read them."""
     if spec.startswith("synthetic"):
         return synthetic(spec)
@@ -163,9 +87,9 @@ def load_task(config: Any, spec: str) -> Task:
     names = images.class_names
     weights = _class_weights(encoders[0], source, name, names)
 
-    def inputs(pair: list[few_shot.Features]) -> few_shot.FewShotInputs:
+    def inputs(pair: list[few_shot.Features]) -> few_shot.Inputs:
         first, second = pair
-        made = few_shot.FewShotInputs(
+        made = few_shot.Inputs(
             zero_shot=_zero_shot(source, first, weights, names),
             features=few_shot.unit_rows(first.features),
             auxiliary=few_shot.unit_rows(second.features),
@@ -177,7 +101,7 @@ def load_task(config: Any, spec: str) -> Task:
     if config.views != "plain":
         train = inputs(encode(source.data, source.train, config.views, rows)[0])
 
-    def held_out(place: str, split: str) -> tuple[few_shot.FewShotInputs, np.ndarray]:
+    def held_out(place: str, split: str) -> tuple[few_shot.Inputs, np.ndarray]:
         pair, found = encode(place, split, "plain")
         if found.class_names != names:
             raise ValueError(f"{place}: its classes are not those of {source.data}")
@@ -242,13 +166,13 @@ def synthetic(spec: str) -> Task:
     noisy = np.asarray(few_shot.unit_rows((weights + 0.2 * rng.normal(size=weights.shape)).T).T)
     noisy = noisy.astype(np.float32)
 
-    def pictures(noise: float) -> few_shot.FewShotInputs:
+    def pictures(noise: float) -> few_shot.Inputs:
         features = weights.T[labels] + noise * rng.normal(size=(len(labels), width))
         auxiliary = others[labels] + 2.0 * rng.normal(size=(len(labels), 24))
         features, auxiliary = (
             few_shot.unit_rows(x.astype(np.float32)) for x in (features, auxiliary)
         )
-        made = few_shot.FewShotInputs(
+        made = few_shot.Inputs(
             zero_shot=few_shot.zero_shot_logits(features, noisy),
             features=features,
             auxiliary=auxiliary,

@@ -1,73 +1,77 @@
-"""What few-shot learning runs: an arm trained and scored on samples of ImageNet."""
+"""What few-shot learning runs on devices: an arm trained and scored on samples of ImageNet."""
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from experiments.few_shot import arms as few_shot_arms
-from experiments.shared import shapes
-from logitjax import few_shot, training
-from logitjax.few_shot import _sweep as few_shot_sweep
+from experiments.few_shot.arms import Arm, arms
+from experiments.few_shot.config import Config
+from experiments.shared.programs import Program
+from logitjax import few_shot
 
 # ImageNet under CLIP's and MoCo's ResNet-50: the largest of the paper's data sets.
 _CLASSES, _FEATURES, _AUXILIARY = 1000, 1024, 2048
 _HELD_OUT = {"validation": 4 * _CLASSES, "test": 50_000}
 
 
-def trace_steps(config: Any, devices: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Names and how to trace each program of a run; the first is the main one. One device each."""
-    mesh = training.make_mesh("data:1", devices=devices[:1])
-    known = few_shot_arms.arms(config)
-    names = [name for name in ("amu", "tip_adapter_f", "cross_modal") if name in config.arm]
-    for name in names:
-        sweep = functools.partial(_sweep, config, known[name], mesh)
-        yield f"{name}, {max(config.shots)} shots", sweep
+def programs(config: Config, mesh: Mesh) -> Iterator[Program]:
+    """Sweeps of the arms that differ in what they hold, each with the most shots."""
+    known = arms(config)
+    for name in ("amu", "tip_adapter_f", "cross_modal"):
+        if name in config.arm:
+            yield Program(
+                name=f"{name}, {max(config.shots)} shots",
+                jitted=few_shot.sweep_program,
+                arguments=_arguments(config, known[name], mesh),
+                options=dict(
+                    method=known[name].method,
+                    training=known[name].recipe,
+                    sequential=config.at_once == 1,
+                    mesh=mesh,
+                ),
+            )
 
 
-def _sweep(config: Any, arm: Any, mesh: Any) -> Any:
+def _arguments(config: Config, arm: Arm, mesh: Mesh) -> tuple[Any, ...]:
+    """Abstract samples of ImageNet with the arm's grid of settings."""
     kind, _, count = config.views.partition(":")
     views = int(count) if kind == "random" else 1
-    runs, shown = config.at_once, max(config.shots) * _CLASSES
+    runs, shown = config.at_once * mesh.devices.shape[0], max(config.shots) * _CLASSES
+    array = jax.ShapeDtypeStruct
 
-    def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype)
-
-    def images(count: int) -> few_shot.FewShotInputs:
-        return few_shot.FewShotInputs(
-            zero_shot=array(jnp.float32, runs, count, _CLASSES),
-            features=array(jnp.float32, runs, count, _FEATURES),
-            auxiliary=array(jnp.float32, runs, count, _AUXILIARY),
+    def images(count: int) -> few_shot.Inputs:
+        return few_shot.Inputs(
+            zero_shot=array((runs, count, _CLASSES), jnp.float32),
+            features=array((runs, count, _FEATURES), jnp.float32),
+            auxiliary=array((runs, count, _AUXILIARY), jnp.float32),
         )
 
-    columns = {name: array(jnp.float32, len(column)) for name, column in (arm.grid or {}).items()}
-    settings = max([len(column) for column in (arm.grid or {}).values()], default=1)
-    steps = arm.recipe.total_steps(shown)
-    batch = min(arm.recipe.batch_size, shown)
-    held_out = {
-        name: (images(count), array(jnp.int32, runs, count)) for name, count in _HELD_OUT.items()
-    }
-    data = (
-        array(jnp.int32, runs),
-        images(views * shown),
-        array(jnp.int32, runs, shown),
-        array(jnp.int32, runs, steps, batch),
-        held_out,
+    steps, batch = arm.recipe.total_steps(shown), min(arm.recipe.batch_size, shown)
+    samples = few_shot.SweepRuns(
+        numbers=array((runs,), jnp.int32),
+        task=few_shot.FewShotTask(
+            support=images(views * shown),
+            labels=array((runs, shown), jnp.int32),
+            class_weights=array((_FEATURES, _CLASSES), jnp.float32),
+            views=views,
+        ),
+        orders=array((runs, steps, batch), jnp.int32),
+        held_out={
+            name: (images(count), array((runs, count), jnp.int32))
+            for name, count in _HELD_OUT.items()
+        },
     )
-    arguments = (
-        data,
-        columns | {"": array(jnp.float32, settings)},
-        array(jnp.float32, _FEATURES, _CLASSES),
-        array(jnp.int32),
-        jax.eval_shape(lambda: jax.random.key(0)),
+    samples = jax.tree.map(
+        lambda leaf, sharding: array(leaf.shape, leaf.dtype, sharding=sharding),
+        samples,
+        samples.shardings(mesh),
     )
-    return few_shot_sweep._sweep.trace(
-        *shapes.replicated(mesh, arguments),
-        config=arm.config,
-        training=arm.recipe,
-        views=views,
-        sequential=config.at_once == 1,
-        batch_size=1024,
-    )
+    columns = {name: len(column) for name, column in (arm.grid or {}).items()}
+    columns[""] = max(columns.values(), default=1)
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    settings = {name: array((n,), jnp.float32, sharding=whole) for name, n in columns.items()}
+    number = array((), jnp.int32, sharding=whole)
+    return samples, settings, number, number

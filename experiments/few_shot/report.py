@@ -6,10 +6,10 @@ from typing import Any
 
 from etils import epath
 
-from experiments.dual_head.report import paired
-from experiments.few_shot import arms as few_shot_arms
-from experiments.few_shot import data
-from experiments.shared.report import markdown_table
+from experiments.few_shot.arms import FIXED_BETA, SETTINGS
+from experiments.few_shot.config import METHODS, Config
+from experiments.few_shot.sources import CLIP_SOURCES
+from experiments.shared.report import markdown_table, paired
 
 Records = Mapping[str, Mapping[int, Mapping[str, Any]]]  # by arm, by shots
 Row = dict[str, Any]
@@ -86,7 +86,7 @@ def _scores(by_shots: Mapping[int, Mapping[str, Any]], part: str = "test") -> di
 def accuracies(name: str, arms: Records) -> list[Row]:
     """One row a tuned method, one column a number of shots; published figures below it."""
     rows = [_row("zero-shot", _scores(next(iter(arms.values())), "zero_shot"))]
-    for arm in (arm for arm in arms if arm in few_shot_arms.METHODS):
+    for arm in (arm for arm in arms if arm in METHODS):
         rows.append(_row(arm, _scores(arms[arm])))
         rows += _known(arm, PUBLISHED.get(name, {}), arms[arm], "published")
     return rows
@@ -95,7 +95,7 @@ def accuracies(name: str, arms: Records) -> list[Row]:
 def ablations(name: str, arms: Records) -> list[Row]:
     """AMU at one beta: fused accuracies, those of its bias alone, and a reference's."""
     rows = []
-    for arm in (arm for arm in arms if arm not in few_shot_arms.METHODS):
+    for arm in (arm for arm in arms if arm not in METHODS):
         rows.append(_row(arm, _scores(arms[arm])))
         rows += _known(arm, REFERENCE.get(name, {}), arms[arm], "reference")
         alone = f"{arm}, bias alone"
@@ -140,7 +140,7 @@ def means(results: Mapping[str, Records]) -> list[Row]:
             runs = [arms[arm][shots]["test"] for arms in results.values()]
             columns[shots] = _mean_std([math.fsum(run) / len(run) for run in zip(*runs)])
         rows.append(_row(arm, columns))
-        if set(results) == set(data.CLIP_SOURCES):
+        if set(results) == set(CLIP_SOURCES):
             rows += _known(arm, PUBLISHED[_MEAN], columns, "published")
     return rows
 
@@ -165,15 +165,15 @@ def differences(arms: Records, reference: str) -> list[Row]:
     return rows
 
 
-def write(config: Any, results: Mapping[str, Records], workdir: epath.Path) -> str:
-    """Write ``report.md`` and its plot; returns the text."""
+def write(config: Config, results: Mapping[str, Records], workdir: epath.Path) -> str:
+    """Write `report.md` and its plot; returns the text."""
     plot = _plot(results, workdir)
     parts = [
         "# Few-shot logit bias",
         f"Zero-shot: {config.encoder} by class names; auxiliary encoder: {config.auxiliary}. "
         f"{config.runs} samples; accuracy (%) on test pictures, mean +- standard deviation over "
         "samples, at the setting that was best on each sample's own validation pictures. Every "
-        f"tuned arm tried {few_shot_arms.SETTINGS[config.grid]} settings.",
+        f"tuned arm tried {SETTINGS[config.grid]} settings.",
     ]
     for name, arms in results.items():
         parts += _of_data_set(name, arms)
@@ -191,8 +191,10 @@ def _of_data_set(name: str, arms: Records) -> list[str]:
     parts = [f"## {name}", markdown_table(accuracies(name, arms))]
     fixed = ablations(name, arms)
     if fixed:
-        beta = few_shot_arms.FIXED_BETA
-        parts += [f"### AMU at beta {beta:g}, untuned: what its parts do", markdown_table(fixed)]
+        parts += [
+            f"### AMU at beta {FIXED_BETA:g}, untuned: what its parts do",
+            markdown_table(fixed),
+        ]
     lead = least_lead(name, arms)
     if lead is not None:
         parts.append(
@@ -223,7 +225,7 @@ def _plot(results: Mapping[str, Records], workdir: epath.Path) -> epath.Path:
         zero = [_mean(record["zero_shot"]) for record in first.values()]
         axes.plot(list(first), zero, "k:", label="zero-shot")
         for number, (arm, by_shots) in enumerate(arms.items()):
-            if arm not in few_shot_arms.METHODS and arm != "fixed":
+            if arm not in METHODS and arm != "fixed":
                 continue
             own = arm.startswith(("amu", "fixed"))
             axes.plot(

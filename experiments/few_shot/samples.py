@@ -15,20 +15,30 @@ class Samples:
     """Several samples of a task, padded so that all numbers of shots have one shape.
 
     Attributes:
-      support: ``[runs, views * n, ...]``.
-      labels: ``[runs, n]``, -1 where a row is not there.
-      held_out: validation, test and shifted pictures, their labels -1 where a row is not there.
+        task: `[runs, views * n, ...]` pictures to learn from, their labels -1 where a row is not
+            there.
+        held_out: Validation, test and shifted pictures, their labels -1 where a row is not there.
     """
 
-    support: few_shot.FewShotInputs
-    labels: np.ndarray
-    held_out: dict[str, tuple[few_shot.FewShotInputs, np.ndarray]]
+    task: few_shot.FewShotTask
+    held_out: dict[str, tuple[few_shot.Inputs, np.ndarray]]
+
+    def with_one_encoder(self) -> "Samples":
+        """The samples with the zero-shot encoder's features as the auxiliary ones."""
+
+        def own(images: few_shot.Inputs) -> few_shot.Inputs:
+            return dataclasses.replace(images, auxiliary=images.features)
+
+        return Samples(
+            task=dataclasses.replace(self.task, support=own(self.task.support)),
+            held_out={name: (own(images), y) for name, (images, y) in self.held_out.items()},
+        )
 
 
 def rows_of_run(
     task: Task, shots: int, *, run: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows of ``task.train`` to learn from, to validate on, and to test on if it has no test.
+    """Rows of `task.train` to learn from, to validate on, and to test on if it has no test.
 
     More shots contain fewer; validation does not depend on the shots. A class that has too few
     pictures for all of them gives fewer shots.
@@ -52,7 +62,7 @@ def rows_of_run(
 
 
 def draw(task: Task, shots: int, *, runs: Any, most: int, seed: int = 0) -> Samples:
-    """Samples of the runs with these numbers; ``most`` shots are what there is room for."""
+    """Samples of the runs with these numbers; `most` shots are what there is room for."""
     drawn = [rows_of_run(task, shots, run=run, seed=seed) for run in runs]
     room = [rows_of_run(task, most, run=runs[0], seed=seed)[0].size]
     # The fewer the shots, the more is left to test on.
@@ -73,7 +83,7 @@ def draw(task: Task, shots: int, *, runs: Any, most: int, seed: int = 0) -> Samp
     def plain(rows: np.ndarray) -> Any:
         return task.plain[rows], labels_of(rows)
 
-    def whole(images: few_shot.FewShotInputs, labels: np.ndarray) -> Any:
+    def whole(images: few_shot.Inputs, labels: np.ndarray) -> Any:
         return jax.tree.map(lambda x: np.repeat(x[None], len(drawn), 0), (images, labels))
 
     rows = padded(0)
@@ -81,4 +91,10 @@ def draw(task: Task, shots: int, *, runs: Any, most: int, seed: int = 0) -> Samp
     held_out = {"validation": plain(padded(1))}
     held_out["test"] = plain(padded(2)) if task.test is None else whole(*task.test)
     held_out |= {name: whole(*found) for name, found in task.shifted.items()}
-    return Samples(support=support, labels=labels_of(rows), held_out=held_out)
+    sampled = few_shot.FewShotTask(
+        support=support,
+        labels=labels_of(rows),
+        class_weights=task.class_weights,
+        views=task.views,
+    )
+    return Samples(task=sampled, held_out=held_out)

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from etils import epath
 
 from logitjax import storage
@@ -45,3 +46,15 @@ def write_report(workdir: epath.Path, text: str, records: Sequence[Mapping[str, 
     lines = [json.dumps(record) + "\n" for record in records]
     storage.write_atomic(workdir / "metrics.jsonl", "".join(lines))
     return text
+
+
+def paired(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
+    """Mean of the differences by seed, and the p-value of a two-sided paired t-test."""
+    from scipy import stats
+
+    difference = np.array(first) - np.array(second)
+    if len(difference) < 2:
+        return float(difference.mean()), math.nan
+    if np.ptp(difference) == 0:
+        return float(difference.mean()), 1.0 if difference[0] == 0 else 0.0
+    return float(difference.mean()), float(stats.ttest_rel(first, second).pvalue)

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from jaxtyping import Float, Int
 
 from logitjax.few_shot._method import (
-    FewShotConfig,
-    FewShotInputs,
-    FewShotState,
+    FewShotTask,
+    Inputs,
+    Method,
+    State,
     class_means,
-    mean_view,
     needed,
     z_score,
 )
@@ -36,12 +36,12 @@ def auxiliary_logits(
         z(x @ W)
 
     Args:
-      auxiliary: ``[*batch, features]``, rows of length one.
-      kernel: ``[features, classes]``, at first :func:`class_means` of the labelled images.
-      standardize: :func:`z_score`, as in the released code; the paper's figure has none.
+        auxiliary: `[*batch, features]`, rows of length one.
+        kernel: `[features, classes]`, at first :func:`class_means` of the labelled images.
+        standardize: :func:`z_score`, as in the released code; the paper's figure has none.
 
     Returns:
-      float32 ``[*batch, classes]``.
+        float32 `[*batch, classes]`.
 
     >>> auxiliary_logits(jnp.eye(2), jnp.eye(2), standardize=False)
     Array([[1., 0.],
@@ -58,7 +58,7 @@ def fuse_logits(
     beta: Number = 1.0,
     weight: Float[Array, "*batch 1"] | None = None,
 ) -> Float[jax.Array, "*batch classes"]:
-    """``s0 + beta * weight * s_bias``.
+    """`s0 + beta * weight * s_bias`.
 
     >>> fuse_logits(jnp.array([[1.0, 0.0]]), jnp.array([[0.0, 2.0]]), beta=0.5)
     Array([[1., 1.]], dtype=float32)
@@ -81,20 +81,20 @@ def multi_branch_loss(
         (1 - lambda) * CE(auxiliary, y) + lambda * CE(fused, y)
 
     Args:
-      auxiliary: ``[*batch, classes]``, the bias as it is fused, before beta.
-      fused: ``[*batch, classes]``.
-      labels: ``[*batch]``.
-      fusion_share: lambda; 1 trains the fused logits alone.
+        auxiliary: `[*batch, classes]`, the bias as it is fused, before beta.
+        fused: `[*batch, classes]`.
+        labels: `[*batch]`.
+        fusion_share: lambda; 1 trains the fused logits alone.
 
     Returns:
-      float32 ``[*batch]``.
+        float32 `[*batch]`.
 
     >>> even = jnp.zeros((1, 2))
     >>> print(f"{multi_branch_loss(even, even, jnp.array([0]))[0]:.4f}")
     0.6931
 
     References:
-      Tang et al., AMU-Tuning (arXiv 2404.08958), multi-branch training.
+        Tang et al., AMU-Tuning (arXiv 2404.08958), multi-branch training.
     """
     own = cross_entropy(auxiliary, labels)
     both = cross_entropy(fused, labels)
@@ -102,15 +102,15 @@ def multi_branch_loss(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AMUConfig(FewShotConfig):
+class AMUConfig(Method):
     """AMU-Tuning; :meth:`paper` and :meth:`official` are the two that were published.
 
     ============= ============================ ========================================
     \\             paper                        released code
     ============= ============================ ========================================
-    bias          ``x W``                      ``z(x W)``
+    bias          `x W`                      `z(x W)`
     uncertainty   kurtosis of the logits       none in the published commands; the option
-                                               ``moment``: kurtosis of probabilities / 250
+                                               `moment`: kurtosis of probabilities / 250
     exponent rho  not known, .4 here           .4
     beta, lambda  not known, .5 and .35 here   .5 and .35 (ViT-B/16), .65 and .45 (MindSpore, RN50)
     ============= ============================ ========================================
@@ -120,11 +120,11 @@ class AMUConfig(FewShotConfig):
     nothing here does.
 
     Attributes:
-      beta: factor of the bias.
-      fusion_share: lambda, the share of the fused logits' loss.
-      uncertainty: factor of the bias in each image.
-      standardize: z-score of the bias.
-      initial: the predictor starts from ``'features'`` (class means), ``'random'`` or ``'zeros'``.
+        beta: Factor of the bias.
+        fusion_share: lambda, the share of the fused logits' loss.
+        uncertainty: Factor of the bias in each image.
+        standardize: z-score of the bias.
+        initial: The predictor starts from `'features'` (class means), `'random'` or `'zeros'`.
     """
 
     beta: Number = 0.5
@@ -148,7 +148,7 @@ class AMUConfig(FewShotConfig):
 
     @classmethod
     def official(cls, *, uncertainty: str = "none", **options: Any) -> "AMUConfig":
-        """As in the released code; ``uncertainty='moment'`` is its kurtosis, left off there."""
+        """As in the released code; `uncertainty='moment'` is its kurtosis, left off there."""
         if uncertainty not in ("none", "moment"):
             raise ValueError(f"uncertainty must be 'none' or 'moment', got {uncertainty!r}")
         chosen = Uncertainty()
@@ -157,45 +157,36 @@ class AMUConfig(FewShotConfig):
         own: dict[str, Any] = {"uncertainty": chosen}
         return cls(**(own | options))
 
-    def init(
-        self,
-        support: FewShotInputs,
-        labels: Any,
-        *,
-        class_weights: Any = None,
-        views: int = 1,
-        key: jax.Array | None = None,
-    ) -> FewShotState:
-        del class_weights
-        features = mean_view(needed(support.auxiliary, "auxiliary", self), views)
-        shape = (features.shape[-1], support.zero_shot.shape[-1])
+    def init(self, task: FewShotTask, *, key: jax.Array | None = None) -> State:
+        features = task.mean_view("auxiliary", self)
+        shape = (features.shape[-1], task.num_classes)
         if self.initial == "features":
-            kernel = class_means(features, labels, shape[1])
+            kernel = class_means(features, task.labels, shape[1])
         elif self.initial == "zeros":
             kernel = jnp.zeros(shape, features.dtype)
         else:
             key = jax.random.key(0) if key is None else key
             limit = shape[0] ** -0.5
             kernel = jax.random.uniform(key, shape, features.dtype, -limit, limit)
-        return FewShotState(kernel, None)
+        return State(kernel, None)
 
-    def prepare(self, inputs: FewShotInputs) -> FewShotInputs:
+    def prepare(self, inputs: Inputs) -> Inputs:
         if self.uncertainty.measure == "none":
             return inputs
         weight = uncertainty_weight(inputs.zero_shot, self.uncertainty)
         return dataclasses.replace(inputs, weight=weight)
 
-    def auxiliary_logits(self, state: FewShotState, inputs: FewShotInputs) -> jax.Array:
+    def auxiliary_logits(self, state: State, inputs: Inputs) -> jax.Array:
         """The bias alone, before its weights: a classifier that never saw the zero-shot one."""
         auxiliary = needed(inputs.auxiliary, "auxiliary", self)
         return auxiliary_logits(auxiliary, state.trained, standardize=self.standardize)
 
-    def bias(self, state: FewShotState, inputs: FewShotInputs) -> jax.Array:
+    def bias(self, state: State, inputs: Inputs) -> jax.Array:
         bias = self.auxiliary_logits(state, inputs)
         inputs = self.prepare(inputs) if inputs.weight is None else inputs
         return bias if inputs.weight is None else inputs.weight * bias
 
-    def loss(self, state: FewShotState, inputs: FewShotInputs, labels: Any) -> jax.Array:
+    def loss(self, state: State, inputs: Inputs, labels: Any) -> jax.Array:
         inputs = self.prepare(inputs) if inputs.weight is None else inputs
         bias = self.auxiliary_logits(state, inputs)
         fused = fuse_logits(inputs.zero_shot, bias, beta=self.beta, weight=inputs.weight)

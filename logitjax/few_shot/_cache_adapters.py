@@ -1,17 +1,17 @@
 """Few-shot methods that look images up among the labelled ones: Tip-Adapter, CaFo, APE."""
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
 from logitjax.few_shot._method import (
-    FewShotConfig,
-    FewShotInputs,
-    FewShotState,
-    mean_view,
+    FewShotTask,
+    Inputs,
+    Method,
+    State,
     needed,
     one_hot,
     unit_rows,
@@ -34,54 +34,46 @@ def cache_logits(
         exp(-b (1 - f @ F.T)) @ L
 
     Args:
-      features: ``[*batch, features]``, rows of length one.
-      keys: ``F``, ``[n, features]`` of the labelled images.
-      values: ``L``, ``[n, classes]``: one-hot labels, perhaps weighted.
-      sharpness: b.
+        features: `[*batch, features]`, rows of length one.
+        keys: `F`, `[n, features]` of the labelled images.
+        values: `L`, `[n, classes]`: one-hot labels, perhaps weighted.
+        sharpness: b.
 
     Returns:
-      float32 ``[*batch, classes]``.
+        float32 `[*batch, classes]`.
 
     >>> cache_logits(jnp.eye(2), jnp.eye(2), jnp.eye(2), sharpness=0.0)
     Array([[1., 1.],
            [1., 1.]], dtype=float32)
 
     References:
-      Zhang et al., Tip-Adapter (arXiv 2207.09519), eq. 4.
+        Zhang et al., Tip-Adapter (arXiv 2207.09519), eq. 4.
     """
     affinity = as_float(features, "features") @ as_float(keys, "keys").T
     return jnp.exp(-sharpness * (1.0 - affinity)) @ as_float(values, "values")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TipAdapterConfig(FewShotConfig):
+class TipAdapterConfig(Method):
     """Tip-Adapter: a cache of the labelled images, without training.
 
     The released code searches sharpness and beta on the evaluation set; search them on other data.
 
     Attributes:
-      beta: the paper's alpha; 1.17 on ImageNet.
-      sharpness: the paper's beta.
+        beta: The paper's alpha; 1.17 on ImageNet.
+        sharpness: The paper's beta.
     """
 
     beta: Number = 1.17
     sharpness: Number = 1.0
     trains: ClassVar[bool] = False
 
-    def init(
-        self,
-        support: FewShotInputs,
-        labels: Any,
-        *,
-        class_weights: Any = None,
-        views: int = 1,
-        key: jax.Array | None = None,
-    ) -> FewShotState:
-        del class_weights, key
-        keys = mean_view(needed(support.features, "features", self), views)
-        return FewShotState(keys, one_hot(labels, support.zero_shot.shape[-1], keys.dtype))
+    def init(self, task: FewShotTask, *, key: jax.Array | None = None) -> State:
+        del key
+        keys = task.mean_view("features", self)
+        return State(keys, one_hot(task.labels, task.num_classes, keys.dtype))
 
-    def bias(self, state: FewShotState, inputs: FewShotInputs) -> jax.Array:
+    def bias(self, state: State, inputs: Inputs) -> jax.Array:
         features = needed(inputs.features, "features", self)
         return cache_logits(features, state.trained, state.fixed, sharpness=self.sharpness)
 
@@ -104,19 +96,19 @@ def cafo_bias(
         sum_m p_m z(c_m),    p = softmax_m(<z(s0), z(c_m)>)
 
     Args:
-      zero_shot: ``s0``, ``[*batch, classes]``.
-      candidates: ``[models, *batch, classes]``.
+        zero_shot: `s0`, `[*batch, classes]`.
+        candidates: `[models, *batch, classes]`.
 
     Returns:
-      float32 ``[*batch, classes]``.
+        float32 `[*batch, classes]`.
 
     >>> bias = cafo_bias(jnp.eye(2)[:1], jnp.array([[[3.0, 1.0]], [[0.0, 1.0]]]))
     >>> print(f"{bias[0, 0]:.3f}")
     0.539
 
     References:
-      Zhang et al., Prompt, Generate, then Cache (arXiv 2303.02151); the released code's ``mean``
-      normalisation.
+        Zhang et al., Prompt, Generate, then Cache (arXiv 2303.02151); the released code's `mean`
+        normalisation.
     """
     scores = z_score(candidates)
     agreement = (z_score(zero_shot) * scores).sum(-1, keepdims=True)
@@ -124,36 +116,25 @@ def cafo_bias(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CaFoConfig(FewShotConfig):
+class CaFoConfig(Method):
     """CaFo's fusion of two trained caches, one on each encoder.
 
     The whole of CaFo also generates images for the cache and prompts for the text.
 
     Attributes:
-      beta: .6 on ImageNet with 16 shots.
-      sharpness: of both caches.
+        beta: .6 on ImageNet with 16 shots.
+        sharpness: Sharpness of both caches.
     """
 
     beta: Number = 0.6
     sharpness: Number = 1.0
 
-    def init(
-        self,
-        support: FewShotInputs,
-        labels: Any,
-        *,
-        class_weights: Any = None,
-        views: int = 1,
-        key: jax.Array | None = None,
-    ) -> FewShotState:
-        del class_weights, key
-        keys = {
-            name: mean_view(needed(getattr(support, name), name, self), views)
-            for name in ("features", "auxiliary")
-        }
-        return FewShotState(keys, one_hot(labels, support.zero_shot.shape[-1]))
+    def init(self, task: FewShotTask, *, key: jax.Array | None = None) -> State:
+        del key
+        keys = {name: task.mean_view(name, self) for name in ("features", "auxiliary")}
+        return State(keys, one_hot(task.labels, task.num_classes))
 
-    def bias(self, state: FewShotState, inputs: FewShotInputs) -> jax.Array:
+    def bias(self, state: State, inputs: Inputs) -> jax.Array:
         candidates = [
             cache_logits(
                 needed(getattr(inputs, name), name, self),
@@ -179,18 +160,18 @@ def channel_criterion(
         -w0 * mean_{i != j}(W[:, i] W[:, j]) + w1 * var_i(W[:, i])
 
     Args:
-      class_weights: ``W``, ``[features, classes]``, columns of length one.
-      similarity_weight: w0; .7 on ImageNet.
-      variance_weight: w1; .3 on ImageNet.
+        class_weights: `W`, `[features, classes]`, columns of length one.
+        similarity_weight: w0; .7 on ImageNet.
+        variance_weight: w1; .3 on ImageNet.
 
     Returns:
-      ``[features]``.
+        `[features]`.
 
     >>> bool(jnp.diff(channel_criterion(jnp.array([[0.6, 0.6], [0.8, -0.8]])))[0] > 0)
     True
 
     References:
-      Zhu et al., Not All Features Matter (arXiv 2304.01195), prior refinement, on text only.
+        Zhu et al., Not All Features Matter (arXiv 2304.01195), prior refinement, on text only.
     """
     weights = as_float(class_weights, "class_weights")
     classes = weights.shape[-1]
@@ -220,18 +201,18 @@ def label_divergence(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class APEConfig(FewShotConfig):
+class APEConfig(Method):
     """APE, without training: a cache on the channels that tell classes apart.
 
     Labelled images that the zero-shot classifier finds hard count more.
 
     Attributes:
-      beta: the paper's alpha.
-      sharpness: of the cache.
-      hardness: gamma, of the weight of hard images.
-      channels: how many are kept (at most all).
-      similarity_weight: of the criterion.
-      variance_weight: of the criterion.
+        beta: The paper's alpha.
+        sharpness: Sharpness of the cache.
+        hardness: gamma, of the weight of hard images.
+        channels: How many are kept (at most all).
+        similarity_weight: Weight of similarity in the criterion.
+        variance_weight: Weight of variance in the criterion.
     """
 
     beta: Number = 2.0
@@ -242,18 +223,10 @@ class APEConfig(FewShotConfig):
     variance_weight: Number = 0.3
     trains: ClassVar[bool] = False
 
-    def init(
-        self,
-        support: FewShotInputs,
-        labels: Any,
-        *,
-        class_weights: Any = None,
-        views: int = 1,
-        key: jax.Array | None = None,
-    ) -> FewShotState:
+    def init(self, task: FewShotTask, *, key: jax.Array | None = None) -> State:
         del key
-        weights = needed(class_weights, "class_weights", self)
-        keys = mean_view(needed(support.features, "features", self), views)
+        weights = needed(task.class_weights, "class_weights", self)
+        keys = task.mean_view("features", self)
         criterion = channel_criterion(
             weights,
             similarity_weight=self.similarity_weight,
@@ -261,11 +234,11 @@ class APEConfig(FewShotConfig):
         )
         chosen = jax.lax.top_k(criterion, min(self.channels, len(criterion)))[1]
         keys, weights = unit_rows(keys[:, chosen]), unit_rows(weights[chosen].T).T
-        hard = jnp.exp(self.hardness * label_divergence(keys, weights, labels))
-        values = one_hot(labels, weights.shape[-1], keys.dtype) * hard[:, None]
-        return FewShotState(keys, (values, chosen))
+        hard = jnp.exp(self.hardness * label_divergence(keys, weights, task.labels))
+        values = one_hot(task.labels, weights.shape[-1], keys.dtype) * hard[:, None]
+        return State(keys, (values, chosen))
 
-    def bias(self, state: FewShotState, inputs: FewShotInputs) -> jax.Array:
+    def bias(self, state: State, inputs: Inputs) -> jax.Array:
         values, chosen = state.fixed
         features = unit_rows(needed(inputs.features, "features", self)[..., chosen])
         return cache_logits(features, state.trained, values, sharpness=self.sharpness)

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from jaxtyping import Float, Int
 
 from logitjax.few_shot._method import (
-    FewShotConfig,
-    FewShotInputs,
-    FewShotState,
+    FewShotTask,
+    Inputs,
+    Method,
+    State,
     class_means,
-    mean_view,
     needed,
     one_hot,
     unit_rows,
@@ -24,7 +24,7 @@ CLIP_SCALE = 100.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ClipAdapterConfig(FewShotConfig):
+class ClipAdapterConfig(Method):
     """CLIP-Adapter: a small network moves the features before they meet the class weights.
 
     ::
@@ -32,14 +32,14 @@ class ClipAdapterConfig(FewShotConfig):
         A(f) = relu(relu(f @ W1) @ W2)
         s_bias = scale (A(f) - f) @ W0
 
-    That is the published method for logits ``s0 = scale f @ W0`` if the moved feature is not scaled
-    to length one again, which the released code does (``renormalize``).
+    That is the published method for logits `s0 = scale f @ W0` if the moved feature is not scaled
+    to length one again, which the released code does (`renormalize`).
 
     Attributes:
-      beta: the paper's alpha, the adapter's share of the feature.
-      reduction: features over hidden units.
-      scale: of the zero-shot logits' cosines; CLIP's.
-      renormalize: scale the mixed feature to length one.
+        beta: The paper's alpha, the adapter's share of the feature.
+        reduction: Features over hidden units.
+        scale: Scale of the zero-shot logits' cosines; CLIP's.
+        renormalize: Scale the mixed feature to length one.
     """
 
     beta: Number = 0.5
@@ -47,18 +47,9 @@ class ClipAdapterConfig(FewShotConfig):
     scale: Number = CLIP_SCALE
     renormalize: bool = False
 
-    def init(
-        self,
-        support: FewShotInputs,
-        labels: Any,
-        *,
-        class_weights: Any = None,
-        views: int = 1,
-        key: jax.Array | None = None,
-    ) -> FewShotState:
-        del labels, views
-        weights = needed(class_weights, "class_weights", self)
-        width = needed(support.features, "features", self).shape[-1]
+    def init(self, task: FewShotTask, *, key: jax.Array | None = None) -> State:
+        weights = needed(task.class_weights, "class_weights", self)
+        width = needed(task.support.features, "features", self).shape[-1]
         hidden = max(1, width // self.reduction)
         key = jax.random.key(0) if key is None else key
 
@@ -68,18 +59,18 @@ class ClipAdapterConfig(FewShotConfig):
 
         down, up = jax.random.split(key)
         trained = {"down": uniform(down, (width, hidden)), "up": uniform(up, (hidden, width))}
-        return FewShotState(trained, weights)
+        return State(trained, weights)
 
-    def _moved(self, state: FewShotState, features: jax.Array) -> jax.Array:
+    def _moved(self, state: State, features: jax.Array) -> jax.Array:
         hidden = jax.nn.relu(features @ state.trained["down"])
         return jax.nn.relu(hidden @ state.trained["up"])
 
-    def bias(self, state: FewShotState, inputs: FewShotInputs) -> jax.Array:
+    def bias(self, state: State, inputs: Inputs) -> jax.Array:
         features = needed(inputs.features, "features", self)
         moved = self._moved(state, features)
         return self.scale * (moved - features) @ state.fixed
 
-    def logits(self, state: FewShotState, inputs: FewShotInputs) -> jax.Array:
+    def logits(self, state: State, inputs: Inputs) -> jax.Array:
         if not self.renormalize:
             return super().logits(state, inputs)
         features = needed(inputs.features, "features", self)
@@ -88,45 +79,37 @@ class ClipAdapterConfig(FewShotConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TaskResConfig(FewShotConfig):
+class TaskResConfig(Method):
     """TaskRes: a residual of the class weights, zero at first.
 
     ::
 
         s_bias = scale f @ R
 
-    Exact for ``s0 = scale f @ W0`` unless ``W0 + beta R`` is scaled to length one again, as in the
-    released code (``renormalize``).
+    Exact for `s0 = scale f @ W0` unless `W0 + beta R` is scaled to length one again, as in the
+    released code (`renormalize`).
 
     Attributes:
-      beta: the paper's alpha.
-      scale: of the zero-shot logits' cosines; CLIP's.
-      renormalize: scale the columns of ``W0 + beta R`` to length one; needs class weights.
+        beta: The paper's alpha.
+        scale: Scale of the zero-shot logits' cosines; CLIP's.
+        renormalize: Scale the columns of `W0 + beta R` to length one; needs class weights.
     """
 
     beta: Number = 1.0
     scale: Number = CLIP_SCALE
     renormalize: bool = False
 
-    def init(
-        self,
-        support: FewShotInputs,
-        labels: Any,
-        *,
-        class_weights: Any = None,
-        views: int = 1,
-        key: jax.Array | None = None,
-    ) -> FewShotState:
-        del labels, views, key
-        features = needed(support.features, "features", self)
-        weights = needed(class_weights, "class_weights", self) if self.renormalize else None
-        shape = (features.shape[-1], support.zero_shot.shape[-1])
-        return FewShotState(jnp.zeros(shape, features.dtype), weights)
+    def init(self, task: FewShotTask, *, key: jax.Array | None = None) -> State:
+        del key
+        features = needed(task.support.features, "features", self)
+        weights = needed(task.class_weights, "class_weights", self) if self.renormalize else None
+        shape = (features.shape[-1], task.num_classes)
+        return State(jnp.zeros(shape, features.dtype), weights)
 
-    def bias(self, state: FewShotState, inputs: FewShotInputs) -> jax.Array:
+    def bias(self, state: State, inputs: Inputs) -> jax.Array:
         return self.scale * needed(inputs.features, "features", self) @ state.trained
 
-    def logits(self, state: FewShotState, inputs: FewShotInputs) -> jax.Array:
+    def logits(self, state: State, inputs: Inputs) -> jax.Array:
         if not self.renormalize:
             return super().logits(state, inputs)
         features = needed(inputs.features, "features", self)
@@ -135,7 +118,7 @@ class TaskResConfig(FewShotConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LinearProbeConfig(FewShotConfig):
+class LinearProbeConfig(Method):
     """A linear classifier of one encoder's features; its bias takes the zero-shot logits back.
 
     ::
@@ -143,42 +126,34 @@ class LinearProbeConfig(FewShotConfig):
         s_bias = scale * f @ W + b - s0
 
     Attributes:
-      beta: 1 is the probe by itself, less mixes it with the zero-shot logits.
-      source: the encoder, ``'features'`` or ``'auxiliary'``.
-      scale: of the cosines.
-      initial: ``'features'`` (class means) or ``'zeros'``.
+        beta: 1 is the probe by itself, less mixes it with the zero-shot logits.
+        source: The encoder, `'features'` or `'auxiliary'`.
+        scale: Scale of the cosines.
+        initial: `'features'` (class means) or `'zeros'`.
     """
 
     source: Literal["features", "auxiliary"] = "features"
     scale: Number = CLIP_SCALE
     initial: Literal["features", "zeros"] = "zeros"
 
-    def init(
-        self,
-        support: FewShotInputs,
-        labels: Any,
-        *,
-        class_weights: Any = None,
-        views: int = 1,
-        key: jax.Array | None = None,
-    ) -> FewShotState:
-        del class_weights, key
-        features = mean_view(needed(getattr(support, self.source), self.source, self), views)
-        classes = support.zero_shot.shape[-1]
+    def init(self, task: FewShotTask, *, key: jax.Array | None = None) -> State:
+        del key
+        features = task.mean_view(self.source, self)
+        classes = task.num_classes
         kernel = jnp.zeros((features.shape[-1], classes), features.dtype)
         if self.initial == "features":
-            kernel = class_means(features, labels, classes)
+            kernel = class_means(features, task.labels, classes)
         bias = jnp.zeros((classes,), features.dtype)
-        return FewShotState({"kernel": kernel, "bias": bias}, None)
+        return State({"kernel": kernel, "bias": bias}, None)
 
-    def bias(self, state: FewShotState, inputs: FewShotInputs) -> jax.Array:
+    def bias(self, state: State, inputs: Inputs) -> jax.Array:
         features = needed(getattr(inputs, self.source), self.source, self)
         own = self.scale * features @ state.trained["kernel"] + state.trained["bias"]
         return own - inputs.zero_shot
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CrossModalConfig(FewShotConfig):
+class CrossModalConfig(Method):
     """The cross-modal linear probe: class weights are further labelled examples.
 
     The probe starts from the class weights, and half of its loss is that of classifying them. Every
@@ -189,32 +164,24 @@ class CrossModalConfig(FewShotConfig):
         s_bias = scale * f @ W - s0
 
     Attributes:
-      beta: as in :class:`LinearProbeConfig`.
-      scale: of the cosines, fixed.
-      text_share: of the loss.
+        beta: Share of the probe, as in :class:`LinearProbeConfig`.
+        scale: Fixed scale of the cosines.
+        text_share: Share of the class weights in the loss.
     """
 
     scale: Number = CLIP_SCALE
     text_share: Number = 0.5
 
-    def init(
-        self,
-        support: FewShotInputs,
-        labels: Any,
-        *,
-        class_weights: Any = None,
-        views: int = 1,
-        key: jax.Array | None = None,
-    ) -> FewShotState:
-        del support, labels, views, key
-        weights = needed(class_weights, "class_weights", self)
-        return FewShotState(weights, weights)
+    def init(self, task: FewShotTask, *, key: jax.Array | None = None) -> State:
+        del key
+        weights = needed(task.class_weights, "class_weights", self)
+        return State(weights, weights)
 
-    def bias(self, state: FewShotState, inputs: FewShotInputs) -> jax.Array:
+    def bias(self, state: State, inputs: Inputs) -> jax.Array:
         features = needed(inputs.features, "features", self)
         return self.scale * features @ state.trained - inputs.zero_shot
 
-    def loss(self, state: FewShotState, inputs: FewShotInputs, labels: Any) -> jax.Array:
+    def loss(self, state: State, inputs: Inputs, labels: Any) -> jax.Array:
         text = self.scale * state.fixed.T @ state.trained
         of_text = cross_entropy(text, jnp.arange(len(text))).mean()
         of_images = cross_entropy(self.logits(state, inputs), labels)
@@ -229,7 +196,7 @@ def lp_plus_plus_logits(
     blend: Float[Array, " classes"],
     bias: Float[Array, " classes"],
 ) -> Float[jax.Array, "*batch classes"]:
-    """``f @ V + b + blend * (f @ W0)``, without a scale of the cosines.
+    """`f @ V + b + blend * (f @ W0)`, without a scale of the cosines.
 
     >>> one = jnp.ones(2)
     >>> lp_plus_plus_logits(jnp.eye(2), jnp.eye(2), jnp.eye(2), 3 * one, 0 * one)
@@ -241,7 +208,7 @@ def lp_plus_plus_logits(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LPPlusPlusConfig(FewShotConfig):
+class LPPlusPlusConfig(Method):
     """LP++: prototypes plus class weights with a learnt factor for each class.
 
     Its step sizes follow from the data, so :meth:`init` runs the whole of its training: gradient
@@ -254,10 +221,10 @@ class LPPlusPlusConfig(FewShotConfig):
         lr_V = 4 n / lambda_max(F.T F)      lr_blend = n / (4 max_k sum_n (f_n W0_k)^2)
 
     Attributes:
-      beta: as in :class:`LinearProbeConfig`.
-      iterations: of gradient descent.
-      momentum: of the prototypes.
-      blend_every: steps between those of the factors.
+        beta: Share of the probe, as in :class:`LinearProbeConfig`.
+        iterations: Steps of gradient descent.
+        momentum: Momentum of the prototypes.
+        blend_every: Steps between those of the factors.
     """
 
     iterations: int = 300
@@ -265,20 +232,12 @@ class LPPlusPlusConfig(FewShotConfig):
     blend_every: int = 10
     trains: ClassVar[bool] = False
 
-    def init(
-        self,
-        support: FewShotInputs,
-        labels: Any,
-        *,
-        class_weights: Any = None,
-        views: int = 1,
-        key: jax.Array | None = None,
-    ) -> FewShotState:
+    def init(self, task: FewShotTask, *, key: jax.Array | None = None) -> State:
         del key
-        weights = needed(class_weights, "class_weights", self)
-        features = mean_view(needed(support.features, "features", self), views)
-        trained = self._solve(features, jnp.asarray(labels), weights)
-        return FewShotState(trained, weights)
+        weights = needed(task.class_weights, "class_weights", self)
+        features = task.mean_view("features", self)
+        trained = self._solve(features, jnp.asarray(task.labels), weights)
+        return State(trained, weights)
 
     def _solve(
         self,
@@ -323,7 +282,7 @@ class LPPlusPlusConfig(FewShotConfig):
         prototypes = features.T @ moving if wide else moving
         return {"prototypes": prototypes, "bias": bias, "blend": blend}
 
-    def bias(self, state: FewShotState, inputs: FewShotInputs) -> jax.Array:
+    def bias(self, state: State, inputs: Inputs) -> jax.Array:
         features = needed(inputs.features, "features", self)
         own = lp_plus_plus_logits(
             features,

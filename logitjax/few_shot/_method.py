@@ -21,15 +21,15 @@ from logitjax.ops import Array, Number, as_float
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FewShotInputs:
+class Inputs:
     """Cached images, the last axis being classes or features; absent ones are None.
 
     Attributes:
-      zero_shot: ``[*batch, classes]`` logits of the zero-shot classifier.
-      features: ``[*batch, features]`` of the encoder they come from, rows of length one.
-      auxiliary: ``[*batch, auxiliary]`` of another encoder, rows of length one.
-      weight: ``[*batch, 1]``, filled in by :meth:`FewShotConfig.prepare` where the fusion weight
-        depends on the image alone.
+        zero_shot: `[*batch, classes]` logits of the zero-shot classifier.
+        features: `[*batch, features]` of the encoder they come from, rows of length one.
+        auxiliary: `[*batch, auxiliary]` of another encoder, rows of length one.
+        weight: `[*batch, 1]`, filled in by :meth:`Method.prepare` where the fusion weight
+            depends on the image alone.
     """
 
     zero_shot: Any
@@ -40,26 +40,60 @@ class FewShotInputs:
     def __len__(self) -> int:
         return len(self.zero_shot)
 
-    def __getitem__(self, rows: Any) -> "FewShotInputs":
+    def __getitem__(self, rows: Any) -> "Inputs":
         return jax.tree.map(lambda x: x[rows], self)
 
 
-class FewShotState(NamedTuple):
-    """What a method has learnt (``trained``) and what it keeps fixed (``fixed``): pytrees."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FewShotTask:
+    """What a method learns from: labelled images, and weights of the zero-shot classifier.
+
+    Attributes:
+        support: `[views * n, ...]` labelled images, view after view of all of them.
+        labels: `[n]` classes; images with the label -1 are not there.
+        class_weights: `[features, classes]` of the zero-shot classifier, columns of length one; for
+            methods that read them.
+        views: Augmented views of every image.
+    """
+
+    support: Inputs
+    labels: Any
+    class_weights: Any = None
+    views: int = dataclasses.field(default=1, metadata={"static": True})
+
+    @property
+    def num_classes(self) -> int:
+        return self.support.zero_shot.shape[-1]
+
+    def mean_view(self, name: str, method: Any) -> jax.Array:
+        """`[n, features]` of the encoder `name`: means over views, of length one again.
+
+        Raises:
+            ValueError: The images have no such features; the error names who needs them.
+        """
+        features = needed(getattr(self.support, name), name, method)
+        if self.views == 1:
+            return features
+        return unit_rows(features.reshape(self.views, -1, features.shape[-1]).mean(0))
+
+
+class State(NamedTuple):
+    """What a method has learnt (`trained`) and what it keeps fixed (`fixed`): pytrees."""
 
     trained: Any
     fixed: Any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FewShotConfig:
+class Method:
     """A method: how its bias starts, what it is, and what it is trained on.
 
-    Fields that are numbers may be traced, so a grid of them is a ``vmap`` over
-    ``dataclasses.replace``.
+    Fields that are numbers may be traced, so a grid of them is a `vmap` over
+    `dataclasses.replace`.
 
     Attributes:
-      beta: factor of the bias.
+        beta: Factor of the bias.
     """
 
     beta: Number = 1.0
@@ -67,41 +101,24 @@ class FewShotConfig:
     # Whether gradient steps are to follow `init`.
     trains: ClassVar[bool] = True
 
-    def init(
-        self,
-        support: FewShotInputs,
-        labels: Any,
-        *,
-        class_weights: Any = None,
-        views: int = 1,
-        key: jax.Array | None = None,
-    ) -> FewShotState:
-        """The state before any gradient step.
-
-        Args:
-          support: ``[views * n, ...]`` labelled images, view after view of all of them.
-          labels: ``[n]``; images with the label -1 are not there.
-          class_weights: ``[features, classes]`` zero-shot classifier, columns of length one; for
-            methods that read it.
-          views: augmented views of every image.
-          key: for methods that start at random.
-        """
+    def init(self, task: FewShotTask, *, key: jax.Array | None = None) -> State:
+        """The state before any gradient step; `key` is for methods that start at random."""
         raise NotImplementedError
 
-    def prepare(self, inputs: FewShotInputs) -> FewShotInputs:
+    def prepare(self, inputs: Inputs) -> Inputs:
         """Computes, once, what depends on the images alone."""
         return inputs
 
-    def bias(self, state: FewShotState, inputs: FewShotInputs) -> jax.Array:
-        """``s_bias``, ``[*batch, classes]``."""
+    def bias(self, state: State, inputs: Inputs) -> jax.Array:
+        """`s_bias`, `[*batch, classes]`."""
         raise NotImplementedError
 
-    def logits(self, state: FewShotState, inputs: FewShotInputs) -> jax.Array:
-        """``s0 + beta * s_bias``, ``[*batch, classes]``."""
+    def logits(self, state: State, inputs: Inputs) -> jax.Array:
+        """`s0 + beta * s_bias`, `[*batch, classes]`."""
         return as_float(inputs.zero_shot, "zero_shot") + self.beta * self.bias(state, inputs)
 
-    def loss(self, state: FewShotState, inputs: FewShotInputs, labels: Any) -> jax.Array:
-        """What a gradient step lowers, ``[*batch]``: the cross-entropy of the fused logits."""
+    def loss(self, state: State, inputs: Inputs, labels: Any) -> jax.Array:
+        """What a gradient step lowers, `[*batch]`: the cross-entropy of the fused logits."""
         return cross_entropy(self.logits(state, inputs), labels)
 
 
@@ -130,13 +147,13 @@ def zero_shot_logits(
         scale * (f / |f|) @ W0
 
     Args:
-      features: ``[*batch, features]`` of the images, of any length.
-      class_weights: ``[features, classes]``: in CLIP the mean, over prompt templates, of a class's
-        text features of length one, scaled to length one again.
-      scale: 100, to which CLIP's learned scale was clipped; the published methods fix it.
+        features: `[*batch, features]` of the images, of any length.
+        class_weights: `[features, classes]`: in CLIP the mean, over prompt templates, of a class's
+            text features of length one, scaled to length one again.
+        scale: 100, to which CLIP's learned scale was clipped; the published methods fix it.
 
     Returns:
-      float32 ``[*batch, classes]``.
+        float32 `[*batch, classes]`.
 
     >>> zero_shot_logits(jnp.array([[3.0, 4.0]]), jnp.eye(2)).round(4)
     Array([[60., 80.]], dtype=float32)
@@ -151,7 +168,7 @@ def z_score(logits: Float[Array, "*batch classes"]) -> Float[jax.Array, "*batch 
     The scale of a linear predictor, and whatever all its classes share, then mean nothing. A row of
     equal logits becomes zeros and gets no gradient (the released code divides by 0 there). Of two
     classes it leaves the order alone, without a gradient.
-    ``distillation.standardize_logits`` is the form for distillation, which adds to the deviation.
+    `distillation.standardize_logits` is the form for distillation, which adds to the deviation.
 
     ::
 
@@ -184,20 +201,12 @@ def class_means(
 
 
 def one_hot(labels: Any, num_classes: int, dtype: Any = jnp.float32) -> jax.Array:
-    """``[n, classes]``; rows of labels outside the classes are zero."""
+    """`[n, classes]`; rows of labels outside the classes are zero."""
     return (jnp.asarray(labels)[:, None] == jnp.arange(num_classes)).astype(dtype)
 
 
-def mean_view(features: Any, views: int) -> jax.Array:
-    """``[views * n, features]`` to ``[n, features]``: the mean over views, of length one again."""
-    features = as_float(features, "features")
-    if views == 1:
-        return features
-    return unit_rows(features.reshape(views, -1, features.shape[-1]).mean(0))
-
-
 def needed(value: Any, name: str, method: Any) -> jax.Array:
-    """``value``, or an error that says which method misses it."""
+    """`value`, or an error that says which method misses it."""
     if value is None:
         raise ValueError(f"{name}: {type(method).__name__} expects it, got None")
     return as_float(value, name)

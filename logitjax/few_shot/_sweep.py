@@ -2,62 +2,60 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from logitjax.few_shot._amu import AMUConfig
-from logitjax.few_shot._method import FewShotConfig, FewShotInputs, FewShotState
-from logitjax.few_shot._train import FewShotTraining, few_shot_order, fit_few_shot
+from logitjax.few_shot._method import FewShotTask, Inputs, Method, State
+from logitjax.few_shot._train import Recipe, batch_order, fit
 from logitjax.losses import cross_entropy
 
-HeldOut = Mapping[str, tuple[FewShotInputs, Any]]
+# Held-out images that are scored at a time.
+_SCORED = 1024
 
 
-def few_shot_logits(
-    config: FewShotConfig,
-    state: FewShotState,
-    inputs: FewShotInputs,
-    *,
-    batch_size: int = 1024,
-    method: str = "logits",
-) -> jax.Array:
-    """Logits of many images, some at a time.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SweepRuns:
+    """Samples of images that a sweep trains on, an axis of runs in front.
 
-    Args:
-      config: the method.
-      state: trained.
-      inputs: ``[n, ...]``.
-      batch_size: images at a time.
-      method: of the config, such as ``auxiliary_logits`` of AMU.
-
-    Returns:
-      ``[n, classes]``.
-
-    >>> from logitjax.few_shot import TaskResConfig
-    >>> images = FewShotInputs(zero_shot=jnp.eye(3), features=jnp.eye(3))
-    >>> config = TaskResConfig()
-    >>> few_shot_logits(config, config.init(images, jnp.arange(3)), images, batch_size=2).shape
-    (3, 3)
+    Attributes:
+        numbers: `[runs]`; a run's random start follows from its number.
+        task: `[runs, ...]` images and labels; the class weights have no axis of runs.
+        orders: `[runs, steps, batch]` rows of each step, see :func:`batch_order`.
+        held_out: By name, images `[runs, m, ...]` and labels `[runs, m]` to score on.
     """
-    run = getattr(config, method)
-    if len(inputs) <= batch_size:
-        return run(state, inputs)
-    return jax.lax.map(lambda x: run(state, x), inputs, batch_size=batch_size)
+
+    numbers: Any
+    task: FewShotTask
+    orders: Any
+    held_out: Mapping[str, tuple[Inputs, Any]]
+
+    def shardings(self, mesh: Mesh) -> "SweepRuns":
+        """Where every array goes: runs are split over the mesh's first axis."""
+        split = NamedSharding(mesh, PartitionSpec(mesh.axis_names[0]))
+        placed = jax.tree.map(lambda _: split, self)
+        if self.task.class_weights is None:
+            return placed
+        whole = NamedSharding(mesh, PartitionSpec())
+        task = dataclasses.replace(placed.task, class_weights=whole)
+        return dataclasses.replace(placed, task=task)
 
 
 def with_settings(
-    config: FewShotConfig, training: FewShotTraining, settings: Mapping[str, Any]
-) -> tuple[FewShotConfig, FewShotTraining]:
-    """Replaces fields: ``beta``, ``uncertainty.exponent``, ``training.learning_rate``.
+    config: Method, training: Recipe, settings: Mapping[str, Any]
+) -> tuple[Method, Recipe]:
+    """Replaces fields: `beta`, `uncertainty.exponent`, `training.learning_rate`.
 
     Raises:
-      ValueError: a name that is no field.
+        ValueError: A name that is no field.
 
-    >>> config, _ = with_settings(AMUConfig(), FewShotTraining(), {"uncertainty.exponent": 0.1})
+    >>> config, _ = with_settings(AMUConfig(), Recipe(), {"uncertainty.exponent": 0.1})
     >>> config.uncertainty.exponent
     0.1
     """
@@ -79,7 +77,7 @@ def with_settings(
 
 
 def grid_of(**values: Sequence[float]) -> dict[str, list[float]]:
-    """The product of the values as columns of equal length; ``__`` in a name stands for a dot.
+    """The product of the values as columns of equal length; `__` in a name stands for a dot.
 
     >>> grid_of(beta=[1.0, 2.0], training__learning_rate=[0.1])
     {'beta': [1.0, 2.0], 'training.learning_rate': [0.1, 0.1]}
@@ -88,20 +86,17 @@ def grid_of(**values: Sequence[float]) -> dict[str, list[float]]:
     return {name.replace("__", "."): m.ravel().tolist() for name, m in zip(values, mesh)}
 
 
-def sweep_few_shot(
-    config: FewShotConfig,
-    support: FewShotInputs,
-    labels: Any,
-    held_out: HeldOut,
+def sweep(
+    method: Method,
+    task: FewShotTask,
+    held_out: Mapping[str, tuple[Inputs, Any]],
     *,
-    training: FewShotTraining,
+    training: Recipe,
     grid: Mapping[str, Sequence[float]] | None = None,
-    class_weights: Any = None,
-    views: int = 1,
     seed: int = 0,
     first: int = 0,
     sequential: bool = False,
-    batch_size: int = 1024,
+    mesh: Mesh | None = None,
 ) -> dict[str, dict[str, np.ndarray]]:
     """Trains and scores a method on several samples of images, with every setting of a grid.
 
@@ -109,135 +104,176 @@ def sweep_few_shot(
     the grid. A run's order of images depends on the seed and its number alone.
 
     Args:
-      config: the method.
-      support: ``[runs, views * n, ...]`` labelled images.
-      labels: ``[runs, n]``. Rows at the end may have the label -1, as many in each run: they are
-        not there, and calls with fewer of them share one program.
-      held_out: by name, images ``[runs, m, ...]`` and labels ``[runs, m]`` to score on; images with
-        negative labels do not count.
-      training: the optimizer's settings, for methods that train.
-      grid: columns of equal length, the names as in :func:`with_settings`; see :func:`grid_of`.
-      class_weights: ``[features, classes]``, for methods that read them.
-      views: augmented views of the labelled images.
-      seed: of the orders and of random starts.
-      first: number of the first run, so that several calls are as one.
-      sequential: one run after another, and in training one setting after another: for heads too
-        large to train at once, and no slower on a CPU.
-      batch_size: images scored at a time.
+        method: The method.
+        task: `[runs, views * n, ...]` images and `[runs, n]` labels; class weights without an axis
+            of runs. Rows at the end may have the label -1, as many in each run: they are not there,
+            and calls with fewer of them share one program.
+        held_out: By name, images `[runs, m, ...]` and labels `[runs, m]` to score on; images with
+            negative labels do not count.
+        training: The optimizer's settings, for methods that train.
+        grid: Columns of equal length, named by field: `beta`, `uncertainty.exponent`,
+            `training.learning_rate`; see :func:`grid_of`.
+        seed: Seed of the orders and of random starts.
+        first: Number of the first run, so that several calls are as one.
+        sequential: One run after another, and in training one setting after another: for heads too
+            large to train at once, and no slower on a CPU.
+        mesh: Mesh whose first axis splits the runs; everything on one device if None.
 
     Returns:
-      for every name, ``accuracy`` and ``cross_entropy`` ``[runs, settings]``, and of AMU also
-      ``auxiliary_accuracy``, that of the bias alone.
+        For every name, `accuracy` and `cross_entropy` `[runs, settings]`, and of AMU also
+        `auxiliary_accuracy`, that of the bias alone.
 
     Raises:
-      ValueError: a grid with an unknown name or columns of different lengths, or runs with
-        different numbers of images.
+        ValueError: A grid with an unknown name or columns of different lengths, or runs with
+            different numbers of images.
 
     >>> from logitjax.few_shot import TipAdapterConfig
-    >>> images = FewShotInputs(zero_shot=jnp.zeros((1, 3, 3)), features=jnp.eye(3)[None])
-    >>> found = sweep_few_shot(TipAdapterConfig(), images, jnp.arange(3)[None],
-    ...                        {"test": (images, jnp.arange(3)[None])}, training=FewShotTraining(),
-    ...                        grid=grid_of(beta=[-1.0, 1.0]))
-    >>> found["test"]["accuracy"].tolist()
+    >>> images = Inputs(zero_shot=jnp.zeros((1, 3, 3)), features=jnp.eye(3)[None])
+    >>> task = FewShotTask(support=images, labels=jnp.arange(3)[None])
+    >>> scores = sweep(TipAdapterConfig(), task, {"test": (images, task.labels)},
+    ...                training=Recipe(), grid=grid_of(beta=[-1.0, 1.0]))
+    >>> scores["test"]["accuracy"].tolist()
     [[0.0, 1.0]]
     """
-    columns = {name: jnp.asarray(column, jnp.float32) for name, column in (grid or {}).items()}
+    columns = {name: np.asarray(column, np.float32) for name, column in (grid or {}).items()}
     lengths = {len(column) for column in columns.values()} or {1}
     if len(lengths) > 1:
         raise ValueError(f"grid: expected columns of one length, got {sorted(lengths)}")
-    labels = np.asarray(labels)
+    labels = np.asarray(task.labels)
     counts = set((labels >= 0).sum(1).tolist())
     if len(counts) > 1 or (labels[:, : min(counts)] < 0).any():
         raise ValueError(
             f"labels: expected every run to start with as many images, got {sorted(counts)}"
         )
-    with_settings(config, training, dict.fromkeys(columns, 0.0))
+    with_settings(method, training, dict.fromkeys(columns, 0.0))
     numbers = np.arange(first, first + len(labels))
-    order, steps = _orders(numbers, labels, counts.pop(), training, views=views, seed=seed)
-    found = _sweep(
-        (numbers, support, labels, order, dict(held_out)),
-        columns | {"": jnp.zeros(lengths.pop())},
-        class_weights,
-        steps if config.trains else 0,
-        jax.random.key(seed),
-        config=config,
+    orders, steps = _orders(numbers, labels, counts.pop(), training, views=task.views, seed=seed)
+    runs = SweepRuns(numbers=numbers, task=task, orders=orders, held_out=dict(held_out))
+    if mesh is not None and mesh.size > 1:
+        runs = _padded(runs, mesh.devices.shape[0])
+        runs = jax.device_put(runs, runs.shardings(mesh))
+    scores = sweep_program(
+        runs,
+        columns | {"": np.zeros(lengths.pop(), np.float32)},
+        steps if method.trains else 0,
+        seed,
+        method=method,
         training=training,
-        views=views,
         sequential=sequential,
-        batch_size=batch_size,
+        mesh=mesh,
     )
-    return jax.tree.map(np.asarray, found)
+    return jax.tree.map(lambda x: np.asarray(x)[: len(labels)], scores)
 
 
 def _orders(
     numbers: np.ndarray,
     labels: np.ndarray,
     count: int,
-    training: FewShotTraining,
+    training: Recipe,
     *,
     views: int,
     seed: int,
 ) -> tuple[np.ndarray, int]:
-    """``[runs, steps, batch]`` rows, padded to what all of the rows would need; and the steps."""
+    """`[runs, steps, batch]` rows, padded to what all of the rows would need; and the steps."""
     runs, room = labels.shape
     steps = training.total_steps(count)
     width = min(training.batch_size, room)
     order = np.full((runs, max(steps, training.total_steps(room)), width), -1, np.int32)
     for run, number in enumerate(numbers.tolist()):
-        rows = few_shot_order((seed, number), count, training, views=views, stride=room)
+        rows = batch_order((seed, number), count, training, views=views, stride=room)
         order[run, :steps, : rows.shape[1]] = rows
     return order, steps
 
 
-@functools.partial(
-    jax.jit, static_argnames=("config", "training", "views", "sequential", "batch_size")
-)
+def _padded(runs: SweepRuns, multiple: int) -> SweepRuns:
+    """The runs, the last one repeated until their number is a multiple."""
+    count = len(runs.numbers)
+    if count % multiple == 0:
+        return runs
+    rows = np.minimum(np.arange(-(-count // multiple) * multiple), count - 1)
+    weights = runs.task.class_weights
+    bare = dataclasses.replace(runs, task=dataclasses.replace(runs.task, class_weights=None))
+    bare = jax.tree.map(lambda x: x[rows], bare)
+    return dataclasses.replace(bare, task=dataclasses.replace(bare.task, class_weights=weights))
+
+
+@functools.partial(jax.jit, static_argnames=("method", "training", "sequential", "mesh"))
+def sweep_program(
+    runs: SweepRuns,
+    settings: dict[str, jax.Array],
+    steps: Any,
+    seed: Any,
+    *,
+    method: Method,
+    training: Recipe,
+    sequential: bool,
+    mesh: Mesh | None = None,
+) -> Any:
+    """The compiled part of :func:`sweep`: every run with every setting, trained and scored.
+
+    Args:
+        runs: The samples; a multiple of the mesh's first axis.
+        settings: Columns of the grid, and one named `""` that is as long where the grid is empty.
+        steps: Steps of training.
+        seed: Seed of random starts.
+        method: The method.
+        training: The optimizer's settings.
+        sequential: Whether runs and settings take turns on a device.
+        mesh: Mesh whose first axis splits the runs.
+    """
+    weights = runs.task.class_weights
+    bare = dataclasses.replace(runs, task=dataclasses.replace(runs.task, class_weights=None))
+    arguments = (bare, settings, weights, steps, jax.random.key(seed))
+    run = functools.partial(_sweep, method, training, sequential)
+    if mesh is None or mesh.size == 1:
+        return run(*arguments)
+    split, whole = PartitionSpec(mesh.axis_names[0]), PartitionSpec()
+    # Runs need nothing of each other: each device trains its own.
+    each = jax.shard_map(
+        run,
+        mesh=mesh,
+        in_specs=(split, whole, whole, whole, whole),
+        out_specs=split,
+        check_vma=False,
+    )
+    return jax.lax.with_sharding_constraint(each(*arguments), NamedSharding(mesh, whole))
+
+
 def _sweep(
-    data: Any,
+    method: Method,
+    training: Recipe,
+    sequential: bool,
+    runs: SweepRuns,
     settings: dict[str, jax.Array],
     class_weights: Any,
     steps: Any,
     key: jax.Array,
-    *,
-    config: FewShotConfig,
-    training: FewShotTraining,
-    views: int,
-    sequential: bool,
-    batch_size: int,
 ) -> Any:
-    def one(run: Any, setting: dict[str, jax.Array], batch_size: int = batch_size) -> Any:
-        number, support, labels, order, held_out = run
+    def one(run: SweepRuns, setting: dict[str, jax.Array], batch_size: int = _SCORED) -> Any:
         given = {name: value for name, value in setting.items() if name}
-        method, recipe = with_settings(config, training, given)
-        start = jax.random.fold_in(key, number)
-        state = method.init(support, labels, class_weights=class_weights, views=views, key=start)
-        if method.trains:
-            state, _ = fit_few_shot(
-                method, state, support, labels, order, training=recipe, steps=steps
-            )
+        config, recipe = with_settings(method, training, given)
+        task = dataclasses.replace(run.task, class_weights=class_weights)
+        state = config.init(task, key=jax.random.fold_in(key, run.numbers))
+        if config.trains:
+            state, _ = fit(config, task, state, run.orders, training=recipe, steps=steps)
         return {
-            name: _score(method, state, *images, batch_size=batch_size)
-            for name, images in held_out.items()
+            name: _score(config, state, *images, batch_size=batch_size)
+            for name, images in run.held_out.items()
         }
 
-    if sequential and config.trains:
-        return jax.lax.map(lambda run: jax.lax.map(lambda x: one(run, x), settings), data)
+    if sequential and method.trains:
+        return jax.lax.map(lambda run: jax.lax.map(lambda x: one(run, x), settings), runs)
     if sequential:
         # What does not depend on the setting, such as the whole of LP++, is done once for all.
-        fewer = max(1, batch_size // len(settings[""]))
+        fewer = max(1, _SCORED // len(settings[""]))
         scored = jax.vmap(functools.partial(one, batch_size=fewer), in_axes=(None, 0))
-        return jax.lax.map(lambda run: scored(run, settings), data)
+        return jax.lax.map(lambda run: scored(run, settings), runs)
     over_grid = jax.vmap(one, in_axes=(None, 0))
-    return jax.vmap(over_grid, in_axes=(0, None))(data, settings)
+    return jax.vmap(over_grid, in_axes=(0, None))(runs, settings)
 
 
 def _score(
-    config: FewShotConfig,
-    state: FewShotState,
-    inputs: FewShotInputs,
-    labels: jax.Array,
-    *,
-    batch_size: int,
+    method: Method, state: State, inputs: Inputs, labels: jax.Array, *, batch_size: int
 ) -> dict[str, jax.Array]:
     known = labels >= 0
     count = jnp.maximum(known.sum(), 1)
@@ -245,27 +281,30 @@ def _score(
     def share(values: jax.Array) -> jax.Array:
         return jnp.where(known, values, 0).sum() / count
 
-    logits = few_shot_logits(config, state, inputs, batch_size=batch_size)
-    found = {
+    def in_batches(run: Callable[[State, Inputs], jax.Array]) -> jax.Array:
+        if len(inputs) <= batch_size:
+            return run(state, inputs)
+        return jax.lax.map(lambda x: run(state, x), inputs, batch_size=batch_size)
+
+    logits = in_batches(method.logits)
+    scores = {
         "accuracy": share(logits.argmax(-1) == labels),
         "cross_entropy": share(cross_entropy(logits, jnp.where(known, labels, 0))),
     }
-    if isinstance(config, AMUConfig):
-        alone = few_shot_logits(
-            config, state, inputs, batch_size=batch_size, method="auxiliary_logits"
-        )
-        found["auxiliary_accuracy"] = share(alone.argmax(-1) == labels)
-    return found
+    if isinstance(method, AMUConfig):
+        alone = in_batches(method.auxiliary_logits)
+        scores["auxiliary_accuracy"] = share(alone.argmax(-1) == labels)
+    return scores
 
 
 def best_setting(scores: Mapping[str, np.ndarray]) -> np.ndarray:
     """Of every run the setting with the best accuracy, of equal ones that of lower cross-entropy.
 
     Args:
-      scores: of validation images, as :func:`sweep_few_shot` returns them; never of test images.
+        scores: Scores of validation images, as :func:`sweep` returns them; never of test images.
 
     Returns:
-      ``[runs]`` numbers of settings.
+        `[runs]` numbers of settings.
 
     >>> scores = {"accuracy": np.array([[0.5, 0.8, 0.8]]), "cross_entropy": np.array([[1, 3, 2]])}
     >>> best_setting(scores)

@@ -9,26 +9,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import Int
 
-from logitjax.few_shot._method import FewShotConfig, FewShotInputs, FewShotState
+from logitjax.few_shot._method import FewShotTask, Method, State
+from logitjax.ops import Array
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FewShotTraining:
+class Recipe:
     """AdamW on mini-batches; the defaults are those of AMU's released code.
 
     Numbers other than the counts may be traced, and so be part of a grid.
 
     Attributes:
-      epochs: passes over the labelled images.
-      steps: of the whole run, instead of ``epochs``.
-      batch_size: the last batch of an epoch is short where it does not divide the images.
-      learning_rate: at the first step; a cosine brings it to 0, step by step.
-      warmup: steps from 0 to ``learning_rate``, before the cosine.
-      weight_decay: decoupled.
-      eps: of AdamW, outside the root.
-      b1: decay of the first moment.
-      b2: decay of the second.
+        epochs: Passes over the labelled images.
+        steps: Steps of the whole run, instead of `epochs`.
+        batch_size: Images of a step; the last batch of an epoch is short where they do not divide.
+        learning_rate: Rate of the first step; a cosine brings it to 0, step by step.
+        warmup: Steps from 0 to `learning_rate`, before the cosine.
+        weight_decay: Decoupled weight decay.
+        eps: What AdamW adds to the root of the second moment.
+        b1: Decay of the first moment.
+        b2: Decay of the second moment.
     """
 
     epochs: int = 50
@@ -47,11 +49,11 @@ class FewShotTraining:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
     @classmethod
-    def published(cls, method: str) -> "FewShotTraining":
-        """The released code's settings: ``amu``, ``tip_adapter_f``, ``cafo`` or ``cross_modal``.
+    def published(cls, method: str) -> "Recipe":
+        """The released code's settings: `amu`, `tip_adapter_f`, `cafo` or `cross_modal`.
 
         Raises:
-          ValueError: another name.
+            ValueError: Another name.
         """
         known: dict[str, dict[str, Any]] = {
             "amu": {},
@@ -73,7 +75,10 @@ class FewShotTraining:
         return self.steps or self.epochs * self.batches(num_examples)
 
     def optimizer(self, total_steps: Any) -> optax.GradientTransformation:
-        """AdamW with its schedule; the number of steps may be traced."""
+        """AdamW with its course, a formula here because `total_steps` may be traced.
+
+        One program then serves every number of images; `training.make_schedule` takes an `int`.
+        """
 
         def rate(step: Any) -> Any:
             rest = jnp.maximum(1, total_steps - self.warmup)
@@ -88,10 +93,10 @@ class FewShotTraining:
         )
 
 
-def few_shot_order(
+def batch_order(
     seed: int | Sequence[int],
     num_examples: int,
-    training: FewShotTraining,
+    training: Recipe,
     *,
     views: int = 1,
     stride: int | None = None,
@@ -99,16 +104,16 @@ def few_shot_order(
     """Rows of every batch: a new permutation and the next view in each epoch.
 
     Args:
-      seed: of the permutations.
-      num_examples: labelled images.
-      training: batch size and length.
-      views: augmented views; the rows of view ``v`` start at ``v * stride``.
-      stride: ``num_examples`` when omitted.
+        seed: Seed of the permutations.
+        num_examples: Labelled images.
+        training: Batch size and length.
+        views: Augmented views; the rows of view `v` start at `v * stride`.
+        stride: `num_examples` when omitted.
 
     Returns:
-      int32 ``[steps, batch]``; -1 fills up short batches.
+        int32 `[steps, batch]`; -1 fills up short batches.
 
-    >>> order = few_shot_order(0, 5, FewShotTraining(epochs=1, batch_size=2))
+    >>> order = batch_order(0, 5, Recipe(epochs=1, batch_size=2))
     >>> order.shape, sorted(order.ravel().tolist())
     ((3, 2), [-1, 0, 1, 2, 3, 4])
     """
@@ -122,57 +127,55 @@ def few_shot_order(
     return order.reshape(epochs * batches, batch)[:steps]
 
 
-def fit_few_shot(
-    config: FewShotConfig,
-    state: FewShotState,
-    support: FewShotInputs,
-    labels: Any,
-    order: Any,
+def fit(
+    method: Method,
+    task: FewShotTask,
+    state: State,
+    order: Int[Array, "steps batch"],
     *,
-    training: FewShotTraining,
+    training: Recipe,
     steps: Any = None,
-) -> tuple[FewShotState, jax.Array]:
-    """Trains a few-shot head: a pure function to ``jit`` and ``vmap``.
+) -> tuple[State, jax.Array]:
+    """Trains a few-shot head: a pure function to `jit` and `vmap`.
 
     Everything but the trained arrays is constant, so a step gathers cached rows and nothing else.
+    The steps are one scan, mapped over samples and settings; `training.make_train_step` makes an
+    update that the host calls once for a batch and that sums in float32, and serves neither.
 
     Args:
-      config: the method.
-      state: where it starts, see :meth:`FewShotConfig.init`.
-      support: ``[views * n, ...]`` labelled images.
-      labels: ``[n]``.
-      order: ``[steps, batch]`` rows of ``support``, see :func:`few_shot_order`; -1 is none.
-      training: the optimizer's settings.
-      steps: how many of the order's, all when omitted. It may be traced, so that one program serves
-        any number of images; the rest of the order is not looked at.
+        method: The method.
+        task: Labelled images.
+        state: Where training starts, see :meth:`Method.init`.
+        order: `[steps, batch]` rows of `task.support`, see :func:`batch_order`; -1 is none.
+        training: The optimizer's settings.
+        steps: How many steps of the order to take; all when omitted. It may be traced, so that one
+            program serves any number of images; the rest of the order is not looked at.
 
     Returns:
-      the trained state and the loss of every step, ``[steps]`` (0 where it has not come to it).
+        The trained state and the loss of every step, `[steps]` (0 where it has not come to it).
 
-    >>> from logitjax.few_shot import TaskResConfig
-    >>> x, y = jnp.eye(4), jnp.arange(4) % 3
-    >>> support = FewShotInputs(zero_shot=jnp.zeros((4, 3)), features=x)
-    >>> config, training = TaskResConfig(), FewShotTraining(epochs=9, batch_size=4)
-    >>> order = few_shot_order(0, 4, training)
-    >>> state, losses = fit_few_shot(
-    ...     config, config.init(support, y), support, y, order, training=training)
+    >>> from logitjax import few_shot
+    >>> images = few_shot.Inputs(zero_shot=jnp.zeros((4, 3)), features=jnp.eye(4))
+    >>> task = FewShotTask(support=images, labels=jnp.arange(4) % 3)
+    >>> method, training = few_shot.TaskResConfig(), Recipe(epochs=9, batch_size=4)
+    >>> order = batch_order(0, 4, training)
+    >>> state, losses = fit(method, task, method.init(task), order, training=training)
     >>> bool(losses[-1] < losses[0])
     True
     """
-    support, labels, order = jax.tree.map(jnp.asarray, (config.prepare(support), labels, order))
+    prepared = method.prepare(task.support)
+    support, labels, rows_of_step = jax.tree.map(jnp.asarray, (prepared, task.labels, order))
     count = len(labels)
     # Nothing is missing from a whole number of batches; elsewhere rows may be.
-    full = steps is None and count % order.shape[1] == 0
-    total = len(order) if steps is None else steps
+    full = steps is None and count % rows_of_step.shape[1] == 0
+    total = len(rows_of_step) if steps is None else steps
     tx = training.optimizer(total)
 
     def step(carry: Any, rows: jax.Array) -> tuple[Any, jax.Array]:
         trained, opt_state = carry
 
         def mean_loss(trained: Any) -> jax.Array:
-            values = config.loss(
-                FewShotState(trained, state.fixed), support[rows], labels[rows % count]
-            )
+            values = method.loss(State(trained, state.fixed), support[rows], labels[rows % count])
             if full:
                 return values.mean()
             real = rows >= 0
@@ -184,15 +187,15 @@ def fit_few_shot(
 
     start = (state.trained, tx.init(state.trained))
     if steps is None:
-        (trained, _), losses = jax.lax.scan(step, start, order)
+        (trained, _), losses = jax.lax.scan(step, start, rows_of_step)
     else:
 
         def body(index: Any, carry: Any) -> Any:
             inner, losses = carry
-            inner, loss = step(inner, order[index])
+            inner, loss = step(inner, rows_of_step[index])
             return inner, losses.at[index].set(loss)
 
         kind = jnp.result_type(*jax.tree.leaves(state.trained))
-        carry = (start, jnp.zeros(len(order), kind))
+        carry = (start, jnp.zeros(len(rows_of_step), kind))
         (trained, _), losses = jax.lax.fori_loop(0, total, body, carry)
-    return FewShotState(trained, state.fixed), losses
+    return State(trained, state.fixed), losses

@@ -24,27 +24,28 @@ class Uncertainty:
     measure  factor, with x the probabilities or the logits
     ======== ==============================================================
     none     1
-    kurtosis ``(mean(z(x)^4) / normalizer) ^ -rho``
-    entropy  ``exp(rho * H(p) / log K)``
-    max      ``max(x) ^ -rho``
-    margin   ``(max(x) - min(x)) ^ -rho``
-    top5     ``(max(x) - fifth largest) ^ -rho``
-    energy   ``(2 log sum exp((x - max(x)) / 2) + 2 max(x)) ^ -rho``
-    std      ``std(x)``, whatever rho
+    kurtosis `(mean(z(x)^4) / normalizer) ^ -rho`
+    entropy  `exp(rho * H(p) / log K)`
+    max      `max(x) ^ -rho`
+    margin   `(max(x) - min(x)) ^ -rho`
+    top5     `(max(x) - fifth largest) ^ -rho`
+    energy   `(2 log sum exp((x - max(x)) / 2) + 2 max(x)) ^ -rho`
+    std      `std(x)`, whatever rho
     ======== ==============================================================
 
     z is :func:`z_score`. The kurtosis of probabilities grows with the number of classes K (one-hot:
     about K), so a fixed normaliser makes beta mean something else on every data set;
-    ``'classes'``, K / 4, is 250 at K = 1000 and does not. The kurtosis of logits is 2 to 3 for any
-    K and hardly depends on how sure the classifier is. A class at ``-inf`` has probability 0;
-    measures of logits want finite ones, ``max`` and ``energy`` positive ones.
+    `'classes'`, K / 4, is 250 at K = 1000 and does not. The kurtosis of logits is 2 to 3 for any
+    K and hardly depends on how sure the classifier is. A class at `-inf` has probability 0;
+    measures of logits want finite ones, `max` and `energy` positive ones.
 
     Attributes:
-      measure: as above.
-      of: ``'probabilities'``, as in the released code, or ``'logits'``, as in the paper; the
-        entropy is always of probabilities.
-      exponent: rho.
-      normalizer: of the kurtosis: a number (released code: 250), ``'classes'`` or None for 1.
+        measure: A row of the table.
+        of: `'probabilities'`, as in the released code, or `'logits'`, as in the paper; the
+            entropy is always of probabilities.
+        exponent: rho.
+        normalizer: What the kurtosis is divided by: a number (released code: 250), `'classes'` or
+            None for 1.
     """
 
     measure: Measure = "none"
@@ -73,14 +74,14 @@ def uncertainty_weight(
         s = s0 + beta * uncertainty_weight(s0) * s_bias
 
     Args:
-      zero_shot: ``[*batch, classes]`` logits ``s0``.
-      config: the measure.
+        zero_shot: `[*batch, classes]` logits `s0`.
+        config: The measure.
 
     Returns:
-      float32 ``[*batch, 1]``.
+        float32 `[*batch, 1]`.
 
     Raises:
-      ValueError: ``top5`` of fewer than five classes.
+        ValueError: `top5` of fewer than five classes.
 
     >>> sure, unsure = jnp.array([9.0, 0.0, 0.0, 0.0]), jnp.array([1.0, 0.9, 0.0, 0.0])
     >>> config = Uncertainty(measure="entropy", exponent=1.0)
@@ -89,9 +90,9 @@ def uncertainty_weight(
     1.003 2.525
 
     References:
-      Tang et al., AMU-Tuning (arXiv 2404.08958); measures and constants from ``clip/amu.py`` of its
-      repository (its energy adds the maximum after the division by the temperature 2 and before
-      the product with it, which is kept).
+        Tang et al., AMU-Tuning (arXiv 2404.08958); measures and constants from `clip/amu.py` of its
+        repository (its energy adds the maximum after the division by the temperature 2 and before
+        the product with it, which is kept).
     """
     logits = as_float(zero_shot, "zero_shot")
     measure, rho = config.measure, config.exponent

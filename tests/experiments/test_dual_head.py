@@ -15,6 +15,7 @@ from experiments.dual_head import arms as dual_head_arms
 from experiments.dual_head import data as dual_head_data
 from experiments.dual_head import diagnostics, report
 from experiments.dual_head import train as dual_head_train
+from experiments.shared.report import paired
 from logitjax import training
 
 TINY = dual_head.Config(
@@ -181,7 +182,7 @@ def test_alpha_is_chosen_on_validation_and_losses_are_reported_as_such():
     assert "is WORSE" in text
     assert "dual_mlp against tuned single: +0.33 points" in text
     assert "NOT distinguishable" in text
-    gain, p = report.paired([0.5, 0.6, 0.7], [0.5, 0.6, 0.7])
+    gain, p = paired([0.5, 0.6, 0.7], [0.5, 0.6, 0.7])
     assert (gain, p) == (0.0, 1.0)
 
 

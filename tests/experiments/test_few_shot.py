@@ -14,10 +14,13 @@ from flax import nnx
 
 from experiments.few_shot import __main__ as few_shot
 from experiments.few_shot import arms as few_shot_arms
+from experiments.few_shot import config as few_shot_config
 from experiments.few_shot import data as few_shot_data
-from experiments.few_shot import report, samples
+from experiments.few_shot import report, samples, train
+from experiments.few_shot import sources as few_shot_sources
 from experiments.few_shot import synsets as few_shot_synsets
 from logitjax import data, training, vision
+from logitjax.few_shot._sweep import with_settings
 
 
 def never(step: int) -> bool:
@@ -50,6 +53,7 @@ TINY = few_shot.Config(
     epochs=1,
     steps=2,
     arm=("amu", "fixed"),
+    mesh="data:2,fsdp:4",
 )
 
 
@@ -57,33 +61,33 @@ def test_a_stopped_run_continues_bit_for_bit(tmp_path):
     def without_clocks(results):
         return json.loads(json.dumps(results), object_hook=lambda x: {**x, "seconds": 0})
 
-    whole = few_shot.train_all(TINY, epath.Path(tmp_path) / "a", never)
+    whole = train.train_all(TINY, epath.Path(tmp_path) / "a", never)
     halted = epath.Path(tmp_path) / "b"
     with pytest.raises(training.Preempted):
-        few_shot.train_all(TINY, halted, lambda step: step == 3)
+        train.train_all(TINY, halted, lambda step: step == 3)
     kept = sorted(path.name for path in (halted / "results" / "synthetic_4").iterdir())
     assert kept == ["amu_1.json", "amu_2.json", "fixed_1.json"]
-    resumed = few_shot.train_all(TINY, halted, never)
+    resumed = train.train_all(TINY, halted, never)
     assert without_clocks(resumed) == without_clocks(whole)
     # What is there is read and not trained again.
     path = halted / "results" / "synthetic_4" / "amu_2.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"test": [0.25, 0.5]}))
-    read = few_shot.train_all(TINY, halted, never)
+    read = train.train_all(TINY, halted, never)
     assert read["synthetic:4"]["amu"][2]["test"] == [0.25, 0.5]
 
 
 def test_samples_are_nested_and_never_overlap():
     task = few_shot_data.synthetic("synthetic:3")
     drawn = {n: samples.rows_of_run(task, n, run=1, seed=0) for n in (1, 4, 16)}
-    for train, validation, test in drawn.values():
-        assert sorted([*train, *validation, *test]) == list(range(len(task.train_labels)))
+    for seen, validation, test in drawn.values():
+        assert sorted([*seen, *validation, *test]) == list(range(len(task.train_labels)))
         np.testing.assert_array_equal(validation, drawn[1][1])
     assert set(drawn[1][0]) < set(drawn[4][0]) < set(drawn[16][0])
     assert np.bincount(task.train_labels[drawn[4][0]]).tolist() == [4, 4, 4]
     one, four = (samples.draw(task, n, runs=range(2), most=16) for n in (1, 4))
-    shapes = [jax.tree.map(np.shape, dataclasses.asdict(found)) for found in (one, four)]
+    shapes = [jax.tree.map(np.shape, (found.task, found.held_out)) for found in (one, four)]
     assert shapes[0] == shapes[1]
-    assert ((one.labels >= 0).sum(1) == 3).all()
+    assert ((one.task.labels >= 0).sum(1) == 3).all()
     images, labels = four.held_out["test"]
     right = task.plain.auxiliary[samples.rows_of_run(task, 4, run=0, seed=0)[2]]
     np.testing.assert_array_equal(images.auxiliary[0][: len(right)], right)
@@ -97,16 +101,16 @@ def test_samples_are_nested_and_never_overlap():
 def test_every_tuned_arm_tries_as_many_settings(grid):
     config = few_shot.Config(grid=grid)
     arms = few_shot_arms.arms(config)
-    assert sorted(arms) == sorted(few_shot.ARMS)
+    assert sorted(arms) == sorted(few_shot_config.ARMS)
     for name, arm in arms.items():
         columns = arm.grid or {}
-        tuned = name in few_shot_arms.METHODS
+        tuned = name in few_shot_config.METHODS
         assert {len(column) for column in columns.values()} == (
             {few_shot_arms.SETTINGS[grid]} if tuned else set()
         )
         rows = list(zip(*columns.values()))
         assert len(set(rows)) == len(rows), name
-        few_shot.with_settings(arm.config, arm.recipe, dict.fromkeys(columns, 0.5))
+        with_settings(arm.method, arm.recipe, dict.fromkeys(columns, 0.5))
 
 
 def test_pictures_become_a_task_with_views_and_a_shifted_test(tmp_path, monkeypatch):
@@ -116,7 +120,7 @@ def test_pictures_become_a_task_with_views_and_a_shifted_test(tmp_path, monkeypa
         "tiny", model, vision.Preprocessing(size=16, resize=16), num_features=64, num_classes=1000
     )
     monkeypatch.setattr(vision, "load_encoder", lambda spec, size=None: encoder)
-    source = few_shot_data.Source(
+    source = few_shot_sources.Source(
         data=f"synthetic:{classes}",
         train="train[:24]",
         test="test[:9]",
@@ -124,7 +128,7 @@ def test_pictures_become_a_task_with_views_and_a_shifted_test(tmp_path, monkeypa
         synsets={"0": "1 5-6", "1": "7", "2": "8-9"},
         shifted={"elsewhere": (f"synthetic:{classes}", "test[9:15]")},
     )
-    monkeypatch.setitem(few_shot_data.SOURCES, "dots", source)
+    monkeypatch.setitem(few_shot_sources.SOURCES, "dots", source)
     config = few_shot.Config(
         data=("dots",), features=str(tmp_path), views="random:2", encode_batch=3
     )
@@ -143,7 +147,7 @@ def test_pictures_become_a_task_with_views_and_a_shifted_test(tmp_path, monkeypa
     expected = np.stack([p[:, [1, 5, 6]].sum(1), p[:, 7], p[:, [8, 9]].sum(1)], 1)
     np.testing.assert_allclose(np.exp(task.test[0].zero_shot), expected, rtol=2e-2)
     nameless = dataclasses.replace(source, synsets=None)
-    monkeypatch.setitem(few_shot_data.SOURCES, "dots", nameless)
+    monkeypatch.setitem(few_shot_sources.SOURCES, "dots", nameless)
     with pytest.raises(ValueError, match="neither text nor an ImageNet head"):
         few_shot_data.load_task(config, "dots")
 
@@ -182,7 +186,7 @@ def test_the_report_says_how_far_the_reference_is_and_what_was_published():
     parts = "\n".join(report._of_data_set("imagenet", imagenet))
     assert "70.0 " in parts
     assert "58.6 " in parts
-    everything = dict.fromkeys(few_shot_data.CLIP_SOURCES, imagenet)
+    everything = dict.fromkeys(few_shot_sources.CLIP_SOURCES, imagenet)
     rows = report.means(everything)
     assert rows[0]["16 shots"] == "65.0 +- 7.1"
     assert rows[1] == {"arm": "amu, published", "16 shots": "79.4"}
@@ -194,6 +198,6 @@ def test_mistakes_in_the_configuration_are_named():
     with pytest.raises(ValueError, match="shots"):
         few_shot.Config(shots=(0,))
     with pytest.raises(ValueError, match="expected one of stamps"):
-        few_shot_data.source_of("cifar")
-    name, source = few_shot_data.source_of("ucf101=folder:frames")
+        few_shot_sources.source_of("cifar")
+    name, source = few_shot_sources.source_of("ucf101=folder:frames")
     assert (name, source.data, source.test) == ("ucf101", "folder:frames", "test")

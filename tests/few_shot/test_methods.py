@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from logitjax import few_shot
+from logitjax.few_shot._method import z_score
+from logitjax.few_shot._uncertainty import uncertainty_weight
 from tests.few_shot import _oracle as oracle
 
 CLASSES, FEATURES, AUXILIARY, SHOTS = 7, 16, 12, 3
@@ -31,8 +33,14 @@ def problem(seed=0):
 
 def inputs(seed=0):
     features, auxiliary, zero_shot, weights = (x.astype(np.float32) for x in problem(seed))
-    made = few_shot.FewShotInputs(zero_shot=zero_shot, features=features, auxiliary=auxiliary)
+    made = few_shot.Inputs(zero_shot=zero_shot, features=features, auxiliary=auxiliary)
     return jax.tree.map(jnp.asarray, made), jnp.asarray(weights)
+
+
+def start(config, images, labels=LABELS, **options):
+    """The state of a method before any gradient step."""
+    task = few_shot.FewShotTask(support=images, labels=labels, **options)
+    return config.init(task, key=jax.random.key(0))
 
 
 MEASURES = [
@@ -59,7 +67,7 @@ def test_uncertainty_weights_are_the_published_formulas(x64):
         given = jnp.asarray(logits if x64 else logits.astype(np.float32))
         for options in MEASURES:
             config = few_shot.Uncertainty(**options)
-            got = few_shot.uncertainty_weight(given, config)
+            got = uncertainty_weight(given, config)
             assert got.dtype == given.dtype
             args = (config.measure, config.of, config.exponent, config.normalizer)
             expected = oracle.weight(np.asarray(given, np.float64), *args)
@@ -69,7 +77,7 @@ def test_uncertainty_weights_are_the_published_formulas(x64):
 def test_uncertainty_with_absent_classes_is_finite():
     logits = jnp.array([[1.0, 0.5, 0.0, -1.0, -jnp.inf, 0.3]])
     for measure in ("none", "kurtosis", "entropy", "max", "margin", "top5", "energy", "std"):
-        weight = few_shot.uncertainty_weight(logits, few_shot.Uncertainty(measure=measure))
+        weight = uncertainty_weight(logits, few_shot.Uncertainty(measure=measure))
         assert np.isfinite(weight).all(), measure
 
 
@@ -77,7 +85,7 @@ def test_kurtosis_over_a_fourth_of_the_classes_does_not_depend_on_their_number()
     def sure(classes, **options):
         logits = jnp.zeros((1, classes)).at[0, 0].set(50.0)
         config = few_shot.Uncertainty(measure="kurtosis", exponent=1.0, **options)
-        return float(few_shot.uncertainty_weight(logits, config)[0, 0])
+        return float(uncertainty_weight(logits, config)[0, 0])
 
     # One-hot probabilities: the released normaliser makes the same certainty weigh 130 times more.
     assert sure(10, normalizer=250.0) / sure(1000, normalizer=250.0) > 100
@@ -119,14 +127,14 @@ def test_amu_loss_and_gradient_are_the_published_formulas(name):
     for x64 in (False, True):
         with jax.enable_x64(x64):
             kind = np.float64 if x64 else np.float32
-            given = few_shot.FewShotInputs(
+            given = few_shot.Inputs(
                 zero_shot=zero_shot.astype(kind), auxiliary=auxiliary.astype(kind)
             )
-            state = config.init(given, LABELS)
+            state = start(config, given)
             np.testing.assert_allclose(state.trained, kernel, rtol=1e-6, atol=1e-7)
 
-            def mean_loss(kernel, given=given):
-                return config.loss(few_shot.FewShotState(kernel, None), given, LABELS).mean()
+            def mean_loss(kernel, given=given, state=state):
+                return config.loss(state._replace(trained=kernel), given, LABELS).mean()
 
             value, grad = jax.value_and_grad(mean_loss)(state.trained)
         np.testing.assert_allclose(value, expected, rtol=1e-12 if x64 else 1e-6)
@@ -135,13 +143,13 @@ def test_amu_loss_and_gradient_are_the_published_formulas(name):
 
 def test_z_scores_of_equal_logits_are_zero_without_a_gradient():
     logits = jnp.array([[2.0, 2.0, 2.0], [1.0, 2.0, 4.0]])
-    np.testing.assert_array_equal(few_shot.z_score(logits)[0], 0)
+    np.testing.assert_array_equal(z_score(logits)[0], 0)
     weights = jnp.arange(6.0).reshape(2, 3)
-    slope = jax.grad(lambda z: (weights * few_shot.z_score(z)).sum())(logits)
+    slope = jax.grad(lambda z: (weights * z_score(z)).sum())(logits)
     np.testing.assert_array_equal(slope[0], 0)
     assert np.abs(slope[1]).max() > 0.1
-    shifted = few_shot.z_score(5.0 * logits + 3.0)
-    np.testing.assert_allclose(shifted, few_shot.z_score(logits), atol=1e-6)
+    shifted = z_score(5.0 * logits + 3.0)
+    np.testing.assert_allclose(shifted, z_score(logits), atol=1e-6)
 
 
 METHODS = {
@@ -163,7 +171,7 @@ METHODS = {
 def test_every_method_is_zero_shot_logits_plus_a_bias(name):
     config = METHODS[name]
     images, weights = inputs()
-    state = config.init(images, LABELS, class_weights=weights, key=jax.random.key(0))
+    state = start(config, images, class_weights=weights)
     logits, bias = config.logits(state, images), config.bias(state, images)
     assert logits.shape == bias.shape == (len(LABELS), CLASSES)
     expected = images.zero_shot + config.beta * bias
@@ -187,14 +195,14 @@ def test_caches_and_fusions_are_the_published_formulas():
     hit = np.eye(CLASSES)[LABELS]
     cache = [np.exp(-2 * (1 - f @ f.T)) @ hit for f in (features, auxiliary)]
     config = few_shot.TipAdapterConfig(sharpness=2.0)
-    got = config.bias(config.init(images, LABELS), images)
+    got = config.bias(start(config, images), images)
     np.testing.assert_allclose(got, cache[0], rtol=1e-5)
 
     z = [oracle.z_score(c) for c in cache]
     agreement = np.stack([(oracle.z_score(zero_shot) * c).sum(-1) for c in z], -1)
     p = oracle.softmax(agreement)
     config = few_shot.CaFoConfig(sharpness=2.0)
-    got = config.bias(config.init(images, LABELS), images)
+    got = config.bias(start(config, images), images)
     np.testing.assert_allclose(got, p[:, :1] * z[0] + p[:, 1:] * z[1], atol=1e-4)
 
     similarity = np.zeros(FEATURES)
@@ -208,7 +216,7 @@ def test_caches_and_fusions_are_the_published_formulas():
     divergence = -np.log2(oracle.softmax(kept @ text)[np.arange(len(LABELS)), LABELS])
     values = hit * np.exp(0.1 * divergence)[:, None]
     config = few_shot.APEConfig(channels=5)
-    state = config.init(images, LABELS, class_weights=class_weights)
+    state = start(config, images, class_weights=class_weights)
     np.testing.assert_array_equal(state.fixed[1], chosen)
     expected = np.exp(-(1 - kept @ kept.T)) @ values
     np.testing.assert_allclose(config.bias(state, images), expected, rtol=1e-5)
@@ -224,7 +232,7 @@ def test_residual_methods_rewrite_their_published_classifiers(scale):
     residual = 0.1 * rng.normal(size=weights.shape).astype(np.float32)
     for renormalize in (False, True):
         config = few_shot.TaskResConfig(beta=0.5, renormalize=renormalize, scale=scale)
-        state = config.init(images, LABELS, class_weights=class_weights)
+        state = start(config, images, class_weights=class_weights)
         state = state._replace(trained=jnp.asarray(residual))
         moved = weights + 0.5 * residual
         moved = moved / np.linalg.norm(moved, axis=0) if renormalize else moved
@@ -232,7 +240,7 @@ def test_residual_methods_rewrite_their_published_classifiers(scale):
         np.testing.assert_allclose(got, scale * features @ moved, rtol=1e-4, atol=1e-3)
 
         config = few_shot.ClipAdapterConfig(beta=0.2, renormalize=renormalize, scale=scale)
-        state = config.init(images, LABELS, class_weights=class_weights)
+        state = start(config, images, class_weights=class_weights)
         down, up = (np.asarray(state.trained[name], np.float64) for name in ("down", "up"))
         adapted = np.maximum(np.maximum(features @ down, 0) @ up, 0)
         mixed = 0.2 * adapted + 0.8 * features
@@ -248,7 +256,7 @@ def test_lp_plus_plus_starts_and_steps_as_published():
     means = np.stack([features[k == LABELS].mean(0) for k in range(CLASSES)], 1)
     blend = 250 * np.mean([text[k == LABELS, k].mean() for k in range(CLASSES)])
     config = few_shot.LPPlusPlusConfig(iterations=1, blend_every=1)
-    state = config.init(images, LABELS, class_weights=class_weights)
+    state = start(config, images, class_weights=class_weights)
     p = oracle.softmax(features @ means + blend * text) - np.eye(CLASSES)[LABELS]
     n = len(LABELS)
     rate = 4 * n / np.linalg.eigvalsh(features.T @ features)[-1]
@@ -281,16 +289,15 @@ def test_lp_plus_plus_is_its_gradient_descent(count):
     images, class_weights = inputs()
     config = few_shot.LPPlusPlusConfig(iterations=23)
     with jax.enable_x64(True):
-        own = few_shot.FewShotInputs(zero_shot=np.zeros_like(text), features=features)
-        found = config.init(own, labels, class_weights=weights).trained
+        own = few_shot.Inputs(zero_shot=np.zeros_like(text), features=features)
+        found = start(config, own, labels, class_weights=weights).trained
     np.testing.assert_allclose(found["prototypes"], moving[0], rtol=1e-8, atol=1e-8)
     np.testing.assert_allclose(found["bias"], moving[1], rtol=1e-8, atol=1e-8)
     np.testing.assert_allclose(found["blend"], blend, rtol=1e-8)
     # Rows that are not there change nothing.
     padded = jax.tree.map(lambda x: jnp.pad(x[:count], ((0, 3), (0, 0))), images)
-    state = config.init(
-        padded, np.pad(labels, (0, 3), constant_values=-1), class_weights=class_weights
-    )
+    fewer = np.pad(labels, (0, 3), constant_values=-1)
+    state = start(config, padded, fewer, class_weights=class_weights)
     np.testing.assert_allclose(state.trained["blend"], blend, rtol=1e-4)
 
 
@@ -299,7 +306,7 @@ def test_views_of_an_image_are_averaged_and_class_means_are_not_of_length_one():
     other, _ = inputs(seed=1)
     both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), images, other)
     mean = unit(np.asarray(images.auxiliary + other.auxiliary) / 2)
-    kernel = few_shot.AMUConfig().init(both, LABELS, views=2).trained
+    kernel = start(few_shot.AMUConfig(), both, views=2).trained
     expected = np.stack([mean[k == LABELS].mean(0) for k in range(CLASSES)], 1)
     np.testing.assert_allclose(kernel, expected, rtol=1e-5, atol=1e-6)
     assert np.linalg.norm(kernel, axis=0).max() < 0.999
@@ -307,17 +314,17 @@ def test_views_of_an_image_are_averaged_and_class_means_are_not_of_length_one():
 
 def test_mistakes_are_named():
     images, _ = inputs()
-    bare = few_shot.FewShotInputs(zero_shot=images.zero_shot)
+    bare = few_shot.Inputs(zero_shot=images.zero_shot)
     for config, missing in [
         (few_shot.AMUConfig(), "auxiliary"),
         (few_shot.TipAdapterConfig(), "features"),
         (few_shot.CrossModalConfig(), "class_weights"),
     ]:
         with pytest.raises(ValueError, match=missing):
-            config.init(bare, LABELS)
+            start(config, bare)
     with pytest.raises(ValueError, match="uncertainty"):
         few_shot.AMUConfig.official(uncertainty="entropy")
     with pytest.raises(Exception, match="measure"):
         few_shot.Uncertainty(measure="doubt")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="at least 5"):
-        few_shot.uncertainty_weight(jnp.zeros((1, 3)), few_shot.Uncertainty(measure="top5"))
+        uncertainty_weight(jnp.zeros((1, 3)), few_shot.Uncertainty(measure="top5"))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from logitjax import few_shot, training
+from logitjax.few_shot import _sweep as few_shot_sweep
 from tests.few_shot import _oracle as oracle
 
 CLASSES, AUXILIARY = 5, 8
@@ -26,7 +27,7 @@ def problem(count, seed=0):
 
 def images(auxiliary, zero_shot, kind=np.float32):
     features = {"auxiliary": auxiliary.astype(kind), "zero_shot": zero_shot.astype(kind)}
-    return few_shot.FewShotInputs(**features)
+    return few_shot.Inputs(**features)
 
 
 PRESETS = {
@@ -44,8 +45,8 @@ def test_fifty_steps_are_those_of_the_published_optimizer(name):
     config, measure = PRESETS[name]
     # 19 images in batches of 4: the last batch of an epoch holds three.
     auxiliary, zero_shot, labels = problem(19)
-    recipe = few_shot.FewShotTraining(epochs=10, batch_size=4)
-    order = few_shot.few_shot_order(0, 19, recipe)
+    recipe = few_shot.Recipe(epochs=10, batch_size=4)
+    order = few_shot.batch_order(0, 19, recipe)
     assert len(order) == recipe.total_steps(19) == 50
     kernel = np.stack([auxiliary[k == labels].mean(0) for k in range(CLASSES)], 1)
     trained, losses = oracle.train(
@@ -63,18 +64,16 @@ def test_fifty_steps_are_those_of_the_published_optimizer(name):
     for x64 in (False, True):
         with jax.enable_x64(x64):
             support = images(auxiliary, zero_shot, np.float64 if x64 else np.float32)
-            state = config.init(support, labels)
-            got, seen = few_shot.fit_few_shot(
-                config, state, support, labels, order, training=recipe
-            )
+            task = few_shot.FewShotTask(support=support, labels=labels)
+            got, seen = few_shot.fit(config, task, config.init(task), order, training=recipe)
         tolerance = 1e-8 if x64 else 1e-6
         np.testing.assert_allclose(got.trained, trained, rtol=0, atol=tolerance)
         np.testing.assert_allclose(seen, losses, rtol=tolerance)
 
 
 def test_an_epoch_shows_every_image_once_and_views_take_turns():
-    recipe = few_shot.FewShotTraining(epochs=3, batch_size=4)
-    order = few_shot.few_shot_order(0, 10, recipe, views=2)
+    recipe = few_shot.Recipe(epochs=3, batch_size=4)
+    order = few_shot.batch_order(0, 10, recipe, views=2)
     assert order.shape == (9, 4)
     epochs = order.reshape(3, 12)
     for number, rows in enumerate(epochs):
@@ -83,8 +82,8 @@ def test_an_epoch_shows_every_image_once_and_views_take_turns():
         assert (rows[-2:] == -1).all()
     assert (epochs[0] != epochs[2]).any()
     cut = dataclasses.replace(recipe, steps=4)
-    assert few_shot.few_shot_order(0, 10, cut, views=2).shape == (4, 4)
-    assert few_shot.few_shot_order(0, 3, recipe).shape == (3, 3)
+    assert few_shot.batch_order(0, 10, cut, views=2).shape == (4, 4)
+    assert few_shot.batch_order(0, 3, recipe).shape == (3, 3)
 
 
 def stacked(parts):
@@ -95,7 +94,7 @@ def test_a_sweep_is_its_runs_one_by_one():
     config = few_shot.AMUConfig(
         uncertainty=few_shot.Uncertainty(measure="entropy"), initial="random"
     )
-    recipe = few_shot.FewShotTraining(epochs=4, batch_size=6)
+    recipe = few_shot.Recipe(epochs=4, batch_size=6)
     runs = [problem(15, seed) for seed in (0, 1)]
     tests = [problem(21, seed) for seed in (5, 6)]
     support, held_out = (stacked([images(*run[:2]) for run in x]) for x in (runs, tests))
@@ -104,33 +103,36 @@ def test_a_sweep_is_its_runs_one_by_one():
     grid = few_shot.grid_of(
         beta=[0.5, 3.0], uncertainty__exponent=[0.2], training__learning_rate=[1e-3, 3e-2]
     )
-    options = dict(training=recipe, grid=grid, seed=3, batch_size=8)
-    found = few_shot.sweep_few_shot(config, support, labels, {"test": (held_out, truth)}, **options)
-    again = few_shot.sweep_few_shot(
-        config, support, labels, {"test": (held_out, truth)}, sequential=True, **options
-    )
-    chex.assert_trees_all_close(found, again, rtol=1e-4)
-    second = jax.tree.map(lambda x: x[1:], (support, labels, {"test": (held_out, truth)}))
-    last = few_shot.sweep_few_shot(config, *second, first=1, sequential=True, **options)
+    options = dict(training=recipe, grid=grid, seed=3)
+    task, scored = few_shot.FewShotTask(support=support, labels=labels), {"test": (held_out, truth)}
+    found = few_shot.sweep(config, task, scored, **options)
+    # Two runs on four devices: the last one is computed three times, and kept once.
+    mesh = training.make_mesh("data:4,fsdp:2")
+    for other in (dict(sequential=True), dict(mesh=mesh), dict(mesh=mesh, sequential=True)):
+        again = few_shot.sweep(config, task, scored, **other, **options)
+        chex.assert_trees_all_close(found, again, rtol=1e-4)
+    second = jax.tree.map(lambda x: x[1:], (task, scored))
+    last = few_shot.sweep(config, *second, first=1, sequential=True, **options)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b[1:], rtol=1e-4), last, found)
     scores = found["test"]
     assert scores["accuracy"].shape == scores["auxiliary_accuracy"].shape == (2, 4)
     for run in range(2):
-        method, settings = few_shot.with_settings(
+        method, settings = few_shot_sweep.with_settings(
             config, recipe, {name: column[3] for name, column in grid.items()}
         )
         start = jax.random.fold_in(jax.random.key(3), run)
-        order = few_shot.few_shot_order((3, run), 15, settings)
+        order = few_shot.batch_order((3, run), 15, settings)
         own = images(*runs[run][:2])
-        state = method.init(own, labels[run], key=start)
-        state, _ = few_shot.fit_few_shot(method, state, own, labels[run], order, training=settings)
+        task = few_shot.FewShotTask(support=own, labels=labels[run])
+        state = method.init(task, key=start)
+        state, _ = few_shot.fit(method, task, state, order, training=settings)
         logits = method.logits(state, images(*tests[run][:2]))
         right = (np.asarray(logits).argmax(-1) == truth[run])[truth[run] >= 0]
         np.testing.assert_allclose(scores["accuracy"][run, 3], right.mean(), rtol=1e-5)
 
 
 def test_rows_that_are_not_there_change_nothing():
-    recipe = few_shot.FewShotTraining(epochs=3, batch_size=4)
+    recipe = few_shot.Recipe(epochs=3, batch_size=4)
     run, test = problem(10), problem(15, seed=5)
     weights = np.linalg.qr(np.random.default_rng(0).normal(size=(AUXILIARY, CLASSES)))[0]
     weights = weights.astype(np.float32)
@@ -146,20 +148,19 @@ def test_rows_that_are_not_there_change_nothing():
     held_out = dataclasses.replace(held_out, features=held_out.auxiliary)
     held_out = {"test": (jax.tree.map(lambda x: x[None], held_out), test[2][None])}
     for config in (few_shot.AMUConfig(), few_shot.LPPlusPlusConfig(), few_shot.TipAdapterFConfig()):
-        before = training._few_shot_sweep._sweep._cache_size()
+        before = few_shot.sweep_program._cache_size()
         for rows in (5, 10):
             support, labels = padded(rows)
-            options = dict(training=recipe, class_weights=weights)
-            found = few_shot.sweep_few_shot(config, support, labels, held_out, **options)
-            only = jax.tree.map(lambda x, rows=rows: x[:, :rows], support)
-            exact = few_shot.sweep_few_shot(config, only, labels[:, :rows], held_out, **options)
+            task = few_shot.FewShotTask(support=support, labels=labels, class_weights=weights)
+            found = few_shot.sweep(config, task, held_out, training=recipe)
+            only = jax.tree.map(lambda x, rows=rows: x[:, :rows], (support, labels))
+            task_of_these = dataclasses.replace(task, support=only[0], labels=only[1])
+            exact = few_shot.sweep(config, task_of_these, held_out, training=recipe)
             chex.assert_trees_all_close(found, exact, rtol=1e-4)
-            one = few_shot.sweep_few_shot(
-                config, support, labels, held_out, sequential=True, **options
-            )
+            one = few_shot.sweep(config, task, held_out, training=recipe, sequential=True)
             chex.assert_trees_all_close(found, one, rtol=1e-4)
         # 5 rows with room for 10 and 10 share a program, at once and one by one; 5 have their own.
-        assert training._few_shot_sweep._sweep._cache_size() == before + 3
+        assert few_shot.sweep_program._cache_size() == before + 3
 
 
 def test_training_beats_its_start_for_every_method_that_trains():
@@ -169,8 +170,8 @@ def test_training_beats_its_start_for_every_method_that_trains():
     features = weights.T[labels] + 0.4 * rng.normal(size=(20, AUXILIARY))
     features = (features / np.linalg.norm(features, axis=-1, keepdims=True)).astype(np.float32)
     support = dataclasses.replace(images(auxiliary, 100 * features @ weights), features=features)
-    recipe = few_shot.FewShotTraining(epochs=8, batch_size=5)
-    order = few_shot.few_shot_order(0, 20, recipe)
+    recipe = few_shot.Recipe(epochs=8, batch_size=5)
+    order = few_shot.batch_order(0, 20, recipe)
     for config in (
         few_shot.TipAdapterFConfig(),
         few_shot.CaFoConfig(),
@@ -179,11 +180,12 @@ def test_training_beats_its_start_for_every_method_that_trains():
         few_shot.LinearProbeConfig(),
         few_shot.CrossModalConfig(),
     ):
-        state = config.init(support, labels, class_weights=weights)
+        task = few_shot.FewShotTask(support=support, labels=labels, class_weights=weights)
+        state = config.init(task)
 
         @jax.jit
-        def run(state, config=config):
-            after, _ = few_shot.fit_few_shot(config, state, support, labels, order, training=recipe)
+        def run(state, config=config, task=task):
+            after, _ = few_shot.fit(config, task, state, order, training=recipe)
             return [config.loss(s, support, labels).mean() for s in (state, after)]
 
         before, after = run(state)
@@ -201,17 +203,17 @@ def test_settings_are_chosen_by_accuracy_then_by_cross_entropy():
 def test_mistakes_are_named():
     auxiliary, zero_shot, labels = problem(5)
     support = jax.tree.map(lambda x: x[None], images(auxiliary, zero_shot))
-    options = dict(training=few_shot.FewShotTraining(epochs=1))
+    task = few_shot.FewShotTask(support=support, labels=labels[None])
+    options = dict(training=few_shot.Recipe(epochs=1))
     for grid, match in [({"gamma": [1.0]}, "gamma"), ({"beta": [1.0], "beta2": []}, "length")]:
         with pytest.raises(ValueError, match=match):
-            few_shot.sweep_few_shot(
-                few_shot.AMUConfig(), support, labels[None], {}, grid=grid, **options
-            )
+            few_shot.sweep(few_shot.AMUConfig(), task, {}, grid=grid, **options)
     pair = jax.tree.map(lambda x: jnp.concatenate([x, x]), support)
     uneven = np.stack([labels, np.where(labels == 4, -1, labels)])
+    task = few_shot.FewShotTask(support=pair, labels=uneven)
     with pytest.raises(ValueError, match="labels"):
-        few_shot.sweep_few_shot(few_shot.AMUConfig(), pair, uneven, {}, **options)
+        few_shot.sweep(few_shot.AMUConfig(), task, {}, **options)
     with pytest.raises(ValueError, match="method"):
-        few_shot.FewShotTraining.published("coop")
+        few_shot.Recipe.published("coop")
     with pytest.raises(ValueError, match="epochs"):
-        few_shot.FewShotTraining(epochs=0)
+        few_shot.Recipe(epochs=0)
