@@ -153,7 +153,7 @@ def test_jobset(path):
     (container,) = pod["containers"]
     mounted = {mount["name"] for mount in container.get("volumeMounts", [])}
     assert mounted == {volume["name"] for volume in pod.get("volumes", [])}
-    module = importlib.import_module(container["command"][2])
+    module = importlib.import_module(container["command"][2] + ".config")
     preset = next(word for word in container["command"] if word.startswith("--preset="))
     assert preset.partition("=")[2] in module.PRESETS
     assert f"jobset-name={name}," in path.read_text()
@@ -199,7 +199,7 @@ def test_dockerfile_installs_what_there_is():
     wrong = subprocess.run(["sh", "-ec", shell], env={"ACCELERATOR": "rocm"}, check=False)
     assert wrong.returncode == 2
     command = json.loads(lines[-1].removeprefix("CMD "))
-    assert (ROOT / (command[2].replace(".", "/") + ".py")).exists()
+    assert (ROOT / command[2].replace(".", "/") / "__main__.py").exists()
 
 
 def test_readme_names_every_file_and_no_other():

@@ -5,7 +5,7 @@ states, which never forms them. Weights and defaults are those of OpenUnlearning
 (`UNLEARNING_METHODS` holds what its configurations say of each method).
 
 >>> import jax.numpy as jnp
->>> from logitjax import losses
+>>> from logitjax import losses, unlearning
 >>> logits, labels = jnp.zeros((2, 3, 5)), jnp.array([[1, 2, 3], [4, 0, 0]])
 >>> answer = jnp.array([[True, True, True], [True, False, False]])
 >>> nll, lengths = unlearning.sequence_nll(losses.cross_entropy(logits, labels), answer)
