@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import hashlib
-import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -12,14 +10,8 @@ import numpy as np
 from etils import epath
 
 from logitjax import data
-from logitjax.distillation import sources
-from logitjax.distillation.sources import SPLITS
 from logitjax.models import Tokenizer
-
-
-def digest(*parts: Any) -> str:
-    """A short name for what something was made from."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+from logitjax.storage import digest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +22,7 @@ class Text:
 
     @property
     def fingerprint(self) -> str:
-        return digest(*[self.packed[split].fingerprint for split in SPLITS])
+        return digest([self.packed[split].fingerprint for split in data.SPLITS])
 
     def batch(self, step: int, *, seed: int, size: int) -> dict[str, np.ndarray]:
         return dict(self.packed["train"].batch(step, seed=seed, batch_size=size)["model"])
@@ -43,7 +35,7 @@ class Text:
 
 
 def load_text(spec: str, tokenizer: Tokenizer, *, seq_len: int, directory: epath.Path) -> Text:
-    packed = sources.pack_splits(
+    packed = data.pack_splits(
         spec, {"model": tokenizer}, seq_len=seq_len, on_error="raise", directory=directory
     )
     return Text(packed.splits)
@@ -79,8 +71,7 @@ class Task:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        parts = [hashlib.sha256(self.splits[s].tokens.tobytes()).hexdigest() for s in SPLITS]
-        return digest(*parts, self.options)
+        return digest([self.splits[s].tokens for s in data.SPLITS], self.options)
 
     def batch(self, step: int, *, seed: int, size: int) -> dict[str, np.ndarray]:
         questions = self.splits["train"]
@@ -102,21 +93,21 @@ def load_task(spec: str, tokenizer: Tokenizer, *, length: int, sizes: Mapping[st
     kind, _, source = spec.partition(":")
     rows: dict[str, list[tuple[str, str, str]]]
     if kind == "letters":
-        rows = {split: _letters(split, sizes[split]) for split in SPLITS}
+        rows = {split: _letters(split, sizes[split]) for split in data.SPLITS}
     elif kind == "topics":
         rows = {}
-        for split in SPLITS:
+        for split in data.SPLITS:
             examples = data.load_examples(source, split=split)
             order = np.random.default_rng(0).permutation(len(examples))[: sizes[split]]
             found = [examples[int(i)] for i in order]
             rows[split] = [(row["text"], "\nTopic:", " " + row["topic"]) for row in found]
     else:
         raise ValueError(f"task: expected topics:SOURCE or letters, got {spec!r}")
-    answers = sorted({answer for split in SPLITS for _, _, answer in rows[split]})
+    answers = sorted({answer for split in data.SPLITS for _, _, answer in rows[split]})
     first = {answer: tokenizer.encode(answer)[0] for answer in answers}
     if len(set(first.values())) < len(first):
         raise ValueError(f"task: answers of {spec} share their first tokens: {first}")
-    splits = {split: _questions(rows[split], tokenizer, first, length) for split in SPLITS}
+    splits = {split: _questions(rows[split], tokenizer, first, length) for split in data.SPLITS}
     return Task(splits, tuple(first.values()))
 
 

@@ -18,10 +18,11 @@ from etils import epath
 from flax import nnx
 
 from experiments.dynamic_fusion.config import Config
-from experiments.dynamic_fusion.data import Questions, Task, Text, digest
+from experiments.dynamic_fusion.data import Questions, Task, Text
 from experiments.shared import fit
 from logitjax import losses, models, processes, storage, training, vq
 from logitjax.distillation import objectives
+from logitjax.storage import digest
 
 _LAYERS_ONLY = r"(segments|final_norm)"
 
@@ -55,7 +56,7 @@ class Lineup:
     def __init__(self, config: Config, root: epath.Path, texts: Mapping[str, Text], task: Task):
         self.config, self.root, self.texts, self.task = config, root, texts, task
         self.mesh = training.make_partial_mesh(config.mesh)
-        source = digest(config.large, config.dtype, _file_identity(config.large))
+        source = digest(config.large, config.dtype, _file_identity(config.large), length=12)
         self.large = Variant(root / f"large-{source}", self._load_large)
         cut = digest(
             source,
@@ -64,6 +65,7 @@ class Lineup:
             config.train_embeddings,
             config.layout,
             [config.batch_size, config.heal_steps, config.heal_learning_rate],
+            length=12,
         )
         self.base = Variant(root / f"base-{cut}", self._load_base)
 
@@ -86,6 +88,7 @@ class Lineup:
             size,
             rate,
             [config.train_embeddings, config.layout],
+            length=12,
         )
         directory = self.root / f"{start}-{domain}-{name}" / f"seed-{seed}"
 
@@ -123,7 +126,9 @@ class Lineup:
         config = self.config
         if name == "task":
             questions = self.task.splits[split]
-            directory = variant.directory / f"task-{split}-{digest(self.task.fingerprint)}"
+            directory = (
+                variant.directory / f"task-{split}-{digest(self.task.fingerprint, length=12)}"
+            )
             path = directory / "hidden.npy"
             if not processes.broadcast_from_first(path.exists):
                 model = variant.model
@@ -135,7 +140,7 @@ class Lineup:
                 return Scored(np.load(file), questions.answers)
         text = self.texts[name]
         tokens = config.validation_tokens if split == "validation" else config.test_tokens
-        key = digest(text.fingerprint, tokens, config.batch_size)
+        key = digest(text.fingerprint, tokens, config.batch_size, length=12)
         directory = variant.directory / f"{name}-{split}-{key}"
         if not processes.broadcast_from_first(lambda: storage.has_manifest(directory)):
             model, rows = variant.model, text.scored(split, config.batch_size)

@@ -10,7 +10,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from experiments.graph_fusion.config import Config
-from logitjax import models, training
+from logitjax import data, models, training
 from logitjax.distillation import objectives, sources
 
 
@@ -23,7 +23,7 @@ class Corpus:
         sources: What each source says, by its name.
     """
 
-    packed: sources.Packed
+    packed: data.PackedSplits
     sources: Mapping[str, sources.Source]
 
     def batch(self, split: str, rows: Mapping[str, Any], *, distil: bool) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def load_corpus(config: Config, tokenizer: models.Tokenizer, workdir: epath.Path
     specs = dict(zip(source_names(config), config.source, strict=True))
     tokenizers = {"pivot": tokenizer}
     tokenizers |= {name: models.load_tokenizer(spec) for name, spec in specs.items()}
-    packed = sources.pack_splits(
+    packed = data.pack_splits(
         config.data,
         tokenizers,
         seq_len=config.seq_len,

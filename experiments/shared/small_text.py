@@ -7,7 +7,6 @@ import numpy as np
 from etils import epath
 
 from logitjax import data
-from logitjax.distillation import sources
 from logitjax.models import Tokenizer
 
 
@@ -58,10 +57,10 @@ def pack_splits(
     """
     examples: Mapping[str, data.Examples]
     if spec.startswith("tfds:"):
-        named = zip(sources.SPLITS, splits, strict=True)
+        named = zip(data.SPLITS, splits, strict=True)
         examples = {name: data.load_examples(spec, split=split) for name, split in named}
     else:
-        examples = sources.load_splits(spec, on_error="raise")
+        examples = data.load_splits(spec, on_error="raise")
     return {
         name: data.pack(rows, {"model": tokenizer}, seq_len=seq_len, directory=directory / name)
         for name, rows in examples.items()

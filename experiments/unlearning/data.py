@@ -1,8 +1,6 @@
 """Questions to forget and to keep, what was written around them, and rows of tokens of both."""
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,8 +8,9 @@ import numpy as np
 from absl import logging
 
 from logitjax import unlearning
-from logitjax.data import Tokenizer
+from logitjax.data import TokenizerLike
 from logitjax.evaluation import PromptTemplate, encode_answer
+from logitjax.storage import digest
 from logitjax.unlearning import TofuItem
 
 Rows = dict[str, np.ndarray]
@@ -21,11 +20,6 @@ TEMPLATES: Mapping[str, Callable[[], PromptTemplate]] = {
     "llama2": PromptTemplate.llama2,
     "phi": PromptTemplate.phi,
 }
-
-
-def digest(*parts: Any) -> str:
-    """A short name for what something was made from."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,7 +59,7 @@ class Scene:
 
 
 def _named(*sides: Sequence[TofuItem]) -> str:
-    return digest([[(i.question, i.answer) for i in side] for side in sides])
+    return digest([[(i.question, i.answer) for i in side] for side in sides], length=12)
 
 
 def load_scene(config: Any) -> Scene:
@@ -209,7 +203,7 @@ def augment(
 
 
 def encode(
-    items: Sequence[TofuItem], tokenizer: Tokenizer, template: PromptTemplate, length: int
+    items: Sequence[TofuItem], tokenizer: TokenizerLike, template: PromptTemplate, length: int
 ) -> Rows:
     """Rows of one length, padded at the end, ``mask`` at the tokens of the answers."""
     pad = next((i for i in (tokenizer.pad_id, tokenizer.eos_id) if i is not None), 0)
@@ -225,7 +219,7 @@ def encode(
 
 def packed(
     items: Sequence[TofuItem],
-    tokenizer: Tokenizer,
+    tokenizer: TokenizerLike,
     template: PromptTemplate,
     length: int,
     row_length: int,

@@ -22,8 +22,9 @@ from flax import nnx
 from experiments.unlearning import arms as arms
 from experiments.unlearning import data as rows_of
 from experiments.unlearning.arms import Deployed, Difference
-from experiments.unlearning.data import Rows, digest
+from experiments.unlearning.data import Rows
 from logitjax import models, processes, training, unlearning
+from logitjax.storage import digest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Models:
             scene.taught,
             [config.template, config.max_length, config.row_length],
             [config.finetune_epochs, config.finetune_batch, config.finetune_learning_rate],
+            length=12,
         )
 
     @functools.cached_property
@@ -98,7 +100,7 @@ class Models:
         """The folder of an arm: named after all that its training depends on."""
         config = self.config
         shared = [config.batch_size, config.validated, self.scene.unlearned]
-        name = digest(self._key, arm, shared, settings)
+        name = digest(self._key, arm, shared, settings, length=12)
         return self.root / f"{arm}-{name}" / f"seed-{seed}"
 
     def unlearn(

@@ -82,7 +82,7 @@ class Run:
         reference: Any = None,
         generates: bool = False,
         logs: epath.Path | None = None,
-        mark: str = "",
+        mark: str | None = None,
     ) -> unlearning.TofuEvaluation:
         """TOFU's questions to a model, or to a model and its assistant."""
         config = self.config
@@ -109,9 +109,11 @@ class Run:
             reference_logs=reference,
             workdir=logs,
             model_fingerprint=mark,
-            batch_size=config.eval_batch,
-            max_length=config.max_length,
-            max_new_tokens=config.new_tokens,
+            options=unlearning.TofuOptions(
+                batch_size=config.eval_batch,
+                max_length=config.max_length,
+                max_new_tokens=config.new_tokens,
+            ),
         )
 
     def utility(self, found: unlearning.TofuEvaluation) -> float:

@@ -13,7 +13,6 @@ from flax import nnx
 
 from experiments.shared.small_text import count_tokens
 from logitjax import data, models, processes, training, vq
-from logitjax.distillation import sources
 
 BLOCK = 512
 
@@ -159,7 +158,7 @@ def in_blocks(fn: Callable[..., Any], *arrays: np.ndarray) -> Any:
 
 def _examples(config: Any) -> Mapping[str, data.Examples]:
     if not config.data.startswith("tfds:"):
-        return sources.load_splits(config.data, on_error="raise")
+        return data.load_splits(config.data, on_error="raise")
     names = ("train", "validation", "test")
     return {
         name: data.load_examples(config.data, split=split)

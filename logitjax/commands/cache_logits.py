@@ -26,6 +26,7 @@ from etils import epath
 from logitjax import data, distillation, models, training
 from logitjax.commands.cli import field
 from logitjax.commands.tables import markdown_table
+from logitjax.data import SPLITS
 from logitjax.distillation import sources
 
 
@@ -39,7 +40,7 @@ class Config:
     on_error: str = field("raise", "What happens at a malformed row.", choices=("raise", "skip"))
     seq_len: int = field(256, "Number of tokens in a row.")
     rows: str = field("all", "Rows of each split to read: all, or a number from the start.")
-    splits: tuple[str, ...] = field(sources.SPLITS, "Split to read.")
+    splits: tuple[str, ...] = field(SPLITS, "Split to read.")
     cache_top_k: int = field(64, "Number of logits kept per position.")
     tail_samples: int = field(
         0, "Number of tokens per position drawn from the others, for KL without bias."
@@ -63,15 +64,13 @@ def _wanted(config: Config, dataset: data.PackedDataset) -> np.ndarray:
 
 def run(config: Config, workdir: epath.Path) -> None:
     """Pack, estimate, read."""
-    unknown = sorted(set(config.splits) - set(sources.SPLITS))
+    unknown = sorted(set(config.splits) - set(SPLITS))
     if unknown:
-        raise ValueError(
-            f"splits: expected some of {', '.join(sources.SPLITS)}, got {unknown[0]!r}"
-        )
+        raise ValueError(f"splits: expected some of {', '.join(SPLITS)}, got {unknown[0]!r}")
     specs = {f"source{i}": spec for i, spec in enumerate(config.source)}
     tokenizers = {"pivot": models.load_tokenizer(config.pivot)}
     tokenizers |= {name: models.load_tokenizer(spec) for name, spec in specs.items()}
-    packed = sources.pack_splits(
+    packed = data.pack_splits(
         config.data,
         tokenizers,
         seq_len=config.seq_len,

@@ -14,4 +14,8 @@ from logitjax.data._packed import PackedDataset as PackedDataset
 from logitjax.data._packed import open_packed as open_packed
 from logitjax.data._recognition import RECOGNITION_SETS as RECOGNITION_SETS
 from logitjax.data._recognition import RecognitionSet as RecognitionSet
-from logitjax.data._tokenizer import Tokenizer as Tokenizer
+from logitjax.data._splits import SPLITS as SPLITS
+from logitjax.data._splits import PackedSplits as PackedSplits
+from logitjax.data._splits import load_splits as load_splits
+from logitjax.data._splits import pack_splits as pack_splits
+from logitjax.data._tokenizer import TokenizerLike as TokenizerLike

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from logitjax.data._tokenizer import Tokenizer
+from logitjax.data._tokenizer import TokenizerLike
 
 # Consecutive stretches of text, each with whether the model learns to predict it.
 Segments = Sequence[tuple[str, bool]]
@@ -56,7 +56,7 @@ def render_example(example: Mapping[str, Any]) -> list[tuple[str, bool]]:
 class Encoder:
     """A tokenizer with the marks that packing puts around documents."""
 
-    tokenizer: Tokenizer
+    tokenizer: TokenizerLike
     add_bos: bool
     add_eos: bool
 

@@ -64,7 +64,7 @@ def global_indices(
     return rows
 
 
-def process_slice(batch_size: int, process_index: int, process_count: int) -> slice:
+def process_rows(batch_size: int, process_index: int, process_count: int) -> slice:
     if process_count < 1 or batch_size % process_count:
         raise ValueError(f"batch_size={batch_size} must divide by process_count={process_count}")
     if not 0 <= process_index < process_count:

@@ -21,7 +21,7 @@ from logitjax.data._documents import (
 )
 from logitjax.data._examples import Example, Examples
 from logitjax.data._packed import KIND, PackedDataset, encode_row
-from logitjax.data._tokenizer import Tokenizer
+from logitjax.data._tokenizer import TokenizerLike
 from logitjax.storage import (
     ShardWriter,
     check_manifest,
@@ -41,7 +41,7 @@ _OPEN_ROWS = 64
 
 def pack(
     examples: Sequence[Example],
-    tokenizers: Mapping[str, Tokenizer],
+    tokenizers: Mapping[str, TokenizerLike],
     *,
     seq_len: int,
     directory: str | os.PathLike[str],
@@ -254,7 +254,7 @@ def _lay_out(
     return tokens, segment_ids, loss_mask
 
 
-def _pad_id(tokenizer: Tokenizer) -> int:
+def _pad_id(tokenizer: TokenizerLike) -> int:
     """Padding is masked everywhere, so any valid id does when the tokenizer has none of its own."""
     for candidate in (tokenizer.pad_id, tokenizer.eos_id):
         if candidate is not None:
@@ -262,13 +262,15 @@ def _pad_id(tokenizer: Tokenizer) -> int:
     return 0
 
 
-def _adds_bos(name: str, tokenizer: Tokenizer, choice: bool | Mapping[str, bool] | None) -> bool:
+def _adds_bos(
+    name: str, tokenizer: TokenizerLike, choice: bool | Mapping[str, bool] | None
+) -> bool:
     if isinstance(choice, Mapping):
         choice = choice.get(name)
     return bool(getattr(tokenizer, "add_bos", False) if choice is None else choice)
 
 
-def _chat_of(tokenizer: Tokenizer) -> str:
+def _chat_of(tokenizer: TokenizerLike) -> str:
     """The template decides the tokens as much as the vocabulary does."""
     return digest(getattr(tokenizer, "chat_template", None))
 

@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Bool, Int, Int32, Int64
 
-from logitjax.data._order import global_indices, process_slice
+from logitjax.data._order import global_indices, process_rows
 from logitjax.storage import ShardReader, read_manifest
 
 KIND = "packed dataset"
@@ -113,7 +113,7 @@ class PackedDataset:
         """
         if step < 0:
             raise ValueError(f"step must not be negative, got {step}")
-        mine = process_slice(batch_size, process_index, process_count)
+        mine = process_rows(batch_size, process_index, process_count)
         rows = global_indices(step, length=len(self), seed=seed, batch_size=batch_size)
         return rows[mine]
 
@@ -207,7 +207,7 @@ class PackedDataset:
         Every process gets the same number of batches of the same shape; what is missing at the end
         are rows of padding with row index -1 and nothing to predict.
         """
-        mine = process_slice(batch_size, process_index, process_count)
+        mine = process_rows(batch_size, process_index, process_count)
         count = len(self) if max_rows is None else min(max_rows, len(self))
 
         def produce() -> Iterator[Batch]:

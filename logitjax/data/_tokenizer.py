@@ -1,13 +1,14 @@
-"""What the data layer asks of a tokenizer."""
+"""What packing and scoring ask of a tokenizer, whoever wrote it."""
 
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 
 @runtime_checkable
-class Tokenizer(Protocol):
-    """Text to token ids and back; ``fingerprint`` changes whenever any encoding could.
+class TokenizerLike(Protocol):
+    """Text to token ids and back, as `logitjax.models.Tokenizer` does it.
 
+    ``fingerprint`` changes whenever any encoding could.
     ``bos_id``, ``eos_id`` and ``pad_id`` may be ``None``. A tokenizer whose model expects a
     beginning-of-sequence token may carry ``add_bos = True``: :func:`logitjax.data.pack` obeys it.
     """

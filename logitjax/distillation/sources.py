@@ -7,100 +7,17 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 from etils import epath
 
 from logitjax import data, losses, models, processes
 from logitjax.distillation import objectives
 from logitjax.distillation._alignment import align_positions
 from logitjax.distillation._teacher_cache import TeacherCache, TeacherIdentity
-from logitjax.models import Tokenizer
 from logitjax.storage import has_manifest
-
-SPLITS = ("train", "validation", "test")
-
-
-def load_splits(spec: str, *, on_error: str) -> dict[str, data.Examples]:
-    """The source's own splits where it has them; else the last two tenths are held out."""
-    if spec.startswith("tfds:") or _has_splits(spec):
-        return {s: data.load_examples(spec, split=s, on_error=on_error) for s in SPLITS}
-    examples = data.load_examples(spec, on_error=on_error)
-    held = max(1, len(examples) // 10)
-    if len(examples) < 3:
-        raise ValueError(f"data: {spec} has {len(examples)} documents, too few to hold some out")
-    cuts = (0, len(examples) - 2 * held, len(examples) - held, len(examples))
-    return {s: examples[cuts[i] : cuts[i + 1]] for i, s in enumerate(SPLITS)}
-
-
-def _has_splits(spec: str) -> bool:
-    root = epath.Path(spec.partition(":")[2]).expanduser()
-    if not root.is_dir():
-        return False
-    names = {path.name.partition(".")[0] for path in root.iterdir()}
-    return {"validation", "test"} <= names
-
-
-@dataclasses.dataclass(frozen=True)
-class Packed:
-    """The packed rows of each split.
-
-    Attributes:
-      splits: by name.
-      names: which tokenizer's columns each model reads.
-      lengths: bytes of each token, by those columns.
-      chat: whether the rows are conversations, each model's under its own template.
-    """
-
-    splits: Mapping[str, data.PackedDataset]
-    names: Mapping[str, str]
-    lengths: Mapping[str, np.ndarray]
-    chat: bool
-
-    def columns(self, batch: Mapping[str, Any], model: str) -> Mapping[str, Any]:
-        return batch[self.names[model]]
-
-
-def pack_splits(
-    spec: str,
-    tokenizers: Mapping[str, Tokenizer],
-    *,
-    seq_len: int,
-    on_error: str,
-    directory: epath.Path,
-) -> Packed:
-    """Pack every split once for all models; models that share a tokenizer share its columns."""
-    by_fingerprint: dict[str, str] = {}
-    names = {m: by_fingerprint.setdefault(t.fingerprint, m) for m, t in tokenizers.items()}
-    distinct = {name: tokenizers[name] for name in dict.fromkeys(names.values())}
-    splits = {}
-    with processes.first_before_others("load"):
-        loaded = load_splits(spec, on_error=on_error)
-    chat = "messages" in loaded["train"][0]
-    for split, examples in loaded.items():
-        with processes.first_before_others(f"pack {split}"):
-            splits[split] = data.pack(
-                examples,
-                distinct,
-                seq_len=seq_len,
-                directory=directory / split,
-                # A conversation under a template cannot be cut.
-                encode_chat=models.encode_chat if chat else None,
-                on_long="skip" if chat else "split",
-            )
-        logging.info(
-            "%s: %d documents in %d rows of %d tokens%s",
-            split,
-            len(examples),
-            len(splits[split]),
-            seq_len,
-            f", {examples.errors} malformed rows skipped" if examples.errors else "",
-        )
-    lengths = {name: models.token_byte_lengths(t) for name, t in distinct.items()}
-    return Packed(splits, names, lengths, chat)
 
 
 def needed_rows(
-    packed: Packed, *, steps: int, batch_size: int, seeds: int, eval_rows: int
+    packed: data.PackedSplits, *, steps: int, batch_size: int, seeds: int, eval_rows: int
 ) -> dict[str, np.ndarray]:
     """The rows of each split whose statistics some run reads, ascending.
 
@@ -118,7 +35,7 @@ def needed_rows(
         for step in range(steps)
     ]
     rows = {"train": np.unique(np.concatenate(visited)) if visited else np.zeros(0, np.int64)}
-    for split in SPLITS[1:]:
+    for split in data.SPLITS[1:]:
         rows[split] = np.arange(min(eval_rows, len(packed.splits[split])))
     return rows
 
@@ -134,8 +51,13 @@ class Source:
     """
 
     columns: str
-    packed: Packed
+    packed: data.PackedSplits
     caches: Mapping[str, TeacherCache]
+
+    @functools.cached_property
+    def _token_lengths(self) -> Mapping[str, np.ndarray]:
+        """Bytes of text that each token stands for, by columns."""
+        return {n: models.token_byte_lengths(t) for n, t in self.packed.tokenizers.items()}
 
     def statistics(self, split: str, batch: Mapping[str, Any]) -> tuple[Any, np.ndarray]:
         """`losses.GraphStatistics` at the pivot's positions, and where there are any."""
@@ -147,8 +69,8 @@ class Source:
             places, where = align_positions(
                 batch[ours],
                 batch[self.columns],
-                our_lengths=self.packed.lengths[ours],
-                their_lengths=self.packed.lengths[self.columns],
+                our_lengths=self._token_lengths[ours],
+                their_lengths=self._token_lengths[self.columns],
                 by="turn" if self.packed.chat else "document",
             )
             rows = np.arange(len(places))[:, None]
@@ -163,7 +85,7 @@ def let_source_read(
     load: Callable[[], tuple[Any, models.Tokenizer]],
     *,
     columns: str,
-    packed: Packed,
+    packed: data.PackedSplits,
     rows: Mapping[str, np.ndarray],
     k: int,
     tail_samples: int = 0,
@@ -229,7 +151,11 @@ def let_source_read(
 
 
 def open_caches(
-    directory: epath.Path, packed: Packed, columns: str, tokenizer: str, rows: Mapping[str, Any]
+    directory: epath.Path,
+    packed: data.PackedSplits,
+    columns: str,
+    tokenizer: str,
+    rows: Mapping[str, Any],
 ) -> dict[str, TeacherCache]:
     """Caches written before (``--teacher=cache:DIR``), checked against data and tokenizer."""
     caches = {}

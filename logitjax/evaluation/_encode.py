@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from logitjax.data import Tokenizer
+from logitjax.data import TokenizerLike
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,13 +49,13 @@ class PromptTemplate:
         )
 
 
-def encode_prompt(tokenizer: Tokenizer, template: PromptTemplate, question: str) -> np.ndarray:
+def encode_prompt(tokenizer: TokenizerLike, template: PromptTemplate, question: str) -> np.ndarray:
     """The tokens that an answer continues: int32 ``[time]``."""
     return _encode(tokenizer, template, template.render(question))
 
 
 def encode_answer(
-    tokenizer: Tokenizer,
+    tokenizer: TokenizerLike,
     template: PromptTemplate,
     question: str,
     answer: str,
@@ -99,7 +99,7 @@ def encode_answer(
     return ids, np.arange(len(ids)) >= len(prompt)
 
 
-def _encode(tokenizer: Tokenizer, template: PromptTemplate, text: str) -> np.ndarray:
+def _encode(tokenizer: TokenizerLike, template: PromptTemplate, text: str) -> np.ndarray:
     own = getattr(tokenizer, "add_bos", False)
     add_bos = bool(own if template.add_bos is None else template.add_bos)
     return np.asarray(tokenizer.encode(text, add_bos=add_bos), np.int32)

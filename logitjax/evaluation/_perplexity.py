@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from logitjax.data import Tokenizer
+from logitjax.data import TokenizerLike
 from logitjax.evaluation._nll import NllFn
 from logitjax.evaluation._rows import score_rows
 
@@ -30,7 +30,7 @@ class TextPerplexity:
 
 def text_perplexity(
     nll_fn: NllFn,
-    tokenizer: Tokenizer,
+    tokenizer: TokenizerLike,
     texts: Sequence[str],
     *,
     max_length: int = 512,

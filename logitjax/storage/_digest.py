@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 
 
-def digest(*values: Any, sample: int | None = None) -> str:
+def digest(*values: Any, length: int = 64, sample: int | None = None) -> str:
     """A sha256 of what values say, the same in every process and run.
 
     Two values get the same digest if they are equal and of the same kind; a list and a tuple, and a
@@ -21,11 +21,12 @@ def digest(*values: Any, sample: int | None = None) -> str:
         *values: None, numbers, texts, bytes, arrays (NumPy or JAX, random keys among them), paths,
             and lists, tuples, mappings and dataclasses of these. A path (`os.PathLike`, not a text)
             stands for the bytes of the file.
+        length: Digits of the result; 12 are enough for the name of a folder.
         sample: Of each array only its shape, its type and about so many evenly spaced numbers, for
             arrays of gigabytes. Training changes every array, so this tells models apart.
 
     Returns:
-        64 hexadecimal digits.
+        `length` hexadecimal digits.
 
     Raises:
         TypeError: A value of another kind, whose `repr` may not be the same the next time.
@@ -37,7 +38,7 @@ def digest(*values: Any, sample: int | None = None) -> str:
     """
     state = hashlib.sha256()
     _update(state, values, sample)
-    return state.hexdigest()
+    return state.hexdigest()[:length]
 
 
 def _update(state: Any, value: Any, sample: int | None) -> None:

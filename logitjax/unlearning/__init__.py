@@ -7,7 +7,7 @@ from logitjax.unlearning._assistant import listed_lora as listed_lora
 from logitjax.unlearning._assistant import merge_lora as merge_lora
 from logitjax.unlearning._assistant import paired_hidden_states as paired_hidden_states
 from logitjax.unlearning._assistant_loss import make_assistant_loss as make_assistant_loss
-from logitjax.unlearning._evaluate_tofu import GenerateFn as GenerateFn
+from logitjax.unlearning._evaluate_tofu import TofuOptions as TofuOptions
 from logitjax.unlearning._evaluate_tofu import evaluate_tofu as evaluate_tofu
 from logitjax.unlearning._forget_quality import ForgetQuality as ForgetQuality
 from logitjax.unlearning._forget_quality import forget_quality as forget_quality

@@ -1,9 +1,7 @@
 """The TOFU benchmark on a model: scores, generated answers, logs."""
 
 import dataclasses
-import hashlib
 import inspect
-import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,25 +13,60 @@ from absl import logging
 from etils import epath
 from tqdm import tqdm
 
-from logitjax.data import Tokenizer
-from logitjax.evaluation._encode import PromptTemplate, encode_answer, encode_prompt
-from logitjax.evaluation._nll import NllFn
-from logitjax.evaluation._rouge import rouge_recall
-from logitjax.evaluation._rows import score_rows
+from logitjax import processes
+from logitjax.data import TokenizerLike
+from logitjax.evaluation import (
+    NllFn,
+    PromptTemplate,
+    encode_answer,
+    encode_prompt,
+    rouge_recall,
+    score_rows,
+)
+from logitjax.storage import check_manifest, digest, has_manifest, read_json, write_manifest
 from logitjax.unlearning._memorisation import exact_memorisation, extraction_strength
 from logitjax.unlearning._tofu import TofuItem
-from logitjax.unlearning._tofu_logs import AGGREGATED, log_file, plain, write_json
+from logitjax.unlearning._tofu_logs import AGGREGATED, log_file, plain
 from logitjax.unlearning._tofu_metrics import TofuEvaluation, metrics_from_logs
 from logitjax.unlearning._truth_ratio import Form, normalised_probability, truth_ratio
 
 # (prompts, most new tokens) -> what follows each prompt, without the prompt.
 GenerateFn = Callable[[list[np.ndarray], int], Sequence[Any]]
 
-# Whoever changes what a log holds changes this, so that older ones are made again.
+# Whoever changes what a log holds changes this, so that older ones are refused.
 _VERSION = 1
+_KIND = "TOFU evaluation"
 _LOG_SECONDS = 30.0
 # Only their losses are asked for.
 _LOSS_ONLY = ("holdout",)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TofuOptions:
+    """How TOFU's questions are asked and what is made of the answers.
+
+    Attributes:
+      batch_size: rows of tokens at a time; lengths are padded to multiples of 32.
+      generate_batch_size: prompts at a time, those of like lengths together; default
+        ``batch_size``. The last batch is filled up, so that all are of one size.
+      max_length: of prompt and answer; TOFU's is 200, OpenUnlearning's 512.
+      max_new_tokens: of generated answers.
+      eos_id: the end mark, if it is not the tokenizer's.
+      limit: take only the first items of each set; TOFU's code takes 300.
+      form: of the truth ratio in the metrics. Logs hold the geometric one, as TOFU's.
+      confidence: of the interval of the forget quality.
+      seed: of its resampling.
+    """
+
+    batch_size: int = 16
+    generate_batch_size: int | None = None
+    max_length: int = 200
+    max_new_tokens: int = 200
+    eos_id: int | None = None
+    limit: int | None = None
+    form: Form = "geometric"
+    confidence: float = 0.95
+    seed: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,22 +83,14 @@ class _Setting:
 def evaluate_tofu(
     nll_fn: NllFn,
     generate_fn: GenerateFn | None,
-    tokenizer: Tokenizer,
+    tokenizer: TokenizerLike,
     sets: Mapping[str, Sequence[TofuItem]],
     *,
     template: PromptTemplate,
+    options: TofuOptions | None = None,
     reference_logs: Any = None,
     workdir: str | os.PathLike[str] | None = None,
-    model_fingerprint: str = "",
-    form: Form = "geometric",
-    batch_size: int = 16,
-    generate_batch_size: int | None = None,
-    max_length: int = 200,
-    max_new_tokens: int = 200,
-    eos_id: int | None = None,
-    limit: int | None = None,
-    confidence: float = 0.95,
-    seed: int = 0,
+    model_fingerprint: str | None = None,
 ) -> TofuEvaluation:
     """Runs the TOFU benchmark on a model, whatever that is.
 
@@ -73,7 +98,8 @@ def evaluate_tofu(
     that the model gives, with its ROUGE recall. With a ``workdir`` each set's log is written once
     it is done, as TOFU's own code would (``eval_log.json``, ``eval_log_forget.json``,
     ``eval_real_author_wo_options.json``, ``eval_real_world_wo_options.json``, and all in one
-    ``eval_log_aggregated.json``), and read the next time if it is about the same thing.
+    ``eval_log_aggregated.json``), and read the next time. A workdir is of one model, tokenizer and
+    setting, and is refused for any other.
 
     Args:
       nll_fn: ``(tokens, targets)``, int32 and bool ``[batch, time]``, to the negative
@@ -87,27 +113,21 @@ def evaluate_tofu(
         ``forget`` the forget quality; ``holdout`` (only its losses are taken) allows a membership
         attack. Others are reported as the first are; with names that begin in ``forget``, as that.
       template: what stands around the question; the one the model was trained with.
+      options: `TofuOptions`; the defaults are TOFU's.
       reference_logs: of the model retrained without the forget set: its `TofuEvaluation`, or what
         `metrics_from_logs` takes.
       workdir: for the logs; one model each. Only process 0 writes; all must be able to read.
-      model_fingerprint: changes with the model; logs under another one are made again.
-      form: of the truth ratio in the metrics. Logs hold the geometric one, as TOFU's.
-      batch_size: rows of tokens at a time; lengths are padded to multiples of 32.
-      generate_batch_size: prompts at a time, those of like lengths together; default
-        ``batch_size``. The last batch is filled up, so that all are of one size.
-      max_length: of prompt and answer; TOFU's is 200, OpenUnlearning's 512.
-      max_new_tokens: of generated answers.
-      eos_id: the end mark, if it is not the tokenizer's.
-      limit: take only the first items of each set; TOFU's code takes 300.
-      confidence: of the interval of the forget quality.
-      seed: of its resampling.
+      model_fingerprint: changes with the model, such as `logitjax.storage.digest` of its parameters
+        or the checkpoint's name and step. Needed with ``workdir``: functions do not tell which
+        model they ask.
 
     Returns:
       `TofuEvaluation`.
 
     Raises:
-      ValueError: items without wrong answers, losses that are not finite (names set and item), or a
-        file in ``workdir`` that this did not write.
+      ValueError: items without wrong answers, losses that are not finite (names set and item), a
+        ``workdir`` without a ``model_fingerprint``, one with the logs of another model, tokenizer,
+        setting or set (names what differs), or one with files that this did not write.
 
     References:
       Maini et al., 2024 (arXiv 2401.06121), section 2.3; logs as of its code. Departures: the whole
@@ -115,41 +135,70 @@ def evaluate_tofu(
       generating; ROUGE holds the generated text against the item's answer, not against a decoded
       one.
     """
-    sets = {name: tuple(items)[:limit] for name, items in sets.items()}
+    options = TofuOptions() if options is None else options
+    sets = {name: tuple(items)[: options.limit] for name, items in sets.items()}
     _check_sets(sets)
-    end = tokenizer.eos_id if eos_id is None else eos_id
     setting = _Setting(
         template=template,
-        max_length=max_length,
-        max_new_tokens=max_new_tokens,
-        eos_id=end,
+        max_length=options.max_length,
+        max_new_tokens=options.max_new_tokens,
+        eos_id=tokenizer.eos_id if options.eos_id is None else options.eos_id,
         generates=generate_fn is not None,
     )
-    root = None if workdir is None else epath.Path(workdir).expanduser()
+    root = None
+    if workdir is not None:
+        root = epath.Path(workdir).expanduser()
+        _claim(root, sets, setting, tokenizer, model_fingerprint)
     logs: dict[str, dict[str, Any]] = {}
     for name, items in sets.items():
-        mark = _fingerprint(name, items, setting, tokenizer.fingerprint, model_fingerprint)
-        log = None if root is None else _finished(root / log_file(name), mark)
+        log = None if root is None else _finished(root / log_file(name), items)
         if log is None:
-            log = _log_set(
-                name,
-                items,
-                setting,
-                nll_fn,
-                generate_fn,
-                tokenizer,
-                batch_size=batch_size,
-                generate_batch_size=generate_batch_size or batch_size,
-            )
-            log["fingerprint"] = mark
-            if root is not None and jax.process_index() == 0:
-                write_json(root / log_file(name), log)
+            log = _log_set(name, items, setting, options, nll_fn, generate_fn, tokenizer)
+            log["items"] = digest(items)
+            if root is not None:
+                processes.write_json(root / log_file(name), log)
         logs[name] = log
-    if root is not None and jax.process_index() == 0:
-        write_json(root / AGGREGATED, {log_file(name): log for name, log in logs.items()})
+    if root is not None:
+        processes.write_json(root / AGGREGATED, {log_file(name): log for name, log in logs.items()})
     return metrics_from_logs(
-        logs, reference_logs=reference_logs, form=form, confidence=confidence, seed=seed
+        logs,
+        reference_logs=reference_logs,
+        form=options.form,
+        confidence=options.confidence,
+        seed=options.seed,
     )
+
+
+def _claim(
+    root: epath.Path,
+    sets: Mapping[str, Sequence[TofuItem]],
+    setting: _Setting,
+    tokenizer: TokenizerLike,
+    model_fingerprint: str | None,
+) -> None:
+    """The workdir is this model's from now on, or was before."""
+    if model_fingerprint is None:
+        raise ValueError(
+            "model_fingerprint: expected with a workdir, whose logs would otherwise answer for "
+            "another model; got None"
+        )
+    made_from = {
+        "version": _VERSION,
+        "model": model_fingerprint,
+        "tokenizer": tokenizer.fingerprint,
+        **dataclasses.asdict(setting),
+    }
+    foreign = [root / log_file(name) for name in sets if (root / log_file(name)).exists()]
+    # Process 0 may have begun since: its manifest is there before its first log.
+    if has_manifest(root):
+        check_manifest(root, _KIND, made_from)
+    elif foreign:
+        raise ValueError(
+            f"{foreign[0]}: not a log of evaluate_tofu (no manifest beside it); choose another "
+            "workdir"
+        )
+    elif jax.process_index() == 0:
+        write_manifest(root, _KIND, made_from)
 
 
 def _check_sets(sets: Mapping[str, Sequence[TofuItem]]) -> None:
@@ -169,34 +218,13 @@ def _check_sets(sets: Mapping[str, Sequence[TofuItem]]) -> None:
                 )
 
 
-def _fingerprint(
-    name: str, items: Sequence[TofuItem], setting: _Setting, tokenizer: str, model: str
-) -> str:
-    said = [
-        _VERSION,
-        name,
-        [dataclasses.asdict(item) for item in items],
-        dataclasses.asdict(setting),
-        tokenizer,
-        model,
-    ]
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
-
-
-def _finished(path: epath.Path, mark: str) -> dict[str, Any] | None:
-    """A log that is there already, if it is about the same items, setting and model."""
+def _finished(path: epath.Path, items: Sequence[TofuItem]) -> dict[str, Any] | None:
+    """A set's log, if it is there already."""
     if not path.exists():
         return None
-    try:
-        log = json.loads(path.read_text())
-        written = log["fingerprint"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        raise ValueError(
-            f"{path}: not a log of evaluate_tofu (no 'fingerprint'); choose another workdir"
-        ) from None
-    if written != mark:
-        logging.info("%s: of another model or setting, made again", path)
-        return None
+    log = read_json(path)
+    if not isinstance(log, dict) or log.get("items") != digest(items):
+        raise ValueError(f"{path} does not fit: it is of other items; choose another workdir")
     logging.info("%s: finished before", path)
     return log
 
@@ -226,12 +254,10 @@ def _log_set(
     name: str,
     items: Sequence[TofuItem],
     setting: _Setting,
+    options: TofuOptions,
     nll_fn: NllFn,
     generate_fn: GenerateFn | None,
-    tokenizer: Tokenizer,
-    *,
-    batch_size: int,
-    generate_batch_size: int,
+    tokenizer: TokenizerLike,
 ) -> dict[str, Any]:
     """One set's log, with TOFU's fields in TOFU's order."""
     keys = [str(item.index) for item in items]
@@ -240,7 +266,7 @@ def _log_set(
     def put(field: str, values: Any) -> None:
         log[field] = {key: plain(value) for key, value in zip(keys, values, strict=True)}
 
-    scored = _score_answers(name, items, setting, nll_fn, tokenizer, batch_size)
+    scored = _score_answers(name, items, setting, nll_fn, tokenizer, options.batch_size)
     own, paraphrase, wrong = scored.own, scored.paraphrase, scored.wrong
     total, count = scored.total, scored.count
     average = total / count
@@ -253,7 +279,8 @@ def _log_set(
     if name in _LOSS_ONLY:
         return log
     if generate_fn is not None:
-        said = _generate(name, items, setting, generate_fn, tokenizer, generate_batch_size)
+        batch_size = options.generate_batch_size or options.batch_size
+        said = _generate(name, items, setting, generate_fn, tokenizer, batch_size)
         answers = [item.answer for item in items]
         prompts = [setting.template.render(item.question) for item in items]
         put("generated_text", [list(row) for row in zip(prompts, said, answers, strict=True)])
@@ -295,7 +322,7 @@ def _score_answers(
     items: Sequence[TofuItem],
     setting: _Setting,
     nll_fn: NllFn,
-    tokenizer: Tokenizer,
+    tokenizer: TokenizerLike,
     batch_size: int,
 ) -> _Scored:
     rows: list[tuple[np.ndarray, np.ndarray]] = []
@@ -355,7 +382,7 @@ def _generate(
     items: Sequence[TofuItem],
     setting: _Setting,
     generate_fn: GenerateFn,
-    tokenizer: Tokenizer,
+    tokenizer: TokenizerLike,
     batch_size: int,
 ) -> list[str]:
     """What the model answers, in the order of the items."""
@@ -382,7 +409,7 @@ def _generate(
     return said
 
 
-def _decode(tokenizer: Tokenizer, tokens: np.ndarray, eos_id: int | None) -> str:
+def _decode(tokenizer: TokenizerLike, tokens: np.ndarray, eos_id: int | None) -> str:
     ends = np.flatnonzero(tokens == eos_id) if eos_id is not None else []
     kept = tokens[: ends[0]] if len(ends) else tokens
     # Ours can leave out marks in between, as TOFU's code does; the protocol does not ask for it.

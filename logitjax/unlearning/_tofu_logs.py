@@ -1,12 +1,13 @@
 """TOFU's logs: one JSON file a set, ``{field: {item: value}}``."""
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
+
+from logitjax.storage import read_json
 
 # Names of sets here, of files there.
 LOG_FILES = {
@@ -57,25 +58,17 @@ def read_logs(source: Any) -> dict[str, Log]:
     if not path.exists():
         raise FileNotFoundError(f"no such file or directory: {path}")
     if not path.is_dir():
-        return read_logs(_read_json(path))
+        return read_logs(read_json(path))
     files = {set_name(file.name): file for file in path.iterdir() if set_name(file.name)}
     if files:
         return {
-            name: check_log(_read_json(file), str(file))
+            name: check_log(read_json(file), str(file))
             for name, file in sorted(files.items())
             if name is not None
         }
     if (path / AGGREGATED).exists():
-        return read_logs(_read_json(path / AGGREGATED))
+        return read_logs(read_json(path / AGGREGATED))
     raise ValueError(f"{path}: no logs in it (expected {', '.join(LOG_FILES.values())})")
-
-
-def write_json(path: epath.Path, value: Any) -> None:
-    """Whole or not at all: a run that is killed leaves no half of a log."""
-    part = path.parent / f"{path.name}.part"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part.write_text(json.dumps(value, indent=4))
-    part.replace(path)
 
 
 def check_log(log: Any, where: str) -> Log:
@@ -119,10 +112,3 @@ def plain(values: Any) -> Any:
     if isinstance(values, np.ndarray | np.generic):
         return values.tolist()
     return values
-
-
-def _read_json(path: epath.Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON: {error.msg} at line {error.lineno}") from None

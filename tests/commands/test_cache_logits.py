@@ -10,7 +10,6 @@ from experiments.graph_fusion import __main__ as graph_fusion
 from experiments.graph_fusion import train
 from logitjax import data, distillation
 from logitjax.commands import cache_logits
-from logitjax.distillation import sources as distillation_sources
 
 TEXT = "\n\n".join(f"paragraph {i} " + "word " * 60 for i in range(120))
 
@@ -31,7 +30,7 @@ def _config(source, **changes):
 def test_writes_caches_that_fit_their_rows(source, tmp_path):
     workdir = epath.Path(tmp_path)
     cache_logits.run(_config(source), workdir)
-    for split in distillation_sources.SPLITS:
+    for split in data.SPLITS:
         cache = distillation.TeacherCache(workdir / "source0" / split)
         packed = data.open_packed(workdir / "data" / split)
         cache.check(data=packed.fingerprint, model="tiny:1", k=16, positions=63)

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from logitjax.data._order import global_indices, permute, process_slice
+from logitjax.data._order import global_indices, permute, process_rows
 
 
 @given(length=st.integers(1, 300), seed=st.integers(-(2**40), 2**70), epoch=st.integers(0, 10**6))
@@ -59,6 +59,6 @@ def test_large_data_needs_no_table():
 
 
 @pytest.mark.parametrize(("index", "count"), [(0, 3), (4, 4), (-1, 4)])
-def test_impossible_process_slices(index, count):
+def test_impossible_shares_of_a_batch(index, count):
     with pytest.raises(ValueError, match="process_"):
-        process_slice(8, index, count)
+        process_rows(8, index, count)

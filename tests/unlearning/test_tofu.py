@@ -15,7 +15,13 @@ from logitjax.evaluation import (
     score_rows,
     text_perplexity,
 )
-from logitjax.unlearning import TofuItem, evaluate_tofu, load_tofu, metrics_from_logs
+from logitjax.unlearning import (
+    TofuItem,
+    TofuOptions,
+    evaluate_tofu,
+    load_tofu,
+    metrics_from_logs,
+)
 from tests.data._tokenizers import ByteTokenizer
 from tests.unlearning.test_tofu_data import FILES
 
@@ -62,7 +68,12 @@ def knows(prompts, max_new_tokens):
 
 
 def evaluate(nll_fn=None, generate_fn=knows, sets=SETS, **options):
-    options = {"template": TEMPLATE, "max_length": 2000} | options
+    names = {field.name for field in dataclasses.fields(TofuOptions)}
+    settings = {name: options.pop(name) for name in names & set(options)}
+    options = {"template": TEMPLATE} | options
+    options["options"] = TofuOptions(**{"max_length": 2000} | settings)
+    if "workdir" in options:
+        options = {"model_fingerprint": "one"} | options
     return evaluate_tofu(nll_fn or bigram(), generate_fn, ByteTokenizer(), sets, **options)
 
 
@@ -119,6 +130,7 @@ def test_files_are_tofus_and_say_the_same_again(tmp_path):
         "eval_real_author_wo_options.json",
         "eval_real_world_wo_options.json",
         "eval_log_aggregated.json",
+        "manifest.json",
     }
     aggregated = tmp_path / "eval_log_aggregated.json"
     for source in (tmp_path, str(aggregated), json.loads(aggregated.read_text()), found):
@@ -181,6 +193,7 @@ def test_finished_sets_are_read_and_others_made(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {
         "eval_log.json",
         "eval_real_author_wo_options.json",
+        "manifest.json",
     }
     before = (tmp_path / "eval_log.json").stat().st_mtime_ns
     resumed = evaluate(workdir=tmp_path)
@@ -189,15 +202,25 @@ def test_finished_sets_are_read_and_others_made(tmp_path):
     nll_fn, calls = counted(bigram())
     evaluate(nll_fn, workdir=tmp_path)
     assert not calls
-    # Another model, setting or item is another log.
-    evaluate(nll_fn, workdir=tmp_path, model_fingerprint="another")
-    full = len(calls)
-    evaluate(nll_fn, workdir=tmp_path, model_fingerprint="another", limit=2)
-    assert full < len(calls) < 2 * full
-    calls.clear()
+
+
+def test_a_workdir_answers_for_one_model_and_setting(tmp_path):
+    evaluate(workdir=tmp_path, generate_fn=None)
+    other = bigram(TABLE[::-1])
+    same = dict(workdir=tmp_path, generate_fn=None)
+    with pytest.raises(ValueError, match="its model is 'one', not 'two'"):
+        evaluate(other, model_fingerprint="two", **same)
+    # Without a name for the model nobody could tell the two apart.
+    with pytest.raises(ValueError, match="model_fingerprint: expected with a workdir"):
+        evaluate(other, model_fingerprint=None, **same)
+    with pytest.raises(ValueError, match="its max_length is 2000, not 1000"):
+        evaluate(max_length=1000, **same)
+    with pytest.raises(ValueError, match="its generates is False, not True"):
+        evaluate(workdir=tmp_path)
     changed = dict(SETS) | {"holdout": SETS["holdout"][:1]}
-    evaluate(nll_fn, sets=changed, workdir=tmp_path, model_fingerprint="another")
-    assert calls
+    with pytest.raises(ValueError, match=r"eval_log_holdout\.json does not fit: it is of other"):
+        evaluate(sets=changed, **same)
+    assert evaluate(model_fingerprint="one", **same).as_dict() == evaluate(**same).as_dict()
 
 
 def test_logs_of_others_are_not_overwritten(tmp_path):
@@ -247,7 +270,7 @@ def test_logs_that_are_none(tmp_path):
     with pytest.raises(TypeError, match="path or a mapping, got int"):
         metrics_from_logs(3)
     (tmp_path / "eval_log.json").write_text("{")
-    with pytest.raises(ValueError, match=r"eval_log\.json: not JSON"):
+    with pytest.raises(ValueError, match=r"eval_log\.json: not valid JSON"):
         metrics_from_logs(tmp_path)
     (tmp_path / "eval_log.json").write_text("{}")
     with pytest.raises(ValueError, match="'avg_gt_loss' is missing"):
