@@ -142,7 +142,7 @@ def _decode(
     """Seconds of ``new`` tokens, and how they compare with what layer counts predict."""
     assistant = unlearning.init_assistant(model, layers, key=jax.random.key(0))
     fuse = fusion.LogitDifference()
-    apart = unlearning.merge_lora(assistant.base, assistant.lora)
+    apart = models.merge_lora(assistant.base, assistant.lora)
     line_ups: Mapping[str, Any] = {
         "target alone": decoding.Ensemble(model),
         "with its assistant, one pass": decoding.Ensemble(

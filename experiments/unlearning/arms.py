@@ -122,7 +122,7 @@ def answer_loss(graphdef: Any, rest: Any) -> Callable[..., Any]:
 
 def layer_states(model: models.Decoder, layer: int, tokens: Any) -> jax.Array:
     """The residual stream after so many layers, without the final norm."""
-    cut = unlearning.first_layers(model, layer)
+    cut = models.first_layers(model, layer)
     cut.final_norm = _Identity()
     return cut.hidden_states(tokens)[0]
 

@@ -78,7 +78,7 @@ def _assistant(config: Any, mesh: Any) -> Any:
         options: Any = dict(rank=config.rank, alpha=float(config.rank), key=jax.random.key(0))
         return unlearning.init_assistant(target, config.assistant_layers, **options).lora
 
-    base = unlearning.first_layers(_target(config), config.assistant_layers)
+    base = models.first_layers(_target(config), config.assistant_layers)
     graphdef_of_base, shapes, rest_of_base = nnx.split(base, nnx.Param, ...)
 
     def loss_fn(lora: Any, batch: Any, rng: Any, constants: Any) -> Any:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from logitjax.models import Cache, Decoder, DecoderConfig, init_cache, with_layout
+from logitjax.ops import Static
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -27,7 +28,8 @@ class CachedModel:
     Attributes:
       apply: the function; hashable, equal for models that can be stacked.
       params: a pytree of arrays.
-      init_cache: ``(rows, max_length) -> cache``, an empty one.
+      init_cache: ``(rows, max_length) -> cache``, an empty one. Of a frozen dataclass with a field
+        `ring_slack`, as `cached_model` of a decoder has it, drafts raise that to their length.
       vocab_size: last axis of the logits.
       experts: where one pass gives several models' logits, as two models with the same first
         layers do, ``apply`` returns ``[1 + experts + bases, rows, time, vocab]``: the large
@@ -51,30 +53,6 @@ class CachedModel:
         return 1 + self.experts + self.bases
 
 
-class Static:
-    """A value that jit compares by what it is made of, its hash taken once.
-
-    What cannot be hashed, as a strategy that holds arrays, equals only itself.
-    """
-
-    def __init__(self, value: Any):
-        self.value = value
-        try:
-            self._hash, self._hashable = hash(value), True
-        except TypeError:
-            self._hash, self._hashable = id(value), False
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    def __eq__(self, other: object) -> bool:
-        if self is other:
-            return True
-        if not isinstance(other, Static) or self._hash != other._hash:
-            return False
-        return self.value is other.value or (self._hashable and self.value == other.value)
-
-
 @dataclasses.dataclass(frozen=True)
 class _DecoderApply:
     graphdef: Static
@@ -86,7 +64,7 @@ class _DecoderApply:
 
 
 @dataclasses.dataclass(frozen=True)
-class DecoderCache:
+class _DecoderCache:
     """Makes empty caches of a decoder."""
 
     config: DecoderConfig
@@ -148,7 +126,7 @@ def _of_decoder(model: Decoder, ring_slack: int) -> CachedModel:
     return CachedModel(
         apply=_DecoderApply(Static(graphdef)),
         params=nnx.to_pure_dict(state),
-        init_cache=DecoderCache(model.config, model.dtype, ring_slack),
+        init_cache=_DecoderCache(model.config, model.dtype, ring_slack),
         vocab_size=model.config.vocab_size,
         takes_last_only=True,
         max_length=model.config.max_length,

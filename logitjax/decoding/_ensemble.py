@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from logitjax.decoding._cached_model import CachedModel, DecoderCache, Static, cached_model
-from logitjax.ops import Array
+from logitjax.decoding._cached_model import CachedModel, cached_model
+from logitjax.ops import Array, Static
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +129,7 @@ class Plan:
         """The same with caches from which so many tokens can be taken back."""
 
         def widened(init_cache: Any) -> Any:
-            if not isinstance(init_cache, DecoderCache):
+            if not hasattr(init_cache, "ring_slack"):
                 return init_cache
             return dataclasses.replace(init_cache, ring_slack=max(slack, init_cache.ring_slack))
 

@@ -13,10 +13,10 @@ from logitjax.models._decoder import Decoder as Decoder
 from logitjax.models._export import save_pretrained as save_pretrained
 from logitjax.models._hf_config import config_from_hf as config_from_hf
 from logitjax.models._hf_config import config_to_hf as config_to_hf
-from logitjax.models._layout import cache_with_layout as cache_with_layout
+from logitjax.models._layout import first_layers as first_layers
 from logitjax.models._layout import keep_layers as keep_layers
 from logitjax.models._layout import lora_with_layout as lora_with_layout
-from logitjax.models._layout import params_with_layout as params_with_layout
+from logitjax.models._layout import merge_lora as merge_lora
 from logitjax.models._layout import with_layout as with_layout
 from logitjax.models._load import load_config as load_config
 from logitjax.models._load import load_model as load_model

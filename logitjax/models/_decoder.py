@@ -286,18 +286,9 @@ class Decoder(nnx.Module):
         padded = positions is not None
         if positions is None:
             positions = _default_positions(jnp.asarray(tokens), segment_ids, cache)
-        contexts, held = {}, {}
-        for window in dict.fromkeys(self.config.layer_windows):
-            contexts[window], held[kind_name(window)] = make_context(
-                self.config,
-                window,
-                jnp.asarray(positions),
-                segment_ids=segment_ids,
-                padded=padded,
-                cache=cache,
-                implementation=self.attention,
-                lora_rows=lora_rows,
-            )
+        contexts, held = self._contexts(
+            positions, segment_ids=segment_ids, padded=padded, cache=cache, lora_rows=lora_rows
+        )
         x = self.embed(tokens, positions)
         adapters = None if lora is None else scaled_layers(lora)
         keys, values = [], []
@@ -318,6 +309,75 @@ class Decoder(nnx.Module):
             length = jnp.maximum(cache.length, positions.max(axis=1) + 1)
             cache = Cache(keys=tuple(keys), values=tuple(values), positions=held, length=length)
         return self.final_norm(x), cache
+
+    def run_layers(
+        self,
+        x: Float[Array, "batch time hidden"],
+        positions: Int[Array, "batch time"],
+        layers: range,
+        cache: Cache,
+        *,
+        lora: Lora | None = None,
+        lora_rows: Array | None = None,
+    ) -> tuple[Float[jax.Array, "batch time hidden"], Cache]:
+        """Activations after some of the layers: for steps that regroup rows between layers.
+
+        ``final_norm(x)`` after all of them are the hidden states of `hidden_states`.
+
+        Args:
+          x: activations before these layers, from `embed` before the first.
+          positions: position of each token, -1 for padding.
+          layers: which layers; those of a listed model only.
+          cache: keys and values of these layers alone, as one segment; positions of all windows.
+          lora: adapters of these layers, listed.
+          lora_rows: bool ``[batch]``, the rows that use the adapters; all when omitted.
+
+        Returns:
+          The activations and the new cache.
+
+        Raises:
+          ValueError: for a stacked model.
+        """
+        if self.layout != "listed":
+            raise ValueError("model: expected listed layers, use with_layout(model, 'listed')")
+        x = jnp.asarray(x)
+        contexts, held = self._contexts(positions, padded=True, cache=cache, lora_rows=lora_rows)
+        members = [layer for segment in self.segments for layer in segment.layers]
+        adapters: list[Any] = [None] * len(layers)
+        if lora is not None:
+            adapters = [member for segment in scaled_layers(lora) for member in segment]
+        keys, values = [], []
+        before = zip(cache.keys[0], cache.values[0], strict=True)
+        for i, adapter, pair in zip(layers, adapters, before, strict=True):
+            x, (key, value) = members[i](x, contexts[self.config.layer_windows[i]], pair, adapter)
+            keys.append(key)
+            values.append(value)
+        length = jnp.maximum(cache.length, positions.max(axis=1) + 1)
+        return x, Cache(keys=(tuple(keys),), values=(tuple(values),), positions=held, length=length)
+
+    def _contexts(
+        self,
+        positions: Array,
+        *,
+        segment_ids: Array | None = None,
+        padded: bool,
+        cache: Cache | None,
+        lora_rows: Array | None,
+    ) -> tuple[dict, dict]:
+        """By window, what its layers share, and the positions that its cache will hold."""
+        contexts, held = {}, {}
+        for window in dict.fromkeys(self.config.layer_windows):
+            contexts[window], held[kind_name(window)] = make_context(
+                self.config,
+                window,
+                jnp.asarray(positions),
+                segment_ids=segment_ids,
+                padded=padded,
+                cache=cache,
+                implementation=self.attention,
+                lora_rows=lora_rows,
+            )
+        return contexts, held
 
     def logits(self, hidden: Float[Array, "*batch hidden"]) -> Float[jax.Array, "*batch vocab"]:
         """float32 logits of hidden states, soft-capped where the family asks."""

@@ -1,4 +1,4 @@
-"""Exact conversions between stacked and listed layers, and cutting a student from layers."""
+"""Models made of a model: of the other layout, of some of its layers, with adapters merged."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from logitjax.models._cache import Cache
 from logitjax.models._config import DecoderConfig, SegmentSpec
 from logitjax.models._decoder import Decoder
 from logitjax.models._lora import Lora
@@ -61,26 +60,6 @@ def with_layout(model: Decoder, layout: str) -> Decoder:
         segment.layers = nnx.List([nnx.merge(graphdef, state) for state in converted])
     out.layout = layout
     return out
-
-
-def params_with_layout(params: dict, config: DecoderConfig, layout: str) -> dict:
-    """`with_layout` for a pure dict of parameters (or gradients) as `from_nnx` gives."""
-    segments = {}
-    for i, spec in enumerate(config.segments):
-        layers = params["segments"][i]["layers"]
-        members = [layers[j] for j in range(len(layers))]
-        converted = _convert(members, spec, layout)
-        segments[i] = {**params["segments"][i], "layers": dict(enumerate(converted))}
-    return {**params, "segments": segments}
-
-
-def cache_with_layout(cache: Cache, config: DecoderConfig, layout: str) -> Cache:
-    """The same cache for a model of the other layout."""
-    keys, values = (
-        tuple(tuple(_convert(m, spec, layout)) for m, spec in zip(side, config.segments))
-        for side in (cache.keys, cache.values)
-    )
-    return dataclasses.replace(cache, keys=keys, values=values)
 
 
 def lora_with_layout(lora: Lora, config: DecoderConfig, layout: str) -> Lora:
@@ -150,3 +129,97 @@ def _set_config(model: Decoder, config: DecoderConfig) -> None:
     for segment in model.segments:
         for layer in segment.layers:
             layer.attention.config = config
+
+
+def first_layers(model: Decoder, count: int) -> Decoder:
+    """The model that ends after so many layers: embedding, layers, final norm and head.
+
+    Nothing is copied: its parameters are the very arrays of the model handed in, so it must not be
+    trained or donated as a whole. `keep_layers` makes copies.
+
+    Args:
+      model: the model to cut.
+      count: layers to keep. Stacked layers can only be cut where a segment ends
+        (``DecoderConfig.segment_boundaries``), listed ones anywhere.
+
+    Returns:
+      A decoder in the same layout.
+
+    Raises:
+      ValueError: for a count out of range, or inside a stacked segment.
+
+    >>> config = DecoderConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=3,
+    ...                        num_heads=2, num_kv_heads=1, head_dim=4)
+    >>> model = Decoder(config, rngs=nnx.Rngs(0), layout="listed")
+    >>> small = first_layers(model, 2)
+    >>> small.config.num_layers, small.embedding[...] is model.embedding[...]
+    (2, True)
+    """
+    config = model.config
+    if not 1 <= count <= config.num_layers:
+        raise ValueError(f"count must be between 1 and {config.num_layers}, got {count}")
+    small = dataclasses.replace(
+        config,
+        num_layers=count,
+        windows=config.windows[:count],
+        segment_boundaries=tuple(b for b in config.segment_boundaries if b < count),
+    )
+    out = _twin(model)
+    if model.layout == "stacked":
+        specs = small.segments
+        if config.segments[: len(specs)] != specs:
+            raise ValueError(
+                f"count: stacked layers are split at segment_boundaries only, and {count} is none "
+                "of them; make the model with segment_boundaries, or use with_layout(model, "
+                "'listed')"
+            )
+        members = [list(segment.layers) for segment in out.segments][: len(specs)]
+    else:
+        layers = iter([layer for segment in out.segments for layer in segment.layers])
+        members = [[next(layers) for _ in range(spec.num_layers)] for spec in small.segments]
+    segments = []
+    for spec, part in zip(small.segments, members, strict=True):
+        segment = _twin(out.segments[0])
+        segment.spec, segment.layers = spec, nnx.List(part)
+        for layer in part:
+            layer.attention.config = small
+        segments.append(segment)
+    out.config, out.segments = small, nnx.List(segments)
+    return out
+
+
+def _twin(module: Any) -> Any:
+    """Another module of the same arrays; assigning to one leaves the other as it is."""
+    graphdef, state = nnx.split(module)
+    return nnx.merge(graphdef, nnx.to_pure_dict(state))
+
+
+def merge_lora(model: Decoder, lora: Lora) -> Decoder:
+    """A model of its own whose kernels are ``kernel + a @ b * scale``.
+
+    The adapted kernels are new arrays, all others are shared with the model handed in.
+
+    Args:
+      model: the decoder under the adapters.
+      lora: in its layout.
+
+    Returns:
+      A decoder that needs no adapters.
+
+    >>> config = DecoderConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=1,
+    ...                        num_heads=2, num_kv_heads=1, head_dim=4)
+    >>> model = Decoder(config, rngs=nnx.Rngs(0))
+    >>> from logitjax.models import init_lora
+    >>> merged = merge_lora(model, init_lora(config, 2, key=jax.random.key(0)))
+    >>> bool((merged(jnp.array([[1, 2]])) == model(jnp.array([[1, 2]]))).all())
+    True
+    """
+    out = _twin(model)
+    for segment, members in zip(out.segments, lora.layers, strict=True):
+        for layer, member in zip(segment.layers, members, strict=True):
+            for name, adapter in member.items():
+                owner = layer.mlp if hasattr(layer.mlp, name) else layer.attention
+                kernel = getattr(owner, name).kernel
+                update = adapter["a"].astype(jnp.float32) @ adapter["b"].astype(jnp.float32)
+                kernel[...] = (kernel[...] + update * lora.scale).astype(kernel[...].dtype)
+    return out

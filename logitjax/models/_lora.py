@@ -11,7 +11,7 @@ from flax import nnx
 from logitjax.models._config import DecoderConfig
 from logitjax.ops import Array
 
-TARGETS = ("query", "key", "value", "output", "gate", "up", "down")
+_TARGETS = ("query", "key", "value", "output", "gate", "up", "down")
 
 
 @jax.tree_util.register_dataclass
@@ -47,7 +47,7 @@ def init_lora(
     *,
     key: Array,
     alpha: float | None = None,
-    targets: Sequence[str] = TARGETS,
+    targets: Sequence[str] | None = None,
     dtype: jax.typing.DTypeLike = jnp.float32,
     layout: str = "stacked",
 ) -> Lora:
@@ -58,7 +58,7 @@ def init_lora(
       rank: inner size.
       key: PRNG key.
       alpha: the update is scaled by ``alpha / rank``; ``rank`` when omitted.
-      targets: linear maps to adapt, of ``query key value output gate up down``.
+      targets: linear maps to adapt, of ``query key value output gate up down``; all when omitted.
       dtype: of the adapters.
       layout: ``'stacked'`` or ``'listed'``, as the model's.
 
@@ -78,14 +78,15 @@ def init_lora(
       Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021.
     """
     sizes = _sizes(config)
-    unknown = sorted(set(targets) - set(TARGETS))
+    targets = _TARGETS if targets is None else targets
+    unknown = sorted(set(targets) - set(_TARGETS))
     if unknown:
-        raise ValueError(f"targets: unknown {unknown}, expected some of {TARGETS}")
+        raise ValueError(f"targets: expected some of {_TARGETS}, got {unknown}")
     stacked = layout == "stacked"
 
     def layer(key: Array, lead: tuple[int, ...]) -> dict:
         out = {}
-        for i, name in enumerate(n for n in TARGETS if n in targets and n in sizes):
+        for i, name in enumerate(n for n in _TARGETS if n in targets and n in sizes):
             inner, outer = sizes[name]
             a = jax.random.normal(jax.random.fold_in(key, i), (*lead, inner, rank), jnp.float32)
             out[name] = {

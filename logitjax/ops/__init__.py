@@ -24,6 +24,7 @@ from logitjax.ops._sharding import over_batch as over_batch
 from logitjax.ops._sharding_rules import ShardingRules as ShardingRules
 from logitjax.ops._sharding_rules import path_mask as path_mask
 from logitjax.ops._sharding_rules import path_string as path_string
+from logitjax.ops._static import Static as Static
 from logitjax.ops._top_k import TopK as TopK
 from logitjax.ops._top_k import gather_at as gather_at
 from logitjax.ops._top_k import top_k as top_k

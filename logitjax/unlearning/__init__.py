@@ -1,11 +1,5 @@
 from logitjax.unlearning._assistant import Assistant as Assistant
-from logitjax.unlearning._assistant import PairCache as PairCache
-from logitjax.unlearning._assistant import first_layers as first_layers
 from logitjax.unlearning._assistant import init_assistant as init_assistant
-from logitjax.unlearning._assistant import init_pair_cache as init_pair_cache
-from logitjax.unlearning._assistant import listed_lora as listed_lora
-from logitjax.unlearning._assistant import merge_lora as merge_lora
-from logitjax.unlearning._assistant import paired_hidden_states as paired_hidden_states
 from logitjax.unlearning._assistant_loss import make_assistant_loss as make_assistant_loss
 from logitjax.unlearning._evaluate_tofu import TofuOptions as TofuOptions
 from logitjax.unlearning._evaluate_tofu import evaluate_tofu as evaluate_tofu

@@ -9,7 +9,7 @@ from flax import nnx
 
 from logitjax.models import Decoder
 from logitjax.ops import Positions
-from logitjax.training._step import LossFn
+from logitjax.training import LossFn
 from logitjax.unlearning._linear_losses import linear_assistant_objective
 
 

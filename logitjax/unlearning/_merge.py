@@ -12,14 +12,18 @@ from flax import nnx
 from logitjax.fusion import LogitDifference
 from logitjax.losses import kl_divergence
 from logitjax.models import DECODER_RULES, Decoder, keep_layers
-from logitjax.training._checkpoints import Checkpointer
-from logitjax.training._loop import train_loop
-from logitjax.training._mesh import make_mesh
-from logitjax.training._metrics import make_writer
-from logitjax.training._optimizers import make_optimizer, make_schedule
-from logitjax.training._sharding import shard_tree
-from logitjax.training._state import create_train_state
-from logitjax.training._step import LossFn, make_train_step
+from logitjax.training import (
+    Checkpointer,
+    LossFn,
+    create_train_state,
+    make_mesh,
+    make_optimizer,
+    make_schedule,
+    make_train_step,
+    make_writer,
+    shard_tree,
+    train_loop,
+)
 from logitjax.unlearning._assistant import Assistant
 from logitjax.unlearning._assistant_loss import next_tokens
 

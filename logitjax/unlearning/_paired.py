@@ -3,18 +3,127 @@
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Float, Int
 
-from logitjax.decoding._cached_model import CachedModel, DecoderCache, Static
-from logitjax.models import Decoder, with_layout
-from logitjax.unlearning._assistant import (
-    Assistant,
-    PairCache,
-    init_pair_cache,
-    listed_lora,
-    paired_hidden_states,
+from logitjax.decoding import CachedModel
+from logitjax.models import (
+    Cache,
+    Decoder,
+    DecoderConfig,
+    Lora,
+    init_cache,
+    lora_with_layout,
+    with_layout,
 )
+from logitjax.ops import Array, Static
+from logitjax.unlearning._assistant import Assistant
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PairCache:
+    """What a model and its assistant remember; axis 0 of every leaf is the row.
+
+    ``shared`` holds one (keys, values) pair a layer that both run, ``[rows, 2, heads, slots, dim]``
+    with the large model first, ``rest`` one a layer that only the large model has, without the 2.
+    ``positions`` and ``length`` are as in `Cache`, the same for both.
+    """
+
+    shared: Any
+    rest: Any
+    positions: Any
+    length: Any
+
+
+def init_pair_cache(
+    config: DecoderConfig,
+    layers: int,
+    batch: int,
+    max_length: int,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    *,
+    ring_slack: int = 0,
+) -> PairCache:
+    """An empty `PairCache`, for `paired_hidden_states`; the arguments are those of `init_cache`."""
+    cache = init_cache(config, batch, max_length, dtype, ring_slack=ring_slack)
+    keys = [k for segment in cache.keys for k in segment]
+    pairs = [(k, jnp.zeros_like(k)) for k in keys]
+
+    def doubled(leaf: jax.Array) -> jax.Array:
+        return jnp.zeros((leaf.shape[0], 2, *leaf.shape[1:]), leaf.dtype)
+
+    return PairCache(
+        shared=jax.tree.map(doubled, tuple(pairs[:layers])),
+        rest=tuple(pairs[layers:]),
+        positions=cache.positions,
+        length=cache.length,
+    )
+
+
+def paired_hidden_states(
+    model: Decoder,
+    lora: Lora,
+    tokens: Int[Array, "batch time"],
+    positions: Int[Array, "batch time"],
+    cache: PairCache,
+) -> tuple[Float[jax.Array, "batch time hidden"], Float[jax.Array, "batch time hidden"], PairCache]:
+    """Hidden states of a model and of its assistant, every weight read once.
+
+    The layers that both have run two rows a prompt, the model's and the assistant's, and the
+    adapters add to the second only; the layers above run the model's rows alone.
+
+    Args:
+      model: the large model, its layers listed.
+      lora: the assistant's adapters, for as many layers as it has.
+      tokens: ids that both read.
+      positions: of each, -1 for padding.
+      cache: from `init_pair_cache`.
+
+    Returns:
+      The model's hidden states and the assistant's, normed, and the cache after these tokens.
+
+    Raises:
+      ValueError: for a stacked model.
+    """
+    shared = sum(len(segment) for segment in lora.layers)
+    (batch, time), positions = tokens.shape, jnp.asarray(positions)
+
+    def doubled(leaf: jax.Array) -> jax.Array:
+        return jnp.repeat(leaf, 2, axis=0)
+
+    def span(pairs: Any, positions: Any, length: jax.Array) -> Cache:
+        keys, values = (tuple(pair[i] for pair in pairs) for i in (0, 1))
+        return Cache(keys=(keys,), values=(values,), positions=positions, length=length)
+
+    def pairs_of(cache: Cache) -> Any:
+        return tuple(zip(cache.keys[0], cache.values[0], strict=True))
+
+    flat = jax.tree.map(lambda leaf: leaf.reshape(2 * batch, *leaf.shape[2:]), cache.shared)
+    x, below = model.run_layers(
+        doubled(model.embed(tokens, positions)),
+        doubled(positions),
+        range(shared),
+        span(flat, jax.tree.map(doubled, cache.positions), doubled(cache.length)),
+        lora=lora,
+        lora_rows=jnp.tile(jnp.array([False, True]), batch),
+    )
+    both = x.reshape(batch, 2, time, -1)
+    x, above = model.run_layers(
+        both[:, 0],
+        positions,
+        range(shared, model.config.num_layers),
+        span(cache.rest, cache.positions, cache.length),
+    )
+    cache = PairCache(
+        shared=jax.tree.map(lambda leaf: leaf.reshape(batch, 2, *leaf.shape[1:]), pairs_of(below)),
+        rest=pairs_of(above),
+        positions=above.positions,
+        length=above.length,
+    )
+    return model.final_norm(x), model.final_norm(both[:, 1]), cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,10 +138,13 @@ class _PairApply:
 
 
 @dataclasses.dataclass(frozen=True)
-class _PairCaches(DecoderCache):
+class _PairCaches:
+    config: DecoderConfig
     layers: int
+    dtype: Any
+    ring_slack: int
 
-    def __call__(self, rows: int, max_length: int) -> PairCache:  # type: ignore[override]
+    def __call__(self, rows: int, max_length: int) -> PairCache:
         return init_pair_cache(
             self.config, self.layers, rows, max_length, self.dtype, ring_slack=self.ring_slack
         )
@@ -86,10 +198,13 @@ def paired_model(target: Decoder, assistant: Assistant, *, ring_slack: int = 0) 
             f"{small.vocab_size}"
         )
     graphdef, state = nnx.split(with_layout(target, "listed"))
+    lora = assistant.lora
+    if assistant.base.layout == "stacked":
+        lora = lora_with_layout(lora, small, "listed")
     return CachedModel(
         apply=_PairApply(Static(graphdef)),
-        params={"model": nnx.to_pure_dict(state), "lora": listed_lora(assistant)},
-        init_cache=_PairCaches(config, target.dtype, ring_slack, small.num_layers),
+        params={"model": nnx.to_pure_dict(state), "lora": lora},
+        init_cache=_PairCaches(config, small.num_layers, target.dtype, ring_slack),
         vocab_size=config.vocab_size,
         experts=1,
         takes_last_only=True,

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from logitjax import models, unlearning
-from logitjax.models import Decoder, DecoderConfig, with_layout
-from logitjax.unlearning import first_layers, init_assistant
+from logitjax import models
+from logitjax.models import Decoder, DecoderConfig, first_layers, with_layout
+from logitjax.unlearning import init_assistant
 
 SPLIT = DecoderConfig(
     vocab_size=32,
@@ -87,7 +87,7 @@ def test_merged_adapters_are_a_model_of_their_own(layout, count):
     adapted = hidden_of(fresh.base, lora)
     assert not np.allclose(adapted, plain, atol=1e-2)
     before = pointers(model)
-    merged = unlearning.merge_lora(fresh.base, lora)
+    merged = models.merge_lora(fresh.base, lora)
     np.testing.assert_allclose(hidden_of(merged), adapted, rtol=2e-4, atol=2e-4)
     np.testing.assert_array_equal(hidden_of(first_layers(model, count)), plain)
     assert pointers(model) == before

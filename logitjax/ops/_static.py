@@ -1,0 +1,30 @@
+"""Python values as arguments that `jax.jit` compares."""
+
+from typing import Any
+
+
+class Static:
+    """A value that jit compares by what it is made of, its hash taken once.
+
+    What cannot be hashed, as a strategy that holds arrays, equals only itself.
+
+    >>> Static((1, 2)) == Static((1, 2))
+    True
+    """
+
+    def __init__(self, value: Any):
+        self.value = value
+        try:
+            self._hash, self._hashable = hash(value), True
+        except TypeError:
+            self._hash, self._hashable = id(value), False
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        if not isinstance(other, Static) or self._hash != other._hash:
+            return False
+        return self.value is other.value or (self._hashable and self.value == other.value)
