@@ -15,6 +15,7 @@ COMMANDS = {
     "prepare": "Write data sets of tensorflow-datasets once, to be read without TensorFlow.",
     "cache-logits": "Let teachers read text once, for training without them in memory.",
     "extract-features": "Let frozen image encoders see pictures once, for training of heads.",
+    "convert-head": "Replace a model's output head by a vector-quantised one that imitates it.",
 }
 
 

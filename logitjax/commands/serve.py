@@ -55,9 +55,7 @@ class Config:
 def run(config: Config) -> None:
     """Loads the models, then answers until it is stopped."""
     uvicorn = storage.require("uvicorn", extra="serve")
-    for package in ("pydantic", "starlette"):
-        storage.require(package, extra="serve")
-    from logitjax import serving
+    from logitjax import serving  # needs the same extra
 
     policy = leakage.LogitPolicy(
         top_k=config.top_logprobs or 1,

@@ -29,6 +29,8 @@ from logitjax.vq._loss import cluster_log_mass as cluster_log_mass
 from logitjax.vq._loss import code_scores as code_scores
 from logitjax.vq._loss import vq_logits as vq_logits
 from logitjax.vq._loss import vq_nll as vq_nll
+from logitjax.vq._measure import HeadQuality as HeadQuality
+from logitjax.vq._measure import measure_head as measure_head
 from logitjax.vq._product import fit_product_codes as fit_product_codes
 from logitjax.vq._product import product_kernel as product_kernel
 from logitjax.vq._product import product_logits as product_logits

@@ -15,6 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Float
 
+from logitjax import processes
 from logitjax.ops import Array
 from logitjax.storage import require
 from logitjax.vq._assignment import (
@@ -208,6 +209,7 @@ def convert_head(
     config: ConvertConfig | None = None,
     unigram: Array | None = None,
     source: str = "",
+    mesh: Mesh | None = None,
 ) -> Conversion:
     """Replaces a decoder's head by a vector-quantised one that imitates it.
 
@@ -225,6 +227,8 @@ def convert_head(
       config: sizes and budget.
       unigram: ``[vocab]`` counts from more text than is cached; they weigh the rows.
       source: names the batches, see `cache_hidden_states`.
+      mesh: tuning splits its positions over it; every process of a run calls this with the same
+        arguments, and process 0 writes.
 
     Returns:
       `Conversion`. Its model shares the old one's parameters. Where the old logits were soft-capped
@@ -242,20 +246,24 @@ def convert_head(
     root = epath.Path(workdir)
     kernel, row_bias, axis = model.head_kernel(ignore_softcap=True)
     rows = kernel if axis == 0 else kernel.T
-    cache = cache_hidden_states(
-        model, batches, root / "hidden", max_tokens=config.max_tokens, source=source
+    with processes.first_before_others("hidden states"):
+        cache = cache_hidden_states(
+            model, batches, root / "hidden", max_tokens=config.max_tokens, source=source
+        )
+        targets = cached_head_targets(
+            root / f"targets_{config.top}",
+            cache,
+            rows,
+            row_bias,
+            top=config.top,
+            soft_cap=model.config.logits_softcap,
+        )
+    head, history = fit_vq_head(
+        rows, row_bias, cache.hidden, targets, config, unigram=unigram, mesh=mesh
     )
-    targets = cached_head_targets(
-        root / f"targets_{config.top}",
-        cache,
-        rows,
-        row_bias,
-        top=config.top,
-        soft_cap=model.config.logits_softcap,
-    )
-    head, history = fit_vq_head(rows, row_bias, cache.hidden, targets, config, unigram=unigram)
     logging.info("head converted: KL divergence %s nats", history["loss"][-1:] or "not tuned")
-    save_head(head, root / "head")
+    if jax.process_index() == 0:
+        save_head(head, root / "head")
     return Conversion(
         model=with_head(model, head),
         head=head,

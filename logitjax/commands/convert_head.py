@@ -1,0 +1,133 @@
+"""Replace a model's output head by a vector-quantised one that imitates it.
+
+    logitjax convert-head --model=smollm2 --data=tfds:wiki_summaries --workdir=runs/head
+    logitjax convert-head --model=DIR --data=text:FILE --kind=shortlist --codes=4096 --workdir=DIR2
+
+It reads the text once and keeps the hidden states, fits codes to the rows of the old head, tunes
+them to its distribution, and writes WORKDIR/head and WORKDIR/report.md: perplexity on held-out text
+and size, before and after. In Python,
+
+    head = vq.load_head("WORKDIR/head")
+    model = vq.with_head(models.load("MODEL", layout="listed")[0], head)
+
+is the converted model. `--kind=vq` gives one code to several tokens, and a bias to each;
+`--kind=shortlist` lets codes choose pages of tokens whose exact rows score them again. Kill it
+whenever you like: the same command goes on with the hidden states it has. docs/vq_logits.md says
+what to expect.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+from etils import epath
+
+from logitjax import data, models, processes, storage, training, vq
+from logitjax.commands.cli import REQUIRED, field
+from logitjax.commands.tables import markdown_table
+from logitjax.distillation import sources
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Which head becomes what, by which text."""
+
+    model: str = field(REQUIRED, "Model with a linear or tied head.")
+    data: str = field(REQUIRED, "Text to fit on: text:PATH, jsonl:PATH or tfds:NAME.")
+    on_error: str = field("raise", "What happens at a malformed row.", choices=("raise", "skip"))
+    kind: str = field("vq", "Head to convert to.", choices=("vq", "shortlist"))
+    codes: int = field(2048, "Number of codes.", minimum=1)
+    pages: int = field(64, "Number of pages that a shortlist scores again.", minimum=1)
+    page_size: int = field(8, "Number of tokens in a page.", minimum=1)
+    seq_len: int = field(256, "Number of tokens in a row.", minimum=2)
+    batch_rows: int = field(8, "Number of rows at a time through the model.", minimum=1)
+    tokens: int = field(100_000, "Number of positions to fit and tune on.", minimum=1)
+    held_out_tokens: int = field(10_000, "Number of positions to report on.", minimum=1)
+    steps: int = field(200, "Number of optimiser steps.", minimum=0)
+    batch_size: int = field(2048, "Number of positions in a step.", minimum=1)
+    learning_rate: float = field(2e-3, "Peak of the learning rate.")
+    reassign_every: int = field(50, "Number of steps between reassignments; 0 for none.", minimum=0)
+    seed: int = field(0, "Seed of the clustering and of the order of positions.")
+    dtype: str = field("float32", "Compute type of the model.", choices=("float32", "bfloat16"))
+    mesh: str = field("data:-1", "Axes and sizes of the device mesh.")
+
+
+def run(config: Config, workdir: epath.Path) -> None:
+    """Packs, converts, measures both heads on text that neither was fitted to."""
+    model, tokenizer = models.load(config.model, dtype=config.dtype, layout="listed")
+    mesh = training.make_partial_mesh(config.mesh)
+    packed = sources.pack_splits(
+        config.data,
+        {"model": tokenizer},
+        seq_len=config.seq_len,
+        on_error=config.on_error,
+        directory=workdir / "data",
+    ).splits
+    conversion = vq.convert_head(
+        model,
+        _batches(packed["train"], config.batch_rows),
+        workdir=workdir,
+        config=vq.ConvertConfig(
+            num_codes=config.codes,
+            num_pages=config.pages if config.kind == "shortlist" else 0,
+            page_size=config.page_size,
+            max_tokens=config.tokens,
+            steps=config.steps,
+            batch_size=config.batch_size,
+            learning_rate=config.learning_rate,
+            reassign_every=config.reassign_every,
+            seed=config.seed,
+        ),
+        source=_source(packed["train"], config),
+        mesh=mesh,
+    )
+    with processes.first_before_others("held-out hidden states"):
+        held_out = vq.cache_hidden_states(
+            model,
+            _batches(packed["test"], config.batch_rows),
+            workdir / "held_out",
+            max_tokens=config.held_out_tokens,
+            source=_source(packed["test"], config),
+        )
+    if jax.process_index() == 0:
+        text = _report(config, model, conversion.model, held_out)
+        storage.write_atomic(workdir / "report.md", text)
+        print(text)
+
+
+def _batches(packed: data.PackedDataset, rows: int) -> Iterator[Mapping[str, Any]]:
+    """At most an epoch, in an order that the number of rows decides alone."""
+    rows = min(rows, len(packed))
+    for step in range(len(packed) // rows):
+        yield packed.batch(step, seed=0, batch_size=rows)["model"]
+
+
+def _source(packed: data.PackedDataset, config: Config) -> str:
+    return f"{packed.fingerprint}, {config.batch_rows} rows a batch"
+
+
+def _report(config: Config, old: Any, new: Any, held_out: vq.HiddenCache) -> str:
+    qualities = [vq.measure_head(model, held_out) for model in (old, new)]
+    table = []
+    for name, model, quality in zip(("before", "after"), (old, new), qualities, strict=True):
+        cost = model.head.cost(model.embedding[...])
+        table.append(
+            {
+                "head": f"{name}: {type(model.head).__name__}",
+                "perplexity": quality.perplexity,
+                "top-1 accuracy": quality.accuracy,
+                "parameters of its own": cost.parameters,
+                "MB stored": cost.stored_bytes / 1e6,
+                "MB read per token": cost.read_bytes / 1e6,
+            }
+        )
+    before, after = qualities
+    same = float((before.tokens == after.tokens).mean())
+    return (
+        f"# `{config.model}`: its head as `{config.kind}` with {config.codes:,} codes\n\n"
+        f"{markdown_table(table)}\n\n"
+        f"On {len(held_out):,} held-out positions of `{config.data}`. Perplexity times "
+        f"{after.perplexity / before.perplexity:.4g}; the likeliest token is the same at "
+        f"{same:.1%} of them.\n"
+    )
