@@ -10,6 +10,7 @@ import collections
 import io
 import math
 import pickle
+import pickletools
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -46,6 +47,7 @@ DAMAGE = (
     MemoryError,
     RecursionError,
     NotImplementedError,
+    RuntimeError,  # zipfile's, over a file that seems to be encrypted
     zlib.error,
 )
 
@@ -131,8 +133,10 @@ class _Dtype:
             raise pickle.UnpicklingError(f"a numpy type that is not plain numbers ({name})")
 
     def __setstate__(self, state: Any) -> None:
-        if isinstance(state, tuple) and len(state) > 1 and state[1] in ("<", ">"):
-            self.dtype = self.dtype.newbyteorder(state[1])
+        # The state of numpy's plain types: a version, the order of bytes, and nothing of interest.
+        if not isinstance(state, tuple) or state[1] not in ("<", ">", "=", "|"):
+            raise pickle.UnpicklingError("a numpy type with a state that is not a plain number's")
+        self.dtype = self.dtype.newbyteorder(state[1])
 
 
 def _list(values: Any = ()) -> list[Any]:
@@ -180,6 +184,16 @@ class _Unpickler(pickle.Unpickler):
         return self._storage(pid)
 
 
+def _load(file: Any, storage: Callable[[tuple[Any, ...]], _Storage]) -> Any:
+    """One pickle, looked through first: lengths and places that it names are allocated at once."""
+    begin = file.tell()
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
+        if "PUT" in opcode.name and int(argument or 0) > count:
+            raise pickle.UnpicklingError(f"place {argument} of {count}")
+    file.seek(begin)
+    return _Unpickler(file, storage).load()
+
+
 def _new_storage(pid: tuple[Any, ...], known: dict[str, _Storage]) -> _Storage:
     dtype, key, count = pid[1], str(pid[2]), int(pid[4])
     if dtype not in _STORAGES.values():
@@ -197,7 +211,10 @@ def _read_zip(file: Any) -> Any:
     root = pickles[0].removesuffix("data.pkl")
     order = "<"
     if f"{root}byteorder" in archive.namelist():
-        order = ">" if archive.read(f"{root}byteorder") == b"big" else "<"
+        orders = {b"little": "<", b"big": ">"}
+        order = orders.get(archive.read(f"{root}byteorder"), "")
+        if not order:
+            raise ValueError("it names an unknown order of bytes")
     known: dict[str, _Storage] = {}
 
     def storage(pid: tuple[Any, ...]) -> _Storage:
@@ -213,20 +230,20 @@ def _read_zip(file: Any) -> Any:
             found.values = values if order == "<" else values.byteswap()
         return found
 
-    return _Unpickler(io.BytesIO(archive.read(pickles[0])), storage).load()
+    return _load(io.BytesIO(archive.read(pickles[0])), storage)
 
 
 def _read_legacy(file: Any) -> Any:
     known: dict[str, _Storage] = {}
 
     def load() -> Any:
-        return _Unpickler(file, lambda pid: _new_storage(pid, known)).load()
+        return _load(file, lambda pid: _new_storage(pid, known))
 
     if load() != _LEGACY_MAGIC or load() != _LEGACY_PROTOCOL:
         raise ValueError("it is neither a zip archive nor a torch checkpoint of the older form")
     machine = load()
-    if isinstance(machine, dict) and not machine.get("little_endian", True):
-        raise ValueError("it was written on a big-endian machine")
+    if not isinstance(machine, dict) or machine.get("little_endian") is not True:
+        raise ValueError("it does not say that it was written on a little-endian machine")
     result = load()
     for key in load():
         if str(key) not in known:
@@ -237,6 +254,8 @@ def _read_legacy(file: Any) -> Any:
         if count != storage.count or len(data) != storage.count * storage.dtype.itemsize:
             raise ValueError(f"storage {key!r} is truncated")
         storage.values = np.frombuffer(data, np.uint8).view(storage.dtype)
+    if file.read(1):
+        raise ValueError("it goes on after its last storage")
     return result
 
 
@@ -257,7 +276,8 @@ def read_torch_checkpoint(path: epath.PathLike) -> Any:
 
     Allowed are tensors, parameters, ordered dictionaries, plain Python values, numpy scalars, and
     the attributes of an ``argparse.Namespace`` (which come back as a dictionary). Anything else in
-    the pickle is refused before it is called.
+    the pickle is refused before it is called. A zip archive has checksums, so that damage is an
+    error; the older form has none, and a number or a name that was changed comes back changed.
 
     Args:
       path: a file that ``torch.save`` wrote, of any version.
