@@ -26,7 +26,6 @@ from etils import epath
 from logitjax import data, models, processes, storage, training, vq
 from logitjax.commands.cli import REQUIRED, field
 from logitjax.commands.tables import markdown_table
-from logitjax.distillation import sources
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,7 +56,7 @@ def run(config: Config, workdir: epath.Path) -> None:
     """Packs, converts, measures both heads on text that neither was fitted to."""
     model, tokenizer = models.load(config.model, dtype=config.dtype, layout="listed")
     mesh = training.make_partial_mesh(config.mesh)
-    packed = sources.pack_splits(
+    packed = data.pack_splits(
         config.data,
         {"model": tokenizer},
         seq_len=config.seq_len,
