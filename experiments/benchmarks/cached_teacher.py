@@ -194,21 +194,15 @@ def _loss(arm: str, graphdef: Any, teacher_graphdef: Any) -> Callable[..., Any]:
         model, source = nnx.merge(graphdef, params), nnx.merge(teacher_graphdef, teacher)
         hidden, head = (
             objectives.hidden_states(model, batch["pivot"]),
-            objectives.head_arguments(model),
+            model.head_of(),
         )
-        theirs = objectives.head_arguments(source)
         there = (
             batch["hidden"] if arm == "given" else objectives.hidden_states(source, batch["pivot"])
         )
         weights = where.astype(np.float32)
-        ce = losses.linear_cross_entropy(hidden, labels=labels, token_weights=weights, **head)
+        ce = losses.linear_cross_entropy(hidden, head, labels, weights=weights)
         kl = losses.linear_kl_divergence(
-            hidden,
-            teacher_hidden=jax.lax.stop_gradient(there),
-            teacher_head=theirs["head"],
-            teacher_vocab_axis=theirs["vocab_axis"],
-            token_weights=weights,
-            **head,
+            hidden, head, jax.lax.stop_gradient(there), source.head_of(), weights=weights
         )
         return (1 - _MIX) * ce + _MIX * kl, where.sum(), {}
 

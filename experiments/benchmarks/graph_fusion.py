@@ -11,7 +11,6 @@ from flax import nnx
 from experiments.benchmarks import _suite
 from experiments.shared import timing
 from logitjax import distillation, losses, models
-from logitjax.distillation import objectives
 
 
 def _model(smoke: bool) -> models.Decoder:
@@ -62,9 +61,8 @@ def run(options: _suite.Options) -> _suite.Result:
         model = nnx.merge(apply_fn.graphdef, params)
         hidden, _ = model.hidden_states(tokens)
         teachers = [distillation.FusionTeacher(outputs=given)]
-        head = objectives.head_arguments(model)
         value, _ = distillation.linear_graph_fusion(
-            hidden, labels=labels, teachers=teachers, config=config, **head
+            hidden, model.head_of(), labels, teachers, config=config
         )
         return value.mean()
 

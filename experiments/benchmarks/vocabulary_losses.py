@@ -2,7 +2,7 @@
 
 Forward and backward, gradients of hidden states and head, float32. ``chunked`` is the scan over
 token chunks under ``jax.checkpoint`` that other trainers use. Ours comes in two forms: ``blocked
-scalar`` (``token_weights=``, what a training step uses) and ``blocked unreduced``, which like the
+scalar`` (``weights=``, what a training step uses) and ``blocked unreduced``, which like the
 chunked scan has to form every logit twice: 6 matmuls for KL where dense and scalar take 4.
 
 Bars are about KL: scratch memory at V = 152,064 at most a tenth of dense; seconds of the scalar
@@ -78,8 +78,8 @@ def _blocked(
 ) -> Any:
     weights = jnp.full(len(hidden), 1 / len(hidden)) if weighted else None
     if kind == "cross-entropy":
-        return losses.linear_cross_entropy(hidden, head, labels, token_weights=weights)
-    return losses.linear_kl_divergence(hidden, head, teacher, teacher_head, token_weights=weights)
+        return losses.linear_cross_entropy(hidden, head, labels, weights=weights)
+    return losses.linear_kl_divergence(hidden, head, teacher, teacher_head, weights=weights)
 
 
 def step(kind: str, peer: str) -> Callable[[Mapping[str, jax.Array]], Any]:

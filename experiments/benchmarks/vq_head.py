@@ -135,7 +135,7 @@ def _losses(case: dict[str, Any]) -> dict[str, tuple[Callable[..., Any], tuple[A
         return losses.cross_entropy(heads.linear_logits(h, rows, vocab_axis=0), labels).mean()
 
     def blocked(h: jax.Array, rows: jax.Array) -> jax.Array:
-        return losses.linear_cross_entropy(h, rows, labels, vocab_axis=0).mean()
+        return losses.linear_cross_entropy(h, losses.Head(rows, vocab_axis=0), labels).mean()
 
     def vq_loss(h: jax.Array, codebook: jax.Array, bias: jax.Array) -> jax.Array:
         return vq.vq_nll(h, codebook, bias, assignment, labels).mean()

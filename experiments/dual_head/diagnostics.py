@@ -37,7 +37,7 @@ MEASURES = (
 )
 
 
-def _head_kernel(model: Any) -> Any:
+def _kernel_of(model: Any) -> Any:
     head = model.head
     return (head.fc if hasattr(head, "fc") else head).kernel[...]
 
@@ -107,7 +107,7 @@ def of_lane(
     target = None if trainer.teacher is None else trainer.teacher.of(teacher, x, rows)
     model = nnx.merge(trainer.graphdef, lane["params"], lane["stats"], copy=True)
     features, logits, _ = arms.outputs(model, x, train=False)
-    found = geometry(features, labels, logits, _head_kernel(model), trainer.task.num_classes)
+    found = geometry(features, labels, logits, _kernel_of(model), trainer.task.num_classes)
     if trainer.arm.logit_loss is None:
         return found
 

@@ -233,8 +233,7 @@ def text_loss(model: models.Decoder, batch: Mapping[str, Any]) -> tuple[Any, Any
     labels, where = objectives.targets(batch)
     hidden = objectives.hidden_states(model, batch)
     weights = where.astype(jnp.float32)
-    head = objectives.head_arguments(model)
-    loss = losses.linear_cross_entropy(hidden, labels=labels, token_weights=weights, **head)
+    loss = losses.linear_cross_entropy(hidden, model.head_of(), labels, weights=weights)
     return loss, weights.sum()
 
 
@@ -245,15 +244,12 @@ def healing_loss(
     _, where = objectives.targets(batch)
     weights = where.astype(jnp.float32)
     whole = jax.lax.stop_gradient(nnx.merge(graphdef, params))
-    head, teacher = objectives.head_arguments(model), objectives.head_arguments(whole)
     loss = losses.linear_kl_divergence(
         objectives.hidden_states(model, batch),
-        head["head"],
+        model.head_of(),
         objectives.hidden_states(whole, batch),
-        teacher["head"],
-        vocab_axis=head["vocab_axis"],
-        teacher_vocab_axis=teacher["vocab_axis"],
-        token_weights=weights,
+        whole.head_of(),
+        weights=weights,
     )
     return loss, weights.sum()
 
@@ -289,10 +285,10 @@ def _at_last(model: models.Decoder, batch: Mapping[str, Any]) -> jax.Array:
 
 
 def _head_rows(model: models.Decoder) -> np.ndarray:
-    kernel, bias, vocab_axis = model.head_kernel()
-    if bias is not None:
-        raise ValueError("large: heads with a bias are not supported here")
-    return np.asarray(kernel if vocab_axis == 0 else kernel.T, np.float32)
+    head = model.head_of()
+    if head.bias is not None or head.soft_cap is not None:
+        raise ValueError("large: heads with a bias or a soft cap are not supported here")
+    return np.asarray(head.rows, np.float32)
 
 
 def _here(leaf: jax.Array) -> jax.Array:

@@ -53,10 +53,10 @@ class Rows:
 def load(config: Any, workdir: epath.Path) -> Rows:
     """Cuts prompts, runs the model; a second run reads what the first left."""
     model, tokenizer = models.load(config.model, layout="listed")
-    kernel, bias, axis = model.head_kernel(ignore_softcap=True)
-    if bias is not None:
+    head = model.head_of()
+    if head.bias is not None:
         raise ValueError("a head with biases is not audited: its rows span one dimension more")
-    head = np.asarray(kernel if axis == 0 else kernel.T, np.float32)
+    rows = np.asarray(head.rows, np.float32)
     prompts = _prompts(config, tokenizer)
     directory = workdir / "cache"
     path = directory / "logits.npz"
@@ -72,7 +72,7 @@ def load(config: Any, workdir: epath.Path) -> Rows:
             np.savez(file, prompts=prompts, logits=logits)
         (directory / "partial.npz").replace(path)
     order = {row.tobytes(): i for i, row in enumerate(prompts)}
-    return Rows(prompts, logits, head, order)
+    return Rows(prompts, logits, rows, order)
 
 
 def _prompts(config: Any, tokenizer: Any) -> np.ndarray:

@@ -84,10 +84,13 @@ class Student:
             return {"trunk": params["trunk"], "head": given["basis"] @ params["mix"]}
         return params
 
-    def hidden_and_head(self, params: Any, given: Any, tokens: Any) -> tuple[jax.Array, jax.Array]:
-        """Hidden states `[batch, time, width]` and the head `[vocab, width]`."""
+    def hidden_and_head(
+        self, params: Any, given: Any, tokens: Any
+    ) -> tuple[jax.Array, losses.Head]:
+        """Hidden states `[batch, time, width]` and the head."""
         whole = self.whole(params, given)
-        return self.trunk.hidden(whole["trunk"], tokens), whole["head"]
+        head = losses.Head(whole["head"], vocab_axis=0)
+        return self.trunk.hidden(whole["trunk"], tokens), head
 
 
 def start(kind: str, trunk: Any, teacher: Any, basis: Any, *, layers: int, seed: int) -> Any:
@@ -137,9 +140,7 @@ def _cross_entropy(
 ) -> Any:
     hidden, head = student.hidden_and_head(params, constants["given"], batch["tokens"])
     mask = batch["mask"][:, 1:].astype(jnp.float32)
-    total = losses.linear_cross_entropy(
-        hidden[:, :-1], head, batch["tokens"][:, 1:], vocab_axis=0, token_weights=mask
-    )
+    total = losses.linear_cross_entropy(hidden[:, :-1], head, batch["tokens"][:, 1:], weights=mask)
     return total, mask.sum(), {}
 
 
@@ -161,18 +162,14 @@ def _distillation(
         hidden,
         head,
         taught,
-        constants["teacher"]["head"],
-        vocab_axis=0,
-        teacher_vocab_axis=0,
+        losses.Head(constants["teacher"]["head"], vocab_axis=0),
         temperature=config.temperature,
-        token_weights=jnp.ones_like(mask) if official else mask,
+        weights=jnp.ones_like(mask) if official else mask,
     )
     if official:  # "batchmean": a sum over positions over the number of sequences.
         return kl, jnp.float32(len(tokens)), {}
     # The last position has no label, but a teacher.
-    ce = losses.linear_cross_entropy(
-        hidden[:, :-1], head, tokens[:, 1:], vocab_axis=0, token_weights=mask[:, 1:]
-    )
+    ce = losses.linear_cross_entropy(hidden[:, :-1], head, tokens[:, 1:], weights=mask[:, 1:])
     return kl + config.ce_weight * ce, mask.sum(), {}
 
 

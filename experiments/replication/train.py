@@ -133,10 +133,8 @@ def nll(text: Text, split: str, student: arms.Student, params: Any, given: Any) 
     def score(params: Any, given: Any, batch: Any) -> Any:
         hidden, head = student.hidden_and_head(params, given, batch["tokens"])
         mask = batch["mask"][:, 1:]
-        right = losses.linear_cross_entropy(
-            hidden[:, :-1], head, batch["tokens"][:, 1:], vocab_axis=0
-        )
-        wrong = losses.linear_cross_entropy(hidden, head, batch["tokens"], vocab_axis=0)
+        right = losses.linear_cross_entropy(hidden[:, :-1], head, batch["tokens"][:, 1:])
+        wrong = losses.linear_cross_entropy(hidden, head, batch["tokens"])
         return (right * mask).sum(), mask.sum(), wrong.mean()
 
     found = [jax.device_get(score(params, given, batch)) for batch in text.blocks(split)]
@@ -212,7 +210,7 @@ def _speed(scene: Scene, student: arms.Student, params: Any, given: Any) -> floa
         @jax.jit
         def forward(params: Any, given: Any, tokens: jax.Array) -> jax.Array:
             hidden, head = one.hidden_and_head(params, given, tokens)
-            return hidden @ head.T
+            return head.logits(hidden)
 
         return functools.partial(forward, params, given, tokens)
 

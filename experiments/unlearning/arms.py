@@ -95,12 +95,6 @@ def with_alpha(difference: Difference, alpha: float, filter: str) -> Difference:
     )
 
 
-def head_arguments(model: Any) -> dict[str, Any]:
-    """A model's head as keyword arguments of the ``losses.linear_...`` functions."""
-    kernel, bias, vocab_axis = model.head_kernel()
-    return {"head": kernel, "bias": bias, "vocab_axis": vocab_axis}
-
-
 def answer_loss(graphdef: Any, rest: Any) -> Callable[..., Any]:
     """Cross-entropy of answers' tokens, a mean over tokens: what finetuning minimises."""
 
@@ -110,10 +104,7 @@ def answer_loss(graphdef: Any, rest: Any) -> Callable[..., Any]:
         hidden, _ = model.hidden_states(batch["tokens"], segment_ids=batch.get("segment_ids"))
         weights = batch["mask"][:, 1:].astype(jnp.float32)
         loss = losses.linear_cross_entropy(
-            hidden[:, :-1],
-            labels=batch["tokens"][:, 1:],
-            token_weights=weights,
-            **head_arguments(model),
+            hidden[:, :-1], model.head_of(), batch["tokens"][:, 1:], weights=weights
         )
         return loss, weights.sum(), {}
 
@@ -156,7 +147,7 @@ def make_loss(
         no other positions. The loss is nan where there are more.
     """
     forget_loss = getattr(unlearning, method.forget)
-    options = {k: v for k, v in method.options.items() if k != "scale"}
+    options: dict[str, Any] = {k: v for k, v in method.options.items() if k != "scale"}
 
     def loss_fn(params: Any, batch: Mapping[str, Any], rng: Any, reference: Any = None) -> Any:
         del rng
@@ -184,39 +175,31 @@ def make_loss(
             parts = jnp.split(hidden[:, :-1], cuts)
             return {s: positions[s].pick(part) for s, part in zip(sides, parts, strict=True)}
 
-        head, here = head_arguments(model), states_of(model, sides)
+        head, here = model.head_of(), states_of(model, sides)
         there: dict[str, jax.Array] = {}
-        theirs: dict[str, Any] = {}
+        theirs = head
         if before is not None:
             # NPO needs the rows to forget, the divergence those to keep.
             wanted = [] if method.forget_level == "tokens" and method.retain == "kl" else ["forget"]
             wanted += ["retain"] if method.retain == "kl" else []
-            there, theirs = states_of(before, wanted), head_arguments(before)
+            there, theirs = states_of(before, wanted), before.head_of()
         flat = losses.linear_cross_entropy(
             jnp.concatenate([here[side] for side in sides]),
-            labels=jnp.concatenate([labels[side] for side in sides]),
-            **head,
+            head,
+            jnp.concatenate([labels[side] for side in sides]),
         )
         size = len(labels["forget"])
         forget_nll = positions["forget"].put(flat[:size])
         if method.forget == "undial":
             undial = unlearning.linear_undial(
-                here["forget"],
-                reference_hidden=there["forget"],
-                reference_head=theirs["head"],
-                reference_vocab_axis=theirs["vocab_axis"],
-                labels=labels["forget"],
-                **head,
-                **options,
+                here["forget"], head, there["forget"], theirs, labels["forget"], **options
             )
             forget = positions["forget"].put(undial)
         elif method.forget_level == "answers":
             summed, lengths = unlearning.sequence_nll(forget_nll, where["forget"])
             second = lengths
             if method.needs_reference:
-                old = losses.linear_cross_entropy(
-                    there["forget"], labels=labels["forget"], **theirs
-                )
+                old = losses.linear_cross_entropy(there["forget"], theirs, labels["forget"])
                 second = unlearning.sequence_nll(positions["forget"].put(old), where["forget"])[0]
             forget = forget_loss(summed, second, **options)
         else:
@@ -224,13 +207,7 @@ def make_loss(
         counted = where["forget"] if method.forget_level == "tokens" else None
         retain = None
         if method.retain == "kl":
-            divergence = losses.linear_kl_divergence(
-                here["retain"],
-                teacher_hidden=there["retain"],
-                teacher_head=theirs["head"],
-                teacher_vocab_axis=theirs["vocab_axis"],
-                **head,
-            )
+            divergence = losses.linear_kl_divergence(here["retain"], head, there["retain"], theirs)
             retain = positions["retain"].put(divergence)
         elif method.retain != "none":
             retain = positions["retain"].put(flat[size:])

@@ -239,9 +239,8 @@ def _lookup_top_k(params: Any, hidden: Any) -> Any:
 
 def _linear_nll(params: Any, hidden: Any, labels: Any) -> Any:
     hidden = hidden @ params["down"] if "down" in params else hidden
-    return losses.linear_cross_entropy(
-        hidden, params["kernel"], labels, bias=params.get("bias"), vocab_axis=0
-    )
+    head = losses.Head(params["kernel"], params.get("bias"), vocab_axis=0)
+    return losses.linear_cross_entropy(hidden, head, labels)
 
 
 def _linear_top_k(params: Any, hidden: Any) -> Any:
@@ -307,7 +306,7 @@ def _linear(
             hidden, sums = hidden @ real["down"], sums @ real["down"]
         kernel, bias = real["kernel"], real["bias"]
         first = tokens[:, 0]
-        nll = losses.linear_cross_entropy(hidden, kernel, first, bias=bias, vocab_axis=0)
+        nll = losses.linear_cross_entropy(hidden, losses.Head(kernel, bias, vocab_axis=0), first)
         logits = jnp.einsum("nd,nkd->nk", hidden, kernel[tokens]) + bias[tokens]
         far = (kernel * sums).sum() + (bias * constants["rest_counts"]).sum()
         return nll + logits[:, 0] - (probs * logits).sum(-1) - far

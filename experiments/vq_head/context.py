@@ -104,8 +104,8 @@ def _prepare(config: Any, workdir: epath.Path) -> Context:
         )
         for name, examples in _examples(config).items()
     }
-    kernel, row_bias, axis = model.head_kernel(ignore_softcap=True)
-    rows = jnp.asarray(kernel if axis == 0 else kernel.T, jnp.float32)
+    head = model.head_of()
+    rows, row_bias = jnp.asarray(head.rows, jnp.float32), head.bias
     sizes = {
         "train": config.train_tokens,
         "validation": config.validation_tokens,

@@ -148,9 +148,8 @@ def _head(
 
 def _full_nll(params: Any, fixed: Any, hidden: Any, labels: Any) -> Any:
     hidden = hidden @ params["down"] if "down" in params else hidden
-    return losses.linear_cross_entropy(
-        hidden, params["kernel"], labels, bias=params.get("bias"), vocab_axis=0
-    )
+    head = losses.Head(params["kernel"], params.get("bias"), vocab_axis=0)
+    return losses.linear_cross_entropy(hidden, head, labels)
 
 
 def _vq_nll(params: Any, fixed: Any, hidden: Any, labels: Any) -> Any:

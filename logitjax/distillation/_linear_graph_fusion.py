@@ -10,24 +10,20 @@ from logitjax.distillation._graph_fusion import (
     GraphFusionConfig,
     graph_fusion_objective,
 )
-from logitjax.losses._linear_readout import linear_readout
+from logitjax.losses import Blocks, Head, linear_readout
 from logitjax.ops import Array, AxisName
 
 
 def linear_graph_fusion(
     hidden: Float[Array, "*batch positions hidden"],
-    head: Float[Array, "rows columns"],
+    head: Head | Float[Array, "rows columns"],
     labels: Int[Array, "*batch positions"],
     teachers: Sequence[FusionTeacher],
     *,
     where: Bool[Array, "*batch positions"] | None = None,
     config: GraphFusionConfig = GraphFusionConfig(),  # noqa: B008
-    bias: Float[Array, " vocab"] | None = None,
-    vocab_axis: int | None = None,
-    soft_cap: float | int | None = None,
     vocab_where: Bool[Array, " vocab"] | None = None,
-    block_size: int | None = None,
-    token_block: int | None = None,
+    blocks: Blocks | None = None,
     axis_name: AxisName | None = None,
     sequence_axis_name: str | None = None,
 ) -> tuple[Float[jax.Array, "*batch"], dict[str, jax.Array]]:
@@ -39,18 +35,14 @@ def linear_graph_fusion(
 
     Args:
       hidden: `[*batch, positions, hidden]`; position t predicts `labels[t]`.
-      head: `[hidden, vocab]` or `[vocab, hidden]`.
+      head: a `logitjax.losses.Head`, or a kernel alone.
       labels: `[*batch, positions]`.
       teachers: `FusionTeacher`, each best given as `GraphStatistics` (from a cache, or from
         `linear_readout` of its own hidden states).
       where: `[*batch, positions]` boolean, the positions that count.
       config: weights and graph options.
-      bias: `[vocab]`.
-      vocab_axis: the head's vocabulary axis; needed only for a square head.
-      soft_cap: of the student's logits.
       vocab_where: `[vocab]` boolean: True for the entries that exist.
-      block_size: vocabulary entries a block; chosen from shape and backend by default.
-      token_block: positions a block; likewise.
+      blocks: sizes of the blocks; chosen from shapes and backend when None.
       axis_name: mesh axis that splits the head's vocabulary, inside `jax.shard_map`.
       sequence_axis_name: mesh axis that splits positions, inside `jax.shard_map`.
 
@@ -77,12 +69,8 @@ def linear_graph_fusion(
         head,
         labels=labels,
         top_k=config.k if teachers else None,
-        bias=bias,
-        vocab_axis=vocab_axis,
-        soft_cap=soft_cap,
         vocab_where=vocab_where,
-        block_size=block_size,
-        token_block=token_block,
+        blocks=blocks,
         axis_name=axis_name,
     )
     if readout.statistics is None:

@@ -76,8 +76,7 @@ def parse_gld(text: str, *, k: int) -> tuple[GraphConfig, float]:
 
 def with_auxiliary_head(graphdef: Any, params: Any) -> dict[str, Any]:
     """What the dual arm trains: the pivot, and a second head that starts as a copy of its own."""
-    kernel, _, vocab_axis = nnx.merge(graphdef, params).head_kernel(ignore_softcap=True)
-    kernel = jnp.array(kernel if vocab_axis == 1 else kernel.T)
+    kernel = jnp.array(nnx.merge(graphdef, params).head_of().rows.T)
     return {"pivot": params, "auxiliary": {"head": {"kernel": kernel}}}
 
 
@@ -99,13 +98,6 @@ def hidden_states(model: Any, batch: Mapping[str, Any]) -> Any:
     return hidden[:, :-1]
 
 
-def head_arguments(model: Any) -> dict[str, Any]:
-    """A model's head as the keyword arguments of the ``losses.linear_...`` functions."""
-    kernel, bias, vocab_axis = model.head_kernel(ignore_softcap=True)
-    soft_cap = model.config.logits_softcap
-    return {"head": kernel, "bias": bias, "vocab_axis": vocab_axis, "soft_cap": soft_cap}
-
-
 def loss_function(
     objective: Objective, graphdef: Any, sources: Sequence[str]
 ) -> Callable[..., tuple[Any, Any, dict[str, tuple[Any, Any]]]]:
@@ -123,7 +115,7 @@ def loss_function(
         model = nnx.merge(graphdef, pivot_of(params))
         labels, where = targets(batch["pivot"])
         hidden = hidden_states(model, batch["pivot"])
-        head = head_arguments(model)
+        head = model.head_of()
         count = where.sum()
 
         def total(values: Any) -> Any:
@@ -132,7 +124,7 @@ def loss_function(
         if objective.loss == "sft":
             # A scalar is enough, so the head's gradient is formed in the forward sweep.
             weights = where.astype(jnp.float32)
-            sft = losses.linear_cross_entropy(hidden, labels=labels, token_weights=weights, **head)
+            sft = losses.linear_cross_entropy(hidden, head, labels, weights=weights)
             return sft, count, {"sft": (sft, count)}
 
         held = [batch["sources"][name] for name in sources]
@@ -147,12 +139,12 @@ def loss_function(
             weights = where.astype(jnp.float32)
             value, readout = losses.linear_fused_loss(
                 hidden,
-                loss=mixed,
-                tokens=teachers,
-                token_weights=weights,
+                head,
+                mixed,
+                teachers,
+                weights,
                 labels=labels,
                 ids=jnp.concatenate([cached_ids(*teacher) for teacher in teachers], axis=-1),
-                **head,
             )
             sft = total(readout.cross_entropy)
             kl = total(sparse_divergence(readout, teachers, objective.shares))
@@ -160,10 +152,10 @@ def loss_function(
 
         if objective.loss == DUAL:
             weights = where.astype(jnp.float32)
-            sft = losses.linear_cross_entropy(hidden, labels=labels, token_weights=weights, **head)
+            sft = losses.linear_cross_entropy(hidden, head, labels, weights=weights)
             ids = jnp.concatenate([teacher.indices for teacher, _ in held], axis=-1)
-            kernel = params["auxiliary"]["head"]["kernel"]
-            gathered = losses.linear_readout(hidden, kernel, ids=ids, vocab_axis=1).gathered
+            auxiliary = losses.Head(params["auxiliary"]["head"]["kernel"], vocab_axis=1)
+            gathered = losses.linear_readout(hidden, auxiliary, ids=ids).gathered
             parts = jnp.split(gathered, len(held), axis=-1)
             distances = [
                 binary_kl_norm(part, teacher.values, reduction="mean")
@@ -178,7 +170,7 @@ def loss_function(
             for (outputs, valid), weight in zip(held, objective.shares, strict=True)
         ]
         value, metrics = linear_graph_fusion(
-            hidden, labels=labels, teachers=teachers, where=where, config=objective.fusion, **head
+            hidden, head, labels, teachers, where=where, config=objective.fusion
         )
         tokens = metrics["tokens"]
         shown = [name for name in ("sft", "uld", "gld") if name in metrics]
@@ -198,14 +190,13 @@ def sparse_divergence(
 ) -> Any:
     """KL to each teacher's top logits and its tail, weighted; the readout has gathered them all."""
     ids = [cached_ids(*teacher) for teacher in teachers]
-    assert readout.gathered is not None
     divergence, start = 0.0, 0
     for (top, tail), places, share in zip(teachers, ids, shares, strict=True):
         stop = start + places.shape[-1]
         values = readout.gathered[..., start:stop]
         student = ops.TopK(values=values, indices=places, log_z=readout.log_z)
-        kind = "bucket" if tail is None else "sampled"
-        divergence += share * losses.sparse_kl_divergence(student, top, tail=kind, sample=tail)
+        kl = losses.sparse_kl_divergence(student, top, tail="bucket" if tail is None else tail)
+        divergence += share * kl
         start = stop
     return divergence
 
@@ -219,7 +210,7 @@ def score_function(graphdef: Any) -> Callable[..., tuple[Any, Any, dict[str, tup
         model = nnx.merge(graphdef, pivot_of(params))
         labels, where = targets(batch["pivot"])
         hidden = hidden_states(model, batch["pivot"])
-        readout = losses.linear_readout(hidden, labels=labels, top_k=1, **head_arguments(model))
+        readout = losses.linear_readout(hidden, model.head_of(), labels=labels, top_k=1)
         nll = jnp.where(where, readout.cross_entropy, 0.0).sum()
         count = where.sum()
         best = first_choice(readout.statistics)
@@ -236,7 +227,7 @@ def source_statistics(
 ) -> losses.GraphStatistics:
     """What a source says at each position that has a successor."""
     model = nnx.merge(graphdef, params)
-    readout = losses.linear_readout(hidden_states(model, batch), top_k=k, **head_arguments(model))
+    readout = losses.linear_readout(hidden_states(model, batch), model.head_of(), top_k=k)
     return readout.statistics
 
 
@@ -246,8 +237,7 @@ def source_record(
     """What a `TeacherCache` keeps of a batch; a tail's draws depend on its row alone."""
     model = nnx.merge(graphdef, params)
     hidden = hidden_states(model, batch)
-    statistics = losses.linear_readout(hidden, top_k=k, **head_arguments(model)).statistics
-    assert statistics is not None
+    statistics = losses.linear_readout(hidden, model.head_of(), top_k=k).statistics
     names = ("values", "indices", "log_z", "mean", "std")
     record = {name: getattr(statistics, name) for name in names}
     if tail_samples:

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int, Key
 from logitjax.heads._head_cost import HeadCost
 from logitjax.heads._low_rank import metric_roots
 from logitjax.heads._vocabulary_head import Assignment, VocabularyHead
+from logitjax.losses import Head
 from logitjax.ops import Array, TopK, gather_at, logsumexp
 
 
@@ -349,7 +350,7 @@ class AdaptiveHead(VocabularyHead):
         """The k largest log-probabilities; see `adaptive_topk`."""
         return adaptive_topk(jnp.asarray(hidden, self.dtype), self.params(), k)
 
-    def kernel_and_bias(self, embedding: Array | None = None) -> tuple[Array, Array, int]:
+    def as_linear(self, embedding: Array | None = None) -> Head:
         """Raises: a normaliser in each tail is not linear in the hidden state."""
         raise ValueError("an AdaptiveHead has no kernel; use nll() or the log-probabilities")
 

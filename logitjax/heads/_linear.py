@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 
 from logitjax.heads._head_cost import HeadCost
 from logitjax.heads._vocabulary_head import VocabularyHead
-from logitjax.losses import linear_cross_entropy
+from logitjax.losses import Head, linear_cross_entropy
 from logitjax.ops import Array
 
 
@@ -48,15 +48,15 @@ class FullHead(VocabularyHead):
 
     dtype: Any
 
-    def kernel_and_bias(self, embedding: Any = None) -> tuple[Array, Array | None, int]:
-        """What the fused linear losses take: kernel, bias or None, axis of the vocabulary."""
+    def as_linear(self, embedding: Any = None) -> Head:
+        """The head as a value, for the losses that start at hidden states."""
         raise NotImplementedError
 
     def __call__(
         self, hidden: Float[Array, "*batch hidden"], embedding: Array | None = None
     ) -> Float[jax.Array, "*batch vocab"]:
-        kernel, bias, axis = self.kernel_and_bias(embedding)
-        return linear_logits(hidden, kernel, bias, vocab_axis=axis, dtype=self.dtype)
+        head = self.as_linear(embedding)
+        return linear_logits(hidden, head.kernel, head.bias, vocab_axis=head.axis, dtype=self.dtype)
 
     def nll(
         self,
@@ -66,9 +66,8 @@ class FullHead(VocabularyHead):
         **options: Any,
     ) -> Float[jax.Array, "*batch"]:
         """Cross-entropy, not reduced, by blocks of the vocabulary; see `linear_cross_entropy`."""
-        kernel, bias, axis = self.kernel_and_bias(embedding)
         hidden = jnp.asarray(hidden, self.dtype)
-        return linear_cross_entropy(hidden, kernel, labels, bias=bias, vocab_axis=axis, **options)
+        return linear_cross_entropy(hidden, self.as_linear(embedding), labels, **options)
 
 
 def _full_cost(kernel: Any, bias: Any, *, tied: bool) -> HeadCost:
@@ -101,7 +100,8 @@ class LinearHead(FullHead):
     >>> head = LinearHead(4, 10, rngs=nnx.Rngs(0))
     >>> head(jnp.ones((2, 4))).shape
     (2, 10)
-    >>> kernel, bias, vocab_axis = head.kernel_and_bias()
+    >>> head.as_linear().vocab_size()
+    10
     """
 
     def __init__(
@@ -121,8 +121,8 @@ class LinearHead(FullHead):
         start = self.initial_bias(unigram, vocab_size).astype(param_dtype)
         self.bias = nnx.Param(start) if use_bias else None
 
-    def kernel_and_bias(self, embedding: Any = None) -> tuple[Array, Array | None, int]:
-        return self.kernel[...], None if self.bias is None else self.bias[...], 1
+    def as_linear(self, embedding: Any = None) -> Head:
+        return Head(self.kernel[...], None if self.bias is None else self.bias[...], vocab_axis=1)
 
     def cost(self, embedding: Array | None = None) -> HeadCost:
         return _full_cost(self.kernel, self.bias, tied=False)
@@ -143,10 +143,10 @@ class TiedHead(FullHead):
         self.dtype = dtype
         self.bias = None if bias is None else nnx.Param(jnp.asarray(bias))
 
-    def kernel_and_bias(self, embedding: Any = None) -> tuple[Array, Array | None, int]:
+    def as_linear(self, embedding: Any = None) -> Head:
         if embedding is None:
-            raise ValueError("a TiedHead needs the embedding")
-        return embedding, None if self.bias is None else self.bias[...], 0
+            raise ValueError("embedding: expected the rows of a TiedHead, got None")
+        return Head(embedding, None if self.bias is None else self.bias[...], vocab_axis=0)
 
     def cost(self, embedding: Array | None = None) -> HeadCost:
         if embedding is None:

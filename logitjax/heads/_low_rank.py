@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 
 from logitjax.heads._head_cost import HeadCost
 from logitjax.heads._vocabulary_head import VocabularyHead
-from logitjax.losses import linear_cross_entropy
+from logitjax.losses import Head, linear_cross_entropy
 from logitjax.ops import Array
 
 
@@ -59,9 +59,8 @@ def low_rank_nll(
     [1.3863 1.3863]
     """
     narrow = jnp.asarray(hidden) @ jnp.asarray(down)
-    return linear_cross_entropy(
-        narrow, kernel, labels, bias=bias, vocab_axis=0, z_loss=z_loss, vocab_where=vocab_where
-    )
+    head = Head(kernel, bias, vocab_axis=0)
+    return linear_cross_entropy(narrow, head, labels, z_loss=z_loss, vocab_where=vocab_where)
 
 
 def fit_low_rank(
@@ -185,9 +184,9 @@ class LowRankHead(VocabularyHead):
         weights = (down, self.kernel[...], self.bias[...])
         return low_rank_nll(hidden, *weights, labels, z_loss=z_loss, vocab_where=vocab_where)
 
-    def kernel_and_bias(self, embedding: Array | None = None) -> tuple[Array, Array, int]:
-        """The equivalent full head, ``[vocab, hidden]``: for losses that take a kernel."""
-        return self.kernel[...] @ self.down[...].T, self.bias[...], 0
+    def as_linear(self, embedding: Array | None = None) -> Head:
+        """The equivalent full head, ``[vocab, hidden]``, for losses that start at hidden states."""
+        return Head(self.kernel[...] @ self.down[...].T, self.bias[...], vocab_axis=0)
 
     def cost(self, embedding: Array | None = None) -> HeadCost:
         (vocab, rank), hidden = self.kernel.shape, self.down.shape[0]

@@ -1,51 +1,27 @@
 """Cross-entropy from hidden states, without the logits."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
-from logitjax.losses.sweep._call import Branch, sweep, vocabulary_size
-from logitjax.losses.sweep._statistics import Readout, ReadoutStatistic
+from logitjax.losses.sweep import Blocks, Head, ReadoutStatistic, run
 from logitjax.ops import Array, AxisName, Number, finite_or_zero
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Combine:
-    vocab: int
-    label_smoothing: float
-    z_loss: float
-
-    def __call__(self, outputs: Readout, tokens: Any) -> jax.Array:
-        log_z = finite_or_zero(outputs.log_z)
-        loss = log_z - outputs.label
-        if self.label_smoothing:
-            uniform = log_z - outputs.mean
-            loss = (1 - self.label_smoothing) * loss + self.label_smoothing * uniform
-        if self.z_loss:
-            loss = loss + self.z_loss * jnp.square(log_z)
-        labels = tokens["labels"]
-        return jnp.where((labels >= 0) & (labels < self.vocab), loss, jnp.nan)
 
 
 def linear_cross_entropy(
     hidden: Float[Array, "*batch hidden"],
-    head: Float[Array, "rows columns"],
+    head: Head | Float[Array, "rows columns"],
     labels: Int[Array, "*batch"],
     *,
-    bias: Float[Array, " vocab"] | None = None,
-    vocab_axis: int | None = None,
-    temperature: Number = 1.0,
-    soft_cap: float | int | None = None,
     label_smoothing: float | int = 0.0,
     z_loss: float | int = 0.0,
+    temperature: Number = 1.0,
     vocab_where: Bool[Array, " vocab"] | None = None,
-    token_weights: Float[Array, "*batch"] | None = None,
-    block_size: int | None = None,
-    token_block: int | None = None,
+    weights: Float[Array, "*batch"] | None = None,
+    blocks: Blocks | None = None,
     axis_name: AxisName | None = None,
 ) -> Float[jax.Array, "*losses"]:
     """`cross_entropy` of a linear head's logits, which never exist as a whole.
@@ -56,36 +32,31 @@ def linear_cross_entropy(
 
     ::
 
-        logits = cap tanh((hidden @ head + bias) / cap) / T
         (1 - e) (log Z - logits_y) + e mean_v (log Z - logits_v) + c (log Z)^2
 
     Args:
       hidden: `[*batch, hidden]`, float32 or bfloat16. Matmuls run in the common type of `hidden`
-        and `head` and accumulate in float32.
-      head: `[hidden, vocab]` or `[vocab, hidden]`.
+        and the kernel and accumulate in float32.
+      head: a `Head`, or a kernel `[hidden, vocab]` or `[vocab, hidden]` alone.
       labels: `[*batch]` integers in `0..vocab - 1`.
-      bias: `[vocab]`.
-      vocab_axis: the head's vocabulary axis; needed only for a square head.
-      temperature: `T`, positive; may be traced, but gets no gradient.
-      soft_cap: `cap`, as Gemma 2 has on its logits; none by default.
       label_smoothing: `e`.
       z_loss: `c`.
+      temperature: divides the logits; positive; may be traced, but gets no gradient.
       vocab_where: `[vocab]` boolean: True for the entries that exist, as in a padded vocabulary.
-      token_weights: `[*batch]`. Gives the scalar `sum(token_weights * loss)` and forms gradients in
-        the same sweep as the value, so that nothing is computed twice. A position of weight 0
-        counts for nothing whatever its label.
-      block_size: vocabulary entries a block; chosen from shape and backend by default.
-      token_block: positions a block along the last batch axis; likewise.
-      axis_name: inside `jax.shard_map` with the head's (and the bias's) vocabulary split over this
-        mesh axis: that axis. Labels count over the whole vocabulary.
+      weights: `[*batch]`. Gives the scalar `sum(weights * loss)` and forms gradients in the same
+        sweep as the value, so that nothing is computed twice. A position of weight 0 counts for
+        nothing whatever its label.
+      blocks: sizes of the blocks; chosen from shapes and backend when None.
+      axis_name: inside `jax.shard_map` with the head's vocabulary split over this mesh axis: that
+        axis. Labels count over the whole vocabulary.
 
     Returns:
-      `[*batch]` float32, or a scalar with `token_weights`. As `cross_entropy`: `inf` where the
-      label's entry does not exist, nan where the label is outside the vocabulary.
+      `[*batch]` float32, or a scalar with `weights`. As `cross_entropy`: `inf` where the label's
+      entry does not exist, nan where the label is outside the vocabulary.
 
     Raises:
       TypeError: arrays are not floating point.
-      ValueError: shapes do not fit, or the head is square and `vocab_axis` is not given.
+      ValueError: shapes do not fit, or a kernel is square and its `vocab_axis` is not given.
 
     >>> import jax, jax.numpy as jnp
     >>> hidden, head = jnp.eye(2), jnp.log(jnp.array([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1]]))
@@ -97,31 +68,46 @@ def linear_cross_entropy(
       for the idea; no gradient is filtered here. Hsu et al., Liger kernel, 2024 (arXiv 2410.10989),
       for gradients in the forward pass.
     """
-    labels = jnp.asarray(labels)
+    hidden, labels = jnp.asarray(hidden), jnp.asarray(labels)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise TypeError(f"labels must be integers, got {labels.dtype}")
+        raise TypeError(f"labels: expected integers, got {labels.dtype}")
     if not 0 <= label_smoothing < 1:
-        raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
-    student = Branch(hidden, head, bias, vocab_axis, soft_cap)
-    combine = _Combine(
-        vocab=vocabulary_size(student, axis_name),
+        raise ValueError(f"label_smoothing: expected a number in [0, 1), got {label_smoothing}")
+    head = Head.of(head).resolve(hidden.shape[-1])
+    statistic = _CrossEntropy(
+        labels=True,
+        moments=bool(label_smoothing),
+        vocab=head.vocab_size(axis_name),
         label_smoothing=label_smoothing,
         z_loss=z_loss,
     )
-    loss = sweep(
-        functools.partial(_statistic, bool(label_smoothing)),
-        student,
+    loss = run(
+        statistic,
+        hidden,
+        head,
         tokens={"labels": labels},
         temperature=temperature,
         vocab_where=vocab_where,
-        combine=combine,
-        token_weights=token_weights,
-        block_size=block_size,
-        token_block=token_block,
+        weights=weights,
+        blocks=blocks,
         axis_name=axis_name,
     )
-    return loss if token_weights is None else loss[0]
+    return loss if weights is None else loss[0]
 
 
-def _statistic(moments: bool, dtype: Any) -> ReadoutStatistic:
-    return ReadoutStatistic(labels=True, moments=moments, dtype=dtype)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _CrossEntropy(ReadoutStatistic):
+    vocab: int
+    label_smoothing: float
+    z_loss: float
+
+    def losses(self, outputs: Any, tokens: Any) -> jax.Array:
+        log_z = finite_or_zero(outputs.log_z)
+        loss = log_z - outputs.label
+        if self.label_smoothing:
+            uniform = log_z - outputs.mean
+            loss = (1 - self.label_smoothing) * loss + self.label_smoothing * uniform
+        if self.z_loss:
+            loss = loss + self.z_loss * jnp.square(log_z)
+        labels = tokens["labels"]
+        return jnp.where((labels >= 0) & (labels < self.vocab), loss, jnp.nan)

@@ -1,39 +1,37 @@
 """Divergences between a student's and a teacher's linear head, without the logits of either."""
 
-import functools
-from typing import Any, Literal
+import dataclasses
+import math
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Bool, Float
 
-from logitjax.losses.sweep._call import Branch, sweep
-from logitjax.losses.sweep._statistics import (
-    JensenShannonStatistic,
+from logitjax.losses.sweep import (
+    Blocks,
+    Head,
     KLStatistic,
-    TotalVariationStatistic,
+    LogitBlock,
+    OnlineSums,
+    Statistic,
+    run,
 )
 from logitjax.ops import Array, AxisName, Number, check_between
 
 
 def linear_kl_divergence(
     hidden: Float[Array, "*batch hidden"],
-    head: Float[Array, "rows columns"],
+    head: Head | Float[Array, "rows columns"],
     teacher_hidden: Float[Array, "*batch teacher_hidden"],
-    teacher_head: Float[Array, "teacher_rows teacher_columns"],
+    teacher_head: Head | Float[Array, "teacher_rows teacher_columns"],
     *,
     direction: Literal["forward", "reverse"] = "forward",
-    bias: Float[Array, " vocab"] | None = None,
-    teacher_bias: Float[Array, " vocab"] | None = None,
-    vocab_axis: int | None = None,
-    teacher_vocab_axis: int | None = None,
     temperature: Number = 1.0,
-    soft_cap: float | int | None = None,
-    teacher_soft_cap: float | int | None = None,
     vocab_where: Bool[Array, " vocab"] | None = None,
-    token_weights: Float[Array, "*batch"] | None = None,
-    block_size: int | None = None,
-    token_block: int | None = None,
+    weights: Float[Array, "*batch"] | None = None,
+    blocks: Blocks | None = None,
     axis_name: AxisName | None = None,
 ) -> Float[jax.Array, "*losses"]:
     """`kl_divergence` of two linear heads' logits, neither of which exist as a whole.
@@ -44,37 +42,28 @@ def linear_kl_divergence(
 
     ::
 
-        logits = cap tanh((hidden @ head + bias) / cap) / T
-        T^2 KL(teacher || student), or T^2 KL(student || teacher)
+        T^2 KL(teacher || student), or T^2 KL(student || teacher), of logits / T
 
     Args:
       hidden: `[*batch, hidden]`, the student's, float32 or bfloat16.
-      head: `[hidden, vocab]` or `[vocab, hidden]`.
+      head: a `Head`, or a kernel `[hidden, vocab]` or `[vocab, hidden]` alone.
       teacher_hidden: `[*batch, teacher_hidden]`.
       teacher_head: as `head`, with the same vocabulary.
       direction: 'forward' for KL(teacher || student), 'reverse' for KL(student || teacher).
-      bias: `[vocab]`.
-      teacher_bias: `[vocab]`.
-      vocab_axis: the head's vocabulary axis; needed only for a square head.
-      teacher_vocab_axis: likewise.
       temperature: `T`, positive; may be traced, but gets no gradient.
-      soft_cap: `cap` of the student's logits.
-      teacher_soft_cap: `cap` of the teacher's.
       vocab_where: `[vocab]` boolean: True for the entries that exist in both.
-      token_weights: `[*batch]`. Gives the scalar `sum(token_weights * loss)` and forms gradients in
-        the same sweep as the value: four matmuls in place of six. A position of weight 0 counts for
-        nothing.
-      block_size: vocabulary entries a block; chosen from shape and backend by default.
-      token_block: positions a block along the last batch axis; likewise.
+      weights: `[*batch]`. Gives the scalar `sum(weights * loss)` and forms gradients in the same
+        sweep as the value: four matmuls in place of six. A position of weight 0 counts for nothing.
+      blocks: sizes of the blocks; chosen from shapes and backend when None.
       axis_name: inside `jax.shard_map` with both heads' vocabulary split over this mesh axis: that
         axis.
 
     Returns:
-      `[*batch]` float32, or a scalar with `token_weights`; `inf` as in `kl_divergence`.
+      `[*batch]` float32, or a scalar with `weights`; `inf` as in `kl_divergence`.
 
     Raises:
       TypeError: arrays are not floating point.
-      ValueError: shapes do not fit, a head is square and its axis is not given, or `direction` is
+      ValueError: shapes do not fit, a kernel is square and its axis is not given, or `direction` is
         unknown.
 
     >>> import jax.numpy as jnp
@@ -84,54 +73,39 @@ def linear_kl_divergence(
     0.1308
     """
     if direction not in ("forward", "reverse"):
-        raise ValueError(f"direction must be 'forward' or 'reverse', got {direction!r}")
-    loss = sweep(
-        functools.partial(_kl, direction == "reverse"),
-        Branch(hidden, head, bias, vocab_axis, soft_cap),
-        Branch(
-            teacher_hidden,
-            teacher_head,
-            teacher_bias,
-            teacher_vocab_axis,
-            teacher_soft_cap,
-            "teacher_",
-        ),
+        raise ValueError(f"direction: expected 'forward' or 'reverse', got {direction!r}")
+    loss = run(
+        KLStatistic(reverse=direction == "reverse"),
+        hidden,
+        head,
+        teacher=(teacher_hidden, teacher_head),
         temperature=temperature,
         vocab_where=vocab_where,
-        combine=_identity,
-        token_weights=token_weights,
-        block_size=block_size,
-        token_block=token_block,
+        weights=weights,
+        blocks=blocks,
         axis_name=axis_name,
     )
-    loss = loss if token_weights is None else loss[0]
+    loss = loss if weights is None else loss[0]
     return loss * jnp.square(jnp.asarray(temperature, loss.dtype))
 
 
 def linear_generalized_jensen_shannon(
     hidden: Float[Array, "*batch hidden"],
-    head: Float[Array, "rows columns"],
+    head: Head | Float[Array, "rows columns"],
     teacher_hidden: Float[Array, "*batch teacher_hidden"],
-    teacher_head: Float[Array, "teacher_rows teacher_columns"],
+    teacher_head: Head | Float[Array, "teacher_rows teacher_columns"],
     *,
     beta: float | int = 0.5,
-    bias: Float[Array, " vocab"] | None = None,
-    teacher_bias: Float[Array, " vocab"] | None = None,
-    vocab_axis: int | None = None,
-    teacher_vocab_axis: int | None = None,
     temperature: Number = 1.0,
-    soft_cap: float | int | None = None,
-    teacher_soft_cap: float | int | None = None,
     vocab_where: Bool[Array, " vocab"] | None = None,
-    token_weights: Float[Array, "*batch"] | None = None,
-    block_size: int | None = None,
-    token_block: int | None = None,
+    weights: Float[Array, "*batch"] | None = None,
+    blocks: Blocks | None = None,
     axis_name: AxisName | None = None,
 ) -> Float[jax.Array, "*losses"]:
     """`generalized_jensen_shannon` of two linear heads, without the logits of either.
 
     The mixture needs both normalisers before its first term, so the value takes two sweeps over
-    the vocabulary and the gradient a third; with `token_weights` there is one.
+    the vocabulary and the gradient a third; with `weights` there is one.
 
     ::
 
@@ -140,25 +114,18 @@ def linear_generalized_jensen_shannon(
 
     Args:
       hidden: `[*batch, hidden]`, the student's.
-      head: `[hidden, vocab]` or `[vocab, hidden]`.
+      head: as in `linear_kl_divergence`.
       teacher_hidden: `[*batch, teacher_hidden]`; gets no gradient.
       teacher_head: as `head`, with the same vocabulary; gets no gradient.
       beta: the teacher's weight, in `[0, 1]`.
-      bias: as in `linear_kl_divergence`, like all that follow.
-      teacher_bias: `[vocab]`.
-      vocab_axis: 0 or 1.
-      teacher_vocab_axis: 0 or 1.
       temperature: `T`. The result is not multiplied by `T^2`.
-      soft_cap: of the student's logits.
-      teacher_soft_cap: of the teacher's.
-      vocab_where: `[vocab]` boolean.
-      token_weights: `[*batch]`; gives a scalar.
-      block_size: vocabulary entries a block.
-      token_block: positions a block.
+      vocab_where: as in `linear_kl_divergence`, like all that follow.
+      weights: `[*batch]`; gives a scalar.
+      blocks: sizes of the blocks.
       axis_name: mesh axis that splits the vocabulary.
 
     Returns:
-      `[*batch]` float32, or a scalar with `token_weights`.
+      `[*batch]` float32, or a scalar with `weights`.
 
     Raises:
       TypeError: arrays are not floating point.
@@ -171,49 +138,30 @@ def linear_generalized_jensen_shannon(
     0.6931
     """
     check_between(beta, 0, 1, "beta")
-    if beta in (0, 1):
-        statistic = functools.partial(_kl, beta == 1)
-    else:
-        statistic = functools.partial(_jensen_shannon, float(beta))
-    loss = sweep(
-        statistic,
-        Branch(hidden, head, bias, vocab_axis, soft_cap),
-        Branch(
-            teacher_hidden,
-            teacher_head,
-            teacher_bias,
-            teacher_vocab_axis,
-            teacher_soft_cap,
-            "teacher_",
-        ),
+    loss = run(
+        KLStatistic(reverse=beta == 1) if beta in (0, 1) else _JensenShannon(beta=float(beta)),
+        hidden,
+        head,
+        teacher=(teacher_hidden, teacher_head),
         temperature=temperature,
         vocab_where=vocab_where,
-        combine=_identity,
-        token_weights=token_weights,
-        block_size=block_size,
-        token_block=token_block,
+        weights=weights,
+        blocks=blocks,
         axis_name=axis_name,
     )
-    return loss if token_weights is None else loss[0]
+    return loss if weights is None else loss[0]
 
 
 def linear_total_variation(
     hidden: Float[Array, "*batch hidden"],
-    head: Float[Array, "rows columns"],
+    head: Head | Float[Array, "rows columns"],
     teacher_hidden: Float[Array, "*batch teacher_hidden"],
-    teacher_head: Float[Array, "teacher_rows teacher_columns"],
+    teacher_head: Head | Float[Array, "teacher_rows teacher_columns"],
     *,
-    bias: Float[Array, " vocab"] | None = None,
-    teacher_bias: Float[Array, " vocab"] | None = None,
-    vocab_axis: int | None = None,
-    teacher_vocab_axis: int | None = None,
     temperature: Number = 1.0,
-    soft_cap: float | int | None = None,
-    teacher_soft_cap: float | int | None = None,
     vocab_where: Bool[Array, " vocab"] | None = None,
-    token_weights: Float[Array, "*batch"] | None = None,
-    block_size: int | None = None,
-    token_block: int | None = None,
+    weights: Float[Array, "*batch"] | None = None,
+    blocks: Blocks | None = None,
     axis_name: AxisName | None = None,
 ) -> Float[jax.Array, "*losses"]:
     """`total_variation` of two linear heads, without the logits of either.
@@ -226,24 +174,17 @@ def linear_total_variation(
 
     Args:
       hidden: `[*batch, hidden]`, the student's.
-      head: `[hidden, vocab]` or `[vocab, hidden]`.
+      head: as in `linear_kl_divergence`.
       teacher_hidden: `[*batch, teacher_hidden]`; gets no gradient.
       teacher_head: as `head`, with the same vocabulary; gets no gradient.
-      bias: as in `linear_kl_divergence`, like all that follow.
-      teacher_bias: `[vocab]`.
-      vocab_axis: 0 or 1.
-      teacher_vocab_axis: 0 or 1.
       temperature: `T`.
-      soft_cap: of the student's logits.
-      teacher_soft_cap: of the teacher's.
-      vocab_where: `[vocab]` boolean.
-      token_weights: `[*batch]`; gives a scalar.
-      block_size: vocabulary entries a block.
-      token_block: positions a block.
+      vocab_where: as in `linear_kl_divergence`, like all that follow.
+      weights: `[*batch]`; gives a scalar.
+      blocks: sizes of the blocks.
       axis_name: mesh axis that splits the vocabulary.
 
     Returns:
-      `[*batch]` float32 in `[0, 1]`, or a scalar with `token_weights`.
+      `[*batch]` float32 in `[0, 1]`, or a scalar with `weights`.
 
     Raises:
       TypeError: arrays are not floating point.
@@ -255,39 +196,80 @@ def linear_total_variation(
     >>> print(f"{linear_total_variation(one, head, one, teacher_head):.2f}")
     0.25
     """
-    loss = sweep(
-        _total_variation,
-        Branch(hidden, head, bias, vocab_axis, soft_cap),
-        Branch(
-            teacher_hidden,
-            teacher_head,
-            teacher_bias,
-            teacher_vocab_axis,
-            teacher_soft_cap,
-            "teacher_",
-        ),
+    loss = run(
+        _TotalVariation(),
+        hidden,
+        head,
+        teacher=(teacher_hidden, teacher_head),
         temperature=temperature,
         vocab_where=vocab_where,
-        combine=_identity,
-        token_weights=token_weights,
-        block_size=block_size,
-        token_block=token_block,
+        weights=weights,
+        blocks=blocks,
         axis_name=axis_name,
     )
-    return loss if token_weights is None else loss[0]
+    return loss if weights is None else loss[0]
 
 
-def _identity(outputs: jax.Array, tokens: Any) -> jax.Array:
-    return outputs
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Normalised(Statistic):
+    """Divergences whose terms need both normalisers first: two passes.
+
+    ``terms`` gives, per column, the summand and its derivative by the student's log-probability.
+    """
+
+    passes: ClassVar[int] = 2
+
+    def terms(self, log_q: jax.Array, log_p: jax.Array) -> tuple[jax.Array, jax.Array]:
+        raise NotImplementedError
+
+    def start(self, batch: tuple[int, ...], dtype: Any, passed: Any) -> Any:
+        if passed is None:
+            return tuple(OnlineSums.start(batch, dtype) for _ in range(2))
+        return jnp.zeros(batch, dtype), jnp.zeros(batch, dtype)
+
+    def absorb(self, state: Any, block: LogitBlock, passed: Any) -> Any:
+        if passed is None:
+            return state[0].add(block.student), state[1].add(block.teacher)
+        terms = self.terms(*self._log_probabilities(block, passed))
+        return tuple(total + term.sum(-1) for total, term in zip(state, terms))
+
+    def reduce(self, state: Any, axis_name: AxisName, passed: Any) -> Any:
+        if passed is None:
+            return tuple(sums.reduce(axis_name) for sums in state)
+        return tuple(lax.psum(jnp.stack(state), axis_name))
+
+    def finish(self, state: Any, passed: Any) -> tuple[Any, Any]:
+        if passed is None:
+            return None, tuple(sums.log_z for sums in state)
+        return state[0], (*passed, state[1])
+
+    def gradient(self, residuals: Any, cotangents: Any, block: LogitBlock) -> jax.Array:
+        *log_zs, slope_sum = residuals
+        log_q, log_p = self._log_probabilities(block, log_zs)
+        slope = self.terms(log_q, log_p)[1]
+        return cotangents[..., None] * (slope - jnp.exp(log_q) * slope_sum[..., None])
+
+    def _log_probabilities(self, block: LogitBlock, log_zs: Any) -> tuple[jax.Array, jax.Array]:
+        assert block.teacher is not None
+        return block.student - log_zs[0][..., None], block.teacher - log_zs[1][..., None]
 
 
-def _kl(reverse: bool, dtype: Any) -> KLStatistic:
-    return KLStatistic(reverse=reverse, dtype=dtype)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _JensenShannon(_Normalised):
+    beta: float
+
+    def terms(self, log_q: jax.Array, log_p: jax.Array) -> tuple[jax.Array, jax.Array]:
+        log_m = jnp.logaddexp(log_p + math.log(self.beta), log_q + math.log1p(-self.beta))
+        q_part = (1 - self.beta) * jnp.where(
+            log_q > -jnp.inf, jnp.exp(log_q) * (log_q - log_m), 0.0
+        )
+        p_part = self.beta * jnp.where(log_p > -jnp.inf, jnp.exp(log_p) * (log_p - log_m), 0.0)
+        return p_part + q_part, q_part
 
 
-def _jensen_shannon(beta: float, dtype: Any) -> JensenShannonStatistic:
-    return JensenShannonStatistic(beta=beta, dtype=dtype)
-
-
-def _total_variation(dtype: Any) -> TotalVariationStatistic:
-    return TotalVariationStatistic(dtype=dtype)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _TotalVariation(_Normalised):
+    def terms(self, log_q: jax.Array, log_p: jax.Array) -> tuple[jax.Array, jax.Array]:
+        q = jnp.exp(log_q)
+        apart = q - jnp.exp(log_p)
+        return 0.5 * jnp.abs(apart), 0.5 * jnp.sign(apart) * q

@@ -1,6 +1,6 @@
 """A few numbers per position of a linear head's logits, differentiable, without the logits."""
 
-import functools
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,8 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from logitjax.losses._graph_statistics import GraphStatistics
-from logitjax.losses.sweep._call import Branch, sweep, vocabulary_size
-from logitjax.losses.sweep._statistics import ReadoutStatistic
+from logitjax.losses.sweep import Blocks, Head, ReadoutStatistic, run
 from logitjax.ops import Array, AxisName, Number, TopK, finite_or_zero
 
 
@@ -26,10 +25,10 @@ class Readout(NamedTuple):
     """
 
     log_z: jax.Array
-    label_logit: jax.Array | None = None
-    gathered: jax.Array | None = None
-    statistics: GraphStatistics | None = None
-    cross_entropy: jax.Array | None = None
+    label_logit: Any = None
+    gathered: Any = None
+    statistics: Any = None
+    cross_entropy: Any = None
 
     def gathered_top_k(self, ids: Array) -> TopK:
         """`gathered` in the form that `sparse_kl_divergence` takes as its student."""
@@ -40,18 +39,14 @@ class Readout(NamedTuple):
 
 def linear_readout(
     hidden: Float[Array, "*batch hidden"],
-    head: Float[Array, "rows columns"],
+    head: Head | Float[Array, "rows columns"],
     *,
     labels: Int[Array, "*batch"] | None = None,
     ids: Int[Array, "*batch n"] | None = None,
     top_k: int | None = None,
-    bias: Float[Array, " vocab"] | None = None,
-    vocab_axis: int | None = None,
     temperature: Number = 1.0,
-    soft_cap: float | int | None = None,
     vocab_where: Bool[Array, " vocab"] | None = None,
-    block_size: int | None = None,
-    token_block: int | None = None,
+    blocks: Blocks | None = None,
     axis_name: AxisName | None = None,
 ) -> Readout:
     """Whatever several losses need of the logits, in one sweep over the vocabulary.
@@ -63,17 +58,13 @@ def linear_readout(
 
     Args:
       hidden: `[*batch, hidden]`.
-      head: `[hidden, vocab]` or `[vocab, hidden]`.
+      head: a `Head`, or a kernel `[hidden, vocab]` or `[vocab, hidden]` alone.
       labels: `[*batch]`; asks for `label_logit` and `cross_entropy`.
       ids: `[*batch, n]` vocabulary ids; asks for `gathered`.
       top_k: asks for `statistics` with so many entries, exact, ties lowest id first.
-      bias: `[vocab]`.
-      vocab_axis: the head's vocabulary axis; needed only for a square head.
       temperature: divides the logits.
-      soft_cap: `cap tanh(logits / cap)`, before the temperature.
       vocab_where: `[vocab]` boolean: True for the entries that exist; the others are `-inf`.
-      block_size: vocabulary entries a block; chosen from shape and backend by default.
-      token_block: positions a block along the last batch axis; likewise.
+      blocks: sizes of the blocks; chosen from shapes and backend when None.
       axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that axis;
         ids count over the whole vocabulary.
 
@@ -89,67 +80,56 @@ def linear_readout(
     >>> print(readout.label_logit, readout.statistics.indices[0])
     [1. 3. 2. 1.] [1 2]
     """
-    student = Branch(hidden, head, bias, vocab_axis, soft_cap)
-    statistic, tokens, finish = _plan(student, labels, ids, top_k, axis_name)
-    out = sweep(
-        statistic,
-        student,
+    hidden = jnp.asarray(hidden)
+    head = Head.of(head).resolve(hidden.shape[-1])
+    options, tokens = _plan(head, labels, ids, top_k, axis_name)
+    return run(
+        _Reading(**options),
+        hidden,
+        head,
         tokens=tokens,
         temperature=temperature,
         vocab_where=vocab_where,
-        block_size=block_size,
-        token_block=token_block,
+        blocks=blocks,
         axis_name=axis_name,
     )
-    return finish(out, tokens)
 
 
 def linear_fused_loss(
     hidden: Float[Array, "*batch hidden"],
-    head: Float[Array, "rows columns"],
+    head: Head | Float[Array, "rows columns"],
     loss: Callable[[Readout, Any], jax.Array],
     tokens: Any,
-    token_weights: Float[Array, "*batch"],
+    weights: Float[Array, "*batch"],
     *,
     labels: Int[Array, "*batch"] | None = None,
     ids: Int[Array, "*batch n"] | None = None,
     top_k: int | None = None,
-    bias: Float[Array, " vocab"] | None = None,
-    vocab_axis: int | None = None,
-    temperature: Number = 1.0,
-    soft_cap: float | int | None = None,
-    vocab_where: Bool[Array, " vocab"] | None = None,
-    block_size: int | None = None,
-    token_block: int | None = None,
+    blocks: Blocks | None = None,
     axis_name: AxisName | None = None,
 ) -> tuple[Float[jax.Array, ""], Readout]:
     """Any loss made of a `Readout`, summed over positions, with gradients formed in one sweep.
 
     What `linear_readout` followed by the loss gives, but a quarter cheaper: with the weights of the
     positions known, no logit is formed twice. The loss must treat positions apart, because it is
-    called on a few of them at a time.
+    called on a few of them at a time. Entries that do not exist have a bias of `-inf` here; for a
+    temperature divide hidden states, bias and cap.
 
     ::
 
-        sum(token_weights * loss(readout, tokens))
+        sum(weights * loss(readout, tokens))
 
     Args:
       hidden: `[*batch, hidden]`.
-      head: `[hidden, vocab]` or `[vocab, hidden]`.
+      head: as in `linear_readout`.
       loss: `(readout, tokens) -> [*batch]`. It must not refer to traced arrays of its
         surroundings: what it needs comes through `tokens`.
       tokens: pytree of `[*batch, ...]` arrays, such as a teacher's `TopK`. Gets no gradient.
-      token_weights: `[*batch]`; a position of weight 0 counts for nothing.
+      weights: `[*batch]`; a position of weight 0 counts for nothing.
       labels: as in `linear_readout`, like all that follow.
       ids: `[*batch, n]`.
       top_k: number of entries.
-      bias: `[vocab]`.
-      vocab_axis: 0 or 1.
-      temperature: divides the logits.
-      soft_cap: of the logits.
-      vocab_where: `[vocab]` boolean.
-      block_size: vocabulary entries a block.
-      token_block: positions a block.
+      blocks: sizes of the blocks.
       axis_name: mesh axis that splits the vocabulary.
 
     Returns:
@@ -171,67 +151,71 @@ def linear_fused_loss(
     >>> print(f"{value:.4f} {readout.cross_entropy.mean():.4f}")
     0.2038 0.4076
     """
-    student = Branch(hidden, head, bias, vocab_axis, soft_cap)
-    statistic, columns, finish = _plan(student, labels, ids, top_k, axis_name)
-
-    def combine(out: Any, tokens: Any) -> jax.Array:
-        return loss(finish(out, tokens), tokens["loss"])
-
-    value, out = sweep(
-        statistic,
-        student,
+    hidden = jnp.asarray(hidden)
+    head = Head.of(head).resolve(hidden.shape[-1])
+    options, columns = _plan(head, labels, ids, top_k, axis_name)
+    value, outputs = run(
+        _Fused(**options, loss=loss),
+        hidden,
+        head,
         tokens=columns | {"loss": tokens},
-        temperature=temperature,
-        vocab_where=vocab_where,
-        combine=combine,
-        token_weights=token_weights,
-        block_size=block_size,
-        token_block=token_block,
+        weights=weights,
+        blocks=blocks,
         axis_name=axis_name,
     )
-    return value, finish(out, columns)
+    return value, _Reading(**options).losses(outputs, columns)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Reading(ReadoutStatistic):
+    """Gives a `Readout`."""
+
+    vocab: int
+
+    def losses(self, outputs: Any, tokens: Any) -> Any:
+        statistics = entropy = None
+        if self.k:
+            statistics = GraphStatistics(
+                values=outputs.values,
+                indices=outputs.indices,
+                log_z=outputs.log_z,
+                mean=outputs.mean,
+                std=outputs.std,
+                vocab_size=self.vocab,
+            )
+        if self.labels:
+            known = (tokens["labels"] >= 0) & (tokens["labels"] < self.vocab)
+            entropy = jnp.where(known, finite_or_zero(outputs.log_z) - outputs.label, jnp.nan)
+        return Readout(outputs.log_z, outputs.label, outputs.gathered, statistics, entropy)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Fused(_Reading):
+    """Gives a loss made of a `Readout`."""
+
+    loss: Callable[[Readout, Any], jax.Array]
+
+    def losses(self, outputs: Any, tokens: Any) -> jax.Array:
+        return self.loss(super().losses(outputs, tokens), tokens["loss"])
 
 
 def _plan(
-    student: Branch,
-    labels: Array | None,
-    ids: Array | None,
-    top_k: int | None,
-    axis_name: AxisName | None,
-) -> tuple[Callable[[Any], ReadoutStatistic], dict[str, Any], Callable[[Any, Any], Readout]]:
-    """The statistic, what it reads of the positions, and what makes a `Readout` of its outputs."""
-    vocab = vocabulary_size(student, axis_name)
+    head: Head, labels: Array | None, ids: Array | None, top_k: int | None, axis_name: Any
+) -> tuple[dict[str, Any], dict[str, jax.Array]]:
+    """The fields of a `_Reading`, and what it reads of the positions."""
+    vocab = head.vocab_size(axis_name)
     if top_k is not None and not 1 <= top_k <= vocab:
-        raise ValueError(f"top_k must be between 1 and the vocabulary size {vocab}, got {top_k}")
-    tokens = {}
-    if labels is not None:
-        tokens["labels"] = jnp.asarray(labels)
-    if ids is not None:
-        tokens["ids"] = jnp.asarray(ids)
+        raise ValueError(f"top_k: expected 1 to the vocabulary size {vocab}, got {top_k}")
+    given = {"labels": labels, "ids": ids}
+    tokens = {name: jnp.asarray(value) for name, value in given.items() if value is not None}
     for name, value in tokens.items():
         if not jnp.issubdtype(value.dtype, jnp.integer):
-            raise TypeError(f"{name} must be integers, got {value.dtype}")
-
-    def finish(out: Any, tokens: Any) -> Readout:
-        statistics = entropy = None
-        if top_k is not None:
-            statistics = GraphStatistics(
-                values=out.values,
-                indices=out.indices,
-                log_z=out.log_z,
-                mean=out.mean,
-                std=out.std,
-                vocab_size=vocab,
-            )
-        if labels is not None:
-            known = (tokens["labels"] >= 0) & (tokens["labels"] < vocab)
-            entropy = jnp.where(known, finite_or_zero(out.log_z) - out.label, jnp.nan)
-        return Readout(out.log_z, out.label, out.gathered, statistics, entropy)
-
-    entries = 0 if ids is None else ids.shape[-1]
-    statistic = functools.partial(_statistic, labels is not None, entries, top_k or 0)
-    return statistic, tokens, finish
-
-
-def _statistic(labels: bool, ids: int, k: int, dtype: Any) -> ReadoutStatistic:
-    return ReadoutStatistic(labels=labels, ids=ids, k=k, moments=k > 0, dtype=dtype)
+            raise TypeError(f"{name}: expected integers, got {value.dtype}")
+    options = dict(
+        labels="labels" in tokens,
+        ids=tokens["ids"].shape[-1] if "ids" in tokens else 0,
+        k=top_k or 0,
+        moments=bool(top_k),
+        vocab=vocab,
+    )
+    return options, tokens

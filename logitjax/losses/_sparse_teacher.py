@@ -1,16 +1,14 @@
 """Divergences from a teacher of which only the top logits are known, as a cache holds them."""
 
 import dataclasses
-import functools
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 
 from logitjax.losses._tail_sample import TailSample
-from logitjax.losses.sweep._call import Branch, sweep, vocabulary_size
-from logitjax.losses.sweep._statistics import Readout, ReadoutStatistic
+from logitjax.losses.sweep import Blocks, Head, ReadoutStatistic, run
 from logitjax.ops import (
     Array,
     AxisName,
@@ -24,7 +22,7 @@ from logitjax.ops import (
     mask_logits,
 )
 
-Tail = Literal["bucket", "renormalize", "sampled"]
+Tail = Literal["bucket", "renormalize"] | TailSample
 
 # The smallest mass 1 - sum(p) can resolve in float32.
 _LEAST_MASS = 2.0**-24
@@ -36,7 +34,6 @@ def sparse_kl_divergence(
     *,
     direction: Literal["forward", "reverse"] = "forward",
     tail: Tail = "bucket",
-    sample: TailSample | None = None,
     temperature: Number = 1.0,
     vocab_where: Bool[Array, "..."] | None = None,
     axis_name: AxisName | None = None,
@@ -53,18 +50,18 @@ def sparse_kl_divergence(
         bucket        sum_{i<=k} p_i log(p_i / q_i) + p_rest log(p_rest / q_rest),
                       p_rest = 1 - sum_{i<=k} p_i,  q_rest = 1 - sum_{i<=k} q_i
         renormalize   T^2 KL of both softmaxes over the k tokens alone, logits / T
-        sampled       sum_{i<=k} p_i log(p_i / q_i) + p_rest mean_s log(p_s / q_s)
+        TailSample    sum_{i<=k} p_i log(p_i / q_i) + p_rest mean_s log(p_s / q_s)
 
-    With `m` tokens drawn from the teacher's tail the last is an unbiased estimate of the whole
-    divergence, and so is its gradient; a single position's value may be negative.
+    With `m` tokens drawn from the teacher's tail (`sample_tail`) the last is an unbiased estimate
+    of the whole divergence, and so is its gradient; a single position's value may be negative.
 
     Args:
       student: logits `[*batch, vocab]`, or the student's `TopK` at the *teacher's* indices (from
-        `linear_readout`), followed by those of `sample`.
+        `linear_readout`), followed by those of the sample.
       teacher: `TopK` with k entries. Gets no gradient.
       direction: 'forward' for KL(teacher || student), 'reverse' for the other.
-      tail: 'bucket'; 'renormalize', which ignores the tail; 'sampled', forward only.
-      sample: what 'sampled' needs, `[*batch, m]`. Gets no gradient.
+      tail: 'bucket'; 'renormalize', which ignores the tail; or a `TailSample` `[*batch, m]`,
+        forward only, which gets no gradient.
       temperature: with 'renormalize' only: the mass of the tail is known at temperature 1.
       vocab_where: boolean, broadcastable to the student's logits: True for the entries that exist.
       axis_name: mesh axis that splits the student's vocabulary, inside `jax.shard_map`.
@@ -73,8 +70,8 @@ def sparse_kl_divergence(
       `[*batch]`, float32. Tail masses below 2^-24 count as 2^-24, the resolution of float32.
 
     Raises:
-      ValueError: unknown `direction` or `tail`, shapes that do not fit, a temperature with
-        'bucket' or 'sampled', or `sample` where it is not used or missing.
+      ValueError: unknown `direction` or `tail`, shapes that do not fit, a temperature without
+        'renormalize', or the reverse direction with a sample.
 
     >>> import jax.numpy as jnp
     >>> from logitjax.ops import top_k_of
@@ -87,8 +84,8 @@ def sparse_kl_divergence(
       MaxText and DistillKit keep top logits with the same log-normaliser; those that drop the
       tail correspond to 'renormalize'.
     """
-    _check(direction, tail, temperature, sample)
-    wanted = _ids(teacher, sample)
+    _check(direction, tail, temperature)
+    wanted = _ids(teacher, tail)
     if isinstance(student, TopK):
         gathered, log_z = student.values, student.log_z
     else:
@@ -97,70 +94,53 @@ def sparse_kl_divergence(
         gathered = gather_at(logits, wanted, axis_name=axis_name)
     if gathered.shape != wanted.shape:
         raise ValueError(
-            f"student must have the teacher's batch shape and entries, {wanted.shape}, "
+            f"student: expected the teacher's batch shape and entries, {wanted.shape}, "
             f"got {gathered.shape}"
         )
     if tail == "renormalize":
         gathered = gathered / temperature
-    drawn = None if sample is None else jnp.asarray(sample.values)
-    return _sparse_kl(gathered, log_z, teacher, drawn, direction, tail, temperature)
+        return _renormalised_kl(gathered, teacher.values, temperature, direction)
+    drawn = jnp.asarray(tail.values) if isinstance(tail, TailSample) else None
+    return _sparse_kl(gathered, log_z, teacher, drawn, direction)
 
 
 def linear_sparse_kl_divergence(
     hidden: Float[Array, "*batch hidden"],
-    head: Float[Array, "rows columns"],
+    head: Head | Float[Array, "rows columns"],
     teacher: TopK,
     *,
-    labels: Int[Array, "*batch"] | None = None,
-    cross_entropy_weight: float | int = 0.0,
     direction: Literal["forward", "reverse"] = "forward",
     tail: Tail = "bucket",
-    sample: TailSample | None = None,
     temperature: Number = 1.0,
-    bias: Float[Array, " vocab"] | None = None,
-    vocab_axis: int | None = None,
-    soft_cap: float | int | None = None,
     vocab_where: Bool[Array, " vocab"] | None = None,
-    token_weights: Float[Array, "*batch"] | None = None,
-    block_size: int | None = None,
-    token_block: int | None = None,
+    weights: Float[Array, "*batch"] | None = None,
+    blocks: Blocks | None = None,
     axis_name: AxisName | None = None,
 ) -> Float[jax.Array, "*losses"]:
     """`sparse_kl_divergence` of a linear head's logits, which never exist as a whole.
 
     Costs what `linear_cross_entropy` costs: the sweep over the vocabulary picks the student's
-    logits at the teacher's ids as it passes them. The labels' cross-entropy can be added in the
-    same sweep.
-
-    ::
-
-        sparse KL + cross_entropy_weight * cross-entropy(labels)
+    logits at the teacher's ids as it passes them. `linear_fused_loss` adds the labels'
+    cross-entropy in the same sweep.
 
     Args:
       hidden: `[*batch, hidden]`, the student's.
-      head: `[hidden, vocab]` or `[vocab, hidden]`.
+      head: a `Head`, or a kernel `[hidden, vocab]` or `[vocab, hidden]` alone.
       teacher: `TopK`, `[*batch, k]`. Gets no gradient.
-      labels: `[*batch]`, needed with `cross_entropy_weight`.
-      cross_entropy_weight: how much of the labels' cross-entropy to add.
       direction: as in `sparse_kl_divergence`.
       tail: as in `sparse_kl_divergence`.
-      sample: likewise.
       temperature: with `tail='renormalize'` only.
-      bias: `[vocab]`.
-      vocab_axis: the head's vocabulary axis; needed only for a square head.
-      soft_cap: of the student's logits.
       vocab_where: `[vocab]` boolean: True for the entries that exist.
-      token_weights: `[*batch]`. Gives the scalar `sum(token_weights * loss)` and forms gradients in
-        the same sweep as the value. A position of weight 0 counts for nothing.
-      block_size: vocabulary entries a block; chosen from shape and backend by default.
-      token_block: positions a block along the last batch axis; likewise.
+      weights: `[*batch]`. Gives the scalar `sum(weights * loss)` and forms gradients in the same
+        sweep as the value. A position of weight 0 counts for nothing.
+      blocks: sizes of the blocks; chosen from shapes and backend when None.
       axis_name: mesh axis that splits the head's vocabulary, inside `jax.shard_map`.
 
     Returns:
-      `[*batch]` float32, or a scalar with `token_weights`.
+      `[*batch]` float32, or a scalar with `weights`.
 
     Raises:
-      ValueError: as `sparse_kl_divergence`, or labels are missing.
+      ValueError: as `sparse_kl_divergence`.
 
     >>> import jax.numpy as jnp
     >>> from logitjax.ops import top_k_of
@@ -169,40 +149,31 @@ def linear_sparse_kl_divergence(
     >>> print(f"{linear_sparse_kl_divergence(one, head, teacher):.4f}")
     0.1733
     """
-    _check(direction, tail, temperature, sample)
+    _check(direction, tail, temperature)
     tokens = {
-        "ids": _ids(teacher, sample),
+        "ids": _ids(teacher, tail),
         "values": jnp.asarray(teacher.values),
         "log_z": jnp.asarray(teacher.log_z),
     }
-    if sample is not None:
-        tokens["drawn"] = jnp.asarray(sample.values)
-    if cross_entropy_weight:
-        if labels is None:
-            raise ValueError("labels: needed with cross_entropy_weight")
-        if temperature != 1:
-            raise ValueError("temperature must be 1 with cross_entropy_weight")
-        tokens["labels"] = jnp.asarray(labels)
-    student = Branch(hidden, head, bias, vocab_axis, soft_cap)
-    combine = _Combine(
-        direction=direction,
-        tail=tail,
-        cross_entropy_weight=cross_entropy_weight,
-        vocab=vocabulary_size(student, axis_name),
-    )
-    loss = sweep(
-        functools.partial(_statistic, "labels" in tokens, tokens["ids"].shape[-1]),
-        student,
-        tokens=tokens | {"temperature": _per_token(temperature, tokens["log_z"])},
+    tokens["temperature"] = _per_token(temperature, tokens["log_z"])
+    if isinstance(tail, TailSample):
+        tokens["drawn"] = jnp.asarray(tail.values)
+    loss = run(
+        _SparseKL(
+            ids=tokens["ids"].shape[-1],
+            direction=direction,
+            renormalize=tail == "renormalize",
+        ),
+        hidden,
+        head,
+        tokens=tokens,
         temperature=temperature,
         vocab_where=vocab_where,
-        combine=combine,
-        token_weights=token_weights,
-        block_size=block_size,
-        token_block=token_block,
+        weights=weights,
+        blocks=blocks,
         axis_name=axis_name,
     )
-    return loss if token_weights is None else loss[0]
+    return loss if weights is None else loss[0]
 
 
 def _per_token(value: Number, like: jax.Array) -> jax.Array:
@@ -210,77 +181,61 @@ def _per_token(value: Number, like: jax.Array) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Combine:
+class _SparseKL(ReadoutStatistic):
     direction: str
-    tail: str
-    cross_entropy_weight: float
-    vocab: int
+    renormalize: bool
 
-    def __call__(self, outputs: Readout, tokens: Any) -> jax.Array:
-        ids = tokens["ids"][..., : tokens["values"].shape[-1]]
-        teacher = TopK(values=tokens["values"], indices=ids, log_z=tokens["log_z"])
-        loss = _sparse_kl(
-            outputs.gathered,
-            outputs.log_z,
-            teacher,
-            tokens.get("drawn"),
-            self.direction,
-            self.tail,
-            tokens["temperature"],
-        )
-        if self.cross_entropy_weight:
-            labels = tokens["labels"]
-            known = (labels >= 0) & (labels < self.vocab)
-            entropy = jnp.where(known, finite_or_zero(outputs.log_z) - outputs.label, jnp.nan)
-            loss = loss + self.cross_entropy_weight * entropy
-        return loss
+    def losses(self, outputs: Any, tokens: Any) -> jax.Array:
+        values = tokens["values"]
+        if self.renormalize:
+            scale = tokens["temperature"]
+            return _renormalised_kl(outputs.gathered, values, scale, self.direction)
+        top = TopK(values, tokens["ids"][..., : values.shape[-1]], tokens["log_z"])
+        drawn = tokens.get("drawn")
+        return _sparse_kl(outputs.gathered, outputs.log_z, top, drawn, self.direction)
 
 
-def _statistic(labels: bool, ids: int, dtype: Any) -> ReadoutStatistic:
-    return ReadoutStatistic(labels=labels, ids=ids, dtype=dtype)
-
-
-def _ids(teacher: TopK, sample: TailSample | None) -> jax.Array:
+def _ids(teacher: TopK, tail: Tail) -> jax.Array:
     """Where the student's logits are needed: the top k, then what was drawn from the tail."""
     ids = jnp.asarray(teacher.indices)
-    return ids if sample is None else jnp.concatenate([ids, jnp.asarray(sample.indices)], axis=-1)
+    if isinstance(tail, TailSample):
+        return jnp.concatenate([ids, jnp.asarray(tail.indices)], axis=-1)
+    return ids
 
 
-def _check(direction: str, tail: str, temperature: Number, sample: TailSample | None) -> None:
+def _check(direction: str, tail: Tail, temperature: Number) -> None:
     if direction not in ("forward", "reverse"):
-        raise ValueError(f"direction must be 'forward' or 'reverse', got {direction!r}")
-    if tail not in get_args(Tail):
-        raise ValueError(f"tail must be one of {', '.join(get_args(Tail))}, got {tail!r}")
-    if (tail == "sampled") != (sample is not None):
-        raise ValueError(f"sample: tail='sampled' needs one and nothing else does, got {tail=}")
-    if tail == "sampled" and direction == "reverse":
-        raise ValueError("direction must be 'forward' with tail='sampled': the teacher drew it")
+        raise ValueError(f"direction: expected 'forward' or 'reverse', got {direction!r}")
+    sampled = isinstance(tail, TailSample)
+    if not sampled and tail not in ("bucket", "renormalize"):
+        raise ValueError(f"tail: expected 'bucket', 'renormalize' or a TailSample, got {tail!r}")
+    if sampled and direction == "reverse":
+        raise ValueError("direction: expected 'forward' with a TailSample, which the teacher drew")
     check_positive(temperature, "temperature")
     if tail != "renormalize" and not (isinstance(temperature, int | float) and temperature == 1):
         raise ValueError(
-            f"temperature must be 1 with tail={tail!r}: the mass outside the top k is known at "
-            f"temperature 1 only; got {temperature}"
+            "temperature: expected 1 without tail='renormalize': the mass outside the top k is "
+            f"known at temperature 1 only; got {temperature}"
         )
 
 
-def _sparse_kl(
-    gathered: jax.Array,
-    log_z: jax.Array,
-    teacher: TopK,
-    drawn: jax.Array | None,
-    direction: str,
-    tail: str,
-    temperature: Any,
+def _renormalised_kl(
+    gathered: jax.Array, values: Array, temperature: Any, direction: str
 ) -> jax.Array:
-    """``gathered``: the student's logits, already over the temperature, at the teacher's ids, then
-    at those of the logits ``drawn``."""
+    """``gathered``: the student's logits, already over the temperature, at the teacher's ids."""
+    values = jax.lax.stop_gradient(jnp.asarray(values).astype(gathered.dtype))
+    scale = jnp.asarray(temperature, gathered.dtype)
+    values = values / (scale[..., None] if scale.ndim else scale)
+    log_p = values - finite_or_zero(logsumexp(values))[..., None]
+    log_q = gathered - finite_or_zero(logsumexp(gathered))[..., None]
+    return jnp.square(scale) * _kl(log_p, log_q, direction)
+
+
+def _sparse_kl(
+    gathered: jax.Array, log_z: jax.Array, teacher: TopK, drawn: jax.Array | None, direction: str
+) -> jax.Array:
+    """``gathered``: the student's logits at the teacher's ids, then at those of the ``drawn``."""
     values = jax.lax.stop_gradient(jnp.asarray(teacher.values).astype(gathered.dtype))
-    if tail == "renormalize":
-        scale = jnp.asarray(temperature, gathered.dtype)
-        values = values / (scale[..., None] if scale.ndim else scale)
-        log_p = values - finite_or_zero(logsumexp(values))[..., None]
-        log_q = gathered - finite_or_zero(logsumexp(gathered))[..., None]
-        return jnp.square(scale) * _kl(log_p, log_q, direction)
     teacher_log_z = jax.lax.stop_gradient(jnp.asarray(teacher.log_z).astype(gathered.dtype))
     log_p = values - finite_or_zero(teacher_log_z)[..., None]
     log_q = gathered - finite_or_zero(log_z)[..., None]

@@ -1,5 +1,6 @@
 """A decoder-only transformer in flax.nnx: embedding, segments of layers, norm, injected head."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ from jaxtyping import Float, Int
 
 from logitjax import ops
 from logitjax.heads import LinearHead, TiedHead
+from logitjax.losses import Head
 from logitjax.models._attention import Attention, make_context
 from logitjax.models._cache import Cache, init_cache, kind_name
 from logitjax.models._config import DecoderConfig, SegmentSpec
@@ -174,7 +176,7 @@ class Decoder(nnx.Module):
       layout: ``'stacked'`` or ``'listed'``.
       remat: what the backward pass keeps of a layer: ``'none'`` recomputes nothing, ``'dots'``
         keeps matmul results, ``'full'`` keeps the layer's input only.
-      head: a module ``head(hidden, embedding) -> logits`` with ``kernel_and_bias(embedding)``;
+      head: a module ``head(hidden, embedding) -> logits`` with ``as_linear(embedding)``;
         a `TiedHead` or `LinearHead` by ``config.tie_embeddings`` when omitted.
       attention: ``implementation`` of `jax.nn.dot_product_attention`.
 
@@ -383,7 +385,7 @@ class Decoder(nnx.Module):
         """float32 logits of hidden states, soft-capped where the family asks."""
         logits = self.head(hidden, self.embedding[...])
         cap = self.config.logits_softcap
-        return logits if cap is None else cap * jnp.tanh(logits / cap)
+        return logits if cap is None else ops.soft_cap(logits, cap)
 
     def __call__(
         self,
@@ -396,18 +398,19 @@ class Decoder(nnx.Module):
         hidden, _ = self.hidden_states(tokens, positions=positions, segment_ids=segment_ids)
         return self.logits(hidden)
 
-    def head_kernel(self, *, ignore_softcap: bool = False) -> tuple[Array, Array | None, int]:
-        """Kernel, bias and vocabulary axis of the head, for the losses that fuse it.
+    def head_of(self) -> Head:
+        """The output head with the model's soft cap, for the losses that start at hidden states.
 
         Raises:
-          ValueError: where logits are soft-capped, which a kernel cannot say, unless ignored.
+          ValueError: the logits are not linear in the hidden states but for that cap.
+
+        >>> config = DecoderConfig(vocab_size=11, hidden_size=8, intermediate_size=16, num_layers=2,
+        ...                        num_heads=2, num_kv_heads=1, head_dim=4)
+        >>> Decoder(config, rngs=nnx.Rngs(0)).head_of().rows.shape
+        (11, 8)
         """
-        if self.config.logits_softcap is not None and not ignore_softcap:
-            raise ValueError(
-                f"logits are soft-capped at {self.config.logits_softcap}: apply the cap yourself "
-                "and pass ignore_softcap=True, or use logits()"
-            )
-        return self.head.kernel_and_bias(self.embedding[...])
+        head = self.head.as_linear(self.embedding[...])
+        return dataclasses.replace(head, soft_cap=self.config.logits_softcap)
 
     def init_cache(self, batch: int, max_length: int, dtype: Any = None) -> Cache:
         """An empty cache in this model's layout and compute dtype."""

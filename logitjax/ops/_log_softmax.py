@@ -96,6 +96,12 @@ def mask_logits(
     return logits if vocab_where is None else jnp.where(vocab_where, logits, -jnp.inf)
 
 
+def soft_cap(logits: jax.Array, cap: float) -> jax.Array:
+    """Bounds logits smoothly, `cap tanh(logits / cap)`; those at `-inf` stay there."""
+    # The cap of -inf would be -cap: an entry that does not exist would come to life.
+    return jnp.where(logits == -jnp.inf, -jnp.inf, cap * jnp.tanh(logits / cap))
+
+
 def finite_or_zero(values: jax.Array) -> jax.Array:
     """Replaces infinities by zero, with a gradient of zero there; nan stays."""
     return jnp.where(jnp.isinf(values), 0.0, values)

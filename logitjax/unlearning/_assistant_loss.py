@@ -48,8 +48,8 @@ def make_assistant_loss(
       ``loss_fn(lora, batch, rng, constants)``, a mean with a count of 1, and the constants.
 
     Raises:
-      ValueError: ``uniform`` is neither, ``max_positions`` is not positive, or logits are
-        soft-capped.
+      ValueError: ``uniform`` is neither, ``max_positions`` is not positive, or the head is not
+        linear but for a soft cap.
 
     >>> from logitjax.models import DecoderConfig
     >>> from logitjax.unlearning import init_assistant
@@ -73,7 +73,7 @@ def make_assistant_loss(
         raise ValueError(f"uniform must be 'answers' or 'all', got {uniform!r}")
     if max_positions is not None and max_positions < 1:
         raise ValueError(f"max_positions must be positive, got {max_positions}")
-    base.head_kernel()
+    base.head_of()
     graphdef, params, rest = nnx.split(base, nnx.Param, ...)
 
     def loss_fn(
@@ -89,16 +89,13 @@ def make_assistant_loss(
         retain = jnp.broadcast_to(retain[:, None], tokens.shape)
         positions = Positions(where, max_positions)
         hidden, labels, retain = map(positions.pick, (hidden, labels, retain))
-        kernel, bias, vocab_axis = model.head_kernel()
         loss, parts = linear_assistant_objective(
             hidden,
-            kernel,
+            model.head_of(),
             labels,
             retain,
             where=positions.counted,
             retain_weight=retain_weight,
-            bias=bias,
-            vocab_axis=vocab_axis,
         )
         loss = jnp.where(positions.fits, loss, jnp.nan)
         one = jnp.float32(1)

@@ -1,7 +1,6 @@
 """Unlearning losses from hidden states, without the logits."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -9,41 +8,34 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Bool, Float, Int
 
-from logitjax.losses._linear_readout import Readout, linear_fused_loss, linear_readout
-from logitjax.losses.sweep._call import Branch, resolve_vocab_axis, sweep, vocabulary_size
-from logitjax.losses.sweep._engine import Block
-from logitjax.losses.sweep._statistics import KLStatistic
+from logitjax.losses import Blocks, Head
+from logitjax.losses.sweep import KLStatistic, LogitBlock, ReadoutStatistic, run
 from logitjax.ops import Array, AxisName, finite_or_zero, masked_mean, psum
 
 
 def linear_uniform_kl(
     hidden: Float[Array, "*batch hidden"],
-    head: Float[Array, "rows columns"],
+    head: Head | Float[Array, "rows columns"],
     *,
-    bias: Float[Array, " vocab"] | None = None,
-    vocab_axis: int | None = None,
     vocab_where: Bool[Array, " vocab"] | None = None,
-    block_size: int | None = None,
-    token_block: int | None = None,
+    blocks: Blocks | None = None,
     axis_name: AxisName | None = None,
 ) -> Float[jax.Array, "*batch"]:
     """`uniform_kl` of a linear head's logits, which never exist as a whole.
 
     Only the log-normaliser needs the vocabulary: the mean logit is one product of the hidden state
-    with the mean row of the head.
+    with the mean row of the head. Under a soft cap the sweep sums that up, too.
 
     ::
 
-        log Z - (hidden . mean_v head_v + mean_v bias_v) - log V
+        log Z - mean_v logits_v - log V,    mean_v logits_v = hidden . mean_v row_v + mean_v bias_v
 
     Args:
       hidden: ``[*batch, hidden]``, float32 or bfloat16.
-      head: ``[hidden, vocab]`` or ``[vocab, hidden]``.
-      bias: ``[vocab]``; entries at ``-inf`` do not exist.
-      vocab_axis: the head's vocabulary axis; needed only for a square head.
+      head: a `logitjax.losses.Head`, or a kernel alone; entries whose bias is ``-inf`` do not
+        exist.
       vocab_where: ``[vocab]`` boolean: True for the entries that exist.
-      block_size: vocabulary entries a block; chosen from shape and backend by default.
-      token_block: positions a block along the last batch axis; likewise.
+      blocks: sizes of the blocks; chosen from shapes and backend when None.
       axis_name: inside `jax.shard_map` with the head's vocabulary split over this mesh axis: that
         axis.
 
@@ -52,7 +44,7 @@ def linear_uniform_kl(
 
     Raises:
       TypeError: arrays are not floating point.
-      ValueError: shapes do not fit, or the head is square and ``vocab_axis`` is not given.
+      ValueError: shapes do not fit, or a kernel is square and its axis is not given.
 
     >>> hidden, head = jnp.ones((2, 1)), jnp.array([[400.0, 0.0, 0.0]])
     >>> [f"{kl:.3f}" for kl in linear_uniform_kl(hidden, head)]
@@ -61,64 +53,53 @@ def linear_uniform_kl(
     References:
       As `uniform_kl`.
     """
-    readout = linear_readout(
+    hidden = jnp.asarray(hidden)
+    head = Head.of(head).resolve(hidden.shape[-1])
+    outputs = run(
+        ReadoutStatistic(moments=head.soft_cap is not None),
         hidden,
         head,
-        bias=bias,
-        vocab_axis=vocab_axis,
         vocab_where=vocab_where,
-        block_size=block_size,
-        token_block=token_block,
+        blocks=blocks,
         axis_name=axis_name,
     )
-    mean, count = _mean_logit(Branch(hidden, head, bias, vocab_axis), vocab_where, axis_name)
-    return finite_or_zero(readout.log_z) - mean - jnp.log(count)
+    exists, count = _entries(head, vocab_where, axis_name)
+    mean = outputs.mean
+    if mean is None:
+        mean = _mean_logit(hidden, head, exists, count, axis_name)
+    return finite_or_zero(outputs.log_z) - mean - jnp.log(count)
 
 
 def linear_undial(
     hidden: Float[Array, "*batch hidden"],
-    head: Float[Array, "rows columns"],
+    head: Head | Float[Array, "rows columns"],
     reference_hidden: Float[Array, "*batch reference_hidden"],
-    reference_head: Float[Array, "reference_rows reference_columns"],
+    reference_head: Head | Float[Array, "reference_rows reference_columns"],
     labels: Int[Array, "*batch"],
     *,
     beta: float | int = 10.0,
-    bias: Float[Array, " vocab"] | None = None,
-    reference_bias: Float[Array, " vocab"] | None = None,
-    vocab_axis: int | None = None,
-    reference_vocab_axis: int | None = None,
-    soft_cap: float | int | None = None,
-    reference_soft_cap: float | int | None = None,
     vocab_where: Bool[Array, " vocab"] | None = None,
-    token_weights: Float[Array, "*batch"] | None = None,
-    block_size: int | None = None,
-    token_block: int | None = None,
+    weights: Float[Array, "*batch"] | None = None,
+    blocks: Blocks | None = None,
     axis_name: AxisName | None = None,
 ) -> Float[jax.Array, "*losses"]:
     """`undial` of two linear heads' logits, neither of which exist as a whole.
 
     Args:
       hidden: ``[*batch, hidden]``.
-      head: ``[hidden, vocab]`` or ``[vocab, hidden]``.
+      head: a `logitjax.losses.Head`, or a kernel alone.
       reference_hidden: ``[*batch, reference_hidden]``, of the model before unlearning.
       reference_head: as ``head``. The reference gets no gradient.
       labels: ``[*batch]``, the tokens to forget.
       beta: how far their logit is lowered.
-      bias: ``[vocab]``.
-      reference_bias: ``[vocab]``.
-      vocab_axis: the head's vocabulary axis; needed only for a square head.
-      reference_vocab_axis: likewise.
-      soft_cap: ``cap tanh(logits / cap)``.
-      reference_soft_cap: likewise.
       vocab_where: ``[vocab]`` boolean: True for the entries that exist.
-      token_weights: ``[*batch]``; gives the scalar ``sum(token_weights * loss)``, with gradients in
-        the same sweep as the value.
-      block_size: vocabulary entries a block.
-      token_block: positions a block.
+      weights: ``[*batch]``; gives the scalar ``sum(weights * loss)``, with gradients in the same
+        sweep as the value.
+      blocks: sizes of the blocks.
       axis_name: mesh axis that splits the vocabulary.
 
     Returns:
-      float32 ``[*batch]``, or a scalar with ``token_weights``; nan where the label is outside the
+      float32 ``[*batch]``, or a scalar with ``weights``; nan where the label is outside the
       vocabulary.
 
     Raises:
@@ -132,45 +113,35 @@ def linear_undial(
     References:
       As `undial`.
     """
-    labels = jnp.asarray(labels)
+    hidden, labels = jnp.asarray(hidden), jnp.asarray(labels)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise TypeError(f"labels must be integers, got {labels.dtype}")
-    student = Branch(hidden, head, bias, vocab_axis, soft_cap)
-    loss = sweep(
-        functools.partial(_lowered, float(beta)),
-        student,
-        Branch(
-            reference_hidden,
-            reference_head,
-            reference_bias,
-            reference_vocab_axis,
-            reference_soft_cap,
-            "reference_",
-        ),
+        raise TypeError(f"labels: expected integers, got {labels.dtype}")
+    head = Head.of(head).resolve(hidden.shape[-1])
+    before = Head.of(reference_head).resolve(jnp.shape(reference_hidden)[-1], "reference_head")
+    loss = run(
+        _Undial(strength=float(beta), vocab=head.vocab_size(axis_name)),
+        hidden,
+        head,
+        teacher=(reference_hidden, before),
         tokens={"labels": labels},
         vocab_where=vocab_where,
-        combine=_KnownLabels(vocab=vocabulary_size(student, axis_name)),
-        token_weights=token_weights,
-        block_size=block_size,
-        token_block=token_block,
+        weights=weights,
+        blocks=blocks,
         axis_name=axis_name,
     )
-    return loss if token_weights is None else loss[0]
+    return loss if weights is None else loss[0]
 
 
 def linear_assistant_objective(
     hidden: Float[Array, "*batch hidden"],
-    head: Float[Array, "rows columns"],
+    head: Head | Float[Array, "rows columns"],
     labels: Int[Array, "*batch"],
     retain: Bool[Array, "*batch"],
     *,
     where: Bool[Array, "*batch"] | None = None,
     retain_weight: float | int = 6.5,
-    bias: Float[Array, " vocab"] | None = None,
-    vocab_axis: int | None = None,
     vocab_where: Bool[Array, " vocab"] | None = None,
-    block_size: int | None = None,
-    token_block: int | None = None,
+    blocks: Blocks | None = None,
     axis_name: AxisName | None = None,
 ) -> tuple[Float[jax.Array, ""], dict[str, jax.Array]]:
     """`assistant_objective` from hidden states: both halves in one sweep over the head.
@@ -184,17 +155,14 @@ def linear_assistant_objective(
 
     Args:
       hidden: ``[*batch, hidden]``, of the assistant.
-      head: ``[hidden, vocab]`` or ``[vocab, hidden]``.
+      head: a `logitjax.losses.Head`, or a kernel alone.
       labels: ``[*batch]``; those of retain positions are not looked at.
       retain: ``[*batch]``, True for positions of the data to keep.
       where: ``[*batch]``, positions that count; all when None. The release counts all of the data
         to keep, and the answers of the data to forget.
       retain_weight: beta.
-      bias: ``[vocab]``.
-      vocab_axis: the head's vocabulary axis; needed only for a square head.
       vocab_where: ``[vocab]`` boolean: True for the entries that exist.
-      block_size: vocabulary entries a block.
-      token_block: positions a block.
+      blocks: sizes of the blocks.
       axis_name: mesh axis that splits the vocabulary.
 
     Returns:
@@ -214,101 +182,110 @@ def linear_assistant_objective(
     References:
       As `assistant_objective`.
     """
-    retain = jnp.asarray(retain)
+    hidden, labels, retain = jnp.asarray(hidden), jnp.asarray(labels), jnp.asarray(retain)
+    head = Head.of(head).resolve(hidden.shape[-1])
     counts = jnp.ones(retain.shape, bool) if where is None else jnp.asarray(where)
     sides = {"forget": counts & ~retain, "retain": counts & retain}
     shares = {name: 1.0 / jnp.maximum(side.sum(), 1) for name, side in sides.items()}
-    token_weights = jnp.where(sides["forget"], shares["forget"], 0.0)
-    token_weights += jnp.where(sides["retain"], retain_weight * shares["retain"], 0.0)
-    total, readout = linear_fused_loss(
+    weights = jnp.where(sides["forget"], shares["forget"], 0.0)
+    weights += jnp.where(sides["retain"], retain_weight * shares["retain"], 0.0)
+    capped = head.soft_cap is not None
+    statistic = _Assistant(labels=True, moments=capped, vocab=head.vocab_size(axis_name))
+    total, outputs = run(
+        statistic,
         hidden,
         head,
-        _known_or_normaliser,
-        retain,
-        token_weights,
-        labels=labels,
-        bias=bias,
-        vocab_axis=vocab_axis,
+        tokens={"labels": labels, "retain": retain},
         vocab_where=vocab_where,
-        block_size=block_size,
-        token_block=token_block,
+        weights=weights,
+        blocks=blocks,
         axis_name=axis_name,
     )
-    mean, count = _mean_logit(Branch(hidden, head, bias, vocab_axis), vocab_where, axis_name)
-    floor = mean + jnp.log(count)
-    loss = total - jnp.where(sides["retain"], token_weights * floor, 0.0).sum()
-    assert readout.cross_entropy is not None
+    exists, count = _entries(head, vocab_where, axis_name)
+    floor = jnp.broadcast_to(jnp.log(count), retain.shape)
+    if not capped:
+        floor = floor + _mean_logit(hidden, head, exists, count, axis_name)
+    loss = total - jnp.where(sides["retain"], weights * floor, 0.0).sum()
+    silent = finite_or_zero(outputs.log_z) - (outputs.mean if capped else 0.0) - floor
     means = {
-        "forget": masked_mean(readout.cross_entropy, sides["forget"]),
-        "retain": masked_mean(finite_or_zero(readout.log_z) - floor, sides["retain"]),
+        "forget": masked_mean(statistic.known(outputs, labels), sides["forget"]),
+        "retain": masked_mean(silent, sides["retain"]),
     }
     return loss, lax.stop_gradient(means)
 
 
-def _known_or_normaliser(readout: Readout, retain: jax.Array) -> jax.Array:
-    assert readout.cross_entropy is not None
-    return jnp.where(retain, finite_or_zero(readout.log_z), readout.cross_entropy)
+def _entries(
+    head: Head, vocab_where: Array | None, axis_name: AxisName | None
+) -> tuple[jax.Array, jax.Array]:
+    """Which entries of the vocabulary exist, and how many of all shards."""
+    wide = jnp.promote_types(head.kernel.dtype, jnp.float32)
+    size = (head.vocab_size(),)
+    exists = jnp.ones(size, bool) if vocab_where is None else jnp.asarray(vocab_where)
+    if head.bias is not None:
+        exists = exists & (jnp.asarray(head.bias) > -jnp.inf)
+    return exists, jnp.maximum(psum(exists.sum(), axis_name), 1).astype(wide)
 
 
 def _mean_logit(
-    branch: Branch, vocab_where: Array | None, axis_name: AxisName | None
-) -> tuple[jax.Array, jax.Array]:
-    """Mean over the vocabulary of every position's logits, and the number of entries."""
-    axis = resolve_vocab_axis(branch)
-    head = jnp.asarray(branch.head)
-    wide = jnp.promote_types(head.dtype, jnp.float32)
-    exists = jnp.ones(head.shape[axis], bool) if vocab_where is None else jnp.asarray(vocab_where)
-    bias = None
-    if branch.bias is not None:
-        bias = jnp.asarray(branch.bias).astype(wide)
-        exists = exists & (bias > -jnp.inf)
-    count = jnp.maximum(psum(exists.sum(), axis_name), 1).astype(wide)
-    rows = (
-        head if vocab_where is None and bias is None else jnp.where(_along(exists, axis), head, 0)
-    )
-    row = psum(rows.sum(axis, dtype=wide), axis_name) / count
-    hidden = jnp.asarray(branch.hidden).astype(wide)
+    hidden: jax.Array,
+    head: Head,
+    exists: jax.Array,
+    count: jax.Array,
+    axis_name: AxisName | None,
+) -> jax.Array:
+    """Mean over the vocabulary of every position's logits, of a head without a cap."""
+    axis = head.axis
+    along = exists[:, None] if axis == 0 else exists[None, :]
+    row = psum(jnp.where(along, head.kernel, 0).sum(axis, dtype=count.dtype), axis_name) / count
+    hidden = hidden.astype(count.dtype)
     mean = jnp.einsum("...h,h->...", hidden, row, precision=lax.Precision.HIGHEST)
-    if bias is not None:
+    if head.bias is not None:
+        bias = jnp.asarray(head.bias).astype(count.dtype)
         mean = mean + psum(jnp.where(exists, bias, 0.0).sum(), axis_name) / count
-    return mean, count
-
-
-def _along(values: jax.Array, axis: int) -> jax.Array:
-    return values[:, None] if axis == 0 else values[None, :]
+    return mean
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _LoweredStatistic(KLStatistic):
+class _Assistant(ReadoutStatistic):
+    """What does not know what to forget, and what is not silent about what to keep."""
+
+    vocab: int
+
+    def losses(self, outputs: Any, tokens: Any) -> jax.Array:
+        log_z = finite_or_zero(outputs.log_z)
+        # Without a cap the caller takes the mean logit off: it is linear in the hidden state.
+        silent = log_z if outputs.mean is None else log_z - outputs.mean
+        return jnp.where(tokens["retain"], silent, self.known(outputs, tokens["labels"]))
+
+    def known(self, outputs: Any, labels: Any) -> jax.Array:
+        """Cross-entropy of the labels; nan where one is outside the vocabulary."""
+        inside = (labels >= 0) & (labels < self.vocab)
+        return jnp.where(inside, finite_or_zero(outputs.log_z) - outputs.label, jnp.nan)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Undial(KLStatistic):
     """Cross-entropy from a teacher whose logit at the label is lowered by ``strength``."""
 
     strength: float
+    vocab: int
 
-    def absorb(self, state, block: Block, passed: Any):
-        over, under = self._sides(block)
+    def absorb(self, state: Any, block: LogitBlock, passed: Any) -> Any:
+        over, under = self.sides(block)
         both = (over > -jnp.inf) & (under > -jnp.inf)
         logit = jnp.where(both, -under, 0.0)
         return state[0].add(over, logit, jnp.where(both, 0.0, 1.0)), state[1].add(under)
 
-    def finish(self, state, passed: Any):
+    def finish(self, state: Any, passed: Any) -> tuple[Any, Any]:
         value, residuals = super().finish(state, passed)
         # The divergence's terms hold no teacher logits here, so its normaliser has to go as well.
         return value + residuals[3] * residuals[0], residuals
 
-    def _sides(self, block: Block) -> tuple[jax.Array, jax.Array]:
+    def sides(self, block: LogitBlock) -> tuple[jax.Array, jax.Array]:
         assert block.teacher is not None
         hit = block.columns == block.tokens["labels"][..., None]
         return block.teacher - jnp.where(hit, self.strength, 0.0), block.student
 
-
-def _lowered(strength: float, dtype: Any) -> _LoweredStatistic:
-    return _LoweredStatistic(strength=strength, dtype=dtype)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _KnownLabels:
-    vocab: int
-
-    def __call__(self, outputs: jax.Array, tokens: Any) -> jax.Array:
+    def losses(self, outputs: Any, tokens: Any) -> jax.Array:
         labels = tokens["labels"]
         return jnp.where((labels >= 0) & (labels < self.vocab), outputs, jnp.nan)

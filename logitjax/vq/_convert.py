@@ -244,8 +244,7 @@ def convert_head(
     """
     config = ConvertConfig() if config is None else config
     root = epath.Path(workdir)
-    kernel, row_bias, axis = model.head_kernel(ignore_softcap=True)
-    rows = kernel if axis == 0 else kernel.T
+    old = model.head_of()
     with processes.first_before_others("hidden states"):
         cache = cache_hidden_states(
             model, batches, root / "hidden", max_tokens=config.max_tokens, source=source
@@ -253,13 +252,13 @@ def convert_head(
         targets = cached_head_targets(
             root / f"targets_{config.top}",
             cache,
-            rows,
-            row_bias,
+            old.rows,
+            old.bias,
             top=config.top,
-            soft_cap=model.config.logits_softcap,
+            soft_cap=old.soft_cap,
         )
     head, history = fit_vq_head(
-        rows, row_bias, cache.hidden, targets, config, unigram=unigram, mesh=mesh
+        old.rows, old.bias, cache.hidden, targets, config, unigram=unigram, mesh=mesh
     )
     logging.info("head converted: KL divergence %s nats", history["loss"][-1:] or "not tuned")
     if jax.process_index() == 0:

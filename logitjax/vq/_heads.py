@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Bool, Float, Int, Key
 
 from logitjax.heads import Assignment, HeadCost, VocabularyHead
+from logitjax.losses import Head
 from logitjax.ops import Array, AxisName, TopK
 from logitjax.vq._assignment import VQFit
 from logitjax.vq._decode import VQTables, vq_sample, vq_tables, vq_topk
@@ -223,16 +224,16 @@ class VQHead(VocabularyHead):
         hidden = jnp.asarray(hidden, self.dtype)
         return vq_sample(key, hidden, self.codebook[...], tables, soft_cap=self.soft_cap)
 
-    def kernel_and_bias(self, embedding: Array | None = None) -> tuple[Array, Array | None, int]:
-        """The equivalent full head, ``[vocab, hidden]``: for losses that take a kernel.
+    def as_linear(self, embedding: Array | None = None) -> Head:
+        """The equivalent full head, ``[vocab, hidden]``, for losses that start at hidden states.
 
         Raises:
-          ValueError: with a soft cap, which a kernel cannot say.
+          ValueError: with a soft cap, which acts before the bias here and after it in a `Head`.
         """
         if self.soft_cap is not None:
             raise ValueError("a VQ head with a soft cap has no kernel; use nll() or the logits")
         codebook, bias, assignment = self._arrays()
-        return codebook[assignment], bias, 0
+        return Head(codebook[assignment], bias, vocab_axis=0)
 
     def cost(self, embedding: Array | None = None) -> HeadCost:
         """What it costs; see `HeadCost`.
@@ -399,7 +400,7 @@ class ShortlistHead(VQHead):
         if self.bias is not None:
             self.set_pages(with_page_biases(self.pages, self.bias[...]))
 
-    def kernel_and_bias(self, embedding: Array | None = None) -> tuple[Array, Array | None, int]:
+    def as_linear(self, embedding: Array | None = None) -> Head:
         """Raises: the logits of a shortlist are not linear in the hidden state."""
         raise ValueError("a ShortlistHead has no kernel; use nll() or the logits")
 

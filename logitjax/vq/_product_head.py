@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Float, Int
 
 from logitjax.heads import Assignment, HeadCost, VocabularyHead
-from logitjax.losses import linear_cross_entropy
+from logitjax.losses import Head, linear_cross_entropy
 from logitjax.ops import Array
 from logitjax.vq._product import product_kernel, product_logits
 from logitjax.vq._product_packed import pack_codes, packed_logits, unpack_codes
@@ -100,16 +100,15 @@ class ProductHead(VocabularyHead):
         **options: Any,
     ) -> Float[jax.Array, "*batch"]:
         """Cross-entropy, not reduced, through `product_kernel`; see `linear_cross_entropy`."""
-        kernel, bias, axis = self.kernel_and_bias()
         hidden = jnp.asarray(hidden, self.dtype)
-        return linear_cross_entropy(hidden, kernel, labels, bias=bias, vocab_axis=axis, **options)
+        return linear_cross_entropy(hidden, self.as_linear(), labels, **options)
 
-    def kernel_and_bias(self, embedding: Array | None = None) -> tuple[Array, Array, int]:
-        """The equivalent full head, ``[vocab, hidden]``: for losses that take a kernel."""
+    def as_linear(self, embedding: Array | None = None) -> Head:
+        """The equivalent full head, ``[vocab, hidden]``, for losses that start at hidden states."""
         codes, bias = self.codes[...], self.bias[...]
         if self.packed:
             codes = unpack_codes(codes, len(bias), self.codebooks.shape[0])
-        return product_kernel(self.codebooks[...], codes), bias, 0
+        return Head(product_kernel(self.codebooks[...], codes), bias, vocab_axis=0)
 
     def cost(self, embedding: Array | None = None) -> HeadCost:
         """What it costs; see `HeadCost`: a look-up a group and token, in training a full head."""

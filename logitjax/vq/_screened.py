@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Float, Int
 
 from logitjax.heads import HeadCost, VocabularyHead
+from logitjax.losses import Head
 from logitjax.ops import (
     Array,
     TopK,
@@ -247,7 +248,7 @@ class ScreenedHead(VocabularyHead):
         """The k best candidates; see `screened_topk`."""
         return screened_topk(hidden, k, with_log_z=with_log_z, **self._options(embedding))
 
-    def kernel_and_bias(self, embedding: Array | None = None) -> tuple[Array, Array | None, int]:
+    def as_linear(self, embedding: Array | None = None) -> Head:
         """Raises: the logits of a screened head are not linear in the hidden state."""
         raise ValueError("a ScreenedHead has no kernel; use nll() or the logits")
 

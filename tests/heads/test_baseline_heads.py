@@ -191,11 +191,9 @@ def test_heads_share_an_interface_inside_a_decoder(case, name):
     assert cost.parameters == trained - (2 if name == "shortlist" else 0)
     if name in ("adaptive", "shortlist"):
         with pytest.raises(ValueError, match="has no kernel"):
-            model.head_kernel()
+            model.head_of()
     else:
-        kernel, bias, axis = model.head_kernel()
-        rows = kernel if axis == 0 else kernel.T
-        again = case["hidden"] @ rows.T + (0 if bias is None else bias)
+        again = model.head_of().logits(case["hidden"])
         np.testing.assert_allclose(logits, again, rtol=1e-4, atol=1e-4)
 
 
@@ -236,5 +234,5 @@ def test_modules_name_the_wrong_argument():
         LowRankHead(8, 20, 9, rngs=rngs)
     with pytest.raises(ValueError, match="unigram: expected shape"):
         LowRankHead(8, 20, 2, unigram=np.ones(19), rngs=rngs)
-    with pytest.raises(ValueError, match="a TiedHead needs the embedding"):
+    with pytest.raises(ValueError, match="embedding: expected the rows of a TiedHead"):
         TiedHead()(jnp.ones((1, 8)))

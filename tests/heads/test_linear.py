@@ -25,13 +25,9 @@ def test_half_precision_in_is_float32_out():
 
 def test_heads_give_what_the_fused_losses_take():
     head = LinearHead(4, 9, use_bias=True, rngs=nnx.Rngs(0))
-    kernel, bias, axis = head.kernel_and_bias()
-    np.testing.assert_allclose(
-        head(HIDDEN), linear_logits(HIDDEN, kernel, bias, vocab_axis=axis), rtol=1e-6
-    )
+    np.testing.assert_allclose(head(HIDDEN), head.as_linear().logits(HIDDEN), rtol=1e-6)
     tied = TiedHead()
-    kernel, bias, axis = tied.kernel_and_bias(KERNEL.T)
-    assert bias is None
+    assert tied.as_linear(KERNEL.T).bias is None
     np.testing.assert_allclose(
-        tied(HIDDEN, KERNEL.T), linear_logits(HIDDEN, kernel, vocab_axis=axis), rtol=1e-6
+        tied(HIDDEN, KERNEL.T), tied.as_linear(KERNEL.T).logits(HIDDEN), rtol=1e-6
     )

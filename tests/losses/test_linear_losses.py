@@ -11,7 +11,8 @@ from logitjax import distillation, losses
 
 BATCH, LENGTH, HIDDEN, TEACHER_HIDDEN, VOCAB = 2, 11, 16, 24, 301
 # Neither divides: 301 = 3 * 96 + 13, 11 = 2 * 4 + 3.
-BLOCKS = dict(block_size=96, token_block=4)
+BLOCKS = losses.Blocks(vocab=96, tokens=4)
+COLUMNS = losses.Blocks(vocab=96)
 CAP, TEMPERATURE = 4.0, 1.7
 
 
@@ -59,11 +60,9 @@ def _against_teacher(function, **kwargs):
     def loss(hidden, head, bias, **more):
         return function(
             hidden,
-            head,
+            losses.Head(head, bias, soft_cap=CAP),
             TEACHER_HIDDENS.astype(hidden.dtype),
             TEACHER_HEAD.astype(head.dtype),
-            bias=bias,
-            soft_cap=CAP,
             temperature=TEMPERATURE,
             vocab_where=WHERE,
             **kwargs,
@@ -76,10 +75,8 @@ def _against_teacher(function, **kwargs):
 def _cross_entropy(hidden, head, bias, **more):
     return losses.linear_cross_entropy(
         hidden,
-        head,
+        losses.Head(head, bias, soft_cap=CAP),
         LABELS,
-        bias=bias,
-        soft_cap=CAP,
         temperature=TEMPERATURE,
         vocab_where=WHERE,
         label_smoothing=0.1,
@@ -140,8 +137,8 @@ def _run(name, form, dtype=np.float32, **more):
     def run(hidden, head, bias):
         def loss(hidden, head, bias):
             if form == "scalar":
-                return function(hidden, head, bias, token_weights=weights, **BLOCKS, **more), None
-            values = function(hidden, head, bias, **BLOCKS, **more)
+                return function(hidden, head, bias, weights=weights, blocks=BLOCKS, **more), None
+            values = function(hidden, head, bias, blocks=BLOCKS, **more)
             return jnp.sum(values * weights), values
 
         return jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(hidden, head, bias)
@@ -199,7 +196,7 @@ def test_readout_gives_statistics_and_their_gradients():
         return [s.values, s.log_z, s.mean, s.std]
 
     def blocked(hidden, head):
-        r = losses.linear_readout(hidden, head, ids=ids, top_k=9, vocab_where=WHERE, **BLOCKS)
+        r = losses.linear_readout(hidden, head, ids=ids, top_k=9, vocab_where=WHERE, blocks=BLOCKS)
         return r.statistics, jnp.where(jnp.isfinite(r.gathered), r.gathered, 0.0)
 
     def dense(hidden, head):
@@ -245,7 +242,7 @@ def test_graph_fusion_equals_dense(config):
 
     def blocked(hidden, head):
         return distillation.linear_graph_fusion(
-            hidden, head, LABELS, teachers, where=where, config=config, **BLOCKS
+            hidden, head, LABELS, teachers, where=where, config=config, blocks=BLOCKS
         )[0].sum()
 
     def dense(hidden, head):
@@ -268,18 +265,19 @@ def test_infinite_divergence_has_a_finite_gradient():
     teacher_head = jnp.asarray(TEACHER_HEAD, jnp.float32)
     absent = jnp.where(jnp.arange(VOCAB) < 4, -jnp.inf, 0.0)
     for direction, biases in (
-        ("forward", dict(bias=absent, teacher_bias=None)),
-        ("reverse", dict(bias=None, teacher_bias=absent)),
+        ("forward", (absent, None)),
+        ("reverse", (None, absent)),
     ):
 
         def linear(hidden, direction=direction, biases=biases):
+            ours, theirs = losses.Head(head, biases[0]), losses.Head(teacher_head, biases[1])
             return losses.linear_kl_divergence(
-                hidden, head, teacher, teacher_head, direction=direction, **biases, block_size=96
+                hidden, ours, teacher, theirs, direction=direction, blocks=COLUMNS
             )
 
         def dense(hidden, direction=direction, biases=biases):
             student, other = hidden @ head, teacher @ teacher_head.T
-            if biases["bias"] is not None:
+            if biases[0] is not None:
                 student = student + absent
             else:
                 other = other + absent
@@ -300,11 +298,11 @@ def test_padding_by_minus_infinity_equals_no_padding():
     bias = jnp.where(jnp.arange(VOCAB + 50) < VOCAB, 0.0, -jnp.inf)
 
     def plain(head):
-        return losses.linear_cross_entropy(hidden, head, LABELS, block_size=96).sum()
+        return losses.linear_cross_entropy(hidden, head, LABELS, blocks=COLUMNS).sum()
 
     def with_padding(head):
-        values = losses.linear_cross_entropy(hidden, head, LABELS, bias=bias, block_size=96)
-        return values.sum()
+        whole = losses.Head(head, bias)
+        return losses.linear_cross_entropy(hidden, whole, LABELS, blocks=COLUMNS).sum()
 
     value, gradient = jax.jit(jax.value_and_grad(plain))(head)
     padded_value, padded_gradient = jax.jit(jax.value_and_grad(with_padding))(padded)
@@ -316,7 +314,7 @@ def test_padding_by_minus_infinity_equals_no_padding():
 def test_foreign_labels_are_nan_and_silenced_by_weight_zero():
     hidden, head = jnp.asarray(HIDDENS, jnp.float32), jnp.asarray(HEAD, jnp.float32)
     labels = jnp.asarray(LABELS).at[0, 0].set(-100).at[1, 3].set(VOCAB)
-    values = jax.jit(functools.partial(losses.linear_cross_entropy, block_size=96))(
+    values = jax.jit(functools.partial(losses.linear_cross_entropy, blocks=COLUMNS))(
         hidden, head, labels
     )
     assert np.isnan(values[0, 0])
@@ -324,9 +322,7 @@ def test_foreign_labels_are_nan_and_silenced_by_weight_zero():
     assert np.isfinite(values).sum() == values.size - 2
     weights = jnp.where((labels >= 0) & (labels < VOCAB), 1.0, 0.0)
     scalar = jax.jit(
-        jax.value_and_grad(
-            lambda h: losses.linear_cross_entropy(h, head, labels, token_weights=weights)
-        )
+        jax.value_and_grad(lambda h: losses.linear_cross_entropy(h, head, labels, weights=weights))
     )
     value, gradient = scalar(hidden)
     np.testing.assert_allclose(value, np.nansum(values), rtol=1e-6)
@@ -337,7 +333,7 @@ def test_foreign_labels_are_nan_and_silenced_by_weight_zero():
 def test_vmap_and_no_batch_axes():
     hidden, head = jnp.asarray(HIDDENS, jnp.float32), jnp.asarray(HEAD, jnp.float32)
     labels = jnp.asarray(LABELS)
-    loss = jax.jit(functools.partial(losses.linear_cross_entropy, block_size=96))
+    loss = jax.jit(functools.partial(losses.linear_cross_entropy, blocks=COLUMNS))
     want = loss(hidden, head, labels)
     np.testing.assert_allclose(jax.vmap(loss, (0, None, 0))(hidden, head, labels), want, rtol=1e-6)
     np.testing.assert_allclose(loss(hidden[1, 2], head, labels[1, 2]), want[1, 2], rtol=1e-6)
@@ -360,34 +356,75 @@ def test_scratch_memory_is_a_small_share_of_dense(form):
 
     def blocked(x, w, xt, wt):
         if form == "scalar":
-            return losses.linear_kl_divergence(
-                x, w, xt, wt, token_weights=weights, block_size=2048, token_block=32
-            )
-        return losses.linear_kl_divergence(x, w, xt, wt, block_size=2048).sum()
+            blocks = losses.Blocks(vocab=2048, tokens=32)
+            return losses.linear_kl_divergence(x, w, xt, wt, weights=weights, blocks=blocks)
+        return losses.linear_kl_divergence(x, w, xt, wt, blocks=losses.Blocks(vocab=2048)).sum()
 
     assert _temp_bytes(blocked, *shapes) < _temp_bytes(dense, *shapes) / 10
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("head", "options", "message"),
     [
-        (dict(head=np.zeros((5, 6), np.float32)), "head of shape"),
-        (dict(head=np.zeros((HIDDEN, HIDDEN), np.float32)), "give vocab_axis"),
-        (dict(bias=np.zeros(3, np.float32)), "bias must have shape"),
-        (dict(vocab_where=np.ones(3, bool)), "vocab_where must be boolean"),
-        (dict(temperature=0.0), "temperature must be positive"),
-        (dict(block_size=0), "block_size must be positive"),
+        (np.zeros((5, 6)), {}, "head: expected a kernel with 16 entries"),
+        (np.zeros((HIDDEN, HIDDEN)), {}, "head: .* is square: expected a Head with vocab_axis"),
+        (losses.Head(HEAD, np.zeros(3)), {}, r"head\.bias: expected shape \(301,\)"),
+        (HEAD, dict(vocab_where=np.ones(3, bool)), "vocab_where: expected a boolean mask"),
+        (HEAD, dict(temperature=0.0), "temperature must be positive"),
     ],
 )
-def test_errors_name_the_argument(change, message):
-    arguments = dict(hidden=HIDDENS.astype(np.float32), head=HEAD.astype(np.float32)) | change
-    hidden, head = arguments.pop("hidden"), arguments.pop("head")
+def test_errors_name_the_argument(head, options, message):
     with pytest.raises(ValueError, match=message):
-        losses.linear_cross_entropy(hidden, head, LABELS, **arguments)
+        losses.linear_cross_entropy(HIDDENS, head, LABELS, **options)
+
+
+def test_heads_and_blocks_name_what_they_refuse():
+    with pytest.raises(ValueError, match="vocab_axis: expected 0, 1 or None, got 2"):
+        losses.Head(HEAD, vocab_axis=2)
+    with pytest.raises(ValueError, match="soft_cap must be positive"):
+        losses.Head(HEAD, soft_cap=0.0)
+    with pytest.raises(ValueError, match=r"blocks\.vocab: expected a positive size, got 0"):
+        losses.Blocks(vocab=0)
+    with pytest.raises(TypeError, match=r"head\.kernel: expected floating point, got int"):
+        losses.Head(np.zeros((HIDDEN, VOCAB), int)).logits(HIDDENS)
+
+
+def test_a_head_is_a_tree_whose_gradient_is_a_head():
+    head = losses.Head(jnp.asarray(HEAD.T, jnp.float32), jnp.asarray(BIAS, jnp.float32), 0, CAP)
+    hidden = jnp.asarray(HIDDENS, jnp.float32)
+
+    def loss(head):
+        return losses.linear_cross_entropy(hidden, head, LABELS, blocks=BLOCKS).sum()
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(head)
+    want, dense = jax.value_and_grad(
+        lambda head: losses.cross_entropy(head.logits(hidden), LABELS).sum()
+    )(head)
+    np.testing.assert_allclose(value, want, rtol=1e-5)
+    assert isinstance(gradient, losses.Head)
+    assert (gradient.vocab_axis, gradient.soft_cap) == (0, CAP)
+    assert _relative(gradient.kernel, dense.kernel) < 1e-5
+    assert _relative(gradient.bias, dense.bias) < 1e-5
+    # Two heads in one: as the members of an ensemble are held.
+    both = jax.tree.map(lambda x: jnp.stack([x, 0.5 * x]), head)
+    together = jax.jit(jax.vmap(loss))(both)
+    np.testing.assert_allclose(together[0], value, rtol=1e-5)
+    np.testing.assert_allclose(together[1], loss(jax.tree.map(lambda x: 0.5 * x, head)), rtol=1e-5)
+
+
+def test_an_entry_whose_bias_is_minus_infinity_does_not_exist_under_a_cap():
+    hidden = jnp.asarray(HIDDENS, jnp.float32)
+    head = losses.Head(jnp.asarray(HEAD, jnp.float32), jnp.where(WHERE, 0.0, -jnp.inf), 1, CAP)
+    masked = losses.Head(head.kernel, None, 1, CAP)
+    got = losses.linear_cross_entropy(hidden, head, LABELS, blocks=BLOCKS)
+    want = losses.linear_cross_entropy(hidden, masked, LABELS, vocab_where=WHERE, blocks=BLOCKS)
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    gradient = jax.grad(lambda h: losses.cross_entropy(h.logits(hidden), LABELS).sum())(head)
+    assert np.isfinite(gradient.kernel).all()
 
 
 def test_other_vocabulary_is_an_error():
-    with pytest.raises(ValueError, match="teacher_head must have the vocabulary"):
+    with pytest.raises(ValueError, match="teacher_head: expected the vocabulary of head"):
         losses.linear_kl_divergence(
             HIDDENS.astype(np.float32),
             HEAD.astype(np.float32),

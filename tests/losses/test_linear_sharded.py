@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from logitjax import losses, ops
 
 BATCH, LENGTH, HIDDEN, VOCAB = 4, 6, 8, 4 * 50
-BLOCKS = dict(block_size=24, token_block=4)
+BLOCKS = losses.Blocks(vocab=24, tokens=4)
 
 
 def _normal(seed, *shape):
@@ -36,7 +36,7 @@ def _mesh(kind=AxisType.Auto):
 
 def _everything(x, w, y, weights, tx, tw, teacher, axis_name=None):
     """One number per position that depends on all kinds of losses."""
-    options = dict(axis_name=axis_name, **BLOCKS)
+    options = dict(axis_name=axis_name, blocks=BLOCKS)
     total = losses.linear_cross_entropy(x, w, y, label_smoothing=0.1, z_loss=0.01, **options)
     total += losses.linear_kl_divergence(x, w, tx, tw, direction="reverse", **options)
     total += losses.linear_generalized_jensen_shannon(x, w, tx, tw, **options)
@@ -47,11 +47,19 @@ def _everything(x, w, y, weights, tx, tw, teacher, axis_name=None):
 
 
 def _scalar(x, w, y, weights, tx, tw, teacher, axis_name=None):
-    options = dict(axis_name=axis_name, token_weights=weights, **BLOCKS)
-    return losses.linear_kl_divergence(x, w, tx, tw, **options) + (
-        losses.linear_sparse_kl_divergence(
-            x, w, teacher, labels=y, cross_entropy_weight=0.5, **options
-        )
+    options = dict(axis_name=axis_name, blocks=BLOCKS)
+
+    def loss(readout, teacher):
+        student = readout.gathered_top_k(teacher.indices)
+        return losses.sparse_kl_divergence(student, teacher) + 0.5 * readout.cross_entropy
+
+    total = losses.linear_kl_divergence(x, w, tx, tw, weights=weights, **options)
+    total += losses.linear_sparse_kl_divergence(x, w, teacher, weights=weights, **options)
+    return (
+        total
+        + losses.linear_fused_loss(
+            x, w, loss, teacher, weights, labels=y, ids=teacher.indices, **options
+        )[0]
     )
 
 
@@ -104,9 +112,10 @@ def test_vocabulary_parallel_without_vma_checks():
 
 def test_vocabulary_parallel_kl_needs_few_reductions_and_gathers_no_logits():
     rows, head = P(), P(None, "tensor")
+    eight = losses.Blocks(vocab=8)
 
     def local(x, w, tx, tw):
-        return losses.linear_kl_divergence(x, w, tx, tw, axis_name="tensor", block_size=8).sum()
+        return losses.linear_kl_divergence(x, w, tx, tw, axis_name="tensor", blocks=eight).sum()
 
     run = jax.shard_map(local, mesh=_mesh(), in_specs=(rows, head, rows, head), out_specs=P())
     compiled = jax.jit(jax.value_and_grad(run, (0, 1))).lower(X, W, TX, TW).compile()
@@ -197,7 +206,7 @@ def test_what_the_mesh_does_not_divide_is_left_to_the_compiler(sizes):
 
 def test_a_known_mesh_outside_of_jit():
     with jax.set_mesh(_mesh()):
-        got = losses.linear_cross_entropy(X, W, Y, token_weights=WEIGHTS)
+        got = losses.linear_cross_entropy(X, W, Y, weights=WEIGHTS)
     np.testing.assert_allclose(got, (losses.cross_entropy(X @ W, Y) * WEIGHTS).sum(), rtol=1e-5)
 
 
@@ -211,7 +220,7 @@ def test_sharded_vocabulary_on_an_explicit_mesh_is_an_error_that_names_axis_name
 
 def test_data_parallel_under_pmap():
     def step(w, x, y):
-        gradient = jax.grad(lambda w: losses.linear_cross_entropy(x, w, y, **BLOCKS).mean())(w)
+        gradient = jax.grad(lambda w: losses.linear_cross_entropy(x, w, y, blocks=BLOCKS).mean())(w)
         return lax.pmean(gradient, "data")
 
     run = jax.pmap(step, axis_name="data", in_axes=(None, 0, 0), devices=jax.devices()[:4])

@@ -108,16 +108,14 @@ def test_kept_layers_are_copies_in_the_order_asked():
         models.keep_layers(model, [8])
 
 
-def test_head_kernel_gives_the_logits():
-    for name in ("smollm2", "llama3"):
+def test_head_of_gives_the_logits_with_their_cap():
+    for name in ("smollm2", "llama3", "gemma2"):
         model = decoder(name)
-        kernel, bias, axis = model.head_kernel()
+        head = model.head_of()
         hidden, _ = model.hidden_states(jnp.asarray(TOKENS))
-        kernel = kernel.T if axis == 0 else kernel
-        assert bias is None
-        np.testing.assert_allclose(hidden @ kernel, model.logits(hidden), rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="soft-capped"):
-        decoder("gemma2").head_kernel()
+        assert head.bias is None
+        assert head.soft_cap == model.config.logits_softcap
+        np.testing.assert_allclose(head.logits(hidden), model.logits(hidden), rtol=1e-4, atol=1e-5)
 
 
 def test_wrong_settings_are_named():

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from logitjax import losses, unlearning
+from logitjax import losses, ops, unlearning
 
 BATCH, TIME, HIDDEN, VOCAB = 2, 3, 5, 16
 
@@ -176,8 +176,9 @@ def head_and_bias(dtype=np.float32):
     return head.astype(dtype), bias
 
 
+@pytest.mark.parametrize("soft_cap", [None, 2.0])
 @pytest.mark.parametrize("masked_by", ["where", "bias"])
-def test_blocked_forms_equal_dense_ones(masked_by):
+def test_blocked_forms_equal_dense_ones(masked_by, soft_cap):
     hidden, other = (normal(seed, BATCH, TIME, HIDDEN, scale=1.0) for seed in (8, 9))
     head, bias = head_and_bias()
     where = None
@@ -186,16 +187,17 @@ def test_blocked_forms_equal_dense_ones(masked_by):
 
     def dense(hidden, head):
         z, reference = (x @ head.T + bias for x in (hidden, other))
+        if soft_cap is not None:
+            z, reference = (ops.soft_cap(x, soft_cap) for x in (z, reference))
         uniform = unlearning.uniform_kl(z, vocab_where=where)
         return uniform + unlearning.undial(z, reference, LABELS, vocab_where=where)
 
     def blocked(hidden, head):
-        options = {"bias": bias, "vocab_where": where, "block_size": 8}
-        uniform = unlearning.linear_uniform_kl(hidden, head, **options)
-        reference = (other, jax.lax.stop_gradient(head), LABELS)
-        return uniform + unlearning.linear_undial(
-            hidden, head, *reference, reference_bias=bias, **options
-        )
+        options = {"vocab_where": where, "blocks": losses.Blocks(vocab=8)}
+        whole = losses.Head(head, bias, soft_cap=soft_cap)
+        uniform = unlearning.linear_uniform_kl(hidden, whole, **options)
+        reference = (other, jax.lax.stop_gradient(whole), LABELS)
+        return uniform + unlearning.linear_undial(hidden, whole, *reference, **options)
 
     results = []
     for function in (dense, blocked):
@@ -217,13 +219,13 @@ def test_weighted_undial_is_the_weighted_sum():
     weights = (labels >= 0) / 5.0
     dense = unlearning.undial(hidden @ head.T, other @ head.T, labels)
     value = unlearning.linear_undial(
-        hidden, head, other, head, labels, token_weights=weights.astype(np.float32)
+        hidden, head, other, head, labels, weights=weights.astype(np.float32)
     )
     np.testing.assert_allclose(value, np.where(labels >= 0, dense, 0.0).sum() / 5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("clean", [True, False])
-def test_assistant_in_one_sweep_equals_its_two_halves(clean):
+@pytest.mark.parametrize(("clean", "soft_cap"), [(True, None), (False, None), (True, 2.0)])
+def test_assistant_in_one_sweep_equals_its_two_halves(clean, soft_cap):
     hidden = normal(10, 2 * BATCH, TIME, HIDDEN, scale=1.0)
     head, bias = normal(11, HIDDEN, VOCAB, scale=1.0), normal(12, VOCAB)
     answer = np.arange(TIME) > 0
@@ -233,6 +235,8 @@ def test_assistant_in_one_sweep_equals_its_two_halves(clean):
 
     def dense(hidden, head):
         z = hidden @ head + bias
+        if soft_cap is not None:
+            z = soft_cap * jnp.tanh(z / soft_cap)
         return unlearning.assistant_objective(
             losses.cross_entropy(z[:BATCH], labels[:BATCH]),
             unlearning.uniform_kl(z[BATCH:]),
@@ -241,8 +245,9 @@ def test_assistant_in_one_sweep_equals_its_two_halves(clean):
         )
 
     def blocked(hidden, head):
+        whole = losses.Head(head, bias, soft_cap=soft_cap)
         return unlearning.linear_assistant_objective(
-            hidden, head, labels, retain, where=where, bias=bias, block_size=8
+            hidden, whole, labels, retain, where=where, blocks=losses.Blocks(vocab=8)
         )
 
     (expected, means), gradients = jax.jit(jax.value_and_grad(dense, (0, 1), has_aux=True))(

@@ -138,7 +138,7 @@ def test_any_cheap_head_screens_for_a_tied_decoder(case, kind):
     want = -np.take_along_axis(jax.nn.log_softmax(full), case["labels"][:, None], 1)[:, 0]
     np.testing.assert_allclose(nll, want, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="has no kernel"):
-        model.head_kernel()
+        model.head_of()
 
 
 def test_costs_add_up():

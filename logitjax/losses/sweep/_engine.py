@@ -1,19 +1,21 @@
-"""One sweep over the vocabulary, shared by every loss that starts at hidden states.
+"""The sweep itself: blocks of columns, their logits, and the gradient of what they were summed to.
 
-A sweep visits blocks of vocabulary columns, forms their logits for a block of positions, and hands
-them to a statistic. No logits outlive their block: the backward sweep forms them again and writes
-the head's gradient where it belongs. What a loss is made of lives in ``_linear_statistics``.
+No logits outlive their block: the backward sweep forms them again and writes the head's gradient
+where it belongs.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from logitjax import ops
+from logitjax.losses.sweep._head import Head
+from logitjax.losses.sweep._statistic import LogitBlock, Statistic
 from logitjax.ops import Array, AxisName
 
 
@@ -21,8 +23,7 @@ class Projection(NamedTuple):
     """Hidden states and the head that turns them into logits."""
 
     hidden: Array  # [*batch, hidden]
-    head: Array  # [hidden, vocab] or [vocab, hidden]
-    bias: Array | None  # [vocab]
+    head: Head  # its vocab_axis known
     inverse_temperature: Any  # scalar; None in a gradient
 
 
@@ -32,30 +33,11 @@ class Operands(NamedTuple):
     student: Projection
     teacher: Projection | None
     vocab_where: Array | None  # [vocab], columns that exist
-    tokens: Any  # dict of [*batch, ...] arrays that the statistic reads
-
-
-class Block(NamedTuple):
-    """Logits of one block of columns, -inf where a column does not count."""
-
-    student: jax.Array  # [*batch, block] float32
-    teacher: jax.Array | None
-    columns: jax.Array  # [block] int32, ids in the whole vocabulary
-    first: jax.Array  # position of the first column that no earlier block had
-    tokens: Any
-
-
-@runtime_checkable
-class Statistic(Protocol):
-    """What a sweep accumulates. Every leaf of its state starts with the batch shape."""
+    tokens: Any  # [*batch, ...] arrays that the statistic reads
 
     @property
-    def passes(self) -> int: ...
-    def start(self, batch: tuple[int, ...], passed: Any) -> Any: ...
-    def absorb(self, state: Any, block: Block, passed: Any) -> Any: ...
-    def reduce(self, state: Any, axis_name: AxisName, passed: Any) -> Any: ...
-    def finish(self, state: Any, passed: Any) -> tuple[Any, Any]: ...
-    def gradient(self, residuals: Any, cotangents: Any, block: Block) -> jax.Array: ...
+    def sides(self) -> tuple[Projection, ...]:
+        return (self.student,) if self.teacher is None else (self.student, self.teacher)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,16 +45,10 @@ class Sweep:
     """The static half of a sweep."""
 
     statistic: Statistic
-    vocab_axes: tuple[int, ...]
-    soft_caps: tuple[float | None, ...]
     block: int
     token_block: int | None = None
     axis_name: AxisName | None = None
     varying: tuple[str, ...] = ()
-    combine: Callable[[Any, Any], jax.Array] | None = None
-
-    def local_vocab(self, operands: Operands) -> int:
-        return operands.student.head.shape[self.vocab_axes[0]]
 
     def vary(self, tree: Any) -> Any:
         """Mark loop carries as device-varying, as ``shard_map`` asks of them."""
@@ -95,27 +71,30 @@ def contract(a, a_dims, b, b_dims):
 
 
 def compute_dtype(projection: Projection):
-    return jnp.result_type(projection.hidden.dtype, projection.head.dtype)
+    return jnp.result_type(projection.hidden.dtype, projection.head.kernel.dtype)
 
 
-def head_block(projection: Projection, vocab_axis: int, start, size: int):
-    """The head's (and bias's) columns ``[start, start + size)`` in the matmul's dtype."""
-    head = lax.dynamic_slice_in_dim(projection.head, start, size, vocab_axis)
-    bias = projection.bias
+def sum_dtype(projection: Projection):
+    return jnp.promote_types(compute_dtype(projection), jnp.float32)
+
+
+def head_block(projection: Projection, start, size: int) -> Head:
+    """The head's columns ``[start, start + size)`` in the matmul's dtype."""
+    head = projection.head
+    kernel = lax.dynamic_slice_in_dim(head.kernel, start, size, head.axis)
+    bias = head.bias
     if bias is not None:
         bias = lax.dynamic_slice_in_dim(bias, start, size)
-    return head.astype(compute_dtype(projection)), bias
+    return dataclasses.replace(head, kernel=kernel.astype(compute_dtype(projection)), bias=bias)
 
 
-def block_logits(
-    projection: Projection, head, bias, vocab_axis: int, soft_cap: float | None, valid
-):
-    hidden = projection.hidden.astype(head.dtype)
-    logits = contract(hidden, (hidden.ndim - 1,), head, (1 - vocab_axis,))
-    if bias is not None:
-        logits = logits + bias.astype(logits.dtype)
-    if soft_cap is not None:
-        logits = soft_cap * jnp.tanh(logits / soft_cap)
+def block_logits(projection: Projection, head: Head, valid):
+    hidden = projection.hidden.astype(head.kernel.dtype)
+    logits = contract(hidden, (hidden.ndim - 1,), head.kernel, (1 - head.axis,))
+    if head.bias is not None:
+        logits = logits + head.bias.astype(logits.dtype)
+    if head.soft_cap is not None:
+        logits = ops.soft_cap(logits, head.soft_cap)
     return jnp.where(valid, logits * projection.inverse_temperature, -jnp.inf)
 
 
@@ -126,12 +105,12 @@ class Columns(NamedTuple):
     columns: jax.Array
     first: jax.Array
     valid: jax.Array
-    heads: tuple[tuple[jax.Array, jax.Array | None], ...]
+    heads: tuple[Head, ...]
 
 
 def column_ids(sweep: Sweep, operands: Operands, index):
     """A block's local start, its ids in the whole vocabulary, and the first of them that is new."""
-    vocab = sweep.local_vocab(operands)
+    vocab = operands.student.head.vocab_size()
     # The last block slides back to end at the vocabulary's end; columns it repeats do not count.
     start = jnp.minimum(index * sweep.block, vocab - sweep.block)
     shard = 0 if sweep.axis_name is None else lax.axis_index(sweep.axis_name)
@@ -144,42 +123,33 @@ def column_block(sweep: Sweep, operands: Operands, index) -> Columns:
     valid = jnp.arange(sweep.block) >= first
     if operands.vocab_where is not None:
         valid &= lax.dynamic_slice_in_dim(operands.vocab_where, start, sweep.block)
-    branches = (operands.student, operands.teacher)
-    heads = tuple(
-        head_block(branch, axis, start, sweep.block)
-        for branch, axis in zip(branches, sweep.vocab_axes)
-        if branch is not None
-    )
+    heads = tuple(head_block(side, start, sweep.block) for side in operands.sides)
     return Columns(start, columns, first, valid, heads)
 
 
-def form_block(sweep: Sweep, operands: Operands, columns: Columns) -> Block:
-    branches = (operands.student, operands.teacher)
+def form_block(operands: Operands, columns: Columns) -> LogitBlock:
     logits = [
-        block_logits(branch, head, bias, axis, cap, columns.valid)
-        for branch, (head, bias), axis, cap in zip(
-            branches, columns.heads, sweep.vocab_axes, sweep.soft_caps
-        )
-        if branch is not None
+        block_logits(side, head, columns.valid)
+        for side, head in zip(operands.sides, columns.heads, strict=True)
     ]
     teacher = logits[1] if len(logits) == 2 else None
-    return Block(logits[0], teacher, columns.columns, columns.first, operands.tokens)
+    return LogitBlock(logits[0], teacher, columns.columns, columns.first, operands.tokens)
 
 
-def raw_gradient(sweep: Sweep, operands: Operands, block: Block, gradient):
-    """From the gradient at the tempered, capped logits back to ``hidden @ head + bias``."""
+def raw_gradient(operands: Operands, block: LogitBlock, gradient):
+    """From the gradient at the tempered, capped logits back to ``hidden @ kernel + bias``."""
     slope = operands.student.inverse_temperature
-    cap = sweep.soft_caps[0]
+    cap = operands.student.head.soft_cap
     if cap is not None:
         capped = block.student / operands.student.inverse_temperature
         slope = slope * (1 - jnp.square(capped / cap))
     return jnp.where(block.student > -jnp.inf, gradient * slope, 0.0)
 
 
-def head_gradient(sweep: Sweep, hidden, gradient):
-    """``hidden^T gradient`` over all positions, laid out as the head is."""
+def kernel_gradient(head: Head, hidden, gradient):
+    """``hidden^T gradient`` over all positions, laid out as the kernel is."""
     positions = tuple(range(hidden.ndim - 1))
-    if sweep.vocab_axes[0] == 1:
+    if head.axis == 1:
         return contract(hidden, positions, gradient, positions)
     return contract(gradient, positions, hidden, positions)
 
@@ -188,6 +158,13 @@ def add_block(total, block, start, axis: int):
     size = block.shape[axis]
     old = lax.dynamic_slice_in_dim(total, start, size, axis)
     return lax.dynamic_update_slice_in_dim(total, old + block.astype(total.dtype), start, axis)
+
+
+def add_to_head(total: Head, block: Head, start) -> Head:
+    """The head's gradient with that of the columns from ``start`` on added."""
+    kernel = add_block(total.kernel, block.kernel, start, total.axis)
+    bias = None if total.bias is None else add_block(total.bias, block.bias, start, 0)
+    return dataclasses.replace(total, kernel=kernel, bias=bias)
 
 
 class Split:
@@ -240,24 +217,26 @@ def split_operands(operands: Operands, split: Split):
 
 
 def block_numbers(sweep: Sweep, operands: Operands):
-    return jnp.arange(-(-sweep.local_vocab(operands) // sweep.block), dtype=jnp.int32)
+    count = -(-operands.student.head.vocab_size() // sweep.block)
+    return jnp.arange(count, dtype=jnp.int32)
 
 
 def accumulate(sweep: Sweep, operands: Operands, split: Split, tokens, place):
     """All passes of the statistic: (outputs, residuals), still cut into blocks of positions."""
     statistic, passed = sweep.statistic, None
+    dtype = sum_dtype(operands.student)
     for number in range(statistic.passes):
 
         def step(state, index, passed=passed):
             columns = column_block(sweep, operands, index)
 
             def absorb(carry, xs):
-                block = form_block(sweep, place(xs[0]), columns)
+                block = form_block(place(xs[0]), columns)
                 return carry, statistic.absorb(xs[1], block, xs[2])
 
             return split.each(absorb, (), (tokens, state, passed))[1], None
 
-        state = sweep.vary(statistic.start(split.batch, passed))
+        state = sweep.vary(statistic.start(split.batch, dtype, passed))
         state, _ = lax.scan(step, state, block_numbers(sweep, operands))
         if sweep.axis_name is not None:
             state = statistic.reduce(state, sweep.axis_name, passed)
@@ -292,52 +271,46 @@ def _backward(sweep: Sweep, saved, cotangents):
     split = Split(sweep.token_block, student.hidden.shape[:-1])
     tokens, place = split_operands(operands, split)
     residuals, cotangents = split((residuals, drop_integers(cotangents)))
-    axis = sweep.vocab_axes[0]
-    wide = jnp.promote_types(compute_dtype(student), jnp.float32)
+    wide = sum_dtype(student)
 
     def step(carry, index):
-        d_hidden, d_head, d_bias = carry
+        d_hidden, d_head = carry
         columns = column_block(sweep, operands, index)
-        head = columns.heads[0][0]
+        head = columns.heads[0]
 
-        def differentiate(sums, xs):
+        def differentiate(total, xs):
             tokens, residuals, cotangents, d_hidden = xs
             here = place(tokens)
-            block = form_block(sweep, here, columns)
+            block = form_block(here, columns)
             raw = sweep.statistic.gradient(residuals, cotangents, block)
-            raw = raw_gradient(sweep, here, block, raw)
-            cast = raw.astype(head.dtype)
-            d_hidden = d_hidden + contract(cast, (raw.ndim - 1,), head, (axis,))
-            hidden = here.student.hidden.astype(head.dtype)
-            d_head = sums[0] + head_gradient(sweep, hidden, cast)
-            d_bias = sums[1]
-            if d_bias is not None:
-                d_bias = d_bias + raw.sum(tuple(range(raw.ndim - 1)))
-            return (d_head, d_bias), d_hidden
+            raw = raw_gradient(here, block, raw)
+            d_hidden, d_head = head_and_hidden_gradient(here, head, raw, d_hidden)
+            return jax.tree.map(jnp.add, total, d_head), d_hidden
 
-        zeros = sweep.vary(
-            (
-                jnp.zeros(head.shape, wide),
-                None if d_bias is None else jnp.zeros(sweep.block, wide),
-            )
-        )
+        zeros = sweep.vary(jax.tree.map(lambda x: jnp.zeros(x.shape, wide), head))
         xs = (tokens, residuals, cotangents, d_hidden)
-        (block_head, block_bias), d_hidden = split.each(differentiate, zeros, xs)
-        d_head = add_block(d_head, block_head, columns.start, axis)
-        if d_bias is not None:
-            d_bias = add_block(d_bias, block_bias, columns.start, 0)
-        return (d_hidden, d_head, d_bias), None
+        block_head, d_hidden = split.each(differentiate, zeros, xs)
+        return (d_hidden, add_to_head(d_head, block_head, columns.start)), None
 
     start = sweep.vary(
         (
             jnp.zeros((*split.batch, student.hidden.shape[-1]), wide),
-            jnp.zeros_like(student.head),
-            None if student.bias is None else jnp.zeros_like(student.bias),
+            jax.tree.map(jnp.zeros_like, student.head),
         )
     )
-    (d_hidden, d_head, d_bias), _ = lax.scan(step, start, block_numbers(sweep, operands))
+    (d_hidden, d_head), _ = lax.scan(step, start, block_numbers(sweep, operands))
     d_hidden = split.join(d_hidden).astype(student.hidden.dtype)
-    return (Operands(Projection(d_hidden, d_head, d_bias, None), None, None, None),)
+    return (Operands(Projection(d_hidden, d_head, None), None, None, None),)
+
+
+def head_and_hidden_gradient(operands: Operands, head: Head, raw, d_hidden):
+    """What one block of columns adds: ``d_hidden`` with its part, and the gradient of the block."""
+    cast = raw.astype(head.kernel.dtype)
+    d_hidden = d_hidden + contract(cast, (raw.ndim - 1,), head.kernel, (head.axis,))
+    hidden = operands.student.hidden.astype(head.kernel.dtype)
+    bias = None if head.bias is None else raw.sum(tuple(range(raw.ndim - 1)))
+    kernel = kernel_gradient(head, hidden, cast)
+    return d_hidden, dataclasses.replace(head, kernel=kernel, bias=bias)
 
 
 def drop_integers(tree: Any) -> Any:
@@ -345,9 +318,9 @@ def drop_integers(tree: Any) -> Any:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def run(sweep: Sweep, operands: Operands) -> Any:
+def run_unreduced(sweep: Sweep, operands: Operands) -> Any:
     """The statistic's outputs; under ``axis_name`` on the first shard only, zero elsewhere."""
     return _forward(sweep, operands)[0]
 
 
-run.defvjp(_forward, _backward)
+run_unreduced.defvjp(_forward, _backward)

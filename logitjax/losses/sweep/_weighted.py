@@ -13,34 +13,32 @@ import jax.numpy as jnp
 from jax import lax
 
 from logitjax.losses.sweep._engine import (
-    Block,
     Operands,
     Projection,
     Split,
     Sweep,
     accumulate,
-    add_block,
+    add_to_head,
     block_numbers,
     column_block,
     column_ids,
-    compute_dtype,
-    contract,
     drop_integers,
     first_shard,
     form_block,
+    head_and_hidden_gradient,
     head_block,
-    head_gradient,
     raw_gradient,
     split_operands,
+    sum_dtype,
 )
+from logitjax.losses.sweep._statistic import LogitBlock
 
 
 def _value_only(sweep: Sweep, operands: Operands, weights):
-    assert sweep.combine is not None
     split = Split(sweep.token_block, operands.student.hidden.shape[:-1])
     tokens, place = split_operands(operands, split)
     outputs, _ = split.join(accumulate(sweep, operands, split, tokens, place))
-    losses = sweep.combine(outputs, operands.tokens)
+    losses = sweep.statistic.losses(outputs, operands.tokens)
     return first_shard(sweep, (_weighted_sum(losses, weights), outputs))
 
 
@@ -62,49 +60,41 @@ def _forward(sweep: Sweep, operands: Operands, weights: jax.Array):
     student = operands.student
     split = Split(sweep.token_block, student.hidden.shape[:-1])
     tokens, place = split_operands(operands, split)
-    wide = jnp.promote_types(compute_dtype(student), jnp.float32)
+    wide = sum_dtype(student)
 
-    def positions(carry, xs):
-        here = place(xs[0])
-        losses, outputs, *sums = _one_block(sweep, here, xs[1], *carry)
-        d_hidden, d_head, d_bias = sums
-        return (d_head, d_bias), (losses, outputs, d_hidden)
+    def positions(d_head, xs):
+        losses, outputs, d_hidden, d_head = _one_block(sweep, place(xs[0]), xs[1], d_head)
+        return d_head, (losses, outputs, d_hidden)
 
-    start = sweep.vary(
-        (
-            jnp.zeros(student.head.shape, wide),
-            None if student.bias is None else jnp.zeros(student.bias.shape, wide),
-        )
-    )
-    (d_head, d_bias), per_token = split.each(positions, start, (tokens, split(weights)))
+    start = sweep.vary(jax.tree.map(lambda x: jnp.zeros(x.shape, wide), student.head))
+    d_head, per_token = split.each(positions, start, (tokens, split(weights)))
     losses, outputs, d_hidden = split.join(per_token)
     total = first_shard(sweep, (_weighted_sum(losses, weights), outputs))
-    like = (student.hidden, student.head, student.bias)
-    grads = jax.tree.map(lambda g, x: g.astype(x.dtype), (d_hidden, d_head, d_bias), like)
+    like = (student.hidden, student.head)
+    grads = jax.tree.map(lambda g, x: g.astype(x.dtype), (d_hidden, d_head), like)
     return total, (grads, losses)
 
 
-def _one_block(sweep: Sweep, operands: Operands, weights, d_head, d_bias):
+def _one_block(sweep: Sweep, operands: Operands, weights, d_head):
     """Losses and gradients of one block of positions, added to the head's gradient so far."""
-    statistic, axis = sweep.statistic, sweep.vocab_axes[0]
-    assert sweep.combine is not None
+    statistic, dtype = sweep.statistic, sum_dtype(operands.student)
     numbers = block_numbers(sweep, operands)
     batch = operands.student.hidden.shape[:-1]
 
     def first(state, index):
         columns = column_block(sweep, operands, index)
-        block = form_block(sweep, operands, columns)
+        block = form_block(operands, columns)
         return statistic.absorb(state, block, None), (block.student, block.teacher)
 
     def again(state, xs, passed):
         index, (student, teacher) = xs
         _, columns, first_column = column_ids(sweep, operands, index)
-        block = Block(student, teacher, columns, first_column, operands.tokens)
+        block = LogitBlock(student, teacher, columns, first_column, operands.tokens)
         return statistic.absorb(state, block, passed), None
 
     logits = passed = outputs = residuals = None
     for number in range(statistic.passes):
-        state = sweep.vary(statistic.start(batch, passed))
+        state = sweep.vary(statistic.start(batch, dtype, passed))
         if number == 0:
             state, logits = lax.scan(first, state, numbers)
         else:
@@ -116,38 +106,31 @@ def _one_block(sweep: Sweep, operands: Operands, weights, d_head, d_bias):
         passed = residuals
 
     # The weights vary over the vocabulary's mesh axis by type, so the outputs have to as well.
-    outputs, combine = sweep.vary(outputs), sweep.combine
-    losses, pull = jax.vjp(lambda outputs: combine(outputs, operands.tokens), outputs)
+    outputs = sweep.vary(outputs)
+    losses, pull = jax.vjp(lambda outputs: statistic.losses(outputs, operands.tokens), outputs)
     (cotangents,) = pull(weights.astype(losses.dtype))
     cotangents = drop_integers(cotangents)
 
     def backward(carry, xs):
-        d_hidden, d_head, d_bias = carry
+        d_hidden, d_head = carry
         index, (student, teacher) = xs
         start, columns, first_column = column_ids(sweep, operands, index)
-        block = Block(student, teacher, columns, first_column, operands.tokens)
-        head, _ = head_block(operands.student, axis, start, sweep.block)
+        block = LogitBlock(student, teacher, columns, first_column, operands.tokens)
+        head = head_block(operands.student, start, sweep.block)
         raw = statistic.gradient(residuals, cotangents, block)
-        raw = raw_gradient(sweep, operands, block, raw)
-        cast = raw.astype(head.dtype)
-        d_hidden = d_hidden + contract(cast, (raw.ndim - 1,), head, (axis,))
-        hidden = operands.student.hidden.astype(head.dtype)
-        d_head = add_block(d_head, head_gradient(sweep, hidden, cast), start, axis)
-        if d_bias is not None:
-            bias = raw.sum(tuple(range(raw.ndim - 1)))
-            d_bias = add_block(d_bias, bias, start, 0)
-        return (d_hidden, d_head, d_bias), None
+        raw = raw_gradient(operands, block, raw)
+        d_hidden, block_head = head_and_hidden_gradient(operands, head, raw, d_hidden)
+        return (d_hidden, add_to_head(d_head, block_head, start)), None
 
-    d_hidden = sweep.vary(jnp.zeros(operands.student.hidden.shape, d_head.dtype))
-    carry, _ = lax.scan(backward, (d_hidden, d_head, d_bias), (numbers, logits))
-    return losses, outputs, *carry
+    d_hidden = sweep.vary(jnp.zeros(operands.student.hidden.shape, dtype))
+    (d_hidden, d_head), _ = lax.scan(backward, (d_hidden, d_head), (numbers, logits))
+    return losses, outputs, d_hidden, d_head
 
 
 def _backward(sweep: Sweep, saved, cotangents):
     (grads, losses), (cotangent, _) = saved, cotangents
-    scaled = jax.tree.map(lambda g: g * cotangent.astype(g.dtype), grads)
-    d_hidden, d_head, d_bias = scaled
-    student = Projection(d_hidden, d_head, d_bias, None)
+    d_hidden, d_head = jax.tree.map(lambda g: g * cotangent.astype(g.dtype), grads)
+    student = Projection(d_hidden, d_head, None)
     return Operands(student, None, None, None), cotangent * losses
 
 

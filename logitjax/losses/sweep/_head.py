@@ -1,0 +1,154 @@
+"""An output head as a value: what turns hidden states into logits."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from logitjax import ops
+from logitjax.ops import Array, AxisName
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Head:
+    """A linear output head, for every function that starts at hidden states.
+
+    A pytree of `kernel` and `bias`: a gradient with respect to a head is a head. Where a function
+    takes a head, a kernel alone stands for `Head(kernel)`.
+
+    ::
+
+        logits = cap tanh((hidden @ kernel + bias) / cap)
+
+    Attributes:
+      kernel: `[hidden, vocab]` or `[vocab, hidden]`.
+      bias: `[vocab]`; an entry of `-inf` does not exist, with or without a cap.
+      vocab_axis: the kernel's vocabulary axis, 0 or 1. None leaves it to the width of the hidden
+        states, which says nothing of a square kernel.
+      soft_cap: `cap`, as Gemma 2 has on its logits; none by default.
+
+    Raises:
+      ValueError: `vocab_axis` is no axis of a matrix or `soft_cap` is not positive.
+
+    >>> import jax, jax.numpy as jnp
+    >>> head = Head(jnp.array([[1.0, 3.0, 200.0]]), soft_cap=30.0)
+    >>> head.logits(jnp.ones(1)).round(2)
+    Array([ 1. ,  2.99, 30. ], dtype=float32)
+    >>> jax.grad(lambda head: head.logits(jnp.ones(1))[0])(head).kernel.round(2)
+    Array([[1., 0., 0.]], dtype=float32)
+    """
+
+    # Not `jax.Array`: a tree of gradients, specs or shapes is built by the same constructor.
+    kernel: Any
+    bias: Any = None
+    vocab_axis: int | None = dataclasses.field(default=None, metadata={"static": True})
+    soft_cap: float | None = dataclasses.field(default=None, metadata={"static": True})
+
+    def __post_init__(self) -> None:
+        # Only of what no transformation changes: under vmap and tree.map leaves are anything.
+        if self.vocab_axis not in (None, 0, 1):
+            raise ValueError(f"vocab_axis: expected 0, 1 or None, got {self.vocab_axis}")
+        if self.soft_cap is not None:
+            ops.check_positive(self.soft_cap, "soft_cap")
+
+    @classmethod
+    def of(cls, head: "Head | Array") -> "Head":
+        """A head as it is, and that of a kernel alone."""
+        return head if isinstance(head, cls) else cls(head)
+
+    def resolve(self, width: int, name: str = "head") -> "Head":
+        """The same head with its vocabulary axis known, checked against hidden states.
+
+        Args:
+          width: entries of a hidden state.
+          name: what errors call it.
+
+        Raises:
+          TypeError: an array is not floating point.
+          ValueError: the kernel is square and its axis is not given, or shapes do not fit.
+
+        >>> Head(jnp.ones((2, 5))).resolve(5).vocab_axis
+        0
+        """
+        shape, axis = jnp.shape(self.kernel), self.vocab_axis
+        if len(shape) != 2:
+            raise ValueError(f"{name}: expected a kernel of two axes, got shape {shape}")
+        if axis is None:
+            if shape[0] == shape[1] == width:
+                raise ValueError(
+                    f"{name}: its kernel of shape {shape} is square: expected a Head with "
+                    "vocab_axis (1 for [hidden, vocab], 0 for [vocab, hidden]), got none"
+                )
+            axis = 1 if shape[0] == width else 0
+        if shape[1 - axis] != width:
+            raise ValueError(
+                f"{name}: expected a kernel with {width} entries along its hidden axis, as the "
+                f"hidden states have, got shape {shape} with vocab_axis={axis}"
+            )
+        vocab = (shape[axis],)
+        if self.bias is not None and jnp.shape(self.bias) != vocab:
+            raise ValueError(f"{name}.bias: expected shape {vocab}, got {jnp.shape(self.bias)}")
+        for part in ("kernel", "bias"):
+            value = getattr(self, part)
+            if value is not None and not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+                raise TypeError(
+                    f"{name}.{part}: expected floating point, got {jnp.result_type(value)}"
+                )
+        return dataclasses.replace(self, vocab_axis=axis)
+
+    @property
+    def axis(self) -> int:
+        """`vocab_axis` where it is known; `resolve` makes it so.
+
+        Raises:
+          ValueError: it is not.
+        """
+        if self.vocab_axis is None:
+            raise ValueError("vocab_axis: expected 0 or 1, got None")
+        return self.vocab_axis
+
+    def vocab_size(self, axis_name: AxisName | None = None) -> int:
+        """Entries of the vocabulary; of all shards together inside `jax.shard_map`.
+
+        Raises:
+          ValueError: `vocab_axis` is not known.
+        """
+        size = jnp.shape(self.kernel)[self.axis]
+        return size if axis_name is None else size * lax.axis_size(axis_name)
+
+    @property
+    def rows(self) -> jax.Array:
+        """The kernel as `[vocab, hidden]`.
+
+        Raises:
+          ValueError: `vocab_axis` is not known.
+        """
+        kernel = jnp.asarray(self.kernel)
+        return kernel if self.axis == 0 else kernel.T
+
+    def logits(self, hidden: Array) -> jax.Array:
+        """The logits that the blocked functions never hold, `[*batch, vocab]`, in float32.
+
+        Args:
+          hidden: `[*batch, hidden]`; the product runs in the common type of hidden states and
+            kernel.
+
+        Raises:
+          TypeError: an array is not floating point.
+          ValueError: as `resolve`.
+        """
+        hidden = jnp.asarray(hidden)
+        head = self.resolve(hidden.shape[-1])
+        dtype = jnp.result_type(hidden.dtype, head.kernel.dtype)
+        logits = lax.dot_general(
+            hidden.astype(dtype),
+            jnp.asarray(head.kernel, dtype),
+            (((hidden.ndim - 1,), (1 - head.axis,)), ((), ())),
+            preferred_element_type=jnp.promote_types(dtype, jnp.float32),
+        )
+        if head.bias is not None:
+            logits = logits + jnp.asarray(head.bias, logits.dtype)
+        return logits if head.soft_cap is None else ops.soft_cap(logits, head.soft_cap)

@@ -1,0 +1,161 @@
+"""The statistic behind most losses: a few numbers that are read off the logits."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from logitjax import ops
+from logitjax.losses.sweep._statistic import LogitBlock, OnlineSums, Statistic
+from logitjax.ops import AxisName
+
+
+class Outputs(NamedTuple):
+    """What `ReadoutStatistic` gives: arrays, None for what was not asked."""
+
+    log_z: Any
+    label: Any = None
+    gathered: Any = None
+    values: Any = None
+    indices: Any = None
+    mean: Any = None
+    std: Any = None
+
+
+class _Moments(NamedTuple):
+    """Count, mean and summed squared deviation, merged block by block without cancellation."""
+
+    count: jax.Array
+    mean: jax.Array
+    deviation: jax.Array
+
+    def add(self, logits: jax.Array) -> "_Moments":
+        finite = jnp.isfinite(logits)
+        count = finite.sum(-1).astype(logits.dtype)
+        mean = jnp.where(finite, logits, 0.0).sum(-1) / jnp.maximum(count, 1)
+        off = jnp.where(finite, logits - mean[..., None], 0.0)
+        return self.merge(_Moments(count, mean, jnp.square(off).sum(-1)))
+
+    def merge(self, other: "_Moments") -> "_Moments":
+        count = jnp.maximum(self.count + other.count, 1)
+        apart = other.mean - self.mean
+        share = other.count / count
+        deviation = self.deviation + other.deviation + jnp.square(apart) * self.count * share
+        return _Moments(self.count + other.count, self.mean + apart * share, deviation)
+
+    def reduce(self, axis_name: AxisName) -> "_Moments":
+        sums = jnp.stack([self.count, self.count * self.mean])
+        count, total = lax.psum(sums, axis_name)
+        mean = total / jnp.maximum(count, 1)
+        deviation = self.deviation + self.count * jnp.square(self.mean - mean)
+        return _Moments(count, mean, lax.psum(deviation, axis_name))
+
+
+class _State(NamedTuple):
+    sums: OnlineSums
+    label: Any
+    gathered: Any
+    values: Any
+    indices: Any
+    moments: _Moments | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReadoutStatistic(Statistic):
+    """The log-normaliser and, as asked, single logits, the largest ones, their mean and deviation.
+
+    Its outputs have `log_z`, and None for what was not asked. A loss of one's own on top of them
+    is a subclass with a `losses` method.
+
+    Attributes:
+      labels: `label`, the logit at `tokens["labels"]`.
+      ids: `gathered`, the logits at `tokens["ids"]`: how many a position.
+      k: `values` and `indices` of the k largest.
+      moments: `mean` and `std` of the logits that exist.
+    """
+
+    labels: bool = False
+    ids: int = 0
+    k: int = 0
+    moments: bool = False
+
+    def start(self, batch: tuple[int, ...], dtype: Any, passed: Any) -> _State:
+        def zeros(*shape):
+            return jnp.zeros((*batch, *shape), dtype)
+
+        return _State(
+            OnlineSums.start(batch, dtype),
+            zeros() if self.labels else None,
+            zeros(self.ids) if self.ids else None,
+            jnp.full((*batch, self.k), -jnp.inf, dtype) if self.k else None,
+            jnp.zeros((*batch, self.k), jnp.int32) if self.k else None,
+            _Moments(zeros(), zeros(), zeros()) if self.moments else None,
+        )
+
+    def absorb(self, state: _State, block: LogitBlock, passed: Any) -> _State:
+        z = block.student
+        label, gathered, values, indices, moments = state[1:]
+        if label is not None:
+            label = label + jnp.where(block.is_at(block.tokens["labels"]), z, 0.0).sum(-1)
+        if gathered is not None:
+            gathered = gathered + block.gather(block.tokens["ids"])
+        if values is not None:
+            size = min(self.k, z.shape[-1])
+            more, places = ops.top_k(z, size)
+            ids = block.columns[0] + places
+            both = jnp.concatenate([values, more], -1)
+            values, places = lax.top_k(both, self.k)
+            indices = jnp.take_along_axis(jnp.concatenate([indices, ids], -1), places, -1)
+        if moments is not None:
+            moments = moments.add(z)
+        return _State(state.sums.add(z), label, gathered, values, indices, moments)
+
+    def reduce(self, state: _State, axis_name: AxisName, passed: Any) -> _State:
+        label, gathered, values, indices, moments = state[1:]
+        if label is not None:
+            label = lax.psum(label, axis_name)
+        if gathered is not None:
+            gathered = lax.psum(gathered, axis_name)
+        if values is not None:
+            axis = values.ndim - 1
+            values, indices = (
+                lax.all_gather(x, axis_name, axis=axis, tiled=True, to="invarying")
+                for x in (values, indices)
+            )
+            values, places = lax.top_k(values, self.k)
+            indices = jnp.take_along_axis(indices, places, -1)
+        if moments is not None:
+            moments = moments.reduce(axis_name)
+        sums = state.sums.reduce(axis_name)
+        return _State(sums, label, gathered, values, indices, moments)
+
+    def finish(self, state: _State, passed: Any) -> tuple[Outputs, Any]:
+        mean = std = None
+        if state.moments is not None:
+            count = jnp.maximum(state.moments.count, 1)
+            mean, std = state.moments.mean, jnp.sqrt(state.moments.deviation / count)
+        out = Outputs(
+            state.sums.log_sum, state.label, state.gathered, state.values, state.indices, mean, std
+        )
+        return out, (out, None if state.moments is None else state.moments.count)
+
+    def gradient(self, residuals: Any, cotangents: Outputs, block: LogitBlock) -> jax.Array:
+        out, count = residuals
+        z, ct = block.student, cotangents
+        total = ct.log_z[..., None] * jnp.exp(z - ops.finite_or_zero(out.log_z)[..., None])
+        if ct.label is not None:
+            hit = block.is_at(block.tokens["labels"])
+            total = total + jnp.where(hit, ct.label[..., None], 0.0)
+        if ct.gathered is not None:
+            total = block.scatter(total, block.tokens["ids"], ct.gathered)
+        if ct.values is not None:
+            total = block.scatter(total, out.indices, ct.values)
+        if count is not None:
+            count = jnp.maximum(count, 1)
+            spread = jnp.where(out.std > 0, ct.std / (count * jnp.maximum(out.std, 1e-30)), 0.0)
+            flat = ct.mean / count - spread * out.mean
+            dense = flat[..., None] + spread[..., None] * z
+            total = total + jnp.where(jnp.isfinite(z), dense, 0.0)
+        return total

@@ -1,0 +1,240 @@
+"""From the arguments of a ``linear_*`` function to a sweep: checks, block sizes, meshes."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jaxtyping import Bool, Float
+
+from logitjax import ops
+from logitjax.losses.sweep._blocks import Blocks
+from logitjax.losses.sweep._engine import (
+    Operands,
+    Projection,
+    Sweep,
+    run_unreduced,
+    sum_dtype,
+    vary,
+    varying_axes,
+)
+from logitjax.losses.sweep._head import Head
+from logitjax.losses.sweep._statistic import Statistic
+from logitjax.losses.sweep._weighted import run_weighted
+from logitjax.ops import Array, AxisName, Number
+
+
+def run(
+    statistic: Statistic,
+    hidden: Float[Array, "*batch hidden"],
+    head: Head | Float[Array, "rows columns"],
+    *,
+    teacher: tuple[Any, Any] | None = None,
+    tokens: Mapping[str, Any] | None = None,
+    temperature: Number = 1.0,
+    vocab_where: Bool[Array, " vocab"] | None = None,
+    weights: Float[Array, "*batch"] | None = None,
+    blocks: Blocks | None = None,
+    axis_name: AxisName | None = None,
+) -> Any:
+    """Sum a statistic up over the vocabulary of a linear head, block by block.
+
+    Differentiable by the hidden states and the head. With the weights of the positions known, the
+    gradient is formed in the same sweep as the value and no logit is formed twice.
+
+    Args:
+      statistic: what to sum up; static.
+      hidden: `[*batch, hidden]`, float32 or bfloat16. Matmuls run in the common type of hidden
+        states and kernel and accumulate in float32.
+      head: what turns them into logits.
+      teacher: the hidden states, `[*batch, teacher_hidden]`, and the head of a teacher with the
+        same vocabulary; neither gets a gradient.
+      tokens: arrays `[*batch, ...]` that the statistic reads, under names; without a gradient.
+      temperature: divides all logits; may be traced, but gets no gradient.
+      vocab_where: `[vocab]` boolean: True for the entries that exist.
+      weights: `[*batch]`; a position of weight 0 counts for nothing.
+      blocks: sizes of the blocks; chosen from shapes and backend when None.
+      axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that axis.
+
+    Returns:
+      The statistic's outputs, through its `losses` method. With `weights`: the scalar
+      `sum(weights * losses)`, and the outputs without a gradient.
+
+    Raises:
+      TypeError: arrays are not floating point.
+      ValueError: shapes do not fit, or a kernel is square and its axis is not given.
+    """
+    ops.check_positive(temperature, "temperature")
+    given = {"hidden": (hidden, head)}
+    if teacher is not None:
+        given["teacher_hidden"] = teacher
+    scale = lax.stop_gradient(1.0 / jnp.asarray(temperature, jnp.float32))
+    sides = [_projection(name, *side, scale) for name, side in given.items()]
+    batch, vocab = sides[0].hidden.shape[:-1], sides[0].head.vocab_size()
+    if teacher is not None:
+        sides[1] = lax.stop_gradient(sides[1])
+        if sides[1].hidden.shape[:-1] != batch:
+            raise ValueError(
+                f"teacher_hidden: expected the batch shape of hidden, {batch}, got "
+                f"{sides[1].hidden.shape[:-1]}"
+            )
+        if sides[1].head.vocab_size() != vocab:
+            raise ValueError(
+                f"teacher_head: expected the vocabulary of head, {vocab} entries, got "
+                f"{sides[1].head.vocab_size()}: cut or pad one of them and exclude the padding "
+                "with vocab_where"
+            )
+    if vocab_where is not None:
+        vocab_where = jnp.asarray(vocab_where)
+        if vocab_where.dtype != jnp.bool_ or vocab_where.shape != (vocab,):
+            raise ValueError(
+                f"vocab_where: expected a boolean mask of shape ({vocab},), got "
+                f"{vocab_where.dtype}{vocab_where.shape}"
+            )
+    tokens = lax.stop_gradient(jax.tree.map(jnp.asarray, dict(tokens or {})))
+    for path, value in jax.tree_util.tree_leaves_with_path(tokens):
+        if value.shape[: len(batch)] != batch:
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            raise ValueError(
+                f"{name}: expected a shape that starts with the batch shape of hidden, {batch}, "
+                f"got {value.shape}"
+            )
+    operands = Operands(sides[0], sides[1] if teacher is not None else None, vocab_where, tokens)
+    if weights is not None:
+        weights = jnp.asarray(weights)
+        if weights.shape != batch:
+            raise ValueError(
+                f"weights: expected the batch shape of hidden, {batch}, got {weights.shape}"
+            )
+        weights = weights.astype(sum_dtype(sides[0]))
+    sizes = Blocks() if blocks is None else blocks
+
+    def local(operands: Operands, weights: Array | None, axis_name: AxisName | None) -> Any:
+        """Of the rows and columns that are here: all of them, or a device's."""
+        batch = operands.student.hidden.shape[:-1]
+        vocab = operands.student.head.vocab_size()
+        positions = sizes.positions(batch, vocab, scalar=weights is not None)
+        length = batch[-1] if batch else 1
+        together = math.prod(batch) // max(length, 1) * min(positions or length, length)
+        widths = [side.hidden.shape[-1] for side in operands.sides]
+        varying = _varying((operands, weights), axis_name)
+        config = Sweep(
+            statistic=statistic,
+            block=sizes.columns(max(together, *widths), vocab),
+            token_block=positions,
+            axis_name=axis_name,
+            varying=varying,
+        )
+        # Outside the custom rule, so that the transpose sums the gradients of replicated arrays.
+        operands, weights = jax.tree.map(lambda x: vary(x, varying), (operands, weights))
+        outputs = _on_explicit_mesh(config, operands, weights)
+        if axis_name is None:
+            return outputs
+        return jax.tree.map(lambda x: lax.psum(x, axis_name), outputs)
+
+    if axis_name is None:
+        outputs = _on_auto_mesh(local, operands, weights)
+    else:
+        outputs = local(operands, weights, axis_name)
+    if weights is not None:
+        return outputs[0], lax.stop_gradient(outputs[1])
+    return statistic.losses(outputs, tokens)
+
+
+def _projection(name: str, hidden: Any, head: Any, inverse_temperature: jax.Array) -> Projection:
+    hidden = jnp.asarray(hidden)
+    if not jnp.issubdtype(hidden.dtype, jnp.floating):
+        raise TypeError(f"{name}: expected floating point, got {hidden.dtype}")
+    if not hidden.ndim:
+        raise ValueError(f"{name}: expected at least one axis, got a scalar")
+    resolved = Head.of(head).resolve(hidden.shape[-1], name.replace("hidden", "head"))
+    return Projection(hidden, jax.tree.map(jnp.asarray, resolved), inverse_temperature)
+
+
+def _varying(tree: Any, axis_name: AxisName | None) -> tuple[str, ...]:
+    """Mesh axes over which anything here differs, vocabulary shards included."""
+    axes = {a for x in jax.tree.leaves(tree) for a in varying_axes(x)}
+    if axis_name is not None and axes:
+        axes |= {axis_name} if isinstance(axis_name, str) else set(axis_name)
+    return tuple(sorted(axes))
+
+
+def _on_auto_mesh(local: Callable[..., Any], operands: Operands, weights: Array | None) -> Any:
+    """Every device sweeps its own rows and columns, where the mesh they are split over is known.
+
+    Left alone the compiler gathers a block of the head, and sums its gradient over all devices,
+    once for every block of positions; so it does both once a sweep.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    hidden, head = operands.student.hidden, operands.student.head
+
+    def dividing(names: tuple[str, ...], size: int) -> tuple[str, ...]:
+        return tuple(name for name in ops.auto_axes(names, size) if mesh.shape[name] > 1)
+
+    rows = dividing(ops.BATCH_AXES, hidden.shape[0]) if hidden.ndim > 1 else ()
+    columns = dividing(ops.VOCABULARY_AXES, head.vocab_size())
+    if not rows + columns:
+        return local(operands, weights, None)
+    # Where arrays lie, in the place of arrays.
+    spec: Any = PartitionSpec
+    by_row, by_column, whole = spec(rows), spec(columns), spec()
+
+    def layout(side: Projection) -> Projection:
+        kernel = spec(*(columns if i == side.head.axis else None for i in range(2)))
+        split_head = dataclasses.replace(side.head, kernel=kernel, bias=by_column)
+        return Projection(by_row, split_head, whole)
+
+    def mine(operands: Operands, weights: Array | None) -> Any:
+        outputs = local(operands, weights, columns or None)
+        return outputs if weights is None else (lax.psum(outputs[0], rows), outputs[1])
+
+    student, *others = map(layout, operands.sides)
+    teacher = others[0] if others else whole
+    # All axes where the others have one device: a part of a mesh is harder on the compiler.
+    alone = mesh.size == math.prod(mesh.shape[name] for name in rows + columns)
+    everywhere = jax.shard_map(
+        mine,
+        in_specs=(Operands(student, teacher, by_column, by_row), by_row),
+        out_specs=by_row if weights is None else (whole, by_row),
+        axis_names=set(mesh.axis_names if alone else rows + columns),
+    )
+    return everywhere(operands, weights)
+
+
+def _on_explicit_mesh(config: Sweep, operands: Operands, weights: Array | None) -> Any:
+    """The sweep itself; Explicit mesh axes are left to the compiler inside it."""
+
+    def call(operands, weights):
+        if weights is None:
+            return run_unreduced(config, operands)
+        return run_weighted(config, operands, weights)
+
+    sharding = jax.typeof(operands.student.hidden).sharding
+    mesh = sharding.mesh
+    explicit = tuple(
+        name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind == AxisType.Explicit
+    )
+    if not explicit:
+        return call(operands, weights)
+    head = operands.student.head
+    split = jax.typeof(head.kernel).sharding.spec
+    if len(split) == 2 and split[head.axis] is not None:
+        over = split[head.axis]
+        raise ValueError(
+            f"head: expected a whole vocabulary, got one sharded over {over!r}: give "
+            f"axis_name={over!r} inside jax.shard_map"
+        )
+    batch = tuple(sharding.spec[:-1])
+    plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (operands, weights))
+    shapes = jax.eval_shape(call, *plain)
+
+    def layout(x: jax.ShapeDtypeStruct) -> NamedSharding:
+        return NamedSharding(mesh, PartitionSpec(*(batch + (None,) * x.ndim)[: x.ndim]))
+
+    out = jax.tree.map(layout, shapes)
+    inside: Any = jax.sharding.auto_axes(call, axes=explicit, out_sharding=out)
+    return inside(operands, weights)

@@ -1,0 +1,142 @@
+"""What a sweep accumulates: the interface, and the parts that most statistics are made of."""
+
+import abc
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from logitjax import ops
+from logitjax.ops import Array, AxisName
+
+
+class LogitBlock(NamedTuple):
+    """The logits of some positions at some columns of the vocabulary, over the temperature.
+
+    Attributes:
+      student: `[*batch, block]`, float32; `-inf` where a column does not count, such as one that
+        an earlier block had.
+      teacher: the same of the teacher; None without one.
+      columns: `[block]` int32, ids in the whole vocabulary.
+      first: the place of the first column that no earlier block had.
+      tokens: the arrays given to `run`, `[*batch, ...]`.
+    """
+
+    student: jax.Array
+    teacher: jax.Array | None
+    columns: jax.Array
+    first: jax.Array
+    tokens: Any
+
+    def is_at(self, ids: Array) -> jax.Array:
+        """Where the block's columns are the ids, one a position: `[*batch, block]` boolean."""
+        new = jnp.arange(self.columns.size) >= self.first
+        return new & (self.columns == jnp.asarray(ids)[..., None])
+
+    def gather(self, ids: Array) -> jax.Array:
+        """The student's logits at `ids`, `[*batch, n]`; zero for those of other blocks."""
+        places, inside = self._places(ids)
+        return jnp.where(inside, jnp.take_along_axis(self.student, places, axis=-1), 0.0)
+
+    def scatter(self, total: jax.Array, ids: Array, values: jax.Array) -> jax.Array:
+        """`total`, `[*batch, block]`, with `values` added at `ids`, both `[*batch, n]`."""
+        places, inside = self._places(ids)
+        rows = tuple(
+            lax.broadcasted_iota(jnp.int32, places.shape, axis) for axis in range(places.ndim - 1)
+        )
+        return total.at[(*rows, places)].add(jnp.where(inside, values, 0.0))
+
+    def _places(self, ids: Array) -> tuple[jax.Array, jax.Array]:
+        """Where ids lie in the block, and which of them do (clipped where they do not)."""
+        places = jnp.asarray(ids) - self.columns[0]
+        inside = (places >= self.first) & (places < self.columns.size)
+        return jnp.clip(places, 0, self.columns.size - 1), inside
+
+
+class Statistic(abc.ABC):
+    """A few numbers a position that are summed up over the vocabulary, and their gradient.
+
+    A statistic is hashable and holds no arrays (a frozen dataclass is best): it is a static
+    argument of the sweep. Every array of its state and of its results starts with the batch shape,
+    and nothing crosses positions, because a sweep may cut them into blocks.
+
+    A statistic with more than one pass over the vocabulary starts anew in each; `passed` is what
+    the pass before gave as residuals, None in the first.
+
+    Attributes:
+      passes: over the vocabulary.
+    """
+
+    passes: ClassVar[int] = 1
+
+    @abc.abstractmethod
+    def start(self, batch: tuple[int, ...], dtype: Any, passed: Any) -> Any:
+        """The state before the first block, in the dtype of the sums."""
+
+    @abc.abstractmethod
+    def absorb(self, state: Any, block: LogitBlock, passed: Any) -> Any:
+        """The state after one block more."""
+
+    @abc.abstractmethod
+    def reduce(self, state: Any, axis_name: AxisName, passed: Any) -> Any:
+        """The state of all shards of the vocabulary together."""
+
+    @abc.abstractmethod
+    def finish(self, state: Any, passed: Any) -> tuple[Any, Any]:
+        """Outputs, and the residuals that the next pass or `gradient` reads."""
+
+    @abc.abstractmethod
+    def gradient(self, residuals: Any, cotangents: Any, block: LogitBlock) -> jax.Array:
+        """Gradient by `block.student`, given that by the outputs: `[*batch, block]`."""
+
+    def losses(self, outputs: Any, tokens: Any) -> Any:
+        """What `run` returns of the outputs: with weights a loss a position, `[*batch]`."""
+        return outputs
+
+
+class OnlineSums(NamedTuple):
+    """Sums weighted by `exp(logits)`, relative to the largest logit seen so far.
+
+    Attributes:
+      peak: `[*batch]`, that logit.
+      sums: `[*batch]` each, over `exp(peak)`: the plain sum first, then one a term.
+    """
+
+    peak: jax.Array
+    sums: tuple[jax.Array, ...]
+
+    @classmethod
+    def start(cls, batch: tuple[int, ...], dtype: Any, *, terms: int = 0) -> "OnlineSums":
+        """Nothing yet of the normaliser and of so many weighted terms."""
+        # Not -inf, whose difference with itself would be nan.
+        peak = jnp.full(batch, jnp.finfo(dtype).min, dtype)
+        return cls(peak, tuple(jnp.zeros(batch, dtype) for _ in range(1 + terms)))
+
+    def add(self, logits: jax.Array, *terms: jax.Array) -> "OnlineSums":
+        """With one block more; `terms` have the shape of its logits and must be finite."""
+        peak = jnp.maximum(self.peak, logits.max(-1))
+        weights = jnp.exp(logits - peak[..., None])
+        news = [weights, *(weights * term for term in terms)]
+        old = self._rescaled(peak)
+        return OnlineSums(peak, tuple(s + new.sum(-1) for s, new in zip(old, news)))
+
+    def reduce(self, axis_name: AxisName) -> "OnlineSums":
+        """Of all shards together."""
+        peak = lax.pmax(self.peak, axis_name)
+        sums = lax.psum(jnp.stack(self._rescaled(peak)), axis_name)
+        return OnlineSums(peak, tuple(sums))
+
+    def _rescaled(self, peak: jax.Array) -> list[jax.Array]:
+        scale = jnp.exp(self.peak - peak)
+        return [s * scale for s in self.sums]
+
+    @property
+    def log_sum(self) -> jax.Array:
+        """The log-normaliser; `-inf` where no entry exists."""
+        return self.peak + jnp.log(self.sums[0])
+
+    @property
+    def log_z(self) -> jax.Array:
+        """`log_sum`, zero where no entry exists: what to subtract from logits."""
+        return ops.finite_or_zero(self.log_sum)
