@@ -113,9 +113,10 @@ def _text(split: str, limit: int) -> Part:
     # tfds shuffled the examples when it wrote them: the first ones are as good as any.
     examples = data.load_examples("tfds:udhr", split=f"{split}[:{limit}]" if limit else split)
     texts = [example["text"] for example in examples]
-    from logitjax.data.builders._udhr import LANGUAGES
+    # The package of builders imports tfds, which pictures do without.
+    from logitjax.data.builders import BUILDERS
 
-    number = {code: i for i, code in enumerate(LANGUAGES)}
+    number = {code: i for i, code in enumerate(BUILDERS["udhr"].LANGUAGES)}
     labels = np.array([number[example["language"]] for example in examples], np.int32)
     return Part(inputs=hashed_ngrams(texts), labels=labels)
 

@@ -1,19 +1,15 @@
 """Sources, packing, and batches that are a pure function of the seed and the step."""
 
-from logitjax.data._documents import render_example as render_example
 from logitjax.data._examples import Examples as Examples
 from logitjax.data._image_set import ImageSet as ImageSet
 from logitjax.data._image_set import load_image_set as load_image_set
 from logitjax.data._image_views import ImageViews as ImageViews
-from logitjax.data._images import LabelledImages as LabelledImages
 from logitjax.data._images import load_images as load_images
 from logitjax.data._load import load_examples as load_examples
 from logitjax.data._load import prepare as prepare
 from logitjax.data._pack import pack as pack
 from logitjax.data._packed import PackedDataset as PackedDataset
-from logitjax.data._packed import open_packed as open_packed
 from logitjax.data._recognition import RECOGNITION_SETS as RECOGNITION_SETS
-from logitjax.data._recognition import RecognitionSet as RecognitionSet
 from logitjax.data._splits import SPLITS as SPLITS
 from logitjax.data._splits import PackedSplits as PackedSplits
 from logitjax.data._splits import load_splits as load_splits

@@ -45,9 +45,9 @@ def _positions(
 class PackedDataset:
     """Rows of packed documents, tokenised by one or several tokenizers.
 
-    Made by :func:`logitjax.data.pack` or, where somebody else has packed,
-    :func:`logitjax.data.open_packed`. A batch is ``{name: {"tokens", "segment_ids", "positions",
-    "loss_mask"}, "row"}`` of NumPy arrays [batch, seq_len] (int32, the mask bool) and [batch]
+    :func:`logitjax.data.pack` makes them; ``PackedDataset(directory)`` opens what somebody has
+    packed, without data or tokenizers at hand. A batch is ``{name: {"tokens", "segment_ids",
+    "positions", "loss_mask"}, "row"}`` of NumPy arrays [batch, seq_len] (int32, the mask bool) and [batch]
     (int64), where ``name`` is a tokenizer's name given to ``pack``:
 
     * ``segment_ids`` counts the documents of a row from 1; 0 is padding. Segment s holds the same
@@ -68,7 +68,7 @@ class PackedDataset:
     >>> directory = tempfile.mkdtemp()
     >>> _ = data.pack([{"text": f"document {i}"} for i in range(10)], {"pivot": Bytes()},
     ...               seq_len=16, directory=directory)
-    >>> rows = data.open_packed(directory)
+    >>> rows = data.PackedDataset(directory)
     >>> batch = rows.batch(3, seed=0, batch_size=4)
     >>> batch["pivot"]["tokens"].shape, batch["row"].shape
     ((4, 16), (4,))
@@ -76,6 +76,13 @@ class PackedDataset:
     ...           for p in range(2)]
     >>> bool((np.concatenate(halves) == batch["row"]).all())
     True
+
+    Args:
+        directory: What `pack` was given.
+
+    Raises:
+        FileNotFoundError: There is nothing packed, or a shard is missing.
+        ValueError: The manifest or a shard is damaged.
     """
 
     def __init__(self, directory: str | os.PathLike[str]):
@@ -216,20 +223,6 @@ class PackedDataset:
                 yield self.rows(np.where(places < count, places, -1)[mine])
 
         return read_ahead(produce(), prefetch)
-
-
-def open_packed(directory: str | os.PathLike[str]) -> PackedDataset:
-    """Open what :func:`logitjax.data.pack` has written, without data or tokenizers at hand.
-
-    Raises:
-        FileNotFoundError: there is nothing packed, or a shard is missing.
-        ValueError: the manifest or a shard is damaged.
-
-    >>> open_packed("/nowhere")
-    Traceback (most recent call last):
-    FileNotFoundError: no packed dataset in /nowhere (it has no manifest.json)
-    """
-    return PackedDataset(directory)
 
 
 def read_ahead(batches: Iterator[Batch], depth: int) -> Iterator[Batch]:

@@ -11,8 +11,8 @@ from jaxtyping import Bool, Float, Int
 from logitjax import ops
 from logitjax.distillation._graph_on_logits import GraphConfig, graph_on_logits
 from logitjax.distillation._universal_logit_distance import universal_logit_distance
-from logitjax.losses._cross_entropy import cross_entropy as _cross_entropy
-from logitjax.losses._graph_statistics import GraphStatistics, graph_statistics
+from logitjax.losses import GraphStatistics, graph_statistics
+from logitjax.losses import cross_entropy as _cross_entropy
 from logitjax.ops import Array
 
 

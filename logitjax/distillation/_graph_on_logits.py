@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
 from logitjax import ops, transport
-from logitjax.losses._graph_statistics import GraphStatistics, graph_statistics
+from logitjax.losses import GraphStatistics, graph_statistics
 from logitjax.ops import Array
 
 Node = Literal["rank", "token"]

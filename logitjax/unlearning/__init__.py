@@ -1,3 +1,36 @@
+"""Making a model forget, and measuring whether it has: objectives, assistants, TOFU.
+
+`evaluate_tofu` scores every set of the TOFU benchmark item by item, writes TOFU's own logs and can
+be killed and started again; `metrics_from_logs` makes the numbers from logs, ours or others'::
+
+    sets = {
+        "retain": load_tofu(source, "retain_perturbed"),
+        "real_authors": load_tofu(source, "real_authors_perturbed"),
+        "world_facts": load_tofu(source, "world_facts_perturbed"),
+        "forget": load_tofu(source, "forget10_perturbed"),
+    }
+    template = evaluation.PromptTemplate.chatml()
+    retrained = evaluate_tofu(nll_of_retrained, generate_of_retrained, tokenizer, sets,
+                              template=template)
+    unlearned = evaluate_tofu(nll_fn, generate_fn, tokenizer, sets, template=template,
+                              reference_logs=retrained, workdir="logs/unlearned",
+                              model_fingerprint=storage.digest(params, sample=4096))
+    print(unlearned.table())
+
+What is reported:
+
+- `answer_probability`, `normalised_probability`, ROUGE recall and the `truth_ratio` of each set; of
+  the first three sets together `model_utility`, the harmonic mean of nine numbers.
+- `forget_quality`: whether truth ratios on the forget set can be told from those of a model that
+  was retrained without it. TOFU reports the p-value, which falls with the number of items at the
+  same distance; D and its interval do not.
+- `extraction_strength`, `exact_memorisation`; `membership_auc` and `privleak` where there are
+  authors that no model has seen.
+
+The truth ratio has two published forms (``geometric``, the default, and ``arithmetic``) that differ
+by .04 in model utility: say which one a number has.
+"""
+
 from logitjax.unlearning._assistant import Assistant as Assistant
 from logitjax.unlearning._assistant import init_assistant as init_assistant
 from logitjax.unlearning._assistant_loss import make_assistant_loss as make_assistant_loss

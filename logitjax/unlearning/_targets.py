@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Bool, Float, Int
 
-from logitjax.losses._divergences import kl_divergence
+from logitjax.losses import kl_divergence
 from logitjax.ops import (
     Array,
     AxisName,

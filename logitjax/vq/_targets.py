@@ -87,7 +87,8 @@ def cached_head_targets(
         check_manifest(root, _KIND, made_from)
         with (root / "targets.npz").open("rb") as file, np.load(file) as held:
             arrays: dict[str, Any] = {name: held[name] for name in held.files}
-        return HeadTargets(**arrays | {"entropy": float(arrays["entropy"])})
+        arrays["entropy"] = float(arrays["entropy"])
+        return HeadTargets(**arrays)
     targets = head_targets(
         cache.hidden,
         rows,

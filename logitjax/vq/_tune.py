@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 
 from logitjax.ops import Array, logsumexp
-from logitjax.training._mesh import local_rows, make_global_batch
+from logitjax.training import local_rows, make_global_batch
 from logitjax.vq._assignment import reassign
 from logitjax.vq._loss import cluster_log_mass, code_scores, vq_nll
 from logitjax.vq._targets import HeadTargets

@@ -32,7 +32,7 @@ def test_writes_caches_that_fit_their_rows(source, tmp_path):
     cache_logits.run(_config(source), workdir)
     for split in data.SPLITS:
         cache = distillation.TeacherCache(workdir / "source0" / split)
-        packed = data.open_packed(workdir / "data" / split)
+        packed = data.PackedDataset(workdir / "data" / split)
         cache.check(data=packed.fingerprint, model="tiny:1", k=16, positions=63)
         assert len(cache) == min(6, len(packed))
         found = cache.read(np.arange(len(cache)))

@@ -103,4 +103,4 @@ def test_udhr_keeps_paragraphs_in_one_split(tmp_path):
     firsts = {s: {t for t in texts if t.startswith("paragraph")} for s, texts in pieces.items()}
     assert not firsts["train"] & firsts["test"]
     assert not firsts["train"] & firsts["validation"]
-    assert len(set(_udhr.LANGUAGES)) == 100
+    assert len(set(_udhr.Udhr.LANGUAGES)) == 100

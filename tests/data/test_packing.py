@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from logitjax.data import Examples, open_packed, pack
+from logitjax.data import Examples, PackedDataset, pack
 from logitjax.data._documents import split_document
 from logitjax.data._packed import read_ahead
 from logitjax.storage import _shards
@@ -240,14 +240,14 @@ def test_tokenizers_may_render_differently_but_not_be_cut_then(tmp_path):
 
 def test_any_batch_recomputed_alone_is_equal(packed):
     run = itertools.islice(packed.iterate(seed=7, batch_size=4), 9)
-    fresh = open_packed(packed.directory)
+    fresh = PackedDataset(packed.directory)
     for step, batch in reversed(list(enumerate(run))):
         assert_equal(batch, fresh.batch(step, seed=7, batch_size=4))
 
 
 def test_resuming_continues_the_sequence(packed):
     whole = list(packed.iterate(seed=1, batch_size=2, stop_step=8))
-    resumed = list(open_packed(packed.directory).iterate(5, seed=1, batch_size=2, stop_step=8))
+    resumed = list(PackedDataset(packed.directory).iterate(5, seed=1, batch_size=2, stop_step=8))
     assert len(resumed) == 3
     for a, b in zip(whole[5:], resumed, strict=True):
         assert_equal(a, b)
@@ -365,7 +365,7 @@ def test_an_interrupted_packing_starts_again(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         pack(Interrupted(EXAMPLES), {"b": ByteTokenizer()}, seq_len=64, directory=tmp_path)
     with pytest.raises(FileNotFoundError, match="no packed data"):
-        open_packed(tmp_path)
+        PackedDataset(tmp_path)
     assert list(tmp_path.iterdir()) == []
     assert pack(EXAMPLES, {"b": ByteTokenizer()}, seq_len=64, directory=tmp_path)
 
@@ -400,7 +400,7 @@ def test_damage_is_named(tmp_path, damage):
         (tmp_path / "manifest.json").write_text(json.dumps({"seq_len": 3})[:-4])
     culprit = "manifest.json" if damage == "manifest" else shard.name
     with pytest.raises((ValueError, FileNotFoundError), match=culprit) as caught:
-        everything(open_packed(tmp_path))
+        everything(PackedDataset(tmp_path))
     assert "damaged" in str(caught.value) or "lacks" in str(caught.value)
     assert "\n" not in str(caught.value)
 

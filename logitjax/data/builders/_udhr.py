@@ -19,7 +19,6 @@ _CODES = (
     "nds niu nob nso pam pau pcm piu pon ppl qul quz qvh qvn qxu rmn sag sey slv smo "
     "som spa sun swe tbz tem tji tob ton tpi tsz tzh umb vec vie war xho yad yor zdj "
 )
-LANGUAGES: tuple[str, ...] = tuple(_CODES.split())
 _ARTICLE = re.compile(r"<(?:p|li|h\d)[^>]*>(.*?)</(?:p|li|h\d)>", re.DOTALL)
 _TAG = re.compile(r"<[^>]+>")
 # Of ten consecutive paragraphs one is for validation and two are for the test.
@@ -31,6 +30,7 @@ _STRIDE = {"train": 12, "validation": 24, "test": 24}
 class Udhr(tfds.core.GeneratorBasedBuilder):
     """Windows of 24 characters; a paragraph's windows are all in one split."""
 
+    LANGUAGES: ClassVar[tuple[str, ...]] = tuple(_CODES.split())
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES: ClassVar[dict[str, str]] = {"1.0.0": "First version."}
     MANUAL_DOWNLOAD_INSTRUCTIONS = _INSTALL
@@ -42,7 +42,7 @@ class Udhr(tfds.core.GeneratorBasedBuilder):
             features=tfds.features.FeaturesDict(
                 {
                     "text": tfds.features.Text(),
-                    "language": tfds.features.ClassLabel(names=list(LANGUAGES)),
+                    "language": tfds.features.ClassLabel(names=list(self.LANGUAGES)),
                 }
             ),
             supervised_keys=("text", "language"),
@@ -52,7 +52,7 @@ class Udhr(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
         directory = find_declarations(getattr(dl_manager, "_manual_dir", None))
-        paragraphs = {code: read_paragraphs(directory / f"{code}.html") for code in LANGUAGES}
+        paragraphs = {code: read_paragraphs(directory / f"{code}.html") for code in self.LANGUAGES}
         return {split: self._generate_examples(paragraphs, split) for split in _STRIDE}
 
     def _generate_examples(
