@@ -47,8 +47,8 @@ class PackedDataset:
 
     :func:`logitjax.data.pack` makes them; ``PackedDataset(directory)`` opens what somebody has
     packed, without data or tokenizers at hand. A batch is ``{name: {"tokens", "segment_ids",
-    "positions", "loss_mask"}, "row"}`` of NumPy arrays [batch, seq_len] (int32, the mask bool) and [batch]
-    (int64), where ``name`` is a tokenizer's name given to ``pack``:
+    "positions", "loss_mask"}, "row"}`` of NumPy arrays [batch, seq_len] (int32, the mask bool) and
+    [batch] (int64), where ``name`` is a tokenizer's name given to ``pack``:
 
     * ``segment_ids`` counts the documents of a row from 1; 0 is padding. Segment s holds the same
       text for every tokenizer.

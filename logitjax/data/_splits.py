@@ -63,7 +63,7 @@ class PackedSplits:
 
     splits: Mapping[str, PackedDataset]
     names: Mapping[str, str]
-    tokenizers: Mapping[str, TokenizerLike]
+    tokenizers: Mapping[str, Any]
     chat: bool
 
     def columns(self, batch: Mapping[str, Any], model: str) -> Mapping[str, Any]:
