@@ -27,9 +27,10 @@ from logitjax.decoding import (
     CachedModel,
     DraftControl,
     Ensemble,
+    Speculation,
+    TextOptions,
     cached_model,
     generate,
-    speculative_generate,
 )
 
 _LAYERS = (0, 1, 2, 14, 28, 29)
@@ -99,9 +100,10 @@ def _rows(
     new = 6 if options.smoke else 64 if batch == 1 else 32
     ensemble = Ensemble(large, experts=[small], fuse=_sum)
     alone = Ensemble(small)
-    control = DraftControl(lengths)
+    speculation = Speculation(lengths=lengths)
+    control = DraftControl(speculation)
     speculate = functools.partial(
-        speculative_generate, ensemble, prompts, max_new_tokens=new, lengths=lengths
+        generate, ensemble, prompts, max_new_tokens=new, text=TextOptions(chunk=6)
     )
     last: dict[Any, Any] = {}
 
@@ -119,28 +121,31 @@ def _rows(
         "draft": lambda: generate(alone, prompts, max_new_tokens=new).tokens,
     }
     for length in lengths:
-        calls[length] = remember(length, lambda n=length: speculate(length=n))
+        calls[length] = remember(
+            length, lambda n=length: speculate(drafts=DraftControl(speculation, length=n))
+        )
         calls["verify", length] = _verify(ensemble, batch, length + 1)
     seconds = timing.paired_seconds(calls, repeats=options.repeats)
     # The control's first calls are its compilations and first looks: it settles before it is timed.
-    adaptive = remember("adaptive", lambda: speculate(control=control))
+    adaptive = remember("adaptive", lambda: speculate(drafts=control))
     settled = timing.paired_seconds(
         {"plain": plain, "adaptive": adaptive}, repeats=2 * options.repeats, warmup=2
     )
     rows = []
     for name in (*lengths, "adaptive"):
         out, taken = last[name], settled if name == "adaptive" else seconds
+        drafting = out.drafting
+        rounds = sum(rounds for _, rounds, _ in drafting.calls)
         row = {
             "B": batch,
             "weight": weight,
             "lengths": name,
-            "acceptance": out.acceptance,
-            "tokens a round": (out.lengths.max() - 1) / sum(rounds for _, rounds, _ in out.calls),
+            "acceptance": drafting.acceptance,
+            "tokens a round": (out.lengths.max() - 1) / rounds,
             "tokens/s": batch * new / float(np.median(taken[name])),
             "speed-up": timing.paired_ratio(taken["plain"], taken[name]),
         }
         if name != "adaptive":
-            rounds = sum(rounds for _, rounds, _ in out.calls)
             draft = np.array(seconds["draft"]) / new
             verify = np.array(seconds["verify", name]) / _PASSES
             expected = np.array(seconds["one"]) + rounds * (name * draft + verify)

@@ -234,8 +234,7 @@ def grade(
             [tokenizer.encode(q.prompt)[-max_prompt:] for q in part],
             max_new_tokens=kind.max_new_tokens,
             stop_ids=() if tokenizer.eos_id is None else (tokenizer.eos_id,),
-            stop_strings=kind.stop_strings,
-            tokenizer=tokenizer,
+            text=decoding.TextOptions(tokenizer=tokenizer, stop_strings=kind.stop_strings),
         )
         assert out.texts is not None
         grades += [kind.grade(text, q.right) for text, q in zip(out.texts, part, strict=True)]

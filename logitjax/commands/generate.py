@@ -16,7 +16,7 @@ are read from standard input, one a line, until its end.
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -63,11 +63,17 @@ def run(config: Config) -> None:
     ensemble, tokenizer, ends = decoding.load_ensemble(
         config.model, config.expert, config.base, strategy(config.fusion), dtype=config.dtype
     )
-    options: dict[str, Any] = dict(
-        sampling=sampling, stop_ids=ends, stop_strings=config.stop, tokenizer=tokenizer
-    )
+    drafts = None
     if config.draft is not None:
-        options |= dict(draft=config.draft, control=decoding.DraftControl())
+        drafts = decoding.DraftControl(decoding.Speculation(draft=config.draft))
+    # Few steps a call, so that text comes as it is made.
+    shown = decoding.TextOptions(
+        tokenizer=tokenizer,
+        stop_strings=config.stop,
+        stream=lambda row, new, text: print(text, end="", flush=True),
+        chunk=4 if drafts is None else 6,
+    )
+    options: dict[str, Any] = dict(sampling=sampling, stop_ids=ends, text=shown, drafts=drafts)
     chat = tokenizer.chat_template is not None and not config.complete
     talk = Conversation(tokenizer, config.system)
     try:
@@ -80,7 +86,6 @@ def run(config: Config) -> None:
                 talk.ask(prompt) if chat else prompt,
                 config.max_new_tokens,
                 options,
-                lambda piece: print(piece, end="", flush=True),
             )
             talk.answered(text)
             print(flush=True)
@@ -111,14 +116,13 @@ def answer(
     prompt: str,
     max_new_tokens: int,
     options: dict[str, Any],
-    show: Callable[[str], None],
 ) -> tuple[str, int]:
-    """The text that continues a prompt, shown as it comes, and its number of tokens.
+    """The text that continues a prompt, and its number of tokens; `generate` takes the options.
 
     Raises:
         ValueError: The prompt leaves no room in what the models can read.
     """
-    tokenizer = options["tokenizer"]
+    tokenizer = options["text"].tokenizer
     tokens = tokenizer.encode(prompt)
     if not tokens and tokenizer.bos_id is not None:
         tokens = [tokenizer.bos_id]
@@ -126,15 +130,10 @@ def answer(
     room = max_new_tokens if most is None else most - len(tokens)
     if room < 1:
         raise ValueError(f"prompt: {len(tokens)} tokens, the models read at most {most}")
-    # Few steps a call, so that text comes as it is made.
-    make = decoding.speculative_generate if "draft" in options else decoding.generate
-    more = {} if "draft" in options else {"chunk": 4}
-    out = make(
+    out = decoding.generate(
         ensemble,
         [np.array(tokens, np.int32)],
         max_new_tokens=min(max_new_tokens, room),
-        stream=lambda row, new, text: show(text),
-        **more,
         **options,
     )
     assert out.texts is not None

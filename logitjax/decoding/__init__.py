@@ -9,12 +9,11 @@
 - `Engine` is what `generate` is built on: slots that are filled (`Engine.prefill` with a
   `Request`), stepped (`Engine.decode_chunk`) and emptied (`Engine.evict`) independently, which is
   all that continuous batching needs. `DecodeOptions` says what is reported, `Emitted` reports it.
-- `speculative_generate` lets a small member of an ensemble draft and all members verify in one
-  pass: the same distribution, the same greedy tokens, faster where drafts are accepted.
-  `Speculation` says who drafts, `DraftControl` how much.
-- `Sampling` is how a row chooses its tokens; `sample`, `truncate`, `penalize_repetition` and
-  `sampling_logits` are the pure functions behind it. `TextStream` turns tokens into text as they
-  come and sees stop strings.
+- `generate(..., drafts=DraftControl(Speculation(...)))` lets a small member of an ensemble draft
+  and all members verify in one pass: the same distribution, the same greedy tokens, faster where
+  drafts are accepted. `Speculation` says who drafts, `DraftControl` how much.
+- `Sampling` is how a row chooses its tokens. `TextOptions` asks for texts, `TextStream` turns
+  tokens into text as they come and sees stop strings.
 - `paired_model` steps a model together with an assistant made of its first layers.
 - A model is a `logitjax.models.Decoder`, or anybody's ``(apply_fn, params, cache)``, or a
   `CachedModel`, which says what such a function has to keep to.
@@ -22,9 +21,7 @@
 
 from logitjax.decoding._cached_model import CachedModel as CachedModel
 from logitjax.decoding._cached_model import cached_model as cached_model
-from logitjax.decoding._chunks import Generated as Generated
 from logitjax.decoding._draft_control import DraftControl as DraftControl
-from logitjax.decoding._draft_control import expected_tokens as expected_tokens
 from logitjax.decoding._engine import Engine as Engine
 from logitjax.decoding._ensemble import Ensemble as Ensemble
 from logitjax.decoding._generate import generate as generate
@@ -32,20 +29,9 @@ from logitjax.decoding._greedy import greedy_generate as greedy_generate
 from logitjax.decoding._load_ensemble import load_ensemble as load_ensemble
 from logitjax.decoding._requests import Request as Request
 from logitjax.decoding._sampling import Sampling as Sampling
-from logitjax.decoding._sampling import SamplingRows as SamplingRows
-from logitjax.decoding._sampling import penalize_repetition as penalize_repetition
-from logitjax.decoding._sampling import sample as sample
-from logitjax.decoding._sampling import sampling_logits as sampling_logits
-from logitjax.decoding._sampling import sampling_rows as sampling_rows
-from logitjax.decoding._sampling import truncate as truncate
-from logitjax.decoding._score import Scores as Scores
 from logitjax.decoding._score import score as score
-from logitjax.decoding._speculate import Drafted as Drafted
 from logitjax.decoding._speculate import Speculation as Speculation
-from logitjax.decoding._speculate import accept_or_redraw as accept_or_redraw
-from logitjax.decoding._speculative_generate import Speculated as Speculated
-from logitjax.decoding._speculative_generate import speculative_generate as speculative_generate
 from logitjax.decoding._step import DecodeOptions as DecodeOptions
-from logitjax.decoding._step import DecodeState as DecodeState
 from logitjax.decoding._step import Emitted as Emitted
+from logitjax.decoding._text import TextOptions as TextOptions
 from logitjax.decoding._text import TextStream as TextStream

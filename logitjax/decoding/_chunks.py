@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from logitjax.decoding._drafting import Drafting
 from logitjax.decoding._engine import Engine
 from logitjax.decoding._requests import Request
 from logitjax.decoding._step import Emitted
-from logitjax.decoding._text import TextStream
+from logitjax.decoding._text import TextOptions, TextStream
 from logitjax.models import Tokenizer
 
 
@@ -29,6 +30,7 @@ class Generated:
       top_logprobs: float32 ``[rows, new, n]``, theirs.
       info: what the fusion said, leaves ``[new, ...]``.
       texts: one string a row where a tokenizer was given, cut before a stop string.
+      drafting: what drafts brought; None without them.
     """
 
     tokens: np.ndarray
@@ -39,6 +41,7 @@ class Generated:
     top_logprobs: np.ndarray | None = None
     info: Any = None
     texts: tuple[str, ...] | None = None
+    drafting: Drafting | None = None
 
     def rows(self) -> list[list[int]]:
         """Each row's tokens without padding."""
@@ -66,23 +69,20 @@ def in_chunks(
     engine: Engine,
     requests: Sequence[Request],
     advance: Callable[[], Emitted],
-    *,
-    tokenizer: Tokenizer | None,
-    stop_strings: Sequence[str],
-    stream: Callable[[int, list[int], str], None] | None,
+    text: TextOptions,
 ) -> Generated:
     """Prefill all slots, then ``advance()`` until every row has ended.
 
     A call may bring each row another number of tokens; what the fusion said ends in rows then.
     """
-    rows = [_Row(tokenizer, stop_strings) for _ in requests]
+    rows = [_Row(text.tokenizer, text.stop_strings) for _ in requests]
     parts = [jax.tree.map(np.asarray, one_step(engine.prefill_all(requests)))]
     while True:
         active = engine.active
         for i, row in enumerate(rows):
-            new, text = row.take(parts[-1].tokens[i][parts[-1].valid[i]], last=not active[i])
-            if stream is not None and (new or text):
-                stream(i, new, text)
+            new, piece = row.take(parts[-1].tokens[i][parts[-1].valid[i]], last=not active[i])
+            if text.stream is not None and (new or piece):
+                text.stream(i, new, piece)
         cut = np.array([row.cut for row in rows])
         if not (active & ~cut).any():
             break
@@ -92,7 +92,7 @@ def in_chunks(
     lengths = np.array([row.length for row in rows], np.int32)
     emitted = _without_gaps(parts, lengths, requests[0].max_new_tokens, engine.options.pad_id)
     stopped = np.asarray(engine.state.stopped) | cut
-    texts = None if tokenizer is None else tuple(row.text for row in rows)
+    texts = None if text.tokenizer is None else tuple(row.text for row in rows)
     return replace(generated(emitted, stopped, None), texts=texts)
 
 

@@ -2,7 +2,9 @@
 
 import collections
 import statistics
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
+
+from logitjax.decoding._speculate import Speculation
 
 
 class DraftControl:
@@ -15,11 +17,12 @@ class DraftControl:
     Reuse one control for calls of one kind: what it knows of costs and acceptance then stays.
 
     Args:
-      lengths: what may be chosen, ascending; 0 always may.
+      speculation: who drafts, and the lengths that may be chosen; 0 always may.
+      length: draft always so many, one of these lengths, instead of adapting.
       loss: share of the time that looking may cost.
       memory: about so many tested tokens are remembered for the acceptance.
 
-    >>> control = DraftControl((2, 5))
+    >>> control = DraftControl(Speculation(lengths=(2, 5)))
     >>> for length, seconds in ((0, 1.0), (2, 1.4), (5, 2.0)):
     ...     control.record(length, seconds=0.0)  # compiles
     ...     control.record(length, seconds=seconds, tested=10 * length, accepted=9 * length)
@@ -28,9 +31,18 @@ class DraftControl:
     """
 
     def __init__(
-        self, lengths: Sequence[int] = (2, 5), *, loss: float = 0.01, memory: float = 48.0
+        self,
+        speculation: Speculation | None = None,
+        *,
+        length: int | None = None,
+        loss: float = 0.01,
+        memory: float = 48.0,
     ):
-        self.lengths = tuple(lengths)
+        self.speculation = Speculation() if speculation is None else speculation
+        self.lengths = self.speculation.lengths
+        if length is not None and length not in self.lengths:
+            raise ValueError(f"length: expected one of lengths={self.lengths}, got {length}")
+        self._fixed = length
         self._loss_share = loss
         self._memory = memory
         # Even odds, worth less than two tokens: a first look decides.
@@ -64,6 +76,8 @@ class DraftControl:
 
     def choose(self, kind: Hashable = None) -> int:
         """The next length; ``kind`` tells apart what costs differently (batch sizes)."""
+        if self._fixed is not None:
+            return self._fixed
         plain = self.cost(0, kind)
         if plain is None:
             return 0

@@ -1,7 +1,7 @@
 """Whole batches from prompt to end."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,13 +9,14 @@ import jax
 import numpy as np
 
 from logitjax.decoding._chunks import Generated, generated, in_chunks, joined, one_step
+from logitjax.decoding._draft_control import DraftControl
+from logitjax.decoding._drafting import Rounds
 from logitjax.decoding._engine import Engine
 from logitjax.decoding._ensemble import Ensemble, Plan
 from logitjax.decoding._requests import Prompt, Request, bucket, fresh_rows, left_padded
 from logitjax.decoding._sampling import GREEDY, Sampling
 from logitjax.decoding._step import DecodeOptions, constrain, run_steps, start
-from logitjax.models import Tokenizer
-from logitjax.ops import Array
+from logitjax.decoding._text import TextOptions
 
 
 @functools.partial(
@@ -28,13 +29,8 @@ def _generate(plan: Plan, options: DecodeOptions, params, state, tokens, positio
     return state, joined([one_step(first), rest])
 
 
-def as_prompts(prompts: Any, where: Array | None = None) -> list[np.ndarray]:
-    """One array of ids a row, of one prompt, several, or a padded array and what of it is there."""
-    if where is not None:
-        return [
-            np.asarray(row)[np.asarray(kept, bool)]
-            for row, kept in zip(prompts, where, strict=True)
-        ]
+def as_prompts(prompts: Any) -> list[np.ndarray]:
+    """One array of ids a row, of one prompt or several."""
     if len(prompts) and np.ndim(prompts[0]) == 0:
         return [np.asarray(prompts)]
     return [np.asarray(row) for row in prompts]
@@ -46,43 +42,42 @@ def generate(
     *,
     max_new_tokens: int,
     sampling: Sampling | Sequence[Sampling] = GREEDY,
-    where: Array | None = None,
     others: Sequence[Sequence[Prompt] | None] | None = None,
     stop_ids: Sequence[int] = (),
-    stop_strings: Sequence[str] = (),
     logit_bias: dict[int, float] | None = None,
-    tokenizer: Tokenizer | None = None,
-    stream: Callable[[int, list[int], str], None] | None = None,
-    chunk: int = 8,
+    text: TextOptions | None = None,
+    drafts: DraftControl | None = None,
     options: DecodeOptions | None = None,
 ) -> Generated:
     """Continue prompts of any lengths, all rows together, in one compiled loop.
 
-    Where somebody wants to see tokens as they come (``stream``, ``stop_strings``) the same steps
-    run in chunks and the host looks in between; tokens are the same.
+    With ``drafts`` it is faster where a member of the ensemble guesses the fused tokens: that
+    member runs ahead by some tokens, one pass of all members verifies them, and each row goes as
+    far as its draft is accepted: by the *fused* distribution, which tokens therefore follow
+    exactly, whoever drafts. Greedy tokens are those without drafts. How much is drafted follows
+    measured costs and acceptance; where drafting does not pay, rows go on step by step.
 
     Args:
       model: a `Decoder`, a `CachedModel`, ``(apply_fn, params, cache)`` or an `Ensemble`. A stacked
         decoder is converted on every call: hand in a listed one to decode often.
-      prompts: token ids, one prompt or several, or an array with ``where``.
+      prompts: token ids, one prompt or several.
       max_new_tokens: how many to add at most.
       sampling: for all rows (row i draws with ``seed + i``) or one a row.
-      where: bool, like ``prompts``, false at padding on either side.
       others: prompts of the experts, then of the bases, each a list with one a row; None: the same.
       stop_ids: rows end after any of these; the token itself is kept.
-      stop_strings: rows end with the token that completes one; needs ``tokenizer``.
       logit_bias: added to the logits of these tokens, in every row.
-      tokenizer: of the model, to make texts.
-      stream: called with (row, new tokens, new text) after every chunk, the text ``''`` without
-        a tokenizer.
-      chunk: tokens between two looks of the host.
+      text: texts, stop strings, and who sees tokens as they come.
+      drafts: who drafts and how much, for an ensemble whose members have passes of their own. What
+        a control has learnt of costs and acceptance serves later calls of the same kind.
       options: what else to report; room for penalties, biases and stop tokens is made as needed.
 
     Returns:
       `Generated`.
 
     Raises:
-      ValueError: for empty prompts, or arguments that do not fit together.
+      ValueError: for empty prompts, arguments that do not fit together, or a drafting member that
+        is not there.
+      TypeError: drafts of a model that is not an ensemble.
 
     >>> from flax import nnx
     >>> from logitjax.models import Decoder, DecoderConfig
@@ -92,33 +87,47 @@ def generate(
     >>> out = generate(model, [[1, 2, 3], [4]], max_new_tokens=4, sampling=Sampling(temperature=1))
     >>> out.tokens.shape, out.lengths.tolist()
     ((2, 4), [4, 4])
+
+    References:
+      Drafts: Leviathan et al., 2023 (arXiv 2211.17192); coupled acceptance: Daliri, Musco and
+      Suresh, Coupling without communication and drafter-invariant speculative decoding, 2024
+      (arXiv 2408.07978).
     """
-    if stop_strings and tokenizer is None:
-        raise ValueError("stop_strings: a tokenizer is needed to see them")
+    if drafts is not None and not isinstance(model, Ensemble):
+        raise TypeError(
+            f"model: expected an Ensemble, one of whose members drafts, got {type(model).__name__}"
+        )
+    text = TextOptions() if text is None else text
     ensemble = model if isinstance(model, Ensemble) else Ensemble(model)
     requests = as_requests(
-        as_prompts(prompts, where), sampling, others, max_new_tokens, stop_ids, logit_bias
+        as_prompts(prompts), sampling, others, max_new_tokens, stop_ids, logit_bias
     )
     options = with_room(DecodeOptions() if options is None else options, requests)
     plan = ensemble.plan
     rows = [request.streams(plan) for request in requests]
-    slots = bucket(max(len(p) for row in rows for p in row) + max_new_tokens)
-    if stream is not None or stop_strings:
+    longest = max(len(p) for row in rows for p in row) + max_new_tokens
+    if drafts is not None:
+        most = max(drafts.lengths)
+        engine = Engine(
+            ensemble,
+            slots=len(rows),
+            max_length=bucket(longest + most) - most,
+            options=options,
+            speculation=drafts.speculation,
+        )
+        rounds = Rounds(engine, drafts, chunk=text.chunk, watched=text.watched)
+        out = in_chunks(engine, requests, rounds.advance, text)
+        return replace(out, drafting=rounds.drafting())
+    slots = bucket(longest)
+    if text.watched:
         engine = Engine(ensemble, slots=len(rows), max_length=slots, options=options)
         # Always the same number of steps, so one program: the budget freezes rows by itself.
-        return in_chunks(
-            engine,
-            requests,
-            lambda: engine.decode_chunk(chunk),
-            tokenizer=tokenizer,
-            stop_strings=stop_strings,
-            stream=stream,
-        )
+        return in_chunks(engine, requests, lambda: engine.decode_chunk(text.chunk), text)
     state = fresh_rows(plan, options, requests, cache=plan.init_cache(len(rows), slots))
     state, emitted = _generate(
         plan, options, ensemble.params, state, *left_padded(rows), steps=max_new_tokens
     )
-    return generated(emitted, np.asarray(state.stopped), tokenizer)
+    return generated(emitted, np.asarray(state.stopped), text.tokenizer)
 
 
 def as_requests(

@@ -1,8 +1,39 @@
 """Tokens to text as they come, and stop strings, which tokens do not respect."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 
 from logitjax.models import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextOptions:
+    """Texts of what is generated, and who sees them as they come.
+
+    Where somebody does (``stream``, ``stop_strings``) the steps run in chunks and the host looks in
+    between; tokens are the same.
+
+    Attributes:
+      tokenizer: of the model, to make texts.
+      stop_strings: rows end with the token that completes one; needs ``tokenizer``.
+      stream: called with (row, new tokens, new text) after every chunk, the text ``''`` without
+        a tokenizer.
+      chunk: about so many tokens between two looks of the host; more where drafts do not pay and
+        nobody looks.
+    """
+
+    tokenizer: Tokenizer | None = None
+    stop_strings: Sequence[str] = ()
+    stream: Callable[[int, list[int], str], None] | None = None
+    chunk: int = 8
+
+    def __post_init__(self) -> None:
+        if self.stop_strings and self.tokenizer is None:
+            raise ValueError("stop_strings: a tokenizer is needed to see them")
+
+    @property
+    def watched(self) -> bool:
+        return self.stream is not None or bool(self.stop_strings)
 
 
 class TextStream:

@@ -37,7 +37,7 @@ def test_goes_on_from_prompts(directory, capsys):
         [tokenizer.encode("abc")],
         max_new_tokens=6,
         stop_ids=[tokenizer.eos_id],
-        tokenizer=tokenizer,
+        text=decoding.TextOptions(tokenizer=tokenizer),
     )
     shown = said(capsys, model=directory, prompt=("abc", "abc"), **FEW)
     assert shown == 2 * f"abc{out.texts[0]}\n"

@@ -3,7 +3,7 @@ import pytest
 from flax import nnx
 
 from logitjax import decoding, models, training
-from logitjax.decoding import DecodeOptions, Sampling, generate
+from logitjax.decoding import DecodeOptions, Sampling, TextOptions, generate
 from logitjax.models import byte_tokenizer
 from tests.decoding._bags import bag_logits, bag_of_words
 from tests.decoding._models import CONFIG, NEW, PROMPTS, REPORTED, decoder, next_logits, slow_greedy
@@ -34,16 +34,6 @@ def test_log_probs_are_the_models(greedy):
             best = np.argsort(-log_p)[:3]
             np.testing.assert_array_equal(greedy.top_ids[row, n], best)
             np.testing.assert_allclose(greedy.top_logprobs[row, n], log_p[best], atol=1e-4)
-
-
-def test_a_padded_array_is_its_prompts(greedy):
-    tokens = np.zeros((3, 9), np.int32)
-    where = np.zeros((3, 9), bool)
-    for i, prompt in enumerate(PROMPTS):
-        tokens[i, 9 - len(prompt) :] = prompt
-        where[i, 9 - len(prompt) :] = True
-    out = generate(decoder(), tokens, where=where, max_new_tokens=NEW, options=REPORTED)
-    np.testing.assert_array_equal(out.tokens, greedy.tokens)
 
 
 def test_stop_ids_freeze_their_rows(greedy):
@@ -84,7 +74,8 @@ def test_streaming_changes_nothing(greedy):
         seen[row] += tokens
         assert text == ""
 
-    out = generate(decoder(), PROMPTS, max_new_tokens=NEW, options=REPORTED, stream=stream, chunk=4)
+    text = TextOptions(stream=stream, chunk=4)
+    out = generate(decoder(), PROMPTS, max_new_tokens=NEW, options=REPORTED, text=text)
     for name in ("tokens", "lengths", "stopped", "top_ids"):
         np.testing.assert_array_equal(getattr(out, name), getattr(greedy, name))
     np.testing.assert_allclose(out.logprobs, greedy.logprobs, atol=1e-5)
@@ -95,21 +86,19 @@ def test_streaming_changes_nothing(greedy):
 
 def test_stop_strings_end_rows_between_chunks():
     tokenizer = byte_tokenizer()
-    free = generate(decoder(), PROMPTS, max_new_tokens=NEW, tokenizer=tokenizer, options=REPORTED)
+    texts = TextOptions(tokenizer=tokenizer)
+    free = generate(decoder(), PROMPTS, max_new_tokens=NEW, text=texts, options=REPORTED)
     text = free.texts[1]
     stop = text[3:5]
     assert len(stop.encode()) == 2
     shown = []
-    out = generate(
-        decoder(),
-        PROMPTS,
-        max_new_tokens=NEW,
+    watched = TextOptions(
         tokenizer=tokenizer,
         stop_strings=[stop],
         stream=lambda row, tokens, text: shown.append((row, text)),
         chunk=4,
-        options=REPORTED,
     )
+    out = generate(decoder(), PROMPTS, max_new_tokens=NEW, text=watched, options=REPORTED)
     for row in range(3):
         end = free.texts[row].find(stop)
         expected = free.texts[row] if end < 0 else free.texts[row][:end]
@@ -163,12 +152,13 @@ def test_what_does_not_fit_is_refused():
     for arguments, message in (
         (dict(prompts=[[], [1]], max_new_tokens=2), "at least one token"),
         (dict(prompts=[[1]], max_new_tokens=0), "max_new_tokens"),
-        (dict(prompts=[[1]], max_new_tokens=2, stop_strings=["x"]), "tokenizer"),
         (dict(prompts=[[1]], max_new_tokens=2, sampling=[Sampling()] * 2), "one a prompt"),
         (dict(prompts=[[1]], max_new_tokens=2, logit_bias={CONFIG.vocab_size: 1.0}), "vocabulary"),
         (dict(prompts=[[1]], max_new_tokens=2, others=[[[1]]]), "expected 0 prompts"),
     ):
         with pytest.raises(ValueError, match=message):
             generate(decoder(), **arguments)
+    with pytest.raises(ValueError, match="tokenizer"):
+        TextOptions(stop_strings=["x"])
     with pytest.raises(TypeError, match="Decoder, a CachedModel"):
         decoding.cached_model(3)

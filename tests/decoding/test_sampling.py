@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from logitjax.decoding import Sampling, sample, sampling_logits, sampling_rows, truncate
+from logitjax.decoding import Sampling
+from logitjax.decoding._sampling import sample, sampling_logits, sampling_rows, truncate
 
 VOCAB = 40
 

@@ -17,12 +17,11 @@ from logitjax.decoding import (
     Request,
     Sampling,
     Speculation,
-    accept_or_redraw,
+    TextOptions,
     generate,
-    sampling_logits,
-    sampling_rows,
-    speculative_generate,
 )
+from logitjax.decoding._sampling import sampling_logits, sampling_rows
+from logitjax.decoding._speculate import accept_or_redraw
 from logitjax.models import DECODER_RULES, byte_tokenizer, from_nnx
 from tests.decoding._bags import bag_logits, bag_of_words
 from tests.decoding._models import PROMPTS, decoder, disturbed
@@ -45,8 +44,8 @@ def bags(rows, vocab=VOCAB, seeds=(0, 1)):
 class Scripted(DraftControl):
     """Lengths in a fixed order."""
 
-    def __init__(self, *lengths):
-        super().__init__((1, 3))
+    def __init__(self, *lengths, speculation=Speculation(lengths=(1, 3))):  # noqa: B008
+        super().__init__(speculation)
         self.order = itertools.cycle(lengths)
 
     def choose(self, kind=None):
@@ -65,23 +64,22 @@ def test_greedy_is_plain_decoding():
     # Rings of 6 slots, the drafting member in a stack, drafts rejected soon and late.
     model = Ensemble(decoder(), experts=[disturbed(1), disturbed(2)], fuse=mean)
     plain = generate(model, PROMPTS, max_new_tokens=14, options=REPORTED)
-    out = speculative_generate(
+    out = generate(
         model,
         PROMPTS,
         max_new_tokens=14,
         options=REPORTED,
-        draft=2,
-        lengths=(1, 3),
-        control=Scripted(3, 1, 3, 0),
-        chunk=4,
+        drafts=Scripted(3, 1, 3, 0, speculation=Speculation(draft=2, lengths=(1, 3))),
+        text=TextOptions(chunk=4),
     )
     np.testing.assert_array_equal(out.tokens, plain.tokens)
     np.testing.assert_array_equal(out.top_ids, plain.top_ids)
     np.testing.assert_allclose(out.logprobs, plain.logprobs, atol=1e-4)
     np.testing.assert_allclose(out.info["size"], plain.info["size"], rtol=1e-3)
-    assert {length for length, _, _ in out.calls} == {0, 1, 3}
-    assert 0.2 < out.acceptance < 0.95
-    assert (out.accepted <= out.tested).all()
+    drafting = out.drafting
+    assert {length for length, _, _ in drafting.calls} == {0, 1, 3}
+    assert 0.2 < drafting.acceptance < 0.95
+    assert (drafting.accepted <= drafting.tested).all()
 
 
 @pytest.mark.slow
@@ -95,22 +93,21 @@ def test_sharded_speculation_equals_local():
 
     def run(place, options):
         large, expert = place(decoder()), place(disturbed(1))
-        return speculative_generate(
+        return generate(
             Ensemble(large, experts=[expert], fuse=mean),
             [*PROMPTS, PROMPTS[0]],
             max_new_tokens=8,
             options=options,
-            draft=1,
-            lengths=(2,),
-            control=Scripted(2),
-            chunk=3,
+            drafts=DraftControl(Speculation(draft=1, lengths=(2,)), length=2),
+            text=TextOptions(chunk=3),
         )
 
     local = run(lambda model: model, DecodeOptions(logprobs=True))
     sharded = run(spread, DecodeOptions(logprobs=True, mesh=mesh))
     np.testing.assert_array_equal(sharded.tokens, local.tokens)
     np.testing.assert_allclose(sharded.logprobs, local.logprobs, atol=1e-4)
-    assert [call[:2] for call in sharded.calls] == [call[:2] for call in local.calls]
+    calls = ([call[:2] for call in out.drafting.calls] for out in (sharded, local))
+    assert next(calls) == next(calls)
 
 
 def test_redrawn_drafts_follow_the_target():
@@ -156,16 +153,15 @@ def exact(model, prompt, steps, temperature):
 def test_continuations_follow_the_fused_distribution(lengths):
     rows, steps, prompt = 4000, 3, [1, 4]
     model = bags(rows)
-    out = speculative_generate(
+    out = generate(
         model,
         [prompt] * rows,
         max_new_tokens=steps,
         sampling=Sampling(temperature=0.9, seed=11),
-        lengths=(1, 3),
-        control=Scripted(*lengths),
-        chunk=1,
+        drafts=Scripted(*lengths),
+        text=TextOptions(chunk=1),
     )
-    assert 0.3 < out.acceptance < 0.9
+    assert 0.3 < out.drafting.acceptance < 0.9
     code = (out.tokens * VOCAB ** np.arange(steps)[::-1]).sum(1)
     seen = np.bincount(code, minlength=VOCAB**steps)
     expected = rows * exact(model, prompt, steps, 0.9)
@@ -186,40 +182,39 @@ def test_coupled_draws_are_plain_draws():
         Sampling(),
     ]
     plain = generate(model, PROMPTS, max_new_tokens=12, sampling=settings)
+    coupled = Speculation(acceptance="coupled", lengths=(1, 3))
     for order in ((3,), (1, 0, 3)):
-        out = speculative_generate(
+        out = generate(
             model,
             PROMPTS,
             max_new_tokens=12,
             sampling=settings,
-            acceptance="coupled",
-            lengths=(1, 3),
-            control=Scripted(*order),
-            chunk=4,
+            drafts=Scripted(*order, speculation=coupled),
+            text=TextOptions(chunk=4),
         )
         np.testing.assert_array_equal(out.tokens, plain.tokens)
 
 
 def test_rows_end_where_plain_rows_end():
     model, tokenizer = bags(3, vocab=64), byte_tokenizer()
-    free = generate(model, PROMPTS, max_new_tokens=12, tokenizer=tokenizer)
+    text = TextOptions(tokenizer=tokenizer)
+    free = generate(model, PROMPTS, max_new_tokens=12, text=text)
     stop = int(free.tokens[1, 5])
-    settings = dict(max_new_tokens=12, lengths=(1, 3), length=3, tokenizer=tokenizer)
+    drafts = DraftControl(Speculation(lengths=(1, 3)), length=3)
     plain = generate(model, PROMPTS, max_new_tokens=12, stop_ids=[stop])
-    out = speculative_generate(model, PROMPTS, stop_ids=[stop], **settings)
+    out = generate(model, PROMPTS, max_new_tokens=12, stop_ids=[stop], text=text, drafts=drafts)
     for name in ("tokens", "lengths", "stopped"):
         np.testing.assert_array_equal(getattr(out, name), getattr(plain, name))
-    text = free.texts[1][2:4]
+    end = free.texts[1][2:4]
     shown: list[tuple[int, str]] = []
-    out = speculative_generate(
-        model,
-        PROMPTS,
-        stop_strings=[text],
+    watched = TextOptions(
+        tokenizer=tokenizer,
+        stop_strings=[end],
         stream=lambda row, tokens, piece: shown.append((row, piece)),
-        **settings,
     )
+    out = generate(model, PROMPTS, max_new_tokens=12, text=watched, drafts=drafts)
     for row in range(3):
-        assert out.texts[row] == free.texts[row].partition(text)[0]
+        assert out.texts[row] == free.texts[row].partition(end)[0]
         assert "".join(piece for r, piece in shown if r == row) == out.texts[row]
     assert out.stopped[1]
 
@@ -257,24 +252,24 @@ def test_small_models_with_other_token_ids_draft():
     base = (apply_fn, 0 * params, empty)
     model = Ensemble((apply_fn, params, empty), experts=[small], bases=[base], fuse=fuse)
     plain = generate(model, PROMPTS, max_new_tokens=8)
-    out = speculative_generate(model, PROMPTS, max_new_tokens=8, lengths=(2,), length=2)
+    drafts = DraftControl(Speculation(lengths=(2,)), length=2)
+    out = generate(model, PROMPTS, max_new_tokens=8, drafts=drafts)
     np.testing.assert_array_equal(out.tokens, plain.tokens)
     # With ids mapped, the small model is the large one.
-    np.testing.assert_array_equal(out.accepted, out.tested)
+    np.testing.assert_array_equal(out.drafting.accepted, out.drafting.tested)
 
 
 def test_a_draft_that_agrees_is_always_accepted():
     triple = bag_of_words(3, 64)
     model = Ensemble(triple, experts=[bag_of_words(3, 64)], fuse=mixed)
-    out = speculative_generate(
-        model, PROMPTS, max_new_tokens=13, lengths=(3,), length=3, chunk=4,
-        sampling=Sampling(temperature=1 / 1.3),
-    )  # fmt: skip
+    drafts = DraftControl(Speculation(lengths=(3,)), length=3)
+    settings = dict(max_new_tokens=13, drafts=drafts, text=TextOptions(chunk=4))
+    out = generate(model, PROMPTS, sampling=Sampling(temperature=1 / 1.3), **settings)
     # The same distribution up to the temperature: 1 token of the prefill, then 4 a round.
-    greedy = speculative_generate(model, PROMPTS, max_new_tokens=13, lengths=(3,), length=3)
+    greedy = generate(model, PROMPTS, **settings).drafting
     np.testing.assert_array_equal(greedy.rounds, 3)
     np.testing.assert_array_equal(greedy.accepted, greedy.tested)
-    assert out.acceptance > 0.7
+    assert out.drafting.acceptance > 0.7
 
 
 def simulated(control, acceptance, costs, tokens):
@@ -297,12 +292,12 @@ def simulated(control, acceptance, costs, tokens):
 
 def test_the_draft_length_follows_what_pays():
     costs = {0: 1.0, 2: 1.4, 5: 2.0}
-    assert simulated(DraftControl((2, 5)), 0.0, costs, 256) < 1 / 0.97
-    assert simulated(DraftControl((2, 5)), 0.9, costs, 256) < 0.55
+    assert simulated(DraftControl(), 0.0, costs, 256) < 1 / 0.97
+    assert simulated(DraftControl(), 0.9, costs, 256) < 0.55
     # Where verification is dear, good drafts do not pay either.
-    assert simulated(DraftControl((2, 5)), 0.6, {0: 1.0, 2: 2.2, 5: 4.5}, 256) < 1 / 0.97
+    assert simulated(DraftControl(), 0.6, {0: 1.0, 2: 2.2, 5: 4.5}, 256) < 1 / 0.97
     # What changes is noticed.
-    control = DraftControl((2, 5))
+    control = DraftControl()
     simulated(control, 0.0, costs, 512)
     assert control.choose() == 0
     simulated(control, 0.95, costs, 2048)
@@ -317,14 +312,14 @@ def test_who_cannot_draft_is_named():
         (dict(draft="base"), "1 experts and 0 bases"),
         (dict(draft=0), "place from 1 to 1"),
         (dict(lengths=(3, 2)), "ascending"),
-        (dict(lengths=(2,), length=3), "one of lengths"),
         (dict(acceptance="typical"), "'rejection' or 'coupled'"),
-        (dict(stop_strings=["x"]), "tokenizer"),
     ):
         with pytest.raises(ValueError, match=message):
-            speculative_generate(model, [[1]], max_new_tokens=2, **arguments)
+            Engine(model, slots=1, max_length=8, speculation=Speculation(**arguments))
+    with pytest.raises(ValueError, match="one of lengths"):
+        DraftControl(Speculation(lengths=(2,)), length=3)
     with pytest.raises(TypeError, match="Ensemble"):
-        speculative_generate(decoder(), [[1]], max_new_tokens=2)
+        generate(decoder(), [[1]], max_new_tokens=2, drafts=DraftControl())
     with pytest.raises(ValueError, match="made without"):
         Engine(model, slots=1, max_length=8).speculate(1)
     apply_fn, params, empty = bag_of_words(1, VOCAB)
@@ -337,4 +332,4 @@ def test_who_cannot_draft_is_named():
         apply=both, params=params, init_cache=lambda rows, n: empty, vocab_size=VOCAB, experts=1
     )
     with pytest.raises(ValueError, match="share one pass"):
-        speculative_generate(Ensemble(shared, fuse=mixed), [[1]], max_new_tokens=2)
+        generate(Ensemble(shared, fuse=mixed), [[1]], max_new_tokens=2, drafts=DraftControl())
