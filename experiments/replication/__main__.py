@@ -23,7 +23,7 @@ from etils import epath
 
 from experiments.replication import report, train
 from experiments.replication.config import PRESETS, Config
-from experiments.shared.records import tuned_seeds
+from experiments.shared.records import best_of, tuned_seeds
 from logitjax import training
 from logitjax.commands import cli
 
@@ -41,7 +41,9 @@ def run(config: Config, workdir: epath.Path) -> None:
                 lambda seed, arm=arm: directory / f"{arm}_{seed}.json",
                 config.seeds,
                 config.learning_rate,
-                student,
+                lambda seed, rates, student=student: best_of(
+                    functools.partial(student, seed), rates
+                ),
             )
         if jax.process_index() == 0:
             print(report.write(config, scene, records, workdir))

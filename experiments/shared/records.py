@@ -1,5 +1,6 @@
 """What was measured lies on disk as JSON: a run that is started again measures what is missing."""
 
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -30,7 +31,7 @@ def tuned_seeds(
     path: Callable[[int], epath.Path],
     seeds: int,
     rates: Sequence[float],
-    run: Callable[[int, float], Record],
+    run: Callable[[int, Sequence[float]], Record],
 ) -> list[Record]:
     """Runs of an arm: the first seed tries every learning rate, the others take its best.
 
@@ -38,7 +39,7 @@ def tuned_seeds(
         path: File of a seed's record.
         seeds: Number of runs.
         rates: Learning rates to choose from.
-        run: `(seed, rate)` to a record with `validation_nll` and `lr`.
+        run: `(seed, rates)` to the record of the best of the rates, which it has as `lr`.
 
     Returns:
         A record a seed.
@@ -46,13 +47,13 @@ def tuned_seeds(
     records: list[Record] = []
     for seed in range(seeds):
         tried = (records[0]["lr"],) if records else rates
-
-        def best(seed: int = seed, tried: Sequence[float] = tried) -> Record:
-            runs = [run(seed, rate) for rate in tried]
-            return min(runs, key=lambda record: record["validation_nll"])
-
-        records.append(kept(path(seed), best))
+        records.append(kept(path(seed), functools.partial(run, seed, tried)))
     return records
+
+
+def best_of(run: Callable[[float], Record], rates: Sequence[float]) -> Record:
+    """The run of the least `validation_nll`."""
+    return min(map(run, rates), key=lambda record: record["validation_nll"])
 
 
 def by_key(records: Sequence[Mapping[str, Any]], key: str) -> dict[Any, list[Mapping[str, Any]]]:

@@ -3,50 +3,76 @@
 import dataclasses
 from typing import Any
 
-from experiments.vq_head import arms
-from experiments.vq_head import scratch as vq_head_scratch
 from logitjax.commands.cli import field
+
+ARMS = (
+    "vq_paper",
+    "vq_plain",
+    "vq_random",
+    "vq_bias",
+    "vq_likelihood",
+    "vq_likelihood_labels",
+    "low_rank",
+    "product",
+    "packed_product",
+    "wide_low_rank",
+    "adaptive",
+    "full_bias_labels",
+    "full_labels",
+)
+SCRATCH_ARMS = (
+    "full_bias",
+    "full",
+    "vq_bias",
+    "vq_reassigned",
+    "vq_random",
+    "vq_plain",
+    "low_rank",
+    "adaptive",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """What one run of the experiment does."""
 
-    model: str = field("smollm2", "A directory, a .gguf file or a known name; tiny for a toy.")
-    data: str = field("tfds:wiki_summaries", "text:PATH, jsonl:PATH or tfds:NAME.")
+    model: str = field("smollm2", "Model: a directory, a .gguf file, a known name or tiny.")
+    data: str = field("tfds:wiki_summaries", "Text: text:PATH, jsonl:PATH or tfds:NAME.")
     splits: tuple[str, ...] = field(
-        ("train", "validation", "test"), "What to fit, choose and report on, of a tfds dataset"
+        ("train", "validation", "test"), "Split of a tfds dataset to fit, choose or report on"
     )
-    cache_dir: str | None = field(None, "Hidden states for several runs; default WORKDIR/cache.")
+    cache_dir: str | None = field(None, "Folder of the hidden states; WORKDIR/cache if none.")
     seq_len: int = field(256, "Tokens a row.")
     batch_rows: int = field(8, "Rows at a time through the model.")
     train_tokens: int = field(96_000, "Positions to fit and tune on.")
     validation_tokens: int = field(6_000, "Positions to choose learning rates on.")
     test_tokens: int = field(14_000, "Positions to report on.")
-    arm: tuple[str, ...] = field(arms.ARMS, "Head to convert to")
+    arm: tuple[str, ...] = field(ARMS, "Head to convert to")
     codes: tuple[int, ...] = field((2048,), "Sizes of the codebook.")
     seeds: int = field(1, "Runs of each arm at its best learning rate.")
-    learning_rate: tuple[float, ...] = field((2e-3,), "Peak; several are tried.")
-    steps: int = field(100, "Optimiser steps of each arm.")
+    learning_rate: tuple[float, ...] = field((2e-3,), "Peak learning rates to choose from.")
+    steps: int = field(100, "Tuning steps of each arm.")
     batch_size: int = field(1024, "Positions a step.")
     reassign_every: int = field(25, "Steps between reassignments of vq_likelihood.")
-    kmeans_iterations: int = field(8, "Lloyd iterations.")
+    kmeans_iterations: int = field(8, "Iterations of k-means.")
     pages: tuple[int, ...] = field((64, 128, 256), "Lengths of shortlists, in pages.")
     page_size: int = field(8, "Tokens a page.")
-    shortlist_steps: int = field(0, "Steps of a shortlist's own loss after conversion.")
-    shortlist_batch: int = field(256, "Positions of each.")
+    shortlist_steps: int = field(0, "Tuning steps of a shortlist's own loss.")
+    shortlist_batch: int = field(256, "Positions a step of a shortlist's own loss.")
     product_groups: int = field(96, "Groups of product quantisation.")
-    product_codes: int = field(256, "Codes a group.")
+    product_codes: int = field(256, "Codes a group of product quantisation.")
     packed_groups: int = field(192, "Groups of 16 codes, of product quantisation packed in bytes.")
     screen_rank: int = field(48, "Rank of the low-rank head that screens.")
     candidates: tuple[int, ...] = field((512,), "Tokens that exact rows re-score.")
     adaptive_div: float = field(4.0, "By how much the tails of adaptive softmax narrow.")
     scratch_arm: tuple[str, ...] = field((), "Head to train a small model from scratch with")
-    scratch_vocab: int = field(8192, "Vocabulary of that model.")
-    scratch_width: int = field(128, "Hidden size of that model.")
-    scratch_steps: int = field(200, "Steps of it.")
-    scratch_batch: int = field(8, "Rows a step of it.")
-    scratch_learning_rate: tuple[float, ...] = field((3e-3,), "Its peak rate; several are tried.")
+    scratch_vocab: int = field(8192, "Vocabulary of the small model.")
+    scratch_width: int = field(128, "Hidden size of the small model.")
+    scratch_steps: int = field(200, "Training steps of the small model.")
+    scratch_batch: int = field(8, "Rows a step of the small model.")
+    scratch_learning_rate: tuple[float, ...] = field(
+        (3e-3,), "Peak learning rates of it to choose from."
+    )
     scratch_reassign_batches: int = field(40, "Batches that a reassignment looks at.")
     timing_repeats: int = field(20, "Timed decoding steps.")
     mesh: str = field("data:-1", "Axes and sizes of the device mesh.")
@@ -54,7 +80,7 @@ class Config:
     def __post_init__(self) -> None:
         if len(self.splits) != 3:
             raise ValueError(f"--splits: expected three, got {len(self.splits)}")
-        for name, known in (("arm", arms.ARMS), ("scratch_arm", vq_head_scratch.ARMS)):
+        for name, known in (("arm", ARMS), ("scratch_arm", SCRATCH_ARMS)):
             unknown = sorted(set(getattr(self, name)) - set(known))
             if unknown:
                 raise ValueError(f"--{name}: expected one of {', '.join(known)}, got {unknown[0]}")
@@ -102,7 +128,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         kmeans_iterations=5,
     ),
     "report": dict(
-        arm=tuple(arm for arm in arms.ARMS if arm != "full_labels"),
+        arm=tuple(arm for arm in ARMS if arm != "full_labels"),
         codes=(2048, 512),
         seeds=3,
         learning_rate=(1e-3, 3e-3),
@@ -111,7 +137,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         reassign_every=20,
         kmeans_iterations=5,
         shortlist_steps=20,
-        scratch_arm=vq_head_scratch.ARMS,
+        scratch_arm=SCRATCH_ARMS,
         scratch_steps=150,
         scratch_learning_rate=(2e-3, 6e-3),
     ),
@@ -132,7 +158,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         kmeans_iterations=20,
         shortlist_steps=500,
         shortlist_batch=4096,
-        scratch_arm=vq_head_scratch.ARMS,
+        scratch_arm=SCRATCH_ARMS,
         scratch_vocab=49_152,
         scratch_width=576,
         scratch_steps=20_000,

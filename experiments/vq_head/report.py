@@ -6,10 +6,18 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib.pyplot as plt
 from etils import epath
 
-from experiments.shared.report import format_value, markdown_table, mean_and_spread
+from experiments.shared.records import by_key
+from experiments.shared.report import (
+    format_value,
+    markdown_table,
+    mean_and_spread,
+    save_figure,
+    spread,
+    write_report,
+)
+from experiments.vq_head.data import Context
 
 NAMES = {
     "full": "full head, untouched",
@@ -42,8 +50,7 @@ PAPER = "up to 99 % fewer parameters in the output layer, 6x faster logits, +4 %
 
 
 def write(
-    config: Any,
-    ctx: Any,
+    ctx: Context,
     records: Sequence[Mapping[str, Any]],
     scratch: Sequence[Mapping[str, Any]],
     workdir: epath.Path,
@@ -57,45 +64,38 @@ def write(
     tuned = sum(control) / len(control) if control else None
     rows = [_row(group, full, tuned, ctx) for group in groups.values()]
     tables = [markdown_table(rows)]
-    by_arm: dict[str, list[Mapping[str, Any]]] = {}
-    for record in scratch:
-        by_arm.setdefault(record["arm"], []).append(record)
+    by_arm = by_key(scratch, "arm")
     if scratch:
         tables.append(markdown_table(_scratch_rows(by_arm)))
-    results = {"conversion": rows, "bars": _bars(groups, full)}
-    (workdir / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    bars = _bars(groups, full)
     plots = [
         _frontier(groups, full, workdir / "frontier.png"),
         _curves(groups, by_arm, workdir / "curves.png"),
     ]
-    (workdir / "report.md").write_text(_text(config, ctx, tables, results["bars"]))
+    write_report(workdir, _text(ctx, tables, bars), [*records, *scratch])
     listed = "\n".join(f"plot:   {path}" for path in plots)
-    bars = markdown_table(results["bars"]) if results["bars"] else ""
-    return "\n\n".join([*tables, bars, f"report: {workdir}/report.md\n{listed}"])
+    promised = markdown_table(bars) if bars else ""
+    return "\n\n".join([*tables, promised, f"report: {workdir}/report.md\n{listed}"])
 
 
 def _row(
-    group: Sequence[Mapping[str, Any]], full: Mapping[str, Any], tuned: float | None, ctx: Any
+    group: Sequence[Mapping[str, Any]], full: Mapping[str, Any], tuned: float | None, ctx: Context
 ) -> dict[str, Any]:
     first = group[0]
     cost, whole = first["cost"], full["cost"]
     codes = first["codes"] if first["arm"].startswith(("vq", "short", "low_rank")) else None
     rows_size = ctx.vocab * ctx.width
-
-    def mean(name: str) -> str:
-        return mean_and_spread([record[name] for record in group])
-
     row = {
         "head": _name(first["arm"]),
         "K": codes,
         "parameters": cost["parameters"],
         "added, % of a head": 100 * cost["stored_bytes"] / (4 * rows_size),
         "bytes read a token %": 100 * cost["read_bytes"] / whole["read_bytes"],
-        "perplexity x": mean("ratio"),
+        "perplexity x": spread(group, "ratio"),
         "x tuned control": None,
-        "top-1 %": mean_and_spread([100 * record["top1"] for record in group]),
-        "top-5 %": mean_and_spread([100 * record["top5"] for record in group]),
-        "decode x faster": mean_and_spread([record["decode_speedup"] for record in group]),
+        "top-1 %": spread(group, "top1", 100),
+        "top-5 %": spread(group, "top5", 100),
+        "decode x faster": spread(group, "decode_speedup"),
         "training x faster": first["training_speedup"],
         "floor": first["floor"],
     }
@@ -107,7 +107,7 @@ def _row(
     return row
 
 
-def _own(record: Mapping[str, Any], ctx: Any) -> int:
+def _own(record: Mapping[str, Any], ctx: Context) -> int:
     """Numbers an untied head of this kind holds, assignments counted as numbers."""
     stored = record["cost"]["stored_bytes"] // 4
     arm = record["arm"]
@@ -116,7 +116,7 @@ def _own(record: Mapping[str, Any], ctx: Any) -> int:
     return stored + (ctx.vocab * ctx.width if ctx.tied and exact_rows else 0)
 
 
-def _added(record: Mapping[str, Any], ctx: Any) -> int:
+def _added(record: Mapping[str, Any], ctx: Context) -> int:
     """Numbers that it adds to a model whose embedding stays."""
     stored = record["cost"]["stored_bytes"] // 4
     return stored if ctx.tied or not record["arm"].startswith("full") else 0
@@ -205,6 +205,8 @@ def _frontier(
         share = 100 * group[0]["cost"]["read_bytes"] / full["cost"]["read_bytes"]
         ratio, top1 = (sum(r[name] for r in group) / len(group) for name in ("ratio", "top1"))
         lines.setdefault(_line(arm, codes), []).append((share, ratio, 100 * (1 - top1)))
+    from matplotlib import pyplot as plt
+
     figure, axes = plt.subplots(1, 2, figsize=(12, 5.5), sharex=True)
     markers = "os^vDP*X<>ph"
     for number, (name, points) in enumerate(lines.items()):
@@ -224,7 +226,7 @@ def _frontier(
     )
     bottom = 0.12 + 0.035 * -(-len(lines) // 3)
     figure.subplots_adjust(bottom=bottom, top=0.97, left=0.06, right=0.98, wspace=0.17)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _line(arm: str, codes: int) -> str:
@@ -240,6 +242,8 @@ def _curves(
     by_arm: Mapping[str, Sequence[Mapping[str, Any]]],
     path: epath.Path,
 ) -> epath.Path:
+    from matplotlib import pyplot as plt
+
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5))
     for (arm, codes), group in groups.items():
         curve = group[0]["curve"]
@@ -253,17 +257,11 @@ def _curves(
         if axis.lines:
             axis.legend(fontsize=6, ncols=2)
     figure.tight_layout()
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
-def _save(figure: Any, path: epath.Path) -> epath.Path:
-    with path.open("wb") as file:
-        figure.savefig(file, dpi=120, format="png")
-    plt.close(figure)
-    return path
-
-
-def _text(config: Any, ctx: Any, tables: Sequence[str], bars: Sequence[Mapping[str, Any]]) -> str:
+def _text(ctx: Context, tables: Sequence[str], bars: Sequence[Mapping[str, Any]]) -> str:
+    config = ctx.config
     seen = {name: len(split.labels) for name, split in ctx.splits.items()}
     lines = [
         "# Vector-quantised output heads",

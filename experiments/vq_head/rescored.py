@@ -3,72 +3,45 @@
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from experiments.vq_head import arms
-from experiments.vq_head.context import Context
+from experiments.vq_head.data import Context
 from logitjax import heads, vq
 
 
 def shortlist(
-    ctx: Context,
-    base: arms.Converted,
-    num_pages: int,
-    config: Any,
-    *,
-    groups: int = 0,
-    seed: int = 0,
+    ctx: Context, base: arms.Converted, num_pages: int, *, groups: int = 0, seed: int = 0
 ) -> arms.Converted:
     """Re-scores a shortlist of a converted head with the old rows, or product-quantised ones."""
-    codebook, bias, assignment = (base.params[k] for k in ("codebook", "bias", "assignment"))
+    config = ctx.config
+    codebook, bias, assignment = (base.arrays[k] for k in ("codebook", "bias", "assignment"))
     margin = vq.row_spread(ctx.rows, codebook, assignment, ctx.statistics.cov)
     pages = vq.make_pages(bias, assignment, size=config.page_size, margin=margin)
     num_pages = min(num_pages, pages.tokens.shape[0])
-    params = {
-        "codebook": codebook,
-        "bias": bias,
-        "assignment": assignment,
-        "pages": pages,
-        "calibration": jnp.array([1.0, 0.0]),
-    }
+    rescoring: Any
     if groups:
-        params["product"] = vq.fit_product_codes(
-            ctx.rows,
-            ctx.unigram,
-            ctx.statistics.cov,
-            groups=groups,
-            num_codes=min(config.product_codes, ctx.vocab),
-            key=jax.random.key(seed),
-            iterations=config.kmeans_iterations,
-        )
-        # What quantisation loses at the mean hidden state goes back into a bias.
-        lost = ctx.rows @ ctx.statistics.mean
-        lost -= vq.product_kernel(*params["product"]) @ ctx.statistics.mean
-        params["row_bias"] = lost if ctx.row_bias is None else lost + ctx.row_bias
+        *product, row_bias = arms.product_codes(ctx, groups, config.product_codes, seed)
+        rows, rescoring = tuple(product), vq.product_rows
     else:
-        params |= {"rows": ctx.rows, "row_bias": ctx.row_bias}
+        rows, row_bias, rescoring = (ctx.rows,), ctx.row_bias, vq.exact_rows
 
-    def options(params: Any) -> dict[str, Any]:
-        if groups:
-            rescore = vq.product_rows(*params["product"], params["row_bias"])
-        else:
-            rescore = vq.exact_rows(params["rows"], params["row_bias"])
+    def options(arrays: Any) -> dict[str, Any]:
         return {
-            "pages": params["pages"],
-            "rescore": rescore,
+            "pages": arrays["pages"],
+            "rescore": rescoring(*arrays["rows"], arrays["row_bias"]),
             "num_pages": num_pages,
-            "calibration": params["calibration"],
+            "calibration": arrays["calibration"],
         }
 
-    def nll(params: Any, hidden: Any, labels: Any) -> Any:
-        arrays = (params["codebook"], params["bias"], params["assignment"])
-        return vq.shortlist_nll(hidden, *arrays, labels, **options(params))
+    def nll(arrays: Any, hidden: Any, labels: Any) -> Any:
+        codes = (arrays["codebook"], arrays["bias"], arrays["assignment"])
+        return vq.shortlist_nll(hidden, *codes, labels, **options(arrays))
 
-    def top_k(params: Any, hidden: Any) -> Any:
+    def top_k(arrays: Any, hidden: Any) -> Any:
         k = min(5, num_pages * config.page_size)
-        top = vq.shortlist_topk(hidden, params["codebook"], k, with_tail=False, **options(params))
+        top = vq.shortlist_topk(hidden, arrays["codebook"], k, with_tail=False, **options(arrays))
         return top.indices
 
     head = vq.ShortlistHead(
@@ -83,15 +56,22 @@ def shortlist(
     )
     cost = head.cost(ctx.rows)
     if groups:
-        cost = _with_product_rows(cost, ctx, num_pages * config.page_size, groups, config)
-    return arms.Converted(nll, top_k, params, cost, base.floor)
+        cost = _with_product_rows(cost, ctx, num_pages * config.page_size, groups)
+    return arms.Converted(
+        nll=nll,
+        top_k=top_k,
+        params={"codebook": codebook, "bias": bias, "calibration": jnp.array([1.0, 0.0])},
+        given={"assignment": assignment, "pages": pages, "rows": rows, "row_bias": row_bias},
+        cost=cost,
+        floor=base.floor,
+    )
 
 
 def _with_product_rows(
-    cost: heads.HeadCost, ctx: Context, listed: int, groups: int, config: Any
+    cost: heads.HeadCost, ctx: Context, listed: int, groups: int
 ) -> heads.HeadCost:
-    """Of a shortlist whose rows are product-quantised rather than the embedding's."""
-    numbers = config.product_codes * ctx.width
+    """The cost of a shortlist whose rows are product-quantised rather than the embedding's."""
+    numbers = ctx.config.product_codes * ctx.width
     fewer = 2 * numbers + listed * groups - 2 * listed * ctx.width
     return dataclasses.replace(
         cost,
@@ -105,51 +85,49 @@ def _with_product_rows(
 
 def screened(ctx: Context, base: arms.Converted, candidates: int) -> arms.Converted:
     """Re-scores the best tokens of a cheap head with the old rows."""
-    screen = base.logits
-    if screen is None:
-        raise ValueError("this head does not make V logits to screen with")
-    params = {"screen": base.params, "rows": ctx.rows, "row_bias": ctx.row_bias}
+    if base.logits is None:
+        raise ValueError("base: expected a head with V logits to screen with, got one without")
+    given = {"screen": base.arrays, "rows": ctx.rows, "row_bias": ctx.row_bias}
 
-    def options(params: Any, logits: Any = screen) -> dict[str, Any]:
+    def options(arrays: Any, logits: Any) -> dict[str, Any]:
         return {
-            "screen": lambda hidden: logits(params["screen"], hidden),
-            "rescore": vq.exact_rows(params["rows"], params["row_bias"]),
+            "screen": lambda hidden: logits(arrays["screen"], hidden),
+            "rescore": vq.exact_rows(arrays["rows"], arrays["row_bias"]),
             "num_candidates": candidates,
         }
 
-    def nll(params: Any, hidden: Any, labels: Any) -> Any:
-        return vq.screened_nll(hidden, labels, **options(params))
+    def nll(arrays: Any, hidden: Any, labels: Any) -> Any:
+        return vq.screened_nll(hidden, labels, **options(arrays, base.logits))
 
-    def top_k(params: Any, hidden: Any, **way: Any) -> Any:
-        found = vq.screened_topk(hidden, 5, with_log_z=False, **options(params, **way))
-        return found.indices
+    def top_k(logits: Any) -> Any:
+        return lambda arrays, hidden: (
+            vq.screened_topk(hidden, 5, with_log_z=False, **options(arrays, logits)).indices
+        )
 
-    def decode(params: Any, hidden: Any) -> Any:
-        return top_k(params, hidden, logits=arms.lookup_logits)
+    return arms.Converted(
+        nll=nll,
+        top_k=top_k(base.logits),
+        params={},
+        given=given,
+        cost=base.cost.with_rows(candidates, ctx.width, own=0 if ctx.tied else ctx.vocab),
+        trains=False,
+        decode=top_k(base.lookup) if base.lookup else None,
+    )
 
-    cost = base.cost.with_rows(candidates, ctx.width, own=0 if ctx.tied else ctx.vocab)
-    looks_up = "product" in base.params and "packed" not in base.params
-    return arms.Converted(nll, top_k, params, cost, decode=decode if looks_up else None)
 
-
-def tune_shortlist_tail(
-    ctx: Context, converted: arms.Converted, seed: int, lr: float, config: Any
-) -> arms.Converted:
-    """A few steps of the shortlist's own normalised loss for the codebook and biases."""
-    trained = {k: converted.params[k] for k in ("codebook", "bias", "calibration")}
-    fixed = {k: v for k, v in converted.params.items() if k not in trained}
-    train = ctx.splits["train"]
-    trained, _, losses_ = vq.tune_head(
-        lambda params, fixed, h, y: converted.nll(params | fixed, h, y),
-        trained,
+def tune_tail(ctx: Context, converted: arms.Converted, trial: arms.Trial) -> arms.Converted:
+    """A few steps of a shortlist's own normalised loss for the codebook and biases."""
+    train, config = ctx.splits["train"], ctx.config
+    params, curve = arms.tune(
+        ctx,
+        trial,
+        lambda params, given, h, y: converted.nll(params | given, h, y),
+        converted.params,
         [train.hidden, train.labels],
+        converted.given,
         steps=config.shortlist_steps,
         batch_size=config.shortlist_batch,
-        learning_rate=lr,
-        constants=fixed,
-        seed=seed,
-        mesh=ctx.mesh,
     )
-    pages = vq.with_page_biases(converted.params["pages"], trained["bias"])
-    params = converted.params | trained | {"pages": pages}
-    return dataclasses.replace(converted, params=params, curve=tuple(losses_))
+    pages = vq.with_page_biases(converted.given["pages"], params["bias"])
+    given = {**converted.given, "pages": pages}
+    return dataclasses.replace(converted, params=params, given=given, curve=curve)

@@ -55,6 +55,7 @@ from logitjax.vq._shortlist import with_page_biases as with_page_biases
 from logitjax.vq._targets import HeadTargets as HeadTargets
 from logitjax.vq._targets import cached_head_targets as cached_head_targets
 from logitjax.vq._targets import head_targets as head_targets
+from logitjax.vq._tune import Tuning as Tuning
 from logitjax.vq._tune import reassign_from_labels as reassign_from_labels
 from logitjax.vq._tune import tune_head as tune_head
 from logitjax.vq._tune import tune_vq_head as tune_vq_head

@@ -29,7 +29,7 @@ from logitjax.vq._heads import ShortlistHead, VQHead
 from logitjax.vq._hidden_cache import HiddenCache, cache_hidden_states
 from logitjax.vq._shortlist import Pages
 from logitjax.vq._targets import HeadTargets, cached_head_targets
-from logitjax.vq._tune import tune_vq_head
+from logitjax.vq._tune import Tuning, tune_vq_head
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -158,12 +158,14 @@ def fit_vq_head(
             assignment,
             hidden,
             targets,
-            steps=config.steps,
-            batch_size=config.batch_size,
-            learning_rate=config.learning_rate,
+            Tuning(
+                steps=config.steps,
+                batch_size=config.batch_size,
+                learning_rate=config.learning_rate,
+                seed=config.seed,
+            ),
             reassign_every=config.reassign_every if moving else None,
             min_count=config.min_count,
-            seed=config.seed,
             mesh=mesh,
         )
         history["loss"] = [loss - targets.entropy for loss in history["loss"]]

@@ -47,6 +47,19 @@ class HeadTargets:
     entropy: float
     nll: np.ndarray
 
+    def with_top(self, top: int, hidden: Float[Array, "count hidden"]) -> "HeadTargets":
+        """The same expectations with fewer top tokens a position.
+
+        Args:
+            top: Tokens kept of each position.
+            hidden: `[count, hidden]`, the positions.
+        """
+        probs, tokens = self.top_probs[:, :top], self.top_tokens[:, :top]
+        sums, counts = _rest(self.sums, self.counts, probs, tokens, hidden)
+        return dataclasses.replace(
+            self, top_probs=probs, top_tokens=tokens, rest_sums=sums, rest_counts=counts
+        )
+
 
 def cached_head_targets(
     directory: str | os.PathLike[str],
@@ -166,17 +179,27 @@ def head_targets(
             logging.info("full head: %d of %d positions", start + here, len(hidden))
     probs, tokens, entropy, nll = (np.concatenate(x) for x in zip(*parts))
     sums, counts = np.asarray(sums), np.asarray(counts)
-    places = np.repeat(np.arange(len(hidden)), top)
-    kept = scipy.sparse.csr_matrix(
-        (probs.reshape(-1), (tokens.reshape(-1), places)), shape=(vocab, len(hidden))
-    )
+    rest_sums, rest_counts = _rest(sums, counts, probs, tokens, hidden)
     return HeadTargets(
         sums=sums,
         counts=counts,
         top_probs=probs,
         top_tokens=tokens,
-        rest_sums=sums - kept @ np.asarray(hidden, np.float32),
-        rest_counts=counts - np.asarray(kept.sum(1))[:, 0],
+        rest_sums=rest_sums,
+        rest_counts=rest_counts,
         entropy=float(entropy.mean()),
         nll=nll,
     )
+
+
+def _rest(
+    sums: np.ndarray, counts: np.ndarray, probs: np.ndarray, tokens: np.ndarray, hidden: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of expected sums and counts what lies outside the top tokens of each position."""
+    count, top = probs.shape
+    places = np.repeat(np.arange(count), top)
+    kept = scipy.sparse.csr_matrix(
+        (probs.reshape(-1), (tokens.reshape(-1), places)), shape=(len(counts), count)
+    )
+    rest = sums - kept @ np.asarray(hidden, np.float32)
+    return rest, counts - np.asarray(kept.sum(1))[:, 0]

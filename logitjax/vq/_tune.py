@@ -1,5 +1,6 @@
 """Tuning heads on cached hidden states: one loop for every kind, so that budgets are equal."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,102 +11,119 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 
-from logitjax.ops import Array, logsumexp
-from logitjax.training import local_rows, make_global_batch
+from logitjax import training
+from logitjax.ops import Array, ShardingRules, logsumexp
 from logitjax.vq._assignment import reassign
 from logitjax.vq._loss import cluster_log_mass, code_scores, vq_nll
 from logitjax.vq._targets import HeadTargets
 
 HeadLoss = Callable[..., jax.Array]
 
+#: A head is small: every device holds it whole.
+_REPLICATED = ShardingRules()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """Budget of tuning a head: Adam with a cosine schedule on mini-batches of cached positions.
+
+    Attributes:
+        steps: Steps of the whole run.
+        batch_size: Positions a step.
+        learning_rate: Peak.
+        warmup: Share of the steps.
+        seed: Seed of the order of positions.
+    """
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    warmup: float = 0.1
+    seed: int = 0
+
+    def update(
+        self, loss_fn: HeadLoss, mesh: Mesh
+    ) -> tuple[optax.GradientTransformation, training.TrainStep]:
+        """The optimizer, and the compiled step that `tune_head` takes.
+
+        Batches of the step are tuples of arrays, as `loss_fn` takes them after `constants`.
+        """
+        # The larger epsilon keeps codes and tokens that hardly occur from drifting with the noise.
+        tx = training.make_optimizer(
+            self.learning_rate,
+            warmup=max(1, int(self.warmup * self.steps)),
+            total_steps=max(2, self.steps),
+            final=0.0,
+            b2=0.99,
+            eps=1e-6,
+        )
+
+        def sums(params: Any, batch: Any, rng: Any, constants: Any) -> Any:
+            losses = loss_fn(params, constants, *batch)
+            return losses.sum(), losses.size, {}
+
+        return tx, training.make_train_step(sums, tx, mesh=mesh)
+
 
 def tune_head(
     loss_fn: HeadLoss,
     params: Any,
     arrays: Sequence[np.ndarray],
+    tuning: Tuning,
     *,
-    steps: int,
-    batch_size: int,
-    learning_rate: float,
     constants: Any = None,
-    warmup: float = 0.1,
-    seed: int = 0,
-    start_step: int = 0,
-    stop_step: int | None = None,
-    opt_state: Any = None,
+    between: Callable[[int, Any, Any], tuple[Any, Any] | None] | None = None,
     mesh: Mesh | None = None,
-) -> tuple[Any, Any, list[float]]:
-    """Adam with a cosine schedule on mini-batches of cached positions.
-
-    A part of the run (``start_step`` to ``stop_step``) does what the whole run does there, so a
-    caller may change the parameters in between, as reassignment does.
+) -> tuple[Any, list[float]]:
+    """Tunes any head on cached positions.
 
     Args:
-      loss_fn: ``(params, constants, *batch) -> loss of each position``.
-      params: pytree of trained arrays.
-      arrays: ``[count, ...]`` each, sampled together: hidden states, labels, ...
-      steps: of the whole run.
-      batch_size: positions a step.
-      learning_rate: peak.
-      constants: pytree that is not trained: assignments, tables.
-      warmup: share of the steps.
-      seed: of the order of positions.
-      start_step: where to begin.
-      stop_step: where to end; ``steps`` when omitted.
-      opt_state: of the part before.
-      mesh: its data and fsdp axes share the positions of a step; parameters and constants are on
-        every device. Every process has all ``arrays`` and gets all results.
+        loss_fn: `(params, constants, *batch) -> loss of each position`.
+        params: Pytree of trained arrays.
+        arrays: `[count, ...]` each, sampled together: hidden states, labels, ...
+        tuning: Budget.
+        constants: Pytree that is not trained: assignments, tables.
+        between: `(step, params, constants)`, called after so many steps, to None or to others to go
+            on with, as reassignment does. The moments of the optimizer stay.
+        mesh: Its data and fsdp axes share the positions of a step; parameters and constants are on
+            every device. Every process has all `arrays` and gets all results.
 
     Returns:
-      ``(params, opt_state, losses)``.
+        `(params, losses)`.
 
     Raises:
-      ValueError: the mesh does not divide the positions of a step.
+        ValueError: The mesh does not divide the positions of a step.
 
     >>> loss = lambda params, _, x: (params - x) ** 2
-    >>> params, _, losses = tune_head(loss, jnp.zeros(()), [np.ones(8, np.float32)], steps=60,
-    ...                               batch_size=4, learning_rate=0.1)
+    >>> tuning = Tuning(steps=60, batch_size=4, learning_rate=0.1)
+    >>> params, losses = tune_head(loss, jnp.zeros(()), [np.ones(8, np.float32)], tuning)
     >>> bool(abs(params - 1) < 0.1)
     True
     """
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, learning_rate, max(1, int(warmup * steps)), max(2, steps)
-    )
-    # The larger epsilon keeps codes and tokens that hardly occur from drifting with the noise.
-    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99, eps=1e-6))
-    opt_state = tx.init(params) if opt_state is None else opt_state
-
-    @jax.jit(donate_argnums=(0, 1))
-    def step(params: Any, opt_state: Any, constants: Any, batch: Any) -> Any:
-        def mean_loss(params: Any) -> jax.Array:
-            return loss_fn(params, constants, *batch).mean()
-
-        loss, grads = jax.value_and_grad(mean_loss)(params)
-        updates, opt_state = tx.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, loss
-
+    if mesh is None:
+        mesh = training.make_mesh("data:1", devices=jax.local_devices()[:1])
+    tx, step = tuning.update(loss_fn, mesh)
+    state = training.create_train_state(params, tx, mesh=mesh, rules=_REPLICATED)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    constants = jax.device_put(constants, everywhere)
     count = len(arrays[0])
-    batch_size = min(batch_size, count)
-    per_epoch = count // batch_size
-    share = slice(None)
-    params = jax.tree.map(jnp.array, params)
-    if mesh is not None:
-        share = local_rows(mesh, batch_size)
-        everywhere = NamedSharding(mesh, PartitionSpec())
-        params, opt_state, constants = jax.device_put((params, opt_state, constants), everywhere)
+    batch_size = min(tuning.batch_size, count)
+    share, per_epoch = training.local_rows(mesh, batch_size), count // batch_size
     losses = []
-    for index in range(start_step, steps if stop_step is None else stop_step):
+    for index in range(tuning.steps):
         epoch, place = divmod(index, per_epoch)
-        order = np.random.default_rng([seed, epoch]).permutation(count)
+        order = np.random.default_rng([tuning.seed, epoch]).permutation(count)
         chosen = np.sort(order[place * batch_size : (place + 1) * batch_size])[share]
-        batch = [np.asarray(array[chosen]) for array in arrays]
-        batch = batch if mesh is None else make_global_batch(mesh, batch)
-        params, opt_state, loss = step(params, opt_state, constants, batch)
-        losses.append(loss)
-    if mesh is not None:
-        # Other code knows no mesh, and nothing of several processes.
-        params, opt_state = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), (params, opt_state))
-    return params, opt_state, [float(loss) for loss in losses]
+        batch = tuple(np.asarray(array[chosen]) for array in arrays)
+        state, output = step(state, batch, constants)
+        losses.append(output.metrics["loss"])
+        changed = between and between(index + 1, state.params, constants)
+        if changed:
+            held, constants = jax.device_put(changed, everywhere)
+            state = state.replace(params=held)
+    # Other code knows no mesh, and nothing of several processes.
+    params = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), state.params)
+    return params, [float(total) / float(size) for total, size in jax.device_get(losses)]
 
 
 def vq_distillation_loss(
@@ -159,86 +177,84 @@ def tune_vq_head(
     assignment: Array,
     hidden: np.ndarray,
     targets: HeadTargets,
+    tuning: Tuning,
     *,
-    steps: int,
-    batch_size: int = 2048,
-    learning_rate: float = 2e-3,
     reassign_every: int | None = None,
     min_count: float = 1.0,
-    seed: int = 0,
     mesh: Mesh | None = None,
 ) -> tuple[Array, Array | None, Array, dict[str, list[float]]]:
     """Tunes codebook and biases to the old head, and every so many steps the mapping as well.
 
     The expected divergence, over all positions and the whole vocabulary, is minimised at the cost
-    of K scores a position. With ``reassign_every``, tokens move to the code under which they are
+    of K scores a position. With `reassign_every`, tokens move to the code under which they are
     most likely (`logitjax.vq.reassign`); the last moves come well before the end.
 
     Args:
-      codebook: ``[codes, hidden]``.
-      bias: ``[vocab]``; None tunes the head as published, without one.
-      assignment: ``[vocab]``.
-      hidden: ``[count, hidden]``, cached.
-      targets: of `head_targets`, for the same positions.
-      steps: of Adam.
-      batch_size: positions a step.
-      learning_rate: peak.
-      reassign_every: steps between reassignments; None keeps the mapping. Needs biases.
-      min_count: expected targets below which a token stays where it is.
-      seed: of the order of positions.
-      mesh: as of `tune_head`.
+        codebook: `[codes, hidden]`.
+        bias: `[vocab]`; None tunes the head as published, without one.
+        assignment: `[vocab]`.
+        hidden: `[count, hidden]`, cached.
+        targets: What `head_targets` makes of the same positions.
+        tuning: Budget.
+        reassign_every: Steps between reassignments; None keeps the mapping. Needs biases.
+        min_count: Expected targets below which a token stays where it is.
+        mesh: Mesh, as of `tune_head`.
 
     Returns:
-      ``(codebook, bias, assignment, history)``; history holds ``loss`` and ``moved``.
+        `(codebook, bias, assignment, history)`; history holds `loss` and `moved`.
 
     Raises:
-      ValueError: ``reassign_every`` without biases.
+        ValueError: `reassign_every` without biases.
     """
     if reassign_every is not None and bias is None:
-        raise ValueError("reassign_every needs biases, got bias=None")
+        raise ValueError("reassign_every: expected biases beside it, got bias=None")
     params = {"codebook": jnp.asarray(codebook)}
     if bias is not None:
         params["bias"] = jnp.asarray(bias)
-    assignment = jnp.asarray(assignment)
     count, codes = len(hidden), params["codebook"].shape[0]
-    history: dict[str, list[float]] = {"loss": [], "moved": []}
-    opt_state = None
-    stops = list(range(reassign_every, steps, reassign_every)) if reassign_every else []
-    for start, stop in zip([0, *stops], [*stops, steps]):
-        constants = {
+    moves: list[float] = []
+
+    def constants_of(assignment: Array) -> dict[str, Array]:
+        return {
             "assignment": assignment,
             "rest": jax.ops.segment_sum(
                 jnp.asarray(targets.rest_sums) / count, assignment, num_segments=codes
             ),
             "rest_counts": jnp.asarray(targets.rest_counts) / count,
         }
-        params, opt_state, losses = tune_head(
-            vq_distillation_loss,
-            params,
-            [hidden, targets.top_probs, targets.top_tokens],
-            steps=steps,
-            batch_size=batch_size,
-            learning_rate=learning_rate,
-            constants=constants,
-            seed=seed,
-            start_step=start,
-            stop_step=stop,
-            opt_state=opt_state,
-            mesh=mesh,
+
+    held = constants_of(jnp.asarray(assignment))
+
+    def between(step: int, params: Any, constants: Any) -> Any:
+        nonlocal held
+        if not reassign_every or step % reassign_every or step == tuning.steps:
+            return None
+        # On the host: every process does the same, on its own device.
+        params, assignment = jax.tree.map(np.asarray, (params, constants["assignment"]))
+        assignment, bias, moved = reassign(
+            params["codebook"],
+            params["bias"],
+            assignment,
+            targets.sums,
+            targets.counts,
+            hidden,
+            min_count=min_count,
         )
-        history["loss"] += losses
-        if stop < steps:
-            assignment, params["bias"], moved = reassign(
-                params["codebook"],
-                params["bias"],
-                assignment,
-                targets.sums,
-                targets.counts,
-                hidden,
-                min_count=min_count,
-            )
-            history["moved"].append(float(moved))
-    return params["codebook"], params.get("bias"), assignment, history
+        moves.append(float(moved))
+        held = constants_of(assignment)
+        return params | {"bias": bias}, held
+
+    params, losses = tune_head(
+        vq_distillation_loss,
+        params,
+        [hidden, targets.top_probs, targets.top_tokens],
+        tuning,
+        constants=held,
+        between=between,
+        mesh=mesh,
+    )
+    history = {"loss": losses, "moved": moves}
+    return params["codebook"], params.get("bias"), held["assignment"], history
 
 
 def reassign_from_labels(

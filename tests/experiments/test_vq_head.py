@@ -5,6 +5,7 @@ import pytest
 from etils import epath
 
 from experiments.vq_head import __main__ as vq_head
+from experiments.vq_head import arms, config, measure
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def test_finished_arms_are_not_run_again(finished, monkeypatch):
     def fail(*_):
         raise AssertionError("an arm was run again")
 
-    monkeypatch.setattr(vq_head._vq_arms, "convert", fail)
+    monkeypatch.setattr(measure, "run_arm", fail)
     vq_head.run(config, workdir)
     assert (workdir / "results" / "vq_likelihood_32_0.json").read_text() == before
 
@@ -52,6 +53,10 @@ def test_finished_arms_are_not_run_again(finished, monkeypatch):
 def test_presets_are_configurations():
     for name, settings in vq_head.PRESETS.items():
         assert dataclasses.asdict(vq_head.Config(**settings)), name
+
+
+def test_every_arm_has_a_fit():
+    assert set(arms.FITS) == set(config.ARMS)
 
 
 def test_unknown_arms_are_named():

@@ -209,42 +209,48 @@ def test_assignment_is_saved_and_not_trained():
     assert set(nnx.to_pure_dict(tables)) == {"assignment"}
 
 
-def test_tune_in_parts_is_tune_in_one():
-    rng = np.random.default_rng(0)
-    data = [rng.normal(size=(64, 3)).astype(np.float32)]
+def squared_error(params, constants, x):
+    return ((x @ params) - constants) ** 2
 
-    def loss(params, constants, x):
-        return ((x @ params) - 1.0) ** 2
 
-    options = dict(steps=10, batch_size=16, learning_rate=1e-1)
-    whole, _, losses = vq.tune_head(loss, jnp.ones(3), data, **options)
-    part, state, first = vq.tune_head(loss, jnp.ones(3), data, **options, stop_step=4)
-    part, _, second = vq.tune_head(loss, part, data, **options, start_step=4, opt_state=state)
+def test_what_is_changed_between_steps_is_gone_on_with():
+    data = [np.random.default_rng(0).normal(size=(64, 3)).astype(np.float32)]
+    tuning = vq.Tuning(steps=10, batch_size=16, learning_rate=1e-1)
+    options = dict(constants=jnp.ones(()))
+    whole, losses = vq.tune_head(squared_error, jnp.ones(3), data, tuning, **options)
+    asked = []
+
+    def same(step, params, constants):
+        asked.append(step)
+        return (params, constants) if step == 4 else None
+
+    part, again = vq.tune_head(squared_error, jnp.ones(3), data, tuning, **options, between=same)
+    assert asked == list(range(1, 11))
     np.testing.assert_allclose(part, whole, rtol=1e-6)
-    np.testing.assert_allclose(first + second, losses, rtol=1e-6)
+    np.testing.assert_allclose(again, losses, rtol=1e-6)
+
+    def other(step, params, constants):
+        return (jnp.zeros(3), 0 * constants) if step == 4 else None
+
+    part, again = vq.tune_head(squared_error, jnp.ones(3), data, tuning, **options, between=other)
+    np.testing.assert_allclose(again[:4], losses[:4], rtol=1e-6)
+    assert again[4] == 0
 
 
 def test_tuning_over_a_mesh_is_tuning():
-    rng = np.random.default_rng(0)
-    data = [rng.normal(size=(64, 3)).astype(np.float32)]
-
-    def loss(params, constants, x):
-        return ((x @ params) - constants) ** 2
-
+    data = [np.random.default_rng(0).normal(size=(64, 3)).astype(np.float32)]
     mesh = training.make_mesh("data:2,fsdp:2", devices=jax.devices()[:4])
-    options = dict(steps=10, batch_size=16, learning_rate=1e-1, constants=jnp.ones(()))
-    one, _, losses = vq.tune_head(loss, jnp.ones(3), data, **options)
-    part, state, first = vq.tune_head(loss, jnp.ones(3), data, **options, mesh=mesh, stop_step=4)
+    tuning = vq.Tuning(steps=10, batch_size=16, learning_rate=1e-1)
+    options = dict(constants=jnp.ones(()))
+    one, losses = vq.tune_head(squared_error, jnp.ones(3), data, tuning, **options)
+    many, shared = vq.tune_head(squared_error, jnp.ones(3), data, tuning, **options, mesh=mesh)
     # What comes back is of no mesh: other code may go on with it.
-    assert len(part.sharding.device_set) == 1
-    many, _, second = vq.tune_head(
-        loss, part, data, **options, mesh=mesh, start_step=4, opt_state=state
-    )
+    assert len(many.sharding.device_set) == 1
     np.testing.assert_allclose(many, one, rtol=1e-5)
-    np.testing.assert_allclose(first + second, losses, rtol=1e-5)
-    options["batch_size"] = 18
+    np.testing.assert_allclose(shared, losses, rtol=1e-5)
+    odd = dataclasses.replace(tuning, batch_size=18)
     with pytest.raises(ValueError, match="multiple of data x fsdp = 4"):
-        vq.tune_head(loss, jnp.ones(3), data, **options, mesh=mesh)
+        vq.tune_head(squared_error, jnp.ones(3), data, odd, **options, mesh=mesh)
 
 
 def test_labels_can_reassign_too(conversion):

@@ -11,7 +11,8 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
-from experiments.shared.small_text import count_tokens
+from experiments.shared.small_text import Text, count_tokens, pack_splits, small_text
+from experiments.vq_head.config import Config
 from logitjax import data, models, processes, training, vq
 
 BLOCK = 512
@@ -25,34 +26,25 @@ class Split:
     labels: np.ndarray
     targets: vq.HeadTargets
 
-    def head(self, count: int) -> "Split":
-        """The first positions only; sums over all positions are not cut."""
-        top = {
-            name: getattr(self.targets, name)[:count] for name in ("top_probs", "top_tokens", "nll")
-        }
-        return Split(
-            np.asarray(self.hidden[:count]),
-            self.labels[:count],
-            dataclasses.replace(self.targets, **top),
-        )
 
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Context:
     """The old head, the text, and a cache of k-means fits.
 
     Attributes:
-      rows: ``[vocab, hidden]`` of the old head.
-      row_bias: its bias or None.
-      tied: whether the rows are the input embedding.
-      trunk_parameters: parameters of everything but the head's rows.
-      unigram: ``[vocab]`` counts over the whole training text, plus a tenth.
-      statistics: moments of the training hidden states.
-      splits: ``train``, ``validation``, ``test``.
-      packed: the rows of tokens.
-      mesh: over which the positions of a step are split.
+        config: Settings of the run.
+        rows: `[vocab, hidden]` of the old head.
+        row_bias: Its bias or None.
+        tied: Whether the rows are the input embedding.
+        trunk_parameters: Parameters of everything but the head's rows.
+        unigram: `[vocab]` counts over the whole training text, plus a tenth.
+        statistics: Moments of the training hidden states.
+        splits: `train`, `validation`, `test`.
+        packed: The rows of tokens.
+        mesh: Over which the positions of a step are split.
     """
 
+    config: Config
     rows: jax.Array
     row_bias: jax.Array | None
     tied: bool
@@ -61,7 +53,7 @@ class Context:
     statistics: vq.HeadStatistics
     splits: Mapping[str, Split]
     packed: Mapping[str, data.PackedDataset]
-    mesh: Any
+    mesh: jax.sharding.Mesh
 
     @property
     def vocab(self) -> int:
@@ -71,8 +63,13 @@ class Context:
     def width(self) -> int:
         return self.rows.shape[1]
 
+    @functools.cached_property
+    def text(self) -> Text:
+        """Text over the small vocabulary of models that are trained from scratch."""
+        return small_text(self.packed, np.asarray(self.unigram), self.config.scratch_vocab)
+
     @functools.lru_cache(maxsize=4)  # noqa: B019
-    def fit(self, method: str, codes: int, seed: int, iterations: int) -> vq.VQFit:
+    def fit(self, method: Any, codes: int, seed: int) -> vq.VQFit:
         return vq.fit_assignment(
             self.rows,
             self.unigram,
@@ -82,28 +79,22 @@ class Context:
             method=method,
             row_bias=self.row_bias,
             key=jax.random.key(seed),
-            iterations=iterations,
+            iterations=self.config.kmeans_iterations,
         )
 
-    def __hash__(self) -> int:
-        return id(self)
 
-
-def prepare(config: Any, workdir: epath.Path) -> Context:
+def prepare(config: Config, workdir: epath.Path) -> Context:
     """Packs text, runs the model once, runs its head once; all of it is kept on disk."""
     with processes.first_before_others("hidden states"):
         return _prepare(config, workdir)
 
 
-def _prepare(config: Any, workdir: epath.Path) -> Context:
+def _prepare(config: Config, workdir: epath.Path) -> Context:
     root = epath.Path(config.cache_dir or workdir / "cache")
     model, tokenizer = models.load(config.model, layout="listed")
-    packed = {
-        name: data.pack(
-            examples, {"model": tokenizer}, seq_len=config.seq_len, directory=root / "packed" / name
-        )
-        for name, examples in _examples(config).items()
-    }
+    packed = pack_splits(
+        config.data, config.splits, tokenizer, seq_len=config.seq_len, directory=root / "packed"
+    )
     head = model.head_of()
     rows, row_bias = jnp.asarray(head.rows, jnp.float32), head.bias
     sizes = {
@@ -115,7 +106,7 @@ def _prepare(config: Any, workdir: epath.Path) -> Context:
     for name, size in sizes.items():
         cache = vq.cache_hidden_states(
             model,
-            _batches(packed[name], config),
+            _batches(packed[name], config.batch_rows),
             root / f"hidden_{name}",
             max_tokens=size,
             source=f"{packed[name].fingerprint}, {config.batch_rows} rows a batch",
@@ -128,9 +119,10 @@ def _prepare(config: Any, workdir: epath.Path) -> Context:
             soft_cap=model.config.logits_softcap,
         )
         splits[name] = Split(cache.hidden, cache.labels, targets)
-    total = sum(x.size for x in jax.tree.leaves(_params(model)))
+    total = sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
     tied = model.config.tie_embeddings
     return Context(
+        config=config,
         rows=rows,
         row_bias=None if row_bias is None else jnp.asarray(row_bias),
         tied=tied,
@@ -156,23 +148,7 @@ def in_blocks(fn: Callable[..., Any], *arrays: np.ndarray) -> Any:
     return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
 
 
-def _examples(config: Any) -> Mapping[str, data.Examples]:
-    if not config.data.startswith("tfds:"):
-        return data.load_splits(config.data, on_error="raise")
-    names = ("train", "validation", "test")
-    return {
-        name: data.load_examples(config.data, split=split)
-        for name, split in zip(names, config.splits, strict=True)
-    }
-
-
-def _batches(packed: data.PackedDataset, config: Any) -> Iterator[Mapping[str, Any]]:
-    step = 0
+def _batches(packed: data.PackedDataset, size: int) -> Iterator[Mapping[str, Any]]:
     # An epoch at most: then the split is smaller than what was asked for.
-    while (step + 1) * config.batch_rows <= max(len(packed), config.batch_rows):
-        yield packed.batch(step, seed=0, batch_size=config.batch_rows)["model"]
-        step += 1
-
-
-def _params(model: Any) -> Any:
-    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    for step in range(max(1, len(packed) // size)):
+        yield packed.batch(step, seed=0, batch_size=size)["model"]

@@ -1,0 +1,127 @@
+"""What is measured of a converted head, and which heads are made of each arm."""
+
+import dataclasses
+import functools
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from etils import epath
+
+from experiments.shared.records import Record
+from experiments.shared.timing import paired_ratio, paired_seconds
+from experiments.vq_head import arms, rescored
+from experiments.vq_head.data import Context, Split, in_blocks
+from logitjax import vq
+
+#: Arms that make V cheap logits, for exact rows to re-score the best of.
+SCREENS = ("product", "packed_product", "wide_low_rank")
+
+
+def run_arm(
+    ctx: Context, workdir: epath.Path, arm: str, codes: int, seed: int, rates: Sequence[float]
+) -> Record:
+    """Records of an arm at the best of the rates, and of the heads that are made of it."""
+    config = ctx.config
+    logging.info("%s, %d codes, seed %d", arm, codes, seed)
+    trials = [arms.Trial(arm, codes, seed, rate) for rate in rates]
+    made = [arms.convert(ctx, trial) for trial in trials]
+    best = 0
+    if len(made) > 1:
+        best = int(np.argmin([scores(one, ctx.splits["validation"])["nll"] for one in made]))
+    trial, head = trials[best], made[best]
+    record = functools.partial(converted_record, ctx, trial)
+    records = [record(arm, head)]
+    if arm == "vq_likelihood":
+        records += [record(name, one) for name, one in _shortlists(ctx, head, trial)]
+        if seed == 0 and jax.process_index() == 0:
+            vq.save_head(head.head, workdir / "heads" / f"{arm}_{codes}")
+    if arm in SCREENS:
+        for count in config.candidates:
+            name = f"screened_{arm}_{count}"
+            records.append(record(name, rescored.screened(ctx, head, count)))
+    return {"lr": trial.rate, "records": records}
+
+
+def _shortlists(
+    ctx: Context, base: arms.Converted, trial: arms.Trial
+) -> list[tuple[str, arms.Converted]]:
+    config, made = ctx.config, []
+    for pages in config.pages:
+        head = rescored.shortlist(ctx, base, pages)
+        made.append((f"shortlist_{pages}", head))
+        if config.shortlist_steps and pages == config.pages[0]:
+            made.append((f"shortlist_{pages}_tuned", rescored.tune_tail(ctx, head, trial)))
+    groups, longest = config.product_groups, config.pages[-1]
+    head = rescored.shortlist(ctx, base, longest, groups=groups, seed=trial.seed)
+    return [*made, (f"shortlist_product_{longest}", head)]
+
+
+def scores(converted: arms.Converted, split: Split) -> dict[str, float]:
+    """Held-out perplexity ratio to the old head, and agreement with its first choices."""
+    nll_fn, top_fn = jax.jit(converted.nll), jax.jit(converted.top_k)
+    arrays = converted.arrays
+    nll = in_blocks(lambda h, y: nll_fn(arrays, h, y), split.hidden, split.labels)
+    tokens = in_blocks(lambda h: top_fn(arrays, h), split.hidden)
+    teacher = split.targets.top_tokens[:, : tokens.shape[1]]
+    return {
+        "nll": float(nll.mean()),
+        "ratio": float(np.exp(nll.mean() - split.targets.nll.mean())),
+        "top1": float((tokens[:, 0] == teacher[:, 0]).mean()),
+        "top5": float((tokens[:, :, None] == teacher[:, None, :]).any(1).mean()),
+        "accuracy": float((tokens[:, 0] == split.labels).mean()),
+    }
+
+
+def converted_record(
+    ctx: Context, trial: arms.Trial, name: str, converted: arms.Converted
+) -> Record:
+    """All that the report says of one head."""
+    old = arms.full(ctx)
+    hidden = jnp.asarray(np.asarray(ctx.splits["test"].hidden[:1]))
+    jitted = {"full": (jax.jit(old.top_k), old.arrays)}
+    jitted["new"] = (jax.jit(converted.decode or converted.top_k), converted.arrays)
+    functions = {name: lambda f=f, p=p: f(p, hidden) for name, (f, p) in jitted.items()}
+    seconds = paired_seconds(functions, repeats=ctx.config.timing_repeats, warmup=2)
+    record = scores(converted, ctx.splits["test"])
+    logging.info("%s: perplexity x%.4f, top-1 %.4f", name, record["ratio"], record["top1"])
+    return record | {
+        "arm": name,
+        "codes": trial.codes,
+        "seed": trial.seed,
+        "lr": trial.rate,
+        "floor": converted.floor,
+        "curve": list(converted.curve),
+        "moved": list(converted.moved),
+        "decode_ms": 1e3 * statistics.median(seconds["new"]),
+        "decode_speedup": paired_ratio(seconds["full"], seconds["new"]),
+        # Times of training are taken once an arm: they do not depend on what was learnt.
+        "training_speedup": _training_speedup(ctx, converted) if trial.seed == 0 else None,
+        "cost": dataclasses.asdict(converted.cost),
+    }
+
+
+def _training_speedup(ctx: Context, converted: arms.Converted) -> float | None:
+    """Loss and gradients of the full head, blocked as all linear losses, over those of this one."""
+    if not converted.trains:
+        return None
+    train, count = ctx.splits["train"], ctx.config.shortlist_batch
+    batch = (jnp.asarray(np.asarray(train.hidden[:count])), jnp.asarray(train.labels[:count]))
+    steps = {"full": _training_step(arms.full(ctx)), "new": _training_step(converted)}
+    functions = {name: functools.partial(step, *batch) for name, step in steps.items()}
+    seconds = paired_seconds(functions, repeats=3)
+    return paired_ratio(seconds["full"], seconds["new"])
+
+
+def _training_step(converted: arms.Converted) -> Callable[..., Any]:
+    """Loss and gradients, for the head's parameters and the trunk: `(hidden, labels) -> ...`."""
+
+    def loss(params: Any, given: Any, hidden: Any, labels: Any) -> Any:
+        return converted.nll({**params, **given}, hidden, labels).mean()
+
+    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 2)))
+    return functools.partial(step, converted.params, converted.given)

@@ -1,0 +1,208 @@
+"""A small language model trained from scratch with each head; the trunk is the same."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from etils import epath
+from flax import nnx
+
+from experiments.shared import fit
+from experiments.shared.records import Record
+from experiments.shared.small_text import Text
+from experiments.vq_head.config import Config
+from experiments.vq_head.data import Context
+from logitjax import heads, losses, models, training, vq
+
+#: `(params, given, hidden, labels)` to the loss of each position.
+Nll = Callable[[Any, Any, Any, Any], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """A head before training: what is trained of it, what is given, and its loss."""
+
+    params: Any
+    given: Any
+    nll: Nll
+
+
+def make_trunk(config: Config, vocab: int, *, seed: int = 0, abstract: bool = False) -> Any:
+    """The model that every head is trained with: `nnx.split` in graph, parameters and rest."""
+    width = config.scratch_width
+    shape = models.DecoderConfig(
+        vocab_size=vocab,
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=width // 4,
+        tie_embeddings=False,
+    )
+
+    def build() -> models.Decoder:
+        return models.Decoder(shape, rngs=nnx.Rngs(seed), head=nnx.Module())
+
+    graphdef, params, rest = nnx.split(
+        nnx.eval_shape(build) if abstract else build(), nnx.Param, ...
+    )
+    return graphdef, nnx.to_pure_dict(params), rest
+
+
+def make_loss(graphdef: Any, rest: Any, nll: Nll) -> Callable[..., Any]:
+    """Summed loss of a head and its trunk, for `training.make_train_step`."""
+
+    def loss_fn(params: Any, batch: Mapping[str, Any], rng: Any, given: Any) -> Any:
+        hidden = _hidden(graphdef, rest, params["trunk"], batch["tokens"])
+        mask = batch["mask"][:, 1:]
+        values = nll(params["head"], given, hidden, batch["tokens"][:, 1:])
+        return (values * mask).sum(), mask.sum(), {}
+
+    return loss_fn
+
+
+def _hidden(graphdef: Any, rest: Any, params: Any, tokens: jax.Array) -> jax.Array:
+    return nnx.merge(graphdef, params, rest).hidden_states(tokens)[0][:, :-1]
+
+
+def make_update(loss_fn: Callable[..., Any], config: Config, mesh: Any, rate: float) -> fit.Update:
+    """The compiled update of a small model, whatever its head."""
+    steps = max(21, config.scratch_steps)
+    options: Any = dict(final=0.0, weight_decay=0.0, b2=0.999)
+    return fit.make_update(loss_fn, rate, mesh=mesh, steps=steps, warmup=20, **options)
+
+
+def train(ctx: Context, directory: epath.Path, arm: str, seed: int, rate: float) -> Record:
+    """Trains one model; its held-out loss, the numbers in its head, and the curve."""
+    logging.info("from scratch: %s, seed %d, learning rate %g", arm, seed, rate)
+    config, text, mesh = ctx.config, ctx.text, ctx.mesh
+    head = _head(ctx, arm, seed)
+    graphdef, trunk, rest = make_trunk(config, len(text.unigram), seed=seed)
+    loss_fn = make_loss(graphdef, rest, head.nll)
+    update = make_update(loss_fn, config, mesh, rate)
+    state = update.start({"trunk": trunk, "head": head.params}, seed)
+    given = training.shard_tree(head.given, mesh, update.rules)
+    steps = config.scratch_steps
+    moves = [steps // 3 + 1, 2 * steps // 3 + 1] if arm == "vq_reassigned" else []
+    directory = directory / f"scratch_{arm}_{seed}_{rate:g}"
+    writer = training.make_writer(directory)
+    for stop in [*moves, steps]:
+        state = training.train_loop(
+            state,
+            lambda state, batch, given=given: update.step(state, batch, given),
+            lambda step: fit.share(mesh, text.batch(step, seed=seed, size=config.scratch_batch)),
+            total_steps=stop,
+            writer=writer,
+        )
+        if stop < steps:
+            run = jax.jit(lambda params, tokens: _hidden(graphdef, rest, params, tokens))
+            params, given = _reassigned(state, given, run, text, config)
+            params, given = training.shard_tree((params, given), mesh, update.rules)
+            state = state.replace(params=params)
+    evaluate = training.make_eval_step(loss_fn, mesh=mesh)
+
+    def blocks(split: str) -> Iterator[dict[str, np.ndarray]]:
+        return (fit.share(mesh, block) for block in text.blocks(split))
+
+    held_out = {
+        name: training.evaluate(evaluate, state.params, blocks(split), given)["loss"]
+        for name, split in (("validation_nll", "validation"), ("nll", "test"))
+    }
+    size = sum(x.size for x in jax.tree.leaves(head.params))
+    return held_out | {
+        "arm": arm,
+        "seed": seed,
+        "lr": rate,
+        "scratch": True,
+        "parameters": size,
+        "curve": fit.curve(directory),
+    }
+
+
+def _head(ctx: Context, arm: str, seed: int) -> Head:
+    text, width = ctx.text, ctx.config.scratch_width
+    vocab = len(text.unigram)
+    codes = codes_of(vocab)
+    key = jax.random.key(seed + 1000)
+    log_unigram = jnp.log(jnp.asarray(text.unigram / text.unigram.sum(), jnp.float32))
+
+    def normal(*shape: int) -> jax.Array:
+        return jax.random.normal(key, shape) * width**-0.5
+
+    if arm in ("full", "full_bias"):
+        params = {"kernel": normal(vocab, width)}
+        if arm == "full_bias":
+            params["bias"] = log_unigram
+        return Head(params, {}, _full_nll)
+    if arm == "low_rank":
+        rank = max(1, codes * width // (vocab + width))
+        params = {"down": normal(width, rank), "kernel": normal(vocab, rank), "bias": log_unigram}
+        return Head(params, {}, _full_nll)
+    if arm == "adaptive":
+        config = heads.AdaptiveConfig(
+            vocab_size=vocab, hidden_size=width, cutoffs=(vocab // 20, vocab // 4), div_value=4.0
+        )
+        params = heads.init_adaptive_softmax(key, config, jnp.asarray(text.unigram))
+        tables = {name: params.pop(name) for name in ("order", "rank")}
+        return Head(
+            params, tables, lambda params, given, h, y: heads.adaptive_nll(h, params | given, y)
+        )
+    if arm == "vq_random":
+        assignment = jax.random.permutation(key, jnp.arange(vocab) * codes // vocab)
+    else:
+        # Rows of the pretrained head: the map imports what it knows. Others share one mean row.
+        rows = jnp.concatenate([ctx.rows[text.kept], ctx.rows.mean(0, keepdims=True)])
+        assignment = vq.fit_assignment(
+            rows,
+            jnp.asarray(text.unigram, jnp.float32),
+            ctx.statistics.mean,
+            ctx.statistics.cov,
+            codes,
+            key=key,
+            iterations=10,
+        ).assignment
+    params = {"codebook": normal(codes, width)}
+    if arm != "vq_plain":
+        params["bias"] = log_unigram
+    return Head(params, {"assignment": assignment.astype(jnp.int32)}, vq.vq_label_loss)
+
+
+def _full_nll(params: Any, given: Any, hidden: Any, labels: Any) -> Any:
+    hidden = hidden @ params["down"] if "down" in params else hidden
+    head = losses.Head(params["kernel"], params.get("bias"), vocab_axis=0)
+    return losses.linear_cross_entropy(hidden, head, labels)
+
+
+def codes_of(vocab: int) -> int:
+    """Codes of a VQ head over a small vocabulary."""
+    return max(2, vocab // 16)
+
+
+def _reassigned(
+    state: training.TrainState, given: Any, run: Callable[..., Any], text: Text, config: Config
+) -> tuple[Any, Any]:
+    """Tokens move to the code under which their labels are most likely, by what was just seen."""
+    rng = np.random.default_rng(int(state.step))
+    hidden, labels = [], []
+    for _ in range(config.scratch_reassign_batches):
+        rows = rng.integers(0, len(text.train), config.scratch_batch)
+        states = np.asarray(run(state.params["trunk"], text.train[rows]))
+        mask = text.train_mask[rows][:, 1:]
+        hidden.append(states[mask])
+        labels.append(text.train[rows][:, 1:][mask])
+    # On the host: every process does the same, on its own device.
+    held = jax.tree.map(np.asarray, state.params["head"] | given)
+    new, bias, _ = vq.reassign_from_labels(
+        held["codebook"],
+        held["bias"],
+        held["assignment"],
+        np.concatenate(hidden),
+        np.concatenate(labels),
+    )
+    head = state.params["head"] | {"bias": bias}
+    return state.params | {"head": head}, {"assignment": new}
