@@ -64,9 +64,13 @@ AREAS: Mapping[str, Area] = {
     "sweep": Area(
         mutants=14,
         files={
-            "losses/sweep/_call": _LINEAR,
+            # Without `_blocks`, whose numbers decide how fast it is and nothing else.
             "losses/sweep/_engine": _LINEAR,
-            "losses/sweep/_statistics": _LINEAR,
+            "losses/sweep/_head": _LINEAR,
+            "losses/sweep/_kl": _LINEAR,
+            "losses/sweep/_readout": _LINEAR,
+            "losses/sweep/_run": _LINEAR,
+            "losses/sweep/_statistic": _LINEAR,
             "losses/sweep/_weighted": _LINEAR,
         },
     ),
@@ -228,7 +232,7 @@ NAMED: Sequence[tuple[str, str, str, str]] = (
     ),
     (
         "the same, in the sweep",
-        "losses/sweep/_statistics",
+        "losses/sweep/_kl",
         "jnp.where(escaped > 0, jnp.inf, finite)",
         "finite",
     ),

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from logitjax.ops import (
     Array,
     AxisName,
+    Number,
     as_float,
     check_positive,
     check_same_shape,
@@ -48,7 +49,7 @@ def bernoulli_kl(student_logit: jax.Array, teacher_logit: jax.Array) -> jax.Arra
 def _prepare(
     student_logits: Array,
     teacher_logits: Array,
-    temperature: float,
+    temperature: Number,
     reduction: str,
     centre: bool,
     vocab_where: Array | None,
@@ -89,7 +90,7 @@ def binary_kl(
     student_logits: Float[Array, "..."],
     teacher_logits: Float[Array, "..."],
     *,
-    temperature: float = 2.0,
+    temperature: Number = 2.0,
     reduction: Reduction = "sum",
     centre: bool = False,
     vocab_where: Bool[Array, "..."] | None = None,
@@ -136,7 +137,9 @@ def binary_kl(
     student, teacher, keep = _prepare(
         student_logits, teacher_logits, temperature, reduction, centre, vocab_where, axis, axis_name
     )
-    values = temperature**2 * bernoulli_kl(student / temperature, teacher / temperature)
+    values = jnp.square(jnp.asarray(temperature)) * bernoulli_kl(
+        student / temperature, teacher / temperature
+    )
     return _reduce(values, keep, reduction, axis, axis_name)
 
 
@@ -144,7 +147,7 @@ def binary_kl_norm(
     student_logits: Float[Array, "..."],
     teacher_logits: Float[Array, "..."],
     *,
-    temperature: float = 2.0,
+    temperature: Number = 2.0,
     reduction: Reduction = "sum",
     centre: bool = False,
     vocab_where: Bool[Array, "..."] | None = None,
@@ -189,5 +192,7 @@ def binary_kl_norm(
     student, teacher, keep = _prepare(
         student_logits, teacher_logits, temperature, reduction, centre, vocab_where, axis, axis_name
     )
-    values = temperature**2 * _log_cosh((student - teacher) / (2.0 * temperature))
+    values = jnp.square(jnp.asarray(temperature)) * _log_cosh(
+        (student - teacher) / (2.0 * temperature)
+    )
     return _reduce(values, keep, reduction, axis, axis_name)

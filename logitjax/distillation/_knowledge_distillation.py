@@ -8,6 +8,7 @@ from logitjax.distillation._binary_kl import bernoulli_kl
 from logitjax.ops import (
     Array,
     AxisName,
+    Number,
     as_float,
     check_positive,
     check_same_shape,
@@ -19,7 +20,7 @@ from logitjax.ops import (
 
 
 def _softened(
-    student_logits: Array, teacher_logits: Array, temperature: float
+    student_logits: Array, teacher_logits: Array, temperature: Number
 ) -> tuple[jax.Array, jax.Array]:
     """Both logits over the temperature, the teacher's without a gradient."""
     student = as_float(student_logits, "student_logits")
@@ -48,7 +49,7 @@ def knowledge_distillation(
     student_logits: Float[Array, "..."],
     teacher_logits: Float[Array, "..."],
     *,
-    temperature: float = 4.0,
+    temperature: Number = 4.0,
     vocab_where: Bool[Array, "..."] | None = None,
     axis: int = -1,
     axis_name: AxisName | None = None,
@@ -85,7 +86,9 @@ def knowledge_distillation(
       defaults as in mdistiller.
     """
     student, teacher = _softened(student_logits, teacher_logits, temperature)
-    return temperature**2 * _softmax_kl(student, teacher, vocab_where, axis, axis_name)
+    return jnp.square(jnp.asarray(temperature)) * _softmax_kl(
+        student, teacher, vocab_where, axis, axis_name
+    )
 
 
 def decoupled_knowledge_distillation(
@@ -95,7 +98,7 @@ def decoupled_knowledge_distillation(
     *,
     target_weight: float = 1.0,
     other_weight: float = 8.0,
-    temperature: float = 4.0,
+    temperature: Number = 4.0,
     vocab_where: Bool[Array, "..."] | None = None,
     axis_name: AxisName | None = None,
 ) -> Float[jax.Array, "*batch"]:
@@ -149,7 +152,9 @@ def decoupled_knowledge_distillation(
 
     target_part = bernoulli_kl(target_logit(student), target_logit(teacher))
     other_part = _softmax_kl(student, teacher, others, -1, axis_name)
-    return temperature**2 * (target_weight * target_part + other_weight * other_part)
+    return jnp.square(jnp.asarray(temperature)) * (
+        target_weight * target_part + other_weight * other_part
+    )
 
 
 def standardize_logits(
@@ -222,7 +227,7 @@ def dist(
     *,
     inter_weight: float = 1.0,
     intra_weight: float = 1.0,
-    temperature: float = 1.0,
+    temperature: Number = 1.0,
     where: Bool[Array, " batch"] | None = None,
 ) -> Float[jax.Array, " batch"]:
     """DIST: match correlations of the probabilities, within an example and within a class.
@@ -267,4 +272,4 @@ def dist(
     if where is not None:
         everywhere = everywhere & jnp.asarray(where)[:, None]
     intra = _pearson_distance(student, teacher, everywhere, 0).mean()
-    return temperature**2 * (inter_weight * inter + intra_weight * intra)
+    return jnp.square(jnp.asarray(temperature)) * (inter_weight * inter + intra_weight * intra)

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from logitjax.ops._types import Array
 
@@ -48,11 +49,11 @@ def check_where(where: Array | None, shape: tuple[int, ...], name: str = "where"
 
 def check_positive(value: Any, name: str) -> None:
     """Checks a Python number; a traced one cannot be looked at and passes."""
-    if isinstance(value, (int, float)) and not value > 0:
+    if isinstance(value, (int, float, np.number)) and not value > 0:
         raise ValueError(f"{name} must be positive, got {value}")
 
 
 def check_between(value: Any, low: float | int, high: float | int, name: str) -> None:
     """Checks a Python number; a traced one cannot be looked at and passes."""
-    if isinstance(value, (int, float)) and not low <= value <= high:
+    if isinstance(value, (int, float, np.number)) and not low <= value <= high:
         raise ValueError(f"{name} must be between {low} and {high}, got {value}")
