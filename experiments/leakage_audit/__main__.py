@@ -22,7 +22,7 @@ from etils import epath
 from experiments.leakage_audit import policies, report
 from experiments.leakage_audit import rows as leakage_audit_rows
 from experiments.leakage_audit.config import PRESETS, Config
-from logitjax import processes, training
+from logitjax import leakage, processes, training
 from logitjax.commands import cli
 
 
@@ -33,7 +33,7 @@ def run(config: Config, workdir: epath.Path) -> None:
             rows = leakage_audit_rows.load(config, workdir)
         tasks = []
         for name in config.policy:
-            policy = policies.parse(name)
+            policy = leakage.parse_policy(name)
             random = policy.noise > 0 or policy.dummy_dims > 0
             tasks += [(name, seed) for seed in range(config.seeds if random else 1)]
 

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from experiments.leakage_audit import policies
+from logitjax import leakage
 from logitjax.commands.cli import field
 
 
@@ -23,7 +24,7 @@ class Config:
 
     def __post_init__(self) -> None:
         for name in self.policy:
-            policies.parse(name)
+            leakage.parse_policy(name)
         for name in ("prompts", "prompt_length", "batch_size", "seeds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")

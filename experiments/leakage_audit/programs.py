@@ -6,9 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments.leakage_audit import rows
 from experiments.shared import shapes
-from logitjax import training
+from logitjax import decoding, training
 
 
 def trace_steps(config: Any, devices: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -21,5 +20,5 @@ def _logits(config: Any, mesh: Any) -> Any:
     shape = shapes.decoder_config(config.model)
     graphdef, params = shapes.abstract_decoder(shape, layout="listed")
     tokens = jax.ShapeDtypeStruct((config.batch_size, config.prompt_length), jnp.int32)
-    program = rows.last_logits(graphdef)
+    program = decoding.next_token_program(graphdef)
     return program.trace(*shapes.replicated(mesh, (params, tokens)))

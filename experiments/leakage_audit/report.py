@@ -10,28 +10,14 @@ from etils import epath
 from experiments.shared.report import markdown_table, mean_and_spread
 from logitjax import leakage
 
-#: Shares of the head beyond chance up to which a policy counts as closed, and from which as open.
-CLOSED, OPEN = 0.1, 0.9
-
 
 def verdict(group: Sequence[Mapping[str, Any]], width: int) -> str:
     """What an operator should take from it."""
     first = group[0]
     if "row_error" in first:
-        return (
-            f"open: every row comes back to {first['row_error']:.1g} nats, "
-            f"{first['row_queries']} queries each"
-        )
+        return leakage.verdict(first["leak"], row=(first["row_error"], first["row_queries"]))
     leak = sum(record["leak"] for record in group) / len(group)
-    sees = first["dimension"] == width
-    dear = first["kl"] > 0.1
-    cost = ", and honest users pay for it" if dear else ""
-    if leak >= OPEN:
-        hidden = "" if sees else "; only the width is hidden"
-        return f"open: the head's subspace is out{hidden}{cost}"
-    if leak <= CLOSED:
-        return f"closed{cost}"
-    return f"part of the head leaks{cost}"
+    return leakage.verdict(leak, loss=first["kl"], sees_width=first["dimension"] == width)
 
 
 def write(config: Any, rows: Any, records: Sequence[Mapping[str, Any]], workdir: epath.Path) -> str:

@@ -16,6 +16,7 @@ COMMANDS = {
     "cache-logits": "Let teachers read text once, for training without them in memory.",
     "extract-features": "Let frozen image encoders see pictures once, for training of heads.",
     "convert-head": "Replace a model's output head by a vector-quantised one that imitates it.",
+    "audit": "Measure what the API of your model gives away of its head.",
 }
 
 

@@ -15,3 +15,4 @@ from logitjax.data._splits import PackedSplits as PackedSplits
 from logitjax.data._splits import load_splits as load_splits
 from logitjax.data._splits import pack_splits as pack_splits
 from logitjax.data._tokenizer import TokenizerLike as TokenizerLike
+from logitjax.data._windows import token_windows as token_windows

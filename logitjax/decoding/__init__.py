@@ -27,6 +27,8 @@ from logitjax.decoding._ensemble import Ensemble as Ensemble
 from logitjax.decoding._generate import generate as generate
 from logitjax.decoding._greedy import greedy_generate as greedy_generate
 from logitjax.decoding._load_ensemble import load_ensemble as load_ensemble
+from logitjax.decoding._next_token import next_token_logits as next_token_logits
+from logitjax.decoding._next_token import next_token_program as next_token_program
 from logitjax.decoding._requests import Request as Request
 from logitjax.decoding._sampling import Sampling as Sampling
 from logitjax.decoding._score import score as score

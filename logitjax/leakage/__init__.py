@@ -1,7 +1,8 @@
 """What a logit API gives away about the model behind it, and what defences cost.
 
 For those who run a model and choose what its API reports: `LogitOracle` puts a `LogitPolicy` in
-front of a model in the same process and counts what is asked; `recover_log_probs` and
+front of a model in the same process and counts what is asked; `audit` asks all of it and says
+what it comes to; `recover_log_probs` and
 `estimate_output_subspace` are what could be done with the answers; `align_head` and `utility_loss`
 say how much of the head has leaked and what a defence takes from honest users.
 """
@@ -9,6 +10,11 @@ say how much of the head has leaked and what a defence takes from honest users.
 from logitjax.leakage._alignment import align_head as align_head
 from logitjax.leakage._alignment import random_head_control as random_head_control
 from logitjax.leakage._alignment import utility_loss as utility_loss
+from logitjax.leakage._audit import SPAN as SPAN
+from logitjax.leakage._audit import Audit as Audit
+from logitjax.leakage._audit import audit as audit
+from logitjax.leakage._audit import parse_policy as parse_policy
+from logitjax.leakage._audit import verdict as verdict
 from logitjax.leakage._completion import complete_rows as complete_rows
 from logitjax.leakage._corner import corner_matrix as corner_matrix
 from logitjax.leakage._dimension import noise_edge as noise_edge

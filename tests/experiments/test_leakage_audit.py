@@ -7,6 +7,7 @@ from etils import epath
 
 from experiments.leakage_audit import __main__ as leakage_audit
 from experiments.leakage_audit import policies, report
+from logitjax import leakage
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +66,10 @@ def test_finished_policies_are_not_asked_again(finished, monkeypatch):
 
 
 def test_policies_by_name():
-    assert policies.parse("top_20_bias").bias == "reported"
-    assert policies.parse("dummy_64_0.02").dummy_scale == 0.02
+    assert leakage.parse_policy("top_20_bias").bias == "reported"
+    assert leakage.parse_policy("dummy_64_0.02").dummy_scale == 0.02
     for name in {*policies.DEMO, *policies.REPORT}:
-        assert policies.parse(name)
+        assert leakage.parse_policy(name)
     for wrong in ("top", "round_x", "noise_-1", "open"):
         with pytest.raises(ValueError, match="policy"):
             leakage_audit.Config(policy=(wrong,))

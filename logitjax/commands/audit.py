@@ -1,0 +1,206 @@
+"""Measure what the API of your own model gives away of its output head.
+
+    logitjax audit --model=DIR --policy=full --policy=round_2 --policy=top_5_bias --workdir=WORKDIR
+    logitjax audit --model=DIR --url=http://127.0.0.1:8000 --corner=640 --workdir=WORKDIR
+
+With `--model` alone each `--policy` is put in front of the model in this process: `full`, `round_D`
+(D decimals), `noise_S` (S nats), `floor_F`, `top_K`, `top_K_bias` (a logit bias moves what is
+reported), `dummy_R_A`, `cap_C`. With `--url` a server on this machine is asked instead, as
+`logitjax serve` or any other with OpenAI's completion API; --top_logprobs, --bias, --decimals and
+--noise say what it is known to do. It reports token ids where it knows
+`return_tokens_as_token_ids`, as ours and vLLM do. Only loopback addresses are asked: audits are of
+what one runs.
+
+WORKDIR/report.md has a line for each policy: hidden dimension, share of the head that is out, cost
+in queries and to honest users, verdict. WORKDIR/recovered/POLICY.npz holds what was recovered:
+`basis` (the head's columns up to an invertible matrix), `tokens` (of its rows), `singular_values`,
+and `log_probs` where a row came back. Finished policies are not asked again. See docs/leakage.md.
+"""
+
+import dataclasses
+import json
+from typing import Any
+
+import numpy as np
+from absl import logging
+from etils import epath
+
+from logitjax import data, decoding, leakage, models, storage
+from logitjax.commands.cli import field
+from logitjax.commands.tables import markdown_table
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Whom to ask, what, and by which rules."""
+
+    model: str | None = field(None, "The model, which is also the truth that answers are held to.")
+    url: str | None = field(None, "Address of your server, instead of rules in this process.")
+    policy: tuple[str, ...] = field(
+        ("full", "round_2", "noise_0.3", "top_5", "top_5_bias"), "Rules of the API to audit."
+    )
+    api_key: str | None = field(None, "Key of the server.")
+    top_logprobs: int = field(5, "Number of log-probabilities the server reports.", minimum=1)
+    bias: str = field("reported", "What a logit bias moves at the server.", choices=leakage.BIAS)
+    decimals: int | None = field(None, "Decimals that the server reports.")
+    noise: float = field(0.0, "Noise that the server adds, in nats.")
+    budget: int | None = field(None, "Most queries to the server; it is an error to need more.")
+    vocab_size: int = field(
+        0, "Number of tokens of the server's model, without --model.", minimum=0
+    )
+    data: str | None = field(None, "Text that prompts are cut from; else random tokens.")
+    prompts: int = field(
+        0, "Number of prompts; 0 takes a fifth more than the model is wide.", minimum=0
+    )
+    prompt_length: int = field(24, "Number of tokens in a prompt.", minimum=1)
+    batch_size: int = field(16, "Number of prompts in a forward pass.", minimum=1)
+    corner: int = field(
+        0, "Rows and columns of the corner asked for through a bias; 0 for none.", minimum=0
+    )
+    seed: int = field(0, "Seed of noise, of random prompts and of dummy dimensions.")
+    dtype: str = field("float32", "Compute type of the model.", choices=("float32", "bfloat16"))
+
+    def __post_init__(self) -> None:
+        for name in self.policy:
+            leakage.parse_policy(name)
+        if self.model is None and self.url is None:
+            raise ValueError("model: expected a model, a url or both, got neither")
+        if self.model is None and not (self.vocab_size and self.prompts):
+            raise ValueError("vocab_size, prompts: expected numbers where no model says them")
+        if self.model is None and self.data:
+            raise ValueError("data: expected a model whose tokenizer reads it, got none")
+
+
+@dataclasses.dataclass(frozen=True)
+class Truth:
+    """What an API would not show."""
+
+    head: np.ndarray
+    logits: np.ndarray
+
+
+def run(config: Config, workdir: epath.Path) -> None:
+    """Asks, policy by policy, and writes what came of it."""
+    prompts, vocab, truth = _prepare(config)
+    names = ("server",) if config.url else config.policy
+    records = []
+    for name in names:
+        path = workdir / "policies" / f"{name}.json"
+        if not path.exists():
+            record = _audit(config, name, prompts, vocab, truth, workdir)
+            storage.write_atomic(path, json.dumps(record, indent=1) + "\n")
+        records.append(json.loads(path.read_text()))
+        logging.info("%s: %s", name, records[-1]["verdict"])
+    text = _report(config, prompts, vocab, truth, records)
+    storage.write_atomic(workdir / "report.md", text)
+    print(text)
+
+
+def _prepare(config: Config) -> tuple[np.ndarray, int, Truth | None]:
+    """Prompts, the number of tokens, and what is true of the model."""
+    rng = np.random.default_rng(config.seed)
+    shape = (config.prompts, config.prompt_length)
+    if config.model is None:
+        return rng.integers(0, config.vocab_size, shape, np.int32), config.vocab_size, None
+    model, tokenizer = models.load(config.model, dtype=config.dtype, layout="listed")
+    old = model.head_of()
+    if old.bias is not None:
+        raise ValueError("model: expected a head without biases, its rows span one dimension more")
+    head = np.asarray(old.rows, np.float32)
+    vocab, width = head.shape
+    count = config.prompts or width + max(20, width // 5)
+    if config.data:
+        examples = data.load_examples(config.data)
+        prompts = data.token_windows(
+            examples, tokenizer.encode, count=count, length=config.prompt_length
+        )
+    else:
+        prompts = rng.integers(0, vocab, (count, config.prompt_length), np.int32)
+    logits = decoding.next_token_logits(model, prompts, batch_size=config.batch_size)
+    return prompts, vocab, Truth(head, logits)
+
+
+def _oracle(config: Config, name: str, prompts: np.ndarray, truth: Truth | None) -> Any:
+    if config.url:
+        policy = leakage.LogitPolicy(
+            top_k=config.top_logprobs,
+            bias=config.bias,  # pyright: ignore[reportArgumentType]
+            decimals=config.decimals,
+            noise=config.noise,
+        )
+        return leakage.HttpOracle(config.url, policy, api_key=config.api_key, budget=config.budget)
+    assert truth is not None
+    logits = truth.logits
+    places = {row.tobytes(): i for i, row in enumerate(prompts)}
+
+    def apply(tokens: Any) -> np.ndarray:
+        return logits[[places[row.tobytes()] for row in np.asarray(tokens, np.int32)]]
+
+    return leakage.LogitOracle(
+        apply, leakage.parse_policy(name), seed=config.seed, batch_size=64, cache_size=64
+    )
+
+
+def _audit(
+    config: Config,
+    name: str,
+    prompts: np.ndarray,
+    vocab: int,
+    truth: Truth | None,
+    workdir: epath.Path,
+) -> dict[str, Any]:
+    oracle = _oracle(config, name, prompts, truth)
+    found = leakage.audit(
+        oracle,
+        prompts,
+        vocab,
+        head=None if truth is None else truth.head,
+        logits=None if truth is None else truth.logits,
+        corner=min(config.corner, len(prompts)),
+    )
+    _write_recovered(found, workdir / "recovered" / f"{name}.npz")
+    row = None
+    if found.row is not None:
+        error = found.row.error_bound if found.row_error is None else found.row_error
+        row = (error, found.row.queries)
+    loss = None if found.utility is None else found.utility["kl"]
+    sees_width = truth is None or found.dimension == truth.head.shape[1]
+    return {
+        "policy": name,
+        "dimension": found.dimension,
+        "leak": found.leak,
+        "queries": oracle.queries,
+        "values": oracle.values,
+        "KL": loss,
+        "verdict": leakage.verdict(found.leak, loss=loss, sees_width=sees_width, row=row),
+    }
+
+
+def _write_recovered(found: leakage.Audit, path: epath.Path) -> None:
+    arrays: dict[str, Any] = {}
+    if found.subspace is not None:
+        basis = np.asarray(found.subspace.basis)
+        arrays["basis"] = basis
+        arrays["tokens"] = np.arange(len(basis)) if found.tokens is None else found.tokens
+        arrays["singular_values"] = found.subspace.singular_values
+    if found.row is not None:
+        arrays |= {"log_probs": found.row.log_probs, "known": found.row.known}
+    storage.write_atomic(path, lambda file: np.savez(file, **arrays))
+
+
+def _report(
+    config: Config,
+    prompts: np.ndarray,
+    vocab: int,
+    truth: Truth | None,
+    records: list[dict[str, Any]],
+) -> str:
+    width = "" if truth is None else f", hidden width {truth.head.shape[1]}"
+    source = config.data or "random tokens"
+    return (
+        f"# Leakage audit\n\n`{config.url or config.model}`: vocabulary {vocab:,}{width}; "
+        f"{len(prompts)} prompts of {prompts.shape[1]} tokens from {source}.\n\n"
+        f"{markdown_table(records)}\n\n`leak`: share of the head's subspace that is out, beyond "
+        "chance; of a row that came back, the share of its tokens. `KL`: what honest users lose, "
+        "in nats.\n"
+    )

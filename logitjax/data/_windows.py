@@ -1,0 +1,48 @@
+"""Short pieces of documents, as prompts."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+
+def token_windows(
+    examples: Sequence[Mapping[str, Any]],
+    encode: Callable[[str], Sequence[int]],
+    *,
+    count: int,
+    length: int,
+) -> np.ndarray:
+    """The beginnings of documents, then what follows them; no two windows alike.
+
+    Args:
+        examples: Documents with a `text`.
+        encode: Text to token ids.
+        count: Number of windows.
+        length: Number of tokens in each.
+
+    Returns:
+        `[count, length]` int32.
+
+    Raises:
+        ValueError: There are not so many different windows.
+
+    >>> token_windows([{"text": "abcd"}, {"text": "ab"}], lambda t: t.encode(), count=2, length=2)
+    array([[ 97,  98],
+           [ 99, 100]], dtype=int32)
+    """
+    found: dict[bytes, np.ndarray] = {}
+    start, longest = 0, 1
+    while start < longest:
+        for i in range(len(examples)):
+            tokens = encode(examples[i]["text"])
+            longest = max(longest, len(tokens))
+            window = np.asarray(list(tokens[start : start + length]), np.int32)
+            if len(window) == length:
+                found.setdefault(window.tobytes(), window)
+            if len(found) == count:
+                return np.stack(list(found.values()))
+        start += length
+    raise ValueError(
+        f"data: expected {count} different windows of {length} tokens, got {len(found)}"
+    )

@@ -1,0 +1,65 @@
+"""The command that audits one's own model, in this process and behind one's own server."""
+
+import json
+
+import numpy as np
+import pytest
+from etils import epath
+
+from logitjax import leakage, models
+from logitjax.commands import audit
+from tests.serving._server import server
+
+
+def _records(workdir):
+    paths = sorted((workdir / "policies").glob("*.json"))
+    return {path.stem: json.loads(path.read_text()) for path in paths}
+
+
+def test_rules_are_audited_and_what_leaked_is_written(tmp_path, monkeypatch):
+    workdir = epath.Path(tmp_path)
+    config = audit.Config(model="tiny", policy=("full", "top_5", "top_5_bias"), corner=40)
+    audit.run(config, workdir)
+    records = _records(workdir)
+    assert records["full"]["dimension"] == 32
+    assert records["full"]["leak"] > 0.999
+    assert records["top_5"]["verdict"] == "closed"
+    assert records["top_5_bias"]["dimension"] == 32
+    assert "open: every row comes back" in (workdir / "report.md").read_text()
+    # Others can go on from the file: it spans the head's columns.
+    found = np.load(workdir / "recovered" / "full.npz")
+    head = models.load("tiny")[0].head_of().rows
+    assert leakage.align_head(found["basis"], np.asarray(head)).leak > 0.999
+    np.testing.assert_array_equal(found["tokens"], np.arange(257))
+    row = np.load(workdir / "recovered" / "top_5_bias.npz")
+    assert row["known"].all()
+    assert row["basis"].shape == (40, 32)
+    # What is finished is not asked again.
+    monkeypatch.setattr(leakage, "audit", None)
+    audit.run(config, workdir)
+
+
+def test_a_server_of_ours_is_audited_beside_its_model(tmp_path):
+    flags = ("--model=tiny", "--bias=reported", "--decimals=7", "--max_length=64", "--slots=8")
+    with server(*flags, "--max_waiting=64") as (where, _):
+        config = audit.Config(
+            model="tiny", url=where, decimals=7, prompts=40, prompt_length=4, corner=40, budget=600
+        )
+        audit.run(config, epath.Path(tmp_path))
+    record = _records(epath.Path(tmp_path))["server"]
+    assert record["dimension"] == 32
+    assert record["queries"] == 65 + 40 * (1 + 10)
+    assert record["verdict"].startswith("open: every row comes back to ")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "model: expected a model, a url or both"),
+        ({"url": "http://127.0.0.1:1"}, "vocab_size, prompts: expected numbers"),
+        ({"model": "tiny", "policy": ("open",)}, "policy: expected full"),
+    ],
+)
+def test_what_is_missing_is_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        audit.Config(**changes)
