@@ -41,7 +41,7 @@ def batches(step: int) -> dict[str, Any]:
 
 def train(workdir: pathlib.Path, steps: int) -> None:
     mesh = training.make_mesh("data:1", devices=jax.devices()[:1])
-    tx = training.make_optimizer(1e-2, warmup=2, total_steps=steps)
+    tx = training.make_optimizer(training.Schedule(1e-2, warmup=2, total_steps=steps))
     state = training.create_train_state(init, tx, mesh=mesh)
     with training.Checkpointer(workdir / "checkpoints", max_to_keep=3) as checkpointer:
         training.train_loop(
@@ -51,10 +51,8 @@ def train(workdir: pathlib.Path, steps: int) -> None:
             total_steps=steps,
             workdir=workdir,
             checkpointer=checkpointer,
-            checkpoint_every=EVERY,
-            log_every=1,
             writer=training.make_writer(workdir),
-            progress=False,
+            options=training.LoopOptions(checkpoint_every=EVERY, log_every=1, progress=False),
         )
 
 

@@ -71,9 +71,8 @@ def run(options: _suite.Options) -> _suite.Result:
     }
 
     def trainer(arm: str, seed: int) -> tuple[Any, training.TrainStep]:
-        tx = training.make_optimizer(
-            _LEARNING_RATE, schedule="cosine", warmup=steps // 10, total_steps=steps
-        )
+        schedule = training.Schedule(_LEARNING_RATE, warmup=steps // 10, total_steps=steps)
+        tx = training.make_optimizer(schedule)
         state = training.create_train_state(student_params, tx, mesh=mesh, seed=seed)
         return state, training.make_train_step(functions[arm], tx)
 

@@ -52,9 +52,8 @@ def run(options: _suite.Options) -> _suite.Result:
             arm.batches,
             total_steps=steps,
             workdir=directory,
-            log_every=config.log_every,
             writer=training.make_writer(directory),
-            progress=False,
+            options=training.LoopOptions(log_every=config.log_every, progress=False),
         )
 
     alone(arm.start(0))

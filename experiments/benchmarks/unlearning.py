@@ -102,7 +102,7 @@ def _steps(
         ("npo_kl", npo_kl, params, params),
         ("assistant", silent, assistant.lora, base),
     ):
-        tx = training.make_optimizer(1e-5, schedule="constant", weight_decay=0.01)
+        tx = training.make_optimizer(training.Schedule(1e-5, "constant"), weight_decay=0.01)
         state = training.create_train_state(start, tx, mesh=mesh)
         step = training.make_train_step(loss_fn, tx, mesh=mesh)
         sizes[name] = planned_bytes(step.lower(state, batch, constants).compile())

@@ -225,9 +225,7 @@ class Trainer:
         """
         key = jax.random.key(seed, impl=self.generator)
         lanes, start, curves = self.initial(key), 0, []
-        writer: training.MetricWriter = training.NullWriter()
-        if jax.process_index() == 0:
-            writer = training.JsonlWriter(directory / "metrics.jsonl")
+        writer = training.make_writer(directory, log=False)
         with training.Checkpointer(directory / "checkpoints", max_to_keep=1) as checkpointer:
             restored = checkpointer.restore_latest(lanes)
             if restored is not None:

@@ -153,18 +153,16 @@ def make_step(
         gld_weight=weight,
         graph=graph,
     )
-    schedule: dict[str, Any] = dict(
-        schedule="cosine", warmup=int(config.warmup * config.steps), total_steps=config.steps
+    schedule = training.Schedule(
+        settings.learning_rate, warmup=int(config.warmup * config.steps), total_steps=config.steps
     )
-    tx = training.make_optimizer(
-        settings.learning_rate, weight_decay=config.weight_decay, **schedule
-    )
+    tx = training.make_optimizer(schedule, weight_decay=config.weight_decay)
     step = training.make_train_step(
         objectives.loss_function(objective, graphdef, source_names(config)),
         tx,
         mesh=mesh,
         accumulate=config.accumulate,
-        schedule=training.make_schedule(settings.learning_rate, **schedule),
+        schedule=schedule,
     )
     return tx, step
 
@@ -213,13 +211,15 @@ def _run_arm(session: Session, settings: Settings, *, seed: int) -> Outcome:
             total_steps=config.steps,
             workdir=directory,
             checkpointer=checkpointer,
-            checkpoint_every=config.checkpoint_every,
-            log_every=config.log_every,
             eval_fn=lambda state, _: session.scores(state.params, "validation"),
-            eval_every=config.eval_every,
             writer=training.make_writer(directory, tensorboard=config.tensorboard),
             identity={"data": train.fingerprint, "arm": name},
-            profile_steps=config.profile_steps,
+            options=training.LoopOptions(
+                checkpoint_every=config.checkpoint_every,
+                log_every=config.log_every,
+                eval_every=config.eval_every,
+                profile_steps=config.profile_steps,
+            ),
         )
     lines = _metrics(directory)
     curve = tuple(

@@ -68,22 +68,25 @@ def make_update(
         warmup: Steps from 0 to the peak.
         rules: Where each leaf of the state goes.
         trainable: Regular expression of the parameters that are trained; all if None.
-        **options: For `training.make_optimizer`.
+        **options: `course` and `final` of the schedule; others are `training.make_optimizer`'s.
 
     Returns:
         The update.
     """
-    course: Any = dict(schedule="cosine", warmup=warmup, total_steps=steps)
-    course |= {name: options.pop(name) for name in ("schedule", "final") if name in options}
-    tx = training.make_optimizer(
-        learning_rate, trainable=trainable, **{"weight_decay": 0.01, **course, **options}
+    schedule = training.Schedule(
+        learning_rate,
+        options.pop("course", "cosine"),
+        warmup=warmup,
+        total_steps=steps,
+        final=options.pop("final", 0.1),
     )
+    tx = training.make_optimizer(schedule, trainable=trainable, **{"weight_decay": 0.01, **options})
     step = training.make_train_step(
         loss_fn,
         tx,
         mesh=mesh,
         trainable=trainable,
-        schedule=training.make_schedule(learning_rate, **course),
+        schedule=schedule,
     )
     return Update(tx=tx, step=step, mesh=mesh, rules=rules)
 
@@ -126,10 +129,9 @@ def fit(
             total_steps=steps,
             workdir=directory,
             checkpointer=checkpointer,
-            checkpoint_every=checkpoint_every,
-            log_every=log_every,
             writer=training.make_writer(directory),
             identity={"steps": steps},
+            options=training.LoopOptions(checkpoint_every=checkpoint_every, log_every=log_every),
         )
     return processes.local_copy(state.params)
 

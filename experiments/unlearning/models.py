@@ -228,7 +228,7 @@ class Models:
         """A model after a few steps on some of the questions that it was to forget."""
         config, taught = self.config, self.rows(self.scene.probes["forget_taught"])
         graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-        tx = training.make_optimizer(config.relearn_learning_rate, schedule="constant")
+        tx = training.make_optimizer(training.Schedule(config.relearn_learning_rate, "constant"))
         step = training.make_train_step(arms.answer_loss(graphdef, rest), tx, mesh=self.mesh)
         state = self._state(nnx.to_pure_dict(params), tx, seed)
         for number in range(config.relearn_steps):
@@ -284,14 +284,15 @@ class Models:
         per_epoch = rows_of.steps_an_epoch(rows, size)
         logging.info("%s: %d questions in %d rows", name, len(items), len(rows["tokens"]))
         steps = per_epoch * config.finetune_epochs
-        schedule: Any = dict(schedule="cosine", warmup=max(1, steps // 10), total_steps=steps)
-        rate = config.finetune_learning_rate
-        tx = training.make_optimizer(rate, weight_decay=0.01, **schedule)
+        schedule = training.Schedule(
+            config.finetune_learning_rate, warmup=max(1, steps // 10), total_steps=steps
+        )
+        tx = training.make_optimizer(schedule, weight_decay=0.01)
         step = training.make_train_step(
             arms.answer_loss(graphdef, rest),
             tx,
             mesh=self.mesh,
-            schedule=training.make_schedule(rate, **schedule),
+            schedule=schedule,
         )
         directory = self.root / f"{name}-{self._key}"
         state = self._state(nnx.to_pure_dict(params), tx, 0)
@@ -303,10 +304,11 @@ class Models:
                 total_steps=steps,
                 workdir=directory,
                 checkpointer=checkpointer,
-                checkpoint_every=config.checkpoint_every,
-                log_every=config.log_every,
                 writer=training.make_writer(directory),
                 identity={"steps": steps},
+                options=training.LoopOptions(
+                    checkpoint_every=config.checkpoint_every, log_every=config.log_every
+                ),
             )
         return nnx.merge(graphdef, processes.local_copy(state.params), rest)
 
@@ -334,15 +336,16 @@ class Models:
         config, steps = self.config, per_epoch * epochs
         best, history_path = directory / "best", directory / "validation.json"
         done = directory / "trained.json"
-        schedule: Any = dict(
-            schedule="linear", warmup=min(per_epoch, steps // 2), total_steps=steps, final=0.0
+        warmup = min(per_epoch, steps // 2)
+        schedule = training.Schedule(
+            learning_rate, "linear", warmup=warmup, total_steps=steps, final=0.0
         )
-        tx = training.make_optimizer(learning_rate, b2=b2, weight_decay=0.01, clip=1.0, **schedule)
+        tx = training.make_optimizer(schedule, b2=b2, weight_decay=0.01, clip=1.0)
         step = training.make_train_step(
             loss_fn,
             tx,
             mesh=self.mesh,
-            schedule=training.make_schedule(learning_rate, **schedule),
+            schedule=schedule,
         )
         state = self._state(params, tx, seed)
         like = jax.tree.map(
@@ -399,12 +402,12 @@ class Models:
                 total_steps=steps,
                 workdir=directory,
                 checkpointer=checkpointer if resumes else None,
-                checkpoint_every=per_epoch,
-                log_every=config.log_every,
                 eval_fn=score,
-                eval_every=per_epoch,
                 writer=training.make_writer(directory),
                 identity={"steps": steps},
+                options=training.LoopOptions(
+                    checkpoint_every=per_epoch, log_every=config.log_every, eval_every=per_epoch
+                ),
             )
             chosen = max(history, key=lambda h: h["score"])
             found = processes.local_copy(keeper.restore(like, chosen["step"]).state)

@@ -56,9 +56,8 @@ def _placed(mesh: Any, tree: Any) -> Any:
 
 
 def _trace(loss_fn: Any, params: Any, batch: Any, mesh: Any, constants: Any = None) -> Any:
-    tx = training.make_optimizer(
-        1e-5, weight_decay=0.01, schedule="linear", warmup=1, total_steps=10, final=0.0
-    )
+    schedule = training.Schedule(1e-5, "linear", warmup=1, total_steps=10, final=0.0)
+    tx = training.make_optimizer(schedule, weight_decay=0.01)
     step = training.make_train_step(loss_fn, tx, mesh=mesh)
     state = training.abstract_train_state(params, tx, mesh=mesh, rules=models.DECODER_RULES)
     return step.trace(state, batch, constants)

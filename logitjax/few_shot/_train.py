@@ -77,7 +77,7 @@ class Recipe:
     def optimizer(self, total_steps: Any) -> optax.GradientTransformation:
         """AdamW with its course, a formula here because `total_steps` may be traced.
 
-        One program then serves every number of images; `training.make_schedule` takes an `int`.
+        One program then serves every number of images; `training.Schedule` takes an `int`.
         """
 
         def rate(step: Any) -> Any:

@@ -6,7 +6,7 @@ A run is a few calls: :func:`distributed.initialize`, :func:`make_mesh`, :func:`
 
 from logitjax.training import distributed as distributed
 from logitjax.training._checkpoints import Checkpointer as Checkpointer
-from logitjax.training._checkpoints import Restored as Restored
+from logitjax.training._loop import LoopOptions as LoopOptions
 from logitjax.training._loop import NonFiniteError as NonFiniteError
 from logitjax.training._loop import train_loop as train_loop
 from logitjax.training._mesh import batch_sharding as batch_sharding
@@ -15,27 +15,17 @@ from logitjax.training._mesh import make_global_batch as make_global_batch
 from logitjax.training._mesh import make_mesh as make_mesh
 from logitjax.training._mesh import make_partial_mesh as make_partial_mesh
 from logitjax.training._mesh import process_slice as process_slice
-from logitjax.training._metrics import JsonlWriter as JsonlWriter
-from logitjax.training._metrics import LogWriter as LogWriter
-from logitjax.training._metrics import MetricAccumulator as MetricAccumulator
-from logitjax.training._metrics import MetricWriter as MetricWriter
-from logitjax.training._metrics import MultiWriter as MultiWriter
-from logitjax.training._metrics import NullWriter as NullWriter
-from logitjax.training._metrics import TensorBoardWriter as TensorBoardWriter
 from logitjax.training._metrics import make_writer as make_writer
+from logitjax.training._optimizers import Schedule as Schedule
 from logitjax.training._optimizers import make_optimizer as make_optimizer
-from logitjax.training._optimizers import make_schedule as make_schedule
 from logitjax.training._preemption import Preempted as Preempted
 from logitjax.training._preemption import watch_for_preemption as watch_for_preemption
-from logitjax.training._sharding import FSDP_RULES as FSDP_RULES
 from logitjax.training._sharding import shard_tree as shard_tree
 from logitjax.training._stalls import LOST_STATUS as LOST_STATUS
-from logitjax.training._stalls import watch_for_stalls as watch_for_stalls
 from logitjax.training._state import TrainState as TrainState
 from logitjax.training._state import abstract_train_state as abstract_train_state
 from logitjax.training._state import create_train_state as create_train_state
 from logitjax.training._step import LossFn as LossFn
-from logitjax.training._step import StepOutput as StepOutput
 from logitjax.training._step import TrainStep as TrainStep
 from logitjax.training._step import evaluate as evaluate
 from logitjax.training._step import make_eval_step as make_eval_step

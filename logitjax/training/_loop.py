@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import dataclasses
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -37,6 +38,30 @@ class NonFiniteError(RuntimeError):
         self.step, self.path = step, path
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoopOptions:
+    """How often `train_loop` does what is not training.
+
+    Attributes:
+      checkpoint_every: steps between checkpoints; the last step is always saved.
+      log_every: steps between log lines: means of all metrics since the last, ``tokens_per_second``
+        (by the count of the loss) and ``seconds_per_step``.
+      eval_every: steps between evaluations; the last step is always evaluated.
+      progress: a tqdm bar, if standard error is a terminal.
+      stall_seconds: after how long without a step the process ends with status 75, because another
+        one hangs; 0 for never. ``LOGITJAX_STALL_SECONDS``, or an hour with several processes.
+      profile_steps: so many steps are traced by ``jax.profiler`` into ``workdir/profile``, from the
+        third on that this call takes: the first one compiles.
+    """
+
+    checkpoint_every: int = 0
+    log_every: int = 10
+    eval_every: int = 0
+    progress: bool = True
+    stall_seconds: float | None = None
+    profile_steps: int = 0
+
+
 def train_loop(
     state: TrainState,
     step_fn: Callable[[TrainState, Any], tuple[TrainState, StepOutput]],
@@ -45,15 +70,10 @@ def train_loop(
     total_steps: int,
     workdir: epath.PathLike | None = None,
     checkpointer: Checkpointer | None = None,
-    checkpoint_every: int = 0,
-    log_every: int = 10,
     eval_fn: Callable[[TrainState, int], Mapping[str, float]] | None = None,
-    eval_every: int = 0,
     writer: MetricWriter | None = None,
     identity: Mapping[str, Any] | None = None,
-    progress: bool = True,
-    stall_seconds: float | None = None,
-    profile_steps: int = 0,
+    options: LoopOptions | None = None,
 ) -> TrainState:
     """Trains to ``total_steps``, from the newest checkpoint if there is one, bit for bit.
 
@@ -69,19 +89,11 @@ def train_loop(
       total_steps: number of updates at the end.
       workdir: locked while the loop runs; gets ``nonfinite/step_STEP.npz``.
       checkpointer: saves and resumes; it is left open.
-      checkpoint_every: steps between checkpoints; the last step is always saved.
-      log_every: steps between log lines: means of all metrics since the last, ``tokens_per_second``
-        (by the count of the loss) and ``seconds_per_step``.
       eval_fn: ``(state, step) -> scalars``, logged as ``eval/NAME``.
-      eval_every: steps between evaluations; the last step is always evaluated.
       writer: where metrics go (:func:`make_writer`).
       identity: a JSON dictionary kept in the checkpoints, such as the fingerprint of the data. A
         checkpoint with another one is refused.
-      progress: a tqdm bar, if standard error is a terminal.
-      stall_seconds: after how long without a step the process ends with status 75, because another
-        one hangs; 0 for never. ``LOGITJAX_STALL_SECONDS``, or an hour with several processes.
-      profile_steps: so many steps are traced by ``jax.profiler`` into ``workdir/profile``, from the
-        third on that this call takes: the first one compiles.
+      options: how often to save, log and evaluate.
 
     Returns:
       The final state.
@@ -92,7 +104,8 @@ def train_loop(
       WorkdirInUseError: if another run holds the workdir.
       ValueError: if the checkpoint is of another state or identity, or a profile has no workdir.
     """
-    if profile_steps and workdir is None:
+    options = LoopOptions() if options is None else options
+    if options.profile_steps and workdir is None:
         raise ValueError("profile_steps: a trace needs a workdir to lie in")
     writer = NullWriter() if writer is None else writer
     with contextlib.ExitStack() as stack:
@@ -101,9 +114,9 @@ def train_loop(
         told_to_stop = stack.enter_context(watch_for_preemption())
         state, start = _resume(state, checkpointer, identity or {})
         writer.resume(start)
-        bar = stack.enter_context(_progress_bar(start, total_steps, progress))
-        alive = stack.enter_context(watch_for_stalls(_stall_seconds(stall_seconds)))
-        profile = stack.enter_context(_profiler(workdir, start + 3, profile_steps))
+        bar = stack.enter_context(_progress_bar(start, total_steps, options.progress))
+        alive = stack.enter_context(watch_for_stalls(_stall_seconds(options.stall_seconds)))
+        profile = stack.enter_context(_profiler(workdir, start + 3, options.profile_steps))
 
         accumulator = MetricAccumulator()
         pending: collections.deque[tuple[int, Any, StepOutput]] = collections.deque()
@@ -134,7 +147,7 @@ def train_loop(
             if bar is not None:
                 bar.update()
             last = step == total_steps
-            if log_every and (step % log_every == 0 or last):
+            if _due(step, options.log_every) or (last and options.log_every):
                 check_finite(0)
                 sums = accumulator.sums()
                 scalars = accumulator.compute()
@@ -149,11 +162,11 @@ def train_loop(
                 untimed = 0.0
                 clock, logged = time.perf_counter(), step
             paused = time.perf_counter()
-            if eval_fn is not None and (last or (eval_every and step % eval_every == 0)):
+            if eval_fn is not None and (last or _due(step, options.eval_every)):
                 check_finite(0)
                 scores = eval_fn(state, step)
                 writer.write_scalars(step, {f"eval/{k}": v for k, v in scores.items()})
-            if last or (checkpoint_every and step % checkpoint_every == 0):
+            if last or _due(step, options.checkpoint_every):
                 save(step)
             if told_to_stop(step) and not last:
                 save(step)
@@ -171,6 +184,10 @@ def train_loop(
             checkpointer.wait()
         writer.flush()
     return state
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
 
 
 def _resume(

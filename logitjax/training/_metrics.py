@@ -196,11 +196,14 @@ class MultiWriter(NullWriter):
             writer.close()
 
 
-def make_writer(workdir: epath.PathLike | None, *, tensorboard: bool = False) -> MetricWriter:
+def make_writer(
+    workdir: epath.PathLike | None, *, log: bool = True, tensorboard: bool = False
+) -> MetricWriter:
     """The usual writers: ``metrics.jsonl`` and the log; nothing off process 0.
 
     Args:
       workdir: where ``metrics.jsonl`` and ``tensorboard/`` go; None for the log alone.
+      log: write log lines.
       tensorboard: write event files too.
 
     Returns:
@@ -208,7 +211,7 @@ def make_writer(workdir: epath.PathLike | None, *, tensorboard: bool = False) ->
     """
     if jax.process_index() != 0:
         return NullWriter()
-    writers: list[MetricWriter] = [LogWriter()]
+    writers: list[MetricWriter] = [LogWriter()] if log else []
     if workdir is not None:
         writers.append(JsonlWriter(epath.Path(workdir) / "metrics.jsonl"))
         if tensorboard:

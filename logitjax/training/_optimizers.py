@@ -1,7 +1,8 @@
 """Optimizers and schedules by name, from optax."""
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -9,87 +10,78 @@ import optax
 
 from logitjax.ops import path_mask
 
-Schedule = Literal["constant", "linear", "cosine", "wsd", "rsqrt"]
+Course = Literal["constant", "linear", "cosine", "wsd", "rsqrt"]
 Optimizer = Literal["adamw", "lion", "adafactor", "sgd"]
 
 
-def make_schedule(
-    learning_rate: float,
-    *,
-    schedule: Schedule = "cosine",
-    warmup: int = 0,
-    total_steps: int | None = None,
-    final: float = 0.1,
-) -> Callable[[Any], Any]:
+@dataclasses.dataclass(frozen=True)
+class Schedule:
     """The learning rate as a function of the step: linear warm-up, then one of five courses.
 
-    Args:
-      learning_rate: the peak.
-      schedule: after the warm-up, ``constant``; ``linear`` or ``cosine`` down to ``final``;
-        ``wsd``, constant until the last fifth, then linear to ``final``; ``rsqrt``, with the
-        inverse root of the step.
+    Attributes:
+      peak: the learning rate after the warm-up.
+      course: what follows: ``constant``; ``linear`` or ``cosine`` down to ``final``; ``wsd``,
+        constant until the last fifth, then linear to ``final``; ``rsqrt``, with the inverse root of
+        the step.
       warmup: steps from 0 to the peak.
       total_steps: of the run; needed by all but ``constant`` and ``rsqrt``.
       final: what is left of the peak at the end, as a fraction.
 
-    Returns:
-      step -> learning rate.
-
     Raises:
-      ValueError: on another schedule, or a course without its ``total_steps``.
+      ValueError: on another course, or a course without its ``total_steps``.
 
-    >>> rate = make_schedule(1.0, schedule="linear", warmup=2, total_steps=12, final=0.0)
+    >>> rate = Schedule(1.0, "linear", warmup=2, total_steps=12, final=0.0)
     >>> [float(rate(step)) for step in (0, 1, 2, 7, 12)]
     [0.0, 0.5, 1.0, 0.5, 0.0]
     """
-    if schedule not in ("constant", "linear", "cosine", "wsd", "rsqrt"):
-        raise ValueError(
-            f"schedule: expected constant, linear, cosine, wsd or rsqrt, got {schedule!r}"
-        )
-    if schedule in ("constant", "rsqrt"):
-        remaining = 1
-    elif total_steps is None or total_steps <= warmup:
-        raise ValueError(
-            f"total_steps: schedule {schedule!r} expects more steps than the warm-up's {warmup}, "
-            f"got {total_steps}"
-        )
-    else:
-        remaining = total_steps - warmup
-    course: Callable[[Any], Any]
-    if schedule == "constant":
-        course = optax.constant_schedule(learning_rate)
-    elif schedule == "linear":
-        course = optax.linear_schedule(learning_rate, learning_rate * final, remaining)
-    elif schedule == "cosine":
-        course = optax.cosine_decay_schedule(learning_rate, remaining, final)
-    elif schedule == "wsd":
-        decay = max(1, remaining // 5)
-        course = optax.linear_schedule(
-            learning_rate, learning_rate * final, decay, transition_begin=remaining - decay
-        )
-    else:
-        knee = max(warmup, 1)
 
-        def inverse_root(step: Any) -> Any:
-            return learning_rate * jnp.sqrt(knee / (knee + jnp.maximum(step, 0)))
+    peak: float
+    course: Course = "cosine"
+    _: dataclasses.KW_ONLY
+    warmup: int = 0
+    total_steps: int | None = None
+    final: float = 0.1
 
-        course = inverse_root
+    def __post_init__(self) -> None:
+        if self.course not in get_args(Course):
+            raise ValueError(f"course: expected one of {get_args(Course)}, got {self.course!r}")
+        if self.course in ("constant", "rsqrt"):
+            return
+        if self.total_steps is None or self.total_steps <= self.warmup:
+            raise ValueError(
+                f"total_steps: course {self.course!r} expects more steps than the warm-up's "
+                f"{self.warmup}, got {self.total_steps}"
+            )
 
-    if warmup == 0:
-        return course
-    return optax.join_schedules(
-        [optax.linear_schedule(0.0, learning_rate, warmup), course], [warmup]
-    )
+    def __call__(self, step: Any) -> Any:
+        """The learning rate at a step, counted from 0."""
+        peak, warmup, course = self.peak, self.warmup, self._course()
+        if warmup == 0:
+            return course(step)
+        return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), course], [warmup])(
+            step
+        )
+
+    def _course(self) -> Callable[[Any], Any]:
+        peak, end = self.peak, self.peak * self.final
+        remaining = 1 if self.total_steps is None else self.total_steps - self.warmup
+        if self.course == "constant":
+            return optax.constant_schedule(peak)
+        if self.course == "linear":
+            return optax.linear_schedule(peak, end, remaining)
+        if self.course == "cosine":
+            return optax.cosine_decay_schedule(peak, remaining, self.final)
+        if self.course == "wsd":
+            decay = max(1, remaining // 5)
+            return optax.linear_schedule(peak, end, decay, transition_begin=remaining - decay)
+        knee = max(self.warmup, 1)
+        return lambda step: peak * jnp.sqrt(knee / (knee + jnp.maximum(step, 0)))
 
 
 def make_optimizer(
-    learning_rate: float,
+    schedule: Schedule,
     *,
     optimizer: Optimizer = "adamw",
-    schedule: Schedule = "cosine",
-    warmup: int = 0,
-    total_steps: int | None = None,
-    final: float = 0.1,
     weight_decay: float = 0.0,
     no_decay: str = r"(bias|scale|norm)",
     clip: float | None = 1.0,
@@ -102,12 +94,8 @@ def make_optimizer(
     """An optimizer with warm-up, decay, clipping and frozen parameters.
 
     Args:
-      learning_rate: the peak.
+      schedule: the learning rate.
       optimizer: ``adamw``, ``lion``, ``adafactor`` or ``sgd`` (with momentum ``b1``).
-      schedule: see :func:`make_schedule`, also for ``warmup``, ``total_steps`` and ``final``.
-      warmup: steps of warm-up.
-      total_steps: of the run.
-      final: fraction of the peak that is left at the end.
       weight_decay: decoupled weight decay.
       no_decay: parameters whose path matches this regular expression do not decay. Dimensions would
         not tell: the norms of a stack of layers are matrices.
@@ -121,22 +109,19 @@ def make_optimizer(
     Returns:
       The optax transformation.
 
-    >>> tx = make_optimizer(0.1, schedule="constant", trainable="lora")
+    >>> tx = make_optimizer(Schedule(0.1, "constant"), trainable="lora")
     >>> params = {"kernel": jnp.ones(2), "lora": jnp.ones(2)}
     >>> updates, _ = tx.update(params, tx.init(params), params)
     >>> updates["kernel"].tolist()
     [0.0, 0.0]
     """
-    rate = make_schedule(
-        learning_rate, schedule=schedule, warmup=warmup, total_steps=total_steps, final=final
-    )
 
     def decays(params: Any) -> Any:
         return jax.tree.map(lambda matched: not matched, path_mask(params, no_decay))
 
     if optimizer == "adamw":
         tx = optax.adamw(
-            rate,
+            schedule,
             b1=b1,
             b2=b2,
             eps=eps,
@@ -146,19 +131,19 @@ def make_optimizer(
         )
     elif optimizer == "lion":
         tx = optax.lion(
-            rate, b1=b1, b2=b2, mu_dtype=moment_dtype, weight_decay=weight_decay, mask=decays
+            schedule, b1=b1, b2=b2, mu_dtype=moment_dtype, weight_decay=weight_decay, mask=decays
         )
     elif optimizer == "adafactor":
         tx = optax.chain(
             optax.scale_by_factored_rms(),
             optax.clip_by_block_rms(1.0),
             optax.add_decayed_weights(weight_decay, decays),
-            optax.scale_by_learning_rate(rate),
+            optax.scale_by_learning_rate(schedule),
         )
     elif optimizer == "sgd":
         tx = optax.chain(
             optax.add_decayed_weights(weight_decay, decays),
-            optax.sgd(rate, momentum=b1 or None, accumulator_dtype=moment_dtype),
+            optax.sgd(schedule, momentum=b1 or None, accumulator_dtype=moment_dtype),
         )
     else:
         raise ValueError(f"optimizer: expected adamw, lion, adafactor or sgd, got {optimizer!r}")

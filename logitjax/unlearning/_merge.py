@@ -14,11 +14,12 @@ from logitjax.losses import kl_divergence
 from logitjax.models import DECODER_RULES, Decoder, keep_layers
 from logitjax.training import (
     Checkpointer,
+    LoopOptions,
     LossFn,
+    Schedule,
     create_train_state,
     make_mesh,
     make_optimizer,
-    make_schedule,
     make_train_step,
     make_writer,
     shard_tree,
@@ -141,11 +142,9 @@ def merge_by_distillation(
     mesh = make_mesh("data:1", devices=jax.devices()[:1]) if mesh is None else mesh
     if mesh.size > 1:
         constants = shard_tree(constants, mesh, DECODER_RULES)
-    schedule: Any = dict(schedule="cosine", warmup=max(1, steps // 10), total_steps=steps)
-    tx = make_optimizer(learning_rate, weight_decay=0.01, **schedule)
-    step = make_train_step(
-        loss_fn, tx, mesh=mesh, schedule=make_schedule(learning_rate, **schedule)
-    )
+    schedule = Schedule(learning_rate, warmup=max(1, steps // 10), total_steps=steps)
+    tx = make_optimizer(schedule, weight_decay=0.01)
+    step = make_train_step(loss_fn, tx, mesh=mesh, schedule=schedule)
     state = create_train_state(
         nnx.to_pure_dict(params), tx, mesh=mesh, rules=DECODER_RULES, seed=seed
     )
@@ -161,10 +160,9 @@ def merge_by_distillation(
             total_steps=steps,
             workdir=workdir,
             checkpointer=checkpointer,
-            checkpoint_every=checkpoint_every,
-            log_every=log_every,
             writer=writer,
             identity={"steps": steps},
+            options=LoopOptions(checkpoint_every=checkpoint_every, log_every=log_every),
         )
     finally:
         if checkpointer is not None:

@@ -17,6 +17,7 @@ from etils import epath
 
 from logitjax import training
 from logitjax.storage import ShardReader, ShardWriter
+from logitjax.training._stalls import LOST_STATUS, watch_for_stalls
 from tests.training import toy
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -78,7 +79,7 @@ def test_one_of_two_processes(fault, variables, status, said, unbroken, tmp_path
 
 def test_a_stall_ends_the_process_and_says_so(caplog):
     ended = []
-    with training.watch_for_stalls(0.2, end=ended.append) as alive:
+    with watch_for_stalls(0.2, end=ended.append) as alive:
         time.sleep(0.4)
         assert ended == []  # Before the first step it compiles.
         for step in range(4):
@@ -86,7 +87,7 @@ def test_a_stall_ends_the_process_and_says_so(caplog):
             time.sleep(0.1)
         assert ended == []
         time.sleep(0.5)
-    assert ended == [training.LOST_STATUS]
+    assert ended == [LOST_STATUS]
     assert "after step 3" in caplog.text
 
 
@@ -186,8 +187,7 @@ def test_gradient_that_is_not_a_number_is_not_applied(tmp_path):
                 total_steps=9,
                 workdir=tmp_path,
                 checkpointer=checkpointer,
-                checkpoint_every=2,
-                log_every=100,
+                options=training.LoopOptions(checkpoint_every=2, log_every=100),
             )
         assert error.value.path is not None
         assert checkpointer.steps() == [2, 4]

@@ -15,6 +15,10 @@ import optax
 import pytest
 
 from logitjax import training
+from logitjax.training._metrics import JsonlWriter, MetricWriter
+from logitjax.training._state import TrainState
+from logitjax.training._step import StepOutput
+from logitjax.training._workdir import WorkdirInUseError
 from tests.training import toy
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -228,8 +232,7 @@ def test_nonfinite_loss_stops_with_step_and_batch(tmp_path):
                 total_steps=9,
                 workdir=tmp_path,
                 checkpointer=checkpointer,
-                checkpoint_every=4,
-                log_every=100,
+                options=training.LoopOptions(checkpoint_every=4, log_every=100),
             )
         assert checkpointer.steps() == [4]
     assert error.value.step == 6
@@ -242,7 +245,7 @@ def test_nonfinite_loss_stops_with_step_and_batch(tmp_path):
 def test_second_run_is_refused_and_a_dead_ones_lock_is_not(tmp_path, caplog):
     with (
         training.lock_workdir(tmp_path),
-        pytest.raises(training.WorkdirInUseError, match=r"in use by process \d+ on"),
+        pytest.raises(WorkdirInUseError, match=r"in use by process \d+ on"),
         training.lock_workdir(tmp_path),
     ):
         pass
@@ -259,12 +262,12 @@ def test_other_data_is_refused(tmp_path):
 
 def test_jsonl_is_cut_on_resume(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    writer = training.JsonlWriter(path)
+    writer = JsonlWriter(path)
     for step in range(1, 6):
         writer.write_scalars(step, {"loss": 1.0 / step, "bad": math.nan})
     with path.open("a") as file:
         file.write('{"step": 6, "lo')
-    writer = training.JsonlWriter(path)
+    writer = JsonlWriter(path)
     writer.resume(3)
     writer.write_scalars(4, {"loss": 7.0})
     records = [json.loads(line) for line in path.read_text().splitlines()]
@@ -276,7 +279,7 @@ def test_jsonl_is_cut_on_resume(tmp_path):
 def test_tensorboard_writer(tmp_path):
     pytest.importorskip("tensorboardX")
     writer = training.make_writer(tmp_path, tensorboard=True)
-    assert isinstance(writer, training.MetricWriter)
+    assert isinstance(writer, MetricWriter)
     writer.resume(0)
     writer.write_scalars(1, {"loss": 1.0})
     writer.close()
@@ -310,10 +313,16 @@ def test_host_stays_one_step_ahead():
 
     def step_fn(state, batch):
         events.append(("dispatch", batch))
-        return state, training.StepOutput({"loss": (1.0, 1.0)}, Flag(batch))
+        return state, StepOutput({"loss": (1.0, 1.0)}, Flag(batch))
 
-    state = training.TrainState(np.int32(0), {}, {}, None)
-    training.train_loop(state, step_fn, lambda step: step, total_steps=4, log_every=100)
+    state = TrainState(np.int32(0), {}, {}, None)
+    training.train_loop(
+        state,
+        step_fn,
+        lambda step: step,
+        total_steps=4,
+        options=training.LoopOptions(log_every=100),
+    )
     assert events.index(("read", 1)) > events.index(("dispatch", 2))
     assert events.index(("read", 2)) > events.index(("dispatch", 3))
 
@@ -322,8 +331,9 @@ def test_steps_are_profiled_on_request(tmp_path):
     state = toy.train(tmp_path, steps=6, every=0, profile_steps=2)
     assert int(state.step) == 6
     assert [path.suffix for path in (tmp_path / "profile").rglob("*.xplane.pb")] == [".pb"]
+    options = training.LoopOptions(profile_steps=1)
     with pytest.raises(ValueError, match="profile_steps: a trace needs a workdir"):
-        training.train_loop(state, lambda *_: None, toy.batches, total_steps=6, profile_steps=1)
+        training.train_loop(state, lambda *_: None, toy.batches, total_steps=6, options=options)
 
 
 def test_a_profile_ends_with_the_run(tmp_path):

@@ -1,7 +1,5 @@
 """The train step: accumulation, sharding, masks, freezing, non-finite values."""
 
-import inspect
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -91,7 +89,8 @@ def test_one_trace_per_shape():
 
 
 def test_frozen_parameters_stay_and_have_no_state():
-    tx = training.make_optimizer(0.1, schedule="constant", trainable="^head/")
+    schedule = training.Schedule(0.1, "constant")
+    tx = training.make_optimizer(schedule, trainable="^head/")
     state, _, _ = run("data:8", tx=tx, trainable="^head/", steps=2)
     before = toy.init(jax.random.split(jax.random.key(0))[0])
     np.testing.assert_array_equal(state.params["embedding"], before["embedding"])
@@ -99,7 +98,7 @@ def test_frozen_parameters_stay_and_have_no_state():
     names = [ops.path_string(p) for p, _ in jax.tree_util.tree_leaves_with_path(state.opt_state)]
     assert not any("embedding" in name for name in names)
     with pytest.raises(ValueError, match="no parameter's path matches 'nothing'"):
-        training.make_optimizer(0.1, schedule="constant", trainable="nothing").init(before)
+        training.make_optimizer(schedule, trainable="nothing").init(before)
 
 
 def test_nonfinite_step_changes_nothing_and_says_so():
@@ -125,7 +124,7 @@ def test_constants_reach_the_loss_and_schedule_is_reported():
     def loss_fn(params, batch, rng, teacher):
         return ((params["w"] - teacher["w"]) ** 2).sum(), 1.0, {}
 
-    schedule = training.make_schedule(0.5, schedule="constant")
+    schedule = training.Schedule(0.5, "constant")
     tx = optax.sgd(schedule)
     mesh = training.make_mesh("data:8")
     state = training.create_train_state({"w": jnp.zeros(3)}, tx, mesh=mesh)
@@ -156,27 +155,27 @@ def test_compiles_ahead_of_time():
     assert step.lower(state, batch).compile().memory_analysis() is not None
 
 
-@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "wsd", "rsqrt"])
-def test_schedules_warm_up_and_end(schedule):
-    rate = training.make_schedule(2.0, schedule=schedule, warmup=4, total_steps=24, final=0.25)
+@pytest.mark.parametrize("course", ["constant", "linear", "cosine", "wsd", "rsqrt"])
+def test_schedules_warm_up_and_end(course):
+    rate = training.Schedule(2.0, course, warmup=4, total_steps=24, final=0.25)
     assert float(rate(0)) == 0
     np.testing.assert_allclose(rate(4), 2.0)
     assert float(rate(2)) == 1.0
-    end = {"constant": 2.0, "rsqrt": 2.0 * (4 / 24) ** 0.5}.get(schedule, 0.5)
+    end = {"constant": 2.0, "rsqrt": 2.0 * (4 / 24) ** 0.5}.get(course, 0.5)
     np.testing.assert_allclose(rate(24), end, rtol=1e-6)
 
 
 def test_schedule_errors():
     with pytest.raises(ValueError, match="total_steps"):
-        training.make_schedule(1.0, schedule="cosine")
-    with pytest.raises(ValueError, match="got 'cosin'"):
-        inspect.unwrap(training.make_schedule)(1.0, schedule="cosin")
+        training.Schedule(1.0)
+    with pytest.raises(Exception, match="cosin"):  # or the type checker's, where it is on
+        training.Schedule(1.0, "cosin")
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lion", "adafactor", "sgd"])
 def test_optimizers_learn(optimizer):
     tx = training.make_optimizer(
-        0.02, optimizer=optimizer, schedule="constant", moment_dtype=jnp.float32
+        training.Schedule(0.02, "constant"), optimizer=optimizer, moment_dtype=jnp.float32
     )
     params = {"w": jnp.full((3, 2), 2.0)}
     state = tx.init(params)

@@ -57,10 +57,22 @@ def digest(tree):
 
 
 def optimizer(total_steps=12):
-    return training.make_optimizer(0.05, warmup=2, total_steps=total_steps, weight_decay=0.1)
+    return training.make_optimizer(
+        training.Schedule(0.05, warmup=2, total_steps=total_steps), weight_decay=0.1
+    )
 
 
-def train(workdir, *, mesh="data:-1", steps=12, every=4, source=None, **options):
+def train(
+    workdir,
+    *,
+    mesh="data:-1",
+    steps=12,
+    every=4,
+    source=None,
+    eval_fn=None,
+    identity=None,
+    **options,
+):
     """Trains on ``mesh``; gives the final state and the values logged by step."""
     mesh = training.make_mesh(mesh)
     share = training.process_slice(mesh)
@@ -75,10 +87,10 @@ def train(workdir, *, mesh="data:-1", steps=12, every=4, source=None, **options)
             total_steps=steps,
             workdir=workdir,
             checkpointer=checkpointer,
-            checkpoint_every=every,
-            log_every=1,
+            eval_fn=eval_fn,
             writer=training.make_writer(workdir),
-            **options,
+            identity=identity,
+            options=training.LoopOptions(checkpoint_every=every, log_every=1, **options),
         )
 
 
