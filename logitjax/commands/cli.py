@@ -24,6 +24,7 @@ from absl import flags, logging
 from etils import epath
 
 from logitjax import processes, training
+from logitjax.storage import write_atomic
 
 _COMPILED = str(epath.Path("~/.cache/logitjax/compiled").expanduser())
 # What a user can mend. Anything else is a fault of ours and shows its traceback.
@@ -204,7 +205,7 @@ def write_config(config: Any, workdir: epath.Path) -> None:
         )
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        write_atomic(path, text)
 
 
 def _is_ours(record: Any) -> bool:

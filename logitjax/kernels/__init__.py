@@ -15,7 +15,6 @@ What is shared here is lowest: it knows nothing of the rest of the library.
 
 import ctypes
 import functools
-import hashlib
 import os
 import pathlib
 import platform
@@ -30,6 +29,8 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 from jax import lax
+
+from logitjax.storage import digest
 
 _SOURCE = pathlib.Path(__file__).with_name("kernels.cc")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-DNDEBUG", "-shared", "-fPIC", "-pthread")
@@ -161,5 +162,4 @@ def _library() -> pathlib.Path:
     flags = [line for line in text.splitlines() if line.startswith(("flags", "Features"))][:1]
     parts = (_SOURCE.read_text(), _FLAGS, jax.__version__, platform.machine(), flags)
     cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-    return pathlib.Path(cache) / "logitjax" / f"kernels-{digest}.so"
+    return pathlib.Path(cache) / "logitjax" / f"kernels-{digest(*parts, length=16)}.so"

@@ -14,7 +14,7 @@ from logitjax.models._decoder import Decoder
 from logitjax.models._hf_config import config_to_hf
 from logitjax.models._tokenizer import Tokenizer
 from logitjax.models._weight_map import TensorSpec, hf_tensors
-from logitjax.storage import require
+from logitjax.storage import require, write_atomic
 
 
 def checkpoint_tensors(model: Decoder) -> Iterator[tuple[str, np.ndarray]]:
@@ -144,7 +144,7 @@ def _write_shard(path: epath.Path, shard: dict[str, np.ndarray]) -> None:
 
 
 def _write_json(path: epath.Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def _write_tokenizer(tokenizer: Tokenizer, directory: epath.Path) -> None:

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import future as ocp_future
 
 from logitjax.ops import path_string
+from logitjax.storage import write_atomic
 
 _SIZES = "_SIZES"
 
@@ -290,9 +291,7 @@ class Checkpointer:
             record = self.directory / str(step) / _SIZES
             if record.parent.is_dir() and not record.exists():
                 # Whole or not there: half a record would condemn a good checkpoint.
-                part = record.with_name(f"{_SIZES}.part")
-                part.write_text(json.dumps(_sizes(record.parent)))
-                part.rename(record)
+                write_atomic(record, json.dumps(_sizes(record.parent)))
 
     def _check_sizes(self, step: int) -> None:
         directory = self.directory / str(step)

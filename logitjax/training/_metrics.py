@@ -10,7 +10,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from logitjax.storage import require
+from logitjax.storage import require, write_atomic
 
 
 class MetricAccumulator:
@@ -117,9 +117,7 @@ class JsonlWriter(NullWriter):
                 continue  # The last line of a killed run may be half a line.
         self._lines = kept if self._remote else []
         text = "".join(line + "\n" for line in kept)
-        partial = self._path.with_name(self._path.name + ".tmp")
-        partial.write_text(text)
-        partial.replace(self._path)
+        write_atomic(self._path, text)
 
     def flush(self) -> None:
         if self._remote:

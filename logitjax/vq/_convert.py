@@ -17,7 +17,7 @@ from jaxtyping import Float
 
 from logitjax import processes
 from logitjax.ops import Array
-from logitjax.storage import require
+from logitjax.storage import require, write_atomic
 from logitjax.vq._assignment import (
     PerplexityFloor,
     VQFit,
@@ -308,7 +308,8 @@ def save_head(head: VQHead, directory: str | os.PathLike[str]) -> None:
         require("safetensors.numpy", extra="models").save(tensors)
     )
     kind = type(head).__name__
-    (root / "head.json").write_text(json.dumps({"kind": kind, "options": options}, indent=1))
+    # Last: without it there is no head.
+    write_atomic(root / "head.json", json.dumps({"kind": kind, "options": options}, indent=1))
 
 
 def load_head(directory: str | os.PathLike[str], *, dtype: Any = jnp.float32) -> VQHead:
