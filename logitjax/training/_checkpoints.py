@@ -406,7 +406,7 @@ def _sizes(directory: epath.Path) -> dict[str, int]:
         for path in pending.pop().iterdir():
             if path.is_dir():
                 pending.append(path)
-            elif not path.name.startswith((_SIZES, "_CHECKPOINT_METADATA")):
+            elif not path.name.startswith((_SIZES, f".{_SIZES}", "_CHECKPOINT_METADATA")):
                 sizes[str(path.relative_to(directory))] = path.stat().length
     return sizes
 
