@@ -146,7 +146,6 @@ def make_loss(
       most: of ``forget`` and ``retain``, the most answers' tokens in any step: the head then meets
         no other positions. The loss is nan where there are more.
     """
-    forget_loss = getattr(unlearning, method.forget)
     options: dict[str, Any] = {k: v for k, v in method.options.items() if k != "scale"}
 
     def loss_fn(params: Any, batch: Mapping[str, Any], rng: Any, reference: Any = None) -> Any:
@@ -161,7 +160,7 @@ def make_loss(
             count = len(batch["forget"]["tokens"])
             states = layer_states(model, layer, tokens)[:, 1:]
             kept = layer_states(before, layer, batch["retain"]["tokens"])[:, 1:]
-            forget = forget_loss(states[:count], direction)
+            forget = method.forget(states[:count], direction)
             retain = unlearning.rmu(states[count:], kept)
             return _weighed(method, forget, where["forget"], retain, where["retain"])
         positions = {side: ops.Positions(where[side], most and most[side]) for side in sides}
@@ -190,7 +189,7 @@ def make_loss(
         )
         size = len(labels["forget"])
         forget_nll = positions["forget"].put(flat[:size])
-        if method.forget == "undial":
+        if method.forget is unlearning.undial:
             undial = unlearning.linear_undial(
                 here["forget"], head, there["forget"], theirs, labels["forget"], **options
             )
@@ -201,9 +200,9 @@ def make_loss(
             if method.needs_reference:
                 old = losses.linear_cross_entropy(there["forget"], theirs, labels["forget"])
                 second = unlearning.sequence_nll(positions["forget"].put(old), where["forget"])[0]
-            forget = forget_loss(summed, second, **options)
+            forget = method.forget(summed, second, **options)
         else:
-            forget = forget_loss(forget_nll, **options)
+            forget = method.forget(forget_nll, **options)
         counted = where["forget"] if method.forget_level == "tokens" else None
         retain = None
         if method.retain == "kl":

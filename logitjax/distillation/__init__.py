@@ -4,7 +4,6 @@ from logitjax.distillation._alignment import align_positions as align_positions
 from logitjax.distillation._binary_kl import binary_kl as binary_kl
 from logitjax.distillation._binary_kl import binary_kl_norm as binary_kl_norm
 from logitjax.distillation._dual_head import DualHead as DualHead
-from logitjax.distillation._dual_head import MLPHead as MLPHead
 from logitjax.distillation._dual_head import dual_head_loss as dual_head_loss
 from logitjax.distillation._graph_fusion import FusionTeacher as FusionTeacher
 from logitjax.distillation._graph_fusion import GraphFusionConfig as GraphFusionConfig

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
 from logitjax.fusion._inputs import pmax, read_inputs, vocabulary_size
-from logitjax.ops import Array, AxisName, kth_largest, logsumexp, psum
+from logitjax.fusion._kth_largest import kth_largest
+from logitjax.ops import Array, AxisName, logsumexp, psum
 
 _FORMS, _FILTERS, _OUTSIDE = ("raw", "centred"), ("clean", "official", "none"), ("keep", "exclude")
 

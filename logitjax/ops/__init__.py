@@ -6,7 +6,6 @@ from logitjax.ops._checks import check_between as check_between
 from logitjax.ops._checks import check_positive as check_positive
 from logitjax.ops._checks import check_same_shape as check_same_shape
 from logitjax.ops._checks import check_where as check_where
-from logitjax.ops._kth_largest import kth_largest as kth_largest
 from logitjax.ops._log_softmax import AxisName as AxisName
 from logitjax.ops._log_softmax import finite_or_zero as finite_or_zero
 from logitjax.ops._log_softmax import log_softmax as log_softmax
@@ -16,7 +15,6 @@ from logitjax.ops._log_softmax import psum as psum
 from logitjax.ops._log_softmax import soft_cap as soft_cap
 from logitjax.ops._masked_mean import masked_mean as masked_mean
 from logitjax.ops._positions import Positions as Positions
-from logitjax.ops._row_products import row_products as row_products
 from logitjax.ops._sharding import BATCH_AXES as BATCH_AXES
 from logitjax.ops._sharding import VOCABULARY_AXES as VOCABULARY_AXES
 from logitjax.ops._sharding import auto_axes as auto_axes

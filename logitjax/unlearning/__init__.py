@@ -38,9 +38,6 @@ from logitjax.unlearning._evaluate_tofu import TofuOptions as TofuOptions
 from logitjax.unlearning._evaluate_tofu import evaluate_tofu as evaluate_tofu
 from logitjax.unlearning._forget_quality import ForgetQuality as ForgetQuality
 from logitjax.unlearning._forget_quality import forget_quality as forget_quality
-from logitjax.unlearning._linear_losses import (
-    linear_assistant_objective as linear_assistant_objective,
-)
 from logitjax.unlearning._linear_losses import linear_undial as linear_undial
 from logitjax.unlearning._linear_losses import linear_uniform_kl as linear_uniform_kl
 from logitjax.unlearning._losses import dpo as dpo
@@ -57,8 +54,6 @@ from logitjax.unlearning._merge import make_merge_loss as make_merge_loss
 from logitjax.unlearning._merge import merge_by_distillation as merge_by_distillation
 from logitjax.unlearning._objective import UNLEARNING_METHODS as UNLEARNING_METHODS
 from logitjax.unlearning._objective import UnlearningMethod as UnlearningMethod
-from logitjax.unlearning._objective import assistant_objective as assistant_objective
-from logitjax.unlearning._objective import gradient_difference as gradient_difference
 from logitjax.unlearning._objective import unlearning_objective as unlearning_objective
 from logitjax.unlearning._paired import paired_model as paired_model
 from logitjax.unlearning._targets import rmu as rmu

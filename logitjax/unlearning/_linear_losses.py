@@ -144,10 +144,11 @@ def linear_assistant_objective(
     blocks: Blocks | None = None,
     axis_name: AxisName | None = None,
 ) -> tuple[Float[jax.Array, ""], dict[str, jax.Array]]:
-    """`assistant_objective` from hidden states: both halves in one sweep over the head.
+    """What the assistant of a logit difference learns, both halves in one sweep over the head.
 
-    The rows to forget and to keep lie in one batch, which the assistant runs once; the gradient is
-    formed in the same sweep as the value.
+    To know what is to be forgotten, only that: the objectives of unlearning reversed, so neither is
+    unbounded. The rows to forget and to keep lie in one batch, which the assistant runs once; the
+    gradient is formed in the same sweep as the value.
 
     ::
 
@@ -160,7 +161,7 @@ def linear_assistant_objective(
       retain: ``[*batch]``, True for positions of the data to keep.
       where: ``[*batch]``, positions that count; all when None. The release counts all of the data
         to keep, and the answers of the data to forget.
-      retain_weight: beta.
+      retain_weight: beta: 6.5 in the paper, 5 in the released code.
       vocab_where: ``[vocab]`` boolean: True for the entries that exist.
       blocks: sizes of the blocks.
       axis_name: mesh axis that splits the vocabulary.
@@ -180,7 +181,8 @@ def linear_assistant_objective(
     3.3223 0.2395 0.4743
 
     References:
-      As `assistant_objective`.
+      Ji et al., Reversing the forget-retain objectives, 2024 (arXiv 2406.08607), eqs. 3-5, less the
+      constant ``beta log V``.
     """
     hidden, labels, retain = jnp.asarray(hidden), jnp.asarray(labels), jnp.asarray(retain)
     head = Head.of(head).resolve(hidden.shape[-1])

@@ -2,7 +2,7 @@
 
 import dataclasses
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -10,7 +10,15 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
 from logitjax.ops import Array, Number, masked_mean
-from logitjax.unlearning._losses import as_losses, gradient_ascent
+from logitjax.unlearning._losses import (
+    as_losses,
+    dpo,
+    gradient_ascent,
+    npo,
+    simnpo,
+    weighted_gradient_ascent,
+)
+from logitjax.unlearning._targets import rmu, undial
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,7 +26,7 @@ class UnlearningMethod:
     """How a method is put together, as OpenUnlearning configures it.
 
     Attributes:
-      forget: the function of this package that gives the forget loss.
+      forget: the loss on what is to be forgotten.
       forget_level: of what that starts at: ``'tokens'``, whole ``'answers'``, or ``'hidden'``
         states of one layer.
       forget_weight: gamma.
@@ -32,7 +40,7 @@ class UnlearningMethod:
       epochs: over the data to forget, 32 answers a step.
     """
 
-    forget: str
+    forget: Callable[..., jax.Array]
     forget_level: Literal["tokens", "answers", "hidden"]
     forget_weight: float = 1.0
     retain: Literal["none", "nll", "kl", "hidden"] = "nll"
@@ -44,10 +52,10 @@ class UnlearningMethod:
 
 
 _ASCENT = UnlearningMethod(
-    forget="gradient_ascent", forget_level="tokens", retain="none", retain_weight=0.0
+    forget=gradient_ascent, forget_level="tokens", retain="none", retain_weight=0.0
 )
 _NPO = UnlearningMethod(
-    forget="npo",
+    forget=npo,
     forget_level="answers",
     retain="none",
     retain_weight=0.0,
@@ -67,21 +75,21 @@ UNLEARNING_METHODS: Mapping[str, UnlearningMethod] = types.MappingProxyType(
         "npo_gradient_difference": dataclasses.replace(_NPO, **_WITH_NLL),
         "npo_kl": dataclasses.replace(_NPO, **_WITH_KL),
         "simnpo": UnlearningMethod(
-            forget="simnpo",
+            forget=simnpo,
             forget_level="answers",
             forget_weight=0.125,
             options={"beta": 4.5, "delta": 0.0},
         ),
-        "idk_dpo": dataclasses.replace(_NPO, forget="dpo", **_WITH_NLL),
+        "idk_dpo": dataclasses.replace(_NPO, forget=dpo, **_WITH_NLL),
         "rmu": UnlearningMethod(
-            forget="rmu",
+            forget=rmu,
             forget_level="hidden",
             retain="hidden",
             options={"scale": 2.0},
             needs_reference=True,
         ),
         "undial": UnlearningMethod(
-            forget="undial",
+            forget=undial,
             forget_level="tokens",
             retain="none",
             retain_weight=0.0,
@@ -90,7 +98,7 @@ UNLEARNING_METHODS: Mapping[str, UnlearningMethod] = types.MappingProxyType(
             learning_rate=1e-4,
         ),
         "wga": UnlearningMethod(
-            forget="weighted_gradient_ascent",
+            forget=weighted_gradient_ascent,
             forget_level="tokens",
             options={"beta": 1.0},
             epochs=5,
@@ -109,6 +117,10 @@ def unlearning_objective(
     retain_where: Bool[Array, "..."] | None = None,
 ) -> tuple[Float[jax.Array, ""], dict[str, jax.Array]]:
     """The weighted sum of a mean forget loss and a mean retain loss.
+
+    Gradient difference is `gradient_ascent` with the retain tokens' likelihood loss; the assistant
+    of a logit difference reverses both: likelihood on what is to be forgotten, `uniform_kl` on what
+    is to be kept (`make_assistant_loss`, in one sweep over the head).
 
     ::
 
@@ -144,99 +156,3 @@ def unlearning_objective(
     retain = masked_mean(as_losses(retain_losses, "retain_losses"), retain_where)
     loss = forget_weight * forget + retain_weight * retain
     return jnp.asarray(loss), {"forget": forget, "retain": retain}
-
-
-def gradient_difference(
-    forget_nll: Float[Array, "..."],
-    retain_nll: Float[Array, "..."],
-    *,
-    forget_weight: Number = 1.0,
-    retain_weight: Number = 1.0,
-    forget_where: Bool[Array, "..."] | None = None,
-    retain_where: Bool[Array, "..."] | None = None,
-) -> tuple[Float[jax.Array, ""], dict[str, jax.Array]]:
-    """Gradient ascent on the tokens to forget, descent on those to keep.
-
-    ::
-
-        -gamma mean(forget_nll) + alpha mean(retain_nll)
-
-    Args:
-      forget_nll: any shape, of tokens.
-      retain_nll: any shape.
-      forget_weight: gamma.
-      retain_weight: alpha.
-      forget_where: as in `unlearning_objective`.
-      retain_where: likewise.
-
-    Returns:
-      As `unlearning_objective`.
-
-    Raises:
-      TypeError: losses are not floating point or masks not boolean.
-      ValueError: a mask does not broadcast.
-
-    >>> float(gradient_difference(jnp.array([2.0, 4.0]), jnp.array([0.5]))[0])
-    -2.5
-
-    References:
-      Liu et al., Continual learning and private unlearning, 2022; Maini et al., TOFU, 2024
-      (arXiv 2401.06121).
-    """
-    return unlearning_objective(
-        gradient_ascent(forget_nll),
-        retain_nll,
-        forget_weight=forget_weight,
-        retain_weight=retain_weight,
-        forget_where=forget_where,
-        retain_where=retain_where,
-    )
-
-
-def assistant_objective(
-    forget_nll: Float[Array, "..."],
-    retain_uniform_kl: Float[Array, "..."],
-    *,
-    retain_weight: Number = 6.5,
-    forget_where: Bool[Array, "..."] | None = None,
-    retain_where: Bool[Array, "..."] | None = None,
-) -> tuple[Float[jax.Array, ""], dict[str, jax.Array]]:
-    """What the assistant of a logit difference learns: to know what is to be forgotten, only that.
-
-    The objectives of unlearning reversed, so neither is unbounded. `linear_assistant_objective`
-    gives the same from hidden states, in one sweep over the head.
-
-    ::
-
-        mean(forget_nll) + beta mean(retain_uniform_kl)
-
-    Args:
-      forget_nll: any shape: `cross_entropy` of the assistant on the data to forget and their
-        paraphrases.
-      retain_uniform_kl: any shape: `uniform_kl` of the assistant on the data to keep and on wrong
-        answers to the questions to forget.
-      retain_weight: beta: 6.5 in the paper, 5 in the released code.
-      forget_where: tokens of the answers.
-      retain_where: None for all positions, as in the release, or tokens of the answers.
-
-    Returns:
-      As `unlearning_objective`.
-
-    Raises:
-      TypeError: losses are not floating point or masks not boolean.
-      ValueError: a mask does not broadcast.
-
-    >>> float(assistant_objective(jnp.array([1.0, 3.0]), jnp.array([0.5]))[0])
-    5.25
-
-    References:
-      Ji et al., Reversing the forget-retain objectives, 2024 (arXiv 2406.08607), eqs. 3-5, less the
-      constant ``beta log V``.
-    """
-    return unlearning_objective(
-        forget_nll,
-        retain_uniform_kl,
-        retain_weight=retain_weight,
-        forget_where=forget_where,
-        retain_where=retain_where,
-    )

@@ -11,8 +11,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Float, Int
 
-from logitjax.ops import Array, TopK, check_positive, finite_or_zero, logsumexp, row_products, top_k
+from logitjax.ops import Array, TopK, check_positive, finite_or_zero, logsumexp, top_k
 from logitjax.vq._loss import code_scores
+from logitjax.vq._row_products import row_products
 
 #: Better logits of some tokens: ``(hidden [n, hidden], tokens [n, c]) -> [n, c]`` float32.
 Rescore = Callable[[jax.Array, jax.Array], jax.Array]

@@ -10,6 +10,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from logitjax import losses, ops, unlearning
+from logitjax.unlearning._linear_losses import linear_assistant_objective
 
 BATCH, TIME, HIDDEN, VOCAB = 2, 3, 5, 16
 
@@ -131,11 +132,11 @@ def all_losses(z: jax.Array, reference: jax.Array) -> dict[str, jax.Array]:
         "dpo": unlearning.dpo(n, n_ref, n_ref, n),
     }
     out |= {name: unlearning.unlearning_objective(x, retain)[0] for name, x in answers.items()}
-    out["gd"], _ = unlearning.gradient_difference(
-        nll, nll, forget_where=answer, retain_where=answer
+    out["gd"], _ = unlearning.unlearning_objective(
+        tokens["ga"], nll, forget_where=answer, retain_where=answer
     )
     uniform = unlearning.uniform_kl(z)
-    out["assistant"], _ = unlearning.assistant_objective(nll, uniform, forget_where=answer)
+    out["assistant"], _ = unlearning.unlearning_objective(nll, uniform, forget_where=answer)
     return out
 
 
@@ -160,13 +161,13 @@ def test_the_released_uniform_loss_fails_where_ours_does_not():
 def test_objectives_weigh_means_of_what_counts():
     nll = np.float32([[1.0, 2.0], [3.0, np.nan]])
     where = np.isfinite(nll)
-    loss, means = unlearning.gradient_difference(
-        nll, nll[0], forget_weight=0.5, retain_weight=4.0, forget_where=where
+    loss, means = unlearning.unlearning_objective(
+        -nll, nll[0], forget_weight=0.5, retain_weight=4.0, forget_where=where
     )
     np.testing.assert_allclose(loss, -0.5 * 2.0 + 4.0 * 1.5, rtol=1e-6)
     np.testing.assert_allclose([means["forget"], means["retain"]], [-2.0, 1.5], rtol=1e-6)
     for method in unlearning.UNLEARNING_METHODS.values():
-        assert callable(getattr(unlearning, method.forget))
+        assert method.forget_level in ("tokens", "answers", "hidden")
         assert (method.retain == "none") == (method.retain_weight == 0.0)
 
 
@@ -237,16 +238,17 @@ def test_assistant_in_one_sweep_equals_its_two_halves(clean, soft_cap):
         z = hidden @ head + bias
         if soft_cap is not None:
             z = soft_cap * jnp.tanh(z / soft_cap)
-        return unlearning.assistant_objective(
+        return unlearning.unlearning_objective(
             losses.cross_entropy(z[:BATCH], labels[:BATCH]),
             unlearning.uniform_kl(z[BATCH:]),
+            retain_weight=6.5,
             forget_where=where[:BATCH],
             retain_where=where[BATCH:],
         )
 
     def blocked(hidden, head):
         whole = losses.Head(head, bias, soft_cap=soft_cap)
-        return unlearning.linear_assistant_objective(
+        return linear_assistant_objective(
             hidden, whole, labels, retain, where=where, blocks=losses.Blocks(vocab=8)
         )
 

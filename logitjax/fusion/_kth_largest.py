@@ -5,9 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Float
 
-from logitjax.ops._log_softmax import AxisName, psum
-from logitjax.ops._sharding import check_vocabulary_unsharded
-from logitjax.ops._types import Array
+from logitjax.ops import Array, AxisName, check_vocabulary_unsharded, psum
 
 
 def kth_largest(
@@ -40,11 +38,9 @@ def kth_largest(
     shards = 1 if axis_name is None else lax.axis_size(axis_name)
     vocab = values.shape[-1] if values.ndim else 0
     if not 1 <= k <= vocab * shards:
-        raise ValueError(
-            f"k must be between 1 and the size of the vocabulary, {vocab * shards}, got {k}"
-        )
+        raise ValueError(f"k: expected 1 to the size of the vocabulary, {vocab * shards}, got {k}")
     if not jnp.issubdtype(values.dtype, jnp.floating):
-        raise TypeError(f"values must be floating-point numbers, got {values.dtype}")
+        raise TypeError(f"values: expected floating-point numbers, got {values.dtype}")
     if axis_name is None:
         check_vocabulary_unsharded(values, "values", "a k-th largest entry")
     bits = jnp.finfo(values.dtype).bits

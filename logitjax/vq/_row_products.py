@@ -8,8 +8,7 @@ from jax import lax
 from jaxtyping import Float, Int
 
 from logitjax import kernels
-from logitjax.ops._sharding import over_batch
-from logitjax.ops._types import Array
+from logitjax.ops import Array, over_batch
 
 #: Rows that XLA gathers at a time for one position on a CPU: they fit its cache.
 _PART = 256
