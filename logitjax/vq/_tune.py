@@ -49,14 +49,13 @@ class Tuning:
         Batches of the step are tuples of arrays, as `loss_fn` takes them after `constants`.
         """
         # The larger epsilon keeps codes and tokens that hardly occur from drifting with the noise.
-        tx = training.make_optimizer(
+        schedule = training.Schedule(
             self.learning_rate,
             warmup=max(1, int(self.warmup * self.steps)),
             total_steps=max(2, self.steps),
             final=0.0,
-            b2=0.99,
-            eps=1e-6,
         )
+        tx = training.make_optimizer(schedule, b2=0.99, eps=1e-6)
 
         def sums(params: Any, batch: Any, rng: Any, constants: Any) -> Any:
             losses = loss_fn(params, constants, *batch)
