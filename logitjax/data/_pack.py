@@ -27,7 +27,6 @@ from logitjax.storage import (
     check_manifest,
     digest,
     has_manifest,
-    remove_manifest,
     write_manifest,
 )
 
@@ -50,7 +49,6 @@ def pack(
     add_eos: bool = True,
     encode_chat: EncodeChat | None = None,
     on_long: Literal["split", "skip", "raise"] = "split",
-    overwrite: bool = False,
 ) -> PackedDataset:
     """Pack examples into rows of `seq_len` tokens, or reuse what an equal call has packed.
 
@@ -76,7 +74,6 @@ def pack(
             returns has all its marks already and cannot be cut.
         on_long: what happens to a document longer than a row: it is cut, left out (and counted in
             ``.statistics``), or an error.
-        overwrite: replace rows packed from something else instead of raising.
 
     Returns:
         The rows as a :class:`logitjax.data.PackedDataset`.
@@ -128,7 +125,7 @@ def pack(
         "on_long": on_long,
     }
     root = epath.Path(directory).expanduser()
-    if has_manifest(root) and not overwrite:
+    if has_manifest(root):
         check_manifest(root, KIND, made_from)
         return PackedDataset(root)
 
@@ -138,7 +135,6 @@ def pack(
         _cut, renders=renders, encoders=encoders, seq_len=seq_len, on_long=on_long, chat=encode_chat
     )
     pieces = _pieces(examples, cut, on_long, statistics)
-    remove_manifest(root)
     tokens, rows = dict.fromkeys(tokenizers, 0), 0
     pad_ids = {name: _pad_id(tokenizer) for name, tokenizer in tokenizers.items()}
     with ShardWriter(root, _ROWS_PER_SHARD) as writer:

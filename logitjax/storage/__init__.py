@@ -20,14 +20,12 @@ from logitjax.storage._hub import hub_snapshot as hub_snapshot
 from logitjax.storage._manifest import check_manifest as check_manifest
 from logitjax.storage._manifest import has_manifest as has_manifest
 from logitjax.storage._manifest import read_manifest as read_manifest
-from logitjax.storage._manifest import remove_manifest as remove_manifest
 from logitjax.storage._manifest import write_manifest as write_manifest
 from logitjax.storage._numpy_pickle import read_numpy_pickle as read_numpy_pickle
 from logitjax.storage._packages import package_file as package_file
 from logitjax.storage._require import require as require
 from logitjax.storage._rows import ArrayCodec as ArrayCodec
 from logitjax.storage._rows import RowCache as RowCache
-from logitjax.storage._rows import RowCodec as RowCodec
 from logitjax.storage._safetensors import SafetensorsSource as SafetensorsSource
 from logitjax.storage._shards import ShardReader as ShardReader
 from logitjax.storage._shards import ShardWriter as ShardWriter

@@ -53,11 +53,6 @@ def write_manifest(
     write_atomic(epath.Path(directory).expanduser() / _NAME, json.dumps(record, indent=1).encode())
 
 
-def remove_manifest(directory: epath.PathLike) -> None:
-    """What lies in a directory no longer counts, before it is made again."""
-    (epath.Path(directory).expanduser() / _NAME).unlink(missing_ok=True)
-
-
 def read_manifest(directory: epath.PathLike, kind: str) -> dict[str, Any]:
     """What `write_manifest` wrote: `made_from` and the contents, by name.
 

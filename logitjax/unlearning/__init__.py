@@ -19,13 +19,13 @@ be killed and started again; `metrics_from_logs` makes the numbers from logs, ou
 
 What is reported:
 
-- `answer_probability`, `normalised_probability`, ROUGE recall and the `truth_ratio` of each set; of
-  the first three sets together `model_utility`, the harmonic mean of nine numbers.
-- `forget_quality`: whether truth ratios on the forget set can be told from those of a model that
+- answers' probability, ROUGE recall and truth ratio of each set; of the first three sets together
+  the model utility, the harmonic mean of nine numbers.
+- the forget quality: whether truth ratios on the forget set can be told from those of a model that
   was retrained without it. TOFU reports the p-value, which falls with the number of items at the
   same distance; D and its interval do not.
-- `extraction_strength`, `exact_memorisation`; `membership_auc` and `privleak` where there are
-  authors that no model has seen.
+- extraction strength and exact memorisation; membership AUC and PrivLeak where there are authors
+  that no model has seen.
 
 The truth ratio has two published forms (``geometric``, the default, and ``arithmetic``) that differ
 by .04 in model utility: say which one a number has.
@@ -36,8 +36,6 @@ from logitjax.unlearning._assistant import init_assistant as init_assistant
 from logitjax.unlearning._assistant_loss import make_assistant_loss as make_assistant_loss
 from logitjax.unlearning._evaluate_tofu import TofuOptions as TofuOptions
 from logitjax.unlearning._evaluate_tofu import evaluate_tofu as evaluate_tofu
-from logitjax.unlearning._forget_quality import ForgetQuality as ForgetQuality
-from logitjax.unlearning._forget_quality import forget_quality as forget_quality
 from logitjax.unlearning._linear_losses import linear_undial as linear_undial
 from logitjax.unlearning._linear_losses import linear_uniform_kl as linear_uniform_kl
 from logitjax.unlearning._losses import dpo as dpo
@@ -46,10 +44,6 @@ from logitjax.unlearning._losses import npo as npo
 from logitjax.unlearning._losses import sequence_nll as sequence_nll
 from logitjax.unlearning._losses import simnpo as simnpo
 from logitjax.unlearning._losses import weighted_gradient_ascent as weighted_gradient_ascent
-from logitjax.unlearning._memorisation import exact_memorisation as exact_memorisation
-from logitjax.unlearning._memorisation import extraction_strength as extraction_strength
-from logitjax.unlearning._memorisation import membership_auc as membership_auc
-from logitjax.unlearning._memorisation import privleak as privleak
 from logitjax.unlearning._merge import make_merge_loss as make_merge_loss
 from logitjax.unlearning._merge import merge_by_distillation as merge_by_distillation
 from logitjax.unlearning._objective import UNLEARNING_METHODS as UNLEARNING_METHODS
@@ -64,14 +58,5 @@ from logitjax.unlearning._tofu import TofuItem as TofuItem
 from logitjax.unlearning._tofu import TofuSubset as TofuSubset
 from logitjax.unlearning._tofu import load_tofu as load_tofu
 from logitjax.unlearning._tofu import tofu_subset as tofu_subset
-from logitjax.unlearning._tofu_metrics import Membership as Membership
-from logitjax.unlearning._tofu_metrics import SetScores as SetScores
 from logitjax.unlearning._tofu_metrics import TofuEvaluation as TofuEvaluation
 from logitjax.unlearning._tofu_metrics import metrics_from_logs as metrics_from_logs
-from logitjax.unlearning._truth_ratio import answer_probability as answer_probability
-from logitjax.unlearning._truth_ratio import log_truth_ratio as log_truth_ratio
-from logitjax.unlearning._truth_ratio import model_utility as model_utility
-from logitjax.unlearning._truth_ratio import normalised_probability as normalised_probability
-from logitjax.unlearning._truth_ratio import truth_ratio as truth_ratio
-from logitjax.unlearning._truth_ratio import truth_ratio_forget as truth_ratio_forget
-from logitjax.unlearning._truth_ratio import truth_ratio_utility as truth_ratio_utility

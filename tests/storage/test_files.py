@@ -140,5 +140,5 @@ def test_a_manifest_may_hold_more_and_names_may_change_with_the_same_digest(tmp_
         )
     with pytest.raises(ValueError, match="expected a chair, got a table"):
         storage.read_manifest(tmp_path, "chair")
-    storage.remove_manifest(tmp_path)
-    assert not storage.has_manifest(tmp_path)
+    assert storage.has_manifest(tmp_path)
+    assert not storage.has_manifest(tmp_path / "other")

@@ -11,17 +11,19 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from logitjax.evaluation import rouge_recall
-from logitjax.unlearning import (
-    answer_probability,
+from logitjax.unlearning import metrics_from_logs
+from logitjax.unlearning._forget_quality import forget_quality
+from logitjax.unlearning._memorisation import (
     exact_memorisation,
     extraction_strength,
-    forget_quality,
-    log_truth_ratio,
     membership_auc,
-    metrics_from_logs,
+    privleak,
+)
+from logitjax.unlearning._truth_ratio import (
+    answer_probability,
+    log_truth_ratio,
     model_utility,
     normalised_probability,
-    privleak,
     truth_ratio,
     truth_ratio_forget,
     truth_ratio_utility,
