@@ -19,7 +19,7 @@ and `log_probs` where a row came back. Finished policies are not asked again. Se
 
 import dataclasses
 import json
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from absl import logging
@@ -41,7 +41,9 @@ class Config:
     )
     api_key: str | None = field(None, "Key of the server.")
     top_logprobs: int = field(5, "Number of log-probabilities the server reports.", minimum=1)
-    bias: str = field("reported", "What a logit bias moves at the server.", choices=leakage.BIAS)
+    bias: Literal["none", "sampling", "reported"] = field(
+        "reported", "What a logit bias moves at the server."
+    )
     decimals: int | None = field(None, "Decimals that the server reports.")
     noise: float = field(0.0, "Noise that the server adds, in nats.")
     budget: int | None = field(None, "Most queries to the server; it is an error to need more.")
@@ -58,7 +60,7 @@ class Config:
         0, "Rows and columns of the corner asked for through a bias; 0 for none.", minimum=0
     )
     seed: int = field(0, "Seed of noise, of random prompts and of dummy dimensions.")
-    dtype: str = field("float32", "Compute type of the model.", choices=("float32", "bfloat16"))
+    dtype: Literal["float32", "bfloat16"] = field("float32", "Compute type of the model.")
 
     def __post_init__(self) -> None:
         for name in self.policy:
@@ -124,7 +126,7 @@ def _oracle(config: Config, name: str, prompts: np.ndarray, truth: Truth | None)
     if config.url:
         policy = leakage.LogitPolicy(
             top_k=config.top_logprobs,
-            bias=config.bias,  # pyright: ignore[reportArgumentType]
+            bias=config.bias,
             decimals=config.decimals,
             noise=config.noise,
         )

@@ -17,6 +17,7 @@ reads with its own devices.
 
 import dataclasses
 import functools
+from typing import Literal
 
 import jax
 import numpy as np
@@ -37,7 +38,7 @@ class Config:
     pivot: str = field("smollm2", "Model that will be trained; its tokenizer shapes the rows.")
     source: tuple[str, ...] = field(("smollm2",), "Model that reads.")
     data: str = field("tfds:wiki_summaries", "Text to read: text:PATH, jsonl:PATH or tfds:NAME.")
-    on_error: str = field("raise", "What happens at a malformed row.", choices=("raise", "skip"))
+    on_error: Literal["raise", "skip"] = field("raise", "What happens at a malformed row.")
     seq_len: int = field(256, "Number of tokens in a row.")
     rows: str = field("all", "Rows of each split to read: all, or a number from the start.")
     splits: tuple[str, ...] = field(SPLITS, "Split to read.")
@@ -46,11 +47,10 @@ class Config:
         0, "Number of tokens per position drawn from the others, for KL without bias."
     )
     batch_size: int = field(4, "Number of rows read at once by a process.")
-    dtype: str = field("float32", "Compute type.", choices=("float32", "bfloat16"))
-    layout: str = field(
+    dtype: Literal["float32", "bfloat16"] = field("float32", "Compute type.")
+    layout: Literal["stacked", "listed"] = field(
         "listed",
         "Whether layers are scanned (stacked) or unrolled (listed).",
-        choices=("stacked", "listed"),
     )
 
 

@@ -77,18 +77,36 @@ class _Place:
     process_id: int | None = field(None, "Number of this process, from 0.")
 
 
-def _type_of(hint: Any) -> tuple[Any, bool]:
-    """The type of a field's value or values, and whether there are several."""
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        hint = next(a for a in typing.get_args(hint) if a is not type(None))
-    if typing.get_origin(hint) is tuple:
-        return typing.get_args(hint)[0], True
-    return hint, False
+@dataclasses.dataclass(frozen=True)
+class _Flag:
+    """A field of a configuration as a flag.
+
+    Attributes:
+        field: Its name, default and help.
+        kind: Type of its value, or of each of its values.
+        several: Whether it is a tuple.
+        choices: All its values, where they are named.
+    """
+
+    field: dataclasses.Field
+    kind: Any
+    several: bool
+    choices: Sequence[str]
 
 
-def _fields(config_class: type) -> list[tuple[dataclasses.Field, Any, bool]]:
+def _flags(config_class: type) -> list[_Flag]:
     hints = typing.get_type_hints(config_class)
-    return [(f, *_type_of(hints[f.name])) for f in dataclasses.fields(config_class)]
+    made = []
+    for field_ in dataclasses.fields(config_class):
+        kind, choices = hints[field_.name], field_.metadata["choices"] or ()
+        if typing.get_origin(kind) in (types.UnionType, typing.Union):
+            kind = next(a for a in typing.get_args(kind) if a is not type(None))
+        several = typing.get_origin(kind) is tuple
+        kind = typing.get_args(kind)[0] if several else kind
+        if typing.get_origin(kind) is typing.Literal:
+            kind, choices = str, typing.get_args(kind)
+        made.append(_Flag(field_, kind, several, tuple(choices)))
+    return made
 
 
 def define_flags(
@@ -99,18 +117,18 @@ def define_flags(
     if presets:
         first = next(iter(presets))
         flags.DEFINE_enum("preset", first, list(presets), "", flag_values=values)
-    for field_, kind, several in _fields(config_class):
-        name, least = field_.name, field_.metadata["minimum"]
+    for flag in _flags(config_class):
+        name, least = flag.field.name, flag.field.metadata["minimum"]
         # None throughout: what was not given is left to the preset and the dataclass.
-        if several:
+        if flag.several:
             flags.DEFINE_multi_string(name, None, "", flag_values=values)
-        elif field_.metadata["choices"]:
-            flags.DEFINE_enum(name, None, field_.metadata["choices"], "", flag_values=values)
-        elif kind is bool:
+        elif flag.choices:
+            flags.DEFINE_enum(name, None, flag.choices, "", flag_values=values)
+        elif flag.kind is bool:
             flags.DEFINE_bool(name, None, "", flag_values=values)
-        elif kind is int:
+        elif flag.kind is int:
             flags.DEFINE_integer(name, None, "", lower_bound=least, flag_values=values)
-        elif kind is float:
+        elif flag.kind is float:
             flags.DEFINE_float(name, None, "", lower_bound=least, flag_values=values)
         else:
             flags.DEFINE_string(name, None, "", flag_values=values)
@@ -136,19 +154,19 @@ def config_from_flags(
             that nothing takes.
     """
     chosen = dict(presets[values.preset]) if presets else {}
-    for field_, kind, several in _fields(config_class):
-        name, given = field_.name, values[field_.name].value
-        if rest and field_.metadata["positional"]:
+    for flag in _flags(config_class):
+        name, given = flag.field.name, values[flag.field.name].value
+        if rest and flag.field.metadata["positional"]:
             given, rest = [*(given or []), *rest], ()
         if given is None:
-            if name not in chosen and field_.default is REQUIRED:
+            if name not in chosen and flag.field.default is REQUIRED:
                 raise ValueError(f"{name}: expected a value, got none; give --{name}=...")
             continue
-        if several:
-            if kind is not str:
+        if flag.several:
+            if flag.kind is not str:
                 given = [item for one in given for item in one.split(",")]
             try:
-                given = tuple(kind(item) for item in given if item)
+                given = tuple(flag.kind(item) for item in given if item)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
         chosen[name] = given
@@ -168,24 +186,22 @@ def help_text(
     if presets:
         names = "|".join(presets)
         shown.append((f"--preset={names}", "Named set of defaults, the first if none is named."))
-    for field_, kind, several in itertools.chain(*map(_fields, classes)):
-        says = field_.metadata["help"].rstrip(".") + "."
-        if field_.metadata["positional"]:
-            rest = f" {field_.name.upper()} ..."
-        if field_.metadata["choices"]:
-            value = "|".join(field_.metadata["choices"])
-        else:
-            value = "TEXT" if kind is str else "NUMBER"
-        if several:
-            says += " May be repeated." if kind is str else " Commas separate several."
-        default = field_.default
+    for flag in itertools.chain(*map(_flags, classes)):
+        metadata: Any = flag.field.metadata
+        default: Any = flag.field.default
+        says = metadata["help"].rstrip(".") + "."
+        if metadata["positional"]:
+            rest = f" {flag.field.name.upper()} ..."
+        value = "TEXT" if flag.kind is str else "NUMBER"
+        if flag.several:
+            says += " May be repeated." if flag.kind is str else " Commas separate several."
         if default is REQUIRED:
             says += " Required."
         elif default not in (None, (), ""):
-            default = ", ".join(map(str, default)) if several else default
-            says += f" Default: {default}."
-        name = f"--[no]{field_.name}" if kind is bool else f"--{field_.name}={value}"
-        shown.append((name, says))
+            shown_default = ", ".join(map(str, default)) if flag.several else default
+            says += f" Default: {shown_default}."
+        name = f"--{flag.field.name}={'|'.join(flag.choices) or value}"
+        shown.append((f"--[no]{flag.field.name}" if flag.kind is bool else name, says))
     lines = [f"usage: {program} [--flag=value ...]{rest}", "", inspect.cleandoc(doc or ""), ""]
     for name, says in shown:
         lines += [f"  {name}", textwrap.indent(textwrap.fill(says, 90), " " * 6)]
@@ -266,7 +282,7 @@ def main(
     except (flags.Error, ValueError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", _COMPILED)
     try:
         config = config_from_flags(config_class, presets, values, rest)

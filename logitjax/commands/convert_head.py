@@ -18,7 +18,7 @@ what to expect.
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from etils import epath
@@ -34,8 +34,8 @@ class Config:
 
     model: str = field(REQUIRED, "Model with a linear or tied head.")
     data: str = field(REQUIRED, "Text to fit on: text:PATH, jsonl:PATH or tfds:NAME.")
-    on_error: str = field("raise", "What happens at a malformed row.", choices=("raise", "skip"))
-    kind: str = field("vq", "Head to convert to.", choices=("vq", "shortlist"))
+    on_error: Literal["raise", "skip"] = field("raise", "What happens at a malformed row.")
+    kind: Literal["vq", "shortlist"] = field("vq", "Head to convert to.")
     codes: int = field(2048, "Number of codes.", minimum=1)
     pages: int = field(64, "Number of pages that a shortlist scores again.", minimum=1)
     page_size: int = field(8, "Number of tokens in a page.", minimum=1)
@@ -48,7 +48,7 @@ class Config:
     learning_rate: float = field(2e-3, "Peak of the learning rate.")
     reassign_every: int = field(50, "Number of steps between reassignments; 0 for none.", minimum=0)
     seed: int = field(0, "Seed of the clustering and of the order of positions.")
-    dtype: str = field("float32", "Compute type of the model.", choices=("float32", "bfloat16"))
+    dtype: Literal["float32", "bfloat16"] = field("float32", "Compute type of the model.")
     mesh: str = field("data:-1", "Axes and sizes of the device mesh.")
 
 

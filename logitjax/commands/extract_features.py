@@ -14,6 +14,7 @@ stamps at 160 pixels by both encoders took 15 s on two CPU cores; docs/vision.md
 import dataclasses
 import re
 import time
+from typing import Literal
 
 import jax
 from absl import logging
@@ -35,10 +36,9 @@ class Config:
     )
     split: tuple[str, ...] = field(("all",), "Split, perhaps sliced, such as test[:2000].")
     views: tuple[str, ...] = field(("plain",), "Views of every picture: plain or random:COUNT.")
-    fit: str = field(
+    fit: Literal["crop", "pad"] = field(
         "crop",
         "Whether pictures lose their margins or gain some, to be square.",
-        choices=("crop", "pad"),
     )
     size: int = field(0, "Height and width of the views; 0 takes the encoder's own.")
     rows: str = field("all", "Pictures: all, a number from the start, or per_class:N.")
@@ -46,8 +46,8 @@ class Config:
     batch_size: int = field(
         16, "Number of pictures encoded at once, with all their views.", minimum=1
     )
-    compute_dtype: str = field("float32", "Compute type.", choices=("float32", "bfloat16"))
-    dtype: str = field("float16", "Type of the numbers on disk.", choices=("float16", "float32"))
+    compute_dtype: Literal["float32", "bfloat16"] = field("float32", "Compute type.")
+    dtype: Literal["float16", "float32"] = field("float16", "Type of the numbers on disk.")
 
 
 def run(config: Config, workdir: epath.Path) -> None:

@@ -17,7 +17,7 @@ import dataclasses
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -35,7 +35,7 @@ class Config:
     expert: tuple[str, ...] = field((), "Tuned small model.")
     base: tuple[str, ...] = field((), "What the experts were tuned from: one, or one each.")
     fusion: str | None = field(None, "How their logits become one: NAME or NAME:key=value,...")
-    draft: str | None = field(None, "Who drafts tokens ahead.", choices=("expert", "base"))
+    draft: Literal["expert", "base"] | None = field(None, "Who drafts tokens ahead.")
     prompt: tuple[str, ...] = field((), "Text to answer, instead of standard input.")
     complete: bool = field(False, "Go on from the text, without the chat template.")
     system: str | None = field(None, "First message of a conversation.")
@@ -47,7 +47,7 @@ class Config:
     repetition_penalty: float = field(1.0, "Penalty of tokens that were there; above 1 for fewer.")
     seed: int = field(0, "Seed of the draws.")
     stop: tuple[str, ...] = field((), "Text that ends an answer.")
-    dtype: str = field("float32", "Compute type.", choices=("float32", "bfloat16"))
+    dtype: Literal["float32", "bfloat16"] = field("float32", "Compute type.")
 
 
 def run(config: Config) -> None:

@@ -15,6 +15,7 @@ docs/leakage.md for what each is worth, and `logitjax audit` to measure it.
 """
 
 import dataclasses
+from typing import Literal
 
 from absl import logging
 
@@ -32,7 +33,7 @@ class Config:
     base: tuple[str, ...] = field((), "What the experts were tuned from: one, or one each.")
     fusion: str | None = field(None, "How their logits become one: NAME or NAME:key=value,...")
     served_name: str | None = field(None, "Name of the model in the API; else that of --model.")
-    dtype: str = field("float32", "Compute type.", choices=("float32", "bfloat16"))
+    dtype: Literal["float32", "bfloat16"] = field("float32", "Compute type.")
     host: str = field("127.0.0.1", "Address to listen on.")
     port: int = field(8000, "Port to listen on; 0 takes a free one.", minimum=0)
     api_key: str | None = field(None, "Key that clients have to show; without it anybody may ask.")
@@ -42,8 +43,8 @@ class Config:
     max_tokens: int = field(256, "Most new tokens of a request.", minimum=1)
     max_body_bytes: int = field(1 << 20, "Most bytes of a request.", minimum=1)
     top_logprobs: int = field(5, "Number of log-probabilities reported per token.", minimum=0)
-    bias: str = field(
-        "sampling", "Whether a logit bias is taken, and what it moves.", choices=leakage.BIAS
+    bias: Literal["none", "sampling", "reported"] = field(
+        "sampling", "Whether a logit bias is taken, and what it moves."
     )
     decimals: int | None = field(None, "Decimals of reported log-probabilities.")
     noise: float = field(0.0, "Noise on the logits in nats, the same for the same prompt.")
@@ -59,7 +60,7 @@ def run(config: Config) -> None:
 
     policy = leakage.LogitPolicy(
         top_k=config.top_logprobs or 1,
-        bias=config.bias,  # pyright: ignore[reportArgumentType]
+        bias=config.bias,
         decimals=config.decimals,
         noise=config.noise,
         floor=config.floor,

@@ -30,7 +30,6 @@ from logitjax.leakage._norm_layer import settle_by_norm as settle_by_norm
 from logitjax.leakage._oracle import BudgetExhaustedError as BudgetExhaustedError
 from logitjax.leakage._oracle import LogitOracle as LogitOracle
 from logitjax.leakage._oracle import prompt_number as prompt_number
-from logitjax.leakage._policy import BIAS as BIAS
 from logitjax.leakage._policy import LogitPolicy as LogitPolicy
 from logitjax.leakage._recover_row import recover_log_probs as recover_log_probs
 from logitjax.leakage._recover_row import row_queries as row_queries

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Optional
 
 import pydantic
 from pydantic import BaseModel, Field
@@ -56,11 +56,11 @@ class CompletionRequest:
 
 
 def _integer(low: int, high: int) -> Any:
-    return Annotated[int, Field(ge=low, le=high)] | None
+    return Optional[Annotated[int, Field(ge=low, le=high)]]  # noqa: UP045
 
 
 def _number(low: float, high: float) -> Any:
-    return Annotated[float, Field(ge=low, le=high, allow_inf_nan=False)] | None
+    return Optional[Annotated[float, Field(ge=low, le=high, allow_inf_nan=False)]]  # noqa: UP045
 
 
 Text = Annotated[str, Field(min_length=1)]
