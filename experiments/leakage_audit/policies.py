@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from logitjax import leakage
+from logitjax import leakage, storage
 
 DEMO = (
     "full",
@@ -66,10 +66,7 @@ def audit(name: str, seed: int, rows: Any, config: Any, directory: epath.Path) -
         "values": oracle.values,
         "seconds": time.perf_counter() - start,
     }
-    directory.mkdir(parents=True, exist_ok=True)
-    part = directory / f"{name}_{seed}.part"
-    part.write_text(json.dumps(record))
-    part.replace(path)
+    storage.write_atomic(path, json.dumps(record))
     return record
 
 

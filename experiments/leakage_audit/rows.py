@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 from etils import epath
+from flax import nnx
 
-from logitjax import data, decoding, leakage, models
+from logitjax import data, decoding, leakage, models, storage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,18 +60,20 @@ def load(config: Any, workdir: epath.Path) -> Rows:
         count=config.prompts,
         length=config.prompt_length,
     )
-    directory = workdir / "cache"
-    path = directory / "logits.npz"
-    if path.exists():
-        with np.load(path) as held:
-            if not np.array_equal(held["prompts"], prompts):
-                raise ValueError(f"{path} holds the logits of other prompts; name a new --workdir")
-            logits = held["logits"]
-    else:
-        logits = decoding.next_token_logits(model, prompts, batch_size=config.batch_size)
-        directory.mkdir(parents=True, exist_ok=True)
-        with (directory / "partial.npz").open("wb") as file:
-            np.savez(file, prompts=prompts, logits=logits)
-        (directory / "partial.npz").replace(path)
+    cache = storage.RowCache(
+        workdir / "cache",
+        storage.ArrayCodec({"logits": ("float32", (len(rows),))}),
+        made_from={"model": config.model, "prompts": storage.digest(prompts)},
+        kind="logits",
+    )
+    graphdef, state = nnx.split(model)
+    last = decoding.next_token_program(graphdef)
+    cache.fill(
+        range(len(prompts)),
+        lambda wanted: {"logits": last(state, prompts[wanted])},
+        batch_size=config.batch_size,
+        label=config.model,
+    )
+    logits = cache.read(range(len(prompts)))["logits"]
     order = {row.tobytes(): i for i, row in enumerate(prompts)}
     return Rows(prompts, logits, rows, order)

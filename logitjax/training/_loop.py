@@ -15,6 +15,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from logitjax.ops import path_string
+from logitjax.storage import write_atomic
 from logitjax.training._checkpoints import Checkpointer
 from logitjax.training._metrics import MetricAccumulator, MetricWriter, NullWriter
 from logitjax.training._preemption import Preempted, watch_for_preemption
@@ -232,9 +233,7 @@ def _check_finite(step: int, batch: Any, output: StepOutput, *, workdir: Any) ->
             arrays: dict[str, Any] = {
                 path_string(key) or "batch": np.asarray(leaf) for key, leaf in leaves
             }
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with target.open("wb") as file:
-                np.savez(file, **arrays, step=np.asarray(step))
+            write_atomic(target, lambda file: np.savez(file, **arrays, step=np.asarray(step)))
         said += f"; its batch is in {path}"
     raise NonFiniteError(said, step, path)
 
