@@ -88,6 +88,24 @@ def test_one_trace_per_shape():
     assert step.traces == 2
 
 
+def test_each_microbatch_of_each_step_draws_its_own_noise():
+    def loss_fn(params, batch, rng):
+        noise = jax.random.uniform(rng)
+        return params["w"] * 0.0, 1.0, {"noise": (noise, 1.0), "square": (noise**2, 1.0)}
+
+    mesh, tx = training.make_mesh("data:1", jax.devices()[:1]), optax.sgd(0.1)
+    state = training.create_train_state({"w": jnp.ones(())}, tx, mesh=mesh)
+    step = training.make_train_step(loss_fn, tx, accumulate=2, mesh=mesh)
+    means = []
+    for _ in range(2):
+        state, output = step(state, np.zeros((2, 1), np.float32))
+        mean, square = (output.metrics[name][0] / 2 for name in ("noise", "square"))
+        # Two equal draws would have no variance.
+        assert square - mean**2 > 1e-6
+        means.append(float(mean))
+    assert means[0] != means[1]
+
+
 def test_frozen_parameters_stay_and_have_no_state():
     schedule = training.Schedule(0.1, "constant")
     tx = training.make_optimizer(schedule, trainable="^head/")
