@@ -115,6 +115,18 @@ def test_an_anisotropic_spectrum_defeats_the_largest_gap():
     assert found.above_edge >= 35
 
 
+@pytest.mark.parametrize(("count", "restricted"), [(19, 1), (20, 1), (39, 1), (40, 5), (60, 5)])
+def test_the_restricted_gap_lies_beyond_a_twentieth_of_the_rows(count, restricted):
+    # One direction stands far out, and four more above noise: gaps of 10^4 and of 10^2.
+    rng = np.random.default_rng(0)
+    left, right = (np.linalg.qr(rng.standard_normal((n, 5)))[0] for n in (count, 200))
+    rows = left * np.array([1e6, 1e2, 1e2, 1e2, 1e2]) @ right.T
+    rows = (rows + rng.standard_normal(rows.shape) / 20).astype(np.float32)
+    found = estimate_output_subspace(rows, centre=False)
+    assert found.max_gap == 1
+    assert found.restricted_gap == found.dimension == restricted
+
+
 def test_estimators_on_hand_worked_spectra():
     spectrum = np.array([100.0, 10.0, 9.0, 8.0, 1.0, 0.9])
     assert max_gap_dimension(spectrum) == 1

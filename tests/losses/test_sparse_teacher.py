@@ -52,6 +52,31 @@ def test_all_entries_kept_give_the_full_divergence():
     np.testing.assert_allclose(losses.sparse_kl_divergence(logits, teacher), want, atol=1e-5)
 
 
+@pytest.mark.parametrize("tail", ["bucket", "renormalize"])
+def test_infinite_where_the_student_lacks_a_token_of_the_teacher_s(tail):
+    logits, lost = X @ W.T, int(TEACHER.indices[0, 0, 3])
+    kept = jnp.arange(VOCAB) != lost
+    expected = (TEACHER.indices == lost).any(-1)
+
+    @jax.jit
+    def both(logits):
+        forward, reverse = (
+            losses.sparse_kl_divergence(
+                logits, TEACHER, direction=direction, tail=tail, vocab_where=kept
+            )
+            for direction in ("forward", "reverse")
+        )
+        linear = losses.linear_sparse_kl_divergence(X, W, TEACHER, tail=tail, vocab_where=kept)
+        return forward, reverse, linear
+
+    forward, reverse, linear = both(logits)
+    np.testing.assert_array_equal(jnp.isposinf(forward), expected)
+    np.testing.assert_array_equal(jnp.isposinf(linear), expected)
+    # The student gives the token nothing, so that nothing of its own is missing in the teacher.
+    assert jnp.isfinite(reverse).all()
+    assert not jnp.isnan(forward).any()
+
+
 def test_zero_with_zero_gradient_where_the_student_agrees():
     value, gradient = jax.value_and_grad(lambda z: losses.sparse_kl_divergence(z, TEACHER).sum())(
         TEACHER_LOGITS
