@@ -63,7 +63,7 @@ def _prepare(
     check_where(vocab_where, student.shape, "vocab_where")
     check_positive(temperature, "temperature")
     if reduction not in ("sum", "mean"):
-        raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
+        raise ValueError(f"reduction: expected 'sum' or 'mean', got {reduction!r}")
     keep = (student != -jnp.inf) & (teacher != -jnp.inf)
     if vocab_where is not None:
         keep = keep & vocab_where

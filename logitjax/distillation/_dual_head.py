@@ -102,7 +102,7 @@ class DualHead(nnx.Module):
         rngs: nnx.Rngs,
     ):
         if auxiliary not in ("linear", "mlp"):
-            raise ValueError(f"auxiliary must be 'linear' or 'mlp', got {auxiliary!r}")
+            raise ValueError(f"auxiliary: expected 'linear' or 'mlp', got {auxiliary!r}")
         self.fc = torch_linear(in_features, num_classes, dtype=dtype, rngs=rngs)
         self.aux: Any = (
             torch_linear(in_features, num_classes, dtype=dtype, rngs=rngs)
@@ -233,7 +233,7 @@ def _blocked(
 ) -> tuple[Any, Any]:
     """``parts`` over blocks of the last batch axis; the others, perhaps sharded, stay whole."""
     if block_size < 1:
-        raise ValueError(f"block_size must be positive, got {block_size}")
+        raise ValueError(f"block_size: expected a positive number, got {block_size}")
     if features.ndim < 2:
         raise ValueError("block_size needs features with a batch axis")
     axis = features.ndim - 2

@@ -109,10 +109,10 @@ def universal_logit_distance(
             for model, name in ((student, "student"), (teacher, "teacher"))
         ]
         if top_k < 1:
-            raise ValueError(f"top_k must be positive or None, got {top_k}")
+            raise ValueError(f"top_k: expected a positive number or None, got {top_k}")
         if min(sizes) > 0 and top_k > max(sizes):
             raise ValueError(
-                f"top_k must be at most the larger vocabulary, {max(sizes)}, got {top_k}"
+                f"top_k: expected at most the larger vocabulary, {max(sizes)}, got {top_k}"
             )
 
     def probs(model: Array | TopK, mask: Array | None, mask_name: str, name: str) -> jax.Array:
@@ -126,7 +126,7 @@ def universal_logit_distance(
     p = probs(teacher, teacher_vocab_where, "teacher_vocab_where", "teacher")
     if q.shape[:-1] != p.shape[:-1]:
         raise ValueError(
-            f"teacher must have the batch axes of student, {q.shape[:-1]}, got {p.shape[:-1]}: "
+            f"teacher: expected the batch axes of student, {q.shape[:-1]}, got {p.shape[:-1]}: "
             "bring both to the same positions first"
         )
     ranks = max(q.shape[-1], p.shape[-1])

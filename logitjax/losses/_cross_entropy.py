@@ -93,16 +93,16 @@ def cross_entropy(
     labels = jnp.asarray(labels)
     axis = check_axis(axis, logits.ndim, "logits")
     if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise TypeError(f"labels must be integers, got {labels.dtype}")
+        raise TypeError(f"labels: expected integers, got {labels.dtype}")
     expected = logits.shape[:axis] + logits.shape[axis + 1 :]
     if labels.shape != expected:
         raise ValueError(
-            f"labels must have the shape of logits without the vocabulary, {expected}, "
+            f"labels: expected the shape of logits without the vocabulary, {expected}, "
             f"got {labels.shape}"
         )
     smooth = not isinstance(label_smoothing, (int, float)) or label_smoothing != 0
     if isinstance(label_smoothing, (int, float)) and not 0 <= label_smoothing < 1:
-        raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
+        raise ValueError(f"label_smoothing: expected a number in [0, 1), got {label_smoothing}")
 
     logits = mask_logits(logits, vocab_where)
     vocab = logits.shape[axis]

@@ -89,7 +89,7 @@ def kl_divergence(
       Hinton, Vinyals, Dean, Distilling the knowledge in a neural network, 2015 (section 2, T^2).
     """
     if direction not in ("forward", "reverse"):
-        raise ValueError(f"direction must be 'forward' or 'reverse', got {direction!r}")
+        raise ValueError(f"direction: expected 'forward' or 'reverse', got {direction!r}")
     log_q, log_p, axis = _log_probs(
         student_logits, teacher_logits, temperature, vocab_where, axis, axis_name
     )
@@ -227,7 +227,7 @@ def _log_probs(
     teacher = as_float(teacher_logits, "teacher_logits")
     axis = check_axis(axis, student.ndim, "student_logits")
     if student.shape != teacher.shape:
-        message = f"teacher_logits must have the shape of student_logits, {student.shape}"
+        message = f"teacher_logits: expected the shape of student_logits, {student.shape}"
         hint = ""
         if student.ndim == teacher.ndim and student.shape[axis] != teacher.shape[axis]:
             hint = "; across vocabularies use universal_logit_distance or graph_on_logits"

@@ -54,7 +54,7 @@ def sample_tail(
     (Array([1, 1, 1], dtype=int32), Array([1., 1., 1.], dtype=float32))
     """
     if samples < 1:
-        raise ValueError(f"samples must be at least 1, got {samples}")
+        raise ValueError(f"samples: expected at least 1, got {samples}")
     logits = as_float(logits, "logits")
     batch, vocab = logits.shape[:-1], logits.shape[-1]
     rows = logits.reshape(-1, vocab)

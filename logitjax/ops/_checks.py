@@ -13,23 +13,23 @@ def as_float(values: Array, name: str) -> jax.Array:
     """Returns `values` in float32 (float64 stays where x64 is on); integers are a TypeError."""
     values = jnp.asarray(values)
     if not jnp.issubdtype(values.dtype, jnp.floating):
-        raise TypeError(f"{name} must be floating point, got {values.dtype}")
+        raise TypeError(f"{name}: expected floating point, got {values.dtype}")
     if values.ndim == 0:
-        raise ValueError(f"{name} must have a vocabulary axis, got a scalar")
+        raise ValueError(f"{name}: expected a vocabulary axis, got a scalar")
     return values.astype(jnp.promote_types(values.dtype, jnp.float32))
 
 
 def check_axis(axis: int, ndim: int, name: str) -> int:
     """Returns `axis` counted from the front."""
     if not -ndim <= axis < ndim:
-        raise ValueError(f"axis={axis} is out of range for {name} with {ndim} axes")
+        raise ValueError(f"axis: expected one of the {ndim} axes of {name}, got {axis}")
     return axis % ndim
 
 
 def check_same_shape(first: Array, second: Array, first_name: str, second_name: str) -> None:
     if first.shape != second.shape:
         raise ValueError(
-            f"{second_name} must have the shape of {first_name}, {first.shape}, got {second.shape}"
+            f"{second_name}: expected the shape of {first_name}, {first.shape}, got {second.shape}"
         )
 
 
@@ -38,22 +38,24 @@ def check_where(where: Array | None, shape: tuple[int, ...], name: str = "where"
     if where is None:
         return
     if where.dtype != jnp.bool_:
-        raise TypeError(f"{name} must be boolean, got {where.dtype}")
+        raise TypeError(f"{name}: expected booleans, got {where.dtype}")
     try:
         matches = jnp.broadcast_shapes(where.shape, shape) == tuple(shape)
     except ValueError:
         matches = False
     if not matches:
-        raise ValueError(f"{name} of shape {where.shape} does not broadcast to {tuple(shape)}")
+        raise ValueError(
+            f"{name}: expected a shape that broadcasts to {tuple(shape)}, got {where.shape}"
+        )
 
 
 def check_positive(value: Any, name: str) -> None:
     """Checks a Python number; a traced one cannot be looked at and passes."""
     if isinstance(value, (int, float, np.number)) and not value > 0:
-        raise ValueError(f"{name} must be positive, got {value}")
+        raise ValueError(f"{name}: expected a positive number, got {value}")
 
 
 def check_between(value: Any, low: float | int, high: float | int, name: str) -> None:
     """Checks a Python number; a traced one cannot be looked at and passes."""
     if isinstance(value, (int, float, np.number)) and not low <= value <= high:
-        raise ValueError(f"{name} must be between {low} and {high}, got {value}")
+        raise ValueError(f"{name}: expected a number from {low} to {high}, got {value}")

@@ -39,7 +39,7 @@ class Positions:
 
     def __init__(self, where: Any, most: int | None = None):
         if most is not None and most < 1:
-            raise ValueError(f"most must be positive, got {most}")
+            raise ValueError(f"most: expected a positive number, got {most}")
         where = jnp.asarray(where)
         self._shape = where.shape
         self._at: jax.Array | None = None

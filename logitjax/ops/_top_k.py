@@ -58,11 +58,9 @@ def top_k(
     shards = 1 if axis_name is None else lax.axis_size(axis_name)
     vocab = values.shape[-1] if values.ndim else 0
     if not 1 <= k <= vocab * shards:
-        raise ValueError(
-            f"k must be between 1 and the size of the vocabulary, {vocab * shards}, got {k}"
-        )
+        raise ValueError(f"k: expected 1 to the size of the vocabulary, {vocab * shards}, got {k}")
     if group_size < 1:
-        raise ValueError(f"group_size must be positive, got {group_size}")
+        raise ValueError(f"group_size: expected a positive number, got {group_size}")
     if axis_name is None:
         check_vocabulary_unsharded(values, "values", "top-k")
         return _local_top_k(values, k, group_size)
@@ -104,7 +102,7 @@ def gather_at(
     values, ids = jnp.asarray(values), jnp.asarray(ids)
     if values.shape[:-1] != ids.shape[:-1]:
         raise ValueError(
-            f"ids must have the leading axes of values, {values.shape[:-1]}, got {ids.shape[:-1]}"
+            f"ids: expected the leading axes of values, {values.shape[:-1]}, got {ids.shape[:-1]}"
         )
 
     def gather(values: jax.Array, ids: jax.Array) -> tuple[jax.Array]:

@@ -70,9 +70,9 @@ def make_assistant_loss(
       0.05 on the adapters' inputs, which this has not.
     """
     if uniform not in ("answers", "all"):
-        raise ValueError(f"uniform must be 'answers' or 'all', got {uniform!r}")
+        raise ValueError(f"uniform: expected 'answers' or 'all', got {uniform!r}")
     if max_positions is not None and max_positions < 1:
-        raise ValueError(f"max_positions must be positive, got {max_positions}")
+        raise ValueError(f"max_positions: expected a positive number, got {max_positions}")
     base.head_of()
     graphdef, params, rest = nnx.split(base, nnx.Param, ...)
 

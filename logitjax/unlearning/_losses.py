@@ -26,7 +26,7 @@ def as_losses(values: Array, name: str) -> jax.Array:
     """Float32 losses, of any shape; float64 stays where x64 is on."""
     values = jnp.asarray(values)
     if not jnp.issubdtype(values.dtype, jnp.floating):
-        raise TypeError(f"{name} must be floating point, got {values.dtype}")
+        raise TypeError(f"{name}: expected floating point, got {values.dtype}")
     return values.astype(jnp.promote_types(values.dtype, jnp.float32))
 
 
@@ -198,7 +198,7 @@ def simnpo(
     nll = as_losses(nll, "nll")
     lengths = jnp.asarray(lengths)
     if not jnp.issubdtype(lengths.dtype, jnp.integer):
-        raise TypeError(f"lengths must be integers, got {lengths.dtype}")
+        raise TypeError(f"lengths: expected integers, got {lengths.dtype}")
     check_same_shape(nll, lengths, "nll", "lengths")
     return _preference(nll / jnp.maximum(lengths, 1) - delta, beta)
 

@@ -109,9 +109,9 @@ def undial(
     check_same_shape(logits, reference, "logits", "reference_logits")
     labels = jnp.asarray(labels)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise TypeError(f"labels must be integers, got {labels.dtype}")
+        raise TypeError(f"labels: expected integers, got {labels.dtype}")
     if labels.shape != logits.shape[:-1]:
-        raise ValueError(f"labels must have shape {logits.shape[:-1]}, got {labels.shape}")
+        raise ValueError(f"labels: expected shape {logits.shape[:-1]}, got {labels.shape}")
     vocab, first, size = logits.shape[-1], 0, logits.shape[-1]
     if axis_name is not None:
         first, size = lax.axis_index(axis_name) * vocab, lax.axis_size(axis_name) * vocab
@@ -159,7 +159,7 @@ def rmu(
     target = lax.stop_gradient(as_losses(target, "target"))
     if target.shape not in (hidden.shape[-1:], hidden.shape):
         raise ValueError(
-            f"target must have shape {hidden.shape[-1:]} or that of hidden, {hidden.shape}, "
+            f"target: expected shape {hidden.shape[-1:]} or that of hidden, {hidden.shape}, "
             f"got {target.shape}"
         )
     return jnp.square(hidden - target).mean(-1)

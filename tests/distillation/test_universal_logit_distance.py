@@ -131,9 +131,11 @@ def test_never_nan(top_k, logits):
 
 def test_errors_name_the_culprit():
     student, teacher = pair()
-    with pytest.raises(ValueError, match="top_k must be at most the larger vocabulary, 23, got 24"):
+    with pytest.raises(
+        ValueError, match="top_k: expected at most the larger vocabulary, 23, got 24"
+    ):
         universal_logit_distance(student, teacher, top_k=24)
-    with pytest.raises(ValueError, match="top_k must be positive or None, got 0"):
+    with pytest.raises(ValueError, match="top_k: expected a positive number or None, got 0"):
         universal_logit_distance(student, teacher, top_k=0)
     cached = top_k_of(teacher, 6)
     with pytest.raises(ValueError, match="teacher holds 6 entries, fewer than top_k=10"):

@@ -115,7 +115,7 @@ def test_prompts_of_several_lengths_and_a_forward_pass_each():
 def test_policies_name_their_mistakes():
     with pytest.raises(ValueError, match="bias: expected one of none, sampling, reported"):
         LogitPolicy(bias="yes")
-    with pytest.raises(ValueError, match="top_k must be positive"):
+    with pytest.raises(ValueError, match="top_k: expected a positive number"):
         LogitPolicy(top_k=0)
     with pytest.raises(ValueError, match="noise must not be negative"):
         LogitPolicy(noise=-1.0)

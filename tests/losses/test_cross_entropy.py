@@ -125,9 +125,11 @@ def test_errors_name_the_culprit():
     logits, labels = batch()
     with pytest.raises(TypeError):
         cross_entropy(logits, labels.astype(np.float32))
-    with pytest.raises(ValueError, match=r"labels must have the shape .*\(2, 3\), got \(2, 2\)"):
+    with pytest.raises(ValueError, match=r"labels: expected the shape .*\(2, 3\), got \(2, 2\)"):
         cross_entropy(logits, labels[:, :2])
-    with pytest.raises(ValueError, match=r"label_smoothing must be in \[0, 1\), got 1.0"):
+    with pytest.raises(
+        ValueError, match=r"label_smoothing: expected a number in \[0, 1\), got 1.0"
+    ):
         cross_entropy(logits, labels, label_smoothing=1.0)
-    with pytest.raises(ValueError, match="axis=3 is out of range for logits with 3 axes"):
+    with pytest.raises(ValueError, match="axis: expected one of the 3 axes of logits, got 3"):
         cross_entropy(logits, labels, axis=3)

@@ -370,7 +370,7 @@ def test_scratch_memory_is_a_small_share_of_dense(form):
         (np.zeros((HIDDEN, HIDDEN)), {}, "head: .* is square: expected a Head with vocab_axis"),
         (losses.Head(HEAD, np.zeros(3)), {}, r"head\.bias: expected shape \(301,\)"),
         (HEAD, dict(vocab_where=np.ones(3, bool)), "vocab_where: expected a boolean mask"),
-        (HEAD, dict(temperature=0.0), "temperature must be positive"),
+        (HEAD, dict(temperature=0.0), "temperature: expected a positive number"),
     ],
 )
 def test_errors_name_the_argument(head, options, message):
@@ -381,7 +381,7 @@ def test_errors_name_the_argument(head, options, message):
 def test_heads_and_blocks_name_what_they_refuse():
     with pytest.raises(ValueError, match="vocab_axis: expected 0, 1 or None, got 2"):
         losses.Head(HEAD, vocab_axis=2)
-    with pytest.raises(ValueError, match="soft_cap must be positive"):
+    with pytest.raises(ValueError, match="soft_cap: expected a positive number"):
         losses.Head(HEAD, soft_cap=0.0)
     with pytest.raises(ValueError, match=r"blocks\.vocab: expected a positive size, got 0"):
         losses.Blocks(vocab=0)

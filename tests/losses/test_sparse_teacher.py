@@ -204,7 +204,7 @@ def test_linear_sampled_tail_equals_dense():
 def test_sampled_tails_that_make_no_sense_are_named():
     with pytest.raises(ValueError, match="direction: expected 'forward' with a TailSample"):
         losses.sparse_kl_divergence(TEACHER_LOGITS, TEACHER, direction="reverse", tail=SAMPLE)
-    with pytest.raises(ValueError, match="samples must be at least 1"):
+    with pytest.raises(ValueError, match="samples: expected at least 1"):
         losses.sample_tail(jax.random.key(0), TEACHER_LOGITS, TEACHER.indices, 0)
 
 

@@ -37,5 +37,7 @@ def test_bfloat16_is_averaged_in_float32():
 def test_errors():
     with pytest.raises(TypeError):
         masked_mean(jnp.ones(3), jnp.ones(3))
-    with pytest.raises(ValueError, match=r"where of shape \(2,\) does not broadcast to \(3,\)"):
+    with pytest.raises(
+        ValueError, match=r"where: expected a shape that broadcasts to \(3,\), got \(2,\)"
+    ):
         masked_mean(jnp.ones(3), jnp.ones(2, bool))

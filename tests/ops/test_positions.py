@@ -71,5 +71,5 @@ def test_gradients_reach_what_counts_alone():
 
 
 def test_no_places_at_all_is_an_error():
-    with pytest.raises(ValueError, match="most must be positive, got 0"):
+    with pytest.raises(ValueError, match="most: expected a positive number, got 0"):
         Positions(WHERE, 0)

@@ -146,12 +146,12 @@ def test_sharded_vocabulary_without_axis_name_is_an_error():
 
 @pytest.mark.parametrize("k", [0, 301])
 def test_k_outside_the_vocabulary(k):
-    with pytest.raises(ValueError, match=f"k must be between 1 and .* 300, got {k}"):
+    with pytest.raises(ValueError, match=f"k: expected 1 to .* 300, got {k}"):
         top_k(rows(), k)
 
 
 def test_group_size_is_positive():
-    with pytest.raises(ValueError, match="group_size must be positive, got 0"):
+    with pytest.raises(ValueError, match="group_size: expected a positive number, got 0"):
         top_k(rows(), 1, group_size=0)
 
 

@@ -139,12 +139,12 @@ def test_positions_that_do_not_count_need_not_meet_the_head(uniform):
         base, uniform=uniform, max_positions=count - 1
     )
     assert np.isnan(loss_fn(lora, BATCH, None, constants)[0])
-    with pytest.raises(ValueError, match="max_positions must be positive, got 0"):
+    with pytest.raises(ValueError, match="max_positions: expected a positive number, got 0"):
         unlearning.make_assistant_loss(base, max_positions=0)
 
 
 def test_uniform_is_answers_or_all():
-    with pytest.raises(ValueError, match="uniform must be"):
+    with pytest.raises(ValueError, match="uniform: expected"):
         unlearning.make_assistant_loss(trained()[0].base, uniform="everywhere")
 
 

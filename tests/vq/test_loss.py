@@ -181,7 +181,7 @@ def test_shard_map_with_a_split_codebook_equals_local():
 
 def test_errors_name_the_argument():
     case = _case()
-    with pytest.raises(ValueError, match="temperature must be positive"):
+    with pytest.raises(ValueError, match="temperature: expected a positive number"):
         vq_nll(**case, temperature=0.0)
-    with pytest.raises(ValueError, match="soft_cap must be positive"):
+    with pytest.raises(ValueError, match="soft_cap: expected a positive number"):
         vq_nll(**case, soft_cap=-1.0)
