@@ -37,8 +37,8 @@ def screened(temperature):
 def shortlist(function, *arguments):
     def call(temperature):
         pages = vq.make_pages(BIAS, ASSIGNMENT, size=4)
-        options = {"rescore": vq.exact_rows(HEAD[1].T), "num_pages": 2}
-        return function(*arguments, pages=pages, temperature=temperature, **options)
+        chosen = vq.Shortlist(pages=pages, rescore=vq.exact_rows(HEAD[1].T), num_pages=2)
+        return function(*arguments, shortlist=chosen, temperature=temperature)
 
     return call
 

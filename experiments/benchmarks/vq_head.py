@@ -84,10 +84,8 @@ def _decoders(case: dict[str, Any], codes: int) -> dict[str, Callable[[jax.Array
 
     def shortlist(h: jax.Array, weights: tuple[Any, ...]) -> Any:
         codebook, pages, rows = weights
-        rescore = vq.exact_rows(rows)
-        return vq.shortlist_topk(
-            h, codebook, TOP, pages=pages, rescore=rescore, num_pages=num_pages, with_tail=False
-        )
+        chosen = vq.Shortlist(pages=pages, rescore=vq.exact_rows(rows), num_pages=num_pages)
+        return vq.shortlist_topk(h, codebook, TOP, shortlist=chosen, with_tail=False)
 
     def screened(h: jax.Array, screen: vq.Screen, rows: jax.Array) -> Any:
         return vq.screened_topk(

@@ -27,21 +27,23 @@ def shortlist(
     else:
         rows, row_bias, rescoring = (ctx.rows,), ctx.row_bias, vq.exact_rows
 
-    def options(arrays: Any) -> dict[str, Any]:
-        return {
-            "pages": arrays["pages"],
-            "rescore": rescoring(*arrays["rows"], arrays["row_bias"]),
-            "num_pages": num_pages,
-            "calibration": arrays["calibration"],
-        }
+    def chosen(arrays: Any) -> vq.Shortlist:
+        return vq.Shortlist(
+            pages=arrays["pages"],
+            rescore=rescoring(*arrays["rows"], arrays["row_bias"]),
+            num_pages=num_pages,
+            calibration=arrays["calibration"],
+        )
 
     def nll(arrays: Any, hidden: Any, labels: Any) -> Any:
         codes = (arrays["codebook"], arrays["bias"], arrays["assignment"])
-        return vq.shortlist_nll(hidden, *codes, labels, **options(arrays))
+        return vq.shortlist_nll(hidden, *codes, labels, shortlist=chosen(arrays))
 
     def top_k(arrays: Any, hidden: Any) -> Any:
         k = min(5, num_pages * config.page_size)
-        top = vq.shortlist_topk(hidden, arrays["codebook"], k, with_tail=False, **options(arrays))
+        top = vq.shortlist_topk(
+            hidden, arrays["codebook"], k, shortlist=chosen(arrays), with_tail=False
+        )
         return top.indices
 
     head = vq.ShortlistHead(

@@ -45,6 +45,7 @@ from logitjax.vq._screened import screened_logits as screened_logits
 from logitjax.vq._screened import screened_nll as screened_nll
 from logitjax.vq._screened import screened_topk as screened_topk
 from logitjax.vq._shortlist import Pages as Pages
+from logitjax.vq._shortlist import Shortlist as Shortlist
 from logitjax.vq._shortlist import exact_rows as exact_rows
 from logitjax.vq._shortlist import make_pages as make_pages
 from logitjax.vq._shortlist import row_spread as row_spread

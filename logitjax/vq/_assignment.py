@@ -12,7 +12,7 @@ from logitjax.ops import Array, logsumexp
 from logitjax.vq._kmeans import fit_kmeans, over_rows, weighted_means
 from logitjax.vq._loss import cluster_log_mass
 
-Method = Literal["random", "frequency", "kmeans", "weighted_kmeans", "likelihood"]
+Method = Literal["random", "frequency", "kmeans", "weighted_kmeans"]
 
 
 @jax.tree_util.register_dataclass
@@ -24,8 +24,7 @@ class VQFit:
       assignment: ``[vocab]`` int32.
       codebook: ``[codes, hidden]`` float32, unigram-weighted mean rows.
       bias: ``[vocab]`` float32, ``(w_v - C_{m(v)}) . mean(h)`` plus the old bias.
-      inertia: k-means' objective by iteration, or empty; for ``'likelihood'`` the tokens that
-        moved in each round.
+      inertia: k-means' objective by iteration, or empty.
     """
 
     assignment: jax.Array
@@ -43,12 +42,9 @@ def fit_assignment(
     *,
     method: Method = "weighted_kmeans",
     row_bias: Float[Array, " vocab"] | None = None,
-    hidden: Float[Array, "count hidden"] | None = None,
     key: Key[jax.Array, ""] | None = None,
     weight_power: float = 0.5,
     iterations: int = 20,
-    rounds: int = 3,
-    block_size: int = 2048,
 ) -> VQFit:
     """Fits mapping, codebook and biases to the rows of a full head.
 
@@ -59,10 +55,10 @@ def fit_assignment(
         sum_v u_v^p (w_v - C_{m(v)})^T Cov(h) (w_v - C_{m(v)})
 
     The others: ``'random'`` clusters of equal size; ``'frequency'``, neighbours in frequency,
-    equal size; ``'kmeans'``, rows as they are, unweighted (the paper's); ``'likelihood'``,
-    weighted k-means and then `reassign` by what the full head says on ``hidden``.
+    equal size; ``'kmeans'``, rows as they are, unweighted (the paper's). `reassign` goes on from
+    here by what the full head says on hidden states.
 
-    Blocks keep memory at the rows themselves plus block_size x codes, whatever the vocabulary.
+    Blocks keep memory at the rows themselves plus 2,048 x codes, whatever the vocabulary.
 
     Args:
       rows: ``[vocab, hidden]``, rows of the full head; bfloat16 will do.
@@ -72,19 +68,15 @@ def fit_assignment(
       num_codes: clusters K, at most vocab.
       method: see above.
       row_bias: ``[vocab]``, bias of the full head.
-      hidden: ``[count, hidden]``, hidden states, for ``'likelihood'`` only.
       key: of random choices.
       weight_power: the power p: 0.5 to 1 are sensible.
       iterations: of Lloyd's algorithm.
-      rounds: of reassignment.
-      block_size: rows at a time.
 
     Returns:
       `VQFit`.
 
     Raises:
-      ValueError: unknown method, ``num_codes`` out of range, shapes that do not fit, or no
-        ``hidden`` where they are needed.
+      ValueError: unknown method, ``num_codes`` out of range, or shapes that do not fit.
 
     >>> rows = jnp.array([[1.0, 0.0], [1.1, 0.0], [0.0, 3.0], [0.0, 3.1]])
     >>> fit = fit_assignment(rows, jnp.ones(4), jnp.zeros(2), jnp.eye(2), 2)
@@ -110,8 +102,6 @@ def fit_assignment(
         raise ValueError(f"num_codes must be between 1 and vocab={vocab}, got {num_codes}")
     if method not in Method.__args__:
         raise ValueError(f"method must be one of {Method.__args__}, got {method!r}")
-    if method == "likelihood" and hidden is None:
-        raise ValueError("method 'likelihood' needs hidden=, hidden states to look at")
     key = jax.random.key(0) if key is None else key
     weights = unigram / jnp.maximum(unigram.sum(), 1e-30)
     weights = jnp.maximum(weights, 0.01 / vocab)
@@ -129,24 +119,10 @@ def fit_assignment(
             num_codes,
             key=key,
             iterations=iterations,
-            block_size=block_size,
         )
         assignment, history = found.assignment, found.inertia
-    codebook, _ = weighted_means(rows, weights, assignment, num_codes, block_size=block_size)
-    bias = centred_bias(rows, codebook, assignment, hidden_mean, row_bias, block_size=block_size)
-    if method == "likelihood" and hidden is not None:
-        sums, counts = expected_targets(hidden, rows, row_bias)
-        moved = []
-        for _ in range(rounds):
-            new, bias, count = reassign(
-                codebook, bias, assignment, sums, counts, hidden, block_size=block_size
-            )
-            assignment = new
-            codebook, _ = weighted_means(
-                rows, weights, assignment, num_codes, block_size=block_size
-            )
-            moved.append(count)
-        history = jnp.stack(moved).astype(jnp.float32) if moved else history
+    codebook, _ = weighted_means(rows, weights, assignment, num_codes)
+    bias = centred_bias(rows, codebook, assignment, hidden_mean, row_bias)
     return VQFit(assignment, codebook, bias, history)
 
 

@@ -18,6 +18,7 @@ from logitjax.vq._loss import vq_logits, vq_nll
 from logitjax.vq._shortlist import (
     Pages,
     Rescore,
+    Shortlist,
     exact_rows,
     make_pages,
     row_spread,
@@ -323,13 +324,13 @@ class ShortlistHead(VQHead):
         return exact_rows(embedding)
 
     def _options(self, embedding: Array | None) -> dict[str, Any]:
-        return {
-            "pages": self.pages,
-            "rescore": self._rescore(embedding),
-            "num_pages": self.num_pages,
-            "calibration": self.calibration[...],
-            "soft_cap": self.soft_cap,
-        }
+        shortlist = Shortlist(
+            pages=self.pages,
+            rescore=self._rescore(embedding),
+            num_pages=self.num_pages,
+            calibration=self.calibration[...],
+        )
+        return {"shortlist": shortlist, "soft_cap": self.soft_cap}
 
     def __call__(
         self, hidden: Float[Array, "*batch hidden"], embedding: Array | None = None

@@ -159,6 +159,33 @@ def exact_rows(
     return rescore
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shortlist:
+    """Which tokens better rows re-score, and how.
+
+    Attributes:
+      pages: of `make_pages`.
+      rescore: e.g. ``exact_rows(embedding)`` or ``product_rows(codebooks, codes)``.
+      num_pages: pages that are re-scored.
+      calibration: ``[scale, offset]`` of the log-odds of the shortlist; (1, 0) when omitted.
+
+    Raises:
+      ValueError: ``num_pages`` is not in 1..pages.
+    """
+
+    pages: Pages
+    rescore: Rescore
+    num_pages: int
+    calibration: Array | None = None
+
+    def __post_init__(self) -> None:
+        most = self.pages.tokens.shape[0]
+        if not 1 <= self.num_pages <= most:
+            raise ValueError(
+                f"num_pages must be between 1 and the number of pages, {most}, got {self.num_pages}"
+            )
+
+
 def shortlist_nll(
     hidden: Float[Array, "*batch hidden"],
     codebook: Float[Array, "codes hidden"],
@@ -166,10 +193,7 @@ def shortlist_nll(
     assignment: Int[Array, " vocab"],
     labels: Int[Array, "*batch"],
     *,
-    pages: Pages,
-    rescore: Rescore,
-    num_pages: int,
-    calibration: Float[Array, " 2"] | None = None,
+    shortlist: Shortlist,
     temperature: float | Array = 1.0,
     soft_cap: float | None = None,
     z_loss: float = 0.0,
@@ -195,10 +219,7 @@ def shortlist_nll(
       bias: ``[vocab]``.
       assignment: ``[vocab]``, cluster of each entry.
       labels: ``[*batch]``.
-      pages: of `make_pages`; their masses are made anew from ``bias``.
-      rescore: e.g. ``exact_rows(embedding)`` or ``product_rows(codebooks, codes)``.
-      num_pages: pages that are re-scored.
-      calibration: ``[scale, offset]`` of the log-odds of the shortlist; (1, 0) when omitted.
+      shortlist: what is re-scored and how; masses of its pages are made anew from ``bias``.
       temperature: divides the logits.
       soft_cap: bounds the VQ scores and, with it, the better logits.
       z_loss: weight of the squared log-normaliser.
@@ -208,12 +229,13 @@ def shortlist_nll(
       ``[*batch]``, float32, not reduced. O(K d + num_pages * size * d) per token.
 
     Raises:
-      ValueError: ``num_pages`` is not in 1..pages, or ``labels`` do not fit ``hidden``.
+      ValueError: ``labels`` do not fit ``hidden``.
 
     >>> bias, assignment = jnp.zeros(3), jnp.array([0, 0, 1])
     >>> pages = make_pages(bias, assignment, size=2)
+    >>> both = Shortlist(pages=pages, rescore=exact_rows(jnp.eye(3)), num_pages=2)
     >>> print(shortlist_nll(jnp.ones((1, 3)), jnp.zeros((2, 3)), bias, assignment, jnp.array([2]),
-    ...                     pages=pages, rescore=exact_rows(jnp.eye(3)), num_pages=2).round(4))
+    ...                     shortlist=both).round(4))
     [1.0986]
 
     References:
@@ -222,16 +244,15 @@ def shortlist_nll(
     hidden, labels, assignment = jnp.asarray(hidden), jnp.asarray(labels), jnp.asarray(assignment)
     if labels.shape != hidden.shape[:-1]:
         raise ValueError(f"labels must be of shape {hidden.shape[:-1]}, got {labels.shape}")
-    _check_pages(num_pages, pages)
     check_positive(temperature, "temperature")
-    pages = with_page_biases(pages, bias)
+    pages = with_page_biases(shortlist.pages, bias)
     hot = _heated(pages, temperature)
 
     def block(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
         hidden, labels = inputs
         scores = code_scores(hidden, codebook, soft_cap=soft_cap)
-        chosen = _choose(scores, pages, num_pages)
-        tokens, logits, rest = _split(hidden, scores, chosen, pages, rescore, calibration, soft_cap)
+        chosen = _choose(scores, pages, shortlist.num_pages)
+        tokens, logits, rest = _split(hidden, scores, chosen, pages, shortlist, soft_cap)
         logits = logits / temperature
         rest = jnp.where(jnp.isneginf(rest), -jnp.inf, _page_scores(scores / temperature, hot))
         log_z = jnp.logaddexp(logsumexp(logits), logsumexp(rest))
@@ -250,10 +271,7 @@ def shortlist_topk(
     codebook: Float[Array, "codes hidden"],
     k: int,
     *,
-    pages: Pages,
-    rescore: Rescore,
-    num_pages: int,
-    calibration: Float[Array, " 2"] | None = None,
+    shortlist: Shortlist,
     temperature: float | Array = 1.0,
     soft_cap: float | None = None,
     with_tail: bool = True,
@@ -269,10 +287,7 @@ def shortlist_topk(
       hidden: ``[*batch, hidden]``.
       codebook: ``[codes, hidden]``.
       k: how many.
-      pages: of `make_pages`.
-      rescore: as `shortlist_nll`.
-      num_pages: pages that are re-scored.
-      calibration: as `shortlist_nll`.
+      shortlist: what is re-scored and how.
       temperature: divides the logits. Other than 1 it costs O(V) a call.
       soft_cap: as `shortlist_nll`.
       with_tail: False looks at the chosen pages alone, which is cheaper, and what one wants when
@@ -283,27 +298,27 @@ def shortlist_topk(
       `TopK`: ``[*batch, k]`` logits and tokens, ``log_z`` over the whole vocabulary.
 
     Raises:
-      ValueError: ``num_pages`` is not in 1..pages, or the shortlist is shorter than k.
+      ValueError: the shortlist is shorter than k.
 
     >>> bias, assignment = jnp.zeros(3), jnp.array([0, 0, 1])
     >>> pages = make_pages(bias, assignment, size=2)
-    >>> shortlist_topk(jnp.array([[1.0, 3.0, 2.0]]), jnp.zeros((2, 3)), 2, pages=pages,
-    ...                rescore=exact_rows(jnp.eye(3)), num_pages=2).indices
+    >>> both = Shortlist(pages=pages, rescore=exact_rows(jnp.eye(3)), num_pages=2)
+    >>> shortlist_topk(jnp.array([[1.0, 3.0, 2.0]]), jnp.zeros((2, 3)), 2, shortlist=both).indices
     Array([[1, 2]], dtype=int32)
     """
     hidden = jnp.asarray(hidden)
-    _check_pages(num_pages, pages)
     check_positive(temperature, "temperature")
+    pages = shortlist.pages
     hot = _heated(pages, temperature)
-    size = pages.tokens.shape[1]
-    if k > num_pages * size:
-        raise ValueError(f"k must be at most num_pages * size = {num_pages * size}, got {k}")
+    listed = shortlist.num_pages * pages.tokens.shape[1]
+    if k > listed:
+        raise ValueError(f"k must be at most num_pages * size = {listed}, got {k}")
 
     def block(inputs: tuple[jax.Array]) -> tuple[jax.Array, ...]:
         (hidden,) = inputs
         scores = code_scores(hidden, codebook, soft_cap=soft_cap)
-        chosen = _choose(scores, pages, num_pages)
-        tokens, logits, rest = _split(hidden, scores, chosen, pages, rescore, calibration, soft_cap)
+        chosen = _choose(scores, pages, shortlist.num_pages)
+        tokens, logits, rest = _split(hidden, scores, chosen, pages, shortlist, soft_cap)
         scores, logits = scores / temperature, logits / temperature
         rest = jnp.where(jnp.isneginf(rest), -jnp.inf, _page_scores(scores, hot))
         log_z = jnp.logaddexp(logsumexp(logits), logsumexp(rest))
@@ -329,10 +344,7 @@ def shortlist_logits(
     bias: Float[Array, " vocab"],
     assignment: Int[Array, " vocab"],
     *,
-    pages: Pages,
-    rescore: Rescore,
-    num_pages: int,
-    calibration: Float[Array, " 2"] | None = None,
+    shortlist: Shortlist,
     soft_cap: float | None = None,
 ) -> Float[jax.Array, "*batch vocab"]:
     """All V logits of a shortlist head: what `shortlist_nll` and `shortlist_topk` mean.
@@ -344,17 +356,18 @@ def shortlist_logits(
 
     >>> bias, assignment = jnp.zeros(3), jnp.array([0, 0, 1])
     >>> pages = make_pages(bias, assignment, size=2)
+    >>> one = Shortlist(pages=pages, rescore=exact_rows(jnp.eye(3)), num_pages=1)
     >>> logits = shortlist_logits(jnp.array([[1.0, 3.0, 2.0]]), jnp.zeros((2, 3)), bias, assignment,
-    ...                           pages=pages, rescore=exact_rows(jnp.eye(3)), num_pages=1)
+    ...                           shortlist=one)
     >>> [f"{logit:.3f}" for logit in logits[0]]  # the page keeps the mass its codes give it
     ['-1.434', '0.566', '0.000']
     """
     hidden = jnp.asarray(hidden)
-    pages = with_page_biases(pages, bias)
+    pages = with_page_biases(shortlist.pages, bias)
     flat = hidden.reshape(-1, hidden.shape[-1])
     scores = code_scores(flat, codebook, soft_cap=soft_cap)
-    chosen = _choose(scores, pages, num_pages)
-    tokens, logits, _ = _split(flat, scores, chosen, pages, rescore, calibration, soft_cap)
+    chosen = _choose(scores, pages, shortlist.num_pages)
+    tokens, logits, _ = _split(flat, scores, chosen, pages, shortlist, soft_cap)
     coarse = jnp.take(scores, assignment, axis=-1) + jnp.asarray(bias)
     tokens = jnp.where(tokens < 0, coarse.shape[-1], tokens)
     rows = jnp.arange(len(flat))[:, None]
@@ -376,13 +389,12 @@ def _split(
     scores: jax.Array,
     chosen: jax.Array,
     pages: Pages,
-    rescore: Rescore,
-    calibration: Array | None,
+    shortlist: Shortlist,
     soft_cap: float | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Tokens of the chosen pages, their shifted logits, and scores plus masses of all others."""
     tokens = pages.tokens[chosen].reshape(len(hidden), -1)
-    logits = rescore(hidden, jnp.maximum(tokens, 0))
+    logits = shortlist.rescore(hidden, jnp.maximum(tokens, 0))
     if soft_cap is not None:
         logits = soft_cap * jnp.tanh(logits / soft_cap)
     logits = jnp.where(tokens >= 0, logits, -jnp.inf)
@@ -390,19 +402,12 @@ def _split(
     rest = masses.at[jnp.arange(len(hidden))[:, None], chosen].set(-jnp.inf)
     others = logsumexp(rest)
     odds = logsumexp(jnp.take_along_axis(masses, chosen, axis=-1)) - finite_or_zero(others)
-    if calibration is not None:
-        odds = calibration[0] * odds + calibration[1]
+    if shortlist.calibration is not None:
+        scale, offset = shortlist.calibration
+        odds = scale * odds + offset
     # Where nothing else is left there is nothing to weigh the shortlist against.
     shift = jnp.where(jnp.isneginf(others), 0.0, finite_or_zero(others) + odds - logsumexp(logits))
     return tokens, logits + shift[:, None], rest
-
-
-def _check_pages(num_pages: int, pages: Pages) -> None:
-    if not 1 <= num_pages <= pages.tokens.shape[0]:
-        raise ValueError(
-            f"num_pages must be between 1 and the number of pages, {pages.tokens.shape[0]}, "
-            f"got {num_pages}"
-        )
 
 
 def _heated(pages: Pages, temperature: float | Array) -> Pages:

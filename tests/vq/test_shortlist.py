@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -6,6 +7,7 @@ import numpy as np
 import pytest
 
 from logitjax.vq import (
+    Shortlist,
     code_scores,
     exact_rows,
     fit_product_codes,
@@ -39,29 +41,27 @@ def case():
 
 
 @functools.partial(jax.jit, static_argnames=("num_pages", "temperature", "block_size"))
-def nll_of(hidden, codebook, bias, assignment, labels, pages, rows, **options):
-    return shortlist_nll(
-        hidden, codebook, bias, assignment, labels, pages=pages, rescore=exact_rows(rows), **options
-    )
+def nll_of(hidden, codebook, bias, assignment, labels, pages, rows, *, num_pages, **options):
+    chosen = Shortlist(pages=pages, rescore=exact_rows(rows), num_pages=num_pages)
+    return shortlist_nll(hidden, codebook, bias, assignment, labels, shortlist=chosen, **options)
 
 
 @functools.partial(jax.jit, static_argnames=("k", "num_pages", "temperature"))
-def top_of(hidden, codebook, k, pages, rows, **options):
-    return shortlist_topk(hidden, codebook, k, pages=pages, rescore=exact_rows(rows), **options)
+def top_of(hidden, codebook, k, pages, rows, *, num_pages, **options):
+    chosen = Shortlist(pages=pages, rescore=exact_rows(rows), num_pages=num_pages)
+    return shortlist_topk(hidden, codebook, k, shortlist=chosen, **options)
 
 
 @functools.partial(jax.jit, static_argnames=("num_pages",))
-def logits_of(hidden, codebook, bias, assignment, pages, rows, **options):
-    rescore = exact_rows(rows)
-    return shortlist_logits(
-        hidden, codebook, bias, assignment, pages=pages, rescore=rescore, **options
-    )
+def logits_of(hidden, codebook, bias, assignment, pages, rows, *, num_pages):
+    chosen = Shortlist(pages=pages, rescore=exact_rows(rows), num_pages=num_pages)
+    return shortlist_logits(hidden, codebook, bias, assignment, shortlist=chosen)
 
 
 def _head(case, num_pages, rescore=None):
     pages = make_pages(case["bias"], case["assignment"], size=4)
     rescore = exact_rows(case["rows"]) if rescore is None else rescore
-    return dict(pages=pages, rescore=rescore, num_pages=num_pages)
+    return Shortlist(pages=pages, rescore=rescore, num_pages=num_pages)
 
 
 def test_pages_hold_every_token_once(case):
@@ -81,7 +81,7 @@ def test_pages_hold_every_token_once(case):
 def test_loss_and_top_k_are_those_of_the_logits(case):
     head = _head(case, 10)
     coarse = (case["hidden"], case["codebook"], case["bias"], case["assignment"])
-    arrays = (head["pages"], case["rows"])
+    arrays = (head.pages, case["rows"])
     logits = logits_of(*coarse, *arrays, num_pages=10)
     log_probs = jax.nn.log_softmax(logits)
     want = -jnp.take_along_axis(log_probs, case["labels"][:, None], -1)[:, 0]
@@ -106,13 +106,14 @@ def test_gradients_equal_those_through_the_logits(case):
     hidden, assignment, labels = case["hidden"], case["assignment"], case["labels"]
 
     def lean(codebook, bias, rows):
-        options = head | {"rescore": exact_rows(rows)}
-        nll = shortlist_nll(hidden, codebook, bias, assignment, labels, **options, block_size=8)
+        chosen = dataclasses.replace(head, rescore=exact_rows(rows))
+        coarse = (hidden, codebook, bias, assignment)
+        nll = shortlist_nll(*coarse, labels, shortlist=chosen, block_size=8)
         return nll.sum()
 
     def plain(codebook, bias, rows):
-        options = head | {"rescore": exact_rows(rows)}
-        logits = shortlist_logits(hidden, codebook, bias, assignment, **options)
+        chosen = dataclasses.replace(head, rescore=exact_rows(rows))
+        logits = shortlist_logits(hidden, codebook, bias, assignment, shortlist=chosen)
         return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], -1).sum()
 
     arguments = (case["codebook"], case["bias"], case["rows"])
@@ -125,7 +126,7 @@ def test_gradients_equal_those_through_the_logits(case):
 def test_temperature_acts_on_all_logits(case):
     head = _head(case, 10)
     coarse = (case["hidden"], case["codebook"], case["bias"], case["assignment"])
-    arrays = (head["pages"], case["rows"])
+    arrays = (head.pages, case["rows"])
     logits = logits_of(*coarse, *arrays, num_pages=10) / 0.5
     options = dict(num_pages=10, temperature=0.5)
     top = top_of(case["hidden"], case["codebook"], 3, *arrays, **options)
@@ -146,9 +147,7 @@ def test_a_shortlist_helps_and_a_longer_one_helps_more(case):
 
     seen = [
         divergence(
-            jax.nn.log_softmax(
-                logits_of(*coarse, _head(case, n)["pages"], case["rows"], num_pages=n)
-            )
+            jax.nn.log_softmax(logits_of(*coarse, _head(case, n).pages, case["rows"], num_pages=n))
         )
         for n in (1, 8, 32)
     ]
@@ -186,9 +185,9 @@ def test_spread_is_the_standard_deviation_of_the_error(case):
 
 def test_errors_name_the_argument(case):
     with pytest.raises(ValueError, match="num_pages must be between 1 and"):
-        shortlist_topk(case["hidden"], case["codebook"], 1, **_head(case, 10_000))
+        _head(case, 10_000)
     with pytest.raises(ValueError, match="k must be at most num_pages"):
-        shortlist_topk(case["hidden"], case["codebook"], 9, **_head(case, 2))
+        shortlist_topk(case["hidden"], case["codebook"], 9, shortlist=_head(case, 2))
     with pytest.raises(ValueError, match="groups must divide"):
         fit_product_codes(case["rows"], np.ones(VOCAB), np.eye(WIDTH), groups=3)
 
