@@ -87,7 +87,7 @@ def _decoders(case: dict[str, Any], codes: int) -> dict[str, Callable[[jax.Array
         chosen = vq.Shortlist(pages=pages, rescore=vq.exact_rows(rows), num_pages=num_pages)
         return vq.shortlist_topk(h, codebook, TOP, shortlist=chosen, with_tail=False)
 
-    def screened(h: jax.Array, screen: vq.Screen, rows: jax.Array) -> Any:
+    def screened(h: jax.Array, screen: Callable[[jax.Array], jax.Array], rows: jax.Array) -> Any:
         return vq.screened_topk(
             h,
             TOP,

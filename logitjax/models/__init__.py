@@ -7,12 +7,9 @@ from logitjax.models._cache import init_cache as init_cache
 from logitjax.models._chat import encode_chat as encode_chat
 from logitjax.models._chat import render_chat as render_chat
 from logitjax.models._config import DecoderConfig as DecoderConfig
-from logitjax.models._config import RopeScaling as RopeScaling
-from logitjax.models._config import SegmentSpec as SegmentSpec
 from logitjax.models._decoder import Decoder as Decoder
 from logitjax.models._export import save_pretrained as save_pretrained
 from logitjax.models._hf_config import config_from_hf as config_from_hf
-from logitjax.models._hf_config import config_to_hf as config_to_hf
 from logitjax.models._layout import first_layers as first_layers
 from logitjax.models._layout import keep_layers as keep_layers
 from logitjax.models._layout import lora_with_layout as lora_with_layout
@@ -28,5 +25,4 @@ from logitjax.models._tiny import tiny_decoder as tiny_decoder
 from logitjax.models._token_lengths import token_byte_lengths as token_byte_lengths
 from logitjax.models._tokenizer import Tokenizer as Tokenizer
 from logitjax.models._tokenizer import byte_tokenizer as byte_tokenizer
-from logitjax.models._tokenizer import check_tokenizer as check_tokenizer
 from logitjax.models._tokenizer import load_tokenizer as load_tokenizer

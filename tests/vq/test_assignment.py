@@ -3,15 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from logitjax.vq import (
-    expected_targets,
-    fit_assignment,
-    fit_kmeans,
-    perplexity_floor,
-    reassign,
-    vq_logits,
-    vq_nll,
-)
+from logitjax.vq import fit_assignment, perplexity_floor, vq_logits, vq_nll
+from logitjax.vq._assignment import expected_targets, reassign
+from logitjax.vq._kmeans import fit_kmeans
 
 VOCAB, WIDTH, CODES = 120, 6, 10
 

@@ -6,7 +6,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from logitjax.losses import cross_entropy
-from logitjax.vq import cluster_log_mass, vq_logits, vq_nll
+from logitjax.vq import vq_logits, vq_nll
+from logitjax.vq._loss import cluster_log_mass
 
 VOCAB, CODES, WIDTH, COUNT = 203, 16, 8, 24
 

@@ -11,6 +11,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from logitjax import vq
+from logitjax.vq._product_packed import unpack_codes
+from logitjax.vq._screened import screened_logits
 
 
 def _setup(vocab=70, groups=5, codes=16, part=3, positions=2, seed=0):
@@ -27,7 +29,7 @@ def test_unpacking_undoes_packing(size, seed):
     codes = np.random.default_rng(seed).integers(0, 16, (vocab, groups))
     packed = vq.pack_codes(jnp.asarray(codes))
     assert packed.shape == (-(-vocab // 32), -(-groups // 2), 32)
-    np.testing.assert_array_equal(vq.unpack_codes(packed, vocab, groups), codes)
+    np.testing.assert_array_equal(unpack_codes(packed, vocab, groups), codes)
 
 
 def test_the_layout_by_hand():
@@ -141,7 +143,7 @@ def test_positions_may_be_split_over_a_mesh(kind):
         }
         return (
             vq.product_logits(hidden, codebooks, chosen, bias),
-            vq.screened_logits(hidden, **options),
+            screened_logits(hidden, **options),
             vq.screened_topk(hidden, 3, **options),
         )
 

@@ -13,15 +13,8 @@ from logitjax.heads import (
     low_rank_logits,
 )
 from logitjax.models import Decoder, DecoderConfig
-from logitjax.vq import (
-    ProductHead,
-    ScreenedHead,
-    VQHead,
-    exact_rows,
-    screened_logits,
-    screened_nll,
-    screened_topk,
-)
+from logitjax.vq import ProductHead, ScreenedHead, VQHead, exact_rows, screened_nll, screened_topk
+from logitjax.vq._screened import screened_logits
 
 VOCAB, WIDTH, COUNT = 96, 8, 20
 

@@ -8,7 +8,6 @@ import pytest
 
 from logitjax.vq import (
     Shortlist,
-    code_scores,
     exact_rows,
     fit_product_codes,
     make_pages,
@@ -16,10 +15,11 @@ from logitjax.vq import (
     product_logits,
     product_rows,
     row_spread,
-    shortlist_logits,
     shortlist_nll,
     shortlist_topk,
 )
+from logitjax.vq._loss import code_scores
+from logitjax.vq._shortlist import shortlist_logits
 
 VOCAB, CODES, WIDTH, COUNT = 203, 16, 8, 24
 
