@@ -45,14 +45,16 @@ def test_listed_equals_stacked_and_comes_back_exactly():
     np.testing.assert_allclose(run(model, TOKENS), run(listed, TOKENS), rtol=2e-5, atol=2e-6)
 
 
-def test_packed_documents_do_not_see_each_other():
-    model = decoder("smollm2")
+@pytest.mark.parametrize("name", ["smollm2", "gemma3"])
+def test_packed_documents_do_not_see_each_other(name):
+    """Documents longer than the windows of one of them, whose edges lie where they do alone."""
+    model = decoder(name)
     a, b = TOKENS[:1, :8], TOKENS[1:, :12]
     packed = np.concatenate([a, b], axis=1)
     ids = np.array([[1] * 8 + [2] * 12])
     out = run(model, packed, None, ids)
-    np.testing.assert_allclose(out[:, :8], run(model, a), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(out[:, 8:], run(model, b), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(out[:, :8], run(model, a), rtol=1e-5, atol=2e-6)
+    np.testing.assert_allclose(out[:, 8:], run(model, b), rtol=1e-5, atol=2e-6)
 
 
 def test_padding_changes_nothing_and_makes_no_nan():
