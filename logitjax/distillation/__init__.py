@@ -19,6 +19,9 @@ from logitjax.distillation._knowledge_distillation import (
 )
 from logitjax.distillation._knowledge_distillation import standardize_logits as standardize_logits
 from logitjax.distillation._linear_graph_fusion import linear_graph_fusion as linear_graph_fusion
+from logitjax.distillation._prune import LayerPruning as LayerPruning
+from logitjax.distillation._prune import prune_layers as prune_layers
+from logitjax.distillation._prune import prune_width as prune_width
 from logitjax.distillation._teacher_cache import TeacherCache as TeacherCache
 from logitjax.distillation._teacher_cache import TeacherIdentity as TeacherIdentity
 from logitjax.distillation._universal_logit_distance import (

@@ -1,0 +1,351 @@
+"""A smaller model out of a model: without the layers, heads and channels that matter least on text.
+
+Nothing is trained here. What is left is healed afterwards, best by the model it was cut from.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from logitjax import losses, models
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerPruning:
+    """Which layers of a decoder to keep.
+
+    Attributes:
+        kept: Layers to keep, ascending; what `models.keep_layers` takes.
+        dropped: The others, in the order in which they were chosen.
+        scores: What each layer was judged by before any was dropped, see `prune_layers`; low means
+            that it may go.
+    """
+
+    kept: tuple[int, ...]
+    dropped: tuple[int, ...]
+    scores: tuple[float, ...]
+
+
+def prune_layers(
+    model: models.Decoder,
+    batches: Iterable[Mapping[str, Any]],
+    count: int,
+    *,
+    by: Literal["influence", "run", "perplexity"] = "influence",
+) -> LayerPruning:
+    """Choose the layers that a decoder can best do without on the given text.
+
+    With x_i the residual stream before layer i, averaged over positions t::
+
+        influence   1 - mean_t cos(x_i, x_{i+1}); the layers of the least go
+        run         1 - mean_t cos(x_i, x_{i+count}); the least says where the run begins that goes
+        perplexity  of the model without layer i; the least goes, and the rest is judged again
+
+    The first two cost one forward pass, the last about `count * layers` of them; it is the only one
+    that sees what layers do together.
+
+    Args:
+        model: The decoder.
+        batches: Calibration text: packed columns `tokens`, `segment_ids`, `positions` and
+            `loss_mask`, each `[rows, length]`. Some thousand tokens will do.
+        count: How many layers to drop, fewer than there are.
+        by: The score.
+
+    Returns:
+        The `LayerPruning`.
+
+    Raises:
+        ValueError: Too few layers, no batch, or an unknown score.
+
+    >>> tokens = np.arange(8)[None]
+    >>> batch = {"tokens": tokens, "segment_ids": np.ones_like(tokens), "positions": tokens,
+    ...          "loss_mask": tokens > 0}
+    >>> chosen = prune_layers(models.tiny_decoder(), [batch], 1)
+    >>> len(chosen.kept), len(chosen.scores)
+    (1, 2)
+
+    References:
+        ShortGPT (arXiv 2403.03853), block influence; Gromov et al. (arXiv 2403.17887), runs;
+        Minitron (arXiv 2407.14679), perplexity with a layer removed.
+    """
+    layers = model.config.num_layers
+    if not 0 <= count < layers:
+        raise ValueError(
+            f"count: expected 0 to {layers - 1}, for the model has {layers} layers, got {count}"
+        )
+    listed, batches = models.with_layout(model, "listed"), list(batches)
+    if not batches:
+        raise ValueError("batches: expected calibration text, got none")
+    if by == "influence":
+        scores = _stream_change(listed, batches, 1)
+        dropped = np.argsort(scores, kind="stable")[:count].tolist()
+    elif by == "run":
+        scores = _stream_change(listed, batches, max(count, 1))
+        first = int(np.argmin(scores))
+        dropped = list(range(first, first + count))
+    elif by == "perplexity":
+        scores, dropped = _greedily(listed, batches, count)
+    else:
+        raise ValueError(f"by: expected influence, run or perplexity, got {by!r}")
+    kept = tuple(i for i in range(layers) if i not in dropped)
+    return LayerPruning(kept=kept, dropped=tuple(dropped), scores=tuple(map(float, scores)))
+
+
+def prune_width(
+    model: models.Decoder,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    kv_heads: int | None = None,
+    mlp_channels: int | None = None,
+) -> models.Decoder:
+    """A narrower decoder: in each layer, the heads and channels that are most active on the text.
+
+    An activation counts by its mean over a row's positions, rows by their root of squares::
+
+        channel   sqrt(sum_rows (mean_t |a_t|)^2)
+        head      the same of |output_t|, the norm over the query heads of one key-value head
+
+    Key-value heads go with all query heads that share them: a model of grouped queries stays one.
+
+    Args:
+        model: The decoder; it stays as it is.
+        batches: Calibration text, as for `prune_layers`.
+        kv_heads: Key-value heads to keep in each layer; all if None.
+        mlp_channels: Channels of each feed-forward layer to keep; all if None.
+
+    Returns:
+        A decoder of its own in the same layout.
+
+    Raises:
+        ValueError: More than there are, or none.
+
+    >>> tokens = np.arange(8)[None]
+    >>> batch = {"tokens": tokens, "segment_ids": np.ones_like(tokens), "positions": tokens,
+    ...          "loss_mask": tokens > 0}
+    >>> small = prune_width(models.tiny_decoder(), [batch], kv_heads=1, mlp_channels=48)
+    >>> small.config.num_heads, small.config.num_kv_heads, small.config.intermediate_size
+    (2, 1, 48)
+
+    References:
+        Minitron (arXiv 2407.14679), activation-based importance of heads and channels.
+    """
+    config, listed = model.config, models.with_layout(model, "listed")
+    kv_heads = config.num_kv_heads if kv_heads is None else kv_heads
+    channels = config.intermediate_size if mlp_channels is None else mlp_channels
+    for name, wanted, most in (
+        ("kv_heads", kv_heads, config.num_kv_heads),
+        ("mlp_channels", channels, config.intermediate_size),
+    ):
+        if not 1 <= wanted <= most:
+            raise ValueError(f"{name}: expected 1 to {most}, got {wanted}")
+    group = config.num_heads // config.num_kv_heads
+    heads, activity = _activity(listed, batches)
+    small = dataclasses.replace(
+        config, num_heads=kv_heads * group, num_kv_heads=kv_heads, intermediate_size=channels
+    )
+    params = nnx.to_pure_dict(nnx.state(listed, nnx.Param))
+    members = [
+        params["segments"][i]["layers"][j]
+        for i, segment in enumerate(listed.segments)
+        for j in range(len(segment.layers))
+    ]
+    for layer, by_head, by_channel in zip(members, heads, activity, strict=True):
+        narrow = _entries(_best(by_head, kv_heads), config.head_dim)
+        wide = _entries(_best(by_head, kv_heads), group * config.head_dim)
+        inner = _best(by_channel, channels)
+        columns = {"query": wide, "key": narrow, "value": narrow, "gate": inner, "up": inner}
+        for part in (layer["attention"], layer["mlp"]):
+            for name, chosen in columns.items():
+                if name in part:
+                    part[name] = {n: leaf[..., chosen] for n, leaf in part[name].items()}
+        for part, name, rows in (("attention", "output", wide), ("mlp", "down", inner)):
+            linear = layer[part][name]
+            layer[part][name] = linear | {"kernel": linear["kernel"][rows]}
+    options: dict[str, Any] = dict(dtype=model.dtype, param_dtype=model.param_dtype)
+    options |= dict(remat=model.remat, attention=model.attention, layout="listed")
+    abstract = nnx.eval_shape(
+        lambda: models.Decoder(small, rngs=nnx.Rngs(0), head=nnx.Module(), **options)
+    )
+    params.pop("head", None)
+    out = nnx.merge(nnx.graphdef(abstract), params)
+    out.head = model.head
+    return models.with_layout(out, model.layout)
+
+
+def _entries(blocks: np.ndarray, size: int) -> np.ndarray:
+    """Indices of all entries of some blocks of one size."""
+    return (blocks[:, None] * size + np.arange(size)).reshape(-1)
+
+
+def _best(scores: np.ndarray, count: int) -> np.ndarray:
+    """The highest scores' places, ascending; the first of equal ones."""
+    return np.sort(np.argsort(-scores, kind="stable")[:count])
+
+
+def _stream_change(
+    model: models.Decoder, batches: Iterable[Mapping[str, Any]], gap: int
+) -> np.ndarray:
+    """`[layers - gap + 1]`: how far the stream turns from before a layer to `gap` layers on."""
+
+    def changes(seen: "_Seen", hidden: jax.Array, where: jax.Array) -> jax.Array:
+        streams = seen.blocks
+        pairs = zip(streams[: len(streams) - gap], streams[gap:], strict=True)
+        turns = jnp.stack([1.0 - _cosine(before, after) for before, after in pairs])
+        return jnp.append(jnp.where(where, turns, 0.0).sum((1, 2)), where.sum())
+
+    total = _sums(_watching(model, changes), batches)
+    return total[:-1] / total[-1]
+
+
+def _cosine(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Along the last axis, in float32; 0 for a zero vector."""
+    x, y = (jnp.asarray(v, jnp.float32) for v in (x, y))
+    # Scaled first: the squares of a large stream must not overflow.
+    x, y = (v / jnp.maximum(jnp.abs(v).max(-1, keepdims=True), 1e-30) for v in (x, y))
+    size = jnp.sqrt(jnp.square(x).sum(-1) * jnp.square(y).sum(-1))
+    return jnp.where(size > 0, (x * y).sum(-1) / jnp.where(size > 0, size, 1.0), 0.0)
+
+
+def _activity(
+    model: models.Decoder, batches: Iterable[Mapping[str, Any]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Root of the squares of the rows: `[layers, kv_heads]` and `[layers, channels]`."""
+    config = model.config
+
+    def squares(seen: "_Seen", hidden: jax.Array, where: jax.Array) -> Any:
+        count = jnp.maximum(where.sum(-1), 1)[:, None]
+
+        def of_rows(values: jax.Array) -> jax.Array:
+            kept = jnp.where(where[..., None], values, 0.0).sum(1) / count
+            return jnp.square(kept).sum(0)
+
+        def by_head(output: jax.Array) -> jax.Array:
+            groups = output.astype(jnp.float32).reshape(*where.shape, config.num_kv_heads, -1)
+            return of_rows(jnp.linalg.norm(groups, axis=-1))
+
+        heads = jnp.stack([by_head(output) for output in seen.heads])
+        inner = [of_rows(jnp.abs(x.astype(jnp.float32))) for x in seen.channels]
+        return heads, jnp.stack(inner)
+
+    heads, channels = _sums(_watching(model, squares), batches)
+    return np.sqrt(heads), np.sqrt(channels)
+
+
+def _greedily(
+    model: models.Decoder, batches: list[Mapping[str, Any]], count: int
+) -> tuple[np.ndarray, list[int]]:
+    """Perplexity without each layer, and the layers that go, one after the other."""
+    layers = model.config.num_layers
+    apply_fn, params = models.from_nnx(model)
+
+    @jax.jit
+    def nll(params: Any, kept: jax.Array, batch: Any) -> jax.Array:
+        trunk = nnx.merge(apply_fn.graphdef, params, apply_fn.rest)
+        blocks = [block for segment in trunk.segments for block in segment.layers]
+        # A block that adds nothing is no block: one program for every set of layers.
+        for block, here in zip(blocks, kept, strict=True):
+            for linear in (block.attention.output, block.mlp.down):
+                for leaf in jax.tree.leaves(nnx.state(linear), is_leaf=_is_variable):
+                    leaf[...] = leaf[...] * here.astype(leaf[...].dtype)
+        labels, where = batch["tokens"][:, 1:], batch["loss_mask"][:, 1:]
+        hidden, _ = trunk.hidden_states(
+            batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"]
+        )
+        total = losses.linear_cross_entropy(
+            hidden[:, :-1], trunk.head_of(), labels, weights=where.astype(jnp.float32)
+        )
+        return jnp.stack([total, where.sum()])
+
+    def perplexity(kept: np.ndarray) -> float:
+        total = _sums(lambda batch: nll(params, jnp.asarray(kept, jnp.float32), batch), batches)
+        return float(np.exp(total[0] / total[1]))
+
+    kept, dropped, first = np.ones(layers, bool), [], np.zeros(0)
+    for _ in range(max(count, 1)):
+        scores = np.full(layers, np.inf)
+        for layer in np.flatnonzero(kept):
+            scores[layer] = perplexity(kept & (np.arange(layers) != layer))
+        first = first if len(first) else scores
+        if len(dropped) < count:
+            dropped.append(int(np.argmin(scores)))
+            kept[dropped[-1]] = False
+    return first, dropped
+
+
+def _is_variable(leaf: Any) -> bool:
+    return isinstance(leaf, nnx.Variable)
+
+
+class _Seen:
+    """What one forward pass showed: streams before each block, inputs of the maps that end one."""
+
+    def __init__(self) -> None:
+        self.blocks: list[jax.Array] = []
+        self.heads: list[jax.Array] = []
+        self.channels: list[jax.Array] = []
+        # The stream behind the last block so far.
+        self.after: Any = None
+
+
+class _WatchedBlock(nnx.Module):
+    def __init__(self, block: nnx.Module, seen: _Seen):
+        self.block, self.seen = block, seen
+
+    def __call__(self, x: jax.Array, *rest: Any) -> Any:
+        self.seen.blocks.append(x)
+        out = self.block(x, *rest)  # pyright: ignore[reportCallIssue]
+        self.seen.after = out[0]
+        return out
+
+
+class _WatchedLinear(nnx.Linear):
+    def __init__(self, linear: nnx.Linear, seen: _Seen, name: str):
+        self.linear, self.seen, self.name = linear, seen, name
+
+    def __call__(self, inputs: Any, out_sharding: Any = None) -> Any:
+        getattr(self.seen, self.name).append(inputs)
+        return self.linear(inputs)
+
+
+def _watching(model: models.Decoder, measure: Callable[..., Any]) -> Callable[..., Any]:
+    """A compiled `batch -> measure(seen, hidden, where)` of a listed model.
+
+    The model is watched from outside, so that it needs no hooks: blocks are unrolled, and a list
+    in Python holds what passes through them while they are traced.
+    """
+    apply_fn, params = models.from_nnx(model)
+
+    @jax.jit
+    def run(params: Any, batch: Any) -> Any:
+        seen = _Seen()
+        trunk = nnx.merge(apply_fn.graphdef, params, apply_fn.rest)
+        trunk.remat = "none"
+        for segment in trunk.segments:
+            for i, block in enumerate(segment.layers):
+                block.attention.output = _WatchedLinear(block.attention.output, seen, "heads")
+                block.mlp.down = _WatchedLinear(block.mlp.down, seen, "channels")
+                segment.layers[i] = _WatchedBlock(block, seen)
+        hidden, _ = trunk.hidden_states(
+            batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"]
+        )
+        seen.blocks.append(seen.after)
+        return measure(seen, hidden, jnp.asarray(batch["segment_ids"]) > 0)
+
+    return lambda batch: run(params, batch)
+
+
+def _sums(measure: Callable[[Any], Any], batches: Iterable[Mapping[str, Any]]) -> Any:
+    """Sums over batches, in float64."""
+    columns = ("tokens", "segment_ids", "positions", "loss_mask")
+    total: Any = None
+    for batch in batches:
+        found = jax.tree.map(
+            lambda leaf: np.asarray(leaf, np.float64), measure({n: batch[n] for n in columns})
+        )
+        total = found if total is None else jax.tree.map(np.add, total, found)
+    return total

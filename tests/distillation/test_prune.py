@@ -1,0 +1,145 @@
+"""Pruning drops what does nothing: exact answers on decoders whose useless parts are known."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from logitjax import losses, models
+from logitjax.distillation import prune_layers, prune_width
+from logitjax.models._tiny import tiny_config
+
+
+def decoder(layers=4, **options):
+    return models.Decoder(tiny_config(layers=layers), rngs=nnx.Rngs(0), **options)
+
+
+def batches(count=2):
+    rng = np.random.default_rng(0)
+    for _ in range(count):
+        tokens = rng.integers(0, 256, (2, 12)).astype(np.int32)
+        segments = np.where(np.arange(12) < 5, 1, 2) * np.ones_like(tokens)
+        segments[1, 9:] = 0
+        positions = np.where(np.arange(12) < 5, np.arange(12), np.arange(12) - 5)
+        yield {
+            "tokens": tokens,
+            "segment_ids": segments,
+            "positions": np.broadcast_to(positions, tokens.shape),
+            "loss_mask": (segments > 0) & (positions > 0),
+        }
+
+
+def silence(block):
+    """Makes a block the identity."""
+    for linear in (block.attention.output, block.mlp.down):
+        linear.kernel[...] = jnp.zeros_like(linear.kernel[...])
+
+
+def perplexity(model):
+    total = count = 0.0
+    for batch in batches():
+        logits = model(
+            batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"]
+        )
+        where = batch["loss_mask"][:, 1:]
+        nll = losses.cross_entropy(logits[:, :-1], jnp.asarray(batch["tokens"][:, 1:]))
+        total, count = total + float((nll * where).sum()), count + where.sum()
+    return np.exp(total / count)
+
+
+@pytest.mark.parametrize("layout", ["listed", "stacked"])
+def test_a_block_that_is_the_identity_has_no_influence_and_goes_first(layout):
+    model = decoder(layout="listed")
+    silence(model.segments[0].layers[2])
+    chosen = prune_layers(models.with_layout(model, layout), batches(), 1)
+    assert chosen.dropped == (2,)
+    assert chosen.kept == (0, 1, 3)
+    assert abs(chosen.scores[2]) < 1e-6
+    assert min(np.delete(chosen.scores, 2)) > 1e-3
+
+
+def test_influence_is_one_minus_the_mean_cosine_of_the_streams():
+    model = decoder(layers=2, layout="listed")
+    chosen = prune_layers(model, batches(), 1)
+    first = models.first_layers(model, 1)
+    turns = []
+    for batch in batches():
+        options = {n: batch[n] for n in ("positions", "segment_ids")}
+        before = np.asarray(model.embed(batch["tokens"], batch["positions"]), np.float64)
+        # The first block's stream, read without the norm behind it.
+        bare = nnx.merge(*nnx.split(first))
+        bare.final_norm = lambda x: x
+        after = np.asarray(bare.hidden_states(batch["tokens"], **options)[0], np.float64)
+        cosine = (before * after).sum(-1)
+        cosine /= np.linalg.norm(before, axis=-1) * np.linalg.norm(after, axis=-1)
+        turns.append((1 - cosine)[batch["segment_ids"] > 0])
+    np.testing.assert_allclose(chosen.scores[0], np.concatenate(turns).mean(), rtol=1e-5)
+
+
+def test_perplexity_with_a_block_removed_is_that_of_the_model_built_without_it():
+    model = decoder()
+    chosen = prune_layers(model, batches(), 2, by="perplexity")
+    for layer, score in enumerate(chosen.scores):
+        without = models.keep_layers(model, [i for i in range(4) if i != layer])
+        assert score == pytest.approx(perplexity(without), rel=1e-5)
+    first, second = chosen.dropped
+    assert first == np.argmin(chosen.scores)
+    rest = [i for i in range(4) if i != first]
+    worth = {i: perplexity(models.keep_layers(model, sorted(set(rest) - {i}))) for i in rest}
+    assert second == min(worth, key=worth.get)
+
+
+def test_a_run_of_identities_is_found_whole():
+    model = decoder(layers=5, layout="listed")
+    for layer in (2, 3):
+        silence(model.segments[0].layers[layer])
+    chosen = prune_layers(model, batches(), 2, by="run")
+    assert chosen.dropped == (2, 3)
+    assert abs(chosen.scores[2]) < 1e-6
+
+
+def test_too_few_layers_are_named():
+    with pytest.raises(ValueError, match="the model has 4 layers, got 4"):
+        prune_layers(decoder(), batches(), 4)
+    with pytest.raises(ValueError, match="batches: expected calibration text"):
+        prune_layers(decoder(), [], 1)
+
+
+@pytest.mark.parametrize("layout", ["listed", "stacked"])
+def test_width_without_effect_can_go_without_a_trace(layout):
+    """Heads and channels that put out nothing are the ones that go: the logits stay."""
+    config = tiny_config(layers=2)
+    model = decoder(layers=2, layout="listed")
+    silent = np.arange(0, config.intermediate_size, 4)
+    size = config.head_dim
+    for block in model.segments[0].layers:
+        kernel = block.mlp.up.kernel
+        kernel[...] = kernel[...].at[:, silent].set(0.0)
+        value = block.attention.value.kernel
+        value[...] = value[...].at[:, :size].set(0.0)  # the first key-value head
+    model = models.with_layout(model, layout)
+    kept = config.intermediate_size - len(silent)
+    small = prune_width(model, batches(), kv_heads=1, mlp_channels=kept)
+    assert small.layout == layout
+    assert (small.config.num_heads, small.config.num_kv_heads) == (2, 1)
+    tokens = next(batches())["tokens"]
+    np.testing.assert_allclose(small(tokens), model(tokens), rtol=1e-4, atol=1e-5)
+
+
+def test_a_narrower_model_is_written_and_read_back(tmp_path):
+    small = prune_width(decoder(layers=2), batches(), kv_heads=1, mlp_channels=48)
+    models.save_pretrained(small, None, tmp_path)
+    again = models.load_model(str(tmp_path))
+    tokens = next(batches())["tokens"]
+    np.testing.assert_array_equal(again(tokens), small(tokens))
+    assert sum(x.size for x in jax.tree.leaves(nnx.state(small, nnx.Param))) < sum(
+        x.size for x in jax.tree.leaves(nnx.state(decoder(layers=2), nnx.Param))
+    )
+
+
+@pytest.mark.parametrize("options", [{"kv_heads": 3}, {"mlp_channels": 0}])
+def test_widths_that_do_not_exist_are_named(options):
+    name = next(iter(options))
+    with pytest.raises(ValueError, match=f"{name}: expected 1 to"):
+        prune_width(decoder(), batches(), **options)
