@@ -9,6 +9,7 @@ logits given. Where the interpreter in ``LOGITJAX_TORCH_PYTHON`` has torch, the 
 timed there, in a process of its own, with as many threads.
 """
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -20,10 +21,11 @@ import jax
 import numpy as np
 
 from experiments.benchmarks import _suite
-from experiments.dual_head import __main__ as dual_head
 from experiments.dual_head import arms as dual_head_arms
 from experiments.dual_head import data as dual_head_data
-from experiments.dual_head import train as dual_head_train
+from experiments.dual_head import run as dual_head_run
+from experiments.dual_head.config import Config
+from experiments.dual_head.train import Course, Trainer
 from experiments.shared import timing
 from logitjax import training
 
@@ -71,7 +73,7 @@ def _steps(
     logits_given: bool,
 ) -> dict[str, Any]:
     """A call of each arm that trains for ``steps`` steps and keeps the state it reaches."""
-    config = dual_head.Config(
+    config = Config(
         data="synthetic:100", augment="none" if logits_given else "crop_flip", batch_size=batch
     )
     rng = np.random.default_rng(0)
@@ -80,30 +82,21 @@ def _steps(
     stats = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
     task = dual_head_data.Task(train=part, validation=part, test=part, num_classes=100, **stats)
     mesh = training.make_mesh("data:1", devices=jax.devices()[:1])
-    options = {
-        "epochs": 240,
-        "learning_rate": 0.05,
-        "resident": dual_head_train.resident(task, mesh),
-        "mesh": mesh,
-    }
-    arms = dual_head_arms.arms(config)
-    teaching = dual_head_train.Trainer(
-        config, task, arms["ce"], network=teacher, alphas=(0.0,), teacher=None, **options
-    )
-    taught = dual_head_train.Teacher(
-        teaching, teaching.initial(jax.random.key(1, impl=teaching.generator)), task
-    )
+    placed, arms = dual_head_data.place(task, mesh), dual_head_arms.arms(config)
+    course = Course(network=teacher, epochs=240, learning_rate=0.05, alphas=(0.0,))
+    teaching = Trainer(config, placed, arms["ce"], course)
+    taught = dual_head_run.make_teacher(teaching, teaching.initial(1).params, placed)
+    course = dataclasses.replace(course, network=student, alphas=(0.1,))
 
     def call(name: str) -> Any:
-        trainer = dual_head_train.Trainer(
-            config, task, arms[name], network=student, alphas=(0.1,), teacher=taught, **options
-        )
-        state = {"lanes": trainer.initial(jax.random.key(0, impl=trainer.generator)), "number": 0}
+        trainer = Trainer(config, placed, arms[name], course, teacher=taught)
+        kept = {"state": trainer.initial(0), "number": 0}
 
         def train() -> Any:
-            state["lanes"], loss = trainer.train_epoch(state["lanes"], state["number"], seed=0)
-            state["number"] += 1
-            return loss
+            batch = trainer.batch(kept["number"], seed=0)
+            kept["state"], output = trainer.train_epoch(kept["state"], batch)
+            kept["number"] += 1
+            return output.metrics
 
         return train
 

@@ -5,13 +5,16 @@ import functools
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from experiments.dual_head.config import Config
 from logitjax import distillation, heads, losses, vision
+
+Auxiliary = Literal["linear", "mlp"]
 
 
 class MLP(nnx.Module):
@@ -35,9 +38,9 @@ class MLP(nnx.Module):
 
 
 def create_network(
-    name: str, num_classes: int, shape: tuple[int, ...], auxiliary: str | None, *, key: Any
+    name: str, num_classes: int, shape: tuple[int, ...], auxiliary: Auxiliary | None, *, key: Any
 ) -> vision.ImageClassifier:
-    """An MLP, ``mlp-512-128``, or what `create_classifier` knows; a seed's arms share a trunk."""
+    """An MLP, `mlp-512-128`, or what `create_classifier` knows; a seed's arms share a trunk."""
     head = None
     if auxiliary is not None:
         head = functools.partial(distillation.DualHead, auxiliary=auxiliary)
@@ -55,21 +58,25 @@ class Arm:
     """One way to train the student.
 
     Attributes:
-      name: of the arm.
-      logit_loss: ``(student, teacher, labels) -> [batch]``, weighted by alpha; None without one.
-      auxiliary: the second head, which then gets the logit loss.
-      align: project the logit loss's gradient: over the ``trunk`` or over ``all`` parameters.
-      smooths: alpha is label smoothing instead, alpha / (1 + alpha) of it.
+        name: Name of the arm.
+        logit_loss: `(student, teacher, labels) -> [batch]`, weighted by alpha; None without one.
+        auxiliary: The second head, which then gets the logit loss.
+        align: Project the logit loss's gradient: over the `trunk` or over `all` parameters.
+        smooths: Alpha is label smoothing instead, alpha / (1 + alpha) of it.
     """
 
     name: str
     logit_loss: Callable[..., Any] | None = None
-    auxiliary: str | None = None
+    auxiliary: Auxiliary | None = None
     align: str | None = None
     smooths: bool = False
 
+    @property
+    def has_alpha(self) -> bool:
+        return self.smooths or self.logit_loss is not None
 
-def arms(config: Any) -> dict[str, Arm]:
+
+def arms(config: Config) -> dict[str, Arm]:
     """Every arm by its name."""
     binary = (
         distillation.binary_kl if config.logit_loss == "binary_kl" else distillation.binary_kl_norm
@@ -107,7 +114,8 @@ def arms(config: Any) -> dict[str, Arm]:
         Arm(name="single", logit_loss=logit_loss),
         Arm(name="single_aligned", logit_loss=logit_loss, align="trunk"),
     ]
-    for auxiliary in ("linear", "mlp"):
+    kinds: tuple[Auxiliary, ...] = ("linear", "mlp")
+    for auxiliary in kinds:
         made = functools.partial(Arm, logit_loss=logit_loss, auxiliary=auxiliary)
         found += [
             made(name=f"dual_{auxiliary}"),
@@ -115,24 +123,6 @@ def arms(config: Any) -> dict[str, Arm]:
             made(name=f"dual_{auxiliary}_aligned_all", align="all"),
         ]
     return {arm.name: arm for arm in found}
-
-
-ARM_NAMES: tuple[str, ...] = (
-    "ce",
-    "label_smoothing",
-    "kd",
-    "dkd",
-    "kd_standardized",
-    "dist",
-    "single",
-    "single_aligned",
-    "dual_linear",
-    "dual_linear_aligned",
-    "dual_linear_aligned_all",
-    "dual_mlp",
-    "dual_mlp_aligned",
-    "dual_mlp_aligned_all",
-)
 
 
 def outputs(model: Any, inputs: Any, *, train: bool, key: Any = None) -> tuple[Any, Any, Any]:
@@ -145,7 +135,7 @@ def outputs(model: Any, inputs: Any, *, train: bool, key: Any = None) -> tuple[A
 
 
 def loss_function(arm: Arm, graphdef: Any) -> Callable[..., tuple[tuple[Any, Any], Any]]:
-    """``(params, stats, inputs, labels, teacher, alpha, key, train) -> ((task, logit), stats)``."""
+    """`(params, stats, inputs, labels, teacher, alpha, key, train) -> ((task, logit), stats)`."""
 
     def loss_fn(
         params: Any,

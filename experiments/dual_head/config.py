@@ -3,10 +3,24 @@
 import dataclasses
 from typing import Any
 
-from experiments.dual_head import arms as dual_head_arms
 from logitjax.commands.cli import field
 
-ARMS = dual_head_arms.ARM_NAMES
+ARMS: tuple[str, ...] = (
+    "ce",
+    "label_smoothing",
+    "kd",
+    "dkd",
+    "kd_standardized",
+    "dist",
+    "single",
+    "single_aligned",
+    "dual_linear",
+    "dual_linear_aligned",
+    "dual_linear_aligned_all",
+    "dual_mlp",
+    "dual_mlp_aligned",
+    "dual_mlp_aligned_all",
+)
 _MAIN = ("ce", "kd", "dkd", "single", "dual_linear", "dual_linear_aligned")
 _MAIN += ("dual_mlp", "dual_mlp_aligned")
 
@@ -15,44 +29,74 @@ _MAIN += ("dual_mlp", "dual_mlp_aligned")
 class Config:
     """What one run of the experiment does."""
 
-    data: str = field("tfds:udhr", "tfds:NAME, cifar100:DIR, folder:DIR or synthetic:CLASSES.")
+    data: str = field(
+        "tfds:udhr", "Data set: tfds:NAME, cifar100:DIR, folder:DIR or synthetic:CLASSES."
+    )
     image_size: int = field(32, "Height and width of images from a folder.")
-    train_examples: int = field(0, "Training examples; all if 0.")
-    validation_examples: int = field(2000, "Held out of training where there is no such split.")
-    test_examples: int = field(0, "Test examples; all if 0.")
+    train_examples: int = field(0, "Number of training examples; all if 0.")
+    validation_examples: int = field(
+        2000, "Examples held out of training where the data have no validation split."
+    )
+    test_examples: int = field(0, "Number of test examples; all if 0.")
     augment: str = field(
-        "none", "Of training images.", choices=("none", "crop_flip", "resized_crop")
+        "none",
+        "How training images are augmented.",
+        choices=("none", "crop_flip", "resized_crop"),
     )
     teacher: str = field("mlp-512-256", "Network of the teacher.")
-    teacher_examples: int = field(0, "Training examples of the teacher; the students' if 0.")
-    teacher_weights: str | None = field(None, "Torch checkpoint of the teacher; trained if none.")
+    teacher_examples: int = field(
+        0, "Number of the teacher's training examples; the students' if 0."
+    )
+    teacher_weights: str | None = field(
+        None, "Torch checkpoint of the teacher, which is trained if none is given."
+    )
     student: str = field("mlp-128", "Network of the student.")
     arm: tuple[str, ...] = field(_MAIN, "Arm to train")
-    alpha: tuple[float, ...] = field((0.01, 0.1, 1.0), "Weights of the distillation loss to try.")
+    alpha: tuple[float, ...] = field((0.01, 0.1, 1.0), "Weight of the distillation loss to try")
     seeds: int = field(1, "Runs of every arm.")
-    epochs: int = field(20, "Of the students.")
-    teacher_epochs: int = field(20, "Of the teacher.")
-    batch_size: int = field(64, "Examples a step, over all devices.")
-    learning_rate: float = field(0.05, "Of the students; x0.1 at each of decay_at.")
-    teacher_learning_rate: float = field(0.05, "Of the teacher.")
-    decay_at: tuple[float, ...] = field((0.625, 0.75, 0.875), "Shares of the epochs.")
-    momentum: float = field(0.9, "Of SGD.")
-    weight_decay: float = field(5e-4, "Of all parameters, norms and biases included.")
-    stop_epoch: int = field(0, "Epoch from which alpha is 0; never if 0 (ImageNet script: 50).")
-    temperature: float = field(4.0, "Of kd, dkd and dist.")
-    dkd_beta: float = field(8.0, "Weight of the other classes in dkd.")
-    binary_temperature: float = field(2.0, "Of the logit loss.")
-    logit_loss: str = field(
-        "binary_kl_norm", "Of single and dual.", choices=("binary_kl_norm", "binary_kl")
+    epochs: int = field(20, "Epochs of the students.")
+    teacher_epochs: int = field(20, "Epochs of the teacher.")
+    batch_size: int = field(64, "Examples of a step, over all devices.")
+    learning_rate: float = field(
+        0.05, "Learning rate of the students; a tenth of it after each of decay_at."
     )
-    diagnose_every: int = field(2, "Epochs between collapse diagnostics, of the first seed.")
+    teacher_learning_rate: float = field(0.05, "Learning rate of the teacher, which falls as well.")
+    decay_at: tuple[float, ...] = field(
+        (0.625, 0.75, 0.875), "Share of the epochs after which the rate falls"
+    )
+    momentum: float = field(0.9, "Momentum of SGD.")
+    weight_decay: float = field(
+        5e-4, "Weight decay of all parameters, norms and biases among them."
+    )
+    stop_epoch: int = field(
+        0, "Epoch from which alpha is 0; never if 0 (the ImageNet script has 50)."
+    )
+    temperature: float = field(4.0, "Temperature of kd, dkd and dist.")
+    dkd_beta: float = field(8.0, "Weight of the other classes in dkd.")
+    binary_temperature: float = field(2.0, "Temperature of the logit loss.")
+    logit_loss: str = field(
+        "binary_kl_norm",
+        "Logit loss of the arms single and dual.",
+        choices=("binary_kl_norm", "binary_kl"),
+    )
+    diagnose_every: int = field(
+        2, "Epochs between measures of collapse, which the first seed takes."
+    )
+    checkpoint_every: int = field(10, "Epochs between checkpoints.")
     mesh: str = field("data:-1", "Axes and sizes of the device mesh.")
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.arm) - set(ARMS))
         if unknown:
             raise ValueError(f"arm: expected one of {', '.join(ARMS)}, got {unknown[0]!r}")
-        for name in ("epochs", "teacher_epochs", "seeds", "batch_size", "diagnose_every"):
+        for name in (
+            "epochs",
+            "teacher_epochs",
+            "seeds",
+            "batch_size",
+            "diagnose_every",
+            "checkpoint_every",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if not self.alpha:
@@ -74,6 +118,7 @@ _FASHION: dict[str, Any] = dict(
 )
 _IMAGENET: dict[str, Any] = dict(
     augment="resized_crop",
+    checkpoint_every=1,
     learning_rate=0.1,
     teacher_learning_rate=0.1,
     weight_decay=1e-4,

@@ -1,14 +1,18 @@
 """What the dual-head experiment learns from: arrays of inputs and labels, and augmentation."""
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from experiments.dual_head.config import Config
 from logitjax import data
 
 TEXT_FEATURES = 1024
@@ -31,7 +35,7 @@ class Part:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
-    """A classification task; ``mean`` and ``std`` are the images' (0 and 1 for features)."""
+    """A classification task; `mean` and `std` are the images' (0 and 1 for features)."""
 
     train: Part
     validation: Part
@@ -45,7 +49,7 @@ class Task:
         return self.train.inputs.shape[1:]
 
 
-def load_task(config: Any, workdir: epath.Path) -> Task:
+def load_task(config: Config, workdir: epath.Path) -> Task:
     """The three parts; validation comes out of training where the source has none of its own."""
     if config.data == "tfds:udhr":
         limits = {"train": config.train_examples, "validation": 0, "test": config.test_examples}
@@ -141,11 +145,58 @@ def hashed_ngrams(texts: list[str], *, features: int = TEXT_FEATURES) -> np.ndar
     return SCALE * rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Placed:
+    """A task on a mesh: its training rows on every device, or in pieces where they are too many.
+
+    Attributes:
+        task: The task.
+        mesh: The mesh.
+        arrays: Inputs and labels on every device; None if they come in pieces.
+        chunk_steps: Steps of a piece.
+    """
+
+    task: Task
+    mesh: Mesh
+    arrays: tuple[Any, Any] | None
+    chunk_steps: int = 256
+
+    @property
+    def replicated(self) -> NamedSharding:
+        return NamedSharding(self.mesh, P())
+
+    def pieces(self, order: np.ndarray, key: jax.Array) -> Iterator[tuple[Any, Any, Any, Any]]:
+        """Inputs, labels, `[steps, batch]` rows of them and a key, for each piece of an epoch."""
+        put = functools.partial(jax.device_put, device=self.replicated)
+        if self.arrays is not None:
+            yield *self.arrays, put(order), key
+            return
+        train = self.task.train
+        for start in range(0, len(order), self.chunk_steps):
+            part = order[start : start + self.chunk_steps]
+            rows = np.arange(part.size).reshape(part.shape)
+            inputs, labels = train.inputs[part.ravel()], train.labels[part.ravel()]
+            yield put(inputs), put(labels), put(rows), jax.random.fold_in(key, start)
+
+
+def fits_on_device(task: Task, device_bytes: int = 4 << 30) -> bool:
+    """Whether every device shall hold all training rows; else they stay on the host."""
+    return task.train.inputs.nbytes <= device_bytes
+
+
+def place(task: Task, mesh: Mesh) -> Placed:
+    """The task with its training rows on every device, if there is room."""
+    if not fits_on_device(task):
+        return Placed(task=task, mesh=mesh, arrays=None)
+    arrays = np.asarray(task.train.inputs[:]), np.asarray(task.train.labels)
+    return Placed(task=task, mesh=mesh, arrays=jax.device_put(arrays, NamedSharding(mesh, P())))
+
+
 def prepare_inputs(task: Task, kind: str) -> Callable[[Any, jax.Array | None], jax.Array]:
     """Raw rows to what a network takes, augmented where a key comes along; runs under jit.
 
-    ``crop_flip`` pads by 4, cuts out a random place and mirrors half of the images, as on CIFAR;
-    ``resized_crop`` takes 8 to 100% of the area at an aspect ratio of 3/4 to 4/3, as on ImageNet.
+    `crop_flip` pads by 4, cuts out a random place and mirrors half of the images, as on CIFAR;
+    `resized_crop` takes 8 to 100% of the area at an aspect ratio of 3/4 to 4/3, as on ImageNet.
     """
 
     def run(rows: Any, key: jax.Array | None) -> jax.Array:

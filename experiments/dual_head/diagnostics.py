@@ -3,28 +3,25 @@
 The measures are those of the neural-collapse literature (Papyan, Han and Donoho, 2020), whose
 fourth state is met when all of them go to zero:
 
-* ``within``: variability within classes over that between them, ``tr(S_w S_b^+) / C``;
-* ``norms`` and ``angles``: how unequal the class means' norms are, and how far their mean cosine
-  stands from the simplex's ``-1 / (C - 1)``, which no set of C vectors reaches in fewer than
-  ``C - 1`` dimensions;
-* ``duality``: distance of the head's rows from the class means, both scaled to length one;
-* ``disagreement``: how often the head and the nearest class mean differ.
+* `within`: variability within classes over that between them, `tr(S_w S_b^+) / C`;
+* `norms` and `angles`: how unequal the class means' norms are, and how far their mean cosine
+  stands from the simplex's `-1 / (C - 1)`, which no set of C vectors reaches in fewer than
+  `C - 1` dimensions;
+* `duality`: distance of the head's rows from the class means, both scaled to length one;
+* `disagreement`: how often the head and the nearest class mean differ.
 
-``cosine_trunk``, ``cosine_head`` and ``ratio_trunk`` compare the gradient of the logit loss (times
+`cosine_trunk`, `cosine_head` and `ratio_trunk` compare the gradient of the logit loss (times
 alpha) with that of the cross-entropy; two heads share no head, so theirs is missing.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import nnx
 
-from experiments.dual_head import arms
 from logitjax import distillation
 
-_ROWS = 1000
 MEASURES = (
     "cosine_trunk",
     "cosine_head",
@@ -37,13 +34,14 @@ MEASURES = (
 )
 
 
-def _kernel_of(model: Any) -> Any:
+def head_kernel(model: Any) -> Any:
+    """The kernel of the head that predicts."""
     head = model.head
     return (head.fc if hasattr(head, "fc") else head).kernel[...]
 
 
 def geometry(features: Any, labels: Any, logits: Any, kernel: Any, classes: int) -> dict[str, Any]:
-    """The neural-collapse measures of features ``[n, d]``."""
+    """The neural-collapse measures of features `[n, d]`."""
     member = jax.nn.one_hot(labels, classes)
     counts = member.sum(0)
     present = counts > 0
@@ -79,7 +77,11 @@ def geometry(features: Any, labels: Any, logits: Any, kernel: Any, classes: int)
     }
 
 
-def _compare(task: Any, logit: Any) -> dict[str, Any]:
+def compare_gradients(losses: Callable[[Any], tuple[Any, Any]], params: Any) -> dict[str, Any]:
+    """Cosines of the gradients of both losses, the task's and the logits', and a ratio of norms."""
+    values, pullback = jax.vjp(losses, params)
+    one, zero = jnp.ones_like(values[0]), jnp.zeros_like(values[0])
+    (task,), (logit,) = pullback((one, zero)), pullback((zero, one))
     trunk = distillation.align_gradients(task, logit, trunk="backbone")[1]
     head = distillation.align_gradients(task, logit, trunk="head")[1]
     return {
@@ -87,36 +89,3 @@ def _compare(task: Any, logit: Any) -> dict[str, Any]:
         "cosine_head": head["cosine"],
         "ratio_trunk": trunk["norm_ratio"],
     }
-
-
-def measure(trainer: Any, lanes: Any) -> dict[str, list[float]]:
-    """All measures of every lane on the first 1,000 training rows of a fixed order."""
-    task = trainer.task
-    rows = np.sort(np.random.default_rng(0).permutation(len(task.train))[:_ROWS])
-    teacher = None if trainer.teacher is None else trainer.teacher.argument
-    seen = (task.train.inputs[rows], task.train.labels[rows], teacher, rows)
-    found = [trainer.measure_lane(lane, *seen) for lane in trainer.unstack(lanes)]
-    return {f"nc/{name}": [float(one[name]) for one in found] for name in found[0]}
-
-
-def of_lane(
-    trainer: Any, lane: Any, inputs: Any, labels: Any, teacher: Any, rows: Any
-) -> dict[str, Any]:
-    """The measures of one lane; runs under jit."""
-    x = trainer.prepare(inputs, None)
-    target = None if trainer.teacher is None else trainer.teacher.of(teacher, x, rows)
-    model = nnx.merge(trainer.graphdef, lane["params"], lane["stats"], copy=True)
-    features, logits, _ = arms.outputs(model, x, train=False)
-    found = geometry(features, labels, logits, _kernel_of(model), trainer.task.num_classes)
-    if trainer.arm.logit_loss is None:
-        return found
-
-    def losses(params: Any) -> Any:
-        return trainer.loss_fn(
-            params, lane["stats"], x, labels, target, lane["alpha"], train=False
-        )[0]
-
-    values, pullback = jax.vjp(losses, lane["params"])
-    one, zero = jnp.ones_like(values[0]), jnp.zeros_like(values[0])
-    (task,), (logit,) = pullback((one, zero)), pullback((zero, one))
-    return found | _compare(task, logit)

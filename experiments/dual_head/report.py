@@ -8,6 +8,7 @@ import numpy as np
 from etils import epath
 
 from experiments.dual_head import diagnostics
+from experiments.dual_head.config import Config
 from experiments.shared.report import markdown_table, mean_and_spread, paired
 
 # Top-1 accuracy on CIFAR-100 that the READMEs of mdistiller and LSKD print (teacher, student).
@@ -39,7 +40,7 @@ def _percent(values: Sequence[float]) -> list[float]:
     return [100 * value for value in values]
 
 
-def summarise(config: Any, results: Mapping[str, Any]) -> list[dict[str, Any]]:
+def summarise(config: Config, results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One row an arm, at its best alpha."""
     arms = results["arms"]
     chosen = {name: best_alpha(records) for name, records in arms.items()}
@@ -115,8 +116,8 @@ def verdict(results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write(config: Any, results: Mapping[str, Any], workdir: epath.Path) -> str:
-    """Write ``report.md`` and its plots; returns the text."""
+def write(config: Config, results: Mapping[str, Any], workdir: epath.Path) -> str:
+    """Write `report.md` and its plots; returns the text."""
     plots = [_plot_alpha(results, workdir), _plot_diagnostics(results, workdir)]
     seeds = len(next(iter(results["arms"].values())))
     text = "\n\n".join(

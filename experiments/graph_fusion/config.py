@@ -1,7 +1,7 @@
 """What a run of `experiments.graph_fusion` is given, and its presets."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 from logitjax.commands.cli import field
 from logitjax.distillation import objectives
@@ -23,7 +23,7 @@ class Config:
     data: str = field(
         "tfds:wiki_summaries", "Text to train on: tfds:NAME, text:PATH or jsonl:PATH."
     )
-    on_error: str = field(
+    on_error: Literal["raise", "skip"] = field(
         "raise", "Whether a malformed row stops the run or is left out.", choices=("raise", "skip")
     )
     loss: tuple[str, ...] = field(("sft", "kl", "uld", "uld+gld"), "Arm to train")

@@ -26,6 +26,7 @@ from logitjax.training._state import TrainState as TrainState
 from logitjax.training._state import abstract_train_state as abstract_train_state
 from logitjax.training._state import create_train_state as create_train_state
 from logitjax.training._step import LossFn as LossFn
+from logitjax.training._step import StepOutput as StepOutput
 from logitjax.training._step import TrainStep as TrainStep
 from logitjax.training._step import evaluate as evaluate
 from logitjax.training._step import make_eval_step as make_eval_step

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 
 import chex
 import jax
@@ -14,7 +15,9 @@ from experiments.dual_head import __main__ as dual_head
 from experiments.dual_head import arms as dual_head_arms
 from experiments.dual_head import data as dual_head_data
 from experiments.dual_head import diagnostics, report
+from experiments.dual_head import run as dual_head_run
 from experiments.dual_head import train as dual_head_train
+from experiments.dual_head.score import Scorer
 from experiments.shared.report import paired
 from logitjax import training
 
@@ -38,33 +41,34 @@ TINY = dual_head.Config(
 )
 
 
-def never(epoch: int) -> bool:
-    return False
+def make_trainer(placed, name: str, alphas=(0.01, 0.1), **changes) -> dual_head_train.Trainer:
+    """A student of an untrained teacher."""
+    config, arms = dataclasses.replace(TINY, **changes), dual_head_arms.arms(TINY)
+    course = dual_head_train.Course(network="mlp-16", epochs=2, learning_rate=0.02, alphas=(0.0,))
+    teaching = dual_head_train.Trainer(config, placed, arms["ce"], course)
+    teacher = dual_head_run.make_teacher(teaching, teaching.initial(9).params, placed)
+    course = dataclasses.replace(course, network="mlp-8", alphas=alphas)
+    return dual_head_train.Trainer(config, placed, arms[name], course, teacher=teacher)
 
 
-def make_trainer(task, mesh, name: str, alphas=(0.01, 0.1)) -> dual_head_train.Trainer:
-    resident = dual_head_train.resident(task, mesh)
-    options = {"epochs": 2, "learning_rate": 0.02, "resident": resident, "mesh": mesh}
-    arms = dual_head_arms.arms(TINY)
-    teaching = dual_head_train.Trainer(
-        TINY, task, arms["ce"], network="mlp-16", alphas=(0.0,), teacher=None, **options
-    )
-    lanes = teaching.initial(jax.random.key(9))
-    return dual_head_train.Trainer(
-        TINY,
-        task,
-        arms[name],
-        network="mlp-8",
-        alphas=alphas,
-        teacher=dual_head_train.Teacher(teaching, lanes, task),
-        **options,
-    )
+def train_epoch(trainer, number=0, state=None):
+    """The state after an epoch, and the mean loss of every lane."""
+    state = trainer.initial(0) if state is None else state
+    state, output = trainer.train_epoch(state, trainer.batch(number, seed=0))
+    lanes = range(len(trainer.course.alphas))
+    return state, np.array([output.metrics[f"loss/{lane}"][0] for lane in lanes])
+
+
+@pytest.fixture
+def placed(tmp_path):
+    task = dual_head_data.load_task(TINY, epath.Path(tmp_path))
+    return dual_head_data.place(task, training.make_mesh("data:8"))
 
 
 @pytest.mark.slow
 def test_a_run_reports_every_arm_and_is_not_repeated(tmp_path):
     workdir = epath.Path(tmp_path)
-    results = dual_head.train_all(TINY, workdir, never)
+    results = dual_head_run.train_all(TINY, workdir)
     assert sorted(results["arms"]) == sorted(TINY.arm)
     text = report.write(TINY, results, workdir)
     assert "dual_mlp_aligned against tuned single" in text
@@ -75,54 +79,51 @@ def test_a_run_reports_every_arm_and_is_not_repeated(tmp_path):
     path = workdir / "arms" / "single" / "seed-1" / "result.json"
     record = json.loads(path.read_text())
     path.write_text(json.dumps(record | {"test": [0.5, 0.25]}))
-    again = dual_head.train_all(TINY, workdir, never)
+    again = dual_head_run.train_all(TINY, workdir)
     assert again["arms"]["single"][1]["test"] == [0.5, 0.25]
 
 
-def test_a_stopped_run_continues_bit_for_bit(tmp_path):
-    task = dual_head_data.load_task(TINY, epath.Path(tmp_path))
-    trainer = make_trainer(task, training.make_mesh("data:8"), "dual_mlp_aligned")
-    options = {"seed": 3, "diagnose": False}
-    whole, record = trainer.fit(epath.Path(tmp_path) / "a", told_to_stop=never, **options)
-    halted = epath.Path(tmp_path) / "b"
+def test_a_stopped_run_continues_bit_for_bit(placed, tmp_path, monkeypatch):
+    trainer = make_trainer(placed, "dual_mlp_aligned")
+    scorer = Scorer(trainer)
+    lanes, record = dual_head_run.fit(scorer, epath.Path(tmp_path) / "a", seed=3)
+    batch, halted = trainer.batch, epath.Path(tmp_path) / "b"
+
+    def interrupted(number, *, seed):
+        signal.raise_signal(signal.SIGTERM)
+        return batch(number, seed=seed)
+
+    monkeypatch.setattr(trainer, "batch", interrupted)
     with pytest.raises(training.Preempted):
-        trainer.fit(halted, told_to_stop=lambda epoch: epoch == 1, **options)
-    resumed, again = trainer.fit(halted, told_to_stop=never, **options)
-    chex.assert_trees_all_equal(resumed, whole)
+        dual_head_run.fit(scorer, halted, seed=3)
+    monkeypatch.undo()
+    resumed, again = dual_head_run.fit(scorer, halted, seed=3)
+    chex.assert_trees_all_equal(resumed, lanes)
     assert again == record
+    assert [len(line["loss"]) for line in record["curves"]] == [2, 2]
 
 
-def test_lanes_are_independent_and_alpha_stops(tmp_path):
-    task = dual_head_data.load_task(TINY, epath.Path(tmp_path))
-    mesh = training.make_mesh("data:8")
-    both = make_trainer(task, mesh, "single")
-    alone = make_trainer(task, mesh, "single", alphas=(0.1,))
-    off = make_trainer(task, mesh, "single", alphas=(0.0,))
-    off.config = both.config
-    trained = {}
-    for name, trainer in (("both", both), ("alone", alone), ("off", off)):
-        lanes, _ = trainer.train_epoch(trainer.initial(jax.random.key(0)), 0, seed=0)
-        trained[name] = jax.tree.leaves(lanes["params"])
-    for pair, one in zip(trained["both"], trained["alone"]):
-        np.testing.assert_allclose(pair[1], one[0], rtol=1e-4, atol=1e-6)
-    both.config = dataclasses.replace(TINY, stop_epoch=1)
-    lanes, _ = both.train_epoch(both.initial(jax.random.key(0)), 1, seed=0)
-    plain, _ = off.train_epoch(off.initial(jax.random.key(0)), 1, seed=0)
-    for pair, one in zip(jax.tree.leaves(lanes["params"]), jax.tree.leaves(plain["params"])):
-        np.testing.assert_allclose(pair[0], one[0], rtol=1e-4, atol=1e-6)
+def test_lanes_are_independent_and_alpha_stops(placed):
+    both = make_trainer(placed, "single")
+    alone = make_trainer(placed, "single", alphas=(0.1,))
+    off = make_trainer(placed, "single", alphas=(0.0,))
+    trained = [train_epoch(trainer)[0].params["params"] for trainer in (both, alone)]
+    second = jax.tree.map(lambda x: x[1:], trained[0])
+    chex.assert_trees_all_close(second, trained[1], rtol=1e-4, atol=1e-6)
+    stopped = make_trainer(placed, "single", stop_epoch=1)
+    lanes, plain = (train_epoch(trainer, 1)[0].params["params"] for trainer in (stopped, off))
+    first = jax.tree.map(lambda x: x[:1], lanes)
+    chex.assert_trees_all_close(first, plain, rtol=1e-4, atol=1e-6)
 
 
-def test_data_that_comes_in_pieces_trains_the_same(tmp_path, monkeypatch):
-    task = dual_head_data.load_task(TINY, epath.Path(tmp_path))
-    mesh = training.make_mesh("data:8")
+def test_data_that_comes_in_pieces_trains_the_same(placed):
+    assert not dual_head_data.fits_on_device(placed.task, device_bytes=0)
     trained = []
-    for limit, steps in ((1 << 30, 256), (0, 2)):
-        monkeypatch.setattr(dual_head_train, "_DEVICE_BYTES", limit)
-        monkeypatch.setattr(dual_head_train, "_CHUNK_STEPS", steps)
-        trainer = make_trainer(task, mesh, "dual_linear")
-        assert (trainer.resident is None) == (limit == 0)
-        lanes, loss = trainer.train_epoch(trainer.initial(jax.random.key(0)), 0, seed=0)
-        trained.append((lanes["params"], jnp.asarray(loss)))
+    for held in (placed, dataclasses.replace(placed, arrays=None, chunk_steps=2)):
+        trainer = make_trainer(held, "dual_linear")
+        assert trainer.teacher.precomputed == (held.arrays is not None)
+        state, loss = train_epoch(trainer)
+        trained.append((state.params["params"], loss))
     chex.assert_trees_all_close(*trained, rtol=1e-4, atol=1e-6)
 
 
@@ -186,17 +187,13 @@ def test_alpha_is_chosen_on_validation_and_losses_are_reported_as_such():
     assert (gain, p) == (0.0, 1.0)
 
 
-def test_mistakes_in_the_configuration_are_named(tmp_path):
+def test_mistakes_in_the_configuration_are_named(placed):
     with pytest.raises(ValueError, match="dual_deep"):
         dual_head.Config(arm=("dual_deep",))
     with pytest.raises(ValueError, match="epochs"):
         dual_head.Config(epochs=0)
-    task = dual_head_data.load_task(TINY, epath.Path(tmp_path))
-    config = dataclasses.replace(TINY, batch_size=97)
-    options = {"epochs": 1, "learning_rate": 0.1, "alphas": (0.0,), "teacher": None}
-    options |= {"network": "mlp-4", "resident": None, "mesh": training.make_mesh("data:8")}
     with pytest.raises(ValueError, match="batch_size"):
-        dual_head_train.Trainer(config, task, dual_head_arms.arms(config)["ce"], **options)
+        make_trainer(placed, "ce", batch_size=97)
     for name, preset in dual_head.PRESETS.items():
         assert dual_head.Config(**preset), name
 
@@ -212,18 +209,9 @@ def tiny_pictures() -> dual_head_data.Task:
 
 def make_resnet(config, task, *, devices, alphas=(0.0,)) -> dual_head_train.Trainer:
     mesh = training.make_mesh(f"data:{devices}", devices=jax.devices()[:devices])
-    trainer = dual_head_train.Trainer(
-        config,
-        task,
-        dual_head_arms.arms(config)["ce"],
-        network="resnet8",
-        epochs=2,
-        learning_rate=0.05,
-        alphas=alphas,
-        teacher=None,
-        resident=dual_head_train.resident(task, mesh),
-        mesh=mesh,
-    )
+    course = dual_head_train.Course(network="resnet8", epochs=2, learning_rate=0.05, alphas=alphas)
+    placed, arm = dual_head_data.place(task, mesh), dual_head_arms.arms(config)["ce"]
+    trainer = dual_head_train.Trainer(config, placed, arm, course)
     assert trainer.stepwise
     return trainer
 
@@ -231,38 +219,36 @@ def make_resnet(config, task, *, devices, alphas=(0.0,)) -> dual_head_train.Trai
 def test_steps_by_the_host_equal_a_scanned_epoch():
     config = dataclasses.replace(TINY, batch_size=8)
     trainer = make_resnet(config, tiny_pictures(), devices=1, alphas=(0.0, 0.5))
-    part = trainer.task.train
-    key = jax.random.key(1)
-    order = np.arange(24).reshape(3, 8)
-    arguments = (*trainer.resident, None, jnp.asarray(order), key, 1.0)
-    scanned = jax.jit(trainer._epoch)
+    given = dual_head_train.Given(*trainer.placed.arrays, None, jax.random.key(1), 1.0)
+    order = jnp.arange(24).reshape(3, 8)
     apart = []
     for seed in range(3):
-        start = trainer.initial(jax.random.key(seed, impl=trainer.generator))
-        by_scan, loss = scanned(start, *arguments)
-        by_host, host_loss = trainer.epoch(start, *arguments)
+        by_host, host_loss = trainer.step_by_step(trainer.initial(seed), given, order)
+        by_scan, loss = trainer.epoch(trainer.initial(seed), given, order)
         np.testing.assert_allclose(host_loss, loss, rtol=1e-3)
+        by_host, by_scan = ((one.params, one.opt_state) for one in (by_host, by_scan))
         pairs = zip(jax.tree.leaves(by_host), jax.tree.leaves(by_scan), strict=True)
         apart.append(max(float(abs(one - other).max()) for one, other in pairs))
     # A rounding that differs (1e-6 does, in one beginning of ten) may carry a rectifier over zero,
     # which moves gradients of a batch of 8 by a tenth: one of the three may.
     assert np.median(apart) < 1e-4, apart
-    batches = (part.inputs[None], part.labels[None])
-    counted = jax.jit(trainer._accuracy)(by_host, *batches)
-    np.testing.assert_array_equal(trainer.accuracy(by_host, *batches), counted)
+    counted = Scorer(trainer).accuracy(by_host[0], trainer.placed.task.test)
+    trainer.stepwise = False
+    counted_by_scan = Scorer(trainer).accuracy(by_host[0], trainer.placed.task.test)
+    np.testing.assert_array_equal(counted, counted_by_scan)
 
 
 def train_in_float64(trainer, epochs):
     """The weights, and the mean losses of the epochs."""
-    lanes = trainer.initial(jax.random.key(0, impl=trainer.generator))
-    lanes = jax.tree.map(
-        lambda x: x.astype(float) if jnp.issubdtype(x.dtype, jnp.floating) else x, lanes
+    state = jax.tree.map(
+        lambda x: x.astype(float) if jnp.issubdtype(x.dtype, jnp.floating) else x,
+        trainer.initial(0),
     )
     losses = []
     for epoch in range(epochs):
-        lanes, loss = trainer.train_epoch(lanes, epoch, seed=0)
-        losses.append(np.asarray(loss))
-    return lanes["params"], np.array(losses)
+        state, loss = train_epoch(trainer, epoch, state)
+        losses.append(loss)
+    return state.params["params"], np.array(losses)
 
 
 # In float32 some gradients may differ by percents: where an input of a rectifier is within rounding

@@ -1,0 +1,172 @@
+"""The runs of the dual-head experiment: a teacher, then every arm with every seed."""
+
+import dataclasses
+import functools
+import json
+import logging as python_logging
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from etils import epath
+from flax import nnx
+
+from experiments.dual_head.arms import Arm, arms
+from experiments.dual_head.config import Config
+from experiments.dual_head.data import Placed, load_task, place
+from experiments.dual_head.score import Scorer
+from experiments.dual_head.train import Course, Teacher, Trainer, by_lane
+from experiments.shared.records import Record, kept
+from logitjax import processes, training, vision
+
+
+def train_all(config: Config, workdir: epath.Path) -> dict[str, Any]:
+    """The teacher's record, and those of every arm by seed."""
+    mesh, known = training.make_mesh(config.mesh), arms(config)
+    placed = place(load_task(config, workdir), mesh)
+    taught = placed
+    if config.teacher_examples:
+        other = dataclasses.replace(config, train_examples=config.teacher_examples)
+        taught = place(load_task(other, workdir), mesh)
+    teaching = Scorer(Trainer(config, taught, known["ce"], Course.of_teacher(config)))
+    if config.teacher_weights:
+        lanes, record = _load(teaching, config.teacher_weights)
+    else:
+        lanes, record = fit(teaching, workdir / "teacher", seed=0)
+    processes.write_json(workdir / "teacher" / "result.json", record)
+    teacher = make_teacher(teaching.trainer, lanes, placed)
+    logging.info("teacher %s: test accuracy %.4f", config.teacher, record["test"][0])
+    results: dict[str, Any] = {"teacher": record, "arms": {}}
+    for name in config.arm:
+        arm = known[name]
+        # One compilation for all seeds; none where all are on disk.
+        scorer = functools.cache(functools.partial(_student, config, placed, arm, teacher))
+        for seed in range(config.seeds):
+            directory = workdir / "arms" / name / f"seed-{seed}"
+            train = functools.partial(_fit_arm, scorer, directory, seed)
+            record = kept(directory / "result.json", train)
+            processes.remove_directory(directory / "checkpoints")
+            best = int(np.argmax(record["validation"]))
+            logging.info(
+                "%s, seed %d: validation %.4f at alpha %g, test %.4f",
+                name,
+                seed,
+                record["validation"][best],
+                record["alphas"][best],
+                record["test"][best],
+            )
+            results["arms"].setdefault(name, []).append(record)
+    return results
+
+
+def _student(config: Config, placed: Placed, arm: Arm, teacher: Teacher) -> Scorer:
+    taught_by = teacher if arm.logit_loss is not None else None
+    course = Course.of_student(config, arm)
+    return Scorer(Trainer(config, placed, arm, course, teacher=taught_by))
+
+
+def _fit_arm(scorer: Callable[[], Scorer], directory: epath.Path, seed: int) -> Record:
+    return fit(scorer(), directory, seed=seed, diagnose=seed == 0)[1]
+
+
+def fit(
+    scorer: Scorer, directory: epath.Path, *, seed: int, diagnose: bool = False
+) -> tuple[Any, Record]:
+    """Trains the scorer's networks to the end, from the newest checkpoint, and scores.
+
+    Returns:
+        The variables of every lane, and a record: accuracies by lane, curves by epoch.
+    """
+    trainer = scorer.trainer
+    course, task = trainer.course, trainer.placed.task
+    level = python_logging.DEBUG if trainer.dense else python_logging.INFO
+
+    def scores(state: training.TrainState, epoch: int) -> dict[str, float]:
+        accuracy = scorer.accuracy(state.params, task.validation).tolist()
+        line = {"validation": accuracy}
+        if diagnose and (epoch - 1) % trainer.config.diagnose_every == 0:
+            line |= scorer.measure(state.params)
+        best = int(np.argmax(accuracy))
+        logging.log(
+            level,
+            "%s epoch %d of %d: validation %.4g at alpha %g",
+            directory.parent.name,
+            epoch,
+            course.epochs,
+            accuracy[best],
+            course.alphas[best],
+        )
+        lanes = (by_lane(name, values) for name, values in line.items())
+        return {name: value for one in lanes for name, value in one.items()}
+
+    path = directory / "metrics.jsonl"
+    with training.Checkpointer(directory / "checkpoints", max_to_keep=1) as checkpointer:
+        state = training.train_loop(
+            trainer.initial(seed),
+            trainer.train_epoch,
+            functools.partial(trainer.batch, seed=seed),
+            total_steps=course.epochs,
+            checkpointer=checkpointer,
+            eval_fn=scores,
+            writer=training.make_writer(directory, log=False),
+            options=training.LoopOptions(
+                checkpoint_every=trainer.config.checkpoint_every, log_every=1, eval_every=1
+            ),
+        )
+    curves = processes.broadcast_from_first(lambda: _curves(path, len(course.alphas)))
+    return state.params, {
+        "alphas": list(course.alphas),
+        "validation": curves[-1]["validation"],
+        "test": scorer.accuracy(state.params, task.test).tolist(),
+        "curves": curves,
+    }
+
+
+def make_teacher(trainer: Trainer, lanes: Any, pupils: Placed) -> Teacher:
+    """The trained network as the teacher of another task's students."""
+    weights = tuple(jax.tree.map(lambda x: x[0], (lanes["params"], lanes["stats"])))
+    teacher = Teacher(graphdef=trainer.graphdef, argument=weights, precomputed=False)
+    # Rows that come in pieces have no fixed numbers to look logits up by.
+    if trainer.config.augment != "none" or pupils.arrays is None:
+        return teacher
+    inputs = pupils.task.train.inputs
+    ask = jax.jit(lambda weights, x: teacher.logits(weights, trainer.prepare(x, None)))
+    rows = [ask(weights, inputs[i : i + 500]) for i in range(0, len(inputs), 500)]
+    logits = jax.device_put(jnp.concatenate(rows), pupils.replicated)
+    return dataclasses.replace(teacher, argument=logits, precomputed=True)
+
+
+def _load(scorer: Scorer, path: str) -> tuple[Any, Record]:
+    """The variables of a torch checkpoint, and their scores."""
+    trainer = scorer.trainer
+    model = trainer.make(key=jax.random.key(0))
+    vision.load_torch_weights(model, path)
+    _, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+    variables = jax.tree.map(lambda x: x[None], {"params": params, "stats": stats})
+    lanes = jax.device_put(variables, trainer.placed.replicated)
+    parts = {"validation": trainer.placed.task.validation, "test": trainer.placed.task.test}
+    scores = {name: scorer.accuracy(lanes, part).tolist() for name, part in parts.items()}
+    return lanes, {"alphas": [0.0], "curves": [], **scores}
+
+
+def _curves(path: epath.Path, lanes: int) -> list[dict[str, list[float]]]:
+    """What `fit` has written, a dictionary an epoch with a value of every lane under each name."""
+    epochs: dict[int, dict[str, float]] = {}
+    for text in path.read_text().splitlines():
+        line = json.loads(text)
+        epochs.setdefault(line.pop("step"), {}).update(line)
+    # JSON has no nan; a writer leaves null.
+    return [
+        {
+            name.removeprefix("eval/").removesuffix("/0"): [
+                float("nan") if line[f"{name[:-1]}{lane}"] is None else line[f"{name[:-1]}{lane}"]
+                for lane in range(lanes)
+            ]
+            for name in line
+            if name.endswith("/0")
+        }
+        for _, line in sorted(epochs.items())
+    ]

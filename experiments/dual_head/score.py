@@ -1,0 +1,88 @@
+"""What trained networks score, and how near their features are to collapse."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from experiments.dual_head import diagnostics
+from experiments.dual_head.arms import outputs
+from experiments.dual_head.data import Part
+from experiments.dual_head.train import Trainer
+
+# Rows that the collapse measures look at.
+_MEASURED = 1000
+
+
+class Scorer:
+    """The compiled scores of a trainer's networks, given the variables of every lane."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+        self._one_count = jax.jit(self._count)
+        self._count_all = jax.jit(self._counts)
+        self._measure = jax.jit(self._measures)
+
+    def accuracy(self, lanes: Any, part: Part) -> np.ndarray:
+        """`[lanes]` shares of right answers."""
+        right = np.zeros(len(self.trainer.course.alphas))
+        for inputs, labels in _batches(part, 500):
+            if self.trainer.stepwise:
+                batches = list(zip(inputs, labels, strict=True))
+                apart = self.trainer.apart(lanes)
+                right += [sum(self._one_count(lane, *xy) for xy in batches) for lane in apart]
+            else:
+                right += np.asarray(self._count_all(lanes, inputs, labels))
+        return right / len(part)
+
+    def measure(self, lanes: Any) -> dict[str, list[float]]:
+        """The collapse measures of every lane on the first rows of a fixed order."""
+        train = self.trainer.placed.task.train
+        rows = np.sort(np.random.default_rng(0).permutation(len(train))[:_MEASURED])
+        teacher = None if self.trainer.teacher is None else self.trainer.teacher.argument
+        seen = (train.inputs[rows], train.labels[rows], teacher, rows)
+        measured = [self._measure(lane, *seen) for lane in self.trainer.apart(lanes)]
+        return {f"nc/{name}": [float(one[name]) for one in measured] for name in measured[0]}
+
+    def _measures(self, lane: Any, inputs: Any, labels: Any, teacher: Any, rows: Any) -> Any:
+        x = self.trainer.prepare(inputs, None)
+        target = None if self.trainer.teacher is None else self.trainer.teacher.of(teacher, x, rows)
+        model = nnx.merge(self.trainer.graphdef, lane["params"], lane["stats"], copy=True)
+        features, logits, _ = outputs(model, x, train=False)
+        kernel, classes = diagnostics.head_kernel(model), self.trainer.placed.task.num_classes
+        measured = diagnostics.geometry(features, labels, logits, kernel, classes)
+        if self.trainer.arm.logit_loss is None:
+            return measured
+
+        def losses(params: Any) -> Any:
+            given = (x, labels, target, lane["alpha"])
+            return self.trainer.loss_fn(params, lane["stats"], *given, train=False)[0]
+
+        return measured | diagnostics.compare_gradients(losses, lane["params"])
+
+    def _count(self, variables: Any, x: Any, y: Any) -> Any:
+        model = nnx.merge(self.trainer.graphdef, variables["params"], variables["stats"], copy=True)
+        logits = model(self.trainer.prepare(x, None))
+        return (logits.argmax(-1) == y).sum()
+
+    def _counts(self, lanes: Any, inputs: Any, labels: Any) -> Any:
+        """Right answers in `[batches, batch]` rows, whose padding has the label -1."""
+
+        def lane_count(lane: Any) -> Any:
+            return jax.lax.map(lambda xy: self._count(lane, *xy), (inputs, labels)).sum()
+
+        return self.trainer.over_lanes(lane_count, lanes)
+
+
+def _batches(part: Part, size: int) -> Iterator[tuple[Any, Any]]:
+    """Pieces of `[batches, size]` rows; the last is padded with the label -1."""
+    many = max(1, min(-(-len(part) // size), (256 << 20) // max(1, part.inputs[:1].nbytes * size)))
+    for start in range(0, len(part), many * size):
+        x = np.asarray(part.inputs[start : start + many * size])
+        y = part.labels[start : start + many * size]
+        missing = many * size - len(y)
+        x = np.concatenate([x, np.zeros((missing, *x.shape[1:]), x.dtype)])
+        y = np.concatenate([y, np.full(missing, -1, y.dtype)])
+        yield x.reshape(many, size, *x.shape[1:]), y.reshape(many, size)
