@@ -40,6 +40,7 @@ def _everything(x, w, y, weights, tx, tw, teacher, axis_name=None):
     total = losses.linear_cross_entropy(x, w, y, label_smoothing=0.1, z_loss=0.01, **options)
     total += losses.linear_kl_divergence(x, w, tx, tw, direction="reverse", **options)
     total += losses.linear_generalized_jensen_shannon(x, w, tx, tw, **options)
+    total += losses.linear_total_variation(x, w, tx, tw, **options)
     readout = losses.linear_readout(x, w, labels=y, ids=teacher.indices, top_k=5, **options)
     s = readout.statistics
     total += losses.sparse_kl_divergence(readout.gathered_top_k(teacher.indices), teacher)

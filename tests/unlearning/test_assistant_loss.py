@@ -1,5 +1,6 @@
 """The assistant learns what to forget and nothing else; the target under it stays as it is."""
 
+import dataclasses
 import functools
 import os
 import subprocess
@@ -38,9 +39,10 @@ BATCH = {"forget": FORGET, "retain": RETAIN}
 
 
 @functools.cache
-def target():
+def target(soft_cap=None):
     """With larger weights than at initialisation, so that it has opinions."""
-    model = Decoder(CONFIG, rngs=nnx.Rngs(0), layout="listed")
+    config = dataclasses.replace(CONFIG, logits_softcap=soft_cap)
+    model = Decoder(config, rngs=nnx.Rngs(0), layout="listed")
     graphdef, state = nnx.split(model)
     state = jax.tree.map(lambda leaf: 20 * leaf if leaf.ndim > 1 else leaf, state)
     return nnx.merge(graphdef, state)
@@ -118,6 +120,54 @@ def test_loss_is_that_of_logits(uniform):
     np.testing.assert_allclose(parts["forget"][0], forget, rtol=1e-4)
     np.testing.assert_allclose(parts["retain"][0], retain, rtol=1e-4)
     np.testing.assert_allclose(loss, forget + 5.0 * retain, rtol=1e-4)
+
+
+def test_a_soft_capped_model_is_unlearned_by_its_capped_logits():
+    model = target(2.0)
+    assistant = init_assistant(model, 2, rank=4, key=jax.random.key(0))
+    # Not as they begin, where half of the adapters has no gradient.
+    keys = iter(jax.random.split(jax.random.key(1), 100))
+    lora = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(next(keys), x.shape), assistant.lora)
+    loss_fn, constants = unlearning.make_assistant_loss(assistant.base, retain_weight=5.0)
+
+    def blocked(lora):
+        return loss_fn(lora, BATCH, None, constants)[0]
+
+    def dense(lora):
+        def logits_of(rows):
+            hidden, _ = assistant.base.hidden_states(jnp.asarray(rows["tokens"]), lora=lora)
+            return assistant.base.logits(hidden)[:, :-1]
+
+        return unlearning.unlearning_objective(
+            losses.cross_entropy(logits_of(FORGET), FORGET["tokens"][:, 1:]),
+            unlearning.uniform_kl(logits_of(RETAIN)),
+            retain_weight=5.0,
+            forget_where=FORGET["mask"][:, 1:],
+            retain_where=RETAIN["mask"][:, 1:],
+        )[0]
+
+    got, want = (jax.jit(jax.value_and_grad(f))(lora) for f in (blocked, dense))
+    chex.assert_trees_all_close(got, want, rtol=1e-3, atol=1e-5)
+
+    graphdef, params = nnx.split(model)
+    tokens, labels = jnp.asarray(FORGET["tokens"]), jnp.asarray(FORGET["tokens"][:, 1:])
+
+    def undial(params, linear):
+        student, before = nnx.merge(graphdef, params), model
+        here, there = (m.hidden_states(tokens)[0][:, :-1] for m in (student, before))
+        if linear:
+            loss = unlearning.linear_undial(
+                here, student.head_of(), 0.5 * there, before.head_of(), labels
+            )
+            return (loss + unlearning.linear_uniform_kl(here, student.head_of())).sum()
+        logits, reference = student.logits(here), before.logits(0.5 * there)
+        loss = unlearning.undial(logits, reference, labels)
+        return (loss + unlearning.uniform_kl(logits)).sum()
+
+    run = jax.jit(jax.value_and_grad(undial), static_argnums=1)
+    chex.assert_trees_all_close(run(params, True), run(params, False), rtol=1e-3, atol=1e-4)
+    # The cap is felt: without it the loss is another.
+    assert abs(model.logits(model.hidden_states(tokens)[0])).max() > 1.5
 
 
 @pytest.mark.slow
