@@ -68,6 +68,7 @@ class Result:
 def temp_bytes(function: Callable[..., Any], *arguments: Any) -> int:
     """Bytes of scratch memory XLA plans for ``jit(function)(*arguments)``."""
     analysis = jax.jit(function).lower(*arguments).compile().memory_analysis()
+    assert analysis is not None
     return int(analysis.temp_size_in_bytes)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
@@ -48,7 +49,7 @@ def _complete(workdir: Path) -> list[int]:
 def _final(workdir: Path, steps: int) -> list[bytes]:
     tree = ocp.PyTreeCheckpointer().restore(workdir / "checkpoints" / str(steps) / "state")
     leaves = jax.tree.leaves(tree)
-    keys = [jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in leaves]
+    keys = [jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in leaves]
     return [
         np.asarray(jax.random.key_data(leaf) if key else leaf).tobytes()
         for leaf, key in zip(leaves, keys, strict=True)

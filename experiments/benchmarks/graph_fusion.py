@@ -41,7 +41,7 @@ def run(options: _suite.Options) -> _suite.Result:
     statistics = jax.jit(lambda x: losses.graph_statistics(x, 10))(teacher)
     config = distillation.GraphFusionConfig()
 
-    def dense(objective: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
+    def dense(objective: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
         def loss(params: Any, given: Any) -> Any:
             model = nnx.merge(apply_fn.graphdef, params)
             hidden, _ = model.hidden_states(tokens)

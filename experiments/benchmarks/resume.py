@@ -6,8 +6,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -38,9 +40,7 @@ def _logged_steps(workdir: Path) -> int:
 def _final(workdir: Path, steps: int) -> list[np.ndarray]:
     directory = workdir / _ARM / "checkpoints" / str(steps) / "state"
     tree = ocp.PyTreeCheckpointer().restore(directory.resolve())
-    keys = [
-        jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in jax.tree.leaves(tree)
-    ]
+    keys = [jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in jax.tree.leaves(tree)]
     leaves = zip(jax.tree.leaves(tree), keys, strict=True)
     return [np.asarray(jax.random.key_data(leaf) if key else leaf) for leaf, key in leaves]
 
@@ -50,7 +50,7 @@ def run(options: _suite.Options) -> _suite.Result:
     steps = 12 if options.smoke else 60
     kills = 1 if options.smoke else 3
     options.directory.mkdir(parents=True, exist_ok=True)
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     peaceful = options.directory / f"peace-{time.time_ns()}"
     subprocess.run(_command(peaceful, steps), check=True, **quiet)
     expected = _final(peaceful, steps)

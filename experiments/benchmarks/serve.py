@@ -154,7 +154,7 @@ def _fuzz(address: str, process: subprocess.Popen, count: int) -> dict[str, Any]
             max_examples=count // 2,
             deadline=None,
             database=None,
-            suppress_health_check=list(hypothesis.HealthCheck),
+            suppress_health_check=list(hypothesis.HealthCheck),  # pyright: ignore[reportArgumentType]
         )
         def fuzz(case: Any) -> None:
             codes[case.call(timeout=60).status_code] += 1

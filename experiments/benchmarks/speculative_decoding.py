@@ -125,10 +125,10 @@ def _rows(
             length, lambda n=length: speculate(drafts=DraftControl(speculation, length=n))
         )
         calls["verify", length] = _verify(ensemble, batch, length + 1)
-    seconds = timing.paired_seconds(calls, repeats=options.repeats)
+    seconds: dict[Any, Any] = timing.paired_seconds(calls, repeats=options.repeats)
     # The control's first calls are its compilations and first looks: it settles before it is timed.
     adaptive = remember("adaptive", lambda: speculate(drafts=control))
-    settled = timing.paired_seconds(
+    settled: dict[Any, Any] = timing.paired_seconds(
         {"plain": plain, "adaptive": adaptive}, repeats=2 * options.repeats, warmup=2
     )
     rows = []
@@ -148,7 +148,7 @@ def _rows(
         if name != "adaptive":
             draft = np.array(seconds["draft"]) / new
             verify = np.array(seconds["verify", name]) / _PASSES
-            expected = np.array(seconds["one"]) + rounds * (name * draft + verify)
+            expected = np.array(seconds["one"]) + rounds * (int(name) * draft + verify)
             row |= {
                 "predicted": timing.paired_ratio(seconds["plain"], expected.tolist()),
                 "of predicted": timing.paired_ratio(expected.tolist(), seconds[name]),

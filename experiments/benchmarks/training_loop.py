@@ -17,7 +17,7 @@ from experiments.benchmarks import _suite
 from experiments.graph_fusion import __main__ as graph_fusion
 from experiments.graph_fusion import train
 from experiments.shared import timing
-from logitjax import training
+from logitjax import models, training
 
 
 def _seconds(function: Any, *arguments: Any) -> float:
@@ -36,41 +36,52 @@ def run(options: _suite.Options) -> _suite.Result:
     workdir = epath.Path(options.directory.resolve()) / f"run-{time.time_ns()}"
     session = train.open_session(config, workdir)
     settings = train.Settings("uld+gld", config.learning_rate[0], config.gld[0])
-    arm = train.prepare_arm(session, settings)
-    held = training.make_global_batch(session.mesh, arm.batches(0))
+    tx, step_of_arm = train.make_step(config, session.graphdef, session.mesh, settings)
+    packed = session.corpus.packed.splits["train"]
+
+    def batches(number: int) -> dict[str, Any]:
+        rows = packed.batch(number, seed=0, batch_size=config.batch_size)
+        return session.corpus.batch("train", rows, distil=True)
+
+    def start() -> training.TrainState:
+        return training.create_train_state(
+            session.params, tx, mesh=session.mesh, rules=models.DECODER_RULES, seed=0
+        )
+
+    held = training.make_global_batch(session.mesh, batches(0))
 
     def alone(state: Any) -> Any:
         for _ in range(steps):
-            state, _ = arm.step(state, held)
+            state, _ = step_of_arm(state, held)
         return state
 
     def loop(state: Any, name: str) -> Any:
         directory = workdir / name
         return training.train_loop(
             state,
-            arm.step,
-            arm.batches,
+            step_of_arm,
+            batches,
             total_steps=steps,
             workdir=directory,
             writer=training.make_writer(directory),
             options=training.LoopOptions(log_every=config.log_every, progress=False),
         )
 
-    alone(arm.start(0))
+    alone(start())
     bare, looped = [], []
     for number in range(options.repeats):
-        bare.append(_seconds(alone, arm.start(0)) / steps)
-        looped.append(_seconds(loop, arm.start(0), f"loop-{number}") / steps)
+        bare.append(_seconds(alone, start()) / steps)
+        looped.append(_seconds(loop, start(), f"loop-{number}") / steps)
     overhead = timing.paired_ratio(looped, bare) - 1
     step = statistics.median(bare)
 
-    pauses, beside, state = [], [], arm.start(0)
+    pauses, beside, state = [], [], start()
     with training.Checkpointer(workdir / "checkpoints", max_to_keep=1) as checkpointer:
         for number in range(options.repeats + 1):
-            state, _ = arm.step(state, held)
+            state, _ = step_of_arm(state, held)
             pauses.append(_seconds(checkpointer.save, number, state))
             begin = time.perf_counter()
-            state, _ = jax.block_until_ready(arm.step(state, held))
+            state, _ = jax.block_until_ready(step_of_arm(state, held))
             beside.append(time.perf_counter() - begin)
             checkpointer.wait()
     # The first save makes folders and compiles its checksums.
@@ -97,6 +108,6 @@ def run(options: _suite.Options) -> _suite.Result:
     bars = [
         _suite.Bar(name="input and bookkeeping of a step", value=overhead, limit=0.03),
         _suite.Bar(name="pause to save, of a step", value=pause / step, limit=0.05),
-        _suite.Bar(name="traces of the step", value=float(arm.step.traces), limit=1.0),
+        _suite.Bar(name="traces of the step", value=float(step_of_arm.traces), limit=1.0),
     ]
     return _suite.Result(rows=rows, bars=bars)

@@ -79,8 +79,9 @@ def _decoders(case: dict[str, Any], codes: int) -> dict[str, Callable[[jax.Array
     def full(h: jax.Array, rows: jax.Array) -> Any:
         return ops.top_k(heads.linear_logits(h, rows, vocab_axis=0), TOP)
 
-    def of_codes(h: jax.Array, weights: tuple[Any, ...]) -> Any:
-        return vq.vq_topk(h, *weights, TOP)
+    def of_codes(h: jax.Array, weights: tuple[jax.Array, Any]) -> Any:
+        codebook, tables = weights
+        return vq.vq_topk(h, codebook, tables, TOP)
 
     def shortlist(h: jax.Array, weights: tuple[Any, ...]) -> Any:
         codebook, pages, rows = weights

@@ -6,7 +6,7 @@ from typing import Any
 
 
 def format_value(value: Any) -> str:
-    """Four significant digits for numbers, ``-`` for what is missing."""
+    """Four significant digits for numbers, `-` for what is missing."""
     if value is None:
         return "-"
     if isinstance(value, bool) or not isinstance(value, int | float):

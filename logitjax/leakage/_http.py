@@ -20,14 +20,14 @@ class HttpOracle:
     """Asks a completion server, one token at a time, and counts.
 
     Args:
-      address: ``http://127.0.0.1:PORT``. Only loopback: audits are of servers one runs.
-      policy: what the server is known to do; ``top_k`` values are asked for.
-      api_key: of the server.
-      workers: requests under way at once.
-      budget: queries that may be asked; None for any number.
+        address: `http://127.0.0.1:PORT`. Only loopback: audits are of servers one runs.
+        policy: What the server is known to do; `top_k` values are asked for.
+        api_key: Key of the server.
+        workers: Number of requests under way at once.
+        budget: Number of queries that may be asked; None for any.
 
     Raises:
-      ValueError: an address that is not of this machine.
+        ValueError: The address is not of this machine.
     """
 
     def __init__(

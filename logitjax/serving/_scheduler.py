@@ -15,7 +15,7 @@ from logitjax.decoding import DecodeOptions, Emitted, Engine, Request
 
 
 class OverloadedError(RuntimeError):
-    """The queue is full; ``retry_after`` seconds may help."""
+    """The queue is full; `retry_after` seconds may help."""
 
     def __init__(self, retry_after: int):
         super().__init__("too many requests are waiting")
@@ -34,7 +34,7 @@ class Token:
 
 
 class Job:
-    """A request on its way: its tokens arrive in ``tokens``, None ends them early."""
+    """A request on its way: its tokens arrive in `tokens`, None ends them early."""
 
     def __init__(self, request: Request, loop: asyncio.AbstractEventLoop):
         self.request = request
@@ -59,13 +59,14 @@ class Scheduler:
     """Requests in, tokens out; many at a time over the slots of one engine.
 
     Args:
-      model: whatever `Engine` takes.
-      slots: requests decoded together.
-      max_length: tokens of a request, prompt included.
-      options: of the engine.
-      max_waiting: requests that may wait for a slot before others are refused.
-      chunk: decoding steps between looks at the queue.
-      report: what the API makes of log-probabilities before anybody sees them.
+        model: Whatever `Engine` takes.
+        slots: Number of requests decoded together.
+        max_length: Most tokens of a request, prompt included.
+        options: Options of the engine.
+        max_waiting: Number of requests that may wait for a slot before others are refused.
+        chunk: Decoding steps between looks at the queue.
+        report: What the API makes of log-probabilities before anybody sees them.
+        extra: A value of what requests carry for the engine's processors; None for nothing.
     """
 
     def __init__(
@@ -115,8 +116,8 @@ class Scheduler:
         """Queues all jobs of one HTTP request, or none.
 
         Raises:
-          OverloadedError: they would not fit into the queue.
-          RuntimeError: the engine has died.
+            OverloadedError: They would not fit into the queue.
+            RuntimeError: The engine has died.
         """
         with self._wake:
             if self.failed is not None:
