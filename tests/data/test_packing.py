@@ -209,9 +209,9 @@ def test_conversations_under_the_tokenizers_own_templates(tmp_path):
     assert batch["loss_mask"][0].nonzero()[0].tolist() == list(range(3, 9)) + list(range(10, 15))
     # A turn that is learnt from its first token on, which nothing comes before in its segment.
     reply = [{"messages": messages[1:]}, {"text": "plain"}]
-    batch = everything(pack(reply, {"b": Chatty()}, **arguments, overwrite=True))["b"]
+    again = arguments | {"directory": tmp_path / "reply"}
+    batch = everything(pack(reply, {"b": Chatty()}, **again))["b"]
     assert batch["loss_mask"][0].nonzero()[0].tolist() == [*range(1, 6), *range(7, 12)]
-    pack(examples, {"b": Chatty()}, **arguments, overwrite=True)
     Chatty.chat_template = "second"
     with pytest.raises(ValueError, match="encode_chat"):
         pack(examples, {"b": Chatty()}, **arguments)
