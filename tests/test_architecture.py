@@ -1,0 +1,201 @@
+"""What may import what: layers below rooms below commands, private names at home, no circles."""
+
+import ast
+import collections
+import pathlib
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+# From below. A package imports only what stands in a line before its own.
+LAYERS = (
+    {"storage"},
+    {"kernels", "processes"},
+    {"ops"},
+    {"transport", "fusion", "leakage", "losses"},
+    {"heads"},
+    {"models"},
+    {"vision"},
+    {"data"},
+    {"evaluation", "decoding", "training"},
+    # Rooms: one method each, and never one another.
+    {"distillation", "vq", "few_shot", "unlearning"},
+    {"serving", "integrations"},
+    {"commands"},
+    {"__main__"},
+)
+LEVEL = {package: level for level, packages in enumerate(LAYERS) for package in packages}
+
+# The command of the benchmarks is the door to their package, not a package beside it.
+DOORS = {"experiments.benchmark": "experiments.benchmarks"}
+
+
+def _modules(*folders: str) -> dict[str, pathlib.Path]:
+    found = {}
+    for folder in folders:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+MODULES = _modules("logitjax", "experiments")
+TREES = {name: ast.parse(path.read_text()) for name, path in _modules("tests").items()}
+TREES |= {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
+
+
+def _package(module: str) -> str:
+    return DOORS.get(module, ".".join(module.split(".")[:2]))
+
+
+def _imports(module: str, *, top_level: bool = False) -> list[tuple[int, str, str | None]]:
+    """(line, module, name) of everything that a module imports of this repository."""
+    tree = TREES[module]
+    found = []
+    for node in ast.iter_child_nodes(tree) if top_level else ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found += [(node.lineno, node.module, alias.name) for alias in node.names]
+        elif isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name, None) for alias in node.names]
+    return [one for one in found if one[1].split(".")[0] in ("logitjax", "experiments", "tests")]
+
+
+def _target(module: str, name: str | None) -> str:
+    """The file that an import reads: `from logitjax import ops` reads `logitjax.ops`."""
+    return f"{module}.{name}" if f"{module}.{name}" in MODULES else module
+
+
+def _is_private(name: str | None) -> bool:
+    return name is not None and name.startswith("_") and not name.endswith("__")
+
+
+def test_every_package_has_a_layer():
+    packages = {name.split(".")[1] for name in MODULES if name.startswith("logitjax.")}
+    assert packages <= set(LEVEL), packages - set(LEVEL)
+
+
+def test_arrows_point_down_only():
+    wrong = []
+    for module in MODULES:
+        if not module.startswith("logitjax."):
+            continue
+        mine = module.split(".")[1]
+        for line, source, name in _imports(module):
+            target = _target(source, name)
+            if not target.startswith("logitjax."):
+                wrong += [f"{module}:{line} {target}"] if target != "logitjax" else []
+                continue
+            theirs = target.split(".")[1]
+            if theirs != mine and LEVEL[theirs] >= LEVEL[mine]:
+                wrong.append(f"{module}:{line} {target}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_private_names_stay_in_their_package():
+    wrong = []
+    for module in MODULES:
+        bound = {}
+        for line, source, name in _imports(module):
+            bound[name or source] = _target(source, name)
+            if _package(source) == _package(module):
+                continue
+            if any(map(_is_private, [*source.split("."), name])):
+                wrong.append(f"{module}:{line} {source} {name or ''}")
+        for node in ast.walk(TREES[module]):
+            if (
+                isinstance(node, ast.Attribute)
+                and isinstance(node.value, ast.Name)
+                and _is_private(node.attr)
+                and bound.get(node.value.id) in MODULES
+                and _package(bound[node.value.id]) != _package(module)
+            ):
+                wrong.append(f"{module}:{node.lineno} {node.value.id}.{node.attr}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_files_import_in_no_circle():
+    # A package's __init__ reads all its files; what they import of it is its other files.
+    graph = {
+        module: {_target(source, name) for _, source, name in _imports(module, top_level=True)}
+        & (set(MODULES) - {module})
+        for module in MODULES
+        if MODULES[module].name != "__init__.py"
+    }
+    indegree = collections.Counter(target for targets in graph.values() for target in targets)
+    ready = [module for module in graph if not indegree[module]]
+    while ready:
+        for target in graph.pop(ready.pop(), ()):
+            indegree[target] -= 1
+            if target in graph and not indegree[target]:
+                ready.append(target)
+    assert not graph, f"in a circle, or read by one: {sorted(graph)}"
+
+
+def test_experiments_do_not_import_benchmarks():
+    for module in MODULES:
+        if module.startswith("experiments.") and _package(module) != "experiments.benchmarks":
+            said = [_target(source, name) for _, source, name in _imports(module)]
+            assert not [s for s in said if s.startswith("experiments.benchmark")], module
+
+
+def test_tests_of_the_library_import_no_experiment():
+    wrong = [
+        f"{module}:{line} {source}"
+        for module in TREES
+        if module.startswith("tests.") and not module.startswith("tests.experiments")
+        for line, source, name in _imports(module)
+        if source.split(".")[0] == "experiments"
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def _exports() -> dict[str, dict[str, str]]:
+    """By package, each public name and the module it is made in."""
+    exports = {
+        package: {
+            alias.name: node.module
+            for node in TREES[package].body
+            if isinstance(node, ast.ImportFrom) and node.module
+            for alias in node.names
+            if alias.asname == alias.name
+        }
+        for package, path in MODULES.items()
+        if package.startswith("logitjax.") and path.name == "__init__.py"
+    }
+    # What a package hands on is made where the other package has it from.
+    return {
+        package: {name: exports.get(source, {}).get(name, source) for name, source in names.items()}
+        for package, names in exports.items()
+    }
+
+
+def test_no_public_name_means_two_things():
+    homes = collections.defaultdict(set)
+    for names in _exports().values():
+        for name, source in names.items():
+            homes[name].add(source)
+    twice = {name: sorted(sources) for name, sources in homes.items() if len(sources) > 1}
+    assert not twice
+
+
+def test_public_functions_take_at_most_ten_parameters():
+    wide = []
+    for names in _exports().values():
+        for name, source in names.items():
+            nodes = [n for n in TREES.get(source, ast.Module([])).body if _named(n) == name]
+            wide += [f"{source}.{name}" for node in nodes if _parameters(node) > 10]
+    # Beyond ten the arguments are a value.
+    assert len(set(wide)) <= 3, sorted(set(wide))
+
+
+def _named(node: ast.AST) -> str | None:
+    return getattr(node, "name", None)
+
+
+def _parameters(node: ast.AST) -> int:
+    """Of a function; of a class those of its widest method."""
+    if isinstance(node, ast.ClassDef):
+        methods = [n for n in node.body if isinstance(n, ast.FunctionDef)]
+        return max([_parameters(n) - 1 for n in methods], default=0)
+    if not isinstance(node, ast.FunctionDef):
+        return 0
+    return sum(len(part) for part in (node.args.posonlyargs, node.args.args, node.args.kwonlyargs))
