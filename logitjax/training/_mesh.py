@@ -76,11 +76,20 @@ def make_mesh(spec: str = "data:-1,fsdp:1,tensor:1", devices: Any = None) -> Mes
 def make_partial_mesh(spec: str) -> Mesh:
     """As `make_mesh`, but a specification that fixes all its sizes takes only so many devices.
 
+    Raises:
+      ValueError: as `make_mesh`; or a process would have none of the devices.
+
     >>> make_partial_mesh("data:1").size
     1
     """
     sizes = [int(part.partition(":")[2]) for part in spec.split(",")]
     devices = jax.devices() if -1 in sizes else jax.devices()[: math.prod(sizes)]
+    without = set(range(jax.process_count())) - {device.process_index for device in devices}
+    if without:
+        raise ValueError(
+            f"mesh {spec!r}: expected devices of all {jax.process_count()} processes, got none of "
+            f"process {min(without)}; data:-1 takes all"
+        )
     return make_mesh(spec, devices=devices)
 
 

@@ -58,10 +58,10 @@ def test_two_processes_agree(tmp_path):
     ("experiment", "flags", "made"),
     [
         ("leakage_audit", ("--policy=full", "--policy=round_2"), "policies/*.json"),
-        ("replication", ("--arm=recovered_2", "--arm=scratch_1"), "arms/*.json"),
+        ("replication", ("--arm=recovered_2", "--arm=scratch_1", "--mesh=data:-1"), "arms/*.json"),
     ],
 )
-def test_processes_take_turns_at_what_needs_one_device(tmp_path, experiment, flags, made):
+def test_two_processes_find_what_one_finds(tmp_path, experiment, flags, made):
     reports = []
     for processes in (1, 2):
         workdir = tmp_path / str(processes)
