@@ -23,7 +23,7 @@ from flax import nnx
 
 from experiments.benchmarks import _suite
 from experiments.shared import timing
-from logitjax import data, losses, models, training
+from logitjax import data, losses, models, storage, training
 from logitjax.distillation import objectives
 
 _LAYERS = (0, 1, 2, 3, 28, 29)
@@ -99,7 +99,7 @@ def run(options: _suite.Options) -> _suite.Result:
             found = training.evaluate(score, state.params, scored)
             perplexities[arm].append(float(np.exp(found["loss"])))
             known[name] = perplexities[arm][-1]
-            kept.write_text(json.dumps(known))
+            storage.write_atomic(kept, json.dumps(known))
             logging.info("%s: perplexity %.4g", name, perplexities[arm][-1])
 
     seconds = timing.paired_seconds(

@@ -24,7 +24,7 @@ from absl import logging
 
 from experiments.benchmarks import _suite
 from experiments.shared import timing
-from logitjax import losses
+from logitjax import losses, storage
 
 # (T, H, V): a small model, one with Qwen's vocabulary, one with Gemma's.
 SHAPES = ((2048, 576, 49152), (2048, 1024, 152064), (1024, 2048, 262144))
@@ -215,7 +215,7 @@ def run(options: _suite.Options) -> _suite.Result:
                 continue
             rows += _measure(shape, kind, options)
             options.directory.mkdir(parents=True, exist_ok=True)
-            kept.write_text(json.dumps(rows))
+            storage.write_atomic(kept, json.dumps(rows))
             logging.info("%s at T, H, V = %s done", kind, shape)
     plot = _plot(rows, options.directory / "vocabulary_losses.png")
     kept.unlink()
