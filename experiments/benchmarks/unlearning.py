@@ -22,8 +22,7 @@ from flax import nnx
 
 from experiments.benchmarks import _suite
 from experiments.shared import timing
-from experiments.unlearning import arms
-from experiments.unlearning.models import planned_bytes
+from experiments.unlearning.train import planned_bytes
 from logitjax import decoding, fusion, models, training, unlearning
 
 _FASTER, _SMALLER, _DECODE = 3.0, 0.5, 1.15
@@ -91,11 +90,10 @@ def _steps(
     """Seconds and planned memory of a step of either."""
     mesh = training.make_mesh("data:1", devices=jax.devices()[:1])
     batch = training.make_global_batch(mesh, _batch(model, rows, length))
-    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-    params = nnx.to_pure_dict(params)
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     assistant = unlearning.init_assistant(model, layers, key=jax.random.key(0))
     silent, base = unlearning.make_assistant_loss(assistant.base)
-    npo_kl = arms.make_loss(unlearning.UNLEARNING_METHODS["npo_kl"], graphdef, rest)
+    npo_kl = unlearning.make_unlearning_loss(unlearning.UNLEARNING_METHODS["npo_kl"], model)
     calls: dict[str, Callable[[], Any]] = {}
     sizes: dict[str, int] = {}
     for name, loss_fn, start, constants in (

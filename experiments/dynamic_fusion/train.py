@@ -220,10 +220,8 @@ def make_update(
 
     return fit.make_update(
         loss_fn,
-        rate,
+        training.Schedule(rate, warmup=max(1, steps // 10), total_steps=steps),
         mesh=mesh,
-        steps=steps,
-        warmup=max(1, steps // 10),
         trainable=None if config.train_embeddings else _LAYERS_ONLY,
     )
 

@@ -12,7 +12,7 @@ from flax import nnx
 
 from experiments.replication.config import Config
 from experiments.shared import fit
-from logitjax import losses, models
+from logitjax import losses, models, training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,4 +178,5 @@ def make_update(
 ) -> fit.Update:
     """The compiled update of a student, or of the teacher."""
     loss = make_loss(student, teacher, config)
-    return fit.make_update(loss, rate, mesh=mesh, steps=steps, warmup=max(1, steps // 20))
+    schedule = training.Schedule(rate, warmup=max(1, steps // 20), total_steps=steps)
+    return fit.make_update(loss, schedule, mesh=mesh)

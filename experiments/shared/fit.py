@@ -49,45 +49,30 @@ class Update:
 
 def make_update(
     loss_fn: Callable[..., Any],
-    learning_rate: float,
+    schedule: training.Schedule,
     *,
     mesh: jax.sharding.Mesh,
-    steps: int,
-    warmup: int,
     rules: ops.ShardingRules = models.DECODER_RULES,
     trainable: str | None = None,
-    **options: Any,
+    weight_decay: float = 0.01,
+    b2: float = 0.95,
 ) -> Update:
-    """AdamW after a warm-up, clipped, its rate down by a cosine unless another course is named.
+    """Clipped AdamW and its compiled step.
 
     Args:
         loss_fn: As `training.make_train_step` takes it.
-        learning_rate: Peak.
+        schedule: The learning rate by step.
         mesh: Mesh of the state.
-        steps: Steps of the whole run.
-        warmup: Steps from 0 to the peak.
         rules: Where each leaf of the state goes.
         trainable: Regular expression of the parameters that are trained; all if None.
-        **options: `course` and `final` of the schedule; others are `training.make_optimizer`'s.
+        weight_decay: Weight decay of AdamW.
+        b2: Decay of AdamW's second moment.
 
     Returns:
         The update.
     """
-    schedule = training.Schedule(
-        learning_rate,
-        options.pop("course", "cosine"),
-        warmup=warmup,
-        total_steps=steps,
-        final=options.pop("final", 0.1),
-    )
-    tx = training.make_optimizer(schedule, trainable=trainable, **{"weight_decay": 0.01, **options})
-    step = training.make_train_step(
-        loss_fn,
-        tx,
-        mesh=mesh,
-        trainable=trainable,
-        schedule=schedule,
-    )
+    tx = training.make_optimizer(schedule, trainable=trainable, weight_decay=weight_decay, b2=b2)
+    step = training.make_train_step(loss_fn, tx, mesh=mesh, trainable=trainable, schedule=schedule)
     return Update(tx=tx, step=step, mesh=mesh, rules=rules)
 
 

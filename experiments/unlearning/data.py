@@ -2,11 +2,11 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from absl import logging
 
+from experiments.unlearning.config import Config
 from logitjax import unlearning
 from logitjax.data import TokenizerLike
 from logitjax.evaluation import PromptTemplate, encode_answer
@@ -30,12 +30,12 @@ class Scene:
       full: what the target learns.
       retain: what it may keep; the retrained model learns this alone.
       forget: what has to go.
-      forget_more: ``forget`` and its paraphrases: what an assistant learns.
+      forget_more: `forget` and its paraphrases: what an assistant learns.
       retain_more: data to keep and wrong answers: what it is silent about.
       test: sets for `logitjax.unlearning.evaluate_tofu`.
       validation: the same facts asked in other words and other items to keep, to choose epochs on.
-      probes: sets ``forget_taught`` (what is taught again), ``forget_others`` (what is not) and
-        ``forget_reworded`` (all of it, asked in other words).
+      probes: sets `forget_taught` (what is taught again), `forget_others` (what is not) and
+        `forget_reworded` (all of it, asked in other words).
     """
 
     full: tuple[TofuItem, ...]
@@ -62,7 +62,7 @@ def _named(*sides: Sequence[TofuItem]) -> str:
     return digest([[(i.question, i.answer) for i in side] for side in sides], length=12)
 
 
-def load_scene(config: Any) -> Scene:
+def load_scene(config: Config) -> Scene:
     """Reads TOFU, or makes up the toy."""
     if config.tofu_dir == "toy":
         subset, augmented, wrong, world = _toy(config.authors, config.forget_authors)
@@ -119,7 +119,7 @@ def load_scene(config: Any) -> Scene:
     )
 
 
-def _whole(config: Any) -> unlearning.TofuSubset:
+def _whole(config: Config) -> unlearning.TofuSubset:
     """All 200 authors, split as published."""
     names = {2: "01", 10: "05", 20: "10"}
     if config.forget_authors not in names:
@@ -165,7 +165,7 @@ def _fewer_wrong(items: Sequence[TofuItem], count: int) -> tuple[TofuItem, ...]:
 
 
 def _augmentations(
-    config: Any, forgotten: int
+    config: Config, forgotten: int
 ) -> tuple[tuple[TofuItem, ...], tuple[TofuItem, ...]]:
     """Paraphrases (two a question) and wrong answers (two a question) of the forget set."""
     if not config.augment:
@@ -205,7 +205,7 @@ def augment(
 def encode(
     items: Sequence[TofuItem], tokenizer: TokenizerLike, template: PromptTemplate, length: int
 ) -> Rows:
-    """Rows of one length, padded at the end, ``mask`` at the tokens of the answers."""
+    """Rows of one length, padded at the end, `mask` at the tokens of the answers."""
     pad = next((i for i in (tokenizer.pad_id, tokenizer.eos_id) if i is not None), 0)
     tokens = np.full((len(items), length), pad, np.int32)
     mask = np.zeros((len(items), length), bool)
@@ -224,7 +224,7 @@ def packed(
     length: int,
     row_length: int,
 ) -> Rows:
-    """Several questions a row, apart by ``segment_ids``; nothing but a row's end is padding."""
+    """Several questions a row, apart by `segment_ids`; nothing but a row's end is padding."""
     pairs = [
         encode_answer(tokenizer, template, item.question, item.answer, max_length=length)
         for item in items
@@ -261,7 +261,7 @@ def picked(rows: Rows, step: int, *, size: int, seed: int, salt: int = 0) -> Row
     """The rows of a step: every epoch all of them once in an order of its own, without a rest."""
     count = len(rows["tokens"])
     places = np.arange(step * size, (step + 1) * size)
-    chosen = np.array([_order(count, seed, salt, p // count)[p % count] for p in places])
+    chosen = np.array([_order(count, seed, salt, int(p) // count)[p % count] for p in places])
     return {name: values[chosen] for name, values in rows.items()}
 
 
@@ -325,15 +325,11 @@ def _toy(
     return subset, added, false, {}
 
 
-def batches_to_forget_and_keep(
-    forget: Rows, retain: Rows, *, size: int, seed: int
-) -> Callable[[int], dict[str, Rows]]:
-    """Both in their own order: what an assistant is trained on."""
-
-    def batch(step: int) -> dict[str, Rows]:
-        return {
-            "forget": picked(forget, step, size=size, seed=seed),
-            "retain": picked(retain, step, size=size, seed=seed, salt=2),
-        }
-
-    return batch
+def forget_and_keep(
+    forget: Rows, retain: Rows, step: int, *, size: int, seed: int
+) -> dict[str, Rows]:
+    """Both sides of a step in their own order: what an assistant is trained on."""
+    return {
+        "forget": picked(forget, step, size=size, seed=seed),
+        "retain": picked(retain, step, size=size, seed=seed, salt=2),
+    }

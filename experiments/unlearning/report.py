@@ -1,13 +1,19 @@
 """The tables, verdicts and plot of unlearning."""
 
-import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
-from experiments.shared.report import markdown_table, mean_and_spread
+from experiments.shared.report import (
+    markdown_table,
+    mean_and_spread,
+    save_figure,
+    spread,
+    write_report,
+)
+from experiments.unlearning.config import Config
 
 _NOTES = (
     "D is the Kolmogorov-Smirnov distance of truth ratios on the forget set from those of the "
@@ -26,8 +32,8 @@ _UNCHANGED = (
 )
 
 
-def write(config: Any, results: Mapping[str, Any], workdir: epath.Path) -> str:
-    """Write ``report.md``, ``metrics.jsonl`` and the plot; returns what to print."""
+def write(config: Config, results: Mapping[str, Any], workdir: epath.Path) -> str:
+    """Writes `report.md`, `metrics.jsonl` and the plot; returns what to print."""
     text = f"# Unlearning\n\n{_setting(config)}\n\n## Verdicts\n\n{verdicts(results)}\n\n"
     text += f"{_UNCHANGED}\n\n## Arms\n\n{markdown_table(arm_rows(results))}\n\n{_NOTES}\n\n"
     text += f"## Training\n\n{markdown_table(training_rows(results))}\n\n"
@@ -50,16 +56,15 @@ def write(config: Any, results: Mapping[str, Any], workdir: epath.Path) -> str:
         )
     plot = scatter(results, workdir / "scatter.png")
     text += f"\n![forgetting and utility]({plot.name})\n"
-    (workdir / "report.md").write_text(text)
-    with (workdir / "metrics.jsonl").open("w") as file:
-        for arm, records in results["arms"].items():
-            for seed, record in enumerate(records):
-                kept = {k: v for k, v in record.items() if k != "history"}
-                file.write(json.dumps({"arm": arm, "seed": seed, **kept}) + "\n")
-    return text
+    lines = [
+        {"arm": arm, "seed": seed, **{k: v for k, v in record.items() if k != "history"}}
+        for arm, records in results["arms"].items()
+        for seed, record in enumerate(records)
+    ]
+    return write_report(workdir, text, lines)
 
 
-def _setting(config: Any) -> str:
+def _setting(config: Config) -> str:
     what = f"layers {', '.join(map(str, config.layers))} of " if config.layers else ""
     return (
         f"Target: {what}{config.model}, finetuned on {config.authors} authors of TOFU "
@@ -80,8 +85,7 @@ def _values(records: Sequence[Any], name: str) -> list[float]:
 
 
 def _cell(records: Sequence[Any], name: str) -> str | None:
-    values = _values(records, name)
-    return mean_and_spread(values) if values else None
+    return spread([record["test"] for record in records], name)
 
 
 def arm_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -121,8 +125,8 @@ def training_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
         rows.append(
             {
                 "arm": arm,
-                "s an epoch": mean_and_spread([r["seconds_per_epoch"] for r in records]),
-                "s to the best": mean_and_spread([r["seconds_to_best"] for r in records]),
+                "s an epoch": spread(records, "seconds_per_epoch"),
+                "s to the best": spread(records, "seconds_to_best"),
                 "MiB": first["peak_bytes"] / 2**20,
                 "trained, M": first["trained"] / 1e6,
             }
@@ -163,7 +167,7 @@ def probe_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def _probe_notes(config: Any) -> str:
+def _probe_notes(config: Config) -> str:
     return (
         "Probability of the answer, for its length. `taught` and `others` are two parts of the "
         f"forget set; `relearned`: after {config.relearn_steps} steps on `taught` alone (the "
@@ -256,7 +260,4 @@ def scatter(results: Mapping[str, Any], path: epath.Path) -> epath.Path:
         place.grid(alpha=0.3)
     axes[0].legend(fontsize=7)
     figure.tight_layout()
-    with path.open("wb") as file:
-        figure.savefig(file, format="png", dpi=110)
-    pyplot.close(figure)
-    return path
+    return save_figure(figure, path)

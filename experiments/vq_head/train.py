@@ -73,8 +73,8 @@ def _hidden(graphdef: Any, rest: Any, params: Any, tokens: jax.Array) -> jax.Arr
 def make_update(loss_fn: Callable[..., Any], config: Config, mesh: Any, rate: float) -> fit.Update:
     """The compiled update of a small model, whatever its head."""
     steps = max(21, config.scratch_steps)
-    options: Any = dict(final=0.0, weight_decay=0.0, b2=0.999)
-    return fit.make_update(loss_fn, rate, mesh=mesh, steps=steps, warmup=20, **options)
+    schedule = training.Schedule(rate, warmup=20, total_steps=steps, final=0.0)
+    return fit.make_update(loss_fn, schedule, mesh=mesh, weight_decay=0.0, b2=0.999)
 
 
 def train(ctx: Context, directory: epath.Path, arm: str, seed: int, rate: float) -> Record:

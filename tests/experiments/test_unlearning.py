@@ -1,7 +1,6 @@
 """The unlearning experiment: a smoke run, its caches, its rows, and what each arm minimises."""
 
 import dataclasses
-import functools
 import json
 import pathlib
 
@@ -12,13 +11,11 @@ import pytest
 from etils import epath
 from flax import nnx
 
-from experiments.unlearning import __main__ as unlearning
-from experiments.unlearning import arms
+from experiments.unlearning import __main__ as experiment
+from experiments.unlearning import arms, train
 from experiments.unlearning import data as unlearning_data
-from experiments.unlearning import models as unlearning_models
 from experiments.unlearning import report as unlearning_report
-from experiments.unlearning import run as unlearning_run
-from logitjax import losses
+from logitjax import unlearning
 from logitjax.evaluation import PromptTemplate
 from logitjax.models import byte_tokenizer, load_model, tiny_decoder, with_layout
 from logitjax.unlearning import TofuItem
@@ -28,8 +25,8 @@ ARMS = ("npo_kl", "difference_clean")
 
 
 def configured(**changes):
-    return unlearning.Config(
-        **{**unlearning.PRESETS["smoke"], "arm": ARMS, "alphas": (0.75,), **changes}
+    return experiment.Config(
+        **{**experiment.PRESETS["smoke"], "arm": ARMS, "alphas": (0.75,), **changes}
     )
 
 
@@ -37,7 +34,7 @@ def configured(**changes):
 def finished(tmp_path_factory):
     workdir = epath.Path(tmp_path_factory.mktemp("unlearning"))
     config = configured()
-    unlearning.run(config, workdir)
+    experiment.run(config, workdir)
     return config, workdir
 
 
@@ -85,9 +82,9 @@ def test_same_command_again_trains_nothing_and_asks_what_is_missing(finished, mo
     def fail(*_, **__):
         raise AssertionError("something was trained again")
 
-    monkeypatch.setattr(unlearning_models.training, "make_global_batch", fail)
+    monkeypatch.setattr(train, "planned_bytes", fail)
     monkeypatch.setattr(unlearning, "merge_by_distillation", fail)
-    unlearning.run(config, workdir)
+    experiment.run(config, workdir)
     again = (workdir / "report.md").read_text()
     assert again == before
 
@@ -124,8 +121,8 @@ def test_rows_of_several_questions_hold_each_once_and_predict_the_same():
     assert len(together["tokens"]) < len(items)
     assert together["mask"].sum() == single["mask"].sum()
     model = tiny_decoder()
-    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-    loss_fn = jax.jit(arms.answer_loss(graphdef, rest))
+    params = nnx.state(model, nnx.Param)
+    loss_fn = jax.jit(unlearning.make_answer_loss(model))
     (one, count, _), (other, same, _) = (
         loss_fn(nnx.to_pure_dict(params), rows, None) for rows in (single, together)
     )
@@ -143,83 +140,10 @@ def test_an_epoch_sees_every_row_once_whatever_the_size_of_a_step():
     assert unlearning_data.steps_an_epoch(rows, 4) == 3
 
 
-@pytest.mark.slow
-def test_losses_of_arms_are_those_of_logits():
-    rng = np.random.default_rng(0)
-
-    def side(rows):
-        tokens = rng.integers(1, 200, (rows, 8)).astype(np.int32)
-        return {"tokens": tokens, "mask": np.arange(8) >= rng.integers(2, 5, (rows, 1))}
-
-    batch = {"forget": side(3), "retain": side(2)}
-    model, before = (with_layout(tiny_decoder(seed), "listed") for seed in (1, 2))
-    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-    reference = nnx.to_pure_dict(nnx.state(before, nnx.Param))
-    direction = unlearning.rmu_direction(32, key=jax.random.key(0))
-
-    most = {side: int(rows["mask"][:, 1:].sum()) + 1 for side, rows in batch.items()}
-
-    @functools.partial(jax.jit, static_argnums=2)
-    def ours(params, reference, more=None):
-        found = {}
-        for arm, name in arms.METHODS.items():
-            loss_fn = arms.make_loss(
-                unlearning.UNLEARNING_METHODS[name],
-                graphdef,
-                rest,
-                layer=1,
-                direction=direction,
-                most=None if more is None else {side: n + more for side, n in most.items()},
-            )
-            found[arm] = loss_fn(params, batch, None, reference)[0]
-        return found
-
-    @jax.jit
-    def logits(params, tokens):
-        return nnx.merge(graphdef, params, rest)(tokens)
-
-    params = nnx.to_pure_dict(params)
-    found = ours(params, reference)
-    z, z0 = (
-        {k: logits(p, s["tokens"])[:, :-1] for k, s in batch.items()} for p in (params, reference)
-    )
-    labels = {k: s["tokens"][:, 1:] for k, s in batch.items()}
-    where = {k: s["mask"][:, 1:] for k, s in batch.items()}
-    nll, nll0 = ({k: losses.cross_entropy(x[k], labels[k]) for k in batch} for x in (z, z0))
-
-    def mean(values, k):
-        return float((np.asarray(values) * where[k]).sum() / where[k].sum())
-
-    n, n0 = (unlearning.sequence_nll(x["forget"], where["forget"])[0] for x in (nll, nll0))
-    lengths = where["forget"].sum(-1)
-    npo = float(unlearning.npo(n, n0).mean())
-    simnpo = 0.125 * float(unlearning.simnpo(n, lengths).mean())
-    undial = unlearning.undial(z["forget"], z0["forget"], labels["forget"])
-    kept = mean(nll["retain"], "retain")
-    expected = {
-        "ga": -mean(nll["forget"], "forget"),
-        "grad_diff": kept - mean(nll["forget"], "forget"),
-        "npo": npo,
-        "npo_gd": npo + kept,
-        "npo_kl": npo + mean(losses.kl_divergence(z["retain"], z0["retain"]), "retain"),
-        "simnpo": simnpo + kept,
-        "undial": mean(undial, "forget"),
-    }
-    for arm, value in expected.items():
-        np.testing.assert_allclose(found[arm], value, rtol=2e-4, err_msg=arm)
-    for more in (0, -1):
-        for arm, value in ours(params, reference, more).items():
-            np.testing.assert_allclose(value, found[arm], rtol=1e-5, err_msg=arm)
-    for arm, value in ours(params, reference, -2).items():
-        assert np.isnan(value) or arm == "rmu"
-    # Of the same model there is nothing to keep but itself; the direction is where RMU goes.
-    assert float(found["rmu"]) > 0
-
-
 def test_a_model_with_its_assistant_is_scored_as_it_is_decoded():
     from logitjax import decoding
 
-    config = unlearning.Config(**unlearning.PRESETS["smoke"])
+    config = experiment.Config(**experiment.PRESETS["smoke"])
     target = with_layout(tiny_decoder(3), "listed")
     fresh = unlearning.init_assistant(target, 1, rank=2, key=jax.random.key(0))
     noisy = jax.tree.map(
@@ -241,7 +165,7 @@ def test_a_model_with_its_assistant_is_scored_as_it_is_decoded():
 
 
 def test_official_and_clean_differ_where_the_release_and_we_do():
-    found = arms.differences(unlearning.Config())
+    found = arms.differences(experiment.Config())
     official, clean = found["difference_official"], found["difference_clean"]
     assert (official.uniform, official.fuse.form, official.fuse.filter) == (
         "all",
@@ -295,15 +219,15 @@ def test_verdicts_say_plainly_who_forgets_best_and_what_is_lost():
 
 def test_mistakes_are_named(tmp_path):
     with pytest.raises(ValueError, match="arm: expected some of"):
-        unlearning.Config(arm=("dpo",))
+        experiment.Config(arm=("dpo",))
     with pytest.raises(ValueError, match="filters, alphas: expected at least one each"):
-        unlearning.Config(filters=("official",))
+        experiment.Config(filters=("official",))
     with pytest.raises(ValueError, match=r"rates: expected positive numbers, got \[0.0\]"):
-        unlearning.Config(rates=(0.0,))
+        experiment.Config(rates=(0.0,))
     with pytest.raises(ValueError, match=r"betas: expected positive numbers, got \[\]"):
-        unlearning.Config(betas=())
+        experiment.Config(betas=())
     with pytest.raises(ValueError, match="row_length"):
-        unlearning.Config(row_length=8)
+        experiment.Config(row_length=8)
     with pytest.raises(ValueError, match="split at 2, 10 or 20"):
         unlearning_data.load_scene(configured(tofu_dir=str(tmp_path), authors=200))
     with pytest.raises(FileNotFoundError, match="no such directory"):
@@ -311,6 +235,5 @@ def test_mistakes_are_named(tmp_path):
 
 
 def test_presets_name_fields_that_exist():
-    for preset in unlearning.PRESETS.values():
-        unlearning.Config(**preset)
-    assert unlearning_run.Run
+    for preset in experiment.PRESETS.values():
+        experiment.Config(**preset)

@@ -9,22 +9,42 @@ import functools
 import json
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from etils import epath
 from flax import nnx
 
-from experiments.unlearning import arms as arms
+from experiments.shared import fit
+from experiments.shared.records import Record, kept
+from experiments.unlearning import arms
 from experiments.unlearning import data as rows_of
 from experiments.unlearning.arms import Deployed, Difference
+from experiments.unlearning.config import Config
 from experiments.unlearning.data import Rows
 from logitjax import models, processes, training, unlearning
 from logitjax.storage import digest
+
+
+def finetuning_update(config: Config, model: models.Decoder, mesh: Any, steps: int) -> fit.Update:
+    """The update of the target, and of the model that is retrained."""
+    schedule = training.Schedule(
+        config.finetune_learning_rate, warmup=max(1, steps // 10), total_steps=steps
+    )
+    return fit.make_update(unlearning.make_answer_loss(model), schedule, mesh=mesh)
+
+
+def epochs_update(
+    loss_fn: training.LossFn, rate: float, mesh: Any, *, per_epoch: int, epochs: int, b2: float
+) -> fit.Update:
+    """The update of an arm: one epoch of warm-up, then linearly to nothing."""
+    steps = per_epoch * epochs
+    warmup = min(per_epoch, steps // 2)
+    schedule = training.Schedule(rate, "linear", warmup=warmup, total_steps=steps, final=0.0)
+    return fit.make_update(loss_fn, schedule, mesh=mesh, b2=b2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,25 +53,27 @@ class Trained:
 
     Attributes:
       params: a model's, or adapters.
-      record: ``epoch``, ``history`` (scores by epoch), ``seconds_per_epoch``, ``seconds_to_best``,
-        ``peak_bytes`` (as the compiler plans the step, weights included), ``trained`` (numbers).
+      record: `epoch`, `history` (scores by epoch), `seconds_per_epoch`, `seconds_to_best`,
+        `peak_bytes` (as the compiler plans the step, weights included), `trained` (numbers).
     """
 
     params: Any
-    record: dict[str, Any]
+    record: Record
 
 
 class Models:
     """All models of a run, made when they are asked for."""
 
-    def __init__(self, config: Any, root: epath.Path, scene: rows_of.Scene):
+    def __init__(self, config: Config, root: epath.Path, scene: rows_of.Scene):
         self.config, self.root, self.scene = config, root, scene
         self.tokenizer = models.load_tokenizer(config.model)
         self.template = rows_of.TEMPLATES[config.template]()
         self.mesh = training.make_partial_mesh(config.mesh)
-        source = [config.model, config.layers, config.dtype, _file_identity(config.model)]
-        self._key = digest(
-            source,
+        source = epath.Path(config.model)
+        size = source.stat().length if source.exists() and not source.is_dir() else None
+        #: Names what target and retrained model were made from.
+        self.key = digest(
+            [config.model, config.layers, config.dtype, size],
             scene.taught,
             [config.template, config.max_length, config.row_length],
             [config.finetune_epochs, config.finetune_batch, config.finetune_learning_rate],
@@ -64,8 +86,8 @@ class Models:
         config = self.config
         model, _ = models.load(config.model, dtype=config.dtype, layout="listed")
         if config.layers:
-            kept = [i for i in config.layers if i < model.config.num_layers]
-            model = models.keep_layers(model, kept)
+            layers = [i for i in config.layers if i < model.config.num_layers]
+            model = models.keep_layers(model, layers)
         return models.with_layout(model, "listed")
 
     @functools.cached_property
@@ -83,16 +105,6 @@ class Models:
         for name in ("target", "retrained"):
             getattr(self, name)
 
-    @property
-    def key(self) -> str:
-        """Names what target and retrained model were made from."""
-        return self._key
-
-    def share(self, rows: Rows) -> Rows:
-        """Of the rows of a step those that this process feeds."""
-        own = training.local_rows(self.mesh, len(rows["tokens"]))
-        return {name: values[own] for name, values in rows.items()}
-
     def rows(self, items: Any) -> Rows:
         return rows_of.encode(items, self.tokenizer, self.template, self.config.max_length)
 
@@ -100,7 +112,7 @@ class Models:
         """The folder of an arm: named after all that its training depends on."""
         config = self.config
         shared = [config.batch_size, config.validated, self.scene.unlearned]
-        name = digest(self._key, arm, shared, settings, length=12)
+        name = digest(self.key, arm, shared, settings, length=12)
         return self.root / f"{arm}-{name}" / f"seed-{seed}"
 
     def unlearn(
@@ -118,7 +130,6 @@ class Models:
         method = unlearning.UNLEARNING_METHODS[arms.METHODS[arm]]
         target, forget, keep = self.target, *map(self.rows, (self.scene.forget, self.scene.retain))
         depth = target.config.num_layers
-        layer = max(1, min(depth - 1, round(7 / 32 * depth)))
         direction = unlearning.rmu_direction(
             target.config.hidden_size,
             key=jax.random.key(seed),
@@ -127,31 +138,29 @@ class Models:
         graphdef, params, rest = nnx.split(target, nnx.Param, ...)
         params = nnx.to_pure_dict(params)
         size = config.batch_size
-        needs_retain = method.retain != "none"
 
         def batches(step: int) -> dict[str, Rows]:
             batch = {"forget": rows_of.picked(forget, step, size=size, seed=seed)}
-            if needs_retain:
+            if method.retain != "none":
                 batch["retain"] = rows_of.drawn(keep, step, size=size, seed=seed)
-            return {side: self.share(rows) for side, rows in batch.items()}
+            return batch
 
         per_epoch = rows_of.steps_an_epoch(forget, size)
-        loss_fn = arms.make_loss(
+        loss_fn = unlearning.make_unlearning_loss(
             method,
-            graphdef,
-            rest,
-            layer=layer,
+            target,
+            layer=max(1, min(depth - 1, round(7 / 32 * depth))),
             direction=direction,
             most=self._most(batches, per_epoch * config.epochs),
         )
-        return self._train(
+        rate_, epochs = rate * config.learning_rate, config.epochs
+        return self._best_epoch(
             self._unlearned_at(arm, seed, rate),
+            epochs_update(loss_fn, rate_, self.mesh, per_epoch=per_epoch, epochs=epochs, b2=0.999),
             params,
-            loss_fn,
             batches,
             per_epoch=per_epoch,
-            epochs=config.epochs,
-            learning_rate=rate * config.learning_rate,
+            epochs=epochs,
             seed=seed,
             constants=params if method.needs_reference else None,
             validate=lambda params: validate(Deployed(model=nnx.merge(graphdef, params, rest))),
@@ -177,39 +186,27 @@ class Models:
             assistant = unlearning.Assistant(base=fresh.base, lora=lora)
             return Deployed(model=target, assistant=assistant, difference=difference)
 
-        both = rows_of.batches_to_forget_and_keep(forget, keep, size=size, seed=seed)
-
-        def batches(step: int) -> dict[str, Rows]:
-            return {side: self.share(rows) for side, rows in both(step).items()}
-
+        batches = functools.partial(rows_of.forget_and_keep, forget, keep, size=size, seed=seed)
         epochs, per_epoch = config.assistant_epochs, rows_of.steps_an_epoch(forget, size)
-        most = self._most(both, epochs * per_epoch) if difference.uniform == "answers" else None
+        most = self._most(batches, epochs * per_epoch) if difference.uniform == "answers" else None
         loss_fn, constants = unlearning.make_assistant_loss(
             fresh.base,
             retain_weight=difference.retain_weight,
             uniform=difference.uniform,
             max_positions=None if most is None else sum(most.values()),
         )
-        settings = [difference.rank, difference.lora_alpha, difference.retain_weight]
-        settings += [
-            difference.uniform,
-            difference.silent,
-            repr(difference.fuse),
-            config.assistant_layers,
-        ]
-        settings += [config.assistant_epochs, config.assistant_learning_rate]
-        found = self._train(
+        rate = config.assistant_learning_rate
+        settings = [dataclasses.asdict(difference), config.assistant_layers, epochs, rate]
+        found = self._best_epoch(
             self.directory(arm, seed, settings),
+            epochs_update(loss_fn, rate, self.mesh, per_epoch=per_epoch, epochs=epochs, b2=0.99),
             fresh.lora,
-            loss_fn,
             batches,
             per_epoch=per_epoch,
             epochs=epochs,
-            learning_rate=config.assistant_learning_rate,
             seed=seed,
             constants=constants,
             validate=lambda lora: validate(deployed(lora)),
-            b2=0.99,
         )
         return unlearning.Assistant(base=fresh.base, lora=found.params), found
 
@@ -228,12 +225,17 @@ class Models:
         """A model after a few steps on some of the questions that it was to forget."""
         config, taught = self.config, self.rows(self.scene.probes["forget_taught"])
         graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-        tx = training.make_optimizer(training.Schedule(config.relearn_learning_rate, "constant"))
-        step = training.make_train_step(arms.answer_loss(graphdef, rest), tx, mesh=self.mesh)
-        state = self._state(nnx.to_pure_dict(params), tx, seed)
-        for number in range(config.relearn_steps):
-            batch = rows_of.picked(taught, number, size=config.batch_size, seed=seed)
-            state, _ = step(state, self.share(batch))
+        steps, size = config.relearn_steps, config.batch_size
+        schedule = training.Schedule(config.relearn_learning_rate, "constant")
+        loss_fn = unlearning.make_answer_loss(model)
+        update = fit.make_update(loss_fn, schedule, mesh=self.mesh, weight_decay=0.0)
+        state = training.train_loop(
+            update.start(nnx.to_pure_dict(params), seed),
+            update.step,
+            lambda step: fit.share(self.mesh, rows_of.picked(taught, step, size=size, seed=seed)),
+            total_steps=steps,
+            options=training.LoopOptions(log_every=0),
+        )
         return nnx.merge(graphdef, processes.local_copy(state.params), rest)
 
     def merged(
@@ -249,9 +251,8 @@ class Models:
                 rows_of.picked(forget, step, size=size, seed=0),
                 rows_of.drawn(keep, step, size=size, seed=0),
             ]
-            return self.share(
-                {name: np.concatenate([side[name] for side in sides]) for name in forget}
-            )
+            rows = {name: np.concatenate([side[name] for side in sides]) for name in forget}
+            return fit.share(self.mesh, rows)
 
         begin = time.perf_counter()
         model = unlearning.merge_by_distillation(
@@ -269,10 +270,7 @@ class Models:
         graphdef, state = nnx.split(model)
         model = nnx.merge(graphdef, processes.local_copy(state))
         # What was merged before is only read.
-        took = directory / "seconds.json"
-        if not processes.broadcast_from_first(took.exists):
-            processes.write_json(took, time.perf_counter() - begin)
-        return model, processes.broadcast_from_first(lambda: json.loads(took.read_text()))
+        return model, kept(directory / "seconds.json", lambda: time.perf_counter() - begin)
 
     def _finetuned(self, name: str, items: Any) -> models.Decoder:
         config, start = self.config, self.start
@@ -281,93 +279,55 @@ class Models:
             items, self.tokenizer, self.template, config.max_length, config.row_length
         )
         size = config.finetune_batch
-        per_epoch = rows_of.steps_an_epoch(rows, size)
         logging.info("%s: %d questions in %d rows", name, len(items), len(rows["tokens"]))
-        steps = per_epoch * config.finetune_epochs
-        schedule = training.Schedule(
-            config.finetune_learning_rate, warmup=max(1, steps // 10), total_steps=steps
+        steps = rows_of.steps_an_epoch(rows, size) * config.finetune_epochs
+        trained = fit.fit(
+            finetuning_update(config, start, self.mesh, steps),
+            nnx.to_pure_dict(params),
+            lambda step: rows_of.picked(rows, step, size=size, seed=0),
+            steps=steps,
+            directory=self.root / f"{name}-{self.key}",
+            checkpoint_every=config.checkpoint_every,
+            log_every=config.log_every,
         )
-        tx = training.make_optimizer(schedule, weight_decay=0.01)
-        step = training.make_train_step(
-            arms.answer_loss(graphdef, rest),
-            tx,
-            mesh=self.mesh,
-            schedule=schedule,
-        )
-        directory = self.root / f"{name}-{self._key}"
-        state = self._state(nnx.to_pure_dict(params), tx, 0)
-        with training.Checkpointer(directory / "checkpoints", max_to_keep=1) as checkpointer:
-            state = training.train_loop(
-                state,
-                step,
-                lambda s: self.share(rows_of.picked(rows, s, size=size, seed=0)),
-                total_steps=steps,
-                workdir=directory,
-                checkpointer=checkpointer,
-                writer=training.make_writer(directory),
-                identity={"steps": steps},
-                options=training.LoopOptions(
-                    checkpoint_every=config.checkpoint_every, log_every=config.log_every
-                ),
-            )
-        return nnx.merge(graphdef, processes.local_copy(state.params), rest)
+        return nnx.merge(graphdef, trained, rest)
 
-    def _state(self, params: Any, tx: Any, seed: int) -> Any:
-        return training.create_train_state(
-            params, tx, mesh=self.mesh, rules=models.DECODER_RULES, seed=seed
-        )
-
-    def _train(
+    def _best_epoch(
         self,
         directory: epath.Path,
+        update: fit.Update,
         params: Any,
-        loss_fn: Callable[..., Any],
         batches: Callable[[int], Any],
         *,
         per_epoch: int,
         epochs: int,
-        learning_rate: float,
         seed: int,
         constants: Any,
         validate: Callable[[Any], dict[str, float]],
-        b2: float = 0.999,
     ) -> Trained:
         """Trains, scores every epoch on validation, and comes back with the best."""
         config, steps = self.config, per_epoch * epochs
         best, history_path = directory / "best", directory / "validation.json"
         done = directory / "trained.json"
-        warmup = min(per_epoch, steps // 2)
-        schedule = training.Schedule(
-            learning_rate, "linear", warmup=warmup, total_steps=steps, final=0.0
-        )
-        tx = training.make_optimizer(schedule, b2=b2, weight_decay=0.01, clip=1.0)
-        step = training.make_train_step(
-            loss_fn,
-            tx,
-            mesh=self.mesh,
-            schedule=schedule,
-        )
-        state = self._state(params, tx, seed)
+        state = update.start(params, seed)
         like = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state.params
         )
-        trained = sum(leaf.size for leaf in jax.tree.leaves(like))
         if processes.broadcast_from_first(lambda: done.exists() and best.exists()):
             with training.Checkpointer(best, max_to_keep=1) as keeper:
                 record = json.loads(done.read_text())
                 kept = keeper.restore(like, record["step"]).state
                 return Trained(processes.local_copy(kept), record)
         if constants is not None and self.mesh.size > 1:
-            constants = training.shard_tree(constants, self.mesh, models.DECODER_RULES)
+            constants = training.shard_tree(constants, self.mesh, update.rules)
         logging.info("%s: %d steps", directory, steps)
-        first = training.make_global_batch(self.mesh, batches(0))
-        compiled = step.lower(state, first, constants).compile()
-        peak = planned_bytes(compiled)
+        first = training.make_global_batch(self.mesh, fit.share(self.mesh, batches(0)))
+        peak = planned_bytes(update.step.lower(state, first, constants).compile())
         seconds: list[float] = []
 
         def timed(state: Any, batch: Any) -> Any:
             begin = time.perf_counter()
-            state, output = step(state, batch, constants)
+            state, output = update.step(state, batch, constants)
             jax.block_until_ready(output)
             seconds.append(time.perf_counter() - begin)
             return state, output
@@ -381,7 +341,7 @@ class Models:
             training.Checkpointer(checkpoints, max_to_keep=1) as checkpointer,
         ):
             began = max(checkpointer.steps(), default=0) if resumes else 0
-            history: list[dict[str, Any]] = []
+            history: list[Record] = []
             if history_path.exists():
                 history = [h for h in json.loads(history_path.read_text()) if h["step"] <= began]
 
@@ -392,13 +352,12 @@ class Models:
                     keeper.wait()
                 history.append({"step": at, "epoch": at // per_epoch, **scores})
                 processes.write_json(history_path, history)
-                logging.info("epoch %d: %s", at // per_epoch, _told(scores))
                 return scores
 
             training.train_loop(
                 state,
                 timed,
-                batches,
+                lambda step: fit.share(self.mesh, batches(step)),
                 total_steps=steps,
                 workdir=directory,
                 checkpointer=checkpointer if resumes else None,
@@ -420,7 +379,7 @@ class Models:
             "seconds_per_epoch": pace * per_epoch,
             "seconds_to_best": pace * chosen["step"],
             "peak_bytes": peak,
-            "trained": trained,
+            "trained": sum(leaf.size for leaf in jax.tree.leaves(like)),
         }
         processes.write_json(done, record)
         processes.remove_directory(checkpoints)
@@ -436,26 +395,12 @@ class Models:
         return self.directory(arm, seed, *settings)
 
 
-def planned_bytes(compiled: Any) -> int:
+def planned_bytes(compiled: jax.stages.Compiled) -> int:
     """What the compiler plans for a program: arguments, results that are new, scratch."""
-    found = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()
     return int(
-        found.argument_size_in_bytes
-        + found.output_size_in_bytes
-        - found.alias_size_in_bytes
-        + found.temp_size_in_bytes
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
     )
-
-
-def _told(scores: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
-
-
-def _file_identity(spec: str) -> list[Any]:
-    path = epath.Path(spec)
-    return [path.stat().length] if path.exists() and not path.is_dir() else []
-
-
-def bytes_of(tree: Any) -> int:
-    """Of all arrays in a pytree."""
-    return sum(jnp.asarray(leaf).nbytes for leaf in jax.tree.leaves(tree))

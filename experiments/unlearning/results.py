@@ -1,9 +1,7 @@
-"""One run of unlearning: which models are made, what they are asked, what is tried on them."""
+"""The results of unlearning: which models are made, and what is tried on them and chosen."""
 
 import dataclasses
-import json
-import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -12,14 +10,14 @@ from absl import logging
 from etils import epath
 from flax import nnx
 
-from experiments.unlearning import arms as arms
+from experiments.shared.records import kept
+from experiments.unlearning import arms
 from experiments.unlearning import data as rows_of
 from experiments.unlearning.arms import Deployed, Difference
-from experiments.unlearning.models import Models, Trained
-from logitjax import decoding, models, processes, unlearning
-
-#: What is measured of one deployed model: numbers by name.
-Scores = dict[str, float]
+from experiments.unlearning.config import Config
+from experiments.unlearning.exam import Exam, Scores
+from experiments.unlearning.train import Models, Trained
+from logitjax import models, processes, unlearning
 
 _SWEPT = {
     "D": "forget_quality.statistic",
@@ -31,13 +29,12 @@ _SWEPT = {
 class Run:
     """Models with the questions that they are asked."""
 
-    def __init__(self, config: Any, workdir: epath.Path):
+    def __init__(self, config: Config, workdir: epath.Path):
         self.config, self.workdir = config, workdir
-        self.scene = rows_of.load_scene(config)
         root = epath.Path(config.models_dir or workdir / "models").expanduser()
-        self.models = Models(config, root, self.scene)
+        self.models = Models(config, root, rows_of.load_scene(config))
+        self.exam = Exam(config, self.models)
         self.differences = arms.differences(config)
-        self._references: dict[str, Any] = {}
 
     def results(self) -> dict[str, Any]:
         """Everything that the report shows; what was measured before is read."""
@@ -67,170 +64,34 @@ class Run:
         return found
 
     def _kept(self, name: str, make: Callable[[], Any]) -> Any:
-        path = self.workdir / "results" / f"{name}.json"
-        if not processes.broadcast_from_first(path.exists):
+        def measure() -> Any:
             logging.info("measuring %s", name)
             self.models.make()
-            processes.write_json(path, make())
-        return processes.broadcast_from_first(lambda: json.loads(path.read_text()))
+            return make()
 
-    def ask(
-        self,
-        deployed: Deployed,
-        sets: Mapping[str, Any],
-        *,
-        reference: Any = None,
-        generates: bool = False,
-        logs: epath.Path | None = None,
-        mark: str | None = None,
-    ) -> unlearning.TofuEvaluation:
-        """TOFU's questions to a model, or to a model and its assistant."""
-        config = self.config
-        generate = None
-        if generates:
-            line_up, end = deployed.line_up(), self.models.tokenizer.eos_id
-
-            def generate(prompts: Sequence[np.ndarray], new: int) -> Sequence[Any]:
-                out = decoding.generate(
-                    line_up,
-                    prompts,
-                    max_new_tokens=new,
-                    stop_ids=() if end is None else (end,),
-                    options=decoding.DecodeOptions(pad_id=end or 0),
-                )
-                return out.rows()
-
-        return unlearning.evaluate_tofu(
-            deployed.nll,
-            generate,
-            self.models.tokenizer,
-            sets,
-            template=self.models.template,
-            reference_logs=reference,
-            workdir=logs,
-            model_fingerprint=mark,
-            options=unlearning.TofuOptions(
-                batch_size=config.eval_batch,
-                max_length=config.max_length,
-                max_new_tokens=config.new_tokens,
-            ),
-        )
-
-    def utility(self, found: unlearning.TofuEvaluation) -> float:
-        """TOFU's harmonic mean of nine numbers, or of those of the data to keep alone."""
-        if self.config.utility == "tofu" and found.model_utility is not None:
-            return found.model_utility
-        scores = found.scores["retain"]
-        parts = [scores.probability, scores.rouge_l, scores.truth_ratio]
-        return statistics.harmonic_mean([part for part in parts if part is not None])
-
-    def reference(self, kind: str) -> unlearning.TofuEvaluation:
-        """What the retrained model says to the ``'test'`` or ``'validation'`` questions."""
-        if kind not in self._references:
-            self._references[kind] = self.ask(
-                Deployed(model=self.models.retrained),
-                getattr(self.scene, kind),
-                generates=kind == "test",
-                logs=self.models.root / f"retrained-{self.models.key}" / f"{kind}-logs",
-                mark=self._mark(),
-            )
-        return self._references[kind]
-
-    def _target_on(self, kind: str) -> unlearning.TofuEvaluation:
-        name = f"target-{kind}"
-        if name not in self._references:
-            self._references[name] = self.ask(
-                Deployed(model=self.models.target),
-                getattr(self.scene, kind),
-                reference=self.reference(kind),
-                generates=kind == "test",
-                logs=self.models.root / f"target-{self.models.key}" / f"{kind}-logs",
-                mark=self._mark(),
-            )
-        return self._references[name]
-
-    def _mark(self) -> str:
-        return f"{self.models.key}-{self.config.new_tokens}"
-
-    def validate(self, deployed: Deployed) -> Scores:
-        """What an epoch is chosen by: how far forgotten, times the share of the utility kept.
-
-        The facts to forget are asked in other words than on the test, the facts to keep are
-        others; nothing is generated.
-        """
-        return processes.broadcast_from_first(lambda: self._validated(deployed))
-
-    def _validated(self, deployed: Deployed) -> Scores:
-        reference = self.reference("validation")
-        try:
-            found = self.ask(deployed, self.scene.validation, reference=reference)
-        except ValueError as error:
-            # A model that was destroyed may give losses that are not finite.
-            logging.warning("validation: %s", error)
-            return {"score": 0.0, "D": 1.0, "utility": 0.0, "forget": 0.0}
-        assert found.forget_quality is not None
-        d = found.forget_quality.statistic
-        utility = self.utility(found)
-        whole = self.utility(self._target_on("validation"))
-        return {
-            "score": (1 - d) * min(1.0, utility / max(whole, 1e-9)),
-            "D": d,
-            "utility": utility,
-            "forget": found.scores["forget"].probability,
-        }
-
-    def test(self, deployed: Deployed, *, generates: bool = True) -> Scores:
-        """Numbers of the test questions."""
-        return processes.broadcast_from_first(lambda: self._tested(deployed, generates))
-
-    def _tested(self, deployed: Deployed, generates: bool) -> Scores:
-        reference = self.reference("test")
-        try:
-            found = self.ask(deployed, self.scene.test, reference=reference, generates=generates)
-        except ValueError as error:
-            logging.warning("test: %s", error)
-            return {"utility": 0.0, "forget_quality.statistic": 1.0, "broken": 1.0}
-        return found.as_dict() | {"utility": self.utility(found)}
-
-    def probe(self, deployed: Deployed, *, weights: bool) -> Scores:
-        """Probabilities of forgotten answers: in other words, and after some are taught again."""
-        names = {
-            "reworded": "forget_reworded",
-            "others": "forget_others",
-            "taught": "forget_taught",
-        }
-
-        def asked(deployed: Deployed, mark: str) -> Scores:
-            scores = self.ask(deployed, self.scene.probes).scores
-            return {f"{label}{mark}": scores[name].probability for label, name in names.items()}
-
-        found = processes.broadcast_from_first(lambda: asked(deployed, ""))
-        if weights and self.config.relearn_steps:
-            again = Deployed(model=self.models.taught_again(deployed.model))
-            found |= processes.broadcast_from_first(lambda: asked(again, ", relearned"))
-        return found
+        return kept(self.workdir / "results" / f"{name}.json", measure)
 
     def _bare(self, name: str) -> dict[str, Any]:
         deployed = Deployed(model=getattr(self.models, name))
 
         def scores() -> Scores:
-            found = self._target_on("test") if name == "target" else self.reference("test")
-            return found.as_dict() | {"utility": self.utility(found)}
+            found = self.exam.target_on("test") if name == "target" else self.exam.reference("test")
+            return found.as_dict() | {"utility": self.exam.utility(found)}
 
         test = processes.broadcast_from_first(scores)
-        return {"test": test, "probe": self.probe(deployed, weights=True)}
+        return {"test": test, "probe": self.exam.probe(deployed, weights=True)}
 
     def _arm(self, arm: str, seed: int) -> dict[str, Any]:
         if arm in arms.METHODS:
             rate = self._rate(arm)
-            trained = self.models.unlearn(arm, seed, self.validate, rate=rate)
+            trained = self.models.unlearn(arm, seed, self.exam.validate, rate=rate)
             deployed = self._own_weights(trained)
             record = trained.record | {"rate": rate}
         else:
             deployed, record = self._assisted(arm, seed)[1:]
-        record["test"] = self.test(deployed)
+        record["test"] = self.exam.test(deployed)
         if seed == 0:
-            record["probe"] = self.probe(deployed, weights=arm in arms.METHODS)
+            record["probe"] = self.exam.probe(deployed, weights=arm in arms.METHODS)
         if arm in arms.METHODS and not self.config.keep_weights:
             self.models.forget_weights(arm, seed, rate=record["rate"])
         return record
@@ -251,7 +112,7 @@ class Run:
         """The best score on validation of each rate."""
 
         def score(rate: float) -> float:
-            history = self.models.unlearn(arm, 0, self.validate, rate=rate).record["history"]
+            history = self.models.unlearn(arm, 0, self.exam.validate, rate=rate).record["history"]
             return max(scores["score"] for scores in history)
 
         return {
@@ -270,7 +131,7 @@ class Run:
         if arm == "difference_clean":
             return self._clean_assisted(self._clean_arm(), seed)
         difference = self.differences[arm]
-        assistant, trained = self.models.assist(arm, difference, seed, self.validate)
+        assistant, trained = self.models.assist(arm, difference, seed, self.exam.validate)
         record = trained.record | {"alpha": difference.fuse.alpha, "filter": difference.fuse.filter}
         deployed = Deployed(model=self.models.target, assistant=assistant, difference=difference)
         return assistant, deployed, record
@@ -279,9 +140,10 @@ class Run:
         self, difference: Difference, seed: int
     ) -> tuple[unlearning.Assistant, Deployed, dict[str, Any]]:
         """The clean arm with a beta; the alpha and filter that validation chooses for it."""
-        assistant, trained = self.models.assist("difference_clean", difference, seed, self.validate)
+        validate = self.exam.validate
+        assistant, trained = self.models.assist("difference_clean", difference, seed, validate)
         options = [(a, f) for f in self.config.filters for a in self.config.alphas]
-        tried = [self.validate(self._with(assistant, *option)) for option in options]
+        tried = [validate(self._with(assistant, *option)) for option in options]
         best = max(range(len(options)), key=lambda n: tried[n]["score"])
         record = trained.record | {
             "beta": difference.retain_weight,
@@ -309,14 +171,14 @@ class Run:
     def _clean(self) -> tuple[unlearning.Assistant, float, str]:
         """The clean assistant of seed 0, and the alpha and filter that were chosen for it."""
         arm = "difference_clean"
-        assistant, _ = self.models.assist(arm, self._clean_arm(), 0, self.validate)
+        assistant, _ = self.models.assist(arm, self._clean_arm(), 0, self.exam.validate)
         record = self._kept(f"{arm}-0", lambda: self._arm(arm, 0))
         return assistant, record["alpha"], record["filter"]
 
     def _bypassed(self) -> dict[str, Any]:
         """Whoever leaves the assistant out has the target: the same weights, the same losses."""
         assistant, _, chosen = self._clean()
-        rows = self.models.rows(self.scene.forget)
+        rows = self.models.rows(self.models.scene.forget)
         both = (self._with(assistant, 0.0, chosen), Deployed(model=self.models.target))
 
         def difference() -> float:
@@ -328,10 +190,11 @@ class Run:
     def _alphas(self) -> list[dict[str, Any]]:
         """Forgetting and utility by alpha and filter, from one assistant; nothing is trained."""
         assistant, *chosen = self._clean()
-        whole = processes.broadcast_from_first(lambda: self.utility(self._target_on("test")))
+        exam = self.exam
+        whole = processes.broadcast_from_first(lambda: exam.utility(exam.target_on("test")))
 
         def row(alpha: float, filter: str) -> dict[str, Any]:
-            scores = self.test(self._with(assistant, alpha, filter))
+            scores = self.exam.test(self._with(assistant, alpha, filter))
             return {
                 "filter": filter,
                 "alpha": alpha,
@@ -355,7 +218,7 @@ class Run:
             "validation": max(scores["score"] for scores in record["tried"]),
             # Nothing is generated for these.
             **_named(
-                self.test(deployed, generates=False),
+                self.exam.test(deployed, generates=False),
                 _SWEPT | {"utility without ROUGE-L": "utility"},
             ),
         }
@@ -373,8 +236,8 @@ class Run:
             "seconds": seconds,
             "alpha": alpha,
             "filter": chosen,
-            "test": self.test(deployed),
-            "probe": self.probe(deployed, weights=True),
+            "test": self.exam.test(deployed),
+            "probe": self.exam.probe(deployed, weights=True),
         }
 
 

@@ -1,0 +1,190 @@
+"""Losses that train a model's own weights: every unlearning method, from hidden states."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from logitjax.losses import linear_cross_entropy, linear_kl_divergence
+from logitjax.models import Decoder, first_layers
+from logitjax.ops import Positions
+from logitjax.training import LossFn
+from logitjax.unlearning._linear_losses import linear_undial
+from logitjax.unlearning._losses import dpo, sequence_nll
+from logitjax.unlearning._objective import UnlearningMethod, unlearning_objective
+from logitjax.unlearning._targets import rmu, undial
+
+
+def make_answer_loss(model: Decoder) -> LossFn:
+    """Cross-entropy of answers' tokens, a mean over tokens: what finetuning on answers minimises.
+
+    Args:
+        model: A decoder, or one of shapes alone (`nnx.eval_shape`).
+
+    Returns:
+        `loss_fn(params, batch, rng)` for `training.make_train_step`. Batches are `{"tokens",
+        "mask"}`, int32 and bool `[rows, time]`, the mask True at the tokens of answers; rows that
+        hold several questions have `segment_ids` too.
+    """
+    graphdef, _, rest = nnx.split(model, nnx.Param, ...)
+
+    def loss_fn(params: Any, batch: Mapping[str, Any], rng: Any) -> Any:
+        del rng
+        model = nnx.merge(graphdef, params, rest)
+        hidden, _ = model.hidden_states(batch["tokens"], segment_ids=batch.get("segment_ids"))
+        weights = batch["mask"][:, 1:].astype(jnp.float32)
+        loss = linear_cross_entropy(
+            hidden[:, :-1], model.head_of(), batch["tokens"][:, 1:], weights=weights
+        )
+        return loss, weights.sum(), {}
+
+    return loss_fn
+
+
+def make_unlearning_loss(
+    method: UnlearningMethod,
+    model: Decoder,
+    *,
+    layer: int = 1,
+    direction: Any = None,
+    most: Mapping[str, int] | None = None,
+) -> LossFn:
+    """The loss of a method on a decoder, for `training.make_train_step`.
+
+    ::
+
+        gamma mean(forget losses) + alpha mean(retain losses)
+
+    Batches are those of `make_assistant_loss`. The retain loss counts answers' tokens; published
+    codes average the divergence over prompts and padding too. No logits `[rows, time, vocab]` are
+    formed.
+
+    Args:
+        method: A value of `UNLEARNING_METHODS`.
+        model: The model that is to forget, or one like it of shapes alone (`nnx.eval_shape`).
+        layer: Layer after which RMU moves hidden states.
+        direction: `[hidden]`, where RMU moves them, from `rmu_direction`.
+        most: The most answers' tokens in any step, of `forget` and `retain`: the head then meets no
+            other positions. The loss is nan where there are more.
+
+    Returns:
+        `loss_fn(params, batch, rng, reference)`; the constants of the step are the parameters of
+        the model before, where the method needs a reference.
+
+    Raises:
+        ValueError: The forget loss is `dpo`, which needs a second answer to each question.
+
+    >>> from logitjax.models import DecoderConfig
+    >>> from logitjax.unlearning import UNLEARNING_METHODS
+    >>> config = DecoderConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=2,
+    ...                        num_heads=2, num_kv_heads=1, head_dim=4)
+    >>> model = Decoder(config, rngs=nnx.Rngs(0), layout="listed")
+    >>> params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    >>> loss_fn = make_unlearning_loss(UNLEARNING_METHODS["npo_kl"], model)
+    >>> rows = {"tokens": jnp.array([[1, 2, 3]]), "mask": jnp.array([[False, True, True]])}
+    >>> loss, count, parts = loss_fn(params, {"forget": rows, "retain": rows}, None, params)
+    >>> loss.shape, sorted(parts)
+    ((), ['forget', 'retain'])
+    """
+    if method.forget is dpo:
+        raise ValueError("method: expected a forget loss of one answer a question, got dpo")
+    graphdef, _, rest = nnx.split(model, nnx.Param, ...)
+    options: dict[str, Any] = {k: v for k, v in method.options.items() if k != "scale"}
+
+    def loss_fn(params: Any, batch: Mapping[str, Any], rng: Any, reference: Any = None) -> Any:
+        del rng
+        model = nnx.merge(graphdef, params, rest)
+        sides = ["forget"] if method.retain == "none" else ["forget", "retain"]
+        before = nnx.merge(graphdef, reference, rest) if method.needs_reference else None
+        where = {side: batch[side]["mask"][:, 1:] for side in sides}
+        if method.forget_level == "hidden":
+            assert before is not None
+            tokens = jnp.concatenate([batch[side]["tokens"] for side in sides])
+            count = len(batch["forget"]["tokens"])
+            states = _layer_states(model, layer, tokens)[:, 1:]
+            kept = _layer_states(before, layer, batch["retain"]["tokens"])[:, 1:]
+            forget = method.forget(states[:count], direction)
+            retain = rmu(states[count:], kept)
+            return _weighed(method, forget, where["forget"], retain, where["retain"])
+        positions = {
+            side: Positions(where[side], None if most is None else most[side]) for side in sides
+        }
+        labels = {side: positions[side].pick(batch[side]["tokens"][:, 1:]) for side in sides}
+
+        def states_of(which: Decoder, sides: list[str]) -> dict[str, jax.Array]:
+            """Hidden states that predict answers, `[tokens, hidden]`."""
+            rows = [batch[side]["tokens"] for side in sides]
+            hidden, _ = which.hidden_states(jnp.concatenate(rows))
+            cuts = np.cumsum([len(r) for r in rows])[:-1]
+            parts = jnp.split(hidden[:, :-1], cuts)
+            return {s: positions[s].pick(part) for s, part in zip(sides, parts, strict=True)}
+
+        head, here = model.head_of(), states_of(model, sides)
+        there: dict[str, jax.Array] = {}
+        theirs = head
+        if before is not None:
+            # NPO needs the rows to forget, the divergence those to keep.
+            wanted = [] if method.forget_level == "tokens" and method.retain == "kl" else ["forget"]
+            wanted += ["retain"] if method.retain == "kl" else []
+            there, theirs = states_of(before, wanted), before.head_of()
+        flat = linear_cross_entropy(
+            jnp.concatenate([here[side] for side in sides]),
+            head,
+            jnp.concatenate([labels[side] for side in sides]),
+        )
+        size = len(labels["forget"])
+        forget_nll = positions["forget"].put(flat[:size])
+        if method.forget is undial:
+            values = linear_undial(
+                here["forget"], head, there["forget"], theirs, labels["forget"], **options
+            )
+            forget = positions["forget"].put(values)
+        elif method.forget_level == "answers":
+            summed, lengths = sequence_nll(forget_nll, where["forget"])
+            second = lengths
+            if method.needs_reference:
+                old = linear_cross_entropy(there["forget"], theirs, labels["forget"])
+                second = sequence_nll(positions["forget"].put(old), where["forget"])[0]
+            forget = method.forget(summed, second, **options)
+        else:
+            forget = method.forget(forget_nll, **options)
+        counted = where["forget"] if method.forget_level == "tokens" else None
+        retain = None
+        if method.retain == "kl":
+            divergence = linear_kl_divergence(here["retain"], head, there["retain"], theirs)
+            retain = positions["retain"].put(divergence)
+        elif method.retain != "none":
+            retain = positions["retain"].put(flat[size:])
+        loss, one, means = _weighed(method, forget, counted, retain, where.get("retain"))
+        fit = jnp.stack([positions[side].fits for side in sides]).all()
+        return jnp.where(fit, loss, jnp.nan), one, means
+
+    return loss_fn
+
+
+def _layer_states(model: Decoder, layer: int, tokens: Any) -> jax.Array:
+    """The residual stream after so many layers, without the final norm."""
+    cut: Any = first_layers(model, layer)
+    cut.final_norm = _Identity()
+    return cut.hidden_states(tokens)[0]
+
+
+class _Identity(nnx.Module):
+    def __call__(self, x: Any) -> Any:
+        return x
+
+
+def _weighed(method: UnlearningMethod, forget: Any, counted: Any, retain: Any, kept: Any) -> Any:
+    loss, means = unlearning_objective(
+        forget,
+        retain,
+        forget_weight=method.forget_weight,
+        retain_weight=method.retain_weight,
+        forget_where=counted,
+        retain_where=kept,
+    )
+    one = jnp.float32(1)
+    return loss, one, {name: (value, one) for name, value in means.items()}

@@ -1,0 +1,100 @@
+"""Losses of whole methods on a decoder, against the same from logits."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from logitjax import losses, unlearning
+from logitjax.models import tiny_decoder, with_layout
+
+METHODS = (
+    "gradient_ascent",
+    "gradient_difference",
+    "npo",
+    "npo_gradient_difference",
+    "npo_kl",
+    "simnpo",
+    "rmu",
+    "undial",
+)
+
+
+@pytest.mark.slow
+def test_losses_from_hidden_states_are_those_of_logits():
+    rng = np.random.default_rng(0)
+
+    def side(rows):
+        tokens = rng.integers(1, 200, (rows, 8)).astype(np.int32)
+        return {"tokens": tokens, "mask": np.arange(8) >= rng.integers(2, 5, (rows, 1))}
+
+    batch = {"forget": side(3), "retain": side(2)}
+    model, before = (with_layout(tiny_decoder(seed), "listed") for seed in (1, 2))
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    reference = nnx.to_pure_dict(nnx.state(before, nnx.Param))
+    direction = unlearning.rmu_direction(32, key=jax.random.key(0))
+
+    most = {side: int(rows["mask"][:, 1:].sum()) + 1 for side, rows in batch.items()}
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def ours(params, reference, more=None):
+        found = {}
+        for name in METHODS:
+            loss_fn = unlearning.make_unlearning_loss(
+                unlearning.UNLEARNING_METHODS[name],
+                model,
+                layer=1,
+                direction=direction,
+                most=None if more is None else {side: n + more for side, n in most.items()},
+            )
+            found[name] = loss_fn(params, batch, None, reference)[0]
+        return found
+
+    @jax.jit
+    def logits(params, tokens):
+        return nnx.merge(graphdef, params, rest)(tokens)
+
+    params = nnx.to_pure_dict(params)
+    found = ours(params, reference)
+    z, z0 = (
+        {k: logits(p, s["tokens"])[:, :-1] for k, s in batch.items()} for p in (params, reference)
+    )
+    labels = {k: s["tokens"][:, 1:] for k, s in batch.items()}
+    where = {k: s["mask"][:, 1:] for k, s in batch.items()}
+    nll, nll0 = ({k: losses.cross_entropy(x[k], labels[k]) for k in batch} for x in (z, z0))
+
+    def mean(values, k):
+        return float((np.asarray(values) * where[k]).sum() / where[k].sum())
+
+    n, n0 = (unlearning.sequence_nll(x["forget"], where["forget"])[0] for x in (nll, nll0))
+    lengths = where["forget"].sum(-1)
+    npo = float(unlearning.npo(n, n0).mean())
+    simnpo = 0.125 * float(unlearning.simnpo(n, lengths).mean())
+    undial = unlearning.undial(z["forget"], z0["forget"], labels["forget"])
+    kept = mean(nll["retain"], "retain")
+    expected = {
+        "gradient_ascent": -mean(nll["forget"], "forget"),
+        "gradient_difference": kept - mean(nll["forget"], "forget"),
+        "npo": npo,
+        "npo_gradient_difference": npo + kept,
+        "npo_kl": npo + mean(losses.kl_divergence(z["retain"], z0["retain"]), "retain"),
+        "simnpo": simnpo + kept,
+        "undial": mean(undial, "forget"),
+    }
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=2e-4, err_msg=name)
+    for more in (0, -1):
+        for name, value in ours(params, reference, more).items():
+            np.testing.assert_allclose(value, found[name], rtol=1e-5, err_msg=name)
+    for name, value in ours(params, reference, -2).items():
+        assert np.isnan(value) or name == "rmu"
+    # Of the same model there is nothing to keep but itself; the direction is where RMU goes.
+    assert float(found["rmu"]) > 0
+
+
+def test_a_method_that_needs_other_batches_is_refused():
+    method = unlearning.UNLEARNING_METHODS["idk_dpo"]
+    with pytest.raises(ValueError, match="method: expected a forget loss of one answer"):
+        unlearning.make_unlearning_loss(method, tiny_decoder())
