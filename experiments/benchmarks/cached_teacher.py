@@ -47,7 +47,7 @@ def run(options: _suite.Options) -> _suite.Result:
         models.from_nnx(model) for model in (student, teacher)
     )
     read = jax.jit(
-        functools.partial(objectives.source_record, teacher_fn.graphdef, k=_K, tail_samples=_TAIL)
+        functools.partial(objectives.teacher_record, teacher_fn.graphdef, k=_K, tail_samples=_TAIL)
     )
 
     def batch(split: str, step: int, seed: int) -> dict[str, Any]:

@@ -48,7 +48,7 @@ class Corpus:
         for row in rows:
             batch = self.batch(split, row, distil=False)
             if first.columns == self.packed.names["pivot"]:
-                batch["agreement"] = objectives.first_choice(first.statistics(split, row)[0])
+                batch["agreement"] = first.statistics(split, row)[0].indices[..., 0]
             yield batch
 
 
@@ -82,7 +82,7 @@ def load_corpus(config: Config, tokenizer: models.Tokenizer, workdir: epath.Path
             "tokenizer than the pivot; use uld, gld or uld+gld"
         )
     distils = any(loss != "sft" for loss in config.loss)
-    needed = sources.needed_rows(
+    needed = sources.visited_rows(
         packed,
         steps=config.steps,
         batch_size=config.batch_size,
@@ -99,11 +99,11 @@ def load_corpus(config: Config, tokenizer: models.Tokenizer, workdir: epath.Path
             kind, _, place = config.teacher[i].partition(":")
             if kind != "cache" or not place:
                 raise ValueError(f"teacher: expected cache:DIR, got {config.teacher[i]!r}")
-            caches = sources.open_caches(
-                epath.Path(place), packed, columns, tokenizers[name].fingerprint, needed
+            caches = sources.open_teacher_caches(
+                epath.Path(place), packed, tokenizers[name].fingerprint, needed
             )
         else:
-            caches = sources.let_source_read(
+            caches = sources.cache_teacher(
                 spec,
                 functools.partial(models.load, spec, mesh=here, **options),
                 columns=columns,

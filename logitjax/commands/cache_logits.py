@@ -82,7 +82,7 @@ def run(config: Config, workdir: epath.Path) -> None:
     table = []
     for name, spec in specs.items():
         _announce(config, spec, tokenizers[name], rows)
-        caches = sources.let_source_read(
+        caches = sources.cache_teacher(
             spec,
             functools.partial(
                 models.load, spec, mesh=here, dtype=config.dtype, layout=config.layout

@@ -1,12 +1,12 @@
-"""The arms of graph fusion: what each one minimises, given the pivot's hidden states.
+"""What a language model (the pivot) minimises when it learns from others (the sources).
 
-Nothing here holds logits: one sweep over the vocabulary yields what a loss needs of the student,
-and the sources' statistics come from their cache.
+Nothing here holds logits: one sweep over the vocabulary yields what a loss needs of the pivot, and
+the sources' statistics come from their caches.
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,16 +19,36 @@ from logitjax.distillation._graph_on_logits import GraphConfig
 from logitjax.distillation._linear_graph_fusion import linear_graph_fusion
 
 LOSSES: tuple[str, ...] = ("sft", "kl", "uld", "gld", "uld+gld")
-# A second head for the sources' logits; it needs their vocabulary, as kl does.
+# A second head learns the sources' logits; it needs their vocabulary, as kl does.
 DUAL = "dual"
 
-# What a cache holds of one teacher.
-CachedTeacher = tuple[ops.TopK, losses.TailSample | None]
+LossFunction = Callable[..., tuple[Any, Any, dict[str, tuple[Any, Any]]]]
+# A source's top logits, and what was drawn from its tail.
+_Cached = tuple[ops.TopK, losses.TailSample | None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Objective:
-    """``(1 - mix) SFT + mix (distillation terms)``, the terms by the name of the arm."""
+    """The next token's cross-entropy, and what is learned from the sources beside it.
+
+    ::
+
+        (1 - mix) * cross_entropy + mix * (distillation terms)
+
+    Attributes:
+        loss: Which terms: `sft` none, `kl` KL to the sources' cached logits, `uld` universal logit
+            distance, `gld` graph-on-logits distillation, `uld+gld` both, `dual` a second head.
+        weights: Weight of each source.
+        mix: Share of the distillation terms.
+        gld_weight: Weight of the graph loss beside ULD.
+        graph: The graph loss.
+
+    Raises:
+        ValueError: Another loss.
+
+    >>> Objective(loss="uld", weights=(1.0, 3.0)).shares
+    [0.25, 0.75]
+    """
 
     loss: str
     weights: tuple[float, ...]
@@ -46,18 +66,19 @@ class Objective:
         """The sources' weights, summing to one."""
         return [weight / sum(self.weights) for weight in self.weights]
 
-    @property
-    def fusion(self) -> GraphFusionConfig:
-        return GraphFusionConfig(
-            mix=self.mix,
-            uld_weight=float("uld" in self.loss),
-            gld_weight=self.gld_weight * ("gld" in self.loss),
-            graph=self.graph,
-        )
+    def mixed(self, cross_entropy: Any, distillation: Any) -> Any:
+        return (1 - self.mix) * cross_entropy + self.mix * distillation
 
 
 def parse_gld(text: str, *, k: int) -> tuple[GraphConfig, float]:
-    """``NODE/FEATURE/VALUE:WEIGHT``, such as ``rank/row_sum/closed_form:0.002``.
+    """A graph loss and its weight from `NODE/FEATURE/VALUE:WEIGHT`.
+
+    Args:
+        text: Such as `rank/row_sum/closed_form:0.002`.
+        k: Logits of each position that the graph is made of.
+
+    Raises:
+        ValueError: The text is no such thing, or names a graph that there is not.
 
     >>> parse_gld("token/row_rms/closed_form:0.5", k=10)[1]
     0.5
@@ -86,7 +107,7 @@ def pivot_of(params: Any) -> Any:
 
 
 def targets(batch: Mapping[str, Any]) -> tuple[Any, Any]:
-    """The label ``tokens[t + 1]`` of each position t, and where it counts."""
+    """The label `tokens[t + 1]` of each position t, and where it counts."""
     return batch["tokens"][:, 1:], batch["loss_mask"][:, 1:]
 
 
@@ -98,98 +119,135 @@ def hidden_states(model: Any, batch: Mapping[str, Any]) -> Any:
     return hidden[:, :-1]
 
 
-def loss_function(
-    objective: Objective, graphdef: Any, sources: Sequence[str]
-) -> Callable[..., tuple[Any, Any, dict[str, tuple[Any, Any]]]]:
-    """The arm as ``loss_fn(params, batch, rng) -> (sum, count, metrics)``.
+def loss_function(objective: Objective, graphdef: Any, sources: Sequence[str]) -> LossFunction:
+    """The objective as `training.make_train_step` takes it.
 
     Args:
-      objective: which arm.
-      graphdef: of the pivot, to be merged with ``params``.
-      sources: the names under which ``batch["sources"]`` holds the statistics of each source, a
-        `losses.GraphStatistics` and a mask over its positions.
+        objective: What to minimise.
+        graphdef: Graph definition of the pivot, to be merged with the parameters.
+        sources: Names under which `batch["sources"]` holds the statistics of each source, a
+            `losses.GraphStatistics` and a mask over its positions.
+
+    Returns:
+        `loss_fn(params, batch, rng) -> (sum, count, metrics)`.
     """
+    distil = {"kl": _kl, DUAL: _dual}.get(objective.loss, _graph_fusion)
 
     def loss_fn(params: Any, batch: Mapping[str, Any], rng: Any) -> Any:
         del rng
         model = nnx.merge(graphdef, pivot_of(params))
-        labels, where = targets(batch["pivot"])
-        hidden = hidden_states(model, batch["pivot"])
-        head = model.head_of()
-        count = where.sum()
-
-        def total(values: Any) -> Any:
-            return jnp.where(where, values, 0.0).sum()
-
-        if objective.loss == "sft":
-            # A scalar is enough, so the head's gradient is formed in the forward sweep.
-            weights = where.astype(jnp.float32)
-            sft = losses.linear_cross_entropy(hidden, head, labels, weights=weights)
-            return sft, count, {"sft": (sft, count)}
-
-        held = [batch["sources"][name] for name in sources]
-        if objective.loss == "kl":
-            teachers = [(teacher.top_k, teacher.tail) for teacher, _ in held]
-
-            def mixed(readout: losses.Readout, teachers: Sequence[CachedTeacher]) -> Any:
-                kl = sparse_divergence(readout, teachers, objective.shares)
-                return (1 - objective.mix) * readout.cross_entropy + objective.mix * kl
-
-            # Here too a scalar is enough: no logit is formed twice.
-            weights = where.astype(jnp.float32)
-            value, readout = losses.linear_fused_loss(
-                hidden,
-                head,
-                mixed,
-                teachers,
-                weights,
-                labels=labels,
-                ids=jnp.concatenate([cached_ids(*teacher) for teacher in teachers], axis=-1),
-            )
-            sft = total(readout.cross_entropy)
-            kl = total(sparse_divergence(readout, teachers, objective.shares))
-            return value, count, {"sft": (sft, count), "kl": (kl, count)}
-
-        if objective.loss == DUAL:
-            weights = where.astype(jnp.float32)
-            sft = losses.linear_cross_entropy(hidden, head, labels, weights=weights)
-            ids = jnp.concatenate([teacher.indices for teacher, _ in held], axis=-1)
-            auxiliary = losses.Head(params["auxiliary"]["head"]["kernel"], vocab_axis=1)
-            gathered = losses.linear_readout(hidden, auxiliary, ids=ids).gathered
-            parts = jnp.split(gathered, len(held), axis=-1)
-            distances = [
-                binary_kl_norm(part, teacher.values, reduction="mean")
-                for part, (teacher, _) in zip(parts, held, strict=True)
-            ]
-            dual = total(sum(w * d for w, d in zip(objective.shares, distances, strict=True)))
-            value = (1 - objective.mix) * sft + objective.mix * dual
-            return value, count, {"sft": (sft, count), "dual": (dual, count)}
-
-        teachers = [
-            FusionTeacher(outputs=outputs, where=valid, weight=weight, aligned=True)
-            for (outputs, valid), weight in zip(held, objective.shares, strict=True)
-        ]
-        value, metrics = linear_graph_fusion(
-            hidden, head, labels, teachers, where=where, config=objective.fusion
+        student = _Student(
+            hidden_states(model, batch["pivot"]), model.head_of(), *targets(batch["pivot"])
         )
-        tokens = metrics["tokens"]
-        shown = [name for name in ("sft", "uld", "gld") if name in metrics]
-        sums = {name: ((metrics[name] * tokens).sum(), tokens.sum()) for name in shown}
-        return (value * tokens).sum(), count, sums
+        if objective.loss == "sft":
+            sft = student.cross_entropy()
+            return sft, student.count, {"sft": (sft, student.count)}
+        held = [batch["sources"][name] for name in sources]
+        value, terms = distil(objective, student, held, params)
+        return value, student.count, terms
 
     return loss_fn
 
 
-def cached_ids(top: ops.TopK, tail: losses.TailSample | None) -> Any:
+class _Student(NamedTuple):
+    """The pivot's states, its head, the labels, and where they count."""
+
+    hidden: Any
+    head: losses.Head
+    labels: Any
+    where: Any
+
+    @property
+    def count(self) -> Any:
+        return self.where.sum()
+
+    @property
+    def weights(self) -> Any:
+        return self.where.astype(jnp.float32)
+
+    def total(self, values: Any) -> Any:
+        return jnp.where(self.where, values, 0.0).sum()
+
+    def cross_entropy(self) -> Any:
+        """Its sum: a scalar is enough, so the head's gradient is formed in the forward sweep."""
+        return losses.linear_cross_entropy(
+            self.hidden, self.head, self.labels, weights=self.weights
+        )
+
+
+def _kl(objective: Objective, student: _Student, held: Any, params: Any) -> tuple[Any, Any]:
+    """KL to the cached logits and the exact mass of the rest; here too a scalar is enough."""
+    del params
+    teachers = [(teacher.top_k, teacher.tail) for teacher, _ in held]
+
+    def mixed(readout: losses.Readout, teachers: Sequence[_Cached]) -> Any:
+        kl = _sparse_divergence(readout, teachers, objective.shares)
+        return objective.mixed(readout.cross_entropy, kl)
+
+    value, readout = losses.linear_fused_loss(
+        student.hidden,
+        student.head,
+        mixed,
+        teachers,
+        student.weights,
+        labels=student.labels,
+        ids=jnp.concatenate([_cached_ids(*teacher) for teacher in teachers], axis=-1),
+    )
+    sft = student.total(readout.cross_entropy)
+    kl = student.total(_sparse_divergence(readout, teachers, objective.shares))
+    return value, {"sft": (sft, student.count), "kl": (kl, student.count)}
+
+
+def _dual(objective: Objective, student: _Student, held: Any, params: Any) -> tuple[Any, Any]:
+    """A second head regresses the sources' top logits; the first sees the labels alone."""
+    sft = student.cross_entropy()
+    ids = jnp.concatenate([teacher.indices for teacher, _ in held], axis=-1)
+    auxiliary = losses.Head(params["auxiliary"]["head"]["kernel"], vocab_axis=1)
+    gathered = losses.linear_readout(student.hidden, auxiliary, ids=ids).gathered
+    parts = jnp.split(gathered, len(held), axis=-1)
+    distances = [
+        share * binary_kl_norm(part, teacher.values, reduction="mean")
+        for part, (teacher, _), share in zip(parts, held, objective.shares, strict=True)
+    ]
+    dual = student.total(sum(distances))
+    terms = {"sft": (sft, student.count), "dual": (dual, student.count)}
+    return objective.mixed(sft, dual), terms
+
+
+def _graph_fusion(
+    objective: Objective, student: _Student, held: Any, params: Any
+) -> tuple[Any, Any]:
+    """ULD, GLD or both: the sources may have other vocabularies."""
+    del params
+    teachers = [
+        FusionTeacher(outputs=outputs, where=valid, weight=weight, aligned=True)
+        for (outputs, valid), weight in zip(held, objective.shares, strict=True)
+    ]
+    config = GraphFusionConfig(
+        mix=objective.mix,
+        uld_weight=float("uld" in objective.loss),
+        gld_weight=objective.gld_weight * ("gld" in objective.loss),
+        graph=objective.graph,
+    )
+    value, metrics = linear_graph_fusion(
+        student.hidden, student.head, student.labels, teachers, where=student.where, config=config
+    )
+    tokens = metrics["tokens"]
+    names = [name for name in ("sft", "uld", "gld") if name in metrics]
+    terms = {name: ((metrics[name] * tokens).sum(), tokens.sum()) for name in names}
+    return (value * tokens).sum(), terms
+
+
+def _cached_ids(top: ops.TopK, tail: losses.TailSample | None) -> Any:
     """Where a student's logits are needed for the KL to a cached teacher."""
     return top.indices if tail is None else jnp.concatenate([top.indices, tail.indices], axis=-1)
 
 
-def sparse_divergence(
-    readout: losses.Readout, teachers: Sequence[CachedTeacher], shares: Sequence[float]
+def _sparse_divergence(
+    readout: losses.Readout, teachers: Sequence[_Cached], shares: Sequence[float]
 ) -> Any:
     """KL to each teacher's top logits and its tail, weighted; the readout has gathered them all."""
-    ids = [cached_ids(*teacher) for teacher in teachers]
+    ids = [_cached_ids(*teacher) for teacher in teachers]
     divergence, start = 0.0, 0
     for (top, tail), places, share in zip(teachers, ids, shares, strict=True):
         stop = start + places.shape[-1]
@@ -201,9 +259,16 @@ def sparse_divergence(
     return divergence
 
 
-def score_function(graphdef: Any) -> Callable[..., tuple[Any, Any, dict[str, tuple[Any, Any]]]]:
-    """Held-out scores in the same form: negative log-likelihood, and agreement with the first
-    source's most likely token where the batch has one."""
+def score_function(graphdef: Any) -> LossFunction:
+    """Held-out scores in the form of a loss, for `training.make_eval_step`.
+
+    Args:
+        graphdef: Graph definition of the pivot.
+
+    Returns:
+        The negative log-likelihood as loss, `accuracy`, and `agreement` with the most likely tokens
+        of a source where the batch has them under that name.
+    """
 
     def score(params: Any, batch: Mapping[str, Any], rng: Any) -> Any:
         del rng
@@ -213,7 +278,7 @@ def score_function(graphdef: Any) -> Callable[..., tuple[Any, Any, dict[str, tup
         readout = losses.linear_readout(hidden, model.head_of(), labels=labels, top_k=1)
         nll = jnp.where(where, readout.cross_entropy, 0.0).sum()
         count = where.sum()
-        best = first_choice(readout.statistics)
+        best = readout.statistics.indices[..., 0]
         metrics = {"accuracy": ((where & (best == labels)).sum(), count)}
         if "agreement" in batch:
             metrics["agreement"] = ((where & (best == batch["agreement"])).sum(), count)
@@ -222,16 +287,7 @@ def score_function(graphdef: Any) -> Callable[..., tuple[Any, Any, dict[str, tup
     return score
 
 
-def source_statistics(
-    graphdef: Any, params: Any, batch: Mapping[str, Any], *, k: int
-) -> losses.GraphStatistics:
-    """What a source says at each position that has a successor."""
-    model = nnx.merge(graphdef, params)
-    readout = losses.linear_readout(hidden_states(model, batch), model.head_of(), top_k=k)
-    return readout.statistics
-
-
-def source_record(
+def teacher_record(
     graphdef: Any, params: Any, batch: Mapping[str, Any], rows: Any, *, k: int, tail_samples: int
 ) -> dict[str, Any]:
     """What a `TeacherCache` keeps of a batch; a tail's draws depend on its row alone."""
@@ -251,8 +307,3 @@ def source_record(
         tail = jax.lax.map(draw, (hidden, statistics.indices, jnp.asarray(rows, jnp.uint32)))
         record |= {"tail_values": tail.values, "tail_indices": tail.indices}
     return record
-
-
-def first_choice(statistics: losses.GraphStatistics) -> ops.Array:
-    """The most likely token of each position."""
-    return statistics.indices[..., 0]

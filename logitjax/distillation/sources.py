@@ -1,4 +1,4 @@
-"""Rows of text for graph fusion, and what the sources say about them."""
+"""What models to learn from (the sources) say about packed rows, from caches on disk."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ from logitjax.distillation._teacher_cache import TeacherCache, TeacherIdentity
 from logitjax.storage import has_manifest
 
 
-def needed_rows(
+def visited_rows(
     packed: data.PackedSplits, *, steps: int, batch_size: int, seeds: int, eval_rows: int
 ) -> dict[str, np.ndarray]:
     """The rows of each split whose statistics some run reads, ascending.
@@ -45,9 +45,9 @@ class Source:
     """What one source says about the rows that matter, from its caches on disk.
 
     Attributes:
-      columns: which tokenizer's columns of a batch it reads.
-      packed: the rows.
-      caches: by split.
+        columns: Which tokenizer's columns of a batch it reads.
+        packed: The rows.
+        caches: Its caches, by split.
     """
 
     columns: str
@@ -62,7 +62,7 @@ class Source:
     def statistics(self, split: str, batch: Mapping[str, Any]) -> tuple[Any, np.ndarray]:
         """`losses.GraphStatistics` at the pivot's positions, and where there are any."""
         cache = self.caches[split]
-        found = cache.read(batch["row"])
+        columns = cache.read(batch["row"])
         where = batch[self.columns]["loss_mask"][:, 1:]
         ours = self.packed.names["pivot"]
         if self.columns != ours:
@@ -74,13 +74,14 @@ class Source:
                 by="turn" if self.packed.chat else "document",
             )
             rows = np.arange(len(places))[:, None]
-            found = {name: array[rows, places] for name, array in found.items()}
-        drawn = {n: found.pop(f"tail_{n}") for n in ("values", "indices") if f"tail_{n}" in found}
+            columns = {name: array[rows, places] for name, array in columns.items()}
+        names = [n for n in ("values", "indices") if f"tail_{n}" in columns]
+        drawn = {name: columns.pop(f"tail_{name}") for name in names}
         tail = losses.TailSample(**drawn) if drawn else None
-        return losses.GraphStatistics(**found, tail=tail, vocab_size=cache.vocab_size), where
+        return losses.GraphStatistics(**columns, tail=tail, vocab_size=cache.vocab_size), where
 
 
-def let_source_read(
+def cache_teacher(
     spec: str,
     load: Callable[[], tuple[Any, models.Tokenizer]],
     *,
@@ -92,7 +93,27 @@ def let_source_read(
     batch_size: int,
     directory: epath.Path,
 ) -> dict[str, TeacherCache]:
-    """Let a source read the rows that it has not read yet; the model is loaded if there are any."""
+    """Lets a source read the rows that it has not read yet, and keeps what it says.
+
+    The model is loaded only if there are such rows; processes share them.
+
+    Args:
+        spec: The model, as its user names it.
+        load: Loads it and its tokenizer.
+        columns: Which tokenizer's columns of a batch it reads.
+        packed: The rows.
+        rows: By split the rows to read.
+        k: Logits of each position to keep.
+        tail_samples: Tokens of each position drawn from outside them.
+        batch_size: Rows a process reads at once.
+        directory: Folder with a cache for each split.
+
+    Returns:
+        The caches, by split.
+
+    Raises:
+        ValueError: A cache that is there was made from something else.
+    """
     loaded: list[Any] = []
 
     def model() -> tuple[Any, Any, Any]:
@@ -101,7 +122,7 @@ def let_source_read(
             apply_fn, params = models.from_nnx(decoder)
             read = jax.jit(
                 functools.partial(
-                    objectives.source_record, apply_fn.graphdef, k=k, tail_samples=tail_samples
+                    objectives.teacher_record, apply_fn.graphdef, k=k, tail_samples=tail_samples
                 )
             )
             loaded.extend((decoder.config, tokenizer, functools.partial(read, params)))
@@ -150,14 +171,23 @@ def let_source_read(
     return caches
 
 
-def open_caches(
+def open_teacher_caches(
     directory: epath.Path,
     packed: data.PackedSplits,
-    columns: str,
     tokenizer: str,
     rows: Mapping[str, Any],
 ) -> dict[str, TeacherCache]:
-    """Caches written before (``--teacher=cache:DIR``), checked against data and tokenizer."""
+    """Caches that were written before, as `cache_teacher` returns them.
+
+    Args:
+        directory: Folder with a cache for each split.
+        packed: The rows.
+        tokenizer: Fingerprint of the source's tokenizer.
+        rows: By split the rows that the run visits.
+
+    Raises:
+        ValueError: A cache was made from other data or another tokenizer, or lacks rows.
+    """
     caches = {}
     for split, wanted in rows.items():
         if not len(wanted):
