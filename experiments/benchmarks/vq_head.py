@@ -77,7 +77,7 @@ def _decoders(case: dict[str, Any], codes: int) -> dict[str, Callable[[jax.Array
     books = jnp.asarray(random.standard_normal((hidden // part, 16, part), np.float32))
 
     def full(h: jax.Array, rows: jax.Array) -> Any:
-        return ops.top_k(heads.linear_logits(h, rows, vocab_axis=0), TOP)
+        return ops.top_k(losses.Head(rows, vocab_axis=0).logits(h), TOP)
 
     def of_codes(h: jax.Array, weights: tuple[jax.Array, Any]) -> Any:
         codebook, tables = weights
@@ -131,7 +131,7 @@ def _losses(case: dict[str, Any]) -> dict[str, tuple[Callable[..., Any], tuple[A
     tables = {name: adaptive.pop(name) for name in ("order", "rank")}
 
     def full(h: jax.Array, rows: jax.Array) -> jax.Array:
-        return losses.cross_entropy(heads.linear_logits(h, rows, vocab_axis=0), labels).mean()
+        return losses.cross_entropy(losses.Head(rows, vocab_axis=0).logits(h), labels).mean()
 
     def blocked(h: jax.Array, rows: jax.Array) -> jax.Array:
         return losses.linear_cross_entropy(h, losses.Head(rows, vocab_axis=0), labels).mean()

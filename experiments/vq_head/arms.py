@@ -180,7 +180,7 @@ def _projected(arrays: Any, hidden: Any) -> Any:
 
 def _linear_logits(arrays: Any, hidden: Any) -> Any:
     hidden = _projected(arrays, hidden)
-    return heads.linear_logits(hidden, arrays["kernel"], arrays.get("bias"), vocab_axis=0)
+    return losses.Head(arrays["kernel"], arrays.get("bias"), vocab_axis=0).logits(hidden)
 
 
 def _linear_nll(arrays: Any, hidden: Any, labels: Any) -> Any:

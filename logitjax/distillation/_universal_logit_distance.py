@@ -36,7 +36,6 @@ from logitjax.ops import (
     check_vocabulary_unsharded,
     finite_or_zero,
     logsumexp,
-    mask_logits,
     over_batch,
 )
 from logitjax.ops import top_k as exact_top_k
@@ -143,7 +142,7 @@ def _sorted_probs(
     axis_name: AxisName | None,
     name: str,
 ) -> jax.Array:
-    masked = mask_logits(as_float(logits, name), vocab_where, where_name)
+    masked = as_float(logits, name, vocab_where, where_name)
     scaled = jnp.moveaxis(masked, check_axis(axis, masked.ndim, name), -1) / temperature
     log_z = logsumexp(scaled, axis_name=axis_name)
     if axis_name is None:

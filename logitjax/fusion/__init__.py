@@ -12,5 +12,4 @@ from logitjax.fusion._static import DExperts as DExperts
 from logitjax.fusion._static import EmulatedFineTuning as EmulatedFineTuning
 from logitjax.fusion._static import ProxyTuning as ProxyTuning
 from logitjax.fusion._token_map import OverlapFusion as OverlapFusion
-from logitjax.fusion._token_map import TokenMap as TokenMap
 from logitjax.fusion._token_map import vocabulary_map as vocabulary_map

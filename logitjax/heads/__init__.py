@@ -9,7 +9,6 @@ from logitjax.heads._adaptive_softmax import init_adaptive_softmax as init_adapt
 from logitjax.heads._head_cost import HeadCost as HeadCost
 from logitjax.heads._linear import LinearHead as LinearHead
 from logitjax.heads._linear import TiedHead as TiedHead
-from logitjax.heads._linear import linear_logits as linear_logits
 from logitjax.heads._linear import torch_linear as torch_linear
 from logitjax.heads._low_rank import LowRankHead as LowRankHead
 from logitjax.heads._low_rank import fit_low_rank as fit_low_rank

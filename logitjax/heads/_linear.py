@@ -1,5 +1,6 @@
 """The full output head: an affine map from hidden states to logits."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -11,36 +12,6 @@ from logitjax.heads._head_cost import HeadCost
 from logitjax.heads._vocabulary_head import VocabularyHead
 from logitjax.losses import Head, linear_cross_entropy
 from logitjax.ops import Array
-
-
-def linear_logits(
-    hidden: Float[Array, "*batch hidden"],
-    kernel: Float[Array, "a b"],
-    bias: Float[Array, " vocab"] | None = None,
-    *,
-    vocab_axis: int = 1,
-    dtype: Any = None,
-) -> Float[jax.Array, "*batch vocab"]:
-    """Logits of a full head: inputs in the compute dtype, sums and result in float32.
-
-    Args:
-      hidden: hidden states.
-      kernel: ``[hidden, vocab]``, or ``[vocab, hidden]`` (a tied embedding) with ``vocab_axis=0``.
-      bias: one number a vocabulary entry.
-      vocab_axis: which axis of ``kernel`` is the vocabulary.
-      dtype: the compute dtype; that of ``hidden`` when omitted.
-
-    Returns:
-      float32 logits.
-
-    >>> linear_logits(jnp.ones((2, 3)), jnp.ones((5, 3)), vocab_axis=0).shape
-    (2, 5)
-    """
-    hidden = jnp.asarray(hidden, dtype)
-    kernel = jnp.asarray(kernel, hidden.dtype)
-    contract = (((hidden.ndim - 1,), (1 - vocab_axis,)), ((), ()))
-    logits = jax.lax.dot_general(hidden, kernel, contract, preferred_element_type=jnp.float32)
-    return logits if bias is None else logits + jnp.asarray(bias, jnp.float32)
 
 
 class FullHead(VocabularyHead):
@@ -56,7 +27,8 @@ class FullHead(VocabularyHead):
         self, hidden: Float[Array, "*batch hidden"], embedding: Array | None = None
     ) -> Float[jax.Array, "*batch vocab"]:
         head = self.as_linear(embedding)
-        return linear_logits(hidden, head.kernel, head.bias, vocab_axis=head.axis, dtype=self.dtype)
+        kernel = jnp.asarray(head.kernel, self.dtype)
+        return dataclasses.replace(head, kernel=kernel).logits(jnp.asarray(hidden, self.dtype))
 
     def nll(
         self,

@@ -32,7 +32,6 @@ from logitjax.ops import (
     check_axis,
     finite_or_zero,
     logsumexp,
-    mask_logits,
     psum,
 )
 
@@ -89,7 +88,7 @@ def cross_entropy(
       Szegedy et al., Rethinking the Inception architecture, 2016 (label smoothing; here uniform
       over the entries that exist). Chowdhery et al., PaLM, 2022, section 5 (z-loss, weight 1e-4).
     """
-    logits = as_float(logits, "logits")
+    logits = as_float(logits, "logits", vocab_where)
     labels = jnp.asarray(labels)
     axis = check_axis(axis, logits.ndim, "logits")
     if not jnp.issubdtype(labels.dtype, jnp.integer):
@@ -104,7 +103,6 @@ def cross_entropy(
     if isinstance(label_smoothing, (int, float)) and not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing: expected a number in [0, 1), got {label_smoothing}")
 
-    logits = mask_logits(logits, vocab_where)
     vocab = logits.shape[axis]
     first, size = 0, vocab
     if axis_name is not None:

@@ -19,7 +19,6 @@ from logitjax.ops import (
     finite_or_zero,
     gather_at,
     logsumexp,
-    mask_logits,
 )
 
 Tail = Literal["bucket", "renormalize"] | TailSample
@@ -89,7 +88,7 @@ def sparse_kl_divergence(
     if isinstance(student, TopK):
         gathered, log_z = student.values, student.log_z
     else:
-        logits = mask_logits(as_float(student, "student"), vocab_where)
+        logits = as_float(student, "student", vocab_where)
         log_z = logsumexp(logits, axis_name=axis_name)
         gathered = gather_at(logits, wanted, axis_name=axis_name)
     if gathered.shape != wanted.shape:

@@ -10,7 +10,6 @@ from logitjax.ops._log_softmax import AxisName as AxisName
 from logitjax.ops._log_softmax import finite_or_zero as finite_or_zero
 from logitjax.ops._log_softmax import log_softmax as log_softmax
 from logitjax.ops._log_softmax import logsumexp as logsumexp
-from logitjax.ops._log_softmax import mask_logits as mask_logits
 from logitjax.ops._log_softmax import psum as psum
 from logitjax.ops._log_softmax import soft_cap as soft_cap
 from logitjax.ops._masked_mean import masked_mean as masked_mean

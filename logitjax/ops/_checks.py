@@ -9,14 +9,23 @@ import numpy as np
 from logitjax.ops._types import Array
 
 
-def as_float(values: Array, name: str) -> jax.Array:
-    """Returns `values` in float32 (float64 stays where x64 is on); integers are a TypeError."""
+def as_float(
+    values: Array, name: str, vocab_where: Array | None = None, where_name: str = "vocab_where"
+) -> jax.Array:
+    """Returns `values` in float32 (float64 stays where x64 is on); integers are a TypeError.
+
+    Of logits, those that `vocab_where` excludes are `-inf`.
+    """
     values = jnp.asarray(values)
     if not jnp.issubdtype(values.dtype, jnp.floating):
         raise TypeError(f"{name}: expected floating point, got {values.dtype}")
     if values.ndim == 0:
         raise ValueError(f"{name}: expected a vocabulary axis, got a scalar")
-    return values.astype(jnp.promote_types(values.dtype, jnp.float32))
+    values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
+    if vocab_where is None:
+        return values
+    check_where(vocab_where, values.shape, where_name)
+    return jnp.where(vocab_where, values, -jnp.inf)
 
 
 def check_axis(axis: int, ndim: int, name: str) -> int:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Bool, Float
 
-from logitjax.ops._checks import as_float, check_axis, check_where
+from logitjax.ops._checks import as_float, check_axis
 from logitjax.ops._types import Array
 
 AxisName = str | tuple[str, ...]
@@ -46,9 +46,9 @@ def logsumexp(
     >>> print(f"{logsumexp(jnp.log(jnp.array([1.0, 2.0, 5.0, 0.0]))):.3f}")
     2.079
     """
-    logits = as_float(logits, "logits")
+    logits = as_float(logits, "logits", vocab_where)
     axis = check_axis(axis, logits.ndim, "logits")
-    return _logsumexp(mask_logits(logits, vocab_where), axis, axis_name)
+    return _logsumexp(logits, axis, axis_name)
 
 
 def log_softmax(
@@ -81,19 +81,10 @@ def log_softmax(
     >>> log_softmax(jnp.array([0.0, 0.0, -jnp.inf])).round(4)
     Array([-0.6931, -0.6931,    -inf], dtype=float32)
     """
-    logits = as_float(logits, "logits")
+    logits = as_float(logits, "logits", vocab_where)
     axis = check_axis(axis, logits.ndim, "logits")
-    logits = mask_logits(logits, vocab_where)
     log_z = _logsumexp(logits, axis, axis_name)
     return logits - jnp.expand_dims(finite_or_zero(log_z), axis)
-
-
-def mask_logits(
-    logits: jax.Array, vocab_where: Array | None, name: str = "vocab_where"
-) -> jax.Array:
-    """Sets the entries excluded by `vocab_where` to `-inf`."""
-    check_where(vocab_where, logits.shape, name)
-    return logits if vocab_where is None else jnp.where(vocab_where, logits, -jnp.inf)
 
 
 def soft_cap(logits: jax.Array, cap: float) -> jax.Array:

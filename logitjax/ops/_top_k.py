@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 
 from logitjax import kernels
 from logitjax.ops._checks import as_float
-from logitjax.ops._log_softmax import AxisName, logsumexp, mask_logits
+from logitjax.ops._log_softmax import AxisName, logsumexp
 from logitjax.ops._sharding import check_vocabulary_unsharded, over_batch
 from logitjax.ops._types import Array
 
@@ -164,7 +164,7 @@ def top_k_of(
     >>> [f"{log_p:.2f}" for log_p in top.values - top.log_z], top.indices
     (['-0.36', '-1.61'], Array([1, 2], dtype=int32))
     """
-    logits = mask_logits(as_float(logits, "logits"), vocab_where)
+    logits = as_float(logits, "logits", vocab_where)
     values, indices = top_k(logits, k, axis_name=axis_name)
     return TopK(values, indices, logsumexp(logits, axis_name=axis_name))
 

@@ -15,7 +15,6 @@ from logitjax.ops import (
     finite_or_zero,
     log_softmax,
     logsumexp,
-    mask_logits,
     psum,
 )
 from logitjax.unlearning._losses import as_losses
@@ -57,7 +56,7 @@ def uniform_kl(
       constant. The release takes the log of a float32 softmax, which is infinite once a logit lies
       103 below the largest, and averages over all positions, prompt and padding included.
     """
-    logits = mask_logits(as_float(logits, "logits"), vocab_where)
+    logits = as_float(logits, "logits", vocab_where)
     log_z = finite_or_zero(logsumexp(logits, axis_name=axis_name))
     exists = logits > -jnp.inf
     total = psum(jnp.where(exists, logits, 0.0).sum(-1), axis_name)

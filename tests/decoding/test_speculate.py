@@ -22,6 +22,7 @@ from logitjax.decoding import (
 )
 from logitjax.decoding._sampling import sampling_logits, sampling_rows
 from logitjax.decoding._speculate import accept_or_redraw
+from logitjax.fusion._token_map import TokenMap
 from logitjax.models import DECODER_RULES, byte_tokenizer, from_nnx
 from tests.decoding._bags import bag_logits, bag_of_words
 from tests.decoding._models import PROMPTS, decoder, disturbed
@@ -247,7 +248,7 @@ def test_small_models_with_other_token_ids_draft():
     apply_fn, params, empty = bag_of_words(3, 64, seed=1)
     small = (apply_fn, params[order][:, order], empty)
     # Token i of the large model is token small_ids[i] of the small one.
-    mapping = fusion.TokenMap(np.argsort(order), 64)
+    mapping = TokenMap(np.argsort(order), 64)
     fuse = fusion.OverlapFusion(strategy=fusion.ProxyTuning(alpha=0.5), token_map=mapping)
     base = (apply_fn, 0 * params, empty)
     model = Ensemble((apply_fn, params, empty), experts=[small], bases=[base], fuse=fuse)

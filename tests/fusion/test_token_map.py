@@ -10,10 +10,10 @@ from logitjax.fusion import (
     DynamicFusion,
     OverlapFusion,
     ProxyTuning,
-    TokenMap,
     fusion_divergences,
     vocabulary_map,
 )
+from logitjax.fusion._token_map import TokenMap
 from logitjax.models import Tokenizer
 
 
