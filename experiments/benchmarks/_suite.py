@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from experiments.shared.report import markdown_table
+from experiments.shared.report import bar, markdown_table
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,13 +47,7 @@ class Bar:
         return self.value <= self.limit if self.sense == "<=" else self.value >= self.limit
 
     def as_row(self) -> dict[str, Any]:
-        verdict = "met" if self.met else "MISSED"
-        return {
-            "bar": self.name,
-            "seen": self.value,
-            "promised": f"{self.sense} {self.limit:g}",
-            "": verdict,
-        }
+        return bar(self.name, self.value, f"{self.sense} {self.limit:g}", self.met)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

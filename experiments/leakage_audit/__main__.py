@@ -2,25 +2,24 @@
 
     python -m experiments.leakage_audit --preset=demo --workdir=runs/leakage_audit
 
-puts the rules of an API (``--policy``, repeatable) in front of a model in this process, asks what
-can be asked, and writes ``report.md``: hidden dimension, how much of the head leaked, queries and
+puts the rules of an API (`--policy`, repeatable) in front of a model in this process, asks what
+can be asked, and writes `report.md`: hidden dimension, how much of the head leaked, queries and
 values that took, what the policy costs honest users, and a verdict in words; with plots of the
 spectra and of leak against cost. Nothing but the model in this process is ever asked.
 
-Policies: ``full``, ``round_D`` (D decimals), ``noise_S`` (S nats), ``floor_F``, ``top_K`` (without
-a bias; the reader fills in the K-th value), ``top_K_bias`` (a whole row and a corner of the matrix
-through the bias), ``dummy_R_A`` (R directions of relative size A), ``cap_C``. Kill it whenever you
+Policies: `full`, `round_D` (D decimals), `noise_S` (S nats), `floor_F`, `top_K` (without
+a bias; the reader fills in the K-th value), `top_K_bias` (a whole row and a corner of the matrix
+through the bias), `dummy_R_A` (R directions of relative size A), `cap_C`. Kill it whenever you
 like: finished policies are kept.
 """
 
-from typing import Any
+import functools
 
 import jax
 from absl import logging
 from etils import epath
 
-from experiments.leakage_audit import policies, report
-from experiments.leakage_audit import rows as leakage_audit_rows
+from experiments.leakage_audit import data, measure, report
 from experiments.leakage_audit.config import PRESETS, Config
 from logitjax import leakage, processes, training
 from logitjax.commands import cli
@@ -30,31 +29,20 @@ def run(config: Config, workdir: epath.Path) -> None:
     """Logits once, then one policy after another, then the report."""
     with training.lock_workdir(workdir):
         with processes.first_before_others("logits"):
-            rows = leakage_audit_rows.load(config, workdir)
+            rows = data.load(config, workdir)
+        audit = functools.partial(measure.audit, rows, config, workdir / "policies")
         tasks = []
         for name in config.policy:
             policy = leakage.parse_policy(name)
             random = policy.noise > 0 or policy.dummy_dims > 0
             tasks += [(name, seed) for seed in range(config.seeds if random else 1)]
-
-        def audit(name: str, seed: int) -> dict[str, Any]:
-            return policies.audit(name, seed, rows, config, workdir / "policies")
-
         for name, seed in processes.local_share(tasks):
-            record = audit(name, seed)
-            logging.info(
-                "%s, seed %d: dimension %s of %d, leak %.4f, KL %.3g",
-                name,
-                seed,
-                record["dimension"],
-                rows.width,
-                record["leak"],
-                record["kl"],
-            )
+            found = audit(name, seed)
+            said = ", ".join(f"{key} {found[key]}" for key in ("dimension", "leak", "kl"))
+            logging.info("%s, seed %d: %s", name, seed, said)
         processes.barrier("audited")
         if jax.process_index() == 0:
-            records = [audit(*task) for task in tasks]
-            print(report.write(config, rows, records, workdir))
+            print(report.write(config, rows, [audit(*task) for task in tasks], workdir))
 
 
 if __name__ == "__main__":

@@ -3,24 +3,59 @@
 import dataclasses
 from typing import Any
 
-from experiments.leakage_audit import policies
 from logitjax import leakage
 from logitjax.commands.cli import field
+
+DEMO = (
+    "full",
+    "round_2",
+    "round_1",
+    "round_0",
+    "noise_0.3",
+    "noise_1",
+    "floor_-10",
+    "top_1000",
+    "top_20",
+    "top_5",
+    "top_5_bias",
+    "dummy_64_0.1",
+    "cap_30",
+)
+REPORT = (
+    *DEMO[:4],
+    "round_5",
+    "noise_0.1",
+    "noise_0.3",
+    "noise_1",
+    "noise_3",
+    "floor_-10",
+    "floor_-6",
+    "top_5000",
+    "top_1000",
+    "top_200",
+    "top_20",
+    "top_5",
+    "top_5_bias",
+    "dummy_64_0.02",
+    "dummy_64_0.1",
+    "dummy_256_0.1",
+    "cap_30",
+    "cap_10",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """What one run of the experiment does."""
 
-    model: str = field("smollm2", "tiny, smollm2, hf:REPO, gguf:PATH or a directory.")
+    model: str = field("smollm2", "Model: tiny, smollm2, hf:REPO, gguf:PATH or a directory.")
     data: str = field("tfds:wiki_summaries", "Text that prompts are cut from.")
     prompts: int = field(700, "Prompts, one row of logits each.")
     prompt_length: int = field(24, "Tokens of a prompt.")
     batch_size: int = field(25, "Prompts a forward pass.")
-    policy: tuple[str, ...] = field(policies.DEMO, "Rules of the API to audit")
-    seeds: int = field(1, "Of noise and dummy dimensions; policies without either run once.")
-    corner: int = field(0, "Rows and columns of the corner asked for through a bias; 0: none.")
-    repeats: int = field(8, "Answers to one prompt that measure noise.")
+    policy: tuple[str, ...] = field(DEMO, "Rules of the API to audit")
+    seeds: int = field(1, "Seeds of noise and dummy dimensions; other policies run once.")
+    corner: int = field(0, "Rows and columns of the corner asked for through a bias; none if 0.")
 
     def __post_init__(self) -> None:
         for name in self.policy:
@@ -42,11 +77,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         corner=40,
     ),
     "demo": dict(corner=0),
-    "report": dict(policy=policies.REPORT, seeds=3, corner=620),
+    "report": dict(policy=REPORT, seeds=3, corner=620),
     "paper": dict(
         model="hf:distilbert/distilgpt2",
         data="tfds:wikitext103",
-        policy=policies.REPORT,
+        policy=REPORT,
         seeds=3,
         prompts=1000,
         prompt_length=64,

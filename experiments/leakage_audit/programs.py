@@ -1,24 +1,23 @@
-"""What a leakage audit runs on the model: the logits behind a batch of prompts. Nothing trains."""
+"""The jitted programs of a leakage audit, which its run and the planner share. Nothing trains."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from experiments.leakage_audit.config import Config
 from experiments.shared import shapes
-from logitjax import decoding, training
+from experiments.shared.programs import Program
+from logitjax import decoding
 
 
-def trace_steps(config: Any, devices: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Names and how to trace each program of a run; the first is the main one. One device."""
-    mesh = training.make_mesh("data:1", devices=devices[:1])
-    yield "logits of a batch of prompts", lambda: _logits(config, mesh)
-
-
-def _logits(config: Any, mesh: Any) -> Any:
-    shape = shapes.decoder_config(config.model)
-    graphdef, params = shapes.abstract_decoder(shape, layout="listed")
+def programs(config: Config, mesh: Any) -> Iterator[Program]:
+    """The logits behind a batch of prompts, on one device."""
+    graphdef, params = shapes.abstract_decoder(shapes.decoder_config(config.model), layout="listed")
     tokens = jax.ShapeDtypeStruct((config.batch_size, config.prompt_length), jnp.int32)
-    program = decoding.next_token_program(graphdef)
-    return program.trace(*shapes.replicated(mesh, (params, tokens)))
+    yield Program(
+        name="logits of a batch of prompts",
+        jitted=decoding.next_token_program(graphdef),
+        arguments=shapes.replicated(mesh, (params, tokens)),
+    )

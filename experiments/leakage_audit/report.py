@@ -1,13 +1,15 @@
 """The audit's table, plots and verdict."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
-from experiments.shared.report import markdown_table, mean_and_spread
+from experiments.leakage_audit.config import Config
+from experiments.leakage_audit.data import Rows
+from experiments.shared.records import by_key
+from experiments.shared.report import bar, markdown_table, save_figure, spread, write_report
 from logitjax import leakage
 
 
@@ -20,11 +22,11 @@ def verdict(group: Sequence[Mapping[str, Any]], width: int) -> str:
     return leakage.verdict(leak, loss=first["kl"], sees_width=first["dimension"] == width)
 
 
-def write(config: Any, rows: Any, records: Sequence[Mapping[str, Any]], workdir: epath.Path) -> str:
-    """Writes ``report.md`` and the plots, and returns the report."""
-    groups: dict[str, list[Mapping[str, Any]]] = {}
-    for record in records:
-        groups.setdefault(record["policy"], []).append(record)
+def write(
+    config: Config, rows: Rows, records: Sequence[Mapping[str, Any]], workdir: epath.Path
+) -> str:
+    """Writes `report.md`, `metrics.jsonl` and the plots, and returns the report."""
+    groups = by_key(records, "policy")
     table = [_row(name, group, rows.width) for name, group in groups.items()]
     control = leakage.random_head_control(rows.head, rows.width)
     per_row = leakage.row_queries(rows.vocab, 5)
@@ -50,61 +52,53 @@ def write(config: Any, rows: Any, records: Sequence[Mapping[str, Any]], workdir:
         parts += ["## Bars\n", markdown_table(bars), ""]
     for path in (_plot_spectra(groups, rows, workdir), _plot_frontier(groups, workdir)):
         parts.append(f"![{path.stem}]({path.name})\n")
-    text = "\n".join(parts)
-    (workdir / "report.md").write_text(text)
-    (workdir / "results.json").write_text(json.dumps(list(records), indent=1))
-    return text
+    return write_report(workdir, "\n".join(parts), records)
 
 
 def _row(name: str, group: Sequence[Mapping[str, Any]], width: int) -> dict[str, Any]:
-    def many(key: str) -> str | None:
-        values = [record[key] for record in group if record.get(key) is not None]
-        return mean_and_spread(values) if values else None
-
     return {
         "policy": name,
-        "dimension": many("dimension"),
-        "largest gap": many("max_gap"),
-        "leak": many("leak"),
-        "rms": many("relative_rms"),
+        "dimension": spread(group, "dimension"),
+        "largest gap": spread(group, "max_gap"),
+        "leak": spread(group, "leak"),
+        "rms": spread(group, "relative_rms"),
         "queries": group[0]["queries"],
         "values": group[0]["values"],
-        "KL": many("kl"),
-        "top-1": many("top1"),
-        "top-5": many("top5"),
+        "KL": spread(group, "kl"),
+        "top-1": spread(group, "top1"),
+        "top-5": spread(group, "top5"),
     }
 
 
-def _bars(groups: Mapping[str, Any], rows: Any) -> list[dict[str, Any]]:
+def _bars(groups: Mapping[str, Any], rows: Rows) -> list[dict[str, Any]]:
     if rows.vocab < 10_000:
         return []  # A smoke run's model is too small for them.
     found: list[dict[str, Any]] = []
 
-    def bar(name: str, seen: float, promised: str, met: bool) -> None:
-        verdict = "met" if met else "MISSED"
-        found.append({"bar": name, "seen": seen, "promised": promised, "": verdict})
+    def add(name: str, seen: float, promised: str, met: bool) -> None:
+        found.append(bar(name, seen, promised, met))
 
     for record in groups.get("round_2", [])[:1]:
         exact = record["dimension"] == rows.width
-        bar("2 decimals: dimension", record["dimension"], f"= {rows.width}", exact)
+        add("2 decimals: dimension", record["dimension"], f"= {rows.width}", exact)
         rms = record["relative_rms"]
-        bar("2 decimals: relative rms", rms, "<= 0.01", rms <= 0.01)
+        add("2 decimals: relative rms", rms, "<= 0.01", rms <= 0.01)
     for record in groups.get("noise_0.3", [])[:1]:
         off = abs(record["dimension"] / rows.width - 1)
-        bar("noise 0.3: noise edge off by", off, "<= 0.02", off <= 0.02)
+        add("noise 0.3: noise edge off by", off, "<= 0.02", off <= 0.02)
         wrong = abs(record["max_gap"] / rows.width - 1)
-        bar("noise 0.3: largest gap off by", wrong, "> 0.02", wrong > 0.02)
+        add("noise 0.3: largest gap off by", wrong, "> 0.02", wrong > 0.02)
     for record in groups.get("top_5_bias", [])[:1]:
         error, price = record["row_error"], leakage.row_queries(rows.vocab, 5)
-        bar("top 5 and bias: error over 25 nats", error, "<= 5e-06", error <= 5e-6)
+        add("top 5 and bias: error over 25 nats", error, "<= 5e-06", error <= 5e-6)
         count, far = record["row_queries"], record["row_far"]
         again = -(-far // 4)
         name = f"top 5 and bias: queries, {far} tokens over 30 nats down twice"
-        bar(name, count, f"<= {price} + {again}", count <= price + again)
+        add(name, count, f"<= {price} + {again}", count <= price + again)
     return found
 
 
-def _plot_spectra(groups: Mapping[str, Any], rows: Any, workdir: epath.Path) -> epath.Path:
+def _plot_spectra(groups: Mapping[str, Any], rows: Rows, workdir: epath.Path) -> epath.Path:
     from matplotlib import pyplot as plt
 
     figure, axis = plt.subplots(figsize=(7, 4.4), constrained_layout=True)
@@ -118,11 +112,7 @@ def _plot_spectra(groups: Mapping[str, Any], rows: Any, workdir: epath.Path) -> 
     axis.axvline(rows.width, color="black", linewidth=0.8, linestyle=":")
     axis.set(yscale="log", xlabel="singular value", ylabel="size", title="spectra of the rows")
     axis.legend(fontsize=7, ncols=2)
-    path = workdir / "spectra.png"
-    with path.open("wb") as file:
-        figure.savefig(file, dpi=140)
-    plt.close(figure)
-    return path
+    return save_figure(figure, workdir / "spectra.png")
 
 
 def _places(groups: Mapping[str, Any]) -> list[tuple[float, float, list[str]]]:
@@ -156,8 +146,4 @@ def _plot_frontier(groups: Mapping[str, Any], workdir: epath.Path) -> epath.Path
         ylabel="leak",
         title="defences: down is safe, left is cheap",
     )
-    path = workdir / "frontier.png"
-    with path.open("wb") as file:
-        figure.savefig(file, dpi=140)
-    plt.close(figure)
-    return path
+    return save_figure(figure, workdir / "frontier.png")

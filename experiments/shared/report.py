@@ -24,6 +24,12 @@ def mean_and_spread(values: Sequence[float]) -> str:
     return f"{format_value(mean)} +- {format_value(spread)}"
 
 
+def bar(name: str, seen: float, promised: str, met: bool, **more: Any) -> dict[str, Any]:
+    """A row of the table of what was promised."""
+    verdict = "met" if met else "MISSED"
+    return {"bar": name, **more, "seen": seen, "promised": promised, "": verdict}
+
+
 def save_figure(figure: Any, path: epath.Path) -> epath.Path:
     """Writes a matplotlib figure as PNG and closes it."""
     from matplotlib import pyplot

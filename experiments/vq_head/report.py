@@ -10,6 +10,7 @@ from etils import epath
 
 from experiments.shared.records import by_key
 from experiments.shared.report import (
+    bar,
     format_value,
     markdown_table,
     mean_and_spread,
@@ -188,8 +189,7 @@ def _bars(
 
 def _bar(name: str, value: float, sense: str, limit: float, head: str) -> dict[str, Any]:
     met = value <= limit if sense == "<=" else value >= limit
-    verdict = "met" if met else "MISSED"
-    return {"bar": name, "head": head, "seen": value, "promised": f"{sense} {limit:g}", "": verdict}
+    return bar(name, value, f"{sense} {limit:g}", met, head=head)
 
 
 def _frontier(

@@ -6,7 +6,8 @@ import pytest
 from etils import epath
 
 from experiments.leakage_audit import __main__ as leakage_audit
-from experiments.leakage_audit import policies, report
+from experiments.leakage_audit import measure, report
+from experiments.leakage_audit.config import DEMO, REPORT
 from logitjax import leakage
 
 
@@ -24,9 +25,8 @@ def finished(tmp_path_factory):
 
 def test_what_is_open_is_called_open_and_what_is_closed_closed(finished):
     _, workdir = finished
-    records = {
-        (r["policy"], r["seed"]): r for r in json.loads((workdir / "results.json").read_text())
-    }
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    records = {(r["policy"], r["seed"]): r for r in lines}
     # Noise differs by seed; what has none runs once.
     assert set(records) == {
         ("full", 0),
@@ -56,11 +56,10 @@ def test_finished_policies_are_not_asked_again(finished, monkeypatch):
     config, workdir = finished
     before = (workdir / "report.md").read_text()
 
-    def fail(*_):
+    def fail(*_, **__):
         raise AssertionError("a policy was asked again")
 
-    monkeypatch.setattr(policies, "_from_rows", fail)
-    monkeypatch.setattr(policies, "_through_bias", fail)
+    monkeypatch.setattr(measure.leakage, "audit", fail)
     leakage_audit.run(config, workdir)
     assert (workdir / "report.md").read_text() == before
 
@@ -68,7 +67,7 @@ def test_finished_policies_are_not_asked_again(finished, monkeypatch):
 def test_policies_by_name():
     assert leakage.parse_policy("top_20_bias").bias == "reported"
     assert leakage.parse_policy("dummy_64_0.02").dummy_scale == 0.02
-    for name in {*policies.DEMO, *policies.REPORT}:
+    for name in {*DEMO, *REPORT}:
         assert leakage.parse_policy(name)
     for wrong in ("top", "round_x", "noise_-1", "open"):
         with pytest.raises(ValueError, match="policy"):

@@ -1,55 +1,20 @@
-"""Policies by name, and the audit of one of them."""
+"""The audit of one policy, as numbers for the report."""
 
 import json
 import time
-from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 
+from experiments.leakage_audit.config import Config
+from experiments.leakage_audit.data import Rows
+from experiments.shared.records import Record
 from logitjax import leakage, storage
 
-DEMO = (
-    "full",
-    "round_2",
-    "round_1",
-    "round_0",
-    "noise_0.3",
-    "noise_1",
-    "floor_-10",
-    "top_1000",
-    "top_20",
-    "top_5",
-    "top_5_bias",
-    "dummy_64_0.1",
-    "cap_30",
-)
-REPORT = (
-    *DEMO[:4],
-    "round_5",
-    "noise_0.1",
-    "noise_0.3",
-    "noise_1",
-    "noise_3",
-    "floor_-10",
-    "floor_-6",
-    "top_5000",
-    "top_1000",
-    "top_200",
-    "top_20",
-    "top_5",
-    "top_5_bias",
-    "dummy_64_0.02",
-    "dummy_64_0.1",
-    "dummy_256_0.1",
-    "cap_30",
-    "cap_10",
-)
 
-
-def audit(name: str, seed: int, rows: Any, config: Any, directory: epath.Path) -> dict[str, Any]:
-    """One policy, or what an earlier run found of it."""
+def audit(rows: Rows, config: Config, directory: epath.Path, name: str, seed: int) -> Record:
+    """One policy, or what an earlier run found of it; this process needs no other for it."""
     path = directory / f"{name}_{seed}.json"
     if path.exists():
         return json.loads(path.read_text())
@@ -70,7 +35,7 @@ def audit(name: str, seed: int, rows: Any, config: Any, directory: epath.Path) -
     return record
 
 
-def _from_rows(found: leakage.Audit) -> dict[str, Any]:
+def _from_rows(found: leakage.Audit) -> Record:
     subspace, aligned = found.subspace, found.alignment
     assert subspace is not None
     assert aligned is not None
@@ -93,12 +58,12 @@ def _from_rows(found: leakage.Audit) -> dict[str, Any]:
     }
 
 
-def _through_bias(found: leakage.Audit, logits: np.ndarray) -> dict[str, Any]:
+def _through_bias(found: leakage.Audit, logits: np.ndarray) -> Record:
     """A whole row, checked against the truth, and the dimension from a corner."""
     row = found.row
     assert row is not None
     truth = np.asarray(jax.nn.log_softmax(logits))
-    record: dict[str, Any] = {
+    record: Record = {
         "prompts": found.prompts,
         "row_queries": row.queries,
         "row_coverage": row.coverage,

@@ -7,6 +7,7 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
+from experiments.leakage_audit.config import Config
 from logitjax import data, decoding, leakage, models, storage
 
 
@@ -15,9 +16,9 @@ class Rows:
     """What the audit knows and an API would not show.
 
     Attributes:
-      prompts: ``[n, length]`` tokens.
-      logits: ``[n, vocab]`` float32.
-      head: ``[vocab, hidden]``.
+      prompts: `[n, length]` tokens.
+      logits: `[n, vocab]` float32.
+      head: `[vocab, hidden]`.
       order: of the prompts by their tokens.
     """
 
@@ -47,12 +48,12 @@ class Rows:
         )
 
 
-def load(config: Any, workdir: epath.Path) -> Rows:
+def load(config: Config, workdir: epath.Path) -> Rows:
     """Cuts prompts, runs the model; a second run reads what the first left."""
     model, tokenizer = models.load(config.model, layout="listed")
     head = model.head_of()
     if head.bias is not None:
-        raise ValueError("a head with biases is not audited: its rows span one dimension more")
+        raise ValueError("model: expected a head without biases, whose rows span one more")
     rows = np.asarray(head.rows, np.float32)
     prompts = data.token_windows(
         data.load_examples(config.data),
