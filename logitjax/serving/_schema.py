@@ -106,7 +106,11 @@ def request_model(limits: ServerLimits, *, chat: bool) -> type[BaseModel]:
                         Field(ge=-limits.bias_limit, le=limits.bias_limit, allow_inf_nan=False),
                     ],
                 ],
-                Field(max_length=limits.max_logit_bias),
+                # Pydantic describes the keys that are taken, not that there are no others.
+                Field(
+                    max_length=limits.max_logit_bias,
+                    json_schema_extra={"additionalProperties": False},
+                ),
             ]
             | None
         ) = None

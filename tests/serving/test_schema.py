@@ -1,0 +1,66 @@
+"""Requests against their own description: what it allows is taken, what it forbids refused."""
+
+import jsonschema
+import pytest
+
+from logitjax.serving import _schema as schema
+
+LIMITS = schema.ServerLimits(max_tokens=32, max_logprobs=4, max_prompts=3, max_logit_bias=2)
+BODIES = [
+    {"prompt": "a"},
+    {"prompt": [1, 2], "max_tokens": 32, "logprobs": 4, "n": 3, "stop": "x"},
+    {"prompt": ["a", [1]], "temperature": 2, "top_p": 1, "seed": 2**32 - 1, "stop": ["x", "y"]},
+    {"prompt": "a", "logit_bias": {"5": -100, "6": 100}, "stream": True},
+    {"prompt": "a", "max_tokens": None, "temperature": None, "stop": None, "logit_bias": None},
+    {"prompt": ""},
+    {"prompt": []},
+    {"prompt": [[]]},
+    {"prompt": ["a"] * 4},
+    {"prompt": [-1]},
+    {"prompt": "a", "max_tokens": 33},
+    {"prompt": "a", "max_tokens": True},
+    {"prompt": "a", "logprobs": 5},
+    {"prompt": "a", "top_p": 0},
+    {"prompt": "a", "temperature": 10**400},
+    {"prompt": "a", "seed": -1},
+    {"prompt": "a", "stop": [""]},
+    {"prompt": "a", "stop": ["x"] * 5},
+    {"prompt": "a", "logit_bias": {"1": 1, "2": 1, "3": 1}},
+    {"prompt": "a", "logit_bias": {"x": 1}},
+    {"prompt": "a", "logit_bias": {"1": 100.5}},
+    {"prompt": "a", "stream": 1},
+    {},
+]
+
+
+@pytest.mark.parametrize("body", BODIES, ids=lambda body: repr(body)[:40])
+def test_the_description_and_the_check_agree(body):
+    described = schema.request_model(LIMITS, chat=False).model_json_schema()
+    allowed = jsonschema.Draft202012Validator(described).is_valid(body)
+    if allowed:
+        assert schema.parse(body, LIMITS, chat=False).n in (1, 3)
+    else:
+        with pytest.raises(schema.BadRequestError, match=" "):
+            schema.parse(body, LIMITS, chat=False)
+
+
+def test_fields_left_out_have_openais_defaults():
+    asked = schema.parse({"prompt": "a"}, LIMITS, chat=False)
+    assert (asked.n, asked.max_tokens, asked.temperature, asked.top_p) == (1, 16, 1.0, 1.0)
+    assert asked.prompts == ["a"]
+    assert schema.parse({"prompt": "a", "n": None}, LIMITS, chat=False) == asked
+    messages = [{"role": "user", "content": "hi", "name": "me"}]
+    chat = schema.parse({"messages": messages, "max_completion_tokens": 7}, LIMITS, chat=True)
+    assert chat.max_tokens == 7
+    assert chat.prompts == [[{"role": "user", "content": "hi"}]]
+
+
+def test_what_depends_on_several_fields_is_said():
+    body = {"messages": [{"role": "a", "content": "b"}], "top_logprobs": 2}
+    with pytest.raises(schema.BadRequestError, match="top_logprobs needs logprobs"):
+        schema.parse(body, LIMITS, chat=True)
+    with pytest.raises(schema.BadRequestError, match="at most 3 answers a request, got 2 for each"):
+        schema.parse({"prompt": ["a", "b"], "n": 2}, LIMITS, chat=False)
+    closed = schema.ServerLimits(logit_bias=False)
+    with pytest.raises(schema.BadRequestError, match="takes no logit_bias"):
+        schema.parse({"prompt": "a", "logit_bias": {"1": 1}}, closed, chat=False)
