@@ -195,7 +195,7 @@ def _info(name: str, logits: tuple[jax.Array, ...]) -> dict[str, Any]:
 def _forwards(batch: int, options: _suite.Options) -> tuple[dict[str, Any], float]:
     """Seconds of one decoding step of the large model, an expert and a base together."""
     if options.smoke:
-        large, vocab = models.tiny_decoder(), 257
+        large, vocab = models.load_model("tiny"), 257
         small = models.keep_layers(large, (0,))
     else:
         large, _ = models.load("smollm2", layout="listed")

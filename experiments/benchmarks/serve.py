@@ -48,7 +48,7 @@ def small_model(directory: pathlib.Path, vocab: int) -> Decoder:
         max_length=512,
     )
     model = Decoder(config, rngs=nnx.Rngs(0), layout="listed")
-    save_pretrained(model, models.byte_tokenizer(), directory)
+    save_pretrained(model, models.load_tokenizer("tiny"), directory)
     return model
 
 

@@ -78,13 +78,14 @@ class Session:
     def sample(self, params: Any, *, length: int = 32) -> str:
         """What the pivot writes after the prompt, most likely token first."""
         model = nnx.merge(self.graphdef, objectives.pivot_of(params))
-        tokens = decoding.greedy_generate(
+        end = self.tokenizer.eos_id
+        out = decoding.generate(
             models.with_layout(model, "listed"),
             self.tokenizer.encode(self.config.prompt),
             max_new_tokens=length,
-            eos_id=self.tokenizer.eos_id,
+            stop_ids=() if end is None else (end,),
         )
-        return self.config.prompt + self.tokenizer.decode(np.asarray(tokens)[0].tolist())
+        return self.config.prompt + self.tokenizer.decode(out.rows()[0])
 
 
 def open_session(config: Config, workdir: epath.Path) -> Session:

@@ -24,7 +24,7 @@ class Split:
 
     hidden: np.ndarray
     labels: np.ndarray
-    targets: vq.HeadTargets
+    targets: Any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -50,7 +50,7 @@ class Context:
     tied: bool
     trunk_parameters: int
     unigram: jax.Array
-    statistics: vq.HeadStatistics
+    statistics: Any
     splits: Mapping[str, Split]
     packed: Mapping[str, data.PackedDataset]
     mesh: jax.sharding.Mesh
@@ -69,7 +69,7 @@ class Context:
         return small_text(self.packed, np.asarray(self.unigram), self.config.scratch_vocab)
 
     @functools.lru_cache(maxsize=4)  # noqa: B019
-    def fit(self, method: Any, codes: int, seed: int) -> vq.VQFit:
+    def fit(self, method: Any, codes: int, seed: int) -> Any:
         return vq.fit_assignment(
             self.rows,
             self.unigram,

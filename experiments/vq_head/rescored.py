@@ -130,6 +130,6 @@ def tune_tail(ctx: Context, converted: arms.Converted, trial: arms.Trial) -> arm
         steps=config.shortlist_steps,
         batch_size=config.shortlist_batch,
     )
-    pages = vq.with_page_biases(converted.given["pages"], params["bias"])
+    pages = converted.given["pages"].with_biases(params["bias"])
     given = {**converted.given, "pages": pages}
     return dataclasses.replace(converted, params=params, given=given, curve=curve)

@@ -106,7 +106,7 @@ def _source(packed: data.PackedDataset, config: Config) -> str:
     return f"{packed.fingerprint}, {config.batch_rows} rows a batch"
 
 
-def _report(config: Config, old: Any, new: Any, held_out: vq.HiddenCache) -> str:
+def _report(config: Config, old: Any, new: Any, held_out: Any) -> str:
     qualities = [vq.measure_head(model, held_out) for model in (old, new)]
     table = []
     for name, model, quality in zip(("before", "after"), (old, new), qualities, strict=True):

@@ -1,7 +1,7 @@
 """Decoding with key/value caches: one model or several fused ones, in batches or step by step.
 
 - `generate(model, prompts, max_new_tokens=...)` continues prompts of any lengths in one compiled
-  loop; `score` says how likely given continuations are; `greedy_generate` is the shortest way.
+  loop; `score` says how likely given continuations are.
 - `Ensemble(large, experts=..., bases=..., fuse=...)` steps several models together, each on its
   own prompt, and decodes from what ``fuse`` makes of their logits. Whatever takes a model here
   takes an ensemble.
@@ -14,7 +14,6 @@
   drafts are accepted. `Speculation` says who drafts, `DraftControl` how much.
 - `Sampling` is how a row chooses its tokens. `TextOptions` asks for texts, `TextStream` turns
   tokens into text as they come and sees stop strings.
-- `paired_model` steps a model together with an assistant made of its first layers.
 - A model is a `logitjax.models.Decoder`, or anybody's ``(apply_fn, params, cache)``, or a
   `CachedModel`, which says what such a function has to keep to.
 """
@@ -25,7 +24,6 @@ from logitjax.decoding._draft_control import DraftControl as DraftControl
 from logitjax.decoding._engine import Engine as Engine
 from logitjax.decoding._ensemble import Ensemble as Ensemble
 from logitjax.decoding._generate import generate as generate
-from logitjax.decoding._greedy import greedy_generate as greedy_generate
 from logitjax.decoding._load_ensemble import load_ensemble as load_ensemble
 from logitjax.decoding._next_token import next_token_logits as next_token_logits
 from logitjax.decoding._next_token import next_token_program as next_token_program

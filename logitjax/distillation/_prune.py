@@ -65,7 +65,7 @@ def prune_layers(
     >>> tokens = np.arange(8)[None]
     >>> batch = {"tokens": tokens, "segment_ids": np.ones_like(tokens), "positions": tokens,
     ...          "loss_mask": tokens > 0}
-    >>> chosen = prune_layers(models.tiny_decoder(), [batch], 1)
+    >>> chosen = prune_layers(models.load_model("tiny"), [batch], 1)
     >>> len(chosen.kept), len(chosen.scores)
     (1, 2)
 
@@ -127,7 +127,7 @@ def prune_width(
     >>> tokens = np.arange(8)[None]
     >>> batch = {"tokens": tokens, "segment_ids": np.ones_like(tokens), "positions": tokens,
     ...          "loss_mask": tokens > 0}
-    >>> small = prune_width(models.tiny_decoder(), [batch], kv_heads=1, mlp_channels=48)
+    >>> small = prune_width(models.load_model("tiny"), [batch], kv_heads=1, mlp_channels=48)
     >>> small.config.num_heads, small.config.num_kv_heads, small.config.intermediate_size
     (2, 1, 48)
 

@@ -21,8 +21,6 @@ from logitjax.models._load_pair import load as load
 from logitjax.models._lora import Lora as Lora
 from logitjax.models._lora import init_lora as init_lora
 from logitjax.models._rules import DECODER_RULES as DECODER_RULES
-from logitjax.models._tiny import tiny_decoder as tiny_decoder
 from logitjax.models._token_lengths import token_byte_lengths as token_byte_lengths
 from logitjax.models._tokenizer import Tokenizer as Tokenizer
-from logitjax.models._tokenizer import byte_tokenizer as byte_tokenizer
 from logitjax.models._tokenizer import load_tokenizer as load_tokenizer

@@ -1,8 +1,6 @@
-from logitjax.vq._assignment import VQFit as VQFit
 from logitjax.vq._assignment import fit_assignment as fit_assignment
 from logitjax.vq._assignment import perplexity_floor as perplexity_floor
 from logitjax.vq._convert import ConvertConfig as ConvertConfig
-from logitjax.vq._convert import HeadStatistics as HeadStatistics
 from logitjax.vq._convert import convert_head as convert_head
 from logitjax.vq._convert import fit_vq_head as fit_vq_head
 from logitjax.vq._convert import head_statistics as head_statistics
@@ -14,7 +12,6 @@ from logitjax.vq._decode import vq_tables as vq_tables
 from logitjax.vq._decode import vq_topk as vq_topk
 from logitjax.vq._heads import ShortlistHead as ShortlistHead
 from logitjax.vq._heads import VQHead as VQHead
-from logitjax.vq._hidden_cache import HiddenCache as HiddenCache
 from logitjax.vq._hidden_cache import cache_hidden_states as cache_hidden_states
 from logitjax.vq._hidden_cache import open_hidden_states as open_hidden_states
 from logitjax.vq._loss import vq_logits as vq_logits
@@ -36,8 +33,6 @@ from logitjax.vq._shortlist import make_pages as make_pages
 from logitjax.vq._shortlist import row_spread as row_spread
 from logitjax.vq._shortlist import shortlist_nll as shortlist_nll
 from logitjax.vq._shortlist import shortlist_topk as shortlist_topk
-from logitjax.vq._shortlist import with_page_biases as with_page_biases
-from logitjax.vq._targets import HeadTargets as HeadTargets
 from logitjax.vq._targets import cached_head_targets as cached_head_targets
 from logitjax.vq._tune import Tuning as Tuning
 from logitjax.vq._tune import reassign_from_labels as reassign_from_labels

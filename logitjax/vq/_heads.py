@@ -25,7 +25,6 @@ from logitjax.vq._shortlist import (
     shortlist_logits,
     shortlist_nll,
     shortlist_topk,
-    with_page_biases,
 )
 
 _PAGE_FIELDS = tuple(field.name for field in dataclasses.fields(Pages))
@@ -399,7 +398,7 @@ class ShortlistHead(VQHead):
     def prepare(self, width: int = 64) -> None:
         """Gives the pages the biases of now; `make_pages` also cuts and ranks them anew."""
         if self.bias is not None:
-            self.set_pages(with_page_biases(self.pages, self.bias[...]))
+            self.set_pages(self.pages.with_biases(self.bias[...]))
 
     def as_linear(self, embedding: Array | None = None) -> Head:
         """Raises: the logits of a shortlist are not linear in the hidden state."""

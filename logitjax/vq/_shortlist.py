@@ -39,6 +39,16 @@ class Pages:
     log_mass: jax.Array
     lift: jax.Array
 
+    def with_biases(self, bias: Float[Array, " vocab"]) -> "Pages":
+        """The same pages in the same ranking with other biases, differentiable in them.
+
+        >>> pages = make_pages(jnp.zeros(3), jnp.array([0, 0, 1]), size=2)
+        >>> print(jnp.exp(pages.with_biases(jnp.log(jnp.array([1.0, 2.0, 4.0]))).log_mass))
+        [3. 4.]
+        """
+        within = jnp.where(self.tokens >= 0, jnp.asarray(bias)[self.tokens], -jnp.inf)
+        return dataclasses.replace(self, bias=within, log_mass=logsumexp(within))
+
 
 def make_pages(
     bias: Float[Array, " vocab"],
@@ -93,17 +103,6 @@ def make_pages(
         log_mass=logsumexp(within),
         lift=jnp.asarray(lift, jnp.float32),
     )
-
-
-def with_page_biases(pages: Pages, bias: Float[Array, " vocab"]) -> Pages:
-    """The same pages in the same ranking with other biases, differentiable in them.
-
-    >>> pages = make_pages(jnp.zeros(3), jnp.array([0, 0, 1]), size=2)
-    >>> print(jnp.exp(with_page_biases(pages, jnp.log(jnp.array([1.0, 2.0, 4.0]))).log_mass))
-    [3. 4.]
-    """
-    within = jnp.where(pages.tokens >= 0, jnp.asarray(bias)[pages.tokens], -jnp.inf)
-    return dataclasses.replace(pages, bias=within, log_mass=logsumexp(within))
 
 
 def row_spread(
@@ -245,7 +244,7 @@ def shortlist_nll(
     if labels.shape != hidden.shape[:-1]:
         raise ValueError(f"labels must be of shape {hidden.shape[:-1]}, got {labels.shape}")
     check_positive(temperature, "temperature")
-    pages = with_page_biases(shortlist.pages, bias)
+    pages = shortlist.pages.with_biases(bias)
     hot = _heated(pages, temperature)
 
     def block(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -363,7 +362,7 @@ def shortlist_logits(
     ['-1.434', '0.566', '0.000']
     """
     hidden = jnp.asarray(hidden)
-    pages = with_page_biases(shortlist.pages, bias)
+    pages = shortlist.pages.with_biases(bias)
     flat = hidden.reshape(-1, hidden.shape[-1])
     scores = code_scores(flat, codebook, soft_cap=soft_cap)
     chosen = _choose(scores, pages, shortlist.num_pages)

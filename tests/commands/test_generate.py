@@ -6,6 +6,8 @@ import pytest
 
 from logitjax import decoding, models
 from logitjax.commands import generate
+from logitjax.models._tiny import tiny_decoder
+from logitjax.models._tokenizer import byte_tokenizer
 
 FEW = dict(max_new_tokens=6)
 
@@ -14,7 +16,7 @@ FEW = dict(max_new_tokens=6)
 def directory(tmp_path_factory):
     """A tiny model of no chat template as transformers writes one."""
     path = tmp_path_factory.mktemp("tiny")
-    models.save_pretrained(models.tiny_decoder(3), models.byte_tokenizer(), path)
+    models.save_pretrained(tiny_decoder(3), byte_tokenizer(), path)
     return str(path)
 
 
@@ -31,7 +33,7 @@ def refused(**values):
 
 
 def test_goes_on_from_prompts(directory, capsys):
-    tokenizer = models.byte_tokenizer()
+    tokenizer = byte_tokenizer()
     out = decoding.generate(
         models.load_model(directory),
         [tokenizer.encode("abc")],
@@ -66,7 +68,7 @@ def test_mistakes_are_one_line(directory, tmp_path):
 
 
 def test_conversations_keep_their_turns():
-    tokenizer = models.byte_tokenizer()
+    tokenizer = byte_tokenizer()
     template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
     tokenizer.chat_template = template + "{% if add_generation_prompt %}[assistant]{% endif %}"
     talk = generate.Conversation(tokenizer, "be brief")

@@ -4,7 +4,7 @@ from flax import nnx
 
 from logitjax import decoding, models, training
 from logitjax.decoding import DecodeOptions, Sampling, TextOptions, generate
-from logitjax.models import byte_tokenizer
+from logitjax.models._tokenizer import byte_tokenizer
 from tests.decoding._bags import bag_logits, bag_of_words
 from tests.decoding._models import CONFIG, NEW, PROMPTS, REPORTED, decoder, next_logits, slow_greedy
 

@@ -23,7 +23,8 @@ from logitjax.decoding import (
 from logitjax.decoding._sampling import sampling_logits, sampling_rows
 from logitjax.decoding._speculate import accept_or_redraw
 from logitjax.fusion._token_map import TokenMap
-from logitjax.models import DECODER_RULES, byte_tokenizer, from_nnx
+from logitjax.models import DECODER_RULES, from_nnx
+from logitjax.models._tokenizer import byte_tokenizer
 from tests.decoding._bags import bag_logits, bag_of_words
 from tests.decoding._models import PROMPTS, decoder, disturbed
 

@@ -1,7 +1,7 @@
 import pytest
 
 from logitjax.decoding import TextStream
-from logitjax.models import byte_tokenizer
+from logitjax.models._tokenizer import byte_tokenizer
 
 
 def test_characters_come_whole():

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from logitjax import data, distillation, models
-from logitjax.models import byte_tokenizer
+from logitjax.models._tokenizer import byte_tokenizer
 
 
 def word_tokenizer():

@@ -18,7 +18,7 @@ from experiments.dynamic_fusion.data import load_task
 from experiments.dynamic_fusion.train import Scored
 from logitjax import training
 from logitjax.fusion import DynamicFusion, ProxyTuning
-from logitjax.models import byte_tokenizer
+from logitjax.models._tokenizer import byte_tokenizer
 
 ROOT = pathlib.Path(__file__).parents[2]
 CHANGES = {

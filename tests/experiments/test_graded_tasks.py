@@ -8,7 +8,8 @@ from flax import nnx
 
 from experiments.dynamic_fusion import __main__ as dynamic_fusion
 from experiments.dynamic_fusion import graded_tasks as tasks
-from logitjax.models import Decoder, DecoderConfig, byte_tokenizer
+from logitjax.models import Decoder, DecoderConfig
+from logitjax.models._tokenizer import byte_tokenizer
 
 GSM8K = {"question": "2 and 3?", "answer": "It is <<2+3=5>>5.\n#### 1,005"}
 ROWS = {

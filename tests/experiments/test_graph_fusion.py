@@ -15,6 +15,8 @@ from experiments.graph_fusion import train
 from experiments.graph_fusion.programs import programs
 from logitjax import distillation, losses, models, training
 from logitjax.distillation import objectives
+from logitjax.models._tiny import tiny_decoder
+from logitjax.models._tokenizer import byte_tokenizer
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -82,7 +84,7 @@ def test_same_command_again_trains_nothing(finished, monkeypatch):
 
 
 def test_kl_refuses_a_source_with_another_vocabulary(tmp_path, monkeypatch):
-    other = models.byte_tokenizer()
+    other = byte_tokenizer()
     other.backend.add_tokens(["history"])
     foreign = models.Tokenizer(other.backend, eos_id=256, pad_id=256)
     monkeypatch.setattr(models, "load_tokenizer", lambda spec: foreign)
@@ -98,7 +100,7 @@ def test_wrong_number_of_source_weights(tmp_path):
 @pytest.mark.parametrize("loss", ["kl", "uld+gld"])
 def test_arm_equals_the_dense_losses(loss):
     """The arm's value from blocked sweeps, against logits and the dense formulas."""
-    model = models.tiny_decoder()
+    model = tiny_decoder()
     apply_fn, params = models.from_nnx(model)
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 256, (2, 12)).astype(np.int32)

@@ -17,7 +17,9 @@ from experiments.unlearning import data as unlearning_data
 from experiments.unlearning import report as unlearning_report
 from logitjax import unlearning
 from logitjax.evaluation import PromptTemplate
-from logitjax.models import byte_tokenizer, load_model, tiny_decoder, with_layout
+from logitjax.models import load_model, with_layout
+from logitjax.models._tiny import tiny_decoder
+from logitjax.models._tokenizer import byte_tokenizer
 from logitjax.unlearning import TofuItem
 
 TOFU = pathlib.Path(__file__).parents[1] / "unlearning" / "tofu"

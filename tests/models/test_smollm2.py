@@ -86,9 +86,9 @@ def test_it_answers():
         [{"role": "user", "content": "What is the capital of France?"}],
         add_generation_prompt=True,
     )
-    out = decoding.greedy_generate(
-        model, tokenizer.encode(prompt), max_new_tokens=12, eos_id=tokenizer.eos_id
+    out = decoding.generate(
+        model, tokenizer.encode(prompt), max_new_tokens=12, stop_ids=[tokenizer.eos_id]
     )
-    answer = tokenizer.decode(np.asarray(out)[0].tolist(), skip_special=True)
+    answer = tokenizer.decode(out.rows()[0], skip_special=True)
     assert answer == "The capital of France is Paris."
     assert nnx.state(model)

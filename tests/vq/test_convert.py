@@ -9,10 +9,11 @@ import pytest
 from flax import nnx
 
 from logitjax import ops, training, vq
-from logitjax.decoding import greedy_generate
+from logitjax.decoding import generate
 from logitjax.heads import Assignment
 from logitjax.models import Decoder, DecoderConfig
 from logitjax.vq import ShortlistHead, VQHead, vq_nll
+from logitjax.vq._hidden_cache import HiddenCache
 
 VOCAB, WIDTH, TIME = 96, 16, 12
 CONFIG = DecoderConfig(
@@ -159,7 +160,7 @@ def test_converting_again_reads_what_is_there(model, conversion):
 def test_converted_model_decodes_without_v_logits(conversion):
     model = conversion[0].model
     prompt = np.array([[1, 2, 3]], np.int32)
-    want = greedy_generate(model, prompt, max_new_tokens=5)
+    want = generate(model, prompt, max_new_tokens=5).tokens
     tables = model.head.tables(width=1)
     cache = model.init_cache(1, 8)
     tokens, seen = jnp.asarray(prompt), []
@@ -290,7 +291,7 @@ def test_caches_of_another_model_text_or_head_are_not_taken_for_this_one(model, 
     second = vq.cached_head_targets(path, cache, rows, top=8)
     assert file.stat().st_mtime_ns == stamp
     chex.assert_trees_all_equal(dataclasses.asdict(first), dataclasses.asdict(second))
-    shuffled = vq.HiddenCache(cache.hidden[::-1], cache.labels[::-1])
+    shuffled = HiddenCache(cache.hidden[::-1], cache.labels[::-1])
     cases = {
         "head": (cache, rows + 1.0, {"top": 8}),
         "positions": (shuffled, rows, {"top": 8}),
