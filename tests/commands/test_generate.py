@@ -6,8 +6,7 @@ import pytest
 
 from logitjax import decoding, models
 from logitjax.commands import generate
-from logitjax.models._tiny import tiny_decoder
-from logitjax.models._tokenizer import byte_tokenizer
+from logitjax.models import load_model, load_tokenizer
 
 FEW = dict(max_new_tokens=6)
 
@@ -16,7 +15,7 @@ FEW = dict(max_new_tokens=6)
 def directory(tmp_path_factory):
     """A tiny model of no chat template as transformers writes one."""
     path = tmp_path_factory.mktemp("tiny")
-    models.save_pretrained(tiny_decoder(3), byte_tokenizer(), path)
+    models.save_pretrained(load_model("tiny:3"), load_tokenizer("tiny"), path)
     return str(path)
 
 
@@ -33,7 +32,7 @@ def refused(**values):
 
 
 def test_goes_on_from_prompts(directory, capsys):
-    tokenizer = byte_tokenizer()
+    tokenizer = load_tokenizer("tiny")
     out = decoding.generate(
         models.load_model(directory),
         [tokenizer.encode("abc")],
@@ -68,7 +67,7 @@ def test_mistakes_are_one_line(directory, tmp_path):
 
 
 def test_conversations_keep_their_turns():
-    tokenizer = byte_tokenizer()
+    tokenizer = load_tokenizer("tiny")
     template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
     tokenizer.chat_template = template + "{% if add_generation_prompt %}[assistant]{% endif %}"
     talk = generate.Conversation(tokenizer, "be brief")

@@ -4,7 +4,7 @@ from flax import nnx
 
 from logitjax import decoding, models, training
 from logitjax.decoding import DecodeOptions, Sampling, TextOptions, generate
-from logitjax.models._tokenizer import byte_tokenizer
+from logitjax.models import load_tokenizer
 from tests.decoding._bags import bag_logits, bag_of_words
 from tests.decoding._models import CONFIG, NEW, PROMPTS, REPORTED, decoder, next_logits, slow_greedy
 
@@ -85,7 +85,7 @@ def test_streaming_changes_nothing(greedy):
 
 
 def test_stop_strings_end_rows_between_chunks():
-    tokenizer = byte_tokenizer()
+    tokenizer = load_tokenizer("tiny")
     texts = TextOptions(tokenizer=tokenizer)
     free = generate(decoder(), PROMPTS, max_new_tokens=NEW, text=texts, options=REPORTED)
     text = free.texts[1]

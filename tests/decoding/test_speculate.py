@@ -23,8 +23,7 @@ from logitjax.decoding import (
 from logitjax.decoding._sampling import sampling_logits, sampling_rows
 from logitjax.decoding._speculate import accept_or_redraw
 from logitjax.fusion._token_map import TokenMap
-from logitjax.models import DECODER_RULES, from_nnx
-from logitjax.models._tokenizer import byte_tokenizer
+from logitjax.models import DECODER_RULES, from_nnx, load_tokenizer
 from tests.decoding._bags import bag_logits, bag_of_words
 from tests.decoding._models import PROMPTS, decoder, disturbed
 
@@ -198,7 +197,7 @@ def test_coupled_draws_are_plain_draws():
 
 
 def test_rows_end_where_plain_rows_end():
-    model, tokenizer = bags(3, vocab=64), byte_tokenizer()
+    model, tokenizer = bags(3, vocab=64), load_tokenizer("tiny")
     text = TextOptions(tokenizer=tokenizer)
     free = generate(model, PROMPTS, max_new_tokens=12, text=text)
     stop = int(free.tokens[1, 5])

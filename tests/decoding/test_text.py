@@ -1,11 +1,11 @@
 import pytest
 
 from logitjax.decoding import TextStream
-from logitjax.models._tokenizer import byte_tokenizer
+from logitjax.models import load_tokenizer
 
 
 def test_characters_come_whole():
-    tokenizer = byte_tokenizer()
+    tokenizer = load_tokenizer("tiny")
     stream = TextStream(tokenizer)
     pieces = [stream.push([token]) for token in tokenizer.encode("aé漢b")]
     assert pieces == ["a", "", "é", "", "", "漢", "b"]
@@ -16,7 +16,7 @@ def test_characters_come_whole():
 
 
 def test_text_that_may_become_a_stop_string_is_held_back():
-    tokenizer = byte_tokenizer()
+    tokenizer = load_tokenizer("tiny")
     stream = TextStream(tokenizer, ["END", "\n\n"])
     assert stream.push(tokenizer.encode("one\n")) == "one"
     assert stream.push(tokenizer.encode("two EN")) == "\ntwo "
@@ -29,7 +29,7 @@ def test_text_that_may_become_a_stop_string_is_held_back():
 
 
 def test_what_was_held_back_comes_at_the_end():
-    tokenizer = byte_tokenizer()
+    tokenizer = load_tokenizer("tiny")
     stream = TextStream(tokenizer, ["END"])
     assert stream.push(tokenizer.encode("the EN")) == "the "
     assert stream.finish() == "EN"

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from logitjax import data, distillation, models
-from logitjax.models._tokenizer import byte_tokenizer
+from logitjax.models import load_tokenizer
 
 
 def word_tokenizer():
@@ -102,7 +102,7 @@ def test_turns_are_aligned_whatever_the_templates_put_between():
 
 
 def test_byte_level_vocabulary_counts_bytes():
-    tokenizer = byte_tokenizer()
+    tokenizer = load_tokenizer("tiny")
     lengths = models.token_byte_lengths(tokenizer)
     text = "naïve café, 東京\n"
     assert lengths[tokenizer.encode(text)].sum() == len(text.encode())
@@ -121,9 +121,9 @@ def test_same_tokenizer_aligns_every_predicted_position(tmp_path):
     examples = data.Examples(
         [{"text": f"document {i}, longer every time" * i} for i in range(1, 6)]
     )
-    packed = data.pack(examples, {"a": byte_tokenizer()}, seq_len=64, directory=tmp_path)
+    packed = data.pack(examples, {"a": load_tokenizer("tiny")}, seq_len=64, directory=tmp_path)
     batch = packed.rows(range(len(packed)))["a"]
-    lengths = models.token_byte_lengths(byte_tokenizer())
+    lengths = models.token_byte_lengths(load_tokenizer("tiny"))
     places, where = distillation.align_positions(
         batch, batch, our_lengths=lengths, their_lengths=lengths
     )

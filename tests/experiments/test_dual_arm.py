@@ -6,11 +6,11 @@ import numpy as np
 
 from logitjax import distillation, losses, models
 from logitjax.distillation import objectives
-from logitjax.models._tiny import tiny_decoder
+from logitjax.models import load_model
 
 
 def test_dual_arm_equals_the_dense_form_and_separates_the_heads():
-    model = tiny_decoder()
+    model = load_model("tiny")
     apply_fn, params = models.from_nnx(model)
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 256, (2, 12)).astype(np.int32)

@@ -18,7 +18,7 @@ from experiments.dynamic_fusion.data import load_task
 from experiments.dynamic_fusion.train import Scored
 from logitjax import training
 from logitjax.fusion import DynamicFusion, ProxyTuning
-from logitjax.models._tokenizer import byte_tokenizer
+from logitjax.models import load_tokenizer
 
 ROOT = pathlib.Path(__file__).parents[2]
 CHANGES = {
@@ -165,7 +165,7 @@ def test_best_search_is_the_dynamic_arm_of_least_nll():
 
 def test_questions_end_before_their_answer_and_answers_differ_at_once():
     sizes = {"train": 8, "validation": 4, "test": 4}
-    task = load_task("letters", byte_tokenizer(), length=16, sizes=sizes)
+    task = load_task("letters", load_tokenizer("tiny"), length=16, sizes=sizes)
     for split, size in sizes.items():
         questions = task.splits[split]
         assert len(questions) == size
@@ -173,7 +173,7 @@ def test_questions_end_before_their_answer_and_answers_differ_at_once():
         assert (questions.last == 4).all()
     assert set(task.splits["test"].answers.tolist()) <= set(task.options)
     with pytest.raises(ValueError, match="expected topics:SOURCE or letters, got 'sums'"):
-        load_task("sums", byte_tokenizer(), length=16, sizes=sizes)
+        load_task("sums", load_tokenizer("tiny"), length=16, sizes=sizes)
 
 
 def test_verdicts_say_plainly_what_does_not_pay():

@@ -8,8 +8,7 @@ from flax import nnx
 
 from experiments.dynamic_fusion import __main__ as dynamic_fusion
 from experiments.dynamic_fusion import graded_tasks as tasks
-from logitjax.models import Decoder, DecoderConfig
-from logitjax.models._tokenizer import byte_tokenizer
+from logitjax.models import Decoder, DecoderConfig, load_tokenizer
 
 GSM8K = {"question": "2 and 3?", "answer": "It is <<2+3=5>>5.\n#### 1,005"}
 ROWS = {
@@ -85,7 +84,7 @@ def test_mistakes_name_file_and_line(tmp_path):
 
 
 def test_choices_and_free_answers_are_graded(tmp_path):
-    tokenizer = byte_tokenizer()
+    tokenizer = load_tokenizer("tiny")
     config = DecoderConfig(
         vocab_size=tokenizer.vocab_size,
         hidden_size=16,

@@ -15,8 +15,7 @@ from experiments.graph_fusion import train
 from experiments.graph_fusion.programs import programs
 from logitjax import distillation, losses, models, training
 from logitjax.distillation import objectives
-from logitjax.models._tiny import tiny_decoder
-from logitjax.models._tokenizer import byte_tokenizer
+from logitjax.models import load_model, load_tokenizer
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -84,7 +83,7 @@ def test_same_command_again_trains_nothing(finished, monkeypatch):
 
 
 def test_kl_refuses_a_source_with_another_vocabulary(tmp_path, monkeypatch):
-    other = byte_tokenizer()
+    other = load_tokenizer("tiny")
     other.backend.add_tokens(["history"])
     foreign = models.Tokenizer(other.backend, eos_id=256, pad_id=256)
     monkeypatch.setattr(models, "load_tokenizer", lambda spec: foreign)
@@ -100,7 +99,7 @@ def test_wrong_number_of_source_weights(tmp_path):
 @pytest.mark.parametrize("loss", ["kl", "uld+gld"])
 def test_arm_equals_the_dense_losses(loss):
     """The arm's value from blocked sweeps, against logits and the dense formulas."""
-    model = tiny_decoder()
+    model = load_model("tiny")
     apply_fn, params = models.from_nnx(model)
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 256, (2, 12)).astype(np.int32)

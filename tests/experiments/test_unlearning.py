@@ -17,9 +17,7 @@ from experiments.unlearning import data as unlearning_data
 from experiments.unlearning import report as unlearning_report
 from logitjax import unlearning
 from logitjax.evaluation import PromptTemplate
-from logitjax.models import load_model, with_layout
-from logitjax.models._tiny import tiny_decoder
-from logitjax.models._tokenizer import byte_tokenizer
+from logitjax.models import load_model, load_tokenizer, with_layout
 from logitjax.unlearning import TofuItem
 
 TOFU = pathlib.Path(__file__).parents[1] / "unlearning" / "tofu"
@@ -116,13 +114,13 @@ def test_the_tables_of_the_release_are_read_from_their_first_row():
 
 
 def test_rows_of_several_questions_hold_each_once_and_predict_the_same():
-    tokenizer, template = byte_tokenizer(), PromptTemplate(before="", after=" ")
+    tokenizer, template = load_tokenizer("tiny"), PromptTemplate(before="", after=" ")
     items = [item(n) for n in range(5)]
     single = unlearning_data.encode(items, tokenizer, template, 12)
     together = unlearning_data.packed(items, tokenizer, template, 12, 24)
     assert len(together["tokens"]) < len(items)
     assert together["mask"].sum() == single["mask"].sum()
-    model = tiny_decoder()
+    model = load_model("tiny")
     params = nnx.state(model, nnx.Param)
     loss_fn = jax.jit(unlearning.make_answer_loss(model))
     (one, count, _), (other, same, _) = (
@@ -146,7 +144,7 @@ def test_a_model_with_its_assistant_is_scored_as_it_is_decoded():
     from logitjax import decoding
 
     config = experiment.Config(**experiment.PRESETS["smoke"])
-    target = with_layout(tiny_decoder(3), "listed")
+    target = with_layout(load_model("tiny:3"), "listed")
     fresh = unlearning.init_assistant(target, 1, rank=2, key=jax.random.key(0))
     noisy = jax.tree.map(
         lambda x: x + 0.3 * jnp.sin(jnp.arange(x.size)).reshape(x.shape), fresh.lora

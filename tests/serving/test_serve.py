@@ -16,7 +16,7 @@ from flax import nnx
 
 from logitjax import fusion, leakage, models
 from logitjax.decoding import DecodeOptions, Ensemble, Sampling, generate
-from logitjax.models._tokenizer import byte_tokenizer
+from logitjax.models import load_tokenizer
 from tests.serving._server import post, server
 
 KEY = "a-key"
@@ -36,7 +36,7 @@ def small_model(directory, vocab):
         max_length=512,
     )
     model = models.Decoder(config, rngs=nnx.Rngs(0), layout="listed")
-    models.save_pretrained(model, byte_tokenizer(), directory)
+    models.save_pretrained(model, load_tokenizer("tiny"), directory)
     return model
 
 

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from logitjax import losses, unlearning
-from logitjax.models import tiny_decoder, with_layout
+from logitjax.models import load_model, with_layout
 
 METHODS = (
     "gradient_ascent",
@@ -31,7 +31,7 @@ def test_losses_from_hidden_states_are_those_of_logits():
         return {"tokens": tokens, "mask": np.arange(8) >= rng.integers(2, 5, (rows, 1))}
 
     batch = {"forget": side(3), "retain": side(2)}
-    model, before = (with_layout(tiny_decoder(seed), "listed") for seed in (1, 2))
+    model, before = (with_layout(load_model(f"tiny:{seed}"), "listed") for seed in (1, 2))
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     reference = nnx.to_pure_dict(nnx.state(before, nnx.Param))
     direction = unlearning.rmu_direction(32, key=jax.random.key(0))
@@ -97,4 +97,4 @@ def test_losses_from_hidden_states_are_those_of_logits():
 def test_a_method_that_needs_other_batches_is_refused():
     method = unlearning.UNLEARNING_METHODS["idk_dpo"]
     with pytest.raises(ValueError, match="method: expected a forget loss of one answer"):
-        unlearning.make_unlearning_loss(method, tiny_decoder())
+        unlearning.make_unlearning_loss(method, load_model("tiny"))
