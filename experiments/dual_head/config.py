@@ -33,23 +33,17 @@ class Config:
         "tfds:udhr", "Data set: tfds:NAME, cifar100:DIR, folder:DIR or synthetic:CLASSES."
     )
     image_size: int = field(32, "Height and width of images from a folder.")
-    train_examples: int = field(0, "Number of training examples; all if 0.")
+    train_examples: int = field(0, "Training examples; all if 0.")
     validation_examples: int = field(
         2000, "Examples held out of training where the data have no validation split."
     )
-    test_examples: int = field(0, "Number of test examples; all if 0.")
+    test_examples: int = field(0, "Test examples; all if 0.")
     augment: str = field(
-        "none",
-        "How training images are augmented.",
-        choices=("none", "crop_flip", "resized_crop"),
+        "none", "How images are augmented.", choices=("none", "crop_flip", "resized_crop")
     )
     teacher: str = field("mlp-512-256", "Network of the teacher.")
-    teacher_examples: int = field(
-        0, "Number of the teacher's training examples; the students' if 0."
-    )
-    teacher_weights: str | None = field(
-        None, "Torch checkpoint of the teacher, which is trained if none is given."
-    )
+    teacher_examples: int = field(0, "Training examples of the teacher; the students' if 0.")
+    teacher_weights: str | None = field(None, "Torch checkpoint of the teacher; trained if none.")
     student: str = field("mlp-128", "Network of the student.")
     arm: tuple[str, ...] = field(_MAIN, "Arm to train")
     alpha: tuple[float, ...] = field((0.01, 0.1, 1.0), "Weight of the distillation loss to try")
@@ -57,31 +51,19 @@ class Config:
     epochs: int = field(20, "Epochs of the students.")
     teacher_epochs: int = field(20, "Epochs of the teacher.")
     batch_size: int = field(64, "Examples of a step, over all devices.")
-    learning_rate: float = field(
-        0.05, "Learning rate of the students; a tenth of it after each of decay_at."
-    )
-    teacher_learning_rate: float = field(0.05, "Learning rate of the teacher, which falls as well.")
-    decay_at: tuple[float, ...] = field(
-        (0.625, 0.75, 0.875), "Share of the epochs after which the rate falls"
-    )
+    learning_rate: float = field(0.05, "Rate of the students; a tenth of it after each decay_at.")
+    teacher_learning_rate: float = field(0.05, "Rate of the teacher, which falls likewise.")
+    decay_at: tuple[float, ...] = field((0.625, 0.75, 0.875), "Share of epochs to cut the rate at")
     momentum: float = field(0.9, "Momentum of SGD.")
-    weight_decay: float = field(
-        5e-4, "Weight decay of all parameters, norms and biases among them."
-    )
-    stop_epoch: int = field(
-        0, "Epoch from which alpha is 0; never if 0 (the ImageNet script has 50)."
-    )
+    weight_decay: float = field(5e-4, "Weight decay of all parameters, norms included.")
+    stop_epoch: int = field(0, "Epoch from which alpha is 0; never if 0.")
     temperature: float = field(4.0, "Temperature of kd, dkd and dist.")
     dkd_beta: float = field(8.0, "Weight of the other classes in dkd.")
     binary_temperature: float = field(2.0, "Temperature of the logit loss.")
     logit_loss: str = field(
-        "binary_kl_norm",
-        "Logit loss of the arms single and dual.",
-        choices=("binary_kl_norm", "binary_kl"),
+        "binary_kl_norm", "Loss of single and dual.", choices=("binary_kl_norm", "binary_kl")
     )
-    diagnose_every: int = field(
-        2, "Epochs between measures of collapse, which the first seed takes."
-    )
+    diagnose_every: int = field(2, "Epochs between measures of collapse (first seed).")
     checkpoint_every: int = field(10, "Epochs between checkpoints.")
     mesh: str = field("data:-1", "Axes and sizes of the device mesh.")
 
@@ -89,14 +71,8 @@ class Config:
         unknown = sorted(set(self.arm) - set(ARMS))
         if unknown:
             raise ValueError(f"arm: expected one of {', '.join(ARMS)}, got {unknown[0]!r}")
-        for name in (
-            "epochs",
-            "teacher_epochs",
-            "seeds",
-            "batch_size",
-            "diagnose_every",
-            "checkpoint_every",
-        ):
+        counts = ("epochs", "teacher_epochs", "seeds", "batch_size")
+        for name in (*counts, "diagnose_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if not self.alpha:

@@ -49,18 +49,14 @@ class Config:
         ("stamps", "fashion"),
         "Data set by name, NAME=SPEC where its pictures lie elsewhere, or synthetic:CLASSES",
     )
-    encoder: str = field(
-        "efficientnet_lite0", "Encoder whose head or text tower names classes: a name or a path."
-    )
+    encoder: str = field("efficientnet_lite0", "Encoder that names classes: a name or a path.")
     auxiliary: str = field("alexnet", "Second encoder, for the bias: a name or a path.")
     features: str = field("runs/features/few_shot", "Folder of encoded pictures, for all runs.")
     views: str = field("plain", "Views of the pictures to learn from: plain or random:COUNT.")
     encode_batch: int = field(32, "Pictures that are encoded at once.")
     shots: tuple[int, ...] = field((1, 2, 4, 8, 16), "Labelled pictures of each class")
     runs: int = field(10, "Samples of each number of shots.")
-    at_once: int = field(
-        1, "Samples that a device trains together; more pays on accelerators, if they fit."
-    )
+    at_once: int = field(1, "Samples that a device trains together, if they fit.")
     arm: tuple[str, ...] = field(METHODS + ABLATIONS, "Arm to train")
     grid: str = field("small", "How many settings an arm tries.", choices=("small", "full"))
     epochs: int = field(50, "Epochs of AMU.")

@@ -14,9 +14,9 @@ class Config:
     """What one run of the experiment does."""
 
     pivot: str = field("smollm2", "Model to train: a directory, a .gguf file or a known name.")
-    pivot_layers: tuple[int, ...] = field((), "Layers of the pivot to keep; all if none is named")
+    pivot_layers: tuple[int, ...] = field((), "Layers of the pivot to keep; all if none")
     source: tuple[str, ...] = field(("smollm2",), "Model to learn from")
-    source_weight: tuple[float, ...] = field((), "Weight of each source; equal if none is given")
+    source_weight: tuple[float, ...] = field((), "Weight of each source; equal if none")
     teacher: tuple[str, ...] = field(
         (), "cache:DIR for each source in turn, as `logitjax cache-logits` writes it"
     )
@@ -24,7 +24,7 @@ class Config:
         "tfds:wiki_summaries", "Text to train on: tfds:NAME, text:PATH or jsonl:PATH."
     )
     on_error: Literal["raise", "skip"] = field(
-        "raise", "Whether a malformed row stops the run or is left out.", choices=("raise", "skip")
+        "raise", "What a malformed row does.", choices=("raise", "skip")
     )
     loss: tuple[str, ...] = field(("sft", "kl", "uld", "uld+gld"), "Arm to train")
     mix: float = field(0.5, "Weight of the distillation terms; SFT gets the rest.")
@@ -38,9 +38,7 @@ class Config:
     batch_size: int = field(4, "Rows of a step, over all processes.")
     accumulate: int = field(1, "Micro-batches of a step.")
     steps: int = field(100, "Optimiser steps of each arm.")
-    learning_rate: tuple[float, ...] = field(
-        (3e-4,), "Peak learning rate; the best of several is kept for each arm"
-    )
+    learning_rate: tuple[float, ...] = field((3e-4,), "Peak learning rate; an arm takes its best")
     warmup: float = field(0.1, "Share of the steps in which the learning rate rises.")
     weight_decay: float = field(0.01, "Weight decay of AdamW.")
     seeds: int = field(1, "Runs of each arm at its best settings.")
@@ -58,9 +56,7 @@ class Config:
     remat: str = field(
         "none", "What the backward pass computes again.", choices=("none", "dots", "full")
     )
-    profile_steps: int = field(
-        0, "Steps of each arm that jax.profiler records, from the third step on."
-    )
+    profile_steps: int = field(0, "Steps of each arm to profile, from the third on.")
     tensorboard: bool = field(False, "Write TensorBoard event files too.")
     prompt: str = field("The history of", "Start of the sample continuations.")
 

@@ -14,7 +14,6 @@ many CPU devices in the same mesh: an estimate, and called one. Results are kept
 import dataclasses
 import importlib
 import json
-import pathlib
 import re
 import sys
 import time
@@ -23,6 +22,7 @@ from typing import Any
 
 import jax
 from absl import app, flags
+from etils import epath
 
 from experiments.plan import chips, costs
 from experiments.shared.report import markdown_table
@@ -249,14 +249,14 @@ def markdown(found: Sequence[Plan]) -> str:
     )
 
 
-def read(workdir: pathlib.Path) -> list[Plan]:
+def read(workdir: epath.Path) -> list[Plan]:
     """All plans that were kept, in the order of the experiments."""
     found = [Plan(**json.loads(path.read_text())) for path in sorted(workdir.glob("*.json"))]
     order = list(EXPERIMENTS)
     return sorted(found, key=lambda plan: (order.index(plan.experiment), plan.estimate))
 
 
-def keep(plan: Plan, workdir: pathlib.Path) -> None:
+def keep(plan: Plan, workdir: epath.Path) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     words = (plan.experiment, plan.preset, plan.program, plan.chip, plan.mesh)
     name = re.sub(r"[^\w.]+", "-", "-".join(words))
@@ -267,7 +267,7 @@ def _main(argv: Sequence[str]) -> None:
     values = flags.FLAGS
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
-    workdir = pathlib.Path(values.workdir)
+    workdir = epath.Path(values.workdir)
     if values.markdown:
         print(markdown(read(workdir)))
         return
