@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from logitjax import ops
 from logitjax.losses.sweep._head import Head
 from logitjax.losses.sweep._statistic import LogitBlock, Statistic
 from logitjax.ops import Array, AxisName
@@ -93,8 +92,10 @@ def block_logits(projection: Projection, head: Head, valid):
     logits = contract(hidden, (hidden.ndim - 1,), head.kernel, (1 - head.axis,))
     if head.bias is not None:
         logits = logits + head.bias.astype(logits.dtype)
+        # A cap would bring an entry at -inf to life; its bias tells, which is one row.
+        valid = valid & (head.bias != -jnp.inf)
     if head.soft_cap is not None:
-        logits = ops.soft_cap(logits, head.soft_cap)
+        logits = head.soft_cap * jnp.tanh(logits / head.soft_cap)
     return jnp.where(valid, logits * projection.inverse_temperature, -jnp.inf)
 
 
