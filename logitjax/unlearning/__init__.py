@@ -49,7 +49,6 @@ from logitjax.unlearning._merge import merge_by_distillation as merge_by_distill
 from logitjax.unlearning._method_loss import make_answer_loss as make_answer_loss
 from logitjax.unlearning._method_loss import make_unlearning_loss as make_unlearning_loss
 from logitjax.unlearning._objective import UNLEARNING_METHODS as UNLEARNING_METHODS
-from logitjax.unlearning._objective import UnlearningMethod as UnlearningMethod
 from logitjax.unlearning._objective import unlearning_objective as unlearning_objective
 from logitjax.unlearning._paired import paired_model as paired_model
 from logitjax.unlearning._targets import rmu as rmu
