@@ -176,17 +176,10 @@ def plans(
         made = training.make_mesh(config.mesh, devices=devices)
     else:
         made = training.make_mesh("data:1", devices=devices[:1])
-    for name, trace in _traces(module, config, made):
-        yield make_plan(trace(), chip, devices=made.size, program=name, **names)
+    for program in module.programs(config, made):
+        yield make_plan(program.trace(), chip, devices=made.size, program=program.name, **names)
         if not every:
             return
-
-
-def _traces(module: Any, config: Any, mesh: Any) -> Iterator[tuple[str, Any]]:
-    if hasattr(module, "programs"):
-        yield from ((program.name, program.trace) for program in module.programs(config, mesh))
-    else:  # Those that are not moved to `programs` yet.
-        yield from module.trace_steps(config, list(mesh.devices.flat))
 
 
 def report(plan: Plan) -> str:
