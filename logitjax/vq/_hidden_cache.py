@@ -157,7 +157,12 @@ def open_hidden_states(directory: str | os.PathLike[str]) -> HiddenCache:
     """A finished cache, for those who no longer have the model that it was made with."""
     root = epath.Path(directory)
     read_manifest(root, _KIND)
-    return HiddenCache(
-        hidden=np.load(os.fspath(root / "hidden.npy"), mmap_mode="r"),
-        labels=np.load(os.fspath(root / "labels.npy")),
-    )
+    return HiddenCache(hidden=_opened(root / "hidden.npy"), labels=_opened(root / "labels.npy"))
+
+
+def _opened(path: epath.Path) -> np.ndarray:
+    """Memory-mapped where the file system allows it; an object store is read whole."""
+    if "://" in os.fspath(path):
+        with path.open("rb") as file:
+            return np.load(file)
+    return np.load(os.fspath(path), mmap_mode="r")
