@@ -73,7 +73,7 @@ def ids_of(table: Mapping[str, str], class_names: Sequence[str]) -> list[np.ndar
     """ImageNet classes of every name, in the order of the names.
 
     Raises:
-      ValueError: a name the table lacks.
+        ValueError: A name the table lacks.
     """
     lacking = [name for name in class_names if name not in table]
     if lacking:

@@ -4,11 +4,11 @@
     python -m experiments.plan --experiment=graph_fusion --preset=paper --chip=h100 \
         --mesh=data:1,fsdp:32,tensor:2
 
-For TPUs the real compiler compiles ahead of time, on any machine, TPU or not (the extra ``plan``,
+For TPUs the real compiler compiles ahead of time, on any machine, TPU or not (the extra `plan`,
 Python 3.12 or newer): bytes of a device, floating-point work, collectives by kind and bytes, and
 the compiler's own verdict. No weight and no data is read. For GPUs the program is compiled for as
 many CPU devices in the same mesh: an estimate, and called one. Results are kept under
-``--workdir``; ``--markdown`` prints all that are there as the tables of docs/plans.md.
+`--workdir`; `--markdown` prints all that are there as the tables of docs/plans.md.
 """
 
 import dataclasses
@@ -47,21 +47,21 @@ class Plan:
     """One program of one preset on one mesh.
 
     Attributes:
-      chip: as it was asked for.
-      estimate: compiled for other devices than it is planned for.
-      devices: that the program uses.
-      memory: bytes that a device has; 0 where it is not known.
-      argument_bytes: of a device, as are all bytes.
-      output_bytes: those that take the place of donated arguments among them.
-      alias_bytes: arguments that outputs take the place of.
-      temp_bytes: what the program holds beside.
-      peak_bytes: of all these, at any time; 0 where the compiler does not say.
-      flops: of all matrix products, of all devices together.
-      calls: collectives by kind, of one device.
-      collective_bytes: of these.
-      unknown_loops: loops that count once, for their length is not known.
-      seconds: of the compilation.
-      error: what the compiler said if it does not fit.
+        chip: The chip, as it was asked for.
+        estimate: Whether it was compiled for other devices than it is planned for.
+        devices: Number of devices that the program uses.
+        memory: Bytes that a device has; 0 where it is not known.
+        argument_bytes: Bytes of the arguments on one device, as are all bytes.
+        output_bytes: Bytes of the outputs, those in the place of donated arguments among them.
+        alias_bytes: Bytes of the arguments that outputs take the place of.
+        temp_bytes: Bytes that the program holds beside.
+        peak_bytes: The most of all these at any time; 0 where the compiler does not say.
+        flops: Floating-point work of all matrix products, on all devices together.
+        calls: Number of collectives by kind, on one device.
+        collective_bytes: Bytes of these collectives.
+        unknown_loops: Number of loops that count once, for their length is not known.
+        seconds: Seconds of the compilation.
+        error: What the compiler says where the program does not fit.
     """
 
     experiment: str

@@ -12,11 +12,11 @@ class Chip:
     """One device.
 
     Attributes:
-      kind: ``tpu``, ``gpu`` or ``cpu``.
-      memory: bytes; 0 where it is not known.
-      flops: bfloat16 operations a second at its peak; 0 where it is not known.
-      topology: the slice, as JAX names it, for TPUs.
-      count: devices asked for, for GPUs and CPUs; 0: as many as the mesh has.
+        kind: `tpu`, `gpu` or `cpu`.
+        memory: Bytes that it holds; 0 where it is not known.
+        flops: Operations a second in bfloat16 at its peak; 0 where it is not known.
+        topology: The slice, as JAX names it, for TPUs.
+        count: Devices asked for, for GPUs and CPUs; 0: as many as the mesh has.
     """
 
     name: str
@@ -33,7 +33,7 @@ _GPUS = {"h100": (80e9, 989e12), "h200": (141e9, 989e12)}
 
 
 def parse_chip(text: str) -> Chip:
-    """``v5p:4x4x8`` (a slice), ``h100`` or ``h100:64`` (that many), ``cpu:8`` (of this machine).
+    """`v5p:4x4x8` (a slice), `h100` or `h100:64` (that many), `cpu:8` (of this machine).
 
     >>> parse_chip("v5p:2x2x2").kind, parse_chip("h200:16").count
     ('tpu', 16)

@@ -38,8 +38,8 @@ _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 def matmul_flops(jaxpr: Any) -> float:
     """Multiplications and additions of all matrix products and convolutions of a jaxpr.
 
-    Loops count as often as they run, a branch as its most expensive one. What ``shard_map`` runs on
-    every device counts that often. Elementwise work is left out. A ``while`` loop, whose length no
+    Loops count as often as they run, a branch as its most expensive one. What `shard_map` runs on
+    every device counts that often. Elementwise work is left out. A `while` loop, whose length no
     jaxpr says, counts once.
 
     >>> import jax
@@ -105,9 +105,9 @@ class Collectives:
     """What one device sends to or gets from others in one run of a program.
 
     Attributes:
-      calls: by kind, how often.
-      bytes: by kind, of the arrays as they are before they are split or after they are joined.
-      unknown_loops: loops whose length could not be read; what is in them counts once.
+        calls: By kind, how often.
+        bytes: By kind, of the arrays as they are before they are split or after they are joined.
+        unknown_loops: Loops whose length could not be read; what is in them counts once.
     """
 
     calls: dict[str, int]
@@ -122,7 +122,7 @@ def collectives(text: str) -> Collectives:
     array, of which a ring moves nearly all past every device (an all-reduce twice).
 
     Args:
-      text: of ``compiled.as_text()``.
+        text: What `compiled.as_text()` returns.
     """
     computations, entry = _parse(text)
     calls: dict[str, int] = dict.fromkeys(KINDS, 0)

@@ -15,7 +15,7 @@ from logitjax.commands.tables import markdown_table as markdown_table
 
 
 def mean_and_spread(values: Sequence[float]) -> str:
-    """``mean +- sample standard deviation``; the bare value where there is only one."""
+    """`mean +- sample standard deviation`; the bare value where there is only one."""
     mean = statistics.fmean(values)
     if len(values) == 1:
         return format_value(mean)

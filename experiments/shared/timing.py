@@ -14,7 +14,7 @@ import jax
 def paired_seconds(
     functions: Mapping[str, Callable[[], Any]], *, repeats: int, warmup: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of each function, called in turn ``repeats`` times after ``warmup`` calls."""
+    """Seconds of each function, called in turn `repeats` times after `warmup` calls."""
     for function in functions.values():
         for _ in range(warmup):
             jax.block_until_ready(function())
