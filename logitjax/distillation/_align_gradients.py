@@ -31,33 +31,33 @@ def align_gradients(
         g2' = g2 - min(<g1, g2>, 0) / |g1|^2 * g1,      update g1 + g2'
 
     Over all parameters, as released, the norm counts the task's own head: the head's gradient is
-    then scaled up by the projection, and in the trunk a conflict is left. With ``trunk`` the inner
+    then scaled up by the projection, and in the trunk a conflict is left. With `trunk` the inner
     product, the norm and the projection are over the shared parameters alone, where after it the
     inner product is exactly not negative.
 
     Args:
-      task_gradients: a pytree.
-      auxiliary_gradients: a pytree of the same structure.
-      trunk: a regular expression on paths (``backbone``): the shared parameters. None projects over
-        all parameters, as the released code does.
-      axis_name: the mesh axes of the batch inside ``pmap`` or ``shard_map``, where gradients are
-        each device's own: both are averaged *before* the inner product. Under ``jit`` gradients of
-        a mean over the global batch need nothing.
+        task_gradients: a pytree.
+        auxiliary_gradients: a pytree of the same structure.
+        trunk: a regular expression on paths (`backbone`): the shared parameters. None projects over
+            all parameters, as the released code does.
+        axis_name: the mesh axes of the batch inside `pmap` or `shard_map`, where gradients are each
+            device's own: both are averaged *before* the inner product. Under `jit` gradients of a
+            mean over the global batch need nothing.
 
     Returns:
-      The summed gradients, and scalars: ``cosine`` between the two before, ``norm_ratio`` of the
-      auxiliary to the task's, and ``coefficient``, which is negative where it projected and else 0.
+        The summed gradients, and scalars: `cosine` between the two before, `norm_ratio` of the
+        auxiliary to the task's, and `coefficient`, which is negative where it projected and else 0.
 
     Raises:
-      ValueError: no path matches ``trunk``.
+        ValueError: no path matches `trunk`.
 
     >>> g, metrics = align_gradients({"w": jnp.array([1.0, 0.0])}, {"w": jnp.array([-1.0, 2.0])})
     >>> g["w"].tolist(), float(metrics["coefficient"])
     ([1.0, 2.0], -1.0)
 
     References:
-      Yang et al., Dual-Head Knowledge Distillation (arXiv 2411.08937), gradient alignment;
-      the trunk-only form is ours.
+        Yang et al., Dual-Head Knowledge Distillation (arXiv 2411.08937), gradient alignment;
+        the trunk-only form is ours.
     """
     task = _mean_over(task_gradients, axis_name)
     auxiliary = _mean_over(auxiliary_gradients, axis_name)
@@ -100,14 +100,14 @@ def aligned_value_and_grad(
     """Both losses and their aligned gradient, from one forward pass and two pullbacks.
 
     Args:
-      loss_fn: ``(params, *args) -> ((task, auxiliary), extra)``: two scalars, weights included, and
-        anything else, such as new batch statistics.
-      trunk: as for :func:`align_gradients`.
-      axis_name: as there.
+        loss_fn: `(params, *args) -> ((task, auxiliary), extra)`: two scalars, weights included, and
+            anything else, such as new batch statistics.
+        trunk: as for :func:`align_gradients`.
+        axis_name: as there.
 
     Returns:
-      ``(params, *args) -> (((task, auxiliary), extra), gradients, metrics)``. Losses and ``extra``
-      are each device's own where there is an ``axis_name``.
+        `(params, *args) -> (((task, auxiliary), extra), gradients, metrics)`. Losses and `extra`
+        are each device's own where there is an `axis_name`.
 
     >>> def loss_fn(params, x):
     ...     return (jnp.sum(params["w"] * x), -jnp.sum(params["w"] ** 2)), None

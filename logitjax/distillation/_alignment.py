@@ -46,18 +46,18 @@ def align_positions(
     our token begins in the middle of one of theirs there is no such position.
 
     Args:
-        ours: one tokenizer's columns of a packed batch (``tokens``, ``segment_ids``, ``positions``,
-            ``loss_mask``, each ``[rows, length]``).
+        ours: one tokenizer's columns of a packed batch (`tokens`, `segment_ids`, `positions`,
+            `loss_mask`, each `[rows, length]`).
         theirs: the other's columns of the same rows.
-        our_lengths: ``[vocab]``, how many bytes of text each of our tokens stands for; 0 for
+        our_lengths: `[vocab]`, how many bytes of text each of our tokens stands for; 0 for
             special tokens.
         their_lengths: the same of the other vocabulary.
         by: what bytes are counted in: the document, or each learnt part of it, which is what
             conversations have in common that two chat templates spell differently.
 
     Returns:
-        ``places`` int ``[rows, length - 1]``, an index into the other's positions (0 where there is
-        none), and ``where`` bool of the same shape: both are to be predicted and they correspond.
+        `places` int `[rows, length - 1]`, an index into the other's positions (0 where there is
+        none), and `where` bool of the same shape: both are to be predicted and they correspond.
 
     >>> columns = lambda tokens: {
     ...     "tokens": np.array([tokens]), "segment_ids": np.ones((1, len(tokens)), int),

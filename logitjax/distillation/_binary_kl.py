@@ -23,7 +23,7 @@ Reduction = Literal["sum", "mean"]
 
 @jax.custom_jvp
 def _log_cosh(x: jax.Array) -> jax.Array:
-    """``log(cosh(x))``: exact to float32 near 0, finite at any size."""
+    """`log(cosh(x))`: exact to float32 near 0, finite at any size."""
     size = jnp.abs(x)
     near = jnp.minimum(size, 1.0)
     small = jnp.log1p(2.0 * jnp.square(jnp.sinh(near / 2.0)))
@@ -38,7 +38,7 @@ def _log_cosh_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array
 
 
 def bernoulli_kl(student_logit: jax.Array, teacher_logit: jax.Array) -> jax.Array:
-    """``KL(Bern(sigmoid(teacher)) || Bern(sigmoid(student)))`` elementwise, finite at any gap."""
+    """`KL(Bern(sigmoid(teacher)) || Bern(sigmoid(student)))` elementwise, finite at any gap."""
     log_sigmoid = jax.nn.log_sigmoid
     positive = log_sigmoid(teacher_logit) - log_sigmoid(student_logit)
     negative = log_sigmoid(-teacher_logit) - log_sigmoid(-student_logit)
@@ -100,39 +100,39 @@ def binary_kl(
     """Treat every class as its own yes-or-no question and match the teacher's answers.
 
     Unlike softmax distillation this pins the absolute logits: adding a constant to the student's
-    logits changes the loss. Its gradient in a student logit is ``temperature * (sigmoid(z_s / t) -
-    sigmoid(z_t / t))``. The teacher gets no gradient.
+    logits changes the loss. Its gradient in a student logit is `temperature * (sigmoid(z_s / t) -
+    sigmoid(z_t / t))`. The teacher gets no gradient.
 
     ::
 
         t^2 * sum_c KL( Bern(sigmoid(z_t[c] / t)) || Bern(sigmoid(z_s[c] / t)) )
 
     Args:
-      student_logits: ``[*batch, classes]`` (classes along ``axis``); the teacher's have its shape.
-      teacher_logits: the same shape; absolute logits, not log-probabilities (see ``centre``).
-      temperature: ``t`` above.
-      reduction: over classes: ``'sum'`` as published, whose scale grows with the number of classes,
-        or ``'mean'``.
-      centre: subtract each row's mean first. For teachers that expose log-probabilities only, whose
-        absolute logits mean nothing.
-      vocab_where: the classes to compare. A class at ``-inf`` on either side is left out as well.
-      axis: the class axis.
-      axis_name: mesh axis over which the classes are split, inside ``shard_map``.
+        student_logits: `[*batch, classes]` (classes along `axis`); the teacher's have its shape.
+        teacher_logits: the same shape; absolute logits, not log-probabilities (see `centre`).
+        temperature: `t` above.
+        reduction: over classes: `'sum'` as published, whose scale grows with the number of classes,
+            or `'mean'`.
+        centre: subtract each row's mean first. For teachers that expose log-probabilities only,
+            whose absolute logits mean nothing.
+        vocab_where: the classes to compare. A class at `-inf` on either side is left out as well.
+        axis: the class axis.
+        axis_name: mesh axis over which the classes are split, inside `shard_map`.
 
     Returns:
-      float32 ``[*batch]``.
+        float32 `[*batch]`.
 
     Raises:
-      TypeError: logits are not floating point.
-      ValueError: different shapes, a temperature that is not positive, an unknown reduction.
+        TypeError: logits are not floating point.
+        ValueError: different shapes, a temperature that is not positive, an unknown reduction.
 
     >>> binary_kl(jnp.array([[1e4, 0.0]]), jnp.array([[0.0, 0.0]])).round()
     Array([9997.], dtype=float32)
 
     References:
-      Yang et al., Dual-Head Knowledge Distillation (arXiv 2411.08937), BinaryKL. The released code
-      takes logs of clamped float32 probabilities, which are infinite from a logit of about 17
-      on; here they are log-sigmoids.
+        Yang et al., Dual-Head Knowledge Distillation (arXiv 2411.08937), BinaryKL. The released
+        code takes logs of clamped float32 probabilities, which are infinite from a logit of about
+        17 on; here they are log-sigmoids.
     """
     student, teacher, keep = _prepare(
         student_logits, teacher_logits, temperature, reduction, centre, vocab_where, axis, axis_name
@@ -156,38 +156,38 @@ def binary_kl_norm(
 ) -> Float[jax.Array, "..."]:
     """The loss of the published second head: a smooth-L1 regression of the teacher's logits.
 
-    It was derived as the binary divergence between one half and ``sigmoid((z_s - z_t) / t)``,
-    which is log cosh of half that gap: ``gap^2 / 8`` for gaps well below the temperature (and then
-    independent of it), ``t * |gap| / 2`` beyond. The temperature is only the width of the quadratic
-    part. The gradient is ``(t / 2) * tanh(gap / (2 t))``.
+    It was derived as the binary divergence between one half and `sigmoid((z_s - z_t) / t)`,
+    which is log cosh of half that gap: `gap^2 / 8` for gaps well below the temperature (and then
+    independent of it), `t * |gap| / 2` beyond. The temperature is only the width of the quadratic
+    part. The gradient is `(t / 2) * tanh(gap / (2 t))`.
 
     ::
 
         t^2 * sum_c log cosh( (z_s[c] - z_t[c]) / (2 t) )
 
     Args:
-      student_logits: ``[*batch, classes]`` (classes along ``axis``).
-      teacher_logits: the same shape; absolute logits.
-      temperature: ``t`` above.
-      reduction: over classes: ``'sum'`` as published, or ``'mean'``.
-      centre: subtract each row's mean first, for teachers known up to a constant.
-      vocab_where: the classes to compare. A class at ``-inf`` on either side is left out as well.
-      axis: the class axis.
-      axis_name: mesh axis over which the classes are split, inside ``shard_map``.
+        student_logits: `[*batch, classes]` (classes along `axis`).
+        teacher_logits: the same shape; absolute logits.
+        temperature: `t` above.
+        reduction: over classes: `'sum'` as published, or `'mean'`.
+        centre: subtract each row's mean first, for teachers known up to a constant.
+        vocab_where: the classes to compare. A class at `-inf` on either side is left out as well.
+        axis: the class axis.
+        axis_name: mesh axis over which the classes are split, inside `shard_map`.
 
     Returns:
-      float32 ``[*batch]``.
+        float32 `[*batch]`.
 
     Raises:
-      TypeError: logits are not floating point.
-      ValueError: different shapes, a temperature that is not positive, an unknown reduction.
+        TypeError: logits are not floating point.
+        ValueError: different shapes, a temperature that is not positive, an unknown reduction.
 
     >>> binary_kl_norm(jnp.array([[2.0, -1.0]]), jnp.array([[2.0, -1.0]]))
     Array([0.], dtype=float32)
 
     References:
-      Yang et al., Dual-Head Knowledge Distillation (arXiv 2411.08937), BinaryKL-Norm; the closed
-      form is ours and agrees with the released code where that is finite.
+        Yang et al., Dual-Head Knowledge Distillation (arXiv 2411.08937), BinaryKL-Norm; the closed
+        form is ours and agrees with the released code where that is finite.
     """
     student, teacher, keep = _prepare(
         student_logits, teacher_logits, temperature, reduction, centre, vocab_where, axis, axis_name

@@ -18,13 +18,13 @@ class MLPHead(nnx.Module):
     """The published nonlinear second head: linear, dropout, batch normalisation, ReLU, linear.
 
     Args:
-      in_features: of the backbone.
-      num_classes: of the logits.
-      hidden_features: in between.
-      dropout: rate, before the normalisation (as in the released code).
-      axis_name: mesh axis of the batch inside ``shard_map`` or ``pmap``; not needed under ``jit``.
-      dtype: of the computation.
-      rngs: needs ``params``.
+        in_features: of the backbone.
+        num_classes: of the logits.
+        hidden_features: in between.
+        dropout: rate, before the normalisation (as in the released code).
+        axis_name: mesh axis of the batch inside `shard_map` or `pmap`; not needed under `jit`.
+        dtype: of the computation.
+        rngs: needs `params`.
     """
 
     def __init__(
@@ -63,30 +63,30 @@ class MLPHead(nnx.Module):
 class DualHead(nnx.Module):
     """A head for the labels and a second one for the teacher, which only training uses.
 
-    Called, it is the first head alone: a model that holds it predicts as any other. ``both`` gives
-    the logits of the two; ``without_auxiliary`` is what to export.
+    Called, it is the first head alone: a model that holds it predicts as any other. `both` gives
+    the logits of the two; `without_auxiliary` is what to export.
 
     Args:
-      in_features: of the backbone.
-      num_classes: of both heads.
-      auxiliary: ``'linear'``, or ``'mlp'`` (see :class:`MLPHead`) where teacher and student differ
-        in structure.
-      hidden_features: of the MLP.
-      dropout: of the MLP.
-      axis_name: mesh axis of the batch inside ``shard_map`` or ``pmap``; not needed under ``jit``.
-      dtype: of the computation; logits are float32.
-      rngs: needs ``params``.
+        in_features: of the backbone.
+        num_classes: of both heads.
+        auxiliary: `'linear'`, or `'mlp'` (see :class:`MLPHead`) where teacher and student differ
+            in structure.
+        hidden_features: of the MLP.
+        dropout: of the MLP.
+        axis_name: mesh axis of the batch inside `shard_map` or `pmap`; not needed under `jit`.
+        dtype: of the computation; logits are float32.
+        rngs: needs `params`.
 
     Raises:
-      ValueError: an unknown kind of auxiliary head.
+        ValueError: an unknown kind of auxiliary head.
 
     >>> head = DualHead(4, 10, rngs=nnx.Rngs(0))
     >>> head(jnp.ones((2, 4))).shape, [x.shape for x in head.both(jnp.ones((2, 4)))]
     ((2, 10), [(2, 10), (2, 10)])
 
     References:
-      Yang et al., Dual-Head Knowledge Distillation (arXiv 2411.08937): linear on ImageNet, the MLP
-      on CIFAR-100.
+        Yang et al., Dual-Head Knowledge Distillation (arXiv 2411.08937): linear on ImageNet, the
+        MLP on CIFAR-100.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class DualHead(nnx.Module):
         train: bool = False,
         key: jax.Array | None = None,
     ) -> Float[jax.Array, "*batch classes"]:
-        """The second head's logits; ``key`` draws the MLP's dropout, off without one."""
+        """The second head's logits; `key` draws the MLP's dropout, off without one."""
         if isinstance(self.aux, MLPHead):
             return self.aux(features, train=train, key=key)
         return jnp.asarray(self.aux(jnp.asarray(features)), jnp.float32)
@@ -168,7 +168,7 @@ def dual_head_loss(
     The two losses disagree about a shared head: cross-entropy wants margins without bound, a logit
     loss pins the logits where the teacher has them. Here they meet only in the features.
 
-    For language models, whose logits are large, give a ``block_size``: blocks of positions are
+    For language models, whose logits are large, give a `block_size`: blocks of positions are
     computed one after another, forward and backward, so that logits of one block exist at a time;
     and give the teacher's hidden states with its head in place of its logits.
 
@@ -177,25 +177,25 @@ def dual_head_loss(
         gamma * CE(fc(h), y) + alpha * loss(aux(h), z_t)
 
     Args:
-      features: ``[*batch, features]`` of the backbone.
-      fc: features to logits, the head that predicts.
-      aux: features to logits, the head for the teacher.
-      labels: ``[*batch]`` classes; negative ones count 0 in the cross-entropy.
-      teacher_logits: ``[*batch, classes]``, or with ``teacher_head`` the teacher's features.
-      teacher_head: the teacher's features to its logits.
-      alpha: weight of the logit loss. Tune it: at 1 with a sum over classes it is an order of
-        magnitude above the cross-entropy.
-      gamma: weight of the cross-entropy.
-      loss: ``(student_logits, teacher_logits) -> [*batch]``, such as ``binary_kl_norm`` (published)
-        or ``binary_kl``, with options bound by ``functools.partial``.
-      block_size: positions (along the last batch axis) at a time. The heads must then act on each
-        position by itself: no batch normalisation.
+        features: `[*batch, features]` of the backbone.
+        fc: features to logits, the head that predicts.
+        aux: features to logits, the head for the teacher.
+        labels: `[*batch]` classes; negative ones count 0 in the cross-entropy.
+        teacher_logits: `[*batch, classes]`, or with `teacher_head` the teacher's features.
+        teacher_head: the teacher's features to its logits.
+        alpha: weight of the logit loss. Tune it: at 1 with a sum over classes it is an order of
+            magnitude above the cross-entropy.
+        gamma: weight of the cross-entropy.
+        loss: `(student_logits, teacher_logits) -> [*batch]`, such as `binary_kl_norm` (published)
+            or `binary_kl`, with options bound by `functools.partial`.
+        block_size: positions (along the last batch axis) at a time. The heads must then act on each
+            position by itself: no batch normalisation.
 
     Returns:
-      The loss ``[*batch]`` and both parts unweighted, ``cross_entropy`` and ``distillation``.
+        The loss `[*batch]` and both parts unweighted, `cross_entropy` and `distillation`.
 
     Raises:
-      ValueError: a block size below 1, or blocks of features without a batch axis.
+        ValueError: a block size below 1, or blocks of features without a batch axis.
 
     >>> h, w = jnp.ones((2, 4)), jnp.ones((4, 3))
     >>> value, parts = dual_head_loss(h, lambda h: h @ w, lambda h: h @ w, jnp.array([0, 1]), h @ w)
@@ -203,8 +203,8 @@ def dual_head_loss(
     ((2,), ['cross_entropy', 'distillation'])
 
     References:
-      Yang et al. (arXiv 2411.08937). The released code has ``gamma=1``, ``alpha=1`` on CIFAR-100
-      and .1 on ImageNet, and no softmax distillation term.
+        Yang et al. (arXiv 2411.08937). The released code has `gamma=1`, `alpha=1` on CIFAR-100
+        and .1 on ImageNet, and no softmax distillation term.
     """
     features, labels = jnp.asarray(features), jnp.asarray(labels)
     teacher = jax.lax.stop_gradient(jnp.asarray(teacher_logits))
@@ -231,7 +231,7 @@ def _blocked(
     teacher: jax.Array,
     block_size: int,
 ) -> tuple[Any, Any]:
-    """``parts`` over blocks of the last batch axis; the others, perhaps sharded, stay whole."""
+    """`parts` over blocks of the last batch axis; the others, perhaps sharded, stay whole."""
     if block_size < 1:
         raise ValueError(f"block_size: expected a positive number, got {block_size}")
     if features.ndim < 2:

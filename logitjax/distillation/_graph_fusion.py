@@ -21,10 +21,10 @@ class GraphFusionConfig:
     """How the three parts add up.
 
     Attributes:
-        mix: lambda in ``(1 - lambda) SFT + lambda (ULD + GLD)``, between 0 and 1.
+        mix: lambda in `(1 - lambda) SFT + lambda (ULD + GLD)`, between 0 and 1.
         uld_weight: factor of the token-wise part; 0 leaves it out.
         gld_weight: factor of the graph part; 0 leaves it out.
-        uld_top_k: entries that the token-wise part compares; None is ``graph.k``.
+        uld_top_k: entries that the token-wise part compares; None is `graph.k`.
         graph: the graph part's options.
     """
 
@@ -61,10 +61,10 @@ class FusionTeacher:
     """One source of `graph_fusion_objective`.
 
     Attributes:
-        outputs: logits ``[*batch, positions, vocab]`` or their `GraphStatistics`; the teacher's
+        outputs: logits `[*batch, positions, vocab]` or their `GraphStatistics`; the teacher's
             own tokenizer, length and vocabulary.
-        where: its valid positions, ``[*batch, positions]``; None is all.
-        weight: a number or ``[*batch]``; weights are divided by their sum over the teachers.
+        where: its valid positions, `[*batch, positions]`; None is all.
+        weight: a number or `[*batch]`; weights are divided by their sum over the teachers.
         aligned: whether position t is the student's position t (of another tokenizer's outputs:
             gathered where both have read the same text, see `align_positions`).
             Then only positions valid on both sides are compared, by ULD and by GLD.
@@ -97,25 +97,25 @@ def graph_fusion_objective(
     the sorted top probabilities position by position: where the teacher is masked or tokenized
     differently, the n-th valid position of one is held against the n-th of the other, up to the
     shorter, and the mean is over those. GLD is `graph_on_logits`. Labels and masks are already
-    shifted: position t predicts ``labels[t]`` where ``where[t]``.
+    shifted: position t predicts `labels[t]` where `where[t]`.
 
     Args:
         student: logits, or their `GraphStatistics` from a blocked loss that never holds the logits
-            (then give ``cross_entropy``, too).
-        labels: integer ids; None where ``cross_entropy`` is given.
+            (then give `cross_entropy`, too).
+        labels: integer ids; None where `cross_entropy` is given.
         teachers: any number, also none.
         where: the student's valid positions.
         config: weights and graph options.
         cross_entropy: per position, instead of computing it from the logits.
-        axis_name: mesh axis that shards every vocabulary, inside ``shard_map``.
-        sequence_axis_name: mesh axis that shards positions, inside ``shard_map``; with it the
+        axis_name: mesh axis that shards every vocabulary, inside `shard_map`.
+        sequence_axis_name: mesh axis that shards positions, inside `shard_map`; with it the
             positions of student and teachers must correspond one to one.
 
     Returns:
-        The objective ``[*batch]``, float32, and metrics ``[*batch]``: ``sft``, ``uld``, ``gld``
-        (unweighted by lambda), ``tokens`` (valid positions: ``sum(loss * tokens) / sum(tokens)``
-        is the mean that weights tokens equally), ``uld/i`` and ``gld/i`` of each teacher and
-        ``graph/NAME``, the weighted mean over the teachers of what `graph_on_logits` reports.
+        The objective `[*batch]`, float32, and metrics `[*batch]`: `sft`, `uld`, `gld`
+        (unweighted by lambda), `tokens` (valid positions: `sum(loss * tokens) / sum(tokens)`
+        is the mean that weights tokens equally), `uld/i` and `gld/i` of each teacher and
+        `graph/NAME`, the weighted mean over the teachers of what `graph_on_logits` reports.
 
     Raises:
         ValueError: where labels or cross entropy are missing, or shapes do not fit.

@@ -24,17 +24,17 @@ class GraphConfig:
 
     Attributes:
         k: logits kept at each position.
-        node: ``rank``: node r is the r-th largest logit, so vocabularies need no alignment (the
-            paper's figure). ``token``: a node is a vocabulary entry (the paper's abstract).
-        feature: the number that stands for a node, see `transport.graph_features`. ``row_mean``
-            is ``row_sum`` divided by k.
-        logits: ``standardized``: z-scored over the vocabulary, then top-k; ``softmax``: over the
-            vocabulary, then top-k; ``raw`` logits scale the loss with their square; the
-            ``..._top_k`` forms see the kept logits only.
-        value: ``closed_form``: L1 of the sorted features. ``sorted_coupling``: the squared
+        node: `rank`: node r is the r-th largest logit, so vocabularies need no alignment (the
+            paper's figure). `token`: a node is a vocabulary entry (the paper's abstract).
+        feature: the number that stands for a node, see `transport.graph_features`. `row_mean`
+            is `row_sum` divided by k.
+        logits: `standardized`: z-scored over the vocabulary, then top-k; `softmax`: over the
+            vocabulary, then top-k; `raw` logits scale the loss with their square; the
+            `..._top_k` forms see the kept logits only.
+        value: `closed_form`: L1 of the sorted features. `sorted_coupling`: the squared
             difference of the two graphs under the matching that sorting finds, which is close to
             the Gromov-Wasserstein optimum where the closed form is a loose bound.
-        probes: random probes for ``row_rms``; None is exact.
+        probes: random probes for `row_rms`; None is exact.
         certificate: add bounds of the Gromov-Wasserstein cost to the metrics (with token nodes
             it takes O(T^2 k)).
     """
@@ -127,39 +127,39 @@ def graph_on_logits(
     that both kinds of node have one scale.
 
     The loss sees neither the order of positions nor which token is which; it shapes logits whose
-    identity another loss must anchor. The teacher is under ``stop_gradient``.
+    identity another loss must anchor. The teacher is under `stop_gradient`.
 
     Args:
-        student: logits ``[*batch, positions, vocab]``, or their `GraphStatistics`.
+        student: logits `[*batch, positions, vocab]`, or their `GraphStatistics`.
         teacher: the same for the teacher; positions and vocabulary may differ.
         config: what to compare.
-        student_where: valid student positions, ``[*batch, positions]``.
+        student_where: valid student positions, `[*batch, positions]`.
         teacher_where: valid teacher positions.
-        axis_name: mesh axis that shards both vocabularies, inside ``shard_map``.
-        sequence_axis_name: mesh axis that shards both models' positions, inside ``shard_map``.
+        axis_name: mesh axis that shards both vocabularies, inside `shard_map`.
+        sequence_axis_name: mesh axis that shards both models' positions, inside `shard_map`.
 
     Returns:
-        The loss ``[*batch]`` in float32, zero where a sample has no valid position on either
-        side, and metrics, each ``[*batch]`` and without gradient. They show degenerate settings:
+        The loss `[*batch]` in float32, zero where a sample has no valid position on either
+        side, and metrics, each `[*batch]` and without gradient. They show degenerate settings:
 
-        - ``closed_form``: the closed form, whatever ``config.value``.
-        - ``student_scale``, ``teacher_scale``: largest feature; near zero means nothing is seen.
-        - ``student_row_sum_min``, ``student_row_sum_max``: range of Z 1. If both are one, C 1 is
+        - `closed_form`: the closed form, whatever `config.value`.
+        - `student_scale`, `teacher_scale`: largest feature; near zero means nothing is seen.
+        - `student_row_sum_min`, `student_row_sum_max`: range of Z 1. If both are one, C 1 is
           the summed distribution and co-activation has cancelled.
-        - ``moved``: share of the student's nodes that sorting moves. Zero for rank nodes whose
+        - `moved`: share of the student's nodes that sorting moves. Zero for rank nodes whose
           row sums are positive: the loss is then a row-sum-weighted, time-averaged L1 of sorted
           logits.
-        - ``student_rank_one``: share of the energy of C along f (rank nodes); near one means that
+        - `student_rank_one`: share of the energy of C along f (rank nodes); near one means that
           the graph holds a single direction.
-        - ``student_tokens``, ``teacher_tokens``: valid positions.
-        - with ``config.certificate``: ``lower`` <= Gromov-Wasserstein (p = 2) <= ``upper``, in the
-          units of ``sorted_coupling``, and ``gap`` = upper / lower.
+        - `student_tokens`, `teacher_tokens`: valid positions.
+        - with `config.certificate`: `lower` <= Gromov-Wasserstein (p = 2) <= `upper`, in the
+          units of `sorted_coupling`, and `gap` = upper / lower.
 
     Raises:
         ValueError: if k exceeds a vocabulary, or batches differ, or the setting is identically
             zero.
 
-    A step with a `pmap` over devices (``jit`` with a mesh is the modern form):
+    A step with a `pmap` over devices (`jit` with a mesh is the modern form):
 
     >>> import jax, jax.numpy as jnp
     >>> config = GraphConfig(k=4)

@@ -56,7 +56,7 @@ def knowledge_distillation(
 ) -> Float[jax.Array, "..."]:
     """Hinton's distillation: match the teacher's softened class probabilities.
 
-    The factor ``T^2`` keeps the gradient's scale when the temperature changes. The teacher gets no
+    The factor `T^2` keeps the gradient's scale when the temperature changes. The teacher gets no
     gradient.
 
     ::
@@ -64,26 +64,26 @@ def knowledge_distillation(
         T^2 * KL( softmax(z_t / T) || softmax(z_s / T) )
 
     Args:
-      student_logits: ``[*batch, classes]`` (classes along ``axis``).
-      teacher_logits: the same shape.
-      temperature: 4 with weights .1 (labels) and .9 on CIFAR; 1 with .5 and .5 on ImageNet.
-      vocab_where: the classes that exist.
-      axis: the class axis.
-      axis_name: mesh axis over which the classes are split, inside ``shard_map``.
+        student_logits: `[*batch, classes]` (classes along `axis`).
+        teacher_logits: the same shape.
+        temperature: 4 with weights .1 (labels) and .9 on CIFAR; 1 with .5 and .5 on ImageNet.
+        vocab_where: the classes that exist.
+        axis: the class axis.
+        axis_name: mesh axis over which the classes are split, inside `shard_map`.
 
     Returns:
-      float32 ``[*batch]``.
+        float32 `[*batch]`.
 
     Raises:
-      TypeError: logits are not floating point.
-      ValueError: different shapes, or a temperature that is not positive.
+        TypeError: logits are not floating point.
+        ValueError: different shapes, or a temperature that is not positive.
 
     >>> knowledge_distillation(jnp.zeros((2, 3)), jnp.zeros((2, 3)))
     Array([0., 0.], dtype=float32)
 
     References:
-      Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Network (arXiv 1503.02531);
-      defaults as in mdistiller.
+        Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Network (arXiv 1503.02531);
+        defaults as in mdistiller.
     """
     student, teacher = _softened(student_logits, teacher_logits, temperature)
     return jnp.square(jnp.asarray(temperature)) * _softmax_kl(
@@ -113,30 +113,30 @@ def decoupled_knowledge_distillation(
               + other_weight  * KL(p_t without y || p_s without y) )
 
     Args:
-      student_logits: ``[*batch, classes]``.
-      teacher_logits: the same shape.
-      labels: the true classes.
-      target_weight: alpha of the paper.
-      other_weight: beta of the paper: 8 by default, 2 or 6 for some published pairs.
-      temperature: ``T``.
-      vocab_where: the classes that exist, broadcastable to the logits.
-      axis_name: mesh axis over which the classes are split, inside ``shard_map``; labels are
-        class numbers of the whole.
+        student_logits: `[*batch, classes]`.
+        teacher_logits: the same shape.
+        labels: the true classes.
+        target_weight: alpha of the paper.
+        other_weight: beta of the paper: 8 by default, 2 or 6 for some published pairs.
+        temperature: `T`.
+        vocab_where: the classes that exist, broadcastable to the logits.
+        axis_name: mesh axis over which the classes are split, inside `shard_map`; labels are
+            class numbers of the whole.
 
     Returns:
-      float32 ``[*batch]``.
+        float32 `[*batch]`.
 
     Raises:
-      TypeError: logits are not floating point.
-      ValueError: different shapes, or a temperature that is not positive.
+        TypeError: logits are not floating point.
+        ValueError: different shapes, or a temperature that is not positive.
 
     >>> z = jnp.array([[2.0, 0.0, -1.0]])
     >>> decoupled_knowledge_distillation(z, z, jnp.array([0])).round(5)
     Array([0.], dtype=float32)
 
     References:
-      Zhao et al., Decoupled Knowledge Distillation (CVPR 2022, arXiv 2203.08679), eq. 7. The
-      released code masks the label by subtracting 1000 from its logit; here it is left out.
+        Zhao et al., Decoupled Knowledge Distillation (CVPR 2022, arXiv 2203.08679), eq. 7. The
+        released code masks the label by subtracting 1000 from its logit; here it is left out.
     """
     student, teacher = _softened(student_logits, teacher_logits, temperature)
     classes = student.shape[-1]
@@ -168,27 +168,27 @@ def standardize_logits(
     """Logits with mean 0 and standard deviation 1 in each row, before a distillation loss.
 
     A student then has to match the teacher's shape and not its scale. Apply it to both sides and
-    pass the result to ``knowledge_distillation`` with the base temperature 2.
+    pass the result to `knowledge_distillation` with the base temperature 2.
 
     ::
 
         (z - mean(z)) / (std(z) + epsilon)        std divides by the number of classes - 1
 
     Args:
-      logits: ``[*batch, classes]`` (classes along ``axis``).
-      vocab_where: the classes that count. Those at ``-inf`` never do; both come back as ``-inf``.
-      axis: the class axis.
-      axis_name: mesh axis over which the classes are split, inside ``shard_map``.
-      epsilon: as in the released code.
+        logits: `[*batch, classes]` (classes along `axis`).
+        vocab_where: the classes that count. Those at `-inf` never do; both come back as `-inf`.
+        axis: the class axis.
+        axis_name: mesh axis over which the classes are split, inside `shard_map`.
+        epsilon: as in the released code.
 
     Returns:
-      float32, the shape of ``logits``.
+        float32, the shape of `logits`.
 
     >>> standardize_logits(jnp.array([1.0, 2.0, 3.0]))
     Array([-0.9999999,  0.       ,  0.9999999], dtype=float32)
 
     References:
-      Sun et al., Logit Standardization in Knowledge Distillation (CVPR 2024, arXiv 2403.01427).
+        Sun et al., Logit Standardization in Knowledge Distillation (CVPR 2024, arXiv 2403.01427).
     """
     logits = as_float(logits, "logits")
     check_where(vocab_where, logits.shape, "vocab_where")
@@ -235,7 +235,7 @@ def dist(
     The first term asks for the same ranking of classes in each example, the second for the same
     ranking of examples in each class. The second one is a property of the whole batch: its mean
     over classes is added to every example's value, so that the mean over examples is the paper's
-    loss. On a batch split over devices under ``jit`` it is computed over all of them.
+    loss. On a batch split over devices under `jit` it is computed over all of them.
 
     ::
 
@@ -243,27 +243,27 @@ def dist(
               + intra_weight * mean_c (1 - pearson(p_s[:, c], p_t[:, c])) )
 
     Args:
-      student_logits: ``[batch, classes]``.
-      teacher_logits: the same shape.
-      inter_weight: beta of the paper (2 on ImageNet).
-      intra_weight: gamma of the paper (2 on ImageNet).
-      temperature: 1 on ImageNet, 4 on CIFAR.
-      where: the examples that count in the second term.
+        student_logits: `[batch, classes]`.
+        teacher_logits: the same shape.
+        inter_weight: beta of the paper (2 on ImageNet).
+        intra_weight: gamma of the paper (2 on ImageNet).
+        temperature: 1 on ImageNet, 4 on CIFAR.
+        where: the examples that count in the second term.
 
     Returns:
-      float32 ``[batch]``.
+        float32 `[batch]`.
 
     Raises:
-      TypeError: logits are not floating point.
-      ValueError: different shapes, or a temperature that is not positive.
+        TypeError: logits are not floating point.
+        ValueError: different shapes, or a temperature that is not positive.
 
     >>> z = jnp.array([[2.0, 0.0, -1.0], [0.0, 1.0, 0.5]])
     >>> dist(z, z).round(5)
     Array([0., 0.], dtype=float32)
 
     References:
-      Huang et al., Knowledge Distillation from A Stronger Teacher (NeurIPS 2022, arXiv 2205.10536),
-      eqs. 7 to 10 and the released code.
+        Huang et al., Knowledge Distillation from A Stronger Teacher (NeurIPS 2022, arXiv
+        2205.10536), eqs. 7 to 10 and the released code.
     """
     student, teacher = _softened(student_logits, teacher_logits, temperature)
     student, teacher = jax.nn.softmax(student), jax.nn.softmax(teacher)

@@ -34,23 +34,23 @@ def linear_graph_fusion(
     back to the hidden states and the head.
 
     Args:
-      hidden: `[*batch, positions, hidden]`; position t predicts `labels[t]`.
-      head: a `logitjax.losses.Head`, or a kernel alone.
-      labels: `[*batch, positions]`.
-      teachers: `FusionTeacher`, each best given as `GraphStatistics` (from a cache, or from
-        `linear_readout` of its own hidden states).
-      where: `[*batch, positions]` boolean, the positions that count.
-      config: weights and graph options.
-      vocab_where: `[vocab]` boolean: True for the entries that exist.
-      blocks: sizes of the blocks; chosen from shapes and backend when None.
-      axis_name: mesh axis that splits the head's vocabulary, inside `jax.shard_map`.
-      sequence_axis_name: mesh axis that splits positions, inside `jax.shard_map`.
+        hidden: `[*batch, positions, hidden]`; position t predicts `labels[t]`.
+        head: a `logitjax.losses.Head`, or a kernel alone.
+        labels: `[*batch, positions]`.
+        teachers: `FusionTeacher`, each best given as `GraphStatistics` (from a cache, or from
+            `linear_readout` of its own hidden states).
+        where: `[*batch, positions]` boolean, the positions that count.
+        config: weights and graph options.
+        vocab_where: `[vocab]` boolean: True for the entries that exist.
+        blocks: sizes of the blocks; chosen from shapes and backend when None.
+        axis_name: mesh axis that splits the head's vocabulary, inside `jax.shard_map`.
+        sequence_axis_name: mesh axis that splits positions, inside `jax.shard_map`.
 
     Returns:
-      The objective `[*batch]`, float32, and metrics, as `graph_fusion_objective`.
+        The objective `[*batch]`, float32, and metrics, as `graph_fusion_objective`.
 
     Raises:
-      ValueError: shapes do not fit.
+        ValueError: shapes do not fit.
 
     >>> import jax, jax.numpy as jnp
     >>> from logitjax.losses import graph_statistics
@@ -62,7 +62,7 @@ def linear_graph_fusion(
     ((2,), ['gld', 'gld/0', 'graph/...', ...])
 
     References:
-      InfiGFusion (arXiv 2505.13893).
+        InfiGFusion (arXiv 2505.13893).
     """
     readout = linear_readout(
         hidden,

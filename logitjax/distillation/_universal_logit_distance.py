@@ -67,26 +67,26 @@ def universal_logit_distance(
     The full sort (`top_k=None`) costs about as much as 19 multiplications by the output head.
 
     Args:
-      student: `[*batch, student_vocab]` logits (the vocabulary at `axis`), or a `TopK`.
-      teacher: `[*batch, teacher_vocab]` logits, or the `TopK` of a cached teacher, which must hold
-        at least `top_k` entries. Differentiable as well.
-      top_k: how many ranks to compare; None for all of them.
-      temperature: `T`, positive; may be traced. A `TopK` is taken as it is: make it from
-        `logits / T`.
-      vocab_where: boolean, broadcastable to `student`: True for its entries that exist.
-      teacher_vocab_where: the same for `teacher`.
-      axis: the vocabulary axis of the logits.
-      axis_name: inside `jax.shard_map` with the vocabularies split over this mesh axis: that axis.
-        A `TopK` is whole on every shard.
+        student: `[*batch, student_vocab]` logits (the vocabulary at `axis`), or a `TopK`.
+        teacher: `[*batch, teacher_vocab]` logits, or the `TopK` of a cached teacher, which must
+            hold at least `top_k` entries. Differentiable as well.
+        top_k: how many ranks to compare; None for all of them.
+        temperature: `T`, positive; may be traced. A `TopK` is taken as it is: make it from
+            `logits / T`.
+        vocab_where: boolean, broadcastable to `student`: True for its entries that exist.
+        teacher_vocab_where: the same for `teacher`.
+        axis: the vocabulary axis of the logits.
+        axis_name: inside `jax.shard_map` with the vocabularies split over this mesh axis: that
+            axis. A `TopK` is whole on every shard.
 
     Returns:
-      `[*batch]`, float32, in `[0, 2]`.
+        `[*batch]`, float32, in `[0, 2]`.
 
     Raises:
-      TypeError: the logits are not floating point or a mask not boolean.
-      ValueError: the batch axes differ, a mask does not broadcast, `top_k` exceeds both
-        vocabularies or the entries of a `TopK`, or is None beside a `TopK`; `temperature` is not
-        positive; or a vocabulary is sharded over an Explicit mesh axis without `axis_name`.
+        TypeError: the logits are not floating point or a mask not boolean.
+        ValueError: the batch axes differ, a mask does not broadcast, `top_k` exceeds both
+            vocabularies or the entries of a `TopK`, or is None beside a `TopK`; `temperature` is
+            not positive; or a vocabulary is sharded over an Explicit mesh axis without `axis_name`.
 
     >>> import jax.numpy as jnp
     >>> student = jnp.log(jnp.array([0.1, 0.9]))
@@ -97,9 +97,9 @@ def universal_logit_distance(
     0.4
 
     References:
-      Boizard et al., Towards cross-tokenizer distillation: the universal logit distillation loss,
-      2024 (arXiv 2402.12030); truncated to the top ranks as in the figure of InfiGFusion (arXiv
-      2505.13893). The value of `top_k` is ours.
+        Boizard et al., Towards cross-tokenizer distillation: the universal logit distillation loss,
+        2024 (arXiv 2402.12030); truncated to the top ranks as in the figure of InfiGFusion (arXiv
+        2505.13893). The value of `top_k` is ours.
     """
     check_positive(temperature, "temperature")
     if top_k is not None:

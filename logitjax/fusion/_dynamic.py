@@ -24,7 +24,7 @@ _LARGEST_JOINT_GRID = 10_000
 
 
 class _Found(NamedTuple):
-    """Alphas and their bracket ``[T, *batch]``; F and R of the fused distribution, where known."""
+    """Alphas and their bracket `[T, *batch]`; F and R of the fused distribution, where known."""
 
     alpha: jax.Array
     lower: jax.Array
@@ -39,9 +39,9 @@ class _Found(NamedTuple):
 class DynamicFusion:
     """Follows experts as far as they have moved from their bases, anew at every token.
 
-    The fused logits are ``large + sum_t alpha_t (expert_t - base_t)``. With P the large model,
+    The fused logits are `large + sum_t alpha_t (expert_t - base_t)`. With P the large model,
     P_a the fused distribution, Q_t the expert and Q its base, alpha is chosen such that P_a is
-    about as far from P as Q_t from Q. What "as far" means is the ``method``::
+    about as far from P as Q_t from Q. What "as far" means is the `method`::
 
         grid      least (KL(P_a||P) - KL(Q_t||Q))^2 + (KL(P||P_a) - KL(Q||Q_t))^2 on a grid
         newton    the same objective, its minimum between the points of a coarse grid
@@ -52,28 +52,28 @@ class DynamicFusion:
     The first two search an objective with several minima; the last three are each the root of one
     growing function. All of them give alpha = 1 where P equals Q.
 
-    With several experts ``multi`` says how they share::
+    With several experts `multi` says how they share::
 
         single      one expert a token, the one that comes nearest to the mean of the divergences
                     (the paper's rule; an expert that changed nothing halves the others' say)
         joint       all alphas for the mean divergences: on the full grid, or the shortest step;
-                    of ``method='project'`` by `jeffreys`, for a mean of constraints is none
+                    of `method='project'` by `jeffreys`, for a mean of constraints is none
         per_expert  each alpha by itself, and the shifts add up
         project     the nearest P_a that satisfies `project` for all experts: convex, and an expert
                     that changed nothing changes nothing
 
     Attributes:
-      method: see above. Grid is the paper's; the default closed most of the gap between a large
-        model and its tuned self in the experiment of docs/dynamic_fusion.md.
-      multi: see above; of no effect with one expert. ``'project'`` takes the place of ``method``.
-        The default did best with experts of two domains, where the sum of what each wants is too
-        much.
-      alpha_range: least and largest alpha.
-      num: points of the grid, the ends included.
-      scan: points of newton's coarse grid; more find more of its global minima.
-      max_sweeps: evaluations of a search at most. With ``axis_name`` it makes just so many, for
-        each is an all-reduce.
-      tolerance: of the root searches, on the divergence, relative where that is below 1.
+        method: see above. Grid is the paper's; the default closed most of the gap between a large
+            model and its tuned self in the experiment of docs/dynamic_fusion.md.
+        multi: see above; of no effect with one expert. `'project'` takes the place of `method`. The
+            default did best with experts of two domains, where the sum of what each wants is too
+            much.
+        alpha_range: least and largest alpha.
+        num: points of the grid, the ends included.
+        scan: points of newton's coarse grid; more find more of its global minima.
+        max_sweeps: evaluations of a search at most. With `axis_name` it makes just so many, for
+            each is an all-reduce.
+        tolerance: of the root searches, on the divergence, relative where that is below 1.
 
     >>> large = jnp.array([2.0, 1.0, 0.0])
     >>> expert, base = jnp.array([0.0, 2.0, 0.0]), jnp.array([2.0, 1.0, 0.0])
@@ -82,8 +82,8 @@ class DynamicFusion:
     1.000 True
 
     References:
-      Fan et al., On giant's shoulders, 2024 (arXiv 2406.15480), eq. 3 and algorithm 1 (whose best
-      loss is reset for every token here). Jeffreys, budget, project: ours.
+        Fan et al., On giant's shoulders, 2024 (arXiv 2406.15480), eq. 3 and algorithm 1 (whose best
+        loss is reset for every token here). Jeffreys, budget, project: ours.
     """
 
     method: Method = "project"
@@ -118,24 +118,24 @@ class DynamicFusion:
         """Fused logits, and what was decided.
 
         Args:
-          logits_large: ``[*batch, vocab]``, untempered.
-          logits_experts: ``[T, *batch, vocab]``, or without the leading axis for one expert.
-          logits_bases: as many, or one for all.
-          vocab_where: boolean, broadcastable to the logits: True for the entries that exist.
-            Entries that are ``-inf`` in any of the models do not exist either.
-          axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that
-            axis.
+            logits_large: `[*batch, vocab]`, untempered.
+            logits_experts: `[T, *batch, vocab]`, or without the leading axis for one expert.
+            logits_bases: as many, or one for all.
+            vocab_where: boolean, broadcastable to the logits: True for the entries that exist.
+                Entries that are `-inf` in any of the models do not exist either.
+            axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that
+                axis.
 
         Returns:
-          Float32 logits ``[*batch, vocab]`` (alphas count as constants in their gradient), and
-          arrays: ``alpha``, ``lower``, ``upper`` ``[T, *batch]``, the last two a bracket;
-          ``converged`` ``[*batch]``, false where the answer may be another; ``at_bound``
-          ``[*batch]``; ``expert`` ``[*batch]``, the one that was followed, -1 for all;
-          ``forward``, ``reverse``, ``objective`` ``[*batch]`` and their targets, of the fused
-          distribution against the mean divergences; ``sweeps``, evaluations of the path.
+            Float32 logits `[*batch, vocab]` (alphas count as constants in their gradient), and
+            arrays: `alpha`, `lower`, `upper` `[T, *batch]`, the last two a bracket;
+            `converged` `[*batch]`, false where the answer may be another; `at_bound`
+            `[*batch]`; `expert` `[*batch]`, the one that was followed, -1 for all;
+            `forward`, `reverse`, `objective` `[*batch]` and their targets, of the fused
+            distribution against the mean divergences; `sweeps`, evaluations of the path.
 
         Raises:
-          ValueError: shapes do not fit, or a joint grid would be too large.
+            ValueError: shapes do not fit, or a joint grid would be too large.
         """
         inputs = read_inputs(logits_large, logits_experts, logits_bases, vocab_where)
         given = [logits_large, logits_experts, logits_bases, vocab_where]
@@ -358,7 +358,7 @@ def _divergences(alpha: jax.Array, moments: Moments) -> tuple[jax.Array, jax.Arr
 
 
 def _pick(values: jax.Array, index: jax.Array) -> jax.Array:
-    """Of ``values [num, *batch]`` or ``[num]``, those at ``index [*batch]``.
+    """Of `values [num, *batch]` or `[num]`, those at `index [*batch]`.
 
     By comparison, for a gather from a batch that is sharded would have to be told how.
     """

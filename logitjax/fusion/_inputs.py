@@ -12,8 +12,8 @@ from logitjax.ops import Array, AxisName, as_float, check_where
 class Inputs(NamedTuple):
     """Logits of all models where they exist.
 
-    ``exists`` broadcasts to ``large``; ``experts`` and ``bases`` are ``[T, *batch, vocab]`` (or
-    None), ``bases`` with a leading axis of T or 1.
+    `exists` broadcasts to `large`; `experts` and `bases` are `[T, *batch, vocab]` (or
+    None), `bases` with a leading axis of T or 1.
     """
 
     large: jax.Array
@@ -23,11 +23,11 @@ class Inputs(NamedTuple):
 
     @property
     def differences(self) -> jax.Array:
-        """Expert minus base, ``[T, *batch, vocab]``; 0 where either does not exist."""
+        """Expert minus base, `[T, *batch, vocab]`; 0 where either does not exist."""
         return jnp.where(self.exists, self.experts - self.bases, 0.0)
 
     def fused(self, values: jax.Array) -> jax.Array:
-        """``values`` where the vocabulary exists, ``-inf`` elsewhere."""
+        """`values` where the vocabulary exists, `-inf` elsewhere."""
         return jnp.where(self.exists, values, -jnp.inf)
 
 

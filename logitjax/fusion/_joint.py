@@ -38,7 +38,7 @@ def project(
 
         min KL(P~ || P)  subject to  E_{P~}[l_t] >= KL(Q_t || Q) for all t
 
-    Its dual is the convex ``A(alpha) - alpha . target`` over the box of alphas, with gradient
+    Its dual is the convex `A(alpha) - alpha . target` over the box of alphas, with gradient
     E_{P~}[l] - target and Hessian Cov_{P~}[l]: Newton's method, damped since the covariance of
     experts that agree is singular, with the alphas at a bound held while the gradient keeps them
     there.
@@ -81,7 +81,7 @@ def least_step(
     tolerance: float,
     axis_name: AxisName | None,
 ) -> Solution:
-    """Alphas that meet the mean divergences, by shortest steps from ``start``.
+    """Alphas that meet the mean divergences, by shortest steps from `start`.
 
     One or two equations for T alphas: which of the many solutions is found depends on the start.
     """
@@ -120,7 +120,7 @@ def least_step(
 
 
 def _solve(matrix: jax.Array, right: jax.Array) -> jax.Array:
-    """``matrix [*batch, n, n]`` and ``right [n, *batch]`` to ``[n, *batch]``."""
+    """`matrix [*batch, n, n]` and `right [n, *batch]` to `[n, *batch]`."""
     solved = jnp.linalg.solve(matrix, jnp.moveaxis(right, 0, -1)[..., None])[..., 0]
     return jnp.moveaxis(solved, -1, 0)
 

@@ -18,18 +18,18 @@ def kth_largest(
     are at least as large; so the time does not depend on k, and shards exchange counts only.
 
     Args:
-      values: `[*batch, vocab]`. `-inf` entries come last; which of 0.0 and -0.0 is returned is left
-        open.
-      k: how many entries are at least as large as the answer, at most the vocabulary.
-      axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that axis.
+        values: `[*batch, vocab]`. `-inf` entries come last; which of 0.0 and -0.0 is returned is
+            left open.
+        k: how many entries are at least as large as the answer, at most the vocabulary.
+        axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that axis.
 
     Returns:
-      `[*batch]`, an entry of `values` in its dtype. It has no gradient.
+        `[*batch]`, an entry of `values` in its dtype. It has no gradient.
 
     Raises:
-      ValueError: `k` is not in 1..vocab, or the vocabulary is sharded over an Explicit mesh axis
-        and `axis_name` is not given.
-      TypeError: the values are no floating-point numbers.
+        ValueError: `k` is not in 1..vocab, or the vocabulary is sharded over an Explicit mesh axis
+            and `axis_name` is not given.
+        TypeError: the values are no floating-point numbers.
 
     >>> kth_largest(jnp.array([1.0, 7.0, 3.0, 7.0]), 3)
     Array(3., dtype=float32)

@@ -27,20 +27,20 @@ class LogitDifference:
 
     Both are one distribution as long as all entries are changed. A filter leaves the assistant's
     say to tokens that the large model finds likely, and then the constant matters: a raw assistant
-    with flat logits c moves those tokens by ``-alpha c`` against the others, a centred one by 0.
+    with flat logits c moves those tokens by `-alpha c` against the others, a centred one by 0.
     The two want different alphas.
 
-    Filters: ``'clean'`` changes tokens with ``p_large >= rate * max p_large``; ``'official'`` is
-    what was released, which also changes the ``int(rate * V)`` most likely tokens, so in effect
-    those; ``'none'`` changes all.
+    Filters: `'clean'` changes tokens with `p_large >= rate * max p_large`; `'official'` is
+    what was released, which also changes the `int(rate * V)` most likely tokens, so in effect
+    those; `'none'` changes all.
 
     Attributes:
-      alpha: the assistant's weight.
-      form: see above.
-      filter: see above.
-      rate: of the filter.
-      outside: what becomes of the tokens that the filter leaves out: ``'keep'`` the large model's
-        logits, as in scoring a text; ``'exclude'`` them, as the release does while it generates.
+        alpha: the assistant's weight.
+        form: see above.
+        filter: see above.
+        rate: of the filter.
+        outside: what becomes of the tokens that the filter leaves out: `'keep'` the large model's
+            logits, as in scoring a text; `'exclude'` them, as the release does while it generates.
 
     >>> large, assistant = jnp.array([3.0, 2.0, -5.0]), jnp.array([4.0, 0.0, 0.0])
     >>> fused, _ = LogitDifference(alpha=0.5, form="raw")(large, assistant)
@@ -48,9 +48,9 @@ class LogitDifference:
     Array([ 1.,  2., -5.], dtype=float32)
 
     References:
-      Ji et al., Reversing the forget-retain objectives, 2024 (arXiv 2406.08607), eq. 2 and section
-      4.1: alpha 0.75, filter rate 0.01. The release also zeroes instead of excluding, so that an
-      excluded token wins where all others are negative; not here.
+        Ji et al., Reversing the forget-retain objectives, 2024 (arXiv 2406.08607), eq. 2 and
+        section 4.1: alpha 0.75, filter rate 0.01. The release also zeroes instead of excluding, so
+        that an excluded token wins where all others are negative; not here.
     """
 
     alpha: float = 0.75
@@ -77,18 +77,18 @@ class LogitDifference:
         vocab_where: Bool[Array, "..."] | None = None,
         axis_name: AxisName | None = None,
     ) -> tuple[Float[jax.Array, "*batch vocab"], dict[str, Any]]:
-        """Float32 logits ``[*batch, vocab]`` and ``{"changed": how many entries}``.
+        """Float32 logits `[*batch, vocab]` and `{"changed": how many entries}`.
 
         Args:
-          logits_large: ``[*batch, vocab]``.
-          logits_experts: the assistant's, ``[*batch, vocab]`` or with a leading axis of 1.
-          logits_bases: None (or none along the leading axis).
-          vocab_where: boolean, broadcastable to the logits: True for the entries that exist.
-          axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that
-            axis.
+            logits_large: `[*batch, vocab]`.
+            logits_experts: the assistant's, `[*batch, vocab]` or with a leading axis of 1.
+            logits_bases: None (or none along the leading axis).
+            vocab_where: boolean, broadcastable to the logits: True for the entries that exist.
+            axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that
+                axis.
 
         Raises:
-          ValueError: there are bases, or not one assistant.
+            ValueError: there are bases, or not one assistant.
         """
         if logits_bases is not None and len(logits_bases):
             raise ValueError("logits_bases: the logit difference takes none, only an assistant")
@@ -110,7 +110,7 @@ class LogitDifference:
         return inputs.fused(fused), {"changed": psum(changed.sum(-1), axis_name)}
 
     def _threshold(self, inputs: Any, axis_name: AxisName | None) -> jax.Array:
-        """The least large logit that is changed, ``[*batch, 1]``."""
+        """The least large logit that is changed, `[*batch, 1]`."""
         large = inputs.fused(inputs.large)
         peak = pmax(large.max(-1, keepdims=True), axis_name)
         threshold = peak + math.log(self.rate)

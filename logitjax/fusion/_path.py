@@ -26,7 +26,7 @@ _PARTS = 32
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """Cumulants of h under P_a: ``log_z = log E_P[exp(a h)]`` and its first derivatives."""
+    """Cumulants of h under P_a: `log_z = log E_P[exp(a h)]` and its first derivatives."""
 
     log_z: Any
     mean: Any
@@ -40,14 +40,14 @@ class Path:
     """P and the directions, one for each expert.
 
     Attributes:
-      log_p: ``[*batch, vocab]``, -inf where the vocabulary does not exist; padded to whole parts.
-      directions: ``[T, *batch, vocab]``, h, centred under P; likewise.
-      peak: ``[T, *batch]``, the maximum of ``log_p + high * h``.
-      variance: ``[T, *batch]``, of h under P.
-      gain: ``[T, *batch]``, E_P[log expert/base].
-      target_forward: ``[T, *batch]``, KL(expert || base).
-      target_reverse: ``[T, *batch]``, KL(base || expert).
-      high: the largest alpha, static.
+        log_p: `[*batch, vocab]`, -inf where the vocabulary does not exist; padded to whole parts.
+        directions: `[T, *batch, vocab]`, h, centred under P; likewise.
+        peak: `[T, *batch]`, the maximum of `log_p + high * h`.
+        variance: `[T, *batch]`, of h under P.
+        gain: `[T, *batch]`, E_P[log expert/base].
+        target_forward: `[T, *batch]`, KL(expert || base).
+        target_reverse: `[T, *batch]`, KL(base || expert).
+        high: the largest alpha, static.
     """
 
     log_p: Any
@@ -63,11 +63,11 @@ class Path:
         return self.directions.shape[0]
 
     def moments(self, alpha: jax.Array, *, order: int, axis_name: AxisName | None) -> Moments:
-        """Cumulants at ``alpha`` ``[T, *batch]``, each expert alone; one all-reduce."""
+        """Cumulants at `alpha` `[T, *batch]`, each expert alone; one all-reduce."""
         return self._cumulants(psum(self._sums(alpha, order), axis_name), alpha)
 
     def scan(self, values: jax.Array, *, axis_name: AxisName | None) -> tuple[Any, Moments]:
-        """``values`` and the cumulants at each, ``[num, T, *batch]``; one all-reduce for them all.
+        """`values` and the cumulants at each, `[num, T, *batch]`; one all-reduce for them all.
 
         One value after another: nothing of the size of the vocabulary is held for each.
         """
@@ -194,17 +194,17 @@ class Divergences:
     """The two divergences along the path and the objective, each with its derivatives in alpha.
 
     Attributes:
-      forward: KL(P_a || P), `F`.
-      forward_slope: F'.
-      forward_curvature: F''.
-      reverse: KL(P || P_a), `R`.
-      reverse_slope: R'.
-      reverse_curvature: R''.
-      target_forward: KL(expert || base).
-      target_reverse: KL(base || expert).
-      objective: (F - target_forward)^2 + (R - target_reverse)^2.
-      slope: its derivative.
-      curvature: its second derivative.
+        forward: KL(P_a || P), `F`.
+        forward_slope: F'.
+        forward_curvature: F''.
+        reverse: KL(P || P_a), `R`.
+        reverse_slope: R'.
+        reverse_curvature: R''.
+        target_forward: KL(expert || base).
+        target_reverse: KL(base || expert).
+        objective: (F - target_forward)^2 + (R - target_reverse)^2.
+        slope: its derivative.
+        curvature: its second derivative.
     """
 
     forward: Any
@@ -266,18 +266,18 @@ def fusion_divergences(
     F and R grow with a >= 0; L has a maximum at 0 and may have several minima.
 
     Args:
-      logits_large: `[*batch, vocab]`.
-      logits_expert: the same shape.
-      logits_base: the same shape.
-      alpha: `[*batch]`, not negative.
-      vocab_where: boolean, broadcastable to the logits: True for the entries that exist.
-      axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that axis.
+        logits_large: `[*batch, vocab]`.
+        logits_expert: the same shape.
+        logits_base: the same shape.
+        alpha: `[*batch]`, not negative.
+        vocab_where: boolean, broadcastable to the logits: True for the entries that exist.
+        axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that axis.
 
     Returns:
-      `Divergences` of `[*batch]` float32 arrays.
+        `Divergences` of `[*batch]` float32 arrays.
 
     Raises:
-      ValueError: the shapes differ.
+        ValueError: the shapes differ.
 
     >>> large, expert, base = jnp.array([0.0, 1.0, 2.0]), jnp.array([2.0, 0.0, 1.0]), jnp.zeros(3)
     >>> at = fusion_divergences(large, expert, base, jnp.array(1.0))
@@ -285,8 +285,8 @@ def fusion_divergences(
     0.155 of 0.266
 
     References:
-      Fan et al., On giant's shoulders, 2024 (arXiv 2406.15480), section 3.1, for L. Derivatives are
-      ours.
+        Fan et al., On giant's shoulders, 2024 (arXiv 2406.15480), section 3.1, for L. Derivatives
+        are ours.
     """
     alpha = jnp.asarray(alpha)
     inputs = read_inputs(logits_large, logits_expert, logits_base, vocab_where)

@@ -15,9 +15,9 @@ MOST_ENTRIES = 1 << 18
 
 
 def by_rows(decide: Callable[..., _Info], batch: Sequence[int], *logits: Any) -> _Info:
-    """``decide(*logits)``, on CPU in turns of as many rows as the caches like.
+    """`decide(*logits)`, on CPU in turns of as many rows as the caches like.
 
-    ``logits`` are ``[..., *batch, vocab]`` (or None). What is decided has the batch's axes last, or
+    `logits` are `[..., *batch, vocab]` (or None). What is decided has the batch's axes last, or
     is a scalar: the largest of the turns is returned. A turn ends when its own rows are done.
     """
     count = math.prod(batch)

@@ -17,8 +17,8 @@ from logitjax.fusion._path import Divergences
 class Solution(NamedTuple):
     """Where a search ended.
 
-    ``alpha`` was evaluated, ``at`` is what its evaluation gave beside the value; the wanted point
-    lies between ``lower`` and ``upper``.
+    `alpha` was evaluated, `at` is what its evaluation gave beside the value; the wanted point
+    lies between `lower` and `upper`.
     """
 
     alpha: jax.Array
@@ -50,19 +50,19 @@ def find_root(
     max_sweeps: int,
     unrolled: bool,
 ) -> Solution:
-    """Solves ``value(alpha) = target`` for a value that grows; ends at the bound if it lies beyond.
+    """Solves `value(alpha) = target` for a value that grows; ends at the bound if it lies beyond.
 
     Args:
-      evaluate: alpha to (value, slope, anything to keep).
-      target: of each row.
-      start: first alpha.
-      low: least alpha.
-      high: largest alpha.
-      quadratic: the value is about c alpha^2 near 0, so Newton's method takes its root, which is
-        nearly straight.
-      tolerance: allowed ``|value - target|``, relative to the target where that is below 1.
-      max_sweeps: evaluations at most.
-      unrolled: do exactly so many, without a loop.
+        evaluate: alpha to (value, slope, anything to keep).
+        target: of each row.
+        start: first alpha.
+        low: least alpha.
+        high: largest alpha.
+        quadratic: the value is about c alpha^2 near 0, so Newton's method takes its root, which is
+            nearly straight.
+        tolerance: allowed `|value - target|`, relative to the target where that is below 1.
+        max_sweeps: evaluations at most.
+        unrolled: do exactly so many, without a loop.
     """
     allowed = tolerance * jnp.clip(jnp.abs(target), 1e-2, 1.0)
 
@@ -97,15 +97,15 @@ def find_minimum(
     """A minimum of the objective between two points that lie higher: Newton's method on its slope.
 
     Args:
-      evaluate: alpha to `Divergences`.
-      start: first alpha, between the two.
-      lower: the one.
-      upper: the other.
-      low: least alpha; the minimum may lie there.
-      high: largest alpha; likewise.
-      tolerance: done when the quadratic model promises less than this much improvement.
-      max_sweeps: evaluations at most.
-      unrolled: do exactly so many, without a loop.
+        evaluate: alpha to `Divergences`.
+        start: first alpha, between the two.
+        lower: the one.
+        upper: the other.
+        low: least alpha; the minimum may lie there.
+        high: largest alpha; likewise.
+        tolerance: done when the quadratic model promises less than this much improvement.
+        max_sweeps: evaluations at most.
+        unrolled: do exactly so many, without a loop.
     """
 
     def advance(state: _State) -> _State:
@@ -166,7 +166,7 @@ def _advanced(
     low: Any,
     high: Any,
 ) -> _State:
-    """The next state: what is wanted lies above alpha where ``rises``, else below."""
+    """The next state: what is wanted lies above alpha where `rises`, else below."""
     lower = jnp.where(rises, jnp.maximum(alpha, state.lower), state.lower)
     upper = jnp.where(rises, state.upper, jnp.minimum(alpha, state.upper))
     new = jnp.clip(proposed, low, high)

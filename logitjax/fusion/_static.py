@@ -24,14 +24,14 @@ class ProxyTuning:
     same log-ratio.
 
     Attributes:
-      alpha: the weight.
+        alpha: the weight.
 
     >>> fused, _ = ProxyTuning()(jnp.zeros(2), jnp.array([1.0, 0.0]), jnp.array([0.5, 0.5]))
     >>> fused
     Array([ 0.5, -0.5], dtype=float32)
 
     References:
-      Liu et al., Tuning language models by proxy, 2024 (arXiv 2401.08565).
+        Liu et al., Tuning language models by proxy, 2024 (arXiv 2401.08565).
     """
 
     alpha: float = 1.0
@@ -45,14 +45,14 @@ class ProxyTuning:
         vocab_where: Bool[Array, "..."] | None = None,
         axis_name: AxisName | None = None,
     ) -> tuple[Float[jax.Array, "*batch vocab"], dict[str, Any]]:
-        """Fused float32 logits ``[*batch, vocab]`` and an empty dictionary.
+        """Fused float32 logits `[*batch, vocab]` and an empty dictionary.
 
         Args:
-          logits_large: ``[*batch, vocab]``.
-          logits_experts: ``[T, *batch, vocab]``, or without the leading axis for one.
-          logits_bases: as many, or one for all.
-          vocab_where: boolean, broadcastable to the logits: True for the entries that exist.
-          axis_name: of no effect, for entries are fused each by itself.
+            logits_large: `[*batch, vocab]`.
+            logits_experts: `[T, *batch, vocab]`, or without the leading axis for one.
+            logits_bases: as many, or one for all.
+            vocab_where: boolean, broadcastable to the logits: True for the entries that exist.
+            axis_name: of no effect, for entries are fused each by itself.
         """
         del axis_name
         inputs = read_inputs(logits_large, logits_experts, logits_bases, vocab_where)
@@ -71,16 +71,16 @@ class DExperts:
     The anti-expert takes the place of the base.
 
     Attributes:
-      alpha: the weight.
-      top_p: share of the large model's probability that its most likely tokens must reach to be
-        kept; 1 keeps all.
+        alpha: the weight.
+        top_p: share of the large model's probability that its most likely tokens must reach to be
+            kept; 1 keeps all.
 
     >>> fused, _ = DExperts(top_p=0.5)(jnp.array([2.0, 0.0]), jnp.zeros(2), jnp.array([1.0, 0.0]))
     >>> fused
     Array([  0., -inf], dtype=float32)
 
     References:
-      Liu et al., DExperts, 2021 (arXiv 2105.03023).
+        Liu et al., DExperts, 2021 (arXiv 2105.03023).
     """
 
     alpha: float = 2.0
@@ -98,10 +98,10 @@ class DExperts:
         vocab_where: Bool[Array, "..."] | None = None,
         axis_name: AxisName | None = None,
     ) -> tuple[Float[jax.Array, "*batch vocab"], dict[str, Any]]:
-        """As `ProxyTuning`; with ``axis_name`` only where ``top_p`` is 1.
+        """As `ProxyTuning`; with `axis_name` only where `top_p` is 1.
 
         Raises:
-          ValueError: ``top_p`` below 1 with a sharded vocabulary, which it would have to sort.
+            ValueError: `top_p` below 1 with a sharded vocabulary, which it would have to sort.
         """
         if self.top_p < 1 and axis_name is not None:
             raise ValueError(
@@ -131,15 +131,15 @@ class EmulatedFineTuning:
     The distribution is that of `ProxyTuning` with alpha = beta; what comes out is normalised.
 
     Attributes:
-      beta: weight of the implied reward.
+        beta: weight of the implied reward.
 
     >>> fused, _ = EmulatedFineTuning()(jnp.zeros(2), jnp.array([1.0, 1.0]), jnp.zeros(2))
     >>> fused.round(3)
     Array([-0.693, -0.693], dtype=float32)
 
     References:
-      Mitchell et al., An emulator for fine-tuning large language models using small language
-      models, 2023 (arXiv 2310.12962).
+        Mitchell et al., An emulator for fine-tuning large language models using small language
+        models, 2023 (arXiv 2310.12962).
     """
 
     beta: float = 1.0
@@ -153,7 +153,7 @@ class EmulatedFineTuning:
         vocab_where: Bool[Array, "..."] | None = None,
         axis_name: AxisName | None = None,
     ) -> tuple[Float[jax.Array, "*batch vocab"], dict[str, Any]]:
-        """Log-probabilities ``[*batch, vocab]``; arguments as of `ProxyTuning`."""
+        """Log-probabilities `[*batch, vocab]`; arguments as of `ProxyTuning`."""
         fused, info = ProxyTuning(alpha=self.beta)(
             logits_large, logits_experts, logits_bases, vocab_where=vocab_where
         )
@@ -172,9 +172,9 @@ class ContrastiveDecoding:
     The amateur comes as the base, and there are no experts.
 
     Attributes:
-      weight: of the large model.
-      amateur_weight: of the amateur.
-      plausibility: least probability as a fraction of the largest; 0 keeps all.
+        weight: of the large model.
+        amateur_weight: of the amateur.
+        plausibility: least probability as a fraction of the largest; 0 keeps all.
 
     >>> fused, _ = ContrastiveDecoding()(
     ...     jnp.array([2.0, 1.0, -9.0]), None, jnp.array([2.0, 0.0, 0.0]))
@@ -182,8 +182,8 @@ class ContrastiveDecoding:
     Array([  2. ,   1.5, -inf], dtype=float32)
 
     References:
-      Li et al., Contrastive decoding, 2023 (arXiv 2210.15097): both weights 1. O'Brien and Lewis,
-      Contrastive decoding improves reasoning, 2023 (arXiv 2309.09117): 1.5 and 0.5, the defaults.
+        Li et al., Contrastive decoding, 2023 (arXiv 2210.15097): both weights 1. O'Brien and Lewis,
+        Contrastive decoding improves reasoning, 2023 (arXiv 2309.09117): 1.5 and 0.5, the defaults.
     """
 
     weight: float = 1.5
@@ -202,18 +202,18 @@ class ContrastiveDecoding:
         vocab_where: Bool[Array, "..."] | None = None,
         axis_name: AxisName | None = None,
     ) -> tuple[Float[jax.Array, "*batch vocab"], dict[str, Any]]:
-        """Fused float32 logits ``[*batch, vocab]`` and an empty dictionary.
+        """Fused float32 logits `[*batch, vocab]` and an empty dictionary.
 
         Args:
-          logits_large: ``[*batch, vocab]``.
-          logits_experts: None (or none along the leading axis).
-          logits_bases: the amateur's, ``[*batch, vocab]`` or with a leading axis of 1.
-          vocab_where: boolean, broadcastable to the logits: True for the entries that exist.
-          axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that
-            axis.
+            logits_large: `[*batch, vocab]`.
+            logits_experts: None (or none along the leading axis).
+            logits_bases: the amateur's, `[*batch, vocab]` or with a leading axis of 1.
+            vocab_where: boolean, broadcastable to the logits: True for the entries that exist.
+            axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that
+                axis.
 
         Raises:
-          ValueError: there are experts, or not one amateur.
+            ValueError: there are experts, or not one amateur.
         """
         if logits_experts is not None and len(logits_experts):
             raise ValueError("logits_experts: contrastive decoding takes none, only a base")

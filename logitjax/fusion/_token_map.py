@@ -31,8 +31,8 @@ class TokenMap:
     Hashable by what it maps, so that it may be a static argument.
 
     Attributes:
-      small_ids: int32 ``[large]``, the small model's id of each token, -1 where it has none.
-      small_size: logits of the small model.
+        small_ids: int32 `[large]`, the small model's id of each token, -1 where it has none.
+        small_size: logits of the small model.
     """
 
     small_ids: np.ndarray
@@ -63,7 +63,7 @@ class TokenMap:
 
     @property
     def overlap(self) -> np.ndarray:
-        """Bool ``[large]``: the tokens that both have."""
+        """Bool `[large]`: the tokens that both have."""
         return self.small_ids >= 0
 
     @property
@@ -73,7 +73,7 @@ class TokenMap:
         return same and self.large_size == self.small_size
 
     def to_small(self, tokens: Int[Array, "*batch"], unknown: int) -> Int[jax.Array, "*batch"]:
-        """The small model's ids of the large model's tokens, ``unknown`` where it has none."""
+        """The small model's ids of the large model's tokens, `unknown` where it has none."""
         ids = jnp.asarray(self.small_ids)[jnp.asarray(tokens)]
         return jnp.where(ids < 0, unknown, ids)
 
@@ -90,8 +90,8 @@ class TokenMap:
         them is 0 there and divergences are those on the overlap.
 
         Args:
-          logits_small: ``[*batch, small]``; more entries than the vocabulary has are padding.
-          vocab_where: boolean, broadcastable to them: True for the entries that exist.
+            logits_small: `[*batch, small]`; more entries than the vocabulary has are padding.
+            vocab_where: boolean, broadcastable to them: True for the entries that exist.
         """
         logits = as_float(logits_small, "logits_small")
         if logits.shape[-1] < self.small_size:
@@ -112,8 +112,8 @@ class OverlapFusion:
     log-probabilities; others keep the large model's logits, up to what normalisation does.
 
     Attributes:
-      strategy: any strategy of this package.
-      token_map: from `vocabulary_map`; experts and bases share it.
+        strategy: any strategy of this package.
+        token_map: from `vocabulary_map`; experts and bases share it.
 
     >>> mapping = vocabulary_map(["a", "b", "c", "new"], ["a", "b", "c"], least_overlap=0.7)
     >>> from logitjax.fusion import ProxyTuning
@@ -135,10 +135,10 @@ class OverlapFusion:
         vocab_where: Bool[Array, "..."] | None = None,
         axis_name: AxisName | None = None,
     ) -> tuple[Float[jax.Array, "*batch vocab"], Any]:
-        """As the strategy, with ``[..., small]`` logits of experts and bases.
+        """As the strategy, with `[..., small]` logits of experts and bases.
 
         Raises:
-          ValueError: the vocabulary is sharded, or sizes do not fit the map.
+            ValueError: the vocabulary is sharded, or sizes do not fit the map.
         """
         if axis_name is not None:
             raise ValueError(
@@ -175,21 +175,21 @@ def vocabulary_map(
     """The token map of two vocabularies of one tokenizer; different tokenizers are refused.
 
     Fusing next-token distributions makes sense only where both models cut text alike. With
-    tokenizers this is tried on ``probes``. Of plain vocabularies it can be judged only by their
+    tokenizers this is tried on `probes`. Of plain vocabularies it can be judged only by their
     spelling and numbering: tokenizers that were derived from one another keep the order of ids.
 
     Args:
-      large: a tokenizer (with ``encode`` and ``get_vocab``, itself or in its ``backend``), a
-        mapping from token to id, or the tokens in the order of their ids.
-      small: likewise.
-      probes: texts that both have to cut alike.
-      least_overlap: share of the small vocabulary that has to be in the large one.
+        large: a tokenizer (with `encode` and `get_vocab`, itself or in its `backend`), a
+            mapping from token to id, or the tokens in the order of their ids.
+        small: likewise.
+        probes: texts that both have to cut alike.
+        least_overlap: share of the small vocabulary that has to be in the large one.
 
     Returns:
-      `TokenMap`.
+        `TokenMap`.
 
     Raises:
-      ValueError: the two are not one tokenizer; says how that shows.
+        ValueError: the two are not one tokenizer; says how that shows.
 
     >>> vocabulary_map(["a", "b", "ab", "<new>"], {"a": 0, "b": 1, "ab": 2}).small_ids
     array([ 0,  1,  2, -1], dtype=int32)

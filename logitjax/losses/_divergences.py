@@ -59,23 +59,23 @@ def kl_divergence(
     `T^2` keeps the size of the gradient when the temperature changes.
 
     Args:
-      student_logits: `[*batch, vocab]` (the vocabulary at `axis`), any floating point dtype.
-      teacher_logits: the same shape. Differentiable as well: use `jax.lax.stop_gradient` where the
-        teacher shares parameters with the student.
-      direction: 'forward' for KL(teacher || student), 'reverse' for KL(student || teacher).
-      temperature: `T`, positive; may be traced.
-      vocab_where: boolean, broadcastable to the logits: True for the entries that exist in both.
-      axis: the vocabulary axis.
-      axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that axis.
+        student_logits: `[*batch, vocab]` (the vocabulary at `axis`), any floating point dtype.
+        teacher_logits: the same shape. Differentiable as well: use `jax.lax.stop_gradient` where
+            the teacher shares parameters with the student.
+        direction: 'forward' for KL(teacher || student), 'reverse' for KL(student || teacher).
+        temperature: `T`, positive; may be traced.
+        vocab_where: boolean, broadcastable to the logits: True for the entries that exist in both.
+        axis: the vocabulary axis.
+        axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that axis.
 
     Returns:
-      `[*batch]`, float32. `inf` where the first distribution has mass on an entry that is `-inf`
-      in the second; its gradient is then that of the other entries, and finite.
+        `[*batch]`, float32. `inf` where the first distribution has mass on an entry that is `-inf`
+        in the second; its gradient is then that of the other entries, and finite.
 
     Raises:
-      TypeError: the logits are not floating point or `vocab_where` not boolean.
-      ValueError: the shapes differ, `vocab_where` does not broadcast, `direction` is unknown or
-        `temperature` not positive.
+        TypeError: the logits are not floating point or `vocab_where` not boolean.
+        ValueError: the shapes differ, `vocab_where` does not broadcast, `direction` is unknown or
+            `temperature` not positive.
 
     >>> import jax.numpy as jnp
     >>> student = jnp.log(jnp.array([0.5, 0.5]))
@@ -86,7 +86,7 @@ def kl_divergence(
     0.1438
 
     References:
-      Hinton, Vinyals, Dean, Distilling the knowledge in a neural network, 2015 (section 2, T^2).
+        Hinton, Vinyals, Dean, Distilling the knowledge in a neural network, 2015 (section 2, T^2).
     """
     if direction not in ("forward", "reverse"):
         raise ValueError(f"direction: expected 'forward' or 'reverse', got {direction!r}")
@@ -121,21 +121,21 @@ def generalized_jensen_shannon(
     divergences; as in TRL the ends are these divergences. Not multiplied by `T^2`, as in TRL.
 
     Args:
-      student_logits: `[*batch, vocab]` (the vocabulary at `axis`), any floating point dtype.
-      teacher_logits: the same shape; differentiable as well.
-      beta: the teacher's weight, in `[0, 1]`, a Python number.
-      temperature: `T`, positive; may be traced.
-      vocab_where: boolean, broadcastable to the logits: True for the entries that exist in both.
-      axis: the vocabulary axis.
-      axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that axis.
+        student_logits: `[*batch, vocab]` (the vocabulary at `axis`), any floating point dtype.
+        teacher_logits: the same shape; differentiable as well.
+        beta: the teacher's weight, in `[0, 1]`, a Python number.
+        temperature: `T`, positive; may be traced.
+        vocab_where: boolean, broadcastable to the logits: True for the entries that exist in both.
+        axis: the vocabulary axis.
+        axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that axis.
 
     Returns:
-      `[*batch]`, float32: finite for 0 < beta < 1, as `kl_divergence` at the ends.
+        `[*batch]`, float32: finite for 0 < beta < 1, as `kl_divergence` at the ends.
 
     Raises:
-      TypeError: the logits are not floating point or `vocab_where` not boolean.
-      ValueError: the shapes differ, `vocab_where` does not broadcast, `beta` is out of range or
-        `temperature` not positive.
+        TypeError: the logits are not floating point or `vocab_where` not boolean.
+        ValueError: the shapes differ, `vocab_where` does not broadcast, `beta` is out of range or
+            `temperature` not positive.
 
     >>> import jax.numpy as jnp
     >>> student = jnp.array([0.0, -jnp.inf])
@@ -144,9 +144,9 @@ def generalized_jensen_shannon(
     0.6931
 
     References:
-      Agarwal et al., On-policy distillation of language models, 2024 (arXiv 2306.13649), and
-      TRL's `generalized_jsd_loss`, whose convention this is. Some ports swap the two weights and
-      the two ends; they agree at beta = 1/2 only.
+        Agarwal et al., On-policy distillation of language models, 2024 (arXiv 2306.13649), and
+        TRL's `generalized_jsd_loss`, whose convention this is. Some ports swap the two weights and
+        the two ends; they agree at beta = 1/2 only.
     """
     check_between(beta, 0, 1, "beta")
     log_q, log_p, axis = _log_probs(
@@ -184,20 +184,20 @@ def total_variation(
         1/2 sum_v |p_v - q_v|
 
     Args:
-      student_logits: `[*batch, vocab]` (the vocabulary at `axis`), any floating point dtype.
-      teacher_logits: the same shape; differentiable as well.
-      temperature: `T`, positive; may be traced.
-      vocab_where: boolean, broadcastable to the logits: True for the entries that exist in both.
-      axis: the vocabulary axis.
-      axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that axis.
+        student_logits: `[*batch, vocab]` (the vocabulary at `axis`), any floating point dtype.
+        teacher_logits: the same shape; differentiable as well.
+        temperature: `T`, positive; may be traced.
+        vocab_where: boolean, broadcastable to the logits: True for the entries that exist in both.
+        axis: the vocabulary axis.
+        axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that axis.
 
     Returns:
-      `[*batch]`, float32, in `[0, 1]`.
+        `[*batch]`, float32, in `[0, 1]`.
 
     Raises:
-      TypeError: the logits are not floating point or `vocab_where` not boolean.
-      ValueError: the shapes differ, `vocab_where` does not broadcast or `temperature` is not
-        positive.
+        TypeError: the logits are not floating point or `vocab_where` not boolean.
+        ValueError: the shapes differ, `vocab_where` does not broadcast or `temperature` is not
+            positive.
 
     >>> import jax.numpy as jnp
     >>> student = jnp.log(jnp.array([0.5, 0.5]))
@@ -206,7 +206,7 @@ def total_variation(
     0.25
 
     References:
-      Wen et al., f-divergence minimization for sequence-level knowledge distillation, 2023.
+        Wen et al., f-divergence minimization for sequence-level knowledge distillation, 2023.
     """
     log_q, log_p, axis = _log_probs(
         student_logits, teacher_logits, temperature, vocab_where, axis, axis_name

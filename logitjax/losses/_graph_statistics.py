@@ -24,11 +24,11 @@ class GraphStatistics:
     computes the student's in its sweep over the vocabulary.
 
     Attributes:
-        values: the k largest raw logits, descending, ``[*batch, positions, k]``.
-        indices: their vocabulary ids, int32, ``[*batch, positions, k]``.
-        log_z: log-sum-exp of the logits, ``[*batch, positions]``.
-        mean: mean of the finite logits, ``[*batch, positions]``.
-        std: their population standard deviation, ``[*batch, positions]``.
+        values: the k largest raw logits, descending, `[*batch, positions, k]`.
+        indices: their vocabulary ids, int32, `[*batch, positions, k]`.
+        log_z: log-sum-exp of the logits, `[*batch, positions]`.
+        mean: mean of the finite logits, `[*batch, positions]`.
+        std: their population standard deviation, `[*batch, positions]`.
         tail: draws from outside the top k, where a cache keeps some.
         vocab_size: entries of the vocabulary, static; None if unknown.
     """
@@ -64,20 +64,20 @@ def graph_statistics(
 ) -> GraphStatistics:
     """Top-k logits, log-sum-exp, mean and standard deviation of every position.
 
-    Entries of -inf (a padded vocabulary) and those that ``vocab_where`` leaves out count in none of
-    them. Differentiable in every field. Under ``jit``, fields that nobody reads cost nothing.
+    Entries of -inf (a padded vocabulary) and those that `vocab_where` leaves out count in none of
+    them. Differentiable in every field. Under `jit`, fields that nobody reads cost nothing.
 
     Args:
-        logits: ``[*batch, positions, vocab]``, any float type.
+        logits: `[*batch, positions, vocab]`, any float type.
         k: how many to keep, at most the vocabulary.
         vocab_where: vocabulary entries that count, broadcastable to the logits.
-        axis_name: mesh axis that shards the vocabulary, inside ``shard_map``.
+        axis_name: mesh axis that shards the vocabulary, inside `shard_map`.
 
     Returns:
         `GraphStatistics`, float32, complete on every vocabulary shard.
 
     Raises:
-        ValueError: if k is not in ``[1, vocab]``.
+        ValueError: if k is not in `[1, vocab]`.
 
     >>> import jax.numpy as jnp
     >>> s = graph_statistics(jnp.array([[1.0, 3.0, 2.0, -jnp.inf]]), 2)
@@ -126,7 +126,7 @@ def _moments(logits, axis_name):
 
 @jax.custom_jvp
 def _finite_sums(x, origin):
-    """Count, sum and sum of squares of ``x - origin`` over the finite entries.
+    """Count, sum and sum of squares of `x - origin` over the finite entries.
 
     A mask or an offset inside the reductions makes them several times slower on CPU, so they are
     applied only where the plain sums are not finite or would cancel.

@@ -35,28 +35,28 @@ def linear_cross_entropy(
         (1 - e) (log Z - logits_y) + e mean_v (log Z - logits_v) + c (log Z)^2
 
     Args:
-      hidden: `[*batch, hidden]`, float32 or bfloat16. Matmuls run in the common type of `hidden`
-        and the kernel and accumulate in float32.
-      head: a `Head`, or a kernel `[hidden, vocab]` or `[vocab, hidden]` alone.
-      labels: `[*batch]` integers in `0..vocab - 1`.
-      label_smoothing: `e`.
-      z_loss: `c`.
-      temperature: divides the logits; positive; may be traced, but gets no gradient.
-      vocab_where: `[vocab]` boolean: True for the entries that exist, as in a padded vocabulary.
-      weights: `[*batch]`. Gives the scalar `sum(weights * loss)` and forms gradients in the same
-        sweep as the value, so that nothing is computed twice. A position of weight 0 counts for
-        nothing whatever its label.
-      blocks: sizes of the blocks; chosen from shapes and backend when None.
-      axis_name: inside `jax.shard_map` with the head's vocabulary split over this mesh axis: that
-        axis. Labels count over the whole vocabulary.
+        hidden: `[*batch, hidden]`, float32 or bfloat16. Matmuls run in the common type of `hidden`
+            and the kernel and accumulate in float32.
+        head: a `Head`, or a kernel `[hidden, vocab]` or `[vocab, hidden]` alone.
+        labels: `[*batch]` integers in `0..vocab - 1`.
+        label_smoothing: `e`.
+        z_loss: `c`.
+        temperature: divides the logits; positive; may be traced, but gets no gradient.
+        vocab_where: `[vocab]` boolean: True for the entries that exist, as in a padded vocabulary.
+        weights: `[*batch]`. Gives the scalar `sum(weights * loss)` and forms gradients in the same
+            sweep as the value, so that nothing is computed twice. A position of weight 0 counts for
+            nothing whatever its label.
+        blocks: sizes of the blocks; chosen from shapes and backend when None.
+        axis_name: inside `jax.shard_map` with the head's vocabulary split over this mesh axis: that
+            axis. Labels count over the whole vocabulary.
 
     Returns:
-      `[*batch]` float32, or a scalar with `weights`. As `cross_entropy`: `inf` where the label's
-      entry does not exist, nan where the label is outside the vocabulary.
+        `[*batch]` float32, or a scalar with `weights`. As `cross_entropy`: `inf` where the label's
+        entry does not exist, nan where the label is outside the vocabulary.
 
     Raises:
-      TypeError: arrays are not floating point.
-      ValueError: shapes do not fit, or a kernel is square and its `vocab_axis` is not given.
+        TypeError: arrays are not floating point.
+        ValueError: shapes do not fit, or a kernel is square and its `vocab_axis` is not given.
 
     >>> import jax, jax.numpy as jnp
     >>> hidden, head = jnp.eye(2), jnp.log(jnp.array([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1]]))
@@ -64,9 +64,9 @@ def linear_cross_entropy(
     ['0.693', '2.303']
 
     References:
-      Wijmans et al., Cut your losses in large-vocabulary language models, 2024 (arXiv 2411.09009),
-      for the idea; no gradient is filtered here. Hsu et al., Liger kernel, 2024 (arXiv 2410.10989),
-      for gradients in the forward pass.
+        Wijmans et al., Cut your losses in large-vocabulary language models, 2024 (arXiv
+        2411.09009), for the idea; no gradient is filtered here. Hsu et al., Liger kernel, 2024
+        (arXiv 2410.10989), for gradients in the forward pass.
     """
     hidden, labels = jnp.asarray(hidden), jnp.asarray(labels)
     if not jnp.issubdtype(labels.dtype, jnp.integer):

@@ -45,26 +45,27 @@ def linear_kl_divergence(
         T^2 KL(teacher || student), or T^2 KL(student || teacher), of logits / T
 
     Args:
-      hidden: `[*batch, hidden]`, the student's, float32 or bfloat16.
-      head: a `Head`, or a kernel `[hidden, vocab]` or `[vocab, hidden]` alone.
-      teacher_hidden: `[*batch, teacher_hidden]`.
-      teacher_head: as `head`, with the same vocabulary.
-      direction: 'forward' for KL(teacher || student), 'reverse' for KL(student || teacher).
-      temperature: `T`, positive; may be traced, but gets no gradient.
-      vocab_where: `[vocab]` boolean: True for the entries that exist in both.
-      weights: `[*batch]`. Gives the scalar `sum(weights * loss)` and forms gradients in the same
-        sweep as the value: four matmuls in place of six. A position of weight 0 counts for nothing.
-      blocks: sizes of the blocks; chosen from shapes and backend when None.
-      axis_name: inside `jax.shard_map` with both heads' vocabulary split over this mesh axis: that
-        axis.
+        hidden: `[*batch, hidden]`, the student's, float32 or bfloat16.
+        head: a `Head`, or a kernel `[hidden, vocab]` or `[vocab, hidden]` alone.
+        teacher_hidden: `[*batch, teacher_hidden]`.
+        teacher_head: as `head`, with the same vocabulary.
+        direction: 'forward' for KL(teacher || student), 'reverse' for KL(student || teacher).
+        temperature: `T`, positive; may be traced, but gets no gradient.
+        vocab_where: `[vocab]` boolean: True for the entries that exist in both.
+        weights: `[*batch]`. Gives the scalar `sum(weights * loss)` and forms gradients in the same
+            sweep as the value: four matmuls in place of six. A position of weight 0 counts for
+            nothing.
+        blocks: sizes of the blocks; chosen from shapes and backend when None.
+        axis_name: inside `jax.shard_map` with both heads' vocabulary split over this mesh axis:
+            that axis.
 
     Returns:
-      `[*batch]` float32, or a scalar with `weights`; `inf` as in `kl_divergence`.
+        `[*batch]` float32, or a scalar with `weights`; `inf` as in `kl_divergence`.
 
     Raises:
-      TypeError: arrays are not floating point.
-      ValueError: shapes do not fit, a kernel is square and its axis is not given, or `direction` is
-        unknown.
+        TypeError: arrays are not floating point.
+        ValueError: shapes do not fit, a kernel is square and its axis is not given, or `direction`
+            is unknown.
 
     >>> import jax.numpy as jnp
     >>> one = jnp.ones((1,))
@@ -113,23 +114,23 @@ def linear_generalized_jensen_shannon(
         beta KL(p || m) + (1 - beta) KL(q || m),    KL(p || q) at beta = 0, KL(q || p) at beta = 1
 
     Args:
-      hidden: `[*batch, hidden]`, the student's.
-      head: as in `linear_kl_divergence`.
-      teacher_hidden: `[*batch, teacher_hidden]`; gets no gradient.
-      teacher_head: as `head`, with the same vocabulary; gets no gradient.
-      beta: the teacher's weight, in `[0, 1]`.
-      temperature: `T`. The result is not multiplied by `T^2`.
-      vocab_where: as in `linear_kl_divergence`, like all that follow.
-      weights: `[*batch]`; gives a scalar.
-      blocks: sizes of the blocks.
-      axis_name: mesh axis that splits the vocabulary.
+        hidden: `[*batch, hidden]`, the student's.
+        head: as in `linear_kl_divergence`.
+        teacher_hidden: `[*batch, teacher_hidden]`; gets no gradient.
+        teacher_head: as `head`, with the same vocabulary; gets no gradient.
+        beta: the teacher's weight, in `[0, 1]`.
+        temperature: `T`. The result is not multiplied by `T^2`.
+        vocab_where: as in `linear_kl_divergence`, like all that follow.
+        weights: `[*batch]`; gives a scalar.
+        blocks: sizes of the blocks.
+        axis_name: mesh axis that splits the vocabulary.
 
     Returns:
-      `[*batch]` float32, or a scalar with `weights`.
+        `[*batch]` float32, or a scalar with `weights`.
 
     Raises:
-      TypeError: arrays are not floating point.
-      ValueError: shapes do not fit, or `beta` is out of range.
+        TypeError: arrays are not floating point.
+        ValueError: shapes do not fit, or `beta` is out of range.
 
     >>> import jax.numpy as jnp
     >>> one = jnp.ones((1,))
@@ -173,22 +174,22 @@ def linear_total_variation(
         1/2 sum_v |p_v - q_v|
 
     Args:
-      hidden: `[*batch, hidden]`, the student's.
-      head: as in `linear_kl_divergence`.
-      teacher_hidden: `[*batch, teacher_hidden]`; gets no gradient.
-      teacher_head: as `head`, with the same vocabulary; gets no gradient.
-      temperature: `T`.
-      vocab_where: as in `linear_kl_divergence`, like all that follow.
-      weights: `[*batch]`; gives a scalar.
-      blocks: sizes of the blocks.
-      axis_name: mesh axis that splits the vocabulary.
+        hidden: `[*batch, hidden]`, the student's.
+        head: as in `linear_kl_divergence`.
+        teacher_hidden: `[*batch, teacher_hidden]`; gets no gradient.
+        teacher_head: as `head`, with the same vocabulary; gets no gradient.
+        temperature: `T`.
+        vocab_where: as in `linear_kl_divergence`, like all that follow.
+        weights: `[*batch]`; gives a scalar.
+        blocks: sizes of the blocks.
+        axis_name: mesh axis that splits the vocabulary.
 
     Returns:
-      `[*batch]` float32 in `[0, 1]`, or a scalar with `weights`.
+        `[*batch]` float32 in `[0, 1]`, or a scalar with `weights`.
 
     Raises:
-      TypeError: arrays are not floating point.
-      ValueError: shapes do not fit.
+        TypeError: arrays are not floating point.
+        ValueError: shapes do not fit.
 
     >>> import jax.numpy as jnp
     >>> one = jnp.ones((1,))
@@ -214,7 +215,7 @@ def linear_total_variation(
 class _Normalised(Statistic):
     """Divergences whose terms need both normalisers first: two passes.
 
-    ``terms`` gives, per column, the summand and its derivative by the student's log-probability.
+    `terms` gives, per column, the summand and its derivative by the student's log-probability.
     """
 
     passes: ClassVar[int] = 2

@@ -17,11 +17,11 @@ class Readout(NamedTuple):
     """What `linear_readout` gives, float32; None for what was not asked.
 
     Attributes:
-      log_z: `[*batch]` log-sum-exp of the logits.
-      label_logit: `[*batch]` the logit at `labels`.
-      gathered: `[*batch, n]` the logits at `ids`.
-      statistics: `GraphStatistics` of the top k.
-      cross_entropy: `[*batch]` of the labels; nan where a label is outside the vocabulary.
+        log_z: `[*batch]` log-sum-exp of the logits.
+        label_logit: `[*batch]` the logit at `labels`.
+        gathered: `[*batch, n]` the logits at `ids`.
+        statistics: `GraphStatistics` of the top k.
+        cross_entropy: `[*batch]` of the labels; nan where a label is outside the vocabulary.
     """
 
     log_z: jax.Array
@@ -57,22 +57,22 @@ def linear_readout(
     backward pass is one more sweep however many of them are used.
 
     Args:
-      hidden: `[*batch, hidden]`.
-      head: a `Head`, or a kernel `[hidden, vocab]` or `[vocab, hidden]` alone.
-      labels: `[*batch]`; asks for `label_logit` and `cross_entropy`.
-      ids: `[*batch, n]` vocabulary ids; asks for `gathered`.
-      top_k: asks for `statistics` with so many entries, exact, ties lowest id first.
-      temperature: divides the logits.
-      vocab_where: `[vocab]` boolean: True for the entries that exist; the others are `-inf`.
-      blocks: sizes of the blocks; chosen from shapes and backend when None.
-      axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that axis;
-        ids count over the whole vocabulary.
+        hidden: `[*batch, hidden]`.
+        head: a `Head`, or a kernel `[hidden, vocab]` or `[vocab, hidden]` alone.
+        labels: `[*batch]`; asks for `label_logit` and `cross_entropy`.
+        ids: `[*batch, n]` vocabulary ids; asks for `gathered`.
+        top_k: asks for `statistics` with so many entries, exact, ties lowest id first.
+        temperature: divides the logits.
+        vocab_where: `[vocab]` boolean: True for the entries that exist; the others are `-inf`.
+        blocks: sizes of the blocks; chosen from shapes and backend when None.
+        axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that axis;
+            ids count over the whole vocabulary.
 
     Returns:
-      `Readout`.
+        `Readout`.
 
     Raises:
-      ValueError: shapes do not fit, or `top_k` is not within the vocabulary.
+        ValueError: shapes do not fit, or `top_k` is not within the vocabulary.
 
     >>> import jax.numpy as jnp
     >>> hidden, head = jnp.ones((4, 1)), jnp.array([[1.0, 3.0, 2.0]])
@@ -120,23 +120,23 @@ def linear_fused_loss(
         sum(weights * loss(readout, tokens))
 
     Args:
-      hidden: `[*batch, hidden]`.
-      head: as in `linear_readout`.
-      loss: `(readout, tokens) -> [*batch]`. It must not refer to traced arrays of its
-        surroundings: what it needs comes through `tokens`.
-      tokens: pytree of `[*batch, ...]` arrays, such as a teacher's `TopK`. Gets no gradient.
-      weights: `[*batch]`; a position of weight 0 counts for nothing.
-      labels: as in `linear_readout`, like all that follow.
-      ids: `[*batch, n]`.
-      top_k: number of entries.
-      blocks: sizes of the blocks.
-      axis_name: mesh axis that splits the vocabulary.
+        hidden: `[*batch, hidden]`.
+        head: as in `linear_readout`.
+        loss: `(readout, tokens) -> [*batch]`. It must not refer to traced arrays of its
+            surroundings: what it needs comes through `tokens`.
+        tokens: pytree of `[*batch, ...]` arrays, such as a teacher's `TopK`. Gets no gradient.
+        weights: `[*batch]`; a position of weight 0 counts for nothing.
+        labels: as in `linear_readout`, like all that follow.
+        ids: `[*batch, n]`.
+        top_k: number of entries.
+        blocks: sizes of the blocks.
+        axis_name: mesh axis that splits the vocabulary.
 
     Returns:
-      The scalar, and the `Readout` without a gradient, for metrics.
+        The scalar, and the `Readout` without a gradient, for metrics.
 
     Raises:
-      ValueError: as `linear_readout`.
+        ValueError: as `linear_readout`.
 
     >>> import jax, jax.numpy as jnp
     >>> from logitjax import losses

@@ -55,22 +55,23 @@ def sparse_kl_divergence(
     of the whole divergence, and so is its gradient; a single position's value may be negative.
 
     Args:
-      student: logits `[*batch, vocab]`, or the student's `TopK` at the *teacher's* indices (from
-        `linear_readout`), followed by those of the sample.
-      teacher: `TopK` with k entries. Gets no gradient.
-      direction: 'forward' for KL(teacher || student), 'reverse' for the other.
-      tail: 'bucket'; 'renormalize', which ignores the tail; or a `TailSample` `[*batch, m]`,
-        forward only, which gets no gradient.
-      temperature: with 'renormalize' only: the mass of the tail is known at temperature 1.
-      vocab_where: boolean, broadcastable to the student's logits: True for the entries that exist.
-      axis_name: mesh axis that splits the student's vocabulary, inside `jax.shard_map`.
+        student: logits `[*batch, vocab]`, or the student's `TopK` at the *teacher's* indices (from
+            `linear_readout`), followed by those of the sample.
+        teacher: `TopK` with k entries. Gets no gradient.
+        direction: 'forward' for KL(teacher || student), 'reverse' for the other.
+        tail: 'bucket'; 'renormalize', which ignores the tail; or a `TailSample` `[*batch, m]`,
+            forward only, which gets no gradient.
+        temperature: with 'renormalize' only: the mass of the tail is known at temperature 1.
+        vocab_where: boolean, broadcastable to the student's logits: True for the entries that
+            exist.
+        axis_name: mesh axis that splits the student's vocabulary, inside `jax.shard_map`.
 
     Returns:
-      `[*batch]`, float32. Tail masses below 2^-24 count as 2^-24, the resolution of float32.
+        `[*batch]`, float32. Tail masses below 2^-24 count as 2^-24, the resolution of float32.
 
     Raises:
-      ValueError: unknown `direction` or `tail`, shapes that do not fit, a temperature without
-        'renormalize', or the reverse direction with a sample.
+        ValueError: unknown `direction` or `tail`, shapes that do not fit, a temperature without
+            'renormalize', or the reverse direction with a sample.
 
     >>> import jax.numpy as jnp
     >>> from logitjax.ops import top_k_of
@@ -80,8 +81,8 @@ def sparse_kl_divergence(
     0.1733
 
     References:
-      MaxText and DistillKit keep top logits with the same log-normaliser; those that drop the
-      tail correspond to 'renormalize'.
+        MaxText and DistillKit keep top logits with the same log-normaliser; those that drop the
+        tail correspond to 'renormalize'.
     """
     _check(direction, tail, temperature)
     wanted = _ids(teacher, tail)
@@ -123,23 +124,23 @@ def linear_sparse_kl_divergence(
     cross-entropy in the same sweep.
 
     Args:
-      hidden: `[*batch, hidden]`, the student's.
-      head: a `Head`, or a kernel `[hidden, vocab]` or `[vocab, hidden]` alone.
-      teacher: `TopK`, `[*batch, k]`. Gets no gradient.
-      direction: as in `sparse_kl_divergence`.
-      tail: as in `sparse_kl_divergence`.
-      temperature: with `tail='renormalize'` only.
-      vocab_where: `[vocab]` boolean: True for the entries that exist.
-      weights: `[*batch]`. Gives the scalar `sum(weights * loss)` and forms gradients in the same
-        sweep as the value. A position of weight 0 counts for nothing.
-      blocks: sizes of the blocks; chosen from shapes and backend when None.
-      axis_name: mesh axis that splits the head's vocabulary, inside `jax.shard_map`.
+        hidden: `[*batch, hidden]`, the student's.
+        head: a `Head`, or a kernel `[hidden, vocab]` or `[vocab, hidden]` alone.
+        teacher: `TopK`, `[*batch, k]`. Gets no gradient.
+        direction: as in `sparse_kl_divergence`.
+        tail: as in `sparse_kl_divergence`.
+        temperature: with `tail='renormalize'` only.
+        vocab_where: `[vocab]` boolean: True for the entries that exist.
+        weights: `[*batch]`. Gives the scalar `sum(weights * loss)` and forms gradients in the same
+            sweep as the value. A position of weight 0 counts for nothing.
+        blocks: sizes of the blocks; chosen from shapes and backend when None.
+        axis_name: mesh axis that splits the head's vocabulary, inside `jax.shard_map`.
 
     Returns:
-      `[*batch]` float32, or a scalar with `weights`.
+        `[*batch]` float32, or a scalar with `weights`.
 
     Raises:
-      ValueError: as `sparse_kl_divergence`.
+        ValueError: as `sparse_kl_divergence`.
 
     >>> import jax.numpy as jnp
     >>> from logitjax.ops import top_k_of
@@ -221,7 +222,7 @@ def _check(direction: str, tail: Tail, temperature: Number) -> None:
 def _renormalised_kl(
     gathered: jax.Array, values: Array, temperature: Any, direction: str
 ) -> jax.Array:
-    """``gathered``: the student's logits, already over the temperature, at the teacher's ids."""
+    """`gathered`: the student's logits, already over the temperature, at the teacher's ids."""
     values = jax.lax.stop_gradient(jnp.asarray(values).astype(gathered.dtype))
     scale = jnp.asarray(temperature, gathered.dtype)
     values = values / (scale[..., None] if scale.ndim else scale)
@@ -233,7 +234,7 @@ def _renormalised_kl(
 def _sparse_kl(
     gathered: jax.Array, log_z: jax.Array, teacher: TopK, drawn: jax.Array | None, direction: str
 ) -> jax.Array:
-    """``gathered``: the student's logits at the teacher's ids, then at those of the ``drawn``."""
+    """`gathered`: the student's logits at the teacher's ids, then at those of the `drawn`."""
     values = jax.lax.stop_gradient(jnp.asarray(teacher.values).astype(gathered.dtype))
     teacher_log_z = jax.lax.stop_gradient(jnp.asarray(teacher.log_z).astype(gathered.dtype))
     log_p = values - finite_or_zero(teacher_log_z)[..., None]

@@ -16,8 +16,8 @@ class TailSample:
     """Tokens drawn from a teacher's distribution outside its top k, with replacement.
 
     Attributes:
-      values: their logits, on the scale of the top k's, `[*batch, m]`.
-      indices: their vocabulary ids, int32, `[*batch, m]`.
+        values: their logits, on the scale of the top k's, `[*batch, m]`.
+        indices: their vocabulary ids, int32, `[*batch, m]`.
     """
 
     values: Any
@@ -37,16 +37,16 @@ def sample_tail(
         v_s ~ p_v / p_rest  for v outside the top k,   s = 1..m
 
     Args:
-      key: `jax.random.key`.
-      logits: `[*batch, vocab]`, the teacher's; `-inf` entries are never drawn.
-      top_indices: `[*batch, k]`, what to leave out.
-      samples: m, at least 1.
+        key: `jax.random.key`.
+        logits: `[*batch, vocab]`, the teacher's; `-inf` entries are never drawn.
+        top_indices: `[*batch, k]`, what to leave out.
+        samples: m, at least 1.
 
     Returns:
-      `TailSample`. Where nothing is left outside the top k, id 0 with a logit of `-inf`.
+        `TailSample`. Where nothing is left outside the top k, id 0 with a logit of `-inf`.
 
     Raises:
-      ValueError: fewer than one sample.
+        ValueError: fewer than one sample.
 
     >>> import jax, jax.numpy as jnp
     >>> drawn = sample_tail(jax.random.key(0), jnp.array([5.0, 1.0, -jnp.inf]), jnp.array([0]), 3)

@@ -30,17 +30,17 @@ def logsumexp(
         log Z = m + log sum_v exp(logits_v - m),    m = max_v logits_v
 
     Args:
-      logits: `[*batch, vocab]` (the vocabulary at `axis`).
-      axis: the vocabulary axis.
-      vocab_where: boolean, broadcastable to `logits`: True for the entries that exist.
-      axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that axis.
+        logits: `[*batch, vocab]` (the vocabulary at `axis`).
+        axis: the vocabulary axis.
+        vocab_where: boolean, broadcastable to `logits`: True for the entries that exist.
+        axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that axis.
 
     Returns:
-      `[*batch]`, float32.
+        `[*batch]`, float32.
 
     Raises:
-      TypeError: `logits` is not floating point or `vocab_where` not boolean.
-      ValueError: `axis` is out of range or `vocab_where` does not broadcast.
+        TypeError: `logits` is not floating point or `vocab_where` not boolean.
+        ValueError: `axis` is out of range or `vocab_where` does not broadcast.
 
     >>> import jax.numpy as jnp
     >>> print(f"{logsumexp(jnp.log(jnp.array([1.0, 2.0, 5.0, 0.0]))):.3f}")
@@ -65,17 +65,17 @@ def log_softmax(
         log p_v = logits_v - log Z
 
     Args:
-      logits: `[*batch, vocab]` (the vocabulary at `axis`).
-      axis: the vocabulary axis.
-      vocab_where: boolean, broadcastable to `logits`: True for the entries that exist.
-      axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that axis.
+        logits: `[*batch, vocab]` (the vocabulary at `axis`).
+        axis: the vocabulary axis.
+        vocab_where: boolean, broadcastable to `logits`: True for the entries that exist.
+        axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that axis.
 
     Returns:
-      The shape of `logits`, float32. A row without any entry is `-inf` throughout.
+        The shape of `logits`, float32. A row without any entry is `-inf` throughout.
 
     Raises:
-      TypeError: `logits` is not floating point or `vocab_where` not boolean.
-      ValueError: `axis` is out of range or `vocab_where` does not broadcast.
+        TypeError: `logits` is not floating point or `vocab_where` not boolean.
+        ValueError: `axis` is out of range or `vocab_where` does not broadcast.
 
     >>> import jax.numpy as jnp
     >>> log_softmax(jnp.array([0.0, 0.0, -jnp.inf])).round(4)

@@ -20,15 +20,15 @@ def masked_mean(
         sum_i where_i values_i / max(1, sum_i where_i)
 
     Args:
-      values: any shape, such as the unreduced losses `[batch, length]`.
-      where: boolean, broadcastable to `values`; all positions when None.
+        values: any shape, such as the unreduced losses `[batch, length]`.
+        where: boolean, broadcastable to `values`; all positions when None.
 
     Returns:
-      A scalar, float32; 0 for an empty mask.
+        A scalar, float32; 0 for an empty mask.
 
     Raises:
-      TypeError: `where` is not boolean.
-      ValueError: `where` does not broadcast to `values`.
+        TypeError: `where` is not boolean.
+        ValueError: `where` does not broadcast to `values`.
 
     >>> import jax.numpy as jnp
     >>> float(masked_mean(jnp.array([1.0, jnp.inf, 4.0]), jnp.array([True, False, True])))

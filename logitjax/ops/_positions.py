@@ -12,21 +12,22 @@ class Positions:
 
     Of a batch of questions only answers' tokens meet the head, whose product is most of the work of
     a small model. How many those are differs from step to step, shapes may not: they go into
-    ``most`` places, the rest of which holds some position again, which ``counted`` leaves out.
+    `most` places, the rest of which holds some position again, which `counted` leaves out.
 
     Attributes:
-      counted: bool ``[most]``, which of the places hold a position that counts; ``where`` itself
-        when all positions are kept.
-      fits: bool scalar, whether the positions that count are at most ``most``. If not, the last
-        ones are missing.
+        counted: bool `[most]`, which of the places hold a position that counts; `where` itself
+            when all positions are kept.
+        fits: bool scalar, whether the positions that count are at most `most`. If not, the last
+            ones are missing.
 
     Args:
-      where: bool ``[...]``, which positions count.
-      most: places; all positions stay where they are when None, or when there are no more of them.
-        Leave it None where positions are split over devices: gathering them would move them.
+        where: bool `[...]`, which positions count.
+        most: places; all positions stay where they are when None, or when there are no more of
+            them. Leave it None where positions are split over devices: gathering them would move
+            them.
 
     Raises:
-      ValueError: ``most`` is not positive.
+        ValueError: `most` is not positive.
 
     >>> where = jnp.array([[False, True], [True, False]])
     >>> positions = Positions(where, 3)
@@ -51,7 +52,7 @@ class Positions:
             self.fits = where.sum() <= most
 
     def pick(self, values: Any) -> jax.Array:
-        """``[..., *rest]`` to ``[most, *rest]``."""
+        """`[..., *rest]` to `[most, *rest]`."""
         values = jnp.asarray(values)
         if self._at is None:
             return values
@@ -59,7 +60,7 @@ class Positions:
         return flat.at[self._at].get(mode="clip")
 
     def put(self, values: Any) -> jax.Array:
-        """``[most, *rest]`` back to ``[..., *rest]``, zero where nothing counts."""
+        """`[most, *rest]` back to `[..., *rest]`, zero where nothing counts."""
         values = jnp.asarray(values)
         if self._at is None:
             return values

@@ -21,7 +21,7 @@ def auto_axes(names: Sequence[str], size: int) -> tuple[str, ...]:
 
     They are axes of the mesh in whose context this is traced; there are none without such a context
     (`logitjax.training.make_train_step` makes one), where they do not divide the size, and where an
-    axis is Explicit or, inside ``shard_map``, Manual: then the split is somebody else's.
+    axis is Explicit or, inside `shard_map`, Manual: then the split is somebody else's.
 
     >>> auto_axes(BATCH_AXES, 8)
     ()
@@ -51,10 +51,10 @@ def over_batch(fn: Callable[..., Any], out_ndims: tuple[int, ...], *args: jax.Ar
     """Calls `fn(*args)`, which maps rows (all axes but the last) of the first argument to rows.
 
     Args:
-      fn: returns a tuple of arrays, as many as `out_ndims` has entries.
-      out_ndims: per result, its number of axes; the leading ones are the batch axes of `args[0]`
-        and are laid out like those.
-      *args: arrays that share the leading axes of the first, or are the same for all of them.
+        fn: returns a tuple of arrays, as many as `out_ndims` has entries.
+        out_ndims: per result, its number of axes; the leading ones are the batch axes of `args[0]`
+            and are laid out like those.
+        *args: arrays that share the leading axes of the first, or are the same for all of them.
     """
     sharding = jax.typeof(args[0]).sharding
     mesh = sharding.mesh

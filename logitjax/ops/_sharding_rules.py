@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 
 def path_string(path: Any) -> str:
-    """The path of a leaf as text, ``layers/0/kernel``, without the ``value`` of an nnx variable."""
+    """The path of a leaf as text, `layers/0/kernel`, without the `value` of an nnx variable."""
     if path and path[-1] == jax.tree_util.GetAttrKey("value"):
         path = path[:-1]
     return jax.tree_util.keystr(path, simple=True, separator="/")
@@ -40,11 +40,11 @@ class ShardingRules:
     factored moments) are replicated.
 
     Attributes:
-      rules: the list. Matching is ``re.search`` in ``layers/0/attention/query/kernel``.
-      unmatched: what happens to a leaf that no rule matches: ``replicate``, or ``fsdp``, its
-        largest dimension that the ``fsdp`` axis divides.
-      strict: raise if a mesh axis does not divide its dimension. Otherwise that dimension of that
-        leaf stays whole (3 key-value heads on ``tensor:2``), which is logged.
+        rules: the list. Matching is `re.search` in `layers/0/attention/query/kernel`.
+        unmatched: what happens to a leaf that no rule matches: `replicate`, or `fsdp`, its
+            largest dimension that the `fsdp` axis divides.
+        strict: raise if a mesh axis does not divide its dimension. Otherwise that dimension of that
+            leaf stays whole (3 key-value heads on `tensor:2`), which is logged.
 
     >>> from jax.sharding import PartitionSpec as P
     >>> rules = ShardingRules(rules=(("kernel$", P("fsdp", "tensor")),))
@@ -60,16 +60,16 @@ class ShardingRules:
         """The specification of one leaf.
 
         Args:
-          path: its path.
-          shape: its shape.
-          mesh_shape: sizes of the mesh axes, ``mesh.shape``.
+            path: its path.
+            shape: its shape.
+            mesh_shape: sizes of the mesh axes, `mesh.shape`.
 
         Returns:
-          A PartitionSpec that fits the shape.
+            A PartitionSpec that fits the shape.
 
         Raises:
-          ValueError: if a rule names an axis that the mesh lacks, or, if ``strict``, one that does
-            not divide its dimension.
+            ValueError: if a rule names an axis that the mesh lacks, or, if `strict`, one that does
+                not divide its dimension.
         """
         for pattern, rule in self.rules:
             if re.search(pattern, path):
@@ -109,7 +109,7 @@ class ShardingRules:
         return P(*fitted)
 
     def shardings(self, tree: Any, mesh: Mesh) -> Any:
-        """The ``NamedSharding`` of every leaf of a pytree of arrays or ``ShapeDtypeStruct``."""
+        """The `NamedSharding` of every leaf of a pytree of arrays or `ShapeDtypeStruct`."""
 
         def leaf_sharding(path: Any, leaf: Any) -> NamedSharding:
             shape = tuple(leaf.shape)

@@ -35,20 +35,21 @@ def top_k(
     (small vocabulary, large k) it is `jax.lax.top_k` itself.
 
     Args:
-      values: `[*batch, vocab]`. `-inf` entries come last; nan may be missed, and 0.0 and -0.0 are
-        the same number.
-      k: how many, at most the vocabulary.
-      axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that axis.
-        Each shard then sends its own k candidates, and the indices count over the whole vocabulary.
-      group_size: neighbours per group.
+        values: `[*batch, vocab]`. `-inf` entries come last; nan may be missed, and 0.0 and -0.0 are
+            the same number.
+        k: how many, at most the vocabulary.
+        axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that axis.
+            Each shard then sends its own k candidates, and the indices count over the whole
+            vocabulary.
+        group_size: neighbours per group.
 
     Returns:
-      `(values, indices)`, both `[*batch, k]`: the dtype of `values`, and int32. Differentiable in
-      the values.
+        `(values, indices)`, both `[*batch, k]`: the dtype of `values`, and int32. Differentiable in
+        the values.
 
     Raises:
-      ValueError: `k` is not in 1..vocab, or the vocabulary is sharded over an Explicit mesh axis
-        and `axis_name` is not given.
+        ValueError: `k` is not in 1..vocab, or the vocabulary is sharded over an Explicit mesh axis
+            and `axis_name` is not given.
 
     >>> import jax.numpy as jnp
     >>> top_k(jnp.array([1.0, 7.0, 3.0, 7.0]), 3)
@@ -83,17 +84,17 @@ def gather_at(
     """The entries of `values` at the given indices, row by row.
 
     Args:
-      values: `[*batch, vocab]`.
-      ids: `[*batch, k]`, within the vocabulary.
-      axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that axis.
-        `ids` count over the whole vocabulary.
+        values: `[*batch, vocab]`.
+        ids: `[*batch, k]`, within the vocabulary.
+        axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that axis.
+            `ids` count over the whole vocabulary.
 
     Returns:
-      `[*batch, k]`, the dtype of `values`.
+        `[*batch, k]`, the dtype of `values`.
 
     Raises:
-      ValueError: the leading axes differ, or the vocabulary is sharded over an Explicit mesh axis
-        and `axis_name` is not given.
+        ValueError: the leading axes differ, or the vocabulary is sharded over an Explicit mesh axis
+            and `axis_name` is not given.
 
     >>> import jax.numpy as jnp
     >>> gather_at(jnp.array([[1.0, 2.0, 3.0]]), jnp.array([[2, 0]]))
@@ -124,10 +125,10 @@ class TopK:
     """The k largest logits of each position: what a teacher's cache holds instead of all of them.
 
     Attributes:
-      values: `[*batch, k]` logits, largest first.
-      indices: `[*batch, k]` int32, their ids in the vocabulary.
-      log_z: `[*batch]`, log of the summed exponentials over the *whole* vocabulary, so that
-        `values - log_z[..., None]` are log-probabilities.
+        values: `[*batch, k]` logits, largest first.
+        indices: `[*batch, k]` int32, their ids in the vocabulary.
+        log_z: `[*batch]`, log of the summed exponentials over the *whole* vocabulary, so that
+            `values - log_z[..., None]` are log-probabilities.
     """
 
     # Not `jax.Array`: a tree of specs or shapes is built by the same constructor.
@@ -148,16 +149,16 @@ def top_k_of(
     For a temperature, give `logits / temperature`.
 
     Args:
-      logits: `[*batch, vocab]`.
-      k: how many to keep, at most the vocabulary.
-      vocab_where: boolean, broadcastable to `logits`: True for the entries that exist.
-      axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that axis.
+        logits: `[*batch, vocab]`.
+        k: how many to keep, at most the vocabulary.
+        vocab_where: boolean, broadcastable to `logits`: True for the entries that exist.
+        axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that axis.
 
     Returns:
-      `TopK` with float32 values.
+        `TopK` with float32 values.
 
     Raises:
-      ValueError: as `top_k`.
+        ValueError: as `top_k`.
 
     >>> import jax.numpy as jnp
     >>> top = top_k_of(jnp.log(jnp.array([0.1, 0.7, 0.2])), 2)

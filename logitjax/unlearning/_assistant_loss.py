@@ -28,28 +28,28 @@ def make_assistant_loss(
 
     Each step takes one batch to forget and one to keep, of shapes that do not change. Both run as
     one, and one sweep over blocks of the vocabulary gives the value and its gradient: no logits
-    ``[rows, time, vocab]``, no gradient of the head, no pass of the large model, and no reference
+    `[rows, time, vocab]`, no gradient of the head, no pass of the large model, and no reference
     model. The frozen weights reach the step as its constants, so nothing of them is copied or
     donated.
 
-    Batches are ``{"forget": {"tokens", "mask"}, "retain": {"tokens", "mask"}}``: int32 and bool
-    ``[rows, time]``, padded at the end, ``mask`` True at the tokens of the answers.
+    Batches are `{"forget": {"tokens", "mask"}, "retain": {"tokens", "mask"}}`: int32 and bool
+    `[rows, time]`, padded at the end, `mask` True at the tokens of the answers.
 
     Args:
-      base: the `logitjax.unlearning.Assistant`'s, whose arrays are the large model's.
-      retain_weight: beta, 6.5 in the paper and 5 in its code.
-      uniform: where it has to be silent: where it would predict a token of an ``'answers'``, or at
-        ``'all'`` positions, prompt and padding included, as in the released code.
-      max_positions: the most positions that count in any step, if that is known: the head, most of
-        a small assistant's work, then meets no others. All positions when None. The loss of a step
-        in which more of them count is nan.
+        base: the `logitjax.unlearning.Assistant`'s, whose arrays are the large model's.
+        retain_weight: beta, 6.5 in the paper and 5 in its code.
+        uniform: where it has to be silent: where it would predict a token of an `'answers'`, or at
+            `'all'` positions, prompt and padding included, as in the released code.
+        max_positions: the most positions that count in any step, if that is known: the head, most
+            of a small assistant's work, then meets no others. All positions when None. The loss of
+            a step in which more of them count is nan.
 
     Returns:
-      ``loss_fn(lora, batch, rng, constants)``, a mean with a count of 1, and the constants.
+        `loss_fn(lora, batch, rng, constants)`, a mean with a count of 1, and the constants.
 
     Raises:
-      ValueError: ``uniform`` is neither, ``max_positions`` is not positive, or the head is not
-        linear but for a soft cap.
+        ValueError: `uniform` is neither, `max_positions` is not positive, or the head is not
+            linear but for a soft cap.
 
     >>> from logitjax.models import DecoderConfig
     >>> from logitjax.unlearning import init_assistant
@@ -65,9 +65,9 @@ def make_assistant_loss(
     ((), ['forget', 'retain'])
 
     References:
-      Ji et al., Reversing the forget-retain objectives, 2024 (arXiv 2406.08607), eqs. 3-5. The
-      release splits each micro-batch by a label and counts a missing side as 0; it has dropout of
-      0.05 on the adapters' inputs, which this has not.
+        Ji et al., Reversing the forget-retain objectives, 2024 (arXiv 2406.08607), eqs. 3-5. The
+        release splits each micro-batch by a label and counts a missing side as 0; it has dropout of
+        0.05 on the adapters' inputs, which this has not.
     """
     if uniform not in ("answers", "all"):
         raise ValueError(f"uniform: expected 'answers' or 'all', got {uniform!r}")

@@ -31,27 +31,27 @@ def linear_uniform_kl(
         log Z - mean_v logits_v - log V,    mean_v logits_v = hidden . mean_v row_v + mean_v bias_v
 
     Args:
-      hidden: ``[*batch, hidden]``, float32 or bfloat16.
-      head: a `logitjax.losses.Head`, or a kernel alone; entries whose bias is ``-inf`` do not
-        exist.
-      vocab_where: ``[vocab]`` boolean: True for the entries that exist.
-      blocks: sizes of the blocks; chosen from shapes and backend when None.
-      axis_name: inside `jax.shard_map` with the head's vocabulary split over this mesh axis: that
-        axis.
+        hidden: `[*batch, hidden]`, float32 or bfloat16.
+        head: a `logitjax.losses.Head`, or a kernel alone; entries whose bias is `-inf` do not
+            exist.
+        vocab_where: `[vocab]` boolean: True for the entries that exist.
+        blocks: sizes of the blocks; chosen from shapes and backend when None.
+        axis_name: inside `jax.shard_map` with the head's vocabulary split over this mesh axis: that
+            axis.
 
     Returns:
-      float32 ``[*batch]``.
+        float32 `[*batch]`.
 
     Raises:
-      TypeError: arrays are not floating point.
-      ValueError: shapes do not fit, or a kernel is square and its axis is not given.
+        TypeError: arrays are not floating point.
+        ValueError: shapes do not fit, or a kernel is square and its axis is not given.
 
     >>> hidden, head = jnp.ones((2, 1)), jnp.array([[400.0, 0.0, 0.0]])
     >>> [f"{kl:.3f}" for kl in linear_uniform_kl(hidden, head)]
     ['265.568', '265.568']
 
     References:
-      As `uniform_kl`.
+        As `uniform_kl`.
     """
     hidden = jnp.asarray(hidden)
     head = Head.of(head).resolve(hidden.shape[-1])
@@ -86,32 +86,32 @@ def linear_undial(
     """`undial` of two linear heads' logits, neither of which exist as a whole.
 
     Args:
-      hidden: ``[*batch, hidden]``.
-      head: a `logitjax.losses.Head`, or a kernel alone.
-      reference_hidden: ``[*batch, reference_hidden]``, of the model before unlearning.
-      reference_head: as ``head``. The reference gets no gradient.
-      labels: ``[*batch]``, the tokens to forget.
-      beta: how far their logit is lowered.
-      vocab_where: ``[vocab]`` boolean: True for the entries that exist.
-      weights: ``[*batch]``; gives the scalar ``sum(weights * loss)``, with gradients in the same
-        sweep as the value.
-      blocks: sizes of the blocks.
-      axis_name: mesh axis that splits the vocabulary.
+        hidden: `[*batch, hidden]`.
+        head: a `logitjax.losses.Head`, or a kernel alone.
+        reference_hidden: `[*batch, reference_hidden]`, of the model before unlearning.
+        reference_head: as `head`. The reference gets no gradient.
+        labels: `[*batch]`, the tokens to forget.
+        beta: how far their logit is lowered.
+        vocab_where: `[vocab]` boolean: True for the entries that exist.
+        weights: `[*batch]`; gives the scalar `sum(weights * loss)`, with gradients in the same
+            sweep as the value.
+        blocks: sizes of the blocks.
+        axis_name: mesh axis that splits the vocabulary.
 
     Returns:
-      float32 ``[*batch]``, or a scalar with ``weights``; nan where the label is outside the
-      vocabulary.
+        float32 `[*batch]`, or a scalar with `weights`; nan where the label is outside the
+        vocabulary.
 
     Raises:
-      TypeError: arrays are not floating point or labels not integers.
-      ValueError: shapes do not fit.
+        TypeError: arrays are not floating point or labels not integers.
+        ValueError: shapes do not fit.
 
     >>> one, head = jnp.ones((1, 1)), jnp.zeros((1, 4))
     >>> linear_undial(one, head, one, head, jnp.array([2])).round(4)
     Array([1.3863], dtype=float32)
 
     References:
-      As `undial`.
+        As `undial`.
     """
     hidden, labels = jnp.asarray(hidden), jnp.asarray(labels)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
@@ -155,23 +155,23 @@ def linear_assistant_objective(
         mean_{forget} (log Z - logit_y) + beta mean_{retain} (log Z - mean_v logit_v - log V)
 
     Args:
-      hidden: ``[*batch, hidden]``, of the assistant.
-      head: a `logitjax.losses.Head`, or a kernel alone.
-      labels: ``[*batch]``; those of retain positions are not looked at.
-      retain: ``[*batch]``, True for positions of the data to keep.
-      where: ``[*batch]``, positions that count; all when None. The release counts all of the data
-        to keep, and the answers of the data to forget.
-      retain_weight: beta: 6.5 in the paper, 5 in the released code.
-      vocab_where: ``[vocab]`` boolean: True for the entries that exist.
-      blocks: sizes of the blocks.
-      axis_name: mesh axis that splits the vocabulary.
+        hidden: `[*batch, hidden]`, of the assistant.
+        head: a `logitjax.losses.Head`, or a kernel alone.
+        labels: `[*batch]`; those of retain positions are not looked at.
+        retain: `[*batch]`, True for positions of the data to keep.
+        where: `[*batch]`, positions that count; all when None. The release counts all of the data
+            to keep, and the answers of the data to forget.
+        retain_weight: beta: 6.5 in the paper, 5 in the released code.
+        vocab_where: `[vocab]` boolean: True for the entries that exist.
+        blocks: sizes of the blocks.
+        axis_name: mesh axis that splits the vocabulary.
 
     Returns:
-      The float32 scalar, and both means: ``{"forget", "retain"}``, without a gradient.
+        The float32 scalar, and both means: `{"forget", "retain"}`, without a gradient.
 
     Raises:
-      TypeError: arrays are not floating point.
-      ValueError: shapes do not fit.
+        TypeError: arrays are not floating point.
+        ValueError: shapes do not fit.
 
     >>> hidden, head = jnp.ones((4, 1)), jnp.array([[2.0, 0.0, 0.0]])
     >>> retain = jnp.array([False, False, True, True])
@@ -181,8 +181,8 @@ def linear_assistant_objective(
     3.3223 0.2395 0.4743
 
     References:
-      Ji et al., Reversing the forget-retain objectives, 2024 (arXiv 2406.08607), eqs. 3-5, less the
-      constant ``beta log V``.
+        Ji et al., Reversing the forget-retain objectives, 2024 (arXiv 2406.08607), eqs. 3-5, less
+        the constant `beta log V`.
     """
     hidden, labels, retain = jnp.asarray(hidden), jnp.asarray(labels), jnp.asarray(retain)
     head = Head.of(head).resolve(hidden.shape[-1])
@@ -267,7 +267,7 @@ class _Assistant(ReadoutStatistic):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Undial(KLStatistic):
-    """Cross-entropy from a teacher whose logit at the label is lowered by ``strength``."""
+    """Cross-entropy from a teacher whose logit at the label is lowered by `strength`."""
 
     strength: float
     vocab: int

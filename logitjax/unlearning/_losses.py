@@ -40,16 +40,16 @@ def sequence_nll(
         n = sum_t where_t nll_t,    |y| = sum_t where_t
 
     Args:
-      token_nll: ``[*batch, time]``, as from `cross_entropy`; whatever stands where ``where`` is
-        False, nan included, counts for nothing.
-      where: boolean, broadcastable to ``token_nll``: the tokens of the answer.
+        token_nll: `[*batch, time]`, as from `cross_entropy`; whatever stands where `where` is
+            False, nan included, counts for nothing.
+        where: boolean, broadcastable to `token_nll`: the tokens of the answer.
 
     Returns:
-      float32 ``[*batch]`` and int32 ``[*batch]``.
+        float32 `[*batch]` and int32 `[*batch]`.
 
     Raises:
-      TypeError: ``token_nll`` is not floating point or ``where`` not boolean.
-      ValueError: ``where`` does not broadcast.
+        TypeError: `token_nll` is not floating point or `where` not boolean.
+        ValueError: `where` does not broadcast.
 
     >>> sequence_nll(jnp.array([1.0, jnp.nan, 2.0]), jnp.array([True, False, True]))
     (Array(3., dtype=float32), Array(2, dtype=int32))
@@ -71,19 +71,19 @@ def gradient_ascent(nll: Float[Array, "*batch"]) -> Float[jax.Array, "*batch"]:
         -nll = log p(y)
 
     Args:
-      nll: ``[*batch]``, of tokens; the published mean is over the tokens of all answers together.
+        nll: `[*batch]`, of tokens; the published mean is over the tokens of all answers together.
 
     Returns:
-      float32 ``[*batch]``.
+        float32 `[*batch]`.
 
     Raises:
-      TypeError: ``nll`` is not floating point.
+        TypeError: `nll` is not floating point.
 
     >>> gradient_ascent(jnp.array([0.5, 2.0]))
     Array([-0.5, -2. ], dtype=float32)
 
     References:
-      Maini et al., TOFU, 2024 (arXiv 2401.06121), section 4.
+        Maini et al., TOFU, 2024 (arXiv 2401.06121), section 4.
     """
     return -as_losses(nll, "nll")
 
@@ -100,21 +100,21 @@ def weighted_gradient_ascent(
         -p^beta nll,    p = exp(-nll)
 
     Args:
-      nll: ``[*batch]``, of tokens. ``inf`` gives 0, the limit.
-      beta: how soon it lets go; 0 is gradient ascent.
+        nll: `[*batch]`, of tokens. `inf` gives 0, the limit.
+        beta: how soon it lets go; 0 is gradient ascent.
 
     Returns:
-      float32 ``[*batch]``.
+        float32 `[*batch]`.
 
     Raises:
-      TypeError: ``nll`` is not floating point.
+        TypeError: `nll` is not floating point.
 
     >>> [f"{loss:.4f}" for loss in weighted_gradient_ascent(jnp.array([0.0, 0.6931472, 200.0]))]
     ['-0.0000', '-0.3466', '-0.0000']
 
     References:
-      Wang et al., Rethinking LLM unlearning objectives, 2025 (arXiv 2502.19301); OpenUnlearning's
-      ``WGA``, beta 1.
+        Wang et al., Rethinking LLM unlearning objectives, 2025 (arXiv 2502.19301); OpenUnlearning's
+        `WGA`, beta 1.
     """
     nll = as_losses(nll, "nll")
     gone = nll == jnp.inf
@@ -131,7 +131,7 @@ def npo(
 ) -> Float[jax.Array, "*batch"]:
     """Negative preference optimisation: gradient ascent that fades as the answer is forgotten.
 
-    Bounded from below, unlike gradient ascent, which it becomes as ``beta`` goes to 0. The
+    Bounded from below, unlike gradient ascent, which it becomes as `beta` goes to 0. The
     reference gets no gradient.
 
     ::
@@ -139,23 +139,23 @@ def npo(
         -(2 / beta) log sigmoid( beta (n - n_ref) )
 
     Args:
-      nll: ``[*batch]``, summed over each answer's tokens: `sequence_nll`.
-      reference_nll: ``[*batch]``, of the model before unlearning.
-      beta: inverse temperature.
+        nll: `[*batch]`, summed over each answer's tokens: `sequence_nll`.
+        reference_nll: `[*batch]`, of the model before unlearning.
+        beta: inverse temperature.
 
     Returns:
-      float32 ``[*batch]``.
+        float32 `[*batch]`.
 
     Raises:
-      TypeError: arrays are not floating point.
-      ValueError: different shapes, or ``beta`` is not positive.
+        TypeError: arrays are not floating point.
+        ValueError: different shapes, or `beta` is not positive.
 
     >>> print(f"{npo(jnp.array(30.0), jnp.array(10.0)):.4f}")
     2.5386
 
     References:
-      Zhang et al., Negative preference optimization, 2024 (arXiv 2404.05868). OpenUnlearning's
-      ``NPO``: beta 0.1 in its configuration (1 in its class).
+        Zhang et al., Negative preference optimization, 2024 (arXiv 2404.05868). OpenUnlearning's
+        `NPO`: beta 0.1 in its configuration (1 in its class).
     """
     gap = _above_reference(nll, reference_nll, "nll", "reference_nll")
     return _preference(gap, beta)
@@ -175,25 +175,25 @@ def simnpo(
         -(2 / beta) log sigmoid( beta (n / |y| - delta) )
 
     Args:
-      nll: ``[*batch]``, summed over each answer's tokens: `sequence_nll`.
-      lengths: ``[*batch]``, tokens of each answer; none counts as one.
-      beta: inverse temperature.
-      delta: the likelihood loss a token that counts as forgotten.
+        nll: `[*batch]`, summed over each answer's tokens: `sequence_nll`.
+        lengths: `[*batch]`, tokens of each answer; none counts as one.
+        beta: inverse temperature.
+        delta: the likelihood loss a token that counts as forgotten.
 
     Returns:
-      float32 ``[*batch]``.
+        float32 `[*batch]`.
 
     Raises:
-      TypeError: ``nll`` is not floating point or ``lengths`` not integers.
-      ValueError: different shapes, or ``beta`` is not positive.
+        TypeError: `nll` is not floating point or `lengths` not integers.
+        ValueError: different shapes, or `beta` is not positive.
 
     >>> print(f"{simnpo(jnp.array(2.0), jnp.array(4), beta=2.5):.4f}")
     0.2015
 
     References:
-      Fan et al., Simplicity prevails, 2024 (arXiv 2410.07163). OpenUnlearning's ``SimNPO``: beta
-      4.5, delta 0, and weights of 0.125 and 1 for it and the retain loss; the authors use beta 2.5
-      and 0.1375 on forget05.
+        Fan et al., Simplicity prevails, 2024 (arXiv 2410.07163). OpenUnlearning's `SimNPO`: beta
+        4.5, delta 0, and weights of 0.125 and 1 for it and the retain loss; the authors use beta
+        2.5 and 0.1375 on forget05.
     """
     nll = as_losses(nll, "nll")
     lengths = jnp.asarray(lengths)
@@ -220,27 +220,27 @@ def dpo(
         -(2 / beta) log sigmoid( beta ( (n_l - n_l,ref) - (n_w - n_w,ref) ) )
 
     Args:
-      chosen_nll: ``[*batch]``, ``n_w``: summed over the tokens of the answer to give instead.
-      rejected_nll: ``[*batch]``, ``n_l``: of the answer to forget.
-      reference_chosen_nll: ``[*batch]``, of the model before unlearning.
-      reference_rejected_nll: ``[*batch]``, likewise.
-      beta: inverse temperature.
+        chosen_nll: `[*batch]`, `n_w`: summed over the tokens of the answer to give instead.
+        rejected_nll: `[*batch]`, `n_l`: of the answer to forget.
+        reference_chosen_nll: `[*batch]`, of the model before unlearning.
+        reference_rejected_nll: `[*batch]`, likewise.
+        beta: inverse temperature.
 
     Returns:
-      float32 ``[*batch]``.
+        float32 `[*batch]`.
 
     Raises:
-      TypeError: arrays are not floating point.
-      ValueError: different shapes, or ``beta`` is not positive.
+        TypeError: arrays are not floating point.
+        ValueError: different shapes, or `beta` is not positive.
 
     >>> one = jnp.array(1.0)
     >>> print(f"{dpo(one, one, one, one):.4f}")
     13.8629
 
     References:
-      Rafailov et al., Direct preference optimization, 2023 (arXiv 2305.18290); Maini et al., TOFU,
-      2024 (arXiv 2401.06121). The factor ``2 / beta`` is OpenUnlearning's and that of NPO's code,
-      which changes the step but not the minimum; others print ``1 / beta`` or none.
+        Rafailov et al., Direct preference optimization, 2023 (arXiv 2305.18290); Maini et al.,
+        TOFU, 2024 (arXiv 2401.06121). The factor `2 / beta` is OpenUnlearning's and that of NPO's
+        code, which changes the step but not the minimum; others print `1 / beta` or none.
     """
     chosen = _above_reference(
         chosen_nll, reference_chosen_nll, "chosen_nll", "reference_chosen_nll"

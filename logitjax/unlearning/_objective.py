@@ -26,18 +26,18 @@ class UnlearningMethod:
     """How a method is put together, as OpenUnlearning configures it.
 
     Attributes:
-      forget: the loss on what is to be forgotten.
-      forget_level: of what that starts at: ``'tokens'``, whole ``'answers'``, or ``'hidden'``
-        states of one layer.
-      forget_weight: gamma.
-      retain: loss on the data to keep: their likelihood ``'nll'``, the divergence ``'kl'`` from the
-        model before (`kl_divergence` or `linear_kl_divergence` of its logits, forward), the
-        distance of its ``'hidden'`` states (`rmu`), or ``'none'``.
-      retain_weight: alpha.
-      options: keyword arguments of the forget loss (``scale`` is `rmu_direction`'s).
-      needs_reference: whether the model before unlearning takes part.
-      learning_rate: of AdamW, with a warm-up of one epoch and weight decay 0.01.
-      epochs: over the data to forget, 32 answers a step.
+        forget: the loss on what is to be forgotten.
+        forget_level: of what that starts at: `'tokens'`, whole `'answers'`, or `'hidden'`
+            states of one layer.
+        forget_weight: gamma.
+        retain: loss on the data to keep: their likelihood `'nll'`, the divergence `'kl'` from the
+            model before (`kl_divergence` or `linear_kl_divergence` of its logits, forward), the
+            distance of its `'hidden'` states (`rmu`), or `'none'`.
+        retain_weight: alpha.
+        options: keyword arguments of the forget loss (`scale` is `rmu_direction`'s).
+        needs_reference: whether the model before unlearning takes part.
+        learning_rate: of AdamW, with a warm-up of one epoch and weight decay 0.01.
+        epochs: over the data to forget, 32 answers a step.
     """
 
     forget: Callable[..., jax.Array]
@@ -127,28 +127,28 @@ def unlearning_objective(
         gamma mean(forget_losses) + alpha mean(retain_losses)
 
     Args:
-      forget_losses: any shape, such as `npo` of answers or `gradient_ascent` of tokens.
-      retain_losses: any shape: `cross_entropy` of the tokens to keep, or `kl_divergence` from the
-        model before unlearning ("KL-retain"). None for methods without.
-      forget_weight: gamma.
-      retain_weight: alpha.
-      forget_where: boolean, the entries that count; all when None.
-      retain_where: likewise. Published codes average the divergence over all positions, prompt and
-        padding included; give the tokens of the answers to leave those out.
+        forget_losses: any shape, such as `npo` of answers or `gradient_ascent` of tokens.
+        retain_losses: any shape: `cross_entropy` of the tokens to keep, or `kl_divergence` from the
+            model before unlearning ("KL-retain"). None for methods without.
+        forget_weight: gamma.
+        retain_weight: alpha.
+        forget_where: boolean, the entries that count; all when None.
+        retain_where: likewise. Published codes average the divergence over all positions, prompt
+            and padding included; give the tokens of the answers to leave those out.
 
     Returns:
-      The float32 scalar, and both means: ``{"forget", "retain"}``.
+        The float32 scalar, and both means: `{"forget", "retain"}`.
 
     Raises:
-      TypeError: losses are not floating point or masks not boolean.
-      ValueError: a mask does not broadcast.
+        TypeError: losses are not floating point or masks not boolean.
+        ValueError: a mask does not broadcast.
 
     >>> loss, means = unlearning_objective(jnp.array([-1.0, -3.0]), jnp.ones(5), retain_weight=0.5)
     >>> float(loss), float(means["forget"])
     (-1.5, -2.0)
 
     References:
-      OpenUnlearning's ``GradDiff`` and what derives from it.
+        OpenUnlearning's `GradDiff` and what derives from it.
     """
     forget = masked_mean(as_losses(forget_losses, "forget_losses"), forget_where)
     if retain_losses is None:

@@ -29,32 +29,32 @@ def uniform_kl(
     """How far a model is from knowing nothing: divergence of its distribution from the uniform one.
 
     Trains the assistant of a logit difference to be silent about what is to be kept, so that taking
-    its logits away changes nothing there. Its gradient is ``p - 1/V``.
+    its logits away changes nothing there. Its gradient is `p - 1/V`.
 
     ::
 
         KL(U || p) = log Z - mean_v logits_v - log V
 
     Args:
-      logits: ``[*batch, vocab]``, any floating point dtype.
-      vocab_where: boolean, broadcastable to the logits: True for the entries that exist, which the
-        uniform distribution is over. Entries at ``-inf`` do not.
-      axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that axis.
+        logits: `[*batch, vocab]`, any floating point dtype.
+        vocab_where: boolean, broadcastable to the logits: True for the entries that exist, which
+            the uniform distribution is over. Entries at `-inf` do not.
+        axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that axis.
 
     Returns:
-      float32 ``[*batch]``.
+        float32 `[*batch]`.
 
     Raises:
-      TypeError: the logits are not floating point or ``vocab_where`` not boolean.
-      ValueError: ``vocab_where`` does not broadcast.
+        TypeError: the logits are not floating point or `vocab_where` not boolean.
+        ValueError: `vocab_where` does not broadcast.
 
     >>> [f"{kl:.3f}" for kl in uniform_kl(jnp.array([[3.0, 3.0, -jnp.inf], [400.0, 0.0, 0.0]]))]
     ['0.000', '265.568']
 
     References:
-      Ji et al., Reversing the forget-retain objectives, 2024 (arXiv 2406.08607), eq. 5, less the
-      constant. The release takes the log of a float32 softmax, which is infinite once a logit lies
-      103 below the largest, and averages over all positions, prompt and padding included.
+        Ji et al., Reversing the forget-retain objectives, 2024 (arXiv 2406.08607), eq. 5, less the
+        constant. The release takes the log of a float32 softmax, which is infinite once a logit
+        lies 103 below the largest, and averages over all positions, prompt and padding included.
     """
     logits = as_float(logits, "logits", vocab_where)
     log_z = finite_or_zero(logsumexp(logits, axis_name=axis_name))
@@ -80,28 +80,28 @@ def undial(
         cross-entropy( softmax(reference - beta onehot(y)), softmax(logits) )
 
     Args:
-      logits: ``[*batch, vocab]``.
-      reference_logits: the same shape, of the model before unlearning; no gradient.
-      labels: ``[*batch]``, the tokens to forget.
-      beta: how far their logit is lowered.
-      vocab_where: boolean, broadcastable to the logits: True for the entries that exist.
-      axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that axis;
-        labels count over the whole vocabulary.
+        logits: `[*batch, vocab]`.
+        reference_logits: the same shape, of the model before unlearning; no gradient.
+        labels: `[*batch]`, the tokens to forget.
+        beta: how far their logit is lowered.
+        vocab_where: boolean, broadcastable to the logits: True for the entries that exist.
+        axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that axis;
+            labels count over the whole vocabulary.
 
     Returns:
-      float32 ``[*batch]``; nan where the label is outside the vocabulary, as in `cross_entropy`.
+        float32 `[*batch]`; nan where the label is outside the vocabulary, as in `cross_entropy`.
 
     Raises:
-      TypeError: logits are not floating point or labels not integers.
-      ValueError: different shapes.
+        TypeError: logits are not floating point or labels not integers.
+        ValueError: different shapes.
 
     >>> undial(jnp.zeros((1, 4)), jnp.zeros((1, 4)), jnp.array([2])).round(4)
     Array([1.3863], dtype=float32)
 
     References:
-      Dong et al., UNDIAL, 2024 (arXiv 2402.10052). OpenUnlearning's ``UNDIAL`` (beta 10, no retain
-      loss) averages over all positions and lets a label of -100 name the token V - 100; here such
-      labels give nan, for the caller's mask to leave out.
+        Dong et al., UNDIAL, 2024 (arXiv 2402.10052). OpenUnlearning's `UNDIAL` (beta 10, no retain
+        loss) averages over all positions and lets a label of -100 name the token V - 100; here such
+        labels give nan, for the caller's mask to leave out.
     """
     logits = as_float(logits, "logits")
     reference = lax.stop_gradient(as_float(reference_logits, "reference_logits"))
@@ -136,23 +136,23 @@ def rmu(
         mean_d (h_d - target_d)^2
 
     Args:
-      hidden: ``[*batch, hidden]``, layer 7 of a 7B model as published.
-      target: ``[hidden]``, or the shape of ``hidden``; gets no gradient.
+        hidden: `[*batch, hidden]`, layer 7 of a 7B model as published.
+        target: `[hidden]`, or the shape of `hidden`; gets no gradient.
 
     Returns:
-      float32 ``[*batch]``.
+        float32 `[*batch]`.
 
     Raises:
-      TypeError: arrays are not floating point.
-      ValueError: ``target`` has another shape.
+        TypeError: arrays are not floating point.
+        ValueError: `target` has another shape.
 
     >>> rmu(jnp.array([[1.0, 2.0], [0.0, 0.0]]), jnp.array([1.0, 0.0]))
     Array([2. , 0.5], dtype=float32)
 
     References:
-      Li et al., The WMDP benchmark, 2024 (arXiv 2403.03218), section 4; OpenUnlearning's ``RMU``
-      (``EMBED_DIFF`` is the retain term), which averages tokens within a sequence first, then
-      sequences.
+        Li et al., The WMDP benchmark, 2024 (arXiv 2403.03218), section 4; OpenUnlearning's `RMU`
+        (`EMBED_DIFF` is the retain term), which averages tokens within a sequence first, then
+        sequences.
     """
     hidden = as_float(hidden, "hidden")
     target = lax.stop_gradient(as_losses(target, "target"))
@@ -172,20 +172,20 @@ def rmu_direction(size: int, *, key: Array, scale: Number = 2.0) -> Float[jax.Ar
         c u / |u|,    u ~ uniform(0, 1)^d
 
     Args:
-      size: of the hidden states.
-      key: PRNG key.
-      scale: ``c``. 2 in OpenUnlearning's TOFU runs; far larger ones (20 to 300) elsewhere, since
-        it has to stand out against the layer's own norm.
+        size: of the hidden states.
+        key: PRNG key.
+        scale: `c`. 2 in OpenUnlearning's TOFU runs; far larger ones (20 to 300) elsewhere, since
+            it has to stand out against the layer's own norm.
 
     Returns:
-      float32 ``[size]``.
+        float32 `[size]`.
 
     >>> direction = rmu_direction(8, key=jax.random.key(0))
     >>> print(f"{jnp.linalg.norm(direction):.3f}", bool((direction > 0).all()))
     2.000 True
 
     References:
-      As `rmu`.
+        As `rmu`.
     """
     u = jax.random.uniform(key, (size,), jnp.float32)
     return scale * u / jnp.linalg.norm(u)

@@ -67,8 +67,8 @@ True
 True
 
 References:
-  Wijmans et al., Cut your losses in large-vocabulary language models, 2024 (arXiv 2411.09009).
-  Milakov, Gimelshein, Online normalizer calculation for softmax, 2018 (arXiv 1805.02867).
+    Wijmans et al., Cut your losses in large-vocabulary language models, 2024 (arXiv 2411.09009).
+    Milakov, Gimelshein, Online normalizer calculation for softmax, 2018 (arXiv 1805.02867).
 """
 
 from logitjax.losses.sweep._blocks import Blocks as Blocks

@@ -21,11 +21,11 @@ class Blocks:
     """Sizes of the blocks that a sweep visits; they change what it costs, never what it gives.
 
     Attributes:
-      vocab: entries of the vocabulary; chosen from shape and backend when None.
-      tokens: positions along the last batch axis; likewise.
+        vocab: entries of the vocabulary; chosen from shape and backend when None.
+        tokens: positions along the last batch axis; likewise.
 
     Raises:
-      ValueError: a size is not positive.
+        ValueError: a size is not positive.
 
     >>> Blocks(vocab=2048).columns(rows=512, vocab=50_000)
     2048

@@ -27,7 +27,7 @@ class Projection(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """The arrays of a sweep; only ``student`` gets gradients."""
+    """The arrays of a sweep; only `student` gets gradients."""
 
     student: Projection
     teacher: Projection | None
@@ -50,12 +50,12 @@ class Sweep:
     varying: tuple[str, ...] = ()
 
     def vary(self, tree: Any) -> Any:
-        """Mark loop carries as device-varying, as ``shard_map`` asks of them."""
+        """Mark loop carries as device-varying, as `shard_map` asks of them."""
         return jax.tree.map(lambda x: vary(x, self.varying), tree)
 
 
 def varying_axes(x: Any) -> frozenset[str]:
-    """Mesh axes over which ``shard_map`` knows x to differ."""
+    """Mesh axes over which `shard_map` knows x to differ."""
     return jax.typeof(x).manual_axis_type.varying
 
 
@@ -78,7 +78,7 @@ def sum_dtype(projection: Projection):
 
 
 def head_block(projection: Projection, start, size: int) -> Head:
-    """The head's columns ``[start, start + size)`` in the matmul's dtype."""
+    """The head's columns `[start, start + size)` in the matmul's dtype."""
     head = projection.head
     kernel = lax.dynamic_slice_in_dim(head.kernel, start, size, head.axis)
     bias = head.bias
@@ -138,7 +138,7 @@ def form_block(operands: Operands, columns: Columns) -> LogitBlock:
 
 
 def raw_gradient(operands: Operands, block: LogitBlock, gradient):
-    """From the gradient at the tempered, capped logits back to ``hidden @ kernel + bias``."""
+    """From the gradient at the tempered, capped logits back to `hidden @ kernel + bias`."""
     slope = operands.student.inverse_temperature
     cap = operands.student.head.soft_cap
     if cap is not None:
@@ -148,7 +148,7 @@ def raw_gradient(operands: Operands, block: LogitBlock, gradient):
 
 
 def kernel_gradient(head: Head, hidden, gradient):
-    """``hidden^T gradient`` over all positions, laid out as the kernel is."""
+    """`hidden^T gradient` over all positions, laid out as the kernel is."""
     positions = tuple(range(hidden.ndim - 1))
     if head.axis == 1:
         return contract(hidden, positions, gradient, positions)
@@ -162,7 +162,7 @@ def add_block(total, block, start, axis: int):
 
 
 def add_to_head(total: Head, block: Head, start) -> Head:
-    """The head's gradient with that of the columns from ``start`` on added."""
+    """The head's gradient with that of the columns from `start` on added."""
     kernel = add_block(total.kernel, block.kernel, start, total.axis)
     bias = None if total.bias is None else add_block(total.bias, block.bias, start, 0)
     return dataclasses.replace(total, kernel=kernel, bias=bias)
@@ -198,7 +198,7 @@ class Split:
         return lax.slice_in_dim(x.reshape(shape), 0, self.length, axis=self.axis)
 
     def each(self, step: Callable, carry: Any, xs: Any) -> tuple[Any, Any]:
-        """``lax.scan`` over blocks of positions, or one call where there is only one."""
+        """`lax.scan` over blocks of positions, or one call where there is only one."""
         return step(carry, xs) if self.whole else lax.scan(step, carry, xs)
 
 
@@ -250,8 +250,8 @@ def accumulate(sweep: Sweep, operands: Operands, split: Split, tokens, place):
 def first_shard(sweep: Sweep, tree: Any) -> Any:
     """Zero on all vocabulary shards but the first.
 
-    The caller's ``psum`` then restores the value, and its transpose hands every shard the whole
-    cotangent under either setting of ``check_vma``.
+    The caller's `psum` then restores the value, and its transpose hands every shard the whole
+    cotangent under either setting of `check_vma`.
     """
     if sweep.axis_name is None:
         return tree
@@ -305,7 +305,7 @@ def _backward(sweep: Sweep, saved, cotangents):
 
 
 def head_and_hidden_gradient(operands: Operands, head: Head, raw, d_hidden):
-    """What one block of columns adds: ``d_hidden`` with its part, and the gradient of the block."""
+    """What one block of columns adds: `d_hidden` with its part, and the gradient of the block."""
     cast = raw.astype(head.kernel.dtype)
     d_hidden = d_hidden + contract(cast, (raw.ndim - 1,), head.kernel, (head.axis,))
     hidden = operands.student.hidden.astype(head.kernel.dtype)
@@ -320,7 +320,7 @@ def drop_integers(tree: Any) -> Any:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def run_unreduced(sweep: Sweep, operands: Operands) -> Any:
-    """The statistic's outputs; under ``axis_name`` on the first shard only, zero elsewhere."""
+    """The statistic's outputs; under `axis_name` on the first shard only, zero elsewhere."""
     return _forward(sweep, operands)[0]
 
 

@@ -24,14 +24,14 @@ class Head:
         logits = cap tanh((hidden @ kernel + bias) / cap)
 
     Attributes:
-      kernel: `[hidden, vocab]` or `[vocab, hidden]`.
-      bias: `[vocab]`; an entry of `-inf` does not exist, with or without a cap.
-      vocab_axis: the kernel's vocabulary axis, 0 or 1. None leaves it to the width of the hidden
-        states, which says nothing of a square kernel.
-      soft_cap: `cap`, as Gemma 2 has on its logits; none by default.
+        kernel: `[hidden, vocab]` or `[vocab, hidden]`.
+        bias: `[vocab]`; an entry of `-inf` does not exist, with or without a cap.
+        vocab_axis: the kernel's vocabulary axis, 0 or 1. None leaves it to the width of the hidden
+            states, which says nothing of a square kernel.
+        soft_cap: `cap`, as Gemma 2 has on its logits; none by default.
 
     Raises:
-      ValueError: `vocab_axis` is no axis of a matrix or `soft_cap` is not positive.
+        ValueError: `vocab_axis` is no axis of a matrix or `soft_cap` is not positive.
 
     >>> import jax, jax.numpy as jnp
     >>> head = Head(jnp.array([[1.0, 3.0, 200.0]]), soft_cap=30.0)
@@ -63,12 +63,12 @@ class Head:
         """The same head with its vocabulary axis known, checked against hidden states.
 
         Args:
-          width: entries of a hidden state.
-          name: what errors call it.
+            width: entries of a hidden state.
+            name: what errors call it.
 
         Raises:
-          TypeError: an array is not floating point.
-          ValueError: the kernel is square and its axis is not given, or shapes do not fit.
+            TypeError: an array is not floating point.
+            ValueError: the kernel is square and its axis is not given, or shapes do not fit.
 
         >>> Head(jnp.ones((2, 5))).resolve(5).vocab_axis
         0
@@ -104,7 +104,7 @@ class Head:
         """`vocab_axis` where it is known; `resolve` makes it so.
 
         Raises:
-          ValueError: it is not.
+            ValueError: it is not.
         """
         if self.vocab_axis is None:
             raise ValueError("vocab_axis: expected 0 or 1, got None")
@@ -114,7 +114,7 @@ class Head:
         """Entries of the vocabulary; of all shards together inside `jax.shard_map`.
 
         Raises:
-          ValueError: `vocab_axis` is not known.
+            ValueError: `vocab_axis` is not known.
         """
         size = jnp.shape(self.kernel)[self.axis]
         return size if axis_name is None else size * lax.axis_size(axis_name)
@@ -124,7 +124,7 @@ class Head:
         """The kernel as `[vocab, hidden]`.
 
         Raises:
-          ValueError: `vocab_axis` is not known.
+            ValueError: `vocab_axis` is not known.
         """
         kernel = jnp.asarray(self.kernel)
         return kernel if self.axis == 0 else kernel.T
@@ -133,12 +133,12 @@ class Head:
         """The logits that the blocked functions never hold, `[*batch, vocab]`, in float32.
 
         Args:
-          hidden: `[*batch, hidden]`; the product runs in the common type of hidden states and
-            kernel.
+            hidden: `[*batch, hidden]`; the product runs in the common type of hidden states and
+                kernel.
 
         Raises:
-          TypeError: an array is not floating point.
-          ValueError: as `resolve`.
+            TypeError: an array is not floating point.
+            ValueError: as `resolve`.
         """
         hidden = jnp.asarray(hidden)
         head = self.resolve(hidden.shape[-1])

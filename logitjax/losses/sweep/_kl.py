@@ -15,7 +15,7 @@ class KLStatistic(Statistic):
     """`KL(teacher || student)` in one pass.
 
     Attributes:
-      reverse: `KL(student || teacher)` instead.
+        reverse: `KL(student || teacher)` instead.
     """
 
     reverse: bool = False

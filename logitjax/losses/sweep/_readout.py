@@ -70,10 +70,10 @@ class ReadoutStatistic(Statistic):
     is a subclass with a `losses` method.
 
     Attributes:
-      labels: `label`, the logit at `tokens["labels"]`.
-      ids: `gathered`, the logits at `tokens["ids"]`: how many a position.
-      k: `values` and `indices` of the k largest.
-      moments: `mean` and `std` of the logits that exist.
+        labels: `label`, the logit at `tokens["labels"]`.
+        ids: `gathered`, the logits at `tokens["ids"]`: how many a position.
+        k: `values` and `indices` of the k largest.
+        moments: `mean` and `std` of the logits that exist.
     """
 
     labels: bool = False

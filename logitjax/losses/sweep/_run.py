@@ -1,4 +1,4 @@
-"""From the arguments of a ``linear_*`` function to a sweep: checks, block sizes, meshes."""
+"""From the arguments of a `linear_*` function to a sweep: checks, block sizes, meshes."""
 
 import dataclasses
 import math
@@ -47,26 +47,26 @@ def run(
     gradient is formed in the same sweep as the value and no logit is formed twice.
 
     Args:
-      statistic: what to sum up; static.
-      hidden: `[*batch, hidden]`, float32 or bfloat16. Matmuls run in the common type of hidden
-        states and kernel and accumulate in float32.
-      head: what turns them into logits.
-      teacher: the hidden states, `[*batch, teacher_hidden]`, and the head of a teacher with the
-        same vocabulary; neither gets a gradient.
-      tokens: arrays `[*batch, ...]` that the statistic reads, under names; without a gradient.
-      temperature: divides all logits; may be traced, but gets no gradient.
-      vocab_where: `[vocab]` boolean: True for the entries that exist.
-      weights: `[*batch]`; a position of weight 0 counts for nothing.
-      blocks: sizes of the blocks; chosen from shapes and backend when None.
-      axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that axis.
+        statistic: what to sum up; static.
+        hidden: `[*batch, hidden]`, float32 or bfloat16. Matmuls run in the common type of hidden
+            states and kernel and accumulate in float32.
+        head: what turns them into logits.
+        teacher: the hidden states, `[*batch, teacher_hidden]`, and the head of a teacher with the
+            same vocabulary; neither gets a gradient.
+        tokens: arrays `[*batch, ...]` that the statistic reads, under names; without a gradient.
+        temperature: divides all logits; may be traced, but gets no gradient.
+        vocab_where: `[vocab]` boolean: True for the entries that exist.
+        weights: `[*batch]`; a position of weight 0 counts for nothing.
+        blocks: sizes of the blocks; chosen from shapes and backend when None.
+        axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that axis.
 
     Returns:
-      The statistic's outputs, through its `losses` method. With `weights`: the scalar
-      `sum(weights * losses)`, and the outputs without a gradient.
+        The statistic's outputs, through its `losses` method. With `weights`: the scalar
+        `sum(weights * losses)`, and the outputs without a gradient.
 
     Raises:
-      TypeError: arrays are not floating point.
-      ValueError: shapes do not fit, or a kernel is square and its axis is not given.
+        TypeError: arrays are not floating point.
+        ValueError: shapes do not fit, or a kernel is square and its axis is not given.
     """
     ops.check_positive(temperature, "temperature")
     given = {"hidden": (hidden, head)}

@@ -15,12 +15,12 @@ class LogitBlock(NamedTuple):
     """The logits of some positions at some columns of the vocabulary, over the temperature.
 
     Attributes:
-      student: `[*batch, block]`, float32; `-inf` where a column does not count, such as one that
-        an earlier block had.
-      teacher: the same of the teacher; None without one.
-      columns: `[block]` int32, ids in the whole vocabulary.
-      first: the place of the first column that no earlier block had.
-      tokens: the arrays given to `run`, `[*batch, ...]`.
+        student: `[*batch, block]`, float32; `-inf` where a column does not count, such as one that
+            an earlier block had.
+        teacher: the same of the teacher; None without one.
+        columns: `[block]` int32, ids in the whole vocabulary.
+        first: the place of the first column that no earlier block had.
+        tokens: the arrays given to `run`, `[*batch, ...]`.
     """
 
     student: jax.Array
@@ -65,7 +65,7 @@ class Statistic(abc.ABC):
     the pass before gave as residuals, None in the first.
 
     Attributes:
-      passes: over the vocabulary.
+        passes: over the vocabulary.
     """
 
     passes: ClassVar[int] = 1
@@ -99,8 +99,8 @@ class OnlineSums(NamedTuple):
     """Sums weighted by `exp(logits)`, relative to the largest logit seen so far.
 
     Attributes:
-      peak: `[*batch]`, that logit.
-      sums: `[*batch]` each, over `exp(peak)`: the plain sum first, then one a term.
+        peak: `[*batch]`, that logit.
+        sums: `[*batch]` each, over `exp(peak)`: the plain sum first, then one a term.
     """
 
     peak: jax.Array

@@ -49,9 +49,9 @@ def _weighted_sum(losses: jax.Array, weights: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def run_weighted(sweep: Sweep, operands: Operands, weights: jax.Array) -> tuple[jax.Array, Any]:
-    """``sum(weights * losses)``, and the statistic's outputs, which get no gradient.
+    """`sum(weights * losses)`, and the statistic's outputs, which get no gradient.
 
-    Under ``axis_name`` on the first shard only, zero elsewhere.
+    Under `axis_name` on the first shard only, zero elsewhere.
     """
     return _value_only(sweep, operands, weights)
 
