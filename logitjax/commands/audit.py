@@ -25,7 +25,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from logitjax import data, decoding, leakage, models, storage
+from logitjax import data, decoding, leakage, models, processes, storage
 from logitjax.commands.cli import field
 from logitjax.commands.tables import markdown_table
 
@@ -82,7 +82,11 @@ class Truth:
 
 
 def run(config: Config, workdir: epath.Path) -> None:
-    """Asks, policy by policy, and writes what came of it."""
+    """Asks, policy by policy, and writes what came of it; of several processes the first."""
+    processes.run_on_first("audit", lambda: _run(config, workdir))
+
+
+def _run(config: Config, workdir: epath.Path) -> None:
     prompts, vocab, truth = _prepare(config)
     names = ("server",) if config.url else config.policy
     records = []
