@@ -9,7 +9,6 @@ say how much of the head has leaked and what a defence takes from honest users.
 
 from logitjax.leakage._alignment import align_head as align_head
 from logitjax.leakage._alignment import random_head_control as random_head_control
-from logitjax.leakage._alignment import utility_loss as utility_loss
 from logitjax.leakage._audit import SPAN as SPAN
 from logitjax.leakage._audit import Audit as Audit
 from logitjax.leakage._audit import audit as audit

@@ -12,4 +12,3 @@ from logitjax.vision._encoder import zero_shot_classifier as zero_shot_classifie
 from logitjax.vision._load_encoder import load_encoder as load_encoder
 from logitjax.vision._preprocessing import Preprocessing as Preprocessing
 from logitjax.vision._torch_layout import load_torch_weights as load_torch_weights
-from logitjax.vision._torch_layout import to_torch_weights as to_torch_weights

@@ -14,10 +14,9 @@ from logitjax.heads import (
     adaptive_topk,
     fit_adaptive_softmax,
     fit_low_rank,
-    init_adaptive_softmax,
     low_rank_logits,
 )
-from logitjax.heads._adaptive_softmax import adaptive_log_probs
+from logitjax.heads._adaptive_softmax import adaptive_log_probs, init_adaptive_softmax
 from logitjax.heads._low_rank import low_rank_nll
 from logitjax.models import Decoder, DecoderConfig
 from logitjax.vq import ProductHead, ShortlistHead, VQHead, fit_product_codes

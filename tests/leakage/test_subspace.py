@@ -18,8 +18,8 @@ from logitjax.leakage import (
     random_head_control,
     rounding_noise,
     settle_by_norm,
-    utility_loss,
 )
+from logitjax.leakage._alignment import utility_loss
 from logitjax.leakage._dimension import clip_spectrum, max_gap_dimension, noise_edge_dimension
 from logitjax.leakage._gram import cholesky_qr, gram_matrix
 from logitjax.leakage._sketch import init_sketch, randomised_svd, sketch_basis, update_sketch

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from logitjax import vision
 from logitjax.vision._resnet import CifarResNet
+from logitjax.vision._torch_layout import to_torch_weights
 from tests._modules import num_params
 from tests.vision.goldens.make_vision_goldens import SIZES, images, weight
 
@@ -55,7 +56,7 @@ def empty(name: str, **options) -> vision.ImageClassifier:
 
 
 def torch_weights(model: vision.ImageClassifier) -> dict[str, np.ndarray]:
-    shapes = {name: value.shape for name, value in vision.to_torch_weights(model).items()}
+    shapes = {name: value.shape for name, value in to_torch_weights(model).items()}
     return {name: weight(name, shape) for name, shape in shapes.items()}
 
 
@@ -76,7 +77,7 @@ def test_weights_survive_a_round_trip_and_mistakes_are_named(tmp_path):
     weights = torch_weights(model)
     save_file(weights, tmp_path / "model.safetensors")
     vision.load_torch_weights(model, tmp_path / "model.safetensors")
-    back = vision.to_torch_weights(model)
+    back = to_torch_weights(model)
     assert all(np.array_equal(back[name], weights[name]) for name in weights)
 
     lacking = {name: value for name, value in weights.items() if name != "fc.bias"}
