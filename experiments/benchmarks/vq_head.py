@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-from flax import nnx
 
 from experiments.benchmarks._suite import (
     Bar,
@@ -59,7 +58,7 @@ def _adaptive(hidden: int, vocab: int, unigram: np.ndarray) -> dict[str, Any]:
     config = heads.AdaptiveConfig(
         vocab_size=vocab, hidden_size=hidden, cutoffs=(vocab // 25, vocab // 5)
     )
-    return heads.AdaptiveHead(config, unigram, rngs=nnx.Rngs(0)).params()
+    return heads.init_adaptive_softmax(jax.random.key(0), config, unigram)
 
 
 def _decoders(case: dict[str, Any], codes: int) -> dict[str, Callable[[jax.Array], Any]]:

@@ -5,6 +5,7 @@ from logitjax.heads._adaptive_softmax import AdaptiveHead as AdaptiveHead
 from logitjax.heads._adaptive_softmax import adaptive_nll as adaptive_nll
 from logitjax.heads._adaptive_softmax import adaptive_topk as adaptive_topk
 from logitjax.heads._adaptive_softmax import fit_adaptive_softmax as fit_adaptive_softmax
+from logitjax.heads._adaptive_softmax import init_adaptive_softmax as init_adaptive_softmax
 from logitjax.heads._head_cost import HeadCost as HeadCost
 from logitjax.heads._linear import LinearHead as LinearHead
 from logitjax.heads._linear import TiedHead as TiedHead
