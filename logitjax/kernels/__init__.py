@@ -1,7 +1,7 @@
 """Kernels for CPUs, where XLA's compiler has no fast form of what decoding a cheap head needs.
 
 Sums of look-ups in small tables, products with chosen rows, and the places of the largest entries,
-in C++ that XLA calls (``jax.ffi``). Nothing needs them: `logitjax.ops` and `logitjax.heads` give
+in C++ that XLA calls (``jax.ffi``). Nothing needs them: `logitjax.ops` and `logitjax.vq` give
 the same results without, and take these where they are built and a program has one device, a CPU ::
 
     python -m logitjax.kernels
@@ -10,7 +10,8 @@ builds them with the machine's C++ compiler (``CXX``, else c++, g++ or clang++) 
 cache. ``LOGITJAX_NATIVE=0`` leaves them unused, e.g. for ``jax.export``; ``LOGITJAX_NATIVE=1`` uses
 them with several devices too, each of which then gets all rows of what they are given.
 
-What is shared here is lowest: it knows nothing of the rest of the library.
+Operations stand over these: `ops` chooses between a kernel and XLA, and a kernel knows nothing of
+what calls it.
 """
 
 import ctypes
