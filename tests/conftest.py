@@ -45,12 +45,13 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("logitjax")
 
-from tests import _executables  # noqa: E402
+from tests import _budget, _executables  # noqa: E402
 
 
 def pytest_configure(config):
     # This file's own hooks would not see the doctests of the package.
     config.pluginmanager.register(_executables)
+    config.pluginmanager.register(_budget.Budget())
 
 
 def pytest_collection_finish(session):

@@ -1,0 +1,70 @@
+"""A pytest plugin: what each test file costs in CPU-seconds and in compiled programs.
+
+Three quarters of a test's time are tracing and compiling, and the suite stays cheap only where
+somebody counts. Programs are counted whether XLA compiles them or the persistent cache has them, so
+the count is the same warm and cold. A test that needs more than `MOST_PROGRAMS` fails, unless it is
+marked `many_programs` with a reason.
+"""
+
+import collections
+import os
+
+import jax.monitoring
+import pytest
+
+MOST_PROGRAMS = 20
+_COMPILED = "/jax/core/compile/backend_compile_duration"
+_programs = 0
+
+
+def _count(event: str, seconds: float, **_: object) -> None:
+    global _programs
+    _programs += event == _COMPILED
+
+
+def _cpu_seconds() -> float:
+    """Of this process and of the children it has waited for."""
+    return sum(os.times()[:4])
+
+
+class Budget:
+    """Measures on workers, adds up and prints where the reports arrive."""
+
+    def __init__(self) -> None:
+        jax.monitoring.register_event_duration_secs_listener(_count)
+        self._last = (_cpu_seconds(), 0)
+        self._by_file: dict[str, list[float]] = collections.defaultdict(lambda: [0.0, 0, 0])
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, item, call):
+        report = yield
+        now = (_cpu_seconds(), _programs)
+        report.cpu_seconds, report.programs = (b - a for a, b in zip(self._last, now, strict=True))
+        self._last = now
+        allowed = item.get_closest_marker("many_programs")
+        if report.when == "call" and report.passed and report.programs > MOST_PROGRAMS:
+            if allowed is None:
+                report.outcome = "failed"
+                report.longrepr = (
+                    f"{report.programs} compiled programs, more than {MOST_PROGRAMS}: call what is "
+                    "tested through one jax.jit and make inputs in numpy, or mark the test "
+                    "many_programs(reason)"
+                )
+        return report
+
+    def pytest_runtest_logreport(self, report):
+        cost = self._by_file[report.nodeid.partition("::")[0]]
+        cost[0] += getattr(report, "cpu_seconds", 0.0)
+        cost[1] += getattr(report, "programs", 0)
+        cost[2] += report.when == "call"
+
+    def pytest_terminal_summary(self, terminalreporter):
+        if not self._by_file:
+            return
+        terminalreporter.section("CPU-seconds, programs and tests by file")
+        rows = sorted(self._by_file.items(), key=lambda row: -row[1][0])
+        shown = rows if terminalreporter.config.getoption("verbose") > 0 else rows[:25]
+        for name, (seconds, programs, tests) in shown:
+            terminalreporter.line(f"{seconds:7.1f} {programs:6d} {tests:5d}  {name}")
+        seconds, programs, tests = (sum(column) for column in zip(*self._by_file.values()))
+        terminalreporter.line(f"{seconds:7.1f} {programs:6d} {tests:5d}  in all (imports aside)")
