@@ -48,6 +48,10 @@ hypothesis.settings.load_profile("logitjax")
 from tests import _budget, _executables  # noqa: E402
 
 
+def pytest_addoption(parser):
+    parser.addoption("--strict-budget", action="store_true", help="too many programs fail a test")
+
+
 def pytest_configure(config):
     # This file's own hooks would not see the doctests of the package.
     config.pluginmanager.register(_executables)
