@@ -41,15 +41,20 @@ class Budget:
         now = (_cpu_seconds(), _programs)
         report.cpu_seconds, report.programs = (b - a for a, b in zip(self._last, now, strict=True))
         self._last = now
-        allowed = item.get_closest_marker("many_programs")
-        if report.when == "call" and report.passed and report.programs > MOST_PROGRAMS:
-            if allowed is None and item.config.getoption("strict_budget"):
-                report.outcome = "failed"
-                report.longrepr = (
-                    f"{report.programs} compiled programs, more than {MOST_PROGRAMS}: call what is "
-                    "tested through one jax.jit and make inputs in numpy, or mark the test "
-                    "many_programs(reason)"
-                )
+        strict = item.config.getoption("strict_budget")
+        if (
+            strict
+            and report.when == "call"
+            and report.passed
+            and report.programs > MOST_PROGRAMS
+            and item.get_closest_marker("many_programs") is None
+        ):
+            report.outcome = "failed"
+            report.longrepr = (
+                f"{report.programs} compiled programs, more than {MOST_PROGRAMS}: call what is "
+                "tested through one jax.jit and make inputs in numpy, or mark the test "
+                "many_programs(reason)"
+            )
         return report
 
     def pytest_runtest_logreport(self, report):
