@@ -28,7 +28,7 @@ class Update:
     tx: optax.GradientTransformation
     step: training.TrainStep
     mesh: jax.sharding.Mesh
-    rules: ops.ShardingRules
+    rules: ops.sharding.ShardingRules
 
     def start(self, params: Any, seed: int = 0) -> training.TrainState:
         """The state before the first step."""
@@ -52,7 +52,7 @@ def make_update(
     schedule: training.Schedule,
     *,
     mesh: jax.sharding.Mesh,
-    rules: ops.ShardingRules = models.DECODER_RULES,
+    rules: ops.sharding.ShardingRules = models.DECODER_RULES,
     trainable: str | None = None,
     weight_decay: float = 0.01,
     b2: float = 0.95,

@@ -26,7 +26,7 @@ def programs(config: Config, mesh: Any) -> Iterator[Program]:
     rate = config.learning_rate[0]
     tuning = vq.Tuning(steps=config.steps, batch_size=config.batch_size, learning_rate=rate)
     tx, step = tuning.update(vq.vq_distillation_loss, mesh)
-    update = fit.Update(tx=tx, step=step, mesh=mesh, rules=ops.ShardingRules())
+    update = fit.Update(tx=tx, step=step, mesh=mesh, rules=ops.sharding.ShardingRules())
     batch = shapes.rows(
         mesh,
         config.batch_size,

@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Bool, Float, Int, Integer, Shaped
 
-from logitjax.ops import Array, as_float, check_between
+from logitjax.ops import Array, checks
 
 _ROW_FIELDS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 
@@ -44,10 +44,10 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_between(self.temperature, 0.0, float("inf"), "temperature")
-        check_between(self.top_k, 0, 2**31 - 1, "top_k")
-        check_between(self.min_p, 0.0, 1.0, "min_p")
-        check_between(self.seed, 0, 2**32 - 1, "seed")
+        checks.between(self.temperature, 0.0, float("inf"), "temperature")
+        checks.between(self.top_k, 0, 2**31 - 1, "top_k")
+        checks.between(self.min_p, 0.0, 1.0, "min_p")
+        checks.between(self.seed, 0, 2**32 - 1, "seed")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
         if not self.repetition_penalty > 0:
@@ -118,7 +118,7 @@ def penalize_repetition(
     References:
       Keskar et al., CTRL, 2019, arXiv:1909.05858; negative logits as in transformers.
     """
-    logits, factor = as_float(logits, "logits"), jnp.asarray(penalty)[:, None]
+    logits, factor = checks.as_float(logits, "logits"), jnp.asarray(penalty)[:, None]
     return jnp.where(seen, jnp.where(logits > 0, logits / factor, logits * factor), logits)
 
 
@@ -168,7 +168,7 @@ def truncate(
     >>> jnp.isfinite(truncate(row, top_k=jnp.array([3]), min_p=jnp.array([0.4])))
     Array([[ True,  True, False, False]], dtype=bool)
     """
-    logits = as_float(logits, "logits")
+    logits = checks.as_float(logits, "logits")
     peak = logits.max(axis=-1, keepdims=True)
     keep = jnp.isfinite(logits)
     if top_k is not None or top_p is not None:
@@ -205,7 +205,7 @@ def sampling_logits(
     Temperature, then top-k, top-p and min-p of each row; what no row asks for costs nothing. A
     row of temperature 0 keeps only its largest logits.
     """
-    logits = as_float(logits, "logits")
+    logits = checks.as_float(logits, "logits")
     cold = rows.temperature == 0
     warm = logits / jnp.where(cold, 1, rows.temperature)[:, None]
     used = ~cold & ((rows.top_k > 0) | (rows.top_p < 1) | (rows.min_p > 0))
@@ -237,7 +237,7 @@ def sample(
     >>> sample(jnp.array([[0.0, 2.0, 1.0]]), rows, jnp.array([0]))
     Array([1], dtype=int32)
     """
-    logits = as_float(logits, "logits")
+    logits = checks.as_float(logits, "logits")
     greedy = logits.argmax(axis=-1).astype(jnp.int32)
 
     def draw() -> jax.Array:

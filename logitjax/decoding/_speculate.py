@@ -20,7 +20,7 @@ from logitjax.decoding._step import (
     mark_seen,
     rows_first,
 )
-from logitjax.ops import Array, as_float
+from logitjax.ops import Array, checks
 
 # Draws of one token: the draft's, whether it is accepted, what comes instead.
 _DRAFT, _ACCEPT, _INSTEAD = 1, 2, 3
@@ -153,7 +153,7 @@ def accept_or_redraw(
       (arXiv 2211.17192), algorithm 1. That p may be a fused distribution: Fu et al., Speculative
       decoding for collaborative decoding, 2025 (arXiv 2502.01662).
     """
-    logits = as_float(logits, "logits")
+    logits = checks.as_float(logits, "logits")
     greedy = logits.argmax(axis=-1).astype(jnp.int32)
 
     def draw() -> jax.Array:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from logitjax.ops import path_mask
+from logitjax.ops.sharding import path_mask
 
 
 def _mean_over(tree: Any, axis_name: Any) -> Any:

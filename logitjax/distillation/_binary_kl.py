@@ -7,16 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
-from logitjax.ops import (
-    Array,
-    AxisName,
-    Number,
-    as_float,
-    check_positive,
-    check_same_shape,
-    check_where,
-    psum,
-)
+from logitjax.ops import Array, AxisName, Number, checks, psum
 
 Reduction = Literal["sum", "mean"]
 
@@ -57,11 +48,11 @@ def _prepare(
     axis_name: AxisName | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Both logits in float32 with 0 for classes that are left out, and which are kept."""
-    student = as_float(student_logits, "student_logits")
-    teacher = jax.lax.stop_gradient(as_float(teacher_logits, "teacher_logits"))
-    check_same_shape(student, teacher, "student_logits", "teacher_logits")
-    check_where(vocab_where, student.shape, "vocab_where")
-    check_positive(temperature, "temperature")
+    student = checks.as_float(student_logits, "student_logits")
+    teacher = jax.lax.stop_gradient(checks.as_float(teacher_logits, "teacher_logits"))
+    checks.same_shape(student, teacher, "student_logits", "teacher_logits")
+    checks.where(vocab_where, student.shape, "vocab_where")
+    checks.positive(temperature, "temperature")
     if reduction not in ("sum", "mean"):
         raise ValueError(f"reduction: expected 'sum' or 'mean', got {reduction!r}")
     keep = (student != -jnp.inf) & (teacher != -jnp.inf)

@@ -250,7 +250,7 @@ def _to_front(top, where):
         )
 
     ndim = top.values.ndim
-    values, log_z, indices, where = ops.over_batch(
+    values, log_z, indices, where = ops.sharding.over_batch(
         move,
         (ndim, ndim - 1, ndim, ndim - 1),
         top.values,

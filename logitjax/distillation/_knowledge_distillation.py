@@ -5,28 +5,17 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from logitjax.distillation._binary_kl import bernoulli_kl
-from logitjax.ops import (
-    Array,
-    AxisName,
-    Number,
-    as_float,
-    check_positive,
-    check_same_shape,
-    check_where,
-    log_softmax,
-    logsumexp,
-    psum,
-)
+from logitjax.ops import Array, AxisName, Number, checks, log_softmax, logsumexp, psum
 
 
 def _softened(
     student_logits: Array, teacher_logits: Array, temperature: Number
 ) -> tuple[jax.Array, jax.Array]:
     """Both logits over the temperature, the teacher's without a gradient."""
-    student = as_float(student_logits, "student_logits")
-    teacher = jax.lax.stop_gradient(as_float(teacher_logits, "teacher_logits"))
-    check_same_shape(student, teacher, "student_logits", "teacher_logits")
-    check_positive(temperature, "temperature")
+    student = checks.as_float(student_logits, "student_logits")
+    teacher = jax.lax.stop_gradient(checks.as_float(teacher_logits, "teacher_logits"))
+    checks.same_shape(student, teacher, "student_logits", "teacher_logits")
+    checks.positive(temperature, "temperature")
     return student / temperature, teacher / temperature
 
 
@@ -190,8 +179,8 @@ def standardize_logits(
     References:
         Sun et al., Logit Standardization in Knowledge Distillation (CVPR 2024, arXiv 2403.01427).
     """
-    logits = as_float(logits, "logits")
-    check_where(vocab_where, logits.shape, "vocab_where")
+    logits = checks.as_float(logits, "logits")
+    checks.where(vocab_where, logits.shape, "vocab_where")
     keep = logits != -jnp.inf
     if vocab_where is not None:
         keep = keep & vocab_where

@@ -25,20 +25,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Bool, Float
 
-from logitjax.ops import (
-    Array,
-    AxisName,
-    Number,
-    TopK,
-    as_float,
-    check_axis,
-    check_positive,
-    check_vocabulary_unsharded,
-    finite_or_zero,
-    logsumexp,
-    over_batch,
-)
+from logitjax.ops import Array, AxisName, Number, TopK, checks, finite_or_zero, logsumexp
 from logitjax.ops import top_k as exact_top_k
+from logitjax.ops.sharding import over_batch
 
 
 def universal_logit_distance(
@@ -101,7 +90,7 @@ def universal_logit_distance(
         2024 (arXiv 2402.12030); truncated to the top ranks as in the figure of InfiGFusion (arXiv
         2505.13893). The value of `top_k` is ours.
     """
-    check_positive(temperature, "temperature")
+    checks.positive(temperature, "temperature")
     if top_k is not None:
         sizes = [
             0 if isinstance(model, TopK) else _vocabulary_size(model, axis, axis_name, name)
@@ -142,11 +131,11 @@ def _sorted_probs(
     axis_name: AxisName | None,
     name: str,
 ) -> jax.Array:
-    masked = as_float(logits, name, vocab_where, where_name)
-    scaled = jnp.moveaxis(masked, check_axis(axis, masked.ndim, name), -1) / temperature
+    masked = checks.as_float(logits, name, vocab_where, where_name)
+    scaled = jnp.moveaxis(masked, checks.axis(axis, masked.ndim, name), -1) / temperature
     log_z = logsumexp(scaled, axis_name=axis_name)
     if axis_name is None:
-        check_vocabulary_unsharded(scaled, name, "sort" if top_k is None else "top-k")
+        checks.vocabulary_unsharded(scaled, name, "sort" if top_k is None else "top-k")
     if top_k is not None:
         k = min(top_k, _vocabulary_size(scaled, -1, axis_name, name))
         values, _ = exact_top_k(scaled, k, axis_name=axis_name)
@@ -168,12 +157,12 @@ def _top_probs(top: TopK, top_k: int | None, name: str) -> jax.Array:
     held = top.values.shape[-1]
     if top_k > held:
         raise ValueError(f"{name} holds {held} entries, fewer than top_k={top_k}")
-    values = as_float(top.values, name)[..., :top_k]
-    return jnp.exp(values - finite_or_zero(as_float(top.log_z[..., None], name)))
+    values = checks.as_float(top.values, name)[..., :top_k]
+    return jnp.exp(values - finite_or_zero(checks.as_float(top.log_z[..., None], name)))
 
 
 def _vocabulary_size(logits: Array, axis: int, axis_name: AxisName | None, name: str) -> int:
-    size = logits.shape[check_axis(axis, logits.ndim, name)]
+    size = logits.shape[checks.axis(axis, logits.ndim, name)]
     return size if axis_name is None else size * lax.axis_size(axis_name)
 
 

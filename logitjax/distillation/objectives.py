@@ -301,7 +301,7 @@ def teacher_record(
         def draw(row: Any) -> losses.TailSample:
             here, taken, number = row
             key = jax.random.fold_in(jax.random.key(0), number)
-            return losses.sample_tail(key, model.logits(here), taken, tail_samples)
+            return losses.TailSample.draw(key, model.logits(here), taken, tail_samples)
 
         # A row at a time: here logits are held.
         tail = jax.lax.map(draw, (hidden, statistics.indices, jnp.asarray(rows, jnp.uint32)))

@@ -18,7 +18,7 @@ from logitjax.few_shot._method import (
 )
 from logitjax.few_shot._uncertainty import OFFICIAL_NORMALIZER, Uncertainty, uncertainty_weight
 from logitjax.losses import cross_entropy
-from logitjax.ops import Array, Number, as_float
+from logitjax.ops import Array, Number, checks
 
 _CERTAIN = Uncertainty()
 
@@ -47,7 +47,7 @@ def auxiliary_logits(
     Array([[1., 0.],
            [0., 1.]], dtype=float32)
     """
-    logits = as_float(auxiliary, "auxiliary") @ as_float(kernel, "kernel")
+    logits = checks.as_float(auxiliary, "auxiliary") @ checks.as_float(kernel, "kernel")
     return z_score(logits) if standardize else logits
 
 
@@ -63,8 +63,10 @@ def fuse_logits(
     >>> fuse_logits(jnp.array([[1.0, 0.0]]), jnp.array([[0.0, 2.0]]), beta=0.5)
     Array([[1., 1.]], dtype=float32)
     """
-    bias = as_float(bias, "bias")
-    return as_float(zero_shot, "zero_shot") + beta * (bias if weight is None else weight * bias)
+    bias = checks.as_float(bias, "bias")
+    return checks.as_float(zero_shot, "zero_shot") + beta * (
+        bias if weight is None else weight * bias
+    )
 
 
 def multi_branch_loss(

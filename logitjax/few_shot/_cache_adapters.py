@@ -17,7 +17,7 @@ from logitjax.few_shot._method import (
     unit_rows,
     z_score,
 )
-from logitjax.ops import Array, Number, as_float
+from logitjax.ops import Array, Number, checks
 
 
 def cache_logits(
@@ -49,8 +49,8 @@ def cache_logits(
     References:
         Zhang et al., Tip-Adapter (arXiv 2207.09519), eq. 4.
     """
-    affinity = as_float(features, "features") @ as_float(keys, "keys").T
-    return jnp.exp(-sharpness * (1.0 - affinity)) @ as_float(values, "values")
+    affinity = checks.as_float(features, "features") @ checks.as_float(keys, "keys").T
+    return jnp.exp(-sharpness * (1.0 - affinity)) @ checks.as_float(values, "values")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -173,7 +173,7 @@ def channel_criterion(
     References:
         Zhu et al., Not All Features Matter (arXiv 2304.01195), prior refinement, on text only.
     """
-    weights = as_float(class_weights, "class_weights")
+    weights = checks.as_float(class_weights, "class_weights")
     classes = weights.shape[-1]
     pairs = jnp.square(weights.sum(-1)) - jnp.square(weights).sum(-1)
     similarity = pairs / max(classes * (classes - 1), 1)
@@ -195,7 +195,9 @@ def label_divergence(
     >>> print(f"{label_divergence(jnp.eye(2), jnp.eye(2), jnp.array([0, 0]))[1]:.3f}")
     1.895
     """
-    log_p = jax.nn.log_softmax(as_float(keys, "keys") @ as_float(class_weights, "class_weights"))
+    log_p = jax.nn.log_softmax(
+        checks.as_float(keys, "keys") @ checks.as_float(class_weights, "class_weights")
+    )
     hit = one_hot(labels, log_p.shape[-1], log_p.dtype)
     return -(hit * log_p).sum(-1) / jnp.log(2.0)
 

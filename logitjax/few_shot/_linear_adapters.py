@@ -18,7 +18,7 @@ from logitjax.few_shot._method import (
     unit_rows,
 )
 from logitjax.losses import cross_entropy
-from logitjax.ops import Array, Number, as_float
+from logitjax.ops import Array, Number, checks
 
 CLIP_SCALE = 100.0
 
@@ -203,7 +203,7 @@ def lp_plus_plus_logits(
     Array([[4., 0.],
            [0., 4.]], dtype=float32)
     """
-    features = as_float(features, "features")
+    features = checks.as_float(features, "features")
     return features @ prototypes + bias + blend * (features @ class_weights)
 
 

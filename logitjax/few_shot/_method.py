@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Float, Int
 
 from logitjax.losses import cross_entropy
-from logitjax.ops import Array, Number, as_float
+from logitjax.ops import Array, Number, checks
 
 
 @jax.tree_util.register_dataclass
@@ -115,7 +115,7 @@ class Method:
 
     def logits(self, state: State, inputs: Inputs) -> jax.Array:
         """`s0 + beta * s_bias`, `[*batch, classes]`."""
-        return as_float(inputs.zero_shot, "zero_shot") + self.beta * self.bias(state, inputs)
+        return checks.as_float(inputs.zero_shot, "zero_shot") + self.beta * self.bias(state, inputs)
 
     def loss(self, state: State, inputs: Inputs, labels: Any) -> jax.Array:
         """What a gradient step lowers, `[*batch]`: the cross-entropy of the fused logits."""
@@ -129,7 +129,7 @@ def unit_rows(values: Float[Array, "*batch features"]) -> Float[jax.Array, "*bat
     Array([[0.6, 0.8],
            [0. , 0. ]], dtype=float32)
     """
-    values = as_float(values, "values")
+    values = checks.as_float(values, "values")
     square = jnp.square(values).sum(-1, keepdims=True)
     return jnp.where(square > 0, values / jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
 
@@ -158,7 +158,7 @@ def zero_shot_logits(
     >>> zero_shot_logits(jnp.array([[3.0, 4.0]]), jnp.eye(2)).round(4)
     Array([[60., 80.]], dtype=float32)
     """
-    weights = as_float(class_weights, "class_weights")
+    weights = checks.as_float(class_weights, "class_weights")
     return jnp.multiply(scale, unit_rows(features) @ weights)
 
 
@@ -178,7 +178,7 @@ def z_score(logits: Float[Array, "*batch classes"]) -> Float[jax.Array, "*batch 
     Array([[-1.,  0.,  1.],
            [ 0.,  0.,  0.]], dtype=float32)
     """
-    logits = as_float(logits, "logits")
+    logits = checks.as_float(logits, "logits")
     deviation = logits - logits.mean(-1, keepdims=True)
     variance = jnp.square(deviation).sum(-1, keepdims=True) / max(logits.shape[-1] - 1, 1)
     inverse = jnp.where(variance > 0, jax.lax.rsqrt(jnp.where(variance > 0, variance, 1.0)), 0.0)
@@ -195,7 +195,7 @@ def class_means(
     >>> class_means(jnp.array([[1.0], [3.0], [5.0]]), jnp.array([0, 0, 1]), 3)
     Array([[2., 5., 0.]], dtype=float32)
     """
-    features = as_float(features, "features")
+    features = checks.as_float(features, "features")
     members = one_hot(labels, num_classes, features.dtype)
     return (features.T @ members) / jnp.maximum(members.sum(0), 1)
 
@@ -209,4 +209,4 @@ def needed(value: Any, name: str, method: Any) -> jax.Array:
     """`value`, or an error that says which method misses it."""
     if value is None:
         raise ValueError(f"{name}: {type(method).__name__} expects it, got None")
-    return as_float(value, name)
+    return checks.as_float(value, name)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from logitjax.few_shot._method import z_score
-from logitjax.ops import Array, Number, as_float
+from logitjax.ops import Array, Number, checks
 
 Measure = Literal["none", "kurtosis", "entropy", "max", "margin", "top5", "energy", "std"]
 _MEASURES = ("none", "kurtosis", "entropy", "max", "margin", "top5", "energy", "std")
@@ -94,7 +94,7 @@ def uncertainty_weight(
         repository (its energy adds the maximum after the division by the temperature 2 and before
         the product with it, which is kept).
     """
-    logits = as_float(zero_shot, "zero_shot")
+    logits = checks.as_float(zero_shot, "zero_shot")
     measure, rho = config.measure, config.exponent
     classes = logits.shape[-1]
     if measure == "none":

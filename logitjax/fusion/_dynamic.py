@@ -14,7 +14,7 @@ from logitjax.fusion._joint import least_step, project
 from logitjax.fusion._path import Divergences, Moments, Path, divergences_at, make_path
 from logitjax.fusion._rows import by_rows
 from logitjax.fusion._solve import Solution, find_minimum, find_root
-from logitjax.ops import Array, AxisName, check_between
+from logitjax.ops import Array, AxisName, checks
 
 Method = Literal["grid", "newton", "jeffreys", "budget", "project"]
 Multi = Literal["single", "joint", "per_expert", "project"]
@@ -102,9 +102,9 @@ class DynamicFusion:
         low, high = self.alpha_range
         if not 0 <= low < high:
             raise ValueError(f"alpha_range: expected 0 <= low < high, got {self.alpha_range}")
-        check_between(self.num, 2, float("inf"), "num")
-        check_between(self.scan, 2, float("inf"), "scan")
-        check_between(self.max_sweeps, 1, float("inf"), "max_sweeps")
+        checks.between(self.num, 2, float("inf"), "num")
+        checks.between(self.scan, 2, float("inf"), "scan")
+        checks.between(self.max_sweeps, 1, float("inf"), "max_sweeps")
 
     def __call__(
         self,

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from logitjax.ops import Array, AxisName, as_float, check_where
+from logitjax.ops import Array, AxisName, checks
 
 
 class Inputs(NamedTuple):
@@ -41,8 +41,8 @@ def read_inputs(
     needs_bases: bool = True,
 ) -> Inputs:
     """Checks shapes and marks the entries that exist in every model that is given."""
-    large = as_float(logits_large, "logits_large")
-    check_where(vocab_where, large.shape, "vocab_where")
+    large = checks.as_float(logits_large, "logits_large")
+    checks.where(vocab_where, large.shape, "vocab_where")
     experts = _stacked(logits_experts, large, "logits_experts", needed=needs_experts)
     bases = _stacked(logits_bases, large, "logits_bases", needed=needs_bases)
     if experts is not None and bases is not None and bases.shape[0] not in (1, experts.shape[0]):
@@ -69,7 +69,7 @@ def _stacked(logits: Array | None, large: jax.Array, name: str, *, needed: bool)
         if needed:
             raise ValueError(f"{name}: this strategy needs them, got none")
         return None
-    values = as_float(logits, name)
+    values = checks.as_float(logits, name)
     if values.ndim == large.ndim:
         values = values[None]
     if values.shape[1:] != large.shape:

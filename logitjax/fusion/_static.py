@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
 from logitjax.fusion._inputs import pmax, read_inputs
-from logitjax.ops import Array, AxisName, as_float, check_between, log_softmax
+from logitjax.ops import Array, AxisName, checks, log_softmax
 
 
 @jax.tree_util.register_static
@@ -87,7 +87,7 @@ class DExperts:
     top_p: float = 0.9
 
     def __post_init__(self) -> None:
-        check_between(self.top_p, 0.0, 1.0, "top_p")
+        checks.between(self.top_p, 0.0, 1.0, "top_p")
 
     def __call__(
         self,
@@ -191,7 +191,7 @@ class ContrastiveDecoding:
     plausibility: float = 0.1
 
     def __post_init__(self) -> None:
-        check_between(self.plausibility, 0.0, 1.0, "plausibility")
+        checks.between(self.plausibility, 0.0, 1.0, "plausibility")
 
     def __call__(
         self,
@@ -224,6 +224,8 @@ class ContrastiveDecoding:
         if self.plausibility > 0:
             large = inputs.fused(inputs.large)
             peak = pmax(large.max(-1, keepdims=True), axis_name)
-            kept = large >= peak + jnp.log(as_float(jnp.array([self.plausibility]), "plausibility"))
+            kept = large >= peak + jnp.log(
+                checks.as_float(jnp.array([self.plausibility]), "plausibility")
+            )
             fused = jnp.where(kept, fused, -jnp.inf)
         return fused, {}

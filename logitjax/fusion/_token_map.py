@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from logitjax.ops import Array, AxisName, as_float, log_softmax
+from logitjax.ops import Array, AxisName, checks, log_softmax
 
 # Text that tokenizers are known to cut differently: spaces, digits, case, accents, code, emoji.
 PROBES = (
@@ -93,7 +93,7 @@ class TokenMap:
             logits_small: `[*batch, small]`; more entries than the vocabulary has are padding.
             vocab_where: boolean, broadcastable to them: True for the entries that exist.
         """
-        logits = as_float(logits_small, "logits_small")
+        logits = checks.as_float(logits_small, "logits_small")
         if logits.shape[-1] < self.small_size:
             raise ValueError(
                 f"logits_small: expected at least {self.small_size} entries, got {logits.shape[-1]}"

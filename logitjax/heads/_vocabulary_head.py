@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Float, Int, Key
 
 from logitjax.heads._head_cost import HeadCost
-from logitjax.ops import Array, TopK, check_positive, top_k_of
+from logitjax.ops import Array, TopK, checks
 
 
 class Assignment(nnx.Variable):
@@ -52,7 +52,7 @@ class VocabularyHead(nnx.Module):
         self, hidden: Float[Array, "*batch hidden"], k: int, embedding: Array | None = None
     ) -> TopK:
         """The k largest logits, their tokens, and the log-normaliser."""
-        return top_k_of(self(hidden, embedding), k)
+        return TopK.of(self(hidden, embedding), k)
 
     def sample(
         self,
@@ -63,5 +63,5 @@ class VocabularyHead(nnx.Module):
         temperature: float | Array = 1.0,
     ) -> Int[jax.Array, "*batch"]:
         """Tokens drawn from the whole distribution."""
-        check_positive(temperature, "temperature")
+        checks.positive(temperature, "temperature")
         return jax.random.categorical(key, self(hidden, embedding) / temperature).astype(jnp.int32)

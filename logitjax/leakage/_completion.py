@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Key
 
-from logitjax.ops import Array, check_positive
+from logitjax.ops import Array, checks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ def complete_rows(
     >>> complete_rows(rows, seen, 2, key=jax.random.key(0)).identifiable
     True
     """
-    check_positive(rank, "rank")
+    checks.positive(rank, "rank")
     vocab_where = np.asarray(vocab_where, bool)
     values = np.where(vocab_where, np.asarray(values, np.float32), 0.0)
     count, vocab = values.shape

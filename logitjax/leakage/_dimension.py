@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Key
 
-from logitjax.ops import Array, check_positive
+from logitjax.ops import Array, checks
 
 
 def clip_spectrum(singular_values: Float[Array, " n"]) -> Float[np.ndarray, " n"]:
@@ -109,7 +109,7 @@ def null_gap(
     >>> null_gap(8, 64, jax.random.key(0)) < 1
     True
     """
-    check_positive(draws, "draws")
+    checks.positive(draws, "draws")
     # The spectrum of a wide noise matrix is that of its Gram matrix; more columns change little.
     columns = min(columns, 16 * rows)
     gaps = []

@@ -6,7 +6,7 @@ from jax import lax
 from jaxtyping import Float
 
 from logitjax.leakage._precision import widest
-from logitjax.ops import Array, AxisName, check_positive, psum
+from logitjax.ops import Array, AxisName, checks, psum
 
 
 def gram_matrix(
@@ -33,7 +33,7 @@ def gram_matrix(
     >>> print(gram_matrix(jnp.array([[1.0, 0.0, 2.0]]), block_size=2))
     [[5.]]
     """
-    check_positive(block_size, "block_size")
+    checks.positive(block_size, "block_size")
     rows = jnp.asarray(rows)
     count, vocab = rows.shape
     dtype = widest()

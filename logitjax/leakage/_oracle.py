@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from logitjax.leakage._policy import Answer, LogitPolicy
-from logitjax.ops import Array, check_positive
+from logitjax.ops import Array, checks
 
 
 class BudgetExhaustedError(RuntimeError):
@@ -57,8 +57,8 @@ class LogitOracle:
         batch_size: int = 16,
         cache_size: int = 256,
     ):
-        check_positive(batch_size, "batch_size")
-        check_positive(cache_size, "cache_size")
+        checks.positive(batch_size, "batch_size")
+        checks.positive(cache_size, "cache_size")
         self.policy = policy
         self.budget = budget
         self.queries = 0

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int, Key
 
-from logitjax.ops import Array, as_float, check_positive, top_k
+from logitjax.ops import Array, checks, top_k
 
 RETURNS = ("logits", "logprobs")
 BIAS = ("none", "sampling", "reported")
@@ -88,7 +88,7 @@ class LogitPolicy:
             ("soft_cap", self.soft_cap),
         ):
             if value is not None:
-                check_positive(value, name)
+                checks.positive(value, name)
         for name, value in (("noise", self.noise), ("dummy_dims", self.dummy_dims)):
             if value < 0:
                 raise ValueError(f"{name} must not be negative, got {value}")
@@ -112,7 +112,7 @@ class LogitPolicy:
         Returns:
           ``[*batch, vocab]``, float32.
         """
-        logits = as_float(logits, "logits")
+        logits = checks.as_float(logits, "logits")
         vocab = logits.shape[-1]
         if self.soft_cap is not None:
             logits = self.soft_cap * jnp.tanh(logits / self.soft_cap)
@@ -157,7 +157,7 @@ class LogitPolicy:
         >>> print(answer.values, answer.tokens)
         [5.] [0]
         """
-        values = as_float(served, "served")
+        values = checks.as_float(served, "served")
         if bias_tokens is not None:
             values = self._biased(values, jnp.asarray(bias_tokens), bias_values)
         if self.returns == "logprobs":

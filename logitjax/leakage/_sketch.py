@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Float, Key
 
 from logitjax.leakage._gram import cholesky_qr, row_means
-from logitjax.ops import Array, AxisName, check_positive, psum
+from logitjax.ops import Array, AxisName, checks, psum
 
 
 @jax.tree_util.register_dataclass
@@ -32,7 +32,7 @@ def init_sketch(vocab: int, size: int, key: Key[jax.Array, ""]) -> RowSketch:
     >>> init_sketch(5, 2, jax.random.key(0)).columns.shape
     (5, 2)
     """
-    check_positive(size, "size")
+    checks.positive(size, "size")
     return RowSketch(
         columns=jnp.zeros((vocab, size), jnp.float32), rows=jnp.zeros((), jnp.int32), key=key
     )

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from logitjax.ops import Array, Number, as_float
+from logitjax.ops import Array, Number, checks
 
 
 def unbias_by_reference(
@@ -31,7 +31,7 @@ def unbias_by_reference(
     >>> print(bool(jnp.allclose(unbias_by_reference(y[:1], y[1], p[1]), p[:1], atol=1e-6)))
     True
     """
-    values = as_float(values, "values")
+    values = checks.as_float(values, "values")
     return (
         values
         - jnp.expand_dims(jnp.asarray(reference), -1)
@@ -95,7 +95,7 @@ def unbias_alone(
     >>> print(bool(jnp.allclose(found, p[:1], atol=1e-6)), factor < 2)
     True True
     """
-    values = as_float(values, "values")
+    values = checks.as_float(values, "values")
     log_mass = jax.nn.logsumexp(values, axis=-1)
     # log(1 - P_B) where P_B is close to 1 is what makes this form hard.
     rest = jnp.log(-jnp.expm1(jnp.minimum(log_mass, 0.0)))

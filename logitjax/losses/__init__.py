@@ -20,6 +20,5 @@ from logitjax.losses._sparse_teacher import (
 )
 from logitjax.losses._sparse_teacher import sparse_kl_divergence as sparse_kl_divergence
 from logitjax.losses._tail_sample import TailSample as TailSample
-from logitjax.losses._tail_sample import sample_tail as sample_tail
 from logitjax.losses.sweep import Blocks as Blocks
 from logitjax.losses.sweep import Head as Head

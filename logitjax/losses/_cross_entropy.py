@@ -24,16 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Bool, Float, Int
 
-from logitjax.ops import (
-    Array,
-    AxisName,
-    Number,
-    as_float,
-    check_axis,
-    finite_or_zero,
-    logsumexp,
-    psum,
-)
+from logitjax.ops import Array, AxisName, Number, checks, finite_or_zero, logsumexp, psum
 
 
 def cross_entropy(
@@ -88,9 +79,9 @@ def cross_entropy(
         Szegedy et al., Rethinking the Inception architecture, 2016 (label smoothing; here uniform
         over the entries that exist). Chowdhery et al., PaLM, 2022, section 5 (z-loss, weight 1e-4).
     """
-    logits = as_float(logits, "logits", vocab_where)
+    logits = checks.as_float(logits, "logits", vocab_where)
     labels = jnp.asarray(labels)
-    axis = check_axis(axis, logits.ndim, "logits")
+    axis = checks.axis(axis, logits.ndim, "logits")
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(f"labels: expected integers, got {labels.dtype}")
     expected = logits.shape[:axis] + logits.shape[axis + 1 :]

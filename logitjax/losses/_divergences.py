@@ -26,17 +26,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
-from logitjax.ops import (
-    Array,
-    AxisName,
-    Number,
-    as_float,
-    check_axis,
-    check_between,
-    check_positive,
-    log_softmax,
-    psum,
-)
+from logitjax.ops import Array, AxisName, Number, checks, log_softmax, psum
 
 
 def kl_divergence(
@@ -148,7 +138,7 @@ def generalized_jensen_shannon(
         TRL's `generalized_jsd_loss`, whose convention this is. Some ports swap the two weights and
         the two ends; they agree at beta = 1/2 only.
     """
-    check_between(beta, 0, 1, "beta")
+    checks.between(beta, 0, 1, "beta")
     log_q, log_p, axis = _log_probs(
         student_logits, teacher_logits, temperature, vocab_where, axis, axis_name
     )
@@ -223,16 +213,16 @@ def _log_probs(
     axis: int,
     axis_name: AxisName | None,
 ) -> tuple[jax.Array, jax.Array, int]:
-    student = as_float(student_logits, "student_logits")
-    teacher = as_float(teacher_logits, "teacher_logits")
-    axis = check_axis(axis, student.ndim, "student_logits")
+    student = checks.as_float(student_logits, "student_logits")
+    teacher = checks.as_float(teacher_logits, "teacher_logits")
+    axis = checks.axis(axis, student.ndim, "student_logits")
     if student.shape != teacher.shape:
         message = f"teacher_logits: expected the shape of student_logits, {student.shape}"
         hint = ""
         if student.ndim == teacher.ndim and student.shape[axis] != teacher.shape[axis]:
             hint = "; across vocabularies use universal_logit_distance or graph_on_logits"
         raise ValueError(f"{message}, got {teacher.shape}{hint}")
-    check_positive(temperature, "temperature")
+    checks.positive(temperature, "temperature")
 
     def log_probs(logits: jax.Array) -> jax.Array:
         return log_softmax(

@@ -18,7 +18,7 @@ from logitjax.losses.sweep import (
     Statistic,
     run,
 )
-from logitjax.ops import Array, AxisName, Number, check_between
+from logitjax.ops import Array, AxisName, Number, checks
 
 
 def linear_kl_divergence(
@@ -138,7 +138,7 @@ def linear_generalized_jensen_shannon(
     >>> print(f"{linear_generalized_jensen_shannon(one, head, one, teacher_head):.4f}")
     0.6931
     """
-    check_between(beta, 0, 1, "beta")
+    checks.between(beta, 0, 1, "beta")
     loss = run(
         KLStatistic(reverse=beta == 1) if beta in (0, 1) else _JensenShannon(beta=float(beta)),
         hidden,

@@ -9,17 +9,7 @@ from jaxtyping import Bool, Float
 
 from logitjax.losses._tail_sample import TailSample
 from logitjax.losses.sweep import Blocks, Head, ReadoutStatistic, run
-from logitjax.ops import (
-    Array,
-    AxisName,
-    Number,
-    TopK,
-    as_float,
-    check_positive,
-    finite_or_zero,
-    gather_at,
-    logsumexp,
-)
+from logitjax.ops import Array, AxisName, Number, TopK, checks, finite_or_zero, gather_at, logsumexp
 
 Tail = Literal["bucket", "renormalize"] | TailSample
 
@@ -51,8 +41,9 @@ def sparse_kl_divergence(
         renormalize   T^2 KL of both softmaxes over the k tokens alone, logits / T
         TailSample    sum_{i<=k} p_i log(p_i / q_i) + p_rest mean_s log(p_s / q_s)
 
-    With `m` tokens drawn from the teacher's tail (`sample_tail`) the last is an unbiased estimate
-    of the whole divergence, and so is its gradient; a single position's value may be negative.
+    With `m` tokens drawn from the teacher's tail (`TailSample.draw`) the last is an unbiased
+    estimate of the whole divergence, and so is its gradient; a single position's value may be
+    negative.
 
     Args:
         student: logits `[*batch, vocab]`, or the student's `TopK` at the *teacher's* indices (from
@@ -74,10 +65,10 @@ def sparse_kl_divergence(
             'renormalize', or the reverse direction with a sample.
 
     >>> import jax.numpy as jnp
-    >>> from logitjax.ops import top_k_of
+    >>> from logitjax.ops import TopK
     >>> teacher = jnp.log(jnp.array([0.5, 0.25, 0.125, 0.125]))
     >>> student = jnp.log(jnp.array([0.25, 0.25, 0.25, 0.25]))
-    >>> print(f"{sparse_kl_divergence(student, top_k_of(teacher, 2)):.4f}")
+    >>> print(f"{sparse_kl_divergence(student, TopK.of(teacher, 2)):.4f}")
     0.1733
 
     References:
@@ -89,7 +80,7 @@ def sparse_kl_divergence(
     if isinstance(student, TopK):
         gathered, log_z = student.values, student.log_z
     else:
-        logits = as_float(student, "student", vocab_where)
+        logits = checks.as_float(student, "student", vocab_where)
         log_z = logsumexp(logits, axis_name=axis_name)
         gathered = gather_at(logits, wanted, axis_name=axis_name)
     if gathered.shape != wanted.shape:
@@ -143,9 +134,9 @@ def linear_sparse_kl_divergence(
         ValueError: as `sparse_kl_divergence`.
 
     >>> import jax.numpy as jnp
-    >>> from logitjax.ops import top_k_of
+    >>> from logitjax.ops import TopK
     >>> one, head = jnp.ones((1,)), jnp.log(jnp.array([[0.25, 0.25, 0.25, 0.25]]))
-    >>> teacher = top_k_of(jnp.log(jnp.array([0.5, 0.25, 0.125, 0.125])), 2)
+    >>> teacher = TopK.of(jnp.log(jnp.array([0.5, 0.25, 0.125, 0.125])), 2)
     >>> print(f"{linear_sparse_kl_divergence(one, head, teacher):.4f}")
     0.1733
     """
@@ -211,7 +202,7 @@ def _check(direction: str, tail: Tail, temperature: Number) -> None:
         raise ValueError(f"tail: expected 'bucket', 'renormalize' or a TailSample, got {tail!r}")
     if sampled and direction == "reverse":
         raise ValueError("direction: expected 'forward' with a TailSample, which the teacher drew")
-    check_positive(temperature, "temperature")
+    checks.positive(temperature, "temperature")
     if tail != "renormalize" and not (isinstance(temperature, int | float) and temperature == 1):
         raise ValueError(
             "temperature: expected 1 without tail='renormalize': the mass outside the top k is "

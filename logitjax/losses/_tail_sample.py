@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
-from logitjax.ops import Array, as_float, logsumexp
+from logitjax.ops import Array, checks, logsumexp
 
 
 @jax.tree_util.register_dataclass
@@ -23,53 +23,55 @@ class TailSample:
     values: Any
     indices: Any
 
+    @classmethod
+    def draw(
+        cls,
+        key: Any,
+        logits: Float[Array, "*batch vocab"],
+        top_indices: Int[Array, "*batch k"],
+        samples: int,
+    ) -> "TailSample":
+        """Draw tokens outside the top k in proportion to their probabilities.
 
-def sample_tail(
-    key: Any,
-    logits: Float[Array, "*batch vocab"],
-    top_indices: Int[Array, "*batch k"],
-    samples: int,
-) -> TailSample:
-    """Draw tokens outside the top k in proportion to their probabilities.
+        ::
 
-    ::
+            v_s ~ p_v / p_rest  for v outside the top k,   s = 1..m
 
-        v_s ~ p_v / p_rest  for v outside the top k,   s = 1..m
+        Args:
+            key: `jax.random.key`.
+            logits: `[*batch, vocab]`, the teacher's; `-inf` entries are never drawn.
+            top_indices: `[*batch, k]`, what to leave out.
+            samples: m, at least 1.
 
-    Args:
-        key: `jax.random.key`.
-        logits: `[*batch, vocab]`, the teacher's; `-inf` entries are never drawn.
-        top_indices: `[*batch, k]`, what to leave out.
-        samples: m, at least 1.
+        Returns:
+            `TailSample`. Where nothing is left outside the top k, id 0 with a logit of `-inf`.
 
-    Returns:
-        `TailSample`. Where nothing is left outside the top k, id 0 with a logit of `-inf`.
+        Raises:
+            ValueError: fewer than one sample.
 
-    Raises:
-        ValueError: fewer than one sample.
-
-    >>> import jax, jax.numpy as jnp
-    >>> drawn = sample_tail(jax.random.key(0), jnp.array([5.0, 1.0, -jnp.inf]), jnp.array([0]), 3)
-    >>> drawn.indices, drawn.values
-    (Array([1, 1, 1], dtype=int32), Array([1., 1., 1.], dtype=float32))
-    """
-    if samples < 1:
-        raise ValueError(f"samples: expected at least 1, got {samples}")
-    logits = as_float(logits, "logits")
-    batch, vocab = logits.shape[:-1], logits.shape[-1]
-    rows = logits.reshape(-1, vocab)
-    taken = jnp.asarray(top_indices).reshape(len(rows), -1)
-    rest = rows.at[jnp.arange(len(rows))[:, None], taken].set(-jnp.inf)
-    log_rest = logsumexp(rest)
-    some = log_rest > -jnp.inf
-    shares = jnp.exp(rest - jnp.where(some, log_rest, 0.0)[:, None])
-    cumulative = jnp.cumsum(shares, axis=-1)
-    # Drawn within what the sums add up to, in the open interval: no entry of mass zero is hit.
-    uniform = jax.random.uniform(
-        key, (len(rows), samples), minval=jnp.finfo(jnp.float32).tiny, maxval=1.0
-    )
-    drawn = jax.vmap(jnp.searchsorted)(cumulative, uniform * cumulative[:, -1:])
-    ids = jnp.where(some[:, None], jnp.minimum(drawn, vocab - 1), 0).astype(jnp.int32)
-    values = jnp.where(some[:, None], jnp.take_along_axis(rows, ids, axis=-1), -jnp.inf)
-    shape = (*batch, samples)
-    return TailSample(values=values.reshape(shape), indices=ids.reshape(shape))
+        >>> import jax, jax.numpy as jnp
+        >>> logits = jnp.array([5.0, 1.0, -jnp.inf])
+        >>> drawn = TailSample.draw(jax.random.key(0), logits, jnp.array([0]), 3)
+        >>> drawn.indices, drawn.values
+        (Array([1, 1, 1], dtype=int32), Array([1., 1., 1.], dtype=float32))
+        """
+        if samples < 1:
+            raise ValueError(f"samples: expected at least 1, got {samples}")
+        logits = checks.as_float(logits, "logits")
+        batch, vocab = logits.shape[:-1], logits.shape[-1]
+        rows = logits.reshape(-1, vocab)
+        taken = jnp.asarray(top_indices).reshape(len(rows), -1)
+        rest = rows.at[jnp.arange(len(rows))[:, None], taken].set(-jnp.inf)
+        log_rest = logsumexp(rest)
+        some = log_rest > -jnp.inf
+        shares = jnp.exp(rest - jnp.where(some, log_rest, 0.0)[:, None])
+        cumulative = jnp.cumsum(shares, axis=-1)
+        # Drawn within what the sums add up to, in the open interval: no entry of mass zero is hit.
+        uniform = jax.random.uniform(
+            key, (len(rows), samples), minval=jnp.finfo(jnp.float32).tiny, maxval=1.0
+        )
+        drawn = jax.vmap(jnp.searchsorted)(cumulative, uniform * cumulative[:, -1:])
+        ids = jnp.where(some[:, None], jnp.minimum(drawn, vocab - 1), 0).astype(jnp.int32)
+        values = jnp.where(some[:, None], jnp.take_along_axis(rows, ids, axis=-1), -jnp.inf)
+        shape = (*batch, samples)
+        return cls(values=values.reshape(shape), indices=ids.reshape(shape))

@@ -73,7 +73,7 @@ def load_model(
     layout: str = "stacked",
     remat: str = "none",
     mesh: jax.sharding.Mesh | None = None,
-    rules: ops.ShardingRules | None = None,
+    rules: ops.sharding.ShardingRules | None = None,
     attention: Literal["xla", "cudnn"] | None = None,
 ) -> Decoder:
     """Load a decoder from a Hugging Face directory, a GGUF file, or by name.
@@ -129,12 +129,12 @@ def load_model(
 
 
 def _shardings(
-    mesh: jax.sharding.Mesh | None, rules: ops.ShardingRules | None
+    mesh: jax.sharding.Mesh | None, rules: ops.sharding.ShardingRules | None
 ) -> Callable[[str, tuple[int, ...]], jax.sharding.Sharding]:
     if mesh is None:
         device = SingleDeviceSharding(jax.local_devices()[0])
         return lambda path, shape: device
-    rules = ops.ShardingRules() if rules is None else rules
+    rules = ops.sharding.ShardingRules() if rules is None else rules
     return lambda path, shape: NamedSharding(mesh, rules.spec(path, shape, mesh.shape))
 
 

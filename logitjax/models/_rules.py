@@ -2,7 +2,7 @@
 
 from jax.sharding import PartitionSpec as P
 
-from logitjax.ops import ShardingRules
+from logitjax.ops.sharding import ShardingRules
 
 #: `fsdp` on the model dimension; `tensor` on heads, feed-forward and vocabulary, in Megatron's
 #: pairing: the maps into heads and MLP by column, those out of them by row, so that one reduction

@@ -1,11 +1,11 @@
-"""Operations the other packages share: top-k, safe softmax, means, checks, sharding rules."""
+"""Operations the other packages share: top-k, safe softmax, means.
 
-from logitjax.ops._checks import as_float as as_float
-from logitjax.ops._checks import check_axis as check_axis
-from logitjax.ops._checks import check_between as check_between
-from logitjax.ops._checks import check_positive as check_positive
-from logitjax.ops._checks import check_same_shape as check_same_shape
-from logitjax.ops._checks import check_where as check_where
+`ops.checks` refuses arguments and says which, what was expected and what came; `ops.sharding` is
+for code that runs on a mesh: names of axes, rows of a batch, rules for the leaves of a pytree.
+"""
+
+from logitjax.ops import checks as checks
+from logitjax.ops import sharding as sharding
 from logitjax.ops._log_softmax import AxisName as AxisName
 from logitjax.ops._log_softmax import finite_or_zero as finite_or_zero
 from logitjax.ops._log_softmax import log_softmax as log_softmax
@@ -14,18 +14,9 @@ from logitjax.ops._log_softmax import psum as psum
 from logitjax.ops._log_softmax import soft_cap as soft_cap
 from logitjax.ops._masked_mean import masked_mean as masked_mean
 from logitjax.ops._positions import Positions as Positions
-from logitjax.ops._sharding import BATCH_AXES as BATCH_AXES
-from logitjax.ops._sharding import VOCABULARY_AXES as VOCABULARY_AXES
-from logitjax.ops._sharding import auto_axes as auto_axes
-from logitjax.ops._sharding import check_vocabulary_unsharded as check_vocabulary_unsharded
-from logitjax.ops._sharding import over_batch as over_batch
-from logitjax.ops._sharding_rules import ShardingRules as ShardingRules
-from logitjax.ops._sharding_rules import path_mask as path_mask
-from logitjax.ops._sharding_rules import path_string as path_string
 from logitjax.ops._static import Static as Static
 from logitjax.ops._top_k import TopK as TopK
 from logitjax.ops._top_k import gather_at as gather_at
 from logitjax.ops._top_k import top_k as top_k
-from logitjax.ops._top_k import top_k_of as top_k_of
 from logitjax.ops._types import Array as Array
 from logitjax.ops._types import Number as Number

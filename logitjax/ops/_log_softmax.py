@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Bool, Float
 
-from logitjax.ops._checks import as_float, check_axis
+from logitjax.ops import checks
 from logitjax.ops._types import Array
 
 AxisName = str | tuple[str, ...]
@@ -46,8 +46,8 @@ def logsumexp(
     >>> print(f"{logsumexp(jnp.log(jnp.array([1.0, 2.0, 5.0, 0.0]))):.3f}")
     2.079
     """
-    logits = as_float(logits, "logits", vocab_where)
-    axis = check_axis(axis, logits.ndim, "logits")
+    logits = checks.as_float(logits, "logits", vocab_where)
+    axis = checks.axis(axis, logits.ndim, "logits")
     return _logsumexp(logits, axis, axis_name)
 
 
@@ -81,8 +81,8 @@ def log_softmax(
     >>> log_softmax(jnp.array([0.0, 0.0, -jnp.inf])).round(4)
     Array([-0.6931, -0.6931,    -inf], dtype=float32)
     """
-    logits = as_float(logits, "logits", vocab_where)
-    axis = check_axis(axis, logits.ndim, "logits")
+    logits = checks.as_float(logits, "logits", vocab_where)
+    axis = checks.axis(axis, logits.ndim, "logits")
     log_z = _logsumexp(logits, axis, axis_name)
     return logits - jnp.expand_dims(finite_or_zero(log_z), axis)
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
-from logitjax.ops._checks import check_where
+from logitjax.ops import checks
 from logitjax.ops._types import Array
 
 
@@ -36,7 +36,7 @@ def masked_mean(
     """
     values = jnp.asarray(values)
     values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
-    check_where(where, values.shape)
+    checks.where(where, values.shape)
     if where is None:
         where = jnp.ones(values.shape, bool)
     where = jnp.broadcast_to(where, values.shape)

@@ -11,10 +11,10 @@ from jax import lax
 from jaxtyping import Bool, Float, Int, Shaped
 
 from logitjax import kernels
-from logitjax.ops._checks import as_float
+from logitjax.ops import checks
 from logitjax.ops._log_softmax import AxisName, logsumexp
-from logitjax.ops._sharding import check_vocabulary_unsharded, over_batch
 from logitjax.ops._types import Array
+from logitjax.ops.sharding import over_batch
 
 #: Entries from which on the kernel for CPUs is worth a call.
 _LONG = 1024
@@ -63,7 +63,7 @@ def top_k(
     if group_size < 1:
         raise ValueError(f"group_size: expected a positive number, got {group_size}")
     if axis_name is None:
-        check_vocabulary_unsharded(values, "values", "top-k")
+        checks.vocabulary_unsharded(values, "values", "top-k")
         return _local_top_k(values, k, group_size)
     top_values, ids = _local_top_k(values, min(k, vocab), group_size)
     ids = ids + lax.axis_index(axis_name) * vocab
@@ -110,7 +110,7 @@ def gather_at(
         return (jnp.take_along_axis(values, ids, axis=-1),)
 
     if axis_name is None:
-        check_vocabulary_unsharded(values, "values", "gather")
+        checks.vocabulary_unsharded(values, "values", "gather")
         return over_batch(gather, (values.ndim,), values, ids)[0]
     vocab = values.shape[-1]
     local = ids - lax.axis_index(axis_name) * vocab
@@ -136,38 +136,40 @@ class TopK:
     indices: Any
     log_z: Any
 
+    @classmethod
+    def of(
+        cls,
+        logits: Float[Array, "*batch vocab"],
+        k: int,
+        *,
+        vocab_where: Bool[Array, "..."] | None = None,
+        axis_name: AxisName | None = None,
+    ) -> "TopK":
+        """The top k of full logits.
 
-def top_k_of(
-    logits: Float[Array, "*batch vocab"],
-    k: int,
-    *,
-    vocab_where: Bool[Array, "..."] | None = None,
-    axis_name: AxisName | None = None,
-) -> TopK:
-    """The `TopK` of full logits.
+        For a temperature, give `logits / temperature`.
 
-    For a temperature, give `logits / temperature`.
+        Args:
+            logits: `[*batch, vocab]`.
+            k: how many to keep, at most the vocabulary.
+            vocab_where: boolean, broadcastable to `logits`: True for the entries that exist.
+            axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that
+                axis.
 
-    Args:
-        logits: `[*batch, vocab]`.
-        k: how many to keep, at most the vocabulary.
-        vocab_where: boolean, broadcastable to `logits`: True for the entries that exist.
-        axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that axis.
+        Returns:
+            `TopK` with float32 values.
 
-    Returns:
-        `TopK` with float32 values.
+        Raises:
+            ValueError: as `top_k`.
 
-    Raises:
-        ValueError: as `top_k`.
-
-    >>> import jax.numpy as jnp
-    >>> top = top_k_of(jnp.log(jnp.array([0.1, 0.7, 0.2])), 2)
-    >>> [f"{log_p:.2f}" for log_p in top.values - top.log_z], top.indices
-    (['-0.36', '-1.61'], Array([1, 2], dtype=int32))
-    """
-    logits = as_float(logits, "logits", vocab_where)
-    values, indices = top_k(logits, k, axis_name=axis_name)
-    return TopK(values, indices, logsumexp(logits, axis_name=axis_name))
+        >>> import jax.numpy as jnp
+        >>> top = TopK.of(jnp.log(jnp.array([0.1, 0.7, 0.2])), 2)
+        >>> [f"{log_p:.2f}" for log_p in top.values - top.log_z], top.indices
+        (['-0.36', '-1.61'], Array([1, 2], dtype=int32))
+        """
+        logits = checks.as_float(logits, "logits", vocab_where)
+        values, indices = top_k(logits, k, axis_name=axis_name)
+        return cls(values, indices, logsumexp(logits, axis_name=axis_name))
 
 
 def _local_top_k(values: jax.Array, k: int, group_size: int) -> tuple[jax.Array, jax.Array]:

@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import future as ocp_future
 
-from logitjax.ops import path_string
+from logitjax.ops.sharding import path_string
 from logitjax.storage import write_atomic
 
 _SIZES = "_SIZES"

@@ -8,7 +8,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from logitjax.ops import BATCH_AXES, VOCABULARY_AXES
+from logitjax.ops.sharding import BATCH_AXES, VOCABULARY_AXES
 
 AXES = (*BATCH_AXES, *VOCABULARY_AXES)
 

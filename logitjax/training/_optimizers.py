@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from logitjax.ops import path_mask
+from logitjax.ops.sharding import path_mask
 
 Course = Literal["constant", "linear", "cosine", "wsd", "rsqrt"]
 Optimizer = Literal["adamw", "lion", "adafactor", "sgd"]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from logitjax.ops import ShardingRules
+from logitjax.ops.sharding import ShardingRules
 
 #: Works for any model: every matrix is split over ``fsdp`` along its largest dimension.
 FSDP_RULES = ShardingRules(unmatched="fsdp")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from logitjax.ops import ShardingRules
+from logitjax.ops.sharding import ShardingRules
 from logitjax.training._sharding import FSDP_RULES, shard_tree
 
 

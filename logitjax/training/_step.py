@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from logitjax.ops import path_mask
+from logitjax.ops.sharding import path_mask
 from logitjax.training._mesh import batch_sharding, batch_shards, make_global_batch
 from logitjax.training._metrics import MetricAccumulator
 from logitjax.training._state import TrainState

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
-from logitjax.ops import Array, Number, check_positive, check_same_shape, check_where
+from logitjax.ops import Array, Number, checks
 
 
 def as_losses(values: Array, name: str) -> jax.Array:
@@ -58,7 +58,7 @@ def sequence_nll(
     if where is None:
         where = jnp.ones(nll.shape, bool)
     where = jnp.asarray(where)
-    check_where(where, nll.shape)
+    checks.where(where, nll.shape)
     where = jnp.broadcast_to(where, nll.shape)
     return jnp.where(where, nll, 0.0).sum(-1), where.sum(-1, dtype=jnp.int32)
 
@@ -199,7 +199,7 @@ def simnpo(
     lengths = jnp.asarray(lengths)
     if not jnp.issubdtype(lengths.dtype, jnp.integer):
         raise TypeError(f"lengths: expected integers, got {lengths.dtype}")
-    check_same_shape(nll, lengths, "nll", "lengths")
+    checks.same_shape(nll, lengths, "nll", "lengths")
     return _preference(nll / jnp.maximum(lengths, 1) - delta, beta)
 
 
@@ -248,16 +248,16 @@ def dpo(
     rejected = _above_reference(
         rejected_nll, reference_rejected_nll, "rejected_nll", "reference_rejected_nll"
     )
-    check_same_shape(chosen, rejected, "chosen_nll", "rejected_nll")
+    checks.same_shape(chosen, rejected, "chosen_nll", "rejected_nll")
     return _preference(rejected - chosen, beta)
 
 
 def _above_reference(nll: Array, reference: Array, name: str, reference_name: str) -> jax.Array:
     nll, reference = as_losses(nll, name), as_losses(reference, reference_name)
-    check_same_shape(nll, reference, name, reference_name)
+    checks.same_shape(nll, reference, name, reference_name)
     return nll - jax.lax.stop_gradient(reference)
 
 
 def _preference(gap: jax.Array, beta: float) -> jax.Array:
-    check_positive(beta, "beta")
+    checks.positive(beta, "beta")
     return 2.0 / beta * jax.nn.softplus(-beta * gap)

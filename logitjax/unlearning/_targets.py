@@ -10,8 +10,7 @@ from logitjax.ops import (
     Array,
     AxisName,
     Number,
-    as_float,
-    check_same_shape,
+    checks,
     finite_or_zero,
     log_softmax,
     logsumexp,
@@ -56,7 +55,7 @@ def uniform_kl(
         constant. The release takes the log of a float32 softmax, which is infinite once a logit
         lies 103 below the largest, and averages over all positions, prompt and padding included.
     """
-    logits = as_float(logits, "logits", vocab_where)
+    logits = checks.as_float(logits, "logits", vocab_where)
     log_z = finite_or_zero(logsumexp(logits, axis_name=axis_name))
     exists = logits > -jnp.inf
     total = psum(jnp.where(exists, logits, 0.0).sum(-1), axis_name)
@@ -103,9 +102,9 @@ def undial(
         loss) averages over all positions and lets a label of -100 name the token V - 100; here such
         labels give nan, for the caller's mask to leave out.
     """
-    logits = as_float(logits, "logits")
-    reference = lax.stop_gradient(as_float(reference_logits, "reference_logits"))
-    check_same_shape(logits, reference, "logits", "reference_logits")
+    logits = checks.as_float(logits, "logits")
+    reference = lax.stop_gradient(checks.as_float(reference_logits, "reference_logits"))
+    checks.same_shape(logits, reference, "logits", "reference_logits")
     labels = jnp.asarray(labels)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(f"labels: expected integers, got {labels.dtype}")
@@ -154,7 +153,7 @@ def rmu(
         (`EMBED_DIFF` is the retain term), which averages tokens within a sequence first, then
         sequences.
     """
-    hidden = as_float(hidden, "hidden")
+    hidden = checks.as_float(hidden, "hidden")
     target = lax.stop_gradient(as_losses(target, "target"))
     if target.shape not in (hidden.shape[-1:], hidden.shape):
         raise ValueError(

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float
 
-from logitjax.ops import Array, over_batch
+from logitjax.ops import Array
+from logitjax.ops.sharding import over_batch
 
 # He's initialisation over the outputs, as all these networks use it.
 _he_fan_out = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")

@@ -8,15 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Bool, Float, Int
 
-from logitjax.ops import (
-    Array,
-    AxisName,
-    check_positive,
-    check_where,
-    finite_or_zero,
-    logsumexp,
-    over_batch,
-)
+from logitjax.ops import Array, AxisName, checks, finite_or_zero, logsumexp
+from logitjax.ops.sharding import over_batch
 
 
 def cluster_log_mass(
@@ -81,7 +74,7 @@ def code_scores(
         scores = lax.dot_general(hidden, codebook, contract, preferred_element_type=wide)
     if soft_cap is None:
         return scores
-    check_positive(soft_cap, "soft_cap")
+    checks.positive(soft_cap, "soft_cap")
     return soft_cap * jnp.tanh(scores / soft_cap)
 
 
@@ -93,10 +86,10 @@ def token_bias(
     vocab_where: Bool[Array, " vocab"] | None = None,
 ) -> Float[jax.Array, " vocab"]:
     """The bias that the other functions add: zero if there is none, ``-inf`` where excluded."""
-    check_positive(temperature, "temperature")
+    checks.positive(temperature, "temperature")
     bias = jnp.zeros(assignment.shape, jnp.float32) if bias is None else _float32(bias)
     bias = bias / temperature
-    check_where(vocab_where, bias.shape, "vocab_where")
+    checks.where(vocab_where, bias.shape, "vocab_where")
     return bias if vocab_where is None else jnp.where(vocab_where, bias, -jnp.inf)
 
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Float, Integer, Key
 
-from logitjax.ops import Array, over_batch
+from logitjax.ops import Array
+from logitjax.ops.sharding import over_batch
 from logitjax.vq._kmeans import fit_kmeans
 from logitjax.vq._shortlist import Rescore
 

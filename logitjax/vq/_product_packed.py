@@ -10,7 +10,8 @@ from jax import lax
 from jaxtyping import Float, Integer, UInt8
 
 from logitjax import kernels
-from logitjax.ops import Array, over_batch
+from logitjax.ops import Array
+from logitjax.ops.sharding import over_batch
 from logitjax.vq._product import product_logits, product_tables
 
 _BLOCK = 32

@@ -8,7 +8,8 @@ from jax import lax
 from jaxtyping import Float, Int
 
 from logitjax import kernels
-from logitjax.ops import Array, over_batch
+from logitjax.ops import Array
+from logitjax.ops.sharding import over_batch
 
 #: Rows that XLA gathers at a time for one position on a CPU: they fit its cache.
 _PART = 256

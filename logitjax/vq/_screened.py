@@ -10,16 +10,8 @@ from jaxtyping import Float, Int
 
 from logitjax.heads import HeadCost, VocabularyHead
 from logitjax.losses import Head
-from logitjax.ops import (
-    Array,
-    TopK,
-    check_positive,
-    finite_or_zero,
-    gather_at,
-    logsumexp,
-    over_batch,
-    top_k,
-)
+from logitjax.ops import Array, TopK, checks, finite_or_zero, gather_at, logsumexp, top_k
+from logitjax.ops.sharding import over_batch
 from logitjax.vq._shortlist import Rescore, exact_rows, in_blocks
 
 #: Approximate logits of the whole vocabulary: ``hidden [n, hidden] -> [n, vocab]`` float32.
@@ -109,7 +101,7 @@ def screened_nll(
     hidden, labels = jnp.asarray(hidden), jnp.asarray(labels)
     if labels.shape != hidden.shape[:-1]:
         raise ValueError(f"labels must be of shape {hidden.shape[:-1]}, got {labels.shape}")
-    check_positive(temperature, "temperature")
+    checks.positive(temperature, "temperature")
 
     def block(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
         hidden, labels = inputs

@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Float, Int
 
-from logitjax.ops import Array, TopK, check_positive, finite_or_zero, logsumexp, top_k
+from logitjax.ops import Array, TopK, checks, finite_or_zero, logsumexp, top_k
 from logitjax.vq._loss import code_scores
 from logitjax.vq._row_products import row_products
 
@@ -243,7 +243,7 @@ def shortlist_nll(
     hidden, labels, assignment = jnp.asarray(hidden), jnp.asarray(labels), jnp.asarray(assignment)
     if labels.shape != hidden.shape[:-1]:
         raise ValueError(f"labels must be of shape {hidden.shape[:-1]}, got {labels.shape}")
-    check_positive(temperature, "temperature")
+    checks.positive(temperature, "temperature")
     pages = shortlist.pages.with_biases(bias)
     hot = _heated(pages, temperature)
 
@@ -306,7 +306,7 @@ def shortlist_topk(
     Array([[1, 2]], dtype=int32)
     """
     hidden = jnp.asarray(hidden)
-    check_positive(temperature, "temperature")
+    checks.positive(temperature, "temperature")
     pages = shortlist.pages
     hot = _heated(pages, temperature)
     listed = shortlist.num_pages * pages.tokens.shape[1]

@@ -12,7 +12,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 
 from logitjax import training
-from logitjax.ops import Array, ShardingRules, logsumexp
+from logitjax.ops import Array, logsumexp
+from logitjax.ops.sharding import ShardingRules
 from logitjax.vq._assignment import reassign
 from logitjax.vq._loss import cluster_log_mass, code_scores, vq_nll
 from logitjax.vq._targets import HeadTargets

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from logitjax.distillation import universal_logit_distance
-from logitjax.ops import top_k_of
+from logitjax.ops import TopK
 
 
 def pair(shape=(2, 3), student_vocab=17, teacher_vocab=23):
@@ -56,13 +56,13 @@ def test_temperature_and_axis():
 
 def test_cached_teacher_equals_full_logits():
     student, teacher = pair()
-    cached = top_k_of(teacher, 6)
+    cached = TopK.of(teacher, 6)
     expected = universal_logit_distance(student, teacher, top_k=4)
     result = universal_logit_distance(student, cached, top_k=4)
     np.testing.assert_allclose(result, expected, rtol=1e-6)
 
     def both(student):
-        return universal_logit_distance(top_k_of(student, 4), cached, top_k=4).sum()
+        return universal_logit_distance(TopK.of(student, 4), cached, top_k=4).sum()
 
     def dense(student):
         return universal_logit_distance(student, teacher, top_k=4).sum()
@@ -137,7 +137,7 @@ def test_errors_name_the_culprit():
         universal_logit_distance(student, teacher, top_k=24)
     with pytest.raises(ValueError, match="top_k: expected a positive number or None, got 0"):
         universal_logit_distance(student, teacher, top_k=0)
-    cached = top_k_of(teacher, 6)
+    cached = TopK.of(teacher, 6)
     with pytest.raises(ValueError, match="teacher holds 6 entries, fewer than top_k=10"):
         universal_logit_distance(student, cached)
     with pytest.raises(ValueError, match="top_k=None compares all ranks, but teacher is a TopK"):

@@ -27,7 +27,7 @@ X, W = _normal(0, BATCH, LENGTH, HIDDEN), _normal(1, HIDDEN, VOCAB)
 TX, TW = _normal(2, BATCH, LENGTH, HIDDEN), _normal(3, HIDDEN, VOCAB)
 Y = jnp.asarray(np.random.default_rng(4).integers(0, VOCAB, (BATCH, LENGTH)))
 WEIGHTS = _normal(5, BATCH, LENGTH)
-TEACHER = ops.top_k_of(TX @ TW, 7)
+TEACHER = ops.TopK.of(TX @ TW, 7)
 
 
 def _mesh(kind=AxisType.Auto):

@@ -19,7 +19,7 @@ def _normal(seed, *shape, scale=1.0):
 
 X, W, B = _normal(0, BATCH, LENGTH, HIDDEN), _normal(1, VOCAB, HIDDEN), _normal(2, VOCAB)
 TEACHER_LOGITS = _normal(3, BATCH, LENGTH, VOCAB, scale=3.0)
-TEACHER = ops.top_k_of(TEACHER_LOGITS, K)
+TEACHER = ops.TopK.of(TEACHER_LOGITS, K)
 LABELS = jnp.asarray(np.random.default_rng(4).integers(0, VOCAB, (BATCH, LENGTH)))
 WEIGHTS = _normal(5, BATCH, LENGTH)
 
@@ -47,7 +47,7 @@ def test_equals_kl_after_merging_the_tail(direction):
 
 def test_all_entries_kept_give_the_full_divergence():
     logits = X @ W.T
-    teacher = ops.top_k_of(TEACHER_LOGITS, VOCAB)
+    teacher = ops.TopK.of(TEACHER_LOGITS, VOCAB)
     want = losses.kl_divergence(logits, TEACHER_LOGITS)
     np.testing.assert_allclose(losses.sparse_kl_divergence(logits, teacher), want, atol=1e-5)
 
@@ -139,12 +139,12 @@ def _fused(x, w, b):
 
 
 SAMPLES = 6
-SAMPLE = losses.sample_tail(jax.random.key(0), TEACHER_LOGITS, TEACHER.indices, SAMPLES)
+SAMPLE = losses.TailSample.draw(jax.random.key(0), TEACHER_LOGITS, TEACHER.indices, SAMPLES)
 
 
 def test_tail_samples_follow_the_tail():
     logits = jnp.asarray([3.0, 1.0, -jnp.inf, 2.0, 0.0, 3.5])
-    drawn = losses.sample_tail(jax.random.key(1), logits, jnp.asarray([5, 0]), 20_000)
+    drawn = losses.TailSample.draw(jax.random.key(1), logits, jnp.asarray([5, 0]), 20_000)
     counts = np.bincount(drawn.indices, minlength=6)
     p = np.exp([1.0, 2.0, 0.0])
     expected = 20_000 * p / p.sum()
@@ -156,8 +156,8 @@ def test_tail_samples_follow_the_tail():
 
 def test_nothing_left_to_draw_costs_nothing():
     logits = jnp.asarray([1.0, -jnp.inf, 0.0])
-    top = ops.top_k_of(logits, 2)
-    drawn = losses.sample_tail(jax.random.key(0), logits, top.indices, 2)
+    top = ops.TopK.of(logits, 2)
+    drawn = losses.TailSample.draw(jax.random.key(0), logits, top.indices, 2)
     assert (drawn.values == -jnp.inf).all()
     student = jnp.asarray([0.0, -jnp.inf, 0.5])
     value, gradient = jax.value_and_grad(lambda z: losses.sparse_kl_divergence(z, top, tail=drawn))(
@@ -169,10 +169,10 @@ def test_nothing_left_to_draw_costs_nothing():
 
 def test_sampled_tail_estimates_the_full_divergence_and_its_gradient():
     student, teacher, top = (X @ W.T)[0, 0], TEACHER_LOGITS[0, 0], TEACHER.indices[0, 0]
-    known = ops.top_k_of(teacher, K)
+    known = ops.TopK.of(teacher, K)
 
     def estimate(z, samples):
-        drawn = losses.sample_tail(jax.random.key(2), teacher, top, samples)
+        drawn = losses.TailSample.draw(jax.random.key(2), teacher, top, samples)
         return losses.sparse_kl_divergence(z, known, tail=drawn)
 
     value, gradient = jax.value_and_grad(functools.partial(estimate, samples=400_000))(student)
@@ -205,7 +205,7 @@ def test_sampled_tails_that_make_no_sense_are_named():
     with pytest.raises(ValueError, match="direction: expected 'forward' with a TailSample"):
         losses.sparse_kl_divergence(TEACHER_LOGITS, TEACHER, direction="reverse", tail=SAMPLE)
     with pytest.raises(ValueError, match="samples: expected at least 1"):
-        losses.sample_tail(jax.random.key(0), TEACHER_LOGITS, TEACHER.indices, 0)
+        losses.TailSample.draw(jax.random.key(0), TEACHER_LOGITS, TEACHER.indices, 0)
 
 
 @functools.cache

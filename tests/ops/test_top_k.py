@@ -11,7 +11,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from logitjax.ops import gather_at, logsumexp, top_k, top_k_of
+from logitjax.ops import TopK, gather_at, logsumexp, top_k
 
 
 def assert_same(result, expected):
@@ -157,19 +157,19 @@ def test_group_size_is_positive():
 
 def test_top_k_of_is_a_pytree_of_log_probabilities():
     logits = rows()[3:].astype(jnp.bfloat16)
-    top = jax.jit(lambda v: top_k_of(v, 4))(logits)
+    top = jax.jit(lambda v: TopK.of(v, 4))(logits)
     assert top.values.dtype == jnp.float32
     np.testing.assert_allclose(top.log_z, logsumexp(logits), rtol=1e-6)
     np.testing.assert_array_equal(
         gather_at(logits, top.indices).astype(np.float32), np.asarray(top.values)
     )
     assert jax.tree.map(jnp.shape, top).values == (5, 4)
-    stacked = jax.vmap(lambda v: top_k_of(v, 4))(logits)
+    stacked = jax.vmap(lambda v: TopK.of(v, 4))(logits)
     np.testing.assert_array_equal(stacked.indices, top.indices)
 
 
 def test_top_k_of_leaves_masked_entries_out():
-    top = top_k_of(jnp.array([3.0, 2.0, 1.0]), 2, vocab_where=jnp.array([False, True, True]))
+    top = TopK.of(jnp.array([3.0, 2.0, 1.0]), 2, vocab_where=jnp.array([False, True, True]))
     np.testing.assert_array_equal(top.indices, [1, 2])
     np.testing.assert_allclose(top.log_z, np.log(np.exp(2) + np.exp(1)), rtol=1e-6)
 

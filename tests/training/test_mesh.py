@@ -82,7 +82,7 @@ def test_decoder_rules_cover_the_decoder(layout):
     for tree in (state.params, state.opt_state[0].mu):
         for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
             used = {axis for axis in leaf.sharding.spec if axis}
-            name = ops.path_string(path)
+            name = ops.sharding.path_string(path)
             if re.search("norm|(output|down)/bias", name):
                 assert used == set(), name
             else:
@@ -94,17 +94,17 @@ def test_decoder_rules_cover_the_decoder(layout):
 
 def test_rules_fall_back_or_refuse():
     mesh_shape = {"data": 1, "fsdp": 2, "tensor": 4}
-    rules = ops.ShardingRules(rules=(("kernel", P("fsdp", "tensor")),))
+    rules = ops.sharding.ShardingRules(rules=(("kernel", P("fsdp", "tensor")),))
     assert tuple(rules.spec("q/kernel", (8, 6), mesh_shape)) == ("fsdp", None)
     assert tuple(rules.spec("q/bias", (8,), mesh_shape)) == ()
     assert tuple(rules.spec("mu/kernel", (8,), mesh_shape)) == ()
-    strict = ops.ShardingRules(rules=rules.rules, strict=True)
+    strict = ops.sharding.ShardingRules(rules=rules.rules, strict=True)
     with pytest.raises(
         ValueError, match="'q/kernel': 'tensor' of size 4 does not divide dimension 1"
     ):
         strict.spec("q/kernel", (8, 6), mesh_shape)
     with pytest.raises(ValueError, match="not 'expert'"):
-        ops.ShardingRules(rules=(("", P("expert")),)).spec("w", (8,), mesh_shape)
+        ops.sharding.ShardingRules(rules=(("", P("expert")),)).spec("w", (8,), mesh_shape)
 
 
 def test_whole_state_is_sharded_and_independent_of_the_given_parameters():

@@ -189,7 +189,7 @@ def test_decoder_trains_from_scratch_and_fine_tunes_with_the_head(conversion):
 
         mesh = training.make_mesh("data:2,tensor:4")
         tx = optax.adam(3e-3)
-        rules = ops.ShardingRules(
+        rules = ops.sharding.ShardingRules(
             rules=(("codebook$", jax.sharding.PartitionSpec("tensor", None)),)
         )
         state = training.create_train_state(nnx.to_pure_dict(params), tx, mesh=mesh, rules=rules)

@@ -52,7 +52,7 @@ class Head:
         if self.vocab_axis not in (None, 0, 1):
             raise ValueError(f"vocab_axis: expected 0, 1 or None, got {self.vocab_axis}")
         if self.soft_cap is not None:
-            ops.check_positive(self.soft_cap, "soft_cap")
+            ops.checks.positive(self.soft_cap, "soft_cap")
 
     @classmethod
     def of(cls, head: "Head | Array") -> "Head":

@@ -68,7 +68,7 @@ def run(
         TypeError: arrays are not floating point.
         ValueError: shapes do not fit, or a kernel is square and its axis is not given.
     """
-    ops.check_positive(temperature, "temperature")
+    ops.checks.positive(temperature, "temperature")
     given = {"hidden": (hidden, head)}
     if teacher is not None:
         given["teacher_hidden"] = teacher
@@ -173,10 +173,10 @@ def _on_auto_mesh(local: Callable[..., Any], operands: Operands, weights: Array 
     hidden, head = operands.student.hidden, operands.student.head
 
     def dividing(names: tuple[str, ...], size: int) -> tuple[str, ...]:
-        return tuple(name for name in ops.auto_axes(names, size) if mesh.shape[name] > 1)
+        return tuple(name for name in ops.sharding.auto_axes(names, size) if mesh.shape[name] > 1)
 
-    rows = dividing(ops.BATCH_AXES, hidden.shape[0]) if hidden.ndim > 1 else ()
-    columns = dividing(ops.VOCABULARY_AXES, head.vocab_size())
+    rows = dividing(ops.sharding.BATCH_AXES, hidden.shape[0]) if hidden.ndim > 1 else ()
+    columns = dividing(ops.sharding.VOCABULARY_AXES, head.vocab_size())
     if not rows + columns:
         return local(operands, weights, None)
     # Where arrays lie, in the place of arrays.

@@ -24,47 +24,57 @@ def as_float(
     values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
     if vocab_where is None:
         return values
-    check_where(vocab_where, values.shape, where_name)
+    where(vocab_where, values.shape, where_name)
     return jnp.where(vocab_where, values, -jnp.inf)
 
 
-def check_axis(axis: int, ndim: int, name: str) -> int:
+def axis(axis: int, ndim: int, name: str) -> int:
     """Returns `axis` counted from the front."""
     if not -ndim <= axis < ndim:
         raise ValueError(f"axis: expected one of the {ndim} axes of {name}, got {axis}")
     return axis % ndim
 
 
-def check_same_shape(first: Array, second: Array, first_name: str, second_name: str) -> None:
+def same_shape(first: Array, second: Array, first_name: str, second_name: str) -> None:
     if first.shape != second.shape:
         raise ValueError(
             f"{second_name}: expected the shape of {first_name}, {first.shape}, got {second.shape}"
         )
 
 
-def check_where(where: Array | None, shape: tuple[int, ...], name: str = "where") -> None:
+def where(mask: Array | None, shape: tuple[int, ...], name: str = "where") -> None:
     """Checks that a boolean mask broadcasts to `shape`."""
-    if where is None:
+    if mask is None:
         return
-    if where.dtype != jnp.bool_:
-        raise TypeError(f"{name}: expected booleans, got {where.dtype}")
+    if mask.dtype != jnp.bool_:
+        raise TypeError(f"{name}: expected booleans, got {mask.dtype}")
     try:
-        matches = jnp.broadcast_shapes(where.shape, shape) == tuple(shape)
+        matches = jnp.broadcast_shapes(mask.shape, shape) == tuple(shape)
     except ValueError:
         matches = False
     if not matches:
         raise ValueError(
-            f"{name}: expected a shape that broadcasts to {tuple(shape)}, got {where.shape}"
+            f"{name}: expected a shape that broadcasts to {tuple(shape)}, got {mask.shape}"
         )
 
 
-def check_positive(value: Any, name: str) -> None:
+def positive(value: Any, name: str) -> None:
     """Checks a Python number; a traced one cannot be looked at and passes."""
     if isinstance(value, (int, float, np.number)) and not value > 0:
         raise ValueError(f"{name}: expected a positive number, got {value}")
 
 
-def check_between(value: Any, low: float | int, high: float | int, name: str) -> None:
+def between(value: Any, low: float | int, high: float | int, name: str) -> None:
     """Checks a Python number; a traced one cannot be looked at and passes."""
     if isinstance(value, (int, float, np.number)) and not low <= value <= high:
         raise ValueError(f"{name}: expected a number from {low} to {high}, got {value}")
+
+
+def vocabulary_unsharded(values: jax.Array, name: str, operation: str) -> None:
+    """Raises when the last axis of `values` is sharded over an Explicit mesh axis."""
+    spec = jax.typeof(values).sharding.spec
+    if len(spec) == values.ndim and values.ndim and spec[-1] is not None:
+        raise ValueError(
+            f"{name} is sharded over {spec[-1]!r} along its vocabulary: a {operation} needs "
+            f"axis_name={spec[-1]!r} inside jax.shard_map, or an unsharded vocabulary"
+        )
