@@ -12,7 +12,7 @@ from experiments.dual_head.config import Config
 from experiments.dual_head.data import Part, Placed, Task, fits_on_device
 from experiments.dual_head.train import Course, Given, Teacher, Trainer
 from experiments.shared import shapes
-from experiments.shared.programs import Program
+from logitjax.training import Program
 
 # Images and classes of the data sets that presets name.
 _SIZES = {

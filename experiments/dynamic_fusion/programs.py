@@ -6,7 +6,7 @@ from typing import Any
 from experiments.dynamic_fusion.config import Config
 from experiments.dynamic_fusion.train import make_update, text_loss
 from experiments.shared import shapes
-from experiments.shared.programs import Program
+from logitjax.training import Program
 
 
 def programs(config: Config, mesh: Any) -> Iterator[Program]:

@@ -9,8 +9,8 @@ from jax.sharding import Mesh
 
 from experiments.few_shot.arms import Arm, arms
 from experiments.few_shot.config import Config
-from experiments.shared.programs import Program
 from logitjax import few_shot
+from logitjax.training import Program
 
 # ImageNet under CLIP's and MoCo's ResNet-50: the largest of the paper's data sets.
 _CLASSES, _FEATURES, _AUXILIARY = 1000, 1024, 2048

@@ -11,8 +11,8 @@ from experiments.graph_fusion import train
 from experiments.graph_fusion.config import Config
 from experiments.graph_fusion.data import source_names
 from experiments.shared import shapes
-from experiments.shared.programs import Program
 from logitjax import losses, models, training
+from logitjax.training import Program
 
 
 def programs(config: Config, mesh: Mesh) -> Iterator[Program]:

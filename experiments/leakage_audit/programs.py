@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from experiments.leakage_audit.config import Config
 from experiments.shared import shapes
-from experiments.shared.programs import Program
 from logitjax import decoding
+from logitjax.training import Program
 
 
 def programs(config: Config, mesh: Any) -> Iterator[Program]:

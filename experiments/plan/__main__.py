@@ -3,6 +3,7 @@
     python -m experiments.plan --experiment=graph_fusion --preset=paper --chip=v5p:4x4x8
     python -m experiments.plan --experiment=graph_fusion --preset=paper --chip=h100 \
         --mesh=data:1,fsdp:32,tensor:2
+    python -m experiments.plan --command=convert-head --chip=v5e:2x2 -- --model=DIR --data=text:FILE
 
 For TPUs the real compiler compiles ahead of time, on any machine, TPU or not (the extra `plan`,
 Python 3.12 or newer): bytes of a device, floating-point work, collectives by kind and bytes, and
@@ -17,7 +18,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,6 +28,7 @@ from etils import epath
 from experiments.plan import chips, costs
 from experiments.shared.report import markdown_table
 from logitjax import training
+from logitjax.commands import cli
 
 # By experiment the slice to plan for where no chip is named.
 EXPERIMENTS = {
@@ -162,21 +164,46 @@ def plans(
     module = importlib.import_module(f"experiments.{experiment}.programs")
     if preset not in settings.PRESETS:
         raise ValueError(f"preset: expected one of {', '.join(settings.PRESETS)}, got {preset!r}")
-    chosen = dict(settings.PRESETS[preset])
-    fields = {field.name for field in dataclasses.fields(settings.Config)}
-    if mesh:
-        if "mesh" not in fields:
-            raise ValueError(f"mesh: {experiment} runs on one device")
-        chosen["mesh"] = mesh
-    config = settings.Config(**chosen)
-    devices = chips.devices_of(chip)
+    config = settings.Config(**settings.PRESETS[preset])
     names = {"experiment": experiment, "preset": preset}
-    if "mesh" in fields:
+    yield from _plans_of(module.programs, config, chip, mesh=mesh, every=every, **names)
+
+
+def command_plans(
+    command: str, arguments: Sequence[str], chip: chips.Chip, *, mesh: str = "", every: bool = False
+) -> Iterator[Plan]:
+    """The programs of a command that trains, with the flags that it would be run with."""
+    module = importlib.import_module(f"logitjax.commands.{command.replace('-', '_')}")
+    if not hasattr(module, "programs"):
+        raise ValueError(f"command: expected one that trains, got {command!r}")
+    values = cli.define_flags(module.Config)
+    rest = values([command, *arguments])[1:]
+    config = cli.config_from_flags(module.Config, None, values, rest)
+    names = {"experiment": f"logitjax {command}", "preset": " ".join(arguments)}
+    yield from _plans_of(module.programs, config, chip, mesh=mesh, every=every, **names)
+
+
+def _plans_of(
+    programs: Callable[..., Iterator[training.Program]],
+    config: Any,
+    chip: chips.Chip,
+    *,
+    mesh: str,
+    every: bool,
+    **names: str,
+) -> Iterator[Plan]:
+    has_mesh = "mesh" in {field.name for field in dataclasses.fields(config)}
+    if mesh:
+        if not has_mesh:
+            raise ValueError(f"mesh: {names['experiment']} runs on one device")
+        config = dataclasses.replace(config, mesh=mesh)
+    devices = chips.devices_of(chip)
+    if has_mesh:
         names["mesh"] = config.mesh
         made = training.make_mesh(config.mesh, devices=devices)
     else:
         made = training.make_mesh("data:1", devices=devices[:1])
-    for program in module.programs(config, made):
+    for program in programs(config, made):
         yield make_plan(program.trace(), chip, devices=made.size, program=program.name, **names)
         if not every:
             return
@@ -245,8 +272,8 @@ def markdown(found: Sequence[Plan]) -> str:
 def read(workdir: epath.Path) -> list[Plan]:
     """All plans that were kept, in the order of the experiments."""
     found = [Plan(**json.loads(path.read_text())) for path in sorted(workdir.glob("*.json"))]
-    order = list(EXPERIMENTS)
-    return sorted(found, key=lambda plan: (order.index(plan.experiment), plan.estimate))
+    order = {name: place for place, name in enumerate(EXPERIMENTS)}
+    return sorted(found, key=lambda plan: (order.get(plan.experiment, len(order)), plan.estimate))
 
 
 def keep(plan: Plan, workdir: epath.Path) -> None:
@@ -258,34 +285,45 @@ def keep(plan: Plan, workdir: epath.Path) -> None:
 
 def _main(argv: Sequence[str]) -> None:
     values = flags.FLAGS
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}")
     workdir = epath.Path(values.workdir)
     if values.markdown:
         print(markdown(read(workdir)))
         return
     try:
-        if values.experiment is None:
-            raise ValueError(f"experiment: expected one of {', '.join(EXPERIMENTS)}")
-        chip = chips.parse_chip(values.chip or EXPERIMENTS[values.experiment])
+        if (values.experiment is None) == (values.command is None):
+            raise ValueError(
+                f"experiment: expected one of {', '.join(EXPERIMENTS)}, or a --command that trains"
+            )
+        if argv[1:] and values.command is None:
+            raise ValueError(f"unexpected argument {argv[1]!r}")
+        chip = chips.parse_chip(values.chip or EXPERIMENTS.get(values.experiment, "v5e:2x2"))
         chips.prepare(chip, values.mesh or _mesh_of(values.experiment, values.preset))
-        for plan in plans(
-            values.experiment, values.preset, chip, mesh=values.mesh or "", every=values.all
-        ):
+        options = {"mesh": values.mesh or "", "every": values.all}
+        if values.command:
+            found = command_plans(values.command, argv[1:], chip, **options)
+        else:
+            found = plans(values.experiment, values.preset, chip, **options)
+        for plan in found:
             print(report(plan), flush=True)
             keep(plan, workdir)
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, flags.Error) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
-def _mesh_of(experiment: str, preset: str) -> str:
+def _mesh_of(experiment: str | None, preset: str) -> str:
+    """Commands split over all devices that there are."""
+    if experiment is None:
+        return "data:1"
     module = importlib.import_module(f"experiments.{experiment}.config")
     return module.PRESETS.get(preset, {}).get("mesh", "data:1")
 
 
 if __name__ == "__main__":
     flags.DEFINE_enum("experiment", None, list(EXPERIMENTS), "Experiment whose programs to plan.")
+    flags.DEFINE_string(
+        "command", None, "Command that trains, such as convert-head; its flags follow after --."
+    )
     flags.DEFINE_string("preset", "paper", "Preset of the experiment.")
     flags.DEFINE_string("mesh", None, "Axes and sizes of the mesh, in place of the preset's.")
     flags.DEFINE_string(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from experiments.replication import arms
 from experiments.replication.config import Config
 from experiments.shared import shapes
-from experiments.shared.programs import Program
+from logitjax.training import Program
 
 
 def programs(config: Config, mesh: Any) -> Iterator[Program]:

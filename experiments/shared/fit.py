@@ -10,8 +10,8 @@ import jax
 import optax
 from etils import epath
 
-from experiments.shared.programs import Program
 from logitjax import models, ops, processes, training
+from logitjax.training import Program
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

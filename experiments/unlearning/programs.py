@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from experiments.shared import shapes
-from experiments.shared.programs import Program
 from experiments.unlearning import arms, train
 from experiments.unlearning.config import Config
 from logitjax import models, unlearning
+from logitjax.training import Program
 
 
 def programs(config: Config, mesh: Any) -> Iterator[Program]:

@@ -6,13 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments.shared import fit, shapes
-from experiments.shared.programs import Program
+from experiments.shared import shapes
 from experiments.vq_head import train
 from experiments.vq_head.config import Config
-from logitjax import ops, vq
-
-_TOP = 64
+from logitjax import vq
+from logitjax.training import Program
 
 
 def _array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
@@ -21,26 +19,13 @@ def _array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
 
 def programs(config: Config, mesh: Any) -> Iterator[Program]:
     """Tuning the largest codebook, and the update of the small model that has a VQ head."""
-    model, codes = shapes.decoder_config(config.model), max(config.codes)
-    vocab, width = model.vocab_size, model.hidden_size
-    rate = config.learning_rate[0]
-    tuning = vq.Tuning(steps=config.steps, batch_size=config.batch_size, learning_rate=rate)
-    tx, step = tuning.update(vq.vq_distillation_loss, mesh)
-    update = fit.Update(tx=tx, step=step, mesh=mesh, rules=ops.sharding.ShardingRules())
-    batch = shapes.rows(
-        mesh,
-        config.batch_size,
-        hidden=(jnp.float32, width),
-        probs=(jnp.float32, _TOP),
-        tokens=(jnp.int32, _TOP),
+    model = shapes.decoder_config(config.model)
+    tuning = vq.Tuning(
+        steps=config.steps, batch_size=config.batch_size, learning_rate=config.learning_rate[0]
     )
-    constants = {
-        "assignment": _array(vocab, dtype=jnp.int32),
-        "rest": _array(codes, width),
-        "rest_counts": _array(vocab),
-    }
-    params = {"codebook": _array(codes, width), "bias": _array(vocab)}
-    yield update.program(f"tuning, {codes} codes", params, tuple(batch.values()), constants)
+    yield tuning.program(
+        mesh, vocab=model.vocab_size, width=model.hidden_size, codes=max(config.codes)
+    )
 
     vocab, width = config.scratch_vocab, config.scratch_width
     graphdef, trunk, rest = train.make_trunk(config, vocab, abstract=True)

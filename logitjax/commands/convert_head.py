@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import jax
 from etils import epath
+from jax.sharding import Mesh
 
 from logitjax import data, models, processes, storage, training, vq
 from logitjax.commands.cli import REQUIRED, field
@@ -93,6 +94,15 @@ def run(config: Config, workdir: epath.Path) -> None:
         text = _report(config, model, conversion.model, held_out)
         storage.write_atomic(workdir / "report.md", text)
         print(text)
+
+
+def programs(config: Config, mesh: Mesh) -> Iterator[training.Program]:
+    """The step that tunes the codes, for `python -m experiments.plan --command=convert-head`."""
+    shape = models.load_config(config.model)
+    tuning = vq.Tuning(
+        steps=config.steps, batch_size=config.batch_size, learning_rate=config.learning_rate
+    )
+    yield tuning.program(mesh, vocab=shape.vocab_size, width=shape.hidden_size, codes=config.codes)
 
 
 def _batches(packed: data.PackedDataset, rows: int) -> Iterator[Mapping[str, Any]]:

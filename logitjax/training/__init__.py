@@ -20,6 +20,7 @@ from logitjax.training._optimizers import Schedule as Schedule
 from logitjax.training._optimizers import make_optimizer as make_optimizer
 from logitjax.training._preemption import Preempted as Preempted
 from logitjax.training._preemption import watch_for_preemption as watch_for_preemption
+from logitjax.training._program import Program as Program
 from logitjax.training._sharding import shard_tree as shard_tree
 from logitjax.training._stalls import LOST_STATUS as LOST_STATUS
 from logitjax.training._state import TrainState as TrainState

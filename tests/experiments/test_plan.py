@@ -335,3 +335,12 @@ def test_a_step_takes_what_was_planned(mesh):
     )
     planned, taken = map(int, done.stdout.split())
     assert planned == pytest.approx(taken, rel=0.1), (planned, taken)
+
+
+def test_commands_that_train_are_planned_with_their_own_flags():
+    arguments = ["--model=tiny", "--data=text:LICENSE", "--codes=32"]
+    (found,) = plan.command_plans("convert-head", arguments, CPU, mesh="data:8")
+    assert found.program == "tuning, 32 codes"
+    assert found.calls["all-reduce"] >= 1
+    with pytest.raises(ValueError, match="command: expected one that trains, got 'prepare'"):
+        next(plan.command_plans("prepare", [], CPU))

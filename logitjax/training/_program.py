@@ -1,16 +1,19 @@
-"""Jitted programs that an experiment's run and the planner share.
+"""Jitted programs that a run and a planner share.
 
-Each experiment has `programs(config, mesh)`, which yields them with abstract arguments, the main
-one first. The run builds them with the same constructors and calls them on arrays.
+Each experiment, and each command that trains, has `programs(config, mesh)`, which yields them with
+abstract arguments, the main one first. The run builds them with the same constructors and calls
+them on arrays.
 """
 
 import dataclasses
-from typing import Any, Protocol
+import typing
+from typing import Any
 
 import jax
 
 
-class Traceable(Protocol):
+@typing.runtime_checkable
+class Traceable(typing.Protocol):
     """What can be traced without being run: `jax.jit(f)` or a `training.TrainStep`."""
 
     def trace(self, *arguments: Any, **options: Any) -> jax.stages.Traced: ...
@@ -18,7 +21,7 @@ class Traceable(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:
-    """One jitted program of an experiment.
+    """One jitted program of a run.
 
     Attributes:
         name: What it does, in words.
