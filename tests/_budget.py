@@ -13,6 +13,8 @@ import jax.monitoring
 import pytest
 
 MOST_PROGRAMS = 20
+# What `make test` may cost, from an empty cache.
+MOST_CPU_SECONDS, MOST_PROGRAMS_IN_ALL = 400, 3_000
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 _programs = 0
 
@@ -34,6 +36,7 @@ class Budget:
         jax.monitoring.register_event_duration_secs_listener(_count)
         self._last = (_cpu_seconds(), 0)
         self._by_file: dict[str, list[float]] = collections.defaultdict(lambda: [0.0, 0, 0])
+        self._of_workers: list[tuple[float, int]] = []
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item, call):
@@ -63,6 +66,18 @@ class Budget:
         cost[1] += getattr(report, "programs", 0)
         cost[2] += report.when == "call"
 
+    def pytest_sessionfinish(self, session):
+        output = getattr(session.config, "workeroutput", None)
+        if output is not None:
+            output["cost"] = (_cpu_seconds(), _programs)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node):
+        # A worker that died has no output.
+        output = getattr(node, "workeroutput", None) or {}
+        if "cost" in output:
+            self._of_workers.append(output["cost"])
+
     def pytest_terminal_summary(self, terminalreporter):
         if not self._by_file:
             return
@@ -72,4 +87,14 @@ class Budget:
         for name, (seconds, programs, tests) in shown:
             terminalreporter.line(f"{seconds:7.1f} {programs:6d} {tests:5d}  {name}")
         seconds, programs, tests = (sum(column) for column in zip(*self._by_file.values()))
-        terminalreporter.line(f"{seconds:7.1f} {programs:6d} {tests:5d}  in all (imports aside)")
+        terminalreporter.line(f"{seconds:7.1f} {programs:6d} {tests:5d}  in all files")
+        # Imports and the collection of tests belong to no file.
+        seconds = _cpu_seconds() if not self._of_workers else sum(os.times()[:2])
+        programs = _programs
+        for of_worker in self._of_workers:
+            seconds += of_worker[0]
+            programs += of_worker[1]
+        terminalreporter.line(
+            f"{seconds:.0f} CPU-seconds and {programs} programs with imports; the whole of "
+            f"`make test` may cost {MOST_CPU_SECONDS} and {MOST_PROGRAMS_IN_ALL}"
+        )

@@ -20,8 +20,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # Scripts that write goldens need torch and transformers.
 collect_ignore_glob = ["*/make_*.py", "*/export_*.py"]
 
-# Programs here run once, and optimising them costs more than it saves. `.ci/run` also runs tests
-# of functions with what users have.
+# Programs here run once, and optimising them costs more than it saves. `.ci/nightly` runs
+# them with what users have.
 _flags = ["--xla_backend_optimization_level=0"]
 if jaxlib.version.__version_info__ < (0, 11):
     # Emitters that do not go through MLIR compile in half the time; later versions have no others.

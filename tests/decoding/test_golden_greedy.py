@@ -59,6 +59,7 @@ def test_some_rows_equal_transformers():
     assert not diverging(out.tokens, rows)
 
 
+@pytest.mark.every_change
 @pytest.mark.slow
 def test_all_rows_equal_transformers_and_each_other():
     everything = list(range(64))

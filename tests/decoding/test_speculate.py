@@ -60,6 +60,7 @@ def mean(large, experts, bases, vocab_where=None):
     return large + experts.mean(0), {"size": jnp.abs(experts[0] - large).max(-1)}
 
 
+@pytest.mark.every_change
 @pytest.mark.slow
 def test_greedy_is_plain_decoding():
     # Rings of 6 slots, the drafting member in a stack, drafts rejected soon and late.

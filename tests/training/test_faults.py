@@ -197,6 +197,7 @@ def test_gradient_that_is_not_a_number_is_not_applied(tmp_path):
             assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(restored.params))
 
 
+@pytest.mark.every_change
 @pytest.mark.slow
 def test_second_run_on_a_workdir_is_refused_and_the_first_goes_on(tmp_path):
     with start(tmp_path, "--delay=4") as first:

@@ -38,6 +38,7 @@ def digests(text):
     return {line.split()[-1] for line in text.splitlines() if "digest" in line}
 
 
+@pytest.mark.every_change
 @pytest.mark.slow
 def test_two_processes_train_save_stop_and_resume(tmp_path):
     toy.train(tmp_path / "one", mesh="data:-1")

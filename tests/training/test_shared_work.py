@@ -46,6 +46,7 @@ print("agreed")
 """
 
 
+@pytest.mark.every_change
 @pytest.mark.slow
 def test_two_processes_agree(tmp_path):
     done = launch(2, 2, sys.executable, "-c", SCRIPT, str(tmp_path))
@@ -97,6 +98,7 @@ cli.main(Config, {"only": {}}, run)
 """
 
 
+@pytest.mark.every_change
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "status", "said"),

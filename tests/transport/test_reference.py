@@ -14,6 +14,7 @@ def graphs():
     return FactoredGraph(z), FactoredGraph(w)
 
 
+@pytest.mark.every_change
 @pytest.mark.slow
 def test_entropic_solution_lies_in_the_certificate():
     c, d = graphs()
