@@ -23,8 +23,7 @@ from flax import nnx
 
 from experiments.benchmarks import _suite
 from experiments.shared import timing
-from logitjax import data, losses, models, storage, training
-from logitjax.distillation import objectives
+from logitjax import data, distillation, losses, models, storage, training
 
 _LAYERS = (0, 1, 2, 3, 28, 29)
 _K = 64
@@ -43,11 +42,12 @@ def run(options: _suite.Options) -> _suite.Result:
         models.load("tiny")[0] if options.smoke else models.keep_layers(teacher, list(_LAYERS))
     )
     rows = _rows(tokenizer, length, options)
-    (student_fn, student_params), (teacher_fn, teacher_params) = (
-        models.from_nnx(model) for model in (student, teacher)
-    )
+    teacher_fn, teacher_params = models.from_nnx(teacher)
+    taught = distillation.make_student(student)
     read = jax.jit(
-        functools.partial(objectives.teacher_record, teacher_fn.graphdef, k=_K, tail_samples=_TAIL)
+        functools.partial(
+            distillation.teacher_record, teacher_fn.graphdef, k=_K, tail_samples=_TAIL
+        )
     )
 
     def batch(split: str, step: int, seed: int) -> dict[str, Any]:
@@ -66,14 +66,12 @@ def run(options: _suite.Options) -> _suite.Result:
     }
     logging.info("the teacher has read %d batches", len(caches))
     constants, mesh = {"live": teacher_params}, training.make_mesh()
-    functions = {
-        arm: _loss(arm, student_fn.graphdef, teacher_fn.graphdef) for arm in (*ARMS, "given")
-    }
+    functions = {arm: _loss(arm, taught, teacher_fn.graphdef) for arm in (*ARMS, "given")}
 
     def trainer(arm: str, seed: int) -> tuple[Any, training.TrainStep]:
         schedule = training.Schedule(_LEARNING_RATE, warmup=steps // 10, total_steps=steps)
         tx = training.make_optimizer(schedule)
-        state = training.create_train_state(student_params, tx, mesh=mesh, seed=seed)
+        state = training.create_train_state(taught.trained, tx, mesh=mesh, seed=seed)
         return state, training.make_train_step(functions[arm], tx)
 
     def inputs(arm: str, step: int, seed: int) -> dict[str, Any]:
@@ -82,7 +80,7 @@ def run(options: _suite.Options) -> _suite.Result:
             found["teacher"] = _statistics(caches[seed, step], tail=arm == "sampled")
         return found
 
-    score = training.make_eval_step(objectives.score_function(student_fn.graphdef))
+    score = training.make_eval_step(distillation.score_function(taught))
     scored = [{"pivot": batch("test", step, 0)} for step in range(held_out // rows_a_step)]
     kept = Path(options.directory) / f"{options.scale}.partial.json"
     known = json.loads(kept.read_text()) if kept.exists() else {}
@@ -96,7 +94,7 @@ def run(options: _suite.Options) -> _suite.Result:
             state, step_fn = trainer(arm, seed)
             for step in range(steps):
                 state, _ = step_fn(state, inputs(arm, step, seed), constants.get(arm))
-            found = training.evaluate(score, state.params, scored)
+            found = training.evaluate(score, state.params, scored, taught.frozen)
             perplexities[arm].append(float(np.exp(found["loss"])))
             known[name] = perplexities[arm][-1]
             storage.write_atomic(kept, json.dumps(known))
@@ -171,32 +169,35 @@ def _statistics(record: Mapping[str, Any], *, tail: bool) -> losses.GraphStatist
 
 
 def _hidden(graphdef: Any, params: Any, batch: Mapping[str, Any]) -> Any:
-    return objectives.hidden_states(nnx.merge(graphdef, params), batch)
+    return distillation.hidden_states(nnx.merge(graphdef, params), batch)
 
 
-def _loss(arm: str, graphdef: Any, teacher_graphdef: Any) -> Callable[..., Any]:
+def _loss(arm: str, student: distillation.Student, teacher_graphdef: Any) -> Callable[..., Any]:
     """An arm's loss; ``live`` and ``given`` take the teacher's parameters as step constants."""
     sft, cached = (
-        objectives.loss_function(
-            objectives.Objective(loss=loss, weights=(1.0,), mix=_MIX), graphdef, ("teacher",)
+        distillation.loss_function(
+            distillation.Objective(terms=terms, teachers=(1.0,)), student, ("teacher",)
         )
-        for loss in ("sft", "kl")
+        for terms in ((("sft", 1.0),), (("sft", 1 - _MIX), ("kl", _MIX)))
     )
 
     def loss_fn(params: Any, batch: Any, rng: Any, teacher: Any = None) -> Any:
         if arm == "sft":
-            return sft(params, batch, rng)
+            return sft(params, batch, rng, student.frozen)
         if arm in ("cached", "sampled"):
             sources = {"teacher": (batch["teacher"], None)}
-            return cached(params, {"pivot": batch["pivot"], "sources": sources}, rng)
-        labels, where = objectives.targets(batch["pivot"])
-        model, source = nnx.merge(graphdef, params), nnx.merge(teacher_graphdef, teacher)
+            given = {"pivot": batch["pivot"], "sources": sources}
+            return cached(params, given, rng, student.frozen)
+        labels, where = distillation.targets(batch["pivot"])
+        model, source = student.model(params), nnx.merge(teacher_graphdef, teacher)
         hidden, head = (
-            objectives.hidden_states(model, batch["pivot"]),
+            distillation.hidden_states(model, batch["pivot"]),
             model.head_of(),
         )
         there = (
-            batch["hidden"] if arm == "given" else objectives.hidden_states(source, batch["pivot"])
+            batch["hidden"]
+            if arm == "given"
+            else distillation.hidden_states(source, batch["pivot"])
         )
         weights = where.astype(np.float32)
         ce = losses.linear_cross_entropy(hidden, head, labels, weights=weights)

@@ -85,6 +85,9 @@ AREAS: Mapping[str, Area] = {
             "distillation/_graph_on_logits": ("distillation/test_graph_on_logits",),
             "distillation/_knowledge_distillation": ("distillation/test_knowledge_distillation",),
             "distillation/_linear_graph_fusion": ("distillation/test_graph_fusion",),
+            "distillation/_objective": ("distillation/test_objective",),
+            "distillation/_prune": ("distillation/test_prune",),
+            "distillation/_student": ("distillation/test_objective",),
             "distillation/_universal_logit_distance": (
                 "distillation/test_universal_logit_distance",
             ),

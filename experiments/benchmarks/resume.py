@@ -1,4 +1,4 @@
-"""Graph fusion killed with SIGKILL at a random step and started again: the same bits at the end?"""
+"""`logitjax distill` killed with SIGKILL at a random step, started again: the same bits?"""
 
 import random
 import signal
@@ -15,20 +15,28 @@ import orbax.checkpoint as ocp
 
 from experiments.benchmarks import _suite
 
-_ARM = Path("arms/uld+gld/rank-row_sum-closed_form-x0.002/lr-0.01/seed-0")
+_ARM = Path("train")
 
 
 def _command(workdir: Path, steps: int) -> list[str]:
     return [
         sys.executable,
         "-m",
-        "experiments.graph_fusion",
-        "--preset=smoke",
-        "--loss=uld+gld",
+        "logitjax",
+        "distill",
+        "--student=tiny",
+        "--drop_layers=1",
+        "--data=text:LICENSE",
+        "--loss=sft:0.5",
+        "--loss=kl:0.5",
+        "--loss=gld:0.001",
+        "--seq_len=64",
+        "--cache_top_k=16",
+        "--eval_rows=4",
         f"--steps={steps}",
         "--checkpoint_every=7",
         "--log_every=1",
-        f"--workdir={workdir}",
+        f"--out={workdir}",
     ]
 
 

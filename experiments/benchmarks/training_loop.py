@@ -6,6 +6,7 @@ lies on the device; how long an asynchronous save keeps the loop waiting, and wh
 its writing takes.
 """
 
+import functools
 import statistics
 import time
 from typing import Any
@@ -15,9 +16,9 @@ from etils import epath
 
 from experiments.benchmarks import _suite
 from experiments.graph_fusion import __main__ as graph_fusion
-from experiments.graph_fusion import train
+from experiments.graph_fusion import arms, train
 from experiments.shared import timing
-from logitjax import models, training
+from logitjax import distillation, models, training
 
 
 def _seconds(function: Any, *arguments: Any) -> float:
@@ -31,21 +32,30 @@ def run(options: _suite.Options) -> _suite.Result:
     """Both ways to take the same steps, in turn, then saves between steps."""
     steps = 4 if options.smoke else 10
     preset = graph_fusion.PRESETS["smoke" if options.smoke else "demo"]
-    changed = dict(loss=("uld+gld",), steps=steps, eval_rows=preset["batch_size"])
+    changed = dict(loss=("uld+gld",), steps=steps, eval_rows=2)
     config = graph_fusion.Config(**{**preset, **changed, "mesh": "data:1"})
     workdir = epath.Path(options.directory.resolve()) / f"run-{time.time_ns()}"
     session = train.open_session(config, workdir)
-    settings = train.Settings("uld+gld", config.learning_rate[0], config.gld[0])
-    tx, step_of_arm = train.make_step(config, session.graphdef, session.mesh, settings)
+    settings = arms.first_settings(config, "uld+gld")
+    student = train.prune(session, config.drop_layers[0]).student
+    tx, update = distillation.make_update(
+        student,
+        settings.objective(config),
+        train.course(config, settings, 0),
+        tuple(session.corpus.sources),
+        mesh=session.mesh,
+    )
+    frozen = training.shard_tree(student.frozen, session.mesh, models.DECODER_RULES)
+    step_of_arm = functools.partial(update, constants=frozen)
     packed = session.corpus.packed.splits["train"]
 
     def batches(number: int) -> dict[str, Any]:
         rows = packed.batch(number, seed=0, batch_size=config.batch_size)
-        return session.corpus.batch("train", rows, distil=True)
+        return session.corpus.batch("train", rows, taught=True)
 
     def start() -> training.TrainState:
         return training.create_train_state(
-            session.params, tx, mesh=session.mesh, rules=models.DECODER_RULES, seed=0
+            student.trained, tx, mesh=session.mesh, rules=models.DECODER_RULES, seed=0
         )
 
     held = training.make_global_batch(session.mesh, batches(0))
@@ -108,6 +118,6 @@ def run(options: _suite.Options) -> _suite.Result:
     bars = [
         _suite.Bar(name="input and bookkeeping of a step", value=overhead, limit=0.03),
         _suite.Bar(name="pause to save, of a step", value=pause / step, limit=0.05),
-        _suite.Bar(name="traces of the step", value=float(step_of_arm.traces), limit=1.0),
+        _suite.Bar(name="traces of the step", value=float(update.traces), limit=1.0),
     ]
     return _suite.Result(rows=rows, bars=bars)

@@ -20,8 +20,7 @@ from flax import nnx
 from experiments.dynamic_fusion.config import Config
 from experiments.dynamic_fusion.data import Questions, Task, Text
 from experiments.shared import fit
-from logitjax import losses, models, processes, storage, training, vq
-from logitjax.distillation import objectives
+from logitjax import distillation, losses, models, processes, storage, training, vq
 from logitjax.storage import digest
 
 _LAYERS_ONLY = r"(segments|final_norm)"
@@ -228,8 +227,8 @@ def make_update(
 
 def text_loss(model: models.Decoder, batch: Mapping[str, Any]) -> tuple[Any, Any]:
     """Summed next-token cross-entropy, and of how many tokens."""
-    labels, where = objectives.targets(batch)
-    hidden = objectives.hidden_states(model, batch)
+    labels, where = distillation.targets(batch)
+    hidden = distillation.hidden_states(model, batch)
     weights = where.astype(jnp.float32)
     loss = losses.linear_cross_entropy(hidden, model.head_of(), labels, weights=weights)
     return loss, weights.sum()
@@ -239,13 +238,13 @@ def healing_loss(
     graphdef: Any, model: models.Decoder, batch: Mapping[str, Any], params: Any
 ) -> tuple[Any, Any]:
     """Summed KL divergence from what the whole model says, of its graph and parameters."""
-    _, where = objectives.targets(batch)
+    _, where = distillation.targets(batch)
     weights = where.astype(jnp.float32)
     whole = jax.lax.stop_gradient(nnx.merge(graphdef, params))
     loss = losses.linear_kl_divergence(
-        objectives.hidden_states(model, batch),
+        distillation.hidden_states(model, batch),
         model.head_of(),
-        objectives.hidden_states(whole, batch),
+        distillation.hidden_states(whole, batch),
         whole.head_of(),
         weights=weights,
     )

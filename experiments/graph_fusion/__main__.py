@@ -1,19 +1,23 @@
-"""Fuse language models into one: graph-on-logits distillation (InfiGFusion) beside its baselines.
+"""Prune a model and heal it: graph-on-logits distillation (InfiGFusion) beside its baselines.
 
     python -m experiments.graph_fusion --preset=demo --workdir=runs/demo
 
-reads text, lets every source model say what it expects at each position (once, into a cache of
-top logits), trains the pivot model once per arm with equal steps, and writes `report.md` with
-held-out perplexity, top-1 agreement with the first source, seconds a step, sample continuations and
-plots. Kill it whenever you like: the same command continues where it stopped.
+cuts six layers out of SmolLM2, lets the whole model say what it expects at each position of some
+text (once, into a cache of top logits), heals the rest once per arm with equal steps, and writes
+`report.md`: held-out perplexity, bits a byte, agreement with and KL from the whole model, speed,
+samples and plots; the last line printed is how much CPU time that took. Kill it whenever you like:
+the same command continues where it stopped.
 
-Arms (`--loss`, repeatable): `sft` next-token cross-entropy; `kl` adds KL to the sources' top
+Arms (`--loss`, repeatable): `sft` next-token cross-entropy; `kl` adds KL from the sources' top
 logits with the exact tail mass (needs the same vocabulary); `uld` adds universal logit distance,
-`gld` graph-on-logits distillation, `uld+gld` both, which is InfiGFusion; `dual` a second LM
-head, dropped afterwards, that regresses the sources' top logits (same vocabulary). Weights follow
-the paper: (1 - mix) SFT + mix (...). With several learning rates, each arm picks its own on
-validation data with the first seed before the other seeds run.
+`gld` graph-on-logits distillation, `uld+gld` both, which is InfiGFusion; `kl_only` leaves SFT out;
+`dual` adds a second LM head, dropped afterwards, that regresses the sources' top logits. Weights
+follow the paper: (1 - mix) SFT + mix (...). With several learning rates, mixes or graph losses each
+arm picks its own on validation data, in equally many trials with the first seed; `--drop_layers`
+may be repeated, and all but the first use what was picked there.
 """
+
+import time
 
 from etils import epath
 
@@ -22,11 +26,12 @@ from logitjax.commands import cli
 
 
 def run(config: Config, workdir: epath.Path) -> None:
-    """Train and score every arm, then write the report."""
+    """Prune, train and score every arm, then write the report."""
     from experiments.graph_fusion import report, train
 
-    outcomes = train.run_arms(config, workdir)
-    print(report.write(config, outcomes, workdir))
+    results = train.run_all(config, workdir)
+    print(report.write(config, results, workdir))
+    print(f"\n{time.process_time():.0f} CPU-seconds")
 
 
 if __name__ == "__main__":

@@ -4,74 +4,99 @@ import dataclasses
 from typing import Any, Literal
 
 from logitjax.commands.cli import field
-from logitjax.distillation import objectives
 
-LOSSES = objectives.LOSSES
+# KL alone is there to be seen beside SFT + KL.
+ARMS: tuple[str, ...] = ("sft", "kl", "uld", "gld", "uld+gld", "kl_only")
+# A second head learns the teachers' logits; it needs their vocabulary, as kl does.
+DUAL = "dual"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """What one run of the experiment does."""
 
-    pivot: str = field("smollm2", "Model to train: a directory, a .gguf file or a known name.")
-    pivot_layers: tuple[int, ...] = field((), "Layers of the pivot to keep; all if none")
-    source: tuple[str, ...] = field(("smollm2",), "Model to learn from")
-    source_weight: tuple[float, ...] = field((), "Weight of each source; equal if none")
-    teacher: tuple[str, ...] = field(
-        (), "cache:DIR for each source in turn, as `logitjax cache-logits` writes it"
+    student: str = field("smollm2", "Model to prune and to heal.")
+    drop_layers: tuple[int, ...] = field(
+        (6,), "Number of layers to prune; settings are chosen at the first of several."
     )
+    prune_by: Literal["influence", "run", "perplexity"] = field(
+        "run", "What says which layers go, as in `logitjax distill`."
+    )
+    calibration_rows: int = field(16, "Number of rows that pruning looks at.")
+    freeze: str | None = field(None, "Regular expression of parameters that stay, by their path.")
+    source: tuple[str, ...] = field((), "Model to learn from; the whole student if none.")
+    source_weight: tuple[float, ...] = field((), "Weight of each source; equal if none is given.")
     data: str = field(
         "tfds:wiki_summaries", "Text to train on: tfds:NAME, text:PATH or jsonl:PATH."
     )
     on_error: Literal["raise", "skip"] = field(
-        "raise", "What a malformed row does.", choices=("raise", "skip")
+        "raise", "Whether a malformed row stops the run or is left out."
     )
-    loss: tuple[str, ...] = field(("sft", "kl", "uld", "uld+gld"), "Arm to train")
-    mix: float = field(0.5, "Weight of the distillation terms; SFT gets the rest.")
+    loss: tuple[str, ...] = field(("sft", "kl", "uld", "uld+gld"), "Arm to train.")
+    drop_arm: tuple[str, ...] = field(
+        (), "Arm to train at all numbers of layers but the first; all if none is named."
+    )
+    mix: tuple[float, ...] = field(
+        (0.5,), "Weight of the distillation terms beside SFT; the best of several is kept."
+    )
     gld: tuple[str, ...] = field(
         ("rank/row_sum/closed_form:0.002",),
-        "Graph loss beside ULD, as NODE/FEATURE/VALUE:WEIGHT; the best of several is kept",
+        "Graph loss beside ULD, as NODE/FEATURE/VALUE:WEIGHT; the best of several is kept.",
     )
     top_k: int = field(10, "Logits of each position that ULD and GLD look at.")
     cache_top_k: int = field(64, "Logits of each position that a cache keeps; KL uses them all.")
-    seq_len: int = field(256, "Tokens of a row.")
-    batch_size: int = field(4, "Rows of a step, over all processes.")
+    seq_len: int = field(128, "Tokens of a row.")
+    batch_size: int = field(1, "Rows of a step, over all processes.")
+    eval_batch: int = field(8, "Rows at a time that are scored or read by a source.")
     accumulate: int = field(1, "Micro-batches of a step.")
-    steps: int = field(100, "Optimiser steps of each arm.")
-    learning_rate: tuple[float, ...] = field((3e-4,), "Peak learning rate; an arm takes its best")
+    steps: int = field(60, "Optimiser steps of each arm.")
+    learning_rate: tuple[float, ...] = field(
+        (2e-4,), "Peak learning rate; the best of several is kept for each arm."
+    )
     warmup: float = field(0.1, "Share of the steps in which the learning rate rises.")
     weight_decay: float = field(0.01, "Weight decay of AdamW.")
     seeds: int = field(1, "Runs of each arm at its best settings.")
     eval_rows: int = field(32, "Rows of validation and of test that are scored.")
-    eval_every: int = field(25, "Steps between validations.")
-    checkpoint_every: int = field(25, "Steps between checkpoints.")
-    log_every: int = field(5, "Steps between log lines.")
-    dtype: str = field("float32", "Type that models compute in.", choices=("float32", "bfloat16"))
+    eval_every: int = field(0, "Steps between validations; 0 for one at the end.")
+    checkpoint_every: int = field(50, "Steps between checkpoints.")
+    log_every: int = field(10, "Steps between log lines.")
+    dtype: Literal["float32", "bfloat16"] = field("float32", "Type that models compute in.")
     mesh: str = field("data:-1,fsdp:1,tensor:1", "Axes and sizes of the device mesh.")
-    layout: str = field(
-        "listed",
-        "Whether layers are stacked and scanned, or listed and unrolled.",
-        choices=("stacked", "listed"),
+    layout: Literal["stacked", "listed"] = field(
+        "listed", "Whether layers are stacked and scanned, or listed and unrolled."
     )
-    remat: str = field(
-        "none", "What the backward pass computes again.", choices=("none", "dots", "full")
+    remat: Literal["none", "dots", "full"] = field("none", "What the backward pass computes again.")
+    profile_steps: int = field(
+        0, "Steps of each arm that jax.profiler records, from the third step on."
     )
-    profile_steps: int = field(0, "Steps of each arm to profile, from the third on.")
     tensorboard: bool = field(False, "Write TensorBoard event files too.")
-    prompt: str = field("The history of", "Start of the sample continuations.")
 
+    def __post_init__(self) -> None:
+        for arm in (*self.loss, *self.drop_arm):
+            if arm not in (*ARMS, DUAL):
+                raise ValueError(f"loss: expected some of {', '.join((*ARMS, DUAL))}, got {arm!r}")
+        if self.source_weight and len(self.source_weight) != len(self.sources):
+            raise ValueError(
+                f"source_weight: {len(self.source_weight)} weights for {len(self.sources)} sources"
+            )
 
-# A fifth of SmolLM2's layers, its first and last, in batches that two cores can train.
-_STUDENT: dict[str, Any] = dict(pivot_layers=(0, 1, 2, 3, 28, 29), batch_size=2)
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Models to learn from."""
+        return self.source or (self.student,)
+
 
 PRESETS: dict[str, dict[str, Any]] = {
     "smoke": dict(
-        pivot="tiny",
+        student="tiny",
+        drop_layers=(1,),
+        prune_by="influence",
         source=("tiny:1",),
         data="text:LICENSE",
-        loss=LOSSES,
+        loss=(*ARMS, DUAL),
         seq_len=64,
         batch_size=2,
+        eval_batch=2,
         steps=6,
         eval_rows=4,
         eval_every=3,
@@ -80,44 +105,32 @@ PRESETS: dict[str, dict[str, Any]] = {
         cache_top_k=16,
         learning_rate=(1e-2,),
     ),
-    "demo": dict(
-        **_STUDENT,
-        steps=60,
-        learning_rate=(1e-3,),
-        eval_rows=24,
-        eval_every=20,
-        checkpoint_every=30,
-    ),
+    "demo": dict(),
     "report": dict(
-        **_STUDENT,
-        steps=80,
-        loss=LOSSES,
+        drop_layers=(6, 2, 4, 8),
+        drop_arm=("sft", "kl"),
+        loss=("sft", "kl", "kl_only", "uld", "uld+gld"),
         gld=(
             "rank/row_sum/closed_form:0.002",
             "token/row_rms/closed_form:0.02",
             "rank/row_sum/sorted_coupling:0.0001",
         ),
-        learning_rate=(5e-4, 1e-3, 2e-3),
+        mix=(0.5, 0.75, 0.25),
+        learning_rate=(1e-4, 2e-4, 4e-4),
         seeds=3,
         eval_rows=48,
-        eval_every=40,
-        checkpoint_every=40,
     ),
     # Another tokenizer and vocabulary: `make gemma` fetches the source (Gemma terms of use).
     "heterogeneous": dict(
         source=(".cache/models/gemma-3-270m.gguf",),
-        loss=("sft", "uld+gld"),
-        **_STUDENT,
-        steps=40,
-        learning_rate=(1e-3,),
+        loss=("sft", "uld", "uld+gld"),
         seeds=3,
-        eval_rows=32,
-        eval_every=20,
-        checkpoint_every=20,
+        eval_rows=48,
     ),
     # 130k examples, 4K inputs, four 14B-24B models: for a pod. Data: jsonl of prompt and response.
     "paper": dict(
-        pivot="hf:microsoft/phi-4",
+        student="hf:microsoft/phi-4",
+        drop_layers=(0,),
         source=(
             "hf:Qwen/Qwen2.5-14B-Instruct",
             "hf:Qwen/Qwen2.5-Coder-14B-Instruct",
@@ -127,6 +140,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         loss=("sft", "uld+gld"),
         seq_len=4096,
         batch_size=128,
+        eval_batch=128,
         accumulate=2,
         steps=1000,
         learning_rate=(1e-5,),

@@ -1,7 +1,5 @@
-"""report.md and plots of graph fusion."""
+"""Tables, samples and plots of graph fusion."""
 
-import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,12 +7,13 @@ import jax
 from etils import epath
 
 from experiments.graph_fusion.config import Config
-from experiments.graph_fusion.train import Outcome
-from experiments.shared.report import format_value, markdown_table, mean_and_spread
+from experiments.shared.records import Record
+from experiments.shared.report import bar, markdown_table, save_figure, spread, write_report
 
 NAMES = {
     "sft": "SFT",
     "kl": "SFT + KL",
+    "kl_only": "KL",
     "uld": "SFT + ULD",
     "gld": "SFT + GLD",
     "uld+gld": "SFT + ULD + GLD (InfiGFusion)",
@@ -29,99 +28,150 @@ PAPER = (
 )
 
 
-def write(config: Config, results: Mapping[str, Any], workdir: epath.Path) -> str:
-    """Write `report.md`, `results.json` and `report.png`; returns the table."""
-    outcomes, before = results["outcomes"], results["before"]
-    rows = [_before_row(before)]
-    rows += [_row(loss, _of(outcomes, loss)) for loss in config.loss]
-    table = markdown_table(rows)
+def write(config: Config, results: Record, workdir: epath.Path) -> str:
+    """Writes `report.md`, `metrics.jsonl` and `report.png`; returns the tables."""
+    first = results["drops"][0]
+    tables = [markdown_table(_rows(results, first))]
+    if len(results["drops"]) > 1:
+        tables.append(f"## By layers dropped\n\n{markdown_table(_by_layers(results))}")
+    bars = _bars(first)
+    if bars and config.seeds > 1:
+        tables.append(f"## Bars\n\n{markdown_table(bars)}")
+    table = "\n\n".join(tables)
     if jax.process_index() != 0:
         return table
-    records = [dataclasses.asdict(outcome) for outcome in outcomes]
-    (workdir / "results.json").write_text(
-        json.dumps({"before": before, "outcomes": records}, indent=1) + "\n"
-    )
-    with (workdir / "metrics.jsonl").open("w") as file:
-        for record in records:
-            kept = {k: v for k, v in record.items() if k not in ("curve", "sample")}
-            file.write(json.dumps(kept) + "\n")
-    plot(config, outcomes, workdir / "report.png")
-    (workdir / "report.md").write_text(_text(config, outcomes, before, table))
+    runs = [
+        {"layers": drop["layers"]} | run
+        for drop in results["drops"]
+        for arm in drop["arms"].values()
+        for run in arm["runs"]
+    ]
+    plot(config, first, workdir / "report.png")
+    write_report(workdir, _text(config, results, table), runs)
     return f"{table}\n\nreport: {workdir}/report.md\nplot:   {workdir}/report.png"
 
 
-def _of(outcomes: Sequence[Outcome], loss: str) -> list[Outcome]:
-    return [outcome for outcome in outcomes if outcome.loss == loss]
+def _rows(results: Record, drop: Record) -> list[Record]:
+    rows = []
+    if results["whole"] is not None:
+        rows.append({"arm": "whole"} | _scores([results["whole"]]))
+    name = f"without {drop['layers']} layers" if drop["layers"] else "before"
+    rows.append({"arm": name} | _scores([drop["before"]]))
+    for arm, found in drop["arms"].items():
+        runs = found["runs"]
+        rows.append(
+            {"arm": NAMES[arm]}
+            | _scores(runs)
+            | {
+                "trained tokens/s": spread(runs, "trained_tokens_per_second"),
+                "rate": f"{runs[0]['learning_rate']:.3g}",
+                "mix": runs[0]["mix"] if arm not in ("sft", "kl_only") else None,
+                "graph loss": runs[0]["gld"] if "gld" in arm else None,
+                "trials": found["trials"],
+                "seeds": len(runs),
+            }
+        )
+    return rows
 
 
-def _before_row(before: Mapping[str, Any]) -> dict[str, Any]:
+def _scores(records: Sequence[Mapping[str, Any]]) -> Record:
     return {
-        "arm": "pivot, untrained",
-        "perplexity": format_value(before["perplexity"]),
-        "agreement %": _percent([before.get("agreement")]),
-        "accuracy %": _percent([before["accuracy"]]),
+        "perplexity": spread(records, "perplexity"),
+        "bits a byte": spread(records, "bits_per_byte"),
+        "agreement %": spread(records, "agreement", 100),
+        "KL": spread(records, "teacher_kl"),
+        "parameters": f"{records[0]['parameters'] / 1e6:.4g} M",
+        "tokens/s": spread(records, "tokens_per_second"),
     }
 
 
-def _row(loss: str, runs: Sequence[Outcome]) -> dict[str, Any]:
-    return {
-        "arm": NAMES[loss],
-        "perplexity": mean_and_spread([run.perplexity for run in runs]),
-        "agreement %": _percent([run.agreement for run in runs]),
-        "accuracy %": _percent([run.accuracy for run in runs]),
-        "s/step": mean_and_spread([run.seconds_per_step for run in runs]),
-        "learning rate": runs[0].learning_rate,
-        "graph loss": runs[0].gld,
-        "seeds": len(runs),
-    }
+def _by_layers(results: Record) -> list[Record]:
+    rows = []
+    for drop in sorted(results["drops"], key=lambda drop: drop["layers"]):
+        row: Record = {
+            "dropped": ", ".join(map(str, drop["dropped"])),
+            "parameters": f"{drop['before']['parameters'] / 1e6:.4g} M",
+            "tokens/s": spread([drop["before"]], "tokens_per_second"),
+            "perplexity before": spread([drop["before"]], "perplexity"),
+        }
+        for arm, found in drop["arms"].items():
+            row[NAMES[arm]] = spread(found["runs"], "perplexity")
+            row[f"{NAMES[arm]}, agreement %"] = spread(found["runs"], "agreement", 100)
+        rows.append(row)
+    return rows
 
 
-def _percent(values: Sequence[float | None]) -> str:
-    known = [100 * value for value in values if value is not None]
-    return mean_and_spread(known) if known else "-"
+def _bars(drop: Record) -> list[Record]:
+    if not {"sft", "kl"} <= set(drop["arms"]) or "agreement" not in drop["before"]:
+        return []
+    by_seed = [
+        100 * (taught["agreement"] - plain["agreement"])
+        for taught, plain in zip(
+            drop["arms"]["kl"]["runs"], drop["arms"]["sft"]["runs"], strict=True
+        )
+    ]
+    gain = sum(by_seed) / len(by_seed)
+    healed = max(run["perplexity"] for run in drop["arms"]["kl"]["runs"])
+    before = drop["before"]["perplexity"]
+    return [
+        bar("perplexity of the pruned model", before, "< 50", before < 50),
+        bar("perplexity of SFT + KL, worst seed", healed, "< 28", healed < 28),
+        bar("points of agreement of SFT + KL over SFT", gain, ">= 3", gain >= 3),
+    ]
 
 
-def plot(config: Config, outcomes: Sequence[Outcome], path: epath.Path) -> None:
+def plot(config: Config, drop: Record, path: epath.Path) -> None:
     """Validation perplexity over steps, and where each arm ended."""
-    import matplotlib
+    from matplotlib import pyplot
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (curves, ends) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for i, loss in enumerate(config.loss):
-        for j, run in enumerate(_of(outcomes, loss)):
-            steps, values = zip(*run.curve, strict=True)
-            label = NAMES[loss] if j == 0 else None
+    figure, (curves, ends) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    compares = "agreement" in drop["before"]
+    key = "agreement" if compares else "accuracy"
+    for i, (arm, found) in enumerate(drop["arms"].items()):
+        for j, run in enumerate(found["runs"]):
+            label = NAMES[arm] if j == 0 else None
+            steps, values = zip(*run["curve"], strict=True)
             curves.plot(steps, values, "o-", color=f"C{i}", markersize=3, alpha=0.8, label=label)
-            score = run.accuracy if run.agreement is None else run.agreement
-            ends.plot(run.perplexity, 100 * score, "o", color=f"C{i}", markersize=8, label=label)
-    curves.set(xlabel="step", ylabel="validation perplexity", yscale="log")
+            ends.plot(
+                run["perplexity"], 100 * run[key], "o", color=f"C{i}", markersize=7, label=label
+            )
+    curves.set(xlabel="step", ylabel="validation perplexity")
     curves.legend(fontsize=8)
-    agreed = all(run.agreement is not None for run in outcomes)
-    what = "top-1 agreement with the first source" if agreed else "next-token accuracy"
+    what = "top-1 agreement with the first source" if compares else "next-token accuracy"
     ends.set(xlabel="test perplexity (lower is better)", ylabel=f"{what} (%)")
     for axes in (curves, ends):
         axes.grid(alpha=0.3)
-    with path.open("wb") as file:
-        figure.savefig(file, dpi=130, format="png")
-    plt.close(figure)
+    save_figure(figure, path)
 
 
-def _text(
-    config: Config, outcomes: Sequence[Outcome], before: Mapping[str, Any], table: str
-) -> str:
-    samples = [{"arm": "pivot, untrained", "continuation": _cell(before["sample"])}]
-    for loss in config.loss:
-        run = _of(outcomes, loss)[0]
-        samples.append({"arm": NAMES[loss], "continuation": _cell(run.sample)})
-    return f"""# Graph fusion
+def _text(config: Config, results: Record, table: str) -> str:
+    drop = results["drops"][0]
+    cut = ", ".join(map(str, drop["dropped"]))
+    samples = [{"arm": "before", "continuation": _cell(drop["before"]["sample"])}]
+    if results["whole"] is not None:
+        samples.insert(0, {"arm": "whole", "continuation": _cell(results["whole"]["sample"])})
+    for arm, found in drop["arms"].items():
+        samples.append({"arm": NAMES[arm], "continuation": _cell(found["runs"][0]["sample"])})
+    tried = [
+        {"arm": NAMES[arm], "settings": name, "validation loss": loss}
+        for arm, found in drop["arms"].items()
+        for name, loss in (found["tried"] if found["trials"] > 1 else ())
+    ]
+    edges = [NAMES[arm] for arm, found in drop["arms"].items() if found["at_edge"]]
+    at_edge = f" At an edge of what was tried: {', '.join(edges)}." if edges else ""
+    return f"""# Prune and heal
 
-Pivot `{config.pivot}`{_layers(config)}, sources {", ".join(f"`{s}`" for s in config.source)}, data
-`{config.data}`. Every arm trained {config.steps} steps of {config.batch_size} x {config.seq_len}
-tokens; its learning rate was chosen on validation data from {list(config.learning_rate)}; scores
-are on test rows. `mix` = {config.mix}, top {config.top_k} logits. Spread is one
-standard deviation over seeds.
+Student `{config.student}`{f" without layers {cut}" if cut else ""}, chosen by {
+        config.prune_by
+    }; sources
+{", ".join(f"`{source}`" for source in config.sources)}; data `{config.data}`. Every arm trained
+{config.steps} steps of {config.batch_size} x {config.seq_len} tokens{
+        f"; frozen: `{config.freeze}`" if config.freeze else ""
+    }.
+Rate, mix and graph loss were chosen on validation data, in as many trials for every arm; scores are
+on {config.eval_rows} test rows.{at_edge} Agreement: share of positions where the likeliest token is
+the first source's; KL from its distribution, with all but its top {config.cache_top_k} tokens as
+one; tokens/s: read. Spread is one standard deviation over seeds.
 
 {table}
 
@@ -136,15 +186,18 @@ not perplexity, so its numbers are no bar for this run:
 
 ## Samples
 
-Greedy continuations of "{config.prompt}":
+Likeliest continuations of "{_cell(drop["before"]["prompt"])}":
 
 {markdown_table(samples)}
-"""
+{
+        f'''
+## Trials
 
-
-def _layers(config: Config) -> str:
-    layers = config.pivot_layers
-    return f" (layers {', '.join(map(str, layers))})" if layers else ""
+{markdown_table(tried)}
+'''
+        if tried
+        else ""
+    }"""
 
 
 def _cell(text: str) -> str:

@@ -1,252 +1,255 @@
-"""Training and scoring the arms of graph fusion, each in a folder of its own that it can resume."""
+"""Pruning, training and scoring the arms of graph fusion; each run can be resumed."""
 
 import dataclasses
 import functools
-import json
-import statistics
-from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
-import optax
 from absl import logging
 from etils import epath
-from flax import nnx
 from jax.sharding import Mesh
 
-from experiments.graph_fusion.config import Config
-from experiments.graph_fusion.data import Corpus, load_corpus, source_names
-from logitjax import decoding, models, processes, training
-from logitjax.distillation import objectives
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What distinguishes the runs of one arm before seeds come in."""
-
-    loss: str
-    learning_rate: float
-    gld: str
-
-    @property
-    def name(self) -> str:
-        """A folder: the arm, its graph loss if it has one, its learning rate."""
-        kind = self.gld.replace("/", "-").replace(":", "-x") if "gld" in self.loss else ""
-        return "/".join(part for part in (self.loss, kind, f"lr-{self.learning_rate:g}") if part)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What one run of one arm reached; `curve` holds (step, validation perplexity)."""
-
-    loss: str
-    learning_rate: float
-    gld: str | None
-    seed: int
-    validation_perplexity: float
-    perplexity: float
-    agreement: float | None
-    accuracy: float
-    seconds_per_step: float
-    tokens: int
-    curve: tuple[tuple[int, float], ...]
-    sample: str
+from experiments.graph_fusion import arms
+from experiments.graph_fusion.config import DUAL, Config
+from experiments.shared.records import Record, kept
+from logitjax import distillation, models, processes, training
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Session:
-    """What all arms share: the pivot as it was loaded, its tokenizer, rows, mesh, folder."""
+    """What all arms share.
+
+    Attributes:
+        config: Settings of the run.
+        workdir: Its folder.
+        mesh: Mesh of all training.
+        whole: The model that students are cut from.
+        corpus: Text, and what the sources say of it.
+    """
 
     config: Config
     workdir: epath.Path
     mesh: Mesh
-    graphdef: Any
-    params: Any
-    tokenizer: models.Tokenizer
-    corpus: Corpus
+    whole: models.Decoder
+    corpus: distillation.Corpus
 
-    @functools.cached_property
-    def _score(self) -> Any:
-        return training.make_eval_step(objectives.score_function(self.graphdef), mesh=self.mesh)
 
-    def scores(self, params: Any, split: str) -> dict[str, float]:
-        """Perplexity, accuracy and, where the first source reads the same tokens, agreement."""
-        batches = self.corpus.scored(split, self.config, self.mesh)
-        means = training.evaluate(self._score, params, batches)
-        return means | {"perplexity": float(np.exp(means["loss"]))}
-
-    def sample(self, params: Any, *, length: int = 32) -> str:
-        """What the pivot writes after the prompt, most likely token first."""
-        model = nnx.merge(self.graphdef, objectives.pivot_of(params))
-        end = self.tokenizer.eos_id
-        out = decoding.generate(
-            models.with_layout(model, "listed"),
-            self.tokenizer.encode(self.config.prompt),
-            max_new_tokens=length,
-            stop_ids=() if end is None else (end,),
-        )
-        return self.config.prompt + self.tokenizer.decode(out.rows()[0])
+def course(config: Config, settings: arms.Settings, seed: int) -> distillation.Course:
+    """How long and how fast a run trains."""
+    return distillation.Course(
+        steps=config.steps,
+        batch_size=config.batch_size,
+        accumulate=config.accumulate,
+        learning_rate=settings.learning_rate,
+        warmup=config.warmup,
+        weight_decay=config.weight_decay,
+        eval_rows=config.eval_rows,
+        eval_batch=config.eval_batch,
+        seed=seed,
+        tensorboard=config.tensorboard,
+        loop=training.LoopOptions(
+            checkpoint_every=config.checkpoint_every,
+            log_every=config.log_every,
+            eval_every=config.eval_every,
+            profile_steps=config.profile_steps,
+        ),
+    )
 
 
 def open_session(config: Config, workdir: epath.Path) -> Session:
-    """Loads the pivot, packs the text and lets the sources read."""
-    if config.source_weight and len(config.source_weight) != len(config.source):
-        raise ValueError(
-            f"source_weight: {len(config.source_weight)} weights for {len(config.source)} sources"
-        )
+    """Loads the student whole, packs the text and lets the sources read."""
     mesh = training.make_mesh(config.mesh)
-    pivot, tokenizer = models.load(
-        config.pivot, mesh=mesh, dtype=config.dtype, layout=config.layout, remat=config.remat
+    options: Any = dict(dtype=config.dtype, layout=config.layout)
+    reading = distillation.Reading(
+        data=config.data,
+        teachers=config.sources,
+        seq_len=config.seq_len,
+        on_error=config.on_error,
+        top_k=config.cache_top_k,
+        batch_size=config.eval_batch,
+        **options,
     )
-    if config.pivot_layers:
-        pivot = models.keep_layers(pivot, config.pivot_layers)
-    apply_fn, params = models.from_nnx(pivot)
-    return Session(
-        config=config,
-        workdir=workdir,
-        mesh=mesh,
-        graphdef=apply_fn.graphdef,
-        params=params,
-        tokenizer=tokenizer,
-        corpus=load_corpus(config, tokenizer, workdir),
+    tokenizer = models.load_tokenizer(config.student)
+    packed = distillation.pack_corpus(reading, tokenizer, workdir / "data")
+    objectives = [arms.first_settings(config, arm).objective(config) for arm in config.loss]
+    distillation.check_vocabularies(reading, packed, objectives)
+    whole, _ = models.load(config.student, mesh=mesh, remat=config.remat, **options)
+    taught = any(objective.taught for objective in objectives)
+    rows = distillation.visited_rows(
+        packed,
+        steps=config.steps,
+        batch_size=config.batch_size,
+        seeds=range(config.seeds) if taught else (),
+        eval_rows=config.eval_rows,
+    )
+    known = {config.student: (whole, tokenizer)} if jax.process_count() == 1 else None
+    corpus = distillation.load_corpus(reading, packed, rows, workdir / "sources", known)
+    return Session(config=config, workdir=workdir, mesh=mesh, whole=whole, corpus=corpus)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pruned:
+    """The student without some layers, before it is healed.
+
+    Attributes:
+        session: What it is part of.
+        layers: Number of layers that went.
+        dropped: Which ones.
+        model: What is left.
+    """
+
+    session: Session
+    layers: int
+    dropped: tuple[int, ...]
+    model: models.Decoder
+
+    @functools.cached_property
+    def student(self) -> distillation.Student:
+        """What of it is trained."""
+        return distillation.make_student(self.model, freeze=self.session.config.freeze)
+
+    @functools.cached_property
+    def scorer(self) -> distillation.Scorer:
+        """Held-out scores, with one program for all arms."""
+        return self._scorer(self.student)
+
+    def of_arm(self, arm: str) -> tuple[distillation.Student, distillation.Scorer]:
+        """An arm's student and its scorer: the dual arm trains a second head beside."""
+        if arm != DUAL:
+            return self.student, self.scorer
+        freeze = self.session.config.freeze
+        student = distillation.make_student(self.model, freeze=freeze, auxiliary_head=True)
+        return student, self._scorer(student)
+
+    def _scorer(self, student: distillation.Student) -> distillation.Scorer:
+        session = self.session
+        about = course(session.config, arms.first_settings(session.config, "sft"), 0)
+        return distillation.Scorer(student, session.corpus, about, mesh=session.mesh)
+
+    @property
+    def directory(self) -> epath.Path:
+        return self.session.workdir / f"drop-{self.layers}"
+
+
+def prune(session: Session, layers: int) -> Pruned:
+    """Chooses the layers that go, on training text; what was chosen lies on disk."""
+    config, packed = session.config, session.corpus.packed
+    if not layers:
+        return Pruned(session=session, layers=0, dropped=(), model=session.whole)
+    split = packed.splits["train"]
+    count = min(config.calibration_rows, len(split))
+    size = min(config.eval_batch, count)
+
+    def make() -> Record:
+        starts = range(0, count - count % size, size)
+        batches = [split.rows(np.arange(i, i + size))[packed.names["pivot"]] for i in starts]
+        chosen = distillation.prune_layers(session.whole, batches, layers, by=config.prune_by)
+        return dataclasses.asdict(chosen)
+
+    chosen = kept(session.workdir / f"drop-{layers}" / "pruning.json", make)
+    logging.info("without layers %s", sorted(chosen["dropped"]))
+    return Pruned(
+        session=session,
+        layers=layers,
+        dropped=tuple(sorted(chosen["dropped"])),
+        model=models.keep_layers(session.whole, chosen["kept"]),
     )
 
 
-def run_arms(config: Config, workdir: epath.Path) -> dict[str, Any]:
-    """Every arm at its best settings with every seed; the untrained pivot for comparison."""
-    for gld in config.gld:
-        objectives.parse_gld(gld, k=config.top_k)
+def run_all(config: Config, workdir: epath.Path) -> Record:
+    """Every number of layers, every arm at its best settings, every seed.
+
+    Returns:
+        `whole`, the scores of the whole model; `drops`, one record a number of layers: `before`,
+        `dropped`, and under `arms` the runs and the trials of each arm.
+    """
     session = open_session(config, workdir)
-    before = _score_untrained(session)
-    outcomes: list[Outcome] = []
-    for loss in config.loss:
-        variants = config.gld if "gld" in loss else config.gld[:1]
-        tried = [Settings(loss, rate, gld) for rate in config.learning_rate for gld in variants]
-        first = [_run_arm(session, settings, seed=0) for settings in tried]
-        best = min(range(len(tried)), key=lambda i: first[i].validation_perplexity)
-        if len(tried) > 1:
-            logging.info("%s: best on validation of %d: %s", loss, len(tried), tried[best].name)
-        outcomes.append(first[best])
-        outcomes += [_run_arm(session, tried[best], seed=seed) for seed in range(1, config.seeds)]
-    return {"before": before, "outcomes": outcomes}
-
-
-def _score_untrained(session: Session) -> dict[str, Any]:
-    path = session.workdir / "before.json"
-    if processes.broadcast_from_first(path.exists):
-        return json.loads(path.read_text())
-    params = session.params
-    scores = session.scores(params, "test")
-    record = {**scores, "sample": session.sample(params)}
-    processes.write_json(path, record)
-    return record
-
-
-def make_step(
-    config: Config, graphdef: Any, mesh: Mesh, settings: Settings
-) -> tuple[optax.GradientTransformation, training.TrainStep]:
-    """An arm's optimizer and its compiled update."""
-    graph, weight = objectives.parse_gld(settings.gld, k=config.top_k)
-    objective = objectives.Objective(
-        loss=settings.loss,
-        weights=config.source_weight or (1.0,) * len(config.source),
-        mix=config.mix,
-        gld_weight=weight,
-        graph=graph,
-    )
-    schedule = training.Schedule(
-        settings.learning_rate, warmup=int(config.warmup * config.steps), total_steps=config.steps
-    )
-    tx = training.make_optimizer(schedule, weight_decay=config.weight_decay)
-    step = training.make_train_step(
-        objectives.loss_function(objective, graphdef, source_names(config)),
-        tx,
-        mesh=mesh,
-        accumulate=config.accumulate,
-        schedule=schedule,
-    )
-    return tx, step
-
-
-def trained_parameters(loss: str, graphdef: Any, params: Any) -> Any:
-    """What an arm trains: the pivot, beside which the dual arm has a second head."""
-    return objectives.with_auxiliary_head(graphdef, params) if loss == objectives.DUAL else params
-
-
-def _run_arm(session: Session, settings: Settings, *, seed: int) -> Outcome:
-    config, loss, mesh = session.config, settings.loss, session.mesh
-    name = f"{settings.name}/seed-{seed}"
-    directory = session.workdir / "arms" / name
-    done = directory / "outcome.json"
-    if processes.broadcast_from_first(done.exists):
-        record = json.loads(done.read_text())
-        record["curve"] = tuple(tuple(point) for point in record["curve"])
-        return Outcome(**record)
-    logging.info("arm %s", name)
-    tx, step = make_step(config, session.graphdef, mesh, settings)
-    start = training.create_train_state(
-        trained_parameters(loss, session.graphdef, session.params),
-        tx,
-        mesh=mesh,
-        rules=models.DECODER_RULES,
-        seed=seed,
-    )
-    train = session.corpus.packed.splits["train"]
-    index, count = training.process_slice(mesh)
-
-    def batch(number: int) -> dict[str, Any]:
-        rows = train.batch(
-            number,
-            seed=seed,
-            batch_size=config.batch_size,
-            process_index=index,
-            process_count=count,
-        )
-        return session.corpus.batch("train", rows, distil=loss != "sft")
-
-    with training.Checkpointer(directory / "checkpoints", max_to_keep=2) as checkpointer:
-        state = training.train_loop(
-            start,
-            step,
-            batch,
-            total_steps=config.steps,
-            workdir=directory,
-            checkpointer=checkpointer,
-            eval_fn=lambda state, _: session.scores(state.params, "validation"),
-            writer=training.make_writer(directory, tensorboard=config.tensorboard),
-            identity={"data": train.fingerprint, "arm": name},
-            options=training.LoopOptions(
-                checkpoint_every=config.checkpoint_every,
-                log_every=config.log_every,
-                eval_every=config.eval_every,
-                profile_steps=config.profile_steps,
+    results: Record = {"whole": _score_whole(session), "drops": []}
+    chosen: dict[str, arms.Settings] = {}
+    for number, layers in enumerate(config.drop_layers):
+        pruned = prune(session, layers)
+        record: Record = {"layers": layers, "dropped": pruned.dropped, "arms": {}}
+        record["before"] = kept(
+            pruned.directory / "before.json",
+            lambda pruned=pruned: (
+                _scores(pruned.scorer, pruned.student.trained, session.mesh)
+                | {"parameters": pruned.student.size}
             ),
         )
-    lines = _metrics(directory)
-    curve = tuple(
-        (int(line["step"]), line["eval/perplexity"]) for line in lines if "eval/perplexity" in line
-    )
-    # The first interval holds the compilation.
-    speeds = [line["seconds_per_step"] for line in lines if "seconds_per_step" in line]
-    test = session.scores(state.params, "test")
-    outcome = Outcome(
-        loss=loss,
-        learning_rate=settings.learning_rate,
-        gld=settings.gld if "gld" in loss else None,
-        seed=seed,
-        validation_perplexity=curve[-1][1],
-        perplexity=test["perplexity"],
-        agreement=test.get("agreement"),
-        accuracy=test["accuracy"],
-        seconds_per_step=statistics.median(speeds[1:] or speeds),
-        tokens=config.steps * config.batch_size * config.seq_len,
-        curve=curve,
-        sample=session.sample(state.params),
-    )
-    processes.write_json(done, dataclasses.asdict(outcome))
-    return outcome
+        for arm in config.loss if number == 0 else config.drop_arm or config.loss:
+            trials: list[Any] = []
+            if arm not in chosen:
+                validate = functools.partial(_validate, pruned)
+                chosen[arm], trials = arms.choose(config, arm, validate)
+                if len(trials) > 1:
+                    logging.info("%s: best of %d: %s", arm, len(trials), chosen[arm].name)
+            runs = [run_arm(pruned, chosen[arm], seed=seed) for seed in range(config.seeds)]
+            record["arms"][arm] = {
+                "runs": runs,
+                "trials": len(trials),
+                "at_edge": bool(trials) and arms.at_edge(config, chosen[arm], trials),
+                "tried": [(settings.name, loss) for settings, loss in trials],
+            }
+        results["drops"].append(record)
+    return results
 
 
-def _metrics(directory: epath.Path) -> Sequence[Mapping[str, float]]:
-    text = (directory / "metrics.jsonl").read_text()
-    return [json.loads(line) for line in text.splitlines()]
+def _score_whole(session: Session) -> Record | None:
+    """Scores of the model that students are cut from; none where nothing is cut."""
+    if not any(session.config.drop_layers):
+        return None
+
+    def make() -> Record:
+        pruned = Pruned(session=session, layers=0, dropped=(), model=session.whole)
+        scores = _scores(pruned.scorer, pruned.student.trained, session.mesh)
+        return scores | {"parameters": pruned.student.size}
+
+    return kept(session.workdir / "whole.json", make)
+
+
+def _scores(scorer: distillation.Scorer, trained: Any, mesh: Mesh) -> Record:
+    params = training.shard_tree(trained, mesh, models.DECODER_RULES)
+    prompt, text = scorer.sample(params)
+    scores = scorer.scores(params, "test")
+    scores["tokens_per_second"] = scorer.tokens_per_second(params)
+    return scores | {"prompt": prompt, "sample": text}
+
+
+def _validate(pruned: Pruned, settings: arms.Settings) -> float:
+    return run_arm(pruned, settings, seed=0)["validation_loss"]
+
+
+def run_arm(pruned: Pruned, settings: arms.Settings, *, seed: int) -> Record:
+    """One run of one arm: trained, scored, kept as `outcome.json`."""
+    session, name = pruned.session, f"{settings.name}/seed-{seed}"
+    directory = pruned.directory / name
+
+    def make() -> Record:
+        logging.info("drop %d, arm %s", pruned.layers, name)
+        student, scorer = pruned.of_arm(settings.arm)
+        found = distillation.train_student(
+            student,
+            session.corpus,
+            settings.objective(session.config),
+            course(session.config, settings, seed),
+            mesh=session.mesh,
+            directory=directory,
+            scorer=scorer,
+        )
+        scores = scorer.scores(found.params, "test")
+        _, text = scorer.sample(found.params)
+        return scores | {
+            **dataclasses.asdict(settings),
+            "seed": seed,
+            "validation_loss": float(np.log(found.curve[-1][1])),
+            "trained_tokens_per_second": found.tokens_per_second,
+            "curve": found.curve,
+            "sample": text,
+            "parameters": student.size,
+        }
+
+    record = kept(directory / "outcome.json", make)
+    # What is finished needs no checkpoint, and many trials would fill a disk.
+    processes.remove_directory(directory / "checkpoints")
+    return record

@@ -14,6 +14,7 @@ COMMANDS = {
     "serve": "Serve a model, or several fused ones, over OpenAI's completion API.",
     "prepare": "Write data sets of tensorflow-datasets once, to be read without TensorFlow.",
     "cache-logits": "Let teachers read text once, for training without them in memory.",
+    "distill": "Prune a model, or teach it what other models know, and hand it on.",
     "extract-features": "Let frozen image encoders see pictures once, for training of heads.",
     "convert-head": "Replace a model's output head by a vector-quantised one that imitates it.",
     "audit": "Measure what the API of your model gives away of its head.",

@@ -1,22 +1,21 @@
 """Let teachers read text once, so that no training run has to hold them in memory.
 
-    logitjax cache-logits --source=hf:org/teacher --pivot=smollm2 \\
+    logitjax cache-logits --teacher=hf:org/teacher --student=smollm2 \\
         --data=text:FILE --workdir=runs/cache
 
-It packs the text and writes, for each source and split, the top logits of every position with their
-log-sum-exp, mean and deviation, into WORKDIR/source0, WORKDIR/source1, ... Then
+It packs the text and writes, for each teacher and split, the top logits of every position with
+their log-sum-exp, mean and deviation, into WORKDIR/source0, WORKDIR/source1, ... Then
 
-    python -m experiments.graph_fusion --teacher=cache:runs/cache/source0 ...
+    logitjax distill --student=smollm2 --teacher=cache:runs/cache/source0 --data=text:FILE ...
 
-trains from it without loading the source. The packed rows have to be the same on both sides: give
-the same --pivot, --source, --data and --seq_len; a cache that does not fit is an error that says
-what differs. The size on disk is logged before a model reads anything. Kill it whenever you like:
-the same command goes on with the shard it was at. Several processes share the shards, and each
-reads with its own devices.
+trains from it without loading the teacher. The packed rows have to be the same on both sides: give
+the same --student, teachers, --data and --seq_len; a cache that does not fit is an error that says
+what differs. `--teacher=api:URL` asks a server on this machine instead. The size on disk is logged
+before anybody reads anything. Kill it whenever you like: the same command goes on with the shard it
+was at. Several processes share the shards, and each reads with its own devices.
 """
 
 import dataclasses
-import functools
 from typing import Literal
 
 import jax
@@ -24,19 +23,18 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from logitjax import data, distillation, models, training
+from logitjax import data, distillation, models
 from logitjax.commands.cli import field
 from logitjax.commands.tables import markdown_table
 from logitjax.data import SPLITS
-from logitjax.distillation import sources
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """What to read, and how much of it to keep."""
 
-    pivot: str = field("smollm2", "Model that will be trained; its tokenizer shapes the rows.")
-    source: tuple[str, ...] = field(("smollm2",), "Model that reads.")
+    student: str = field("smollm2", "Model that will be trained; its tokenizer shapes the rows.")
+    teacher: tuple[str, ...] = field(("smollm2",), "Model that reads, or api:URL.")
     data: str = field("tfds:wiki_summaries", "Text to read: text:PATH, jsonl:PATH or tfds:NAME.")
     on_error: Literal["raise", "skip"] = field("raise", "What happens at a malformed row.")
     seq_len: int = field(256, "Number of tokens in a row.")
@@ -46,6 +44,7 @@ class Config:
     tail_samples: int = field(
         0, "Number of tokens per position drawn from the others, for KL without bias."
     )
+    api_key: str | None = field(None, "Key of the server.")
     batch_size: int = field(4, "Number of rows read at once by a process.")
     dtype: Literal["float32", "bfloat16"] = field("float32", "Compute type.")
     layout: Literal["stacked", "listed"] = field(
@@ -67,35 +66,26 @@ def run(config: Config, workdir: epath.Path) -> None:
     unknown = sorted(set(config.splits) - set(SPLITS))
     if unknown:
         raise ValueError(f"splits: expected some of {', '.join(SPLITS)}, got {unknown[0]!r}")
-    specs = {f"source{i}": spec for i, spec in enumerate(config.source)}
-    tokenizers = {"pivot": models.load_tokenizer(config.pivot)}
-    tokenizers |= {name: models.load_tokenizer(spec) for name, spec in specs.items()}
-    packed = data.pack_splits(
-        config.data,
-        tokenizers,
+    reading = distillation.Reading(
+        data=config.data,
+        teachers=config.teacher,
         seq_len=config.seq_len,
         on_error=config.on_error,
-        directory=workdir / "data",
+        top_k=config.cache_top_k,
+        tail_samples=config.tail_samples,
+        batch_size=config.batch_size,
+        dtype=config.dtype,
+        layout=config.layout,
+        api_key=config.api_key,
     )
+    tokenizer = models.load_tokenizer(config.student)
+    packed = distillation.pack_corpus(reading, tokenizer, workdir / "data")
     rows = {split: _wanted(config, packed.splits[split]) for split in config.splits}
-    here = training.make_mesh("fsdp:-1", devices=jax.local_devices())
+    _announce(reading, packed, rows)
+    corpus = distillation.load_corpus(reading, packed, rows, workdir)
     table = []
-    for name, spec in specs.items():
-        _announce(config, spec, tokenizers[name], rows)
-        caches = sources.cache_teacher(
-            spec,
-            functools.partial(
-                models.load, spec, mesh=here, dtype=config.dtype, layout=config.layout
-            ),
-            columns=packed.names[name],
-            packed=packed,
-            rows=rows,
-            k=config.cache_top_k,
-            tail_samples=config.tail_samples,
-            batch_size=config.batch_size,
-            directory=workdir / name,
-        )
-        for split, cache in caches.items():
+    for name, spec in zip(reading.names, config.teacher, strict=True):
+        for split, cache in corpus.sources[name].caches.items():
             files = cache.directory.glob("*.array_record")
             size = sum(path.stat().length for path in files)
             table.append(
@@ -109,31 +99,36 @@ def run(config: Config, workdir: epath.Path) -> None:
             )
     if jax.process_index() == 0:
         text = markdown_table(table)
-        uses = " ".join(f"--teacher=cache:{workdir / name}" for name in specs)
-        text += f"\n\nTrain from it: python -m experiments.graph_fusion {uses} ...\n"
+        uses = " ".join(f"--teacher=cache:{workdir / name}" for name in reading.names)
+        text += (
+            f"\n\nTrain from it: logitjax distill --student={config.student} {uses} "
+            f"--data={config.data} --seq_len={config.seq_len} ...\n"
+        )
         (workdir / "report.md").write_text(text)
         print(text)
 
 
 def _announce(
-    config: Config, spec: str, tokenizer: models.Tokenizer, rows: dict[str, np.ndarray]
+    reading: distillation.Reading, packed: data.PackedSplits, rows: dict[str, np.ndarray]
 ) -> None:
     """Before a model is loaded: what its cache will take at most."""
-    identity = distillation.TeacherIdentity(
-        model=spec,
-        tokenizer=tokenizer.fingerprint,
-        data="",
-        vocab_size=tokenizer.vocab_size,
-        positions=config.seq_len - 1,
-        k=config.cache_top_k,
-        tail_samples=config.tail_samples,
-    )
-    count = sum(map(len, rows.values()))
-    logging.info(
-        "%s: %d rows of %d positions, top %d: %.1f MB on disk",
-        spec,
-        count,
-        identity.positions,
-        identity.k,
-        count * identity.bytes_per_row / 1e6,
-    )
+    for name, spec in zip(reading.names, reading.teachers, strict=True):
+        tokenizer = packed.tokenizers[packed.names[name]]
+        identity = distillation.TeacherIdentity(
+            model=spec,
+            tokenizer=tokenizer.fingerprint,
+            data="",
+            vocab_size=tokenizer.vocab_size,
+            positions=reading.seq_len - 1,
+            k=reading.top_k,
+            tail_samples=reading.tail_samples,
+        )
+        count = sum(map(len, rows.values()))
+        logging.info(
+            "%s: %d rows of %d positions, top %d: %.1f MB on disk",
+            spec,
+            count,
+            identity.positions,
+            identity.k,
+            count * identity.bytes_per_row / 1e6,
+        )

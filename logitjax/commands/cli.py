@@ -250,12 +250,12 @@ def main(
     """Parse flags, join the other processes, run; what a user can mend ends as one line.
 
     A wrong flag, wrong data and a missing package end with status 2. A `run` that takes a workdir
-    gets one, with `config.json` in it.
+    gets one, with `config.json` in it; one that calls it `out` lets users call it so too.
 
     Args:
         config_class: The dataclass that `run` is given.
         presets: Its defaults by name; the first ones hold if none is named.
-        run: `(config, workdir)`, which every process calls, or `(config)`.
+        run: `(config, workdir)` or `(config, out)`, which every process calls, or `(config)`.
         program: What `--help` calls it; the module's name if omitted.
         arguments: What follows the program on the command line; `sys.argv`'s if omitted.
     """
@@ -264,7 +264,7 @@ def main(
     if program is None:
         spec = doc.__spec__
         program = f"python -m {spec.name.removesuffix('.__main__')}" if spec else sys.argv[0]
-    kept = "workdir" in inspect.signature(run).parameters
+    kept = {"workdir", "out"} & set(inspect.signature(run).parameters)
     if set(arguments) & set(_HELP):
         classes = (_Place, config_class) if kept else (config_class,)
         print(help_text(program, doc.__doc__, classes, presets))
@@ -277,6 +277,8 @@ def main(
         values = define_flags(config_class, presets)
         if kept:
             values.append_flag_values(define_flags(_Place))
+            for name in kept - {"workdir"}:
+                flags.DEFINE_alias(name, "workdir", flag_values=values)
         rest = values([program, *arguments])[1:]
         place = config_from_flags(_Place, None, values) if kept else None
     except (flags.Error, ValueError) as error:

@@ -3,6 +3,19 @@ from logitjax.distillation._align_gradients import aligned_value_and_grad as ali
 from logitjax.distillation._alignment import align_positions as align_positions
 from logitjax.distillation._binary_kl import binary_kl as binary_kl
 from logitjax.distillation._binary_kl import binary_kl_norm as binary_kl_norm
+from logitjax.distillation._corpus import Corpus as Corpus
+from logitjax.distillation._corpus import Reading as Reading
+from logitjax.distillation._corpus import check_vocabularies as check_vocabularies
+from logitjax.distillation._corpus import load_corpus as load_corpus
+from logitjax.distillation._corpus import pack_corpus as pack_corpus
+from logitjax.distillation._corpus import visited_rows as visited_rows
+from logitjax.distillation._distill import Course as Course
+from logitjax.distillation._distill import Distilled as Distilled
+from logitjax.distillation._distill import Scorer as Scorer
+from logitjax.distillation._distill import Trained as Trained
+from logitjax.distillation._distill import distill as distill
+from logitjax.distillation._distill import make_update as make_update
+from logitjax.distillation._distill import train_student as train_student
 from logitjax.distillation._dual_head import DualHead as DualHead
 from logitjax.distillation._dual_head import dual_head_loss as dual_head_loss
 from logitjax.distillation._graph_fusion import FusionTeacher as FusionTeacher
@@ -19,11 +32,24 @@ from logitjax.distillation._knowledge_distillation import (
 )
 from logitjax.distillation._knowledge_distillation import standardize_logits as standardize_logits
 from logitjax.distillation._linear_graph_fusion import linear_graph_fusion as linear_graph_fusion
+from logitjax.distillation._objective import TERMS as TERMS
+from logitjax.distillation._objective import Objective as Objective
+from logitjax.distillation._objective import loss_function as loss_function
+from logitjax.distillation._objective import parse_gld as parse_gld
+from logitjax.distillation._objective import parse_terms as parse_terms
+from logitjax.distillation._objective import score_function as score_function
+from logitjax.distillation._objective import targets as targets
 from logitjax.distillation._prune import LayerPruning as LayerPruning
 from logitjax.distillation._prune import prune_layers as prune_layers
 from logitjax.distillation._prune import prune_width as prune_width
+from logitjax.distillation._student import Student as Student
+from logitjax.distillation._student import hidden_states as hidden_states
+from logitjax.distillation._student import make_student as make_student
 from logitjax.distillation._teacher_cache import TeacherCache as TeacherCache
 from logitjax.distillation._teacher_cache import TeacherIdentity as TeacherIdentity
+from logitjax.distillation._teachers import cache_teacher as cache_teacher
+from logitjax.distillation._teachers import model_reader as model_reader
+from logitjax.distillation._teachers import teacher_record as teacher_record
 from logitjax.distillation._universal_logit_distance import (
     universal_logit_distance as universal_logit_distance,
 )

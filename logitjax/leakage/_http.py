@@ -53,7 +53,7 @@ class HttpOracle:
         self._pool = concurrent.futures.ThreadPoolExecutor(workers)
         self._local = threading.local()
 
-    def ask(self, prompts: Sequence[Any]) -> Answer:
+    def ask(self, prompts: Sequence[Any] | np.ndarray) -> Answer:
         """One query a prompt, without a bias."""
         return self._all([(prompt, None) for prompt in prompts])
 

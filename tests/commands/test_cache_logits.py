@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from logitjax import data, distillation
+from logitjax import data, distillation, models
 from logitjax.commands import cache_logits
 
 TEXT = "\n\n".join(f"paragraph {i} " + "word " * 60 for i in range(120))
@@ -20,7 +20,7 @@ def source(tmp_path_factory):
 
 
 def _config(source, **changes):
-    small = dict(pivot="tiny", source=("tiny:1",), data=source, seq_len=64, batch_size=2)
+    small = dict(student="tiny", teacher=("tiny:1",), data=source, seq_len=64, batch_size=2)
     few = dict(rows="6", cache_top_k=16, tail_samples=2)
     return cache_logits.Config(**(small | few | changes))
 
@@ -51,3 +51,34 @@ def test_options_that_make_no_sense_are_named(source, tmp_path):
         cache_logits.run(_config(source, splits=("dev",)), workdir)
     with pytest.raises(ValueError, match="rows: expected all or a positive number"):
         cache_logits.run(_config(source, rows="none"), workdir)
+
+
+def _corpus(workdir, source, seq_len, rows):
+    """What a student reads of the first teacher's cache."""
+    reading = distillation.Reading(
+        data=source, teachers=(f"cache:{workdir / 'source0'}",), seq_len=seq_len
+    )
+    tokenizer = models.load_tokenizer("tiny")
+    packed = distillation.pack_corpus(reading, tokenizer, workdir / f"rows-{seq_len}")
+    return distillation.load_corpus(reading, packed, rows, workdir / "unused")
+
+
+def test_a_students_rows_come_with_the_draws_of_the_teachers_tail(source, tmp_path):
+    workdir = epath.Path(tmp_path)
+    cache_logits.run(_config(source, rows="all", tail_samples=3), workdir)
+    corpus = _corpus(workdir, source, 64, {"train": np.arange(8)})
+    rows = corpus.packed.splits["train"].rows(np.arange(8))
+    statistics, _ = corpus.sources["source0"].statistics("train", rows)
+    assert statistics.tail.values.shape == (8, 63, 3)
+    # What is drawn is not among the top 16.
+    assert (statistics.tail.indices[..., None] != statistics.indices[..., None, :]).all()
+    assert (statistics.tail.values <= statistics.values[..., -1:] + 0.1).all()
+
+
+def test_caches_of_other_or_of_too_few_rows_are_refused(source, tmp_path):
+    workdir = epath.Path(tmp_path)
+    cache_logits.run(_config(source), workdir)
+    with pytest.raises(ValueError, match="does not fit: its data is"):
+        _corpus(workdir, source, 32, {"train": np.arange(2)})
+    with pytest.raises(ValueError, match=r"lacks 3 of the rows .* write it with --rows=all"):
+        _corpus(workdir, source, 64, {"train": np.arange(9)})

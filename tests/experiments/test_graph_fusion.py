@@ -1,21 +1,17 @@
-"""The main job on a tiny model: every arm trains, scores, reports, and continues after a stop."""
+"""The main job on a tiny model: it prunes, every arm heals, scores, and continues after a stop."""
 
-import dataclasses
 import json
 import pathlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
 
 from experiments.graph_fusion import __main__ as graph_fusion
-from experiments.graph_fusion import train
+from experiments.graph_fusion import arms, train
 from experiments.graph_fusion.programs import programs
-from logitjax import distillation, losses, models, training
-from logitjax.distillation import objectives
-from logitjax.models import load_model, load_tokenizer
+from logitjax import distillation, models, training
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -32,110 +28,143 @@ def config(**changes):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     workdir = epath.Path(tmp_path_factory.mktemp("fusion"))
-    graph_fusion.run(config(loss=("sft", "uld+gld"), seeds=2), workdir)
+    graph_fusion.run(config(loss=("sft", "kl", "uld+gld"), seeds=2), workdir)
     return workdir
+
+
+def records(workdir, arm):
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["arm"] == arm]
 
 
 def test_report_has_a_row_an_arm_and_a_plot(finished):
     report = (finished / "report.md").read_text()
-    assert "| SFT " in report
-    assert "InfiGFusion)" in report
+    for name in (
+        "| whole ",
+        "| without 1 layers ",
+        "| SFT ",
+        "InfiGFusion)",
+        "points of agreement",
+    ):
+        assert name in report
     assert (finished / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_training_improves_held_out_perplexity(finished):
-    results = json.loads((finished / "results.json").read_text())
-    sft = [run for run in results["outcomes"] if run["loss"] == "sft"]
+def test_healing_improves_held_out_perplexity(finished):
+    before = json.loads((finished / "drop-1" / "before.json").read_text())
+    sft = records(finished, "sft")
     assert len(sft) == 2
-    assert all(run["perplexity"] < results["before"]["perplexity"] / 2 for run in sft)
+    assert all(run["perplexity"] < before["perplexity"] / 2 for run in sft)
+    # The byte tokenizer has one byte a token, but for the end of a text.
+    assert before["bits_per_byte"] == pytest.approx(before["loss"] / np.log(2), rel=0.02)
 
 
-def test_an_arm_is_traced_once(tmp_path):
-    chosen = config(loss=("sft", "uld+gld"))
-    session = train.open_session(chosen, epath.Path(tmp_path))
-    rows = session.corpus.packed.splits["train"]
-    for loss in chosen.loss:
-        settings = train.Settings(loss, 1e-2, chosen.gld[0])
-        tx, step = train.make_step(chosen, session.graphdef, session.mesh, settings)
-        state = training.create_train_state(
-            session.params, tx, mesh=session.mesh, rules=models.DECODER_RULES
-        )
-        for number in range(3):
-            batch = rows.batch(number, seed=0, batch_size=chosen.batch_size)
-            batch = session.corpus.batch("train", batch, distil=loss != "sft")
-            state, output = step(state, batch)
-        assert bool(output.finite)
-        assert step.traces == 1
-
-
-def test_seeds_differ_and_arms_see_equal_tokens(finished):
-    outcomes = json.loads((finished / "results.json").read_text())["outcomes"]
-    sft = [run["perplexity"] for run in outcomes if run["loss"] == "sft"]
-    assert sft[0] != sft[1]
-    assert len({run["tokens"] for run in outcomes}) == 1
+def test_seeds_differ(finished):
+    first, second = (run["perplexity"] for run in records(finished, "sft"))
+    assert first != second
 
 
 def test_same_command_again_trains_nothing(finished, monkeypatch):
-    monkeypatch.setattr(train.training, "train_loop", None)
+    monkeypatch.setattr(train.distillation, "train_student", None)
     before = (finished / "report.md").read_text()
-    graph_fusion.run(config(loss=("sft", "uld+gld"), seeds=2), finished)
+    graph_fusion.run(config(loss=("sft", "kl", "uld+gld"), seeds=2), finished)
     assert (finished / "report.md").read_text() == before
 
 
+def test_an_arm_is_traced_once(tmp_path):
+    chosen = config(loss=("uld+gld",))
+    session = train.open_session(chosen, epath.Path(tmp_path))
+    student = train.prune(session, 1).student
+    settings = arms.first_settings(chosen, "uld+gld")
+    tx, step = distillation.make_update(
+        student,
+        settings.objective(chosen),
+        train.course(chosen, settings, 0),
+        ("source0",),
+        mesh=session.mesh,
+    )
+    rules = models.DECODER_RULES
+    state = training.create_train_state(student.trained, tx, mesh=session.mesh, rules=rules)
+    rows = session.corpus.packed.splits["train"]
+    for number in range(3):
+        batch = rows.batch(number, seed=0, batch_size=chosen.batch_size)
+        state, output = step(
+            state, session.corpus.batch("train", batch, taught=True), {"model": {}}
+        )
+    assert bool(output.finite)
+    assert step.traces == 1
+
+
 def test_kl_refuses_a_source_with_another_vocabulary(tmp_path, monkeypatch):
-    other = load_tokenizer("tiny")
+    other = models.load_tokenizer("tiny")
     other.backend.add_tokens(["history"])
     foreign = models.Tokenizer(other.backend, eos_id=256, pad_id=256)
-    monkeypatch.setattr(models, "load_tokenizer", lambda spec: foreign)
+    ours = models.load_tokenizer
+    monkeypatch.setattr(
+        models, "load_tokenizer", lambda spec: foreign if spec == "tiny:1" else ours(spec)
+    )
     with pytest.raises(ValueError, match="loss 'kl' needs one vocabulary"):
         graph_fusion.run(config(loss=("kl",)), epath.Path(tmp_path))
 
 
-def test_wrong_number_of_source_weights(tmp_path):
+def test_wrong_names_and_numbers_are_refused():
     with pytest.raises(ValueError, match="2 weights for 1 sources"):
-        graph_fusion.run(config(source_weight=(1.0, 2.0)), epath.Path(tmp_path))
+        config(source_weight=(1.0, 2.0))
+    with pytest.raises(ValueError, match=r"loss: expected some of sft, .*got 'jsd'"):
+        config(loss=("jsd",))
 
 
-@pytest.mark.parametrize("loss", ["kl", "uld+gld"])
-def test_arm_equals_the_dense_losses(loss):
-    """The arm's value from blocked sweeps, against logits and the dense formulas."""
-    model = load_model("tiny")
-    apply_fn, params = models.from_nnx(model)
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(0, 256, (2, 12)).astype(np.int32)
-    pivot = {
-        "tokens": tokens,
-        "segment_ids": np.ones_like(tokens),
-        "positions": np.broadcast_to(np.arange(12, dtype=np.int32), tokens.shape),
-        "loss_mask": np.ones(tokens.shape, bool),
+@pytest.mark.parametrize(
+    "gld", ["rank/row_sum:1", "rank/row_sum/closed_form", "rank/row_sum/closed_form:heavy"]
+)
+def test_a_wrong_graph_loss_is_named(gld):
+    chosen = config(gld=(gld,))
+    with pytest.raises(ValueError, match=f"gld '{gld}'"):
+        arms.first_settings(chosen, "gld").objective(chosen)
+
+
+def test_arms_are_sums_of_their_losses():
+    chosen = config(mix=(0.25,), gld=("rank/row_sum/closed_form:0.1",))
+    terms = {
+        arm: dict(arms.first_settings(chosen, arm).objective(chosen).terms)
+        for arm in ("sft", "kl_only", "kl", "uld+gld")
     }
-    teacher = jnp.asarray(rng.normal(size=(2, 11, 257)), jnp.float32)
-    statistics = losses.graph_statistics(teacher, 257 if loss == "kl" else 10)
-    where = np.ones((2, 11), bool)
-    objective = objectives.Objective(loss=loss, weights=(1.0,))
-    batch = {"pivot": pivot, "sources": {"source0": (statistics, where)}}
-    loss_fn = objectives.loss_function(objective, apply_fn.graphdef, ("source0",))
-    total, count, _ = jax.jit(loss_fn)(params, batch, None)
-    logits = model(jnp.asarray(tokens))[:, :-1]
-    labels = jnp.asarray(tokens[:, 1:])
-    if loss == "kl":
-        sft = losses.cross_entropy(logits, labels)
-        expected = (0.5 * sft + 0.5 * losses.kl_divergence(logits, teacher)).sum()
-    else:
-        teachers = [distillation.FusionTeacher(outputs=teacher)]
-        value, metrics = distillation.graph_fusion_objective(logits, labels, teachers)
-        expected = (value * metrics["tokens"]).sum()
-    assert int(count) == 22
-    np.testing.assert_allclose(total, expected, rtol=2e-5)
+    assert terms["sft"] == {"sft": 1.0}
+    assert terms["kl_only"] == {"kl": 1.0}
+    assert terms["kl"] == {"sft": 0.75, "kl": 0.25}
+    assert terms["uld+gld"] == pytest.approx({"sft": 0.75, "uld": 0.25, "gld": 0.025})
 
 
-def test_objective_names_what_it_knows():
-    with pytest.raises(ValueError, match=r"expected one of sft, .*got 'jsd'"):
-        objectives.Objective(loss="jsd", weights=(1.0,))
-    assert dataclasses.replace(objectives.Objective(loss="uld", weights=(1.0, 3.0))).shares == [
-        0.25,
-        0.75,
-    ]
+def searched(loss, **changes):
+    """A search whose outcome is a formula."""
+    values = dict(learning_rate=(1.0, 2.0, 4.0), mix=(0.5, 0.75, 0.25))
+    values |= dict(gld=("rank/row_sum/closed_form:1", "token/row_rms/closed_form:1"))
+    chosen = config(**(values | changes))
+    found = {}
+    for arm in ("sft", "kl", "uld+gld"):
+        found[arm] = arms.choose(chosen, arm, lambda settings: loss(settings))
+        assert len({settings.name for settings, _ in found[arm][1]}) == len(found[arm][1])
+    return chosen, found
+
+
+def test_every_arm_has_as_many_trials():
+    _, found = searched(
+        lambda s: abs(np.log2(s.learning_rate / 1.9)) + abs(s.mix - 0.7) + ("row_rms" in s.gld)
+    )
+    assert {len(trials) for _, trials in found.values()} == {6}
+    assert found["kl"][0].mix == 0.75
+    assert found["kl"][0].learning_rate == found["uld+gld"][0].learning_rate == 2.0
+    assert "row_sum" in found["uld+gld"][0].gld
+    # What it has no use for, an arm spends on finer rates.
+    assert len({settings.learning_rate for settings, _ in found["sft"][1]}) == 6
+
+
+def test_a_search_goes_on_beyond_an_edge():
+    chosen, found = searched(lambda s: abs(np.log2(s.learning_rate / 14)))
+    best, trials = found["kl"]
+    assert best.learning_rate == 16.0
+    assert not arms.at_edge(chosen, found["sft"][0], found["sft"][1])
+    assert max(settings.learning_rate for settings, _ in trials) == 32.0
 
 
 def test_paper_preset_traces_on_a_mesh():
@@ -150,21 +179,17 @@ def test_paper_preset_traces_on_a_mesh():
 
 
 @pytest.mark.slow
-def test_graph_losses_are_tried_on_validation_data(tmp_path):
+def test_graph_losses_and_layers_are_tried(tmp_path):
     variants = ("rank/row_sum/closed_form:0.002", "token/off_diagonal/sorted_coupling:0.01")
     workdir = epath.Path(tmp_path)
-    graph_fusion.run(config(loss=("uld+gld",), gld=variants, steps=3), workdir)
-    tried = sorted(path.name for path in (workdir / "arms" / "uld+gld").iterdir())
-    assert tried == ["rank-row_sum-closed_form-x0.002", "token-off_diagonal-sorted_coupling-x0.01"]
-    runs = [json.loads(p.read_text()) for p in workdir.glob("arms/uld+gld/*/*/*/outcome.json")]
-    best = min(runs, key=lambda run: run["validation_perplexity"])
-    assert best["gld"] in variants
-    assert f"| {best['gld']} " in (workdir / "report.md").read_text()
-
-
-@pytest.mark.parametrize(
-    "gld", ["rank/row_sum:1", "rank/row_sum/closed_form", "rank/row_sum/closed_form:heavy"]
-)
-def test_a_wrong_graph_loss_is_named(gld, tmp_path):
-    with pytest.raises(ValueError, match=f"gld '{gld}'"):
-        graph_fusion.run(config(gld=(gld,)), epath.Path(tmp_path))
+    tried = dict(gld=variants, steps=3, drop_layers=(1, 0), drop_arm=("uld+gld",))
+    graph_fusion.run(config(loss=("uld+gld",), **tried), workdir)
+    folders = sorted(path.name for path in (workdir / "drop-1" / "uld+gld").iterdir())
+    assert folders == [
+        "rank-row_sum-closed_form-x0.002",
+        "token-off_diagonal-sorted_coupling-x0.01",
+    ]
+    by_layers = {run["layers"]: run for run in records(workdir, "uld+gld")}
+    assert set(by_layers) == {0, 1}
+    assert by_layers[0]["gld"] == by_layers[1]["gld"]
+    assert "## Trials" in (workdir / "report.md").read_text()

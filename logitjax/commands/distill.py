@@ -1,0 +1,356 @@
+"""Make a model smaller, or better by what other models know, and hand it on.
+
+    logitjax distill --student=smollm2 --drop_layers=6 --data=tfds:wiki_summaries --out=runs/small
+    logitjax distill --student=DIR --teacher=DIR2 --data=jsonl:chats.jsonl --out=runs/better
+    logitjax distill --student=DIR --teacher=cache:runs/cache/source0 --data=text:FILE \\
+        --loss=sft:0.3 --loss=kl:0.7 --out=runs/cached
+    logitjax distill --student=DIR --teacher=api:http://127.0.0.1:8000 --cache_top_k=5 \\
+        --student_head=runs/audit --data=text:FILE --out=runs/replica
+
+The student is pruned if you ask for it, the teachers read the text once, and the student learns
+from the text (`sft`) and from them: `kl`, `rkl` and `jsd` compare token by token and need one
+vocabulary, `uld` and `gld` need none. A pruned student without a `--teacher` learns from the model
+that it was cut from. OUT/model is then a Hugging Face directory, which transformers, vLLM and every
+other command here read; OUT/report.md says what the student was before and after, with curves and
+samples.
+
+A teacher is a model, `cache:DIR` as `logitjax cache-logits` writes it, or `api:URL`, a server on
+this machine that reports log-probabilities with token ids; `--student_head` gives the student the
+head that `logitjax audit` recovered from it. Kill the run whenever you like: the same command goes
+on where it was, bit for bit. See docs/distil.md.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+
+from logitjax import data, distillation, models, processes, storage, training
+from logitjax.commands.cli import REQUIRED, field
+from logitjax.commands.tables import markdown_table
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Who learns what from whom, and how."""
+
+    student: str = field(REQUIRED, "Model that learns.")
+    teacher: tuple[str, ...] = field((), "Model to learn from, or cache:DIR, or api:URL.")
+    teacher_weight: tuple[float, ...] = field((), "Weights of the teachers; equal if none.")
+    data: str = field(REQUIRED, "Text to learn from: text:PATH, jsonl:PATH or tfds:NAME.")
+    on_error: Literal["raise", "skip"] = field("raise", "What happens at a malformed row.")
+    loss: tuple[str, ...] = field(
+        ("sft:0.5", "kl:0.5"), "Loss and its weight, as NAME:WEIGHT: sft, kl, rkl, jsd, uld or gld."
+    )
+    student_temperature: float = field(1.0, "Temperature of the student in kl, rkl and jsd.")
+    teacher_temperature: float = field(1.0, "Temperature of the teachers there.")
+    graph: str = field("rank/row_sum/closed_form", "Graph of gld, as NODE/FEATURE/VALUE.")
+    graph_top_k: int = field(10, "Number of logits that uld and gld look at.", minimum=1)
+    drop_layers: int = field(0, "Number of layers to prune from the student first.", minimum=0)
+    prune_by: Literal["influence", "run", "perplexity"] = field(
+        "influence",
+        "What says which layers go: how far each turns the stream, how far a run of them does, or "
+        "perplexity without each, one after the other.",
+    )
+    keep_layers: tuple[int, ...] = field((), "Layers to keep, instead.")
+    kv_heads: int = field(0, "Number of key-value heads to keep in a layer; 0 for all.", minimum=0)
+    mlp_channels: int = field(0, "Number of channels to keep in a layer; 0 for all.", minimum=0)
+    calibration_rows: int = field(16, "Number of rows that pruning looks at.", minimum=1)
+    lora_rank: int = field(0, "Rank of adapters to train in place of the model; 0 for none.")
+    freeze: str | None = field(None, "Regular expression of parameters that stay, by their path.")
+    student_head: str | None = field(
+        None, "Output of `logitjax audit`, whose recovered head the student takes."
+    )
+    cache_top_k: int = field(64, "Number of logits kept per position of a teacher.", minimum=1)
+    tail_samples: int = field(0, "Number of other tokens drawn per position, for kl without bias.")
+    api_key: str | None = field(None, "Key of the server.")
+    seq_len: int = field(256, "Number of tokens in a row.", minimum=2)
+    batch_size: int = field(4, "Number of rows in a step, over all processes.", minimum=1)
+    accumulate: int = field(1, "Number of microbatches in a step.", minimum=1)
+    steps: int = field(200, "Number of optimiser steps.", minimum=1)
+    learning_rate: float = field(3e-4, "Peak of the learning rate.")
+    warmup: float = field(0.1, "Share of the steps in which the learning rate rises.")
+    weight_decay: float = field(0.01, "Weight decay of AdamW.")
+    eval_rows: int = field(32, "Number of rows of validation and of test text to score.", minimum=1)
+    eval_every: int = field(50, "Number of steps between validations.", minimum=0)
+    checkpoint_every: int = field(50, "Number of steps between checkpoints.", minimum=0)
+    log_every: int = field(10, "Number of steps between log lines.", minimum=1)
+    seed: int = field(0, "Seed of the order of rows and of adapters.")
+    dtype: Literal["float32", "bfloat16"] = field("float32", "Compute type.")
+    layout: Literal["stacked", "listed"] = field(
+        "listed", "Whether layers are scanned (stacked) or unrolled (listed)."
+    )
+    remat: Literal["none", "dots", "full"] = field("none", "What the backward pass computes again.")
+    mesh: str = field("data:-1,fsdp:1,tensor:1", "Axes and sizes of the device mesh.")
+
+    def __post_init__(self) -> None:
+        if self.drop_layers and self.keep_layers:
+            raise ValueError("drop_layers, keep_layers: expected one of them, got both")
+        if self.teacher_weight and len(self.teacher_weight) != len(self.teacher):
+            raise ValueError(
+                f"teacher_weight: expected {len(self.teacher)}, one a teacher, got "
+                f"{len(self.teacher_weight)}"
+            )
+
+    @property
+    def prunes(self) -> bool:
+        """Whether the student is not the model that is loaded."""
+        return bool(self.drop_layers or self.keep_layers or self.kv_heads or self.mlp_channels)
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """Those that are named, else the model that the student is cut from."""
+        return self.teacher or ((self.student,) if self.prunes else ())
+
+
+def run(config: Config, out: epath.Path) -> None:
+    """Prunes, lets the teachers read, trains, writes the model and the report."""
+    objective = _objective(config)
+    course = distillation.Course(
+        steps=config.steps,
+        batch_size=config.batch_size,
+        accumulate=config.accumulate,
+        learning_rate=config.learning_rate,
+        warmup=config.warmup,
+        weight_decay=config.weight_decay,
+        eval_rows=config.eval_rows,
+        seed=config.seed,
+        loop=training.LoopOptions(
+            checkpoint_every=config.checkpoint_every,
+            log_every=config.log_every,
+            eval_every=config.eval_every,
+        ),
+    )
+    reading = distillation.Reading(
+        data=config.data,
+        teachers=config.teachers,
+        seq_len=config.seq_len,
+        on_error=config.on_error,
+        top_k=config.cache_top_k,
+        tail_samples=config.tail_samples,
+        batch_size=config.batch_size,
+        dtype=config.dtype,
+        layout=config.layout,
+        api_key=config.api_key,
+    )
+    basis = _recovered(config.student_head) if config.student_head else None
+    mesh = training.make_mesh(config.mesh)
+    tokenizer = models.load_tokenizer(config.student)
+    packed = distillation.pack_corpus(reading, tokenizer, out / "data")
+    distillation.check_vocabularies(reading, packed, [objective])
+    whole, _ = models.load(
+        config.student, mesh=mesh, dtype=config.dtype, layout=config.layout, remat=config.remat
+    )
+    model, note = _pruned(config, whole, packed, out)
+    corpus = distillation.load_corpus(
+        reading,
+        packed,
+        distillation.visited_rows(
+            packed,
+            steps=config.steps,
+            batch_size=config.batch_size,
+            seeds=(config.seed,) if objective.taught else (),
+            eval_rows=config.eval_rows,
+        ),
+        out / "teachers",
+        {config.student: (whole, tokenizer)} if jax.process_count() == 1 else None,
+    )
+    rows = [_whole_row(config, whole, corpus, course, mesh, out)] if config.prunes else []
+    del whole
+    student = distillation.make_student(
+        model,
+        freeze=config.freeze,
+        lora_rank=config.lora_rank,
+        head_basis=basis,
+        seed=config.seed,
+    )
+    del model
+    found = distillation.distill(student, corpus, objective, course, mesh=mesh, workdir=out)
+    models.save_pretrained(found.model, tokenizer, out / "model")
+    rows += [
+        _row("student before", {**found.before, "parameters": student.size}),
+        _row("student after", {**found.after, "parameters": student.size}),
+    ]
+    if jax.process_index() == 0:
+        _plot(found.trained, out / "curves.png")
+        text = _report(config, packed, rows, found, note)
+        storage.write_atomic(out / "report.md", text)
+        print(text)
+
+
+def _objective(config: Config) -> distillation.Objective:
+    graph, _ = distillation.parse_gld(f"{config.graph}:1", k=config.graph_top_k)
+    return distillation.Objective(
+        terms=distillation.parse_terms(config.loss),
+        teachers=config.teacher_weight or (1.0,) * len(config.teachers),
+        student_temperature=config.student_temperature,
+        teacher_temperature=config.teacher_temperature,
+        graph=graph,
+    )
+
+
+def _pruned(
+    config: Config, whole: models.Decoder, packed: data.PackedSplits, out: epath.Path
+) -> tuple[models.Decoder, str]:
+    """The student as it begins, and what was cut from it in words."""
+    layers, notes = whole.config.num_layers, []
+    if config.drop_layers >= layers:
+        raise ValueError(
+            f"drop_layers: expected fewer than the {layers} layers of {config.student!r}, got "
+            f"{config.drop_layers}"
+        )
+    split = packed.splits["train"]
+    count = min(config.calibration_rows, len(split))
+
+    def calibration() -> list[Mapping[str, Any]]:
+        size = config.batch_size
+        starts = range(0, count - count % size or count, size)
+        return [split.rows(range(i, min(i + size, count)))[packed.names["pivot"]] for i in starts]
+
+    kept = config.keep_layers
+    if config.drop_layers:
+        path = out / "pruning.json"
+        if not processes.broadcast_from_first(path.exists):
+            chosen = distillation.prune_layers(
+                whole, calibration(), config.drop_layers, by=config.prune_by
+            )
+            processes.write_json(path, dataclasses.asdict(chosen))
+        kept = processes.broadcast_from_first(lambda: json.loads(path.read_text()))["kept"]
+    model = models.keep_layers(whole, kept) if kept else whole
+    if kept:
+        gone = sorted(set(range(layers)) - set(kept))
+        logging.info("student without layers %s", gone)
+        notes.append(f"without layers {', '.join(map(str, gone))}")
+    if config.kv_heads or config.mlp_channels:
+        model = distillation.prune_width(
+            model,
+            calibration(),
+            kv_heads=config.kv_heads or None,
+            mlp_channels=config.mlp_channels or None,
+        )
+        heads, inner = model.config.num_heads, model.config.intermediate_size
+        notes.append(f"with {heads} heads and {inner} channels a layer")
+    return model, ", ".join(notes)
+
+
+def _recovered(place: str) -> np.ndarray:
+    """The columns of a head that an audit recovered."""
+    path = epath.Path(place)
+    if path.is_dir():
+        folder = path / "recovered" if (path / "recovered").exists() else path
+        files = sorted(folder.glob("*.npz"))
+        if len(files) != 1:
+            names = ", ".join(file.name for file in files) or "none"
+            raise ValueError(f"student_head: expected one .npz file in {folder}, got {names}")
+        path = files[0]
+    if not path.exists():
+        raise ValueError(f"student_head: no such file or directory: {path}")
+    with path.open("rb") as file:
+        arrays = dict(np.load(file))
+    if "basis" not in arrays:
+        raise ValueError(f"student_head: {path} holds no basis of a head: the audit found none")
+    basis, tokens = arrays["basis"], arrays["tokens"]
+    if not np.array_equal(tokens, np.arange(len(basis))):
+        raise ValueError(
+            f"student_head: {path} holds rows of {len(tokens)} tokens only, expected all of them"
+        )
+    return basis
+
+
+def _whole_row(
+    config: Config,
+    whole: models.Decoder,
+    corpus: distillation.Corpus,
+    course: distillation.Course,
+    mesh: jax.sharding.Mesh,
+    out: epath.Path,
+) -> dict[str, Any]:
+    """Scores of the model that the student is cut from, kept on disk."""
+    path = out / "whole.json"
+    if not processes.broadcast_from_first(path.exists):
+        student = distillation.make_student(whole)
+        scorer = distillation.Scorer(student, corpus, course, mesh=mesh)
+        scores = scorer.scores(student.trained, "test")
+        scores["tokens_per_second"] = scorer.tokens_per_second(student.trained)
+        processes.write_json(path, scores | {"parameters": student.size})
+    scores = processes.broadcast_from_first(lambda: json.loads(path.read_text()))
+    return _row(f"{config.student}, whole", scores)
+
+
+def _row(name: str, scores: Mapping[str, float]) -> dict[str, Any]:
+    def percent(key: str) -> float | None:
+        return 100 * scores[key] if key in scores else None
+
+    return {
+        "model": name,
+        "perplexity": scores["perplexity"],
+        "bits a byte": scores["bits_per_byte"],
+        "accuracy %": percent("accuracy"),
+        "agreement %": percent("agreement"),
+        "KL to the teacher": scores.get("teacher_kl"),
+        "parameters": f"{int(scores['parameters']):,}",
+        "tokens/s": scores.get("tokens_per_second"),
+    }
+
+
+def _report(
+    config: Config,
+    packed: data.PackedSplits,
+    rows: list[dict[str, Any]],
+    found: distillation.Distilled,
+    note: str,
+) -> str:
+    left_out = {
+        split: packed.splits[split].statistics.get("too_long", 0) for split in packed.splits
+    }
+    skipped = sum(left_out.values())
+    long = (
+        f" {skipped} conversations are longer than {config.seq_len} tokens and were left out."
+        if skipped
+        else ""
+    )
+    teachers = ", ".join(f"`{spec}`" for spec in config.teachers) or "no teacher"
+    names = ("prompt", "before", "after")
+    samples = [{"": n, "text": _cell(found.samples[n])} for n in names]
+    return (
+        f"# `{config.student}`{', ' + note if note else ''}, taught\n\n"
+        f"{' + '.join(config.loss)} with {teachers} on `{config.data}`: {config.steps} steps of "
+        f"{config.batch_size} x {config.seq_len} tokens, learning rate {config.learning_rate:g}, "
+        f"{found.trained.tokens_per_second:.4g} predicted tokens a second.{long}\n\n"
+        f"{markdown_table(rows)}\n\n"
+        f"On {min(config.eval_rows, len(packed.splits['test']))} rows of test text. Agreement: "
+        "share of positions where the likeliest token is the first teacher's; KL from its "
+        f"distribution, with all but its top {config.cache_top_k} tokens as one; tokens/s: read, "
+        "not written.\n\n"
+        "![validation perplexity and loss](curves.png)\n\n"
+        f"{markdown_table(samples)}\n\n"
+        "The model lies in `model/`, as a Hugging Face directory.\n"
+    )
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _plot(trained: distillation.Trained, path: epath.Path) -> None:
+    try:
+        pyplot = storage.require("matplotlib.pyplot", extra="plots")
+    except ImportError as error:
+        logging.warning("no picture of the curves: %s", error)
+        return
+    pyplot.switch_backend("Agg")
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    left.plot(*zip(*trained.losses, strict=True))
+    left.set(xlabel="step", ylabel="objective, in training")
+    right.plot(*zip(*trained.curve, strict=True), marker="o")
+    right.set(xlabel="step", ylabel="perplexity, validation")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    with path.open("wb") as file:
+        figure.savefig(file, dpi=130, format="png")
+    pyplot.close(figure)

@@ -1,0 +1,285 @@
+"""Rows of text that a student learns from, and what its teachers say about them."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from logitjax import data, losses, models, training
+from logitjax.distillation._alignment import align_positions
+from logitjax.distillation._objective import Objective
+from logitjax.distillation._teacher_cache import TeacherCache
+from logitjax.distillation._teachers import (
+    Reader,
+    cache_teacher,
+    model_reader,
+    open_teacher_caches,
+    server_reader,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What is read, by whom, and how much of what they say is kept.
+
+    Attributes:
+        data: Text, as for `data.load_examples`.
+        teachers: Each a model, `cache:DIR` as `logitjax cache-logits` writes it, or `api:URL`.
+        seq_len: Tokens of a row.
+        on_error: What a malformed row of the text does.
+        top_k: Logits of each position that are kept, or that a server reports.
+        tail_samples: Draws from the other tokens, for `kl` without bias.
+        batch_size: Rows at a time through a teacher.
+        dtype: Type that teachers compute in.
+        layout: Layout of teachers.
+        api_key: Key of servers.
+    """
+
+    data: str
+    teachers: tuple[str, ...] = ()
+    seq_len: int = 256
+    on_error: Literal["raise", "skip"] = "raise"
+    top_k: int = 64
+    tail_samples: int = 0
+    batch_size: int = 4
+    dtype: str = "float32"
+    layout: str = "listed"
+    api_key: str | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the teachers in batches and folders, in their order."""
+        return tuple(f"source{i}" for i in range(len(self.teachers)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What one teacher says about the rows that matter, from its caches on disk.
+
+    Attributes:
+        columns: Which tokenizer's columns of a batch it reads.
+        packed: The rows.
+        caches: By split.
+    """
+
+    columns: str
+    packed: data.PackedSplits
+    caches: Mapping[str, TeacherCache]
+
+    @functools.cached_property
+    def _token_lengths(self) -> Mapping[str, np.ndarray]:
+        """Bytes of text that each token stands for, by columns."""
+        return {n: models.token_byte_lengths(t) for n, t in self.packed.tokenizers.items()}
+
+    def statistics(self, split: str, batch: Mapping[str, Any]) -> tuple[Any, np.ndarray]:
+        """`losses.GraphStatistics` at the student's positions, and where there are any."""
+        cache = self.caches[split]
+        found = cache.read(batch["row"])
+        where = batch[self.columns]["loss_mask"][:, 1:]
+        ours = self.packed.names["pivot"]
+        if self.columns != ours:
+            places, where = align_positions(
+                batch[ours],
+                batch[self.columns],
+                our_lengths=self._token_lengths[ours],
+                their_lengths=self._token_lengths[self.columns],
+                by="turn" if self.packed.chat else "document",
+            )
+            rows = np.arange(len(places))[:, None]
+            found = {name: array[rows, places] for name, array in found.items()}
+        drawn = {n: found.pop(f"tail_{n}") for n in ("values", "indices") if f"tail_{n}" in found}
+        tail = losses.TailSample(**drawn) if drawn else None
+        return losses.GraphStatistics(**found, tail=tail, vocab_size=cache.vocab_size), where
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """Packed rows of every split, and the teachers that have read them.
+
+    Attributes:
+        packed: The rows, under every model's tokenizer; the student's is called `pivot`.
+        sources: What each teacher says, by its name.
+    """
+
+    packed: data.PackedSplits
+    sources: Mapping[str, Source]
+
+    @functools.cached_property
+    def _label_bytes(self) -> np.ndarray:
+        name = self.packed.names["pivot"]
+        return models.token_byte_lengths(self.packed.tokenizers[name])
+
+    def batch(self, split: str, rows: Mapping[str, Any], *, taught: bool) -> dict[str, Any]:
+        """The student's columns of some rows, with what the teachers say if that is wanted."""
+        batch: dict[str, Any] = {"pivot": dict(self.packed.columns(rows, "pivot"))}
+        if taught:
+            batch["sources"] = {
+                name: source.statistics(split, rows) for name, source in self.sources.items()
+            }
+        return batch
+
+    def scored(
+        self, split: str, mesh: Mesh, *, batch_size: int, rows: int
+    ) -> Iterator[dict[str, Any]]:
+        """This process's held-out batches, as `score_function` takes them."""
+        index, count = training.process_slice(mesh)
+        first = next(iter(self.sources.values()), None)
+        batches = self.packed.splits[split].iterate_once(
+            batch_size=batch_size, process_index=index, process_count=count, max_rows=rows
+        )
+        for held in batches:
+            batch = self.batch(split, held, taught=False)
+            labels = np.minimum(batch["pivot"]["tokens"][:, 1:], len(self._label_bytes) - 1)
+            batch["bytes"] = self._label_bytes[labels].astype(np.int32)
+            if first is not None and first.columns == self.packed.names["pivot"]:
+                statistics, _ = first.statistics(split, held)
+                batch["teacher"] = dataclasses.replace(statistics, tail=None)
+            yield batch
+
+
+def pack_corpus(
+    reading: Reading, tokenizer: models.Tokenizer, directory: epath.Path
+) -> data.PackedSplits:
+    """The rows under the tokenizers of the student and of every teacher."""
+    tokenizers = {"pivot": tokenizer}
+    for name, spec in zip(reading.names, reading.teachers, strict=True):
+        tokenizers[name] = _tokenizer_of(spec, tokenizer)
+    return data.pack_splits(
+        reading.data,
+        tokenizers,
+        seq_len=reading.seq_len,
+        on_error=reading.on_error,
+        directory=directory,
+    )
+
+
+def check_vocabularies(
+    reading: Reading, packed: data.PackedSplits, objectives: Sequence[Objective]
+) -> None:
+    """Refuse losses that a teacher cannot serve.
+
+    Raises:
+        ValueError: Names the loss and the teacher.
+    """
+    for objective in objectives:
+        for name, spec in zip(reading.names, reading.teachers, strict=True):
+            needs = objective.same_vocabulary
+            if needs and packed.names[name] != packed.names["pivot"]:
+                raise ValueError(
+                    f"loss {needs!r} needs one vocabulary, but teacher {spec!r} has another "
+                    "tokenizer than the student; use uld, or uld and gld"
+                )
+            if "gld" in objective.weights and spec.startswith("api:"):
+                raise ValueError(
+                    f"loss 'gld' needs the mean and deviation of all logits, which teacher "
+                    f"{spec!r} does not say; use kl or uld"
+                )
+
+
+def load_corpus(
+    reading: Reading,
+    packed: data.PackedSplits,
+    rows: Mapping[str, np.ndarray],
+    directory: epath.Path,
+    known: Mapping[str, tuple[models.Decoder, models.Tokenizer]] | None = None,
+) -> Corpus:
+    """Lets each teacher read the rows that some run visits.
+
+    Args:
+        reading: The teachers.
+        packed: Rows of `pack_corpus`.
+        rows: Those of each split that are visited, see `visited_rows`.
+        directory: Where the teachers' caches go.
+        known: Teachers that are loaded already, by their spec.
+
+    Raises:
+        ValueError: A cache of something else, or a server that does not answer.
+    """
+    found = {}
+    for name, spec in zip(reading.names, reading.teachers, strict=True):
+        kind, _, place = spec.partition(":")
+        columns = packed.names[name]
+        if kind == "cache":
+            fingerprint = packed.tokenizers[columns].fingerprint
+            caches = open_teacher_caches(epath.Path(place), packed, fingerprint, rows)
+        else:
+            caches = cache_teacher(
+                spec,
+                functools.partial(_reader, reading, spec, packed.tokenizers[columns], known or {}),
+                columns=columns,
+                packed=packed,
+                rows=rows,
+                k=reading.top_k,
+                tail_samples=0 if kind == "api" else reading.tail_samples,
+                batch_size=reading.batch_size,
+                directory=directory / name,
+            )
+        found[name] = Source(columns, packed, caches)
+    return Corpus(packed=packed, sources=found)
+
+
+def visited_rows(
+    packed: data.PackedSplits, *, steps: int, batch_size: int, seeds: Sequence[int], eval_rows: int
+) -> dict[str, np.ndarray]:
+    """The rows of each split whose statistics some run reads, ascending.
+
+    Args:
+        packed: The rows.
+        steps: Steps of a run.
+        batch_size: Rows of a step.
+        seeds: Seeds of the runs; none where nothing is learned from teachers.
+        eval_rows: Rows of each held-out split that are scored.
+    """
+    train = packed.splits["train"]
+    visited = [
+        train.indices(step, seed=seed, batch_size=batch_size)
+        for seed in seeds
+        for step in range(steps)
+    ]
+    rows = {"train": np.unique(np.concatenate(visited)) if visited else np.zeros(0, np.int64)}
+    for split in data.SPLITS[1:]:
+        rows[split] = np.arange(min(eval_rows, len(packed.splits[split])))
+    return rows
+
+
+def _tokenizer_of(spec: str, students: models.Tokenizer) -> models.Tokenizer:
+    kind, _, place = spec.partition(":")
+    if kind == "api":
+        return students
+    if kind == "cache":
+        if not place:
+            raise ValueError(f"teacher: expected cache:DIR, got {spec!r}")
+        spec = TeacherCache(epath.Path(place) / data.SPLITS[0]).identity.model
+        return _tokenizer_of(spec, students)
+    return models.load_tokenizer(spec)
+
+
+def _reader(
+    reading: Reading,
+    spec: str,
+    tokenizer: models.Tokenizer,
+    known: Mapping[str, tuple[models.Decoder, models.Tokenizer]],
+) -> Reader:
+    if spec.startswith("api:"):
+        return server_reader(
+            spec.removeprefix("api:"),
+            k=reading.top_k,
+            tokenizer=tokenizer.fingerprint,
+            vocab_size=tokenizer.vocab_size,
+            api_key=reading.api_key,
+        )
+    load = functools.partial(_load, reading, spec)
+    if spec in known:
+        load = functools.partial(known.get, spec)
+    return model_reader(load, k=reading.top_k, tail_samples=reading.tail_samples)  # type: ignore
+
+
+def _load(reading: Reading, spec: str) -> tuple[models.Decoder, models.Tokenizer]:
+    # Each process lets the teachers read its own share, on its own devices.
+    here = training.make_mesh("fsdp:-1", devices=jax.local_devices())
+    return models.load(spec, mesh=here, dtype=reading.dtype, layout=reading.layout)

@@ -1,0 +1,302 @@
+"""Training a student on a corpus, scoring it before and after, and the model to hand on."""
+
+import dataclasses
+import functools
+import json
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from etils import epath
+from jax.sharding import Mesh
+
+from logitjax import decoding, models, processes, training
+from logitjax.distillation._corpus import Corpus
+from logitjax.distillation._objective import Objective, loss_function, score_function
+from logitjax.distillation._student import Student
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Course:
+    """How long and how fast a student is trained.
+
+    Attributes:
+        steps: Optimiser steps.
+        batch_size: Rows of a step, over all processes.
+        accumulate: Microbatches of a step.
+        learning_rate: Peak, after a linear rise; then down to a tenth by a cosine.
+        warmup: Share of the steps in which it rises.
+        weight_decay: Weight decay of AdamW.
+        eval_rows: Rows of a held-out split that are scored.
+        eval_batch: Rows at a time that are scored; `batch_size` if 0.
+        seed: Seed of the order of rows and of new parameters.
+        tensorboard: Also writes event files.
+        loop: How often to save, log and evaluate.
+    """
+
+    steps: int = 200
+    batch_size: int = 4
+    accumulate: int = 1
+    learning_rate: float = 3e-4
+    warmup: float = 0.1
+    weight_decay: float = 0.01
+    eval_rows: int = 32
+    eval_batch: int = 0
+    seed: int = 0
+    tensorboard: bool = False
+    loop: training.LoopOptions = training.LoopOptions()  # noqa: RUF009
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate", "eval_rows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup: expected a share of the steps, got {self.warmup}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What a training came to.
+
+    Attributes:
+        params: What the student trained.
+        curve: Steps and the validation perplexity there.
+        losses: Steps and the mean of the objective since the last.
+        tokens_per_second: Predicted tokens a second of training, the median over log lines.
+    """
+
+    params: Any
+    curve: tuple[tuple[int, float], ...]
+    losses: tuple[tuple[int, float], ...]
+    tokens_per_second: float
+
+
+def make_update(
+    student: Student,
+    objective: Objective,
+    course: Course,
+    sources: tuple[str, ...],
+    *,
+    mesh: Mesh,
+) -> tuple[optax.GradientTransformation, training.TrainStep]:
+    """The optimiser and the compiled step, whose constants are what the student does not train."""
+    schedule = training.Schedule(
+        course.learning_rate, warmup=int(course.warmup * course.steps), total_steps=course.steps
+    )
+    tx = training.make_optimizer(schedule, weight_decay=course.weight_decay)
+    step = training.make_train_step(
+        loss_function(objective, student, sources),
+        tx,
+        mesh=mesh,
+        accumulate=course.accumulate,
+        schedule=schedule,
+    )
+    return tx, step
+
+
+class Scorer:
+    """Held-out scores and samples of a student, with one program for all that it may become.
+
+    Args:
+        student: The student.
+        corpus: Held-out rows.
+        course: How many of them, and how many at a time.
+        mesh: Mesh of what is scored.
+    """
+
+    def __init__(self, student: Student, corpus: Corpus, course: Course, *, mesh: Mesh):
+        self._student, self._corpus, self._course, self._mesh = student, corpus, course, mesh
+        self._size = course.eval_batch or course.batch_size
+        self._step = training.make_eval_step(score_function(student), mesh=mesh)
+        self._frozen = training.shard_tree(student.frozen, mesh, models.DECODER_RULES)
+
+    def scores(self, params: Any, split: str) -> dict[str, float]:
+        """Perplexity, accuracy, bits a byte, and agreement and KL with the first teacher.
+
+        The latter two need a teacher of the same vocabulary.
+        """
+        batches = self._corpus.scored(
+            split, self._mesh, batch_size=self._size, rows=self._course.eval_rows
+        )
+        means = training.evaluate(self._step, params, batches, self._frozen)
+        return means | {"perplexity": float(np.exp(means["loss"]))}
+
+    def tokens_per_second(self, params: Any, *, repeats: int = 3) -> float:
+        """Tokens of held-out text that are read a second, of the best of a few batches."""
+        batch = next(
+            self._corpus.scored("test", self._mesh, batch_size=self._size, rows=self._size)
+        )
+        best = float("inf")
+        jax.block_until_ready(self._step(params, batch, self._frozen))
+        for _ in range(repeats):
+            begin = time.perf_counter()
+            jax.block_until_ready(self._step(params, batch, self._frozen))
+            best = min(best, time.perf_counter() - begin)
+        rows = np.size(batch["pivot"]["tokens"]) * jax.process_count()
+        return rows / best
+
+    def sample(self, params: Any, *, length: int = 32) -> tuple[str, str]:
+        """The beginning of a held-out text, and how the student goes on, likeliest token first."""
+        packed = self._corpus.packed
+        name = packed.names["pivot"]
+        tokenizer = packed.tokenizers[name]
+        columns = packed.splits["test"].rows([0])[name]
+        tokens, learnt = columns["tokens"][0], columns["loss_mask"][0]
+        first = int(np.argmax(learnt)) if learnt.any() else 1
+        # A conversation is cut where its first answer begins, other text after some words.
+        stop = first if packed.chat else min(first + 8, int((columns["segment_ids"] == 1).sum()))
+        prompt = tokens[: max(stop, 1)].tolist()
+        model = models.with_layout(self._student.finished(processes.local_copy(params)), "listed")
+        stops = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+        said = decoding.generate(model, prompt, max_new_tokens=length, stop_ids=stops)
+        new = np.asarray(said.tokens)[0, : int(said.lengths[0])].tolist()
+        return tokenizer.decode(prompt), tokenizer.decode(new, skip_special=True)
+
+
+def train_student(
+    student: Student,
+    corpus: Corpus,
+    objective: Objective,
+    course: Course,
+    *,
+    mesh: Mesh,
+    directory: epath.Path,
+    scorer: Scorer | None = None,
+) -> Trained:
+    """Trains, goes on from the newest checkpoint bit for bit, or reads what is finished.
+
+    Args:
+        student: What is trained, and what is not.
+        corpus: Text and teachers.
+        objective: What is minimised.
+        course: How long and how fast.
+        mesh: Mesh of the state.
+        directory: Folder of checkpoints and of `metrics.jsonl`.
+        scorer: Scores validation rows on the way.
+
+    Returns:
+        The `Trained`.
+    """
+    sources = tuple(corpus.sources) if objective.taught else ()
+    tx, step = make_update(student, objective, course, sources, mesh=mesh)
+    scorer = Scorer(student, corpus, course, mesh=mesh) if scorer is None else scorer
+    frozen = training.shard_tree(student.frozen, mesh, models.DECODER_RULES)
+    state = training.create_train_state(
+        student.trained, tx, mesh=mesh, rules=models.DECODER_RULES, seed=course.seed
+    )
+    rows = corpus.packed.splits["train"]
+    index, count = training.process_slice(mesh)
+
+    def batch(number: int) -> dict[str, Any]:
+        here = rows.batch(
+            number,
+            seed=course.seed,
+            batch_size=course.batch_size,
+            process_index=index,
+            process_count=count,
+        )
+        return corpus.batch("train", here, taught=bool(sources))
+
+    with training.Checkpointer(directory / "checkpoints", max_to_keep=1) as checkpointer:
+        state = training.train_loop(
+            state,
+            functools.partial(step, constants=frozen),
+            batch,
+            total_steps=course.steps,
+            workdir=directory,
+            checkpointer=checkpointer,
+            eval_fn=lambda state, _: scorer.scores(state.params, "validation"),
+            writer=training.make_writer(directory, tensorboard=course.tensorboard),
+            identity={"data": rows.fingerprint, "loss": _identity(objective, course)},
+            options=course.loop,
+        )
+    lines = processes.broadcast_from_first(lambda: _lines(directory / "metrics.jsonl"))
+    # The first interval holds the compilation.
+    speeds = _column(lines, "tokens_per_second")
+    return Trained(
+        params=state.params,
+        curve=_column(lines, "eval/perplexity"),
+        losses=_column(lines, "loss"),
+        tokens_per_second=float(np.median([speed for _, speed in speeds[1:] or speeds] or [0.0])),
+    )
+
+
+def _identity(objective: Objective, course: Course) -> str:
+    terms = "+".join(f"{name}:{weight:g}" for name, weight in objective.terms)
+    return f"{terms}, rate {course.learning_rate:g}, seed {course.seed}, {course.steps} steps"
+
+
+def _lines(path: epath.Path) -> list[Mapping[str, float]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _column(lines: list[Mapping[str, float]], name: str) -> tuple[tuple[int, float], ...]:
+    return tuple((int(line["step"]), float(line[name])) for line in lines if name in line)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Distilled:
+    """A finished student.
+
+    Attributes:
+        model: The model to hand on, adapters merged.
+        before: Scores on test rows before training.
+        after: Scores after it.
+        trained: The training.
+        samples: What is said about the same beginning, `prompt`, `before` and `after`.
+    """
+
+    model: models.Decoder
+    before: Mapping[str, float]
+    after: Mapping[str, float]
+    trained: Trained
+    samples: Mapping[str, str]
+
+
+def distill(
+    student: Student,
+    corpus: Corpus,
+    objective: Objective,
+    course: Course,
+    *,
+    mesh: Mesh,
+    workdir: epath.Path,
+) -> Distilled:
+    """Train a student on text and on what its teachers say of it, and measure what that brought.
+
+    The whole of it can be killed and called again: it goes on where it was.
+
+    Args:
+        student: What of a decoder is trained, see `make_student`.
+        corpus: Text and teachers, see `load_corpus`.
+        objective: What is minimised.
+        course: How long and how fast.
+        mesh: Mesh of training.
+        workdir: Folder of everything that is kept.
+
+    Returns:
+        The `Distilled`.
+    """
+    scorer = Scorer(student, corpus, course, mesh=mesh)
+    first = workdir / "before.json"
+    if not processes.broadcast_from_first(first.exists):
+        start = training.shard_tree(student.trained, mesh, models.DECODER_RULES)
+        record = {"scores": scorer.scores(start, "test"), "sample": scorer.sample(start)}
+        processes.write_json(first, record)
+    before = processes.broadcast_from_first(lambda: json.loads(first.read_text()))
+    trained = train_student(
+        student, corpus, objective, course, mesh=mesh, directory=workdir / "train", scorer=scorer
+    )
+    after = scorer.scores(trained.params, "test")
+    after["tokens_per_second"] = scorer.tokens_per_second(trained.params)
+    prompt, said = scorer.sample(trained.params)
+    return Distilled(
+        model=student.finished(trained.params),
+        before=before["scores"],
+        after=after,
+        trained=trained,
+        samples={"prompt": prompt, "before": before["sample"][1], "after": said},
+    )

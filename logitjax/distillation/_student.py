@@ -1,0 +1,165 @@
+"""A decoder under training: what of it moves, what stays, and the model that comes of it."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx, traverse_util
+
+from logitjax import heads, models, ops
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Student:
+    """A decoder as a function of what is trained.
+
+    Parameters that stay are kept apart, so that no gradient, no moment and no checkpoint holds
+    them: they are the constants of a train step.
+
+    Attributes:
+        graphdef: The decoder without its numbers.
+        trained: What a train state holds: `model`, arrays by their path; `lora`, adapters; `mix`,
+            the unknown factor of a head whose columns are known; `auxiliary`, a second head.
+        frozen: The rest: `model`, and `basis`, the known columns of a head.
+        scale: Factor of the adapters.
+    """
+
+    graphdef: Any
+    trained: Mapping[str, Any]
+    frozen: Mapping[str, Any]
+    scale: float = 1.0
+
+    def model(self, trained: Any, frozen: Any = None) -> models.Decoder:
+        """The decoder itself, without adapters."""
+        frozen = self.frozen if frozen is None else frozen
+        flat = {**frozen["model"], **trained["model"]}
+        if "mix" in trained:
+            flat["head/kernel"] = (frozen["basis"] @ trained["mix"]).T
+        return nnx.merge(self.graphdef, _nested(flat))
+
+    def adapters(self, trained: Any) -> models.Lora | None:
+        """What is trained beside the decoder, where that is all."""
+        return models.Lora(trained["lora"], self.scale) if "lora" in trained else None
+
+    def finished(self, trained: Any) -> models.Decoder:
+        """The model to hand on: adapters merged, a second head left out."""
+        model = self.model(trained)
+        lora = self.adapters(trained)
+        return model if lora is None else models.merge_lora(model, lora)
+
+    @property
+    def size(self) -> int:
+        """Number of parameters of the finished model."""
+        model = nnx.eval_shape(lambda: self.finished(self.trained))
+        return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(nnx.state(model)))
+
+
+def make_student(
+    model: models.Decoder,
+    *,
+    freeze: str | None = None,
+    lora_rank: int = 0,
+    head_basis: ops.Array | None = None,
+    auxiliary_head: bool = False,
+    seed: int = 0,
+) -> Student:
+    """Say what of a decoder is trained.
+
+    Args:
+        model: The decoder; its arrays are used as they are.
+        freeze: Regular expression; parameters whose path contains a match stay as they are, such as
+            `embedding|layers/[0-9]/`.
+        lora_rank: Trains adapters of this rank in place of the model; 0 for none.
+        head_basis: `[vocab, width]`, columns that span those of the head to imitate, as an audit
+            recovers them. The head becomes their product with a matrix that is trained.
+        auxiliary_head: Trains a second head beside the first, which starts as its copy.
+        seed: Seed of the adapters.
+
+    Returns:
+        The `Student`.
+
+    Raises:
+        ValueError: Nothing matches `freeze`, or everything; or a head of another vocabulary.
+
+    >>> student = make_student(models.load_model("tiny"), freeze="embedding|layers/0/mlp")
+    >>> "embedding" in student.frozen["model"], "embedding" in student.trained["model"]
+    (True, False)
+    >>> float(jnp.abs(student.finished(student.trained)(jnp.ones((1, 2), int))).max()) > 0
+    True
+    """
+    trained: dict[str, Any] = {}
+    frozen: dict[str, Any] = {}
+    if head_basis is not None:
+        model, frozen["basis"], trained["mix"] = _on_basis(model, head_basis)
+    apply_fn, params = models.from_nnx(model)
+    flat = _flat(params)
+    if head_basis is not None:
+        del flat["head/kernel"]
+    stays = set(flat) if lora_rank else {n for n in flat if freeze and re.search(freeze, n)}
+    if freeze and not lora_rank and len(stays) in (0, len(flat)):
+        which = "every" if stays else "no"
+        raise ValueError(f"freeze: expected to match some parameters, {freeze!r} matches {which}")
+    frozen["model"] = {name: leaf for name, leaf in flat.items() if name in stays}
+    trained["model"] = {name: leaf for name, leaf in flat.items() if name not in stays}
+    if lora_rank:
+        lora = models.init_lora(
+            model.config, lora_rank, key=jax.random.key(seed), layout=model.layout
+        )
+        trained["lora"] = lora.layers
+    if auxiliary_head:
+        kernel = jnp.array(model.head_of().rows.T)
+        trained["auxiliary"] = {"head": {"kernel": kernel}}
+    return Student(graphdef=apply_fn.graphdef, trained=trained, frozen=frozen)
+
+
+def hidden_states(
+    model: models.Decoder, columns: Mapping[str, Any], lora: models.Lora | None = None
+) -> jax.Array:
+    """Hidden states at every position of packed columns that has a successor."""
+    hidden, _ = model.hidden_states(
+        columns["tokens"],
+        positions=columns["positions"],
+        segment_ids=columns["segment_ids"],
+        lora=lora,
+    )
+    return hidden[:, :-1]
+
+
+def _on_basis(model: models.Decoder, basis: Any) -> tuple[models.Decoder, jax.Array, jax.Array]:
+    """The model with a head of its own in the span of the basis, nearest to the one it had."""
+    rows = np.asarray(model.head_of().rows, np.float32)
+    basis = np.asarray(basis, np.float32)
+    if len(basis) != len(rows):
+        raise ValueError(
+            f"head_basis: expected a row for each of the student's {len(rows)} tokens, got "
+            f"{len(basis)}"
+        )
+    # Columns of one size; the recovered ones carry the singular values of what was asked.
+    basis = basis / np.maximum(np.linalg.norm(basis, axis=0, keepdims=True), 1e-30)
+    mix = np.linalg.lstsq(basis, rows, rcond=None)[0].astype(np.float32)
+    out = nnx.merge(*nnx.split(model))
+    head = heads.LinearHead(
+        model.config.hidden_size,
+        model.config.vocab_size,
+        dtype=model.dtype,
+        param_dtype=model.param_dtype,
+        rngs=nnx.Rngs(0),
+    )
+    head.kernel[...] = jnp.asarray((basis @ mix).T, head.kernel[...].dtype)
+    out.head, out.config = head, dataclasses.replace(model.config, tie_embeddings=False)
+    return out, jnp.asarray(basis), jnp.asarray(mix)
+
+
+def _flat(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Arrays by their path, `segments/0/layers/3/mlp/up/kernel`."""
+    return {"/".join(map(str, p)): v for p, v in traverse_util.flatten_dict(params).items()}
+
+
+def _nested(flat: Mapping[str, Any]) -> Any:
+    # Members of a list have numbers for names.
+    paths = {tuple(int(k) if k.isdigit() else k for k in n.split("/")): n for n in flat}
+    return traverse_util.unflatten_dict({path: flat[name] for path, name in paths.items()})

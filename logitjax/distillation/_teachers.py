@@ -1,0 +1,229 @@
+"""Teachers that read packed rows into caches: a model, or a server that is asked."""
+
+import dataclasses
+import functools
+import http.client
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax import nnx
+
+from logitjax import data, leakage, losses, models, processes
+from logitjax.distillation._student import hidden_states
+from logitjax.distillation._teacher_cache import TeacherCache, TeacherIdentity
+from logitjax.storage import has_manifest
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reader:
+    """A teacher ready to read.
+
+    Attributes:
+        tokenizer: Fingerprint of its tokenizer.
+        vocab_size: Entries of its vocabulary.
+        read: Columns `[rows, length]` and the rows' numbers to a record of a `TeacherCache`.
+    """
+
+    tokenizer: str
+    vocab_size: int
+    read: Callable[[Mapping[str, Any], np.ndarray], Mapping[str, Any]]
+
+
+def model_reader(
+    load: Callable[[], tuple[models.Decoder, models.Tokenizer]], *, k: int, tail_samples: int = 0
+) -> Reader:
+    """A decoder that says its top logits, and draws from what they leave out."""
+    decoder, tokenizer = load()
+    apply_fn, params = models.from_nnx(decoder)
+    read = jax.jit(
+        functools.partial(teacher_record, apply_fn.graphdef, k=k, tail_samples=tail_samples)
+    )
+    return Reader(
+        tokenizer=tokenizer.fingerprint,
+        vocab_size=decoder.config.vocab_size,
+        read=lambda columns, rows: jax.device_get(read(params, columns, rows)),
+    )
+
+
+def teacher_record(
+    graphdef: Any, params: Any, columns: Mapping[str, Any], rows: Any, *, k: int, tail_samples: int
+) -> dict[str, Any]:
+    """What a `TeacherCache` keeps of a batch; a tail's draws depend on its row alone."""
+    model = nnx.merge(graphdef, params)
+    hidden = hidden_states(model, columns)
+    statistics = losses.linear_readout(hidden, model.head_of(), top_k=k).statistics
+    names = ("values", "indices", "log_z", "mean", "std")
+    record = {name: getattr(statistics, name) for name in names}
+    if tail_samples:
+
+        def draw(row: Any) -> losses.TailSample:
+            here, taken, number = row
+            key = jax.random.fold_in(jax.random.key(0), number)
+            return losses.TailSample.draw(key, model.logits(here), taken, tail_samples)
+
+        # A row at a time: here logits are held.
+        tail = jax.lax.map(draw, (hidden, statistics.indices, jnp.asarray(rows, jnp.uint32)))
+        record |= {"tail_values": tail.values, "tail_indices": tail.indices}
+    return record
+
+
+def server_reader(
+    url: str, *, k: int, tokenizer: str, vocab_size: int, api_key: str | None = None
+) -> Reader:
+    """A server with OpenAI's completion API, asked once for each position that is to be learned.
+
+    It has to report token ids, as `logitjax serve` and vLLM do, of the student's vocabulary. What
+    it says are log-probabilities, so their log-sum-exp is 0; the mean and deviation of all logits
+    are not known, and no loss may use them.
+
+    Args:
+        url: Address of the server; on this machine, as for `leakage.HttpOracle`.
+        k: Log-probabilities that it reports.
+        tokenizer: Fingerprint of the tokenizer of the rows.
+        vocab_size: Entries of its vocabulary.
+        api_key: Key of the server.
+
+    Raises:
+        ValueError: Nobody answers, or with something else than was asked for; names the server.
+    """
+    try:
+        oracle = leakage.HttpOracle(url, leakage.LogitPolicy(top_k=k), api_key=api_key)
+    except ValueError as error:
+        raise ValueError(f"teacher api:{url}: {error}") from None
+
+    def read(columns: Mapping[str, Any], rows: np.ndarray) -> dict[str, Any]:
+        tokens, segments = np.asarray(columns["tokens"]), np.asarray(columns["segment_ids"])
+        wanted = np.argwhere(np.asarray(columns["loss_mask"])[:, 1:])
+        prompts = []
+        for row, place in wanted:
+            here = segments[row, : place + 1] == segments[row, place]
+            prompts.append(tokens[row, : place + 1][here].tolist())
+        shape = (len(tokens), tokens.shape[1] - 1)
+        record = {
+            "values": np.zeros((*shape, k), np.float32),
+            "indices": np.broadcast_to(np.arange(k, dtype=np.int32), (*shape, k)).copy(),
+            **dict.fromkeys(("log_z", "mean"), np.zeros(shape, np.float32)),
+            "std": np.ones(shape, np.float32),
+        }
+        if prompts:
+            answer = _asked(oracle, url, prompts, k)
+            places = tuple(wanted.T)
+            record["values"][places], record["indices"][places] = answer.values, answer.tokens
+        return record
+
+    return Reader(tokenizer=tokenizer, vocab_size=vocab_size, read=read)
+
+
+def _asked(oracle: Any, url: str, prompts: Sequence[Any], k: int) -> Any:
+    try:
+        answer = oracle.ask(prompts)
+    except (OSError, http.client.HTTPException) as error:
+        raise ValueError(f"teacher api:{url}: no server answers ({error})") from None
+    except (RuntimeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"teacher api:{url}: expected {k} log-probabilities with token ids ({error})"
+        ) from None
+    if answer.values.shape != (len(prompts), k):
+        raise ValueError(
+            f"teacher api:{url}: expected {k} log-probabilities an answer, got "
+            f"{answer.values.shape[-1]}"
+        )
+    return answer
+
+
+def cache_teacher(
+    spec: str,
+    reader: Callable[[], Reader],
+    *,
+    columns: str,
+    packed: data.PackedSplits,
+    rows: Mapping[str, np.ndarray],
+    k: int,
+    tail_samples: int = 0,
+    batch_size: int,
+    directory: epath.Path,
+) -> dict[str, TeacherCache]:
+    """Let a teacher read the rows that it has not read yet.
+
+    Args:
+        spec: The teacher, as its user names it.
+        reader: Makes it ready; called if there is something to read.
+        columns: Which tokenizer's columns it reads.
+        packed: The rows.
+        rows: Wanted rows of each split.
+        k: Logits kept a position.
+        tail_samples: Draws from what they leave out.
+        batch_size: Rows at a time.
+        directory: Where the caches go, a folder a split.
+
+    Returns:
+        The caches by split.
+    """
+    ready = functools.cache(reader)
+    caches = {}
+    for split, wanted in rows.items():
+        if not len(wanted):
+            continue
+        path, dataset = directory / split, packed.splits[split]
+        expected = {
+            "model": spec,
+            "data": dataset.fingerprint,
+            "k": k,
+            "tail_samples": tail_samples,
+        }
+        complete = has_manifest(path)
+        if complete:
+            cache = TeacherCache(path)
+            cache.check(**expected)
+            complete = not len(cache.missing(wanted))
+        if not processes.broadcast_from_first(lambda done=complete: done):
+            identity = TeacherIdentity(
+                **expected,
+                tokenizer=ready().tokenizer,
+                vocab_size=ready().vocab_size,
+                positions=dataset.seq_len - 1,
+            )
+
+            def compute(chunk: np.ndarray, dataset: Any = dataset) -> Any:
+                return ready().read(dataset.rows(chunk)[columns], chunk)
+
+            TeacherCache(path, identity).fill(
+                wanted,
+                compute,
+                batch_size=batch_size,
+                rows_per_shard=64,
+                label=spec,
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+            )
+            processes.barrier(f"read {path}")
+            cache = TeacherCache(path)
+        caches[split] = cache
+    return caches
+
+
+def open_teacher_caches(
+    directory: epath.Path,
+    packed: data.PackedSplits,
+    tokenizer: str,
+    rows: Mapping[str, Any],
+) -> dict[str, TeacherCache]:
+    """Caches written before, checked against data and tokenizer."""
+    caches = {}
+    for split, wanted in rows.items():
+        if not len(wanted):
+            continue
+        cache = TeacherCache(directory / split)
+        cache.check(data=packed.splits[split].fingerprint, tokenizer=tokenizer)
+        missing = cache.missing(wanted)
+        if len(missing):
+            raise ValueError(
+                f"teacher cache {cache.directory} lacks {len(missing)} of the rows that this run "
+                f"visits, such as {missing[0]}: write it with --rows=all"
+            )
+        caches[split] = cache
+    return caches

@@ -1,0 +1,221 @@
+"""The command that prunes and teaches: what it writes is read back, killed it goes on, errors."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+from logitjax import distillation, models
+from logitjax.commands import audit, cache_logits, distill
+from tests.serving._server import server
+
+TEXT = "\n\n".join(f"paragraph {i} " + "word " * 60 for i in range(120))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT)
+    return f"text:{path}"
+
+
+def config(text, **changes):
+    small = dict(student="tiny", data=text, seq_len=64, batch_size=2, cache_top_k=16)
+    few = dict(steps=4, eval_rows=4, eval_every=2, checkpoint_every=2, log_every=1)
+    few |= dict(learning_rate=1e-2, mesh="data:2,tensor:4")
+    return distill.Config(**(small | few | changes))
+
+
+def tokens(seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (2, 12))
+
+
+def test_a_pruned_student_is_healed_and_its_directory_read_back(text, tmp_path):
+    out = epath.Path(tmp_path)
+    chosen = config(text, drop_layers=1, loss=("sft:0.5", "kl:0.25", "uld:0.25"))
+    distill.run(chosen, out)
+    report = (out / "report.md").read_text()
+    for said in ("| tiny, whole ", "| student before", "| student after ", "bits a byte", "prompt"):
+        assert said in report
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    model, tokenizer = models.load(str(out / "model"))
+    assert (model.config.num_layers, tokenizer.vocab_size) == (1, 257)
+    after = next(line for line in report.splitlines() if line.startswith("| student after"))
+    before = next(line for line in report.splitlines() if line.startswith("| student before"))
+    assert float(after.split("|")[2]) < float(before.split("|")[2]) / 2
+    # The same command again trains nothing and says the same of the model.
+    written = (out / "model" / "model.safetensors").read_bytes()
+    distill.run(chosen, out)
+    assert (out / "model" / "model.safetensors").read_bytes() == written
+
+
+def test_adapters_of_a_whole_student_learn_from_two_teachers(text, tmp_path):
+    """One of them has been read before, with draws from its tail."""
+    cached = epath.Path(tmp_path) / "cache"
+    wanted = dict(student="tiny", teacher=("tiny:1",), data=text, seq_len=64, cache_top_k=16)
+    wanted |= dict(tail_samples=3)
+    cache_logits.run(cache_logits.Config(**wanted), cached)
+    out = epath.Path(tmp_path) / "out"
+    chosen = config(
+        text,
+        teacher=(f"cache:{cached / 'source0'}", "tiny:2"),
+        teacher_weight=(1.0, 3.0),
+        loss=("kl:0.5", "jsd:0.5"),
+        lora_rank=2,
+    )
+    distill.run(chosen, out)
+    before, after = models.load_model("tiny"), models.load_model(str(out / "model"))
+    assert np.abs(np.asarray(after(tokens()) - before(tokens()))).max() > 1e-3
+    np.testing.assert_array_equal(after.embedding[...], before.embedding[...])
+
+
+def test_conversations_are_learnt_from_their_answers(tmp_path):
+    """A student folder of one's own with a chat template, and a jsonl of conversations."""
+    model, tokenizer = models.load("tiny")
+    template = (
+        "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}"
+        "{% if add_generation_prompt %}a:{% endif %}"
+    )
+    tokenizer.chat_template = template
+    folder = tmp_path / "student"
+    models.save_pretrained(model, tokenizer, folder)
+    rows = tmp_path / "chats.jsonl"
+    with rows.open("w") as file:
+        for i in range(40):
+            messages = [
+                {"role": "user", "content": f"{i} + 1?"},
+                {"role": "assistant", "content": f"It is {i + 1}." + " Yes." * (20 * (i == 3))},
+            ]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    out = epath.Path(tmp_path) / "out"
+    chosen = config(f"jsonl:{rows}", student=str(folder), loss=("sft",))
+    distill.run(chosen, out)
+    report = (out / "report.md").read_text()
+    assert "1 conversations are longer than 64 tokens and were left out" in report
+    prompt = next(line for line in report.splitlines() if line.startswith("| prompt"))
+    assert prompt.rstrip("| ").endswith(";a:")
+    assert models.load_tokenizer(str(out / "model")).chat_template == template
+
+
+def test_killed_anywhere_it_continues_bit_for_bit(text, tmp_path):
+    """Killed with SIGKILL in the middle of training, and started again."""
+    flags = dict(
+        student="tiny", drop_layers=1, data=text, seq_len=64, cache_top_k=16, steps=60, eval_rows=4
+    )
+    flags |= dict(batch_size=2, checkpoint_every=5, log_every=1, eval_every=30, learning_rate=1e-2)
+
+    def command(name):
+        given = [f"--{key}={value}" for key, value in flags.items()]
+        return [sys.executable, "-m", "logitjax", "distill", *given, f"--out={tmp_path / name}"]
+
+    one = {**os.environ, "JAX_NUM_CPU_DEVICES": "1"}
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=one)
+    peace = subprocess.Popen(command("peace"), **quiet)
+    killed = subprocess.Popen(command("killed"), **quiet)
+    saved = tmp_path / "killed" / "train" / "checkpoints"
+    while killed.poll() is None and not any(path.name.isdigit() for path in saved.glob("*")):
+        time.sleep(0.005)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    again = subprocess.run(command("killed"), env=one, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert "resuming at step" in again.stderr
+    assert peace.wait() == 0
+    files = [tmp_path / name / "model" / "model.safetensors" for name in ("peace", "killed")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_served_model_is_replicated_from_its_answers_alone(text, tmp_path):
+    """The head by `audit`, what it says by `distill`: two commands, nothing of the model itself."""
+    workdir = epath.Path(tmp_path)
+    with server("--model=tiny:1", "--top_logprobs=257", "--max_length=70") as (url, _):
+        audit.run(
+            audit.Config(
+                url=url, top_logprobs=257, bias="none", vocab_size=257, prompts=45, prompt_length=8
+            ),
+            workdir / "audit",
+        )
+        chosen = config(
+            text,
+            student="tiny",
+            teacher=(f"api:{url}",),
+            student_head=str(workdir / "audit"),
+            cache_top_k=257,
+            loss=("kl",),
+            seq_len=24,
+            steps=3,
+            eval_rows=2,
+        )
+        distill.run(chosen, workdir / "out")
+    cache = distillation.TeacherCache(workdir / "out" / "teachers" / "source0" / "test")
+    packed = distillation.pack_corpus(
+        distillation.Reading(data=text, teachers=chosen.teacher, seq_len=24),
+        models.load_tokenizer("tiny"),
+        workdir / "out" / "data",
+    )
+    columns = packed.splits["test"].rows([0])["pivot"]
+    served = models.load_model("tiny:1")
+    logits = served(
+        columns["tokens"], positions=columns["positions"], segment_ids=columns["segment_ids"]
+    )
+    truth = np.asarray(jax.nn.log_softmax(logits))[0, :-1]
+    found = cache.read([0])
+    at = np.flatnonzero(columns["loss_mask"][0, 1:])
+    said = np.take_along_axis(truth, found["indices"][0], axis=-1)
+    np.testing.assert_allclose(found["values"][0][at], said[at], atol=0.02)
+    # The student's head lies in the span of what the audit found, which is the served head's.
+    model = models.load_model(str(workdir / "out" / "model"))
+    head, original = (np.asarray(m.head_of().rows, np.float64) for m in (model, served))
+    centred = original - original.mean(0)
+    rest = head - head.mean(0)
+    rest -= centred @ np.linalg.lstsq(centred, rest, rcond=None)[0]
+    assert np.linalg.norm(rest) < 0.05 * np.linalg.norm(head)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (dict(drop_layers=2), "drop_layers: expected fewer than the 2 layers of 'tiny', got 2"),
+        (dict(keep_layers=(0, 5)), "layers 0 to 1"),
+        (dict(loss=("kl",)), "teacher: expected one for the loss 'kl', got none"),
+        (dict(loss=("nll",)), "loss: expected one of sft"),
+        (dict(loss=("sft",), freeze="nothing"), "freeze: .* matches no"),
+        (
+            dict(teacher=("api:http://127.0.0.1:9",), loss=("kl",)),
+            "teacher api:http://127.0.0.1:9: no server answers",
+        ),
+        (dict(teacher=("api:http://example.com",), loss=("kl",)), "expected one of this machine"),
+        (dict(teacher=("api:http://127.0.0.1:9",), loss=("gld",)), "'gld' needs the mean"),
+        (dict(teacher=("cache:nowhere",)), "nowhere"),
+        (dict(loss=("sft",), student_head="nowhere"), "student_head: no such file"),
+    ],
+)
+def test_errors_name_the_culprit(text, changes, said, tmp_path):
+    with pytest.raises((ValueError, OSError), match=said) as raised:
+        distill.run(config(text, **changes), epath.Path(tmp_path))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_loss_that_needs_one_vocabulary_names_the_teacher(text, tmp_path):
+    model, tokenizer = models.load("tiny:1")
+    tokenizer.backend.add_tokens(["history"])
+    grown = models.Tokenizer(tokenizer.backend, eos_id=256, pad_id=256)
+    models.save_pretrained(model, grown, tmp_path / "teacher")
+    chosen = config(text, teacher=(str(tmp_path / "teacher"),), loss=("sft", "kl"))
+    with pytest.raises(ValueError, match=r"loss 'kl' needs one vocabulary, but teacher .*teacher'"):
+        distill.run(chosen, epath.Path(tmp_path) / "out")
+
+
+def test_an_empty_split_is_named(tmp_path):
+    (tmp_path / "few.jsonl").write_text('{"text": "only one"}\n')
+    with pytest.raises(ValueError, match=r"few\.jsonl has 1 documents, too few to hold some out"):
+        distill.run(
+            config(f"jsonl:{tmp_path / 'few.jsonl'}", drop_layers=1), epath.Path(tmp_path) / "out"
+        )

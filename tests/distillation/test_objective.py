@@ -1,0 +1,198 @@
+"""What a student minimises is the stated sum of dense losses, whatever part of it trains."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from logitjax import distillation, losses, models
+from logitjax.distillation import Objective, loss_function, make_student, parse_terms
+
+SHARES = (0.25, 0.75)
+RNG = np.random.default_rng(0)
+TOKENS = RNG.integers(0, 256, (2, 12)).astype(np.int32)
+TEACHERS = [jnp.asarray(RNG.normal(size=(2, 11, 257), scale=2), jnp.float32) for _ in SHARES]
+COLUMNS = {
+    "tokens": TOKENS,
+    "segment_ids": np.ones_like(TOKENS),
+    "positions": np.broadcast_to(np.arange(12, dtype=np.int32), TOKENS.shape),
+    "loss_mask": np.arange(12) * np.ones_like(TOKENS) > 2,
+}
+WHERE = COLUMNS["loss_mask"][:, 1:]
+
+
+def batch(k=257):
+    held = {
+        f"source{i}": (losses.graph_statistics(teacher, k), WHERE)
+        for i, teacher in enumerate(TEACHERS)
+    }
+    return {"pivot": COLUMNS, "sources": held}
+
+
+def value_and_grad(objective, student, k=257):
+    loss_fn = loss_function(objective, student, ("source0", "source1"))
+
+    @jax.jit
+    def run(trained, frozen, batch):
+        def total(trained):
+            value, count, metrics = loss_fn(trained, batch, None, frozen)
+            return value, (count, metrics)
+
+        return jax.value_and_grad(total, has_aux=True)(trained)
+
+    return run(student.trained, student.frozen, batch(k))
+
+
+def dense(logits, name, student_temperature=1.0, teacher_temperature=1.0):
+    """One loss at each position, by definition."""
+    pairs = [(logits / student_temperature, t / teacher_temperature) for t in TEACHERS]
+    scale = student_temperature**2
+    if name == "sft":
+        return losses.cross_entropy(logits, jnp.asarray(TOKENS[:, 1:]))
+    by = {
+        "kl": losses.kl_divergence,
+        "rkl": lambda q, p: losses.kl_divergence(q, p, direction="reverse"),
+        "jsd": losses.generalized_jensen_shannon,
+        "uld": lambda q, p: distillation.universal_logit_distance(q, p, top_k=10),
+    }[name]
+    return scale * sum(share * by(*pair) for share, pair in zip(SHARES, pairs, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("terms", "temperatures"),
+    [
+        (("sft:0.5", "kl:0.5"), (1.0, 1.0)),
+        (("kl:0.2", "rkl:0.3", "jsd:2"), (1.0, 1.0)),
+        (("sft", "kl", "jsd"), (2.0, 3.0)),
+        (("sft:0.5", "kl:0.25", "uld:0.25"), (1.0, 1.0)),
+    ],
+)
+def test_a_mix_is_the_weighted_sum_of_dense_losses(terms, temperatures):
+    """The whole vocabulary is kept, so that nothing is approximate."""
+    model = models.load_model("tiny")
+    objective = Objective(
+        terms=parse_terms(terms),
+        teachers=(1.0, 3.0),
+        student_temperature=temperatures[0],
+        teacher_temperature=temperatures[1],
+    )
+    (value, (count, metrics)), _ = value_and_grad(objective, make_student(model))
+    logits = model(jnp.asarray(TOKENS))[:, :-1]
+    expected = {
+        name: float(jnp.where(WHERE, dense(logits, name, *temperatures), 0.0).sum())
+        if name in ("kl", "rkl", "jsd")
+        else float(jnp.where(WHERE, dense(logits, name), 0.0).sum())
+        for name in objective.weights
+    }
+    assert int(count) == WHERE.sum()
+    for name, part in expected.items():
+        np.testing.assert_allclose(metrics[name][0], part, rtol=2e-4)
+    total = sum(weight * expected[name] for name, weight in objective.terms)
+    np.testing.assert_allclose(value, total, rtol=2e-4)
+
+
+def test_uld_and_gld_are_those_of_graph_fusion():
+    model = models.load_model("tiny")
+    objective = Objective(terms=parse_terms(["sft:0.5", "uld:0.5", "gld:0.25"]), teachers=(1, 3))
+    (value, _), _ = value_and_grad(objective, make_student(model), k=10)
+    logits, labels = model(jnp.asarray(TOKENS))[:, :-1], jnp.asarray(TOKENS[:, 1:])
+    expected, metrics = distillation.graph_fusion_objective(
+        logits,
+        labels,
+        [
+            distillation.FusionTeacher(outputs=t, where=WHERE, weight=share, aligned=True)
+            for t, share in zip(TEACHERS, SHARES, strict=True)
+        ],
+        where=jnp.asarray(WHERE),
+        config=distillation.GraphFusionConfig(mix=0.5, gld_weight=0.5),
+    )
+    np.testing.assert_allclose(value, (expected * metrics["tokens"]).sum(), rtol=2e-5)
+
+
+def test_the_dual_term_trains_a_second_head_that_starts_as_a_copy():
+    model = models.load_model("tiny")
+    objective = Objective(terms=parse_terms(["sft:0.5", "dual:0.5"]), teachers=(1.0, 3.0))
+    student = make_student(model, auxiliary_head=True)
+    (value, (_, metrics)), gradient = value_and_grad(objective, student)
+    hidden, _ = model.hidden_states(jnp.asarray(TOKENS))
+
+    def dual(head):
+        distances = [
+            share * distillation.binary_kl_norm(hidden[:, :-1] @ head, t, reduction="mean")
+            for t, share in zip(TEACHERS, SHARES, strict=True)
+        ]
+        return 0.5 * jnp.where(WHERE, sum(distances), 0.0).sum()
+
+    second = student.trained["auxiliary"]["head"]["kernel"]
+    np.testing.assert_allclose(0.5 * metrics["dual"][0], dual(second), rtol=1e-4)
+    np.testing.assert_allclose(value, 0.5 * metrics["sft"][0] + dual(second), rtol=1e-4)
+    np.testing.assert_allclose(
+        gradient["auxiliary"]["head"]["kernel"], jax.grad(dual)(second), rtol=1e-3, atol=1e-5
+    )
+    # The model to hand on is the first head's.
+    assert student.size == sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+def test_what_is_frozen_has_no_gradient_and_the_rest_has_the_same():
+    model = models.load_model("tiny")
+    objective = Objective(terms=parse_terms(["sft"]))
+    (value, _), gradient = value_and_grad(objective, make_student(model))
+    student = make_student(model, freeze="embedding|layers/0/mlp")
+    (same, _), part = value_and_grad(objective, student)
+    assert value == same
+    assert set(part["model"]) == {n for n in gradient["model"] if n not in student.frozen["model"]}
+    assert "embedding" in student.frozen["model"]
+    for name, leaf in part["model"].items():
+        np.testing.assert_allclose(leaf, gradient["model"][name], rtol=1e-4, atol=1e-5)
+
+
+def test_adapters_train_in_place_of_the_model_and_end_up_in_it():
+    model = models.load_model("tiny")
+    student = make_student(model, lora_rank=2)
+    assert not student.trained["model"]
+    moved = jax.tree.map(lambda x: x + 0.05, student.trained)
+    tokens = jnp.asarray(TOKENS)
+    by_adapters, _ = model.hidden_states(tokens, lora=student.adapters(moved))
+    finished = student.finished(moved)
+    np.testing.assert_allclose(finished(tokens), model.logits(by_adapters), rtol=1e-4, atol=1e-5)
+
+
+def test_a_recovered_head_gives_its_columns_and_the_mix_is_trained():
+    """Columns of the model's own head, mixed: the student begins as the model itself."""
+    model = models.load_model("tiny")
+    rows = np.asarray(model.head_of().rows)
+    basis = rows @ np.random.default_rng(1).normal(size=(rows.shape[1],) * 2)
+    student = make_student(model, head_basis=basis)
+    tokens = jnp.asarray(TOKENS)
+    finished = student.finished(student.trained)
+    assert not finished.config.tie_embeddings
+    np.testing.assert_allclose(finished(tokens), model(tokens), rtol=1e-3, atol=1e-4)
+    _, gradient = value_and_grad(Objective(terms=parse_terms(["sft"])), student)
+    assert gradient["mix"].shape == (rows.shape[1],) * 2
+    assert float(jnp.abs(gradient["mix"]).max()) > 0
+    assert "head/kernel" not in gradient["model"]
+
+
+@pytest.mark.parametrize(
+    ("terms", "said"),
+    [
+        (["nll"], "loss: expected one of sft, kl, .*got 'nll'"),
+        (["kl:much"], "loss: expected NAME or NAME:WEIGHT, got 'kl:much'"),
+        (["kl", "kl:2"], "loss: expected each loss once"),
+        (["sft:-1"], "loss: expected positive weights"),
+        (["kl"], "teacher: expected one for the loss 'kl', got none"),
+    ],
+)
+def test_a_mix_that_makes_no_sense_is_named(terms, said):
+    with pytest.raises(ValueError, match=said):
+        Objective(terms=parse_terms(terms))
+
+
+def test_what_no_student_can_be_is_named():
+    model = models.load_model("tiny")
+    for freeze, which in (("nothing_like_it", "no"), (".", "every")):
+        with pytest.raises(ValueError, match=f"freeze: .* matches {which}"):
+            make_student(model, freeze=freeze)
+    with pytest.raises(ValueError, match="a row for each of the student's 257 tokens, got 5"):
+        make_student(model, head_basis=np.ones((5, 32)))
