@@ -1,11 +1,15 @@
 """What the README and the docs show runs."""
 
+import importlib
+import importlib.util
 import pathlib
 import re
 
 import jax.numpy as jnp
 import optax
 import pytest
+
+import logitjax
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -40,3 +44,26 @@ def test_the_readmes_train_step_trains():
 def test_links_between_pages_lead_somewhere(page):
     for target in re.findall(r"\]\((?!https?://)([^)#]+)", page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+PACKAGES = "|".join(logitjax._PACKAGES)
+DOTTED = re.compile(rf"`(?:logitjax\.)?((?:{PACKAGES})(?:\.\w+)+)[`(]")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_names_that_pages_mention_exist(page):
+    for name in sorted(set(DOTTED.findall(page.read_text()))):
+        place, *rest = name.split(".")
+        value = importlib.import_module(f"logitjax.{place}")
+        for part in rest:
+            assert hasattr(value, part) or part in getattr(value, "__annotations__", {}), name
+            value = getattr(value, part, None)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_modules_and_commands_that_pages_run_exist(page):
+    text = page.read_text()
+    for name in set(re.findall(r"python -m ((?:experiments|logitjax)[\w.]*)", text)):
+        assert "NAME" in name or importlib.util.find_spec(name.rstrip(".")), name
+    for name in set(re.findall(r"(?:^|[ /`])logitjax ([a-z][a-z-]+) --", text)):
+        assert importlib.util.find_spec(f"logitjax.commands.{name.replace('-', '_')}"), name
