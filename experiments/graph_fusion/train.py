@@ -57,24 +57,33 @@ def course(config: Config, settings: arms.Settings, seed: int) -> distillation.C
     )
 
 
-def open_session(config: Config, workdir: epath.Path) -> Session:
-    """Loads the student whole, packs the text and lets the sources read."""
-    mesh = training.make_mesh(config.mesh)
-    options: Any = dict(dtype=config.dtype, layout=config.layout)
-    reading = distillation.Reading(
+def make_reading(config: Config) -> distillation.Reading:
+    """What the sources read, and how much of what they say is kept."""
+    return distillation.Reading(
         data=config.data,
         teachers=config.sources,
         seq_len=config.seq_len,
         on_error=config.on_error,
         top_k=config.cache_top_k,
         batch_size=config.eval_batch,
-        **options,
+        dtype=config.dtype,
+        layout=config.layout,
     )
+
+
+def decoder_options(config: Config) -> dict[str, Any]:
+    """How the student computes."""
+    return dict(dtype=config.dtype, layout=config.layout, remat=config.remat)
+
+
+def open_session(config: Config, workdir: epath.Path) -> Session:
+    """Loads the student whole, packs the text and lets the sources read."""
+    mesh, reading = training.make_mesh(config.mesh), make_reading(config)
     tokenizer = models.load_tokenizer(config.student)
     packed = distillation.pack_corpus(reading, tokenizer, workdir / "data")
     objectives = [arms.first_settings(config, arm).objective(config) for arm in config.loss]
     distillation.check_vocabularies(reading, packed, objectives)
-    whole, _ = models.load(config.student, mesh=mesh, remat=config.remat, **options)
+    whole, _ = models.load(config.student, mesh=mesh, **decoder_options(config))
     taught = any(objective.taught for objective in objectives)
     rows = distillation.visited_rows(
         packed,

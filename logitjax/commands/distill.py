@@ -22,13 +22,14 @@ on where it was, bit for bit. See docs/distil.md.
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import jax
 import numpy as np
 from absl import logging
 from etils import epath
+from flax import nnx
 
 from logitjax import data, distillation, models, processes, storage, training
 from logitjax.commands.cli import REQUIRED, field
@@ -110,34 +111,7 @@ class Config:
 
 def run(config: Config, out: epath.Path) -> None:
     """Prunes, lets the teachers read, trains, writes the model and the report."""
-    objective = _objective(config)
-    course = distillation.Course(
-        steps=config.steps,
-        batch_size=config.batch_size,
-        accumulate=config.accumulate,
-        learning_rate=config.learning_rate,
-        warmup=config.warmup,
-        weight_decay=config.weight_decay,
-        eval_rows=config.eval_rows,
-        seed=config.seed,
-        loop=training.LoopOptions(
-            checkpoint_every=config.checkpoint_every,
-            log_every=config.log_every,
-            eval_every=config.eval_every,
-        ),
-    )
-    reading = distillation.Reading(
-        data=config.data,
-        teachers=config.teachers,
-        seq_len=config.seq_len,
-        on_error=config.on_error,
-        top_k=config.cache_top_k,
-        tail_samples=config.tail_samples,
-        batch_size=config.batch_size,
-        dtype=config.dtype,
-        layout=config.layout,
-        api_key=config.api_key,
-    )
+    objective, course, reading = _objective(config), _course(config), _reading(config)
     basis = _recovered(config.student_head) if config.student_head else None
     mesh = training.make_mesh(config.mesh)
     tokenizer = models.load_tokenizer(config.student)
@@ -181,6 +155,63 @@ def run(config: Config, out: epath.Path) -> None:
         text = _report(config, packed, rows, found, note)
         storage.write_atomic(out / "report.md", text)
         print(text)
+
+
+def programs(config: Config, mesh: jax.sharding.Mesh) -> Iterator[training.Program]:
+    """The update of the student, for `python -m experiments.plan --command=distill`."""
+    shape = models.load_config(config.student)
+    layers = len(config.keep_layers) or shape.num_layers - config.drop_layers
+    shape = dataclasses.replace(
+        shape, num_layers=layers, windows=shape.windows[:layers], segment_boundaries=()
+    )
+
+    def model() -> models.Decoder:
+        return models.Decoder(
+            shape, rngs=nnx.Rngs(0), dtype=config.dtype, layout=config.layout, remat=config.remat
+        )
+
+    yield distillation.update_program(
+        model,
+        _objective(config),
+        _course(config),
+        _reading(config),
+        mesh=mesh,
+        freeze=config.freeze,
+        lora_rank=config.lora_rank,
+    )
+
+
+def _course(config: Config) -> distillation.Course:
+    return distillation.Course(
+        steps=config.steps,
+        batch_size=config.batch_size,
+        accumulate=config.accumulate,
+        learning_rate=config.learning_rate,
+        warmup=config.warmup,
+        weight_decay=config.weight_decay,
+        eval_rows=config.eval_rows,
+        seed=config.seed,
+        loop=training.LoopOptions(
+            checkpoint_every=config.checkpoint_every,
+            log_every=config.log_every,
+            eval_every=config.eval_every,
+        ),
+    )
+
+
+def _reading(config: Config) -> distillation.Reading:
+    return distillation.Reading(
+        data=config.data,
+        teachers=config.teachers,
+        seq_len=config.seq_len,
+        on_error=config.on_error,
+        top_k=config.cache_top_k,
+        tail_samples=config.tail_samples,
+        batch_size=config.batch_size,
+        dtype=config.dtype,
+        layout=config.layout,
+        api_key=config.api_key,
+    )
 
 
 def _objective(config: Config) -> distillation.Objective:

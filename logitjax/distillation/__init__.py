@@ -16,6 +16,7 @@ from logitjax.distillation._distill import Trained as Trained
 from logitjax.distillation._distill import distill as distill
 from logitjax.distillation._distill import make_update as make_update
 from logitjax.distillation._distill import train_student as train_student
+from logitjax.distillation._distill import update_program as update_program
 from logitjax.distillation._dual_head import DualHead as DualHead
 from logitjax.distillation._dual_head import dual_head_loss as dual_head_loss
 from logitjax.distillation._graph_fusion import FusionTeacher as FusionTeacher

@@ -4,19 +4,20 @@ import dataclasses
 import functools
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from etils import epath
 from jax.sharding import Mesh
 
-from logitjax import decoding, models, processes, training
-from logitjax.distillation._corpus import Corpus
+from logitjax import decoding, losses, models, processes, training
+from logitjax.distillation._corpus import Corpus, Reading
 from logitjax.distillation._objective import Objective, loss_function, score_function
-from logitjax.distillation._student import Student
+from logitjax.distillation._student import Student, make_student
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,6 +96,64 @@ def make_update(
         schedule=schedule,
     )
     return tx, step
+
+
+def update_program(
+    model: Callable[[], models.Decoder],
+    objective: Objective,
+    course: Course,
+    reading: Reading,
+    *,
+    mesh: Mesh,
+    name: str = "update of the student",
+    **options: Any,
+) -> training.Program:
+    """The update of a student for a plan: nothing is loaded, and no number is made.
+
+    Args:
+        model: Makes the decoder; it is only traced.
+        objective: What is minimised.
+        course: How long and how fast.
+        reading: Sizes of rows and of what teachers say.
+        mesh: Mesh of the state.
+        name: What the program does, in words.
+        **options: For `make_student`.
+    """
+    made: list[Student] = []
+
+    def build() -> tuple[Any, Any]:
+        made.append(make_student(model(), **options))
+        return made[0].trained, made[0].frozen
+
+    trained, frozen = jax.eval_shape(build)
+    student = Student(graphdef=made[0].graphdef, trained=trained, frozen=frozen)
+    names = reading.names if objective.taught else ()
+    tx, step = make_update(student, objective, course, names, mesh=mesh)
+    rules, sharding = models.DECODER_RULES, training.batch_sharding(mesh)
+
+    def rows(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((course.batch_size, *shape), dtype, sharding=sharding)
+
+    length, k = reading.seq_len, reading.top_k
+    columns = {n: rows(jnp.int32, length) for n in ("tokens", "segment_ids", "positions")}
+    batch: dict[str, Any] = {"pivot": columns | {"loss_mask": rows(jnp.bool_, length)}}
+    if names:
+        log_z, mean, std = (rows(jnp.float32, length - 1) for _ in range(3))
+        said = losses.GraphStatistics(
+            values=rows(jnp.float32, length - 1, k),
+            indices=rows(jnp.int32, length - 1, k),
+            log_z=log_z,
+            mean=mean,
+            std=std,
+        )
+        batch["sources"] = dict.fromkeys(names, (said, rows(jnp.bool_, length - 1)))
+    state = training.abstract_train_state(trained, tx, mesh=mesh, rules=rules)
+    placed = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        frozen,
+        rules.shardings(frozen, mesh),
+    )
+    return training.Program(name=name, jitted=step, arguments=(state, batch, placed))
 
 
 class Scorer:
