@@ -41,12 +41,12 @@ def batches(step: int) -> dict[str, Any]:
 
 def train(workdir: pathlib.Path, steps: int) -> None:
     mesh = training.make_mesh("data:1", devices=jax.devices()[:1])
-    tx = training.make_optimizer(training.Schedule(1e-2, warmup=2, total_steps=steps))
-    state = training.create_train_state(init, tx, mesh=mesh)
+    tx = training.Schedule(1e-2, warmup=2, total_steps=steps).optimizer()
+    state = training.TrainState.create(init, tx, mesh=mesh)
     with training.Checkpointer(workdir / "checkpoints", max_to_keep=3) as checkpointer:
         training.train_loop(
             state,
-            training.make_train_step(loss_fn, tx, mesh=mesh),
+            training.TrainStep(loss_fn, tx, mesh=mesh),
             batches,
             total_steps=steps,
             workdir=workdir,

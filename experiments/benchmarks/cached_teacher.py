@@ -70,9 +70,9 @@ def run(options: _suite.Options) -> _suite.Result:
 
     def trainer(arm: str, seed: int) -> tuple[Any, training.TrainStep]:
         schedule = training.Schedule(_LEARNING_RATE, warmup=steps // 10, total_steps=steps)
-        tx = training.make_optimizer(schedule)
-        state = training.create_train_state(taught.trained, tx, mesh=mesh, seed=seed)
-        return state, training.make_train_step(functions[arm], tx)
+        tx = schedule.optimizer()
+        state = training.TrainState.create(taught.trained, tx, mesh=mesh, seed=seed)
+        return state, training.TrainStep(functions[arm], tx)
 
     def inputs(arm: str, step: int, seed: int) -> dict[str, Any]:
         found: dict[str, Any] = {"pivot": batch("train", step, seed)}
@@ -80,7 +80,7 @@ def run(options: _suite.Options) -> _suite.Result:
             found["teacher"] = _statistics(caches[seed, step], tail=arm == "sampled")
         return found
 
-    score = training.make_eval_step(distillation.score_function(taught))
+    score = training.EvalStep(distillation.score_function(taught))
     scored = [{"pivot": batch("test", step, 0)} for step in range(held_out // rows_a_step)]
     kept = Path(options.directory) / f"{options.scale}.partial.json"
     known = json.loads(kept.read_text()) if kept.exists() else {}
@@ -94,7 +94,7 @@ def run(options: _suite.Options) -> _suite.Result:
             state, step_fn = trainer(arm, seed)
             for step in range(steps):
                 state, _ = step_fn(state, inputs(arm, step, seed), constants.get(arm))
-            found = training.evaluate(score, state.params, scored, taught.frozen)
+            found = score.means(state.params, scored, taught.frozen)
             perplexities[arm].append(float(np.exp(found["loss"])))
             known[name] = perplexities[arm][-1]
             storage.write_atomic(kept, json.dumps(known))

@@ -45,7 +45,7 @@ def run(options: _suite.Options) -> _suite.Result:
         tuple(session.corpus.sources),
         mesh=session.mesh,
     )
-    frozen = training.shard_tree(student.frozen, session.mesh, models.DECODER_RULES)
+    frozen = models.DECODER_RULES.place(student.frozen, session.mesh)
     step_of_arm = functools.partial(update, constants=frozen)
     packed = session.corpus.packed.splits["train"]
 
@@ -54,11 +54,11 @@ def run(options: _suite.Options) -> _suite.Result:
         return session.corpus.batch("train", rows, taught=True)
 
     def start() -> training.TrainState:
-        return training.create_train_state(
+        return training.TrainState.create(
             student.trained, tx, mesh=session.mesh, rules=models.DECODER_RULES, seed=0
         )
 
-    held = training.make_global_batch(session.mesh, batches(0))
+    held = training.BatchLayout(session.mesh).place(batches(0))
 
     def alone(state: Any) -> Any:
         for _ in range(steps):

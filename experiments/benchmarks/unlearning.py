@@ -89,7 +89,7 @@ def _steps(
 ) -> dict[str, Any]:
     """Seconds and planned memory of a step of either."""
     mesh = training.make_mesh("data:1", devices=jax.devices()[:1])
-    batch = training.make_global_batch(mesh, _batch(model, rows, length))
+    batch = training.BatchLayout(mesh).place(_batch(model, rows, length))
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     assistant = unlearning.init_assistant(model, layers, key=jax.random.key(0))
     silent, base = unlearning.make_assistant_loss(assistant.base)
@@ -100,9 +100,9 @@ def _steps(
         ("npo_kl", npo_kl, params, params),
         ("assistant", silent, assistant.lora, base),
     ):
-        tx = training.make_optimizer(training.Schedule(1e-5, "constant"), weight_decay=0.01)
-        state = training.create_train_state(start, tx, mesh=mesh)
-        step = training.make_train_step(loss_fn, tx, mesh=mesh)
+        tx = training.Schedule(1e-5, "constant").optimizer(weight_decay=0.01)
+        state = training.TrainState.create(start, tx, mesh=mesh)
+        step = training.TrainStep(loss_fn, tx, mesh=mesh)
         sizes[name] = planned_bytes(step.lower(state, batch, constants).compile())
         calls[name] = _repeated(step, state, batch, constants)
     seconds = timing.paired_seconds(calls, repeats=repeats)

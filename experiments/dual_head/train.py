@@ -90,7 +90,7 @@ class Trainer:
     one step of `training.train_loop`; convolutions on CPU are the exception: XLA runs those inside
     a loop many times slower than outside, so there the host steps.
 
-    The update is its own, for `training.make_train_step` knows neither lanes nor batch statistics
+    The update is its own, for `training.TrainStep` knows neither lanes nor batch statistics
     nor gradients that are projected; so is the rate, which falls at given epochs.
     """
 

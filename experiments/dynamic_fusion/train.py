@@ -54,7 +54,7 @@ class Lineup:
 
     def __init__(self, config: Config, root: epath.Path, texts: Mapping[str, Text], task: Task):
         self.config, self.root, self.texts, self.task = config, root, texts, task
-        self.mesh = training.make_partial_mesh(config.mesh)
+        self.mesh = training.make_mesh(config.mesh, partial=True)
         source = digest(config.large, config.dtype, _file_identity(config.large), length=12)
         self.large = Variant(root / f"large-{source}", self._load_large)
         cut = digest(

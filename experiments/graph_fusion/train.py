@@ -218,7 +218,7 @@ def _score_whole(session: Session) -> Record | None:
 
 
 def _scores(scorer: distillation.Scorer, trained: Any, mesh: Mesh) -> Record:
-    params = training.shard_tree(trained, mesh, models.DECODER_RULES)
+    params = models.DECODER_RULES.place(trained, mesh)
     prompt, text = scorer.sample(params)
     scores = scorer.scores(params, "test")
     scores["tokens_per_second"] = scorer.tokens_per_second(params)

@@ -45,7 +45,7 @@ def prepare(config: Config, workdir: epath.Path) -> Scene:
     """Text, teacher and recovered head; all kept on disk."""
     with processes.first_before_others("text"):
         text = _text(config, epath.Path(config.cache_dir or workdir / "cache"))
-    mesh = training.make_partial_mesh(config.mesh)
+    mesh = training.make_mesh(config.mesh, partial=True)
     vocab = len(text.unigram)
     trunk = arms.make_trunk(config, vocab, config.teacher_layers)
     update = arms.make_update(

@@ -32,13 +32,13 @@ class Update:
 
     def start(self, params: Any, seed: int = 0) -> training.TrainState:
         """The state before the first step."""
-        return training.create_train_state(
+        return training.TrainState.create(
             params, self.tx, mesh=self.mesh, rules=self.rules, seed=seed
         )
 
     def program(self, name: str, params: Any, batch: Any, constants: Any = None) -> Program:
         """The update of abstract parameters and constants, for a plan."""
-        state = training.abstract_train_state(params, self.tx, mesh=self.mesh, rules=self.rules)
+        state = training.TrainState.abstract(params, self.tx, mesh=self.mesh, rules=self.rules)
         placed = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             constants,
@@ -60,7 +60,7 @@ def make_update(
     """Clipped AdamW and its compiled step.
 
     Args:
-        loss_fn: As `training.make_train_step` takes it.
+        loss_fn: As `training.TrainStep` takes it.
         schedule: The learning rate by step.
         mesh: Mesh of the state.
         rules: Where each leaf of the state goes.
@@ -71,8 +71,8 @@ def make_update(
     Returns:
         The update.
     """
-    tx = training.make_optimizer(schedule, trainable=trainable, weight_decay=weight_decay, b2=b2)
-    step = training.make_train_step(loss_fn, tx, mesh=mesh, trainable=trainable, schedule=schedule)
+    tx = schedule.optimizer(trainable=trainable, weight_decay=weight_decay, b2=b2)
+    step = training.TrainStep(loss_fn, tx, mesh=mesh, trainable=trainable, schedule=schedule)
     return Update(tx=tx, step=step, mesh=mesh, rules=rules)
 
 
@@ -105,7 +105,7 @@ def fit(
         The trained parameters; every process holds them whole.
     """
     if constants is not None:
-        constants = training.shard_tree(constants, update.mesh, update.rules)
+        constants = update.rules.place(constants, update.mesh)
     with training.Checkpointer(directory / "checkpoints", max_to_keep=1) as checkpointer:
         state = training.train_loop(
             update.start(params, seed),
@@ -123,7 +123,7 @@ def fit(
 
 def share(mesh: jax.sharding.Mesh, batch: Any) -> Any:
     """Of the rows of a whole batch those that this process feeds."""
-    return jax.tree.map(lambda rows: rows[training.local_rows(mesh, len(rows))], batch)
+    return jax.tree.map(lambda rows: rows[training.BatchLayout(mesh).rows(len(rows))], batch)
 
 
 def curve(directory: epath.Path, name: str = "loss") -> list[tuple[int, float]]:

@@ -109,7 +109,7 @@ def abstract_decoder(config: models.DecoderConfig, **options: Any) -> tuple[Any,
 
 def rows(mesh: Any, count: int, **columns: tuple[Any, ...]) -> dict[str, jax.ShapeDtypeStruct]:
     """A batch: by name a dtype and the shape of one row, split as training splits it."""
-    sharding = training.batch_sharding(mesh)
+    sharding = training.BatchLayout(mesh).sharding
     return {
         name: jax.ShapeDtypeStruct((count, *shape), jnp.dtype(dtype), sharding=sharding)
         for name, (dtype, *shape) in columns.items()

@@ -68,7 +68,7 @@ class Models:
         self.config, self.root, self.scene = config, root, scene
         self.tokenizer = models.load_tokenizer(config.model)
         self.template = rows_of.TEMPLATES[config.template]()
-        self.mesh = training.make_partial_mesh(config.mesh)
+        self.mesh = training.make_mesh(config.mesh, partial=True)
         source = epath.Path(config.model)
         size = source.stat().length if source.exists() and not source.is_dir() else None
         #: Names what target and retrained model were made from.
@@ -259,13 +259,17 @@ class Models:
             self.target,
             assistant,
             batches,
-            steps=config.merge_steps,
-            learning_rate=config.merge_learning_rate,
+            schedule=training.Schedule(
+                config.merge_learning_rate,
+                warmup=max(1, config.merge_steps // 10),
+                total_steps=config.merge_steps,
+            ),
             fuse=difference.fuse,
             mesh=self.mesh,
             workdir=directory,
-            checkpoint_every=config.checkpoint_every,
-            log_every=config.log_every,
+            options=training.LoopOptions(
+                checkpoint_every=config.checkpoint_every, log_every=config.log_every
+            ),
         )
         graphdef, state = nnx.split(model)
         model = nnx.merge(graphdef, processes.local_copy(state))
@@ -319,9 +323,9 @@ class Models:
                 kept = keeper.restore(like, record["step"]).state
                 return Trained(processes.local_copy(kept), record)
         if constants is not None and self.mesh.size > 1:
-            constants = training.shard_tree(constants, self.mesh, update.rules)
+            constants = update.rules.place(constants, self.mesh)
         logging.info("%s: %d steps", directory, steps)
-        first = training.make_global_batch(self.mesh, fit.share(self.mesh, batches(0)))
+        first = training.BatchLayout(self.mesh).place(fit.share(self.mesh, batches(0)))
         peak = planned_bytes(update.step.lower(state, first, constants).compile())
         seconds: list[float] = []
 

@@ -131,7 +131,7 @@ def _prepare(config: Config, workdir: epath.Path) -> Context:
         statistics=vq.head_statistics(splits["train"].hidden),
         splits=splits,
         packed=packed,
-        mesh=training.make_partial_mesh(config.mesh),
+        mesh=training.make_mesh(config.mesh, partial=True),
     )
 
 

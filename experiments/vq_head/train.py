@@ -55,7 +55,7 @@ def make_trunk(config: Config, vocab: int, *, seed: int = 0, abstract: bool = Fa
 
 
 def make_loss(graphdef: Any, rest: Any, nll: Nll) -> Callable[..., Any]:
-    """Summed loss of a head and its trunk, for `training.make_train_step`."""
+    """Summed loss of a head and its trunk, for `training.TrainStep`."""
 
     def loss_fn(params: Any, batch: Mapping[str, Any], rng: Any, given: Any) -> Any:
         hidden = _hidden(graphdef, rest, params["trunk"], batch["tokens"])
@@ -86,7 +86,7 @@ def train(ctx: Context, directory: epath.Path, arm: str, seed: int, rate: float)
     loss_fn = make_loss(graphdef, rest, head.nll)
     update = make_update(loss_fn, config, mesh, rate)
     state = update.start({"trunk": trunk, "head": head.params}, seed)
-    given = training.shard_tree(head.given, mesh, update.rules)
+    given = update.rules.place(head.given, mesh)
     steps = config.scratch_steps
     moves = [steps // 3 + 1, 2 * steps // 3 + 1] if arm == "vq_reassigned" else []
     directory = directory / f"scratch_{arm}_{seed}_{rate:g}"
@@ -102,15 +102,15 @@ def train(ctx: Context, directory: epath.Path, arm: str, seed: int, rate: float)
         if stop < steps:
             run = jax.jit(lambda params, tokens: _hidden(graphdef, rest, params, tokens))
             params, given = _reassigned(state, given, run, text, config)
-            params, given = training.shard_tree((params, given), mesh, update.rules)
+            params, given = update.rules.place((params, given), mesh)
             state = state.replace(params=params)
-    evaluate = training.make_eval_step(loss_fn, mesh=mesh)
+    evaluate = training.EvalStep(loss_fn, mesh=mesh)
 
     def blocks(split: str) -> Iterator[dict[str, np.ndarray]]:
         return (fit.share(mesh, block) for block in text.blocks(split))
 
     held_out = {
-        name: training.evaluate(evaluate, state.params, blocks(split), given)["loss"]
+        name: evaluate.means(state.params, blocks(split), given)["loss"]
         for name, split in (("validation_nll", "validation"), ("nll", "test"))
     }
     size = sum(x.size for x in jax.tree.leaves(head.params))

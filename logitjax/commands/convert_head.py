@@ -56,7 +56,7 @@ class Config:
 def run(config: Config, workdir: epath.Path) -> None:
     """Packs, converts, measures both heads on text that neither was fitted to."""
     model, tokenizer = models.load(config.model, dtype=config.dtype, layout="listed")
-    mesh = training.make_partial_mesh(config.mesh)
+    mesh = training.make_mesh(config.mesh, partial=True)
     packed = data.pack_splits(
         config.data,
         {"model": tokenizer},

@@ -127,7 +127,7 @@ class Corpus:
         self, split: str, mesh: Mesh, *, batch_size: int, rows: int
     ) -> Iterator[dict[str, Any]]:
         """This process's held-out batches, as `score_function` takes them."""
-        index, count = training.process_slice(mesh)
+        index, count = training.BatchLayout(mesh).share
         first = next(iter(self.sources.values()), None)
         batches = self.packed.splits[split].iterate_once(
             batch_size=batch_size, process_index=index, process_count=count, max_rows=rows

@@ -87,8 +87,8 @@ def make_update(
     schedule = training.Schedule(
         course.learning_rate, warmup=int(course.warmup * course.steps), total_steps=course.steps
     )
-    tx = training.make_optimizer(schedule, weight_decay=course.weight_decay)
-    step = training.make_train_step(
+    tx = schedule.optimizer(weight_decay=course.weight_decay)
+    step = training.TrainStep(
         loss_function(objective, student, sources),
         tx,
         mesh=mesh,
@@ -129,7 +129,7 @@ def update_program(
     student = Student(graphdef=made[0].graphdef, trained=trained, frozen=frozen)
     names = reading.names if objective.taught else ()
     tx, step = make_update(student, objective, course, names, mesh=mesh)
-    rules, sharding = models.DECODER_RULES, training.batch_sharding(mesh)
+    rules, sharding = models.DECODER_RULES, training.BatchLayout(mesh).sharding
 
     def rows(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((course.batch_size, *shape), dtype, sharding=sharding)
@@ -147,7 +147,7 @@ def update_program(
             std=std,
         )
         batch["sources"] = dict.fromkeys(names, (said, rows(jnp.bool_, length - 1)))
-    state = training.abstract_train_state(trained, tx, mesh=mesh, rules=rules)
+    state = training.TrainState.abstract(trained, tx, mesh=mesh, rules=rules)
     placed = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         frozen,
@@ -169,8 +169,8 @@ class Scorer:
     def __init__(self, student: Student, corpus: Corpus, course: Course, *, mesh: Mesh):
         self._student, self._corpus, self._course, self._mesh = student, corpus, course, mesh
         self._size = course.eval_batch or course.batch_size
-        self._step = training.make_eval_step(score_function(student), mesh=mesh)
-        self._frozen = training.shard_tree(student.frozen, mesh, models.DECODER_RULES)
+        self._step = training.EvalStep(score_function(student), mesh=mesh)
+        self._frozen = models.DECODER_RULES.place(student.frozen, mesh)
 
     def scores(self, params: Any, split: str) -> dict[str, float]:
         """Perplexity, accuracy, bits a byte, and agreement and KL with the first teacher.
@@ -180,7 +180,7 @@ class Scorer:
         batches = self._corpus.scored(
             split, self._mesh, batch_size=self._size, rows=self._course.eval_rows
         )
-        means = training.evaluate(self._step, params, batches, self._frozen)
+        means = self._step.means(params, batches, self._frozen)
         return means | {"perplexity": float(np.exp(means["loss"]))}
 
     def tokens_per_second(self, params: Any, *, repeats: int = 3) -> float:
@@ -242,12 +242,12 @@ def train_student(
     sources = tuple(corpus.sources) if objective.taught else ()
     tx, step = make_update(student, objective, course, sources, mesh=mesh)
     scorer = Scorer(student, corpus, course, mesh=mesh) if scorer is None else scorer
-    frozen = training.shard_tree(student.frozen, mesh, models.DECODER_RULES)
-    state = training.create_train_state(
+    frozen = models.DECODER_RULES.place(student.frozen, mesh)
+    state = training.TrainState.create(
         student.trained, tx, mesh=mesh, rules=models.DECODER_RULES, seed=course.seed
     )
     rows = corpus.packed.splits["train"]
-    index, count = training.process_slice(mesh)
+    index, count = training.BatchLayout(mesh).share
 
     def batch(number: int) -> dict[str, Any]:
         here = rows.batch(
@@ -342,7 +342,7 @@ def distill(
     scorer = Scorer(student, corpus, course, mesh=mesh)
     first = workdir / "before.json"
     if not processes.broadcast_from_first(first.exists):
-        start = training.shard_tree(student.trained, mesh, models.DECODER_RULES)
+        start = models.DECODER_RULES.place(student.trained, mesh)
         record = {"scores": scorer.scores(start, "test"), "sample": scorer.sample(start)}
         processes.write_json(first, record)
     before = processes.broadcast_from_first(lambda: json.loads(first.read_text()))

@@ -139,7 +139,7 @@ def fit(
     """Trains a few-shot head: a pure function to `jit` and `vmap`.
 
     Everything but the trained arrays is constant, so a step gathers cached rows and nothing else.
-    The steps are one scan, mapped over samples and settings; `training.make_train_step` makes an
+    The steps are one scan, mapped over samples and settings; `training.TrainStep` makes an
     update that the host calls once for a batch and that sums in float32, and serves neither.
 
     Args:

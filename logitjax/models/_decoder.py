@@ -93,7 +93,7 @@ def _rematerialised(function: Callable, remat: str) -> Callable:
 
 
 def _over_batch(x: jax.Array) -> jax.Array:
-    """Keeps activations split over the batch where a mesh is known (`make_train_step`'s is).
+    """Keeps activations split over the batch where a mesh is known (a `TrainStep` makes it so).
 
     Left alone the compiler may follow the embedding, which is split along the model dimension over
     the same axis, and then sums every matmul over all devices.

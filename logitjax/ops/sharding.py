@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -25,7 +26,7 @@ def auto_axes(names: Sequence[str], size: int) -> tuple[str, ...]:
     """Those of the named axes that a dimension of this size can be split over here.
 
     They are axes of the mesh in whose context this is traced; there are none without such a context
-    (`logitjax.training.make_train_step` makes one), where they do not divide the size, and where an
+    (`logitjax.training.TrainStep` makes one), where they do not divide the size, and where an
     axis is Explicit or, inside `shard_map`, Manual: then the split is somebody else's.
 
     >>> auto_axes(BATCH_AXES, 8)
@@ -173,3 +174,25 @@ class ShardingRules:
             return NamedSharding(mesh, self.spec(path_string(path), shape, mesh.shape))
 
         return jax.tree_util.tree_map_with_path(leaf_sharding, tree)
+
+    def place(self, tree: Any, mesh: Mesh) -> Any:
+        """Places a pytree of arrays on the mesh.
+
+        Every process passes the same whole host arrays; each keeps the shards of its devices.
+
+        >>> mesh = jax.make_mesh((1,), ("fsdp",), devices=jax.devices()[:1])
+        >>> ShardingRules().place({"kernel": np.ones((4, 2))}, mesh)["kernel"].sharding.mesh == mesh
+        True
+        """
+
+        def place(leaf: Any, sharding: NamedSharding) -> jax.Array:
+            if isinstance(leaf, jax.Array) and (
+                sharding.is_fully_addressable or not leaf.is_fully_addressable
+            ):
+                return jax.device_put(leaf, sharding)
+            if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+                return jax.device_put(leaf, sharding)
+            host = np.asarray(leaf)
+            return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+        return jax.tree.map(place, tree, self.shardings(tree, mesh))

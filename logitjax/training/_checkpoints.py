@@ -171,7 +171,7 @@ class Checkpointer:
 
         Args:
           state: a pytree of arrays or ``ShapeDtypeStruct`` with shardings, as from
-            :func:`abstract_train_state`. Arrays are not written to.
+            `TrainState.abstract`. Arrays are not written to.
           step: which one.
 
         Returns:

@@ -85,7 +85,7 @@ def train_loop(
 
     Args:
       state: at step 0, or where to go on without a checkpoint. It is consumed.
-      step_fn: from :func:`make_train_step`; with constants, ``functools.partial`` of it.
+      step_fn: a `TrainStep`; with constants, ``functools.partial`` of it.
       batches: step -> this process's rows of the global batch.
       total_steps: number of updates at the end.
       workdir: locked while the loop runs; gets ``nonfinite/step_STEP.npz``.

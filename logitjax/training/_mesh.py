@@ -1,5 +1,6 @@
 """The device mesh and the placement of batches on it."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -13,7 +14,9 @@ from logitjax.ops.sharding import BATCH_AXES, VOCABULARY_AXES
 AXES = (*BATCH_AXES, *VOCABULARY_AXES)
 
 
-def make_mesh(spec: str = "data:-1,fsdp:1,tensor:1", devices: Any = None) -> Mesh:
+def make_mesh(
+    spec: str = "data:-1,fsdp:1,tensor:1", devices: Any = None, *, partial: bool = False
+) -> Mesh:
     """Makes the mesh that a specification such as ``data:-1,fsdp:2`` describes.
 
     The axes are ``data`` (copies of the model), ``fsdp`` (the batch *and* the parameters are split)
@@ -24,17 +27,19 @@ def make_mesh(spec: str = "data:-1,fsdp:1,tensor:1", devices: Any = None) -> Mes
     Args:
       spec: comma-separated ``axis:size``, outermost axis first.
       devices: the devices, by default all of them; those of an ahead-of-time topology will do.
+      partial: a specification without a -1 takes only so many of the devices.
 
     Returns:
-      The mesh over exactly these devices.
+      The mesh over exactly these devices, or over the first of them with `partial`.
 
     Raises:
-      ValueError: on another axis or syntax, or sizes that do not multiply to the device count.
+      ValueError: on another axis or syntax, or sizes that do not multiply to the device count; with
+        `partial`, if a process would have none of the devices.
 
     >>> dict(make_mesh("fsdp:-1", devices=jax.devices()[:1]).shape)
     {'fsdp': 1, 'data': 1, 'tensor': 1}
     """
-    devices = jax.devices() if devices is None else list(np.asarray(devices).flat)
+    everything = devices = jax.devices() if devices is None else list(np.asarray(devices).flat)
     sizes: dict[str, int] = {}
     for part in spec.split(","):
         name, _, size = part.strip().partition(":")
@@ -54,6 +59,14 @@ def make_mesh(spec: str = "data:-1,fsdp:1,tensor:1", devices: Any = None) -> Mes
     if len(free) > 1:
         raise ValueError(f"mesh {spec!r}: only one axis may be -1, got {' and '.join(free)}")
     fixed = int(np.prod([size for size in sizes.values() if size > 0], dtype=np.int64))
+    if partial and not free:
+        devices = devices[:fixed]
+        without = {d.process_index for d in everything} - {d.process_index for d in devices}
+        if without:
+            raise ValueError(
+                f"mesh {spec!r}: expected devices of all processes, got none of process "
+                f"{min(without)}; data:-1 takes all"
+            )
     if free:
         if len(devices) % fixed:
             raise ValueError(f"mesh {spec!r}: {fixed} does not divide the {len(devices)} devices")
@@ -73,108 +86,96 @@ def make_mesh(spec: str = "data:-1,fsdp:1,tensor:1", devices: Any = None) -> Mes
         return Mesh(grid, tuple(sizes), axis_types=types)
 
 
-def make_partial_mesh(spec: str) -> Mesh:
-    """As `make_mesh`, but a specification that fixes all its sizes takes only so many devices.
+@dataclasses.dataclass(frozen=True)
+class BatchLayout:
+    """How a batch lies on a mesh, and which of its rows this process feeds.
 
-    Raises:
-      ValueError: as `make_mesh`; or a process would have none of the devices.
+    Attributes:
+        mesh: The mesh. The first dimension of a batch is split over its ``data`` and ``fsdp``.
 
-    >>> make_partial_mesh("data:1").size
-    1
-    """
-    sizes = [int(part.partition(":")[2]) for part in spec.split(",")]
-    devices = jax.devices() if -1 in sizes else jax.devices()[: math.prod(sizes)]
-    without = set(range(jax.process_count())) - {device.process_index for device in devices}
-    if without:
-        raise ValueError(
-            f"mesh {spec!r}: expected devices of all {jax.process_count()} processes, got none of "
-            f"process {min(without)}; data:-1 takes all"
-        )
-    return make_mesh(spec, devices=devices)
-
-
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding of a batch: its first dimension over ``data`` and ``fsdp``."""
-    axes = tuple(name for name in mesh.axis_names if name in BATCH_AXES)
-    return NamedSharding(mesh, PartitionSpec(axes))
-
-
-def process_slice(mesh: Mesh) -> tuple[int, int]:
-    """Which share of a global batch this process feeds: ``(index, count)``.
-
-    Usually the process's own index and count. Processes that the ``tensor`` axis joins hold the
-    same rows and so get the same index.
-
-    >>> process_slice(make_mesh("data:1", devices=jax.devices()[:1]))
-    (0, 1)
-    """
-    shards = batch_sharding(mesh).devices_indices_map((batch_shards(mesh),))
-    rows: dict[int, set[int]] = {}
-    for device, (index,) in shards.items():
-        rows.setdefault(device.process_index, set()).add(index.indices(batch_shards(mesh))[0])
-    shares = sorted({tuple(sorted(share)) for share in rows.values()})
-    flat = [row for share in shares for row in share]
-    if len(flat) != len(set(flat)) or len({len(share) for share in shares}) > 1:
-        raise ValueError(
-            f"mesh {dict(mesh.shape)}: processes share batch rows unevenly; make data x fsdp a "
-            f"multiple of the process count, or a divisor of it"
-        )
-    return shares.index(tuple(sorted(rows[jax.process_index()]))), len(shares)
-
-
-def local_rows(mesh: Mesh, batch_size: int) -> slice:
-    """Which rows of a global batch this process feeds to :func:`make_global_batch`.
-
-    Raises:
-      ValueError: the processes cannot share so many rows.
-
-    >>> local_rows(make_mesh("data:1", devices=jax.devices()[:1]), 4)
-    slice(0, 4, None)
-    """
-    index, count = process_slice(mesh)
-    if batch_size % count:
-        raise ValueError(f"batch_size: {count} processes cannot share {batch_size} rows")
-    share = batch_size // count
-    return slice(index * share, (index + 1) * share)
-
-
-def batch_shards(mesh: Mesh) -> int:
-    """Into how many pieces the mesh cuts a batch."""
-    return int(np.prod([mesh.shape[name] for name in mesh.axis_names if name in BATCH_AXES]))
-
-
-def make_global_batch(mesh: Mesh, batch: Any) -> Any:
-    """Makes one global array, sharded over ``data`` and ``fsdp``, of every process's rows.
-
-    Args:
-      mesh: the mesh.
-      batch: a pytree of numpy arrays ``[local_batch, ...]``: this process's rows, the
-        :func:`process_slice` share of the global batch.
-
-    Returns:
-      The same pytree of ``jax.Array`` ``[global_batch, ...]``.
-
-    Raises:
-      ValueError: if a leaf has no batch dimension, or the mesh does not divide it.
-
-    >>> mesh = make_mesh("data:1", devices=jax.devices()[:1])
-    >>> make_global_batch(mesh, {"tokens": np.zeros((4, 7), np.int32)})["tokens"].shape
+    >>> layout = BatchLayout(make_mesh("data:1", devices=jax.devices()[:1]))
+    >>> layout.share, layout.rows(4)
+    ((0, 1), slice(0, 4, None))
+    >>> layout.place({"tokens": np.zeros((4, 7), np.int32)})["tokens"].shape
     (4, 7)
     """
-    sharding = batch_sharding(mesh)
-    pieces, count = batch_shards(mesh), process_slice(mesh)[1]
 
-    def place(path: Any, leaf: Any) -> jax.Array:
-        if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
-            return leaf
-        leaf = np.asarray(leaf)
-        if leaf.ndim == 0 or leaf.shape[0] * count % pieces:
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
+    mesh: Mesh
+
+    @property
+    def sharding(self) -> NamedSharding:
+        """The sharding of a batch."""
+        return NamedSharding(self.mesh, PartitionSpec(self._axes))
+
+    @property
+    def pieces(self) -> int:
+        """Into how many pieces the mesh cuts a batch."""
+        return math.prod(self.mesh.shape[name] for name in self._axes)
+
+    @property
+    def _axes(self) -> tuple[str, ...]:
+        return tuple(name for name in self.mesh.axis_names if name in BATCH_AXES)
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """Which share of a global batch this process feeds: ``(index, count)``.
+
+        Usually the process's own index and count. Processes that the ``tensor`` axis joins hold the
+        same rows and so get the same index.
+
+        Raises:
+            ValueError: Processes would share rows unevenly.
+        """
+        shards = self.sharding.devices_indices_map((self.pieces,))
+        rows: dict[int, set[int]] = {}
+        for device, (index,) in shards.items():
+            rows.setdefault(device.process_index, set()).add(index.indices(self.pieces)[0])
+        shares = sorted({tuple(sorted(share)) for share in rows.values()})
+        flat = [row for share in shares for row in share]
+        if len(flat) != len(set(flat)) or len({len(share) for share in shares}) > 1:
             raise ValueError(
-                f"batch {name!r}: its first dimension times {count} processes must be a "
-                f"multiple of data x fsdp = {pieces}, got shape {leaf.shape}"
+                f"mesh {dict(self.mesh.shape)}: processes share batch rows unevenly; make data x "
+                f"fsdp a multiple of the process count, or a divisor of it"
             )
-        shape = (leaf.shape[0] * count, *leaf.shape[1:])
-        return jax.make_array_from_process_local_data(sharding, leaf, shape)
+        return shares.index(tuple(sorted(rows[jax.process_index()]))), len(shares)
 
-    return jax.tree_util.tree_map_with_path(place, batch)
+    def rows(self, batch_size: int) -> slice:
+        """Which rows of a global batch this process feeds.
+
+        Raises:
+            ValueError: The processes cannot share so many rows.
+        """
+        index, count = self.share
+        if batch_size % count:
+            raise ValueError(f"batch_size: {count} processes cannot share {batch_size} rows")
+        share = batch_size // count
+        return slice(index * share, (index + 1) * share)
+
+    def place(self, batch: Any) -> Any:
+        """Makes one global array of every process's rows.
+
+        Args:
+            batch: A pytree of numpy arrays ``[local_batch, ...]``, this process's `share`.
+
+        Returns:
+            The same pytree of ``jax.Array`` ``[global_batch, ...]``.
+
+        Raises:
+            ValueError: A leaf has no batch dimension, or the mesh does not divide it.
+        """
+        sharding, pieces, count = self.sharding, self.pieces, self.share[1]
+
+        def place(path: Any, leaf: Any) -> jax.Array:
+            if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
+                return leaf
+            leaf = np.asarray(leaf)
+            if leaf.ndim == 0 or leaf.shape[0] * count % pieces:
+                name = jax.tree_util.keystr(path, simple=True, separator="/")
+                raise ValueError(
+                    f"batch {name!r}: its first dimension times {count} processes must be a "
+                    f"multiple of data x fsdp = {pieces}, got shape {leaf.shape}"
+                )
+            shape = (leaf.shape[0] * count, *leaf.shape[1:])
+            return jax.make_array_from_process_local_data(sharding, leaf, shape)
+
+        return jax.tree_util.tree_map_with_path(place, batch)

@@ -77,85 +77,84 @@ class Schedule:
         knee = max(self.warmup, 1)
         return lambda step: peak * jnp.sqrt(knee / (knee + jnp.maximum(step, 0)))
 
+    def optimizer(
+        self,
+        *,
+        kind: Optimizer = "adamw",
+        weight_decay: float = 0.0,
+        no_decay: str = r"(bias|scale|norm)",
+        clip: float | None = 1.0,
+        b1: float = 0.9,
+        b2: float = 0.95,
+        eps: float = 1e-8,
+        moment_dtype: Any = None,
+        trainable: str | None = None,
+    ) -> optax.GradientTransformation:
+        """An optimizer with this learning rate, decay, clipping and frozen parameters.
 
-def make_optimizer(
-    schedule: Schedule,
-    *,
-    optimizer: Optimizer = "adamw",
-    weight_decay: float = 0.0,
-    no_decay: str = r"(bias|scale|norm)",
-    clip: float | None = 1.0,
-    b1: float = 0.9,
-    b2: float = 0.95,
-    eps: float = 1e-8,
-    moment_dtype: Any = None,
-    trainable: str | None = None,
-) -> optax.GradientTransformation:
-    """An optimizer with warm-up, decay, clipping and frozen parameters.
+        Args:
+            kind: ``adamw``, ``lion``, ``adafactor`` or ``sgd`` (with momentum ``b1``).
+            weight_decay: decoupled weight decay.
+            no_decay: parameters whose path matches this regular expression do not decay. Dimensions
+                would not tell: the norms of a stack of layers are matrices.
+            clip: bound on the global norm of the gradient, or None.
+            b1: decay of the first moment.
+            b2: decay of the second.
+            eps: of ``adamw``.
+            moment_dtype: dtype of the first moment, by default the parameters'.
+            trainable: if given, parameters whose path it does not match are frozen, without any
+                state.
 
-    Args:
-      schedule: the learning rate.
-      optimizer: ``adamw``, ``lion``, ``adafactor`` or ``sgd`` (with momentum ``b1``).
-      weight_decay: decoupled weight decay.
-      no_decay: parameters whose path matches this regular expression do not decay. Dimensions would
-        not tell: the norms of a stack of layers are matrices.
-      clip: bound on the global norm of the gradient, or None.
-      b1: decay of the first moment.
-      b2: decay of the second.
-      eps: of ``adamw``.
-      moment_dtype: dtype of the first moment, by default the parameters'.
-      trainable: if given, parameters whose path it does not match are frozen, without any state.
+        Returns:
+            The optax transformation.
 
-    Returns:
-      The optax transformation.
+        >>> tx = Schedule(0.1, "constant").optimizer(trainable="lora")
+        >>> params = {"kernel": jnp.ones(2), "lora": jnp.ones(2)}
+        >>> updates, _ = tx.update(params, tx.init(params), params)
+        >>> updates["kernel"].tolist()
+        [0.0, 0.0]
+        """
 
-    >>> tx = make_optimizer(Schedule(0.1, "constant"), trainable="lora")
-    >>> params = {"kernel": jnp.ones(2), "lora": jnp.ones(2)}
-    >>> updates, _ = tx.update(params, tx.init(params), params)
-    >>> updates["kernel"].tolist()
-    [0.0, 0.0]
-    """
+        def decays(params: Any) -> Any:
+            return jax.tree.map(lambda matched: not matched, path_mask(params, no_decay))
 
-    def decays(params: Any) -> Any:
-        return jax.tree.map(lambda matched: not matched, path_mask(params, no_decay))
+        if kind == "adamw":
+            tx = optax.adamw(
+                self,
+                b1=b1,
+                b2=b2,
+                eps=eps,
+                mu_dtype=moment_dtype,
+                weight_decay=weight_decay,
+                mask=decays,
+            )
+        elif kind == "lion":
+            tx = optax.lion(
+                self, b1=b1, b2=b2, mu_dtype=moment_dtype, weight_decay=weight_decay, mask=decays
+            )
+        elif kind == "adafactor":
+            tx = optax.chain(
+                optax.scale_by_factored_rms(),
+                optax.clip_by_block_rms(1.0),
+                optax.add_decayed_weights(weight_decay, decays),
+                optax.scale_by_learning_rate(self),
+            )
+        elif kind == "sgd":
+            tx = optax.chain(
+                optax.add_decayed_weights(weight_decay, decays),
+                optax.sgd(self, momentum=b1 or None, accumulator_dtype=moment_dtype),
+            )
+        else:
+            raise ValueError(f"kind: expected adamw, lion, adafactor or sgd, got {kind!r}")
+        if clip is not None:
+            tx = optax.chain(optax.clip_by_global_norm(clip), tx)
+        if trainable is None:
+            return tx
 
-    if optimizer == "adamw":
-        tx = optax.adamw(
-            schedule,
-            b1=b1,
-            b2=b2,
-            eps=eps,
-            mu_dtype=moment_dtype,
-            weight_decay=weight_decay,
-            mask=decays,
-        )
-    elif optimizer == "lion":
-        tx = optax.lion(
-            schedule, b1=b1, b2=b2, mu_dtype=moment_dtype, weight_decay=weight_decay, mask=decays
-        )
-    elif optimizer == "adafactor":
-        tx = optax.chain(
-            optax.scale_by_factored_rms(),
-            optax.clip_by_block_rms(1.0),
-            optax.add_decayed_weights(weight_decay, decays),
-            optax.scale_by_learning_rate(schedule),
-        )
-    elif optimizer == "sgd":
-        tx = optax.chain(
-            optax.add_decayed_weights(weight_decay, decays),
-            optax.sgd(schedule, momentum=b1 or None, accumulator_dtype=moment_dtype),
-        )
-    else:
-        raise ValueError(f"optimizer: expected adamw, lion, adafactor or sgd, got {optimizer!r}")
-    if clip is not None:
-        tx = optax.chain(optax.clip_by_global_norm(clip), tx)
-    if trainable is None:
-        return tx
+        def labels(params: Any) -> Any:
+            marks = path_mask(params, trainable)
+            if not any(jax.tree.leaves(marks)):
+                raise ValueError(f"trainable: no parameter's path matches {trainable!r}")
+            return jax.tree.map(lambda mark: "trained" if mark else "frozen", marks)
 
-    def labels(params: Any) -> Any:
-        marks = path_mask(params, trainable)
-        if not any(jax.tree.leaves(marks)):
-            raise ValueError(f"trainable: no parameter's path matches {trainable!r}")
-        return jax.tree.map(lambda mark: "trained" if mark else "frozen", marks)
-
-    return optax.partition({"trained": tx, "frozen": optax.set_to_zero()}, labels)
+        return optax.partition({"trained": tx, "frozen": optax.set_to_zero()}, labels)

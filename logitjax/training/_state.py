@@ -10,7 +10,9 @@ import optax
 from jax.sharding import Mesh
 
 from logitjax.ops.sharding import ShardingRules
-from logitjax.training._sharding import FSDP_RULES, shard_tree
+
+#: Works for any model: every matrix is split over ``fsdp`` along its largest dimension.
+FSDP_RULES = ShardingRules(unmatched="fsdp")
 
 
 @jax.tree_util.register_dataclass
@@ -33,81 +35,83 @@ class TrainState:
     def replace(self, **changes: Any) -> "TrainState":
         return dataclasses.replace(self, **changes)
 
+    @classmethod
+    def create(
+        cls,
+        params: Any,
+        tx: optax.GradientTransformation,
+        *,
+        mesh: Mesh,
+        rules: ShardingRules = FSDP_RULES,
+        seed: int = 0,
+    ) -> "TrainState":
+        """Creates the state under ``jit``, straight into its shards.
 
-def abstract_train_state(
-    params: Any,
-    tx: optax.GradientTransformation,
-    *,
-    mesh: Mesh,
-    rules: ShardingRules = FSDP_RULES,
-) -> TrainState:
-    """The state's shapes, dtypes and shardings, without a byte of it in memory.
+        Every leaf is a global array, counters included, as multi-host checkpoints require.
+        Parameters that come as arrays are copied, because a train step donates its state.
 
-    It is what a checkpoint restores into, and what compiles a step ahead of time for a pod.
+        Args:
+            params: a function from a key to the initial parameters, or the parameters.
+            tx: the optimizer.
+            mesh: the mesh.
+            rules: where each leaf goes.
+            seed: of the initial parameters and of the steps' keys.
 
-    Args:
-      params: a pytree of arrays or ``ShapeDtypeStruct``, or a function from a key to it.
-      tx: the optimizer.
-      mesh: the mesh.
-      rules: where each leaf goes.
+        Returns:
+            The state at step 0.
 
-    Returns:
-      A :class:`TrainState` of ``jax.ShapeDtypeStruct``.
+        >>> from logitjax.training import make_mesh
+        >>> mesh = make_mesh("data:1", devices=jax.devices()[:1])
+        >>> state = TrainState.create(lambda key: {"w": jnp.ones(3)}, optax.adam(1e-3), mesh=mesh)
+        >>> int(state.step)
+        0
+        """
+        shardings = jax.tree.map(
+            lambda leaf: leaf.sharding, cls.abstract(params, tx, mesh=mesh, rules=rules)
+        )
+        build = jax.jit(_builder(params, tx), out_shardings=shardings)
+        if callable(params):
+            return build(jax.random.key(seed))
+        return build(jax.random.key(seed), rules.place(params, mesh))
 
-    >>> from logitjax.training import make_mesh
-    >>> mesh = make_mesh("data:1", devices=jax.devices()[:1])
-    >>> state = abstract_train_state({"w": jnp.ones(3)}, optax.adam(1e-3), mesh=mesh)
-    >>> state.params["w"].shape
-    (3,)
-    """
-    build = _builder(params, tx)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    abstract = (
-        jax.eval_shape(build, key) if callable(params) else jax.eval_shape(build, key, params)
-    )
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        abstract,
-        rules.shardings(abstract, mesh),
-    )
+    @classmethod
+    def abstract(
+        cls,
+        params: Any,
+        tx: optax.GradientTransformation,
+        *,
+        mesh: Mesh,
+        rules: ShardingRules = FSDP_RULES,
+    ) -> "TrainState":
+        """The state's shapes, dtypes and shardings, without a byte of it in memory.
 
+        It is what a checkpoint restores into, and what compiles a step ahead of time for a pod.
 
-def create_train_state(
-    params: Any,
-    tx: optax.GradientTransformation,
-    *,
-    mesh: Mesh,
-    rules: ShardingRules = FSDP_RULES,
-    seed: int = 0,
-) -> TrainState:
-    """Creates the state under ``jit``, straight into its shards.
+        Args:
+            params: a pytree of arrays or ``ShapeDtypeStruct``, or a function from a key to it.
+            tx: the optimizer.
+            mesh: the mesh.
+            rules: where each leaf goes.
 
-    Every leaf is a global array, counters included, as multi-host checkpoints require. Parameters
-    that come as arrays are copied, because a train step donates its state.
+        Returns:
+            A `TrainState` of ``jax.ShapeDtypeStruct``.
 
-    Args:
-      params: a function from a key to the initial parameters, or the parameters.
-      tx: the optimizer.
-      mesh: the mesh.
-      rules: where each leaf goes.
-      seed: of the initial parameters and of the steps' keys.
-
-    Returns:
-      The state at step 0.
-
-    >>> from logitjax.training import make_mesh
-    >>> mesh = make_mesh("data:1", devices=jax.devices()[:1])
-    >>> state = create_train_state(lambda key: {"w": jnp.ones(3)}, optax.adam(1e-3), mesh=mesh)
-    >>> int(state.step)
-    0
-    """
-    shardings = jax.tree.map(
-        lambda leaf: leaf.sharding, abstract_train_state(params, tx, mesh=mesh, rules=rules)
-    )
-    build = jax.jit(_builder(params, tx), out_shardings=shardings)
-    if callable(params):
-        return build(jax.random.key(seed))
-    return build(jax.random.key(seed), shard_tree(params, mesh, rules))
+        >>> from logitjax.training import make_mesh
+        >>> mesh = make_mesh("data:1", devices=jax.devices()[:1])
+        >>> state = TrainState.abstract({"w": jnp.ones(3)}, optax.adam(1e-3), mesh=mesh)
+        >>> state.params["w"].shape
+        (3,)
+        """
+        build = _builder(params, tx)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        abstract = (
+            jax.eval_shape(build, key) if callable(params) else jax.eval_shape(build, key, params)
+        )
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            abstract,
+            rules.shardings(abstract, mesh),
+        )
 
 
 def _builder(params: Any, tx: optax.GradientTransformation) -> Callable[..., TrainState]:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from logitjax.ops.sharding import path_mask
-from logitjax.training._mesh import batch_sharding, batch_shards, make_global_batch
+from logitjax.training._mesh import BatchLayout
 from logitjax.training._metrics import MetricAccumulator
 from logitjax.training._state import TrainState
 
@@ -34,10 +34,40 @@ class StepOutput:
 
 
 class TrainStep:
-    """The compiled step that :func:`make_train_step` makes.
+    """One jitted update with a donated state: ``step(state, batch, constants=None)``.
+
+    The gradient is that of ``sum of losses / count`` over the *global* batch: tokens weigh the same
+    whichever microbatch, device or process they fall into. With ``accumulate`` the microbatches run
+    in a ``lax.scan`` and sum in float32. A step whose loss or gradient is not finite leaves
+    parameters and optimizer state as they were and says so in its output.
+
+    Args:
+        loss_fn: ``(params, batch, rng) -> (loss_sum, count, {name: (sum, count)})``; with constants
+            it takes them as a fourth argument. ``count`` must not depend on the parameters.
+        tx: the optimizer; clipping is part of it (`Schedule.optimizer`).
+        accumulate: number of microbatches.
+        mesh: the mesh of the state. Batches may then be this process's numpy rows.
+        trainable: a regular expression; parameters whose path it does not match get no gradient.
+            Give the same one to `Schedule.optimizer`, so that they have no optimizer state either.
+        schedule: the learning rate as a function of the step, to be reported.
 
     Attributes:
-      traces: how often it was traced: once per shape of the batch.
+        traces: How often it was traced: once per shape of the batch.
+
+    Raises:
+        ValueError: if the microbatches and the mesh do not divide the batch.
+
+    >>> def loss_fn(params, batch, rng):
+    ...     error = (batch["x"] * params["w"] - 1.0) ** 2
+    ...     return error.sum(), error.size, {}
+    >>> from logitjax.training import make_mesh
+    >>> mesh = make_mesh("data:1", devices=jax.devices()[:1])
+    >>> tx = optax.sgd(0.25)
+    >>> state = TrainState.create({"w": jnp.zeros(())}, tx, mesh=mesh)
+    >>> step = TrainStep(loss_fn, tx, accumulate=2, mesh=mesh)
+    >>> state, output = step(state, {"x": jnp.ones(4)})
+    >>> float(state.params["w"]), bool(output.finite)
+    (0.5, True)
     """
 
     def __init__(
@@ -45,10 +75,10 @@ class TrainStep:
         loss_fn: LossFn,
         tx: optax.GradientTransformation,
         *,
-        accumulate: int,
-        mesh: Mesh | None,
-        trainable: str | None,
-        schedule: Callable[[Any], Any] | None,
+        accumulate: int = 1,
+        mesh: Mesh | None = None,
+        trainable: str | None = None,
+        schedule: Callable[[Any], Any] | None = None,
     ):
         if accumulate < 1:
             raise ValueError(f"accumulate: expected at least 1 microbatch, got {accumulate}")
@@ -60,9 +90,19 @@ class TrainStep:
     def __call__(
         self, state: TrainState, batch: Any, constants: Any = None
     ) -> tuple[TrainState, StepOutput]:
-        """Updates the state, which is donated: do not use the old one again."""
+        """Updates the state, which is donated: do not use the old one again.
+
+        Args:
+            state: The state, on the step's mesh.
+            batch: A pytree of rows.
+            constants: A pytree that every step gets and none changes: a teacher's parameters, the
+                model under a LoRA.
+
+        Returns:
+            The next state and what the step reports.
+        """
         if self._mesh is not None:
-            batch = make_global_batch(self._mesh, batch)
+            batch = BatchLayout(self._mesh).place(batch)
         return self._compiled_for(state)(state, batch, constants)
 
     def lower(self, state: Any, batch: Any, constants: Any = None) -> Any:
@@ -131,7 +171,7 @@ class TrainStep:
         parts = self._accumulate
 
         def split(path: Any, leaf: Any) -> Any:
-            shards = 1 if self._mesh is None else batch_shards(self._mesh)
+            shards = 1 if self._mesh is None else BatchLayout(self._mesh).pieces
             if leaf.shape[0] % (parts * shards):
                 name = jax.tree_util.keystr(path, simple=True, separator="/")
                 raise ValueError(
@@ -142,7 +182,7 @@ class TrainStep:
             leaf = leaf.reshape(leaf.shape[0] // parts, parts, *leaf.shape[1:]).swapaxes(0, 1)
             if self._mesh is None:
                 return leaf
-            spec = P(None, *batch_sharding(self._mesh).spec)
+            spec = P(None, *BatchLayout(self._mesh).sharding.spec)
             return jax.lax.with_sharding_constraint(leaf, NamedSharding(self._mesh, spec))
 
         micros = jax.tree_util.tree_map_with_path(split, batch)
@@ -176,98 +216,37 @@ def _float32(leaf: Any) -> jax.Array:
     return jnp.asarray(leaf, jnp.float32)
 
 
-def make_train_step(
-    loss_fn: LossFn,
-    tx: optax.GradientTransformation,
-    *,
-    accumulate: int = 1,
-    mesh: Mesh | None = None,
-    trainable: str | None = None,
-    schedule: Callable[[Any], Any] | None = None,
-) -> TrainStep:
-    """Makes one jitted update with a donated state.
-
-    The gradient is that of ``sum of losses / count`` over the *global* batch: tokens weigh the same
-    whichever microbatch, device or process they fall into. With ``accumulate`` the microbatches run
-    in a ``lax.scan`` and sum in float32. A step whose loss or gradient is not finite leaves
-    parameters and optimizer state as they were and says so in its output.
+class EvalStep:
+    """A jitted evaluation with the loss function of a `TrainStep`.
 
     Args:
-      loss_fn: ``(params, batch, rng) -> (loss_sum, count, {name: (sum, count)})``; with constants
-        it takes them as a fourth argument. ``count`` must not depend on the parameters.
-      tx: the optimizer; clipping is part of it (:func:`make_optimizer`).
-      accumulate: number of microbatches.
-      mesh: the mesh of the state. Batches may then be this process's numpy rows.
-      trainable: a regular expression; parameters whose path it does not match get no gradient. Give
-        the same one to :func:`make_optimizer`, so that they have no optimizer state either.
-      schedule: the learning rate as a function of the step, to be reported.
+        loss_fn: As there; its key is constant.
+        mesh: As there.
 
-    Returns:
-      ``step(state, batch, constants=None) -> (state, StepOutput)``. ``constants`` is a pytree that
-      every step gets and none changes: a teacher's parameters, the model under a LoRA.
-
-    Raises:
-      ValueError: if the microbatches and the mesh do not divide the batch.
-
-    >>> def loss_fn(params, batch, rng):
-    ...     error = (batch["x"] * params["w"] - 1.0) ** 2
-    ...     return error.sum(), error.size, {}
-    >>> from logitjax.training import create_train_state, make_mesh
-    >>> mesh = make_mesh("data:1", devices=jax.devices()[:1])
-    >>> tx = optax.sgd(0.25)
-    >>> state = create_train_state({"w": jnp.zeros(())}, tx, mesh=mesh)
-    >>> step = make_train_step(loss_fn, tx, accumulate=2, mesh=mesh)
-    >>> state, output = step(state, {"x": jnp.ones(4)})
-    >>> float(state.params["w"]), bool(output.finite)
-    (0.5, True)
-    """
-    return TrainStep(
-        loss_fn,
-        tx,
-        accumulate=accumulate,
-        mesh=mesh,
-        trainable=trainable,
-        schedule=schedule,
-    )
-
-
-def make_eval_step(loss_fn: LossFn, *, mesh: Mesh | None = None) -> Callable[..., Any]:
-    """Makes a jitted evaluation with the loss function of :func:`make_train_step`.
-
-    Args:
-      loss_fn: as there; its key is constant.
-      mesh: as there.
-
-    Returns:
-      ``step(params, batch, constants=None) -> {name: (sum, count)}`` with ``loss`` among them.
-    """
-
-    def step(params: Any, batch: Any, constants: Any) -> Any:
-        extra = () if constants is None else (constants,)
-        total, count, metrics = loss_fn(params, batch, jax.random.key(0), *extra)
-        return jax.tree.map(_float32, {"loss": (total, count), **metrics})
-
-    report = None if mesh is None else NamedSharding(mesh, P())
-    jitted = jax.jit(_knowing(mesh, step), out_shardings=report)
-
-    def call(params: Any, batch: Any, constants: Any = None) -> Any:
-        if mesh is not None:
-            batch = make_global_batch(mesh, batch)
-        return jitted(params, batch, constants)
-
-    return call
-
-
-def evaluate(
-    eval_step: Callable[..., Any], params: Any, batches: Iterable[Any], constants: Any = None
-) -> dict[str, float]:
-    """Means over all batches, each divided once by its whole count.
-
-    >>> step = make_eval_step(lambda params, batch, rng: (batch.sum(), batch.size, {}))
-    >>> evaluate(step, {}, [jnp.ones(3), jnp.zeros(1)])
+    >>> score = EvalStep(lambda params, batch, rng: (batch.sum(), batch.size, {}))
+    >>> score.means({}, [jnp.ones(3), jnp.zeros(1)])
     {'loss': 0.75}
     """
-    accumulator = MetricAccumulator()
-    for batch in batches:
-        accumulator.add(eval_step(params, batch, constants))
-    return accumulator.compute()
+
+    def __init__(self, loss_fn: LossFn, *, mesh: Mesh | None = None):
+        def step(params: Any, batch: Any, constants: Any) -> Any:
+            extra = () if constants is None else (constants,)
+            total, count, metrics = loss_fn(params, batch, jax.random.key(0), *extra)
+            return jax.tree.map(_float32, {"loss": (total, count), **metrics})
+
+        self._mesh = mesh
+        report = None if mesh is None else NamedSharding(mesh, P())
+        self._jitted = jax.jit(_knowing(mesh, step), out_shardings=report)
+
+    def __call__(self, params: Any, batch: Any, constants: Any = None) -> dict[str, Any]:
+        """Name to (sum, count), with ``loss`` among the names."""
+        if self._mesh is not None:
+            batch = BatchLayout(self._mesh).place(batch)
+        return self._jitted(params, batch, constants)
+
+    def means(self, params: Any, batches: Iterable[Any], constants: Any = None) -> dict[str, float]:
+        """Means over all batches, each divided once by its whole count."""
+        accumulator = MetricAccumulator()
+        for batch in batches:
+            accumulator.add(self(params, batch, constants))
+        return accumulator.compute()

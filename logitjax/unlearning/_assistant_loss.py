@@ -20,7 +20,7 @@ def make_assistant_loss(
     uniform: str = "answers",
     max_positions: int | None = None,
 ) -> tuple[LossFn, Any]:
-    """The loss of an assistant's adapters, for `make_train_step`.
+    """The loss of an assistant's adapters, for `TrainStep`.
 
     Learns what is to be forgotten and to say nothing about what is to be kept::
 

@@ -17,12 +17,10 @@ from logitjax.training import (
     LoopOptions,
     LossFn,
     Schedule,
-    create_train_state,
+    TrainState,
+    TrainStep,
     make_mesh,
-    make_optimizer,
-    make_train_step,
     make_writer,
-    shard_tree,
     train_loop,
 )
 from logitjax.unlearning._assistant import Assistant
@@ -101,15 +99,13 @@ def merge_by_distillation(
     assistant: Assistant,
     batches: Callable[[int], Mapping[str, Any]],
     *,
-    steps: int,
-    learning_rate: float = 5e-5,
+    schedule: Schedule,
     fuse: Callable[..., tuple[Any, Any]] | None = None,
     block: int = 64,
     seed: int = 0,
     mesh: Any = None,
     workdir: epath.PathLike | None = None,
-    checkpoint_every: int = 0,
-    log_every: int = 10,
+    options: LoopOptions | None = None,
 ) -> Decoder:
     """One model that says by itself what a target and its assistant say together.
 
@@ -123,29 +119,32 @@ def merge_by_distillation(
       assistant: trained.
       batches: step -> ``{"tokens", "mask"}`` as in `make_merge_loss`: rows to forget and rows to
         keep, whose prompts may count too. A function of the step alone.
-      steps: of AdamW, with a cosine schedule and a tenth of warm-up.
-      learning_rate: its peak.
+      schedule: the learning rate of AdamW; its ``total_steps`` are those of the training.
       fuse: as for `logitjax.decoding.Ensemble`; ``LogitDifference()`` when None.
       block: positions whose logits are held at a time.
       seed: of the run.
       mesh: from `make_mesh`; the first device when None.
       workdir: checkpoints and metrics, for going on after a stop; None: neither.
-      checkpoint_every: steps between checkpoints.
-      log_every: steps between log lines.
+      options: how often to save and to log; ``LoopOptions()`` when None.
 
     Returns:
       A decoder like ``target``, with arrays of its own.
+
+    Raises:
+      ValueError: the schedule has no ``total_steps``.
     """
+    steps = schedule.total_steps
+    if steps is None:
+        raise ValueError("schedule: expected one with total_steps, got None")
     loss_fn, constants = make_merge_loss(target, assistant, fuse=fuse, block=block)
     student = keep_layers(target, range(target.config.num_layers))
     graphdef, params, rest = nnx.split(student, nnx.Param, ...)
     mesh = make_mesh("data:1", devices=jax.devices()[:1]) if mesh is None else mesh
     if mesh.size > 1:
-        constants = shard_tree(constants, mesh, DECODER_RULES)
-    schedule = Schedule(learning_rate, warmup=max(1, steps // 10), total_steps=steps)
-    tx = make_optimizer(schedule, weight_decay=0.01)
-    step = make_train_step(loss_fn, tx, mesh=mesh, schedule=schedule)
-    state = create_train_state(
+        constants = DECODER_RULES.place(constants, mesh)
+    tx = schedule.optimizer(weight_decay=0.01)
+    step = TrainStep(loss_fn, tx, mesh=mesh, schedule=schedule)
+    state = TrainState.create(
         nnx.to_pure_dict(params), tx, mesh=mesh, rules=DECODER_RULES, seed=seed
     )
     checkpointer = writer = None
@@ -162,7 +161,7 @@ def merge_by_distillation(
             checkpointer=checkpointer,
             writer=writer,
             identity={"steps": steps},
-            options=LoopOptions(checkpoint_every=checkpoint_every, log_every=log_every),
+            options=options,
         )
     finally:
         if checkpointer is not None:

@@ -25,7 +25,7 @@ def make_answer_loss(model: Decoder) -> LossFn:
         model: A decoder, or one of shapes alone (`nnx.eval_shape`).
 
     Returns:
-        `loss_fn(params, batch, rng)` for `training.make_train_step`. Batches are `{"tokens",
+        `loss_fn(params, batch, rng)` for `training.TrainStep`. Batches are `{"tokens",
         "mask"}`, int32 and bool `[rows, time]`, the mask True at the tokens of answers; rows that
         hold several questions have `segment_ids` too.
     """
@@ -52,7 +52,7 @@ def make_unlearning_loss(
     direction: Any = None,
     most: Mapping[str, int] | None = None,
 ) -> LossFn:
-    """The loss of a method on a decoder, for `training.make_train_step`.
+    """The loss of a method on a decoder, for `training.TrainStep`.
 
     ::
 

@@ -56,13 +56,13 @@ class Tuning:
             total_steps=max(2, self.steps),
             final=0.0,
         )
-        tx = training.make_optimizer(schedule, b2=0.99, eps=1e-6)
+        tx = schedule.optimizer(b2=0.99, eps=1e-6)
 
         def sums(params: Any, batch: Any, rng: Any, constants: Any) -> Any:
             losses = loss_fn(params, constants, *batch)
             return losses.sum(), losses.size, {}
 
-        return tx, training.make_train_step(sums, tx, mesh=mesh)
+        return tx, training.TrainStep(sums, tx, mesh=mesh)
 
     def program(
         self, mesh: Mesh, *, vocab: int, width: int, codes: int, top: int = 64
@@ -70,8 +70,8 @@ class Tuning:
         """The step that tunes a VQ head to the old one, with abstract arguments, for a plan."""
         tx, step = self.update(vq_distillation_loss, mesh)
         params = {"codebook": _abstract(codes, width), "bias": _abstract(vocab)}
-        state = training.abstract_train_state(params, tx, mesh=mesh, rules=ShardingRules())
-        split = training.batch_sharding(mesh)
+        state = training.TrainState.abstract(params, tx, mesh=mesh, rules=ShardingRules())
+        split = training.BatchLayout(mesh).sharding
         batch = (
             _abstract(self.batch_size, width, sharding=split),
             _abstract(self.batch_size, top, sharding=split),
@@ -129,12 +129,12 @@ def tune_head(
     if mesh is None:
         mesh = training.make_mesh("data:1", devices=jax.local_devices()[:1])
     tx, step = tuning.update(loss_fn, mesh)
-    state = training.create_train_state(params, tx, mesh=mesh, rules=_REPLICATED)
+    state = training.TrainState.create(params, tx, mesh=mesh, rules=_REPLICATED)
     everywhere = NamedSharding(mesh, PartitionSpec())
     constants = jax.device_put(constants, everywhere)
     count = len(arrays[0])
     batch_size = min(tuning.batch_size, count)
-    share, per_epoch = training.local_rows(mesh, batch_size), count // batch_size
+    share, per_epoch = training.BatchLayout(mesh).rows(batch_size), count // batch_size
     losses = []
     for index in range(tuning.steps):
         epoch, place = divmod(index, per_epoch)

@@ -139,7 +139,7 @@ def test_sharded_equals_local(greedy):
     mesh = training.make_mesh("data:2,fsdp:2,tensor:2")
     rules = models.DECODER_RULES
     apply_fn, params = models.from_nnx(decoder())
-    sharded = nnx.merge(apply_fn.graphdef, training.shard_tree(params, mesh, rules))
+    sharded = nnx.merge(apply_fn.graphdef, rules.place(params, mesh))
     options = DecodeOptions(logprobs=True, mesh=mesh)
     prompts = [*PROMPTS, PROMPTS[0]]
     out = generate(sharded, prompts, max_new_tokens=NEW, options=options)

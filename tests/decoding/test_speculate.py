@@ -91,7 +91,7 @@ def test_sharded_speculation_equals_local():
 
     def spread(model):
         apply_fn, params = from_nnx(model)
-        return nnx.merge(apply_fn.graphdef, training.shard_tree(params, mesh, rules))
+        return nnx.merge(apply_fn.graphdef, rules.place(params, mesh))
 
     def run(place, options):
         large, expert = place(decoder()), place(disturbed(1))

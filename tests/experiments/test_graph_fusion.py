@@ -84,7 +84,7 @@ def test_an_arm_is_traced_once(tmp_path):
         mesh=session.mesh,
     )
     rules = models.DECODER_RULES
-    state = training.create_train_state(student.trained, tx, mesh=session.mesh, rules=rules)
+    state = training.TrainState.create(student.trained, tx, mesh=session.mesh, rules=rules)
     rows = session.corpus.packed.splits["train"]
     for number in range(3):
         batch = rows.batch(number, seed=0, batch_size=chosen.batch_size)

@@ -99,7 +99,9 @@ def test_matrix_products_are_counted_wherever_they_are():
 def test_work_is_within_a_tenth_of_the_compilers_count(mesh):
     """The compiler counts a loop once, so this is a program without one."""
     made = training.make_mesh(mesh)
-    rows = jax.ShapeDtypeStruct((512, 512), jnp.float32, sharding=training.batch_sharding(made))
+    rows = jax.ShapeDtypeStruct(
+        (512, 512), jnp.float32, sharding=training.BatchLayout(made).sharding
+    )
     split = NamedSharding(made, P("fsdp", "tensor"))
     kernels = [jax.ShapeDtypeStruct((512, 512), jnp.float32, sharding=split) for _ in range(4)]
 
@@ -290,9 +292,10 @@ def loss_fn(params, batch, rng):
 
 tx = optax.adam(1e-3)
 make = lambda key: [jnp.ones((width, width)) / width for _ in range(depth)]
-state = training.create_train_state(make, tx, mesh=mesh)
-step = training.make_train_step(loss_fn, tx, mesh=mesh)
-shape = jax.ShapeDtypeStruct((rows, width), jnp.float32, sharding=training.batch_sharding(mesh))
+state = training.TrainState.create(make, tx, mesh=mesh)
+step = training.TrainStep(loss_fn, tx, mesh=mesh)
+layout = training.BatchLayout(mesh).sharding
+shape = jax.ShapeDtypeStruct((rows, width), jnp.float32, sharding=layout)
 def like(x):
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
@@ -302,7 +305,7 @@ found = plan.make_plan(
     experiment="e", preset="p", program="q",
 )
 compiled = step.trace(abstract, {"x": shape}).lower().compile()
-batch = {"x": jax.device_put(jnp.ones((rows, width)), training.batch_sharding(mesh))}
+batch = {"x": jax.device_put(jnp.ones((rows, width)), layout)}
 jax.block_until_ready((state, batch))
 arrays = jax.tree.leaves((state, batch))
 

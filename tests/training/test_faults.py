@@ -174,8 +174,8 @@ def test_gradient_that_is_not_a_number_is_not_applied(tmp_path):
 
     mesh = training.make_mesh("data:8")
     tx = toy.optimizer()
-    state = training.create_train_state(toy.init, tx, mesh=mesh)
-    step = training.make_train_step(loss_fn, tx, mesh=mesh)
+    state = training.TrainState.create(toy.init, tx, mesh=mesh)
+    step = training.TrainStep(loss_fn, tx, mesh=mesh)
     with training.Checkpointer(tmp_path / "checkpoints") as checkpointer:
         with pytest.raises(
             training.NonFiniteError, match=r"^step 6: loss \d.*gradient norm nan"
@@ -192,7 +192,7 @@ def test_gradient_that_is_not_a_number_is_not_applied(tmp_path):
         assert error.value.path is not None
         assert checkpointer.steps() == [2, 4]
         for saved in checkpointer.steps():
-            shapes = training.abstract_train_state(toy.init, tx, mesh=mesh)
+            shapes = training.TrainState.abstract(toy.init, tx, mesh=mesh)
             restored = checkpointer.restore(shapes, saved).state
             assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(restored.params))
 

@@ -117,7 +117,7 @@ def differ(checkpoint):
 def test_corrupt_checkpoint_falls_back_and_says_so(damage, said, tmp_path, caplog):
     mesh = training.make_mesh("data:4,fsdp:2")
     states = [
-        training.create_train_state(toy.init, toy.optimizer(), mesh=mesh, seed=s) for s in (1, 2)
+        training.TrainState.create(toy.init, toy.optimizer(), mesh=mesh, seed=s) for s in (1, 2)
     ]
     with training.Checkpointer(tmp_path) as checkpointer:
         for step, state in enumerate(states):
@@ -145,7 +145,7 @@ def test_corrupt_checkpoint_falls_back_and_says_so(damage, said, tmp_path, caplo
 @pytest.mark.parametrize("left", ["", '{"state/'])
 def test_a_kill_while_sizes_are_recorded_costs_no_checkpoint(left, tmp_path):
     mesh = training.make_mesh("data:8")
-    state = training.create_train_state({"w": np.ones(4)}, optax.sgd(1.0), mesh=mesh)
+    state = training.TrainState.create({"w": np.ones(4)}, optax.sgd(1.0), mesh=mesh)
     with training.Checkpointer(tmp_path) as checkpointer:
         checkpointer.save(3, state)
     # What an earlier version could leave, and what this one may.
@@ -164,18 +164,18 @@ def test_a_kill_while_sizes_are_recorded_costs_no_checkpoint(left, tmp_path):
 
 def test_no_readable_checkpoint_is_an_error(tmp_path):
     mesh = training.make_mesh("data:8")
-    state = training.create_train_state({"w": np.ones(4)}, optax.sgd(1.0), mesh=mesh)
+    state = training.TrainState.create({"w": np.ones(4)}, optax.sgd(1.0), mesh=mesh)
     with training.Checkpointer(tmp_path) as checkpointer:
         assert checkpointer.restore_latest(state) is None
         checkpointer.save(3, state)
         with pytest.raises(ValueError, match=r"no checkpoint of step 4 in .*\[3\]"):
             checkpointer.restore(state, 4)
-        other = training.create_train_state({"w": np.ones(5)}, optax.sgd(1.0), mesh=mesh)
+        other = training.TrainState.create({"w": np.ones(5)}, optax.sgd(1.0), mesh=mesh)
         with pytest.raises(
             ValueError, match=r"'params/w' is float32\[4\] in it, expected float32\[5\]"
         ):
             checkpointer.restore_latest(other)
-        other = training.create_train_state({"v": np.ones(4)}, optax.sgd(1.0), mesh=mesh)
+        other = training.TrainState.create({"v": np.ones(4)}, optax.sgd(1.0), mesh=mesh)
         with pytest.raises(ValueError, match="it lacks 'params/v'"):
             checkpointer.restore_latest(other)
         checkpointer.wait()
@@ -189,8 +189,8 @@ def test_saved_state_may_be_donated_at_once(tmp_path):
     """An asynchronous save must not see what the next step writes into the donated buffers."""
     mesh = training.make_mesh("data:4,fsdp:2")
     params = {"w": jnp.arange(1 << 20, dtype=jnp.float32).reshape(1 << 10, -1)}
-    state = training.create_train_state(params, optax.sgd(1.0), mesh=mesh)
-    step = training.make_train_step(
+    state = training.TrainState.create(params, optax.sgd(1.0), mesh=mesh)
+    step = training.TrainStep(
         lambda params, batch, rng: (params["w"].sum() + 0 * batch.sum(), 1.0, {}),
         optax.sgd(1.0),
         mesh=mesh,
@@ -220,8 +220,8 @@ def test_nonfinite_loss_stops_with_step_and_batch(tmp_path):
 
     mesh = training.make_mesh("data:8")
     tx = toy.optimizer()
-    state = training.create_train_state(toy.init, tx, mesh=mesh)
-    step = training.make_train_step(loss_fn, tx, mesh=mesh)
+    state = training.TrainState.create(toy.init, tx, mesh=mesh)
+    step = training.TrainStep(loss_fn, tx, mesh=mesh)
     with training.Checkpointer(tmp_path / "checkpoints") as checkpointer:
         with pytest.raises(training.NonFiniteError, match=r"^step 6: loss inf") as error:
             training.train_loop(
@@ -377,7 +377,7 @@ def test_a_saved_state_may_be_donated_at_once(dtype, tmp_path, monkeypatch):
 
 def test_what_goes_wrong_in_the_background_is_raised_by_the_next_call(tmp_path, monkeypatch):
     mesh = training.make_mesh("data:8")
-    state = training.create_train_state({"w": np.ones(4)}, optax.sgd(1.0), mesh=mesh)
+    state = training.TrainState.create({"w": np.ones(4)}, optax.sgd(1.0), mesh=mesh)
     with training.Checkpointer(tmp_path) as checkpointer:
         monkeypatch.setattr(checkpointer._manager, "save", lambda *_, **__: 1 / 0)
         checkpointer.save(0, state)

@@ -51,13 +51,13 @@ def test_mesh_errors_are_one_line(spec, said):
 def test_batch_goes_over_data_and_fsdp():
     mesh = training.make_mesh("data:2,fsdp:2,tensor:2")
     batch = {"a": np.arange(8), "b": {"c": np.zeros((4, 3))}}
-    placed = training.make_global_batch(mesh, batch)
+    placed = training.BatchLayout(mesh).place(batch)
     assert placed["a"].sharding.spec == P(("data", "fsdp"))
     np.testing.assert_array_equal(placed["a"], batch["a"])
     with pytest.raises(ValueError, match=r"batch 'b/c'.*data x fsdp = 4.*\(6, 3\)"):
-        training.make_global_batch(mesh, {"b": {"c": np.zeros((6, 3))}})
+        training.BatchLayout(mesh).place({"b": {"c": np.zeros((6, 3))}})
     with pytest.raises(ValueError, match="batch 'a'"):
-        training.make_global_batch(mesh, {"a": np.zeros(())})
+        training.BatchLayout(mesh).place({"a": np.zeros(())})
 
 
 @pytest.mark.parametrize("layout", ["stacked", "listed"])
@@ -78,7 +78,7 @@ def test_decoder_rules_cover_the_decoder(layout):
     _, params = nnx.split(module)
     mesh = training.make_mesh("data:2,fsdp:2,tensor:2")
     tx = optax.adam(1e-3)
-    state = training.abstract_train_state(params, tx, mesh=mesh, rules=models.DECODER_RULES)
+    state = training.TrainState.abstract(params, tx, mesh=mesh, rules=models.DECODER_RULES)
     for tree in (state.params, state.opt_state[0].mu):
         for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
             used = {axis for axis in leaf.sharding.spec if axis}
@@ -110,10 +110,10 @@ def test_rules_fall_back_or_refuse():
 def test_whole_state_is_sharded_and_independent_of_the_given_parameters():
     mesh = training.make_mesh("data:4,fsdp:2")
     given = {"w": jnp.ones((8, 4)), "b": np.zeros(4, np.float32)}
-    state = training.create_train_state(given, optax.adam(1e-3), mesh=mesh)
+    state = training.TrainState.create(given, optax.adam(1e-3), mesh=mesh)
     assert all(leaf.sharding.mesh == mesh for leaf in jax.tree.leaves(state))
     assert state.opt_state[0].mu["w"].sharding.spec == P("fsdp", None)
-    step = training.make_train_step(
+    step = training.TrainStep(
         lambda params, batch, rng: ((params["w"] * batch.sum()).sum(), 1.0, {}),
         optax.adam(1e-3),
         mesh=mesh,
@@ -154,9 +154,9 @@ def _compiled_step(mesh, **biases):
         hidden, _ = nnx.merge(apply_fn.graphdef, params).hidden_states(batch["tokens"])
         return (hidden**2).sum(), batch["tokens"].size, {}
 
-    state = training.abstract_train_state(params, tx, mesh=mesh, rules=models.DECODER_RULES)
-    tokens = jax.ShapeDtypeStruct((16, 12), jnp.int32, sharding=training.batch_sharding(mesh))
-    step = training.make_train_step(loss_fn, tx, mesh=mesh)
+    state = training.TrainState.abstract(params, tx, mesh=mesh, rules=models.DECODER_RULES)
+    tokens = jax.ShapeDtypeStruct((16, 12), jnp.int32, sharding=training.BatchLayout(mesh).sharding)
+    step = training.TrainStep(loss_fn, tx, mesh=mesh)
     return step.lower(state, {"tokens": tokens}).compile().as_text()
 
 

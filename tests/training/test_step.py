@@ -13,8 +13,8 @@ from tests.training import toy
 def run(mesh_spec, *, accumulate=1, steps=3, devices=None, tx=None, **options):
     mesh = training.make_mesh(mesh_spec, devices)
     tx = toy.optimizer() if tx is None else tx
-    state = training.create_train_state(toy.init, tx, mesh=mesh)
-    step = training.make_train_step(quiet_loss, tx, accumulate=accumulate, mesh=mesh, **options)
+    state = training.TrainState.create(toy.init, tx, mesh=mesh)
+    step = training.TrainStep(quiet_loss, tx, accumulate=accumulate, mesh=mesh, **options)
     outputs = []
     for i in range(steps):
         state, output = step(state, toy.batches(i))
@@ -82,7 +82,7 @@ def test_one_trace_per_shape():
     _, _, step = run("data:8", steps=2)
     assert step.traces == 1
     tx = toy.optimizer()
-    state = training.create_train_state(toy.init, tx, mesh=training.make_mesh("data:8"))
+    state = training.TrainState.create(toy.init, tx, mesh=training.make_mesh("data:8"))
     for size in (16, 32, 16, 32):
         state, _ = step(state, toy.batches(0, batch=size))
     assert step.traces == 2
@@ -94,8 +94,8 @@ def test_each_microbatch_of_each_step_draws_its_own_noise():
         return params["w"] * 0.0, 1.0, {"noise": (noise, 1.0), "square": (noise**2, 1.0)}
 
     mesh, tx = training.make_mesh("data:1", jax.devices()[:1]), optax.sgd(0.1)
-    state = training.create_train_state({"w": jnp.ones(())}, tx, mesh=mesh)
-    step = training.make_train_step(loss_fn, tx, accumulate=2, mesh=mesh)
+    state = training.TrainState.create({"w": jnp.ones(())}, tx, mesh=mesh)
+    step = training.TrainStep(loss_fn, tx, accumulate=2, mesh=mesh)
     means = []
     for _ in range(2):
         state, output = step(state, np.zeros((2, 1), np.float32))
@@ -108,7 +108,7 @@ def test_each_microbatch_of_each_step_draws_its_own_noise():
 
 def test_frozen_parameters_stay_and_have_no_state():
     schedule = training.Schedule(0.1, "constant")
-    tx = training.make_optimizer(schedule, trainable="^head/")
+    tx = schedule.optimizer(trainable="^head/")
     state, _, _ = run("data:8", tx=tx, trainable="^head/", steps=2)
     before = toy.init(jax.random.split(jax.random.key(0))[0])
     np.testing.assert_array_equal(state.params["embedding"], before["embedding"])
@@ -118,14 +118,14 @@ def test_frozen_parameters_stay_and_have_no_state():
     ]
     assert not any("embedding" in name for name in names)
     with pytest.raises(ValueError, match="no parameter's path matches 'nothing'"):
-        training.make_optimizer(schedule, trainable="nothing").init(before)
+        schedule.optimizer(trainable="nothing").init(before)
 
 
 def test_nonfinite_step_changes_nothing_and_says_so():
     tx = optax.adam(0.1)
     mesh = training.make_mesh("data:8")
-    state = training.create_train_state({"w": jnp.ones(3)}, tx, mesh=mesh)
-    step = training.make_train_step(
+    state = training.TrainState.create({"w": jnp.ones(3)}, tx, mesh=mesh)
+    step = training.TrainStep(
         lambda params, batch, rng: ((batch @ params["w"]).sum(), batch.shape[0], {}), tx, mesh=mesh
     )
     good, bad = np.ones((8, 3), np.float32), np.full((8, 3), np.nan, np.float32)
@@ -147,8 +147,8 @@ def test_constants_reach_the_loss_and_schedule_is_reported():
     schedule = training.Schedule(0.5, "constant")
     tx = optax.sgd(schedule)
     mesh = training.make_mesh("data:8")
-    state = training.create_train_state({"w": jnp.zeros(3)}, tx, mesh=mesh)
-    step = training.make_train_step(loss_fn, tx, mesh=mesh, schedule=schedule)
+    state = training.TrainState.create({"w": jnp.zeros(3)}, tx, mesh=mesh)
+    step = training.TrainStep(loss_fn, tx, mesh=mesh, schedule=schedule)
     state, output = step(state, np.zeros((8, 1)), {"w": jnp.ones(3)})
     np.testing.assert_allclose(state.params["w"], np.ones(3))
     assert output.metrics["learning_rate"][0] == 0.5
@@ -158,20 +158,20 @@ def test_bad_microbatches():
     with pytest.raises(ValueError, match=r"accumulate x data x fsdp = 4 x 8 does not divide .* 16"):
         run("data:8", accumulate=4, steps=1)
     with pytest.raises(ValueError, match="at least 1 microbatch"):
-        training.make_train_step(toy.loss_fn, optax.sgd(1.0), accumulate=0)
+        training.TrainStep(toy.loss_fn, optax.sgd(1.0), accumulate=0)
 
 
 def test_compiles_ahead_of_time():
     mesh = training.make_mesh("data:4,fsdp:2")
     tx = toy.optimizer()
-    state = training.abstract_train_state(toy.init, tx, mesh=mesh)
+    state = training.TrainState.abstract(toy.init, tx, mesh=mesh)
     batch = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=training.batch_sharding(mesh)
+            leaf.shape, leaf.dtype, sharding=training.BatchLayout(mesh).sharding
         ),
         toy.batches(0),
     )
-    step = training.make_train_step(toy.loss_fn, tx, mesh=mesh)
+    step = training.TrainStep(toy.loss_fn, tx, mesh=mesh)
     assert step.lower(state, batch).compile().memory_analysis() is not None
 
 
@@ -194,8 +194,8 @@ def test_schedule_errors():
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lion", "adafactor", "sgd"])
 def test_optimizers_learn(optimizer):
-    tx = training.make_optimizer(
-        training.Schedule(0.02, "constant"), optimizer=optimizer, moment_dtype=jnp.float32
+    tx = training.Schedule(0.02, "constant").optimizer(
+        optimizer=optimizer, moment_dtype=jnp.float32
     )
     params = {"w": jnp.full((3, 2), 2.0)}
     state = tx.init(params)

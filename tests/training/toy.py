@@ -57,9 +57,7 @@ def digest(tree):
 
 
 def optimizer(total_steps=12):
-    return training.make_optimizer(
-        training.Schedule(0.05, warmup=2, total_steps=total_steps), weight_decay=0.1
-    )
+    return training.Schedule(0.05, warmup=2, total_steps=total_steps).optimizer(weight_decay=0.1)
 
 
 def train(
@@ -75,10 +73,10 @@ def train(
 ):
     """Trains on ``mesh``; gives the final state and the values logged by step."""
     mesh = training.make_mesh(mesh)
-    share = training.process_slice(mesh)
+    share = training.BatchLayout(mesh).share
     tx = optimizer()
-    state = training.create_train_state(init, tx, mesh=mesh)
-    step_fn = training.make_train_step(loss_fn, tx, accumulate=2, mesh=mesh)
+    state = training.TrainState.create(init, tx, mesh=mesh)
+    step_fn = training.TrainStep(loss_fn, tx, accumulate=2, mesh=mesh)
     with training.Checkpointer(f"{workdir}/checkpoints") as checkpointer:
         return training.train_loop(
             state,

@@ -16,6 +16,7 @@ from flax import nnx
 from logitjax import fusion, losses, models, training, unlearning
 from logitjax.models import Decoder, DecoderConfig
 from logitjax.unlearning import init_assistant
+from logitjax.unlearning._merge import make_merge_loss
 
 CONFIG = DecoderConfig(
     vocab_size=48,
@@ -61,8 +62,8 @@ def trained():
     assert set(pointers(constants)) < set(before)
     tx = optax.adam(0.02)
     mesh = training.make_mesh("data:1", devices=jax.devices()[:1])
-    state = training.create_train_state(assistant.lora, tx, mesh=mesh)
-    step = training.make_train_step(loss_fn, tx, mesh=mesh)
+    state = training.TrainState.create(assistant.lora, tx, mesh=mesh)
+    step = training.TrainStep(loss_fn, tx, mesh=mesh)
     for _ in range(80):
         state, output = step(state, BATCH, constants)
     assert step.traces == 1
@@ -204,11 +205,16 @@ def merged():
     rows = {name: np.concatenate([FORGET[name], RETAIN[name]]) for name in FORGET}
     rows["mask"] = rows["tokens"] > 0
     student = unlearning.merge_by_distillation(
-        target(), assistant, lambda step: rows, steps=60, learning_rate=0.02, block=5, log_every=0
+        target(),
+        assistant,
+        lambda step: rows,
+        schedule=training.Schedule(0.02, warmup=6, total_steps=60),
+        block=5,
+        options=training.LoopOptions(log_every=0),
     )
     assert pointers(nnx.state(target())) == before
     assert not set(pointers(nnx.state(student))) & set(before)
-    loss_fn, constants = unlearning.make_merge_loss(target(), assistant, block=7)
+    loss_fn, constants = make_merge_loss(target(), assistant, block=7)
 
     @jax.jit
     def mean(params):

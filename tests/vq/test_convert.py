@@ -192,8 +192,8 @@ def test_decoder_trains_from_scratch_and_fine_tunes_with_the_head(conversion):
         rules = ops.sharding.ShardingRules(
             rules=(("codebook$", jax.sharding.PartitionSpec("tensor", None)),)
         )
-        state = training.create_train_state(nnx.to_pure_dict(params), tx, mesh=mesh, rules=rules)
-        step = training.make_train_step(loss_fn, tx, mesh=mesh)
+        state = training.TrainState.create(nnx.to_pure_dict(params), tx, mesh=mesh, rules=rules)
+        step = training.TrainStep(loss_fn, tx, mesh=mesh)
         seen = []
         for _ in range(6):
             state, output = step(state, {"tokens": batch["tokens"]})
