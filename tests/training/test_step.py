@@ -194,9 +194,7 @@ def test_schedule_errors():
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lion", "adafactor", "sgd"])
 def test_optimizers_learn(optimizer):
-    tx = training.Schedule(0.02, "constant").optimizer(
-        optimizer=optimizer, moment_dtype=jnp.float32
-    )
+    tx = training.Schedule(0.02, "constant").optimizer(kind=optimizer, moment_dtype=jnp.float32)
     params = {"w": jnp.full((3, 2), 2.0)}
     state = tx.init(params)
 
