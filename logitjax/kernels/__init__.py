@@ -10,6 +10,10 @@ builds them with the machine's C++ compiler (``CXX``, else c++, g++ or clang++) 
 cache. ``LOGITJAX_NATIVE=0`` leaves them unused, e.g. for ``jax.export``; ``LOGITJAX_NATIVE=1`` uses
 them with several devices too, each of which then gets all rows of what they are given.
 
+A checksum lies beside the library: a file that was cut short is never loaded, and built again when
+asked for. ``CXXFLAGS`` adds flags of the compiler, e.g. a sanitizer's, and makes a library of its
+own.
+
 Operations stand over these: `ops` chooses between a kernel and XLA, and a kernel knows nothing of
 what calls it.
 """
@@ -31,7 +35,7 @@ import jax.numpy as jnp
 from absl import logging
 from jax import lax
 
-from logitjax.storage import digest
+from logitjax.storage import digest, write_atomic
 
 _SOURCE = pathlib.Path(__file__).with_name("kernels.cc")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-DNDEBUG", "-shared", "-fPIC", "-pthread")
@@ -45,7 +49,7 @@ def build() -> pathlib.Path:
       RuntimeError: there is no C++ compiler, or it fails; with what it said.
     """
     library = _library()
-    if library.exists():
+    if _whole(library):
         return library
     named = os.environ.get("CXX")
     found = [shutil.which(name) for name in ("c++", "g++", "clang++")]
@@ -56,11 +60,15 @@ def build() -> pathlib.Path:
     with tempfile.TemporaryDirectory(dir=library.parent) as directory:
         # Another process may be building too: whole or not there.
         made = pathlib.Path(directory) / library.name
-        command = [*compiler, *_FLAGS, f"-I{jax.ffi.include_dir()}", str(_SOURCE), "-o", str(made)]
+        flags = [*_FLAGS, *_extra_flags(), f"-I{jax.ffi.include_dir()}"]
+        command = [*compiler, *flags, str(_SOURCE), "-o", str(made)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode or not made.exists():
             raise RuntimeError(f"{shlex.join(command)} failed:\n{done.stderr[-4000:]}")
+        checksum = digest(made)
         made.replace(library)
+        # Last: a library without its checksum is one that is built again.
+        write_atomic(_checksum_of(library), checksum)
     return library
 
 
@@ -94,7 +102,7 @@ def lookup_sums(tables: jax.Array, blocks: jax.Array) -> jax.Array:
 
     Args:
       tables: ``[n, 2 * pairs, 16]``, uint8.
-      blocks: ``[count, pairs, 32]``, uint8, see `logitjax.heads.pack_codes`.
+      blocks: ``[count, pairs, 32]``, uint8, see `logitjax.vq.pack_codes`.
 
     Returns:
       ``[n, 32 * count]``, int32.
@@ -113,15 +121,23 @@ def row_products(vectors: jax.Array, rows: jax.Array, ids: jax.Array) -> jax.Arr
 
     Returns:
       ``[n, m]``, float32.
+
+    Raises:
+      ValueError: there are no rows to take the nearest of.
     """
+    if not rows.shape[0] and ids.size:
+        raise ValueError(f"rows: expected at least one row, got shape {rows.shape}")
     return _call("row_products", jax.ShapeDtypeStruct(ids.shape, jnp.float32))(vectors, rows, ids)
 
 
 def largest_ids(values: jax.Array, k: int) -> jax.Array:
-    """Where the k largest entries of each row are, largest first, equal ones lowest index first.
+    """Where the k largest entries of each row are, in the order of `jax.lax.top_k`.
+
+    Largest first, equal ones lowest index first. 0.0 is larger than -0.0, and nan larger than all;
+    with its sign set it is smaller than all.
 
     Args:
-      values: ``[n, v]``, float32; nan is larger than all.
+      values: ``[n, v]``, float32.
       k: how many, 1..v.
 
     Returns:
@@ -144,15 +160,35 @@ def _loaded() -> bool:
         library = _library()
         if not library.exists():
             return False
+        # The loader maps a file that was cut short, and dies of what is missing.
+        if not _whole(library):
+            raise OSError(f"{library} differs from its checksum: python -m logitjax.kernels")
         symbols = ctypes.CDLL(str(library))
-    except (OSError, RuntimeError) as error:  # no home directory, another C library
+        targets = [getattr(symbols, f"logitjax_{name}") for name in _TARGETS]
+    # No home directory, another C library, another library.
+    except (OSError, RuntimeError, AttributeError) as error:
         logging.warning("kernels for CPUs cannot be loaded, XLA does their work: %s", error)
         return False
-    for name in _TARGETS:
-        symbol = f"logitjax_{name}"
-        target = jax.ffi.pycapsule(getattr(symbols, symbol))
-        jax.ffi.register_ffi_target(symbol, target, platform="cpu")
+    for name, target in zip(_TARGETS, targets, strict=True):
+        capsule = jax.ffi.pycapsule(target)
+        jax.ffi.register_ffi_target(f"logitjax_{name}", capsule, platform="cpu")
     return True
+
+
+def _whole(library: pathlib.Path) -> bool:
+    """Whether a library is there and is what its checksum says."""
+    try:
+        return digest(library) == _checksum_of(library).read_text()
+    except FileNotFoundError:
+        return False
+
+
+def _checksum_of(library: pathlib.Path) -> pathlib.Path:
+    return library.with_suffix(".sha256")
+
+
+def _extra_flags() -> list[str]:
+    return shlex.split(os.environ.get("CXXFLAGS", ""))
 
 
 @functools.cache
@@ -161,6 +197,7 @@ def _library() -> pathlib.Path:
     info = pathlib.Path("/proc/cpuinfo")
     text = info.read_text() if info.exists() else ""
     flags = [line for line in text.splitlines() if line.startswith(("flags", "Features"))][:1]
-    parts = (_SOURCE.read_text(), _FLAGS, jax.__version__, platform.machine(), flags)
+    compiled = (_SOURCE.read_text(), _FLAGS, _extra_flags())
+    parts = (*compiled, jax.__version__, platform.machine(), flags)
     cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     return pathlib.Path(cache) / "logitjax" / f"kernels-{digest(*parts, length=16)}.so"

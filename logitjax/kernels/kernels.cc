@@ -9,7 +9,9 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <initializer_list>
 #include <memory>
+#include <string>
 #include <thread>
 #include <type_traits>
 #include <utility>
@@ -49,6 +51,21 @@ void InParallel(ffi::ThreadPool& pool, int64_t count, Work work) {
   while (state->done.load(std::memory_order_acquire) < count) std::this_thread::yield();
 }
 
+using Dimensions = decltype(std::declval<ffi::AnyBuffer>().dimensions());
+
+// What was expected, and the shapes that came.
+ffi::Error Expected(std::string message, std::initializer_list<Dimensions> shapes) {
+  message += ", got";
+  for (const auto& shape : shapes) {
+    message += " [";
+    for (size_t i = 0; i < shape.size(); ++i) {
+      message += (i ? ", " : "") + std::to_string(shape[i]);
+    }
+    message += "]";
+  }
+  return ffi::Error::InvalidArgument(message);
+}
+
 // ---- Sums of table look-ups -----------------------------------------------------------------
 
 constexpr int64_t kTokens = 32;     // of a block
@@ -60,6 +77,8 @@ constexpr int64_t kMaxPairs = 128;  // pairs of groups whose sums fit 16 bits: 2
 void BlockSums(const uint8_t* codes, const uint8_t* tables, int64_t pairs, int32_t* sums) {
 #if defined(__AVX2__)
   const __m256i low = _mm256_set1_epi8(0x0f);
+  // XLA hands over memory as it is: without a pair nobody else writes these.
+  if (pairs == 0) std::fill(sums, sums + kTokens, 0);
   for (int64_t start = 0; start < pairs; start += kMaxPairs) {
     const int64_t stop = std::min(pairs, start + kMaxPairs);
     // `all` adds bytes of odd tokens 256-fold to even ones; they are taken away again at the end.
@@ -112,9 +131,15 @@ ffi::Error LookupSums(ffi::ThreadPool pool, ffi::Buffer<ffi::U8> tables,
                       ffi::Buffer<ffi::U8> blocks, ffi::ResultBuffer<ffi::S32> sums) {
   const auto table_dims = tables.dimensions();
   const auto block_dims = blocks.dimensions();
+  const auto sum_dims = sums->dimensions();
   if (table_dims.size() != 3 || block_dims.size() != 3 || table_dims[1] != 2 * block_dims[1] ||
       table_dims[2] != kTable || block_dims[2] != 2 * kTable) {
-    return ffi::Error::InvalidArgument("tables [n, 2 pairs, 16] and blocks [b, pairs, 32] wanted");
+    return Expected("tables, blocks: expected [n, 2 pairs, 16] and [count, pairs, 32]",
+                    {table_dims, block_dims});
+  }
+  if (sum_dims.size() != 2 || sum_dims[0] != table_dims[0] ||
+      sum_dims[1] != kTokens * block_dims[0]) {
+    return Expected("sums: expected [n, 32 count]", {sum_dims});
   }
   const int64_t positions = table_dims[0], count = block_dims[0], pairs = block_dims[1];
   const uint8_t* table = tables.typed_data();
@@ -188,9 +213,18 @@ ffi::Error RowProducts(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> vectors, ffi:
   const auto vector_dims = vectors.dimensions();
   const auto row_dims = rows.dimensions();
   const auto id_dims = ids.dimensions();
+  const auto out_dims = products->dimensions();
   if (vector_dims.size() != 2 || row_dims.size() != 2 || id_dims.size() != 2 ||
       vector_dims[1] != row_dims[1] || vector_dims[0] != id_dims[0]) {
-    return ffi::Error::InvalidArgument("vectors [n, d], rows [v, d] and ids [n, m] wanted");
+    return Expected("vectors, rows, ids: expected [n, d], [v, d] and [n, m]",
+                    {vector_dims, row_dims, id_dims});
+  }
+  if (out_dims.size() != 2 || out_dims[0] != id_dims[0] || out_dims[1] != id_dims[1]) {
+    return Expected("products: expected the shape of ids", {id_dims, out_dims});
+  }
+  // The nearest of no rows does not exist.
+  if (row_dims[0] == 0 && ids.element_count() > 0) {
+    return Expected("rows: expected at least one row for the ids", {row_dims});
   }
   const auto run = [&](const auto* typed) {
     ChosenProducts(pool, vectors.typed_data(), typed, ids.typed_data(), products->typed_data(),
@@ -203,15 +237,15 @@ ffi::Error RowProducts(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> vectors, ffi:
     case ffi::BF16:
       return run(static_cast<const uint16_t*>(rows.untyped_data()));
     default:
-      return ffi::Error::InvalidArgument("rows must be float32 or bfloat16");
+      return ffi::Error::InvalidArgument("rows: expected float32 or bfloat16");
   }
 }
 
 // ---- Places of the largest entries ----------------------------------------------------------
 
-// Integers in the order of the numbers: nan above inf, 0.0 and -0.0 the same.
+// Integers in the order of `lax.top_k`, IEEE 754's total one: 0.0 before -0.0, nan above inf and
+// one with its sign set below -inf.
 int32_t OrderOf(float x) {
-  x += 0.0f;
   int32_t bits;
   std::memcpy(&bits, &x, sizeof(bits));
   return bits ^ ((bits >> 31) & 0x7fffffff);
@@ -265,8 +299,9 @@ ffi::Error LargestIds(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> values,
   const auto out_dims = ids->dimensions();
   if (dims.size() != 2 || out_dims.size() != 2 || dims[0] != out_dims[0] ||
       out_dims[1] < 1 || out_dims[1] > dims[1]) {
-    return ffi::Error::InvalidArgument("values [n, v] and 1 <= k <= v wanted");
+    return Expected("values, ids: expected [n, v] and [n, k], 1 <= k <= v", {dims, out_dims});
   }
+  if (dims[1] > INT32_MAX) return Expected("values: expected places that fit int32", {dims});
   const int64_t count = dims[1], k = out_dims[1];
   const float* in = values.typed_data();
   int32_t* out = ids->typed_data();

@@ -35,8 +35,9 @@ def top_k(
     (small vocabulary, large k) it is `jax.lax.top_k` itself.
 
     Args:
-        values: `[*batch, vocab]`. `-inf` entries come last; nan may be missed, and 0.0 and -0.0 are
-            the same number.
+        values: `[*batch, vocab]`. `-inf` entries come last. Two stages of XLA may miss a nan, and
+            take a -0.0 where a 0.0 of another group would come first; one stage, and
+            `logitjax.kernels`, have the order of `jax.lax.top_k` for these too.
         k: how many, at most the vocabulary.
         axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that axis.
             Each shard then sends its own k candidates, and the indices count over the whole

@@ -26,12 +26,15 @@ def pack_codes(codes: Integer[Array, "vocab groups"]) -> UInt8[jax.Array, "block
     Tokens and groups that complete a block or a pair have code 0.
 
     Args:
-      codes: ``[vocab, groups]``, 0..15, e.g. of ``fit_product_codes(..., num_codes=16)``.
+      codes: ``[vocab, groups]`` integers, 0..15, e.g. of ``fit_product_codes(..., num_codes=16)``.
+        While it is traced nobody can look at a code: one outside is taken for the nearest end,
+        so that it cannot change the code of another token in the same byte.
 
     Returns:
       ``[ceil(vocab / 32), ceil(groups / 2), 32]``, uint8.
 
     Raises:
+      TypeError: the codes are not integers.
       ValueError: a concrete code is not in 0..15.
 
     >>> pack_codes(jnp.array([[1, 2], [3, 4]]))[0, 0, :2], pack_codes(jnp.ones((40, 3), int)).shape
@@ -42,12 +45,15 @@ def pack_codes(codes: Integer[Array, "vocab groups"]) -> UInt8[jax.Array, "block
       product quantization fast scan, 2015, for the layout's idea.
     """
     codes = jnp.asarray(codes)
+    if not jnp.issubdtype(codes.dtype, jnp.integer):
+        raise TypeError(f"codes: expected integers, got {codes.dtype}")
     with contextlib.suppress(jax.errors.ConcretizationTypeError):  # while it is traced
         least, most = int(codes.min(initial=0)), int(codes.max(initial=0))
         if least < 0 or most >= _CODES:
-            raise ValueError(f"codes must be between 0 and 15, got {least} to {most}")
+            raise ValueError(f"codes: expected 0 to 15, got {least} to {most}")
     vocab, groups = codes.shape
-    codes = jnp.pad(codes.astype(jnp.uint8), ((0, -vocab % _BLOCK), (0, -groups % 2)))
+    codes = jnp.clip(codes, 0, _CODES - 1).astype(jnp.uint8)
+    codes = jnp.pad(codes, ((0, -vocab % _BLOCK), (0, -groups % 2)))
     halves = codes.reshape(-1, 2, _BLOCK // 2, codes.shape[1])
     packed = halves[:, 0] | (halves[:, 1] << 4)
     # [blocks, 16 tokens, pairs, 2] -> [blocks, pairs, 2, 16 tokens]

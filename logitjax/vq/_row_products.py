@@ -33,11 +33,17 @@ def row_products(
       ``[n, chosen]``: inputs in the dtype of ``vectors``, sums and result in float32 at least.
       Differentiable in vectors and rows.
 
+    Raises:
+      ValueError: there are no rows to take the nearest of.
+
     >>> row_products(jnp.array([[1.0, 2.0]]), jnp.eye(2), jnp.array([[1, 0, 1]]))
     Array([[2., 1., 2.]], dtype=float32)
     """
     vectors, rows = jnp.asarray(vectors), jnp.asarray(rows)
-    ids = jnp.clip(jnp.asarray(ids), 0, rows.shape[0] - 1)
+    ids = jnp.asarray(ids)
+    if not rows.shape[0] and ids.size:
+        raise ValueError(f"rows: expected at least one row, got shape {rows.shape}")
+    ids = jnp.clip(ids, 0, rows.shape[0] - 1)
 
     def products(vectors: jax.Array, rows: jax.Array, ids: jax.Array) -> tuple[jax.Array]:
         if vectors.dtype == jnp.float32 and rows.dtype in (jnp.float32, jnp.bfloat16):

@@ -1,14 +1,16 @@
 """The kernels for CPUs say what XLA says."""
 
+import pathlib
+import subprocess
+
 import chex
-import hypothesis
-import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from logitjax import kernels, ops, vq
+from logitjax.storage import digest
 from logitjax.vq import _product_packed
 from logitjax.vq._row_products import row_products
 
@@ -68,16 +70,58 @@ def test_a_compiler_that_fails_is_told(monkeypatch, tmp_path, compiler, said):
 
 
 def test_a_library_that_cannot_be_loaded_is_left_alone(monkeypatch, tmp_path, caplog):
-    broken = tmp_path / "kernels.so"
-    broken.write_bytes(b"not a library")
-    monkeypatch.setattr(kernels, "_library", lambda: broken)
-    kernels._loaded.cache_clear()
-    try:
-        with caplog.at_level("WARNING"):
-            assert not kernels._loaded()
-    finally:
+    def loads(content, checksum):
+        broken = tmp_path / "kernels.so"
+        broken.write_bytes(content)
+        kernels._checksum_of(broken).write_text(checksum or digest(broken))
+        monkeypatch.setattr(kernels, "_library", lambda: broken)
         kernels._loaded.cache_clear()
-    assert "XLA does their work" in caplog.text
+        caplog.clear()
+        try:
+            with caplog.at_level("WARNING"):
+                loaded = kernels._loaded()
+        finally:
+            kernels._loaded.cache_clear()
+        assert "XLA does their work" in caplog.text
+        return loaded
+
+    whole = kernels.build()
+    content, checksum = whole.read_bytes(), kernels._checksum_of(whole).read_text()
+    # Loading the half that is left would end the process.
+    assert not loads(content[: len(content) // 2], checksum)
+    assert "checksum" in caplog.text
+    assert not loads(b"not a library", None)
+    # A library, whole, without these functions: that of NumPy.
+    assert not loads(pathlib.Path(np._core._multiarray_umath.__file__).read_bytes(), None)
+
+
+def test_a_damaged_library_is_built_again(monkeypatch, tmp_path):
+    library = tmp_path / "kernels.so"
+    monkeypatch.setattr(kernels, "_library", lambda: library)
+    library.write_bytes(b"half of it")
+    kernels._checksum_of(library).write_text("of all")
+
+    def compile_it(command, **options):
+        pathlib.Path(command[-1]).write_bytes(b"a library")
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(kernels.subprocess, "run", compile_it)
+    assert kernels.build() == library
+    assert library.read_bytes() == b"a library"
+    monkeypatch.delattr(kernels.subprocess, "run")
+    assert kernels.build() == library  # which is whole now
+
+
+def test_flags_of_the_compiler_make_a_library_of_its_own(monkeypatch):
+    monkeypatch.delenv("CXXFLAGS", raising=False)
+    kernels._library.cache_clear()
+    plain = kernels._library()
+    monkeypatch.setenv("CXXFLAGS", "-fsanitize=address -g")
+    kernels._library.cache_clear()
+    try:
+        assert kernels._library() != plain
+    finally:
+        kernels._library.cache_clear()
 
 
 # 300 groups need more than the 16 bits of one sum; 33 tokens a second block; 1 group half a pair.
@@ -96,24 +140,67 @@ def test_sums_of_look_ups_are_the_same_integers(rng, vocab, groups, positions):
         np.testing.assert_array_equal(found[:, :vocab], expected)
 
 
-@hypothesis.given(st.data())
-@hypothesis.settings(max_examples=25, deadline=None)
-def test_largest_ids_are_those_of_lax(data):
-    rows, count = data.draw(st.integers(1, 3)), data.draw(st.sampled_from([1, 7, 100, 3000]))
-    k = data.draw(st.integers(1, count))
-    seed, decimals = data.draw(st.integers(0, 99)), data.draw(st.sampled_from([0, 1, 5]))
-    rng = np.random.default_rng(seed)
-    # Rounded: ties, by the dozen. Adding zero makes -0.0 0.0, which lax tells apart.
-    values = np.round(rng.normal(size=(rows, count)), decimals).astype(np.float32) + np.float32(0)
-    values[:, :: data.draw(st.sampled_from([2, 5, 10**6]))] = -np.inf
-    np.testing.assert_array_equal(
-        kernels.largest_ids(jnp.asarray(values), k), jax.lax.top_k(values, k)[1]
-    )
+def test_no_pairs_sum_to_zero():
+    none = jnp.zeros((3, 0, 16), jnp.uint8), jnp.zeros((20, 0, 32), jnp.uint8)
+    # Memory that a sum of ones has just left: what nobody writes shows.
+    jnp.full((3, 640), -1, jnp.int32).block_until_ready()
+    for _ in range(5):
+        np.testing.assert_array_equal(kernels.lookup_sums(*none), np.zeros((3, 640)))
 
 
-def test_nan_is_largest_and_all_equal_come_in_order():
-    values = jnp.zeros((1, 2000)).at[0, 1500].set(jnp.nan).at[0, 3].set(-jnp.inf)
-    assert kernels.largest_ids(values, 4).tolist() == [[1500, 0, 1, 2]]
+def test_zeros_and_nans_come_in_the_order_of_lax():
+    special = np.array([0.0, -0.0, np.nan, -np.nan, np.inf, -np.inf, 1e-40, -1e-40, 1], np.float32)
+    values = np.resize(special, (2, 2000))
+    ids = kernels.largest_ids(jnp.asarray(values), 2000)
+    np.testing.assert_array_equal(ids, jax.lax.top_k(values, 2000)[1])
+
+
+def test_shapes_that_do_not_fit_are_errors_of_the_kernel():
+    def call(name, shape, dtype, *args):
+        result = jax.ShapeDtypeStruct(shape, dtype)
+        return jax.ffi.ffi_call(f"logitjax_{name}", result)(*args)
+
+    vectors, rows = jnp.ones((2, 4)), jnp.ones((5, 4))
+    ids, none = jnp.zeros((2, 3), jnp.int32), jnp.ones((0, 4))
+    bytes_ = jnp.zeros((2, 4, 16), jnp.uint8), jnp.zeros((3, 2, 32), jnp.uint8)
+    for message, arguments in {
+        r"rows: expected at least one row .* got \[0, 4\]": (
+            *("row_products", (2, 3), jnp.float32),
+            vectors,
+            none,
+            ids,
+        ),
+        "vectors, rows, ids: expected": (
+            *("row_products", (2, 3), jnp.float32),
+            vectors,
+            rows[:, :3],
+            ids,
+        ),
+        "products: expected the shape of ids": (
+            *("row_products", (2, 9), jnp.float32),
+            vectors,
+            rows,
+            ids,
+        ),
+        r"sums: expected \[n, 32 count\]": (*("lookup_sums", (2, 128), jnp.int32), *bytes_),
+        "tables, blocks: expected": (
+            *("lookup_sums", (2, 96), jnp.int32),
+            bytes_[0][:, :2],
+            bytes_[1],
+        ),
+        "values, ids: expected": (*("largest_ids", (2, 5), jnp.int32), vectors),
+    }.items():
+        with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+            call(*arguments).block_until_ready()
+
+
+def test_rows_that_do_not_exist_are_refused_before_the_kernel(used):
+    vectors, rows = jnp.ones((2, 4)), jnp.ones((0, 4))
+    ids = jnp.zeros((2, 3), jnp.int32)
+    for function in (row_products, kernels.row_products):
+        with pytest.raises(ValueError, match="rows: expected at least one row"):
+            function(vectors, rows, ids)
+        assert function(vectors, rows, ids[:, :0]).shape == (2, 0)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

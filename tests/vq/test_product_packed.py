@@ -42,8 +42,16 @@ def test_the_layout_by_hand():
 
 
 def test_codes_that_need_more_than_half_a_byte_are_refused():
-    with pytest.raises(ValueError, match="between 0 and 15, got 0 to 16"):
+    with pytest.raises(ValueError, match="codes: expected 0 to 15, got 0 to 16"):
         vq.pack_codes(jnp.array([[0, 16]]))
+    with pytest.raises(TypeError, match="codes"):
+        vq.pack_codes(jnp.array([[0.5]]))
+
+
+def test_a_traced_code_out_of_range_leaves_the_others_as_they_are():
+    codes = jnp.zeros((32, 2), jnp.int32).at[3, 0].set(300).at[19, 1].set(-1).at[19, 0].set(2)
+    packed = jax.jit(vq.pack_codes)(codes)
+    np.testing.assert_array_equal(unpack_codes(packed, 32, 2), np.clip(codes, 0, 15))
 
 
 @pytest.mark.parametrize("groups", [1, 5, 6])
