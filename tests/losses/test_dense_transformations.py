@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jax.test_util import check_grads
 
 from logitjax.distillation import universal_logit_distance
 from logitjax.losses import (
@@ -22,7 +21,7 @@ VOCAB = 32
 
 
 def _cross_entropy(student, teacher, **options):
-    labels = jnp.full(student.shape[0], 3)
+    labels = np.full(student.shape[0], 3)
     loss = cross_entropy(student, labels, label_smoothing=0.1, z_loss=1e-3, **options)
     # Any function of the second argument, so that all losses have two.
     return loss + cross_entropy(teacher, labels + 1, **options)
@@ -47,15 +46,17 @@ def logits(dtype=np.float32):
     return student, teacher
 
 
+@functools.cache
 def value_and_grads(loss):
     """Per-row values, and the gradients of a weighted sum of them."""
 
     def total(student, teacher):
         values = loss(student, teacher)
-        weights = jnp.arange(1.0, 9.0)
+        weights = np.arange(1.0, 9.0, dtype=np.float32)
         return (values * weights).sum(), values
 
-    return jax.jit(jax.grad(total, (0, 1), has_aux=True))
+    run = jax.jit(jax.grad(total, (0, 1), has_aux=True))
+    return lambda *arguments: run(*arguments)[::-1]
 
 
 def assert_close(result, expected, **tolerance):
@@ -63,6 +64,7 @@ def assert_close(result, expected, **tolerance):
     jax.tree.map(functools.partial(np.testing.assert_allclose, **tolerance), result, expected)
 
 
+@pytest.mark.many_programs("called eagerly, each operation is one")
 @every_loss
 def test_jit_and_vmap_equal_eager(loss):
     arguments = logits()
@@ -71,26 +73,43 @@ def test_jit_and_vmap_equal_eager(loss):
     assert eager.shape == (8,)
     assert_close(jax.jit(loss)(*arguments), eager)
     halves = [x.reshape(2, 4, VOCAB) for x in arguments]
-    assert_close(jax.vmap(loss)(*halves).reshape(8), eager)
+    assert_close(np.reshape(jax.jit(jax.vmap(loss))(*halves), 8), eager)
 
 
 @every_loss
 def test_gradient_equals_finite_differences(loss):
     with jax.enable_x64(True):
-        student, teacher = (jnp.asarray(x[:2, :9]) for x in logits(np.float64))
-        check_grads(loss, (student, teacher), order=1, modes=["rev"], atol=1e-5, rtol=1e-5)
+        arguments = tuple(x[:2, :9] for x in logits(np.float64))
+        # One program for both: `check_grads` runs each operation by itself.
+        rng = np.random.default_rng(1)
+        along = [rng.normal(size=x.shape) for x in arguments]
+        weights = rng.normal(size=2)
+
+        @jax.jit
+        def value_and_slope(*arguments):
+            values, pull = jax.vjp(loss, *arguments)
+            gradients = pull(jnp.asarray(weights, values.dtype))
+            slope = sum((g * d).sum() for g, d in zip(gradients, along, strict=True))
+            return (values * weights).sum(), slope
+
+        def moved(step):
+            return [x + step * d for x, d in zip(arguments, along, strict=True)]
+
+        _, slope = value_and_slope(*arguments)
+        (up, _), (down, _) = (value_and_slope(*moved(step)) for step in (1e-6, -1e-6))
+        np.testing.assert_allclose(slope, (up - down) / 2e-6, rtol=1e-5, atol=1e-5)
 
 
 @every_loss
 def test_bfloat16_is_the_float32_of_rounded_logits(loss):
-    rounded = [jnp.asarray(x, jnp.bfloat16) for x in logits()]
-    result = loss(*rounded)
+    rounded = [x.astype(jnp.bfloat16) for x in logits()]
+    result, (grad, _) = value_and_grads(loss)(*rounded)
     assert result.dtype == jnp.float32
-    assert_close(result, loss(*(x.astype(jnp.float32) for x in rounded)))
-    assert_close(result, loss(*logits()), rtol=0.05, atol=0.02)
-    grad = jax.grad(lambda s, t: loss(s, t).sum())(*rounded)
+    run = jax.jit(loss)
+    assert_close(result, run(*(x.astype(np.float32) for x in rounded)))
+    assert_close(result, run(*logits()), rtol=0.05, atol=0.02)
     assert grad.dtype == jnp.bfloat16
-    assert np.isfinite(grad.astype(np.float32)).all()
+    assert np.isfinite(np.asarray(grad, np.float32)).all()
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
@@ -125,6 +144,7 @@ def test_data_parallel_under_pmap(loss):
         return jax.lax.psum(value, "data"), grad
 
     value, grad = jax.pmap(step, axis_name="data")(student[:, None], teacher[:, None])
-    expected, expected_grad = jax.value_and_grad(lambda s: loss(s, teacher).sum())(student)
+    run = jax.jit(jax.value_and_grad(lambda s: loss(s, teacher).sum()))
+    expected, expected_grad = run(student)
     assert_close(value, np.full(8, expected))
-    assert_close(grad[:, 0], expected_grad)
+    assert_close(np.asarray(grad)[:, 0], expected_grad)

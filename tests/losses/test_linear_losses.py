@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from logitjax import distillation, losses
+from tests._compiled import compiled
 
 BATCH, LENGTH, HIDDEN, TEACHER_HIDDEN, VOCAB = 2, 11, 16, 24, 301
 # Neither divides: 301 = 3 * 96 + 13, 11 = 2 * 4 + 3.
@@ -28,6 +29,9 @@ TEACHER_HEAD = _normal(4, VOCAB, TEACHER_HIDDEN, scale=0.4)
 WEIGHTS = _normal(5, BATCH, LENGTH)
 WHERE = np.arange(VOCAB) % 7 != 3
 LABELS = np.random.default_rng(6).choice(np.flatnonzero(WHERE), (BATCH, LENGTH))
+
+
+linear_cross_entropy = compiled(losses.linear_cross_entropy)
 
 
 def _dense_logits(hidden, head, bias):
@@ -116,11 +120,11 @@ def _oracle(name):
 
         def loss(hidden, head, bias):
             student = _dense_logits(hidden, head, bias)[..., kept]
-            values = formula(student, jnp.asarray(_teacher_logits()[..., kept]))
+            values = formula(student, _teacher_logits()[..., kept])
             return jnp.sum(values * WEIGHTS), values
 
-        run = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)
-        (_, values), gradients = run(*map(jnp.asarray, (HIDDENS, HEAD, BIAS)))
+        run = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))
+        (_, values), gradients = run(HIDDENS, HEAD, BIAS)
         return np.asarray(values), [np.asarray(g) for g in gradients]
 
 
@@ -131,7 +135,7 @@ def _relative(got, want):
 def _run(name, form, dtype=np.float32, **more):
     """(values or None, gradients by hidden, head, bias) of the weighted sum of our losses."""
     function = CASES[name][0]
-    weights = jnp.asarray(WEIGHTS, jnp.float32)
+    weights = WEIGHTS.astype(np.float32)
 
     @jax.jit
     def run(hidden, head, bias):
@@ -144,7 +148,7 @@ def _run(name, form, dtype=np.float32, **more):
         return jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(hidden, head, bias)
 
     arrays = (HIDDENS, HEAD, BIAS)
-    return run(*(jnp.asarray(x, dtype) for x in arrays))
+    return jax.device_get(run(*(x.astype(dtype) for x in arrays)))
 
 
 @pytest.mark.parametrize("form", ["unreduced", "scalar"])
@@ -177,19 +181,20 @@ def test_head_layouts_agree_and_default_blocks_work():
     def loss(head):
         return losses.linear_cross_entropy(HIDDENS.astype(np.float32), head, LABELS).sum()
 
-    head = jnp.asarray(HEAD, jnp.float32)
+    head = HEAD.astype(np.float32)
     run = jax.jit(jax.value_and_grad(loss))
     value, gradient = run(head)
     value_t, gradient_t = run(head.T)
     np.testing.assert_allclose(value, value_t, rtol=1e-6)
-    np.testing.assert_allclose(gradient, gradient_t.T, atol=1e-6)
-    dense = losses.cross_entropy(HIDDENS.astype(np.float32) @ head, LABELS).sum()
+    np.testing.assert_allclose(gradient, np.asarray(gradient_t).T, atol=1e-6)
+    logits = HIDDENS.astype(np.float32) @ head
+    dense = np.asarray(compiled(losses.cross_entropy)(logits, LABELS)).sum()
     np.testing.assert_allclose(value, dense, rtol=1e-6)
 
 
 def test_readout_gives_statistics_and_their_gradients():
-    hidden, head = jnp.asarray(HIDDENS, jnp.float32), jnp.asarray(HEAD, jnp.float32)
-    ids = jnp.asarray(np.random.default_rng(7).integers(0, VOCAB, (BATCH, LENGTH, 5)))
+    hidden, head = HIDDENS.astype(np.float32), HEAD.astype(np.float32)
+    ids = np.random.default_rng(7).integers(0, VOCAB, (BATCH, LENGTH, 5))
 
     def numbers(readout):
         s = readout
@@ -202,7 +207,7 @@ def test_readout_gives_statistics_and_their_gradients():
     def dense(hidden, head):
         logits = hidden @ head
         gathered = jnp.where(WHERE[ids], jnp.take_along_axis(logits, ids, -1), 0.0)
-        return losses.graph_statistics(logits, 9, vocab_where=jnp.asarray(WHERE)), gathered
+        return losses.graph_statistics(logits, 9, vocab_where=WHERE), gathered
 
     def total(function):
         def run(hidden, head):
@@ -235,10 +240,11 @@ def test_readout_gives_statistics_and_their_gradients():
     ],
 )
 def test_graph_fusion_equals_dense(config):
-    hidden, head = jnp.asarray(HIDDENS, jnp.float32), jnp.asarray(HEAD, jnp.float32)
-    teacher = losses.graph_statistics(jnp.asarray(_normal(8, BATCH, 9, 120), jnp.float32), 12)
+    hidden, head = HIDDENS.astype(np.float32), HEAD.astype(np.float32)
+    logits = _normal(8, BATCH, 9, 120).astype(np.float32)
+    teacher = compiled(losses.graph_statistics)(logits, 12)
     teachers = [distillation.FusionTeacher(outputs=teacher)]
-    where = jnp.arange(LENGTH) < jnp.array([[LENGTH], [7]])
+    where = np.arange(LENGTH) < np.array([[LENGTH], [7]])
 
     def blocked(hidden, head):
         return distillation.linear_graph_fusion(
@@ -259,11 +265,9 @@ def test_graph_fusion_equals_dense(config):
 
 def test_infinite_divergence_has_a_finite_gradient():
     """As the dense losses: infinite where mass meets an entry that the other lacks."""
-    hidden = jnp.asarray(HIDDENS[0, :3], jnp.float32)
-    head = jnp.asarray(HEAD, jnp.float32)
-    teacher = jnp.asarray(TEACHER_HIDDENS[0, :3], jnp.float32)
-    teacher_head = jnp.asarray(TEACHER_HEAD, jnp.float32)
-    absent = jnp.where(jnp.arange(VOCAB) < 4, -jnp.inf, 0.0)
+    hidden, head = HIDDENS[0, :3].astype(np.float32), HEAD.astype(np.float32)
+    teacher, teacher_head = (x.astype(np.float32) for x in (TEACHER_HIDDENS[0, :3], TEACHER_HEAD))
+    absent = np.where(np.arange(VOCAB) < 4, -np.inf, 0.0).astype(np.float32)
     for direction, biases in (
         ("forward", (absent, None)),
         ("reverse", (None, absent)),
@@ -292,10 +296,9 @@ def test_infinite_divergence_has_a_finite_gradient():
 
 
 def test_padding_by_minus_infinity_equals_no_padding():
-    hidden = jnp.asarray(HIDDENS, jnp.float32)
-    head = jnp.asarray(HEAD, jnp.float32)
-    padded = jnp.pad(head, [(0, 0), (0, 50)])
-    bias = jnp.where(jnp.arange(VOCAB + 50) < VOCAB, 0.0, -jnp.inf)
+    hidden, head = HIDDENS.astype(np.float32), HEAD.astype(np.float32)
+    padded = np.pad(head, [(0, 0), (0, 50)])
+    bias = np.where(np.arange(VOCAB + 50) < VOCAB, 0.0, -np.inf).astype(np.float32)
 
     def plain(head):
         return losses.linear_cross_entropy(hidden, head, LABELS, blocks=COLUMNS).sum()
@@ -305,38 +308,39 @@ def test_padding_by_minus_infinity_equals_no_padding():
         return losses.linear_cross_entropy(hidden, whole, LABELS, blocks=COLUMNS).sum()
 
     value, gradient = jax.jit(jax.value_and_grad(plain))(head)
-    padded_value, padded_gradient = jax.jit(jax.value_and_grad(with_padding))(padded)
+    run = jax.jit(jax.value_and_grad(with_padding))
+    padded_value, padded_gradient = jax.device_get(run(padded))
     np.testing.assert_allclose(value, padded_value, rtol=1e-6)
     np.testing.assert_allclose(padded_gradient[:, :VOCAB], gradient, atol=1e-6)
     assert not padded_gradient[:, VOCAB:].any()
 
 
 def test_foreign_labels_are_nan_and_silenced_by_weight_zero():
-    hidden, head = jnp.asarray(HIDDENS, jnp.float32), jnp.asarray(HEAD, jnp.float32)
-    labels = jnp.asarray(LABELS).at[0, 0].set(-100).at[1, 3].set(VOCAB)
-    values = jax.jit(functools.partial(losses.linear_cross_entropy, blocks=COLUMNS))(
-        hidden, head, labels
-    )
+    hidden, head = HIDDENS.astype(np.float32), HEAD.astype(np.float32)
+    labels = LABELS.copy()
+    labels[0, 0], labels[1, 3] = -100, VOCAB
+    values = np.asarray(linear_cross_entropy(hidden, head, labels, blocks=COLUMNS))
     assert np.isnan(values[0, 0])
     assert np.isnan(values[1, 3])
     assert np.isfinite(values).sum() == values.size - 2
-    weights = jnp.where((labels >= 0) & (labels < VOCAB), 1.0, 0.0)
+    weights = np.where((labels >= 0) & (labels < VOCAB), np.float32(1), 0)
     scalar = jax.jit(
         jax.value_and_grad(lambda h: losses.linear_cross_entropy(h, head, labels, weights=weights))
     )
-    value, gradient = scalar(hidden)
+    value, gradient = jax.device_get(scalar(hidden))
     np.testing.assert_allclose(value, np.nansum(values), rtol=1e-6)
     assert np.isfinite(gradient).all()
     assert not gradient[0, 0].any()
 
 
 def test_vmap_and_no_batch_axes():
-    hidden, head = jnp.asarray(HIDDENS, jnp.float32), jnp.asarray(HEAD, jnp.float32)
-    labels = jnp.asarray(LABELS)
-    loss = jax.jit(functools.partial(losses.linear_cross_entropy, blocks=COLUMNS))
-    want = loss(hidden, head, labels)
-    np.testing.assert_allclose(jax.vmap(loss, (0, None, 0))(hidden, head, labels), want, rtol=1e-6)
-    np.testing.assert_allclose(loss(hidden[1, 2], head, labels[1, 2]), want[1, 2], rtol=1e-6)
+    hidden, head = HIDDENS.astype(np.float32), HEAD.astype(np.float32)
+    loss = functools.partial(losses.linear_cross_entropy, blocks=COLUMNS)
+    want = np.asarray(linear_cross_entropy(hidden, head, LABELS, blocks=COLUMNS))
+    by_row = jax.jit(jax.vmap(loss, (0, None, 0)))(hidden, head, LABELS)
+    np.testing.assert_allclose(by_row, want, rtol=1e-6)
+    alone = linear_cross_entropy(hidden[1, 2], head, LABELS[1, 2], blocks=COLUMNS)
+    np.testing.assert_allclose(alone, want[1, 2], rtol=1e-6)
 
 
 def _temp_bytes(function, *shapes):
@@ -349,7 +353,7 @@ def _temp_bytes(function, *shapes):
 def test_scratch_memory_is_a_small_share_of_dense(form):
     tokens, width, vocab = 1024, 64, 65536
     shapes = ((tokens, width), (width, vocab)) * 2
-    weights = jnp.ones(tokens)
+    weights = np.ones(tokens, np.float32)
 
     def dense(x, w, xt, wt):
         return losses.kl_divergence(x @ w, jax.lax.stop_gradient(xt @ wt)).sum()
@@ -390,15 +394,15 @@ def test_heads_and_blocks_name_what_they_refuse():
 
 
 def test_a_head_is_a_tree_whose_gradient_is_a_head():
-    head = losses.Head(jnp.asarray(HEAD.T, jnp.float32), jnp.asarray(BIAS, jnp.float32), 0, CAP)
-    hidden = jnp.asarray(HIDDENS, jnp.float32)
+    head = losses.Head(HEAD.T.astype(np.float32), BIAS.astype(np.float32), 0, CAP)
+    hidden = HIDDENS.astype(np.float32)
 
     def loss(head):
         return losses.linear_cross_entropy(hidden, head, LABELS, blocks=BLOCKS).sum()
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(head)
-    want, dense = jax.value_and_grad(
-        lambda head: losses.cross_entropy(head.logits(hidden), LABELS).sum()
+    want, dense = jax.jit(
+        jax.value_and_grad(lambda head: losses.cross_entropy(head.logits(hidden), LABELS).sum())
     )(head)
     np.testing.assert_allclose(value, want, rtol=1e-5)
     assert isinstance(gradient, losses.Head)
@@ -406,20 +410,22 @@ def test_a_head_is_a_tree_whose_gradient_is_a_head():
     assert _relative(gradient.kernel, dense.kernel) < 1e-5
     assert _relative(gradient.bias, dense.bias) < 1e-5
     # Two heads in one: as the members of an ensemble are held.
-    both = jax.tree.map(lambda x: jnp.stack([x, 0.5 * x]), head)
-    together = jax.jit(jax.vmap(loss))(both)
-    np.testing.assert_allclose(together[0], value, rtol=1e-5)
-    np.testing.assert_allclose(together[1], loss(jax.tree.map(lambda x: 0.5 * x, head)), rtol=1e-5)
+    halved = jax.tree.map(lambda x: np.float32(0.5) * x, head)
+    both = jax.tree.map(lambda *x: np.stack(x), head, halved)
+    together = np.asarray(jax.jit(jax.vmap(loss))(both))
+    np.testing.assert_allclose(together, [value, jax.jit(loss)(halved)], rtol=1e-5)
 
 
 def test_an_entry_whose_bias_is_minus_infinity_does_not_exist_under_a_cap():
-    hidden = jnp.asarray(HIDDENS, jnp.float32)
-    head = losses.Head(jnp.asarray(HEAD, jnp.float32), jnp.where(WHERE, 0.0, -jnp.inf), 1, CAP)
+    hidden, bias = HIDDENS.astype(np.float32), np.where(WHERE, np.float32(0), -np.inf)
+    head = losses.Head(HEAD.astype(np.float32), bias, 1, CAP)
     masked = losses.Head(head.kernel, None, 1, CAP)
-    got = losses.linear_cross_entropy(hidden, head, LABELS, blocks=BLOCKS)
-    want = losses.linear_cross_entropy(hidden, masked, LABELS, vocab_where=WHERE, blocks=BLOCKS)
+    got = linear_cross_entropy(hidden, head, LABELS, blocks=BLOCKS)
+    want = linear_cross_entropy(hidden, masked, LABELS, vocab_where=WHERE, blocks=BLOCKS)
     np.testing.assert_allclose(got, want, rtol=1e-6)
-    gradient = jax.grad(lambda h: losses.cross_entropy(h.logits(hidden), LABELS).sum())(head)
+    gradient = jax.jit(jax.grad(lambda h: losses.cross_entropy(h.logits(hidden), LABELS).sum()))(
+        head
+    )
     assert np.isfinite(gradient.kernel).all()
 
 
