@@ -3,12 +3,11 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from logitjax import distillation
+from logitjax import distillation, losses
 from logitjax.distillation import (
     FusionTeacher,
     GraphConfig,
@@ -16,7 +15,8 @@ from logitjax.distillation import (
     graph_fusion_objective,
     graph_on_logits,
 )
-from logitjax.losses import cross_entropy, graph_statistics
+from logitjax.losses import cross_entropy
+from tests._compiled import compiled
 
 CONFIG = GraphFusionConfig(mix=0.3, uld_weight=2.0, gld_weight=0.5, graph=GraphConfig(k=4))
 
@@ -30,11 +30,8 @@ def data():
     return student, labels, teachers, wheres
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def objective(student, labels, teachers, where=None, cross_entropy=None, config=CONFIG):
-    return graph_fusion_objective(
-        student, labels, teachers, where=where, cross_entropy=cross_entropy, config=config
-    )
+objective = compiled(graph_fusion_objective)
+graph_statistics = compiled(losses.graph_statistics)
 
 
 def pack(teachers, wheres, weights=(1.0, 3.0)):
@@ -51,11 +48,14 @@ def top_probabilities(logits):
 
 def test_is_the_weighted_sum_of_its_parts():
     student, labels, teachers, wheres = data()
-    loss, metrics = objective(student, labels, pack(teachers, wheres[1:]), wheres[0])
-    sft = np.asarray(cross_entropy(student, labels))
-    graph = jax.jit(functools.partial(graph_on_logits, config=CONFIG.graph))
+    packed = pack(teachers, wheres[1:])
+    loss, metrics = jax.device_get(
+        objective(student, labels, packed, where=wheres[0], config=CONFIG)
+    )
+    sft = np.asarray(compiled(cross_entropy)(student, labels))
+    graph = functools.partial(compiled(graph_on_logits), config=CONFIG.graph)
     graphs = [
-        graph(student, t, student_where=wheres[0], teacher_where=w)[0]
+        np.asarray(graph(student, t, student_where=wheres[0], teacher_where=w)[0])
         for t, w in zip(teachers, wheres[1:])
     ]
     for b in range(2):
@@ -88,7 +88,7 @@ def test_statistics_and_cross_entropy_stand_in_for_logits():
 
     def from_statistics(x):
         loss, _ = graph_fusion_objective(
-            graph_statistics(x, 5),
+            losses.graph_statistics(x, 5),
             None,
             pack(cached, wheres[1:]),
             where=wheres[0],
@@ -105,11 +105,13 @@ def test_statistics_and_cross_entropy_stand_in_for_logits():
 
 def test_parts_of_weight_zero_are_left_out_and_no_teacher_is_plain_sft():
     student, labels, teachers, wheres = data()
-    loss, metrics = objective(student, labels, [], wheres[0])
+    loss, metrics = objective(student, labels, [], where=wheres[0], config=CONFIG)
     np.testing.assert_allclose(loss, metrics["sft"])
     config = GraphFusionConfig(gld_weight=0.0, uld_top_k=3)
     assert config.k == 3
-    _, metrics = objective(student, labels, pack(teachers, wheres[1:]), wheres[0], config=config)
+    packed = pack(teachers, wheres[1:])
+    _, metrics = objective(student, labels, packed, where=wheres[0], config=config)
+    metrics = jax.device_get(metrics)
     assert "gld/0" not in metrics
     assert (metrics["gld"] == 0).all()
     assert (metrics["uld"] > 0).all()
@@ -161,36 +163,37 @@ def test_bad_inputs_name_the_culprit():
             None,
             [FusionTeacher(outputs=graph_statistics(teachers[0], 2))],
             config=CONFIG,
-            cross_entropy=jnp.zeros((2, 8)),
+            cross_entropy=np.zeros((2, 8), np.float32),
         )
 
 
 def test_aligned_teacher_is_compared_where_both_count():
-    student, teacher = (jax.random.normal(jax.random.key(i), (1, 6, 32)) for i in range(2))
-    where = jnp.array([[True, True, True, True, True, False]])
-    correspond = jnp.array([[True, False, True, True, False, True]])
-    both = np.flatnonzero(np.asarray(where & correspond)[0])
-    labels = jnp.zeros((1, 6), jnp.int32)
+    student, teacher = np.random.default_rng(0).normal(size=(2, 1, 6, 32)).astype(np.float32)
+    where = np.array([[True, True, True, True, True, False]])
+    correspond = np.array([[True, False, True, True, False, True]])
+    both = np.flatnonzero((where & correspond)[0])
+    labels = np.zeros((1, 6), np.int32)
     config = distillation.GraphFusionConfig(mix=1.0)
-    aligned, metrics = distillation.graph_fusion_objective(
+    aligned, metrics = objective(
         student,
         labels,
         [distillation.FusionTeacher(outputs=teacher, where=correspond, aligned=True)],
         where=where,
         config=config,
     )
-    expected, _ = distillation.graph_fusion_objective(
+    expected, _ = objective(
         student[:, both],
         labels[:, both],
         [distillation.FusionTeacher(outputs=teacher[:, both])],
         config=config,
     )
     np.testing.assert_allclose(aligned, expected, rtol=1e-6)
-    assert float(metrics["tokens"][0]) == 5
+    assert np.asarray(metrics["tokens"])[0] == 5
 
 
 def test_aligned_teacher_has_the_students_length():
-    student = jnp.zeros((1, 6, 32))
-    teacher = distillation.FusionTeacher(outputs=jnp.zeros((1, 5, 40)), aligned=True)
+    student, labels = np.zeros((1, 6, 32), np.float32), np.zeros((1, 6), np.int32)
+    outputs = np.zeros((1, 5, 40), np.float32)
+    teacher = distillation.FusionTeacher(outputs=outputs, aligned=True)
     with pytest.raises(ValueError, match=r"teachers\[0\]: aligned outputs"):
-        distillation.graph_fusion_objective(student, jnp.zeros((1, 6), jnp.int32), [teacher])
+        objective(student, labels, [teacher])

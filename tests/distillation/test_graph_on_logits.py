@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from logitjax import losses
 from logitjax.distillation import GraphConfig, graph_on_logits
-from logitjax.losses import GraphStatistics, graph_statistics
+from logitjax.losses import GraphStatistics
+from tests._compiled import compiled, values_and_gradient
 
 CONFIGS = [
     GraphConfig(k=4),
@@ -21,7 +23,20 @@ CONFIGS = [
 ]
 
 
-run = jax.jit(graph_on_logits, static_argnames="config")
+run, graph_statistics = compiled(graph_on_logits), compiled(losses.graph_statistics)
+
+
+def loss_of(config):
+    def loss(s, t, sw, tw, **axes):
+        return graph_on_logits(s, t, config=config, student_where=sw, teacher_where=tw, **axes)[0]
+
+    return loss
+
+
+@functools.cache
+def local(config):
+    """The losses of `data()` and the gradient of their sum: one program for several tests."""
+    return jax.device_get(values_and_gradient(loss_of(config))(*data()))
 
 
 def data():
@@ -75,25 +90,14 @@ def oracle(student, teacher, student_where, teacher_where, config):
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_equals_dense_oracle(config):
-    student, teacher, student_where, teacher_where = data()
-    loss, _ = run(
-        student, teacher, config=config, student_where=student_where, teacher_where=teacher_where
-    )
     expected = [oracle(*row, config) for row in zip(*data())]
-    np.testing.assert_allclose(loss, expected, rtol=2e-4)
+    np.testing.assert_allclose(local(config)[0], expected, rtol=2e-4)
 
 
 @pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[2], CONFIGS[4], CONFIGS[5]], ids=str)
 def test_gradient_equals_finite_differences(config):
     student, teacher, student_where, teacher_where = data()
-
-    def loss(x):
-        value, _ = graph_on_logits(
-            x, teacher, config=config, student_where=student_where, teacher_where=teacher_where
-        )
-        return value.sum()
-
-    gradient = np.asarray(jax.jit(jax.grad(loss))(student))
+    _, gradient = local(config)
     direction = np.random.default_rng(1).normal(size=student.shape)
     step = 1e-6
 
@@ -136,7 +140,7 @@ def test_statistics_of_padded_and_masked_vocabulary():
         config = GraphConfig(k=3)
         return graph_on_logits(x, np.ones((2, 5), np.float32) * np.arange(5), config=config)[0]
 
-    gradient = jax.jit(jax.grad(loss))(np.repeat(logits, 2, 0))
+    gradient = np.asarray(jax.jit(jax.grad(loss))(np.repeat(logits, 2, 0)))
     assert np.isfinite(gradient).all()
     assert (gradient[:, 1] == 0).all()
     assert np.abs(gradient).sum() > 0
@@ -145,7 +149,7 @@ def test_statistics_of_padded_and_masked_vocabulary():
 @pytest.mark.parametrize("offset", [0.0, -7.0, 5000.0])
 def test_moments_survive_an_offset(offset):
     logits = (np.random.default_rng(5).normal(size=(3, 500)) + offset).astype(np.float32)
-    got = jax.jit(graph_statistics, static_argnums=1)(logits, 4)
+    got = graph_statistics(logits, 4)
     exact = logits.astype(np.float64)
     np.testing.assert_allclose(got.mean, exact.mean(-1), rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(got.std, exact.std(-1), rtol=1e-4)
@@ -159,10 +163,11 @@ def test_teacher_gets_no_gradient_and_empty_samples_are_zero():
         return graph_on_logits(s, t, config=CONFIGS[0], student_where=where)[0].sum()
 
     step = jax.jit(jax.value_and_grad(loss, (0, 1)))
-    value, (gradient, teacher_gradient) = step(student, teacher, np.ones((2, 8), bool))
+    whole = step(student, teacher, np.ones((2, 8), bool))
+    value, (gradient, teacher_gradient) = jax.device_get(whole)
     assert value > 0
     assert (teacher_gradient == 0).all()
-    value, (gradient, _) = step(student, teacher, nothing)
+    value, (gradient, _) = jax.device_get(step(student, teacher, nothing))
     assert value == 0
     assert (gradient == 0).all()
 
@@ -183,7 +188,7 @@ def test_many_token_nodes_are_compacted():
     student = 3 * rng.normal(size=(1, 3, 400)).astype(np.float32)
     teacher = 3 * rng.normal(size=(1, 5, 300)).astype(np.float32)
     for config in (CONFIGS[3], CONFIGS[5]):
-        loss, _ = run(student, teacher, config=config)
+        loss = np.asarray(run(student, teacher, config=config)[0])
         ones = (np.ones(3, bool), np.ones(5, bool))
         expected = oracle(student[0], teacher[0], *ones, config)
         np.testing.assert_allclose(loss[0], expected, rtol=2e-4)
@@ -208,11 +213,11 @@ def test_settings_that_see_nothing_are_refused(options, reason):
 def test_bad_inputs_name_the_culprit():
     student, teacher, _, _ = data()
     with pytest.raises(ValueError, match="k=40 keeps the whole vocabulary"):
-        graph_on_logits(student, teacher, config=GraphConfig(k=40))
+        run(student, teacher, config=GraphConfig(k=40))
     with pytest.raises(ValueError, match="k: expected 1 to the vocabulary size 40, got 41"):
-        graph_on_logits(student, teacher, config=GraphConfig(k=41))
+        run(student, teacher, config=GraphConfig(k=41))
     with pytest.raises(ValueError, match="teacher: expected batch shape"):
-        graph_on_logits(
+        run(
             graph_statistics(student, 4),
             graph_statistics(teacher[:1], 4),
             config=GraphConfig(k=4),
@@ -224,6 +229,7 @@ def test_metrics_show_degenerate_settings():
     _, metrics = run(
         student, teacher, config=GraphConfig(k=4, logits="softmax_top_k", certificate=True)
     )
+    metrics = jax.device_get(metrics)
     # Z 1 = 1: the row sum is the summed distribution and carries no co-activation.
     np.testing.assert_allclose(metrics["student_row_sum_min"], 1.0, rtol=1e-5)
     np.testing.assert_allclose(metrics["student_row_sum_max"], 1.0, rtol=1e-5)
@@ -238,48 +244,30 @@ def test_metrics_show_degenerate_settings():
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_sharded_equals_local(config):
     """Positions over 2 devices and the vocabulary over 4, value and gradient."""
-    student, teacher, student_where, teacher_where = data()
     mesh = jax.make_mesh((2, 4), ("seq", "vocab"), axis_types=(AxisType.Auto,) * 2)
-
-    def local(s, t, sw, tw, **axes):
-        return graph_on_logits(s, t, config=config, student_where=sw, teacher_where=tw, **axes)[0]
-
     both, positions = PartitionSpec(None, "seq", "vocab"), PartitionSpec(None, "seq")
     sharded = jax.shard_map(
-        functools.partial(local, axis_name="vocab", sequence_axis_name="seq"),
+        functools.partial(loss_of(config), axis_name="vocab", sequence_axis_name="seq"),
         mesh=mesh,
         in_specs=(both, both, positions, positions),
         out_specs=PartitionSpec(),
     )
-
-    def value_and_grad(f):
-        def total(s, *rest):
-            return f(s, *rest).sum()
-
-        return jax.jit(jax.value_and_grad(total))(student, teacher, student_where, teacher_where)
-
-    value, gradient = value_and_grad(sharded)
-    expected, expected_gradient = value_and_grad(local)
-    np.testing.assert_allclose(value, expected, rtol=1e-4)
+    values, gradient = values_and_gradient(sharded)(*data())
+    expected, expected_gradient = local(config)
+    np.testing.assert_allclose(values, expected, rtol=1e-4)
     np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[4]], ids=str)
 def test_batch_sharded_on_both_kinds_of_mesh(config, kind):
-    student, teacher, student_where, _ = (np.repeat(x, 2, 0) for x in data())
+    inputs = [np.repeat(x, 2, 0) for x in data()]
+    expected, expected_gradient = (np.repeat(x, 2, 0) for x in local(config))
     mesh = jax.make_mesh((4,), ("data",), axis_types=(kind,))
     sharding = NamedSharding(mesh, PartitionSpec("data"))
-
-    def loss(s, t, w):
-        values, metrics = graph_on_logits(s, t, config=config, student_where=w)
-        return values.sum(), (values, metrics)
-
-    step = jax.jit(jax.value_and_grad(loss, has_aux=True))
-    (_, (expected, _)), expected_gradient = step(student, teacher, student_where)
     with jax.set_mesh(mesh):
-        inputs = jax.device_put((student, teacher, student_where), sharding)
-        (_, (values, _)), gradient = step(*inputs)
+        inputs = jax.device_put(inputs, sharding)
+        values, gradient = values_and_gradient(loss_of(config))(*inputs)
     np.testing.assert_allclose(values, expected, rtol=1e-5)
     np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-4, atol=1e-6)
 
@@ -288,7 +276,7 @@ def test_statistics_are_a_pytree():
     student, _, _, _ = data()
     statistics = graph_statistics(student, 4)
     assert isinstance(jax.tree.map(lambda x: x, statistics), GraphStatistics)
-    rows = jax.vmap(lambda s: graph_on_logits(s, s, config=CONFIGS[0])[0])(statistics)
-    np.testing.assert_allclose(rows, 0.0, atol=1e-6)
-    half = graph_on_logits(jnp.asarray(student, jnp.bfloat16), student, config=CONFIGS[0])[0]
+    of_itself = jax.vmap(lambda s: graph_on_logits(s, s, config=CONFIGS[0])[0])
+    np.testing.assert_allclose(jax.jit(of_itself)(statistics), 0.0, atol=1e-6)
+    half, _ = run(student.astype(jnp.bfloat16), student, config=CONFIGS[0])
     assert half.dtype == jnp.float32

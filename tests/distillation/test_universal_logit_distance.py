@@ -4,14 +4,16 @@ import hypothesis
 import hypothesis.extra.numpy
 import hypothesis.strategies as st
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from logitjax.distillation import universal_logit_distance
-from logitjax.ops import TopK
+from logitjax import distillation, ops
+from tests._compiled import compiled
+
+universal_logit_distance = compiled(distillation.universal_logit_distance)
+top_k_of = compiled(ops.TopK.of)
 
 
 def pair(shape=(2, 3), student_vocab=17, teacher_vocab=23):
@@ -32,7 +34,7 @@ def oracle(student, teacher, top_k=None):
 
 
 def test_by_hand():
-    student, teacher = jnp.log(jnp.array([0.1, 0.9])), jnp.log(jnp.array([0.5, 0.2, 0.3]))
+    student, teacher = np.log(np.float32([0.1, 0.9])), np.log(np.float32([0.5, 0.2, 0.3]))
     full = universal_logit_distance(student, teacher, top_k=None)
     np.testing.assert_allclose(full, 0.4 + 0.2 + 0.2, rtol=1e-6)
     top = universal_logit_distance(student, teacher, top_k=1)
@@ -56,13 +58,13 @@ def test_temperature_and_axis():
 
 def test_cached_teacher_equals_full_logits():
     student, teacher = pair()
-    cached = TopK.of(teacher, 6)
+    cached = top_k_of(teacher, 6)
     expected = universal_logit_distance(student, teacher, top_k=4)
     result = universal_logit_distance(student, cached, top_k=4)
     np.testing.assert_allclose(result, expected, rtol=1e-6)
 
     def both(student):
-        return universal_logit_distance(TopK.of(student, 4), cached, top_k=4).sum()
+        return universal_logit_distance(top_k_of(student, 4), cached, top_k=4).sum()
 
     def dense(student):
         return universal_logit_distance(student, teacher, top_k=4).sum()
@@ -89,9 +91,7 @@ def test_padded_vocabulary_counts_for_nothing(top_k):
     np.testing.assert_allclose(masked, expected, rtol=1e-5)
 
 
-@functools.partial(jax.jit, static_argnames="top_k")
-def distance(student, teacher, top_k=None):
-    return universal_logit_distance(student, teacher, top_k=top_k)
+distance = functools.partial(universal_logit_distance, top_k=None)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -137,13 +137,15 @@ def test_errors_name_the_culprit():
         universal_logit_distance(student, teacher, top_k=24)
     with pytest.raises(ValueError, match="top_k: expected a positive number or None, got 0"):
         universal_logit_distance(student, teacher, top_k=0)
-    cached = TopK.of(teacher, 6)
+    cached = top_k_of(teacher, 6)
     with pytest.raises(ValueError, match="teacher holds 6 entries, fewer than top_k=10"):
         universal_logit_distance(student, cached)
     with pytest.raises(ValueError, match="top_k=None compares all ranks, but teacher is a TopK"):
         universal_logit_distance(student, cached, top_k=None)
     with pytest.raises(ValueError, match="teacher_vocab_where applies to logits"):
-        universal_logit_distance(student, cached, top_k=4, teacher_vocab_where=np.ones(23, bool))
+        distillation.universal_logit_distance(
+            student, cached, top_k=4, teacher_vocab_where=np.ones(23, bool)
+        )
     with pytest.raises(ValueError, match=r"batch axes of student, \(2, 3\), got \(2, 2\)"):
         universal_logit_distance(student, teacher[:, :2], top_k=4)
 

@@ -37,7 +37,9 @@ def log_softmax(x):
 
 @functools.cache
 def fuse(**options):
-    return jax.jit(DynamicFusion(**options))
+    """A strategy as one program that gives numpy's arrays."""
+    run = jax.jit(DynamicFusion(**options))
+    return lambda *logits, **more: jax.device_get(run(*logits, **more))
 
 
 def naive(large, expert, base, alphas):
@@ -66,8 +68,8 @@ def naive_objective(large, expert, base, alphas):
 def test_grid_is_the_papers():
     values = np.linspace(0, 2, 21)
     with jax.enable_x64(True):
-        args = [jnp.asarray(x, jnp.float64) for x in (LARGE, EXPERT, BASE)]
-        fused, info = jax.jit(DynamicFusion(method="grid"))(*args)
+        args = [x.astype(np.float64) for x in (LARGE, EXPERT, BASE)]
+        fused, info = jax.device_get(jax.jit(DynamicFusion(method="grid"))(*args))
     objective = naive_objective(LARGE, EXPERT, BASE, values)
     expected = values[objective.argmin(0)]
     np.testing.assert_array_equal(info["alpha"][0], expected)
@@ -80,10 +82,10 @@ def test_grid_is_the_papers():
 
 def test_closed_forms_equal_autodiff():
     with jax.enable_x64(True):
-        args = [jnp.asarray(x, jnp.float64) for x in (LARGE, EXPERT, BASE)]
-        alpha = jnp.asarray(np.random.default_rng(1).uniform(0.05, 1.9, BATCH))
-        p, q, r = (jax.nn.log_softmax(x) for x in args)
-        f, b = (jnp.exp(q) * (q - r)).sum(-1), (jnp.exp(r) * (r - q)).sum(-1)
+        args = [x.astype(np.float64) for x in (LARGE, EXPERT, BASE)]
+        alpha = np.random.default_rng(1).uniform(0.05, 1.9, BATCH)
+        p, q, r = (log_softmax(x) for x in args)
+        f, b = (np.exp(q) * (q - r)).sum(-1), (np.exp(r) * (r - q)).sum(-1)
 
         def direct(name, alpha, p, d, f, b):
             x = jax.nn.log_softmax(p + alpha * d)
@@ -94,16 +96,18 @@ def test_closed_forms_equal_autodiff():
         def derivatives(name):
             function = functools.partial(direct, name)
             stages = [function, jax.grad(function), jax.grad(jax.grad(function))]
-            return [jax.jit(jax.vmap(stage))(alpha, p, q - r, f, b) for stage in stages]
+            return lambda *args: [jax.vmap(stage)(*args) for stage in stages]
 
-        at = jax.jit(fusion_divergences)(*args, alpha)
+        at = jax.device_get(jax.jit(fusion_divergences)(*args, alpha))
         fields = {
             "forward": (at.forward, at.forward_slope, at.forward_curvature),
             "reverse": (at.reverse, at.reverse_slope, at.reverse_curvature),
             "objective": (at.objective, at.slope, at.curvature),
         }
+        run = jax.jit(lambda *args: {name: derivatives(name)(*args) for name in fields})
+        expected = jax.device_get(run(alpha, p, q - r, f, b))
         for name, found in fields.items():
-            for value, wanted in zip(found, derivatives(name), strict=True):
+            for value, wanted in zip(found, expected[name], strict=True):
                 scale = np.maximum(np.abs(wanted), 1)
                 assert (np.abs(value - wanted) / scale).max() < 1e-8, name
         np.testing.assert_allclose(at.target_forward, f, atol=1e-12)
@@ -202,9 +206,8 @@ def test_padding_never_makes_nan(method):
     np.testing.assert_allclose(info["alpha"], wanted["alpha"], atol=1e-3)
     np.testing.assert_allclose(fused[:, :VOCAB], alone, atol=1e-2)
     where = np.arange(VOCAB + 16) < VOCAB
-    masked = jax.jit(functools.partial(DynamicFusion(method=method), vocab_where=where))(
-        *[np.pad(x, ((0, 0), (0, 16)), constant_values=50.0) for x in (LARGE, EXPERT, BASE)]
-    )
+    garbage = [np.pad(x, ((0, 0), (0, 16)), constant_values=50.0) for x in (LARGE, EXPERT, BASE)]
+    masked = fuse(method=method)(*garbage, vocab_where=where)
     np.testing.assert_allclose(masked[0][:, :VOCAB], alone, atol=1e-2)
     nothing = [np.full_like(x, -np.inf) for x in padded]
     fused, info = fuse(method=method)(*nothing)
@@ -217,22 +220,22 @@ def test_gradient_takes_alpha_as_given():
         return jax.nn.log_softmax(fused)[:, 0].sum()
 
     info = fuse()(LARGE, EXPERT, BASE)[1]
-    by_large, by_expert = jax.jit(jax.grad(loss, (0, 1)))(LARGE, EXPERT)
+    by_large, by_expert = jax.device_get(jax.jit(jax.grad(loss, (0, 1)))(LARGE, EXPERT))
     np.testing.assert_allclose(by_expert, info["alpha"][0][:, None] * by_large, rtol=1e-4)
 
 
 def test_vmap_and_leading_axes_equal_rows_one_by_one():
     strategy = DynamicFusion()
     together = fuse()(LARGE, EXPERT, BASE)
-    shaped = jax.jit(strategy)(*[x.reshape(4, 6, VOCAB) for x in (LARGE, EXPERT, BASE)])
-    mapped = jax.jit(jax.vmap(strategy))(LARGE, EXPERT, BASE)
+    shaped = fuse()(*[x.reshape(4, 6, VOCAB) for x in (LARGE, EXPERT, BASE)])
+    mapped = jax.device_get(jax.jit(jax.vmap(strategy))(LARGE, EXPERT, BASE))
     np.testing.assert_allclose(shaped[0].reshape(BATCH, VOCAB), together[0], atol=1e-3)
     np.testing.assert_allclose(mapped[0], together[0], atol=1e-3)
     np.testing.assert_allclose(mapped[1]["alpha"][:, 0], together[1]["alpha"][0], atol=1e-3)
 
 
 def test_bfloat16_comes_out_as_float32():
-    fused, _ = fuse()(*[jnp.asarray(x, jnp.bfloat16) for x in (LARGE, EXPERT, BASE)])
+    fused, _ = fuse()(*[x.astype(jnp.bfloat16) for x in (LARGE, EXPERT, BASE)])
     assert fused.dtype == jnp.float32
 
 
