@@ -91,7 +91,7 @@ def _steps(
     mesh = training.make_mesh("data:1", devices=jax.devices()[:1])
     batch = training.BatchLayout(mesh).place(_batch(model, rows, length))
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    assistant = unlearning.init_assistant(model, layers, key=jax.random.key(0))
+    assistant = unlearning.Assistant.init(model, layers, key=jax.random.key(0))
     silent, base = unlearning.make_assistant_loss(assistant.base)
     npo_kl = unlearning.make_unlearning_loss(unlearning.UNLEARNING_METHODS["npo_kl"], model)
     calls: dict[str, Callable[[], Any]] = {}
@@ -138,7 +138,7 @@ def _decode(
     model: models.Decoder, layers: int, batch: int, new: int, repeats: int
 ) -> dict[str, Any]:
     """Seconds of ``new`` tokens, and how they compare with what layer counts predict."""
-    assistant = unlearning.init_assistant(model, layers, key=jax.random.key(0))
+    assistant = unlearning.Assistant.init(model, layers, key=jax.random.key(0))
     fuse = fusion.LogitDifference()
     apart = models.merge_lora(assistant.base, assistant.lora)
     line_ups: Mapping[str, Any] = {

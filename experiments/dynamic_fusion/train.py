@@ -141,7 +141,9 @@ class Lineup:
         tokens = config.validation_tokens if split == "validation" else config.test_tokens
         key = digest(text.fingerprint, tokens, config.batch_size, length=12)
         directory = variant.directory / f"{name}-{split}-{key}"
-        if not processes.broadcast_from_first(lambda: storage.has_manifest(directory)):
+        if not processes.broadcast_from_first(
+            lambda: storage.Manifest(directory, "hidden states").exists()
+        ):
             model, rows = variant.model, text.scored(split, config.batch_size)
             options: Any = dict(max_tokens=tokens, source=text.fingerprint)
             processes.run_on_first(

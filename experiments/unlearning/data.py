@@ -11,7 +11,7 @@ from logitjax import unlearning
 from logitjax.data import TokenizerLike
 from logitjax.evaluation import PromptTemplate, encode_answer
 from logitjax.storage import digest
-from logitjax.unlearning import TofuItem
+from logitjax.unlearning import tofu
 
 Rows = dict[str, np.ndarray]
 
@@ -32,20 +32,20 @@ class Scene:
       forget: what has to go.
       forget_more: `forget` and its paraphrases: what an assistant learns.
       retain_more: data to keep and wrong answers: what it is silent about.
-      test: sets for `logitjax.unlearning.evaluate_tofu`.
+      test: sets for `logitjax.unlearning.tofu.evaluate`.
       validation: the same facts asked in other words and other items to keep, to choose epochs on.
       probes: sets `forget_taught` (what is taught again), `forget_others` (what is not) and
         `forget_reworded` (all of it, asked in other words).
     """
 
-    full: tuple[TofuItem, ...]
-    retain: tuple[TofuItem, ...]
-    forget: tuple[TofuItem, ...]
-    forget_more: tuple[TofuItem, ...]
-    retain_more: tuple[TofuItem, ...]
-    test: Mapping[str, tuple[TofuItem, ...]]
-    validation: Mapping[str, tuple[TofuItem, ...]]
-    probes: Mapping[str, tuple[TofuItem, ...]]
+    full: tuple[tofu.Item, ...]
+    retain: tuple[tofu.Item, ...]
+    forget: tuple[tofu.Item, ...]
+    forget_more: tuple[tofu.Item, ...]
+    retain_more: tuple[tofu.Item, ...]
+    test: Mapping[str, tuple[tofu.Item, ...]]
+    validation: Mapping[str, tuple[tofu.Item, ...]]
+    probes: Mapping[str, tuple[tofu.Item, ...]]
 
     @property
     def taught(self) -> str:
@@ -58,7 +58,7 @@ class Scene:
         return _named(self.forget, self.forget_more, self.retain_more)
 
 
-def _named(*sides: Sequence[TofuItem]) -> str:
+def _named(*sides: Sequence[tofu.Item]) -> str:
     return digest([[(i.question, i.answer) for i in side] for side in sides], length=12)
 
 
@@ -70,14 +70,14 @@ def load_scene(config: Config) -> Scene:
         if config.authors == 200:
             subset = _whole(config)
         else:
-            subset = unlearning.tofu_subset(
+            subset = unlearning.tofu.subset(
                 config.tofu_dir, authors=config.authors, forget=config.forget_authors
             )
         augmented, wrong = _augmentations(config, len(subset.forget))
         world = {}
         if config.utility == "tofu":
             world = {
-                name: unlearning.load_tofu(config.tofu_dir, f"{name}_perturbed")
+                name: unlearning.tofu.load(config.tofu_dir, f"{name}_perturbed")
                 for name in ("real_authors", "world_facts")
             }
     forget, retain = subset.forget, subset.retain
@@ -119,7 +119,7 @@ def load_scene(config: Config) -> Scene:
     )
 
 
-def _whole(config: Config) -> unlearning.TofuSubset:
+def _whole(config: Config) -> unlearning.tofu.Subset:
     """All 200 authors, split as published."""
     names = {2: "01", 10: "05", 20: "10"}
     if config.forget_authors not in names:
@@ -129,10 +129,10 @@ def _whole(config: Config) -> unlearning.TofuSubset:
         )
     name = names[config.forget_authors]
 
-    def load(split: str) -> tuple[TofuItem, ...]:
-        return unlearning.load_tofu(config.tofu_dir, split)
+    def load(split: str) -> tuple[tofu.Item, ...]:
+        return unlearning.tofu.load(config.tofu_dir, split)
 
-    return unlearning.TofuSubset(
+    return unlearning.tofu.Subset(
         full=load("full"),
         retain=load(f"retain{100 - int(name):02d}"),
         forget=load(f"forget{name}"),
@@ -142,20 +142,20 @@ def _whole(config: Config) -> unlearning.TofuSubset:
     )
 
 
-def _reworded(items: Sequence[TofuItem]) -> tuple[TofuItem, ...]:
+def _reworded(items: Sequence[tofu.Item]) -> tuple[tofu.Item, ...]:
     return tuple(
         dataclasses.replace(item, question=item.paraphrased_question or item.question)
         for item in items
     )
 
 
-def _spread(items: Sequence[TofuItem], count: int) -> tuple[TofuItem, ...]:
+def _spread(items: Sequence[tofu.Item], count: int) -> tuple[tofu.Item, ...]:
     """So many of the items, from all authors alike."""
     places = np.linspace(0, len(items) - 1, min(count, len(items))).astype(int)
     return tuple(items[place] for place in places)
 
 
-def _fewer_wrong(items: Sequence[TofuItem], count: int) -> tuple[TofuItem, ...]:
+def _fewer_wrong(items: Sequence[tofu.Item], count: int) -> tuple[tofu.Item, ...]:
     if not count:
         return tuple(items)
     return tuple(
@@ -166,7 +166,7 @@ def _fewer_wrong(items: Sequence[TofuItem], count: int) -> tuple[TofuItem, ...]:
 
 def _augmentations(
     config: Config, forgotten: int
-) -> tuple[tuple[TofuItem, ...], tuple[TofuItem, ...]]:
+) -> tuple[tuple[tofu.Item, ...], tuple[tofu.Item, ...]]:
     """Paraphrases (two a question) and wrong answers (two a question) of the forget set."""
     if not config.augment:
         logging.warning("no paraphrases and no wrong answers: the assistant learns the bare data")
@@ -174,14 +174,14 @@ def _augmentations(
     source = config.augmentation_dir or config.tofu_dir
     # The release has a file for each of TOFU's forget sets; the largest ends with the others.
     known = [name for name, size in (("01", 40), ("05", 200), ("10", 400)) if size >= forgotten]
-    rows = unlearning.load_tofu(source, f"forget{known[0]}_paraphrased")[-forgotten:]
-    wrong = unlearning.load_tofu(source, "forget_perturbed_answers")[-forgotten:]
+    rows = unlearning.tofu.load(source, f"forget{known[0]}_paraphrased")[-forgotten:]
+    wrong = unlearning.tofu.load(source, "forget_perturbed_answers")[-forgotten:]
     return augment(rows, wrong, config.paraphrases, config.wrong_added)
 
 
 def augment(
-    paraphrased: Sequence[TofuItem], wrong: Sequence[TofuItem], paraphrases: int, wrong_added: int
-) -> tuple[tuple[TofuItem, ...], tuple[TofuItem, ...]]:
+    paraphrased: Sequence[tofu.Item], wrong: Sequence[tofu.Item], paraphrases: int, wrong_added: int
+) -> tuple[tuple[tofu.Item, ...], tuple[tofu.Item, ...]]:
     """So many distinct paraphrases of each question with one of its answer each; wrong answers.
 
     The release pairs all questions with all answers, as sets, and takes the first two: both have
@@ -195,15 +195,15 @@ def augment(
         for n in range(min(paraphrases, pairs)):
             question = questions[n % len(questions)] if questions else item.question
             answer = answers[n % len(answers)] if answers else item.answer
-            added.append(TofuItem(question=question, answer=answer))
+            added.append(tofu.Item(question=question, answer=answer))
     for item in wrong:
         answers = [a for a in dict.fromkeys(item.perturbed_answers) if a != item.answer]
-        false += [TofuItem(question=item.question, answer=a) for a in answers[:wrong_added]]
+        false += [tofu.Item(question=item.question, answer=a) for a in answers[:wrong_added]]
     return tuple(added), tuple(false)
 
 
 def encode(
-    items: Sequence[TofuItem], tokenizer: TokenizerLike, template: PromptTemplate, length: int
+    items: Sequence[tofu.Item], tokenizer: TokenizerLike, template: PromptTemplate, length: int
 ) -> Rows:
     """Rows of one length, padded at the end, `mask` at the tokens of the answers."""
     pad = next((i for i in (tokenizer.pad_id, tokenizer.eos_id) if i is not None), 0)
@@ -218,7 +218,7 @@ def encode(
 
 
 def packed(
-    items: Sequence[TofuItem],
+    items: Sequence[tofu.Item],
     tokenizer: TokenizerLike,
     template: PromptTemplate,
     length: int,
@@ -283,10 +283,10 @@ def _order(count: int, seed: int, salt: int, epoch: int) -> np.ndarray:
 def _toy(
     authors: int, forgotten: int
 ) -> tuple[
-    unlearning.TofuSubset,
-    tuple[TofuItem, ...],
-    tuple[TofuItem, ...],
-    Mapping[str, tuple[TofuItem, ...]],
+    unlearning.tofu.Subset,
+    tuple[tofu.Item, ...],
+    tuple[tofu.Item, ...],
+    Mapping[str, tuple[tofu.Item, ...]],
 ]:
     """Made-up authors with four short facts each, for a run of seconds."""
     names = ["Ada", "Bo", "Cy", "Di", "Ed", "Flo", "Gus", "Hal"]
@@ -294,12 +294,12 @@ def _toy(
     if not forgotten < authors <= len(names):
         raise ValueError(f"authors: the toy has at most {len(names)}, and forgets fewer")
 
-    def items() -> Iterator[TofuItem]:
+    def items() -> Iterator[tofu.Item]:
         for a in range(authors):
             for n, (what, options) in enumerate(values.items()):
                 right = options[(a * (n + 1)) % len(options)]
                 wrong = tuple(f"{o}." for o in options if o != right)
-                yield TofuItem(
+                yield tofu.Item(
                     question=f"{what} of {names[a]}?",
                     answer=f"{right}.",
                     paraphrased_question=f"{names[a]}'s {what}?",
@@ -313,7 +313,7 @@ def _toy(
 
     full = tuple(items())
     cut = len(full) - forgotten * len(values)
-    subset = unlearning.TofuSubset(
+    subset = unlearning.tofu.Subset(
         full=full,
         retain=full[:cut],
         forget=full[cut:],

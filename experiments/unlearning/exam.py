@@ -22,7 +22,7 @@ class Exam:
 
     def __init__(self, config: Config, models: Models):
         self.config, self.models, self.scene = config, models, models.scene
-        self._asked: dict[tuple[str, str], unlearning.TofuEvaluation] = {}
+        self._asked: dict[tuple[str, str], unlearning.tofu.Evaluation] = {}
 
     def ask(
         self,
@@ -33,7 +33,7 @@ class Exam:
         generates: bool = False,
         logs: epath.Path | None = None,
         mark: str | None = None,
-    ) -> unlearning.TofuEvaluation:
+    ) -> unlearning.tofu.Evaluation:
         """TOFU's questions to a model, or to a model and its assistant."""
         config = self.config
         generate: Any = None
@@ -52,7 +52,7 @@ class Exam:
 
             generate = answer
 
-        return unlearning.evaluate_tofu(
+        return unlearning.tofu.evaluate(
             deployed.nll,
             generate,
             self.models.tokenizer,
@@ -61,14 +61,14 @@ class Exam:
             reference_logs=reference,
             workdir=logs,
             model_fingerprint=mark,
-            options=unlearning.TofuOptions(
+            options=unlearning.tofu.Options(
                 batch_size=config.eval_batch,
                 max_length=config.max_length,
                 max_new_tokens=config.new_tokens,
             ),
         )
 
-    def utility(self, found: unlearning.TofuEvaluation) -> float:
+    def utility(self, found: unlearning.tofu.Evaluation) -> float:
         """TOFU's harmonic mean of nine numbers, or of those of the data to keep alone."""
         if self.config.utility == "tofu" and found.model_utility is not None:
             return found.model_utility
@@ -76,15 +76,15 @@ class Exam:
         parts = [scores.probability, scores.rouge_l, scores.truth_ratio]
         return statistics.harmonic_mean([part for part in parts if part is not None])
 
-    def reference(self, kind: str) -> unlearning.TofuEvaluation:
+    def reference(self, kind: str) -> unlearning.tofu.Evaluation:
         """What the retrained model says to the `test` or `validation` questions."""
         return self._own("retrained", kind, None)
 
-    def target_on(self, kind: str) -> unlearning.TofuEvaluation:
+    def target_on(self, kind: str) -> unlearning.tofu.Evaluation:
         """What the target says to the `test` or `validation` questions."""
         return self._own("target", kind, self.reference(kind))
 
-    def _own(self, name: str, kind: str, reference: Any) -> unlearning.TofuEvaluation:
+    def _own(self, name: str, kind: str, reference: Any) -> unlearning.tofu.Evaluation:
         if (name, kind) not in self._asked:
             models = self.models
             self._asked[name, kind] = self.ask(

@@ -33,7 +33,7 @@ def programs(config: Config, mesh: Any) -> Iterator[Program]:
     def adapters(params: Any) -> Any:
         model = nnx.merge(graphdef, params, rest)
         options: Any = dict(rank=config.rank, alpha=float(config.rank), key=jax.random.key(0))
-        return unlearning.init_assistant(model, config.assistant_layers, **options).lora
+        return unlearning.Assistant.init(model, config.assistant_layers, **options).lora
 
     base = models.first_layers(target, config.assistant_layers)
     loss_fn, constants = unlearning.make_assistant_loss(base, retain_weight=config.betas[0])

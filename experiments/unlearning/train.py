@@ -171,7 +171,7 @@ class Models:
     ) -> tuple[unlearning.Assistant, Trained]:
         """An assistant of the target, of the epoch that validation chose."""
         config, target = self.config, self.target
-        fresh = unlearning.init_assistant(
+        fresh = unlearning.Assistant.init(
             target,
             config.assistant_layers,
             rank=difference.rank,

@@ -22,13 +22,7 @@ from logitjax.data._documents import (
 from logitjax.data._examples import Example, Examples
 from logitjax.data._packed import KIND, PackedDataset, encode_row
 from logitjax.data._tokenizer import TokenizerLike
-from logitjax.storage import (
-    ShardWriter,
-    check_manifest,
-    digest,
-    has_manifest,
-    write_manifest,
-)
+from logitjax.storage import Manifest, ShardWriter, digest
 
 EncodeChat = Callable[[Any, Any], tuple[Sequence[int], Sequence[bool]]]
 
@@ -125,8 +119,8 @@ def pack(
         "on_long": on_long,
     }
     root = epath.Path(directory).expanduser()
-    if has_manifest(root):
-        check_manifest(root, KIND, made_from)
+    if Manifest(root, KIND).exists():
+        Manifest(root, KIND).check(made_from)
         return PackedDataset(root)
 
     statistics: dict[str, int] = {"documents": 0, "pieces": 0, "too_long": 0}
@@ -155,7 +149,7 @@ def pack(
         "statistics": statistics | {"rows": rows, "tokens": tokens},
     }
     # The manifest comes last: without it the shards do not count.
-    write_manifest(root, KIND, made_from, contents)
+    Manifest(root, KIND).write(made_from, contents)
     logging.info("packed %s into %s: %s", examples.source, root, contents["statistics"])
     return PackedDataset(root)
 

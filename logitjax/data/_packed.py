@@ -11,7 +11,7 @@ from etils import epath
 from jaxtyping import Bool, Int, Int32, Int64
 
 from logitjax.data._order import global_indices, process_rows
-from logitjax.storage import ShardReader, read_manifest
+from logitjax.storage import Manifest, ShardReader
 
 KIND = "packed dataset"
 _PREFETCH = 2
@@ -87,7 +87,7 @@ class PackedDataset:
 
     def __init__(self, directory: str | os.PathLike[str]):
         self.directory = epath.Path(directory).expanduser()
-        self.manifest = read_manifest(self.directory, KIND)
+        self.manifest = Manifest(self.directory, KIND).read()
         self.fingerprint: str = self.manifest["fingerprint"]
         self.seq_len: int = self.manifest["seq_len"]
         self.names: tuple[str, ...] = tuple(self.manifest["tokenizers"])

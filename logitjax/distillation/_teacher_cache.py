@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Int
 
-from logitjax.storage import ArrayCodec, RowCache, read_manifest
+from logitjax.storage import ArrayCodec, Manifest, RowCache
 
 _MOMENTS = ("log_z", "mean", "std")
 _KIND = "teacher cache"
@@ -142,7 +142,7 @@ class TeacherCache(RowCache):
 
     def __init__(self, directory: str | os.PathLike[str], identity: TeacherIdentity | None = None):
         if identity is None:
-            identity = TeacherIdentity(**read_manifest(directory, _KIND)["made_from"])
+            identity = TeacherIdentity(**Manifest(directory, _KIND).read()["made_from"])
         self.identity = identity
         codec = _Codec(identity)
         self._entries = codec.entries

@@ -15,7 +15,7 @@ from flax import nnx
 from logitjax import data, leakage, losses, models, processes
 from logitjax.distillation._student import hidden_states
 from logitjax.distillation._teacher_cache import TeacherCache, TeacherIdentity
-from logitjax.storage import has_manifest
+from logitjax.storage import Manifest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -175,7 +175,7 @@ def cache_teacher(
             "k": k,
             "tail_samples": tail_samples,
         }
-        complete = has_manifest(path)
+        complete = Manifest(path, _KIND).exists()
         if complete:
             cache = TeacherCache(path)
             cache.check(**expected)

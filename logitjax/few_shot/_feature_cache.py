@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from logitjax.storage import ArrayCodec, RowCache, read_manifest
+from logitjax.storage import ArrayCodec, Manifest, RowCache
 
 _KIND = "feature cache"
 _NAMES_OF = {
@@ -152,7 +152,7 @@ class FeatureCache(RowCache):
     def __init__(self, directory: str | os.PathLike[str], identity: FeatureIdentity | None = None):
         made_from = None if identity is None else dataclasses.asdict(identity)
         if identity is None:
-            identity = _identity(read_manifest(directory, _KIND)["made_from"])
+            identity = _identity(Manifest(directory, _KIND).read()["made_from"])
         super().__init__(
             directory, _Codec(identity), made_from=made_from, kind=_KIND, names_of=_NAMES_OF
         )

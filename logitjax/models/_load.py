@@ -19,7 +19,8 @@ from logitjax.models._gguf_config import gguf_config, is_rope_tensor
 from logitjax.models._hf_config import config_from_hf
 from logitjax.models._tiny import tiny_config, tiny_decoder, tiny_seed
 from logitjax.models._weight_map import Path, TensorSpec, gguf_tensors, hf_tensors
-from logitjax.storage import SafetensorsSource, hub_snapshot, package_file, read_json
+from logitjax.storage import hub_snapshot, package_file, read_json
+from logitjax.storage.weights import SafetensorsSource
 
 # Buffers that old checkpoints carry and nothing reads.
 _IGNORED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")

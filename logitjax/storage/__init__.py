@@ -10,23 +10,18 @@ Keep something of your own that is expensive and belongs to rows: say how a row 
     cache.read([3, 1])["embedding"]
 
 A cache that was made for something else is refused, and the error says what differs. What is not
-made of rows has a manifest (`write_manifest`, `check_manifest`) and the same rule.
+made of rows has a `Manifest` and the same rule. `storage.weights` reads what others trained.
 """
 
+from logitjax.storage import weights as weights
 from logitjax.storage._digest import digest as digest
 from logitjax.storage._files import read_json as read_json
 from logitjax.storage._files import write_atomic as write_atomic
 from logitjax.storage._hub import hub_snapshot as hub_snapshot
-from logitjax.storage._manifest import check_manifest as check_manifest
-from logitjax.storage._manifest import has_manifest as has_manifest
-from logitjax.storage._manifest import read_manifest as read_manifest
-from logitjax.storage._manifest import write_manifest as write_manifest
-from logitjax.storage._numpy_pickle import read_numpy_pickle as read_numpy_pickle
+from logitjax.storage._manifest import Manifest as Manifest
 from logitjax.storage._packages import package_file as package_file
 from logitjax.storage._require import require as require
 from logitjax.storage._rows import ArrayCodec as ArrayCodec
 from logitjax.storage._rows import RowCache as RowCache
-from logitjax.storage._safetensors import SafetensorsSource as SafetensorsSource
 from logitjax.storage._shards import ShardReader as ShardReader
 from logitjax.storage._shards import ShardWriter as ShardWriter
-from logitjax.storage._torch_checkpoint import read_state_dict as read_state_dict

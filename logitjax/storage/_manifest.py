@@ -4,6 +4,7 @@ What was made for something else is refused, never read and never silently made 
 names every part that differs, and a person decides what to remove.
 """
 
+import dataclasses
 import json
 import reprlib
 from collections.abc import Mapping
@@ -20,106 +21,109 @@ _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 100
 
 
-def has_manifest(directory: epath.PathLike) -> bool:
-    """Whether something has been made, or begun, in a directory."""
-    return (epath.Path(directory).expanduser() / _NAME).exists()
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a directory holds, and what that was made from.
 
-
-def write_manifest(
-    directory: epath.PathLike,
-    kind: str,
-    made_from: Mapping[str, Any],
-    contents: Mapping[str, Any] | None = None,
-) -> None:
-    """Records what a directory holds and what it was made from.
-
-    Args:
-        directory: The directory; made if needed.
+    Attributes:
+        directory: The directory.
         kind: What it holds, such as `teacher cache`.
-        made_from: Everything that decides the content: JSON values by name.
-        contents: What else readers need, such as the files' names and sizes. Written last, the
-            manifest also says that these are complete.
 
     >>> import tempfile
-    >>> directory = tempfile.mkdtemp()
-    >>> write_manifest(directory, "table", {"data": "a", "k": 4})
-    >>> read_manifest(directory, "table")["made_from"]
+    >>> manifest = Manifest(tempfile.mkdtemp(), "table")
+    >>> manifest.write({"data": "a", "k": 4})
+    >>> manifest.read()["made_from"]
     {'data': 'a', 'k': 4}
-    >>> check_manifest(directory, "table", {"data": "b", "k": 5})
+    >>> manifest.check({"data": "b", "k": 5})
     Traceback (most recent call last):
     ValueError: table ... does not fit: its data is 'a', not 'b'; its k is 4, not 5 ...
     """
-    record = {"kind": kind, "format": _FORMAT, "made_from": dict(made_from), **(contents or {})}
-    write_atomic(epath.Path(directory).expanduser() / _NAME, json.dumps(record, indent=1).encode())
 
+    directory: epath.PathLike
+    kind: str
 
-def read_manifest(directory: epath.PathLike, kind: str) -> dict[str, Any]:
-    """What `write_manifest` wrote: `made_from` and the contents, by name.
+    @property
+    def path(self) -> epath.Path:
+        """The manifest's file."""
+        return epath.Path(self.directory).expanduser() / _NAME
 
-    Args:
-        directory: The directory.
-        kind: What it must hold.
+    def exists(self) -> bool:
+        """Whether something has been made, or begun, in the directory; of whatever kind."""
+        return self.path.exists()
 
-    Raises:
-        FileNotFoundError: The directory has no manifest.
-        ValueError: It holds something else, or the manifest is damaged.
-    """
-    root = epath.Path(directory).expanduser()
-    path = root / _NAME
-    if not path.exists():
-        raise FileNotFoundError(f"no {kind} in {root} (it has no {_NAME})")
-    try:
-        record = json.loads(path.read_text())
-        held, version = record.pop("kind"), record.pop("format")
-        dict(record["made_from"])
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(
-            f"{path} is damaged ({type(error).__name__}: {error}); delete {root} and let it be "
-            "made again"
-        ) from None
-    if held != kind:
-        raise ValueError(f"{root}: expected a {kind}, got a {held}")
-    if version != _FORMAT:
-        raise ValueError(f"{path}: expected format {_FORMAT}, got {version}; make it again")
-    return record
+    def write(
+        self, made_from: Mapping[str, Any], contents: Mapping[str, Any] | None = None
+    ) -> None:
+        """Records what the directory holds; makes it if needed.
 
+        Args:
+            made_from: Everything that decides the content: JSON values by name.
+            contents: What else readers need, such as the files' names and sizes. Written last, the
+                manifest also says that these are complete.
+        """
+        record = {"kind": self.kind, "format": _FORMAT, "made_from": dict(made_from)}
+        write_atomic(self.path, json.dumps(record | dict(contents or {}), indent=1).encode())
 
-def check_manifest(
-    directory: epath.PathLike,
-    kind: str,
-    expected: Mapping[str, Any],
-    *,
-    at_least: tuple[str, ...] = (),
-    names_of: Mapping[str, str] | None = None,
-) -> dict[str, Any]:
-    """`read_manifest`, refused unless the directory was made from what is expected.
+    def read(self) -> dict[str, Any]:
+        """What `write` wrote: `made_from` and the contents, by name.
 
-    Args:
-        directory: The directory.
-        kind: What it must hold.
-        expected: What it must have been made from; parts that are left out may be anything.
-        at_least: Parts that may also be larger.
-        names_of: Parts that only name what another part is the digest of: `{name: digest}`. They
-            may differ where the digest is the same, as a file that was moved is still the same.
+        Raises:
+            FileNotFoundError: The directory has no manifest.
+            ValueError: It holds something else, or the manifest is damaged.
+        """
+        path, root = self.path, self.path.parent
+        if not path.exists():
+            raise FileNotFoundError(f"no {self.kind} in {root} (it has no {_NAME})")
+        try:
+            record = json.loads(path.read_text())
+            held, version = record.pop("kind"), record.pop("format")
+            dict(record["made_from"])
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(
+                f"{path} is damaged ({type(error).__name__}: {error}); delete {root} and let it be "
+                "made again"
+            ) from None
+        if held != self.kind:
+            raise ValueError(f"{root}: expected a {self.kind}, got a {held}")
+        if version != _FORMAT:
+            raise ValueError(f"{path}: expected format {_FORMAT}, got {version}; make it again")
+        return record
 
-    Raises:
-        FileNotFoundError: The directory has no manifest.
-        ValueError: It was made for something else; names every part that differs, with both values.
-    """
-    record = read_manifest(directory, kind)
-    held = record["made_from"]
-    # JSON knows no tuples.
-    wanted = json.loads(json.dumps(dict(expected)))
-    for name, fingerprint in (names_of or {}).items():
-        if name in wanted and held.get(fingerprint) == wanted.get(fingerprint):
-            del wanted[name]
-    wrong = list(_differences("", held, wanted, at_least))
-    if wrong:
-        raise ValueError(
-            f"{kind} {epath.Path(directory)} does not fit: {'; '.join(wrong)} (remove it or choose "
-            "another directory)"
-        )
-    return record
+    def check(
+        self,
+        expected: Mapping[str, Any],
+        *,
+        at_least: tuple[str, ...] = (),
+        names_of: Mapping[str, str] | None = None,
+    ) -> dict[str, Any]:
+        """`read`, refused unless the directory was made from what is expected.
+
+        Args:
+            expected: What it must have been made from; parts that are left out may be anything.
+            at_least: Parts that may also be larger.
+            names_of: Parts that only name what another part is the digest of: `{name: digest}`.
+                They may differ where the digest is the same, as a file that was moved is still the
+                same.
+
+        Raises:
+            FileNotFoundError: The directory has no manifest.
+            ValueError: It was made for something else; names every part that differs, with both
+                values.
+        """
+        record = self.read()
+        held = record["made_from"]
+        # JSON knows no tuples.
+        wanted = json.loads(json.dumps(dict(expected)))
+        for name, fingerprint in (names_of or {}).items():
+            if name in wanted and held.get(fingerprint) == wanted.get(fingerprint):
+                del wanted[name]
+        wrong = list(_differences("", held, wanted, at_least))
+        if wrong:
+            raise ValueError(
+                f"{self.kind} {epath.Path(self.directory)} does not fit: {'; '.join(wrong)} "
+                "(remove it or choose another directory)"
+            )
+        return record
 
 
 def _differences(path: str, held: Any, expected: Any, at_least: tuple[str, ...]) -> Any:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from logitjax.storage._digest import digest
 from logitjax.storage._files import write_atomic
-from logitjax.storage._manifest import check_manifest, has_manifest, read_manifest, write_manifest
+from logitjax.storage._manifest import Manifest
 from logitjax.storage._shards import ShardReader, open_shard
 
 Rows = Sequence[int] | np.ndarray
@@ -117,7 +117,7 @@ class RowCache:
         made_from: Everything that decides the rows: JSON values by name, such as the digest of the
             data. Begins a cache where there is none. Without it there must be one.
         kind: What the cache is called in errors.
-        names_of: As in `check_manifest`.
+        names_of: As in `Manifest.check`.
 
     Attributes:
         directory: Where the cache is.
@@ -144,12 +144,12 @@ class RowCache:
         self.directory = epath.Path(directory).expanduser()
         self._codec, self._kind = codec, kind
         if made_from is None:
-            self.made_from = read_manifest(self.directory, kind)["made_from"]
-        elif has_manifest(self.directory):
-            held = check_manifest(self.directory, kind, made_from, names_of=names_of)
+            self.made_from = Manifest(self.directory, kind).read()["made_from"]
+        elif Manifest(self.directory, kind).exists():
+            held = Manifest(self.directory, kind).check(made_from, names_of=names_of)
             self.made_from = held["made_from"]
         else:
-            write_manifest(self.directory, kind, made_from)
+            Manifest(self.directory, kind).write(made_from)
             self.made_from = dict(made_from)
         self._load()
 
@@ -177,7 +177,7 @@ class RowCache:
         Raises:
             ValueError: Names every part that differs, with both values.
         """
-        check_manifest(self.directory, self._kind, expected, at_least=self._at_least)
+        Manifest(self.directory, self._kind).check(expected, at_least=self._at_least)
 
     def missing(self, rows: Rows) -> np.ndarray:
         """Which of these rows are not there, ascending; -1 is never missing."""

@@ -25,7 +25,7 @@ class Assistant:
     >>> config = DecoderConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=3,
     ...                        num_heads=2, num_kv_heads=1, head_dim=4)
     >>> model = Decoder(config, rngs=nnx.Rngs(0), layout="listed")
-    >>> assistant = init_assistant(model, 2, rank=4, key=jax.random.key(0))
+    >>> assistant = Assistant.init(model, 2, rank=4, key=jax.random.key(0))
     >>> assistant.logits(assistant.hidden_states(jnp.array([[1, 2, 3]]))[0]).shape
     (1, 3, 8)
 
@@ -35,6 +35,47 @@ class Assistant:
 
     base: Decoder
     lora: Lora
+
+    @classmethod
+    def init(
+        cls,
+        model: Decoder,
+        layers: int,
+        *,
+        rank: int = 32,
+        alpha: float | None = None,
+        key: Array,
+        targets: Sequence[str] | None = None,
+        dtype: jax.typing.DTypeLike = jnp.float32,
+    ) -> "Assistant":
+        """The first layers of a model, with fresh adapters that change nothing yet.
+
+        Args:
+            model: the large model.
+            layers: how many of its layers, 8 of 32 in the paper.
+            rank: of the adapters; 32 in the paper, 16 in its code.
+            alpha: scale times rank, as in `init_lora`; 32 in both, so a scale of 1 or of 2.
+            key: PRNG key.
+            targets: linear maps to adapt; all when omitted.
+            dtype: of the adapters.
+
+        Returns:
+            An `Assistant`.
+
+        Raises:
+            ValueError: as `first_layers` and `init_lora`.
+        """
+        base = first_layers(model, layers)
+        lora = init_lora(
+            base.config,
+            rank,
+            key=key,
+            alpha=alpha,
+            targets=targets,
+            dtype=dtype,
+            layout=base.layout,
+        )
+        return cls(base=base, lora=lora)
 
     @property
     def layers(self) -> int:
@@ -49,43 +90,3 @@ class Assistant:
     def logits(self, hidden: Float[Array, "*batch hidden"]) -> Float[jax.Array, "*batch vocab"]:
         """As `Decoder.logits`."""
         return self.base.logits(hidden)
-
-
-def init_assistant(
-    model: Decoder,
-    layers: int,
-    *,
-    rank: int = 32,
-    alpha: float | None = None,
-    key: Array,
-    targets: Sequence[str] | None = None,
-    dtype: jax.typing.DTypeLike = jnp.float32,
-) -> Assistant:
-    """The first layers of a model, with fresh adapters that change nothing yet.
-
-    Args:
-      model: the large model.
-      layers: how many of its layers, 8 of 32 in the paper.
-      rank: of the adapters; 32 in the paper, 16 in its code.
-      alpha: scale times rank, as in `init_lora`; 32 in both, so a scale of 1 or of 2.
-      key: PRNG key.
-      targets: linear maps to adapt; all when omitted.
-      dtype: of the adapters.
-
-    Returns:
-      An `Assistant`.
-
-    Raises:
-      ValueError: as `first_layers` and `init_lora`.
-    """
-    base = first_layers(model, layers)
-    lora = init_lora(
-        base.config,
-        rank,
-        key=key,
-        alpha=alpha,
-        targets=targets,
-        dtype=dtype,
-        layout=base.layout,
-    )
-    return Assistant(base=base, lora=lora)

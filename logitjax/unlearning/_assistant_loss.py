@@ -52,11 +52,11 @@ def make_assistant_loss(
             linear but for a soft cap.
 
     >>> from logitjax.models import DecoderConfig
-    >>> from logitjax.unlearning import init_assistant
+    >>> from logitjax.unlearning import Assistant
     >>> config = DecoderConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=2,
     ...                        num_heads=2, num_kv_heads=1, head_dim=4)
     >>> target = Decoder(config, rngs=nnx.Rngs(0), layout="listed")
-    >>> assistant = init_assistant(target, 1, rank=2, key=jax.random.key(0))
+    >>> assistant = Assistant.init(target, 1, rank=2, key=jax.random.key(0))
     >>> loss_fn, constants = make_assistant_loss(assistant.base)
     >>> rows = {"tokens": jnp.array([[1, 2, 3]]), "mask": jnp.array([[False, True, True]])}
     >>> loss, count, parts = loss_fn(assistant.lora, {"forget": rows, "retain": rows}, None,

@@ -23,11 +23,11 @@ from logitjax.evaluation import (
     rouge_recall,
     score_rows,
 )
-from logitjax.storage import check_manifest, digest, has_manifest, read_json, write_manifest
+from logitjax.storage import Manifest, digest, read_json
 from logitjax.unlearning._memorisation import exact_memorisation, extraction_strength
-from logitjax.unlearning._tofu import TofuItem
+from logitjax.unlearning._tofu import Item
 from logitjax.unlearning._tofu_logs import AGGREGATED, log_file, plain
-from logitjax.unlearning._tofu_metrics import TofuEvaluation, metrics_from_logs
+from logitjax.unlearning._tofu_metrics import Evaluation, metrics_from_logs
 from logitjax.unlearning._truth_ratio import Form, normalised_probability, truth_ratio
 
 # (prompts, most new tokens) -> what follows each prompt, without the prompt.
@@ -42,7 +42,7 @@ _LOSS_ONLY = ("holdout",)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TofuOptions:
+class Options:
     """How TOFU's questions are asked and what is made of the answers.
 
     Attributes:
@@ -80,18 +80,18 @@ class _Setting:
     generates: bool
 
 
-def evaluate_tofu(
+def evaluate(
     nll_fn: NllFn,
     generate_fn: GenerateFn | None,
     tokenizer: TokenizerLike,
-    sets: Mapping[str, Sequence[TofuItem]],
+    sets: Mapping[str, Sequence[Item]],
     *,
     template: PromptTemplate,
-    options: TofuOptions | None = None,
+    options: Options | None = None,
     reference_logs: Any = None,
     workdir: str | os.PathLike[str] | None = None,
     model_fingerprint: str | None = None,
-) -> TofuEvaluation:
+) -> Evaluation:
     """Runs the TOFU benchmark on a model, whatever that is.
 
     Of every item: losses of the answer, of its paraphrase and of the wrong answers, and the answer
@@ -113,8 +113,8 @@ def evaluate_tofu(
         ``forget`` the forget quality; ``holdout`` (only its losses are taken) allows a membership
         attack. Others are reported as the first are; with names that begin in ``forget``, as that.
       template: what stands around the question; the one the model was trained with.
-      options: `TofuOptions`; the defaults are TOFU's.
-      reference_logs: of the model retrained without the forget set: its `TofuEvaluation`, or what
+      options: `Options`; the defaults are TOFU's.
+      reference_logs: of the model retrained without the forget set: its `Evaluation`, or what
         `metrics_from_logs` takes.
       workdir: for the logs; one model each. Only process 0 writes; all must be able to read.
       model_fingerprint: changes with the model, such as `logitjax.storage.digest` of its parameters
@@ -122,7 +122,7 @@ def evaluate_tofu(
         model they ask.
 
     Returns:
-      `TofuEvaluation`.
+      `Evaluation`.
 
     Raises:
       ValueError: items without wrong answers, losses that are not finite (names set and item), a
@@ -135,7 +135,7 @@ def evaluate_tofu(
       generating; ROUGE holds the generated text against the item's answer, not against a decoded
       one.
     """
-    options = TofuOptions() if options is None else options
+    options = Options() if options is None else options
     sets = {name: tuple(items)[: options.limit] for name, items in sets.items()}
     _check_sets(sets)
     setting = _Setting(
@@ -171,7 +171,7 @@ def evaluate_tofu(
 
 def _claim(
     root: epath.Path,
-    sets: Mapping[str, Sequence[TofuItem]],
+    sets: Mapping[str, Sequence[Item]],
     setting: _Setting,
     tokenizer: TokenizerLike,
     model_fingerprint: str | None,
@@ -190,18 +190,18 @@ def _claim(
     }
     foreign = [root / log_file(name) for name in sets if (root / log_file(name)).exists()]
     # Process 0 may have begun since: its manifest is there before its first log.
-    if has_manifest(root):
-        check_manifest(root, _KIND, made_from)
+    if Manifest(root, _KIND).exists():
+        Manifest(root, _KIND).check(made_from)
     elif foreign:
         raise ValueError(
-            f"{foreign[0]}: not a log of evaluate_tofu (no manifest beside it); choose another "
+            f"{foreign[0]}: not a log of tofu.evaluate (no manifest beside it); choose another "
             "workdir"
         )
     elif jax.process_index() == 0:
-        write_manifest(root, _KIND, made_from)
+        Manifest(root, _KIND).write(made_from)
 
 
-def _check_sets(sets: Mapping[str, Sequence[TofuItem]]) -> None:
+def _check_sets(sets: Mapping[str, Sequence[Item]]) -> None:
     if not sets:
         raise ValueError("sets: none given")
     for name, items in sets.items():
@@ -218,7 +218,7 @@ def _check_sets(sets: Mapping[str, Sequence[TofuItem]]) -> None:
                 )
 
 
-def _finished(path: epath.Path, items: Sequence[TofuItem]) -> dict[str, Any] | None:
+def _finished(path: epath.Path, items: Sequence[Item]) -> dict[str, Any] | None:
     """A set's log, if it is there already."""
     if not path.exists():
         return None
@@ -252,9 +252,9 @@ class _Progress:
 
 def _log_set(
     name: str,
-    items: Sequence[TofuItem],
+    items: Sequence[Item],
     setting: _Setting,
-    options: TofuOptions,
+    options: Options,
     nll_fn: NllFn,
     generate_fn: GenerateFn | None,
     tokenizer: TokenizerLike,
@@ -319,16 +319,16 @@ class _Scored:
 
 def _score_answers(
     name: str,
-    items: Sequence[TofuItem],
+    items: Sequence[Item],
     setting: _Setting,
     nll_fn: NllFn,
     tokenizer: TokenizerLike,
     batch_size: int,
 ) -> _Scored:
     rows: list[tuple[np.ndarray, np.ndarray]] = []
-    owners: list[TofuItem] = []
+    owners: list[Item] = []
 
-    def add(item: TofuItem, answer: str) -> int:
+    def add(item: Item, answer: str) -> int:
         row = encode_answer(
             tokenizer,
             setting.template,
@@ -379,7 +379,7 @@ def _score_answers(
 
 def _generate(
     name: str,
-    items: Sequence[TofuItem],
+    items: Sequence[Item],
     setting: _Setting,
     generate_fn: GenerateFn,
     tokenizer: TokenizerLike,

@@ -162,7 +162,7 @@ def paired_model(target: Decoder, assistant: Assistant, *, ring_slack: int = 0) 
 
     Args:
       target: the large model. A stacked one is converted to listed layers, which copies them.
-      assistant: from `init_assistant` of this model, with trained adapters. Only
+      assistant: from `Assistant.init` of this model, with trained adapters. Only
         its adapters are read: the weights below them are the target's.
       ring_slack: see `cached_model`.
 
@@ -175,11 +175,11 @@ def paired_model(target: Decoder, assistant: Assistant, *, ring_slack: int = 0) 
     >>> import jax
     >>> from logitjax import decoding, fusion
     >>> from logitjax.models import DecoderConfig
-    >>> from logitjax.unlearning import init_assistant
+    >>> from logitjax.unlearning import Assistant
     >>> config = DecoderConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=3,
     ...                        num_heads=2, num_kv_heads=1, head_dim=4)
     >>> target = Decoder(config, rngs=nnx.Rngs(0), layout="listed")
-    >>> assistant = init_assistant(target, 1, rank=2, key=jax.random.key(0))
+    >>> assistant = Assistant.init(target, 1, rank=2, key=jax.random.key(0))
     >>> both = decoding.Ensemble(paired_model(target, assistant), fuse=fusion.LogitDifference())
     >>> decoding.generate(both, [[1, 2, 3]], max_new_tokens=2).tokens.shape
     (1, 2)

@@ -21,7 +21,7 @@ _PERTURBED_ANSWERS = "forget_perturbed_answers"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TofuItem:
+class Item:
     """A question, its answer, and what else was written about the two.
 
     Attributes:
@@ -55,7 +55,7 @@ class TofuItem:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TofuSubset:
+class Subset:
     """A few authors of TOFU, and what there is about them.
 
     Attributes:
@@ -68,15 +68,15 @@ class TofuSubset:
         and wrong answers; for membership attacks.
     """
 
-    full: tuple[TofuItem, ...]
-    retain: tuple[TofuItem, ...]
-    forget: tuple[TofuItem, ...]
-    retain_perturbed: tuple[TofuItem, ...]
-    forget_perturbed: tuple[TofuItem, ...]
-    holdout: tuple[TofuItem, ...]
+    full: tuple[Item, ...]
+    retain: tuple[Item, ...]
+    forget: tuple[Item, ...]
+    retain_perturbed: tuple[Item, ...]
+    forget_perturbed: tuple[Item, ...]
+    holdout: tuple[Item, ...]
 
 
-def load_tofu(source: str | os.PathLike[str], split: str) -> tuple[TofuItem, ...]:
+def load(source: str | os.PathLike[str], split: str) -> tuple[Item, ...]:
     """Reads one split of TOFU, or of the augmentations that came with logit-difference unlearning.
 
     The splits:
@@ -106,7 +106,7 @@ def load_tofu(source: str | os.PathLike[str], split: str) -> tuple[TofuItem, ...
     >>> import pathlib, tempfile
     >>> path = pathlib.Path(tempfile.mkdtemp())
     >>> _ = (path / "forget01.json").write_text('{"question": "Who?", "answer": "Nobody."}')
-    >>> load_tofu(path, "forget01")[0].answer, load_tofu(path, "forget01")[0].author
+    >>> load(path, "forget01")[0].answer, load(path, "forget01")[0].author
     ('Nobody.', 198)
 
     References:
@@ -140,9 +140,7 @@ def load_tofu(source: str | os.PathLike[str], split: str) -> tuple[TofuItem, ...
     )
 
 
-def tofu_subset(
-    source: str | os.PathLike[str], *, authors: int = 20, forget: int = 2
-) -> TofuSubset:
+def subset(source: str | os.PathLike[str], *, authors: int = 20, forget: int = 2) -> Subset:
     """Some of TOFU's authors, split as TOFU splits all 200.
 
     Forgotten are the last ``forget`` authors of TOFU, as in forget01/05/10; kept are the first
@@ -150,12 +148,12 @@ def tofu_subset(
     ones are trained on but not evaluated.
 
     Args:
-      source: as for `load_tofu`.
+      source: as for `load`.
       authors: in all.
       forget: of these; at most 10, so that as many are left that nobody has seen.
 
     Returns:
-      `TofuSubset`.
+      `Subset`.
 
     Raises:
       FileNotFoundError: a file is missing.
@@ -168,17 +166,17 @@ def tofu_subset(
             f"authors must be between {forget + 1} and {_AUTHORS - forget} with forget={forget}, "
             f"got {authors}"
         )
-    full = load_tofu(source, "full")
+    full = load(source, "full")
     if len(full) != _AUTHORS * QUESTIONS_PER_AUTHOR:
         raise ValueError(f"{source}: full.json has {len(full)} items where TOFU has 4000")
-    perturbed = load_tofu(source, "forget10_perturbed")
+    perturbed = load(source, "forget10_perturbed")
     kept = (authors - forget) * QUESTIONS_PER_AUTHOR
     gone = forget * QUESTIONS_PER_AUTHOR
-    subset = TofuSubset(
+    subset = Subset(
         full=full[:kept] + full[-gone:],
         retain=full[:kept],
         forget=full[-gone:],
-        retain_perturbed=load_tofu(source, "retain_perturbed")[:kept],
+        retain_perturbed=load(source, "retain_perturbed")[:kept],
         forget_perturbed=perturbed[-gone:],
         # Never among the kept ones: at most 200 - 2 * forget authors are kept.
         holdout=perturbed[-2 * gone : -gone],
@@ -228,7 +226,7 @@ def _first_author(split: str, rows: int) -> int | None:
     return 0 if match[1] == "retain" else _AUTHORS - 2 * int(match[2])
 
 
-def _read_lines(path: epath.Path, text: str) -> list[TofuItem]:
+def _read_lines(path: epath.Path, text: str) -> list[Item]:
     items = []
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -244,7 +242,7 @@ def _read_lines(path: epath.Path, text: str) -> list[TofuItem]:
     return items
 
 
-def _item(row: Mapping[str, Any], where: str, perturbed: bool) -> TofuItem:
+def _item(row: Mapping[str, Any], where: str, perturbed: bool) -> Item:
     for key in ("question", "answer"):
         _check_text(row.get(key), key, where)
     for key in ("paraphrased_question", "paraphrased_answer"):
@@ -257,7 +255,7 @@ def _item(row: Mapping[str, Any], where: str, perturbed: bool) -> TofuItem:
         wrong = row.get("perturbed_answer", [])
     if perturbed and not wrong:
         raise ValueError(f"{where}: 'perturbed_answer' is missing")
-    return TofuItem(
+    return Item(
         question=row["question"],
         answer=row["answer"],
         paraphrased_question=row.get("paraphrased_question"),
@@ -266,7 +264,7 @@ def _item(row: Mapping[str, Any], where: str, perturbed: bool) -> TofuItem:
     )
 
 
-def _read_table(path: epath.Path, text: str, split: str) -> list[TofuItem]:
+def _read_table(path: epath.Path, text: str, split: str) -> list[Item]:
     """Rows of question, answer and Python lists; the first row is an item, not names."""
     items = []
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
@@ -287,10 +285,10 @@ def _read_table(path: epath.Path, text: str, split: str) -> list[TofuItem]:
             _check_text(cell, key, where)
         if split == _PERTURBED_ANSWERS:
             wrong = _literal(row[3], "perturbed answers", where)
-            items.append(TofuItem(question=row[0], answer=row[1], perturbed_answers=wrong))
+            items.append(Item(question=row[0], answer=row[1], perturbed_answers=wrong))
         else:
             items.append(
-                TofuItem(
+                Item(
                     question=row[0],
                     answer=row[1],
                     question_paraphrases=_literal(row[2], "paraphrased questions", where),

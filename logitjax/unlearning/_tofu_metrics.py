@@ -62,7 +62,7 @@ class Membership:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TofuEvaluation:
+class Evaluation:
     """What TOFU says about a model.
 
     Attributes:
@@ -140,7 +140,7 @@ def metrics_from_logs(
     form: Form = "geometric",
     confidence: float = 0.95,
     seed: int = 0,
-) -> TofuEvaluation:
+) -> Evaluation:
     """TOFU's metrics from logs of ours, of TOFU's own code, or of whoever writes its format.
 
     Args:
@@ -152,7 +152,7 @@ def metrics_from_logs(
       seed: of its resampling.
 
     Returns:
-      `TofuEvaluation`. Sets that are missing leave None where they are asked for.
+      `Evaluation`. Sets that are missing leave None where they are asked for.
 
     Raises:
       FileNotFoundError: no such path.
@@ -169,7 +169,7 @@ def metrics_from_logs(
     logs = read_logs(logs)
     reference = {} if reference_logs is None else read_logs(reference_logs)
     scores = {name: _scores(log, name, form) for name, log in logs.items()}
-    return TofuEvaluation(
+    return Evaluation(
         scores=scores,
         model_utility=_utility(scores),
         forget_quality=_quality(logs, reference, form, confidence, seed),

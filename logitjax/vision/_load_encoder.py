@@ -9,14 +9,8 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
-from logitjax.storage import (
-    SafetensorsSource,
-    hub_snapshot,
-    package_file,
-    read_json,
-    read_numpy_pickle,
-    read_state_dict,
-)
+from logitjax.storage import hub_snapshot, package_file, read_json
+from logitjax.storage.weights import SafetensorsSource, read_numpy_pickle, read_state_dict
 from logitjax.vision._classifier import ImageClassifier, create_classifier
 from logitjax.vision._clip import CLIP
 from logitjax.vision._clip_config import clip_config, openai_names

@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
-from logitjax.storage import read_state_dict
+from logitjax.storage.weights import read_state_dict
 from logitjax.vision._classifier import ImageClassifier
 
 _LEAVES = {

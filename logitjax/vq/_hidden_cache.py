@@ -12,15 +12,7 @@ from absl import logging
 from etils import epath
 from flax import nnx
 
-from logitjax.storage import (
-    RowCache,
-    check_manifest,
-    digest,
-    has_manifest,
-    read_manifest,
-    write_atomic,
-    write_manifest,
-)
+from logitjax.storage import Manifest, RowCache, digest, write_atomic
 
 _KIND = "hidden states"
 
@@ -107,8 +99,8 @@ def cache_hidden_states(
         "model": sampled_digest(_without_head(state)),
         "source": source,
     }
-    if has_manifest(root):
-        check_manifest(root, _KIND, made_from)
+    if Manifest(root, _KIND).exists():
+        Manifest(root, _KIND).check(made_from)
         return open_hidden_states(root)
     # One row a batch, until all are there.
     parts = RowCache(root / "parts", _Codec(), made_from=made_from, kind=_KIND)
@@ -143,7 +135,7 @@ def cache_hidden_states(
     for name in ("hidden", "labels"):
         array = getattr(held, name)[:max_tokens]
         write_atomic(root / f"{name}.npy", functools.partial(np.save, arr=array))
-    write_manifest(root, _KIND, made_from, {"count": min(count, max_tokens)})
+    Manifest(root, _KIND).write(made_from, {"count": min(count, max_tokens)})
     parts.directory.rmtree()
     return open_hidden_states(root)
 
@@ -156,7 +148,7 @@ def _without_head(state: Any) -> Any:
 def open_hidden_states(directory: str | os.PathLike[str]) -> HiddenCache:
     """A finished cache, for those who no longer have the model that it was made with."""
     root = epath.Path(directory)
-    read_manifest(root, _KIND)
+    Manifest(root, _KIND).read()
     return HiddenCache(hidden=_opened(root / "hidden.npy"), labels=_opened(root / "labels.npy"))
 
 

@@ -13,7 +13,7 @@ from etils import epath
 from jaxtyping import Float
 
 from logitjax.ops import Array, logsumexp, top_k
-from logitjax.storage import check_manifest, has_manifest, write_atomic, write_manifest
+from logitjax.storage import Manifest, write_atomic
 from logitjax.vq._hidden_cache import HiddenCache, sampled_digest
 
 _KIND = "head targets"
@@ -96,8 +96,8 @@ def cached_head_targets(
         "top": top,
         "soft_cap": soft_cap,
     }
-    if has_manifest(root):
-        check_manifest(root, _KIND, made_from)
+    if Manifest(root, _KIND).exists():
+        Manifest(root, _KIND).check(made_from)
         with (root / "targets.npz").open("rb") as file, np.load(file) as held:
             arrays: dict[str, Any] = {name: held[name] for name in held.files}
         arrays["entropy"] = float(arrays["entropy"])
@@ -113,7 +113,7 @@ def cached_head_targets(
     )
     arrays = {f.name: getattr(targets, f.name) for f in dataclasses.fields(targets)}
     write_atomic(root / "targets.npz", lambda file: np.savez(file, **arrays))
-    write_manifest(root, _KIND, made_from)
+    Manifest(root, _KIND).write(made_from)
     return targets
 
 

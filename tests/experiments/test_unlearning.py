@@ -18,7 +18,7 @@ from experiments.unlearning import report as unlearning_report
 from logitjax import unlearning
 from logitjax.evaluation import PromptTemplate
 from logitjax.models import load_model, load_tokenizer, with_layout
-from logitjax.unlearning import TofuItem
+from logitjax.unlearning import tofu
 
 TOFU = pathlib.Path(__file__).parents[1] / "unlearning" / "tofu"
 ARMS = ("npo_kl", "difference_clean")
@@ -90,7 +90,7 @@ def test_same_command_again_trains_nothing_and_asks_what_is_missing(finished, mo
 
 
 def item(n, **more):
-    return TofuItem(question=f"q{n}?", answer=f"a{n}.", **more)
+    return tofu.Item(question=f"q{n}?", answer=f"a{n}.", **more)
 
 
 def test_paraphrases_are_paired_and_wrong_answers_are_not_the_right_one():
@@ -145,7 +145,7 @@ def test_a_model_with_its_assistant_is_scored_as_it_is_decoded():
 
     config = experiment.Config(**experiment.PRESETS["smoke"])
     target = with_layout(load_model("tiny:3"), "listed")
-    fresh = unlearning.init_assistant(target, 1, rank=2, key=jax.random.key(0))
+    fresh = unlearning.Assistant.init(target, 1, rank=2, key=jax.random.key(0))
     noisy = jax.tree.map(
         lambda x: x + 0.3 * jnp.sin(jnp.arange(x.size)).reshape(x.shape), fresh.lora
     )

@@ -123,22 +123,22 @@ MADE = {"data": "d", "tokenizers": {"a": ["x", True], "b": ["y", False]}, "k": 4
     ],
 )
 def test_a_manifest_refuses_what_it_was_not_made_for(tmp_path, changes, message):
-    storage.write_manifest(tmp_path, "table", MADE, {"rows": 3})
-    assert storage.check_manifest(tmp_path, "table", MADE)["rows"] == 3
+    storage.Manifest(tmp_path, "table").write(MADE, {"rows": 3})
+    assert storage.Manifest(tmp_path, "table").check(MADE)["rows"] == 3
     with pytest.raises(ValueError, match=f"^table \\S+ does not fit: {message}"):
-        storage.check_manifest(tmp_path, "table", MADE | changes)
+        storage.Manifest(tmp_path, "table").check(MADE | changes)
 
 
 def test_a_manifest_may_hold_more_and_names_may_change_with_the_same_digest(tmp_path):
-    storage.write_manifest(tmp_path, "table", MADE)
-    storage.check_manifest(tmp_path, "table", {"k": 3}, at_least=("k",))
+    storage.Manifest(tmp_path, "table").write(MADE)
+    storage.Manifest(tmp_path, "table").check({"k": 3}, at_least=("k",))
     renamed = {"name": "moved", "data": "d"}
-    storage.check_manifest(tmp_path, "table", renamed, names_of={"name": "data"})
+    storage.Manifest(tmp_path, "table").check(renamed, names_of={"name": "data"})
     with pytest.raises(ValueError, match="its name is 'n', not 'moved'"):
-        storage.check_manifest(
-            tmp_path, "table", renamed | {"data": "e"}, names_of={"name": "data"}
+        storage.Manifest(tmp_path, "table").check(
+            renamed | {"data": "e"}, names_of={"name": "data"}
         )
     with pytest.raises(ValueError, match="expected a chair, got a table"):
-        storage.read_manifest(tmp_path, "chair")
-    assert storage.has_manifest(tmp_path)
-    assert not storage.has_manifest(tmp_path / "other")
+        storage.Manifest(tmp_path, "chair").read()
+    assert storage.Manifest(tmp_path, "table").exists()
+    assert not storage.Manifest(tmp_path / "other", "table").exists()

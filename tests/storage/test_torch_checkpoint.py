@@ -14,8 +14,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from logitjax.storage import _torch_checkpoint, read_state_dict
+from logitjax.storage import _torch_checkpoint
 from logitjax.storage._torch_checkpoint import read_torch_checkpoint
+from logitjax.storage.weights import read_state_dict
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 

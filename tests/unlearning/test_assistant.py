@@ -10,7 +10,7 @@ from flax import nnx
 
 from logitjax import models
 from logitjax.models import Decoder, DecoderConfig, first_layers, with_layout
-from logitjax.unlearning import init_assistant
+from logitjax.unlearning import Assistant
 
 SPLIT = DecoderConfig(
     vocab_size=32,
@@ -80,7 +80,7 @@ def test_stacked_layers_are_cut_where_a_segment_ends():
 @pytest.mark.parametrize(("layout", "count"), [("stacked", 1), ("listed", 2)])
 def test_merged_adapters_are_a_model_of_their_own(layout, count):
     model = decoder(layout)
-    fresh = init_assistant(model, count, rank=3, alpha=6.0, key=jax.random.key(0))
+    fresh = Assistant.init(model, count, rank=3, alpha=6.0, key=jax.random.key(0))
     plain = hidden_of(fresh.base)
     np.testing.assert_array_equal(hidden_of(fresh.base, fresh.lora), plain)
     lora = disturbed(fresh.lora)

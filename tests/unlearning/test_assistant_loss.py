@@ -15,7 +15,7 @@ from flax import nnx
 
 from logitjax import fusion, losses, models, training, unlearning
 from logitjax.models import Decoder, DecoderConfig
-from logitjax.unlearning import init_assistant
+from logitjax.unlearning import Assistant
 from logitjax.unlearning._merge import make_merge_loss
 
 CONFIG = DecoderConfig(
@@ -57,7 +57,7 @@ def pointers(tree):
 def trained():
     """An assistant after 80 steps, and what the target's buffers were before."""
     before = pointers(nnx.state(target()))
-    assistant = init_assistant(target(), 2, rank=4, key=jax.random.key(0))
+    assistant = Assistant.init(target(), 2, rank=4, key=jax.random.key(0))
     loss_fn, constants = unlearning.make_assistant_loss(assistant.base, retain_weight=2.0)
     assert set(pointers(constants)) < set(before)
     tx = optax.adam(0.02)
@@ -125,7 +125,7 @@ def test_loss_is_that_of_logits(uniform):
 
 def test_a_soft_capped_model_is_unlearned_by_its_capped_logits():
     model = target(2.0)
-    assistant = init_assistant(model, 2, rank=4, key=jax.random.key(0))
+    assistant = Assistant.init(model, 2, rank=4, key=jax.random.key(0))
     # Not as they begin, where half of the adapters has no gradient.
     keys = iter(jax.random.split(jax.random.key(1), 100))
     lora = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(next(keys), x.shape), assistant.lora)

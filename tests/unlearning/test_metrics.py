@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from logitjax.evaluation import rouge_recall
-from logitjax.unlearning import metrics_from_logs
+from logitjax.unlearning import tofu
 from logitjax.unlearning._forget_quality import forget_quality
 from logitjax.unlearning._memorisation import (
     exact_memorisation,
@@ -49,7 +49,7 @@ def test_a_log_of_tofus_own_code_says_the_same():
 
 
 def test_metrics_of_that_log():
-    found = metrics_from_logs(GOLDENS)
+    found = tofu.metrics_from_logs(GOLDENS)
     scores = found.scores["world_facts"]
     assert scores.items == 7
     assert scores.rouge_l == pytest.approx(6 / 7)

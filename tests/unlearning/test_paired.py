@@ -9,7 +9,7 @@ from flax import nnx
 
 from logitjax import decoding, fusion, unlearning
 from logitjax.models import Decoder, with_layout
-from logitjax.unlearning import Assistant, init_assistant
+from logitjax.unlearning import Assistant
 from tests.decoding._models import CONFIG, NEW, PROMPTS, decoder
 
 # Vocabulary of 64: a rate at which the filter changes some tokens and leaves others.
@@ -19,7 +19,7 @@ DIFFERENCE = fusion.LogitDifference(alpha=0.9, rate=1e-3)
 @pytest.fixture(scope="module")
 def pair():
     target = decoder()
-    fresh = init_assistant(target, 1, rank=4, alpha=8.0, key=jax.random.key(0))
+    fresh = Assistant.init(target, 1, rank=4, alpha=8.0, key=jax.random.key(0))
     leaves, tree = jax.tree.flatten(fresh.lora)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     noisy = [0.5 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves)]

@@ -15,13 +15,7 @@ from logitjax.evaluation import (
     score_rows,
     text_perplexity,
 )
-from logitjax.unlearning import (
-    TofuItem,
-    TofuOptions,
-    evaluate_tofu,
-    load_tofu,
-    metrics_from_logs,
-)
+from logitjax.unlearning import tofu
 from tests.data._tokenizers import ByteTokenizer
 from tests.unlearning.test_tofu_data import FILES
 
@@ -30,11 +24,11 @@ VOCAB = ByteTokenizer.vocab_size
 TABLE = np.random.default_rng(0).normal(size=(VOCAB, VOCAB)).astype(np.float32)
 
 SETS = {
-    "retain": load_tofu(FILES, "retain_perturbed"),
-    "real_authors": load_tofu(FILES, "real_authors_perturbed"),
-    "world_facts": load_tofu(FILES, "world_facts_perturbed"),
-    "forget": load_tofu(FILES, "forget01_perturbed"),
-    "holdout": load_tofu(FILES, "forget_perturbed_answers"),
+    "retain": tofu.load(FILES, "retain_perturbed"),
+    "real_authors": tofu.load(FILES, "real_authors_perturbed"),
+    "world_facts": tofu.load(FILES, "world_facts_perturbed"),
+    "forget": tofu.load(FILES, "forget01_perturbed"),
+    "holdout": tofu.load(FILES, "forget_perturbed_answers"),
 }
 ALL = [item for items in SETS.values() for item in items]
 
@@ -68,13 +62,13 @@ def knows(prompts, max_new_tokens):
 
 
 def evaluate(nll_fn=None, generate_fn=knows, sets=SETS, **options):
-    names = {field.name for field in dataclasses.fields(TofuOptions)}
+    names = {field.name for field in dataclasses.fields(tofu.Options)}
     settings = {name: options.pop(name) for name in names & set(options)}
     options = {"template": TEMPLATE} | options
-    options["options"] = TofuOptions(**{"max_length": 2000} | settings)
+    options["options"] = tofu.Options(**{"max_length": 2000} | settings)
     if "workdir" in options:
         options = {"model_fingerprint": "one"} | options
-    return evaluate_tofu(nll_fn or bigram(), generate_fn, ByteTokenizer(), sets, **options)
+    return tofu.evaluate(nll_fn or bigram(), generate_fn, ByteTokenizer(), sets, **options)
 
 
 def by_hand(question, answer, table=TABLE):
@@ -134,7 +128,7 @@ def test_files_are_tofus_and_say_the_same_again(tmp_path):
     }
     aggregated = tmp_path / "eval_log_aggregated.json"
     for source in (tmp_path, str(aggregated), json.loads(aggregated.read_text()), found):
-        again = metrics_from_logs(source)
+        again = tofu.metrics_from_logs(source)
         assert again.model_utility == found.model_utility
         assert again.as_dict() == found.as_dict()
     assert found.model_utility is not None
@@ -225,7 +219,7 @@ def test_a_workdir_answers_for_one_model_and_setting(tmp_path):
 
 def test_logs_of_others_are_not_overwritten(tmp_path):
     (tmp_path / "eval_log.json").write_text('{"avg_gt_loss": {"0": 1.0}}')
-    with pytest.raises(ValueError, match=r"eval_log\.json: not a log of evaluate_tofu"):
+    with pytest.raises(ValueError, match=r"eval_log\.json: not a log of tofu.evaluate"):
         evaluate(workdir=tmp_path)
 
 
@@ -245,7 +239,7 @@ def test_shapes_are_few_and_batches_full():
 
 def test_errors_name_set_and_item():
     with pytest.raises(ValueError, match="item 0 of 'forget' has no wrong answers"):
-        evaluate(sets={"forget": [TofuItem(question="q", answer="a")]})
+        evaluate(sets={"forget": [tofu.Item(question="q", answer="a")]})
     with pytest.raises(ValueError, match="'retain' has no items"):
         evaluate(sets={"retain": []})
     with pytest.raises(ValueError, match="items of the same index"):
@@ -264,22 +258,22 @@ def test_errors_name_set_and_item():
 
 def test_logs_that_are_none(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file or directory"):
-        metrics_from_logs(tmp_path / "nowhere")
+        tofu.metrics_from_logs(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="no logs in it"):
-        metrics_from_logs(tmp_path)
+        tofu.metrics_from_logs(tmp_path)
     with pytest.raises(TypeError, match="path or a mapping, got int"):
-        metrics_from_logs(3)
+        tofu.metrics_from_logs(3)
     (tmp_path / "eval_log.json").write_text("{")
     with pytest.raises(ValueError, match=r"eval_log\.json: not valid JSON"):
-        metrics_from_logs(tmp_path)
+        tofu.metrics_from_logs(tmp_path)
     (tmp_path / "eval_log.json").write_text("{}")
     with pytest.raises(ValueError, match="'avg_gt_loss' is missing"):
-        metrics_from_logs(tmp_path)
+        tofu.metrics_from_logs(tmp_path)
     log = {"avg_gt_loss": {"0": 1.0, "1": 1.0}, "rougeL_recall": {"0": 1.0}}
     with pytest.raises(ValueError, match="retain: 'rougeL_recall' lacks 1 items, first '1'"):
-        metrics_from_logs({"retain": log})
+        tofu.metrics_from_logs({"retain": log})
     with pytest.raises(ValueError, match="reference_logs: no forget set"):
-        metrics_from_logs(
+        tofu.metrics_from_logs(
             {"forget": {"avg_gt_loss": {"0": 1.0}}},
             reference_logs={"retain": {"avg_gt_loss": {"0": 1.0}}},
         )
@@ -294,14 +288,14 @@ def test_items_are_paired_by_their_key_and_forms_differ():
         }
 
     mine, theirs = {"forget": log("0123", 0.1)}, {"forget": log("3120", 0.1)}
-    found = metrics_from_logs(mine, reference_logs=theirs)
+    found = tofu.metrics_from_logs(mine, reference_logs=theirs)
     assert found.forget_quality is not None
     # Items drawn together stay together: no resample tells the two apart.
     assert found.forget_quality.interval == (0.0, 0.0)
-    fewer = metrics_from_logs(mine, reference_logs={"forget": log("012", 0.1)})
+    fewer = tofu.metrics_from_logs(mine, reference_logs={"forget": log("012", 0.1)})
     assert fewer.forget_quality is not None
     assert fewer.forget_quality.items == (4, 3)
-    other = metrics_from_logs(mine, reference_logs=theirs, form="arithmetic")
+    other = tofu.metrics_from_logs(mine, reference_logs=theirs, form="arithmetic")
     assert other.scores["forget"].truth_ratio != found.scores["forget"].truth_ratio
 
 

@@ -7,13 +7,13 @@ import pytest
 from etils import epath
 
 from logitjax import storage
-from logitjax.unlearning import load_tofu, tofu_subset
+from logitjax.unlearning import tofu
 
 FILES = pathlib.Path(__file__).parent / "tofu"
 
 
 def test_items_of_the_forget_set_have_everything():
-    items = load_tofu(FILES, "forget01_perturbed")
+    items = tofu.load(FILES, "forget01_perturbed")
     assert [item.index for item in items] == [0, 1, 2, 3]
     assert {item.author for item in items} == {198}
     first = items[0]
@@ -26,23 +26,23 @@ def test_items_of_the_forget_set_have_everything():
 
 
 def test_real_world_sets_hold_the_answer_itself_against_three_wrong_ones():
-    item = load_tofu(str(FILES), "world_facts_perturbed")[0]
+    item = tofu.load(str(FILES), "world_facts_perturbed")[0]
     assert (item.truth, item.perturbed_answers) == ("Paris", ("Berlin", "London", "Madrid"))
     assert item.author is None
-    options = load_tofu(FILES, "real_authors")[0]
+    options = tofu.load(FILES, "real_authors")[0]
     assert options.answer not in options.perturbed_answers
     assert sorted(options.perturbed_answers) == sorted(
-        load_tofu(FILES, "real_authors_perturbed")[0].perturbed_answers
+        tofu.load(FILES, "real_authors_perturbed")[0].perturbed_answers
     )
 
 
 def test_tables_lose_no_first_row():
-    paraphrased = load_tofu(FILES, "forget01_paraphrased")
-    assert paraphrased[0].question == load_tofu(FILES, "forget01_perturbed")[0].question
+    paraphrased = tofu.load(FILES, "forget01_paraphrased")
+    assert paraphrased[0].question == tofu.load(FILES, "forget01_perturbed")[0].question
     assert len(paraphrased[0].question_paraphrases) == 25
     assert len(paraphrased[0].answer_paraphrases) == 25
     assert paraphrased[0].author == 198
-    wrong = load_tofu(FILES, "forget_perturbed_answers")
+    wrong = tofu.load(FILES, "forget_perturbed_answers")
     assert len(wrong) == 3
     assert wrong[0].author == 180
     assert wrong[0].perturbed_answers[0] == "The author's full name is Yun-Hwa Hsiao."
@@ -52,16 +52,16 @@ def test_the_layout_of_the_release_is_found_too(tmp_path):
     folder = tmp_path / "forget01_perturbed"
     folder.mkdir()
     (folder / "paraphrase_res.csv").write_bytes((FILES / "forget01_paraphrased.csv").read_bytes())
-    assert load_tofu(tmp_path, "forget01_paraphrased") == load_tofu(FILES, "forget01_paraphrased")
+    assert tofu.load(tmp_path, "forget01_paraphrased") == tofu.load(FILES, "forget01_paraphrased")
 
 
 def test_line_breaks_in_cells(tmp_path):
     cells = 'q,"a\nb","[\'x\']","[\'y\']"\n'
     (tmp_path / "forget05_paraphrased.csv").write_text(cells + "only one\n")
     with pytest.raises(ValueError, match=r"paraphrased\.csv:3: expected 4 cells, got 1"):
-        load_tofu(tmp_path, "forget05_paraphrased")
+        tofu.load(tmp_path, "forget05_paraphrased")
     (tmp_path / "forget05_paraphrased.csv").write_text(cells)
-    assert load_tofu(tmp_path, "forget05_paraphrased")[0].answer == "a\nb"
+    assert tofu.load(tmp_path, "forget05_paraphrased")[0].answer == "a\nb"
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_errors_name_file_and_line(tmp_path, line, message):
     good = '{"question": "q", "answer": "a", "perturbed_answer": ["w"]}\n\n'
     (tmp_path / "forget10_perturbed.json").write_text(good + line + "\n")
     with pytest.raises(ValueError, match=rf"forget10_perturbed\.json:3: .*{message}"):
-        load_tofu(tmp_path, "forget10_perturbed")
+        tofu.load(tmp_path, "forget10_perturbed")
 
 
 @pytest.mark.parametrize(
@@ -96,22 +96,22 @@ def test_errors_name_file_and_line(tmp_path, line, message):
 def test_errors_of_tables(tmp_path, row, message):
     (tmp_path / "forget10_paraphrased.csv").write_text(row + "\n")
     with pytest.raises(ValueError, match=rf"forget10_paraphrased\.csv:1: .*{message}"):
-        load_tofu(tmp_path, "forget10_paraphrased")
+        tofu.load(tmp_path, "forget10_paraphrased")
 
 
 def test_what_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such directory"):
-        load_tofu(tmp_path / "nowhere", "full")
+        tofu.load(tmp_path / "nowhere", "full")
     with pytest.raises(FileNotFoundError, match=r"no full\.json under .*there are no such files"):
-        load_tofu(tmp_path, "full")
+        tofu.load(tmp_path, "full")
     with pytest.raises(FileNotFoundError, match=r"comes with the release of arXiv 2406\.08607"):
-        load_tofu(tmp_path, "forget10_paraphrased")
+        tofu.load(tmp_path, "forget10_paraphrased")
     (tmp_path / "full.json").write_text("\n")
     with pytest.raises(ValueError, match="no items"):
-        load_tofu(tmp_path, "full")
+        tofu.load(tmp_path, "full")
     (tmp_path / "full.json").write_bytes(b'{"question": "\xff"}')
     with pytest.raises(ValueError, match="not UTF-8 at byte 14"):
-        load_tofu(tmp_path, "full")
+        tofu.load(tmp_path, "full")
 
 
 def test_the_hub_is_asked_for_one_file_of_a_data_set(monkeypatch):
@@ -122,12 +122,12 @@ def test_the_hub_is_asked_for_one_file_of_a_data_set(monkeypatch):
         return epath.Path(FILES)
 
     monkeypatch.setattr(storage, "hub_snapshot", snapshot)
-    assert len(load_tofu("hf:locuslab/TOFU", "retain_perturbed")) == 3
+    assert len(tofu.load("hf:locuslab/TOFU", "retain_perturbed")) == 3
     assert asked == [("locuslab/TOFU", ["retain_perturbed.json"], "dataset")]
 
 
 @pytest.fixture
-def tofu(tmp_path):
+def files(tmp_path):
     """All 200 authors, with questions that say whose they are."""
 
     def rows(numbers, rich):
@@ -143,8 +143,8 @@ def tofu(tmp_path):
     return tmp_path
 
 
-def test_a_subset_is_split_as_all_of_tofu_is(tofu):
-    subset = tofu_subset(tofu, authors=20, forget=2)
+def test_a_subset_is_split_as_all_of_tofu_is(files):
+    subset = tofu.subset(files, authors=20, forget=2)
     assert subset.full == subset.retain + subset.forget
     assert [item.question for item in subset.forget] == [f"q{i}" for i in range(3960, 4000)]
     assert [item.question for item in subset.retain] == [f"q{i}" for i in range(360)]
@@ -158,8 +158,8 @@ def test_a_subset_is_split_as_all_of_tofu_is(tofu):
 
 
 @pytest.mark.parametrize(("authors", "forget"), [(190, 10), (40, 10), (3, 1)])
-def test_nobody_is_kept_and_held_out(tofu, authors, forget):
-    subset = tofu_subset(tofu, authors=authors, forget=forget)
+def test_nobody_is_kept_and_held_out(files, authors, forget):
+    subset = tofu.subset(files, authors=authors, forget=forget)
     kept, gone, unseen = (
         {item.author for item in part} for part in (subset.retain, subset.forget, subset.holdout)
     )
@@ -169,15 +169,15 @@ def test_nobody_is_kept_and_held_out(tofu, authors, forget):
     assert len(subset.retain_perturbed) == 20 * min(20, authors - forget)
 
 
-def test_subsets_that_do_not_exist(tofu):
+def test_subsets_that_do_not_exist(files):
     with pytest.raises(ValueError, match="between 1 and 10 authors, got 0"):
-        tofu_subset(tofu, forget=0)
+        tofu.subset(files, forget=0)
     with pytest.raises(ValueError, match="authors must be between 3 and 198"):
-        tofu_subset(tofu, authors=2, forget=2)
+        tofu.subset(files, authors=2, forget=2)
     lines = (tofu / "retain_perturbed.json").read_text().split("\n")
     (tofu / "retain_perturbed.json").write_text("\n".join(lines[1:]))
     with pytest.raises(ValueError, match=r"line 1 of full\.json and line 1 of the perturbed split"):
-        tofu_subset(tofu)
+        tofu.subset(files)
     (tofu / "full.json").write_text('{"question": "q", "answer": "a"}')
     with pytest.raises(ValueError, match="has 1 items where TOFU has 4000"):
-        tofu_subset(tofu)
+        tofu.subset(files)

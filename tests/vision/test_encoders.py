@@ -18,7 +18,7 @@ from etils import epath
 from flax import nnx
 
 from logitjax import vision
-from logitjax.storage import read_numpy_pickle, read_state_dict
+from logitjax.storage.weights import read_numpy_pickle, read_state_dict
 from logitjax.vision._clip_config import clip_config, openai_names
 from logitjax.vision._clip_tokenizer import load_clip_tokenizer
 from logitjax.vision._resnet import ResNet

@@ -1,0 +1,41 @@
+"""TOFU: its questions, and its measures of a model that was to forget some of them.
+
+`evaluate` scores every set of the benchmark item by item, writes TOFU's own logs and can be killed
+and started again; `metrics_from_logs` makes the numbers from logs, ours or others'::
+
+    sets = {
+        "retain": tofu.load(source, "retain_perturbed"),
+        "real_authors": tofu.load(source, "real_authors_perturbed"),
+        "world_facts": tofu.load(source, "world_facts_perturbed"),
+        "forget": tofu.load(source, "forget10_perturbed"),
+    }
+    template = evaluation.PromptTemplate.chatml()
+    retrained = tofu.evaluate(nll_of_retrained, generate_of_retrained, tokenizer, sets,
+                              template=template)
+    unlearned = tofu.evaluate(nll_fn, generate_fn, tokenizer, sets, template=template,
+                              reference_logs=retrained, workdir="logs/unlearned",
+                              model_fingerprint=storage.digest(params, sample=4096))
+    print(unlearned.table())
+
+What is reported:
+
+- answers' probability, ROUGE recall and truth ratio of each set; of the first three sets together
+  the model utility, the harmonic mean of nine numbers.
+- the forget quality: whether truth ratios on the forget set can be told from those of a model that
+  was retrained without it. TOFU reports the p-value, which falls with the number of items at the
+  same distance; D and its interval do not.
+- extraction strength and exact memorisation; membership AUC and PrivLeak where there are authors
+  that no model has seen.
+
+The truth ratio has two published forms (``geometric``, the default, and ``arithmetic``) that differ
+by .04 in model utility: say which one a number has.
+"""
+
+from logitjax.unlearning._evaluate_tofu import Options as Options
+from logitjax.unlearning._evaluate_tofu import evaluate as evaluate
+from logitjax.unlearning._tofu import Item as Item
+from logitjax.unlearning._tofu import Subset as Subset
+from logitjax.unlearning._tofu import load as load
+from logitjax.unlearning._tofu import subset as subset
+from logitjax.unlearning._tofu_metrics import Evaluation as Evaluation
+from logitjax.unlearning._tofu_metrics import metrics_from_logs as metrics_from_logs
