@@ -172,7 +172,6 @@ AREAS: Mapping[str, Area] = {
         mutants=14,
         files={
             "evaluation/_nll": ("unlearning/test_tofu",),
-            "evaluation/_perplexity": ("unlearning/test_tofu",),
             "evaluation/_rouge": ("unlearning/test_metrics",),
             "unlearning/_forget_quality": ("unlearning/test_metrics",),
             "unlearning/_memorisation": ("unlearning/test_metrics",),

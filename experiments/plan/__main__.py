@@ -185,7 +185,7 @@ def command_plans(
 
 def _plans_of(
     programs: Callable[..., Iterator[training.Program]],
-    config: Any,
+    config: cli.Dataclass,
     chip: chips.Chip,
     *,
     mesh: str,
@@ -199,8 +199,8 @@ def _plans_of(
         config = dataclasses.replace(config, mesh=mesh)
     devices = chips.devices_of(chip)
     if has_mesh:
-        names["mesh"] = config.mesh
-        made = training.make_mesh(config.mesh, devices=devices)
+        names["mesh"] = dataclasses.asdict(config)["mesh"]
+        made = training.make_mesh(names["mesh"], devices=devices)
     else:
         made = training.make_mesh("data:1", devices=devices[:1])
     for program in programs(config, made):

@@ -17,7 +17,7 @@ import traceback
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import jax
 from absl import flags, logging
@@ -37,6 +37,13 @@ _ONE_LINE_ERRORS = (
     training.WorkdirInUseError,
 )
 _HELP = ("--help", "-h", "-help", "--helpfull", "--helpshort")
+
+
+class Dataclass(Protocol):
+    """An instance of whatever dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
 
 REQUIRED: Any = dataclasses.MISSING
 """Default of a `field` that has to be given."""
@@ -208,7 +215,7 @@ def help_text(
     return "\n".join(lines)
 
 
-def write_config(config: Any, workdir: epath.Path) -> None:
+def write_config(config: Dataclass, workdir: epath.Path) -> None:
     """Write `config.json`; a workdir that holds another configuration is refused."""
     text = json.dumps(dataclasses.asdict(config), indent=1, sort_keys=True) + "\n"
     path = workdir / "config.json"

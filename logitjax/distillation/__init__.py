@@ -33,14 +33,12 @@ from logitjax.distillation._knowledge_distillation import (
 )
 from logitjax.distillation._knowledge_distillation import standardize_logits as standardize_logits
 from logitjax.distillation._linear_graph_fusion import linear_graph_fusion as linear_graph_fusion
-from logitjax.distillation._objective import TERMS as TERMS
 from logitjax.distillation._objective import Objective as Objective
 from logitjax.distillation._objective import loss_function as loss_function
 from logitjax.distillation._objective import parse_gld as parse_gld
 from logitjax.distillation._objective import parse_terms as parse_terms
 from logitjax.distillation._objective import score_function as score_function
 from logitjax.distillation._objective import targets as targets
-from logitjax.distillation._prune import LayerPruning as LayerPruning
 from logitjax.distillation._prune import prune_layers as prune_layers
 from logitjax.distillation._prune import prune_width as prune_width
 from logitjax.distillation._student import Student as Student
@@ -48,8 +46,6 @@ from logitjax.distillation._student import hidden_states as hidden_states
 from logitjax.distillation._student import make_student as make_student
 from logitjax.distillation._teacher_cache import TeacherCache as TeacherCache
 from logitjax.distillation._teacher_cache import TeacherIdentity as TeacherIdentity
-from logitjax.distillation._teachers import cache_teacher as cache_teacher
-from logitjax.distillation._teachers import model_reader as model_reader
 from logitjax.distillation._teachers import teacher_record as teacher_record
 from logitjax.distillation._universal_logit_distance import (
     universal_logit_distance as universal_logit_distance,

@@ -4,7 +4,7 @@ Everything here takes a function, not a model: one for the negative log-likeliho
 (`nll_from_apply` makes it of any ``tokens -> logits``). A single model, two models whose logits are
 subtracted while decoding, or an API do equally.
 
-- `score_rows`: nats of given tokens, row by row; `text_perplexity` of text that was not to change.
+- `score_rows`: nats of given tokens, row by row.
 - `PromptTemplate`, `encode_prompt`, `encode_answer`: questions and answers as rows, the same for
   training, scoring and generating.
 - `rouge_recall`: how much of a reference an answer has.
@@ -15,6 +15,5 @@ from logitjax.evaluation._encode import encode_answer as encode_answer
 from logitjax.evaluation._encode import encode_prompt as encode_prompt
 from logitjax.evaluation._nll import NllFn as NllFn
 from logitjax.evaluation._nll import nll_from_apply as nll_from_apply
-from logitjax.evaluation._perplexity import text_perplexity as text_perplexity
 from logitjax.evaluation._rouge import rouge_recall as rouge_recall
 from logitjax.evaluation._rows import score_rows as score_rows

@@ -6,7 +6,6 @@ A strategy is a frozen dataclass, hashable and without state, that is called as
 
 from logitjax.fusion._dynamic import DynamicFusion as DynamicFusion
 from logitjax.fusion._logit_difference import LogitDifference as LogitDifference
-from logitjax.fusion._path import fusion_divergences as fusion_divergences
 from logitjax.fusion._static import ContrastiveDecoding as ContrastiveDecoding
 from logitjax.fusion._static import DExperts as DExperts
 from logitjax.fusion._static import EmulatedFineTuning as EmulatedFineTuning

@@ -8,7 +8,8 @@ import jaxtyping
 import numpy as np
 import pytest
 
-from logitjax.fusion import DynamicFusion, fusion_divergences
+from logitjax.fusion import DynamicFusion
+from logitjax.fusion._path import fusion_divergences
 
 BATCH, VOCAB = 24, 384
 METHODS = ("grid", "newton", "jeffreys", "budget", "project")

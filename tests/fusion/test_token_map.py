@@ -9,9 +9,9 @@ from logitjax.fusion import (
     DynamicFusion,
     OverlapFusion,
     ProxyTuning,
-    fusion_divergences,
     vocabulary_map,
 )
+from logitjax.fusion._path import fusion_divergences
 from logitjax.fusion._token_map import TokenMap
 from logitjax.models import Tokenizer
 from tests.fusion.test_dynamic import log_softmax

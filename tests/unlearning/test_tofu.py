@@ -13,7 +13,6 @@ from logitjax.evaluation import (
     encode_prompt,
     nll_from_apply,
     score_rows,
-    text_perplexity,
 )
 from logitjax.unlearning import tofu
 from tests.data._tokenizers import ByteTokenizer
@@ -354,23 +353,3 @@ def test_unlikely_tokens_and_padded_vocabularies_stay_finite():
         nll_from_apply(lambda tokens: tokens)(tokens, targets)
     with pytest.raises(ValueError, match="must be \\[batch, time\\] both"):
         nll_fn(tokens[0], targets[0])
-
-
-def test_perplexity_of_windows():
-    texts = ["some words of text", "", "x", "more"]
-    found = text_perplexity(bigram(), ByteTokenizer(), texts, max_length=7, batch_size=2)
-    nll, tokens = 0.0, 0
-    for text in texts:
-        ids = list(text.encode())
-        for start in range(0, len(ids), 7):
-            for a, b in zip(ids[start : start + 7], ids[start + 1 : start + 7]):
-                nll += np.log(np.exp(TABLE[a].astype(float)).sum()) - TABLE[a, b]
-                tokens += 1
-    assert found.tokens == tokens
-    assert found.nll == pytest.approx(nll / tokens, rel=1e-5)
-    assert found.perplexity == pytest.approx(np.exp(nll / tokens), rel=1e-4)
-    assert found.bits_per_byte == pytest.approx(nll / np.log(2) / 23, rel=1e-5)
-    with pytest.raises(ValueError, match="none has two tokens"):
-        text_perplexity(bigram(), ByteTokenizer(), ["x"])
-    with pytest.raises(ValueError, match="max_length must be at least 2"):
-        text_perplexity(bigram(), ByteTokenizer(), texts, max_length=1)

@@ -174,10 +174,10 @@ def test_subsets_that_do_not_exist(files):
         tofu.subset(files, forget=0)
     with pytest.raises(ValueError, match="authors must be between 3 and 198"):
         tofu.subset(files, authors=2, forget=2)
-    lines = (tofu / "retain_perturbed.json").read_text().split("\n")
-    (tofu / "retain_perturbed.json").write_text("\n".join(lines[1:]))
+    lines = (files / "retain_perturbed.json").read_text().split("\n")
+    (files / "retain_perturbed.json").write_text("\n".join(lines[1:]))
     with pytest.raises(ValueError, match=r"line 1 of full\.json and line 1 of the perturbed split"):
         tofu.subset(files)
-    (tofu / "full.json").write_text('{"question": "q", "answer": "a"}')
+    (files / "full.json").write_text('{"question": "q", "answer": "a"}')
     with pytest.raises(ValueError, match="has 1 items where TOFU has 4000"):
         tofu.subset(files)

