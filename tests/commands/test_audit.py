@@ -39,6 +39,7 @@ def test_rules_are_audited_and_what_leaked_is_written(tmp_path, monkeypatch):
     audit.run(config, workdir)
 
 
+@pytest.mark.slow
 def test_a_server_of_ours_is_audited_beside_its_model(tmp_path):
     flags = ("--model=tiny", "--bias=reported", "--decimals=7", "--max_length=64", "--slots=8")
     with server(*flags, "--max_waiting=64") as (where, _):

@@ -105,9 +105,9 @@ def test_workdir_keeps_its_configuration(tmp_path):
     ("arguments", "culprit"),
     [
         (["--source=/no/such/model"], "/no/such/model"),
-        (["--data=text:/no/such/text"], "/no/such/text"),
-        (["--mesh=data:3"], "data:3"),
-        (["--cache_top_k=1000"], "1000"),
+        pytest.param(["--data=text:/no/such/text"], "/no/such/text", marks=pytest.mark.slow),
+        pytest.param(["--mesh=data:3"], "data:3", marks=pytest.mark.slow),
+        pytest.param(["--cache_top_k=1000"], "1000", marks=pytest.mark.slow),
     ],
 )
 def test_bad_input_is_one_line_that_names_the_culprit(tmp_path, arguments, culprit):

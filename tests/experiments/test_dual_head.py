@@ -83,6 +83,7 @@ def test_a_run_reports_every_arm_and_is_not_repeated(tmp_path):
     assert again["arms"]["single"][1]["test"] == [0.5, 0.25]
 
 
+@pytest.mark.slow
 def test_a_stopped_run_continues_bit_for_bit(placed, tmp_path, monkeypatch):
     trainer = make_trainer(placed, "dual_mlp_aligned")
     scorer = Scorer(trainer)
@@ -216,6 +217,7 @@ def make_resnet(config, task, *, devices, alphas=(0.0,)) -> dual_head_train.Trai
     return trainer
 
 
+@pytest.mark.slow
 def test_steps_by_the_host_equal_a_scanned_epoch():
     config = dataclasses.replace(TINY, batch_size=8)
     trainer = make_resnet(config, tiny_pictures(), devices=1, alphas=(0.0, 0.5))
@@ -253,6 +255,7 @@ def train_in_float64(trainer, epochs):
 
 # In float32 some gradients may differ by percents: where an input of a rectifier is within rounding
 # of 0. `benchmark processes` compares in float32, at a lower rate.
+@pytest.mark.slow
 def test_eight_devices_equal_one_where_rounding_moves_no_rectifier():
     config = dataclasses.replace(TINY, batch_size=8)
     with jax.enable_x64(True):

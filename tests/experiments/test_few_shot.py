@@ -27,6 +27,7 @@ def never(step: int) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_smoke_through_the_command_line_and_again_without_training(tmp_path):
     workdir = epath.Path(tmp_path) / "run"
     command = [sys.executable, "-m", "experiments.few_shot", "--preset=smoke"]
@@ -57,6 +58,7 @@ TINY = few_shot.Config(
 )
 
 
+@pytest.mark.slow
 def test_a_stopped_run_continues_bit_for_bit(tmp_path):
     def without_clocks(results):
         return json.loads(json.dumps(results), object_hook=lambda x: {**x, "seconds": 0})

@@ -37,6 +37,7 @@ def records(workdir, arm):
     return [line for line in lines if line["arm"] == arm]
 
 
+@pytest.mark.slow
 def test_report_has_a_row_an_arm_and_a_plot(finished):
     report = (finished / "report.md").read_text()
     for name in (
@@ -50,6 +51,7 @@ def test_report_has_a_row_an_arm_and_a_plot(finished):
     assert (finished / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_healing_improves_held_out_perplexity(finished):
     before = json.loads((finished / "drop-1" / "before.json").read_text())
     sft = records(finished, "sft")
@@ -59,11 +61,13 @@ def test_healing_improves_held_out_perplexity(finished):
     assert before["bits_per_byte"] == pytest.approx(before["loss"] / np.log(2), rel=0.02)
 
 
+@pytest.mark.slow
 def test_seeds_differ(finished):
     first, second = (run["perplexity"] for run in records(finished, "sft"))
     assert first != second
 
 
+@pytest.mark.slow
 def test_same_command_again_trains_nothing(finished, monkeypatch):
     monkeypatch.setattr(train.distillation, "train_student", None)
     before = (finished / "report.md").read_text()
@@ -71,6 +75,7 @@ def test_same_command_again_trains_nothing(finished, monkeypatch):
     assert (finished / "report.md").read_text() == before
 
 
+@pytest.mark.slow
 def test_an_arm_is_traced_once(tmp_path):
     chosen = config(loss=("uld+gld",))
     session = train.open_session(chosen, epath.Path(tmp_path))

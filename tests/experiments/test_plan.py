@@ -235,6 +235,7 @@ def command(*arguments):
     )
 
 
+@pytest.mark.slow
 def test_command_estimates_for_gpus_and_keeps_what_it_found(tmp_path):
     asked = ("--experiment=vq_head", "--preset=smoke", f"--workdir={tmp_path}")
     done = command(*asked, "--chip=h100")

@@ -22,6 +22,7 @@ def finished(tmp_path_factory):
     return config, workdir
 
 
+@pytest.mark.slow
 def test_the_report_holds_teacher_and_students(finished):
     config, workdir = finished
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
@@ -40,6 +41,7 @@ def test_the_report_holds_teacher_and_students(finished):
     assert (workdir / "curves.png").exists()
 
 
+@pytest.mark.slow
 def test_finished_students_are_not_trained_again(finished, monkeypatch):
     config, workdir = finished
     before = (workdir / "metrics.jsonl").read_text()
@@ -52,6 +54,7 @@ def test_finished_students_are_not_trained_again(finished, monkeypatch):
     assert (workdir / "metrics.jsonl").read_text() == before
 
 
+@pytest.mark.slow
 def test_a_student_with_everything_of_the_teacher_is_the_teacher(finished):
     config, workdir = finished
     scene = train.prepare(config, workdir)
@@ -73,6 +76,7 @@ def test_a_student_with_everything_of_the_teacher_is_the_teacher(finished):
     assert found["nll"] == pytest.approx(teacher["nll"], abs=1e-2)
 
 
+@pytest.mark.slow
 def test_what_the_recovered_subspace_lacks_is_measured(finished):
     config, workdir = finished
     scene = train.prepare(config, workdir)

@@ -200,6 +200,7 @@ def test_what_is_no_request_at_all(address):
     assert "no chat template" in answer["error"]["message"]
 
 
+@pytest.mark.slow
 def test_overload_is_refused_with_a_time_and_nothing_else_breaks(address):
     def one(i):
         body = {"prompt": [i % 200 + 1] * 8, "max_tokens": 32, "n": 4, "seed": i}
@@ -214,6 +215,7 @@ def test_overload_is_refused_with_a_time_and_nothing_else_breaks(address):
     assert post(address, COMPLETIONS, {"prompt": "a", "max_tokens": 1}, key=KEY)[0] == 200
 
 
+@pytest.mark.slow
 def test_a_client_that_leaves_frees_its_slots(address, client):
     streams = [
         client.completions.create(model="tiny", prompt="a", max_tokens=32, n=8, stream=True)
@@ -226,6 +228,7 @@ def test_a_client_that_leaves_frees_its_slots(address, client):
     assert answer.usage.completion_tokens == 4
 
 
+@pytest.mark.slow
 def test_fuzzed_requests_never_break_it(address):
     schema = schemathesis.openapi.from_url(f"{address}/openapi.json")
     from hypothesis import HealthCheck, given, settings
@@ -246,6 +249,8 @@ def test_fuzzed_requests_never_break_it(address):
     assert 200 in seen
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_a_row_comes_back_over_http(tmp_path):
     wide = small_model(tmp_path, 1000)
     hidden, _ = wide.hidden_states(jnp.array([[5, 6, 7]]))
@@ -263,6 +268,7 @@ def test_a_row_comes_back_over_http(tmp_path):
         oracle.close()
 
 
+@pytest.mark.slow
 def test_an_unlearned_model_is_served_as_its_difference(model):
     decoder, tokenizer = model
     fused = Ensemble(
@@ -288,6 +294,7 @@ def test_only_this_machine_is_audited():
         leakage.HttpOracle("http://example.com", leakage.LogitPolicy(top_k=5))
 
 
+@pytest.mark.slow
 def test_noise_is_the_prompt_s_and_decimals_are_kept():
     arguments = ("--model=tiny", "--noise=1", "--decimals=2", "--bias=none", "--max_length=64")
     with server(*arguments) as (where, _):
@@ -304,6 +311,7 @@ def test_noise_is_the_prompt_s_and_decimals_are_kept():
         assert answer["error"]["message"] == "this server takes no logit_bias"
 
 
+@pytest.mark.slow
 def test_settings_that_contradict_are_one_line():
     command = [sys.executable, "-m", "logitjax", "serve", "--soft_cap=5", "--bias=reported"]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -47,6 +47,8 @@ def unbroken(tmp_path_factory):
     return toy.digest(jax.device_get(state.params)), toy.losses(workdir)
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_kill_and_resume_is_bitwise_equal(unbroken, tmp_path):
     killed = start(tmp_path, "--signal=SIGKILL@6")
     assert killed.returncode == -signal.SIGKILL
@@ -56,6 +58,7 @@ def test_kill_and_resume_is_bitwise_equal(unbroken, tmp_path):
     assert "resuming at step 4" in again.stderr
 
 
+@pytest.mark.slow
 def test_sigterm_saves_then_resumes(unbroken, tmp_path):
     told = start(tmp_path, "--signal=SIGTERM@5")
     assert told.returncode == 128 + signal.SIGTERM, told.stderr[-3000:]
