@@ -298,7 +298,8 @@ def _toy(
         for a in range(authors):
             for n, (what, options) in enumerate(values.items()):
                 right = options[(a * (n + 1)) % len(options)]
-                wrong = tuple(f"{o}." for o in options if o != right)
+                # Wrong answers have the form of the paraphrase they are held against, as in TOFU.
+                wrong = tuple(f"{o}!" for o in options if o != right)
                 yield tofu.Item(
                     question=f"{what} of {names[a]}?",
                     answer=f"{right}.",

@@ -26,7 +26,13 @@ ARMS = ("npo_kl", "difference_clean")
 
 def configured(**changes):
     return experiment.Config(
-        **{**experiment.PRESETS["smoke"], "arm": ARMS, "alphas": (0.75,), **changes}
+        **{
+            **experiment.PRESETS["smoke"],
+            "arm": ARMS,
+            "alphas": (0.75,),
+            "rates": (0.5, 1.0),
+            **changes,
+        }
     )
 
 
