@@ -56,6 +56,7 @@ def test_a_pruned_student_is_healed_and_its_directory_read_back(text, tmp_path):
     assert (out / "model" / "model.safetensors").read_bytes() == written
 
 
+@pytest.mark.slow
 def test_adapters_of_a_whole_student_learn_from_two_teachers(text, tmp_path):
     """One of them has been read before, with draws from its tail."""
     cached = epath.Path(tmp_path) / "cache"
@@ -76,6 +77,7 @@ def test_adapters_of_a_whole_student_learn_from_two_teachers(text, tmp_path):
     np.testing.assert_array_equal(after.embedding[...], before.embedding[...])
 
 
+@pytest.mark.slow
 def test_conversations_are_learnt_from_their_answers(tmp_path):
     """A student folder of one's own with a chat template, and a jsonl of conversations."""
     model, tokenizer = models.load("tiny")
@@ -104,6 +106,8 @@ def test_conversations_are_learnt_from_their_answers(tmp_path):
     assert models.load_tokenizer(str(out / "model")).chat_template == template
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_killed_anywhere_it_continues_bit_for_bit(text, tmp_path):
     """Killed with SIGKILL in the middle of training, and started again."""
     flags = dict(
@@ -132,6 +136,7 @@ def test_killed_anywhere_it_continues_bit_for_bit(text, tmp_path):
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
+@pytest.mark.slow
 def test_a_served_model_is_replicated_from_its_answers_alone(text, tmp_path):
     """The head by `audit`, what it says by `distill`: two commands, nothing of the model itself."""
     workdir = epath.Path(tmp_path)
