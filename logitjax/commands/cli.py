@@ -39,6 +39,7 @@ _ONE_LINE_ERRORS = (
 _HELP = ("--help", "-h", "-help", "--helpfull", "--helpshort")
 
 
+@typing.runtime_checkable
 class Dataclass(Protocol):
     """An instance of whatever dataclass."""
 
