@@ -1,10 +1,11 @@
 """What every strategy takes: checked, in float32, with experts and bases along a leading axis."""
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Bool, Float
 
 from logitjax.ops import Array, AxisName, checks
 
@@ -29,6 +30,56 @@ class Inputs(NamedTuple):
     def fused(self, values: jax.Array) -> jax.Array:
         """`values` where the vocabulary exists, `-inf` elsewhere."""
         return jnp.where(self.exists, values, -jnp.inf)
+
+
+class Strategy:
+    """A strategy that decides from checked logits: a frozen dataclass with `fuse`."""
+
+    takes_experts: ClassVar[bool] = True
+    takes_bases: ClassVar[bool] = True
+
+    def __call__(
+        self,
+        logits_large: Float[Array, "*batch vocab"],
+        logits_experts: Float[Array, "..."] | None,
+        logits_bases: Float[Array, "..."] | None = None,
+        *,
+        vocab_where: Bool[Array, "..."] | None = None,
+        axis_name: AxisName | None = None,
+    ) -> tuple[Float[jax.Array, "*batch vocab"], dict[str, Any]]:
+        """Fused float32 logits `[*batch, vocab]`, and what was decided, by name.
+
+        Args:
+            logits_large: `[*batch, vocab]`.
+            logits_experts: `[T, *batch, vocab]`, or without the leading axis for one; None where
+                the strategy takes none.
+            logits_bases: as many, or one for all; None where the strategy takes none.
+            vocab_where: boolean, broadcastable to the logits: True for the entries that exist.
+            axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that
+                axis.
+
+        Raises:
+            ValueError: shapes do not fit, or models are missing or not taken.
+        """
+        for name, logits, taken in (
+            ("logits_experts", logits_experts, self.takes_experts),
+            ("logits_bases", logits_bases, self.takes_bases),
+        ):
+            if not taken and logits is not None and len(logits):
+                raise ValueError(f"{name}: {type(self).__name__} takes none, got {len(logits)}")
+        inputs = read_inputs(
+            logits_large,
+            logits_experts if self.takes_experts else None,
+            logits_bases if self.takes_bases else None,
+            vocab_where,
+            needs_experts=self.takes_experts,
+            needs_bases=self.takes_bases,
+        )
+        return self.fuse(inputs, axis_name)
+
+    def fuse(self, inputs: Inputs, axis_name: AxisName | None) -> tuple[jax.Array, dict[str, Any]]:
+        """What `__call__` gives, of checked inputs."""
+        raise NotImplementedError
 
 
 def read_inputs(

@@ -2,22 +2,21 @@
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float
 
-from logitjax.fusion._inputs import pmax, read_inputs, vocabulary_size
+from logitjax.fusion._inputs import Inputs, Strategy, pmax, vocabulary_size
 from logitjax.fusion._kth_largest import kth_largest
-from logitjax.ops import Array, AxisName, logsumexp, psum
+from logitjax.ops import AxisName, logsumexp, psum
 
 _FORMS, _FILTERS, _OUTSIDE = ("raw", "centred"), ("clean", "official", "none"), ("keep", "exclude")
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LogitDifference:
+class LogitDifference(Strategy):
     """Takes away what an assistant, trained to know the data to forget and nothing else, says.
 
     ::
@@ -53,6 +52,8 @@ class LogitDifference:
         that an excluded token wins where all others are negative; not here.
     """
 
+    takes_bases: ClassVar[bool] = False
+
     alpha: float = 0.75
     form: Literal["raw", "centred"] = "centred"
     filter: Literal["clean", "official", "none"] = "clean"
@@ -68,31 +69,8 @@ class LogitDifference:
         if not 0 < self.rate <= 1:
             raise ValueError(f"rate: expected to be in (0, 1], got {self.rate}")
 
-    def __call__(
-        self,
-        logits_large: Float[Array, "*batch vocab"],
-        logits_experts: Float[Array, "..."],
-        logits_bases: Float[Array, "..."] | None = None,
-        *,
-        vocab_where: Bool[Array, "..."] | None = None,
-        axis_name: AxisName | None = None,
-    ) -> tuple[Float[jax.Array, "*batch vocab"], dict[str, Any]]:
-        """Float32 logits `[*batch, vocab]` and `{"changed": how many entries}`.
-
-        Args:
-            logits_large: `[*batch, vocab]`.
-            logits_experts: the assistant's, `[*batch, vocab]` or with a leading axis of 1.
-            logits_bases: None (or none along the leading axis).
-            vocab_where: boolean, broadcastable to the logits: True for the entries that exist.
-            axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that
-                axis.
-
-        Raises:
-            ValueError: there are bases, or not one assistant.
-        """
-        if logits_bases is not None and len(logits_bases):
-            raise ValueError("logits_bases: the logit difference takes none, only an assistant")
-        inputs = read_inputs(logits_large, logits_experts, None, vocab_where, needs_bases=False)
+    def fuse(self, inputs: Inputs, axis_name: AxisName | None) -> tuple[jax.Array, dict[str, Any]]:
+        """As `Strategy.__call__`; says `{"changed": how many entries}`."""
         if len(inputs.experts) != 1:
             raise ValueError(f"logits_experts: expected one assistant, got {len(inputs.experts)}")
         assistant = inputs.experts[0]
@@ -109,7 +87,7 @@ class LogitDifference:
         fused = jnp.where(changed, fused, inputs.large if self.outside == "keep" else -jnp.inf)
         return inputs.fused(fused), {"changed": psum(changed.sum(-1), axis_name)}
 
-    def _threshold(self, inputs: Any, axis_name: AxisName | None) -> jax.Array:
+    def _threshold(self, inputs: Inputs, axis_name: AxisName | None) -> jax.Array:
         """The least large logit that is changed, `[*batch, 1]`."""
         large = inputs.fused(inputs.large)
         peak = pmax(large.max(-1, keepdims=True), axis_name)

@@ -1,19 +1,18 @@
 """Fusion with fixed weights: proxy-tuning and its relatives."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float
 
-from logitjax.fusion._inputs import pmax, read_inputs
-from logitjax.ops import Array, AxisName, checks, log_softmax
+from logitjax.fusion._inputs import Inputs, Strategy, pmax
+from logitjax.ops import AxisName, checks, log_softmax
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ProxyTuning:
+class ProxyTuning(Strategy):
     """Adds what experts have learnt beyond their bases, at every token by the same weight.
 
     ::
@@ -36,39 +35,22 @@ class ProxyTuning:
 
     alpha: float = 1.0
 
-    def __call__(
-        self,
-        logits_large: Float[Array, "*batch vocab"],
-        logits_experts: Float[Array, "..."],
-        logits_bases: Float[Array, "..."],
-        *,
-        vocab_where: Bool[Array, "..."] | None = None,
-        axis_name: AxisName | None = None,
-    ) -> tuple[Float[jax.Array, "*batch vocab"], dict[str, Any]]:
-        """Fused float32 logits `[*batch, vocab]` and an empty dictionary.
-
-        Args:
-            logits_large: `[*batch, vocab]`.
-            logits_experts: `[T, *batch, vocab]`, or without the leading axis for one.
-            logits_bases: as many, or one for all.
-            vocab_where: boolean, broadcastable to the logits: True for the entries that exist.
-            axis_name: of no effect, for entries are fused each by itself.
-        """
-        del axis_name
-        inputs = read_inputs(logits_large, logits_experts, logits_bases, vocab_where)
+    def fuse(self, inputs: Inputs, axis_name: AxisName | None) -> tuple[jax.Array, dict[str, Any]]:
+        del axis_name  # entries are fused each by itself
         return inputs.fused(inputs.large + self.alpha * inputs.differences.sum(0)), {}
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DExperts:
+class DExperts(Strategy):
     """Towards an expert and away from an anti-expert, among what the large model finds plausible.
 
     ::
 
         large + alpha * (expert - antiexpert)   where p_large is in its top-p set, -inf elsewhere
 
-    The anti-expert takes the place of the base.
+    The anti-expert takes the place of the base. Where the vocabulary is split over devices, `top_p`
+    must be 1: it would have to be sorted.
 
     Attributes:
         alpha: the weight.
@@ -89,26 +71,12 @@ class DExperts:
     def __post_init__(self) -> None:
         checks.between(self.top_p, 0.0, 1.0, "top_p")
 
-    def __call__(
-        self,
-        logits_large: Float[Array, "*batch vocab"],
-        logits_experts: Float[Array, "..."],
-        logits_bases: Float[Array, "..."],
-        *,
-        vocab_where: Bool[Array, "..."] | None = None,
-        axis_name: AxisName | None = None,
-    ) -> tuple[Float[jax.Array, "*batch vocab"], dict[str, Any]]:
-        """As `ProxyTuning`; with `axis_name` only where `top_p` is 1.
-
-        Raises:
-            ValueError: `top_p` below 1 with a sharded vocabulary, which it would have to sort.
-        """
+    def fuse(self, inputs: Inputs, axis_name: AxisName | None) -> tuple[jax.Array, dict[str, Any]]:
         if self.top_p < 1 and axis_name is not None:
             raise ValueError(
                 f"top_p={self.top_p} sorts the vocabulary, which axis_name={axis_name!r} splits: "
                 "gather the large model's logits or give top_p=1"
             )
-        inputs = read_inputs(logits_large, logits_experts, logits_bases, vocab_where)
         fused = inputs.fused(inputs.large + self.alpha * inputs.differences.sum(0))
         if self.top_p < 1:
             probs = jnp.exp(log_softmax(inputs.large, vocab_where=inputs.exists))
@@ -121,7 +89,7 @@ class DExperts:
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EmulatedFineTuning:
+class EmulatedFineTuning(Strategy):
     """A large pre-trained model under the reward that tuning a small one implies.
 
     ::
@@ -144,25 +112,14 @@ class EmulatedFineTuning:
 
     beta: float = 1.0
 
-    def __call__(
-        self,
-        logits_large: Float[Array, "*batch vocab"],
-        logits_experts: Float[Array, "..."],
-        logits_bases: Float[Array, "..."],
-        *,
-        vocab_where: Bool[Array, "..."] | None = None,
-        axis_name: AxisName | None = None,
-    ) -> tuple[Float[jax.Array, "*batch vocab"], dict[str, Any]]:
-        """Log-probabilities `[*batch, vocab]`; arguments as of `ProxyTuning`."""
-        fused, info = ProxyTuning(alpha=self.beta)(
-            logits_large, logits_experts, logits_bases, vocab_where=vocab_where
-        )
+    def fuse(self, inputs: Inputs, axis_name: AxisName | None) -> tuple[jax.Array, dict[str, Any]]:
+        fused, info = ProxyTuning(alpha=self.beta).fuse(inputs, axis_name)
         return log_softmax(fused, axis_name=axis_name), info
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ContrastiveDecoding:
+class ContrastiveDecoding(Strategy):
     """What the large model finds more likely than an amateur, among what it finds plausible.
 
     ::
@@ -186,6 +143,8 @@ class ContrastiveDecoding:
         Contrastive decoding improves reasoning, 2023 (arXiv 2309.09117): 1.5 and 0.5, the defaults.
     """
 
+    takes_experts: ClassVar[bool] = False
+
     weight: float = 1.5
     amateur_weight: float = 0.5
     plausibility: float = 0.1
@@ -193,31 +152,7 @@ class ContrastiveDecoding:
     def __post_init__(self) -> None:
         checks.between(self.plausibility, 0.0, 1.0, "plausibility")
 
-    def __call__(
-        self,
-        logits_large: Float[Array, "*batch vocab"],
-        logits_experts: Float[Array, "..."] | None,
-        logits_bases: Float[Array, "..."],
-        *,
-        vocab_where: Bool[Array, "..."] | None = None,
-        axis_name: AxisName | None = None,
-    ) -> tuple[Float[jax.Array, "*batch vocab"], dict[str, Any]]:
-        """Fused float32 logits `[*batch, vocab]` and an empty dictionary.
-
-        Args:
-            logits_large: `[*batch, vocab]`.
-            logits_experts: None (or none along the leading axis).
-            logits_bases: the amateur's, `[*batch, vocab]` or with a leading axis of 1.
-            vocab_where: boolean, broadcastable to the logits: True for the entries that exist.
-            axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that
-                axis.
-
-        Raises:
-            ValueError: there are experts, or not one amateur.
-        """
-        if logits_experts is not None and len(logits_experts):
-            raise ValueError("logits_experts: contrastive decoding takes none, only a base")
-        inputs = read_inputs(logits_large, None, logits_bases, vocab_where, needs_experts=False)
+    def fuse(self, inputs: Inputs, axis_name: AxisName | None) -> tuple[jax.Array, dict[str, Any]]:
         if len(inputs.bases) != 1:
             raise ValueError(f"logits_bases: expected one amateur, got {len(inputs.bases)}")
         fused = inputs.fused(self.weight * inputs.large - self.amateur_weight * inputs.bases[0])
