@@ -12,7 +12,7 @@ from jaxtyping import Int
 from logitjax.storage import ArrayCodec, Manifest, RowCache
 
 _MOMENTS = ("log_z", "mean", "std")
-_KIND = "teacher cache"
+KIND = "teacher cache"
 _DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 Statistics = dict[str, np.ndarray]
@@ -142,11 +142,11 @@ class TeacherCache(RowCache):
 
     def __init__(self, directory: str | os.PathLike[str], identity: TeacherIdentity | None = None):
         if identity is None:
-            identity = TeacherIdentity(**Manifest(directory, _KIND).read()["made_from"])
+            identity = TeacherIdentity(**Manifest(directory, KIND).read()["made_from"])
         self.identity = identity
         codec = _Codec(identity)
         self._entries = codec.entries
-        super().__init__(directory, codec, made_from=dataclasses.asdict(identity), kind=_KIND)
+        super().__init__(directory, codec, made_from=dataclasses.asdict(identity), kind=KIND)
 
     def __repr__(self) -> str:
         return (

@@ -14,7 +14,7 @@ from flax import nnx
 
 from logitjax import data, leakage, losses, models, processes
 from logitjax.distillation._student import hidden_states
-from logitjax.distillation._teacher_cache import TeacherCache, TeacherIdentity
+from logitjax.distillation._teacher_cache import KIND, TeacherCache, TeacherIdentity
 from logitjax.storage import Manifest
 
 
@@ -175,7 +175,7 @@ def cache_teacher(
             "k": k,
             "tail_samples": tail_samples,
         }
-        complete = Manifest(path, _KIND).exists()
+        complete = Manifest(path, KIND).exists()
         if complete:
             cache = TeacherCache(path)
             cache.check(**expected)
