@@ -25,6 +25,8 @@ trap 'pass INT' INT
 for ((restart = 0; ; restart++)); do
   "$@" &
   child=$!
+  # A signal may have come before there was a child to pass it on to.
+  if [[ -n $told ]]; then pass "$told"; fi
   while true; do
     status=0
     wait "$child" || status=$?

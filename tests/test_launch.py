@@ -233,7 +233,10 @@ def test_keep_running_passes_sigterm_on_and_ends(tmp_path):
         while not (tmp_path / "up").exists():
             time.sleep(0.02)
         process.terminate()
-        assert process.wait(timeout=20) == 128 + signal.SIGTERM
+        try:
+            assert process.wait(timeout=20) == 128 + signal.SIGTERM
+        finally:
+            process.kill()  # or the suite would wait for it for ever
     assert (tmp_path / "said").read_text() == "saved\n"
 
 

@@ -72,8 +72,8 @@ def test_a_run_reports_every_arm_and_is_not_repeated(tmp_path):
     assert sorted(results["arms"]) == sorted(TINY.arm)
     text = report.write(TINY, results, workdir)
     assert "dual_mlp_aligned against tuned single" in text
-    assert (workdir / "alpha.png").exists()
-    assert (workdir / "collapse.png").exists()
+    assert (workdir / "alpha.png").read_bytes().startswith(b"\x89PNG")
+    assert (workdir / "collapse.png").read_bytes().startswith(b"\x89PNG")
     line = results["arms"]["single"][0]["curves"][0]
     assert {f"nc/{name}" for name in diagnostics.MEASURES} <= set(line)
     path = workdir / "arms" / "single" / "seed-1" / "result.json"

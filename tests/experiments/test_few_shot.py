@@ -38,7 +38,7 @@ def test_smoke_through_the_command_line_and_again_without_training(tmp_path):
     assert done.stdout.strip() == text.strip()
     assert "| amu " in text
     assert "### Scored on noisier" in text
-    assert (workdir / "accuracy.png").exists()
+    assert (workdir / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     again = subprocess.run(
         [*command, "--data=nowhere"], env=environment, capture_output=True, text=True, check=False
     )

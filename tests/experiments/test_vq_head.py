@@ -27,8 +27,8 @@ def test_smoke_run_leaves_a_report(finished):
     text = (workdir / "report.md").read_text()
     for name in ("full head, untouched", "VQ as published", "likelihood reassignment", "shortlist"):
         assert name in text
-    assert (workdir / "frontier.png").exists()
-    assert (workdir / "curves.png").exists()
+    assert (workdir / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    assert (workdir / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert (workdir / "heads" / "vq_likelihood_32" / "head.safetensors").exists()
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert {r["arm"] for r in records} >= {"full", "vq_paper", "vq_likelihood", "low_rank"}
