@@ -8,7 +8,10 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from logitjax.ops import log_softmax, logsumexp
+from logitjax import ops
+from tests._compiled import compiled, values_and_gradient
+
+log_softmax, logsumexp = compiled(ops.log_softmax), compiled(ops.logsumexp)
 
 
 def oracle(logits):
@@ -46,12 +49,11 @@ def test_never_nan(logits):
 
 
 def test_empty_row_has_zero_gradient():
-    logits = jnp.full((2, 3), -jnp.inf)
-    np.testing.assert_array_equal(logsumexp(logits), [-np.inf, -np.inf])
+    logits = np.full((2, 3), -np.inf, np.float32)
+    values, gradient = values_and_gradient(ops.logsumexp)(logits)
+    np.testing.assert_array_equal(values, [-np.inf, -np.inf])
     np.testing.assert_array_equal(log_softmax(logits), logits)
-    np.testing.assert_array_equal(
-        jax.grad(lambda v: logsumexp(v).sum())(logits), 0.0 * logits.at[:].set(0)
-    )
+    np.testing.assert_array_equal(gradient, np.zeros((2, 3)))
 
 
 def test_where_is_minus_infinity():
@@ -59,23 +61,23 @@ def test_where_is_minus_infinity():
     where = np.array([True, True, False, True, False, True])
     padded = np.where(where, logits, -np.inf)
     np.testing.assert_array_equal(log_softmax(logits, vocab_where=where), log_softmax(padded))
-    grad = jax.grad(lambda v: logsumexp(v, vocab_where=where).sum())(logits)
+    _, grad = values_and_gradient(ops.logsumexp)(logits, vocab_where=where)
     assert (np.asarray(grad)[:, ~where] == 0).all()
     np.testing.assert_allclose(np.asarray(grad).sum(-1), 1.0, rtol=1e-6)
 
 
 def test_bfloat16_is_summed_in_float32():
-    logits = jnp.zeros(4096, jnp.bfloat16)
+    logits = np.zeros(4096, jnp.bfloat16)
     result = logsumexp(logits)
     assert result.dtype == jnp.float32
     np.testing.assert_allclose(result, np.log(4096), rtol=1e-6)
 
 
 def test_first_and_second_derivative():
-    logits = jnp.array([0.3, -1.0, 2.0])
-    probs = jax.nn.softmax(logits)
-    np.testing.assert_allclose(jax.jacfwd(logsumexp)(logits), probs, rtol=1e-6)
-    hessian = jax.hessian(logsumexp)(logits)
+    logits = np.float32([0.3, -1.0, 2.0])
+    probs = np.exp(logits) / np.exp(logits).sum()
+    np.testing.assert_allclose(jax.jit(jax.jacfwd(ops.logsumexp))(logits), probs, rtol=1e-6)
+    hessian = jax.jit(jax.hessian(ops.logsumexp))(logits)
     np.testing.assert_allclose(hessian, np.diag(probs) - np.outer(probs, probs), atol=1e-6)
 
 
@@ -97,7 +99,8 @@ def test_vocabulary_sharded_equals_local():
     def local(v, w):
         return total(log_softmax(v), w)
 
-    np.testing.assert_allclose(sharded(logits, weights), local(logits, weights), rtol=1e-5)
+    found, expected = (jax.jit(f)(logits, weights) for f in (sharded, local))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
     grads = [
         jax.jit(jax.grad(lambda v, f=f: f(v, weights).sum()))(logits) for f in (sharded, local)
     ]
@@ -106,12 +109,12 @@ def test_vocabulary_sharded_equals_local():
 
 def test_errors_name_the_culprit():
     with pytest.raises(TypeError):
-        logsumexp(jnp.arange(3))
+        logsumexp(np.arange(3))
     with pytest.raises(ValueError, match="axis: expected one of the 2 axes of logits, got 2"):
-        logsumexp(jnp.zeros((2, 3)), axis=2)
+        logsumexp(np.zeros((2, 3), np.float32), axis=2)
     with pytest.raises(
         ValueError, match=r"vocab_where: expected a shape that broadcasts to \(2, 3\), got \(2,\)"
     ):
-        logsumexp(jnp.zeros((2, 3)), vocab_where=jnp.ones(2, bool))
+        logsumexp(np.zeros((2, 3), np.float32), vocab_where=np.ones(2, bool))
     with pytest.raises(ValueError, match=r"vocab_where: expected a shape .* got \(4, 2, 3\)"):
-        logsumexp(jnp.zeros((2, 3)), vocab_where=jnp.ones((4, 2, 3), bool))
+        logsumexp(np.zeros((2, 3), np.float32), vocab_where=np.ones((4, 2, 3), bool))

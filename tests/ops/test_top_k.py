@@ -11,7 +11,12 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from logitjax.ops import TopK, gather_at, logsumexp, top_k
+from logitjax import ops
+from logitjax.ops import gather_at
+from tests._compiled import compiled
+
+top_k, top_k_of = compiled(ops.top_k), compiled(ops.TopK.of)
+lax_top_k = compiled(lax.top_k)
 
 
 def assert_same(result, expected):
@@ -34,13 +39,13 @@ def rows(seed=0, shape=(8, 300)):
 @pytest.mark.parametrize("group_size", [8, 1000])
 def test_equals_lax_top_k_with_its_tie_order(vocab, group_size):
     values = rows(shape=(8, vocab))
-    assert_same(top_k(values, 5, group_size=group_size), lax.top_k(values, 5))
+    assert_same(top_k(values, 5, group_size=group_size), lax_top_k(values, 5))
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, np.int32])
 def test_keeps_the_dtype(dtype):
     values = np.arange(300)[::-1].reshape(2, 150).astype(dtype)
-    assert_same(top_k(values, 3, group_size=8), lax.top_k(values, 3))
+    assert_same(top_k(values, 3, group_size=8), lax_top_k(values, 3))
 
 
 @hypothesis.given(
@@ -49,25 +54,27 @@ def test_keeps_the_dtype(dtype):
     )
 )
 def test_any_ties(values):
-    assert_same(top_k(values, 4, group_size=8), lax.top_k(values, 4))
+    assert_same(top_k(values, 4, group_size=8), lax_top_k(values, 4))
 
 
 def test_whole_vocabulary():
     values = rows(shape=(4, 20))
-    assert_same(top_k(values, 20), lax.top_k(values, 20))
+    assert_same(top_k(values, 20), lax_top_k(values, 20))
 
 
-def test_jit_and_vmap():
+@pytest.mark.many_programs("called eagerly, each operation is one")
+def test_eager_jit_and_vmap():
     values = rows()
-    expected = lax.top_k(values, 5)
-    assert_same(jax.jit(lambda v: top_k(v, 5, group_size=8))(values), expected)
-    assert_same(jax.jit(jax.vmap(lambda v: top_k(v, 5, group_size=8)))(values), expected)
+    expected = lax_top_k(values, 5)
+    assert_same(ops.top_k(values, 5, group_size=8), expected)
+    assert_same(top_k(values, 5, group_size=8), expected)
+    assert_same(jax.jit(jax.vmap(lambda v: ops.top_k(v, 5, group_size=8)))(values), expected)
 
 
 def test_gradient_scatters_to_the_chosen():
     values = np.random.default_rng(0).normal(size=(2, 100)).astype(np.float32)
-    weights = jnp.arange(1.0, 4.0)
-    grad = jax.grad(lambda v: (top_k(v, 3, group_size=8)[0] * weights).sum())(values)
+    weights = np.arange(1, 4, dtype=np.float32)
+    grad = jax.jit(jax.grad(lambda v: (top_k(v, 3, group_size=8)[0] * weights).sum()))(values)
     expected = np.zeros_like(values)
     np.put_along_axis(expected, np.argsort(-values)[:, :3], np.arange(1.0, 4.0), axis=-1)
     np.testing.assert_array_equal(grad, expected)
@@ -82,8 +89,8 @@ def test_batch_sharded(kind):
     mesh = mesh_of(kind)
     values = rows()
     sharded = jax.device_put(values, NamedSharding(mesh, P("data")))
-    result = jax.jit(lambda v: top_k(v, 5, group_size=8))(sharded)
-    assert_same(result, lax.top_k(values, 5))
+    result = top_k(sharded, 5, group_size=8)
+    assert_same(result, lax_top_k(values, 5))
     if kind == AxisType.Explicit:
         assert jax.typeof(result[0]).sharding.spec == P("data", None)
 
@@ -101,16 +108,17 @@ def test_vocabulary_sharded_in_shard_map(kind, k):
         out_specs=P(),
     )
     sharded = jax.device_put(values, NamedSharding(mesh, P(None, "model")))
-    assert_same(jax.jit(find)(sharded), lax.top_k(values, k))
+    assert_same(jax.jit(find)(sharded), lax_top_k(values, k))
 
-    weights = jnp.arange(1.0, k + 1)
-    finite = jnp.asarray(np.random.default_rng(1).normal(size=values.shape), jnp.float32)
+    weights = np.arange(1, k + 1, dtype=np.float32)
+    finite = np.random.default_rng(1).normal(size=values.shape).astype(np.float32)
 
     def total(find):
         return lambda v: (find(v)[0] * weights).sum()
 
     grad = jax.jit(jax.grad(total(find)))(jax.device_put(finite, sharded.sharding))
-    np.testing.assert_allclose(grad, jax.grad(total(lambda v: lax.top_k(v, k)))(finite))
+    expected = jax.jit(jax.grad(total(lambda v: lax.top_k(v, k))))(finite)
+    np.testing.assert_allclose(grad, expected)
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
@@ -125,14 +133,14 @@ def test_shard_map_over_the_vocabulary_axis_only(kind):
         axis_names={"model"},
     )
     sharded = jax.device_put(values, NamedSharding(mesh, P("data", "model")))
-    assert_same(jax.jit(find)(sharded), lax.top_k(values, 5))
+    assert_same(jax.jit(find)(sharded), lax_top_k(values, 5))
 
 
 def test_vocabulary_split_under_pmap():
     values = rows(shape=(4, 8 * 16))
     find = jax.pmap(lambda v: top_k(v, 5, axis_name="model"), axis_name="model")
     result = find(np.stack(np.split(values, 8, axis=-1)))
-    assert_same((result[0][0], result[1][0]), lax.top_k(values, 5))
+    assert_same((result[0][0], result[1][0]), lax_top_k(values, 5))
 
 
 def test_sharded_vocabulary_without_axis_name_is_an_error():
@@ -141,7 +149,7 @@ def test_sharded_vocabulary_without_axis_name_is_an_error():
     with pytest.raises(ValueError, match=r"axis_name='model' inside jax.shard_map"):
         top_k(sharded, 5)
     with pytest.raises(ValueError, match="gather needs axis_name='model'"):
-        gather_at(sharded, jnp.zeros((8, 1), jnp.int32))
+        gather_at(sharded, np.zeros((8, 1), np.int32))
 
 
 @pytest.mark.parametrize("k", [0, 301])
@@ -157,19 +165,19 @@ def test_group_size_is_positive():
 
 def test_top_k_of_is_a_pytree_of_log_probabilities():
     logits = rows()[3:].astype(jnp.bfloat16)
-    top = jax.jit(lambda v: TopK.of(v, 4))(logits)
+    top = top_k_of(logits, 4)
     assert top.values.dtype == jnp.float32
-    np.testing.assert_allclose(top.log_z, logsumexp(logits), rtol=1e-6)
-    np.testing.assert_array_equal(
-        gather_at(logits, top.indices).astype(np.float32), np.asarray(top.values)
-    )
+    np.testing.assert_allclose(top.log_z, compiled(ops.logsumexp)(logits), rtol=1e-6)
+    gathered = compiled(gather_at)(logits, top.indices)
+    np.testing.assert_array_equal(np.asarray(gathered, np.float32), top.values)
     assert jax.tree.map(jnp.shape, top).values == (5, 4)
-    stacked = jax.vmap(lambda v: TopK.of(v, 4))(logits)
+    stacked = jax.jit(jax.vmap(lambda v: ops.TopK.of(v, 4)))(logits)
     np.testing.assert_array_equal(stacked.indices, top.indices)
 
 
 def test_top_k_of_leaves_masked_entries_out():
-    top = TopK.of(jnp.array([3.0, 2.0, 1.0]), 2, vocab_where=jnp.array([False, True, True]))
+    where = np.array([False, True, True])
+    top = top_k_of(np.float32([3.0, 2.0, 1.0]), 2, vocab_where=where)
     np.testing.assert_array_equal(top.indices, [1, 2])
     np.testing.assert_allclose(top.log_z, np.log(np.exp(2) + np.exp(1)), rtol=1e-6)
 
@@ -197,4 +205,4 @@ def test_gather_at_across_shards():
 def test_gather_at_checks_the_batch_axes():
     with pytest.raises(ValueError, match=r"leading axes of values, \(8,\), got \(7,\)"):
         # Past the shape annotation, which only tests check.
-        inspect.unwrap(gather_at)(rows(), jnp.zeros((7, 1), jnp.int32))
+        inspect.unwrap(gather_at)(rows(), np.zeros((7, 1), np.int32))

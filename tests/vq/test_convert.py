@@ -2,7 +2,6 @@ import dataclasses
 
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -14,6 +13,8 @@ from logitjax.heads import Assignment
 from logitjax.models import Decoder, DecoderConfig
 from logitjax.vq import ShortlistHead, VQHead, vq_nll
 from logitjax.vq._hidden_cache import HiddenCache
+from tests._compiled import compiled
+from tests._modules import call, with_weights
 
 VOCAB, WIDTH, TIME = 96, 16, 12
 CONFIG = DecoderConfig(
@@ -42,11 +43,11 @@ def _batches(count=6, batch=4):
 
 @pytest.fixture(scope="module")
 def model():
-    model = Decoder(CONFIG, rngs=nnx.Rngs(0), layout="listed")
+    model = with_weights(lambda: Decoder(CONFIG, rngs=nnx.Rngs(0), layout="listed"))
     rng = np.random.default_rng(0)
     # Rows in groups, so that there is something for codes to find.
     rows = rng.normal(size=(8, WIDTH))[rng.integers(0, 8, VOCAB)]
-    model.embedding[...] = jnp.asarray(rows + 0.2 * rng.normal(size=rows.shape), jnp.float32)
+    model.embedding[...] = np.float32(rows + 0.2 * rng.normal(size=rows.shape))
     return model
 
 
@@ -67,15 +68,20 @@ def conversion(model, tmp_path_factory):
 
 
 def _divergence(model, head, hidden):
-    teacher = jax.nn.log_softmax(model.logits(hidden))
-    student = jax.nn.log_softmax(head(hidden))
-    return float((jnp.exp(teacher) * (teacher - student)).sum(-1).mean())
+    teacher = log_softmax(call(model, hidden, method="logits"))
+    student = log_softmax(call(head, hidden))
+    return (np.exp(teacher) * (teacher - student)).sum(-1).mean()
+
+
+def log_softmax(logits):
+    logits = np.asarray(logits, np.float64)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
 def test_cached_hidden_states_are_the_model_s(model, conversion):
     cache = conversion[0].cache
     batch = next(iter(_batches()))
-    hidden, _ = model.hidden_states(batch["tokens"])
+    hidden = np.asarray(call(model, batch["tokens"], method="hidden_states")[0])
     np.testing.assert_allclose(cache.hidden[: TIME - 1], hidden[0, :-1], rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(cache.labels[: TIME - 1], batch["tokens"][0, 1:])
     assert len(cache) == 200
@@ -83,7 +89,7 @@ def test_cached_hidden_states_are_the_model_s(model, conversion):
 
 def test_targets_hold_the_whole_distribution(model, conversion):
     result = conversion[0]
-    probs = np.asarray(jax.nn.softmax(model.logits(result.cache.hidden)))
+    probs = np.exp(log_softmax(call(model, result.cache.hidden, method="logits")))
     np.testing.assert_allclose(result.targets.counts, probs.sum(0), rtol=1e-3)
     np.testing.assert_allclose(
         result.targets.sums, probs.T @ result.cache.hidden, rtol=1e-3, atol=1e-3
@@ -105,7 +111,7 @@ def _kept_counts(result):
 
 def test_tuning_minimises_the_true_divergence(model, conversion):
     result = conversion[0]
-    hidden = jnp.asarray(result.cache.hidden)
+    hidden = np.asarray(result.cache.hidden)
     seen = _divergence(model, result.head, hidden)
     assert seen < 0.5 * result.history["loss"][0]
     # The cheap objective is the divergence, not a proxy of it.
@@ -114,27 +120,28 @@ def test_tuning_minimises_the_true_divergence(model, conversion):
     count = len(hidden)
     constants = {
         "assignment": assignment,
-        "rest": jax.ops.segment_sum(
-            jnp.asarray(result.targets.rest_sums) / count, assignment, num_segments=16
+        "rest": compiled(jax.ops.segment_sum)(
+            result.targets.rest_sums / np.float32(count), assignment, num_segments=16
         ),
-        "rest_counts": jnp.asarray(result.targets.rest_counts) / count,
+        "rest_counts": result.targets.rest_counts / np.float32(count),
     }
-    loss = vq.vq_distillation_loss(
+    loss = compiled(vq.vq_distillation_loss)(
         params, constants, hidden, result.targets.top_probs, result.targets.top_tokens
-    ).mean()
-    assert float(loss) - result.targets.entropy == pytest.approx(seen, abs=2e-4)
+    )
+    assert np.mean(loss) - result.targets.entropy == pytest.approx(seen, abs=2e-4)
     assert len(result.history["moved"]) == 2
 
 
 def test_checkpoint_loads_back(conversion):
     result, workdir = conversion
     head = vq.load_head(workdir / "head")
-    hidden = jnp.asarray(result.cache.hidden[:5])
-    np.testing.assert_array_equal(head(hidden), result.head(hidden))
+    hidden = np.asarray(result.cache.hidden[:5])
+    np.testing.assert_array_equal(call(head, hidden), call(result.head, hidden))
     with pytest.raises(FileNotFoundError, match="no head in"):
         vq.load_head(workdir)
 
 
+@pytest.mark.many_programs("converts a model, which is done in many steps")
 def test_converting_again_reads_what_is_there(model, conversion):
     result, workdir = conversion
 
@@ -147,12 +154,14 @@ def test_converting_again_reads_what_is_there(model, conversion):
     )
     again = vq.convert_head(model, nothing(), workdir=workdir, config=config)
     assert isinstance(again.head, ShortlistHead)
-    hidden = jnp.asarray(result.cache.hidden[:20])
+    hidden = np.asarray(result.cache.hidden[:20])
     embedding = model.embedding[...]
-    top = again.head.top_k(hidden, 1, embedding).indices[:, 0]
-    assert (top == again.model.logits(hidden).argmax(-1)).all()
+    top = call(again.head, hidden, 1, embedding, method="top_k").indices
+    logits = np.asarray(call(again.model, hidden, method="logits"))
+    np.testing.assert_array_equal(np.asarray(top)[:, 0], logits.argmax(-1))
     loaded = vq.load_head(workdir / "head")
-    np.testing.assert_array_equal(loaded(hidden, embedding), again.head(hidden, embedding))
+    found = call(loaded, hidden, embedding)
+    np.testing.assert_array_equal(found, call(again.head, hidden, embedding))
     with pytest.raises(ValueError, match="its max_tokens is 200, not 7"):
         vq.cache_hidden_states(model, nothing(), workdir / "hidden", max_tokens=7)
 
@@ -163,20 +172,23 @@ def test_converted_model_decodes_without_v_logits(conversion):
     want = generate(model, prompt, max_new_tokens=5).tokens
     tables = model.head.tables(width=1)
     cache = model.init_cache(1, 8)
-    tokens, seen = jnp.asarray(prompt), []
-    for _ in range(5):
+    tokens, seen = prompt, []
+
+    @jax.jit
+    def step(tokens, cache):
         hidden, cache = model.hidden_states(tokens, cache=cache)
-        tokens = model.head.top_k(hidden[:, -1], 1, tables=tables).indices
-        seen.append(int(tokens[0, 0]))
+        return model.head.top_k(hidden[:, -1], 1, tables=tables).indices, cache
+
+    for _ in range(5):
+        tokens, cache = step(tokens, cache)
+        seen.append(int(np.asarray(tokens)[0, 0]))
     np.testing.assert_array_equal(want[0], seen)
 
 
+@pytest.mark.many_programs("two training steps, and where their states lie")
 def test_decoder_trains_from_scratch_and_fine_tunes_with_the_head(conversion):
-    scratch = Decoder(
-        CONFIG,
-        rngs=nnx.Rngs(1),
-        head=VQHead(WIDTH, VOCAB, 12, unigram=np.ones(VOCAB), rngs=nnx.Rngs(2)),
-    )
+    scratch = with_weights(lambda: Decoder(CONFIG, rngs=nnx.Rngs(1)))
+    scratch.head = VQHead(WIDTH, VOCAB, 12, unigram=np.ones(VOCAB), rngs=nnx.Rngs(2))
     batch = next(iter(_batches()))
     for model in (scratch, conversion[0].model):
         graphdef, params, rest = nnx.split(model, nnx.Param, ...)
@@ -210,6 +222,9 @@ def test_assignment_is_saved_and_not_trained():
     assert set(nnx.to_pure_dict(tables)) == {"assignment"}
 
 
+ONES = np.ones(3, np.float32)
+
+
 def squared_error(params, constants, x):
     return ((x @ params) - constants) ** 2
 
@@ -217,23 +232,23 @@ def squared_error(params, constants, x):
 def test_what_is_changed_between_steps_is_gone_on_with():
     data = [np.random.default_rng(0).normal(size=(64, 3)).astype(np.float32)]
     tuning = vq.Tuning(steps=10, batch_size=16, learning_rate=1e-1)
-    options = dict(constants=jnp.ones(()))
-    whole, losses = vq.tune_head(squared_error, jnp.ones(3), data, tuning, **options)
+    options = dict(constants=np.ones((), np.float32))
+    whole, losses = vq.tune_head(squared_error, ONES, data, tuning, **options)
     asked = []
 
     def same(step, params, constants):
         asked.append(step)
         return (params, constants) if step == 4 else None
 
-    part, again = vq.tune_head(squared_error, jnp.ones(3), data, tuning, **options, between=same)
+    part, again = vq.tune_head(squared_error, ONES, data, tuning, **options, between=same)
     assert asked == list(range(1, 11))
     np.testing.assert_allclose(part, whole, rtol=1e-6)
     np.testing.assert_allclose(again, losses, rtol=1e-6)
 
     def other(step, params, constants):
-        return (jnp.zeros(3), 0 * constants) if step == 4 else None
+        return (0 * ONES, 0 * constants) if step == 4 else None
 
-    part, again = vq.tune_head(squared_error, jnp.ones(3), data, tuning, **options, between=other)
+    part, again = vq.tune_head(squared_error, ONES, data, tuning, **options, between=other)
     np.testing.assert_allclose(again[:4], losses[:4], rtol=1e-6)
     assert again[4] == 0
 
@@ -242,32 +257,34 @@ def test_tuning_over_a_mesh_is_tuning():
     data = [np.random.default_rng(0).normal(size=(64, 3)).astype(np.float32)]
     mesh = training.make_mesh("data:2,fsdp:2", devices=jax.devices()[:4])
     tuning = vq.Tuning(steps=10, batch_size=16, learning_rate=1e-1)
-    options = dict(constants=jnp.ones(()))
-    one, losses = vq.tune_head(squared_error, jnp.ones(3), data, tuning, **options)
-    many, shared = vq.tune_head(squared_error, jnp.ones(3), data, tuning, **options, mesh=mesh)
+    options = dict(constants=np.ones((), np.float32))
+    one, losses = vq.tune_head(squared_error, ONES, data, tuning, **options)
+    many, shared = vq.tune_head(squared_error, ONES, data, tuning, **options, mesh=mesh)
     # What comes back is of no mesh: other code may go on with it.
     assert len(many.sharding.device_set) == 1
     np.testing.assert_allclose(many, one, rtol=1e-5)
     np.testing.assert_allclose(shared, losses, rtol=1e-5)
     odd = dataclasses.replace(tuning, batch_size=18)
     with pytest.raises(ValueError, match="multiple of data x fsdp = 4"):
-        vq.tune_head(squared_error, jnp.ones(3), data, odd, **options, mesh=mesh)
+        vq.tune_head(squared_error, ONES, data, odd, **options, mesh=mesh)
 
 
+@pytest.mark.many_programs("passes over hidden states block by block")
 def test_labels_can_reassign_too(conversion):
     result = conversion[0]
     rng = np.random.default_rng(0)
     head = result.head
-    scrambled = jnp.asarray(rng.permutation(np.asarray(head.assignment[...])))
-    hidden = jnp.asarray(rng.normal(size=(4000, WIDTH)).astype(np.float32))
-    labels = head(hidden).argmax(-1)
+    scrambled = rng.permutation(np.asarray(head.assignment[...]))
+    hidden = rng.normal(size=(4000, WIDTH)).astype(np.float32)
+    labels = np.asarray(call(head, hidden)).argmax(-1)
     codebook, bias = head.codebook[...], head.bias[...]
     new, fitted, moved = vq.reassign_from_labels(
         codebook, bias, scrambled, hidden, labels, min_count=5
     )
     assert int(moved) > 5
-    before = vq_nll(hidden, codebook, bias, scrambled, labels).mean()
-    assert vq_nll(hidden, codebook, fitted, new, labels).mean() < before
+    nll = compiled(vq_nll)
+    before = np.mean(nll(hidden, codebook, bias, scrambled, labels))
+    assert np.mean(nll(hidden, codebook, fitted, new, labels)) < before
 
 
 def test_caches_of_another_model_text_or_head_are_not_taken_for_this_one(model, tmp_path):
@@ -280,11 +297,11 @@ def test_caches_of_another_model_text_or_head_are_not_taken_for_this_one(model, 
         vq.open_hidden_states(tmp_path)
     with pytest.raises(ValueError, match="its source is 'some text', not 'other'"):
         vq.cache_hidden_states(model, _batches(), tmp_path / "h", max_tokens=60, source="other")
-    other = Decoder(CONFIG, rngs=nnx.Rngs(5), layout="listed")
+    other = with_weights(lambda: Decoder(CONFIG, rngs=nnx.Rngs(5), layout="listed"), seed=5)
     with pytest.raises(ValueError, match="its model is"):
         vq.cache_hidden_states(other, _batches(), tmp_path / "h", **options)
 
-    rows, path = model.embedding[...], tmp_path / "targets"
+    rows, path = np.asarray(model.embedding[...]), tmp_path / "targets"
     first = vq.cached_head_targets(path, cache, rows, top=8)
     (file,) = path.glob("*.npz")
     stamp = file.stat().st_mtime_ns
@@ -310,7 +327,7 @@ def test_a_part_of_a_cache_belongs_to_one_model(model, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         vq.cache_hidden_states(model, killed(), tmp_path / "h", max_tokens=200)
-    other = Decoder(CONFIG, rngs=nnx.Rngs(5), layout="listed")
+    other = with_weights(lambda: Decoder(CONFIG, rngs=nnx.Rngs(5), layout="listed"), seed=5)
     with pytest.raises(ValueError, match="its model is"):
         vq.cache_hidden_states(other, _batches(), tmp_path / "h", max_tokens=200)
     cache = vq.cache_hidden_states(model, _batches(), tmp_path / "h", max_tokens=200)

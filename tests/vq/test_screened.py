@@ -7,14 +7,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from logitjax import vq
 from logitjax.heads import (
     LowRankHead,
     fit_low_rank,
     low_rank_logits,
 )
 from logitjax.models import Decoder, DecoderConfig
-from logitjax.vq import ProductHead, ScreenedHead, VQHead, exact_rows, screened_nll, screened_topk
+from logitjax.vq import ProductHead, ScreenedHead, VQHead, exact_rows
 from logitjax.vq._screened import screened_logits
+from tests._compiled import compiled
+from tests._modules import with_weights
 
 VOCAB, WIDTH, COUNT = 96, 8, 20
 
@@ -25,30 +28,41 @@ def case():
     rows = rng.normal(size=(VOCAB, WIDTH)) * np.array([2.0, 1.5] + [0.4] * (WIDTH - 2))
     rows = rows.astype(np.float32)
     hidden = rng.normal(size=(COUNT, WIDTH)).astype(np.float32)
-    low = fit_low_rank(rows, np.ones(VOCAB), np.zeros(WIDTH), np.eye(WIDTH), 2)
+    low = compiled(fit_low_rank)(rows, np.ones(VOCAB), np.zeros(WIDTH), np.eye(WIDTH), 2)
     labels = rng.integers(0, VOCAB, COUNT).astype(np.int32)
-    return dict(rows=rows, hidden=hidden, low=low, labels=labels, full=hidden @ rows.T)
+    down, kernel, bias = low
+    screen = functools.partial(low_rank_logits, down=down, kernel=kernel, bias=bias)
+    functions = dict(screen=screen, rescore=exact_rows(rows))
+    return dict(rows=rows, hidden=hidden, low=low, labels=labels, full=hidden @ rows.T, **functions)
+
+
+def log_softmax(logits):
+    logits = np.asarray(logits, np.float64)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+screened_nll, screened_topk = compiled(vq.screened_nll), compiled(vq.screened_topk)
+screened_logits_of, low_rank_logits_of = compiled(screened_logits), compiled(low_rank_logits)
 
 
 def _options(case, count):
-    down, kernel, bias = case["low"]
-    screen = functools.partial(low_rank_logits, down=down, kernel=kernel, bias=bias)
-    return dict(screen=screen, rescore=exact_rows(case["rows"]), num_candidates=count)
+    """Of the same functions for every count, which programs are kept for."""
+    return dict(screen=case["screen"], rescore=case["rescore"], num_candidates=count)
 
 
 def test_the_best_of_the_screen_are_exact_and_the_rest_is_the_screen_s(case):
-    cheap = np.asarray(low_rank_logits(case["hidden"], *case["low"]))
-    logits = np.asarray(screened_logits(case["hidden"], **_options(case, 12)))
+    cheap = np.asarray(low_rank_logits_of(case["hidden"], *case["low"]))
+    logits = np.asarray(screened_logits_of(case["hidden"], **_options(case, 12)))
     best = np.argsort(-cheap, axis=-1)[:, :12]
     exact = np.take_along_axis(case["full"], best, 1)
     mass = np.exp(np.take_along_axis(cheap, best, 1)).sum(-1)
     want = cheap + np.log(np.exp(exact).sum(-1) / mass)[:, None]
     np.put_along_axis(want, best, exact, 1)
     # What all candidates get together is the screen's.
-    share = np.take_along_axis(jax.nn.softmax(logits), best, 1).sum(-1)
+    share = np.take_along_axis(np.exp(log_softmax(logits)), best, 1).sum(-1)
     np.testing.assert_allclose(share, mass / np.exp(cheap).sum(-1), rtol=1e-4)
     np.testing.assert_allclose(logits, want, rtol=1e-4, atol=1e-5)
-    everything = screened_logits(case["hidden"], **_options(case, VOCAB))
+    everything = screened_logits_of(case["hidden"], **_options(case, VOCAB))
     np.testing.assert_allclose(everything, case["full"], rtol=1e-4, atol=1e-5)
 
 
@@ -81,7 +95,7 @@ def test_loss_and_gradients_are_those_of_the_logits(case):
         at_label = jnp.take_along_axis(logits, case["labels"][:, None], -1)[:, 0]
         return (log_z - at_label + 1e-3 * log_z**2).sum()
 
-    arguments = (kernel, jnp.asarray(case["rows"]))
+    arguments = (kernel, case["rows"])
     got = jax.jit(jax.value_and_grad(lean, (0, 1)))(*arguments)
     want = jax.jit(jax.value_and_grad(plain, (0, 1)))(*arguments)
     chex.assert_trees_all_close(got, want, rtol=1e-4, atol=1e-4)
@@ -89,15 +103,16 @@ def test_loss_and_gradients_are_those_of_the_logits(case):
 
 def test_top_k_is_the_full_head_s_wherever_the_screen_lists_it(case):
     top = screened_topk(case["hidden"], 3, **_options(case, 30))
-    cheap = np.asarray(low_rank_logits(case["hidden"], *case["low"]))
+    cheap = np.asarray(low_rank_logits_of(case["hidden"], *case["low"]))
     listed = np.argsort(-cheap, axis=-1)[:, :30]
-    values, tokens = jax.lax.top_k(case["full"], 3)
-    caught = (np.asarray(tokens)[:, :, None] == listed[:, None, :]).any(-1).all(-1)
+    tokens = np.argsort(-case["full"], axis=-1, kind="stable")[:, :3]
+    values = np.take_along_axis(case["full"], tokens, -1)
+    caught = (tokens[:, :, None] == listed[:, None, :]).any(-1).all(-1)
     assert caught.mean() > 0.5
-    np.testing.assert_array_equal(np.asarray(top.indices)[caught], np.asarray(tokens)[caught])
+    np.testing.assert_array_equal(np.asarray(top.indices)[caught], tokens[caught])
     np.testing.assert_allclose(np.asarray(top.values)[caught], values[caught], rtol=1e-4)
-    logits = screened_logits(case["hidden"], **_options(case, 30))
-    np.testing.assert_allclose(top.log_z, jax.nn.logsumexp(logits, axis=-1), rtol=1e-5)
+    logits = np.asarray(screened_logits_of(case["hidden"], **_options(case, 30)))
+    np.testing.assert_allclose(top.log_z, np.log(np.exp(logits).sum(-1)), rtol=1e-5)
     greedy = screened_topk(case["hidden"], 3, **_options(case, 30), with_log_z=False)
     np.testing.assert_array_equal(greedy.indices, top.indices)
     assert not np.asarray(greedy.log_z).any()
@@ -106,11 +121,12 @@ def test_top_k_is_the_full_head_s_wherever_the_screen_lists_it(case):
 @pytest.mark.parametrize("kind", ["low rank", "product", "VQ"])
 def test_any_cheap_head_screens_for_a_tied_decoder(case, kind):
     rngs = nnx.Rngs(0)
-    screen = {
-        "low rank": LowRankHead(WIDTH, VOCAB, 2, rngs=rngs),
-        "product": ProductHead(WIDTH, VOCAB, groups=4, num_codes=8, rngs=rngs),
-        "VQ": VQHead(WIDTH, VOCAB, 16, rngs=rngs),
+    make = {
+        "low rank": lambda: LowRankHead(WIDTH, VOCAB, 2, rngs=rngs),
+        "product": lambda: ProductHead(WIDTH, VOCAB, groups=4, num_codes=8, rngs=rngs),
+        "VQ": lambda: VQHead(WIDTH, VOCAB, 16, rngs=rngs),
     }[kind]
+    screen = make()
     config = DecoderConfig(
         vocab_size=VOCAB,
         hidden_size=WIDTH,
@@ -121,22 +137,28 @@ def test_any_cheap_head_screens_for_a_tied_decoder(case, kind):
         head_dim=4,
     )
     head = ScreenedHead(screen, num_candidates=VOCAB)
-    model = Decoder(config, rngs=nnx.Rngs(1), layout="listed", head=head)
-    embedding = model.embedding[...]
+    model = with_weights(lambda: Decoder(config, rngs=nnx.Rngs(1), layout="listed"))
+    model.head = head
+    embedding = np.asarray(model.embedding[...])
+
+    @jax.jit
+    def look(hidden, labels):
+        top = model.head.top_k(hidden, 1, embedding)
+        return model.logits(hidden), top, model.head.nll(hidden, labels, embedding)
+
+    logits, top, nll = jax.device_get(look(case["hidden"], case["labels"]))
     full = case["hidden"] @ embedding.T
-    np.testing.assert_allclose(model.logits(case["hidden"]), full, rtol=1e-4, atol=1e-5)
-    top = model.head.top_k(case["hidden"], 1, embedding)
+    np.testing.assert_allclose(logits, full, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(top.indices[:, 0], full.argmax(-1))
-    nll = model.head.nll(case["hidden"], case["labels"], embedding)
-    want = -np.take_along_axis(jax.nn.log_softmax(full), case["labels"][:, None], 1)[:, 0]
+    want = -np.take_along_axis(log_softmax(full), case["labels"][:, None], 1)[:, 0]
     np.testing.assert_allclose(nll, want, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="has no kernel"):
         model.head_of()
 
 
 def test_costs_add_up():
-    screen = LowRankHead(64, 1000, 8, rngs=nnx.Rngs(0))
-    rows, alone = jnp.zeros((1000, 64)), screen.cost()
+    screen = with_weights(lambda: LowRankHead(64, 1000, 8, rngs=nnx.Rngs(0)))
+    rows, alone = np.zeros((1000, 64), np.float32), screen.cost()
     cost = ScreenedHead(screen, num_candidates=20).cost(rows)
     assert cost.parameters == alone.parameters
     assert cost.read_bytes - alone.read_bytes == 20 * 64 * 4
@@ -146,11 +168,12 @@ def test_costs_add_up():
 
 def test_errors_name_the_argument(case):
     with pytest.raises(ValueError, match="num_candidates must be between 1 and the vocabulary, 96"):
-        screened_logits(case["hidden"], **_options(case, VOCAB + 1))
+        screened_logits_of(case["hidden"], **_options(case, VOCAB + 1))
     with pytest.raises(ValueError, match="k must be between 1 and num_candidates=4"):
         screened_topk(case["hidden"], 5, **_options(case, 4))
     with pytest.raises(ValueError, match="labels must be of shape"):
         screened_nll(case["hidden"], case["labels"][:-1], **_options(case, 4))
-    head = ScreenedHead(LowRankHead(WIDTH, VOCAB, 2, rngs=nnx.Rngs(0)))
+    screen = with_weights(lambda: LowRankHead(WIDTH, VOCAB, 2, rngs=nnx.Rngs(0)))
+    head = ScreenedHead(screen)
     with pytest.raises(ValueError, match="needs the embedding"):
         head(case["hidden"])

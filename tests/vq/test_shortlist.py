@@ -20,6 +20,8 @@ from logitjax.vq import (
 )
 from logitjax.vq._loss import code_scores
 from logitjax.vq._shortlist import shortlist_logits
+from tests._compiled import compiled
+from tests.vq.test_decode import log_normalizer, ranked
 
 VOCAB, CODES, WIDTH, COUNT = 203, 16, 8, 24
 
@@ -58,6 +60,10 @@ def logits_of(hidden, codebook, bias, assignment, pages, rows, *, num_pages):
     return shortlist_logits(hidden, codebook, bias, assignment, shortlist=chosen)
 
 
+def log_softmax(logits):
+    return np.asarray(logits, np.float64) - log_normalizer(logits)[..., None]
+
+
 def _head(case, num_pages, rescore=None):
     pages = make_pages(case["bias"], case["assignment"], size=4)
     rescore = exact_rows(case["rows"]) if rescore is None else rescore
@@ -83,15 +89,15 @@ def test_loss_and_top_k_are_those_of_the_logits(case):
     coarse = (case["hidden"], case["codebook"], case["bias"], case["assignment"])
     arrays = (head.pages, case["rows"])
     logits = logits_of(*coarse, *arrays, num_pages=10)
-    log_probs = jax.nn.log_softmax(logits)
-    want = -jnp.take_along_axis(log_probs, case["labels"][:, None], -1)[:, 0]
+    log_probs = log_softmax(logits)
+    want = -np.take_along_axis(log_probs, case["labels"][:, None], -1)[:, 0]
     got = nll_of(*coarse, case["labels"], *arrays, num_pages=10, block_size=10)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
     top = top_of(case["hidden"], case["codebook"], 9, *arrays, num_pages=10)
-    values, tokens = jax.lax.top_k(logits, 9)
+    values, tokens = ranked(logits, 9)
     np.testing.assert_array_equal(top.indices, tokens)
     np.testing.assert_allclose(top.values, values, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(top.log_z, jax.nn.logsumexp(logits, axis=-1), rtol=1e-5)
+    np.testing.assert_allclose(top.log_z, log_normalizer(logits), rtol=1e-5)
 
 
 def test_a_shortlist_of_everything_is_the_full_head(case):
@@ -127,28 +133,27 @@ def test_temperature_acts_on_all_logits(case):
     head = _head(case, 10)
     coarse = (case["hidden"], case["codebook"], case["bias"], case["assignment"])
     arrays = (head.pages, case["rows"])
-    logits = logits_of(*coarse, *arrays, num_pages=10) / 0.5
+    logits = np.asarray(logits_of(*coarse, *arrays, num_pages=10)) / 0.5
     options = dict(num_pages=10, temperature=0.5)
     top = top_of(case["hidden"], case["codebook"], 3, *arrays, **options)
-    np.testing.assert_allclose(top.values, jax.lax.top_k(logits, 3)[0], rtol=1e-5)
-    np.testing.assert_allclose(top.log_z, jax.nn.logsumexp(logits, axis=-1), rtol=1e-5)
+    np.testing.assert_allclose(top.values, ranked(logits, 3)[0], rtol=1e-5)
+    np.testing.assert_allclose(top.log_z, log_normalizer(logits), rtol=1e-5)
     nll = nll_of(*coarse, case["labels"], *arrays, **options)
-    want = top.log_z - jnp.take_along_axis(logits, case["labels"][:, None], -1)[:, 0]
+    at_label = np.take_along_axis(logits, case["labels"][:, None], -1)[:, 0]
+    want = np.asarray(top.log_z) - at_label
     np.testing.assert_allclose(nll, want, rtol=1e-4, atol=1e-5)
 
 
 def test_a_shortlist_helps_and_a_longer_one_helps_more(case):
     full = case["hidden"] @ case["rows"].T
-    probs = np.asarray(jax.nn.softmax(full))
+    probs = np.exp(log_softmax(full))
     coarse = (case["hidden"], case["codebook"], case["bias"], case["assignment"])
 
     def divergence(log_probs):
         return float((probs * (np.log(probs) - log_probs)).sum(-1).mean())
 
     seen = [
-        divergence(
-            jax.nn.log_softmax(logits_of(*coarse, _head(case, n).pages, case["rows"], num_pages=n))
-        )
+        divergence(log_softmax(logits_of(*coarse, _head(case, n).pages, case["rows"], num_pages=n)))
         for n in (1, 8, 32)
     ]
     assert seen == sorted(seen, reverse=True)
@@ -156,18 +161,18 @@ def test_a_shortlist_helps_and_a_longer_one_helps_more(case):
 
 def test_product_rows_score_as_the_kernel_does(case):
     cov = np.cov(case["hidden"].T).astype(np.float32)
-    codebooks, codes = fit_product_codes(
+    codebooks, codes = compiled(fit_product_codes)(
         case["rows"], np.ones(VOCAB, np.float32), cov, groups=4, num_codes=32
     )
     assert codes.dtype == jnp.uint8
-    want = case["hidden"] @ np.asarray(product_kernel(codebooks, codes)).T
+    want = case["hidden"] @ np.asarray(compiled(product_kernel)(codebooks, codes)).T
     np.testing.assert_allclose(
-        product_logits(case["hidden"], codebooks, codes), want, rtol=1e-4, atol=1e-5
+        compiled(product_logits)(case["hidden"], codebooks, codes), want, rtol=1e-4, atol=1e-5
     )
     rescore = product_rows(codebooks, codes, case["bias"])
-    tokens = jnp.tile(jnp.arange(6), (COUNT, 1))
+    tokens = np.tile(np.arange(6), (COUNT, 1))
     np.testing.assert_allclose(
-        rescore(jnp.asarray(case["hidden"]), tokens),
+        jax.jit(rescore)(case["hidden"], tokens),
         want[:, :6] + case["bias"][:6],
         rtol=1e-4,
         atol=1e-5,
@@ -179,7 +184,7 @@ def test_spread_is_the_standard_deviation_of_the_error(case):
     rng = np.random.default_rng(1)
     hidden = rng.normal(size=(20_000, WIDTH)).astype(np.float32)
     wrong = hidden @ (case["rows"] - case["codebook"][case["assignment"]]).T
-    got = row_spread(case["rows"], case["codebook"], case["assignment"], np.cov(hidden.T))
+    got = compiled(row_spread)(case["rows"], case["codebook"], case["assignment"], np.cov(hidden.T))
     np.testing.assert_allclose(got, wrong.std(0), rtol=1e-3)
 
 
@@ -192,15 +197,15 @@ def test_errors_name_the_argument(case):
         fit_product_codes(case["rows"], np.ones(VOCAB), np.eye(WIDTH), groups=3)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_one_position_scores_as_one_of_many(dtype):
     rng = np.random.default_rng(0)
-    rows = jnp.asarray(rng.normal(size=(1000, WIDTH)), dtype)
-    hidden = jnp.asarray(rng.normal(size=(3, WIDTH)), dtype)
+    rows = rng.normal(size=(1000, WIDTH)).astype(dtype)
+    hidden = rng.normal(size=(3, WIDTH)).astype(dtype)
     # More than are gathered at a time, and not a multiple of it.
-    tokens = jnp.asarray(rng.integers(0, 1000, (3, 601)))
-    row_bias = jnp.asarray(rng.normal(size=1000), jnp.float32)
-    weights = jnp.asarray(rng.normal(size=(3, 601)), jnp.float32)
+    tokens = rng.integers(0, 1000, (3, 601))
+    row_bias = rng.normal(size=1000).astype(np.float32)
+    weights = rng.normal(size=(3, 601)).astype(np.float32)
 
     @jax.jit
     def scored(rows, hidden, tokens, weights):
@@ -210,10 +215,13 @@ def test_one_position_scores_as_one_of_many(dtype):
 
         return jax.value_and_grad(total, (0, 1), has_aux=True)(rows, hidden)
 
-    (_, together), together_grads = scored(rows, hidden, tokens, weights)
+    (_, together), together_grads = jax.device_get(scored(rows, hidden, tokens, weights))
     assert together.dtype == jnp.float32
-    alone = [scored(rows, *(x[i : i + 1] for x in (hidden, tokens, weights))) for i in range(3)]
-    tolerance = dict(rtol=1e-5, atol=1e-5) if dtype == "float32" else dict(rtol=0.02, atol=0.2)
+    alone = [
+        jax.device_get(scored(rows, *(x[i : i + 1] for x in (hidden, tokens, weights))))
+        for i in range(3)
+    ]
+    tolerance = dict(rtol=1e-5, atol=1e-5) if dtype == jnp.float32 else dict(rtol=0.02, atol=0.2)
     np.testing.assert_allclose(
         np.concatenate([scores for (_, scores), _ in alone]), together, **tolerance
     )
@@ -223,6 +231,7 @@ def test_one_position_scores_as_one_of_many(dtype):
         np.testing.assert_allclose(
             np.float32(grads[1][0]), np.float32(together_grads[1][i]), **tolerance
         )
-    scores = code_scores(hidden, rows)
-    np.testing.assert_allclose(code_scores(hidden[:1], rows), scores[:1], rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(code_scores(hidden[1], rows), scores[1], rtol=1e-5, atol=1e-5)
+    run = compiled(code_scores)
+    scores = np.asarray(run(hidden, rows))
+    np.testing.assert_allclose(run(hidden[:1], rows), scores[:1], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(run(hidden[1], rows), scores[1], rtol=1e-5, atol=1e-5)
