@@ -33,8 +33,7 @@ _ONE_LINE_ERRORS = (
     TypeError,
     OSError,
     ImportError,
-    training.NonFiniteError,
-    training.WorkdirInUseError,
+    FloatingPointError,
 )
 _HELP = ("--help", "-h", "-help", "--helpfull", "--helpshort")
 
@@ -326,7 +325,7 @@ def main(
             "command goes on from the newest checkpoint.",
             file=sys.stderr,
         )
-        _leave(training.LOST_STATUS)
+        _leave(os.EX_TEMPFAIL)
     except Exception:
         if not training.distributed.is_joined():
             raise

@@ -26,7 +26,7 @@ from logitjax.training._step import StepOutput
 from logitjax.training._workdir import lock_workdir
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(FloatingPointError):
     """The loss or its gradient stopped being finite.
 
     Attributes:

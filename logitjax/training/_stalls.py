@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterator
 import jax
 from absl import logging
 
-#: The status of a process that ended because it waited for another: start the run again.
-LOST_STATUS = 75
 _DEFAULT_SECONDS = 3600.0
 
 
@@ -46,7 +44,7 @@ def watch_for_stalls(
 
     Args:
       seconds: 0 never ends anything.
-      end: what ends the process, given its status, `LOST_STATUS`.
+      end: what ends the process, given its status, `os.EX_TEMPFAIL`: start the run again.
 
     >>> with watch_for_stalls(0.0) as alive:
     ...     alive(1)
@@ -68,7 +66,7 @@ def watch_for_stalls(
                 last[0][0],
             )
             sys.stderr.flush()
-            end(LOST_STATUS)
+            end(os.EX_TEMPFAIL)
             return
 
     thread = threading.Thread(target=watch, name="stalls", daemon=True)

@@ -20,7 +20,7 @@ _BEAT_SECONDS = 20.0
 _STALE_SECONDS = 90.0
 
 
-class WorkdirInUseError(RuntimeError):
+class WorkdirInUseError(OSError):
     """Another run holds the workdir."""
 
 

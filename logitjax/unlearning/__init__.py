@@ -16,7 +16,6 @@ from logitjax.unlearning._losses import gradient_ascent as gradient_ascent
 from logitjax.unlearning._losses import npo as npo
 from logitjax.unlearning._losses import sequence_nll as sequence_nll
 from logitjax.unlearning._losses import simnpo as simnpo
-from logitjax.unlearning._losses import weighted_gradient_ascent as weighted_gradient_ascent
 from logitjax.unlearning._merge import merge_by_distillation as merge_by_distillation
 from logitjax.unlearning._method_loss import make_answer_loss as make_answer_loss
 from logitjax.unlearning._method_loss import make_unlearning_loss as make_unlearning_loss

@@ -63,15 +63,22 @@ def sequence_nll(
     return jnp.where(where, nll, 0.0).sum(-1), where.sum(-1, dtype=jnp.int32)
 
 
-def gradient_ascent(nll: Float[Array, "*batch"]) -> Float[jax.Array, "*batch"]:
-    """Makes what is to be forgotten less likely, without a bound: minus its likelihood loss.
+def gradient_ascent(
+    nll: Float[Array, "*batch"], *, beta: Number = 0.0
+) -> Float[jax.Array, "*batch"]:
+    """Makes what is to be forgotten less likely: minus its likelihood loss, without a bound.
+
+    With `beta` it is WGA, which lets go of a token once that is unlikely. The weight is a constant
+    for the gradient, as in the code of its authors.
 
     ::
 
-        -nll = log p(y)
+        -p^beta nll,    p = exp(-nll)
 
     Args:
         nll: `[*batch]`, of tokens; the published mean is over the tokens of all answers together.
+            `inf` gives the limit: `-inf`, with a positive `beta` 0.
+        beta: how soon it lets go; 1 in WGA.
 
     Returns:
         float32 `[*batch]`.
@@ -81,46 +88,19 @@ def gradient_ascent(nll: Float[Array, "*batch"]) -> Float[jax.Array, "*batch"]:
 
     >>> gradient_ascent(jnp.array([0.5, 2.0]))
     Array([-0.5, -2. ], dtype=float32)
-
-    References:
-        Maini et al., TOFU, 2024 (arXiv 2401.06121), section 4.
-    """
-    return -as_losses(nll, "nll")
-
-
-def weighted_gradient_ascent(
-    nll: Float[Array, "*batch"], *, beta: Number = 1.0
-) -> Float[jax.Array, "*batch"]:
-    """WGA: gradient ascent that lets go of a token once it is unlikely.
-
-    The weight is a constant for the gradient, as in the code of its authors.
-
-    ::
-
-        -p^beta nll,    p = exp(-nll)
-
-    Args:
-        nll: `[*batch]`, of tokens. `inf` gives 0, the limit.
-        beta: how soon it lets go; 0 is gradient ascent.
-
-    Returns:
-        float32 `[*batch]`.
-
-    Raises:
-        TypeError: `nll` is not floating point.
-
-    >>> [f"{loss:.4f}" for loss in weighted_gradient_ascent(jnp.array([0.0, 0.6931472, 200.0]))]
+    >>> weighted = gradient_ascent(jnp.array([0.0, 0.6931472, 200.0]), beta=1.0)
+    >>> [f"{loss:.4f}" for loss in weighted]
     ['-0.0000', '-0.3466', '-0.0000']
 
     References:
-        Wang et al., Rethinking LLM unlearning objectives, 2025 (arXiv 2502.19301); OpenUnlearning's
-        `WGA`, beta 1.
+        Maini et al., TOFU, 2024 (arXiv 2401.06121), section 4. Wang et al., Rethinking LLM
+        unlearning objectives, 2025 (arXiv 2502.19301); OpenUnlearning's `WGA`.
     """
     nll = as_losses(nll, "nll")
     gone = nll == jnp.inf
     finite = jnp.where(gone, 0.0, nll)
     weight = jax.lax.stop_gradient(jnp.exp(-beta * finite))
-    return jnp.where(gone, 0.0, -weight * finite)
+    return jnp.where(gone, jnp.where(beta > 0, 0.0, -jnp.inf), -weight * finite)
 
 
 def npo(

@@ -16,7 +16,6 @@ from logitjax.unlearning._losses import (
     gradient_ascent,
     npo,
     simnpo,
-    weighted_gradient_ascent,
 )
 from logitjax.unlearning._targets import rmu, undial
 
@@ -98,7 +97,7 @@ UNLEARNING_METHODS: Mapping[str, UnlearningMethod] = types.MappingProxyType(
             learning_rate=1e-4,
         ),
         "wga": UnlearningMethod(
-            forget=weighted_gradient_ascent,
+            forget=gradient_ascent,
             forget_level="tokens",
             options={"beta": 1.0},
             epochs=5,

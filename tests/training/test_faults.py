@@ -17,7 +17,8 @@ from etils import epath
 
 from logitjax import training
 from logitjax.storage import ShardReader, ShardWriter
-from logitjax.training._stalls import LOST_STATUS, watch_for_stalls
+from logitjax.training._loop import NonFiniteError
+from logitjax.training._stalls import watch_for_stalls
 from tests.training import toy
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -87,7 +88,7 @@ def test_a_stall_ends_the_process_and_says_so(caplog):
             time.sleep(0.1)
         assert ended == []
         time.sleep(0.5)
-    assert ended == [LOST_STATUS]
+    assert ended == [os.EX_TEMPFAIL]
     assert "after step 3" in caplog.text
 
 
@@ -177,9 +178,7 @@ def test_gradient_that_is_not_a_number_is_not_applied(tmp_path):
     state = training.TrainState.create(toy.init, tx, mesh=mesh)
     step = training.TrainStep(loss_fn, tx, mesh=mesh)
     with training.Checkpointer(tmp_path / "checkpoints") as checkpointer:
-        with pytest.raises(
-            training.NonFiniteError, match=r"^step 6: loss \d.*gradient norm nan"
-        ) as error:
+        with pytest.raises(NonFiniteError, match=r"^step 6: loss \d.*gradient norm nan") as error:
             training.train_loop(
                 state,
                 step,

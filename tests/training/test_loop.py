@@ -15,6 +15,7 @@ import optax
 import pytest
 
 from logitjax import training
+from logitjax.training._loop import NonFiniteError
 from logitjax.training._metrics import JsonlWriter, MetricWriter
 from logitjax.training._state import TrainState
 from logitjax.training._step import StepOutput
@@ -226,7 +227,7 @@ def test_nonfinite_loss_stops_with_step_and_batch(tmp_path):
     state = training.TrainState.create(toy.init, tx, mesh=mesh)
     step = training.TrainStep(loss_fn, tx, mesh=mesh)
     with training.Checkpointer(tmp_path / "checkpoints") as checkpointer:
-        with pytest.raises(training.NonFiniteError, match=r"^step 6: loss inf") as error:
+        with pytest.raises(NonFiniteError, match=r"^step 6: loss inf") as error:
             training.train_loop(
                 state,
                 step,
