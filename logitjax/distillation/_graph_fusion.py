@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from logitjax import ops
-from logitjax.distillation._graph_on_logits import GraphConfig, graph_on_logits
+from logitjax.distillation._graph_on_logits import GraphConfig, gradient_inside, graph_on_logits
 from logitjax.distillation._universal_logit_distance import universal_logit_distance
 from logitjax.losses import GraphStatistics, graph_statistics
 from logitjax.losses import cross_entropy as _cross_entropy
@@ -143,10 +143,15 @@ def graph_fusion_objective(
     """
     is_statistics = isinstance(student, GraphStatistics)
     needed = config.k if teachers else 1
+    shape = jnp.shape(student.values if is_statistics else student)[:-1]
+    valid = jnp.ones(shape, bool) if where is None else jnp.asarray(where)
+    if valid.shape != shape:
+        raise ValueError(f"where: expected a position mask of shape {shape}, got {valid.shape}")
+    if where is not None:
+        student = gradient_inside(student, valid)
     statistics = (
         student if is_statistics else graph_statistics(student, needed, axis_name=axis_name)
     )
-    shape = statistics.values.shape[:-1]
     if cross_entropy is None:
         if is_statistics or labels is None:
             raise ValueError(
@@ -155,9 +160,6 @@ def graph_fusion_objective(
         cross_entropy = _cross_entropy(student, labels, axis_name=axis_name)
     if cross_entropy.shape != shape:
         raise ValueError(f"cross_entropy: expected shape {shape}, got {cross_entropy.shape}")
-    valid = jnp.ones(shape, bool) if where is None else jnp.asarray(where)
-    if valid.shape != shape:
-        raise ValueError(f"where: expected a position mask of shape {shape}, got {valid.shape}")
 
     sft, tokens = _row_mean(cross_entropy, valid, sequence_axis_name)
     metrics = {"sft": sft, "tokens": tokens}
@@ -232,6 +234,8 @@ def _token_wise(student, teacher, student_where, teacher_where, k, axis):
     valid = jnp.ones(s.log_z.shape, bool)
     for mask in (student_where, teacher_where):
         valid = valid if mask is None else valid & mask
+    # A position that only the student has is held against whatever the teacher has there.
+    s = gradient_inside(s, valid)
     return _row_mean(universal_logit_distance(s, t, top_k=k), valid, axis)[0]
 
 

@@ -179,15 +179,15 @@ def graph_on_logits(
         top-k (the order "top-k, then standardise" is identically zero), and offer what the paper
         leaves open as options.
     """
-    student = _statistics("student", student, config, axis_name)
+    student_where = _positions("student_where", student_where, student)
+    student = _statistics("student", gradient_inside(student, student_where), config, axis_name)
+    teacher_where = _positions("teacher_where", teacher_where, teacher)
     teacher = jax.lax.stop_gradient(_statistics("teacher", teacher, config, axis_name))
     if student.values.shape[:-2] != teacher.values.shape[:-2]:
         raise ValueError(
             f"teacher: expected batch shape {student.values.shape[:-2]} as the student's, "
             f"got {teacher.values.shape[:-2]}"
         )
-    student_where = _positions("student_where", student_where, student)
-    teacher_where = _positions("teacher_where", teacher_where, teacher)
     names = [*_METRICS]
     names += ["student_rank_one"] if config.node == "rank" else []
     names += ["lower", "upper", "gap"] if config.certificate else []
@@ -242,8 +242,17 @@ def _arrays(statistics, where):
     return *(jnp.asarray(getattr(statistics, name)) for name in names), where
 
 
-def _positions(name, where, statistics):
-    shape = statistics.values.shape[:-1]
+def gradient_inside(outputs, where):
+    """Logits or `GraphStatistics` that get no gradient outside of a mask, whatever they are."""
+    return jax.tree.map(
+        lambda x: ops.gradient_where(x, where) if jnp.issubdtype(x.dtype, jnp.floating) else x,
+        outputs,
+    )
+
+
+def _positions(name, where, outputs):
+    values = outputs.values if isinstance(outputs, GraphStatistics) else outputs
+    shape = jnp.shape(values)[:-1]
     if where is None:
         return jnp.ones(shape, bool)
     if where.shape != shape:

@@ -132,7 +132,7 @@ def _sorted_probs(
     name: str,
 ) -> jax.Array:
     masked = checks.as_float(logits, name, vocab_where, where_name)
-    scaled = jnp.moveaxis(masked, checks.axis(axis, masked.ndim, name), -1) / temperature
+    scaled = jnp.moveaxis(masked, checks.axis(axis, masked.shape, name), -1) / temperature
     log_z = logsumexp(scaled, axis_name=axis_name)
     if axis_name is None:
         checks.vocabulary_unsharded(scaled, name, "sort" if top_k is None else "top-k")
@@ -162,7 +162,7 @@ def _top_probs(top: TopK, top_k: int | None, name: str) -> jax.Array:
 
 
 def _vocabulary_size(logits: Array, axis: int, axis_name: AxisName | None, name: str) -> int:
-    size = logits.shape[checks.axis(axis, logits.ndim, name)]
+    size = logits.shape[checks.axis(axis, jnp.shape(logits), name)]
     return size if axis_name is None else size * lax.axis_size(axis_name)
 
 

@@ -81,7 +81,7 @@ def cross_entropy(
     """
     logits = checks.as_float(logits, "logits", vocab_where)
     labels = jnp.asarray(labels)
-    axis = checks.axis(axis, logits.ndim, "logits")
+    axis = checks.axis(axis, logits.shape, "logits")
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(f"labels: expected integers, got {labels.dtype}")
     expected = logits.shape[:axis] + logits.shape[axis + 1 :]

@@ -215,7 +215,7 @@ def _log_probs(
 ) -> tuple[jax.Array, jax.Array, int]:
     student = checks.as_float(student_logits, "student_logits")
     teacher = checks.as_float(teacher_logits, "teacher_logits")
-    axis = checks.axis(axis, student.ndim, "student_logits")
+    axis = checks.axis(axis, student.shape, "student_logits")
     if student.shape != teacher.shape:
         message = f"teacher_logits: expected the shape of student_logits, {student.shape}"
         hint = ""

@@ -93,9 +93,10 @@ def graph_statistics(
     if vocab_where is not None:
         logits = jnp.where(jnp.asarray(vocab_where), logits, -jnp.inf)
     values, indices = ops.top_k(logits, k, axis_name=axis_name)
-    mean, std = _moments(logits.astype(jnp.float32), axis_name)
+    wide = jnp.promote_types(logits.dtype, jnp.float32)
+    mean, std = _moments(logits.astype(wide), axis_name)
     return GraphStatistics(
-        values=values.astype(jnp.float32),
+        values=values.astype(wide),
         indices=indices.astype(jnp.int32),
         log_z=ops.logsumexp(logits, axis_name=axis_name),
         mean=mean,
@@ -139,7 +140,7 @@ def _finite_sums(x, origin):
     def shifted():
         finite = jnp.isfinite(x)
         kept = jnp.where(finite, x - origin, 0.0)
-        return finite.sum(-1, dtype=jnp.float32), kept.sum(-1), jnp.square(kept).sum(-1)
+        return finite.sum(-1, dtype=x.dtype), kept.sum(-1), jnp.square(kept).sum(-1)
 
     def plain():
         count = jnp.full_like(total, n)

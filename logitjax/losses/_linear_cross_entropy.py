@@ -76,7 +76,7 @@ def linear_cross_entropy(
     head = Head.of(head).resolve(hidden.shape[-1])
     statistic = _CrossEntropy(
         labels=True,
-        moments=bool(label_smoothing),
+        mean=bool(label_smoothing),
         vocab=head.vocab_size(axis_name),
         label_smoothing=label_smoothing,
         z_loss=z_loss,

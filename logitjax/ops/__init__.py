@@ -12,6 +12,7 @@ from logitjax.ops._log_softmax import log_softmax as log_softmax
 from logitjax.ops._log_softmax import logsumexp as logsumexp
 from logitjax.ops._log_softmax import psum as psum
 from logitjax.ops._log_softmax import soft_cap as soft_cap
+from logitjax.ops._masked_mean import gradient_where as gradient_where
 from logitjax.ops._masked_mean import masked_mean as masked_mean
 from logitjax.ops._positions import Positions as Positions
 from logitjax.ops._static import Static as Static

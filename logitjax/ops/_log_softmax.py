@@ -47,7 +47,7 @@ def logsumexp(
     2.079
     """
     logits = checks.as_float(logits, "logits", vocab_where)
-    axis = checks.axis(axis, logits.ndim, "logits")
+    axis = checks.axis(axis, logits.shape, "logits")
     return _logsumexp(logits, axis, axis_name)
 
 
@@ -82,7 +82,7 @@ def log_softmax(
     Array([-0.6931, -0.6931,    -inf], dtype=float32)
     """
     logits = checks.as_float(logits, "logits", vocab_where)
-    axis = checks.axis(axis, logits.ndim, "logits")
+    axis = checks.axis(axis, logits.shape, "logits")
     log_z = _logsumexp(logits, axis, axis_name)
     return logits - jnp.expand_dims(finite_or_zero(log_z), axis)
 

@@ -1,4 +1,6 @@
-"""The mean over the positions that count."""
+"""The mean over the positions that count, and gradients from them alone."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,3 +44,36 @@ def masked_mean(
     where = jnp.broadcast_to(where, values.shape)
     total = jnp.where(where, values, 0.0).sum()
     return total / jnp.maximum(where.sum(), 1)
+
+
+@jax.custom_jvp
+def gradient_where(
+    values: Float[Array, "..."], where: Bool[Array, "..."]
+) -> Float[jax.Array, "..."]:
+    """The values as they are, with a derivative of zero where `where` is False.
+
+    A loss that masks its result still multiplies a cotangent of zero with the derivative at what it
+    masked, which is nan where that is infinite or nan. This stops it, at one select in the backward
+    pass and nothing in the forward one.
+
+    Args:
+        values: `[*batch, ...]`, any number of axes behind those of `where`.
+        where: `[*batch]` boolean.
+
+    Returns:
+        `values`.
+
+    >>> import jax, jax.numpy as jnp
+    >>> def loss(x, where):
+    ...     return masked_mean(jnp.sqrt(gradient_where(x, where)), where)
+    >>> jax.grad(loss)(jnp.array([4.0, 0.0]), jnp.array([True, False]))
+    Array([0.25, 0.  ], dtype=float32)
+    """
+    return jnp.asarray(values)
+
+
+@gradient_where.defjvp
+def _gradient_where_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    (values, where), (tangent, _) = primals, tangents
+    along = jnp.reshape(where, where.shape + (1,) * (jnp.ndim(values) - where.ndim))
+    return gradient_where(values, where), jnp.where(along, tangent, jnp.zeros((), tangent.dtype))

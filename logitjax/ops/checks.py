@@ -28,10 +28,13 @@ def as_float(
     return jnp.where(vocab_where, values, -jnp.inf)
 
 
-def axis(axis: int, ndim: int, name: str) -> int:
-    """Returns `axis` counted from the front."""
+def axis(axis: int, shape: tuple[int, ...], name: str) -> int:
+    """Returns `axis` counted from the front; there has to be something along it."""
+    ndim = len(shape)
     if not -ndim <= axis < ndim:
         raise ValueError(f"axis: expected one of the {ndim} axes of {name}, got {axis}")
+    if not shape[axis]:
+        raise ValueError(f"{name}: expected at least one entry along axis {axis}, got {shape}")
     return axis % ndim
 
 

@@ -23,12 +23,12 @@ def linear_uniform_kl(
 ) -> Float[jax.Array, "*batch"]:
     """`uniform_kl` of a linear head's logits, which never exist as a whole.
 
-    Only the log-normaliser needs the vocabulary: the mean logit is one product of the hidden state
-    with the mean row of the head. Under a soft cap the sweep sums that up, too.
+    The gradient by a logit, `p_v - 1/V`, is formed before it is rounded to the head's type: near
+    the optimum its two parts are almost the same.
 
     ::
 
-        log Z - mean_v logits_v - log V,    mean_v logits_v = hidden . mean_v row_v + mean_v bias_v
+        log Z - mean_v logits_v - log V
 
     Args:
         hidden: `[*batch, hidden]`, float32 or bfloat16.
@@ -56,18 +56,15 @@ def linear_uniform_kl(
     hidden = jnp.asarray(hidden)
     head = Head.of(head).resolve(hidden.shape[-1])
     outputs = run(
-        ReadoutStatistic(moments=head.soft_cap is not None),
+        ReadoutStatistic(mean=True),
         hidden,
         head,
         vocab_where=vocab_where,
         blocks=blocks,
         axis_name=axis_name,
     )
-    exists, count = _entries(head, vocab_where, axis_name)
-    mean = outputs.mean
-    if mean is None:
-        mean = _mean_logit(hidden, head, exists, count, axis_name)
-    return finite_or_zero(outputs.log_z) - mean - jnp.log(count)
+    count = _entries(head, vocab_where, axis_name)
+    return finite_or_zero(outputs.log_z) - outputs.mean - jnp.log(count)
 
 
 def linear_undial(
@@ -191,8 +188,7 @@ def linear_assistant_objective(
     shares = {name: 1.0 / jnp.maximum(side.sum(), 1) for name, side in sides.items()}
     weights = jnp.where(sides["forget"], shares["forget"], 0.0)
     weights += jnp.where(sides["retain"], retain_weight * shares["retain"], 0.0)
-    capped = head.soft_cap is not None
-    statistic = _Assistant(labels=True, moments=capped, vocab=head.vocab_size(axis_name))
+    statistic = _Assistant(labels=True, mean=True, vocab=head.vocab_size(axis_name))
     total, outputs = run(
         statistic,
         hidden,
@@ -203,12 +199,9 @@ def linear_assistant_objective(
         blocks=blocks,
         axis_name=axis_name,
     )
-    exists, count = _entries(head, vocab_where, axis_name)
-    floor = jnp.broadcast_to(jnp.log(count), retain.shape)
-    if not capped:
-        floor = floor + _mean_logit(hidden, head, exists, count, axis_name)
-    loss = total - jnp.where(sides["retain"], weights * floor, 0.0).sum()
-    silent = finite_or_zero(outputs.log_z) - (outputs.mean if capped else 0.0) - floor
+    floor = jnp.log(_entries(head, vocab_where, axis_name))
+    loss = total - floor * jnp.where(sides["retain"], weights, 0.0).sum()
+    silent = finite_or_zero(outputs.log_z) - outputs.mean - floor
     means = {
         "forget": masked_mean(statistic.known(outputs, labels), sides["forget"]),
         "retain": masked_mean(silent, sides["retain"]),
@@ -216,35 +209,14 @@ def linear_assistant_objective(
     return loss, lax.stop_gradient(means)
 
 
-def _entries(
-    head: Head, vocab_where: Array | None, axis_name: AxisName | None
-) -> tuple[jax.Array, jax.Array]:
-    """Which entries of the vocabulary exist, and how many of all shards."""
+def _entries(head: Head, vocab_where: Array | None, axis_name: AxisName | None) -> jax.Array:
+    """How many entries of the vocabulary exist, on all shards together."""
     wide = jnp.promote_types(head.kernel.dtype, jnp.float32)
     size = (head.vocab_size(),)
     exists = jnp.ones(size, bool) if vocab_where is None else jnp.asarray(vocab_where)
     if head.bias is not None:
         exists = exists & (jnp.asarray(head.bias) > -jnp.inf)
-    return exists, jnp.maximum(psum(exists.sum(), axis_name), 1).astype(wide)
-
-
-def _mean_logit(
-    hidden: jax.Array,
-    head: Head,
-    exists: jax.Array,
-    count: jax.Array,
-    axis_name: AxisName | None,
-) -> jax.Array:
-    """Mean over the vocabulary of every position's logits, of a head without a cap."""
-    axis = head.axis
-    along = exists[:, None] if axis == 0 else exists[None, :]
-    row = psum(jnp.where(along, head.kernel, 0).sum(axis, dtype=count.dtype), axis_name) / count
-    hidden = hidden.astype(count.dtype)
-    mean = jnp.einsum("...h,h->...", hidden, row, precision=lax.Precision.HIGHEST)
-    if head.bias is not None:
-        bias = jnp.asarray(head.bias).astype(count.dtype)
-        mean = mean + psum(jnp.where(exists, bias, 0.0).sum(), axis_name) / count
-    return mean
+    return jnp.maximum(psum(exists.sum(), axis_name), 1).astype(wide)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -254,9 +226,7 @@ class _Assistant(ReadoutStatistic):
     vocab: int
 
     def losses(self, outputs: Any, tokens: Any) -> jax.Array:
-        log_z = finite_or_zero(outputs.log_z)
-        # Without a cap the caller takes the mean logit off: it is linear in the hidden state.
-        silent = log_z if outputs.mean is None else log_z - outputs.mean
+        silent = finite_or_zero(outputs.log_z) - outputs.mean
         return jnp.where(tokens["retain"], silent, self.known(outputs, tokens["labels"]))
 
     def known(self, outputs: Any, labels: Any) -> jax.Array:

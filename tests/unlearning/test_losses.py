@@ -322,3 +322,26 @@ def test_wrong_arguments_are_named():
         unlearning.simnpo(n, n)
     with pytest.raises(ValueError, match="target"):
         unlearning.rmu(jnp.zeros((2, 3)), jnp.zeros(2))
+
+
+@pytest.mark.parametrize("scale", [0.3, 0.02])
+def test_the_gradient_of_silence_is_exact_to_bfloat16_where_its_two_parts_cancel(scale):
+    # Near the optimum every probability is almost 1/V, which used to be subtracted when rounded.
+    positions, hidden_size, vocab = 64, 32, 256
+    hidden = jnp.asarray(normal(0, positions, hidden_size, scale=1.0), jnp.bfloat16)
+    kernel = jnp.asarray(normal(1, hidden_size, vocab, scale=scale), jnp.bfloat16)
+    h, k = np.asarray(hidden, np.float64), np.asarray(kernel, np.float64)
+    apart = (np.exp(log_softmax(h @ k)) - 1 / vocab) / positions
+    exact = h.T @ apart
+
+    def alone(kernel):
+        return unlearning.linear_uniform_kl(hidden, kernel).mean()
+
+    def of_assistant(kernel):
+        retain, labels = jnp.ones(positions, bool), jnp.zeros(positions, jnp.int32)
+        options = {"retain_weight": 1.0}
+        return linear_assistant_objective(hidden, kernel, labels, retain, **options)[0]
+
+    for loss in (alone, of_assistant):
+        gradient = np.asarray(jax.jit(jax.grad(loss))(kernel), np.float64)
+        assert np.linalg.norm(gradient - exact) < 0.005 * np.linalg.norm(exact)

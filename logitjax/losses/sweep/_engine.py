@@ -137,14 +137,32 @@ def form_block(operands: Operands, columns: Columns) -> LogitBlock:
     return LogitBlock(logits[0], teacher, columns.columns, columns.first, operands.tokens)
 
 
-def raw_gradient(operands: Operands, block: LogitBlock, gradient):
-    """From the gradient at the tempered, capped logits back to `hidden @ kernel + bias`."""
+def raw_gradient(operands: Operands, block: LogitBlock, gradient, counts):
+    """From the gradient at the tempered, capped logits back to `hidden @ kernel + bias`.
+
+    Zero at positions that do not count, whatever their gradient is.
+    """
+    exists = block.student > -jnp.inf
     slope = operands.student.inverse_temperature
     cap = operands.student.head.soft_cap
     if cap is not None:
-        capped = block.student / operands.student.inverse_temperature
+        # Masked first: the square of -inf would make second derivatives nan.
+        capped = jnp.where(exists, block.student, 0.0) / operands.student.inverse_temperature
         slope = slope * (1 - jnp.square(capped / cap))
-    return jnp.where(block.student > -jnp.inf, gradient * slope, 0.0)
+    return jnp.where(exists & counts[..., None], gradient * slope, 0.0)
+
+
+def any_of(tree: Any, batch_ndim: int) -> jax.Array:
+    """Where any number of a position is not zero, `[*batch]`; nan is not."""
+    leaves = [(x != 0).any(tuple(range(batch_ndim, x.ndim))) for x in jax.tree.leaves(tree)]
+    return functools.reduce(jnp.logical_or, leaves)
+
+
+def silenced(operands: Operands, counts: jax.Array) -> Operands:
+    """With hidden states of zero where nothing counts: zero times what stands there may be nan."""
+    hidden = operands.student.hidden
+    hidden = jnp.where(counts[..., None], hidden, jnp.zeros((), hidden.dtype))
+    return operands._replace(student=operands.student._replace(hidden=hidden))
 
 
 def kernel_gradient(head: Head, hidden, gradient):
@@ -268,10 +286,12 @@ def _forward(sweep: Sweep, operands: Operands):
 
 def _backward(sweep: Sweep, saved, cotangents):
     operands, residuals = saved
-    student = operands.student
+    student, cotangents = operands.student, drop_integers(cotangents)
     split = Split(sweep.token_block, student.hidden.shape[:-1])
+    counts = any_of(cotangents, student.hidden.ndim - 1)
+    operands = silenced(operands, counts)
     tokens, place = split_operands(operands, split)
-    residuals, cotangents = split((residuals, drop_integers(cotangents)))
+    residuals, cotangents, counts = split((residuals, cotangents, counts))
     wide = sum_dtype(student)
 
     def step(carry, index):
@@ -280,16 +300,16 @@ def _backward(sweep: Sweep, saved, cotangents):
         head = columns.heads[0]
 
         def differentiate(total, xs):
-            tokens, residuals, cotangents, d_hidden = xs
+            tokens, residuals, cotangents, counts, d_hidden = xs
             here = place(tokens)
             block = form_block(here, columns)
             raw = sweep.statistic.gradient(residuals, cotangents, block)
-            raw = raw_gradient(here, block, raw)
+            raw = raw_gradient(here, block, raw, counts)
             d_hidden, d_head = head_and_hidden_gradient(here, head, raw, d_hidden)
             return jax.tree.map(jnp.add, total, d_head), d_hidden
 
         zeros = sweep.vary(jax.tree.map(lambda x: jnp.zeros(x.shape, wide), head))
-        xs = (tokens, residuals, cotangents, d_hidden)
+        xs = (tokens, residuals, cotangents, counts, d_hidden)
         block_head, d_hidden = split.each(differentiate, zeros, xs)
         return (d_hidden, add_to_head(d_head, block_head, columns.start)), None
 

@@ -29,12 +29,14 @@ class _Moments(NamedTuple):
 
     count: jax.Array
     mean: jax.Array
-    deviation: jax.Array
+    deviation: Any  # None where only the mean was asked
 
     def add(self, logits: jax.Array) -> "_Moments":
         finite = jnp.isfinite(logits)
         count = finite.sum(-1).astype(logits.dtype)
         mean = jnp.where(finite, logits, 0.0).sum(-1) / jnp.maximum(count, 1)
+        if self.deviation is None:
+            return self.merge(_Moments(count, mean, None))
         off = jnp.where(finite, logits - mean[..., None], 0.0)
         return self.merge(_Moments(count, mean, jnp.square(off).sum(-1)))
 
@@ -42,13 +44,17 @@ class _Moments(NamedTuple):
         count = jnp.maximum(self.count + other.count, 1)
         apart = other.mean - self.mean
         share = other.count / count
-        deviation = self.deviation + other.deviation + jnp.square(apart) * self.count * share
+        deviation = None
+        if self.deviation is not None:
+            deviation = self.deviation + other.deviation + jnp.square(apart) * self.count * share
         return _Moments(self.count + other.count, self.mean + apart * share, deviation)
 
     def reduce(self, axis_name: AxisName) -> "_Moments":
         sums = jnp.stack([self.count, self.count * self.mean])
         count, total = lax.psum(sums, axis_name)
         mean = total / jnp.maximum(count, 1)
+        if self.deviation is None:
+            return _Moments(count, mean, None)
         deviation = self.deviation + self.count * jnp.square(self.mean - mean)
         return _Moments(count, mean, lax.psum(deviation, axis_name))
 
@@ -73,12 +79,14 @@ class ReadoutStatistic(Statistic):
         labels: `label`, the logit at `tokens["labels"]`.
         ids: `gathered`, the logits at `tokens["ids"]`: how many a position.
         k: `values` and `indices` of the k largest.
-        moments: `mean` and `std` of the logits that exist.
+        mean: `mean` of the logits that exist.
+        moments: `mean` and `std` of these.
     """
 
     labels: bool = False
     ids: int = 0
     k: int = 0
+    mean: bool = False
     moments: bool = False
 
     def start(self, batch: tuple[int, ...], dtype: Any, passed: Any) -> _State:
@@ -91,7 +99,9 @@ class ReadoutStatistic(Statistic):
             zeros(self.ids) if self.ids else None,
             jnp.full((*batch, self.k), -jnp.inf, dtype) if self.k else None,
             jnp.zeros((*batch, self.k), jnp.int32) if self.k else None,
-            _Moments(zeros(), zeros(), zeros()) if self.moments else None,
+            _Moments(zeros(), zeros(), zeros() if self.moments else None)
+            if self.mean or self.moments
+            else None,
         )
 
     def absorb(self, state: _State, block: LogitBlock, passed: Any) -> _State:
@@ -134,8 +144,10 @@ class ReadoutStatistic(Statistic):
     def finish(self, state: _State, passed: Any) -> tuple[Outputs, Any]:
         mean = std = None
         if state.moments is not None:
-            count = jnp.maximum(state.moments.count, 1)
-            mean, std = state.moments.mean, jnp.sqrt(state.moments.deviation / count)
+            mean = state.moments.mean
+            if state.moments.deviation is not None:
+                variance = state.moments.deviation / jnp.maximum(state.moments.count, 1)
+                std = jnp.sqrt(variance)
         out = Outputs(
             state.sums.log_sum, state.label, state.gathered, state.values, state.indices, mean, std
         )
@@ -154,8 +166,10 @@ class ReadoutStatistic(Statistic):
             total = block.scatter(total, out.indices, ct.values)
         if count is not None:
             count = jnp.maximum(count, 1)
-            spread = jnp.where(out.std > 0, ct.std / (count * jnp.maximum(out.std, 1e-30)), 0.0)
-            flat = ct.mean / count - spread * out.mean
-            dense = flat[..., None] + spread[..., None] * z
+            dense = (ct.mean / count)[..., None]
+            if out.std is not None:
+                least = jnp.maximum(out.std, 1e-30)
+                spread = jnp.where(out.std > 0, ct.std / (count * least), 0.0)
+                dense = dense - (spread * out.mean)[..., None] + spread[..., None] * z
             total = total + jnp.where(jnp.isfinite(z), dense, 0.0)
         return total

@@ -1,6 +1,7 @@
 """From the arguments of a `linear_*` function to a sweep: checks, block sizes, meshes."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,6 +18,8 @@ from logitjax.losses.sweep._engine import (
     Operands,
     Projection,
     Sweep,
+    any_of,
+    drop_integers,
     run_unreduced,
     sum_dtype,
     vary,
@@ -43,8 +46,10 @@ def run(
 ) -> Any:
     """Sum a statistic up over the vocabulary of a linear head, block by block.
 
-    Differentiable by the hidden states and the head. With the weights of the positions known, the
-    gradient is formed in the same sweep as the value and no logit is formed twice.
+    Differentiable by the hidden states and the head, in reverse mode; the gradient is once more, so
+    that `grad` of `grad` gives second derivatives. With the weights of the positions known, the
+    gradient is formed in the same sweep as the value and no logit is formed twice. A position whose
+    weight or cotangent is zero adds nothing, even where its hidden states are nan.
 
     Args:
         statistic: what to sum up; static.
@@ -66,15 +71,21 @@ def run(
 
     Raises:
         TypeError: arrays are not floating point.
-        ValueError: shapes do not fit, or a kernel is square and its axis is not given.
+        ValueError: shapes do not fit, a kernel is square and its axis is not given, or there is no
+            position or no entry of the vocabulary.
     """
     ops.checks.positive(temperature, "temperature")
     given = {"hidden": (hidden, head)}
     if teacher is not None:
         given["teacher_hidden"] = teacher
-    scale = lax.stop_gradient(1.0 / jnp.asarray(temperature, jnp.float32))
-    sides = [_projection(name, *side, scale) for name, side in given.items()]
+    sides = [_projection(name, *side, temperature) for name, side in given.items()]
     batch, vocab = sides[0].hidden.shape[:-1], sides[0].head.vocab_size()
+    if not math.prod(batch):
+        shape = sides[0].hidden.shape
+        raise ValueError(f"hidden: expected at least one position, got shape {shape}")
+    if not vocab:
+        shape = sides[0].head.kernel.shape
+        raise ValueError(f"head: expected at least one entry of the vocabulary, got shape {shape}")
     if teacher is not None:
         sides[1] = lax.stop_gradient(sides[1])
         if sides[1].hidden.shape[:-1] != batch:
@@ -142,17 +153,49 @@ def run(
         outputs = local(operands, weights, axis_name)
     if weights is not None:
         return outputs[0], lax.stop_gradient(outputs[1])
+    return _losses(statistic, len(batch), outputs, tokens)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _losses(statistic: Statistic, batch_ndim: int, outputs: Any, tokens: Any) -> Any:
+    """`statistic.losses`, where a cotangent of zero stays zero however the losses are made.
+
+    Zero times the derivative at an undefined loss is nan; with zero the sweep leaves the position
+    out of its gradients.
+    """
     return statistic.losses(outputs, tokens)
 
 
-def _projection(name: str, hidden: Any, head: Any, inverse_temperature: jax.Array) -> Projection:
+def _losses_forward(statistic: Statistic, batch_ndim: int, outputs: Any, tokens: Any) -> Any:
+    return jax.vjp(lambda outputs: statistic.losses(outputs, tokens), outputs)
+
+
+def _losses_backward(statistic: Statistic, batch_ndim: int, pull: Any, cotangents: Any) -> Any:
+    counts = any_of(drop_integers(cotangents), batch_ndim)
+
+    def quiet(gradient: jax.Array) -> jax.Array:
+        if gradient.dtype == jax.dtypes.float0:
+            return gradient
+        along = counts.reshape(counts.shape + (1,) * (gradient.ndim - batch_ndim))
+        return jnp.where(along, gradient, jnp.zeros((), gradient.dtype))
+
+    (gradients,) = pull(cotangents)
+    return jax.tree.map(quiet, gradients), None
+
+
+_losses.defvjp(_losses_forward, _losses_backward)
+
+
+def _projection(name: str, hidden: Any, head: Any, temperature: Number) -> Projection:
     hidden = jnp.asarray(hidden)
     if not jnp.issubdtype(hidden.dtype, jnp.floating):
         raise TypeError(f"{name}: expected floating point, got {hidden.dtype}")
     if not hidden.ndim:
         raise ValueError(f"{name}: expected at least one axis, got a scalar")
     resolved = Head.of(head).resolve(hidden.shape[-1], name.replace("hidden", "head"))
-    return Projection(hidden, jax.tree.map(jnp.asarray, resolved), inverse_temperature)
+    projection = Projection(hidden, jax.tree.map(jnp.asarray, resolved), None)
+    scale = 1.0 / jnp.asarray(temperature, sum_dtype(projection))
+    return projection._replace(inverse_temperature=lax.stop_gradient(scale))
 
 
 def _varying(tree: Any, axis_name: AxisName | None) -> tuple[str, ...]:

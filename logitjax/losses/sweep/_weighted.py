@@ -28,6 +28,7 @@ from logitjax.losses.sweep._engine import (
     head_and_hidden_gradient,
     head_block,
     raw_gradient,
+    silenced,
     split_operands,
     sum_dtype,
 )
@@ -70,6 +71,8 @@ def _forward(sweep: Sweep, operands: Operands, weights: jax.Array):
     d_head, per_token = split.each(positions, start, (tokens, split(weights)))
     losses, outputs, d_hidden = split.join(per_token)
     total = first_shard(sweep, (_weighted_sum(losses, weights), outputs))
+    # The gradient of the weights: of what is silent only where it is a number.
+    losses = jnp.where((weights != 0) | jnp.isfinite(losses), losses, 0.0)
     like = (student.hidden, student.head)
     grads = jax.tree.map(lambda g, x: g.astype(x.dtype), (d_hidden, d_head), like)
     return total, (grads, losses)
@@ -110,6 +113,8 @@ def _one_block(sweep: Sweep, operands: Operands, weights, d_head):
     losses, pull = jax.vjp(lambda outputs: statistic.losses(outputs, operands.tokens), outputs)
     (cotangents,) = pull(weights.astype(losses.dtype))
     cotangents = drop_integers(cotangents)
+    counts = weights != 0
+    operands = silenced(operands, counts)
 
     def backward(carry, xs):
         d_hidden, d_head = carry
@@ -118,7 +123,7 @@ def _one_block(sweep: Sweep, operands: Operands, weights, d_head):
         block = LogitBlock(student, teacher, columns, first_column, operands.tokens)
         head = head_block(operands.student, start, sweep.block)
         raw = statistic.gradient(residuals, cotangents, block)
-        raw = raw_gradient(operands, block, raw)
+        raw = raw_gradient(operands, block, raw, counts)
         d_hidden, block_head = head_and_hidden_gradient(operands, head, raw, d_hidden)
         return (d_hidden, add_to_head(d_head, block_head, start)), None
 
