@@ -3,17 +3,17 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from logitjax import few_shot
 from logitjax.few_shot._method import z_score
 from logitjax.few_shot._uncertainty import uncertainty_weight
+from tests._compiled import compiled
 from tests.few_shot import _oracle as oracle
 
 CLASSES, FEATURES, AUXILIARY, SHOTS = 7, 16, 12, 3
-LABELS = np.arange(CLASSES * SHOTS) % CLASSES
+LABELS = np.arange(CLASSES * SHOTS, dtype=np.int32) % CLASSES
 
 
 def unit(x):
@@ -34,13 +34,23 @@ def problem(seed=0):
 def inputs(seed=0):
     features, auxiliary, zero_shot, weights = (x.astype(np.float32) for x in problem(seed))
     made = few_shot.Inputs(zero_shot=zero_shot, features=features, auxiliary=auxiliary)
-    return jax.tree.map(jnp.asarray, made), jnp.asarray(weights)
+    return made, weights
 
 
 def start(config, images, labels=LABELS, **options):
     """The state of a method before any gradient step."""
+    return _start(config, images, labels, jax.random.key(0), options)
+
+
+@compiled
+def _start(config, images, labels, key, options):
     task = few_shot.FewShotTask(support=images, labels=labels, **options)
-    return config.init(task, key=jax.random.key(0))
+    return config.init(task, key=key)
+
+
+@compiled
+def logits_and_bias(config, state, images):
+    return config.logits(state, images), config.bias(state, images)
 
 
 MEASURES = [
@@ -64,10 +74,10 @@ def test_uncertainty_weights_are_the_published_formulas(x64):
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(5, CLASSES)) * np.array([[0.3], [1], [3], [6], [10]]) + 12
     with jax.enable_x64(x64):
-        given = jnp.asarray(logits if x64 else logits.astype(np.float32))
-        for options in MEASURES:
-            config = few_shot.Uncertainty(**options)
-            got = uncertainty_weight(given, config)
+        given = logits if x64 else logits.astype(np.float32)
+        configs = [few_shot.Uncertainty(**options) for options in MEASURES]
+        run = jax.jit(lambda given: [uncertainty_weight(given, config) for config in configs])
+        for options, config, got in zip(MEASURES, configs, run(given), strict=True):
             assert got.dtype == given.dtype
             args = (config.measure, config.of, config.exponent, config.normalizer)
             expected = oracle.weight(np.asarray(given, np.float64), *args)
@@ -75,17 +85,19 @@ def test_uncertainty_weights_are_the_published_formulas(x64):
 
 
 def test_uncertainty_with_absent_classes_is_finite():
-    logits = jnp.array([[1.0, 0.5, 0.0, -1.0, -jnp.inf, 0.3]])
-    for measure in ("none", "kurtosis", "entropy", "max", "margin", "top5", "energy", "std"):
-        weight = uncertainty_weight(logits, few_shot.Uncertainty(measure=measure))
+    logits = np.float32([[1.0, 0.5, 0.0, -1.0, -np.inf, 0.3]])
+    measures = ("none", "kurtosis", "entropy", "max", "margin", "top5", "energy", "std")
+    configs = [few_shot.Uncertainty(measure=measure) for measure in measures]
+    run = jax.jit(lambda logits: [uncertainty_weight(logits, config) for config in configs])
+    for measure, weight in zip(measures, run(logits), strict=True):
         assert np.isfinite(weight).all(), measure
 
 
 def test_kurtosis_over_a_fourth_of_the_classes_does_not_depend_on_their_number():
     def sure(classes, **options):
-        logits = jnp.zeros((1, classes)).at[0, 0].set(50.0)
+        logits = np.where(np.arange(classes)[None] == 0, np.float32(50), 0)
         config = few_shot.Uncertainty(measure="kurtosis", exponent=1.0, **options)
-        return float(uncertainty_weight(logits, config)[0, 0])
+        return np.asarray(compiled(uncertainty_weight)(logits, config)).item()
 
     # One-hot probabilities: the released normaliser makes the same certainty weigh 130 times more.
     assert sure(10, normalizer=250.0) / sure(1000, normalizer=250.0) > 100
@@ -136,20 +148,20 @@ def test_amu_loss_and_gradient_are_the_published_formulas(name):
             def mean_loss(kernel, given=given, state=state):
                 return config.loss(state._replace(trained=kernel), given, LABELS).mean()
 
-            value, grad = jax.value_and_grad(mean_loss)(state.trained)
+            value, grad = jax.jit(jax.value_and_grad(mean_loss))(state.trained)
         np.testing.assert_allclose(value, expected, rtol=1e-12 if x64 else 1e-6)
         np.testing.assert_allclose(grad, slope, rtol=1e-6, atol=1e-12 if x64 else 1e-6)
 
 
 def test_z_scores_of_equal_logits_are_zero_without_a_gradient():
-    logits = jnp.array([[2.0, 2.0, 2.0], [1.0, 2.0, 4.0]])
-    np.testing.assert_array_equal(z_score(logits)[0], 0)
-    weights = jnp.arange(6.0).reshape(2, 3)
-    slope = jax.grad(lambda z: (weights * z_score(z)).sum())(logits)
+    logits = np.float32([[2.0, 2.0, 2.0], [1.0, 2.0, 4.0]])
+    scores = np.asarray(compiled(z_score)(logits))
+    np.testing.assert_array_equal(scores[0], 0)
+    weights = np.arange(6, dtype=np.float32).reshape(2, 3)
+    slope = np.asarray(jax.jit(jax.grad(lambda z: (weights * z_score(z)).sum()))(logits))
     np.testing.assert_array_equal(slope[0], 0)
     assert np.abs(slope[1]).max() > 0.1
-    shifted = z_score(5.0 * logits + 3.0)
-    np.testing.assert_allclose(shifted, z_score(logits), atol=1e-6)
+    np.testing.assert_allclose(compiled(z_score)(5 * logits + 3), scores, atol=1e-6)
 
 
 METHODS = {
@@ -172,20 +184,19 @@ def test_every_method_is_zero_shot_logits_plus_a_bias(name):
     config = METHODS[name]
     images, weights = inputs()
     state = start(config, images, class_weights=weights)
-    logits, bias = config.logits(state, images), config.bias(state, images)
+    logits, bias = jax.device_get(logits_and_bias(config, state, images))
     assert logits.shape == bias.shape == (len(LABELS), CLASSES)
     expected = images.zero_shot + config.beta * bias
     np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-4)
     off = dataclasses.replace(config, beta=0.0)
-    np.testing.assert_allclose(off.logits(state, images), images.zero_shot, atol=1e-5)
+    unmoved, _ = logits_and_bias(off, state, images)
+    np.testing.assert_allclose(unmoved, images.zero_shot, atol=1e-5)
     # Leading axes are the caller's.
     split = jax.tree.map(lambda x: x.reshape(SHOTS, CLASSES, -1), images)
-    np.testing.assert_allclose(
-        config.logits(state, split), logits.reshape(SHOTS, CLASSES, -1), atol=1e-4
-    )
+    by_shot, _ = logits_and_bias(config, state, split)
+    np.testing.assert_allclose(by_shot, logits.reshape(SHOTS, CLASSES, -1), atol=1e-4)
     if name not in ("clip_adapter", "task_res", "cross_modal"):
-        others, _ = inputs(seed=0)
-        accuracy = (config.logits(state, others).argmax(-1) == LABELS).mean()
+        accuracy = (logits.argmax(-1) == LABELS).mean()
         assert accuracy >= (images.zero_shot.argmax(-1) == LABELS).mean()
 
 
@@ -195,14 +206,14 @@ def test_caches_and_fusions_are_the_published_formulas():
     hit = np.eye(CLASSES)[LABELS]
     cache = [np.exp(-2 * (1 - f @ f.T)) @ hit for f in (features, auxiliary)]
     config = few_shot.TipAdapterConfig(sharpness=2.0)
-    got = config.bias(start(config, images), images)
+    got = logits_and_bias(config, start(config, images), images)[1]
     np.testing.assert_allclose(got, cache[0], rtol=1e-5)
 
     z = [oracle.z_score(c) for c in cache]
     agreement = np.stack([(oracle.z_score(zero_shot) * c).sum(-1) for c in z], -1)
     p = oracle.softmax(agreement)
     config = few_shot.CaFoConfig(sharpness=2.0)
-    got = config.bias(start(config, images), images)
+    got = logits_and_bias(config, start(config, images), images)[1]
     np.testing.assert_allclose(got, p[:, :1] * z[0] + p[:, 1:] * z[1], atol=1e-4)
 
     similarity = np.zeros(FEATURES)
@@ -219,7 +230,8 @@ def test_caches_and_fusions_are_the_published_formulas():
     state = start(config, images, class_weights=class_weights)
     np.testing.assert_array_equal(state.fixed[1], chosen)
     expected = np.exp(-(1 - kept @ kept.T)) @ values
-    np.testing.assert_allclose(config.bias(state, images), expected, rtol=1e-5)
+    got = logits_and_bias(config, state, images)[1]
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("scale", [100.0, 20.0])
@@ -227,16 +239,16 @@ def test_residual_methods_rewrite_their_published_classifiers(scale):
     features, _, zero_shot, weights = problem()
     zero_shot = scale * features @ weights
     images, class_weights = inputs()
-    images = dataclasses.replace(images, zero_shot=jnp.asarray(zero_shot, jnp.float32))
+    images = dataclasses.replace(images, zero_shot=zero_shot.astype(np.float32))
     rng = np.random.default_rng(1)
     residual = 0.1 * rng.normal(size=weights.shape).astype(np.float32)
     for renormalize in (False, True):
         config = few_shot.TaskResConfig(beta=0.5, renormalize=renormalize, scale=scale)
         state = start(config, images, class_weights=class_weights)
-        state = state._replace(trained=jnp.asarray(residual))
+        state = state._replace(trained=residual)
         moved = weights + 0.5 * residual
         moved = moved / np.linalg.norm(moved, axis=0) if renormalize else moved
-        got = config.logits(state, images)
+        got, _ = logits_and_bias(config, state, images)
         np.testing.assert_allclose(got, scale * features @ moved, rtol=1e-4, atol=1e-3)
 
         config = few_shot.ClipAdapterConfig(beta=0.2, renormalize=renormalize, scale=scale)
@@ -245,7 +257,7 @@ def test_residual_methods_rewrite_their_published_classifiers(scale):
         adapted = np.maximum(np.maximum(features @ down, 0) @ up, 0)
         mixed = 0.2 * adapted + 0.8 * features
         mixed = unit(mixed) if renormalize else mixed
-        got = config.logits(state, images)
+        got, _ = logits_and_bias(config, state, images)
         np.testing.assert_allclose(got, scale * mixed @ weights, rtol=1e-4, atol=1e-3)
 
 
@@ -295,7 +307,7 @@ def test_lp_plus_plus_is_its_gradient_descent(count):
     np.testing.assert_allclose(found["bias"], moving[1], rtol=1e-8, atol=1e-8)
     np.testing.assert_allclose(found["blend"], blend, rtol=1e-8)
     # Rows that are not there change nothing.
-    padded = jax.tree.map(lambda x: jnp.pad(x[:count], ((0, 3), (0, 0))), images)
+    padded = jax.tree.map(lambda x: np.pad(x[:count], ((0, 3), (0, 0))), images)
     fewer = np.pad(labels, (0, 3), constant_values=-1)
     state = start(config, padded, fewer, class_weights=class_weights)
     np.testing.assert_allclose(state.trained["blend"], blend, rtol=1e-4)
@@ -304,8 +316,8 @@ def test_lp_plus_plus_is_its_gradient_descent(count):
 def test_views_of_an_image_are_averaged_and_class_means_are_not_of_length_one():
     images, _ = inputs()
     other, _ = inputs(seed=1)
-    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), images, other)
-    mean = unit(np.asarray(images.auxiliary + other.auxiliary) / 2)
+    both = jax.tree.map(lambda a, b: np.concatenate([a, b]), images, other)
+    mean = unit((images.auxiliary + other.auxiliary) / 2)
     kernel = start(few_shot.AMUConfig(), both, views=2).trained
     expected = np.stack([mean[k == LABELS].mean(0) for k in range(CLASSES)], 1)
     np.testing.assert_allclose(kernel, expected, rtol=1e-5, atol=1e-6)
@@ -327,4 +339,4 @@ def test_mistakes_are_named():
     with pytest.raises(Exception, match="measure"):
         few_shot.Uncertainty(measure="doubt")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="at least 5"):
-        uncertainty_weight(jnp.zeros((1, 3)), few_shot.Uncertainty(measure="top5"))
+        uncertainty_weight(np.zeros((1, 3), np.float32), few_shot.Uncertainty(measure="top5"))

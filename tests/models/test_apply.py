@@ -10,6 +10,7 @@ from flax import nnx
 
 from logitjax.losses import kl_divergence
 from logitjax.models import from_linen, from_nnx
+from tests._modules import call
 
 TOKENS = np.arange(24).reshape(3, 8) % 7
 
@@ -37,14 +38,14 @@ class NnxToy(nnx.Module):
 
 def toys():
     linen = LinenToy()
-    variables = linen.init(jax.random.key(0), TOKENS)
+    variables = jax.jit(linen.init)(jax.random.key(0), TOKENS)
     return from_linen(linen, variables), from_nnx(NnxToy(nnx.Rngs(1)))
 
 
 @pytest.mark.parametrize("turn", [1, -1])
 def test_either_toy_is_fused_into_the_other(turn):
     (student, params), (teacher, teacher_params) = toys()[::turn]
-    target = teacher(teacher_params, TOKENS)
+    target = jax.jit(teacher)(teacher_params, TOKENS)
     tx = optax.adam(0.05)
 
     def loss(params):
@@ -56,7 +57,7 @@ def test_either_toy_is_fused_into_the_other(turn):
         updates, state = tx.update(grads, state)
         return optax.apply_updates(params, updates), state, value
 
-    state = tx.init(params)
+    state = jax.jit(tx.init)(params)
     values = []
     for _ in range(40):
         params, state, value = step(params, state)
@@ -68,11 +69,15 @@ def test_other_methods_and_collections():
     module = NnxToy(nnx.Rngs(0))
     apply_fn, params = from_nnx(module, method="hidden")
     assert set(params) == {"embed", "head"}
-    np.testing.assert_array_equal(apply_fn(params, TOKENS), module.hidden(TOKENS))
+    np.testing.assert_array_equal(
+        jax.jit(apply_fn)(params, TOKENS), call(module, TOKENS, method="hidden")
+    )
     linen = LinenToy()
-    variables = linen.init(jax.random.key(0), TOKENS)
+    variables = jax.jit(linen.init)(jax.random.key(0), TOKENS)
     apply_fn, params = from_linen(linen, variables)
-    np.testing.assert_array_equal(apply_fn(params, TOKENS), linen.apply(variables, TOKENS))
+    np.testing.assert_array_equal(
+        jax.jit(apply_fn)(params, TOKENS), jax.jit(linen.apply)(variables, TOKENS)
+    )
     with pytest.raises(ValueError, match="must hold a 'params' collection"):
         from_linen(linen, {"batch_stats": {}})
     assert jnp.ndim(params["Dense_0"]["bias"]) == 1

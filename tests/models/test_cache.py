@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 from logitjax.models import Decoder, DecoderConfig, init_cache
+from tests._modules import with_weights
 from tests.models._configs import TOKENS
 
 CONFIG = DecoderConfig(
@@ -32,7 +33,7 @@ def feed(graphdef, state, tokens, positions, cache):
 @pytest.mark.parametrize("slack", [4, 2])
 def test_a_rejected_draft_leaves_no_trace(slack):
     """With enough slack a block fits the ring; with less it is seen beside the ring."""
-    model = Decoder(CONFIG, rngs=nnx.Rngs(1), layout="listed")
+    model = with_weights(lambda: Decoder(CONFIG, rngs=nnx.Rngs(1), layout="listed"))
     split = nnx.split(model)
     whole = np.asarray(jax.jit(lambda s: nnx.merge(split[0], s)(TOKENS))(split[1]))
     cache = init_cache(CONFIG, 2, 32, ring_slack=slack)

@@ -9,6 +9,7 @@ from flax import nnx
 
 from logitjax import models
 from logitjax.models import Decoder, config_from_hf, init_lora, with_layout
+from tests._modules import with_weights
 from tests.models._configs import HF_CONFIGS, TOKENS
 
 CONFIG = config_from_hf(HF_CONFIGS["qwen3"])
@@ -16,8 +17,8 @@ CONFIG = config_from_hf(HF_CONFIGS["qwen3"])
 
 def filled(config, **options):
     lora = init_lora(config, 3, key=jax.random.key(1), alpha=6.0, **options)
-    noise = iter(jax.random.split(jax.random.key(2), 1000))
-    layers = jax.tree.map(lambda x: 0.1 * jax.random.normal(next(noise), x.shape), lora.layers)
+    rng = np.random.default_rng(2)
+    layers = jax.tree.map(lambda x: np.float32(0.1 * rng.normal(size=x.shape)), lora.layers)
     return models.Lora(layers=layers, scale=lora.scale)
 
 
@@ -31,15 +32,16 @@ def apply(model, lora=None, rows=None):
     return hidden(*nnx.split(model), lora, rows)
 
 
+@pytest.mark.many_programs("layouts are converted leaf by leaf")
 def test_fresh_adapters_change_nothing_and_rows_choose():
-    model = Decoder(CONFIG, rngs=nnx.Rngs(0))
-    plain = apply(model)
+    model = with_weights(lambda: Decoder(CONFIG, rngs=nnx.Rngs(0)))
+    plain = np.asarray(apply(model))
     fresh = init_lora(CONFIG, 3, key=jax.random.key(1))
     np.testing.assert_array_equal(apply(model, fresh), plain)
     lora = filled(CONFIG)
-    full = apply(model, lora)
+    full = np.asarray(apply(model, lora))
     assert not np.allclose(full, plain)
-    mixed = apply(model, lora, jnp.array([True, False]))
+    mixed = np.asarray(apply(model, lora, np.array([True, False])))
     np.testing.assert_allclose(mixed[0], full[0], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(mixed[1], plain[1], rtol=1e-5, atol=1e-5)
     listed = with_layout(model, "listed")
@@ -50,14 +52,14 @@ def test_fresh_adapters_change_nothing_and_rows_choose():
 
 
 def test_adapters_equal_merged_kernels():
-    model = with_layout(Decoder(CONFIG, rngs=nnx.Rngs(0)), "listed")
+    model = with_weights(lambda: Decoder(CONFIG, rngs=nnx.Rngs(0), layout="listed"))
     lora = filled(CONFIG, layout="listed", targets=("query", "down"))
     adapted = apply(model, lora)
     for segment, members in zip(model.segments, lora.layers, strict=True):
         for layer, member in zip(segment.layers, members, strict=True):
             for name, linear in (("query", layer.attention.query), ("down", layer.mlp.down)):
-                update = member[name]["a"] @ member[name]["b"] * lora.scale
-                linear.kernel[...] = linear.kernel[...] + update
+                update = member[name]["a"] @ member[name]["b"] * np.asarray(lora.scale)
+                linear.kernel[...] = np.float32(np.asarray(linear.kernel[...]) + update)
     np.testing.assert_allclose(apply(model), adapted, rtol=1e-4, atol=1e-4)
 
 

@@ -11,6 +11,7 @@ from flax import nnx
 from logitjax import models
 from logitjax.models import Decoder, DecoderConfig, first_layers, with_layout
 from logitjax.unlearning import Assistant
+from tests._modules import with_weights
 
 SPLIT = DecoderConfig(
     vocab_size=32,
@@ -29,7 +30,7 @@ K = 2
 
 @functools.cache
 def decoder(layout="listed"):
-    return Decoder(SPLIT, rngs=nnx.Rngs(0), layout=layout)
+    return with_weights(lambda: Decoder(SPLIT, rngs=nnx.Rngs(0), layout=layout))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -46,10 +47,8 @@ def pointers(model):
 
 
 def disturbed(lora, seed=1, size=0.1):
-    leaves, tree = jax.tree.flatten(lora)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    noisy = [size * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves)]
-    return jax.tree.unflatten(tree, noisy)
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: np.float32(size * rng.normal(size=leaf.shape)), lora)
 
 
 def test_first_layers_are_the_same_buffers_and_leave_the_model_alone():
@@ -59,7 +58,7 @@ def test_first_layers_are_the_same_buffers_and_leave_the_model_alone():
     assert set(pointers(small)) < set(before)
     assert small.config.num_layers == K
     np.testing.assert_array_equal(hidden_of(small), hidden_of(models.keep_layers(model, range(K))))
-    small.final_norm.scale[...] = jnp.zeros(SPLIT.hidden_size)
+    small.final_norm.scale[...] = np.zeros(SPLIT.hidden_size, np.float32)
     assert pointers(model) == before
     assert model.config == model.segments[0].layers[0].attention.config == SPLIT
     np.testing.assert_array_equal(hidden_of(model), hidden)

@@ -17,6 +17,8 @@ from logitjax import fusion, losses, models, training, unlearning
 from logitjax.models import Decoder, DecoderConfig
 from logitjax.unlearning import Assistant
 from logitjax.unlearning._merge import make_merge_loss
+from tests._compiled import compiled
+from tests._modules import with_weights
 
 CONFIG = DecoderConfig(
     vocab_size=48,
@@ -43,10 +45,7 @@ BATCH = {"forget": FORGET, "retain": RETAIN}
 def target(soft_cap=None):
     """With larger weights than at initialisation, so that it has opinions."""
     config = dataclasses.replace(CONFIG, logits_softcap=soft_cap)
-    model = Decoder(config, rngs=nnx.Rngs(0), layout="listed")
-    graphdef, state = nnx.split(model)
-    state = jax.tree.map(lambda leaf: 20 * leaf if leaf.ndim > 1 else leaf, state)
-    return nnx.merge(graphdef, state)
+    return with_weights(lambda: Decoder(config, rngs=nnx.Rngs(0), layout="listed"), size=0.4)
 
 
 def pointers(tree):
@@ -108,13 +107,11 @@ def test_loss_is_that_of_logits(uniform):
         assistant.base, retain_weight=5.0, uniform=uniform
     )
     loss, count, parts = jax.jit(loss_fn)(assistant.lora, BATCH, None, constants)
-    logits = {
-        name: assistant.logits(assistant.hidden_states(jnp.asarray(rows["tokens"]))[0])
-        for name, rows in BATCH.items()
-    }
-    nll = losses.cross_entropy(logits["forget"][:, :-1], FORGET["tokens"][:, 1:])
+    run = jax.jit(lambda tokens: assistant.logits(assistant.hidden_states(tokens)[0]))
+    logits = {name: np.asarray(run(rows["tokens"])) for name, rows in BATCH.items()}
+    nll = compiled(losses.cross_entropy)(logits["forget"][:, :-1], FORGET["tokens"][:, 1:])
     forget = np.asarray(nll)[FORGET["mask"][:, 1:]].mean()
-    silent = np.asarray(unlearning.uniform_kl(logits["retain"]))
+    silent = np.asarray(compiled(unlearning.uniform_kl)(logits["retain"]))
     # The release counts every position, whatever it predicts.
     retain = silent.mean() if uniform == "all" else silent[:, :-1][RETAIN["mask"][:, 1:]].mean()
     assert float(count) == 1
@@ -127,8 +124,10 @@ def test_a_soft_capped_model_is_unlearned_by_its_capped_logits():
     model = target(2.0)
     assistant = Assistant.init(model, 2, rank=4, key=jax.random.key(0))
     # Not as they begin, where half of the adapters has no gradient.
-    keys = iter(jax.random.split(jax.random.key(1), 100))
-    lora = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(next(keys), x.shape), assistant.lora)
+    rng = np.random.default_rng(1)
+    lora = jax.tree.map(
+        lambda x: np.asarray(x) + np.float32(0.05 * rng.normal(size=x.shape)), assistant.lora
+    )
     loss_fn, constants = unlearning.make_assistant_loss(assistant.base, retain_weight=5.0)
 
     def blocked(lora):
@@ -168,7 +167,8 @@ def test_a_soft_capped_model_is_unlearned_by_its_capped_logits():
     run = jax.jit(jax.value_and_grad(undial), static_argnums=1)
     chex.assert_trees_all_close(run(params, True), run(params, False), rtol=1e-3, atol=1e-4)
     # The cap is felt: without it the loss is another.
-    assert abs(model.logits(model.hidden_states(tokens)[0])).max() > 1.5
+    capped = jax.jit(lambda tokens: model.logits(model.hidden_states(tokens)[0]))(tokens)
+    assert np.abs(capped).max() > 1.5
 
 
 @pytest.mark.slow

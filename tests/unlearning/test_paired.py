@@ -10,6 +10,7 @@ from flax import nnx
 from logitjax import decoding, fusion, unlearning
 from logitjax.models import Decoder, with_layout
 from logitjax.unlearning import Assistant
+from tests._modules import with_weights
 from tests.decoding._models import CONFIG, NEW, PROMPTS, decoder
 
 # Vocabulary of 64: a rate at which the filter changes some tokens and leaves others.
@@ -20,10 +21,9 @@ DIFFERENCE = fusion.LogitDifference(alpha=0.9, rate=1e-3)
 def pair():
     target = decoder()
     fresh = Assistant.init(target, 1, rank=4, alpha=8.0, key=jax.random.key(0))
-    leaves, tree = jax.tree.flatten(fresh.lora)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    noisy = [0.5 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves)]
-    return target, Assistant(base=fresh.base, lora=jax.tree.unflatten(tree, noisy))
+    rng = np.random.default_rng(1)
+    noisy = jax.tree.map(lambda leaf: np.float32(0.5 * rng.normal(size=leaf.shape)), fresh.lora)
+    return target, Assistant(base=fresh.base, lora=noisy)
 
 
 def apart(assistant: Assistant) -> decoding.CachedModel:
@@ -87,7 +87,8 @@ def test_alpha_zero_is_the_target_whose_weights_are_used_as_they_are(pair):
 
 def test_an_assistant_of_another_model_is_refused(pair):
     _, assistant = pair
-    other = Decoder(dataclasses.replace(CONFIG, vocab_size=32), rngs=nnx.Rngs(0), layout="listed")
+    small = dataclasses.replace(CONFIG, vocab_size=32)
+    other = with_weights(lambda: Decoder(small, rngs=nnx.Rngs(0), layout="listed"))
     with pytest.raises(ValueError, match="assistant: expected the first layers"):
         unlearning.paired_model(other, assistant)
     stacked = with_layout(decoder(), "stacked")
