@@ -164,6 +164,8 @@ AREAS: Mapping[str, Area] = {
             "transport/_coupling": ("transport/test_coupling",),
             "transport/_features": ("transport/test_features",),
             "transport/_matching_bounds": _BOUNDS,
+            "transport/_plans": ("transport/test_guarantees",),
+            "transport/_rounding": ("transport/test_guarantees",),
             "transport/_refine": ("transport/test_reference",),
             "transport/_sorted": (*_BOUNDS, "distillation/test_graph_on_logits"),
         },

@@ -5,7 +5,9 @@ matrices, metrics or not, in this order::
 
     first <= moment <= third <= GW,   second <= sorted_rows <= third
 
-Those that hold for matchings only, and are nearer, are in `logitjax.transport._matching_bounds`.
+What rounding may have added is subtracted from each, so that the order holds up to rounding and the
+last inequality without exception; `logitjax.transport._rounding` says why. Bounds that hold for
+matchings only, and are nearer, are in `logitjax.transport._matching_bounds`.
 """
 
 import jax
@@ -14,8 +16,17 @@ import optax
 from jaxtyping import Float
 
 from logitjax.ops import Array
-from logitjax.transport._graph import Graph, check_weights, dense_matrix, moments, num_nodes
-from logitjax.transport._sorted import sorted_gw_lower_bound
+from logitjax.transport._graph import (
+    Graph,
+    RoundedMatrix,
+    check_weights,
+    node_weights,
+    num_nodes,
+    rounded,
+    row_statistics,
+)
+from logitjax.transport._rounding import UNDERFLOW, distance, gamma, lowered
+from logitjax.transport._sorted import least_transport
 
 # Pairs of rows compared at once by the third bound.
 _ROWS = 64
@@ -31,6 +42,8 @@ def first_lower_bound(
 ) -> Float[Array, ""]:
     """Memoli's first lower bound: transport of the row means. With p = 1 the closed form.
 
+    What rounding may have added is subtracted, so that it is a bound even of nearly equal graphs.
+
     ::
 
         W_p^p(C a, D b) <= GW_p^p(C, D)
@@ -40,20 +53,31 @@ def first_lower_bound(
         d: matrix ``[m, m]`` or `FactoredGraph`.
         c_weights: node weights a that sum to one; uniform if left out.
         d_weights: node weights b.
-        p: power of the cost, at least 1.
+        p: power of the cost, 1 or 2.
 
     Returns:
         A scalar.
 
+    Raises:
+        ValueError: for another p, or weights of another shape or, where their values are known,
+            that do not sum to one.
+
     >>> import jax.numpy as jnp
-    >>> first_lower_bound(jnp.array([[2.0, 0.0], [0.0, 0.0]]), jnp.zeros((2, 2)))
-    Array(0.5, dtype=float32)
+    >>> print(f"{first_lower_bound(jnp.diag(jnp.array([2.0, 0.0])), jnp.zeros((2, 2))):.4f}")
+    0.5000
 
     References:
         Memoli (2011), definition 6.1; InfiGFusion (arXiv 2505.13893) prints it as the distance.
     """
-    (f, _), (g, _) = _moments(c, d, c_weights, d_weights)
-    return sorted_gw_lower_bound(f, g, f_weights=c_weights, g_weights=d_weights, p=p)
+    check_power(p)
+    own, other, a, b = _statistics(c, d, c_weights, d_weights)
+    least = _least(own, other, "mean", (c_weights, d_weights), (a, b), p)
+    return lowered(least, p=p, root=_formed(c) + _formed(d))
+
+
+def check_power(p):
+    if p not in (1, 2):
+        raise ValueError(f"p: expected 1 or 2, got {p}")
 
 
 def moment_lower_bound(
@@ -81,19 +105,32 @@ def moment_lower_bound(
         A scalar. It is at least `first_lower_bound` with p = 2.
 
     >>> import jax.numpy as jnp
-    >>> moment_lower_bound(jnp.array([[1.0, -1.0], [-1.0, 1.0]]), jnp.zeros((2, 2)))
-    Array(1., dtype=float32)
+    >>> print(f"{moment_lower_bound(jnp.array([[1.0, -1], [-1, 1]]), jnp.zeros((2, 2))):.4f}")
+    1.0000
 
     References:
         The bound by moments is Gelbrich's (1990) on the line; its use here is ours.
     """
 
-    def cost(f, g):
-        return sorted_gw_lower_bound(f, g, f_weights=c_weights, g_weights=d_weights, p=2)
+    own, other, a, b = _statistics(c, d, c_weights, d_weights)
 
-    (f, f_square), (g, g_square) = _moments(c, d, c_weights, d_weights)
-    apart = cost(f, g) + cost(safe_sqrt(f_square - f * f), safe_sqrt(g_square - g * g))
-    return jnp.maximum(apart, cost(safe_sqrt(f_square), safe_sqrt(g_square)))
+    def least(name):
+        return _least(own, other, name, (c_weights, d_weights), (a, b), 2)
+
+    apart = (least("mean") + least("deviation")) * (1 - gamma(0))
+    # Graphs that were rounded when they were formed are nearer to those given than to each other.
+    return lowered(jnp.maximum(apart, least("rms")), p=2, root=_formed(c) + _formed(d))
+
+
+def _formed(graph):
+    return graph.error if isinstance(graph, RoundedMatrix) else 0.0
+
+
+def _least(own, other, name, weights, a_b, p):
+    f, g = (getattr(s, name) for s in (own, other))
+    errors = (getattr(s, f"{name}_error") for s in (own, other))
+    root = sum(distance(error, w, p) for error, w in zip(errors, a_b, strict=True))
+    return least_transport(f, g, *weights, p=p, root=root * (1 + gamma(len(f) + len(g))))
 
 
 def second_lower_bound(
@@ -117,22 +154,17 @@ def second_lower_bound(
         A scalar.
 
     >>> import jax.numpy as jnp
-    >>> second_lower_bound(jnp.array([[2.0, 0.0], [0.0, 0.0]]), jnp.zeros((2, 2)))
-    Array(1., dtype=float32)
+    >>> print(f"{second_lower_bound(jnp.diag(jnp.array([2.0, 0.0])), jnp.zeros((2, 2))):.4f}")
+    1.0000
 
     References:
         Memoli (2011), section 6.
     """
-    x, y, a, b = _dense(c, d, c_weights, d_weights)
-    if c_weights is None and d_weights is None:
-        return sorted_gw_lower_bound(x.ravel(), y.ravel(), p=p)
-    return sorted_gw_lower_bound(
-        x.ravel(),
-        y.ravel(),
-        f_weights=jnp.outer(a, a).ravel(),
-        g_weights=jnp.outer(b, b).ravel(),
-        p=p,
-    )
+    x, y, a, b, root = _dense(c, d, c_weights, d_weights)
+    weights = (None, None)
+    if not (c_weights is None and d_weights is None):
+        weights = jnp.outer(a, a).ravel(), jnp.outer(b, b).ravel()
+    return least_transport(x.ravel(), y.ravel(), *weights, p=p, root=root)
 
 
 def sorted_rows_lower_bound(c: Graph, d: Graph, *, p: int = 2) -> Float[Array, ""]:
@@ -155,12 +187,15 @@ def sorted_rows_lower_bound(c: Graph, d: Graph, *, p: int = 2) -> Float[Array, "
         ValueError: if the numbers of nodes differ.
 
     >>> import jax.numpy as jnp
-    >>> sorted_rows_lower_bound(jnp.array([[2.0, 0.0], [0.0, 0.0]]), jnp.zeros((2, 2)))
-    Array(1., dtype=float32)
+    >>> print(f"{sorted_rows_lower_bound(jnp.diag(jnp.array([2.0, 0.0])), jnp.zeros((2, 2))):.4f}")
+    1.0000
     """
     check_equal_sizes(c, d, "sorted_rows_lower_bound")
-    x, y = (jnp.sort(jnp.sort(dense_matrix(g), axis=1), axis=0) for g in (c, d))
-    return jnp.mean(jnp.abs(x - y) ** p)
+    x, y, _, _, root = _dense(c, d, None, None)
+    x, y = (jnp.sort(jnp.sort(matrix, axis=1), axis=0) for matrix in (x, y))
+    # Rows first: a sum of few terms each, and a bound of their rounding that stays small.
+    raw = jnp.full(len(x), 1.0 / len(x)) @ jnp.mean(jnp.abs(x - y) ** p, axis=1)
+    return lowered(raw, p=p, relative=gamma(2 * len(x)), root=root)
 
 
 def third_lower_bound(
@@ -178,7 +213,8 @@ def third_lower_bound(
         min_pi sum_ik W_p^p(C_i., D_k.) pi_ik <= GW_p^p(C, D)
 
     Equal sizes without weights: exact, by the Hungarian algorithm. Otherwise the dual of that
-    transport problem is ascended and its value returned, which is a lower bound at any iteration.
+    transport problem is ascended. In both cases the value of a dual solution counts, which is a
+    lower bound however far from the optimum it may be.
 
     Args:
         c: matrix ``[n, n]`` or `FactoredGraph` (whose matrix is formed).
@@ -191,24 +227,54 @@ def third_lower_bound(
         A scalar. The gradient is that of the cost at the matching found.
 
     >>> import jax.numpy as jnp
-    >>> third_lower_bound(jnp.array([[2.0, 0.0], [0.0, 0.0]]), jnp.zeros((2, 2)))
-    Array(1., dtype=float32)
+    >>> print(f"{third_lower_bound(jnp.diag(jnp.array([2.0, 0.0])), jnp.zeros((2, 2))):.4f}")
+    1.0000
 
     References:
         Memoli (2011), section 6.
     """
-    x, y, a, b = _dense(c, d, c_weights, d_weights)
-    if x.shape == y.shape and c_weights is None and d_weights is None:
+    x, y, a, b, root = _dense(c, d, c_weights, d_weights)
+    n, m = len(x), len(y)
+    if n == m and c_weights is None and d_weights is None:
         x, y = jnp.sort(x, axis=1), jnp.sort(y, axis=1)
         costs = row_costs(jax.lax.stop_gradient(x), jax.lax.stop_gradient(y), p)
-        i, k = optax.assignment.hungarian_algorithm(costs)
-        return jnp.mean(jnp.abs(x[i] - y[k]) ** p)
+        least, columns = least_assignment(costs)
+        raw = jnp.mean(jnp.mean(jnp.abs(x - y[columns]) ** p, axis=1))
+        value = (raw - jax.lax.stop_gradient(raw)) + least / n
+        return lowered(value, p=p, relative=gamma(2 * n), root=root)
 
     def cost(row, other):
-        return sorted_gw_lower_bound(row, other, f_weights=a, g_weights=b, p=p)
+        return least_transport(row, other, a, b, p=p)
 
     costs = jax.lax.map(lambda row: jax.vmap(lambda other: cost(row, other))(y), x)
-    return _dual_value(costs, a, b)
+    value, absolute = _dual_value(costs, a, b)
+    return lowered(value, p=p, absolute=absolute, root=root)
+
+
+def least_assignment(costs):
+    """A sum that no assignment of these costs ``[n, n]`` is below, and an assignment near it.
+
+    The Hungarian algorithm in floating point is exact for no known problem. Its assignment gives
+    column prices by shortest paths, and any prices give a bound: ``sum_k v_k + sum_i min_k (c_ik -
+    v_k)``.
+    """
+    n = len(costs)
+    i, k = optax.assignment.hungarian_algorithm(costs)
+    columns = jnp.zeros(n, jnp.int32).at[i].set(k.astype(jnp.int32))
+    matched = costs[jnp.arange(n), columns]
+    # Steps smaller than this are rounding going round in a circle.
+    least_step = 4 * gamma(0) * jnp.abs(costs).max()
+
+    def relax(state):
+        v, _, step = state
+        shorter = jnp.min((v[columns] - matched)[:, None] + costs, axis=0)
+        return jnp.minimum(v, shorter), jnp.any(shorter < v - least_step), step + 1
+
+    start = jnp.zeros(n, costs.dtype), jnp.ones((), bool), jnp.zeros((), jnp.int32)
+    v, _, _ = jax.lax.while_loop(lambda state: state[1] & (state[2] < n), relax, start)
+    u = jnp.min(costs - v, axis=1)
+    slack = gamma(n) * (jnp.abs(u).sum() + jnp.abs(v).sum())
+    return jax.lax.stop_gradient(u.sum() + v.sum() - 2 * slack), columns
 
 
 def row_costs(x, y, p):
@@ -223,12 +289,12 @@ def row_costs(x, y, p):
 def _dual_value(costs, a, b, steps=200):
     """A feasible dual value of the transport problem, by annealed soft c-transforms."""
     fixed = jax.lax.stop_gradient(costs)
-    scale = jnp.maximum(fixed.mean(), jnp.finfo(jnp.float32).tiny)
-    log_b = jnp.log(b)
+    mean = fixed.mean()
+    scale = jnp.where(mean > UNDERFLOW, mean, 1.0)
+    log_a, log_b = jnp.log(a)[:, None], jnp.log(b)
 
     def step(v, temperature):
         u = -temperature * jax.nn.logsumexp((v - fixed) / temperature + log_b, axis=1)
-        log_a = jnp.log(a)[:, None]
         v = -temperature * jax.nn.logsumexp((u[:, None] - fixed) / temperature + log_a, axis=0)
         return v, None
 
@@ -236,31 +302,29 @@ def _dual_value(costs, a, b, steps=200):
     v, _ = jax.lax.scan(step, jnp.zeros_like(b), temperatures)
     # At the best u the value depends on the costs through the second term alone.
     u = jax.lax.stop_gradient(jnp.min(fixed - v, axis=1))
-    return a @ u + b @ jnp.min(costs - u[:, None], axis=0)
+    v = jnp.min(costs - u[:, None], axis=0)
+    n = len(a) + len(b)
+    slack = 2 * gamma(2 * n) * (a @ jnp.abs(u) + b @ jnp.abs(v))
+    return a @ u + b @ v, jax.lax.stop_gradient(slack)
 
 
-def _moments(c, d, c_weights, d_weights):
+def _statistics(c, d, c_weights, d_weights):
     check_weights("c_weights", c_weights, num_nodes(c))
     check_weights("d_weights", d_weights, num_nodes(d))
-    return moments(c, c_weights), moments(d, d_weights)
+    return (
+        *(row_statistics(g, w) for g, w in ((c, c_weights), (d, d_weights))),
+        *(node_weights(g, w) for g, w in ((c, c_weights), (d, d_weights))),
+    )
 
 
 def _dense(c, d, c_weights, d_weights):
-    x, y = dense_matrix(c), dense_matrix(d)
-    check_weights("c_weights", c_weights, len(x))
-    check_weights("d_weights", d_weights, len(y))
-    a, b = (
-        jnp.full(len(m), 1.0 / len(m)) if w is None else jnp.asarray(w, jnp.float32)
-        for m, w in ((x, c_weights), (y, d_weights))
-    )
-    return x, y, a, b
+    check_weights("c_weights", c_weights, num_nodes(c))
+    check_weights("d_weights", d_weights, num_nodes(d))
+    x, y = rounded(c, c_weights), rounded(d, d_weights)
+    a, b = node_weights(x, c_weights), node_weights(y, d_weights)
+    return x.matrix, y.matrix, a, b, x.error + y.error
 
 
 def check_equal_sizes(c, d, what):
     if num_nodes(c) != num_nodes(d):
         raise ValueError(f"d: {what} needs as many nodes as c, {num_nodes(c)}; got {num_nodes(d)}")
-
-
-def safe_sqrt(x):
-    positive = x > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1.0)), 0.0)

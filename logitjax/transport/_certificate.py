@@ -1,36 +1,47 @@
 """A two-sided answer: no lower than this, no higher than that, and the coupling that shows it."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Float
 
 from logitjax.ops import Array
 from logitjax.transport._bounds import (
+    check_power,
     first_lower_bound,
     moment_lower_bound,
     second_lower_bound,
     sorted_rows_lower_bound,
     third_lower_bound,
 )
-from logitjax.transport._coupling import gw_at_coupling
+from logitjax.transport._coupling import coupling_cost
 from logitjax.transport._graph import (
     FactoredGraph,
     Graph,
+    RoundedMatrix,
+    check_weights,
     dense_matrix,
-    moments,
+    half_exponent,
     multiply,
+    node_weights,
     num_nodes,
+    rounded,
+    row_statistics,
+    shifted,
 )
 from logitjax.transport._matching_bounds import (
     diagonal_lower_bound,
     gilmore_lawler,
     spectral_lower_bound,
 )
+from logitjax.transport._plans import Plan, as_candidate, from_problem, plan_cost
 from logitjax.transport._refine import Refinement, refine_matching
+from logitjax.transport._rounding import gamma, real, times_power_of_two
 from logitjax.transport._sorted import Coupling, sorted_coupling
 
 Scale = Literal["joint", "separate", "none"]
@@ -43,21 +54,40 @@ _DENSE_NODES = 2048
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Certificate:
-    """``lower <= GW_p^p <= upper``, the upper one reached by ``coupling``."""
+    """``lower <= GW_p^p <= upper``, the upper one reached by ``coupling``.
+
+    Attributes:
+        lower: no coupling costs less.
+        upper: some coupling costs no more; ``coupling`` is it but for rounding.
+        coupling: the best that was seen.
+        units: what c and d were divided by, ``[2]``; infinite or zero where float32 does not
+            hold it.
+        costs: what each of the ``candidates`` costs at most, ``[candidates]``, so that
+            ``costs / lower`` says how far a solution is from the optimum at most.
+    """
 
     lower: Array
     upper: Array
     coupling: Coupling
+    units: Array
+    costs: Array
 
     @property
     def gap(self) -> jax.Array:
-        """upper / lower, at least one up to rounding; infinite if the lower bound is zero."""
-        return jnp.asarray(self.upper) / self.lower
+        """upper / lower; one where both are zero, infinite where the lower one alone is."""
+        return ratio(self.upper, self.lower)
+
+
+def ratio(upper, lower) -> jax.Array:
+    """How far apart two bounds are: one where both are zero, infinite where the lower one is."""
+    upper, lower = jnp.asarray(upper), jnp.asarray(lower)
+    apart = jnp.where(lower > 0, upper / jnp.where(lower > 0, lower, 1.0), jnp.inf)
+    return jnp.where(upper > 0, apart, 1.0)
 
 
 def certificate(
-    c: Graph,
-    d: Graph,
+    c: Graph | Any,
+    d: Graph | None = None,
     *,
     c_weights: Float[Array, "n"] | None = None,
     d_weights: Float[Array, "m"] | None = None,
@@ -66,18 +96,26 @@ def certificate(
     bounds: Bounds = "cheap",
     refine: Refinement | None = None,
     key: jax.Array | None = None,
-    candidates: Sequence[Coupling] = (),
+    candidates: Sequence[Any] = (),
 ) -> Certificate:
     """Bound the Gromov-Wasserstein cost of two graphs from both sides.
+
+    Both bounds are theorems about the numbers given: what rounding may have added is subtracted
+    from the lower one and added to the upper one. Called with arrays it computes in float64 (but
+    on a TPU), where that is next to nothing. Under ``jit``, ``vmap`` and ``grad`` it computes in
+    float32, and the bounds of large or nearly equal graphs are wider. Graphs of any scale are
+    divided by a power of two first, so that nothing over- or underflows on the way.
 
     Upper: nodes are matched in the order of their row means, row RMS and row deviations; the
     cheapest of these couplings and of ``candidates`` is kept, then improved by ``refine``, and its
     cost is evaluated. Improvement never makes it worse. Lower: the largest of the bounds asked for.
 
     Args:
-        c: matrix ``[n, n]`` or `FactoredGraph`.
+        c: matrix ``[n, n]`` or `FactoredGraph`; or, without d, a ``QuadraticProblem`` of ott with
+            squared loss.
         d: matrix ``[m, m]`` or `FactoredGraph`.
-        c_weights: node weights that sum to one; uniform if left out.
+        c_weights: node weights; uniform if left out. Where their values are known they have to
+            sum to one within 1e-3. They are divided by their sum.
         d_weights: the same for d.
         p: power of the cost; 1 or 2.
         scale: ``joint`` divides both graphs by the RMS entry of d, ``separate`` each by its own,
@@ -92,13 +130,17 @@ def certificate(
         refine: how the coupling is improved; it needs p = 2, equal sizes and uniform weights. Left
             out, nothing of size n x n is made.
         key: ``jax.random.key`` of the restarts; ``jax.random.key(0)`` if left out.
-        candidates: more couplings to start from, for example of a shared vocabulary.
+        candidates: more couplings to start from, for example the identity where nodes are the
+            tokens of one vocabulary, and plans ``[n, m]`` of other solvers (POT's arrays, ott's
+            outputs, those of `transport.reference`) to be judged; the latter need p = 2.
 
     Returns:
         A `Certificate`. Gradients of ``upper`` are taken at the fixed coupling (envelope).
 
     Raises:
-        ValueError: for unknown options, or a refinement outside its conditions.
+        ValueError: for unknown options, or a refinement outside its conditions; where values are
+            known also for entries that are not finite, weights that do not sum to one, and graphs
+            whose cost float32 cannot hold in the units asked for.
 
     >>> import jax.numpy as jnp
     >>> from logitjax.transport import FactoredGraph, Refinement
@@ -112,54 +154,170 @@ def certificate(
         graphs of logits while the closed-form value is not, is an observation of ours; see
         ``python -m experiments.benchmark gromov_wasserstein``.
     """
+    if d is None:
+        c, d, c_weights, d_weights = from_problem(c)
     for name, value, kind in (
         ("scale", scale, Scale),
         ("bounds", bounds, Bounds),
     ):
         if value not in get_args(kind):
             raise ValueError(f"{name}: expected one of {get_args(kind)}, got {value!r}")
+    check_power(p)
+    check_weights("c_weights", c_weights, num_nodes(c))
+    check_weights("d_weights", d_weights, num_nodes(d))
     uniform = c_weights is None and d_weights is None and num_nodes(c) == num_nodes(d)
     if refine is not None and not (uniform and p == 2):
         raise ValueError(
             f"refine: {refine.kind!r} needs p=2, as many nodes in c as in d and no weights; "
             f"got p={p}, {num_nodes(c)} and {num_nodes(d)} nodes"
         )
-    if scale != "none":
-        d_scale = _rms(d, d_weights)
-        c = multiply(c, 1.0 / (d_scale if scale == "joint" else _rms(c, c_weights)))
-        d = multiply(d, 1.0 / d_scale)
+    arrays = (
+        *(c, d, c_weights, d_weights, jax.random.key(0) if key is None else key),
+        tuple(as_candidate(x, num_nodes(c), num_nodes(d), p) for x in candidates),
+    )
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arrays)):
+        return _bracket(*arrays, p=p, scale=scale, bounds=bounds, refine=refine)
+    for name, graph in (("c", c), ("d", d)):
+        values = graph.values if isinstance(graph, FactoredGraph) else graph
+        if not np.isfinite(np.asarray(values)).all():
+            raise ValueError(f"{name}: expected finite entries, got some that are not")
+    with jax.enable_x64(jax.default_backend() != "tpu"):
+        answer = _compiled()(*arrays, p=p, scale=scale, bounds=bounds, refine=refine)
+    return _float32(jax.device_get(answer), scale)
 
+
+@functools.cache
+def _compiled():
+    return jax.jit(_bracket, static_argnames=("p", "scale", "bounds", "refine"))
+
+
+def _float32(answer, scale):
+    """The same claims about float32 numbers: bounds are rounded away from each other."""
+    info = np.finfo(np.float32)
+    lower, upper = float(answer.lower), float(answer.upper)
+    largest, least = float(info.max), float(info.tiny)
+    if not upper <= largest or (scale == "none" and 0 < upper < least):
+        raise ValueError(
+            f"scale: expected units in which float32 holds the cost, got a cost between {lower:g} "
+            f"and {upper:g} with scale={scale!r}"
+        )
+
+    units = np.abs(np.asarray(answer.units))
+    if not (units.min() >= least and units.max() <= largest):
+        raise ValueError(
+            f"scale: expected graphs whose RMS entry float32 holds, got {units.tolist()}; use "
+            "scale='none' or other units"
+        )
+
+    def towards(value, direction):
+        # Beside a float32 array a Python number would be compared as float32.
+        value = np.asarray(value, np.float64)
+        with np.errstate(over="ignore"):
+            near = value.astype(np.float32)
+        wrong = near > value if direction < 0 else near < value
+        return np.where(wrong, np.nextafter(near, np.float32(direction * np.inf)), near)
+
+    return Certificate(
+        lower=jnp.asarray(towards(lower, -1)),
+        upper=jnp.asarray(towards(max(upper, least) if upper > 0 else 0.0, 1)),
+        coupling=Coupling(
+            *(jnp.asarray(x, jnp.int32) for x in (answer.coupling.rows, answer.coupling.columns)),
+            jnp.asarray(answer.coupling.mass, jnp.float32),
+        ),
+        units=jnp.asarray(answer.units, jnp.float32),
+        costs=jnp.asarray(towards(answer.costs, 1)),
+    )
+
+
+def _bracket(c, d, c_weights, d_weights, key, candidates, *, p, scale, bounds, refine):
+    with jax.default_matmul_precision("highest"):
+        c, d, back, units = _scaled(c, d, c_weights, d_weights, p, scale)
+        answer = _bounds(c, d, c_weights, d_weights, key, candidates, p, bounds, refine)
+    lower, upper, coupling, costs = answer
+    finite = jnp.finfo(lower.dtype).max
+    return Certificate(
+        lower=jnp.minimum(back(lower) * (1 - gamma(0)), finite),
+        upper=back(upper) * (1 + gamma(0)),
+        coupling=coupling,
+        units=units,
+        costs=back(costs) * (1 + gamma(0)),
+    )
+
+
+def _scaled(c, d, c_weights, d_weights, p, scale):
+    """Both graphs with entries of about one at most, and the way back to the units asked for."""
+    halves = [half_exponent(jax.lax.stop_gradient(g)) for g in (c, d)]
+    own = [shifted(g, -h) for g, h in zip((c, d), halves, strict=True)]
+    # The unit is the number that is reported, to float32; that it was rounded is no error then.
+    rms = [_rms(g, w) for g, w in zip(own, (c_weights, d_weights), strict=True)]
+    if scale == "separate":
+        c, d = (_divided(g, r, w) for g, r, w in zip(own, rms, (c_weights, d_weights), strict=True))
+        units = [times_power_of_two(r, 2 * h) for r, h in zip(rms, halves, strict=True)]
+        return c, d, lambda value: value, jnp.stack(units)
+    common = jnp.maximum(*halves)
+    c, d = (shifted(g, h - common) for g, h in zip(own, halves, strict=True))
+    unit, half = (rms[1], halves[1]) if scale == "joint" else (real(1.0), 0)
+    units = jnp.full(2, 1.0, unit.dtype) * times_power_of_two(unit, 2 * jnp.asarray(half))
+
+    def back(value):
+        return times_power_of_two(value / unit**p, 2 * p * (common - half))
+
+    return c, d, back, units
+
+
+def _divided(graph, unit, weights):
+    """The graph divided by its unit; of a matrix with the rounding of that, which counts."""
+    if isinstance(graph, FactoredGraph):
+        return multiply(graph, 1.0 / unit)
+    rms = jnp.sqrt(node_weights(graph, weights) @ row_statistics(graph, weights).square)
+    return RoundedMatrix(graph / unit, jax.lax.stop_gradient(2 * gamma(0) * rms / unit))
+
+
+def _bounds(c, d, c_weights, d_weights, key, candidates, p, bounds, refine):
+    uniform = c_weights is None and d_weights is None and num_nodes(c) == num_nodes(d)
     # Of Gram matrices a matching is optimal: its bounds hold, and its assignments are candidates.
     matching = uniform and p == 2 and all(isinstance(g, FactoredGraph) for g in (c, d))
-    c, d = _densest(c), _densest(d)
+    given = c, d
+    c, d = _densest(c, c_weights), _densest(d, d_weights)
     lower = [_lower(c, d, c_weights, d_weights, p, bounds, uniform)]
     if matching:
         lower.append(diagonal_lower_bound(c, d))
+    plans = [x for x in candidates if isinstance(x, Coupling)]
+    others = []
     if matching and bounds == "third":
         bound, assigned = gilmore_lawler(c, d, branches=8)
         lower += [bound, spectral_lower_bound(c, d)]
-        candidates = [*candidates, _uniform(assigned)]
-    coupling, _ = best_sorted_coupling(
-        c, d, c_weights=c_weights, d_weights=d_weights, p=p, candidates=candidates
-    )
+        others.append(_uniform(assigned))
+    weights = {"c_weights": c_weights, "d_weights": d_weights}
+    # Plans that are nearly matchings are tried as such.
+    others += [x.matching() for x in candidates if isinstance(x, Plan) and uniform]
+    fixed = jax.lax.stop_gradient(given)
+    coupling, seen = best_sorted_coupling(*fixed, **weights, p=p, candidates=[*plans, *others])
     if refine is not None:
-        fixed = jax.lax.stop_gradient((c, d))
-        x, y = (dense_matrix(g) for g in fixed)
+        x, y = (dense_matrix(g).astype(jnp.float32) for g in fixed)
         start = jnp.zeros_like(coupling.columns).at[coupling.rows].set(coupling.columns)
-        key = jax.random.key(0) if key is None else key
         refined = refine_matching(x, y, start, how=refine, key=key)
         # Compared once more by the cost itself, so that no rounding can make it worse.
-        coupling, _ = _cheapest(*fixed, [coupling, _uniform(refined)], p)
-    return Certificate(
-        lower=jnp.max(jnp.stack(lower)),
-        upper=gw_at_coupling(c, d, coupling, p=p),
-        coupling=coupling,
+        coupling, _ = _cheapest(*fixed, [coupling, _uniform(refined)], p, weights)
+    best = coupling_cost(*given, coupling, p=p, **weights)
+    # Those of the sorted couplings come first.
+    judged = iter(seen[3:])
+    costs = [
+        next(judged) if isinstance(x, Coupling) else plan_cost(*fixed, x.plan, **weights)
+        for x in candidates
+    ]
+    upper = (best.value - jax.lax.stop_gradient(best.value)) + best.most
+    return (
+        jnp.max(jnp.stack(lower)),
+        upper,
+        coupling,
+        jnp.stack(costs) if costs else jnp.zeros(0, upper.dtype),
     )
 
 
 def _uniform(matching):
     n = len(matching)
-    return Coupling(jnp.arange(n, dtype=jnp.int32), matching, jnp.full(n, 1.0 / n))
+    return Coupling(jnp.arange(n, dtype=jnp.int32), matching, jnp.full(n, 1.0 / n, real(0.0).dtype))
 
 
 def best_sorted_coupling(
@@ -170,7 +328,7 @@ def best_sorted_coupling(
     d_weights: Float[Array, "m"] | None = None,
     p: int = 2,
     candidates: Sequence[Coupling] = (),
-) -> tuple[Coupling, Float[Array, ""]]:
+) -> tuple[Coupling, Float[Array, "plans"]]:
     """The cheapest coupling among those that sort by row mean, row RMS and row deviation.
 
     Args:
@@ -182,54 +340,68 @@ def best_sorted_coupling(
         candidates: further couplings to choose from.
 
     Returns:
-        The coupling, without gradient, and its cost.
+        The coupling, without gradient, and what each costs at most, the three sorted ones first.
 
     >>> import jax.numpy as jnp
     >>> c = jnp.array([[2.0, 0.0], [0.0, 1.0]])
-    >>> plan, cost = best_sorted_coupling(c, c[::-1, ::-1])
-    >>> plan.columns, float(cost)
+    >>> plan, costs = best_sorted_coupling(c, c[::-1, ::-1])
+    >>> plan.columns, float(costs[0])
     (Array([1, 0], dtype=int32), 0.0)
     """
     c, d = jax.lax.stop_gradient((c, d))
-    (f, f_square), (g, g_square) = moments(c, c_weights), moments(d, d_weights)
-    features = (
-        (f_square, g_square),
-        (f, g),
-        (f_square - f * f, g_square - g * g),
+    weights = {"c_weights": c_weights, "d_weights": d_weights}
+    own, other = (
+        row_statistics(_densest(c, c_weights), c_weights),
+        row_statistics(_densest(d, d_weights), d_weights),
     )
-    plans = [sorted_coupling(*pair, f_weights=c_weights, g_weights=d_weights) for pair in features]
-    return _cheapest(c, d, [*plans, *candidates], p)
+    plans = [
+        sorted_coupling(
+            getattr(own, name), getattr(other, name), f_weights=c_weights, g_weights=d_weights
+        )
+        for name in ("rms", "mean", "deviation")
+    ]
+    return _cheapest(c, d, [*plans, *candidates], p, weights)
 
 
-def _cheapest(c, d, plans, p):
-    """Folds over the plans, so that entries of different lengths are padded with mass zero."""
+def _cheapest(c, d, plans, p, weights):
+    """The plan that is proven to cost least; shorter ones are padded with entries of no mass."""
     longest = max(plan.rows.shape[-1] for plan in plans)
+    dtype = real(0.0).dtype
 
-    def pad(x):
-        return jnp.pad(x, (0, longest - x.shape[-1]))
+    def pad(plan):
+        size = longest - plan.rows.shape[-1]
+        return Coupling(
+            *(jnp.pad(jnp.asarray(x, jnp.int32), (0, size)) for x in (plan.rows, plan.columns)),
+            jnp.pad(jnp.asarray(plan.mass, dtype), (0, size)),
+        )
 
-    if any(plan.rows.shape[-1] != longest for plan in plans):
-        plans = [jax.tree.map(pad, plan) for plan in plans]
-    costs = jnp.stack([gw_at_coupling(c, d, plan, p=p) for plan in plans])
+    def most(plan):
+        return coupling_cost(c, d, plan, p=p, **weights).most
+
+    stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *map(pad, plans))
+    if all(plan.rows.shape[-1] == longest for plan in plans):
+        costs = jax.lax.map(most, stacked)  # one program for all
+    else:
+        costs = jnp.stack([most(plan) for plan in plans])
     best = jnp.argmin(costs)
-    stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *plans)
-    return jax.tree.map(lambda x: x[best], stacked), costs[best]
+    return jax.tree.map(lambda x: x[best], stacked), costs
 
 
-def _densest(graph):
+def _densest(graph, weights):
     """The matrix itself where it is smaller than its factor, and small."""
     if isinstance(graph, FactoredGraph):
         n = num_nodes(graph)
         if n <= min(_DENSE_NODES, graph.values.shape[0]):
-            return dense_matrix(graph)
+            return rounded(graph, weights)
     return graph
 
 
 def _rms(graph, weights):
-    n = num_nodes(graph)
-    a = jnp.full(n, 1.0 / n) if weights is None else weights
-    square = moments(graph, weights)[1] @ a
-    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 1.0)
+    """The RMS entry as a float32 number; one where all are zero."""
+    square = node_weights(graph, weights) @ row_statistics(graph, weights).square
+    rms = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 1.0)
+    # XLA takes a conversion to float32 and back for none; this it carries out.
+    return jax.lax.reduce_precision(rms, exponent_bits=8, mantissa_bits=23)
 
 
 def _lower(c, d, c_weights, d_weights, p, bounds, uniform):

@@ -1,14 +1,26 @@
 """The Gromov-Wasserstein cost of a given coupling: an upper bound of the optimum."""
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
 from logitjax.ops import Array
-from logitjax.transport._features import sparse_products
-from logitjax.transport._graph import FactoredGraph, Graph, dense_factor, dense_matrix, num_nodes
+from logitjax.transport._features import drop_negative
+from logitjax.transport._graph import (
+    FactoredGraph,
+    Graph,
+    RoundedMatrix,
+    dense_factor,
+    dense_matrix,
+    largest,
+    node_weights,
+    norms_squared,
+    num_nodes,
+)
+from logitjax.transport._rounding import UNDERFLOW, gamma, real
 from logitjax.transport._sorted import Coupling
 
 # Up to this many matched pairs the graphs are compared entry by entry, without cancellation.
@@ -17,7 +29,9 @@ _BLOCK_ENTRIES = 1 << 22
 
 
 def gw_at_coupling(c: Graph, d: Graph, coupling: Coupling, *, p: int = 2) -> Float[Array, ""]:
-    """What a coupling costs: at least the Gromov-Wasserstein optimum.
+    """What a coupling costs: but for rounding, at least the Gromov-Wasserstein optimum.
+
+    `certificate` adds what rounding may have taken away.
 
     ::
 
@@ -25,11 +39,11 @@ def gw_at_coupling(c: Graph, d: Graph, coupling: Coupling, *, p: int = 2) -> Flo
 
     over the coupling's pairs (row r, column k, mass m). Entries are compared in blocks of rows, so
     that no n x n array is held. For p = 2, factored graphs and more than 4,096 pairs it is instead
-    the sum of T x T products, O(n (T_z^2 + T_w^2 + T_z T_w)) for dense factors::
+    a sum of T x T products of A = Z - W and B = Z + W, nodes matched, O(n T^2) for dense factors::
 
-        ||Z M Z^T||_F^2 + ||W M W^T||_F^2 - 2 ||Z M W^T||_F^2
+        (<A M A^T, B M B^T> + <A M B^T, B M A^T>) / 2
 
-    and O(T^2 k) for sparse ones under a permutation.
+    and O(T^2 k) for sparse ones under a permutation. Nothing cancels where the graphs agree.
 
     The gradient is that at a fixed coupling: by the envelope theorem a subgradient of the cost
     where the coupling is optimal.
@@ -38,7 +52,7 @@ def gw_at_coupling(c: Graph, d: Graph, coupling: Coupling, *, p: int = 2) -> Flo
         c: matrix ``[n, n]`` or `FactoredGraph`.
         d: matrix ``[m, m]`` or `FactoredGraph`.
         coupling: for example from `sorted_coupling` or `certificate`.
-        p: power of the cost, at least 1.
+        p: power of the cost, 1 or 2.
 
     Returns:
         A scalar.
@@ -52,30 +66,91 @@ def gw_at_coupling(c: Graph, d: Graph, coupling: Coupling, *, p: int = 2) -> Flo
     References:
         Memoli (2011), definition 5.7, without his factor 1/2.
     """
-    pairs = coupling.rows.shape[-1]
-    if (
-        p == 2
-        and pairs > _EXACT_PAIRS
-        and isinstance(c, FactoredGraph)
-        and isinstance(d, FactoredGraph)
-    ):
-        if c.ids is not None and d.ids is not None and num_nodes(c) == num_nodes(d) == pairs:
-            return _sparse_cost(c, d, coupling)
-        return _factored_cost(dense_factor(c), dense_factor(d), coupling)
+    return coupling_cost(c, d, coupling, p=p).value
+
+
+class Cost(NamedTuple):
+    """What a coupling costs, with its gradient, and what it costs at most."""
+
+    value: jax.Array
+    most: jax.Array
+
+
+def coupling_cost(c, d, coupling, *, p, c_weights=None, d_weights=None) -> Cost:
+    """The cost of a coupling, and a proven bound of the cost of the true coupling nearest to it.
+
+    Of equal sizes without weights a permutation is taken as one, whatever the rounding of its
+    masses. Otherwise what the marginals lack is moved anywhere, at the price of the largest
+    difference of two entries.
+    """
+    pairs, n, m = coupling.rows.shape[-1], num_nodes(c), num_nodes(d)
+    rows, columns = jnp.asarray(coupling.rows), jnp.asarray(coupling.columns)
+    mass = real(coupling.mass)
+    taken = jnp.zeros(n, mass.dtype).at[rows].add(mass)
+    given = jnp.zeros(m, mass.dtype).at[columns].add(mass)
+    surplus = (
+        jnp.maximum(1 - mass.sum(), 0.0)
+        + jnp.maximum(taken - node_weights(c, c_weights), 0.0).sum()
+        + jnp.maximum(given - node_weights(d, d_weights), 0.0).sum()
+        + jnp.maximum(-mass, 0.0).sum() * 4
+        + 4 * gamma(pairs + n + m)
+    )
+    if pairs == n == m and c_weights is None and d_weights is None:
+        each = jnp.zeros((2, n), jnp.int32).at[0, rows].add(1).at[1, columns].add(1)
+        matching = jnp.all(each == 1) & jnp.all(jnp.abs(mass - 1 / n) <= 1e-3 / n)
+        mass = jnp.where(matching, 1 / n, mass)
+        surplus = jnp.where(matching, 0.0, surplus)
+    coupling = Coupling(rows, columns, mass)
+    factored = isinstance(c, FactoredGraph) and isinstance(d, FactoredGraph)
+    if p == 2 and pairs > _EXACT_PAIRS and factored:
+        if c.ids is not None and d.ids is not None and n == m == pairs:
+            value, absolute = _sparse_cost(c, d, coupling)
+        else:
+            value, absolute = _factored_cost(dense_factor(c), dense_factor(d), coupling)
+        most = value + absolute
+    else:
+        value, differ = _entrywise_cost(c, d, coupling, p)
+        most = value * (1 + gamma(3 * pairs)) + UNDERFLOW * differ
+        root = formation_error(c, mass, rows) + formation_error(d, mass, columns)
+        # Exactly equal rows of factors have equal products, however those are rounded.
+        if factored:
+            z, w = dense_factor(c)[:, rows], dense_factor(d)[:, columns]
+            same = z.shape == w.shape and jnp.all((z == w) | (mass == 0))
+            most = jnp.where(same, 0.0, most)
+            root = jnp.where(same, 0.0, root)
+        most = (most + root) if p == 1 else jnp.square(jnp.sqrt(most) + root)
+    reach = (largest(c) + largest(d)) ** p
+    most = (most + 2 * surplus * reach) * (1 + gamma(8))
+    return Cost(value, jax.lax.stop_gradient(most))
+
+
+def formation_error(graph, mass, nodes):
+    """How far the entries that `_entrywise_cost` computes are off, in the norm of the coupling."""
+    if isinstance(graph, FactoredGraph):
+        trace = jnp.sum(mass * norms_squared(graph)[nodes])
+        return gamma(len(graph.values)) * trace
+    return graph.error if isinstance(graph, RoundedMatrix) else 0.0
+
+
+def _entrywise_cost(c, d, coupling, p):
+    """The cost, and whether any entries differ at all."""
+    pairs, mass = coupling.rows.shape[-1], coupling.mass
     left, right = _rows_of(c, coupling.rows), _rows_of(d, coupling.columns)
-    mass = jnp.asarray(coupling.mass)
     block = max(1, min(pairs, _BLOCK_ENTRIES // max(pairs, 1)))
 
     @jax.checkpoint
-    def rows(total, index):
+    def rows(carry, index):
+        total, differ = carry
         here = jnp.minimum(index, pairs - 1)
         difference = left(here) - right(here)
-        power = jnp.square(difference) if p == 2 else jnp.abs(difference) ** p
+        power = jnp.square(difference) if p == 2 else jnp.abs(difference)
         weight = jnp.where(index < pairs, mass[here], 0.0)
-        return total + jnp.sum(weight[:, None] * power * mass), None
+        # Row by row: a sum of all entries in one would have a bound of rounding of their number.
+        return (total + weight @ (power @ mass), differ | jnp.any(difference != 0)), None
 
     index = jnp.arange(math.ceil(pairs / block) * block).reshape(-1, block)
-    return jax.lax.scan(rows, jnp.zeros((), jnp.float32), index)[0]
+    start = jnp.zeros((), mass.dtype), jnp.zeros((), bool)
+    return jax.lax.scan(rows, start, index)[0]
 
 
 def _rows_of(graph, nodes):
@@ -93,19 +168,23 @@ def _rows_of(graph, nodes):
 
 
 def _factored_cost(z, w, coupling):
+    """By T x T products of A = Z - W and B = Z + W, and how far rounding may have lowered it."""
     z, w = z[:, coupling.rows], w[:, coupling.columns]
-    mass = jnp.asarray(coupling.mass)
+    z, w = (jnp.pad(x, ((0, max(len(z), len(w)) - len(x)), (0, 0))) for x in (z, w))
+    a, b, mass = z - w, z + w, coupling.mass
+    block = max(1, _BLOCK_ENTRIES // max(len(z), z.shape[1]))
 
-    def norm(x, y):
-        block = max(1, _BLOCK_ENTRIES // max(len(y), x.shape[1]))
+    @jax.checkpoint
+    def one(rows):
+        x, y = rows
+        x, y = x * mass, y * mass
+        return (a @ x) @ (b @ y) + (b @ x) @ (a @ y)
 
-        @jax.checkpoint
-        def one(row):
-            return jnp.sum(jnp.square(y @ (row * mass)))
-
-        return jnp.sum(jax.lax.map(one, x, batch_size=min(block, len(x))))
-
-    return jnp.maximum(norm(z, z) + norm(w, w) - 2 * norm(z, w), 0.0)
+    total = jnp.sum(jax.lax.map(one, (a, b), batch_size=min(block, len(z))))
+    # Each of the sums is at most the product of the two traces.
+    trace = (jnp.sum(jnp.square(x) @ mass) for x in (a, b))
+    absolute = 2 * gamma(2 * z.shape[1] + 3 * len(z)) * math.prod(trace)
+    return jnp.maximum(total / 2, 0.0), absolute
 
 
 def _sparse_cost(c, d, coupling):
@@ -115,12 +194,9 @@ def _sparse_cost(c, d, coupling):
 
     def rename(graph, nodes):
         place = jnp.zeros(n, jnp.int32).at[nodes].set(pairs)
-        return jnp.asarray(graph.values, jnp.float32), place[jnp.asarray(graph.ids)]
+        ids = drop_negative(graph.ids)
+        return FactoredGraph(real(graph.values), place.at[ids].get(mode="fill", fill_value=n), n)
 
     left, right = rename(c, coupling.rows), rename(d, coupling.columns)
-
-    def norm(x, y):
-        return sparse_products(x[0], x[1], y[0], y[1], n)[0]
-
-    value = norm(left, left) + norm(right, right) - 2 * norm(left, right)
-    return jnp.maximum(value, 0.0) / n**2
+    value, rounding = left.squared_distance(right)
+    return value / n**2, rounding / n**2

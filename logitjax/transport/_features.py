@@ -75,9 +75,14 @@ def graph_features(
     if probes is not None and feature != "row_rms":
         raise ValueError(f"probes: only feature='row_rms' is estimated, got feature={feature!r}")
     z = jnp.asarray(values, jnp.float32)
+    ids = None if ids is None else drop_negative(ids)
     if where is not None:
         z = jnp.where(jnp.asarray(where)[..., None], z, 0.0)
     nodes = z.shape[-1] if ids is None or num_nodes is None else num_nodes
+
+    if ids is not None:
+        # A value without a node is no part of its row's sum either.
+        z = jnp.where(ids < nodes, z, 0.0)
 
     if feature == "row_rms":
         if probes is not None:
@@ -95,19 +100,26 @@ def graph_features(
 
 
 def compact_nodes(
-    ids: Int[Array, "*batch positions width"],
+    ids: Int[Array, "*batch positions width"], sequence_axis_name: str | None = None
 ) -> Int[Array, "*batch positions width"]:
     """Renumber token ids to 0, 1, ... in order of id, so that T k nodes hold any vocabulary.
 
     The number of nodes stays static (positions times width); those left over are isolated nodes
     of feature zero, which two graphs of different vocabularies need as padding anyway.
 
+    Args:
+        ids: token ids, `[*batch, positions, width]`.
+        sequence_axis_name: mesh axis that shards the positions, inside ``shard_map``: all shards
+            number together, and each gets the numbers of its own positions.
+
     >>> import jax.numpy as jnp
     >>> compact_nodes(jnp.array([[900, 7], [7, 31]]))
     Array([[2, 0],
            [0, 1]], dtype=int32)
     """
-    ids = jnp.asarray(ids)
+    own = jnp.asarray(ids)
+    axis = own.ndim - 2
+    ids = gather_positions(own, axis, sequence_axis_name)
     flat = ids.reshape(*ids.shape[:-2], -1)
     order = jnp.argsort(flat, axis=-1)
     ordered = jnp.take_along_axis(flat, order, axis=-1)
@@ -116,7 +128,17 @@ def compact_nodes(
     )
     rank = jnp.cumsum(new.astype(jnp.int32), axis=-1)
     inverse = jnp.argsort(order, axis=-1)
-    return jnp.take_along_axis(rank, inverse, axis=-1).reshape(ids.shape)
+    nodes = jnp.take_along_axis(rank, inverse, axis=-1).reshape(ids.shape)
+    if sequence_axis_name is None:
+        return nodes
+    start = jax.lax.axis_index(sequence_axis_name) * own.shape[axis]
+    return jax.lax.dynamic_slice_in_dim(nodes, start, own.shape[axis], axis=axis)
+
+
+def drop_negative(ids) -> jax.Array:
+    """Ids whose negative ones are out of range above, where scatters drop and gathers fill."""
+    ids = jnp.asarray(ids)
+    return jnp.where(ids < 0, jnp.iinfo(ids.dtype).max, ids)
 
 
 def gather_positions(x: jax.Array, axis: int, axis_name: str | None) -> jax.Array:
@@ -215,6 +237,61 @@ def sparse_products(
     zero = (values * 0.0) + jnp.sum(others) * 0.0
     (norm, products), _ = jax.lax.scan(step, (jnp.sum(zero), zero), (others, other_ids))
     return norm, products
+
+
+def merged_rows(values, ids, others, other_ids):
+    """Rows of Z - W and of Z + W at common ids: ``([*batch, T, k], [*batch, T, k], ids)``.
+
+    What both rows hold at a node is subtracted before anything is multiplied, so that nearly equal
+    rows lose no digits. Rows that one side lacks count as zero.
+    """
+    positions = max(values.shape[-2], others.shape[-2])
+
+    def pad(x, fill):
+        widths = [(0, 0)] * (x.ndim - 2) + [(0, positions - x.shape[-2]), (0, 0)]
+        return jnp.pad(x, widths, constant_values=fill)
+
+    z, w = pad(values, 0.0), pad(others, 0.0)
+    ids, other_ids = (pad(drop_negative(x), jnp.iinfo(jnp.int32).max) for x in (ids, other_ids))
+    same = ids[..., :, None] == other_ids[..., None, :]
+    partner = jnp.sum(jnp.where(same, w[..., None, :], 0.0), axis=-1)
+    alone = jnp.where(same.any(-2), 0.0, w)
+    return (
+        jnp.concatenate([z - partner, -alone], axis=-1),
+        jnp.concatenate([z + partner, alone], axis=-1),
+        jnp.concatenate([ids, other_ids], axis=-1),
+    )
+
+
+def sparse_difference(a, b, ids, every_a, every_b, every_ids, num_nodes):
+    """Half of ``<A A^T, B B^T> + <A B^T, B A^T>``, these rows against all rows, blockwise."""
+    positions = every_a.shape[0]
+    block = _block(positions, 2 * max(num_nodes, a.size))
+    blocks = math.ceil(positions / block)
+
+    def split(x, fill):
+        x = jnp.pad(x, ((0, blocks * block - positions), (0, 0)), constant_values=fill)
+        return x.reshape(blocks, block, -1)
+
+    rows = jnp.arange(block)[:, None]
+
+    @jax.checkpoint
+    def step(total, piece):
+        piece_a, piece_b, piece_ids = piece
+
+        def at_ids(values):
+            dense = jnp.zeros((block, num_nodes), values.dtype)
+            dense = dense.at[rows, piece_ids].add(values, mode="drop")
+            return dense.at[:, ids].get(mode="fill", fill_value=0.0)  # [block, T, k]
+
+        of_a, of_b = at_ids(piece_a), at_ids(piece_b)
+        aa, ab = (jnp.einsum("tk,stk->st", left, of_a) for left in (a, b))
+        ba, bb = (jnp.einsum("tk,stk->st", left, of_b) for left in (a, b))
+        return total + jnp.sum(jnp.sum(aa * bb + ab * ba, axis=1)), None
+
+    zero = jnp.sum(a * 0.0) + jnp.sum(every_a * 0.0)
+    pieces = (split(every_a, 0.0), split(every_b, 0.0), split(every_ids, num_nodes))
+    return 0.5 * jax.lax.scan(step, zero, pieces)[0]
 
 
 def _hutchinson(z, ids, num_nodes, probes, key, axis_name):

@@ -1,13 +1,23 @@
 """A graph as a matrix or as its factor, and what the bounds need of either."""
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Float
 
+from logitjax import ops
 from logitjax.ops import Array
-from logitjax.transport._features import sparse_products
+from logitjax.transport._features import (
+    drop_negative,
+    gather_positions,
+    merged_rows,
+    sparse_difference,
+    sparse_products,
+)
+from logitjax.transport._rounding import gamma, real, safe_sqrt, sqrt_error, times_power_of_two
 
 
 @jax.tree_util.register_dataclass
@@ -18,7 +28,7 @@ class FactoredGraph:
     Attributes:
         values: rows of Z, ``[T, n]``; with ids ``[T, k]``.
         ids: node of each value, int32 ``[T, k]``, each node at most once a row; None where Z is
-            dense.
+            dense. A value whose id is negative, or n or more, belongs to no node.
         num_nodes: n, static; needed with ids.
     """
 
@@ -26,50 +36,152 @@ class FactoredGraph:
     ids: Array | None = None
     num_nodes: int | None = dataclasses.field(default=None, metadata={"static": True})
 
+    def squared_distance(
+        self, other: "FactoredGraph", sequence_axis_name: str | None = None
+    ) -> tuple[Float[jax.Array, "*batch"], Float[jax.Array, "*batch"]]:
+        """The squared Frobenius norm of C - D of graphs of the same nodes, and its rounding.
+
+        Dense factors are multiplied out; sparse ones are compared by their rows alone. A difference
+        of squares would cancel where the graphs nearly agree. With A = Z - W and B = Z + W, rows of
+        zeros added where one has fewer::
+
+            |C - D|^2 = |A^T B + B^T A|^2 / 4 = (<A A^T, B B^T> + <A B^T, B A^T>) / 2
+
+        Args:
+            other: D = W^T W, with ids in the same range, or dense as this one.
+            sequence_axis_name: mesh axis that shards the rows of both, inside ``shard_map``.
+
+        Returns:
+            Value and rounding, `[*batch]`: leading axes of values and ids are graphs of their own.
+            The true value is at most the sum of both. The second has no gradient.
+        """
+        axis = sequence_axis_name
+        if self.ids is None:
+            value, rounding = _dense_distance(self.values, other.values, axis)
+        else:
+            value, rounding = _sparse_distance(self, other, axis)
+        return value, jax.lax.stop_gradient(rounding)
+
+
+def _shards(axis):
+    return 1 if axis is None else jax.lax.axis_size(axis)
+
+
+def _dense_distance(z, w, axis):
+    z, w = real(z), real(w)
+    c, d = (ops.psum(jnp.einsum("...tu,...tw->...uw", x, x), axis) for x in (z, w))
+    value = jnp.sum(jnp.sum(jnp.square(c - d), axis=-1), axis=-1)
+    trace = ops.psum(sum(jnp.sum(jnp.sum(jnp.square(x), -1), -1) for x in (z, w)), axis)
+    root = gamma(_shards(axis) * max(z.shape[-2], w.shape[-2])) * trace
+    rounding = 2 * gamma(2 * z.shape[-1]) * value + 2.01 * jnp.sqrt(value) * root + 1.01 * root**2
+    if z.shape == w.shape:
+        # Equal factors have equal products, however those are rounded.
+        differ = ops.psum(jnp.sum(z != w, axis=(-2, -1), dtype=jnp.float32), axis)
+        rounding = jnp.where(differ > 0, rounding, 0.0)
+    return value, rounding
+
+
+def _sparse_distance(c, d, axis):
+    own = merged_rows(c.values, c.ids, d.values, d.ids)
+    every = tuple(gather_positions(x, x.ndim - 2, axis) for x in own)
+
+    def one(*parts):
+        return sparse_difference(*parts, num_nodes(c))
+
+    for _ in range(own[0].ndim - 2):
+        one = jax.vmap(one)
+    value = jnp.maximum(ops.psum(one(*own, *every), axis), 0.0)
+    a, b = (ops.psum(jnp.sum(jnp.sum(jnp.square(x), -1), -1), axis) for x in own[:2])
+    # Each of the two inner products is at most the product of the traces.
+    positions, width = every[0].shape[-2:]
+    return value, 2 * gamma(2 * width + 3 * positions) * a * b
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RoundedMatrix:
+    """A matrix ``[n, n]`` that is off by at most ``error``, in the norm of L_2(a x a)."""
+
+    matrix: Array
+    error: Array
+
 
 # Anonymous axes, since two graphs in one signature may differ in size.
-Graph = Float[Array, "_ _"] | FactoredGraph
+Graph = Float[Array, "_ _"] | FactoredGraph | RoundedMatrix
 
 
 def num_nodes(graph) -> int:
+    if isinstance(graph, RoundedMatrix):
+        return graph.matrix.shape[0]
     if not isinstance(graph, FactoredGraph):
         if graph.ndim != 2 or graph.shape[0] != graph.shape[1]:
             raise ValueError(f"graph: expected a square matrix, got shape {graph.shape}")
-        return graph.shape[0]
-    if graph.ids is None:
-        return graph.values.shape[-1]
-    if graph.num_nodes is None:
+        nodes = graph.shape[0]
+    elif graph.ids is None:
+        nodes = graph.values.shape[-1]
+    elif graph.num_nodes is None:
         raise ValueError("graph: a FactoredGraph with ids needs num_nodes, got None")
-    return graph.num_nodes
+    else:
+        nodes = graph.num_nodes
+    if nodes < 1:
+        raise ValueError(f"graph: expected at least one node, got {nodes}")
+    return nodes
 
 
 def dense_factor(graph: FactoredGraph) -> jax.Array:
     """Z as ``[T, n]``."""
-    values = jnp.asarray(graph.values, jnp.float32)
+    values = real(graph.values)
     if graph.ids is None:
         return values
     rows = jnp.arange(values.shape[0])[:, None]
-    empty = jnp.zeros((values.shape[0], num_nodes(graph)), jnp.float32)
-    return empty.at[rows, jnp.asarray(graph.ids)].add(values, mode="drop")
+    empty = jnp.zeros((values.shape[0], num_nodes(graph)), values.dtype)
+    return empty.at[rows, drop_negative(graph.ids)].add(values, mode="drop")
 
 
 def dense_matrix(graph) -> jax.Array:
     """C as ``[n, n]``, for the bounds that look at every entry."""
+    if isinstance(graph, RoundedMatrix):
+        return graph.matrix
     if not isinstance(graph, FactoredGraph):
-        return jnp.asarray(graph, jnp.float32)
+        return real(graph)
     z = dense_factor(graph)
     return z.T @ z
 
 
-def diagonal(graph) -> jax.Array:
-    """The diagonal of C, ``[n]``, without C."""
+def rounded(graph, weights=None) -> RoundedMatrix:
+    """C as ``[n, n]``, with what its computation may have cost."""
+    if isinstance(graph, RoundedMatrix):
+        return graph
     if not isinstance(graph, FactoredGraph):
-        return jnp.diag(jnp.asarray(graph, jnp.float32))
-    squares = jnp.square(jnp.asarray(graph.values, jnp.float32))
+        return RoundedMatrix(real(graph), real(0.0))
+    # | |Z|^T |Z| | is at most the trace of C, in L_1 as in L_2.
+    error = gamma(len(graph.values)) * jnp.sum(node_weights(graph, weights) * norms_squared(graph))
+    return RoundedMatrix(dense_matrix(graph), jax.lax.stop_gradient(error))
+
+
+def norms_squared(graph: FactoredGraph) -> jax.Array:
+    """The diagonal of C, ``[n]``, without C."""
+    squares = jnp.square(real(graph.values))
     if graph.ids is None:
         return squares.sum(0)
-    empty = jnp.zeros(num_nodes(graph), jnp.float32)
-    return empty.at[jnp.asarray(graph.ids)].add(squares, mode="drop")
+    empty = jnp.zeros(num_nodes(graph), squares.dtype)
+    return empty.at[drop_negative(graph.ids)].add(squares, mode="drop")
+
+
+def largest(graph) -> jax.Array:
+    """At least the largest entry of C in absolute value."""
+    if isinstance(graph, FactoredGraph):
+        return norms_squared(graph).max() * (1 + gamma(len(graph.values)))
+    matrix = dense_matrix(graph)
+    # Of a rounded Gram matrix the largest entry is on the diagonal, and off by much less than half.
+    return jnp.abs(matrix).max() * (1.5 if isinstance(graph, RoundedMatrix) else 1.0)
+
+
+def diagonal(graph) -> jax.Array:
+    """The diagonal of C, ``[n]``, without C."""
+    if isinstance(graph, FactoredGraph):
+        return norms_squared(graph)
+    return jnp.diag(dense_matrix(graph))
 
 
 def multiply(graph, factor):
@@ -79,29 +191,119 @@ def multiply(graph, factor):
     return graph * factor
 
 
+def half_exponent(graph) -> jax.Array:
+    """The h for which the numbers that make up C / 4^h are about one at most."""
+    values = graph.values if isinstance(graph, FactoredGraph) else graph
+    exponent = jnp.frexp(jnp.max(jnp.abs(values), initial=0.0))[1]
+    return exponent if isinstance(graph, FactoredGraph) else (exponent + 1) // 2
+
+
+def shifted(graph, half):
+    """C 4^half, exactly, unless numbers become too small to matter beside the largest."""
+    if isinstance(graph, FactoredGraph):
+        return dataclasses.replace(graph, values=times_power_of_two(real(graph.values), half))
+    return times_power_of_two(real(graph), 2 * half)
+
+
+class RowStatistics(NamedTuple):
+    """Of each node's row its mean, deviation, RMS and mean square, and how far each may be off."""
+
+    mean: jax.Array
+    deviation: jax.Array
+    rms: jax.Array
+    square: jax.Array
+    mean_error: jax.Array
+    deviation_error: jax.Array
+    rms_error: jax.Array
+    square_error: jax.Array
+
+
+def row_statistics(graph, weights) -> RowStatistics:
+    """Statistics of the rows of the graph as it is given, rounding bounds without gradient.
+
+    For a `RoundedMatrix` they are those of its matrix.
+    """
+    n, a = num_nodes(graph), node_weights(graph, weights)
+    if not isinstance(graph, FactoredGraph):
+        c = dense_matrix(graph)
+        mean, square = c @ a, jnp.square(c) @ a
+        variance = jnp.square(c - mean[:, None]) @ a
+        rms, deviation = safe_sqrt(square), safe_sqrt(variance)
+        mean_error = gamma(2 * n) * (jnp.abs(c) @ a)
+        errors = (
+            mean_error,
+            mean_error + gamma(2 * n) * deviation,
+            gamma(2 * n) * rms,
+            gamma(2 * n) * square,
+        )
+    else:
+        mean, square = moments(graph, weights)
+        positions, width = graph.values.shape
+        # Room for a matrix that is formed and squared, and for weights divided by their sum.
+        count = width + 2 * positions + 64 + n * (weights is not None)
+        norms = safe_sqrt(norms_squared(graph))
+        first, second = jnp.sum(a * norms), jnp.sum(a * jnp.square(norms))
+        mean_error = gamma(count) * norms * first
+        square_error = gamma(count) * jnp.square(norms) * second
+        variance = square - jnp.square(mean)
+        variance_error = (
+            square_error
+            + mean_error * (2 * jnp.abs(mean) + mean_error)
+            + gamma(0) * (jnp.abs(square) + jnp.square(mean))
+        )
+        rms, deviation = safe_sqrt(square), safe_sqrt(variance)
+        errors = (
+            mean_error,
+            sqrt_error(variance, variance_error),
+            sqrt_error(square, square_error),
+            square_error,
+        )
+    return RowStatistics(mean, deviation, rms, square, *jax.lax.stop_gradient(errors))
+
+
 def moments(graph, weights) -> tuple[jax.Array, jax.Array]:
     """Of each node, mean and mean square of its row: C a and (C * C) a; uniform a if None."""
-    n = num_nodes(graph)
-    a = jnp.full(n, 1.0 / n) if weights is None else jnp.asarray(weights, jnp.float32)
+    n, a = num_nodes(graph), node_weights(graph, weights)
     if not isinstance(graph, FactoredGraph):
-        c = jnp.asarray(graph, jnp.float32)
+        c = dense_matrix(graph)
         return c @ a, jnp.square(c) @ a
-    z = jnp.asarray(graph.values, jnp.float32)
+    z = real(graph.values)
     if graph.ids is None:
         mean = z.T @ (z @ a)
         if n <= z.shape[0]:
             return mean, jnp.square(z.T @ z) @ a
         gram = (z * a) @ z.T
         return mean, jnp.sum(z * (gram @ z), axis=0)
-    ids = jnp.asarray(graph.ids)
+    ids = drop_negative(graph.ids)
     along = z * a.at[ids].get(mode="fill", fill_value=0.0)
-    zeros = jnp.zeros(n, jnp.float32)
+    zeros = jnp.zeros(n, z.dtype)
     mean = zeros.at[ids].add(z * along.sum(-1, keepdims=True), mode="drop")
     # (Z A Z^T Z) at the ids: the weights go with the left factor of the inner product.
     _, products = sparse_products(z, ids, z, ids, n, left=along)
     return mean, zeros.at[ids].add(z * products, mode="drop")
 
 
+def node_weights(graph, weights) -> jax.Array:
+    """Weights that sum to one: uniform ones, or those given divided by their sum."""
+    n = num_nodes(graph)
+    if weights is None:
+        return jnp.full(n, 1.0 / n, real(0.0).dtype)
+    weights = real(weights)
+    return weights / weights.sum()
+
+
 def check_weights(name: str, weights, n: int):
-    if weights is not None and weights.shape != (n,):
+    """ValueError for another shape and, where their values are known, for no distribution."""
+    if weights is None:
+        return
+    if weights.shape != (n,):
         raise ValueError(f"{name}: expected shape ({n},), one weight a node; got {weights.shape}")
+    if isinstance(weights, jax.core.Tracer):
+        return
+    values = np.asarray(weights, np.float64)
+    total = values.sum()
+    if not (np.isfinite(total) and values.min() >= 0 and abs(total - 1) <= 1e-3):
+        raise ValueError(
+            f"{name}: expected weights from zero up that sum to one, got a least one of "
+            f"{values.min():g} and a sum of {total:g}"
+        )

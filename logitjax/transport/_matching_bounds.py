@@ -10,11 +10,20 @@ the mass. Beyond the order in `logitjax.transport._bounds`::
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Float
 
-from logitjax.transport._bounds import check_equal_sizes, row_costs, safe_sqrt
-from logitjax.transport._graph import Graph, dense_matrix, diagonal, moments, num_nodes
+from logitjax.transport._bounds import check_equal_sizes, least_assignment, row_costs
+from logitjax.transport._graph import (
+    FactoredGraph,
+    Graph,
+    RoundedMatrix,
+    dense_matrix,
+    diagonal,
+    num_nodes,
+    rounded,
+    row_statistics,
+)
+from logitjax.transport._rounding import gamma, lowered, safe_sqrt, sqrt_error
 
 
 def diagonal_lower_bound(c: Graph, d: Graph) -> Float[jax.Array, ""]:
@@ -37,16 +46,19 @@ def diagonal_lower_bound(c: Graph, d: Graph) -> Float[jax.Array, ""]:
         ValueError: if the numbers of nodes differ.
 
     >>> import jax.numpy as jnp
-    >>> diagonal_lower_bound(jnp.diag(jnp.array([2.0, 0.0])), jnp.zeros((2, 2)))
-    Array(1., dtype=float32)
+    >>> print(f"{diagonal_lower_bound(jnp.diag(jnp.array([2.0, 0.0])), jnp.zeros((2, 2))):.4f}")
+    1.0000
 
     References:
         A relaxation of the bound of Gilmore (1962) and Lawler (1963) by Gelbrich's moments; its use
         for Gromov-Wasserstein is ours.
     """
     check_equal_sizes(c, d, "diagonal_lower_bound")
-    (own, *rest), (other, *others) = (_apart(g) for g in (c, d))
-    return (_sorted_distance(own, other) + _rest_distance(rest, others)) / num_nodes(c) ** 2
+    n = num_nodes(c)
+    (own, own_error, *rest), (other, other_error, *others) = (_apart(g) for g in (c, d))
+    value = _sorted_distance(own, other, own_error, other_error) + _rest_distance(rest, others)
+    formed = sum(g.error for g in (c, d) if isinstance(g, RoundedMatrix))
+    return lowered(value / n**2, p=2, relative=gamma(0), root=formed)
 
 
 def gilmore_lawler_lower_bound(c: Graph, d: Graph, *, branches: int = 8) -> Float[jax.Array, ""]:
@@ -73,8 +85,9 @@ def gilmore_lawler_lower_bound(c: Graph, d: Graph, *, branches: int = 8) -> Floa
         ValueError: if the numbers of nodes differ.
 
     >>> import jax.numpy as jnp
-    >>> gilmore_lawler_lower_bound(jnp.diag(jnp.array([2.0, 0.0])), jnp.zeros((2, 2)))
-    Array(1., dtype=float32)
+    >>> c = jnp.diag(jnp.array([2.0, 0.0]))
+    >>> print(f"{gilmore_lawler_lower_bound(c, jnp.zeros((2, 2))):.4f}")
+    1.0000
 
     References:
         Gilmore, Optimal and suboptimal algorithms for the quadratic assignment problem (1962);
@@ -106,46 +119,72 @@ def spectral_lower_bound(c: Graph, d: Graph) -> Float[jax.Array, ""]:
         ValueError: if the numbers of nodes differ.
 
     >>> import jax.numpy as jnp
-    >>> print(spectral_lower_bound(jnp.diag(jnp.array([2.0, 0.0])), jnp.zeros((2, 2))))
-    1.0
+    >>> print(f"{spectral_lower_bound(jnp.diag(jnp.array([2.0, 0.0])), jnp.zeros((2, 2))):.3f}")
+    1.000
 
     References:
         Hadley, Rendl, Wolkowicz, A new lower bound via projection for the quadratic assignment
         problem (1992).
     """
     check_equal_sizes(c, d, "spectral_lower_bound")
-    x, y = jax.lax.stop_gradient((dense_matrix(c), dense_matrix(d)))
+    c, d = (rounded(g) for g in jax.lax.stop_gradient((c, d)))
+    x, y = c.matrix, d.matrix
     n = len(x)
 
     def gain(x, y, linear):
-        (r, mu), (s, nu) = _split(x), _split(y)
-        linear = linear + 2 * jnp.outer(r, s) / n
-        i, j = optax.assignment.hungarian_algorithm(-linear)
-        return x.sum() * y.sum() / n**2 + linear[i, j].sum() + mu @ nu
+        """At least what any permutation gains: eigenvalues with their errors, prices for costs."""
+        (r, mu, mu_error), (s, nu, nu_error) = _split(x), _split(y)
+        least, _ = least_assignment(-(linear + 2 * jnp.outer(r, s) / n))
+        computed = jnp.sum(x.sum(1)) * jnp.sum(y.sum(1)) / n**2 - least + mu @ nu
+        eigenvalues = (
+            mu_error * jnp.abs(nu).sum() + nu_error * jnp.abs(mu).sum() + n * mu_error * nu_error
+        )
+        # Sums over rows are at most n |x|, their products with those of y n^2 |x| |y|.
+        return computed + eigenvalues + 32 * gamma(2 * n) * _norm(x) * _norm(y)
 
     own, other = jnp.diag(x), jnp.diag(y)
     apart = gain(x - jnp.diag(own), y - jnp.diag(other), jnp.outer(own, other))
     best = jnp.minimum(gain(x, y, jnp.zeros_like(x)), apart)
-    return jnp.maximum(jnp.square(x).sum() + jnp.square(y).sum() - 2 * best, 0.0) / n**2
+    squares = jnp.square(_norm(x)) + jnp.square(_norm(y))
+    value = jnp.maximum(squares - 2 * best, 0.0) / n**2
+    absolute = 4 * gamma(2 * n) * (squares + 2 * jnp.abs(best)) / n**2
+    return lowered(value, p=2, absolute=absolute, root=c.error + d.error)
+
+
+def _norm(x):
+    return jnp.sqrt(jnp.sum(jnp.sum(jnp.square(x), axis=1)))
 
 
 def _split(x):
-    """Centred row sums, and the eigenvalues on the complement of the all-ones vector, sorted."""
+    """Centred row sums; the eigenvalues on the complement of the all-ones vector; their error.
+
+    Whatever the solver of eigenvalues did, each lies within ``|A V - V W| / sigma_min(V)`` of one
+    of A, one by one (Cao, Xie, Li 1996), and moves by no more than A itself does (Weyl).
+    """
+    n, norm = len(x), _norm(x)
     rows = x.sum(1)
-    centred = x - rows[:, None] / len(x)
+    centred = x - rows[:, None] / n
     centred = centred - centred.mean(0)
     centred = (centred + centred.T) / 2
     # The all-ones direction has eigenvalue zero: move it above the others and leave it out.
-    shift = 2 * jnp.sqrt(jnp.square(centred).sum()) + 1.0
-    return rows - rows.mean(), jnp.linalg.eigvalsh(centred + shift / len(x))[:-1]
+    shift = 2 * _norm(centred) + 1.0
+    moved = centred + shift / n
+    values, vectors = jnp.linalg.eigh(moved)
+    size, length = _norm(moved), _norm(vectors)
+    residual = _norm(moved @ vectors - vectors * values) + 4 * gamma(n) * size * length
+    skew = _norm(vectors.T @ vectors - jnp.eye(n)) + gamma(n) * jnp.square(length)
+    straight = jnp.where(skew < 0.5, jax.lax.rsqrt(1 - jnp.minimum(skew, 0.5)), jnp.inf)
+    error = residual * (1 + gamma(n)) * straight + 8 * gamma(n) * norm + gamma(0) * size
+    return rows - rows.mean(), values[:-1], error
 
 
 def gilmore_lawler(c, d, *, branches):
     """The bound, and the matching ``[n]`` of the plain assignment, a good one to start from."""
     check_equal_sizes(c, d, "gilmore_lawler_lower_bound")
-    x, y = jax.lax.stop_gradient((dense_matrix(c), dense_matrix(d)))
+    c, d = (rounded(g) for g in jax.lax.stop_gradient((c, d)))
+    x, y = c.matrix, d.matrix
     n = len(x)
-    plain, matching = _assign(x, y, jnp.zeros((n, n)))
+    plain, matching = _assign(x, y, jnp.zeros_like(x))
     branches = min(branches, n)
     if branches and n > 2:
         heaviest = jnp.argmax(jnp.diag(x))
@@ -156,7 +195,7 @@ def gilmore_lawler(c, d, *, branches):
         untried = jnp.inf if branches == n else -least[-1]
         branched = jnp.minimum(matched.min(), jnp.maximum(untried, plain))
         plain = jnp.maximum(plain, branched)
-    return plain / n**2, matching
+    return lowered(plain / n**2, p=2, relative=gamma(4 * n), root=c.error + d.error), matching
 
 
 def _assign(x, y, linear):
@@ -164,9 +203,10 @@ def _assign(x, y, linear):
     n = len(x)
     rest, others = (jnp.sort(_off_diagonal(m), axis=1) for m in (x, y))
     own, other = jnp.diag(x), jnp.diag(y)
-    costs = linear + jnp.square(own[:, None] - other) + (n - 1) * row_costs(rest, others, 2)
-    i, k = optax.assignment.hungarian_algorithm(costs)
-    return costs[i, k].sum(), jnp.zeros(n, jnp.int32).at[i].set(k.astype(jnp.int32))
+    costs = linear + jnp.square(own[:, None] - other)
+    if n > 1:
+        costs += (n - 1) * row_costs(rest, others, 2)
+    return least_assignment(costs)
 
 
 def _assign_rest(x, y, h, k):
@@ -184,10 +224,10 @@ def _others(n, node):
 
 def _pinned(x, y):
     """`diagonal_lower_bound` times n^2, with the heaviest node of x matched with each node of y."""
-    (own, *rest), (other, *others) = _apart(x), _apart(y)
+    (own, _, *rest), (other, _, *others) = _apart(x), _apart(y)
     order = jnp.argsort(-other)
     a, b = -jnp.sort(-own), other[order]
-    zero = jnp.zeros(1)
+    zero = jnp.zeros(1, a.dtype)
     # The j-th largest of y is taken: those above it serve the next of x, those below stay.
     above = jnp.concatenate([zero, jnp.cumsum(jnp.square(a[1:] - b[:-1]))])
     below = jnp.concatenate([jnp.cumsum(jnp.square(a[1:] - b[1:])[::-1])[::-1], zero])
@@ -196,24 +236,60 @@ def _pinned(x, y):
 
 
 def _apart(graph):
-    """Diagonal ``[n]``, and of the other entries of each row mean, deviation and RMS."""
+    """Diagonal ``[n]`` and its error; mean, deviation, RMS of the other entries of rows; theirs."""
     n = num_nodes(graph)
-    own = diagonal(graph)
-    mean, square = moments(graph, None)
-    others = max(n - 1, 1)
-    mean = (n * mean - own) / others
-    square = jnp.maximum((n * square - own * own) / others, 0.0)
-    return own, mean, safe_sqrt(square - mean * mean), safe_sqrt(square)
+    own, others = diagonal(graph), max(n - 1, 1)
+    if not isinstance(graph, FactoredGraph):
+        # Without subtraction of squares.
+        rest = _off_diagonal(dense_matrix(graph))
+        count, own_error = gamma(2 * n), jnp.zeros_like(own)
+        mean = rest.sum(1) / others
+        deviation = safe_sqrt(jnp.square(rest - mean[:, None]).sum(1) / others)
+        rms = safe_sqrt(jnp.square(rest).sum(1) / others)
+        mean_error = count * jnp.abs(rest).sum(1) / others
+        errors = mean_error, mean_error + count * deviation, count * rms
+    else:
+        s = row_statistics(graph, None)
+        own_error = gamma(len(graph.values)) * own
+        mean = (n * s.mean - own) / others
+        small = gamma(0) * (n * jnp.abs(s.mean) + own)
+        mean_error = (n * s.mean_error + own_error + small) / others
+        square = (n * s.square - own * own) / others
+        small = gamma(0) * (n * jnp.abs(s.square) + own * own)
+        square_error = (n * s.square_error + 3 * own_error * own + small) / others
+        variance = square - mean * mean
+        variance_error = (
+            square_error
+            + mean_error * (2 * jnp.abs(mean) + mean_error)
+            + gamma(0) * (jnp.abs(square) + mean * mean)
+        )
+        rms, deviation = safe_sqrt(square), safe_sqrt(variance)
+        errors = mean_error, sqrt_error(variance, variance_error), sqrt_error(square, square_error)
+    return (
+        own,
+        jax.lax.stop_gradient(own_error),
+        mean,
+        deviation,
+        rms,
+        *jax.lax.stop_gradient(errors),
+    )
 
 
 def _rest_distance(rest, others):
-    (mean, deviation, rms), (mean_, deviation_, rms_) = rest, others
-    moments_ = _sorted_distance(mean, mean_) + _sorted_distance(deviation, deviation_)
-    return (len(mean) - 1) * jnp.maximum(moments_, _sorted_distance(rms, rms_))
+    (mean, deviation, rms, *errors), (mean_, deviation_, rms_, *errors_) = rest, others
+    moments = _sorted_distance(mean, mean_, errors[0], errors_[0])
+    moments += _sorted_distance(deviation, deviation_, errors[1], errors_[1])
+    return (len(mean) - 1) * jnp.maximum(
+        moments, _sorted_distance(rms, rms_, errors[2], errors_[2])
+    )
 
 
-def _sorted_distance(f, g):
-    return jnp.sum(jnp.square(jnp.sort(f) - jnp.sort(g)))
+def _sorted_distance(f, g, f_error, g_error):
+    """At most the squared distance of the sorted true features, by the errors of the computed."""
+    n = len(f)
+    raw = jnp.sum(jnp.square(jnp.sort(f) - jnp.sort(g)))
+    root = jnp.sqrt(jnp.sum(jnp.square(f_error))) + jnp.sqrt(jnp.sum(jnp.square(g_error)))
+    return lowered(raw, p=2, relative=gamma(n), root=root * (1 + gamma(n)))
 
 
 def _off_diagonal(x):

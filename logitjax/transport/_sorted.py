@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from logitjax.ops import Array
+from logitjax.transport._rounding import gamma, lowered, real
 
 
 @jax.tree_util.register_dataclass
@@ -64,12 +65,46 @@ def sorted_gw_lower_bound(
     """
     if p < 1:
         raise ValueError(f"p: expected at least 1, got {p}")
-    f, g = jnp.asarray(f, jnp.float32), jnp.asarray(g, jnp.float32)
+    f, g = real(f), real(g)
     if f.shape[-1] == g.shape[-1] and f_weights is None and g_weights is None:
         return jnp.mean(_power(jnp.sort(f, axis=-1) - jnp.sort(g, axis=-1), p), axis=-1)
     plan = sorted_coupling(f, g, f_weights=f_weights, g_weights=g_weights)
     difference = jnp.take_along_axis(f, plan.rows, -1) - jnp.take_along_axis(g, plan.columns, -1)
     return jnp.sum(plan.mass * _power(difference, p), axis=-1)
+
+
+def least_transport(f, g, a, b, *, p, root=0.0):
+    """`sorted_gw_lower_bound` less what rounding, also of f and g, may have added to it.
+
+    Args:
+        f: features ``[n]`` whose errors, and those of g, have the norm ``root`` together.
+        g: features ``[m]``.
+        a: weights of the first nodes, or None.
+        b: weights of the second nodes.
+        p: 1 or 2.
+        root: how far the p-th root may be off by the features alone.
+    """
+    raw = sorted_gw_lower_bound(f, g, f_weights=a, g_weights=b, p=p)
+    n, m = f.shape[-1], g.shape[-1]
+    absolute = 0.0
+    if not (n == m and a is None and b is None):
+        absolute = _misplaced(*jax.lax.stop_gradient((f, g)), p)
+    return lowered(raw, p=p, relative=gamma(n + m), absolute=absolute, root=root)
+
+
+def _misplaced(f, g, p):
+    """What the ends of the nodes' intervals, off by tau each, may add to a transport cost.
+
+    A quantile function moves by no more than F(t + tau) - F(t - tau), whose integral is at most
+    2 tau times the range; the masses, as differences of ends, are off by the same share.
+    """
+    tau = gamma(2 * (f.shape[-1] + g.shape[-1]))
+    spread = jnp.ptp(f, axis=-1) + jnp.ptp(g, axis=-1)
+    furthest = jnp.maximum(f.max(-1) - g.min(-1), g.max(-1) - f.min(-1))
+    furthest = jnp.maximum(furthest, 0.0)
+    if p == 1:
+        return tau * (2 * spread + 2 * furthest)
+    return tau * (4 * spread * furthest + 2 * jnp.square(furthest))
 
 
 def sorted_coupling(
@@ -99,13 +134,12 @@ def sorted_coupling(
     >>> plan.rows, plan.columns, plan.mass
     (Array([0, 1], dtype=int32), Array([1, 0], dtype=int32), Array([0.5, 0.5], dtype=float32))
     """
-    f = jax.lax.stop_gradient(jnp.asarray(f, jnp.float32))
-    g = jax.lax.stop_gradient(jnp.asarray(g, jnp.float32))
+    f, g = jax.lax.stop_gradient((real(f), real(g)))
     n, m = f.shape[-1], g.shape[-1]
     rows = jnp.argsort(-f, axis=-1).astype(jnp.int32)
     columns = jnp.argsort(-g, axis=-1).astype(jnp.int32)
     if n == m and f_weights is None and g_weights is None:
-        return Coupling(rows, columns, jnp.full(f.shape, 1.0 / n, jnp.float32))
+        return Coupling(rows, columns, jnp.full(f.shape, 1.0 / n, f.dtype))
     upper_f = _cumulative(f_weights, rows, f.shape)
     upper_g = _cumulative(g_weights, columns, g.shape)
     ends = jnp.sort(jnp.concatenate([upper_f, upper_g], axis=-1), axis=-1)
@@ -128,8 +162,8 @@ def _cumulative(weights, order, shape):
     """Upper ends of the nodes' intervals on [0, 1], in the order given; the last is exactly 1."""
     n = shape[-1]
     if weights is None:
-        return jnp.broadcast_to(jnp.arange(1, n + 1, dtype=jnp.float32) / n, shape)
-    weights = jnp.broadcast_to(jnp.asarray(weights, jnp.float32), shape)
+        return jnp.broadcast_to(jnp.arange(1, n + 1, dtype=real(0.0).dtype) / n, shape)
+    weights = jnp.broadcast_to(real(weights), shape)
     total = jnp.cumsum(jnp.take_along_axis(weights, order, -1), axis=-1)
     return jnp.minimum(total / total[..., -1:], 1.0)
 

@@ -1,0 +1,61 @@
+"""Whatever is called a bound, against float64: violations, NaNs, what rounding bounds cost.
+
+    python -m experiments.benchmark guarantees
+    python -m experiments.benchmark guarantees --scale=smoke --only=transport
+
+Areas are modules `_guarantees_AREA`, each with `KINDS`, the kinds of case it makes, and
+`run(kind, count, seed)`, which returns a row a case. Cases are drawn from a seed. Finished parts
+lie in WORKDIR/guarantees/parts, and the same command goes on with those that are missing.
+"""
+
+import importlib
+import json
+import zlib
+from typing import Any
+
+from experiments.benchmarks import _suite
+from logitjax.storage import write_atomic
+
+AREAS = ("transport",)
+# Cases in a part, which is what a kill can cost.
+_PART = 100
+
+
+def run(options: _suite.Options) -> _suite.Result:
+    """Runs the areas asked for, all if none is named."""
+    wanted = options.only.split(",") if options.only else AREAS
+    unknown = sorted(set(wanted) - set(AREAS))
+    if unknown:
+        raise ValueError(f"only: expected areas among {', '.join(AREAS)}, got {unknown[0]!r}")
+    rows: list[dict[str, Any]] = []
+    bars: list[_suite.Bar] = []
+    for name in wanted:
+        area = importlib.import_module(f"experiments.benchmarks._guarantees_{name}")
+        cases = []
+        for kind, (smoke, full) in area.KINDS.items():
+            cases += _cases(area, name, kind, smoke if options.smoke else full, options)
+        table, promised = area.report(cases)
+        rows += table
+        bars += promised
+    return _suite.Result(rows=rows, bars=bars)
+
+
+def _file_name(kind: str) -> str:
+    return "".join(letter if letter.isalnum() else "_" for letter in kind)
+
+
+def _cases(
+    area: Any, name: str, kind: str, count: int, options: _suite.Options
+) -> list[dict[str, Any]]:
+    cases = []
+    for start in range(0, count, _PART):
+        size = min(_PART, count - start)
+        path = options.directory / "parts" / f"{name}-{_file_name(kind)}-{start}-{size}.json"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Of the names, so that parts may run in any order and new kinds change no old ones.
+            seed = zlib.crc32(path.stem.encode())
+            write_atomic(path, json.dumps(area.run(kind, size, seed)) + "\n")
+            print(f"{name}, {kind}: {start + size} of {count} cases", flush=True)
+        cases += [case | {"kind": kind} for case in json.loads(path.read_text())]
+    return cases

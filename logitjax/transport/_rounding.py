@@ -1,0 +1,88 @@
+"""How far computed numbers may lie from the numbers they stand for.
+
+Every bound of this package is a theorem about the numbers given, not about their computed images.
+Three facts carry it, with u the unit roundoff and ``gamma(n) = n u / (1 - n u)``:
+
+- A sum of n products is off by at most ``gamma(n)`` times the sum of their absolute values,
+  whatever the order of summation (Higham, Accuracy and stability of numerical algorithms, 3.1).
+- The p-th root of the Gromov-Wasserstein cost moves by at most ``|C - C'|_p``, in the norm of
+  L_p(a x a), when C becomes C'; so it is enough to know how far a computed matrix is off.
+- A transport cost of features moves, as a p-th root, by at most the norm of their errors.
+
+Given concrete arrays all is computed in float64, and the rounding bounds are far below float32's
+resolution. Under a transformation it is computed in float32 and they are subtracted in full.
+"""
+
+import jax
+import jax.numpy as jnp
+
+# Operations beside the additions: products, weights, roots. Generous on purpose.
+_EXTRA = 16
+# What products too small for the type may add up to, in units of the largest entry.
+UNDERFLOW = 1e-30
+
+
+def real(x) -> jax.Array:
+    """As float64 where that is on, else as float32."""
+    return jnp.asarray(x, jnp.float64 if jax.config.jax_enable_x64 else jnp.float32)  # pyright: ignore
+
+
+def gamma(count: int) -> float:
+    """Relative error of a sum of `count` products of one sign, in any order."""
+    share = (count + _EXTRA) * float(jnp.finfo(real(0.0).dtype).eps) / 2
+    # Beyond half nothing is known; a finite number keeps zero times it zero.
+    return share / (1 - share) if share < 0.5 else 1e30
+
+
+def lowered(raw, *, p, relative=0.0, absolute=0.0, root=0.0):
+    """A proven lower bound by a computed one; its gradient is that of the computed one.
+
+    Args:
+        raw: what was computed, a cost to the power p.
+        p: 1 or 2.
+        relative: share of it that rounding may have added.
+        absolute: what rounding may have added besides.
+        root: by how much the p-th root may be too large.
+    """
+    least = jax.lax.stop_gradient(jnp.maximum(raw * (1 - relative) - absolute, 0.0))
+    if p == 1:
+        least = jnp.maximum(least - root, 0.0)
+    else:
+        least = jnp.square(jnp.maximum(jnp.sqrt(least) - root, 0.0))
+    least = jnp.maximum(least * (1 - gamma(0)) - UNDERFLOW, 0.0)
+    return (raw - jax.lax.stop_gradient(raw)) + jax.lax.stop_gradient(least)
+
+
+def power_of_two(exponent) -> jax.Array:
+    """2^exponent, exactly, for exponents from -126 to 127."""
+    bits = (jnp.asarray(exponent, jnp.int32) + 127) << 23
+    return real(jax.lax.bitcast_convert_type(bits, jnp.float32))
+
+
+def times_power_of_two(x, exponent):
+    """x 2^exponent in steps that the type holds, so that only the result can over- or underflow."""
+    steps = 6
+    for step in range(steps):
+        x = x * power_of_two((exponent + step) // steps)
+    return x
+
+
+def distance(errors, weights, p):
+    """Norm of errors of features in L_p of the weights."""
+    if p == 1:
+        return jnp.sum(weights * errors)
+    return jnp.sqrt(jnp.sum(weights * jnp.square(errors)))
+
+
+def safe_sqrt(x):
+    positive = x > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1.0)), 0.0)
+
+
+def sqrt_error(computed, error):
+    """Error of a root by that of its square: at most ``error / sqrt(x)`` and at most its root."""
+    root = safe_sqrt(computed)
+    worst = safe_sqrt(error)
+    return (
+        jnp.where(root > worst, error / jnp.where(root > worst, root, 1.0), worst) + gamma(0) * root
+    )
