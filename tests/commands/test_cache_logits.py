@@ -63,6 +63,7 @@ def _corpus(workdir, source, seq_len, rows):
     return distillation.load_corpus(reading, packed, rows, workdir / "unused")
 
 
+@pytest.mark.slow
 def test_a_students_rows_come_with_the_draws_of_the_teachers_tail(source, tmp_path):
     workdir = epath.Path(tmp_path)
     cache_logits.run(_config(source, rows="all", tail_samples=3), workdir)

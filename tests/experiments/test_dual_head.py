@@ -133,11 +133,12 @@ def test_a_simplex_has_collapsed_and_noise_has_not():
     simplex = np.eye(classes) - 1 / classes
     labels = np.tile(np.arange(classes), 20)
     rng = np.random.default_rng(0)
+    geometry = jax.jit(diagnostics.geometry, static_argnums=4)
     found = {}
     for name, noise in (("collapsed", 1e-4), ("noisy", 1.0)):
         features = simplex[labels] + noise * rng.normal(size=(len(labels), classes))
-        args = [jnp.asarray(x, jnp.float32) for x in (features, features @ simplex, simplex)]
-        found[name] = diagnostics.geometry(args[0], jnp.asarray(labels), args[1], args[2], classes)
+        args = [x.astype(np.float32) for x in (features, features @ simplex, simplex)]
+        found[name] = geometry(args[0], labels, args[1], args[2], classes)
     for name, value in found["collapsed"].items():
         assert value < 1e-3, name
         assert found["noisy"][name] > 0.05, name
@@ -147,7 +148,7 @@ def test_augmentation_keeps_shape_and_depends_on_the_key_alone(tmp_path):
     task = dual_head_data.load_task(TINY, epath.Path(tmp_path))
     rows = task.train.inputs[:4]
     for kind in ("crop_flip", "resized_crop"):
-        prepare = dual_head_data.prepare_inputs(task, kind)
+        prepare = jax.jit(dual_head_data.prepare_inputs(task, kind))
         plain = prepare(rows, None)
         first, second, other = (prepare(rows, jax.random.key(k)) for k in (0, 0, 1))
         assert first.shape == plain.shape
