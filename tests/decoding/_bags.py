@@ -20,8 +20,9 @@ def apply_bag(params, tokens, positions, cache):
 
 def bag_of_words(rows: int, vocab: int, seed: int = 0, slots: int = 40):
     """``(apply_fn, params, cache)``."""
-    params = jax.random.normal(jax.random.key(seed), (vocab, vocab))
-    empty = {"token": jnp.zeros((rows, slots), jnp.int32), "there": jnp.zeros((rows, slots), bool)}
+    params = np.random.default_rng(seed).normal(size=(vocab, vocab)).astype(np.float32)
+    empty = {"token": np.zeros((rows, slots), np.int32), "there": np.zeros((rows, slots), bool)}
+    params, empty = jax.device_put((params, empty))
     return apply_bag, params, empty
 
 

@@ -41,13 +41,13 @@ def decoder(seed: int = 0) -> Decoder:
 def disturbed(seed: int, size: float = 0.15) -> Decoder:
     """`decoder(0)` with noise on its weights: often of the same opinion."""
     graphdef, state = nnx.split(decoder())
-    leaves, structure = jax.tree.flatten(state)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    leaves = [
-        leaf + size * leaf.std() * jax.random.normal(key, leaf.shape)
-        for key, leaf in zip(keys, leaves, strict=True)
-    ]
-    return nnx.merge(graphdef, jax.tree.unflatten(structure, leaves))
+    rng = np.random.default_rng(seed)
+
+    def moved(leaf):
+        values = np.asarray(leaf)
+        return np.float32(values + size * values.std() * rng.normal(size=values.shape))
+
+    return nnx.merge(graphdef, jax.tree.map(moved, state))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from logitjax.decoding import CachedModel, DecodeOptions, Engine, Ensemble, Request, generate, score
+from tests._compiled import compiled
 from tests.decoding._bags import bag_logits, bag_of_words
 from tests.decoding._models import (
     CONFIG,
@@ -28,7 +29,7 @@ def fused_after(large, experts, bases, prompts):
         ]
         k = len(experts)
         experts_, bases_ = np.stack(each[1 : 1 + k]), np.stack(each[1 + k :])
-        return np.asarray(moved(each[0], experts_, bases_)[0])
+        return np.asarray(compiled(moved)(each[0], experts_, bases_)[0])
 
     return logits_after
 

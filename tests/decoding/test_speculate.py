@@ -1,6 +1,5 @@
 import itertools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -24,6 +23,7 @@ from logitjax.decoding._sampling import sampling_logits, sampling_rows
 from logitjax.decoding._speculate import accept_or_redraw
 from logitjax.fusion._token_map import TokenMap
 from logitjax.models import DECODER_RULES, from_nnx, load_tokenizer
+from tests._compiled import compiled
 from tests.decoding._bags import bag_logits, bag_of_words
 from tests.decoding._models import PROMPTS, decoder, disturbed
 
@@ -114,24 +114,26 @@ def test_sharded_speculation_equals_local():
 
 def test_redrawn_drafts_follow_the_target():
     count = 60_000
-    logits = jnp.array([1.5, 1.0, 0.0, -0.5, -1.0, -jnp.inf])
-    draft = jnp.array([-1.0, 2.0, 0.5, -jnp.inf, 0.0, 1.0])
+    logits = np.float32([1.5, 1.0, 0.0, -0.5, -1.0, -np.inf])
+    draft = np.float32([-1.0, 2.0, 0.5, -np.inf, 0.0, 1.0])
     setting = Sampling(temperature=0.8, top_p=0.97)
-    rows = jax.tree.map(jnp.asarray, sampling_rows(setting, count))
-    wide = jnp.broadcast_to(logits, (count, 6))
-    q = jnp.broadcast_to(draft, (count, 6))
-    drafted = jax.random.categorical(jax.random.key(3), q).astype(jnp.int32)
-    drawn = np.asarray(
-        jax.jit(accept_or_redraw)(wide, q, drafted, rows, jnp.zeros(count, jnp.int32))
-    )
-    p = np.asarray(jax.nn.softmax(sampling_logits(wide[:1], sampling_rows(setting, 1))[0]), float)
+    rows, turns = sampling_rows(setting, count), np.zeros(count, np.int32)
+    wide, q = (np.broadcast_to(x, (count, 6)) for x in (logits, draft))
+    of_draft = np.exp(draft) / np.exp(draft).sum()
+    drafted = np.random.default_rng(3).choice(6, count, p=of_draft / of_draft.sum(dtype=float))
+    drafted = drafted.astype(np.int32)
+    run = compiled(accept_or_redraw)
+    drawn = np.asarray(run(wide, q, drafted, rows, turns))
+    p = compiled(sampling_logits)(wide[:1], sampling_rows(setting, 1))[0]
+    p = np.exp(np.asarray(p, float))
+    p /= p.sum()
     seen = np.bincount(drawn, minlength=6)
     assert (seen[p == 0] == 0).all()
     assert stats.chisquare(seen[p > 0], count * p[p > 0] / p.sum()).pvalue > 1e-3
     # As many are accepted as can be.
-    overlap = np.minimum(p, np.asarray(jax.nn.softmax(draft))).sum()
-    assert abs((drawn == np.asarray(drafted)).mean() - overlap) < 4 * 0.5 / count**0.5
-    alone = accept_or_redraw(wide, q, drafted, rows, jnp.zeros(count, jnp.int32), there=False)
+    overlap = np.minimum(p, of_draft).sum()
+    assert abs((drawn == drafted).mean() - overlap) < 4 * 0.5 / count**0.5
+    alone = run(wide, q, drafted, rows, turns, there=False)
     seen = np.bincount(np.asarray(alone), minlength=6)
     assert stats.chisquare(seen[p > 0], count * p[p > 0] / p.sum()).pvalue > 1e-3
 
@@ -244,9 +246,11 @@ def test_slots_speculate_and_step_by_turns():
     assert found == plain.rows()
 
 
+@pytest.mark.many_programs("two ways to decode, by models of two numberings")
 def test_small_models_with_other_token_ids_draft():
     order = np.random.default_rng(0).permutation(64)
     apply_fn, params, empty = bag_of_words(3, 64, seed=1)
+    params = np.asarray(params)
     small = (apply_fn, params[order][:, order], empty)
     # Token i of the large model is token small_ids[i] of the small one.
     mapping = TokenMap(np.argsort(order), 64)

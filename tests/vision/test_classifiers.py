@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec as P
 from logitjax import vision
 from logitjax.vision._resnet import CifarResNet
 from logitjax.vision._torch_layout import to_torch_weights
-from tests._modules import num_params
+from tests._compiled import compiled
+from tests._modules import call, num_params, with_weights
 from tests.vision.goldens.make_vision_goldens import SIZES, images, weight
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
@@ -52,7 +53,11 @@ def empty(name: str, **options) -> vision.ImageClassifier:
     """A network without the time its random initialisation takes to compile."""
     made = nnx.eval_shape(lambda: vision.create_classifier(name, rngs=nnx.Rngs(0), **options))
     graph, state = nnx.split(made)
-    return nnx.merge(graph, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state))
+    return nnx.merge(graph, jax.tree.map(_zeros, state))
+
+
+def _zeros(leaf) -> jax.Array:
+    return jax.device_put(np.zeros(leaf.shape, leaf.dtype))
 
 
 def torch_weights(model: vision.ImageClassifier) -> dict[str, np.ndarray]:
@@ -96,16 +101,18 @@ def test_depthwise_equals_grouped_convolution():
 
     x = np.random.default_rng(0).normal(size=(1, 7, 8, 5)).astype(np.float32)
     for stride in (1, 2):
-        layer = DepthwiseConv(5, stride=stride, rngs=nnx.Rngs(0))
-        expected = jax.lax.conv_general_dilated(
+        layer = with_weights(
+            lambda s=stride: DepthwiseConv(5, stride=s, rngs=nnx.Rngs(0)), size=1.0
+        )
+        expected = compiled(jax.lax.conv_general_dilated)(
             x,
             layer.kernel[...],
             (stride, stride),
-            [(1, 1), (1, 1)],
+            ((1, 1), (1, 1)),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
             feature_group_count=5,
         )
-        np.testing.assert_allclose(layer(x), expected, atol=1e-6)
+        np.testing.assert_allclose(call(layer, x), expected, atol=1e-5)
 
 
 def gradient_and_statistics(model, x):

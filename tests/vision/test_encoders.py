@@ -293,10 +293,10 @@ def test_features_in_bfloat16_are_near():
     ]
     assert [encoder.dtype for encoder in encoders] == ["float32", "bfloat16"]
     assert encoders[0].fingerprint == encoders[1].fingerprint
-    features, near = (encoder.features(pixels) for encoder in encoders)
-    assert near.dtype == jnp.float32
+    features, near = (np.asarray(encoder.features(pixels)) for encoder in encoders)
+    assert near.dtype == np.float32
     assert_close(near, features, atol=3e-2)
-    assert float(jnp.abs(near - features).max()) > 0
+    assert np.abs(near - features).max() > 0
 
 
 def test_random_networks_are_the_same_everywhere():
@@ -314,7 +314,7 @@ def test_random_networks_are_the_same_everywhere():
     np.testing.assert_allclose(spread, features, atol=1e-4)
     assert placed.fingerprint == first.fingerprint
     # Inside somebody else's jit it is a part of that.
-    np.testing.assert_allclose(jax.jit(first.features)(jnp.asarray(pixels)), features, atol=1e-4)
+    np.testing.assert_allclose(jax.jit(first.features)(pixels), features, atol=1e-4)
 
 
 def test_what_is_no_encoder_is_named(tmp_path):
