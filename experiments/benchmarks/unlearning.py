@@ -140,7 +140,7 @@ def _decode(
     """Seconds of ``new`` tokens, and how they compare with what layer counts predict."""
     assistant = unlearning.Assistant.init(model, layers, key=jax.random.key(0))
     fuse = fusion.LogitDifference()
-    apart = models.merge_lora(assistant.base, assistant.lora)
+    apart = assistant.lora.merged_into(assistant.base)
     line_ups: Mapping[str, Any] = {
         "target alone": decoding.Ensemble(model),
         "with its assistant, one pass": decoding.Ensemble(

@@ -24,7 +24,7 @@ import numpy as np
 from logitjax import decoding
 from logitjax.commands.cli import field
 from logitjax.commands.strategies import strategy
-from logitjax.models import Tokenizer, render_chat
+from logitjax.models import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,7 +149,7 @@ class Conversation:
 
     def ask(self, text: str) -> str:
         self._messages.append({"role": "user", "content": text})
-        return render_chat(self._tokenizer, self._messages, add_generation_prompt=True)
+        return self._tokenizer.render_chat(self._messages, add_generation_prompt=True)
 
     def answered(self, text: str) -> None:
         self._messages.append({"role": "assistant", "content": text})

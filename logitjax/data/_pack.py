@@ -64,7 +64,7 @@ def pack(
             own ``add_bos`` says, else no.
         add_eos: end documents with the end-of-sequence token.
         encode_chat: ``(tokenizer, messages) -> (ids, learnt)``, such as
-            ``logitjax.models.encode_chat``, used for ``messages`` in place of `render`. What it
+            ``models.Tokenizer.encode_chat``, used for ``messages`` in place of `render`. What it
             returns has all its marks already and cannot be cut.
         on_long: what happens to a document longer than a row: it is cut, left out (and counted in
             ``.statistics``), or an error.

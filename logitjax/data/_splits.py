@@ -96,7 +96,7 @@ def pack_splits(
     """
     # Whoever only reads files needs neither jax nor a model.
     from logitjax import processes
-    from logitjax.models import encode_chat
+    from logitjax.models import Tokenizer
 
     by_fingerprint: dict[str, str] = {}
     names = {m: by_fingerprint.setdefault(t.fingerprint, m) for m, t in tokenizers.items()}
@@ -112,7 +112,7 @@ def pack_splits(
                 distinct,
                 seq_len=seq_len,
                 directory=epath.Path(directory) / split,
-                encode_chat=encode_chat if chat else None,
+                encode_chat=Tokenizer.encode_chat if chat else None,
                 on_long="skip" if chat else "split",
             )
         logging.info(

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from logitjax.models import Cache, Decoder, DecoderConfig, init_cache, with_layout
+from logitjax.models import Cache, Decoder, DecoderConfig, with_layout
 from logitjax.ops import Static
 
 
@@ -72,7 +72,7 @@ class _DecoderCache:
     ring_slack: int
 
     def __call__(self, rows: int, max_length: int) -> Cache:
-        return init_cache(
+        return Cache.init(
             self.config, rows, max_length, self.dtype, layout="listed", ring_slack=self.ring_slack
         )
 

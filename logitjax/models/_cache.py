@@ -29,6 +29,77 @@ class Cache:
     positions: dict
     length: Array
 
+    @classmethod
+    def init(
+        cls,
+        config: DecoderConfig,
+        batch: int,
+        max_length: int,
+        dtype: jax.typing.DTypeLike = jnp.float32,
+        *,
+        layout: str = "listed",
+        ring_slack: int = 0,
+    ) -> "Cache":
+        """An empty cache for ``batch`` rows of at most ``max_length`` tokens.
+
+        Windowed layers keep only their window. Past ``max_length`` the oldest tokens are
+        overwritten.
+
+        Args:
+          config: the decoder's configuration.
+          batch: number of rows.
+          max_length: slots of layers without a window.
+          dtype: of keys and values.
+          layout: ``'listed'`` or ``'stacked'``, as the model's.
+          ring_slack: slots of windowed layers beyond their window: by so many tokens one may go
+            back without losing what the window still needs.
+
+        Returns:
+          A `Cache`.
+
+        >>> config = DecoderConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=2,
+        ...                        num_heads=2, num_kv_heads=1, head_dim=4)
+        >>> cache = Cache.init(config, 3, 16)
+        >>> [k.shape for k in cache.keys[0]]
+        [(3, 1, 16, 4), (3, 1, 16, 4)]
+        """
+        stacked = layout == "stacked"
+
+        def arrays() -> tuple:
+            out = []
+            for spec in config.segments:
+                layers = spec.pattern if stacked else spec.pattern * spec.repeats
+                lead = (spec.repeats,) if stacked else ()
+                out.append(
+                    tuple(
+                        jnp.zeros(
+                            (
+                                *lead,
+                                batch,
+                                config.num_kv_heads,
+                                cache_slots(window, max_length, ring_slack),
+                                config.head_dim,
+                            ),
+                            dtype,
+                        )
+                        for window in layers
+                    )
+                )
+            return tuple(out)
+
+        positions = {
+            kind_name(window): jnp.full(
+                (batch, cache_slots(window, max_length, ring_slack)), -1, jnp.int32
+            )
+            for window in dict.fromkeys(config.layer_windows)
+        }
+        return cls(
+            keys=arrays(),
+            values=arrays(),
+            positions=positions,
+            length=jnp.zeros((batch,), jnp.int32),
+        )
+
 
 def kind_name(window: Window) -> str:
     return "global" if window is None else f"local_{window}"
@@ -36,75 +107,6 @@ def kind_name(window: Window) -> str:
 
 def cache_slots(window: Window, max_length: int, ring_slack: int = 0) -> int:
     return max_length if window is None else min(window + ring_slack, max_length)
-
-
-def init_cache(
-    config: DecoderConfig,
-    batch: int,
-    max_length: int,
-    dtype: jax.typing.DTypeLike = jnp.float32,
-    *,
-    layout: str = "listed",
-    ring_slack: int = 0,
-) -> Cache:
-    """An empty cache for ``batch`` rows of at most ``max_length`` tokens.
-
-    Windowed layers keep only their window. Past ``max_length`` the oldest tokens are overwritten.
-
-    Args:
-      config: the decoder's configuration.
-      batch: number of rows.
-      max_length: slots of layers without a window.
-      dtype: of keys and values.
-      layout: ``'listed'`` or ``'stacked'``, as the model's.
-      ring_slack: slots of windowed layers beyond their window: by so many tokens one may go back
-        without losing what the window still needs.
-
-    Returns:
-      A `Cache`.
-
-    >>> config = DecoderConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=2,
-    ...                        num_heads=2, num_kv_heads=1, head_dim=4)
-    >>> cache = init_cache(config, 3, 16)
-    >>> [k.shape for k in cache.keys[0]]
-    [(3, 1, 16, 4), (3, 1, 16, 4)]
-    """
-    stacked = layout == "stacked"
-
-    def arrays() -> tuple:
-        out = []
-        for spec in config.segments:
-            layers = spec.pattern if stacked else spec.pattern * spec.repeats
-            lead = (spec.repeats,) if stacked else ()
-            out.append(
-                tuple(
-                    jnp.zeros(
-                        (
-                            *lead,
-                            batch,
-                            config.num_kv_heads,
-                            cache_slots(window, max_length, ring_slack),
-                            config.head_dim,
-                        ),
-                        dtype,
-                    )
-                    for window in layers
-                )
-            )
-        return tuple(out)
-
-    positions = {
-        kind_name(window): jnp.full(
-            (batch, cache_slots(window, max_length, ring_slack)), -1, jnp.int32
-        )
-        for window in dict.fromkeys(config.layer_windows)
-    }
-    return Cache(
-        keys=arrays(),
-        values=arrays(),
-        positions=positions,
-        length=jnp.zeros((batch,), jnp.int32),
-    )
 
 
 def write_slots(

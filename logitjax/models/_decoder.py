@@ -14,7 +14,7 @@ from logitjax import ops
 from logitjax.heads import LinearHead, TiedHead
 from logitjax.losses import Head
 from logitjax.models._attention import Attention, make_context
-from logitjax.models._cache import Cache, init_cache, kind_name
+from logitjax.models._cache import Cache, kind_name
 from logitjax.models._config import DecoderConfig, SegmentSpec
 from logitjax.models._lora import Lora, project, scaled_layers
 from logitjax.models._norm import Norm
@@ -273,7 +273,7 @@ class Decoder(nnx.Module):
           positions: position of each token, -1 for padding, which is never attended. Counted
             from 0 (within each segment) or on from ``cache.length`` when omitted.
           segment_ids: packed documents; tokens attend within equal ids only. Not with a cache.
-          cache: from `init_cache`, in the model's layout.
+          cache: of `init_cache`, in the model's layout.
           lora: adapters in the model's layout.
           lora_rows: bool ``[batch]``, the rows that use the adapters; all when omitted.
 
@@ -415,7 +415,7 @@ class Decoder(nnx.Module):
     def init_cache(self, batch: int, max_length: int, dtype: Any = None) -> Cache:
         """An empty cache in this model's layout and compute dtype."""
         dtype = self.dtype if dtype is None else dtype
-        return init_cache(self.config, batch, max_length, dtype, layout=self.layout)
+        return Cache.init(self.config, batch, max_length, dtype, layout=self.layout)
 
 
 def _default_positions(tokens: Array, segment_ids: Array | None, cache: Cache | None) -> jax.Array:

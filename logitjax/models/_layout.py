@@ -1,39 +1,15 @@
-"""Models made of a model: of the other layout, of some of its layers, with adapters merged."""
+"""Models made of a model: of the other layout, or of some of its layers."""
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from logitjax.models._config import DecoderConfig, SegmentSpec
+from logitjax.models._config import DecoderConfig
 from logitjax.models._decoder import Decoder
-from logitjax.models._lora import Lora
-
-
-def _stack(layers: Sequence[Any], spec: SegmentSpec) -> list[Any]:
-    period = len(spec.pattern)
-    return [jax.tree.map(lambda *x: jnp.stack(x), *layers[j::period]) for j in range(period)]
-
-
-def _list(stacked: Sequence[Any], spec: SegmentSpec) -> list[Any]:
-    return [
-        jax.tree.map(lambda x, r=r: x[r], stacked[j])
-        for r in range(spec.repeats)
-        for j in range(len(spec.pattern))
-    ]
-
-
-def _convert(members: Sequence[Any], spec: SegmentSpec, layout: str) -> list[Any]:
-    period = len(spec.pattern)
-    expected = spec.num_layers if layout == "stacked" else period
-    if len(members) != expected:
-        raise ValueError(
-            f"segment has {len(members)} members, expected {expected} to make {layout}"
-        )
-    return _stack(members, spec) if layout == "stacked" else _list(members, spec)
+from logitjax.models._stacking import convert, list_layers, stack_layers, twin
 
 
 def with_layout(model: Decoder, layout: str) -> Decoder:
@@ -56,16 +32,10 @@ def with_layout(model: Decoder, layout: str) -> Decoder:
     for segment in out.segments:
         states = [nnx.to_pure_dict(nnx.state(layer)) for layer in segment.layers]
         graphdef = nnx.graphdef(segment.layers[0])
-        converted = _convert(states, segment.spec, layout)
+        converted = convert(states, segment.spec, layout)
         segment.layers = nnx.List([nnx.merge(graphdef, state) for state in converted])
     out.layout = layout
     return out
-
-
-def lora_with_layout(lora: Lora, config: DecoderConfig, layout: str) -> Lora:
-    """The same adapters for a model of the other layout."""
-    layers = (tuple(_convert(m, spec, layout)) for m, spec in zip(lora.layers, config.segments))
-    return dataclasses.replace(lora, layers=tuple(layers))
 
 
 def keep_layers(model: Decoder, indices: Sequence[int]) -> Decoder:
@@ -101,7 +71,7 @@ def keep_layers(model: Decoder, indices: Sequence[int]) -> Decoder:
     members = []
     for segment in model.segments:
         states = [nnx.to_pure_dict(nnx.state(layer)) for layer in segment.layers]
-        listed = states if model.layout == "listed" else _list(states, segment.spec)
+        listed = states if model.layout == "listed" else list_layers(states, segment.spec)
         members += listed
     graphdef = nnx.graphdef(model.segments[0].layers[0])
     chosen = [members[i] for i in indices]
@@ -114,7 +84,9 @@ def keep_layers(model: Decoder, indices: Sequence[int]) -> Decoder:
     for spec in small.segments:
         part = chosen[start : start + spec.num_layers]
         start += spec.num_layers
-        part = _stack(part, spec) if model.layout == "stacked" else jax.tree.map(jnp.copy, part)
+        part = (
+            stack_layers(part, spec) if model.layout == "stacked" else jax.tree.map(jnp.copy, part)
+        )
         segment = nnx.merge(*nnx.split(model.segments[0]))
         segment.spec = spec
         segment.layers = nnx.List([nnx.merge(graphdef, s) for s in part])
@@ -164,7 +136,7 @@ def first_layers(model: Decoder, count: int) -> Decoder:
         windows=config.windows[:count],
         segment_boundaries=tuple(b for b in config.segment_boundaries if b < count),
     )
-    out = _twin(model)
+    out = twin(model)
     if model.layout == "stacked":
         specs = small.segments
         if config.segments[: len(specs)] != specs:
@@ -179,47 +151,10 @@ def first_layers(model: Decoder, count: int) -> Decoder:
         members = [[next(layers) for _ in range(spec.num_layers)] for spec in small.segments]
     segments = []
     for spec, part in zip(small.segments, members, strict=True):
-        segment = _twin(out.segments[0])
+        segment = twin(out.segments[0])
         segment.spec, segment.layers = spec, nnx.List(part)
         for layer in part:
             layer.attention.config = small
         segments.append(segment)
     out.config, out.segments = small, nnx.List(segments)
-    return out
-
-
-def _twin(module: Any) -> Any:
-    """Another module of the same arrays; assigning to one leaves the other as it is."""
-    graphdef, state = nnx.split(module)
-    return nnx.merge(graphdef, nnx.to_pure_dict(state))
-
-
-def merge_lora(model: Decoder, lora: Lora) -> Decoder:
-    """A model of its own whose kernels are ``kernel + a @ b * scale``.
-
-    The adapted kernels are new arrays, all others are shared with the model handed in.
-
-    Args:
-      model: the decoder under the adapters.
-      lora: in its layout.
-
-    Returns:
-      A decoder that needs no adapters.
-
-    >>> config = DecoderConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=1,
-    ...                        num_heads=2, num_kv_heads=1, head_dim=4)
-    >>> model = Decoder(config, rngs=nnx.Rngs(0))
-    >>> from logitjax.models import init_lora
-    >>> merged = merge_lora(model, init_lora(config, 2, key=jax.random.key(0)))
-    >>> bool((merged(jnp.array([[1, 2]])) == model(jnp.array([[1, 2]]))).all())
-    True
-    """
-    out = _twin(model)
-    for segment, members in zip(out.segments, lora.layers, strict=True):
-        for layer, member in zip(segment.layers, members, strict=True):
-            for name, adapter in member.items():
-                owner = layer.mlp if hasattr(layer.mlp, name) else layer.attention
-                kernel = getattr(owner, name).kernel
-                update = adapter["a"].astype(jnp.float32) @ adapter["b"].astype(jnp.float32)
-                kernel[...] = (kernel[...] + update * lora.scale).astype(kernel[...].dtype)
     return out

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 
 from logitjax.models._decoder import Decoder
 from logitjax.models._load import load_model
+from logitjax.models._load_tokenizer import check_tokenizer, load_tokenizer
 from logitjax.models._rules import DECODER_RULES
-from logitjax.models._tokenizer import Tokenizer, check_tokenizer, load_tokenizer
+from logitjax.models._tokenizer import Tokenizer
 
 
 def load(

@@ -2,14 +2,18 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from logitjax.models._config import DecoderConfig
+from logitjax.models._stacking import convert, twin
 from logitjax.ops import Array
+
+if TYPE_CHECKING:  # which needs the adapters
+    from logitjax.models._decoder import Decoder
 
 _TARGETS = ("query", "key", "value", "output", "gate", "up", "down")
 
@@ -21,6 +25,108 @@ class Lora:
 
     layers: tuple
     scale: float = dataclasses.field(default=1.0, metadata={"static": True})
+
+    @classmethod
+    def init(
+        cls,
+        config: DecoderConfig,
+        rank: int,
+        *,
+        key: Array,
+        alpha: float | None = None,
+        targets: Sequence[str] | None = None,
+        dtype: jax.typing.DTypeLike = jnp.float32,
+        layout: str = "stacked",
+    ) -> "Lora":
+        """Adapters that change nothing yet: random ``a``, zero ``b``.
+
+        Args:
+          config: the decoder's configuration.
+          rank: inner size.
+          key: PRNG key.
+          alpha: the update is scaled by ``alpha / rank``; ``rank`` when omitted.
+          targets: linear maps to adapt, of ``query key value output gate up down``; all when
+            omitted.
+          dtype: of the adapters.
+          layout: ``'stacked'`` or ``'listed'``, as the model's.
+
+        Returns:
+          A `Lora` to hand to ``hidden_states(..., lora=)``.
+
+        Raises:
+          ValueError: for an unknown target.
+
+        >>> config = DecoderConfig(vocab_size=8, hidden_size=8, intermediate_size=16, num_layers=2,
+        ...                        num_heads=2, num_kv_heads=1, head_dim=4)
+        >>> lora = Lora.init(config, 2, key=jax.random.key(0), targets=("query",))
+        >>> lora.layers[0][0]["query"]["a"].shape
+        (2, 8, 2)
+
+        References:
+          Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021.
+        """
+        sizes = _sizes(config)
+        targets = _TARGETS if targets is None else targets
+        unknown = sorted(set(targets) - set(_TARGETS))
+        if unknown:
+            raise ValueError(f"targets: expected some of {_TARGETS}, got {unknown}")
+        stacked = layout == "stacked"
+
+        def layer(key: Array, lead: tuple[int, ...]) -> dict:
+            out = {}
+            for i, name in enumerate(n for n in _TARGETS if n in targets and n in sizes):
+                inner, outer = sizes[name]
+                a = jax.random.normal(jax.random.fold_in(key, i), (*lead, inner, rank), jnp.float32)
+                out[name] = {
+                    "a": (a * inner**-0.5).astype(dtype),
+                    "b": jnp.zeros((*lead, rank, outer), dtype),
+                }
+            return out
+
+        layers, count = [], 0
+        for spec in config.segments:
+            entries = len(spec.pattern) if stacked else spec.num_layers
+            lead = (spec.repeats,) if stacked else ()
+            layers.append(
+                tuple(layer(jax.random.fold_in(key, count + j), lead) for j in range(entries))
+            )
+            count += spec.num_layers
+        scale = 1.0 if alpha is None else alpha / rank
+        return cls(layers=tuple(layers), scale=scale)
+
+    def with_layout(self, config: DecoderConfig, layout: str) -> "Lora":
+        """The same adapters for a model of the other layout."""
+        layers = (tuple(convert(m, spec, layout)) for m, spec in zip(self.layers, config.segments))
+        return dataclasses.replace(self, layers=tuple(layers))
+
+    def merged_into(self, model: "Decoder") -> "Decoder":
+        """A model of its own whose kernels are ``kernel + a @ b * scale``.
+
+        The adapted kernels are new arrays, all others are shared with the model handed in.
+
+        Args:
+          model: the decoder under the adapters, in their layout.
+
+        Returns:
+          A decoder that needs no adapters.
+
+        >>> config = DecoderConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=1,
+        ...                        num_heads=2, num_kv_heads=1, head_dim=4)
+        >>> from logitjax.models import Decoder
+        >>> model = Decoder(config, rngs=nnx.Rngs(0))
+        >>> merged = Lora.init(config, 2, key=jax.random.key(0)).merged_into(model)
+        >>> bool((merged(jnp.array([[1, 2]])) == model(jnp.array([[1, 2]]))).all())
+        True
+        """
+        out = twin(model)
+        for segment, members in zip(out.segments, self.layers, strict=True):
+            for layer, member in zip(segment.layers, members, strict=True):
+                for name, adapter in member.items():
+                    owner = layer.mlp if hasattr(layer.mlp, name) else layer.attention
+                    kernel = getattr(owner, name).kernel
+                    update = adapter["a"].astype(jnp.float32) @ adapter["b"].astype(jnp.float32)
+                    kernel[...] = (kernel[...] + update * self.scale).astype(kernel[...].dtype)
+        return out
 
 
 def _sizes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
@@ -39,72 +145,6 @@ def _sizes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
     if not config.gated_mlp:
         del sizes["gate"]
     return sizes
-
-
-def init_lora(
-    config: DecoderConfig,
-    rank: int,
-    *,
-    key: Array,
-    alpha: float | None = None,
-    targets: Sequence[str] | None = None,
-    dtype: jax.typing.DTypeLike = jnp.float32,
-    layout: str = "stacked",
-) -> Lora:
-    """Adapters that change nothing yet: random ``a``, zero ``b``.
-
-    Args:
-      config: the decoder's configuration.
-      rank: inner size.
-      key: PRNG key.
-      alpha: the update is scaled by ``alpha / rank``; ``rank`` when omitted.
-      targets: linear maps to adapt, of ``query key value output gate up down``; all when omitted.
-      dtype: of the adapters.
-      layout: ``'stacked'`` or ``'listed'``, as the model's.
-
-    Returns:
-      A `Lora` to hand to ``hidden_states(..., lora=)``.
-
-    Raises:
-      ValueError: for an unknown target.
-
-    >>> config = DecoderConfig(vocab_size=8, hidden_size=8, intermediate_size=16, num_layers=2,
-    ...                        num_heads=2, num_kv_heads=1, head_dim=4)
-    >>> lora = init_lora(config, 2, key=jax.random.key(0), targets=("query",))
-    >>> lora.layers[0][0]["query"]["a"].shape
-    (2, 8, 2)
-
-    References:
-      Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021.
-    """
-    sizes = _sizes(config)
-    targets = _TARGETS if targets is None else targets
-    unknown = sorted(set(targets) - set(_TARGETS))
-    if unknown:
-        raise ValueError(f"targets: expected some of {_TARGETS}, got {unknown}")
-    stacked = layout == "stacked"
-
-    def layer(key: Array, lead: tuple[int, ...]) -> dict:
-        out = {}
-        for i, name in enumerate(n for n in _TARGETS if n in targets and n in sizes):
-            inner, outer = sizes[name]
-            a = jax.random.normal(jax.random.fold_in(key, i), (*lead, inner, rank), jnp.float32)
-            out[name] = {
-                "a": (a * inner**-0.5).astype(dtype),
-                "b": jnp.zeros((*lead, rank, outer), dtype),
-            }
-        return out
-
-    layers, count = [], 0
-    for spec in config.segments:
-        entries = len(spec.pattern) if stacked else spec.num_layers
-        lead = (spec.repeats,) if stacked else ()
-        layers.append(
-            tuple(layer(jax.random.fold_in(key, count + j), lead) for j in range(entries))
-        )
-        count += spec.num_layers
-    scale = 1.0 if alpha is None else alpha / rank
-    return Lora(layers=tuple(layers), scale=scale)
 
 
 def scaled_layers(lora: Lora) -> tuple:

@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from logitjax.decoding import Ensemble, Request, Sampling, TextStream
-from logitjax.models import Tokenizer, render_chat
+from logitjax.models import Tokenizer
 from logitjax.serving import _schema as schema
 from logitjax.serving._config import ServerConfig, make_scheduler, prompt_extra
 from logitjax.serving._scheduler import Job, OverloadedError, Scheduler, Token
@@ -233,7 +233,7 @@ def _tokens(service: Service, prompt: Any, chat: bool) -> list[int]:
     name = "messages" if chat else "prompt"
     if chat:
         try:
-            prompt = render_chat(service.tokenizer, prompt, add_generation_prompt=True)
+            prompt = service.tokenizer.render_chat(prompt, add_generation_prompt=True)
         except ValueError as error:
             raise BadRequestError(str(error), name) from None
     if isinstance(prompt, str):

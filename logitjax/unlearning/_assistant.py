@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
-from logitjax.models import Cache, Decoder, Lora, first_layers, init_lora
+from logitjax.models import Cache, Decoder, Lora, first_layers
 from logitjax.ops import Array
 
 
@@ -54,7 +54,7 @@ class Assistant:
             model: the large model.
             layers: how many of its layers, 8 of 32 in the paper.
             rank: of the adapters; 32 in the paper, 16 in its code.
-            alpha: scale times rank, as in `init_lora`; 32 in both, so a scale of 1 or of 2.
+            alpha: scale times rank, as in `Lora.init`; 32 in both, so a scale of 1 or of 2.
             key: PRNG key.
             targets: linear maps to adapt; all when omitted.
             dtype: of the adapters.
@@ -63,10 +63,10 @@ class Assistant:
             An `Assistant`.
 
         Raises:
-            ValueError: as `first_layers` and `init_lora`.
+            ValueError: as `first_layers` and `Lora.init`.
         """
         base = first_layers(model, layers)
-        lora = init_lora(
+        lora = Lora.init(
             base.config,
             rank,
             key=key,

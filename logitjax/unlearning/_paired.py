@@ -14,8 +14,6 @@ from logitjax.models import (
     Decoder,
     DecoderConfig,
     Lora,
-    init_cache,
-    lora_with_layout,
     with_layout,
 )
 from logitjax.ops import Array, Static
@@ -47,8 +45,8 @@ def init_pair_cache(
     *,
     ring_slack: int = 0,
 ) -> PairCache:
-    """An empty `PairCache`, for `paired_hidden_states`; the arguments are those of `init_cache`."""
-    cache = init_cache(config, batch, max_length, dtype, ring_slack=ring_slack)
+    """An empty `PairCache`, for `paired_hidden_states`; the arguments are those of `Cache.init`."""
+    cache = Cache.init(config, batch, max_length, dtype, ring_slack=ring_slack)
     keys = [k for segment in cache.keys for k in segment]
     pairs = [(k, jnp.zeros_like(k)) for k in keys]
 
@@ -200,7 +198,7 @@ def paired_model(target: Decoder, assistant: Assistant, *, ring_slack: int = 0) 
     graphdef, state = nnx.split(with_layout(target, "listed"))
     lora = assistant.lora
     if assistant.base.layout == "stacked":
-        lora = lora_with_layout(lora, small, "listed")
+        lora = lora.with_layout(small, "listed")
     return CachedModel(
         apply=_PairApply(Static(graphdef)),
         params={"model": nnx.to_pure_dict(state), "lora": lora},

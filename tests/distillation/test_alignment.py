@@ -103,7 +103,7 @@ def test_turns_are_aligned_whatever_the_templates_put_between():
 
 def test_byte_level_vocabulary_counts_bytes():
     tokenizer = load_tokenizer("tiny")
-    lengths = models.token_byte_lengths(tokenizer)
+    lengths = tokenizer.byte_lengths()
     text = "naïve café, 東京\n"
     assert lengths[tokenizer.encode(text)].sum() == len(text.encode())
     assert lengths[tokenizer.eos_id] == 0
@@ -111,7 +111,7 @@ def test_byte_level_vocabulary_counts_bytes():
 
 def test_sentencepiece_vocabulary_counts_bytes():
     tokenizer, vocab = word_tokenizer()
-    lengths = models.token_byte_lengths(tokenizer)
+    lengths = tokenizer.byte_lengths()
     assert lengths[vocab["▁the"]] == 4
     assert lengths[vocab["▁éa"]] == 4
     assert lengths[vocab["<0xE9>"]] == 1
@@ -123,7 +123,7 @@ def test_same_tokenizer_aligns_every_predicted_position(tmp_path):
     )
     packed = data.pack(examples, {"a": load_tokenizer("tiny")}, seq_len=64, directory=tmp_path)
     batch = packed.rows(range(len(packed)))["a"]
-    lengths = models.token_byte_lengths(load_tokenizer("tiny"))
+    lengths = load_tokenizer("tiny").byte_lengths()
     places, where = distillation.align_positions(
         batch, batch, our_lengths=lengths, their_lengths=lengths
     )

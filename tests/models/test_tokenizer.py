@@ -8,13 +8,11 @@ import tokenizers
 from logitjax.models import (
     Tokenizer,
     config_from_hf,
-    encode_chat,
     load_model,
     load_tokenizer,
-    render_chat,
     save_pretrained,
 )
-from logitjax.models._tokenizer import check_tokenizer
+from logitjax.models._load_tokenizer import check_tokenizer
 from tests.models._checkpoints import write_checkpoint
 from tests.models._configs import HF_CONFIGS
 
@@ -66,11 +64,11 @@ def test_chat_learns_the_answers_only(characters):
         {"role": "user", "content": "ok"},
         {"role": "assistant", "content": "bye."},
     ]
-    tokens, mask = encode_chat(characters, messages)
+    tokens, mask = characters.encode_chat(messages)
     learnt = characters.decode([t for t, m in zip(tokens, mask, strict=True) if m])
-    assert characters.decode(tokens) == render_chat(characters, messages)
+    assert characters.decode(tokens) == characters.render_chat(messages)
     assert learnt == "yes.[end]bye.[end]"
-    prompt = render_chat(characters, messages[:1], add_generation_prompt=True)
+    prompt = characters.render_chat(messages[:1], add_generation_prompt=True)
     assert prompt == "[user]hi?[end][assistant]"
 
 
@@ -78,17 +76,17 @@ def test_chat_errors_are_one_line(characters):
     messages = [{"role": "user", "content": "hi"}]
     bare = Tokenizer(characters.backend)
     with pytest.raises(ValueError, match="has no chat template"):
-        render_chat(bare, messages)
+        bare.render_chat(messages)
     refusing = Tokenizer(
         characters.backend, chat_template="{{ raise_exception('roles must alternate') }}"
     )
     with pytest.raises(ValueError, match="roles must alternate"):
-        render_chat(refusing, messages)
+        refusing.render_chat(messages)
     escaping = Tokenizer(
         characters.backend, chat_template="{{ ''.__class__.__mro__[1].__subclasses__() }}"
     )
     with pytest.raises(ValueError, match="refuses them"):
-        render_chat(escaping, messages)
+        escaping.render_chat(messages)
 
 
 def test_missing_file_is_named(tmp_path):
@@ -111,6 +109,6 @@ def test_packaged_tokenizer_and_its_chat():
         {"role": "user", "content": "Hello"},
         {"role": "assistant", "content": "Hi there."},
     ]
-    tokens, mask = encode_chat(tokenizer, messages)
+    tokens, mask = tokenizer.encode_chat(messages)
     learnt = tokenizer.decode([t for t, m in zip(tokens, mask, strict=True) if m])
     assert learnt == "Hi there.<|im_end|>\n"

@@ -86,7 +86,7 @@ def test_merged_adapters_are_a_model_of_their_own(layout, count):
     adapted = hidden_of(fresh.base, lora)
     assert not np.allclose(adapted, plain, atol=1e-2)
     before = pointers(model)
-    merged = models.merge_lora(fresh.base, lora)
+    merged = lora.merged_into(fresh.base)
     np.testing.assert_allclose(hidden_of(merged), adapted, rtol=2e-4, atol=2e-4)
     np.testing.assert_array_equal(hidden_of(first_layers(model, count)), plain)
     assert pointers(model) == before

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from logitjax.models import Tokenizer, render_chat
+from logitjax.models import Tokenizer
 
 _THINGS = (
     "lighthouses",
@@ -33,7 +33,7 @@ def prompts(tokenizer: Tokenizer) -> list[np.ndarray]:
     for question in _QUESTIONS:
         for thing in _THINGS:
             messages = [{"role": "user", "content": question.format(thing)}]
-            text = render_chat(tokenizer, messages, add_generation_prompt=True)
+            text = tokenizer.render_chat(messages, add_generation_prompt=True)
             rows.append(tokenizer.encode(text))
     text = tokenizer.encode(_TEXT)
     for i in range(40):

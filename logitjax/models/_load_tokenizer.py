@@ -1,0 +1,205 @@
+"""Tokenizers from tokenizer.json or rebuilt from GGUF metadata."""
+
+from typing import Any
+
+from etils import epath
+
+from logitjax.models._config import DecoderConfig
+from logitjax.models._gguf import GgufSource
+from logitjax.models._load import find_checkpoint
+from logitjax.models._tiny import tiny_seed
+from logitjax.models._tokenizer import Tokenizer
+from logitjax.storage import read_json, require
+
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+
+
+def load_tokenizer(spec: str) -> Tokenizer:
+    """The tokenizer of a model; ``spec`` as for `load_model`.
+
+    Raises:
+      ValueError: one line naming the file or metadata that is missing or unknown.
+    """
+    if tiny_seed(spec) is not None:
+        return byte_tokenizer()
+    path = find_checkpoint(spec)
+    return _from_directory(path) if path.is_dir() else _from_gguf(GgufSource(path))
+
+
+def byte_tokenizer() -> Tokenizer:
+    """Text as its UTF-8 bytes, plus an end-of-text token: no files needed."""
+    tokenizers = require("tokenizers", extra="models")
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocab = {symbol: i for i, symbol in enumerate(alphabet)}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges=[]))
+    backend.add_special_tokens(["<|end|>"])
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    return Tokenizer(backend, eos_id=len(vocab), pad_id=len(vocab))
+
+
+def check_tokenizer(config: DecoderConfig, tokenizer: Tokenizer) -> None:
+    """Raise where a tokenizer makes ids that the model has no embedding for.
+
+    Raises:
+      ValueError: naming both sizes.
+    """
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"tokenizer has {tokenizer.vocab_size} tokens but the {config.family} model's "
+            f"vocabulary holds {config.vocab_size}: they do not belong together"
+        )
+
+
+def _token_text(value: Any) -> str | None:
+    return value.get("content") if isinstance(value, dict) else value
+
+
+def _from_directory(path: epath.Path) -> Tokenizer:
+    file = path / "tokenizer.json"
+    if not file.exists():
+        raise ValueError(f"{file}: no such file")
+    tokenizers = require("tokenizers", extra="models")
+    try:
+        backend = tokenizers.Tokenizer.from_str(file.read_text())
+    except Exception as error:
+        raise ValueError(f"{file}: not a tokenizer ({error})") from None
+    settings = {}
+    if (path / "tokenizer_config.json").exists():
+        settings = read_json(path / "tokenizer_config.json")
+    ids = {}
+    for name in ("bos", "eos", "pad"):
+        text = _token_text(settings.get(f"{name}_token"))
+        ids[name] = None if text is None else backend.token_to_id(text)
+    if (path / "config.json").exists():
+        config = read_json(path / "config.json")
+        for name, known in ids.items():
+            fallback = config.get(f"{name}_token_id")
+            if known is None and fallback is not None:
+                ids[name] = fallback[0] if isinstance(fallback, list) else fallback
+    template = settings.get("chat_template")
+    if isinstance(template, list):
+        template = next((t["template"] for t in template if t["name"] == "default"), None)
+    if template is None and (path / "chat_template.jinja").exists():
+        template = (path / "chat_template.jinja").read_text()
+    return Tokenizer(
+        backend,
+        bos_id=ids["bos"],
+        eos_id=ids["eos"],
+        pad_id=ids["pad"],
+        chat_template=template,
+        extra=settings,
+    )
+
+
+def _from_gguf(source: GgufSource) -> Tokenizer:
+    tokens = source.metadata("tokenizer.ggml.tokens")
+    kind = source.metadata("tokenizer.ggml.model")
+    if tokens is None:
+        raise ValueError(f"{source.path}: holds no tokenizer")
+    types = source.metadata("tokenizer.ggml.token_type") or [1] * len(tokens)
+    if kind == "gpt2":
+        backend = _byte_level(source, tokens)
+    elif kind == "llama":
+        backend = _sentencepiece(source, tokens, types)
+    else:
+        raise ValueError(f"{source.path}: unknown tokenizer model {kind!r}")
+    tokenizers = require("tokenizers", extra="models")
+    # 3 marks control tokens, 4 tokens the user defined.
+    marked = [
+        tokenizers.AddedToken(t, special=c == 3, normalized=False)
+        for t, c in zip(tokens, types)
+        if c in (3, 4)
+    ]
+    backend.add_special_tokens([t for t in marked if t.special])
+    backend.add_tokens([t for t in marked if not t.special])
+    ids = {n: source.metadata(f"tokenizer.ggml.{n}_token_id") for n in ("bos", "eos", "padding")}
+    return Tokenizer(
+        backend,
+        bos_id=ids["bos"],
+        eos_id=ids["eos"],
+        pad_id=ids["padding"],
+        chat_template=source.metadata("tokenizer.chat_template"),
+    )
+
+
+def _byte_level(source: GgufSource, tokens: list[str]) -> Any:
+    merges = source.metadata("tokenizer.ggml.merges")
+    if merges is None:
+        raise ValueError(f"{source.path}: metadata tokenizer.ggml.merges is missing")
+    tokenizers = require("tokenizers", extra="models")
+    pre = tokenizers.pre_tokenizers
+    pairs = [tuple(m.split(" ")) for m in merges]
+    byte_level = pre.ByteLevel(add_prefix_space=False, use_regex=True)
+    plain = pre.ByteLevel(add_prefix_space=False, use_regex=False)
+
+    def regex(pattern: str) -> Any:
+        split = pre.Split(tokenizers.Regex(pattern), "isolated")
+        return pre.Sequence([split, plain])
+
+    kind = source.metadata("tokenizer.ggml.pre", "default")
+    known = {
+        "default": lambda: byte_level,
+        "gpt-2": lambda: byte_level,
+        "smollm": lambda: pre.Sequence([pre.Digits(individual_digits=True), byte_level]),
+        "llama-bpe": lambda: regex(_LLAMA3),
+        "llama3": lambda: regex(_LLAMA3),
+        "qwen2": lambda: regex(_QWEN2),
+        "dbrx": lambda: regex(_LLAMA3),
+    }
+    if kind not in known:
+        raise ValueError(f"{source.path}: unknown pre-tokenizer {kind!r}")
+    vocab = {t: i for i, t in enumerate(tokens)}
+    ignore = kind in ("llama-bpe", "llama3")
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, pairs, ignore_merges=ignore))
+    backend.pre_tokenizer = known[kind]()
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    if kind == "qwen2":
+        backend.normalizer = tokenizers.normalizers.NFC()
+    return backend
+
+
+def _sentencepiece(source: GgufSource, tokens: list[str], types: list[int]) -> Any:
+    """Byte-fallback BPE whose merges follow from the pieces' scores."""
+    scores = source.metadata("tokenizer.ggml.scores")
+    if scores is None:
+        raise ValueError(f"{source.path}: metadata tokenizer.ggml.scores is missing")
+    vocab = {t: i for i, t in enumerate(tokens)}
+    merges = []
+    for token, score, kind in zip(tokens, scores, types):
+        if kind not in (1, 4) or len(token) < 2:
+            continue
+        splits = [(token[:i], token[i:]) for i in range(1, len(token))]
+        found = [(a, b) for a, b in splits if a in vocab and b in vocab]
+        found.sort(key=lambda ab: (vocab[ab[0]], vocab[ab[1]]))
+        merges += [(-score, a, b) for a, b in found]
+    merges.sort(key=lambda m: m[0])
+    tokenizers = require("tokenizers", extra="models")
+    unknown = source.metadata("tokenizer.ggml.unknown_token_id")
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.BPE(
+            vocab,
+            [(a, b) for _, a, b in merges],
+            unk_token=None if unknown is None else tokens[unknown],
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    steps: list[Any] = [tokenizers.normalizers.Replace(" ", "▁")]
+    prefix = bool(source.metadata("tokenizer.ggml.add_space_prefix", True))
+    if prefix:
+        steps.insert(0, tokenizers.normalizers.Prepend("▁"))
+    backend.normalizer = tokenizers.normalizers.Sequence(steps)
+    after: list[Any] = [
+        tokenizers.decoders.Replace("▁", " "),
+        tokenizers.decoders.ByteFallback(),
+        tokenizers.decoders.Fuse(),
+    ]
+    if prefix:
+        after.append(tokenizers.decoders.Strip(" ", 1, 0))
+    backend.decoder = tokenizers.decoders.Sequence(after)
+    return backend

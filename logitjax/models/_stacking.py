@@ -1,0 +1,42 @@
+"""Layers of a segment, stacked or listed, and modules that share their arrays."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from logitjax.models._config import SegmentSpec
+
+
+def stack_layers(layers: Sequence[Any], spec: SegmentSpec) -> list[Any]:
+    """Layers one by one to one member a pattern entry, stacked over the repeats."""
+    period = len(spec.pattern)
+    return [jax.tree.map(lambda *x: jnp.stack(x), *layers[j::period]) for j in range(period)]
+
+
+def list_layers(stacked: Sequence[Any], spec: SegmentSpec) -> list[Any]:
+    """Undoes `stack_layers`."""
+    return [
+        jax.tree.map(lambda x, r=r: x[r], stacked[j])
+        for r in range(spec.repeats)
+        for j in range(len(spec.pattern))
+    ]
+
+
+def convert(members: Sequence[Any], spec: SegmentSpec, layout: str) -> list[Any]:
+    """The members of a segment in the other layout."""
+    period = len(spec.pattern)
+    expected = spec.num_layers if layout == "stacked" else period
+    if len(members) != expected:
+        raise ValueError(
+            f"segment has {len(members)} members, expected {expected} to make {layout}"
+        )
+    return stack_layers(members, spec) if layout == "stacked" else list_layers(members, spec)
+
+
+def twin(module: Any) -> Any:
+    """Another module of the same arrays; assigning to one leaves the other as it is."""
+    graphdef, state = nnx.split(module)
+    return nnx.merge(graphdef, nnx.to_pure_dict(state))
