@@ -29,7 +29,6 @@ from logitjax.decoding import (
     Ensemble,
     Speculation,
     TextOptions,
-    cached_model,
     generate,
 )
 
@@ -61,8 +60,8 @@ def run(options: _suite.Options) -> _suite.Result:
     model, tokenizer = models.load("tiny" if smoke else "smollm2", layout="listed")
     text = tokenizer.encode((Path(__file__).parents[2] / "LICENSE").read_text())
     prompts = [np.array(text[40 * i :][: 10 + 2 * i], np.int32) for i in range(8)]
-    large = cached_model(model)
-    cut = cached_model(models.keep_layers(model, [0] if smoke else _LAYERS))
+    large = CachedModel.of(model)
+    cut = CachedModel.of(models.keep_layers(model, [0] if smoke else _LAYERS))
     small = dataclasses.replace(cut, apply=_Weighted(cut.apply), params=(1.0, cut.params))
     rows: list[dict[str, Any]] = []
     for batch in (1,) if smoke else (1, 8):

@@ -58,7 +58,7 @@ def _adaptive(hidden: int, vocab: int, unigram: np.ndarray) -> dict[str, Any]:
     config = heads.AdaptiveConfig(
         vocab_size=vocab, hidden_size=hidden, cutoffs=(vocab // 25, vocab // 5)
     )
-    return heads.init_adaptive_softmax(jax.random.key(0), config, unigram)
+    return config.init(jax.random.key(0), unigram)
 
 
 def _decoders(case: dict[str, Any], codes: int) -> dict[str, Callable[[jax.Array], Any]]:
@@ -100,7 +100,7 @@ def _decoders(case: dict[str, Any], codes: int) -> dict[str, Callable[[jax.Array
 
     def low_rank(h: jax.Array, weights: tuple[Any, ...]) -> Any:
         down, kernel, rows = weights
-        return screened(h, lambda h: heads.low_rank_logits(h, down, kernel), rows)
+        return screened(h, lambda h: losses.Head(kernel, vocab_axis=0).logits(h @ down), rows)
 
     def product(h: jax.Array, weights: tuple[Any, ...]) -> Any:
         books, packed, bias, rows = weights
@@ -181,7 +181,7 @@ _FIT = """
 import json, sys, time
 import jax, jax.numpy as jnp
 from experiments.benchmarks._suite import peak_rss_bytes
-from logitjax import heads
+from logitjax import vq
 
 vocab, hidden, codes, iterations = map(int, sys.argv[1:])
 key = jax.random.key(0)

@@ -312,9 +312,7 @@ def _adaptive(ctx: Context, trial: Trial) -> Converted:
         cutoffs=(vocab // 24, vocab // 5),
         div_value=ctx.config.adaptive_div,
     )
-    params = heads.fit_adaptive_softmax(
-        options, ctx.rows, ctx.unigram, ctx.statistics.mean, ctx.statistics.cov
-    )
+    params = options.fit(ctx.rows, ctx.unigram, ctx.statistics.mean, ctx.statistics.cov)
     tables = {name: params.pop(name) for name in ("order", "rank")}
     params, curve = tune(
         ctx,

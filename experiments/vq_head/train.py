@@ -147,7 +147,7 @@ def _head(ctx: Context, arm: str, seed: int) -> Head:
         config = heads.AdaptiveConfig(
             vocab_size=vocab, hidden_size=width, cutoffs=(vocab // 20, vocab // 4), div_value=4.0
         )
-        params = heads.init_adaptive_softmax(key, config, jnp.asarray(text.unigram))
+        params = config.init(key, jnp.asarray(text.unigram))
         tables = {name: params.pop(name) for name in ("order", "rank")}
         return Head(
             params, tables, lambda params, given, h, y: heads.adaptive_nll(h, params | given, y)

@@ -24,6 +24,7 @@ from typing import Any, Literal
 import numpy as np
 from absl import logging
 from etils import epath
+from flax import nnx
 
 from logitjax import data, decoding, leakage, models, processes, storage
 from logitjax.commands.cli import field
@@ -122,8 +123,23 @@ def _prepare(config: Config) -> tuple[np.ndarray, int, Truth | None]:
         )
     else:
         prompts = rng.integers(0, vocab, (count, config.prompt_length), np.int32)
-    logits = decoding.next_token_logits(model, prompts, batch_size=config.batch_size)
+    logits = _logits(model, prompts, config.batch_size)
     return prompts, vocab, Truth(head, logits)
+
+
+def _logits(model: models.Decoder, prompts: np.ndarray, batch_size: int) -> np.ndarray:
+    """`[n, vocab]`, what follows each prompt."""
+    graphdef, state = nnx.split(model)
+    last, parts = decoding.next_token_program(graphdef), []
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start : start + batch_size]
+        short = batch_size - len(batch)
+        # The last batch as full as the others, for one program.
+        batch = np.concatenate([batch, np.repeat(batch[-1:], short, 0)])
+        parts.append(np.asarray(last(state, batch))[: batch_size - short])
+        if start // batch_size % 10 == 0:
+            logging.info("prompt %d of %d", start, len(prompts))
+    return np.concatenate(parts)
 
 
 def _oracle(config: Config, name: str, prompts: np.ndarray, truth: Truth | None) -> Any:

@@ -19,13 +19,11 @@
 """
 
 from logitjax.decoding._cached_model import CachedModel as CachedModel
-from logitjax.decoding._cached_model import cached_model as cached_model
 from logitjax.decoding._draft_control import DraftControl as DraftControl
 from logitjax.decoding._engine import Engine as Engine
 from logitjax.decoding._ensemble import Ensemble as Ensemble
 from logitjax.decoding._generate import generate as generate
 from logitjax.decoding._load_ensemble import load_ensemble as load_ensemble
-from logitjax.decoding._next_token import next_token_logits as next_token_logits
 from logitjax.decoding._next_token import next_token_program as next_token_program
 from logitjax.decoding._requests import Request as Request
 from logitjax.decoding._sampling import Sampling as Sampling

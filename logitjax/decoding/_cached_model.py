@@ -29,7 +29,7 @@ class CachedModel:
       apply: the function; hashable, equal for models that can be stacked.
       params: a pytree of arrays.
       init_cache: ``(rows, max_length) -> cache``, an empty one. Of a frozen dataclass with a field
-        `ring_slack`, as `cached_model` of a decoder has it, drafts raise that to their length.
+        `ring_slack`, as that `of` a decoder is, drafts raise that to their length.
       vocab_size: last axis of the logits.
       experts: where one pass gives several models' logits, as two models with the same first
         layers do, ``apply`` returns ``[1 + experts + bases, rows, time, vocab]``: the large
@@ -47,6 +47,35 @@ class CachedModel:
     bases: int = 0
     takes_last_only: bool = False
     max_length: int | None = None
+
+    @classmethod
+    def of(cls, model: Any, *, ring_slack: int = 0) -> "CachedModel":
+        """A `CachedModel` of whatever decodes.
+
+        Args:
+          model: a `logitjax.models.Decoder` (a stacked one is converted to listed layers, which
+            decode faster); a triple ``(apply_fn, params, cache)`` whose function keeps to what
+            `CachedModel` says and whose cache is empty, with as many rows as will be decoded
+            together; or a `CachedModel`, which comes back as it is.
+          ring_slack: extra slots of windowed layers' rings, as many as drafts may be taken back.
+
+        Returns:
+          The `CachedModel`.
+
+        Raises:
+          TypeError: for anything else.
+          ValueError: for a triple whose cache has no leaf, or leaves that disagree about the rows.
+        """
+        if isinstance(model, cls):
+            return model
+        if isinstance(model, Decoder):
+            return _of_decoder(model, ring_slack)
+        if isinstance(model, tuple) and len(model) == 3 and callable(model[0]):
+            return _of_triple(*model)
+        raise TypeError(
+            "model must be a Decoder, a CachedModel or (apply_fn, params, cache), "
+            f"got {type(model).__name__}"
+        )
 
     @property
     def outputs(self) -> int:
@@ -90,35 +119,6 @@ class _GivenCache:
         if rows == 1:
             return jax.tree.map(lambda leaf: jnp.array(leaf[:1]), self.cache)
         raise ValueError(f"model: the given cache has {self.rows} rows, {rows} are needed")
-
-
-def cached_model(model: Any, *, ring_slack: int = 0) -> CachedModel:
-    """A `CachedModel` of whatever decodes.
-
-    Args:
-      model: a `logitjax.models.Decoder` (a stacked one is converted to listed layers, which decode
-        faster); a triple ``(apply_fn, params, cache)`` whose function keeps to what `CachedModel`
-        says and whose cache is empty, with as many rows as will be decoded together; or a
-        `CachedModel`, which comes back as it is.
-      ring_slack: extra slots of windowed layers' rings, as many as drafts may be taken back.
-
-    Returns:
-      The `CachedModel`.
-
-    Raises:
-      TypeError: for anything else.
-      ValueError: for a triple whose cache has no leaf, or leaves that disagree about the rows.
-    """
-    if isinstance(model, CachedModel):
-        return model
-    if isinstance(model, Decoder):
-        return _of_decoder(model, ring_slack)
-    if isinstance(model, tuple) and len(model) == 3 and callable(model[0]):
-        return _of_triple(*model)
-    raise TypeError(
-        "model must be a Decoder, a CachedModel or (apply_fn, params, cache), "
-        f"got {type(model).__name__}"
-    )
 
 
 def _of_decoder(model: Decoder, ring_slack: int) -> CachedModel:

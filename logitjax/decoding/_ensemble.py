@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from logitjax.decoding._cached_model import CachedModel, cached_model
+from logitjax.decoding._cached_model import CachedModel
 from logitjax.ops import Array, Static
 
 
@@ -217,7 +217,7 @@ class Ensemble:
         stack: bool = True,
         ring_slack: int = 0,
     ):
-        members = [cached_model(m, ring_slack=ring_slack) for m in (large, *experts, *bases)]
+        members = [CachedModel.of(m, ring_slack=ring_slack) for m in (large, *experts, *bases)]
         several = len(members) > 1 or members[0].outputs > 1
         if several and fuse is None:
             raise ValueError("fuse: several models need a function that makes one of their logits")

@@ -4,14 +4,11 @@ from logitjax.heads._adaptive_softmax import AdaptiveConfig as AdaptiveConfig
 from logitjax.heads._adaptive_softmax import AdaptiveHead as AdaptiveHead
 from logitjax.heads._adaptive_softmax import adaptive_nll as adaptive_nll
 from logitjax.heads._adaptive_softmax import adaptive_topk as adaptive_topk
-from logitjax.heads._adaptive_softmax import fit_adaptive_softmax as fit_adaptive_softmax
-from logitjax.heads._adaptive_softmax import init_adaptive_softmax as init_adaptive_softmax
 from logitjax.heads._head_cost import HeadCost as HeadCost
 from logitjax.heads._linear import LinearHead as LinearHead
 from logitjax.heads._linear import TiedHead as TiedHead
 from logitjax.heads._linear import torch_linear as torch_linear
 from logitjax.heads._low_rank import LowRankHead as LowRankHead
 from logitjax.heads._low_rank import fit_low_rank as fit_low_rank
-from logitjax.heads._low_rank import low_rank_logits as low_rank_logits
 from logitjax.heads._vocabulary_head import Assignment as Assignment
 from logitjax.heads._vocabulary_head import VocabularyHead as VocabularyHead

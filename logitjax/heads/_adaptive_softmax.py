@@ -56,106 +56,104 @@ class AdaptiveConfig:
             for i in range(len(self.cutoffs))
         )
 
+    def init(self, key: Key[jax.Array, ""], unigram: Float[Array, " vocab"]) -> dict[str, Any]:
+        """Random parameters, with biases at the unigram distribution.
 
-def init_adaptive_softmax(
-    key: Key[jax.Array, ""], config: AdaptiveConfig, unigram: Float[Array, " vocab"]
-) -> dict[str, Any]:
-    """Random parameters, with biases at the unigram distribution.
+        Args:
+          key: of the random numbers.
+          unigram: ``[vocab]`` probabilities or counts, by which tokens are ranked.
 
-    Args:
-      key: of the random numbers.
-      config: sizes.
-      unigram: ``[vocab]`` probabilities or counts, by which tokens are ranked.
+        Returns:
+          ``{"head", "head_bias", "tails": [{"down", "kernel", "bias"}], "order", "rank"}``;
+          ``order`` (rank to token) and ``rank`` are int32 tables and not trained.
 
-    Returns:
-      ``{"head", "head_bias", "tails": [{"down", "kernel", "bias"}], "order", "rank"}``; ``order``
-      (rank to token) and ``rank`` are int32 tables and not trained.
+        >>> config = AdaptiveConfig(vocab_size=6, hidden_size=4, cutoffs=(2,))
+        >>> params = config.init(jax.random.key(0), jnp.arange(6.0))
+        >>> params["order"].tolist(), params["head"].shape
+        ([5, 4, 3, 2, 1, 0], (3, 4))
+        """
+        unigram = np.asarray(unigram, np.float64)
+        order = np.argsort(-unigram, kind="stable").astype(np.int32)
+        rank = np.empty_like(order)
+        rank[order] = np.arange(len(order))
+        logs = np.log(np.maximum(unigram[order] / unigram.sum(), 1e-9))
+        first = self.cutoffs[0]
+        head_key, *keys = jax.random.split(key, 1 + len(self.cutoffs))
+        width = self.hidden_size
+        masses = [np.logaddexp.reduce(logs[a:b]) for a, b in self.tails]
+        tails = []
+        for key, (start, stop), narrow, mass in zip(keys, self.tails, self.widths, masses):
+            down_key, kernel_key = jax.random.split(key)
+            tails.append(
+                {
+                    "down": jax.random.normal(down_key, (width, narrow)) * width**-0.5,
+                    "kernel": jax.random.normal(kernel_key, (stop - start, narrow)) * narrow**-0.5,
+                    "bias": jnp.asarray(logs[start:stop] - mass, jnp.float32),
+                }
+            )
+        return {
+            "head": jax.random.normal(head_key, (first + len(tails), width)) * width**-0.5,
+            "head_bias": jnp.asarray(np.concatenate([logs[:first], masses]), jnp.float32),
+            "tails": tails,
+            "order": jnp.asarray(order),
+            "rank": jnp.asarray(rank),
+        }
 
-    >>> config = AdaptiveConfig(vocab_size=6, hidden_size=4, cutoffs=(2,))
-    >>> params = init_adaptive_softmax(jax.random.key(0), config, jnp.arange(6.0))
-    >>> params["order"].tolist(), params["head"].shape
-    ([5, 4, 3, 2, 1, 0], (3, 4))
-    """
-    unigram = np.asarray(unigram, np.float64)
-    order = np.argsort(-unigram, kind="stable").astype(np.int32)
-    rank = np.empty_like(order)
-    rank[order] = np.arange(len(order))
-    logs = np.log(np.maximum(unigram[order] / unigram.sum(), 1e-9))
-    first = config.cutoffs[0]
-    head_key, *keys = jax.random.split(key, 1 + len(config.cutoffs))
-    width = config.hidden_size
-    masses = [np.logaddexp.reduce(logs[a:b]) for a, b in config.tails]
-    tails = []
-    for key, (start, stop), narrow, mass in zip(keys, config.tails, config.widths, masses):
-        down_key, kernel_key = jax.random.split(key)
-        tails.append(
-            {
-                "down": jax.random.normal(down_key, (width, narrow)) * width**-0.5,
-                "kernel": jax.random.normal(kernel_key, (stop - start, narrow)) * narrow**-0.5,
-                "bias": jnp.asarray(logs[start:stop] - mass, jnp.float32),
-            }
-        )
-    return {
-        "head": jax.random.normal(head_key, (first + len(tails), width)) * width**-0.5,
-        "head_bias": jnp.asarray(np.concatenate([logs[:first], masses]), jnp.float32),
-        "tails": tails,
-        "order": jnp.asarray(order),
-        "rank": jnp.asarray(rank),
-    }
+    def fit(
+        self,
+        rows: Float[Array, "vocab hidden"],
+        unigram: Float[Array, " vocab"],
+        hidden_mean: Float[Array, " hidden"],
+        hidden_cov: Float[Array, "hidden hidden"],
+    ) -> dict[str, Any]:
+        """An adaptive softmax from a full head's rows.
 
+        Frequent tokens keep their rows; a tail's entry in the head is the mean of its rows,
+        weighted by frequency; inside a tail the rows less that mean are cut to the tail's width in
+        the metric of the hidden states.
 
-def fit_adaptive_softmax(
-    config: AdaptiveConfig,
-    rows: Float[Array, "vocab hidden"],
-    unigram: Float[Array, " vocab"],
-    hidden_mean: Float[Array, " hidden"],
-    hidden_cov: Float[Array, "hidden hidden"],
-) -> dict[str, Any]:
-    """An adaptive softmax from a full head's rows.
+        Args:
+          rows: ``[vocab, hidden]``.
+          unigram: ``[vocab]``, probabilities or counts.
+          hidden_mean: ``[hidden]``.
+          hidden_cov: ``[hidden, hidden]``.
 
-    Frequent tokens keep their rows; a tail's entry in the head is the mean of its rows, weighted
-    by frequency; inside a tail the rows less that mean are cut to the tail's width in the metric
-    of the hidden states.
+        Returns:
+          Parameters as of `init`.
 
-    Args:
-      config: sizes.
-      rows: ``[vocab, hidden]``.
-      unigram: ``[vocab]``, probabilities or counts.
-      hidden_mean: ``[hidden]``.
-      hidden_cov: ``[hidden, hidden]``.
-
-    Returns:
-      Parameters as of `init_adaptive_softmax`.
-
-    >>> config = AdaptiveConfig(vocab_size=3, hidden_size=2, cutoffs=(1,), div_value=1)
-    >>> params = fit_adaptive_softmax(config, jnp.eye(3, 2), jnp.arange(3.0), jnp.zeros(2),
-    ...                               jnp.eye(2))
-    >>> params["tails"][0]["kernel"].shape
-    (2, 2)
-    """
-    params = init_adaptive_softmax(jax.random.key(0), config, unigram)
-    weights = np.maximum(np.asarray(unigram, np.float64) / np.sum(unigram), 0.01 / len(unigram))
-    rows_ = jnp.asarray(rows, jnp.float32)[params["order"]]
-    weights = jnp.asarray(weights, jnp.float32)[params["order"]]
-    root, inverse = metric_roots(hidden_cov)
-    mean = jnp.asarray(hidden_mean, jnp.float32)
-    head, biases, tails = [rows_[: config.cutoffs[0]]], [jnp.zeros(config.cutoffs[0])], []
-    for (start, stop), narrow in zip(config.tails, config.widths):
-        part, weight = rows_[start:stop], weights[start:stop]
-        centre = (part * weight[:, None]).sum(0) / weight.sum()
-        mapped = (part - centre) @ root
-        scale = jnp.sqrt(weight)
-        _, vectors = jnp.linalg.eigh(jnp.einsum("vi,v,vj->ij", mapped, scale, mapped))
-        best = vectors[:, ::-1][:, :narrow]
-        kernel, down = mapped @ best, inverse @ best
-        bias = (part - centre) @ mean - kernel @ (mean @ down)
-        tails.append({"down": down, "kernel": kernel, "bias": bias})
-        head.append(centre[None])
-        # Logits of the tail are relative to the entry in the head: that one carries its mass.
-        at_mean = logsumexp((part - centre) @ mean + jnp.zeros(stop - start))
-        biases.append(at_mean[None])
-    params |= {"head": jnp.concatenate(head), "head_bias": jnp.concatenate(biases), "tails": tails}
-    return params
+        >>> config = AdaptiveConfig(vocab_size=3, hidden_size=2, cutoffs=(1,), div_value=1)
+        >>> params = config.fit(jnp.eye(3, 2), jnp.arange(3.0), jnp.zeros(2),
+        ...                               jnp.eye(2))
+        >>> params["tails"][0]["kernel"].shape
+        (2, 2)
+        """
+        params = self.init(jax.random.key(0), unigram)
+        weights = np.maximum(np.asarray(unigram, np.float64) / np.sum(unigram), 0.01 / len(unigram))
+        rows_ = jnp.asarray(rows, jnp.float32)[params["order"]]
+        weights = jnp.asarray(weights, jnp.float32)[params["order"]]
+        root, inverse = metric_roots(hidden_cov)
+        mean = jnp.asarray(hidden_mean, jnp.float32)
+        head, biases, tails = [rows_[: self.cutoffs[0]]], [jnp.zeros(self.cutoffs[0])], []
+        for (start, stop), narrow in zip(self.tails, self.widths):
+            part, weight = rows_[start:stop], weights[start:stop]
+            centre = (part * weight[:, None]).sum(0) / weight.sum()
+            mapped = (part - centre) @ root
+            scale = jnp.sqrt(weight)
+            _, vectors = jnp.linalg.eigh(jnp.einsum("vi,v,vj->ij", mapped, scale, mapped))
+            best = vectors[:, ::-1][:, :narrow]
+            kernel, down = mapped @ best, inverse @ best
+            bias = (part - centre) @ mean - kernel @ (mean @ down)
+            tails.append({"down": down, "kernel": kernel, "bias": bias})
+            head.append(centre[None])
+            # Logits of the tail are relative to the entry in the head: that one carries its mass.
+            at_mean = logsumexp((part - centre) @ mean + jnp.zeros(stop - start))
+            biases.append(at_mean[None])
+        params |= {
+            "head": jnp.concatenate(head),
+            "head_bias": jnp.concatenate(biases),
+            "tails": tails,
+        }
+        return params
 
 
 def adaptive_nll(
@@ -175,7 +173,7 @@ def adaptive_nll(
 
     Args:
       hidden: ``[*batch, hidden]``.
-      params: of `init_adaptive_softmax`.
+      params: of `AdaptiveConfig.init`.
       labels: ``[*batch]``.
       z_loss: weight of the squared log-normaliser of the head.
       block_size: positions at a time in a tail.
@@ -184,7 +182,7 @@ def adaptive_nll(
       ``[*batch]``, float32, not reduced.
 
     >>> config = AdaptiveConfig(vocab_size=6, hidden_size=4, cutoffs=(2,))
-    >>> params = init_adaptive_softmax(jax.random.key(0), config, jnp.arange(1.0, 7.0))
+    >>> params = config.init(jax.random.key(0), jnp.arange(1.0, 7.0))
     >>> print(jnp.exp(-adaptive_nll(jnp.zeros((2, 4)), params, jnp.array([5, 0]))).round(3))
     [0.286 0.048]
 
@@ -217,7 +215,7 @@ def adaptive_log_probs(
     """All V log-probabilities, in the order of the tokens.
 
     >>> config = AdaptiveConfig(vocab_size=6, hidden_size=4, cutoffs=(2,))
-    >>> params = init_adaptive_softmax(jax.random.key(0), config, jnp.ones(6))
+    >>> params = config.init(jax.random.key(0), jnp.ones(6))
     >>> print(jnp.exp(adaptive_log_probs(jnp.ones((1, 4)), params)).sum().round(4))
     1.0
     """
@@ -239,7 +237,7 @@ def adaptive_topk(hidden: Float[Array, "*batch hidden"], params: dict[str, Any],
 
     Args:
       hidden: ``[*batch, hidden]``.
-      params: of `init_adaptive_softmax`.
+      params: of `AdaptiveConfig.init`.
       k: at most the number of frequent tokens.
 
     Returns:
@@ -249,7 +247,7 @@ def adaptive_topk(hidden: Float[Array, "*batch hidden"], params: dict[str, Any],
       ValueError: ``k`` is not in 1..frequent tokens.
 
     >>> config = AdaptiveConfig(vocab_size=6, hidden_size=4, cutoffs=(2,))
-    >>> params = init_adaptive_softmax(jax.random.key(0), config, jnp.arange(1.0, 7.0))
+    >>> params = config.init(jax.random.key(0), jnp.arange(1.0, 7.0))
     >>> adaptive_topk(jnp.zeros((1, 4)), params, 2).indices
     Array([[5, 4]], dtype=int32)
     """
@@ -287,7 +285,7 @@ class AdaptiveHead(VocabularyHead):
     Args:
       config: sizes.
       unigram: ``[vocab]`` counts or probabilities, by which tokens are ranked.
-      params: of `fit_adaptive_softmax`; random when omitted.
+      params: of `AdaptiveConfig.fit`; random when omitted.
       dtype: compute dtype.
       rngs: source of the initial weights.
 
@@ -306,7 +304,7 @@ class AdaptiveHead(VocabularyHead):
         rngs: nnx.Rngs,
     ):
         if params is None:
-            params = init_adaptive_softmax(rngs.params(), config, unigram)
+            params = config.init(rngs.params(), unigram)
         self.dtype = dtype
         self.head = nnx.Param(params["head"])
         self.head_bias = nnx.Param(params["head_bias"])

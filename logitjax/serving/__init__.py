@@ -4,10 +4,10 @@
 policy lets out. It needs the extra `serve`.
 """
 
-from logitjax.storage import require
+from logitjax import storage
 
 for _package in ("pydantic", "starlette"):
-    require(_package, extra="serve")
+    storage.require(_package, extra="serve")
 
 from logitjax.serving._app import build_app as build_app  # noqa: E402
 from logitjax.serving._config import ServerConfig as ServerConfig  # noqa: E402

@@ -162,7 +162,7 @@ def paired_model(target: Decoder, assistant: Assistant, *, ring_slack: int = 0) 
       target: the large model. A stacked one is converted to listed layers, which copies them.
       assistant: from `Assistant.init` of this model, with trained adapters. Only
         its adapters are read: the weights below them are the target's.
-      ring_slack: see `cached_model`.
+      ring_slack: see `CachedModel.of`.
 
     Returns:
       A `CachedModel` with one expert.

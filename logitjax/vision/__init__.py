@@ -10,5 +10,4 @@ from logitjax.vision._clip_config import CLIPConfig as CLIPConfig
 from logitjax.vision._encoder import Encoder as Encoder
 from logitjax.vision._encoder import zero_shot_classifier as zero_shot_classifier
 from logitjax.vision._load_encoder import load_encoder as load_encoder
-from logitjax.vision._preprocessing import Preprocessing as Preprocessing
 from logitjax.vision._torch_layout import load_torch_weights as load_torch_weights

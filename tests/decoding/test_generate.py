@@ -161,4 +161,4 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="tokenizer"):
         TextOptions(stop_strings=["x"])
     with pytest.raises(TypeError, match="Decoder, a CachedModel"):
-        decoding.cached_model(3)
+        decoding.CachedModel.of(3)

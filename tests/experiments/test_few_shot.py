@@ -21,6 +21,7 @@ from experiments.few_shot import sources as few_shot_sources
 from experiments.few_shot import synsets as few_shot_synsets
 from logitjax import data, training, vision
 from logitjax.few_shot._sweep import with_settings
+from logitjax.vision._preprocessing import Preprocessing
 
 
 def never(step: int) -> bool:
@@ -119,7 +120,7 @@ def test_pictures_become_a_task_with_views_and_a_shifted_test(tmp_path, monkeypa
     classes = 3
     model = vision.create_classifier("resnet8", num_classes=1000, rngs=nnx.Rngs(0))
     encoder = vision.Encoder(
-        "tiny", model, vision.Preprocessing(size=16, resize=16), num_features=64, num_classes=1000
+        "tiny", model, Preprocessing(size=16, resize=16), num_features=64, num_classes=1000
     )
     monkeypatch.setattr(vision, "load_encoder", lambda spec, size=None: encoder)
     source = few_shot_sources.Source(

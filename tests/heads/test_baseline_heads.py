@@ -12,12 +12,10 @@ from logitjax.heads import (
     TiedHead,
     adaptive_nll,
     adaptive_topk,
-    fit_adaptive_softmax,
     fit_low_rank,
-    low_rank_logits,
 )
-from logitjax.heads._adaptive_softmax import adaptive_log_probs, init_adaptive_softmax
-from logitjax.heads._low_rank import low_rank_nll
+from logitjax.heads._adaptive_softmax import adaptive_log_probs
+from logitjax.heads._low_rank import low_rank_logits, low_rank_nll
 from logitjax.models import Decoder, DecoderConfig
 from logitjax.vq import ProductHead, ShortlistHead, VQHead, fit_product_codes
 from tests._compiled import compiled
@@ -48,7 +46,7 @@ def case():
     hidden = rng.normal(size=(COUNT, WIDTH)).astype(np.float32)
     labels = rng.integers(0, VOCAB, COUNT).astype(np.int32)
     rows = rng.normal(size=(VOCAB, WIDTH)).astype(np.float32)
-    params = init_adaptive_softmax(jax.random.key(0), CONFIG, unigram)
+    params = CONFIG.init(jax.random.key(0), unigram)
     return dict(unigram=unigram, hidden=hidden, labels=labels, rows=rows, params=params)
 
 
@@ -85,9 +83,7 @@ def test_adaptive_top_k_is_exact_whether_or_not_a_tail_is_needed(case):
 @pytest.mark.many_programs("fits a head out of another")
 def test_adaptive_from_a_full_head_of_full_width_ranks_the_frequent_as_it_does(case):
     config = AdaptiveConfig(vocab_size=VOCAB, hidden_size=WIDTH, cutoffs=(40,), div_value=1.0)
-    params = fit_adaptive_softmax(
-        config, case["rows"], case["unigram"], np.zeros(WIDTH), np.eye(WIDTH)
-    )
+    params = config.fit(case["rows"], case["unigram"], np.zeros(WIDTH), np.eye(WIDTH))
     frequent = np.asarray(params["order"][:40])
     log_probs = np.asarray(log_probs_of(case["hidden"], params))[:, frequent]
     full = (case["hidden"] @ case["rows"].T)[:, frequent]

@@ -11,8 +11,8 @@ from logitjax import vq
 from logitjax.heads import (
     LowRankHead,
     fit_low_rank,
-    low_rank_logits,
 )
+from logitjax.heads._low_rank import low_rank_logits
 from logitjax.models import Decoder, DecoderConfig
 from logitjax.vq import ProductHead, ScreenedHead, VQHead, exact_rows
 from logitjax.vq._screened import screened_logits
