@@ -64,7 +64,7 @@ def _adaptive(hidden: int, vocab: int, unigram: np.ndarray) -> dict[str, Any]:
 def _decoders(case: dict[str, Any], codes: int) -> dict[str, Callable[[jax.Array], Any]]:
     rows, codebook, bias = case["rows"], case["codebook"], case["bias"]
     tables = vq.vq_tables(bias, case["assignment"], codes, width=TOP)
-    pages = vq.make_pages(bias, case["assignment"], size=8)
+    pages = vq.Pages.cut(bias, case["assignment"], size=8)
     num_pages = min(128, pages.tokens.shape[0])
     adaptive = _adaptive(rows.shape[1], rows.shape[0], case["unigram"])
     rank = min(48, rows.shape[1] // 4)
@@ -72,9 +72,9 @@ def _decoders(case: dict[str, Any], codes: int) -> dict[str, Callable[[jax.Array
     vocab, hidden = rows.shape
     part = 3 if hidden % 3 == 0 else 4
     random = np.random.default_rng(1)
-    blocks = (-(-vocab // 32), -(-(hidden // part) // 2), 32)
-    packed = jnp.asarray(random.integers(0, 256, blocks, np.uint8))
     books = jnp.asarray(random.standard_normal((hidden // part, 16, part), np.float32))
+    codes_of = jnp.asarray(random.integers(0, 16, (vocab, hidden // part), np.uint8))
+    packed = vq.ProductCodes(books, codes_of, bias).packed()
 
     def full(h: jax.Array, rows: jax.Array) -> Any:
         return ops.top_k(losses.Head(rows, vocab_axis=0).logits(h), TOP)
@@ -85,26 +85,20 @@ def _decoders(case: dict[str, Any], codes: int) -> dict[str, Callable[[jax.Array
 
     def shortlist(h: jax.Array, weights: tuple[Any, ...]) -> Any:
         codebook, pages, rows = weights
-        chosen = vq.Shortlist(pages=pages, rescore=vq.exact_rows(rows), num_pages=num_pages)
-        return vq.shortlist_topk(h, codebook, TOP, shortlist=chosen, with_tail=False)
+        chosen = vq.Shortlist(pages=pages, rescore=rows, num_pages=num_pages)
+        return chosen.top_k(h, codebook, TOP, with_tail=False)
 
     def screened(h: jax.Array, screen: Callable[[jax.Array], jax.Array], rows: jax.Array) -> Any:
-        return vq.screened_topk(
-            h,
-            TOP,
-            screen=screen,
-            rescore=vq.exact_rows(rows),
-            num_candidates=candidates,
-            with_log_z=False,
-        )
+        chosen = vq.Screen(cheap=screen, rescore=rows, num_candidates=candidates)
+        return chosen.top_k(h, TOP, with_log_z=False)
 
     def low_rank(h: jax.Array, weights: tuple[Any, ...]) -> Any:
         down, kernel, rows = weights
         return screened(h, lambda h: losses.Head(kernel, vocab_axis=0).logits(h @ down), rows)
 
     def product(h: jax.Array, weights: tuple[Any, ...]) -> Any:
-        books, packed, bias, rows = weights
-        return screened(h, lambda h: vq.packed_logits(h, books, packed, bias), rows)
+        packed, rows = weights
+        return screened(h, packed.logits, rows)
 
     def tails(h: jax.Array, params: Any) -> Any:
         return heads.adaptive_topk(h, params, TOP)
@@ -114,7 +108,7 @@ def _decoders(case: dict[str, Any], codes: int) -> dict[str, Callable[[jax.Array
         "vq": (of_codes, (codebook, tables)),
         "shortlist": (shortlist, (codebook, pages, rows)),
         "low-rank screen": (low_rank, (rows[:rank].T, rows[:, :rank], rows)),
-        "packed product screen": (product, (books, packed, bias, rows)),
+        "packed product screen": (product, (packed, rows)),
         "adaptive": (tails, adaptive),
     }
     return {

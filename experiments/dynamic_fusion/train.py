@@ -148,9 +148,9 @@ class Lineup:
             options: Any = dict(max_tokens=tokens, source=text.fingerprint)
             processes.run_on_first(
                 f"{directory}",
-                lambda: vq.cache_hidden_states(model, rows, directory, **options),
+                lambda: vq.HiddenCache.of(model, rows, directory, **options),
             )
-        cache = vq.open_hidden_states(directory)
+        cache = vq.HiddenCache.open(directory)
         return Scored(np.asarray(cache.hidden), cache.labels)
 
     def forget(self, variant: Variant) -> None:

@@ -99,7 +99,7 @@ def tune(
     config = ctx.config
     budget: Any = dict(steps=config.steps, batch_size=config.batch_size, seed=trial.seed)
     tuning = vq.Tuning(**budget | {"learning_rate": trial.rate} | changes)
-    params, curve = vq.tune_head(loss, params, arrays, tuning, constants=constants, mesh=ctx.mesh)
+    params, curve = tuning.run(loss, params, arrays, constants=constants, mesh=ctx.mesh)
     return params, tuple(curve)
 
 
@@ -108,9 +108,16 @@ def cost_of(head: Callable[..., Any], *sizes: int, **options: Any) -> heads.Head
     return nnx.eval_shape(lambda: head(*sizes, **options, rngs=nnx.Rngs(0))).cost()
 
 
-def product_codes(ctx: Context, groups: int, num_codes: int, seed: int) -> tuple[Any, Any, Any]:
-    """Codebooks and codes of the old rows, and a bias with what they lose at the mean state."""
-    codebooks, codes = vq.fit_product_codes(
+def label_loss(params: Any, constants: Any, hidden: Any, labels: Any) -> jax.Array:
+    """Cross-entropy of a VQ head on the labels."""
+    return vq.vq_nll(
+        hidden, params["codebook"], params.get("bias"), constants["assignment"], labels
+    )
+
+
+def product_codes(ctx: Context, groups: int, num_codes: int, seed: int) -> vq.ProductCodes:
+    """Codes of the old rows, and a bias with what they lose at the mean state."""
+    found = vq.ProductCodes.fit(
         ctx.rows,
         ctx.unigram,
         ctx.statistics.cov,
@@ -119,8 +126,9 @@ def product_codes(ctx: Context, groups: int, num_codes: int, seed: int) -> tuple
         key=jax.random.key(seed),
         iterations=ctx.config.kmeans_iterations,
     )
-    bias = (ctx.rows - vq.product_kernel(codebooks, codes)) @ ctx.statistics.mean
-    return codebooks, codes, bias if ctx.row_bias is None else bias + ctx.row_bias
+    bias = (ctx.rows - found.kernel()) @ ctx.statistics.mean
+    bias = bias if ctx.row_bias is None else bias + ctx.row_bias
+    return dataclasses.replace(found, bias=bias)
 
 
 def _vq(ctx: Context, trial: Trial) -> Converted:
@@ -137,12 +145,10 @@ def _vq(ctx: Context, trial: Trial) -> Converted:
         reassign_every=config.reassign_every,
         seed=trial.seed,
     )
-    head, history = vq.fit_vq_head(
-        ctx.rows,
-        ctx.row_bias,
+    head, history = options.fit(
+        losses.Head(ctx.rows, ctx.row_bias, vocab_axis=0),
         train.hidden,
         train.targets,
-        options,
         statistics=ctx.statistics,
         start=ctx.fit("weighted_kmeans" if method == "likelihood" else method, codes, trial.seed),
         mesh=ctx.mesh,
@@ -153,7 +159,7 @@ def _vq(ctx: Context, trial: Trial) -> Converted:
     curve = tuple(history["loss"])
     if labels_too:
         labelled, constants = [train.hidden, train.labels], {"assignment": assignment}
-        params, curve = tune(ctx, trial, vq.vq_label_loss, params, labelled, constants)
+        params, curve = tune(ctx, trial, label_loss, params, labelled, constants)
         head.load(params["codebook"], params["bias"], assignment)
     tables = vq.vq_tables(params["bias"], assignment, codes, width=5)
 
@@ -161,7 +167,7 @@ def _vq(ctx: Context, trial: Trial) -> Converted:
         return vq.vq_topk(hidden, arrays["codebook"], arrays["tables"], 5).indices
 
     return Converted(
-        nll=lambda arrays, hidden, labels: vq.vq_label_loss(arrays, arrays, hidden, labels),
+        nll=lambda arrays, hidden, labels: label_loss(arrays, arrays, hidden, labels),
         top_k=top_k,
         params=params,
         given={"assignment": assignment, "tables": tables},
@@ -258,44 +264,42 @@ def _low_rank(ctx: Context, trial: Trial) -> Converted:
 def _product(ctx: Context, trial: Trial) -> Converted:
     config, packed = ctx.config, trial.arm == "packed_product"
     groups = config.packed_groups if packed else config.product_groups
-    codebooks, codes, bias = product_codes(
-        ctx, groups, 16 if packed else config.product_codes, trial.seed
-    )
+    fit = product_codes(ctx, groups, 16 if packed else config.product_codes, trial.seed)
 
     def effective(params: Any, constants: Any) -> Any:
-        rows = vq.product_kernel(params["codebooks"], constants["codes"])
+        rows = vq.ProductCodes(params["codebooks"], constants["codes"]).kernel()
         return {"kernel": rows, "bias": params["bias"]}
 
-    start = {"codebooks": codebooks, "bias": bias}
-    params, curve = _imitating(ctx, trial, effective, start, {"codes": codes})
-    num_codes = codebooks.shape[1]
+    start = {"codebooks": fit.codebooks, "bias": fit.bias}
+    params, curve = _imitating(ctx, trial, effective, start, {"codes": fit.codes})
+    num_codes = fit.codebooks.shape[1]
     shape: Any = dict(groups=groups, num_codes=num_codes, packed=packed)
     cost = cost_of(vq.ProductHead, ctx.width, ctx.vocab, **shape)
+    tuned = vq.ProductCodes(params["codebooks"], fit.codes, params["bias"])
     if packed:
-        return _packed(params, codes, cost, curve)
+        return _packed(tuned, cost, curve)
 
     def lookup(arrays: Any, hidden: Any) -> Any:
         """The sums of `_linear_logits`, less to read."""
-        codebooks, codes = arrays["product"]
-        return vq.product_logits(hidden, codebooks, codes, arrays["bias"])
+        return dataclasses.replace(arrays["product"], bias=arrays["bias"]).logits(hidden)
 
-    real = jax.jit(effective)(params, {"codes": codes})
-    given = {"product": (params["codebooks"], codes)}
+    real = jax.jit(effective)(params, {"codes": fit.codes})
+    given = {"product": dataclasses.replace(tuned, bias=None)}
     ways: Any = dict(lookup=lookup, decode=_top_5(lookup))
     return _linear(real, given, cost, curve=curve, **ways)
 
 
-def _packed(params: Any, codes: Any, cost: heads.HeadCost, curve: tuple[float, ...]) -> Converted:
+def _packed(codes: vq.ProductCodes, cost: heads.HeadCost, curve: tuple[float, ...]) -> Converted:
     """The same codes, two a byte: everything is measured with the logits that decoding has."""
 
     def logits(arrays: Any, hidden: Any) -> Any:
-        return vq.packed_logits(hidden, arrays["codebooks"], arrays["packed"], arrays["bias"])
+        return arrays["packed"].logits(hidden)
 
     return Converted(
         nll=lambda arrays, h, y: losses.cross_entropy(logits(arrays, h), y),
         top_k=_top_5(logits),
-        params=params,
-        given={"packed": vq.pack_codes(codes)},
+        params={},
+        given={"packed": codes.packed()},
         cost=cost,
         trains=False,
         curve=curve,

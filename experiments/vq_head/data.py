@@ -104,20 +104,14 @@ def _prepare(config: Config, workdir: epath.Path) -> Context:
     }
     splits = {}
     for name, size in sizes.items():
-        cache = vq.cache_hidden_states(
+        cache = vq.HiddenCache.of(
             model,
             _batches(packed[name], config.batch_rows),
             root / f"hidden_{name}",
             max_tokens=size,
             source=f"{packed[name].fingerprint}, {config.batch_rows} rows a batch",
         )
-        targets = vq.cached_head_targets(
-            root / f"targets_{name}",
-            cache,
-            rows,
-            row_bias,
-            soft_cap=model.config.logits_softcap,
-        )
+        targets = cache.head_targets(root / f"targets_{name}", head)
         splits[name] = Split(cache.hidden, cache.labels, targets)
     total = sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
     tied = model.config.tie_embeddings
@@ -128,7 +122,7 @@ def _prepare(config: Config, workdir: epath.Path) -> Context:
         tied=tied,
         trunk_parameters=total - rows.size * (1 if tied else 2),
         unigram=jnp.asarray(count_tokens(packed["train"], len(rows)) + 0.1, jnp.float32),
-        statistics=vq.head_statistics(splits["train"].hidden),
+        statistics=vq.HiddenCache(splits["train"].hidden, splits["train"].labels).statistics(),
         splits=splits,
         packed=packed,
         mesh=training.make_mesh(config.mesh, partial=True),

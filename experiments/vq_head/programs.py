@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.shared import shapes
-from experiments.vq_head import train
+from experiments.vq_head import arms, train
 from experiments.vq_head.config import Config
 from logitjax import vq
 from logitjax.training import Program
@@ -29,7 +29,7 @@ def programs(config: Config, mesh: Any) -> Iterator[Program]:
 
     vocab, width = config.scratch_vocab, config.scratch_width
     graphdef, trunk, rest = train.make_trunk(config, vocab, abstract=True)
-    loss_fn = train.make_loss(graphdef, rest, vq.vq_label_loss)
+    loss_fn = train.make_loss(graphdef, rest, arms.label_loss)
     update = train.make_update(loss_fn, config, mesh, config.scratch_learning_rate[0])
     columns = {"tokens": (jnp.int32, config.seq_len), "mask": (jnp.bool_, config.seq_len)}
     batch = shapes.rows(mesh, config.scratch_batch, **columns)

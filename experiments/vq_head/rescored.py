@@ -8,7 +8,7 @@ from flax import nnx
 
 from experiments.vq_head import arms
 from experiments.vq_head.data import Context
-from logitjax import heads, vq
+from logitjax import heads, losses, vq
 
 
 def shortlist(
@@ -17,34 +17,28 @@ def shortlist(
     """Re-scores a shortlist of a converted head with the old rows, or product-quantised ones."""
     config = ctx.config
     codebook, bias, assignment = (base.arrays[k] for k in ("codebook", "bias", "assignment"))
-    margin = vq.row_spread(ctx.rows, codebook, assignment, ctx.statistics.cov)
-    pages = vq.make_pages(bias, assignment, size=config.page_size, margin=margin)
+    margin = vq.Pages.spread(ctx.rows, codebook, assignment, ctx.statistics.cov)
+    pages = vq.Pages.cut(bias, assignment, size=config.page_size, margin=margin)
     num_pages = min(num_pages, pages.tokens.shape[0])
-    rescoring: Any
+    rows: Any = losses.Head(ctx.rows, ctx.row_bias, vocab_axis=0)
     if groups:
-        *product, row_bias = arms.product_codes(ctx, groups, config.product_codes, seed)
-        rows, rescoring = tuple(product), vq.product_rows
-    else:
-        rows, row_bias, rescoring = (ctx.rows,), ctx.row_bias, vq.exact_rows
+        rows = arms.product_codes(ctx, groups, config.product_codes, seed)
 
     def chosen(arrays: Any) -> vq.Shortlist:
         return vq.Shortlist(
             pages=arrays["pages"],
-            rescore=rescoring(*arrays["rows"], arrays["row_bias"]),
+            rescore=arrays["rows"].logits_at if groups else arrays["rows"],
             num_pages=num_pages,
             calibration=arrays["calibration"],
         )
 
     def nll(arrays: Any, hidden: Any, labels: Any) -> Any:
         codes = (arrays["codebook"], arrays["bias"], arrays["assignment"])
-        return vq.shortlist_nll(hidden, *codes, labels, shortlist=chosen(arrays))
+        return chosen(arrays).nll(hidden, *codes, labels)
 
     def top_k(arrays: Any, hidden: Any) -> Any:
         k = min(5, num_pages * config.page_size)
-        top = vq.shortlist_topk(
-            hidden, arrays["codebook"], k, shortlist=chosen(arrays), with_tail=False
-        )
-        return top.indices
+        return chosen(arrays).top_k(hidden, arrays["codebook"], k, with_tail=False).indices
 
     head = vq.ShortlistHead(
         ctx.width,
@@ -63,7 +57,7 @@ def shortlist(
         nll=nll,
         top_k=top_k,
         params={"codebook": codebook, "bias": bias, "calibration": jnp.array([1.0, 0.0])},
-        given={"assignment": assignment, "pages": pages, "rows": rows, "row_bias": row_bias},
+        given={"assignment": assignment, "pages": pages, "rows": rows},
         cost=cost,
         floor=base.floor,
     )
@@ -89,28 +83,28 @@ def screened(ctx: Context, base: arms.Converted, candidates: int) -> arms.Conver
     """Re-scores the best tokens of a cheap head with the old rows."""
     if base.logits is None:
         raise ValueError("base: expected a head with V logits to screen with, got one without")
-    given = {"screen": base.arrays, "rows": ctx.rows, "row_bias": ctx.row_bias}
+    rows = losses.Head(ctx.rows, ctx.row_bias, vocab_axis=0)
 
-    def options(arrays: Any, logits: Any) -> dict[str, Any]:
-        return {
-            "screen": lambda hidden: logits(arrays["screen"], hidden),
-            "rescore": vq.exact_rows(arrays["rows"], arrays["row_bias"]),
-            "num_candidates": candidates,
-        }
+    def screen(arrays: Any, logits: Any) -> vq.Screen:
+        return vq.Screen(
+            cheap=lambda hidden: logits(arrays["screen"], hidden),
+            rescore=arrays["rows"],
+            num_candidates=candidates,
+        )
 
     def nll(arrays: Any, hidden: Any, labels: Any) -> Any:
-        return vq.screened_nll(hidden, labels, **options(arrays, base.logits))
+        return screen(arrays, base.logits).nll(hidden, labels)
 
     def top_k(logits: Any) -> Any:
         return lambda arrays, hidden: (
-            vq.screened_topk(hidden, 5, with_log_z=False, **options(arrays, logits)).indices
+            screen(arrays, logits).top_k(hidden, 5, with_log_z=False).indices
         )
 
     return arms.Converted(
         nll=nll,
         top_k=top_k(base.logits),
         params={},
-        given=given,
+        given={"screen": base.arrays, "rows": rows},
         cost=base.cost.with_rows(candidates, ctx.width, own=0 if ctx.tied else ctx.vocab),
         trains=False,
         decode=top_k(base.lookup) if base.lookup else None,

@@ -14,6 +14,7 @@ from flax import nnx
 from experiments.shared import fit
 from experiments.shared.records import Record
 from experiments.shared.small_text import Text
+from experiments.vq_head import arms
 from experiments.vq_head.config import Config
 from experiments.vq_head.data import Context
 from logitjax import heads, losses, models, training, vq
@@ -169,7 +170,7 @@ def _head(ctx: Context, arm: str, seed: int) -> Head:
     params = {"codebook": normal(codes, width)}
     if arm != "vq_plain":
         params["bias"] = log_unigram
-    return Head(params, {"assignment": assignment.astype(jnp.int32)}, vq.vq_label_loss)
+    return Head(params, {"assignment": assignment.astype(jnp.int32)}, arms.label_loss)
 
 
 def _full_nll(params: Any, given: Any, hidden: Any, labels: Any) -> Any:

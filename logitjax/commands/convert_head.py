@@ -7,8 +7,7 @@ It reads the text once and keeps the hidden states, fits codes to the rows of th
 them to its distribution, and writes WORKDIR/head and WORKDIR/report.md: perplexity on held-out text
 and size, before and after. In Python,
 
-    head = vq.load_head("WORKDIR/head")
-    model = vq.with_head(models.load("MODEL", layout="listed")[0], head)
+    model = models.load("MODEL", layout="listed")[0].with_head(vq.load_head("WORKDIR/head"))
 
 is the converted model. `--kind=vq` gives one code to several tokens, and a bias to each;
 `--kind=shortlist` lets codes choose pages of tokens whose exact rows score them again. Kill it
@@ -83,7 +82,7 @@ def run(config: Config, workdir: epath.Path) -> None:
         mesh=mesh,
     )
     with processes.first_before_others("held-out hidden states"):
-        held_out = vq.cache_hidden_states(
+        held_out = vq.HiddenCache.of(
             model,
             _batches(packed["test"], config.batch_rows),
             workdir / "held_out",
@@ -117,7 +116,7 @@ def _source(packed: data.PackedDataset, config: Config) -> str:
 
 
 def _report(config: Config, old: Any, new: Any, held_out: Any) -> str:
-    qualities = [vq.measure_head(model, held_out) for model in (old, new)]
+    qualities = [held_out.measure(model) for model in (old, new)]
     table = []
     for name, model, quality in zip(("before", "after"), (old, new), qualities, strict=True):
         cost = model.head.cost(model.embedding[...])

@@ -412,6 +412,15 @@ class Decoder(nnx.Module):
         head = self.head.as_linear(self.embedding[...])
         return dataclasses.replace(head, soft_cap=self.config.logits_softcap)
 
+    def with_head(self, head: nnx.Module) -> "Decoder":
+        """The same decoder, parameters shared, with another head and no soft cap of its own."""
+        graphdef, state = nnx.split(self)
+        new = nnx.merge(graphdef, state)
+        new.head = head
+        if new.config.logits_softcap is not None:
+            new.config = dataclasses.replace(new.config, logits_softcap=None)
+        return new
+
     def init_cache(self, batch: int, max_length: int, dtype: Any = None) -> Cache:
         """An empty cache in this model's layout and compute dtype."""
         dtype = self.dtype if dtype is None else dtype

@@ -1,41 +1,34 @@
+"""Heads that share codes among tokens, and heads that score again what a cheap one finds.
+
+- `fit_assignment`, `perplexity_floor`: which tokens share a code, and what that can reach.
+- `vq_nll`, `vq_logits`, `vq_tables`, `vq_topk`, `vq_sample`: the vector-quantised head as functions
+  of arrays, `VQHead` as a module.
+- `ProductCodes`: rows of a code in each group of dimensions; `ProductHead` as a module.
+- `Shortlist` over `Pages`, `Screen`: better rows for the best tokens; `ShortlistHead` and
+  `ScreenedHead` as modules.
+- `convert_head` replaces a model's head; its steps are `HiddenCache.of` and its methods,
+  `ConvertConfig.fit` and `Tuning.run`.
+"""
+
 from logitjax.vq._assignment import fit_assignment as fit_assignment
 from logitjax.vq._assignment import perplexity_floor as perplexity_floor
 from logitjax.vq._convert import ConvertConfig as ConvertConfig
 from logitjax.vq._convert import convert_head as convert_head
-from logitjax.vq._convert import fit_vq_head as fit_vq_head
-from logitjax.vq._convert import head_statistics as head_statistics
 from logitjax.vq._convert import load_head as load_head
 from logitjax.vq._convert import save_head as save_head
-from logitjax.vq._convert import with_head as with_head
 from logitjax.vq._decode import vq_sample as vq_sample
 from logitjax.vq._decode import vq_tables as vq_tables
 from logitjax.vq._decode import vq_topk as vq_topk
 from logitjax.vq._heads import ShortlistHead as ShortlistHead
 from logitjax.vq._heads import VQHead as VQHead
-from logitjax.vq._hidden_cache import cache_hidden_states as cache_hidden_states
-from logitjax.vq._hidden_cache import open_hidden_states as open_hidden_states
+from logitjax.vq._hidden_cache import HiddenCache as HiddenCache
 from logitjax.vq._loss import vq_logits as vq_logits
 from logitjax.vq._loss import vq_nll as vq_nll
-from logitjax.vq._measure import measure_head as measure_head
-from logitjax.vq._product import fit_product_codes as fit_product_codes
-from logitjax.vq._product import product_kernel as product_kernel
-from logitjax.vq._product import product_logits as product_logits
-from logitjax.vq._product import product_rows as product_rows
+from logitjax.vq._product_codes import ProductCodes as ProductCodes
 from logitjax.vq._product_head import ProductHead as ProductHead
-from logitjax.vq._product_packed import pack_codes as pack_codes
-from logitjax.vq._product_packed import packed_logits as packed_logits
+from logitjax.vq._screened import Screen as Screen
 from logitjax.vq._screened import ScreenedHead as ScreenedHead
-from logitjax.vq._screened import screened_nll as screened_nll
-from logitjax.vq._screened import screened_topk as screened_topk
+from logitjax.vq._shortlist import Pages as Pages
 from logitjax.vq._shortlist import Shortlist as Shortlist
-from logitjax.vq._shortlist import exact_rows as exact_rows
-from logitjax.vq._shortlist import make_pages as make_pages
-from logitjax.vq._shortlist import row_spread as row_spread
-from logitjax.vq._shortlist import shortlist_nll as shortlist_nll
-from logitjax.vq._shortlist import shortlist_topk as shortlist_topk
-from logitjax.vq._targets import cached_head_targets as cached_head_targets
 from logitjax.vq._tune import Tuning as Tuning
 from logitjax.vq._tune import reassign_from_labels as reassign_from_labels
-from logitjax.vq._tune import tune_head as tune_head
-from logitjax.vq._tune import vq_distillation_loss as vq_distillation_loss
-from logitjax.vq._tune import vq_label_loss as vq_label_loss

@@ -11,11 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from etils import epath
-from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Float
 
 from logitjax import processes
+from logitjax.losses import Head
 from logitjax.ops import Array
 from logitjax.storage import require, write_atomic
 from logitjax.vq._assignment import (
@@ -26,9 +25,9 @@ from logitjax.vq._assignment import (
     perplexity_floor,
 )
 from logitjax.vq._heads import ShortlistHead, VQHead
-from logitjax.vq._hidden_cache import HiddenCache, cache_hidden_states
+from logitjax.vq._hidden_cache import HeadStatistics, HiddenCache, head_statistics
 from logitjax.vq._shortlist import Pages
-from logitjax.vq._targets import HeadTargets, cached_head_targets
+from logitjax.vq._targets import HeadTargets
 from logitjax.vq._tune import Tuning, tune_vq_head
 
 
@@ -75,111 +74,80 @@ class ConvertConfig:
         if self.num_pages and not self.use_bias:
             raise ValueError("num_pages: a shortlist needs biases, set use_bias=True")
 
+    def fit(
+        self,
+        head: Head,
+        hidden: np.ndarray,
+        targets: HeadTargets,
+        *,
+        statistics: HeadStatistics | None = None,
+        unigram: Array | None = None,
+        start: VQFit | None = None,
+        mesh: Mesh | None = None,
+    ) -> tuple[VQHead, dict[str, list[float]]]:
+        """Fits and tunes a head on cached hidden states: `convert_head` without the model.
 
-@dataclasses.dataclass(frozen=True)
-class HeadStatistics:
-    """First and second moments of hidden states: ``mean [hidden]``, ``cov [hidden, hidden]``."""
+        Args:
+          head: the old one.
+          hidden: ``[count, hidden]``.
+          targets: of `HiddenCache.head_targets`, for the same positions.
+          statistics: of ``hidden``.
+          unigram: ``[vocab]`` counts; what the old head expects when omitted.
+          start: a fit to tune, instead of a new one.
+          mesh: as of `Tuning.run`.
 
-    mean: jax.Array
-    cov: jax.Array
-
-
-def head_statistics(
-    hidden: Float[Array, "count hidden"], *, block_size: int = 8192
-) -> HeadStatistics:
-    """Mean and covariance of cached hidden states, by blocks.
-
-    >>> stats = head_statistics(np.array([[0.0, 1.0], [2.0, 1.0]], np.float32))
-    >>> print(stats.mean, stats.cov.tolist())
-    [1. 1.] [[1.0, 0.0], [0.0, 0.0]]
-    """
-    total, square = jnp.zeros(hidden.shape[1]), jnp.zeros((hidden.shape[1],) * 2)
-    # About the first block's mean: the square of a large mean would drown the variance.
-    shift = jnp.asarray(np.asarray(hidden[:block_size], np.float32).mean(0))
-    for start in range(0, len(hidden), block_size):
-        block = jnp.asarray(np.asarray(hidden[start : start + block_size], np.float32)) - shift
-        total, square = total + block.sum(0), square + block.T @ block
-    mean = total / len(hidden)
-    return HeadStatistics(mean + shift, square / len(hidden) - jnp.outer(mean, mean))
-
-
-def fit_vq_head(
-    rows: Array,
-    row_bias: Array | None,
-    hidden: np.ndarray,
-    targets: HeadTargets,
-    config: ConvertConfig,
-    *,
-    statistics: HeadStatistics | None = None,
-    unigram: Array | None = None,
-    start: VQFit | None = None,
-    mesh: Mesh | None = None,
-) -> tuple[VQHead, dict[str, list[float]]]:
-    """Fits and tunes a head on cached hidden states: `convert_head` without the model.
-
-    Args:
-      rows: ``[vocab, hidden]`` of the old head.
-      row_bias: ``[vocab]`` or None.
-      hidden: ``[count, hidden]``.
-      targets: of `head_targets`, for the same positions.
-      config: sizes and budget.
-      statistics: of ``hidden``.
-      unigram: ``[vocab]`` counts; what the old head expects when omitted.
-      start: a fit to tune, instead of a new one.
-      mesh: as of `tune_head`.
-
-    Returns:
-      The head, and the tuning's history (``loss``: KL divergence from the old head, ``moved``).
-    """
-    statistics = head_statistics(hidden) if statistics is None else statistics
-    unigram = targets.counts if unigram is None else unigram
-    if start is None:
-        start = fit_assignment(
-            rows,
-            jnp.asarray(unigram),
-            statistics.mean,
-            statistics.cov,
-            config.num_codes,
-            method="weighted_kmeans" if config.method == "likelihood" else config.method,
-            row_bias=row_bias,
-            key=jax.random.key(config.seed),
-            weight_power=config.weight_power,
-            iterations=config.kmeans_iterations,
+        Returns:
+          The head, and the tuning's history (``loss``: KL divergence from the old head, ``moved``).
+        """
+        statistics = head_statistics(hidden) if statistics is None else statistics
+        unigram = targets.counts if unigram is None else unigram
+        if start is None:
+            start = fit_assignment(
+                head.rows,
+                jnp.asarray(unigram),
+                statistics.mean,
+                statistics.cov,
+                self.num_codes,
+                method="weighted_kmeans" if self.method == "likelihood" else self.method,
+                row_bias=head.bias,
+                key=jax.random.key(self.seed),
+                weight_power=self.weight_power,
+                iterations=self.kmeans_iterations,
+            )
+        codebook, assignment, bias = start.codebook, start.assignment, None
+        if self.use_bias:
+            bias = matched_bias(codebook, start.bias, assignment, targets.counts, hidden)
+        history: dict[str, list[float]] = {"loss": [], "moved": []}
+        if self.steps:
+            moving = self.method == "likelihood" and self.use_bias and self.reassign_every
+            codebook, bias, assignment, history = tune_vq_head(
+                codebook,
+                bias,
+                assignment,
+                hidden,
+                targets,
+                Tuning(
+                    steps=self.steps,
+                    batch_size=self.batch_size,
+                    learning_rate=self.learning_rate,
+                    seed=self.seed,
+                ),
+                reassign_every=self.reassign_every if moving else None,
+                min_count=self.min_count,
+                mesh=mesh,
+            )
+            history["loss"] = [loss - targets.entropy for loss in history["loss"]]
+        fit = VQFit(
+            jnp.asarray(assignment),
+            jnp.asarray(codebook),
+            jnp.zeros(len(assignment)) if bias is None else jnp.asarray(bias),
+            jnp.zeros(0),
         )
-    codebook, assignment, bias = start.codebook, start.assignment, None
-    if config.use_bias:
-        bias = matched_bias(codebook, start.bias, assignment, targets.counts, hidden)
-    history: dict[str, list[float]] = {"loss": [], "moved": []}
-    if config.steps:
-        moving = config.method == "likelihood" and config.use_bias and config.reassign_every
-        codebook, bias, assignment, history = tune_vq_head(
-            codebook,
-            bias,
-            assignment,
-            hidden,
-            targets,
-            Tuning(
-                steps=config.steps,
-                batch_size=config.batch_size,
-                learning_rate=config.learning_rate,
-                seed=config.seed,
-            ),
-            reassign_every=config.reassign_every if moving else None,
-            min_count=config.min_count,
-            mesh=mesh,
-        )
-        history["loss"] = [loss - targets.entropy for loss in history["loss"]]
-    fit = VQFit(
-        jnp.asarray(assignment),
-        jnp.asarray(codebook),
-        jnp.zeros(len(assignment)) if bias is None else jnp.asarray(bias),
-        jnp.zeros(0),
-    )
-    if not config.num_pages:
-        return VQHead.from_fit(fit, use_bias=config.use_bias), history
-    head = ShortlistHead.from_fit(fit, num_pages=config.num_pages, page_size=config.page_size)
-    head.make_pages(rows, statistics.cov)
-    return head, history
+        if not self.num_pages:
+            return VQHead.from_fit(fit, use_bias=self.use_bias), history
+        new = ShortlistHead.from_fit(fit, num_pages=self.num_pages, page_size=self.page_size)
+        new.make_pages(head.rows, statistics.cov)
+        return new, history
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,11 +192,11 @@ def convert_head(
 
     Args:
       model: a `logitjax.models.Decoder` with a linear or tied head.
-      batches: packed batches of one tokenizer, as for `cache_hidden_states`.
+      batches: packed batches of one tokenizer, as for `HiddenCache.of`.
       workdir: a local directory.
       config: sizes and budget.
       unigram: ``[vocab]`` counts from more text than is cached; they weigh the rows.
-      source: names the batches, see `cache_hidden_states`.
+      source: names the batches, see `HiddenCache.of`.
       mesh: tuning splits its positions over it; every process of a run calls this with the same
         arguments, and process 0 writes.
 
@@ -248,41 +216,22 @@ def convert_head(
     root = epath.Path(workdir)
     old = model.head_of()
     with processes.first_before_others("hidden states"):
-        cache = cache_hidden_states(
+        cache = HiddenCache.of(
             model, batches, root / "hidden", max_tokens=config.max_tokens, source=source
         )
-        targets = cached_head_targets(
-            root / f"targets_{config.top}",
-            cache,
-            old.rows,
-            old.bias,
-            top=config.top,
-            soft_cap=old.soft_cap,
-        )
-    head, history = fit_vq_head(
-        old.rows, old.bias, cache.hidden, targets, config, unigram=unigram, mesh=mesh
-    )
+        targets = cache.head_targets(root / f"targets_{config.top}", old, top=config.top)
+    head, history = config.fit(old, cache.hidden, targets, unigram=unigram, mesh=mesh)
     logging.info("head converted: KL divergence %s nats", history["loss"][-1:] or "not tuned")
     if jax.process_index() == 0:
         save_head(head, root / "head")
     return Conversion(
-        model=with_head(model, head),
+        model=model.with_head(head),
         head=head,
         floor=perplexity_floor(head.assignment[...], np.asarray(targets.counts)),
         history=history,
         cache=cache,
         targets=targets,
     )
-
-
-def with_head(model: Any, head: nnx.Module) -> Any:
-    """The same decoder, parameters shared, with another head and no soft cap of its own."""
-    graphdef, state = nnx.split(model)
-    new = nnx.merge(graphdef, state)
-    new.head = head
-    if new.config.logits_softcap is not None:
-        new.config = dataclasses.replace(new.config, logits_softcap=None)
-    return new
 
 
 def save_head(head: VQHead, directory: str | os.PathLike[str]) -> None:

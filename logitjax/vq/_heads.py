@@ -15,17 +15,7 @@ from logitjax.ops import Array, AxisName, TopK
 from logitjax.vq._assignment import VQFit
 from logitjax.vq._decode import VQTables, vq_sample, vq_tables, vq_topk
 from logitjax.vq._loss import vq_logits, vq_nll
-from logitjax.vq._shortlist import (
-    Pages,
-    Rescore,
-    Shortlist,
-    exact_rows,
-    make_pages,
-    row_spread,
-    shortlist_logits,
-    shortlist_nll,
-    shortlist_topk,
-)
+from logitjax.vq._shortlist import Pages, Shortlist
 
 _PAGE_FIELDS = tuple(field.name for field in dataclasses.fields(Pages))
 _TABLE_FIELDS = tuple(field.name for field in dataclasses.fields(VQTables))
@@ -296,12 +286,11 @@ class ShortlistHead(VQHead):
 
     def make_pages(self, rows: Array | None = None, hidden_cov: Array | None = None) -> None:
         """Cuts the clusters into pages anew; with rows and covariance ranks them by their reach."""
-        codebook, bias, assignment = self._arrays()
-        bias = jnp.zeros(self.vocab_size) if bias is None else bias
+        codebook, bias, assignment = self._biased()
         margin = None
         if rows is not None and hidden_cov is not None:
-            margin = row_spread(rows, codebook, assignment, hidden_cov)
-        pages = make_pages(bias, assignment, size=self.page_size, margin=margin)
+            margin = Pages.spread(rows, codebook, assignment, hidden_cov)
+        pages = Pages.cut(bias, assignment, size=self.page_size, margin=margin)
         self.num_pages = min(self.num_pages, pages.tokens.shape[0])
         self.set_pages(pages)
 
@@ -315,29 +304,27 @@ class ShortlistHead(VQHead):
         for name in _PAGE_FIELDS:
             setattr(self, f"page_{name}", Assignment(getattr(pages, name)))
 
-    def _rescore(self, embedding: Array | None) -> Rescore:
-        if self.rows is not None:
-            return exact_rows(self.rows[...])
-        if embedding is None:
+    def _shortlist(self, embedding: Array | None) -> Shortlist:
+        rows = embedding if self.rows is None else self.rows[...]
+        if rows is None:
             raise ValueError("a ShortlistHead without rows of its own needs the embedding")
-        return exact_rows(embedding)
-
-    def _options(self, embedding: Array | None) -> dict[str, Any]:
-        shortlist = Shortlist(
+        return Shortlist(
             pages=self.pages,
-            rescore=self._rescore(embedding),
+            rescore=Head(rows, vocab_axis=0),
             num_pages=self.num_pages,
             calibration=self.calibration[...],
         )
-        return {"shortlist": shortlist, "soft_cap": self.soft_cap}
+
+    def _biased(self) -> tuple[Array, Array, Array]:
+        codebook, bias, assignment = self._arrays()
+        return codebook, jnp.zeros(self.vocab_size) if bias is None else bias, assignment
 
     def __call__(
         self, hidden: Float[Array, "*batch hidden"], embedding: Array | None = None
     ) -> Float[jax.Array, "*batch vocab"]:
-        codebook, bias, assignment = self._arrays()
-        bias = jnp.zeros(self.vocab_size) if bias is None else bias
         hidden = jnp.asarray(hidden, self.dtype)
-        return shortlist_logits(hidden, codebook, bias, assignment, **self._options(embedding))
+        shortlist = self._shortlist(embedding)
+        return shortlist.logits(hidden, *self._biased(), soft_cap=self.soft_cap)
 
     def nll(
         self,
@@ -349,19 +336,15 @@ class ShortlistHead(VQHead):
         z_loss: float = 0.0,
         block_size: int = 256,
     ) -> Float[jax.Array, "*batch"]:
-        """Cross-entropy over the whole vocabulary; see `shortlist_nll`."""
-        codebook, bias, assignment = self._arrays()
-        bias = jnp.zeros(self.vocab_size) if bias is None else bias
-        return shortlist_nll(
+        """Cross-entropy over the whole vocabulary; see `Shortlist.nll`."""
+        return self._shortlist(embedding).nll(
             jnp.asarray(hidden, self.dtype),
-            codebook,
-            bias,
-            assignment,
+            *self._biased(),
             labels,
             temperature=temperature,
+            soft_cap=self.soft_cap,
             z_loss=z_loss,
             block_size=block_size,
-            **self._options(embedding),
         )
 
     def top_k(
@@ -373,14 +356,14 @@ class ShortlistHead(VQHead):
         temperature: float | Array = 1.0,
         with_tail: bool = True,
     ) -> TopK:
-        """The k largest logits; see `shortlist_topk`."""
-        return shortlist_topk(
+        """The k largest logits; see `Shortlist.top_k`."""
+        return self._shortlist(embedding).top_k(
             jnp.asarray(hidden, self.dtype),
             self.codebook[...],
             k,
             temperature=temperature,
+            soft_cap=self.soft_cap,
             with_tail=with_tail,
-            **self._options(embedding),
         )
 
     def sample(

@@ -7,14 +7,62 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from etils import epath
 from flax import nnx
+from jaxtyping import Float
 
+from logitjax.losses import Head
+from logitjax.ops import Array
 from logitjax.storage import Manifest, RowCache, digest, write_atomic
+from logitjax.vq._targets import HeadTargets, head_targets
 
 _KIND = "hidden states"
+_TARGETS = "head targets"
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadStatistics:
+    """First and second moments of hidden states: ``mean [hidden]``, ``cov [hidden, hidden]``."""
+
+    mean: jax.Array
+    cov: jax.Array
+
+
+def head_statistics(
+    hidden: Float[Array, "count hidden"], *, block_size: int = 8192
+) -> HeadStatistics:
+    """Mean and covariance of cached hidden states, by blocks.
+
+    >>> stats = head_statistics(np.array([[0.0, 1.0], [2.0, 1.0]], np.float32))
+    >>> print(stats.mean, stats.cov.tolist())
+    [1. 1.] [[1.0, 0.0], [0.0, 0.0]]
+    """
+    total, square = jnp.zeros(hidden.shape[1]), jnp.zeros((hidden.shape[1],) * 2)
+    # About the first block's mean: the square of a large mean would drown the variance.
+    shift = jnp.asarray(np.asarray(hidden[:block_size], np.float32).mean(0))
+    for start in range(0, len(hidden), block_size):
+        block = jnp.asarray(np.asarray(hidden[start : start + block_size], np.float32)) - shift
+        total, square = total + block.sum(0), square + block.T @ block
+    mean = total / len(hidden)
+    return HeadStatistics(mean + shift, square / len(hidden) - jnp.outer(mean, mean))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeadQuality:
+    """What a head says of positions whose next token is known.
+
+    Attributes:
+        perplexity: Exponential of the mean cross-entropy.
+        accuracy: Share of positions at which the likeliest token comes next.
+        tokens: The likeliest token of each position, `[count]`.
+    """
+
+    perplexity: float
+    accuracy: float
+    tokens: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +77,177 @@ class HiddenCache:
         """Of the labels and a sample of the hidden states."""
         return sampled_digest((self.hidden, self.labels))
 
+    @classmethod
+    def of(
+        cls,
+        model: Any,
+        batches: Iterable[Mapping[str, Any]],
+        directory: str | os.PathLike[str],
+        *,
+        max_tokens: int,
+        source: str = "",
+        log_every: int = 20,
+    ) -> "HiddenCache":
+        """Run a decoder over packed batches once and keep what its head sees.
+
+        A directory that already holds the cache is read instead, if it is of this model and
+        ``source``, and a run that was killed goes on after the batches it has finished. Positions
+        whose next token is not to be predicted are left out.
+
+        Args:
+          model: a `logitjax.models.Decoder`, or anything with its ``hidden_states``.
+          batches: one tokenizer's part of the batches of a `logitjax.data.PackedDataset`:
+            ``tokens``, ``positions``, ``segment_ids``, ``loss_mask``, each ``[batch, time]``. The
+            same ones on every call.
+          directory: a local directory, which becomes the cache.
+          max_tokens: stop at so many positions.
+          source: names the batches, e.g. by a `PackedDataset`'s fingerprint; a cache of others is
+            refused.
+          log_every: batches between log lines.
+
+        Returns:
+          `HiddenCache` of at most ``max_tokens`` positions, memory-mapped.
+
+        Raises:
+          ValueError: the directory holds, in full or in part, the cache of another ``max_tokens``,
+            model or ``source``.
+        """
+        root = epath.Path(directory)
+        graphdef, state = nnx.split(model)
+        made_from = {
+            "max_tokens": max_tokens,
+            "model": sampled_digest(_without_head(state)),
+            "source": source,
+        }
+        manifest = Manifest(root, _KIND)
+        if manifest.exists():
+            manifest.check(made_from)
+            return cls.open(root)
+        # One row a batch, until all are there.
+        parts = RowCache(root / "parts", _Codec(), made_from=made_from, kind=_KIND)
+
+        @jax.jit
+        def run(state: Any, tokens: Any, positions: Any, segment_ids: Any) -> jax.Array:
+            hidden, _ = nnx.merge(graphdef, state).hidden_states(
+                tokens, positions=positions, segment_ids=segment_ids
+            )
+            return hidden.astype(np.float32)
+
+        count, used = 0, 0
+        finished = set(parts.row_numbers.tolist())
+        for index, batch in enumerate(batches):
+            if index not in finished:
+                hidden = run(state, batch["tokens"], batch["positions"], batch["segment_ids"])
+                keep = np.asarray(batch["loss_mask"])[:, 1:]
+                labels = np.asarray(batch["tokens"])[:, 1:][keep]
+                parts.add([index], HiddenCache(np.asarray(hidden)[:, :-1][keep], labels))
+                count += len(labels)
+            else:
+                count += len(parts.read([index]))
+            used = index + 1
+            if index % log_every == 0:
+                logging.info(
+                    "hidden states: %d of %d positions", min(count, max_tokens), max_tokens
+                )
+            if count >= max_tokens:
+                break
+        if not used:
+            raise ValueError("batches: nothing to run the model over")
+        held = parts.read(range(used))
+        # Whole arrays, because tuning draws positions at random from memory-mapped ones.
+        for name in ("hidden", "labels"):
+            array = getattr(held, name)[:max_tokens]
+            write_atomic(root / f"{name}.npy", functools.partial(np.save, arr=array))
+        manifest.write(made_from, {"count": min(count, max_tokens)})
+        parts.directory.rmtree()
+        return cls.open(root)
+
+    @classmethod
+    def open(cls, directory: str | os.PathLike[str]) -> "HiddenCache":
+        """A finished cache, for those who no longer have the model that it was made with."""
+        root = epath.Path(directory)
+        Manifest(root, _KIND).read()
+        return cls(hidden=_opened(root / "hidden.npy"), labels=_opened(root / "labels.npy"))
+
     def __len__(self) -> int:
         return len(self.labels)
+
+    def statistics(self) -> HeadStatistics:
+        """First and second moments of the hidden states."""
+        return head_statistics(self.hidden)
+
+    def head_targets(
+        self, directory: str | os.PathLike[str], head: Head, *, top: int = 64, block_size: int = 512
+    ) -> HeadTargets:
+        """What a full head says here, kept in a directory, which is read the next time.
+
+        Args:
+          directory: where they are or will be.
+          head: the full head.
+          top: probabilities kept per position.
+          block_size: positions at a time.
+
+        Returns:
+          `HeadTargets`.
+
+        Raises:
+          ValueError: the directory holds those of other positions, another head or other options;
+            names all that differs.
+        """
+        root = epath.Path(directory)
+        made_from = {
+            "positions": self.fingerprint,
+            "head": sampled_digest((head.rows, head.bias)),
+            "top": top,
+            "soft_cap": head.soft_cap,
+        }
+        manifest = Manifest(root, _TARGETS)
+        if manifest.exists():
+            manifest.check(made_from)
+            with (root / "targets.npz").open("rb") as file, np.load(file) as held:
+                arrays: dict[str, Any] = {name: held[name] for name in held.files}
+            arrays["entropy"] = float(arrays["entropy"])
+            return HeadTargets(**arrays)
+        targets = head_targets(
+            self.hidden, head, labels=self.labels, top=top, block_size=block_size
+        )
+        arrays = {f.name: getattr(targets, f.name) for f in dataclasses.fields(targets)}
+        write_atomic(root / "targets.npz", lambda file: np.savez(file, **arrays))
+        manifest.write(made_from)
+        return targets
+
+    def measure(self, model: Any, *, block_size: int = 256) -> HeadQuality:
+        """Perplexity of a decoder's head on these positions.
+
+        Args:
+            model: A `logitjax.models.Decoder` with any head; only the head is run.
+            block_size: Number of positions at a time; memory is `block_size x vocab`.
+        """
+        graphdef, state = nnx.split(model)
+
+        @jax.jit
+        def run(state: Any, hidden: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+            # One position a row, as decoding has it.
+            logits = nnx.merge(graphdef, state).logits(hidden[:, None])[:, 0].astype(jnp.float32)
+            chosen = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
+            return jax.nn.logsumexp(logits, axis=-1) - chosen, logits.argmax(-1)
+
+        losses, tokens = [], []
+        for start in range(0, len(self), block_size):
+            hidden = np.asarray(self.hidden[start : start + block_size], np.float32)
+            labels = np.asarray(self.labels[start : start + block_size])
+            here = len(labels)
+            # All blocks of one length, for one program.
+            hidden = np.pad(hidden, ((0, block_size - here), (0, 0)))
+            loss, token = run(state, hidden, np.pad(labels, (0, block_size - here)))
+            losses.append(np.asarray(loss)[:here])
+            tokens.append(np.asarray(token)[:here])
+        likeliest = np.concatenate(tokens)
+        return HeadQuality(
+            perplexity=float(np.exp(np.concatenate(losses).mean())),
+            accuracy=float((likeliest == np.asarray(self.labels)).mean()),
+            tokens=likeliest,
+        )
 
 
 def sampled_digest(arrays: Any) -> str:
@@ -59,97 +276,9 @@ class _Codec:
         return HiddenCache(hidden, labels)
 
 
-def cache_hidden_states(
-    model: Any,
-    batches: Iterable[Mapping[str, Any]],
-    directory: str | os.PathLike[str],
-    *,
-    max_tokens: int,
-    source: str = "",
-    log_every: int = 20,
-) -> HiddenCache:
-    """Run a decoder over packed batches once and keep what its head sees.
-
-    A directory that already holds the cache is read instead, if it is of this model and ``source``,
-    and a run that was killed goes on after the batches it has finished. Positions whose next token
-    is not to be predicted are left out.
-
-    Args:
-      model: a `logitjax.models.Decoder`, or anything with its ``hidden_states``.
-      batches: one tokenizer's part of the batches of a `logitjax.data.PackedDataset`: ``tokens``,
-        ``positions``, ``segment_ids``, ``loss_mask``, each ``[batch, time]``. The same ones on
-        every call.
-      directory: a local directory, which becomes the cache.
-      max_tokens: stop at so many positions.
-      source: names the batches, e.g. by a `PackedDataset`'s fingerprint; a cache of others is
-        refused.
-      log_every: batches between log lines.
-
-    Returns:
-      `HiddenCache` of at most ``max_tokens`` positions, memory-mapped.
-
-    Raises:
-      ValueError: the directory holds, in full or in part, the cache of another ``max_tokens``,
-        model or ``source``.
-    """
-    root = epath.Path(directory)
-    graphdef, state = nnx.split(model)
-    made_from = {
-        "max_tokens": max_tokens,
-        "model": sampled_digest(_without_head(state)),
-        "source": source,
-    }
-    if Manifest(root, _KIND).exists():
-        Manifest(root, _KIND).check(made_from)
-        return open_hidden_states(root)
-    # One row a batch, until all are there.
-    parts = RowCache(root / "parts", _Codec(), made_from=made_from, kind=_KIND)
-
-    @jax.jit
-    def run(state: Any, tokens: Any, positions: Any, segment_ids: Any) -> jax.Array:
-        hidden, _ = nnx.merge(graphdef, state).hidden_states(
-            tokens, positions=positions, segment_ids=segment_ids
-        )
-        return hidden.astype(np.float32)
-
-    count, used = 0, 0
-    finished = set(parts.row_numbers.tolist())
-    for index, batch in enumerate(batches):
-        if index not in finished:
-            hidden = run(state, batch["tokens"], batch["positions"], batch["segment_ids"])
-            keep = np.asarray(batch["loss_mask"])[:, 1:]
-            labels = np.asarray(batch["tokens"])[:, 1:][keep]
-            parts.add([index], HiddenCache(np.asarray(hidden)[:, :-1][keep], labels))
-            count += len(labels)
-        else:
-            count += len(parts.read([index]))
-        used = index + 1
-        if index % log_every == 0:
-            logging.info("hidden states: %d of %d positions", min(count, max_tokens), max_tokens)
-        if count >= max_tokens:
-            break
-    if not used:
-        raise ValueError("batches: nothing to run the model over")
-    held = parts.read(range(used))
-    # Whole arrays, because tuning draws positions at random from memory-mapped ones.
-    for name in ("hidden", "labels"):
-        array = getattr(held, name)[:max_tokens]
-        write_atomic(root / f"{name}.npy", functools.partial(np.save, arr=array))
-    Manifest(root, _KIND).write(made_from, {"count": min(count, max_tokens)})
-    parts.directory.rmtree()
-    return open_hidden_states(root)
-
-
 def _without_head(state: Any) -> Any:
     """The parameters that hidden states depend on."""
     return {name: part for name, part in nnx.to_pure_dict(state).items() if name != "head"}
-
-
-def open_hidden_states(directory: str | os.PathLike[str]) -> HiddenCache:
-    """A finished cache, for those who no longer have the model that it was made with."""
-    root = epath.Path(directory)
-    Manifest(root, _KIND).read()
-    return HiddenCache(hidden=_opened(root / "hidden.npy"), labels=_opened(root / "labels.npy"))
 
 
 def _opened(path: epath.Path) -> np.ndarray:

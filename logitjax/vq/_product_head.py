@@ -10,20 +10,19 @@ from jaxtyping import Float, Int
 from logitjax.heads import Assignment, HeadCost, VocabularyHead
 from logitjax.losses import Head, linear_cross_entropy
 from logitjax.ops import Array
-from logitjax.vq._product import product_kernel, product_logits
-from logitjax.vq._product_packed import pack_codes, packed_logits, unpack_codes
+from logitjax.vq._product_codes import PackedCodes, ProductCodes, pack_codes
 
 
 class ProductHead(VocabularyHead):
-    """`product_logits` as a module, to be injected into a decoder. The codes are not trained.
+    """`ProductCodes` as a module, to be injected into a decoder. The codes are not trained.
 
     Args:
       hidden_size: d.
       vocab_size: V.
       groups: into how many parts the hidden dimensions are cut.
       num_codes: codes a group.
-      codes: ``[vocab, groups]``, e.g. of `fit_product_codes`; random when omitted.
-      packed: keep two codes a byte, for at most 16 of them, and make logits by `packed_logits`.
+      codes: ``[vocab, groups]``, e.g. of `ProductCodes.fit`; random when omitted.
+      packed: keep two codes a byte, for at most 16 of them, and round tables to bytes.
       unigram: ``[vocab]`` counts or probabilities: biases begin at its logarithm.
       dtype: compute dtype.
       param_dtype: dtype of the codebooks.
@@ -66,31 +65,31 @@ class ProductHead(VocabularyHead):
         self.codes = Assignment(pack_codes(codes) if packed else codes)
 
     @classmethod
-    def from_fit(
-        cls, codebooks: Array, codes: Array, bias: Array | None = None, **options: Any
-    ) -> "ProductHead":
-        """The head that `fit_product_codes` found."""
-        groups, num_codes, part = codebooks.shape
+    def from_fit(cls, fit: ProductCodes, **options: Any) -> "ProductHead":
+        """The head that `ProductCodes.fit` found."""
+        groups, num_codes, part = fit.codebooks.shape
         head = cls(
             groups * part,
-            codes.shape[0],
+            fit.codes.shape[0],
             groups=groups,
             num_codes=num_codes,
-            codes=codes,
+            codes=fit.codes,
             rngs=nnx.Rngs(0),
             **options,
         )
-        head.codebooks[...] = jnp.asarray(codebooks, head.codebooks.dtype)
-        if bias is not None:
-            head.bias[...] = jnp.asarray(bias, head.bias.dtype)
+        head.codebooks[...] = jnp.asarray(fit.codebooks, head.codebooks.dtype)
+        if fit.bias is not None:
+            head.bias[...] = jnp.asarray(fit.bias, head.bias.dtype)
         return head
 
     def __call__(
         self, hidden: Float[Array, "*batch hidden"], embedding: Array | None = None
     ) -> Float[jax.Array, "*batch vocab"]:
-        hidden = jnp.asarray(hidden, self.dtype)
-        logits = packed_logits if self.packed else product_logits
-        return logits(hidden, self.codebooks[...], self.codes[...], self.bias[...])
+        return self._value().logits(jnp.asarray(hidden, self.dtype))
+
+    def _value(self) -> ProductCodes | PackedCodes:
+        kind = PackedCodes if self.packed else ProductCodes
+        return kind(self.codebooks[...], self.codes[...], self.bias[...])
 
     def nll(
         self,
@@ -99,16 +98,15 @@ class ProductHead(VocabularyHead):
         embedding: Array | None = None,
         **options: Any,
     ) -> Float[jax.Array, "*batch"]:
-        """Cross-entropy, not reduced, through `product_kernel`; see `linear_cross_entropy`."""
+        """Cross-entropy, not reduced, through all rows; see `linear_cross_entropy`."""
         hidden = jnp.asarray(hidden, self.dtype)
         return linear_cross_entropy(hidden, self.as_linear(), labels, **options)
 
     def as_linear(self, embedding: Array | None = None) -> Head:
         """The equivalent full head, ``[vocab, hidden]``, for losses that start at hidden states."""
-        codes, bias = self.codes[...], self.bias[...]
-        if self.packed:
-            codes = unpack_codes(codes, len(bias), self.codebooks.shape[0])
-        return Head(product_kernel(self.codebooks[...], codes), bias, vocab_axis=0)
+        value = self._value()
+        value = value.unpacked() if isinstance(value, PackedCodes) else value
+        return Head(value.kernel(), value.bias, vocab_axis=0)
 
     def cost(self, embedding: Array | None = None) -> HeadCost:
         """What it costs; see `HeadCost`: a look-up a group and token, in training a full head."""

@@ -1,5 +1,6 @@
 """Screened heads: a cheap head looks at all tokens, exact rows re-score the best of them."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -12,154 +13,159 @@ from logitjax.heads import HeadCost, VocabularyHead
 from logitjax.losses import Head
 from logitjax.ops import Array, TopK, checks, finite_or_zero, gather_at, logsumexp, top_k
 from logitjax.ops.sharding import over_batch
-from logitjax.vq._shortlist import Rescore, exact_rows, in_blocks
-
-#: Approximate logits of the whole vocabulary: ``hidden [n, hidden] -> [n, vocab]`` float32.
-Screen = Callable[[jax.Array], jax.Array]
+from logitjax.vq._shortlist import Rescore, in_blocks, rescoring
 
 
-def screened_logits(
-    hidden: Float[Array, "*batch hidden"],
-    *,
-    screen: Screen,
-    rescore: Rescore,
-    num_candidates: int,
-) -> Float[jax.Array, "*batch vocab"]:
-    """Logits of a cheap head, the largest of them replaced by those of better rows.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Screen:
+    """A cheap head that looks at all tokens, and better rows for the best of them.
 
-    The candidates are shared out by the better logits; how much they get in all is what the cheap
-    head says, as in `shortlist_nll`: its logits are only known up to a number that depends on the
-    context, which a head tuned to imitate another's probabilities may well learn. ::
-
-        s = screen(h),  c = the num_candidates largest of it
-        l_v = rescore(h, v)       v in c
-              s_v + shift(h)      otherwise
-        shift = logsumexp_{v in c} rescore(h, v) - logsumexp_{v in c} s_v
-
-    Args:
-      hidden: ``[*batch, hidden]``.
-      screen: the cheap head, e.g. a partial `low_rank_logits` or `product_logits`.
-      rescore: e.g. ``exact_rows(embedding)``.
+    Attributes:
+      cheap: approximate logits, ``hidden [n, hidden] -> [n, vocab]`` float32: a head, or e.g.
+        `ProductCodes.logits`.
+      rescore: a `Head` with better rows, its kernel alone, or `ProductCodes.logits_at`.
       num_candidates: tokens that are re-scored.
-
-    Returns:
-      ``[*batch, vocab]``, float32.
-
-    Raises:
-      ValueError: ``num_candidates`` is not in 1..vocab.
-
-    >>> cheap = lambda h: jnp.array([[0.0, 1.0, 2.0]])
-    >>> screened_logits(jnp.ones((1, 1)), screen=cheap, rescore=exact_rows(jnp.full((3, 1), 5.0)),
-    ...                 num_candidates=1)
-    Array([[3., 4., 5.]], dtype=float32)
-
-    References:
-      Shim et al., SVD-softmax, 2017, for a low-rank screen; here any cheap head may screen.
     """
-    hidden = jnp.asarray(hidden)
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    logits = _joined(*_look(flat, screen, rescore, num_candidates))
-    return logits.reshape(*hidden.shape[:-1], -1)
 
+    cheap: Callable[[jax.Array], jax.Array]
+    rescore: Rescore | Head | Array
+    num_candidates: int
 
-def screened_nll(
-    hidden: Float[Array, "*batch hidden"],
-    labels: Int[Array, "..."],
-    *,
-    screen: Screen,
-    rescore: Rescore,
-    num_candidates: int,
-    temperature: float | Array = 1.0,
-    z_loss: float = 0.0,
-    block_size: int = 256,
-) -> Float[jax.Array, "*batch"]:
-    """Cross-entropy of `screened_logits`, by blocks of positions.
+    def logits(
+        self,
+        hidden: Float[Array, "*batch hidden"],
+    ) -> Float[jax.Array, "*batch vocab"]:
+        """Logits of a cheap head, the largest of them replaced by those of better rows.
 
-    The choice of candidates has no gradient.
+        The candidates are shared out by the better logits; how much they get in all is what the
+        cheap head says, as in `Shortlist.nll`: its logits are only known up to a number that
+        depends on the context, which a head tuned to imitate another's probabilities may well
+        learn. ::
 
-    Args:
-      hidden: ``[*batch, hidden]``.
-      labels: ``[*batch]``.
-      screen: as `screened_logits`.
-      rescore: as `screened_logits`.
-      num_candidates: as `screened_logits`.
-      temperature: divides the logits.
-      z_loss: weight of the squared log-normaliser.
-      block_size: positions at a time; memory is block_size x vocab.
+            s = cheap(h),  c = the num_candidates largest of it
+            l_v = rescore(h, v)       v in c
+                  s_v + shift(h)      otherwise
+            shift = logsumexp_{v in c} rescore(h, v) - logsumexp_{v in c} s_v
 
-    Returns:
-      ``[*batch]``, float32, not reduced.
+        Args:
+          hidden: ``[*batch, hidden]``.
 
-    Raises:
-      ValueError: ``num_candidates`` is not in 1..vocab, or ``labels`` do not fit ``hidden``.
+        Returns:
+          ``[*batch, vocab]``, float32.
 
-    >>> nll = screened_nll(jnp.ones((1, 2)), jnp.array([1]), screen=lambda h: jnp.zeros((1, 4)),
-    ...                    rescore=exact_rows(jnp.zeros((4, 2))), num_candidates=2)
-    >>> print(nll.round(4))
-    [1.3863]
-    """
-    hidden, labels = jnp.asarray(hidden), jnp.asarray(labels)
-    if labels.shape != hidden.shape[:-1]:
-        raise ValueError(f"labels must be of shape {hidden.shape[:-1]}, got {labels.shape}")
-    checks.positive(temperature, "temperature")
+        Raises:
+          ValueError: ``num_candidates`` is not in 1..vocab.
 
-    def block(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
-        hidden, labels = inputs
-        logits = screened_logits(
-            hidden, screen=screen, rescore=rescore, num_candidates=num_candidates
-        )
-        logits = logits / temperature
-        log_z = logsumexp(logits)
-        nll = log_z - gather_at(logits, labels[:, None])[:, 0]
-        return nll + z_loss * log_z**2 if z_loss else nll
+        >>> cheap = lambda h: jnp.array([[0.0, 1.0, 2.0]])
+        >>> screen = Screen(cheap=cheap, rescore=jnp.full((3, 1), 5.0), num_candidates=1)
+        >>> screen.logits(jnp.ones((1, 1)))
+        Array([[3., 4., 5.]], dtype=float32)
 
-    return in_blocks(block, (hidden, labels), block_size)
+        References:
+          Shim et al., SVD-softmax, 2017, for a low-rank screen; here any cheap head may screen.
+        """
+        hidden = jnp.asarray(hidden)
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        logits = _joined(*self._look(flat))
+        return logits.reshape(*hidden.shape[:-1], -1)
 
+    def nll(
+        self,
+        hidden: Float[Array, "*batch hidden"],
+        labels: Int[Array, "..."],
+        *,
+        temperature: float | Array = 1.0,
+        z_loss: float = 0.0,
+        block_size: int = 256,
+    ) -> Float[jax.Array, "*batch"]:
+        """Cross-entropy of `logits`, by blocks of positions.
 
-def screened_topk(
-    hidden: Float[Array, "*batch hidden"],
-    k: int,
-    *,
-    screen: Screen,
-    rescore: Rescore,
-    num_candidates: int,
-    with_log_z: bool = True,
-) -> TopK:
-    """The k best candidates by their better logits.
+        The choice of candidates has no gradient.
 
-    They are the full head's wherever its k best tokens are among the candidates.
+        Args:
+          hidden: ``[*batch, hidden]``.
+          labels: ``[*batch]``.
+          temperature: divides the logits.
+          z_loss: weight of the squared log-normaliser.
+          block_size: positions at a time; memory is block_size x vocab.
 
-    Args:
-      hidden: ``[*batch, hidden]``.
-      k: how many, at most ``num_candidates``.
-      screen: as `screened_logits`.
-      rescore: as `screened_logits`.
-      num_candidates: as `screened_logits`.
-      with_log_z: False leaves ``log_z`` zero, which greedy decoding does not need.
+        Returns:
+          ``[*batch]``, float32, not reduced.
 
-    Returns:
-      `TopK`: ``[*batch, k]`` logits and tokens, ``log_z`` over the whole vocabulary.
+        Raises:
+          ValueError: ``num_candidates`` is not in 1..vocab, or ``labels`` do not fit ``hidden``.
 
-    Raises:
-      ValueError: ``k`` is not in 1..num_candidates, or that is not in 1..vocab.
+        >>> cheap = lambda h: jnp.zeros((1, 4))
+        >>> screen = Screen(cheap=cheap, rescore=jnp.zeros((4, 2)), num_candidates=2)
+        >>> print(screen.nll(jnp.ones((1, 2)), jnp.array([1])).round(4))
+        [1.3863]
+        """
+        hidden, labels = jnp.asarray(hidden), jnp.asarray(labels)
+        if labels.shape != hidden.shape[:-1]:
+            raise ValueError(f"labels must be of shape {hidden.shape[:-1]}, got {labels.shape}")
+        checks.positive(temperature, "temperature")
 
-    >>> cheap = lambda h: jnp.array([[0.0, 1.0, 2.0]])
-    >>> exact = exact_rows(jnp.array([[9.0], [4.0], [3.0]]))
-    >>> screened_topk(jnp.ones((1, 1)), 1, screen=cheap, rescore=exact, num_candidates=2).indices
-    Array([[1]], dtype=int32)
-    """
-    if not 1 <= k <= num_candidates:
-        raise ValueError(f"k must be between 1 and num_candidates={num_candidates}, got {k}")
-    hidden = jnp.asarray(hidden)
-    batch = hidden.shape[:-1]
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    scores, tokens, better = _look(flat, screen, rescore, num_candidates)
-    values, places = top_k(better, k)
-    chosen = gather_at(tokens, places)
-    log_z = jnp.zeros(len(flat), jnp.float32)
-    if with_log_z:
-        log_z = logsumexp(_joined(scores, tokens, better))
-    return TopK(values.reshape(*batch, k), chosen.reshape(*batch, k), log_z.reshape(batch))
+        def block(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
+            hidden, labels = inputs
+            logits = self.logits(hidden) / temperature
+            log_z = logsumexp(logits)
+            nll = log_z - gather_at(logits, labels[:, None])[:, 0]
+            return nll + z_loss * log_z**2 if z_loss else nll
+
+        return in_blocks(block, (hidden, labels), block_size)
+
+    def top_k(
+        self,
+        hidden: Float[Array, "*batch hidden"],
+        k: int,
+        *,
+        with_log_z: bool = True,
+    ) -> TopK:
+        """The k best candidates by their better logits.
+
+        They are the full head's wherever its k best tokens are among the candidates.
+
+        Args:
+          hidden: ``[*batch, hidden]``.
+          k: how many, at most ``num_candidates``.
+          with_log_z: False leaves ``log_z`` zero, which greedy decoding does not need.
+
+        Returns:
+          `TopK`: ``[*batch, k]`` logits and tokens, ``log_z`` over the whole vocabulary.
+
+        Raises:
+          ValueError: ``k`` is not in 1..num_candidates, or that is not in 1..vocab.
+
+        >>> cheap = lambda h: jnp.array([[0.0, 1.0, 2.0]])
+        >>> exact = jnp.array([[9.0], [4.0], [3.0]])
+        >>> screen = Screen(cheap=cheap, rescore=exact, num_candidates=2)
+        >>> screen.top_k(jnp.ones((1, 1)), 1).indices
+        Array([[1]], dtype=int32)
+        """
+        most = self.num_candidates
+        if not 1 <= k <= most:
+            raise ValueError(f"k must be between 1 and num_candidates={most}, got {k}")
+        hidden = jnp.asarray(hidden)
+        batch = hidden.shape[:-1]
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        scores, tokens, better = self._look(flat)
+        values, places = top_k(better, k)
+        chosen = gather_at(tokens, places)
+        log_z = jnp.zeros(len(flat), jnp.float32)
+        if with_log_z:
+            log_z = logsumexp(_joined(scores, tokens, better))
+        return TopK(values.reshape(*batch, k), chosen.reshape(*batch, k), log_z.reshape(batch))
+
+    def _look(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Cheap scores of all tokens, the candidates, and their better logits."""
+        scores = self.cheap(hidden)
+        if not 1 <= self.num_candidates <= scores.shape[-1]:
+            raise ValueError(
+                f"num_candidates must be between 1 and the vocabulary, {scores.shape[-1]}, "
+                f"got {self.num_candidates}"
+            )
+        _, tokens = top_k(jax.lax.stop_gradient(scores), self.num_candidates, group_size=8)
+        return scores, tokens, rescoring(self.rescore)(hidden, tokens)
 
 
 class ScreenedHead(VocabularyHead):
@@ -193,21 +199,18 @@ class ScreenedHead(VocabularyHead):
         self.rows = None if rows is None else nnx.Param(jnp.asarray(rows))
         self.row_bias = None if row_bias is None else nnx.Param(jnp.asarray(row_bias))
 
-    def _options(self, embedding: Array | None) -> dict[str, Any]:
+    def _screen(self, embedding: Array | None) -> Screen:
         rows = embedding if self.rows is None else self.rows[...]
         if rows is None:
             raise ValueError("a ScreenedHead without rows of its own needs the embedding")
         bias = None if self.row_bias is None else self.row_bias[...]
-        return {
-            "screen": self.screen,
-            "rescore": exact_rows(rows, bias),
-            "num_candidates": self.num_candidates,
-        }
+        exact = Head(rows, bias, vocab_axis=0)
+        return Screen(cheap=self.screen, rescore=exact, num_candidates=self.num_candidates)
 
     def __call__(
         self, hidden: Float[Array, "*batch hidden"], embedding: Array | None = None
     ) -> Float[jax.Array, "*batch vocab"]:
-        return screened_logits(hidden, **self._options(embedding))
+        return self._screen(embedding).logits(hidden)
 
     def nll(
         self,
@@ -219,15 +222,9 @@ class ScreenedHead(VocabularyHead):
         z_loss: float = 0.0,
         block_size: int = 256,
     ) -> Float[jax.Array, "*batch"]:
-        """Cross-entropy over the whole vocabulary; see `screened_nll`."""
-        return screened_nll(
-            hidden,
-            labels,
-            temperature=temperature,
-            z_loss=z_loss,
-            block_size=block_size,
-            **self._options(embedding),
-        )
+        """Cross-entropy over the whole vocabulary; see `Screen.nll`."""
+        options = {"temperature": temperature, "z_loss": z_loss, "block_size": block_size}
+        return self._screen(embedding).nll(hidden, labels, **options)
 
     def top_k(
         self,
@@ -237,8 +234,8 @@ class ScreenedHead(VocabularyHead):
         *,
         with_log_z: bool = True,
     ) -> TopK:
-        """The k best candidates; see `screened_topk`."""
-        return screened_topk(hidden, k, with_log_z=with_log_z, **self._options(embedding))
+        """The k best candidates; see `Screen.top_k`."""
+        return self._screen(embedding).top_k(hidden, k, with_log_z=with_log_z)
 
     def as_linear(self, embedding: Array | None = None) -> Head:
         """Raises: the logits of a screened head are not linear in the hidden state."""
@@ -252,20 +249,6 @@ class ScreenedHead(VocabularyHead):
         vocab, hidden = rows.shape
         own = 0 if self.rows is None else vocab
         return self.screen.cost(embedding).with_rows(self.num_candidates, hidden, own=own)
-
-
-def _look(
-    hidden: jax.Array, screen: Screen, rescore: Rescore, num_candidates: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Cheap scores of all tokens, the candidates, and their better logits."""
-    scores = screen(hidden)
-    if not 1 <= num_candidates <= scores.shape[-1]:
-        raise ValueError(
-            f"num_candidates must be between 1 and the vocabulary, {scores.shape[-1]}, "
-            f"got {num_candidates}"
-        )
-    _, tokens = top_k(jax.lax.stop_gradient(scores), num_candidates, group_size=8)
-    return scores, tokens, rescore(hidden, tokens)
 
 
 def _joined(scores: jax.Array, tokens: jax.Array, better: jax.Array) -> jax.Array:

@@ -11,6 +11,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Float, Int
 
+from logitjax import ops
+from logitjax.losses import Head
 from logitjax.ops import Array, TopK, checks, finite_or_zero, logsumexp, top_k
 from logitjax.vq._loss import code_scores
 from logitjax.vq._row_products import row_products
@@ -42,118 +44,120 @@ class Pages:
     def with_biases(self, bias: Float[Array, " vocab"]) -> "Pages":
         """The same pages in the same ranking with other biases, differentiable in them.
 
-        >>> pages = make_pages(jnp.zeros(3), jnp.array([0, 0, 1]), size=2)
+        >>> pages = Pages.cut(jnp.zeros(3), jnp.array([0, 0, 1]), size=2)
         >>> print(jnp.exp(pages.with_biases(jnp.log(jnp.array([1.0, 2.0, 4.0]))).log_mass))
         [3. 4.]
         """
         within = jnp.where(self.tokens >= 0, jnp.asarray(bias)[self.tokens], -jnp.inf)
         return dataclasses.replace(self, bias=within, log_mass=logsumexp(within))
 
+    @classmethod
+    def cut(
+        cls,
+        bias: Float[Array, " vocab"],
+        assignment: Int[Array, " vocab"],
+        *,
+        size: int = 16,
+        margin: Float[Array, " vocab"] | None = None,
+    ) -> "Pages":
+        """Cuts clusters into pages of tokens with similar bias.
 
-def make_pages(
-    bias: Float[Array, " vocab"],
-    assignment: Int[Array, " vocab"],
-    *,
-    size: int = 16,
-    margin: Float[Array, " vocab"] | None = None,
-) -> Pages:
-    """Cuts clusters into pages of tokens with similar bias.
+        Runs on the host, once: the number of pages depends on the sizes of the clusters and is at
+        most codes + vocab / size.
 
-    Runs on the host, once: the number of pages depends on the sizes of the clusters and is at most
-    codes + vocab / size.
+        Args:
+          bias: ``[vocab]``; tokens with ``-inf`` are left out.
+          assignment: ``[vocab]``, cluster of each entry.
+          size: tokens per page.
+          margin: ``[vocab]``, by how much the better logit of a token may plausibly exceed its VQ
+            logit, e.g. one standard deviation (`spread`).
+
+        Returns:
+          `Pages`.
+
+        Raises:
+          ValueError: ``size`` is not positive.
+
+        >>> pages = Pages.cut(jnp.array([0.0, 1.0, 2.0, 3.0]), jnp.array([0, 0, 0, 1]), size=2)
+        >>> print(pages.tokens.tolist(), pages.code)
+        [[2, 1], [0, -1], [3, -1]] [0 0 1]
+        """
+        if size < 1:
+            raise ValueError(f"size must be positive, got {size}")
+        bias_, assignment_ = np.asarray(bias, np.float64), np.asarray(assignment)
+        reach = bias_ if margin is None else bias_ + np.asarray(margin)
+        order = np.lexsort((-reach, assignment_))
+        order = order[np.isfinite(bias_[order])]
+        codes = assignment_[order]
+        fresh = np.r_[True, codes[1:] != codes[:-1]] if len(codes) else np.zeros(0, bool)
+        start = np.maximum.accumulate(np.where(fresh, np.arange(len(order)), 0))
+        offset = np.arange(len(order)) - start
+        page = np.cumsum(offset % size == 0) - 1
+        tokens = np.full((page[-1] + 1 if len(page) else 1, size), -1, np.int32)
+        tokens[page, offset % size] = order
+        code = np.zeros(len(tokens), np.int32)
+        code[page] = codes
+        lift = np.where(tokens >= 0, reach[tokens], -np.inf).max(1)
+        within = jnp.asarray(np.where(tokens >= 0, bias_[tokens], -np.inf), jnp.float32)
+        return cls(
+            tokens=jnp.asarray(tokens),
+            code=jnp.asarray(code),
+            bias=within,
+            log_mass=logsumexp(within),
+            lift=jnp.asarray(lift, jnp.float32),
+        )
+
+    @staticmethod
+    def spread(
+        rows: Float[Array, "vocab hidden"],
+        codebook: Float[Array, "codes hidden"],
+        assignment: Int[Array, " vocab"],
+        hidden_cov: Float[Array, "hidden hidden"],
+    ) -> Float[jax.Array, " vocab"]:
+        """Standard deviation, over hidden states, of what the codebook gets wrong about each token.
+
+        ::
+
+            sqrt((w_v - C_{m(v)})^T Cov(h) (w_v - C_{m(v)}))
+
+        Args:
+          rows: ``[vocab, hidden]``, rows of the full head.
+          codebook: ``[codes, hidden]``.
+          assignment: ``[vocab]``, cluster of each entry.
+          hidden_cov: ``[hidden, hidden]``, covariance of the hidden states.
+
+        Returns:
+          ``[vocab]``, float32.
+
+        >>> print(Pages.spread(jnp.array([[3.0], [1.0]]), jnp.ones((1, 1)), jnp.zeros(2, int),
+        ...                    4.0 * jnp.eye(1)))
+        [4. 0.]
+        """
+        apart = jnp.asarray(rows, jnp.float32) - jnp.asarray(codebook, jnp.float32)[assignment]
+        return jnp.sqrt(jnp.maximum(((apart @ hidden_cov) * apart).sum(-1), 0.0))
+
+
+def rescoring(rows: Rescore | Head | Array) -> Rescore:
+    """What re-scores as it is, and of a full head ``w_v . h + a_v``.
 
     Args:
-      bias: ``[vocab]``; tokens with ``-inf`` are left out.
-      assignment: ``[vocab]``, cluster of each entry.
-      size: tokens per page.
-      margin: ``[vocab]``, by how much the better logit of a token may plausibly exceed its VQ
-        logit, e.g. one standard deviation (`row_spread`).
-
-    Returns:
-      `Pages`.
-
-    Raises:
-      ValueError: ``size`` is not positive.
-
-    >>> pages = make_pages(jnp.array([0.0, 1.0, 2.0, 3.0]), jnp.array([0, 0, 0, 1]), size=2)
-    >>> print(pages.tokens.tolist(), pages.code)
-    [[2, 1], [0, -1], [3, -1]] [0 0 1]
-    """
-    if size < 1:
-        raise ValueError(f"size must be positive, got {size}")
-    bias_, assignment_ = np.asarray(bias, np.float64), np.asarray(assignment)
-    reach = bias_ if margin is None else bias_ + np.asarray(margin)
-    order = np.lexsort((-reach, assignment_))
-    order = order[np.isfinite(bias_[order])]
-    codes = assignment_[order]
-    fresh = np.r_[True, codes[1:] != codes[:-1]] if len(codes) else np.zeros(0, bool)
-    start = np.maximum.accumulate(np.where(fresh, np.arange(len(order)), 0))
-    offset = np.arange(len(order)) - start
-    page = np.cumsum(offset % size == 0) - 1
-    tokens = np.full((page[-1] + 1 if len(page) else 1, size), -1, np.int32)
-    tokens[page, offset % size] = order
-    code = np.zeros(len(tokens), np.int32)
-    code[page] = codes
-    lift = np.where(tokens >= 0, reach[tokens], -np.inf).max(1)
-    within = jnp.asarray(np.where(tokens >= 0, bias_[tokens], -np.inf), jnp.float32)
-    return Pages(
-        tokens=jnp.asarray(tokens),
-        code=jnp.asarray(code),
-        bias=within,
-        log_mass=logsumexp(within),
-        lift=jnp.asarray(lift, jnp.float32),
-    )
-
-
-def row_spread(
-    rows: Float[Array, "vocab hidden"],
-    codebook: Float[Array, "codes hidden"],
-    assignment: Int[Array, " vocab"],
-    hidden_cov: Float[Array, "hidden hidden"],
-) -> Float[jax.Array, " vocab"]:
-    """Standard deviation, over hidden states, of what the codebook gets wrong about each token.
-
-    ::
-
-        sqrt((w_v - C_{m(v)})^T Cov(h) (w_v - C_{m(v)}))
-
-    Args:
-      rows: ``[vocab, hidden]``, rows of the full head.
-      codebook: ``[codes, hidden]``.
-      assignment: ``[vocab]``, cluster of each entry.
-      hidden_cov: ``[hidden, hidden]``, covariance of the hidden states.
-
-    Returns:
-      ``[vocab]``, float32.
-
-    >>> print(row_spread(jnp.array([[3.0], [1.0]]), jnp.ones((1, 1)), jnp.zeros(2, int),
-    ...                  4.0 * jnp.eye(1)))
-    [4. 0.]
-    """
-    apart = jnp.asarray(rows, jnp.float32) - jnp.asarray(codebook, jnp.float32)[assignment]
-    return jnp.sqrt(jnp.maximum(((apart @ hidden_cov) * apart).sum(-1), 0.0))
-
-
-def exact_rows(
-    rows: Float[Array, "vocab hidden"], row_bias: Float[Array, " vocab"] | None = None
-) -> Rescore:
-    """Re-scoring with the rows of a full head, ``w_v . h + a_v``.
-
-    Args:
-      rows: ``[vocab, hidden]``.
-      row_bias: ``[vocab]``, or None.
+      rows: a `Rescore`, a `Head`, or its kernel alone.
 
     Returns:
       A `Rescore`: inputs in the dtype of ``hidden``, sums and result in float32. Tokens outside of
       the vocabulary are taken for its nearest end.
 
-    >>> exact_rows(jnp.eye(3))(jnp.array([[1.0, 2.0, 3.0]]), jnp.array([[2, 0]]))
+    >>> rescoring(Head(jnp.eye(3), vocab_axis=0))(jnp.array([[1.0, 2.0, 3.0]]), jnp.array([[2, 0]]))
     Array([[3., 1.]], dtype=float32)
     """
+    if callable(rows):
+        return rows
 
     def rescore(hidden: jax.Array, tokens: jax.Array) -> jax.Array:
-        scores = row_products(hidden, rows, tokens)
-        return scores if row_bias is None else scores + jnp.asarray(row_bias)[tokens]
+        head = Head.of(rows).resolve(hidden.shape[-1])
+        scores = row_products(hidden, head.rows, tokens)
+        scores = scores if head.bias is None else scores + jnp.asarray(head.bias)[tokens]
+        return scores if head.soft_cap is None else ops.soft_cap(scores, head.soft_cap)
 
     return rescore
 
@@ -163,8 +167,8 @@ class Shortlist:
     """Which tokens better rows re-score, and how.
 
     Attributes:
-      pages: of `make_pages`.
-      rescore: e.g. ``exact_rows(embedding)`` or ``product_rows(codebooks, codes)``.
+      pages: of `Pages.cut`.
+      rescore: a `Head` with better rows, or `ProductCodes.logits_at`.
       num_pages: pages that are re-scored.
       calibration: ``[scale, offset]`` of the log-odds of the shortlist; (1, 0) when omitted.
 
@@ -173,7 +177,7 @@ class Shortlist:
     """
 
     pages: Pages
-    rescore: Rescore
+    rescore: Rescore | Head | Array
     num_pages: int
     calibration: Array | None = None
 
@@ -184,194 +188,221 @@ class Shortlist:
                 f"num_pages must be between 1 and the number of pages, {most}, got {self.num_pages}"
             )
 
+    def nll(
+        self,
+        hidden: Float[Array, "*batch hidden"],
+        codebook: Float[Array, "codes hidden"],
+        bias: Float[Array, " vocab"],
+        assignment: Int[Array, " vocab"],
+        labels: Int[Array, "*batch"],
+        *,
+        temperature: float | Array = 1.0,
+        soft_cap: float | None = None,
+        z_loss: float = 0.0,
+        block_size: int = 256,
+    ) -> Float[jax.Array, "*batch"]:
+        """Cross-entropy of a shortlist head, normalised over the whole vocabulary.
 
-def shortlist_nll(
-    hidden: Float[Array, "*batch hidden"],
-    codebook: Float[Array, "codes hidden"],
-    bias: Float[Array, " vocab"],
-    assignment: Int[Array, " vocab"],
-    labels: Int[Array, "*batch"],
-    *,
-    shortlist: Shortlist,
-    temperature: float | Array = 1.0,
-    soft_cap: float | None = None,
-    z_loss: float = 0.0,
-    block_size: int = 256,
-) -> Float[jax.Array, "*batch"]:
-    """Cross-entropy of a shortlist head, normalised over the whole vocabulary.
+        The ``num_pages`` best pages are shared out by the better logits; all other tokens keep
+        their VQ logits. How much the chosen pages get in all is what the codes say, since a logit
+        by itself means nothing: the two kinds differ by a number that depends on the context. It is
+        a proper distribution, and the one `top_k` decodes from. ::
 
-    The ``num_pages`` best pages are shared out by the better logits; all other tokens keep their VQ
-    logits. How much the chosen pages get in all is what the codes say, since a logit by itself
-    means nothing: the two kinds differ by a number that depends on the context. It is a proper
-    distribution, and the one `shortlist_topk` decodes from. ::
+            g = logsumexp_{chosen pages} s - logsumexp_{other pages} s,    s = z_code + log mass
+            l_v = rescore(h, v) + shift(h)      v in a chosen page
+                  z_{m(v)} + b_v                otherwise
+            shift such that  logsumexp_chosen l - logsumexp_{other pages} s = scale g + offset
 
-        g = logsumexp_{chosen pages} s - logsumexp_{other pages} s,    s = z_code + log mass
-        l_v = rescore(h, v) + shift(h)      v in a chosen page
-              z_{m(v)} + b_v                otherwise
-        shift such that  logsumexp_chosen l - logsumexp_{other pages} s = scale g + offset
+        The choice of pages has no gradient; the codes learn how much of the mass it catches.
 
-    The choice of pages has no gradient; the codes learn how much of the mass it catches.
+        Args:
+          hidden: ``[*batch, hidden]``.
+          codebook: ``[codes, hidden]``.
+          bias: ``[vocab]``.
+          assignment: ``[vocab]``, cluster of each entry.
+          labels: ``[*batch]``.
+          temperature: divides the logits.
+          soft_cap: bounds the VQ scores and, with it, the better logits.
+          z_loss: weight of the squared log-normaliser.
+          block_size: positions at a time; their rows are gathered anew in the backward pass.
 
-    Args:
-      hidden: ``[*batch, hidden]``.
-      codebook: ``[codes, hidden]``.
-      bias: ``[vocab]``.
-      assignment: ``[vocab]``, cluster of each entry.
-      labels: ``[*batch]``.
-      shortlist: what is re-scored and how; masses of its pages are made anew from ``bias``.
-      temperature: divides the logits.
-      soft_cap: bounds the VQ scores and, with it, the better logits.
-      z_loss: weight of the squared log-normaliser.
-      block_size: positions at a time; their rows are gathered anew in the backward pass.
+        Returns:
+          ``[*batch]``, float32, not reduced. O(K d + num_pages * size * d) per token.
 
-    Returns:
-      ``[*batch]``, float32, not reduced. O(K d + num_pages * size * d) per token.
+        Raises:
+          ValueError: ``labels`` do not fit ``hidden``.
 
-    Raises:
-      ValueError: ``labels`` do not fit ``hidden``.
+        >>> rows = Head(jnp.eye(3), vocab_axis=0)
+        >>> bias, assignment = jnp.zeros(3), jnp.array([0, 0, 1])
+        >>> pages = Pages.cut(bias, assignment, size=2)
+        >>> both = Shortlist(pages=pages, rescore=rows, num_pages=2)
+        >>> print(both.nll(jnp.ones((1, 3)), jnp.zeros((2, 3)), bias, assignment, jnp.array([2])))
+        [1.0986123]
 
-    >>> bias, assignment = jnp.zeros(3), jnp.array([0, 0, 1])
-    >>> pages = make_pages(bias, assignment, size=2)
-    >>> both = Shortlist(pages=pages, rescore=exact_rows(jnp.eye(3)), num_pages=2)
-    >>> print(shortlist_nll(jnp.ones((1, 3)), jnp.zeros((2, 3)), bias, assignment, jnp.array([2]),
-    ...                     shortlist=both).round(4))
-    [1.0986]
+        References:
+          The tail of the paper's head, arXiv:2505.10202, under rows of the head it replaces: ours.
+        """
+        hidden, labels, assignment = (
+            jnp.asarray(hidden),
+            jnp.asarray(labels),
+            jnp.asarray(assignment),
+        )
+        if labels.shape != hidden.shape[:-1]:
+            raise ValueError(f"labels must be of shape {hidden.shape[:-1]}, got {labels.shape}")
+        checks.positive(temperature, "temperature")
+        pages = self.pages.with_biases(bias)
+        hot = _heated(pages, temperature)
 
-    References:
-      The tail of the paper's head, arXiv:2505.10202, under rows of the head it replaces: ours.
-    """
-    hidden, labels, assignment = jnp.asarray(hidden), jnp.asarray(labels), jnp.asarray(assignment)
-    if labels.shape != hidden.shape[:-1]:
-        raise ValueError(f"labels must be of shape {hidden.shape[:-1]}, got {labels.shape}")
-    checks.positive(temperature, "temperature")
-    pages = shortlist.pages.with_biases(bias)
-    hot = _heated(pages, temperature)
+        def block(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
+            hidden, labels = inputs
+            scores = code_scores(hidden, codebook, soft_cap=soft_cap)
+            chosen = _choose(scores, pages, self.num_pages)
+            tokens, logits, rest = self._split(hidden, scores, chosen, pages, soft_cap)
+            logits = logits / temperature
+            rest = jnp.where(jnp.isneginf(rest), -jnp.inf, _page_scores(scores / temperature, hot))
+            log_z = jnp.logaddexp(logsumexp(logits), logsumexp(rest))
+            coarse = jnp.take_along_axis(scores, assignment[labels][:, None], axis=-1)[:, 0]
+            coarse = (coarse + jnp.asarray(bias)[labels]) / temperature
+            hit = tokens == labels[:, None]
+            fine = jnp.where(hit, logits, 0.0).sum(-1)
+            nll = log_z - jnp.where(hit.any(-1), fine, coarse)
+            return nll + z_loss * log_z**2 if z_loss else nll
 
-    def block(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
-        hidden, labels = inputs
-        scores = code_scores(hidden, codebook, soft_cap=soft_cap)
-        chosen = _choose(scores, pages, shortlist.num_pages)
-        tokens, logits, rest = _split(hidden, scores, chosen, pages, shortlist, soft_cap)
-        logits = logits / temperature
-        rest = jnp.where(jnp.isneginf(rest), -jnp.inf, _page_scores(scores / temperature, hot))
-        log_z = jnp.logaddexp(logsumexp(logits), logsumexp(rest))
-        coarse = jnp.take_along_axis(scores, assignment[labels][:, None], axis=-1)[:, 0]
-        coarse = (coarse + jnp.asarray(bias)[labels]) / temperature
-        hit = tokens == labels[:, None]
-        fine = jnp.where(hit, logits, 0.0).sum(-1)
-        nll = log_z - jnp.where(hit.any(-1), fine, coarse)
-        return nll + z_loss * log_z**2 if z_loss else nll
+        return in_blocks(block, (hidden, labels), block_size)
 
-    return in_blocks(block, (hidden, labels), block_size)
+    def top_k(
+        self,
+        hidden: Float[Array, "*batch hidden"],
+        codebook: Float[Array, "codes hidden"],
+        k: int,
+        *,
+        temperature: float | Array = 1.0,
+        soft_cap: float | None = None,
+        with_tail: bool = True,
+        block_size: int = 256,
+    ) -> TopK:
+        """The k largest logits of a shortlist head, without V logits.
 
+        With the tail they are exactly those of `logits`: tokens of the k best pages that were
+        not chosen take part with their VQ logits. They equal the full head's wherever its k best
+        tokens lie in the chosen pages.
 
-def shortlist_topk(
-    hidden: Float[Array, "*batch hidden"],
-    codebook: Float[Array, "codes hidden"],
-    k: int,
-    *,
-    shortlist: Shortlist,
-    temperature: float | Array = 1.0,
-    soft_cap: float | None = None,
-    with_tail: bool = True,
-    block_size: int = 256,
-) -> TopK:
-    """The k largest logits of a shortlist head, without V logits.
+        Args:
+          hidden: ``[*batch, hidden]``.
+          codebook: ``[codes, hidden]``.
+          k: how many.
+          temperature: divides the logits. Other than 1 it costs O(V) a call.
+          soft_cap: as `nll`.
+          with_tail: False looks at the chosen pages alone, which is cheaper, and what one wants
+            when the better logits are all that is trusted.
+          block_size: positions at a time.
 
-    With the tail they are exactly those of `shortlist_logits`: tokens of the k best pages that were
-    not chosen take part with their VQ logits. They equal the full head's wherever its k best tokens
-    lie in the chosen pages.
+        Returns:
+          `TopK`: ``[*batch, k]`` logits and tokens, ``log_z`` over the whole vocabulary.
 
-    Args:
-      hidden: ``[*batch, hidden]``.
-      codebook: ``[codes, hidden]``.
-      k: how many.
-      shortlist: what is re-scored and how.
-      temperature: divides the logits. Other than 1 it costs O(V) a call.
-      soft_cap: as `shortlist_nll`.
-      with_tail: False looks at the chosen pages alone, which is cheaper, and what one wants when
-        the better logits are all that is trusted.
-      block_size: positions at a time.
+        Raises:
+          ValueError: the shortlist is shorter than k.
 
-    Returns:
-      `TopK`: ``[*batch, k]`` logits and tokens, ``log_z`` over the whole vocabulary.
+        >>> rows = Head(jnp.eye(3), vocab_axis=0)
+        >>> bias, assignment = jnp.zeros(3), jnp.array([0, 0, 1])
+        >>> pages = Pages.cut(bias, assignment, size=2)
+        >>> both = Shortlist(pages=pages, rescore=rows, num_pages=2)
+        >>> both.top_k(jnp.array([[1.0, 3.0, 2.0]]), jnp.zeros((2, 3)), 2).indices
+        Array([[1, 2]], dtype=int32)
+        """
+        hidden = jnp.asarray(hidden)
+        checks.positive(temperature, "temperature")
+        pages = self.pages
+        hot = _heated(pages, temperature)
+        listed = self.num_pages * pages.tokens.shape[1]
+        if k > listed:
+            raise ValueError(f"k must be at most num_pages * size = {listed}, got {k}")
 
-    Raises:
-      ValueError: the shortlist is shorter than k.
+        def block(inputs: tuple[jax.Array]) -> tuple[jax.Array, ...]:
+            (hidden,) = inputs
+            scores = code_scores(hidden, codebook, soft_cap=soft_cap)
+            chosen = _choose(scores, pages, self.num_pages)
+            tokens, logits, rest = self._split(hidden, scores, chosen, pages, soft_cap)
+            scores, logits = scores / temperature, logits / temperature
+            rest = jnp.where(jnp.isneginf(rest), -jnp.inf, _page_scores(scores, hot))
+            log_z = jnp.logaddexp(logsumexp(logits), logsumexp(rest))
+            if with_tail:
+                heads = jnp.take(scores, hot.code, axis=-1) + hot.bias.max(-1)
+                heads = jnp.where(jnp.isneginf(rest), -jnp.inf, heads)
+                _, best = lax.top_k(heads, min(k, heads.shape[-1]))
+                kept = jnp.take_along_axis(rest, best, axis=-1) > -jnp.inf
+                tail = jnp.take_along_axis(scores, hot.code[best], axis=-1)[..., None]
+                tail = jnp.where(kept[..., None], tail + hot.bias[best], -jnp.inf)
+                tail = tail.reshape(hidden.shape[0], -1)
+                logits = jnp.concatenate([logits, tail], axis=-1)
+                tokens = jnp.concatenate([tokens, hot.tokens[best].reshape(tail.shape)], axis=-1)
+            values, places = lax.top_k(logits, k)
+            return values, jnp.take_along_axis(tokens, places, axis=-1), log_z
 
-    >>> bias, assignment = jnp.zeros(3), jnp.array([0, 0, 1])
-    >>> pages = make_pages(bias, assignment, size=2)
-    >>> both = Shortlist(pages=pages, rescore=exact_rows(jnp.eye(3)), num_pages=2)
-    >>> shortlist_topk(jnp.array([[1.0, 3.0, 2.0]]), jnp.zeros((2, 3)), 2, shortlist=both).indices
-    Array([[1, 2]], dtype=int32)
-    """
-    hidden = jnp.asarray(hidden)
-    checks.positive(temperature, "temperature")
-    pages = shortlist.pages
-    hot = _heated(pages, temperature)
-    listed = shortlist.num_pages * pages.tokens.shape[1]
-    if k > listed:
-        raise ValueError(f"k must be at most num_pages * size = {listed}, got {k}")
+        return TopK(*in_blocks(block, (hidden,), block_size))
 
-    def block(inputs: tuple[jax.Array]) -> tuple[jax.Array, ...]:
-        (hidden,) = inputs
-        scores = code_scores(hidden, codebook, soft_cap=soft_cap)
-        chosen = _choose(scores, pages, shortlist.num_pages)
-        tokens, logits, rest = _split(hidden, scores, chosen, pages, shortlist, soft_cap)
-        scores, logits = scores / temperature, logits / temperature
-        rest = jnp.where(jnp.isneginf(rest), -jnp.inf, _page_scores(scores, hot))
-        log_z = jnp.logaddexp(logsumexp(logits), logsumexp(rest))
-        if with_tail:
-            heads = jnp.take(scores, hot.code, axis=-1) + hot.bias.max(-1)
-            heads = jnp.where(jnp.isneginf(rest), -jnp.inf, heads)
-            _, best = lax.top_k(heads, min(k, heads.shape[-1]))
-            kept = jnp.take_along_axis(rest, best, axis=-1) > -jnp.inf
-            tail = jnp.take_along_axis(scores, hot.code[best], axis=-1)[..., None]
-            tail = jnp.where(kept[..., None], tail + hot.bias[best], -jnp.inf)
-            tail = tail.reshape(hidden.shape[0], -1)
-            logits = jnp.concatenate([logits, tail], axis=-1)
-            tokens = jnp.concatenate([tokens, hot.tokens[best].reshape(tail.shape)], axis=-1)
-        values, places = lax.top_k(logits, k)
-        return values, jnp.take_along_axis(tokens, places, axis=-1), log_z
+    def logits(
+        self,
+        hidden: Float[Array, "*batch hidden"],
+        codebook: Float[Array, "codes hidden"],
+        bias: Float[Array, " vocab"],
+        assignment: Int[Array, " vocab"],
+        *,
+        soft_cap: float | None = None,
+    ) -> Float[jax.Array, "*batch vocab"]:
+        """All V logits of a shortlist head: what `nll` and `top_k` mean.
 
-    return TopK(*in_blocks(block, (hidden,), block_size))
+        Args: as there.
 
+        Returns:
+          ``[*batch, vocab]``, float32.
 
-def shortlist_logits(
-    hidden: Float[Array, "*batch hidden"],
-    codebook: Float[Array, "codes hidden"],
-    bias: Float[Array, " vocab"],
-    assignment: Int[Array, " vocab"],
-    *,
-    shortlist: Shortlist,
-    soft_cap: float | None = None,
-) -> Float[jax.Array, "*batch vocab"]:
-    """All V logits of a shortlist head: what `shortlist_nll` and `shortlist_topk` mean.
+        >>> rows = Head(jnp.eye(3), vocab_axis=0)
+        >>> bias, assignment = jnp.zeros(3), jnp.array([0, 0, 1])
+        >>> pages = Pages.cut(bias, assignment, size=2)
+        >>> one = Shortlist(pages=pages, rescore=rows, num_pages=1)
+        >>> logits = one.logits(jnp.array([[1.0, 3.0, 2.0]]), jnp.zeros((2, 3)), bias, assignment)
+        >>> [f"{logit:.3f}" for logit in logits[0]]  # the page keeps the mass its codes give it
+        ['-1.434', '0.566', '0.000']
+        """
+        hidden = jnp.asarray(hidden)
+        pages = self.pages.with_biases(bias)
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        scores = code_scores(flat, codebook, soft_cap=soft_cap)
+        chosen = _choose(scores, pages, self.num_pages)
+        tokens, logits, _ = self._split(flat, scores, chosen, pages, soft_cap)
+        coarse = jnp.take(scores, assignment, axis=-1) + jnp.asarray(bias)
+        tokens = jnp.where(tokens < 0, coarse.shape[-1], tokens)
+        rows = jnp.arange(len(flat))[:, None]
+        full = coarse.at[rows, tokens].set(logits, mode="drop")
+        return full.reshape(*hidden.shape[:-1], -1)
 
-    Args: as there.
-
-    Returns:
-      ``[*batch, vocab]``, float32.
-
-    >>> bias, assignment = jnp.zeros(3), jnp.array([0, 0, 1])
-    >>> pages = make_pages(bias, assignment, size=2)
-    >>> one = Shortlist(pages=pages, rescore=exact_rows(jnp.eye(3)), num_pages=1)
-    >>> logits = shortlist_logits(jnp.array([[1.0, 3.0, 2.0]]), jnp.zeros((2, 3)), bias, assignment,
-    ...                           shortlist=one)
-    >>> [f"{logit:.3f}" for logit in logits[0]]  # the page keeps the mass its codes give it
-    ['-1.434', '0.566', '0.000']
-    """
-    hidden = jnp.asarray(hidden)
-    pages = shortlist.pages.with_biases(bias)
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    scores = code_scores(flat, codebook, soft_cap=soft_cap)
-    chosen = _choose(scores, pages, shortlist.num_pages)
-    tokens, logits, _ = _split(flat, scores, chosen, pages, shortlist, soft_cap)
-    coarse = jnp.take(scores, assignment, axis=-1) + jnp.asarray(bias)
-    tokens = jnp.where(tokens < 0, coarse.shape[-1], tokens)
-    rows = jnp.arange(len(flat))[:, None]
-    full = coarse.at[rows, tokens].set(logits, mode="drop")
-    return full.reshape(*hidden.shape[:-1], -1)
+    def _split(
+        self,
+        hidden: jax.Array,
+        scores: jax.Array,
+        chosen: jax.Array,
+        pages: Pages,
+        soft_cap: float | None,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Tokens of the chosen pages, their shifted logits, and scores plus masses of the rest."""
+        tokens = pages.tokens[chosen].reshape(len(hidden), -1)
+        logits = rescoring(self.rescore)(hidden, jnp.maximum(tokens, 0))
+        if soft_cap is not None:
+            logits = soft_cap * jnp.tanh(logits / soft_cap)
+        logits = jnp.where(tokens >= 0, logits, -jnp.inf)
+        masses = _page_scores(scores, pages)
+        rest = masses.at[jnp.arange(len(hidden))[:, None], chosen].set(-jnp.inf)
+        others = logsumexp(rest)
+        odds = logsumexp(jnp.take_along_axis(masses, chosen, axis=-1)) - finite_or_zero(others)
+        if self.calibration is not None:
+            scale, offset = self.calibration
+            odds = scale * odds + offset
+        # Where nothing else is left there is nothing to weigh the shortlist against.
+        shift = jnp.where(
+            jnp.isneginf(others), 0.0, finite_or_zero(others) + odds - logsumexp(logits)
+        )
+        return tokens, logits + shift[:, None], rest
 
 
 def _choose(scores: jax.Array, pages: Pages, num_pages: int) -> jax.Array:
@@ -381,32 +412,6 @@ def _choose(scores: jax.Array, pages: Pages, num_pages: int) -> jax.Array:
 
 def _page_scores(scores: jax.Array, pages: Pages) -> jax.Array:
     return jnp.take(scores, pages.code, axis=-1) + pages.log_mass
-
-
-def _split(
-    hidden: jax.Array,
-    scores: jax.Array,
-    chosen: jax.Array,
-    pages: Pages,
-    shortlist: Shortlist,
-    soft_cap: float | None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Tokens of the chosen pages, their shifted logits, and scores plus masses of all others."""
-    tokens = pages.tokens[chosen].reshape(len(hidden), -1)
-    logits = shortlist.rescore(hidden, jnp.maximum(tokens, 0))
-    if soft_cap is not None:
-        logits = soft_cap * jnp.tanh(logits / soft_cap)
-    logits = jnp.where(tokens >= 0, logits, -jnp.inf)
-    masses = _page_scores(scores, pages)
-    rest = masses.at[jnp.arange(len(hidden))[:, None], chosen].set(-jnp.inf)
-    others = logsumexp(rest)
-    odds = logsumexp(jnp.take_along_axis(masses, chosen, axis=-1)) - finite_or_zero(others)
-    if shortlist.calibration is not None:
-        scale, offset = shortlist.calibration
-        odds = scale * odds + offset
-    # Where nothing else is left there is nothing to weigh the shortlist against.
-    shift = jnp.where(jnp.isneginf(others), 0.0, finite_or_zero(others) + odds - logsumexp(logits))
-    return tokens, logits + shift[:, None], rest
 
 
 def _heated(pages: Pages, temperature: float | Array) -> Pages:

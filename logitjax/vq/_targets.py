@@ -1,7 +1,6 @@
 """What an old head says on cached hidden states, kept in a form that tunes a new one cheaply."""
 
 import dataclasses
-import os
 from typing import Any
 
 import jax
@@ -9,14 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.sparse
 from absl import logging
-from etils import epath
 from jaxtyping import Float
 
+from logitjax.losses import Head
 from logitjax.ops import Array, logsumexp, top_k
-from logitjax.storage import Manifest, write_atomic
-from logitjax.vq._hidden_cache import HiddenCache, sampled_digest
-
-_KIND = "head targets"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,101 +56,41 @@ class HeadTargets:
         )
 
 
-def cached_head_targets(
-    directory: str | os.PathLike[str],
-    cache: HiddenCache,
-    rows: Float[Array, "vocab hidden"],
-    row_bias: Float[Array, " vocab"] | None = None,
-    *,
-    top: int = 64,
-    soft_cap: float | None = None,
-    block_size: int = 512,
-) -> HeadTargets:
-    """`head_targets` kept in a directory, which is read the next time.
-
-    Args:
-      directory: where they are or will be.
-      cache: positions and their labels.
-      rows: ``[vocab, hidden]``, the full head.
-      row_bias: ``[vocab]``, its bias.
-      top: probabilities kept per position.
-      soft_cap: of its logits.
-      block_size: positions at a time.
-
-    Returns:
-      `HeadTargets`.
-
-    Raises:
-      ValueError: the directory holds those of other positions, another head or other options;
-        names all that differs.
-    """
-    root = epath.Path(directory)
-    made_from = {
-        "positions": cache.fingerprint,
-        "head": sampled_digest((rows, row_bias)),
-        "top": top,
-        "soft_cap": soft_cap,
-    }
-    if Manifest(root, _KIND).exists():
-        Manifest(root, _KIND).check(made_from)
-        with (root / "targets.npz").open("rb") as file, np.load(file) as held:
-            arrays: dict[str, Any] = {name: held[name] for name in held.files}
-        arrays["entropy"] = float(arrays["entropy"])
-        return HeadTargets(**arrays)
-    targets = head_targets(
-        cache.hidden,
-        rows,
-        row_bias,
-        labels=cache.labels,
-        top=top,
-        soft_cap=soft_cap,
-        block_size=block_size,
-    )
-    arrays = {f.name: getattr(targets, f.name) for f in dataclasses.fields(targets)}
-    write_atomic(root / "targets.npz", lambda file: np.savez(file, **arrays))
-    Manifest(root, _KIND).write(made_from)
-    return targets
-
-
 def head_targets(
     hidden: Float[Array, "count hidden"],
-    rows: Float[Array, "vocab hidden"],
-    row_bias: Float[Array, " vocab"] | None = None,
+    head: Head,
     *,
     labels: Any = None,
     top: int = 64,
-    soft_cap: float | None = None,
     block_size: int = 512,
 ) -> HeadTargets:
     """Run the full head once over cached hidden states; O(N V d), the only time it is needed.
 
     Args:
       hidden: ``[count, hidden]``.
-      rows: ``[vocab, hidden]``, the full head.
-      row_bias: ``[vocab]``, its bias.
+      head: the full head.
       labels: ``[count]``; its loss on them is kept too.
       top: probabilities kept per position.
-      soft_cap: of its logits.
       block_size: positions at a time; memory is block_size x vocab.
 
     Returns:
       `HeadTargets`, on the host.
 
-    >>> targets = head_targets(np.ones((3, 2), np.float32), np.zeros((5, 2), np.float32), top=5)
+    >>> targets = head_targets(np.ones((3, 2)), Head(jnp.zeros((5, 2)), vocab_axis=0), top=5)
     >>> round(targets.entropy, 3), round(float(targets.counts[0]), 3)
     (1.609, 0.6)
     """
-    rows = jnp.asarray(rows, jnp.float32)
+    rows = jnp.asarray(head.rows, jnp.float32)
     vocab, width = rows.shape
     top = min(top, vocab)
-    bias = jnp.zeros(vocab) if row_bias is None else jnp.asarray(row_bias, jnp.float32)
+    bias = jnp.zeros(vocab) if head.bias is None else jnp.asarray(head.bias, jnp.float32)
     labels = np.zeros(len(hidden), np.int32) if labels is None else np.asarray(labels)
 
     @jax.jit(donate_argnums=(0, 1))
     def add(sums: Any, counts: Any, hidden: Any, labels: Any, exists: Any) -> Any:
         logits = hidden @ rows.T + bias
-        if soft_cap is not None:
-            logits = soft_cap * jnp.tanh(logits / soft_cap)
+        if head.soft_cap is not None:
+            logits = head.soft_cap * jnp.tanh(logits / head.soft_cap)
         log_z = logsumexp(logits)
         probs = jnp.exp(logits - log_z[:, None]) * exists[:, None]
         values, tokens = top_k(logits, top)

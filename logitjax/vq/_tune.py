@@ -15,7 +15,7 @@ from logitjax import training
 from logitjax.ops import Array, logsumexp
 from logitjax.ops.sharding import ShardingRules
 from logitjax.vq._assignment import reassign
-from logitjax.vq._loss import cluster_log_mass, code_scores, vq_nll
+from logitjax.vq._loss import cluster_log_mass, code_scores
 from logitjax.vq._targets import HeadTargets
 
 HeadLoss = Callable[..., jax.Array]
@@ -43,12 +43,16 @@ class Tuning:
     seed: int = 0
 
     def update(
-        self, loss_fn: HeadLoss, mesh: Mesh
+        self, mesh: Mesh, loss_fn: HeadLoss | None = None
     ) -> tuple[optax.GradientTransformation, training.TrainStep]:
-        """The optimizer, and the compiled step that `tune_head` takes.
+        """The optimizer, and the compiled step that `run` takes.
 
-        Batches of the step are tuples of arrays, as `loss_fn` takes them after `constants`.
+        Args:
+            mesh: Mesh of the step.
+            loss_fn: As of `run`; the one by which `convert_head` tunes when omitted. Batches of the
+                step are tuples of arrays, as it takes them after `constants`.
         """
+        of_position = vq_distillation_loss if loss_fn is None else loss_fn
         # The larger epsilon keeps codes and tokens that hardly occur from drifting with the noise.
         schedule = training.Schedule(
             self.learning_rate,
@@ -59,7 +63,7 @@ class Tuning:
         tx = schedule.optimizer(b2=0.99, eps=1e-6)
 
         def sums(params: Any, batch: Any, rng: Any, constants: Any) -> Any:
-            losses = loss_fn(params, constants, *batch)
+            losses = of_position(params, constants, *batch)
             return losses.sum(), losses.size, {}
 
         return tx, training.TrainStep(sums, tx, mesh=mesh)
@@ -68,7 +72,7 @@ class Tuning:
         self, mesh: Mesh, *, vocab: int, width: int, codes: int, top: int = 64
     ) -> training.Program:
         """The step that tunes a VQ head to the old one, with abstract arguments, for a plan."""
-        tx, step = self.update(vq_distillation_loss, mesh)
+        tx, step = self.update(mesh)
         params = {"codebook": _abstract(codes, width), "bias": _abstract(vocab)}
         state = training.TrainState.abstract(params, tx, mesh=mesh, rules=ShardingRules())
         split = training.BatchLayout(mesh).sharding
@@ -86,70 +90,68 @@ class Tuning:
         arguments = (state, batch, constants)
         return training.Program(name=f"tuning, {codes} codes", jitted=step, arguments=arguments)
 
+    def run(
+        self,
+        loss_fn: HeadLoss,
+        params: Any,
+        arrays: Sequence[np.ndarray],
+        *,
+        constants: Any = None,
+        between: Callable[[int, Any, Any], tuple[Any, Any] | None] | None = None,
+        mesh: Mesh | None = None,
+    ) -> tuple[Any, list[float]]:
+        """Tunes any head on cached positions.
+
+        Args:
+            loss_fn: `(params, constants, *batch) -> loss of each position`.
+            params: Pytree of trained arrays.
+            arrays: `[count, ...]` each, sampled together: hidden states, labels, ...
+            constants: Pytree that is not trained: assignments, tables.
+            between: `(step, params, constants)`, called after so many steps, to None or to others
+                to go on with, as reassignment does. The moments of the optimizer stay.
+            mesh: Its data and fsdp axes share the positions of a step; parameters and constants are
+                on every device. Every process has all `arrays` and gets all results.
+
+        Returns:
+            `(params, losses)`.
+
+        Raises:
+            ValueError: The mesh does not divide the positions of a step.
+
+        >>> loss = lambda params, _, x: (params - x) ** 2
+        >>> tuning = Tuning(steps=60, batch_size=4, learning_rate=0.1)
+        >>> params, losses = tuning.run(loss, jnp.zeros(()), [np.ones(8, np.float32)])
+        >>> bool(abs(params - 1) < 0.1)
+        True
+        """
+        if mesh is None:
+            mesh = training.make_mesh("data:1", devices=jax.local_devices()[:1])
+        tx, step = self.update(mesh, loss_fn)
+        state = training.TrainState.create(params, tx, mesh=mesh, rules=_REPLICATED)
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        constants = jax.device_put(constants, everywhere)
+        count = len(arrays[0])
+        batch_size = min(self.batch_size, count)
+        share, per_epoch = training.BatchLayout(mesh).rows(batch_size), count // batch_size
+        losses = []
+        for index in range(self.steps):
+            epoch, place = divmod(index, per_epoch)
+            order = np.random.default_rng([self.seed, epoch]).permutation(count)
+            chosen = np.sort(order[place * batch_size : (place + 1) * batch_size])[share]
+            batch = tuple(np.asarray(array[chosen]) for array in arrays)
+            state, output = step(state, batch, constants)
+            losses.append(output.metrics["loss"])
+            changed = between and between(index + 1, state.params, constants)
+            if changed:
+                held, constants = jax.device_put(changed, everywhere)
+                state = state.replace(params=held)
+        # Other code knows no mesh, and nothing of several processes.
+        params = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), state.params)
+        return params, [float(total) / float(size) for total, size in jax.device_get(losses)]
+
 
 def _abstract(*shape: int, dtype: Any = jnp.float32, sharding: Any = None) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-
-
-def tune_head(
-    loss_fn: HeadLoss,
-    params: Any,
-    arrays: Sequence[np.ndarray],
-    tuning: Tuning,
-    *,
-    constants: Any = None,
-    between: Callable[[int, Any, Any], tuple[Any, Any] | None] | None = None,
-    mesh: Mesh | None = None,
-) -> tuple[Any, list[float]]:
-    """Tunes any head on cached positions.
-
-    Args:
-        loss_fn: `(params, constants, *batch) -> loss of each position`.
-        params: Pytree of trained arrays.
-        arrays: `[count, ...]` each, sampled together: hidden states, labels, ...
-        tuning: Budget.
-        constants: Pytree that is not trained: assignments, tables.
-        between: `(step, params, constants)`, called after so many steps, to None or to others to go
-            on with, as reassignment does. The moments of the optimizer stay.
-        mesh: Its data and fsdp axes share the positions of a step; parameters and constants are on
-            every device. Every process has all `arrays` and gets all results.
-
-    Returns:
-        `(params, losses)`.
-
-    Raises:
-        ValueError: The mesh does not divide the positions of a step.
-
-    >>> loss = lambda params, _, x: (params - x) ** 2
-    >>> tuning = Tuning(steps=60, batch_size=4, learning_rate=0.1)
-    >>> params, losses = tune_head(loss, jnp.zeros(()), [np.ones(8, np.float32)], tuning)
-    >>> bool(abs(params - 1) < 0.1)
-    True
-    """
-    if mesh is None:
-        mesh = training.make_mesh("data:1", devices=jax.local_devices()[:1])
-    tx, step = tuning.update(loss_fn, mesh)
-    state = training.TrainState.create(params, tx, mesh=mesh, rules=_REPLICATED)
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    constants = jax.device_put(constants, everywhere)
-    count = len(arrays[0])
-    batch_size = min(tuning.batch_size, count)
-    share, per_epoch = training.BatchLayout(mesh).rows(batch_size), count // batch_size
-    losses = []
-    for index in range(tuning.steps):
-        epoch, place = divmod(index, per_epoch)
-        order = np.random.default_rng([tuning.seed, epoch]).permutation(count)
-        chosen = np.sort(order[place * batch_size : (place + 1) * batch_size])[share]
-        batch = tuple(np.asarray(array[chosen]) for array in arrays)
-        state, output = step(state, batch, constants)
-        losses.append(output.metrics["loss"])
-        changed = between and between(index + 1, state.params, constants)
-        if changed:
-            held, constants = jax.device_put(changed, everywhere)
-            state = state.replace(params=held)
-    # Other code knows no mesh, and nothing of several processes.
-    params = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), state.params)
-    return params, [float(total) / float(size) for total, size in jax.device_get(losses)]
 
 
 def vq_distillation_loss(
@@ -190,13 +192,6 @@ def vq_distillation_loss(
     return log_z - (top_probs * logits).sum(-1) - rest
 
 
-def vq_label_loss(
-    params: dict[str, Array], constants: dict[str, Array], hidden: Array, labels: Array
-) -> jax.Array:
-    """Cross-entropy of a VQ head on the labels."""
-    return vq_nll(hidden, params["codebook"], params.get("bias"), constants["assignment"], labels)
-
-
 def tune_vq_head(
     codebook: Array,
     bias: Array | None,
@@ -220,11 +215,11 @@ def tune_vq_head(
         bias: `[vocab]`; None tunes the head as published, without one.
         assignment: `[vocab]`.
         hidden: `[count, hidden]`, cached.
-        targets: What `head_targets` makes of the same positions.
+        targets: What `HiddenCache.head_targets` makes of the same positions.
         tuning: Budget.
         reassign_every: Steps between reassignments; None keeps the mapping. Needs biases.
         min_count: Expected targets below which a token stays where it is.
-        mesh: Mesh, as of `tune_head`.
+        mesh: Mesh, as of `Tuning.run`.
 
     Returns:
         `(codebook, bias, assignment, history)`; history holds `loss` and `moved`.
@@ -270,11 +265,10 @@ def tune_vq_head(
         held = constants_of(assignment)
         return params | {"bias": bias}, held
 
-    params, losses = tune_head(
+    params, losses = tuning.run(
         vq_distillation_loss,
         params,
         [hidden, targets.top_probs, targets.top_tokens],
-        tuning,
         constants=held,
         between=between,
         mesh=mesh,

@@ -26,9 +26,9 @@ def test_the_written_head_is_the_reported_one(workdir, kind):
     convert_head.run(_config(workdir, kind=kind), workdir)
     head = vq.load_head(workdir / "head")
     assert type(head).__name__ == {"vq": "VQHead", "shortlist": "ShortlistHead"}[kind]
-    held_out = vq.open_hidden_states(workdir / "held_out")
+    held_out = vq.HiddenCache.open(workdir / "held_out")
     model, _ = models.load("tiny", layout="listed")
-    quality = vq.measure_head(vq.with_head(model, head), held_out)
+    quality = held_out.measure(model.with_head(head))
     report = (workdir / "report.md").read_text()
     after = next(line for line in report.splitlines() if line.startswith("| after"))
     assert float(after.split("|")[2]) == pytest.approx(quality.perplexity, rel=1e-3)

@@ -17,7 +17,7 @@ from logitjax.heads import (
 from logitjax.heads._adaptive_softmax import adaptive_log_probs
 from logitjax.heads._low_rank import low_rank_logits, low_rank_nll
 from logitjax.models import Decoder, DecoderConfig
-from logitjax.vq import ProductHead, ShortlistHead, VQHead, fit_product_codes
+from logitjax.vq import ProductCodes, ProductHead, ShortlistHead, VQHead
 from tests._compiled import compiled
 from tests._modules import with_weights
 
@@ -158,7 +158,7 @@ def _modules(case, name):
     rngs, unigram, rows = nnx.Rngs(3), case["unigram"], case["rows"]
 
     def product():
-        fit = compiled(fit_product_codes)
+        fit = compiled(ProductCodes.fit)
         cov = np.eye(WIDTH, dtype=np.float32)
         return fit(rows, unigram, cov, groups=4, num_codes=32, iterations=3)
 
@@ -168,7 +168,7 @@ def _modules(case, name):
         "tied": lambda: TiedHead(bias=np.log(unigram)),
         "low rank": lambda: LowRankHead(WIDTH, VOCAB, 3, unigram=unigram, rngs=rngs),
         "low rank, fitted": lambda: LowRankHead.from_fit(*fit_low_rank(rows, unigram, *fits, 5)),
-        "product": lambda: ProductHead.from_fit(*product()),
+        "product": lambda: ProductHead.from_fit(product()),
         "adaptive": lambda: AdaptiveHead(CONFIG, unigram, params=case["params"], rngs=rngs),
         "VQ": lambda: VQHead(WIDTH, VOCAB, 20, unigram=unigram, rngs=rngs),
         "shortlist": lambda: ShortlistHead(

@@ -11,7 +11,7 @@ import pytest
 
 from logitjax import kernels, ops, vq
 from logitjax.storage import digest
-from logitjax.vq import _product_packed
+from logitjax.vq import _product_codes
 from logitjax.vq._row_products import row_products
 
 
@@ -132,10 +132,10 @@ def test_sums_of_look_ups_are_the_same_integers(rng, vocab, groups, positions):
     codes = rng.integers(0, 16, (vocab, groups))
     tables = rng.integers(0, 256, (positions, groups + groups % 2, 16)).astype(np.uint8)
     tables[:, groups:] = 0
-    packed = vq.pack_codes(jnp.asarray(codes))
+    packed = _product_codes.pack_codes(jnp.asarray(codes))
     by_hand = tables[:, np.arange(groups), :].transpose(1, 2, 0).astype(np.int64)
     expected = sum(by_hand[g, codes[:, g]] for g in range(groups)).T
-    for sums in (kernels.lookup_sums, _product_packed._sums):
+    for sums in (kernels.lookup_sums, _product_codes._sums):
         found = jax.jit(sums)(jnp.asarray(tables), packed)
         np.testing.assert_array_equal(found[:, :vocab], expected)
 
@@ -255,10 +255,10 @@ def test_top_k_and_its_gradient_do_not_change(rng, monkeypatch):
 def test_a_screened_head_decodes_the_same(rng, monkeypatch):
     rows = jnp.asarray(rng.normal(size=(2000, 24)), jnp.float32)
     hidden = jnp.asarray(rng.normal(size=(4, 24)), jnp.float32)
-    codebooks, codes = vq.fit_product_codes(
+    product = vq.ProductCodes.fit(
         rows, jnp.ones(2000), jnp.eye(24), groups=12, num_codes=16, iterations=3
     )
-    screen = vq.ProductHead.from_fit(codebooks, codes, packed=True)
+    screen = vq.ProductHead.from_fit(product, packed=True)
     head = vq.ScreenedHead(screen, num_candidates=50)
     without = head.top_k(hidden, 5, rows), head.nll(hidden, jnp.arange(4), rows)
     monkeypatch.setenv("LOGITJAX_NATIVE", "1")

@@ -10,9 +10,10 @@ from flax import nnx
 from logitjax import ops, training, vq
 from logitjax.decoding import generate
 from logitjax.heads import Assignment
+from logitjax.losses import Head
 from logitjax.models import Decoder, DecoderConfig
 from logitjax.vq import ShortlistHead, VQHead, vq_nll
-from logitjax.vq._hidden_cache import HiddenCache
+from logitjax.vq._tune import vq_distillation_loss
 from tests._compiled import compiled
 from tests._modules import call, with_weights
 
@@ -125,7 +126,7 @@ def test_tuning_minimises_the_true_divergence(model, conversion):
         ),
         "rest_counts": result.targets.rest_counts / np.float32(count),
     }
-    loss = compiled(vq.vq_distillation_loss)(
+    loss = compiled(vq_distillation_loss)(
         params, constants, hidden, result.targets.top_probs, result.targets.top_tokens
     )
     assert np.mean(loss) - result.targets.entropy == pytest.approx(seen, abs=2e-4)
@@ -163,7 +164,7 @@ def test_converting_again_reads_what_is_there(model, conversion):
     found = call(loaded, hidden, embedding)
     np.testing.assert_array_equal(found, call(again.head, hidden, embedding))
     with pytest.raises(ValueError, match="its max_tokens is 200, not 7"):
-        vq.cache_hidden_states(model, nothing(), workdir / "hidden", max_tokens=7)
+        vq.HiddenCache.of(model, nothing(), workdir / "hidden", max_tokens=7)
 
 
 def test_converted_model_decodes_without_v_logits(conversion):
@@ -233,14 +234,14 @@ def test_what_is_changed_between_steps_is_gone_on_with():
     data = [np.random.default_rng(0).normal(size=(64, 3)).astype(np.float32)]
     tuning = vq.Tuning(steps=10, batch_size=16, learning_rate=1e-1)
     options = dict(constants=np.ones((), np.float32))
-    whole, losses = vq.tune_head(squared_error, ONES, data, tuning, **options)
+    whole, losses = tuning.run(squared_error, ONES, data, **options)
     asked = []
 
     def same(step, params, constants):
         asked.append(step)
         return (params, constants) if step == 4 else None
 
-    part, again = vq.tune_head(squared_error, ONES, data, tuning, **options, between=same)
+    part, again = tuning.run(squared_error, ONES, data, **options, between=same)
     assert asked == list(range(1, 11))
     np.testing.assert_allclose(part, whole, rtol=1e-6)
     np.testing.assert_allclose(again, losses, rtol=1e-6)
@@ -248,7 +249,7 @@ def test_what_is_changed_between_steps_is_gone_on_with():
     def other(step, params, constants):
         return (0 * ONES, 0 * constants) if step == 4 else None
 
-    part, again = vq.tune_head(squared_error, ONES, data, tuning, **options, between=other)
+    part, again = tuning.run(squared_error, ONES, data, **options, between=other)
     np.testing.assert_allclose(again[:4], losses[:4], rtol=1e-6)
     assert again[4] == 0
 
@@ -258,15 +259,15 @@ def test_tuning_over_a_mesh_is_tuning():
     mesh = training.make_mesh("data:2,fsdp:2", devices=jax.devices()[:4])
     tuning = vq.Tuning(steps=10, batch_size=16, learning_rate=1e-1)
     options = dict(constants=np.ones((), np.float32))
-    one, losses = vq.tune_head(squared_error, ONES, data, tuning, **options)
-    many, shared = vq.tune_head(squared_error, ONES, data, tuning, **options, mesh=mesh)
+    one, losses = tuning.run(squared_error, ONES, data, **options)
+    many, shared = tuning.run(squared_error, ONES, data, **options, mesh=mesh)
     # What comes back is of no mesh: other code may go on with it.
     assert len(many.sharding.device_set) == 1
     np.testing.assert_allclose(many, one, rtol=1e-5)
     np.testing.assert_allclose(shared, losses, rtol=1e-5)
     odd = dataclasses.replace(tuning, batch_size=18)
     with pytest.raises(ValueError, match="multiple of data x fsdp = 4"):
-        vq.tune_head(squared_error, ONES, data, odd, **options, mesh=mesh)
+        odd.run(squared_error, ONES, data, **options, mesh=mesh)
 
 
 @pytest.mark.many_programs("passes over hidden states block by block")
@@ -289,35 +290,36 @@ def test_labels_can_reassign_too(conversion):
 
 def test_caches_of_another_model_text_or_head_are_not_taken_for_this_one(model, tmp_path):
     options = dict(max_tokens=60, source="some text")
-    cache = vq.cache_hidden_states(model, _batches(), tmp_path / "h", **options)
-    again = vq.cache_hidden_states(model, iter(()), tmp_path / "h", **options)
+    cache = vq.HiddenCache.of(model, _batches(), tmp_path / "h", **options)
+    again = vq.HiddenCache.of(model, iter(()), tmp_path / "h", **options)
     assert again.fingerprint == cache.fingerprint
-    assert vq.open_hidden_states(tmp_path / "h").fingerprint == cache.fingerprint
+    assert vq.HiddenCache.open(tmp_path / "h").fingerprint == cache.fingerprint
     with pytest.raises(FileNotFoundError, match="no hidden states in"):
-        vq.open_hidden_states(tmp_path)
+        vq.HiddenCache.open(tmp_path)
     with pytest.raises(ValueError, match="its source is 'some text', not 'other'"):
-        vq.cache_hidden_states(model, _batches(), tmp_path / "h", max_tokens=60, source="other")
+        vq.HiddenCache.of(model, _batches(), tmp_path / "h", max_tokens=60, source="other")
     other = with_weights(lambda: Decoder(CONFIG, rngs=nnx.Rngs(5), layout="listed"), seed=5)
     with pytest.raises(ValueError, match="its model is"):
-        vq.cache_hidden_states(other, _batches(), tmp_path / "h", **options)
+        vq.HiddenCache.of(other, _batches(), tmp_path / "h", **options)
 
     rows, path = np.asarray(model.embedding[...]), tmp_path / "targets"
-    first = vq.cached_head_targets(path, cache, rows, top=8)
+    head = Head(rows, vocab_axis=0)
+    first = cache.head_targets(path, head, top=8)
     (file,) = path.glob("*.npz")
     stamp = file.stat().st_mtime_ns
-    second = vq.cached_head_targets(path, cache, rows, top=8)
+    second = cache.head_targets(path, head, top=8)
     assert file.stat().st_mtime_ns == stamp
     chex.assert_trees_all_equal(dataclasses.asdict(first), dataclasses.asdict(second))
-    shuffled = HiddenCache(cache.hidden[::-1], cache.labels[::-1])
+    shuffled = vq.HiddenCache(cache.hidden[::-1], cache.labels[::-1])
     cases = {
-        "head": (cache, rows + 1.0, {"top": 8}),
-        "positions": (shuffled, rows, {"top": 8}),
-        "top": (cache, rows, {"top": 4}),
-        "soft_cap": (cache, rows, {"top": 8, "soft_cap": 5.0}),
+        "head": (cache, Head(rows + 1.0, vocab_axis=0), 8),
+        "positions": (shuffled, head, 8),
+        "top": (cache, head, 4),
+        "soft_cap": (cache, dataclasses.replace(head, soft_cap=5.0), 8),
     }
-    for name, (positions, kernel, settings) in cases.items():
+    for name, (positions, other, top) in cases.items():
         with pytest.raises(ValueError, match=f"head targets .* its {name} is [^;]*$"):
-            vq.cached_head_targets(path, positions, kernel, **settings)
+            positions.head_targets(path, other, top=top)
 
 
 def test_a_part_of_a_cache_belongs_to_one_model(model, tmp_path):
@@ -326,10 +328,10 @@ def test_a_part_of_a_cache_belongs_to_one_model(model, tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        vq.cache_hidden_states(model, killed(), tmp_path / "h", max_tokens=200)
+        vq.HiddenCache.of(model, killed(), tmp_path / "h", max_tokens=200)
     other = with_weights(lambda: Decoder(CONFIG, rngs=nnx.Rngs(5), layout="listed"), seed=5)
     with pytest.raises(ValueError, match="its model is"):
-        vq.cache_hidden_states(other, _batches(), tmp_path / "h", max_tokens=200)
-    cache = vq.cache_hidden_states(model, _batches(), tmp_path / "h", max_tokens=200)
+        vq.HiddenCache.of(other, _batches(), tmp_path / "h", max_tokens=200)
+    cache = vq.HiddenCache.of(model, _batches(), tmp_path / "h", max_tokens=200)
     assert len(cache) == 200
     assert not (tmp_path / "h" / "parts").exists()

@@ -9,14 +9,14 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from logitjax import vq
-from logitjax.vq._product_packed import unpack_codes
-from logitjax.vq._screened import screened_logits
+from logitjax import losses, vq
+from logitjax.vq import _product_codes
+from logitjax.vq._product_codes import PackedCodes
 from tests._compiled import compiled
 from tests._modules import call
 
-pack_codes, unpack = compiled(vq.pack_codes), compiled(unpack_codes)
-product_logits, packed_logits = compiled(vq.product_logits), compiled(vq.packed_logits)
+pack_codes, unpack = compiled(_product_codes.pack_codes), compiled(_product_codes.unpack_codes)
+product_logits, packed_logits = compiled(vq.ProductCodes.logits), compiled(PackedCodes.logits)
 
 
 def _setup(vocab=70, groups=5, codes=16, part=3, positions=2, seed=0):
@@ -47,9 +47,9 @@ def test_the_layout_by_hand():
 
 def test_codes_that_need_more_than_half_a_byte_are_refused():
     with pytest.raises(ValueError, match="codes: expected 0 to 15, got 0 to 16"):
-        vq.pack_codes(np.array([[0, 16]]))
+        _product_codes.pack_codes(np.array([[0, 16]]))
     with pytest.raises(TypeError, match="codes"):
-        vq.pack_codes(np.array([[0.5]]))
+        _product_codes.pack_codes(np.array([[0.5]]))
 
 
 def test_a_traced_code_out_of_range_leaves_the_others_as_they_are():
@@ -73,20 +73,20 @@ def test_logits_are_those_of_tables_rounded_by_hand(groups, codes, positions):
     whole = np.round((tables - low) / step[:, None, None])
     looked_up = sum(whole[:, g, np.asarray(chosen)[:, g]] for g in range(groups))
     expected = step[:, None] * looked_up + low.sum((1, 2))[:, None] + np.asarray(bias, np.float64)
-    packed = pack_codes(chosen)
-    found = np.asarray(packed_logits(hidden, codebooks, packed, bias))
+    packed = PackedCodes(codebooks, pack_codes(chosen), bias)
+    found = np.asarray(packed_logits(packed, hidden))
     # A table's entry that lies between two integers may be rounded the other way.
     np.testing.assert_allclose(found, expected, atol=1.01 * step.max())
     assert np.median(abs(found - expected)) < 1e-4
-    exact = np.asarray(product_logits(hidden, codebooks, chosen, bias))
+    exact = np.asarray(product_logits(vq.ProductCodes(codebooks, chosen, bias), hidden))
     assert (abs(found - exact) <= groups * step[:, None] / 2 + 1e-4).all()
 
 
 def test_tables_that_say_nothing():
     hidden, codebooks, chosen, bias = _setup()
-    packed = pack_codes(chosen)
-    found = packed_logits(hidden, np.ones_like(codebooks), packed, bias)
-    expected = product_logits(hidden, np.ones_like(codebooks), chosen, bias)
+    codebooks = np.ones_like(codebooks)
+    found = packed_logits(PackedCodes(codebooks, pack_codes(chosen), bias), hidden)
+    expected = product_logits(vq.ProductCodes(codebooks, chosen, bias), hidden)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
@@ -95,11 +95,11 @@ def test_gradients_are_those_of_what_was_rounded():
     packed = pack_codes(chosen)
     weights = np.random.default_rng(1).normal(size=(2, 70)).astype(np.float32)
 
-    def total(logits, codes):
-        return lambda h, c, b: (weights * logits(h, c, codes, b)).sum()
+    def total(kind, codes):
+        return lambda h, c, b: (weights * kind(c, codes, b).logits(h)).sum()
 
-    found = jax.jit(jax.grad(total(vq.packed_logits, packed), (0, 1, 2)))(hidden, codebooks, bias)
-    plain = jax.jit(jax.grad(total(vq.product_logits, chosen), (0, 1, 2)))
+    found = jax.jit(jax.grad(total(PackedCodes, packed), (0, 1, 2)))(hidden, codebooks, bias)
+    plain = jax.jit(jax.grad(total(vq.ProductCodes, chosen), (0, 1, 2)))
     expected = plain(hidden, codebooks, bias)
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
@@ -107,9 +107,9 @@ def test_gradients_are_those_of_what_was_rounded():
 
 def test_vmap_and_batch_axes():
     hidden, codebooks, chosen, bias = _setup(positions=6)
-    packed = pack_codes(chosen)
-    together = packed_logits(hidden.reshape(2, 3, -1), codebooks, packed, bias)
-    alone = jax.jit(jax.vmap(lambda h: vq.packed_logits(h, codebooks, packed, bias)))(hidden)
+    packed = PackedCodes(codebooks, pack_codes(chosen), bias)
+    together = packed_logits(packed, hidden.reshape(2, 3, -1))
+    alone = jax.jit(jax.vmap(packed.logits))(hidden)
     assert together.shape == (2, 3, 70)
     np.testing.assert_allclose(np.reshape(together, (6, 70)), alone, rtol=1e-5, atol=1e-5)
 
@@ -118,14 +118,15 @@ def test_vmap_and_batch_axes():
 def test_codes_of_another_vocabulary_are_refused(vocab):
     hidden, codebooks, chosen, _ = _setup()
     with pytest.raises(ValueError, match="are packed as"):
-        vq.packed_logits(hidden, codebooks, pack_codes(chosen), np.zeros(vocab, np.float32))
+        PackedCodes(codebooks, pack_codes(chosen), np.zeros(vocab, np.float32)).logits(hidden)
 
 
 @pytest.mark.many_programs("two modules from fits, and their gradients")
 def test_the_module_stores_half_a_byte_a_code():
     hidden, codebooks, chosen, bias = _setup(vocab=64, groups=6)
-    packed = vq.ProductHead.from_fit(codebooks, chosen, bias, packed=True)
-    loose = vq.ProductHead.from_fit(codebooks, chosen, bias)
+    fit = vq.ProductCodes(codebooks, chosen, bias)
+    packed = vq.ProductHead.from_fit(fit, packed=True)
+    loose = vq.ProductHead.from_fit(fit)
     saved = loose.cost().stored_bytes - packed.cost().stored_bytes
     assert saved == packed.codes[...].nbytes == loose.codes[...].nbytes / 2
     labels = np.array([3, 60])
@@ -143,29 +144,22 @@ def test_the_module_stores_half_a_byte_a_code():
 
 def test_packing_is_traceable():
     codes = np.array([[1, 2, 3]] * 5)
-    np.testing.assert_array_equal(pack_codes(codes), vq.pack_codes(codes))
+    np.testing.assert_array_equal(pack_codes(codes), _product_codes.pack_codes(codes))
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_positions_may_be_split_over_a_mesh(kind):
     hidden, codebooks, chosen, bias = _setup(positions=8)
-    packed = pack_codes(chosen)
-    rows = np.asarray(compiled(vq.product_kernel)(codebooks, chosen)) + np.float32(0.01)
+    codes = vq.ProductCodes(codebooks, chosen, bias)
+    packed = PackedCodes(codebooks, pack_codes(chosen), bias)
+    rows = np.asarray(compiled(vq.ProductCodes.kernel)(codes)) + np.float32(0.01)
     mesh = jax.make_mesh((8,), ("data",), (kind,))
 
-    def everything(hidden, codebooks, chosen, packed, bias, rows):
-        options = {
-            "screen": lambda hidden: vq.packed_logits(hidden, codebooks, packed, bias),
-            "rescore": vq.exact_rows(rows),
-            "num_candidates": 9,
-        }
-        return (
-            vq.product_logits(hidden, codebooks, chosen, bias),
-            screened_logits(hidden, **options),
-            vq.screened_topk(hidden, 3, **options),
-        )
+    def everything(hidden, codes, packed, rows):
+        screen = vq.Screen(cheap=packed.logits, rescore=rows, num_candidates=9)
+        return codes.logits(hidden), screen.logits(hidden), screen.top_k(hidden, 3)
 
-    head = (codebooks, chosen, packed, bias, rows)
+    head = (codes, packed, losses.Head(rows, vocab_axis=0))
     local = jax.jit(everything)(hidden, *head)
     with jax.set_mesh(mesh):
         split = jax.device_put(hidden, NamedSharding(mesh, P("data")))

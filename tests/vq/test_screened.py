@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import chex
@@ -7,15 +8,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from logitjax import vq
 from logitjax.heads import (
     LowRankHead,
     fit_low_rank,
 )
 from logitjax.heads._low_rank import low_rank_logits
 from logitjax.models import Decoder, DecoderConfig
-from logitjax.vq import ProductHead, ScreenedHead, VQHead, exact_rows
-from logitjax.vq._screened import screened_logits
+from logitjax.vq import ProductHead, Screen, ScreenedHead, VQHead
+from logitjax.vq._shortlist import rescoring
 from tests._compiled import compiled
 from tests._modules import with_weights
 
@@ -32,7 +32,7 @@ def case():
     labels = rng.integers(0, VOCAB, COUNT).astype(np.int32)
     down, kernel, bias = low
     screen = functools.partial(low_rank_logits, down=down, kernel=kernel, bias=bias)
-    functions = dict(screen=screen, rescore=exact_rows(rows))
+    functions = dict(screen=screen, rescore=rescoring(rows))
     return dict(rows=rows, hidden=hidden, low=low, labels=labels, full=hidden @ rows.T, **functions)
 
 
@@ -41,18 +41,18 @@ def log_softmax(logits):
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
-screened_nll, screened_topk = compiled(vq.screened_nll), compiled(vq.screened_topk)
-screened_logits_of, low_rank_logits_of = compiled(screened_logits), compiled(low_rank_logits)
+screened_logits, screened_nll = compiled(Screen.logits), compiled(Screen.nll)
+screened_topk, low_rank_logits_of = compiled(Screen.top_k), compiled(low_rank_logits)
 
 
-def _options(case, count):
+def _screen(case, count):
     """Of the same functions for every count, which programs are kept for."""
-    return dict(screen=case["screen"], rescore=case["rescore"], num_candidates=count)
+    return Screen(cheap=case["screen"], rescore=case["rescore"], num_candidates=count)
 
 
 def test_the_best_of_the_screen_are_exact_and_the_rest_is_the_screen_s(case):
     cheap = np.asarray(low_rank_logits_of(case["hidden"], *case["low"]))
-    logits = np.asarray(screened_logits_of(case["hidden"], **_options(case, 12)))
+    logits = np.asarray(screened_logits(_screen(case, 12), case["hidden"]))
     best = np.argsort(-cheap, axis=-1)[:, :12]
     exact = np.take_along_axis(case["full"], best, 1)
     mass = np.exp(np.take_along_axis(cheap, best, 1)).sum(-1)
@@ -62,35 +62,36 @@ def test_the_best_of_the_screen_are_exact_and_the_rest_is_the_screen_s(case):
     share = np.take_along_axis(np.exp(log_softmax(logits)), best, 1).sum(-1)
     np.testing.assert_allclose(share, mass / np.exp(cheap).sum(-1), rtol=1e-4)
     np.testing.assert_allclose(logits, want, rtol=1e-4, atol=1e-5)
-    everything = screened_logits_of(case["hidden"], **_options(case, VOCAB))
+    everything = screened_logits(_screen(case, VOCAB), case["hidden"])
     np.testing.assert_allclose(everything, case["full"], rtol=1e-4, atol=1e-5)
 
 
 def test_a_number_that_the_context_adds_to_the_screen_changes_nothing(case):
-    options = _options(case, 12)
-    cheap = options["screen"]
-    moved = options | {"screen": lambda hidden: cheap(hidden) + 3.0 * hidden[:, :1] - 5.0}
-    want = screened_nll(case["hidden"], case["labels"], **options)
-    np.testing.assert_allclose(
-        screened_nll(case["hidden"], case["labels"], **moved), want, rtol=1e-4, atol=1e-5
+    screen = _screen(case, 12)
+    moved = dataclasses.replace(
+        screen, cheap=lambda hidden: screen.cheap(hidden) + 3.0 * hidden[:, :1] - 5.0
     )
-    top = screened_topk(case["hidden"], 3, **moved)
-    np.testing.assert_allclose(top.log_z, screened_topk(case["hidden"], 3, **options).log_z, 1e-5)
+    want = screened_nll(screen, case["hidden"], case["labels"])
+    np.testing.assert_allclose(
+        screened_nll(moved, case["hidden"], case["labels"]), want, rtol=1e-4, atol=1e-5
+    )
+    top = screened_topk(moved, case["hidden"], 3)
+    np.testing.assert_allclose(top.log_z, screened_topk(screen, case["hidden"], 3).log_z, 1e-5)
 
 
 def test_loss_and_gradients_are_those_of_the_logits(case):
     down, kernel, bias = case["low"]
 
-    def options(kernel, rows):
+    def screened(kernel, rows):
         screen = functools.partial(low_rank_logits, down=down, kernel=kernel, bias=bias)
-        return dict(screen=screen, rescore=exact_rows(rows), num_candidates=12)
+        return Screen(cheap=screen, rescore=rows, num_candidates=12)
 
     def lean(kernel, rows):
         extra = dict(block_size=6, temperature=0.8, z_loss=1e-3)
-        return screened_nll(case["hidden"], case["labels"], **options(kernel, rows), **extra).sum()
+        return screened(kernel, rows).nll(case["hidden"], case["labels"], **extra).sum()
 
     def plain(kernel, rows):
-        logits = screened_logits(case["hidden"], **options(kernel, rows)) / 0.8
+        logits = screened(kernel, rows).logits(case["hidden"]) / 0.8
         log_z = jax.nn.logsumexp(logits, axis=-1)
         at_label = jnp.take_along_axis(logits, case["labels"][:, None], -1)[:, 0]
         return (log_z - at_label + 1e-3 * log_z**2).sum()
@@ -102,7 +103,7 @@ def test_loss_and_gradients_are_those_of_the_logits(case):
 
 
 def test_top_k_is_the_full_head_s_wherever_the_screen_lists_it(case):
-    top = screened_topk(case["hidden"], 3, **_options(case, 30))
+    top = screened_topk(_screen(case, 30), case["hidden"], 3)
     cheap = np.asarray(low_rank_logits_of(case["hidden"], *case["low"]))
     listed = np.argsort(-cheap, axis=-1)[:, :30]
     tokens = np.argsort(-case["full"], axis=-1, kind="stable")[:, :3]
@@ -111,9 +112,9 @@ def test_top_k_is_the_full_head_s_wherever_the_screen_lists_it(case):
     assert caught.mean() > 0.5
     np.testing.assert_array_equal(np.asarray(top.indices)[caught], tokens[caught])
     np.testing.assert_allclose(np.asarray(top.values)[caught], values[caught], rtol=1e-4)
-    logits = np.asarray(screened_logits_of(case["hidden"], **_options(case, 30)))
+    logits = np.asarray(screened_logits(_screen(case, 30), case["hidden"]))
     np.testing.assert_allclose(top.log_z, np.log(np.exp(logits).sum(-1)), rtol=1e-5)
-    greedy = screened_topk(case["hidden"], 3, **_options(case, 30), with_log_z=False)
+    greedy = screened_topk(_screen(case, 30), case["hidden"], 3, with_log_z=False)
     np.testing.assert_array_equal(greedy.indices, top.indices)
     assert not np.asarray(greedy.log_z).any()
 
@@ -168,11 +169,11 @@ def test_costs_add_up():
 
 def test_errors_name_the_argument(case):
     with pytest.raises(ValueError, match="num_candidates must be between 1 and the vocabulary, 96"):
-        screened_logits_of(case["hidden"], **_options(case, VOCAB + 1))
+        screened_logits(_screen(case, VOCAB + 1), case["hidden"])
     with pytest.raises(ValueError, match="k must be between 1 and num_candidates=4"):
-        screened_topk(case["hidden"], 5, **_options(case, 4))
+        screened_topk(_screen(case, 4), case["hidden"], 5)
     with pytest.raises(ValueError, match="labels must be of shape"):
-        screened_nll(case["hidden"], case["labels"][:-1], **_options(case, 4))
+        screened_nll(_screen(case, 4), case["hidden"], case["labels"][:-1])
     screen = with_weights(lambda: LowRankHead(WIDTH, VOCAB, 2, rngs=nnx.Rngs(0)))
     head = ScreenedHead(screen)
     with pytest.raises(ValueError, match="needs the embedding"):

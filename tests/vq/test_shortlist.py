@@ -6,20 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from logitjax.vq import (
-    Shortlist,
-    exact_rows,
-    fit_product_codes,
-    make_pages,
-    product_kernel,
-    product_logits,
-    product_rows,
-    row_spread,
-    shortlist_nll,
-    shortlist_topk,
-)
+from logitjax.losses import Head
+from logitjax.vq import Pages, ProductCodes, Shortlist
 from logitjax.vq._loss import code_scores
-from logitjax.vq._shortlist import shortlist_logits
+from logitjax.vq._shortlist import rescoring
 from tests._compiled import compiled
 from tests.vq.test_decode import log_normalizer, ranked
 
@@ -44,20 +34,20 @@ def case():
 
 @functools.partial(jax.jit, static_argnames=("num_pages", "temperature", "block_size"))
 def nll_of(hidden, codebook, bias, assignment, labels, pages, rows, *, num_pages, **options):
-    chosen = Shortlist(pages=pages, rescore=exact_rows(rows), num_pages=num_pages)
-    return shortlist_nll(hidden, codebook, bias, assignment, labels, shortlist=chosen, **options)
+    chosen = Shortlist(pages=pages, rescore=rows, num_pages=num_pages)
+    return chosen.nll(hidden, codebook, bias, assignment, labels, **options)
 
 
 @functools.partial(jax.jit, static_argnames=("k", "num_pages", "temperature"))
 def top_of(hidden, codebook, k, pages, rows, *, num_pages, **options):
-    chosen = Shortlist(pages=pages, rescore=exact_rows(rows), num_pages=num_pages)
-    return shortlist_topk(hidden, codebook, k, shortlist=chosen, **options)
+    chosen = Shortlist(pages=pages, rescore=rows, num_pages=num_pages)
+    return chosen.top_k(hidden, codebook, k, **options)
 
 
 @functools.partial(jax.jit, static_argnames=("num_pages",))
 def logits_of(hidden, codebook, bias, assignment, pages, rows, *, num_pages):
-    chosen = Shortlist(pages=pages, rescore=exact_rows(rows), num_pages=num_pages)
-    return shortlist_logits(hidden, codebook, bias, assignment, shortlist=chosen)
+    chosen = Shortlist(pages=pages, rescore=rows, num_pages=num_pages)
+    return chosen.logits(hidden, codebook, bias, assignment)
 
 
 def log_softmax(logits):
@@ -65,15 +55,15 @@ def log_softmax(logits):
 
 
 def _head(case, num_pages, rescore=None):
-    pages = make_pages(case["bias"], case["assignment"], size=4)
-    rescore = exact_rows(case["rows"]) if rescore is None else rescore
+    pages = Pages.cut(case["bias"], case["assignment"], size=4)
+    rescore = case["rows"] if rescore is None else rescore
     return Shortlist(pages=pages, rescore=rescore, num_pages=num_pages)
 
 
 def test_pages_hold_every_token_once(case):
     where = np.arange(VOCAB) % 5 > 0
     bias = np.where(where, case["bias"], -np.inf)
-    pages = make_pages(bias, case["assignment"], size=4)
+    pages = Pages.cut(bias, case["assignment"], size=4)
     tokens = np.asarray(pages.tokens)
     np.testing.assert_array_equal(np.sort(tokens[tokens >= 0]), np.flatnonzero(where))
     for code, row in zip(np.asarray(pages.code), tokens):
@@ -101,7 +91,7 @@ def test_loss_and_top_k_are_those_of_the_logits(case):
 
 
 def test_a_shortlist_of_everything_is_the_full_head(case):
-    pages = make_pages(case["bias"], case["assignment"], size=4)
+    pages = Pages.cut(case["bias"], case["assignment"], size=4)
     coarse = (case["hidden"], case["codebook"], case["bias"], case["assignment"])
     got = logits_of(*coarse, pages, case["rows"], num_pages=pages.tokens.shape[0])
     np.testing.assert_allclose(got, case["hidden"] @ case["rows"].T, rtol=1e-4, atol=1e-5)
@@ -112,14 +102,14 @@ def test_gradients_equal_those_through_the_logits(case):
     hidden, assignment, labels = case["hidden"], case["assignment"], case["labels"]
 
     def lean(codebook, bias, rows):
-        chosen = dataclasses.replace(head, rescore=exact_rows(rows))
+        chosen = dataclasses.replace(head, rescore=rows)
         coarse = (hidden, codebook, bias, assignment)
-        nll = shortlist_nll(*coarse, labels, shortlist=chosen, block_size=8)
+        nll = chosen.nll(*coarse, labels, block_size=8)
         return nll.sum()
 
     def plain(codebook, bias, rows):
-        chosen = dataclasses.replace(head, rescore=exact_rows(rows))
-        logits = shortlist_logits(hidden, codebook, bias, assignment, shortlist=chosen)
+        chosen = dataclasses.replace(head, rescore=rows)
+        logits = chosen.logits(hidden, codebook, bias, assignment)
         return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], -1).sum()
 
     arguments = (case["codebook"], case["bias"], case["rows"])
@@ -161,15 +151,15 @@ def test_a_shortlist_helps_and_a_longer_one_helps_more(case):
 
 def test_product_rows_score_as_the_kernel_does(case):
     cov = np.cov(case["hidden"].T).astype(np.float32)
-    codebooks, codes = compiled(fit_product_codes)(
+    fit = compiled(ProductCodes.fit)(
         case["rows"], np.ones(VOCAB, np.float32), cov, groups=4, num_codes=32
     )
-    assert codes.dtype == jnp.uint8
-    want = case["hidden"] @ np.asarray(compiled(product_kernel)(codebooks, codes)).T
+    assert fit.codes.dtype == jnp.uint8
+    want = case["hidden"] @ np.asarray(compiled(ProductCodes.kernel)(fit)).T
     np.testing.assert_allclose(
-        compiled(product_logits)(case["hidden"], codebooks, codes), want, rtol=1e-4, atol=1e-5
+        compiled(ProductCodes.logits)(fit, case["hidden"]), want, rtol=1e-4, atol=1e-5
     )
-    rescore = product_rows(codebooks, codes, case["bias"])
+    rescore = dataclasses.replace(fit, bias=case["bias"]).logits_at
     tokens = np.tile(np.arange(6), (COUNT, 1))
     np.testing.assert_allclose(
         jax.jit(rescore)(case["hidden"], tokens),
@@ -184,7 +174,7 @@ def test_spread_is_the_standard_deviation_of_the_error(case):
     rng = np.random.default_rng(1)
     hidden = rng.normal(size=(20_000, WIDTH)).astype(np.float32)
     wrong = hidden @ (case["rows"] - case["codebook"][case["assignment"]]).T
-    got = compiled(row_spread)(case["rows"], case["codebook"], case["assignment"], np.cov(hidden.T))
+    got = compiled(Pages.spread)(case["rows"], case["codebook"], case["assignment"], np.cov(hidden.T))
     np.testing.assert_allclose(got, wrong.std(0), rtol=1e-3)
 
 
@@ -192,9 +182,9 @@ def test_errors_name_the_argument(case):
     with pytest.raises(ValueError, match="num_pages must be between 1 and"):
         _head(case, 10_000)
     with pytest.raises(ValueError, match="k must be at most num_pages"):
-        shortlist_topk(case["hidden"], case["codebook"], 9, shortlist=_head(case, 2))
+        _head(case, 2).top_k(case["hidden"], case["codebook"], 9)
     with pytest.raises(ValueError, match="groups must divide"):
-        fit_product_codes(case["rows"], np.ones(VOCAB), np.eye(WIDTH), groups=3)
+        ProductCodes.fit(case["rows"], np.ones(VOCAB), np.eye(WIDTH), groups=3)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -210,7 +200,7 @@ def test_one_position_scores_as_one_of_many(dtype):
     @jax.jit
     def scored(rows, hidden, tokens, weights):
         def total(rows, hidden):
-            scores = exact_rows(rows, row_bias)(hidden, tokens)
+            scores = rescoring(Head(rows, row_bias))(hidden, tokens)
             return (scores * weights).sum(), scores
 
         return jax.value_and_grad(total, (0, 1), has_aux=True)(rows, hidden)

@@ -1,0 +1,361 @@
+"""Product quantisation of head rows: no ties, few parameters, a normaliser over V."""
+
+import contextlib
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Float, Integer, Key, UInt8
+
+from logitjax import kernels
+from logitjax.ops import Array
+from logitjax.ops.sharding import over_batch
+from logitjax.vq._kmeans import fit_kmeans
+
+#: Positions up to which tables are sums of products of numbers.
+_FEW = 4
+#: Packed codes: tokens of a block, and codes a group at most.
+_BLOCK = 32
+_CODES = 16
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ProductCodes:
+    """Rows of a head, a code in each group of dimensions.
+
+    ::
+
+        w_v = [C^1_{m_1(v)}; ...; C^G_{m_G(v)}]
+
+    Attributes:
+      codebooks: ``[groups, codes, hidden / groups]``.
+      codes: ``[vocab, groups]``, the code of each entry in each group.
+      bias: ``[vocab]``, or None.
+    """
+
+    codebooks: Any
+    codes: Any
+    bias: Any = None
+
+    @classmethod
+    def fit(
+        cls,
+        rows: Float[Array, "vocab hidden"],
+        unigram: Float[Array, " vocab"],
+        hidden_cov: Float[Array, "hidden hidden"],
+        *,
+        groups: int,
+        num_codes: int = 256,
+        key: Key[jax.Array, ""] | None = None,
+        iterations: int = 15,
+        weight_power: float = 0.5,
+    ) -> "ProductCodes":
+        """Codes for the rows of a head, by k-means in each group of dimensions.
+
+        Each group uses its own block of the covariance: correlations between groups are left out.
+
+        Args:
+          rows: ``[vocab, hidden]``.
+          unigram: ``[vocab]`` probabilities or counts; rows are weighted by a power of it.
+          hidden_cov: ``[hidden, hidden]``.
+          groups: into how many parts the hidden dimensions are cut.
+          num_codes: codes per group; with at most 256 a code is one byte.
+          key: of the initial centres.
+          iterations: of Lloyd's algorithm.
+          weight_power: rows weigh ``unigram ** weight_power``.
+
+        Returns:
+          `ProductCodes` without a bias; the codes are uint8 or uint16.
+
+        Raises:
+          ValueError: ``groups`` does not divide the hidden dimensions.
+
+        >>> found = ProductCodes.fit(jnp.eye(4), jnp.ones(4), jnp.eye(4), groups=2, num_codes=3)
+        >>> bool(jnp.allclose(found.kernel(), jnp.eye(4)))
+        True
+
+        References:
+          Jegou et al., Product quantization for nearest neighbor search, 2011.
+        """
+        rows, cov = jnp.asarray(rows), jnp.asarray(hidden_cov, jnp.float32)
+        vocab, width = rows.shape
+        if width % groups:
+            raise ValueError(f"groups must divide the {width} hidden dimensions, got {groups}")
+        part = width // groups
+        keys = jax.random.split(jax.random.key(0) if key is None else key, groups)
+        weights = jnp.maximum(jnp.asarray(unigram, jnp.float32), 1e-12) ** weight_power
+        found = []
+        for g in range(groups):
+            block = slice(g * part, (g + 1) * part)
+            found.append(
+                fit_kmeans(
+                    rows[:, block],
+                    weights,
+                    cov[block, block],
+                    min(num_codes, vocab),
+                    key=keys[g],
+                    iterations=iterations,
+                )
+            )
+        codes = jnp.stack([f.assignment for f in found], axis=1)
+        small = jnp.uint8 if num_codes <= 256 else jnp.uint16
+        return cls(jnp.stack([f.centres for f in found]), codes.astype(small))
+
+    def kernel(self) -> Float[jax.Array, "vocab hidden"]:
+        """The rows that the codes stand for, `[vocab, hidden]`: every loss of a full head applies.
+
+        Training through it costs what a full head costs; O(K) normalisation is lost, because a grid
+        of codes is not a product of clusters.
+
+        >>> print(ProductCodes(jnp.arange(4.0).reshape(2, 2, 1), jnp.array([[0, 1], [1,
+        0]])).kernel()) [[0. 3.]
+         [1. 2.]]
+        """
+        codebooks, codes = jnp.asarray(self.codebooks), jnp.asarray(self.codes)
+        rows = codebooks[jnp.arange(codebooks.shape[0]), codes.astype(jnp.int32)]
+        return rows.reshape(codes.shape[0], -1)
+
+    def logits(self, hidden: Float[Array, "*batch hidden"]) -> Float[jax.Array, "*batch vocab"]:
+        """All V logits in O(K d + V groups) per token: one small table a group, then look-ups.
+
+        ::
+
+            logit_v = sum_g (h_g . C^g_{m_g(v)}) + b_v
+
+        Args:
+          hidden: ``[*batch, hidden]``.
+
+        Returns:
+          ``[*batch, vocab]``, float32.
+
+        >>> ProductCodes(jnp.arange(4.0).reshape(2, 2, 1), jnp.array([[0, 1]])).logits(jnp.ones((1,
+        2))) Array([[3.]], dtype=float32)
+        """
+        hidden, codebooks = jnp.asarray(hidden), jnp.asarray(self.codebooks)
+
+        def look_up(hidden: jax.Array, codebooks: jax.Array, codes: jax.Array) -> tuple[jax.Array]:
+            tables = product_tables(hidden, codebooks)
+            by_group = codes.astype(jnp.int32).T
+
+            def add(total: jax.Array, group: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+                table, code = group
+                return total + jnp.take(table, code, axis=-1), None
+
+            shape = (*tables.shape[:-2], by_group.shape[1])
+            start = jnp.zeros(shape, tables.dtype)
+            total, _ = lax.scan(add, start, (jnp.moveaxis(tables, -2, 0), by_group))
+            return (total,)
+
+        (total,) = over_batch(look_up, (hidden.ndim,), hidden, codebooks, jnp.asarray(self.codes))
+        return total if self.bias is None else total + jnp.asarray(self.bias)
+
+    def logits_at(
+        self, hidden: Float[Array, "n hidden"], tokens: Integer[Array, "n chosen"]
+    ) -> Float[jax.Array, "n chosen"]:
+        """The logits of some tokens, by ``groups`` look-ups each, to re-score a shortlist.
+
+        >>> rows = ProductCodes(jnp.arange(4.0).reshape(2, 2, 1), jnp.array([[0, 1], [1, 0]]))
+        >>> rows.logits_at(jnp.ones((1, 2)), jnp.array([[1, 0]]))
+        Array([[3., 3.]], dtype=float32)
+        """
+        tables = product_tables(hidden, jnp.asarray(self.codebooks))
+        chosen = jnp.asarray(self.codes)[tokens].astype(jnp.int32)
+        groups = jnp.arange(self.codebooks.shape[0])
+        rows = jnp.arange(hidden.shape[0])[:, None, None]
+        scores = tables[rows, groups, chosen].sum(-1)
+        return scores if self.bias is None else scores + jnp.asarray(self.bias)[tokens]
+
+    def packed(self) -> "PackedCodes":
+        """The same with two codes a byte, for at most 16 of them, and tables rounded to bytes."""
+        codebooks, codes = jnp.asarray(self.codebooks), jnp.asarray(self.codes)
+        bias = jnp.zeros(codes.shape[0]) if self.bias is None else self.bias
+        return PackedCodes(codebooks, pack_codes(codes), bias)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PackedCodes:
+    """`ProductCodes` of at most 16 codes a group, half a byte each.
+
+    Attributes:
+      codebooks: ``[groups, codes, hidden / groups]``.
+      codes: ``[blocks, pairs, 32]`` bytes, as `pack_codes` lays them out.
+      bias: ``[vocab]``.
+    """
+
+    codebooks: Any
+    codes: Any
+    bias: Any
+
+    def logits(self, hidden: Float[Array, "*batch hidden"]) -> Float[jax.Array, "*batch vocab"]:
+        """Logits with tables rounded to bytes, whose sums a CPU takes 32 at a time.
+
+        ::
+
+            t_gk = h_g . C^g_k,  low_g = min_k t_gk,  s = max_gk (t_gk - low_g) / 255
+            logit_v = s sum_g round((t_g,m_g(v) - low_g) / s) + sum_g low_g + b_v
+
+        The integers are the same on all platforms. A logit is at most ``groups * s / 2`` from that
+        of `ProductCodes`, and of the order of ``s sqrt(groups / 12)``: enough to screen.
+
+        Args:
+          hidden: ``[*batch, hidden]``.
+
+        Returns:
+          ``[*batch, vocab]``, float32. Gradients are those of `ProductCodes`: of what was rounded.
+
+        Raises:
+          ValueError: the codes are not of that vocabulary and that many groups, or there are more
+            than 16 of them.
+
+        >>> codes = ProductCodes(jnp.arange(4.0).reshape(2, 2, 1), jnp.array([[0, 1]]))
+        >>> codes.packed().logits(jnp.ones((1, 2)))
+        Array([[3.]], dtype=float32)
+        """
+        hidden, codebooks = jnp.asarray(hidden), jnp.asarray(self.codebooks)
+        packed, bias = jnp.asarray(self.codes), jnp.asarray(self.bias)
+        (groups, num_codes, _), vocab = codebooks.shape, bias.shape[0]
+        expected = (-(-vocab // _BLOCK), -(-groups // 2), _BLOCK)
+        if packed.shape != expected or num_codes > _CODES:
+            raise ValueError(
+                f"{vocab} tokens and {groups} groups of at most {_CODES} codes are packed as "
+                f"{expected}, got {packed.shape} and {num_codes} codes"
+            )
+
+        def logits(hidden: jax.Array, *head: jax.Array) -> tuple[jax.Array]:
+            flat = hidden.reshape(-1, hidden.shape[-1])
+            return (_logits(flat, *head).reshape(*hidden.shape[:-1], vocab),)
+
+        return over_batch(logits, (hidden.ndim,), hidden, codebooks, packed, bias)[0]
+
+    def unpacked(self) -> ProductCodes:
+        """What was packed."""
+        vocab, groups = jnp.shape(self.bias)[0], jnp.shape(self.codebooks)[0]
+        return ProductCodes(self.codebooks, unpack_codes(self.codes, vocab, groups), self.bias)
+
+
+def pack_codes(codes: Integer[Array, "vocab groups"]) -> UInt8[jax.Array, "blocks pairs 32"]:
+    """Two codes a byte, in the order in which 32 tokens are looked up at once.
+
+    A block is 32 tokens, a pair two groups. Byte ``16 s + j`` of block b and pair p holds the codes
+    of group ``2 p + s`` for the tokens ``32 b + j`` (low half) and ``32 b + 16 + j`` (high half).
+    Tokens and groups that complete a block or a pair have code 0.
+
+    Args:
+      codes: ``[vocab, groups]`` integers, 0..15, e.g. of ``ProductCodes.fit(..., num_codes=16)``.
+        While it is traced nobody can look at a code: one outside is taken for the nearest end,
+        so that it cannot change the code of another token in the same byte.
+
+    Returns:
+      ``[ceil(vocab / 32), ceil(groups / 2), 32]``, uint8.
+
+    Raises:
+      TypeError: the codes are not integers.
+      ValueError: a concrete code is not in 0..15.
+
+    >>> pack_codes(jnp.array([[1, 2], [3, 4]]))[0, 0, :2], pack_codes(jnp.ones((40, 3), int)).shape
+    (Array([1, 3], dtype=uint8), (2, 2, 32))
+
+    References:
+      Andre et al., Cache locality is not enough: high-performance nearest neighbor search with
+      product quantization fast scan, 2015, for the layout's idea.
+    """
+    codes = jnp.asarray(codes)
+    if not jnp.issubdtype(codes.dtype, jnp.integer):
+        raise TypeError(f"codes: expected integers, got {codes.dtype}")
+    with contextlib.suppress(jax.errors.ConcretizationTypeError):  # while it is traced
+        least, most = int(codes.min(initial=0)), int(codes.max(initial=0))
+        if least < 0 or most >= _CODES:
+            raise ValueError(f"codes: expected 0 to 15, got {least} to {most}")
+    vocab, groups = codes.shape
+    codes = jnp.clip(codes, 0, _CODES - 1).astype(jnp.uint8)
+    codes = jnp.pad(codes, ((0, -vocab % _BLOCK), (0, -groups % 2)))
+    halves = codes.reshape(-1, 2, _BLOCK // 2, codes.shape[1])
+    packed = halves[:, 0] | (halves[:, 1] << 4)
+    # [blocks, 16 tokens, pairs, 2] -> [blocks, pairs, 2, 16 tokens]
+    packed = packed.reshape(*packed.shape[:2], -1, 2).transpose(0, 2, 3, 1)
+    return packed.reshape(*packed.shape[:2], _BLOCK)
+
+
+def unpack_codes(
+    packed: UInt8[Array, "blocks pairs 32"], vocab: int, groups: int
+) -> UInt8[jax.Array, "vocab groups"]:
+    """What `pack_codes` packed.
+
+    Args:
+      packed: ``[ceil(vocab / 32), ceil(groups / 2), 32]``.
+      vocab: tokens that were packed.
+      groups: groups that were packed.
+
+    Returns:
+      ``[vocab, groups]``, uint8, 0..15.
+
+    >>> unpack_codes(pack_codes(jnp.array([[1, 2, 3]])), 1, 3)
+    Array([[1, 2, 3]], dtype=uint8)
+    """
+    packed = jnp.asarray(packed)
+    blocks, pairs, _ = packed.shape
+    by_token = packed.reshape(blocks, pairs, 2, _BLOCK // 2).transpose(0, 3, 1, 2)
+    by_token = by_token.reshape(blocks, _BLOCK // 2, 2 * pairs)
+    codes = jnp.stack([by_token & 15, by_token >> 4], axis=1)
+    return codes.reshape(blocks * _BLOCK, 2 * pairs)[:vocab, :groups]
+
+
+def product_tables(hidden: jax.Array, codebooks: jax.Array) -> jax.Array:
+    """``h_g . C^g_k``, ``[..., groups, codes]``."""
+    groups, _, part = codebooks.shape
+    wide = jnp.promote_types(hidden.dtype, jnp.float32)
+    cut = hidden.reshape(*hidden.shape[:-1], groups, part)
+    codebooks = codebooks.astype(hidden.dtype)
+    if hidden.size <= _FEW * groups * part and part <= 8:
+        # As many tiny products as there are groups cost more to start than to do.
+        terms = (cut[..., i, None].astype(wide) * codebooks[..., i] for i in range(part))
+        return functools.reduce(jnp.add, terms)
+    return jnp.einsum("...gp,gkp->...gk", cut, codebooks, preferred_element_type=wide)
+
+
+@jax.custom_jvp
+def _logits(
+    hidden: jax.Array, codebooks: jax.Array, packed: jax.Array, bias: jax.Array
+) -> jax.Array:
+    tables = product_tables(hidden, codebooks)
+    low = tables.min(-1, keepdims=True)
+    step = (tables - low).max((-2, -1), keepdims=True) / 255
+    # Tables that say nothing are all zeros.
+    rounded = jnp.round((tables - low) / jnp.where(step > 0, step, 1)).astype(jnp.uint8)
+    groups, num_codes = tables.shape[1:]
+    rounded = jnp.pad(rounded, ((0, 0), (0, groups % 2), (0, _CODES - num_codes)))
+    sums = kernels.on_cpu(kernels.lookup_sums, _sums, rounded, packed)[:, : bias.shape[0]]
+    return step[:, 0] * sums.astype(tables.dtype) + low.sum((-2, -1))[:, None] + bias
+
+
+@_logits.defjvp
+def _logits_jvp(primals: Any, tangents: Any) -> Any:
+    hidden, codebooks, packed, bias = primals
+    codes = unpack_codes(packed, bias.shape[0], codebooks.shape[0])
+
+    def unrounded(hidden: jax.Array, codebooks: jax.Array, bias: jax.Array) -> jax.Array:
+        return ProductCodes(codebooks, codes, bias).logits(hidden)
+
+    moving = (hidden, codebooks, bias)
+    changes = (tangents[0], tangents[1], tangents[3])
+    return _logits(*primals), jax.jvp(unrounded, moving, changes)[1]
+
+
+def _sums(tables: jax.Array, packed: jax.Array) -> jax.Array:
+    """`logitjax.kernels.lookup_sums` for any platform, a group at a time."""
+    blocks, pairs, _ = packed.shape
+    by_group = unpack_codes(packed, blocks * _BLOCK, 2 * pairs).T
+
+    def add(total: jax.Array, group: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        table, codes = group
+        return total + jnp.take(table, codes.astype(np.int32), axis=-1).astype(jnp.int32), None
+
+    start = jnp.zeros((tables.shape[0], blocks * _BLOCK), jnp.int32)
+    total, _ = lax.scan(add, start, (jnp.moveaxis(tables, 1, 0), by_group))
+    return total
