@@ -163,7 +163,7 @@ class ProductCodes:
         >>> rows.logits_at(jnp.ones((1, 2)), jnp.array([[1, 0]]))
         Array([[3., 3.]], dtype=float32)
         """
-        tables = product_tables(hidden, jnp.asarray(self.codebooks))
+        tables = product_tables(jnp.asarray(hidden), jnp.asarray(self.codebooks))
         chosen = jnp.asarray(self.codes)[tokens].astype(jnp.int32)
         groups = jnp.arange(self.codebooks.shape[0])
         rows = jnp.arange(hidden.shape[0])[:, None, None]
