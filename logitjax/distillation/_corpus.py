@@ -74,7 +74,7 @@ class Source:
     @functools.cached_property
     def _token_lengths(self) -> Mapping[str, np.ndarray]:
         """Bytes of text that each token stands for, by columns."""
-        return {n: models.token_byte_lengths(t) for n, t in self.packed.tokenizers.items()}
+        return {n: t.byte_lengths() for n, t in self.packed.tokenizers.items()}
 
     def statistics(self, split: str, batch: Mapping[str, Any]) -> tuple[Any, np.ndarray]:
         """`losses.GraphStatistics` at the student's positions, and where there are any."""
@@ -112,7 +112,7 @@ class Corpus:
     @functools.cached_property
     def _label_bytes(self) -> np.ndarray:
         name = self.packed.names["pivot"]
-        return models.token_byte_lengths(self.packed.tokenizers[name])
+        return self.packed.tokenizers[name].byte_lengths()
 
     def batch(self, split: str, rows: Mapping[str, Any], *, taught: bool) -> dict[str, Any]:
         """The student's columns of some rows, with what the teachers say if that is wanted."""

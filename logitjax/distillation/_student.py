@@ -49,7 +49,7 @@ class Student:
         """The model to hand on: adapters merged, a second head left out."""
         model = self.model(trained)
         lora = self.adapters(trained)
-        return model if lora is None else models.merge_lora(model, lora)
+        return model if lora is None else lora.merged_into(model)
 
     @property
     def size(self) -> int:
@@ -106,7 +106,7 @@ def make_student(
     frozen["model"] = {name: leaf for name, leaf in flat.items() if name in stays}
     trained["model"] = {name: leaf for name, leaf in flat.items() if name not in stays}
     if lora_rank:
-        lora = models.init_lora(
+        lora = models.Lora.init(
             model.config, lora_rank, key=jax.random.key(seed), layout=model.layout
         )
         trained["lora"] = lora.layers
