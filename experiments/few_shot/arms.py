@@ -4,8 +4,11 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from experiments.few_shot.config import Config
 from logitjax import few_shot
+from logitjax.few_shot import methods
 
 # Of the fixed-weight arms: what the ablations have in common.
 FIXED_BETA = 2.0
@@ -36,7 +39,7 @@ class Arm:
     @property
     def _replaces(self) -> bool:
         """Whether what it learns replaces a part of the zero-shot logits."""
-        kinds = (few_shot.ClipAdapterConfig, few_shot.TaskResConfig, few_shot.CrossModalConfig)
+        kinds = (methods.ClipAdapter, methods.TaskRes, methods.CrossModal)
         return isinstance(self.method, kinds)
 
 
@@ -59,64 +62,70 @@ def _tuned(config: Config) -> dict[str, Arm]:
     def bias_grid(*betas: float) -> dict[str, list[float]]:
         """AMU's: the weight of the bias, and with a full grid the rate."""
         amu_rates = [3e-4, 1e-3, 3e-3] if full else [1e-3]
-        return few_shot.grid_of(beta=betas, training__learning_rate=amu_rates)
+        return _grid_of(beta=betas, training__learning_rate=amu_rates)
 
     def cache_grid(*betas: float) -> dict[str, list[float]]:
-        return few_shot.grid_of(beta=betas if full else betas[1::2], sharpness=sharp)
+        return _grid_of(beta=betas if full else betas[1::2], sharpness=sharp)
 
     def rate_grid(betas: Sequence[float] = ()) -> dict[str, list[float]]:
         other = {"beta": betas} if betas else {"training__weight_decay": decays}
-        return few_shot.grid_of(training__learning_rate=rates, **other)
+        return _grid_of(training__learning_rate=rates, **other)
 
-    doubt = few_shot.Uncertainty(measure="kurtosis", normalizer="classes")
-    official = few_shot.AMUConfig.official()
+    doubt = methods.Uncertainty(measure="kurtosis", normalizer="classes")
+    official = methods.AMU.official()
     return {
         "amu": Arm(method=official, recipe=amu, grid=bias_grid(0.5, 1.0, 2.0, 4.0)),
         "amu_kurtosis": Arm(
-            method=few_shot.AMUConfig(uncertainty=doubt),
+            method=methods.AMU(uncertainty=doubt),
             recipe=amu,
             grid=bias_grid(0.5, 1.0, 2.0, 4.0),
         ),
         # Without the z-score the bias is as small as features of length one make it.
         "amu_paper": Arm(
-            method=few_shot.AMUConfig.paper(), recipe=amu, grid=bias_grid(2.0, 8.0, 32.0, 128.0)
+            method=methods.AMU.paper(), recipe=amu, grid=bias_grid(2.0, 8.0, 32.0, 128.0)
         ),
         "amu_same_encoder": Arm(
             method=official, recipe=amu, grid=bias_grid(0.5, 1.0, 2.0, 4.0), same_encoder=True
         ),
-        "tip_adapter": Arm(
-            method=few_shot.TipAdapterConfig(), grid=cache_grid(0.5, 1.17, 3.0, 10.0)
-        ),
+        "tip_adapter": Arm(method=methods.TipAdapter(), grid=cache_grid(0.5, 1.17, 3.0, 10.0)),
         "tip_adapter_f": Arm(
-            method=few_shot.TipAdapterFConfig(), recipe=cache, grid=cache_grid(0.5, 1.17, 3.0, 10.0)
+            method=methods.TipAdapterF(), recipe=cache, grid=cache_grid(0.5, 1.17, 3.0, 10.0)
         ),
-        "cafo": Arm(
-            method=few_shot.CaFoConfig(), recipe=cache, grid=cache_grid(0.3, 0.6, 1.2, 2.4)
-        ),
-        "ape": Arm(method=few_shot.APEConfig(), grid=cache_grid(0.5, 1.0, 2.0, 5.0)),
+        "cafo": Arm(method=methods.CaFo(), recipe=cache, grid=cache_grid(0.3, 0.6, 1.2, 2.4)),
+        "ape": Arm(method=methods.APE(), grid=cache_grid(0.5, 1.0, 2.0, 5.0)),
         "clip_adapter": Arm(
             # A fourth is published; the small grid belongs to a run of minutes.
-            method=few_shot.ClipAdapterConfig(reduction=4 if full else 16),
+            method=methods.ClipAdapter(reduction=4 if full else 16),
             recipe=short,
             grid=rate_grid([0.2, 0.5, 0.8] if full else [0.2, 0.5]),
         ),
         "task_res": Arm(
-            method=few_shot.TaskResConfig(),
+            method=methods.TaskRes(),
             recipe=short,
             grid=rate_grid([0.5, 1.0, 2.0] if full else [0.5, 1.0]),
         ),
         # Its step sizes are not searched: they follow from the data. What is left is how much of
         # the zero-shot logits stays.
         "lp_plus_plus": Arm(
-            method=few_shot.LPPlusPlusConfig(),
+            method=methods.LPPlusPlus(),
             grid={"beta": [(i + 1) / SETTINGS[config.grid] for i in range(SETTINGS[config.grid])]},
         ),
-        "linear_probe": Arm(method=few_shot.LinearProbeConfig(), recipe=short, grid=rate_grid()),
+        "linear_probe": Arm(method=methods.LinearProbe(), recipe=short, grid=rate_grid()),
         "linear_probe_auxiliary": Arm(
-            method=few_shot.LinearProbeConfig(source="auxiliary"), recipe=short, grid=rate_grid()
+            method=methods.LinearProbe(source="auxiliary"), recipe=short, grid=rate_grid()
         ),
-        "cross_modal": Arm(method=few_shot.CrossModalConfig(), recipe=short, grid=rate_grid()),
+        "cross_modal": Arm(method=methods.CrossModal(), recipe=short, grid=rate_grid()),
     }
+
+
+def _grid_of(**values: Sequence[float]) -> dict[str, list[float]]:
+    """The product of the values as columns of equal length; `__` in a name stands for a dot.
+
+    >>> _grid_of(beta=[1.0, 2.0], training__learning_rate=[0.1])
+    {'beta': [1.0, 2.0], 'training.learning_rate': [0.1, 0.1]}
+    """
+    mesh = np.meshgrid(*values.values(), indexing="ij")
+    return {name.replace("__", "."): m.ravel().tolist() for name, m in zip(values, mesh)}
 
 
 def _fixed(config: Config) -> dict[str, Arm]:
@@ -124,17 +133,17 @@ def _fixed(config: Config) -> dict[str, Arm]:
     recipe = few_shot.Recipe(epochs=config.epochs, batch_size=config.batch_size)
 
     def fixed(*, same_encoder: bool = False, **options: Any) -> Arm:
-        amu = few_shot.AMUConfig(beta=FIXED_BETA, **options)
+        amu = methods.AMU(beta=FIXED_BETA, **options)
         return Arm(method=amu, recipe=recipe, same_encoder=same_encoder)
 
     def weighted(measure: Any, **options: Any) -> Arm:
-        return fixed(uncertainty=few_shot.Uncertainty(measure=measure, **options))
+        return fixed(uncertainty=methods.Uncertainty(measure=measure, **options))
 
     return {
         "fixed": fixed(),
         "fixed_kurtosis": weighted("kurtosis", normalizer="classes"),
         "fixed_kurtosis_250": Arm(
-            method=few_shot.AMUConfig.official(uncertainty="moment", beta=FIXED_BETA), recipe=recipe
+            method=methods.AMU.official(uncertainty="moment", beta=FIXED_BETA), recipe=recipe
         ),
         "fixed_kurtosis_of_logits": weighted("kurtosis", of="logits"),
         "fixed_entropy": weighted("entropy"),

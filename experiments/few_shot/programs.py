@@ -1,5 +1,6 @@
 """What few-shot learning runs on devices: an arm trained and scored on samples of ImageNet."""
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from experiments.few_shot.arms import Arm, arms
+from experiments.few_shot.arms import arms
 from experiments.few_shot.config import Config
 from logitjax import few_shot
 from logitjax.training import Program
@@ -22,21 +23,22 @@ def programs(config: Config, mesh: Mesh) -> Iterator[Program]:
     known = arms(config)
     for name in ("amu", "tip_adapter_f", "cross_modal"):
         if name in config.arm:
-            yield Program(
-                name=f"{name}, {max(config.shots)} shots",
-                jitted=few_shot.sweep_program,
-                arguments=_arguments(config, known[name], mesh),
-                options=dict(
-                    method=known[name].method,
-                    training=known[name].recipe,
-                    sequential=config.at_once == 1,
-                    mesh=mesh,
-                ),
+            arm = known[name]
+            task, held_out = _samples(config, mesh)
+            program = few_shot.sweep_program(
+                arm.method,
+                task,
+                held_out,
+                training=arm.recipe,
+                grid=arm.grid,
+                sequential=config.at_once == 1,
+                mesh=mesh,
             )
+            yield dataclasses.replace(program, name=f"{name}, {max(config.shots)} shots")
 
 
-def _arguments(config: Config, arm: Arm, mesh: Mesh) -> tuple[Any, ...]:
-    """Abstract samples of ImageNet with the arm's grid of settings."""
+def _samples(config: Config, mesh: Mesh) -> tuple[few_shot.FewShotTask, dict[str, Any]]:
+    """Abstract samples of ImageNet and what is held out of them."""
     kind, _, count = config.views.partition(":")
     views = int(count) if kind == "random" else 1
     runs, shown = config.at_once * mesh.devices.shape[0], max(config.shots) * _CLASSES
@@ -49,29 +51,12 @@ def _arguments(config: Config, arm: Arm, mesh: Mesh) -> tuple[Any, ...]:
             auxiliary=array((runs, count, _AUXILIARY), jnp.float32),
         )
 
-    steps, batch = arm.recipe.total_steps(shown), min(arm.recipe.batch_size, shown)
-    samples = few_shot.SweepRuns(
-        numbers=array((runs,), jnp.int32),
-        task=few_shot.FewShotTask(
-            support=images(views * shown),
-            labels=array((runs, shown), jnp.int32),
-            class_weights=array((_FEATURES, _CLASSES), jnp.float32),
-            views=views,
-        ),
-        orders=array((runs, steps, batch), jnp.int32),
-        held_out={
-            name: (images(count), array((runs, count), jnp.int32))
-            for name, count in _HELD_OUT.items()
-        },
+    task = few_shot.FewShotTask(
+        support=images(views * shown),
+        labels=array((runs, shown), jnp.int32),
+        class_weights=array((_FEATURES, _CLASSES), jnp.float32),
+        views=views,
     )
-    samples = jax.tree.map(
-        lambda leaf, sharding: array(leaf.shape, leaf.dtype, sharding=sharding),
-        samples,
-        samples.shardings(mesh),
-    )
-    columns = {name: len(column) for name, column in (arm.grid or {}).items()}
-    columns[""] = max(columns.values(), default=1)
-    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    settings = {name: array((n,), jnp.float32, sharding=whole) for name, n in columns.items()}
-    number = array((), jnp.int32, sharding=whole)
-    return samples, settings, number, number
+    return task, {
+        name: (images(count), array((runs, count), jnp.int32)) for name, count in _HELD_OUT.items()
+    }

@@ -1,30 +1,27 @@
-from logitjax.few_shot._amu import AMUConfig as AMUConfig
-from logitjax.few_shot._cache_adapters import APEConfig as APEConfig
-from logitjax.few_shot._cache_adapters import CaFoConfig as CaFoConfig
-from logitjax.few_shot._cache_adapters import TipAdapterConfig as TipAdapterConfig
-from logitjax.few_shot._cache_adapters import TipAdapterFConfig as TipAdapterFConfig
+"""Learning from a few labelled images beside a frozen zero-shot classifier.
+
+- `methods`: the methods, `methods.AMU` and those it is compared with.
+- `Inputs` and `FewShotTask` are what they learn from, `fit` trains one by a `Recipe`, `sweep`
+trains and
+  scores one on many samples with a grid of settings.
+- `extract_features` fills the `FeatureCache` of a frozen encoder.
+"""
+
+from logitjax.few_shot import methods as methods
 from logitjax.few_shot._extract import choose_rows as choose_rows
 from logitjax.few_shot._extract import encoder_views as encoder_views
 from logitjax.few_shot._extract import extract_features as extract_features
 from logitjax.few_shot._feature_cache import FeatureCache as FeatureCache
 from logitjax.few_shot._feature_cache import FeatureIdentity as FeatureIdentity
 from logitjax.few_shot._feature_cache import Features as Features
-from logitjax.few_shot._linear_adapters import ClipAdapterConfig as ClipAdapterConfig
-from logitjax.few_shot._linear_adapters import CrossModalConfig as CrossModalConfig
-from logitjax.few_shot._linear_adapters import LinearProbeConfig as LinearProbeConfig
-from logitjax.few_shot._linear_adapters import LPPlusPlusConfig as LPPlusPlusConfig
-from logitjax.few_shot._linear_adapters import TaskResConfig as TaskResConfig
 from logitjax.few_shot._method import FewShotTask as FewShotTask
 from logitjax.few_shot._method import Inputs as Inputs
 from logitjax.few_shot._method import Method as Method
 from logitjax.few_shot._method import unit_rows as unit_rows
 from logitjax.few_shot._method import zero_shot_logits as zero_shot_logits
-from logitjax.few_shot._sweep import SweepRuns as SweepRuns
 from logitjax.few_shot._sweep import best_setting as best_setting
-from logitjax.few_shot._sweep import grid_of as grid_of
 from logitjax.few_shot._sweep import sweep as sweep
 from logitjax.few_shot._sweep import sweep_program as sweep_program
 from logitjax.few_shot._train import Recipe as Recipe
 from logitjax.few_shot._train import batch_order as batch_order
 from logitjax.few_shot._train import fit as fit
-from logitjax.few_shot._uncertainty import Uncertainty as Uncertainty

@@ -104,7 +104,7 @@ def multi_branch_loss(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AMUConfig(Method):
+class AMU(Method):
     """AMU-Tuning; :meth:`paper` and :meth:`official` are the two that were published.
 
     ============= ============================ ========================================
@@ -142,14 +142,14 @@ class AMUConfig(Method):
             )
 
     @classmethod
-    def paper(cls, **options: Any) -> "AMUConfig":
+    def paper(cls, **options: Any) -> "AMU":
         """As in the paper's figure: plain logits, fused by the kurtosis of the zero-shot logits."""
         uncertainty = Uncertainty(measure="kurtosis", of="logits", normalizer=None)
         own: dict[str, Any] = {"standardize": False, "uncertainty": uncertainty}
         return cls(**(own | options))
 
     @classmethod
-    def official(cls, *, uncertainty: str = "none", **options: Any) -> "AMUConfig":
+    def official(cls, *, uncertainty: str = "none", **options: Any) -> "AMU":
         """As in the released code; `uncertainty='moment'` is its kurtosis, left off there."""
         if uncertainty not in ("none", "moment"):
             raise ValueError(f"uncertainty must be 'none' or 'moment', got {uncertainty!r}")

@@ -54,7 +54,7 @@ def cache_logits(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TipAdapterConfig(Method):
+class TipAdapter(Method):
     """Tip-Adapter: a cache of the labelled images, without training.
 
     The released code searches sharpness and beta on the evaluation set; search them on other data.
@@ -79,7 +79,7 @@ class TipAdapterConfig(Method):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TipAdapterFConfig(TipAdapterConfig):
+class TipAdapterF(TipAdapter):
     """Tip-Adapter-F: the keys of the cache are trained, from the labelled images on."""
 
     trains: ClassVar[bool] = True
@@ -116,7 +116,7 @@ def cafo_bias(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CaFoConfig(Method):
+class CaFo(Method):
     """CaFo's fusion of two trained caches, one on each encoder.
 
     The whole of CaFo also generates images for the cache and prompts for the text.
@@ -203,7 +203,7 @@ def label_divergence(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class APEConfig(Method):
+class APE(Method):
     """APE, without training: a cache on the channels that tell classes apart.
 
     Labelled images that the zero-shot classifier finds hard count more.

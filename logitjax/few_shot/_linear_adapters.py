@@ -24,7 +24,7 @@ CLIP_SCALE = 100.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ClipAdapterConfig(Method):
+class ClipAdapter(Method):
     """CLIP-Adapter: a small network moves the features before they meet the class weights.
 
     ::
@@ -79,7 +79,7 @@ class ClipAdapterConfig(Method):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TaskResConfig(Method):
+class TaskRes(Method):
     """TaskRes: a residual of the class weights, zero at first.
 
     ::
@@ -118,7 +118,7 @@ class TaskResConfig(Method):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LinearProbeConfig(Method):
+class LinearProbe(Method):
     """A linear classifier of one encoder's features; its bias takes the zero-shot logits back.
 
     ::
@@ -153,7 +153,7 @@ class LinearProbeConfig(Method):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CrossModalConfig(Method):
+class CrossModal(Method):
     """The cross-modal linear probe: class weights are further labelled examples.
 
     The probe starts from the class weights, and half of its loss is that of classifying them. Every
@@ -164,7 +164,7 @@ class CrossModalConfig(Method):
         s_bias = scale * f @ W - s0
 
     Attributes:
-        beta: Share of the probe, as in :class:`LinearProbeConfig`.
+        beta: Share of the probe, as in :class:`LinearProbe`.
         scale: Fixed scale of the cosines.
         text_share: Share of the class weights in the loss.
     """
@@ -208,7 +208,7 @@ def lp_plus_plus_logits(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LPPlusPlusConfig(Method):
+class LPPlusPlus(Method):
     """LP++: prototypes plus class weights with a learnt factor for each class.
 
     Its step sizes follow from the data, so :meth:`init` runs the whole of its training: gradient
@@ -221,7 +221,7 @@ class LPPlusPlusConfig(Method):
         lr_V = 4 n / lambda_max(F.T F)      lr_blend = n / (4 max_k sum_n (f_n W0_k)^2)
 
     Attributes:
-        beta: Share of the probe, as in :class:`LinearProbeConfig`.
+        beta: Share of the probe, as in :class:`LinearProbe`.
         iterations: Steps of gradient descent.
         momentum: Momentum of the prototypes.
         blend_every: Steps between those of the factors.

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from logitjax.few_shot._amu import AMUConfig
+from logitjax.few_shot._amu import AMU
 from logitjax.few_shot._method import FewShotTask, Inputs, Method, State
 from logitjax.few_shot._train import Recipe, batch_order, fit
 from logitjax.losses import cross_entropy
+from logitjax.training import Program
 
 # Held-out images that are scored at a time.
 _SCORED = 1024
@@ -21,7 +22,7 @@ _SCORED = 1024
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SweepRuns:
+class Runs:
     """Samples of images that a sweep trains on, an axis of runs in front.
 
     Attributes:
@@ -36,7 +37,7 @@ class SweepRuns:
     orders: Any
     held_out: Mapping[str, tuple[Inputs, Any]]
 
-    def shardings(self, mesh: Mesh) -> "SweepRuns":
+    def shardings(self, mesh: Mesh) -> "Runs":
         """Where every array goes: runs are split over the mesh's first axis."""
         split = NamedSharding(mesh, PartitionSpec(mesh.axis_names[0]))
         placed = jax.tree.map(lambda _: split, self)
@@ -55,7 +56,7 @@ def with_settings(
     Raises:
         ValueError: A name that is no field.
 
-    >>> config, _ = with_settings(AMUConfig(), Recipe(), {"uncertainty.exponent": 0.1})
+    >>> config, _ = with_settings(AMU(), Recipe(), {"uncertainty.exponent": 0.1})
     >>> config.uncertainty.exponent
     0.1
     """
@@ -74,16 +75,6 @@ def with_settings(
         else:
             config = put(config, [first, *rest], value)
     return config, training
-
-
-def grid_of(**values: Sequence[float]) -> dict[str, list[float]]:
-    """The product of the values as columns of equal length; `__` in a name stands for a dot.
-
-    >>> grid_of(beta=[1.0, 2.0], training__learning_rate=[0.1])
-    {'beta': [1.0, 2.0], 'training.learning_rate': [0.1, 0.1]}
-    """
-    mesh = np.meshgrid(*values.values(), indexing="ij")
-    return {name.replace("__", "."): m.ravel().tolist() for name, m in zip(values, mesh)}
 
 
 def sweep(
@@ -112,7 +103,7 @@ def sweep(
             negative labels do not count.
         training: The optimizer's settings, for methods that train.
         grid: Columns of equal length, named by field: `beta`, `uncertainty.exponent`,
-            `training.learning_rate`; see :func:`grid_of`.
+            `training.learning_rate`.
         seed: Seed of the orders and of random starts.
         first: Number of the first run, so that several calls are as one.
         sequential: One run after another, and in training one setting after another: for heads too
@@ -127,11 +118,11 @@ def sweep(
         ValueError: A grid with an unknown name or columns of different lengths, or runs with
             different numbers of images.
 
-    >>> from logitjax.few_shot import TipAdapterConfig
+    >>> from logitjax.few_shot.methods import TipAdapter
     >>> images = Inputs(zero_shot=jnp.zeros((1, 3, 3)), features=jnp.eye(3)[None])
     >>> task = FewShotTask(support=images, labels=jnp.arange(3)[None])
-    >>> scores = sweep(TipAdapterConfig(), task, {"test": (images, task.labels)},
-    ...                training=Recipe(), grid=grid_of(beta=[-1.0, 1.0]))
+    >>> scores = sweep(TipAdapter(), task, {"test": (images, task.labels)},
+    ...                training=Recipe(), grid={"beta": [-1.0, 1.0]})
     >>> scores["test"]["accuracy"].tolist()
     [[0.0, 1.0]]
     """
@@ -148,11 +139,11 @@ def sweep(
     with_settings(method, training, dict.fromkeys(columns, 0.0))
     numbers = np.arange(first, first + len(labels))
     orders, steps = _orders(numbers, labels, counts.pop(), training, views=task.views, seed=seed)
-    runs = SweepRuns(numbers=numbers, task=task, orders=orders, held_out=dict(held_out))
+    runs = Runs(numbers=numbers, task=task, orders=orders, held_out=dict(held_out))
     if mesh is not None and mesh.size > 1:
         runs = _padded(runs, mesh.devices.shape[0])
         runs = jax.device_put(runs, runs.shardings(mesh))
-    scores = sweep_program(
+    scores = _compiled(
         runs,
         columns | {"": np.zeros(lengths.pop(), np.float32)},
         steps if method.trains else 0,
@@ -163,6 +154,54 @@ def sweep(
         mesh=mesh,
     )
     return jax.tree.map(lambda x: np.asarray(x)[: len(labels)], scores)
+
+
+def sweep_program(
+    method: Method,
+    task: FewShotTask,
+    held_out: Mapping[str, tuple[Inputs, Any]],
+    *,
+    training: Recipe,
+    mesh: Mesh,
+    grid: Mapping[str, Sequence[float]] | None = None,
+    sequential: bool = False,
+) -> Program:
+    """What :func:`sweep` compiles, with abstract arguments, for a plan.
+
+    Args:
+        method: The method.
+        task: As of `sweep`, of `jax.ShapeDtypeStruct`; every label is there.
+        held_out: As of `sweep`, of `jax.ShapeDtypeStruct`.
+        training: The optimizer's settings.
+        mesh: Mesh whose first axis splits the runs.
+        grid: As of `sweep`.
+        sequential: As of `sweep`.
+    """
+    array = jax.ShapeDtypeStruct
+    count, shown = task.labels.shape
+    order = (count, training.total_steps(shown), min(training.batch_size, shown))
+    runs = Runs(
+        numbers=array((count,), jnp.int32),
+        task=task,
+        orders=array(order, jnp.int32),
+        held_out=dict(held_out),
+    )
+    runs = jax.tree.map(
+        lambda leaf, sharding: array(leaf.shape, leaf.dtype, sharding=sharding),
+        runs,
+        runs.shardings(mesh),
+    )
+    columns = {name: len(column) for name, column in (grid or {}).items()}
+    columns[""] = max(columns.values(), default=1)
+    whole = NamedSharding(mesh, PartitionSpec())
+    settings = {name: array((n,), jnp.float32, sharding=whole) for name, n in columns.items()}
+    number = array((), jnp.int32, sharding=whole)
+    return Program(
+        name=f"{type(method).__name__}, {shown} images",
+        jitted=_compiled,
+        arguments=(runs, settings, number, number),
+        options=dict(method=method, training=training, sequential=sequential, mesh=mesh),
+    )
 
 
 def _orders(
@@ -185,7 +224,7 @@ def _orders(
     return order, steps
 
 
-def _padded(runs: SweepRuns, multiple: int) -> SweepRuns:
+def _padded(runs: Runs, multiple: int) -> Runs:
     """The runs, the last one repeated until their number is a multiple."""
     count = len(runs.numbers)
     if count % multiple == 0:
@@ -198,8 +237,8 @@ def _padded(runs: SweepRuns, multiple: int) -> SweepRuns:
 
 
 @functools.partial(jax.jit, static_argnames=("method", "training", "sequential", "mesh"))
-def sweep_program(
-    runs: SweepRuns,
+def _compiled(
+    runs: Runs,
     settings: dict[str, jax.Array],
     steps: Any,
     seed: Any,
@@ -243,13 +282,13 @@ def _sweep(
     method: Method,
     training: Recipe,
     sequential: bool,
-    runs: SweepRuns,
+    runs: Runs,
     settings: dict[str, jax.Array],
     class_weights: Any,
     steps: Any,
     key: jax.Array,
 ) -> Any:
-    def one(run: SweepRuns, setting: dict[str, jax.Array], batch_size: int = _SCORED) -> Any:
+    def one(run: Runs, setting: dict[str, jax.Array], batch_size: int = _SCORED) -> Any:
         given = {name: value for name, value in setting.items() if name}
         config, recipe = with_settings(method, training, given)
         task = dataclasses.replace(run.task, class_weights=class_weights)
@@ -291,7 +330,7 @@ def _score(
         "accuracy": share(logits.argmax(-1) == labels),
         "cross_entropy": share(cross_entropy(logits, jnp.where(known, labels, 0))),
     }
-    if isinstance(method, AMUConfig):
+    if isinstance(method, AMU):
         alone = in_batches(method.auxiliary_logits)
         scores["auxiliary_accuracy"] = share(alone.argmax(-1) == labels)
     return scores

@@ -157,7 +157,7 @@ def fit(
     >>> from logitjax import few_shot
     >>> images = few_shot.Inputs(zero_shot=jnp.zeros((4, 3)), features=jnp.eye(4))
     >>> task = FewShotTask(support=images, labels=jnp.arange(4) % 3)
-    >>> method, training = few_shot.TaskResConfig(), Recipe(epochs=9, batch_size=4)
+    >>> method, training = few_shot.methods.TaskRes(), Recipe(epochs=9, batch_size=4)
     >>> order = batch_order(0, 4, training)
     >>> state, losses = fit(method, task, method.init(task), order, training=training)
     >>> bool(losses[-1] < losses[0])

@@ -75,7 +75,7 @@ def test_uncertainty_weights_are_the_published_formulas(x64):
     logits = rng.normal(size=(5, CLASSES)) * np.array([[0.3], [1], [3], [6], [10]]) + 12
     with jax.enable_x64(x64):
         given = logits if x64 else logits.astype(np.float32)
-        configs = [few_shot.Uncertainty(**options) for options in MEASURES]
+        configs = [few_shot.methods.Uncertainty(**options) for options in MEASURES]
         run = jax.jit(lambda given: [uncertainty_weight(given, config) for config in configs])
         for options, config, got in zip(MEASURES, configs, run(given), strict=True):
             assert got.dtype == given.dtype
@@ -87,7 +87,7 @@ def test_uncertainty_weights_are_the_published_formulas(x64):
 def test_uncertainty_with_absent_classes_is_finite():
     logits = np.float32([[1.0, 0.5, 0.0, -1.0, -np.inf, 0.3]])
     measures = ("none", "kurtosis", "entropy", "max", "margin", "top5", "energy", "std")
-    configs = [few_shot.Uncertainty(measure=measure) for measure in measures]
+    configs = [few_shot.methods.Uncertainty(measure=measure) for measure in measures]
     run = jax.jit(lambda logits: [uncertainty_weight(logits, config) for config in configs])
     for measure, weight in zip(measures, run(logits), strict=True):
         assert np.isfinite(weight).all(), measure
@@ -96,7 +96,7 @@ def test_uncertainty_with_absent_classes_is_finite():
 def test_kurtosis_over_a_fourth_of_the_classes_does_not_depend_on_their_number():
     def sure(classes, **options):
         logits = np.where(np.arange(classes)[None] == 0, np.float32(50), 0)
-        config = few_shot.Uncertainty(measure="kurtosis", exponent=1.0, **options)
+        config = few_shot.methods.Uncertainty(measure="kurtosis", exponent=1.0, **options)
         return np.asarray(compiled(uncertainty_weight)(logits, config)).item()
 
     # One-hot probabilities: the released normaliser makes the same certainty weigh 130 times more.
@@ -106,13 +106,13 @@ def test_kurtosis_over_a_fourth_of_the_classes_does_not_depend_on_their_number()
 
 
 PRESETS = {
-    "official": (few_shot.AMUConfig.official(beta=2.0), dict(measure="none")),
+    "official": (few_shot.methods.AMU.official(beta=2.0), dict(measure="none")),
     "official_moment": (
-        few_shot.AMUConfig.official(uncertainty="moment"),
+        few_shot.methods.AMU.official(uncertainty="moment"),
         dict(measure="kurtosis", of="probabilities", rho=0.4, normalizer=250.0),
     ),
     "paper": (
-        few_shot.AMUConfig.paper(fusion_share=0.6),
+        few_shot.methods.AMU.paper(fusion_share=0.6),
         dict(measure="kurtosis", of="logits", rho=0.4, normalizer=None),
     ),
 }
@@ -165,17 +165,17 @@ def test_z_scores_of_equal_logits_are_zero_without_a_gradient():
 
 
 METHODS = {
-    "amu": few_shot.AMUConfig(beta=2.0),
-    "tip_adapter": few_shot.TipAdapterConfig(beta=3.0, sharpness=5.0),
-    "tip_adapter_f": few_shot.TipAdapterFConfig(beta=3.0, sharpness=5.0),
-    "cafo": few_shot.CaFoConfig(beta=1.0, sharpness=3.0),
-    "ape": few_shot.APEConfig(channels=8),
-    "clip_adapter": few_shot.ClipAdapterConfig(beta=0.1),
-    "task_res": few_shot.TaskResConfig(),
-    "linear_probe": few_shot.LinearProbeConfig(initial="features"),
-    "linear_probe_auxiliary": few_shot.LinearProbeConfig(initial="features", source="auxiliary"),
-    "cross_modal": few_shot.CrossModalConfig(),
-    "lp_plus_plus": few_shot.LPPlusPlusConfig(),
+    "amu": few_shot.methods.AMU(beta=2.0),
+    "tip_adapter": few_shot.methods.TipAdapter(beta=3.0, sharpness=5.0),
+    "tip_adapter_f": few_shot.methods.TipAdapterF(beta=3.0, sharpness=5.0),
+    "cafo": few_shot.methods.CaFo(beta=1.0, sharpness=3.0),
+    "ape": few_shot.methods.APE(channels=8),
+    "clip_adapter": few_shot.methods.ClipAdapter(beta=0.1),
+    "task_res": few_shot.methods.TaskRes(),
+    "linear_probe": few_shot.methods.LinearProbe(initial="features"),
+    "linear_probe_auxiliary": few_shot.methods.LinearProbe(initial="features", source="auxiliary"),
+    "cross_modal": few_shot.methods.CrossModal(),
+    "lp_plus_plus": few_shot.methods.LPPlusPlus(),
 }
 
 
@@ -205,14 +205,14 @@ def test_caches_and_fusions_are_the_published_formulas():
     images, class_weights = inputs()
     hit = np.eye(CLASSES)[LABELS]
     cache = [np.exp(-2 * (1 - f @ f.T)) @ hit for f in (features, auxiliary)]
-    config = few_shot.TipAdapterConfig(sharpness=2.0)
+    config = few_shot.methods.TipAdapter(sharpness=2.0)
     got = logits_and_bias(config, start(config, images), images)[1]
     np.testing.assert_allclose(got, cache[0], rtol=1e-5)
 
     z = [oracle.z_score(c) for c in cache]
     agreement = np.stack([(oracle.z_score(zero_shot) * c).sum(-1) for c in z], -1)
     p = oracle.softmax(agreement)
-    config = few_shot.CaFoConfig(sharpness=2.0)
+    config = few_shot.methods.CaFo(sharpness=2.0)
     got = logits_and_bias(config, start(config, images), images)[1]
     np.testing.assert_allclose(got, p[:, :1] * z[0] + p[:, 1:] * z[1], atol=1e-4)
 
@@ -226,7 +226,7 @@ def test_caches_and_fusions_are_the_published_formulas():
     kept, text = unit(features[:, chosen]), unit(weights[chosen].T).T
     divergence = -np.log2(oracle.softmax(kept @ text)[np.arange(len(LABELS)), LABELS])
     values = hit * np.exp(0.1 * divergence)[:, None]
-    config = few_shot.APEConfig(channels=5)
+    config = few_shot.methods.APE(channels=5)
     state = start(config, images, class_weights=class_weights)
     np.testing.assert_array_equal(state.fixed[1], chosen)
     expected = np.exp(-(1 - kept @ kept.T)) @ values
@@ -243,7 +243,7 @@ def test_residual_methods_rewrite_their_published_classifiers(scale):
     rng = np.random.default_rng(1)
     residual = 0.1 * rng.normal(size=weights.shape).astype(np.float32)
     for renormalize in (False, True):
-        config = few_shot.TaskResConfig(beta=0.5, renormalize=renormalize, scale=scale)
+        config = few_shot.methods.TaskRes(beta=0.5, renormalize=renormalize, scale=scale)
         state = start(config, images, class_weights=class_weights)
         state = state._replace(trained=residual)
         moved = weights + 0.5 * residual
@@ -251,7 +251,7 @@ def test_residual_methods_rewrite_their_published_classifiers(scale):
         got, _ = logits_and_bias(config, state, images)
         np.testing.assert_allclose(got, scale * features @ moved, rtol=1e-4, atol=1e-3)
 
-        config = few_shot.ClipAdapterConfig(beta=0.2, renormalize=renormalize, scale=scale)
+        config = few_shot.methods.ClipAdapter(beta=0.2, renormalize=renormalize, scale=scale)
         state = start(config, images, class_weights=class_weights)
         down, up = (np.asarray(state.trained[name], np.float64) for name in ("down", "up"))
         adapted = np.maximum(np.maximum(features @ down, 0) @ up, 0)
@@ -267,7 +267,7 @@ def test_lp_plus_plus_starts_and_steps_as_published():
     text = features @ weights
     means = np.stack([features[k == LABELS].mean(0) for k in range(CLASSES)], 1)
     blend = 250 * np.mean([text[k == LABELS, k].mean() for k in range(CLASSES)])
-    config = few_shot.LPPlusPlusConfig(iterations=1, blend_every=1)
+    config = few_shot.methods.LPPlusPlus(iterations=1, blend_every=1)
     state = start(config, images, class_weights=class_weights)
     p = oracle.softmax(features @ means + blend * text) - np.eye(CLASSES)[LABELS]
     n = len(LABELS)
@@ -299,7 +299,7 @@ def test_lp_plus_plus_is_its_gradient_descent(count):
         if step % 10 == 9:
             blend = blend - blend_rate * (p * text).mean(0)
     images, class_weights = inputs()
-    config = few_shot.LPPlusPlusConfig(iterations=23)
+    config = few_shot.methods.LPPlusPlus(iterations=23)
     with jax.enable_x64(True):
         own = few_shot.Inputs(zero_shot=np.zeros_like(text), features=features)
         found = start(config, own, labels, class_weights=weights).trained
@@ -318,7 +318,7 @@ def test_views_of_an_image_are_averaged_and_class_means_are_not_of_length_one():
     other, _ = inputs(seed=1)
     both = jax.tree.map(lambda a, b: np.concatenate([a, b]), images, other)
     mean = unit((images.auxiliary + other.auxiliary) / 2)
-    kernel = start(few_shot.AMUConfig(), both, views=2).trained
+    kernel = start(few_shot.methods.AMU(), both, views=2).trained
     expected = np.stack([mean[k == LABELS].mean(0) for k in range(CLASSES)], 1)
     np.testing.assert_allclose(kernel, expected, rtol=1e-5, atol=1e-6)
     assert np.linalg.norm(kernel, axis=0).max() < 0.999
@@ -328,15 +328,15 @@ def test_mistakes_are_named():
     images, _ = inputs()
     bare = few_shot.Inputs(zero_shot=images.zero_shot)
     for config, missing in [
-        (few_shot.AMUConfig(), "auxiliary"),
-        (few_shot.TipAdapterConfig(), "features"),
-        (few_shot.CrossModalConfig(), "class_weights"),
+        (few_shot.methods.AMU(), "auxiliary"),
+        (few_shot.methods.TipAdapter(), "features"),
+        (few_shot.methods.CrossModal(), "class_weights"),
     ]:
         with pytest.raises(ValueError, match=missing):
             start(config, bare)
     with pytest.raises(ValueError, match="uncertainty"):
-        few_shot.AMUConfig.official(uncertainty="entropy")
+        few_shot.methods.AMU.official(uncertainty="entropy")
     with pytest.raises(Exception, match="measure"):
-        few_shot.Uncertainty(measure="doubt")  # pyright: ignore[reportArgumentType]
+        few_shot.methods.Uncertainty(measure="doubt")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="at least 5"):
-        uncertainty_weight(np.zeros((1, 3), np.float32), few_shot.Uncertainty(measure="top5"))
+        uncertainty_weight(np.zeros((1, 3), np.float32), few_shot.methods.Uncertainty(measure="top5"))

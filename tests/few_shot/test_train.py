@@ -31,12 +31,12 @@ def images(auxiliary, zero_shot, kind=np.float32):
 
 
 PRESETS = {
-    "official": (few_shot.AMUConfig.official(beta=2.0), ("none", None, 0.4, None)),
+    "official": (few_shot.methods.AMU.official(beta=2.0), ("none", None, 0.4, None)),
     "official_moment": (
-        few_shot.AMUConfig.official(uncertainty="moment"),
+        few_shot.methods.AMU.official(uncertainty="moment"),
         ("kurtosis", "probabilities", 0.4, 250.0),
     ),
-    "paper": (few_shot.AMUConfig.paper(), ("kurtosis", "logits", 0.4, None)),
+    "paper": (few_shot.methods.AMU.paper(), ("kurtosis", "logits", 0.4, None)),
 }
 
 
@@ -96,8 +96,8 @@ def stacked(parts):
 
 @pytest.mark.many_programs("the same runs in five ways")
 def test_a_sweep_is_its_runs_one_by_one():
-    config = few_shot.AMUConfig(
-        uncertainty=few_shot.Uncertainty(measure="entropy"), initial="random"
+    config = few_shot.methods.AMU(
+        uncertainty=few_shot.methods.Uncertainty(measure="entropy"), initial="random"
     )
     recipe = few_shot.Recipe(epochs=4, batch_size=6)
     runs = [problem(15, seed) for seed in (0, 1)]
@@ -105,9 +105,11 @@ def test_a_sweep_is_its_runs_one_by_one():
     support, held_out = (stacked([images(*run[:2]) for run in x]) for x in (runs, tests))
     labels, truth = (np.stack([run[2] for run in x]) for x in (runs, tests))
     truth[0, 3] = -1
-    grid = few_shot.grid_of(
-        beta=[0.5, 3.0], uncertainty__exponent=[0.2], training__learning_rate=[1e-3, 3e-2]
-    )
+    grid = {
+        "beta": [0.5, 0.5, 3.0, 3.0],
+        "uncertainty.exponent": [0.2] * 4,
+        "training.learning_rate": [1e-3, 3e-2] * 2,
+    }
     options = dict(training=recipe, grid=grid, seed=3)
     task, scored = few_shot.FewShotTask(support=support, labels=labels), {"test": (held_out, truth)}
     found = few_shot.sweep(config, task, scored, **options)
@@ -152,8 +154,8 @@ def test_rows_that_are_not_there_change_nothing():
     held_out = images(*test[:2])
     held_out = dataclasses.replace(held_out, features=held_out.auxiliary)
     held_out = {"test": (jax.tree.map(lambda x: x[None], held_out), test[2][None])}
-    for config in (few_shot.AMUConfig(), few_shot.LPPlusPlusConfig(), few_shot.TipAdapterFConfig()):
-        before = few_shot.sweep_program._cache_size()
+    for config in (few_shot.methods.AMU(), few_shot.methods.LPPlusPlus(), few_shot.methods.TipAdapterF()):
+        before = few_shot_sweep._compiled._cache_size()
         for rows in (5, 10):
             support, labels = padded(rows)
             task = few_shot.FewShotTask(support=support, labels=labels, class_weights=weights)
@@ -165,7 +167,7 @@ def test_rows_that_are_not_there_change_nothing():
             one = few_shot.sweep(config, task, held_out, training=recipe, sequential=True)
             chex.assert_trees_all_close(found, one, rtol=1e-4)
         # 5 rows with room for 10 and 10 share a program, at once and one by one; 5 have their own.
-        assert few_shot.sweep_program._cache_size() == before + 3
+        assert few_shot_sweep._compiled._cache_size() == before + 3
 
 
 def test_training_beats_its_start_for_every_method_that_trains():
@@ -178,12 +180,12 @@ def test_training_beats_its_start_for_every_method_that_trains():
     recipe = few_shot.Recipe(epochs=8, batch_size=5)
     order = few_shot.batch_order(0, 20, recipe)
     for config in (
-        few_shot.TipAdapterFConfig(),
-        few_shot.CaFoConfig(),
-        few_shot.ClipAdapterConfig(),
-        few_shot.TaskResConfig(),
-        few_shot.LinearProbeConfig(),
-        few_shot.CrossModalConfig(),
+        few_shot.methods.TipAdapterF(),
+        few_shot.methods.CaFo(),
+        few_shot.methods.ClipAdapter(),
+        few_shot.methods.TaskRes(),
+        few_shot.methods.LinearProbe(),
+        few_shot.methods.CrossModal(),
     ):
         task = few_shot.FewShotTask(support=support, labels=labels, class_weights=weights)
 
@@ -212,12 +214,12 @@ def test_mistakes_are_named():
     options = dict(training=few_shot.Recipe(epochs=1))
     for grid, match in [({"gamma": [1.0]}, "gamma"), ({"beta": [1.0], "beta2": []}, "length")]:
         with pytest.raises(ValueError, match=match):
-            few_shot.sweep(few_shot.AMUConfig(), task, {}, grid=grid, **options)
+            few_shot.sweep(few_shot.methods.AMU(), task, {}, grid=grid, **options)
     pair = jax.tree.map(lambda x: np.concatenate([x, x]), support)
     uneven = np.stack([labels, np.where(labels == 4, -1, labels)])
     task = few_shot.FewShotTask(support=pair, labels=uneven)
     with pytest.raises(ValueError, match="labels"):
-        few_shot.sweep(few_shot.AMUConfig(), task, {}, **options)
+        few_shot.sweep(few_shot.methods.AMU(), task, {}, **options)
     with pytest.raises(ValueError, match="method"):
         few_shot.Recipe.published("coop")
     with pytest.raises(ValueError, match="epochs"):
