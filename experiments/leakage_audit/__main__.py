@@ -33,7 +33,7 @@ def run(config: Config, workdir: epath.Path) -> None:
         audit = functools.partial(measure.audit, rows, config, workdir / "policies")
         tasks = []
         for name in config.policy:
-            policy = leakage.parse_policy(name)
+            policy = leakage.LogitPolicy.parse(name)
             random = policy.noise > 0 or policy.dummy_dims > 0
             tasks += [(name, seed) for seed in range(config.seeds if random else 1)]
         for name, seed in processes.local_share(tasks):

@@ -59,7 +59,7 @@ class Config:
 
     def __post_init__(self) -> None:
         for name in self.policy:
-            leakage.parse_policy(name)
+            leakage.LogitPolicy.parse(name)
         for name in ("prompts", "prompt_length", "batch_size", "seeds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")

@@ -19,7 +19,7 @@ def audit(rows: Rows, config: Config, directory: epath.Path, name: str, seed: in
     if path.exists():
         return json.loads(path.read_text())
     start = time.perf_counter()
-    oracle = rows.oracle(leakage.parse_policy(name), seed)
+    oracle = rows.oracle(leakage.LogitPolicy.parse(name), seed)
     found = leakage.audit(
         oracle, rows.prompts, rows.vocab, head=rows.head, logits=rows.logits, corner=config.corner
     )
@@ -51,9 +51,7 @@ def _from_rows(found: leakage.Audit) -> Record:
         "max_angle": aligned.max_angle,
         "chance": aligned.chance,
         "spectrum": subspace.singular_values[:: max(1, found.prompts // 500)].tolist(),
-        "edge": leakage.noise_edge(found.noise, found.prompts, len(subspace.basis))
-        if found.noise
-        else None,
+        "edge": subspace.noise_edge,
         **found.utility,
     }
 

@@ -111,7 +111,7 @@ def train_student(scene: Scene, arm: str, directory: epath.Path, seed: int, rate
         "seconds": _speed(scene, student, params, given),
         **dataclasses.asdict(leakage.compare_geometry(states, others)),
     }
-    null = dataclasses.asdict(leakage.null_geometry(states, others))
+    null = dataclasses.asdict(leakage.compare_geometry(states, others, paired=False))
     processes.remove_directory(directory / "checkpoints")
     return record | {f"null_{name}": value for name, value in null.items()}
 
@@ -165,9 +165,7 @@ def _recover(
     prompts = np.unique(text.train[:, :length], axis=0)
     order = np.random.default_rng(0).permutation(len(prompts))[: config.prompts]
     rows = np.asarray(oracle.ask(prompts[order]).values)
-    found = leakage.estimate_output_subspace(
-        rows, noise=leakage.rounding_noise(config.decimals), dimension=config.width
-    )
+    found = leakage.estimate_output_subspace(rows, decimals=config.decimals, dimension=config.width)
     aligned = leakage.align_head(found.basis, np.asarray(teacher["head"]))
     # Singular values carry the scale: states of unit variance then make logits like the teacher's.
     scale = found.singular_values[: config.width] / len(rows) ** 0.5

@@ -65,7 +65,7 @@ class Config:
 
     def __post_init__(self) -> None:
         for name in self.policy:
-            leakage.parse_policy(name)
+            leakage.LogitPolicy.parse(name)
         if self.model is None and self.url is None:
             raise ValueError("model: expected a model, a url or both, got neither")
         if self.model is None and not (self.vocab_size and self.prompts):
@@ -159,7 +159,7 @@ def _oracle(config: Config, name: str, prompts: np.ndarray, truth: Truth | None)
         return logits[[places[row.tobytes()] for row in np.asarray(tokens, np.int32)]]
 
     return leakage.LogitOracle(
-        apply, leakage.parse_policy(name), seed=config.seed, batch_size=64, cache_size=64
+        apply, leakage.LogitPolicy.parse(name), seed=config.seed, batch_size=64, cache_size=64
     )
 
 

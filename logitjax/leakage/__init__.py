@@ -8,27 +8,16 @@ say how much of the head has leaked and what a defence takes from honest users.
 """
 
 from logitjax.leakage._alignment import align_head as align_head
-from logitjax.leakage._alignment import random_head_control as random_head_control
-from logitjax.leakage._audit import SPAN as SPAN
 from logitjax.leakage._audit import Audit as Audit
 from logitjax.leakage._audit import audit as audit
-from logitjax.leakage._audit import parse_policy as parse_policy
 from logitjax.leakage._audit import verdict as verdict
 from logitjax.leakage._completion import complete_rows as complete_rows
-from logitjax.leakage._corner import corner_matrix as corner_matrix
-from logitjax.leakage._dimension import noise_edge as noise_edge
-from logitjax.leakage._dimension import null_gap as null_gap
-from logitjax.leakage._dimension import rounding_noise as rounding_noise
 from logitjax.leakage._geometry import compare_geometry as compare_geometry
-from logitjax.leakage._geometry import null_geometry as null_geometry
 from logitjax.leakage._http import HttpOracle as HttpOracle
-from logitjax.leakage._known_basis import choose_tokens as choose_tokens
-from logitjax.leakage._known_basis import rows_from_basis as rows_from_basis
 from logitjax.leakage._norm_layer import norm_kind as norm_kind
 from logitjax.leakage._norm_layer import settle_by_norm as settle_by_norm
 from logitjax.leakage._oracle import BudgetExhaustedError as BudgetExhaustedError
 from logitjax.leakage._oracle import LogitOracle as LogitOracle
-from logitjax.leakage._oracle import prompt_number as prompt_number
 from logitjax.leakage._policy import LogitPolicy as LogitPolicy
 from logitjax.leakage._recover_row import recover_log_probs as recover_log_probs
 from logitjax.leakage._recover_row import row_queries as row_queries

@@ -131,19 +131,6 @@ def _rotation_r2(basis: np.ndarray, head: np.ndarray) -> float:
     return float(kept**2 / (np.linalg.norm(basis) * np.linalg.norm(head)) ** 2)
 
 
-def random_head_control(
-    head: Float[Array, "vocab hidden"], dimension: int, seed: int = 0, *, centre: bool = True
-) -> HeadAlignment:
-    """`align_head` of a random subspace: what the metrics say when nothing was found.
-
-    >>> control = random_head_control(np.random.default_rng(1).standard_normal((200, 4)), 4)
-    >>> abs(control.leak) < 0.2
-    True
-    """
-    random = np.random.default_rng(seed).standard_normal((len(head), dimension))
-    return align_head(random, head, centre=centre)
-
-
 def utility_loss(
     true_log_probs: Float[Array, "n vocab"], served_log_probs: Float[Array, "n vocab"]
 ) -> dict[str, float]:

@@ -1,7 +1,6 @@
 """One call from an API and some prompts to what the API gives away."""
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,8 +10,6 @@ from jaxtyping import Float
 
 from logitjax.leakage._alignment import HeadAlignment, align_head, utility_loss
 from logitjax.leakage._corner import corner_matrix
-from logitjax.leakage._dimension import rounding_noise
-from logitjax.leakage._policy import LogitPolicy
 from logitjax.leakage._recover_row import RecoveredRow, recover_log_probs
 from logitjax.leakage._subspace import OutputSubspace, estimate_output_subspace
 from logitjax.ops import Array
@@ -21,47 +18,6 @@ from logitjax.ops import Array
 SPAN = 25.0
 #: Shares of the head beyond chance up to which a policy counts as closed, and from which as open.
 CLOSED, OPEN = 0.1, 0.9
-
-
-def parse_policy(name: str) -> LogitPolicy:
-    """The policy that a short name stands for.
-
-    Args:
-        name: `full`, `round_D` (D decimals), `noise_S` (S nats), `floor_F`, `top_K` (K values and
-            no bias), `top_K_bias` (with a bias that moves what is reported), `dummy_R_A` (R
-            directions of relative size A) or `cap_C`.
-
-    Raises:
-        ValueError: The name is none of these, or its numbers make no policy.
-
-    >>> parse_policy("top_5").top_k
-    5
-    """
-    kind, *rest = name.split("_")
-    try:
-        match kind, rest:
-            case "full", []:
-                return LogitPolicy()
-            case "round", [decimals]:
-                return LogitPolicy(decimals=int(decimals))
-            case "noise", [sigma]:
-                return LogitPolicy(noise=float(sigma))
-            case "floor", [floor]:
-                return LogitPolicy(floor=float(floor))
-            case "top", [k]:
-                return LogitPolicy(top_k=int(k))
-            case "top", [k, "bias"]:
-                return LogitPolicy(top_k=int(k), bias="reported", decimals=7)
-            case "dummy", [dims, scale]:
-                return LogitPolicy(dummy_dims=int(dims), dummy_scale=float(scale))
-            case "cap", [cap]:
-                return LogitPolicy(soft_cap=float(cap))
-    except ValueError as error:
-        raise ValueError(f"policy {name!r}: {error}") from None
-    raise ValueError(
-        f"policy: expected full, round_D, noise_S, floor_F, top_K, top_K_bias, dummy_R_A or cap_C, "
-        f"got {name!r}"
-    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,7 +29,6 @@ class Audit:
         dimension: Estimate of the hidden dimension; None where too little was asked.
         subspace: The recovered subspace; None without one.
         tokens: Tokens that the rows of its basis stand for; None for all.
-        noise: Deviation of the reported values, by the policy.
         alignment: The subspace beside the true head, where that is known.
         utility: What honest users lose, where the truth is known; see `utility_loss`.
         row: A whole row of log-probabilities, asked for through a bias.
@@ -84,7 +39,6 @@ class Audit:
     dimension: int | None = None
     subspace: OutputSubspace | None = None
     tokens: np.ndarray | None = None
-    noise: float = 0.0
     alignment: HeadAlignment | None = None
     utility: Mapping[str, float] | None = None
     row: RecoveredRow | None = None
@@ -141,19 +95,17 @@ def audit(
     if oracle.policy.bias == "reported":
         return _through_bias(oracle, prompts, vocab_size, logits, corner)
     served = _rows(oracle, prompts, vocab_size)
-    noise = oracle.policy.noise
-    if oracle.policy.decimals is not None:
-        noise = math.hypot(noise, rounding_noise(oracle.policy.decimals))
     # As many directions as the head has, whatever the estimate says: one Gram matrix does for both.
     known = None if head is None else min(head.shape[1], len(served) - 1)
-    subspace = estimate_output_subspace(served, noise=noise, dimension=known)
+    subspace = estimate_output_subspace(
+        served, noise=oracle.policy.noise, decimals=oracle.policy.decimals, dimension=known
+    )
     guess = subspace.restricted_gap if subspace.above_edge is None else subspace.above_edge
     some = slice(0, min(256, len(served)))
     return Audit(
         prompts=len(served),
         dimension=guess,
         subspace=subspace,
-        noise=noise,
         alignment=None if head is None else align_head(subspace.basis, head),
         utility=None if logits is None else utility_loss(_log_softmax(logits)[some], served[some]),
     )

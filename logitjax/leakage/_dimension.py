@@ -69,29 +69,6 @@ def noise_edge(sigma: float, rows: int, columns: int) -> float:
     return sigma * (math.sqrt(rows) + math.sqrt(columns))
 
 
-def noise_edge_dimension(
-    singular_values: Float[Array, " n"], sigma: float, rows: int, columns: int
-) -> int:
-    """How many singular values stand above what noise of a known size makes.
-
-    A lower bound of the dimension rather than an estimate: what lies below the edge cannot be told
-    from noise by anybody.
-
-    Args:
-      singular_values: ``[n]``.
-      sigma: noise of one value, see `rounding_noise`.
-      rows: n.
-      columns: V.
-
-    Returns:
-      Directions above the edge.
-
-    >>> noise_edge_dimension(np.array([9.0, 5.0, 1.0]), 0.5, 4, 9)
-    2
-    """
-    return int((clip_spectrum(singular_values) > noise_edge(sigma, rows, columns)).sum())
-
-
 def rounding_noise(decimals: int) -> float:
     """Noise that rounding amounts to: ``10^-decimals / sqrt(12)``.
 

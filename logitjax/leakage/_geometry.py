@@ -31,6 +31,7 @@ def compare_geometry(
     *,
     seed: int = 0,
     held_out: float = 0.5,
+    paired: bool = True,
 ) -> Geometry:
     """Compares hidden states of two models at the same positions.
 
@@ -39,6 +40,7 @@ def compare_geometry(
       others: ``[n, other]``, the teacher's.
       seed: of the split into fitted and scored rows.
       held_out: share of the rows that score the rotation.
+      paired: False breaks the pairing: what unrelated states of this kind reach.
 
     Returns:
       `Geometry`.
@@ -54,10 +56,14 @@ def compare_geometry(
     >>> same = compare_geometry(a, a @ np.array([[0.0, 1, 0], [1, 0, 0], [0, 0, 1]]))
     >>> print(round(same.procrustes_r2, 6), round(same.cka, 6))
     1.0 1.0
+    >>> compare_geometry(a, a, paired=False).procrustes_r2 < 0.3
+    True
     """
     a, b = np.asarray(states, np.float64), np.asarray(others, np.float64)
     if len(a) != len(b) or len(a) < 4:
         raise ValueError(f"equally many rows, at least 4, expected, got {len(a)} and {len(b)}")
+    if not paired:
+        b = b[np.random.default_rng(seed + 1).permutation(len(b))]
     order = np.random.default_rng(seed).permutation(len(a))
     cut = min(max(2, round(len(a) * (1 - held_out))), len(a) - 2)
     fit, score = order[:cut], order[cut:]
@@ -69,19 +75,6 @@ def compare_geometry(
         cosine=_mean_cosine(*centred) if a.shape == b.shape else float("nan"),
         raw_cosine=raw,
     )
-
-
-def null_geometry(
-    states: Float[Array, "n width"], others: Float[Array, "_ other"], *, seed: int = 0
-) -> Geometry:
-    """`compare_geometry` with the pairing broken: what unrelated states of this kind reach.
-
-    >>> a = np.random.default_rng(0).standard_normal((60, 3))
-    >>> null_geometry(a, a).procrustes_r2 < 0.3
-    True
-    """
-    order = np.random.default_rng(seed + 1).permutation(len(np.asarray(others)))
-    return compare_geometry(states, np.asarray(others)[order], seed=seed)
 
 
 def _procrustes(a: np.ndarray, b: np.ndarray, fit: np.ndarray, score: np.ndarray) -> float:

@@ -1,7 +1,6 @@
 """A model behind the rules of an API, in the same process, with a meter."""
 
 import functools
-import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -187,7 +186,7 @@ class LogitOracle:
     def _report(
         self, rows: np.ndarray, prompts: Any, tokens: Any = None, bias: Any = None
     ) -> Answer:
-        numbers = [prompt_number(prompt) for prompt in prompts]
+        numbers = [LogitPolicy.prompt_number(prompt) for prompt in prompts]
         fresh = None
         if self.policy.noise and self.policy.noise_per == "query":
             self._noise, key = jax.random.split(self._noise)
@@ -195,16 +194,6 @@ class LogitOracle:
         keys = _keys(self._api, jnp.asarray(numbers, jnp.uint32))
         values, where = _answer(self.policy, rows, keys, self._api, fresh, tokens, bias)
         return Answer(values=np.asarray(values), tokens=np.asarray(where))
-
-
-def prompt_number(prompt: Sequence[int] | Array) -> int:
-    """32 bits that name a prompt, the same in every process: what noise is keyed by.
-
-    >>> prompt_number([1, 2]) == prompt_number(np.array([1, 2])) != prompt_number([2, 1])
-    True
-    """
-    digest = hashlib.sha256(np.asarray(prompt, np.int32).tobytes()).digest()
-    return int.from_bytes(digest[:4], "little")
 
 
 @jax.jit

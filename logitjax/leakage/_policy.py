@@ -1,9 +1,12 @@
 """What an API lets out of a next-token distribution, as a frozen description of it."""
 
 import dataclasses
+import hashlib
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Float, Int, Key
 
 from logitjax.ops import Array, checks, top_k
@@ -92,6 +95,57 @@ class LogitPolicy:
         for name, value in (("noise", self.noise), ("dummy_dims", self.dummy_dims)):
             if value < 0:
                 raise ValueError(f"{name} must not be negative, got {value}")
+
+    @classmethod
+    def parse(cls, name: str) -> "LogitPolicy":
+        """The policy that a short name stands for.
+
+        Args:
+            name: `full`, `round_D` (D decimals), `noise_S` (S nats), `floor_F`, `top_K` (K values
+                and no bias), `top_K_bias` (with a bias that moves what is reported), `dummy_R_A` (R
+                directions of relative size A) or `cap_C`.
+
+        Raises:
+            ValueError: The name is none of these, or its numbers make no policy.
+
+        >>> LogitPolicy.parse("top_5").top_k
+        5
+        """
+        kind, *rest = name.split("_")
+        try:
+            match kind, rest:
+                case "full", []:
+                    return cls()
+                case "round", [decimals]:
+                    return cls(decimals=int(decimals))
+                case "noise", [sigma]:
+                    return cls(noise=float(sigma))
+                case "floor", [floor]:
+                    return cls(floor=float(floor))
+                case "top", [k]:
+                    return cls(top_k=int(k))
+                case "top", [k, "bias"]:
+                    return cls(top_k=int(k), bias="reported", decimals=7)
+                case "dummy", [dims, scale]:
+                    return cls(dummy_dims=int(dims), dummy_scale=float(scale))
+                case "cap", [cap]:
+                    return cls(soft_cap=float(cap))
+        except ValueError as error:
+            raise ValueError(f"policy {name!r}: {error}") from None
+        raise ValueError(
+            "policy: expected full, round_D, noise_S, floor_F, top_K, top_K_bias, dummy_R_A or "
+            f"cap_C, got {name!r}"
+        )
+
+    @staticmethod
+    def prompt_number(prompt: Sequence[int] | Array) -> int:
+        """32 bits that name a prompt, the same in every process: what noise is keyed by.
+
+        >>> LogitPolicy.prompt_number([1, 2]) == LogitPolicy.prompt_number(np.array([1, 2]))
+        True
+        """
+        digest = hashlib.sha256(np.asarray(prompt, np.int32).tobytes()).digest()
+        return int.from_bytes(digest[:4], "little")
 
     def disturb(
         self,

@@ -1,21 +1,26 @@
 """The column space of an output head, and its width, from rows of logits."""
 
 import dataclasses
+import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Key
+from jaxtyping import Float, Int, Key
 
 from logitjax.leakage._dimension import (
     clip_spectrum,
     max_gap_dimension,
-    noise_edge_dimension,
+    noise_edge,
+    null_gap,
+    rounding_noise,
     spectrum_gaps,
 )
 from logitjax.leakage._gram import cholesky_qr, gram_matrix, row_means
 from logitjax.leakage._host import host_gram, host_project, on_host
+from logitjax.leakage._known_basis import BasisFit, choose_tokens, rows_from_basis
 from logitjax.leakage._precision import in_float64
 from logitjax.leakage._sketch import init_sketch, randomised_svd, sketch_basis, update_sketch
 from logitjax.ops import Array
@@ -36,7 +41,9 @@ class OutputSubspace:
       max_gap: the published estimate, looking everywhere.
       restricted_gap: the same, beyond a twentieth of the rows.
       above_edge: directions above the noise edge; None where no noise was named.
+      noise_edge: the largest singular value of the noise alone; None where none was named.
       gap: nats, at ``dimension``; compare with `null_gap`.
+      count: number of rows.
       method: what was computed.
     """
 
@@ -46,8 +53,43 @@ class OutputSubspace:
     max_gap: int
     restricted_gap: int
     above_edge: int | None
+    noise_edge: float | None
     gap: float
+    count: int
     method: str
+
+    def null_gap(self, key: Key[jax.Array, ""], *, draws: int = 3) -> float:
+        """The largest gap of pure noise of this size, in nats: what `gap` has to exceed."""
+        return null_gap(self.count, len(self.basis), key, draws=draws)
+
+    def choose_tokens(self, count: int) -> Int[np.ndarray, " count"]:
+        """Tokens at which to ask, so that `complete` is well-conditioned.
+
+        Args:
+          count: how many, at least the dimension; twice the dimension is a good number.
+
+        Raises:
+          ValueError: too few or too many.
+        """
+        return choose_tokens(np.asarray(self.basis), count)
+
+    def complete(
+        self, tokens: Int[Array, " m"], values: Float[Array, "n m"], **options: Any
+    ) -> BasisFit:
+        """Whole rows from a few of their values.
+
+        Args:
+          tokens: ``[m]`` where the values were taken, distinct.
+          values: ``[n, m]``.
+          **options: ``unknown_shift`` and ``largest_condition`` of `rows_from_basis`.
+
+        Returns:
+          `BasisFit`, whose ``rows`` are ``[n, vocab]``.
+
+        Raises:
+          ValueError: fewer values than unknowns, or ill-conditioned ones: says what to do.
+        """
+        return rows_from_basis(np.asarray(self.basis), tokens, values, **options)
 
 
 @in_float64
@@ -56,6 +98,7 @@ def estimate_output_subspace(
     *,
     dimension: int | None = None,
     noise: float = 0.0,
+    decimals: int | None = None,
     centre: bool = True,
     method: str = "auto",
     max_rank: int | None = None,
@@ -81,6 +124,7 @@ def estimate_output_subspace(
       dimension: where the width is known, or to look at fewer directions.
       noise: standard deviation of what the API adds to a value; decides the estimator: above
         it the noise edge, without it the largest gap beyond a twentieth of the rows.
+      decimals: to how many the API rounds a value, which is more noise.
       centre: see above; False for logits.
       method: as above.
       max_rank: an upper bound of h, for ``sketch`` and ``randomised``; by default half the rows.
@@ -109,6 +153,8 @@ def estimate_output_subspace(
         raise ValueError(f"{count} rows of {vocab} show no dimension {dimension}")
     if noise < 0:
         raise ValueError(f"noise must not be negative, got {noise}")
+    if decimals is not None:
+        noise = math.hypot(noise, rounding_noise(decimals))
     rank = min(max(dimension or 0, max_rank or (count + 1) // 2), count, vocab)
     key = jax.random.key(0) if key is None else key
     if method == "auto":
@@ -122,8 +168,9 @@ def estimate_output_subspace(
         values, basis_of = _by_sketch(rows, rank, key, centre)
     smallest = min(max(1, count // 20), len(values) - 1)
     restricted = max_gap_dimension(values, smallest=smallest)
-    edge = noise_edge_dimension(values, noise, count, vocab) if noise else None
-    found = dimension or (restricted if edge is None else max(edge, 1))
+    edge = noise_edge(noise, count, vocab) if noise else None
+    above = None if edge is None else int((clip_spectrum(values) > edge).sum())
+    found = dimension or (restricted if above is None else max(above, 1))
     gaps = spectrum_gaps(values)
     return OutputSubspace(
         basis=basis_of(found),
@@ -131,8 +178,10 @@ def estimate_output_subspace(
         dimension=found,
         max_gap=max_gap_dimension(values),
         restricted_gap=restricted,
-        above_edge=edge,
+        above_edge=above,
+        noise_edge=edge,
         gap=float(gaps[min(found, len(gaps)) - 1]),
+        count=count,
         method=method,
     )
 

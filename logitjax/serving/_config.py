@@ -99,7 +99,7 @@ def reported(policy: leakage.LogitPolicy, values: np.ndarray) -> np.ndarray:
 
 def prompt_extra(tokens: Sequence[int], policy: leakage.LogitPolicy) -> Any:
     """What the engine keeps beside a request: the prompt's number, where noise depends on it."""
-    return np.uint32(leakage.prompt_number(tokens)) if _disturbs(policy) else None
+    return np.uint32(policy.prompt_number(tokens)) if _disturbs(policy) else None
 
 
 def _processor(policy: leakage.LogitPolicy, seed: int) -> Any:

@@ -65,10 +65,10 @@ def test_finished_policies_are_not_asked_again(finished, monkeypatch):
 
 
 def test_policies_by_name():
-    assert leakage.parse_policy("top_20_bias").bias == "reported"
-    assert leakage.parse_policy("dummy_64_0.02").dummy_scale == 0.02
+    assert leakage.LogitPolicy.parse("top_20_bias").bias == "reported"
+    assert leakage.LogitPolicy.parse("dummy_64_0.02").dummy_scale == 0.02
     for name in {*DEMO, *REPORT}:
-        assert leakage.parse_policy(name)
+        assert leakage.LogitPolicy.parse(name)
     for wrong in ("top", "round_x", "noise_-1", "open"):
         with pytest.raises(ValueError, match="policy"):
             leakage_audit.Config(policy=(wrong,))

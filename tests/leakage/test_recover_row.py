@@ -7,12 +7,11 @@ from hypothesis import strategies as st
 
 from logitjax.leakage import (
     LogitPolicy,
-    choose_tokens,
-    corner_matrix,
     recover_log_probs,
     row_queries,
-    rows_from_basis,
 )
+from logitjax.leakage._corner import corner_matrix
+from logitjax.leakage._known_basis import choose_tokens, rows_from_basis
 from logitjax.leakage._unbias import unbias_alone, unbias_by_reference, unbias_by_visible
 from tests.leakage._models import head_and_states, log_softmax, oracle_of
 
