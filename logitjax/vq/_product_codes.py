@@ -112,8 +112,9 @@ class ProductCodes:
         Training through it costs what a full head costs; O(K) normalisation is lost, because a grid
         of codes is not a product of clusters.
 
-        >>> print(ProductCodes(jnp.arange(4.0).reshape(2, 2, 1), jnp.array([[0, 1], [1,
-        0]])).kernel()) [[0. 3.]
+        >>> codebooks = jnp.arange(4.0).reshape(2, 2, 1)
+        >>> print(ProductCodes(codebooks, jnp.array([[0, 1], [1, 0]])).kernel())
+        [[0. 3.]
          [1. 2.]]
         """
         codebooks, codes = jnp.asarray(self.codebooks), jnp.asarray(self.codes)
@@ -133,8 +134,9 @@ class ProductCodes:
         Returns:
           ``[*batch, vocab]``, float32.
 
-        >>> ProductCodes(jnp.arange(4.0).reshape(2, 2, 1), jnp.array([[0, 1]])).logits(jnp.ones((1,
-        2))) Array([[3.]], dtype=float32)
+        >>> codebooks = jnp.arange(4.0).reshape(2, 2, 1)
+        >>> ProductCodes(codebooks, jnp.array([[0, 1]])).logits(jnp.ones((1, 2)))
+        Array([[3.]], dtype=float32)
         """
         hidden, codebooks = jnp.asarray(hidden), jnp.asarray(self.codebooks)
 
