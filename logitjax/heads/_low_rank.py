@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from logitjax.heads._head_cost import HeadCost
 from logitjax.heads._vocabulary_head import VocabularyHead
@@ -28,39 +28,6 @@ def low_rank_logits(
     wide = jnp.promote_types(narrow.dtype, jnp.float32)
     logits = jnp.einsum("...r,vr->...v", narrow, kernel, preferred_element_type=wide)
     return logits if bias is None else logits + jnp.asarray(bias)
-
-
-def low_rank_nll(
-    hidden: Float[Array, "*batch hidden"],
-    down: Float[Array, "hidden rank"],
-    kernel: Float[Array, "vocab rank"],
-    bias: Float[Array, " vocab"] | None,
-    labels: Int[Array, "*batch"],
-    *,
-    z_loss: float = 0.0,
-    vocab_where: Bool[Array, " vocab"] | None = None,
-) -> Float[jax.Array, "*batch"]:
-    """Cross-entropy of a low-rank head, by blocks of the vocabulary.
-
-    Args:
-      hidden: ``[*batch, hidden]``.
-      down: ``[hidden, rank]``.
-      kernel: ``[vocab, rank]``.
-      bias: ``[vocab]`` or None.
-      labels: ``[*batch]``.
-      z_loss: weight of the squared log-normaliser.
-      vocab_where: ``[vocab]``, True for the entries that exist.
-
-    Returns:
-      ``[*batch]``, float32, not reduced.
-
-    >>> print(low_rank_nll(jnp.zeros((2, 3)), jnp.ones((3, 1)), jnp.ones((4, 1)), None,
-    ...                    jnp.array([0, 1])).round(4))
-    [1.3863 1.3863]
-    """
-    narrow = jnp.asarray(hidden) @ jnp.asarray(down)
-    head = Head(kernel, bias, vocab_axis=0)
-    return linear_cross_entropy(narrow, head, labels, z_loss=z_loss, vocab_where=vocab_where)
 
 
 def fit_low_rank(
@@ -174,15 +141,12 @@ class LowRankHead(VocabularyHead):
         hidden: Float[Array, "*batch hidden"],
         labels: Int[Array, "*batch"],
         embedding: Array | None = None,
-        *,
-        z_loss: float = 0.0,
-        vocab_where: Bool[Array, " vocab"] | None = None,
+        **options: Any,
     ) -> Float[jax.Array, "*batch"]:
-        """Cross-entropy, not reduced; see `low_rank_nll`."""
-        down = jnp.asarray(self.down[...], self.dtype)
-        hidden = jnp.asarray(hidden, self.dtype)
-        weights = (down, self.kernel[...], self.bias[...])
-        return low_rank_nll(hidden, *weights, labels, z_loss=z_loss, vocab_where=vocab_where)
+        """Cross-entropy, not reduced; options as of `linear_cross_entropy`."""
+        narrow = jnp.asarray(hidden, self.dtype) @ jnp.asarray(self.down[...], self.dtype)
+        head = Head(self.kernel[...], self.bias[...], vocab_axis=0)
+        return linear_cross_entropy(narrow, head, labels, **options)
 
     def as_linear(self, embedding: Array | None = None) -> Head:
         """The equivalent full head, ``[vocab, hidden]``, for losses that start at hidden states."""

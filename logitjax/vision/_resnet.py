@@ -21,20 +21,13 @@ class BasicBlock(nnx.Module):
         self.bn1 = batch_norm(features, **options)
         self.conv2 = conv(features, features, 3, **conv_options)
         self.bn2 = batch_norm(features, **options)
-        shortcut = None
-        if stride != 1 or in_features != features:
-            project = conv(in_features, features, 1, stride=stride, **conv_options)
-            shortcut = nnx.List([project, batch_norm(features, **options)])
-        self.downsample: Any = shortcut
+        self.downsample = _shortcut(in_features, features, stride, options)
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         running = not train
         out = nnx.relu(self.bn1(self.conv1(x), use_running_average=running))
         out = self.bn2(self.conv2(out), use_running_average=running)
-        if self.downsample is not None:
-            project, norm = self.downsample
-            x = norm(project(x), use_running_average=running)
-        return nnx.relu(out + x)
+        return _joined(x, out, self.downsample, running)
 
 
 class Bottleneck(nnx.Module):
@@ -52,21 +45,30 @@ class Bottleneck(nnx.Module):
         self.bn2 = batch_norm(narrow, **options)
         self.conv3 = conv(narrow, features, 1, **conv_options)
         self.bn3 = batch_norm(features, **options)
-        shortcut = None
-        if stride != 1 or in_features != features:
-            project = conv(in_features, features, 1, stride=stride, **conv_options)
-            shortcut = nnx.List([project, batch_norm(features, **options)])
-        self.downsample: Any = shortcut
+        self.downsample = _shortcut(in_features, features, stride, options)
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         running = not train
         out = nnx.relu(self.bn1(self.conv1(x), use_running_average=running))
         out = nnx.relu(self.bn2(self.conv2(out), use_running_average=running))
         out = self.bn3(self.conv3(out), use_running_average=running)
-        if self.downsample is not None:
-            project, norm = self.downsample
-            x = norm(project(x), use_running_average=running)
-        return nnx.relu(out + x)
+        return _joined(x, out, self.downsample, running)
+
+
+def _shortcut(in_features: int, features: int, stride: int, options: dict[str, Any]) -> Any:
+    """A projection and its norm where a block changes the shape, else nothing."""
+    if stride == 1 and in_features == features:
+        return None
+    conv_options = {key: options[key] for key in ("dtype", "rngs")}
+    project = conv(in_features, features, 1, stride=stride, **conv_options)
+    return nnx.List([project, batch_norm(features, **options)])
+
+
+def _joined(x: jax.Array, out: jax.Array, shortcut: Any, running: bool) -> jax.Array:
+    if shortcut is not None:
+        project, norm = shortcut
+        x = norm(project(x), use_running_average=running)
+    return nnx.relu(out + x)
 
 
 def _stage(

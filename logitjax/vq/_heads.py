@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Bool, Float, Int, Key
+from jaxtyping import Float, Int, Key
 
 from logitjax.heads import Assignment, HeadCost, VocabularyHead
 from logitjax.losses import Head
-from logitjax.ops import Array, AxisName, TopK
+from logitjax.ops import Array, TopK
 from logitjax.vq._assignment import VQFit
 from logitjax.vq._decode import VQTables, vq_sample, vq_tables, vq_topk
 from logitjax.vq._loss import vq_logits, vq_nll
@@ -125,42 +125,19 @@ class VQHead(VocabularyHead):
         hidden: Float[Array, "*batch hidden"],
         labels: Int[Array, "*batch"],
         embedding: Array | None = None,
-        *,
-        temperature: float | Array = 1.0,
-        z_loss: float = 0.0,
-        vocab_where: Bool[Array, " vocab"] | None = None,
-        axis_name: AxisName | None = None,
+        **options: Any,
     ) -> Float[jax.Array, "*batch"]:
-        """Cross-entropy, not reduced; see `vq_nll`."""
+        """Cross-entropy, not reduced; options as of `vq_nll`."""
         hidden = jnp.asarray(hidden, self.dtype)
-        return vq_nll(
-            hidden,
-            *self._arrays(),
-            labels,
-            temperature=temperature,
-            soft_cap=self.soft_cap,
-            z_loss=z_loss,
-            vocab_where=vocab_where,
-            axis_name=axis_name,
-        )
+        return vq_nll(hidden, *self._arrays(), labels, soft_cap=self.soft_cap, **options)
 
-    def tables(
-        self,
-        *,
-        width: int = 64,
-        temperature: float | Array = 1.0,
-        vocab_where: Bool[Array, " vocab"] | None = None,
-    ) -> VQTables:
-        """Tables for `top_k` and `sample`: make them once, outside the decoding loop."""
+    def tables(self, *, width: int = 64, **options: Any) -> VQTables:
+        """Tables for `top_k` and `sample`: make them once, outside the decoding loop.
+
+        Options as of `vq_tables`.
+        """
         _, bias, assignment = self._arrays()
-        return vq_tables(
-            bias,
-            assignment,
-            self.num_codes,
-            width=width,
-            temperature=temperature,
-            vocab_where=vocab_where,
-        )
+        return vq_tables(bias, assignment, self.num_codes, width=width, **options)
 
     def prepare(self, width: int = 64) -> None:
         """Makes the tables for `top_k` up to ``width`` and keeps them, as decoding code expects.
@@ -331,40 +308,22 @@ class ShortlistHead(VQHead):
         hidden: Float[Array, "*batch hidden"],
         labels: Int[Array, "*batch"],
         embedding: Array | None = None,
-        *,
-        temperature: float | Array = 1.0,
-        z_loss: float = 0.0,
-        block_size: int = 256,
+        **options: Any,
     ) -> Float[jax.Array, "*batch"]:
-        """Cross-entropy over the whole vocabulary; see `Shortlist.nll`."""
-        return self._shortlist(embedding).nll(
-            jnp.asarray(hidden, self.dtype),
-            *self._biased(),
-            labels,
-            temperature=temperature,
-            soft_cap=self.soft_cap,
-            z_loss=z_loss,
-            block_size=block_size,
-        )
+        """Cross-entropy over the whole vocabulary; options as of `Shortlist.nll`."""
+        shortlist, hidden = self._shortlist(embedding), jnp.asarray(hidden, self.dtype)
+        return shortlist.nll(hidden, *self._biased(), labels, soft_cap=self.soft_cap, **options)
 
     def top_k(
         self,
         hidden: Float[Array, "*batch hidden"],
         k: int,
         embedding: Array | None = None,
-        *,
-        temperature: float | Array = 1.0,
-        with_tail: bool = True,
+        **options: Any,
     ) -> TopK:
-        """The k largest logits; see `Shortlist.top_k`."""
-        return self._shortlist(embedding).top_k(
-            jnp.asarray(hidden, self.dtype),
-            self.codebook[...],
-            k,
-            temperature=temperature,
-            soft_cap=self.soft_cap,
-            with_tail=with_tail,
-        )
+        """The k largest logits; options as of `Shortlist.top_k`."""
+        shortlist, hidden = self._shortlist(embedding), jnp.asarray(hidden, self.dtype)
+        return shortlist.top_k(hidden, self.codebook[...], k, soft_cap=self.soft_cap, **options)
 
     def sample(
         self,

@@ -31,10 +31,7 @@ class Screen:
     rescore: Rescore | Head | Array
     num_candidates: int
 
-    def logits(
-        self,
-        hidden: Float[Array, "*batch hidden"],
-    ) -> Float[jax.Array, "*batch vocab"]:
+    def logits(self, hidden: Float[Array, "*batch hidden"]) -> Float[jax.Array, "*batch vocab"]:
         """Logits of a cheap head, the largest of them replaced by those of better rows.
 
         The candidates are shared out by the better logits; how much they get in all is what the
@@ -115,11 +112,7 @@ class Screen:
         return in_blocks(block, (hidden, labels), block_size)
 
     def top_k(
-        self,
-        hidden: Float[Array, "*batch hidden"],
-        k: int,
-        *,
-        with_log_z: bool = True,
+        self, hidden: Float[Array, "*batch hidden"], k: int, *, with_log_z: bool = True
     ) -> TopK:
         """The k best candidates by their better logits.
 
@@ -217,13 +210,9 @@ class ScreenedHead(VocabularyHead):
         hidden: Float[Array, "*batch hidden"],
         labels: Int[Array, "*batch"],
         embedding: Array | None = None,
-        *,
-        temperature: float | Array = 1.0,
-        z_loss: float = 0.0,
-        block_size: int = 256,
+        **options: Any,
     ) -> Float[jax.Array, "*batch"]:
-        """Cross-entropy over the whole vocabulary; see `Screen.nll`."""
-        options = {"temperature": temperature, "z_loss": z_loss, "block_size": block_size}
+        """Cross-entropy over the whole vocabulary; options as of `Screen.nll`."""
         return self._screen(embedding).nll(hidden, labels, **options)
 
     def top_k(
@@ -231,11 +220,10 @@ class ScreenedHead(VocabularyHead):
         hidden: Float[Array, "*batch hidden"],
         k: int,
         embedding: Array | None = None,
-        *,
-        with_log_z: bool = True,
+        **options: Any,
     ) -> TopK:
-        """The k best candidates; see `Screen.top_k`."""
-        return self._screen(embedding).top_k(hidden, k, with_log_z=with_log_z)
+        """The k best candidates; options as of `Screen.top_k`."""
+        return self._screen(embedding).top_k(hidden, k, **options)
 
     def as_linear(self, embedding: Array | None = None) -> Head:
         """Raises: the logits of a screened head are not linear in the hidden state."""

@@ -15,7 +15,7 @@ from logitjax.heads import (
     fit_low_rank,
 )
 from logitjax.heads._adaptive_softmax import adaptive_log_probs
-from logitjax.heads._low_rank import low_rank_logits, low_rank_nll
+from logitjax.heads._low_rank import low_rank_logits
 from logitjax.models import Decoder, DecoderConfig
 from logitjax.vq import ProductCodes, ProductHead, ShortlistHead, VQHead
 from tests._compiled import compiled
@@ -99,7 +99,7 @@ def test_low_rank_of_full_rank_is_the_full_head(case):
     np.testing.assert_allclose(
         low_rank_logits_of(case["hidden"], down, kernel, bias), full, rtol=1e-2, atol=1e-2
     )
-    nll = compiled(low_rank_nll)(case["hidden"], down, kernel, bias, case["labels"])
+    nll = LowRankHead.from_fit(down, kernel, bias).nll(case["hidden"], case["labels"])
     want = log_normalizer(full) - np.take_along_axis(full, case["labels"][:, None], 1)[:, 0]
     np.testing.assert_allclose(nll, want, rtol=1e-2, atol=1e-2)
 
