@@ -83,7 +83,7 @@ def audit(
     References:
         Carlini et al., 2024 (arXiv:2403.06634), sections 4 and 5.
 
-    >>> from logitjax.leakage import LogitOracle
+    >>> from logitjax.leakage import LogitOracle, LogitPolicy
     >>> rng = np.random.default_rng(0)
     >>> head, hidden = rng.standard_normal((40, 3)), rng.standard_normal((12, 3))
     >>> logits = (hidden @ head.T).astype(np.float32)

@@ -62,7 +62,7 @@ class Tuning:
         )
         tx = schedule.optimizer(b2=0.99, eps=1e-6)
 
-        def sums(params: Any, batch: Any, rng: Any, constants: Any) -> Any:
+        def sums(params: Any, batch: Any, rng: Any, constants: Any = None) -> Any:
             losses = of_position(params, constants, *batch)
             return losses.sum(), losses.size, {}
 
