@@ -102,7 +102,7 @@ def lookup_sums(tables: jax.Array, blocks: jax.Array) -> jax.Array:
 
     Args:
       tables: ``[n, 2 * pairs, 16]``, uint8.
-      blocks: ``[count, pairs, 32]``, uint8, see `logitjax.vq.pack_codes`.
+      blocks: ``[count, pairs, 32]``, uint8, as `vq.ProductCodes.packed` lays codes out.
 
     Returns:
       ``[n, 32 * count]``, int32.
