@@ -174,7 +174,9 @@ def test_spread_is_the_standard_deviation_of_the_error(case):
     rng = np.random.default_rng(1)
     hidden = rng.normal(size=(20_000, WIDTH)).astype(np.float32)
     wrong = hidden @ (case["rows"] - case["codebook"][case["assignment"]]).T
-    got = compiled(Pages.spread)(case["rows"], case["codebook"], case["assignment"], np.cov(hidden.T))
+    got = compiled(Pages.spread)(
+        case["rows"], case["codebook"], case["assignment"], np.cov(hidden.T)
+    )
     np.testing.assert_allclose(got, wrong.std(0), rtol=1e-3)
 
 
