@@ -339,4 +339,6 @@ def test_mistakes_are_named():
     with pytest.raises(Exception, match="measure"):
         few_shot.methods.Uncertainty(measure="doubt")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="at least 5"):
-        uncertainty_weight(np.zeros((1, 3), np.float32), few_shot.methods.Uncertainty(measure="top5"))
+        uncertainty_weight(
+            np.zeros((1, 3), np.float32), few_shot.methods.Uncertainty(measure="top5")
+        )

@@ -154,7 +154,11 @@ def test_rows_that_are_not_there_change_nothing():
     held_out = images(*test[:2])
     held_out = dataclasses.replace(held_out, features=held_out.auxiliary)
     held_out = {"test": (jax.tree.map(lambda x: x[None], held_out), test[2][None])}
-    for config in (few_shot.methods.AMU(), few_shot.methods.LPPlusPlus(), few_shot.methods.TipAdapterF()):
+    for config in (
+        few_shot.methods.AMU(),
+        few_shot.methods.LPPlusPlus(),
+        few_shot.methods.TipAdapterF(),
+    ):
         before = few_shot_sweep._compiled._cache_size()
         for rows in (5, 10):
             support, labels = padded(rows)
