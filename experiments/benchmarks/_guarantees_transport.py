@@ -71,13 +71,15 @@ def _case(kind: str, rng: np.random.Generator) -> dict[str, Any]:
         "third" in kind and "weights" not in kind and rng.random() < 0.7
     )
     if factored:
-        z, other = (np.float32(x * math.sqrt(scale)) for x in (z, other))
+        z, other = ((x * math.sqrt(scale)).astype(np.float32) for x in (z, other))
         graphs = FactoredGraph(z), FactoredGraph(other)
         c, d = (_gram(x) for x in (z, other))
     else:
-        graphs = tuple(np.float32(scale * _gram(x)) for x in (z, other))
+        graphs = tuple((scale * _gram(x)).astype(np.float32) for x in (z, other))
         if rng.random() < 0.5:  # not symmetric, of any sign
-            graphs = tuple(np.float32(g - g.max() * rng.random(g.shape) ** 4) for g in graphs)
+            graphs = tuple(
+                (g - g.max() * rng.random(g.shape) ** 4).astype(np.float32) for g in graphs
+            )
         c, d = (g.astype(np.float64) for g in graphs)
     case: dict[str, Any] = {"n": n, "p": p, "noise": noise, "log10 scale": math.log10(scale)}
     identity = _coupling(np.argsort(order), weights) if not weights else None
@@ -147,7 +149,7 @@ def judge(
     )
     a, b = a / a.sum(), b / b.sum()
     plan = answer.coupling
-    reached = cost(c, d, *(np.asarray(x) for x in (plan.rows, plan.columns, plan.mass)), p)
+    reached = cost(c, d, np.asarray(plan.rows), np.asarray(plan.columns), np.asarray(plan.mass), p)
     best = reached
     if n == m and n <= 6 and not weights:
         every = np.array(list(itertools.permutations(range(n))))
@@ -184,7 +186,7 @@ def judge(
 def cost(c, d, rows, columns, mass, p, block: int = 512) -> float:
     """The cost of a coupling, a few rows at a time."""
     total = 0.0
-    mass = np.float64(mass)
+    mass = np.asarray(mass, np.float64)
     if len(rows) == len(c) == len(d) and np.allclose(mass, 1 / len(c), rtol=1e-3):
         mass = np.full(len(c), 1 / len(c))
     for start in range(0, len(rows), block):

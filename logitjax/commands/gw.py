@@ -66,10 +66,11 @@ def run(config: Config) -> None:
         },
     ]
     if config.solver != "none":
-        dense = [x.T @ x if config.factors else x for x in map(np.float64, matrices)]
-        row, plan = _solve(config.solver, *dense)
+        wide = [x.astype(np.float64) for x in matrices]
+        first, second = (x.T @ x if config.factors else x for x in wide)
+        row, plan = _solve(config.solver, first, second)
         if plan is not None:
-            judged = transport.certificate(*dense, candidates=[plan])
+            judged = transport.certificate(first, second, candidates=[plan])
             value = float(judged.costs[0])
             lower = float(answer.lower)
             row |= {"value": value, "gap": value / lower if lower > 0 else float("inf")}
@@ -91,7 +92,7 @@ def _solve(solver: str, c: np.ndarray, d: np.ndarray) -> tuple[dict[str, Any], A
     if solver == "ott":
         solution = reference.entropic_gw(c.astype(np.float32), d.astype(np.float32))
         row: dict[str, Any] = {"method": "ott, entropic", "seconds": time.perf_counter() - start}
-        if not solution.converged:
+        if not isinstance(solution, reference.Converged):
             return row | {"note": solution.reason}, None
         return row, solution.plan
     try:

@@ -147,17 +147,14 @@ def graph_fusion_objective(
     valid = jnp.ones(shape, bool) if where is None else jnp.asarray(where)
     if valid.shape != shape:
         raise ValueError(f"where: expected a position mask of shape {shape}, got {valid.shape}")
-    if where is not None:
-        student = gradient_inside(student, valid)
-    statistics = (
-        student if is_statistics else graph_statistics(student, needed, axis_name=axis_name)
-    )
+    given: Any = student if where is None else gradient_inside(student, valid)
+    statistics = given if is_statistics else graph_statistics(given, needed, axis_name=axis_name)
     if cross_entropy is None:
         if is_statistics or labels is None:
             raise ValueError(
                 "cross_entropy: needed where student is a GraphStatistics or labels is None"
             )
-        cross_entropy = _cross_entropy(student, labels, axis_name=axis_name)
+        cross_entropy = _cross_entropy(given, labels, axis_name=axis_name)
     if cross_entropy.shape != shape:
         raise ValueError(f"cross_entropy: expected shape {shape}, got {cross_entropy.shape}")
 

@@ -1,7 +1,7 @@
 """Graph-on-logits distillation: match the co-activation graphs of two models' top logits."""
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -264,7 +264,7 @@ def _arrays(statistics, where):
     return *(jnp.asarray(getattr(statistics, name)) for name in names), where
 
 
-def gradient_inside(outputs, where):
+def gradient_inside(outputs: Any, where: Array) -> Any:
     """Logits or `GraphStatistics` that get no gradient outside of a mask, whatever they are."""
     return jax.tree.map(
         lambda x: ops.gradient_where(x, where) if jnp.issubdtype(x.dtype, jnp.floating) else x,

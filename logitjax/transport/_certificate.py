@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Float
 
 from logitjax.ops import Array
@@ -175,7 +176,7 @@ def certificate(
         *(c, d, c_weights, d_weights, jax.random.key(0) if key is None else key),
         tuple(as_candidate(x, num_nodes(c), num_nodes(d), p) for x in candidates),
     )
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arrays)):
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(arrays)):
         return _bracket(*arrays, p=p, scale=scale, bounds=bounds, refine=refine)
     for name, graph in (("c", c), ("d", d)):
         values = graph.values if isinstance(graph, FactoredGraph) else graph
@@ -221,7 +222,8 @@ def _float32(answer, scale):
         lower=jnp.asarray(towards(lower, -1)),
         upper=jnp.asarray(towards(max(upper, least) if upper > 0 else 0.0, 1)),
         coupling=Coupling(
-            *(jnp.asarray(x, jnp.int32) for x in (answer.coupling.rows, answer.coupling.columns)),
+            jnp.asarray(answer.coupling.rows, jnp.int32),
+            jnp.asarray(answer.coupling.columns, jnp.int32),
             jnp.asarray(answer.coupling.mass, jnp.float32),
         ),
         units=jnp.asarray(answer.units, jnp.float32),
@@ -371,7 +373,8 @@ def _cheapest(c, d, plans, p, weights):
     def pad(plan):
         size = longest - plan.rows.shape[-1]
         return Coupling(
-            *(jnp.pad(jnp.asarray(x, jnp.int32), (0, size)) for x in (plan.rows, plan.columns)),
+            jnp.pad(jnp.asarray(plan.rows, jnp.int32), (0, size)),
+            jnp.pad(jnp.asarray(plan.columns, jnp.int32), (0, size)),
             jnp.pad(jnp.asarray(plan.mass, dtype), (0, size)),
         )
 

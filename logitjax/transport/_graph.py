@@ -1,11 +1,12 @@
 """A graph as a matrix or as its factor, and what the bounds need of either."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Float
 
 from logitjax import ops
@@ -71,7 +72,8 @@ def _dense_distance(z, w, axis):
     z, w = real(z), real(w)
     c, d = (ops.psum(jnp.einsum("...tu,...tw->...uw", x, x), axis) for x in (z, w))
     value = jnp.sum(jnp.sum(jnp.square(c - d), axis=-1), axis=-1)
-    trace = ops.psum(sum(jnp.sum(jnp.sum(jnp.square(x), -1), -1) for x in (z, w)), axis)
+    squares = [jnp.sum(jnp.sum(jnp.square(x), -1), -1) for x in (z, w)]
+    trace = ops.psum(squares[0] + squares[1], axis)
     root = gamma(_shards(axis) * max(z.shape[-2], w.shape[-2])) * trace
     rounding = 2 * gamma(2 * z.shape[-1]) * value + 2.01 * jnp.sqrt(value) * root + 1.01 * root**2
     if z.shape == w.shape:
@@ -85,8 +87,9 @@ def _sparse_distance(c, d, axis):
     own = merged_rows(c.values, c.ids, d.values, d.ids)
     every = tuple(gather_positions(x, x.ndim - 2, axis) for x in own)
 
-    def one(*parts):
-        return sparse_difference(*parts, num_nodes(c))
+    def one(*parts: jax.Array) -> Any:
+        arguments: Any = (*parts, num_nodes(c))
+        return sparse_difference(*arguments)
 
     for _ in range(own[0].ndim - 2):
         one = jax.vmap(one)
@@ -138,10 +141,10 @@ def dense_factor(graph: FactoredGraph) -> jax.Array:
     return empty.at[rows, drop_negative(graph.ids)].add(values, mode="drop")
 
 
-def dense_matrix(graph) -> jax.Array:
+def dense_matrix(graph: Any) -> jax.Array:
     """C as ``[n, n]``, for the bounds that look at every entry."""
     if isinstance(graph, RoundedMatrix):
-        return graph.matrix
+        return jnp.asarray(graph.matrix)
     if not isinstance(graph, FactoredGraph):
         return real(graph)
     z = dense_factor(graph)
@@ -298,7 +301,7 @@ def check_weights(name: str, weights, n: int):
         return
     if weights.shape != (n,):
         raise ValueError(f"{name}: expected shape ({n},), one weight a node; got {weights.shape}")
-    if isinstance(weights, jax.core.Tracer):
+    if isinstance(weights, Tracer):
         return
     values = np.asarray(weights, np.float64)
     total = values.sum()

@@ -13,6 +13,8 @@ Given concrete arrays all is computed in float64, and the rounding bounds are fa
 resolution. Under a transformation it is computed in float32 and they are subtracted in full.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -34,7 +36,7 @@ def gamma(count: int) -> float:
     return share / (1 - share) if share < 0.5 else 1e30
 
 
-def lowered(raw, *, p, relative=0.0, absolute=0.0, root=0.0):
+def lowered(raw: Any, *, p: int, relative: Any = 0.0, absolute: Any = 0.0, root: Any = 0.0) -> Any:
     """A proven lower bound by a computed one; its gradient is that of the computed one.
 
     Args:

@@ -1,6 +1,7 @@
 """One-dimensional transport of node features: the closed form, and the coupling it finds."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +74,7 @@ def sorted_gw_lower_bound(
     return jnp.sum(plan.mass * _power(difference, p), axis=-1)
 
 
-def least_transport(f, g, a, b, *, p, root=0.0):
+def least_transport(f, g, a, b, *, p, root: Any = 0.0):
     """`sorted_gw_lower_bound` less what rounding, also of f and g, may have added to it.
 
     Args:
