@@ -23,7 +23,9 @@ class Config:
         "run", "What says which layers go, as in `logitjax distill`."
     )
     calibration_rows: int = field(16, "Number of rows that pruning looks at.")
-    freeze: str | None = field(None, "Regular expression of parameters that stay, by their path.")
+    freeze_below: bool = field(
+        False, "Whether the embedding and the layers below the cut stay as they are."
+    )
     source: tuple[str, ...] = field((), "Model to learn from; the whole student if none.")
     source_weight: tuple[float, ...] = field((), "Weight of each source; equal if none is given.")
     data: str = field(
@@ -57,7 +59,7 @@ class Config:
     weight_decay: float = field(0.01, "Weight decay of AdamW.")
     seeds: int = field(1, "Runs of each arm at its best settings.")
     eval_rows: int = field(32, "Rows of validation and of test that are scored.")
-    eval_every: int = field(0, "Steps between validations; 0 for one at the end.")
+    eval_every: int = field(0, "Steps between validations; 0 for none while training.")
     checkpoint_every: int = field(50, "Steps between checkpoints.")
     log_every: int = field(10, "Steps between log lines.")
     dtype: Literal["float32", "bfloat16"] = field("float32", "Type that models compute in.")
@@ -72,6 +74,8 @@ class Config:
     tensorboard: bool = field(False, "Write TensorBoard event files too.")
 
     def __post_init__(self) -> None:
+        if self.freeze_below and self.layout != "listed":
+            raise ValueError("freeze_below: expected listed layers, stacked ones train together")
         for arm in (*self.loss, *self.drop_arm):
             if arm not in (*ARMS, DUAL):
                 raise ValueError(f"loss: expected some of {', '.join((*ARMS, DUAL))}, got {arm!r}")
@@ -79,6 +83,11 @@ class Config:
             raise ValueError(
                 f"source_weight: {len(self.source_weight)} weights for {len(self.sources)} sources"
             )
+
+    @property
+    def chooses(self) -> bool:
+        """Whether there is something to choose on validation data."""
+        return max(map(len, (self.learning_rate, self.mix, self.gld))) > 1
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -105,8 +114,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         cache_top_k=16,
         learning_rate=(1e-2,),
     ),
-    "demo": dict(),
+    "demo": dict(freeze_below=True, steps=40, learning_rate=(3e-4,), eval_rows=24),
     "report": dict(
+        freeze_below=True,
         drop_layers=(6, 2, 4, 8),
         drop_arm=("sft", "kl"),
         loss=("sft", "kl", "kl_only", "uld", "uld+gld"),
@@ -123,6 +133,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Another tokenizer and vocabulary: `make gemma` fetches the source (Gemma terms of use).
     "heterogeneous": dict(
         source=(".cache/models/gemma-3-270m.gguf",),
+        freeze_below=True,
         loss=("sft", "uld", "uld+gld"),
         seeds=3,
         eval_rows=48,

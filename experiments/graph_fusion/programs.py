@@ -29,6 +29,5 @@ def programs(config: Config, mesh: Mesh) -> Iterator[Program]:
             train.make_reading(config),
             mesh=mesh,
             name=f"update of the {arm} arm",
-            freeze=config.freeze,
             auxiliary_head=arm == DUAL,
         )

@@ -28,6 +28,11 @@ PAPER = (
 )
 
 
+_CHOSEN = (
+    "Rate, mix and graph loss were chosen on validation data, in as many trials for every arm. "
+)
+
+
 def write(config: Config, results: Record, workdir: epath.Path) -> str:
     """Writes `report.md`, `metrics.jsonl` and `report.png`; returns the tables."""
     first = results["drops"][0]
@@ -67,7 +72,7 @@ def _rows(results: Record, drop: Record) -> list[Record]:
                 "rate": f"{runs[0]['learning_rate']:.3g}",
                 "mix": runs[0]["mix"] if arm not in ("sft", "kl_only") else None,
                 "graph loss": runs[0]["gld"] if "gld" in arm else None,
-                "trials": found["trials"],
+                "trials": found["trials"] or None,
                 "seeds": len(runs),
             }
         )
@@ -121,7 +126,7 @@ def _bars(drop: Record) -> list[Record]:
 
 
 def plot(config: Config, drop: Record, path: epath.Path) -> None:
-    """Validation perplexity over steps, and where each arm ended."""
+    """Cross-entropy of the text in training, and where each arm ended."""
     from matplotlib import pyplot
 
     figure, (curves, ends) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
@@ -130,12 +135,19 @@ def plot(config: Config, drop: Record, path: epath.Path) -> None:
     for i, (arm, found) in enumerate(drop["arms"].items()):
         for j, run in enumerate(found["runs"]):
             label = NAMES[arm] if j == 0 else None
-            steps, values = zip(*run["curve"], strict=True)
-            curves.plot(steps, values, "o-", color=f"C{i}", markersize=3, alpha=0.8, label=label)
+            points = run["curve"] or [(0, float("nan"))]
+            curves.plot(
+                *zip(*points, strict=True),
+                "o-",
+                color=f"C{i}",
+                markersize=3,
+                alpha=0.8,
+                label=label,
+            )
             ends.plot(
                 run["perplexity"], 100 * run[key], "o", color=f"C{i}", markersize=7, label=label
             )
-    curves.set(xlabel="step", ylabel="validation perplexity")
+    curves.set(xlabel="step", ylabel="cross-entropy in training (nats)")
     curves.legend(fontsize=8)
     what = "top-1 agreement with the first source" if compares else "next-token accuracy"
     ends.set(xlabel="test perplexity (lower is better)", ylabel=f"{what} (%)")
@@ -166,16 +178,17 @@ Student `{config.student}`{f" without layers {cut}" if cut else ""}, chosen by {
     }; sources
 {", ".join(f"`{source}`" for source in config.sources)}; data `{config.data}`. Every arm trained
 {config.steps} steps of {config.batch_size} x {config.seq_len} tokens{
-        f"; frozen: `{config.freeze}`" if config.freeze else ""
+        "; the embedding and what lies below the cut are frozen" if config.freeze_below else ""
     }.
-Rate, mix and graph loss were chosen on validation data, in as many trials for every arm; scores are
-on {config.eval_rows} test rows.{at_edge} Agreement: share of positions where the likeliest token is
+{_CHOSEN if config.chooses else ""}Scores are on {config.eval_rows} test rows.{
+        at_edge
+    } Agreement: share of positions where the likeliest token is
 the first source's; KL from its distribution, with all but its top {config.cache_top_k} tokens as
 one; tokens/s: read. Spread is one standard deviation over seeds.
 
 {table}
 
-![validation curves and test scores](report.png)
+![training curves and test scores](report.png)
 
 ## In the paper
 

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from experiments.graph_fusion import arms
 from experiments.graph_fusion.config import DUAL, Config
 from experiments.shared.records import Record, kept
-from logitjax import distillation, models, processes, training
+from logitjax import data, distillation, models, processes, training
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,6 +91,7 @@ def open_session(config: Config, workdir: epath.Path) -> Session:
         batch_size=config.batch_size,
         seeds=range(config.seeds) if taught else (),
         eval_rows=config.eval_rows,
+        splits=data.SPLITS[1:] if config.chooses or config.eval_every else ("test",),
     )
     known = {config.student: (whole, tokenizer)} if jax.process_count() == 1 else None
     corpus = distillation.load_corpus(reading, packed, rows, workdir / "sources", known)
@@ -105,18 +106,20 @@ class Pruned:
         session: What it is part of.
         layers: Number of layers that went.
         dropped: Which ones.
+        freeze: Regular expression of what stays as it is.
         model: What is left.
     """
 
     session: Session
     layers: int
-    dropped: tuple[int, ...]
+    dropped: tuple[int, ...] = ()
+    freeze: str | None = None
     model: models.Decoder
 
     @functools.cached_property
     def student(self) -> distillation.Student:
         """What of it is trained."""
-        return distillation.make_student(self.model, freeze=self.session.config.freeze)
+        return distillation.make_student(self.model, freeze=self.freeze)
 
     @functools.cached_property
     def scorer(self) -> distillation.Scorer:
@@ -127,8 +130,7 @@ class Pruned:
         """An arm's student and its scorer: the dual arm trains a second head beside."""
         if arm != DUAL:
             return self.student, self.scorer
-        freeze = self.session.config.freeze
-        student = distillation.make_student(self.model, freeze=freeze, auxiliary_head=True)
+        student = distillation.make_student(self.model, freeze=self.freeze, auxiliary_head=True)
         return student, self._scorer(student)
 
     def _scorer(self, student: distillation.Student) -> distillation.Scorer:
@@ -145,7 +147,7 @@ def prune(session: Session, layers: int) -> Pruned:
     """Chooses the layers that go, on training text; what was chosen lies on disk."""
     config, packed = session.config, session.corpus.packed
     if not layers:
-        return Pruned(session=session, layers=0, dropped=(), model=session.whole)
+        return Pruned(session=session, layers=0, model=session.whole)
     split = packed.splits["train"]
     count = min(config.calibration_rows, len(split))
     size = min(config.eval_batch, count)
@@ -156,13 +158,15 @@ def prune(session: Session, layers: int) -> Pruned:
         chosen = distillation.prune_layers(session.whole, batches, layers, by=config.prune_by)
         return dataclasses.asdict(chosen)
 
-    chosen = kept(session.workdir / f"drop-{layers}" / "pruning.json", make)
-    logging.info("without layers %s", sorted(chosen["dropped"]))
+    record = kept(session.workdir / f"drop-{layers}" / "pruning.json", make)
+    chosen = distillation.LayerPruning(**{name: tuple(value) for name, value in record.items()})
+    logging.info("without layers %s", sorted(chosen.dropped))
     return Pruned(
         session=session,
         layers=layers,
-        dropped=tuple(sorted(chosen["dropped"])),
-        model=models.keep_layers(session.whole, chosen["kept"]),
+        dropped=tuple(sorted(chosen.dropped)),
+        freeze=chosen.below if config.freeze_below else None,
+        model=models.keep_layers(session.whole, chosen.kept),
     )
 
 
@@ -189,9 +193,10 @@ def run_all(config: Config, workdir: epath.Path) -> Record:
         for arm in config.loss if number == 0 else config.drop_arm or config.loss:
             trials: list[Any] = []
             if arm not in chosen:
-                validate = functools.partial(_validate, pruned)
-                chosen[arm], trials = arms.choose(config, arm, validate)
-                if len(trials) > 1:
+                chosen[arm] = arms.first_settings(config, arm)
+                if config.chooses:
+                    validate = functools.partial(_validate, pruned)
+                    chosen[arm], trials = arms.choose(config, arm, validate)
                     logging.info("%s: best of %d: %s", arm, len(trials), chosen[arm].name)
             runs = [run_arm(pruned, chosen[arm], seed=seed) for seed in range(config.seeds)]
             record["arms"][arm] = {
@@ -210,7 +215,7 @@ def _score_whole(session: Session) -> Record | None:
         return None
 
     def make() -> Record:
-        pruned = Pruned(session=session, layers=0, dropped=(), model=session.whole)
+        pruned = Pruned(session=session, layers=0, model=session.whole)
         scores = _scores(pruned.scorer, pruned.student.trained, session.mesh)
         return scores | {"parameters": pruned.student.size}
 
@@ -221,15 +226,17 @@ def _scores(scorer: distillation.Scorer, trained: Any, mesh: Mesh) -> Record:
     params = models.DECODER_RULES.place(trained, mesh)
     prompt, text = scorer.sample(params)
     scores = scorer.scores(params, "test")
-    scores["tokens_per_second"] = scorer.tokens_per_second(params)
     return scores | {"prompt": prompt, "sample": text}
 
 
 def _validate(pruned: Pruned, settings: arms.Settings) -> float:
-    return run_arm(pruned, settings, seed=0)["validation_loss"]
+    """Validation loss of a run with the first seed."""
+    return run_arm(pruned, settings, seed=0, validate=True)["validation_loss"]
 
 
-def run_arm(pruned: Pruned, settings: arms.Settings, *, seed: int) -> Record:
+def run_arm(
+    pruned: Pruned, settings: arms.Settings, *, seed: int, validate: bool = False
+) -> Record:
     """One run of one arm: trained, scored, kept as `outcome.json`."""
     session, name = pruned.session, f"{settings.name}/seed-{seed}"
     directory = pruned.directory / name
@@ -248,12 +255,13 @@ def run_arm(pruned: Pruned, settings: arms.Settings, *, seed: int) -> Record:
         )
         scores = scorer.scores(found.params, "test")
         _, text = scorer.sample(found.params)
+        if validate:
+            scores["validation_loss"] = scorer.scores(found.params, "validation")["loss"]
         return scores | {
             **dataclasses.asdict(settings),
             "seed": seed,
-            "validation_loss": float(np.log(found.curve[-1][1])),
             "trained_tokens_per_second": found.tokens_per_second,
-            "curve": found.curve,
+            "curve": found.parts.get("sft", ()),
             "sample": text,
             "parameters": student.size,
         }

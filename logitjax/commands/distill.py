@@ -54,7 +54,7 @@ class Config:
     graph_top_k: int = field(10, "Number of logits that uld and gld look at.", minimum=1)
     drop_layers: int = field(0, "Number of layers to prune from the student first.", minimum=0)
     prune_by: Literal["influence", "run", "perplexity"] = field(
-        "influence",
+        "run",
         "What says which layers go: how far each turns the stream, how far a run of them does, or "
         "perplexity without each, one after the other.",
     )
@@ -63,7 +63,11 @@ class Config:
     mlp_channels: int = field(0, "Number of channels to keep in a layer; 0 for all.", minimum=0)
     calibration_rows: int = field(16, "Number of rows that pruning looks at.", minimum=1)
     lora_rank: int = field(0, "Rank of adapters to train in place of the model; 0 for none.")
-    freeze: str | None = field(None, "Regular expression of parameters that stay, by their path.")
+    freeze: str | None = field(
+        None,
+        "Regular expression of parameters that stay, by their path; below for the embedding and "
+        "the layers below those that go.",
+    )
     student_head: str | None = field(
         None, "Output of `logitjax audit`, whose recovered head the student takes."
     )
@@ -92,6 +96,8 @@ class Config:
     def __post_init__(self) -> None:
         if self.drop_layers and self.keep_layers:
             raise ValueError("drop_layers, keep_layers: expected one of them, got both")
+        if self.freeze == "below" and (not self.drop_layers or self.layout != "listed"):
+            raise ValueError("freeze: expected drop_layers and listed layers with below")
         if self.teacher_weight and len(self.teacher_weight) != len(self.teacher):
             raise ValueError(
                 f"teacher_weight: expected {len(self.teacher)}, one a teacher, got "
@@ -120,7 +126,7 @@ def run(config: Config, out: epath.Path) -> None:
     whole, _ = models.load(
         config.student, mesh=mesh, dtype=config.dtype, layout=config.layout, remat=config.remat
     )
-    model, note = _pruned(config, whole, packed, out)
+    model, note, freeze = _pruned(config, whole, packed, out)
     corpus = distillation.load_corpus(
         reading,
         packed,
@@ -138,7 +144,7 @@ def run(config: Config, out: epath.Path) -> None:
     del whole
     student = distillation.make_student(
         model,
-        freeze=config.freeze,
+        freeze=freeze,
         lora_rank=config.lora_rank,
         head_basis=basis,
         seed=config.seed,
@@ -176,7 +182,7 @@ def programs(config: Config, mesh: jax.sharding.Mesh) -> Iterator[training.Progr
         _course(config),
         _reading(config),
         mesh=mesh,
-        freeze=config.freeze,
+        freeze="embedding" if config.freeze == "below" else config.freeze,
         lora_rank=config.lora_rank,
     )
 
@@ -227,8 +233,8 @@ def _objective(config: Config) -> distillation.Objective:
 
 def _pruned(
     config: Config, whole: models.Decoder, packed: data.PackedSplits, out: epath.Path
-) -> tuple[models.Decoder, str]:
-    """The student as it begins, and what was cut from it in words."""
+) -> tuple[models.Decoder, str, str | None]:
+    """The student as it begins, what was cut from it in words, and what of it stays."""
     layers, notes = whole.config.num_layers, []
     if config.drop_layers >= layers:
         raise ValueError(
@@ -243,7 +249,7 @@ def _pruned(
         starts = range(0, count - count % size or count, size)
         return [split.rows(range(i, min(i + size, count)))[packed.names["pivot"]] for i in starts]
 
-    kept = config.keep_layers
+    kept, freeze = config.keep_layers, config.freeze
     if config.drop_layers:
         path = out / "pruning.json"
         if not processes.broadcast_from_first(path.exists):
@@ -251,7 +257,9 @@ def _pruned(
                 whole, calibration(), config.drop_layers, by=config.prune_by
             )
             processes.write_json(path, dataclasses.asdict(chosen))
-        kept = processes.broadcast_from_first(lambda: json.loads(path.read_text()))["kept"]
+        record = processes.broadcast_from_first(lambda: json.loads(path.read_text()))
+        chosen = distillation.LayerPruning(**{name: tuple(value) for name, value in record.items()})
+        kept, freeze = chosen.kept, chosen.below if freeze == "below" else freeze
     model = models.keep_layers(whole, kept) if kept else whole
     if kept:
         gone = sorted(set(range(layers)) - set(kept))
@@ -266,7 +274,7 @@ def _pruned(
         )
         heads, inner = model.config.num_heads, model.config.intermediate_size
         notes.append(f"with {heads} heads and {inner} channels a layer")
-    return model, ", ".join(notes)
+    return model, ", ".join(notes), freeze
 
 
 def _recovered(place: str) -> np.ndarray:
@@ -307,7 +315,6 @@ def _whole_row(
         student = distillation.make_student(whole)
         scorer = distillation.Scorer(student, corpus, course, mesh=mesh)
         scores = scorer.scores(student.trained, "test")
-        scores["tokens_per_second"] = scorer.tokens_per_second(student.trained)
         processes.write_json(path, scores | {"parameters": student.size})
     scores = processes.broadcast_from_first(lambda: json.loads(path.read_text()))
     return _row(f"{config.student}, whole", scores)
@@ -376,9 +383,12 @@ def _plot(trained: distillation.Trained, path: epath.Path) -> None:
         return
     pyplot.switch_backend("Agg")
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    left.plot(*zip(*trained.losses, strict=True))
-    left.set(xlabel="step", ylabel="objective, in training")
-    right.plot(*zip(*trained.curve, strict=True), marker="o")
+    for name, points in trained.parts.items():
+        left.plot(*zip(*points, strict=True), label=name)
+    left.set(xlabel="step", ylabel="losses in training", yscale="log")
+    left.legend(fontsize=8)
+    if trained.curve:
+        right.plot(*zip(*trained.curve, strict=True), marker="o")
     right.set(xlabel="step", ylabel="perplexity, validation")
     for axes in (left, right):
         axes.grid(alpha=0.3)

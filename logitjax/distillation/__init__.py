@@ -39,6 +39,7 @@ from logitjax.distillation._objective import parse_gld as parse_gld
 from logitjax.distillation._objective import parse_terms as parse_terms
 from logitjax.distillation._objective import score_function as score_function
 from logitjax.distillation._objective import targets as targets
+from logitjax.distillation._prune import LayerPruning as LayerPruning
 from logitjax.distillation._prune import prune_layers as prune_layers
 from logitjax.distillation._prune import prune_width as prune_width
 from logitjax.distillation._student import Student as Student

@@ -224,7 +224,13 @@ def load_corpus(
 
 
 def visited_rows(
-    packed: data.PackedSplits, *, steps: int, batch_size: int, seeds: Sequence[int], eval_rows: int
+    packed: data.PackedSplits,
+    *,
+    steps: int,
+    batch_size: int,
+    seeds: Sequence[int],
+    eval_rows: int,
+    splits: Sequence[str] = data.SPLITS[1:],
 ) -> dict[str, np.ndarray]:
     """The rows of each split whose statistics some run reads, ascending.
 
@@ -234,6 +240,7 @@ def visited_rows(
         batch_size: Rows of a step.
         seeds: Seeds of the runs; none where nothing is learned from teachers.
         eval_rows: Rows of each held-out split that are scored.
+        splits: The held-out splits that are.
     """
     train = packed.splits["train"]
     visited = [
@@ -242,7 +249,7 @@ def visited_rows(
         for step in range(steps)
     ]
     rows = {"train": np.unique(np.concatenate(visited)) if visited else np.zeros(0, np.int64)}
-    for split in data.SPLITS[1:]:
+    for split in splits:
         rows[split] = np.arange(min(eval_rows, len(packed.splits[split])))
     return rows
 

@@ -64,14 +64,14 @@ class Trained:
 
     Attributes:
         params: What the student trained.
-        curve: Steps and the validation perplexity there.
-        losses: Steps and the mean of the objective since the last.
+        curve: Steps and the validation perplexity there; empty if `eval_every` is 0.
+        parts: Steps and the mean since the last, of `loss` and of each loss that is part of it.
         tokens_per_second: Predicted tokens a second of training, the median over log lines.
     """
 
     params: Any
     curve: tuple[tuple[int, float], ...]
-    losses: tuple[tuple[int, float], ...]
+    parts: Mapping[str, tuple[tuple[int, float], ...]]
     tokens_per_second: float
 
 
@@ -175,27 +175,26 @@ class Scorer:
     def scores(self, params: Any, split: str) -> dict[str, float]:
         """Perplexity, accuracy, bits a byte, and agreement and KL with the first teacher.
 
-        The latter two need a teacher of the same vocabulary.
+        The latter two need a teacher of the same vocabulary. `tokens_per_second` that were read
+        comes from the fastest batch after the first, which compiles.
         """
         batches = self._corpus.scored(
             split, self._mesh, batch_size=self._size, rows=self._course.eval_rows
         )
-        means = self._step.means(params, batches, self._frozen)
-        return means | {"perplexity": float(np.exp(means["loss"]))}
-
-    def tokens_per_second(self, params: Any, *, repeats: int = 3) -> float:
-        """Tokens of held-out text that are read a second, of the best of a few batches."""
-        batch = next(
-            self._corpus.scored("test", self._mesh, batch_size=self._size, rows=self._size)
-        )
-        best = float("inf")
-        jax.block_until_ready(self._step(params, batch, self._frozen))
-        for _ in range(repeats):
+        totals: dict[str, np.ndarray] = {}
+        speeds = []
+        for batch in batches:
             begin = time.perf_counter()
-            jax.block_until_ready(self._step(params, batch, self._frozen))
-            best = min(best, time.perf_counter() - begin)
-        rows = np.size(batch["pivot"]["tokens"]) * jax.process_count()
-        return rows / best
+            sums = jax.device_get(self._step(params, batch, self._frozen))
+            tokens = np.size(batch["pivot"]["tokens"]) * jax.process_count()
+            speeds.append(tokens / (time.perf_counter() - begin))
+            for name, pair in sums.items():
+                totals[name] = totals.get(name, 0.0) + np.asarray(pair, np.float64)
+        means = {name: float(total / max(count, 1e-9)) for name, (total, count) in totals.items()}
+        means["perplexity"] = float(np.exp(means["loss"]))
+        if len(speeds) > 1:
+            means["tokens_per_second"] = max(speeds[1:])
+        return means
 
     def sample(self, params: Any, *, length: int = 32) -> tuple[str, str]:
         """The beginning of a held-out text, and how the student goes on, likeliest token first."""
@@ -259,6 +258,9 @@ def train_student(
         )
         return corpus.batch("train", here, taught=bool(sources))
 
+    def validate(state: training.TrainState, step: int) -> dict[str, float]:
+        return scorer.scores(state.params, "validation")
+
     with training.Checkpointer(directory / "checkpoints", max_to_keep=1) as checkpointer:
         state = training.train_loop(
             state,
@@ -267,7 +269,7 @@ def train_student(
             total_steps=course.steps,
             workdir=directory,
             checkpointer=checkpointer,
-            eval_fn=lambda state, _: scorer.scores(state.params, "validation"),
+            eval_fn=validate if course.loop.eval_every else None,
             writer=training.make_writer(directory, tensorboard=course.tensorboard),
             identity={"data": rows.fingerprint, "loss": _identity(objective, course)},
             options=course.loop,
@@ -278,7 +280,7 @@ def train_student(
     return Trained(
         params=state.params,
         curve=_column(lines, "eval/perplexity"),
-        losses=_column(lines, "loss"),
+        parts={n: _column(lines, n) for n in ("loss", *objective.weights)},
         tokens_per_second=float(np.median([speed for _, speed in speeds[1:] or speeds] or [0.0])),
     )
 
@@ -350,7 +352,6 @@ def distill(
         student, corpus, objective, course, mesh=mesh, directory=workdir / "train", scorer=scorer
     )
     after = scorer.scores(trained.params, "test")
-    after["tokens_per_second"] = scorer.tokens_per_second(trained.params)
     prompt, said = scorer.sample(trained.params)
     return Distilled(
         model=student.finished(trained.params),

@@ -30,6 +30,15 @@ class LayerPruning:
     dropped: tuple[int, ...]
     scores: tuple[float, ...]
 
+    @property
+    def below(self) -> str:
+        """What lies below the cut, as `make_student` takes it to be frozen: of listed layers.
+
+        >>> LayerPruning(kept=(0, 1, 4), dropped=(3, 2), scores=()).below
+        'embedding|layers/(0|1)/'
+        """
+        return f"embedding|layers/({'|'.join(map(str, range(min(self.dropped, default=0))))})/"
+
 
 def prune_layers(
     model: models.Decoder,
