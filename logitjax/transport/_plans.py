@@ -81,7 +81,7 @@ def from_problem(problem):
         raise ValueError("d: expected a second graph, or c to be a QuadraticProblem of ott")
     if problem.is_fused or not problem.is_balanced:
         raise ValueError("c: expected a balanced problem of structures alone, got another")
-    if problem.quad_loss is not None and not problem.quad_loss.f1.func(3.0) == 9.0:
+    if problem.loss.f1.func(3.0) != 9.0:
         raise ValueError("c: expected a problem with squared loss, got another loss")
     # Also of a low-rank geometry: its scale and bias are part of the matrix.
     graphs = [jnp.asarray(geometry.cost_matrix) for geometry in (problem.geom_xx, problem.geom_yy)]
