@@ -113,8 +113,9 @@ class Exam:
             # A model that was destroyed may give losses that are not finite.
             logging.warning("validation: %s", error)
             return {"score": 0.0, "D": 1.0, "utility": 0.0, "forget": 0.0}
-        assert found.forget_quality is not None
-        d = found.forget_quality.statistic
+        # A damaged model has no forget quality; it is as far from the retrained one as can be.
+        quality = found.forget_quality
+        d = 1.0 if quality is None else quality.statistic
         utility = self.utility(found)
         whole = self.utility(self.target_on("validation"))
         return {

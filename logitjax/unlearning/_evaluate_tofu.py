@@ -164,6 +164,7 @@ def evaluate(
         logs,
         reference_logs=reference_logs,
         form=options.form,
+        vocab_size=tokenizer.vocab_size,
         confidence=options.confidence,
         seed=options.seed,
     )

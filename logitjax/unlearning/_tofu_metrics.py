@@ -1,6 +1,7 @@
 """TOFU's metrics from its logs, whoever wrote these."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +24,9 @@ from logitjax.unlearning._truth_ratio import (
 
 # Sets whose answers TOFU holds against the wrong ones.
 _OPTIONS = ("real_authors", "world_facts")
+# The largest vocabulary of decoders today (Gemma's): a mean loss above its logarithm is worse than
+# a uniform guess for any of them.
+_LARGEST_VOCABULARY = 2**18
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,7 +72,10 @@ class Evaluation:
     Attributes:
       scores: by set.
       model_utility: the harmonic mean of nine numbers; None if one is missing.
-      forget_quality: against the retrained model; None without its logs.
+      forget_quality: against the retrained model; None without its logs, and of models that are
+        damaged.
+      damage: why there is no forget quality of a model: ``over-forgotten`` or ``destroyed``, and
+        what says so; else None.
       membership: None without a set ``holdout``.
       form: of the truth ratio.
       logs: by set, item by item, in TOFU's format; hand them on as ``reference_logs``.
@@ -80,6 +87,7 @@ class Evaluation:
     membership: Membership | None
     form: str
     logs: Mapping[str, Log] = dataclasses.field(repr=False)
+    damage: str | None = None
 
     def as_dict(self) -> dict[str, float]:
         """Every number under one name, e.g. ``forget.rouge_l``; those that are missing left out."""
@@ -124,6 +132,8 @@ class Evaluation:
         if self.forget_quality is not None:
             found = self.forget_quality
             lines.append(f"- forget quality: {found} (log10 p {found.log10_p_value:.2f})")
+        elif self.damage is not None:
+            lines.append(f"- forget quality: none, for the model is {self.damage}")
         if self.membership is not None:
             found = self.membership
             lines.append(
@@ -138,16 +148,26 @@ def metrics_from_logs(
     *,
     reference_logs: Any = None,
     form: Form = "geometric",
+    eps: float = 0.0,
+    vocab_size: int = _LARGEST_VOCABULARY,
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Evaluation:
     """TOFU's metrics from logs of ours, of TOFU's own code, or of whoever writes its format.
+
+    A model of which every answer costs 60 nats more keeps its truth ratios, and would have the
+    forget quality of one that never knew. So there is none of a model that is
+
+    * over-forgotten: its mean loss on the forget set exceeds ``log(vocab_size)``, that of a guess;
+    * destroyed: its perplexity on the retain set is more than twice the retrained model's.
 
     Args:
       logs: a directory, an ``eval_log_aggregated.json``, or what is in it.
       reference_logs: the same for the model that was retrained without the forget set; those of
         Llama-2 and Phi come with TOFU's repository.
       form: of the truth ratio; see `truth_ratio`.
+      eps: likewise; 1e-10 is OpenUnlearning's, for parity.
+      vocab_size: of the model; by default the largest of today's.
       confidence: of the interval of the forget quality.
       seed: of its resampling.
 
@@ -156,7 +176,7 @@ def metrics_from_logs(
 
     Raises:
       FileNotFoundError: no such path.
-      ValueError: logs that lack items, or hold other things.
+      ValueError: logs that lack items, or hold other things; a vocabulary of less than 2 tokens.
 
     >>> log = {"avg_gt_loss": {"0": 0.0}, "avg_paraphrased_loss": {"0": 0.0},
     ...        "average_perturb_loss": {"0": [0.6931472]}, "rougeL_recall": {"0": 1.0}}
@@ -168,21 +188,28 @@ def metrics_from_logs(
     """
     logs = read_logs(logs)
     reference = {} if reference_logs is None else read_logs(reference_logs)
-    scores = {name: _scores(log, name, form) for name, log in logs.items()}
+    scores = {name: _scores(log, name, form, eps) for name, log in logs.items()}
+    ratios = _ratios(logs, reference, form, eps)
+    damage = None if ratios is None else _damage(logs, reference, vocab_size)
+    quality = None
+    if ratios is not None and damage is None:
+        own, other, paired = ratios
+        quality = forget_quality(own, other, paired=paired, confidence=confidence, seed=seed)
     return Evaluation(
         scores=scores,
         model_utility=_utility(scores),
-        forget_quality=_quality(logs, reference, form, confidence, seed),
+        forget_quality=quality,
         membership=_membership(logs, reference),
         form=form,
         logs=logs,
+        damage=damage,
     )
 
 
-def _scores(log: Log, name: str, form: Form) -> SetScores:
+def _scores(log: Log, name: str, form: Form, eps: float) -> SetScores:
     truth = column(log, "avg_gt_loss", name)
     wrong = column(log, "average_perturb_loss", name)
-    ratio = _log_ratios(log, name, form)
+    ratio = _log_ratios(log, name, form, eps)
     if name in _OPTIONS:
         if wrong is None:
             raise ValueError(f"{name}: 'average_perturb_loss' is missing")
@@ -205,13 +232,13 @@ def _mean(log: Log, field: str, name: str) -> float | None:
     return None if values is None else float(np.mean(values))
 
 
-def _log_ratios(log: Log, name: str, form: Form) -> np.ndarray | None:
+def _log_ratios(log: Log, name: str, form: Form, eps: float) -> np.ndarray | None:
     truth = column(log, "avg_paraphrased_loss", name)
     wrong = column(log, "average_perturb_loss", name)
     if truth is None or wrong is None:
         return None
     # The loss of one wrong answer alone was written as a number.
-    return log_truth_ratio(truth, [np.atleast_1d(one) for one in wrong], form=form)
+    return log_truth_ratio(truth, [np.atleast_1d(one) for one in wrong], form=form, eps=eps)
 
 
 def _utility(scores: Mapping[str, SetScores]) -> float | None:
@@ -225,29 +252,43 @@ def _utility(scores: Mapping[str, SetScores]) -> float | None:
     return model_utility(parts)
 
 
-def _quality(
-    logs: Mapping[str, Log],
-    reference: Mapping[str, Log],
-    form: Form,
-    confidence: float,
-    seed: int,
-) -> ForgetQuality | None:
+def _ratios(
+    logs: Mapping[str, Log], reference: Mapping[str, Log], form: Form, eps: float
+) -> tuple[np.ndarray, np.ndarray, bool] | None:
+    """Log truth ratios of both on the forget set, and whether they are about the same items."""
     if "forget" not in logs or not reference:
         return None
     if "forget" not in reference:
         raise ValueError(f"reference_logs: no forget set, only {sorted(reference)}")
     own, other = logs["forget"], reference["forget"]
-    ratios = [_log_ratios(log, "forget", form) for log in (own, other)]
+    ratios = [_log_ratios(log, "forget", form, eps) for log in (own, other)]
     if ratios[0] is None or ratios[1] is None:
         which = "logs" if ratios[0] is None else "reference_logs"
         raise ValueError(f"{which}: the forget set has no losses of paraphrases and wrong answers")
-    if set(items_of(own)) == set(items_of(other)):
-        places = {item: i for i, item in enumerate(items_of(other))}
-        ratios[1] = ratios[1][[places[item] for item in items_of(own)]]
-        paired = True
-    else:
-        paired = False
-    return forget_quality(ratios[0], ratios[1], paired=paired, confidence=confidence, seed=seed)
+    if set(items_of(own)) != set(items_of(other)):
+        return ratios[0], ratios[1], False
+    places = {item: i for i, item in enumerate(items_of(other))}
+    return ratios[0], ratios[1][[places[item] for item in items_of(own)]], True
+
+
+def _damage(logs: Mapping[str, Log], reference: Mapping[str, Log], vocab_size: int) -> str | None:
+    """Why the forget set says nothing about a model, or None."""
+    if vocab_size < 2:
+        raise ValueError(f"vocab_size: expected at least 2 tokens, got {vocab_size}")
+
+    def mean(log: Log, name: str) -> float:
+        return float(np.asarray(column(log, "avg_gt_loss", name), np.float64).mean())
+
+    loss, most = mean(logs["forget"], "forget"), math.log(vocab_size)
+    # Not below: a loss that is nan counts as damage.
+    if not loss <= most:
+        return f"over-forgotten: {loss:.2f} nats a token on the forget set, a guess has {most:.2f}"
+    if "retain" not in logs or "retain" not in reference:
+        return None
+    grown = mean(logs["retain"], "retain") - mean(reference["retain"], "retain")
+    if not grown <= math.log(2):
+        return f"destroyed: e^{grown:.2f} times the retrained model's perplexity on the retain set"
+    return None
 
 
 def _membership(logs: Mapping[str, Log], reference: Mapping[str, Log]) -> Membership | None:

@@ -57,24 +57,35 @@ def normalised_probability(average_nll: Any, perturbed_nll: Sequence[Any]) -> np
 
 
 def log_truth_ratio(
-    truth_nll: Any, perturbed_nll: Sequence[Any], *, form: Form = "geometric"
+    truth_nll: Any,
+    perturbed_nll: Sequence[Any],
+    *,
+    form: Form = "geometric",
+    eps: float = 0.0,
 ) -> np.ndarray:
     """The logarithm of `truth_ratio`, which neither overflows nor runs into ties.
 
     Args, Returns and Raises as there.
     """
     if form not in get_args(Form):
-        raise ValueError(f"form must be 'geometric' or 'arithmetic', got {form!r}")
+        raise ValueError(f"form: expected 'geometric' or 'arithmetic', got {form!r}")
+    if not 0 <= eps < 1:
+        raise ValueError(f"eps: expected a number from 0 to below 1, got {eps}")
     truth, wrong = _check(truth_nll, perturbed_nll)
     if form == "geometric":
         mean = [-others.mean() for others in wrong]
     else:
         mean = [np.logaddexp.reduce(-others) - np.log(len(others)) for others in wrong]
-    return np.asarray(mean, np.float64) + truth
+    below = np.logaddexp(-truth, np.log(eps)) if eps else -truth
+    return np.asarray(mean, np.float64) - below
 
 
 def truth_ratio(
-    truth_nll: Any, perturbed_nll: Sequence[Any], *, form: Form = "geometric"
+    truth_nll: Any,
+    perturbed_nll: Sequence[Any],
+    *,
+    form: Form = "geometric",
+    eps: float = 0.0,
 ) -> np.ndarray:
     """How likely wrong answers are against the right one in other words: above 1 is wrong.
 
@@ -91,16 +102,18 @@ def truth_ratio(
         ``get_model_utility`` has it; the truth ratios in its logs, its forget quality, its
         leaderboard and OpenUnlearning have the geometric one. Model utility moves by .04 between
         the two (.623 and .586 for the Llama-2-7B that knows all authors).
+      eps: added to ``exp(-nll)``. OpenUnlearning has 1e-10, which takes over at 23 nats a token:
+        from there on the ratio falls with the loss, and says nothing about the answers.
 
     Returns:
       float64 ``[n]``.
 
     Raises:
-      ValueError: unequal lengths, no wrong answers, or an unknown form.
+      ValueError: unequal lengths, no wrong answers, losses that are not finite, an unknown form, or
+        an eps outside of [0, 1).
 
     References:
-      Maini et al., 2024 (arXiv 2401.06121), equation 1. OpenUnlearning adds 1e-10 below the
-      fraction; we do not.
+      Maini et al., 2024 (arXiv 2401.06121), equation 1, which has no eps.
 
     >>> wrong = [[np.log(2.0), np.log(8.0)]]
     >>> float(truth_ratio([0.0], wrong)[0].round(6)), float(
@@ -108,7 +121,7 @@ def truth_ratio(
     (0.25, 0.3125)
     """
     with np.errstate(over="ignore"):
-        return np.exp(log_truth_ratio(truth_nll, perturbed_nll, form=form))
+        return np.exp(log_truth_ratio(truth_nll, perturbed_nll, form=form, eps=eps))
 
 
 def truth_ratio_utility(log_ratio: Any) -> float:
@@ -142,7 +155,7 @@ def model_utility(parts: Mapping[str, float]) -> float:
         ``truth_ratio`` of ``retain``, ``real_authors`` and ``world_facts``. All in [0, 1].
 
     Raises:
-      ValueError: one is missing, unknown or negative.
+      ValueError: one is missing, unknown, negative or nan.
 
     >>> names = [f"{a}.{b}" for a in UTILITY_SETS for b in UTILITY_PARTS]
     >>> round(model_utility(dict.fromkeys(names, 0.5)), 6)
@@ -153,23 +166,31 @@ def model_utility(parts: Mapping[str, float]) -> float:
     names = {f"{a}.{b}" for a in UTILITY_SETS for b in UTILITY_PARTS}
     if set(parts) != names:
         raise ValueError(
-            f"parts: missing {sorted(names - set(parts))}, unknown {sorted(set(parts) - names)}"
+            f"parts: expected TOFU's nine numbers, got none of {sorted(names - set(parts))} and "
+            f"also {sorted(set(parts) - names)}"
         )
     values = np.asarray([parts[name] for name in sorted(names)], np.float64)
-    if (values < 0).any():
-        raise ValueError(f"parts: negative values in {dict(parts)}")
+    if not (values >= 0).all():
+        raise ValueError(f"parts: expected numbers from 0 to 1, got {dict(parts)}")
     return float(stats.hmean(values))
 
 
 def _check(truth_nll: Any, perturbed_nll: Sequence[Any]) -> tuple[np.ndarray, list[np.ndarray]]:
     truth = np.asarray(truth_nll, np.float64)
     wrong = [np.asarray(others, np.float64) for others in perturbed_nll]
-    if truth.ndim != 1 or len(truth) != len(wrong) or not len(truth):
+    if truth.ndim != 1 or not len(truth):
+        raise ValueError(f"truth_nll: expected one loss an item, got shape {truth.shape}")
+    if len(truth) != len(wrong):
         raise ValueError(
-            "expected one loss an item and as many lists of those of wrong answers, got shape "
-            f"{truth.shape} and {len(wrong)} lists"
+            f"perturbed_nll: expected one list for each of {len(truth)} items, got {len(wrong)}"
         )
     for i, others in enumerate(wrong):
         if others.ndim != 1 or not len(others):
-            raise ValueError(f"item {i} has no wrong answers (shape {others.shape})")
+            raise ValueError(
+                f"perturbed_nll: expected losses of wrong answers of item {i}, got shape "
+                f"{others.shape}"
+            )
+        for name, values in (("truth_nll", truth[i : i + 1]), ("perturbed_nll", others)):
+            if not np.isfinite(values).all():
+                raise ValueError(f"{name}: expected finite losses of item {i}, got {values}")
     return truth, wrong

@@ -21,6 +21,8 @@ from tests.unlearning.test_tofu_data import FILES
 TEMPLATE = PromptTemplate(before="Q: ", after="\nA: ")
 VOCAB = ByteTokenizer.vocab_size
 TABLE = np.random.default_rng(0).normal(size=(VOCAB, VOCAB)).astype(np.float32)
+# Letters that questions have are likely, or a random model would be worse than a guess.
+TABLE[:, ord("a") : ord("z")] += 2.0
 
 SETS = {
     "retain": tofu.load(FILES, "retain_perturbed"),
@@ -142,7 +144,7 @@ def test_files_are_tofus_and_say_the_same_again(tmp_path):
 def test_a_model_like_the_retrained_one_and_one_that_is_not():
     # Paraphrases of the first letters are unlikely to it, unlike those of the rest.
     other = TABLE.copy()
-    other[:, ord("e")] += 4.0
+    other[:, ord("e")] += 2.0
     retrained = evaluate(generate_fn=None)
     same = evaluate(generate_fn=None, reference_logs=retrained)
     assert same.forget_quality is not None
@@ -160,6 +162,9 @@ def test_a_model_like_the_retrained_one_and_one_that_is_not():
     assert "membership attack: AUC" in table
     assert "model utility" not in table
     assert found.as_dict()["forget_quality.statistic"] == found.forget_quality.statistic
+    gone = evaluate(bigram(-5 * other), generate_fn=None, reference_logs=retrained)
+    assert gone.forget_quality is None
+    assert str(gone.damage).startswith("over-forgotten")
 
 
 def counted(nll_fn):
