@@ -31,9 +31,15 @@ PUBLISHED: dict[tuple[str, str], dict[str, float]] = {
 
 
 def best_alpha(records: Sequence[Mapping[str, Any]]) -> int:
-    """The value of alpha (its number) whose mean validation accuracy over seeds is highest."""
-    validation = np.array([record["validation"] for record in records])
-    return int(validation.mean(0).argmax())
+    """The value of alpha (its number) whose mean validation accuracy over seeds is highest.
+
+    Raises:
+        ValueError: No alpha has an accuracy that is a number with every seed.
+    """
+    validation = np.array([record["validation"] for record in records], np.float64).mean(0)
+    if np.isnan(validation).all():
+        raise ValueError(f"validation: expected an accuracy of some alpha, got {validation}")
+    return int(np.nanargmax(validation))
 
 
 def _percent(values: Sequence[float]) -> list[float]:
@@ -99,7 +105,7 @@ def verdict(results: Mapping[str, Any]) -> str:
             gain, p = paired(tests[dual], tests[rival])
             # The difference of two runs says nothing about the next one.
             if math.isnan(p):
-                said = "one seed each: no test"
+                said = "no test: one seed each, or as much with every seed"
             elif p >= 0.05:
                 said = "NOT distinguishable" if gain > 0 else "does NOT beat it"
             else:

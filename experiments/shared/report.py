@@ -55,12 +55,15 @@ def write_report(workdir: epath.Path, text: str, records: Sequence[Mapping[str, 
 
 
 def paired(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
-    """Mean of the differences by seed, and the p-value of a two-sided paired t-test."""
+    """Mean of the differences by seed, and the p-value of a two-sided paired t-test.
+
+    The p-value is nan where the test says nothing: of one seed, and of differences that are equal,
+    which have no variance to hold their mean against.
+    """
     from scipy import stats
 
     difference = np.array(first) - np.array(second)
-    if len(difference) < 2:
+    # Shares of images: differences that are equal may be told apart by rounding alone.
+    if len(difference) < 2 or np.ptp(difference) <= 1e-9:
         return float(difference.mean()), math.nan
-    if np.ptp(difference) == 0:
-        return float(difference.mean()), 1.0 if difference[0] == 0 else 0.0
     return float(difference.mean()), float(stats.ttest_rel(first, second).pvalue)

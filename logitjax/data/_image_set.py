@@ -14,6 +14,8 @@ from jaxtyping import Int
 
 from logitjax.data._examples import parse_split, slice_of
 from logitjax.data._images import (
+    as_bytes,
+    check_numbers,
     class_folders,
     load_images,
     open_labelled_images,
@@ -102,8 +104,15 @@ class ImageSet(Sequence):
         return self._labels
 
     def select(self, rows: Sequence[int] | Int[np.ndarray, " rows"]) -> "ImageSet":
-        """Only these pictures, in this order."""
-        chosen = np.asarray(rows, np.int64)
+        """Only these pictures, in this order.
+
+        Raises:
+          TypeError: rows that are not integers, such as a mask.
+          ValueError: a row is none of the pictures.
+        """
+        chosen = np.asarray(rows)
+        check_numbers(chosen, len(self), "rows")
+        chosen = chosen.astype(np.int64)
         captions = self.captions
         if captions is not None:
             captions = [captions[row] for row in chosen]
@@ -217,6 +226,11 @@ def _files(
 
 
 def _arrays(images: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> ImageSet:
+    if len(images) != len(labels):
+        raise ValueError(
+            f"labels: expected one for each of {len(images)} images, got {len(labels)}"
+        )
+    check_numbers(labels, len(classes), "labels")
     return ImageSet(
         lambda index: (_three_channels(images[index]), int(labels[index])),
         lambda: labels,
@@ -242,7 +256,7 @@ def _tfds(name: str, split: str, data_dir: str | os.PathLike[str] | None) -> Ima
 
     def read(index: int) -> tuple[np.ndarray, int]:
         row = rows[index]
-        return _three_channels(np.asarray(row[picture], np.uint8)), int(row[label])
+        return _three_channels(as_bytes(row[picture])), int(row[label])
 
     def labels() -> np.ndarray:
         skipping = {picture: tfds.decode.SkipDecoding()}

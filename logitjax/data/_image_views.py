@@ -49,11 +49,11 @@ class ImageViews:
             ("interpolation", ("bilinear", "bicubic")),
         ):
             if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
+                raise ValueError(f"{name}: expected one of {known}, got {getattr(self, name)!r}")
         if self.count < 1 or (self.kind == "plain" and self.count != 1):
-            raise ValueError(f"count must be at least 1, and 1 for plain views, got {self.count}")
+            raise ValueError(f"count: expected at least 1, and 1 for plain views, got {self.count}")
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"scale must be two rising shares of the area, got {self.scale}")
+            raise ValueError(f"scale: expected two rising shares of the area, got {self.scale}")
 
     def __str__(self) -> str:
         """What decides the pixels, for manifests."""
@@ -74,9 +74,17 @@ class ImageViews:
 
         Returns:
           uint8 ``[count, size, size, 3]``.
+
+        Raises:
+          TypeError: pixels of another type, such as floats of 0..255.
+          ValueError: another shape.
         """
         Image = require("PIL.Image", extra="vision")
 
+        if image.dtype != np.uint8:
+            raise TypeError(f"image: expected uint8, got {image.dtype}")
+        if image.ndim != 3 or image.shape[-1] != 3 or not image.size:
+            raise ValueError(f"image: expected [height, width, 3], got shape {image.shape}")
         picture = Image.fromarray(image)
         if self.fit == "pad":
             picture = _on_white_square(picture)

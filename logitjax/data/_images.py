@@ -37,11 +37,15 @@ class LabelledImages:
     def __post_init__(self) -> None:
         if self.images.ndim != 4 or self.images.dtype != np.uint8:
             raise ValueError(
-                f"images must be uint8 [count, height, width, channels], got "
+                "images: expected uint8 [count, height, width, channels], got "
                 f"{self.images.dtype} {self.images.shape}"
             )
-        if len(self.labels) != len(self.images):
-            raise ValueError(f"{len(self.images)} images but {len(self.labels)} labels")
+        if self.labels.shape != self.images.shape[:1]:
+            raise ValueError(
+                f"labels: expected one for each of {len(self.images)} images, got shape "
+                f"{self.labels.shape}"
+            )
+        check_numbers(self.labels, self.num_classes, "labels")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -118,7 +122,7 @@ def _tfds_images(
 ) -> tuple[np.ndarray, np.ndarray, int]:
     builder, picture, label = open_labelled_images(name, split, data_dir)
     rows: Any = builder.as_data_source(split=split)
-    images = np.stack([np.asarray(row[picture], np.uint8) for row in rows])
+    images = np.stack([as_bytes(row[picture]) for row in rows])
     labels = np.array([row[label] for row in rows], np.int32)
     return images, labels, int(builder.info.features[label].num_classes)
 
@@ -215,6 +219,9 @@ def read_picture(path: epath.Path) -> Any:
 
     try:
         picture = Image.open(io.BytesIO(path.read_bytes()))
+        if picture.mode.startswith("I"):
+            # Pillow cuts greys of 16 bits off at 255; those of a file of that kind go to 65,535.
+            picture = Image.fromarray(as_bytes(np.asarray(picture).clip(0).astype(np.uint16)))
         if "A" in picture.getbands() or "transparency" in picture.info:
             picture = picture.convert("RGBA")
             ground = Image.new("RGBA", picture.size, "white")
@@ -222,6 +229,31 @@ def read_picture(path: epath.Path) -> Any:
         return picture.convert("RGB")
     except (Image.UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
         raise ValueError(f"{path} is not a readable image: {error}") from None
+
+
+def check_numbers(numbers: np.ndarray, count: int, name: str) -> None:
+    """Refuses what are not integers from 0 to count - 1, without jax, which files need not."""
+    if numbers.size and not np.issubdtype(numbers.dtype, np.integer):
+        raise TypeError(f"{name}: expected integers, got {numbers.dtype}")
+    wrong = np.flatnonzero((numbers < 0) | (numbers >= count))
+    if wrong.size:
+        got = f"{numbers[wrong[0]]} at {wrong[0]}"
+        raise ValueError(f"{name}: expected 0 to {count - 1}, got {got}")
+
+
+def as_bytes(pixels: Any) -> np.ndarray:
+    """Pixels of 8 or 16 bits as uint8.
+
+    Raises:
+      TypeError: they have another type, whose range nobody knows.
+    """
+    pixels = np.asarray(pixels)
+    if pixels.dtype == np.uint16:
+        # 65,535 is 255 and half-way is half-way: the nearest of pixels / 257.
+        return ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    if pixels.dtype != np.uint8:
+        raise TypeError(f"pixels: expected uint8 or uint16, got {pixels.dtype}")
+    return pixels
 
 
 def _decode(paths: Sequence[epath.Path], images: np.ndarray) -> None:

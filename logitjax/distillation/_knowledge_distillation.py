@@ -5,7 +5,17 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from logitjax.distillation._binary_kl import bernoulli_kl
-from logitjax.ops import Array, AxisName, Number, checks, log_softmax, logsumexp, psum
+from logitjax.ops import (
+    Array,
+    AxisName,
+    Number,
+    checks,
+    gradient_where,
+    log_softmax,
+    logsumexp,
+    masked_mean,
+    psum,
+)
 
 
 def _softened(
@@ -113,11 +123,12 @@ def decoupled_knowledge_distillation(
             class numbers of the whole.
 
     Returns:
-        float32 `[*batch]`.
+        float32 `[*batch]`. Under `jit`, nan where the label is none of the classes.
 
     Raises:
-        TypeError: logits are not floating point.
-        ValueError: different shapes, or a temperature that is not positive.
+        TypeError: logits are not floating point, or labels not integers.
+        ValueError: different shapes, a temperature that is not positive, or (outside of `jit`) a
+            label that is none of the classes.
 
     >>> z = jnp.array([[2.0, 0.0, -1.0]])
     >>> decoupled_knowledge_distillation(z, z, jnp.array([0])).round(5)
@@ -128,10 +139,16 @@ def decoupled_knowledge_distillation(
         released code masks the label by subtracting 1000 from its logit; here it is left out.
     """
     student, teacher = _softened(student_logits, teacher_logits, temperature)
-    classes = student.shape[-1]
+    classes = student.shape[checks.axis(-1, student.shape, "student_logits")]
+    labels = jnp.asarray(labels)
+    if labels.shape != student.shape[:-1]:
+        raise ValueError(f"labels: expected the shape {student.shape[:-1]}, got {labels.shape}")
+    shards = 1 if axis_name is None else jax.lax.axis_size(axis_name)
+    checks.ids(labels, classes * shards, "labels")
+    checks.where(vocab_where, student.shape, "vocab_where")
     first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * classes
     ids = first + jax.lax.broadcasted_iota(jnp.int32, student.shape, student.ndim - 1)
-    target = ids == jnp.asarray(labels)[..., None]
+    target = ids == labels[..., None]
     others = ~target if vocab_where is None else ~target & vocab_where
 
     def target_logit(logits: jax.Array) -> jax.Array:
@@ -141,9 +158,9 @@ def decoupled_knowledge_distillation(
 
     target_part = bernoulli_kl(target_logit(student), target_logit(teacher))
     other_part = _softmax_kl(student, teacher, others, -1, axis_name)
-    return jnp.square(jnp.asarray(temperature)) * (
-        target_weight * target_part + other_weight * other_part
-    )
+    loss = target_weight * target_part + other_weight * other_part
+    known = (labels >= 0) & (labels < classes * shards)
+    return jnp.where(known, jnp.square(jnp.asarray(temperature)) * loss, jnp.nan)
 
 
 def standardize_logits(
@@ -206,7 +223,9 @@ def _pearson_distance(a: jax.Array, b: jax.Array, keep: jax.Array, axis: int) ->
 
     a, b = centred(a), centred(b)
     square = jnp.square(a).sum(axis) * jnp.square(b).sum(axis)
-    norms = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
+    # Not `square > 0`: a nan has to stay one.
+    flat = square == 0
+    norms = jnp.where(flat, 0.0, jnp.sqrt(jnp.where(flat, 1.0, square)))
     return 1.0 - (a * b).sum(axis) / (norms + 1e-8)
 
 
@@ -237,14 +256,16 @@ def dist(
         inter_weight: beta of the paper (2 on ImageNet).
         intra_weight: gamma of the paper (2 on ImageNet).
         temperature: 1 on ImageNet, 4 on CIFAR.
-        where: the examples that count in the second term.
+        where: the examples that count in the second term; the others get no gradient.
 
     Returns:
-        float32 `[batch]`.
+        float32 `[batch]`. Classes at `-inf` in every example that counts, on both sides, are not
+        there.
 
     Raises:
-        TypeError: logits are not floating point.
-        ValueError: different shapes, or a temperature that is not positive.
+        TypeError: logits are not floating point, or `where` not boolean.
+        ValueError: logits that are not `[batch, classes]`, different shapes, or a temperature that
+            is not positive.
 
     >>> z = jnp.array([[2.0, 0.0, -1.0], [0.0, 1.0, 0.5]])
     >>> dist(z, z).round(5)
@@ -255,10 +276,17 @@ def dist(
         2205.10536), eqs. 7 to 10 and the released code.
     """
     student, teacher = _softened(student_logits, teacher_logits, temperature)
-    student, teacher = jax.nn.softmax(student), jax.nn.softmax(teacher)
-    everywhere = jnp.ones(student.shape, bool)
-    inter = _pearson_distance(student, teacher, everywhere, -1)
+    # Of logits of sequences the second term would correlate positions, not examples.
+    if student.ndim != 2 or not student.size:
+        raise ValueError(f"student_logits: expected [batch, classes], got shape {student.shape}")
+    there = jnp.ones(student.shape[:1], bool)
     if where is not None:
-        everywhere = everywhere & jnp.asarray(where)[:, None]
-    intra = _pearson_distance(student, teacher, everywhere, 0).mean()
+        checks.where(where, there.shape)
+        there = jnp.broadcast_to(where, there.shape)
+        student = gradient_where(student, there)
+    exist = (student != -jnp.inf) | (teacher != -jnp.inf)
+    student, teacher = jax.nn.softmax(student), jax.nn.softmax(teacher)
+    inter = _pearson_distance(student, teacher, exist, -1)
+    intra = _pearson_distance(student, teacher, jnp.broadcast_to(there[:, None], exist.shape), 0)
+    intra = masked_mean(intra, (there[:, None] & exist).any(0))
     return jnp.square(jnp.asarray(temperature)) * (inter_weight * inter + intra_weight * intra)

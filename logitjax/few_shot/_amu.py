@@ -138,7 +138,7 @@ class AMU(Method):
     def __post_init__(self) -> None:
         if self.initial not in ("features", "random", "zeros"):
             raise ValueError(
-                f"initial must be 'features', 'random' or 'zeros', got {self.initial!r}"
+                f"initial: expected 'features', 'random' or 'zeros', got {self.initial!r}"
             )
 
     @classmethod
@@ -152,7 +152,7 @@ class AMU(Method):
     def official(cls, *, uncertainty: str = "none", **options: Any) -> "AMU":
         """As in the released code; `uncertainty='moment'` is its kurtosis, left off there."""
         if uncertainty not in ("none", "moment"):
-            raise ValueError(f"uncertainty must be 'none' or 'moment', got {uncertainty!r}")
+            raise ValueError(f"uncertainty: expected 'none' or 'moment', got {uncertainty!r}")
         chosen = Uncertainty()
         if uncertainty == "moment":
             chosen = Uncertainty(measure="kurtosis", normalizer=OFFICIAL_NORMALIZER)

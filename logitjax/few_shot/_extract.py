@@ -12,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from logitjax import data, vision
 from logitjax.few_shot._feature_cache import FeatureCache, FeatureIdentity, Features
+from logitjax.ops import checks
 
 
 def encoder_views(
@@ -30,7 +31,7 @@ def encoder_views(
     """
     kind, _, count = spec.partition(":")
     if kind not in ("plain", "random") or (kind == "random") != count.isdigit():
-        raise ValueError(f"views must be plain or random:COUNT, got {spec!r}")
+        raise ValueError(f"views: expected plain or random:COUNT, got {spec!r}")
     made: Any = {"fit": fit, "kind": kind}  # checked there
     return data.ImageViews(
         size=encoder.preprocessing.size,
@@ -91,8 +92,12 @@ def extract_features(
         rows_per_shard: Pictures a file.
 
     Raises:
-        ValueError: The directory holds the features of something else; it says which part differs.
+        TypeError: Rows that are not integers, such as a mask.
+        ValueError: The directory holds the features of something else (it says which part differs),
+            or a row is none of the pictures.
     """
+    chosen = np.arange(len(images)) if rows is None else np.asarray(rows)
+    checks.ids(chosen, len(images), "rows")
     total = batch_size * views.count
     devices = jax.local_devices()
     used = next(n for n in range(len(devices), 0, -1) if total % n == 0)
@@ -119,7 +124,7 @@ def extract_features(
 
         cache = FeatureCache(directory, _identity(encoder, images, views, dtype=dtype))
         cache.fill(
-            np.arange(len(images)) if rows is None else rows,
+            chosen,
             compute,
             batch_size=batch_size,
             rows_per_shard=rows_per_shard,

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from logitjax.ops import checks
 from logitjax.storage import ArrayCodec, Manifest, RowCache
 
 _KIND = "feature cache"
@@ -53,7 +54,7 @@ class FeatureIdentity:
 
     def __post_init__(self) -> None:
         if self.dtype not in _DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {self.dtype!r}")
+            raise ValueError(f"dtype: expected one of {', '.join(_DTYPES)}, got {self.dtype!r}")
 
     @property
     def bytes_per_row(self) -> int:
@@ -99,15 +100,17 @@ class _Codec:
                 wanted = f"[batch, {self._identity.num_views}, {size}]"
                 raise ValueError(f"{name}: expected {wanted}, got {shape}")
             parts.append(np.asarray(value, np.float32))
+        labels = np.asarray(computed.labels)[:count]
+        checks.ids(labels, len(self._identity.class_names), "labels")
         numbers = np.concatenate(parts, -1)[:count]
         with np.errstate(over="ignore"):
             stored = numbers.astype(_DTYPES[self._identity.dtype])
         if not np.isfinite(stored).all():
             raise ValueError(
-                f"{self._identity.encoder}: values up to {np.abs(numbers).max():g} cannot be "
-                f"stored as {self._identity.dtype}"
+                f"features: expected values that {self._identity.dtype} holds, got up to "
+                f"{np.abs(numbers).max():g} from {self._identity.encoder}"
             )
-        return self._arrays.encode({"label": computed.labels, "numbers": stored}, count)
+        return self._arrays.encode({"label": labels, "numbers": stored}, count)
 
     def decode(self, records: Sequence[bytes]) -> Features:
         stored = self._arrays.decode(records)

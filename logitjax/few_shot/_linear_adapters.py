@@ -16,6 +16,7 @@ from logitjax.few_shot._method import (
     needed,
     one_hot,
     unit_rows,
+    without_zero_shot,
 )
 from logitjax.losses import cross_entropy
 from logitjax.ops import Array, Number, checks
@@ -149,7 +150,7 @@ class LinearProbe(Method):
     def bias(self, state: State, inputs: Inputs) -> jax.Array:
         features = needed(getattr(inputs, self.source), self.source, self)
         own = self.scale * features @ state.trained["kernel"] + state.trained["bias"]
-        return own - inputs.zero_shot
+        return without_zero_shot(own, inputs.zero_shot)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -179,7 +180,7 @@ class CrossModal(Method):
 
     def bias(self, state: State, inputs: Inputs) -> jax.Array:
         features = needed(inputs.features, "features", self)
-        return self.scale * features @ state.trained - inputs.zero_shot
+        return without_zero_shot(self.scale * features @ state.trained, inputs.zero_shot)
 
     def loss(self, state: State, inputs: Inputs, labels: Any) -> jax.Array:
         text = self.scale * state.fixed.T @ state.trained
@@ -291,4 +292,4 @@ class LPPlusPlus(Method):
             state.trained["blend"],
             state.trained["bias"],
         )
-        return own - inputs.zero_shot
+        return without_zero_shot(own, inputs.zero_shot)

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Float, Int
 
 from logitjax.losses import cross_entropy
@@ -66,12 +67,34 @@ class FewShotTask:
     def num_classes(self) -> int:
         return self.support.zero_shot.shape[-1]
 
+    def check(self) -> None:
+        """Refuses labels that do not fit the images or the classes, and no labels at all.
+
+        Raises:
+            TypeError: The labels are not integers.
+            ValueError: Not one label for each image, a label that is neither a class nor -1, or no
+                image that is there.
+        """
+        images, labels = np.shape(self.support.zero_shot)[:-1], np.shape(self.labels)
+        count = labels[-1] if labels else 0
+        if not labels or images != (*labels[:-1], self.views * count):
+            raise ValueError(
+                f"labels: expected one for each of {images} images in {self.views} views, "
+                f"got shape {labels}"
+            )
+        if not count:
+            raise ValueError("labels: expected at least one labelled image, got none")
+        given = self.labels if hasattr(self.labels, "dtype") else np.asarray(self.labels)
+        checks.ids(given, self.num_classes, "labels", least=-1)
+
     def mean_view(self, name: str, method: Any) -> jax.Array:
         """`[n, features]` of the encoder `name`: means over views, of length one again.
 
         Raises:
-            ValueError: The images have no such features; the error names who needs them.
+            ValueError: The images have no such features (the error names who needs them), or what
+                `check` refuses.
         """
+        self.check()
         features = needed(getattr(self.support, name), name, method)
         if self.views == 1:
             return features
@@ -130,8 +153,13 @@ def unit_rows(values: Float[Array, "*batch features"]) -> Float[jax.Array, "*bat
            [0. , 0. ]], dtype=float32)
     """
     values = checks.as_float(values, "values")
+    # Squares of 1e-25 vanish in float32, and those of 1e25 overflow.
+    size = jax.lax.stop_gradient(jnp.abs(values).max(-1, keepdims=True))
+    # Not `size > 0`: a row with a nan has to stay one.
+    none = size == 0
+    values = values / jnp.where(none, 1.0, size)
     square = jnp.square(values).sum(-1, keepdims=True)
-    return jnp.where(square > 0, values / jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
+    return values / jnp.sqrt(jnp.where(none, 1.0, square))
 
 
 def zero_shot_logits(
@@ -167,7 +195,8 @@ def z_score(logits: Float[Array, "*batch classes"]) -> Float[jax.Array, "*batch 
 
     The scale of a linear predictor, and whatever all its classes share, then mean nothing. A row of
     equal logits becomes zeros and gets no gradient (the released code divides by 0 there). Of two
-    classes it leaves the order alone, without a gradient.
+    classes it leaves the order alone, without a gradient. A class at `-inf` is not there, and
+    becomes 0.
     `distillation.standardize_logits` is the form for distillation, which adds to the deviation.
 
     ::
@@ -179,10 +208,29 @@ def z_score(logits: Float[Array, "*batch classes"]) -> Float[jax.Array, "*batch 
            [ 0.,  0.,  0.]], dtype=float32)
     """
     logits = checks.as_float(logits, "logits")
-    deviation = logits - logits.mean(-1, keepdims=True)
-    variance = jnp.square(deviation).sum(-1, keepdims=True) / max(logits.shape[-1] - 1, 1)
-    inverse = jnp.where(variance > 0, jax.lax.rsqrt(jnp.where(variance > 0, variance, 1.0)), 0.0)
-    return deviation * inverse
+    deviation, count = centred(logits, logits != -jnp.inf)
+    variance = jnp.square(deviation).sum(-1, keepdims=True) / jnp.maximum(count - 1, 1)
+    flat = variance == 0
+    return deviation * jnp.where(flat, 0.0, jax.lax.rsqrt(jnp.where(flat, 1.0, variance)))
+
+
+def centred(values: jax.Array, there: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Deviations from the mean of the entries that are there, 0 elsewhere; and how many there are.
+
+    Twice: the first mean is as rough as what all of a row's entries share is large.
+    """
+    count = there.sum(-1, keepdims=True)
+    for _ in range(2):
+        values = jnp.where(there, values, 0.0)
+        mean = values.sum(-1, keepdims=True) / jnp.maximum(count, 1)
+        values = jnp.where(there, values - mean, 0.0)
+    return values, count
+
+
+def without_zero_shot(own: jax.Array, zero_shot: Array) -> jax.Array:
+    """The bias that makes `own` of the zero-shot logits; 0 for a class at `-inf`, which stays."""
+    there = jnp.asarray(zero_shot) != -jnp.inf
+    return jnp.where(there, own - jnp.where(there, zero_shot, 0.0), 0.0)
 
 
 def class_means(
@@ -206,7 +254,11 @@ def one_hot(labels: Any, num_classes: int, dtype: Any = jnp.float32) -> jax.Arra
 
 
 def needed(value: Any, name: str, method: Any) -> jax.Array:
-    """`value`, or an error that says which method misses it."""
+    """`value`, rows of length one if these are features; an error says which method misses it."""
     if value is None:
-        raise ValueError(f"{name}: {type(method).__name__} expects it, got None")
-    return checks.as_float(value, name)
+        raise ValueError(f"{name}: expected an array, for {type(method).__name__}, got None")
+    found = checks.as_float(value, name)
+    if name in ("features", "auxiliary"):
+        # The cosines of Tip-Adapter are exponents: those of longer rows are all nan.
+        checks.unit_rows(value, name)
+    return found

@@ -14,6 +14,7 @@ from logitjax.few_shot._amu import AMU
 from logitjax.few_shot._method import FewShotTask, Inputs, Method, State
 from logitjax.few_shot._train import Recipe, batch_order, fit
 from logitjax.losses import cross_entropy
+from logitjax.ops import checks
 from logitjax.training import Program
 
 # Held-out images that are scored at a time.
@@ -115,8 +116,10 @@ def sweep(
         `auxiliary_accuracy`, that of the bias alone.
 
     Raises:
-        ValueError: A grid with an unknown name or columns of different lengths, or runs with
-            different numbers of images.
+        TypeError: Labels that are not integers.
+        ValueError: A grid with an unknown name, columns of different lengths or no settings; runs
+            with different numbers of images, or with none; labels that do not fit the images or the
+            classes.
 
     >>> from logitjax.few_shot.methods import TipAdapter
     >>> images = Inputs(zero_shot=jnp.zeros((1, 3, 3)), features=jnp.eye(3)[None])
@@ -128,9 +131,18 @@ def sweep(
     """
     columns = {name: np.asarray(column, np.float32) for name, column in (grid or {}).items()}
     lengths = {len(column) for column in columns.values()} or {1}
-    if len(lengths) > 1:
+    if len(lengths) > 1 or 0 in lengths:
         raise ValueError(f"grid: expected columns of one length, got {sorted(lengths)}")
     labels = np.asarray(task.labels)
+    if labels.ndim != 2 or not len(labels):
+        raise ValueError(f"labels: expected [runs, images], got shape {labels.shape}")
+    task.check()
+    for name, (images, known) in held_out.items():
+        known, shape = np.asarray(known), np.shape(images.zero_shot)[:-1]
+        if known.shape != shape:
+            raise ValueError(f"held_out: expected {shape} labels of {name!r}, got {known.shape}")
+        # What is negative does not count.
+        checks.ids(np.maximum(known, -1), task.num_classes, f"held_out[{name!r}]", least=-1)
     counts = set((labels >= 0).sum(1).tolist())
     if len(counts) > 1 or (labels[:, : min(counts)] < 0).any():
         raise ValueError(
@@ -325,19 +337,25 @@ def _score(
             return run(state, inputs)
         return jax.lax.map(lambda x: run(state, x), inputs, batch_size=batch_size)
 
+    def right(logits: jax.Array) -> jax.Array:
+        # The largest of logits with a nan is the first nan, and may be the label by chance.
+        return share((logits.argmax(-1) == labels) & ~jnp.isnan(logits).any(-1))
+
     logits = in_batches(method.logits)
     scores = {
-        "accuracy": share(logits.argmax(-1) == labels),
+        "accuracy": right(logits),
         "cross_entropy": share(cross_entropy(logits, jnp.where(known, labels, 0))),
     }
     if isinstance(method, AMU):
         alone = in_batches(method.auxiliary_logits)
-        scores["auxiliary_accuracy"] = share(alone.argmax(-1) == labels)
+        scores["auxiliary_accuracy"] = right(alone)
     return scores
 
 
 def best_setting(scores: Mapping[str, np.ndarray]) -> np.ndarray:
     """Of every run the setting with the best accuracy, of equal ones that of lower cross-entropy.
+
+    A setting with a score that is nan is none: its logits were not numbers.
 
     Args:
         scores: Scores of validation images, as :func:`sweep` returns them; never of test images.
@@ -345,10 +363,25 @@ def best_setting(scores: Mapping[str, np.ndarray]) -> np.ndarray:
     Returns:
         `[runs]` numbers of settings.
 
+    Raises:
+        ValueError: A run without a setting of which both scores are numbers.
+
     >>> scores = {"accuracy": np.array([[0.5, 0.8, 0.8]]), "cross_entropy": np.array([[1, 3, 2]])}
     >>> best_setting(scores)
     array([2])
     """
     accuracy, entropy = np.asarray(scores["accuracy"]), np.asarray(scores["cross_entropy"])
-    tied = accuracy >= accuracy.max(-1, keepdims=True)
-    return np.where(tied, np.nan_to_num(entropy, nan=np.inf), np.inf).argmin(-1)
+    if accuracy.ndim != 2 or not accuracy.shape[1] or accuracy.shape != entropy.shape:
+        raise ValueError(
+            "scores: expected [runs, settings] of both, got accuracies "
+            f"{accuracy.shape} and cross-entropies {entropy.shape}"
+        )
+    numbers = ~(np.isnan(accuracy) | np.isnan(entropy))
+    if not numbers.any(-1).all():
+        run = int(np.flatnonzero(~numbers.any(-1))[0])
+        raise ValueError(f"scores: expected a setting without nan in each run, got none in {run}")
+    accuracy = np.where(numbers, accuracy, -np.inf)
+    tied = accuracy == accuracy.max(-1, keepdims=True)
+    entropy = np.where(tied, entropy, np.inf)
+    # Of equal ones, even at infinity, one that is tied.
+    return np.where(tied, entropy == entropy.min(-1, keepdims=True), False).argmax(-1)

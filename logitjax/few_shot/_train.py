@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 from jaxtyping import Int
 
 from logitjax.few_shot._method import FewShotTask, Method, State
-from logitjax.ops import Array
+from logitjax.ops import Array, checks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,7 @@ class Recipe:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", *(["steps"] if self.steps is not None else [])):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
 
     @classmethod
     def published(cls, method: str) -> "Recipe":
@@ -63,11 +64,17 @@ class Recipe:
             "cross_modal": dict(steps=12_800, warmup=50, eps=1e-8),
         }
         if method not in known:
-            raise ValueError(f"method must be one of {', '.join(known)}, got {method!r}")
+            raise ValueError(f"method: expected one of {', '.join(known)}, got {method!r}")
         return cls(**known[method])
 
     def batches(self, num_examples: int) -> int:
-        """Batches of an epoch."""
+        """Batches of an epoch.
+
+        Raises:
+            ValueError: There is no image.
+        """
+        if num_examples < 1:
+            raise ValueError(f"num_examples: expected at least one image, got {num_examples}")
         return -(-num_examples // min(self.batch_size, num_examples))
 
     def total_steps(self, num_examples: int) -> int:
@@ -113,11 +120,14 @@ def batch_order(
     Returns:
         int32 `[steps, batch]`; -1 fills up short batches.
 
+    Raises:
+        ValueError: No labelled image.
+
     >>> order = batch_order(0, 5, Recipe(epochs=1, batch_size=2))
     >>> order.shape, sorted(order.ravel().tolist())
     ((3, 2), [-1, 0, 1, 2, 3, 4])
     """
-    batch, batches = min(training.batch_size, num_examples), training.batches(num_examples)
+    batches, batch = training.batches(num_examples), min(training.batch_size, num_examples)
     steps = training.total_steps(num_examples)
     epochs = -(-steps // batches)
     order = np.full((epochs, batches * batch), -1, np.int32)
@@ -154,6 +164,11 @@ def fit(
     Returns:
         The trained state and the loss of every step, `[steps]` (0 where it has not come to it).
 
+    Raises:
+        TypeError: Labels or an order that are not integers.
+        ValueError: Labels that do not fit the images or the classes, no labelled image, or (outside
+            of `jit`) rows of the order that are no labelled images.
+
     >>> from logitjax import few_shot
     >>> images = few_shot.Inputs(zero_shot=jnp.zeros((4, 3)), features=jnp.eye(4))
     >>> task = FewShotTask(support=images, labels=jnp.arange(4) % 3)
@@ -163,6 +178,8 @@ def fit(
     >>> bool(losses[-1] < losses[0])
     True
     """
+    task.check()
+    _check_order(order, task)
     prepared = method.prepare(task.support)
     support, labels, rows_of_step = jax.tree.map(jnp.asarray, (prepared, task.labels, order))
     count = len(labels)
@@ -179,7 +196,7 @@ def fit(
             if full:
                 return values.mean()
             real = rows >= 0
-            return jnp.where(real, values, 0.0).sum() / real.sum()
+            return jnp.where(real, values, 0.0).sum() / jnp.maximum(real.sum(), 1)
 
         loss, gradient = jax.value_and_grad(mean_loss)(trained)
         updates, opt_state = tx.update(gradient, opt_state, trained)
@@ -199,3 +216,19 @@ def fit(
         carry = (start, jnp.zeros(len(rows_of_step), kind))
         (trained, _), losses = jax.lax.fori_loop(0, total, body, carry)
     return State(trained, state.fixed), losses
+
+
+def _check_order(order: Any, task: FewShotTask) -> None:
+    """Refuses rows that are not there, where both can be looked at."""
+    order = order if hasattr(order, "dtype") else np.asarray(order)
+    if order.ndim != 2 or not order.size:
+        raise ValueError(f"order: expected [steps, batch], got shape {order.shape}")
+    checks.ids(order, len(task.support), "order", least=-1)
+    if isinstance(order, Tracer) or isinstance(task.labels, Tracer):
+        return
+    order, labels = np.asarray(order), np.asarray(task.labels)
+    absent = (order >= 0) & (labels[order % len(labels)] < 0)
+    if absent.any():
+        step, place = (int(axis[0]) for axis in np.nonzero(absent))
+        row = order[step, place]
+        raise ValueError(f"order: expected rows with a label, got {row} at {(step, place)}")

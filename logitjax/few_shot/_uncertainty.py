@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from logitjax.few_shot._method import z_score
+from logitjax.few_shot._method import centred, z_score
 from logitjax.ops import Array, Number, checks
 
 Measure = Literal["none", "kurtosis", "entropy", "max", "margin", "top5", "energy", "std"]
@@ -36,8 +36,8 @@ class Uncertainty:
     z is :func:`z_score`. The kurtosis of probabilities grows with the number of classes K (one-hot:
     about K), so a fixed normaliser makes beta mean something else on every data set;
     `'classes'`, K / 4, is 250 at K = 1000 and does not. The kurtosis of logits is 2 to 3 for any
-    K and hardly depends on how sure the classifier is. A class at `-inf` has probability 0;
-    measures of logits want finite ones, `max` and `energy` positive ones.
+    K and hardly depends on how sure the classifier is. A class at `-inf` is not there and not
+    counted in K; of logits, `max` and `energy` want positive ones.
 
     Attributes:
         measure: A row of the table.
@@ -55,12 +55,14 @@ class Uncertainty:
 
     def __post_init__(self) -> None:
         if self.measure not in _MEASURES:
-            raise ValueError(f"measure must be one of {', '.join(_MEASURES)}, got {self.measure!r}")
+            raise ValueError(
+                f"measure: expected one of {', '.join(_MEASURES)}, got {self.measure!r}"
+            )
         if self.of not in ("probabilities", "logits"):
-            raise ValueError(f"of must be 'probabilities' or 'logits', got {self.of!r}")
+            raise ValueError(f"of: expected 'probabilities' or 'logits', got {self.of!r}")
         if isinstance(self.normalizer, str) and self.normalizer != "classes":
             raise ValueError(
-                f"normalizer must be a number, 'classes' or None, got {self.normalizer!r}"
+                f"normalizer: expected a number, 'classes' or None, got {self.normalizer!r}"
             )
 
 
@@ -99,31 +101,35 @@ def uncertainty_weight(
     classes = logits.shape[-1]
     if measure == "none":
         return jnp.ones((*logits.shape[:-1], 1), logits.dtype)
+    there = logits != -jnp.inf
+    count = there.sum(-1, keepdims=True)
     if measure == "entropy":
         log_p = jax.nn.log_softmax(logits)
         # A class without mass has no part in the entropy.
-        terms = jnp.where(log_p > -jnp.inf, jnp.exp(log_p) * log_p, 0.0)
-        return jnp.exp(-rho * terms.sum(-1, keepdims=True) / jnp.log(classes))
+        terms = jnp.where(there, jnp.exp(log_p) * jnp.where(there, log_p, 0.0), 0.0)
+        most = jnp.log(jnp.maximum(count, 2))
+        return jnp.exp(-rho * terms.sum(-1, keepdims=True) / most)
     x = jax.nn.softmax(logits) if config.of == "probabilities" else logits
     if measure == "std":
-        return jnp.std(x, -1, ddof=1, keepdims=True)
+        deviation, _ = centred(x, there)
+        return jnp.sqrt(jnp.square(deviation).sum(-1, keepdims=True) / jnp.maximum(count - 1, 1))
     if measure == "kurtosis":
-        # Centred twice: the first mean is as rough as what all of a row's logits share is large.
-        centred = x - x.mean(-1, keepdims=True)
-        level = (z_score(centred) ** 4).mean(-1, keepdims=True)
+        fourth = z_score(jnp.where(there, x, -jnp.inf)) ** 4
+        level = fourth.sum(-1, keepdims=True) / jnp.maximum(count, 1)
         if config.normalizer is not None:
-            by = classes / 4 if isinstance(config.normalizer, str) else config.normalizer
+            by = count / 4 if isinstance(config.normalizer, str) else config.normalizer
             level = level / by
         return level**-rho
     top = x.max(-1, keepdims=True)
     if measure == "max":
         level = top
     elif measure == "margin":
-        level = top - x.min(-1, keepdims=True)
+        level = top - x.min(-1, keepdims=True, where=there, initial=jnp.inf)
     elif measure == "top5":
         if classes < 5:
-            raise ValueError(f"measure 'top5' expects at least 5 classes, got {classes}")
+            raise ValueError(f"zero_shot: expected at least 5 classes for 'top5', got {classes}")
         level = top - jax.lax.top_k(x, 5)[0][..., -1:]
     else:
-        level = 2.0 * (jnp.log(jnp.exp((x - top) / 2.0).sum(-1, keepdims=True)) + top)
+        parts = jnp.where(there, jnp.exp((x - top) / 2.0), 0.0)
+        level = 2.0 * (jnp.log(parts.sum(-1, keepdims=True)) + top)
     return level**-rho

@@ -1,12 +1,22 @@
-"""Argument checks at trace time: each error names the argument, what was expected and what came."""
+"""Argument checks: each error names the argument, what was expected and what came.
 
+Shapes and types are looked at wherever a function is called. Values are looked at outside of `jit`
+alone, and only where that is cheap: in arrays of numpy, and in those of a device up to
+`MOST_FETCHED` entries. Nothing else is fetched, so no step ever waits for a check of its logits.
+"""
+
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from logitjax.ops._types import Array
+
+#: Entries of a device's array that a check may fetch: labels of a batch, not its logits.
+MOST_FETCHED = 2**18
 
 
 def as_float(
@@ -36,6 +46,52 @@ def axis(axis: int, shape: tuple[int, ...], name: str) -> int:
     if not shape[axis]:
         raise ValueError(f"{name}: expected at least one entry along axis {axis}, got {shape}")
     return axis % ndim
+
+
+def ids(values: Any, count: int, name: str, *, least: int = 0) -> None:
+    """Checks integers, and that those that can be looked at are `least` to `count - 1`."""
+    if not jnp.issubdtype(values.dtype, jnp.integer):
+        raise TypeError(f"{name}: expected integers, got {values.dtype}")
+    held = _held(values)
+    if held is not None:
+        _refuse(held, (held < least) | (held >= count), name, f"{least} to {count - 1}")
+
+
+def values(values: Any, fine: Callable[[np.ndarray], np.ndarray], name: str, expected: str) -> None:
+    """Checks numbers that can be looked at, each for itself."""
+    held = _held(values)
+    if held is not None:
+        _refuse(held, ~fine(held), name, expected)
+
+
+def unit_rows(values: Any, name: str) -> None:
+    """Checks that rows that can be looked at have length one; a row of zeros stands for none."""
+    held = _held(values)
+    if held is None:
+        return
+    length = np.sqrt(np.square(held.astype(np.float32)).sum(-1))
+    # Rows that a cache held in half precision are off by a thousandth.
+    wrong = ~(np.abs(length - 1) <= 1e-2) & (length != 0)
+    _refuse(length, wrong, name, "rows of length one")
+
+
+def _held(values: Any) -> np.ndarray | None:
+    """Values on the host, where looking at them costs nothing; else None."""
+    if isinstance(values, np.ndarray):
+        return values
+    fetched = isinstance(values, jax.Array) and not isinstance(values, Tracer)
+    if fetched and values.size <= MOST_FETCHED and values.is_fully_addressable:
+        return np.asarray(values)
+    return None
+
+
+def _refuse(values: np.ndarray, wrong: np.ndarray, name: str, expected: str) -> None:
+    """Raises with the first offending index, if there is one."""
+    if wrong.any():
+        place = tuple(int(axis[0]) for axis in np.nonzero(wrong)) if wrong.ndim else ()
+        at = f" at {place[0] if len(place) == 1 else place}" if place else ""
+        got = values[place] if np.issubdtype(values.dtype, np.integer) else f"{values[place]:.4g}"
+        raise ValueError(f"{name}: expected {expected}, got {got}{at}")
 
 
 def same_shape(first: Array, second: Array, first_name: str, second_name: str) -> None:
@@ -78,6 +134,6 @@ def vocabulary_unsharded(values: jax.Array, name: str, operation: str) -> None:
     spec = jax.typeof(values).sharding.spec
     if len(spec) == values.ndim and values.ndim and spec[-1] is not None:
         raise ValueError(
-            f"{name} is sharded over {spec[-1]!r} along its vocabulary: a {operation} needs "
-            f"axis_name={spec[-1]!r} inside jax.shard_map, or an unsharded vocabulary"
+            f"{name}: expected an unsharded vocabulary, or axis_name={spec[-1]!r} inside "
+            f"jax.shard_map, for a {operation}; got one sharded over {spec[-1]!r}"
         )

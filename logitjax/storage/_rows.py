@@ -66,7 +66,7 @@ class ArrayCodec:
         parts = []
         for name, (dtype, shape) in self.fields.items():
             array = computed[name] if isinstance(computed, Mapping) else getattr(computed, name)
-            array = np.asarray(array)
+            array = _fitting(np.asarray(array), dtype, name)
             if array.shape[1:] != shape or len(array) < count:
                 wanted = ", ".join(["batch", *map(str, shape)])
                 raise ValueError(f"{name}: expected [{wanted}], got {array.shape}")
@@ -181,7 +181,7 @@ class RowCache:
 
     def missing(self, rows: Rows) -> np.ndarray:
         """Which of these rows are not there, ascending; -1 is never missing."""
-        wanted = np.unique(np.asarray(rows, np.int64))
+        wanted = np.unique(_row_numbers(rows))
         return np.setdiff1d(wanted[wanted >= 0], self.row_numbers)
 
     def read(self, rows: Rows) -> Any:
@@ -190,7 +190,7 @@ class RowCache:
         Raises:
             ValueError: The cache lacks a row, or a record is damaged.
         """
-        rows = np.asarray(rows, np.int64)
+        rows = _row_numbers(rows)
         lacking = self.missing(rows)
         if len(lacking) or (len(rows) and rows.min() < 0):
             first = lacking[0] if len(lacking) else rows.min()
@@ -228,7 +228,7 @@ class RowCache:
             process_index: Which share of the parts to write.
             process_count: Among how many.
         """
-        wanted = np.unique(np.asarray(rows, np.int64))
+        wanted = np.unique(_row_numbers(rows, least=0))
         # Cut from all wanted rows, so that parts stay the same whatever is there already.
         cuts = range(0, len(wanted), rows_per_shard)
         mine = [wanted[i : i + rows_per_shard] for i in cuts][process_index::process_count]
@@ -253,7 +253,7 @@ class RowCache:
 
     def add(self, rows: Rows, computed: Any) -> None:
         """Writes what was computed of these rows as one part."""
-        rows = np.asarray(rows, np.int64)
+        rows = _row_numbers(rows, least=0)
         self._write_part(rows, [(computed, len(rows))], lambda count: None)
 
     def _write_part(self, rows: np.ndarray, batches: Any, written: Callable[[int], Any]) -> None:
@@ -266,6 +266,30 @@ class RowCache:
         part = {"rows": _ranges(rows), "shard": shard}
         write_atomic(self.directory / f"{name}.json", json.dumps(part))
         self._added = True  # read when somebody asks: to look at all parts after each is slow
+
+
+def _row_numbers(rows: Rows, *, least: int | None = None) -> np.ndarray:
+    """Rows as int64; a mask of rows is not their numbers, nor is a row counted from the end."""
+    given = np.asarray(rows)
+    if given.size and not np.issubdtype(given.dtype, np.integer):
+        raise TypeError(f"rows: expected integers, got {given.dtype}")
+    if least is not None and given.size and given.min() < least:
+        place = int((given < least).argmax())
+        raise ValueError(f"rows: expected {least} or more, got {given.ravel()[place]} at {place}")
+    return given.astype(np.int64)
+
+
+def _fitting(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """The array, if what it holds are integers of an integer type it is to be stored in."""
+    if not np.issubdtype(dtype, np.integer) or array.dtype == bool or array.dtype == dtype:
+        return array
+    if not np.issubdtype(array.dtype, np.integer):
+        raise TypeError(f"{name}: expected integers, for {dtype}, got {array.dtype}")
+    wrong = (array < np.iinfo(dtype).min) | (array > np.iinfo(dtype).max)
+    if wrong.any():
+        place = int(wrong.argmax())
+        raise ValueError(f"{name}: expected {dtype}, got {array.ravel()[place]} at {place}")
+    return array
 
 
 def _ahead(rows: np.ndarray, compute: Callable[[np.ndarray], Any], batch_size: int) -> Any:

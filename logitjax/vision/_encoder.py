@@ -89,7 +89,13 @@ class Encoder:
         Returns:
           Features, float32 ``[batch, num_features]``, not normalised; logits, float32
           ``[batch, num_classes]``, or None.
+
+        Raises:
+          TypeError: pixels that are no numbers.
+          ValueError: another shape, or (outside of ``jit``) pixels out of range; under ``jit``
+            their features are nan.
         """
+        self.preprocessing.check(images)
         return self._compiled("images", self._state, images)
 
     def features(

@@ -5,13 +5,16 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Float, Num
 
-from logitjax.ops import Array
+from logitjax.ops import Array, checks
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+# From a half, of floats that are to lie in 0..1: bicubic weights overshoot by less than a fifth.
+_FURTHEST = 1.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,7 +37,7 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         if self.resize < self.size:
-            raise ValueError(f"resize must be at least size ({self.size}), got {self.resize}")
+            raise ValueError(f"resize: expected at least size ({self.size}), got {self.resize}")
 
     def resized(self, size: int) -> "Preprocessing":
         """The same for pictures of another size, cut out of as much of the picture."""
@@ -43,8 +46,36 @@ class Preprocessing:
     def normalize(
         self, images: Num[Array, "*batch height width channels"]
     ) -> Float[jax.Array, "*batch height width channels"]:
-        """Whole numbers 0..255, or floats 0..1, to what the network takes."""
+        """Whole numbers 0..255, or floats 0..1, to what the network takes.
+
+        Interpolation may overshoot a little. What is further off becomes nan: floats of 0..255, or
+        whole numbers of 16 bits, would be pictures of nothing.
+
+        Raises:
+          TypeError: pixels that are no numbers.
+        """
         x: Any = jnp.asarray(images)
         if jnp.issubdtype(x.dtype, jnp.integer):
             x = x.astype(jnp.float32) / 255.0
-        return (x.astype(jnp.float32) - jnp.array(self.mean)) / jnp.array(self.std)
+        elif not jnp.issubdtype(x.dtype, jnp.floating):
+            raise TypeError(f"images: expected whole numbers or floats, got {x.dtype}")
+        x = x.astype(jnp.float32)
+        x = jnp.where(jnp.abs(x - 0.5) <= _FURTHEST, x, jnp.nan)
+        return (x - jnp.array(self.mean)) / jnp.array(self.std)
+
+    def check(self, images: Any) -> None:
+        """Refuses pictures that are none, as far as they can be looked at outside of `jit`.
+
+        Raises:
+          ValueError: another shape than ``[batch, height, width, 3]``, or pixels out of range.
+        """
+        if images.ndim != 4 or images.shape[-1] != len(self.mean) or 0 in images.shape:
+            raise ValueError(
+                f"images: expected [batch, height, width, {len(self.mean)}], got {images.shape}"
+            )
+        if images.dtype == np.uint8:
+            return
+        whole = jnp.issubdtype(images.dtype, jnp.integer)
+        low, high = (0, 255) if whole else (0.5 - _FURTHEST, 0.5 + _FURTHEST)
+        expected = "whole numbers 0 to 255" if whole else "floats 0 to 1"
+        checks.values(images, lambda x: (x >= low) & (x <= high), "images", expected)

@@ -80,8 +80,8 @@ def test_wrong_options_are_named():
             data.ImageViews(**(make | {name: value}))
     for options, message in [
         (dict(count=2), "1 for plain views, got 2"),
-        (dict(kind="random", count=0), "count must be at least 1"),
-        (dict(scale=(0.9, 0.5)), "scale must be two rising shares"),
+        (dict(kind="random", count=0), "count: expected at least 1"),
+        (dict(scale=(0.9, 0.5)), "scale: expected two rising shares"),
     ]:
         with pytest.raises(ValueError, match=message):
             data.ImageViews(**(make | options))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import signal
 
 import chex
@@ -185,8 +186,14 @@ def test_alpha_is_chosen_on_validation_and_losses_are_reported_as_such():
     assert "is WORSE" in text
     assert "dual_mlp against tuned single: +0.33 points" in text
     assert "NOT distinguishable" in text
-    gain, p = paired([0.5, 0.6, 0.7], [0.5, 0.6, 0.7])
-    assert (gain, p) == (0.0, 1.0)
+    # Differences without a variance: nothing to hold their mean against.
+    for second in ([0.5, 0.6, 0.7], [0.4, 0.5, 0.6]):
+        gain, p = paired([0.5, 0.6, 0.7], second)
+        assert gain == pytest.approx(0.5 - second[0])
+        assert math.isnan(p)
+    assert report.best_alpha([{"validation": [math.nan, 0.1]}]) == 1
+    with pytest.raises(ValueError, match=r"^validation: expected an accuracy of some alpha"):
+        report.best_alpha([{"validation": [math.nan]}])
 
 
 def test_mistakes_in_the_configuration_are_named(placed):

@@ -253,9 +253,12 @@ def test_what_cannot_be_stored_is_said(tmp_path):
     def large(rows):
         return dataclasses.replace(look(rows), features=np.full((1, VIEWS, FEATURES), 1e5))
 
-    with pytest.raises(ValueError, match=r"net: values up to 100000 cannot be stored as float16"):
+    with pytest.raises(
+        ValueError,
+        match=r"^features: expected values that float16 holds, got up to 100000 from net",
+    ):
         write(tmp_path / "c", identity(dtype="float16"), [0], large, batch_size=1)
-    with pytest.raises(ValueError, match="dtype must be one of float32, float16, got 'int8'"):
+    with pytest.raises(ValueError, match="dtype: expected one of float32, float16, got 'int8'"):
         identity(dtype="int8")
 
 
