@@ -3,7 +3,7 @@
     python -m experiments.leakage_audit --preset=demo --workdir=runs/leakage_audit
 
 puts the rules of an API (`--policy`, repeatable) in front of a model in this process, asks what
-can be asked, and writes `report.md`: hidden dimension, how much of the head leaked, queries and
+can be asked, and writes `report.md`: hidden width, how much of the head leaked, queries and
 values that took, what the policy costs honest users, and a verdict in words; with plots of the
 spectra and of leak against cost. Nothing but the model in this process is ever asked.
 
@@ -38,7 +38,7 @@ def run(config: Config, workdir: epath.Path) -> None:
             tasks += [(name, seed) for seed in range(config.seeds if random else 1)]
         for name, seed in processes.local_share(tasks):
             found = audit(name, seed)
-            said = ", ".join(f"{key} {found[key]}" for key in ("dimension", "leak", "kl"))
+            said = ", ".join(f"{key} {found.get(key)}" for key in ("width", "leak", "kl"))
             logging.info("%s, seed %d: %s", name, seed, said)
         processes.barrier("audited")
         if jax.process_index() == 0:

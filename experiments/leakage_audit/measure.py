@@ -42,16 +42,12 @@ def _from_rows(found: leakage.Audit) -> Record:
     assert found.utility is not None
     return {
         "prompts": found.prompts,
-        "dimension": found.dimension,
-        "max_gap": subspace.max_gap,
-        "restricted_gap": subspace.restricted_gap,
-        "above_edge": subspace.above_edge,
+        **_width(found),
         "leak": aligned.leak,
         "relative_rms": aligned.relative_rms,
         "max_angle": aligned.max_angle,
         "chance": aligned.chance,
         "spectrum": subspace.singular_values[:: max(1, found.prompts // 500)].tolist(),
-        "edge": subspace.noise_edge,
         **found.utility,
     }
 
@@ -70,13 +66,26 @@ def _through_bias(found: leakage.Audit, logits: np.ndarray) -> Record:
         # A bias of 30 nats does not lift these; they are asked for once more.
         "row_far": int((truth.max() - truth >= 30.0).sum()),
         "row_span": float(np.ptp(truth)),
-        "dimension": found.dimension,
         "leak": found.leak,
         "kl": 0.0,
         "top1": 1.0,
         "top5": 1.0,
     }
     if found.subspace is not None:
-        for name in ("max_gap", "restricted_gap", "gap"):
-            record[name] = getattr(found.subspace, name)
+        record |= _width(found)
     return record
+
+
+def _width(found: leakage.Audit) -> Record:
+    """The width as it is said and as numbers, and the published estimate."""
+    subspace = found.subspace
+    assert subspace is not None
+    width = subspace.width
+    return {
+        "width": str(width),
+        "lower": width.lower,
+        "estimate": width.estimate,
+        "upper": width.upper,
+        "reason": width.reason,
+        "max_gap": subspace.max_gap,
+    }

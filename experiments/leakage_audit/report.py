@@ -20,7 +20,7 @@ def verdict(group: Sequence[Mapping[str, Any]], width: int) -> str:
     if "row_error" in first:
         return leakage.verdict(first["leak"], row=(first["row_error"], first["row_queries"]))
     leak = sum(record["leak"] for record in group) / len(group)
-    return leakage.verdict(leak, loss=first["kl"], sees_width=first["dimension"] == width)
+    return leakage.verdict(leak, loss=first["kl"], sees_width=first.get("estimate") == width)
 
 
 def write(
@@ -60,7 +60,7 @@ def write(
 def _row(name: str, group: Sequence[Mapping[str, Any]], width: int) -> dict[str, Any]:
     return {
         "policy": name,
-        "dimension": spread(group, "dimension"),
+        "width": ", ".join(dict.fromkeys(r["width"] for r in group if "width" in r)) or None,
         "largest gap": spread(group, "max_gap"),
         "leak": spread(group, "leak"),
         "rms": spread(group, "relative_rms"),
@@ -77,17 +77,17 @@ def _bars(groups: Mapping[str, Any], rows: Rows) -> list[dict[str, Any]]:
         return []  # A smoke run's model is too small for them.
     found: list[dict[str, Any]] = []
 
-    def add(name: str, seen: float, promised: str, met: bool) -> None:
+    def add(name: str, seen: Any, promised: str, met: bool) -> None:
         found.append(bar(name, seen, promised, met))
 
     for record in groups.get("round_2", [])[:1]:
-        exact = record["dimension"] == rows.width
-        add("2 decimals: dimension", record["dimension"], f"= {rows.width}", exact)
+        exact = record["estimate"] == rows.width
+        add("2 decimals: width", record["width"], f"= {rows.width}", exact)
         rms = record["relative_rms"]
         add("2 decimals: relative rms", rms, "<= 0.01", rms <= 0.01)
     for record in groups.get("noise_0.3", [])[:1]:
-        off = abs(record["dimension"] / rows.width - 1)
-        add("noise 0.3: noise edge off by", off, "<= 0.02", off <= 0.02)
+        off = abs((record["estimate"] or 0) / rows.width - 1)
+        add("noise 0.3: estimate off by", off, "<= 0.02", off <= 0.02)
         wrong = abs(record["max_gap"] / rows.width - 1)
         add("noise 0.3: largest gap off by", wrong, "> 0.02", wrong > 0.02)
     for record in groups.get("top_5_bias", [])[:1]:

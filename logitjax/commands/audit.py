@@ -11,7 +11,7 @@ reported), `dummy_R_A`, `cap_C`. With `--url` a server on this machine is asked 
 `return_tokens_as_token_ids`, as ours and vLLM do. Only loopback addresses are asked: audits are of
 what one runs.
 
-WORKDIR/report.md has a line for each policy: hidden dimension, share of the head that is out, cost
+WORKDIR/report.md has a line for each policy: hidden width, share of the head that is out, cost
 in queries and to honest users, verdict. WORKDIR/recovered/POLICY.npz holds what was recovered:
 `basis` (the head's columns up to an invertible matrix), `tokens` (of its rows), `singular_values`,
 and `log_probs` where a row came back. Finished policies are not asked again. See docs/leakage.md.
@@ -186,10 +186,11 @@ def _audit(
         error = found.row.error_bound if found.row_error is None else found.row_error
         row = (error, found.row.queries)
     loss = None if found.utility is None else found.utility["kl"]
-    sees_width = truth is None or found.dimension == truth.head.shape[1]
+    width = None if found.subspace is None else found.subspace.width
+    sees_width = truth is None or (width is not None and width.estimate == truth.head.shape[1])
     return {
         "policy": name,
-        "dimension": found.dimension,
+        "width": None if width is None else str(width),
         "leak": found.leak,
         "queries": oracle.queries,
         "values": oracle.values,

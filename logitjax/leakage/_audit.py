@@ -26,8 +26,7 @@ class Audit:
 
     Attributes:
         prompts: Number of prompts whose values the subspace comes from, or of rows.
-        dimension: Estimate of the hidden dimension; None where too little was asked.
-        subspace: The recovered subspace; None without one.
+        subspace: The recovered subspace, with the hidden dimension as `width`; None without one.
         tokens: Tokens that the rows of its basis stand for; None for all.
         alignment: The subspace beside the true head, where that is known.
         utility: What honest users lose, where the truth is known; see `utility_loss`.
@@ -36,7 +35,6 @@ class Audit:
     """
 
     prompts: int
-    dimension: int | None = None
     subspace: OutputSubspace | None = None
     tokens: np.ndarray | None = None
     alignment: HeadAlignment | None = None
@@ -89,8 +87,8 @@ def audit(
     >>> logits = (hidden @ head.T).astype(np.float32)
     >>> oracle = LogitOracle(lambda tokens: logits[np.asarray(tokens)[:, 0]], LogitPolicy())
     >>> found = audit(oracle, np.arange(12)[:, None], 40, head=head, logits=logits)
-    >>> found.dimension, round(found.leak, 3)
-    (3, 1.0)
+    >>> print(found.subspace.width, round(found.leak, 3))
+    3 1.0
     """
     if oracle.policy.bias == "reported":
         return _through_bias(oracle, prompts, vocab_size, logits, corner)
@@ -98,13 +96,11 @@ def audit(
     # As many directions as the head has, whatever the estimate says: one Gram matrix does for both.
     known = None if head is None else min(head.shape[1], len(served) - 1)
     subspace = estimate_output_subspace(
-        served, noise=oracle.policy.noise, decimals=oracle.policy.decimals, dimension=known
+        served, noise=oracle.policy.noise or None, decimals=oracle.policy.decimals, dimension=known
     )
-    guess = subspace.restricted_gap if subspace.above_edge is None else subspace.above_edge
     some = slice(0, min(256, len(served)))
     return Audit(
         prompts=len(served),
-        dimension=guess,
         subspace=subspace,
         alignment=None if head is None else align_head(subspace.basis, head),
         utility=None if logits is None else utility_loss(_log_softmax(logits)[some], served[some]),
@@ -164,7 +160,6 @@ def _through_bias(oracle: Any, prompts: Any, vocab_size: int, logits: Any, corne
     subspace = estimate_output_subspace(corner_matrix(oracle, asked, columns, vocab_size))
     return Audit(
         prompts=len(asked),
-        dimension=subspace.dimension,
         subspace=subspace,
         tokens=columns,
         row=row,

@@ -29,7 +29,8 @@ def host_gram(rows: np.ndarray, *, centre: bool, block_size: int) -> np.ndarray:
     for start in range(0, vocab, block_size):
         block = rows[:, start : start + block_size].astype(np.float64)
         if centre:
-            block -= mean
+            with np.errstate(invalid="ignore"):  # The caller looks for infinities.
+                block -= mean
         # A transposed view is what Fortran reads without a copy.
         total = _dsyrk(1.0, block.T, beta=1.0, c=total, trans=True, lower=True, overwrite_c=True)
     return total + np.tril(total, -1).T

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from logitjax.leakage._dimension import spectrum_gaps
 from logitjax.leakage._gram import gram_matrix
 from logitjax.leakage._precision import in_float64
+from logitjax.leakage._spectrum import spectrum_gaps
 from logitjax.ops import Array
 
 

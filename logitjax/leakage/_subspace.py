@@ -1,6 +1,7 @@
 """The column space of an output head, and its width, from rows of logits."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -8,21 +9,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int, Key
+from jaxtyping import Bool, Float, Int, Key
 
-from logitjax.leakage._dimension import (
-    clip_spectrum,
-    max_gap_dimension,
-    noise_edge,
-    null_gap,
-    rounding_noise,
-    spectrum_gaps,
-)
 from logitjax.leakage._gram import cholesky_qr, gram_matrix, row_means
 from logitjax.leakage._host import host_gram, host_project, on_host
 from logitjax.leakage._known_basis import BasisFit, choose_tokens, rows_from_basis
 from logitjax.leakage._precision import in_float64
+from logitjax.leakage._residual import (
+    diffuse_edge,
+    finite_columns,
+    holds_vector,
+    rows_apart,
+    white_residual,
+)
 from logitjax.leakage._sketch import init_sketch, randomised_svd, sketch_basis, update_sketch
+from logitjax.leakage._spectrum import clip_spectrum, max_gap_dimension, rounding_noise
+from logitjax.leakage._width import Evidence, OutputWidth, judge_width
 from logitjax.ops import Array
 
 METHODS = ("auto", "gram", "sketch", "randomised")
@@ -35,32 +37,31 @@ class OutputSubspace:
     """What rows of logits tell of the head that made them.
 
     Attributes:
-      basis: ``[vocab, dimension]`` float32, orthonormal: the head is ``basis @ G``, G unknown.
+      basis: ``[vocab, dimension]`` float32, orthonormal: the head is ``basis @ G``, G unknown. Zero
+        for tokens that ``vocab_where`` leaves out.
+      width: the hidden dimension as an interval with its reason, or a refusal.
       singular_values: of the rows, falling; as many as the method finds.
-      dimension: the estimate of the hidden dimension that was used.
-      max_gap: the published estimate, looking everywhere.
-      restricted_gap: the same, beyond a twentieth of the rows.
-      above_edge: directions above the noise edge; None where no noise was named.
-      noise_edge: the largest singular value of the noise alone; None where none was named.
-      gap: nats, at ``dimension``; compare with `null_gap`.
+      vocab_where: ``[vocab]``, tokens whose values were finite in all rows.
       count: number of rows.
       method: what was computed.
     """
 
     basis: jax.Array
+    width: OutputWidth
     singular_values: np.ndarray
-    dimension: int
-    max_gap: int
-    restricted_gap: int
-    above_edge: int | None
-    noise_edge: float | None
-    gap: float
+    vocab_where: Bool[np.ndarray, " vocab"]
     count: int
     method: str
 
-    def null_gap(self, key: Key[jax.Array, ""], *, draws: int = 3) -> float:
-        """The largest gap of pure noise of this size, in nats: what `gap` has to exceed."""
-        return null_gap(self.count, len(self.basis), key, draws=draws)
+    @property
+    def dimension(self) -> int:
+        """Number of columns of the basis: what was asked for, else the estimate or lower bound."""
+        return self.basis.shape[1]
+
+    @property
+    def max_gap(self) -> int:
+        """The published estimate of the width, which answers whatever the rows are."""
+        return max_gap_dimension(self.singular_values)
 
     def choose_tokens(self, count: int) -> Int[np.ndarray, " count"]:
         """Tokens at which to ask, so that `complete` is well-conditioned.
@@ -84,12 +85,15 @@ class OutputSubspace:
           **options: ``unknown_shift`` and ``largest_condition`` of `rows_from_basis`.
 
         Returns:
-          `BasisFit`, whose ``rows`` are ``[n, vocab]``.
+          `BasisFit`, whose ``rows`` are ``[n, vocab]``, NaN where ``vocab_where`` is False.
 
         Raises:
           ValueError: fewer values than unknowns, or ill-conditioned ones: says what to do.
         """
-        return rows_from_basis(np.asarray(self.basis), tokens, values, **options)
+        if not self.vocab_where[np.asarray(tokens)].all():
+            raise ValueError("tokens: expected some that the basis knows, got one that was masked")
+        fit = rows_from_basis(np.asarray(self.basis), tokens, values, **options)
+        return dataclasses.replace(fit, rows=np.where(self.vocab_where, fit.rows, np.nan))
 
 
 @in_float64
@@ -97,7 +101,7 @@ def estimate_output_subspace(
     rows: Float[Array, "n vocab"],
     *,
     dimension: int | None = None,
-    noise: float = 0.0,
+    noise: float | None = None,
     decimals: int | None = None,
     centre: bool = True,
     method: str = "auto",
@@ -117,13 +121,18 @@ def estimate_output_subspace(
     - ``randomised``: SVD of rank ``max_rank`` with a power iteration, for noise and many rows.
 
     ``auto`` takes the Gram matrix up to 4,096 rows, else the sketch without noise and the
-    randomised SVD with it.
+    randomised SVD with it. Only the Gram matrix shows a whole spectrum, from which noise can be
+    fitted; the others give the width of exact rows.
+
+    The width is judged, not read off: everything beyond k directions has to be rounding, or white
+    noise of a fitted size (`OutputWidth`). A token with a NaN or an infinity in some row is left
+    out.
 
     Args:
-      rows: ``[n, vocab]``, n > h. They are never copied whole.
-      dimension: where the width is known, or to look at fewer directions.
-      noise: standard deviation of what the API adds to a value; decides the estimator: above
-        it the noise edge, without it the largest gap beyond a twentieth of the rows.
+      rows: ``[n, vocab]``, n > h. They are never copied whole, unless tokens are left out.
+      dimension: columns of the basis, where the width is known; it is judged all the same.
+      noise: standard deviation of what the API adds to a value, 0 for nothing, None if not known.
+        It is held against the rows, and refines what few rows say.
       decimals: to how many the API rounds a value, which is more noise.
       centre: see above; False for logits.
       method: as above.
@@ -135,82 +144,168 @@ def estimate_output_subspace(
       `OutputSubspace`.
 
     Raises:
-      ValueError: an unknown method, or a dimension that n rows cannot show.
+      ValueError: an unknown method, a dimension that n rows cannot show, or values that are not
+        finite in most tokens.
 
     References:
-      Carlini et al., 2024, section 4; Finlayson et al., 2024, section 4. The largest gap looks
-      everywhere there, which a real spectrum under noise defeats.
+      Carlini et al., 2024, section 4; Finlayson et al., 2024, section 4. Both read the width off
+      the largest gap, which answers n where n < h, and 1 on a real spectrum under noise.
 
     >>> rng = np.random.default_rng(0)
     >>> head, states = rng.standard_normal((50, 3)), rng.standard_normal((12, 3))
-    >>> estimate_output_subspace((states @ head.T).astype(np.float32), centre=False).dimension
-    3
+    >>> found = estimate_output_subspace((states @ head.T).astype(np.float32), centre=False)
+    >>> print(found.width, "|", found.width.reason)
+    3 | the rest is rounding
     """
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
     count, vocab = rows.shape
     if dimension is not None and not 1 <= dimension <= min(count, vocab):
         raise ValueError(f"{count} rows of {vocab} show no dimension {dimension}")
-    if noise < 0:
-        raise ValueError(f"noise must not be negative, got {noise}")
+    if noise is not None and not 0 <= noise < math.inf:
+        raise ValueError(f"noise: expected a number that is not negative, got {noise}")
     if decimals is not None:
-        noise = math.hypot(noise, rounding_noise(decimals))
-    rank = min(max(dimension or 0, max_rank or (count + 1) // 2), count, vocab)
-    key = jax.random.key(0) if key is None else key
+        noise = math.hypot(noise or 0.0, rounding_noise(decimals))
     if method == "auto":
         small = count <= GRAM_ROWS
         method = "gram" if small else ("randomised" if noise else "sketch")
-    if method == "gram":
-        values, basis_of = _by_gram(rows, centre, block_size)
-    elif method == "randomised":
-        values, basis_of = _randomised(rows, rank, key, centre)
-    else:
-        values, basis_of = _by_sketch(rows, rank, key, centre)
-    smallest = min(max(1, count // 20), len(values) - 1)
-    restricted = max_gap_dimension(values, smallest=smallest)
-    edge = noise_edge(noise, count, vocab) if noise else None
-    above = None if edge is None else int((clip_spectrum(values) > edge).sum())
-    found = dimension or (restricted if above is None else max(above, 1))
-    gaps = spectrum_gaps(values)
+    rank = min(max(dimension or 0, max_rank or (count + 1) // 2), count, vocab)
+    key = jax.random.key(0) if key is None else key
+    spectrum_of = {
+        "gram": lambda rows: _by_gram(rows, centre, block_size),
+        "randomised": lambda rows: _randomised(rows, rank, key, centre),
+        "sketch": lambda rows: _by_sketch(rows, rank, key, centre),
+    }[method]
+    found = spectrum_of(rows)
+    where = np.ones(vocab, bool)
+    if not np.isfinite(found.values).all():
+        # NaN and infinities reach every singular value, so finite rows never pay for the search.
+        where = finite_columns(np.asarray(rows), block_size=block_size)
+        if where.sum() < max(2, vocab / 2):
+            raise ValueError(
+                f"rows: expected finite values in most tokens, got {vocab - where.sum()} of "
+                f"{vocab} with a NaN or an infinity"
+            )
+        rows = rows[:, where]
+        found = spectrum_of(rows)
+    evidence = _evidence(rows, found, centre=centre, noise=noise, block_size=block_size)
+    width = judge_width(evidence)
+    basis = found.basis(dimension or width.estimate or width.lower)
+    if not where.all():
+        basis = jnp.zeros((vocab, basis.shape[1]), basis.dtype).at[np.flatnonzero(where)].set(basis)
     return OutputSubspace(
-        basis=basis_of(found),
-        singular_values=clip_spectrum(values),
-        dimension=found,
-        max_gap=max_gap_dimension(values),
-        restricted_gap=restricted,
-        above_edge=above,
-        noise_edge=edge,
-        gap=float(gaps[min(found, len(gaps)) - 1]),
+        basis=basis,
+        width=width,
+        singular_values=clip_spectrum(found.values),
+        vocab_where=where,
         count=count,
         method=method,
     )
 
 
-def _by_gram(
-    rows: Array, centre: bool, block_size: int
-) -> tuple[np.ndarray, Callable[[int], jax.Array]]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Spectrum:
+    """Singular values, falling, and how to get vectors.
+
+    `floor` is what the method itself leaves of a zero; `gram` and `left` come of the Gram matrix.
+    """
+
+    values: np.ndarray
+    floor: float
+    basis: Callable[[int], jax.Array]
+    gram: np.ndarray | None = None
+    left: np.ndarray | None = None
+
+
+def _evidence(
+    rows: Array, found: _Spectrum, *, centre: bool, noise: float | None, block_size: int
+) -> Evidence:
+    count, vocab = rows.shape
+    columns = vocab - centre
+    values = found.values[: min(count, columns)]
+    if isinstance(rows, np.ndarray):
+        means = rows.mean(axis=1, dtype=np.float64)
+    else:
+        means = np.asarray(row_means(rows), np.float64)
+    # Rounding is of the values as they came, whose mean is in no singular value of centred rows.
+    size = math.sqrt((values**2).sum() / (count * vocab) + centre * (means**2).mean())
+    dtype = jnp.dtype(rows.dtype)
+    half = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits <= 16
+    # Products of float32 lose some of the last bits; values of 16 bits are rounded once.
+    step = float(jnp.finfo(dtype).eps) if half else 16 * float(jnp.finfo(jnp.float32).eps)
+    exact = max(step * size * (math.sqrt(count) + math.sqrt(vocab)), found.floor)
+
+    @functools.cache
+    def left(k: int) -> np.ndarray:
+        if found.left is not None:
+            return found.left[:, :k]
+        # Some rows tell as well as all whether their vectors hold an offset.
+        some = np.asarray(rows[: 2 * k + 64], np.float64)
+        some = some - centre * some.mean(axis=1, keepdims=True)
+        return np.linalg.svd(some @ np.asarray(found.basis(k), np.float64), full_matrices=False)[0]
+
+    def offset(k: int, sigma: float) -> bool:
+        inside = left(k).sum(axis=0)
+        turned = math.hypot(sigma * math.sqrt(count - k), exact)
+        return holds_vector(inside, float(len(left(k))), values[:k], turned)
+
+    def normaliser(k: int, sigma: float) -> bool:
+        if centre:
+            return False
+        if found.left is None:
+            inside = np.asarray(found.basis(k), np.float64).sum(axis=0)
+        else:
+            inside = found.left[:, :k].T @ (vocab * means) / values[:k]
+        turned = math.hypot(sigma * math.sqrt(vocab - k), exact)
+        return holds_vector(inside, float(vocab), values[:k], turned)
+
+    def distinct(distance: float) -> int:
+        if found.gram is not None:
+            return rows_apart(found.gram, distance * math.sqrt(vocab))
+        return len(np.unique(np.asarray(rows[:, :64], np.float32), axis=0))
+
+    return Evidence(
+        values=values,
+        rows=count,
+        columns=columns,
+        exact=exact,
+        named=noise,
+        complete=found.left is not None,
+        diffuse=lambda: diffuse_edge(np.asarray(rows), centre * means, block_size=block_size),
+        distinct=distinct,
+        white=lambda k: white_residual(rows, centre * means, left(k)),
+        offset=offset,
+        normaliser=normaliser,
+    )
+
+
+def _by_gram(rows: Array, centre: bool, block_size: int) -> _Spectrum:
     held = np.asarray(rows) if on_host(rows) else None
     if held is None:
-        gram = jax.jit(gram_matrix, static_argnames=("centre", "block_size"))(
-            rows, centre=centre, block_size=block_size
-        )
+        run = jax.jit(gram_matrix, static_argnames=("centre", "block_size"))
+        gram = np.asarray(run(rows, centre=centre, block_size=block_size), np.float64)
     else:
-        gram = jnp.asarray(host_gram(held, centre=centre, block_size=block_size))
-    squares, left = jnp.linalg.eigh(gram)
-    values = np.asarray(jnp.sqrt(jnp.maximum(squares[::-1], 0.0)))
+        gram = host_gram(held, centre=centre, block_size=block_size)
+    if not np.isfinite(gram).all():
+        return _Spectrum(values=np.full(len(gram), np.nan), floor=np.nan, basis=_no_basis)
+    squares, left = (part[..., ::-1] for part in np.linalg.eigh(gram))
+    values = np.sqrt(np.maximum(squares, 0.0))
     # float64 squared: what lies under the root of its precision is rounding.
-    floor = values[0] * float(jnp.finfo(gram.dtype).eps) ** 0.5
-    values = np.maximum(values, floor)
+    smallest = values[0] * np.finfo(np.float64).eps ** 0.5
 
     def basis(size: int) -> jax.Array:
-        scaled = left[:, ::-1][:, :size] / values[:size]
+        scaled = left[:, :size] / np.maximum(values[:size], smallest)
         if held is None:
             mean = row_means(rows) if centre else jnp.zeros(rows.shape[0], jnp.float32)
             return _project(rows, scaled, mean)
         mean = held.mean(axis=1, dtype=np.float64) if centre else None
-        return host_project(held, np.asarray(scaled), mean, block_size=block_size)
+        return host_project(held, scaled, mean, block_size=block_size)
 
-    return values, basis
+    return _Spectrum(values=values, floor=8 * smallest, basis=basis, gram=gram, left=left)
+
+
+def _no_basis(size: int) -> jax.Array:
+    raise ValueError("rows: expected finite values")
 
 
 @jax.jit
@@ -220,18 +315,19 @@ def _project(rows: jax.Array, left: jax.Array, mean: jax.Array) -> jax.Array:
     return product - (mean.astype(jnp.float32) @ left)[None, :]
 
 
-def _randomised(
-    rows: Array, rank: int, key: jax.Array, centre: bool
-) -> tuple[np.ndarray, Callable[[int], jax.Array]]:
+def _randomised(rows: Array, rank: int, key: jax.Array, centre: bool) -> _Spectrum:
     run = jax.jit(randomised_svd, static_argnums=1, static_argnames="centre")
     values, vectors = run(rows, rank, key, centre=centre)
-    return np.asarray(values), lambda size: vectors[:, :size]
+    return _Spectrum(
+        values=np.asarray(values, np.float64),
+        floor=_float32_floor(values),
+        basis=lambda size: vectors[:, :size],
+    )
 
 
-def _by_sketch(
-    rows: Array, rank: int, key: jax.Array, centre: bool
-) -> tuple[np.ndarray, Callable[[int], jax.Array]]:
-    sketch = init_sketch(rows.shape[1], rank, key)
+def _by_sketch(rows: Array, rank: int, key: jax.Array, centre: bool) -> _Spectrum:
+    # The sketch is given away step by step, and the caller's key must not go with it.
+    sketch = init_sketch(rows.shape[1], rank, jax.random.fold_in(key, 0))
     step = jax.jit(update_sketch, static_argnames="centre", donate_argnums=0)
     size = 256
     for start in range(0, rows.shape[0], size):
@@ -240,7 +336,6 @@ def _by_sketch(
     gram = jax.jit(gram_matrix)(sketch.columns.T)
     squares, inner = jnp.linalg.eigh(gram)
     values = np.asarray(jnp.sqrt(jnp.maximum(squares[::-1], 0.0) / rank))
-    values = np.maximum(values, values[0] * float(jnp.finfo(jnp.float32).eps))
 
     def basis(size: int) -> jax.Array:
         if size == rank:
@@ -248,4 +343,9 @@ def _by_sketch(
         few = sketch.columns @ inner[:, ::-1][:, :size].astype(jnp.float32)
         return cholesky_qr(few)
 
-    return values, basis
+    return _Spectrum(values=values, floor=_float32_floor(values), basis=basis)
+
+
+def _float32_floor(values: Any) -> float:
+    """What sums of float32 leave of a singular value that is zero."""
+    return 64 * float(jnp.finfo(jnp.float32).eps) * float(values[0])

@@ -21,10 +21,10 @@ def test_rules_are_audited_and_what_leaked_is_written(tmp_path, monkeypatch):
     config = audit.Config(model="tiny", policy=("full", "top_5", "top_5_bias"), corner=40)
     audit.run(config, workdir)
     records = _records(workdir)
-    assert records["full"]["dimension"] == 32
+    assert records["full"]["width"] == "32"
     assert records["full"]["leak"] > 0.999
     assert records["top_5"]["verdict"] == "closed"
-    assert records["top_5_bias"]["dimension"] == 32
+    assert records["top_5_bias"]["width"] == "32"
     assert "open: every row comes back" in (workdir / "report.md").read_text()
     # Others can go on from the file: it spans the head's columns.
     found = np.load(workdir / "recovered" / "full.npz")
@@ -48,7 +48,7 @@ def test_a_server_of_ours_is_audited_beside_its_model(tmp_path):
         )
         audit.run(config, epath.Path(tmp_path))
     record = _records(epath.Path(tmp_path))["server"]
-    assert record["dimension"] == 32
+    assert record["width"] == "32"
     assert record["queries"] == 65 + 40 * (1 + 10)
     assert record["verdict"].startswith("open: every row comes back to ")
 

@@ -35,7 +35,7 @@ def test_what_is_open_is_called_open_and_what_is_closed_closed(finished):
         ("top_5", 0),
         ("top_5_bias", 0),
     }
-    assert records["full", 0]["dimension"] == 32
+    assert records["full", 0]["width"] == "32"
     assert records["full", 0]["leak"] > 0.999
     assert records["noise_0.1", 0]["leak"] != records["noise_0.1", 1]["leak"]
     assert records["top_5", 0]["leak"] < 0.1
@@ -43,7 +43,7 @@ def test_what_is_open_is_called_open_and_what_is_closed_closed(finished):
     biased = records["top_5_bias", 0]
     assert biased["row_error"] < 5e-6
     assert biased["row_queries"] == 65
-    assert biased["dimension"] == 32
+    assert biased["width"] == "32"
     assert biased["queries"] == 65 + 40 * (1 + 10)
     text = (workdir / "report.md").read_text()
     assert "`full`: open" in text
@@ -75,7 +75,7 @@ def test_policies_by_name():
 
 
 def test_a_cheap_defence_that_hides_the_width_only_is_said_to_do_so():
-    record = {"leak": 0.99, "dimension": 40, "kl": 0.001}
+    record = {"leak": 0.99, "estimate": 40, "kl": 0.001}
     assert "only the width is hidden" in report.verdict([record], 32)
-    dear = {"leak": 0.02, "dimension": 3, "kl": 2.0}
+    dear = {"leak": 0.02, "estimate": None, "kl": 2.0}
     assert report.verdict([dear], 32) == "closed, and honest users pay for it"

@@ -1,0 +1,95 @@
+"""What lies beyond the first directions of rows, and what those directions hold."""
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from logitjax.ops import Array
+
+#: Columns that a test of the noise looks at.
+_SAMPLE = 2048
+
+
+def white_residual(
+    rows: Float[Array, "n vocab"], means: Float[np.ndarray, " n"], left: Float[np.ndarray, "n k"]
+) -> bool:
+    """Whether what `left` leaves of the rows has one variance in all tokens and in all rows.
+
+    Args:
+        rows: `[n, vocab]`, of which some columns are looked at.
+        means: To be taken out of the rows.
+        left: Orthonormal: the first left singular vectors.
+    """
+    count, vocab = rows.shape
+    size = min(vocab, _SAMPLE)
+    columns = np.sort(np.random.default_rng(0).choice(vocab, size, replace=False))
+    part = np.asarray(rows[:, columns], np.float64) - means[:, None]
+    part = part - left @ (left.T @ part)
+    free = count - left.shape[1]
+    by_token = (part**2).sum(axis=0) / free
+    # What a row has left is less the more of it `left` explains; rows of which nearly nothing is
+    # left had a direction each to themselves, as loud noise has and hidden states have not.
+    share = 1.0 - (left**2).sum(axis=1)
+    some = share > 0.1
+    if some.mean() < 0.9:
+        return False
+    by_row = (part[some] ** 2).mean(axis=1) / share[some]
+    # A variance from m normal values varies by sqrt(2 / m) of itself.
+    tokens_alike = by_token.std() <= 1.25 * np.sqrt(2 / free) * by_token.mean()
+    rows_alike = by_row.std() <= (1.5 * np.sqrt(2 / size) + 0.05) * by_row.mean()
+    return bool(tokens_alike and rows_alike)
+
+
+def holds_vector(
+    inside: Float[np.ndarray, " k"],
+    squared_norm: float,
+    values: Float[np.ndarray, " k"],
+    noise: float,
+) -> bool:
+    """Whether a vector may lie in the span of singular vectors that noise has turned.
+
+    Noise of singular value `noise` turns the i-th vector by about `noise / s_i`; a vector that lies
+    in the span without noise then sticks out of it by no more than twice that.
+
+    Args:
+        inside: The vector's products with the singular vectors.
+        squared_norm: Of the vector.
+        values: Their singular values.
+        noise: See above.
+    """
+    outside = squared_norm - float(inside @ inside)
+    turned = noise**2 * float(((inside / values) ** 2).sum())
+    return outside <= 4 * turned + 1e-12 * squared_norm
+
+
+def rows_apart(gram: Float[np.ndarray, "n n"], distance: float) -> int:
+    """The number of rows of which no earlier one is as near as `distance`."""
+    squares = np.diagonal(gram)
+    apart = squares[:, None] + squares[None, :] - 2 * gram
+    near = apart <= distance**2 + 1e-13 * squares.max()
+    return len(gram) - int(np.tril(near, -1).any(axis=1).sum())
+
+
+def finite_columns(rows: np.ndarray, *, block_size: int) -> Bool[np.ndarray, " vocab"]:
+    """Columns without a NaN or an infinity."""
+    blocks = range(0, rows.shape[1], block_size)
+    return np.concatenate([np.isfinite(rows[:, i : i + block_size]).all(axis=0) for i in blocks])
+
+
+def diffuse_edge(rows: np.ndarray, means: Float[np.ndarray, " n"], *, block_size: int) -> float:
+    """A singular value that independent noise stays below, whatever its variances.
+
+    ::
+
+        max_i |row_i| + max_v |column_v|
+
+    of the rows themselves, whose signal makes it too large, which is on the safe side.
+
+    References:
+        Bandeira and van Handel, 2016 (Annals of Probability 44), theorem 1.1.
+    """
+    by_row, by_column = np.zeros(len(rows)), 0.0
+    for start in range(0, rows.shape[1], block_size):
+        block = rows[:, start : start + block_size].astype(np.float64) - means[:, None]
+        by_row += np.einsum("nv,nv->n", block, block)
+        by_column = max(by_column, float(np.einsum("nv,nv->v", block, block).max()))
+    return float(np.sqrt(by_row.max()) + np.sqrt(by_column))
