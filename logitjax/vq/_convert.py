@@ -193,7 +193,8 @@ def convert_head(
     Args:
       model: a `logitjax.models.Decoder` with a linear or tied head.
       batches: packed batches of one tokenizer, as for `HiddenCache.of`.
-      workdir: a local directory.
+      workdir: a directory or an object store: what is kept there is memory-mapped from a local
+        disk, and read whole from a store.
       config: sizes and budget.
       unigram: ``[vocab]`` counts from more text than is cached; they weigh the rows.
       source: names the batches, see `HiddenCache.of`.

@@ -99,14 +99,15 @@ class HiddenCache:
           batches: one tokenizer's part of the batches of a `logitjax.data.PackedDataset`:
             ``tokens``, ``positions``, ``segment_ids``, ``loss_mask``, each ``[batch, time]``. The
             same ones on every call.
-          directory: a local directory, which becomes the cache.
+          directory: becomes the cache; memory-mapped where it is local, read whole from an
+            object store.
           max_tokens: stop at so many positions.
           source: names the batches, e.g. by a `PackedDataset`'s fingerprint; a cache of others is
             refused.
           log_every: batches between log lines.
 
         Returns:
-          `HiddenCache` of at most ``max_tokens`` positions, memory-mapped.
+          `HiddenCache` of at most ``max_tokens`` positions.
 
         Raises:
           ValueError: the directory holds, in full or in part, the cache of another ``max_tokens``,
