@@ -1,4 +1,7 @@
-"""What all dense losses have in common: they run under every transformation and sharding."""
+"""What all dense losses have in common: they run under every transformation and sharding.
+
+All of them are one program a transformation. That they run outside of `jit` their doctests show.
+"""
 
 import functools
 
@@ -36,7 +39,7 @@ LOSSES = {
     "universal_top": functools.partial(universal_logit_distance, top_k=5),
     "universal_full": functools.partial(universal_logit_distance, top_k=None),
 }
-every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+every_loss = pytest.mark.parametrize("name", LOSSES)
 
 
 def logits(dtype=np.float32):
@@ -46,7 +49,15 @@ def logits(dtype=np.float32):
     return student, teacher
 
 
-@functools.cache
+def every(function):
+    """`function(name, loss)` of each loss, called on arrays, in one program."""
+
+    def run(*arguments):
+        return {name: function(loss)(*arguments) for name, loss in LOSSES.items()}
+
+    return jax.jit(run)
+
+
 def value_and_grads(loss):
     """Per-row values, and the gradients of a weighted sum of them."""
 
@@ -55,8 +66,16 @@ def value_and_grads(loss):
         weights = np.arange(1.0, 9.0, dtype=np.float32)
         return (values * weights).sum(), values
 
-    run = jax.jit(jax.grad(total, (0, 1), has_aux=True))
+    run = jax.grad(total, (0, 1), has_aux=True)
     return lambda *arguments: run(*arguments)[::-1]
+
+
+all_values_and_grads = every(value_and_grads)
+
+
+@functools.cache
+def local():
+    return all_values_and_grads(*logits())
 
 
 def assert_close(result, expected, **tolerance):
@@ -64,87 +83,118 @@ def assert_close(result, expected, **tolerance):
     jax.tree.map(functools.partial(np.testing.assert_allclose, **tolerance), result, expected)
 
 
-@pytest.mark.many_programs("called eagerly, each operation is one")
-@every_loss
-def test_jit_and_vmap_equal_eager(loss):
-    arguments = logits()
-    eager = loss(*arguments)
-    assert eager.dtype == jnp.float32
-    assert eager.shape == (8,)
-    assert_close(jax.jit(loss)(*arguments), eager)
-    halves = [x.reshape(2, 4, VOCAB) for x in arguments]
-    assert_close(np.reshape(jax.jit(jax.vmap(loss))(*halves), 8), eager)
+@functools.cache
+def mapped():
+    return every(jax.vmap)(*(x.reshape(2, 4, VOCAB) for x in logits()))
 
 
 @every_loss
-def test_gradient_equals_finite_differences(loss):
-    with jax.enable_x64(True):
-        arguments = tuple(x[:2, :9] for x in logits(np.float64))
-        # One program for both: `check_grads` runs each operation by itself.
-        rng = np.random.default_rng(1)
-        along = [rng.normal(size=x.shape) for x in arguments]
-        weights = rng.normal(size=2)
+def test_under_vmap(name):
+    values, _ = local()[name]
+    assert values.dtype == jnp.float32
+    assert values.shape == (8,)
+    assert_close(np.reshape(mapped()[name], 8), values)
 
-        @jax.jit
-        def value_and_slope(*arguments):
+
+@functools.cache
+def slopes():
+    """Of each loss the slope along a direction: by its gradient, and by two values."""
+    rng = np.random.default_rng(1)
+    arguments = tuple(x[:2, :9] for x in logits(np.float64))
+    along = [rng.normal(size=x.shape) for x in arguments]
+    weights = rng.normal(size=2)
+
+    def value_and_slope(loss):
+        def run(*arguments):
             values, pull = jax.vjp(loss, *arguments)
             gradients = pull(jnp.asarray(weights, values.dtype))
             slope = sum((g * d).sum() for g, d in zip(gradients, along, strict=True))
             return (values * weights).sum(), slope
 
-        def moved(step):
-            return [x + step * d for x, d in zip(arguments, along, strict=True)]
+        return run
 
-        _, slope = value_and_slope(*arguments)
-        (up, _), (down, _) = (value_and_slope(*moved(step)) for step in (1e-6, -1e-6))
-        np.testing.assert_allclose(slope, (up - down) / 2e-6, rtol=1e-5, atol=1e-5)
+    def moved(step):
+        return [x + step * d for x, d in zip(arguments, along, strict=True)]
+
+    with jax.enable_x64(True):
+        run = every(value_and_slope)
+        at, up, down = (jax.device_get(run(*moved(step))) for step in (0.0, 1e-6, -1e-6))
+    return {name: (at[name][1], (up[name][0] - down[name][0]) / 2e-6) for name in LOSSES}
 
 
 @every_loss
-def test_bfloat16_is_the_float32_of_rounded_logits(loss):
-    rounded = [x.astype(jnp.bfloat16) for x in logits()]
-    result, (grad, _) = value_and_grads(loss)(*rounded)
+def test_gradient_equals_finite_differences(name):
+    by_gradient, by_values = slopes()[name]
+    np.testing.assert_allclose(by_gradient, by_values, rtol=1e-5, atol=1e-5)
+
+
+@functools.cache
+def rounded():
+    """In bfloat16, and in float32 after the same rounding."""
+    arguments = [x.astype(jnp.bfloat16) for x in logits()]
+    wide = (x.astype(np.float32) for x in arguments)
+    return all_values_and_grads(*arguments), all_values_and_grads(*wide)
+
+
+@every_loss
+def test_bfloat16_is_the_float32_of_rounded_logits(name):
+    (result, (grad, _)), (wide, _) = (values[name] for values in rounded())
     assert result.dtype == jnp.float32
-    run = jax.jit(loss)
-    assert_close(result, run(*(x.astype(np.float32) for x in rounded)))
-    assert_close(result, run(*logits()), rtol=0.05, atol=0.02)
+    assert_close(result, wide)
+    assert_close(result, local()[name][0], rtol=0.05, atol=0.02)
     assert grad.dtype == jnp.bfloat16
     assert np.isfinite(np.asarray(grad, np.float32)).all()
 
 
+@functools.cache
+def batch_sharded(kind):
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind, kind))
+    return all_values_and_grads(*jax.device_put(logits(), NamedSharding(mesh, P("data"))))
+
+
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 @every_loss
-def test_batch_sharded_equals_local(loss, kind):
-    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind, kind))
-    arguments = logits()
-    sharded = [jax.device_put(x, NamedSharding(mesh, P("data"))) for x in arguments]
-    run = value_and_grads(loss)
-    assert_close(run(*sharded), run(*arguments))
+def test_batch_sharded_equals_local(name, kind):
+    assert_close(batch_sharded(kind)[name], local()[name])
 
 
-@every_loss
-def test_vocabulary_sharded_equals_local(loss):
+@functools.cache
+def vocabulary_sharded():
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
-    arguments = logits()
-    sharded = jax.shard_map(
-        functools.partial(loss, axis_name="model"),
-        mesh=mesh,
-        in_specs=(P(None, "model"),) * 2,
-        out_specs=P(),
-    )
-    assert_close(value_and_grads(sharded)(*arguments), value_and_grads(loss)(*arguments))
+
+    def sharded(loss):
+        return jax.shard_map(
+            functools.partial(loss, axis_name="model"),
+            mesh=mesh,
+            in_specs=(P(None, "model"),) * 2,
+            out_specs=P(),
+        )
+
+    return every(lambda loss: value_and_grads(sharded(loss)))(*logits())
 
 
 @every_loss
-def test_data_parallel_under_pmap(loss):
-    student, teacher = logits()
+def test_vocabulary_sharded_equals_local(name):
+    assert_close(vocabulary_sharded()[name], local()[name])
 
+
+@functools.cache
+def data_parallel():
     def step(student, teacher):
-        value, grad = jax.value_and_grad(lambda s: loss(s, teacher).sum())(student)
-        return jax.lax.psum(value, "data"), grad
+        def one(loss):
+            value, grad = jax.value_and_grad(lambda s: loss(s, teacher).sum())(student)
+            return jax.lax.psum(value, "data"), grad
 
-    value, grad = jax.pmap(step, axis_name="data")(student[:, None], teacher[:, None])
-    run = jax.jit(jax.value_and_grad(lambda s: loss(s, teacher).sum()))
-    expected, expected_grad = run(student)
-    assert_close(value, np.full(8, expected))
-    assert_close(np.asarray(grad)[:, 0], expected_grad)
+        return {name: one(loss) for name, loss in LOSSES.items()}
+
+    student, teacher = logits()
+    return jax.pmap(step, axis_name="data")(student[:, None], teacher[:, None])
+
+
+@every_loss
+def test_data_parallel_under_pmap(name):
+    value, grad = data_parallel()[name]
+    values, (weighted, _) = local()[name]
+    assert_close(value, np.full(8, np.asarray(values).sum()))
+    # Rows do not see each other: their gradients in `local` are these, times their weights.
+    assert_close(np.asarray(grad)[:, 0] * np.arange(1.0, 9.0)[:, None], weighted)

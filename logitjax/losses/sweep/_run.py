@@ -245,7 +245,8 @@ def _on_auto_mesh(local: Callable[..., Any], operands: Operands, weights: Array 
         out_specs=by_row if weights is None else (whole, by_row),
         axis_names=set(mesh.axis_names if alone else rows + columns),
     )
-    return everywhere(operands, weights)
+    # Outside of jit each of its operations would be a program over the mesh.
+    return jax.jit(everywhere)(operands, weights)
 
 
 def _on_explicit_mesh(config: Sweep, operands: Operands, weights: Array | None) -> Any:
