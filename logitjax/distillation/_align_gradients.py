@@ -51,7 +51,8 @@ def align_gradients(
     Raises:
         ValueError: no path matches `trunk`.
 
-    >>> g, metrics = align_gradients({"w": jnp.array([1.0, 0.0])}, {"w": jnp.array([-1.0, 2.0])})
+    >>> retain, distil = {"w": jnp.array([1.0, 0.0])}, {"w": jnp.array([-1.0, 2.0])}
+    >>> g, metrics = jax.jit(align_gradients)(retain, distil)
     >>> g["w"].tolist(), float(metrics["coefficient"])
     ([1.0, 2.0], -1.0)
 
@@ -111,7 +112,7 @@ def aligned_value_and_grad(
 
     >>> def loss_fn(params, x):
     ...     return (jnp.sum(params["w"] * x), -jnp.sum(params["w"] ** 2)), None
-    >>> run = aligned_value_and_grad(loss_fn)
+    >>> run = jax.jit(aligned_value_and_grad(loss_fn))
     >>> _, gradient, metrics = run({"w": jnp.ones(2)}, jnp.ones(2))
     >>> gradient["w"].tolist(), float(metrics["cosine"])
     ([1.0, 1.0], -1.0)

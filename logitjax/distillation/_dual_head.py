@@ -81,8 +81,8 @@ class DualHead(nnx.Module):
         ValueError: an unknown kind of auxiliary head.
 
     >>> head = DualHead(4, 10, rngs=nnx.Rngs(0))
-    >>> head(jnp.ones((2, 4))).shape, [x.shape for x in head.both(jnp.ones((2, 4)))]
-    ((2, 10), [(2, 10), (2, 10)])
+    >>> [x.shape for x in nnx.jit(DualHead.both)(head, jnp.ones((2, 4)))]
+    [(2, 10), (2, 10)]
 
     References:
         Yang et al., Dual-Head Knowledge Distillation (arXiv 2411.08937): linear on ImageNet, the
@@ -197,8 +197,9 @@ def dual_head_loss(
     Raises:
         ValueError: a block size below 1, or blocks of features without a batch axis.
 
-    >>> h, w = jnp.ones((2, 4)), jnp.ones((4, 3))
-    >>> value, parts = dual_head_loss(h, lambda h: h @ w, lambda h: h @ w, jnp.array([0, 1]), h @ w)
+    >>> head = lambda hidden: hidden @ jnp.ones((4, 3))
+    >>> loss = jax.jit(dual_head_loss, static_argnums=(1, 2))
+    >>> value, parts = loss(jnp.ones((2, 4)), head, head, jnp.array([0, 1]), jnp.ones((2, 3)))
     >>> value.shape, sorted(parts)
     ((2,), ['cross_entropy', 'distillation'])
 

@@ -52,12 +52,15 @@ def linear_graph_fusion(
     Raises:
         ValueError: shapes do not fit.
 
-    >>> import jax, jax.numpy as jnp
+    >>> import jax, numpy as np
     >>> from logitjax.losses import graph_statistics
-    >>> hidden, head = jnp.ones((2, 8, 4)), jax.random.normal(jax.random.key(0), (4, 32))
-    >>> teacher = graph_statistics(jax.random.normal(jax.random.key(1), (2, 6, 48)), 10)
-    >>> labels = jnp.zeros((2, 8), jnp.int32)
-    >>> loss, metrics = linear_graph_fusion(hidden, head, labels, [FusionTeacher(outputs=teacher)])
+    >>> rng = np.random.default_rng(0)
+    >>> hidden, head, logits = (rng.normal(size=s) for s in ((2, 8, 4), (4, 32), (2, 6, 48)))
+    >>> @jax.jit
+    ... def fusion(hidden, head, labels, logits):
+    ...     teacher = FusionTeacher(outputs=graph_statistics(logits, 10))
+    ...     return linear_graph_fusion(hidden, head, labels, [teacher])
+    >>> loss, metrics = fusion(hidden, head, np.zeros((2, 8), int), logits)
     >>> loss.shape, sorted(metrics)[:4]
     ((2,), ['gld', 'gld/0', 'graph/...', ...])
 

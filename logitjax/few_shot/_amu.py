@@ -92,7 +92,7 @@ def multi_branch_loss(
         float32 `[*batch]`.
 
     >>> even = jnp.zeros((1, 2))
-    >>> print(f"{multi_branch_loss(even, even, jnp.array([0]))[0]:.4f}")
+    >>> print(f"{jax.jit(multi_branch_loss)(even, even, jnp.array([0]))[0]:.4f}")
     0.6931
 
     References:

@@ -102,8 +102,9 @@ def cafo_bias(
     Returns:
         float32 `[*batch, classes]`.
 
-    >>> bias = cafo_bias(jnp.eye(2)[:1], jnp.array([[[3.0, 1.0]], [[0.0, 1.0]]]))
-    >>> print(f"{bias[0, 0]:.3f}")
+    >>> import numpy as np
+    >>> bias = jax.jit(cafo_bias)(np.eye(2)[:1], np.array([[[3.0, 1.0]], [[0.0, 1.0]]]))
+    >>> print(f"{np.asarray(bias)[0, 0]:.3f}")
     0.539
 
     References:

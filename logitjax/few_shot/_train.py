@@ -170,11 +170,12 @@ def fit(
             of `jit`) rows of the order that are no labelled images.
 
     >>> from logitjax import few_shot
-    >>> images = few_shot.Inputs(zero_shot=jnp.zeros((4, 3)), features=jnp.eye(4))
-    >>> task = FewShotTask(support=images, labels=jnp.arange(4) % 3)
+    >>> images = few_shot.Inputs(zero_shot=np.zeros((4, 3)), features=np.eye(4))
+    >>> task = FewShotTask(support=images, labels=np.arange(4) % 3)
     >>> method, training = few_shot.methods.TaskRes(), Recipe(epochs=9, batch_size=4)
     >>> order = batch_order(0, 4, training)
     >>> state, losses = fit(method, task, method.init(task), order, training=training)
+    >>> losses = np.asarray(losses)
     >>> bool(losses[-1] < losses[0])
     True
     """

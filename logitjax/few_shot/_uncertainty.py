@@ -85,10 +85,10 @@ def uncertainty_weight(
     Raises:
         ValueError: `top5` of fewer than five classes.
 
-    >>> sure, unsure = jnp.array([9.0, 0.0, 0.0, 0.0]), jnp.array([1.0, 0.9, 0.0, 0.0])
+    >>> sure, unsure = [9.0, 0.0, 0.0, 0.0], [1.0, 0.9, 0.0, 0.0]
     >>> config = Uncertainty(measure="entropy", exponent=1.0)
-    >>> weight = uncertainty_weight(jnp.stack([sure, unsure]), config)
-    >>> print(f"{weight[0, 0]:.3f} {weight[1, 0]:.3f}")
+    >>> weight = jax.jit(uncertainty_weight, static_argnums=1)(jnp.array([sure, unsure]), config)
+    >>> print("{:.3f} {:.3f}".format(*weight.ravel().tolist()))
     1.003 2.525
 
     References:

@@ -31,7 +31,7 @@ def kth_largest(
             and `axis_name` is not given.
         TypeError: the values are no floating-point numbers.
 
-    >>> kth_largest(jnp.array([1.0, 7.0, 3.0, 7.0]), 3)
+    >>> jax.jit(kth_largest, static_argnums=1)(jnp.array([1.0, 7.0, 3.0, 7.0]), 3)
     Array(3., dtype=float32)
     """
     values = lax.stop_gradient(jnp.asarray(values))

@@ -42,7 +42,7 @@ class LogitDifference(Strategy):
             logits, as in scoring a text; `'exclude'` them, as the release does while it generates.
 
     >>> large, assistant = jnp.array([3.0, 2.0, -5.0]), jnp.array([4.0, 0.0, 0.0])
-    >>> fused, _ = LogitDifference(alpha=0.5, form="raw")(large, assistant)
+    >>> fused, _ = jax.jit(LogitDifference(alpha=0.5, form="raw"))(large, assistant)
     >>> fused
     Array([ 1.,  2., -5.], dtype=float32)
 

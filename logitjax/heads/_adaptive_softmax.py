@@ -68,7 +68,7 @@ class AdaptiveConfig:
           ``order`` (rank to token) and ``rank`` are int32 tables and not trained.
 
         >>> config = AdaptiveConfig(vocab_size=6, hidden_size=4, cutoffs=(2,))
-        >>> params = config.init(jax.random.key(0), jnp.arange(6.0))
+        >>> params = jax.jit(lambda key: config.init(key, np.arange(6.0)))(jax.random.key(0))
         >>> params["order"].tolist(), params["head"].shape
         ([5, 4, 3, 2, 1, 0], (3, 4))
         """
@@ -122,9 +122,8 @@ class AdaptiveConfig:
           Parameters as of `init`.
 
         >>> config = AdaptiveConfig(vocab_size=3, hidden_size=2, cutoffs=(1,), div_value=1)
-        >>> params = config.fit(jnp.eye(3, 2), jnp.arange(3.0), jnp.zeros(2),
-        ...                               jnp.eye(2))
-        >>> params["tails"][0]["kernel"].shape
+        >>> fit = jax.jit(lambda rows: config.fit(rows, np.arange(3.0), np.zeros(2), np.eye(2)))
+        >>> fit(np.eye(3, 2))["tails"][0]["kernel"].shape
         (2, 2)
         """
         params = self.init(jax.random.key(0), unigram)
@@ -183,7 +182,8 @@ def adaptive_nll(
 
     >>> config = AdaptiveConfig(vocab_size=6, hidden_size=4, cutoffs=(2,))
     >>> params = config.init(jax.random.key(0), jnp.arange(1.0, 7.0))
-    >>> print(jnp.exp(-adaptive_nll(jnp.zeros((2, 4)), params, jnp.array([5, 0]))).round(3))
+    >>> nll = jax.jit(adaptive_nll)(jnp.zeros((2, 4)), params, jnp.array([5, 0]))
+    >>> print(np.exp(-np.asarray(nll)).round(3))
     [0.286 0.048]
 
     References:
@@ -215,9 +215,10 @@ def adaptive_log_probs(
     """All V log-probabilities, in the order of the tokens.
 
     >>> config = AdaptiveConfig(vocab_size=6, hidden_size=4, cutoffs=(2,))
-    >>> params = config.init(jax.random.key(0), jnp.ones(6))
-    >>> print(jnp.exp(adaptive_log_probs(jnp.ones((1, 4)), params)).sum().round(4))
-    1.0
+    >>> params = config.init(jax.random.key(0), np.ones(6))
+    >>> log_probs = jax.jit(adaptive_log_probs)(jnp.ones((1, 4)), params)
+    >>> print(f"{np.exp(log_probs).sum():.4f}")
+    1.0000
     """
     hidden = jnp.asarray(hidden)
     head = jax.nn.log_softmax(_affine(hidden, params["head"], params["head_bias"]))
@@ -248,7 +249,7 @@ def adaptive_topk(hidden: Float[Array, "*batch hidden"], params: dict[str, Any],
 
     >>> config = AdaptiveConfig(vocab_size=6, hidden_size=4, cutoffs=(2,))
     >>> params = config.init(jax.random.key(0), jnp.arange(1.0, 7.0))
-    >>> adaptive_topk(jnp.zeros((1, 4)), params, 2).indices
+    >>> jax.jit(adaptive_topk, static_argnums=2)(jnp.zeros((1, 4)), params, 2).indices
     Array([[5, 4]], dtype=int32)
     """
     hidden = jnp.asarray(hidden)
@@ -290,7 +291,8 @@ class AdaptiveHead(VocabularyHead):
       rngs: source of the initial weights.
 
     >>> config = AdaptiveConfig(vocab_size=20, hidden_size=8, cutoffs=(4, 10))
-    >>> AdaptiveHead(config, jnp.ones(20), rngs=nnx.Rngs(0))(jnp.ones((2, 8))).shape
+    >>> make = lambda: AdaptiveHead(config, np.ones(20), rngs=nnx.Rngs(0))
+    >>> nnx.jit(lambda hidden: make()(hidden))(np.ones((2, 8))).shape
     (2, 20)
     """
 

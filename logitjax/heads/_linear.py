@@ -69,7 +69,7 @@ class LinearHead(FullHead):
       param_dtype: dtype of the parameters.
       rngs: source of the initial kernel.
 
-    >>> head = LinearHead(4, 10, rngs=nnx.Rngs(0))
+    >>> head = nnx.jit(lambda: LinearHead(4, 10, rngs=nnx.Rngs(0)))()
     >>> head(jnp.ones((2, 4))).shape
     (2, 10)
     >>> head.as_linear().vocab_size()

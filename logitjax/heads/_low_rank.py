@@ -60,9 +60,11 @@ def fit_low_rank(
     Raises:
       ValueError: ``rank`` is not in 1..hidden.
 
-    >>> rows = jnp.array([[1.0, 2.0], [2.0, 4.0], [-1.0, -2.0]])
-    >>> down, kernel, bias = fit_low_rank(rows, jnp.ones(3), jnp.zeros(2), jnp.eye(2), 1)
-    >>> bool(jnp.allclose(kernel @ down.T, rows, atol=1e-4))
+    >>> import numpy as np
+    >>> rows = np.array([[1.0, 2.0], [2.0, 4.0], [-1.0, -2.0]])
+    >>> fit = jax.jit(fit_low_rank, static_argnums=4)
+    >>> down, kernel, bias = map(np.asarray, fit(rows, np.ones(3), np.zeros(2), np.eye(2), 1))
+    >>> np.allclose(kernel @ down.T, rows, atol=1e-4)
     True
     """
     rows = jnp.asarray(rows, jnp.float32)
@@ -99,7 +101,8 @@ class LowRankHead(VocabularyHead):
       param_dtype: dtype of the parameters.
       rngs: source of the initial weights.
 
-    >>> LowRankHead(8, 20, 3, rngs=nnx.Rngs(0))(jnp.ones((2, 8))).shape
+    >>> make = lambda: LowRankHead(8, 20, 3, rngs=nnx.Rngs(0))
+    >>> nnx.jit(lambda hidden: make()(hidden))(jnp.ones((2, 8))).shape
     (2, 20)
     """
 

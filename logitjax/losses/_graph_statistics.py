@@ -79,8 +79,9 @@ def graph_statistics(
     Raises:
         ValueError: if k is not in `[1, vocab]`.
 
-    >>> import jax.numpy as jnp
-    >>> s = graph_statistics(jnp.array([[1.0, 3.0, 2.0, -jnp.inf]]), 2)
+    >>> import jax, jax.numpy as jnp
+    >>> statistics = jax.jit(graph_statistics, static_argnums=1)
+    >>> s = statistics(jnp.array([[1.0, 3.0, 2.0, -jnp.inf]]), 2)
     >>> s.values, s.indices, s.mean
     (Array([[3., 2.]], dtype=float32), Array([[1, 2]], dtype=int32), Array([2.], dtype=float32))
     """

@@ -74,11 +74,12 @@ def linear_readout(
     Raises:
         ValueError: shapes do not fit, or `top_k` is not within the vocabulary.
 
-    >>> import jax.numpy as jnp
-    >>> hidden, head = jnp.ones((4, 1)), jnp.array([[1.0, 3.0, 2.0]])
-    >>> readout = linear_readout(hidden, head, labels=jnp.array([0, 1, 2, 0]), top_k=2)
-    >>> print(readout.label_logit, readout.statistics.indices[0])
-    [1. 3. 2. 1.] [1 2]
+    >>> import jax, numpy as np
+    >>> hidden, head = np.ones((2, 1)), np.array([[1.0, 3.0, 2.0]])
+    >>> read = jax.jit(linear_readout, static_argnames="top_k")
+    >>> readout = read(hidden, head, labels=np.array([0, 2]), top_k=2)
+    >>> readout.label_logit.tolist(), readout.statistics.indices.tolist()
+    ([1.0, 2.0], [[1, 2], [1, 2]])
     """
     hidden = jnp.asarray(hidden)
     head = Head.of(head).resolve(hidden.shape[-1])
@@ -138,17 +139,18 @@ def linear_fused_loss(
     Raises:
         ValueError: as `linear_readout`.
 
-    >>> import jax, jax.numpy as jnp
-    >>> from logitjax import losses
-    >>> hidden, head = jnp.ones((4, 1)), jnp.array([[1.0, 3.0, 2.0]])
-    >>> teacher = losses.graph_statistics(jnp.tile(jnp.array([1.0, 3.0, 2.0]), (4, 1)), 2).top_k
+    >>> import jax, numpy as np
+    >>> from logitjax import losses, ops
     >>> def half_and_half(readout, teacher):
     ...     student = readout.gathered_top_k(teacher.indices)
     ...     kl = losses.sparse_kl_divergence(student, teacher)
     ...     return 0.5 * readout.cross_entropy + 0.5 * kl
-    >>> value, readout = linear_fused_loss(hidden, head, half_and_half, teacher, jnp.ones(4) / 4,
-    ...                                    labels=jnp.array([1, 1, 1, 1]), ids=teacher.indices)
-    >>> print(f"{value:.4f} {readout.cross_entropy.mean():.4f}")
+    >>> hidden, head = np.ones((4, 1)), np.array([[1.0, 3.0, 2.0]])
+    >>> teacher = jax.jit(ops.TopK.of, static_argnums=1)(np.tile(head, (4, 1)), 2)
+    >>> loss = jax.jit(linear_fused_loss, static_argnums=2)
+    >>> value, readout = loss(hidden, head, half_and_half, teacher, np.full(4, 0.25),
+    ...                       labels=np.array([1, 1, 1, 1]), ids=teacher.indices)
+    >>> print(f"{value:.4f} {np.mean(readout.cross_entropy):.4f}")
     0.2038 0.4076
     """
     hidden = jnp.asarray(hidden)

@@ -51,7 +51,8 @@ class TailSample:
 
         >>> import jax, jax.numpy as jnp
         >>> logits = jnp.array([5.0, 1.0, -jnp.inf])
-        >>> drawn = TailSample.draw(jax.random.key(0), logits, jnp.array([0]), 3)
+        >>> draw = jax.jit(TailSample.draw, static_argnums=3)
+        >>> drawn = draw(jax.random.key(0), logits, jnp.array([0]), 3)
         >>> drawn.indices, drawn.values
         (Array([1, 1, 1], dtype=int32), Array([1., 1., 1.], dtype=float32))
         """

@@ -112,8 +112,8 @@ def compact_nodes(
         sequence_axis_name: mesh axis that shards the positions, inside ``shard_map``: all shards
             number together, and each gets the numbers of its own positions.
 
-    >>> import jax.numpy as jnp
-    >>> compact_nodes(jnp.array([[900, 7], [7, 31]]))
+    >>> import jax, jax.numpy as jnp
+    >>> jax.jit(compact_nodes)(jnp.array([[900, 7], [7, 31]]))
     Array([[2, 0],
            [0, 1]], dtype=int32)
     """

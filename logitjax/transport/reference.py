@@ -111,8 +111,8 @@ def entropic_gw(
     Raises:
         ValueError: if epsilons are not positive and falling.
 
-    >>> import jax, jax.numpy as jnp
-    >>> z = jax.random.normal(jax.random.key(0), (8, 4))
+    >>> import numpy as np
+    >>> z = np.random.default_rng(0).normal(size=(8, 4))
     >>> answer = entropic_gw(z.T @ z, 2 * z.T @ z, epsilons=(0.3, 0.1))
     >>> answer.converged, answer.plan.shape
     (True, (4, 4))

@@ -24,9 +24,12 @@ class Assistant:
     >>> from logitjax.models import DecoderConfig
     >>> config = DecoderConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=3,
     ...                        num_heads=2, num_kv_heads=1, head_dim=4)
-    >>> model = Decoder(config, rngs=nnx.Rngs(0), layout="listed")
-    >>> assistant = Assistant.init(model, 2, rank=4, key=jax.random.key(0))
-    >>> assistant.logits(assistant.hidden_states(jnp.array([[1, 2, 3]]))[0]).shape
+    >>> @nnx.jit
+    ... def logits(tokens):
+    ...     model = Decoder(config, rngs=nnx.Rngs(0), layout="listed")
+    ...     assistant = Assistant.init(model, 2, rank=4, key=jax.random.key(0))
+    ...     return assistant.logits(assistant.hidden_states(tokens)[0])
+    >>> logits(jnp.array([[1, 2, 3]])).shape
     (1, 3, 8)
 
     References:

@@ -55,12 +55,12 @@ def make_assistant_loss(
     >>> from logitjax.unlearning import Assistant
     >>> config = DecoderConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=2,
     ...                        num_heads=2, num_kv_heads=1, head_dim=4)
-    >>> target = Decoder(config, rngs=nnx.Rngs(0), layout="listed")
+    >>> target = nnx.jit(lambda: Decoder(config, rngs=nnx.Rngs(0), layout="listed"))()
     >>> assistant = Assistant.init(target, 1, rank=2, key=jax.random.key(0))
     >>> loss_fn, constants = make_assistant_loss(assistant.base)
     >>> rows = {"tokens": jnp.array([[1, 2, 3]]), "mask": jnp.array([[False, True, True]])}
-    >>> loss, count, parts = loss_fn(assistant.lora, {"forget": rows, "retain": rows}, None,
-    ...                              constants)
+    >>> batch = {"forget": rows, "retain": rows}
+    >>> loss, count, parts = jax.jit(loss_fn)(assistant.lora, batch, None, constants)
     >>> loss.shape, sorted(parts)
     ((), ['forget', 'retain'])
 

@@ -4,14 +4,18 @@ Where these came from does not matter: `cross_entropy` of logits or `linear_cros
 states, which never forms them. Weights and defaults are those of OpenUnlearning
 (`UNLEARNING_METHODS` holds what its configurations say of each method).
 
->>> import jax.numpy as jnp
+>>> import jax, numpy as np
 >>> from logitjax import losses, unlearning
->>> logits, labels = jnp.zeros((2, 3, 5)), jnp.array([[1, 2, 3], [4, 0, 0]])
->>> answer = jnp.array([[True, True, True], [True, False, False]])
->>> nll, lengths = unlearning.sequence_nll(losses.cross_entropy(logits, labels), answer)
->>> [f"{loss:.3f}" for loss in unlearning.npo(nll, nll - 1.0)]
+>>> @jax.jit
+... def both(logits, labels, answer):
+...     nll, lengths = unlearning.sequence_nll(losses.cross_entropy(logits, labels), answer)
+...     return unlearning.npo(nll, nll - 1.0), unlearning.simnpo(nll, lengths)
+>>> logits, labels = np.zeros((2, 3, 5)), np.array([[1, 2, 3], [4, 0, 0]])
+>>> answer = np.array([[True, True, True], [True, False, False]])
+>>> npo, simnpo = jax.device_get(both(logits, labels, answer))
+>>> [f"{loss:.3f}" for loss in npo]
 ['12.888', '12.888']
->>> [f"{loss:.5f}" for loss in unlearning.simnpo(nll, lengths)]
+>>> [f"{loss:.5f}" for loss in simnpo]
 ['0.00032', '0.00032']
 """
 

@@ -81,11 +81,12 @@ def make_unlearning_loss(
     >>> from logitjax.unlearning import UNLEARNING_METHODS
     >>> config = DecoderConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=2,
     ...                        num_heads=2, num_kv_heads=1, head_dim=4)
-    >>> model = Decoder(config, rngs=nnx.Rngs(0), layout="listed")
+    >>> model = nnx.jit(lambda: Decoder(config, rngs=nnx.Rngs(0), layout="listed"))()
     >>> params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     >>> loss_fn = make_unlearning_loss(UNLEARNING_METHODS["npo_kl"], model)
     >>> rows = {"tokens": jnp.array([[1, 2, 3]]), "mask": jnp.array([[False, True, True]])}
-    >>> loss, count, parts = loss_fn(params, {"forget": rows, "retain": rows}, None, params)
+    >>> batch = {"forget": rows, "retain": rows}
+    >>> loss, count, parts = jax.jit(loss_fn)(params, batch, None, params)
     >>> loss.shape, sorted(parts)
     ((), ['forget', 'retain'])
     """

@@ -142,7 +142,8 @@ def unlearning_objective(
         TypeError: losses are not floating point or masks not boolean.
         ValueError: a mask does not broadcast.
 
-    >>> loss, means = unlearning_objective(jnp.array([-1.0, -3.0]), jnp.ones(5), retain_weight=0.5)
+    >>> objective = jax.jit(unlearning_objective)
+    >>> loss, means = objective(jnp.array([-1.0, -3.0]), jnp.ones(5), retain_weight=0.5)
     >>> float(loss), float(means["forget"])
     (-1.5, -2.0)
 

@@ -176,7 +176,7 @@ def paired_model(target: Decoder, assistant: Assistant, *, ring_slack: int = 0) 
     >>> from logitjax.unlearning import Assistant
     >>> config = DecoderConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=3,
     ...                        num_heads=2, num_kv_heads=1, head_dim=4)
-    >>> target = Decoder(config, rngs=nnx.Rngs(0), layout="listed")
+    >>> target = nnx.jit(lambda: Decoder(config, rngs=nnx.Rngs(0), layout="listed"))()
     >>> assistant = Assistant.init(target, 1, rank=2, key=jax.random.key(0))
     >>> both = decoding.Ensemble(paired_model(target, assistant), fuse=fusion.LogitDifference())
     >>> decoding.generate(both, [[1, 2, 3]], max_new_tokens=2).tokens.shape

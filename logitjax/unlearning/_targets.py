@@ -94,8 +94,8 @@ def undial(
         TypeError: logits are not floating point or labels not integers.
         ValueError: different shapes.
 
-    >>> undial(jnp.zeros((1, 4)), jnp.zeros((1, 4)), jnp.array([2])).round(4)
-    Array([1.3863], dtype=float32)
+    >>> jax.jit(undial)(jnp.zeros((1, 4)), jnp.zeros((1, 4)), jnp.array([2]))
+    Array([1.386294...], dtype=float32)
 
     References:
         Dong et al., UNDIAL, 2024 (arXiv 2402.10052). OpenUnlearning's `UNDIAL` (beta 10, no retain

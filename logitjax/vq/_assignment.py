@@ -78,8 +78,8 @@ def fit_assignment(
     Raises:
       ValueError: unknown method, ``num_codes`` out of range, or shapes that do not fit.
 
-    >>> rows = jnp.array([[1.0, 0.0], [1.1, 0.0], [0.0, 3.0], [0.0, 3.1]])
-    >>> fit = fit_assignment(rows, jnp.ones(4), jnp.zeros(2), jnp.eye(2), 2)
+    >>> rows = np.array([[1.0, 0.0], [1.1, 0.0], [0.0, 3.0], [0.0, 3.1]])
+    >>> fit = fit_assignment(rows, np.ones(4), np.zeros(2), np.eye(2), 2)
     >>> first, second, third, fourth = fit.assignment.tolist()
     >>> first == second, third == fourth, first == third
     (True, True, False)
@@ -167,7 +167,7 @@ def expected_targets(
     Returns:
       ``(sums [vocab, hidden], counts [vocab])``, float32.
 
-    >>> sums, counts = expected_targets(jnp.ones((3, 2)), jnp.zeros((6, 2)))
+    >>> sums, counts = map(np.asarray, expected_targets(np.ones((3, 2)), np.zeros((6, 2))))
     >>> print(counts[0].round(3), sums[0].round(3))
     0.5 [0.5 0.5]
     """
@@ -230,10 +230,9 @@ def reassign(
     Returns:
       ``(assignment, bias, moved)``: the new ones, and how many tokens moved.
 
-    >>> codebook = jnp.array([[1.0], [-1.0]])
-    >>> hidden = jnp.array([[2.0], [-2.0]])
-    >>> new, bias, moved = reassign(codebook, jnp.zeros(2), jnp.array([1, 0]), hidden, jnp.ones(2),
-    ...                             hidden)
+    >>> codebook, hidden = np.array([[1.0], [-1.0]]), np.array([[2.0], [-2.0]])
+    >>> arrays = (codebook, np.zeros(2), np.array([1, 0]), hidden, np.ones(2), hidden)
+    >>> new, bias, moved = reassign(*arrays)
     >>> print(new, moved)
     [0 1] 2
 
@@ -287,9 +286,9 @@ def matched_bias(
     Returns:
       ``[vocab]``, float32.
 
-    >>> bias = matched_bias(jnp.zeros((1, 2)), jnp.zeros(2), jnp.zeros(2, int),
-    ...                     jnp.array([3.0, 1.0]), jnp.zeros((4, 2)))
-    >>> [f"{b:.3f}" for b in bias]
+    >>> codebook, bias, assignment = np.zeros((1, 2)), np.zeros(2), np.zeros(2, int)
+    >>> bias = matched_bias(codebook, bias, assignment, np.array([3.0, 1.0]), np.zeros((4, 2)))
+    >>> [f"{b:.3f}" for b in np.asarray(bias)]
     ['0.405', '-0.693']
     """
     codebook = jnp.asarray(codebook, jnp.float32)

@@ -134,7 +134,8 @@ def vq_topk(
 
     >>> bias, assignment = jnp.array([0.0, 1.0, 2.0]), jnp.array([1, 0, 1])
     >>> tables = vq_tables(bias, assignment, 2, width=2)
-    >>> vq_topk(jnp.ones((1, 1)), jnp.array([[5.0], [1.0]]), tables, 2).indices
+    >>> top_k = jax.jit(vq_topk, static_argnums=3)
+    >>> top_k(jnp.ones((1, 1)), jnp.array([[5.0], [1.0]]), tables, 2).indices
     Array([[1, 2]], dtype=int32)
     """
     width = tables.best.shape[1]
@@ -185,7 +186,8 @@ def vq_sample(
 
     >>> bias, assignment = jnp.array([0.0, -jnp.inf, 2.0]), jnp.array([1, 1, 0])
     >>> tables = vq_tables(bias, assignment, 2)
-    >>> vq_sample(jax.random.key(0), jnp.ones((3, 1)), jnp.array([[-50.0], [0.0]]), tables)
+    >>> sample = jax.jit(vq_sample)
+    >>> sample(jax.random.key(0), jnp.ones((3, 1)), jnp.array([[-50.0], [0.0]]), tables)
     Array([0, 0, 0], dtype=int32)
     """
 

@@ -41,8 +41,8 @@ class VQHead(VocabularyHead):
       param_dtype: dtype of the parameters.
       rngs: source of the initial codebook.
 
-    >>> head = VQHead(8, 20, 5, rngs=nnx.Rngs(0))
-    >>> head(jnp.ones((2, 8))).shape
+    >>> make = lambda: VQHead(8, 20, 5, rngs=nnx.Rngs(0))
+    >>> nnx.jit(lambda hidden: make()(hidden))(jnp.ones((2, 8))).shape
     (2, 20)
     """
 

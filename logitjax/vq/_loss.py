@@ -30,7 +30,9 @@ def cluster_log_mass(
     Returns:
       ``[codes]``, float32; ``-inf`` where a cluster is empty.
 
-    >>> print(jnp.exp(cluster_log_mass(jnp.zeros(5), jnp.array([0, 0, 2, 0, 2]), 4)).round(1))
+    >>> import numpy as np
+    >>> mass = jax.jit(cluster_log_mass, static_argnums=2)
+    >>> print(np.exp(mass(np.zeros(5), np.array([0, 0, 2, 0, 2]), 4)).round(1))
     [3. 0. 2. 0.]
     """
     bias = _float32(bias)
@@ -124,7 +126,8 @@ def vq_logits(
     Returns:
       ``[*batch, vocab]``, float32.
 
-    >>> vq_logits(jnp.ones((1, 1)), jnp.array([[1.0], [5.0]]), None, jnp.array([0, 1, 1, 0]))
+    >>> codebook, assignment = jnp.array([[1.0], [5.0]]), jnp.array([0, 1, 1, 0])
+    >>> jax.jit(vq_logits)(jnp.ones((1, 1)), codebook, None, assignment)
     Array([[1., 5., 5., 1.]], dtype=float32)
 
     References:
@@ -182,8 +185,9 @@ def vq_nll(
     Raises:
       ValueError: ``bias`` and ``assignment``, or ``labels`` and ``hidden``, do not fit.
 
-    >>> assignment = jnp.array([0, 1, 1, 0])
-    >>> print(vq_nll(jnp.ones((2, 1)), jnp.zeros((2, 1)), None, assignment, jnp.array([0, 3])))
+    >>> import numpy as np
+    >>> assignment, labels = np.array([0, 1, 1, 0]), np.array([0, 3])
+    >>> print(jax.jit(vq_nll)(np.ones((2, 1)), np.zeros((2, 1)), None, assignment, labels))
     [1.3862944 1.3862944]
 
     References:

@@ -75,8 +75,8 @@ class ProductCodes:
         Raises:
           ValueError: ``groups`` does not divide the hidden dimensions.
 
-        >>> found = ProductCodes.fit(jnp.eye(4), jnp.ones(4), jnp.eye(4), groups=2, num_codes=3)
-        >>> bool(jnp.allclose(found.kernel(), jnp.eye(4)))
+        >>> found = ProductCodes.fit(np.eye(4), np.ones(4), np.eye(4), groups=2, num_codes=3)
+        >>> np.allclose(jax.jit(ProductCodes.kernel)(found), np.eye(4))
         True
 
         References:
@@ -112,8 +112,8 @@ class ProductCodes:
         Training through it costs what a full head costs; O(K) normalisation is lost, because a grid
         of codes is not a product of clusters.
 
-        >>> codebooks = jnp.arange(4.0).reshape(2, 2, 1)
-        >>> print(ProductCodes(codebooks, jnp.array([[0, 1], [1, 0]])).kernel())
+        >>> codes = ProductCodes(np.arange(4.0).reshape(2, 2, 1), np.array([[0, 1], [1, 0]]))
+        >>> print(jax.jit(ProductCodes.kernel)(codes))
         [[0. 3.]
          [1. 2.]]
         """
@@ -134,8 +134,8 @@ class ProductCodes:
         Returns:
           ``[*batch, vocab]``, float32.
 
-        >>> codebooks = jnp.arange(4.0).reshape(2, 2, 1)
-        >>> ProductCodes(codebooks, jnp.array([[0, 1]])).logits(jnp.ones((1, 2)))
+        >>> codes = ProductCodes(np.arange(4.0).reshape(2, 2, 1), np.array([[0, 1]]))
+        >>> jax.jit(ProductCodes.logits)(codes, np.ones((1, 2)))
         Array([[3.]], dtype=float32)
         """
         hidden, codebooks = jnp.asarray(hidden), jnp.asarray(self.codebooks)
@@ -161,8 +161,8 @@ class ProductCodes:
     ) -> Float[jax.Array, "n chosen"]:
         """The logits of some tokens, by ``groups`` look-ups each, to re-score a shortlist.
 
-        >>> rows = ProductCodes(jnp.arange(4.0).reshape(2, 2, 1), jnp.array([[0, 1], [1, 0]]))
-        >>> rows.logits_at(jnp.ones((1, 2)), jnp.array([[1, 0]]))
+        >>> rows = ProductCodes(np.arange(4.0).reshape(2, 2, 1), np.array([[0, 1], [1, 0]]))
+        >>> jax.jit(ProductCodes.logits_at)(rows, np.ones((1, 2)), np.array([[1, 0]]))
         Array([[3., 3.]], dtype=float32)
         """
         tables = product_tables(jnp.asarray(hidden), jnp.asarray(self.codebooks))
@@ -215,8 +215,8 @@ class PackedCodes:
           ValueError: the codes are not of that vocabulary and that many groups, or there are more
             than 16 of them.
 
-        >>> codes = ProductCodes(jnp.arange(4.0).reshape(2, 2, 1), jnp.array([[0, 1]]))
-        >>> codes.packed().logits(jnp.ones((1, 2)))
+        >>> codes = ProductCodes(np.arange(4.0).reshape(2, 2, 1), np.array([[0, 1]]))
+        >>> jax.jit(lambda hidden: codes.packed().logits(hidden))(np.ones((1, 2)))
         Array([[3.]], dtype=float32)
         """
         hidden, codebooks = jnp.asarray(hidden), jnp.asarray(self.codebooks)
@@ -260,8 +260,9 @@ def pack_codes(codes: Integer[Array, "vocab groups"]) -> UInt8[jax.Array, "block
       TypeError: the codes are not integers.
       ValueError: a concrete code is not in 0..15.
 
-    >>> pack_codes(jnp.array([[1, 2], [3, 4]]))[0, 0, :2], pack_codes(jnp.ones((40, 3), int)).shape
-    (Array([1, 3], dtype=uint8), (2, 2, 32))
+    >>> packed = np.asarray(jax.jit(pack_codes)(np.array([[1, 2], [3, 4]])))
+    >>> packed[0, 0, :2], jax.eval_shape(pack_codes, np.ones((40, 3), int)).shape
+    (array([1, 3], dtype=uint8), (2, 2, 32))
 
     References:
       Andre et al., Cache locality is not enough: high-performance nearest neighbor search with
@@ -297,7 +298,7 @@ def unpack_codes(
     Returns:
       ``[vocab, groups]``, uint8, 0..15.
 
-    >>> unpack_codes(pack_codes(jnp.array([[1, 2, 3]])), 1, 3)
+    >>> jax.jit(lambda codes: unpack_codes(pack_codes(codes), 1, 3))(np.array([[1, 2, 3]]))
     Array([[1, 2, 3]], dtype=uint8)
     """
     packed = jnp.asarray(packed)

@@ -28,7 +28,8 @@ class ProductHead(VocabularyHead):
       param_dtype: dtype of the codebooks.
       rngs: source of the initial codebooks.
 
-    >>> ProductHead(8, 20, groups=4, num_codes=5, rngs=nnx.Rngs(0))(jnp.ones((2, 8))).shape
+    >>> make = lambda: ProductHead(8, 20, groups=4, num_codes=5, rngs=nnx.Rngs(0))
+    >>> nnx.jit(lambda hidden: make()(hidden))(jnp.ones((2, 8))).shape
     (2, 20)
     """
 

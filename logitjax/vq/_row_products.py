@@ -36,7 +36,7 @@ def row_products(
     Raises:
       ValueError: there are no rows to take the nearest of.
 
-    >>> row_products(jnp.array([[1.0, 2.0]]), jnp.eye(2), jnp.array([[1, 0, 1]]))
+    >>> jax.jit(row_products)(jnp.array([[1.0, 2.0]]), jnp.eye(2), jnp.array([[1, 0, 1]]))
     Array([[2., 1., 2.]], dtype=float32)
     """
     vectors, rows = jnp.asarray(vectors), jnp.asarray(rows)

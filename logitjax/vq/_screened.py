@@ -55,7 +55,7 @@ class Screen:
 
         >>> cheap = lambda h: jnp.array([[0.0, 1.0, 2.0]])
         >>> screen = Screen(cheap=cheap, rescore=jnp.full((3, 1), 5.0), num_candidates=1)
-        >>> screen.logits(jnp.ones((1, 1)))
+        >>> jax.jit(screen.logits)(jnp.ones((1, 1)))
         Array([[3., 4., 5.]], dtype=float32)
 
         References:
@@ -94,8 +94,8 @@ class Screen:
 
         >>> cheap = lambda h: jnp.zeros((1, 4))
         >>> screen = Screen(cheap=cheap, rescore=jnp.zeros((4, 2)), num_candidates=2)
-        >>> print(screen.nll(jnp.ones((1, 2)), jnp.array([1])).round(4))
-        [1.3863]
+        >>> print(jax.jit(screen.nll)(jnp.ones((1, 2)), jnp.array([1])))
+        [1.386294...]
         """
         hidden, labels = jnp.asarray(hidden), jnp.asarray(labels)
         if labels.shape != hidden.shape[:-1]:
@@ -132,7 +132,7 @@ class Screen:
         >>> cheap = lambda h: jnp.array([[0.0, 1.0, 2.0]])
         >>> exact = jnp.array([[9.0], [4.0], [3.0]])
         >>> screen = Screen(cheap=cheap, rescore=exact, num_candidates=2)
-        >>> screen.top_k(jnp.ones((1, 1)), 1).indices
+        >>> jax.jit(screen.top_k, static_argnums=1)(jnp.ones((1, 1)), 1).indices
         Array([[1]], dtype=int32)
         """
         most = self.num_candidates
@@ -174,8 +174,8 @@ class ScreenedHead(VocabularyHead):
       row_bias: ``[vocab]``, their biases.
 
     >>> from logitjax.heads import LowRankHead
-    >>> head = ScreenedHead(LowRankHead(8, 20, 2, rngs=nnx.Rngs(0)), num_candidates=4)
-    >>> head(jnp.ones((3, 8)), jnp.ones((20, 8))).shape
+    >>> make = lambda: ScreenedHead(LowRankHead(8, 20, 2, rngs=nnx.Rngs(0)), num_candidates=4)
+    >>> nnx.jit(lambda *arrays: make()(*arrays))(jnp.ones((3, 8)), jnp.ones((20, 8))).shape
     (3, 20)
     """
 

@@ -44,8 +44,9 @@ class Pages:
     def with_biases(self, bias: Float[Array, " vocab"]) -> "Pages":
         """The same pages in the same ranking with other biases, differentiable in them.
 
-        >>> pages = Pages.cut(jnp.zeros(3), jnp.array([0, 0, 1]), size=2)
-        >>> print(jnp.exp(pages.with_biases(jnp.log(jnp.array([1.0, 2.0, 4.0]))).log_mass))
+        >>> pages = Pages.cut(np.zeros(3), np.array([0, 0, 1]), size=2)
+        >>> again = jax.jit(Pages.with_biases)(pages, np.log([1.0, 2.0, 4.0]))
+        >>> print(np.exp(again.log_mass).round(3))
         [3. 4.]
         """
         within = jnp.where(self.tokens >= 0, jnp.asarray(bias)[self.tokens], -jnp.inf)
@@ -129,8 +130,8 @@ class Pages:
         Returns:
           ``[vocab]``, float32.
 
-        >>> print(Pages.spread(jnp.array([[3.0], [1.0]]), jnp.ones((1, 1)), jnp.zeros(2, int),
-        ...                    4.0 * jnp.eye(1)))
+        >>> arrays = np.array([[3.0], [1.0]]), np.ones((1, 1)), np.zeros(2, int), 4.0 * np.eye(1)
+        >>> print(jax.jit(Pages.spread)(*arrays))
         [4. 0.]
         """
         apart = jnp.asarray(rows, jnp.float32) - jnp.asarray(codebook, jnp.float32)[assignment]
@@ -147,7 +148,8 @@ def rescoring(rows: Rescore | Head | Array) -> Rescore:
       A `Rescore`: inputs in the dtype of ``hidden``, sums and result in float32. Tokens outside of
       the vocabulary are taken for its nearest end.
 
-    >>> rescoring(Head(jnp.eye(3), vocab_axis=0))(jnp.array([[1.0, 2.0, 3.0]]), jnp.array([[2, 0]]))
+    >>> rescore = jax.jit(rescoring(Head(np.eye(3), vocab_axis=0)))
+    >>> rescore(np.array([[1.0, 2.0, 3.0]]), np.array([[2, 0]]))
     Array([[3., 1.]], dtype=float32)
     """
     if callable(rows):
@@ -232,11 +234,11 @@ class Shortlist:
         Raises:
           ValueError: ``labels`` do not fit ``hidden``.
 
-        >>> rows = Head(jnp.eye(3), vocab_axis=0)
-        >>> bias, assignment = jnp.zeros(3), jnp.array([0, 0, 1])
+        >>> rows = Head(np.eye(3), vocab_axis=0)
+        >>> bias, assignment = np.zeros(3), np.array([0, 0, 1])
         >>> pages = Pages.cut(bias, assignment, size=2)
-        >>> both = Shortlist(pages=pages, rescore=rows, num_pages=2)
-        >>> print(both.nll(jnp.ones((1, 3)), jnp.zeros((2, 3)), bias, assignment, jnp.array([2])))
+        >>> nll = jax.jit(Shortlist(pages=pages, rescore=rows, num_pages=2).nll)
+        >>> print(nll(np.ones((1, 3)), np.zeros((2, 3)), bias, assignment, np.array([2])))
         [1.0986123]
 
         References:
@@ -303,11 +305,11 @@ class Shortlist:
         Raises:
           ValueError: the shortlist is shorter than k.
 
-        >>> rows = Head(jnp.eye(3), vocab_axis=0)
-        >>> bias, assignment = jnp.zeros(3), jnp.array([0, 0, 1])
+        >>> rows = Head(np.eye(3), vocab_axis=0)
+        >>> bias, assignment = np.zeros(3), np.array([0, 0, 1])
         >>> pages = Pages.cut(bias, assignment, size=2)
-        >>> both = Shortlist(pages=pages, rescore=rows, num_pages=2)
-        >>> both.top_k(jnp.array([[1.0, 3.0, 2.0]]), jnp.zeros((2, 3)), 2).indices
+        >>> top_k = jax.jit(Shortlist(pages=pages, rescore=rows, num_pages=2).top_k, static_argnums=2)
+        >>> top_k(np.array([[1.0, 3.0, 2.0]]), np.zeros((2, 3)), 2).indices
         Array([[1, 2]], dtype=int32)
         """
         hidden = jnp.asarray(hidden)
@@ -357,12 +359,12 @@ class Shortlist:
         Returns:
           ``[*batch, vocab]``, float32.
 
-        >>> rows = Head(jnp.eye(3), vocab_axis=0)
-        >>> bias, assignment = jnp.zeros(3), jnp.array([0, 0, 1])
+        >>> rows = Head(np.eye(3), vocab_axis=0)
+        >>> bias, assignment = np.zeros(3), np.array([0, 0, 1])
         >>> pages = Pages.cut(bias, assignment, size=2)
-        >>> one = Shortlist(pages=pages, rescore=rows, num_pages=1)
-        >>> logits = one.logits(jnp.array([[1.0, 3.0, 2.0]]), jnp.zeros((2, 3)), bias, assignment)
-        >>> [f"{logit:.3f}" for logit in logits[0]]  # the page keeps the mass its codes give it
+        >>> run = jax.jit(Shortlist(pages=pages, rescore=rows, num_pages=1).logits)
+        >>> logits = run(np.array([[1.0, 3.0, 2.0]]), np.zeros((2, 3)), bias, assignment)
+        >>> [f"{logit:.3f}" for logit in np.asarray(logits)[0]]  # the page keeps its codes' mass
         ['-1.434', '0.566', '0.000']
         """
         hidden = jnp.asarray(hidden)

@@ -302,9 +302,9 @@ def reassign_from_labels(
     Returns:
       ``(assignment, bias, moved)``.
 
-    >>> codebook, hidden = jnp.array([[1.0], [-1.0]]), jnp.array([[2.0], [-2.0]])
-    >>> new, bias, moved = reassign_from_labels(codebook, jnp.zeros(2), jnp.array([1, 0]), hidden,
-    ...                                         jnp.array([0, 1]), min_count=1)
+    >>> codebook, hidden = np.array([[1.0], [-1.0]]), np.array([[2.0], [-2.0]])
+    >>> new, bias, moved = reassign_from_labels(codebook, np.zeros(2), np.array([1, 0]), hidden,
+    ...                                         np.array([0, 1]), min_count=1)
     >>> print(new, moved)
     [0 1] 2
     """
