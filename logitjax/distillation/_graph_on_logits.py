@@ -181,7 +181,8 @@ def graph_on_logits(
 
     >>> import jax, numpy as np
     >>> config, rng = GraphConfig(k=4), np.random.default_rng(0)
-    >>> student, teacher = (rng.normal(size=(jax.device_count(), 2, *n)) for n in ((8, 32), (5, 48)))
+    >>> lead = (jax.device_count(), 2)
+    >>> student, teacher = (rng.normal(size=lead + shape) for shape in ((8, 32), (5, 48)))
     >>> def step(student, teacher):
     ...     loss = lambda s: graph_on_logits(s, teacher, config=config)[0].mean()
     ...     value, gradient = jax.value_and_grad(loss)(student)

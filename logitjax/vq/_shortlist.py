@@ -308,7 +308,8 @@ class Shortlist:
         >>> rows = Head(np.eye(3), vocab_axis=0)
         >>> bias, assignment = np.zeros(3), np.array([0, 0, 1])
         >>> pages = Pages.cut(bias, assignment, size=2)
-        >>> top_k = jax.jit(Shortlist(pages=pages, rescore=rows, num_pages=2).top_k, static_argnums=2)
+        >>> both = Shortlist(pages=pages, rescore=rows, num_pages=2)
+        >>> top_k = jax.jit(both.top_k, static_argnums=2)
         >>> top_k(np.array([[1.0, 3.0, 2.0]]), np.zeros((2, 3)), 2).indices
         Array([[1, 2]], dtype=int32)
         """
