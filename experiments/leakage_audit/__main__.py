@@ -9,8 +9,9 @@ spectra and of leak against cost. Nothing but the model in this process is ever 
 
 Policies: `full`, `round_D` (D decimals), `noise_S` (S nats), `floor_F`, `top_K` (without
 a bias; the reader fills in the K-th value), `top_K_bias` (a whole row and a corner of the matrix
-through the bias), `dummy_R_A` (R directions of relative size A), `cap_C`. Kill it whenever you
-like: finished policies are kept.
+through the bias), `sampling` (the same by forcing tokens), `draws` (a row harvested at
+temperature 2), `argmax` (by comparisons of tokens), `dummy_R_A` (R directions of relative size A),
+`cap_C`. Kill it whenever you like: finished policies are kept.
 """
 
 import functools

@@ -23,12 +23,12 @@ def audit(rows: Rows, config: Config, directory: epath.Path, name: str, seed: in
     found = leakage.audit(
         oracle, rows.prompts, rows.vocab, head=rows.head, logits=rows.logits, corner=config.corner
     )
-    record = _from_rows(found) if found.row is None else _through_bias(found, rows.logits[0])
+    record = _from_rows(found) if found.row is None else _by_token(found, rows.logits[0])
     record |= {
         "policy": name,
         "seed": seed,
-        "queries": oracle.queries,
-        "values": oracle.values,
+        "queries": found.queries,
+        "values": found.values,
         "seconds": time.perf_counter() - start,
     }
     storage.write_atomic(path, json.dumps(record))
@@ -52,24 +52,22 @@ def _from_rows(found: leakage.Audit) -> Record:
     }
 
 
-def _through_bias(found: leakage.Audit, logits: np.ndarray) -> Record:
-    """A whole row, checked against the truth, and the dimension from a corner."""
+def _by_token(found: leakage.Audit, logits: np.ndarray) -> Record:
+    """A row that came back token by token, beside the truth, and the width from a corner."""
     row = found.row
     assert row is not None
+    assert found.utility is not None
     truth = np.asarray(jax.nn.log_softmax(logits))
     record: Record = {
         "prompts": found.prompts,
         "row_queries": row.queries,
         "row_coverage": row.coverage,
         "row_error": found.row_error,
-        "row_error_all": float(np.abs(row.log_probs - truth)[row.known].max()),
         # A bias of 30 nats does not lift these; they are asked for once more.
         "row_far": int((truth.max() - truth >= 30.0).sum()),
         "row_span": float(np.ptp(truth)),
         "leak": found.leak,
-        "kl": 0.0,
-        "top1": 1.0,
-        "top5": 1.0,
+        **found.utility,
     }
     if found.subspace is not None:
         record |= _width(found)

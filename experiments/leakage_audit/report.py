@@ -18,7 +18,8 @@ def verdict(group: Sequence[Mapping[str, Any]], width: int) -> str:
     """What an operator should take from it."""
     first = group[0]
     if "row_error" in first:
-        return leakage.verdict(first["leak"], row=(first["row_error"], first["row_queries"]))
+        row = first["row_error"], first["row_queries"], first["row_coverage"]
+        return leakage.verdict(first["leak"], row=row)
     leak = sum(record["leak"] for record in group) / len(group)
     return leakage.verdict(leak, loss=first["kl"], sees_width=first.get("estimate") == width)
 
@@ -121,6 +122,8 @@ def _places(groups: Mapping[str, Any]) -> list[tuple[float, float, list[str]]]:
     """Loss and leak of policies; those whose labels would lie on each other share a place."""
     found: list[tuple[float, float, list[str]]] = []
     for name, group in groups.items():
+        if any(record.get(key) is None for record in group for key in ("kl", "leak")):
+            continue  # A row came back, but no subspace was asked for.
         x = max(1e-6, sum(r["kl"] for r in group) / len(group))
         y = sum(r["leak"] for r in group) / len(group)
         for other_x, other_y, names in found:

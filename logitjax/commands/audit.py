@@ -5,11 +5,12 @@
 
 With `--model` alone each `--policy` is put in front of the model in this process: `full`, `round_D`
 (D decimals), `noise_S` (S nats), `floor_F`, `top_K`, `top_K_bias` (a logit bias moves what is
-reported), `dummy_R_A`, `cap_C`. With `--url` a server on this machine is asked instead, as
-`logitjax serve` or any other with OpenAI's completion API; --top_logprobs, --bias, --decimals and
---noise say what it is known to do. It reports token ids where it knows
-`return_tokens_as_token_ids`, as ours and vLLM do. Only loopback addresses are asked: audits are of
-what one runs.
+reported), `dummy_R_A`, `cap_C`, `draws` (the drawn token's own log-probability), `sampling` (the
+same, and a bias moves what is drawn), `argmax` (the token alone, and a bias moves it). With `--url`
+a server on this machine is asked instead, as `logitjax serve` or any other with OpenAI's completion
+API; --top_logprobs, --bias, --decimals and --noise say what it is known to do. It reports token ids
+where it knows `return_tokens_as_token_ids`, as ours and vLLM do. Only loopback addresses are asked:
+audits are of what one runs.
 
 WORKDIR/report.md has a line for each policy: hidden width, share of the head that is out, cost
 in queries and to honest users, verdict. WORKDIR/recovered/POLICY.npz holds what was recovered:
@@ -38,7 +39,8 @@ class Config:
     model: str | None = field(None, "The model, which is also the truth that answers are held to.")
     url: str | None = field(None, "Address of your server, instead of rules in this process.")
     policy: tuple[str, ...] = field(
-        ("full", "round_2", "noise_0.3", "top_5", "top_5_bias"), "Rules of the API to audit."
+        ("full", "round_2", "noise_0.3", "top_5", "top_5_bias", "sampling", "argmax"),
+        "Rules of the API to audit.",
     )
     api_key: str | None = field(None, "Key of the server.")
     top_logprobs: int = field(5, "Number of log-probabilities the server reports.", minimum=1)
@@ -146,6 +148,8 @@ def _oracle(config: Config, name: str, prompts: np.ndarray, truth: Truth | None)
     if config.url:
         policy = leakage.LogitPolicy(
             top_k=config.top_logprobs,
+            # As completion APIs do; where the bias is reported the top k say all of it.
+            sampled=config.bias == "sampling",
             bias=config.bias,
             decimals=config.decimals,
             noise=config.noise,
@@ -184,16 +188,16 @@ def _audit(
     row = None
     if found.row is not None:
         error = found.row.error_bound if found.row_error is None else found.row_error
-        row = (error, found.row.queries)
-    loss = None if found.utility is None else found.utility["kl"]
-    width = None if found.subspace is None else found.subspace.width
+        row = (error, found.row.queries, found.row.coverage)
+    loss = None if found.utility is None else found.utility.get("kl")
+    width = found.width
     sees_width = truth is None or (width is not None and width.estimate == truth.head.shape[1])
     return {
         "policy": name,
         "width": None if width is None else str(width),
         "leak": found.leak,
-        "queries": oracle.queries,
-        "values": oracle.values,
+        "queries": found.queries,
+        "values": found.values,
         "KL": loss,
         "verdict": leakage.verdict(found.leak, loss=loss, sees_width=sees_width, row=row),
     }
@@ -223,7 +227,7 @@ def _report(
     return (
         f"# Leakage audit\n\n`{config.url or config.model}`: vocabulary {vocab:,}{width}; "
         f"{len(prompts)} prompts of {prompts.shape[1]} tokens from {source}.\n\n"
-        f"{markdown_table(records)}\n\n`leak`: share of the head's subspace that is out, beyond "
-        "chance; of a row that came back, the share of its tokens. `KL`: what honest users lose, "
-        "in nats.\n"
+        f"{markdown_table(records)}\n\n`width`: `seen` where noise may hide weaker directions. "
+        "`leak`: share of the head's subspace that is out, beyond chance; of a corner, at its "
+        "tokens. `KL`: what honest users lose by one answer, in nats.\n"
     )

@@ -2,7 +2,7 @@
 
 For those who run a model and choose what its API reports: `LogitOracle` puts a `LogitPolicy` in
 front of a model in the same process and counts what is asked; `audit` asks all of it and says
-what it comes to; `recover_log_probs` and
+what it comes to; `recover_log_probs`, `harvest_log_probs`, `search_logits` and
 `estimate_output_subspace` are what could be done with the answers; `align_head` and `utility_loss`
 say how much of the head has leaked and what a defence takes from honest users.
 """
@@ -13,6 +13,7 @@ from logitjax.leakage._audit import audit as audit
 from logitjax.leakage._audit import verdict as verdict
 from logitjax.leakage._completion import complete_rows as complete_rows
 from logitjax.leakage._geometry import compare_geometry as compare_geometry
+from logitjax.leakage._harvest import harvest_log_probs as harvest_log_probs
 from logitjax.leakage._http import HttpOracle as HttpOracle
 from logitjax.leakage._norm_layer import norm_kind as norm_kind
 from logitjax.leakage._norm_layer import settle_by_norm as settle_by_norm
@@ -21,4 +22,5 @@ from logitjax.leakage._oracle import LogitOracle as LogitOracle
 from logitjax.leakage._policy import LogitPolicy as LogitPolicy
 from logitjax.leakage._recover_row import recover_log_probs as recover_log_probs
 from logitjax.leakage._recover_row import row_queries as row_queries
+from logitjax.leakage._search import search_logits as search_logits
 from logitjax.leakage._subspace import estimate_output_subspace as estimate_output_subspace

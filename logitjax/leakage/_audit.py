@@ -10,14 +10,24 @@ from jaxtyping import Float
 
 from logitjax.leakage._alignment import HeadAlignment, align_head, utility_loss
 from logitjax.leakage._corner import corner_matrix
+from logitjax.leakage._harvest import harvest_log_probs
+from logitjax.leakage._policy import LogitPolicy
 from logitjax.leakage._recover_row import RecoveredRow, recover_log_probs
+from logitjax.leakage._search import search_logits
 from logitjax.leakage._subspace import OutputSubspace, estimate_output_subspace
+from logitjax.leakage._width import OutputWidth
 from logitjax.ops import Array
 
 #: Nats below the most likely token within which a row has to come back exactly.
 SPAN = 25.0
 #: Shares of the head beyond chance up to which a policy counts as closed, and from which as open.
 CLOSED, OPEN = 0.1, 0.9
+#: Tokens of a row that are searched for by comparisons, which cost several queries each.
+SEARCHED = 256
+#: Draws by which a row is harvested.
+DRAWS = 2048
+#: Prompts by which honest users' loss is measured.
+_HONEST = 256
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,15 +36,20 @@ class Audit:
 
     Attributes:
         prompts: Number of prompts whose values the subspace comes from, or of rows.
+        queries: Number of queries that took.
+        values: Number of values they reported.
         subspace: The recovered subspace, with the hidden dimension as `width`; None without one.
         tokens: Tokens that the rows of its basis stand for; None for all.
-        alignment: The subspace beside the true head, where that is known.
-        utility: What honest users lose, where the truth is known; see `utility_loss`.
-        row: A whole row of log-probabilities, asked for through a bias.
+        alignment: The subspace beside the true head at those tokens, where that is known.
+        utility: What honest users lose, where the truth is known; see `utility_loss`. Of an API
+            that reports tokens only, `top1`.
+        row: A row of log-probabilities, as far as it came back token by token.
         row_error: Its largest error in nats over the likeliest tokens, where the truth is known.
     """
 
     prompts: int
+    queries: int = 0
+    values: int = 0
     subspace: OutputSubspace | None = None
     tokens: np.ndarray | None = None
     alignment: HeadAlignment | None = None
@@ -43,11 +58,13 @@ class Audit:
     row_error: float | None = None
 
     @property
+    def width(self) -> OutputWidth | None:
+        """What the subspace says of the hidden dimension."""
+        return None if self.subspace is None else self.subspace.width
+
+    @property
     def leak(self) -> float | None:
-        """Share of the head beyond chance that is out; None where the head is not known."""
-        # What one query a value leaves is what whole rows leave: the same rows, dearer.
-        if self.row is not None:
-            return self.row.coverage
+        """Share of the head beyond chance that is out; None where none of it was recovered."""
         return None if self.alignment is None else self.alignment.leak
 
 
@@ -63,9 +80,11 @@ def audit(
     """Ask an API what it answers anybody, and work out what that says of the head.
 
     Where whole rows or a top-k are reported, the subspace comes from one answer a prompt; a reader
-    fills in the k-th value for what a top-k leaves out. Where a bias moves what is reported, the
-    first prompt's row is recovered token by token, and the dimension comes from a corner of the
-    matrix of log-probabilities.
+    fills in the k-th value for what a top-k leaves out. Where a bias moves what is reported, or
+    what is drawn and then reported, the first prompt's row is recovered token by token, and the
+    subspace comes from a corner of the matrix of log-probabilities. Where the drawn token's value
+    is reported and no bias is taken, a row is harvested by draws at temperature 2; where nothing
+    but the token is, some of it is searched for by comparisons.
 
     Args:
         oracle: A `LogitOracle` of a model in this process, or an `HttpOracle` of one's own server.
@@ -87,24 +106,35 @@ def audit(
     >>> logits = (hidden @ head.T).astype(np.float32)
     >>> oracle = LogitOracle(lambda tokens: logits[np.asarray(tokens)[:, 0]], LogitPolicy())
     >>> found = audit(oracle, np.arange(12)[:, None], 40, head=head, logits=logits)
-    >>> print(found.subspace.width, round(found.leak, 3))
+    >>> print(found.width, round(found.leak, 3))
     3 1.0
     """
-    if oracle.policy.bias == "reported":
-        return _through_bias(oracle, prompts, vocab_size, logits, corner)
-    served = _rows(oracle, prompts, vocab_size)
-    # As many directions as the head has, whatever the estimate says: one Gram matrix does for both.
-    known = None if head is None else min(head.shape[1], len(served) - 1)
-    subspace = estimate_output_subspace(
-        served, noise=oracle.policy.noise or None, decimals=oracle.policy.decimals, dimension=known
+    policy = oracle.policy
+    before = oracle.queries, oracle.values
+    if policy.returns == "token":
+        if policy.bias == "none":
+            found = Audit(prompts=0)
+        else:
+            found = Audit(prompts=1, row=_searched_row(oracle, prompts[0], vocab_size))
+    elif policy.bias == "reported" or (policy.bias == "sampling" and policy.sampled):
+        found = _by_bias(oracle, prompts, vocab_size, head, corner)
+    elif policy.sampled and policy.top_k == 0:
+        row = harvest_log_probs(oracle, prompts[0], vocab_size, queries=DRAWS)
+        found = Audit(prompts=1, row=row)
+    else:
+        found = _by_rows(oracle, prompts, vocab_size, head, logits)
+    # What honest users ask below is no part of the price.
+    found = dataclasses.replace(
+        found, queries=oracle.queries - before[0], values=oracle.values - before[1]
     )
-    some = slice(0, min(256, len(served)))
-    return Audit(
-        prompts=len(served),
-        subspace=subspace,
-        alignment=None if head is None else align_head(subspace.basis, head),
-        utility=None if logits is None else utility_loss(_log_softmax(logits)[some], served[some]),
-    )
+    if logits is None:
+        return found
+    error, utility = None, found.utility
+    if found.row is not None:
+        error = _row_error(found.row, np.asarray(logits[0], np.float64))
+    if utility is None:
+        utility = _honest(oracle, prompts[:_HONEST], vocab_size, logits[:_HONEST])
+    return dataclasses.replace(found, row_error=error, utility=utility)
 
 
 def verdict(
@@ -112,7 +142,7 @@ def verdict(
     *,
     loss: float | None = None,
     sees_width: bool = True,
-    row: tuple[float, int] | None = None,
+    row: tuple[float, int, float] | None = None,
 ) -> str:
     """What an operator should take from an audit, in words.
 
@@ -120,10 +150,13 @@ def verdict(
         leak: Share of the head beyond chance that is out; None where the head is not known.
         loss: Divergence in nats that honest users pay.
         sees_width: Whether the hidden dimension came out right.
-        row: Error in nats and number of queries of a whole row, where one came back.
+        row: Error in nats, number of queries and share of the tokens of a row, where one came back.
     """
     if row is not None:
-        return f"open: every row comes back to {row[0]:.1g} nats, {row[1]} queries each"
+        error, queries, share = row
+        if share < 0.99:
+            return f"part of a row leaks: {share:.2%} of it to {error:.1g} nats, {queries} queries"
+        return f"open: every row comes back to {error:.1g} nats, {queries} queries each"
     if leak is None:
         return "not known: how much leaked can be said beside the true head only"
     cost = ", and honest users pay for it" if loss is not None and loss > 0.1 else ""
@@ -135,36 +168,92 @@ def verdict(
     return f"part of the head leaks{cost}"
 
 
-def _rows(oracle: Any, prompts: Any, vocab_size: int) -> np.ndarray:
-    """Rows as a reader has them: where a top-k is reported, the rest is the k-th value."""
-    answer = oracle.ask(prompts)
-    values = np.asarray(answer.values)
-    if oracle.policy.top_k is None:
-        return values
-    filled = np.repeat(values[:, -1:], vocab_size, axis=1)
-    np.put_along_axis(filled, np.asarray(answer.tokens), values, axis=1)
-    return filled
-
-
-def _through_bias(oracle: Any, prompts: Any, vocab_size: int, logits: Any, corner: int) -> Audit:
-    row, error = recover_log_probs(oracle, prompts[0], vocab_size), None
+def _by_rows(oracle: Any, prompts: Any, vocab_size: int, head: Any, logits: Any) -> Audit:
+    policy: LogitPolicy = oracle.policy
+    served = _rows(oracle, prompts, vocab_size)
+    # As many directions as the head has, whatever the estimate says: one Gram matrix does for both.
+    known = None if head is None else min(head.shape[1], len(served) - 1)
+    subspace = estimate_output_subspace(
+        served, noise=policy.noise or None, decimals=policy.decimals, dimension=known
+    )
+    where, alignment, utility = subspace.vocab_where, None, None
+    if head is not None:
+        alignment = align_head(np.asarray(subspace.basis)[where], np.asarray(head)[where])
     if logits is not None:
-        truth = _log_softmax(logits[:1])[0]
-        near = row.known & (truth.max() - truth <= SPAN)
-        error = float(np.abs(row.log_probs - truth)[near].max())
+        utility = utility_loss(_log_softmax(logits[:_HONEST]), served[:_HONEST])
+    return Audit(prompts=len(served), subspace=subspace, alignment=alignment, utility=utility)
+
+
+def _by_bias(oracle: Any, prompts: Any, vocab_size: int, head: Any, corner: int) -> Audit:
+    row = recover_log_probs(oracle, prompts[0], vocab_size)
     if not corner:
-        return Audit(prompts=1, row=row, row_error=error)
+        return Audit(prompts=1, row=row)
     count = min(corner, vocab_size)
     columns = np.random.default_rng(0).choice(vocab_size, count, replace=False)
     asked = list(prompts[:corner])
-    subspace = estimate_output_subspace(corner_matrix(oracle, asked, columns, vocab_size))
+    subspace = estimate_output_subspace(
+        corner_matrix(oracle, asked, columns, vocab_size),
+        dimension=None if head is None else min(head.shape[1], len(asked) - 1, count - 1),
+    )
     return Audit(
         prompts=len(asked),
+        row=row,
         subspace=subspace,
         tokens=columns,
-        row=row,
-        row_error=error,
+        alignment=None if head is None else align_head(subspace.basis, np.asarray(head)[columns]),
     )
+
+
+def _searched_row(oracle: Any, prompt: Any, vocab_size: int) -> RecoveredRow:
+    """Some of a row by comparisons; where it is not all, differences to its largest value."""
+    columns = np.random.default_rng(0).permutation(vocab_size)[:SEARCHED]
+    span = min(40.0, oracle.policy.bias_limit)
+    searched = search_logits(oracle, prompt, columns, span=span)
+    log_probs, middle = np.full(vocab_size, np.nan, np.float32), searched.middle
+    log_probs[columns] = middle
+    known = np.isfinite(log_probs)
+    if known.all():
+        log_probs -= np.log(np.exp(log_probs, dtype=np.float64).sum())
+    widths = (searched.upper - searched.lower)[np.isfinite(middle)]
+    return RecoveredRow(
+        log_probs=log_probs,
+        known=known,
+        error_bound=float(widths.max(initial=0.0)),
+        queries=searched.queries,
+        method="searched",
+    )
+
+
+def _row_error(row: RecoveredRow, logits: np.ndarray) -> float:
+    """Over the tokens that are likely enough; of differences, where the row is not normalised."""
+    truth = _log_softmax(logits)
+    near = row.known & (truth.max() - truth <= SPAN)
+    if row.method == "searched" and not row.known.all():
+        truth = logits - logits.max()
+    return float(np.abs(row.log_probs - truth)[near].max(initial=0.0))
+
+
+def _rows(oracle: Any, prompts: Any, vocab_size: int) -> np.ndarray:
+    """Rows as a reader has them: of a top-k the rest is the k-th value, of one value it is even."""
+    answer = oracle.ask(prompts)
+    values, tokens = np.asarray(answer.values), np.asarray(answer.tokens)
+    if values.shape[1] == vocab_size:
+        return values
+    rest = values.min(axis=1, keepdims=True)
+    if values.shape[1] == 1:
+        left = np.maximum(-np.expm1(np.float64(values)), np.finfo(np.float32).tiny)
+        rest = np.minimum(rest, np.log(left / (vocab_size - 1)))
+    filled = np.repeat(rest.astype(np.float32), vocab_size, axis=1)
+    np.put_along_axis(filled, tokens, values, axis=1)
+    return filled
+
+
+def _honest(oracle: Any, prompts: Any, vocab_size: int, logits: Any) -> Mapping[str, float]:
+    """What one answer without a bias is worth to who wants the distribution."""
+    if oracle.policy.returns == "token":
+        drawn = np.asarray(oracle.ask(prompts).tokens)[:, 0]
+        return {"top1": float((drawn == np.argmax(logits, axis=-1)).mean())}
+    return utility_loss(_log_softmax(logits), _rows(oracle, prompts, vocab_size))
 
 
 def _log_softmax(logits: Any) -> np.ndarray:

@@ -23,7 +23,8 @@ def corner_matrix(
     (h + s)^2 / (K - 1) queries instead of n V / (K - 1).
 
     Args:
-      oracle: what to ask. Where it reports whole rows, one query a prompt; else with a bias.
+      oracle: what to ask. Where it reports whole rows, one query a prompt; else with a bias, or
+        one query a value where the bias forces a token.
       prompts: n sequences of token ids.
       tokens: m columns.
       vocab_size: V.

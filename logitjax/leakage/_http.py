@@ -53,11 +53,13 @@ class HttpOracle:
         self._pool = concurrent.futures.ThreadPoolExecutor(workers)
         self._local = threading.local()
 
-    def ask(self, prompts: Sequence[Any] | np.ndarray) -> Answer:
+    def ask(self, prompts: Sequence[Any] | np.ndarray, *, temperature: float = 0.0) -> Answer:
         """One query a prompt, without a bias."""
-        return self._all([(prompt, None) for prompt in prompts])
+        return self._all([(prompt, None) for prompt in prompts], temperature)
 
-    def ask_biased(self, prompt: Any, bias_tokens: Any, bias_values: Any) -> Answer:
+    def ask_biased(
+        self, prompt: Any, bias_tokens: Any, bias_values: Any, *, temperature: float = 0.0
+    ) -> Answer:
         """Many queries about one prompt, each with its own logit bias."""
         tokens, values = np.asarray(bias_tokens), np.asarray(bias_values, float)
         biases = []
@@ -66,40 +68,53 @@ class HttpOracle:
             for token, amount in zip(row.tolist(), amounts.tolist(), strict=True):
                 added[str(token)] = added.get(str(token), 0.0) + amount
             biases.append(added)
-        return self._all([(prompt, bias) for bias in biases])
+        return self._all([(prompt, bias) for bias in biases], temperature)
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _all(self, queries: Sequence[tuple[Any, Mapping[str, float] | None]]) -> Answer:
+    def _all(
+        self, queries: Sequence[tuple[Any, Mapping[str, float] | None]], temperature: float
+    ) -> Answer:
         if self.budget is not None and self.queries + len(queries) > self.budget:
             raise BudgetExhaustedError(
                 f"{len(queries)} queries would pass the budget: "
                 f"{self.queries} of {self.budget} are used"
             )
         self.queries += len(queries)
-        found = list(self._pool.map(lambda query: self._one(*query), queries))
+        found = list(
+            self._pool.map(lambda query: self._one(query[0], query[1], temperature), queries)
+        )
         answer = Answer(
-            values=np.array([[value for _, value in row] for row in found], np.float32),
+            values=np.array([[v for _, v in row if v is not None] for row in found], np.float32),
             tokens=np.array([[token for token, _ in row] for row in found], np.int32),
         )
         self.values += answer.values.size
         return answer
 
-    def _one(self, prompt: Any, bias: Mapping[str, float] | None) -> list[tuple[int, float]]:
+    def _one(
+        self, prompt: Any, bias: Mapping[str, float] | None, temperature: float
+    ) -> list[tuple[int, float | None]]:
+        only_token = self.policy.returns == "token"
         body: dict[str, Any] = {
             "prompt": np.asarray(prompt).tolist(),
             "max_tokens": 1,
-            "temperature": 0,
-            "logprobs": self.policy.top_k,
+            "temperature": temperature,
+            # Ids of tokens are reported among the log-probabilities, if only with none of the top.
+            "logprobs": 0 if only_token else self.policy.top_k,
             "return_tokens_as_token_ids": True,
         }
         if bias:
             body["logit_bias"] = bias
         answer = self._post(json.dumps(body))
-        tops = answer["choices"][0]["logprobs"]["top_logprobs"][0]
-        found = [(int(name.removeprefix("token_id:")), value) for name, value in tops.items()]
-        return sorted(found, key=lambda pair: -pair[1])
+        said = answer["choices"][0]["logprobs"]
+        drawn = _token_id(said["tokens"][0])
+        if only_token:
+            return [(drawn, None)]
+        own = [(drawn, said["token_logprobs"][0])] if self.policy.sampled else []
+        tops = said["top_logprobs"][0] if self.policy.top_k else {}
+        found = [(_token_id(name), value) for name, value in tops.items()]
+        return own + sorted(found, key=lambda pair: -pair[1])
 
     def _post(self, body: str) -> Any:
         for _ in range(200):
@@ -126,6 +141,10 @@ class HttpOracle:
                 if fresh:
                     raise
         raise AssertionError("not reached")
+
+
+def _token_id(name: str) -> int:
+    return int(name.removeprefix("token_id:"))
 
 
 def _is_loopback(host: str) -> bool:

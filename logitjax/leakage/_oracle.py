@@ -64,16 +64,19 @@ class LogitOracle:
         self.values = 0
         self.prompts = 0
         self._apply = apply_fn
-        self._api, self._noise = jax.random.split(jax.random.key(seed))
+        self._api, self._noise, self._draws = jax.random.split(jax.random.key(seed), 3)
         self._batch_size = batch_size
         self._cache_size = cache_size
         self._cache: dict[bytes, np.ndarray] = {}
 
-    def ask(self, prompts: Sequence[Sequence[int] | Array] | Array) -> Answer:
+    def ask(
+        self, prompts: Sequence[Sequence[int] | Array] | Array, *, temperature: float = 0.0
+    ) -> Answer:
         """One query a prompt, without a bias.
 
         Args:
           prompts: ``n`` sequences of token ids, of any lengths.
+          temperature: at which the token is drawn, anew in every query.
 
         Returns:
           `Answer` ``[n, k]`` on the host.
@@ -85,7 +88,8 @@ class LogitOracle:
         answers = []
         for start in range(0, len(prompts), self._batch_size):
             rows = self._logits(prompts[start : start + self._batch_size])
-            answers.append(self._report(rows, prompts[start : start + self._batch_size]))
+            part = prompts[start : start + self._batch_size]
+            answers.append(self._report(rows, part, temperature))
         return self._counted(
             Answer(
                 values=np.concatenate([a.values for a in answers]),
@@ -98,6 +102,8 @@ class LogitOracle:
         prompt: Sequence[int] | Array,
         bias_tokens: Array | Sequence[Sequence[int]],
         bias_values: Array | Sequence[Sequence[float]],
+        *,
+        temperature: float = 0.0,
     ) -> Answer:
         """Many queries about one prompt, each with its own logit bias.
 
@@ -105,6 +111,7 @@ class LogitOracle:
           prompt: token ids.
           bias_tokens: ``[n, biased]``.
           bias_values: ``[n, biased]`` in nats.
+          temperature: at which the token is drawn, anew in every query.
 
         Returns:
           `Answer` ``[n, k]`` on the host.
@@ -131,7 +138,7 @@ class LogitOracle:
                 part = np.concatenate([part, np.repeat(part[-1:], short, 0)])
                 values = np.concatenate([values, np.repeat(values[-1:], short, 0)])
             served = np.broadcast_to(row, (size, row.shape[-1]))
-            found = self._report(served, [prompt] * size, part, values)
+            found = self._report(served, [prompt] * size, temperature, part, values)
             keep = size - short
             answers.append((found.values[:keep], found.tokens[:keep]))
         return self._counted(
@@ -184,15 +191,25 @@ class LogitOracle:
         return found
 
     def _report(
-        self, rows: np.ndarray, prompts: Any, tokens: Any = None, bias: Any = None
+        self,
+        rows: np.ndarray,
+        prompts: Any,
+        temperature: float,
+        tokens: Any = None,
+        bias: Any = None,
     ) -> Answer:
         numbers = [LogitPolicy.prompt_number(prompt) for prompt in prompts]
         fresh = None
         if self.policy.noise and self.policy.noise_per == "query":
             self._noise, key = jax.random.split(self._noise)
             fresh = jax.random.split(key, len(numbers))
+        draw = None
+        if temperature > 0:
+            self._draws, draw = jax.random.split(self._draws)
         keys = _keys(self._api, jnp.asarray(numbers, jnp.uint32))
-        values, where = _answer(self.policy, rows, keys, self._api, fresh, tokens, bias)
+        values, where = _answer(
+            self.policy, rows, keys, self._api, fresh, tokens, bias, temperature, draw
+        )
         return Answer(values=np.asarray(values), tokens=np.asarray(where))
 
 
@@ -203,8 +220,18 @@ def _keys(key: jax.Array, numbers: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _answer(
-    policy: LogitPolicy, rows: Any, keys: Any, api: Any, fresh: Any, tokens: Any, bias: Any
+    policy: LogitPolicy,
+    rows: Any,
+    keys: Any,
+    api: Any,
+    fresh: Any,
+    tokens: Any,
+    bias: Any,
+    temperature: Any,
+    draw: Any,
 ) -> tuple[jax.Array, jax.Array]:
     served = policy.disturb(rows, keys, api_key=api, noise_key=fresh)
-    answer = policy.report(served, bias_tokens=tokens, bias_values=bias)
+    answer = policy.report(
+        served, bias_tokens=tokens, bias_values=bias, temperature=temperature, key=draw
+    )
     return jnp.asarray(answer.values), jnp.asarray(answer.tokens)

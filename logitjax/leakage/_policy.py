@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int, Key
 
-from logitjax.ops import Array, checks, top_k
+from logitjax.ops import Array, Number, checks, top_k
 
-RETURNS = ("logits", "logprobs")
+RETURNS = ("logits", "logprobs", "token")
 BIAS = ("none", "sampling", "reported")
 
 
@@ -20,8 +20,9 @@ class Answer:
     """What came back.
 
     Attributes:
-      values: ``[*batch, k]``, what the policy reports, largest first if it reports a top-k.
-      tokens: ``[*batch, k]`` int32, which tokens they are of.
+      values: ``[*batch, k]``, what the policy reports: of the drawn token first, where the policy
+        reports it, then largest first if it reports a top-k; k = 0 where it reports tokens only.
+      tokens: ``[*batch, k]`` int32, which tokens they are of; the drawn one where k = 0.
     """
 
     values: Array
@@ -42,11 +43,13 @@ class LogitPolicy:
         y <- max(y, floor), rounded to decimals, the top_k largest
 
     Attributes:
-      returns: ``logits`` or ``logprobs``.
-      top_k: how many values an answer holds; None for all.
+      returns: ``logits`` or ``logprobs``; ``token`` for the drawn token alone.
+      top_k: how many of the largest values an answer holds; None for all.
+      sampled: whether it holds the drawn token's own value, top k or not, as completion APIs do;
+        ``top_k`` may then be 0.
       bias: ``none``: a query with a bias is refused; ``sampling``: accepted, but the reported
-        values are those without it (what commercial APIs changed to in 2024); ``reported``: it
-        moves them.
+        values are those without it (what commercial APIs changed to in 2024), and it moves the
+        token that is drawn; ``reported``: it moves both.
       max_biased: how many tokens a query may bias.
       bias_limit: the largest bias, in nats.
       decimals: reported values are rounded to so many.
@@ -65,6 +68,7 @@ class LogitPolicy:
 
     returns: str = "logprobs"
     top_k: int | None = None
+    sampled: bool = False
     bias: str = "none"
     max_biased: int = 300
     bias_limit: float = 100.0
@@ -85,7 +89,7 @@ class LogitPolicy:
             if value not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
         for name, value in (
-            ("top_k", self.top_k),
+            ("top_k", self.top_k if self.top_k or not self.sampled else None),
             ("max_biased", self.max_biased),
             ("bias_limit", self.bias_limit),
             ("soft_cap", self.soft_cap),
@@ -103,7 +107,9 @@ class LogitPolicy:
         Args:
             name: `full`, `round_D` (D decimals), `noise_S` (S nats), `floor_F`, `top_K` (K values
                 and no bias), `top_K_bias` (with a bias that moves what is reported), `dummy_R_A` (R
-                directions of relative size A) or `cap_C`.
+                directions of relative size A), `cap_C`, `draws` (the drawn token's own value, no
+                bias), `sampling` (the same, and a bias moves what is drawn) or `argmax` (the token
+                alone, and a bias moves it).
 
         Raises:
             ValueError: The name is none of these, or its numbers make no policy.
@@ -130,11 +136,17 @@ class LogitPolicy:
                     return cls(dummy_dims=int(dims), dummy_scale=float(scale))
                 case "cap", [cap]:
                     return cls(soft_cap=float(cap))
+                case "draws", []:
+                    return cls(top_k=0, sampled=True)
+                case "sampling", []:
+                    return cls(top_k=0, sampled=True, bias="sampling")
+                case "argmax", []:
+                    return cls(returns="token", bias="sampling")
         except ValueError as error:
             raise ValueError(f"policy {name!r}: {error}") from None
         raise ValueError(
-            "policy: expected full, round_D, noise_S, floor_F, top_K, top_K_bias, dummy_R_A or "
-            f"cap_C, got {name!r}"
+            "policy: expected full, round_D, noise_S, floor_F, top_K, top_K_bias, dummy_R_A, "
+            f"cap_C, draws, sampling or argmax, got {name!r}"
         )
 
     @staticmethod
@@ -191,6 +203,8 @@ class LogitPolicy:
         *,
         bias_tokens: Int[Array, "*batch biased"] | None = None,
         bias_values: Float[Array, "*batch biased"] | None = None,
+        temperature: Number = 1.0,
+        key: Key[jax.Array, ""] | None = None,
     ) -> Answer:
         """What is reported of logits that `disturb` made.
 
@@ -198,9 +212,11 @@ class LogitPolicy:
           served: ``[*batch, vocab]``.
           bias_tokens: ``[*batch, biased]`` the tokens of a query's bias.
           bias_values: ``[*batch, biased]`` in nats.
+          temperature: the token is drawn at; values are reported at 1.
+          key: of the draw; without one the likeliest token is taken, as at temperature 0.
 
         Returns:
-          `Answer`, ``[*batch, top_k]`` or ``[*batch, vocab]``.
+          `Answer`, ``[*batch, top_k]`` or ``[*batch, vocab]``, one more with ``sampled``.
 
         Raises:
           ValueError: the bias is not allowed, or there is too much of it.
@@ -211,9 +227,18 @@ class LogitPolicy:
         >>> print(answer.values, answer.tokens)
         [5.] [0]
         """
-        values = checks.as_float(served, "served")
+        values = moved = checks.as_float(served, "served")
         if bias_tokens is not None:
-            values = self._biased(values, jnp.asarray(bias_tokens), bias_values)
+            moved = self._biased(values, jnp.asarray(bias_tokens), bias_values)
+            values = moved if self.bias == "reported" else values
+        drawn = None
+        if self.sampled or self.returns == "token":
+            drawn = (
+                moved if key is None else moved / temperature + jax.random.gumbel(key, moved.shape)
+            )
+            drawn = jnp.argmax(drawn, axis=-1, keepdims=True).astype(jnp.int32)
+        if drawn is not None and self.returns == "token":
+            return Answer(values=jnp.zeros((*values.shape[:-1], 0)), tokens=drawn)
         if self.returns == "logprobs":
             values = jax.nn.log_softmax(values)
         if self.floor is not None:
@@ -224,8 +249,17 @@ class LogitPolicy:
         if self.top_k is None or self.top_k >= values.shape[-1]:
             tokens = jnp.broadcast_to(jnp.arange(values.shape[-1]), values.shape)
             return Answer(values=values, tokens=tokens)
+        if drawn is None:
+            values, tokens = top_k(values, self.top_k)
+            return Answer(values=values, tokens=tokens)
+        own = jnp.take_along_axis(values, drawn, axis=-1)
+        if self.top_k == 0:
+            return Answer(values=own, tokens=drawn)
         values, tokens = top_k(values, self.top_k)
-        return Answer(values=values, tokens=tokens)
+        return Answer(
+            values=jnp.concatenate([own, values], axis=-1),
+            tokens=jnp.concatenate([drawn, tokens], axis=-1),
+        )
 
     def _biased(self, values: jax.Array, tokens: jax.Array, bias: Array | None) -> jax.Array:
         if self.bias == "none":
@@ -239,8 +273,6 @@ class LogitPolicy:
             raise ValueError(
                 f"at most {self.max_biased} tokens may be biased, got {tokens.shape[-1]}"
             )
-        if self.bias == "sampling":
-            return values
         bias = jnp.clip(jnp.asarray(bias, jnp.float32), -self.bias_limit, self.bias_limit)
         flat = values.reshape(-1, values.shape[-1])
         rows = jnp.arange(flat.shape[0])[:, None]

@@ -18,9 +18,11 @@ class Asked(Protocol):
 
     policy: LogitPolicy
 
-    def ask(self, prompts: Any, /) -> Answer: ...
+    def ask(self, prompts: Any, /, *, temperature: float = 0.0) -> Answer: ...
 
-    def ask_biased(self, prompt: Any, bias_tokens: Any, bias_values: Any, /) -> Answer: ...
+    def ask_biased(
+        self, prompt: Any, bias_tokens: Any, bias_values: Any, /, *, temperature: float = 0.0
+    ) -> Answer: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,11 +30,12 @@ class RecoveredRow:
     """A row of log-probabilities.
 
     Attributes:
-      log_probs: ``[vocab]``, float32 nats; ``-inf`` where nothing was found.
+      log_probs: ``[vocab]``, float32 nats; NaN where nothing was found.
       known: ``[vocab]``, bool.
       error_bound: nats, from the decimals and the number format of the answers.
       queries: what it took.
-      method: ``reference``, ``visible`` or ``alone``, see the functions ``unbias_*``.
+      method: ``reference``, ``visible`` or ``alone``, see the functions ``unbias_*``; ``forced``,
+        ``harvested``.
     """
 
     log_probs: np.ndarray
@@ -67,13 +70,17 @@ def recover_log_probs(
     tokens: Sequence[int] | Array | None = None,
     largest_error: float = 0.1,
 ) -> RecoveredRow:
-    """Every log-probability of the next token, from top-k answers to biased queries.
+    """Every log-probability of the next token, from answers to biased queries.
 
-    One query without a bias gives the most likely token and its log-probability: the reference.
-    Each further one lifts it and k - 1 tokens by the same bias to the top of the answer, and is
-    undone with `unbias_by_reference`. The bias has to exceed the range of the logits, else tokens
-    stay below the top k: those are asked for again together with the reference unbiased
-    (`unbias_by_visible`), and what is still missing is reported, not guessed.
+    Where a bias moves the token that is drawn and its own value is reported as it is without the
+    bias, each token is forced, and the answer is what is wanted: V queries a row.
+
+    Where it moves what is reported, one query without a bias gives the most likely token and its
+    log-probability: the reference. Each further one lifts it and k - 1 tokens by the same bias to
+    the top of the answer, and is undone with `unbias_by_reference`. The bias has to exceed the
+    range of the logits, else tokens stay below the top k: those are asked for again together with
+    the reference unbiased (`unbias_by_visible`), and what is still missing is reported, not
+    guessed.
 
     Args:
       oracle: what to ask, e.g. a `LogitOracle`.
@@ -88,8 +95,8 @@ def recover_log_probs(
       `RecoveredRow`.
 
     Raises:
-      ValueError: the API moves no reported values by a bias, reports logits rather than
-        log-probabilities with too few decimals, or the setting is too ill-conditioned; says which.
+      ValueError: the API lets no bias choose what it reports, its answers have too few decimals, or
+        the setting is too ill-conditioned; says which.
       BudgetExhaustedError: the oracle's.
 
     References:
@@ -97,10 +104,14 @@ def recover_log_probs(
       form without one loses 4 nats at a bias of 20 in float32, see `unbias_alone`.
     """
     policy = oracle.policy
-    if policy.bias != "reported":
+    forces = policy.bias == "sampling" and policy.sampled
+    if policy.returns == "token":
+        raise ValueError("the API reports no values: search_logits finds them by comparisons")
+    if policy.bias != "reported" and not forces:
         raise ValueError(
-            f"the API has bias={policy.bias!r}: reported values do not move with a bias, "
-            "so only the top k can be seen"
+            f"the API has bias={policy.bias!r}: reported values do not move with a bias, so only "
+            + ("what is drawn" if policy.sampled else "the top k")
+            + " can be seen"
         )
     if bias is not None and not 0 < bias <= policy.bias_limit:
         raise ValueError(f"bias must be in (0, {policy.bias_limit}], got {bias}")
@@ -112,10 +123,12 @@ def recover_log_probs(
             f"answers have {policy.decimals} decimals: log-probabilities could be off by "
             f"{3 * step:.2g} nats, more than largest_error={largest_error}"
         )
+    wanted = np.arange(vocab_size) if tokens is None else np.asarray(tokens, np.int64)
+    if forces:
+        return _forced(oracle, prompt, wanted, vocab_size, bias or policy.bias_limit)
     first = oracle.ask([prompt])
     reference = int(first.tokens[0, 0])
     reference_value = float(first.values[0, 0])
-    wanted = np.arange(vocab_size) if tokens is None else np.asarray(tokens, np.int64)
     k = vocab_size if policy.top_k is None else min(policy.top_k, vocab_size)
     group = min(k - 1, policy.max_biased - 1)
     found = np.full(vocab_size, -np.inf, np.float32)
@@ -143,14 +156,45 @@ def recover_log_probs(
         )
         method = "visible" if known[missing].any() else method
     if policy.returns == "logits" and known.all():
-        shift = found.max()
-        found = found - shift - np.log(np.exp(found - shift, dtype=np.float64).sum())
+        found = _normalised(found)
     return RecoveredRow(
-        log_probs=np.where(known, found, -np.inf).astype(np.float32),
+        log_probs=np.where(known, found, np.nan).astype(np.float32),
         known=known,
         error_bound=3 * step + 4 * float(np.finfo(np.float32).eps) * largest,
         queries=queries,
         method=method,
+    )
+
+
+def _normalised(logits: np.ndarray) -> np.ndarray:
+    shift = logits.max()
+    return logits - shift - np.log(np.exp(logits - shift, dtype=np.float64).sum())
+
+
+def _forced(
+    oracle: Asked, prompt: Any, tokens: np.ndarray, vocab_size: int, bias: float
+) -> RecoveredRow:
+    """Each token made the likeliest, at temperature 0; its reported value is the one without it."""
+    policy = oracle.policy
+    answer = oracle.ask_biased(prompt, tokens[:, None], np.full((len(tokens), 1), bias, np.float32))
+    values = np.asarray(answer.values)[:, 0]
+    # A token further down than the bias reaches is not drawn, and its value not reported.
+    came = np.asarray(answer.tokens)[:, 0] == tokens
+    came &= np.isfinite(values)
+    if policy.floor is not None:
+        came &= values > policy.floor
+    found, known = np.full(vocab_size, np.nan), np.zeros(vocab_size, bool)
+    found[tokens[came]] = values[came]
+    known[tokens[came]] = True
+    if policy.returns == "logits":
+        found = _normalised(found) if known.all() else found - np.nanmax(found, initial=-np.inf)
+    largest = float(np.abs(values[came]).max(initial=0.0))
+    return RecoveredRow(
+        log_probs=found.astype(np.float32),
+        known=known,
+        error_bound=_step(policy) + 4 * float(np.finfo(np.float32).eps) * largest,
+        queries=len(tokens),
+        method="forced",
     )
 
 
@@ -260,7 +304,7 @@ def _alone(
     found[rest[good]] = undone[good, 0]
     known[rest[good]] = True
     return RecoveredRow(
-        log_probs=np.where(known, found, -np.inf).astype(np.float32),
+        log_probs=np.where(known, found, np.nan).astype(np.float32),
         known=known,
         error_bound=float(errors[good].max()),
         queries=1 + len(rest),

@@ -18,13 +18,18 @@ def _records(workdir):
 
 def test_rules_are_audited_and_what_leaked_is_written(tmp_path, monkeypatch):
     workdir = epath.Path(tmp_path)
-    config = audit.Config(model="tiny", policy=("full", "top_5", "top_5_bias"), corner=40)
+    config = audit.Config(
+        model="tiny", policy=("full", "top_5", "top_5_bias", "sampling"), corner=40
+    )
     audit.run(config, workdir)
     records = _records(workdir)
     assert records["full"]["width"] == "32"
     assert records["full"]["leak"] > 0.999
     assert records["top_5"]["verdict"] == "closed"
     assert records["top_5_bias"]["width"] == "32"
+    # A bias that moves only what is drawn hides nothing.
+    assert records["sampling"]["width"] == "32"
+    assert records["sampling"]["queries"] == 257 + 40 * 40
     assert "open: every row comes back" in (workdir / "report.md").read_text()
     # Others can go on from the file: it spans the head's columns.
     found = np.load(workdir / "recovered" / "full.npz")

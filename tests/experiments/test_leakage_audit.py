@@ -15,7 +15,7 @@ from logitjax import leakage
 def finished(tmp_path_factory):
     workdir = epath.Path(tmp_path_factory.mktemp("audit"))
     settings = leakage_audit.PRESETS["smoke"] | {
-        "policy": ("full", "noise_0.1", "top_5", "top_5_bias"),
+        "policy": ("full", "noise_0.1", "top_5", "top_5_bias", "argmax"),
         "seeds": 2,
     }
     config = leakage_audit.Config(**settings)
@@ -34,6 +34,7 @@ def test_what_is_open_is_called_open_and_what_is_closed_closed(finished):
         ("noise_0.1", 1),
         ("top_5", 0),
         ("top_5_bias", 0),
+        ("argmax", 0),
     }
     assert records["full", 0]["width"] == "32"
     assert records["full", 0]["leak"] > 0.999
@@ -45,6 +46,12 @@ def test_what_is_open_is_called_open_and_what_is_closed_closed(finished):
     assert biased["row_queries"] == 65
     assert biased["width"] == "32"
     assert biased["queries"] == 65 + 40 * (1 + 10)
+    # Measured, and what one answer is worth is that of the top 5.
+    assert biased["leak"] > 0.99
+    assert biased["kl"] == pytest.approx(records["top_5", 0]["kl"], rel=1e-3)
+    searched = records["argmax", 0]
+    assert searched["row_error"] < 0.01
+    assert searched["row_queries"] < 256 * 4
     text = (workdir / "report.md").read_text()
     assert "`full`: open" in text
     assert "`top_5`: closed" in text

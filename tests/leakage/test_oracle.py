@@ -36,6 +36,26 @@ def test_bias_moves_what_is_reported_or_only_what_is_sampled():
     answer = oracle_of(LOGITS, LogitPolicy(bias="sampling", top_k=1)).ask_biased([0], tokens, bias)
     assert answer.tokens[0, 0] == 1
     np.testing.assert_allclose(answer.values[0, 0], log_softmax(LOGITS[0])[1], atol=1e-6)
+    own = LogitPolicy(bias="sampling", top_k=1, sampled=True)
+    answer = oracle_of(LOGITS, own).ask_biased([0], tokens, bias)
+    assert answer.tokens.tolist() == [[3, 1]]
+    np.testing.assert_allclose(answer.values[0], log_softmax(LOGITS[0])[[3, 1]], atol=1e-6)
+    only = LogitPolicy(returns="token", bias="sampling")
+    answer = oracle_of(LOGITS, only).ask_biased([0], tokens, bias)
+    assert answer.tokens.tolist() == [[3]]
+    assert answer.values.shape == (1, 0)
+
+
+def test_tokens_are_drawn_at_a_temperature_and_their_values_are_not():
+    oracle = oracle_of(LOGITS, LogitPolicy.parse("draws"), batch_size=4000)
+    assert oracle.ask([[0]] * 5).tokens.tolist() == [[1]] * 5
+    for temperature in (1.0, 2.0):
+        answer = oracle.ask([[0]] * 4000, temperature=temperature)
+        shares = np.bincount(answer.tokens[:, 0], minlength=4) / 4000
+        want = np.exp(log_softmax(LOGITS[0] / temperature))
+        np.testing.assert_allclose(shares, want, atol=0.04)
+        values = log_softmax(LOGITS[0])[answer.tokens[:, 0]]
+        np.testing.assert_allclose(answer.values[:, 0], values, atol=1e-6)
 
 
 def test_the_same_token_twice_is_lifted_by_the_sum_and_limits_hold():

@@ -1,0 +1,212 @@
+"""Logits from an API that says nothing but which token is drawn: comparisons under a bias."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from logitjax.leakage._recover_row import Asked
+from logitjax.ops import Array
+
+# A batch that its queries do not narrow any more is given up: answers contradict each other.
+_STUCK = 20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SearchedLogits:
+    """Bounds of logits less the largest one, in nats.
+
+    Attributes:
+        tokens: `[m]`, which tokens.
+        lower: `[m]`; -inf where a token stayed below the assumed range.
+        upper: `[m]`.
+        queries: What it took.
+        contradictions: Answers that no logits agree with, which were left out: the API adds fresh
+            noise, and the bounds hold up to it only.
+    """
+
+    tokens: np.ndarray
+    lower: np.ndarray
+    upper: np.ndarray
+    queries: int
+    contradictions: int
+
+    @property
+    def middle(self) -> np.ndarray:
+        """`[m]`: the middle of the bounds; NaN where there is no lower one."""
+        found = np.isfinite(self.lower)
+        return np.where(found, (np.where(found, self.lower, 0.0) + self.upper) / 2, np.nan)
+
+
+class Boxes:
+    """What answers say of u, the logits scaled to [0, 1] with the winner at 1.
+
+    `apart[i, j]` is an upper bound of `u_j - u_i`. An answer gives some out of one token, and the
+    matrix is kept closed under the triangle inequality, in O(N^2) an answer.
+
+    Args:
+        count: Number of tokens, N.
+        winner: Place of the token that is drawn without a bias.
+
+    >>> boxes = Boxes(3, 0)
+    >>> boxes.learn(1, np.array([0.0, 0.5, 0.5]))
+    True
+    >>> print(boxes.lower, boxes.upper)
+    [1.  0.5 0. ] [1. 1. 1.]
+    """
+
+    def __init__(self, count: int, winner: int):
+        self.winner = winner
+        self.apart = np.ones((count, count))
+        self.apart[winner] = 0.0
+        np.fill_diagonal(self.apart, 0.0)
+
+    @property
+    def lower(self) -> np.ndarray:
+        return 1.0 - self.apart[:, self.winner]
+
+    @property
+    def upper(self) -> np.ndarray:
+        return 1.0 + self.apart[self.winner]
+
+    def learn(self, drawn: int, bias: np.ndarray) -> bool:
+        """Takes in that a token was drawn under a bias; False if that contradicts what is known."""
+        out = np.minimum(self.apart[drawn], bias[drawn] - bias)
+        out = (out[:, None] + self.apart).min(axis=0)
+        if out[drawn] < 0:
+            return False
+        self.apart = np.minimum(self.apart, self.apart[:, drawn][:, None] + out[None, :])
+        return True
+
+
+def _bisection(lower: np.ndarray, upper: np.ndarray) -> np.ndarray:
+    """The widest token against the winner, at its middle."""
+    bias = np.zeros_like(lower)
+    widest = int(np.argmax(upper - lower))
+    bias[widest] = 1.0 - (lower[widest] + upper[widest]) / 2
+    return bias
+
+
+def _simultaneous(lower: np.ndarray, upper: np.ndarray) -> np.ndarray:
+    """All tokens at their middles."""
+    return 1.0 - (lower + upper) / 2
+
+
+def _one_of_n(lower: np.ndarray, upper: np.ndarray) -> np.ndarray:
+    """All tokens so high that each is drawn with probability 1 / N if they lie evenly in bounds."""
+    count = len(lower)
+    return 1.0 - lower - count ** (-1.0 / (count - 1)) * (upper - lower)
+
+
+ASKERS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "bisection": _bisection,
+    "simultaneous": _simultaneous,
+    "one_of_n": _one_of_n,
+}
+
+
+def search_logits(
+    oracle: Asked,
+    prompt: Sequence[int] | Array,
+    tokens: Sequence[int] | Int[Array, " m"],
+    *,
+    asker: str = "one_of_n",
+    span: float = 40.0,
+    tolerance: float = 0.01,
+) -> SearchedLogits:
+    """Logits of tokens from nothing but which token an API draws at temperature 0.
+
+    Whatever token t is drawn under biases b, `z_j + b_j <= z_t + b_t` for all j. Tokens are asked
+    for in batches with the one that is drawn without a bias, which no token outside can beat.
+
+    - `bisection`: one token against the winner, `log2(span / tolerance)` queries each;
+    - `simultaneous`: all tokens at the middles of their bounds;
+    - `one_of_n`: all tokens biased so that each is as likely to be drawn, which is within a factor
+      two of the best that one of N answers can say: 2.6 queries a token to a span's 1e-4.
+
+    Args:
+        oracle: What to ask; its bias moves the token that is drawn.
+        prompt: Token ids.
+        tokens: `[m]` distinct token ids.
+        asker: As above.
+        span: Range of the logits in nats, at most the largest bias; what lies deeper is not found.
+        tolerance: Nats between the bounds at which to stop.
+
+    Returns:
+        `SearchedLogits`.
+
+    Raises:
+        ValueError: The API takes no bias, or less than the span; an unknown asker.
+        BudgetExhaustedError: The oracle's.
+
+    References:
+        Carlini et al., 2024 (arXiv:2403.06634), for APIs without log-probabilities. Their code
+        keeps one interval a token, or closes all constraints at O(N^3); here the bound of every
+        difference stays closed, which saves `simultaneous` half of its queries.
+
+    >>> from logitjax.leakage import LogitOracle, LogitPolicy
+    >>> table = np.array([[1.0, 4.0, -2.0]], np.float32)
+    >>> oracle = LogitOracle(lambda tokens: table, LogitPolicy.parse("argmax"))
+    >>> found = search_logits(oracle, [0], [0, 2])
+    >>> print(found.middle.round(2))
+    [-3. -6.]
+    """
+    policy = oracle.policy
+    if asker not in ASKERS:
+        raise ValueError(f"asker: expected one of {', '.join(ASKERS)}, got {asker!r}")
+    if policy.bias == "none":
+        raise ValueError("the API takes no logit bias: nothing compares one token with another")
+    if not 0 < tolerance < span <= policy.bias_limit:
+        raise ValueError(
+            f"span: expected more than tolerance={tolerance} and at most the largest bias, "
+            f"{policy.bias_limit}, got {span}"
+        )
+    wanted = np.asarray(tokens, np.int64)
+    winner = int(np.asarray(oracle.ask([prompt]).tokens)[0, 0])
+    rest = wanted[wanted != winner]
+    lower, upper = {winner: 0.0}, {winner: 0.0}
+    queries, contradictions = 1, 0
+    size = max(1, policy.max_biased - 1)
+    for start in range(0, len(rest), size):
+        batch = np.array([winner, *rest[start : start + size]])
+        boxes, asked, wrong = _narrow(oracle, prompt, batch, ASKERS[asker], span, tolerance)
+        # What was never drawn may lie anywhere below: that its u is not negative was assumed.
+        low = np.where(boxes.lower > 0, (boxes.lower - 1) * span, -np.inf)
+        lower |= dict(zip(batch.tolist(), low.tolist(), strict=True))
+        upper |= dict(zip(batch.tolist(), ((boxes.upper - 1) * span).tolist(), strict=True))
+        queries += asked
+        contradictions += wrong
+    return SearchedLogits(
+        tokens=wanted,
+        lower=np.array([lower[token] for token in wanted.tolist()]),
+        upper=np.array([upper[token] for token in wanted.tolist()]),
+        queries=queries,
+        contradictions=contradictions,
+    )
+
+
+def _narrow(
+    oracle: Asked,
+    prompt: Any,
+    batch: Int[np.ndarray, " n"],
+    bias_of: Callable[[Float[np.ndarray, " n"], Float[np.ndarray, " n"]], np.ndarray],
+    span: float,
+    tolerance: float,
+) -> tuple[Boxes, int, int]:
+    """Bounds of one batch, the winner first, with the numbers of queries and contradictions."""
+    boxes, queries, contradictions = Boxes(len(batch), 0), 0, 0
+    places = {int(token): place for place, token in enumerate(batch)}
+    in_row = 0
+    while (boxes.upper - boxes.lower).max() * span > tolerance and in_row < _STUCK:
+        bias = bias_of(boxes.lower, boxes.upper)
+        nats = (bias * span).astype(np.float32)
+        answer = oracle.ask_biased(prompt, batch[None], nats[None])
+        drawn = places.get(int(np.asarray(answer.tokens)[0, 0]))
+        queries += 1
+        # The bias as it was sent: the rounded one is what was compared.
+        learned = drawn is not None and boxes.learn(drawn, nats.astype(np.float64) / span)
+        in_row = 0 if learned else in_row + 1
+        contradictions += not learned
+    return boxes, queries, contradictions
