@@ -1,5 +1,7 @@
 """A toy decoder that needs no files: for smoke runs and tests."""
 
+import functools
+
 from flax import nnx
 
 from logitjax.models._config import DecoderConfig
@@ -34,6 +36,8 @@ def tiny_config(*, layers: int = 2) -> DecoderConfig:
     )
 
 
+# One program: by itself each initialiser is several.
+@functools.partial(nnx.jit, static_argnames=("seed", "layers"))
 def tiny_decoder(seed: int = 0, *, layers: int = 2) -> Decoder:
     """A random decoder of some thousand weights for `byte_tokenizer`."""
     return Decoder(tiny_config(layers=layers), rngs=nnx.Rngs(seed))
