@@ -103,6 +103,25 @@ def fit_assignment(
     if method not in Method.__args__:
         raise ValueError(f"method must be one of {Method.__args__}, got {method!r}")
     key = jax.random.key(0) if key is None else key
+    options = (num_codes, method, float(weight_power), iterations)
+    return _fitted(rows, unigram, hidden_mean, hidden_cov, row_bias, key, *options)
+
+
+# One program, of which outside of `jit` each operation would be one.
+@jax.jit(static_argnames=("num_codes", "method", "weight_power", "iterations"))
+def _fitted(
+    rows: Array,
+    unigram: Array,
+    hidden_mean: Array,
+    hidden_cov: Array,
+    row_bias: Array | None,
+    key: Array,
+    num_codes: int,
+    method: Method,
+    weight_power: float,
+    iterations: int,
+) -> VQFit:
+    vocab = rows.shape[0]
     weights = unigram / jnp.maximum(unigram.sum(), 1e-30)
     weights = jnp.maximum(weights, 0.01 / vocab)
     history = jnp.zeros(0)
@@ -243,7 +262,20 @@ def reassign(
     codebook = jnp.asarray(codebook, jnp.float32)
     mass = code_mass(codebook, bias, assignment, hidden, soft_cap=soft_cap, block_size=block_size)
     counts = jnp.asarray(counts, jnp.float32)
+    return _best_codes(codebook, bias, assignment, sums, counts, mass, min_count, block_size)
 
+
+@jax.jit(static_argnames="block_size")
+def _best_codes(
+    codebook: Array,
+    bias: Array,
+    assignment: Array,
+    sums: Array,
+    counts: Array,
+    mass: Array,
+    min_count: float | Array,
+    block_size: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     def block(inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
         rows, weight = inputs[:, :-1], jnp.maximum(inputs[:, -1:], 1e-9)
         score = (rows / weight) @ codebook.T - mass
@@ -293,7 +325,12 @@ def matched_bias(
     """
     codebook = jnp.asarray(codebook, jnp.float32)
     mass = code_mass(codebook, bias, assignment, hidden, block_size=block_size)
-    return jnp.log(jnp.maximum(jnp.asarray(counts, jnp.float32), min_count)) - mass[assignment]
+    return _matched(jnp.asarray(counts, jnp.float32), mass, assignment, min_count)
+
+
+@jax.jit
+def _matched(counts: Array, mass: Array, assignment: Array, least: float | Array) -> jax.Array:
+    return jnp.log(jnp.maximum(counts, least)) - mass[assignment]
 
 
 def code_mass(
@@ -306,23 +343,26 @@ def code_mass(
     block_size: int = 2048,
 ) -> jax.Array:
     """``A_k = log sum_n exp(z_nk - log Z_n)``, the log mass of a token of bias 0 in each code."""
-    log_mass = cluster_log_mass(jnp.asarray(bias), jnp.asarray(assignment), codebook.shape[0])
-    total = jnp.full((codebook.shape[0],), -jnp.inf)
+    log_mass = _log_mass(bias, assignment, codebook.shape[0])
+    total: Array = np.full((codebook.shape[0],), -np.inf, np.float32)
     for start in range(0, len(hidden), block_size):
         block = np.asarray(hidden[start : start + block_size], np.float32)
-        total = jnp.logaddexp(total, _block_mass(codebook, log_mass, block, soft_cap))
-    return total
+        total = _add_mass(total, codebook, log_mass, block, soft_cap)
+    return jnp.asarray(total)
+
+
+_log_mass = jax.jit(cluster_log_mass, static_argnums=2)
 
 
 @jax.jit(static_argnames="soft_cap")
-def _block_mass(
-    codebook: jax.Array, log_mass: jax.Array, hidden: jax.Array, soft_cap: float | None
+def _add_mass(
+    total: Array, codebook: Array, log_mass: Array, hidden: Array, soft_cap: float | None
 ) -> jax.Array:
     scores = hidden @ codebook.T
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
     log_z = logsumexp(scores + log_mass)
-    return logsumexp(scores - log_z[:, None], axis=0)
+    return jnp.logaddexp(total, logsumexp(scores - log_z[:, None], axis=0))
 
 
 @dataclasses.dataclass(frozen=True)

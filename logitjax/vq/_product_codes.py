@@ -275,6 +275,11 @@ def pack_codes(codes: Integer[Array, "vocab groups"]) -> UInt8[jax.Array, "block
         least, most = int(codes.min(initial=0)), int(codes.max(initial=0))
         if least < 0 or most >= _CODES:
             raise ValueError(f"codes: expected 0 to 15, got {least} to {most}")
+    return _packed(codes)
+
+
+@jax.jit
+def _packed(codes: jax.Array) -> jax.Array:
     vocab, groups = codes.shape
     codes = jnp.clip(codes, 0, _CODES - 1).astype(jnp.uint8)
     codes = jnp.pad(codes, ((0, -vocab % _BLOCK), (0, -groups % 2)))

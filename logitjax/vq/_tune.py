@@ -1,6 +1,7 @@
 """Tuning heads on cached hidden states: one loop for every kind, so that budgets are equal."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -308,8 +309,12 @@ def reassign_from_labels(
     >>> print(new, moved)
     [0 1] 2
     """
-    hidden, labels = jnp.asarray(hidden), jnp.asarray(labels)
-    vocab = len(assignment)
-    sums = jax.ops.segment_sum(hidden, labels, num_segments=vocab)
-    counts = jnp.bincount(labels, length=vocab).astype(jnp.float32)
+    sums, counts = _counted(hidden, labels, len(assignment))
     return reassign(codebook, bias, assignment, sums, counts, hidden, min_count=min_count)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _counted(hidden: Array, labels: Array, vocab: int) -> tuple[jax.Array, jax.Array]:
+    """The summed hidden states before each token, and how often it follows."""
+    sums = jax.ops.segment_sum(hidden, labels, num_segments=vocab)
+    return sums, jnp.bincount(labels, length=vocab).astype(jnp.float32)

@@ -12,6 +12,7 @@ from experiments.benchmarks import _guarantees_transport as fuzzer
 from logitjax import transport
 from logitjax.transport import FactoredGraph, Refinement
 from logitjax.transport._sorted import Coupling
+from tests._compiled import compiled
 
 
 def identity(n):
@@ -67,7 +68,8 @@ def test_nearly_equal_permuted_graphs_are_bracketed(traced):
     assert traced or answer.upper < least * (1 + 1e-6)
 
 
-@pytest.mark.many_programs("the third bound and its assignments, in float64")
+@pytest.mark.slow
+@pytest.mark.every_change
 def test_nearly_equal_permuted_graphs_are_bracketed_by_the_third_bound():
     z, w = nearly_equal(4, 7, 1e-5)
     order = np.random.default_rng(1).permutation(7)
@@ -83,6 +85,8 @@ def test_nearly_equal_permuted_graphs_are_bracketed_by_the_third_bound():
     assert least <= answer.upper * (1 + 1e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.every_change
 def test_graphs_that_are_constant_or_zero_give_numbers():
     answer = transport.certificate(
         np.ones((3, 3), np.float32), np.ones((5, 5), np.float32), bounds="third"
@@ -96,6 +100,8 @@ def test_graphs_that_are_constant_or_zero_give_numbers():
     assert answer.gap == 1
 
 
+@pytest.mark.slow
+@pytest.mark.every_change
 def test_graphs_of_any_scale_are_measured_and_a_cost_beyond_float32_is_refused():
     rng = np.random.default_rng(0)
     c, d = np.square(rng.normal(size=(2, 6, 6))).astype(np.float32)
@@ -138,9 +144,10 @@ def test_the_gap_of_identical_graphs_is_one():
 def test_a_negative_node_id_belongs_to_no_node():
     values = np.float32([[1.0, 2.0], [3.0, 4.0]])
     ids = np.int32([[0, -1], [1, 2]])
+    features = compiled(transport.graph_features)
     for feature in ("row_sum", "row_rms"):
-        got = transport.graph_features(values, ids, num_nodes=3, feature=feature)
-        alone = transport.graph_features(
+        got = features(values, ids, num_nodes=3, feature=feature)
+        alone = features(
             values * np.float32([[1, 0], [1, 1]]), np.int32([[0, 1], [1, 2]]),
             num_nodes=3, feature=feature,
         )  # fmt: skip
@@ -184,7 +191,13 @@ def test_a_problem_and_a_solution_of_ott_are_taken():
     assert answer.costs[0] >= answer.lower
 
 
-@pytest.mark.parametrize("kind", ["factored", "weights, p = 1"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "factored",
+        pytest.param("weights, p = 1", marks=[pytest.mark.slow, pytest.mark.every_change]),
+    ],
+)
 def test_a_few_cases_of_the_fuzzer(kind, monkeypatch):
     monkeypatch.setattr(fuzzer, "_SHAPES", ((6, 4),))
     cases = [case | {"kind": kind} for case in fuzzer.run(kind, 20, seed=0)]

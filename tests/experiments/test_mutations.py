@@ -123,6 +123,8 @@ def test_faults_written_by_hand_and_equivalents_are_about_lines_that_are_there()
         assert entry.why
 
 
+@pytest.mark.slow
+@pytest.mark.every_change
 def test_a_mutant_is_killed_where_a_test_looks_and_survives_where_none_does(tmp_path):
     root = tmp_path / "root"
     for file, text in {
@@ -161,6 +163,8 @@ def test_a_mutant_is_killed_where_a_test_looks_and_survives_where_none_does(tmp_
     assert all(again.get(case) for case in chosen)
 
 
+@pytest.mark.slow
+@pytest.mark.every_change
 def test_a_mutant_that_never_ends_is_killed(tmp_path):
     root = tmp_path / "root"
     for file, text in {

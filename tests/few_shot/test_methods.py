@@ -183,17 +183,23 @@ METHODS = {
 def test_every_method_is_zero_shot_logits_plus_a_bias(name):
     config = METHODS[name]
     images, weights = inputs()
-    state = start(config, images, class_weights=weights)
-    logits, bias = jax.device_get(logits_and_bias(config, state, images))
+    off = dataclasses.replace(config, beta=0.0)
+    split = jax.tree.map(lambda x: x.reshape(SHOTS, CLASSES, -1), images)
+
+    @jax.jit
+    def run(images, split, weights, key):
+        task = few_shot.FewShotTask(support=images, labels=LABELS, class_weights=weights)
+        state = config.init(task, key=key)
+        one = config.logits(state, images), config.bias(state, images)
+        return *one, off.logits(state, images), config.logits(state, split)
+
+    found = run(images, split, weights, jax.random.key(0))
+    logits, bias, unmoved, by_shot = jax.device_get(found)
     assert logits.shape == bias.shape == (len(LABELS), CLASSES)
     expected = images.zero_shot + config.beta * bias
     np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-4)
-    off = dataclasses.replace(config, beta=0.0)
-    unmoved, _ = logits_and_bias(off, state, images)
     np.testing.assert_allclose(unmoved, images.zero_shot, atol=1e-5)
     # Leading axes are the caller's.
-    split = jax.tree.map(lambda x: x.reshape(SHOTS, CLASSES, -1), images)
-    by_shot, _ = logits_and_bias(config, state, split)
     np.testing.assert_allclose(by_shot, logits.reshape(SHOTS, CLASSES, -1), atol=1e-4)
     if name not in ("clip_adapter", "task_res", "cross_modal"):
         accuracy = (logits.argmax(-1) == LABELS).mean()
@@ -242,23 +248,30 @@ def test_residual_methods_rewrite_their_published_classifiers(scale):
     images = dataclasses.replace(images, zero_shot=zero_shot.astype(np.float32))
     rng = np.random.default_rng(1)
     residual = 0.1 * rng.normal(size=weights.shape).astype(np.float32)
-    for renormalize in (False, True):
-        config = few_shot.methods.TaskRes(beta=0.5, renormalize=renormalize, scale=scale)
-        state = start(config, images, class_weights=class_weights)
-        state = state._replace(trained=residual)
+
+    @jax.jit
+    def run(images, class_weights, residual, key):
+        task = few_shot.FewShotTask(support=images, labels=LABELS, class_weights=class_weights)
+        found = []
+        for renormalize in (False, True):
+            config = few_shot.methods.TaskRes(beta=0.5, renormalize=renormalize, scale=scale)
+            state = config.init(task, key=key)._replace(trained=residual)
+            adapter = few_shot.methods.ClipAdapter(beta=0.2, renormalize=renormalize, scale=scale)
+            own = adapter.init(task, key=key)
+            both = config.logits(state, images), adapter.logits(own, images)
+            found.append((*both, own.trained))
+        return found
+
+    found = jax.device_get(run(images, class_weights, residual, jax.random.key(0)))
+    for renormalize, (by_residual, by_adapter, trained) in enumerate(found):
         moved = weights + 0.5 * residual
         moved = moved / np.linalg.norm(moved, axis=0) if renormalize else moved
-        got, _ = logits_and_bias(config, state, images)
-        np.testing.assert_allclose(got, scale * features @ moved, rtol=1e-4, atol=1e-3)
-
-        config = few_shot.methods.ClipAdapter(beta=0.2, renormalize=renormalize, scale=scale)
-        state = start(config, images, class_weights=class_weights)
-        down, up = (np.asarray(state.trained[name], np.float64) for name in ("down", "up"))
+        np.testing.assert_allclose(by_residual, scale * features @ moved, rtol=1e-4, atol=1e-3)
+        down, up = (np.asarray(trained[name], np.float64) for name in ("down", "up"))
         adapted = np.maximum(np.maximum(features @ down, 0) @ up, 0)
         mixed = 0.2 * adapted + 0.8 * features
         mixed = unit(mixed) if renormalize else mixed
-        got, _ = logits_and_bias(config, state, images)
-        np.testing.assert_allclose(got, scale * mixed @ weights, rtol=1e-4, atol=1e-3)
+        np.testing.assert_allclose(by_adapter, scale * mixed @ weights, rtol=1e-4, atol=1e-3)
 
 
 def test_lp_plus_plus_starts_and_steps_as_published():

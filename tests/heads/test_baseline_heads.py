@@ -173,9 +173,7 @@ def _modules(case, name):
         "low rank": lambda: made(LowRankHead, WIDTH, VOCAB, 3),
         "low rank, fitted": lambda: LowRankHead.from_fit(*fit(rows, unigram, *fits, 5)),
         "product": lambda: ProductHead.from_fit(product()),
-        "adaptive": lambda: AdaptiveHead(
-            CONFIG, unigram, params=case["params"], rngs=nnx.Rngs(3)
-        ),
+        "adaptive": lambda: AdaptiveHead(CONFIG, unigram, params=case["params"], rngs=nnx.Rngs(3)),
         "VQ": lambda: made(VQHead, WIDTH, VOCAB, 20),
         "shortlist": lambda: ShortlistHead(
             WIDTH, VOCAB, 20, num_pages=9, page_size=2, unigram=unigram, rngs=nnx.Rngs(3)

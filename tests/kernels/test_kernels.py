@@ -13,6 +13,7 @@ from logitjax import kernels, ops, vq
 from logitjax.storage import digest
 from logitjax.vq import _product_codes
 from logitjax.vq._row_products import row_products
+from tests._compiled import compiled
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -132,11 +133,11 @@ def test_sums_of_look_ups_are_the_same_integers(rng, vocab, groups, positions):
     codes = rng.integers(0, 16, (vocab, groups))
     tables = rng.integers(0, 256, (positions, groups + groups % 2, 16)).astype(np.uint8)
     tables[:, groups:] = 0
-    packed = _product_codes.pack_codes(jnp.asarray(codes))
+    packed = compiled(_product_codes.pack_codes)(codes)
     by_hand = tables[:, np.arange(groups), :].transpose(1, 2, 0).astype(np.int64)
     expected = sum(by_hand[g, codes[:, g]] for g in range(groups)).T
     for sums in (kernels.lookup_sums, _product_codes._sums):
-        found = jax.jit(sums)(jnp.asarray(tables), packed)
+        found = np.asarray(jax.jit(sums)(tables, packed))
         np.testing.assert_array_equal(found[:, :vocab], expected)
 
 
@@ -160,9 +161,9 @@ def test_shapes_that_do_not_fit_are_errors_of_the_kernel():
         result = jax.ShapeDtypeStruct(shape, dtype)
         return jax.ffi.ffi_call(f"logitjax_{name}", result)(*args)
 
-    vectors, rows = jnp.ones((2, 4)), jnp.ones((5, 4))
-    ids, none = jnp.zeros((2, 3), jnp.int32), jnp.ones((0, 4))
-    bytes_ = jnp.zeros((2, 4, 16), jnp.uint8), jnp.zeros((3, 2, 32), jnp.uint8)
+    vectors, rows = np.ones((2, 4), np.float32), np.ones((5, 4), np.float32)
+    ids, none = np.zeros((2, 3), np.int32), np.ones((0, 4), np.float32)
+    bytes_ = np.zeros((2, 4, 16), np.uint8), np.zeros((3, 2, 32), np.uint8)
     for message, arguments in {
         r"rows: expected at least one row .* got \[0, 4\]": (
             *("row_products", (2, 3), jnp.float32),
@@ -195,8 +196,7 @@ def test_shapes_that_do_not_fit_are_errors_of_the_kernel():
 
 
 def test_rows_that_do_not_exist_are_refused_before_the_kernel(used):
-    vectors, rows = jnp.ones((2, 4)), jnp.ones((0, 4))
-    ids = jnp.zeros((2, 3), jnp.int32)
+    vectors, rows, ids = map(jnp.asarray, (np.ones((2, 4)), np.ones((0, 4)), np.zeros((2, 3), int)))
     for function in (row_products, kernels.row_products):
         with pytest.raises(ValueError, match="rows: expected at least one row"):
             function(vectors, rows, ids)
@@ -205,24 +205,25 @@ def test_rows_that_do_not_exist_are_refused_before_the_kernel(used):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_row_products_equal_a_gather(rng, used, dtype):
-    vectors = jnp.asarray(rng.normal(size=(3, 75)), jnp.float32)
-    rows = jnp.asarray(rng.normal(size=(50, 75)), dtype)
-    ids = jnp.asarray(rng.integers(-3, 53, (3, 40)))
+    vectors = rng.normal(size=(3, 75)).astype(np.float32)
+    rows = rng.normal(size=(50, 75)).astype(dtype)
+    ids = rng.integers(-3, 53, (3, 40))
     exact = (
         np.asarray(rows, np.float64)[np.clip(ids, 0, 49)]
         @ np.asarray(vectors, np.float64)[:, :, None]
     )
     found = jax.jit(row_products)(vectors, rows, ids)
     np.testing.assert_allclose(found, exact[..., 0], rtol=1e-5, atol=1e-5)
-    one_by_one = jax.vmap(lambda v, i: row_products(v[None], rows, i[None])[0])(vectors, ids)
+    alone = jax.vmap(lambda v, i: row_products(v[None], rows, i[None])[0])
+    one_by_one = jax.jit(alone)(vectors, ids)
     np.testing.assert_array_equal(one_by_one, found)
 
 
 def test_row_products_have_the_gradients_of_a_gather(rng, used):
-    vectors = jnp.asarray(rng.normal(size=(2, 9)), jnp.float32)
-    rows = jnp.asarray(rng.normal(size=(20, 9)), jnp.float32)
-    ids = jnp.asarray([[3, 3, 0], [19, 1, 3]])
-    weights = jnp.asarray(rng.normal(size=(2, 3)), jnp.float32)
+    vectors = rng.normal(size=(2, 9)).astype(np.float32)
+    rows = rng.normal(size=(20, 9)).astype(np.float32)
+    ids = np.array([[3, 3, 0], [19, 1, 3]])
+    weights = rng.normal(size=(2, 3)).astype(np.float32)
 
     def native_sum(vectors, rows):
         return (weights * row_products(vectors, rows, ids)).sum()
@@ -231,13 +232,13 @@ def test_row_products_have_the_gradients_of_a_gather(rng, used):
         return (weights * jnp.einsum("nd,nmd->nm", vectors, rows[ids])).sum()
 
     found = jax.jit(jax.grad(native_sum, (0, 1)))(vectors, rows)
-    expected = jax.grad(gathered_sum, (0, 1))(vectors, rows)
+    expected = jax.jit(jax.grad(gathered_sum, (0, 1)))(vectors, rows)
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
 def test_top_k_and_its_gradient_do_not_change(rng, monkeypatch):
-    values = jnp.asarray(rng.normal(size=(2, 3, 5000)), jnp.float32)
+    values = rng.normal(size=(2, 3, 5000)).astype(np.float32)
 
     def largest(values):
         return ops.top_k(values, 30)
@@ -245,7 +246,7 @@ def test_top_k_and_its_gradient_do_not_change(rng, monkeypatch):
     def gradient(values):
         return jax.grad(lambda v: (ops.top_k(v, 30)[0] ** 2).sum())(values)
 
-    without = largest(values), gradient(values)
+    without = jax.jit(lambda v: (largest(v), gradient(v)))(values)
     monkeypatch.setenv("LOGITJAX_NATIVE", "1")
     program = jax.jit(lambda v: (largest(v), gradient(v)))
     assert "logitjax_largest_ids" in program.lower(values).as_text()
@@ -253,16 +254,23 @@ def test_top_k_and_its_gradient_do_not_change(rng, monkeypatch):
 
 
 def test_a_screened_head_decodes_the_same(rng, monkeypatch):
-    rows = jnp.asarray(rng.normal(size=(2000, 24)), jnp.float32)
-    hidden = jnp.asarray(rng.normal(size=(4, 24)), jnp.float32)
-    product = vq.ProductCodes.fit(
-        rows, jnp.ones(2000), jnp.eye(24), groups=12, num_codes=16, iterations=3
+    rows = rng.normal(size=(2000, 24)).astype(np.float32)
+    hidden = rng.normal(size=(4, 24)).astype(np.float32)
+    product = compiled(vq.ProductCodes.fit)(
+        *(rows, np.ones(2000), np.eye(24)), groups=12, num_codes=16, iterations=3
     )
     screen = vq.ProductHead.from_fit(product, packed=True)
     head = vq.ScreenedHead(screen, num_candidates=50)
-    without = head.top_k(hidden, 5, rows), head.nll(hidden, jnp.arange(4), rows)
+
+    def look(hidden):
+        return head.top_k(hidden, 5, rows), head.nll(hidden, np.arange(4), rows)
+
+    # Traced anew: the setting is read then.
+    without = jax.jit(lambda hidden: look(hidden))(hidden)
     monkeypatch.setenv("LOGITJAX_NATIVE", "1")
-    found = head.top_k(hidden, 5, rows), head.nll(hidden, jnp.arange(4), rows)
+    native = jax.jit(lambda hidden: look(hidden))
+    assert "logitjax_lookup_sums" in native.lower(hidden).as_text()
+    found = native(hidden)
     np.testing.assert_array_equal(found[0].indices, without[0].indices)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(without), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5)

@@ -42,9 +42,9 @@ BATCH = {"forget": FORGET, "retain": RETAIN}
 
 
 @functools.cache
-def target(soft_cap=None):
+def target(**options):
     """With larger weights than at initialisation, so that it has opinions."""
-    config = dataclasses.replace(CONFIG, logits_softcap=soft_cap)
+    config = dataclasses.replace(CONFIG, **options)
     return with_weights(lambda: Decoder(config, rngs=nnx.Rngs(0), layout="listed"), size=0.4)
 
 
@@ -79,6 +79,7 @@ def test_training_neither_copies_nor_donates_a_buffer_of_the_target():
 
 
 @pytest.mark.slow
+@pytest.mark.every_change
 def test_it_knows_what_to_forget_and_is_silent_on_what_to_keep():
     assistant, _, metrics = trained()
     assert metrics["forget"][0] < 0.5
@@ -121,8 +122,8 @@ def test_loss_is_that_of_logits(uniform):
 
 
 def test_a_soft_capped_model_is_unlearned_by_its_capped_logits():
-    model = target(2.0)
-    assistant = Assistant.init(model, 2, rank=4, key=jax.random.key(0))
+    model = target(logits_softcap=2.0, num_layers=2)
+    assistant = Assistant.init(model, 1, rank=4, key=jax.random.key(0))
     # Not as they begin, where half of the adapters has no gradient.
     rng = np.random.default_rng(1)
     lora = jax.tree.map(
@@ -226,12 +227,15 @@ def merged():
 
 
 @pytest.mark.slow
+@pytest.mark.every_change
 def test_merging_brings_the_target_to_the_combined_distribution():
     _, (before, after) = merged()
     assert before > 0.3
     assert after < 0.1 * before
 
 
+@pytest.mark.slow
+@pytest.mark.every_change
 def test_the_merged_model_is_exported_and_loads_again(tmp_path):
     student, _ = merged()
     models.save_pretrained(student, None, tmp_path)
@@ -250,6 +254,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not os.environ.get("LOGITJAX_TORCH_PYTHON"), reason="LOGITJAX_TORCH_PYTHON is not set"
 )

@@ -59,6 +59,8 @@ def test_same_tokens_and_log_probabilities_as_two_models(pair):
     assert (alone.tokens != ours.tokens).any()
 
 
+@pytest.mark.slow
+@pytest.mark.every_change
 def test_rows_do_not_mix_and_slots_are_independent(pair):
     model = decoding.Ensemble(unlearning.paired_model(*pair), fuse=DIFFERENCE)
     together = decoding.generate(model, PROMPTS, max_new_tokens=NEW)

@@ -63,7 +63,6 @@ def test_the_metric_ignores_what_hidden_states_never_show(head):
         assert excess["weighted_kmeans"] < 0.3 * excess[other], (other, excess)
 
 
-@pytest.mark.many_programs("passes over hidden states block by block")
 def test_reassignment_puts_a_misplaced_token_back(head):
     fit = _fit(head, "weighted_kmeans")
     sums, counts = expected_targets(head["hidden"], head["rows"])

@@ -186,10 +186,11 @@ def test_converted_model_decodes_without_v_logits(conversion):
     np.testing.assert_array_equal(want[0], seen)
 
 
-@pytest.mark.many_programs("two training steps, and where their states lie")
 def test_decoder_trains_from_scratch_and_fine_tunes_with_the_head(conversion):
     scratch = with_weights(lambda: Decoder(CONFIG, rngs=nnx.Rngs(1)))
-    scratch.head = VQHead(WIDTH, VOCAB, 12, unigram=np.ones(VOCAB), rngs=nnx.Rngs(2))
+    scratch.head = nnx.jit(
+        lambda: VQHead(WIDTH, VOCAB, 12, unigram=np.ones(VOCAB), rngs=nnx.Rngs(2))
+    )()
     batch = next(iter(_batches()))
     for model in (scratch, conversion[0].model):
         graphdef, params, rest = nnx.split(model, nnx.Param, ...)
@@ -217,7 +218,7 @@ def test_decoder_trains_from_scratch_and_fine_tunes_with_the_head(conversion):
 
 
 def test_assignment_is_saved_and_not_trained():
-    head = VQHead(8, 20, 5, rngs=nnx.Rngs(0))
+    head = nnx.eval_shape(lambda: VQHead(8, 20, 5, rngs=nnx.Rngs(0)))
     _, params, tables = nnx.split(head, nnx.Param, Assignment)
     assert set(nnx.to_pure_dict(params)) == {"codebook", "bias"}
     assert set(nnx.to_pure_dict(tables)) == {"assignment"}
@@ -270,7 +271,6 @@ def test_tuning_over_a_mesh_is_tuning():
         odd.run(squared_error, ONES, data, **options, mesh=mesh)
 
 
-@pytest.mark.many_programs("passes over hidden states block by block")
 def test_labels_can_reassign_too(conversion):
     result = conversion[0]
     rng = np.random.default_rng(0)
