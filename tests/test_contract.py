@@ -1,349 +1,244 @@
-"""What every public loss does with numbers that nobody should give it, in one table."""
+"""What every public function does with what nobody should give it.
 
-from collections.abc import Callable
-from typing import Any
+`tests/_contract.py` has the functions with valid arguments. Here these are spoilt one at a time. A
+function refuses, in one line that names the argument, or gives a number that is seen to be none, or
+the right one. `tests/test_zero_weights.py` is the column of zero weights of all losses,
+`tests/test_classifier_inputs.py` has what is particular to classifiers.
+"""
+
+import importlib
+import inspect
+import re
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
-from logitjax import distillation, losses, ops, unlearning
-from logitjax.losses import Blocks, Head
-from logitjax.unlearning._linear_losses import linear_assistant_objective
+from tests._contract import BATCH, ELSEWHERE, PACKAGES, TABLE, VOCAB
 
-BATCH, LENGTH, WIDTH, VOCAB = 2, 5, 4, 24
-# The last block of columns slides back, and the last one of positions is padded.
-BLOCKS = Blocks(vocab=10, tokens=3)
-COUNTS = np.array([[True, True, False, True, False], [False, True, True, True, True]])
+LINE = re.compile(r"[\w.\[\]'/ -]+: expected [^\n]+")
+_compiled = {}
 
 
-def _inputs() -> dict[str, Any]:
-    rng = np.random.default_rng(0)
+@pytest.fixture(autouse=True)
+def _errors_of_our_own(monkeypatch):
+    # Users have no checks of annotations: what is refused has to be refused by the library.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
-    def normal(*shape: int) -> jax.Array:
-        return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
-    return {
-        "hidden": normal(BATCH, LENGTH, WIDTH),
-        "teacher_hidden": normal(BATCH, LENGTH, WIDTH + 1),
-        "teacher_logits": normal(BATCH, LENGTH, VOCAB),
-        "labels": jnp.asarray(rng.integers(0, VOCAB, (BATCH, LENGTH)), jnp.int32),
+def run(name, arrays):
+    """Compiled once for a function, whatever numbers there are; as numpy has them."""
+    case = TABLE[name]
+    if name not in _compiled:
+        _compiled[name] = case.call if case.host else jax.jit(case.call)
+    return numbers(jax.device_get(_compiled[name](**arrays)))
+
+
+def numbers(tree):
+    leaves = map(np.asarray, jax.tree.leaves(tree))
+    return [x.astype(np.float64) for x in leaves if jnp.issubdtype(x.dtype, jnp.floating)]
+
+
+def refusal(call, arrays):
+    """What an error says, or None without one. Of another error that is no message of ours."""
+    try:
+        call(**arrays)
+    except (TypeError, ValueError) as error:
+        return str(error)
+    except Exception as error:
+        return repr(error)
+    return None
+
+
+def traced(name, arrays):
+    """As `refusal`, without computing anything."""
+    call = TABLE[name].call
+    return refusal(call if TABLE[name].host else lambda **x: jax.eval_shape(call, **x), arrays)
+
+
+def unlike(said, also=""):
+    """Whether there was no error, or one that is not a line of ours."""
+    return said is None or LINE.fullmatch(said) is None or also not in said
+
+
+def complain(wrong):
+    assert not wrong, "\n".join(wrong)
+
+
+def spoilt(wanted=lambda case: True):
+    """`(name, case, array's name, array)` of all that is to be spoilt."""
+    for name, case in TABLE.items():
+        for key, x in case.arrays.items() if wanted(case) else ():
+            yield name, case, key, x
+
+
+def test_every_public_name_is_here_or_has_a_reason():
+    public = {
+        f"{package}.{name}"
+        for package in PACKAGES
+        for name, value in vars(importlib.import_module(f"logitjax.{package}")).items()
+        if not name.startswith("_") and not inspect.ismodule(value)
+        if getattr(value, "__module__", "").startswith(f"logitjax.{package}")
     }
-
-
-def _heads() -> dict[str, Any]:
-    rng = np.random.default_rng(1)
-    kernels = {"head": (WIDTH, VOCAB), "teacher_head": (WIDTH + 1, VOCAB)}
-    return {name: jnp.asarray(rng.normal(size=s), jnp.float32) for name, s in kernels.items()}
-
-
-def _weighted(function: Callable[..., Any]) -> Callable[..., Any]:
-    def loss(x: Any, hidden: Any, head: Any, where: Any) -> Any:
-        weights = jnp.where(where, 0.5, 0.0)
-        return function(x, hidden, head, weights=weights, blocks=BLOCKS)
-
-    return loss
-
-
-def _masked(function: Callable[..., Any]) -> Callable[..., Any]:
-    def loss(x: Any, hidden: Any, head: Any, where: Any) -> Any:
-        return ops.masked_mean(function(x, hidden, head, blocks=BLOCKS), where)
-
-    return loss
-
-
-def _cross_entropy(x: Any, hidden: Any, head: Any, **options: Any) -> Any:
-    return losses.linear_cross_entropy(
-        hidden, head, x["labels"], label_smoothing=0.1, z_loss=0.01, **options
-    )
-
-
-def _capped(x: Any, hidden: Any, head: Any, **options: Any) -> Any:
-    return losses.linear_cross_entropy(hidden, Head(head, soft_cap=3.0), x["labels"], **options)
-
-
-def _pair(function: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
-    def loss(x: Any, hidden: Any, head: Any, **options: Any) -> Any:
-        teacher = (x["teacher_hidden"], _heads()["teacher_head"])
-        return function(hidden, head, *teacher, **settings, **options)
-
-    return loss
-
-
-def _sparse(**settings: Any) -> Callable[..., Any]:
-    def loss(x: Any, hidden: Any, head: Any, **options: Any) -> Any:
-        top = ops.TopK.of(x["teacher_logits"], 3)
-        return losses.linear_sparse_kl_divergence(hidden, head, top, **settings, **options)
-
-    return loss
-
-
-def _undial(x: Any, hidden: Any, head: Any, **options: Any) -> Any:
-    teacher = (x["teacher_hidden"], _heads()["teacher_head"])
-    return unlearning.linear_undial(hidden, head, *teacher, x["labels"], **options)
-
-
-def _uniform(x: Any, hidden: Any, head: Any, **options: Any) -> Any:
-    return unlearning.linear_uniform_kl(hidden, head, **options)
-
-
-def _fused(x: Any, hidden: Any, head: Any, where: Any) -> Any:
-    def loss(readout: Any, teacher: Any) -> Any:
-        sparse = losses.sparse_kl_divergence(readout.gathered_top_k(teacher.indices), teacher)
-        return readout.cross_entropy + sparse + jnp.log(readout.statistics.std)
-
-    top = ops.TopK.of(x["teacher_logits"], 3)
-    arrays = (hidden, head, loss, top, where.astype(jnp.float32))
-    options = {"labels": x["labels"], "ids": top.indices, "top_k": 4, "blocks": BLOCKS}
-    return losses.linear_fused_loss(*arrays, **options)[0]
-
-
-def _readout(x: Any, hidden: Any, head: Any, *, blocks: Any) -> Any:
-    readout = losses.linear_readout(hidden, head, labels=x["labels"], top_k=4, blocks=blocks)
-    return readout.cross_entropy + readout.statistics.std + readout.statistics.values.sum(-1)
-
-
-def _assistant(x: Any, hidden: Any, head: Any, where: Any) -> Any:
-    retain = jnp.arange(LENGTH) % 2 == jnp.zeros((BATCH, 1), jnp.int32)
-    options = {"where": where, "blocks": BLOCKS}
-    total, means = linear_assistant_objective(hidden, head, x["labels"], retain, **options)
-    return total + means["forget"] + means["retain"]
-
-
-def _sequence(x: Any, hidden: Any, head: Any, where: Any) -> Any:
-    nll = losses.linear_cross_entropy(hidden, head, x["labels"], blocks=BLOCKS)
-    summed, lengths = unlearning.sequence_nll(nll, where)
-    fading = unlearning.npo(summed, summed - 1.0).sum()
-    return fading + unlearning.simnpo(summed, lengths).sum()
-
-
-def _graph(**settings: Any) -> Callable[..., Any]:
-    config = distillation.GraphConfig(k=3, **settings)
-
-    def loss(x: Any, hidden: Any, head: Any, where: Any) -> Any:
-        masks = {"student_where": where, "teacher_where": where}
-        sides = (hidden, x["teacher_logits"])
-        return distillation.graph_on_logits(*sides, config=config, **masks)[0].sum()
-
-    return loss
-
-
-def _fusion(blocked: bool, aligned: bool) -> Callable[..., Any]:
-    def loss(x: Any, hidden: Any, head: Any, where: Any) -> Any:
-        outputs = x["teacher_logits"]
-        teachers = [distillation.FusionTeacher(outputs=outputs, where=where, aligned=aligned)]
-        arrays = (x["labels"], teachers)
-        if blocked:
-            options = {"where": where, "blocks": BLOCKS}
-            return distillation.linear_graph_fusion(hidden, head, *arrays, **options)[0].sum()
-        return distillation.graph_fusion_objective(hidden, *arrays, where=where)[0].sum()
-
-    return loss
-
-
-POSITIONED: dict[str, Callable[..., Any]] = {
-    "linear_cross_entropy": _cross_entropy,
-    "linear_cross_entropy, soft cap": _capped,
-    "linear_kl_divergence": _pair(losses.linear_kl_divergence, temperature=2.0),
-    "linear_kl_divergence, reverse": _pair(losses.linear_kl_divergence, direction="reverse"),
-    "linear_generalized_jensen_shannon": _pair(losses.linear_generalized_jensen_shannon),
-    "linear_total_variation": _pair(losses.linear_total_variation),
-    "linear_sparse_kl_divergence": _sparse(),
-    "linear_sparse_kl_divergence, renormalize": _sparse(tail="renormalize", temperature=2.0),
-    "linear_undial": _undial,
-}
-LOSSES: dict[str, Callable[..., Any]] = {
-    **{f"{name}, weights": _weighted(loss) for name, loss in POSITIONED.items()},
-    **{f"{name}, masked_mean": _masked(loss) for name, loss in POSITIONED.items()},
-    "linear_uniform_kl, masked_mean": _masked(_uniform),
-    "linear_readout, masked_mean": _masked(_readout),
-    "linear_fused_loss, weights": _fused,
-    "linear_assistant_objective, where": _assistant,
-    "sequence_nll, where": _sequence,
-}
-# These take logits in the place of hidden states, and no head.
-OF_LOGITS: dict[str, Callable[..., Any]] = {
-    "graph_on_logits, where": _graph(),
-    "graph_on_logits, token nodes, where": _graph(node="token", value="sorted_coupling"),
-    "graph_fusion_objective, where": _fusion(blocked=False, aligned=False),
-    "graph_fusion_objective, aligned, where": _fusion(blocked=False, aligned=True),
-}
-LOSSES["linear_graph_fusion, where"] = _fusion(blocked=True, aligned=True)
-
-
-def _poisoned(inputs: dict[str, Any], number: float) -> dict[str, Any]:
-    """The same inputs with a number where nothing counts, and labels that no vocabulary has."""
-    silent = ~jnp.asarray(COUNTS)
-    return {
-        name: jnp.where(silent, -100 if number < 0 else 10**6, x)
-        if name == "labels"
-        else jnp.where(silent[..., None], number, x)
-        for name, x in inputs.items()
-    }
-
-
-@pytest.mark.parametrize("name", LOSSES)
-def test_a_position_that_does_not_count_changes_no_value_and_no_gradient(name):
-    def of(hidden: Any, head: Any, inputs: Any) -> Any:
-        return LOSSES[name](inputs, hidden, head, jnp.asarray(COUNTS))
-
-    evaluate = jax.jit(jax.value_and_grad(of, (0, 1)))
-    clean, head = _inputs(), _heads()["head"]
-    expected = evaluate(clean["hidden"], head, clean)
-    assert np.isfinite(jax.tree.leaves(expected)[0])
-    for number in (np.nan, np.inf, -np.inf):
-        inputs = _poisoned(clean, number)
-        found = evaluate(inputs["hidden"], head, inputs)
-        for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-            np.testing.assert_array_equal(one, other, err_msg=f"{name} with {number}")
-
-
-@pytest.mark.parametrize("name", OF_LOGITS)
-def test_logits_that_do_not_count_change_no_value_and_no_gradient(name):
-    def of(logits: Any, inputs: Any) -> Any:
-        return OF_LOGITS[name](inputs, logits, None, jnp.asarray(COUNTS))
-
-    evaluate = jax.jit(jax.value_and_grad(of))
-    clean = _inputs()
-    clean["logits"] = clean["hidden"] @ _heads()["head"]
-    expected = evaluate(clean["logits"], clean)
-    assert np.isfinite(expected[0])
-    for number in (np.nan, np.inf, -np.inf):
-        inputs = _poisoned(clean, number)
-        found = evaluate(inputs["logits"], inputs)
-        for one, other in zip(found, expected, strict=True):
-            # A sum about another origin where one of the logits is not finite: rounding.
-            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6, err_msg=str(number))
-
-
-# Dense losses of the same arrays, for what has to be equal to them.
-DENSE: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-    "linear_cross_entropy": (
-        _cross_entropy,
-        lambda x, z, before, where: losses.cross_entropy(
-            z, x["labels"], label_smoothing=0.1, z_loss=0.01, vocab_where=where
-        ),
-    ),
-    "linear_kl_divergence": (
-        _pair(losses.linear_kl_divergence),
-        lambda x, z, before, where: losses.kl_divergence(z, before, vocab_where=where),
-    ),
-    "linear_kl_divergence, reverse": (
-        _pair(losses.linear_kl_divergence, direction="reverse"),
-        lambda x, z, before, where: losses.kl_divergence(
-            z, before, direction="reverse", vocab_where=where
-        ),
-    ),
-    "linear_generalized_jensen_shannon": (
-        _pair(losses.linear_generalized_jensen_shannon),
-        lambda x, z, before, where: losses.generalized_jensen_shannon(z, before, vocab_where=where),
-    ),
-    "linear_total_variation": (
-        _pair(losses.linear_total_variation),
-        lambda x, z, before, where: losses.total_variation(z, before, vocab_where=where),
-    ),
-    "linear_undial": (
-        _undial,
-        lambda x, z, before, where: unlearning.undial(z, before, x["labels"], vocab_where=where),
-    ),
-    "linear_uniform_kl": (
-        _uniform,
-        lambda x, z, before, where: unlearning.uniform_kl(z, vocab_where=where),
-    ),
-}
-
-
-@pytest.mark.parametrize("soft_cap", [None, 2.0])
-@pytest.mark.parametrize("name", DENSE)
-def test_second_derivatives_of_blocked_losses_are_those_of_dense_ones(name, soft_cap):
-    blocked, dense = DENSE[name]
-    x, kernels = _inputs(), _heads()
-    exists = jnp.arange(VOCAB) != 7
-    x["labels"] = jnp.where(x["labels"] == 7, 8, x["labels"])
-    before = x["teacher_hidden"] @ kernels["teacher_head"]
-    weights = jnp.asarray(np.random.default_rng(2).uniform(size=COUNTS.shape), jnp.float32)
-
-    def products(loss: Callable[..., Any]) -> Any:
-        # The square: what depends on the value has to see its derivative, too.
-        def scalar(hidden: Any, kernel: Any) -> Any:
-            return jnp.square((weights * loss(hidden, kernel)).sum())
-
-        def along(hidden: Any, kernel: Any) -> Any:
-            by_hidden, by_kernel = jax.grad(scalar, (0, 1))(hidden, kernel)
-            return jnp.vdot(by_hidden, jnp.cos(hidden)) + jnp.vdot(by_kernel, jnp.sin(kernel))
-
-        return jax.jit(jax.grad(along, (0, 1)))(x["hidden"], kernels["head"])
-
-    def of_head(hidden: Any, kernel: Any) -> Any:
-        head = Head(kernel, soft_cap=soft_cap)
-        return blocked(x, hidden, head, vocab_where=exists, blocks=BLOCKS)
-
-    def of_logits(hidden: Any, kernel: Any) -> Any:
-        return dense(x, Head(kernel, soft_cap=soft_cap).logits(hidden), before, exists)
-
-    for one, other in zip(products(of_head), products(of_logits), strict=True):
-        np.testing.assert_allclose(one, other, rtol=2e-3, atol=2e-3 * float(jnp.abs(other).max()))
-
-
-@pytest.mark.parametrize("name", [*DENSE, "linear_readout"])
-def test_no_positions_and_no_vocabulary_are_errors_of_one_line(name):
-    loss = DENSE[name][0] if name in DENSE else _readout
-    x, head = _inputs(), _heads()["head"]
-    none = {key: value[:, :0] for key, value in x.items()}
-    with pytest.raises(ValueError, match=r"^hidden: expected at least one position, got shape .*$"):
-        loss(none, none["hidden"], head, blocks=None)
-    if name not in ("linear_readout", "linear_uniform_kl", "linear_cross_entropy"):
-        return  # two heads, whose vocabularies differ then
-    with pytest.raises(ValueError, match=r"^\w+: expected .*$"):
-        loss(x, x["hidden"], head[:, :0], blocks=None)
-
-
-@pytest.mark.parametrize(
-    "function",
-    [
-        lambda z, y: losses.cross_entropy(z, y),
-        lambda z, y: losses.kl_divergence(z, z),
-        lambda z, y: losses.generalized_jensen_shannon(z, z),
-        lambda z, y: losses.total_variation(z, z),
-        lambda z, y: losses.graph_statistics(z, 1),
-        lambda z, y: ops.top_k(z, 1),
-        lambda z, y: ops.logsumexp(z),
-        lambda z, y: distillation.universal_logit_distance(z, z),
-        lambda z, y: unlearning.uniform_kl(z),
-    ],
-)
-def test_logits_without_a_vocabulary_are_an_error_of_one_line(function):
-    with pytest.raises(ValueError, match=r"^\w+: expected [^\n]*$"):
-        function(jnp.zeros((2, 3, 0)), jnp.zeros((2, 3), jnp.int32))
-
-
-def test_float64_stays_float64():
-    with jax.enable_x64(True):
-        x = {
-            name: value if name == "labels" else jnp.asarray(np.asarray(value), jnp.float64)
-            for name, value in _inputs().items()
+    here = {name.partition(",")[0] for name in TABLE}
+    elsewhere = {name for names in ELSEWHERE.values() for name in names.split()}
+    assert not here & elsewhere
+    assert public == here | elsewhere, sorted(public ^ (here | elsewhere))
+
+
+def test_arrays_of_another_kind_are_refused():
+    wrong = []
+    for name, case, key, x in spoilt():
+        whole = x.dtype == np.int32
+        if not whole and x.dtype != bool and (case.keeps or key in case.integers):
+            continue
+        said = traced(name, {**case.arrays, key: x.astype(np.float32 if whole else np.int32)})
+        if unlike(said):
+            wrong.append(f"{name}, {key}: {said}")
+    complain(wrong)
+
+
+def test_an_axis_too_few_or_too_many_is_refused():
+    wrong = []
+    for name, case, key, x in spoilt():
+        ranks = [] if key in case.loose else [x.reshape(-1)[0]]
+        if ranks and len(case.arrays) > 1 and (key, BATCH) not in case.free:
+            ranks.append(np.stack([x, x, x]))
+        for other in ranks:
+            said = traced(name, {**case.arrays, key: other})
+            if unlike(said):
+                wrong.append(f"{name}, {key} of {other.ndim} axes: {said}")
+    complain(wrong)
+
+
+def test_an_entry_too_few_is_refused():
+    wrong = []
+    for name, case, key, x in spoilt(lambda case: len(case.arrays) > 1):
+        for axis, size in enumerate(x.shape):
+            if (key, size) in case.free or key in case.loose:
+                continue
+            said = traced(name, {**case.arrays, key: np.take(x, range(size - 1), axis)})
+            if unlike(said):
+                wrong.append(f"{name}, {key} along {axis}: {said}")
+    complain(wrong)
+
+
+@pytest.mark.parametrize("size", [BATCH, VOCAB], ids=["batch", "vocabulary"])
+def test_of_nothing_there_is_nothing_or_an_error(size):
+    wrong = []
+    for name, case in TABLE.items():
+        arrays = {
+            key: x[tuple(slice(0 if n == size else n) for n in x.shape)]
+            for key, x in case.arrays.items()
         }
-        head = jnp.asarray(np.asarray(_heads()["head"]), jnp.float64)
-        logits = x["hidden"] @ head
-        sides = (x["hidden"], head, x["teacher_hidden"], jnp.ones((WIDTH + 1, VOCAB)))
-        readout = losses.linear_readout(x["hidden"], head, labels=x["labels"], top_k=3)
-        top = ops.TopK.of(logits, 3)
-        results = {
-            "linear_cross_entropy": losses.linear_cross_entropy(x["hidden"], head, x["labels"]),
-            "linear_kl_divergence": losses.linear_kl_divergence(*sides, temperature=3.0),
-            "linear_uniform_kl": unlearning.linear_uniform_kl(x["hidden"], head),
-            "linear_readout": readout,
-            "graph_statistics": losses.graph_statistics(logits, 3),
-            "sparse_kl_divergence": losses.sparse_kl_divergence(logits, top),
-            "kl_divergence": losses.kl_divergence(logits, x["teacher_logits"]),
-            "binary_kl": distillation.binary_kl(logits, x["teacher_logits"]),
-            "masked_mean": ops.masked_mean(logits),
-            "npo": unlearning.npo(logits, logits),
-        }
-        for name, result in results.items():
-            types = {leaf.dtype for leaf in jax.tree.leaves(result)}
-            assert types <= {jnp.dtype("float64"), jnp.dtype("int32")}, (name, types)
-        # Where a float32 1/3 would show.
-        dense = losses.kl_divergence(logits, sides[2] @ sides[3], temperature=3.0)
-        np.testing.assert_allclose(results["linear_kl_divergence"], dense, rtol=1e-12, atol=1e-14)
+        if (case.host and size == BATCH) or all(x.size for x in arrays.values()):
+            continue
+        said = traced(name, arrays)
+        if said is not None:
+            fine = not unlike(said)
+        elif size == BATCH and case.rows:
+            fine = 0 in jax.tree.leaves(jax.eval_shape(case.call, **arrays))[0].shape
+        else:
+            fine = size == BATCH or case.keeps
+        if not fine:
+            wrong.append(f"{name}: {said}")
+    complain(wrong)
+
+
+def test_one_row_is_as_good_as_several():
+    for name, case in TABLE.items():
+        if case.rows:
+            arrays = {
+                key: x[:1] if x.shape[:1] == (BATCH,) else x for key, x in case.arrays.items()
+            }
+            assert jax.tree.leaves(jax.eval_shape(case.call, **arrays))[0].shape[0] == 1, name
+
+
+def test_half_precision_gives_float32_and_float64_stays():
+    wrong = []
+    for kind in ("bfloat16", "float64"):
+        with jax.enable_x64(kind == "float64"):
+            for name, case in TABLE.items():
+                if case.host:
+                    continue
+                arrays = {
+                    key: x.astype(jnp.dtype(kind)) if x.dtype == np.float32 else x
+                    for key, x in case.arrays.items()
+                }
+                leaves = jax.tree.leaves(jax.eval_shape(case.call, **arrays))
+                found = {str(x.dtype) for x in leaves if jnp.issubdtype(x.dtype, jnp.floating)}
+                kept = kind if case.keeps or (kind == "float64" and not case.single) else "float32"
+                if found != {kept} | (found & set(case.beside)):
+                    wrong.append(f"{name}, {kind}: {found}")
+    complain(wrong)
+
+
+@pytest.mark.many_programs("each function is compiled once, for this test and those below")
+def test_a_number_that_is_none_is_seen():
+    wrong = []
+    for name, case, key, x in spoilt(lambda case: not case.swept):
+        assert all(np.isfinite(x).all() for x in run(name, case.arrays)), name
+        for number in (np.nan, np.inf, -np.inf) if x.dtype == np.float32 else ():
+            absent = key in case.logits and number == -np.inf
+            other, place = x.copy(), [0] * x.ndim
+            if absent:
+                # Not the label's: its loss is infinite then.
+                label = int(case.arrays.get("labels", np.zeros(1, int)).flat[0])
+                place[-1] = (label + 1) % x.shape[-1]
+            other[tuple(place)] = number
+            arrays = {**case.arrays, key: other}
+            if key in case.looks:
+                said = refusal(case.call, arrays)
+                if unlike(said, f"got {number} at"):
+                    wrong.append(f"{name}, {key} {number}: {said}")
+                continue
+            leaves = run(name, arrays)
+            found = np.concatenate([x.ravel() for x in leaves])
+            if case.rows and x.shape[:1] == (BATCH,):
+                # Rows are on their own: what spoils the first one is not seen in the second.
+                clean = run(name, case.arrays)
+                pairs = zip(leaves, clean, strict=True)
+                if not all(np.allclose(a[1:], b[1:], equal_nan=True) for a, b in pairs):
+                    wrong.append(f"{name}, {key} {number} in another row")
+            if absent:
+                fine = not np.isnan(found).any()
+            elif np.isnan(number):
+                fine = np.isnan(found).any()
+            else:
+                fine = key in case.limits or not np.isfinite(found).all()
+            if not fine:
+                wrong.append(f"{name}, {key} {number}: {found}")
+    complain(wrong)
+
+
+@pytest.mark.many_programs("runs after the test above without compiling")
+def test_an_id_that_is_none_is_refused_or_nan():
+    wrong = []
+    for name, case, key, x in spoilt():
+        count, outside = case.counts.get(key, (0, ""))
+        for number in (count, 2**31 - 1, -1, -(2**31)) if count else ():
+            if number < 0 and outside == "nan above":
+                continue
+            other = x.copy()
+            other.flat[-1] = number
+            arrays = {**case.arrays, key: other}
+            if outside in ("error", "both"):
+                said = refusal(case.call, arrays)
+                if unlike(said, f"got {number} at"):
+                    wrong.append(f"{name}, {key} {number}: {said}")
+            if outside == "error" or case.swept:
+                continue
+            if not any(np.isnan(x).any() for x in run(name, arrays)):
+                wrong.append(f"{name}, {key} {number} under jit: no nan")
+    complain(wrong)
+
+
+@pytest.mark.many_programs("runs after the tests above without compiling")
+def test_a_mask_may_leave_out_everything():
+    for name, case in TABLE.items():
+        if case.where and not case.swept:
+            nothing = np.zeros_like(case.arrays[case.where])
+            found = run(name, {**case.arrays, case.where: nothing})
+            assert all(np.isfinite(x).all() for x in found), name

@@ -7,11 +7,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
+from logitjax.ops import checks
 from logitjax.ops.sharding import path_mask
 
 
 def _mean_over(tree: Any, axis_name: Any) -> Any:
     return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def align_gradients(
@@ -49,7 +54,8 @@ def align_gradients(
         auxiliary to the task's, and `coefficient`, which is negative where it projected and else 0.
 
     Raises:
-        ValueError: no path matches `trunk`.
+        TypeError: gradients that are not floating point.
+        ValueError: no path matches `trunk`, or leaves of different shapes.
 
     >>> retain, distil = {"w": jnp.array([1.0, 0.0])}, {"w": jnp.array([-1.0, 2.0])}
     >>> g, metrics = jax.jit(align_gradients)(retain, distil)
@@ -60,15 +66,22 @@ def align_gradients(
         Yang et al., Dual-Head Knowledge Distillation (arXiv 2411.08937), gradient alignment;
         the trunk-only form is ours.
     """
+    paths = jax.tree_util.tree_leaves_with_path
+    named = [
+        {f"{name}{jax.tree_util.keystr(path)}": leaf for path, leaf in paths(tree)}
+        for name, tree in (("task_gradients", task_gradients), ("auxiliary", auxiliary_gradients))
+    ]
+    for (name, leaf), (other, theirs) in zip(named[0].items(), named[1].items(), strict=True):
+        checks.shapes(**{name: (leaf, "float *shape"), other: (theirs, "float *shape")})
     task = _mean_over(task_gradients, axis_name)
     auxiliary = _mean_over(auxiliary_gradients, axis_name)
     shared = jax.tree.map(lambda _: True, task) if trunk is None else path_mask(task, trunk)
     if not any(jax.tree.leaves(shared)):
-        raise ValueError(f"trunk {trunk!r} matches no parameter")
+        raise ValueError(f"trunk: expected a pattern of some parameter, got {trunk!r}")
 
     def inner(a: Any, b: Any) -> jax.Array:
         products = jax.tree.map(
-            lambda x, y, use: jnp.sum(x.astype(jnp.float32) * y.astype(jnp.float32)) * use,
+            lambda x, y, use: jnp.sum(_wide(x) * _wide(y)) * use,
             a,
             b,
             shared,
@@ -77,15 +90,18 @@ def align_gradients(
 
     dot, task_square = inner(task, auxiliary), inner(task, task)
     auxiliary_square = inner(auxiliary, auxiliary)
-    safe = jnp.where(task_square > 0, task_square, 1.0)
-    coefficient = jnp.where((dot < 0) & (task_square > 0), dot / safe, 0.0)
+    # Not `> 0`: gradients with a nan have none of these numbers.
+    safe = jnp.where(task_square == 0, 1.0, task_square)
+    coefficient = jnp.where((dot >= 0) | (task_square == 0), 0.0, dot / safe)
 
     def combine(g1: jax.Array, g2: jax.Array, use: bool) -> jax.Array:
         return g1 + (g2 - coefficient.astype(g1.dtype) * g1 if use else g2)
 
     product = task_square * auxiliary_square
     metrics = {
-        "cosine": jnp.where(product > 0, dot / jnp.sqrt(jnp.where(product > 0, product, 1.0)), 0.0),
+        "cosine": jnp.where(
+            product == 0, 0.0, dot / jnp.sqrt(jnp.where(product == 0, 1.0, product))
+        ),
         "norm_ratio": jnp.sqrt(auxiliary_square / safe),
         "coefficient": coefficient,
     }

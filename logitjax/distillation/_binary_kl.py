@@ -51,6 +51,7 @@ def _prepare(
     student = checks.as_float(student_logits, "student_logits")
     teacher = jax.lax.stop_gradient(checks.as_float(teacher_logits, "teacher_logits"))
     checks.same_shape(student, teacher, "student_logits", "teacher_logits")
+    checks.axis(axis, student.shape, "student_logits")
     checks.where(vocab_where, student.shape, "vocab_where")
     checks.positive(temperature, "temperature")
     if reduction not in ("sum", "mean"):

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from logitjax.distillation._binary_kl import binary_kl_norm
 from logitjax.heads import torch_linear
 from logitjax.losses import cross_entropy
-from logitjax.ops import Array
+from logitjax.ops import Array, checks
 
 
 class MLPHead(nnx.Module):
@@ -195,7 +195,9 @@ def dual_head_loss(
         The loss `[*batch]` and both parts unweighted, `cross_entropy` and `distillation`.
 
     Raises:
-        ValueError: a block size below 1, or blocks of features without a batch axis.
+        TypeError: features or the teacher's are not floating point, or labels not integers.
+        ValueError: shapes that do not fit, a block size below 1, or blocks of features without a
+            batch axis.
 
     >>> head = lambda hidden: hidden @ jnp.ones((4, 3))
     >>> loss = jax.jit(dual_head_loss, static_argnums=(1, 2))
@@ -207,6 +209,11 @@ def dual_head_loss(
         Yang et al. (arXiv 2411.08937). The released code has `gamma=1`, `alpha=1` on CIFAR-100
         and .1 on ImageNet, and no softmax distillation term.
     """
+    checks.shapes(
+        features=(features, "float *batch features"),
+        labels=(labels, "int *batch"),
+        teacher_logits=(teacher_logits, "float *batch teacher"),
+    )
     features, labels = jnp.asarray(features), jnp.asarray(labels)
     teacher = jax.lax.stop_gradient(jnp.asarray(teacher_logits))
 
@@ -236,7 +243,7 @@ def _blocked(
     if block_size < 1:
         raise ValueError(f"block_size: expected a positive number, got {block_size}")
     if features.ndim < 2:
-        raise ValueError("block_size needs features with a batch axis")
+        raise ValueError(f"features: expected a batch axis for blocks, got {features.shape}")
     axis = features.ndim - 2
     length = features.shape[axis]
     blocks = -(-length // block_size)

@@ -145,6 +145,7 @@ def graph_fusion_objective(
     needed = config.k if teachers else 1
     shape = jnp.shape(student.values if is_statistics else student)[:-1]
     valid = jnp.ones(shape, bool) if where is None else jnp.asarray(where)
+    ops.checks.where(valid, valid.shape)
     if valid.shape != shape:
         raise ValueError(f"where: expected a position mask of shape {shape}, got {valid.shape}")
     given: Any = student if where is None else gradient_inside(student, valid)

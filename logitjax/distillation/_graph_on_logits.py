@@ -277,6 +277,7 @@ def _positions(name, where, outputs):
     shape = jnp.shape(values)[:-1]
     if where is None:
         return jnp.ones(shape, bool)
+    ops.checks.where(where, where.shape, name)
     if where.shape != shape:
         raise ValueError(f"{name}: expected a position mask of shape {shape}, got {where.shape}")
     return jnp.asarray(where)
@@ -289,7 +290,7 @@ class _Graph:
         values, indices, log_z, mean, std, self.valid = arrays
         self.config, self.axis = config, sequence_axis_name
         z = _transform(values, log_z, mean, std, config.logits)
-        self.tokens = ops.psum(self.valid.sum(-1, dtype=jnp.float32), self.axis)
+        self.tokens = ops.psum(self.valid.sum(-1, dtype=z.dtype), self.axis)
         scale = jax.lax.rsqrt(jnp.maximum(self.tokens, 1.0))[..., None, None]
         self.unscaled = jnp.where(self.valid[..., None], z, 0.0)
         self.z = self.unscaled * scale
@@ -332,7 +333,7 @@ def _statistics(name, outputs, config, axis_name):
 
 def _transform(values, log_z, mean, std, logits):
     """Z from the kept logits; an entry of -inf (k beyond the real vocabulary) becomes zero."""
-    real = values > -jnp.inf
+    real = values != -jnp.inf
     values = jnp.where(real, values, 0.0)
     if logits == "standardized":
         z = (values - mean[..., None]) / _positive(std)[..., None]

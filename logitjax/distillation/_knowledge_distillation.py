@@ -198,6 +198,7 @@ def standardize_logits(
         Sun et al., Logit Standardization in Knowledge Distillation (CVPR 2024, arXiv 2403.01427).
     """
     logits = checks.as_float(logits, "logits")
+    checks.axis(axis, logits.shape, "logits")
     checks.where(vocab_where, logits.shape, "vocab_where")
     keep = logits != -jnp.inf
     if vocab_where is not None:

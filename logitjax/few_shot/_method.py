@@ -152,6 +152,7 @@ def unit_rows(values: Float[Array, "*batch features"]) -> Float[jax.Array, "*bat
     Array([[0.6, 0.8],
            [0. , 0. ]], dtype=float32)
     """
+    checks.shapes(values=(values, "float *batch features"))
     values = checks.as_float(values, "values")
     # Squares of 1e-25 vanish in float32, and those of 1e25 overflow.
     size = jax.lax.stop_gradient(jnp.abs(values).max(-1, keepdims=True))
@@ -187,6 +188,10 @@ def zero_shot_logits(
     >>> [f"{logit:.2f}" for logit in logits.ravel().tolist()]
     ['60.00', '80.00']
     """
+    checks.shapes(
+        features=(features, "float *batch features"),
+        class_weights=(class_weights, "float features classes"),
+    )
     weights = checks.as_float(class_weights, "class_weights")
     return jnp.multiply(scale, unit_rows(features) @ weights)
 

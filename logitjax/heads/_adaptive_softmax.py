@@ -15,7 +15,7 @@ from logitjax.heads._head_cost import HeadCost
 from logitjax.heads._low_rank import metric_roots
 from logitjax.heads._vocabulary_head import Assignment, VocabularyHead
 from logitjax.losses import Head
-from logitjax.ops import Array, TopK, gather_at, logsumexp
+from logitjax.ops import Array, TopK, checks, gather_at, logsumexp
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class AdaptiveConfig:
         bounds = (0, *self.cutoffs, self.vocab_size)
         if list(bounds) != sorted(set(bounds)) or not self.cutoffs:
             raise ValueError(
-                f"cutoffs must rise between 1 and vocab_size={self.vocab_size}, got {self.cutoffs}"
+                f"cutoffs: expected rising ranks below {self.vocab_size}, got {self.cutoffs}"
             )
 
     @property
@@ -178,7 +178,11 @@ def adaptive_nll(
       block_size: positions at a time in a tail.
 
     Returns:
-      ``[*batch]``, float32, not reduced.
+      ``[*batch]``, float32, not reduced; nan where the label is outside the vocabulary.
+
+    Raises:
+      TypeError: ``hidden`` is not floating point or ``labels`` are not integers.
+      ValueError: shapes that do not fit.
 
     >>> config = AdaptiveConfig(vocab_size=6, hidden_size=4, cutoffs=(2,))
     >>> params = config.init(jax.random.key(0), jnp.arange(1.0, 7.0))
@@ -189,14 +193,22 @@ def adaptive_nll(
     References:
       Grave et al., Efficient softmax approximation for GPUs, 2017 (arXiv:1609.04309).
     """
-    hidden, labels = jnp.asarray(hidden), jnp.asarray(labels)
+    checks.shapes(
+        **{"params.head": (params["head"], "float entries hidden")},
+        hidden=(hidden, "float *batch hidden"),
+        labels=(labels, "int *batch"),
+    )
+    hidden, labels, rank = map(jnp.asarray, (hidden, labels, params["rank"]))
     batch = labels.shape
-    flat, ranks = hidden.reshape(-1, hidden.shape[-1]), params["rank"][labels].reshape(-1)
+    known = (labels >= 0) & (labels < len(rank))
+    flat, ranks = hidden.reshape(labels.size, hidden.shape[-1]), rank[labels].reshape(-1)
     logits = _affine(flat, params["head"], params["head_bias"])
     log_z = logsumexp(logits)
     first = params["head"].shape[0] - len(params["tails"])
     entry, start = jnp.minimum(ranks, first - 1), first
-    nll = jnp.zeros(ranks.shape, jnp.float32)
+    nll = jnp.zeros(ranks.shape, log_z.dtype)
+    if not ranks.size:
+        return nll.reshape(batch)
     for i, tail in enumerate(params["tails"]):
         size = tail["kernel"].shape[0]
         here = (ranks >= start) & (ranks < start + size)
@@ -206,7 +218,7 @@ def adaptive_nll(
     nll = nll + log_z - gather_at(logits, entry[:, None])[:, 0]
     if z_loss:
         nll = nll + z_loss * log_z**2
-    return nll.reshape(batch)
+    return jnp.where(known, nll.reshape(batch), jnp.nan)
 
 
 def adaptive_log_probs(
@@ -252,10 +264,14 @@ def adaptive_topk(hidden: Float[Array, "*batch hidden"], params: dict[str, Any],
     >>> jax.jit(adaptive_topk, static_argnums=2)(jnp.zeros((1, 4)), params, 2).indices
     Array([[5, 4]], dtype=int32)
     """
+    checks.shapes(
+        **{"params.head": (params["head"], "float entries hidden")},
+        hidden=(hidden, "float *batch hidden"),
+    )
     hidden = jnp.asarray(hidden)
     first = params["head"].shape[0] - len(params["tails"])
     if not 1 <= k <= first:
-        raise ValueError(f"k must be between 1 and {first} frequent tokens, got {k}")
+        raise ValueError(f"k: expected 1 to {first}, the frequent tokens, got {k}")
     head = jax.nn.log_softmax(_affine(hidden, params["head"], params["head_bias"]))
     values, ranks = lax.top_k(head[..., :first], k)
     start = first
@@ -275,7 +291,7 @@ def adaptive_topk(hidden: Float[Array, "*batch hidden"], params: dict[str, Any],
         needed = (weight[..., 0] > values[..., -1]).any()
         values, ranks = lax.cond(needed, look, lambda best: best, (values, ranks))
         start += tail["kernel"].shape[0]
-    return TopK(values, params["order"][ranks], jnp.zeros(values.shape[:-1]))
+    return TopK(values, jnp.asarray(params["order"])[ranks], jnp.zeros(values.shape[:-1]))
 
 
 class AdaptiveHead(VocabularyHead):
@@ -352,7 +368,7 @@ class AdaptiveHead(VocabularyHead):
 
     def as_linear(self, embedding: Array | None = None) -> Head:
         """Raises: a normaliser in each tail is not linear in the hidden state."""
-        raise ValueError("an AdaptiveHead has no kernel; use nll() or the log-probabilities")
+        raise ValueError("head: expected one with a kernel, got an AdaptiveHead: use nll()")
 
     def cost(
         self,
@@ -407,7 +423,7 @@ def _tail_logits(hidden: jax.Array, tail: dict[str, Any]) -> jax.Array:
 def _tail_nll(
     hidden: jax.Array, places: jax.Array, here: jax.Array, tail: dict[str, Any], block_size: int
 ) -> jax.Array:
-    count = len(here)
+    count, kind = len(here), jnp.promote_types(hidden.dtype, jnp.float32)
     blocks = -(-count // block_size)
     order = jnp.argsort(~here, stable=True)
     order = jnp.pad(order, (0, blocks * block_size - count), constant_values=count)
@@ -422,7 +438,7 @@ def _tail_nll(
             nll = logsumexp(logits) - jnp.take_along_axis(logits, place[:, None], axis=-1)[:, 0]
             return jnp.where(exists, nll, 0.0)
 
-        return None, lax.cond(exists.any(), compute, lambda: jnp.zeros(block_size, jnp.float32))
+        return None, lax.cond(exists.any(), compute, lambda: jnp.zeros(block_size, kind))
 
     _, nll = lax.scan(jax.checkpoint(block), None, order)
-    return jnp.zeros(count, jnp.float32).at[order.reshape(-1)].add(nll.reshape(-1), mode="drop")
+    return jnp.zeros(count, kind).at[order.reshape(-1)].add(nll.reshape(-1), mode="drop")

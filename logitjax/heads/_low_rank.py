@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from logitjax.heads._head_cost import HeadCost
 from logitjax.heads._vocabulary_head import VocabularyHead
 from logitjax.losses import Head, linear_cross_entropy
-from logitjax.ops import Array
+from logitjax.ops import Array, checks
 
 
 def low_rank_logits(
@@ -58,7 +58,8 @@ def fit_low_rank(
       ``(down [hidden, rank], kernel [vocab, rank], bias [vocab])``, float32.
 
     Raises:
-      ValueError: ``rank`` is not in 1..hidden.
+      TypeError: arrays that are not floating point (``unigram`` may be counts).
+      ValueError: ``rank`` is not in 1..hidden, or shapes that do not fit.
 
     >>> import numpy as np
     >>> rows = np.array([[1.0, 2.0], [2.0, 4.0], [-1.0, -2.0]])
@@ -67,9 +68,16 @@ def fit_low_rank(
     >>> np.allclose(kernel @ down.T, rows, atol=1e-4)
     True
     """
+    checks.shapes(
+        rows=(rows, "float vocab hidden"),
+        unigram=(unigram, "number vocab"),
+        hidden_mean=(hidden_mean, "float hidden"),
+        hidden_cov=(hidden_cov, "float hidden hidden"),
+        row_bias=(row_bias, "float vocab"),
+    )
     rows = jnp.asarray(rows, jnp.float32)
     if not 1 <= rank <= rows.shape[1]:
-        raise ValueError(f"rank must be between 1 and hidden={rows.shape[1]}, got {rank}")
+        raise ValueError(f"rank: expected 1 to hidden, {rows.shape[1]}, got {rank}")
     weights = jnp.asarray(unigram, jnp.float32)
     weights = jnp.maximum(weights / weights.sum(), 0.01 / rows.shape[0]) ** weight_power
     root, inverse = metric_roots(hidden_cov)

@@ -106,7 +106,7 @@ def cross_entropy(
     label_logit = psum(jnp.where(is_label, logits, 0.0).sum(axis), axis_name)
     loss = log_z - label_logit
     if smooth:
-        exists = logits > -jnp.inf
+        exists = logits != -jnp.inf
         total = psum(jnp.where(exists, logits, 0.0).sum(axis), axis_name)
         count = psum(exists.sum(axis), axis_name)
         uniform = log_z - total / jnp.maximum(count, 1)

@@ -152,8 +152,8 @@ def generalized_jensen_shannon(
         exists = mixture > 0
         log_m = jnp.log(jnp.where(exists, mixture, 1.0))
         # An entry that one of the two lacks has no logarithm there, and no weight either.
-        safe_p = jnp.where(exists & (log_p > -jnp.inf), log_p, log_m)
-        safe_q = jnp.where(exists & (log_q > -jnp.inf), log_q, log_m)
+        safe_p = jnp.where(exists & (log_p != -jnp.inf), log_p, log_m)
+        safe_q = jnp.where(exists & (log_q != -jnp.inf), log_q, log_m)
         terms = beta * p * (safe_p - log_m) + (1 - beta) * q * (safe_q - log_m)
     return psum(terms.sum(axis), axis_name)
 
@@ -235,6 +235,6 @@ def _log_probs(
 def _kl_terms(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
     """`p (log p - log q)` entry by entry."""
     p = jnp.exp(log_p)
-    both = (log_p > -jnp.inf) & (log_q > -jnp.inf)
+    both = (log_p != -jnp.inf) & (log_q != -jnp.inf)
     ratio = jnp.where(both, log_p, 0.0) - jnp.where(both, log_q, 0.0)
     return jnp.where(both, p * ratio, jnp.where(p > 0, jnp.inf, 0.0))

@@ -85,6 +85,7 @@ def graph_statistics(
     >>> s.values, s.indices, s.mean
     (Array([[3., 2.]], dtype=float32), Array([[1, 2]], dtype=int32), Array([2.], dtype=float32))
     """
+    ops.checks.shapes(logits=(logits, "float *batch vocab"))
     logits = jnp.asarray(logits)
     vocab = logits.shape[-1]
     if axis_name is not None:
@@ -92,7 +93,8 @@ def graph_statistics(
     if not 1 <= k <= vocab:
         raise ValueError(f"k: expected 1 to the vocabulary size {vocab}, got {k}")
     if vocab_where is not None:
-        logits = jnp.where(jnp.asarray(vocab_where), logits, -jnp.inf)
+        ops.checks.where(vocab_where, logits.shape, "vocab_where")
+        logits = jnp.where(vocab_where, logits, -jnp.inf)
     values, indices = ops.top_k(logits, k, axis_name=axis_name)
     wide = jnp.promote_types(logits.dtype, jnp.float32)
     mean, std = _moments(logits.astype(wide), axis_name)
@@ -107,7 +109,7 @@ def graph_statistics(
 
 
 def _moments(logits, axis_name):
-    """Mean and deviation of the finite entries, in one pass over the logits.
+    """Mean and deviation of the entries that are not -inf, in one pass over the logits.
 
     The sums are taken about the first entry, which keeps float32 from cancelling.
     """
@@ -121,14 +123,15 @@ def _moments(logits, axis_name):
     count = jnp.maximum(sums[0], 1.0)
     offset = sums[1] / count
     variance = sums[2] / count - jnp.square(offset)
-    positive = variance > 0
-    std = jnp.where(positive, jnp.sqrt(jnp.where(positive, variance, 1.0)), 0.0)
+    # Not `variance > 0`: a nan has to stay one.
+    flat = variance <= 0
+    std = jnp.where(flat, 0.0, jnp.sqrt(jnp.where(flat, 1.0, variance)))
     return first[..., 0] + offset, std
 
 
 @jax.custom_jvp
 def _finite_sums(x, origin):
-    """Count, sum and sum of squares of `x - origin` over the finite entries.
+    """Count, sum and sum of squares of `x - origin` over the entries that are not -inf.
 
     A mask or an offset inside the reductions makes them several times slower on CPU, so they are
     applied only where the plain sums are not finite or would cancel.
@@ -139,9 +142,9 @@ def _finite_sums(x, origin):
     fine = squares / n - jnp.square(total / n) > _STEADY * (squares / n + jnp.square(at))
 
     def shifted():
-        finite = jnp.isfinite(x)
-        kept = jnp.where(finite, x - origin, 0.0)
-        return finite.sum(-1, dtype=x.dtype), kept.sum(-1), jnp.square(kept).sum(-1)
+        there = x != -jnp.inf
+        kept = jnp.where(there, x - origin, 0.0)
+        return there.sum(-1, dtype=x.dtype), kept.sum(-1), jnp.square(kept).sum(-1)
 
     def plain():
         count = jnp.full_like(total, n)
@@ -153,7 +156,7 @@ def _finite_sums(x, origin):
 @_finite_sums.defjvp
 def _finite_sums_jvp(primals, tangents):
     (x, origin), (dx, _) = primals, tangents
-    finite = jnp.isfinite(x)
+    finite = x != -jnp.inf
     count, total, squares = _finite_sums(x, origin)
     # Masked before the product: an entry of -inf must not meet a tangent of zero.
     return (count, total, squares), (

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from logitjax.losses.sweep import Blocks, Head, ReadoutStatistic, run
-from logitjax.ops import Array, AxisName, Number, finite_or_zero
+from logitjax.ops import Array, AxisName, Number, checks, finite_or_zero
 
 
 def linear_cross_entropy(
@@ -68,9 +68,8 @@ def linear_cross_entropy(
         2411.09009), for the idea; no gradient is filtered here. Hsu et al., Liger kernel, 2024
         (arXiv 2410.10989), for gradients in the forward pass.
     """
+    checks.shapes(hidden=(hidden, "float *batch hidden"), labels=(labels, "int *batch"))
     hidden, labels = jnp.asarray(hidden), jnp.asarray(labels)
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise TypeError(f"labels: expected integers, got {labels.dtype}")
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing: expected a number in [0, 1), got {label_smoothing}")
     head = Head.of(head).resolve(hidden.shape[-1])

@@ -261,13 +261,13 @@ class _JensenShannon(_Normalised):
 
     def terms(self, log_q: jax.Array, log_p: jax.Array) -> tuple[jax.Array, jax.Array]:
         # Where neither has an entry any number will do but -inf, whose derivatives are nan.
-        exists = (log_q > -jnp.inf) | (log_p > -jnp.inf)
+        exists = (log_q != -jnp.inf) | (log_p != -jnp.inf)
         shares = (log_p + math.log(self.beta), log_q + math.log1p(-self.beta))
         log_m = jnp.logaddexp(*(jnp.where(exists, share, 0.0) for share in shares))
 
         def part(log_prob: jax.Array) -> jax.Array:
             # Masked before the product, whose derivative is nan at -inf.
-            gap = jnp.where(log_prob > -jnp.inf, log_prob - log_m, 0.0)
+            gap = jnp.where(log_prob != -jnp.inf, log_prob - log_m, 0.0)
             return jnp.exp(log_prob) * gap
 
         q_part, p_part = (1 - self.beta) * part(log_q), self.beta * part(log_p)

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 
 from logitjax.losses._graph_statistics import GraphStatistics
 from logitjax.losses.sweep import Blocks, Head, ReadoutStatistic, run
-from logitjax.ops import Array, AxisName, Number, TopK, finite_or_zero
+from logitjax.ops import Array, AxisName, Number, TopK, checks, finite_or_zero
 
 
 class Readout(NamedTuple):
@@ -19,7 +19,7 @@ class Readout(NamedTuple):
     Attributes:
         log_z: `[*batch]` log-sum-exp of the logits.
         label_logit: `[*batch]` the logit at `labels`.
-        gathered: `[*batch, n]` the logits at `ids`.
+        gathered: `[*batch, n]` the logits at `ids`; nan at one outside the vocabulary.
         statistics: `GraphStatistics` of the top k.
         cross_entropy: `[*batch]` of the labels; nan where a label is outside the vocabulary.
     """
@@ -81,6 +81,7 @@ def linear_readout(
     >>> readout.label_logit.tolist(), readout.statistics.indices.tolist()
     ([1.0, 2.0], [[1, 2], [1, 2]])
     """
+    checks.shapes(hidden=(hidden, "float *batch hidden"))
     hidden = jnp.asarray(hidden)
     head = Head.of(head).resolve(hidden.shape[-1])
     options, tokens = _plan(head, labels, ids, top_k, axis_name)
@@ -153,6 +154,7 @@ def linear_fused_loss(
     >>> print(f"{value:.4f} {np.mean(readout.cross_entropy):.4f}")
     0.2038 0.4076
     """
+    checks.shapes(hidden=(hidden, "float *batch hidden"), weights=(weights, "float *batch"))
     hidden = jnp.asarray(hidden)
     head = Head.of(head).resolve(hidden.shape[-1])
     options, columns = _plan(head, labels, ids, top_k, axis_name)
@@ -188,7 +190,12 @@ class _Reading(ReadoutStatistic):
         if self.labels:
             known = (tokens["labels"] >= 0) & (tokens["labels"] < self.vocab)
             entropy = jnp.where(known, finite_or_zero(outputs.log_z) - outputs.label, jnp.nan)
-        return Readout(outputs.log_z, outputs.label, outputs.gathered, statistics, entropy)
+        gathered = outputs.gathered
+        if gathered is not None:
+            # The sweep never comes to an id that is outside of the vocabulary.
+            known = (tokens["ids"] >= 0) & (tokens["ids"] < self.vocab)
+            gathered = jnp.where(known, gathered, jnp.nan)
+        return Readout(outputs.log_z, outputs.label, gathered, statistics, entropy)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

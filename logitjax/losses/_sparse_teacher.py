@@ -59,6 +59,7 @@ def sparse_kl_divergence(
 
     Returns:
         `[*batch]`, float32. Tail masses below 2^-24 count as 2^-24, the resolution of float32.
+        Under `jit`, nan where one of the teacher's ids is outside of the student's vocabulary.
 
     Raises:
         ValueError: unknown `direction` or `tail`, shapes that do not fit, a temperature without
@@ -76,12 +77,18 @@ def sparse_kl_divergence(
         tail correspond to 'renormalize'.
     """
     _check(direction, tail, temperature)
+    _check_teacher(teacher, tail)
     wanted = _ids(teacher, tail)
     if isinstance(student, TopK):
         gathered, log_z = student.values, student.log_z
     else:
         logits = checks.as_float(student, "student", vocab_where)
         log_z = logsumexp(logits, axis_name=axis_name)
+        checks.shapes(
+            **{"teacher.indices": (wanted, "int *batch k"), "student": (logits, "float *batch v")}
+        )
+        vocab = logits.shape[-1] * (1 if axis_name is None else jax.lax.axis_size(axis_name))
+        checks.ids(wanted, vocab, "teacher.indices")
         gathered = gather_at(logits, wanted, axis_name=axis_name)
     if gathered.shape != wanted.shape:
         raise ValueError(
@@ -141,6 +148,11 @@ def linear_sparse_kl_divergence(
     0.1733
     """
     _check(direction, tail, temperature)
+    _check_teacher(teacher, tail)
+    checks.shapes(hidden=(hidden, "float *batch hidden"))
+    head = Head.of(head).resolve(jnp.shape(hidden)[-1])
+    vocab = head.vocab_size(axis_name)
+    checks.ids(_ids(teacher, tail), vocab, "teacher.indices")
     tokens = {
         "ids": _ids(teacher, tail),
         "values": jnp.asarray(teacher.values),
@@ -154,6 +166,7 @@ def linear_sparse_kl_divergence(
             ids=tokens["ids"].shape[-1],
             direction=direction,
             renormalize=tail == "renormalize",
+            vocab=vocab,
         ),
         hidden,
         head,
@@ -175,15 +188,17 @@ def _per_token(value: Number, like: jax.Array) -> jax.Array:
 class _SparseKL(ReadoutStatistic):
     direction: str
     renormalize: bool
+    vocab: int
 
     def losses(self, outputs: Any, tokens: Any) -> jax.Array:
-        values = tokens["values"]
+        values, ids = tokens["values"], tokens["ids"]
+        # The sweep never comes to an id that is outside of the vocabulary.
+        known = (ids >= 0) & (ids < self.vocab)
+        gathered = jnp.where(known, outputs.gathered, jnp.nan)
         if self.renormalize:
-            scale = tokens["temperature"]
-            return _renormalised_kl(outputs.gathered, values, scale, self.direction)
-        top = TopK(values, tokens["ids"][..., : values.shape[-1]], tokens["log_z"])
-        drawn = tokens.get("drawn")
-        return _sparse_kl(outputs.gathered, outputs.log_z, top, drawn, self.direction)
+            return _renormalised_kl(gathered, values, tokens["temperature"], self.direction)
+        top = TopK(values, ids[..., : values.shape[-1]], tokens["log_z"])
+        return _sparse_kl(gathered, outputs.log_z, top, tokens.get("drawn"), self.direction)
 
 
 def _ids(teacher: TopK, tail: Tail) -> jax.Array:
@@ -192,6 +207,18 @@ def _ids(teacher: TopK, tail: Tail) -> jax.Array:
     if isinstance(tail, TailSample):
         return jnp.concatenate([ids, jnp.asarray(tail.indices)], axis=-1)
     return ids
+
+
+def _check_teacher(teacher: TopK, tail: Tail) -> None:
+    arrays: dict[str, tuple[Any, str]] = {
+        "teacher.values": (teacher.values, "float *batch k"),
+        "teacher.indices": (teacher.indices, "int *batch k"),
+        "teacher.log_z": (teacher.log_z, "float *batch"),
+    }
+    if isinstance(tail, TailSample):
+        arrays["tail.values"] = (tail.values, "float *batch samples")
+        arrays["tail.indices"] = (tail.indices, "int *batch samples")
+    checks.shapes(**arrays)
 
 
 def _check(direction: str, tail: Tail, temperature: Number) -> None:
@@ -229,12 +256,15 @@ def _sparse_kl(
     values = jax.lax.stop_gradient(jnp.asarray(teacher.values).astype(gathered.dtype))
     teacher_log_z = jax.lax.stop_gradient(jnp.asarray(teacher.log_z).astype(gathered.dtype))
     log_p = values - finite_or_zero(teacher_log_z)[..., None]
+    # A normaliser that overflowed, or is of nothing, beside a logit that exists.
+    wrong = jnp.isinf(teacher_log_z)[..., None] & (values != -jnp.inf)
+    log_p = jnp.where(wrong, jnp.nan, log_p)
     log_q = gathered - finite_or_zero(log_z)[..., None]
     if drawn is not None:
         k = log_p.shape[-1]
         log_drawn = jax.lax.stop_gradient(drawn) - finite_or_zero(teacher_log_z)[..., None]
         rest = jnp.maximum(1.0 - jnp.exp(log_p).sum(-1), 0.0)
-        there = log_drawn > -jnp.inf
+        there = log_drawn != -jnp.inf
         gap = jnp.where(there, log_drawn - log_q[..., k:], 0.0).mean(-1)
         return _kl(log_p, log_q[..., :k], direction) + rest * gap
     log_p, log_q = _with_tail(log_p), _with_tail(log_q)
@@ -248,7 +278,7 @@ def _with_tail(log_probs: jax.Array) -> jax.Array:
 
 def _kl(log_p: jax.Array, log_q: jax.Array, direction: str) -> jax.Array:
     over, under = (log_p, log_q) if direction == "forward" else (log_q, log_p)
-    both = (over > -jnp.inf) & (under > -jnp.inf)
+    both = (over != -jnp.inf) & (under != -jnp.inf)
     gap = jnp.where(both, over, 0.0) - jnp.where(both, under, 0.0)
     mass = jnp.exp(over)
     return jnp.where(both, mass * gap, jnp.where(mass > 0, jnp.inf, 0.0)).sum(-1)

@@ -1,6 +1,7 @@
 """Draws from what a teacher's top k leaves out: from them the whole divergence is estimated."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -47,7 +48,9 @@ class TailSample:
             `TailSample`. Where nothing is left outside the top k, id 0 with a logit of `-inf`.
 
         Raises:
-            ValueError: fewer than one sample.
+            TypeError: logits that are not floating point, or ids that are not integers.
+            ValueError: fewer than one sample, shapes that do not fit, or (outside of `jit`) an id
+                outside of the vocabulary.
 
         >>> import jax, jax.numpy as jnp
         >>> logits = jnp.array([5.0, 1.0, -jnp.inf])
@@ -58,13 +61,18 @@ class TailSample:
         """
         if samples < 1:
             raise ValueError(f"samples: expected at least 1, got {samples}")
+        checks.shapes(
+            logits=(logits, "float *batch vocab"), top_indices=(top_indices, "int *batch k")
+        )
+        checks.ids(top_indices, logits.shape[-1], "top_indices")
         logits = checks.as_float(logits, "logits")
         batch, vocab = logits.shape[:-1], logits.shape[-1]
-        rows = logits.reshape(-1, vocab)
-        taken = jnp.asarray(top_indices).reshape(len(rows), -1)
+        rows = logits.reshape(math.prod(batch), vocab)
+        taken = jnp.asarray(top_indices).reshape(len(rows), top_indices.shape[-1])
+        taken = jnp.where(taken < 0, vocab, taken)
         rest = rows.at[jnp.arange(len(rows))[:, None], taken].set(-jnp.inf)
         log_rest = logsumexp(rest)
-        some = log_rest > -jnp.inf
+        some = log_rest != -jnp.inf
         shares = jnp.exp(rest - jnp.where(some, log_rest, 0.0)[:, None])
         cumulative = jnp.cumsum(shares, axis=-1)
         # Drawn within what the sums add up to, in the open interval: no entry of mass zero is hit.
@@ -74,5 +82,7 @@ class TailSample:
         drawn = jax.vmap(jnp.searchsorted)(cumulative, uniform * cumulative[:, -1:])
         ids = jnp.where(some[:, None], jnp.minimum(drawn, vocab - 1), 0).astype(jnp.int32)
         values = jnp.where(some[:, None], jnp.take_along_axis(rows, ids, axis=-1), -jnp.inf)
+        odd = jnp.isnan(log_rest) | (taken >= vocab).any(-1)
+        values = jnp.where(odd[:, None], jnp.nan, values)
         shape = (*batch, samples)
         return cls(values=values.reshape(shape), indices=ids.reshape(shape))

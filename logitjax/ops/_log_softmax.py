@@ -94,8 +94,11 @@ def soft_cap(logits: jax.Array, cap: float) -> jax.Array:
 
 
 def finite_or_zero(values: jax.Array) -> jax.Array:
-    """Replaces infinities by zero, with a gradient of zero there; nan stays."""
-    return jnp.where(jnp.isinf(values), 0.0, values)
+    """Replaces `-inf`, what there is none of, by zero, without a gradient there.
+
+    An infinity or a nan stays: a number made of it shall not pass for one.
+    """
+    return jnp.where(values == -jnp.inf, 0.0, values)
 
 
 def psum(values: jax.Array, axis_name: AxisName | None) -> jax.Array:
@@ -110,7 +113,7 @@ def _logsumexp(logits: jax.Array, axis: int, axis_name: AxisName | None) -> jax.
     peak = logits.max(axis)
     if axis_name is not None:
         peak = lax.pmax(peak, axis_name)
-    peak = finite_or_zero(peak)
+    peak = jnp.where(jnp.isinf(peak), 0.0, peak)
     total = psum(jnp.exp(logits - jnp.expand_dims(peak, axis)).sum(axis), axis_name)
     return jnp.log(total) + peak
 

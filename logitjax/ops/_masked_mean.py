@@ -46,7 +46,6 @@ def masked_mean(
     return total / jnp.maximum(where.sum(), 1)
 
 
-@jax.custom_jvp
 def gradient_where(
     values: Float[Array, "..."], where: Bool[Array, "..."]
 ) -> Float[jax.Array, "..."]:
@@ -63,17 +62,30 @@ def gradient_where(
     Returns:
         `values`.
 
+    Raises:
+        TypeError: `where` is not boolean.
+        ValueError: its axes are not the first ones of `values`.
+
     >>> import jax, jax.numpy as jnp
     >>> def loss(x, where):
     ...     return masked_mean(jnp.sqrt(gradient_where(x, where)), where)
     >>> jax.grad(loss)(jnp.array([4.0, 0.0]), jnp.array([True, False]))
     Array([0.25, 0.  ], dtype=float32)
     """
-    return jnp.asarray(values)
+    values, where = jnp.asarray(values), jnp.asarray(where)
+    checks.where(where, values.shape[: where.ndim])
+    if where.shape != values.shape[: where.ndim]:
+        raise ValueError(f"where: expected {values.shape[: where.ndim]}, got {where.shape}")
+    return _gradient_where(values, where)
 
 
-@gradient_where.defjvp
+@jax.custom_jvp
+def _gradient_where(values: jax.Array, where: jax.Array) -> jax.Array:
+    return values
+
+
+@_gradient_where.defjvp
 def _gradient_where_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     (values, where), (tangent, _) = primals, tangents
-    along = jnp.reshape(where, where.shape + (1,) * (jnp.ndim(values) - where.ndim))
-    return gradient_where(values, where), jnp.where(along, tangent, jnp.zeros((), tangent.dtype))
+    along = jnp.reshape(where, where.shape + (1,) * (values.ndim - where.ndim))
+    return _gradient_where(values, where), jnp.where(along, tangent, jnp.zeros((), tangent.dtype))

@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from logitjax.ops import checks
+
 
 class Positions:
     """Where something counts, gathered first of all, and the way back.
@@ -42,6 +44,7 @@ class Positions:
         if most is not None and most < 1:
             raise ValueError(f"most: expected a positive number, got {most}")
         where = jnp.asarray(where)
+        checks.where(where, where.shape)
         self._shape = where.shape
         self._at: jax.Array | None = None
         self.counted, self.fits = where, jnp.bool_(True)
@@ -54,6 +57,8 @@ class Positions:
     def pick(self, values: Any) -> jax.Array:
         """`[..., *rest]` to `[most, *rest]`."""
         values = jnp.asarray(values)
+        if values.shape[: len(self._shape)] != self._shape:
+            raise ValueError(f"values: expected {self._shape} first, got shape {values.shape}")
         if self._at is None:
             return values
         flat = values.reshape(-1, *values.shape[len(self._shape) :])

@@ -86,7 +86,8 @@ def gather_at(
 
     Args:
         values: `[*batch, vocab]`.
-        ids: `[*batch, k]`, within the vocabulary.
+        ids: `[*batch, k]`, within the vocabulary. Under `jit`, an id that is not gives nan (of
+            integers the smallest).
         axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that axis.
             `ids` count over the whole vocabulary.
 
@@ -94,30 +95,33 @@ def gather_at(
         `[*batch, k]`, the dtype of `values`.
 
     Raises:
-        ValueError: the leading axes differ, or the vocabulary is sharded over an Explicit mesh axis
-            and `axis_name` is not given.
+        TypeError: `ids` are not integers.
+        ValueError: the leading axes differ, an id is outside of the vocabulary, or this is sharded
+            over an Explicit mesh axis and `axis_name` is not given.
 
     >>> import jax.numpy as jnp
     >>> gather_at(jnp.array([[1.0, 2.0, 3.0]]), jnp.array([[2, 0]]))
     Array([[3., 1.]], dtype=float32)
     """
-    values, ids = jnp.asarray(values), jnp.asarray(ids)
-    if values.shape[:-1] != ids.shape[:-1]:
-        raise ValueError(
-            f"ids: expected the leading axes of values, {values.shape[:-1]}, got {ids.shape[:-1]}"
-        )
+    checks.shapes(values=(values, "any *batch vocab"), ids=(ids, "int *batch k"))
+    values, ids, vocab = jnp.asarray(values), jnp.asarray(ids), jnp.shape(values)[-1]
+    shards = 1 if axis_name is None else lax.axis_size(axis_name)
+    checks.ids(ids, vocab * shards, "ids")
 
     def gather(values: jax.Array, ids: jax.Array) -> tuple[jax.Array]:
-        return (jnp.take_along_axis(values, ids, axis=-1),)
+        # Not counted from the end: a negative id is as far out as one that is too large.
+        return (jnp.take_along_axis(values, jnp.where(ids < 0, vocab, ids), axis=-1),)
 
     if axis_name is None:
         checks.vocabulary_unsharded(values, "values", "gather")
         return over_batch(gather, (values.ndim,), values, ids)[0]
-    vocab = values.shape[-1]
     local = ids - lax.axis_index(axis_name) * vocab
     here = (local >= 0) & (local < vocab)
-    found = over_batch(gather, (values.ndim,), values, jnp.where(here, local, 0))[0]
-    return lax.psum(jnp.where(here, found, 0), axis_name)
+    # Of an id that no shard has, each gives what lies outside of its part.
+    outside = (ids < 0) | (ids >= vocab * shards)
+    local = jnp.where(here, local, jnp.where(outside, -1, 0))
+    found = over_batch(gather, (values.ndim,), values, local)[0]
+    return lax.psum(jnp.where(here | outside, found, 0), axis_name)
 
 
 @jax.tree_util.register_dataclass

@@ -15,6 +15,14 @@ from jax.core import Tracer
 
 from logitjax.ops._types import Array
 
+_KINDS: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "float": ("floating point", (jnp.floating,)),
+    "int": ("integers", (jnp.integer,)),
+    "bool": ("booleans", (jnp.bool_,)),
+    "number": ("numbers", (jnp.floating, jnp.integer)),
+    "any": ("an array", (jnp.generic,)),
+}
+
 #: Entries of a device's array that a check may fetch: labels of a batch, not its logits.
 MOST_FETCHED = 2**18
 
@@ -36,6 +44,50 @@ def as_float(
         return values
     where(vocab_where, values.shape, where_name)
     return jnp.where(vocab_where, values, -jnp.inf)
+
+
+def shapes(**arrays: tuple[Any, str]) -> None:
+    """Checks kinds and shapes of arrays, and that axes of one name are of one length.
+
+    A spec is a kind (`float`, `int`, `bool`, `number`, `any`) and the names of the axes, of which
+    the first may stand for any number of them: `"float *batch hidden"`. Axes that have no star need
+    at least one entry. What is None is passed over.
+
+    Raises:
+        TypeError: Another kind.
+        ValueError: Another shape.
+
+    >>> x, labels = np.zeros((2, 3)), np.zeros(3, int)
+    >>> shapes(x=(x, "float *batch vocab"), labels=(labels, "int *batch"))
+    Traceback (most recent call last):
+    ValueError: labels: expected shape [2], as of x, got [3]
+    """
+    found: dict[str, tuple[tuple[int, ...], str]] = {}
+    for name, (array, spec) in arrays.items():
+        if array is None:
+            continue
+        kind, *axes = spec.split()
+        dtype, shape = getattr(array, "dtype", None) or np.asarray(array).dtype, jnp.shape(array)
+        what, parents = _KINDS[kind]
+        if not any(jnp.issubdtype(dtype, parent) for parent in parents):
+            raise TypeError(f"{name}: expected {what}, got {dtype}")
+        many = bool(axes) and axes[0].startswith("*")
+        fits = len(shape) >= len(axes) - 1 if many else len(shape) == len(axes)
+        split = len(shape) - len(axes) + 1 if many else 0
+        parts = [shape[:split]] if many and fits else []
+        parts += [(size,) for size in shape[split:]]
+        if not fits or any(found.get(a, (p,))[0] != p for a, p in zip(axes, parts, strict=True)):
+            known = [a for a in axes if a in found]
+            wanted = [", ".join(map(str, found[a][0])) if a in found else a for a in axes]
+            others = " and ".join(dict.fromkeys(found[a][1] for a in known))
+            raise ValueError(
+                f"{name}: expected shape [{', '.join(filter(None, wanted))}]"
+                f"{', as of ' + others if others else ''}, got {list(shape)}"
+            )
+        found |= {a: (p, name) for a, p in zip(axes, parts, strict=True) if a not in found}
+        if 0 in shape[split:]:
+            empty = axes[shape.index(0, split) - len(shape)]
+            raise ValueError(f"{name}: expected at least one entry of {empty}, got {list(shape)}")
 
 
 def axis(axis: int, shape: tuple[int, ...], name: str) -> int:

@@ -74,7 +74,8 @@ def graph_features(
         raise ValueError("num_nodes: needed with ids (the number of nodes), got None")
     if probes is not None and feature != "row_rms":
         raise ValueError(f"probes: only feature='row_rms' is estimated, got feature={feature!r}")
-    z = jnp.asarray(values, jnp.float32)
+    z = jnp.asarray(values)
+    z = z.astype(jnp.promote_types(z.dtype, jnp.float32))
     ids = None if ids is None else drop_negative(ids)
     if where is not None:
         z = jnp.where(jnp.asarray(where)[..., None], z, 0.0)

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 
 from logitjax.losses import Blocks, Head
 from logitjax.losses.sweep import KLStatistic, LogitBlock, ReadoutStatistic, run
-from logitjax.ops import Array, AxisName, finite_or_zero, masked_mean, psum
+from logitjax.ops import Array, AxisName, checks, finite_or_zero, masked_mean, psum
 
 
 def linear_uniform_kl(
@@ -53,6 +53,7 @@ def linear_uniform_kl(
     References:
         As `uniform_kl`.
     """
+    checks.shapes(hidden=(hidden, "float *batch hidden"))
     hidden = jnp.asarray(hidden)
     head = Head.of(head).resolve(hidden.shape[-1])
     outputs = run(
@@ -110,9 +111,12 @@ def linear_undial(
     References:
         As `undial`.
     """
+    checks.shapes(
+        hidden=(hidden, "float *batch hidden"),
+        labels=(labels, "int *batch"),
+        reference_hidden=(reference_hidden, "float *batch reference"),
+    )
     hidden, labels = jnp.asarray(hidden), jnp.asarray(labels)
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise TypeError(f"labels: expected integers, got {labels.dtype}")
     head = Head.of(head).resolve(hidden.shape[-1])
     before = Head.of(reference_head).resolve(jnp.shape(reference_hidden)[-1], "reference_head")
     loss = run(
@@ -181,6 +185,12 @@ def linear_assistant_objective(
         Ji et al., Reversing the forget-retain objectives, 2024 (arXiv 2406.08607), eqs. 3-5, less
         the constant `beta log V`.
     """
+    checks.shapes(
+        hidden=(hidden, "float *batch hidden"),
+        labels=(labels, "int *batch"),
+        retain=(retain, "bool *batch"),
+        where=(where, "bool *batch"),
+    )
     hidden, labels, retain = jnp.asarray(hidden), jnp.asarray(labels), jnp.asarray(retain)
     head = Head.of(head).resolve(hidden.shape[-1])
     counts = jnp.ones(retain.shape, bool) if where is None else jnp.asarray(where)
@@ -215,7 +225,7 @@ def _entries(head: Head, vocab_where: Array | None, axis_name: AxisName | None) 
     size = (head.vocab_size(),)
     exists = jnp.ones(size, bool) if vocab_where is None else jnp.asarray(vocab_where)
     if head.bias is not None:
-        exists = exists & (jnp.asarray(head.bias) > -jnp.inf)
+        exists = exists & (jnp.asarray(head.bias) != -jnp.inf)
     return jnp.maximum(psum(exists.sum(), axis_name), 1).astype(wide)
 
 
@@ -244,7 +254,7 @@ class _Undial(KLStatistic):
 
     def absorb(self, state: Any, block: LogitBlock, passed: Any) -> Any:
         over, under = self.sides(block)
-        both = (over > -jnp.inf) & (under > -jnp.inf)
+        both = (over != -jnp.inf) & (under != -jnp.inf)
         logit = jnp.where(both, -under, 0.0)
         return state[0].add(over, logit, jnp.where(both, 0.0, 1.0)), state[1].add(under)
 

@@ -57,7 +57,7 @@ def uniform_kl(
     """
     logits = checks.as_float(logits, "logits", vocab_where)
     log_z = finite_or_zero(logsumexp(logits, axis_name=axis_name))
-    exists = logits > -jnp.inf
+    exists = logits != -jnp.inf
     total = psum(jnp.where(exists, logits, 0.0).sum(-1), axis_name)
     count = jnp.maximum(psum(exists.sum(-1), axis_name), 1).astype(log_z.dtype)
     return log_z - total / count - jnp.log(count)

@@ -1,14 +1,14 @@
 """Which tokens share a code: mappings from the rows of a full head, and what they can reach."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int, Key
 
-from logitjax.ops import Array, logsumexp
+from logitjax.ops import Array, checks, logsumexp
 from logitjax.vq._kmeans import fit_kmeans, over_rows, weighted_means
 from logitjax.vq._loss import cluster_log_mass
 
@@ -76,7 +76,9 @@ def fit_assignment(
       `VQFit`.
 
     Raises:
-      ValueError: unknown method, ``num_codes`` out of range, or shapes that do not fit.
+      TypeError: arrays of another kind.
+      ValueError: unknown method, ``num_codes`` out of range, shapes that do not fit, or (outside of
+        ``jit``) probabilities that are none.
 
     >>> rows = np.array([[1.0, 0.0], [1.1, 0.0], [0.0, 3.0], [0.0, 3.1]])
     >>> fit = fit_assignment(rows, np.ones(4), np.zeros(2), np.eye(2), 2)
@@ -88,20 +90,20 @@ def fit_assignment(
       VQ-Logits, arXiv:2505.10202, names k-means over rows and fixed mappings. Weights, metric and
       reassignment are ours.
     """
-    rows = jnp.asarray(rows)
-    vocab, width = rows.shape
-    unigram = jnp.asarray(unigram, jnp.float32)
-    for name, value, shape in (
-        ("unigram", unigram, (vocab,)),
-        ("hidden_mean", hidden_mean, (width,)),
-        ("hidden_cov", hidden_cov, (width, width)),
-    ):
-        if value.shape != shape:
-            raise ValueError(f"{name} must be of shape {shape}, got {value.shape}")
+    checks.shapes(
+        rows=(rows, "float vocab hidden"),
+        unigram=(unigram, "number vocab"),
+        hidden_mean=(hidden_mean, "float hidden"),
+        hidden_cov=(hidden_cov, "float hidden hidden"),
+        row_bias=(row_bias, "float vocab"),
+    )
+    check_unigram(unigram)
+    rows, unigram = jnp.asarray(rows), jnp.asarray(unigram, jnp.float32)
+    vocab = rows.shape[0]
     if not 1 <= num_codes <= vocab:
-        raise ValueError(f"num_codes must be between 1 and vocab={vocab}, got {num_codes}")
+        raise ValueError(f"num_codes: expected 1 to the vocabulary, {vocab}, got {num_codes}")
     if method not in Method.__args__:
-        raise ValueError(f"method must be one of {Method.__args__}, got {method!r}")
+        raise ValueError(f"method: expected one of {Method.__args__}, got {method!r}")
     key = jax.random.key(0) if key is None else key
     options = (num_codes, method, float(weight_power), iterations)
     return _fitted(rows, unigram, hidden_mean, hidden_cov, row_bias, key, *options)
@@ -143,6 +145,12 @@ def _fitted(
     codebook, _ = weighted_means(rows, weights, assignment, num_codes)
     bias = centred_bias(rows, codebook, assignment, hidden_mean, row_bias)
     return VQFit(assignment, codebook, bias, history)
+
+
+def check_unigram(unigram: Any) -> None:
+    """Refuses what are neither probabilities nor counts, as far as they can be looked at."""
+    fine = "numbers of 0 or more"
+    checks.values(unigram, lambda x: (x >= 0) & (x < np.inf), "unigram", fine)
 
 
 def centred_bias(
@@ -406,6 +414,10 @@ def perplexity_floor(
     Returns:
       `PerplexityFloor`, on the host.
 
+    Raises:
+      TypeError: arrays of another kind.
+      ValueError: shapes that do not fit, negative clusters, or probabilities that are none.
+
     >>> floor = perplexity_floor(jnp.array([0, 0, 1]), jnp.array([1.0, 1.0, 2.0]))
     >>> round(floor.perplexity, 3), floor.ratio, floor.singleton_mass
     (1.414, 1.0, 0.5)
@@ -413,8 +425,10 @@ def perplexity_floor(
     References:
       Exact consequences of VQ-Logits, arXiv:2505.10202, eq. for its logits; ours.
     """
-    assignment = np.asarray(assignment)
-    prob = np.asarray(unigram, np.float64)
+    checks.shapes(assignment=(assignment, "int vocab"), unigram=(unigram, "number vocab"))
+    assignment, prob = np.asarray(assignment), np.asarray(unigram, np.float64)
+    checks.ids(assignment, 2**31, "assignment")
+    check_unigram(prob)
     prob = prob / prob.sum()
     sizes = np.bincount(assignment)
     mass = np.bincount(assignment, prob)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Bool, Float, Int, Key
 
-from logitjax.ops import Array, AxisName, TopK, logsumexp
+from logitjax.ops import Array, AxisName, TopK, checks, logsumexp
 from logitjax.vq._loss import all_scores, cluster_log_mass, on_batch, token_bias
 
 
@@ -41,7 +41,6 @@ class VQTables:
     temperature: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("num_codes", "width"))
 def vq_tables(
     bias: Float[Array, " vocab"] | None,
     assignment: Int[Array, " vocab"],
@@ -68,14 +67,27 @@ def vq_tables(
       `VQTables`.
 
     Raises:
-      ValueError: ``width`` is not positive.
+      TypeError: arrays of another kind.
+      ValueError: ``width`` is not positive, shapes do not fit, or (outside of ``jit``) a token is
+        in a cluster that there is not.
 
     >>> tables = vq_tables(jnp.array([0.0, 1.0, 2.0]), jnp.array([1, 0, 1]), 2, width=2)
     >>> print(tables.best.tolist(), tables.code.tolist())
     [[1, -1], [2, 0]] [0, 1]
     """
     if width < 1:
-        raise ValueError(f"width must be positive, got {width}")
+        raise ValueError(f"width: expected a positive number, got {width}")
+    checks.shapes(assignment=(assignment, "int vocab"), bias=(bias, "float vocab"))
+    checks.ids(assignment, num_codes, "assignment")
+    return _tables(
+        bias, assignment, num_codes, width=width, temperature=temperature, vocab_where=vocab_where
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("num_codes", "width"))
+def _tables(
+    bias: Any, assignment: Any, num_codes: int, *, width: int, temperature: Any, vocab_where: Any
+) -> VQTables:
     assignment = jnp.asarray(assignment)
     vocab = assignment.shape[0]
     width = min(width, vocab)
@@ -140,7 +152,8 @@ def vq_topk(
     """
     width = tables.best.shape[1]
     if not 1 <= k <= width:
-        raise ValueError(f"k must be between 1 and the width of the tables, {width}, got {k}")
+        raise ValueError(f"k: expected 1 to the width of the tables, {width}, got {k}")
+    _check(hidden, codebook, tables, axis_name)
 
     def run(hidden: Array, codebook: Array, tables: VQTables) -> tuple[jax.Array, ...]:
         scores = all_scores(hidden, codebook, soft_cap, axis_name) / tables.temperature
@@ -148,7 +161,8 @@ def vq_topk(
         by_row = jnp.take(scores, tables.code, axis=-1)
         _, rows = lax.top_k(by_row + tables.best_bias[:, 0], min(k, by_row.shape[-1]))
         values = jnp.take_along_axis(by_row, rows, axis=-1)[..., None]
-        values = (values + tables.best_bias[rows, :k]).reshape(*rows.shape[:-1], -1)
+        values = values + tables.best_bias[rows, :k]
+        values = values.reshape(*rows.shape[:-1], rows.shape[-1] * k)
         tokens = tables.best[rows, :k].reshape(values.shape)
         # Two keys: among equal logits the lowest token, wherever its cluster came.
         negative, tokens = lax.sort((-values, tokens), num_keys=2)
@@ -190,6 +204,7 @@ def vq_sample(
     >>> sample(jax.random.key(0), jnp.ones((3, 1)), jnp.array([[-50.0], [0.0]]), tables)
     Array([0, 0, 0], dtype=int32)
     """
+    _check(hidden, codebook, tables, axis_name)
 
     def run(hidden: Array, codebook: Array, tables: VQTables, key: Array) -> tuple[jax.Array]:
         scores = all_scores(hidden, codebook, soft_cap, axis_name) / tables.temperature
@@ -212,6 +227,19 @@ def vq_sample(
 
     ndim = jnp.ndim(hidden) - 1
     return on_batch(run, (ndim,), hidden, codebook, tables, key)[0]
+
+
+def _check(hidden: Any, codebook: Any, tables: VQTables, axis_name: AxisName | None) -> None:
+    checks.shapes(
+        hidden=(hidden, "float *batch hidden"),
+        codebook=(codebook, "float codes hidden"),
+        **{
+            "tables.log_mass": (
+                tables.log_mass,
+                "float codes" if axis_name is None else "float all",
+            )
+        },
+    )
 
 
 def _keep_ended(

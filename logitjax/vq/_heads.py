@@ -198,7 +198,7 @@ class VQHead(VocabularyHead):
           ValueError: with a soft cap, which acts before the bias here and after it in a `Head`.
         """
         if self.soft_cap is not None:
-            raise ValueError("a VQ head with a soft cap has no kernel; use nll() or the logits")
+            raise ValueError("head: expected one with a kernel, got a soft cap: use nll()")
         codebook, bias, assignment = self._arrays()
         return Head(codebook[assignment], bias, vocab_axis=0)
 
@@ -344,7 +344,7 @@ class ShortlistHead(VQHead):
 
     def as_linear(self, embedding: Array | None = None) -> Head:
         """Raises: the logits of a shortlist are not linear in the hidden state."""
-        raise ValueError("a ShortlistHead has no kernel; use nll() or the logits")
+        raise ValueError("head: expected one with a kernel, got a ShortlistHead: use nll()")
 
     def cost(self, embedding: Array | None = None) -> HeadCost:
         """What it costs; see `HeadCost`. Exact for the tokens in the shortlist."""

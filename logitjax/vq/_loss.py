@@ -41,7 +41,9 @@ def cluster_log_mass(
     total = jax.ops.segment_sum(
         jnp.exp(bias - peak[assignment]), assignment, num_segments=num_codes
     )
-    return jnp.where(total > 0, jnp.log(jnp.where(total > 0, total, 1.0)) + peak, -jnp.inf)
+    # Not `total > 0`: the mass of a nan is none of the others'.
+    empty = total == 0
+    return jnp.where(empty, -jnp.inf, jnp.log(jnp.where(empty, 1.0, total)) + peak)
 
 
 def code_scores(
@@ -126,6 +128,10 @@ def vq_logits(
     Returns:
       ``[*batch, vocab]``, float32.
 
+    Raises:
+      TypeError: arrays of another kind.
+      ValueError: shapes that do not fit, or (outside of ``jit``) a cluster that there is not.
+
     >>> codebook, assignment = jnp.array([[1.0], [5.0]]), jnp.array([0, 1, 1, 0])
     >>> jax.jit(vq_logits)(jnp.ones((1, 1)), codebook, None, assignment)
     Array([[1., 5., 5., 1.]], dtype=float32)
@@ -134,6 +140,7 @@ def vq_logits(
       VQ-Logits, arXiv:2505.10202. The bias is not in the paper: without it perplexity cannot fall
       below the geometric mean of the cluster sizes (`perplexity_floor`).
     """
+    check_head(hidden, codebook, bias, assignment, axis_name)
     added = token_bias(bias, assignment, temperature=temperature, vocab_where=vocab_where)
 
     def run(hidden: Array, codebook: Array, added: Array, assignment: Array) -> tuple[jax.Array]:
@@ -170,8 +177,7 @@ def vq_nll(
       bias: ``[vocab]``, or None for the head as published (``log B_k`` is then the log of the
         cluster's size).
       assignment: ``[vocab]``, cluster of each entry, 0 to codes - 1.
-      labels: ``[*batch]``, each in 0 to vocab - 1; one that is out of range gives nonsense, mask
-        it with `logitjax.ops.masked_mean`.
+      labels: ``[*batch]``, each in 0 to vocab - 1.
       temperature: divides the logits.
       soft_cap: as `code_scores`.
       z_loss: weight of the squared log-normaliser.
@@ -180,10 +186,11 @@ def vq_nll(
         Biases and assignment are whole on each shard.
 
     Returns:
-      ``[*batch]``, float32, not reduced.
+      ``[*batch]``, float32, not reduced; nan where the label is outside the vocabulary.
 
     Raises:
-      ValueError: ``bias`` and ``assignment``, or ``labels`` and ``hidden``, do not fit.
+      TypeError: arrays of another kind.
+      ValueError: shapes that do not fit, or (outside of ``jit``) a cluster that there is not.
 
     >>> import numpy as np
     >>> assignment, labels = np.array([0, 1, 1, 0]), np.array([0, 3])
@@ -193,9 +200,8 @@ def vq_nll(
     References:
       VQ-Logits, arXiv:2505.10202, which scatters to V logits; the normaliser over clusters is ours.
     """
+    check_head(hidden, codebook, bias, assignment, axis_name, labels)
     hidden, labels = jnp.asarray(hidden), jnp.asarray(labels)
-    if labels.shape != hidden.shape[:-1]:
-        raise ValueError(f"labels must be of shape {hidden.shape[:-1]}, got {labels.shape}")
     added = token_bias(bias, assignment, temperature=temperature, vocab_where=vocab_where)
 
     def run(
@@ -218,7 +224,8 @@ def vq_nll(
             chosen = jnp.take_along_axis(scores, jnp.where(here, code, 0)[..., None], axis=-1)
             chosen = lax.psum(jnp.where(here, chosen[..., 0], 0.0), axis_name)
         nll = log_z - chosen - added[labels]
-        return (nll + z_loss * log_z**2 if z_loss else nll,)
+        nll = nll + z_loss * log_z**2 if z_loss else nll
+        return (jnp.where((labels >= 0) & (labels < len(added)), nll, jnp.nan),)
 
     return on_batch(run, (labels.ndim,), hidden, labels, codebook, added, assignment)[0]
 
@@ -241,6 +248,26 @@ def all_scores(
         return scores
     axis = scores.ndim - 1
     return lax.all_gather(scores, axis_name, axis=axis, tiled=True, to="invarying")
+
+
+def check_head(
+    hidden: Any,
+    codebook: Any,
+    bias: Any,
+    assignment: Any,
+    axis_name: AxisName | None = None,
+    labels: Any = None,
+) -> None:
+    """Refuses a head whose parts do not fit, and tokens in a cluster that there is not."""
+    checks.shapes(
+        hidden=(hidden, "float *batch hidden"),
+        codebook=(codebook, "float codes hidden"),
+        assignment=(assignment, "int vocab"),
+        bias=(bias, "float vocab"),
+        labels=(labels, "int *batch"),
+    )
+    shards = 1 if axis_name is None else lax.axis_size(axis_name)
+    checks.ids(assignment, codebook.shape[0] * shards, "assignment")
 
 
 def _float32(values: Array) -> jax.Array:

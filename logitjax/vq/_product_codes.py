@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Float, Integer, Key, UInt8
 
 from logitjax import kernels
-from logitjax.ops import Array
+from logitjax.ops import Array, checks
 from logitjax.ops.sharding import over_batch
 from logitjax.vq._kmeans import fit_kmeans
 
@@ -85,7 +85,7 @@ class ProductCodes:
         rows, cov = jnp.asarray(rows), jnp.asarray(hidden_cov, jnp.float32)
         vocab, width = rows.shape
         if width % groups:
-            raise ValueError(f"groups must divide the {width} hidden dimensions, got {groups}")
+            raise ValueError(f"groups: expected a divisor of {width}, got {groups}")
         part = width // groups
         keys = jax.random.split(jax.random.key(0) if key is None else key, groups)
         weights = jnp.maximum(jnp.asarray(unigram, jnp.float32), 1e-12) ** weight_power
@@ -138,6 +138,7 @@ class ProductCodes:
         >>> jax.jit(ProductCodes.logits)(codes, np.ones((1, 2)))
         Array([[3.]], dtype=float32)
         """
+        self._check(hidden)
         hidden, codebooks = jnp.asarray(hidden), jnp.asarray(self.codebooks)
 
         def look_up(hidden: jax.Array, codebooks: jax.Array, codes: jax.Array) -> tuple[jax.Array]:
@@ -165,12 +166,31 @@ class ProductCodes:
         >>> jax.jit(ProductCodes.logits_at)(rows, np.ones((1, 2)), np.array([[1, 0]]))
         Array([[3., 3.]], dtype=float32)
         """
+        self._check(hidden)
+        checks.shapes(hidden=(hidden, "float n hidden"), tokens=(tokens, "int n chosen"))
+        checks.ids(tokens, self.codes.shape[0], "tokens")
         tables = product_tables(jnp.asarray(hidden), jnp.asarray(self.codebooks))
         chosen = jnp.asarray(self.codes)[tokens].astype(jnp.int32)
         groups = jnp.arange(self.codebooks.shape[0])
         rows = jnp.arange(hidden.shape[0])[:, None, None]
         scores = tables[rows, groups, chosen].sum(-1)
         return scores if self.bias is None else scores + jnp.asarray(self.bias)[tokens]
+
+    def _check(self, hidden: Any) -> None:
+        """Refuses parts that do not fit one another or hidden states, and codes there are not."""
+        checks.shapes(
+            codebooks=(self.codebooks, "float groups codes part"),
+            codes=(self.codes, "int vocab groups"),
+            bias=(self.bias, "float vocab"),
+            hidden=(hidden, "float *batch hidden"),
+        )
+        groups, count, part = self.codebooks.shape
+        if hidden.shape[-1] != groups * part:
+            raise ValueError(
+                f"hidden: expected {groups * part} entries, {groups} groups of {part}, got shape "
+                f"{hidden.shape}"
+            )
+        checks.ids(self.codes, count, "codes")
 
     def packed(self) -> "PackedCodes":
         """The same with two codes a byte, for at most 16 of them, and tables rounded to bytes."""

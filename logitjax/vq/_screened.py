@@ -227,7 +227,7 @@ class ScreenedHead(VocabularyHead):
 
     def as_linear(self, embedding: Array | None = None) -> Head:
         """Raises: the logits of a screened head are not linear in the hidden state."""
-        raise ValueError("a ScreenedHead has no kernel; use nll() or the logits")
+        raise ValueError("head: expected one with a kernel, got a ScreenedHead: use nll()")
 
     def cost(self, embedding: Array | None = None) -> HeadCost:
         """What it costs, on top of its screen; see `HeadCost`."""

@@ -13,10 +13,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 
 from logitjax import training
-from logitjax.ops import Array, logsumexp
+from logitjax.ops import Array, checks, logsumexp
 from logitjax.ops.sharding import ShardingRules
 from logitjax.vq._assignment import reassign
-from logitjax.vq._loss import cluster_log_mass, code_scores
+from logitjax.vq._loss import check_head, cluster_log_mass, code_scores
 from logitjax.vq._targets import HeadTargets
 
 HeadLoss = Callable[..., jax.Array]
@@ -303,12 +303,19 @@ def reassign_from_labels(
     Returns:
       ``(assignment, bias, moved)``.
 
+    Raises:
+      TypeError: arrays of another kind.
+      ValueError: shapes that do not fit, a token in a cluster that there is not, or a label outside
+        of the vocabulary.
+
     >>> codebook, hidden = np.array([[1.0], [-1.0]]), np.array([[2.0], [-2.0]])
     >>> new, bias, moved = reassign_from_labels(codebook, np.zeros(2), np.array([1, 0]), hidden,
     ...                                         np.array([0, 1]), min_count=1)
     >>> print(new, moved)
     [0 1] 2
     """
+    check_head(hidden, codebook, bias, assignment, labels=labels)
+    checks.ids(labels, len(assignment), "labels")
     sums, counts = _counted(hidden, labels, len(assignment))
     return reassign(codebook, bias, assignment, sums, counts, hidden, min_count=min_count)
 

@@ -74,7 +74,7 @@ def test_mismatches_are_said(tmp_path, encoder):
         few_shot.extract_features(
             encoder, images(), tmp_path, views=plain, dtype="float32", **options
         )
-    with pytest.raises(ValueError, match="views must be plain or random:COUNT, got 'random'"):
+    with pytest.raises(ValueError, match="views: expected plain or random:COUNT, got 'random'"):
         few_shot.encoder_views(encoder, "random")
 
 

@@ -148,7 +148,7 @@ def test_sharded_vocabulary_without_axis_name_is_an_error():
     sharded = jax.device_put(rows(), NamedSharding(mesh, P("data", "model")))
     with pytest.raises(ValueError, match=r"axis_name='model' inside jax.shard_map"):
         top_k(sharded, 5)
-    with pytest.raises(ValueError, match="gather needs axis_name='model'"):
+    with pytest.raises(ValueError, match=r"^values: expected an unsharded vocabulary"):
         gather_at(sharded, np.zeros((8, 1), np.int32))
 
 
@@ -203,6 +203,8 @@ def test_gather_at_across_shards():
 
 
 def test_gather_at_checks_the_batch_axes():
-    with pytest.raises(ValueError, match=r"leading axes of values, \(8,\), got \(7,\)"):
+    with pytest.raises(
+        ValueError, match=r"^ids: expected shape \[8, k\], as of values, got \[7, 1\]"
+    ):
         # Past the shape annotation, which only tests check.
         inspect.unwrap(gather_at)(rows(), np.zeros((7, 1), np.int32))

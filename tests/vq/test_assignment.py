@@ -153,5 +153,5 @@ def test_no_head_without_bias_goes_below_the_floor(head):
 
 
 def test_errors_name_the_argument(head):
-    with pytest.raises(ValueError, match="num_codes must be between 1 and"):
+    with pytest.raises(ValueError, match=r"^num_codes: expected 1 to"):
         fit_assignment(head["rows"], head["unigram"], head["mean"], head["cov"], 999)

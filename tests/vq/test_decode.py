@@ -109,7 +109,7 @@ def test_split_codebook_in_shard_map_equals_local():
 def test_errors_name_the_argument():
     case = _case()
     tables = vq_tables(case["bias"], case["assignment"], CODES, width=4)
-    with pytest.raises(ValueError, match="k must be between 1 and the width of the tables, 4"):
+    with pytest.raises(ValueError, match=r"^k: expected 1 to the width of the tables, 4"):
         vq_topk(case["hidden"], case["codebook"], tables, 5)
-    with pytest.raises(ValueError, match="width must be positive"):
+    with pytest.raises(ValueError, match="width: expected a positive number"):
         vq.vq_tables(case["bias"], case["assignment"], CODES, width=0)

@@ -153,7 +153,7 @@ def test_any_cheap_head_screens_for_a_tied_decoder(case, kind):
     np.testing.assert_array_equal(top.indices[:, 0], full.argmax(-1))
     want = -np.take_along_axis(log_softmax(full), case["labels"][:, None], 1)[:, 0]
     np.testing.assert_allclose(nll, want, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="has no kernel"):
+    with pytest.raises(ValueError, match="head: expected one with a kernel"):
         model.head_of()
 
 

@@ -33,7 +33,7 @@ A statistic of one's own: the entropy of the next token, with its gradient `-p (
 ...         return sweep.OnlineSums.start(batch, dtype, terms=1)
 ...
 ...     def absorb(self, state, block, passed):
-...         exists = block.student > -jnp.inf
+...         exists = block.student != -jnp.inf
 ...         return state.add(block.student, jnp.where(exists, block.student, 0.0))
 ...
 ...     def reduce(self, state, axis_name, passed):
@@ -47,7 +47,7 @@ A statistic of one's own: the entropy of the next token, with its gradient `-p (
 ...     def gradient(self, residuals, cotangents, block):
 ...         log_z, entropy = (x[..., None] for x in residuals)
 ...         log_p = block.student - log_z
-...         exists = log_p > -jnp.inf
+...         exists = log_p != -jnp.inf
 ...         slope = jnp.exp(log_p) * (jnp.where(exists, log_p, 0.0) + entropy)
 ...         return -cotangents[..., None] * slope
 

@@ -142,7 +142,7 @@ def raw_gradient(operands: Operands, block: LogitBlock, gradient, counts):
 
     Zero at positions that do not count, whatever their gradient is.
     """
-    exists = block.student > -jnp.inf
+    exists = block.student != -jnp.inf
     slope = operands.student.inverse_temperature
     cap = operands.student.head.soft_cap
     if cap is not None:

@@ -25,7 +25,7 @@ class KLStatistic(Statistic):
 
     def absorb(self, state: Any, block: LogitBlock, passed: Any) -> Any:
         over, under = self.sides(block)
-        both = (over > -jnp.inf) & (under > -jnp.inf)
+        both = (over != -jnp.inf) & (under != -jnp.inf)
         gap = jnp.where(both, over - under, 0.0)
         return state[0].add(over, gap, jnp.where(both, 0.0, 1.0)), state[1].add(under)
 
@@ -47,7 +47,7 @@ class KLStatistic(Statistic):
         over_z, under_z, finite, shared = (x[..., None] for x in residuals)
         over, under = self.sides(block)
         p, q = jnp.exp(over - over_z), jnp.exp(under - under_z)
-        both = (over > -jnp.inf) & (under > -jnp.inf)
+        both = (over != -jnp.inf) & (under != -jnp.inf)
         if self.reverse:
             ratio = jnp.where(both, over - under - (over_z - under_z) + 1.0, 0.0)
             gradient = p * (ratio - finite - shared)

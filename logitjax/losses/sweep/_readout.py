@@ -32,12 +32,13 @@ class _Moments(NamedTuple):
     deviation: Any  # None where only the mean was asked
 
     def add(self, logits: jax.Array) -> "_Moments":
-        finite = jnp.isfinite(logits)
-        count = finite.sum(-1).astype(logits.dtype)
-        mean = jnp.where(finite, logits, 0.0).sum(-1) / jnp.maximum(count, 1)
+        # Not `isfinite`: the mean of a nan is none of the others'.
+        there = logits != -jnp.inf
+        count = there.sum(-1).astype(logits.dtype)
+        mean = jnp.where(there, logits, 0.0).sum(-1) / jnp.maximum(count, 1)
         if self.deviation is None:
             return self.merge(_Moments(count, mean, None))
-        off = jnp.where(finite, logits - mean[..., None], 0.0)
+        off = jnp.where(there, logits - mean[..., None], 0.0)
         return self.merge(_Moments(count, mean, jnp.square(off).sum(-1)))
 
     def merge(self, other: "_Moments") -> "_Moments":
@@ -171,5 +172,5 @@ class ReadoutStatistic(Statistic):
                 least = jnp.maximum(out.std, 1e-30)
                 spread = jnp.where(out.std > 0, ct.std / (count * least), 0.0)
                 dense = dense - (spread * out.mean)[..., None] + spread[..., None] * z
-            total = total + jnp.where(jnp.isfinite(z), dense, 0.0)
+            total = total + jnp.where(z != -jnp.inf, dense, 0.0)
         return total

@@ -117,6 +117,7 @@ def run(
     operands = Operands(sides[0], sides[1] if teacher is not None else None, vocab_where, tokens)
     if weights is not None:
         weights = jnp.asarray(weights)
+        ops.checks.shapes(weights=(weights, "float *batch"))
         if weights.shape != batch:
             raise ValueError(
                 f"weights: expected the batch shape of hidden, {batch}, got {weights.shape}"

@@ -1,0 +1,658 @@
+"""Every public function of arrays with small valid arguments, and why the others are not here.
+
+Axes are told by their sizes: `BATCH`, `LENGTH`, `HIDDEN`, `CODES`, `VOCAB` and `OTHER`, another
+model's vocabulary, are all different.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from logitjax import distillation, few_shot, heads, losses, ops, unlearning, vq
+from logitjax.losses import Blocks, Head, TailSample
+from logitjax.ops import TopK
+
+BATCH, LENGTH, HIDDEN, CODES, VOCAB, OTHER = 2, 3, 4, 5, 7, 9
+# The last block of columns slides back.
+BLOCKS = Blocks(vocab=4, tokens=2)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """A function, and arguments that are right.
+
+    Attributes:
+        call: Takes the arrays by name.
+        arrays: What is spoilt, one at a time.
+        counts: Of arrays of ids: how many there are, and what one gives that is none of them: an
+            `error` outside of `jit`, `nan`, or `both`. `nan above`: negative ones are allowed.
+        logits: Arrays of which an entry at -inf does not exist.
+        free: `(array, axis size)` that no other argument has to have.
+        limits: Arrays for which an infinity has a finite answer.
+        keeps: Whether results have the type of what comes in.
+        beside: Types of metrics beside them.
+        single: Whether they are float32 whatever comes in.
+        integers: Arrays whose integers are numbers like others, such as counts.
+        loose: Arrays that broadcast, or of which any number of leading axes is right.
+        looks: Arrays whose numbers are looked at outside of `jit`.
+        host: Whether it is called outside of `jit` only.
+        rows: Whether positions are on their own, so that one is what it is among others.
+        swept: Whether numbers are spoilt in tests/test_zero_weights.py, with a program that is
+            there anyway: a sweep over a head's blocks takes long to compile.
+        where: A mask that may leave out everything.
+    """
+
+    call: Callable[..., Any]
+    arrays: Mapping[str, np.ndarray]
+    counts: Mapping[str, tuple[int, str]] = dataclasses.field(default_factory=dict)
+    logits: tuple[str, ...] = ()
+    free: tuple[tuple[str, int], ...] = ()
+    limits: tuple[str, ...] = ()
+    keeps: bool = False
+    beside: tuple[str, ...] = ()
+    single: bool = False
+    integers: tuple[str, ...] = ()
+    loose: tuple[str, ...] = ()
+    looks: tuple[str, ...] = ()
+    host: bool = False
+    rows: bool = True
+    swept: bool = False
+    where: str | None = None
+
+
+def _normal(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def _ids(seed: int, count: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, count, shape).astype(np.int32)
+
+
+LOGITS, TEACHER = _normal(0, BATCH, LENGTH, VOCAB), _normal(1, BATCH, LENGTH, VOCAB)
+THEIRS = _normal(2, BATCH, LENGTH, OTHER)
+STATES, HEAD = _normal(3, BATCH, LENGTH, HIDDEN), _normal(4, HIDDEN, VOCAB)
+BEFORE, ITS_HEAD = _normal(5, BATCH, LENGTH, CODES), _normal(6, CODES, VOCAB)
+LABELS = _ids(7, VOCAB, BATCH, LENGTH)
+WHERE = np.array([[True, True, False], [False, True, True]])
+NLL = np.abs(_normal(8, BATCH)) + 1
+CODEBOOK = _normal(9, CODES, HIDDEN)
+BIAS, MAP = _normal(10, VOCAB), np.arange(VOCAB, dtype=np.int32) % CODES
+UNIGRAM = np.arange(1, VOCAB + 1, dtype=np.float32)
+COVARIANCE = np.eye(HIDDEN, dtype=np.float32)
+LABELLED = {"labels": (VOCAB, "nan")}
+PAIR = {"student": LOGITS, "teacher": TEACHER}
+BOTH = {"hidden": STATES, "head": HEAD, "before": BEFORE, "its_head": ITS_HEAD}
+TOP = {
+    "values": np.sort(TEACHER, -1)[..., ::-1][..., :2].copy(),
+    "indices": np.argsort(-TEACHER, -1)[..., :2].astype(np.int32),
+    "log_z": np.log(np.exp(TEACHER).sum(-1)),
+}
+
+
+def _pair(function: Callable[..., Any], **options: Any) -> Case:
+    return Case(
+        call=lambda student, teacher: function(student, teacher, **options),
+        arrays=PAIR,
+        logits=("student", "teacher"),
+    )
+
+
+def _heads(function: Callable[..., Any], **options: Any) -> Case:
+    return Case(
+        call=lambda hidden, head, before, its_head: function(
+            hidden, head, before, its_head, blocks=BLOCKS, **options
+        ),
+        arrays=BOTH,
+        swept=True,
+    )
+
+
+def _top(values: Any, indices: Any, log_z: Any) -> TopK:
+    return TopK(values=values, indices=indices, log_z=log_z)
+
+
+def _answers(names: str, function: Callable[..., Any], **options: Any) -> Case:
+    arrays = {name: NLL + i for i, name in enumerate(names.split())}
+    return Case(call=lambda **x: function(*x.values(), **options), arrays=arrays)
+
+
+def _tables(bias: Any, assignment: Any) -> Any:
+    return vq.vq_tables(bias, assignment, CODES, width=4)
+
+
+def _fused(hidden: Any, head: Any, labels: Any, weights: Any) -> Any:
+    def loss(readout: Any, extra: Any) -> Any:
+        return readout.cross_entropy + extra
+
+    options = {"labels": labels, "top_k": 2, "blocks": BLOCKS}
+    return losses.linear_fused_loss(hidden, head, loss, weights, weights, **options)
+
+
+def _objective(student: Any, labels: Any, teacher: Any, where: Any) -> Any:
+    teachers = [distillation.FusionTeacher(outputs=teacher)]
+    config = distillation.GraphFusionConfig(graph=distillation.GraphConfig(k=3))
+    return distillation.graph_fusion_objective(
+        student, labels, teachers, where=where, config=config
+    )[0]
+
+
+def _linear_objective(hidden: Any, head: Any, labels: Any, teacher: Any, where: Any) -> Any:
+    teachers = [distillation.FusionTeacher(outputs=teacher)]
+    config = distillation.GraphFusionConfig(graph=distillation.GraphConfig(k=3))
+    options = {"where": where, "config": config, "blocks": BLOCKS}
+    return distillation.linear_graph_fusion(hidden, head, labels, teachers, **options)[0]
+
+
+def _dual(features: Any, labels: Any, teacher: Any) -> Any:
+    def head(x: Any) -> Any:
+        return x @ HEAD
+
+    return distillation.dual_head_loss(features, head, head, labels, teacher)
+
+
+# Three frequent tokens and a tail of four, one wide.
+ADAPTIVE = {
+    "head": _normal(11, 4, HIDDEN),
+    "head_bias": _normal(12, 4),
+    "tails": [{"down": _normal(13, HIDDEN, 1), "kernel": _normal(14, 4, 1), "bias": BIAS[:4]}],
+    "order": np.arange(VOCAB, dtype=np.int32),
+    "rank": np.arange(VOCAB, dtype=np.int32),
+}
+
+
+TABLE: dict[str, Case] = {
+    # ops
+    "ops.logsumexp": Case(call=lambda x: ops.logsumexp(x), arrays={"x": LOGITS}, logits=("x",)),
+    "ops.log_softmax": Case(call=lambda x: ops.log_softmax(x), arrays={"x": LOGITS}, logits=("x",)),
+    "ops.soft_cap": Case(
+        integers=("x",),
+        loose=("x",),
+        call=lambda x: ops.soft_cap(x, 3.0),
+        arrays={"x": LOGITS},
+        logits=("x",),
+        limits=("x",),
+        keeps=True,
+    ),
+    "ops.top_k": Case(
+        call=lambda x: ops.top_k(x, 2), arrays={"x": LOGITS}, logits=("x",), keeps=True
+    ),
+    "ops.TopK": Case(call=lambda x: TopK.of(x, 2), arrays={"x": LOGITS}, logits=("x",)),
+    "ops.gather_at": Case(
+        call=lambda x, ids: ops.gather_at(x, ids),
+        arrays={"x": LOGITS, "ids": 0 * LABELS[..., None]},
+        counts={"ids": (VOCAB, "both")},
+        free=(("x", VOCAB), ("ids", 1)),
+        keeps=True,
+    ),
+    "ops.masked_mean": Case(
+        integers=("x",),
+        loose=("x", "where"),
+        call=lambda x, where: ops.masked_mean(x, where),
+        arrays={"x": LOGITS[..., 0], "where": WHERE},
+        rows=False,
+        where="where",
+    ),
+    "ops.gradient_where": Case(
+        call=lambda x, where: ops.gradient_where(x, where),
+        arrays={"x": LOGITS, "where": WHERE},
+        free=(("x", VOCAB),),
+        keeps=True,
+        loose=("where",),
+    ),
+    "ops.Positions": Case(
+        call=lambda x, where: ops.Positions(where, 6).pick(x),
+        arrays={"x": LOGITS, "where": WHERE},
+        free=(("x", VOCAB),),
+        keeps=True,
+        loose=("where",),
+        rows=False,
+    ),
+    # losses
+    "losses.cross_entropy": Case(
+        call=lambda logits, labels: losses.cross_entropy(
+            logits, labels, label_smoothing=0.1, z_loss=0.1
+        ),
+        arrays={"logits": LOGITS, "labels": LABELS},
+        logits=("logits",),
+        free=(("logits", VOCAB),),
+        counts=LABELLED,
+    ),
+    "losses.cross_entropy, plain": Case(
+        call=lambda logits, labels: losses.cross_entropy(logits, labels),
+        arrays={"logits": LOGITS, "labels": LABELS},
+        logits=("logits",),
+        free=(("logits", VOCAB),),
+        counts=LABELLED,
+    ),
+    "losses.kl_divergence, reverse": _pair(losses.kl_divergence, direction="reverse"),
+    "losses.kl_divergence": _pair(losses.kl_divergence),
+    "losses.generalized_jensen_shannon": _pair(losses.generalized_jensen_shannon),
+    "losses.total_variation": _pair(losses.total_variation),
+    "losses.graph_statistics": Case(
+        call=lambda logits: losses.graph_statistics(logits, 2),
+        arrays={"logits": LOGITS},
+        logits=("logits",),
+    ),
+    "losses.sparse_kl_divergence": Case(
+        call=lambda student, **top: losses.sparse_kl_divergence(student, _top(**top)),
+        arrays={"student": LOGITS, **TOP},
+        counts={"indices": (VOCAB, "both")},
+        logits=("student", "values"),
+        free=(("student", VOCAB),),
+    ),
+    "losses.TailSample": Case(
+        call=lambda logits, ids: TailSample.draw(jax.random.key(0), logits, ids, 3),
+        arrays={"logits": LOGITS, "ids": LABELS[..., None]},
+        counts={"ids": (VOCAB, "both")},
+        logits=("logits",),
+        free=(("logits", VOCAB), ("ids", 1)),
+        rows=False,
+    ),
+    "losses.linear_cross_entropy": Case(
+        call=lambda hidden, head, labels: losses.linear_cross_entropy(
+            hidden, Head(head, soft_cap=3.0), labels, blocks=BLOCKS
+        ),
+        swept=True,
+        arrays={"hidden": STATES, "head": HEAD, "labels": LABELS},
+        free=(("head", VOCAB),),
+        limits=("hidden", "head"),
+        counts=LABELLED,
+    ),
+    "losses.linear_kl_divergence": _heads(losses.linear_kl_divergence),
+    "losses.linear_generalized_jensen_shannon": _heads(losses.linear_generalized_jensen_shannon),
+    "losses.linear_total_variation": _heads(losses.linear_total_variation),
+    "losses.linear_sparse_kl_divergence": Case(
+        call=lambda hidden, head, **top: losses.linear_sparse_kl_divergence(
+            hidden, head, _top(**top), blocks=BLOCKS
+        ),
+        swept=True,
+        arrays={"hidden": STATES, "head": HEAD, **TOP},
+        counts={"indices": (VOCAB, "both")},
+        logits=("values",),
+        free=(("head", VOCAB),),
+    ),
+    "losses.linear_readout": Case(
+        call=lambda hidden, head, labels: (
+            losses.linear_readout(hidden, head, labels=labels, top_k=2, blocks=BLOCKS).cross_entropy
+        ),
+        swept=True,
+        arrays={"hidden": STATES, "head": HEAD, "labels": LABELS},
+        free=(("head", VOCAB),),
+        counts=LABELLED,
+    ),
+    "losses.linear_fused_loss": Case(
+        call=_fused,
+        swept=True,
+        arrays={
+            "hidden": STATES,
+            "head": HEAD,
+            "labels": LABELS,
+            "weights": WHERE.astype(np.float32),
+        },
+        free=(("head", VOCAB),),
+        rows=False,
+        counts=LABELLED,
+    ),
+    # heads and vq
+    "heads.adaptive_nll": Case(
+        call=lambda hidden, labels: heads.adaptive_nll(hidden, ADAPTIVE, labels),
+        arrays={"hidden": STATES, "labels": LABELS},
+        counts=LABELLED,
+    ),
+    "heads.adaptive_topk": Case(
+        call=lambda hidden: heads.adaptive_topk(hidden, ADAPTIVE, 2), arrays={"hidden": STATES}
+    ),
+    "heads.fit_low_rank": Case(
+        single=True,
+        integers=("unigram",),
+        call=lambda rows, unigram, mean, covariance: heads.fit_low_rank(
+            rows, unigram, mean, covariance, 2
+        ),
+        arrays={
+            "rows": HEAD.T,
+            "unigram": UNIGRAM,
+            "mean": BEFORE[0, 0, :HIDDEN],
+            "covariance": COVARIANCE,
+        },
+        rows=False,
+    ),
+    "vq.vq_logits": Case(
+        call=vq.vq_logits,
+        arrays={"hidden": STATES, "codebook": CODEBOOK, "bias": BIAS, "assignment": MAP},
+        counts={"assignment": (CODES, "error")},
+        logits=("bias",),
+        free=(
+            ("hidden", BATCH),
+            ("hidden", LENGTH),
+            ("codebook", CODES),
+        ),
+    ),
+    "vq.vq_nll": Case(
+        call=lambda hidden, codebook, bias, assignment, labels: vq.vq_nll(
+            hidden, codebook, bias, assignment, labels
+        ),
+        arrays={
+            "hidden": STATES,
+            "codebook": CODEBOOK,
+            "bias": BIAS,
+            "assignment": MAP,
+            "labels": LABELS,
+        },
+        counts={"labels": (VOCAB, "nan"), "assignment": (CODES, "error")},
+        logits=("bias",),
+        free=(("codebook", CODES),),
+    ),
+    "vq.vq_tables": Case(
+        call=lambda bias, assignment: _tables(bias, assignment).log_mass,
+        arrays={"bias": BIAS, "assignment": MAP},
+        counts={"assignment": (CODES, "error")},
+        logits=("bias",),
+        rows=False,
+    ),
+    "vq.vq_topk": Case(
+        call=lambda hidden, codebook: vq.vq_topk(hidden, codebook, _tables(BIAS, MAP), 2),
+        arrays={"hidden": STATES, "codebook": CODEBOOK},
+        free=(("hidden", BATCH), ("hidden", LENGTH)),
+    ),
+    "vq.perplexity_floor": Case(
+        integers=("unigram",),
+        host=True,
+        looks=("unigram",),
+        call=lambda assignment, unigram: dataclasses.asdict(
+            vq.perplexity_floor(assignment, unigram)
+        ),
+        arrays={"assignment": MAP, "unigram": UNIGRAM},
+        rows=False,
+    ),
+    "vq.fit_assignment": Case(
+        single=True,
+        looks=("unigram",),
+        integers=("unigram",),
+        call=lambda rows, unigram, mean, covariance: vq.fit_assignment(
+            rows, unigram, mean, covariance, CODES, iterations=2
+        ),
+        arrays={
+            "rows": HEAD.T,
+            "unigram": UNIGRAM,
+            "mean": BEFORE[0, 0, :HIDDEN],
+            "covariance": COVARIANCE,
+        },
+        rows=False,
+    ),
+    "vq.reassign_from_labels": Case(
+        host=True,
+        call=lambda codebook, bias, assignment, hidden, labels: vq.reassign_from_labels(
+            codebook, bias, assignment, hidden, labels, min_count=1
+        ),
+        arrays={
+            "codebook": CODEBOOK,
+            "bias": BIAS,
+            "assignment": MAP,
+            "hidden": STATES[:, 0],
+            "labels": LABELS[:, 0],
+        },
+        counts={"assignment": (CODES, "error"), "labels": (VOCAB, "error")},
+        free=(("codebook", CODES),),
+        rows=False,
+    ),
+    "vq.ProductCodes": Case(
+        call=lambda hidden, codebooks, codes, bias: vq.ProductCodes(codebooks, codes, bias).logits(
+            hidden
+        ),
+        arrays={
+            "hidden": STATES,
+            "codebooks": CODEBOOK.T[..., None],
+            "codes": np.stack([MAP, MAP[::-1], MAP, MAP], 1),
+            "bias": BIAS,
+        },
+        counts={"codes": (CODES, "error")},
+        free=(
+            ("hidden", BATCH),
+            ("hidden", LENGTH),
+            ("codebooks", CODES),
+        ),
+        logits=("bias",),
+    ),
+    # distillation
+    "distillation.knowledge_distillation": _pair(distillation.knowledge_distillation),
+    "distillation.binary_kl": _pair(distillation.binary_kl),
+    "distillation.binary_kl_norm": _pair(distillation.binary_kl_norm),
+    "distillation.dist": dataclasses.replace(
+        _pair(distillation.dist),
+        arrays={name: x[:, 0] for name, x in PAIR.items()},
+        rows=False,
+    ),
+    "distillation.standardize_logits": Case(
+        call=lambda x: distillation.standardize_logits(x), arrays={"x": LOGITS}, logits=("x",)
+    ),
+    "distillation.decoupled_knowledge_distillation": Case(
+        call=lambda student, teacher, labels: distillation.decoupled_knowledge_distillation(
+            student, teacher, labels
+        ),
+        arrays={**PAIR, "labels": LABELS},
+        counts={"labels": (VOCAB, "both")},
+        logits=("student", "teacher"),
+    ),
+    "distillation.dual_head_loss": Case(
+        call=_dual,
+        arrays={"features": STATES, "labels": LABELS, "teacher": TEACHER},
+        counts={"labels": (VOCAB, "nan above")},
+        logits=("teacher",),
+        free=(("features", HIDDEN),),
+    ),
+    "distillation.universal_logit_distance": Case(
+        call=lambda student, teacher: distillation.universal_logit_distance(
+            student, teacher, top_k=3
+        ),
+        arrays={"student": LOGITS, "teacher": THEIRS},
+        logits=("student", "teacher"),
+        free=(("student", VOCAB), ("teacher", OTHER)),
+    ),
+    "distillation.graph_on_logits": Case(
+        call=lambda student, teacher: distillation.graph_on_logits(
+            student, teacher, config=distillation.GraphConfig(k=3)
+        )[0],
+        arrays={"student": LOGITS, "teacher": THEIRS},
+        logits=("student", "teacher"),
+        free=(("student", VOCAB), ("teacher", OTHER), ("student", LENGTH), ("teacher", LENGTH)),
+    ),
+    "distillation.graph_fusion_objective": Case(
+        call=_objective,
+        arrays={"student": LOGITS, "labels": LABELS, "teacher": THEIRS, "where": WHERE},
+        logits=("student", "teacher"),
+        free=(("student", VOCAB), ("teacher", OTHER), ("teacher", LENGTH)),
+        where="where",
+        counts=LABELLED,
+    ),
+    "distillation.linear_graph_fusion": Case(
+        call=_linear_objective,
+        swept=True,
+        arrays={
+            "hidden": STATES,
+            "head": HEAD,
+            "labels": LABELS,
+            "teacher": THEIRS,
+            "where": WHERE,
+        },
+        logits=("teacher",),
+        free=(("head", VOCAB), ("teacher", OTHER), ("teacher", LENGTH)),
+        where="where",
+        counts=LABELLED,
+    ),
+    "distillation.align_gradients": Case(
+        call=lambda task, auxiliary: distillation.align_gradients({"w": task}, {"w": auxiliary}),
+        arrays={"task": STATES, "auxiliary": BEFORE[..., :HIDDEN]},
+        rows=False,
+        keeps=True,
+        beside=("float32",),
+    ),
+    # few_shot
+    "few_shot.unit_rows": Case(call=lambda x: few_shot.unit_rows(x), arrays={"x": LOGITS}),
+    "few_shot.zero_shot_logits": Case(
+        call=lambda features, weights: few_shot.zero_shot_logits(features, weights),
+        arrays={"features": STATES, "weights": HEAD},
+        free=(
+            ("features", BATCH),
+            ("features", LENGTH),
+            ("weights", VOCAB),
+        ),
+    ),
+    # unlearning
+    "unlearning.gradient_ascent": dataclasses.replace(
+        _answers("nll", unlearning.gradient_ascent), loose=("nll",)
+    ),
+    "unlearning.npo": dataclasses.replace(
+        _answers("nll reference", unlearning.npo), limits=("nll", "reference")
+    ),
+    "unlearning.dpo": dataclasses.replace(
+        _answers("chosen rejected reference_chosen reference_rejected", unlearning.dpo),
+        limits=("chosen", "rejected", "reference_chosen", "reference_rejected"),
+    ),
+    "unlearning.simnpo": Case(
+        call=lambda nll, lengths: unlearning.simnpo(nll, lengths),
+        arrays={"nll": NLL, "lengths": np.arange(1, BATCH + 1, dtype=np.int32)},
+        limits=("nll",),
+    ),
+    "unlearning.sequence_nll": Case(
+        loose=("nll", "where"),
+        call=lambda nll, where: unlearning.sequence_nll(nll, where),
+        arrays={"nll": LOGITS[..., 0], "where": WHERE},
+        where="where",
+    ),
+    "unlearning.undial": Case(
+        call=lambda student, teacher, labels: unlearning.undial(student, teacher, labels),
+        arrays={**PAIR, "labels": LABELS},
+        logits=("student", "teacher"),
+        counts=LABELLED,
+    ),
+    "unlearning.linear_undial": Case(
+        call=lambda hidden, head, before, its_head, labels: unlearning.linear_undial(
+            hidden, head, before, its_head, labels, blocks=BLOCKS
+        ),
+        swept=True,
+        arrays={**BOTH, "labels": LABELS},
+        counts=LABELLED,
+    ),
+    "unlearning.uniform_kl": Case(
+        call=lambda x: unlearning.uniform_kl(x), arrays={"x": LOGITS}, logits=("x",)
+    ),
+    "unlearning.linear_uniform_kl": Case(
+        call=lambda hidden, head: unlearning.linear_uniform_kl(hidden, head, blocks=BLOCKS),
+        swept=True,
+        arrays={"hidden": STATES, "head": HEAD},
+        free=(
+            ("hidden", BATCH),
+            ("hidden", LENGTH),
+            ("head", VOCAB),
+        ),
+    ),
+    "unlearning.rmu": Case(
+        call=lambda hidden, target: unlearning.rmu(hidden, target),
+        arrays={"hidden": STATES, "target": BEFORE[..., :HIDDEN]},
+    ),
+    "unlearning.unlearning_objective": Case(
+        loose=("forget", "retain", "where"),
+        call=lambda forget, retain, where: unlearning.unlearning_objective(
+            forget, retain, forget_where=where, retain_where=where
+        ),
+        arrays={"forget": LOGITS[..., 0], "retain": TEACHER[..., 0], "where": WHERE},
+        rows=False,
+        where="where",
+    ),
+}
+
+PACKAGES = [
+    "storage",
+    "kernels",
+    "ops",
+    "transport",
+    "fusion",
+    "leakage",
+    "losses",
+    "heads",
+    "models",
+    "vision",
+    "data",
+    "evaluation",
+    "decoding",
+    "training",
+    "distillation",
+    "vq",
+    "few_shot",
+    "unlearning",
+    "serving",
+]
+
+# What takes no array of numbers that could be spoilt, or is spoilt elsewhere.
+ELSEWHERE = {
+    "fuzzed against XLA, by `benchmark kernels` and tests/kernels": """
+        kernels.build kernels.in_use kernels.on_cpu kernels.lookup_sums kernels.row_products
+        kernels.largest_ids""",
+    "tests/test_classifier_inputs.py": """
+        few_shot.FewShotTask few_shot.Inputs few_shot.Method few_shot.Recipe few_shot.batch_order
+        few_shot.best_setting few_shot.fit few_shot.sweep few_shot.FeatureCache few_shot.Features
+        few_shot.extract_features vision.Encoder data.ImageSet data.load_images""",
+    "values that functions above take or give; what they refuse is tested beside them": """
+        ops.Static losses.Blocks losses.Head losses.Readout losses.GraphStatistics
+        distillation.FusionTeacher distillation.GraphConfig distillation.GraphFusionConfig
+        few_shot.FeatureIdentity heads.AdaptiveConfig heads.HeadCost heads.Assignment
+        vq.ConvertConfig vq.Pages vq.Screen vq.Shortlist vq.Tuning distillation.LayerPruning
+        distillation.Objective distillation.Reading distillation.Course distillation.Distilled
+        distillation.Trained distillation.Student distillation.Scorer distillation.Corpus
+        distillation.TeacherIdentity unlearning.Assistant decoding.DecodeOptions
+        decoding.DraftControl decoding.Emitted decoding.Request decoding.Sampling
+        decoding.Speculation decoding.TextOptions decoding.TextStream decoding.Ensemble
+        decoding.CachedModel training.BatchLayout training.LoopOptions training.Preempted
+        training.Program training.Schedule training.StepOutput training.TrainState models.Cache
+        models.DecoderConfig models.Lora vision.CLIPConfig data.Examples data.ImageViews
+        data.PackedDataset data.PackedSplits data.TokenizerLike evaluation.PromptTemplate
+        storage.ArrayCodec transport.FactoredGraph transport.Refinement leakage.Audit
+        leakage.BudgetExhaustedError leakage.LogitPolicy""",
+    "a switch for a mesh or for nothing": """
+        ops.finite_or_zero ops.psum""",
+    "modules, whose arrays go through the functions above": """
+        heads.AdaptiveHead heads.LinearHead heads.LowRankHead heads.TiedHead heads.VocabularyHead
+        heads.torch_linear vq.VQHead vq.ProductHead vq.ScreenedHead vq.ShortlistHead
+        distillation.DualHead models.Decoder vision.CLIP vision.ImageClassifier
+        vision.create_classifier""",
+    "functions of functions, models, texts or files": """
+        distillation.aligned_value_and_grad distillation.align_positions
+        distillation.check_vocabularies distillation.distill distillation.hidden_states
+        distillation.load_corpus distillation.loss_function distillation.make_student
+        distillation.make_update distillation.pack_corpus distillation.parse_gld
+        distillation.parse_terms distillation.prune_layers distillation.prune_width
+        distillation.score_function distillation.targets distillation.teacher_record
+        distillation.train_student distillation.update_program distillation.visited_rows
+        distillation.TeacherCache unlearning.make_answer_loss unlearning.make_assistant_loss
+        unlearning.make_unlearning_loss unlearning.merge_by_distillation unlearning.paired_model
+        serving.ServerConfig serving.build_app
+        vq.HiddenCache vq.convert_head vq.load_head vq.save_head few_shot.choose_rows
+        few_shot.encoder_views few_shot.sweep_program decoding.Engine decoding.generate
+        decoding.load_ensemble decoding.next_token_program decoding.score
+        evaluation.encode_answer evaluation.encode_prompt evaluation.nll_from_apply
+        evaluation.rouge_recall evaluation.score_rows training.Checkpointer training.EvalStep
+        training.TrainStep training.lock_workdir training.make_mesh training.make_writer
+        training.train_loop training.watch_for_preemption models.Tokenizer models.config_from_hf
+        models.first_layers models.from_linen models.from_nnx models.keep_layers models.load
+        models.load_config models.load_model models.load_tokenizer models.save_pretrained
+        models.with_layout vision.load_encoder vision.load_torch_weights
+        vision.zero_shot_classifier data.load_examples data.load_image_set data.load_splits
+        data.pack data.pack_splits data.prepare data.token_windows storage.Manifest
+        storage.RowCache storage.ShardReader storage.ShardWriter storage.digest
+        storage.hub_snapshot storage.package_file storage.read_json storage.require
+        storage.write_atomic leakage.HttpOracle leakage.LogitOracle leakage.audit
+        leakage.verdict leakage.recover_log_probs leakage.harvest_log_probs leakage.search_logits
+        fusion.vocabulary_map""",
+    "tests/transport, tests/fusion, tests/leakage": """
+        fusion.ContrastiveDecoding fusion.DExperts fusion.DynamicFusion fusion.EmulatedFineTuning
+        fusion.LogitDifference fusion.OverlapFusion fusion.ProxyTuning leakage.align_head
+        leakage.compare_geometry leakage.complete_rows leakage.estimate_output_subspace
+        leakage.norm_kind leakage.settle_by_norm transport.certificate transport.compact_nodes
+        transport.first_lower_bound transport.graph_features transport.gw_at_coupling
+        transport.moment_lower_bound transport.sorted_coupling transport.sorted_gw_lower_bound""",
+    "numbers alone, or draws": """
+        unlearning.rmu_direction vq.vq_sample leakage.row_queries""",
+}
