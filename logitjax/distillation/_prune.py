@@ -167,14 +167,7 @@ def prune_width(
         narrow = _entries(_best(by_head, kv_heads), config.head_dim)
         wide = _entries(_best(by_head, kv_heads), group * config.head_dim)
         inner = _best(by_channel, channels)
-        columns = {"query": wide, "key": narrow, "value": narrow, "gate": inner, "up": inner}
-        for part in (layer["attention"], layer["mlp"]):
-            for name, chosen in columns.items():
-                if name in part:
-                    part[name] = {n: leaf[..., chosen] for n, leaf in part[name].items()}
-        for part, name, rows in (("attention", "output", wide), ("mlp", "down", inner)):
-            linear = layer[part][name]
-            layer[part][name] = linear | {"kernel": linear["kernel"][rows]}
+        layer |= _narrowed(layer, narrow, wide, inner)
     options: dict[str, Any] = dict(dtype=model.dtype, param_dtype=model.param_dtype)
     options |= dict(remat=model.remat, attention=model.attention, layout="listed")
     abstract = nnx.eval_shape(
@@ -184,6 +177,22 @@ def prune_width(
     out = nnx.merge(nnx.graphdef(abstract), params)
     out.head = model.head
     return models.with_layout(out, model.layout)
+
+
+@jax.jit
+def _narrowed(layer: Any, narrow: jax.Array, wide: jax.Array, inner: jax.Array) -> Any:
+    """The maps of a layer with chosen entries: of a key-value head, of its queries, of channels."""
+    columns = {"query": wide, "key": narrow, "value": narrow, "gate": inner, "up": inner}
+    rows = {"output": wide, "down": inner}
+    out = {}
+    for part in ("attention", "mlp"):
+        out[part] = dict(layer[part])
+        for name, linear in layer[part].items():
+            if name in columns:
+                out[part][name] = {n: leaf[..., columns[name]] for n, leaf in linear.items()}
+            elif name in rows:
+                out[part][name] = linear | {"kernel": linear["kernel"][rows[name]]}
+    return out
 
 
 def _entries(blocks: np.ndarray, size: int) -> np.ndarray:

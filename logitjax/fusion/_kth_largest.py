@@ -42,7 +42,7 @@ def kth_largest(
     if not jnp.issubdtype(values.dtype, jnp.floating):
         raise TypeError(f"values: expected floating-point numbers, got {values.dtype}")
     if axis_name is None:
-        checks.vocabulary_unsharded(values, "values", "a k-th largest entry")
+        checks.vocabulary_unsharded(values, "values", "k-th largest entry")
     bits = jnp.finfo(values.dtype).bits
     unsigned = jnp.dtype(f"uint{bits}")
     sign = jnp.asarray(1 << (bits - 1), unsigned)

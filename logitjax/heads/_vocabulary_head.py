@@ -43,7 +43,7 @@ class VocabularyHead(nnx.Module):
         counts = jnp.asarray(unigram, jnp.float32)
         if counts.shape != (vocab_size,):
             raise ValueError(f"unigram: expected shape ({vocab_size},), got {counts.shape}")
-        return jnp.log(jnp.maximum(counts / counts.sum(), 0.1 / counts.sum()))
+        return _log_frequencies(counts)
 
     def prepare(self, width: int = 64) -> None:
         """Makes what decoding looks up, for `top_k` up to ``width``: here nothing."""
@@ -65,3 +65,8 @@ class VocabularyHead(nnx.Module):
         """Tokens drawn from the whole distribution."""
         checks.positive(temperature, "temperature")
         return jax.random.categorical(key, self(hidden, embedding) / temperature).astype(jnp.int32)
+
+
+@jax.jit
+def _log_frequencies(counts: jax.Array) -> jax.Array:
+    return jnp.log(jnp.maximum(counts / counts.sum(), 0.1 / counts.sum()))

@@ -112,12 +112,12 @@ def fit_assignment(
 # One program, of which outside of `jit` each operation would be one.
 @jax.jit(static_argnames=("num_codes", "method", "weight_power", "iterations"))
 def _fitted(
-    rows: Array,
-    unigram: Array,
+    rows: jax.Array,
+    unigram: jax.Array,
     hidden_mean: Array,
     hidden_cov: Array,
     row_bias: Array | None,
-    key: Array,
+    key: jax.Array,
     num_codes: int,
     method: Method,
     weight_power: float,

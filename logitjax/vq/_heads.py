@@ -64,7 +64,7 @@ class VQHead(VocabularyHead):
             raise ValueError(f"num_codes must be between 1 and {vocab_size}, got {num_codes}")
         key = rngs.params()
         if assignment is None:
-            code = jnp.arange(vocab_size) * num_codes // vocab_size
+            code = np.arange(vocab_size) * num_codes // vocab_size
             assignment = jax.random.permutation(jax.random.fold_in(key, 1), code)
         elif np.shape(assignment) != (vocab_size,):
             raise ValueError(

@@ -40,14 +40,26 @@ def head_statistics(
     >>> print(stats.mean, stats.cov.tolist())
     [1. 1.] [[1.0, 0.0], [0.0, 0.0]]
     """
-    total, square = jnp.zeros(hidden.shape[1]), jnp.zeros((hidden.shape[1],) * 2)
+    width = hidden.shape[1]
     # About the first block's mean: the square of a large mean would drown the variance.
-    shift = jnp.asarray(np.asarray(hidden[:block_size], np.float32).mean(0))
+    shift = np.asarray(hidden[:block_size], np.float32).mean(0)
+    sums: Any = np.zeros(width, np.float32), np.zeros((width, width), np.float32)
     for start in range(0, len(hidden), block_size):
-        block = jnp.asarray(np.asarray(hidden[start : start + block_size], np.float32)) - shift
-        total, square = total + block.sum(0), square + block.T @ block
-    mean = total / len(hidden)
-    return HeadStatistics(mean + shift, square / len(hidden) - jnp.outer(mean, mean))
+        block = np.asarray(hidden[start : start + block_size], np.float32)
+        sums = _add_moments(*sums, block, shift)
+    return HeadStatistics(*_mean_and_covariance(*sums, shift, len(hidden)))
+
+
+@jax.jit
+def _add_moments(total: Array, square: Array, block: Array, shift: Array) -> Any:
+    block = block - shift
+    return total + block.sum(0), square + block.T @ block
+
+
+@jax.jit
+def _mean_and_covariance(total: Array, square: Array, shift: Array, count: Array | int) -> Any:
+    mean = jnp.asarray(total) / count
+    return mean + shift, square / count - jnp.outer(mean, mean)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

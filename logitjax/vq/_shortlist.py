@@ -104,7 +104,7 @@ class Pages:
             tokens=jnp.asarray(tokens),
             code=jnp.asarray(code),
             bias=within,
-            log_mass=logsumexp(within),
+            log_mass=jax.jit(logsumexp)(within),
             lift=jnp.asarray(lift, jnp.float32),
         )
 

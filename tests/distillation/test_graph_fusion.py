@@ -153,15 +153,16 @@ def test_sharded_vocabulary_and_positions_equal_local():
 
 def test_bad_inputs_name_the_culprit():
     student, _, teachers, _ = data()
+    few = compiled(graph_statistics)
     with pytest.raises(ValueError, match=r"mix: expected 0 to 1, got 1\.5"):
         GraphFusionConfig(mix=1.5)
     with pytest.raises(ValueError, match="cross_entropy: needed"):
-        graph_fusion_objective(graph_statistics(student, 4), None, [], config=CONFIG)
+        graph_fusion_objective(few(student, 4), None, [], config=CONFIG)
     with pytest.raises(ValueError, match="hold the top 2 logits, 4 are needed"):
         graph_fusion_objective(
-            graph_statistics(student, 4),
+            few(student, 4),
             None,
-            [FusionTeacher(outputs=graph_statistics(teachers[0], 2))],
+            [FusionTeacher(outputs=few(teachers[0], 2))],
             config=CONFIG,
             cross_entropy=np.zeros((2, 8), np.float32),
         )

@@ -110,7 +110,6 @@ def test_too_few_layers_are_named():
         prune_layers(decoder(), [], 1)
 
 
-@pytest.mark.many_programs("the library takes entries shape by shape")
 @pytest.mark.parametrize("layout", ["listed", "stacked"])
 def test_width_without_effect_can_go_without_a_trace(layout):
     """Heads and channels that put out nothing are the ones that go: the logits stay."""

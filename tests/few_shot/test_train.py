@@ -140,6 +140,8 @@ def test_a_sweep_is_its_runs_one_by_one():
         np.testing.assert_allclose(scores["accuracy"][run, 3], right.mean(), rtol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.every_change
 def test_rows_that_are_not_there_change_nothing():
     recipe = few_shot.Recipe(epochs=3, batch_size=4)
     run, test = problem(10), problem(15, seed=5)

@@ -70,7 +70,15 @@ def sharded(name):
     return jax.jit(run).lower(*args).compile(), args
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+# These two take seconds to compile.
+LARGE_PROGRAMS = {
+    name: [pytest.mark.slow, pytest.mark.every_change] for name in ("project", "joint")
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=LARGE_PROGRAMS.get(name, [])) for name in STRATEGIES]
+)
 def test_sharded_equals_local(name):
     run, args = sharded(name)
     fused, info = run(*args)
@@ -97,7 +105,12 @@ def test_all_reduces_a_token_are_few_and_fixed(name, reductions):
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize(
-    ("name", "turns"), [("grid", False), ("jeffreys", True), ("project", False)]
+    ("name", "turns"),
+    [
+        ("grid", False),
+        ("jeffreys", True),
+        pytest.param("project", False, marks=LARGE_PROGRAMS["project"]),
+    ],
 )
 def test_batch_sharded_under_jit(kind, name, turns, monkeypatch):
     wanted, _ = local(name)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from logitjax import kernels, ops, vq
 from logitjax.storage import digest
@@ -254,23 +255,27 @@ def test_top_k_and_its_gradient_do_not_change(rng, monkeypatch):
 
 
 def test_a_screened_head_decodes_the_same(rng, monkeypatch):
-    rows = rng.normal(size=(2000, 24)).astype(np.float32)
+    rows = rng.normal(size=(500, 24)).astype(np.float32)
     hidden = rng.normal(size=(4, 24)).astype(np.float32)
     product = compiled(vq.ProductCodes.fit)(
-        *(rows, np.ones(2000), np.eye(24)), groups=12, num_codes=16, iterations=3
+        *(rows, np.ones(500), np.eye(24)), groups=12, num_codes=16, iterations=3
     )
     screen = vq.ProductHead.from_fit(product, packed=True)
     head = vq.ScreenedHead(screen, num_candidates=50)
 
-    def look(hidden):
+    graphdef, state = nnx.split(head)
+
+    def look(state, hidden, rows):
+        head = nnx.merge(graphdef, state)
         return head.top_k(hidden, 5, rows), head.nll(hidden, np.arange(4), rows)
 
     # Traced anew: the setting is read then.
-    without = jax.jit(lambda hidden: look(hidden))(hidden)
+    arrays = (state, hidden, rows)
+    without = jax.jit(lambda *x: look(*x))(*arrays)
     monkeypatch.setenv("LOGITJAX_NATIVE", "1")
-    native = jax.jit(lambda hidden: look(hidden))
-    assert "logitjax_lookup_sums" in native.lower(hidden).as_text()
-    found = native(hidden)
+    native = jax.jit(lambda *x: look(*x)).lower(*arrays)
+    assert "logitjax_lookup_sums" in native.as_text()
+    found = native.compile()(*arrays)
     np.testing.assert_array_equal(found[0].indices, without[0].indices)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(without), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5)

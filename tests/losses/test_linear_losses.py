@@ -112,40 +112,48 @@ CASES = {
 
 
 @functools.cache
-def _oracle(name):
-    """Values and gradients of the weighted sum, float64, excluded columns cut away."""
-    formula = CASES[name][1]
+def _oracles():
+    """Values and gradients of the weighted sums, float64, excluded columns cut away."""
     kept = np.flatnonzero(WHERE)
-    with jax.enable_x64(True):
 
-        def loss(hidden, head, bias):
+    def run(*arrays):
+        def loss(formula, hidden, head, bias):
             student = _dense_logits(hidden, head, bias)[..., kept]
             values = formula(student, _teacher_logits()[..., kept])
             return jnp.sum(values * WEIGHTS), values
 
-        run = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))
-        (_, values), gradients = run(HIDDENS, HEAD, BIAS)
-        return np.asarray(values), [np.asarray(g) for g in gradients]
+        return {
+            name: jax.grad(functools.partial(loss, formula), (0, 1, 2), has_aux=True)(*arrays)[::-1]
+            for name, (_, formula) in CASES.items()
+        }
+
+    with jax.enable_x64(True):
+        return jax.device_get(jax.jit(run)(HIDDENS, HEAD, BIAS))
 
 
 def _relative(got, want):
     return np.abs(np.asarray(got, np.float64) - want).max() / np.abs(want).max()
 
 
-def _run(name, form, dtype=np.float32, **more):
-    """(values or None, gradients by hidden, head, bias) of the weighted sum of our losses."""
+@functools.cache
+def _run(name, dtype=np.float32):
+    """Of each form of a weighted sum: (total, values or None), gradients by hidden, head, bias."""
     function = CASES[name][0]
     weights = WEIGHTS.astype(np.float32)
 
-    @jax.jit
-    def run(hidden, head, bias):
-        def loss(hidden, head, bias):
-            if form == "scalar":
-                return function(hidden, head, bias, weights=weights, blocks=BLOCKS, **more), None
-            values = function(hidden, head, bias, blocks=BLOCKS, **more)
-            return jnp.sum(values * weights), values
+    def scalar(*arrays):
+        return function(*arrays, weights=weights, blocks=BLOCKS), None
 
-        return jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(hidden, head, bias)
+    def unreduced(*arrays):
+        values = function(*arrays, blocks=BLOCKS)
+        return jnp.sum(values * weights), values
+
+    @jax.jit
+    def run(*arrays):
+        return {
+            form.__name__: jax.value_and_grad(form, (0, 1, 2), has_aux=True)(*arrays)
+            for form in (scalar, unreduced)
+        }
 
     arrays = (HIDDENS, HEAD, BIAS)
     return jax.device_get(run(*(x.astype(dtype) for x in arrays)))
@@ -154,8 +162,8 @@ def _run(name, form, dtype=np.float32, **more):
 @pytest.mark.parametrize("form", ["unreduced", "scalar"])
 @pytest.mark.parametrize("name", CASES)
 def test_equals_float64_oracle(name, form):
-    values, gradients = _oracle(name)
-    (total, got), got_gradients = _run(name, form)
+    values, gradients = _oracles()[name]
+    (total, got), got_gradients = _run(name)[form]
     assert abs(total - (values * WEIGHTS).sum()) < 1e-5 * np.abs(values * WEIGHTS).sum()
     if got is not None:
         assert got.dtype == jnp.float32
@@ -167,8 +175,8 @@ def test_equals_float64_oracle(name, form):
 
 @pytest.mark.parametrize("form", ["unreduced", "scalar"])
 def test_bfloat16_stays_within_its_rounding(form):
-    values, gradients = _oracle("forward_kl")
-    (_, got), got_gradients = _run("forward_kl", form, jnp.bfloat16)
+    values, gradients = _oracles()["forward_kl"]
+    (_, got), got_gradients = _run("forward_kl", jnp.bfloat16)[form]
     if got is not None:
         assert got.dtype == jnp.float32
         assert _relative(got, values) < 0.03
@@ -256,8 +264,8 @@ def test_graph_fusion_equals_dense(config):
             hidden @ head, LABELS, teachers, where=where, config=config
         )[0].sum()
 
-    value, gradients = jax.jit(jax.value_and_grad(blocked, (0, 1)))(hidden, head)
-    want, want_gradients = jax.jit(jax.value_and_grad(dense, (0, 1)))(hidden, head)
+    both = jax.jit(lambda *x: [jax.value_and_grad(f, (0, 1))(*x) for f in (blocked, dense)])
+    (value, gradients), (want, want_gradients) = both(hidden, head)
     np.testing.assert_allclose(value, want, rtol=1e-5)
     for got, expected in zip(gradients, want_gradients, strict=True):
         assert _relative(got, expected) < 1e-5
@@ -287,9 +295,11 @@ def test_infinite_divergence_has_a_finite_gradient():
                 other = other + absent
             return losses.kl_divergence(student, other, direction=direction)
 
-        (got_value, got), (want_value, want) = (
-            jax.jit(jax.value_and_grad(lambda h, f=f: f(h).sum()))(hidden) for f in (linear, dense)
-        )
+        @jax.jit
+        def both(hidden, functions=(linear, dense)):
+            return [jax.value_and_grad(lambda h, f=f: f(h).sum())(hidden) for f in functions]
+
+        (got_value, got), (want_value, want) = both(hidden)
         assert np.isposinf(got_value)
         assert np.isposinf(want_value)
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=3e-6)

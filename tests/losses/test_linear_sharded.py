@@ -208,6 +208,8 @@ def _collectives_by_place(mesh, form, known):
     return len(re.findall(kinds, loops)), len(re.findall(kinds, entry))
 
 
+@pytest.mark.slow
+@pytest.mark.every_change
 @pytest.mark.parametrize("form", ["unreduced", "scalar"])
 def test_a_known_mesh_gathers_the_head_and_sums_its_gradient_once_a_sweep(form):
     devices = jax.devices()[:4]

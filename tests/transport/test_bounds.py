@@ -136,6 +136,8 @@ def test_no_violation_in_1000_cases():
     assert np.mean(got["search2"] <= got["exact2"] * 1.0001 + 1e-6) > 0.9
 
 
+@pytest.mark.slow
+@pytest.mark.every_change
 def test_seven_nodes():
     rng = np.random.default_rng(1)
     z, w = rng.normal(size=(2, 16, 4, 7)).astype(np.float32)
@@ -245,6 +247,8 @@ def test_weighted_third_bound_is_just_below_the_linear_program():
     assert 0.98 * exact < np.asarray(got) <= exact * (1 + 1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.every_change
 def test_weighted_certificate_brackets_and_its_coupling_has_the_weights_as_marginals():
     c, d, a, b = weighted_case()
     for p in (1, 2):
@@ -269,6 +273,8 @@ def dense_cost(c, d, plan, p):
     return np.einsum("ijkl,ik,jl->", difference, plan, plan)
 
 
+@pytest.mark.slow
+@pytest.mark.every_change
 def test_scales():
     c, d, _, _ = weighted_case()
     d = d[:5, :5]

@@ -130,6 +130,8 @@ def test_lower_bounds_have_finite_gradients_where_graphs_are_equal_or_empty():
     assert np.isfinite(gradient(0 * z)).all()
 
 
+@pytest.mark.slow
+@pytest.mark.every_change
 def test_certificate_under_vmap():
     rng = np.random.default_rng(4)
     z, w = rng.normal(size=(2, 3, 4, 6)).astype(np.float32)

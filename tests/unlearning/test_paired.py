@@ -43,6 +43,8 @@ def apart(assistant: Assistant) -> decoding.CachedModel:
     )
 
 
+@pytest.mark.slow
+@pytest.mark.every_change
 def test_same_tokens_and_log_probabilities_as_two_models(pair):
     target, assistant = pair
     options = decoding.DecodeOptions(logprobs=True, info=True)

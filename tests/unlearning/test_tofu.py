@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -49,7 +50,7 @@ def bigram(table=TABLE):
 
 
 def bigram_in_jax():
-    return nll_from_apply(lambda tokens: jnp.asarray(TABLE)[tokens], with_greedy=True)
+    return nll_from_apply(jax.jit(lambda tokens: jnp.asarray(TABLE)[tokens]), with_greedy=True)
 
 
 def knows(prompts, max_new_tokens):

@@ -186,6 +186,8 @@ def test_converted_model_decodes_without_v_logits(conversion):
     np.testing.assert_array_equal(want[0], seen)
 
 
+@pytest.mark.slow
+@pytest.mark.every_change
 def test_decoder_trains_from_scratch_and_fine_tunes_with_the_head(conversion):
     scratch = with_weights(lambda: Decoder(CONFIG, rngs=nnx.Rngs(1)))
     scratch.head = nnx.jit(
