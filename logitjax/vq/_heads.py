@@ -266,7 +266,7 @@ class ShortlistHead(VQHead):
         codebook, bias, assignment = self._biased()
         margin = None
         if rows is not None and hidden_cov is not None:
-            margin = Pages.spread(rows, codebook, assignment, hidden_cov)
+            margin = jax.jit(Pages.spread)(rows, codebook, assignment, hidden_cov)
         pages = Pages.cut(bias, assignment, size=self.page_size, margin=margin)
         self.num_pages = min(self.num_pages, pages.tokens.shape[0])
         self.set_pages(pages)
