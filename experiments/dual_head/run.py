@@ -127,7 +127,8 @@ def fit(
 
 def make_teacher(trainer: Trainer, lanes: Any, pupils: Placed) -> Teacher:
     """The trained network as the teacher of another task's students."""
-    weights = tuple(jax.tree.map(lambda x: x[0], (lanes["params"], lanes["stats"])))
+    first = jax.jit(lambda lanes: jax.tree.map(lambda x: x[0], lanes))
+    weights = first((lanes["params"], lanes["stats"]))
     teacher = Teacher(graphdef=trainer.graphdef, argument=weights, precomputed=False)
     # Rows that come in pieces have no fixed numbers to look logits up by.
     if trainer.config.augment != "none" or pupils.arrays is None:

@@ -42,7 +42,7 @@ class Block:
     def __init__(self, logits: Sequence[jax.Array], labels: np.ndarray, where: np.ndarray):
         self.large, self.base, *experts = logits
         self.experts = jnp.stack(experts)
-        self.labels, self.where = jnp.asarray(labels), jnp.asarray(where)
+        self.labels, self.where = labels, where
 
 
 def blocks(scored: Sequence[Scored], heads: Sequence[np.ndarray], size: int) -> Any:

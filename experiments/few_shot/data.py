@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -138,10 +138,10 @@ def _class_weights(
         raise ValueError(
             f"encoder: {encoder.name} has neither text nor an ImageNet head to name {name} with"
         )
-    kernel = few_shot.unit_rows(jnp.asarray(encoder.model.head.kernel[...]).T)
+    kernel = np.asarray(few_shot.unit_rows(np.asarray(encoder.model.head.kernel[...]).T))
     ids = few_shot_synsets.ids_of(source.synsets, class_names)
-    means = jnp.stack([kernel[rows].mean(0) for rows in ids])
-    return np.asarray(few_shot.unit_rows(means).T, np.float32)
+    means = np.stack([kernel[rows].mean(0) for rows in ids])
+    return np.asarray(few_shot.unit_rows(means), np.float32).T
 
 
 def _zero_shot(
@@ -149,8 +149,12 @@ def _zero_shot(
 ) -> Any:
     if source.synsets is None or source.cosine or found.logits is None:
         return few_shot.zero_shot_logits(found.features, weights, scale=source.scale)
-    log_p = jax.nn.log_softmax(jnp.asarray(found.logits))
-    ids = few_shot_synsets.ids_of(source.synsets, class_names)
+    return _of_synsets(found.logits, few_shot_synsets.ids_of(source.synsets, class_names))
+
+
+@jax.jit
+def _of_synsets(logits: jax.Array, ids: Sequence[np.ndarray]) -> jax.Array:
+    log_p = jax.nn.log_softmax(logits)
     return jnp.stack([jax.nn.logsumexp(log_p[..., rows], axis=-1) for rows in ids], -1)
 
 

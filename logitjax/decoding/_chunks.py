@@ -54,14 +54,14 @@ def one_step(emitted: Emitted) -> Emitted:
     return replace(wide, info=jax.tree.map(lambda leaf: leaf[None], emitted.info))
 
 
-def joined(parts: Sequence[Emitted]) -> Emitted:
+def joined(parts: Sequence[Emitted], concatenate: Callable = jnp.concatenate) -> Emitted:
     """Consecutive pieces of ``[rows, steps]`` as one."""
 
-    def concatenate(axis: int) -> Callable[..., Any]:
-        return lambda *leaves: jnp.concatenate(leaves, axis=axis)
+    def along(axis: int) -> Callable[..., Any]:
+        return lambda *leaves: concatenate(leaves, axis=axis)
 
-    rows = jax.tree.map(concatenate(1), *[replace(p, info=None) for p in parts])
-    info = jax.tree.map(concatenate(0), *[p.info for p in parts])
+    rows = jax.tree.map(along(1), *[replace(p, info=None) for p in parts])
+    info = jax.tree.map(along(0), *[p.info for p in parts])
     return replace(rows, info=info)
 
 
@@ -76,7 +76,7 @@ def in_chunks(
     A call may bring each row another number of tokens; what the fusion said ends in rows then.
     """
     rows = [_Row(text.tokenizer, text.stop_strings) for _ in requests]
-    parts = [jax.tree.map(np.asarray, one_step(engine.prefill_all(requests)))]
+    parts = [one_step(jax.tree.map(np.asarray, engine.prefill_all(requests)))]
     while True:
         active = engine.active
         for i, row in enumerate(rows):
@@ -100,7 +100,7 @@ def _without_gaps(
     parts: Sequence[Emitted], lengths: np.ndarray, steps: int, pad_id: int
 ) -> Emitted:
     """Each row's tokens one behind the other, ``steps`` columns, nothing behind a row's end."""
-    emitted = jax.tree.map(np.asarray, joined(parts))
+    emitted = joined(parts, np.concatenate)
 
     def fit(leaf: np.ndarray, fill: int = 0) -> np.ndarray:
         wide = np.full((len(leaf), steps, *leaf.shape[2:]), fill, leaf.dtype)

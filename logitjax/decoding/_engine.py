@@ -91,7 +91,8 @@ class Engine:
     >>> from logitjax.models import Decoder, DecoderConfig
     >>> config = DecoderConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=1,
     ...                        num_heads=2, num_kv_heads=1, head_dim=4)
-    >>> engine = Engine(Decoder(config, rngs=nnx.Rngs(0), layout="listed"), slots=2, max_length=32)
+    >>> model = nnx.jit(lambda: Decoder(config, rngs=nnx.Rngs(0), layout="listed"))()
+    >>> engine = Engine(model, slots=2, max_length=32)
     >>> first = engine.prefill(0, Request(prompt=[1, 2, 3], max_new_tokens=4))
     >>> engine.decode_chunk(2).tokens.shape, engine.active.tolist()
     ((2, 2), [True, False])

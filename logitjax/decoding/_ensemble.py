@@ -199,7 +199,8 @@ class Ensemble:
     >>> from logitjax.models import Decoder, DecoderConfig
     >>> config = DecoderConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=1,
     ...                        num_heads=2, num_kv_heads=1, head_dim=4)
-    >>> models = [Decoder(config, rngs=nnx.Rngs(seed), layout="listed") for seed in range(3)]
+    >>> make = nnx.jit(lambda key: Decoder(config, rngs=nnx.Rngs(key), layout="listed"))
+    >>> models = [make(jax.random.key(seed)) for seed in range(3)]
     >>> def proxy(large, experts, bases, vocab_where=None):
     ...     return large + experts[0] - bases[0], {}
     >>> both = Ensemble(models[0], experts=models[1:2], bases=models[2:], fuse=proxy)

@@ -83,7 +83,7 @@ def generate(
     >>> from logitjax.models import Decoder, DecoderConfig
     >>> config = DecoderConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=2,
     ...                        num_heads=2, num_kv_heads=1, head_dim=4)
-    >>> model = Decoder(config, rngs=nnx.Rngs(0), layout="listed")
+    >>> model = nnx.jit(lambda: Decoder(config, rngs=nnx.Rngs(0), layout="listed"))()
     >>> out = generate(model, [[1, 2, 3], [4]], max_new_tokens=4, sampling=Sampling(temperature=1))
     >>> out.tokens.shape, out.lengths.tolist()
     ((2, 4), [4, 4])

@@ -111,8 +111,8 @@ def penalize_repetition(
     Returns:
       float32 logits.
 
-    >>> row = jnp.array([[2.0, -2.0, 1.0]])
-    >>> penalize_repetition(row, jnp.array([[True, True, False]]), jnp.array([2.0]))
+    >>> row, seen = np.array([[2.0, -2.0, 1.0]]), np.array([[True, True, False]])
+    >>> jax.jit(penalize_repetition)(row, seen, np.array([2.0]))
     Array([[ 1., -4.,  1.]], dtype=float32)
 
     References:
@@ -162,11 +162,11 @@ def truncate(
     Returns:
       float32 logits.
 
-    >>> row = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
-    >>> jnp.isfinite(truncate(row, top_p=jnp.array([0.7])))
-    Array([[ True,  True, False, False]], dtype=bool)
-    >>> jnp.isfinite(truncate(row, top_k=jnp.array([3]), min_p=jnp.array([0.4])))
-    Array([[ True,  True, False, False]], dtype=bool)
+    >>> row = np.log(np.array([[0.5, 0.3, 0.15, 0.05]], np.float32))
+    >>> np.isfinite(jax.jit(truncate)(row, top_p=np.array([0.7])))
+    array([[ True,  True, False, False]])
+    >>> np.isfinite(jax.jit(truncate)(row, top_k=np.array([3]), min_p=np.array([0.4])))
+    array([[ True,  True, False, False]])
     """
     logits = checks.as_float(logits, "logits")
     peak = logits.max(axis=-1, keepdims=True)
@@ -234,7 +234,7 @@ def sample(
       int32 tokens.
 
     >>> rows = sampling_rows(Sampling(), 1)
-    >>> sample(jnp.array([[0.0, 2.0, 1.0]]), rows, jnp.array([0]))
+    >>> jax.jit(sample)(np.array([[0.0, 2.0, 1.0]]), rows, np.array([0]))
     Array([1], dtype=int32)
     """
     logits = checks.as_float(logits, "logits")

@@ -85,7 +85,7 @@ def score(
     >>> from logitjax.models import Decoder, DecoderConfig
     >>> config = DecoderConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=2,
     ...                        num_heads=2, num_kv_heads=1, head_dim=4)
-    >>> model = Decoder(config, rngs=nnx.Rngs(0), layout="listed")
+    >>> model = nnx.jit(lambda: Decoder(config, rngs=nnx.Rngs(0), layout="listed"))()
     >>> score(model, [[1, 2, 3], [4]], [[5, 6], [7]]).where
     array([[ True,  True],
            [ True, False]])

@@ -145,6 +145,8 @@ class Method:
         return cross_entropy(self.logits(state, inputs), labels)
 
 
+# One program where it is called on its own: each operation would be one.
+@jax.jit
 def unit_rows(values: Float[Array, "*batch features"]) -> Float[jax.Array, "*batch features"]:
     """Rows scaled to length one; a row of zeros stays.
 

@@ -72,10 +72,12 @@ class TokenMap:
         same = np.array_equal(self.small_ids, np.arange(self.large_size))
         return same and self.large_size == self.small_size
 
-    def to_small(self, tokens: Int[Array, "*batch"], unknown: int) -> Int[jax.Array, "*batch"]:
+    def to_small(self, tokens: Int[Array, "*batch"], unknown: int) -> Int[Array, "*batch"]:
         """The small model's ids of the large model's tokens, `unknown` where it has none."""
-        ids = jnp.asarray(self.small_ids)[jnp.asarray(tokens)]
-        return jnp.where(ids < 0, unknown, ids)
+        # Prompts are mapped on the host: each length would be several programs.
+        xp = np if isinstance(tokens, np.ndarray) else jnp
+        ids = xp.asarray(self.small_ids)[tokens]
+        return xp.where(ids < 0, unknown, ids)
 
     def to_large(
         self,

@@ -21,9 +21,10 @@ def from_nnx(module: nnx.Module, *, method: str | None = None) -> tuple[Callable
     Returns:
       ``apply_fn(params, *args, **kwargs)`` and the parameters.
 
-    >>> import jax.numpy as jnp
-    >>> apply_fn, params = from_nnx(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
-    >>> apply_fn(params, jnp.ones((1, 2))).shape
+    >>> import numpy as np
+    >>> module = nnx.jit(lambda: nnx.Linear(2, 3, rngs=nnx.Rngs(0)))()
+    >>> apply_fn, params = from_nnx(module)
+    >>> apply_fn(params, np.ones((1, 2), np.float32)).shape
     (1, 3)
     """
     graphdef, params, rest = nnx.split(module, nnx.Param, ...)
@@ -57,12 +58,12 @@ def from_linen(
     Raises:
       ValueError: where ``variables`` has no ``params`` collection.
 
-    >>> import jax, jax.numpy as jnp
+    >>> import jax, numpy as np
     >>> from flax import linen
-    >>> module = linen.Dense(3)
-    >>> variables = module.init(jax.random.key(0), jnp.ones((1, 2)))
+    >>> module, x = linen.Dense(3), np.ones((1, 2), np.float32)
+    >>> variables = jax.jit(module.init)(jax.random.key(0), x)
     >>> apply_fn, params = from_linen(module, variables)
-    >>> apply_fn(params, jnp.ones((1, 2))).shape
+    >>> jax.jit(apply_fn)(params, x).shape
     (1, 3)
     """
     if "params" not in variables:

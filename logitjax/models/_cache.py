@@ -59,7 +59,7 @@ class Cache:
 
         >>> config = DecoderConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=2,
         ...                        num_heads=2, num_kv_heads=1, head_dim=4)
-        >>> cache = Cache.init(config, 3, 16)
+        >>> cache = jax.jit(lambda: Cache.init(config, 3, 16))()
         >>> [k.shape for k in cache.keys[0]]
         [(3, 1, 16, 4), (3, 1, 16, 4)]
         """

@@ -182,9 +182,9 @@ class Decoder(nnx.Module):
 
     >>> config = DecoderConfig(vocab_size=11, hidden_size=8, intermediate_size=16, num_layers=2,
     ...                        num_heads=2, num_kv_heads=1, head_dim=4)
-    >>> model = Decoder(config, rngs=nnx.Rngs(0))
-    >>> hidden, _ = model.hidden_states(jnp.array([[1, 2, 3]]))
-    >>> model.logits(hidden).shape
+    >>> model = nnx.jit(lambda: Decoder(config, rngs=nnx.Rngs(0)))()
+    >>> logits = nnx.jit(lambda model, tokens: model.logits(model.hidden_states(tokens)[0]))
+    >>> logits(model, jnp.array([[1, 2, 3]])).shape
     (1, 3, 11)
     """
 
@@ -406,7 +406,7 @@ class Decoder(nnx.Module):
 
         >>> config = DecoderConfig(vocab_size=11, hidden_size=8, intermediate_size=16, num_layers=2,
         ...                        num_heads=2, num_kv_heads=1, head_dim=4)
-        >>> Decoder(config, rngs=nnx.Rngs(0)).head_of().rows.shape
+        >>> nnx.jit(lambda: Decoder(config, rngs=nnx.Rngs(0)))().head_of().rows.shape
         (11, 8)
         """
         head = self.head.as_linear(self.embedding[...])

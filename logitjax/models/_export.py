@@ -1,6 +1,7 @@
 """Decoders out again: a directory that transformers, vLLM and `load_model` read."""
 
 import json
+import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from logitjax.models._decoder import Decoder
 from logitjax.models._hf_config import config_to_hf
 from logitjax.models._tokenizer import Tokenizer
 from logitjax.models._weight_map import TensorSpec, hf_tensors
+from logitjax.ops import Array
 from logitjax.storage import require, write_atomic
 
 
@@ -39,14 +41,21 @@ def _values(tensor: TensorSpec, params: dict, places: list) -> np.ndarray:
         leaf: Any = tree
         for key in path:
             leaf = leaf[key]
-        values = _on_host(leaf if row is None else leaf[row])
+        values = _on_host(leaf if row is None else _layer(leaf, row))
         parts.append(values.T if tensor.transpose else values)
     joined = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=tensor.axis)
     return np.ascontiguousarray(joined)
 
 
-def _on_host(array: jax.Array) -> np.ndarray:
-    if array.is_fully_addressable:
+def _layer(leaf: Array, row: int) -> Array:
+    return leaf[row] if isinstance(leaf, np.ndarray) else _sliced(leaf, row)
+
+
+_sliced = jax.jit(operator.getitem)  # one program for all rows
+
+
+def _on_host(array: Array) -> np.ndarray:
+    if isinstance(array, np.ndarray) or array.is_fully_addressable:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 

@@ -20,7 +20,7 @@ def with_layout(model: Decoder, layout: str) -> Decoder:
 
     >>> config = DecoderConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=2,
     ...                        num_heads=2, num_kv_heads=1, head_dim=4)
-    >>> model = with_layout(Decoder(config, rngs=nnx.Rngs(0)), "listed")
+    >>> model = nnx.jit(lambda: with_layout(Decoder(config, rngs=nnx.Rngs(0)), "listed"))()
     >>> len(model.segments[0].layers)
     2
     """
@@ -55,7 +55,8 @@ def keep_layers(model: Decoder, indices: Sequence[int]) -> Decoder:
 
     >>> config = DecoderConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=4,
     ...                        num_heads=2, num_kv_heads=1, head_dim=4)
-    >>> keep_layers(Decoder(config, rngs=nnx.Rngs(0)), [0, 3]).config.num_layers
+    >>> model = nnx.jit(lambda: Decoder(config, rngs=nnx.Rngs(0)))()
+    >>> keep_layers(model, [0, 3]).config.num_layers
     2
     """
     config = model.config
@@ -122,7 +123,7 @@ def first_layers(model: Decoder, count: int) -> Decoder:
 
     >>> config = DecoderConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=3,
     ...                        num_heads=2, num_kv_heads=1, head_dim=4)
-    >>> model = Decoder(config, rngs=nnx.Rngs(0), layout="listed")
+    >>> model = nnx.jit(lambda: Decoder(config, rngs=nnx.Rngs(0), layout="listed"))()
     >>> small = first_layers(model, 2)
     >>> small.config.num_layers, small.embedding[...] is model.embedding[...]
     (2, True)

@@ -58,7 +58,8 @@ class Lora:
 
         >>> config = DecoderConfig(vocab_size=8, hidden_size=8, intermediate_size=16, num_layers=2,
         ...                        num_heads=2, num_kv_heads=1, head_dim=4)
-        >>> lora = Lora.init(config, 2, key=jax.random.key(0), targets=("query",))
+        >>> init = jax.jit(lambda key: Lora.init(config, 2, key=key, targets=("query",)))
+        >>> lora = init(jax.random.key(0))
         >>> lora.layers[0][0]["query"]["a"].shape
         (2, 8, 2)
 
@@ -112,10 +113,14 @@ class Lora:
 
         >>> config = DecoderConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=1,
         ...                        num_heads=2, num_kv_heads=1, head_dim=4)
+        >>> import numpy as np
         >>> from logitjax.models import Decoder
-        >>> model = Decoder(config, rngs=nnx.Rngs(0))
-        >>> merged = Lora.init(config, 2, key=jax.random.key(0)).merged_into(model)
-        >>> bool((merged(jnp.array([[1, 2]])) == model(jnp.array([[1, 2]]))).all())
+        >>> model = nnx.jit(lambda: Decoder(config, rngs=nnx.Rngs(0)))()
+        >>> lora = jax.jit(lambda key: Lora.init(config, 2, key=key))(jax.random.key(0))
+        >>> merged = nnx.jit(lambda lora, model: lora.merged_into(model))(lora, model)
+        >>> logits = nnx.jit(lambda model, tokens: model(tokens))
+        >>> tokens = np.array([[1, 2]])
+        >>> np.array_equal(logits(merged, tokens), logits(model, tokens))
         True
         """
         out = twin(model)

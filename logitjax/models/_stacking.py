@@ -1,5 +1,6 @@
 """Layers of a segment, stacked or listed, and modules that share their arrays."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,16 +14,23 @@ from logitjax.models._config import SegmentSpec
 def stack_layers(layers: Sequence[Any], spec: SegmentSpec) -> list[Any]:
     """Layers one by one to one member a pattern entry, stacked over the repeats."""
     period = len(spec.pattern)
-    return [jax.tree.map(lambda *x: jnp.stack(x), *layers[j::period]) for j in range(period)]
+    return _stacked([list(layers[j::period]) for j in range(period)])
 
 
 def list_layers(stacked: Sequence[Any], spec: SegmentSpec) -> list[Any]:
     """Undoes `stack_layers`."""
-    return [
-        jax.tree.map(lambda x, r=r: x[r], stacked[j])
-        for r in range(spec.repeats)
-        for j in range(len(spec.pattern))
-    ]
+    return _listed(list(stacked[: len(spec.pattern)]), spec.repeats)
+
+
+# One program for all arrays: by itself each would be two.
+@jax.jit
+def _stacked(members: list[list[Any]]) -> list[Any]:
+    return [jax.tree.map(lambda *x: jnp.stack(x), *layers) for layers in members]
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _listed(members: list[Any], repeats: int) -> list[Any]:
+    return [jax.tree.map(lambda x, r=r: x[r], one) for r in range(repeats) for one in members]
 
 
 def convert(members: Sequence[Any], spec: SegmentSpec, layout: str) -> list[Any]:

@@ -1,7 +1,10 @@
 """A toy decoder that needs no files: for smoke runs and tests."""
 
 import functools
+from typing import Any
 
+import jax
+import numpy as np
 from flax import nnx
 
 from logitjax.models._config import DecoderConfig
@@ -36,8 +39,12 @@ def tiny_config(*, layers: int = 2) -> DecoderConfig:
     )
 
 
-# One program: by itself each initialiser is several.
-@functools.partial(nnx.jit, static_argnames=("seed", "layers"))
 def tiny_decoder(seed: int = 0, *, layers: int = 2) -> Decoder:
     """A random decoder of some thousand weights for `byte_tokenizer`."""
-    return Decoder(tiny_config(layers=layers), rngs=nnx.Rngs(seed))
+    return _decoder(np.uint32(seed), layers)
+
+
+# One program for all seeds: an initialiser by itself is several.
+@functools.partial(nnx.jit, static_argnums=1)
+def _decoder(seed: Any, layers: int) -> Decoder:
+    return Decoder(tiny_config(layers=layers), rngs=nnx.Rngs(jax.random.key(seed)))

@@ -32,8 +32,9 @@ def masked_mean(
         TypeError: `where` is not boolean.
         ValueError: `where` does not broadcast to `values`.
 
-    >>> import jax.numpy as jnp
-    >>> float(masked_mean(jnp.array([1.0, jnp.inf, 4.0]), jnp.array([True, False, True])))
+    >>> import numpy as np
+    >>> mean = jax.jit(masked_mean)
+    >>> float(mean(np.array([1.0, np.inf, 4.0]), np.array([True, False, True])))
     2.5
     """
     values = jnp.asarray(values)
@@ -66,10 +67,10 @@ def gradient_where(
         TypeError: `where` is not boolean.
         ValueError: its axes are not the first ones of `values`.
 
-    >>> import jax, jax.numpy as jnp
+    >>> import numpy as np
     >>> def loss(x, where):
     ...     return masked_mean(jnp.sqrt(gradient_where(x, where)), where)
-    >>> jax.grad(loss)(jnp.array([4.0, 0.0]), jnp.array([True, False]))
+    >>> jax.jit(jax.grad(loss))(np.array([4.0, 0.0]), np.array([True, False]))
     Array([0.25, 0.  ], dtype=float32)
     """
     values, where = jnp.asarray(values), jnp.asarray(where)

@@ -31,13 +31,16 @@ class Positions:
     Raises:
         ValueError: `most` is not positive.
 
-    >>> where = jnp.array([[False, True], [True, False]])
-    >>> positions = Positions(where, 3)
-    >>> picked = positions.pick(jnp.array([[1.0, 2.0], [3.0, 4.0]]))
-    >>> picked[:2].tolist(), positions.counted.tolist()
-    ([2.0, 3.0], [True, True, False])
-    >>> positions.put(10 * picked).tolist()
-    [[0.0, 20.0], [30.0, 0.0]]
+    >>> import numpy as np
+    >>> @jax.jit
+    ... def tenfold(values, where):
+    ...     positions = Positions(where, 3)
+    ...     picked = positions.pick(values)
+    ...     return picked, positions.counted, positions.put(10 * picked)
+    >>> where = np.array([[False, True], [True, False]])
+    >>> picked, counted, whole = tenfold(np.array([[1.0, 2.0], [3.0, 4.0]]), where)
+    >>> picked.tolist()[:2], counted.tolist(), whole.tolist()
+    ([2.0, 3.0], [True, True, False], [[0.0, 20.0], [30.0, 0.0]])
     """
 
     def __init__(self, where: Any, most: int | None = None):

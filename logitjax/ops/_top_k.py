@@ -167,9 +167,9 @@ class TopK:
         Raises:
             ValueError: as `top_k`.
 
-        >>> import jax.numpy as jnp
-        >>> top = TopK.of(jnp.log(jnp.array([0.1, 0.7, 0.2])), 2)
-        >>> [f"{log_p:.2f}" for log_p in top.values - top.log_z], top.indices
+        >>> import numpy as np
+        >>> top = jax.jit(lambda logits: TopK.of(logits, 2))(np.log([0.1, 0.7, 0.2]))
+        >>> [f"{log_p:.2f}" for log_p in np.subtract(top.values, top.log_z)], top.indices
         (['-0.36', '-1.61'], Array([1, 2], dtype=int32))
         """
         logits = checks.as_float(logits, "logits", vocab_where)

@@ -91,8 +91,9 @@ def create_classifier(
     Raises:
       ValueError: an unknown name.
 
-    >>> net = create_classifier("resnet8", 10, rngs=nnx.Rngs(0))
-    >>> net(jax.numpy.ones((2, 32, 32, 3))).shape
+    >>> def logits(images):
+    ...     return create_classifier("resnet8", 10, rngs=nnx.Rngs(0))(images)
+    >>> jax.eval_shape(logits, jax.ShapeDtypeStruct((2, 32, 32, 3), "float32")).shape
     (2, 10)
     """
     if name not in _MODELS:

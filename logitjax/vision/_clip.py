@@ -243,17 +243,18 @@ class CLIP(nnx.Module):
       dtype: of the computation; parameters stay float32.
       rngs: needs ``params``.
 
-    >>> from flax import nnx
+    >>> import numpy as np
     >>> config = CLIPConfig(
     ...     embed_dim=8, image_size=8, patch_size=4, vision_layers=1, vision_width=16,
     ...     vision_heads=2, text_width=16, text_heads=2, text_layers=1, context_length=6,
     ...     vocab_size=20,
     ... )
-    >>> clip = CLIP(config, rngs=nnx.Rngs(0))
-    >>> clip.image_features(jnp.zeros((2, 8, 8, 3))).shape
-    (2, 8)
-    >>> clip.text_features(jnp.array([[18, 3, 19, 0, 0, 0]])).shape
-    (1, 8)
+    >>> def both(images, tokens):
+    ...     clip = CLIP(config, rngs=nnx.Rngs(0))
+    ...     return clip.image_features(images), clip.text_features(tokens)
+    >>> tokens = np.array([[18, 3, 19, 0, 0, 0]])
+    >>> [features.shape for features in jax.eval_shape(both, np.zeros((2, 8, 8, 3)), tokens)]
+    [(2, 8), (1, 8)]
 
     References:
       Radford et al. (arXiv 2103.00020).

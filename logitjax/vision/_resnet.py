@@ -99,8 +99,9 @@ class CifarResNet(nnx.Module):
     Raises:
       ValueError: a depth that is not 6n + 2.
 
-    >>> net = CifarResNet(8, rngs=nnx.Rngs(0))
-    >>> net(jax.numpy.ones((2, 32, 32, 3))).shape
+    >>> def features(images):
+    ...     return CifarResNet(8, rngs=nnx.Rngs(0))(images)
+    >>> jax.eval_shape(features, jax.ShapeDtypeStruct((2, 32, 32, 3), "float32")).shape
     (2, 64)
 
     References:

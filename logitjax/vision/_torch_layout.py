@@ -31,7 +31,8 @@ def torch_names(model: ImageClassifier) -> dict[str, tuple[Any, ...]]:
     Only a linear head has a name there: a dual head's own weights are left out.
 
     >>> from logitjax.vision import create_classifier
-    >>> names = torch_names(create_classifier("resnet8", rngs=nnx.Rngs(0)))
+    >>> model = nnx.eval_shape(lambda: create_classifier("resnet8", rngs=nnx.Rngs(0)))
+    >>> names = torch_names(model)
     >>> names["layer2.0.downsample.0.weight"]
     ('backbone', 'layer2', 0, 'downsample', 0, 'kernel')
     """
@@ -138,7 +139,7 @@ def fill_weights(
                 f"weight {name!r} must have shape {variable.shape} (in our layout), got "
                 f"{value.shape}"
             )
-        flat[path] = variable.replace(jnp.asarray(value, variable.dtype))
+        flat[path] = variable.replace(jnp.asarray(np.asarray(value, variable.dtype)))
     nnx.update(model, nnx.from_flat_state(flat.items()))
 
 

@@ -37,6 +37,8 @@ def tokens(seed=0):
     return np.random.default_rng(seed).integers(0, 256, (2, 12))
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_a_pruned_student_is_healed_and_its_directory_read_back(text, tmp_path):
     out = epath.Path(tmp_path)
     mixed = ("sft:0.5", "kl:0.25", "uld:0.25")

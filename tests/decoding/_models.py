@@ -9,6 +9,7 @@ from flax import nnx
 
 from logitjax.decoding import DecodeOptions, Ensemble
 from logitjax.models import Decoder, DecoderConfig, keep_layers
+from tests._modules import with_weights
 
 # One layer with a ring of 6 slots and one without a window.
 CONFIG = DecoderConfig(
@@ -30,11 +31,10 @@ PROMPTS = [[5, 6, 7], [9, 10, 11, 12, 13, 14, 15, 16, 17], [20]]
 
 @functools.cache
 def decoder(seed: int = 0) -> Decoder:
-    model = Decoder(CONFIG, rngs=nnx.Rngs(seed), layout="listed")
     # Larger weights than at initialisation, so that contexts matter.
-    graphdef, state = nnx.split(model)
-    state = jax.tree.map(lambda leaf: 8 * leaf if leaf.ndim > 1 else leaf, state)
-    return nnx.merge(graphdef, state)
+    return with_weights(
+        lambda: Decoder(CONFIG, rngs=nnx.Rngs(0), layout="listed"), seed=seed, size=0.16
+    )
 
 
 @functools.cache
@@ -59,7 +59,7 @@ def next_logits(model: Decoder, tokens) -> np.ndarray:
     """Logits after ``tokens``, by a forward pass without a cache."""
     padded = np.zeros((1, 64), np.int32)
     padded[0, : len(tokens)] = tokens
-    return np.asarray(_forward(*nnx.split(model), padded)[0, len(tokens) - 1])
+    return np.asarray(_forward(*nnx.split(model), padded))[0, len(tokens) - 1]
 
 
 def slow_greedy(logits_after, prompt, count: int) -> list[int]:
@@ -72,7 +72,7 @@ def slow_greedy(logits_after, prompt, count: int) -> list[int]:
 
 def moved(large, experts, bases, vocab_where=None):
     """Proxy tuning with a weight a expert, so that their order matters."""
-    weights = jnp.array([0.7, 0.4])[: len(experts)].reshape(-1, *(1,) * large.ndim)
+    weights = np.float32([0.7, 0.4])[: len(experts)].reshape(-1, *(1,) * large.ndim)
     shift = (weights * (experts - bases)).sum(0)
     return large + shift, {"size": jnp.abs(shift).max(axis=-1)}
 

@@ -25,7 +25,7 @@ def engine():
 
 def collect(found, slot, emitted, row):
     found.setdefault(slot, []).extend(
-        np.asarray(emitted.tokens[row])[np.asarray(emitted.valid[row])].tolist()
+        np.asarray(emitted.tokens)[row][np.asarray(emitted.valid)[row]].tolist()
     )
 
 
@@ -70,7 +70,7 @@ def test_evicted_slots_emit_nothing(engine):
         engine.prefill(slot, Request(prompt=PROMPTS[slot], max_new_tokens=20))
     engine.evict(0)
     chunk = engine.decode_chunk(4)
-    np.testing.assert_array_equal(chunk.valid.sum(axis=1), [0, 4, 0])
+    np.testing.assert_array_equal(np.asarray(chunk.valid).sum(axis=1), [0, 4, 0])
     assert (np.asarray(chunk.tokens)[0] == 0).all()
     engine.evict([0, 1])
     assert not engine.active.any()
@@ -84,8 +84,9 @@ def test_every_slot_has_its_own_settings(engine):
         Request(prompt=PROMPTS[0], max_new_tokens=4, stop_ids=[banned]),
     ]
     first = engine.prefill_all(requests)
-    assert first.tokens[0] == np.argsort(-next_logits(decoder(), PROMPTS[0]))[1]
-    assert first.tokens[1] == first.tokens[2] == banned
+    tokens = np.asarray(first.tokens)
+    assert tokens[0] == np.argsort(-next_logits(decoder(), PROMPTS[0]))[1]
+    assert tokens[1] == tokens[2] == banned
     np.testing.assert_array_equal(engine.active, [True, True, False])
     np.testing.assert_array_equal(engine.state.stopped, [False, False, True])
 
@@ -102,9 +103,9 @@ def test_processors_see_what_their_slot_was_given():
     extra = {"least": np.int32(60)}
     first = engine.prefill(1, Request(prompt=PROMPTS[0], max_new_tokens=5, extra=extra))
     tail = bag_logits(bag[1], PROMPTS[0])[60:]
-    assert first.tokens[0] == 60 + tail.argmax()
+    assert np.asarray(first.tokens)[0] == 60 + tail.argmax()
     expected = tail.max() - np.log(np.exp(tail).sum())
-    np.testing.assert_allclose(first.logprobs[0], expected, atol=1e-4)
+    np.testing.assert_allclose(np.asarray(first.logprobs)[0], expected, atol=1e-4)
     tokens = np.asarray(engine.decode_chunk(4).tokens)
     assert (tokens[1] >= 60).all()
     free = generate(bag, [PROMPTS[0]] * 2, max_new_tokens=5).rows()[0]

@@ -78,7 +78,7 @@ def test_slots_hold_several_models(ensemble, fused):
         request = Request(prompt=PROMPTS[row], others=others, max_new_tokens=8)
         found.append(np.asarray(engine.prefill(slot, request).tokens).tolist())
         chunk = engine.decode_chunk(7)
-        found[-1] += np.asarray(chunk.tokens[slot]).tolist()
+        found[-1] += np.asarray(chunk.tokens)[slot].tolist()
     assert found == [fused.rows()[0], fused.rows()[2]]
 
 

@@ -124,8 +124,8 @@ def test_redrawn_drafts_follow_the_target():
     drafted = drafted.astype(np.int32)
     run = compiled(accept_or_redraw)
     drawn = np.asarray(run(wide, q, drafted, rows, turns))
-    p = compiled(sampling_logits)(wide[:1], sampling_rows(setting, 1))[0]
-    p = np.exp(np.asarray(p, float))
+    p = compiled(sampling_logits)(wide[:1], sampling_rows(setting, 1))
+    p = np.exp(np.asarray(p, float)[0])
     p /= p.sum()
     seen = np.bincount(drawn, minlength=6)
     assert (seen[p == 0] == 0).all()
@@ -231,9 +231,8 @@ def test_slots_speculate_and_step_by_turns():
 
     def take(emitted):
         for slot in range(2):
-            found[slot] += np.asarray(emitted.tokens[slot])[
-                np.asarray(emitted.valid[slot])
-            ].tolist()
+            there = np.asarray(emitted.valid)[slot]
+            found[slot] += np.asarray(emitted.tokens)[slot][there].tolist()
 
     found[0] += engine.prefill(0, Request(prompt=PROMPTS[0], max_new_tokens=12)).tokens.tolist()
     take(engine.speculate(3, 1)[0])

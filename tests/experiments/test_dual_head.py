@@ -109,11 +109,15 @@ def test_lanes_are_independent_and_alpha_stops(placed):
     both = make_trainer(placed, "single")
     alone = make_trainer(placed, "single", alphas=(0.1,))
     off = make_trainer(placed, "single", alphas=(0.0,))
-    trained = [train_epoch(trainer)[0].params["params"] for trainer in (both, alone)]
+    trained = [
+        jax.device_get(train_epoch(trainer)[0].params["params"]) for trainer in (both, alone)
+    ]
     second = jax.tree.map(lambda x: x[1:], trained[0])
     chex.assert_trees_all_close(second, trained[1], rtol=1e-4, atol=1e-6)
     stopped = make_trainer(placed, "single", stop_epoch=1)
-    lanes, plain = (train_epoch(trainer, 1)[0].params["params"] for trainer in (stopped, off))
+    lanes, plain = (
+        jax.device_get(train_epoch(trainer, 1)[0].params["params"]) for trainer in (stopped, off)
+    )
     first = jax.tree.map(lambda x: x[:1], lanes)
     chex.assert_trees_all_close(first, plain, rtol=1e-4, atol=1e-6)
 

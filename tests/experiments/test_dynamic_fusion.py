@@ -5,7 +5,7 @@ import pathlib
 import subprocess
 import sys
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import pytest
 from etils import epath
@@ -122,15 +122,15 @@ def test_traces_are_alphas_of_the_first_positions(scored):
     arms = {"proxy": ProxyTuning(), "grid": DynamicFusion(method="grid")}
     found = dynamic_fusion_arms.traces(models, [head] * 3, arms, positions=7, block_size=4)
     assert list(found) == ["grid"]
-    large, base, expert = (jnp.asarray(m.hidden @ head.T) for m in models)
-    _, info = DynamicFusion(method="grid")(large, expert, base)
+    large, base, expert = (m.hidden @ head.T for m in models)
+    _, info = jax.jit(DynamicFusion(method="grid").__call__)(large, expert, base)
     np.testing.assert_allclose(found["grid"], info["alpha"][:, :7], atol=1e-6)
 
 
 def test_certificate_tells_an_answer_that_is_off_and_unflagged(scored):
     models, head = scored
     logits = [m.hidden @ head.T for m in (models[0], models[2], models[1])]
-    _, info = DynamicFusion(method="newton")(*[jnp.asarray(x) for x in logits])
+    _, info = jax.jit(DynamicFusion(method="newton").__call__)(*logits)
     off = {**info, "alpha": np.asarray(info["alpha"]) + 0.2}
     certificate = dynamic_fusion_certificate.Certificate()
     certificate.add(*logits, {"newton": info, "off": off})
@@ -146,7 +146,7 @@ def test_certificate_tells_an_answer_that_is_off_and_unflagged(scored):
 def test_each_search_is_judged_by_what_it_minimises(scored, method):
     models, head = scored
     logits = [m.hidden @ head.T for m in (models[0], models[2], models[1])]
-    _, info = DynamicFusion(method=method)(*[jnp.asarray(x) for x in logits])
+    _, info = jax.jit(DynamicFusion(method=method).__call__)(*logits)
     alpha = np.asarray(info["alpha"])
     off = {**info, "alpha": np.where(alpha > 1, alpha - 0.2, alpha + 0.2)}
     certificate = dynamic_fusion_certificate.Certificate()

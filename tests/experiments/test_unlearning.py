@@ -5,7 +5,6 @@ import json
 import pathlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
@@ -153,7 +152,10 @@ def test_a_model_with_its_assistant_is_scored_as_it_is_decoded():
     target = with_layout(load_model("tiny:3"), "listed")
     fresh = unlearning.Assistant.init(target, 1, rank=2, key=jax.random.key(0))
     noisy = jax.tree.map(
-        lambda x: x + 0.3 * jnp.sin(jnp.arange(x.size)).reshape(x.shape), fresh.lora
+        lambda x: jax.device_put(
+            x + 0.3 * np.sin(np.arange(x.size, dtype=x.dtype)).reshape(x.shape)
+        ),
+        jax.device_get(fresh.lora),
     )
     deployed = arms.Deployed(
         model=target,

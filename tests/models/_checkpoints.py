@@ -3,6 +3,7 @@
 import json
 import pathlib
 
+import jax
 import numpy as np
 import safetensors.numpy
 from flax import nnx
@@ -19,11 +20,8 @@ def tensors(name: str) -> dict[str, np.ndarray]:
 
 
 def _zeros(model):
-    import jax
-    import jax.numpy as jnp
-
     graphdef, state = nnx.split(model)
-    return graphdef, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), nnx.to_pure_dict(state))
+    return graphdef, jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), nnx.to_pure_dict(state))
 
 
 def write_checkpoint(name: str, directory: pathlib.Path, shards: int = 1) -> pathlib.Path:

@@ -39,7 +39,7 @@ class NnxToy(nnx.Module):
 def toys():
     linen = LinenToy()
     variables = jax.jit(linen.init)(jax.random.key(0), TOKENS)
-    return from_linen(linen, variables), from_nnx(NnxToy(nnx.Rngs(1)))
+    return from_linen(linen, variables), from_nnx(nnx.jit(lambda: NnxToy(nnx.Rngs(1)))())
 
 
 @pytest.mark.parametrize("turn", [1, -1])

@@ -61,6 +61,8 @@ def numpy_logits(tokens: list[int]) -> np.ndarray:
     return norm(x, "output_norm") @ embedding.T
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_logits_equal_a_numpy_forward():
     model = models.load_model("smollm2")
     tokenizer = models.load_tokenizer("smollm2")

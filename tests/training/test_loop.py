@@ -351,8 +351,8 @@ def test_a_saved_state_may_be_donated_at_once(dtype, tmp_path, monkeypatch):
     """The save begins only once the step that gets the buffers has run."""
     mesh = training.make_mesh("data:4,fsdp:2")
     state = {
-        "w": jax.device_put(jnp.arange(64, dtype=dtype), jax.NamedSharding(mesh, jax.P("fsdp"))),
-        "scalar": jax.device_put(jnp.ones((), dtype), jax.NamedSharding(mesh, jax.P())),
+        "w": jax.device_put(np.arange(64).astype(dtype), jax.NamedSharding(mesh, jax.P("fsdp"))),
+        "scalar": jax.device_put(np.ones((), dtype), jax.NamedSharding(mesh, jax.P())),
         "key": jax.random.key(3),
     }
     before = jax.random.key_data(jax.random.key(3))
