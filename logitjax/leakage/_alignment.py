@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
@@ -143,14 +144,19 @@ def utility_loss(
     Returns:
       ``kl`` in nats, mean; ``top1``, share of equal first tokens; ``top5``, mean overlap of five.
 
-    >>> p = jnp.log(jnp.array([[0.5, 0.3, 0.1, 0.05, 0.03, 0.02]]))
+    >>> p = np.log([[0.5, 0.3, 0.1, 0.05, 0.03, 0.02]])
     >>> {k: abs(round(v, 5)) for k, v in utility_loss(p, p).items()}
     {'kl': 0.0, 'top1': 1.0, 'top5': 1.0}
     """
+    truth = np.asarray(true_log_probs, np.float32)
+    served = np.asarray(served_log_probs, np.float32)
+    return {name: float(value) for name, value in _utility_loss(truth, served).items()}
+
+
+@jax.jit
+def _utility_loss(truth: jax.Array, served: jax.Array) -> dict[str, jax.Array]:
     from logitjax.ops import top_k
 
-    truth = jnp.asarray(true_log_probs, jnp.float32)
-    served = jnp.asarray(served_log_probs, jnp.float32)
     served = served - jnp.log(jnp.sum(jnp.exp(served), axis=-1, keepdims=True))
     kl = jnp.sum(jnp.exp(truth) * (truth - served), axis=-1)
     width = min(5, truth.shape[-1])
@@ -158,7 +164,7 @@ def utility_loss(
     _, theirs = top_k(served, width)
     shared = (mine[:, :, None] == theirs[:, None, :]).any(-1).mean(-1)
     return {
-        "kl": float(kl.mean()),
-        "top1": float((mine[:, 0] == theirs[:, 0]).mean()),
-        "top5": float(shared.mean()),
+        "kl": kl.mean(),
+        "top1": (mine[:, 0] == theirs[:, 0]).mean(),
+        "top5": shared.mean(),
     }

@@ -1,5 +1,7 @@
 """Gram matrices of wide rows, by blocks, and orthonormal columns through them."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -9,6 +11,8 @@ from logitjax.leakage._precision import widest
 from logitjax.ops import Array, AxisName, checks, psum
 
 
+# One program where it is called on its own, as those below.
+@functools.partial(jax.jit, static_argnames=("centre", "block_size", "axis_name"))
 def gram_matrix(
     rows: Float[Array, "n vocab"],
     *,
@@ -30,7 +34,8 @@ def gram_matrix(
     Returns:
       ``[n, n]``, float32 or float64.
 
-    >>> print(gram_matrix(jnp.array([[1.0, 0.0, 2.0]]), block_size=2))
+    >>> import numpy as np
+    >>> print(gram_matrix(np.array([[1.0, 0.0, 2.0]], np.float32), block_size=2))
     [[5.]]
     """
     checks.positive(block_size, "block_size")
@@ -64,6 +69,7 @@ def row_means(rows: Array, axis_name: AxisName | None = None) -> jax.Array:
     return total / (rows.shape[-1] * shards)
 
 
+@functools.partial(jax.jit, static_argnames="axis_name")
 def cholesky_qr(
     columns: Float[Array, "vocab k"], *, axis_name: AxisName | None = None
 ) -> Float[jax.Array, "vocab k"]:
@@ -83,8 +89,9 @@ def cholesky_qr(
     References:
       Yamamoto et al., Roundoff error analysis of the CholeskyQR2 algorithm, 2015.
 
-    >>> q = cholesky_qr(jnp.array([[1.0, 1.0], [0.0, 1.0], [0.0, 0.0]]))
-    >>> print(bool(jnp.allclose(q.T @ q, jnp.eye(2), atol=1e-6)))
+    >>> import numpy as np
+    >>> q = np.asarray(cholesky_qr(np.array([[1.0, 1.0], [0.0, 1.0], [0.0, 0.0]], np.float32)))
+    >>> print(np.allclose(q.T @ q, np.eye(2), atol=1e-6))
     True
     """
     columns = jnp.asarray(columns)

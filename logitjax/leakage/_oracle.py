@@ -36,8 +36,8 @@ class LogitOracle:
       values: numbers they reported so far.
       prompts: forward passes so far, by prompt: what the queries cost the operator.
 
-    >>> table = jnp.arange(12.0).reshape(3, 4)
-    >>> oracle = LogitOracle(lambda tokens: table[tokens[:, -1]],
+    >>> table = np.arange(12.0).reshape(3, 4)
+    >>> oracle = LogitOracle(lambda tokens: table[np.asarray(tokens)[:, -1]],
     ...                      LogitPolicy(returns="logits", top_k=2), budget=3)
     >>> oracle.ask([[0], [2]]).values
     array([[ 3.,  2.],
@@ -153,7 +153,7 @@ class LogitOracle:
         parts = []
         for start in range(0, len(prompts), self._batch_size):
             parts.append(self._logits(prompts[start : start + self._batch_size]))
-        return np.asarray(jax.nn.log_softmax(jnp.concatenate(parts)))
+        return np.asarray(jax.nn.log_softmax(np.concatenate(parts)))
 
     def _charge(self, count: int) -> None:
         if self.budget is not None and self.queries + count > self.budget:
@@ -206,7 +206,7 @@ class LogitOracle:
         draw = None
         if temperature > 0:
             self._draws, draw = jax.random.split(self._draws)
-        keys = _keys(self._api, jnp.asarray(numbers, jnp.uint32))
+        keys = _keys(self._api, np.asarray(numbers, np.uint32))
         values, where = _answer(
             self.policy, rows, keys, self._api, fresh, tokens, bias, temperature, draw
         )

@@ -222,9 +222,11 @@ class LogitPolicy:
           ValueError: the bias is not allowed, or there is too much of it.
 
         >>> policy = LogitPolicy(returns="logits", top_k=1, bias="reported", decimals=1)
-        >>> answer = policy.report(jnp.array([0.0, 1.26]), bias_tokens=jnp.array([0]),
-        ...                        bias_values=jnp.array([5.0]))
-        >>> print(answer.values, answer.tokens)
+        >>> @jax.jit
+        ... def report(served, tokens, bias):
+        ...     answer = policy.report(served, bias_tokens=tokens, bias_values=bias)
+        ...     return answer.values, answer.tokens
+        >>> print(*report(np.array([0.0, 1.26]), np.array([0]), np.array([5.0])))
         [5.] [0]
         """
         values = moved = checks.as_float(served, "served")

@@ -1,6 +1,7 @@
 """Subspaces of more rows than fit: a sketch that sees each row once, and randomised SVD."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,7 @@ def init_sketch(vocab: int, size: int, key: Key[jax.Array, ""]) -> RowSketch:
     )
 
 
+@functools.partial(jax.jit, static_argnames=("centre", "axis_name"))
 def update_sketch(
     sketch: RowSketch,
     rows: Float[Array, "n vocab"],
@@ -78,13 +80,18 @@ def sketch_basis(
     References:
       Halko, Martinsson and Tropp, 2011, section 5.5 (single pass).
 
-    >>> sketch = update_sketch(init_sketch(3, 1, jax.random.key(0)), jnp.array([[0.0, 2.0, 0.0]]))
-    >>> print(jnp.abs(sketch_basis(sketch)).round(5).T)
+    >>> import numpy as np
+    >>> sketch = update_sketch(init_sketch(3, 1, jax.random.key(0)), np.array([[0.0, 2.0, 0.0]]))
+    >>> print(np.abs(sketch_basis(sketch)).round(5).T)
     [[0. 1. 0.]]
     """
     return cholesky_qr(sketch.columns, axis_name=axis_name)
 
 
+_STATIC = ("rank", "oversample", "power_iterations", "centre", "axis_name")
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC)
 def randomised_svd(
     rows: Float[Array, "n vocab"],
     rank: int,
@@ -115,8 +122,9 @@ def randomised_svd(
     References:
       Halko, Martinsson and Tropp, 2011, algorithms 4.4 and 5.1, with CholeskyQR2 for QR.
 
-    >>> values, _ = randomised_svd(jnp.diag(jnp.array([3.0, 2.0, 0.0])), 2, jax.random.key(0))
-    >>> print(values.round(4))
+    >>> import numpy as np
+    >>> values, _ = randomised_svd(np.diag([3.0, 2.0, 0.0]), 2, jax.random.key(0))
+    >>> print(np.asarray(values).round(4))
     [3. 2.]
     """
     rows = jnp.asarray(rows, jnp.float32)

@@ -282,8 +282,7 @@ def _evidence(
 def _by_gram(rows: Array, centre: bool, block_size: int) -> _Spectrum:
     held = np.asarray(rows) if on_host(rows) else None
     if held is None:
-        run = jax.jit(gram_matrix, static_argnames=("centre", "block_size"))
-        gram = np.asarray(run(rows, centre=centre, block_size=block_size), np.float64)
+        gram = np.asarray(gram_matrix(rows, centre=centre, block_size=block_size), np.float64)
     else:
         gram = host_gram(held, centre=centre, block_size=block_size)
     if not np.isfinite(gram).all():
@@ -316,8 +315,7 @@ def _project(rows: jax.Array, left: jax.Array, mean: jax.Array) -> jax.Array:
 
 
 def _randomised(rows: Array, rank: int, key: jax.Array, centre: bool) -> _Spectrum:
-    run = jax.jit(randomised_svd, static_argnums=1, static_argnames="centre")
-    values, vectors = run(rows, rank, key, centre=centre)
+    values, vectors = randomised_svd(rows, rank, key, centre=centre)
     return _Spectrum(
         values=np.asarray(values, np.float64),
         floor=_float32_floor(values),
@@ -333,14 +331,16 @@ def _by_sketch(rows: Array, rank: int, key: jax.Array, centre: bool) -> _Spectru
     for start in range(0, rows.shape[0], size):
         sketch = step(sketch, rows[start : start + size], centre=centre)
     # Singular values of the sketch, over sqrt(k): those of the rows up to a factor near one.
-    gram = jax.jit(gram_matrix)(sketch.columns.T)
-    squares, inner = jnp.linalg.eigh(gram)
-    values = np.asarray(jnp.sqrt(jnp.maximum(squares[::-1], 0.0) / rank))
+    gram = np.asarray(gram_matrix(sketch.columns.T))
+    if not np.isfinite(gram).all():
+        return _Spectrum(values=np.full(rank, np.nan), floor=np.nan, basis=_no_basis)
+    squares, inner = np.linalg.eigh(gram)
+    values = np.sqrt(np.maximum(squares[::-1], 0.0) / rank)
 
     def basis(size: int) -> jax.Array:
         if size == rank:
             return sketch_basis(sketch)
-        few = sketch.columns @ inner[:, ::-1][:, :size].astype(jnp.float32)
+        few = sketch.columns @ inner[:, ::-1][:, :size].astype(np.float32)
         return cholesky_qr(few)
 
     return _Spectrum(values=values, floor=_float32_floor(values), basis=basis)

@@ -1,6 +1,5 @@
 """A head whose states pass an RMSNorm, as the measurements of the literature are made on."""
 
-import jax.numpy as jnp
 import numpy as np
 
 from logitjax.leakage import LogitOracle
@@ -16,8 +15,8 @@ def head_and_states(vocab, width, count, *, seed=0, std=2.5, anisotropy=0.0):
 
 def oracle_of(logits, policy, **options):
     """A prompt is the number of a row."""
-    table = jnp.asarray(logits, jnp.float32)
-    return LogitOracle(lambda tokens: table[tokens[:, -1]], policy, **options)
+    table = np.asarray(logits, np.float32)
+    return LogitOracle(lambda tokens: table[np.asarray(tokens)[:, -1]], policy, **options)
 
 
 def log_softmax(logits):
