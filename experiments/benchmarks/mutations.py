@@ -133,6 +133,7 @@ AREAS: Mapping[str, Area] = {
             "fusion/_inputs": (*_DYNAMIC, "fusion/test_static"),
             "fusion/_joint": ("fusion/test_several_experts",),
             "fusion/_logit_difference": ("fusion/test_static",),
+            "fusion/_minimum": ("fusion/test_minimum",),
             "fusion/_path": _DYNAMIC,
             "fusion/_solve": _DYNAMIC,
             "fusion/_static": ("fusion/test_static",),

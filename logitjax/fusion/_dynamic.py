@@ -11,9 +11,10 @@ from jaxtyping import Bool, Float
 
 from logitjax.fusion._inputs import read_inputs
 from logitjax.fusion._joint import least_step, project
-from logitjax.fusion._path import Divergences, Moments, Path, divergences_at, make_path
+from logitjax.fusion._minimum import find_minimum
+from logitjax.fusion._path import Moments, Path, make_path
 from logitjax.fusion._rows import by_rows
-from logitjax.fusion._solve import Solution, find_minimum, find_root
+from logitjax.fusion._solve import Solution, find_root
 from logitjax.ops import Array, AxisName, checks
 
 Method = Literal["grid", "newton", "jeffreys", "budget", "project"]
@@ -21,6 +22,8 @@ Multi = Literal["single", "joint", "per_expert", "project"]
 _METHODS = ("grid", "newton", "jeffreys", "budget", "project")
 _MULTIS = ("single", "joint", "per_expert", "project")
 _LARGEST_JOINT_GRID = 10_000
+# Enough for most rows; of many rows the others are searched apart.
+_FEW_SWEEPS = 10
 
 
 class _Found(NamedTuple):
@@ -44,7 +47,7 @@ class DynamicFusion:
     about as far from P as Q_t from Q. What "as far" means is the `method`::
 
         grid      least (KL(P_a||P) - KL(Q_t||Q))^2 + (KL(P||P_a) - KL(Q||Q_t))^2 on a grid
-        newton    the same objective, its minimum between the points of a coarse grid
+        newton    the same objective, its least value on the whole range, certified
         jeffreys  KL(P_a||P) + KL(P||P_a) = KL(Q_t||Q) + KL(Q||Q_t)
         budget    KL(P_a||P) = KL(Q_t||Q): the largest shift within the expert's divergence
         project   the P_a nearest to P with E_{P_a}[log Q_t/Q] >= KL(Q_t||Q)
@@ -70,10 +73,10 @@ class DynamicFusion:
             much.
         alpha_range: least and largest alpha.
         num: points of the grid, the ends included.
-        scan: points of newton's coarse grid; more find more of its global minima.
-        max_sweeps: evaluations of a search at most. With `axis_name` it makes just so many, for
-            each is an all-reduce.
-        tolerance: of the root searches, on the divergence, relative where that is below 1.
+        max_sweeps: evaluations of a search at most.
+        sharded_sweeps: evaluations of a search with `axis_name`: just so many, for each is an
+            all-reduce. Newton starts from the whole grid then, which is one.
+        tolerance: of the root searches, on the divergence, relative.
 
     >>> large = jnp.array([2.0, 1.0, 0.0])
     >>> expert, base = jnp.array([0.0, 2.0, 0.0]), jnp.array([2.0, 1.0, 0.0])
@@ -90,8 +93,8 @@ class DynamicFusion:
     multi: Multi = "joint"
     alpha_range: tuple[float, float] = (0.0, 2.0)
     num: int = 21
-    scan: int = 8
-    max_sweeps: int = 12
+    max_sweeps: int = 64
+    sharded_sweeps: int = 12
     tolerance: float = 1e-4
 
     def __post_init__(self) -> None:
@@ -103,8 +106,8 @@ class DynamicFusion:
         if not 0 <= low < high:
             raise ValueError(f"alpha_range: expected 0 <= low < high, got {self.alpha_range}")
         checks.between(self.num, 2, float("inf"), "num")
-        checks.between(self.scan, 2, float("inf"), "scan")
         checks.between(self.max_sweeps, 1, float("inf"), "max_sweeps")
+        checks.between(self.sharded_sweeps, 1, float("inf"), "sharded_sweeps")
 
     def __call__(
         self,
@@ -127,12 +130,13 @@ class DynamicFusion:
                 axis.
 
         Returns:
-            Float32 logits `[*batch, vocab]` (alphas count as constants in their gradient), and
-            arrays: `alpha`, `lower`, `upper` `[T, *batch]`, the last two a bracket;
-            `converged` `[*batch]`, false where the answer may be another; `at_bound`
-            `[*batch]`; `expert` `[*batch]`, the one that was followed, -1 for all;
-            `forward`, `reverse`, `objective` `[*batch]` and their targets, of the fused
-            distribution against the mean divergences; `sweeps`, evaluations of the path.
+            Float32 logits `[*batch, vocab]` up to a constant a row, such that the large model's
+            largest is 0 (alphas count as constants in their gradient), and arrays: `alpha`,
+            `lower`, `upper` `[T, *batch]`, the last two a bracket; `converged` `[*batch]`, false
+            where the answer may be another; `at_bound` `[*batch]`; `expert` `[*batch]`, the one
+            that was followed, -1 for all; `forward`, `reverse`, `objective` `[*batch]` and their
+            targets, of the fused distribution against the mean divergences; `sweeps`, evaluations
+            of the path.
 
         Raises:
             ValueError: shapes do not fit, or a joint grid would be too large.
@@ -145,11 +149,15 @@ class DynamicFusion:
         decide = functools.partial(self._decide, axis_name=axis_name)
         # All-reduces are counted by the token, not by the row.
         if axis_name is None:
-            info = by_rows(decide, inputs.large.shape[:-1], *frozen)
+            quick = dataclasses.replace(self, max_sweeps=min(self.max_sweeps, _FEW_SWEEPS))
+            first = functools.partial(quick._decide, axis_name=None)
+            info = by_rows(decide, inputs.large.shape[:-1], *frozen, first=first)
         else:
             info = decide(*frozen)
-        shift = info["alpha"][..., None].astype(inputs.large.dtype) * inputs.differences
-        return inputs.fused(inputs.large + shift.sum(0)), info
+        levels = info.pop("large_level"), info.pop("expert_levels"), info.pop("base_levels")
+        alpha = info["alpha"][..., None].astype(inputs.large.dtype)
+        shift = (alpha * inputs.differences_below(levels)).sum(0)
+        return inputs.fused(inputs.below(levels).large + shift), info
 
     def _decide(
         self,
@@ -162,11 +170,12 @@ class DynamicFusion:
     ) -> dict[str, jax.Array]:
         """Alphas, and all that is reported beside them."""
         inputs = read_inputs(large, experts, bases, vocab_where)
-        path = make_path(inputs, float(self.alpha_range[1]), axis_name)
+        extent = self.method == "newton"
+        path = make_path(inputs, axis_name, extent=extent)
         several = len(path) > 1
         expert = jnp.full(inputs.large.shape[:-1], -1 if several else 0, jnp.int32)
         if several and self.multi == "project":
-            found = _of_joint(self._project(path, axis_name))
+            found = _of(self._project(path, axis_name))
         elif several and self.multi == "joint":
             found = self._joint(path, axis_name)
         else:
@@ -178,7 +187,14 @@ class DynamicFusion:
                 found = found._replace(divergences=None)
             else:
                 found = found._replace(divergences=_first(found.divergences))
-        return {**self._report(path, found, axis_name), "expert": expert}
+        level, expert_levels, base_levels = path.levels
+        return {
+            **self._report(path, found, axis_name),
+            "expert": expert,
+            "large_level": level,
+            "expert_levels": expert_levels,
+            "base_levels": base_levels,
+        }
 
     def _alone(self, path: Path, axis_name: AxisName | None, *, mean_targets: bool) -> _Found:
         """Each expert's alpha with the others left out."""
@@ -196,7 +212,7 @@ class DynamicFusion:
         }[self.method]
 
         def root(alpha: jax.Array) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
-            at = path.moments(alpha, order=2, axis_name=axis_name)
+            at = path.moments(alpha, axis_name=axis_name)
             moved = alpha * at.mean - at.log_z
             if self.method == "project":
                 value, slope = at.mean + path.gain, at.variance
@@ -213,10 +229,10 @@ class DynamicFusion:
             *self.alpha_range,
             quadratic=self.method != "project",
             tolerance=self.tolerance,
-            max_sweeps=self.max_sweeps,
+            max_sweeps=self._sweeps(axis_name),
             unrolled=axis_name is not None,
         )
-        return _of(solution, solution.at)
+        return _of(solution)
 
     def _grid(
         self, path: Path, forward: jax.Array, reverse: jax.Array, axis_name: AxisName | None
@@ -234,52 +250,23 @@ class DynamicFusion:
     def _newton(
         self, path: Path, forward: jax.Array, reverse: jax.Array, axis_name: AxisName | None
     ) -> _Found:
-        low, high = self.alpha_range
-        values = jnp.linspace(low, high, self.scan + 1, dtype=path.variance.dtype)
-        # At alpha = 0 both divergences are 0, and no minimum.
-        values = values[1:] if low == 0 else values
-        moved, back = _divergences(*path.scan(values, axis_name=axis_name))
-        best = ((moved - forward) ** 2 + (back - reverse) ** 2).argmin(0)
-        start, width = _pick(values, best), (high - low) / self.scan
-        lower, upper = jnp.maximum(start - width, low), jnp.minimum(start + width, high)
-
-        def evaluate(alpha: jax.Array) -> Divergences:
-            at = path.moments(alpha, order=3, axis_name=axis_name)
-            return divergences_at(at, alpha, forward, reverse)
-
-        solution = find_minimum(
-            evaluate,
-            start,
-            lower,
-            upper,
-            low,
-            high,
-            tolerance=1e-8,
-            max_sweeps=self.max_sweeps,
-            unrolled=axis_name is not None,
+        # Unsharded, a point costs a sweep: most of the grid is proven away without one.
+        count = 3 if axis_name is None else self.num
+        values = jnp.linspace(*self.alpha_range, count, dtype=path.variance.dtype)
+        sweeps = self._sweeps(axis_name)
+        return _of(
+            find_minimum(path, forward, reverse, values, max_sweeps=sweeps, axis_name=axis_name)
         )
-        end = solution.at
 
-        # F and R grow, so that between two points neither leaves the interval of their values: no
-        # point of an interval does better than its nearest corner.
-        def distance(values: jax.Array, target: jax.Array) -> jax.Array:
-            left = jnp.concatenate([jnp.zeros_like(values[:1]), values[:-1]])
-            return jnp.maximum(jnp.maximum(left - target, target - values), 0.0)
-
-        least = distance(moved, forward) ** 2 + distance(back, reverse) ** 2
-        index = jnp.arange(len(values)).reshape(-1, *[1] * best.ndim)
-        searched = (index == best) | (index == best + 1)
-        certain = (searched | (least >= end.objective - 1e-6)).all(0) | (end.objective <= 1e-6)
-        found = _of(solution, (end.forward, end.reverse))
-        return found._replace(
-            converged=found.converged & certain, sweeps=found.sweeps + len(values)
-        )
+    def _sweeps(self, axis_name: AxisName | None, *, several: bool = False) -> int:
+        # Steps of several alphas are not bracketed, and take longer.
+        return self.max_sweeps if axis_name is None else self.sharded_sweeps * (1 + several)
 
     def _project(self, path: Path, axis_name: AxisName | None) -> Solution:
         return project(
             path,
             self.alpha_range,
-            max_sweeps=2 * self.max_sweeps,
+            max_sweeps=self._sweeps(axis_name, several=True),
             tolerance=self.tolerance,
             axis_name=axis_name,
         )
@@ -291,7 +278,7 @@ class DynamicFusion:
             return dataclasses.replace(self, method="jeffreys")._joint(path, axis_name)
         if self.method != "grid":
             start = self._alone(path, axis_name, mean_targets=False).alpha / count
-            return _of_joint(
+            return _of(
                 least_step(
                     path,
                     forward,
@@ -299,7 +286,7 @@ class DynamicFusion:
                     start,
                     self.alpha_range,
                     method=self.method,
-                    max_sweeps=2 * self.max_sweeps,
+                    max_sweeps=self._sweeps(axis_name, several=True),
                     tolerance=self.tolerance,
                     axis_name=axis_name,
                 )
@@ -371,19 +358,15 @@ def _first(values: Any) -> Any:
     return jax.tree.map(lambda value: value[0], values)
 
 
-def _of(solution: Solution, divergences: Any) -> _Found:
+def _of(solution: Solution) -> _Found:
     return _Found(
         solution.alpha,
         solution.lower,
         solution.upper,
         solution.converged,
         solution.sweeps,
-        divergences,
+        solution.at,
     )
-
-
-def _of_joint(solution: Solution) -> _Found:
-    return _of(solution, solution.at)
 
 
 def _choose(path: Path, found: _Found) -> tuple[_Found, jax.Array]:

@@ -27,9 +27,39 @@ class Inputs(NamedTuple):
         """Expert minus base, `[T, *batch, vocab]`; 0 where either does not exist."""
         return jnp.where(self.exists, self.experts - self.bases, 0.0)
 
+    def below(self, levels: tuple[jax.Array, jax.Array, jax.Array]) -> "Inputs":
+        """The same distributions: logits less a constant a row, `[models, *batch]`, of each."""
+        top, expert, base = levels
+
+        def less(logits: jax.Array, level: jax.Array) -> jax.Array:
+            return jnp.where(self.exists, logits - level[..., None], 0.0)
+
+        return self._replace(
+            large=less(self.large, top[0]),
+            experts=less(self.experts, expert),
+            bases=less(self.bases, base),
+        )
+
+    def differences_below(self, levels: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        """`differences` of `below(levels)`, to float32 whatever the levels are.
+
+        And whatever fillers are: of two entries of -1e9 the difference is that of the levels.
+        """
+        _, expert, base = levels
+        difference, rest = _exact_difference(self.experts, self.bases)
+        shift, shift_rest = (x[..., None] for x in _exact_difference(expert, base))
+        return jnp.where(self.exists, (difference - shift) + (rest - shift_rest), 0.0)
+
     def fused(self, values: jax.Array) -> jax.Array:
         """`values` where the vocabulary exists, `-inf` elsewhere."""
         return jnp.where(self.exists, values, -jnp.inf)
+
+
+def _exact_difference(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """x - y as float32 has it, and what rounding took from it (Knuth's two-sum)."""
+    difference = x - y
+    back = difference - x
+    return difference, (x - (difference - back)) - (y + back)
 
 
 class Strategy:

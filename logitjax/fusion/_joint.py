@@ -21,6 +21,7 @@ class _Visit(NamedTuple):
     residual: jax.Array
     matrix: jax.Array
     done: jax.Array
+    means: jax.Array
     at: tuple[jax.Array, jax.Array]
 
 
@@ -45,10 +46,10 @@ def project(
     """
     low, high = bounds
     wanted = path.target_forward - path.gain
-    allowed = tolerance * jnp.clip(path.target_forward, 1e-2, 1.0)
+    allowed = tolerance * jnp.maximum(path.target_forward, 1e-2)
 
-    def visit(alphas: jax.Array) -> _Visit:
-        log_z, means, covariance = path.joint_moments(alphas, axis_name=axis_name)
+    def visit(alphas: jax.Array, centre: jax.Array | None) -> _Visit:
+        log_z, means, covariance = path.joint_moments(alphas, axis_name=axis_name, centre=centre)
         gap = wanted - means
         held = ((alphas <= low) & (gap <= 0)) | ((alphas >= high) & (gap >= 0))
         done = (held | (jnp.abs(gap) <= allowed)).all(0)
@@ -56,7 +57,7 @@ def project(
         free = (~held).astype(gap.dtype)
         matrix = covariance * free[:, None] * free[None]
         forward = (alphas * means).sum(0) - log_z
-        return _Visit(merit, gap * free, matrix, done, (forward, log_z))
+        return _Visit(merit, gap * free, matrix, done, means, (forward, log_z))
 
     def step(seen: _Visit, damping: jax.Array) -> jax.Array:
         matrix, residual = jnp.moveaxis(seen.matrix, (0, 1), (-2, -1)), seen.residual
@@ -85,10 +86,10 @@ def least_step(
 
     One or two equations for T alphas: which of the many solutions is found depends on the start.
     """
-    jeffreys = jnp.clip(forward + reverse, 1e-2, 1.0)
+    jeffreys = jnp.maximum(forward + reverse, 1e-2)
 
-    def visit(alphas: jax.Array) -> _Visit:
-        log_z, means, covariance = path.joint_moments(alphas, axis_name=axis_name)
+    def visit(alphas: jax.Array, centre: jax.Array | None) -> _Visit:
+        log_z, means, covariance = path.joint_moments(alphas, axis_name=axis_name, centre=centre)
         moved = (alphas * means).sum(0) - log_z
         gaps = jnp.stack([moved - forward, log_z - reverse])
         slopes = jnp.stack([(covariance * alphas[None]).sum(1), means])
@@ -103,7 +104,7 @@ def least_step(
         # The second is less than what the linear model promises.
         done = (jnp.abs(gaps) <= tolerance * jeffreys).all(0)
         done |= (downhill**2).sum(0) <= 1e-9 * (slopes**2).sum((0, 1))
-        return _Visit((gaps**2).sum(0), gaps, slopes, done, (moved, log_z))
+        return _Visit((gaps**2).sum(0), gaps, slopes, done, means, (moved, log_z))
 
     def step(seen: _Visit, damping: jax.Array) -> jax.Array:
         slopes = jnp.moveaxis(seen.matrix, (0, 1), (-2, -1))
@@ -126,7 +127,7 @@ def _solve(matrix: jax.Array, right: jax.Array) -> jax.Array:
 
 
 def _damped(
-    visit: Callable[[jax.Array], _Visit],
+    visit: Callable[[jax.Array, jax.Array | None], _Visit],
     step: Callable[[_Visit, jax.Array], jax.Array],
     start: jax.Array,
     bounds: tuple[float, float],
@@ -135,14 +136,14 @@ def _damped(
     unrolled: bool,
 ) -> Solution:
     start = jnp.clip(jnp.where(jnp.isfinite(start), start, bounds[0]), *bounds)
-    seen = visit(start)
+    seen = visit(start, None)
     damping = jnp.full_like(seen.merit, _DAMPING)
 
     def advance(carry: Any) -> Any:
         alphas, seen, damping = carry
         trial = jnp.clip(alphas + step(seen, damping), *bounds)
         trial = jnp.where(jnp.isfinite(trial), trial, alphas)
-        new = visit(trial)
+        new = visit(trial, seen.means)
         # Near the end what merits differ by is rounding.
         better = new.merit <= seen.merit + 1e-6 * (1 + jnp.abs(seen.merit))
         taken = (better | new.done) & ~seen.done

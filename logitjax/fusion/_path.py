@@ -11,14 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Bool, Float
 
-from logitjax.fusion._inputs import Inputs, pmax, read_inputs
-from logitjax.ops import Array, AxisName, finite_or_zero, psum
+from logitjax.fusion._inputs import Inputs, pmax
+from logitjax.ops import AxisName, finite_or_zero, psum
 
-# exp of this neither overflows in float32 when summed over a vocabulary, nor does its inverse
-# vanish.
-_LARGEST_EXPONENT = 60.0
 # Sums over parts of the vocabulary run on several cores of a CPU, and round less.
 _PARTS = 32
 
@@ -31,7 +27,6 @@ class Moments:
     log_z: Any
     mean: Any
     variance: Any = None
-    third: Any = None
 
 
 @jax.tree_util.register_dataclass
@@ -42,71 +37,78 @@ class Path:
     Attributes:
         log_p: `[*batch, vocab]`, -inf where the vocabulary does not exist; padded to whole parts.
         directions: `[T, *batch, vocab]`, h, centred under P; likewise.
-        peak: `[T, *batch]`, the maximum of `log_p + high * h`.
         variance: `[T, *batch]`, of h under P.
         gain: `[T, *batch]`, E_P[log expert/base].
         target_forward: `[T, *batch]`, KL(expert || base).
         target_reverse: `[T, *batch]`, KL(base || expert).
-        high: the largest alpha, static.
+        least: `[T, *batch]`, no h lies below; None unless asked for.
+        most: likewise, no h lies above.
+        levels: largest logits of the large model `[1, *batch]`, of experts and of bases.
     """
 
     log_p: Any
     directions: Any
-    peak: Any
     variance: Any
     gain: Any
     target_forward: Any
     target_reverse: Any
-    high: float = dataclasses.field(metadata={"static": True})
+    least: Any
+    most: Any
+    levels: tuple[Any, Any, Any]
 
     def __len__(self) -> int:
         return self.directions.shape[0]
 
-    def moments(self, alpha: jax.Array, *, order: int, axis_name: AxisName | None) -> Moments:
-        """Cumulants at `alpha` `[T, *batch]`, each expert alone; one all-reduce."""
-        return self._cumulants(psum(self._sums(alpha, order), axis_name), alpha)
+    def moments(
+        self, alpha: jax.Array, *, axis_name: AxisName | None, centre: jax.Array | None = None
+    ) -> Moments:
+        """Cumulants at `alpha` `[T, *batch]`, each expert alone; one all-reduce.
 
-    def scan(self, values: jax.Array, *, axis_name: AxisName | None) -> tuple[Any, Moments]:
+        The nearer `centre` is to the mean, the more digits the variance keeps.
+        """
+        return _cumulants(self._sums(alpha, 2, centre), centre, axis_name)
+
+    def scan(
+        self, values: jax.Array, *, order: int = 1, axis_name: AxisName | None
+    ) -> tuple[Any, Moments]:
         """`values` and the cumulants at each, `[num, T, *batch]`; one all-reduce for them all.
 
         One value after another: nothing of the size of the vocabulary is held for each.
         """
         shape = self.variance.shape
-        sums = lax.map(lambda value: self._sums(jnp.full(shape, value), 1), values)
+        sums = lax.map(lambda value: self._sums(jnp.full(shape, value), order), values)
         alpha = jnp.broadcast_to(values.reshape(-1, *[1] * len(shape)), (len(values), *shape))
-        return alpha, self._cumulants(jnp.moveaxis(psum(sums, axis_name), 1, 0), alpha)
+        return alpha, _cumulants(jnp.moveaxis(sums, 1, 0), None, axis_name)
 
-    def _offset(self, alpha: jax.Array) -> jax.Array:
-        # max(log_p + a h) is convex in a and at most 0 at a = 0, so this bounds it: no sweep for
-        # a maximum is needed. log_z is at least 0, so that subtracting less keeps it in range.
-        bound = jnp.maximum(self.peak, 0.0) * (alpha / self.high)
-        return jnp.maximum(bound - _LARGEST_EXPONENT, 0.0)
-
-    def _sums(self, alpha: jax.Array, order: int) -> jax.Array:
-        h, offset = self.directions, self._offset(alpha)
-        weight = jnp.exp(self.log_p + alpha[..., None] * h - offset[..., None])
-        sums = [_total(weight)]
+    def _sums(self, alpha: jax.Array, order: int, centre: jax.Array | None = None) -> jax.Array:
+        """The largest exponent of the shard, and sums of weights and moments less that."""
+        h = self.directions
+        x = self.log_p + alpha[..., None] * h
+        peak = finite_or_zero(x.max(-1))
+        weight = jnp.exp(x - peak[..., None])
+        if centre is not None:
+            h = h - centre[..., None]
+        sums = [peak, _total(weight)]
         for _ in range(order):
             weight = weight * h
             sums.append(_total(weight))
         return jnp.stack(sums)
 
-    def _cumulants(self, sums: jax.Array, alpha: jax.Array) -> Moments:
-        total, *powers = sums
-        raw: list[Any] = [power / total for power in powers]
-        cumulants = raw[:1]
-        if len(raw) > 1:
-            cumulants.append(raw[1] - raw[0] ** 2)
-        if len(raw) > 2:
-            cumulants.append(raw[2] - 3 * raw[0] * raw[1] + 2 * raw[0] ** 3)
-        return Moments(jnp.log(total) + self._offset(alpha), *cumulants)
-
     def joint_moments(
-        self, alphas: jax.Array, *, axis_name: AxisName | None
+        self,
+        alphas: jax.Array,
+        *,
+        axis_name: AxisName | None,
+        centre: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """log_z, E[h_t] and Cov[h_s, h_t] with all experts at once; two all-reduces."""
+        """log_z, E[h_t] and Cov[h_s, h_t] with all experts at once; two all-reduces.
+
+        The nearer `centre` is to the means, the more digits the covariances keep.
+        """
         h = self.directions
         x = self.log_p + (alphas[..., None] * h).sum(0)
+        if centre is not None:
+            h = h - centre[..., None]
         offset = finite_or_zero(pmax(x.max(-1), axis_name))
         weight = jnp.exp(x - offset[..., None])
         count = len(h)
@@ -120,7 +122,24 @@ class Path:
         for (s, t), value in zip(pairs, rest[count:], strict=True):
             covariance[s, t] = covariance[t, s] = value / total - means[s] * means[t]
         rows = [jnp.stack([covariance[s, t] for t in range(count)]) for s in range(count)]
-        return jnp.log(total) + offset, jnp.stack(means), jnp.stack(rows)
+        mean = jnp.stack(means) if centre is None else centre + jnp.stack(means)
+        return jnp.log(total) + offset, mean, jnp.stack(rows)
+
+
+def _cumulants(sums: jax.Array, centre: jax.Array | None, axis_name: AxisName | None) -> Moments:
+    if axis_name is None:
+        peak, total, *powers = sums
+    else:
+        # Of every shard its own, by one all-reduce: a maximum first would be another.
+        mine = jnp.arange(lax.axis_size(axis_name)) == lax.axis_index(axis_name)
+        mine = mine.reshape(-1, *[1] * sums.ndim)
+        peaks, sums = jnp.split(psum(jnp.where(mine, sums, 0.0), axis_name), [1], axis=1)
+        peak = peaks.max(0)[0]
+        total, *powers = (sums * jnp.exp(peaks - peak)).sum(0)
+    raw: list[Any] = [power / total for power in powers]
+    mean = raw[0] if centre is None else centre + raw[0]
+    variance = [jnp.maximum(raw[1] - raw[0] ** 2, 0.0)] if len(raw) > 1 else []
+    return Moments(jnp.log(total) + peak, mean, *variance)
 
 
 def _total(values: jax.Array) -> jax.Array:
@@ -141,160 +160,54 @@ def _padded(inputs: Inputs) -> Inputs:
     return jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, extra)]), inputs)
 
 
-def make_path(inputs: Inputs, high: float, axis_name: AxisName | None) -> Path:
+def make_path(inputs: Inputs, axis_name: AxisName | None, *, extent: bool = False) -> Path:
     """Normalises, centres, and finds what the experts differ from their bases by.
 
-    Two all-reduces, whatever the number of experts.
+    Two all-reduces, whatever the number of experts; `extent` also finds `least` and `most`.
     """
     inputs = _padded(inputs)
-    large, exists = inputs.large, inputs.exists
-    experts, bases = inputs.experts, inputs.bases
-    d = inputs.differences
-    count = d.shape[0]
+    raw, count = inputs.differences, len(inputs.experts)
 
     def highest(values: jax.Array) -> jax.Array:
-        return jnp.where(exists, values, -jnp.inf).max(-1)
+        return jnp.where(inputs.exists, values, -jnp.inf).max(-1)
 
-    maxima = [highest(large)[None], highest(experts), highest(bases), highest(large + high * d)]
+    maxima = [highest(inputs.large)[None], highest(inputs.experts), highest(inputs.bases)]
+    maxima += [highest(raw), highest(-raw)] if extent else []
+    cuts = [1, 1 + count, 1 + count + len(inputs.bases)]
     maxima = finite_or_zero(pmax(jnp.concatenate(maxima), axis_name))
-    top, top_expert = maxima[0], maxima[1 : 1 + count]
-    top_base, top_fused = maxima[1 + count : -count], maxima[-count:]
-    # Raw logits may carry any constant, which would cost digits of everything below.
+    top, top_expert, top_base, top_raw = jnp.split(maxima, cuts)
+    top_raw, top_minus = top_raw[:count], top_raw[count:]
+    # Raw logits may carry any constant, which would cost digits of everything below. The extent
+    # keeps it until it is known: it is a bound, and needs no digits.
+    levels = top, top_expert, top_base
+    d = inputs.differences_below(levels)
+    inputs = inputs.below(levels)
+    exists, large = inputs.exists, inputs.large
     shift = top_expert - top_base
-    d = jnp.where(exists, d - shift[..., None], 0.0)
 
-    def weights(logits: jax.Array, peak: jax.Array) -> jax.Array:
-        return jnp.exp(jnp.where(exists, logits - peak[..., None], -jnp.inf))
+    def weights(logits: jax.Array) -> jax.Array:
+        return jnp.exp(jnp.where(exists, logits, -jnp.inf))
 
-    p, q, r = weights(large, top), weights(experts, top_expert), weights(bases, top_base)
+    p, q, r = weights(large), weights(inputs.experts), weights(inputs.bases)
     sums = [_total(p)[None], _total(q), _total(r)]
     sums += [_total(values * d) for values in (p, q, r)] + [_total(p * d * d)]
     sums = psum(jnp.concatenate(sums), axis_name)
-    cuts = [1, 1 + count, 1 + count + len(bases)]
+    cuts = [1, 1 + count, 1 + count + len(inputs.bases)]
     cuts += [cuts[-1] + count, cuts[-1] + 2 * count, cuts[-1] + 3 * count]
     z_p, z_q, z_r, d_p, d_q, d_r, d_squared = jnp.split(sums, cuts)
     mean_p, mean_q, mean_r = d_p / z_p, d_q / z_q, d_r / z_r
     ratio = jnp.log(z_q) - jnp.log(z_r)
-    log_z = top + jnp.log(z_p[0])
+    log_z = jnp.log(z_p[0])
+    middle = mean_p + shift
+    slack = 1e-6 * (jnp.abs(top_expert) + jnp.abs(top_base) + jnp.abs(middle))
     return Path(
         log_p=jnp.where(exists, large - log_z[..., None], -jnp.inf),
         directions=jnp.where(exists, d - mean_p[..., None], 0.0),
-        peak=top_fused - log_z - high * (mean_p + shift),
         variance=jnp.maximum(d_squared / z_p - mean_p**2, 0.0),
         gain=mean_p - ratio,
         target_forward=jnp.maximum(mean_q - ratio, 0.0),
         target_reverse=jnp.maximum(ratio - mean_r, 0.0),
-        high=high,
+        least=-(top_minus + middle) - slack if extent else None,
+        most=top_raw - middle + slack if extent else None,
+        levels=levels,
     )
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Divergences:
-    """The two divergences along the path and the objective, each with its derivatives in alpha.
-
-    Attributes:
-        forward: KL(P_a || P), `F`.
-        forward_slope: F'.
-        forward_curvature: F''.
-        reverse: KL(P || P_a), `R`.
-        reverse_slope: R'.
-        reverse_curvature: R''.
-        target_forward: KL(expert || base).
-        target_reverse: KL(base || expert).
-        objective: (F - target_forward)^2 + (R - target_reverse)^2.
-        slope: its derivative.
-        curvature: its second derivative.
-    """
-
-    forward: Any
-    forward_slope: Any
-    forward_curvature: Any
-    reverse: Any
-    reverse_slope: Any
-    reverse_curvature: Any
-    target_forward: Any
-    target_reverse: Any
-    objective: Any
-    slope: Any
-    curvature: Any
-
-
-def divergences_at(
-    moments: Moments, alpha: jax.Array, target_forward: jax.Array, target_reverse: jax.Array
-) -> Divergences:
-    """The closed forms, from cumulants of a centred direction."""
-    mean, variance, third = moments.mean, moments.variance, moments.third
-    forward, reverse = alpha * mean - moments.log_z, moments.log_z
-    gap, back = forward - target_forward, reverse - target_reverse
-    forward_slope, reverse_slope = alpha * variance, mean
-    forward_curvature = variance + alpha * third
-    return Divergences(
-        forward=forward,
-        forward_slope=forward_slope,
-        forward_curvature=forward_curvature,
-        reverse=reverse,
-        reverse_slope=reverse_slope,
-        reverse_curvature=variance,
-        target_forward=target_forward,
-        target_reverse=target_reverse,
-        objective=gap**2 + back**2,
-        slope=2 * (gap * forward_slope + back * reverse_slope),
-        curvature=2
-        * (forward_slope**2 + gap * forward_curvature + reverse_slope**2 + back * variance),
-    )
-
-
-def fusion_divergences(
-    logits_large: Float[Array, "*batch vocab"],
-    logits_expert: Float[Array, "*batch vocab"],
-    logits_base: Float[Array, "*batch vocab"],
-    alpha: Float[Array, "*batch"],
-    *,
-    vocab_where: Bool[Array, "..."] | None = None,
-    axis_name: AxisName | None = None,
-) -> Divergences:
-    """How far the fused distribution is from the large model's, beside expert and base.
-
-    With d the difference of the expert's and the base's logits, A(a) = log E_P[exp(a d)], and mu,
-    v, k its first three derivatives::
-
-        F(a) = KL(P_a || P) = a mu - A          F' = a v         F'' = v + a k
-        R(a) = KL(P || P_a) = A - a mu(0)       R' = mu - mu(0)  R'' = v
-        L = (F - KL(expert || base))^2 + (R - KL(base || expert))^2
-
-    F and R grow with a >= 0; L has a maximum at 0 and may have several minima.
-
-    Args:
-        logits_large: `[*batch, vocab]`.
-        logits_expert: the same shape.
-        logits_base: the same shape.
-        alpha: `[*batch]`, not negative.
-        vocab_where: boolean, broadcastable to the logits: True for the entries that exist.
-        axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that axis.
-
-    Returns:
-        `Divergences` of `[*batch]` float32 arrays.
-
-    Raises:
-        ValueError: the shapes differ.
-
-    >>> large, expert, base = jnp.array([0.0, 1.0, 2.0]), jnp.array([2.0, 0.0, 1.0]), jnp.zeros(3)
-    >>> at = jax.jit(fusion_divergences)(large, expert, base, jnp.array(1.0))
-    >>> print(f"{at.forward:.3f} of {at.target_forward:.3f}")
-    0.155 of 0.266
-
-    References:
-        Fan et al., On giant's shoulders, 2024 (arXiv 2406.15480), section 3.1, for L. Derivatives
-        are ours.
-    """
-    alpha = jnp.asarray(alpha)
-    inputs = read_inputs(logits_large, logits_expert, logits_base, vocab_where)
-    # Any upper end serves, as long as it is above alpha.
-    path = make_path(inputs, 2.0, axis_name)
-    # With the bound on the peak out of use beyond it.
-    peak = pmax((path.log_p + alpha[..., None] * path.directions).max(-1), axis_name)
-    path = dataclasses.replace(path, peak=peak * path.high / jnp.maximum(alpha, 1e-30))
-    moments = path.moments(alpha[None], order=3, axis_name=axis_name)
-    at = divergences_at(moments, alpha[None], path.target_forward, path.target_reverse)
-    return jax.tree.map(lambda value: value[0], at)

@@ -1,6 +1,7 @@
 """Bounds hold for the numbers given, whatever their scale and however nearly they agree.
 
-`python -m experiments.benchmark guarantees` tries the same on 10,000 cases.
+And what a search calls converged is so. `python -m experiments.benchmark guarantees` tries the same
+on 10,000 pairs of graphs and 100,000 rows of logits.
 """
 
 import jax
@@ -8,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.benchmarks import _guarantees_fusion as rows_of_logits
 from experiments.benchmarks import _guarantees_transport as fuzzer
 from logitjax import transport
+from logitjax.fusion import DynamicFusion
 from logitjax.transport import FactoredGraph, Refinement
 from logitjax.transport._sorted import Coupling
 from tests._compiled import compiled
@@ -203,3 +206,15 @@ def test_a_few_cases_of_the_fuzzer(kind, monkeypatch):
     cases = [case | {"kind": kind} for case in fuzzer.run(kind, 20, seed=0)]
     _, bars = fuzzer.report(cases)
     assert all(bar.met for bar in bars), [bar for bar in bars if not bar.met]
+
+
+@pytest.mark.parametrize("method", ["jeffreys", "project"])
+def test_root_searches_converge_to_their_roots(method):
+    """At 12 sweeps up to 189 of 4,096 such rows had not."""
+    rng = np.random.default_rng(0)
+    run = jax.jit(lambda *logits: DynamicFusion(method=method)(*logits)[1])
+    for kind in ("student t", "peaked", "offsets"):
+        logits = rows_of_logits.draw(kind, 250, rng)
+        path = rows_of_logits.Path64.of(logits)
+        counts = rows_of_logits.judge(path, method, jax.device_get(run(*logits)), None)
+        assert set(counts.values()) == {0}, (kind, counts)
