@@ -259,7 +259,7 @@ def _divergence(
             _with_rest(ours), _with_rest(teacher), beta=objective.beta
         )
     # The mass of what is not kept is known at temperature 1 only.
-    pair = (student.values[..., :k] / warm, jax.lax.stop_gradient(teacher.values) / theirs)
+    pair = (student.values[..., :k] / warm, teacher.values / theirs)
     if name == "jsd":
         return warm**2 * losses.generalized_jensen_shannon(*pair, beta=objective.beta)
     direction = "forward" if name == "kl" else "reverse"

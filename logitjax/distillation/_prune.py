@@ -223,10 +223,11 @@ def _stream_change(
 def _cosine(x: jax.Array, y: jax.Array) -> jax.Array:
     """Along the last axis, in float32; 0 for a zero vector."""
     x, y = (jnp.asarray(v, jnp.float32) for v in (x, y))
-    # Scaled first: the squares of a large stream must not overflow.
+    # Scaled first: the squares of a large stream must not overflow. What is not zero then has a
+    # size of at least one.
     x, y = (v / jnp.maximum(jnp.abs(v).max(-1, keepdims=True), 1e-30) for v in (x, y))
     size = jnp.sqrt(jnp.square(x).sum(-1) * jnp.square(y).sum(-1))
-    return jnp.where(size > 0, (x * y).sum(-1) / jnp.where(size > 0, size, 1.0), 0.0)
+    return (x * y).sum(-1) / jnp.maximum(size, 1.0)
 
 
 def _activity(

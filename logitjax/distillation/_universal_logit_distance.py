@@ -167,4 +167,4 @@ def _vocabulary_size(logits: Array, axis: int, axis_name: AxisName | None, name:
 
 def _pad(probs: jax.Array, ranks: int) -> jax.Array:
     padding = [(0, 0)] * (probs.ndim - 1) + [(0, ranks - probs.shape[-1])]
-    return jnp.pad(probs, padding) if ranks > probs.shape[-1] else probs
+    return jnp.pad(probs, padding)

@@ -104,5 +104,5 @@ def unbias_alone(
     rest = jnp.log(-jnp.expm1(jnp.minimum(log_mass, 0.0)))
     shift = jnp.logaddexp(bias + rest, log_mass)
     share = jax.nn.sigmoid(bias + rest - log_mass)
-    factor = 1.0 + share * jnp.exp(log_mass - rest)
-    return values - shift[..., None], jnp.where(jnp.isfinite(rest), factor, jnp.nan)
+    # Where 1 - P_B is lost this is zero times infinity: nan.
+    return values - shift[..., None], 1.0 + share * jnp.exp(log_mass - rest)

@@ -45,7 +45,8 @@ class TailSample:
             samples: m, at least 1.
 
         Returns:
-            `TailSample`. Where nothing is left outside the top k, id 0 with a logit of `-inf`.
+            `TailSample`. Where nothing is left outside the top k, any id with a logit of
+            `-inf`.
 
         Raises:
             TypeError: logits that are not floating point, or ids that are not integers.
@@ -80,7 +81,7 @@ class TailSample:
             key, (len(rows), samples), minval=jnp.finfo(jnp.float32).tiny, maxval=1.0
         )
         drawn = jax.vmap(jnp.searchsorted)(cumulative, uniform * cumulative[:, -1:])
-        ids = jnp.where(some[:, None], jnp.minimum(drawn, vocab - 1), 0).astype(jnp.int32)
+        ids = jnp.minimum(drawn, vocab - 1).astype(jnp.int32)
         values = jnp.where(some[:, None], jnp.take_along_axis(rows, ids, axis=-1), -jnp.inf)
         odd = jnp.isnan(log_rest) | (taken >= vocab).any(-1)
         values = jnp.where(odd[:, None], jnp.nan, values)

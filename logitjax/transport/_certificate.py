@@ -210,25 +210,27 @@ def _float32(answer, scale):
             "scale='none' or other units"
         )
 
-    def towards(value, direction):
-        # Beside a float32 array a Python number would be compared as float32.
-        value = np.asarray(value, np.float64)
-        with np.errstate(over="ignore"):
-            near = value.astype(np.float32)
-        wrong = near > value if direction < 0 else near < value
-        return np.where(wrong, np.nextafter(near, np.float32(direction * np.inf)), near)
-
     return Certificate(
-        lower=jnp.asarray(towards(lower, -1)),
-        upper=jnp.asarray(towards(max(upper, least) if upper > 0 else 0.0, 1)),
+        lower=jnp.asarray(_towards(lower, -1)),
+        upper=jnp.asarray(_towards(max(upper, least) if upper > 0 else 0.0, 1)),
         coupling=Coupling(
             jnp.asarray(answer.coupling.rows, jnp.int32),
             jnp.asarray(answer.coupling.columns, jnp.int32),
             jnp.asarray(answer.coupling.mass, jnp.float32),
         ),
         units=jnp.asarray(answer.units, jnp.float32),
-        costs=jnp.asarray(towards(answer.costs, 1)),
+        costs=jnp.asarray(_towards(answer.costs, 1)),
     )
+
+
+def _towards(value, direction: int):
+    """The nearest float32 that is not below (1), or not above (-1), a number in float64."""
+    # Beside a float32 array a Python number would be compared as float32.
+    value = np.asarray(value, np.float64)
+    with np.errstate(over="ignore"):
+        near = value.astype(np.float32)
+    wrong = near > value if direction < 0 else near < value
+    return np.where(wrong, np.nextafter(near, np.float32(direction * np.inf)), near)
 
 
 def _bracket(c, d, c_weights, d_weights, key, candidates, *, p, scale, bounds, refine):

@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Bool, Float, Int
 
 from logitjax.losses import Blocks, Head
@@ -216,7 +215,7 @@ def linear_assistant_objective(
         "forget": masked_mean(statistic.known(outputs, labels), sides["forget"]),
         "retain": masked_mean(silent, sides["retain"]),
     }
-    return loss, lax.stop_gradient(means)
+    return loss, means
 
 
 def _entries(head: Head, vocab_where: Array | None, axis_name: AxisName | None) -> jax.Array:

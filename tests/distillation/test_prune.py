@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 from logitjax import losses, models
-from logitjax.distillation import prune_layers, prune_width
+from logitjax.distillation import _prune, prune_layers, prune_width
 from logitjax.models._tiny import tiny_config
 from tests._modules import call, with_weights
 
@@ -150,3 +150,8 @@ def test_widths_that_do_not_exist_are_named(options):
     name = next(iter(options))
     with pytest.raises(ValueError, match=f"{name}: expected 1 to"):
         prune_width(decoder(), batches(), **options)
+
+
+def test_the_cosine_by_hand():
+    x, y = np.float32([[3, 0], [0, 0], [1e30, 1e30]]), np.float32([[3, 3], [1, 2], [0, -2e-20]])
+    np.testing.assert_allclose(jax.jit(_prune._cosine)(x, y), [0.5**0.5, 0, -(0.5**0.5)], rtol=1e-6)

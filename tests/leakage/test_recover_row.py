@@ -1,5 +1,6 @@
 """Rows come back from a few values a query: exactly, at the stated price, or with a reason."""
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -158,3 +159,26 @@ def test_a_corner_has_the_rank_of_the_whole():
         corner_matrix(whole, [[i] for i in range(11)], columns, 400), corner, atol=1e-5
     )
     assert whole.queries == 11
+
+
+def test_logits_of_which_some_stay_unknown_are_given_below_the_largest():
+    logits = np.where(np.arange(20) < 3, -np.inf, _logits(20, 3.0))
+    policy = LogitPolicy(returns="logits", top_k=0, sampled=True, bias="sampling")
+    row = recover_log_probs(oracle_of(logits[None], policy), [0], 20)
+    assert row.method == "forced"
+    expected = np.where(np.arange(20) < 3, np.nan, logits - logits.max())
+    np.testing.assert_allclose(row.log_probs, expected, atol=1e-5)
+
+
+def test_without_a_bias_values_stay_and_with_all_the_mass_their_error_is_no_number():
+    for mass, expected in ((0.25, 1.25), (1.0, np.nan)):
+        reported = np.log(np.float32([mass]))
+        values, factor = jax.jit(unbias_alone)(reported, 0.0)
+        np.testing.assert_allclose(values, reported, atol=1e-6)
+        np.testing.assert_allclose(factor, expected, rtol=1e-6)
+
+
+def test_a_basis_of_condition_over_a_million_is_refused():
+    basis = np.diag([1.0, 1 / 1.5e6])
+    with pytest.raises(ValueError, match="condition"):
+        rows_from_basis(basis, np.arange(2), np.ones((1, 2)), unknown_shift=False)

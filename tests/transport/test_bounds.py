@@ -15,13 +15,14 @@ import scipy.optimize
 import scipy.stats
 
 from logitjax import transport
-from logitjax.transport import FactoredGraph
+from logitjax.transport import FactoredGraph, _refine
 from logitjax.transport._bounds import (
     moment_lower_bound,
     second_lower_bound,
     sorted_rows_lower_bound,
     third_lower_bound,
 )
+from logitjax.transport._certificate import _towards
 from logitjax.transport._matching_bounds import (
     diagonal_lower_bound,
     gilmore_lawler_lower_bound,
@@ -298,3 +299,45 @@ def test_bad_inputs_name_the_culprit():
         sorted_rows_lower_bound(c, d)
     with pytest.raises(ValueError, match="p: expected at least 1"):
         transport.sorted_gw_lower_bound(a, a, p=0)
+
+
+def test_numbers_are_rounded_away_from_each_other_and_float32_ones_stay():
+    values = np.array([0.5, 1 + 2.0**-30, 1 - 2.0**-30])
+    np.testing.assert_array_equal(_towards(values, -1), np.float32([0.5, 1, 1 - 2.0**-24]))
+    np.testing.assert_array_equal(_towards(values, 1), np.float32([0.5, 1 + 2.0**-23, 1]))
+
+
+def test_graphs_of_one_node_are_their_difference_apart():
+    bound = gilmore_lawler(np.float32([[2.0]]), np.float32([[5.0]]), branches=0)
+    np.testing.assert_allclose(bound, 9.0, rtol=1e-4)
+
+
+def test_batches_are_sorted_row_by_row():
+    f, g = np.random.default_rng(6).normal(size=(2, 3, 5)).astype(np.float32)
+    for rows in (g, g[:, :4]):
+        bounds = compiled(transport.sorted_gw_lower_bound)(f, rows)
+        coupling = compiled(transport.sorted_coupling)(f, rows)
+        for i in range(3):
+            alone = compiled(transport.sorted_gw_lower_bound)(f[i], rows[i])
+            np.testing.assert_allclose(bounds[i], alone, rtol=1e-6)
+            one = compiled(transport.sorted_coupling)(f[i], rows[i])
+            np.testing.assert_array_equal(coupling.rows[i], one.rows)
+
+
+def test_a_climb_ends_after_its_steps_or_at_the_top():
+    """Node 3 is worth the number of its partner, and each move takes it to the next one."""
+    c, d = jnp.diag(jnp.array([0.0, 0, 0, 1])), jnp.diag(jnp.arange(4.0))
+
+    def climb(steps):
+        start = jnp.array([1, 2, 3, 0]), jnp.zeros(())
+        return _refine._climb(lambda c, d, q: (q + 1) % 4, c, d, start, steps)
+
+    for steps, top in ((2, 2), (9, 3)):
+        matching, value = jax.jit(climb, static_argnums=0)(steps)
+        assert (int(matching[3]), float(value)) == (top, top)
+
+
+def test_fewer_partners_that_are_tried_give_no_higher_bound():
+    z, w = np.abs(np.random.default_rng(1).normal(size=(2, 4, 7)))
+    some, every = (gilmore_lawler(*np.float32([z.T @ z, w.T @ w]), branches=n) for n in (3, 7))
+    assert some <= every * (1 + 1e-6)
