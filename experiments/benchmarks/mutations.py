@@ -98,7 +98,7 @@ AREAS: Mapping[str, Area] = {
         files={
             "models/_attention": _DECODER,
             "models/_cache": _DECODER,
-            "models/_rope": _DECODER,
+            "models/_rope": ("models/test_rope", "models/test_decoder"),
         },
     ),
     "packing": Area(
@@ -120,7 +120,7 @@ AREAS: Mapping[str, Area] = {
     "decoding": Area(
         mutants=18,
         files={
-            "decoding/_draft_control": ("decoding/test_speculate",),
+            "decoding/_draft_control": ("decoding/test_draft_control",),
             "decoding/_sampling": ("decoding/test_sampling", "decoding/test_engine"),
             "decoding/_speculate": ("decoding/test_speculate",),
             "decoding/_step": ("decoding/test_engine", "decoding/test_generate"),
@@ -170,8 +170,8 @@ AREAS: Mapping[str, Area] = {
             "transport/_features": ("transport/test_features",),
             "transport/_matching_bounds": _BOUNDS,
             "transport/_plans": ("experiments/test_guarantees",),
-            "transport/_rounding": ("experiments/test_guarantees",),
-            "transport/_refine": ("transport/test_reference",),
+            "transport/_rounding": ("transport/test_coupling", "experiments/test_guarantees"),
+            "transport/_refine": ("transport/test_bounds",),
             "transport/_sorted": (*_BOUNDS, "distillation/test_graph_on_logits"),
         },
     ),

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from logitjax.data import Examples, PackedDataset, pack
-from logitjax.data._documents import split_document
-from logitjax.data._packed import read_ahead
+from logitjax.data._documents import Encoder, split_document
+from logitjax.data._pack import best_fit
+from logitjax.data._packed import _positions, read_ahead
 from logitjax.storage import _shards
 from tests.data._tokenizers import ByteTokenizer, WordTokenizer
 
@@ -92,8 +93,6 @@ def test_packing_loses_no_token(tmp_path_factory, texts, seq_len):
 
 @given(text=_TEXT, seq_len=st.integers(7, 40))
 def test_the_pieces_of_a_long_document_join_to_it(text, seq_len):
-    from logitjax.data._documents import Encoder
-
     encoders = {
         "bytes": Encoder(tokenizer=ByteTokenizer(), add_bos=False, add_eos=True),
         "words": Encoder(tokenizer=WordTokenizer(), add_bos=True, add_eos=True),
@@ -120,6 +119,22 @@ def test_long_documents_are_cut_before_white_space_and_fill_rows(tmp_path):
     pieces = [ByteTokenizer().decode(s) for s in segments(batch["b"]).values()]
     assert all(p.startswith(" ") or p.startswith("word") for p in pieces)
     assert not any(p.strip().startswith("ord") for p in pieces)
+
+
+def test_a_cut_takes_two_or_three_encodings():
+    class Counting(ByteTokenizer):
+        calls = 0
+
+        def encode(self, text, add_bos=False):
+            self.calls += 1
+            return super().encode(text)
+
+    tokenizer = Counting()
+    encoders = {"b": Encoder(tokenizer=tokenizer, add_bos=False, add_eos=False)}
+    text = " ".join("x" * n for n in np.random.default_rng(0).integers(1, 9, 2000))
+    pieces = list(split_document({"b": [(text, True)]}, encoders, 1024))
+    assert len(pieces) == 11
+    assert tokenizer.calls <= 33
 
 
 def test_rows_are_well_filled(tmp_path):
@@ -426,3 +441,14 @@ def test_bad_arguments(tmp_path, arguments, message):
     good |= arguments
     with pytest.raises(ValueError, match=message):
         pack(good.pop("examples"), good.pop("tokenizers"), directory=tmp_path, **good)
+
+
+def test_a_piece_goes_where_it_leaves_least_room_and_the_fullest_row_goes_out():
+    lengths = [5, 6, 4, 8, 9]
+    pieces = [{"b": (np.zeros(n, np.int32), np.ones(n, bool))} for n in lengths]
+    rows = [[len(piece["b"][0]) for piece in row] for row in best_fit(pieces, 10, open_rows=2)]
+    assert rows == [[6, 4], [8], [5], [9]]
+
+
+def test_positions_start_again_in_every_segment_and_are_zero_behind_the_last():
+    assert _positions(np.array([[1, 1, 1, 2, 2, 0, 0]])).tolist() == [[0, 1, 2, 0, 1, 0, 0]]

@@ -277,40 +277,6 @@ def test_a_draft_that_agrees_is_always_accepted():
     assert out.drafting.acceptance > 0.7
 
 
-def simulated(control, acceptance, costs, tokens):
-    """Seconds over plain steps' seconds for so many tokens, by the control's choices."""
-    rng, seconds, done = np.random.default_rng(0), 0.0, 0
-    while done < tokens:
-        length = control.choose()
-        if length == 0:
-            control.record(0, seconds=6 * costs[0], rounds=6)
-            seconds, done = seconds + 6 * costs[0], done + 6
-            continue
-        rejected = np.flatnonzero(rng.random(length) > acceptance)
-        accepted = int(rejected[0]) if len(rejected) else length
-        tested = min(accepted + 1, length)
-        spent = costs[length] * rng.normal(1, 0.03)
-        control.record(length, seconds=spent, tokens=accepted + 1, tested=tested, accepted=accepted)
-        seconds, done = seconds + spent, done + accepted + 1
-    return seconds / (done * costs[0])
-
-
-def test_the_draft_length_follows_what_pays():
-    costs = {0: 1.0, 2: 1.4, 5: 2.0}
-    assert simulated(DraftControl(), 0.0, costs, 256) < 1 / 0.97
-    assert simulated(DraftControl(), 0.9, costs, 256) < 0.55
-    # Where verification is dear, good drafts do not pay either.
-    assert simulated(DraftControl(), 0.6, {0: 1.0, 2: 2.2, 5: 4.5}, 256) < 1 / 0.97
-    # What changes is noticed.
-    control = DraftControl()
-    simulated(control, 0.0, costs, 512)
-    assert control.choose() == 0
-    simulated(control, 0.95, costs, 2048)
-    assert control.choose() == 5
-    assert control.predicted(5) > 2
-    assert simulated(control, 0.0, costs, 2048) < 1 / 0.97
-
-
 def test_who_cannot_draft_is_named():
     model = bags(1)
     for arguments, message in (
@@ -338,3 +304,14 @@ def test_who_cannot_draft_is_named():
     )
     with pytest.raises(ValueError, match="share one pass"):
         generate(Ensemble(shared, fuse=mixed), [[1]], max_new_tokens=2, drafts=DraftControl())
+
+
+def test_where_nothing_is_left_of_the_target_it_is_drawn_from_as_it_is():
+    """To a token of the draft that the target excludes, and too unlikely to be missed elsewhere."""
+    count = 8
+    target = np.tile(np.float32([-np.inf, 0.0, 0.0]), (count, 1))
+    draft = np.tile(np.float32([-69.0, 0.0, 0.0]), (count, 1))
+    rows = sampling_rows([Sampling(temperature=1.0, seed=i) for i in range(count)], count)
+    drafted = np.zeros(count, np.int32)
+    drawn = compiled(accept_or_redraw)(target, draft, drafted, rows, drafted)
+    assert set(np.asarray(drawn).tolist()) == {1, 2}

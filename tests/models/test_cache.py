@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from logitjax.models import Cache, Decoder, DecoderConfig
+from logitjax.models import Cache, Decoder, DecoderConfig, _cache
 from tests._modules import with_weights
 from tests.models._configs import TOKENS
 
@@ -52,3 +52,19 @@ def test_a_rejected_draft_leaves_no_trace(slack):
                 np.asarray(logits)[row, : count + 1], whole[row, right], atol=1e-5
             )
         starts = starts + np.array(accepted) + 1
+
+
+def test_a_ring_keeps_the_last_tokens_of_each_row():
+    positions = np.array([[0, 1, 2, 3, 4, 5], [-1, -1, 0, 1, 2, 3]])
+    slots = jax.jit(_cache.write_slots, static_argnums=(1, 2))(positions, 4, 3)
+    # Slot 4 is no slot: what goes there is dropped.
+    np.testing.assert_array_equal(slots, [[4, 4, 2, 3, 0, 1], [4, 4, 0, 1, 2, 3]])
+
+
+def test_a_query_sees_what_is_held_not_later_and_inside_its_window():
+    queries, keys = np.array([[4, 2]]), np.array([[-1, 1, 2, 4, 5]])
+    mask = jax.jit(_cache.position_mask, static_argnums=2)
+    whole = np.array([[0, 1, 1, 1, 0], [0, 1, 1, 0, 0]], bool)
+    np.testing.assert_array_equal(mask(queries, keys, None)[0, 0], whole)
+    window = np.array([[0, 0, 1, 1, 0], [0, 1, 1, 0, 0]], bool)
+    np.testing.assert_array_equal(mask(queries, keys, 3)[0, 0], window)

@@ -135,3 +135,10 @@ def test_wrong_settings_are_named():
     model = decoder("smollm2")
     with pytest.raises(ValueError, match="segment_ids"):
         model.hidden_states(TOKENS, segment_ids=TOKENS, cache=model.init_cache(2, 32))
+
+
+def test_kernels_start_at_the_published_size():
+    state = jax.jit(lambda: nnx.state(Decoder(CONFIG, rngs=nnx.Rngs(0)), nnx.Param))()
+    for path, leaf in jax.tree.leaves_with_path(state):
+        if "kernel" in jax.tree_util.keystr(path):
+            np.testing.assert_allclose(np.std(leaf), 0.02, rtol=0.1)

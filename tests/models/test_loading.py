@@ -19,6 +19,7 @@ from jax.sharding import AxisType, PartitionSpec
 from logitjax import models, training
 from logitjax.models import load_config, load_model, save_pretrained
 from logitjax.models._hf_config import config_to_hf
+from logitjax.ops.sharding import ShardingRules
 from tests.models._checkpoints import tensors, write_checkpoint
 from tests.models._configs import HF_CONFIGS
 
@@ -93,6 +94,8 @@ def test_wrong_files_are_named(llama, tmp_path):
     fails(cut, "config.json: not valid JSON")
     (cut / "config.json").write_text(json.dumps({"model_type": "mamba"}))
     fails(cut, "unknown model_type 'mamba', expected one of llama, mistral")
+    with pytest.raises(ValueError, match=r"config\.json: unknown model_type"):
+        load_config(str(cut))
     (cut / "config.json").write_text(json.dumps({"model_type": "llama"}))
     fails(cut, "field 'hidden_size' is missing")
     (tmp_path / "text.gguf").write_text("hello")
@@ -220,3 +223,22 @@ def test_a_process_reads_each_byte_once(tmp_path, monkeypatch, spec):
     mesh = training.make_mesh(spec)
     load_model(str(directory), mesh=mesh, rules=models.DECODER_RULES)
     assert sum(counted) == sum(value.nbytes for value in tensors("smollm2").values())
+
+
+def test_a_decoder_inside_another_model_is_found(llama, tmp_path):
+    def inside(values):
+        for name in list(values):
+            values["language_model." + name] = values.pop(name)
+
+    whole = load_model(str(rewritten(llama, tmp_path / "inside", inside)))
+    assert_equal(params(whole), params(load_model(str(llama))))
+
+
+def test_layers_may_be_split_over_devices(tmp_path):
+    directory = str(write_checkpoint("gemma3", tmp_path / "gemma3"))
+    mesh = jax.make_mesh((2,), ("layers",), axis_types=(AxisType.Auto,))
+    rules = ShardingRules(rules=((r"mlp/up/kernel$", PartitionSpec("layers", None, None)),))
+    split = load_model(directory, mesh=mesh, rules=rules)
+    kernel = split.segments[0].layers[0].mlp.up.kernel[...]
+    assert kernel.addressable_shards[0].data.size * 2 == kernel.size
+    assert_equal(params(load_model(directory)), params(split))

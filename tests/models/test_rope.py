@@ -1,0 +1,71 @@
+"""Rotary frequencies by hand: with theta 10,000 and 8 dimensions they are powers of ten."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+
+from logitjax.models import DecoderConfig
+from logitjax.models._config import RopeScaling
+from logitjax.models._rope import rope_frequencies
+
+CONFIG = DecoderConfig(
+    vocab_size=8,
+    hidden_size=8,
+    intermediate_size=8,
+    num_layers=1,
+    num_heads=1,
+    num_kv_heads=1,
+    head_dim=8,
+    rope_theta=10_000.0,
+)
+PLAIN = np.array([1.0, 0.1, 0.01, 0.001])
+# 2 pi times 1000, so that within it the pairs turn 1000, 100, 10 times and once.
+LENGTH = 6283
+
+
+def frequencies(window=None, length=16, config=CONFIG, **scaling):
+    if scaling:
+        scaling = RopeScaling(original_max_length=LENGTH, factor=4.0, **scaling)
+        config = dataclasses.replace(config, rope_scaling=scaling)
+    return rope_frequencies(config, window, length)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "divisors", "amplitude"),
+    [
+        ({"kind": "linear"}, [4.0, 4.0, 4.0, 4.0], 1.0),
+        # 10 turns lie 9/20 of the way from 1 to 21.
+        (
+            {"kind": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 21.0},
+            [1.0, 1.0, 1 / (0.45 + 0.55 / 4), 4.0],
+            1.0,
+        ),
+        # 32 turns fall between the second and the third pair and one on the fourth: from the
+        # second on, the ramp is 0, 1/2, 1.
+        ({"kind": "yarn"}, [1.0, 1.0, 1 / (0.5 + 0.5 / 4), 4.0], 0.1 * math.log(4) + 1),
+        ({"kind": "factors", "short_factors": (1.0, 2.0, 3.0, 4.0)}, [1.0, 2.0, 3.0, 4.0], 1.0),
+    ],
+)
+def test_scaled_frequencies_by_hand(scaling, divisors, amplitude):
+    inverse, factor = frequencies(**scaling)
+    np.testing.assert_allclose(inverse, PLAIN / divisors, rtol=1e-3)
+    np.testing.assert_allclose(factor, amplitude)
+
+
+def test_long_factors_begin_beyond_the_original_length():
+    factors = {"kind": "longrope", "short_factors": (1.0,) * 4, "long_factors": (2.0,) * 4}
+    for length, divisor in ((LENGTH, 1.0), (LENGTH + 1, 2.0)):
+        inverse, amplitude = frequencies(length=length, **factors)
+        np.testing.assert_allclose(inverse, PLAIN / divisor)
+        np.testing.assert_allclose(amplitude, math.sqrt(1 + math.log(4) / math.log(LENGTH)))
+
+
+def test_a_layer_with_a_window_turns_by_its_own_base_where_there_is_one():
+    local = dataclasses.replace(CONFIG, rope_local_theta=16.0)
+    np.testing.assert_allclose(frequencies(config=local, kind="linear")[0], PLAIN / 4)
+    np.testing.assert_allclose(
+        frequencies(3, config=local, kind="linear")[0], [1.0, 0.5, 0.25, 0.125]
+    )
+    np.testing.assert_allclose(frequencies(3, kind="linear")[0], PLAIN / 4)
