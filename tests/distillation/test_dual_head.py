@@ -146,3 +146,24 @@ def test_wrong_arguments_are_named():
     features, labels, teacher = arrays(4)
     with pytest.raises(ValueError, match="block_size"):
         objective(kernels(), features, labels, teacher, block_size=0)
+
+
+def test_a_teachers_head_gets_no_gradient_whatever_the_loss():
+    features, labels, _ = arrays(4)
+
+    def total(w):
+        def squares(student, teacher):
+            return jnp.square(student - teacher).sum(-1)
+
+        options = {"teacher_head": lambda h: h @ w, "loss": squares}
+        return objective(kernels(), features, labels, features, **options)[0]
+
+    assert not np.asarray(jax.jit(jax.grad(total))(kernels()["aux"])).any()
+
+
+def test_a_class_at_minus_infinity_is_left_out_and_one_at_zero_is_not():
+    loss = jax.jit(binary_kl)
+    student, teacher = np.float32([0.0, -np.inf, 2.0]), np.float32([1.0, 0.5, 2.0])
+    value = loss(student, teacher)
+    assert value > 0.05
+    np.testing.assert_allclose(value, loss(student[::2], teacher[::2]), rtol=1e-6)

@@ -280,3 +280,25 @@ def test_statistics_are_a_pytree():
     np.testing.assert_allclose(jax.jit(of_itself)(statistics), 0.0, atol=1e-6)
     half, _ = run(student.astype(jnp.bfloat16), student, config=CONFIGS[0])
     assert half.dtype == jnp.float32
+
+
+def test_a_row_of_equal_logits_has_no_spread_and_a_gradient_of_zero():
+    def spread(logits):
+        return losses.graph_statistics(logits, 2).std.sum()
+
+    value, gradient = jax.jit(jax.value_and_grad(spread))(np.full((1, 4), 3.0, np.float32))
+    assert value == 0
+    np.testing.assert_array_equal(gradient, np.zeros((1, 4)))
+
+
+def test_a_token_that_is_missing_is_one_of_probability_zero():
+    student = data()[0][..., :5]
+    missing, unlikely = (np.where(np.arange(5) < 3, student, x) for x in (-np.inf, -90.0))
+    config = GraphConfig(k=4, logits="softmax_top_k")
+    loss, metrics = run(missing.astype(np.float32), unlikely.astype(np.float32), config=config)
+    np.testing.assert_allclose(loss, [0.0, 0.0], atol=1e-6)
+    # Z 1 = 1, so that the row sums of Z^T Z / T are means of the positions' probabilities.
+    p = np.exp(student[..., :3])
+    largest = (p / p.sum(-1, keepdims=True)).max(-1).mean(-1)
+    np.testing.assert_allclose(metrics["student_scale"], largest, rtol=1e-5)
+    np.testing.assert_allclose(metrics["teacher_scale"], largest, rtol=1e-5)

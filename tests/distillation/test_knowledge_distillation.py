@@ -261,3 +261,11 @@ def test_wrong_arguments_are_named():
         distillation.binary_kl_norm(s, s, reduction="max")
     with pytest.raises(ValueError, match="temperature"):
         distillation.knowledge_distillation(s, s, temperature=0.0)
+
+
+def test_the_teacher_gets_no_gradient():
+    student, teacher = np.random.default_rng(8).normal(size=(2, 3, 5)).astype(np.float32)
+    gradient = jax.jit(jax.grad(lambda t: distillation.knowledge_distillation(student, t).sum()))(
+        teacher
+    )
+    assert not gradient.any()

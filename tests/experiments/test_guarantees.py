@@ -173,6 +173,10 @@ def test_plans_of_other_solvers_are_judged():
     # What lacks in the marginals is paid for.
     unfinished = transport.certificate(c, d, scale="none", candidates=[0.9 * plan])
     assert unfinished.costs[0] > expected
+    # And so is what is too much.
+    crowded = np.zeros((5, 5))
+    crowded[:, 0] = 1 / 5
+    assert transport.certificate(c, d, scale="none", candidates=[crowded]).costs[0] >= answer.lower
     with pytest.raises(ValueError, match=r"candidates: expected .* shape \(5, 5\), got \(4, 5\)"):
         transport.certificate(c, d, candidates=[plan[:4]])
 

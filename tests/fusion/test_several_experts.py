@@ -115,3 +115,11 @@ def test_a_base_for_each_expert():
 def test_a_joint_grid_too_large_is_refused():
     with pytest.raises(ValueError, match="194481 points"):
         jax.eval_shape(DynamicFusion(method="grid", multi="joint"), jnp.asarray(LARGE), INERT, BASE)
+
+
+def test_joint_steps_end_where_two_divergences_cannot_be_met_at_once():
+    """Two experts that are one have one direction for two equations."""
+    twice = np.stack([EXPERTS[0]] * 2)
+    info = fuse(method="newton", multi="joint")(LARGE, twice, BASE)[1]
+    free = ~np.asarray(info["at_bound"])
+    assert np.asarray(info["converged"])[free].mean() > 0.8

@@ -144,3 +144,9 @@ def test_mistakes_are_named(make, named, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     with pytest.raises(ValueError, match=named):
         make()
+
+
+def test_at_the_highest_plausibility_the_likeliest_token_is_left():
+    fused, _ = fuse(ContrastiveDecoding(plausibility=1.0), LARGE, None, BASE)
+    peak = LARGE.argmax(-1)[:, None]
+    np.testing.assert_array_equal(np.isfinite(fused), np.arange(VOCAB) == peak)

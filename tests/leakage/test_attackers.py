@@ -246,3 +246,14 @@ def test_an_audit_of_tokens_alone_reports_what_comparisons_find():
     drawn = audit(oracle_of(logits, LogitPolicy.parse("draws")), [[0]], 60, logits=logits)
     assert drawn.row.method == "harvested"
     assert 0.5 < drawn.row.coverage <= 1.0
+
+
+def test_bisection_takes_the_logarithm_of_what_is_asked_for():
+    logits = np.float32([0.0, -2.5, -50.0])
+    oracle = oracle_of(logits[None], LogitPolicy.parse("argmax"))
+    found = search_logits(oracle, [0], [1], asker="bisection", span=8.0, tolerance=1.0)
+    assert found.queries == 1 + 3
+    assert found.lower[0] <= -2.5 <= found.upper[0] == found.lower[0] + 1
+    # Fifty nats are more than is looked at unless it is asked for.
+    assert np.isneginf(search_logits(oracle, [0], [2]).lower[0])
+    assert np.isfinite(search_logits(oracle, [0], [2], span=80.0).lower[0])

@@ -156,3 +156,15 @@ def test_report_is_pure():
         np.testing.assert_allclose(a, b, atol=1e-6)
         np.testing.assert_allclose(a, c, atol=1e-6)
     assert isinstance(policy.report(served), Answer)
+
+
+def test_dummy_dimensions_are_not_the_noise_s_own_numbers():
+    rows = np.tile(np.random.default_rng(1).standard_normal(40), (30, 1))
+    prompts = [[i] for i in range(30)]
+
+    def added(**options):
+        return oracle_of(rows, LogitPolicy(returns="logits", **options)).ask(prompts).values - rows
+
+    inside = np.linalg.svd(added(dummy_dims=3, dummy_scale=0.1))[0][:, :3]
+    noise = added(noise=1.0)[:, :3]
+    assert np.linalg.norm(inside.T @ noise) < 0.6 * np.linalg.norm(noise)

@@ -243,3 +243,18 @@ def test_alignment_is_that_of_householder_reflections(condition):
     assert found.overlap == pytest.approx((cosines**2).mean(), abs=1e-9)
     left = np.linalg.norm(head - q @ (q.T @ head)) / np.linalg.norm(head)
     assert found.relative_rms == pytest.approx(left, abs=1e-9)
+
+
+def test_the_caller_s_key_is_still_there_after_a_sketch(case):
+    key = jax.random.key(3)
+    first, again = (
+        estimate_output_subspace(case[1], method="sketch", max_rank=60, key=key) for _ in range(2)
+    )
+    np.testing.assert_array_equal(first.singular_values, again.singular_values)
+
+
+def test_no_row_is_held_back_whole():
+    rows = np.random.default_rng(1).standard_normal((12, 2)) @ np.eye(2, 8)
+    where = np.arange(8) < 2 + np.zeros((12, 1))
+    done = complete_rows(rows, where, 1, key=jax.random.key(0), held_out=1.0)
+    assert np.isfinite(done.misfit)

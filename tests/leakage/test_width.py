@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from logitjax.leakage import align_head, estimate_output_subspace
+from logitjax.leakage._residual import white_residual
 from logitjax.leakage._spectrum import (
     clip_spectrum,
     fit_white_noise,
@@ -181,3 +182,25 @@ def test_one_noise_in_a_hundred_passes_its_edge_and_signal_is_counted():
     assert found.above == 2
     # A spectrum that falls all the way has no noise among it.
     assert fit_white_noise(np.geomspace(100.0, 0.1, 30), 30, 200) is None
+
+
+def test_noise_is_white_only_if_tokens_are_alike_and_rows_are():
+    noise = np.random.default_rng(6).standard_normal((80, 400))
+    none, left = np.zeros(80), np.eye(80, 1)
+    assert white_residual(noise, none, left)
+    assert not white_residual(noise * np.where(np.arange(400) % 2, 1.0, 1.5), none, left)
+    assert not white_residual(noise * np.where(np.arange(80) % 2, 1.0, 1.5)[:, None], none, left)
+
+
+def test_what_is_nothing_but_zero_behind_a_signal_is_noise_of_size_zero():
+    found = fit_white_noise(np.r_[5.0, np.zeros(39)], 40, 500)
+    assert found is not None
+    assert (found.above, found.sigma) == (1, 0.0)
+
+
+def test_too_few_rows_for_a_fit_of_noise_are_refused():
+    head, states = head_and_states(VOCAB, WIDTH, 24)
+    rows = states @ head.T + 0.05 * np.random.default_rng(0).standard_normal((24, VOCAB))
+    width = estimate_output_subspace(rows.astype(np.float32), centre=False).width
+    assert width.estimate is None
+    assert width.reason == "fewer than 1.7 rows for each direction"

@@ -447,3 +447,61 @@ def test_other_vocabulary_is_an_error():
             TEACHER_HIDDENS.astype(np.float32),
             TEACHER_HEAD[:-1].astype(np.float32),
         )
+
+
+HALVES = np.float32([[0.0, 0.0, -np.inf], [-np.inf, 0.0, 0.0]])
+ONE, FLAT = np.ones((1, 1), np.float32), np.zeros((3, 1), np.float32)
+
+
+def test_jensen_shannon_of_halves_that_overlap_by_hand():
+    """q = (1/2, 1/2, 0) and p = (0, 1/2, 1/2), m = (1/4, 1/2, 1/4): each part is log(2) / 2."""
+
+    def loss(hidden):
+        ours, theirs = (losses.Head(FLAT, bias, 0) for bias in HALVES)
+        return losses.linear_generalized_jensen_shannon(hidden, ours, ONE, theirs).sum()
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(ONE)
+    np.testing.assert_allclose(value, 0.5 * np.log(2), rtol=1e-6)
+    assert np.isfinite(gradient).all()
+
+
+def test_a_teacher_gets_no_gradient_of_any_order():
+    student, teacher = _normal(9, 2, 3).astype(np.float32), _normal(10, 2, 3).astype(np.float32)
+    head = _normal(11, 3, 5).astype(np.float32)
+
+    def loss(student, teacher):
+        return losses.linear_kl_divergence(student, head, teacher, head).sum()
+
+    def slope(student, teacher):
+        return jnp.square(jax.grad(loss)(student, teacher)).sum()
+
+    ours, theirs = jax.jit(jax.grad(slope, (0, 1)))(student, teacher)
+    assert ours.any()
+    assert not theirs.any()
+
+
+def test_the_gradient_of_weights_is_the_losses_and_zero_where_a_silent_one_is_no_number():
+    labels, weights = np.array([1, 0, -100]), np.float32([0.5, 0.0, 0.0])
+    head = losses.Head(FLAT, np.float32([0.0, 1.0, 2.0]), 0)
+
+    def loss(weights):
+        return losses.linear_cross_entropy(np.repeat(ONE, 3, 0), head, labels, weights=weights)
+
+    log_z = np.log(np.exp(np.arange(3.0)).sum())
+    gradient = jax.jit(jax.grad(loss))(weights)
+    np.testing.assert_allclose(gradient, [log_z - 1, log_z, 0.0], rtol=1e-6)
+
+
+def test_labels_and_ids_outside_the_vocabulary_have_no_number_in_a_readout():
+    labels = np.array([-100, 0, 2, 3])
+    readout = compiled(losses.linear_readout)(
+        np.repeat(ONE, 4, 0), losses.Head(FLAT, vocab_axis=0), labels=labels, ids=labels[:, None]
+    )
+    expected = [np.nan, np.log(3), np.log(3), np.nan]
+    np.testing.assert_allclose(readout.cross_entropy, expected, rtol=1e-6)
+    np.testing.assert_array_equal(readout.gathered, np.float32([[np.nan], [0], [0], [np.nan]]))
+
+
+def test_rows_of_a_head_are_those_of_its_tokens_whichever_way_it_lies():
+    for head in (losses.Head(HEAD, vocab_axis=1), losses.Head(HEAD.T, vocab_axis=0)):
+        np.testing.assert_array_equal(head.rows, HEAD.T.astype(np.float32))

@@ -252,3 +252,20 @@ def test_a_vocabulary_smaller_than_k_pads_with_minus_infinity():
     value, gradient = value_and_gradient(TEACHER_LOGITS, teacher)
     assert np.isfinite(value)
     assert np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("tail", ["bucket", "renormalize"])
+def test_the_teacher_gets_no_gradient(tail):
+    def loss(values, log_z):
+        teacher = ops.TopK(values, TEACHER.indices, log_z)
+        return losses.sparse_kl_divergence(X @ W.T, teacher, tail=tail).sum()
+
+    for gradient in jax.jit(jax.grad(loss, (0, 1)))(TEACHER.values, TEACHER.log_z):
+        assert not gradient.any()
+
+
+def test_a_token_of_no_mass_may_be_missing_in_the_student():
+    teacher = ops.TopK(np.float32([0.0, -200.0]), np.array([0, 1]), np.float32(0.0))
+    student, exists = np.zeros(3, np.float32), np.array([True, False, True])
+    value = sparse_kl(student, teacher, tail="renormalize", vocab_where=exists)
+    np.testing.assert_allclose(value, 0.0, atol=1e-6)

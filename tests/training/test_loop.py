@@ -16,7 +16,7 @@ import pytest
 
 from logitjax import training
 from logitjax.training._loop import NonFiniteError
-from logitjax.training._metrics import JsonlWriter, MetricWriter
+from logitjax.training._metrics import JsonlWriter, MetricAccumulator, MetricWriter
 from logitjax.training._state import TrainState
 from logitjax.training._step import StepOutput
 from logitjax.training._workdir import WorkdirInUseError
@@ -388,3 +388,38 @@ def test_what_goes_wrong_in_the_background_is_raised_by_the_next_call(tmp_path, 
         with pytest.raises(ZeroDivisionError):
             checkpointer.wait()
         assert checkpointer.steps() == []
+
+
+def test_sums_are_those_of_all_steps():
+    accumulator = MetricAccumulator()
+    accumulator.add({"loss": (6.0, 2.0)})
+    accumulator.add({"loss": (1.0, 4.0), "seen": (3.0, 1.0)})
+    assert accumulator.sums() == {"loss": (7.0, 6.0), "seen": (3.0, 1.0)}
+
+
+def test_a_store_that_cannot_append_gets_all_lines_at_every_flush(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    monkeypatch.setattr("logitjax.training._metrics.epath.Path", lambda _: path)
+    for step in (1, 2):
+        writer = JsonlWriter("store://bucket/metrics.jsonl")
+        writer.write_scalars(step, {"loss": 1.0})
+        writer.close()
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
+
+
+def test_tensorboard_forgets_what_came_after_the_step_that_a_run_resumes_at(tmp_path, monkeypatch):
+    tensorboard = pytest.importorskip("tensorboardX")
+    purged = []
+
+    class Writer(tensorboard.SummaryWriter):
+        def __init__(self, directory, purge_step):
+            purged.append(purge_step)
+            super().__init__(directory, purge_step=purge_step)
+
+    monkeypatch.setattr(tensorboard, "SummaryWriter", Writer)
+    writer = training.make_writer(tmp_path, tensorboard=True)
+    writer.write_scalars(1, {"loss": 1.0})
+    writer.resume(3)
+    writer.write_scalars(4, {"loss": 1.0})
+    writer.close()
+    assert purged == [None, 4]

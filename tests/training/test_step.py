@@ -213,3 +213,15 @@ def test_optimizers_learn(optimizer):
     for _ in range(5):
         params, state = update(params, state)
     assert np.abs(params["w"]).max() < 2.0
+
+
+def test_the_norm_is_of_gradients_that_are_used():
+    def loss_fn(params, batch, rng):
+        return 3.0 * params["kept"] + 4.0 * params["trained"], 1.0, {}
+
+    mesh, tx = training.make_mesh("data:1", jax.devices()[:1]), optax.sgd(0.1)
+    params = {"kept": np.ones((), np.float32), "trained": np.ones((), np.float32)}
+    state = training.TrainState.create(params, tx, mesh=mesh)
+    step = training.TrainStep(loss_fn, tx, mesh=mesh, trainable="trained")
+    _, output = step(state, np.zeros((1, 1), np.float32))
+    assert float(output.metrics["grad_norm"][0]) == 4.0

@@ -145,3 +145,20 @@ def test_certificate_under_vmap():
     alone = jax.jit(one)
     for i in range(3):
         np.testing.assert_allclose(together.upper[i], alone(z[i], w[i]).upper, rtol=1e-5)
+
+
+def test_a_permutation_with_masses_of_its_own_is_no_matching():
+    z, w = np.random.default_rng(4).normal(size=(2, 2, 3)).astype(np.float32)
+    c, d = z.T @ z, w.T @ w
+    masses = np.float32([0.2, 0.3, 0.5])
+    order = np.array([2, 0, 1], np.int32)
+    value = cost(c, d, Coupling(np.arange(3, dtype=np.int32), order, masses))
+    expected = np.square(np.float64(c) - d[order][:, order]) @ masses @ masses
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+
+
+def test_a_difference_whose_square_is_too_small_costs_something():
+    c, d = np.float32([[0, 1e-30], [1e-30, 0]]), np.zeros((2, 2), np.float32)
+    nodes = np.arange(2, dtype=np.int32)
+    coupling = Coupling(nodes, nodes, np.full(2, 0.5, np.float32))
+    assert compiled(_coupling.coupling_cost)(c, d, coupling, p=2).most > 0

@@ -126,3 +126,11 @@ def test_bad_inputs_name_the_culprit():
         transport.graph_features(values, ids)
     with pytest.raises(ValueError, match="probes: only feature='row_rms'"):
         transport.graph_features(values, probes=3)
+
+
+def test_a_value_whose_node_does_not_exist_counts_nowhere():
+    values, ids, _ = sparse_data()
+    outside = np.where(ids == 5, NODES, ids)
+    got = graph_features(values, outside, num_nodes=NODES)
+    gone = graph_features(np.where(ids == 5, 0, values), ids, num_nodes=NODES)
+    np.testing.assert_allclose(got, gone, rtol=1e-6)

@@ -242,6 +242,7 @@ def test_weighted_undial_is_the_weighted_sum():
         hidden, head, other, head, labels, weights=weights.astype(np.float32)
     )
     np.testing.assert_allclose(value, np.where(labels >= 0, dense, 0.0).sum() / 5, rtol=1e-5)
+    np.testing.assert_array_equal(np.isnan(dense), labels < 0)
 
 
 @pytest.mark.parametrize(("clean", "soft_cap"), [(True, None), (False, None), (True, 2.0)])
@@ -346,3 +347,8 @@ def test_the_gradient_of_silence_is_exact_to_bfloat16_where_its_two_parts_cancel
     for loss in (alone, of_assistant):
         gradient = np.asarray(jax.jit(jax.grad(loss))(kernel), np.float64)
         assert np.linalg.norm(gradient - exact) < 0.005 * np.linalg.norm(exact)
+
+
+def test_without_a_weight_ascent_has_no_end():
+    nll = np.float32([2.0, np.inf])
+    np.testing.assert_array_equal(compiled(unlearning.gradient_ascent)(nll), [-2.0, -np.inf])

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from logitjax.vq import fit_assignment, perplexity_floor, vq_logits, vq_nll
-from logitjax.vq._assignment import expected_targets, reassign
+from logitjax.vq._assignment import code_mass, expected_targets, reassign
 from logitjax.vq._kmeans import fit_kmeans
 from tests._compiled import compiled
 
@@ -155,3 +155,15 @@ def test_no_head_without_bias_goes_below_the_floor(head):
 def test_errors_name_the_argument(head):
     with pytest.raises(ValueError, match=r"^num_codes: expected 1 to"):
         fit_assignment(head["rows"], head["unigram"], head["mean"], head["cov"], 999)
+
+
+def test_the_mass_of_codes_is_what_hidden_states_give_a_token_without_bias():
+    rng = np.random.default_rng(2)
+    codebook, hidden, bias = (rng.normal(size=size) for size in ((2, 3), (5, 3), 4))
+    assignment = np.array([0, 1, 1, 0])
+    z = hidden @ codebook.T
+    total = np.exp(z[:, assignment] + bias).sum(-1)
+    expected = np.log((np.exp(z) / total[:, None]).sum(0))
+    rest = (bias.astype(np.float32), assignment, hidden.astype(np.float32))
+    got = code_mass(codebook.astype(np.float32), *rest, block_size=2)
+    np.testing.assert_allclose(got, expected, rtol=1e-5)

@@ -187,3 +187,11 @@ def test_errors_name_the_argument():
         vq_nll(**case, temperature=0.0)
     with pytest.raises(ValueError, match="soft_cap: expected a positive number"):
         vq_nll(**case, soft_cap=-1.0)
+
+
+def test_labels_outside_the_vocabulary_have_no_loss():
+    case = _case()
+    labels = case["labels"].copy()
+    labels[:2] = -100, VOCAB
+    nll = nll_of(case["hidden"], case["codebook"], case["bias"], case["assignment"], labels)
+    np.testing.assert_array_equal(np.isnan(nll), np.arange(COUNT) < 2)
