@@ -11,7 +11,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from logitjax import distillation, few_shot, heads, losses, ops, unlearning, vq
+from logitjax import (
+    distillation,
+    few_shot,
+    fusion,
+    heads,
+    leakage,
+    losses,
+    ops,
+    transport,
+    unlearning,
+    vq,
+)
 from logitjax.losses import Blocks, Head, TailSample
 from logitjax.ops import TopK
 
@@ -36,6 +47,7 @@ class Case:
         beside: Types of metrics beside them.
         single: Whether they are float32 whatever comes in.
         integers: Arrays whose integers are numbers like others, such as counts.
+        several: Arrays of which one may come with a leading axis.
         loose: Arrays that broadcast, or of which any number of leading axes is right.
         looks: Arrays whose numbers are looked at outside of `jit`.
         host: Whether it is called outside of `jit` only.
@@ -55,6 +67,7 @@ class Case:
     beside: tuple[str, ...] = ()
     single: bool = False
     integers: tuple[str, ...] = ()
+    several: tuple[str, ...] = ()
     loose: tuple[str, ...] = ()
     looks: tuple[str, ...] = ()
     host: bool = False
@@ -117,6 +130,31 @@ def _top(values: Any, indices: Any, log_z: Any) -> TopK:
 def _answers(names: str, function: Callable[..., Any], **options: Any) -> Case:
     arrays = {name: NLL + i for i, name in enumerate(names.split())}
     return Case(call=lambda **x: function(*x.values(), **options), arrays=arrays)
+
+
+def _graphs(function: Callable[..., Any]) -> Case:
+    """Of symmetric matrices of different sizes."""
+    sides = (LOGITS[0].T @ LOGITS[0], THEIRS[0].T @ THEIRS[0])
+    return Case(
+        call=lambda c, d: function(c, d),
+        arrays=dict(zip("cd", sides, strict=True)),
+        free=(("c", VOCAB), ("d", OTHER)),
+        integers=("c", "d"),
+        rows=False,
+    )
+
+
+def _fused_by(strategy: Any) -> Case:
+    arrays = {"large": LOGITS, "experts": TEACHER, "bases": _normal(15, *LOGITS.shape)}
+    for name in ("experts", "bases"):
+        if not getattr(strategy, f"takes_{name}", True):
+            del arrays[name]
+    return Case(
+        call=lambda large, experts=None, bases=None: strategy(large, experts, bases)[0],
+        arrays=arrays,
+        logits=tuple(arrays),
+        several=tuple(name for name in arrays if name != "large"),
+    )
 
 
 def _tables(bias: Any, assignment: Any) -> Any:
@@ -500,6 +538,51 @@ TABLE: dict[str, Case] = {
             ("weights", VOCAB),
         ),
     ),
+    # transport, fusion and leakage
+    "transport.first_lower_bound": _graphs(transport.first_lower_bound),
+    "transport.moment_lower_bound": _graphs(transport.moment_lower_bound),
+    "transport.sorted_gw_lower_bound": Case(
+        call=lambda f, g: transport.sorted_gw_lower_bound(f, g),
+        arrays={"f": LOGITS, "g": THEIRS},
+        free=(("f", VOCAB), ("g", OTHER)),
+        integers=("f", "g"),
+    ),
+    "transport.sorted_coupling": Case(
+        call=lambda f, g: transport.sorted_coupling(f, g),
+        arrays={"f": LOGITS[0, 0], "g": THEIRS[0, 0]},
+        free=(("f", VOCAB), ("g", OTHER)),
+        integers=("f", "g"),
+        rows=False,
+    ),
+    "transport.graph_features": Case(
+        call=lambda values, where: transport.graph_features(values, where=where),
+        arrays={"values": LOGITS, "where": WHERE},
+        free=(("values", VOCAB),),
+        where="where",
+        integers=("values",),
+    ),
+    "fusion.DExperts": _fused_by(fusion.DExperts()),
+    "fusion.ProxyTuning": _fused_by(fusion.ProxyTuning()),
+    "fusion.EmulatedFineTuning": _fused_by(fusion.EmulatedFineTuning()),
+    "fusion.ContrastiveDecoding": _fused_by(fusion.ContrastiveDecoding()),
+    "fusion.LogitDifference": _fused_by(fusion.LogitDifference()),
+    "fusion.DynamicFusion": _fused_by(fusion.DynamicFusion()),
+    "leakage.align_head": Case(
+        call=lambda basis, head: leakage.align_head(basis, head),
+        arrays={"basis": HEAD.T, "head": np.concatenate([HEAD.T, ITS_HEAD.T[:, :1]], 1)},
+        free=(("basis", HIDDEN), ("head", CODES)),
+        host=True,
+        looks=("basis", "head"),
+        rows=False,
+    ),
+    "leakage.compare_geometry": Case(
+        call=lambda states, others: leakage.compare_geometry(states, others),
+        arrays={"states": _normal(20, 12, HIDDEN), "others": _normal(21, 12, CODES)},
+        free=(("states", HIDDEN), ("others", CODES)),
+        host=True,
+        looks=("states", "others"),
+        rows=False,
+    ),
     # unlearning
     "unlearning.gradient_ascent": dataclasses.replace(
         _answers("nll", unlearning.gradient_ascent), loose=("nll",)
@@ -609,7 +692,8 @@ ELSEWHERE = {
         training.Program training.Schedule training.StepOutput training.TrainState models.Cache
         models.DecoderConfig models.Lora vision.CLIPConfig data.Examples data.ImageViews
         data.PackedDataset data.PackedSplits data.TokenizerLike evaluation.PromptTemplate
-        storage.ArrayCodec transport.FactoredGraph transport.Refinement leakage.Audit
+        storage.ArrayCodec fusion.OverlapFusion transport.FactoredGraph transport.Refinement
+        leakage.Audit
         leakage.BudgetExhaustedError leakage.LogitPolicy""",
     "a switch for a mesh or for nothing": """
         ops.finite_or_zero ops.psum""",
@@ -646,13 +730,11 @@ ELSEWHERE = {
         storage.write_atomic leakage.HttpOracle leakage.LogitOracle leakage.audit
         leakage.verdict leakage.recover_log_probs leakage.harvest_log_probs leakage.search_logits
         fusion.vocabulary_map""",
-    "tests/transport, tests/fusion, tests/leakage": """
-        fusion.ContrastiveDecoding fusion.DExperts fusion.DynamicFusion fusion.EmulatedFineTuning
-        fusion.LogitDifference fusion.OverlapFusion fusion.ProxyTuning leakage.align_head
-        leakage.compare_geometry leakage.complete_rows leakage.estimate_output_subspace
-        leakage.norm_kind leakage.settle_by_norm transport.certificate transport.compact_nodes
-        transport.first_lower_bound transport.graph_features transport.gw_at_coupling
-        transport.moment_lower_bound transport.sorted_coupling transport.sorted_gw_lower_bound""",
+    "tests/transport: of certified numbers, of ids and of couplings": """
+        transport.compact_nodes transport.certificate transport.gw_at_coupling""",
+    "tests/leakage: answers of an oracle, rows by the thousand, settled by a fit or refused": """
+        leakage.complete_rows leakage.estimate_output_subspace leakage.norm_kind
+        leakage.settle_by_norm""",
     "numbers alone, or draws": """
         unlearning.rmu_direction vq.vq_sample leakage.row_queries""",
 }

@@ -104,7 +104,11 @@ def test_an_axis_too_few_or_too_many_is_refused():
     wrong = []
     for name, case, key, x in spoilt():
         ranks = [] if key in case.loose else [x.reshape(-1)[0]]
-        if ranks and len(case.arrays) > 1 and (key, BATCH) not in case.free:
+        if (
+            ranks
+            and len(case.arrays) > 1
+            and key not in (*case.several, *(k for k, n in case.free if n == BATCH))
+        ):
             ranks.append(np.stack([x, x, x]))
         for other in ranks:
             said = traced(name, {**case.arrays, key: other})
@@ -179,7 +183,7 @@ def test_half_precision_gives_float32_and_float64_stays():
 def test_a_number_that_is_none_is_seen():
     wrong = []
     for name, case, key, x in spoilt(lambda case: not case.swept):
-        assert all(np.isfinite(x).all() for x in run(name, case.arrays)), name
+        assert not any(np.isnan(x).any() for x in run(name, case.arrays)), name
         for number in (np.nan, np.inf, -np.inf) if x.dtype == np.float32 else ():
             absent = key in case.logits and number == -np.inf
             other, place = x.copy(), [0] * x.ndim
@@ -207,7 +211,9 @@ def test_a_number_that_is_none_is_seen():
             elif np.isnan(number):
                 fine = np.isnan(found).any()
             else:
-                fine = key in case.limits or not np.isfinite(found).all()
+                clean = np.concatenate([x.ravel() for x in run(name, case.arrays)])
+                seen = np.isfinite(found) != np.isfinite(clean)
+                fine = key in case.limits or seen.any()
             if not fine:
                 wrong.append(f"{name}, {key} {number}: {found}")
     complain(wrong)

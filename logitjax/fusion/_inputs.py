@@ -95,8 +95,9 @@ class Strategy:
             ("logits_experts", logits_experts, self.takes_experts),
             ("logits_bases", logits_bases, self.takes_bases),
         ):
-            if not taken and logits is not None and len(logits):
-                raise ValueError(f"{name}: {type(self).__name__} takes none, got {len(logits)}")
+            if not taken and logits is not None and jnp.size(logits):
+                shape = jnp.shape(logits)
+                raise ValueError(f"{name}: expected None, got {shape}, of {type(self).__name__}")
         inputs = read_inputs(
             logits_large,
             logits_experts if self.takes_experts else None,
@@ -123,6 +124,7 @@ def read_inputs(
 ) -> Inputs:
     """Checks shapes and marks the entries that exist in every model that is given."""
     large = checks.as_float(logits_large, "logits_large")
+    checks.axis(-1, large.shape, "logits_large")
     checks.where(vocab_where, large.shape, "vocab_where")
     experts = _stacked(logits_experts, large, "logits_experts", needed=needs_experts)
     bases = _stacked(logits_bases, large, "logits_bases", needed=needs_bases)
@@ -146,9 +148,9 @@ def read_inputs(
 
 
 def _stacked(logits: Array | None, large: jax.Array, name: str, *, needed: bool) -> Any:
-    if logits is None or (len(logits) == 0 and logits.ndim == large.ndim + 1):
+    if logits is None or (jnp.ndim(logits) == large.ndim + 1 and not len(logits)):
         if needed:
-            raise ValueError(f"{name}: this strategy needs them, got none")
+            raise ValueError(f"{name}: expected logits, which this strategy needs, got none")
         return None
     values = checks.as_float(logits, name)
     if values.ndim == large.ndim:

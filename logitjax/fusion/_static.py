@@ -84,7 +84,8 @@ class DExperts(Strategy):
             descending = -jnp.sort(-probs, axis=-1)
             before = jnp.cumsum(descending, axis=-1) - descending
             least = jnp.where(before < self.top_p, descending, jnp.inf).min(-1, keepdims=True)
-            fused = jnp.where(probs >= least, fused, -jnp.inf)
+            # Not `probs >= least`: what is nan would be excluded, and the row an argmax of nothing.
+            fused = jnp.where(probs < least, -jnp.inf, fused)
         return fused, {}
 
 
@@ -160,8 +161,6 @@ class ContrastiveDecoding(Strategy):
         if self.plausibility > 0:
             large = inputs.fused(inputs.large)
             peak = pmax(large.max(-1, keepdims=True), axis_name)
-            kept = large >= peak + jnp.log(
-                checks.as_float(jnp.array([self.plausibility]), "plausibility")
-            )
-            fused = jnp.where(kept, fused, -jnp.inf)
+            least = peak + jnp.log(checks.as_float(jnp.array([self.plausibility]), "plausibility"))
+            fused = jnp.where(large < least, -jnp.inf, fused)
         return fused, {}

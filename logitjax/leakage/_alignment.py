@@ -8,7 +8,7 @@ import numpy as np
 import scipy.linalg
 from jaxtyping import Float
 
-from logitjax.ops import Array
+from logitjax.ops import Array, checks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,8 +74,9 @@ def align_head(
     >>> print(round(found.leak, 6), round(found.relative_rms, 6))
     1.0 0.0
     """
-    if len(basis) != len(head):
-        raise ValueError(f"basis has {len(basis)} rows, head {len(head)}: one vocabulary expected")
+    checks.shapes(basis=(basis, "float vocab dimension"), head=(head, "float vocab hidden"))
+    for name, rows in (("basis", basis), ("head", head)):
+        checks.values(rows, np.isfinite, name, "finite numbers")
     basis = np.asarray(basis, np.float64)
     head = np.asarray(head, np.float64)
     if centre:

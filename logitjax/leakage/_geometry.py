@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float
 
-from logitjax.ops import Array
+from logitjax.ops import Array, checks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,9 +59,12 @@ def compare_geometry(
     >>> compare_geometry(a, a, paired=False).procrustes_r2 < 0.3
     True
     """
+    checks.shapes(states=(states, "float n width"), others=(others, "float n other"))
+    for name, rows in (("states", states), ("others", others)):
+        checks.values(rows, np.isfinite, name, "finite numbers")
     a, b = np.asarray(states, np.float64), np.asarray(others, np.float64)
-    if len(a) != len(b) or len(a) < 4:
-        raise ValueError(f"equally many rows, at least 4, expected, got {len(a)} and {len(b)}")
+    if len(a) < 4:
+        raise ValueError(f"states: expected at least 4 rows, got {len(a)}")
     if not paired:
         b = b[np.random.default_rng(seed + 1).permutation(len(b))]
     order = np.random.default_rng(seed).permutation(len(a))

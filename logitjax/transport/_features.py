@@ -74,6 +74,11 @@ def graph_features(
         raise ValueError("num_nodes: needed with ids (the number of nodes), got None")
     if probes is not None and feature != "row_rms":
         raise ValueError(f"probes: only feature='row_rms' is estimated, got feature={feature!r}")
+    ops.checks.shapes(
+        values=(values, "number *batch positions width"),
+        ids=(ids, "int *batch positions width"),
+        where=(where, "bool *batch positions"),
+    )
     z = jnp.asarray(values)
     z = z.astype(jnp.promote_types(z.dtype, jnp.float32))
     ids = None if ids is None else drop_negative(ids)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from logitjax.ops import Array
+from logitjax.ops import Array, checks
 from logitjax.transport._rounding import gamma, lowered, real
 
 
@@ -66,6 +66,7 @@ def sorted_gw_lower_bound(
     """
     if p < 1:
         raise ValueError(f"p: expected at least 1, got {p}")
+    _check(f, g, f_weights, g_weights)
     f, g = real(f), real(g)
     if f.shape[-1] == g.shape[-1] and f_weights is None and g_weights is None:
         return jnp.mean(_power(jnp.sort(f, axis=-1) - jnp.sort(g, axis=-1), p), axis=-1)
@@ -135,12 +136,13 @@ def sorted_coupling(
     >>> plan.rows, plan.columns, plan.mass
     (Array([0, 1], dtype=int32), Array([1, 0], dtype=int32), Array([0.5, 0.5], dtype=float32))
     """
+    _check(f, g, f_weights, g_weights)
     f, g = jax.lax.stop_gradient((real(f), real(g)))
     n, m = f.shape[-1], g.shape[-1]
     rows = jnp.argsort(-f, axis=-1).astype(jnp.int32)
     columns = jnp.argsort(-g, axis=-1).astype(jnp.int32)
     if n == m and f_weights is None and g_weights is None:
-        return Coupling(rows, columns, jnp.full(f.shape, 1.0 / n, f.dtype))
+        return Coupling(rows, columns, _seen(jnp.full(f.shape, 1.0 / n, f.dtype), f, g))
     upper_f = _cumulative(f_weights, rows, f.shape)
     upper_g = _cumulative(g_weights, columns, g.shape)
     ends = jnp.sort(jnp.concatenate([upper_f, upper_g], axis=-1), axis=-1)
@@ -151,7 +153,22 @@ def sorted_coupling(
     return Coupling(
         jnp.take_along_axis(rows, at_f, -1),
         jnp.take_along_axis(columns, at_g, -1),
-        ends - starts,
+        _seen(ends - starts, f, g),
+    )
+
+
+def _seen(mass, f, g):
+    """The mass, nan where a number has no place in an order: every cost of it is nan then."""
+    fine = jnp.isfinite(f).all(-1, keepdims=True) & jnp.isfinite(g).all(-1, keepdims=True)
+    return jnp.where(fine, mass, jnp.nan)
+
+
+def _check(f, g, f_weights, g_weights):
+    checks.shapes(
+        f=(f, "number *batch n"),
+        g=(g, "number *batch m"),
+        f_weights=(f_weights, "number *weighted n"),
+        g_weights=(g_weights, "number *others m"),
     )
 
 

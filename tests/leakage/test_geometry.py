@@ -35,5 +35,5 @@ def test_widths_may_differ():
     found = compare_geometry(wide[:, :5], wide)
     assert 0.2 < found.procrustes_r2 < 0.6
     assert np.isnan(found.cosine)
-    with pytest.raises(ValueError, match="equally many rows"):
+    with pytest.raises(ValueError, match="others: expected shape"):
         compare_geometry(wide[:10], wide)

@@ -191,7 +191,7 @@ def test_metrics_know_chance(case):
     half = align_head((head - head.mean(axis=0))[:, : WIDTH // 2], head)
     assert half.overlap == pytest.approx(0.5, abs=1e-6)
     assert half.max_angle == pytest.approx(90)
-    with pytest.raises(ValueError, match="one vocabulary expected"):
+    with pytest.raises(ValueError, match="head: expected shape"):
         align_head(head[:5], head)
 
 
