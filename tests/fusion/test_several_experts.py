@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from logitjax.fusion import DynamicFusion
+from logitjax.fusion import DynamicFusion, _joint
 from tests.fusion.test_dynamic import BASE, BATCH, LARGE, fuse, language_like, log_softmax
 
 EXPERTS = np.stack(
@@ -123,3 +123,21 @@ def test_joint_steps_end_where_two_divergences_cannot_be_met_at_once():
     info = fuse(method="newton", multi="joint")(LARGE, twice, BASE)[1]
     free = ~np.asarray(info["at_bound"])
     assert np.asarray(info["converged"])[free].mean() > 0.8
+
+
+def test_where_every_device_has_to_agree_as_many_sweeps_are_made_as_are_said():
+    visits = []
+
+    def visit(alphas, centre):
+        visits.append(centre)
+        gap = 1 - alphas
+        done = jnp.zeros(alphas.shape[1:], bool)
+        return _joint._Visit((gap**2).sum(0), gap, gap[None], done, alphas, (alphas, alphas))
+
+    def run(start):
+        halfway = lambda seen, damping: seen.residual / 2  # noqa: E731
+        return _joint._damped(visit, halfway, start, (0.0, 2.0), 5, unrolled=True)
+
+    found = jax.jit(run)(np.zeros((2, 3), np.float32))
+    assert len(visits) == int(found.sweeps) == 5
+    np.testing.assert_allclose(found.alpha, np.full((2, 3), 1 - 2.0**-4))
