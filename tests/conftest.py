@@ -20,6 +20,9 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # Scripts that write goldens need torch and transformers.
 collect_ignore_glob = ["*/make_*.py", "*/export_*.py"]
 
+# Ten frames for every operation are a good part of what lowering costs.
+os.environ.setdefault("JAX_INCLUDE_FULL_TRACEBACKS_IN_LOCATIONS", "0")
+
 # Programs here run once, and optimising them costs more than it saves. `.ci/nightly` runs
 # them with what users have.
 _flags = ["--xla_backend_optimization_level=0"]

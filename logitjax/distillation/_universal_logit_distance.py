@@ -77,11 +77,12 @@ def universal_logit_distance(
             vocabularies or the entries of a `TopK`, or is None beside a `TopK`; `temperature` is
             not positive; or a vocabulary is sharded over an Explicit mesh axis without `axis_name`.
 
-    >>> import numpy as np
-    >>> student, teacher = np.log([0.1, 0.9]), np.log([0.5, 0.2, 0.3])
+    >>> import jax, numpy as np
+    >>> student, teacher = np.log(np.float32([0.1, 0.9])), np.log(np.float32([0.5, 0.2, 0.3]))
     >>> print(f"{universal_logit_distance(student, teacher, top_k=None):.1f}")
     0.8
-    >>> print(f"{universal_logit_distance(student, teacher, top_k=1):.1f}")
+    >>> distance = jax.jit(universal_logit_distance, static_argnames="top_k")
+    >>> print(f"{distance(student, teacher, top_k=1):.1f}")
     0.4
 
     References:

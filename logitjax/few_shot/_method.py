@@ -150,7 +150,7 @@ class Method:
 def unit_rows(values: Float[Array, "*batch features"]) -> Float[jax.Array, "*batch features"]:
     """Rows scaled to length one; a row of zeros stays.
 
-    >>> unit_rows(jnp.array([[3.0, 4.0], [0.0, 0.0]]))
+    >>> jax.jit(unit_rows)(jnp.array([[3.0, 4.0], [0.0, 0.0]]))
     Array([[0.6, 0.8],
            [0. , 0. ]], dtype=float32)
     """
@@ -248,7 +248,8 @@ def class_means(
 
     A class without an example gets zeros; so do labels outside the classes.
 
-    >>> class_means(jnp.array([[1.0], [3.0], [5.0]]), jnp.array([0, 0, 1]), 3)
+    >>> means = jax.jit(class_means, static_argnums=2)
+    >>> means(jnp.array([[1.0], [3.0], [5.0]]), jnp.array([0, 0, 1]), 3)
     Array([[2., 5., 0.]], dtype=float32)
     """
     features = checks.as_float(features, "features")

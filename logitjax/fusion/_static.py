@@ -135,8 +135,8 @@ class ContrastiveDecoding(Strategy):
         amateur_weight: of the amateur.
         plausibility: least probability as a fraction of the largest; 0 keeps all.
 
-    >>> fused, _ = ContrastiveDecoding()(
-    ...     jnp.array([2.0, 1.0, -9.0]), None, jnp.array([2.0, 0.0, 0.0]))
+    >>> fuse = jax.jit(ContrastiveDecoding())
+    >>> fused, _ = fuse(jnp.array([2.0, 1.0, -9.0]), None, jnp.array([2.0, 0.0, 0.0]))
     >>> fused
     Array([  2. ,   1.5, -inf], dtype=float32)
 

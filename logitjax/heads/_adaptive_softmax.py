@@ -185,7 +185,7 @@ def adaptive_nll(
       ValueError: shapes that do not fit.
 
     >>> config = AdaptiveConfig(vocab_size=6, hidden_size=4, cutoffs=(2,))
-    >>> params = config.init(jax.random.key(0), jnp.arange(1.0, 7.0))
+    >>> params = jax.jit(lambda key: config.init(key, np.arange(1.0, 7.0)))(jax.random.key(0))
     >>> nll = jax.jit(adaptive_nll)(jnp.zeros((2, 4)), params, jnp.array([5, 0]))
     >>> print(np.exp(-np.asarray(nll)).round(3))
     [0.286 0.048]
@@ -227,7 +227,7 @@ def adaptive_log_probs(
     """All V log-probabilities, in the order of the tokens.
 
     >>> config = AdaptiveConfig(vocab_size=6, hidden_size=4, cutoffs=(2,))
-    >>> params = config.init(jax.random.key(0), np.ones(6))
+    >>> params = jax.jit(lambda key: config.init(key, np.ones(6)))(jax.random.key(0))
     >>> log_probs = jax.jit(adaptive_log_probs)(jnp.ones((1, 4)), params)
     >>> print(f"{np.exp(log_probs).sum():.4f}")
     1.0000
@@ -260,7 +260,7 @@ def adaptive_topk(hidden: Float[Array, "*batch hidden"], params: dict[str, Any],
       ValueError: ``k`` is not in 1..frequent tokens.
 
     >>> config = AdaptiveConfig(vocab_size=6, hidden_size=4, cutoffs=(2,))
-    >>> params = config.init(jax.random.key(0), jnp.arange(1.0, 7.0))
+    >>> params = jax.jit(lambda key: config.init(key, np.arange(1.0, 7.0)))(jax.random.key(0))
     >>> jax.jit(adaptive_topk, static_argnums=2)(jnp.zeros((1, 4)), params, 2).indices
     Array([[5, 4]], dtype=int32)
     """

@@ -21,7 +21,7 @@ def low_rank_logits(
 ) -> Float[jax.Array, "*batch vocab"]:
     """All V logits of a low-rank head, ``(h D) W^T + b``: O(rank (d + V)) per token.
 
-    >>> low_rank_logits(jnp.ones((1, 3)), jnp.ones((3, 1)), jnp.array([[1.0], [2.0]]))
+    >>> jax.jit(low_rank_logits)(jnp.ones((1, 3)), jnp.ones((3, 1)), jnp.array([[1.0], [2.0]]))
     Array([[3., 6.]], dtype=float32)
     """
     narrow = jnp.asarray(hidden) @ jnp.asarray(down)

@@ -62,8 +62,8 @@ def first_lower_bound(
         ValueError: for another p, or weights of another shape or, where their values are known,
             that do not sum to one.
 
-    >>> import jax.numpy as jnp
-    >>> print(f"{first_lower_bound(jnp.diag(jnp.array([2.0, 0.0])), jnp.zeros((2, 2))):.4f}")
+    >>> import jax, numpy as np
+    >>> print(f"{jax.jit(first_lower_bound)(np.diag([2.0, 0.0]), np.zeros((2, 2))):.4f}")
     0.5000
 
     References:
@@ -153,8 +153,8 @@ def second_lower_bound(
     Returns:
         A scalar.
 
-    >>> import jax.numpy as jnp
-    >>> print(f"{second_lower_bound(jnp.diag(jnp.array([2.0, 0.0])), jnp.zeros((2, 2))):.4f}")
+    >>> import jax, numpy as np
+    >>> print(f"{jax.jit(second_lower_bound)(np.diag([2.0, 0.0]), np.zeros((2, 2))):.4f}")
     1.0000
 
     References:
@@ -186,8 +186,8 @@ def sorted_rows_lower_bound(c: Graph, d: Graph, *, p: int = 2) -> Float[Array, "
     Raises:
         ValueError: if the numbers of nodes differ.
 
-    >>> import jax.numpy as jnp
-    >>> print(f"{sorted_rows_lower_bound(jnp.diag(jnp.array([2.0, 0.0])), jnp.zeros((2, 2))):.4f}")
+    >>> import jax, numpy as np
+    >>> print(f"{jax.jit(sorted_rows_lower_bound)(np.diag([2.0, 0.0]), np.zeros((2, 2))):.4f}")
     1.0000
     """
     check_equal_sizes(c, d, "sorted_rows_lower_bound")

@@ -113,7 +113,7 @@ def entropic_gw(
 
     >>> import numpy as np
     >>> z = np.random.default_rng(0).normal(size=(8, 4))
-    >>> answer = entropic_gw(z.T @ z, 2 * z.T @ z, epsilons=(0.3, 0.1))
+    >>> answer = entropic_gw(z.T @ z, 2 * z.T @ z, epsilons=(0.3,))
     >>> answer.converged, answer.plan.shape
     (True, (4, 4))
 

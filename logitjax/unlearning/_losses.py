@@ -92,8 +92,8 @@ def gradient_ascent(
 
     >>> gradient_ascent(jnp.array([0.5, 2.0]))
     Array([-0.5, -2. ], dtype=float32)
-    >>> weighted = gradient_ascent(jnp.array([0.0, 0.6931472, 200.0]), beta=1.0)
-    >>> [f"{loss:.4f}" for loss in weighted]
+    >>> weighted = jax.jit(gradient_ascent)(jnp.array([0.0, 0.6931472, 200.0]), beta=1.0)
+    >>> [f"{loss:.4f}" for loss in weighted.tolist()]
     ['-0.0000', '-0.3466', '-0.0000']
 
     References:

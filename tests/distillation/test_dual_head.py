@@ -99,10 +99,13 @@ def test_blocks_change_nothing_and_save_memory():
     assert scratch(8) < scratch(None) / 3
 
 
+whole_batch = jax.jit(jax.grad(objective, has_aux=True))
+
+
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_batch_split_over_devices(kind):
     args = arrays(8, 4)
-    expected = jax.jit(jax.grad(objective, has_aux=True))(kernels(), *args)
+    expected = whole_batch(kernels(), *args)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
     with jax.set_mesh(mesh):
         split = [jax.device_put(x, NamedSharding(mesh, P("data"))) for x in args]

@@ -241,7 +241,17 @@ def test_metrics_show_degenerate_settings():
         assert value.shape == (2,)
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
+MORE = [pytest.mark.slow, pytest.mark.every_change]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(config, marks=MORE if i in (1, 2, 3) else [])
+        for i, config in enumerate(CONFIGS)
+    ],
+    ids=str,
+)
 def test_sharded_equals_local(config):
     """Positions over 2 devices and the vocabulary over 4, value and gradient."""
     mesh = jax.make_mesh((2, 4), ("seq", "vocab"), axis_types=(AxisType.Auto,) * 2)
@@ -259,7 +269,9 @@ def test_sharded_equals_local(config):
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[4]], ids=str)
+@pytest.mark.parametrize(
+    "config", [pytest.param(CONFIGS[0], marks=MORE), CONFIGS[4]], ids=["by rank", "by token"]
+)
 def test_batch_sharded_on_both_kinds_of_mesh(config, kind):
     inputs = [np.repeat(x, 2, 0) for x in data()]
     expected, expected_gradient = (np.repeat(x, 2, 0) for x in local(config))

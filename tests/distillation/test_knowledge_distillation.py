@@ -236,19 +236,21 @@ def test_split_vocabulary_equals_whole():
     np.testing.assert_allclose(split(s, t), loss_values(s, t, labels), rtol=1e-5, atol=1e-5)
 
 
+@jax.jit
+@jax.value_and_grad
+def total(s, t, labels):
+    return all_losses(s, t, labels).sum() + distillation.dist(s, t).sum()
+
+
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_batch_split_over_devices(kind):
     s, t = logits(11).astype(np.float32), logits(12).astype(np.float32)
     labels = np.arange(BATCH)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
-
-    def total(s, t, labels):
-        return all_losses(s, t, labels).sum() + distillation.dist(s, t).sum()
-
-    expected = jax.jit(jax.value_and_grad(total))(s, t, labels)
+    expected = total(s, t, labels)
     with jax.set_mesh(mesh):
         args = [jax.device_put(x, NamedSharding(mesh, P("data"))) for x in (s, t, labels)]
-        value, gradient = jax.jit(jax.value_and_grad(total))(*args)
+        value, gradient = total(*args)
     np.testing.assert_allclose(value, expected[0], rtol=1e-5)
     np.testing.assert_allclose(gradient, expected[1], rtol=1e-4, atol=1e-5)
 

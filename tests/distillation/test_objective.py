@@ -45,7 +45,8 @@ def batch(k=257):
     return {"pivot": COLUMNS, "sources": held}
 
 
-def value_and_grad(objective, student, k=257):
+def value_of(objective, student, k=257, transform=lambda total: total):
+    """`(value, (count, metrics))`, or what `transform` makes of the function that gives them."""
     loss_fn = loss_function(objective, student, ("source0", "source1"))
 
     @jax.jit
@@ -54,9 +55,14 @@ def value_and_grad(objective, student, k=257):
             value, count, metrics = loss_fn(trained, batch, None, frozen)
             return value, (count, metrics)
 
-        return jax.value_and_grad(total, has_aux=True)(trained)
+        return transform(total)(trained)
 
     return run(student.trained, student.frozen, batch(k))
+
+
+value_and_grad = functools.partial(
+    value_of, transform=functools.partial(jax.value_and_grad, has_aux=True)
+)
 
 
 def dense(logits, name, student_temperature=1.0, teacher_temperature=1.0):
@@ -92,7 +98,7 @@ def test_a_mix_is_the_weighted_sum_of_dense_losses(terms, temperatures):
         student_temperature=temperatures[0],
         teacher_temperature=temperatures[1],
     )
-    (value, (count, metrics)), _ = value_and_grad(objective, make_student(tiny()))
+    value, (count, metrics) = value_of(objective, make_student(tiny()))
 
     @jax.jit
     def by_definition(logits):
@@ -112,7 +118,7 @@ def test_a_mix_is_the_weighted_sum_of_dense_losses(terms, temperatures):
 
 def test_uld_and_gld_are_those_of_graph_fusion():
     objective = Objective(terms=parse_terms(["sft:0.5", "uld:0.5", "gld:0.25"]), teachers=(1, 3))
-    (value, _), _ = value_and_grad(objective, make_student(tiny()), k=10)
+    value, _ = value_of(objective, make_student(tiny()), k=10)
     teachers = [
         distillation.FusionTeacher(outputs=t, where=WHERE, weight=share, aligned=True)
         for t, share in zip(TEACHERS, SHARES, strict=True)

@@ -184,7 +184,13 @@ def _modules(case, name):
 HEADS = ("full", "tied", "low rank", "low rank, fitted", "product", "adaptive", "VQ", "shortlist")
 
 
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *HEADS[:-1],
+        pytest.param("shortlist", marks=pytest.mark.many_programs("pages are cut on the host")),
+    ],
+)
 def test_heads_share_an_interface_inside_a_decoder(case, name):
     head = _modules(case, name)
     model = decoder(head)
@@ -220,7 +226,12 @@ def test_heads_share_an_interface_inside_a_decoder(case, name):
         np.testing.assert_allclose(logits, again, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["low rank", "product", "adaptive", "VQ"])
+MORE = [pytest.mark.slow, pytest.mark.every_change]
+
+
+@pytest.mark.parametrize(
+    "name", ["low rank", "VQ", *(pytest.param(n, marks=MORE) for n in ("product", "adaptive"))]
+)
 def test_a_decoder_decodes_and_trains_through_the_head_alone(case, name):
     model = decoder(_modules(case, name))
     model.head.prepare(1)

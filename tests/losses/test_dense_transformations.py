@@ -1,6 +1,6 @@
 """What all dense losses have in common: they run under every transformation and sharding.
 
-All of them are one program a transformation. That they run outside of `jit` their doctests show.
+All of them are one program a transformation; doctests of the divergences run outside of `jit`.
 """
 
 import functools

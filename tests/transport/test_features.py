@@ -44,11 +44,15 @@ def oracle(z, where, feature):
 def test_sparse_and_dense_equal_the_oracle(feature):
     values, ids, where = sparse_data()
     z = dense(values, ids)
-    expected = oracle(z, where, feature)
-    sparse = graph_features(values, ids, where, feature=feature, num_nodes=NODES)
-    np.testing.assert_allclose(sparse, expected, rtol=1e-5, atol=1e-6)
-    for rows in (z, z[:, :, :6]):  # more and fewer nodes than positions
-        got = graph_features(rows.astype(np.float32), where=where, feature=feature)
+    dense_rows = (z, z[:, :, :6])  # more and fewer nodes than positions
+
+    @jax.jit
+    def run(values, ids, where, wide):
+        of = functools.partial(transport.graph_features, feature=feature)
+        return of(values, ids, where, num_nodes=NODES), *(of(x, where=where) for x in wide)
+
+    got_all = run(values, ids, where, [x.astype(np.float32) for x in dense_rows])
+    for rows, got in zip((z, *dense_rows), got_all, strict=True):
         np.testing.assert_allclose(got, oracle(rows, where, feature), rtol=1e-5, atol=1e-6)
 
 
@@ -105,9 +109,10 @@ def test_sharded_positions_equal_local(feature, with_ids):
     )
 
     def step(f):
-        return jax.jit(jax.value_and_grad(lambda v: jnp.sum(jnp.cos(f(v, ids, where)))))(rows)
+        return jax.value_and_grad(lambda v: jnp.sum(jnp.cos(f(v, ids, where))))
 
-    (value, gradient), (expected, expected_gradient) = step(sharded), step(run)
+    both = jax.jit(lambda v: (step(sharded)(v), step(run)(v)))
+    (value, gradient), (expected, expected_gradient) = both(rows)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-4, atol=1e-5)
 

@@ -86,11 +86,27 @@ TOKEN = {
 }
 
 
+def given(name):
+    return np.abs(normal(3, 8, scale=20.0)) if name in SEQUENCE else normal(0, BATCH, TIME, VOCAB)
+
+
+@functools.cache
+def found():
+    """Values and gradients of each loss, in one program."""
+
+    @jax.jit
+    def run(given):
+        losses = (SEQUENCE | TOKEN).items()
+        return {name: values_and_gradient(loss)(given[name]) for name, (loss, _) in losses}
+
+    return run({name: given(name) for name in SEQUENCE | TOKEN})
+
+
 @pytest.mark.parametrize("name", [*SEQUENCE, *TOKEN])
 def test_value_and_gradient_equal_float64_oracles(name):
-    loss, oracle = (SEQUENCE | TOKEN)[name]
-    x = np.abs(normal(3, 8, scale=20.0)) if name in SEQUENCE else normal(0, BATCH, TIME, VOCAB)
-    value, gradient = values_and_gradient(loss)(x)
+    _, oracle = (SEQUENCE | TOKEN)[name]
+    x = given(name)
+    value, gradient = found()[name]
     assert value.dtype == jnp.float32
     np.testing.assert_allclose(value, oracle(x.astype(np.float64)), rtol=1e-6, atol=1e-6)
     expected = finite_differences(oracle, x)
@@ -219,14 +235,16 @@ def test_blocked_forms_equal_dense_ones(masked_by, soft_cap):
         reference = (other, jax.lax.stop_gradient(whole), LABELS)
         return uniform + unlearning.linear_undial(hidden, whole, *reference, **options)
 
-    results = []
-    for function in (dense, blocked):
-        total = jax.jit(
-            jax.value_and_grad(lambda *x, f=function: (f(*x).sum(), f(*x)), (0, 1), has_aux=True)
-        )
-        results.append(total(hidden, head))
-    (_, expected), gradients = results[0]
-    (_, values), got = results[1]
+    @jax.jit
+    def both(*arrays):
+        def total(function, *arrays):
+            values = function(*arrays)
+            return values.sum(), values
+
+        steps = (functools.partial(total, function) for function in (dense, blocked))
+        return [jax.grad(step, (0, 1), has_aux=True)(*arrays) for step in steps]
+
+    (gradients, expected), (got, values) = both(hidden, head)
     np.testing.assert_allclose(values, expected, rtol=1e-5)
     for a, b in zip(got, gradients, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
@@ -272,12 +290,9 @@ def test_assistant_in_one_sweep_equals_its_two_halves(clean, soft_cap):
             hidden, whole, labels, retain, where=where, blocks=losses.Blocks(vocab=8)
         )
 
-    (expected, means), gradients = jax.jit(jax.value_and_grad(dense, (0, 1), has_aux=True))(
-        hidden, head
-    )
-    (value, got_means), got = jax.jit(jax.value_and_grad(blocked, (0, 1), has_aux=True))(
-        hidden, head
-    )
+    steps = [jax.value_and_grad(f, (0, 1), has_aux=True) for f in (dense, blocked)]
+    both = jax.jit(lambda *x: [step(*x) for step in steps])
+    ((expected, means), gradients), ((value, got_means), got) = both(hidden, head)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     for a, b in zip(jax.tree.leaves(got_means), jax.tree.leaves(means), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5)

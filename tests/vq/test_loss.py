@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,8 +49,9 @@ def test_loss_and_gradients_equal_the_scattered_reference(options):
             return lambda h, c, b: fn(h, c, b, case["assignment"], case["labels"], **options).sum()
 
         arguments = [case[name] for name in ("hidden", "codebook", "bias")]
-        value, grads = jax.jit(jax.value_and_grad(total(vq_nll), (0, 1, 2)))(*arguments)
-        want, want_grads = jax.jit(jax.value_and_grad(total(_scattered), (0, 1, 2)))(*arguments)
+        steps = [jax.value_and_grad(total(fn), (0, 1, 2)) for fn in (vq_nll, _scattered)]
+        both = jax.jit(lambda *x: [step(*x) for step in steps])
+        (value, grads), (want, want_grads) = both(*arguments)
         np.testing.assert_allclose(value, want, rtol=1e-12)
         for got, reference in zip(grads, want_grads):
             np.testing.assert_allclose(got, reference, rtol=1e-12, atol=1e-12)
@@ -130,6 +133,18 @@ def test_log_mass_survives_large_biases():
     np.testing.assert_allclose(got, [1000 + np.log(2), -1000, -np.inf, -np.inf], rtol=1e-6)
 
 
+@functools.cache
+def _local_step():
+    """The summed loss on one device, and its gradients in codebook and biases."""
+    case = _case()
+
+    def total(codebook, bias):
+        return vq_nll(**case | {"codebook": codebook, "bias": bias}).sum()
+
+    run = jax.jit(jax.value_and_grad(total, (0, 1)))
+    return jax.device_get(run(case["codebook"], case["bias"]))
+
+
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["Auto", "Explicit"])
 @pytest.mark.parametrize("spec", [P(), P("tensor")], ids=["replicated", "split codebook"])
 def test_sharded_equals_local(kind, spec):
@@ -148,9 +163,7 @@ def test_sharded_equals_local(kind, spec):
             placed["codebook"], placed["bias"]
         )
         value, grads = jax.device_get((value, grads))
-    want, want_grads = jax.jit(
-        jax.value_and_grad(lambda c, b: vq_nll(**case | {"codebook": c, "bias": b}).sum(), (0, 1))
-    )(case["codebook"], case["bias"])
+    want, want_grads = _local_step()
     np.testing.assert_allclose(value, want, rtol=1e-5)
     for got, reference in zip(grads, want_grads):
         np.testing.assert_allclose(got, reference, rtol=1e-4, atol=1e-5)
@@ -171,13 +184,11 @@ def test_shard_map_with_a_split_codebook_equals_local():
     def total(codebook, bias):
         return mapped(arguments[0], codebook, bias, *arguments[3:])[0].sum()
 
-    nll, logits = jax.jit(mapped)(*arguments)
+    run = jax.jit(lambda *x: (mapped(*x), jax.grad(total, (0, 1))(*x[1:3])))
+    (nll, logits), grads = run(*arguments)
     np.testing.assert_allclose(nll, nll_of(*arguments), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(logits, logits_of(*arguments[:4]), rtol=1e-4, atol=1e-5)
-    grads = jax.jit(jax.grad(total, (0, 1)))(*arguments[1:3])
-    plain = jax.grad(lambda c, b: vq_nll(arguments[0], c, b, *arguments[3:]).sum(), (0, 1))
-    want = jax.jit(plain)(*arguments[1:3])
-    for got, reference in zip(grads, want):
+    for got, reference in zip(grads, _local_step()[1]):
         np.testing.assert_allclose(got, reference, rtol=1e-4, atol=1e-5)
 
 

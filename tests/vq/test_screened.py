@@ -97,8 +97,8 @@ def test_loss_and_gradients_are_those_of_the_logits(case):
         return (log_z - at_label + 1e-3 * log_z**2).sum()
 
     arguments = (kernel, case["rows"])
-    got = jax.jit(jax.value_and_grad(lean, (0, 1)))(*arguments)
-    want = jax.jit(jax.value_and_grad(plain, (0, 1)))(*arguments)
+    steps = [jax.value_and_grad(f, (0, 1)) for f in (lean, plain)]
+    got, want = jax.jit(lambda *x: [step(*x) for step in steps])(*arguments)
     chex.assert_trees_all_close(got, want, rtol=1e-4, atol=1e-4)
 
 
@@ -121,13 +121,12 @@ def test_top_k_is_the_full_head_s_wherever_the_screen_lists_it(case):
 
 @pytest.mark.parametrize("kind", ["low rank", "product", "VQ"])
 def test_any_cheap_head_screens_for_a_tied_decoder(case, kind):
-    rngs = nnx.Rngs(0)
     make = {
-        "low rank": lambda: LowRankHead(WIDTH, VOCAB, 2, rngs=rngs),
-        "product": lambda: ProductHead(WIDTH, VOCAB, groups=4, num_codes=8, rngs=rngs),
-        "VQ": lambda: VQHead(WIDTH, VOCAB, 16, rngs=rngs),
+        "low rank": lambda rngs: LowRankHead(WIDTH, VOCAB, 2, rngs=rngs),
+        "product": lambda rngs: ProductHead(WIDTH, VOCAB, groups=4, num_codes=8, rngs=rngs),
+        "VQ": lambda rngs: VQHead(WIDTH, VOCAB, 16, rngs=rngs),
     }[kind]
-    screen = make()
+    screen = nnx.jit(lambda: make(nnx.Rngs(0)))()
     config = DecoderConfig(
         vocab_size=VOCAB,
         hidden_size=WIDTH,
