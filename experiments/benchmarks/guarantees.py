@@ -16,7 +16,7 @@ from typing import Any
 from experiments.benchmarks import _suite
 from logitjax.storage import write_atomic
 
-AREAS = ("transport", "fusion", "leakage")
+AREAS = ("transport", "fusion", "leakage", "attackers")
 # Cases in a part, which is what a kill can cost.
 _PART = 100
 

@@ -21,9 +21,9 @@ def harvest_log_probs(
     """Collects the log-probabilities that an API reports of the tokens it draws.
 
     They are reported at temperature 1 whatever the token was drawn at, so a higher one brings
-    rarer tokens: of 50,257 tokens 7,200 draws show 1,536 at temperature 1, 1,800 at temperature 2.
-    The likely ones come first; with a basis of the head known, twice its width of them complete the
-    row (`OutputSubspace.complete`).
+    rarer tokens: for 1,536 of 50,257 (normal logits of standard deviation 3.34) it takes 7,200
+    draws at temperature 1, 1,800 at temperature 2. The likely ones come first; with a basis of the
+    head known, twice its width of them complete the row (`OutputSubspace.complete`).
 
     Args:
         oracle: What to ask; its policy reports the drawn token's own value.

@@ -143,8 +143,8 @@ def search_logits(
 
     References:
         Carlini et al., 2024 (arXiv:2403.06634), for APIs without log-probabilities. Their code
-        keeps one interval a token, or closes all constraints at O(N^3); here the bound of every
-        difference stays closed, which saves `simultaneous` half of its queries.
+        keeps one interval a token, or closes all constraints at O(N^3) each time; here the bound
+        of every difference stays closed, at O(N^2) an answer.
 
     >>> from logitjax.leakage import LogitOracle, LogitPolicy
     >>> table = np.array([[1.0, 4.0, -2.0]], np.float32)

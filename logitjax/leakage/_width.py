@@ -68,7 +68,8 @@ class Evidence:
         diffuse: Gives a singular value that independent noise of any variances stays below.
         named: Standard deviation of the noise, if it was named.
         complete: Whether `values` are all there are.
-        distinct: Given a distance in units of the noise, how many rows are further apart.
+        distinct: Given a distance, root mean square over tokens, how many rows have no earlier one
+            as near.
         white: Whether the noise beyond so many directions has one variance in all tokens and rows.
         offset: Whether so many directions, under noise of that sigma, hold an offset that all rows
             share.
@@ -96,8 +97,10 @@ def judge_width(seen: Evidence) -> OutputWidth:
     Where nothing fits there is a lower bound only.
     """
     values = seen.values
-    if not values[0] > 0:
-        return OutputWidth(lower=0, estimate=None, upper=None, reason="no row differs from zero")
+    if not (values > seen.exact).any():
+        return OutputWidth(
+            lower=0, estimate=None, upper=None, reason="nothing but rounding is seen"
+        )
     above = int((values > seen.exact).sum())
     if above < len(values):
         return _of_exact_rows(seen, above)
@@ -105,12 +108,14 @@ def judge_width(seen: Evidence) -> OutputWidth:
         return _refused(seen, "more directions than the method was asked for")
     noise = fit_white_noise(values, seen.rows, seen.columns)
     if noise is None:
-        gaps = spectrum_gaps(values)[: max(1, len(values) // 2)]
-        return _refused(
-            seen,
+        said = (
             "no white noise explains the smaller singular values: too few rows for this width, or "
-            f"another noise; the largest gap, {gaps.max():.2g} nats, lies at {gaps.argmax() + 1}",
+            "another noise"
         )
+        gaps = spectrum_gaps(values)[: len(values) // 2]
+        if len(gaps):
+            said += f"; the largest gap, {gaps.max():.2g} nats, lies at {gaps.argmax() + 1}"
+        return _refused(seen, said)
     if noise.above == 0:
         return OutputWidth(
             lower=0,

@@ -1,11 +1,12 @@
-"""A share of the fuzzer of widths, and what it compares with.
+"""A share of the fuzzer of widths, what it compares with, and what attackers pay.
 
-`python -m experiments.benchmark guarantees --only=leakage` tries the same on 1,140 cases.
+`python -m experiments.benchmark guarantees --only=leakage,attackers` tries all of it.
 """
 
 import numpy as np
 import pytest
 
+from experiments.benchmarks import _guarantees_attackers as attackers
 from experiments.benchmarks import _guarantees_leakage as fuzzer
 
 
@@ -29,3 +30,15 @@ def test_the_rules_it_compares_with_are_those_of_their_papers():
     rows = rng.standard_normal((60, 3)) @ rng.standard_normal((3, 300))
     rows += 0.3 * rng.standard_normal(rows.shape)
     assert fuzzer.parallel_analysis(rows, rng) == 3
+
+
+def test_attackers_pay_what_is_known_and_find_a_small_model_s_width():
+    cases = [
+        case | {"kind": kind}
+        for kind in ("one_of_n", "forced tokens")
+        for case in attackers.run(kind, 1, 0)
+    ]
+    _, bars = attackers.report(cases)
+    assert len(bars) == 3
+    for bar in bars:
+        assert bar.met or (bar.name.startswith("attackers, one_of_n") and bar.value < 1.25)

@@ -85,7 +85,10 @@ def test_pure_noise_has_no_width():
     assert refused >= 19
     assert width.reason == f"nothing but white noise of {width.noise:.3g} is seen"
     assert str(width) == "not known"
-    assert estimate_output_subspace(np.zeros((5, 40), np.float32)).width.estimate is None
+    for nothing in (np.zeros((5, 40)), np.full((5, 40), -3.7)):
+        width = estimate_output_subspace(nothing.astype(np.float32)).width
+        assert width.reason == "nothing but rounding is seen"
+    assert estimate_output_subspace(_rows(1)).width.lower <= 1
 
 
 @pytest.mark.parametrize("value", [np.nan, -np.inf])
