@@ -29,7 +29,7 @@ def white_residual(
     # What a row has left is less the more of it `left` explains; rows of which nearly nothing is
     # left had a direction each to themselves, as loud noise has and hidden states have not.
     share = 1.0 - (left**2).sum(axis=1)
-    some = share > 0.1
+    some = share > 0.25 * free / count
     if some.mean() < 0.9:
         return False
     by_row = (part[some] ** 2).mean(axis=1) / share[some]
@@ -37,6 +37,13 @@ def white_residual(
     tokens_alike = by_token.std() <= 1.25 * np.sqrt(2 / free) * by_token.mean()
     rows_alike = by_row.std() <= (1.5 * np.sqrt(2 / size) + 0.05) * by_row.mean()
     return bool(tokens_alike and rows_alike)
+
+
+def are_cut_off(rows: Float[Array, "n vocab"]) -> bool:
+    """Whether many of a row's values are its smallest one, as under a floor or beyond a top-k."""
+    some = np.asarray(rows[:: max(1, len(rows) // 32)], np.float32)
+    ties = (some == some.min(axis=1, keepdims=True)).sum(axis=1).mean()
+    return bool(ties > max(4.0, 0.002 * some.shape[1]))
 
 
 def holds_vector(

@@ -16,6 +16,7 @@ from logitjax.leakage._host import host_gram, host_project, on_host
 from logitjax.leakage._known_basis import BasisFit, choose_tokens, rows_from_basis
 from logitjax.leakage._precision import in_float64
 from logitjax.leakage._residual import (
+    are_cut_off,
     diffuse_edge,
     finite_columns,
     holds_vector,
@@ -271,6 +272,7 @@ def _evidence(
         exact=exact,
         named=noise,
         complete=found.left is not None,
+        cut_off=lambda: are_cut_off(rows),
         diffuse=lambda: diffuse_edge(np.asarray(rows), centre * means, block_size=block_size),
         distinct=distinct,
         white=lambda k: white_residual(rows, centre * means, left(k)),

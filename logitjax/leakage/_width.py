@@ -68,6 +68,7 @@ class Evidence:
         diffuse: Gives a singular value that independent noise of any variances stays below.
         named: Standard deviation of the noise, if it was named.
         complete: Whether `values` are all there are.
+        cut_off: Whether many values of a row are its smallest one.
         distinct: Given a distance, root mean square over tokens, how many rows have no earlier one
             as near.
         white: Whether the noise beyond so many directions has one variance in all tokens and rows.
@@ -83,6 +84,7 @@ class Evidence:
     diffuse: Callable[[], float]
     named: float | None
     complete: bool
+    cut_off: Callable[[], bool]
     distinct: Callable[[float], int]
     white: Callable[[int], bool]
     offset: Callable[[int, float], bool]
@@ -101,6 +103,10 @@ def judge_width(seen: Evidence) -> OutputWidth:
         return OutputWidth(
             lower=0, estimate=None, upper=None, reason="nothing but rounding is seen"
         )
+    if seen.cut_off():
+        # Such rows are no linear images of hidden states: what they span says nothing of those.
+        said = "many values of a row are its smallest: they are cut off, or were filled in"
+        return OutputWidth(lower=0, estimate=None, upper=None, reason=said)
     above = int((values > seen.exact).sum())
     if above < len(values):
         return _of_exact_rows(seen, above)

@@ -146,6 +146,26 @@ def test_noise_that_is_not_white_is_refused():
     assert half.width.estimate == WIDTH
 
 
+def test_rows_that_are_cut_off_are_no_images_of_hidden_states():
+    rows = _rows(60)
+    floored = np.maximum(rows, np.quantile(rows, 0.3))
+    kept = np.sort(rows, axis=1)[:, -20:-19]
+    for cut in (floored, np.where(rows < kept, kept, rows)):
+        width = estimate_output_subspace(cut).width
+        assert (width.lower, width.estimate, width.upper) == (0, None, None)
+        assert "cut off, or were filled in" in width.reason
+
+
+def test_a_named_noise_that_the_rows_confirm_makes_few_of_them_enough():
+    rows = _rows(80, width=64, noise=0.1)
+    assert estimate_output_subspace(rows, noise=0.1).width.estimate == 64
+    for named in (None, 0.07):
+        width = estimate_output_subspace(rows, noise=named).width
+        assert width.estimate is None
+        assert width.lower <= 64
+        assert width.reason == "fewer than 1.7 rows for each direction"
+
+
 def test_rounding_is_noise_of_a_known_size():
     width = estimate_output_subspace(_rows(48).round(2), decimals=2).width
     assert width.estimate == width.upper == WIDTH
