@@ -6,6 +6,7 @@ the right one. `tests/test_zero_weights.py` is the column of zero weights of all
 `tests/test_classifier_inputs.py` has what is particular to classifiers.
 """
 
+import functools
 import importlib
 import inspect
 import re
@@ -34,6 +35,11 @@ def run(name, arrays):
     if name not in _compiled:
         _compiled[name] = case.call if case.host else jax.jit(case.call)
     return numbers(jax.device_get(_compiled[name](**arrays)))
+
+
+@functools.cache
+def unspoilt(name):
+    return run(name, TABLE[name].arrays)
 
 
 def numbers(tree):
@@ -183,7 +189,7 @@ def test_half_precision_gives_float32_and_float64_stays():
 def test_a_number_that_is_none_is_seen():
     wrong = []
     for name, case, key, x in spoilt(lambda case: not case.swept):
-        assert not any(np.isnan(x).any() for x in run(name, case.arrays)), name
+        assert not any(np.isnan(x).any() for x in unspoilt(name)), name
         for number in (np.nan, np.inf, -np.inf) if x.dtype == np.float32 else ():
             absent = key in case.logits and number == -np.inf
             other, place = x.copy(), [0] * x.ndim
@@ -202,8 +208,7 @@ def test_a_number_that_is_none_is_seen():
             found = np.concatenate([x.ravel() for x in leaves])
             if case.rows and x.shape[:1] == (BATCH,):
                 # Rows are on their own: what spoils the first one is not seen in the second.
-                clean = run(name, case.arrays)
-                pairs = zip(leaves, clean, strict=True)
+                pairs = zip(leaves, unspoilt(name), strict=True)
                 if not all(np.allclose(a[1:], b[1:], equal_nan=True) for a, b in pairs):
                     wrong.append(f"{name}, {key} {number} in another row")
             if absent:
@@ -211,7 +216,7 @@ def test_a_number_that_is_none_is_seen():
             elif np.isnan(number):
                 fine = np.isnan(found).any()
             else:
-                clean = np.concatenate([x.ravel() for x in run(name, case.arrays)])
+                clean = np.concatenate([x.ravel() for x in unspoilt(name)])
                 seen = np.isfinite(found) != np.isfinite(clean)
                 fine = key in case.limits or seen.any()
             if not fine:
