@@ -28,6 +28,7 @@ from logitjax.transport._graph import (
     check_weights,
     dense_matrix,
     half_exponent,
+    largest,
     multiply,
     node_weights,
     num_nodes,
@@ -50,6 +51,8 @@ Bounds = Literal["cheap", "sorted_rows", "third"]
 
 # Up to this many nodes a graph of more positions than nodes is multiplied out.
 _DENSE_NODES = 2048
+# Below half the exponent of any number that is not zero.
+_NO_SCALE = -100
 
 
 @jax.tree_util.register_dataclass
@@ -258,7 +261,12 @@ def _scaled(c, d, c_weights, d_weights, p, scale):
         c, d = (_divided(g, r, w) for g, r, w in zip(own, rms, (c_weights, d_weights), strict=True))
         units = [times_power_of_two(r, 2 * h) for r, h in zip(rms, halves, strict=True)]
         return c, d, lambda value: value, jnp.stack(units)
-    common = jnp.maximum(*halves)
+    # A graph of zeros has no scale: beside a tiny one it must not set the other's.
+    scales = [
+        jnp.where(largest(jax.lax.stop_gradient(g)) > 0, h, _NO_SCALE)
+        for g, h in zip(own, halves, strict=True)
+    ]
+    common = jnp.maximum(*scales)
     c, d = (shifted(g, h - common) for g, h in zip(own, halves, strict=True))
     unit, half = (rms[1], halves[1]) if scale == "joint" else (real(1.0), 0)
     units = jnp.full(2, 1.0, unit.dtype) * times_power_of_two(unit, 2 * jnp.asarray(half))

@@ -1,6 +1,8 @@
 """`logitjax gw`: a table of bounds of two files, and errors that name the file."""
 
 import re
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -32,3 +34,39 @@ def test_what_is_not_a_graph_is_refused_with_its_file(tmp_path):
         gw.run(gw.Config(graphs=paths))
     with pytest.raises(ValueError, match="graphs: expected two files, got 1"):
         gw.run(gw.Config(graphs=paths[:1]))
+
+
+def test_a_solver_stands_beside_the_certificate_with_what_its_plan_costs(
+    tmp_path, capsys, monkeypatch
+):
+    """The plan is the solver's; the value is the certificate's, of the plan repaired."""
+    c, d = np.square(np.random.default_rng(0).normal(size=(2, 5, 5)))
+    plan = np.full((5, 5), 1 / 25)
+    solver = types.SimpleNamespace(
+        gromov=types.SimpleNamespace(gromov_wasserstein=lambda *args, **options: plan)
+    )
+    monkeypatch.setitem(sys.modules, "ot", solver)
+    gw.run(gw.Config(graphs=write(tmp_path, c, d), refine="none", solver="pot"))
+    rows = [re.split(r" *\| *", line) for line in capsys.readouterr().out.splitlines()[-2:]]
+    certificate, peer = rows
+    assert peer[1] == "POT"
+    cost = np.square(c[:, :, None, None] - d).mean() / np.square(d).mean()
+    np.testing.assert_allclose(float(peer[4]), cost, rtol=1e-3)
+    assert float(certificate[4]) <= float(peer[4])
+    np.testing.assert_allclose(float(peer[5]), cost / float(certificate[2]), rtol=1e-2)
+
+
+def test_a_solver_that_is_not_installed_is_named_with_what_to_install(tmp_path, monkeypatch):
+    c, d = np.square(np.random.default_rng(0).normal(size=(2, 5, 5)))
+    monkeypatch.setitem(sys.modules, "ot", None)
+    with pytest.raises(ImportError, match=r"package ot is not installed: pip install 'logitjax"):
+        gw.run(gw.Config(graphs=write(tmp_path, c, d), refine="none", solver="pot"))
+
+
+@pytest.mark.slow
+@pytest.mark.every_change
+def test_ott_stands_beside_the_certificate(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    z, w = rng.normal(size=(2, 3, 6))
+    gw.run(gw.Config(graphs=write(tmp_path, z, w), factors=True, solver="ott"))
+    assert "ott, entropic" in capsys.readouterr().out

@@ -1,5 +1,6 @@
 """`graph_on_logits` and its statistics against a dense float64 oracle; sharded against local."""
 
+import dataclasses
 import functools
 
 import jax
@@ -194,10 +195,27 @@ def test_many_token_nodes_are_compacted():
         np.testing.assert_allclose(loss[0], expected, rtol=2e-4)
 
 
+@pytest.mark.parametrize("config", [CONFIGS[2], CONFIGS[5]], ids=str)
+def test_a_student_near_its_teacher_keeps_the_digits_of_the_cost(config):
+    """As a difference of squares of C and D nothing was left of it."""
+    rng = np.random.default_rng(6)
+    student = 3 * rng.normal(size=(1, 8, 40)).astype(np.float32)
+    teacher = student + (1e-3 * rng.normal(size=student.shape)).astype(np.float32)
+    certified = dataclasses.replace(config, certificate=True)
+    loss, metrics = jax.device_get(run(student, teacher, config=certified))
+    ones = np.ones(8, bool)
+    expected = oracle(student[0], teacher[0], ones, ones, config)
+    np.testing.assert_allclose(loss[0], expected, rtol=1e-2)
+    # The bounds are those of Z as float32 has it.
+    assert metrics["lower"][0] <= expected * 1.01
+    assert expected <= metrics["upper"][0] * 1.01
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
         ({"logits": "standardized_top_k"}, "sum to zero"),
+        ({"logits": "standardized_top_k", "value": "sorted_coupling"}, "sorts rounding noise"),
         ({"logits": "standardized_top_k", "k": 2, "feature": "off_diagonal"}, "same values"),
         ({"logits": "softmax_top_k", "k": 1}, "1 everywhere"),
         ({"feature": "off_diagonal", "k": 1}, "off the diagonal"),

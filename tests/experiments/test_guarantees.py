@@ -105,6 +105,13 @@ def test_graphs_that_are_constant_or_zero_give_numbers():
 
 @pytest.mark.slow
 @pytest.mark.every_change
+def test_a_graph_of_zeros_does_not_set_the_scale_of_a_tiny_one():
+    """Its squares fell below what rounding is allowed for: lower was 0 and upper 10."""
+    tiny = np.float32(1e-14) * np.float32([[4, 1], [1, 3]])
+    answer = transport.certificate(np.zeros((2, 2), np.float32), tiny)
+    np.testing.assert_allclose([answer.lower, answer.upper], 1, rtol=1e-5)
+
+
 def test_graphs_of_any_scale_are_measured_and_a_cost_beyond_float32_is_refused():
     rng = np.random.default_rng(0)
     c, d = np.square(rng.normal(size=(2, 6, 6))).astype(np.float32)
