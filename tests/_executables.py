@@ -8,6 +8,7 @@ import gc
 import pathlib
 
 import jax
+import pytest
 
 _MAPPINGS = pathlib.Path("/proc/self/maps")
 _MOST = pathlib.Path("/proc/sys/vm/max_map_count")
@@ -23,11 +24,15 @@ def allowed() -> int:
     return int(_MOST.read_text()) if _MOST.exists() else 65_530
 
 
+@pytest.hookimpl(trylast=True)  # when the module's fixtures are gone
 def pytest_runtest_teardown(item, nextitem):
     if nextitem is not None and nextitem.path == item.path:
         return
     if mappings() > allowed() // 4:
         jax.clear_caches()
+        gc.unfreeze()
     _, middle, old = gc.get_count()
     if middle or old:  # at least 100,000 objects; the suite seldom does by itself, see conftest.py
         gc.collect()
+        # Programs and traces are kept: looking through all of them after each module took seconds.
+        gc.freeze()
