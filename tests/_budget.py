@@ -3,8 +3,8 @@
 Three quarters of a test's time are tracing and compiling, and the suite stays cheap only where
 somebody counts. Programs are counted whether XLA compiles them or the persistent cache has them, so
 the count is the same warm and cold. With `--strict-budget` a test that needs more than
-`MOST_PROGRAMS` fails, unless it is marked `many_programs` with a reason. What its fixtures compile is
-not charged to it, nor what a test before it compiled: run alone, it has its full count.
+`MOST_PROGRAMS` fails, unless it is marked `many_programs` with a reason. It is not charged for its
+fixtures, nor for what a test before it compiled: run alone, it has its full count.
 """
 
 import collections
