@@ -21,21 +21,21 @@ COUNTS = np.array([[True, True, False, True, False], [False, True, True, True, T
 def _inputs() -> dict[str, Any]:
     rng = np.random.default_rng(0)
 
-    def normal(*shape: int) -> np.ndarray:
-        return rng.normal(size=shape).astype(np.float32)
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
     return {
         "hidden": normal(BATCH, LENGTH, WIDTH),
         "teacher_hidden": normal(BATCH, LENGTH, WIDTH + 1),
         "teacher_logits": normal(BATCH, LENGTH, VOCAB),
-        "labels": rng.integers(0, VOCAB, (BATCH, LENGTH)).astype(np.int32),
+        "labels": jnp.asarray(rng.integers(0, VOCAB, (BATCH, LENGTH)), jnp.int32),
     }
 
 
 def _heads() -> dict[str, Any]:
     rng = np.random.default_rng(1)
     kernels = {"head": (WIDTH, VOCAB), "teacher_head": (WIDTH + 1, VOCAB)}
-    return {name: rng.normal(size=s).astype(np.float32) for name, s in kernels.items()}
+    return {name: jnp.asarray(rng.normal(size=s), jnp.float32) for name, s in kernels.items()}
 
 
 def _masked(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -176,10 +176,11 @@ LOSSES["linear_graph_fusion, where"] = _fusion(blocked=True, aligned=True)
 
 def _poisoned(inputs: dict[str, Any], number: float) -> dict[str, Any]:
     """The same inputs with a number where nothing counts, and labels that no vocabulary has."""
+    silent = ~jnp.asarray(COUNTS)
     return {
-        name: np.where(COUNTS, x, np.int32(-100 if number < 0 else 10**6))
+        name: jnp.where(silent, -100 if number < 0 else 10**6, x)
         if name == "labels"
-        else np.where(COUNTS[..., None], x, np.float32(number))
+        else jnp.where(silent[..., None], number, x)
         for name, x in inputs.items()
     }
 
@@ -217,8 +218,7 @@ def test_a_position_that_does_not_count_changes_no_value_and_no_gradient(name):
             np.testing.assert_array_equal(one, other, err_msg=f"{name} with {number}")
     for key, array in clean.items():
         wrong = VOCAB if key == "labels" else np.nan
-        inputs = clean | {key: array.copy()}
-        inputs[key][0, 0] = wrong
+        inputs = clean | {key: array.at[0, 0].set(wrong)}
         value, _ = evaluate(inputs["hidden"], head, inputs)
         # What counts is seen, or it is not read: `expected` is to the last bit.
         assert not np.isfinite(value) or value == expected[0], f"{name} without {key}"

@@ -115,7 +115,7 @@ def normalise(row: Any, columns: Mapping[str, str] | None = None) -> dict[str, A
     for key in form:
         value = row.get(key)
         if not isinstance(value, str):
-            raise ValueError(f"{key!r} must be a string, got {type(value).__name__}")
+            raise ValueError(f"{key!r}: expected a string, got {type(value).__name__}")
         if key != "prompt" and not value.strip():
             raise ValueError(f"{key!r} is empty")
         kept[key] = value
@@ -124,13 +124,13 @@ def normalise(row: Any, columns: Mapping[str, str] | None = None) -> dict[str, A
 
 def _check_messages(messages: Any) -> list[dict[str, str]]:
     if not isinstance(messages, list) or not messages:
-        raise ValueError("'messages' must be a list that is not empty")
+        raise ValueError("'messages': expected a list that is not empty")
     for message in messages:
         valid = isinstance(message, Mapping) and all(
             isinstance(message.get(key), str) for key in ("role", "content")
         )
         if not valid:
-            raise ValueError(f"a message must have string 'role' and 'content', got {message!r}")
+            raise ValueError(f"message: expected strings 'role' and 'content', got {message!r}")
     if not any(m["role"] == "assistant" for m in messages):
         raise ValueError("'messages' has no message of role 'assistant', so nothing to learn from")
     return [{"role": m["role"], "content": m["content"]} for m in messages]

@@ -65,7 +65,7 @@ def load_examples(
             f"unknown data source {spec!r}: expected text:PATH, jsonl:PATH or tfds:NAME[:CONFIG]"
         )
     if on_error not in ("raise", "skip"):
-        raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
+        raise ValueError(f"on_error: expected 'raise' or 'skip', got {on_error!r}")
     if kind == "text":
         if columns:
             raise ValueError("columns has no meaning for text files")

@@ -71,8 +71,12 @@ def global_indices(
 
 def process_rows(batch_size: int, process_index: int, process_count: int) -> slice:
     if process_count < 1 or batch_size % process_count:
-        raise ValueError(f"batch_size={batch_size} must divide by process_count={process_count}")
+        raise ValueError(
+            f"batch_size: expected a multiple of process_count={process_count}, got {batch_size}"
+        )
     if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index={process_index} must lie in [0, {process_count})")
+        raise ValueError(
+            f"process_index: expected a number in [0, {process_count}), got {process_index}"
+        )
     share = batch_size // process_count
     return slice(process_index * share, (process_index + 1) * share)

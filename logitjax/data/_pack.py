@@ -91,9 +91,9 @@ def pack(
     if "row" in tokenizers:
         raise ValueError("tokenizers: the name 'row' is taken by the row indices of a batch")
     if seq_len < 2:
-        raise ValueError(f"seq_len must be at least 2, got {seq_len}")
+        raise ValueError(f"seq_len: expected at least 2, got {seq_len}")
     if on_long not in ("split", "skip", "raise"):
-        raise ValueError(f"on_long must be 'split', 'skip' or 'raise', got {on_long!r}")
+        raise ValueError(f"on_long: expected 'split', 'skip' or 'raise', got {on_long!r}")
     if not isinstance(examples, Examples):
         examples = Examples(examples)
     if not len(examples):

@@ -119,7 +119,7 @@ class PackedDataset:
         The concatenation over processes is the same whatever their number.
         """
         if step < 0:
-            raise ValueError(f"step must not be negative, got {step}")
+            raise ValueError(f"step: expected at least 0, got {step}")
         mine = process_rows(batch_size, process_index, process_count)
         rows = global_indices(step, length=len(self), seed=seed, batch_size=batch_size)
         return rows[mine]

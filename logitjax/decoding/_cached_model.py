@@ -73,7 +73,7 @@ class CachedModel:
         if isinstance(model, tuple) and len(model) == 3 and callable(model[0]):
             return _of_triple(*model)
         raise TypeError(
-            "model must be a Decoder, a CachedModel or (apply_fn, params, cache), "
+            "model: expected a Decoder, a CachedModel or (apply_fn, params, cache), "
             f"got {type(model).__name__}"
         )
 

@@ -153,7 +153,7 @@ class Engine:
           ValueError: for a slot that does not exist, or a request longer than ``max_length``.
         """
         if not 0 <= slot < self.slots:
-            raise ValueError(f"slot must be between 0 and {self.slots - 1}, got {slot}")
+            raise ValueError(f"slot: expected a number between 0 and {self.slots - 1}, got {slot}")
         row, tokens, positions = self._rows([request], self._empty_row)
         self._state, emitted = _prefill_row(
             self.plan, self.options, self.params, self.state, row, tokens, positions, slot
@@ -203,7 +203,8 @@ class Engine:
             raise ValueError("speculation: the engine was made without, it knows no drafter")
         if not 1 <= length <= max(self.speculation.lengths):
             raise ValueError(
-                f"length must be between 1 and {max(self.speculation.lengths)}, got {length}"
+                f"length: expected a number between 1 and {max(self.speculation.lengths)}, "
+                f"got {length}"
             )
         self._state, emitted, drafted = _speculate(
             self.plan,

@@ -98,7 +98,7 @@ def fresh_rows(
     count = len(requests)
     for request in requests:
         if request.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {request.max_new_tokens}")
+            raise ValueError(f"max_new_tokens: expected at least 1, got {request.max_new_tokens}")
         if request.sampling.repetition_penalty != 1 and not options.repetition:
             raise ValueError("sampling: repetition_penalty needs options with repetition=True")
     stop_ids = _table([list(r.stop_ids) for r in requests], options.max_stop_ids, -1, "stop_ids")

@@ -49,9 +49,11 @@ class Sampling:
         checks.between(self.min_p, 0.0, 1.0, "min_p")
         checks.between(self.seed, 0, 2**32 - 1, "seed")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+            raise ValueError(f"top_p: expected a number in (0, 1], got {self.top_p}")
         if not self.repetition_penalty > 0:
-            raise ValueError(f"repetition_penalty must be positive, got {self.repetition_penalty}")
+            raise ValueError(
+                f"repetition_penalty: expected a positive number, got {self.repetition_penalty}"
+            )
 
 
 GREEDY = Sampling()
@@ -86,7 +88,7 @@ def sampling_rows(sampling: Sampling | list[Sampling] | tuple[Sampling, ...], ro
     else:
         settings = list(sampling)
     if len(settings) != rows:
-        raise ValueError(f"sampling must have one setting a row ({rows}), got {len(settings)}")
+        raise ValueError(f"sampling: expected one setting a row ({rows}), got {len(settings)}")
     kinds = {"top_k": np.int32, "seed": np.uint32}
     return SamplingRows(
         **{

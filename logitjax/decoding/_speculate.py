@@ -47,10 +47,10 @@ class Speculation:
     def __post_init__(self) -> None:
         lengths = tuple(self.lengths)
         if not lengths or lengths[0] < 1 or lengths != tuple(sorted(set(lengths))):
-            raise ValueError(f"lengths must be ascending and at least 1, got {lengths}")
+            raise ValueError(f"lengths: expected ascending numbers of at least 1, got {lengths}")
         if self.acceptance not in ("rejection", "coupled"):
             raise ValueError(
-                f"acceptance must be 'rejection' or 'coupled', got {self.acceptance!r}"
+                f"acceptance: expected 'rejection' or 'coupled', got {self.acceptance!r}"
             )
         object.__setattr__(self, "lengths", lengths)
 

@@ -47,7 +47,9 @@ class DecodeOptions:
 
     def __post_init__(self) -> None:
         if self.logprobs_of not in ("model", "adjusted"):
-            raise ValueError(f"logprobs_of must be 'model' or 'adjusted', got {self.logprobs_of!r}")
+            raise ValueError(
+                f"logprobs_of: expected 'model' or 'adjusted', got {self.logprobs_of!r}"
+            )
 
 
 @jax.tree_util.register_dataclass

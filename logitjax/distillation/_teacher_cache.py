@@ -45,11 +45,13 @@ class TeacherIdentity:
 
     def __post_init__(self) -> None:
         if self.dtype not in _DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {self.dtype!r}")
+            raise ValueError(f"dtype: expected one of {', '.join(_DTYPES)}, got {self.dtype!r}")
         if not 1 <= self.k <= self.vocab_size:
-            raise ValueError(f"k must be in 1..{self.vocab_size}, the vocabulary, got {self.k}")
+            raise ValueError(
+                f"k: expected a number in 1..{self.vocab_size}, the vocabulary, got {self.k}"
+            )
         if self.tail_samples < 0:
-            raise ValueError(f"tail_samples must not be negative, got {self.tail_samples}")
+            raise ValueError(f"tail_samples: expected at least 0, got {self.tail_samples}")
 
     @property
     def bytes_per_row(self) -> int:

@@ -56,7 +56,7 @@ def nll_from_apply(apply_fn: Callable[[Any], Any], *, with_greedy: bool = False)
         tokens, targets = jnp.asarray(tokens, jnp.int32), jnp.asarray(targets, bool)
         if tokens.ndim != 2 or tokens.shape != targets.shape:
             raise ValueError(
-                f"tokens and targets must be [batch, time] both, got {tokens.shape} and "
+                f"tokens and targets: expected [batch, time] both, got {tokens.shape} and "
                 f"{targets.shape}"
             )
         logits = apply_fn(tokens)

@@ -65,7 +65,7 @@ def score_rows(
     """
     if batch_size < 1 or length_step < 1:
         raise ValueError(
-            f"batch_size and length_step must be positive, got {batch_size}, {length_step}"
+            f"batch_size, length_step: expected positive numbers, got {batch_size}, {length_step}"
         )
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
     nll: list[Any] = [None] * len(rows)

@@ -126,7 +126,9 @@ class LowRankHead(VocabularyHead):
         rngs: nnx.Rngs,
     ):
         if not 1 <= rank <= hidden_size:
-            raise ValueError(f"rank must be between 1 and hidden_size={hidden_size}, got {rank}")
+            raise ValueError(
+                f"rank: expected a number between 1 and hidden_size={hidden_size}, got {rank}"
+            )
         self.dtype = dtype
         narrow, wide = (nnx.initializers.normal(n**-0.5) for n in (hidden_size, rank))
         self.down = nnx.Param(narrow(rngs.params(), (hidden_size, rank), param_dtype))

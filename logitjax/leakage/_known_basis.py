@@ -48,7 +48,9 @@ def choose_tokens(basis: Float[Array, "vocab rank"], count: int) -> Int[np.ndarr
     basis = np.asarray(basis, np.float64)
     vocab, rank = basis.shape
     if not rank <= count <= vocab:
-        raise ValueError(f"count must be between the rank {rank} and the vocabulary, got {count}")
+        raise ValueError(
+            f"count: expected a number between the rank {rank} and the vocabulary, got {count}"
+        )
     order: np.ndarray = scipy.linalg.qr(basis.T, mode="r", pivoting=True)[-1]  # pyright: ignore
     first = order[:rank]
     rest = np.setdiff1d(np.arange(vocab), first)
@@ -91,7 +93,7 @@ def rows_from_basis(
     tokens = np.asarray(tokens)
     values = np.asarray(values, np.float64)
     if values.shape[-1] != len(tokens):
-        raise ValueError(f"values must be [n, {len(tokens)}] as tokens, got {values.shape}")
+        raise ValueError(f"values: expected [n, {len(tokens)}] as tokens, got {values.shape}")
     known = basis
     if unknown_shift:
         known = np.concatenate([basis, np.ones((len(basis), 1))], axis=1)

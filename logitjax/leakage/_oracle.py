@@ -123,7 +123,7 @@ class LogitOracle:
         tokens = np.asarray(bias_tokens, np.int32)
         bias = np.broadcast_to(np.asarray(bias_values, np.float32), tokens.shape)
         if tokens.ndim != 2:
-            raise ValueError(f"bias_tokens must be [queries, biased], got {tokens.shape}")
+            raise ValueError(f"bias_tokens: expected [queries, biased], got {tokens.shape}")
         if self.policy.bias == "none":
             raise ValueError("this API takes no logit bias")
         self._charge(len(tokens))

@@ -98,7 +98,7 @@ class LogitPolicy:
                 checks.positive(value, name)
         for name, value in (("noise", self.noise), ("dummy_dims", self.dummy_dims)):
             if value < 0:
-                raise ValueError(f"{name} must not be negative, got {value}")
+                raise ValueError(f"{name}: expected at least 0, got {value}")
 
     @classmethod
     def parse(cls, name: str) -> "LogitPolicy":
@@ -268,7 +268,7 @@ class LogitPolicy:
             raise ValueError("this API takes no logit bias")
         if bias is None or jnp.shape(bias) != tokens.shape:
             raise ValueError(
-                f"bias_values must be of the shape of bias_tokens, {tokens.shape}, "
+                f"bias_values: expected the shape of bias_tokens, {tokens.shape}, "
                 f"got {None if bias is None else jnp.shape(bias)}"
             )
         if tokens.shape[-1] > self.max_biased:

@@ -114,7 +114,7 @@ def recover_log_probs(
             + " can be seen"
         )
     if bias is not None and not 0 < bias <= policy.bias_limit:
-        raise ValueError(f"bias must be in (0, {policy.bias_limit}], got {bias}")
+        raise ValueError(f"bias: expected a number in (0, {policy.bias_limit}], got {bias}")
     # What a float32 server adds to a logit costs it digits: no more than is needed.
     biases = sorted({min(x, policy.bias_limit) for x in (30.0, 80.0)}) if bias is None else [bias]
     step = _step(policy)

@@ -131,7 +131,9 @@ def randomised_svd(
     count, vocab = rows.shape
     shards = 1 if axis_name is None else jax.lax.axis_size(axis_name)
     if not 1 <= rank <= min(count, vocab * shards):
-        raise ValueError(f"rank must be between 1 and {min(count, vocab * shards)}, got {rank}")
+        raise ValueError(
+            f"rank: expected a number between 1 and {min(count, vocab * shards)}, got {rank}"
+        )
     size = min(rank + oversample, count)
     mean = (
         row_means(rows, axis_name).astype(jnp.float32) if centre else jnp.zeros(count, jnp.float32)

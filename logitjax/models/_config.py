@@ -95,11 +95,12 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
-                f"num_kv_heads must divide num_heads, got {self.num_kv_heads} and {self.num_heads}"
+                f"num_kv_heads: expected a divisor of num_heads={self.num_heads}, "
+                f"got {self.num_kv_heads}"
             )
         if self.windows and len(self.windows) != self.num_layers:
             raise ValueError(
-                f"windows must have one entry a layer ({self.num_layers}), got {len(self.windows)}"
+                f"windows: expected one entry a layer ({self.num_layers}), got {len(self.windows)}"
             )
 
     @property

@@ -201,9 +201,9 @@ class Decoder(nnx.Module):
         attention: Literal["xla", "cudnn"] | None = None,
     ):
         if layout not in ("stacked", "listed"):
-            raise ValueError(f"layout must be 'stacked' or 'listed', got {layout!r}")
+            raise ValueError(f"layout: expected 'stacked' or 'listed', got {layout!r}")
         if remat not in ("none", "dots", "full"):
-            raise ValueError(f"remat must be 'none', 'dots' or 'full', got {remat!r}")
+            raise ValueError(f"remat: expected 'none', 'dots' or 'full', got {remat!r}")
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.param_dtype = jnp.dtype(param_dtype)

@@ -25,7 +25,7 @@ def with_layout(model: Decoder, layout: str) -> Decoder:
     2
     """
     if layout not in ("stacked", "listed"):
-        raise ValueError(f"layout must be 'stacked' or 'listed', got {layout!r}")
+        raise ValueError(f"layout: expected 'stacked' or 'listed', got {layout!r}")
     if layout == model.layout:
         return model
     out = nnx.merge(*nnx.split(model))
@@ -130,7 +130,7 @@ def first_layers(model: Decoder, count: int) -> Decoder:
     """
     config = model.config
     if not 1 <= count <= config.num_layers:
-        raise ValueError(f"count must be between 1 and {config.num_layers}, got {count}")
+        raise ValueError(f"count: expected a number between 1 and {config.num_layers}, got {count}")
     small = dataclasses.replace(
         config,
         num_layers=count,

@@ -72,7 +72,7 @@ def make_assistant_loss(
     if uniform not in ("answers", "all"):
         raise ValueError(f"uniform: expected 'answers' or 'all', got {uniform!r}")
     if max_positions is not None and max_positions < 1:
-        raise ValueError(f"max_positions must be positive, got {max_positions}")
+        raise ValueError(f"max_positions: expected a positive number, got {max_positions}")
     graphdef, params, rest = nnx.split(base, nnx.Param, ...)
     # Raises now where the head is not linear; a model of shapes alone has no arrays to ask.
     jax.eval_shape(lambda params: nnx.merge(graphdef, params, rest).head_of(), params)

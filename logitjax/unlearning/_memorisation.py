@@ -122,7 +122,7 @@ def privleak(auc: float, reference_auc: float = 0.5) -> float:
     """
     for name, value in (("auc", auc), ("reference_auc", reference_auc)):
         if not 0 <= value <= 1:
-            raise ValueError(f"{name} must be between 0 and 1, got {value}")
+            raise ValueError(f"{name}: expected a number between 0 and 1, got {value}")
     return 100.0 * (reference_auc - auc) / (1.0 - reference_auc + 1e-10)
 
 

@@ -160,10 +160,11 @@ def subset(source: str | os.PathLike[str], *, authors: int = 20, forget: int = 2
       ValueError: numbers of authors that TOFU does not have, or files that are not TOFU's.
     """
     if not 1 <= forget <= 10:
-        raise ValueError(f"forget must be between 1 and 10 authors, got {forget}")
+        raise ValueError(f"forget: expected 1 to 10 authors, got {forget}")
     if not forget < authors <= _AUTHORS - forget:
         raise ValueError(
-            f"authors must be between {forget + 1} and {_AUTHORS - forget} with forget={forget}, "
+            f"authors: expected a number between {forget + 1} and {_AUTHORS - forget} "
+            f"with forget={forget}, "
             f"got {authors}"
         )
     full = load(source, "full")
@@ -307,7 +308,7 @@ def _literal(cell: str, key: str, where: str) -> tuple[str, ...]:
 
 def _texts(value: Any, key: str, where: str) -> tuple[str, ...]:
     if not isinstance(value, Sequence) or isinstance(value, str):
-        raise ValueError(f"{where}: {key!r} must be a list of strings, got {value!r}")
+        raise ValueError(f"{where}: {key!r}: expected a list of strings, got {value!r}")
     for one in value:
         _check_text(one, key, where)
     return tuple(value)
@@ -317,6 +318,6 @@ def _check_text(value: Any, key: str, where: str) -> None:
     if value is None:
         raise ValueError(f"{where}: {key!r} is missing")
     if not isinstance(value, str):
-        raise ValueError(f"{where}: {key!r} must be a string, got {type(value).__name__}")
+        raise ValueError(f"{where}: {key!r}: expected a string, got {type(value).__name__}")
     if not value.strip():
         raise ValueError(f"{where}: {key!r} is empty")

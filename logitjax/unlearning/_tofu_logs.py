@@ -53,7 +53,7 @@ def read_logs(source: Any) -> dict[str, Log]:
         named = {set_name(key) or key: log for key, log in source.items()}
         return {name: check_log(log, name) for name, log in named.items()}
     if not isinstance(source, str | os.PathLike):
-        raise TypeError(f"logs must be a path or a mapping, got {type(source).__name__}")
+        raise TypeError(f"logs: expected a path or a mapping, got {type(source).__name__}")
     path = epath.Path(source).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"no such file or directory: {path}")

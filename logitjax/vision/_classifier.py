@@ -97,7 +97,7 @@ def create_classifier(
     (2, 10)
     """
     if name not in _MODELS:
-        raise ValueError(f"name must be one of {', '.join(sorted(_MODELS))}, got {name!r}")
+        raise ValueError(f"name: expected one of {', '.join(sorted(_MODELS))}, got {name!r}")
     backbone = _MODELS[name](channels=channels, axis_name=axis_name, dtype=dtype, rngs=rngs)
     make_head = torch_linear if head is None else head
     return ImageClassifier(backbone, make_head(backbone.num_features, num_classes, rngs=rngs))

@@ -48,7 +48,7 @@ class CLIPConfig:
             ("text_heads", self.text_width, self.text_heads),
         ):
             if heads < 1 or width % heads:
-                raise ValueError(f"{name} must divide {width}, got {heads}")
+                raise ValueError(f"{name}: expected a divisor of {width}, got {heads}")
 
     @property
     def vision_channels(self) -> int:

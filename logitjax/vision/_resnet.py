@@ -122,7 +122,7 @@ class CifarResNet(nnx.Module):
     ):
         blocks, rest = divmod(depth - 2, 6)
         if rest or blocks < 1:
-            raise ValueError(f"depth must be 6n + 2 (8, 14, 20, ...), got {depth}")
+            raise ValueError(f"depth: expected 6n + 2 (8, 14, 20, ...), got {depth}")
         options = {"axis_name": axis_name, "dtype": dtype, "rngs": rngs}
         self.num_features = widths[3]
         self.conv1 = conv(channels, widths[0], 3, dtype=dtype, rngs=rngs)

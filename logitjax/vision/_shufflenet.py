@@ -103,7 +103,7 @@ class ShuffleNetV2(nnx.Module):
         rngs: nnx.Rngs,
     ):
         if size not in _WIDTHS:
-            raise ValueError(f"size must be one of {sorted(_WIDTHS)}, got {size}")
+            raise ValueError(f"size: expected one of {sorted(_WIDTHS)}, got {size}")
         options = {"axis_name": axis_name, "dtype": dtype, "rngs": rngs}
         widths = _WIDTHS[size]
         self.num_features = widths[3]

@@ -136,10 +136,10 @@ def fill_weights(
             if path[0] in keep_misfits_of:
                 continue
             raise ValueError(
-                f"weight {name!r} must have shape {variable.shape} (in our layout), got "
+                f"weight {name!r}: expected shape {variable.shape} (in our layout), got "
                 f"{value.shape}"
             )
-        flat[path] = variable.replace(jnp.asarray(value.astype(variable.dtype), variable.dtype))
+        flat[path] = variable.replace(jnp.asarray(np.asarray(value, variable.dtype)))
     nnx.update(model, nnx.from_flat_state(flat.items()))
 
 

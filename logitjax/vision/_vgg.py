@@ -51,7 +51,7 @@ class VGG(nnx.Module):
         rngs: nnx.Rngs,
     ):
         if depth not in CONFIGS:
-            raise ValueError(f"depth must be one of {sorted(CONFIGS)}, got {depth}")
+            raise ValueError(f"depth: expected one of {sorted(CONFIGS)}, got {depth}")
         options = {"axis_name": axis_name, "dtype": dtype, "rngs": rngs}
         self.num_features = 512
         previous = channels

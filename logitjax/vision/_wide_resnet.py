@@ -78,7 +78,7 @@ class WideResNet(nnx.Module):
     ):
         blocks, rest = divmod(depth - 4, 6)
         if rest or blocks < 1:
-            raise ValueError(f"depth must be 6n + 4 (16, 22, 28, 40, ...), got {depth}")
+            raise ValueError(f"depth: expected 6n + 4 (16, 22, 28, 40, ...), got {depth}")
         options = {"axis_name": axis_name, "dtype": dtype, "rngs": rngs}
         self.num_features = 64 * widen
         self.conv1 = conv(channels, 16, 3, dtype=dtype, rngs=rngs)

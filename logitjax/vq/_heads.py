@@ -61,14 +61,16 @@ class VQHead(VocabularyHead):
         rngs: nnx.Rngs,
     ):
         if not 1 <= num_codes <= vocab_size:
-            raise ValueError(f"num_codes must be between 1 and {vocab_size}, got {num_codes}")
+            raise ValueError(
+                f"num_codes: expected a number between 1 and {vocab_size}, got {num_codes}"
+            )
         key = rngs.params()
         if assignment is None:
             code = np.arange(vocab_size) * num_codes // vocab_size
             assignment = jax.random.permutation(jax.random.fold_in(key, 1), code)
         elif np.shape(assignment) != (vocab_size,):
             raise ValueError(
-                f"assignment must be of shape ({vocab_size},), got {np.shape(assignment)}"
+                f"assignment: expected shape ({vocab_size},), got {np.shape(assignment)}"
             )
         self.soft_cap = soft_cap
         self.dtype = dtype

@@ -74,7 +74,9 @@ def fit_kmeans(
     points, weights = jnp.asarray(points), jnp.asarray(weights, jnp.float32)
     count = points.shape[0]
     if not 1 <= num_centres <= count:
-        raise ValueError(f"num_centres must be between 1 and {count} points, got {num_centres}")
+        raise ValueError(
+            f"num_centres: expected a number between 1 and {count} points, got {num_centres}"
+        )
     if metric is not None:
         metric = jnp.asarray(metric, jnp.float32)
     block_size = min(block_size, count)

@@ -50,12 +50,14 @@ class ProductHead(VocabularyHead):
         if packed and num_codes > 16:
             raise ValueError(f"a packed head has at most 16 codes a group, got {num_codes}")
         if hidden_size % groups:
-            raise ValueError(f"groups must divide hidden_size={hidden_size}, got {groups}")
+            raise ValueError(
+                f"groups: expected a divisor of hidden_size={hidden_size}, got {groups}"
+            )
         small = jnp.uint8 if num_codes <= 256 else jnp.uint16
         if codes is None:
             codes = jax.random.randint(rngs.params(), (vocab_size, groups), 0, num_codes)
         elif codes.shape != (vocab_size, groups):
-            raise ValueError(f"codes must be of shape {(vocab_size, groups)}, got {codes.shape}")
+            raise ValueError(f"codes: expected shape {(vocab_size, groups)}, got {codes.shape}")
         self.dtype = dtype
         init = nnx.initializers.normal(hidden_size**-0.5)
         shape = (groups, num_codes, hidden_size // groups)

@@ -99,7 +99,7 @@ class Screen:
         """
         hidden, labels = jnp.asarray(hidden), jnp.asarray(labels)
         if labels.shape != hidden.shape[:-1]:
-            raise ValueError(f"labels must be of shape {hidden.shape[:-1]}, got {labels.shape}")
+            raise ValueError(f"labels: expected shape {hidden.shape[:-1]}, got {labels.shape}")
         checks.positive(temperature, "temperature")
 
         def block(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -137,7 +137,7 @@ class Screen:
         """
         most = self.num_candidates
         if not 1 <= k <= most:
-            raise ValueError(f"k must be between 1 and num_candidates={most}, got {k}")
+            raise ValueError(f"k: expected a number between 1 and num_candidates={most}, got {k}")
         hidden = jnp.asarray(hidden)
         batch = hidden.shape[:-1]
         flat = hidden.reshape(-1, hidden.shape[-1])
@@ -154,7 +154,8 @@ class Screen:
         scores = self.cheap(hidden)
         if not 1 <= self.num_candidates <= scores.shape[-1]:
             raise ValueError(
-                f"num_candidates must be between 1 and the vocabulary, {scores.shape[-1]}, "
+                "num_candidates: expected a number between 1 and the vocabulary, "
+                f"{scores.shape[-1]}, "
                 f"got {self.num_candidates}"
             )
         _, tokens = top_k(jax.lax.stop_gradient(scores), self.num_candidates, group_size=8)

@@ -84,7 +84,7 @@ class Pages:
         [[2, 1], [0, -1], [3, -1]] [0 0 1]
         """
         if size < 1:
-            raise ValueError(f"size must be positive, got {size}")
+            raise ValueError(f"size: expected a positive number, got {size}")
         bias_, assignment_ = np.asarray(bias, np.float64), np.asarray(assignment)
         reach = bias_ if margin is None else bias_ + np.asarray(margin)
         order = np.lexsort((-reach, assignment_))
@@ -187,7 +187,8 @@ class Shortlist:
         most = self.pages.tokens.shape[0]
         if not 1 <= self.num_pages <= most:
             raise ValueError(
-                f"num_pages must be between 1 and the number of pages, {most}, got {self.num_pages}"
+                f"num_pages: expected a number between 1 and the number of pages, {most}, "
+                f"got {self.num_pages}"
             )
 
     def nll(
@@ -250,7 +251,7 @@ class Shortlist:
             jnp.asarray(assignment),
         )
         if labels.shape != hidden.shape[:-1]:
-            raise ValueError(f"labels must be of shape {hidden.shape[:-1]}, got {labels.shape}")
+            raise ValueError(f"labels: expected shape {hidden.shape[:-1]}, got {labels.shape}")
         checks.positive(temperature, "temperature")
         pages = self.pages.with_biases(bias)
         hot = _heated(pages, temperature)
@@ -319,7 +320,7 @@ class Shortlist:
         hot = _heated(pages, temperature)
         listed = self.num_pages * pages.tokens.shape[1]
         if k > listed:
-            raise ValueError(f"k must be at most num_pages * size = {listed}, got {k}")
+            raise ValueError(f"k: expected at most num_pages * size = {listed}, got {k}")
 
         def block(inputs: tuple[jax.Array]) -> tuple[jax.Array, ...]:
             (hidden,) = inputs

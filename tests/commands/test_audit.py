@@ -16,7 +16,6 @@ def _records(workdir):
     return {path.stem: json.loads(path.read_text()) for path in paths}
 
 
-@pytest.mark.many_programs("a program for each rule and size of batch")
 def test_rules_are_audited_and_what_leaked_is_written(tmp_path, monkeypatch):
     workdir = epath.Path(tmp_path)
     config = audit.Config(

@@ -21,7 +21,6 @@ def _config(workdir, **changes):
     return convert_head.Config(**(small | few | changes))
 
 
-@pytest.mark.many_programs("codes are fitted, assigned and measured, a program each")
 @pytest.mark.parametrize("kind", ["vq", pytest.param("shortlist", marks=pytest.mark.slow)])
 def test_the_written_head_is_the_reported_one(workdir, kind):
     convert_head.run(_config(workdir, kind=kind), workdir)

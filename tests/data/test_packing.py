@@ -432,7 +432,7 @@ def test_damage_is_named(tmp_path, damage):
         ({"examples": []}, "no examples to pack"),
         ({"tokenizers": {}}, "tokenizers is empty"),
         ({"tokenizers": {"row": ByteTokenizer()}}, "'row' is taken"),
-        ({"seq_len": 1}, "seq_len must be at least 2"),
+        ({"seq_len": 1}, "seq_len: expected at least 2"),
         ({"render": {"other": lambda e: []}}, "render must name the tokenizers"),
     ],
 )

@@ -115,7 +115,7 @@ def test_processors_see_what_their_slot_was_given():
 def test_wrong_requests_are_named(engine):
     plain = Engine(decoder(), slots=3, max_length=32, options=DecodeOptions(max_logit_bias=2))
     for slot, request, message in (
-        (3, Request(prompt=[1], max_new_tokens=1), "slot must be between 0 and 2"),
+        (3, Request(prompt=[1], max_new_tokens=1), "slot: expected a number between 0 and 2"),
         (0, Request(prompt=[1] * 16, max_new_tokens=18), "do not fit max_length=32"),
         (0, Request(prompt=[], max_new_tokens=4), "at least one token"),
         (0, Request(prompt=[1], max_new_tokens=4, stop_ids=range(9)), "room for 8"),

@@ -91,7 +91,7 @@ def test_draws_from_the_tail_are_kept_too(tmp_path):
     cache.check(tail_samples=2)
     with pytest.raises(ValueError, match="its tail_samples is 3, not 4"):
         cache.check(tail_samples=4)
-    with pytest.raises(ValueError, match="tail_samples must not be negative"):
+    with pytest.raises(ValueError, match="tail_samples: expected at least 0"):
         identity(tail_samples=-1)
 
 
@@ -182,9 +182,9 @@ def test_damage_is_reported(tmp_path):
 def test_wrong_shapes_and_options_are_errors(tmp_path):
     with pytest.raises(ValueError, match="values: expected"):
         write(tmp_path, identity(k=5), [0], say, batch_size=1)
-    with pytest.raises(ValueError, match="dtype must be one of"):
+    with pytest.raises(ValueError, match="dtype: expected one of"):
         identity(dtype="int8")
-    with pytest.raises(ValueError, match="k must be in"):
+    with pytest.raises(ValueError, match="k: expected a number in"):
         identity(k=1001)
 
 

@@ -105,7 +105,6 @@ def test_a_stopped_run_continues_bit_for_bit(placed, tmp_path, monkeypatch):
     assert [len(line["loss"]) for line in record["curves"]] == [2, 2]
 
 
-@pytest.mark.many_programs("four trainers, which compile a start, an epoch and a teacher each")
 def test_lanes_are_independent_and_alpha_stops(placed):
     both = make_trainer(placed, "single")
     alone = make_trainer(placed, "single", alphas=(0.1,))

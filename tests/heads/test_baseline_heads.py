@@ -266,9 +266,9 @@ def test_a_decoder_decodes_and_trains_through_the_head_alone(case, name):
 
 def test_modules_name_the_wrong_argument():
     rngs = nnx.Rngs(0)  # nothing is drawn
-    with pytest.raises(ValueError, match="groups must divide hidden_size=8"):
+    with pytest.raises(ValueError, match="groups: expected a divisor of hidden_size=8"):
         ProductHead(8, 20, groups=3, rngs=rngs)
-    with pytest.raises(ValueError, match="rank must be between 1 and hidden_size=8"):
+    with pytest.raises(ValueError, match="rank: expected a number between 1 and hidden_size=8"):
         LowRankHead(8, 20, 9, rngs=rngs)
     with pytest.raises(ValueError, match="unigram: expected shape"):
         LowRankHead(8, 20, 2, unigram=np.ones(19), rngs=rngs)

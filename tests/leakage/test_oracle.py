@@ -136,7 +136,7 @@ def test_policies_name_their_mistakes():
         LogitPolicy(bias="yes")
     with pytest.raises(ValueError, match="top_k: expected a positive number"):
         LogitPolicy(top_k=0)
-    with pytest.raises(ValueError, match="noise must not be negative"):
+    with pytest.raises(ValueError, match="noise: expected at least 0"):
         LogitPolicy(noise=-1.0)
 
 

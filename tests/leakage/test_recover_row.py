@@ -121,7 +121,7 @@ def test_what_cannot_work_is_refused_with_the_reason():
     with pytest.raises(ValueError, match="answers have 1 decimals"):
         recover_log_probs(oracle_of(logits, policy), [0], 20)
     policy = LogitPolicy(top_k=5, bias="reported", bias_limit=10)
-    with pytest.raises(ValueError, match=r"bias must be in \(0, 10"):
+    with pytest.raises(ValueError, match=r"bias: expected a number in \(0, 10"):
         recover_log_probs(oracle_of(logits, policy), [0], 20, bias=11)
 
 
@@ -141,7 +141,7 @@ def test_rows_from_a_basis_at_twice_as_many_tokens_as_dimensions():
         rows_from_basis(centred, random[:12], truth[:, random[:12]])
     with pytest.raises(ValueError, match=r"more than largest_condition=1\.5"):
         rows_from_basis(centred, random, truth[:, random], largest_condition=1.5)
-    with pytest.raises(ValueError, match="count must be between the rank 12"):
+    with pytest.raises(ValueError, match="count: expected a number between the rank 12"):
         choose_tokens(centred, 5)
 
 

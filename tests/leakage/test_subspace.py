@@ -227,7 +227,7 @@ def test_arguments_are_checked(case):
         estimate_output_subspace(rows, method="svd")
     with pytest.raises(ValueError, match="90 rows of 1200 show no dimension 91"):
         estimate_output_subspace(rows, dimension=91)
-    with pytest.raises(ValueError, match="rank must be between 1 and 90"):
+    with pytest.raises(ValueError, match="rank: expected a number between 1 and 90"):
         randomised_svd(jnp.asarray(rows), 91, jax.random.key(0))
 
 

@@ -159,7 +159,6 @@ def test_corrupted_shard_of_rows_names_the_file(place, tmp_path):
         reader.read(range(32, 64))
 
 
-@pytest.mark.many_programs("each device writes its slice of every replicated array")
 def test_gradient_that_is_not_a_number_is_not_applied(tmp_path):
     """The loss stays finite; only its derivative at one row does not."""
 

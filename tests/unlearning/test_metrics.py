@@ -290,7 +290,7 @@ def test_privleak():
     assert privleak(0.4, 0.4) == 0
     assert privleak(0.0, 0.5) == pytest.approx(100)
     assert privleak(0.7, 0.4) == pytest.approx(-50)
-    with pytest.raises(ValueError, match=r"auc must be between"):
+    with pytest.raises(ValueError, match=r"auc: expected a number between"):
         privleak(1.5)
     with pytest.raises(ValueError, match=r"losses: expected numbers"):
         membership_auc([], [1.0])

@@ -357,5 +357,5 @@ def test_unlikely_tokens_and_padded_vocabularies_stay_finite():
     assert greedy.tolist() == [[False, True, False]]
     with pytest.raises(ValueError, match="apply_fn must give logits"):
         nll_from_apply(lambda tokens: tokens)(tokens, targets)
-    with pytest.raises(ValueError, match="must be \\[batch, time\\] both"):
+    with pytest.raises(ValueError, match="expected \\[batch, time\\] both"):
         nll_fn(tokens[0], targets[0])

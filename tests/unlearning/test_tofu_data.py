@@ -68,11 +68,11 @@ def test_line_breaks_in_cells(tmp_path):
     ("line", "message"),
     [
         ('{"question": "q"}', "'answer' is missing"),
-        ('{"question": "q", "answer": 3}', "'answer' must be a string, got int"),
+        ('{"question": "q", "answer": 3}', "'answer': expected a string, got int"),
         ('{"question": " ", "answer": "a"}', "'question' is empty"),
         ('{"question": "q", "answer": "a"}', "'perturbed_answer' is missing"),
-        ('{"question": "q", "answer": "a", "perturbed_answer": "w"}', "must be a list of strings"),
-        ('{"question": "q", "answer": "a", "perturbed_answer": [1]}', "must be a string, got int"),
+        ('{"question": "q", "answer": "a", "perturbed_answer": "w"}', "expected a list of strings"),
+        ('{"question": "q", "answer": "a", "perturbed_answer": [1]}', "expected a string, got int"),
         ("[1]", "expected an object, got list"),
         ('{"question": ', "not JSON: .* at column"),
     ],
@@ -87,7 +87,7 @@ def test_errors_name_file_and_line(tmp_path, line, message):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ('q,a,"[1]","[]"', "must be a string, got int"),
+        ('q,a,"[1]","[]"', "expected a string, got int"),
         ("q,a,x(,[]", "paraphrased questions are not a Python list"),
         ('q,,"[]","[]"', "'answer' is empty"),
         ('q,a,"[]","[', "not CSV"),
@@ -170,9 +170,9 @@ def test_nobody_is_kept_and_held_out(files, authors, forget):
 
 
 def test_subsets_that_do_not_exist(files):
-    with pytest.raises(ValueError, match="between 1 and 10 authors, got 0"):
+    with pytest.raises(ValueError, match="expected 1 to 10 authors, got 0"):
         tofu.subset(files, forget=0)
-    with pytest.raises(ValueError, match="authors must be between 3 and 198"):
+    with pytest.raises(ValueError, match="authors: expected a number between 3 and 198"):
         tofu.subset(files, authors=2, forget=2)
     lines = (files / "retain_perturbed.json").read_text().split("\n")
     (files / "retain_perturbed.json").write_text("\n".join(lines[1:]))

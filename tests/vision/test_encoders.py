@@ -169,7 +169,7 @@ def test_clip_without_settings_and_with_pieces_missing(tmp_path):
         k if k.startswith(("visual", "logit")) else f"text.{k}": v for k, v in weights.items()
     }
     save_file(renamed, tmp_path / "both.safetensors")
-    with pytest.raises(ValueError, match="text_heads must divide 24") as error:
+    with pytest.raises(ValueError, match="text_heads: expected a divisor of 24") as error:
         clip_config(openai_names(renamed), WRONG_HEADS)
     assert "got 5" in str(error.value)
     encoder = vision.load_encoder(str(tmp_path / "both.safetensors"))

@@ -167,11 +167,13 @@ def test_costs_add_up():
 
 
 def test_errors_name_the_argument(case):
-    with pytest.raises(ValueError, match="num_candidates must be between 1 and the vocabulary, 96"):
+    with pytest.raises(
+        ValueError, match="num_candidates: expected a number between 1 and the vocabulary, 96"
+    ):
         screened_logits(_screen(case, VOCAB + 1), case["hidden"])
-    with pytest.raises(ValueError, match="k must be between 1 and num_candidates=4"):
+    with pytest.raises(ValueError, match="k: expected a number between 1 and num_candidates=4"):
         screened_topk(_screen(case, 4), case["hidden"], 5)
-    with pytest.raises(ValueError, match="labels must be of shape"):
+    with pytest.raises(ValueError, match="labels: expected shape"):
         screened_nll(_screen(case, 4), case["hidden"], case["labels"][:-1])
     screen = with_weights(lambda: LowRankHead(WIDTH, VOCAB, 2, rngs=nnx.Rngs(0)))
     head = ScreenedHead(screen)

@@ -181,9 +181,9 @@ def test_spread_is_the_standard_deviation_of_the_error(case):
 
 
 def test_errors_name_the_argument(case):
-    with pytest.raises(ValueError, match="num_pages must be between 1 and"):
+    with pytest.raises(ValueError, match="num_pages: expected a number between 1 and"):
         _head(case, 10_000)
-    with pytest.raises(ValueError, match="k must be at most num_pages"):
+    with pytest.raises(ValueError, match="k: expected at most num_pages"):
         _head(case, 2).top_k(case["hidden"], case["codebook"], 9)
     with pytest.raises(ValueError, match=r"^groups: expected a divisor"):
         ProductCodes.fit(case["rows"], np.ones(VOCAB), np.eye(WIDTH), groups=3)
