@@ -101,8 +101,8 @@ def _misplaced(f, g, p):
     2 tau times the range; the masses, as differences of ends, are off by the same share.
     """
     tau = gamma(2 * (f.shape[-1] + g.shape[-1]))
-    spread = jnp.ptp(f, axis=-1) + jnp.ptp(g, axis=-1)
-    furthest = jnp.maximum(f.max(-1) - g.min(-1), g.max(-1) - f.min(-1))
+    spread = jnp.ptp(f) + jnp.ptp(g)
+    furthest = jnp.maximum(f.max() - g.min(), g.max() - f.min())
     furthest = jnp.maximum(furthest, 0.0)
     if p == 1:
         return tau * (2 * spread + 2 * furthest)
