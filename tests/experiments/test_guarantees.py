@@ -169,25 +169,6 @@ def test_a_graph_has_a_node():
         transport.certificate(np.zeros((0, 0), np.float32), np.zeros((2, 2), np.float32))
 
 
-def test_plans_of_other_solvers_are_judged():
-    z, w = nearly_equal(3, 5, 0.1)
-    c, d = (np.float64(x).T @ np.float64(x) for x in (z, w))
-    plan = np.full((5, 5), 1 / 25)
-    answer = transport.certificate(c, d, scale="none", candidates=[plan, np.eye(5) / 5])
-    expected = np.square(c[:, :, None, None] - d).mean()
-    np.testing.assert_allclose(answer.costs, [expected, np.square(c - d).mean()], rtol=1e-5)
-    assert (answer.costs >= answer.upper).all()
-    # What lacks in the marginals is paid for.
-    unfinished = transport.certificate(c, d, scale="none", candidates=[0.9 * plan])
-    assert unfinished.costs[0] > expected
-    # And so is what is too much.
-    crowded = np.zeros((5, 5))
-    crowded[:, 0] = 1 / 5
-    assert transport.certificate(c, d, scale="none", candidates=[crowded]).costs[0] >= answer.lower
-    with pytest.raises(ValueError, match=r"candidates: expected .* shape \(5, 5\), got \(4, 5\)"):
-        transport.certificate(c, d, candidates=[plan[:4]])
-
-
 @pytest.mark.slow
 @pytest.mark.every_change
 def test_a_problem_and_a_solution_of_ott_are_taken():

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
@@ -10,6 +11,7 @@ import scipy.stats
 from logitjax import transport
 from logitjax.transport import FactoredGraph, _coupling
 from logitjax.transport._bounds import moment_lower_bound, third_lower_bound
+from logitjax.transport._rounding import lowered
 from logitjax.transport._sorted import Coupling
 from tests._compiled import compiled
 
@@ -166,3 +168,30 @@ def test_a_difference_whose_square_is_too_small_costs_something():
     nodes = np.arange(2, dtype=np.int32)
     coupling = Coupling(nodes, nodes, np.full(2, 0.5, np.float32))
     assert compiled(_coupling.coupling_cost)(c, d, coupling, p=2).most > 0
+
+
+def test_plans_of_other_solvers_are_judged():
+    z = np.random.default_rng(0).normal(size=(3, 5))
+    w = z + 0.1 * np.random.default_rng(1).normal(size=(3, 5))
+    c, d = z.T @ z, w.T @ w
+    plan = np.full((5, 5), 1 / 25)
+    answer = transport.certificate(c, d, scale="none", candidates=[plan, np.eye(5) / 5])
+    expected = np.square(c[:, :, None, None] - d).mean()
+    np.testing.assert_allclose(answer.costs, [expected, np.square(c - d).mean()], rtol=1e-5)
+    assert (answer.costs >= answer.upper).all()
+    # What lacks in the marginals is paid for.
+    unfinished = transport.certificate(c, d, scale="none", candidates=[0.9 * plan])
+    assert unfinished.costs[0] > expected
+    # And so is what is too much.
+    crowded = np.zeros((5, 5))
+    crowded[:, 0] = 1 / 5
+    assert transport.certificate(c, d, scale="none", candidates=[crowded]).costs[0] >= answer.lower
+    with pytest.raises(ValueError, match=r"candidates: expected .* shape \(5, 5\), got \(4, 5\)"):
+        transport.certificate(c, d, candidates=[plan[:4]])
+
+
+def test_a_bound_that_is_lowered_has_the_gradient_of_what_was_computed():
+    bound = jax.value_and_grad(lambda x: lowered(jnp.square(x), p=2, relative=1e-3))
+    value, gradient = jax.jit(bound)(np.float32(2.0))
+    assert 3.99 < value <= 3.996
+    assert gradient == 4.0
