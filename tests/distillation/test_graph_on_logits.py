@@ -149,7 +149,10 @@ def test_statistics_of_padded_and_masked_vocabulary():
 
 @pytest.mark.parametrize("offset", [0.0, -7.0, 5000.0])
 def test_moments_survive_an_offset(offset):
-    logits = (np.random.default_rng(5).normal(size=(3, 500)) + offset).astype(np.float32)
+    logits = np.random.default_rng(5).normal(size=(3, 500))
+    # The entry about which sums are taken lies above the mean in all rows.
+    logits[:, 0] = 4
+    logits = (logits + offset).astype(np.float32)
     got = graph_statistics(logits, 4)
     exact = logits.astype(np.float64)
     np.testing.assert_allclose(got.mean, exact.mean(-1), rtol=1e-6, atol=1e-6)
