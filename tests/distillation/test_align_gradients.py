@@ -38,6 +38,9 @@ def test_projection_is_the_spec_in_numpy(seed, conflict):
         dot = sum(wide[k][0] @ wide[k][1] for k in used)
         square = sum(wide[k][0] @ wide[k][0] for k in used)
         got, metrics = align_gradients(task, auxiliary, trunk=trunk)
+        other = sum(wide[k][1] @ wide[k][1] for k in used)
+        np.testing.assert_allclose(metrics["cosine"], dot / (square * other) ** 0.5, atol=1e-5)
+        np.testing.assert_allclose(metrics["norm_ratio"], (other / square) ** 0.5, rtol=1e-4)
         coefficient = min(dot, 0) / square
         np.testing.assert_allclose(metrics["coefficient"], coefficient, rtol=1e-4, atol=1e-6)
         for k, (g1, g2) in wide.items():

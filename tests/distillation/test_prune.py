@@ -92,6 +92,9 @@ def test_perplexity_with_a_block_removed_is_that_of_the_model_built_without_it()
     rest = [i for i in range(4) if i != first]
     worth = {i: perplexity(models.keep_layers(model, sorted(set(rest) - {i}))) for i in rest}
     assert second == min(worth, key=worth.get)
+    nothing = prune_layers(model, batches(), 0, by="perplexity")
+    assert not nothing.dropped
+    np.testing.assert_array_equal(nothing.scores, chosen.scores)
 
 
 def test_a_run_of_identities_is_found_whole():
