@@ -46,7 +46,7 @@ def lowered(raw: Any, *, p: int, relative: Any = 0.0, absolute: Any = 0.0, root:
         absolute: what rounding may have added besides.
         root: by how much the p-th root may be too large.
     """
-    least = jax.lax.stop_gradient(jnp.maximum(raw * (1 - relative) - absolute, 0.0))
+    least = jnp.maximum(raw * (1 - relative) - absolute, 0.0)
     if p == 1:
         least = jnp.maximum(least - root, 0.0)
     else:
