@@ -270,6 +270,8 @@ def test_local_hands_on_the_status_of_what_ends_at_once(code):
         call("local.sh", "3", "1", "bash", "-c", f"echo up; exit {code}", code=code)
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_local_waits_for_what_a_terminal_interrupts(tmp_path):
     # Ctrl-C reaches the whole group: the script, what it waits with, and its children.
     script = "trap 'sleep 0.3; echo saved > said; exit 5' TERM; touch up; sleep 20 & wait"

@@ -4,6 +4,8 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 import logitjax
 
 
@@ -17,6 +19,8 @@ def test_every_package_is_an_attribute():
         assert getattr(logitjax, name).__name__ == f"logitjax.{name}"
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_packages_need_no_extra_to_be_imported():
     # `serving` is one: all of it stands on starlette and pydantic.
     script = """

@@ -79,9 +79,9 @@ def universal_logit_distance(
 
     >>> import jax, numpy as np
     >>> student, teacher = np.log(np.float32([0.1, 0.9])), np.log(np.float32([0.5, 0.2, 0.3]))
-    >>> print(f"{universal_logit_distance(student, teacher, top_k=None):.1f}")
-    0.8
     >>> distance = jax.jit(universal_logit_distance, static_argnames="top_k")
+    >>> print(f"{distance(student, teacher, top_k=None):.1f}")
+    0.8
     >>> print(f"{distance(student, teacher, top_k=1):.1f}")
     0.4
 

@@ -16,6 +16,8 @@ def _records(workdir):
     return {path.stem: json.loads(path.read_text()) for path in paths}
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_rules_are_audited_and_what_leaked_is_written(tmp_path, monkeypatch):
     workdir = epath.Path(tmp_path)
     config = audit.Config(

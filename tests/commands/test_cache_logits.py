@@ -25,6 +25,8 @@ def _config(source, **changes):
     return cache_logits.Config(**(small | few | changes))
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_writes_caches_that_fit_their_rows(source, tmp_path):
     workdir = epath.Path(tmp_path)
     cache_logits.run(_config(source), workdir)
@@ -76,6 +78,8 @@ def test_a_students_rows_come_with_the_draws_of_the_teachers_tail(source, tmp_pa
     assert (statistics.tail.values <= statistics.values[..., -1:] + 0.1).all()
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_caches_of_other_or_of_too_few_rows_are_refused(source, tmp_path):
     workdir = epath.Path(tmp_path)
     cache_logits.run(_config(source), workdir)

@@ -44,6 +44,8 @@ def test_goes_on_from_prompts(directory, capsys):
     assert shown == 2 * f"abc{out.texts[0]}\n"
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_reads_standard_input_and_fuses(directory, capsys, monkeypatch):
     small = dict(model=directory, expert=("tiny:1",), base=("tiny:2",), **FEW)
     texts = []

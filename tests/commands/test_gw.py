@@ -17,6 +17,8 @@ def write(directory, *arrays):
     return tuple(paths)
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_two_matrices_give_a_table_whose_lower_bounds_are_below_its_value(tmp_path, capsys):
     c, d = np.square(np.random.default_rng(0).normal(size=(2, 5, 5)))
     gw.run(gw.Config(graphs=write(tmp_path, c, d), refine="none"))

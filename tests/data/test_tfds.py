@@ -72,6 +72,8 @@ def test_a_missing_package_says_how_to_get_it(tmp_path, monkeypatch):
         data.load_examples("tfds:wiki_summaries", data_dir=tmp_path)
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 @needs_wiki
 def test_the_real_summaries_share_no_passages_across_splits():
     texts = {
@@ -223,6 +225,8 @@ def test_an_unprepared_dataset_says_how_to_prepare_it(tmp_path):
         data.prepare("no_such_thing", data_dir=tmp_path)
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_the_prepare_command(austen_database, tmp_path):
     arguments = ["austen", f"--data_dir={tmp_path}", f"--manual_dir={tmp_path / 'manual'}"]
     command = [sys.executable, "-m", "logitjax", "prepare", *arguments]

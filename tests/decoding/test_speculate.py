@@ -112,6 +112,8 @@ def test_sharded_speculation_equals_local():
     assert next(calls) == next(calls)
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_redrawn_drafts_follow_the_target():
     count = 60_000
     logits = np.float32([1.5, 1.0, 0.0, -0.5, -1.0, -np.inf])
@@ -178,6 +180,8 @@ def test_continuations_follow_the_fused_distribution(lengths):
     )
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_coupled_draws_are_plain_draws():
     model = bags(3, vocab=64)
     settings = [
@@ -223,6 +227,8 @@ def test_rows_end_where_plain_rows_end():
     assert out.stopped[1]
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_slots_speculate_and_step_by_turns():
     model = bags(2, vocab=64)
     plain = generate(model, PROMPTS[:2], max_new_tokens=12)
@@ -245,6 +251,8 @@ def test_slots_speculate_and_step_by_turns():
     assert found == plain.rows()
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 @pytest.mark.many_programs("two ways to decode, by models of two numberings")
 def test_small_models_with_other_token_ids_draft():
     order = np.random.default_rng(0).permutation(64)

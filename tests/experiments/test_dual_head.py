@@ -105,6 +105,8 @@ def test_a_stopped_run_continues_bit_for_bit(placed, tmp_path, monkeypatch):
     assert [len(line["loss"]) for line in record["curves"]] == [2, 2]
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_lanes_are_independent_and_alpha_stops(placed):
     both = make_trainer(placed, "single")
     alone = make_trainer(placed, "single", alphas=(0.1,))
@@ -122,6 +124,8 @@ def test_lanes_are_independent_and_alpha_stops(placed):
     chex.assert_trees_all_close(first, plain, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_data_that_comes_in_pieces_trains_the_same(placed):
     assert not dual_head_data.fits_on_device(placed.task, device_bytes=0)
     trained = []

@@ -127,6 +127,8 @@ def test_traces_are_alphas_of_the_first_positions(scored):
     np.testing.assert_allclose(found["grid"], info["alpha"][:, :7], atol=1e-6)
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_certificate_tells_an_answer_that_is_off_and_unflagged(scored):
     models, head = scored
     logits = [m.hidden @ head.T for m in (models[0], models[2], models[1])]

@@ -116,6 +116,8 @@ def test_every_tuned_arm_tries_as_many_settings(grid):
         with_settings(arm.method, arm.recipe, dict.fromkeys(columns, 0.5))
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_pictures_become_a_task_with_views_and_a_shifted_test(tmp_path, monkeypatch):
     classes = 3
     model = nnx.jit(

@@ -6,6 +6,8 @@ from experiments.benchmarks.kernels import fuzz
 from logitjax import kernels
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_fuzzed_calls_of_the_native_kernels_equal_xla():
     try:
         kernels.build()

@@ -83,6 +83,8 @@ def test_mistakes_name_file_and_line(tmp_path):
         tasks.load_graded(spec)
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_choices_and_free_answers_are_graded(tmp_path):
     tokenizer = load_tokenizer("tiny")
     config = DecoderConfig(

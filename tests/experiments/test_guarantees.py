@@ -34,6 +34,8 @@ def nearly_equal(positions, nodes, noise, seed=0):
     return z, (z + noise * rng.normal(size=z.shape)).astype(np.float32)
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_the_cost_of_the_identity_keeps_its_digits_where_squares_would_cancel():
     z, w = nearly_equal(8, 5_000, 3e-5)
     expected = exact_cost(z, w, np.arange(5_000))
@@ -44,6 +46,8 @@ def test_the_cost_of_the_identity_keeps_its_digits_where_squares_would_cancel():
     assert 0 < answer.lower <= expected <= answer.upper <= expected * (1 + 1e-6)
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_sparse_graphs_keep_their_digits_too(monkeypatch):
     rng = np.random.default_rng(0)
     values = rng.normal(size=(9, 3)).astype(np.float32)
@@ -58,6 +62,8 @@ def test_sparse_graphs_keep_their_digits_too(monkeypatch):
     np.testing.assert_allclose(got, exact_cost(z, w, np.arange(12)), rtol=1e-3)
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 @pytest.mark.parametrize("traced", [False, True])
 def test_nearly_equal_permuted_graphs_are_bracketed(traced):
     z, w = nearly_equal(4, 7, 1e-5)
@@ -112,6 +118,8 @@ def test_a_graph_of_zeros_does_not_set_the_scale_of_a_tiny_one():
     np.testing.assert_allclose([answer.lower, answer.upper], 1, rtol=1e-5)
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_graphs_of_any_scale_are_measured_and_a_cost_beyond_float32_is_refused():
     rng = np.random.default_rng(0)
     c, d = np.square(rng.normal(size=(2, 6, 6))).astype(np.float32)
@@ -131,6 +139,8 @@ def test_graphs_of_any_scale_are_measured_and_a_cost_beyond_float32_is_refused()
         transport.certificate(unlike[0], unlike[0][::-1], scale="none")
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_weights_have_to_sum_to_one_and_then_are_divided_by_their_sum():
     c, d = np.square(np.random.default_rng(0).normal(size=(2, 3, 3))).astype(np.float32)
     with pytest.raises(ValueError, match=r"c_weights: .* sum to one, got .* a sum of 0\.6"):
@@ -143,6 +153,8 @@ def test_weights_have_to_sum_to_one_and_then_are_divided_by_their_sum():
     assert half.lower <= half.upper
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_the_gap_of_identical_graphs_is_one():
     z = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)
     for graph in (FactoredGraph(z), z.T @ z):
@@ -151,6 +163,8 @@ def test_the_gap_of_identical_graphs_is_one():
         assert answer.gap == 1
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_a_negative_node_id_belongs_to_no_node():
     values = np.float32([[1.0, 2.0], [3.0, 4.0]])
     ids = np.int32([[0, -1], [1, 2]])
@@ -164,6 +178,8 @@ def test_a_negative_node_id_belongs_to_no_node():
         np.testing.assert_allclose(got, alone, rtol=1e-6)
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_a_graph_has_a_node():
     with pytest.raises(ValueError, match="graph: expected at least one node, got 0"):
         transport.certificate(np.zeros((0, 0), np.float32), np.zeros((2, 2), np.float32))
@@ -200,6 +216,8 @@ def test_a_few_cases_of_the_fuzzer(kind, monkeypatch):
     assert all(bar.met for bar in bars), [bar for bar in bars if not bar.met]
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["jeffreys", "project"])
 def test_root_searches_converge_to_their_roots(method):
     """At 12 sweeps up to 189 of 4,096 such rows had not."""

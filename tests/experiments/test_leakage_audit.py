@@ -23,6 +23,8 @@ def finished(tmp_path_factory):
     return config, workdir
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_what_is_open_is_called_open_and_what_is_closed_closed(finished):
     _, workdir = finished
     lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())

@@ -111,6 +111,8 @@ def slow_run(directory, wait):
     write(directory / "cache", identity(), range(8), compute, batch_size=2, rows_per_shard=4)
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_a_killed_run_goes_on(tmp_path):
     process = multiprocessing.get_context("spawn").Process(target=slow_run, args=(tmp_path, 60))
     process.start()

@@ -94,6 +94,8 @@ def stacked(parts):
     return jax.tree.map(lambda *x: np.stack(x), *parts)
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_a_sweep_is_its_runs_one_by_one():
     config = few_shot.methods.AMU(
         uncertainty=few_shot.methods.Uncertainty(measure="entropy"), initial="random"

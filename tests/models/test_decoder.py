@@ -128,7 +128,7 @@ def test_head_of_gives_the_logits_with_their_cap():
 
 
 def test_wrong_settings_are_named():
-    with pytest.raises(ValueError, match="layout must be"):
+    with pytest.raises(ValueError, match="layout: expected"):
         Decoder(CONFIG, rngs=nnx.Rngs(0), layout="flat")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="unknown model_type 'bert'"):
         config_from_hf({"model_type": "bert"})

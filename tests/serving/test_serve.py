@@ -73,6 +73,8 @@ def _greedy(model, prompt, count, **options):
     )
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_greedy_completions_are_the_engine_s(client, model):
     answer = client.completions.create(
         model="tiny", prompt="Hello", max_tokens=8, temperature=0, logprobs=5

@@ -159,6 +159,8 @@ def test_corrupted_shard_of_rows_names_the_file(place, tmp_path):
         reader.read(range(32, 64))
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_gradient_that_is_not_a_number_is_not_applied(tmp_path):
     """The loss stays finite; only its derivative at one row does not."""
 

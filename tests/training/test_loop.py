@@ -113,6 +113,8 @@ def differ(checkpoint):
 
 
 # tensorstore complains about the event loop of a read that failed.
+@pytest.mark.every_change
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(
     ("damage", "said"),
@@ -330,6 +332,8 @@ def test_host_stays_one_step_ahead():
     assert events.index(("read", 2)) > events.index(("dispatch", 3))
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_steps_are_profiled_on_request(tmp_path):
     state = toy.train(tmp_path, steps=6, every=0, profile_steps=2)
     assert int(state.step) == 6
@@ -339,6 +343,8 @@ def test_steps_are_profiled_on_request(tmp_path):
         training.train_loop(state, lambda *_: None, toy.batches, total_steps=6, options=options)
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_a_profile_ends_with_the_run(tmp_path):
     """A run may be over before all the steps that were asked for."""
     toy.train(tmp_path / "first", steps=4, every=0, profile_steps=9)

@@ -66,6 +66,8 @@ def test_two_processes_train_save_stop_and_resume(tmp_path):
     assert int(state.step) == 12
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_launcher_stops_the_others_and_passes_signals_on():
     failed = launch(
         2, 1, "bash", "-c", 'test "$JAX_PROCESS_ID" = 1 && exit 7; sleep 60', timeout=30
@@ -185,6 +187,8 @@ print(len(jax.block_until_ready(lanes)))
 """
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_more_programs_in_flight_than_threads():
     ours = ("PJRT_NPROC", "XLA_FLAGS")
     env = {name: value for name, value in os.environ.items() if name not in ours}

@@ -65,6 +65,8 @@ def torch_weights(model: vision.ImageClassifier) -> dict[str, np.ndarray]:
     return {name: weight(name, shape) for name, shape in shapes.items()}
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SIZES)
 def test_forward_equals_torch(name):
     model = empty(name)
@@ -126,6 +128,8 @@ def gradient_and_statistics(model, x):
     return jax.value_and_grad(loss, has_aux=True)(params, x)
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_batch_statistics_are_those_of_the_global_batch():
     x = np.random.default_rng(0).normal(size=(8, 8, 8, 3)).astype(np.float32)
     x *= np.arange(1, 9)[:, None, None, None]  # each device's own statistics would differ

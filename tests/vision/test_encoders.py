@@ -47,6 +47,8 @@ def assert_close(found, expected, atol=1e-4):
     np.testing.assert_allclose(np.asarray(found) / scale, expected / scale, atol=atol)
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_efficientnet_equals_torch():
     encoder = load_packaged("efficientnet_lite0", size=72)
     assert encoder.preprocessing.resize == 82
@@ -60,6 +62,8 @@ def test_efficientnet_equals_torch():
     assert encoder.fingerprint.startswith("6525081229")
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "size"), [("alexnet", 80), ("vgg16", 32)])
 def test_convolutional_features_equal_torch(name, size):
     encoder = load_packaged(name, size=size)
@@ -109,6 +113,8 @@ def unit(x):
     return np.asarray(x) / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_clip_vit_equals_transformers(tmp_path):
     encoder = vision.load_encoder(str(transformers_directory(tmp_path)))
     config = encoder.model.config
@@ -144,6 +150,8 @@ def test_the_hub_is_asked_for_safetensors_first(tmp_path, monkeypatch):
     assert len(asked) == 3
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_clip_resnet_equals_open_clip(tmp_path):
     from safetensors.numpy import save_file
 
@@ -245,6 +253,8 @@ def resnet_weights() -> dict[str, np.ndarray]:
     return {name: weight(name, value.shape) for name, value in blank(model, names).items()}
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_moco_checkpoints_are_resnets_without_their_projection(tmp_path):
     from safetensors.numpy import save_file
 
