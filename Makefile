@@ -78,7 +78,7 @@ few-shot-data: $(READY)
 	$(BIN)/logitjax prepare fashion_mnist_png
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 -m 'not slow' $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 -m 'not slow' --strict-budget $(PYTEST_ARGS)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -n 2 -m slow $(PYTEST_ARGS)

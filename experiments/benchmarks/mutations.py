@@ -559,7 +559,7 @@ def run(options: _suite.Options) -> _suite.Result:
     tried = [case for case in chosen if _explained(case.mutant) is None]
     record = Record(directory / "outcomes.jsonl", _ROOT)
     with Laboratory(
-        _ROOT, directory, package="logitjax", preload=_PRELOAD, marks="not slow"
+        _ROOT, directory, package="logitjax", preload=_PRELOAD, marks="not slow or every_change"
     ) as laboratory:
         verdicts = {
             case.key: outcome["verdict"] for case, outcome in examine(laboratory, tried, record)

@@ -229,6 +229,8 @@ def test_heads_share_an_interface_inside_a_decoder(case, name):
 MORE = [pytest.mark.slow, pytest.mark.every_change]
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["low rank", "VQ", *(pytest.param(n, marks=MORE) for n in ("product", "adaptive"))]
 )
