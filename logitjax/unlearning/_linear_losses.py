@@ -103,9 +103,10 @@ def linear_undial(
         TypeError: arrays are not floating point or labels not integers.
         ValueError: shapes do not fit.
 
-    >>> one, head = jnp.ones((1, 1)), jnp.zeros((1, 4))
-    >>> linear_undial(one, head, one, head, jnp.array([2])).round(4)
-    Array([1.3863], dtype=float32)
+    >>> import numpy as np
+    >>> one, head = np.ones((1, 1), np.float32), np.zeros((1, 4), np.float32)
+    >>> print(f"{jax.jit(linear_undial)(one, head, one, head, np.array([2]))[0]:.4f}")
+    1.3863
 
     References:
         As `undial`.

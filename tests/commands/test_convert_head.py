@@ -36,6 +36,8 @@ def test_the_written_head_is_the_reported_one(workdir, kind):
     np.testing.assert_allclose(np.mean(quality.tokens == held_out.labels), quality.accuracy)
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_hidden_states_of_other_text_are_refused(workdir):
     other = workdir / "other.txt"
     other.write_text("\n\n".join(f"another {i} " + "text " * 20 for i in range(60)))

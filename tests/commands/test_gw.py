@@ -38,6 +38,8 @@ def test_what_is_not_a_graph_is_refused_with_its_file(tmp_path):
         gw.run(gw.Config(graphs=paths[:1]))
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_a_solver_stands_beside_the_certificate_with_what_its_plan_costs(
     tmp_path, capsys, monkeypatch
 ):

@@ -29,6 +29,8 @@ def collect(found, slot, emitted, row):
     )
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_slots_are_filled_and_emptied_while_others_run(engine):
     warm = Sampling(temperature=2.0, seed=8)
     found: dict = {}

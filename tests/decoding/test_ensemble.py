@@ -70,6 +70,8 @@ def test_calls_of_their_own_change_nothing(fused):
     np.testing.assert_array_equal(out.tokens, fused.tokens)
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_slots_hold_several_models(ensemble, fused):
     engine = Engine(ensemble, slots=2, max_length=32)
     found = []

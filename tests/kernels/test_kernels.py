@@ -254,6 +254,8 @@ def test_top_k_and_its_gradient_do_not_change(rng, monkeypatch):
     chex.assert_trees_all_equal(program(values), without)
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_a_screened_head_decodes_the_same(rng, monkeypatch):
     rows = rng.normal(size=(500, 24)).astype(np.float32)
     hidden = rng.normal(size=(4, 24)).astype(np.float32)

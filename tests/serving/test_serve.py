@@ -91,6 +91,8 @@ def test_greedy_completions_are_the_engine_s(client, model):
     assert len(choice.logprobs.top_logprobs) == 8
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_streamed_text_is_the_whole_text(client):
     options = dict(model="tiny", prompt="abc", max_tokens=12, seed=3, temperature=0.9)
     whole = client.completions.create(**options)
@@ -102,6 +104,8 @@ def test_streamed_text_is_the_whole_text(client):
     assert parts[-1].usage.completion_tokens == 12
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_prompts_of_tokens_several_and_copies(client):
     answer = client.completions.create(
         model="tiny", prompt=[[1, 2, 3], [4, 5]], n=2, max_tokens=3, seed=0, temperature=1.0
@@ -116,6 +120,8 @@ def test_prompts_of_tokens_several_and_copies(client):
     assert again.choices[0].text == texts[3]
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_logit_bias_forces_a_token_and_is_told_by_its_id(address):
     status, answer, _ = post(
         address,
@@ -136,6 +142,8 @@ def test_logit_bias_forces_a_token_and_is_told_by_its_id(address):
     assert shown["token_logprobs"][0] == pytest.approx(0.0, abs=1e-6)
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_stop_strings_end_an_answer_and_stay_out_of_it(client):
     full = client.completions.create(model="tiny", prompt="Hi", max_tokens=20, temperature=0)
     text = full.choices[0].text
@@ -147,12 +155,16 @@ def test_stop_strings_end_an_answer_and_stay_out_of_it(client):
     assert cut.choices[0].finish_reason == "stop"
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_models_and_health(client, address):
     assert [m.id for m in client.models.list()] == ["tiny"]
     with pytest.raises(openai.AuthenticationError):
         openai.OpenAI(base_url=f"{address}/v1", api_key="wrong", max_retries=0).models.list()
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("body", "param", "message"),
     [
@@ -181,6 +193,8 @@ def test_bad_requests_name_the_field(address, body, param, message):
     assert message in answer["error"]["message"]
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_what_is_no_request_at_all(address):
     for raw in (b"", b"{", b"[1]", b"null", b'{"prompt": NaN}', b"[" * 100_000, os.urandom(64)):
         assert post(address, COMPLETIONS, None, key=KEY, raw=raw)[0] == 400
@@ -291,6 +305,8 @@ def test_an_unlearned_model_is_served_as_its_difference(model):
     assert np.abs(expected - plain).max() > 1e-2
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_only_this_machine_is_audited():
     with pytest.raises(ValueError, match="expected one of this machine"):
         leakage.HttpOracle("http://example.com", leakage.LogitPolicy(top_k=5))

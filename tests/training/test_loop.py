@@ -69,6 +69,8 @@ def test_sigterm_saves_then_resumes(unbroken, tmp_path):
     assert (toy.digest(jax.device_get(state.params)), toy.losses(tmp_path)) == unbroken
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_exception_then_resume_on_another_mesh(unbroken, tmp_path):
     def fails(step, *share):
         if step == 9:
@@ -148,6 +150,8 @@ def test_corrupt_checkpoint_falls_back_and_says_so(damage, said, tmp_path, caplo
         assert checkpointer.restore_latest(states[0]).step == 1
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 @pytest.mark.parametrize("left", ["", '{"state/'])
 def test_a_kill_while_sizes_are_recorded_costs_no_checkpoint(left, tmp_path):
     mesh = training.make_mesh("data:8")
@@ -168,6 +172,8 @@ def test_a_kill_while_sizes_are_recorded_costs_no_checkpoint(left, tmp_path):
     assert not any("SIZES" in name for name in recorded)
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_no_readable_checkpoint_is_an_error(tmp_path):
     mesh = training.make_mesh("data:8")
     state = training.TrainState.create({"w": np.ones(4)}, optax.sgd(1.0), mesh=mesh)
@@ -191,6 +197,8 @@ def test_no_readable_checkpoint_is_an_error(tmp_path):
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_saved_state_may_be_donated_at_once(tmp_path):
     """An asynchronous save must not see what the next step writes into the donated buffers."""
     mesh = training.make_mesh("data:4,fsdp:2")
@@ -247,6 +255,8 @@ def test_nonfinite_loss_stops_with_step_and_batch(tmp_path):
         np.testing.assert_array_equal(saved[name], value)
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_second_run_is_refused_and_a_dead_ones_lock_is_not(tmp_path, caplog):
     with (
         training.lock_workdir(tmp_path),
@@ -259,6 +269,8 @@ def test_second_run_is_refused_and_a_dead_ones_lock_is_not(tmp_path, caplog):
         assert "stale lock of process 999999" in caplog.text
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_other_data_is_refused(tmp_path):
     toy.train(tmp_path, steps=4, identity={"data": "a"})
     with pytest.raises(ValueError, match="data: checkpoint 4 has 'a', this run 'b'"):
@@ -352,6 +364,8 @@ def test_a_profile_ends_with_the_run(tmp_path):
     assert all(list((tmp_path / name / "profile").rglob("*.pb")) for name in ("first", "second"))
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.float32, "bfloat16", np.int8])
 def test_a_saved_state_may_be_donated_at_once(dtype, tmp_path, monkeypatch):
     """The save begins only once the step that gets the buffers has run."""

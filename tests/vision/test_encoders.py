@@ -168,6 +168,8 @@ def test_clip_resnet_equals_open_clip(tmp_path):
     assert_close(encoder.text_features(TOKENS), GOLDENS["rn_texts"])
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_clip_without_settings_and_with_pieces_missing(tmp_path):
     from safetensors.numpy import save_file
 
