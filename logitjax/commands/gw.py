@@ -43,6 +43,8 @@ def run(config: Config) -> None:
     """Prints a table: closed form, certificate and, if asked for, the solver's value."""
     if len(config.graphs) != 2:
         raise ValueError(f"graphs: expected two files, got {len(config.graphs)}")
+    if config.solver == "pot":
+        _pot()  # Refused before the certificate is made, not after.
     matrices = [_read(path, config.factors) for path in config.graphs]
     c, d = (transport.FactoredGraph(x) if config.factors else x for x in matrices)
     sizes = [x.shape[-1] for x in matrices]
@@ -87,6 +89,15 @@ def _read(path: str, factors: bool) -> np.ndarray:
     return array.astype(np.float32)
 
 
+def _pot() -> Any:
+    try:
+        return importlib.import_module("ot")
+    except ImportError:
+        raise ImportError(
+            "package ot is not installed: pip install 'logitjax[benchmark]'"
+        ) from None
+
+
 def _solve(solver: str, c: np.ndarray, d: np.ndarray) -> tuple[dict[str, Any], Any]:
     start = time.perf_counter()
     if solver == "ott":
@@ -95,12 +106,7 @@ def _solve(solver: str, c: np.ndarray, d: np.ndarray) -> tuple[dict[str, Any], A
         if not isinstance(solution, reference.Converged):
             return row | {"note": solution.reason}, None
         return row, solution.plan
-    try:
-        ot = importlib.import_module("ot")
-    except ImportError:
-        raise ImportError(
-            "package ot is not installed: pip install 'logitjax[benchmark]'"
-        ) from None
+    ot = _pot()
     a, b = (np.full(len(x), 1 / len(x)) for x in (c, d))
     unit = np.sqrt(np.square(d).mean()) or 1.0
     plan = ot.gromov.gromov_wasserstein(c / unit, d / unit, a, b, loss_fun="square_loss")

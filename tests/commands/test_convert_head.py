@@ -21,7 +21,8 @@ def _config(workdir, **changes):
     return convert_head.Config(**(small | few | changes))
 
 
-@pytest.mark.parametrize("kind", ["vq", pytest.param("shortlist", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [pytest.param("vq", marks=pytest.mark.every_change), "shortlist"])
 def test_the_written_head_is_the_reported_one(workdir, kind):
     convert_head.run(_config(workdir, kind=kind), workdir)
     head = vq.load_head(workdir / "head")

@@ -219,6 +219,7 @@ def test_saved_state_may_be_donated_at_once(tmp_path):
             np.testing.assert_array_equal(restored.state.params["w"], params["w"] - i)
 
 
+@pytest.mark.many_programs("a checkpoint is written by a program for each shard")
 def test_nonfinite_loss_stops_with_step_and_batch(tmp_path):
     def poisoned(step, *share):
         batch = toy.batches(step, *share)
