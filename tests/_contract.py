@@ -95,6 +95,14 @@ CODEBOOK = _normal(9, CODES, HIDDEN)
 BIAS, MAP = _normal(10, VOCAB), np.arange(VOCAB, dtype=np.int32) % CODES
 UNIGRAM = np.arange(1, VOCAB + 1, dtype=np.float32)
 COVARIANCE = np.eye(HIDDEN, dtype=np.float32)
+# Of the small model's tokens the large one lacks none, and has two of its own.
+OVERLAP = fusion.OverlapFusion(
+    strategy=fusion.ProxyTuning(),
+    token_map=fusion.vocabulary_map(list("abxcdey"), list("abcde")),
+)
+# Rows of logits of a head of `HIDDEN` columns.
+DIRECTIONS = _normal(22, 12, HIDDEN)
+OBSERVED = DIRECTIONS @ HEAD
 LABELLED = {"labels": (VOCAB, "nan")}
 PAIR = {"student": LOGITS, "teacher": TEACHER}
 BOTH = {"hidden": STATES, "head": HEAD, "before": BEFORE, "its_head": ITS_HEAD}
@@ -157,6 +165,11 @@ def _fused_by(strategy: Any) -> Case:
     )
 
 
+def _at_coupling(c: Any, d: Any, **coupling: Any) -> Any:
+    some = jax.eval_shape(transport.sorted_coupling, LOGITS[0, 0], THEIRS[0, 0])
+    return transport.gw_at_coupling(c, d, dataclasses.replace(some, **coupling))
+
+
 def _tables(bias: Any, assignment: Any) -> Any:
     return vq.vq_tables(bias, assignment, CODES, width=4)
 
@@ -182,6 +195,12 @@ def _linear_objective(hidden: Any, head: Any, labels: Any, teacher: Any, where: 
     config = distillation.GraphFusionConfig(graph=distillation.GraphConfig(k=3))
     options = {"where": where, "config": config, "blocks": BLOCKS}
     return distillation.linear_graph_fusion(hidden, head, labels, teachers, **options)[0]
+
+
+def _subspace(rows: Any) -> Any:
+    """The basis, nan for tokens that were left out."""
+    found = leakage.estimate_output_subspace(rows, centre=False)
+    return np.where(found.vocab_where[:, None], np.asarray(found.basis), np.nan)
 
 
 def _dual(features: Any, labels: Any, teacher: Any) -> Any:
@@ -561,6 +580,48 @@ TABLE: dict[str, Case] = {
         where="where",
         integers=("values",),
     ),
+    "transport.compact_nodes": Case(
+        call=lambda values, ids: transport.graph_features(
+            values, transport.compact_nodes(ids), num_nodes=LENGTH
+        ),
+        arrays={"values": LOGITS[..., :1], "ids": LABELS[..., None]},
+        integers=("values",),
+    ),
+    "transport.gw_at_coupling": Case(
+        call=_at_coupling,
+        arrays={
+            "c": LOGITS[0].T @ LOGITS[0],
+            "d": THEIRS[0].T @ THEIRS[0],
+            "rows": np.arange(OTHER, dtype=np.int32) % VOCAB,
+            "columns": np.arange(OTHER, dtype=np.int32),
+            "mass": np.full(OTHER, 1 / OTHER, np.float32),
+        },
+        counts={"rows": (VOCAB, "both"), "columns": (OTHER, "both")},
+        free=(("c", VOCAB), ("d", OTHER)),
+        integers=("c", "d"),
+        rows=False,
+    ),
+    "transport.certificate": Case(
+        call=lambda c, d, **weights: transport.certificate(c, d, **weights),
+        arrays={
+            "c": LOGITS[0].T @ LOGITS[0],
+            "d": THEIRS[0].T @ THEIRS[0],
+            "c_weights": UNIGRAM / UNIGRAM.sum(),
+            "d_weights": np.full(OTHER, 1 / OTHER, np.float32),
+        },
+        free=(("c", VOCAB), ("d", OTHER)),
+        integers=("c", "d"),
+        host=True,
+        looks=("c", "d", "c_weights", "d_weights"),
+        rows=False,
+    ),
+    "fusion.OverlapFusion": Case(
+        call=lambda large, experts, bases: OVERLAP(large, experts, bases)[0],
+        arrays={"large": LOGITS, "experts": BEFORE, "bases": _normal(15, *BEFORE.shape)},
+        free=(("large", VOCAB),),
+        logits=("large", "experts", "bases"),
+        several=("experts", "bases"),
+    ),
     "fusion.DExperts": _fused_by(fusion.DExperts()),
     "fusion.ProxyTuning": _fused_by(fusion.ProxyTuning()),
     "fusion.EmulatedFineTuning": _fused_by(fusion.EmulatedFineTuning()),
@@ -581,6 +642,32 @@ TABLE: dict[str, Case] = {
         free=(("states", HIDDEN), ("others", CODES)),
         host=True,
         looks=("states", "others"),
+        rows=False,
+    ),
+    "leakage.estimate_output_subspace": Case(
+        call=_subspace, arrays={"rows": OBSERVED}, host=True, rows=False
+    ),
+    "leakage.norm_kind": Case(
+        call=lambda rows: leakage.norm_kind(rows, HIDDEN, centre=False),
+        arrays={"rows": OBSERVED},
+        host=True,
+        looks=("rows",),
+        rows=False,
+    ),
+    "leakage.settle_by_norm": Case(
+        call=lambda coefficients: leakage.settle_by_norm(coefficients),
+        arrays={"coefficients": DIRECTIONS / np.linalg.norm(DIRECTIONS, axis=1, keepdims=True)},
+        host=True,
+        looks=("coefficients",),
+        rows=False,
+    ),
+    "leakage.complete_rows": Case(
+        call=lambda values, given: (
+            leakage.complete_rows(values, given, 1, key=jax.random.key(0), iterations=1).rows
+        ),
+        arrays={"values": OBSERVED, "given": np.ones(OBSERVED.shape, bool)},
+        host=True,
+        looks=("values",),
         rows=False,
     ),
     # unlearning
@@ -692,11 +779,11 @@ ELSEWHERE = {
         training.Program training.Schedule training.StepOutput training.TrainState models.Cache
         models.DecoderConfig models.Lora vision.CLIPConfig data.Examples data.ImageViews
         data.PackedDataset data.PackedSplits data.TokenizerLike evaluation.PromptTemplate
-        storage.ArrayCodec fusion.OverlapFusion transport.FactoredGraph transport.Refinement
+        storage.ArrayCodec transport.FactoredGraph transport.Refinement
         leakage.Audit
         leakage.BudgetExhaustedError leakage.LogitPolicy""",
     "a switch for a mesh or for nothing": """
-        ops.finite_or_zero ops.psum""",
+        ops.neginf_to_zero ops.psum""",
     "modules, whose arrays go through the functions above": """
         heads.AdaptiveHead heads.LinearHead heads.LowRankHead heads.TiedHead heads.VocabularyHead
         heads.torch_linear vq.VQHead vq.ProductHead vq.ScreenedHead vq.ShortlistHead
@@ -730,11 +817,6 @@ ELSEWHERE = {
         storage.write_atomic leakage.HttpOracle leakage.LogitOracle leakage.audit
         leakage.verdict leakage.recover_log_probs leakage.harvest_log_probs leakage.search_logits
         fusion.vocabulary_map""",
-    "tests/transport: of certified numbers, of ids and of couplings": """
-        transport.compact_nodes transport.certificate transport.gw_at_coupling""",
-    "tests/leakage: answers of an oracle, rows by the thousand, settled by a fit or refused": """
-        leakage.complete_rows leakage.estimate_output_subspace leakage.norm_kind
-        leakage.settle_by_norm""",
     "numbers alone, or draws": """
         unlearning.rmu_direction vq.vq_sample leakage.row_queries""",
 }

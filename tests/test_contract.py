@@ -168,7 +168,7 @@ def test_one_row_is_as_good_as_several():
 
 def test_half_precision_gives_float32_and_float64_stays():
     wrong = []
-    for kind in ("bfloat16", "float64"):
+    for kind in ("bfloat16", "float16", "float64"):
         with jax.enable_x64(kind == "float64"):
             for name, case in TABLE.items():
                 if case.host:

@@ -10,6 +10,7 @@ import numpy as np
 from logitjax.decoding._ensemble import Plan
 from logitjax.decoding._sampling import GREEDY, Sampling, sampling_rows
 from logitjax.decoding._step import DecodeOptions, DecodeState
+from logitjax.ops import checks
 
 Prompt = Sequence[int] | np.ndarray | jax.Array
 
@@ -41,19 +42,31 @@ class Request:
         """One prompt a model.
 
         Raises:
-          ValueError: for empty prompts or a wrong number of them.
+          TypeError: for prompts that are no integers.
+          ValueError: for empty prompts, a wrong number of them, or ids out of the vocabulary.
         """
         count = plan.streams - 1
         others = [None] * count if self.others is None else list(self.others)
         if len(others) != count:
             raise ValueError(f"others: expected {count} prompts, got {len(others)}")
-        same = plan.read(np.asarray(self.prompt, np.int32))
-        given = zip(same, (None, *others), strict=True)
-        rows = [np.asarray(mine if own is None else own, np.int32) for mine, own in given]
-        for row in rows:
-            if row.ndim != 1 or not row.size:
-                raise ValueError(f"prompt: expected at least one token, got shape {row.shape}")
-        return rows
+        sizes = list(plan.vocab_sizes)
+        if len(sizes) != plan.streams:  # Several models read one stream.
+            sizes = [plan.vocab_size] * plan.streams
+        mapped = sizes[0] if plan.token_map is None else plan.token_map.large_size
+        same = plan.read(_tokens(self.prompt, min(sizes[0], mapped), "prompt"))
+        given = zip(same, (None, *others), sizes, strict=True)
+        return [
+            _tokens(mine, size, "prompt") if own is None else _tokens(own, size, "others")
+            for mine, own, size in given
+        ]
+
+
+def _tokens(prompt: Prompt, vocab_size: int, name: str) -> np.ndarray:
+    tokens = np.asarray(prompt)
+    if tokens.ndim != 1 or not tokens.size:
+        raise ValueError(f"{name}: expected at least one token, got shape {tokens.shape}")
+    checks.ids(tokens, vocab_size, name)
+    return tokens.astype(np.int32)
 
 
 def bucket(length: int, smallest: int = 16) -> int:

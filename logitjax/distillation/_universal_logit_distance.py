@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Bool, Float
 
-from logitjax.ops import Array, AxisName, Number, TopK, checks, finite_or_zero, logsumexp
+from logitjax.ops import Array, AxisName, Number, TopK, checks, logsumexp, neginf_to_zero
 from logitjax.ops import top_k as exact_top_k
 from logitjax.ops.sharding import over_batch
 
@@ -148,7 +148,7 @@ def _sorted_probs(
             return (jnp.sort(logits, axis=-1, descending=True),)
 
         (values,) = over_batch(descending, (scaled.ndim,), scaled)
-    return jnp.exp(values - finite_or_zero(log_z)[..., None])
+    return jnp.exp(values - neginf_to_zero(log_z)[..., None])
 
 
 def _top_probs(top: TopK, top_k: int | None, name: str) -> jax.Array:
@@ -158,7 +158,7 @@ def _top_probs(top: TopK, top_k: int | None, name: str) -> jax.Array:
     if top_k > held:
         raise ValueError(f"{name} holds {held} entries, fewer than top_k={top_k}")
     values = checks.as_float(top.values, name)[..., :top_k]
-    return jnp.exp(values - finite_or_zero(checks.as_float(top.log_z[..., None], name)))
+    return jnp.exp(values - neginf_to_zero(checks.as_float(top.log_z[..., None], name)))
 
 
 def _vocabulary_size(logits: Array, axis: int, axis_name: AxisName | None, name: str) -> int:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from logitjax.fusion._inputs import Inputs, pmax
-from logitjax.ops import AxisName, finite_or_zero, psum
+from logitjax.ops import AxisName, neginf_to_zero, psum
 
 # Sums over parts of the vocabulary run on several cores of a CPU, and round less.
 _PARTS = 32
@@ -84,7 +84,7 @@ class Path:
         """The largest exponent of the shard, and sums of weights and moments less that."""
         h = self.directions
         x = self.log_p + alpha[..., None] * h
-        peak = finite_or_zero(x.max(-1))
+        peak = neginf_to_zero(x.max(-1))
         weight = jnp.exp(x - peak[..., None])
         if centre is not None:
             h = h - centre[..., None]
@@ -109,7 +109,7 @@ class Path:
         x = self.log_p + (alphas[..., None] * h).sum(0)
         if centre is not None:
             h = h - centre[..., None]
-        offset = finite_or_zero(pmax(x.max(-1), axis_name))
+        offset = neginf_to_zero(pmax(x.max(-1), axis_name))
         weight = jnp.exp(x - offset[..., None])
         count = len(h)
         sums = [_total(weight)]
@@ -174,7 +174,7 @@ def make_path(inputs: Inputs, axis_name: AxisName | None, *, extent: bool = Fals
     maxima = [highest(inputs.large)[None], highest(inputs.experts), highest(inputs.bases)]
     maxima += [highest(raw), highest(-raw)] if extent else []
     cuts = [1, 1 + count, 1 + count + len(inputs.bases)]
-    maxima = finite_or_zero(pmax(jnp.concatenate(maxima), axis_name))
+    maxima = neginf_to_zero(pmax(jnp.concatenate(maxima), axis_name))
     top, top_expert, top_base, top_raw = jnp.split(maxima, cuts)
     top_raw, top_minus = top_raw[:count], top_raw[count:]
     # Raw logits may carry any constant, which would cost digits of everything below. The extent

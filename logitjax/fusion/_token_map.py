@@ -84,6 +84,7 @@ class TokenMap:
         logits_small: Float[Array, "*batch small"],
         *,
         vocab_where: Bool[Array, "..."] | None = None,
+        name: str = "logits_small",
     ) -> Float[jax.Array, "*batch large"]:
         """Log-probabilities of the small model at the large model's ids.
 
@@ -94,15 +95,17 @@ class TokenMap:
         Args:
             logits_small: `[*batch, small]`; more entries than the vocabulary has are padding.
             vocab_where: boolean, broadcastable to them: True for the entries that exist.
+            name: what errors call them.
         """
-        logits = checks.as_float(logits_small, "logits_small")
+        logits = checks.as_float(logits_small, name)
         if logits.shape[-1] < self.small_size:
             raise ValueError(
-                f"logits_small: expected at least {self.small_size} entries, got {logits.shape[-1]}"
+                f"{name}: expected at least {self.small_size} entries, got {logits.shape[-1]}"
             )
         log_p = log_softmax(logits, vocab_where=vocab_where)
         found = jnp.take(log_p, np.maximum(self.small_ids, 0), axis=-1)
-        return jnp.where(self.overlap & (found > -jnp.inf), found, _NOWHERE)
+        # Not `> -inf`: a nan has to come out again rather than to pass for padding.
+        return jnp.where(self.overlap & (found != -jnp.inf), found, _NOWHERE)
 
 
 @jax.tree_util.register_static
@@ -111,7 +114,8 @@ class OverlapFusion:
     """A strategy for experts and bases whose vocabulary is not the large model's.
 
     On tokens that both have, the fused logits are the strategy's, by differences of
-    log-probabilities; others keep the large model's logits, up to what normalisation does.
+    log-probabilities; others keep the large model's logits, up to what normalisation does. A token
+    that some of the small models have at ``-inf`` and others do not is ``-inf``.
 
     Attributes:
         strategy: any strategy of this package.
@@ -147,6 +151,8 @@ class OverlapFusion:
                 f"axis_name={axis_name!r}: a token map gathers from the whole vocabulary; map the "
                 "small models' logits with to_large before sharding them"
             )
+        checks.shapes(logits_large=(logits_large, "float *batch vocab"))
+        checks.where(vocab_where, logits_large.shape, "vocab_where")
         size = logits_large.shape[-1]
         if size < self.token_map.large_size:
             raise ValueError(
@@ -157,11 +163,23 @@ class OverlapFusion:
             vocab_where = jnp.broadcast_to(vocab_where, logits_large.shape)[
                 ..., : self.token_map.large_size
             ]
-        small = [
-            None if x is None or not len(x) else self.token_map.to_large(x)
-            for x in (logits_experts, logits_bases)
+        # No models along the leading axis are none; no rows are rows.
+        experts, bases = (
+            None
+            if x is None or (jnp.ndim(x) > large.ndim and not len(x))
+            else self.token_map.to_large(x, name=name)
+            for x, name in ((logits_experts, "logits_experts"), (logits_bases, "logits_bases"))
+        )
+        # Where a base alone has no such token, taking it off would add without bound.
+        held = [
+            x[None] if x.ndim == large.ndim else x
+            for x in (experts, bases)
+            if x is not None and large.shape in (x.shape, x.shape[1:])
         ]
-        experts, bases = small
+        if held:
+            models = jnp.concatenate(held) != _NOWHERE
+            there = models.all(0) | ~models.any(0)
+            vocab_where = there if vocab_where is None else there & vocab_where
         fused, info = self.strategy(large, experts, bases, vocab_where=vocab_where)
         padding = [(0, 0)] * (fused.ndim - 1) + [(0, size - large.shape[-1])]
         return jnp.pad(fused, padding, constant_values=-jnp.inf), info

@@ -63,7 +63,9 @@ def complete_rows(
       `Completion`.
 
     Raises:
-      ValueError: nothing is given in some row, or ``rank`` is not positive.
+      TypeError: values are not floating point, or ``vocab_where`` not boolean.
+      ValueError: nothing is given in some row, a value that is given is not finite, shapes differ,
+        or ``rank`` is not positive.
 
     >>> rng = np.random.default_rng(0)
     >>> rows = rng.standard_normal((60, 2)) @ rng.standard_normal((2, 40))
@@ -72,12 +74,16 @@ def complete_rows(
     True
     """
     checks.positive(rank, "rank")
-    vocab_where = np.asarray(vocab_where, bool)
-    values = np.where(vocab_where, np.asarray(values, np.float32), 0.0)
+    checks.shapes(values=(values, "float n vocab"), vocab_where=(vocab_where, "bool n vocab"))
+    vocab_where = np.asarray(vocab_where)
+    values = np.where(vocab_where, np.asarray(values, np.float32), np.float32(0.0))
+    checks.values(values, np.isfinite, "values", "finite numbers")
     count, vocab = values.shape
     given = vocab_where.sum(axis=1)
     if not given.all():
-        raise ValueError(f"row {int(np.argmin(given))} has no value")
+        raise ValueError(
+            f"vocab_where: expected a value in every row, got none in row {int(np.argmin(given))}"
+        )
     spread = float(values[vocab_where].std())
     keep_key, start_key = jax.random.split(key)
     kept_back = vocab_where & (

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from logitjax.leakage._gram import gram_matrix
 from logitjax.leakage._precision import in_float64
 from logitjax.leakage._spectrum import spectrum_gaps
-from logitjax.ops import Array
+from logitjax.ops import Array, checks
 
 
 @in_float64
@@ -31,7 +31,9 @@ def norm_kind(
       ``layer_norm`` or ``rms_norm``.
 
     Raises:
-      ValueError: too few rows.
+      TypeError: rows are not floating point.
+      ValueError: too few rows, values that are not finite, or a dimension below two, of which the
+        mean leaves nothing, or beyond the vocabulary.
 
     References:
       Carlini et al., 2024, appendix B.2.2.
@@ -45,11 +47,16 @@ def norm_kind(
     >>> norm_kind((flat @ head).astype(np.float32), 6, centre=False)
     'layer_norm'
     """
+    checks.shapes(rows=(rows, "float n vocab"))
+    checks.between(dimension, 2, rows.shape[1], "dimension")
     rows = jnp.asarray(rows)
     if len(rows) <= dimension + 1:
-        raise ValueError(f"more than {dimension + 1} rows are needed, got {len(rows)}")
+        raise ValueError(f"rows: expected more than {dimension + 1}, got {len(rows)}")
     gram = jax.jit(gram_matrix, static_argnames="centre")(rows, centre=centre)
     gram = np.asarray(gram, np.float64)
+    if not np.isfinite(gram).all():
+        # Whatever is not finite reaches the Gram matrix, so finite rows never pay for the search.
+        checks.values(np.asarray(rows), np.isfinite, "rows", "finite numbers")
     flat = gram - gram.mean(axis=0) - gram.mean(axis=1)[:, None] + gram.mean()
     values = np.sqrt(np.maximum(np.linalg.eigvalsh(flat)[::-1], 0.0))
     values = np.maximum(values, values[0] * np.finfo(np.float32).eps)
@@ -75,7 +82,9 @@ def settle_by_norm(
       the transpose of its inverse.
 
     Raises:
-      ValueError: too few rows, or the solution is not positive definite (noise, or no RMSNorm).
+      TypeError: coefficients are not floating point.
+      ValueError: too few rows, values that are not finite, or a solution that is not positive
+        definite (noise, or no RMSNorm).
 
     References:
       Carlini et al., 2024, appendix C.2.
@@ -89,11 +98,15 @@ def settle_by_norm(
     >>> print(bool(np.allclose(turn @ turn.T, np.eye(2))))
     True
     """
+    checks.shapes(coefficients=(coefficients, "float n dimension"))
     c = np.asarray(coefficients, np.float64)
+    checks.values(c, np.isfinite, "coefficients", "finite numbers")
     count, width = c.shape
     unknowns = width * (width + 1) // 2
     if count < unknowns:
-        raise ValueError(f"{unknowns} rows are needed for {width} dimensions, got {count}")
+        raise ValueError(
+            f"coefficients: expected at least {unknowns} rows for {width} dimensions, got {count}"
+        )
     i, j = np.triu_indices(width)
     system = c[:, i] * c[:, j] * np.where(i == j, 1.0, 2.0)
     solution = np.linalg.lstsq(system, np.ones(count), rcond=None)[0]
@@ -104,6 +117,6 @@ def settle_by_norm(
         return np.linalg.cholesky(a)
     except np.linalg.LinAlgError:
         raise ValueError(
-            "the quadratic form is not positive definite: too much noise, or states that no "
-            "RMSNorm made"
+            "coefficients: expected those of states behind RMSNorm, got a quadratic form that is "
+            "not positive definite: too much noise, or another norm"
         ) from None

@@ -26,7 +26,7 @@ from logitjax.leakage._residual import (
 from logitjax.leakage._sketch import init_sketch, randomised_svd, sketch_basis, update_sketch
 from logitjax.leakage._spectrum import clip_spectrum, max_gap_dimension, rounding_noise
 from logitjax.leakage._width import Evidence, OutputWidth, judge_width
-from logitjax.ops import Array
+from logitjax.ops import Array, checks
 
 METHODS = ("auto", "gram", "sketch", "randomised")
 #: Rows up to which the n x n eigenproblem is the cheapest of all.
@@ -145,8 +145,9 @@ def estimate_output_subspace(
       `OutputSubspace`.
 
     Raises:
-      ValueError: an unknown method, a dimension that n rows cannot show, or values that are not
-        finite in most tokens.
+      TypeError: rows are not floating point.
+      ValueError: an unknown method, rows of another rank, a dimension that n rows cannot show, or
+        values that are not finite in most tokens.
 
     References:
       Carlini et al., 2024, section 4; Finlayson et al., 2024, section 4. Both read the width off
@@ -160,9 +161,12 @@ def estimate_output_subspace(
     """
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+    checks.shapes(rows=(rows, "float n vocab"))
     count, vocab = rows.shape
     if dimension is not None and not 1 <= dimension <= min(count, vocab):
-        raise ValueError(f"{count} rows of {vocab} show no dimension {dimension}")
+        raise ValueError(
+            f"dimension: expected one that {count} rows of {vocab} can show, got {dimension}"
+        )
     if noise is not None and not 0 <= noise < math.inf:
         raise ValueError(f"noise: expected a number that is not negative, got {noise}")
     if decimals is not None:

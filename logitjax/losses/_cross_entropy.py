@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Bool, Float, Int
 
-from logitjax.ops import Array, AxisName, Number, checks, finite_or_zero, logsumexp, psum
+from logitjax.ops import Array, AxisName, Number, checks, logsumexp, neginf_to_zero, psum
 
 
 def cross_entropy(
@@ -100,7 +100,7 @@ def cross_entropy(
         first = lax.axis_index(axis_name) * vocab
         size = lax.axis_size(axis_name) * vocab
 
-    log_z = finite_or_zero(logsumexp(logits, axis=axis, axis_name=axis_name))
+    log_z = neginf_to_zero(logsumexp(logits, axis=axis, axis_name=axis_name))
     ids = jnp.arange(vocab).reshape((vocab,) + (1,) * (logits.ndim - axis - 1)) + first
     is_label = ids == jnp.expand_dims(labels, axis)
     label_logit = psum(jnp.where(is_label, logits, 0.0).sum(axis), axis_name)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from logitjax.losses.sweep import Blocks, Head, ReadoutStatistic, run
-from logitjax.ops import Array, AxisName, Number, checks, finite_or_zero
+from logitjax.ops import Array, AxisName, Number, checks, neginf_to_zero
 
 
 def linear_cross_entropy(
@@ -101,7 +101,7 @@ class _CrossEntropy(ReadoutStatistic):
     z_loss: float
 
     def losses(self, outputs: Any, tokens: Any) -> jax.Array:
-        log_z = finite_or_zero(outputs.log_z)
+        log_z = neginf_to_zero(outputs.log_z)
         loss = log_z - outputs.label
         if self.label_smoothing:
             uniform = log_z - outputs.mean

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 
 from logitjax.losses._graph_statistics import GraphStatistics
 from logitjax.losses.sweep import Blocks, Head, ReadoutStatistic, run
-from logitjax.ops import Array, AxisName, Number, TopK, checks, finite_or_zero
+from logitjax.ops import Array, AxisName, Number, TopK, checks, neginf_to_zero
 
 
 class Readout(NamedTuple):
@@ -189,7 +189,7 @@ class _Reading(ReadoutStatistic):
             )
         if self.labels:
             known = (tokens["labels"] >= 0) & (tokens["labels"] < self.vocab)
-            entropy = jnp.where(known, finite_or_zero(outputs.log_z) - outputs.label, jnp.nan)
+            entropy = jnp.where(known, neginf_to_zero(outputs.log_z) - outputs.label, jnp.nan)
         gathered = outputs.gathered
         if gathered is not None:
             # The sweep never comes to an id that is outside of the vocabulary.

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 
 from logitjax.losses._tail_sample import TailSample
 from logitjax.losses.sweep import Blocks, Head, ReadoutStatistic, run
-from logitjax.ops import Array, AxisName, Number, TopK, checks, finite_or_zero, gather_at, logsumexp
+from logitjax.ops import Array, AxisName, Number, TopK, checks, gather_at, logsumexp, neginf_to_zero
 
 Tail = Literal["bucket", "renormalize"] | TailSample
 
@@ -244,8 +244,8 @@ def _renormalised_kl(
     values = jax.lax.stop_gradient(jnp.asarray(values).astype(gathered.dtype))
     scale = jnp.asarray(temperature, gathered.dtype)
     values = values / (scale[..., None] if scale.ndim else scale)
-    log_p = values - finite_or_zero(logsumexp(values))[..., None]
-    log_q = gathered - finite_or_zero(logsumexp(gathered))[..., None]
+    log_p = values - neginf_to_zero(logsumexp(values))[..., None]
+    log_q = gathered - neginf_to_zero(logsumexp(gathered))[..., None]
     return jnp.square(scale) * _kl(log_p, log_q, direction)
 
 
@@ -255,14 +255,14 @@ def _sparse_kl(
     """`gathered`: the student's logits at the teacher's ids, then at those of the `drawn`."""
     values = jax.lax.stop_gradient(jnp.asarray(teacher.values).astype(gathered.dtype))
     teacher_log_z = jax.lax.stop_gradient(jnp.asarray(teacher.log_z).astype(gathered.dtype))
-    log_p = values - finite_or_zero(teacher_log_z)[..., None]
+    log_p = values - neginf_to_zero(teacher_log_z)[..., None]
     # A normaliser that overflowed, or is of nothing, beside a logit that exists.
     wrong = jnp.isinf(teacher_log_z)[..., None] & (values != -jnp.inf)
     log_p = jnp.where(wrong, jnp.nan, log_p)
-    log_q = gathered - finite_or_zero(log_z)[..., None]
+    log_q = gathered - neginf_to_zero(log_z)[..., None]
     if drawn is not None:
         k = log_p.shape[-1]
-        log_drawn = jax.lax.stop_gradient(drawn) - finite_or_zero(teacher_log_z)[..., None]
+        log_drawn = jax.lax.stop_gradient(drawn) - neginf_to_zero(teacher_log_z)[..., None]
         rest = jnp.maximum(1.0 - jnp.exp(log_p).sum(-1), 0.0)
         there = log_drawn != -jnp.inf
         gap = jnp.where(there, log_drawn - log_q[..., k:], 0.0).mean(-1)

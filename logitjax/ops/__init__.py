@@ -7,9 +7,9 @@ for code that runs on a mesh: names of axes, rows of a batch, rules for the leav
 from logitjax.ops import checks as checks
 from logitjax.ops import sharding as sharding
 from logitjax.ops._log_softmax import AxisName as AxisName
-from logitjax.ops._log_softmax import finite_or_zero as finite_or_zero
 from logitjax.ops._log_softmax import log_softmax as log_softmax
 from logitjax.ops._log_softmax import logsumexp as logsumexp
+from logitjax.ops._log_softmax import neginf_to_zero as neginf_to_zero
 from logitjax.ops._log_softmax import psum as psum
 from logitjax.ops._log_softmax import soft_cap as soft_cap
 from logitjax.ops._masked_mean import gradient_where as gradient_where

@@ -84,7 +84,7 @@ def log_softmax(
     logits = checks.as_float(logits, "logits", vocab_where)
     axis = checks.axis(axis, logits.shape, "logits")
     log_z = _logsumexp(logits, axis, axis_name)
-    return logits - jnp.expand_dims(finite_or_zero(log_z), axis)
+    return logits - jnp.expand_dims(neginf_to_zero(log_z), axis)
 
 
 def soft_cap(logits: jax.Array, cap: float) -> jax.Array:
@@ -93,7 +93,7 @@ def soft_cap(logits: jax.Array, cap: float) -> jax.Array:
     return jnp.where(logits == -jnp.inf, -jnp.inf, cap * jnp.tanh(logits / cap))
 
 
-def finite_or_zero(values: jax.Array) -> jax.Array:
+def neginf_to_zero(values: jax.Array) -> jax.Array:
     """Replaces `-inf`, what there is none of, by zero, without a gradient there.
 
     An infinity or a nan stays: a number made of it shall not pass for one.
@@ -124,5 +124,5 @@ def _logsumexp_jvp(
 ) -> tuple[jax.Array, jax.Array]:
     (logits,), (tangent,) = primals, tangents
     log_z = _logsumexp(logits, axis, axis_name)
-    probs = jnp.exp(logits - jnp.expand_dims(finite_or_zero(log_z), axis))
+    probs = jnp.exp(logits - jnp.expand_dims(neginf_to_zero(log_z), axis))
     return log_z, psum((probs * tangent).sum(axis), axis_name)

@@ -19,6 +19,7 @@ from logitjax.ops import Array
 from logitjax.transport._graph import (
     Graph,
     RoundedMatrix,
+    check_power,
     check_weights,
     node_weights,
     num_nodes,
@@ -73,11 +74,6 @@ def first_lower_bound(
     own, other, a, b = _statistics(c, d, c_weights, d_weights)
     least = _least(own, other, "mean", (c_weights, d_weights), (a, b), p)
     return lowered(least, p=p, root=_formed(c) + _formed(d))
-
-
-def check_power(p):
-    if p not in (1, 2):
-        raise ValueError(f"p: expected 1 or 2, got {p}")
 
 
 def moment_lower_bound(

@@ -11,9 +11,8 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Float
 
-from logitjax.ops import Array
+from logitjax.ops import Array, checks
 from logitjax.transport._bounds import (
-    check_power,
     first_lower_bound,
     moment_lower_bound,
     second_lower_bound,
@@ -25,6 +24,7 @@ from logitjax.transport._graph import (
     FactoredGraph,
     Graph,
     RoundedMatrix,
+    check_power,
     check_weights,
     dense_matrix,
     half_exponent,
@@ -183,8 +183,7 @@ def certificate(
         return _bracket(*arrays, p=p, scale=scale, bounds=bounds, refine=refine)
     for name, graph in (("c", c), ("d", d)):
         values = graph.values if isinstance(graph, FactoredGraph) else graph
-        if not np.isfinite(np.asarray(values)).all():
-            raise ValueError(f"{name}: expected finite entries, got some that are not")
+        checks.values(np.asarray(values), np.isfinite, name, "finite entries")
     with jax.enable_x64(jax.default_backend() != "tpu"):
         answer = _compiled()(*arrays, p=p, scale=scale, bounds=bounds, refine=refine)
     return _float32(jax.device_get(answer), scale)

@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from logitjax.ops import Array
+from logitjax.ops import Array, checks
 from logitjax.transport._features import drop_negative
 from logitjax.transport._graph import (
     FactoredGraph,
     Graph,
     RoundedMatrix,
+    check_power,
     dense_factor,
     dense_matrix,
     largest,
@@ -55,7 +56,12 @@ def gw_at_coupling(c: Graph, d: Graph, coupling: Coupling, *, p: int = 2) -> Flo
         p: power of the cost, 1 or 2.
 
     Returns:
-        A scalar.
+        A scalar; nan under ``jit`` where the coupling names a node that is not there.
+
+    Raises:
+        TypeError: nodes of the coupling are no integers, or its masses not floating point.
+        ValueError: p is neither 1 nor 2, a graph is not square, the coupling's arrays differ in
+            length, or, where values are known, it names a node that is not there.
 
     >>> import jax, numpy as np
     >>> from logitjax.transport import sorted_coupling
@@ -66,7 +72,17 @@ def gw_at_coupling(c: Graph, d: Graph, coupling: Coupling, *, p: int = 2) -> Flo
     References:
         Memoli (2011), definition 5.7, without his factor 1/2.
     """
-    return coupling_cost(c, d, coupling, p=p).value
+    check_power(p)
+    rows, columns, mass = coupling.rows, coupling.columns, coupling.mass
+    checks.shapes(
+        rows=(rows, "int pairs"), columns=(columns, "int pairs"), mass=(mass, "float pairs")
+    )
+    there = jnp.array(True)
+    for name, ids, graph in (("rows", rows, c), ("columns", columns, d)):
+        checks.ids(ids, num_nodes(graph), name)
+        there &= jnp.all((jnp.asarray(ids) >= 0) & (jnp.asarray(ids) < num_nodes(graph)))
+    value = coupling_cost(c, d, coupling, p=p).value
+    return jnp.where(there, value, jnp.nan)
 
 
 class Cost(NamedTuple):

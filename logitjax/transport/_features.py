@@ -111,22 +111,29 @@ def compact_nodes(
     """Renumber token ids to 0, 1, ... in order of id, so that T k nodes hold any vocabulary.
 
     The number of nodes stays static (positions times width); those left over are isolated nodes
-    of feature zero, which two graphs of different vocabularies need as padding anyway.
+    of feature zero, which two graphs of different vocabularies need as padding anyway. A negative
+    id, which belongs to no node, becomes -1.
 
     Args:
         ids: token ids, `[*batch, positions, width]`.
         sequence_axis_name: mesh axis that shards the positions, inside ``shard_map``: all shards
             number together, and each gets the numbers of its own positions.
 
+    Raises:
+        TypeError: ids are no integers.
+        ValueError: they have fewer than two axes.
+
     >>> import jax, jax.numpy as jnp
     >>> jax.jit(compact_nodes)(jnp.array([[900, 7], [7, 31]]))
     Array([[2, 0],
            [0, 1]], dtype=int32)
     """
+    ops.checks.shapes(ids=(ids, "int *batch positions width"))
     own = jnp.asarray(ids)
     axis = own.ndim - 2
     ids = gather_positions(own, axis, sequence_axis_name)
-    flat = ids.reshape(*ids.shape[:-2], -1)
+    # Behind all others, so that those are numbered as if there were none.
+    flat = drop_negative(ids).reshape(*ids.shape[:-2], math.prod(ids.shape[-2:]))
     order = jnp.argsort(flat, axis=-1)
     ordered = jnp.take_along_axis(flat, order, axis=-1)
     new = jnp.concatenate(
@@ -135,6 +142,7 @@ def compact_nodes(
     rank = jnp.cumsum(new.astype(jnp.int32), axis=-1)
     inverse = jnp.argsort(order, axis=-1)
     nodes = jnp.take_along_axis(rank, inverse, axis=-1).reshape(ids.shape)
+    nodes = jnp.where(ids < 0, -1, nodes)
     if sequence_axis_name is None:
         return nodes
     start = jax.lax.axis_index(sequence_axis_name) * own.shape[axis]

@@ -295,6 +295,11 @@ def node_weights(graph, weights) -> jax.Array:
     return weights / weights.sum()
 
 
+def check_power(p):
+    if p not in (1, 2):
+        raise ValueError(f"p: expected 1 or 2, got {p}")
+
+
 def check_weights(name: str, weights, n: int):
     """ValueError for another shape and, where their values are known, for no distribution."""
     if weights is None:
@@ -304,9 +309,9 @@ def check_weights(name: str, weights, n: int):
     if isinstance(weights, Tracer):
         return
     values = np.asarray(weights, np.float64)
+    ops.checks.values(
+        values, lambda x: (x >= 0) & (x < np.inf), name, "finite weights from zero up"
+    )
     total = values.sum()
-    if not (np.isfinite(total) and values.min() >= 0 and abs(total - 1) <= 1e-3):
-        raise ValueError(
-            f"{name}: expected weights from zero up that sum to one, got a least one of "
-            f"{values.min():g} and a sum of {total:g}"
-        )
+    if not abs(total - 1) <= 1e-3:
+        raise ValueError(f"{name}: expected weights that sum to one, got a sum of {total:g}")

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 
 from logitjax.losses import Blocks, Head
 from logitjax.losses.sweep import KLStatistic, LogitBlock, ReadoutStatistic, run
-from logitjax.ops import Array, AxisName, checks, finite_or_zero, masked_mean, psum
+from logitjax.ops import Array, AxisName, checks, masked_mean, neginf_to_zero, psum
 
 
 def linear_uniform_kl(
@@ -64,7 +64,7 @@ def linear_uniform_kl(
         axis_name=axis_name,
     )
     count = _entries(head, vocab_where, axis_name)
-    return finite_or_zero(outputs.log_z) - outputs.mean - jnp.log(count)
+    return neginf_to_zero(outputs.log_z) - outputs.mean - jnp.log(count)
 
 
 def linear_undial(
@@ -211,7 +211,7 @@ def linear_assistant_objective(
     )
     floor = jnp.log(_entries(head, vocab_where, axis_name))
     loss = total - floor * jnp.where(sides["retain"], weights, 0.0).sum()
-    silent = finite_or_zero(outputs.log_z) - outputs.mean - floor
+    silent = neginf_to_zero(outputs.log_z) - outputs.mean - floor
     means = {
         "forget": masked_mean(statistic.known(outputs, labels), sides["forget"]),
         "retain": masked_mean(silent, sides["retain"]),
@@ -236,13 +236,13 @@ class _Assistant(ReadoutStatistic):
     vocab: int
 
     def losses(self, outputs: Any, tokens: Any) -> jax.Array:
-        silent = finite_or_zero(outputs.log_z) - outputs.mean
+        silent = neginf_to_zero(outputs.log_z) - outputs.mean
         return jnp.where(tokens["retain"], silent, self.known(outputs, tokens["labels"]))
 
     def known(self, outputs: Any, labels: Any) -> jax.Array:
         """Cross-entropy of the labels; nan where one is outside the vocabulary."""
         inside = (labels >= 0) & (labels < self.vocab)
-        return jnp.where(inside, finite_or_zero(outputs.log_z) - outputs.label, jnp.nan)
+        return jnp.where(inside, neginf_to_zero(outputs.log_z) - outputs.label, jnp.nan)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,9 +11,9 @@ from logitjax.ops import (
     AxisName,
     Number,
     checks,
-    finite_or_zero,
     log_softmax,
     logsumexp,
+    neginf_to_zero,
     psum,
 )
 from logitjax.unlearning._losses import as_losses
@@ -56,7 +56,7 @@ def uniform_kl(
         lies 103 below the largest, and averages over all positions, prompt and padding included.
     """
     logits = checks.as_float(logits, "logits", vocab_where)
-    log_z = finite_or_zero(logsumexp(logits, axis_name=axis_name))
+    log_z = neginf_to_zero(logsumexp(logits, axis_name=axis_name))
     exists = logits != -jnp.inf
     total = psum(jnp.where(exists, logits, 0.0).sum(-1), axis_name)
     count = jnp.maximum(psum(exists.sum(-1), axis_name), 1).astype(log_z.dtype)

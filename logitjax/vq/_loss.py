@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Bool, Float, Int
 
-from logitjax.ops import Array, AxisName, checks, finite_or_zero, logsumexp
+from logitjax.ops import Array, AxisName, checks, logsumexp, neginf_to_zero
 from logitjax.ops.sharding import over_batch
 
 
@@ -37,7 +37,7 @@ def cluster_log_mass(
     """
     bias = _float32(bias)
     peak = lax.stop_gradient(jax.ops.segment_max(bias, assignment, num_segments=num_codes))
-    peak = finite_or_zero(peak)
+    peak = neginf_to_zero(peak)
     total = jax.ops.segment_sum(
         jnp.exp(bias - peak[assignment]), assignment, num_segments=num_codes
     )

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 
 from logitjax.heads import HeadCost, VocabularyHead
 from logitjax.losses import Head
-from logitjax.ops import Array, TopK, checks, finite_or_zero, gather_at, logsumexp, top_k
+from logitjax.ops import Array, TopK, checks, gather_at, logsumexp, neginf_to_zero, top_k
 from logitjax.ops.sharding import over_batch
 from logitjax.vq._shortlist import Rescore, in_blocks, rescoring
 
@@ -245,7 +245,7 @@ def _joined(scores: jax.Array, tokens: jax.Array, better: jax.Array) -> jax.Arra
 
     def join(scores: jax.Array, tokens: jax.Array, better: jax.Array) -> tuple[jax.Array]:
         rows = jnp.arange(scores.shape[0])[:, None]
-        shift = finite_or_zero(logsumexp(better)) - finite_or_zero(logsumexp(scores[rows, tokens]))
+        shift = neginf_to_zero(logsumexp(better)) - neginf_to_zero(logsumexp(scores[rows, tokens]))
         return ((scores + shift[:, None]).at[rows, tokens].set(better),)
 
     return over_batch(join, (2,), scores, tokens, better)[0]

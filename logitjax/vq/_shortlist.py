@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 
 from logitjax import ops
 from logitjax.losses import Head
-from logitjax.ops import Array, TopK, checks, finite_or_zero, logsumexp, top_k
+from logitjax.ops import Array, TopK, checks, logsumexp, neginf_to_zero, top_k
 from logitjax.vq._loss import code_scores
 from logitjax.vq._row_products import row_products
 
@@ -398,13 +398,13 @@ class Shortlist:
         masses = _page_scores(scores, pages)
         rest = masses.at[jnp.arange(len(hidden))[:, None], chosen].set(-jnp.inf)
         others = logsumexp(rest)
-        odds = logsumexp(jnp.take_along_axis(masses, chosen, axis=-1)) - finite_or_zero(others)
+        odds = logsumexp(jnp.take_along_axis(masses, chosen, axis=-1)) - neginf_to_zero(others)
         if self.calibration is not None:
             scale, offset = self.calibration
             odds = scale * odds + offset
         # Where nothing else is left there is nothing to weigh the shortlist against.
         shift = jnp.where(
-            jnp.isneginf(others), 0.0, finite_or_zero(others) + odds - logsumexp(logits)
+            jnp.isneginf(others), 0.0, neginf_to_zero(others) + odds - logsumexp(logits)
         )
         return tokens, logits + shift[:, None], rest
 

@@ -148,6 +148,16 @@ def test_sharded_equals_local(greedy):
     np.testing.assert_allclose(out.logprobs[:3], greedy.logprobs, atol=1e-4)
 
 
+@pytest.mark.parametrize("token", [-1, CONFIG.vocab_size, 2**40])
+def test_ids_out_of_the_vocabulary_are_refused_where_they_stand(token):
+    line = rf"^prompt: expected 0 to {CONFIG.vocab_size - 1}, got {token} at 1$"
+    for prompt in ([3, token], np.array([3, token])):
+        with pytest.raises(ValueError, match=line):
+            generate(decoder(), [[1, 2], prompt], max_new_tokens=NEW)
+    with pytest.raises(TypeError, match="prompt: expected integers, got float64"):
+        generate(decoder(), np.array([[1.5]]), max_new_tokens=NEW)
+
+
 def test_what_does_not_fit_is_refused():
     for arguments, message in (
         (dict(prompts=[[], [1]], max_new_tokens=2), "at least one token"),

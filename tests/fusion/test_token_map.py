@@ -95,6 +95,20 @@ def test_fusion_on_the_overlap():
     assert np.isinf(wide[:, 7:]).all()
 
 
+def test_a_token_that_one_small_model_lacks_is_gone_and_a_nan_stays():
+    fuse = jax.jit(
+        OverlapFusion(strategy=ProxyTuning(), token_map=TokenMap(np.array([0, 1, -1]), 2))
+    )
+    large, there = np.zeros(3, np.float32), np.zeros(2, np.float32)
+    lacking, broken = np.array([[0, -np.inf], [np.nan, 0]], np.float32)
+    for pair in ((there, lacking), (lacking, there)):
+        fused = np.asarray(fuse(large, *pair)[0])
+        np.testing.assert_array_equal(np.isneginf(fused), [False, True, False])
+    assert (np.asarray(fuse(large, lacking, lacking)[0]) == 0).all()
+    for pair in ((there, broken), (broken, there)):
+        assert np.isnan(fuse(large, *pair)[0]).any()
+
+
 def test_maps_are_checked():
     with pytest.raises(ValueError, match="small_ids"):
         TokenMap(np.array([0, 6]), 6)

@@ -164,7 +164,7 @@ def test_norm_layers_are_told_apart(case):
     logits = normed @ head.T
     assert norm_kind(logits.astype(np.float32), 10, centre=False) == "layer_norm"
     assert norm_kind(log_softmax(logits).astype(np.float32), 10) == "layer_norm"
-    with pytest.raises(ValueError, match="more than 11 rows"):
+    with pytest.raises(ValueError, match="rows: expected more than 11, got 5"):
         norm_kind(logits[:5].astype(np.float32), 10)
 
 
@@ -178,7 +178,7 @@ def test_rms_norm_settles_the_head_up_to_a_rotation():
     aligned = align_head(rotated, head, centre=False, rotation=True)
     assert aligned.r2_rotation > 1 - 1e-6
     assert align_head(basis, head, centre=False, rotation=True).r2_rotation < 0.999
-    with pytest.raises(ValueError, match="36 rows are needed for 8 dimensions"):
+    with pytest.raises(ValueError, match="coefficients: expected at least 36 rows for 8"):
         settle_by_norm((rows @ basis)[:20])
 
 
@@ -225,7 +225,7 @@ def test_arguments_are_checked(case):
     _, rows = case
     with pytest.raises(ValueError, match="method: expected one of auto, gram"):
         estimate_output_subspace(rows, method="svd")
-    with pytest.raises(ValueError, match="90 rows of 1200 show no dimension 91"):
+    with pytest.raises(ValueError, match="dimension: expected one that 90 rows of 1200"):
         estimate_output_subspace(rows, dimension=91)
     with pytest.raises(ValueError, match="rank: expected a number between 1 and 90"):
         randomised_svd(jnp.asarray(rows), 91, jax.random.key(0))

@@ -125,6 +125,12 @@ def test_compact_nodes_keeps_equal_ids_equal():
         assert sorted(set(new.ravel())) == list(range(len(set(row.ravel()))))
 
 
+def test_compact_nodes_gives_no_node_to_a_negative_id():
+    ids = np.array([[[7, -1], [900, 7], [-5, 31], [31, 7]]], np.int32)
+    wanted = [[[0, -1], [2, 0], [-1, 1], [1, 0]]]
+    np.testing.assert_array_equal(transport.compact_nodes(ids), wanted)
+
+
 def test_bad_inputs_name_the_culprit():
     values, ids, _ = sparse_data()
     with pytest.raises(ValueError, match="num_nodes: needed with ids"):

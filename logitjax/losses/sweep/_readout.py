@@ -157,7 +157,7 @@ class ReadoutStatistic(Statistic):
     def gradient(self, residuals: Any, cotangents: Outputs, block: LogitBlock) -> jax.Array:
         out, count = residuals
         z, ct = block.student, cotangents
-        total = ct.log_z[..., None] * jnp.exp(z - ops.finite_or_zero(out.log_z)[..., None])
+        total = ct.log_z[..., None] * jnp.exp(z - ops.neginf_to_zero(out.log_z)[..., None])
         if ct.label is not None:
             hit = block.is_at(block.tokens["labels"])
             total = total + jnp.where(hit, ct.label[..., None], 0.0)

@@ -139,4 +139,4 @@ class OnlineSums(NamedTuple):
     @property
     def log_z(self) -> jax.Array:
         """`log_sum`, zero where no entry exists: what to subtract from logits."""
-        return ops.finite_or_zero(self.log_sum)
+        return ops.neginf_to_zero(self.log_sum)
