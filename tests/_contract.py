@@ -560,6 +560,22 @@ TABLE: dict[str, Case] = {
     # transport, fusion and leakage
     "transport.first_lower_bound": _graphs(transport.first_lower_bound),
     "transport.moment_lower_bound": _graphs(transport.moment_lower_bound),
+    "transport.FactoredGraph": Case(
+        call=lambda values, ids: transport.first_lower_bound(
+            transport.FactoredGraph(values, ids, VOCAB), transport.FactoredGraph(THEIRS[0])
+        ),
+        arrays={"values": TOP["values"][0], "ids": TOP["indices"][0]},
+        integers=("values",),
+        rows=False,
+    ),
+    "transport.FactoredGraph, dense": Case(
+        call=lambda values: transport.first_lower_bound(
+            transport.FactoredGraph(values), transport.FactoredGraph(THEIRS[0])
+        ),
+        arrays={"values": LOGITS[0]},
+        integers=("values",),
+        rows=False,
+    ),
     "transport.sorted_gw_lower_bound": Case(
         call=lambda f, g: transport.sorted_gw_lower_bound(f, g),
         arrays={"f": LOGITS, "g": THEIRS},
@@ -779,7 +795,7 @@ ELSEWHERE = {
         training.Program training.Schedule training.StepOutput training.TrainState models.Cache
         models.DecoderConfig models.Lora vision.CLIPConfig data.Examples data.ImageViews
         data.PackedDataset data.PackedSplits data.TokenizerLike evaluation.PromptTemplate
-        storage.ArrayCodec transport.FactoredGraph transport.Refinement
+        storage.ArrayCodec transport.Refinement
         leakage.Audit
         leakage.BudgetExhaustedError leakage.LogitPolicy""",
     "a switch for a mesh or for nothing": """

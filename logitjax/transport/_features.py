@@ -71,7 +71,7 @@ def graph_features(
     if feature not in get_args(Feature):
         raise ValueError(f"feature: expected one of {get_args(Feature)}, got {feature!r}")
     if ids is not None and num_nodes is None:
-        raise ValueError("num_nodes: needed with ids (the number of nodes), got None")
+        raise ValueError("num_nodes: expected the number of nodes beside ids, got None")
     if probes is not None and feature != "row_rms":
         raise ValueError(f"probes: only feature='row_rms' is estimated, got feature={feature!r}")
     ops.checks.shapes(

@@ -113,6 +113,19 @@ class RoundedMatrix:
 Graph = Float[Array, "_ _"] | FactoredGraph | RoundedMatrix
 
 
+def _factored_nodes(graph: FactoredGraph) -> int:
+    values, ids = graph.values, graph.ids
+    if jnp.ndim(values) < 2:
+        raise ValueError(f"values: expected rows [positions, nodes], got {list(jnp.shape(values))}")
+    if ids is None:
+        ops.checks.shapes(values=(values, "number *positions nodes"))
+        return values.shape[-1]
+    ops.checks.shapes(values=(values, "number *positions k"), ids=(ids, "int *positions k"))
+    if graph.num_nodes is None:
+        raise ValueError("num_nodes: expected the number of nodes beside ids, got None")
+    return graph.num_nodes
+
+
 def num_nodes(graph) -> int:
     if isinstance(graph, RoundedMatrix):
         return graph.matrix.shape[0]
@@ -120,12 +133,8 @@ def num_nodes(graph) -> int:
         if graph.ndim != 2 or graph.shape[0] != graph.shape[1]:
             raise ValueError(f"graph: expected a square matrix, got shape {graph.shape}")
         nodes = graph.shape[0]
-    elif graph.ids is None:
-        nodes = graph.values.shape[-1]
-    elif graph.num_nodes is None:
-        raise ValueError("graph: a FactoredGraph with ids needs num_nodes, got None")
     else:
-        nodes = graph.num_nodes
+        nodes = _factored_nodes(graph)
     if nodes < 1:
         raise ValueError(f"graph: expected at least one node, got {nodes}")
     return nodes

@@ -133,7 +133,7 @@ def test_compact_nodes_gives_no_node_to_a_negative_id():
 
 def test_bad_inputs_name_the_culprit():
     values, ids, _ = sparse_data()
-    with pytest.raises(ValueError, match="num_nodes: needed with ids"):
+    with pytest.raises(ValueError, match="num_nodes: expected the number of nodes beside ids"):
         transport.graph_features(values, ids)
     with pytest.raises(ValueError, match="probes: only feature='row_rms'"):
         transport.graph_features(values, probes=3)
