@@ -9,9 +9,10 @@ import pytest
 from experiments.benchmarks import _guarantees_attackers as attackers
 from experiments.benchmarks import _guarantees_leakage as fuzzer
 
+# Runs parts of a benchmark.
+pytestmark = [pytest.mark.every_change, pytest.mark.slow]
 
-@pytest.mark.every_change
-@pytest.mark.slow
+
 @pytest.mark.parametrize("kind", fuzzer.KINDS)
 def test_no_wrong_width_is_called_certain(kind):
     cases = [case | {"kind": kind} for case in fuzzer.run(kind, 2, 1)]
@@ -23,8 +24,6 @@ def test_no_wrong_width_is_called_certain(kind):
         assert row["coverage"] == 1
 
 
-@pytest.mark.every_change
-@pytest.mark.slow
 def test_the_rules_it_compares_with_are_those_of_their_papers():
     # Gavish and Donoho, table 4: omega(1) = 2.858, omega(.5) = 2.1711, omega(.1) = 1.6089.
     for beta, omega in ((1.0, 2.858), (0.5, 2.1711), (0.1, 1.6089)):
@@ -36,8 +35,6 @@ def test_the_rules_it_compares_with_are_those_of_their_papers():
     assert fuzzer.parallel_analysis(rows, rng) == 3
 
 
-@pytest.mark.every_change
-@pytest.mark.slow
 def test_attackers_pay_what_is_known_and_find_a_small_model_s_width():
     cases = [
         case | {"kind": kind}

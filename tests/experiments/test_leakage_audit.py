@@ -10,6 +10,9 @@ from experiments.leakage_audit import measure, report
 from experiments.leakage_audit.config import DEMO, REPORT
 from logitjax import leakage
 
+# Runs parts of an experiment.
+pytestmark = [pytest.mark.every_change, pytest.mark.slow]
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
@@ -23,8 +26,6 @@ def finished(tmp_path_factory):
     return config, workdir
 
 
-@pytest.mark.every_change
-@pytest.mark.slow
 def test_what_is_open_is_called_open_and_what_is_closed_closed(finished):
     _, workdir = finished
     lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
@@ -61,8 +62,6 @@ def test_what_is_open_is_called_open_and_what_is_closed_closed(finished):
         assert (workdir / name).stat().length > 1000
 
 
-@pytest.mark.every_change
-@pytest.mark.slow
 def test_finished_policies_are_not_asked_again(finished, monkeypatch):
     config, workdir = finished
     before = (workdir / "report.md").read_text()
@@ -75,8 +74,6 @@ def test_finished_policies_are_not_asked_again(finished, monkeypatch):
     assert (workdir / "report.md").read_text() == before
 
 
-@pytest.mark.every_change
-@pytest.mark.slow
 def test_policies_by_name():
     assert leakage.LogitPolicy.parse("top_20_bias").bias == "reported"
     assert leakage.LogitPolicy.parse("dummy_64_0.02").dummy_scale == 0.02
@@ -87,8 +84,6 @@ def test_policies_by_name():
             leakage_audit.Config(policy=(wrong,))
 
 
-@pytest.mark.every_change
-@pytest.mark.slow
 def test_a_cheap_defence_that_hides_the_width_only_is_said_to_do_so():
     record = {"leak": 0.99, "estimate": 40, "kl": 0.001}
     assert "only the width is hidden" in report.verdict([record], 32)

@@ -6,7 +6,7 @@ import textwrap
 
 import pytest
 
-from experiments.benchmarks import _mutants, mutations
+from experiments.benchmarks import _mutants, _mutation_areas, mutations
 
 
 def edits(text):
@@ -100,7 +100,7 @@ def test_what_is_drawn_is_spread_over_files_and_rules_and_stays_when_a_file_grow
 
 
 def test_areas_name_files_and_tests_that_exist():
-    for area in mutations.AREAS.values():
+    for area in _mutation_areas.AREAS.values():
         for file, tests in area.files.items():
             assert (mutations._ROOT / f"logitjax/{file}.py").exists(), file
             assert tests
@@ -111,11 +111,11 @@ def test_areas_name_files_and_tests_that_exist():
 def test_faults_written_by_hand_and_equivalents_are_about_lines_that_are_there():
     by_hand = mutations.cases(
         mutations._ROOT,
-        {n: dataclasses.replace(area, mutants=0) for n, area in mutations.AREAS.items()},
-        mutations.NAMED,
+        {n: dataclasses.replace(area, mutants=0) for n, area in _mutation_areas.AREAS.items()},
+        _mutation_areas.NAMED,
         0,
     )
-    assert len(by_hand) == len(mutations.NAMED)
+    assert len(by_hand) == len(_mutation_areas.NAMED)
     for entry in mutations.equivalents():
         text = (mutations._ROOT / entry.file).read_text()
         made = {(m.before, m.after) for m in _mutants.mutants(entry.file, text)}

@@ -226,14 +226,9 @@ def test_heads_share_an_interface_inside_a_decoder(case, name):
         np.testing.assert_allclose(logits, again, rtol=1e-4, atol=1e-4)
 
 
-MORE = [pytest.mark.slow, pytest.mark.every_change]
-
-
 @pytest.mark.every_change
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["low rank", "VQ", *(pytest.param(n, marks=MORE) for n in ("product", "adaptive"))]
-)
+@pytest.mark.parametrize("name", ["low rank", "VQ", "product", "adaptive"])
 def test_a_decoder_decodes_and_trains_through_the_head_alone(case, name):
     model = decoder(_modules(case, name))
     model.head.prepare(1)

@@ -17,6 +17,9 @@ from logitjax.vq._tune import vq_distillation_loss
 from tests._compiled import compiled
 from tests._modules import call, with_weights
 
+# Converts and tunes a head.
+pytestmark = [pytest.mark.every_change, pytest.mark.slow]
+
 VOCAB, WIDTH, TIME = 96, 16, 12
 CONFIG = DecoderConfig(
     vocab_size=VOCAB,
@@ -79,8 +82,6 @@ def log_softmax(logits):
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
-@pytest.mark.every_change
-@pytest.mark.slow
 def test_cached_hidden_states_are_the_model_s(model, conversion):
     cache = conversion[0].cache
     batch = next(iter(_batches()))
@@ -90,8 +91,6 @@ def test_cached_hidden_states_are_the_model_s(model, conversion):
     assert len(cache) == 200
 
 
-@pytest.mark.every_change
-@pytest.mark.slow
 def test_targets_hold_the_whole_distribution(model, conversion):
     result = conversion[0]
     probs = np.exp(log_softmax(call(model, result.cache.hidden, method="logits")))
@@ -114,8 +113,6 @@ def _kept_counts(result):
     return counts
 
 
-@pytest.mark.every_change
-@pytest.mark.slow
 def test_tuning_minimises_the_true_divergence(model, conversion):
     result = conversion[0]
     hidden = np.asarray(result.cache.hidden)
@@ -139,8 +136,6 @@ def test_tuning_minimises_the_true_divergence(model, conversion):
     assert len(result.history["moved"]) == 2
 
 
-@pytest.mark.every_change
-@pytest.mark.slow
 def test_checkpoint_loads_back(conversion):
     result, workdir = conversion
     head = vq.load_head(workdir / "head")
@@ -150,8 +145,6 @@ def test_checkpoint_loads_back(conversion):
         vq.load_head(workdir)
 
 
-@pytest.mark.every_change
-@pytest.mark.slow
 @pytest.mark.many_programs("converts a model, which is done in many steps")
 def test_converting_again_reads_what_is_there(model, conversion):
     result, workdir = conversion
@@ -177,8 +170,6 @@ def test_converting_again_reads_what_is_there(model, conversion):
         vq.HiddenCache.of(model, nothing(), workdir / "hidden", max_tokens=7)
 
 
-@pytest.mark.every_change
-@pytest.mark.slow
 def test_converted_model_decodes_without_v_logits(conversion):
     model = conversion[0].model
     prompt = np.array([[1, 2, 3]], np.int32)
@@ -198,8 +189,6 @@ def test_converted_model_decodes_without_v_logits(conversion):
     np.testing.assert_array_equal(want[0], seen)
 
 
-@pytest.mark.slow
-@pytest.mark.every_change
 def test_decoder_trains_from_scratch_and_fine_tunes_with_the_head(conversion):
     scratch = with_weights(lambda: Decoder(CONFIG, rngs=nnx.Rngs(1)))
     scratch.head = nnx.jit(
@@ -231,8 +220,6 @@ def test_decoder_trains_from_scratch_and_fine_tunes_with_the_head(conversion):
         assert state.params["head"]["codebook"].sharding.spec[0] == "tensor"
 
 
-@pytest.mark.every_change
-@pytest.mark.slow
 def test_assignment_is_saved_and_not_trained():
     head = nnx.eval_shape(lambda: VQHead(8, 20, 5, rngs=nnx.Rngs(0)))
     _, params, tables = nnx.split(head, nnx.Param, Assignment)
@@ -247,8 +234,6 @@ def squared_error(params, constants, x):
     return ((x @ params) - constants) ** 2
 
 
-@pytest.mark.every_change
-@pytest.mark.slow
 def test_what_is_changed_between_steps_is_gone_on_with():
     data = [np.random.default_rng(0).normal(size=(64, 3)).astype(np.float32)]
     tuning = vq.Tuning(steps=10, batch_size=16, learning_rate=1e-1)
@@ -273,8 +258,6 @@ def test_what_is_changed_between_steps_is_gone_on_with():
     assert again[4] == 0
 
 
-@pytest.mark.every_change
-@pytest.mark.slow
 def test_tuning_over_a_mesh_is_tuning():
     data = [np.random.default_rng(0).normal(size=(64, 3)).astype(np.float32)]
     mesh = training.make_mesh("data:2,fsdp:2", devices=jax.devices()[:4])
@@ -291,8 +274,6 @@ def test_tuning_over_a_mesh_is_tuning():
         odd.run(squared_error, ONES, data, **options, mesh=mesh)
 
 
-@pytest.mark.every_change
-@pytest.mark.slow
 def test_labels_can_reassign_too(conversion):
     result = conversion[0]
     rng = np.random.default_rng(0)
@@ -310,8 +291,6 @@ def test_labels_can_reassign_too(conversion):
     assert np.mean(nll(hidden, codebook, fitted, new, labels)) < before
 
 
-@pytest.mark.every_change
-@pytest.mark.slow
 def test_caches_of_another_model_text_or_head_are_not_taken_for_this_one(model, tmp_path):
     options = dict(max_tokens=60, source="some text")
     cache = vq.HiddenCache.of(model, _batches(), tmp_path / "h", **options)
@@ -346,8 +325,6 @@ def test_caches_of_another_model_text_or_head_are_not_taken_for_this_one(model, 
             positions.head_targets(path, other, top=top)
 
 
-@pytest.mark.every_change
-@pytest.mark.slow
 def test_a_part_of_a_cache_belongs_to_one_model(model, tmp_path):
     def killed():
         yield next(_batches())
