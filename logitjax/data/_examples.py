@@ -76,7 +76,7 @@ def parse_split(split: str) -> tuple[str, str | None, str | None]:
     match = _SPLIT.fullmatch(split.replace(" ", ""))
     if match is None:
         raise ValueError(
-            f"split must look like 'train', 'train[:90%]' or 'train[100:]', got {split!r}"
+            f"split: expected the form of 'train', 'train[:90%]' or 'train[100:]', got {split!r}"
         )
     return match["name"], match["start"], match["stop"]
 

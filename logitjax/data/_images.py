@@ -98,7 +98,7 @@ def load_images(
         found = _cifar100(epath.Path(location), name)
     elif kind == "folder" and location:
         if size is None:
-            raise ValueError("size is needed for images from a folder")
+            raise ValueError("size: expected pixels, for images come from a folder, got None")
         found = _folder(epath.Path(location) / name, size, cache_dir)
     elif kind == "synthetic" and location.isdigit():
         found = _synthetic(int(location), name)

@@ -87,7 +87,7 @@ def pack(
     (1, [[1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 0, 0]])
     """
     if not tokenizers:
-        raise ValueError("tokenizers is empty")
+        raise ValueError("tokenizers: expected at least one, got none")
     if "row" in tokenizers:
         raise ValueError("tokenizers: the name 'row' is taken by the row indices of a batch")
     if seq_len < 2:
@@ -106,7 +106,9 @@ def pack(
     }
     renders = dict(render) if isinstance(render, Mapping) else dict.fromkeys(tokenizers, render)
     if set(renders) != set(tokenizers):
-        raise ValueError(f"render must name the tokenizers {sorted(tokenizers)}")
+        raise ValueError(
+            f"render: expected the tokenizers {sorted(tokenizers)}, got {sorted(renders)}"
+        )
     made_from = {
         "format": _FORMAT,
         "examples": examples.fingerprint,

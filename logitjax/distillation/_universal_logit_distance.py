@@ -106,7 +106,7 @@ def universal_logit_distance(
     def probs(model: Array | TopK, mask: Array | None, mask_name: str, name: str) -> jax.Array:
         if isinstance(model, TopK):
             if mask is not None:
-                raise ValueError(f"{mask_name} applies to logits, but {name} is a TopK")
+                raise ValueError(f"{mask_name}: expected None, for {name} is a TopK, got a mask")
             return _top_probs(model, top_k, name)
         return _sorted_probs(model, top_k, temperature, mask, mask_name, axis, axis_name, name)
 
@@ -153,10 +153,12 @@ def _sorted_probs(
 
 def _top_probs(top: TopK, top_k: int | None, name: str) -> jax.Array:
     if top_k is None:
-        raise ValueError(f"top_k=None compares all ranks, but {name} is a TopK: give top_k")
+        raise ValueError(
+            f"top_k: expected a number, for {name} is a TopK and holds no other ranks, got None"
+        )
     held = top.values.shape[-1]
     if top_k > held:
-        raise ValueError(f"{name} holds {held} entries, fewer than top_k={top_k}")
+        raise ValueError(f"{name}: expected at least top_k={top_k} entries, got {held}")
     values = checks.as_float(top.values, name)[..., :top_k]
     return jnp.exp(values - neginf_to_zero(checks.as_float(top.log_z[..., None], name)))
 

@@ -62,7 +62,7 @@ def nll_from_apply(apply_fn: Callable[[Any], Any], *, with_greedy: bool = False)
         logits = apply_fn(tokens)
         if np.shape(logits)[:-1] != tokens.shape:
             raise ValueError(
-                f"apply_fn must give logits [batch, time, vocab] for tokens {tokens.shape}, got "
+                f"apply_fn: expected logits [batch, time, vocab] of tokens {tokens.shape}, got "
                 f"{np.shape(logits)}"
             )
         nll, greedy = _token_nll(logits, tokens, targets)

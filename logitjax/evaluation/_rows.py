@@ -85,7 +85,7 @@ def score_rows(
         said = nll_fn(tokens, targets)
         values, best = said if isinstance(said, tuple) else (said, None)
         if np.shape(values) != shape:
-            raise ValueError(f"nll_fn must give [batch, time] = {shape}, got {np.shape(values)}")
+            raise ValueError(f"nll_fn: expected [batch, time] = {shape}, got {np.shape(values)}")
         values = np.asarray(values, np.float64)
         for b, i in enumerate(picked):
             nll[i] = values[b][targets[b]]

@@ -127,7 +127,7 @@ def _orthonormal(columns: np.ndarray) -> np.ndarray:
 
 def _rotation_r2(basis: np.ndarray, head: np.ndarray) -> float:
     if basis.shape != head.shape:
-        raise ValueError(f"a rotation needs equal shapes, got {basis.shape} and {head.shape}")
+        raise ValueError(f"basis: expected shape {head.shape}, as of head, got {basis.shape}")
     # min |W - s B R|: s R from the singular values of B^T W.
     kept = np.linalg.svd(basis.T @ head, compute_uv=False).sum()
     return float(kept**2 / (np.linalg.norm(basis) * np.linalg.norm(head)) ** 2)

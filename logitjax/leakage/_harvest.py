@@ -48,7 +48,10 @@ def harvest_log_probs(
     """
     policy = oracle.policy
     if not policy.sampled or policy.returns != "logprobs":
-        raise ValueError("the API does not report the log-probability of the token it draws")
+        raise ValueError(
+            "oracle: expected an API that reports the log-probability of the token it draws, got "
+            f"sampled={policy.sampled}, returns={policy.returns!r}"
+        )
     answer = oracle.ask([prompt] * queries, temperature=temperature)
     tokens = np.asarray(answer.tokens)[:, 0]
     values = np.asarray(answer.values, np.float32)[:, 0]

@@ -125,7 +125,7 @@ class LogitOracle:
         if tokens.ndim != 2:
             raise ValueError(f"bias_tokens: expected [queries, biased], got {tokens.shape}")
         if self.policy.bias == "none":
-            raise ValueError("this API takes no logit bias")
+            raise ValueError("bias_tokens: expected none, got some: this API takes no logit bias")
         self._charge(len(tokens))
         row = self._logits([prompt])
         # So many at a time that [queries, vocab] stays small.
@@ -179,7 +179,7 @@ class LogitOracle:
             rows = np.asarray(self._apply(tokens), np.float32)
             if rows.ndim != 2 or rows.shape[0] != len(group):
                 raise ValueError(
-                    f"apply_fn must give [{len(group)}, vocab] for the last position, "
+                    f"apply_fn: expected [{len(group)}, vocab] for the last position, "
                     f"got {rows.shape}"
                 )
             fresh |= dict(zip(group, rows, strict=True))

@@ -265,7 +265,7 @@ class LogitPolicy:
 
     def _biased(self, values: jax.Array, tokens: jax.Array, bias: Array | None) -> jax.Array:
         if self.bias == "none":
-            raise ValueError("this API takes no logit bias")
+            raise ValueError("bias_tokens: expected none, got some: this API takes no logit bias")
         if bias is None or jnp.shape(bias) != tokens.shape:
             raise ValueError(
                 f"bias_values: expected the shape of bias_tokens, {tokens.shape}, "
@@ -273,7 +273,7 @@ class LogitPolicy:
             )
         if tokens.shape[-1] > self.max_biased:
             raise ValueError(
-                f"at most {self.max_biased} tokens may be biased, got {tokens.shape[-1]}"
+                f"bias_tokens: expected at most {self.max_biased} a query, got {tokens.shape[-1]}"
             )
         bias = jnp.clip(jnp.asarray(bias, jnp.float32), -self.bias_limit, self.bias_limit)
         flat = values.reshape(-1, values.shape[-1])

@@ -104,14 +104,19 @@ def recover_log_probs(
       form without one loses 4 nats at a bias of 20 in float32, see `unbias_alone`.
     """
     policy = oracle.policy
-    forces = policy.bias == "sampling" and policy.sampled
+    # Where every answer is the whole row there is no token of its own to be forced.
+    forces = policy.bias == "sampling" and policy.sampled and policy.top_k is not None
     if policy.returns == "token":
-        raise ValueError("the API reports no values: search_logits finds them by comparisons")
-    if policy.bias != "reported" and not forces:
         raise ValueError(
-            f"the API has bias={policy.bias!r}: reported values do not move with a bias, so only "
-            + ("what is drawn" if policy.sampled else "the top k")
-            + " can be seen"
+            "oracle: expected an API that reports values, got tokens alone; search_logits finds "
+            "them by comparisons"
+        )
+    if policy.bias != "reported" and not forces:
+        whole = "each answer, a whole row," if policy.top_k is None else None
+        seen = whole or ("what is drawn" if policy.sampled else "the top k")
+        raise ValueError(
+            f"oracle: expected reported values that move with a bias, got bias={policy.bias!r}: "
+            f"only {seen} can be seen"
         )
     if bias is not None and not 0 < bias <= policy.bias_limit:
         raise ValueError(f"bias: expected a number in (0, {policy.bias_limit}], got {bias}")

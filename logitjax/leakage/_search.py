@@ -157,7 +157,10 @@ def search_logits(
     if asker not in ASKERS:
         raise ValueError(f"asker: expected one of {', '.join(ASKERS)}, got {asker!r}")
     if policy.bias == "none":
-        raise ValueError("the API takes no logit bias: nothing compares one token with another")
+        raise ValueError(
+            "oracle: expected an API that takes a logit bias, got bias='none': nothing else "
+            "compares one token with another"
+        )
     if not 0 < tolerance < span <= policy.bias_limit:
         raise ValueError(
             f"span: expected more than tolerance={tolerance} and at most the largest bias, "

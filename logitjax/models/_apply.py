@@ -68,7 +68,7 @@ def from_linen(
     """
     if "params" not in variables:
         raise ValueError(
-            f"variables must hold a 'params' collection, got {sorted(variables)}; "
+            f"variables: expected a 'params' collection, got {sorted(variables)}; "
             "hand in what module.init returned"
         )
     rest = {name: value for name, value in variables.items() if name != "params"}

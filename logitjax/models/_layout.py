@@ -63,7 +63,7 @@ def keep_layers(model: Decoder, indices: Sequence[int]) -> Decoder:
     wrong = [i for i in indices if not 0 <= i < config.num_layers]
     if wrong or not len(indices):
         raise ValueError(
-            f"indices must name layers 0 to {config.num_layers - 1}, got {list(indices)}"
+            f"indices: expected layers of 0 to {config.num_layers - 1}, got {list(indices)}"
         )
     windows = tuple(config.layer_windows[i] for i in indices) if config.windows else ()
     small = dataclasses.replace(

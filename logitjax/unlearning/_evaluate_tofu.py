@@ -399,7 +399,7 @@ def _generate(
             found = generate_fn([prompts[i] for i in filled], setting.max_new_tokens)
             if len(found) != len(filled):
                 raise ValueError(
-                    f"generate_fn must give one answer a prompt, got {len(found)} for "
+                    f"generate_fn: expected one answer a prompt, got {len(found)} for "
                     f"{len(filled)} prompts"
                 )
             for i, tokens in zip(picked, found):

@@ -130,5 +130,5 @@ def _rows(greedy: Any, where: Any) -> tuple[np.ndarray, np.ndarray]:
     greedy = np.asarray(greedy, bool)
     where = np.ones(greedy.shape, bool) if where is None else np.asarray(where, bool)
     if greedy.ndim < 1 or greedy.shape != where.shape:
-        raise ValueError(f"greedy and where differ: {greedy.shape} and {where.shape}")
+        raise ValueError(f"where: expected shape {greedy.shape}, as of greedy, got {where.shape}")
     return greedy, where

@@ -286,7 +286,9 @@ class ShortlistHead(VQHead):
     def _shortlist(self, embedding: Array | None) -> Shortlist:
         rows = embedding if self.rows is None else self.rows[...]
         if rows is None:
-            raise ValueError("a ShortlistHead without rows of its own needs the embedding")
+            raise ValueError(
+                "embedding: expected one, for this ShortlistHead has no rows of its own, got None"
+            )
         return Shortlist(
             pages=self.pages,
             rescore=Head(rows, vocab_axis=0),

@@ -48,7 +48,7 @@ class ProductHead(VocabularyHead):
         rngs: nnx.Rngs,
     ):
         if packed and num_codes > 16:
-            raise ValueError(f"a packed head has at most 16 codes a group, got {num_codes}")
+            raise ValueError(f"num_codes: expected at most 16 in a packed head, got {num_codes}")
         if hidden_size % groups:
             raise ValueError(
                 f"groups: expected a divisor of hidden_size={hidden_size}, got {groups}"

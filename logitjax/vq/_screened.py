@@ -196,7 +196,9 @@ class ScreenedHead(VocabularyHead):
     def _screen(self, embedding: Array | None) -> Screen:
         rows = embedding if self.rows is None else self.rows[...]
         if rows is None:
-            raise ValueError("a ScreenedHead without rows of its own needs the embedding")
+            raise ValueError(
+                "embedding: expected one, for this ScreenedHead has no rows of its own, got None"
+            )
         bias = None if self.row_bias is None else self.row_bias[...]
         exact = Head(rows, bias, vocab_axis=0)
         return Screen(cheap=self.screen, rescore=exact, num_candidates=self.num_candidates)

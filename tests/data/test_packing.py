@@ -430,10 +430,10 @@ def test_damage_is_named(tmp_path, damage):
     ("arguments", "message"),
     [
         ({"examples": []}, "no examples to pack"),
-        ({"tokenizers": {}}, "tokenizers is empty"),
+        ({"tokenizers": {}}, "tokenizers: expected at least one"),
         ({"tokenizers": {"row": ByteTokenizer()}}, "'row' is taken"),
         ({"seq_len": 1}, "seq_len: expected at least 2"),
-        ({"render": {"other": lambda e: []}}, "render must name the tokenizers"),
+        ({"render": {"other": lambda e: []}}, "render: expected the tokenizers"),
     ],
 )
 def test_bad_arguments(tmp_path, arguments, message):

@@ -139,7 +139,7 @@ def test_split_slices(tmp_path):
     assert rows("train[2:4]") == "23"
     with pytest.raises(ValueError, match="no examples in split"):
         rows("train[20:]")
-    with pytest.raises(ValueError, match="split must look like"):
+    with pytest.raises(ValueError, match="split: expected the form"):
         rows("train[a]")
     with pytest.raises(ValueError, match=r"no split 'validation'.*train\[95%:\]"):
         rows("validation")

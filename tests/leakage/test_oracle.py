@@ -62,7 +62,7 @@ def test_the_same_token_twice_is_lifted_by_the_sum_and_limits_hold():
     answer = oracle_of(LOGITS, policy).ask_biased([0], [[0, 0]], [[9.0, 1.0]])
     assert answer.values[0, 0] == 5.0
     few = LogitPolicy(bias="reported", max_biased=1)
-    with pytest.raises(ValueError, match="at most 1 tokens may be biased, got 2"):
+    with pytest.raises(ValueError, match="bias_tokens: expected at most 1 a query, got 2"):
         oracle_of(LOGITS, few).ask_biased([0], [[0, 1]], [[1.0, 1.0]])
     with pytest.raises(ValueError, match="takes no logit bias"):
         oracle_of(LOGITS, LogitPolicy()).ask_biased([0], [[0]], [[1.0]])
@@ -127,7 +127,7 @@ def test_prompts_of_several_lengths_and_a_forward_pass_each():
     oracle.ask([[7, 0]])
     assert len(calls) == 2
     assert oracle.prompts == 3
-    with pytest.raises(ValueError, match="apply_fn must give"):
+    with pytest.raises(ValueError, match="apply_fn: expected"):
         LogitOracle(lambda tokens: np.zeros((1, 2, 3)), LogitPolicy()).ask([[1]])
 
 

@@ -115,8 +115,12 @@ def test_one_value_a_query():
 
 def test_what_cannot_work_is_refused_with_the_reason():
     logits = _logits(20)[None]
-    with pytest.raises(ValueError, match="bias='sampling': reported values do not move"):
+    with pytest.raises(ValueError, match="move with a bias, got bias='sampling'"):
         recover_log_probs(oracle_of(logits, LogitPolicy(top_k=5, bias="sampling")), [0], 20)
+    # A whole row holds no drawn token's value that a bias could force; nothing was found, unsaid.
+    whole = LogitPolicy(returns="logits", sampled=True, bias="sampling")
+    with pytest.raises(ValueError, match="a whole row"):
+        recover_log_probs(oracle_of(logits, whole), [0], 20)
     policy = LogitPolicy(top_k=5, bias="reported", decimals=1)
     with pytest.raises(ValueError, match="answers have 1 decimals"):
         recover_log_probs(oracle_of(logits, policy), [0], 20)

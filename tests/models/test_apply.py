@@ -78,6 +78,6 @@ def test_other_methods_and_collections():
     np.testing.assert_array_equal(
         jax.jit(apply_fn)(params, TOKENS), jax.jit(linen.apply)(variables, TOKENS)
     )
-    with pytest.raises(ValueError, match="must hold a 'params' collection"):
+    with pytest.raises(ValueError, match="expected a 'params' collection"):
         from_linen(linen, {"batch_stats": {}})
     assert jnp.ndim(params["Dense_0"]["bias"]) == 1

@@ -111,7 +111,7 @@ def test_kept_layers_are_copies_in_the_order_asked():
     assert run(small, TOKENS).shape == (2, 20, 96)
     everything = models.keep_layers(model, range(8))
     np.testing.assert_allclose(run(everything, TOKENS), run(model, TOKENS), rtol=1e-5, atol=1e-6)
-    with pytest.raises(ValueError, match="indices must name layers 0 to 7"):
+    with pytest.raises(ValueError, match="indices: expected layers of 0 to 7"):
         models.keep_layers(model, [8])
 
 

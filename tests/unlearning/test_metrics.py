@@ -271,7 +271,7 @@ def test_only_what_counts_counts():
     where = [[False, True, True, True, False], [False] * 5]
     assert extraction_strength(greedy, where).tolist() == pytest.approx([2 / 3, 0.0])
     assert exact_memorisation(greedy, where).tolist() == pytest.approx([2 / 3, 0.0])
-    with pytest.raises(ValueError, match=r"greedy and where differ"):
+    with pytest.raises(ValueError, match=r"where: expected shape"):
         exact_memorisation([True], [[True]])
 
 

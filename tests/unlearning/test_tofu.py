@@ -253,9 +253,9 @@ def test_errors_name_set_and_item():
     broken[:, 256] = np.nan
     with pytest.raises(ValueError, match=r"set 'retain', item \d: \d+ of \d+ losses are not"):
         evaluate(bigram(broken))
-    with pytest.raises(ValueError, match="generate_fn must give one answer a prompt, got 0 for 16"):
+    with pytest.raises(ValueError, match="generate_fn: expected one answer a prompt, got 0 for 16"):
         evaluate(generate_fn=lambda prompts, _: [])
-    with pytest.raises(ValueError, match="nll_fn must give"):
+    with pytest.raises(ValueError, match="nll_fn: expected"):
         evaluate(lambda tokens, targets: np.zeros(3))
     with pytest.raises(ValueError, match="no token of the answer fits"):
         evaluate(max_length=20)
@@ -355,7 +355,7 @@ def test_unlikely_tokens_and_padded_vocabularies_stay_finite():
     nll, greedy = nll_fn(tokens, targets)
     np.testing.assert_allclose(nll, [[0.0, 0.0, 200.0]], atol=1e-6)
     assert greedy.tolist() == [[False, True, False]]
-    with pytest.raises(ValueError, match="apply_fn must give logits"):
+    with pytest.raises(ValueError, match="apply_fn: expected logits"):
         nll_from_apply(lambda tokens: tokens)(tokens, targets)
     with pytest.raises(ValueError, match="expected \\[batch, time\\] both"):
         nll_fn(tokens[0], targets[0])

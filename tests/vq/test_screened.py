@@ -177,5 +177,5 @@ def test_errors_name_the_argument(case):
         screened_nll(_screen(case, 4), case["hidden"], case["labels"][:-1])
     screen = with_weights(lambda: LowRankHead(WIDTH, VOCAB, 2, rngs=nnx.Rngs(0)))
     head = ScreenedHead(screen)
-    with pytest.raises(ValueError, match="needs the embedding"):
+    with pytest.raises(ValueError, match="embedding: expected one"):
         head(case["hidden"])
