@@ -69,7 +69,7 @@ def _lookup_sums(rng: np.random.Generator) -> Any:
         # Largest entries only, now and then: sums that overflow where something is too narrow.
         tables = rng.integers(0 if rng.random() < 0.8 else 255, 256, (positions, 2 * pairs, 16))
         codes = rng.integers(0, 256, (blocks, pairs, 32))
-        return jnp.asarray(tables, jnp.uint8), jnp.asarray(codes, jnp.uint8)
+        return tables.astype(np.uint8), codes.astype(np.uint8)
 
     @jax.jit
     def by_xla(tables: jax.Array, blocks: jax.Array) -> jax.Array:
@@ -98,7 +98,7 @@ def _row_products(rng: np.random.Generator) -> Any:
         ids = rng.integers(-3, vocab + 3, (positions, chosen))
         if rng.random() < 0.2:
             ids = rng.choice([-(2**31), 2**31 - 1, 0], (positions, chosen))
-        return jnp.float32(sides[0]), jnp.asarray(sides[1], dtype), jnp.asarray(ids, jnp.int32)
+        return sides[0].astype(np.float32), sides[1].astype(dtype), ids.astype(np.int32)
 
     @jax.jit
     def by_xla(vectors: jax.Array, rows: jax.Array, ids: jax.Array) -> Any:
@@ -111,7 +111,8 @@ def _row_products(rng: np.random.Generator) -> Any:
     def check(vectors: jax.Array, rows: jax.Array, ids: jax.Array) -> bool:
         found = np.asarray(native(vectors, rows, ids))
         expected, size = by_xla(vectors, rows, ids) if ids.size else (found, found)
-        if (np.asarray(vectors) == np.round(vectors)).all():
+        expected, size = np.asarray(expected), np.asarray(size)
+        if (vectors == np.round(vectors)).all():
             return _same(found, expected)
         return bool((np.abs(found - expected) <= 2 * width * _EPSILON * size).all())
 
@@ -127,7 +128,7 @@ def _largest_ids(rng: np.random.Generator) -> Any:
         values = np.round(rng.normal(size=(rows, count)), rng.choice([0, 1, 5]))
         values = values.astype(np.float32)
         special = rng.random((rows, count)) < rng.choice([0.0, 0.01, 0.5])
-        return (jnp.asarray(np.where(special, rng.choice(_SPECIAL, (rows, count)), values)),)
+        return (np.where(special, rng.choice(_SPECIAL, (rows, count)), values).astype(np.float32),)
 
     native = jax.jit(lambda values: kernels.largest_ids(values, k))
     by_xla = jax.jit(lambda values: jax.lax.top_k(values, k)[1])

@@ -242,8 +242,9 @@ class Trainer:
         if len(losses) > 1:
             loss = jnp.stack([mean * count for mean, count in losses]).sum(0) / self.steps
         examples = self.steps * self.config.batch_size
-        metrics = {"loss": (loss.mean() * examples, examples)}
-        metrics |= {name: (value, 1) for name, value in by_lane("loss", loss).items()}
+        mean, lanes = _of_lanes(loss)
+        metrics = {"loss": (mean * examples, examples)}
+        metrics |= {name: (value, 1) for name, value in lanes.items()}
         # A lane whose alpha is too large must not end the others.
         return state, training.StepOutput(metrics=metrics, finite=True)
 
@@ -264,6 +265,11 @@ def _vmap(function: Callable[[Any], Any], lanes: Any) -> Any:
 
 def _after(state: training.TrainState, lanes: Any, steps: int) -> training.TrainState:
     return state.replace(step=state.step + steps, params=lanes[0], opt_state=lanes[1])
+
+
+@jax.jit
+def _of_lanes(loss: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    return loss.mean(), by_lane("loss", loss)
 
 
 def by_lane(name: str, values: Any) -> dict[str, Any]:

@@ -139,7 +139,7 @@ def fill_weights(
                 f"weight {name!r}: expected shape {variable.shape} (in our layout), got "
                 f"{value.shape}"
             )
-        flat[path] = variable.replace(jnp.asarray(np.asarray(value, variable.dtype)))
+        flat[path] = variable.replace(jnp.asarray(value.astype(variable.dtype), variable.dtype))
     nnx.update(model, nnx.from_flat_state(flat.items()))
 
 

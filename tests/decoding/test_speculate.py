@@ -253,7 +253,6 @@ def test_slots_speculate_and_step_by_turns():
 
 @pytest.mark.every_change
 @pytest.mark.slow
-@pytest.mark.many_programs("two ways to decode, by models of two numberings")
 def test_small_models_with_other_token_ids_draft():
     order = np.random.default_rng(0).permutation(64)
     apply_fn, params, empty = bag_of_words(3, 64, seed=1)

@@ -96,7 +96,7 @@ def test_choices_and_free_answers_are_graded(tmp_path):
         num_kv_heads=1,
         head_dim=8,
     )
-    model = Decoder(config, rngs=nnx.Rngs(0), layout="listed")
+    model = nnx.jit(lambda: Decoder(config, rngs=nnx.Rngs(0), layout="listed"))()
     mmlu = tasks.load_graded(written(tmp_path / "a", "mmlu"))
     questions = mmlu.splits["test"]
     by_size = [
