@@ -241,6 +241,11 @@ def _pruned(
             f"drop_layers: expected fewer than the {layers} layers of {config.student!r}, got "
             f"{config.drop_layers}"
         )
+    if any(not 0 <= i < layers for i in config.keep_layers):
+        raise ValueError(
+            f"keep_layers: expected layers 0 to {layers - 1} of {config.student!r}, got "
+            f"{list(config.keep_layers)}"
+        )
     split = packed.splits["train"]
     count = min(config.calibration_rows, len(split))
 

@@ -40,7 +40,7 @@ def harvest_log_probs(
         BudgetExhaustedError: The oracle's.
 
     >>> from logitjax.leakage import LogitOracle, LogitPolicy
-    >>> table = np.log([[0.5, 0.3, 0.2, 0.0]]).astype(np.float32)
+    >>> table = np.log(np.array([[0.5, 0.3, 0.2, 1e-30]], np.float32))
     >>> oracle = LogitOracle(lambda tokens: table, LogitPolicy.parse("draws"))
     >>> row = harvest_log_probs(oracle, [0], 4, queries=60)
     >>> print(np.exp(row.log_probs).round(3), row.queries)
