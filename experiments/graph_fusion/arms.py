@@ -7,9 +7,6 @@ from collections.abc import Callable
 from experiments.graph_fusion.config import Config
 from logitjax import distillation
 
-# How often a search that ends at an edge of the learning rates goes on beyond it.
-_EXTENSIONS = 3
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -70,8 +67,8 @@ def choose(
 ) -> tuple[Settings, list[tuple[Settings, float]]]:
     """The settings of least validation loss, one after another: rate, mix, graph loss.
 
-    Every arm gets as many trials. What an arm has no use for, it spends on rates between those it
-    has tried. A search of the rate whose best lies at an edge goes on beyond it.
+    Every arm gets `config.trials`. A search of the rate or the mix whose best lies at an edge goes
+    on beyond it; what is left, an arm spends on rates between those it has tried.
 
     Args:
         config: What there is to choose from.
@@ -83,32 +80,39 @@ def choose(
     """
     trials: dict[Settings, float] = {}
 
-    def attempt(settings: Settings) -> None:
-        if settings not in trials:
-            trials[settings] = validate(settings)
+    def attempt(settings: Settings) -> bool:
+        """Whether there was a trial left for settings that are new."""
+        if settings in trials or len(trials) == config.trials:
+            return False
+        trials[settings] = validate(settings)
+        return True
 
     def best() -> Settings:
         return min(trials, key=trials.__getitem__)
 
     start = first_settings(config, arm)
-    rates = sorted(config.learning_rate)
-    for rate in rates:
-        attempt(dataclasses.replace(start, learning_rate=rate))
-    step = rates[1] / rates[0] if len(rates) > 1 else 1.0
-    for _ in range(_EXTENSIONS if len(rates) > 1 else 0):
-        rate = best().learning_rate
-        if rates[0] < rate < rates[-1]:
-            break
-        beyond = rate * step if rate == rates[-1] else rate / step
-        rates = sorted([*rates, beyond])
-        attempt(dataclasses.replace(start, learning_rate=beyond))
-    between = iter(_between(best().learning_rate, step))
-    for name, choices in (("mix", config.mix), ("gld", config.gld)):
-        uses = start.mixes if name == "mix" else "gld" in arm
+    step = 1.0
+    if len(config.learning_rate) > 1:
+        least, second, *_ = sorted(config.learning_rate)
+        step = second / least
+    searches = [("learning_rate", lambda rate: rate / step, lambda rate: rate * step)]
+    if start.mixes:
+        searches.append(("mix", lambda mix: mix / 2, lambda mix: (1 + mix) / 2))
+    chosen = start
+    for name, less, more in searches:
+        values = list(getattr(config, name))
+        for value in values:
+            attempt(dataclasses.replace(chosen, **{name: value}))
+        while len(values) > 1 and (found := getattr(best(), name)) in (min(values), max(values)):
+            values.append(less(found) if found == min(values) else more(found))
+            if not attempt(dataclasses.replace(chosen, **{name: values[-1]})):
+                break
         chosen = best()
-        for value in choices[1:]:
-            change = {name: value} if uses else {"learning_rate": next(between)}
-            attempt(dataclasses.replace(chosen, **change))
+    if "gld" in arm:
+        for graph in config.gld:
+            attempt(dataclasses.replace(chosen, gld=graph))
+    for rate in _between(best().learning_rate, step) if step > 1 else ():
+        attempt(dataclasses.replace(best(), learning_rate=rate))
     return best(), list(trials.items())
 
 

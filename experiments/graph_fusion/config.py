@@ -55,6 +55,7 @@ class Config:
     learning_rate: tuple[float, ...] = field(
         (2e-4,), "Peak learning rate; the best of several is kept for each arm."
     )
+    trials: int = field(9, "Runs in which each arm finds its settings where there are several.")
     warmup: float = field(0.1, "Share of the steps in which the learning rate rises.")
     weight_decay: float = field(0.01, "Weight decay of AdamW.")
     seeds: int = field(1, "Runs of each arm at its best settings.")
@@ -79,6 +80,9 @@ class Config:
         for arm in (*self.loss, *self.drop_arm):
             if arm not in (*ARMS, DUAL):
                 raise ValueError(f"loss: expected some of {', '.join((*ARMS, DUAL))}, got {arm!r}")
+        grid = len(self.learning_rate) + len(self.mix) + len(self.gld) - 2
+        if self.chooses and self.trials < grid:
+            raise ValueError(f"trials: expected at least the {grid} of the grid, got {self.trials}")
         if self.source_weight and len(self.source_weight) != len(self.sources):
             raise ValueError(
                 f"source_weight: {len(self.source_weight)} weights for {len(self.sources)} sources"
@@ -128,7 +132,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         mix=(0.5, 0.75, 0.25),
         learning_rate=(1e-4, 2e-4, 4e-4),
         seeds=3,
-        eval_rows=48,
+        eval_rows=32,
     ),
     # Another tokenizer and vocabulary: `make gemma` fetches the source (Gemma terms of use).
     "heterogeneous": dict(

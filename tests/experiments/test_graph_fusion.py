@@ -156,12 +156,12 @@ def test_every_arm_has_as_many_trials():
     _, found = searched(
         lambda s: abs(np.log2(s.learning_rate / 1.9)) + abs(s.mix - 0.7) + ("row_rms" in s.gld)
     )
-    assert {len(trials) for _, trials in found.values()} == {6}
+    assert {len(trials) for _, trials in found.values()} == {9}
     assert found["kl"][0].mix == 0.75
     assert found["kl"][0].learning_rate == found["uld+gld"][0].learning_rate == 2.0
     assert "row_sum" in found["uld+gld"][0].gld
     # What it has no use for, an arm spends on finer rates.
-    assert len({settings.learning_rate for settings, _ in found["sft"][1]}) == 6
+    assert len({settings.learning_rate for settings, _ in found["sft"][1]}) == 9
 
 
 def test_a_search_goes_on_beyond_an_edge():
@@ -170,6 +170,9 @@ def test_a_search_goes_on_beyond_an_edge():
     assert best.learning_rate == 16.0
     assert not arms.at_edge(chosen, found["sft"][0], found["sft"][1])
     assert max(settings.learning_rate for settings, _ in trials) == 32.0
+    _, found = searched(lambda s: abs(s.learning_rate - 2) + abs(s.mix - 0.1))
+    assert found["kl"][0].mix == 0.125
+    assert min(settings.mix for settings, _ in found["kl"][1]) == 0.0625
 
 
 def test_paper_preset_traces_on_a_mesh():
