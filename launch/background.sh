@@ -18,9 +18,13 @@ if [[ $1 != --inside ]]; then
   exit 0
 fi
 shift
+# Heard before the command has begun, too: TERM without a trap would leave it alone and unwatched.
+asked="" child=""
+tell() { [[ -z "$asked" || -z "$child" ]] || kill -TERM "$child" 2>/dev/null || true; }
+trap 'asked=yes; tell' TERM
 "$@" &
 child=$!
-trap 'kill -TERM "$child" 2>/dev/null || true' TERM
+tell
 while true; do
   status=0
   wait "$child" || status=$?
