@@ -77,7 +77,7 @@ def run(config: Config) -> None:
         max_length=config.max_length,
         max_tokens=config.max_tokens,
         max_body_bytes=config.max_body_bytes,
-        api_key=config.api_key,
+        keys=(serving.Key(secret=config.api_key),),
     )
     ensemble, tokenizer, ends = decoding.load_ensemble(
         config.model, config.expert, config.base, strategy(config.fusion), dtype=config.dtype

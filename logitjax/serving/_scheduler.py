@@ -12,14 +12,7 @@ import numpy as np
 from absl import logging
 
 from logitjax.decoding import DecodeOptions, Emitted, Engine, Request
-
-
-class OverloadedError(RuntimeError):
-    """The queue is full; `retry_after` seconds may help."""
-
-    def __init__(self, retry_after: int):
-        super().__init__("too many requests are waiting")
-        self.retry_after = retry_after
+from logitjax.serving._errors import ApiError, BadRequestError, OverloadedError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +31,11 @@ class Job:
 
     def __init__(self, request: Request, loop: asyncio.AbstractEventLoop):
         self.request = request
-        self.tokens: asyncio.Queue[Token | Exception] = asyncio.Queue()
+        self.tokens: asyncio.Queue[Token | ApiError] = asyncio.Queue()
         self.cancelled = False
         self._loop = loop
 
-    def give(self, items: Sequence[Token | Exception]) -> None:
+    def give(self, items: Sequence[Token | ApiError]) -> None:
         """Called by the engine's thread."""
 
         def put() -> None:
@@ -117,11 +110,11 @@ class Scheduler:
 
         Raises:
             OverloadedError: They would not fit into the queue.
-            RuntimeError: The engine has died.
+            ApiError: The engine has died.
         """
         with self._wake:
             if self.failed is not None:
-                raise RuntimeError(f"the engine stopped: {self.failed}")
+                raise ApiError(503, "the engine stopped")
             free = self._jobs.count(None)
             if len(self._waiting) + len(jobs) > self.max_waiting + free:
                 turns = 1 + len(self._waiting) / max(1, len(self._jobs))
@@ -145,7 +138,7 @@ class Scheduler:
             self._waiting.clear()
             self._jobs = [None] * len(self._jobs)
         for job in waiting:
-            job.give([RuntimeError("the engine stopped")])
+            job.give([ApiError(503, "the engine stopped")])
 
     def _step(self) -> bool:
         with self._wake:
@@ -153,7 +146,7 @@ class Scheduler:
                 self._wake.wait()
             closing = self._closing
         if closing:
-            self._fail(RuntimeError("the server is closing"))
+            self._fail(ApiError(503, "the server is closing"))
             return False
         self._drop_cancelled()
         self._fill()
@@ -178,7 +171,7 @@ class Scheduler:
             try:
                 emitted = self.engine.prefill(slot, job.request)
             except (ValueError, TypeError) as error:  # A request that slipped through the checks.
-                job.give([error])
+                job.give([BadRequestError(str(error))])
                 continue
             self._jobs[slot] = job
             self._started[slot] = time.monotonic()

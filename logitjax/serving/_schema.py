@@ -8,15 +8,9 @@ from typing import Annotated, Any, Optional
 import pydantic
 from pydantic import BaseModel, Field
 
+from logitjax.serving._errors import BadRequestError
+
 _TOKEN = r"^[0-9]{1,9}$"
-
-
-class BadRequestError(ValueError):
-    """A request that cannot be answered; `param` is the field at fault."""
-
-    def __init__(self, message: str, param: str | None = None):
-        super().__init__(message)
-        self.param = param
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

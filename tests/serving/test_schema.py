@@ -4,6 +4,7 @@ import jsonschema
 import pytest
 
 from logitjax.serving import _schema as schema
+from logitjax.serving._errors import BadRequestError
 
 LIMITS = schema.ServerLimits(max_tokens=32, max_logprobs=4, max_prompts=3, max_logit_bias=2)
 BODIES = [
@@ -40,7 +41,7 @@ def test_the_description_and_the_check_agree(body):
     if allowed:
         assert schema.parse(body, LIMITS, chat=False).n in (1, 3)
     else:
-        with pytest.raises(schema.BadRequestError, match=" "):
+        with pytest.raises(BadRequestError, match=" "):
             schema.parse(body, LIMITS, chat=False)
 
 
@@ -57,10 +58,10 @@ def test_fields_left_out_have_openais_defaults():
 
 def test_what_depends_on_several_fields_is_said():
     body = {"messages": [{"role": "a", "content": "b"}], "top_logprobs": 2}
-    with pytest.raises(schema.BadRequestError, match="top_logprobs needs logprobs"):
+    with pytest.raises(BadRequestError, match="top_logprobs needs logprobs"):
         schema.parse(body, LIMITS, chat=True)
-    with pytest.raises(schema.BadRequestError, match="at most 3 answers a request, got 2 for each"):
+    with pytest.raises(BadRequestError, match="at most 3 answers a request, got 2 for each"):
         schema.parse({"prompt": ["a", "b"], "n": 2}, LIMITS, chat=False)
     closed = schema.ServerLimits(logit_bias=False)
-    with pytest.raises(schema.BadRequestError, match="takes no logit_bias"):
+    with pytest.raises(BadRequestError, match="takes no logit_bias"):
         schema.parse({"prompt": "a", "logit_bias": {"1": 1}}, closed, chat=False)

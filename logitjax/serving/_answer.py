@@ -1,0 +1,108 @@
+"""One choice of an answer, as its tokens come, and the forms that OpenAI's API gives it."""
+
+import secrets
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from logitjax.decoding import TextStream
+from logitjax.serving._errors import ApiError
+from logitjax.serving._scheduler import Job, Token
+from logitjax.serving._schema import CompletionRequest
+from logitjax.serving._service import Service
+
+
+class Answer:
+    """One choice of an answer: collects tokens, text and log-probabilities."""
+
+    def __init__(
+        self,
+        service: Service,
+        asked: CompletionRequest,
+        job: Job,
+        index: int,
+        prompt: Sequence[int],
+    ):
+        self.job = job
+        self.index = index
+        self.prompt_tokens = len(prompt)
+        self.finish: str | None = None
+        self.tokens: list[Token] = []
+        self.text = ""
+        self._service = service
+        self._asked = asked
+        self._stream = TextStream(service.tokenizer, asked.stop)
+        self._offset = 0
+
+    async def pieces(self) -> AsyncIterator[tuple[str, list[Token]]]:
+        """Text that has become certain, and the tokens that came with it."""
+        while self.finish is None:
+            item = await self.job.tokens.get()
+            if isinstance(item, ApiError):
+                self.finish = "error"
+                raise item
+            self.tokens.append(item)
+            # The end-of-text token ends the answer and is no part of its text.
+            text = "" if item.stopped else self._stream.push([item.id])
+            if self._stream.stopped:
+                self.finish = "stop"
+                self.job.cancelled = not item.last
+            elif item.last:
+                self.finish = "stop" if item.stopped else "length"
+                text += self._stream.finish()
+            self.text += text
+            yield text, [item]
+
+    def logprobs(self, tokens: Sequence[Token]) -> Any:
+        if self._asked.logprobs is None:
+            return None
+        return (self._chat_logprobs if self._asked.chat else self._completion_logprobs)(tokens)
+
+    def _name(self, token: int) -> str:
+        if self._asked.tokens_as_ids:
+            return f"token_id:{token}"
+        return self._service.tokenizer.decode([token])
+
+    def _completion_logprobs(self, tokens: Sequence[Token]) -> dict[str, Any]:
+        names = [self._name(t.id) for t in tokens]
+        offsets = []
+        for name in names:
+            offsets.append(self._offset)
+            self._offset += len(name)
+        few = self._asked.logprobs or 0
+        tops = [{self._name(i): p for i, p in t.top[:few]} for t in tokens]
+        return {
+            "tokens": names,
+            "token_logprobs": [t.logprob for t in tokens],
+            "top_logprobs": tops if few else None,
+            "text_offset": offsets,
+        }
+
+    def _chat_logprobs(self, tokens: Sequence[Token]) -> dict[str, Any]:
+        def entry(id: int, logprob: float | None) -> dict[str, Any]:
+            name = self._name(id)
+            return {"token": name, "logprob": logprob, "bytes": list(name.encode())}
+
+        few = self._asked.logprobs or 0
+        content = [
+            entry(t.id, t.logprob) | {"top_logprobs": [entry(i, p) for i, p in t.top[:few]]}
+            for t in tokens
+        ]
+        return {"content": content, "refusal": None}
+
+
+def usage(answers: Sequence[Answer], asked: CompletionRequest) -> dict[str, int]:
+    # Copies of one prompt are read once as far as the user is concerned.
+    prompt = sum(a.prompt_tokens for a in answers[:: asked.n])
+    new = sum(len(a.tokens) for a in answers)
+    return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+
+
+def frame(service: Service, asked: CompletionRequest, *, chunk: bool) -> dict[str, Any]:
+    kind = "chat.completion" if asked.chat else "text_completion"
+    return {
+        "id": f"{'chatcmpl' if asked.chat else 'cmpl'}-{secrets.token_hex(12)}",
+        "object": f"{kind}.chunk" if chunk and asked.chat else kind,
+        "created": int(time.time()),
+        "model": service.config.model,
+    }

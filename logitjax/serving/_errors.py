@@ -1,0 +1,71 @@
+"""What a request is refused with, in the form of OpenAI's API."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.responses import Response
+
+_KINDS = {401: "authentication_error", 429: "rate_limit_error", 503: "server_error"}
+
+
+class ApiError(Exception):
+    """A refusal on its way to the client.
+
+    Attributes:
+        status: The HTTP status.
+        param: Field of the request at fault.
+        code: Word for programs, such as `rate_limit_exceeded`.
+        headers: Headers of the answer.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ):
+        super().__init__(message)
+        self.status = status
+        self.param = param
+        self.code = code
+        self.headers = headers
+
+    def body(self) -> dict[str, Any]:
+        kind = _KINDS.get(self.status, "invalid_request_error")
+        detail = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
+        return {"error": detail}
+
+    def response(self) -> Response:
+        return json_response(self.body(), status=self.status, headers=self.headers)
+
+
+class BadRequestError(ApiError, ValueError):
+    """A request that cannot be answered; `param` is the field at fault."""
+
+    def __init__(self, message: str, param: str | None = None):
+        super().__init__(400, message, param=param)
+
+
+class OverloadedError(ApiError):
+    """The queue is full; `retry_after` seconds may help."""
+
+    def __init__(self, retry_after: int):
+        super().__init__(
+            429,
+            "too many requests are waiting",
+            code="overloaded",
+            headers={"Retry-After": str(retry_after)},
+        )
+
+
+def json_response(
+    body: Any, *, status: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
+    """JSON in ASCII: a lone surrogate in it, which JSON can spell, is no error then."""
+    return Response(
+        json.dumps(body), status_code=status, headers=headers, media_type="application/json"
+    )

@@ -1,0 +1,31 @@
+"""What the endpoints share."""
+
+import dataclasses
+
+from logitjax.models import Tokenizer
+from logitjax.serving._config import ServerConfig
+from logitjax.serving._scheduler import Scheduler
+from logitjax.serving._schema import ServerLimits
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Service:
+    """A model being served.
+
+    Attributes:
+        scheduler: Decodes.
+        tokenizer: Of the model.
+        vocab_size: Number of tokens of the model.
+        end_ids: Tokens that end an answer.
+        config: What it takes and reports.
+    """
+
+    scheduler: Scheduler
+    tokenizer: Tokenizer
+    vocab_size: int
+    end_ids: tuple[int, ...]
+    config: ServerConfig
+
+    @property
+    def limits(self) -> ServerLimits:
+        return self.config.limits
