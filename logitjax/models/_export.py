@@ -2,7 +2,7 @@
 
 import json
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -162,7 +162,21 @@ def _write_tokenizer(tokenizer: Tokenizer, directory: epath.Path) -> None:
     settings.setdefault("clean_up_tokenization_spaces", False)
     for name in ("bos", "eos", "pad"):
         id = getattr(tokenizer, f"{name}_id")
-        settings[f"{name}_token"] = None if id is None else tokenizer.token(id)
-    if tokenizer.chat_template is not None:
-        settings["chat_template"] = tokenizer.chat_template
+        text = None if id is None else tokenizer.token(id)
+        settings[f"{name}_token"] = tokenizer.special_tokens.get(f"{name}_token", text)
+    # A file of its own, which wins over tokenizer_config.json, may be left from a model before.
+    for old in (directory / "chat_template.jinja", *_extra_templates(directory)):
+        if old.exists():
+            old.unlink()
+    template = tokenizer.chat_template
+    settings.pop("chat_template", None)
+    if isinstance(template, Mapping):
+        template = [{"name": name, "template": text} for name, text in template.items()]
+    if template is not None:
+        settings["chat_template"] = template
     _write_json(directory / "tokenizer_config.json", settings)
+
+
+def _extra_templates(directory: epath.Path) -> list[epath.Path]:
+    folder = directory / "additional_chat_templates"
+    return list(folder.glob("*.jinja")) if folder.exists() else []

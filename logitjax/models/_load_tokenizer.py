@@ -1,5 +1,6 @@
 """Tokenizers from tokenizer.json or rebuilt from GGUF metadata."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
@@ -71,9 +72,10 @@ def _from_directory(path: epath.Path) -> Tokenizer:
     settings = {}
     if (path / "tokenizer_config.json").exists():
         settings = read_json(path / "tokenizer_config.json")
+    texts = _special_texts(path, settings)
     ids = {}
     for name in ("bos", "eos", "pad"):
-        text = _token_text(settings.get(f"{name}_token"))
+        text = texts.get(f"{name}_token")
         ids[name] = None if text is None else backend.token_to_id(text)
     if (path / "config.json").exists():
         config = read_json(path / "config.json")
@@ -81,19 +83,39 @@ def _from_directory(path: epath.Path) -> Tokenizer:
             fallback = config.get(f"{name}_token_id")
             if known is None and fallback is not None:
                 ids[name] = fallback[0] if isinstance(fallback, list) else fallback
-    template = settings.get("chat_template")
-    if isinstance(template, list):
-        template = next((t["template"] for t in template if t["name"] == "default"), None)
-    if template is None and (path / "chat_template.jinja").exists():
-        template = (path / "chat_template.jinja").read_text()
     return Tokenizer(
         backend,
         bos_id=ids["bos"],
         eos_id=ids["eos"],
         pad_id=ids["pad"],
-        chat_template=template,
+        chat_template=_chat_template(path, settings),
+        special_tokens=texts if settings or texts else None,
         extra=settings,
     )
+
+
+def _special_texts(path: epath.Path, settings: Mapping[str, Any]) -> dict[str, str]:
+    """Texts of the named special tokens: what templates know as `bos_token` and so on."""
+    older = path / "special_tokens_map.json"
+    known = (read_json(older) if older.exists() else {}) | dict(settings)
+    names = [f"{n}_token" for n in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
+    texts = {name: _token_text(known.get(name)) for name in names}
+    return {name: text for name, text in texts.items() if text is not None}
+
+
+def _chat_template(path: epath.Path, settings: Mapping[str, Any]) -> str | dict[str, str] | None:
+    """One template, or several by name; files of their own win over tokenizer_config.json."""
+    files = {"default": path / "chat_template.jinja"}
+    folder = path / "additional_chat_templates"
+    if folder.exists():
+        files |= {file.stem: file for file in sorted(folder.glob("*.jinja"))}
+    found = {name: file.read_text() for name, file in files.items() if file.exists()}
+    if found:
+        return found["default"] if list(found) == ["default"] else found
+    template = settings.get("chat_template")
+    if isinstance(template, list):
+        template = {entry["name"]: entry["template"] for entry in template}
+    return template
 
 
 def _from_gguf(source: GgufSource) -> Tokenizer:

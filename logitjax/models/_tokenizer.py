@@ -1,6 +1,5 @@
 """Text to token ids and back, conversations under a chat template, and how much text a token is."""
 
-import datetime
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -8,7 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from logitjax.storage import digest, require
+from logitjax.models._chat import (
+    Spans,
+    has_generation,
+    plain,
+    plain_messages,
+    render_template,
+)
+from logitjax.models._chat_mask import written_spans
+from logitjax.storage import digest
 
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
@@ -17,7 +24,8 @@ class Tokenizer:
     """Text to token ids and back, with the ids a decoder needs to know.
 
     ``fingerprint`` is a sha256 of everything that decides the ids; two tokenizers with the same
-    one encode alike.
+    one encode alike. ``chat_template`` is one template, or several by name (``default`` and
+    ``tool_use``); ``special_tokens`` are the texts that templates know as ``bos_token`` and so on.
     """
 
     def __init__(
@@ -27,7 +35,8 @@ class Tokenizer:
         bos_id: int | None = None,
         eos_id: int | None = None,
         pad_id: int | None = None,
-        chat_template: str | None = None,
+        chat_template: str | Mapping[str, str] | None = None,
+        special_tokens: Mapping[str, str] | None = None,
         extra: dict[str, Any] | None = None,
     ):
         self.backend = backend
@@ -35,6 +44,9 @@ class Tokenizer:
         self.eos_id = eos_id
         self.pad_id = pad_id
         self.chat_template = chat_template
+        ids = {"bos": bos_id, "eos": eos_id, "pad": pad_id}
+        names = {f"{n}_token": self.token(id) for n, id in ids.items() if id is not None}
+        self.special_tokens = names if special_tokens is None else dict(special_tokens)
         self.extra = dict(extra or {})
         self.fingerprint = digest(backend.to_str(), bos_id, eos_id, pad_id)
 
@@ -62,100 +74,118 @@ class Tokenizer:
 
     def render_chat(
         self,
-        messages: Sequence[Mapping[str, str]],
+        messages: Sequence[Mapping[str, Any]],
         *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = False,
         **variables: Any,
     ) -> str:
-        """The text of a conversation under the chat template.
+        """The text of a conversation under the chat template, byte for byte transformers'.
 
         The template runs in jinja2's sandbox, as it comes with a downloaded model.
 
         Args:
-          messages: dicts with ``role`` and ``content``.
+          messages: dicts with `role` and `content`, and what else a template reads
+            (`tool_calls`, `reasoning_content`...); fields that are None do not count.
+          tools: JSON schemas of functions. A template of the name `tool_use` is taken for them
+            where the tokenizer has several.
+          documents: dicts with `title` and `text`.
           add_generation_prompt: end where the assistant's next answer begins.
-          **variables: more names the template may use (``tools``, ``enable_thinking``...).
+          **variables: more names the template may use (`enable_thinking`...).
 
         Returns:
           The text, special tokens written out.
 
         Raises:
           ValueError: without a template, or where the template refuses the messages.
+          TypeError: where something is not of JSON's types.
         """
-        if self.chat_template is None:
+        template = self._template(tools)
+        return self._rendered(
+            template, messages, tools, documents, add_generation_prompt, variables
+        )[0]
+
+    def _template(self, tools: Any) -> str:
+        template = self.chat_template
+        if isinstance(template, Mapping):
+            name = "tool_use" if tools is not None and "tool_use" in template else "default"
+            if name not in template:
+                raise ValueError(
+                    f"tokenizer: has the chat templates {sorted(template)} and no default, "
+                    "set tokenizer.chat_template to one of them"
+                )
+            template = template[name]
+        if template is None:
             raise ValueError("tokenizer: has no chat template, give the text itself")
-        jinja2 = require("jinja2", extra="models")
-        sandbox = require("jinja2.sandbox", extra="models")
+        return template
 
-        def refuse(message: str) -> None:
-            raise jinja2.TemplateError(message)
-
-        environment = sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    def _rendered(
+        self,
+        template: str,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Any,
+        documents: Any,
+        add_generation_prompt: bool,
+        variables: Mapping[str, Any],
+    ) -> tuple[str, Spans]:
+        return render_template(
+            template,
+            {
+                **self.special_tokens,
+                **{name: plain(value, name) for name, value in variables.items()},
+                "messages": plain_messages(messages),
+                "tools": plain(tools, "tools"),
+                "documents": plain(documents, "documents"),
+                "add_generation_prompt": add_generation_prompt,
+            },
         )
-        environment.globals["raise_exception"] = refuse
-        environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-        names = {
-            f"{name}_token": "" if id is None else self.token(id)
-            for name, id in (
-                ("bos", self.bos_id),
-                ("eos", self.eos_id),
-                ("pad", self.pad_id),
-            )
-        }
-        try:
-            return environment.from_string(self.chat_template).render(
-                messages=[dict(m) for m in messages],
-                add_generation_prompt=add_generation_prompt,
-                **names,
-                **variables,
-            )
-        except jinja2.TemplateError as error:
-            raise ValueError(f"messages: the chat template refuses them ({error})") from None
 
     def encode_chat(
         self,
-        messages: Sequence[Mapping[str, str]],
+        messages: Sequence[Mapping[str, Any]],
         *,
         learn: str = "assistant",
+        tools: Sequence[Mapping[str, Any]] | None = None,
         **variables: Any,
     ) -> tuple[list[int], list[bool]]:
         """Tokens of a conversation, and which of them are to be learnt.
 
-        The conversation is rendered up to every message; what a message of the role ``learn`` adds
-        beyond the generation prompt (its text and its end-of-turn token) is to be predicted, the
-        rest is context. The whole text is encoded at once, so that no token boundary is invented; a
-        token counts as learnt where it begins inside such a part.
+        A template that marks what the assistant wrote (`{% generation %}`) is believed: the tokens
+        that overlap such a part are learnt, as transformers counts them. Under any other template
+        what a message of the role `learn` adds beyond the generation prompt (its text and its
+        end-of-turn token) is to be predicted, and a token counts where it begins inside such a
+        part. The whole text is encoded at once, so that no token boundary is invented.
 
         Args:
-          messages: dicts with ``role`` and ``content``.
+          messages: as for `render_chat`.
           learn: the role to learn from.
+          tools: as for `render_chat`.
           **variables: more names the template may use.
 
         Returns:
-          ``(tokens, loss_mask)``, equally long; ``loss_mask[t]`` says that ``tokens[t]`` is a
-          target.
+          `(tokens, loss_mask)`, equally long; `loss_mask[t]` says that `tokens[t]` is a target.
 
         Raises:
-          ValueError: as `render_chat`, and where the template rewrites earlier turns when later
-            ones follow, so that the parts cannot be told apart.
+          ValueError: as `render_chat`, and where the template shows a message in several parts.
         """
-        text = self.render_chat(messages, **variables)
-        spans = []
-        for i, message in enumerate(messages):
-            if message["role"] != learn:
-                continue
-            before = self.render_chat(messages[:i], add_generation_prompt=True, **variables)
-            after = self.render_chat(messages[: i + 1], **variables)
-            if not (text.startswith(after) and after.startswith(before)):
-                raise ValueError(
-                    f"messages: the chat template changes message {i} when others follow, "
-                    "so its tokens cannot be told apart"
-                )
-            spans.append((len(before), len(after)))
+        template, documents = self._template(tools), variables.pop("documents", None)
+
+        def render(messages: Sequence[Any], add_generation_prompt: bool = False) -> str:
+            return self._rendered(
+                template, messages, tools, documents, add_generation_prompt, variables
+            )[0]
+
+        if learn == "assistant" and has_generation(template):
+            text, spans = self._rendered(template, messages, tools, documents, False, variables)
+            encoded = self.backend.encode(text, add_special_tokens=False)
+            mask = [any(s < b and e > a for a, b in spans) for s, e in encoded.offsets]
+            return encoded.ids, mask
+        text = render(messages)
         encoded = self.backend.encode(text, add_special_tokens=False)
-        mask = [any(a <= start < b for a, b in spans) for start, _ in encoded.offsets]
-        return encoded.ids, mask
+        starts = [start for start, _ in encoded.offsets]
+        spans = written_spans(render, messages, learn, text, starts)
+        return encoded.ids, [any(a <= start < b for a, b in spans) for start in starts]
 
     def byte_lengths(self) -> np.ndarray:
         """UTF-8 bytes of text that each token stands for: what aligns two tokenizations of a text.

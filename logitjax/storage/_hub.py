@@ -14,7 +14,9 @@ _FILES = [
     "*.safetensors.index.json",
     "tokenizer.json",
     "tokenizer_config.json",
+    "special_tokens_map.json",
     "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
 ]
 
 

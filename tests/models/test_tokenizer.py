@@ -82,11 +82,6 @@ def test_chat_errors_are_one_line(characters):
     )
     with pytest.raises(ValueError, match="roles must alternate"):
         refusing.render_chat(messages)
-    escaping = Tokenizer(
-        characters.backend, chat_template="{{ ''.__class__.__mro__[1].__subclasses__() }}"
-    )
-    with pytest.raises(ValueError, match="refuses them"):
-        escaping.render_chat(messages)
 
 
 def test_missing_file_is_named(tmp_path):

@@ -1,0 +1,111 @@
+"""Which characters of a rendered conversation one role wrote, where the template does not say."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from logitjax.models._chat import Spans
+
+Render = Callable[..., str]
+
+# Of the private use area: no conversation has it, and no template trims or splits it.
+_MARK = "\ue000\ue001\ue002"
+
+
+def written_spans(
+    render: Render,
+    messages: Sequence[Mapping[str, Any]],
+    role: str,
+    text: str,
+    boundaries: Sequence[int],
+) -> Spans:
+    """Spans of `text` that hold what messages of `role` add beyond the generation prompt.
+
+    Where the text up to a message is a prefix of the whole, the span follows from the lengths. A
+    template may write a turn otherwise when others follow (Qwen3 drops earlier reasoning, Phi-3
+    ends the last turn with one token more): then the message is replaced by a mark, and what
+    changes is the message.
+
+    Args:
+        render: `render(messages, add_generation_prompt=...)`.
+        messages: The conversation.
+        role: Whose messages.
+        text: The whole conversation, rendered.
+        boundaries: Where tokens of `text` begin.
+
+    Returns:
+        A span of characters for each such message that the template shows.
+
+    Raises:
+        ValueError: A message's part cannot be told apart.
+    """
+    spans = []
+    for i, message in enumerate(messages):
+        if message.get("role") != role:
+            continue
+        before = _attempt(render, messages[:i], add_generation_prompt=True)
+        after = text if i + 1 == len(messages) else _attempt(render, messages[: i + 1])
+        start = None if before is None or not text.startswith(before) else len(before)
+        end = None if after is None or not text.startswith(after) else len(after)
+        if start is None or end is None or start > end:
+            changed = _changed(render, messages, i, text)
+            if changed is None:
+                continue
+            first, last = changed
+            start = first if start is None or start > first else start
+            end = last + _ending(render, messages[: i + 1], after, text[last:])
+            # The common ending may stop inside a token: `<|` of two different ones.
+            end = (
+                max([last, *(b for b in boundaries if last <= b <= end)])
+                if end < len(text)
+                else end
+            )
+        spans.append((start, end))
+    return spans
+
+
+def _attempt(render: Render, messages: Sequence[Any], **options: bool) -> str | None:
+    """A shorter conversation's text; templates refuse some that the whole never meets."""
+    try:
+        return render(messages, **options)
+    except ValueError:
+        return None
+
+
+def _changed(
+    render: Render, messages: Sequence[Mapping[str, Any]], index: int, text: str
+) -> tuple[int, int] | None:
+    """Where `text` shows a message; None where it does not."""
+    message = messages[index]
+    # What stands beside the content (calls of tools, reasoning) goes first, where it may.
+    for marked in ({"role": message["role"], "content": _MARK}, {**message, "content": _MARK}):
+        other = _attempt(render, [*messages[:index], marked, *messages[index + 1 :]])
+        if other is None:
+            continue
+        if other == text:
+            return None
+        if other.count(_MARK) == 1:
+            at = other.index(_MARK)
+            first = _common(text, other[:at])
+            ending = other[at + len(_MARK) :]
+            last = _common(text[first:][::-1], ending[::-1])
+            return first, len(text) - last
+    raise ValueError(
+        f"messages: the chat template does not show message {index} as one part, "
+        "so its tokens cannot be told apart"
+    )
+
+
+def _ending(
+    render: Render, messages: Sequence[Mapping[str, Any]], after: str | None, rest: str
+) -> int:
+    """How much of what follows the last message ends its turn, and does not begin another's."""
+    changed = None if after is None else _changed(render, messages, len(messages) - 1, after)
+    if after is None or changed is None:
+        return 0
+    return _common(after[changed[1] :], rest)
+
+
+def _common(one: str, other: str) -> int:
+    """Characters at the start that both share."""
+    pairs = enumerate(zip(one, other))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
