@@ -17,6 +17,7 @@ _PACKAGES = (
     "few_shot",
     "fusion",
     "heads",
+    "integrations",
     "kernels",
     "leakage",
     "losses",

@@ -818,7 +818,7 @@ ELSEWHERE = {
         serving.ServerConfig serving.build_app
         vq.HiddenCache vq.convert_head vq.load_head vq.save_head few_shot.choose_rows
         few_shot.encoder_views few_shot.sweep_program decoding.Engine decoding.generate
-        decoding.load_ensemble decoding.next_token_program decoding.score
+        decoding.load_ensemble decoding.next_token_program decoding.nll_from_model decoding.score
         evaluation.encode_answer evaluation.encode_prompt evaluation.nll_from_apply
         evaluation.rouge_recall evaluation.score_rows training.Checkpointer training.EvalStep
         training.TrainStep training.lock_workdir training.make_mesh training.make_writer

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "generate": "Talk with a model, or with a large one that small ones steer.",
     "serve": "Serve a model, or several fused ones, over OpenAI's completion API.",
+    "score": "Say how well a model predicts texts, and which of several answers it holds likelier.",
     "prepare": "Write data sets of tensorflow-datasets once, to be read without TensorFlow.",
     "cache-logits": "Let teachers read text once, for training without them in memory.",
     "distill": "Prune a model, or teach it what other models know, and hand it on.",

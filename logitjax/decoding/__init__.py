@@ -1,7 +1,7 @@
 """Decoding with key/value caches: one model or several fused ones, in batches or step by step.
 
 - `generate(model, prompts, max_new_tokens=...)` continues prompts of any lengths in one compiled
-  loop; `score` says how likely given continuations are.
+  loop; `score` says how likely given continuations are, `nll_from_model` says so to `evaluation`.
 - `Ensemble(large, experts=..., bases=..., fuse=...)` steps several models together, each on its
   own prompt, and decodes from what ``fuse`` makes of their logits. Whatever takes a model here
   takes an ensemble.
@@ -25,6 +25,7 @@ from logitjax.decoding._ensemble import Ensemble as Ensemble
 from logitjax.decoding._generate import generate as generate
 from logitjax.decoding._load_ensemble import load_ensemble as load_ensemble
 from logitjax.decoding._next_token import next_token_program as next_token_program
+from logitjax.decoding._nll import nll_from_model as nll_from_model
 from logitjax.decoding._requests import Request as Request
 from logitjax.decoding._sampling import Sampling as Sampling
 from logitjax.decoding._score import score as score

@@ -62,8 +62,9 @@ def encode_answer(
     *,
     max_length: int = 200,
     eos_id: int | None = None,
+    end: bool = True,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A question with its answer, and which tokens are the answer's, the end mark included.
+    """A question with its answer, and which tokens are the answer's, an end mark included.
 
     Text is encoded as one where its tokens begin with those of the prompt (as they do in TOFU's
     code, which relies on it), otherwise prompt and answer apart: the row always begins with what
@@ -76,6 +77,7 @@ def encode_answer(
       answer: right or wrong.
       max_length: of the row; the rest is cut off. TOFU's is 200, OpenUnlearning's 512.
       eos_id: the end mark, if it is not the tokenizer's.
+      end: False for an answer without an end mark.
 
     Returns:
       int32 ``[time]`` and bool ``[time]``.
@@ -87,9 +89,9 @@ def encode_answer(
     ids = _encode(tokenizer, template, template.render(question) + answer)
     if not np.array_equal(ids[: len(prompt)], prompt):
         ids = np.concatenate([prompt, np.asarray(tokenizer.encode(answer), np.int32)])
-    end = tokenizer.eos_id if eos_id is None else eos_id
-    if end is not None:
-        ids = np.append(ids, np.int32(end))
+    mark = tokenizer.eos_id if eos_id is None else eos_id
+    if end and mark is not None:
+        ids = np.append(ids, np.int32(mark))
     ids = ids[:max_length]
     if len(prompt) >= len(ids):
         raise ValueError(

@@ -1,0 +1,261 @@
+"""Say how well a model predicts texts, and which of several answers it holds likelier.
+
+    logitjax score --data=jsonl:texts.jsonl --out=runs/score
+    logitjax score --model=DIR --choices=questions.jsonl --out=runs/choices
+    logitjax score --model=DIR --expert=runs/expert --base=runs/base --fusion=dynamic \\
+        --data=text:book.txt --out=runs/fused
+
+`--data` is text, or rows `{"text"}` or `{"prompt", "response"}`, of which responses are scored:
+nats, perplexity a token and bits a byte of UTF-8, which models with different tokenizers share. A
+text longer than `--max_length` is read in windows that overlap by half. `--choices` is a file of
+rows `{"prompt", "choices", "answer"}`, the answer a number from 0: the log-likelihood of every
+choice, and how often the right one is the likeliest, as it is and by the byte. Tasks of
+lm-evaluation-harness run over `logitjax.integrations.lm_eval`.
+
+It leaves `scores.jsonl` (a row each), `results.json` and `report.md`.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from absl import logging
+from etils import epath
+
+from logitjax import data, decoding, evaluation, models, processes, storage
+from logitjax.commands.cli import field
+from logitjax.commands.strategies import strategy
+from logitjax.commands.tables import markdown_table
+
+# What is lost if a run is killed: less than so many rows.
+_PART = 256
+_NOTHING = evaluation.PromptTemplate(before="", after="", add_bos=False)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Who is asked about what."""
+
+    model: str = field("smollm2", "Model that is asked alone or steered.")
+    expert: tuple[str, ...] = field((), "Tuned small model.")
+    base: tuple[str, ...] = field((), "What the experts were tuned from: one, or one each.")
+    fusion: str | None = field(None, "How their logits become one: NAME or NAME:key=value,...")
+    data: str | None = field(
+        None, "Texts, or prompts and responses: text:PATH, jsonl:PATH, tfds:NAME."
+    )
+    split: str = field("train", "Split of the data, perhaps sliced: train[:100].")
+    choices: str | None = field(None, "File of questions with choices, in JSON lines.")
+    max_length: int = field(1024, "Most tokens that are read at once.", minimum=2)
+    batch_size: int = field(8, "Number of rows read at once.", minimum=1)
+    dtype: Literal["float32", "bfloat16"] = field("float32", "Compute type.")
+
+
+Row = tuple[np.ndarray, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Item:
+    """One line of the result: rows to read, of which group g is one text.
+
+    Attributes:
+        record: What the line says beside its numbers.
+        groups: The rows of every text: windows of a long one, one for a choice.
+        sizes: Bytes of each text that are scored.
+    """
+
+    record: dict[str, Any]
+    groups: Sequence[Sequence[Row]]
+    sizes: Sequence[int]
+
+
+def run(config: Config, out: epath.Path) -> None:
+    """Scores what is there, and writes it; of several processes the first."""
+    if not (config.data or config.choices):
+        raise ValueError("data, choices: expected at least one of them")
+    processes.run_on_first("score", lambda: _run(config, out))
+
+
+def _run(config: Config, out: epath.Path) -> None:
+    ensemble, tokenizer, _ = decoding.load_ensemble(
+        config.model, config.expert, config.base, strategy(config.fusion), dtype=config.dtype
+    )
+    most = config.max_length
+    if ensemble.max_length is not None:
+        most = min(most, ensemble.max_length)
+    sources: list[tuple[str, str, list[_Item]]] = []
+    if config.data:
+        examples = data.load_examples(config.data, split=config.split)
+        items = [_text_item(tokenizer, dict(row), most) for row in examples]
+        sources.append(("texts", examples.fingerprint, items))
+    if config.choices:
+        questions = _questions(config.choices)
+        items = [_choice_item(tokenizer, row, most) for row in questions]
+        sources.append(("choices", storage.digest(questions), items))
+    nll_fn = decoding.nll_from_model(ensemble)
+    lines, results = [], {}
+    for name, fingerprint, items in sources:
+        # What was scored of a file that has changed since is no part of this run.
+        parts = out / "parts" / f"{name}-{fingerprint[:12]}"
+        records = _records(nll_fn, items, config.batch_size, parts)
+        lines += records
+        results[name] = _text_results(records) if name == "texts" else _choice_results(records)
+    storage.write_atomic(out / "scores.jsonl", "".join(json.dumps(one) + "\n" for one in lines))
+    storage.write_atomic(out / "results.json", json.dumps(results, indent=1) + "\n")
+    table = markdown_table([{"what": name} | row for name, row in results.items()])
+    report = (
+        f"# Scores\n\n`{config.model}`: {config.data or ''} {config.choices or ''}\n\n{table}\n"
+    )
+    storage.write_atomic(out / "report.md", report)
+    print(table)
+
+
+def _records(
+    nll_fn: Callable[..., Any], items: Sequence[_Item], batch_size: int, parts: epath.Path
+) -> list[dict[str, Any]]:
+    """A record an item; parts that an earlier run has finished are read."""
+    records: list[dict[str, Any]] = []
+    for start in range(0, len(items), _PART):
+        path = parts / f"{start:08d}.json"
+        if not path.exists():
+            picked = items[start : start + _PART]
+            storage.write_atomic(path, json.dumps(_scored(nll_fn, picked, batch_size)))
+            logging.info("%s: %d of %d rows", parts.name, start + len(picked), len(items))
+        records += json.loads(path.read_text())
+    return records
+
+
+def _scored(
+    nll_fn: Callable[..., Any], items: Sequence[_Item], batch_size: int
+) -> list[dict[str, Any]]:
+    rows = [row for item in items for group in item.groups for row in group]
+    found = evaluation.score_rows(nll_fn, rows, batch_size=batch_size)
+    nats, tokens = iter(found.totals()), iter(found.counts())
+
+    def totals(values: Iterator[Any], item: _Item) -> list[Any]:
+        return [sum(next(values).item() for _ in group) for group in item.groups]
+
+    records = []
+    for item in items:
+        values: dict[str, Any] = {
+            "nats": totals(nats, item),
+            "tokens": totals(tokens, item),
+            "bytes": list(item.sizes),
+        }
+        if "answer" in item.record:
+            scaled = [nat / max(1, size) for nat, size in zip(values["nats"], item.sizes)]
+            values["chosen"] = int(np.argmin(values["nats"]))
+            values["chosen_by_byte"] = int(np.argmin(scaled))
+        else:
+            values = {name: value[0] for name, value in values.items()}
+        records.append(item.record | values)
+    return records
+
+
+def _text_item(tokenizer: models.Tokenizer, row: dict[str, Any], most: int) -> _Item:
+    record = {"id": row["id"]}
+    if "messages" in row:
+        raise ValueError(
+            f"data: expected text, or prompt and response, got messages in {row['id']}"
+        )
+    if "prompt" in row:
+        answer = _answer_row(tokenizer, row["prompt"], row["response"], most, row["id"])
+        return _Item(record, [[answer]], [len(row["response"].encode())])
+    ids = np.asarray([_first_id(tokenizer), *tokenizer.encode(row["text"])], np.int32)
+    return _Item(record, [_windows(ids, most)], [len(row["text"].encode())])
+
+
+def _first_id(tokenizer: models.Tokenizer) -> int:
+    """What a text without a prompt follows: the mark of a beginning, or of an end."""
+    for first in (tokenizer.bos_id, tokenizer.eos_id):
+        if first is not None:
+            return first
+    raise ValueError(
+        "model: its tokenizer marks neither beginning nor end, nothing predicts a text"
+    )
+
+
+def _windows(ids: np.ndarray, most: int) -> list[Row]:
+    """Rows of at most `most` tokens, overlapping by half; all but the first token scored once."""
+    rows, scored = [], 1
+    while scored < len(ids):
+        start = 0 if scored == 1 else scored - most // 2
+        window = ids[start : start + most]
+        rows.append((window, np.arange(start, start + len(window)) >= scored))
+        scored = start + len(window)
+    return rows
+
+
+def _answer_row(tokenizer: models.Tokenizer, prompt: str, answer: str, most: int, name: str) -> Row:
+    """A prompt's last tokens and its answer."""
+    if not prompt:
+        ids = np.asarray([_first_id(tokenizer), *tokenizer.encode(answer)], np.int32)
+        where = np.arange(len(ids)) > 0
+    else:
+        ids, where = evaluation.encode_answer(
+            tokenizer, _NOTHING, prompt, answer, max_length=1 << 30, end=False
+        )
+    if where.sum() >= most:
+        raise ValueError(f"{name}: {where.sum()} tokens of an answer, max_length is {most}")
+    return ids[-most:], where[-most:]
+
+
+def _questions(path: str) -> list[dict[str, Any]]:
+    rows = []
+    for number, line in enumerate(epath.Path(path).read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            raise ValueError(f"{path}:{number}: not JSON") from None
+        choices = row.get("choices") if isinstance(row, dict) else None
+        if (
+            not isinstance(choices, list)
+            or not all(isinstance(one, str) and one for one in choices)
+            or not isinstance(row.get("prompt"), str)
+            or not isinstance(row.get("answer"), int)
+            or not 0 <= row["answer"] < len(choices)
+        ):
+            raise ValueError(
+                f"{path}:{number}: expected a prompt, a list of choices and the right one's number"
+            )
+        rows.append({"id": f"{epath.Path(path).name}:{number}"} | row)
+    if not rows:
+        raise ValueError(f"{path}: expected at least one question, got none")
+    return rows
+
+
+def _choice_item(tokenizer: models.Tokenizer, row: dict[str, Any], most: int) -> _Item:
+    groups = [
+        [_answer_row(tokenizer, row["prompt"], choice, most, row["id"])]
+        for choice in row["choices"]
+    ]
+    record = {"id": row["id"], "answer": row["answer"]}
+    return _Item(record, groups, [len(choice.encode()) for choice in row["choices"]])
+
+
+def _text_results(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    nats, tokens, size = (sum(one[name] for one in records) for name in ("nats", "tokens", "bytes"))
+    return {
+        "rows": len(records),
+        "tokens": tokens,
+        "bytes": size,
+        "nats a token": nats / max(1, tokens),
+        "perplexity": math.exp(nats / max(1, tokens)),
+        "bits a byte": nats / math.log(2) / max(1, size),
+    }
+
+
+def _choice_results(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def share(name: str) -> float:
+        return sum(one[name] == one["answer"] for one in records) / len(records)
+
+    return {
+        "rows": len(records),
+        "right": share("chosen"),
+        "right by the byte": share("chosen_by_byte"),
+        "chance": sum(1 / len(one["nats"]) for one in records) / len(records),
+    }
