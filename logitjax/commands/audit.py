@@ -8,9 +8,9 @@ With `--model` alone each `--policy` is put in front of the model in this proces
 reported), `dummy_R_A`, `cap_C`, `draws` (the drawn token's own log-probability), `sampling` (the
 same, and a bias moves what is drawn), `argmax` (the token alone, and a bias moves it). With `--url`
 a server on this machine is asked instead, as `logitjax serve` or any other with OpenAI's completion
-API; --top_logprobs, --bias, --decimals and --noise say what it is known to do. It reports token ids
-where it knows `return_tokens_as_token_ids`, as ours and vLLM do. Only loopback addresses are asked:
-audits are of what one runs.
+API; --top_logprobs, --sampled, --bias, --decimals and --noise say what it is known to do (others
+than ours are `--sampled`). It has to report token ids by `return_tokens_as_token_ids`, as ours and
+vLLM do. Only loopback addresses are asked: audits are of what one runs.
 
 WORKDIR/report.md has a line for each policy: hidden width, share of the head that is out, cost
 in queries and to honest users, verdict. WORKDIR/recovered/POLICY.npz holds what was recovered:
@@ -46,6 +46,9 @@ class Config:
     top_logprobs: int = field(5, "Number of log-probabilities the server reports.", minimum=1)
     bias: Literal["none", "sampling", "reported"] = field(
         "reported", "What a logit bias moves at the server."
+    )
+    sampled: bool = field(
+        False, "Whether the server tells a chosen token's own value, whatever its rank."
     )
     decimals: int | None = field(None, "Decimals that the server reports.")
     noise: float = field(0.0, "Noise that the server adds, in nats.")
@@ -91,7 +94,10 @@ def run(config: Config, workdir: epath.Path) -> None:
 
 def _run(config: Config, workdir: epath.Path) -> None:
     prompts, vocab, truth = _prepare(config)
-    names = ("server",) if config.url else config.policy
+    names = config.policy
+    if config.url:
+        # Where a bias moves what is drawn, the token alone answers comparisons.
+        names = ("server", "draws") if config.bias == "sampling" else ("server",)
     records = []
     for name in names:
         path = workdir / "policies" / f"{name}.json"
@@ -145,11 +151,13 @@ def _logits(model: models.Decoder, prompts: np.ndarray, batch_size: int) -> np.n
 
 
 def _oracle(config: Config, name: str, prompts: np.ndarray, truth: Truth | None) -> Any:
+    if config.url and name == "draws":
+        policy = leakage.LogitPolicy(returns="token", bias="sampling")
+        return leakage.HttpOracle(config.url, policy, api_key=config.api_key, budget=config.budget)
     if config.url:
         policy = leakage.LogitPolicy(
             top_k=config.top_logprobs,
-            # As completion APIs do; where the bias is reported the top k say all of it.
-            sampled=config.bias == "sampling",
+            sampled=config.sampled,
             bias=config.bias,
             decimals=config.decimals,
             noise=config.noise,

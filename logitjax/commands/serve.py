@@ -10,7 +10,8 @@ decoding engine and come and go independently. Where too many wait, others get 4
 `Retry-After`. It listens on loopback unless `--host` says otherwise.
 
 What reported log-probabilities give away is set by the flags of the policy: `--top_logprobs`,
-`--bias` (none, sampling, reported), `--decimals`, `--noise`, `--floor`, `--soft_cap`. See
+`--sampled`, `--bias` (none, sampling, reported), `--decimals`, `--noise`, `--floor`, `--soft_cap`.
+A chosen token's own value is among the top ones or is not told, unless `--sampled`. See
 docs/leakage.md for what each is worth, and `logitjax audit` to measure it.
 """
 
@@ -44,13 +45,16 @@ class Config:
     max_body_bytes: int = field(1 << 20, "Most bytes of a request.", minimum=1)
     top_logprobs: int = field(5, "Number of log-probabilities reported per token.", minimum=0)
     bias: Literal["none", "sampling", "reported"] = field(
-        "sampling", "Whether a logit bias is taken, and what it moves."
+        "none", "Whether a logit bias is taken, and what it moves."
     )
     decimals: int | None = field(None, "Decimals of reported log-probabilities.")
     noise: float = field(0.0, "Noise on the logits in nats, the same for the same prompt.")
     floor: float | None = field(None, "Lowest log-probability that is reported.")
     soft_cap: float | None = field(None, "Soft cap of the logits in nats.")
-    policy_seed: int = field(0, "Seed of the noise.")
+    sampled: bool = field(False, "Report a chosen token's own log-probability, whatever its rank.")
+    policy_seed: int | None = field(
+        None, "Seed of the noise and of draws; by default another at every start."
+    )
 
 
 def run(config: Config) -> None:
@@ -59,7 +63,9 @@ def run(config: Config) -> None:
     from logitjax import serving  # needs the same extra
 
     policy = leakage.LogitPolicy(
-        top_k=config.top_logprobs or 1,
+        returns="logprobs" if config.top_logprobs or config.sampled else "token",
+        top_k=config.top_logprobs or (0 if config.sampled else None),
+        sampled=config.sampled,
         bias=config.bias,
         decimals=config.decimals,
         noise=config.noise,
@@ -71,7 +77,6 @@ def run(config: Config) -> None:
         model=config.served_name or config.model,
         policy=policy,
         policy_seed=config.policy_seed,
-        top_logprobs=config.top_logprobs,
         slots=config.slots,
         max_waiting=config.max_waiting,
         max_length=config.max_length,

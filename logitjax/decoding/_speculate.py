@@ -15,9 +15,9 @@ from logitjax.decoding._step import (
     DecodeOptions,
     DecodeState,
     Emitted,
-    adjust,
     emit,
     mark_seen,
+    moved_logits,
     rows_first,
 )
 from logitjax.ops import Array, checks
@@ -218,7 +218,7 @@ def _propose(
             params, fed[None, :, None], positions[None, :, None], cache, False
         )
         here = dataclasses.replace(state, token=token, seen=seen, count=state.count + ahead)
-        adjusted = adjust(options, here, plan.at_large(logits[0][:, 0]))
+        adjusted = moved_logits(options, here, plan.at_large(logits[0][:, 0]))["adjusted"]
         if coupled:
             token, warm = sample(adjusted, state.sampling, here.count), None
         else:

@@ -21,34 +21,40 @@ class DecodeOptions:
     Attributes:
       logprobs: report the log-probability of every chosen token.
       top_logprobs: report so many of the most likely tokens with theirs.
-      logprobs_of: ``'model'``: of the (fused) logits as they are; ``'adjusted'``: after logit bias,
-        processors and repetition penalty. Before temperature and truncation always.
+      logprobs_of: ``'model'``: of the (fused) logits as they are served; ``'biased'``: after logit
+        bias; ``'adjusted'``: after processors and repetition penalty too. Before temperature and
+        truncation always.
       info: report what the fusion says about every token.
       repetition: keep track of seen tokens, which a repetition penalty needs.
       max_logit_bias: entries of a slot's logit bias.
       max_stop_ids: stop tokens of a slot.
       pad_id: what frozen rows emit.
-      processors: functions ``(logits [rows, vocab], state) -> logits`` applied after the bias and
-        before the penalty; ``state.extra`` holds what each slot was given for them.
+      served: a function ``(logits [rows, vocab], state) -> logits`` of what is served before any
+        request moves it: noise and caps of an API.
+      processors: functions of the same kind applied after the bias and before the penalty;
+        ``state.extra`` holds what each slot was given for them.
+      remember: ``(extra, tokens [rows], where [rows]) -> extra`` takes note of chosen tokens.
       mesh: devices to work on; rows of the state over its axis ``data``, key heads of the cache
         over its axis ``tensor``, where those exist and divide.
     """
 
     logprobs: bool = False
     top_logprobs: int = 0
-    logprobs_of: Literal["model", "adjusted"] = "model"
+    logprobs_of: Literal["model", "biased", "adjusted"] = "model"
     info: bool = False
     repetition: bool = False
     max_logit_bias: int = 0
     max_stop_ids: int = 8
     pad_id: int = 0
+    served: Callable[..., Any] | None = None
     processors: tuple[Callable[..., Any], ...] = ()
+    remember: Callable[..., Any] | None = None
     mesh: jax.sharding.Mesh | None = None
 
     def __post_init__(self) -> None:
-        if self.logprobs_of not in ("model", "adjusted"):
+        if self.logprobs_of not in ("model", "biased", "adjusted"):
             raise ValueError(
-                f"logprobs_of: expected 'model' or 'adjusted', got {self.logprobs_of!r}"
+                f"logprobs_of: expected 'model', 'biased' or 'adjusted', got {self.logprobs_of!r}"
             )
 
 
@@ -135,7 +141,8 @@ def emit(
     ``choose(adjusted, state) -> tokens`` takes the place of plain sampling.
     """
     fused, info = plan.combine(logits)
-    adjusted = adjust(options, state, fused)
+    moved = moved_logits(options, state, fused)
+    adjusted = moved["adjusted"]
     if choose is None:
         chosen = sample(adjusted, state.sampling, state.count)
     else:
@@ -145,13 +152,16 @@ def emit(
     left = state.left - state.active
     emitted = Emitted(tokens=token, valid=state.active, info=info if options.info else None)
     if options.logprobs or options.top_logprobs:
-        log_p = log_softmax(fused if options.logprobs_of == "model" else adjusted)
+        log_p = log_softmax(moved[options.logprobs_of])
         logprobs = jnp.take_along_axis(log_p, token[:, None], axis=-1)[:, 0]
         emitted = dataclasses.replace(emitted, logprobs=logprobs)
         if options.top_logprobs:
             values, ids = top_k(log_p, options.top_logprobs)
             emitted = dataclasses.replace(emitted, top_ids=ids, top_logprobs=values)
     seen = mark_seen(state.seen, token, state.active)
+    extra = state.extra
+    if options.remember is not None:
+        extra = options.remember(extra, token, state.active)
     state = dataclasses.replace(
         state,
         token=token,
@@ -160,6 +170,7 @@ def emit(
         left=left,
         count=state.count + state.active,
         seen=seen,
+        extra=extra,
     )
     return state, emitted
 
@@ -172,21 +183,29 @@ def mark_seen(seen: jax.Array | None, token: jax.Array, where: jax.Array) -> jax
     return seen.at[jnp.arange(len(seen)), ids].set(True, mode="drop")
 
 
-def adjust(options: DecodeOptions, state: DecodeState, logits: jax.Array) -> jax.Array:
-    """Logit bias, processors and repetition penalty, in this order."""
-    if options.max_logit_bias:
-        rows = jnp.arange(len(logits))[:, None]
-
-        def biased() -> jax.Array:
-            return logits.at[rows, state.bias_ids].add(state.bias_values, mode="drop")
-
-        any_bias = (state.bias_ids < logits.shape[-1]).any()
-        logits = lax.cond(any_bias, biased, lambda: logits)
+def moved_logits(
+    options: DecodeOptions, state: DecodeState, logits: jax.Array
+) -> dict[str, jax.Array]:
+    """Fused logits under the names of ``logprobs_of``, each with all that comes before it."""
+    if options.served is not None:
+        logits = options.served(logits, state)
+    biased = _biased(state, logits) if options.max_logit_bias else logits
+    adjusted = biased
     for processor in options.processors:
-        logits = processor(logits, state)
+        adjusted = processor(adjusted, state)
     if state.seen is not None:
-        logits = penalize_repetition(logits, state.seen, state.sampling.repetition_penalty)
-    return logits
+        adjusted = penalize_repetition(adjusted, state.seen, state.sampling.repetition_penalty)
+    return {"model": logits, "biased": biased, "adjusted": adjusted}
+
+
+def _biased(state: DecodeState, logits: jax.Array) -> jax.Array:
+    rows = jnp.arange(len(logits))[:, None]
+
+    def biased() -> jax.Array:
+        return logits.at[rows, state.bias_ids].add(state.bias_values, mode="drop")
+
+    any_bias = (state.bias_ids < logits.shape[-1]).any()
+    return lax.cond(any_bias, biased, lambda: logits)
 
 
 def run_steps(

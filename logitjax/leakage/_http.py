@@ -85,8 +85,10 @@ class HttpOracle:
         found = list(
             self._pool.map(lambda query: self._one(query[0], query[1], temperature), queries)
         )
+        # A value that the server keeps to itself is None there, and nan here.
+        values = np.array([[value for _, value in row] for row in found], np.float32)
         answer = Answer(
-            values=np.array([[v for _, v in row if v is not None] for row in found], np.float32),
+            values=values[:, :0] if self.policy.returns == "token" else values,
             tokens=np.array([[token for token, _ in row] for row in found], np.int32),
         )
         self.values += answer.values.size

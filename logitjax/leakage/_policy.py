@@ -106,10 +106,11 @@ class LogitPolicy:
 
         Args:
             name: `full`, `round_D` (D decimals), `noise_S` (S nats), `floor_F`, `top_K` (K values
-                and no bias), `top_K_bias` (with a bias that moves what is reported), `dummy_R_A` (R
-                directions of relative size A), `cap_C`, `draws` (the drawn token's own value, no
-                bias), `sampling` (the same, and a bias moves what is drawn) or `argmax` (the token
-                alone, and a bias moves it).
+                and no bias), `top_K_bias` (with a bias that moves what is reported),
+                `top_K_sampling` (with one that does not), `dummy_R_A` (R directions of relative
+                size A), `cap_C`, `draws` (the drawn token's own value, no bias), `sampling` (the
+                same, and a bias moves what is drawn) or `argmax` (the token alone, and a bias
+                moves it).
 
         Raises:
             ValueError: The name is none of these, or its numbers make no policy.
@@ -132,6 +133,8 @@ class LogitPolicy:
                     return cls(top_k=int(k))
                 case "top", [k, "bias"]:
                     return cls(top_k=int(k), bias="reported", decimals=7)
+                case "top", [k, "sampling"]:
+                    return cls(top_k=int(k), bias="sampling")
                 case "dummy", [dims, scale]:
                     return cls(dummy_dims=int(dims), dummy_scale=float(scale))
                 case "cap", [cap]:
@@ -145,8 +148,8 @@ class LogitPolicy:
         except ValueError as error:
             raise ValueError(f"policy {name!r}: {error}") from None
         raise ValueError(
-            "policy: expected full, round_D, noise_S, floor_F, top_K, top_K_bias, dummy_R_A, "
-            f"cap_C, draws, sampling or argmax, got {name!r}"
+            "policy: expected full, round_D, noise_S, floor_F, top_K, top_K_bias, top_K_sampling, "
+            f"dummy_R_A, cap_C, draws, sampling or argmax, got {name!r}"
         )
 
     @staticmethod

@@ -7,7 +7,6 @@ from typing import Any
 
 from logitjax.decoding import Request, Sampling
 from logitjax.serving._errors import ApiError, BadRequestError
-from logitjax.serving._policy import prompt_extra
 from logitjax.serving._scheduler import Job
 from logitjax.serving._schema import CompletionRequest
 from logitjax.serving._service import Service
@@ -41,7 +40,7 @@ def make_jobs(service: Service, asked: CompletionRequest) -> list[tuple[Job, Seq
             )
         for copy in range(asked.n):
             seed = secrets.randbits(32) if asked.seed is None else asked.seed
-            seed = (seed + number * asked.n + copy) % 2**32
+            seed = service.disclosure.seed((seed + number * asked.n + copy) % 2**32)
             sampling = Sampling(
                 temperature=asked.temperature,
                 top_k=asked.top_k,
@@ -56,7 +55,7 @@ def make_jobs(service: Service, asked: CompletionRequest) -> list[tuple[Job, Seq
                 sampling=sampling,
                 stop_ids=service.end_ids,
                 logit_bias=asked.logit_bias or None,
-                extra=prompt_extra(tokens, service.config.policy),
+                extra=service.disclosure.extra(tokens),
             )
             jobs.append((Job(request, loop), tokens))
     return jobs

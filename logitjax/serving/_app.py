@@ -4,7 +4,6 @@ import contextlib
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-import numpy as np
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
@@ -13,12 +12,12 @@ from starlette.routing import Route
 
 from logitjax.decoding import Ensemble
 from logitjax.models import Tokenizer
-from logitjax.serving import _policy as policy
 from logitjax.serving import _schema as schema
 from logitjax.serving._completions import completions
 from logitjax.serving._config import ServerConfig
 from logitjax.serving._errors import ApiError, json_response
 from logitjax.serving._keys import find_key
+from logitjax.serving._policy import Disclosure
 from logitjax.serving._scheduler import Scheduler
 from logitjax.serving._service import Service
 
@@ -36,12 +35,22 @@ def build_app(
         end_ids: Tokens that end an answer.
         config: Limits, slots and the policy of what is reported.
     """
+    disclosure = Disclosure(config.policy, config.policy_seed)
+    scheduler = Scheduler(
+        model,
+        disclosure,
+        slots=config.slots,
+        max_length=config.max_length,
+        end_ids=end_ids,
+        max_waiting=config.max_waiting,
+    )
     service = Service(
-        scheduler=_scheduler(model, end_ids, config),
+        scheduler=scheduler,
         tokenizer=tokenizer,
         vocab_size=model.plan.vocab_size,
         end_ids=tuple(end_ids),
         config=config,
+        disclosure=disclosure,
     )
 
     @contextlib.asynccontextmanager
@@ -59,26 +68,6 @@ def build_app(
     ]
     handlers: Any = {HTTPException: _http_error, ApiError: _api_error}
     return Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
-
-
-def _scheduler(model: Ensemble, end_ids: Sequence[int], config: ServerConfig) -> Scheduler:
-    def report(values: np.ndarray) -> np.ndarray:
-        return policy.reported(config.policy, values)
-
-    return Scheduler(
-        model,
-        slots=config.slots,
-        max_length=config.max_length,
-        options=policy.decode_options(
-            config.policy,
-            seed=config.policy_seed,
-            top_logprobs=config.top_logprobs,
-            end_ids=end_ids,
-        ),
-        max_waiting=config.max_waiting,
-        report=report,
-        extra=policy.idle_extra(config.policy),
-    )
 
 
 async def _http_error(_: HttpRequest, error: Any) -> Response:

@@ -4,6 +4,7 @@ import dataclasses
 
 from logitjax import leakage
 from logitjax.serving._keys import Key
+from logitjax.serving._policy import Disclosure
 from logitjax.serving._schema import ServerLimits
 
 
@@ -14,8 +15,7 @@ class ServerConfig:
     Attributes:
         model: Name of the model in the API.
         policy: What is reported of its log-probabilities, and whether a logit bias is taken.
-        policy_seed: Seed of the policy's noise.
-        top_logprobs: Number of log-probabilities reported per token; 0 for none.
+        policy_seed: Seed of the policy's noise and of draws; None takes another at every start.
         slots: Number of requests decoded together.
         max_waiting: Number of requests that may wait for a slot.
         max_length: Most tokens of a request, prompt included.
@@ -24,13 +24,12 @@ class ServerConfig:
         keys: Whom it answers, and what each may spend.
 
     Raises:
-        ValueError: The policy's parts contradict each other.
+        ValueError: The policy is none that a server can keep.
     """
 
     model: str
     policy: leakage.LogitPolicy
-    policy_seed: int = 0
-    top_logprobs: int = 5
+    policy_seed: int | None = None
     slots: int = 8
     max_waiting: int = 64
     max_length: int = 1024
@@ -39,17 +38,15 @@ class ServerConfig:
     keys: tuple[Key, ...] = (Key(),)
 
     def __post_init__(self) -> None:
-        if self.policy.bias != "none" and self.policy.soft_cap:
-            raise ValueError("soft_cap: with it bias must be none, it would cap the bias too")
-        if self.policy.bias == "sampling" and self.policy.noise:
-            raise ValueError("noise: with it bias must be none or reported")
+        # Says which parts of the policy a server cannot keep.
+        Disclosure(self.policy)
 
     @property
     def limits(self) -> ServerLimits:
         """What one request may ask for."""
         return ServerLimits(
             max_tokens=self.max_tokens,
-            max_logprobs=self.top_logprobs,
+            max_logprobs=Disclosure(self.policy).top_k,
             max_logit_bias=self.policy.max_biased,
             bias_limit=self.policy.bias_limit,
             max_body_bytes=self.max_body_bytes,

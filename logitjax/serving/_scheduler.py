@@ -5,14 +5,15 @@ import collections
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from absl import logging
 
-from logitjax.decoding import DecodeOptions, Emitted, Engine, Request
+from logitjax.decoding import Emitted, Engine, Request
 from logitjax.serving._errors import ApiError, BadRequestError, OverloadedError
+from logitjax.serving._policy import Disclosure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,34 +54,36 @@ class Scheduler:
 
     Args:
         model: Whatever `Engine` takes.
+        disclosure: What is reported of it.
         slots: Number of requests decoded together.
         max_length: Most tokens of a request, prompt included.
-        options: Options of the engine.
+        end_ids: Tokens that end an answer.
         max_waiting: Number of requests that may wait for a slot before others are refused.
         chunk: Decoding steps between looks at the queue.
-        report: What the API makes of log-probabilities before anybody sees them.
-        extra: A value of what requests carry for the engine's processors; None for nothing.
     """
 
     def __init__(
         self,
         model: Any,
+        disclosure: Disclosure,
         *,
         slots: int,
         max_length: int,
-        options: DecodeOptions,
+        end_ids: Sequence[int],
         max_waiting: int = 64,
         chunk: int = 4,
-        report: Callable[[np.ndarray], np.ndarray] | None = None,
-        extra: Any = None,
     ):
         self.engine = Engine(
-            model, slots=slots, max_length=max_length, options=options, extra=extra
+            model,
+            slots=slots,
+            max_length=max_length,
+            options=disclosure.options(end_ids),
+            extra=disclosure.extra(()),
         )
+        self._disclosure = disclosure
         self.max_waiting = max_waiting
         self.failed: Exception | None = None
         self._chunk = chunk
-        self._report = (lambda x: x) if report is None else report
         self._jobs: list[Job | None] = [None] * slots
         self._waiting: collections.deque[Job] = collections.deque()
         self._wake = threading.Condition()
@@ -193,10 +196,10 @@ class Scheduler:
         shape = tokens.shape
         logprobs = top_ids = top = None
         if emitted.logprobs is not None:
-            logprobs = self._report(np.asarray(emitted.logprobs).reshape(shape))
+            logprobs = self._disclosure.report(np.asarray(emitted.logprobs).reshape(shape))
         if emitted.top_ids is not None:
             top_ids = np.asarray(emitted.top_ids).reshape(*shape, -1)
-            top = self._report(np.asarray(emitted.top_logprobs).reshape(*shape, -1))
+            top = self._disclosure.report(np.asarray(emitted.top_logprobs).reshape(*shape, -1))
         active = self.engine.active
         stopped = np.asarray(self.engine.state.stopped)
         for row, slot in enumerate(slots):
@@ -207,15 +210,17 @@ class Scheduler:
             found = []
             for place in places:
                 last = bool(place == places[-1] and not active[slot])
+                token, best, own = int(tokens[row, place]), (), None
+                if top is not None and top_ids is not None:
+                    ids, values = top_ids[row, place].tolist(), top[row, place].tolist()
+                    best = tuple(zip(ids, values, strict=True))
+                if logprobs is not None and self._disclosure.tells(token, [i for i, _ in best]):
+                    own = float(logprobs[row, place])
                 found.append(
                     Token(
-                        id=int(tokens[row, place]),
-                        logprob=None if logprobs is None else float(logprobs[row, place]),
-                        top=()
-                        if top is None or top_ids is None
-                        else list(
-                            zip(top_ids[row, place].tolist(), top[row, place].tolist(), strict=True)
-                        ),
+                        id=token,
+                        logprob=own,
+                        top=best,
                         last=last,
                         stopped=last and bool(stopped[slot]),
                     )

@@ -4,6 +4,7 @@ import dataclasses
 
 from logitjax.models import Tokenizer
 from logitjax.serving._config import ServerConfig
+from logitjax.serving._policy import Disclosure
 from logitjax.serving._scheduler import Scheduler
 from logitjax.serving._schema import ServerLimits
 
@@ -18,6 +19,7 @@ class Service:
         vocab_size: Number of tokens of the model.
         end_ids: Tokens that end an answer.
         config: What it takes and reports.
+        disclosure: Keeps to the policy.
     """
 
     scheduler: Scheduler
@@ -25,6 +27,7 @@ class Service:
     vocab_size: int
     end_ids: tuple[int, ...]
     config: ServerConfig
+    disclosure: Disclosure
 
     @property
     def limits(self) -> ServerLimits:
