@@ -68,9 +68,12 @@ def _which(domain: str) -> str:
 
 
 def _setting(config: Config, seeds: Sequence[Any]) -> str:
-    base = config.base or f"layers {', '.join(map(str, config.small_layers))} of it, healed"
+    base = config.base or f"what is left of it without {config.drop_layers} layers, healed"
+    general = seeds[0]["single"]["domain"]["general"]
+    perplexities = (f"{math.exp(general[name]['nll']):.4g}" for name in ("large", "base"))
     return (
-        f"Large model {config.large}; small base: {base}. Domains: {config.domain} and "
+        f"Large model {config.large}; small base: {base}. Their perplexity of general text: "
+        f"{' and '.join(perplexities)}. Domains: {config.domain} and "
         f"{config.task}; general text: {config.general}. {len(seeds)} seed(s) of experts and "
         f"ceilings."
     )
