@@ -294,8 +294,7 @@ def _recovered(place: str) -> np.ndarray:
         path = files[0]
     if not path.exists():
         raise ValueError(f"student_head: no such file or directory: {path}")
-    with path.open("rb") as file:
-        arrays = dict(np.load(file))
+    arrays = storage.weights.read_npz(path)
     if "basis" not in arrays:
         raise ValueError(f"student_head: {path} holds no basis of a head: the audit found none")
     basis, tokens = arrays["basis"], arrays["tokens"]

@@ -16,11 +16,11 @@ import time
 from typing import Any, Literal
 
 import numpy as np
-from etils import epath
 
 from logitjax import transport
 from logitjax.commands.cli import REQUIRED, field
 from logitjax.commands.tables import markdown_table
+from logitjax.storage.weights import read_npy
 from logitjax.transport import reference
 
 
@@ -81,8 +81,7 @@ def run(config: Config) -> None:
 
 
 def _read(path: str, factors: bool) -> np.ndarray:
-    with epath.Path(path).open("rb") as file:
-        array = np.load(file)
+    array = read_npy(path)
     if array.ndim != 2 or not (factors or array.shape[0] == array.shape[1]):
         wanted = "a factor [positions, nodes]" if factors else "a square matrix"
         raise ValueError(f"graphs: expected {wanted} in {path}, got shape {array.shape}")

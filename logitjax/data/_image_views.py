@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import UInt8
 
-from logitjax.storage import require
+from logitjax.storage import guard, require
 
 _ASPECT = (3 / 4, 4 / 3)
 
@@ -124,6 +124,7 @@ def _on_white_square(picture: Any) -> Any:
     Image = require("PIL.Image", extra="vision")
 
     side = max(picture.size)
+    guard.whole(side * side, "pixels of the white square", most=guard.LIMITS.pixels)
     square = Image.new("RGB", (side, side), "white")
     square.paste(picture, tuple((side - n) // 2 for n in picture.size))
     return square

@@ -1,7 +1,6 @@
 """Labelled images as arrays: what a classifier trains on."""
 
 import dataclasses
-import io
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -11,9 +10,14 @@ from absl import logging
 from etils import epath
 
 from logitjax.data._examples import parse_split, slice_of
-from logitjax.storage import require
+from logitjax.storage import guard, require
+from logitjax.storage.weights import read_npy
 
 _SUFFIXES = (".png", ".jpg", ".jpeg")
+# The longer side in shorter ones.
+_LONGEST = 500
+# What lies under these names: MPO is a camera's JPEG, and collections from the web hold the others.
+_FORMATS = ("PNG", "JPEG", "MPO", "GIF", "BMP", "WEBP")
 _CIFAR = {"train": "train.bin", "test": "test.bin"}
 _CIFAR_LENGTH = {"train": 50_000, "test": 10_000}
 
@@ -183,7 +187,7 @@ def _folder(
         _decode([path for path, _ in files], mapped)
         mapped.flush()
         partial.rename(cache)
-    return np.load(os.fspath(cache), mmap_mode="r"), labels, len(classes)
+    return read_npy(cache, mapped=True), labels, len(classes)
 
 
 def class_folders(directory: epath.Path) -> tuple[list[tuple[epath.Path, int]], list[str]]:
@@ -217,18 +221,23 @@ def read_picture(path: epath.Path) -> Any:
     """
     Image = require("PIL.Image", extra="vision")
 
-    try:
-        picture = Image.open(io.BytesIO(path.read_bytes()))
+    with guard.naming(path, "an image"), path.open("rb") as file:
+        guard.plain_file(path)
+        # Other formats are large surfaces: Pillow runs Ghostscript for PostScript in a .png.
+        picture = Image.open(file, formats=_FORMATS)
+        width, height = picture.size
+        guard.whole(width * height, "pixels", least=1, most=guard.LIMITS.pixels)
+        # Scaled to 224 pixels, a line of pixels would be 224 times as long.
+        guard.whole(max(width, height), "longer side", most=_LONGEST * min(width, height))
         if picture.mode.startswith("I"):
             # Pillow cuts greys of 16 bits off at 255; those of a file of that kind go to 65,535.
             picture = Image.fromarray(as_bytes(np.asarray(picture).clip(0).astype(np.uint16)))
         if "A" in picture.getbands() or "transparency" in picture.info:
             picture = picture.convert("RGBA")
             ground = Image.new("RGBA", picture.size, "white")
-            picture = Image.alpha_composite(ground, picture)
+            ground.alpha_composite(picture)
+            picture = ground
         return picture.convert("RGB")
-    except (Image.UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
-        raise ValueError(f"{path} is not a readable image: {error}") from None
 
 
 def check_numbers(numbers: np.ndarray, count: int, name: str) -> None:

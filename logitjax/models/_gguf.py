@@ -1,4 +1,4 @@
-"""Reading GGUF files: the header at once, tensors dequantised one at a time.
+"""Reading GGUF files: the header at once, tensors dequantised some rows at a time.
 
 ``gguf.GGUFReader`` makes an array object of every token and merge, seconds and hundreds of
 megabytes for a vocabulary; here the header becomes plain Python values. Block formats are the
@@ -12,46 +12,59 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from logitjax.storage import require
+from logitjax.storage import guard, require
 
 _SCALARS = {
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
 }  # fmt: skip
 _STRING, _ARRAY = 8, 9
+# The library holds a few copies of what it dequantises.
+_PIECE = 1 << 20
 
 
 class _Header:
-    """Reads values off the front of a buffer."""
+    """Reads values off the front of a file."""
 
-    def __init__(self, data: bytes):
-        self.data = data
-        self.at = 0
+    def __init__(self, file: guard.Reader):
+        self.file = file
+        self._values = 0
 
-    def scalar(self, form: str) -> Any:
-        (value,) = struct.unpack_from("<" + form, self.data, self.at)
-        self.at += struct.calcsize(form)
-        return value
+    def scalar(self, form: str, field: str) -> Any:
+        content = self.file.read(struct.calcsize("<" + form), field)
+        return struct.unpack("<" + form, content)[0]
 
-    def string(self) -> str:
-        length = self.scalar("Q")
-        piece = self.data[self.at : self.at + length]
-        if len(piece) < length:
-            raise struct.error("string runs past the end")
-        self.at += length
-        return piece.decode("utf-8", "replace")
+    def string(self, field: str) -> str:
+        length = self.scalar("Q", f"length of {field}")
+        return self.file.read(length, field).decode("utf-8", "replace")
 
-    def value(self, kind: int) -> Any:
+    def values(self, count: int, least: int, field: str) -> int:
+        """A number of values of at least so many bytes each, which the file must have."""
+        self.file.need(count * least, field)
+        self._values += count
+        if self._values > guard.LIMITS.elements:
+            raise ValueError(f"{field}: {count} values, expected {guard.LIMITS.elements} in all")
+        return count
+
+    def kind(self, field: str) -> int:
+        kind = self.scalar("I", f"type of {field}")
+        if kind not in _SCALARS and kind not in (_STRING, _ARRAY):
+            raise ValueError(f"{field}: unknown type {kind}")
+        return kind
+
+    def value(self, field: str) -> Any:
+        kind = self.kind(field)
         if kind == _STRING:
-            return self.string()
+            return self.string(field)
         if kind != _ARRAY:
-            return self.scalar(_SCALARS[kind])
-        inner, count = self.scalar("I"), self.scalar("Q")
-        if inner in (_STRING, _ARRAY):
-            return [self.value(inner) for _ in range(count)]
-        form = f"<{count}{_SCALARS[inner]}"
-        values = struct.unpack_from(form, self.data, self.at)
-        self.at += struct.calcsize(form)
-        return list(values)
+            return self.scalar(_SCALARS[kind], field)
+        inner, count = self.kind(field), self.scalar("Q", f"length of {field}")
+        if inner == _ARRAY:
+            raise ValueError(f"{field}: arrays of arrays are not supported")
+        if inner == _STRING:
+            return [self.string(field) for _ in range(self.values(count, 8, field))]
+        size = struct.calcsize(_SCALARS[inner])
+        content = self.file.read(size * self.values(count, size, field), field)
+        return list(struct.unpack(f"<{count}{_SCALARS[inner]}", content))
 
 
 class GgufSource:
@@ -61,52 +74,49 @@ class GgufSource:
         self.path = epath.Path(path)
         if not self.path.exists():
             raise ValueError(f"{self.path}: no such file")
-        self._size = self.path.stat().length
+        guard.plain_file(self.path)
         self._metadata: dict[str, Any] = {}
         self._tensors: dict[str, tuple[int, tuple[int, ...], int]] = {}
-        length = 1 << 23
-        with self.path.open("rb") as file:
-            data = file.read(length)
-            if data[:4] != b"GGUF":
+        with guard.naming(self.path, "a GGUF file"), self.path.open("rb") as opened:
+            if opened.read(4) != b"GGUF":
                 raise ValueError(f"{self.path}: not a GGUF file")
-            while True:
-                try:
-                    self._parse(data)
-                    break
-                except (struct.error, KeyError, MemoryError) as error:
-                    more = file.read(length)
-                    if not more:
-                        raise ValueError(
-                            f"{self.path}: truncated or damaged GGUF file ({error})"
-                        ) from None
-                    data, length = data + more, 2 * length
-        for name in self._tensors:
-            if self._end(name) > self._size:
-                raise ValueError(
-                    f"{self.path}: truncated or damaged GGUF file (tensor {name!r} ends at byte "
-                    f"{self._end(name)}, the file has {self._size})"
-                )
+            self._parse(guard.Reader(opened))
 
-    def _parse(self, data: bytes) -> None:
-        header = _Header(data)
-        header.at = 4
-        version = header.scalar("I")
+    def _parse(self, file: guard.Reader) -> None:
+        header = _Header(file)
+        version = header.scalar("I", "version")
         if version not in (2, 3):
             raise ValueError(f"{self.path}: GGUF version {version} is not supported")
-        tensors, entries = header.scalar("Q"), header.scalar("Q")
-        self._metadata = {}
-        for _ in range(entries):
-            key = header.string()
-            self._metadata[key] = header.value(header.scalar("I"))
-        infos = {}
-        for _ in range(tensors):
-            name = header.string()
-            dims = [header.scalar("Q") for _ in range(header.scalar("I"))]
-            kind, offset = header.scalar("I"), header.scalar("Q")
-            infos[name] = (kind, tuple(reversed(dims)), offset)
+        tensors, entries = header.scalar("Q", "tensors"), header.scalar("Q", "metadata")
+        # A name and a type take 12 bytes, a tensor's place 24.
+        for _ in range(header.values(entries, 12, "metadata")):
+            key = header.string("a name of the metadata")
+            self._metadata[key] = header.value(f"metadata {key[:80]}")
+            guard.whole(file.tell(), "header", most=guard.LIMITS.header_bytes)
+        for _ in range(header.values(tensors, 24, "tensors")):
+            name = header.string("a tensor's name")
+            field = f"tensor {name[:80]!r}"
+            count = guard.whole(header.scalar("I", field), f"{field}: axes", least=1, most=4)
+            dims = [header.scalar("Q", field) for _ in range(count)]
+            shape = tuple(guard.whole(n, f"{field}: shape", least=1) for n in reversed(dims))
+            kind, offset = header.scalar("I", field), header.scalar("Q", field)
+            if name in self._tensors:
+                raise ValueError(f"{field} is there twice")
+            self._tensors[name] = (kind, shape, guard.whole(offset, f"{field}: offset"))
         alignment = self._metadata.get("general.alignment", 32)
-        start = -(-header.at // alignment) * alignment
-        self._tensors = {n: (kind, shape, start + at) for n, (kind, shape, at) in infos.items()}
+        alignment = guard.whole(alignment, "general.alignment", least=1, most=1 << 20)
+        start = -(-file.tell() // alignment) * alignment
+        spans = []
+        for name, (kind, shape, offset) in self._tensors.items():
+            self._tensors[name] = (kind, shape, start + offset)
+            end = start + offset + self._rows(name) * self._row_bytes(name)
+            if end > file.size:
+                raise ValueError(
+                    f"{self.path}: truncated or damaged GGUF file (tensor {name!r} ends at byte "
+                    f"{end}, the file has {file.size})"
+                )
+            spans.append((start + offset, end, name))
+        guard.apart(spans)
 
     def _kind(self, name: str) -> Any:
         gguf = require("gguf", extra="models")
@@ -119,15 +129,18 @@ class GgufSource:
     def _row_bytes(self, name: str) -> int:
         gguf = require("gguf", extra="models")
         block, size = gguf.GGML_QUANT_SIZES[self._kind(name)]
+        width = self._row_width(name)
+        if width % block:
+            raise ValueError(f"{self.path}: tensor {name!r}: rows of {width} in blocks of {block}")
+        return width // block * size
+
+    def _row_width(self, name: str) -> int:
         shape = self._tensors[name][1]
-        return math.prod(shape[1:] if len(shape) > 1 else shape) // block * size
+        return math.prod(shape[1:] if len(shape) > 1 else shape)
 
     def _rows(self, name: str) -> int:
         shape = self._tensors[name][1]
         return shape[0] if len(shape) > 1 else 1
-
-    def _end(self, name: str) -> int:
-        return self._tensors[name][2] + self._rows(name) * self._row_bytes(name)
 
     def names(self) -> set[str]:
         return set(self._tensors)
@@ -138,19 +151,24 @@ class GgufSource:
     def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
         """A tensor in float32, or a range of its first axis; blocks never cross rows."""
         _, shape, offset = self._tensors[name]
-        width = self._row_bytes(name)
+        width, numbers = self._row_bytes(name), self._row_width(name)
         first, last, _ = rows.indices(shape[0]) if len(shape) > 1 else (0, 1, 1)
-        with self.path.open("rb") as file:
-            file.seek(offset + first * width)
-            data = np.frombuffer(file.read((last - first) * width), np.uint8)
         kind, quants = self._kind(name), require("gguf.quants", extra="models")
-        try:
-            values = quants.dequantize(data.reshape(last - first, width), kind)
-        except NotImplementedError:
-            raise ValueError(
-                f"{self.path}: tensor {name!r} has unsupported type {kind.name}"
-            ) from None
-        return values.reshape(last - first, *shape[1:]) if len(shape) > 1 else values[0][rows]
+        out = np.empty((max(0, last - first), numbers), np.float32)
+        step = max(1, _PIECE // numbers)
+        with guard.naming(self.path, "a GGUF file"), self.path.open("rb") as opened:
+            file = guard.Reader(opened)
+            file.seek(offset + first * width)
+            for begin in range(0, len(out), step):
+                count = min(step, len(out) - begin)
+                data = file.array(np.uint8, count * width, f"tensor {name!r}")
+                try:
+                    out[begin : begin + count] = quants.dequantize(data.reshape(count, width), kind)
+                except NotImplementedError:
+                    raise ValueError(
+                        f"{self.path}: tensor {name!r} has unsupported type {kind.name}"
+                    ) from None
+        return out.reshape(last - first, *shape[1:]) if len(shape) > 1 else out[0][rows]
 
     def metadata(self, key: str, default: Any = None) -> Any:
         return self._metadata.get(key, default)

@@ -13,9 +13,9 @@ A cache that was made for something else is refused, and the error says what dif
 made of rows has a `Manifest` and the same rule. `storage.weights` reads what others trained.
 """
 
+from logitjax.storage import guard as guard
 from logitjax.storage import weights as weights
 from logitjax.storage._digest import digest as digest
-from logitjax.storage._files import read_json as read_json
 from logitjax.storage._files import write_atomic as write_atomic
 from logitjax.storage._hub import hub_snapshot as hub_snapshot
 from logitjax.storage._manifest import Manifest as Manifest
@@ -25,3 +25,4 @@ from logitjax.storage._rows import ArrayCodec as ArrayCodec
 from logitjax.storage._rows import RowCache as RowCache
 from logitjax.storage._shards import ShardReader as ShardReader
 from logitjax.storage._shards import ShardWriter as ShardWriter
+from logitjax.storage.guard import read_json as read_json

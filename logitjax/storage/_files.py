@@ -1,10 +1,9 @@
 """Files that appear whole or not at all."""
 
-import json
 import os
 import uuid
 from collections.abc import Callable
-from typing import IO, Any
+from typing import IO
 
 from etils import epath
 
@@ -46,18 +45,3 @@ def write_atomic(
 def is_remote(path: str | os.PathLike[str]) -> bool:
     """Whether a path lies in an object store, where only whole files can be written."""
     return "://" in os.fspath(path)
-
-
-def read_json(path: str | os.PathLike[str]) -> Any:
-    """What a JSON file holds.
-
-    Raises:
-        ValueError: There is no such file, or it is not JSON; names the file.
-    """
-    path = epath.Path(path)
-    if not path.exists():
-        raise ValueError(f"{path}: no such file")
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None

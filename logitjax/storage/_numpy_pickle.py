@@ -1,19 +1,16 @@
 """Reading pickled dictionaries of numpy arrays without running what is inside.
 
-Flax checkpoints were often written with ``pickle.dump``. As in the reader of torch files, the few
-names that arrays need are stood in for, and every other is refused before it is called.
+Flax checkpoints were often written with ``pickle.dump``.
 """
 
-import collections
-import io
-import pickle
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from etils import epath
 
-from logitjax.storage._torch_checkpoint import DAMAGE, _bytes, _Dtype, _numpy_scalar
+from logitjax.storage import guard
+from logitjax.storage._pickles import ALLOWED, Dtype, Machine, StandIn, plain
 
 
 class _Array:
@@ -22,55 +19,44 @@ class _Array:
     def __init__(self, *unused: Any):
         self.value: np.ndarray | None = None
 
-    def __setstate__(self, state: Any) -> None:
+    def set_state(self, state: Any) -> None:
+        if not isinstance(state, tuple) or len(state) != 5:
+            raise ValueError("an array of an unknown form")
         _, shape, dtype, fortran, data = state
-        if not isinstance(dtype, _Dtype) or not isinstance(data, bytes):
-            raise pickle.UnpicklingError("an array that does not hold plain numbers")
+        if isinstance(data, str):
+            data = data.encode("latin1")  # as Python 2 wrote it
+        if not isinstance(dtype, Dtype) or not isinstance(data, bytes | bytearray):
+            raise ValueError("an array that does not hold plain numbers")
+        shape = guard.shape_of(shape, "an array's shape")
+        guard.fits(shape, dtype.dtype.itemsize, len(data), "an array")
         order = "F" if fortran else "C"
         self.value = np.frombuffer(data, dtype.dtype).reshape(shape, order=order)
 
 
-def _from_buffer(data: Any, dtype: Any, shape: Any, order: Any) -> "_Array":
+def _from_buffer(data: Any, dtype: Any, shape: Any, order: Any) -> _Array:
     """What protocol 5 calls for an array whose bytes lie in the pickle."""
     array = _Array()
-    array.__setstate__((1, tuple(shape), dtype, order == "F", bytes(data)))
+    array.set_state((1, shape, dtype, order == "F", data))
     return array
 
 
-_CLASS = object()  # what numpy.ndarray is here: a word in an argument list
-
-
-_ALLOWED: dict[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): collections.OrderedDict,
-    ("numpy", "ndarray"): _CLASS,
-    ("numpy", "dtype"): _Dtype,
-    ("_codecs", "encode"): _bytes,
+_ALLOWED: Mapping[tuple[str, str], Any] = {
+    **ALLOWED,
+    ("numpy", "ndarray"): object(),  # a word in an argument list
+    **{(f"numpy.{core}.multiarray", "_reconstruct"): StandIn(_Array) for core in ("core", "_core")},
     **{
-        (f"numpy.{core}.multiarray", name): stand_in
+        (f"numpy.{core}.numeric", "_frombuffer"): StandIn(_from_buffer)
         for core in ("core", "_core")
-        for name, stand_in in (("_reconstruct", _Array), ("scalar", _numpy_scalar))
     },
-    **{(f"numpy.{core}.numeric", "_frombuffer"): _from_buffer for core in ("core", "_core")},
 }
 
 
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not allowed")
-        return _ALLOWED[module, name]
-
-
-def _arrays(value: Any) -> Any:
-    if isinstance(value, _Array):
-        if value.value is None:
-            raise ValueError("an array without contents")
-        return value.value
-    if isinstance(value, Mapping):
-        return {key: _arrays(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_arrays(item) for item in value)
-    return value
+def _array(value: Any) -> Any:
+    if not isinstance(value, _Array):
+        return value
+    if value.value is None:
+        raise ValueError("an array without contents")
+    return value.value
 
 
 def read_numpy_pickle(path: epath.PathLike) -> Any:
@@ -86,9 +72,8 @@ def read_numpy_pickle(path: epath.PathLike) -> Any:
       ValueError: the pickle asks for anything else, or is damaged.
     """
     path = epath.Path(path)
-    try:
-        return _arrays(_Unpickler(io.BytesIO(path.read_bytes())).load())
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} is refused as a pickle of arrays: {error}") from None
-    except DAMAGE as error:
-        raise ValueError(f"{path} cannot be read as a pickle of arrays: {error}") from None
+    with guard.naming(path, "a pickle of arrays"):
+        guard.plain_file(path)
+        with path.open("rb") as file:
+            names = Machine(guard.Reader(file), lambda module, name: _ALLOWED.get((module, name)))
+            return plain(names.load(), _array)

@@ -4,12 +4,14 @@ The safetensors library maps whole files, and mapped pages count as host memory 
 dropped; reading just the rows a device needs keeps the peak at the model plus one buffer.
 """
 
-import json
 import math
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 from etils import epath
+
+from logitjax.storage import guard
 
 _DTYPES = {
     "F64": np.float64,
@@ -18,63 +20,81 @@ _DTYPES = {
     "BF16": ml_dtypes.bfloat16,
     "F8_E4M3": ml_dtypes.float8_e4m3fn,
     "F8_E5M2": ml_dtypes.float8_e5m2,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U64": np.uint64,
+    "U32": np.uint32,
+    "U16": np.uint16,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
 }
 
 
 class SafetensorsSource:
-    """The tensors of one directory: ``model.safetensors``, or the shards its index names."""
+    """The tensors of a file, or of a directory: ``model.safetensors``, or what its index names."""
 
-    def __init__(self, directory: epath.PathLike):
-        self.directory = epath.Path(directory)
+    def __init__(self, path: epath.PathLike):
+        self.path = epath.Path(path)
         self._tensors: dict[str, tuple[epath.Path, str, tuple[int, ...], int]] = {}
-        for path in self._files():
-            self._read_header(path)
+        for file in self._files() if self.path.is_dir() else [self.path]:
+            with guard.naming(file, "safetensors"):
+                self._read_header(file)
 
     def _files(self) -> list[epath.Path]:
-        index = self.directory / "model.safetensors.index.json"
+        index = self.path / "model.safetensors.index.json"
         if index.exists():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            files = [self.directory / name for name in names]
+            shards = guard.read_json(index, form=dict).get("weight_map")
+            if not isinstance(shards, dict) or not shards:
+                raise ValueError(f"{index}: weight_map: expected tensors and their files")
+            with guard.naming(index):
+                names = {name for name in shards.values() if isinstance(name, str)}
+                if len(names) < len(set(map(str, shards.values()))):
+                    raise ValueError("weight_map: expected files' names")
+                files = [guard.inside(self.path, name, "weight_map") for name in sorted(names)]
             missing = [f.name for f in files if not f.exists()]
             if missing:
                 raise ValueError(f"{index}: shard {missing[0]} is not there")
             return files
-        single = self.directory / "model.safetensors"
+        single = self.path / "model.safetensors"
         if single.exists():
             return [single]
-        files = sorted(self.directory.glob("*.safetensors"))
+        files = sorted(self.path.glob("*.safetensors"))
         if not files:
-            raise ValueError(f"{self.directory}: no .safetensors file there")
+            raise ValueError(f"{self.path}: no .safetensors file there")
         return files
 
     def _read_header(self, path: epath.Path) -> None:
-        size = path.stat().length
-        with path.open("rb") as file:
-            start = file.read(8)
-            length = int.from_bytes(start, "little")
-            if len(start) < 8 or 8 + length > size:
-                raise ValueError(f"{path}: truncated or not a safetensors file ({size} bytes)")
-            try:
-                header = json.loads(file.read(length))
-            except ValueError as error:
-                raise ValueError(f"{path}: unreadable safetensors header ({error})") from None
+        guard.plain_file(path)
+        with path.open("rb") as opened:
+            file = guard.Reader(opened)
+            length = int.from_bytes(file.read(8, "the header's length"), "little")
+            guard.whole(length, "header", most=guard.LIMITS.header_bytes // 2)
+            content = file.read(length, "the header")
+            size = file.left
+        try:
+            header = guard.parse_json(content)
+        except ValueError as error:
+            text = guard.one_line(error)
+            raise ValueError(f"{path}: unreadable safetensors header ({text})") from None
+        if not isinstance(header, dict):
+            raise ValueError(f"{path}: header: expected an object, got {type(header).__name__}")
         header.pop("__metadata__", None)
+        spans = []
         for name, entry in header.items():
-            begin, end = entry["data_offsets"]
-            if 8 + length + end > size:
+            dtype, shape, begin, end = _checked(name, entry)
+            if end > size:
                 raise ValueError(
                     f"{path}: truncated, tensor {name!r} ends at byte {8 + length + end} "
-                    f"but the file has {size}"
+                    f"but the file has {8 + length + size}"
                 )
-            if entry["dtype"] not in _DTYPES:
-                raise ValueError(f"{path}: tensor {name!r} has unsupported dtype {entry['dtype']}")
-            shape = tuple(entry["shape"])
-            itemsize = np.dtype(_DTYPES[entry["dtype"]]).itemsize
-            if end - begin != math.prod(shape) * itemsize:
-                raise ValueError(
-                    f"{path}: tensor {name!r} takes {end - begin} bytes, not its shape {shape}"
-                )
-            self._tensors[name] = (path, entry["dtype"], shape, 8 + length + begin)
+            guard.fits(shape, np.dtype(_DTYPES[dtype]).itemsize, end - begin, f"tensor {name!r}")
+            if name in self._tensors:
+                raise ValueError(f"{path}: tensor {name!r} is in {self._tensors[name][0]} too")
+            spans.append((begin, end, name))
+            self._tensors[name] = (path, dtype, shape, 8 + length + begin)
+        guard.apart(spans)
 
     def names(self) -> set[str]:
         return set(self._tensors)
@@ -87,16 +107,26 @@ class SafetensorsSource:
         path, dtype_name, shape, offset = self._tensors[name]
         dtype = np.dtype(_DTYPES[dtype_name])
         first, last, _ = rows.indices(shape[0]) if shape else (0, 1, 1)
-        stride = math.prod(shape[1:]) * dtype.itemsize
-        out = np.empty((last - first) * stride, np.uint8)
-        with path.open("rb") as file:
-            file.seek(offset + first * stride)
-            view, done = memoryview(out.data), 0
-            while done < len(view):
-                # Bounded pieces: some file systems hand back a copy of what was asked for.
-                piece = file.read(min(len(view) - done, 1 << 24))
-                if not piece:
-                    raise ValueError(f"{path}: truncated inside tensor {name!r}")
-                view[done : done + len(piece)] = piece
-                done += len(piece)
-        return out.view(dtype).reshape((last - first, *shape[1:]) if shape else ())
+        stride = math.prod(shape[1:])
+        with guard.naming(path, "safetensors"), path.open("rb") as opened:
+            file = guard.Reader(opened)
+            file.seek(offset + first * stride * dtype.itemsize)
+            out = file.array(dtype, max(0, last - first) * stride, f"tensor {name!r}")
+        return out.reshape((last - first, *shape[1:]) if shape else ())
+
+
+def _checked(name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
+    """Type, shape and span of a tensor as a header states them."""
+    field = f"tensor {name!r}"
+    if not isinstance(entry, dict):
+        raise ValueError(f"{field}: expected dtype, shape and data_offsets")
+    dtype, offsets = entry.get("dtype"), entry.get("data_offsets")
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise ValueError(f"{field} has unsupported dtype {str(dtype)[:40]}")
+    shape = guard.shape_of(entry.get("shape"), f"{field}: shape")
+    if not isinstance(offsets, list) or len(offsets) != 2:
+        raise ValueError(f"{field}: data_offsets: expected two numbers")
+    begin, end = (guard.whole(place, f"{field}: data_offsets") for place in offsets)
+    if begin > end:
+        raise ValueError(f"{field}: data_offsets: {begin} is behind {end}")
+    return dtype, shape, begin, end

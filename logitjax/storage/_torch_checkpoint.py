@@ -1,26 +1,22 @@
 """Reading torch checkpoints without torch, and without running what is inside.
 
-A ``.pth`` file is a pickle, and a pickle is a program: it may name any function of any module and
-call it. The reader here knows the few names a checkpoint of tensors needs, stands in for each of
-them itself, and refuses every other. Both forms are read: the zip archive that torch writes since
-1.6, and the bare sequence of pickles from before, in which the older distillation checkpoints lie.
+Both forms are read: the zip archive that torch writes since 1.6, and the bare sequence of pickles
+from before, in which the older distillation checkpoints lie. Storages are read into memory once,
+and a tensor that is all of its storage is that memory.
 """
 
-import collections
 import io
 import math
-import pickle
-import pickletools
-import zipfile
-import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 from etils import epath
 
-from logitjax.storage._require import require
+from logitjax.storage import guard
+from logitjax.storage._pickles import ALLOWED, Attributes, Machine, StandIn, plain
+from logitjax.storage._safetensors import SafetensorsSource
 
 _STORAGES = {
     "DoubleStorage": np.float64,
@@ -36,41 +32,26 @@ _STORAGES = {
 }
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
-# What pickle and zipfile raise over bytes that nobody meant.
-DAMAGE = (
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    EOFError,
-    OverflowError,
-    MemoryError,
-    RecursionError,
-    NotImplementedError,
-    RuntimeError,  # zipfile's, over a file that seems to be encrypted
-    zlib.error,
-)
+# Tensors that share a storage are copied out of it: this often, beyond the storages themselves.
+_SHARED = 4
 
 
-class _Attributes(dict):
-    """Stands in for plain objects that carry options, such as ``argparse.Namespace``."""
-
-    def __setstate__(self, state: Any) -> None:
-        self.update(state if isinstance(state, dict) else {})
-
-
-class _Script(dict):
+class _Script(Attributes):
     """Stands in for the modules of a TorchScript archive, whose classes are code in it."""
 
-    def __setstate__(self, state: Any) -> None:
-        self.update(state if isinstance(state, dict) else {})
+
+class _StorageType:
+    """Stands in for the class of a storage."""
+
+    def __init__(self, dtype: Any):
+        self.dtype = np.dtype(dtype)
 
 
 class _Storage:
     """Numbers a tensor looks into; those of a legacy file arrive after the tensors do."""
 
-    def __init__(self, dtype: Any, count: int):
-        self.dtype, self.count = np.dtype(dtype), count
+    def __init__(self, dtype: np.dtype, count: int):
+        self.dtype, self.count = dtype, count
         self.values: np.ndarray | None = None
 
 
@@ -80,25 +61,31 @@ class _Tensor:
     def __init__(self, storage: Any, offset: Any, size: Any, stride: Any, *unused: Any):
         del unused  # requires_grad, hooks, metadata
         if not isinstance(storage, _Storage):
-            raise pickle.UnpicklingError("a tensor without a storage")
-        self.storage, self.offset = storage, int(offset)
-        self.size = tuple(int(n) for n in size)
-        self.stride = tuple(int(n) for n in stride)
+            raise ValueError("a tensor without a storage")
+        self.storage = storage
+        self.offset = guard.whole(offset, "a tensor's offset")
+        self.size = guard.shape_of(size, "a tensor's size")
+        self.stride = guard.shape_of(stride, "a tensor's strides")
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return id(self.storage), self.offset, self.size, self.stride
 
     def array(self) -> np.ndarray:
         values = self.storage.values
         if values is None:
             raise ValueError("a tensor whose numbers are not in the file")
-        ends = [(n - 1) * s for n, s in zip(self.size, self.stride)]
-        wrong = len(self.size) != len(self.stride) or min((*self.size, *self.stride, 0)) < 0
         # Strided views are not checked by numpy: one beyond the storage would read foreign memory.
+        ends = [(n - 1) * s for n, s in zip(self.size, self.stride)]
+        wrong = len(self.size) != len(self.stride)
         empty = 0 in self.size
-        if wrong or self.offset < 0 or (not empty and self.offset + sum(ends) >= len(values)):
+        if wrong or (not empty and self.offset + sum(ends) >= len(values)):
             raise ValueError(
                 f"a tensor of shape {self.size} and strides {self.stride} reaches beyond its "
                 f"storage of {len(values)} numbers"
             )
         if empty:
+            guard.whole(math.prod(n for n in self.size if n), "an empty tensor's size")
             return np.zeros(self.size, values.dtype)
         if math.prod(self.size) > len(values):
             raise ValueError(
@@ -106,37 +93,11 @@ class _Tensor:
             )
         strides = tuple(s * values.itemsize for s in self.stride)
         view = np.lib.stride_tricks.as_strided(values[self.offset :], self.size, strides)
-        return np.array(view)
+        return view
 
 
 def _parameter(tensor: Any, *unused: Any) -> Any:
     return tensor
-
-
-def _size(values: Any = ()) -> tuple[Any, ...]:
-    return tuple(values)
-
-
-def _bytes(text: Any, encoding: Any = "latin1") -> bytes:
-    """Protocol 2 writes bytes as a call of ``codecs.encode``."""
-    if not isinstance(text, str) or encoding != "latin1":
-        raise pickle.UnpicklingError("bytes in an unknown encoding")
-    return text.encode("latin1")
-
-
-class _Dtype:
-    """Stands in for ``numpy.dtype``, whose own state could describe anything."""
-
-    def __init__(self, name: Any, *unused: Any):
-        self.dtype = np.dtype(str(name))
-        if self.dtype.kind not in "biufc":
-            raise pickle.UnpicklingError(f"a numpy type that is not plain numbers ({name})")
-
-    def __setstate__(self, state: Any) -> None:
-        # The state of numpy's plain types: a version, the order of bytes, and nothing of interest.
-        if not isinstance(state, tuple) or state[1] not in ("<", ">", "=", "|"):
-            raise pickle.UnpicklingError("a numpy type with a state that is not a plain number's")
-        self.dtype = self.dtype.newbyteorder(state[1])
 
 
 def _list(values: Any = ()) -> list[Any]:
@@ -144,100 +105,81 @@ def _list(values: Any = ()) -> list[Any]:
     return list(values)
 
 
-def _numpy_scalar(dtype: Any, data: Any = b"") -> Any:
-    if not isinstance(dtype, _Dtype) or not isinstance(data, bytes):
-        raise pickle.UnpicklingError("a numpy scalar that is not a plain number")
-    return np.frombuffer(data, dtype.dtype, count=1)[0]
+def _size(values: Any = ()) -> tuple[Any, ...]:
+    return tuple(values)
 
 
-_ALLOWED: dict[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): collections.OrderedDict,
-    ("torch._utils", "_rebuild_tensor_v2"): _Tensor,
-    ("torch._utils", "_rebuild_tensor"): _Tensor,
-    ("torch._utils", "_rebuild_parameter"): _parameter,
-    ("torch", "Size"): _size,
-    ("argparse", "Namespace"): _Attributes,
-    ("numpy.core.multiarray", "scalar"): _numpy_scalar,
-    ("numpy._core.multiarray", "scalar"): _numpy_scalar,
-    ("numpy", "dtype"): _Dtype,
-    ("_codecs", "encode"): _bytes,
-    **{("torch.jit._pickle", f"build_{kind}list"): _list for kind in ("int", "double", "bool")},
-    **{("torch", name): dtype for name, dtype in _STORAGES.items()},
+_ALLOWED: Mapping[tuple[str, str], Any] = {
+    **ALLOWED,
+    ("torch._utils", "_rebuild_tensor_v2"): StandIn(_Tensor),
+    ("torch._utils", "_rebuild_tensor"): StandIn(_Tensor),
+    ("torch._utils", "_rebuild_parameter"): StandIn(_parameter),
+    ("torch", "Size"): StandIn(_size),
+    ("argparse", "Namespace"): StandIn(lambda: Attributes()),
+    **{
+        ("torch.jit._pickle", f"build_{kind}list"): StandIn(_list)
+        for kind in ("int", "double", "bool", "tensor")
+    },
+    **{("torch", name): _StorageType(dtype) for name, dtype in _STORAGES.items()},
 }
+_MODULE = StandIn(lambda: _Script())
 
 
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: Any, storage: Callable[[tuple[Any, ...]], _Storage]):
-        super().__init__(file, encoding="utf-8")
-        self._storage = storage
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module.partition(".")[0] == "__torch__":
-            return _Script
-        if (module, name) not in _ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not allowed")
-        return _ALLOWED[module, name]
-
-    def persistent_load(self, pid: Any) -> _Storage:
-        if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage":
-            raise pickle.UnpicklingError("an unknown kind of reference")
-        return self._storage(pid)
+def _named(module: str, name: str) -> Any:
+    if module.partition(".")[0] == "__torch__":
+        return _MODULE
+    return _ALLOWED.get((module, name))
 
 
-def _load(file: Any, storage: Callable[[tuple[Any, ...]], _Storage]) -> Any:
-    """One pickle, looked through first: lengths and places that it names are allocated at once."""
-    begin = file.tell()
-    for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
-        if "PUT" in opcode.name and int(argument or 0) > count:
-            raise pickle.UnpicklingError(f"place {argument} of {count}")
-    file.seek(begin)
-    return _Unpickler(file, storage).load()
-
-
-def _new_storage(pid: tuple[Any, ...], known: dict[str, _Storage]) -> _Storage:
-    dtype, key, count = pid[1], str(pid[2]), int(pid[4])
-    if dtype not in _STORAGES.values():
-        raise pickle.UnpicklingError("a storage of unknown type")
+def _new_storage(pid: Any, known: dict[str, _Storage]) -> _Storage:
+    if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage":
+        raise ValueError("an unknown kind of reference")
+    kind, key, count = pid[1], str(pid[2])[:80], guard.whole(pid[4], "a storage's size")
+    if not isinstance(kind, _StorageType):
+        raise ValueError("a storage of unknown type")
     if key not in known:
-        known[key] = _Storage(dtype, count)
+        known[key] = _Storage(kind.dtype, count)
     return known[key]
 
 
 def _read_zip(file: Any) -> Any:
-    archive = zipfile.ZipFile(file)
-    pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+    archive = guard.open_zip(file)
+    members = {member.filename: member for member in archive.infolist()}
+    pickles = [name for name in members if name.endswith("/data.pkl")]
     if len(pickles) != 1:
         raise ValueError("it is a zip archive without one data.pkl")
     root = pickles[0].removesuffix("data.pkl")
     order = "<"
-    if f"{root}byteorder" in archive.namelist():
-        orders = {b"little": "<", b"big": ">"}
-        order = orders.get(archive.read(f"{root}byteorder"), "")
+    if f"{root}byteorder" in members:
+        guard.whole(members[f"{root}byteorder"].file_size, f"{root}byteorder", most=16)
+        order = {b"little": "<", b"big": ">"}.get(archive.read(f"{root}byteorder"), "")
         if not order:
             raise ValueError("it names an unknown order of bytes")
     known: dict[str, _Storage] = {}
 
-    def storage(pid: tuple[Any, ...]) -> _Storage:
+    def storage(pid: Any) -> _Storage:
         found = _new_storage(pid, known)
         if found.values is None:
             name = f"{root}data/{pid[2]}"
-            if name not in archive.namelist():
+            if name not in members:
                 raise ValueError(f"{name} is missing from it")
-            if archive.getinfo(name).file_size != found.count * found.dtype.itemsize:
+            if members[name].file_size != found.count * found.dtype.itemsize:
                 raise ValueError(f"{name} does not hold {found.count} numbers")
-            values = np.frombuffer(archive.read(name), np.uint8).view(found.dtype)
+            values = guard.member_array(archive, members[name], found.dtype)
             # Extension types such as bfloat16 know no byte order of their own.
-            found.values = values if order == "<" else values.byteswap()
+            found.values = values if order == "<" else values.byteswap(inplace=True)
         return found
 
-    return _load(io.BytesIO(archive.read(pickles[0])), storage)
+    guard.whole(members[pickles[0]].file_size, pickles[0], most=guard.LIMITS.pickle_bytes)
+    data = archive.read(pickles[0])
+    return Machine(guard.Reader(io.BytesIO(data)), _named, storage).load()
 
 
-def _read_legacy(file: Any) -> Any:
+def _read_legacy(file: guard.Reader) -> Any:
     known: dict[str, _Storage] = {}
 
     def load() -> Any:
-        return _load(file, lambda pid: _new_storage(pid, known))
+        return Machine(file, _named, lambda pid: _new_storage(pid, known)).load()
 
     if load() != _LEGACY_MAGIC or load() != _LEGACY_PROTOCOL:
         raise ValueError("it is neither a zip archive nor a torch checkpoint of the older form")
@@ -245,30 +187,49 @@ def _read_legacy(file: Any) -> Any:
     if not isinstance(machine, dict) or machine.get("little_endian") is not True:
         raise ValueError("it does not say that it was written on a little-endian machine")
     result = load()
-    for key in load():
-        if str(key) not in known:
-            raise ValueError(f"it holds an unknown storage {key!r}")
-        storage = known[str(key)]
-        count = int.from_bytes(file.read(8), "little")
-        data = file.read(storage.count * storage.dtype.itemsize)
-        if count != storage.count or len(data) != storage.count * storage.dtype.itemsize:
-            raise ValueError(f"storage {key!r} is truncated")
-        storage.values = np.frombuffer(data, np.uint8).view(storage.dtype)
-    if file.read(1):
+    keys = load()
+    if not isinstance(keys, list):
+        raise ValueError("it does not list its storages")
+    for key in keys:
+        if not isinstance(key, str) or key not in known:
+            raise ValueError(f"it holds an unknown storage {str(key)[:40]!r}")
+        storage, field = known[key], f"storage {key!r}"
+        if storage.values is not None:
+            raise ValueError(f"{field} is there twice")
+        if int.from_bytes(file.read(8, field), "little") != storage.count:
+            raise ValueError(f"{field} is truncated")
+        storage.values = file.array(storage.dtype, storage.count, field)
+    if file.left:
         raise ValueError("it goes on after its last storage")
     return result
 
 
-def _arrays(value: Any) -> Any:
-    if isinstance(value, _Tensor):
-        return value.array()
-    if isinstance(value, _Script):
-        return _Script({key: _arrays(item) for key, item in value.items()})
-    if isinstance(value, Mapping):
-        return {key: _arrays(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_arrays(item) for item in value)
-    return value
+def _arrays(content: Any) -> Any:
+    """Tensors as arrays, the same one for a tensor that comes twice."""
+    made: dict[Any, np.ndarray] = {}
+    owners: set[int] = set()
+    storages: dict[int, int] = {}
+    copied = 0
+
+    def leaf(value: Any) -> Any:
+        nonlocal copied
+        if not isinstance(value, _Tensor):
+            return value
+        if value.key not in made:
+            view = value.array()
+            # The first that fills its storage is that memory; what shares it is a copy.
+            first = view.size == value.storage.count and id(value.storage) not in owners
+            storages[id(value.storage)] = value.storage.count * view.itemsize
+            owners.add(id(value.storage))
+            if not first:
+                copied += view.nbytes
+                most = guard.LIMITS.free_expansion + _SHARED * sum(storages.values())
+                if copied > most:
+                    raise ValueError(f"tensors repeat their storages more than {most} bytes long")
+            made[value.key] = view if first else np.array(view)
+        return made[value.key]
+
+    return plain(content, leaf)
 
 
 def read_torch_checkpoint(path: epath.PathLike) -> Any:
@@ -289,16 +250,12 @@ def read_torch_checkpoint(path: epath.PathLike) -> Any:
       ValueError: the file asks for something outside the allow-list, or is damaged.
     """
     path = epath.Path(path)
-    with path.open("rb") as opened:
-        # The legacy reader takes pickles one after another, and pickle reads ahead otherwise.
-        file = io.BytesIO(opened.read())
-    try:
-        content = _read_zip(file) if file.getvalue()[:2] == b"PK" else _read_legacy(file)
-        return _arrays(content)
-    except DAMAGE as error:
-        raise ValueError(f"{path} cannot be read as a torch checkpoint: {error}") from None
-    except (pickle.UnpicklingError, zipfile.BadZipFile, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is refused as a torch checkpoint: {error}") from None
+    with guard.naming(path, "a torch checkpoint"):
+        guard.plain_file(path)
+        with path.open("rb") as file:
+            zipped = file.read(2) == b"PK"
+            file.seek(0)
+            return _arrays(_read_zip(file) if zipped else _read_legacy(guard.Reader(file)))
 
 
 def _flat(module: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -326,9 +283,8 @@ def read_state_dict(path: epath.PathLike) -> dict[str, np.ndarray]:
       ValueError: the file is damaged, refused, or holds no named arrays.
     """
     if str(path).endswith(".safetensors"):
-        found: Any = require("safetensors.numpy", extra="models").load(
-            epath.Path(path).read_bytes()
-        )
+        source = SafetensorsSource(path)
+        found: Any = {name: source.read(name) for name in source.names()}
     else:
         found = read_torch_checkpoint(path)
     if isinstance(found, _Script):

@@ -1,9 +1,11 @@
 """Readers of weights in the formats people have, none of which runs code from the file.
 
 `SafetensorsSource` reads rows of tensors, `read_state_dict` PyTorch's checkpoints and scripts,
-`read_numpy_pickle` pickles of NumPy arrays.
+`read_numpy_pickle` pickles of NumPy arrays, `read_npy` and `read_npz` NumPy's own files.
 """
 
+from logitjax.storage._numpy_files import read_npy as read_npy
+from logitjax.storage._numpy_files import read_npz as read_npz
 from logitjax.storage._numpy_pickle import read_numpy_pickle as read_numpy_pickle
 from logitjax.storage._safetensors import SafetensorsSource as SafetensorsSource
 from logitjax.storage._torch_checkpoint import read_state_dict as read_state_dict

@@ -1,6 +1,5 @@
 """CLIP's byte-pair encoding."""
 
-import gzip
 import html
 from collections.abc import Sequence
 
@@ -9,7 +8,7 @@ from etils import epath
 from jaxtyping import Int
 
 from logitjax.models import Tokenizer, load_tokenizer
-from logitjax.storage import package_file, read_json, require
+from logitjax.storage import guard, package_file, read_json, require
 
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -86,8 +85,10 @@ def load_clip_tokenizer(path: epath.PathLike, context_length: int = 77) -> CLIPT
 
 
 def _from_merges(path: epath.Path, vocab: dict[str, int] | None) -> Tokenizer:
-    content = path.read_bytes()
-    text = (gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content).decode()
+    content = guard.read_bytes(path, most=guard.LIMITS.json_bytes)
+    with guard.naming(path, "merges"):
+        zipped = content[:2] == b"\x1f\x8b"
+        text = (guard.gunzip(content, "merges") if zipped else content).decode()
     lines = text.split("\n")[1 : _MERGES + 1]  # the first names the version
     merges = [(pair[0], pair[1]) for pair in map(str.split, lines) if len(pair) == 2]
     if vocab is None:

@@ -16,7 +16,8 @@ from jax.sharding import Mesh
 from logitjax import processes
 from logitjax.losses import Head
 from logitjax.ops import Array
-from logitjax.storage import require, write_atomic
+from logitjax.storage import guard, read_json, require, write_atomic
+from logitjax.storage.weights import SafetensorsSource
 from logitjax.vq._assignment import (
     PerplexityFloor,
     VQFit,
@@ -267,14 +268,19 @@ def load_head(directory: str | os.PathLike[str], *, dtype: Any = jnp.float32) ->
 
     Raises:
       FileNotFoundError: there is no head in the directory.
+      ValueError: it is damaged; names the file.
     """
     root = epath.Path(directory)
     if not (root / "head.json").exists():
         raise FileNotFoundError(f"no head in {root} (it has no head.json)")
-    record = json.loads((root / "head.json").read_text())
-    tensors = require("safetensors.numpy", extra="models").load(
-        (root / "head.safetensors").read_bytes()
-    )
+    record = read_json(root / "head.json", form=dict)
+    source = SafetensorsSource(root / "head.safetensors")
+    tensors = {name: source.read(name) for name in source.names()}
+    with guard.naming(root, "a head"):
+        return _head_of(record, tensors, dtype)
+
+
+def _head_of(record: Mapping[str, Any], tensors: Mapping[str, np.ndarray], dtype: Any) -> VQHead:
     kind = {"VQHead": VQHead, "ShortlistHead": ShortlistHead}[record["kind"]]
     options = dict(record["options"])
     if "rows" in tensors:

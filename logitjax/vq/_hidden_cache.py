@@ -17,6 +17,7 @@ from jaxtyping import Float
 from logitjax.losses import Head
 from logitjax.ops import Array
 from logitjax.storage import Manifest, RowCache, digest, write_atomic
+from logitjax.storage.weights import read_npy, read_npz
 from logitjax.vq._targets import HeadTargets, head_targets
 
 _KIND = "hidden states"
@@ -180,7 +181,10 @@ class HiddenCache:
         """A finished cache, for those who no longer have the model that it was made with."""
         root = epath.Path(directory)
         Manifest(root, _KIND).read()
-        return cls(hidden=_opened(root / "hidden.npy"), labels=_opened(root / "labels.npy"))
+        return cls(
+            hidden=read_npy(root / "hidden.npy", mapped=True),
+            labels=read_npy(root / "labels.npy", mapped=True),
+        )
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -217,8 +221,7 @@ class HiddenCache:
         manifest = Manifest(root, _TARGETS)
         if manifest.exists():
             manifest.check(made_from)
-            with (root / "targets.npz").open("rb") as file, np.load(file) as held:
-                arrays: dict[str, Any] = {name: held[name] for name in held.files}
+            arrays: dict[str, Any] = dict(read_npz(root / "targets.npz"))
             arrays["entropy"] = float(arrays["entropy"])
             return HeadTargets(**arrays)
         targets = head_targets(
@@ -292,11 +295,3 @@ class _Codec:
 def _without_head(state: Any) -> Any:
     """The parameters that hidden states depend on."""
     return {name: part for name, part in nnx.to_pure_dict(state).items() if name != "head"}
-
-
-def _opened(path: epath.Path) -> np.ndarray:
-    """Memory-mapped where the file system allows it; an object store is read whole."""
-    if "://" in os.fspath(path):
-        with path.open("rb") as file:
-            return np.load(file)
-    return np.load(os.fspath(path), mmap_mode="r")

@@ -139,5 +139,5 @@ def test_truncated_file_is_named(tmp_path):
     # In the last tensor, in the middle, and in the header.
     for size in (len(data) - 40, len(data) // 2, 40):
         (tmp_path / "cut.gguf").write_bytes(data[:size])
-        with pytest.raises(ValueError, match=r"cut\.gguf: truncated or damaged"):
+        with pytest.raises(ValueError, match=r"cut\.gguf: .*truncated"):
             load_model(str(tmp_path / "cut.gguf"))

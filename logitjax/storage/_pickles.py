@@ -1,0 +1,290 @@
+"""Pickles taken as data: a small machine that follows their steps and calls nothing of theirs.
+
+A pickle is a program: it may name any function of any module and call it, and a kilobyte of it can
+ask for more steps, or more memory, than there are. This machine knows the steps that values and
+tensors need. What a pickle calls is a stand-in from the reader's table, whatever it is named.
+"""
+
+import collections
+import pickletools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from logitjax.storage import guard
+
+_VALUES = {
+    "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "STRING",
+    "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "SHORT_BINBYTES", "BINBYTES",
+    "BINBYTES8", "BYTEARRAY8",
+}  # fmt: skip
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+_EMPTY = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_TUPLE": tuple, "EMPTY_SET": set}
+_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_PLAIN = (str, int, float, bytes, bool, type(None))
+
+
+class StandIn:
+    """What the machine may call in place of what a pickle names.
+
+    Args:
+        call: Makes the value, from the arguments.
+    """
+
+    def __init__(self, call: Callable[..., Any]):
+        self.call = call
+
+
+class Machine:
+    """Follows one pickle.
+
+    Args:
+        file: Where it lies; left behind its last step.
+        names: What stands in for a name `(module, name)`; None for a name that is not allowed.
+        reference: What a persistent reference of torch's means.
+    """
+
+    def __init__(
+        self,
+        file: guard.Reader,
+        names: Callable[[str, str], Any],
+        reference: Callable[[Any], Any] | None = None,
+    ):
+        self._file, self._names, self._reference = file, names, reference
+        self._stack: list[Any] = []
+        self._marks: list[list[Any]] = []
+        self._memo: dict[int, Any] = {}
+        self._copied = 0
+
+    def load(self) -> Any:
+        """What the pickle says.
+
+        Raises:
+            ValueError: It asks for something that is not allowed, for too much, or is damaged.
+        """
+        steps = pickletools.genops(self._file)
+        for count, (opcode, argument, _) in enumerate(steps):
+            if count > guard.LIMITS.opcodes:
+                raise ValueError(f"expected at most {guard.LIMITS.opcodes} steps")
+            try:
+                self._step(opcode.name, argument)
+            except (IndexError, TypeError, AttributeError) as error:
+                what = f"step {count}, {opcode.name}"
+                raise ValueError(f"{what}: {guard.one_line(error)}") from None
+        if len(self._stack) != 1 or self._marks:
+            raise ValueError("a pickle that ends with more than one value")
+        return self._stack[0]
+
+    def _copy(self, values: Any) -> Any:
+        # A list that is remembered can be copied a thousand times by a few bytes each.
+        self._copied += len(values)
+        if self._copied > guard.LIMITS.elements:
+            raise ValueError(f"copies more than {guard.LIMITS.elements} values")
+        return values
+
+    def _marked(self) -> list[Any]:
+        values, self._stack = self._stack, self._marks.pop()
+        return values
+
+    def _step(self, name: str, argument: Any) -> None:
+        stack = self._stack
+        if name in _VALUES:
+            stack.append(argument)
+        elif name in _CONSTANTS:
+            stack.append(_CONSTANTS[name])
+        elif name in _EMPTY:
+            stack.append(_EMPTY[name]())
+        elif name in ("BINGET", "LONG_BINGET", "GET"):
+            if argument not in self._memo:
+                raise ValueError(f"place {argument} is empty")
+            stack.append(self._memo[argument])
+        elif name in ("BINPUT", "LONG_BINPUT", "PUT"):
+            self._memo[argument] = stack[-1]
+        elif name == "MEMOIZE":
+            self._memo[len(self._memo)] = stack[-1]
+        elif name in ("SHORT_BINSTRING", "BINSTRING"):
+            # Texts of Python 2, which pickletools takes for Latin-1.
+            stack.append(argument.encode("latin1").decode("utf-8", "surrogateescape"))
+        elif name == "MARK":
+            self._marks.append(stack)
+            self._stack = []
+        elif name in ("PROTO", "FRAME", "STOP"):
+            pass
+        elif name == "POP":
+            del stack[-1]
+        elif name == "POP_MARK":
+            self._marked()
+        elif name == "DUP":
+            stack.append(stack[-1])
+        elif name in _TUPLES:
+            self._stack[-_TUPLES[name] :] = [tuple(stack[-_TUPLES[name] :])]
+        else:
+            self._build(name, argument)
+
+    def _build(self, name: str, argument: Any) -> None:
+        if name in ("TUPLE", "LIST", "DICT", "FROZENSET"):
+            values = self._marked()
+            made: Any = tuple(values) if name == "TUPLE" else values
+            if name == "FROZENSET":
+                made = frozenset(map(_key, values))
+            elif name == "DICT":
+                made = dict(_pairs(values))
+            self._stack.append(made)
+        elif name in ("APPENDS", "APPEND", "ADDITEMS"):
+            values = [self._stack.pop()] if name == "APPEND" else self._marked()
+            target = self._stack[-1]
+            if name == "ADDITEMS" and type(target) is set:
+                target.update(map(_key, values))
+            elif name != "ADDITEMS" and type(target) is list:
+                target.extend(values)
+            else:
+                raise ValueError(f"{name} to a {type(target).__name__}")
+        elif name in ("SETITEMS", "SETITEM"):
+            if name == "SETITEM":
+                values = self._stack[-2:]
+                del self._stack[-2:]
+            else:
+                values = self._marked()
+            if not isinstance(self._stack[-1], dict):
+                raise ValueError(f"{name} to a {type(self._stack[-1]).__name__}")
+            self._stack[-1].update(_pairs(values))
+        elif name in ("GLOBAL", "STACK_GLOBAL"):
+            self._name(argument)
+        elif name in ("REDUCE", "NEWOBJ"):
+            arguments = self._stack.pop()
+            called = self._stack[-1]
+            if not isinstance(called, StandIn) or type(arguments) is not tuple:
+                raise ValueError(f"it calls a {type(called).__name__}")
+            for value in arguments:
+                if isinstance(value, list | tuple | dict | str | bytes):
+                    self._copy(value)
+            self._stack[-1] = called.call(*arguments)
+        elif name == "BUILD":
+            state = self._stack.pop()
+            self._set_state(self._stack[-1], state)
+        elif name == "BINPERSID" and self._reference is not None:
+            self._stack[-1] = self._reference(self._stack[-1])
+        else:
+            raise ValueError(f"step {name} is not allowed")
+
+    def _name(self, argument: Any) -> None:
+        if argument is None:
+            name, module = self._stack.pop(), self._stack.pop()
+        else:
+            module, _, name = argument.partition(" ")
+        found = self._names(str(module), str(name))
+        if found is None:
+            raise ValueError(
+                f"it asks for {str(module)[:60]}.{str(name)[:60]}, which is not allowed"
+            )
+        self._stack.append(found)
+
+    def _set_state(self, target: Any, state: Any) -> None:
+        if isinstance(target, collections.OrderedDict):
+            return  # attributes such as `_metadata`, which nothing reads
+        if not hasattr(type(target), "set_state"):
+            raise ValueError(f"it sets the state of a {type(target).__name__}")
+        if isinstance(state, dict | list):
+            self._copy(state)
+        target.set_state(state)
+
+
+def _key(value: Any) -> Any:
+    # Tuples of tuples that repeat each other take for ever to be hashed.
+    flat = value if type(value) is tuple and len(value) <= 32 else (value,)
+    if not all(isinstance(part, _PLAIN) for part in flat):
+        raise ValueError(f"a key that is a {type(value).__name__}")
+    return value
+
+
+def _pairs(values: list[Any]) -> Iterable[tuple[Any, Any]]:
+    if len(values) % 2:
+        raise ValueError("a key without a value")
+    return ((_key(values[i]), values[i + 1]) for i in range(0, len(values), 2))
+
+
+class Attributes(dict):
+    """Stands in for plain objects that carry options, such as ``argparse.Namespace``."""
+
+    def set_state(self, state: Any) -> None:
+        self.update(state if isinstance(state, dict) else {})
+
+
+class Dtype:
+    """Stands in for ``numpy.dtype``, whose own state could describe anything."""
+
+    def __init__(self, name: Any, *unused: Any):
+        if not isinstance(name, str) or len(name) > 8:
+            raise ValueError("a numpy type that is not plain numbers")
+        self.dtype = np.dtype(name)
+        if self.dtype.kind not in "biufc":
+            raise ValueError(f"a numpy type that is not plain numbers ({name})")
+
+    def set_state(self, state: Any) -> None:
+        # The state of numpy's plain types: a version, the order of bytes, and nothing of interest.
+        orders = ("<", ">", "=", "|")
+        if not isinstance(state, tuple) or len(state) < 2 or state[1] not in orders:
+            raise ValueError("a numpy type with a state that is not a plain number's")
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+def ordered(entries: Any = ()) -> collections.OrderedDict:
+    """An ordered dictionary, of which Python 2 wrote the entries as a list of pairs."""
+    pairs = [part for pair in entries for part in pair]
+    return collections.OrderedDict(_pairs(pairs))
+
+
+def latin_bytes(text: Any = "", encoding: Any = "latin1") -> bytes:
+    """Protocol 2 writes bytes as a call of ``codecs.encode``."""
+    if not isinstance(text, str) or encoding != "latin1":
+        raise ValueError("bytes in an unknown encoding")
+    return text.encode("latin1")
+
+
+def number(dtype: Any, data: Any = b"") -> Any:
+    """A numpy scalar."""
+    if isinstance(data, str):
+        data = data.encode("latin1")
+    if not isinstance(dtype, Dtype) or not isinstance(data, bytes):
+        raise ValueError("a numpy scalar that is not a plain number")
+    if len(data) != dtype.dtype.itemsize:
+        raise ValueError("a numpy scalar of another size")
+    return np.frombuffer(data, dtype.dtype, count=1)[0]
+
+
+ALLOWED: Mapping[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): StandIn(ordered),
+    ("numpy", "dtype"): StandIn(Dtype),
+    ("_codecs", "encode"): StandIn(latin_bytes),
+    ("numpy.core.multiarray", "scalar"): StandIn(number),
+    ("numpy._core.multiarray", "scalar"): StandIn(number),
+}
+
+
+def plain(value: Any, arrays: Callable[[Any], Any]) -> Any:
+    """Dictionaries, lists and tuples with `arrays(leaf)` for each leaf.
+
+    What a pickle repeats stays one object: lists of a list of a list, each twice, would otherwise
+    become more than any memory holds.
+    """
+    known: dict[int, Any] = {}
+
+    def visit(value: Any) -> Any:
+        if not isinstance(value, list | tuple | dict):
+            return arrays(value)
+        if id(value) in known:
+            if known[id(value)] is known:
+                raise ValueError("a list that contains itself")
+            return known[id(value)]
+        known[id(value)] = known  # until it is done
+        if isinstance(value, dict):
+            # Classes of their own tell TorchScript's modules from tables.
+            kind = type(value) if isinstance(value, Attributes) else dict
+            made: Any = kind((key, visit(item)) for key, item in value.items())
+        else:
+            made = type(value)([visit(item) for item in value])
+        known[id(value)] = made
+        return made
+
+    return visit(value)
