@@ -4,10 +4,10 @@
     logitjax serve --model=DIR --expert=runs/expert --base=runs/base --fusion=dynamic
     logitjax serve --model=smollm2 --api_key=secret --top_logprobs=5 --bias=sampling --decimals=2
 
-It answers `/v1/completions`, `/v1/chat/completions`, `/v1/models`, `/health` and `/openapi.json`;
-any OpenAI client works with `base_url=http://127.0.0.1:8000/v1`. Requests share the slots of one
-decoding engine and come and go independently. Where too many wait, others get 429 with
-`Retry-After`. It listens on loopback unless `--host` says otherwise.
+It answers `/v1/completions`, `/v1/chat/completions`, `/v1/models`, `/health`, `/metrics` (for
+Prometheus) and `/openapi.json`; any OpenAI client works with `base_url=http://127.0.0.1:8000/v1`.
+Requests share the slots of one decoding engine and come and go independently. Where too many wait,
+others get 429 with `Retry-After`. It listens on loopback unless `--host` says otherwise.
 
 What reported log-probabilities give away is set by the flags of the policy: `--top_logprobs`,
 `--sampled`, `--bias` (none, sampling, reported), `--decimals`, `--noise`, `--floor`, `--soft_cap`.
@@ -38,6 +38,12 @@ class Config:
     host: str = field("127.0.0.1", "Address to listen on.")
     port: int = field(8000, "Port to listen on; 0 takes a free one.", minimum=0)
     api_key: str | None = field(None, "Key that clients have to show; without it anybody may ask.")
+    api_keys: str | None = field(
+        None, "File of keys, a JSON object a line: name, secret and what each may spend."
+    )
+    allow_origin: tuple[str, ...] = field(
+        (), "Origin whose pages may ask from a browser; * for all."
+    )
     slots: int = field(8, "Number of requests decoded together.", minimum=1)
     max_waiting: int = field(64, "Number of requests that may wait for a slot.", minimum=0)
     max_length: int = field(1024, "Most tokens of a request, prompt included.", minimum=2)
@@ -72,6 +78,11 @@ def run(config: Config) -> None:
         floor=config.floor,
         soft_cap=config.soft_cap,
     )
+    if config.api_key is not None and config.api_keys is not None:
+        raise ValueError("api_key, api_keys: expected one of them, got both")
+    keys = (serving.Key(secret=config.api_key),)
+    if config.api_keys is not None:
+        keys = serving.read_keys(config.api_keys)
     # Before models are loaded: it says which settings contradict each other.
     server = serving.ServerConfig(
         model=config.served_name or config.model,
@@ -82,7 +93,8 @@ def run(config: Config) -> None:
         max_length=config.max_length,
         max_tokens=config.max_tokens,
         max_body_bytes=config.max_body_bytes,
-        keys=(serving.Key(secret=config.api_key),),
+        keys=keys,
+        allow_origins=config.allow_origin,
     )
     ensemble, tokenizer, ends = decoding.load_ensemble(
         config.model, config.expert, config.base, strategy(config.fusion), dtype=config.dtype

@@ -1,14 +1,16 @@
 """A server with OpenAI's completion API over a decoder or an ensemble of them.
 
 `build_app` makes an ASGI application of a model; `ServerConfig` says what it takes and what its
-policy lets out, `Key` whom it answers. It needs the extra `serve`.
+policy lets out, `Key` whom it answers (`read_keys` has them from a file). It needs the extra
+`serve`.
 """
 
 from logitjax import storage
 
-for _package in ("pydantic", "starlette"):
+for _package in ("pydantic", "starlette", "prometheus_client", "llguidance"):
     storage.require(_package, extra="serve")
 
 from logitjax.serving._app import build_app as build_app  # noqa: E402
 from logitjax.serving._config import ServerConfig as ServerConfig  # noqa: E402
 from logitjax.serving._keys import Key as Key  # noqa: E402
+from logitjax.serving._keys import read_keys as read_keys  # noqa: E402

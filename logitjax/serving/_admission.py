@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from logitjax.decoding import Request, Sampling
-from logitjax.serving._errors import ApiError, BadRequestError
+from logitjax.serving._config import check_model
+from logitjax.serving._errors import BadRequestError
 from logitjax.serving._scheduler import Job
 from logitjax.serving._schema import CompletionRequest
 from logitjax.serving._service import Service
@@ -18,13 +19,7 @@ def make_jobs(service: Service, asked: CompletionRequest) -> list[tuple[Job, Seq
     Raises:
         ApiError: The request asks for what this model has not.
     """
-    if asked.model not in (None, "", service.config.model):
-        raise ApiError(
-            404,
-            f"the model is {service.config.model!r}, not {asked.model[:60]!r}",
-            param="model",
-            code="model_not_found",
-        )
+    check_model(service.config, asked.model)
     wrong = [i for i in asked.logit_bias if i >= service.vocab_size]
     if wrong:
         raise BadRequestError(f"logit_bias: there is no token {wrong[0]}", "logit_bias")

@@ -33,6 +33,7 @@ class Answer:
         self._asked = asked
         self._stream = TextStream(service.tokenizer, asked.stop)
         self._offset = 0
+        self._begun = time.monotonic()
 
     async def pieces(self) -> AsyncIterator[tuple[str, list[Token]]]:
         """Text that has become certain, and the tokens that came with it."""
@@ -41,6 +42,9 @@ class Answer:
             if isinstance(item, ApiError):
                 self.finish = "error"
                 raise item
+            if not self.tokens:
+                self._service.metrics.first_token.observe(time.monotonic() - self._begun)
+            self._service.metrics.new_tokens.inc()
             self.tokens.append(item)
             # The end-of-text token ends the answer and is no part of its text.
             text = "" if item.stopped else self._stream.push([item.id])

@@ -6,17 +6,20 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.routing import Route
 
 from logitjax.decoding import Ensemble
 from logitjax.models import Tokenizer
-from logitjax.serving import _schema as schema
 from logitjax.serving._completions import completions
-from logitjax.serving._config import ServerConfig
+from logitjax.serving._config import ServerConfig, check_model
 from logitjax.serving._errors import ApiError, json_response
 from logitjax.serving._keys import find_key
+from logitjax.serving._observed import Metrics, Observed
+from logitjax.serving._openapi import openapi
 from logitjax.serving._policy import Disclosure
 from logitjax.serving._scheduler import Scheduler
 from logitjax.serving._service import Service
@@ -44,6 +47,7 @@ def build_app(
         end_ids=end_ids,
         max_waiting=config.max_waiting,
     )
+    metrics = Metrics(lambda: scheduler.load)
     service = Service(
         scheduler=scheduler,
         tokenizer=tokenizer,
@@ -51,6 +55,7 @@ def build_app(
         end_ids=tuple(end_ids),
         config=config,
         disclosure=disclosure,
+        metrics=metrics,
     )
 
     @contextlib.asynccontextmanager
@@ -63,11 +68,25 @@ def build_app(
         Route("/v1/completions", completions(service, chat=False), methods=["POST"]),
         Route("/v1/chat/completions", completions(service, chat=True), methods=["POST"]),
         Route("/v1/models", _models(service), methods=["GET"]),
+        Route("/v1/models/{name:path}", _models(service), methods=["GET"]),
         Route("/health", _health(service), methods=["GET"]),
+        Route("/metrics", metrics.endpoint, methods=["GET"]),
         Route("/openapi.json", _description(service), methods=["GET"]),
     ]
+    paths = frozenset(route.path for route in routes)
+    middleware = [Middleware(Observed, metrics=metrics, paths=paths)]
+    if config.allow_origins:
+        cors: dict[str, Any] = {
+            "allow_origins": config.allow_origins,
+            "allow_methods": ["GET", "POST"],
+            "allow_headers": ["*"],
+            "expose_headers": ["x-request-id", "retry-after"],
+        }
+        middleware.append(Middleware(CORSMiddleware, **cors))
     handlers: Any = {HTTPException: _http_error, ApiError: _api_error}
-    return Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
+    return Starlette(
+        routes=routes, lifespan=lifespan, exception_handlers=handlers, middleware=middleware
+    )
 
 
 async def _http_error(_: HttpRequest, error: Any) -> Response:
@@ -87,7 +106,11 @@ def _models(service: Service) -> Any:
             "created": 0,
             "owned_by": "logitjax",
         }
-        return json_response({"object": "list", "data": [entry]})
+        asked = request.path_params.get("name")
+        if asked is None:
+            return json_response({"object": "list", "data": [entry]})
+        check_model(service.config, asked)
+        return json_response(entry)
 
     return endpoint
 
@@ -104,6 +127,6 @@ def _health(service: Service) -> Any:
 
 def _description(service: Service) -> Any:
     async def endpoint(_: HttpRequest) -> Response:
-        return json_response(schema.openapi(service.limits))
+        return json_response(openapi(service.limits))
 
     return endpoint

@@ -29,6 +29,7 @@ def completions(service: Service, *, chat: bool) -> Any:
             asked = schema.parse(body, service.limits, chat=chat)
             jobs = make_jobs(service, asked)
             service.scheduler.submit([job for job, _ in jobs])
+            service.metrics.prompt_tokens.inc(sum(len(prompt) for _, prompt in jobs))
         except ApiError as error:
             return error.response()
         except ClientDisconnect:

@@ -3,6 +3,7 @@
 import dataclasses
 
 from logitjax import leakage
+from logitjax.serving._errors import ApiError
 from logitjax.serving._keys import Key
 from logitjax.serving._policy import Disclosure
 from logitjax.serving._schema import ServerLimits
@@ -22,6 +23,7 @@ class ServerConfig:
         max_tokens: Most new tokens of a request.
         max_body_bytes: Most bytes of a request.
         keys: Whom it answers, and what each may spend.
+        allow_origins: Origins whose pages may ask from a browser; `*` for all.
 
     Raises:
         ValueError: The policy is none that a server can keep.
@@ -36,6 +38,7 @@ class ServerConfig:
     max_tokens: int = 256
     max_body_bytes: int = 1 << 20
     keys: tuple[Key, ...] = (Key(),)
+    allow_origins: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         # Says which parts of the policy a server cannot keep.
@@ -51,4 +54,19 @@ class ServerConfig:
             bias_limit=self.policy.bias_limit,
             max_body_bytes=self.max_body_bytes,
             logit_bias=self.policy.bias != "none",
+        )
+
+
+def check_model(config: ServerConfig, name: str | None) -> None:
+    """Whether a request means the model that is served; no name means it.
+
+    Raises:
+        ApiError: It means another one.
+    """
+    if name not in (None, "", config.model):
+        raise ApiError(
+            404,
+            f"the model is {config.model!r}, not {name[:60]!r}",
+            param="model",
+            code="model_not_found",
         )

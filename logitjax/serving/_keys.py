@@ -2,7 +2,10 @@
 
 import dataclasses
 import hmac
+import json
 from collections.abc import Sequence
+
+from etils import epath
 
 from logitjax.serving._errors import ApiError
 
@@ -45,3 +48,37 @@ def find_key(keys: Sequence[Key], authorization: str) -> Key:
     if found is None:
         raise ApiError(401, "a wrong or missing API key", headers={"WWW-Authenticate": "Bearer"})
     return found
+
+
+def read_keys(path: str) -> tuple[Key, ...]:
+    """The keys of a file: one JSON object a line, with the fields of `Key`.
+
+    Raises:
+        ValueError: A line is no key, or names or secrets are there twice; the line is named, never
+            what it says.
+    """
+    keys: list[Key] = []
+    fields = {field.name for field in dataclasses.fields(Key)}
+    for number, line in enumerate(epath.Path(path).read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+        except ValueError:
+            raise ValueError(f"{where}: expected a JSON object, got something else") from None
+        if not isinstance(row, dict) or not {"name", "secret"} <= row.keys() <= fields:
+            spent = ", ".join(sorted(fields - {"name", "secret"}))
+            raise ValueError(f"{where}: expected name, secret and perhaps {spent}")
+        texts = [row.pop("name"), row.pop("secret")]
+        if not all(isinstance(text, str) and text.strip() and text.isascii() for text in texts):
+            raise ValueError(f"{where}: expected a name and a secret, both ASCII and not empty")
+        if not all(value is None or (type(value) is int and value >= 0) for value in row.values()):
+            raise ValueError(f"{where}: expected whole numbers for what a key may spend")
+        key = Key(name=texts[0], secret=texts[1], **row)
+        if any(other.name == key.name or other.secret == key.secret for other in keys):
+            raise ValueError(f"{where}: its name or its secret is there twice")
+        keys.append(key)
+    if not keys:
+        raise ValueError(f"{path}: expected at least one key, got none")
+    return tuple(keys)

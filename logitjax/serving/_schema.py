@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any, Literal, Optional
 
 import pydantic
 from pydantic import BaseModel, Field
@@ -28,7 +28,10 @@ class ServerLimits:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompletionRequest:
-    """A checked request of either kind, with its defaults; prompts still as they came."""
+    """A checked request of either kind, with its defaults; prompts still as they came.
+
+    `json_schema` is what an answer has to follow, None for any text.
+    """
 
     prompts: Sequence[Any]
     n: int
@@ -38,10 +41,14 @@ class CompletionRequest:
     top_k: int
     min_p: float
     repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
     seed: int | None
     logprobs: int | None
     logit_bias: Mapping[int, float]
     stop: Sequence[str]
+    json_schema: Mapping[str, Any] | None
+    echo: bool
     stream: bool
     include_usage: bool
     tokens_as_ids: bool
@@ -61,17 +68,47 @@ Text = Annotated[str, Field(min_length=1)]
 Tokens = Annotated[list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(min_length=1)]
 
 
+class TextPart(BaseModel, strict=True):
+    """A part of a turn; text is the only kind."""
+
+    type: Literal["text"]
+    text: str
+
+
 class Message(BaseModel, strict=True):
     """One turn of a conversation."""
 
     role: str
-    content: str
+    content: str | Annotated[list[TextPart], Field(min_length=1)]
+
+    def as_turn(self) -> dict[str, str]:
+        """What a chat template takes: the parts are one text."""
+        content = self.content
+        if not isinstance(content, str):
+            content = "".join(part.text for part in content)
+        return {"role": self.role, "content": content}
 
 
 class StreamOptions(BaseModel, strict=True):
     """What a stream holds beside the text."""
 
     include_usage: bool | None = None
+
+
+class JsonSchema(BaseModel, strict=True):
+    """A schema and what it is called."""
+
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+    given: dict[str, Any] = Field(alias="schema")
+
+
+class ResponseFormat(BaseModel, strict=True):
+    """Whether an answer is any text, any JSON object, or JSON of a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
 
 
 @functools.lru_cache(maxsize=8)
@@ -81,12 +118,13 @@ def request_model(limits: ServerLimits, *, chat: bool) -> type[BaseModel]:
     class Shared(BaseModel, strict=True):
         model: str | None = None
         n: _integer(1, limits.max_prompts) = None
-        max_tokens: _integer(1, limits.max_tokens) = None
         temperature: _number(0, 2) = None
         top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
         top_k: _integer(0, 1 << 30) = None
         min_p: _number(0, 1) = None
         repetition_penalty: _number(0.1, 10) = None
+        presence_penalty: _number(-2, 2) = None
+        frequency_penalty: _number(-2, 2) = None
         seed: _integer(0, 2**32 - 1) = None
         stop: Text | Annotated[list[Text], Field(max_length=4)] | None = None
         stream: bool | None = None
@@ -108,6 +146,7 @@ def request_model(limits: ServerLimits, *, chat: bool) -> type[BaseModel]:
             ]
             | None
         ) = None
+        response_format: ResponseFormat | None = None
         return_tokens_as_token_ids: bool | None = None
 
     class Completion(Shared, strict=True):
@@ -116,10 +155,14 @@ def request_model(limits: ServerLimits, *, chat: bool) -> type[BaseModel]:
             | Tokens
             | Annotated[list[Text | Tokens], Field(min_length=1, max_length=limits.max_prompts)]
         )
+        # Nothing new is asked for where the prompt alone is to be told.
+        max_tokens: _integer(0, limits.max_tokens) = None
+        echo: bool | None = None
         logprobs: _integer(0, limits.max_logprobs) = None
 
     class Chat(Shared, strict=True):
         messages: Annotated[list[Message], Field(min_length=1)]
+        max_tokens: _integer(1, limits.max_tokens) = None
         max_completion_tokens: _integer(1, limits.max_tokens) = None
         logprobs: bool | None = None
         top_logprobs: _integer(0, limits.max_logprobs) = None
@@ -132,9 +175,9 @@ _UNSUPPORTED: tuple[tuple[str, Sequence[Any]], ...] = (
     ("frequency_penalty", (0,)),
     ("presence_penalty", (0,)),
     ("echo", (False,)),
+    ("response_format", ({"type": "text"},)),
     ("suffix", ()),
     ("tools", ([],)),
-    ("response_format", ()),
     ("best_of", (1,)),
 )
 
@@ -163,11 +206,13 @@ def parse(body: Any, limits: ServerLimits, *, chat: bool) -> CompletionRequest:
         raise _explained(first["loc"], body, model, limits) from None
     shown, longest = asked.logprobs, asked.max_tokens
     if chat:
-        prompts: Sequence[Any] = [[message.model_dump() for message in asked.messages]]
+        prompts: Sequence[Any] = [[message.as_turn() for message in asked.messages]]
         shown = (asked.top_logprobs or 0) if asked.logprobs else None
         if asked.top_logprobs and not asked.logprobs:
             raise BadRequestError("top_logprobs needs logprobs", "top_logprobs")
         longest = asked.max_completion_tokens or longest
+    elif longest == 0 and not asked.echo:
+        raise BadRequestError("max_tokens may be 0 only with echo", "max_tokens")
     elif isinstance(asked.prompt, str) or isinstance(asked.prompt[0], int):
         prompts = [asked.prompt]
     else:
@@ -186,22 +231,37 @@ def parse(body: Any, limits: ServerLimits, *, chat: bool) -> CompletionRequest:
     return CompletionRequest(
         prompts=prompts,
         n=n,
-        max_tokens=longest or min(limits.max_tokens, 64 if chat else 16),
+        max_tokens=given(longest, min(limits.max_tokens, 64 if chat else 16)),
         temperature=given(asked.temperature, 1.0),
         top_p=given(asked.top_p, 1.0),
         top_k=asked.top_k or 0,
         min_p=asked.min_p or 0.0,
         repetition_penalty=given(asked.repetition_penalty, 1.0),
+        presence_penalty=asked.presence_penalty or 0.0,
+        frequency_penalty=asked.frequency_penalty or 0.0,
         seed=asked.seed,
         logprobs=shown,
         logit_bias={int(token): value for token, value in (asked.logit_bias or {}).items()},
         stop=[asked.stop] if isinstance(asked.stop, str) else asked.stop or [],
+        json_schema=_wanted_schema(asked.response_format),
+        echo=bool(not chat and asked.echo),
         stream=bool(asked.stream),
         include_usage=bool(asked.stream_options and asked.stream_options.include_usage),
         tokens_as_ids=bool(asked.return_tokens_as_token_ids),
         model=asked.model,
         chat=chat,
     )
+
+
+def _wanted_schema(wanted: ResponseFormat | None) -> Mapping[str, Any] | None:
+    if wanted is None or wanted.type == "text":
+        return None
+    if wanted.type == "json_object":
+        return {"type": "object"}
+    if wanted.json_schema is None:
+        needed = "response_format of type json_schema needs a json_schema with a schema"
+        raise BadRequestError(needed, "response_format")
+    return wanted.json_schema.given
 
 
 def _short(value: Any) -> str:
@@ -227,8 +287,11 @@ def _explained(
         if not many or not value:
             return BadRequestError("messages must be a list that is not empty", name)
         one = value[at[1]] if len(at) > 1 and isinstance(at[1], int) else value
-        needed = "messages must have a role and a content, both strings"
+        needed = "messages must have a role and a content, strings or parts of text"
         return BadRequestError(f"{needed}, got {_short(one)}", name)
+    if name == "response_format":
+        needed = "response_format must have a type: text, json_object or json_schema with a schema"
+        return BadRequestError(f"{needed}, got {_short(value)}", name)
     if name == "stop":
         if many and len(value) > 4:
             return BadRequestError(f"at most 4 stop strings, got {len(value)}", name)
@@ -274,70 +337,3 @@ def _expected(schema: Mapping[str, Any], value: Any) -> str:
 
 def _plain(value: float) -> str:
     return str(int(value)) if value == int(value) else f"{value:g}"
-
-
-class ErrorDetail(BaseModel):
-    """What is wrong with a request."""
-
-    message: str
-    type: str
-    param: str | None = None
-    code: str | None = None
-
-
-class Error(BaseModel):
-    """The body of every refusal."""
-
-    error: ErrorDetail
-
-
-_REF = "#/components/schemas/{model}"
-
-
-def openapi(limits: ServerLimits) -> dict[str, Any]:
-    """The API's description, for clients, fuzzers and people."""
-    schemas: dict[str, Any] = {}
-
-    def described(model: type[BaseModel]) -> dict[str, str]:
-        schema = model.model_json_schema(ref_template=_REF)
-        schemas.update(schema.pop("$defs", {}))
-        schemas[model.__name__] = schema
-        return {"$ref": _REF.format(model=model.__name__)}
-
-    refused = {
-        "description": "What is wrong with the request.",
-        "content": {"application/json": {"schema": described(Error)}},
-    }
-    answer = {
-        "description": "Done; server-sent events where stream is true.",
-        "content": {
-            "application/json": {"schema": {"type": "object"}},
-            "text/event-stream": {"schema": {"type": "string"}},
-        },
-    }
-
-    def post(summary: str, *, chat: bool) -> dict[str, Any]:
-        schema = described(request_model(limits, chat=chat))
-        body = {"required": True, "content": {"application/json": {"schema": schema}}}
-        codes = ("400", "401", "404", "413", "415", "429")
-        responses = {"200": answer, **dict.fromkeys(codes, refused)}
-        return {"post": {"summary": summary, "requestBody": body, "responses": responses}}
-
-    def get(summary: str, *codes: str) -> dict[str, Any]:
-        responses = {"200": {"description": summary}} | dict.fromkeys(codes, refused)
-        return {"get": {"summary": summary, "responses": responses}}
-
-    return {
-        "openapi": "3.1.0",
-        "info": {"title": "logitjax completions", "version": "1"},
-        "paths": {
-            "/v1/completions": post("Goes on from a prompt.", chat=False),
-            "/v1/chat/completions": post("Answers a conversation.", chat=True),
-            "/v1/models": get("What is served.", "401"),
-            "/health": get("Whether it still decodes.", "503"),
-        },
-        "components": {
-            "schemas": schemas,
-            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
-        },
-    }

@@ -4,6 +4,7 @@ import dataclasses
 
 from logitjax.models import Tokenizer
 from logitjax.serving._config import ServerConfig
+from logitjax.serving._observed import Metrics
 from logitjax.serving._policy import Disclosure
 from logitjax.serving._scheduler import Scheduler
 from logitjax.serving._schema import ServerLimits
@@ -20,6 +21,7 @@ class Service:
         end_ids: Tokens that end an answer.
         config: What it takes and reports.
         disclosure: Keeps to the policy.
+        metrics: Where requests and tokens are counted.
     """
 
     scheduler: Scheduler
@@ -28,6 +30,7 @@ class Service:
     end_ids: tuple[int, ...]
     config: ServerConfig
     disclosure: Disclosure
+    metrics: Metrics
 
     @property
     def limits(self) -> ServerLimits:

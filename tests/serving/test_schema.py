@@ -56,6 +56,18 @@ def test_fields_left_out_have_openais_defaults():
     assert chat.prompts == [[{"role": "user", "content": "hi"}]]
 
 
+def test_a_turn_of_several_parts_is_one_text():
+    parts = [{"type": "text", "text": "Say "}, {"type": "text", "text": "hi"}]
+    body = {"messages": [{"role": "user", "content": parts}]}
+    assert schema.parse(body, LIMITS, chat=True).prompts == [
+        [{"role": "user", "content": "Say hi"}]
+    ]
+    picture = {"type": "image_url", "image_url": {"url": "data:"}}
+    for content in ([], [picture], [{"type": "text"}], 3, None):
+        with pytest.raises(BadRequestError, match="strings or parts of text"):
+            schema.parse({"messages": [{"role": "user", "content": content}]}, LIMITS, chat=True)
+
+
 def test_what_depends_on_several_fields_is_said():
     body = {"messages": [{"role": "a", "content": "b"}], "top_logprobs": 2}
     with pytest.raises(BadRequestError, match="top_logprobs needs logprobs"):

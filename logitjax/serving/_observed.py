@@ -1,0 +1,97 @@
+"""What operators see: request ids, and counts and times for Prometheus."""
+
+import re
+import secrets
+import time
+from collections.abc import Callable
+from typing import Any
+
+import prometheus_client
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+_HEADER = "x-request-id"
+# An id goes into logs and headers as it is.
+_ID = re.compile(rb"[\w.:/+=-]{1,128}")
+
+
+class Metrics:
+    """Counts and times of one server.
+
+    Args:
+        load: Slots taken and requests waiting, right now.
+    """
+
+    def __init__(self, load: Callable[[], tuple[int, int]]):
+        self.registry = CollectorRegistry()
+        made: dict[str, Any] = {"registry": self.registry, "namespace": "logitjax"}
+        self.requests = Counter("requests", "Requests.", ["path", "status"], **made)
+        self.seconds = Histogram(
+            "request_seconds",
+            "Time until the last byte of an answer.",
+            ["path"],
+            buckets=(0.01, 0.05, 0.1, 0.5, 1, 2, 5, 10, 30, 60, 120, 300),
+            **made,
+        )
+        self.first_token = Histogram(
+            "first_token_seconds",
+            "Time from a checked request to its first token.",
+            buckets=(0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60),
+            **made,
+        )
+        self.prompt_tokens = Counter("prompt_tokens", "Tokens of prompts.", **made)
+        self.new_tokens = Counter("completion_tokens", "Tokens of answers.", **made)
+        self.open = Gauge("requests_open", "Requests that are being answered.", **made)
+        Gauge("slots_busy", "Slots taken.", **made).set_function(lambda: load()[0])
+        Gauge("requests_waiting", "Requests without a slot.", **made).set_function(
+            lambda: load()[1]
+        )
+
+    async def endpoint(self, _: HttpRequest) -> Response:
+        text = prometheus_client.generate_latest(self.registry)
+        return Response(text, media_type="text/plain; version=0.0.4")
+
+
+class Observed:
+    """ASGI middleware: every answer has an id in `X-Request-Id`, and is counted.
+
+    A client's own id is kept where it is one. Starlette's base class would read streams on its own
+    task, and hide that a client has left.
+
+    Args:
+        app: What answers.
+        metrics: Where it is counted.
+        paths: Known paths; any other is counted as one, lest strangers make new series.
+    """
+
+    def __init__(self, app: Any, metrics: Metrics, paths: frozenset[str]):
+        self._app = app
+        self._metrics = metrics
+        self._paths = paths
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = dict(scope["headers"]).get(_HEADER.encode(), b"")
+        name = given if _ID.fullmatch(given) else f"req-{secrets.token_hex(12)}".encode()
+        scope.setdefault("state", {})["request_id"] = name.decode()
+        path = scope["path"] if scope["path"] in self._paths else "other"
+        status = 499  # Where nothing is sent, the client has left.
+        start = time.monotonic()
+
+        async def observed_send(message: Any) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = [*message.get("headers", ()), (_HEADER.encode(), name)]
+                message = message | {"headers": headers}
+            await send(message)
+
+        with self._metrics.open.track_inprogress():
+            try:
+                await self._app(scope, receive, observed_send)
+            finally:
+                self._metrics.requests.labels(path, status).inc()
+                self._metrics.seconds.labels(path).observe(time.monotonic() - start)

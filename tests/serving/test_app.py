@@ -1,0 +1,58 @@
+"""What the server says without decoding: models, metrics, request ids, pages of other origins."""
+
+import pytest
+from starlette.testclient import TestClient
+
+from logitjax import leakage, models
+from logitjax.decoding import Ensemble
+from logitjax.serving import Key, ServerConfig, build_app
+
+
+@pytest.fixture(scope="module")
+def client():
+    model, tokenizer = models.load("tiny", layout="listed")
+    config = ServerConfig(
+        model="hf:org/name",
+        policy=leakage.LogitPolicy(top_k=2),
+        keys=(Key(name="anna", secret="s"),),
+        allow_origins=("https://page.example",),
+    )
+    # Never started: nothing here decodes.
+    app = build_app(Ensemble(model), tokenizer, (256,), config)
+    return TestClient(app, headers={"Authorization": "Bearer s"})
+
+
+def test_a_model_is_found_by_its_name_slashes_included(client):
+    listed = client.get("/v1/models").json()["data"]
+    assert client.get("/v1/models/hf:org/name").json() == listed[0]
+    missing = client.get("/v1/models/gpt")
+    assert missing.status_code == 404
+    assert missing.json()["error"]["code"] == "model_not_found"
+    assert client.get("/v1/models/gpt", headers={"Authorization": "Bearer x"}).status_code == 401
+
+
+def test_answers_have_ids_and_keep_those_of_clients(client):
+    ids = {client.get("/health").headers["x-request-id"] for _ in range(2)}
+    assert len(ids) == 2
+    mine = client.get("/nothing", headers={"X-Request-Id": "trace-1/a"})
+    assert (mine.status_code, mine.headers["x-request-id"]) == (404, "trace-1/a")
+    for bad in ("a b", "x" * 129, "a\x00"):
+        assert client.get("/health", headers={"X-Request-Id": bad}).headers["x-request-id"] != bad
+
+
+def test_metrics_count_requests_by_known_paths_only(client):
+    for path in ("/nothing", "/v1/models/a", "/v1/models/b", "/health"):
+        client.get(path)
+    text = client.get("/metrics").text
+    assert 'logitjax_requests_total{path="/health",status="200"}' in text
+    assert 'logitjax_requests_total{path="other",status="404"}' in text
+    assert "/nothing" not in text
+    assert "logitjax_slots_busy 0.0" in text
+
+
+def test_pages_of_named_origins_may_ask(client):
+    asks = {"Origin": "https://page.example", "Access-Control-Request-Method": "POST"}
+    allowed = client.options("/v1/completions", headers=asks)
+    assert allowed.headers["access-control-allow-origin"] == "https://page.example"
+    other = client.options("/v1/completions", headers=asks | {"Origin": "https://other.example"})
+    assert "access-control-allow-origin" not in other.headers
