@@ -818,6 +818,7 @@ ELSEWHERE = {
         serving.Key serving.ServerConfig serving.build_app serving.read_keys
         vq.HiddenCache vq.convert_head vq.load_head vq.save_head few_shot.choose_rows
         few_shot.encoder_views few_shot.sweep_program decoding.Engine decoding.generate
+        decoding.PromptReader
         decoding.load_ensemble decoding.next_token_program decoding.nll_from_model decoding.score
         evaluation.encode_answer evaluation.encode_prompt evaluation.nll_from_apply
         evaluation.rouge_recall evaluation.score_rows training.Checkpointer training.EvalStep

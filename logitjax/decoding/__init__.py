@@ -9,6 +9,8 @@
 - `Engine` is what `generate` is built on: slots that are filled (`Engine.prefill` with a
   `Request`), stepped (`Engine.decode_chunk`) and emptied (`Engine.evict`) independently, which is
   all that continuous batching needs. `DecodeOptions` says what is reported, `Emitted` reports it.
+- `PromptReader` fills slots from prompts that it reads in pieces, while the others decode, and
+  reads what prompts have in common once.
 - `generate(..., drafts=DraftControl(Speculation(...)))` lets a small member of an ensemble draft
   and all members verify in one pass: the same distribution, the same greedy tokens, faster where
   drafts are accepted. `Speculation` says who drafts, `DraftControl` how much.
@@ -26,6 +28,7 @@ from logitjax.decoding._generate import generate as generate
 from logitjax.decoding._load_ensemble import load_ensemble as load_ensemble
 from logitjax.decoding._next_token import next_token_program as next_token_program
 from logitjax.decoding._nll import nll_from_model as nll_from_model
+from logitjax.decoding._prompts import PromptReader as PromptReader
 from logitjax.decoding._requests import Request as Request
 from logitjax.decoding._sampling import Sampling as Sampling
 from logitjax.decoding._score import score as score

@@ -29,7 +29,9 @@ class CachedModel:
       apply: the function; hashable, equal for models that can be stacked.
       params: a pytree of arrays.
       init_cache: ``(rows, max_length) -> cache``, an empty one. Of a frozen dataclass with a field
-        `ring_slack`, as that `of` a decoder is, drafts raise that to their length.
+        `ring_slack`, as that `of` a decoder is, drafts raise that to their length; its method
+        ``slot_axes(cache)``, the axis of each leaf along which slot p holds position p (-1: none),
+        lets prompts share prefixes.
       vocab_size: last axis of the logits.
       experts: where one pass gives several models' logits, as two models with the same first
         layers do, ``apply`` returns ``[1 + experts + bases, rows, time, vocab]``: the large
@@ -104,6 +106,11 @@ class _DecoderCache:
         return Cache.init(
             self.config, rows, max_length, self.dtype, layout="listed", ring_slack=self.ring_slack
         )
+
+    def slot_axes(self, cache: Cache) -> list[int]:
+        """The axis of each leaf along which positions lie; -1 for none."""
+        vectors, positions = jax.tree.leaves((cache.keys, cache.values)), cache.positions
+        return [2] * len(vectors) + [1] * len(positions) + [-1]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from logitjax.decoding._ensemble import Ensemble, Plan
+from logitjax.decoding._prompts import place_row, read_piece, row_of
 from logitjax.decoding._requests import Request, fresh_rows, left_padded
 from logitjax.decoding._speculate import Drafted, Drafter, Speculation, find_drafter, run_rounds
 from logitjax.decoding._step import (
@@ -16,18 +17,11 @@ from logitjax.decoding._step import (
     DecodeState,
     Emitted,
     constrain,
-    put_rows,
     run_steps,
     start,
 )
 
 _jit = functools.partial(jax.jit, static_argnames=("plan", "options"), donate_argnames="state")
-
-
-@_jit
-def _prefill_row(plan: Plan, options: DecodeOptions, params, state, row, tokens, positions, slot):
-    row, emitted = start(plan, options, params, row, tokens, positions)
-    return constrain(plan, options, put_rows(plan, state, row, slot)), emitted
 
 
 @_jit
@@ -83,6 +77,8 @@ class Engine:
       extra: one slot's value of ``state.extra`` where a request brings none; a pytree of arrays.
       speculation: who drafts where ``speculate`` is to be called; caches then have room for drafts
         that are taken back.
+      rings: windowed layers forget what lies before their window; False keeps all positions, which
+        a `PromptReader` that shares prefixes needs.
 
     Raises:
       ValueError: for a drafting member that the model does not have.
@@ -108,6 +104,7 @@ class Engine:
         options: DecodeOptions | None = None,
         extra: Any = None,
         speculation: Speculation | None = None,
+        rings: bool = True,
     ):
         ensemble = model if isinstance(model, Ensemble) else Ensemble(model)
         self.plan = ensemble.plan
@@ -119,11 +116,14 @@ class Engine:
             self._draft_params = self._drafter.params(self.params)
             self.plan = self.plan.with_ring_slack(max(speculation.lengths))
             self._room += max(speculation.lengths)
+        self.rings = rings
+        if not rings:
+            self.plan = self.plan.with_ring_slack(self._room)
         self.options = DecodeOptions() if options is None else options
         self.slots = slots
         self.max_length = max_length
         self._extra = extra
-        self._empty_row = self.plan.init_cache(1, self._room)
+        self._row = self.empty_row()
         self._state: DecodeState | None = None
 
     @property
@@ -152,13 +152,53 @@ class Engine:
         Raises:
           ValueError: for a slot that does not exist, or a request longer than ``max_length``.
         """
+        streams = self.streams_of(request)
+        tokens, positions = left_padded([streams])
+        # What the row held of another prompt is not seen: later positions never are.
+        logits, (self._row,), _ = read_piece(
+            self.plan,
+            self.options,
+            self.params,
+            (self._row,),
+            tokens,
+            positions,
+            None,
+            report=False,
+        )
+        return self.place(slot, request, [len(s) for s in streams], self._row, logits[0])
+
+    def place(
+        self, slot: int, request: Request, lengths: list[int], cache: Any, logits: Any
+    ) -> Emitted:
+        """Go on in a slot from a cache of one row that has read a request's prompts.
+
+        Args:
+          slot: which.
+          request: how to go on.
+          lengths: tokens of each stream's prompt.
+          cache: as `empty_row`, filled.
+          logits: after the last token, of each model ``[1, vocab]``.
+
+        Returns:
+          `Emitted` of one row.
+
+        Raises:
+          ValueError: for a slot that does not exist.
+        """
         if not 0 <= slot < self.slots:
             raise ValueError(f"slot: expected a number between 0 and {self.slots - 1}, got {slot}")
-        row, tokens, positions = self._rows([request], self._empty_row)
-        self._state, emitted = _prefill_row(
-            self.plan, self.options, self.params, self.state, row, tokens, positions, slot
-        )
+        row = row_of(self.plan, self.options, request, lengths, cache=cache, extra=self._extra)
+        self._state, emitted = place_row(self.plan, self.options, self.state, row, logits, slot)
         return emitted
+
+    def empty_row(self) -> Any:
+        """An empty cache of one row, as slots have them."""
+        return self.plan.init_cache(1, self._room)
+
+    def extra_of(self, request: Request | None) -> Any:
+        """What a slot keeps in ``state.extra`` for a request; for None an idle slot's."""
+        given = None if request is None else request.extra
+        return self._extra if given is None else given
 
     def prefill_all(self, requests: Sequence[Request]) -> Emitted:
         """Read as many prompts as there are slots at once.
@@ -168,8 +208,9 @@ class Engine:
         """
         if len(requests) != self.slots:
             raise ValueError(f"requests: expected {self.slots}, got {len(requests)}")
+        tokens, positions = left_padded([self.streams_of(r) for r in requests])
         cache = self.plan.init_cache(self.slots, self._room)
-        state, tokens, positions = self._rows(requests, cache)
+        state = fresh_rows(self.plan, self.options, requests, cache=cache, extra=self._extra)
         self._state, emitted = _prefill_all(
             self.plan, self.options, self.params, state, tokens, positions
         )
@@ -225,17 +266,18 @@ class Engine:
         frozen[slot] = True
         self._state = _freeze(self.plan, self.options, self.state, frozen)
 
-    def _rows(
-        self, requests: Sequence[Request], cache: Any
-    ) -> tuple[DecodeState, np.ndarray, np.ndarray]:
-        prompts = [request.streams(self.plan) for request in requests]
-        for request, streams in zip(requests, prompts, strict=True):
-            longest = max(map(len, streams))
-            # The last token is emitted, not fed.
-            if longest + request.max_new_tokens - 1 > self.max_length:
-                raise ValueError(
-                    f"request: {longest} prompt tokens and {request.max_new_tokens} new ones do "
-                    f"not fit max_length={self.max_length}"
-                )
-        rows = fresh_rows(self.plan, self.options, requests, cache=cache, extra=self._extra)
-        return rows, *left_padded(prompts)
+    def streams_of(self, request: Request) -> list[np.ndarray]:
+        """One prompt a model, none of them too long.
+
+        Raises:
+          ValueError: for a request longer than ``max_length``, or a wrong one.
+        """
+        streams = request.streams(self.plan)
+        longest = max(map(len, streams))
+        # The last token is emitted, not fed.
+        if longest + request.max_new_tokens - 1 > self.max_length:
+            raise ValueError(
+                f"request: {longest} prompt tokens and {request.max_new_tokens} new ones do "
+                f"not fit max_length={self.max_length}"
+            )
+        return streams

@@ -91,6 +91,19 @@ class Plan:
             sizes = list(self.vocab_sizes)
         return [jax.ShapeDtypeStruct((rows, size), jnp.float32) for size in sizes]
 
+    def slot_axes(self, cache: Sequence[Any]) -> list[int] | None:
+        """Axes of the cache's leaves along which slot p holds position p, -1 where there is none.
+
+        None where a model's cache does not say. Holds for caches without rings.
+        """
+        found: list[int] = []
+        for group, held in zip(self.groups, cache, strict=True):
+            axes = getattr(group.init_cache, "slot_axes", None)
+            if axes is None:
+                return None
+            found += [axis + group.batch_axis * (axis >= 0) for axis in axes(held)]
+        return found
+
     def init_cache(self, rows: int, max_length: int) -> tuple:
         return tuple(group.empty(rows, max_length) for group in self.groups)
 

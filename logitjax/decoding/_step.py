@@ -29,10 +29,10 @@ class DecodeOptions:
       max_logit_bias: entries of a slot's logit bias.
       max_stop_ids: stop tokens of a slot.
       pad_id: what frozen rows emit.
-      served: a function ``(logits [rows, vocab], state) -> logits`` of what is served before any
-        request moves it: noise and caps of an API.
-      processors: functions of the same kind applied after the bias and before the penalty;
-        ``state.extra`` holds what each slot was given for them.
+      served: a function ``(logits [rows, vocab], extra) -> logits`` of what is served before any
+        request moves it, noise and caps of an API; ``extra`` is what each slot was given.
+      processors: functions ``(logits [rows, vocab], state) -> logits`` applied after the bias and
+        before the penalty; ``state.extra`` holds what each slot was given for them.
       remember: ``(extra, tokens [rows], where [rows]) -> extra`` takes note of chosen tokens.
       mesh: devices to work on; rows of the state over its axis ``data``, key heads of the cache
         over its axis ``tensor``, where those exist and divide.
@@ -188,7 +188,7 @@ def moved_logits(
 ) -> dict[str, jax.Array]:
     """Fused logits under the names of ``logprobs_of``, each with all that comes before it."""
     if options.served is not None:
-        logits = options.served(logits, state)
+        logits = options.served(logits, state.extra)
     biased = _biased(state, logits) if options.max_logit_bias else logits
     adjusted = biased
     for processor in options.processors:

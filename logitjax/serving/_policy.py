@@ -94,12 +94,12 @@ class Disclosure:
     def _digest(self, text: bytes, size: int) -> bytes:
         return hashlib.blake2b(text, key=self._secret, digest_size=size).digest()
 
-    def _served(self, logits: jax.Array, state: Any) -> jax.Array:
+    def _served(self, logits: jax.Array, extra: Any) -> jax.Array:
         low, high = np.frombuffer(self._digest(b"noise", 8), "<u4").tolist()
         api = jax.random.fold_in(jax.random.key(low), high)
         # The same context, the same noise, whether a token was given or generated: else a context
         # of n tokens could be asked for in n ways, and its noise averaged.
-        first, second = jnp.moveaxis(jnp.asarray(state.extra["context"]), -1, 0)
+        first, second = jnp.moveaxis(jnp.asarray(extra["context"]), -1, 0)
         fold = jax.vmap(lambda a, b: jax.random.fold_in(jax.random.fold_in(api, a), b))
         return self.policy.disturb(logits, fold(first, second), api_key=api)
 

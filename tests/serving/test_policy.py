@@ -49,7 +49,7 @@ def test_policies_that_a_server_cannot_keep_are_named():
 
 
 def test_what_a_request_moves_stays_out_of_what_is_reported():
-    def capped(logits, state):
+    def capped(logits, extra):
         return jnp.minimum(logits, 1.0)
 
     bag, prompt = bag_of_words(2, 64), [5, 6, 7]

@@ -1,0 +1,73 @@
+"""What prompts began with, kept in blocks so that it need not be read again."""
+
+import collections
+import dataclasses
+import hashlib
+from typing import Any
+
+import jax
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Keys and values of some tokens, and what they weigh."""
+
+    cache: Any
+    size: int
+
+
+class PrefixCache:
+    """Blocks of tokens under a digest of everything before them, the least used dropped first.
+
+    Args:
+      limit: most bytes that are held.
+    """
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        self.size = 0
+        self._blocks: collections.OrderedDict[bytes, Block] = collections.OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def __contains__(self, name: bytes) -> bool:
+        return name in self._blocks
+
+    def longest(self, names: list[bytes]) -> list[Any]:
+        """The blocks from the first on, as far as they are held."""
+        found = []
+        for name in names:
+            if name not in self._blocks:
+                break
+            found.append(self._blocks[name].cache)
+        # The first last: a block whose beginning was dropped is of no use to anybody.
+        for name in reversed(names[: len(found)]):
+            self._blocks.move_to_end(name)
+        return found
+
+    def put(self, name: bytes, cache: Any) -> None:
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
+        if name in self._blocks or size > self.limit:
+            return
+        self._blocks[name] = Block(cache, size)
+        self.size += size
+        while self.size > self.limit:
+            _, dropped = self._blocks.popitem(last=False)
+            self.size -= dropped.size
+
+
+def block_names(tokens: np.ndarray, block: int, salt: str) -> list[bytes]:
+    """A digest for every whole block of ``tokens``, of all tokens up to its end.
+
+    >>> one, other = (block_names(np.array(t), 2, "") for t in ([1, 2, 3, 4, 5], [1, 2, 3, 9]))
+    >>> len(one), one[0] == other[0], one[1] == other[1]
+    (2, True, False)
+    """
+    digest = hashlib.blake2b(salt.encode(), digest_size=16)
+    names = []
+    for start in range(0, len(tokens) - block + 1, block):
+        digest.update(np.asarray(tokens[start : start + block], np.int32).tobytes())
+        names.append(digest.copy().digest())
+    return names

@@ -1,0 +1,384 @@
+"""Prompts read in pieces, beside slots that go on decoding."""
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from logitjax.decoding._ensemble import Plan
+from logitjax.decoding._prefixes import PrefixCache, block_names
+from logitjax.decoding._requests import Request, fresh_rows
+from logitjax.decoding._step import (
+    DecodeOptions,
+    DecodeState,
+    Emitted,
+    constrain,
+    emit,
+    put_rows,
+    rows_first,
+)
+from logitjax.ops import log_softmax, top_k
+
+
+@functools.partial(
+    jax.jit, static_argnames=("plan", "options", "report"), donate_argnames=("caches",)
+)
+def read_piece(
+    plan: Plan,
+    options: DecodeOptions,
+    params: Any,
+    caches: Sequence[Any],
+    tokens: jax.Array,
+    positions: jax.Array,
+    following: Any,
+    *,
+    report: bool,
+) -> tuple[list, list, Any]:
+    """``tokens [streams, rows, time]`` into caches of a row each.
+
+    ``following`` are the tokens after these ``[rows, time]``, -1 for none, and each row's extra:
+    of them log-probabilities are reported.
+
+    Returns:
+      each row's logits after its last token, its cache, and the report with the extra after it.
+    """
+    rows = len(caches)
+    parts = []
+    for group, *held in zip(plan.groups, *caches, strict=True):
+        axis = group.batch_axis
+        join = functools.partial(_joined, axis=axis)
+        parts.append(held[0] if rows == 1 else jax.tree.map(join, *held))
+    logits, joined = plan.forward(params, tokens, positions, tuple(parts), last_only=not report)
+
+    def cut(row: int, axis: int) -> Any:
+        return lambda leaf: lax.slice_in_dim(leaf, row, row + 1, axis=axis)
+
+    split = [
+        tuple(
+            jax.tree.map(cut(row, group.batch_axis), held)
+            for group, held in zip(plan.groups, joined, strict=True)
+        )
+        for row in range(rows)
+    ]
+    last = [[values[row : row + 1, -1] for values in logits] for row in range(rows)]
+    return last, split, _reported(plan, options, logits, *following) if report else None
+
+
+def _joined(*leaves: jax.Array, axis: int) -> jax.Array:
+    return jnp.concatenate(leaves, axis)
+
+
+def _reported(
+    plan: Plan, options: DecodeOptions, logits: list[jax.Array], following: jax.Array, extra: Any
+) -> tuple[Emitted, Any]:
+    """Log-probabilities of given tokens as those of chosen ones would be reported."""
+
+    def advance(extra: Any, here: Any) -> tuple[Any, Emitted]:
+        target, values = here
+        there = target >= 0
+        token = jnp.maximum(target, 0)
+        served = plan.combine(values)[0]
+        if options.served is not None:
+            served = options.served(served, extra)
+        log_p = log_softmax(served)
+        own = jnp.take_along_axis(log_p, token[:, None], axis=-1)[:, 0]
+        emitted = Emitted(tokens=token, valid=there, logprobs=own)
+        if options.top_logprobs:
+            best, ids = top_k(log_p, options.top_logprobs)
+            emitted = dataclasses.replace(emitted, top_ids=ids, top_logprobs=best)
+        if options.remember is not None:
+            extra = options.remember(extra, token, there)
+        return extra, emitted
+
+    times = (following.T, [jnp.swapaxes(values, 0, 1) for values in logits])
+    extra, emitted = lax.scan(advance, extra, times)
+    return rows_first(emitted), extra
+
+
+@functools.partial(jax.jit, static_argnames=("plan", "options"), donate_argnames="state")
+def place_row(
+    plan: Plan,
+    options: DecodeOptions,
+    state: DecodeState,
+    row: DecodeState,
+    logits: list[jax.Array],
+    slot: jax.Array,
+) -> tuple[DecodeState, Emitted]:
+    """A row that has read its prompt into a slot, and its first token."""
+    row, emitted = emit(plan, options, row, logits)
+    return constrain(plan, options, put_rows(plan, state, row, slot)), emitted
+
+
+@functools.partial(jax.jit, static_argnames=("plan", "size"))
+def _taken(plan: Plan, caches: Any, start: jax.Array, size: int) -> list[jax.Array]:
+    axes, leaves = plan.slot_axes(caches) or [], jax.tree.leaves(caches)
+    return [
+        lax.dynamic_slice_in_dim(leaf, start, size, axis)
+        for leaf, axis in zip(leaves, axes, strict=True)
+        if axis >= 0
+    ]
+
+
+@functools.partial(jax.jit, static_argnames="plan", donate_argnames="caches")
+def _given(plan: Plan, caches: Any, block: list[jax.Array], start: jax.Array) -> Any:
+    leaves, tree = jax.tree.flatten(caches)
+    parts = iter(block)
+    filled = [
+        leaf if axis < 0 else lax.dynamic_update_slice_in_dim(leaf, next(parts), start, axis)
+        for leaf, axis in zip(leaves, plan.slot_axes(caches) or [], strict=True)
+    ]
+    return jax.tree.unflatten(tree, filled)
+
+
+def row_of(
+    plan: Plan,
+    options: DecodeOptions,
+    request: Request,
+    lengths: list[int],
+    *,
+    cache: Any,
+    extra: Any,
+) -> DecodeState:
+    """The state of a row that has read prompts of these lengths."""
+    row = fresh_rows(plan, options, [request], cache=cache, extra=extra)
+    if row.seen is not None:
+        row.seen[0, np.asarray(request.prompt)] = True
+    return dataclasses.replace(row, lengths=np.array(lengths, np.int32)[:, None])
+
+
+@dataclasses.dataclass
+class _Reading:
+    """A prompt on its way: padded streams, and the next column to be read."""
+
+    tokens: np.ndarray  # [streams, columns]
+    lengths: list[int]
+    at: int
+    names: list[bytes]
+    report: bool
+    extra: Any = None
+    logits: Any = None
+    reported: list[Emitted] = dataclasses.field(default_factory=list)
+
+    @property
+    def left(self) -> int:
+        return self.tokens.shape[1] - self.at
+
+
+class PromptReader:
+    """Reads prompts in pieces of a fixed size, several at a time, and puts them into slots.
+
+    Between two pieces an engine's slots decode, so that a long prompt holds nobody up for longer
+    than a piece takes. Every piece has one of three shapes, whatever comes: one prompt by
+    ``chunk`` or ``chunk // rows`` tokens, or all ``rows`` of them by ``chunk // rows``.
+
+    Args:
+      engine: whose model reads, and whose slots are filled.
+      rows: how many prompts are on their way at most.
+      chunk: most tokens of a piece, of all prompts together; ``rows`` divides it.
+      prefix_bytes: how much is kept of prompts that were read, for prompts that begin alike. Only
+        of models whose caches say where positions lie, as decoders' do.
+
+    Attributes:
+      tokens_read: tokens that went through the model.
+      tokens_reused: tokens that did not have to.
+
+    Raises:
+      ValueError: for a ``chunk`` that ``rows`` does not divide, or an engine whose windowed layers
+        forget what prefixes would need.
+    """
+
+    def __init__(self, engine: Any, *, rows: int = 4, chunk: int = 128, prefix_bytes: int = 0):
+        if rows < 1 or chunk < rows or chunk % rows:
+            raise ValueError(f"chunk: expected a multiple of rows={rows}, got {chunk}")
+        self.engine = engine
+        self.chunk = chunk
+        self.block = chunk // rows
+        self.tokens_read = 0
+        self.tokens_reused = 0
+        self._caches = [engine.empty_row() for _ in range(rows)]
+        self._rows: list[_Reading | None] = [None] * rows
+        self._turns: collections.deque[int] = collections.deque()
+        shares = prefix_bytes > 0 and engine.plan.slot_axes(self._caches[0]) is not None
+        if shares and engine.rings:
+            raise ValueError("prefix_bytes: expected 0 of an engine with rings, got more")
+        self.prefixes = PrefixCache(prefix_bytes if shares else 0)
+
+    @property
+    def free(self) -> bool:
+        """Whether another prompt can be begun."""
+        return None in self._rows
+
+    def waits(self, prompt: Sequence[int], *, salt: str = "") -> bool:
+        """Whether what this prompt needs next is being read for another one."""
+        if not self.prefixes.limit:
+            return False
+        names = self._names(np.asarray(prompt), salt)
+        missing = next((name for name in names if name not in self.prefixes), None)
+        return missing is not None and any(
+            row is not None and row.left and missing in row.names for row in self._rows
+        )
+
+    def begin(self, request: Request, *, salt: str = "", report: bool = False) -> int:
+        """Take a prompt; returns the row that reads it.
+
+        Args:
+          request: whose prompt it is.
+          salt: only prompts of the same one share what was read.
+          report: also report log-probabilities of the prompt's tokens; it is read from its
+            beginning then.
+
+        Raises:
+          ValueError: where no row is free, or a prompt is wrong or too long.
+        """
+        if not self.free:
+            raise ValueError("request: expected a free row, all are reading")
+        streams = self.engine.streams_of(request)
+        longest = max(map(len, streams))
+        tokens = np.zeros((len(streams), longest), np.int32)
+        for line, stream in zip(tokens, streams, strict=True):
+            line[longest - len(stream) :] = stream
+        row = self._rows.index(None)
+        names: list[bytes] = []
+        # Prompts of their own begin elsewhere in every stream.
+        if self.prefixes.limit and request.others is None:
+            names = self._names(np.asarray(request.prompt), salt)
+        reading = _Reading(tokens, [len(s) for s in streams], 0, names, report)
+        if report:
+            extra = self.engine.extra_of(request)
+            reading.extra = jax.tree.map(lambda leaf: np.asarray(leaf)[None], extra)
+        else:
+            reading.at = self._reuse(row, names)
+        self._rows[row] = reading
+        self._turns.append(row)
+        return row
+
+    def advance(self) -> list[int]:
+        """Read one piece; returns the rows that are through with their prompts."""
+        turns = [row for row in self._turns if self._reading(row).left]
+        if not turns:
+            return []
+        plain = [row for row in turns if not self._reading(row).report]
+        # With two of four, whole pieces by turns waste less than half of a common one.
+        if len(self._rows) > 1 and 2 * len(plain) > len(self._rows):
+            rows, width = list(range(len(self._rows))), self.block
+            read = dict.fromkeys(plain, self.block)
+        else:
+            row = turns[0]
+            width = self.block if self._reading(row).left <= self.block else self.chunk
+            rows, read = [row], {row: width}
+        self._read(
+            rows, {row: min(most, self._reading(row).left) for row, most in read.items()}, width
+        )
+        for row in read:
+            self._turns.remove(row)
+            self._turns.append(row)
+        return [row for row in read if not self._reading(row).left]
+
+    def place(self, row: int, slot: int, request: Request) -> Emitted:
+        """Put what a row has read into a slot, as often as wanted, and choose the first token.
+
+        Returns:
+          `Emitted` of one row.
+        """
+        reading = self._reading(row)
+        if reading.left:
+            raise ValueError(f"row: expected one that is through, {reading.left} tokens are left")
+        return self.engine.place(slot, request, reading.lengths, self._caches[row], reading.logits)
+
+    def report(self, row: int) -> list[Emitted]:
+        """Log-probabilities of the prompt's tokens from the second on, in pieces of one row."""
+        return self._reading(row).reported
+
+    def release(self, row: int) -> None:
+        """Give a row to the next prompt."""
+        self._rows[row] = None
+        self._turns.remove(row)
+
+    def compile(self, *, report: bool = False) -> None:
+        """Compile every program that reading and placing can need, on rows that nobody reads."""
+        shapes = [([0], self.block), ([0], self.chunk), (list(range(len(self._rows))), self.block)]
+        for rows, width in shapes:
+            self._read(rows, {}, width)
+        if report:
+            extra = jax.tree.map(lambda leaf: np.asarray(leaf)[None], self.engine.extra_of(None))
+            for width in (self.block, self.chunk):
+                self._run([0], {}, width, (np.full((1, width), -1, np.int32), extra))
+        if self.prefixes.limit:
+            block = _taken(self.engine.plan, self._caches[0], 0, self.block)
+            self._caches[0] = _given(self.engine.plan, self._caches[0], block, 0)
+
+    def _reading(self, row: int) -> _Reading:
+        reading = self._rows[row]
+        if reading is None:
+            raise ValueError(f"row: expected one that has a prompt, got {row}")
+        return reading
+
+    def _names(self, prompt: np.ndarray, salt: str) -> list[bytes]:
+        # The last token is always read: its logits choose the first new one.
+        return block_names(prompt[:-1], self.block, salt)
+
+    def _reuse(self, row: int, names: list[bytes]) -> int:
+        blocks = self.prefixes.longest(names)
+        for i, block in enumerate(blocks):
+            start = i * self.block
+            self._caches[row] = _given(self.engine.plan, self._caches[row], block, start)
+        self.tokens_reused += len(blocks) * self.block
+        return len(blocks) * self.block
+
+    def _read(self, rows: list[int], read: dict[int, int], width: int) -> None:
+        following = None
+        only = self._rows[rows[0]] if len(read) == 1 else None
+        if only is not None and only.report:
+            next_ones = np.full((1, width), -1, np.int32)
+            taken = read[rows[0]]
+            after = only.tokens[0, only.at + 1 : only.at + taken + 1]
+            # Beside the last column stands the token after it; at the prompt's end there is none.
+            next_ones[0, width - taken : width - taken + len(after)] = after
+            following = next_ones, only.extra
+        logits, reported = self._run(rows, read, width, following)
+        if only is not None and reported is not None:
+            emitted, only.extra = reported
+            only.reported.append(emitted)
+        for row, taken in read.items():
+            reading = self._reading(row)
+            before, reading.at = reading.at, reading.at + taken
+            reading.logits = logits[rows.index(row)]
+            self.tokens_read += taken
+            for i in range(-(-before // self.block), reading.at // self.block):
+                if i < len(reading.names) and reading.names[i] not in self.prefixes:
+                    block = _taken(self.engine.plan, self._caches[row], i * self.block, self.block)
+                    self.prefixes.put(reading.names[i], block)
+
+    def _run(self, rows: list[int], read: dict[int, int], width: int, following: Any) -> Any:
+        streams = self.engine.plan.streams
+        tokens = np.zeros((streams, len(rows), width), np.int32)
+        positions = np.full_like(tokens, -1)
+        for i, row in enumerate(rows):
+            taken = read.get(row, 0)
+            if not taken:
+                continue
+            reading = self._reading(row)
+            columns = np.arange(reading.at, reading.at + taken)
+            tokens[:, i, width - taken :] = reading.tokens[:, columns]
+            for stream, length in enumerate(reading.lengths):
+                at = columns - (reading.tokens.shape[1] - length)
+                positions[stream, i, width - taken :] = np.maximum(at, -1)
+        logits, caches, reported = read_piece(
+            self.engine.plan,
+            self.engine.options,
+            self.engine.params,
+            tuple(self._caches[row] for row in rows),
+            tokens,
+            positions,
+            following,
+            report=following is not None,
+        )
+        for row, cache in zip(rows, caches, strict=True):
+            self._caches[row] = cache
+        return logits, reported
