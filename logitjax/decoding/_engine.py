@@ -260,6 +260,25 @@ class Engine:
         )
         return emitted, drafted
 
+    def allow(self, allowed: np.ndarray) -> None:
+        """Say which tokens every slot may emit next, and after that until this is said again.
+
+        Whoever changes it from token to token decodes chunks of one step.
+
+        Args:
+          allowed: uint32 ``[slots, words]``, bit ``v % 32`` of word ``v // 32`` for token v.
+
+        Raises:
+          ValueError: for another shape, or an engine whose options have no masks.
+        """
+        held = self.state.allowed
+        if held is None or np.shape(allowed) != held.shape:
+            needed = "options with masks=True" if held is None else f"shape {held.shape}"
+            raise ValueError(f"allowed: expected {needed}, got shape {np.shape(allowed)}")
+        # Copied: the caller writes the next masks into the same array while this one is read.
+        words = jax.device_put(np.array(allowed, np.uint32), held.sharding)
+        self._state = dataclasses.replace(self.state, allowed=words)
+
     def evict(self, slot: int | Sequence[int]) -> None:
         """Freeze slots: they emit nothing until they are filled again."""
         frozen = np.zeros(self.slots, bool)

@@ -163,7 +163,7 @@ def as_requests(
 
 
 def with_room(options: DecodeOptions, requests: Sequence[Request]) -> DecodeOptions:
-    penalties = any(r.sampling.repetition_penalty != 1 for r in requests)
+    penalties = any(r.sampling.penalizes for r in requests)
     return replace(
         options,
         repetition=options.repetition or penalties,

@@ -27,6 +27,7 @@ class Request:
       sampling: how tokens are chosen.
       stop_ids: the row freezes after any of these, which is still emitted.
       logit_bias: added to the logits of these tokens.
+      allowed: which tokens may come first, as a row of `Engine.allow`; None for all.
       extra: what the engine's processors shall find in ``state.extra`` for this slot.
     """
 
@@ -36,6 +37,7 @@ class Request:
     sampling: Sampling = GREEDY
     stop_ids: Sequence[int] = ()
     logit_bias: Mapping[int, float] | None = None
+    allowed: np.ndarray | None = None
     extra: Any = None
 
     def streams(self, plan: Plan) -> list[np.ndarray]:
@@ -112,8 +114,10 @@ def fresh_rows(
     for request in requests:
         if request.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens: expected at least 1, got {request.max_new_tokens}")
-        if request.sampling.repetition_penalty != 1 and not options.repetition:
-            raise ValueError("sampling: repetition_penalty needs options with repetition=True")
+        if request.sampling.penalizes and not options.repetition:
+            raise ValueError("sampling: its penalties need options with repetition=True")
+        if request.allowed is not None and not options.masks:
+            raise ValueError("allowed: it needs options with masks=True")
     stop_ids = _table([list(r.stop_ids) for r in requests], options.max_stop_ids, -1, "stop_ids")
     biases = [dict(r.logit_bias or {}) for r in requests]
     width = options.max_logit_bias
@@ -136,8 +140,21 @@ def fresh_rows(
         bias_ids=bias_ids,
         bias_values=values,
         seen=np.zeros((count, plan.vocab_size), bool) if options.repetition else None,
+        counts=np.zeros((count, plan.vocab_size), np.int32) if options.repetition else None,
+        allowed=_allowed(plan, requests) if options.masks else None,
         extra=jax.tree.map(lambda *leaves: np.stack(leaves), *given),
     )
+
+
+def _allowed(plan: Plan, requests: Sequence[Request]) -> np.ndarray:
+    words = np.full((len(requests), -(-plan.vocab_size // 32)), 0xFFFFFFFF, np.uint32)
+    for row, request in zip(words, requests, strict=True):
+        if request.allowed is not None:
+            given = np.asarray(request.allowed, np.uint32)
+            if given.shape != row.shape:
+                raise ValueError(f"allowed: expected {row.shape} words, got {given.shape}")
+            row[:] = given
+    return words
 
 
 def _table(

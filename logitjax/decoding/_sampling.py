@@ -11,24 +11,35 @@ from jaxtyping import Bool, Float, Int, Integer, Shaped
 
 from logitjax.ops import Array, checks
 
-_ROW_FIELDS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+_ROW_FIELDS = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "seed",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How the next token is chosen.
 
-    Applied in the order of transformers: repetition penalty, temperature, top-k, top-p of what
-    top-k left, min-p. Entries that tie with the last one kept are kept too.
+    Applied in the order of transformers: penalties, temperature, top-k, top-p of what top-k left,
+    min-p. Entries that tie with the last one kept are kept too.
 
     Attributes:
       temperature: 0 takes the most likely token; the rest below then changes nothing but the
-        penalty.
+        penalties.
       top_k: keep this many of the largest logits; 0 keeps all.
       top_p: keep the fewest most likely tokens that together have this probability.
       min_p: keep tokens at least this fraction as likely as the most likely one.
       repetition_penalty: logits of tokens seen in the prompt or generated are divided by it where
         positive, multiplied where negative.
+      presence_penalty: subtracted from the logits of tokens that were generated, once each.
+      frequency_penalty: the same, as often as they were generated.
       seed: of the row's own noise: what a row draws depends on its seed and how many tokens it has
         generated, not on its neighbours.
 
@@ -41,6 +52,8 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -48,12 +61,19 @@ class Sampling:
         checks.between(self.top_k, 0, 2**31 - 1, "top_k")
         checks.between(self.min_p, 0.0, 1.0, "min_p")
         checks.between(self.seed, 0, 2**32 - 1, "seed")
+        checks.between(self.presence_penalty, -1e6, 1e6, "presence_penalty")
+        checks.between(self.frequency_penalty, -1e6, 1e6, "frequency_penalty")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: expected a number in (0, 1], got {self.top_p}")
         if not self.repetition_penalty > 0:
             raise ValueError(
                 f"repetition_penalty: expected a positive number, got {self.repetition_penalty}"
             )
+
+    @property
+    def penalizes(self) -> bool:
+        """Whether tokens that were there count."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
 
 
 GREEDY = Sampling()
@@ -69,6 +89,8 @@ class SamplingRows:
     top_p: Any
     min_p: Any
     repetition_penalty: Any
+    presence_penalty: Any
+    frequency_penalty: Any
     seed: Any
 
 
@@ -122,6 +144,61 @@ def penalize_repetition(
     """
     logits, factor = checks.as_float(logits, "logits"), jnp.asarray(penalty)[:, None]
     return jnp.where(seen, jnp.where(logits > 0, logits / factor, logits * factor), logits)
+
+
+def penalize_counts(
+    logits: Float[Array, "rows vocab"],
+    counts: Int[Array, "rows vocab"],
+    presence: Float[Array, " rows"],
+    frequency: Float[Array, " rows"],
+) -> Float[jax.Array, "rows vocab"]:
+    """Logits less a penalty for every time that their token was generated.
+
+    ::
+
+        z[v] - presence [counts[v] > 0] - frequency counts[v]
+
+    Args:
+      logits: next-token logits.
+      counts: how often each token was generated.
+      presence: one penalty a row, in nats; 0 changes nothing.
+      frequency: the same.
+
+    Returns:
+      float32 logits.
+
+    >>> one = np.ones(1, np.float32)
+    >>> jax.jit(penalize_counts)(np.zeros((1, 3)), np.array([[0, 1, 2]]), one, 2 * one)
+    Array([[ 0., -3., -5.]], dtype=float32)
+
+    References:
+      The API reference of OpenAI, which counts what was generated and not the prompt.
+    """
+    logits, often = checks.as_float(logits, "logits"), jnp.asarray(counts, jnp.float32)
+    presence, frequency = (jnp.asarray(p)[:, None] for p in (presence, frequency))
+    return logits - presence * (often > 0) - frequency * often
+
+
+def allow_only(
+    logits: Float[Array, "rows vocab"], allowed: Shaped[Array, "rows words"]
+) -> Float[jax.Array, "rows vocab"]:
+    """Logits of tokens whose bit is set; ``-inf`` for the others.
+
+    Args:
+      logits: next-token logits.
+      allowed: uint32, bit ``v % 32`` of word ``v // 32`` for token v, as libraries of constrained
+        decoding write it.
+
+    Returns:
+      float32 logits.
+
+    >>> jax.jit(allow_only)(np.zeros((1, 3)), np.array([[0b101]], np.uint32))
+    Array([[  0., -inf,   0.]], dtype=float32)
+    """
+    logits, words = checks.as_float(logits, "logits"), jnp.asarray(allowed, jnp.uint32)
+    tokens = jnp.arange(logits.shape[-1], dtype=jnp.uint32)
+    bits = jnp.repeat(words, 32, axis=-1)[:, : len(tokens)] >> (tokens % 32)
+    return jnp.where(bits & 1 == 1, logits, -jnp.inf)
 
 
 def _sortable(values: jax.Array) -> jax.Array:

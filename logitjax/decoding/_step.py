@@ -10,7 +10,13 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from logitjax.decoding._ensemble import Plan
-from logitjax.decoding._sampling import SamplingRows, penalize_repetition, sample
+from logitjax.decoding._sampling import (
+    SamplingRows,
+    allow_only,
+    penalize_counts,
+    penalize_repetition,
+    sample,
+)
 from logitjax.ops import log_softmax, top_k
 
 
@@ -25,7 +31,9 @@ class DecodeOptions:
         bias; ``'adjusted'``: after processors and repetition penalty too. Before temperature and
         truncation always.
       info: report what the fusion says about every token.
-      repetition: keep track of seen tokens, which a repetition penalty needs.
+      repetition: keep track of seen tokens and of how often they were generated, which penalties
+        need.
+      masks: let requests say which tokens may come next, see `Engine.allow`.
       max_logit_bias: entries of a slot's logit bias.
       max_stop_ids: stop tokens of a slot.
       pad_id: what frozen rows emit.
@@ -43,6 +51,7 @@ class DecodeOptions:
     logprobs_of: Literal["model", "biased", "adjusted"] = "model"
     info: bool = False
     repetition: bool = False
+    masks: bool = False
     max_logit_bias: int = 0
     max_stop_ids: int = 8
     pad_id: int = 0
@@ -79,6 +88,8 @@ class DecodeState:
     bias_ids: Any
     bias_values: Any
     seen: Any
+    counts: Any
+    allowed: Any
     extra: Any
 
 
@@ -159,6 +170,9 @@ def emit(
             values, ids = top_k(log_p, options.top_logprobs)
             emitted = dataclasses.replace(emitted, top_ids=ids, top_logprobs=values)
     seen = mark_seen(state.seen, token, state.active)
+    counts = state.counts
+    if counts is not None:
+        counts = counts.at[jnp.arange(len(counts)), token].add(state.active.astype(counts.dtype))
     extra = state.extra
     if options.remember is not None:
         extra = options.remember(extra, token, state.active)
@@ -170,6 +184,7 @@ def emit(
         left=left,
         count=state.count + state.active,
         seen=seen,
+        counts=counts,
         extra=extra,
     )
     return state, emitted
@@ -195,7 +210,21 @@ def moved_logits(
         adjusted = processor(adjusted, state)
     if state.seen is not None:
         adjusted = penalize_repetition(adjusted, state.seen, state.sampling.repetition_penalty)
+    if state.counts is not None:
+        adjusted = _less_frequent(state, adjusted)
+    if state.allowed is not None:
+        free = (state.allowed == jnp.uint32(0xFFFFFFFF)).all()
+        adjusted = lax.cond(free, lambda x: x, lambda x: allow_only(x, state.allowed), adjusted)
     return {"model": logits, "biased": biased, "adjusted": adjusted}
+
+
+def _less_frequent(state: DecodeState, logits: jax.Array) -> jax.Array:
+    presence, frequency = state.sampling.presence_penalty, state.sampling.frequency_penalty
+
+    def penalized() -> jax.Array:
+        return penalize_counts(logits, state.counts, presence, frequency)
+
+    return lax.cond(((presence != 0) | (frequency != 0)).any(), penalized, lambda: logits)
 
 
 def _biased(state: DecodeState, logits: jax.Array) -> jax.Array:

@@ -42,6 +42,8 @@ def make_jobs(service: Service, asked: CompletionRequest) -> list[tuple[Job, Seq
                 top_p=asked.top_p,
                 min_p=asked.min_p,
                 repetition_penalty=asked.repetition_penalty,
+                presence_penalty=asked.presence_penalty,
+                frequency_penalty=asked.frequency_penalty,
                 seed=seed,
             )
             request = Request(

@@ -114,6 +114,38 @@ def test_processors_see_what_their_slot_was_given():
     assert tokens[0].tolist() == free[1:]
 
 
+def test_masks_and_counts_move_what_is_drawn_and_nothing_that_is_reported():
+    def words(*tokens):
+        mask = np.zeros(64, bool)
+        mask[list(tokens)] = True
+        return np.packbits(mask, bitorder="little").view(np.uint32)
+
+    options = DecodeOptions(masks=True, repetition=True, top_logprobs=64)
+    bag = bag_of_words(2, 64)
+    engine = Engine(bag, slots=2, max_length=32, options=options)
+    plain = bag_logits(bag[1], PROMPTS[0])
+    log_p = np.sort(plain - np.log(np.exp(plain - plain.max()).sum()) - plain.max())[::-1]
+    allowed = Request(prompt=PROMPTS[0], max_new_tokens=6, allowed=words(40, 41))
+    # Once is enough: whatever was there is far below everything else.
+    once = Sampling(presence_penalty=100.0)
+    for slot, request in enumerate(
+        (allowed, Request(prompt=PROMPTS[0], max_new_tokens=6, sampling=once))
+    ):
+        first = engine.prefill(slot, request)
+        best = plain[[40, 41]].argmax() + 40 if slot == 0 else plain.argmax()
+        assert np.asarray(first.tokens)[0] == best
+        np.testing.assert_allclose(np.asarray(first.top_logprobs)[0], log_p, atol=1e-4)
+    tokens = [[], []]
+    for step in range(5):
+        engine.allow(np.stack([words(step), words(*range(64))]))
+        for slot, (token,) in enumerate(np.asarray(engine.decode_chunk(1).tokens)):
+            tokens[slot].append(int(token))
+    assert tokens[0] == [0, 1, 2, 3, 4]
+    assert len({plain.argmax(), *tokens[1]}) == 6
+    with pytest.raises(ValueError, match=r"allowed: expected shape \(2, 2\), got shape \(2, 3\)"):
+        engine.allow(np.zeros((2, 3), np.uint32))
+
+
 def test_wrong_requests_are_named(engine):
     plain = Engine(decoder(), slots=3, max_length=32, options=DecodeOptions(max_logit_bias=2))
     for slot, request, message in (
@@ -127,6 +159,7 @@ def test_wrong_requests_are_named(engine):
             Request(prompt=[1], max_new_tokens=4, sampling=Sampling(repetition_penalty=2.0)),
             "repetition=True",
         ),
+        (0, Request(prompt=[1], max_new_tokens=4, allowed=np.zeros(2, np.uint32)), "masks=True"),
     ):
         with pytest.raises(ValueError, match=message):
             plain.prefill(slot, request)
