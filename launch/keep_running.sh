@@ -4,16 +4,18 @@
 #   launch/keep_running.sh COMMAND...
 #   launch/keep_running.sh launch/local.sh 2 4 python -m experiments.graph_fusion --workdir=runs/two
 #
-# Interrupted is: told to stop by SIGTERM and saved (143), killed (137), another process is gone or
-# hangs (75, or 134 where the JAX runtime said so first). Any other status ends the loop: a wrong
+# Interrupted is: told to stop by SIGTERM and saved (143), killed (137), a disk, a store, a hub or
+# another process failed or hangs (75, or 134 where the JAX runtime said so first). Any other status ends the loop: a wrong
 # flag (2) will not become right. SIGTERM and SIGINT to this script go to the command and end the
 # loop too. MAX_RESTARTS (20) and PAUSE, seconds between two starts (10), come from the environment.
+# LOGITJAX_RUN, made here if it is not set, lets a restart take over the workdir's lock at once.
 set -euo pipefail
 
 if (($# == 0)); then
-  sed -n '2,11s/^# \{0,1\}//p' "$0" >&2
+  sed -n '2,12s/^# \{0,1\}//p' "$0" >&2
   exit 2
 fi
+export LOGITJAX_RUN="${LOGITJAX_RUN:-$(uname -n)-$$-$(date +%s)}"
 child='' told=''
 pass() {
   told=$1

@@ -10,13 +10,14 @@
 #   launch/xpk.sh create fusion python -m experiments.graph_fusion --preset=paper \
 #     --workdir=gs://bucket/fusion
 #
-# DEVICE is a TPU slice (v5p-256, v6e-64); for GPUs take launch/jobset.yaml. DRY_RUN=1 prints the
+# DEVICE is a TPU slice (v5p-256, v6e-64); for GPUs take launch/jobset.yaml. xpk starts again what
+# ends with 75 or with 127 and above (launch/README.md has the statuses). DRY_RUN=1 prints the
 # commands. More from the environment: SLICES (1), MAX_RESTARTS (20), PRIORITY (medium). The image
 # comes from launch/Dockerfile; JAX finds the other processes by what GKE tells the TPU runtime.
 set -euo pipefail
 
 usage() {
-  sed -n '2,16s/^# \{0,1\}//p' "$0" >&2
+  sed -n '2,17s/^# \{0,1\}//p' "$0" >&2
   exit 2
 }
 if (($# == 0)); then usage; fi
@@ -44,7 +45,8 @@ case $action in
     printf -v command '%q ' "$@"
     do_it xpk workload create "${where[@]}" --workload="$name" --tpu-type="$DEVICE" \
       --num-slices="${SLICES:-1}" --docker-image="$IMAGE" --priority="${PRIORITY:-medium}" \
-      --max-restarts="${MAX_RESTARTS:-20}" --command="${command% }"
+      --max-restarts="${MAX_RESTARTS:-20}" --restart-on-exit-codes=75 \
+      --env="LOGITJAX_RUN=$name" --command="${command% }"
     ;;
   list) do_it xpk workload list "${where[@]}" ;;
   logs)

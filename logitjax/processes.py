@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from logitjax.storage import write_atomic
+from logitjax.storage import may_pass, write_atomic
 
 Task = TypeVar("Task")
 
@@ -40,20 +40,61 @@ def broadcast_from_first(make: Callable[[], Any]) -> Any:
 
 
 def run_on_first(name: str, work: Callable[[], Any]) -> None:
-    """Process 0 does something that needs no other process; nobody goes on before it is done."""
-    if jax.process_index() == 0:
-        work()
-    barrier(name)
+    """Process 0 does something that needs no other process; nobody goes on before it is done.
+
+    Raises:
+        Exception: What `work` raised, on process 0; on the others an error of the same kind.
+    """
+    with _outcome_of_first(name):
+        if jax.process_index() == 0:
+            work()
 
 
 @contextlib.contextmanager
 def first_before_others(name: str) -> Iterator[None]:
-    """Process 0 runs the body first; the others run it after, and find what it left on disk."""
-    if jax.process_index() != 0:
-        barrier(name)
-    yield
+    """Process 0 runs the body first; the others run it after, and find what it left on disk.
+
+    Raises:
+        Exception: What the body raised on process 0; on the others an error of the same kind.
+    """
     if jax.process_index() == 0:
-        barrier(name)
+        with _outcome_of_first(name):
+            yield
+    else:
+        with _outcome_of_first(name):
+            pass
+        yield
+
+
+@contextlib.contextmanager
+def _outcome_of_first(name: str) -> Iterator[None]:
+    """Tells all processes how the body ended on process 0; a failure there is one everywhere."""
+    first, failed = jax.process_index() == 0, None
+    try:
+        yield
+    except Exception as error:
+        if not first:
+            raise
+        failed = error
+    if jax.process_count() > 1:
+        told, kind, said = broadcast_from_first(lambda: [name, _kind(failed), str(failed)])
+        if told != name:
+            raise RuntimeError(f"process 0 is at {told!r}, this one at {name!r}")
+        if kind and not first:
+            raise _KINDS[kind](f"process 0: {said}")
+    if failed is not None:
+        raise failed
+
+
+# What the other processes raise where process 0 failed.
+_KINDS = {"passing": ConnectionError, "user": ValueError, "bug": RuntimeError}
+
+
+def _kind(error: Exception | None) -> str:
+    if error is None:
+        return ""
+    users = isinstance(error, ValueError | TypeError | OSError | ImportError)
+    return "passing" if may_pass(error) else "user" if users else "bug"
 
 
 def barrier(name: str) -> None:

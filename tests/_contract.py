@@ -830,7 +830,7 @@ ELSEWHERE = {
         vision.zero_shot_classifier data.load_examples data.load_image_set data.load_splits
         data.pack data.pack_splits data.prepare data.token_windows storage.Manifest
         storage.RowCache storage.ShardReader storage.ShardWriter storage.digest
-        storage.hub_snapshot storage.package_file storage.read_json storage.require
+        storage.hub_snapshot storage.may_pass storage.package_file storage.read_json storage.require
         storage.write_atomic leakage.HttpOracle leakage.LogitOracle leakage.audit
         leakage.verdict leakage.recover_log_probs leakage.harvest_log_probs leakage.search_logits
         fusion.vocabulary_map""",

@@ -31,7 +31,8 @@ LEVEL = {package: level for level, packages in enumerate(LAYERS) for package in 
 # One is `decoding.nll_from_model`, which `logitjax score` and the judges' adapter share.
 # Another is `storage.guard`, which every reader of files goes through.
 # Another is `decoding.PromptReader`, which a server fills its slots with.
-PUBLIC_NAMES = 260 + 36
+# Two are `storage.may_pass` and `storage.progress`, which decide how a run ends.
+PUBLIC_NAMES = 260 + 38
 
 # The command of the benchmarks is the door to their package, not a package beside it.
 DOORS = {"experiments.benchmark": "experiments.benchmarks"}

@@ -159,7 +159,9 @@ def test_jobset(path):
     preset = next(word for word in container["command"] if word.startswith("--preset="))
     assert preset.partition("=")[2] in module.PRESETS
     assert f"jobset-name={name}," in path.read_text()
-    variables = {item["name"]: item["value"] for item in container.get("env", [])}
+    variables = {item["name"]: item.get("value") for item in container.get("env", [])}
+    # Or a restarted pod would wait for its own lock to become stale.
+    assert "LOGITJAX_RUN" in variables
     if "nvidia.com/gpu" in container["resources"]["limits"]:
         host, _, port = variables["JAX_COORDINATOR_ADDRESS"].partition(":")
         subdomain = jobset["spec"]["network"]["subdomain"]
@@ -262,6 +264,28 @@ def test_local_kills_what_does_not_hear_sigterm():
     start = time.monotonic()
     call("local.sh", "2", "1", "bash", "-c", deaf, GRACE="1", code=7)
     assert 0.9 < time.monotonic() - start < 10
+
+
+def test_local_says_last_which_process_failed_first_and_why():
+    failing = """
+if test "$JAX_PROCESS_ID" = 1; then echo "error: disk full" >&2; exit 75; fi
+trap 'echo noise >&2; exit 143' TERM; while true; do sleep 0.05; done"""
+    said = call("local.sh", "2", "1", "bash", "-c", failing, GRACE="5", code=75)
+    assert "[0] noise" in said
+    last = said.splitlines()[-1]
+    assert last == "local: process 1 ended first, with status 75: error: disk full"
+
+
+def test_local_ends_within_its_grace_when_told_to(tmp_path):
+    deaf = f"trap '' TERM; touch {tmp_path}/up$JAX_PROCESS_ID; while true; do sleep 0.1; done"
+    command = ["bash", LAUNCH / "local.sh", "2", "1", "bash", "-c", deaf]
+    with subprocess.Popen(command, cwd=ROOT, env={**os.environ, "GRACE": "1"}) as process:
+        while not ((tmp_path / "up0").exists() and (tmp_path / "up1").exists()):
+            time.sleep(0.02)
+        begin = time.monotonic()
+        process.terminate()
+        assert process.wait(timeout=20) == 128 + signal.SIGKILL
+        assert time.monotonic() - begin < 5
 
 
 @pytest.mark.parametrize("code", [0, 3])

@@ -23,7 +23,6 @@ import jax
 from etils import epath
 
 from experiments.dual_head.config import PRESETS, Config
-from logitjax import training
 from logitjax.commands import cli
 
 
@@ -32,8 +31,7 @@ def run(config: Config, workdir: epath.Path) -> None:
     from experiments.dual_head import report
     from experiments.dual_head import run as runs
 
-    with training.lock_workdir(workdir):
-        results = runs.train_all(config, workdir)
+    results = runs.train_all(config, workdir)
     if jax.process_index() == 0:
         print(report.write(config, results, workdir))
 

@@ -24,14 +24,12 @@ from etils import epath
 
 from experiments.dynamic_fusion import measure, report
 from experiments.dynamic_fusion.config import PRESETS, Config
-from logitjax import training
 from logitjax.commands import cli
 
 
 def run(config: Config, workdir: epath.Path) -> None:
     """Make the models, score every arm, write the report."""
-    with training.lock_workdir(workdir):
-        results = measure.open_lineup(config, workdir).all()
+    results = measure.open_lineup(config, workdir).all()
     if jax.process_index() == 0:
         print(report.write(config, results, workdir))
 

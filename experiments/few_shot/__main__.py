@@ -34,7 +34,7 @@ def run(config: Config, workdir: epath.Path) -> None:
     """Train every arm on every sample, then write the report."""
     from experiments.few_shot import report, train
 
-    with training.lock_workdir(workdir), training.watch_for_preemption() as told_to_stop:
+    with training.watch_for_preemption() as told_to_stop:
         results = train.train_all(config, workdir, told_to_stop)
     if jax.process_index() == 0:
         print(report.write(config, results, workdir))

@@ -22,28 +22,27 @@ from etils import epath
 
 from experiments.leakage_audit import data, measure, report
 from experiments.leakage_audit.config import PRESETS, Config
-from logitjax import leakage, processes, training
+from logitjax import leakage, processes
 from logitjax.commands import cli
 
 
 def run(config: Config, workdir: epath.Path) -> None:
     """Logits once, then one policy after another, then the report."""
-    with training.lock_workdir(workdir):
-        with processes.first_before_others("logits"):
-            rows = data.load(config, workdir)
-        audit = functools.partial(measure.audit, rows, config, workdir / "policies")
-        tasks = []
-        for name in config.policy:
-            policy = leakage.LogitPolicy.parse(name)
-            random = policy.noise > 0 or policy.dummy_dims > 0
-            tasks += [(name, seed) for seed in range(config.seeds if random else 1)]
-        for name, seed in processes.local_share(tasks):
-            found = audit(name, seed)
-            said = ", ".join(f"{key} {found.get(key)}" for key in ("width", "leak", "kl"))
-            logging.info("%s, seed %d: %s", name, seed, said)
-        processes.barrier("audited")
-        if jax.process_index() == 0:
-            print(report.write(config, rows, [audit(*task) for task in tasks], workdir))
+    with processes.first_before_others("logits"):
+        rows = data.load(config, workdir)
+    audit = functools.partial(measure.audit, rows, config, workdir / "policies")
+    tasks = []
+    for name in config.policy:
+        policy = leakage.LogitPolicy.parse(name)
+        random = policy.noise > 0 or policy.dummy_dims > 0
+        tasks += [(name, seed) for seed in range(config.seeds if random else 1)]
+    for name, seed in processes.local_share(tasks):
+        found = audit(name, seed)
+        said = ", ".join(f"{key} {found.get(key)}" for key in ("width", "leak", "kl"))
+        logging.info("%s, seed %d: %s", name, seed, said)
+    processes.barrier("audited")
+    if jax.process_index() == 0:
+        print(report.write(config, rows, [audit(*task) for task in tasks], workdir))
 
 
 if __name__ == "__main__":

@@ -24,29 +24,25 @@ from etils import epath
 from experiments.replication import report, train
 from experiments.replication.config import PRESETS, Config
 from experiments.shared.records import best_of, tuned_seeds
-from logitjax import training
 from logitjax.commands import cli
 
 
 def run(config: Config, workdir: epath.Path) -> None:
     """The teacher, its head from outside, every student, the report."""
     directory = workdir / "arms"
-    with training.lock_workdir(workdir):
-        scene = train.prepare(config, workdir)
-        logging.info("recovered of a head of width %d: %s", config.width, scene.recovered)
-        records = []
-        for arm in config.arm:
-            student = functools.partial(train.train_student, scene, arm, directory)
-            records += tuned_seeds(
-                lambda seed, arm=arm: directory / f"{arm}_{seed}.json",
-                config.seeds,
-                config.learning_rate,
-                lambda seed, rates, student=student: best_of(
-                    functools.partial(student, seed), rates
-                ),
-            )
-        if jax.process_index() == 0:
-            print(report.write(config, scene, records, workdir))
+    scene = train.prepare(config, workdir)
+    logging.info("recovered of a head of width %d: %s", config.width, scene.recovered)
+    records = []
+    for arm in config.arm:
+        student = functools.partial(train.train_student, scene, arm, directory)
+        records += tuned_seeds(
+            lambda seed, arm=arm: directory / f"{arm}_{seed}.json",
+            config.seeds,
+            config.learning_rate,
+            lambda seed, rates, student=student: best_of(functools.partial(student, seed), rates),
+        )
+    if jax.process_index() == 0:
+        print(report.write(config, scene, records, workdir))
 
 
 if __name__ == "__main__":

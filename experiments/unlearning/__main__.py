@@ -25,16 +25,14 @@ from etils import epath
 from experiments.unlearning import report
 from experiments.unlearning.config import PRESETS, Config
 from experiments.unlearning.results import Run
-from logitjax import training
 from logitjax.commands import cli
 
 
 def run(config: Config, workdir: epath.Path) -> None:
     """Make the models, ask them, write the report."""
-    with training.lock_workdir(workdir):
-        results = Run(config, workdir).results()
-        if jax.process_index() == 0:
-            print(report.write(config, results, workdir))
+    results = Run(config, workdir).results()
+    if jax.process_index() == 0:
+        print(report.write(config, results, workdir))
 
 
 if __name__ == "__main__":

@@ -24,44 +24,42 @@ from etils import epath
 from experiments.shared.records import best_of, tuned_seeds
 from experiments.vq_head import arms, data, measure, report, train
 from experiments.vq_head.config import PRESETS, Config
-from logitjax import training
 from logitjax.commands import cli
 
 
 def run(config: Config, workdir: epath.Path) -> None:
     """Every head from what is cached, then the report."""
     results = workdir / "results"
-    with training.lock_workdir(workdir):
-        ctx = data.prepare(config, workdir)
-        untouched = arms.Trial("full", 0, 0, 0.0)
-        records = [measure.converted_record(ctx, untouched, "full", arms.full(ctx))]
-        rates: dict[str, float] = {}
-        for codes in config.codes:
-            for arm in config.arm:
-                # Arms without a codebook are the same whatever its size, but for the low rank.
-                if codes != config.codes[0] and not arm.startswith(("vq", "low_rank")):
-                    continue
-                # Learning rates are compared at the first codebook size only.
-                tried = (rates[arm],) if arm in rates else config.learning_rate
-                runs = tuned_seeds(
-                    lambda seed, arm=arm, codes=codes: results / f"{arm}_{codes}_{seed}.json",
-                    config.seeds,
-                    tried,
-                    functools.partial(measure.run_arm, ctx, workdir, arm, codes),
-                )
-                rates[arm] = runs[0]["lr"]
-                records += [record for run in runs for record in run["records"]]
-        scratch = []
-        for arm in config.scratch_arm:
-            trained = functools.partial(train.train, ctx, workdir / "scratch", arm)
-            scratch += tuned_seeds(
-                lambda seed, arm=arm: results / f"scratch_{arm}_{seed}.json",
+    ctx = data.prepare(config, workdir)
+    untouched = arms.Trial("full", 0, 0, 0.0)
+    records = [measure.converted_record(ctx, untouched, "full", arms.full(ctx))]
+    rates: dict[str, float] = {}
+    for codes in config.codes:
+        for arm in config.arm:
+            # Arms without a codebook are the same whatever its size, but for the low rank.
+            if codes != config.codes[0] and not arm.startswith(("vq", "low_rank")):
+                continue
+            # Learning rates are compared at the first codebook size only.
+            tried = (rates[arm],) if arm in rates else config.learning_rate
+            runs = tuned_seeds(
+                lambda seed, arm=arm, codes=codes: results / f"{arm}_{codes}_{seed}.json",
                 config.seeds,
-                config.scratch_learning_rate,
-                lambda seed, rates, run=trained: best_of(functools.partial(run, seed), rates),
+                tried,
+                functools.partial(measure.run_arm, ctx, workdir, arm, codes),
             )
-        if jax.process_index() == 0:
-            print(report.write(ctx, records, scratch, workdir))
+            rates[arm] = runs[0]["lr"]
+            records += [record for run in runs for record in run["records"]]
+    scratch = []
+    for arm in config.scratch_arm:
+        trained = functools.partial(train.train, ctx, workdir / "scratch", arm)
+        scratch += tuned_seeds(
+            lambda seed, arm=arm: results / f"scratch_{arm}_{seed}.json",
+            config.seeds,
+            config.scratch_learning_rate,
+            lambda seed, rates, run=trained: best_of(functools.partial(run, seed), rates),
+        )
+    if jax.process_index() == 0:
+        print(report.write(ctx, records, scratch, workdir))
 
 
 if __name__ == "__main__":

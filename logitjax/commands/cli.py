@@ -5,6 +5,7 @@ A command or an experiment is a frozen dataclass `Config` whose fields carry the
 the rest: `--help`, flags, presets below them, `config.json`, several processes, exit statuses.
 """
 
+import contextlib
 import dataclasses
 import inspect
 import itertools
@@ -13,18 +14,19 @@ import logging as py_logging
 import os
 import sys
 import textwrap
+import threading
+import time
 import traceback
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NoReturn, Protocol
 
 import jax
 from absl import flags, logging
 from etils import epath
 
-from logitjax import processes, training
-from logitjax.storage import write_atomic
+from logitjax import processes, storage, training
 
 _COMPILED = str(epath.Path("~/.cache/logitjax/compiled").expanduser())
 # What a user can mend. Anything else is a fault of ours and shows its traceback.
@@ -228,7 +230,7 @@ def write_config(config: Dataclass, workdir: epath.Path) -> None:
         )
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, text)
+        storage.write_atomic(path, text)
 
 
 def _is_ours(record: Any) -> bool:
@@ -236,14 +238,37 @@ def _is_ours(record: Any) -> bool:
     return record.levelno > py_logging.INFO or "site-packages" not in record.pathname
 
 
-def _leave(status: int) -> None:
-    """Ends the process; one of many at once, for the usual way out waits for the others."""
-    if not training.distributed.is_joined():
-        sys.exit(status)
-    logging.flush()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+def _write_details(workdir: epath.Path) -> str:
+    """Leaves the traceback as `error.txt`, if it can within five seconds; where it is, in words."""
+    index = jax.process_index() if training.distributed.is_joined() else 0
+    path = workdir / (f"error.{index}.txt" if index else "error.txt")
+    text, written = traceback.format_exc(), threading.Event()
+
+    def write() -> None:
+        # The disk may be what failed: it must not hide the first error.
+        with contextlib.suppress(Exception):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+            written.set()
+
+    thread = threading.Thread(target=write, daemon=True)
+    thread.start()
+    thread.join(5.0)
+    return f" (details: {path})" if written.is_set() else ""
+
+
+def _fail(
+    error: BaseException, status: int, workdir: epath.Path | None, note: str = ""
+) -> NoReturn:
+    """One line about an error, and the end: at once where others wait or a thread may hang."""
+    said = " ".join(str(error).split()) or type(error).__name__
+    details = _write_details(workdir) if workdir else ""
+    if status == os.EX_TEMPFAIL:
+        note = note or "; this may pass, and the same command goes on"
+    if training.distributed.is_joined() or status == os.EX_TEMPFAIL:
+        training.distributed.leave(f"{said}{details}{note}", status)
+    print(f"error: {said}{details}{note}", file=sys.stderr)
+    sys.exit(status)
 
 
 def main(
@@ -256,8 +281,11 @@ def main(
 ) -> None:
     """Parse flags, join the other processes, run; what a user can mend ends as one line.
 
-    A wrong flag, wrong data and a missing package end with status 2. A `run` that takes a workdir
-    gets one, with `config.json` in it; one that calls it `out` lets users call it so too.
+    A wrong flag, wrong data and a missing package end with status 2; a disk, a store, a hub or a
+    network that fails ends with 75, after which the same command may be started again. All
+    processes of a run end with the status of the first that fails. A `run` that takes a workdir
+    gets one, locked and with `config.json` in it; one that calls it `out` lets users call it so
+    too.
 
     Args:
         config_class: The dataclass that `run` is given.
@@ -279,7 +307,7 @@ def main(
     logging.use_absl_handler()
     logging.get_absl_handler().addFilter(_is_ours)
     flags.FLAGS.mark_as_parsed()  # absl's logging waits for it
-    place = None
+    place, details = None, None
     try:
         values = define_flags(config_class, presets)
         if kept:
@@ -303,31 +331,27 @@ def main(
             place.coordinator_address, place.num_processes, place.process_id
         )
         workdir = epath.Path(place.workdir)
-        with processes.first_before_others("config"):
-            write_config(config, workdir)
-        run(config, workdir)
+        with training.lock_workdir(workdir):
+            details = workdir  # Before, it may be another run's.
+            with processes.first_before_others("config"):
+                write_config(config, workdir)
+            run(config, workdir)
     except _ONE_LINE_ERRORS as error:
-        details = ""
-        if place is not None:
-            path = epath.Path(place.workdir) / "error.txt"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(traceback.format_exc())
-            details = f" (details: {path})"
-        print(f"error: {error}{details}", file=sys.stderr)
-        _leave(2)
+        status = os.EX_TEMPFAIL if storage.may_pass(error) else 2
+        _fail(error, status, details)
     except jax.errors.JaxRuntimeError as error:
-        if not training.distributed.is_joined():
+        first = RuntimeError(str(error).splitlines()[0][:300])
+        if "RESOURCE_EXHAUSTED" in str(error):
+            _fail(first, 2, details, "; a device's memory is too small for this")
+        if not training.distributed.is_joined() and not storage.may_pass(error):
             raise
-        # What fails in a collective fails because another process is gone.
-        said = str(error).splitlines()[0][:300]
-        print(
-            f"error: process {jax.process_index()}: {said}\nAnother process is gone; the same "
-            "command goes on from the newest checkpoint.",
-            file=sys.stderr,
-        )
-        _leave(os.EX_TEMPFAIL)
-    except Exception:
+        # What fails in a collective fails because another process is gone, which may yet say why.
+        time.sleep(3.0 if training.distributed.is_joined() else 0.0)
+        _fail(first, os.EX_TEMPFAIL, None, "; another process is gone, the same command goes on")
+    except Exception as error:
+        if storage.may_pass(error):
+            _fail(error, os.EX_TEMPFAIL, details)
         if not training.distributed.is_joined():
             raise
         traceback.print_exc()
-        _leave(1)
+        _fail(error, 1, None)

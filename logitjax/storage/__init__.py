@@ -14,8 +14,10 @@ made of rows has a `Manifest` and the same rule. `storage.weights` reads what ot
 """
 
 from logitjax.storage import guard as guard
+from logitjax.storage import progress as progress
 from logitjax.storage import weights as weights
 from logitjax.storage._digest import digest as digest
+from logitjax.storage._failures import may_pass as may_pass
 from logitjax.storage._files import write_atomic as write_atomic
 from logitjax.storage._hub import hub_snapshot as hub_snapshot
 from logitjax.storage._manifest import Manifest as Manifest

@@ -1,11 +1,16 @@
 """Files that appear whole or not at all."""
 
 import os
+import tempfile
 import uuid
 from collections.abc import Callable
 from typing import IO
 
+import fsspec.config
 from etils import epath
+
+# gcsfs keeps listings for ever, and with them files that others wrote or removed since.
+fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
 
 
 def write_atomic(
@@ -14,7 +19,8 @@ def write_atomic(
     """Writes a file so that readers see the old one or the new one, never a part of it.
 
     The content goes to a hidden file beside the target, which is then renamed. What a killed run
-    leaves is that hidden file, which nothing reads.
+    leaves is that hidden file, which nothing reads. An object store shows whole files only: there
+    the target is written itself.
 
     Args:
         path: The file, local or remote; its folder is made.
@@ -28,6 +34,15 @@ def write_atomic(
     'whole'
     """
     path = epath.Path(path)
+    if is_remote(path):
+        if callable(content):
+            # An open remote file is made whole when it is closed, also by an error.
+            with tempfile.TemporaryDirectory() as scratch:
+                write_atomic(near := epath.Path(scratch) / path.name, content)
+                near.copy(path, overwrite=True)
+        else:
+            path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.parent / f".{path.name}.{uuid.uuid4().hex}"
     try:

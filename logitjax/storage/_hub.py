@@ -56,5 +56,5 @@ def hub_snapshot(
         reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
             f"{kind} 'hf:{name}': not in the local cache and the hub cannot be reached ({reason})"
-        ) from None
+        ) from error
     return epath.Path(found)

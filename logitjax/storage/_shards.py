@@ -12,6 +12,7 @@ from typing import Any
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from etils import epath
 
+from logitjax.storage import progress
 from logitjax.storage._files import is_remote
 
 # One record a group is what random access wants; no read-ahead for the same reason.
@@ -40,6 +41,7 @@ def open_shard(directory: epath.Path, name: str) -> Iterator[tuple[Callable[[byt
         def write(record: bytes) -> None:
             writer.write(record)
             shard["rows"] += 1
+            progress.mark()
 
         try:
             yield write, shard

@@ -15,12 +15,10 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from logitjax.ops.sharding import path_string
-from logitjax.storage import write_atomic
+from logitjax.storage import progress, write_atomic
 from logitjax.training._checkpoints import Checkpointer
 from logitjax.training._metrics import MetricAccumulator, MetricWriter, NullWriter
 from logitjax.training._preemption import Preempted, watch_for_preemption
-from logitjax.training._stalls import stall_seconds as _stall_seconds
-from logitjax.training._stalls import watch_for_stalls
 from logitjax.training._state import TrainState
 from logitjax.training._step import StepOutput
 from logitjax.training._workdir import lock_workdir
@@ -49,8 +47,6 @@ class LoopOptions:
         (by the count of the loss) and ``seconds_per_step``.
       eval_every: steps between evaluations; the last step is always evaluated.
       progress: a tqdm bar, if standard error is a terminal.
-      stall_seconds: after how long without a step the process ends with status 75, because another
-        one hangs; 0 for never. ``LOGITJAX_STALL_SECONDS``, or an hour with several processes.
       profile_steps: so many steps are traced by ``jax.profiler`` into ``workdir/profile``, from the
         third on that this call takes: the first one compiles.
     """
@@ -59,7 +55,6 @@ class LoopOptions:
     log_every: int = 10
     eval_every: int = 0
     progress: bool = True
-    stall_seconds: float | None = None
     profile_steps: int = 0
 
 
@@ -116,7 +111,6 @@ def train_loop(
         state, start = _resume(state, checkpointer, identity or {})
         writer.resume(start)
         bar = stack.enter_context(_progress_bar(start, total_steps, options.progress))
-        alive = stack.enter_context(watch_for_stalls(_stall_seconds(options.stall_seconds)))
         profile = stack.enter_context(_profiler(workdir, start + 3, options.profile_steps))
 
         accumulator = MetricAccumulator()
@@ -128,10 +122,12 @@ def train_loop(
 
         def save(step: int) -> None:
             check_finite(0)
+            progress.mark(f"saving checkpoint {step}")
             if checkpointer is not None and checkpointer.save(step, state, identity):
                 logging.info("saving checkpoint %d", step)
 
         clock, logged, untimed = time.perf_counter(), start, 0.0
+        progress.mark("compiling and taking the first step")
         for step in range(start + 1, total_steps + 1):
             profile(step, state)
             batch = batches(step - 1)
@@ -139,8 +135,6 @@ def train_loop(
             pending.append((step, batch, output))
             accumulator.add(output.metrics)
             check_finite(keep=1)
-            if step > start + 1:
-                alive(step - 1)
             if step == start + 1:
                 # Compilation is no part of the speed.
                 untimed = float(jax.device_get(output.metrics["loss"][1]))
@@ -165,6 +159,7 @@ def train_loop(
             paused = time.perf_counter()
             if eval_fn is not None and (last or _due(step, options.eval_every)):
                 check_finite(0)
+                progress.mark(f"evaluating step {step}")
                 scores = eval_fn(state, step)
                 writer.write_scalars(step, {f"eval/{k}": v for k, v in scores.items()})
             if last or _due(step, options.checkpoint_every):
@@ -177,13 +172,13 @@ def train_loop(
                 logging.warning("SIGTERM: stopped after step %d", step)
                 raise Preempted(step)
             clock += time.perf_counter() - paused
-            # Neither scoring nor saving is a part of the next step.
-            if step > start + 1:
-                alive(step)
+            progress.mark(f"taking step {step + 1}" if step > start + 1 else "")
         check_finite(0)
         if checkpointer is not None:
+            progress.mark(f"saving checkpoint {total_steps}")
             checkpointer.wait()
         writer.flush()
+        progress.mark("going on after the training")
     return state
 
 
@@ -199,6 +194,7 @@ def _resume(
     shapes = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state
     )
+    progress.mark("restoring a checkpoint")
     for leaf in jax.tree.leaves(state):
         leaf.delete()  # The memory never holds two states.
     restored = checkpointer.restore_latest(shapes)

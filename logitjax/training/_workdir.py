@@ -7,129 +7,216 @@ import os
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
-import jax
-import numpy as np
 from absl import logging
 from etils import epath
-from jax.experimental import multihost_utils
 
-_BEAT_SECONDS = 20.0
-_STALE_SECONDS = 90.0
+from logitjax import processes
+from logitjax.training import _watch
+
+# A holder writes its lock anew so often; one that has not done so for longer is gone.
+_BEAT_SECONDS = 10.0
+_STALE_SECONDS = 45.0
+_LOOK_SECONDS = 0.5
+_FEW_RETRIES = {
+    "gcs_request_retries": {"max_retries": 4, "initial_delay": "500ms", "max_delay": "4s"}
+}
+# Workdirs that this process holds.
+_held: list[str] = []
 
 
-class WorkdirInUseError(OSError):
+class WorkdirInUseError(ValueError):
     """Another run holds the workdir."""
 
 
 @contextlib.contextmanager
 def lock_workdir(workdir: epath.PathLike) -> Iterator[None]:
-    """Holds the workdir's lock; a second run on it is refused.
+    """Holds the lock of a workdir, so that a second run on it is refused.
 
     On a file system the operating system holds the lock and drops it with the process, however that
-    ends. On an object store the holder refreshes a file; one that is older than 90 seconds, or of a
-    process of this host that is gone, is stale. A stale lock is reported and taken over. Process 0
-    locks for all processes.
+    ends. On an object store it is an object that is only ever written over the generation that was
+    read, so that of two runs that start at once one wins. The holder writes it anew every ten
+    seconds; whoever finds it waits for that, and takes the lock over when nothing has come for 45
+    seconds. No clock is compared. A run that is started again by what started it before
+    (`LOGITJAX_RUN` is the same, which `launch/` sets) takes it over at once. A holder that finds
+    its lock taken, or cannot write it for as long, ends with status 75.
+
+    What lies within a workdir that this process holds is held too. Process 0 locks for all.
 
     Args:
-      workdir: made if needed.
+        workdir: Folder or prefix; made if needed.
 
     Raises:
-      WorkdirInUseError: on every process, if another run holds it.
+        WorkdirInUseError: On every process, if another run holds it.
 
     >>> import tempfile
     >>> with lock_workdir(tempfile.mkdtemp()):
     ...     pass
     """
-    path = epath.Path(workdir) / "lock"
-    with contextlib.ExitStack() as stack:
-        held = ""
-        if jax.process_index() == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lock = _object_lock if "://" in str(workdir) else _file_lock
-            try:
-                stack.enter_context(lock(path))
-            except WorkdirInUseError as error:
-                held = str(error)
-        if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(np.asarray(bool(held))):
-            held = held or f"workdir {str(workdir)!r} is in use by another run"
-        if held:
-            raise WorkdirInUseError(held)
+    place = os.fspath(workdir).rstrip("/")
+    remote = "://" in place
+    place = place if remote else os.path.abspath(place)
+    if any(place == held or place.startswith(held + "/") for held in _held):
         yield
+        return
+    with contextlib.ExitStack() as stack:
+
+        def lock() -> None:
+            holds = _object_lock if remote else _file_lock
+            stack.enter_context(holds(epath.Path(place)))
+
+        processes.run_on_first(f"lock {place}", lock)
+        _held.append(place)
+        try:
+            yield
+        finally:
+            _held.remove(place)
 
 
-def _owner() -> dict[str, Any]:
-    return {"pid": os.getpid(), "host": socket.gethostname(), "time": time.time()}
+# Pods are all process 1 of a host that is called the same.
+_ME = uuid.uuid4().hex
 
 
-def _read(text: str) -> dict[str, Any]:
+def _owner(run: str) -> bytes:
+    host = socket.gethostname()
+    return json.dumps({"pid": os.getpid(), "host": host, "run": run, "holder": _ME}).encode()
+
+
+def _read(text: bytes | str) -> dict[str, Any]:
     try:
         owner = json.loads(text)
-        return owner if isinstance(owner, dict) else {}
     except ValueError:
         return {}
+    return owner if isinstance(owner, dict) else {}
 
 
-def _refusal(path: epath.Path, owner: dict[str, Any]) -> WorkdirInUseError:
+def _refusal(workdir: epath.Path, owner: dict[str, Any]) -> WorkdirInUseError:
     return WorkdirInUseError(
-        f"workdir {str(path.parent)!r} is in use by process {owner.get('pid')} on "
+        f"workdir: {str(workdir)!r} is in use by process {owner.get('pid')} on "
         f"{owner.get('host')}; stop it or choose another workdir"
     )
 
 
 @contextlib.contextmanager
-def _file_lock(path: epath.Path) -> Iterator[None]:
-    with open(path, "a+") as file:
-        file.seek(0)
-        owner = _read(file.read())
+def _file_lock(workdir: epath.Path) -> Iterator[None]:
+    workdir.mkdir(parents=True, exist_ok=True)
+    path = os.fspath(workdir / "lock")
+    while True:
+        file = open(path, "a+b")  # noqa: SIM115
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise _refusal(path, owner) from None
-        if owner:
-            logging.warning("taking over the stale lock of process %s", owner.get("pid"))
+        except BlockingIOError:
+            with file:
+                file.seek(0)
+                raise _refusal(workdir, _read(file.read())) from None
+        except OSError as error:
+            file.close()
+            # Some network file systems have no locks; that is not another run.
+            raise OSError(error.errno, f"cannot be locked: {error.strerror}", path) from None
+        with contextlib.suppress(FileNotFoundError):
+            if os.stat(path).st_ino == os.fstat(file.fileno()).st_ino:
+                break
+        file.close()  # The last holder has removed this file since it was opened.
+    with file:
         file.truncate(0)
-        file.write(json.dumps(_owner()))
+        file.write(_owner(""))
         file.flush()
         try:
             yield
         finally:
-            # Emptied, not removed: a waiting process may have the same file open.
-            file.truncate(0)
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+
+
+def _store(workdir: epath.Path) -> Any:
+    """The key-value store of a prefix: its writes are made on a condition."""
+    import tensorstore
+
+    scheme, _, rest = os.fspath(workdir).partition("://")
+    bucket, _, prefix = rest.partition("/")
+    driver = {"gs": "gcs"}.get(scheme, scheme)
+    prefix = f"{prefix}/" if prefix else ""
+    spec: dict[str, Any] = {"driver": driver, "bucket": bucket, "path": prefix}
+    if driver == "gcs":
+        spec["context"] = _FEW_RETRIES
+    return tensorstore.KvStore.open(spec).result()
 
 
 @contextlib.contextmanager
-def _object_lock(path: epath.Path) -> Iterator[None]:
-    if path.exists() and (owner := _read(path.read_text())):
-        fresh = time.time() - owner.get("time", 0) < _STALE_SECONDS
-        gone = owner.get("host") == socket.gethostname() and not _alive(owner.get("pid", -1))
-        if fresh and not gone:
-            raise _refusal(path, owner)
-        logging.warning("taking over the stale lock of process %s", owner.get("pid"))
-    path.write_text(json.dumps(_owner()))
+def _object_lock(workdir: epath.Path) -> Iterator[None]:
+    store = _store(workdir)
+    # A run of its own where no launcher says which one this is.
+    run = os.environ.get("LOGITJAX_RUN") or uuid.uuid4().hex
+    generation = _acquire(store, run, workdir)
     stop = threading.Event()
 
     def beat() -> None:
+        nonlocal generation
+        last = time.monotonic()
         while not stop.wait(_BEAT_SECONDS):
-            path.write_text(json.dumps(_owner()))
+            before, begun = generation, time.monotonic()
+            try:
+                generation = _write(store, run, before)
+            except Exception as error:
+                logging.warning("workdir %s: its lock cannot be written: %s", workdir, error)
+                generation = before
+                # Others may take it over from now on.
+                if time.monotonic() - last > _STALE_SECONDS - 2 * _BEAT_SECONDS:
+                    _watch.end(f"workdir: the lock of {workdir} cannot be written ({error})")
+                continue
+            if generation is None:
+                # An answer that was lost on its way leaves a generation of our own.
+                found = store.read("lock").result()
+                if _is_ours(found):
+                    generation = found.stamp.generation
+                else:
+                    _watch.end(f"workdir: another run has taken {workdir} over")
+                    return
+            last = begun
 
-    thread = threading.Thread(target=beat, daemon=True)
+    thread = threading.Thread(target=beat, name="lock", daemon=True)
     thread.start()
     try:
         yield
     finally:
         stop.set()
-        thread.join()
-        path.unlink(missing_ok=True)
+        thread.join(_BEAT_SECONDS)
+        with contextlib.suppress(Exception):
+            store.write("lock", None, if_equal=generation).result(timeout=_BEAT_SECONDS)
 
 
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
+def _is_ours(found: Any) -> bool:
+    return found.state == "value" and _read(found.value).get("holder") == _ME
+
+
+def _write(store: Any, run: str, generation: bytes) -> bytes | None:
+    """Writes over this generation; the new one, or None where it is another by now."""
+    written = store.write("lock", _owner(run), if_equal=generation).result()
+    # What was not written comes back with no generation.
+    return written.generation or None
+
+
+def _acquire(store: Any, run: str, workdir: epath.Path) -> bytes:
+    watched, since = None, time.monotonic()
+    while True:
+        found = store.read("lock").result()
+        generation = found.stamp.generation
+        if found.state != "value":
+            mine = _write(store, run, generation)
+        else:
+            owner = _read(found.value)
+            if watched is None:
+                watched, since = generation, time.monotonic()
+            elif watched != generation:
+                raise _refusal(workdir, owner)
+            stale = time.monotonic() - since >= _STALE_SECONDS
+            mine = None
+            if owner.get("run") == run or stale:
+                logging.warning("taking over the lock of process %s", owner.get("pid"))
+                mine = _write(store, run, generation)
+        if mine is not None:
+            return mine
+        time.sleep(_LOOK_SECONDS)

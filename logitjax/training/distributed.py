@@ -4,9 +4,16 @@ import importlib.util
 import os
 import pathlib
 import re
+import sys
+from typing import Any
 
 import jax
 from absl import logging
+
+from logitjax.storage import may_pass
+from logitjax.training import _watch
+
+_watching: list[_watch.Watch] = []
 
 
 def initialize(
@@ -35,15 +42,20 @@ def initialize(
       process_id: which one this is.
       cluster: ``auto``; ``none`` to stay alone; or the kind to expect: ``tpu``, ``slurm``, ``k8s``,
         ``ompi``.
-      heartbeat_seconds: after how long a process that is not heard of is lost: JAX then ends all
-        others, whose collectives would wait for it for ever. ``LOGITJAX_HEARTBEAT_SECONDS``, or
-        100.
+      heartbeat_seconds: after how long a process that is not heard of is lost: the others end with
+        status 75, for their collectives would wait for it for ever.
+        ``LOGITJAX_HEARTBEAT_SECONDS``, or 100.
+
+    From here on a thread watches: where no process has packed, read, saved or taken a step for
+    ``LOGITJAX_STALL_SECONDS`` (an hour with several processes, for ever with one), and where one
+    is gone or has said why it ends (:func:`leave`), this one ends too.
 
     Returns:
       ``(process_index, process_count)``.
 
     Raises:
-      ValueError: if some but not all three are known, or ``cluster`` is unknown.
+      ValueError: if some but not all three are known, ``cluster`` is unknown, or a variable is not
+        a number.
 
     >>> initialize(cluster="none")
     (0, 1)
@@ -81,20 +93,45 @@ def initialize(
             num_processes,
             process_id,
             cluster_detection_method="deactivate",
-            heartbeat_timeout_seconds=heartbeat_seconds,
+            heartbeat_timeout_seconds=heartbeat_seconds + _watch.LATER_SECONDS,
         )
     elif found is not None:
         logging.info("joining the %s cluster", found)
         devices = _slurm_devices() if found == "slurm" else None
         jax.distributed.initialize(
-            **known, local_device_ids=devices, heartbeat_timeout_seconds=heartbeat_seconds
+            **known,
+            local_device_ids=devices,
+            heartbeat_timeout_seconds=heartbeat_seconds + _watch.LATER_SECONDS,
         )
     elif len(missing) < 3:
         raise ValueError(
             f"{missing[0]}: expected with {' and '.join(n for n in known if n not in missing)} "
             f"(flag or environment), got nothing"
         )
-    return jax.process_index(), jax.process_count()
+    place = jax.process_index(), jax.process_count()
+    stall = _watch.stall_seconds(place[1])
+    if not _watching and (place[1] > 1 or stall):
+        watch = _watch.Watch(*place, stall=stall, heartbeat=heartbeat_seconds)
+        watch.start()
+        _watching.append(watch)
+        if place[1] > 1:
+            _announce_what_is_not_caught()
+    return place
+
+
+def leave(cause: str, status: int) -> None:
+    """Ends this process with one line, at once; the others of its run end with the same status."""
+    _watch.end(cause, status)
+
+
+def _announce_what_is_not_caught() -> None:
+    before = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        _watch.announce(f"{kind.__name__}: {error}", os.EX_TEMPFAIL if may_pass(error) else 1)
+        before(kind, error, trace)
+
+    sys.excepthook = hook
 
 
 def is_joined() -> bool:

@@ -19,7 +19,6 @@ from logitjax.training._loop import NonFiniteError
 from logitjax.training._metrics import JsonlWriter, MetricAccumulator, MetricWriter
 from logitjax.training._state import TrainState
 from logitjax.training._step import StepOutput
-from logitjax.training._workdir import WorkdirInUseError
 from tests.training import toy
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -254,20 +253,6 @@ def test_nonfinite_loss_stops_with_step_and_batch(tmp_path):
     assert int(saved["step"]) == 6
     for name, value in poisoned(5).items():
         np.testing.assert_array_equal(saved[name], value)
-
-
-@pytest.mark.every_change
-@pytest.mark.slow
-def test_second_run_is_refused_and_a_dead_ones_lock_is_not(tmp_path, caplog):
-    with (
-        training.lock_workdir(tmp_path),
-        pytest.raises(WorkdirInUseError, match=r"in use by process \d+ on"),
-        training.lock_workdir(tmp_path),
-    ):
-        pass
-    (tmp_path / "lock").write_text(json.dumps({"pid": 999999, "host": "gone"}))
-    with caplog.at_level("WARNING"), training.lock_workdir(tmp_path):
-        assert "stale lock of process 999999" in caplog.text
 
 
 @pytest.mark.every_change

@@ -1,0 +1,88 @@
+"""Every experiment's smoke preset on an emulated object store: killed, resumed, read again."""
+
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from experiments.benchmarks import _suite
+from experiments.benchmarks._object_store import Store
+
+_ROOT = Path(__file__).parents[2]
+# Models that are built, and text that is in the repository: nothing is fetched.
+_EXPERIMENTS = tuple(
+    sorted(path.parent.name for path in (_ROOT / "experiments").glob("*/config.py"))
+)
+_BUCKET = "bucket"
+
+
+def start(name: str, store: Store, log: Path, *flags: str, **variables: str) -> subprocess.Popen:
+    """An experiment's smoke preset, whose workdir is `gs://bucket/NAME`."""
+    with log.open("ab") as file:
+        return subprocess.Popen(
+            [
+                *(sys.executable, "-m", f"experiments.{name}", "--preset=smoke"),
+                f"--workdir=gs://{_BUCKET}/{name}",
+                *flags,
+            ],
+            cwd=_ROOT,
+            env={**os.environ, **store.variables(), "LOGITJAX_RUN": name, **variables},
+            stdout=file,
+            stderr=file,
+        )
+
+
+def _one(name: str, store: Store, directory: Path, draw: random.Random) -> dict[str, Any]:
+    """Killed once somewhere after it has begun to write, then run to its end, then once more."""
+    log = directory / f"{name}.log"
+    begin = time.monotonic()
+    process = start(name, store, log)
+    while process.poll() is None and not store.names(_BUCKET, f"{name}/config.json"):
+        time.sleep(0.01)
+    time.sleep(draw.uniform(0.0, 8.0))
+    killed = process.poll() is None
+    process.kill()
+    process.wait()
+    held = f"{name}/lock" in store.names(_BUCKET)
+    status = start(name, store, log).wait()
+    seconds = time.monotonic() - begin
+    again = start(name, store, log).wait()
+    names = store.names(_BUCKET, f"{name}/")
+    return {
+        "experiment": name,
+        "killed": killed,
+        "lock left by the kill": held,
+        "status": status,
+        "again": again,
+        "report": f"{name}/report.md" in names,
+        "objects": len(names),
+        "checkpoints": len({n.rpartition("/state/")[0] for n in names if "/state/" in n}),
+        "lock": f"{name}/lock" in names,
+        "seconds": round(seconds, 1),
+    }
+
+
+def run(options: _suite.Options) -> _suite.Result:
+    """One experiment at the smoke scale, all of them at the full one."""
+    wanted = tuple(filter(None, options.only.split(","))) or (
+        _EXPERIMENTS[3:4] if options.smoke else _EXPERIMENTS
+    )
+    directory = options.directory.resolve() / f"run-{time.time_ns()}"
+    directory.mkdir(parents=True)
+    seed = time.time_ns() % 2**32
+    draw = random.Random(seed)
+    store = Store()
+    try:
+        rows = [_one(name, store, directory, draw) for name in wanted]
+    finally:
+        store.close()
+    good = [
+        row["status"] == row["again"] == 0 and row["report"] and not row["lock"] for row in rows
+    ]
+    bars = [
+        _suite.Bar(name="experiments that ended well", value=sum(good), limit=len(rows), sense=">=")
+    ]
+    return _suite.Result(rows=rows, bars=bars)

@@ -1,0 +1,182 @@
+"""A run that no longer moves, and processes that are gone: the others end, and say why.
+
+A thread does it, for the main one waits in a collective where nothing else reaches it.
+"""
+
+import contextlib
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from absl import logging
+
+from logitjax.storage import progress
+
+_DEFAULT_SECONDS = 3600.0
+_PREFIX = "logitjax"
+# JAX ends a process with a page of its own when this one has said nothing by then.
+LATER_SECONDS = 30
+
+
+def stall_seconds(processes: int) -> float:
+    """How long nothing may move; 0 for ever.
+
+    `LOGITJAX_STALL_SECONDS`, else an hour with several processes and for ever with one.
+    """
+    text = os.environ.get("LOGITJAX_STALL_SECONDS", "")
+    try:
+        return float(text or _DEFAULT_SECONDS * (processes > 1))
+    except ValueError:
+        raise ValueError(
+            f"LOGITJAX_STALL_SECONDS: expected a number of seconds, got {text!r}"
+        ) from None
+
+
+def end(cause: str, status: int = os.EX_TEMPFAIL, *, name: str = "") -> None:
+    """Ends this process with one line, and tells the others of the run why."""
+    logging.flush()
+    sys.stdout.flush()
+    announce(cause, status)
+    sys.stderr.write(f"error: {name or _name()}{cause}\n")
+    sys.stderr.flush()
+    _await_others()
+    os._exit(status)
+
+
+def announce(cause: str, status: int) -> None:
+    """Leaves word for the other processes; the first one that does is believed."""
+    client = _client()
+    if client is None:
+        return
+    try:
+        client.key_value_set(f"{_PREFIX}/failed", f"{status} {jax.process_index()} {cause}")
+    except Exception:  # There is word already, or nobody who keeps it.
+        return
+
+
+def _await_others(seconds: float = 5.0) -> None:
+    """The process that keeps the words leaves last: JAX ends the others once it is gone."""
+    client = _client()
+    if client is None or jax.process_index() != 0:
+        return
+    until = time.monotonic() + seconds
+    try:
+        while time.monotonic() < until:
+            ended = client.key_value_dir_get(f"{_PREFIX}/ended/")
+            if len(ended) >= jax.process_count() - 1:
+                # Read, and on their way out.
+                time.sleep(0.3)
+                return
+            time.sleep(0.1)
+    except Exception:
+        return
+
+
+def _client() -> Any:
+    # What `multihost_utils` waits on; JAX has no public name for it.
+    from jax._src import distributed
+
+    return distributed.global_state.client
+
+
+def _name() -> str:
+    return f"process {jax.process_index()}: " if _client() is not None else ""
+
+
+class Watch(threading.Thread):
+    """Looks once a second whether the run moves and whether its processes are there.
+
+    Args:
+        index: Of this process.
+        count: Of all.
+        stall: Seconds without progress in any process, packing and reading among it; 0 for ever.
+        heartbeat: Seconds without a sign of life of one process.
+        leave: What ends the process: `(cause, status)`.
+    """
+
+    def __init__(
+        self,
+        index: int = 0,
+        count: int = 1,
+        *,
+        stall: float = 0.0,
+        heartbeat: float = 100.0,
+        leave: Callable[[str, int], Any] = end,
+    ):
+        super().__init__(name="watch", daemon=True)
+        self._index, self._count = index, count
+        self._stall, self._heartbeat, self._leave = stall, heartbeat, leave
+        self._done = threading.Event()
+        # By process what it said last, its progress in that, and when.
+        self._beats: dict[int, tuple[str, float]] = {}
+        self._moved: dict[int, str] = {}
+        self._last_move = time.monotonic()
+
+    def stop(self) -> None:
+        """Ends the watch."""
+        self._done.set()
+
+    def run(self) -> None:
+        """The body of the thread."""
+        pause = min(1.0, self._stall / 4 or 1.0, self._heartbeat / 4)
+        beat = 0
+        while not self._done.wait(max(pause, self._count / 100)):
+            beat += 1
+            cause = self._look(beat)
+            if cause is not None and not self._done.is_set():
+                self._leave(*cause)
+                return
+
+    def _look(self, beat: int) -> tuple[str, int] | None:
+        now = time.monotonic()
+        marks, doing = progress.last()
+        self._note(self._index, f"{beat} {marks}", now)
+        client = _client() if self._count > 1 else None
+        if self._count > 1 and client is None:
+            return None  # This process has left the others, all of them at their end.
+        if client is not None:
+            try:
+                client.key_value_set(
+                    f"{_PREFIX}/beats/{self._index}", f"{beat} {marks}", allow_overwrite=True
+                )
+                words = dict(client.key_value_dir_get(f"{_PREFIX}/"))
+            except Exception:
+                words = {}  # Without process 0 there is no news of anybody: see below.
+            for key, said in words.items():
+                if key.endswith("/failed"):
+                    return self._told(client, said)
+                if "/beats/" in key:
+                    self._note(int(key.rpartition("/")[2]), said, now)
+            for process, (_, when) in self._beats.items():
+                if now - when > self._heartbeat:
+                    return f"process {process} is gone while {doing}; {_AGAIN}", os.EX_TEMPFAIL
+        if self._stall and now - self._last_move > self._stall:
+            return (
+                f"nothing has moved for {self._stall:.0f} s while {doing}: a process, a disk or a "
+                f"store hangs; {_AGAIN}",
+                os.EX_TEMPFAIL,
+            )
+        return None
+
+    def _note(self, process: int, said: str, now: float) -> None:
+        if self._beats.get(process, ("",))[0] != said:
+            self._beats[process] = (said, now)
+        marks = said.partition(" ")[2]
+        if self._moved.get(process) != marks:
+            self._moved[process] = marks
+            self._last_move = now
+
+    def _told(self, client: Any, said: str) -> tuple[str, int] | None:
+        status, process, cause = said.split(" ", 2)
+        if int(process) == self._index:
+            return None
+        with contextlib.suppress(Exception):
+            client.key_value_set(f"{_PREFIX}/ended/{self._index}", "", allow_overwrite=True)
+        return f"process {process} failed: {cause}", int(status)
+
+
+_AGAIN = "the same command goes on from the newest checkpoint"

@@ -1,0 +1,159 @@
+"""One run a workdir: on a file system by its locks, on an object store by generations."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import threading
+import types
+
+import pytest
+from etils import epath
+
+from logitjax.training import _watch, _workdir, lock_workdir
+from logitjax.training._workdir import WorkdirInUseError
+
+
+@contextlib.contextmanager
+def another_process(workdir):
+    """Holds the lock from a process that knows nothing of this one's."""
+    script = """
+import fcntl, json, os, sys
+file = open(sys.argv[1], "a+b")
+fcntl.flock(file, fcntl.LOCK_EX)
+file.write(json.dumps({"pid": os.getpid(), "host": "here"}).encode())
+file.flush()
+print(flush=True)
+sys.stdin.read()
+os.unlink(sys.argv[1])
+"""
+    command = [sys.executable, "-c", script, workdir / "lock"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        yield process
+
+
+def test_a_second_run_is_refused_and_told_whose_the_workdir_is(tmp_path):
+    with another_process(tmp_path) as holder:
+        said = rf"workdir: .* is in use by process {holder.pid} on"
+        with pytest.raises(WorkdirInUseError, match=said), lock_workdir(tmp_path):
+            pass
+    with lock_workdir(tmp_path):
+        pass
+    assert not (tmp_path / "lock").exists()
+
+
+def test_what_lies_in_a_held_workdir_is_held_too(tmp_path):
+    with lock_workdir(tmp_path), lock_workdir(tmp_path / "arm"), lock_workdir(tmp_path):
+        assert not (tmp_path / "arm").exists()
+    with lock_workdir(f"{tmp_path}/arm"):
+        assert (tmp_path / "arm" / "lock").exists()
+
+
+def test_a_file_system_without_locks_is_not_another_run(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with (
+        pytest.raises(OSError, match=r"cannot be locked: No locks available: .*lock") as error,
+        lock_workdir(tmp_path),
+    ):
+        pass
+    assert error.value.errno == errno.ENOLCK
+
+
+class Bucket:
+    """Writes made on a condition, as `tensorstore.KvStore` has them, over a dictionary."""
+
+    def __init__(self):
+        self.value, self.generation, self.lock = None, 0, threading.Lock()
+
+    def read(self, _):
+        state = "missing" if self.value is None else "value"
+        return done(state=state, value=self.value, stamp=self.stamp())
+
+    def stamp(self):
+        return types.SimpleNamespace(generation=str(self.generation).encode())
+
+    def write(self, _, value, *, if_equal):
+        with self.lock:
+            if if_equal != self.stamp().generation:
+                return done(generation=b"")
+            self.value, self.generation = value, self.generation + 1
+            return done(generation=self.stamp().generation)
+
+
+def done(**values):
+    """A future that has come."""
+    return types.SimpleNamespace(result=lambda timeout=None: types.SimpleNamespace(**values))
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    made = Bucket()
+    monkeypatch.setattr(_workdir, "_store", lambda workdir: made)
+    monkeypatch.setattr(_workdir, "_BEAT_SECONDS", 0.2)
+    monkeypatch.setattr(_workdir, "_STALE_SECONDS", 1.2)
+    monkeypatch.setattr(_workdir, "_LOOK_SECONDS", 0.02)
+    monkeypatch.delenv("LOGITJAX_RUN", raising=False)
+    return made
+
+
+REMOTE = epath.Path("gs://bucket/run")
+
+
+def test_an_object_lock_that_is_kept_up_refuses_and_one_that_is_not_is_taken_over(bucket):
+    with (
+        _workdir._object_lock(REMOTE),
+        pytest.raises(WorkdirInUseError),
+        _workdir._object_lock(REMOTE),
+    ):
+        pass
+    assert bucket.value is None
+    bucket.value = json.dumps({"pid": 1, "host": "gone", "run": "other"}).encode()
+    with _workdir._object_lock(REMOTE):
+        assert json.loads(bucket.value)["pid"] == os.getpid()
+
+
+def test_a_restart_of_the_same_run_takes_the_lock_at_once_and_the_old_holder_ends(
+    bucket, monkeypatch
+):
+    ended = threading.Event()
+    monkeypatch.setattr(_watch, "end", lambda cause, status=75: ended.set())
+    monkeypatch.setenv("LOGITJAX_RUN", "job-7")
+    monkeypatch.setattr(_workdir, "_STALE_SECONDS", 1000.0)
+    with _workdir._object_lock(REMOTE):
+        monkeypatch.setattr(_workdir, "_ME", "another pod")
+        generation = _workdir._acquire(bucket, "job-7", REMOTE)
+        monkeypatch.setattr(_workdir, "_ME", "this one")
+        assert json.loads(bucket.value)["holder"] == "another pod"
+        assert ended.wait(10)
+    assert bucket.stamp().generation == generation
+
+
+def test_of_runs_that_start_at_once_one_wins(bucket):
+    for _ in range(5):
+        won, refused = [], []
+        begin, done = threading.Barrier(2), threading.Barrier(2)
+
+        def start(begin=begin, done=done, won=won, refused=refused):
+            begin.wait()
+            try:
+                with _workdir._object_lock(REMOTE):
+                    won.append(1)
+                    done.wait()
+            except WorkdirInUseError:
+                refused.append(1)
+                done.wait()
+
+        threads = [threading.Thread(target=start) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert (won, refused) == ([1], [1])
