@@ -100,6 +100,27 @@ def bracket(z, w):
     return out
 
 
+def test_the_spectral_bound_equals_its_formula_in_float64():
+    """Hadley, Rendl, Wolkowicz: sorted eigenvalues on the complement of ones, prices elsewhere."""
+    z, w = np.random.default_rng(5).normal(size=(2, 3, N))
+    c, d = z.T @ z, (2 * w).T @ w
+
+    def gain(x, y, linear):
+        basis = np.linalg.qr(np.column_stack([np.ones(N), np.eye(N)[:, 1:]]))[0][:, 1:]
+        values = (np.linalg.eigvalsh(basis.T @ m @ basis) for m in (x, y))
+        r, s = (m.sum(1) - m.sum() / N for m in (x, y))
+        prices = linear + 2 * np.outer(r, s) / N
+        chosen = scipy.optimize.linear_sum_assignment(prices, maximize=True)
+        return x.sum() * y.sum() / N**2 + prices[chosen].sum() + np.dot(*values)
+
+    own, other = np.diag(c), np.diag(d)
+    off = (m - np.diag(np.diag(m)) for m in (c, d))
+    best = min(gain(c, d, 0), gain(*off, np.outer(own, other)))
+    expected = (np.square(c).sum() + np.square(d).sum() - 2 * best) / N**2
+    got = compiled(spectral_lower_bound)(np.float32(c), np.float32(d))
+    np.testing.assert_allclose(got, expected, rtol=1e-3)
+
+
 @pytest.mark.slow
 def test_no_violation_in_1000_cases():
     z, w = families(1000)

@@ -161,6 +161,9 @@ def test_a_permutation_with_masses_of_its_own_is_no_matching():
     value = cost(c, d, Coupling(np.arange(3, dtype=np.int32), order, masses))
     expected = np.square(np.float64(c) - d[order][:, order]) @ masses @ masses
     np.testing.assert_allclose(value, expected, rtol=1e-5)
+    # Nodes are counted from 0: the third is the last.
+    beyond = np.array([3, 0, 1], np.int32)
+    assert np.isnan(cost(c, d, Coupling(np.arange(3, dtype=np.int32), beyond, masses)))
 
 
 def test_a_difference_whose_square_is_too_small_costs_something():
