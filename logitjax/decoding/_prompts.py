@@ -13,7 +13,7 @@ from jax import lax
 
 from logitjax.decoding._ensemble import Plan
 from logitjax.decoding._prefixes import PrefixCache, block_names
-from logitjax.decoding._requests import Request, fresh_rows
+from logitjax.decoding._requests import Prompt, Request, fresh_rows
 from logitjax.decoding._step import (
     DecodeOptions,
     DecodeState,
@@ -214,7 +214,7 @@ class PromptReader:
         """Whether another prompt can be begun."""
         return None in self._rows
 
-    def waits(self, prompt: Sequence[int], *, salt: str = "") -> bool:
+    def waits(self, prompt: Prompt, *, salt: str = "") -> bool:
         """Whether what this prompt needs next is being read for another one."""
         if not self.prefixes.limit:
             return False

@@ -35,13 +35,19 @@ class Answer:
         self._offset = 0
         self._begun = time.monotonic()
 
-    async def pieces(self) -> AsyncIterator[tuple[str, list[Token]]]:
-        """Text that has become certain, and the tokens that came with it."""
+    async def pieces(self) -> AsyncIterator[tuple[str, list[Token], str | None]]:
+        """Text that has become certain, the tokens that came with it, the reason in the last."""
         while self.finish is None:
             item = await self.job.tokens.get()
             if isinstance(item, ApiError):
                 self.finish = "error"
                 raise item
+            if isinstance(item, str):  # Ended between two tokens.
+                self.finish = item
+                text = self._stream.finish()
+                self.text += text
+                yield text, [], self.finish
+                return
             if not self.tokens:
                 self._service.metrics.first_token.observe(time.monotonic() - self._begun)
             self._service.metrics.new_tokens.inc()
@@ -55,7 +61,19 @@ class Answer:
                 self.finish = "stop" if item.stopped else "length"
                 text += self._stream.finish()
             self.text += text
-            yield text, [item]
+            yield text, [item], self.finish
+
+    @property
+    def values(self) -> int:
+        """Number of log-probabilities that were given out."""
+        few = self._asked.logprobs
+        if few is None:
+            return 0
+        shown = 0
+        for token in [*self.job.prompt_report, *self.tokens]:
+            best = [id for id, _ in token.top[:few]]
+            shown += len(best) + (token.logprob is not None and token.id not in best)
+        return shown
 
     def logprobs(self, tokens: Sequence[Token]) -> Any:
         if self._asked.logprobs is None:

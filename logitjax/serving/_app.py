@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from starlette.applications import Starlette
@@ -14,6 +15,8 @@ from starlette.routing import Route
 
 from logitjax.decoding import Ensemble
 from logitjax.models import Tokenizer
+from logitjax.serving._accounts import Accounts
+from logitjax.serving._admission import longest_token
 from logitjax.serving._completions import completions
 from logitjax.serving._config import ServerConfig, check_model
 from logitjax.serving._errors import ApiError, json_response
@@ -39,14 +42,7 @@ def build_app(
         config: Limits, slots and the policy of what is reported.
     """
     disclosure = Disclosure(config.policy, config.policy_seed)
-    scheduler = Scheduler(
-        model,
-        disclosure,
-        slots=config.slots,
-        max_length=config.max_length,
-        end_ids=end_ids,
-        max_waiting=config.max_waiting,
-    )
+    scheduler = Scheduler(model, disclosure, end_ids, config.pace)
     metrics = Metrics(lambda: scheduler.load)
     service = Service(
         scheduler=scheduler,
@@ -56,13 +52,19 @@ def build_app(
         config=config,
         disclosure=disclosure,
         metrics=metrics,
+        accounts=Accounts(config.keys, config.audit_log),
+        readers=ThreadPoolExecutor(2, "reader"),
+        most_characters=config.max_length * longest_token(tokenizer),
     )
 
     @contextlib.asynccontextmanager
-    async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        service.scheduler.start()
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        app.state.service = service
+        scheduler.start()
         yield
-        service.scheduler.close()
+        scheduler.close()
+        service.readers.shutdown(wait=False, cancel_futures=True)
+        service.accounts.close()
 
     routes = [
         Route("/v1/completions", completions(service, chat=False), methods=["POST"]),
@@ -70,6 +72,7 @@ def build_app(
         Route("/v1/models", _models(service), methods=["GET"]),
         Route("/v1/models/{name:path}", _models(service), methods=["GET"]),
         Route("/health", _health(service), methods=["GET"]),
+        Route("/ready", _ready(service), methods=["GET"]),
         Route("/metrics", metrics.endpoint, methods=["GET"]),
         Route("/openapi.json", _description(service), methods=["GET"]),
     ]
@@ -121,6 +124,20 @@ def _health(service: Service) -> Any:
             raise ApiError(503, "the engine stopped")
         running, waiting = service.scheduler.load
         return json_response({"status": "ok", "running": running, "waiting": waiting})
+
+    return endpoint
+
+
+def _ready(service: Service) -> Any:
+    async def endpoint(_: HttpRequest) -> Response:
+        scheduler = service.scheduler
+        if scheduler.failed is not None:
+            raise ApiError(503, "the engine stopped")
+        if scheduler.draining:
+            raise ApiError(503, "the server is stopping")
+        if not scheduler.ready.is_set():
+            raise ApiError(503, "programs are being compiled", headers={"Retry-After": "5"})
+        return json_response({"status": "ready"})
 
     return endpoint
 

@@ -1,18 +1,18 @@
 """The two endpoints that decode, whole or as a stream."""
 
 import asyncio
+import functools
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response, StreamingResponse
 
-from logitjax.serving import _schema as schema
-from logitjax.serving._admission import make_jobs
+from logitjax.serving._admission import read_request
 from logitjax.serving._answer import Answer, frame, usage
-from logitjax.serving._body import read_json
+from logitjax.serving._body import read_body
 from logitjax.serving._errors import ApiError, json_response
 from logitjax.serving._keys import find_key
 from logitjax.serving._schema import CompletionRequest
@@ -23,27 +23,68 @@ def completions(service: Service, *, chat: bool) -> Any:
     """The endpoint of completions, or of chats."""
 
     async def endpoint(http: HttpRequest) -> Response:
+        config, loop = service.config, asyncio.get_running_loop()
         try:
-            find_key(service.config.keys, http.headers.get("authorization", ""))
-            body = await read_json(http, service.limits.max_body_bytes)
-            asked = schema.parse(body, service.limits, chat=chat)
-            jobs = make_jobs(service, asked)
-            service.scheduler.submit([job for job, _ in jobs])
-            service.metrics.prompt_tokens.inc(sum(len(prompt) for _, prompt in jobs))
+            key = find_key(config.keys, http.headers.get("authorization", ""))
+            body = await read_body(http, most=config.max_body_bytes, seconds=config.body_seconds)
+            # Off the event loop: long prompts take long to check and to encode.
+            asked, jobs = await loop.run_in_executor(
+                service.readers,
+                functools.partial(read_request, service, body, key, loop, chat=chat),
+            )
+            prompt_tokens = sum(len(prompt) for _, prompt in jobs[:: asked.n])
+            reserved = service.accounts.reserve(
+                key, queries=len(jobs), tokens=prompt_tokens + len(jobs) * asked.max_tokens
+            )
+            answers = [Answer(service, asked, job, i, p) for i, (job, p) in enumerate(jobs)]
+            try:
+                service.scheduler.submit([job for job, _ in jobs])
+            except ApiError:
+                service.accounts.settle(reserved, tokens=0, record=None)
+                raise
         except ApiError as error:
             return error.response()
         except ClientDisconnect:
             return Response(status_code=499)
-        answers = [
-            Answer(service, asked, job, index, prompt) for index, (job, prompt) in enumerate(jobs)
-        ]
+        service.metrics.prompt_tokens.inc(prompt_tokens)
+
+        def done() -> None:
+            for answer in answers:
+                answer.job.cancelled = True
+            told = sum(answer.values for answer in answers)
+            record = {
+                "request": getattr(http.state, "request_id", None),
+                "prompt_tokens": prompt_tokens,
+                "values": told,
+                "top": asked.logprobs,
+                "temperature": asked.temperature,
+                "biased": len(asked.logit_bias),
+            }
+            new = sum(len(answer.tokens) for answer in answers)
+            service.accounts.settle(reserved, tokens=prompt_tokens + new, record=record)
+
         if asked.stream:
-            return StreamingResponse(
-                _stream(service, asked, answers), media_type="text/event-stream"
-            )
-        return await _whole(http, service, asked, answers)
+            return _Events(_stream(service, asked, answers), done)
+        try:
+            return await _whole(http, service, asked, answers)
+        finally:
+            done()
 
     return endpoint
+
+
+class _Events(StreamingResponse):
+    """Server-sent events; `done` is called however it ends, even before it began."""
+
+    def __init__(self, events: AsyncIterator[str], done: Callable[[], None]):
+        super().__init__(events, media_type="text/event-stream")
+        self._done = done
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._done()
 
 
 async def _whole(
@@ -65,8 +106,6 @@ async def _whole(
     finally:
         watcher.cancel()
         everything.cancel()
-        for answer in answers:
-            answer.job.cancelled = True
     choices = []
     for answer in answers:
         choice: dict[str, Any] = {"index": answer.index}
@@ -93,8 +132,8 @@ async def _stream(
 
     async def follow(answer: Answer) -> None:
         try:
-            async for text, tokens in answer.pieces():
-                await queue.put((answer, text, tokens))
+            async for piece in answer.pieces():
+                await queue.put((answer, *piece))
             await queue.put(answer)
         except ApiError as error:
             await queue.put(error)
@@ -115,9 +154,9 @@ async def _stream(
             if isinstance(item, Answer):
                 left -= 1
                 continue
-            answer, text, tokens = item
+            answer, text, tokens, reason = item
             choice = {"index": answer.index, "logprobs": answer.logprobs(tokens)}
-            choice["finish_reason"] = answer.finish if answer.tokens[-1] is tokens[-1] else None
+            choice["finish_reason"] = reason
             choice |= {"delta": {"content": text}} if asked.chat else {"text": text}
             yield _event(head | {"choices": [choice]})
         if asked.include_usage:
@@ -126,8 +165,6 @@ async def _stream(
     finally:
         for task in tasks:
             task.cancel()
-        for answer in answers:
-            answer.job.cancelled = True
 
 
 def _event(body: Any) -> str:

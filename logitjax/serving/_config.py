@@ -6,6 +6,7 @@ from logitjax import leakage
 from logitjax.serving._errors import ApiError
 from logitjax.serving._keys import Key
 from logitjax.serving._policy import Disclosure
+from logitjax.serving._scheduler import Pace
 from logitjax.serving._schema import ServerLimits
 
 
@@ -22,6 +23,11 @@ class ServerConfig:
         max_length: Most tokens of a request, prompt included.
         max_tokens: Most new tokens of a request.
         max_body_bytes: Most bytes of a request.
+        body_seconds: Most time that the body of a request may take to come.
+        prefill_chunk: Most prompt tokens read between two decoding steps.
+        prefill_rows: Number of prompts read at once.
+        prefix_cache_bytes: Memory for what prompts began with; 0 shares nothing.
+        audit_log: File that says what was given out to whom; None for none.
         keys: Whom it answers, and what each may spend.
         allow_origins: Origins whose pages may ask from a browser; `*` for all.
 
@@ -37,6 +43,11 @@ class ServerConfig:
     max_length: int = 1024
     max_tokens: int = 256
     max_body_bytes: int = 1 << 20
+    body_seconds: float = 30.0
+    prefill_chunk: int = 128
+    prefill_rows: int = 4
+    prefix_cache_bytes: int = 0
+    audit_log: str | None = None
     keys: tuple[Key, ...] = (Key(),)
     allow_origins: tuple[str, ...] = ()
 
@@ -45,10 +56,23 @@ class ServerConfig:
         Disclosure(self.policy)
 
     @property
+    def pace(self) -> Pace:
+        """How many at once."""
+        return Pace(
+            slots=self.slots,
+            max_length=self.max_length,
+            max_waiting=self.max_waiting,
+            rows=self.prefill_rows,
+            piece=self.prefill_chunk,
+            prefix_bytes=self.prefix_cache_bytes,
+        )
+
+    @property
     def limits(self) -> ServerLimits:
         """What one request may ask for."""
         return ServerLimits(
             max_tokens=self.max_tokens,
+            max_length=self.max_length,
             max_logprobs=Disclosure(self.policy).top_k,
             max_logit_bias=self.policy.max_biased,
             bias_limit=self.policy.bias_limit,

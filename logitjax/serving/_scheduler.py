@@ -5,38 +5,57 @@ import collections
 import dataclasses
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from absl import logging
 
-from logitjax.decoding import Emitted, Engine, Request
+from logitjax.decoding import Emitted, Engine, PromptReader, Request
 from logitjax.serving._errors import ApiError, BadRequestError, OverloadedError
 from logitjax.serving._policy import Disclosure
 
 
 @dataclasses.dataclass(frozen=True)
 class Token:
-    """One emitted token, on the host."""
+    """One token, on the host: emitted, or of a prompt."""
 
     id: int
     logprob: float | None
     top: Sequence[tuple[int, float]]
-    last: bool
-    stopped: bool
+    last: bool = False
+    stopped: bool = False
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prompt:
+    """What the copies of one prompt share.
+
+    Attributes:
+        salt: Prompts of the same one share what was read of them.
+        report: Whether log-probabilities of its own tokens are wanted.
+    """
+
+    salt: str = ""
+    report: bool = False
 
 
 class Job:
-    """A request on its way: its tokens arrive in `tokens`, None ends them early."""
+    """An answer on its way. Its tokens arrive in `tokens`; a finish reason ends them early.
 
-    def __init__(self, request: Request, loop: asyncio.AbstractEventLoop):
+    `prompt_report` holds the prompt's tokens from the second on, where they were wanted, once
+    anything has arrived. A request for no new token ends without any.
+    """
+
+    def __init__(self, request: Request, prompt: Prompt, loop: asyncio.AbstractEventLoop):
         self.request = request
-        self.tokens: asyncio.Queue[Token | ApiError] = asyncio.Queue()
+        self.prompt = prompt
+        self.tokens: asyncio.Queue[Token | str | ApiError] = asyncio.Queue()
+        self.prompt_report: Sequence[Token] = ()
         self.cancelled = False
         self._loop = loop
 
-    def give(self, items: Sequence[Token | ApiError]) -> None:
+    def give(self, items: Sequence[Token | str | ApiError]) -> None:
         """Called by the engine's thread."""
 
         def put() -> None:
@@ -49,50 +68,75 @@ class Job:
             self.cancelled = True
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pace:
+    """How many are served at once, and how prompts are read beside them.
+
+    Attributes:
+        slots: Number of requests decoded together.
+        max_length: Most tokens of a request, prompt included.
+        max_waiting: Number of requests that may wait for a slot before others are refused.
+        steps: Decoding steps between looks at the queue.
+        rows: Number of prompts that are read at once.
+        piece: Most prompt tokens read between two looks.
+        prefix_bytes: Memory for what prompts began with.
+    """
+
+    slots: int = 8
+    max_length: int = 1024
+    max_waiting: int = 64
+    steps: int = 4
+    rows: int = 4
+    piece: int = 128
+    prefix_bytes: int = 0
+
+
 class Scheduler:
     """Requests in, tokens out; many at a time over the slots of one engine.
+
+    Between two looks at the queue it reads one piece of a prompt and decodes a few steps, so that
+    nobody waits for somebody else's prompt for longer than a piece takes.
 
     Args:
         model: Whatever `Engine` takes.
         disclosure: What is reported of it.
-        slots: Number of requests decoded together.
-        max_length: Most tokens of a request, prompt included.
         end_ids: Tokens that end an answer.
-        max_waiting: Number of requests that may wait for a slot before others are refused.
-        chunk: Decoding steps between looks at the queue.
+        pace: How many at once.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        disclosure: Disclosure,
-        *,
-        slots: int,
-        max_length: int,
-        end_ids: Sequence[int],
-        max_waiting: int = 64,
-        chunk: int = 4,
-    ):
+    def __init__(self, model: Any, disclosure: Disclosure, end_ids: Sequence[int], pace: Pace):
         self.engine = Engine(
             model,
-            slots=slots,
-            max_length=max_length,
+            slots=pace.slots,
+            max_length=pace.max_length,
             options=disclosure.options(end_ids),
             extra=disclosure.extra(()),
+            rings=not pace.prefix_bytes,
         )
-        self._disclosure = disclosure
-        self.max_waiting = max_waiting
+        # A piece must fit the cache, and its rows divide it.
+        rows = min(pace.rows, pace.max_length)
+        piece = max(rows, min(pace.piece, pace.max_length) // rows * rows)
+        self.reader = PromptReader(
+            self.engine, rows=rows, chunk=piece, prefix_bytes=pace.prefix_bytes
+        )
         self.failed: Exception | None = None
-        self._chunk = chunk
-        self._jobs: list[Job | None] = [None] * slots
-        self._waiting: collections.deque[Job] = collections.deque()
+        self.ready = threading.Event()
+        self.drained = threading.Event()
+        self._pace = pace
+        self._disclosure = disclosure
+        self._jobs: list[Job | None] = [None] * pace.slots
+        self._waiting: collections.deque[list[Job]] = collections.deque()
+        self._reading: dict[int, list[Job]] = {}
+        self._read: list[int] = []
         self._wake = threading.Condition()
         self._closing = False
+        self._deadline: float | None = None
         self._seconds = 1.0  # A running mean of how long a slot is taken.
-        self._started = [0.0] * slots
+        self._started = [0.0] * pace.slots
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
+        """Starts the thread, which first compiles what it will need."""
         self._thread.start()
 
     def close(self) -> None:
@@ -103,30 +147,55 @@ class Scheduler:
         if self._thread.is_alive():
             self._thread.join(timeout=60)
 
+    def drain(self, seconds: float) -> None:
+        """Takes no more; what is under way may go on so long, then ends as if it were too long."""
+        with self._wake:
+            self._deadline = time.monotonic() + seconds
+            self._wake.notify()
+
+    @property
+    def draining(self) -> bool:
+        """Whether no more is taken."""
+        return self._deadline is not None
+
     @property
     def load(self) -> tuple[int, int]:
         """Slots taken, and requests waiting."""
-        return sum(job is not None for job in self._jobs), len(self._waiting)
+        return len(self._jobs) - self._jobs.count(None), self._queued()
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """Queues all jobs of one HTTP request, or none.
 
         Raises:
             OverloadedError: They would not fit into the queue.
-            ApiError: The engine has died.
+            ApiError: The engine has died, or the server is stopping.
         """
         with self._wake:
             if self.failed is not None:
                 raise ApiError(503, "the engine stopped")
-            free = self._jobs.count(None)
-            if len(self._waiting) + len(jobs) > self.max_waiting + free:
-                turns = 1 + len(self._waiting) / max(1, len(self._jobs))
+            if self.draining:
+                raise ApiError(503, "the server is stopping", headers={"Retry-After": "10"})
+            free, queued = self._jobs.count(None), self._queued()
+            if queued + len(jobs) > self._pace.max_waiting + free:
+                turns = 1 + queued / max(1, len(self._jobs))
                 raise OverloadedError(max(1, round(turns * self._seconds)))
-            self._waiting.extend(jobs)
+            groups: dict[int, list[Job]] = {}
+            for job in jobs:
+                groups.setdefault(id(job.prompt), []).append(job)
+            self._waiting.extend(groups.values())
             self._wake.notify()
+
+    def _queued(self) -> int:
+        return sum(map(len, [*self._waiting, *self._reading.values()]))
+
+    def _everybody(self) -> Iterator[Job]:
+        for group in [*self._waiting, *self._reading.values()]:
+            yield from group
+        yield from (job for job in self._jobs if job is not None)
 
     def _run(self) -> None:
         try:
+            self._compile()
             while self._step():
                 pass
         except Exception as error:
@@ -134,27 +203,52 @@ class Scheduler:
             logging.exception("the engine stopped")
             self._fail(error)
 
+    def _compile(self) -> None:
+        """Every program once, on a request of nobody."""
+        self.reader.compile(report=self.engine.options.logprobs)
+        row = self.reader.begin(Request(prompt=[0], max_new_tokens=1))
+        self.reader.advance()
+        self.reader.place(row, 0, Request(prompt=[0], max_new_tokens=1))
+        self.reader.release(row)
+        self.engine.decode_chunk(self._pace.steps)
+        self.engine.evict(0)
+        self.reader.tokens_read = 0
+        self.ready.set()
+
     def _fail(self, error: Exception) -> None:
         with self._wake:
             self.failed = error
-            waiting = [*self._waiting, *[job for job in self._jobs if job is not None]]
-            self._waiting.clear()
-            self._jobs = [None] * len(self._jobs)
-        for job in waiting:
-            job.give([ApiError(503, "the engine stopped")])
+            self._end_all(ApiError(503, "the engine stopped"))
+
+    def _end_all(self, item: ApiError | str) -> None:
+        for job in self._everybody():
+            job.give([item])
+        self._waiting.clear()
+        for row in list(self._reading):
+            self._release(row)
+        self._jobs = [None] * len(self._jobs)
 
     def _step(self) -> bool:
         with self._wake:
-            while not self._closing and not self._waiting and not any(self._jobs):
+            while not (self._closing or any(self._everybody()) or self.draining):
                 self._wake.wait()
-            closing = self._closing
-        if closing:
-            self._fail(ApiError(503, "the server is closing"))
-            return False
+            if self.draining and not any(self._everybody()):
+                self.drained.set()
+                if not self._closing:
+                    self._wake.wait(timeout=1.0)
+            if self._closing:
+                self._end_all(ApiError(503, "the server is stopping"))
+                return False
+            if self._deadline is not None and time.monotonic() > self._deadline:
+                self._end_all("length")
+                self.engine.evict(list(range(len(self._jobs))))
         self._drop_cancelled()
-        self._fill()
+        self._begin()
+        self._read += self.reader.advance()
+        self._place()
         if any(self._jobs):
-            self._hand_out(self.engine.decode_chunk(self._chunk), range(len(self._jobs)))
+            emitted = self.engine.decode_chunk(self._pace.steps)
+            self._hand_out(emitted, range(len(self._jobs)))
         return True
 
     def _drop_cancelled(self) -> None:
@@ -163,70 +257,113 @@ class Scheduler:
             self._jobs[slot] = None
         if gone:
             self.engine.evict(gone)
-
-    def _fill(self) -> None:
-        for slot, held in enumerate(self._jobs):
-            if held is not None:
-                continue
-            job = self._next()
-            if job is None:
-                return
-            try:
-                emitted = self.engine.prefill(slot, job.request)
-            except (ValueError, TypeError) as error:  # A request that slipped through the checks.
-                job.give([BadRequestError(str(error))])
-                continue
-            self._jobs[slot] = job
-            self._started[slot] = time.monotonic()
-            self._hand_out(emitted, [slot])
-
-    def _next(self) -> Job | None:
         with self._wake:
-            while self._waiting:
-                job = self._waiting.popleft()
-                if not job.cancelled:
-                    return job
-        return None
+            for row, group in list(self._reading.items()):
+                group[:] = [job for job in group if not job.cancelled]
+                if not group:
+                    self._release(row)
 
-    def _hand_out(self, emitted: Emitted, slots: Sequence[int]) -> None:
-        tokens = np.asarray(emitted.tokens)
-        valid = np.asarray(emitted.valid)
+    def _release(self, row: int) -> None:
+        self.reader.release(row)
+        del self._reading[row]
+        self._read = [other for other in self._read if other != row]
+
+    def _begin(self) -> None:
+        """Prompts into rows of the reader, in the order they came."""
+        while self.reader.free:
+            with self._wake:
+                while self._waiting and all(job.cancelled for job in self._waiting[0]):
+                    self._waiting.popleft()
+                if not self._waiting:
+                    return
+                first = self._waiting[0][0]
+                # What it shares with a prompt being read is not read twice.
+                if self.reader.waits(first.request.prompt, salt=first.prompt.salt):
+                    return
+                group = self._waiting.popleft()
+            try:
+                row = self.reader.begin(
+                    first.request, salt=first.prompt.salt, report=first.prompt.report
+                )
+            except (ValueError, TypeError) as error:  # Slipped through the checks.
+                for job in group:
+                    job.give([BadRequestError(str(error))])
+                continue
+            with self._wake:
+                self._reading[row] = group
+
+    def _place(self) -> None:
+        """Prompts that were read into free slots, in the order they were."""
+        for row in list(self._read):
+            group = self._reading[row]
+            report = self._report_of(row) if group[0].prompt.report else ()
+            while group:
+                job = group[0]
+                job.prompt_report = report
+                if not job.request.max_new_tokens:
+                    job.give(["length"])
+                elif None in self._jobs:
+                    self._fill(self._jobs.index(None), row, job)
+                else:
+                    return
+                group.pop(0)
+            with self._wake:
+                self._release(row)
+
+    def _fill(self, slot: int, row: int, job: Job) -> None:
+        try:
+            emitted = self.reader.place(row, slot, job.request)
+        except (ValueError, TypeError) as error:  # Slipped through the checks.
+            job.give([BadRequestError(str(error))])
+            return
+        self._jobs[slot] = job
+        self._started[slot] = time.monotonic()
+        self._hand_out(emitted, [slot])
+
+    def _report_of(self, row: int) -> list[Token]:
+        found: list[Token] = []
+        for part in self.reader.report(row):
+            found += self._tokens(part)[0]
+        return found
+
+    def _tokens(self, emitted: Emitted) -> list[list[Token]]:
+        """What a policy lets out of emitted tokens, row by row."""
+        tokens, valid = np.asarray(emitted.tokens), np.asarray(emitted.valid)
         if tokens.ndim == 1:
             tokens, valid = tokens[:, None], valid[:, None]
         shape = tokens.shape
-        logprobs = top_ids = top = None
+        own = top_ids = top = None
         if emitted.logprobs is not None:
-            logprobs = self._disclosure.report(np.asarray(emitted.logprobs).reshape(shape))
+            own = self._disclosure.report(np.asarray(emitted.logprobs).reshape(shape))
         if emitted.top_ids is not None:
             top_ids = np.asarray(emitted.top_ids).reshape(*shape, -1)
             top = self._disclosure.report(np.asarray(emitted.top_logprobs).reshape(*shape, -1))
-        active = self.engine.active
-        stopped = np.asarray(self.engine.state.stopped)
-        for row, slot in enumerate(slots):
-            job = self._jobs[slot]
-            if job is None:
-                continue
-            places = np.flatnonzero(valid[row])
+        rows = []
+        for row in range(len(tokens)):
             found = []
-            for place in places:
-                last = bool(place == places[-1] and not active[slot])
-                token, best, own = int(tokens[row, place]), (), None
+            for place in np.flatnonzero(valid[row]):
+                token, best, value = int(tokens[row, place]), (), None
                 if top is not None and top_ids is not None:
                     ids, values = top_ids[row, place].tolist(), top[row, place].tolist()
                     best = tuple(zip(ids, values, strict=True))
-                if logprobs is not None and self._disclosure.tells(token, [i for i, _ in best]):
-                    own = float(logprobs[row, place])
-                found.append(
-                    Token(
-                        id=token,
-                        logprob=own,
-                        top=best,
-                        last=last,
-                        stopped=last and bool(stopped[slot]),
-                    )
-                )
+                if own is not None and self._disclosure.tells(token, [i for i, _ in best]):
+                    value = float(own[row, place])
+                found.append(Token(token, value, best))
+            rows.append(found)
+        return rows
+
+    def _hand_out(self, emitted: Emitted, slots: Sequence[int]) -> None:
+        active = self.engine.active
+        stopped = np.asarray(self.engine.state.stopped)
+        for found, slot in zip(self._tokens(emitted), slots, strict=True):
+            job = self._jobs[slot]
+            if job is None:
+                continue
+            ended = not active[slot]
+            if ended and found:
+                found[-1] = dataclasses.replace(found[-1], last=True, stopped=bool(stopped[slot]))
             job.give(found)
-            if not active[slot]:
+            if ended:
                 self._jobs[slot] = None
                 spent = time.monotonic() - self._started[slot]
                 self._seconds += 0.1 * (spent - self._seconds)

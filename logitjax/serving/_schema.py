@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Optional
 
@@ -10,6 +11,8 @@ from pydantic import BaseModel, Field
 
 from logitjax.serving._errors import BadRequestError
 
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxlong = _REPR.maxother = 57
 _TOKEN = r"^[0-9]{1,9}$"
 
 
@@ -18,6 +21,7 @@ class ServerLimits:
     """What one request may ask for."""
 
     max_tokens: int = 512
+    max_length: int = 1024
     max_logprobs: int = 5
     max_prompts: int = 16
     max_logit_bias: int = 300
@@ -65,7 +69,6 @@ def _number(low: float, high: float) -> Any:
 
 
 Text = Annotated[str, Field(min_length=1)]
-Tokens = Annotated[list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(min_length=1)]
 
 
 class TextPart(BaseModel, strict=True):
@@ -79,7 +82,7 @@ class Message(BaseModel, strict=True):
     """One turn of a conversation."""
 
     role: str
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True, min_length=1)]
 
     def as_turn(self) -> dict[str, str]:
         """What a chat template takes: the parts are one text."""
@@ -114,6 +117,12 @@ class ResponseFormat(BaseModel, strict=True):
 @functools.lru_cache(maxsize=8)
 def request_model(limits: ServerLimits, *, chat: bool) -> type[BaseModel]:
     """The body of a request to a server of these limits. `null` is as good as no field."""
+    # Lists fail fast: a million wrong numbers would make a million messages.
+    token = Annotated[int, Field(ge=0, le=2**31 - 1)]
+    Tokens = Annotated[
+        list[token], Field(fail_fast=True, min_length=1, max_length=limits.max_length)
+    ]
+    prompts = Field(fail_fast=True, min_length=1, max_length=limits.max_prompts)
 
     class Shared(BaseModel, strict=True):
         model: str | None = None
@@ -126,7 +135,7 @@ def request_model(limits: ServerLimits, *, chat: bool) -> type[BaseModel]:
         presence_penalty: _number(-2, 2) = None
         frequency_penalty: _number(-2, 2) = None
         seed: _integer(0, 2**32 - 1) = None
-        stop: Text | Annotated[list[Text], Field(max_length=4)] | None = None
+        stop: Text | Annotated[list[Text], Field(fail_fast=True, max_length=4)] | None = None
         stream: bool | None = None
         stream_options: StreamOptions | None = None
         logit_bias: (
@@ -150,18 +159,14 @@ def request_model(limits: ServerLimits, *, chat: bool) -> type[BaseModel]:
         return_tokens_as_token_ids: bool | None = None
 
     class Completion(Shared, strict=True):
-        prompt: (
-            Text
-            | Tokens
-            | Annotated[list[Text | Tokens], Field(min_length=1, max_length=limits.max_prompts)]
-        )
+        prompt: Text | Tokens | Annotated[list[Text | Tokens], prompts]
         # Nothing new is asked for where the prompt alone is to be told.
         max_tokens: _integer(0, limits.max_tokens) = None
         echo: bool | None = None
         logprobs: _integer(0, limits.max_logprobs) = None
 
     class Chat(Shared, strict=True):
-        messages: Annotated[list[Message], Field(min_length=1)]
+        messages: Annotated[list[Message], Field(fail_fast=True, min_length=1)]
         max_tokens: _integer(1, limits.max_tokens) = None
         max_completion_tokens: _integer(1, limits.max_tokens) = None
         logprobs: bool | None = None
@@ -193,6 +198,11 @@ def parse(body: Any, limits: ServerLimits, *, chat: bool) -> CompletionRequest:
             raise BadRequestError(f"{name} is not supported", name)
     if body.get("logit_bias") and not limits.logit_bias:
         raise BadRequestError("this server takes no logit_bias", "logit_bias")
+    bias = body.get("logit_bias")
+    if isinstance(bias, dict) and len(bias) > limits.max_logit_bias:
+        raise BadRequestError(
+            f"at most {limits.max_logit_bias} tokens may be biased, got {len(bias)}", "logit_bias"
+        )
     model = request_model(limits, chat=chat)
     try:
         asked: Any = model.model_validate(body)
@@ -263,7 +273,8 @@ def _wanted_schema(wanted: ResponseFormat | None) -> Mapping[str, Any] | None:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    # Not `repr`: of a value nested a thousand deep, or of a megabyte.
+    text = _REPR.repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 

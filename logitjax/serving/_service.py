@@ -1,8 +1,10 @@
 """What the endpoints share."""
 
 import dataclasses
+from concurrent.futures import Executor
 
 from logitjax.models import Tokenizer
+from logitjax.serving._accounts import Accounts
 from logitjax.serving._config import ServerConfig
 from logitjax.serving._observed import Metrics
 from logitjax.serving._policy import Disclosure
@@ -22,6 +24,9 @@ class Service:
         config: What it takes and reports.
         disclosure: Keeps to the policy.
         metrics: Where requests and tokens are counted.
+        accounts: What keys have spent.
+        readers: Threads that read requests.
+        most_characters: More than so many cannot fit the model, whatever they are.
     """
 
     scheduler: Scheduler
@@ -31,6 +36,9 @@ class Service:
     config: ServerConfig
     disclosure: Disclosure
     metrics: Metrics
+    accounts: Accounts
+    readers: Executor
+    most_characters: int
 
     @property
     def limits(self) -> ServerLimits:

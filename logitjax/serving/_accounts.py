@@ -1,0 +1,199 @@
+"""What each key has spent: budgets, rates, and a log of what was given out."""
+
+import collections
+import dataclasses
+import json
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import logging
+
+from logitjax.serving._errors import ApiError
+from logitjax.serving._keys import Key
+
+
+@dataclasses.dataclass
+class Spent:
+    """Answers and tokens so far, those under way included."""
+
+    queries: int = 0
+    tokens: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Reservation:
+    """What a request may use; what it does not is given back."""
+
+    key: Key
+    queries: int
+    tokens: int
+
+
+class Rate:
+    """So many a minute, a minute's worth at once.
+
+    >>> rate = Rate(60, clock=lambda: 0.0)
+    >>> rate.wait(60), rate.take(60), rate.wait(30)
+    (0.0, None, 30.0)
+    """
+
+    def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic):
+        self._per_second = per_minute / 60
+        self._most = self._left = float(per_minute)
+        self._clock = clock
+        self._at = clock()
+
+    def wait(self, amount: int) -> float:
+        """Seconds until so many may be taken."""
+        now = self._clock()
+        self._left = min(self._most, self._left + (now - self._at) * self._per_second)
+        self._at = now
+        # More than a minute's worth waits for a full bucket, and leaves it in debt.
+        missing = min(amount, self._most) - self._left
+        return max(0.0, missing / self._per_second) if self._per_second else float("inf")
+
+    def take(self, amount: int) -> None:
+        self._left -= amount
+
+
+class Accounts:
+    """Who may still ask how much.
+
+    Queries are the currency of extraction attacks: what a policy does not close, a budget of
+    answers and tokens bounds. Budgets outlive a restart where there is a log: it is summed up.
+
+    Args:
+        keys: Whom there are accounts of.
+        log: File that says what was given out, a JSON object a request; None for none.
+        clock: Seconds.
+
+    Raises:
+        ValueError: A line of the log is none of ours.
+    """
+
+    def __init__(
+        self,
+        keys: Sequence[Key],
+        log: str | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._spent: dict[str, Spent] = collections.defaultdict(Spent)
+        self._rates = {
+            key.name: [
+                (name, Rate(limit, clock))
+                for name, limit in (
+                    ("queries", key.queries_per_minute),
+                    ("tokens", key.tokens_per_minute),
+                )
+                if limit is not None
+            ]
+            for key in keys
+        }
+        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._writer: threading.Thread | None = None
+        if log is not None:
+            self._sum_up(Path(log))
+            self._writer = threading.Thread(
+                target=self._write, args=(log,), name="audit log", daemon=True
+            )
+            self._writer.start()
+
+    def spent(self, key: Key) -> Spent:
+        """What a key has used."""
+        return self._spent[key.name]
+
+    def reserve(self, key: Key, *, queries: int, tokens: int) -> Reservation:
+        """Sets aside what a request may use at most.
+
+        Raises:
+            ApiError: That would pass a budget or a rate; nothing is set aside.
+        """
+        spent = self._spent[key.name]
+        for name, used, more, most in (
+            ("queries", spent.queries, queries, key.queries),
+            ("tokens", spent.tokens, tokens, key.tokens),
+        ):
+            if most is not None and used + more > most:
+                raise ApiError(
+                    429,
+                    f"the budget of this key is {most} {name}: {used} are used, {more} more asked",
+                    code="insufficient_quota",
+                )
+        rates = self._rates.get(key.name, [])
+        wanted = {"queries": queries, "tokens": tokens}
+        waits = {name: rate.wait(wanted[name]) for name, rate in rates}
+        slowest = max(waits, key=lambda name: waits[name], default=None)
+        if slowest is not None and waits[slowest] > 0:
+            seconds = min(3600, int(waits[slowest]) + 1)
+            raise ApiError(
+                429,
+                f"too many {slowest} a minute for this key",
+                code="rate_limit_exceeded",
+                headers={"Retry-After": str(seconds)},
+            )
+        for name, rate in rates:
+            rate.take(wanted[name])
+        spent.queries += queries
+        spent.tokens += tokens
+        return Reservation(key, queries, tokens)
+
+    def settle(
+        self, reservation: Reservation, *, tokens: int, record: dict[str, Any] | None
+    ) -> None:
+        """Gives back the tokens that were not used, and logs what was given out.
+
+        Without a record nothing was, and the queries come back too.
+        """
+        left = {"tokens": reservation.tokens - tokens, "queries": 0}
+        if record is None:
+            left["queries"] = reservation.queries
+        spent = self._spent[reservation.key.name]
+        spent.tokens -= left["tokens"]
+        spent.queries -= left["queries"]
+        for name, rate in self._rates.get(reservation.key.name, []):
+            rate.take(-left[name])
+        if record is not None and self._writer is not None:
+            entry = {
+                "time": round(time.time(), 3),
+                "key": reservation.key.name,
+                "queries": reservation.queries,
+                "tokens": tokens,
+            }
+            self._lines.put(json.dumps(entry | record))
+
+    def close(self) -> None:
+        """Writes what is still to be written."""
+        if self._writer is not None:
+            self._lines.put(None)
+            self._writer.join(timeout=10)
+
+    def _sum_up(self, path: Path) -> None:
+        if not path.exists():
+            return
+        whole = path.read_bytes()
+        # A line that the last process did not finish counts for nothing.
+        whole = whole[: whole.rfind(b"\n") + 1]
+        with path.open("r+b") as file:
+            file.truncate(len(whole))
+        for number, line in enumerate(whole.splitlines(), 1):
+            try:
+                entry = json.loads(line)
+                spent = self._spent[entry["key"]]
+                spent.queries += entry["queries"]
+                spent.tokens += entry["tokens"]
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f"{path}:{number}: expected a line of an audit log") from None
+
+    def _write(self, path: str) -> None:
+        # In a thread of its own: a slow disk must not hold up the event loop.
+        with open(path, "a") as file:
+            while (line := self._lines.get()) is not None:
+                try:
+                    file.write(line + "\n")
+                    file.flush()
+                except OSError:
+                    logging.exception("the audit log cannot be written")
