@@ -19,16 +19,21 @@ from logitjax.models._cache import (
 from logitjax.models._config import DecoderConfig, Window
 from logitjax.models._lora import project
 from logitjax.models._norm import Norm
-from logitjax.models._rope import apply_rope, rope_tables
+from logitjax.models._rope import apply_rope, changes_with_length, rope_tables
 from logitjax.ops import Array
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionContext:
-    """Rotations, mask and cache slots shared by all layers with the same window."""
+    """Rotations, mask and cache slots shared by all layers with the same window.
+
+    ``key_tables`` are there where a cache keeps keys unrotated, as their rotation will change when
+    the sequence grows beyond the length that a model was first trained on.
+    """
 
     window: Window
     tables: Any
+    key_tables: Any
     mask: Any
     slots: Any
     concatenate: bool
@@ -51,11 +56,10 @@ def make_context(
     time = positions.shape[1]
     slots = held = mask = None
     concatenate = False
-    length = time
+    lengths = seen = None
     if cache is not None:
         before = cache.positions[kind_name(window)]
         size = before.shape[1]
-        length = max(p.shape[1] for p in cache.positions.values())
         if window is None and time > size:
             raise ValueError(f"tokens: {time} new tokens do not fit a cache of {size} slots")
         slots = write_slots(positions, size, window)
@@ -71,12 +75,17 @@ def make_context(
         mask = position_mask(positions, seen, window)
     elif segment_ids is not None or padded:
         mask = _packed_mask(positions, segment_ids, window, padded)
-    tables = None
+    tables = key_tables = None
     if config.position == "rope":
-        tables = rope_tables(config, window, positions, length)
+        if changes_with_length(config, window, _longest(cache)):
+            lengths = jnp.asarray(positions).max(axis=1) + 1
+        tables = rope_tables(config, window, positions, lengths)
+        if seen is not None and lengths is not None:
+            key_tables = rope_tables(config, window, seen, lengths)
     context = AttentionContext(
         window=window,
         tables=tables,
+        key_tables=key_tables,
         mask=mask,
         slots=slots,
         concatenate=concatenate,
@@ -84,6 +93,12 @@ def make_context(
         lora_rows=lora_rows,
     )
     return context, held
+
+
+def _longest(cache: Cache | None) -> int | None:
+    """The longest sequence that a cache holds; a ring of a window bounds none."""
+    held = None if cache is None else cache.positions.get(kind_name(None))
+    return None if held is None else held.shape[1]
 
 
 def _packed_mask(
@@ -195,7 +210,9 @@ class Attention(nnx.Module):
         if config.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
         if context.tables is not None:
-            query, key = apply_rope(query, context.tables), apply_rope(key, context.tables)
+            query = apply_rope(query, context.tables)
+            if context.key_tables is None:
+                key = apply_rope(key, context.tables)
         scale, softcap = config.attention_scale, config.attention_softcap
         if cache is None:
             out = attend(query, key, value, context, scale=scale, softcap=softcap)
@@ -209,5 +226,7 @@ class Attention(nnx.Module):
                     for c, n in zip(old, new)
                 )
             key, value = (c.astype(query.dtype) for c in seen)
+            if context.key_tables is not None:
+                key = apply_rope(key, context.key_tables, heads_axis=1)
             out = attend_heads_first(query, key, value, context.mask, scale=scale, softcap=softcap)
         return project(self.output, out.reshape(batch, time, -1), lora, "output", rows), cache

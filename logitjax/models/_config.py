@@ -13,7 +13,8 @@ class RopeScaling:
     """How rotary frequencies are stretched beyond the length a model was first trained on.
 
     ``kind``: ``'linear'`` divides all frequencies by ``factor``; ``'llama3'`` only the slow ones;
-    ``'yarn'`` ramps between both by the number of turns; ``'longrope'`` divides each frequency by
+    ``'yarn'`` ramps between both by the number of turns (between whole
+    pairs where ``truncate``); ``'longrope'`` divides each frequency by
     its own number (``short_factors`` up to ``original_max_length``, else ``long_factors``);
     ``'factors'`` divides by ``short_factors`` always (the ``rope_freqs`` tensor of a GGUF file).
     """
@@ -25,6 +26,7 @@ class RopeScaling:
     original_max_length: int = 8192
     beta_fast: float = 32.0
     beta_slow: float = 1.0
+    truncate: bool = True
     attention_factor: float | None = None
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()

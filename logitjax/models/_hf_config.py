@@ -4,11 +4,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from logitjax.models._config import DecoderConfig, RopeScaling
-
-FAMILIES = (
-    "llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text", "gpt2",
-)  # fmt: skip
+from logitjax.models._config import DecoderConfig, Window
+from logitjax.models._hf_keys import FAMILIES, Fields, check_keys
+from logitjax.models._hf_rope import rope_settings, scaling_fields
 
 _ACTIVATIONS = {
     "silu": "silu",
@@ -23,6 +21,9 @@ _ACTIVATIONS = {
 def config_from_hf(raw: Mapping[str, Any], *, where: str = "config.json") -> DecoderConfig:
     """The configuration that a Hugging Face ``config.json`` describes.
 
+    Keys that are left out have transformers' defaults. A key that is neither read nor known to
+    change nothing is refused, unless it is off.
+
     Args:
       raw: the parsed file. Of multimodal Gemma 3 the text part is taken.
       where: named in errors.
@@ -31,204 +32,154 @@ def config_from_hf(raw: Mapping[str, Any], *, where: str = "config.json") -> Dec
       A `DecoderConfig`.
 
     Raises:
-      ValueError: for an unknown family, a missing field, or a setting that is not supported.
+      ValueError: for an unknown family, key or setting, or a value of the wrong type.
 
     >>> config_from_hf({"model_type": "gpt2", "vocab_size": 10, "n_embd": 8, "n_layer": 1,
     ...                 "n_head": 2, "n_positions": 16}).position
     'learned'
     """
-    raw = dict(raw)
-    if raw.get("model_type") == "gemma3" and "text_config" in raw:
-        raw = {**raw["text_config"], "model_type": "gemma3_text"}
     family = raw.get("model_type")
+    if family == "gemma3":
+        check_keys(raw, "gemma3_text", where)
+        # Ids of tokens stand beside the two halves; older files have all settings there.
+        inner = raw.get("text_config")
+        text = dict(inner) if isinstance(inner, Mapping) else {}
+        beside = {k: v for k, v in raw.items() if v is not None and k.endswith("token_id")}
+        raw, family = {**text, **beside}, "gemma3_text"
     if family not in FAMILIES:
         raise ValueError(
             f"{where}: unknown model_type {family!r}, expected one of {', '.join(FAMILIES)}"
         )
+    check_keys(raw, family, where)
+    fields = Fields(raw, family, where)
+    settings = _gpt2(fields) if family == "gpt2" else _llama(fields, family)
+    return DecoderConfig(family=family, **settings, **_tokens(fields))
 
-    def need(key: str) -> Any:
-        if raw.get(key) is None:
-            raise ValueError(f"{where}: field {key!r} is missing")
-        return raw[key]
 
-    if family == "gpt2":
-        return _gpt2(raw, need, where)
-    hidden, heads, layers = (
-        int(need(k)) for k in ("hidden_size", "num_attention_heads", "num_hidden_layers")
-    )
-    head_dim = int(raw.get("head_dim") or _DEFAULT_HEAD_DIM.get(family) or hidden // heads)
+def _llama(fields: Fields, family: str) -> dict[str, Any]:
+    hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+    layers = fields.integer("num_hidden_layers")
+    head_dim = fields.maybe_integer("head_dim") or hidden // heads
     gemma = family.startswith("gemma")
-    activation = raw.get("hidden_activation") if gemma else raw.get("hidden_act", "silu")
-    theta, local_theta, scaling, rotary = _rope(raw, family, where)
-    rotary_dim = int(head_dim * rotary)
+    bias = fields.flag("attention_bias")
     settings: dict[str, Any] = {
-        "vocab_size": int(need("vocab_size")),
+        "vocab_size": fields.integer("vocab_size"),
         "hidden_size": hidden,
-        "intermediate_size": int(need("intermediate_size")),
+        "intermediate_size": fields.integer("intermediate_size"),
         "num_layers": layers,
         "num_heads": heads,
-        "num_kv_heads": int(raw.get("num_key_value_heads") or heads),
+        "num_kv_heads": fields.maybe_integer("num_key_value_heads") or heads,
         "head_dim": head_dim,
-        "family": family,
-        "max_length": int(raw.get("max_position_embeddings") or 2048),
-        "activation": _activation(activation or ("gelu_pytorch_tanh" if gemma else "silu"), where),
-        "norm_eps": float(raw.get("rms_norm_eps") or (1e-5 if family == "phi3" else 1e-6)),
-        "rope_theta": theta,
-        "rope_local_theta": local_theta,
-        "rope_scaling": scaling,
-        "rotary_dim": None if rotary_dim == head_dim else rotary_dim,
-        "windows": _windows(raw, family, layers),
-        "tie_embeddings": bool(raw.get("tie_word_embeddings", gemma)),
-        "qkv_bias": family == "qwen2" or bool(raw.get("attention_bias", False)),
-        "output_bias": bool(raw.get("attention_bias", False)),
-        "mlp_bias": bool(raw.get("mlp_bias", False)),
+        "max_length": fields.integer("max_position_embeddings"),
+        "activation": _activation(fields, "hidden_activation" if gemma else "hidden_act"),
+        "norm_eps": float(fields.number("rms_norm_eps")),
+        "windows": _windows(fields, family, layers),
+        "tie_embeddings": fields.flag("tie_word_embeddings"),
+        "qkv_bias": family == "qwen2" or bias,
+        "output_bias": bias,
+        "mlp_bias": fields.flag("mlp_bias"),
         "qk_norm": family in ("qwen3", "gemma3_text"),
-        **_tokens(raw),
+        **rope_settings(fields, family, head_dim),
     }
     if gemma:
         settings |= {
             "norm_offset": 1.0,
             "post_norms": True,
             "embedding_scale": hidden**0.5,
-            "query_scale": float(raw.get("query_pre_attn_scalar", 256)) ** -0.5,
-            "attention_softcap": raw.get("attn_logit_softcapping"),
-            "logits_softcap": raw.get("final_logit_softcapping"),
+            "query_scale": fields.number("query_pre_attn_scalar") ** -0.5,
+            "attention_softcap": fields.maybe_number("attn_logit_softcapping"),
+            "logits_softcap": fields.maybe_number("final_logit_softcapping"),
         }
-    return DecoderConfig(**settings)
+    return settings
 
 
-_DEFAULT_HEAD_DIM = {"gemma2": 256, "gemma3_text": 256, "qwen3": 128}
+def _gpt2(fields: Fields) -> dict[str, Any]:
+    hidden, heads = fields.integer("n_embd"), fields.integer("n_head")
+    return {
+        "vocab_size": fields.integer("vocab_size"),
+        "hidden_size": hidden,
+        "intermediate_size": fields.maybe_integer("n_inner") or 4 * hidden,
+        "num_layers": fields.integer("n_layer"),
+        "num_heads": heads,
+        "num_kv_heads": heads,
+        "head_dim": hidden // heads,
+        "max_length": fields.integer("n_positions"),
+        "activation": _activation(fields, "activation_function"),
+        "gated_mlp": False,
+        "norm": "layer",
+        "norm_eps": float(fields.number("layer_norm_epsilon")),
+        "qkv_bias": True,
+        "output_bias": True,
+        "mlp_bias": True,
+        "position": "learned",
+        "query_scale": None if fields.flag("scale_attn_weights") else 1.0,
+        "tie_embeddings": fields.flag("tie_word_embeddings"),
+    }
 
 
-def _gpt2(raw: dict, need: Any, where: str) -> DecoderConfig:
-    for key in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
-        if raw.get(key):
-            raise ValueError(f"{where}: {key} is not supported")
-    hidden, heads = int(need("n_embd")), int(need("n_head"))
-    return DecoderConfig(
-        vocab_size=int(need("vocab_size")),
-        hidden_size=hidden,
-        intermediate_size=int(raw.get("n_inner") or 4 * hidden),
-        num_layers=int(need("n_layer")),
-        num_heads=heads,
-        num_kv_heads=heads,
-        head_dim=hidden // heads,
-        family="gpt2",
-        max_length=int(raw.get("n_positions") or 1024),
-        activation=_activation(raw.get("activation_function", "gelu_new"), where),
-        gated_mlp=False,
-        norm="layer",
-        norm_eps=float(raw.get("layer_norm_epsilon", 1e-5)),
-        qkv_bias=True,
-        output_bias=True,
-        mlp_bias=True,
-        position="learned",
-        tie_embeddings=bool(raw.get("tie_word_embeddings", True)),
-        **_tokens(raw),
-    )
-
-
-def _activation(name: str, where: str) -> Any:
-    if name not in _ACTIVATIONS:
-        raise ValueError(f"{where}: unknown activation {name!r}")
+def _activation(fields: Fields, key: str) -> Any:
+    name = fields[key]
+    if not isinstance(name, str) or name not in _ACTIVATIONS:
+        raise fields.wrong(key, f"one of {', '.join(_ACTIVATIONS)}")
     return _ACTIVATIONS[name]
 
 
-def _tokens(raw: dict) -> dict[str, Any]:
-    eos = raw.get("eos_token_id")
-    eos = () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,)
-    return {"bos_id": raw.get("bos_token_id"), "eos_ids": eos, "pad_id": raw.get("pad_token_id")}
+def _tokens(fields: Fields) -> dict[str, Any]:
+    size = fields.integer("vocab_size")
+
+    def known(key: str) -> tuple[int, ...]:
+        ids = fields[key]
+        ids = [] if ids is None else ids if isinstance(ids, list | tuple) else [ids]
+        if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+            raise fields.wrong(key, "ids of tokens")
+        # -1 is a habit of old files, and defaults may lie outside of a small vocabulary.
+        return tuple(i for i in ids if 0 <= i < size)
+
+    bos, pad = known("bos_token_id"), known("pad_token_id")
+    return {
+        "bos_id": bos[0] if bos else None,
+        "eos_ids": known("eos_token_id"),
+        "pad_id": pad[0] if pad else None,
+    }
 
 
-def _windows(raw: dict, family: str, layers: int) -> tuple:
-    window = raw.get("sliding_window")
-    if window is None or (family.startswith("qwen") and not raw.get("use_sliding_window")):
-        return ()
-    kinds = raw.get("layer_types")
-    if kinds is None:
+def _windows(fields: Fields, family: str, layers: int) -> tuple[Window, ...]:
+    kinds = fields["layer_types"]
+    if kinds is not None and (
+        len(kinds) != layers or set(kinds) - {"full_attention", "sliding_attention"}
+    ):
+        raise ValueError(
+            f"{fields.where}: layer_types: expected full_attention or sliding_attention "
+            f"for each of {layers} layers"
+        )
+    window = fields["sliding_window"]
+    if family.startswith("qwen") and not fields.flag("use_sliding_window"):
+        window = None
+    if kinds is None or family in ("mistral", "phi3"):
         if family == "gemma2":
             local = [i % 2 == 0 for i in range(layers)]
         elif family == "gemma3_text":
-            period = int(raw.get("sliding_window_pattern") or 6)
+            period = fields.integer("sliding_window_pattern")
             local = [(i + 1) % period != 0 for i in range(layers)]
         elif family.startswith("qwen"):
-            local = [i >= int(raw.get("max_window_layers", 28)) for i in range(layers)]
+            first = fields.integer("max_window_layers", least=0)
+            local = [window is not None and i >= first for i in range(layers)]
         else:
-            local = [family in ("mistral", "phi3")] * layers
+            local = [window is not None] * layers
+        # transformers heeds no layer_types in these families; other programs do.
+        if kinds is not None and local != [kind == "sliding_attention" for kind in kinds]:
+            raise ValueError(
+                f"{fields.where}: layer_types: expected what sliding_window={window!r} says "
+                f"of {family}, got {sorted(set(kinds))}"
+            )
     else:
         local = [kind == "sliding_attention" for kind in kinds]
-    return tuple(int(window) if is_local else None for is_local in local) if any(local) else ()
-
-
-def _rope(raw: dict, family: str, where: str) -> tuple[float, float | None, Any, float]:
-    """theta, local theta, scaling and rotated share, from either generation of the format."""
-    parameters = raw.get("rope_parameters")
-    theta = raw.get("rope_theta")
-    local = raw.get("rope_local_base_freq")
-    scaling = raw.get("rope_scaling")
-    rotary = raw.get("partial_rotary_factor")
-    if parameters and "full_attention" in parameters:
-        local = parameters.get("sliding_attention", {}).get("rope_theta", local)
-        parameters = parameters["full_attention"]
-    if parameters:
-        theta = parameters.get("rope_theta", theta)
-        rotary = parameters.get("partial_rotary_factor", rotary)
-        scaling = parameters
-    gemma3 = family == "gemma3_text"
-    default = 1_000_000.0 if gemma3 else 10_000.0
-    return (
-        float(default if theta is None else theta),
-        float(10_000.0 if local is None else local) if gemma3 else None,
-        _scaling(dict(scaling or {}), raw, where),
-        float(1.0 if rotary is None else rotary),
-    )
-
-
-def _scaling(scaling: dict, raw: dict, where: str) -> RopeScaling | None:
-    kind = scaling.get("rope_type", scaling.get("type"))
-    if kind in (None, "default"):
-        return None
-    maximum = int(raw.get("max_position_embeddings") or 2048)
-    original = scaling.get("original_max_position_embeddings")
-    original = raw.get("original_max_position_embeddings") if original is None else original
-    factor = scaling.get("factor")
-    common: dict[str, Any] = {
-        "original_max_length": int(maximum if original is None else original),
-        "attention_factor": scaling.get("attention_factor"),
-    }
-    if kind == "linear":
-        return RopeScaling(kind="linear", factor=float(scaling["factor"]), **common)
-    if kind == "llama3":
-        return RopeScaling(
-            kind="llama3",
-            factor=float(scaling["factor"]),
-            low_freq_factor=float(scaling["low_freq_factor"]),
-            high_freq_factor=float(scaling["high_freq_factor"]),
-            **common,
-        )
-    if kind == "yarn":
-        if (
-            scaling.get("mscale")
-            or scaling.get("mscale_all_dim")
-            or not scaling.get("truncate", True)
-        ):
-            raise ValueError(f"{where}: yarn with mscale or truncate=false is not supported")
-        return RopeScaling(
-            kind="yarn",
-            factor=float(factor or maximum / common["original_max_length"]),
-            beta_fast=float(scaling.get("beta_fast") or 32),
-            beta_slow=float(scaling.get("beta_slow") or 1),
-            **common,
-        )
-    if kind == "longrope":
-        return RopeScaling(
-            kind="longrope",
-            factor=float(factor or maximum / common["original_max_length"]),
-            short_factors=tuple(scaling["short_factor"]),
-            long_factors=tuple(scaling["long_factor"]),
-            **common,
-        )
-    raise ValueError(f"{where}: unknown rope scaling {kind!r}")
+    if not any(local):
+        return ()
+    if window is None:
+        raise fields.wrong("sliding_window", "a number for the layers of sliding_attention")
+    width = fields.integer("sliding_window")
+    return tuple(width if is_local else None for is_local in local)
 
 
 _ARCHITECTURES = {
@@ -303,6 +254,7 @@ def _gpt2_fields(config: DecoderConfig) -> dict[str, Any]:
         "n_ctx": config.max_length,
         "activation_function": names[config.activation],
         "layer_norm_epsilon": config.norm_eps,
+        "scale_attn_weights": config.query_scale is None,
     }
 
 
@@ -320,7 +272,7 @@ def _llama_fields(config: DecoderConfig) -> dict[str, Any]:
         "hidden_activation" if gemma else "hidden_act": names[config.activation],
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,
-        "rope_scaling": _scaling_fields(config),
+        "rope_scaling": scaling_fields(config),
         "attention_bias": config.output_bias,
     }
     if config.family == "llama":
@@ -330,7 +282,11 @@ def _llama_fields(config: DecoderConfig) -> dict[str, Any]:
     if config.rope_scaling is not None and config.family == "phi3":
         raw["original_max_position_embeddings"] = config.rope_scaling.original_max_length
     windows = [w for w in config.layer_windows if w is not None]
-    raw["sliding_window"] = windows[0] if windows else None
+    if config.family != "llama":
+        raw["sliding_window"] = windows[0] if windows else None
+    if gemma and not windows:
+        # No layer has it, and transformers cannot run without a number there.
+        raw["sliding_window"] = config.max_length
     if config.family.startswith("qwen"):
         raw["use_sliding_window"] = bool(windows)
         raw["max_window_layers"] = config.num_layers - len(windows)
@@ -349,32 +305,3 @@ def _llama_fields(config: DecoderConfig) -> dict[str, Any]:
 
 def _integer(value: float) -> int | float:
     return round(value) if abs(value - round(value)) < 1e-6 * value else value
-
-
-def _scaling_fields(config: DecoderConfig) -> dict[str, Any] | None:
-    scaling = config.rope_scaling
-    if scaling is None:
-        return None
-    raw: dict[str, Any] = {"rope_type": scaling.kind}
-    if scaling.kind == "factors":
-        raise ValueError("config: rope factors from a GGUF file have no Hugging Face form")
-    if scaling.kind == "longrope":
-        raw |= {
-            "type": "longrope",
-            "short_factor": list(scaling.short_factors),
-            "long_factor": list(scaling.long_factors),
-        }
-    if scaling.kind != "longrope" or config.family != "phi3":
-        raw["factor"] = scaling.factor
-    if scaling.kind == "llama3":
-        raw |= {
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-        }
-    if scaling.kind == "yarn":
-        raw |= {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow}
-    if scaling.attention_factor is not None:
-        raw["attention_factor"] = scaling.attention_factor
-    if scaling.kind != "linear" and config.family != "phi3":
-        raw["original_max_position_embeddings"] = scaling.original_max_length
-    return raw

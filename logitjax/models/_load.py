@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 from logitjax import ops
 from logitjax.models._config import DecoderConfig
 from logitjax.models._decoder import Decoder
+from logitjax.models._generation_config import end_ids
 from logitjax.models._gguf import GgufSource
 from logitjax.models._gguf_config import gguf_config, is_rope_tensor
 from logitjax.models._hf_config import config_from_hf
@@ -24,7 +25,12 @@ from logitjax.storage.weights import SafetensorsSource
 
 # Buffers that old checkpoints carry and nothing reads.
 _IGNORED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
-_VISION = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.")
+# The half of Gemma 3 that sees, by the names of both generations of transformers.
+_VISION = tuple(
+    f"{prefix}{part}."
+    for prefix in ("", "model.")
+    for part in ("vision_tower", "multi_modal_projector")
+)
 
 
 @runtime_checkable
@@ -61,9 +67,13 @@ def load_config(spec: str) -> DecoderConfig:
     if tiny_seed(spec) is not None:
         return tiny_config()
     path = find_checkpoint(spec)
-    if path.is_dir():
-        return config_from_hf(read_json(path / "config.json"), where=str(path / "config.json"))
-    return gguf_config(GgufSource(path))[0]
+    return _directory_config(path) if path.is_dir() else gguf_config(GgufSource(path))[0]
+
+
+def _directory_config(path: epath.Path) -> DecoderConfig:
+    config = config_from_hf(read_json(path / "config.json"), where=str(path / "config.json"))
+    ends = end_ids(path)
+    return config if ends is None else dataclasses.replace(config, eos_ids=ends)
 
 
 def load_model(
@@ -108,7 +118,7 @@ def load_model(
     path = find_checkpoint(spec)
     source: TensorSource
     if path.is_dir():
-        config = config_from_hf(read_json(path / "config.json"), where=str(path / "config.json"))
+        config = _directory_config(path)
         source = SafetensorsSource(path)
         tensors = hf_tensors(config)
     else:

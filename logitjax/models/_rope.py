@@ -16,9 +16,11 @@ def _yarn(inverse: np.ndarray, scaling: RopeScaling, dim: int, theta: float) -> 
         period = scaling.original_max_length / (turns * 2 * math.pi)
         return dim * math.log(period) / (2 * math.log(theta))
 
-    low = max(math.floor(dimension(scaling.beta_fast)), 0)
-    high = min(math.ceil(dimension(scaling.beta_slow)), dim - 1)
-    ramp = np.clip((np.arange(dim // 2) - low) / max(high - low, 0.001), 0, 1)
+    low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    ramp = np.clip((np.arange(dim // 2) - low) / ((high - low) or 0.001), 0, 1)
     return inverse * (1 - ramp) + inverse / scaling.factor * ramp
 
 
@@ -29,39 +31,50 @@ def _llama3(inverse: np.ndarray, scaling: RopeScaling) -> np.ndarray:
     return (1 - smooth) * inverse / scaling.factor + smooth * inverse
 
 
+def _scaling(config: DecoderConfig, window: Window) -> RopeScaling | None:
+    """Layers with a base of their own are not stretched."""
+    local = window is not None and config.rope_local_theta is not None
+    return None if local else config.rope_scaling
+
+
+def changes_with_length(config: DecoderConfig, window: Window, bound: int | None) -> bool:
+    """Whether frequencies depend on how long a sequence is; ``bound``: the longest it gets."""
+    scaling = _scaling(config, window)
+    if scaling is None or scaling.kind != "longrope":
+        return False
+    return bound is None or bound > scaling.original_max_length
+
+
 def rope_frequencies(
-    config: DecoderConfig, window: Window, length: int
+    config: DecoderConfig, window: Window, *, long: bool = False
 ) -> tuple[np.ndarray, float]:
     """Angular frequency of each rotated pair, and the factor on cos and sin.
 
-    ``length`` is the longest sequence that will be seen; only ``'longrope'`` depends on it.
+    ``long``: those of a sequence beyond the original length; only ``'longrope'`` has others there.
     """
-    local = window is not None and config.rope_local_theta is not None
-    theta = config.rope_local_theta if local else config.rope_theta
-    base = float(theta if theta is not None else config.rope_theta)
+    scaling = _scaling(config, window)
+    base = config.rope_theta
+    if scaling is None and window is not None and config.rope_local_theta is not None:
+        base = config.rope_local_theta
     dim = config.rope_dim
-    inverse = base ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
-    scaling = None if local else config.rope_scaling
+    inverse = float(base) ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
     if scaling is None:
         return inverse, 1.0
     if scaling.kind == "linear":
         return inverse / scaling.factor, 1.0
     if scaling.kind == "llama3":
         return _llama3(inverse, scaling), 1.0
+    amplitude = scaling.attention_factor
     if scaling.kind == "yarn":
-        factor = scaling.attention_factor
-        return _yarn(inverse, scaling, dim, base), (
-            0.1 * math.log(scaling.factor) + 1.0 if factor is None else factor
-        )
+        if amplitude is None:
+            amplitude = 1.0 if scaling.factor <= 1 else 0.1 * math.log(scaling.factor) + 1.0
+        return _yarn(inverse, scaling, dim, base), amplitude
     if scaling.kind == "factors":
         return inverse / np.asarray(scaling.short_factors), 1.0
-    long = length > scaling.original_max_length
     factors = np.asarray(scaling.long_factors if long else scaling.short_factors)
-    if scaling.attention_factor is not None:
-        amplitude = scaling.attention_factor
-    elif scaling.factor <= 1.0:
+    if amplitude is None and scaling.factor <= 1.0:
         amplitude = 1.0
-    else:
+    elif amplitude is None:
         amplitude = math.sqrt(1 + math.log(scaling.factor) / math.log(scaling.original_max_length))
     return inverse / factors, amplitude
 
@@ -70,22 +83,31 @@ def rope_tables(
     config: DecoderConfig,
     window: Window,
     positions: Int[Array, "batch time"],
-    length: int,
+    lengths: Int[Array, "batch"] | None = None,
 ) -> tuple[Float[Array, "batch time half"], Float[Array, "batch time half"]]:
-    """cos and sin of position times frequency, float32."""
-    inverse, amplitude = rope_frequencies(config, window, length)
-    angles = jnp.maximum(positions, 0)[..., None].astype(jnp.float32) * jnp.asarray(
-        inverse, jnp.float32
-    )
+    """cos and sin of position times frequency, float32.
+
+    ``lengths``: how long each row's sequence is by now, where that decides (`changes_with_length`).
+    """
+    inverse, amplitude = rope_frequencies(config, window)
+    inverse = jnp.asarray(inverse, jnp.float32)
+    scaling = _scaling(config, window)
+    if lengths is not None and scaling is not None:
+        long = jnp.asarray(rope_frequencies(config, window, long=True)[0], jnp.float32)
+        beyond = (jnp.asarray(lengths) > scaling.original_max_length)[:, None, None]
+        inverse = jnp.where(beyond, long, inverse)
+    angles = jnp.maximum(positions, 0)[..., None].astype(jnp.float32) * inverse
     return jnp.cos(angles) * amplitude, jnp.sin(angles) * amplitude
 
 
 def apply_rope(
-    x: Float[Array, "batch time heads dim"],
+    x: Float[Array, "batch time_or_heads heads_or_time dim"],
     tables: tuple[Float[Array, "batch time half"], Float[Array, "batch time half"]],
-) -> Float[jax.Array, "batch time heads dim"]:
+    *,
+    heads_axis: int = 2,
+) -> Float[jax.Array, "batch time_or_heads heads_or_time dim"]:
     """Rotate pairs ``(i, i + half)`` of the first ``2 half`` entries; the rest passes through."""
-    cos, sin = (t[:, :, None, :] for t in tables)
+    cos, sin = (jnp.expand_dims(t, heads_axis) for t in tables)
     half = cos.shape[-1]
     wide = x.astype(jnp.float32)
     first, second = wide[..., :half], wide[..., half : 2 * half]

@@ -97,8 +97,8 @@ def test_wrong_files_are_named(llama, tmp_path):
     fails(cut, "unknown model_type 'mamba', expected one of llama, mistral")
     with pytest.raises(ValueError, match=rf"^{re.escape(str(cut))}/config\.json: unknown"):
         load_config(str(cut))
-    (cut / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    fails(cut, "field 'hidden_size' is missing")
+    (cut / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": "big"}))
+    fails(cut, "hidden_size: expected a number, got 'big'")
     (tmp_path / "text.gguf").write_text("hello")
     fails(tmp_path / "text.gguf", "not a GGUF file")
 
@@ -168,6 +168,17 @@ def test_a_cut_student_goes_out_and_in(tmp_path):
     # A second export with fewer shards leaves none of the first behind.
     save_pretrained(student, None, tmp_path / "out")
     assert [f.name for f in (tmp_path / "out").glob("*.safetensors*")] == ["model.safetensors"]
+
+
+def test_the_half_that_sees_is_left_out_by_both_of_its_names(llama, tmp_path):
+    def inside(values):
+        for name in list(values):
+            values[name.replace("model.", "model.language_model.")] = values.pop(name)
+        for part in ("vision_tower.patch.weight", "multi_modal_projector.norm.weight"):
+            values["model." + part] = np.zeros(2, np.float32)
+
+    whole = load_model(str(rewritten(llama, tmp_path / "inside", inside)))
+    assert_equal(params(whole), params(load_model(str(llama))))
 
 
 def test_what_a_format_cannot_say_is_refused(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 
 from logitjax.models import DecoderConfig
 from logitjax.models._config import RopeScaling
-from logitjax.models._rope import rope_frequencies
+from logitjax.models._rope import rope_frequencies, rope_tables
 
 CONFIG = DecoderConfig(
     vocab_size=8,
@@ -25,11 +25,11 @@ PLAIN = np.array([1.0, 0.1, 0.01, 0.001])
 LENGTH = 6283
 
 
-def frequencies(window=None, length=16, config=CONFIG, **scaling):
+def frequencies(window=None, long=False, config=CONFIG, **scaling):
     if scaling:
         scaling = RopeScaling(original_max_length=LENGTH, factor=4.0, **scaling)
         config = dataclasses.replace(config, rope_scaling=scaling)
-    return rope_frequencies(config, window, length)
+    return rope_frequencies(config, window, long=long)
 
 
 @pytest.mark.parametrize(
@@ -56,10 +56,22 @@ def test_scaled_frequencies_by_hand(scaling, divisors, amplitude):
 
 def test_long_factors_begin_beyond_the_original_length():
     factors = {"kind": "longrope", "short_factors": (1.0,) * 4, "long_factors": (2.0,) * 4}
-    for length, divisor in ((LENGTH, 1.0), (LENGTH + 1, 2.0)):
-        inverse, amplitude = frequencies(length=length, **factors)
+    for long, divisor in ((False, 1.0), (True, 2.0)):
+        inverse, amplitude = frequencies(long=long, **factors)
         np.testing.assert_allclose(inverse, PLAIN / divisor)
         np.testing.assert_allclose(amplitude, math.sqrt(1 + math.log(4) / math.log(LENGTH)))
+    scaling = RopeScaling(original_max_length=10, factor=1.0, **factors)
+    config = dataclasses.replace(CONFIG, rope_scaling=scaling)
+    # Each row by its own length; 10 is not beyond.
+    cos, _ = rope_tables(config, None, np.full((2, 1), 3), np.array([10, 11]))
+    np.testing.assert_allclose(cos[:, 0], np.cos([3 * PLAIN, 1.5 * PLAIN]), rtol=1e-6)
+
+
+def test_yarn_between_fractions_of_pairs():
+    """With theta 10,000 pair ``i`` turns ``1000 / 10**i`` times: the ramp ends where it says."""
+    inverse, _ = frequencies(kind="yarn", truncate=False, beta_fast=10**1.5, beta_slow=10**0.5)
+    # From 1.5 to 2.5: the third pair lies in the middle.
+    np.testing.assert_allclose(inverse, PLAIN / [1.0, 1.0, 1 / (0.5 + 0.5 / 4), 4.0], rtol=1e-3)
 
 
 def test_a_layer_with_a_window_turns_by_its_own_base_where_there_is_one():

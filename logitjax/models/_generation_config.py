@@ -1,0 +1,61 @@
+"""generation_config.json: which tokens end an answer, and how its publisher would sample."""
+
+from typing import Any
+
+from etils import epath
+
+from logitjax.storage import read_json
+
+
+def read_generation(path: epath.Path) -> dict[str, Any]:
+    """What the file in a directory says; nothing where there is none.
+
+    Raises:
+        ValueError: One line naming the file: it is no JSON object.
+    """
+    file = path / "generation_config.json"
+    if not file.exists():
+        return {}
+    raw = read_json(file)
+    if not isinstance(raw, dict):
+        raise ValueError(f"{file}: expected an object, got {type(raw).__name__}")
+    return raw
+
+
+def end_ids(path: epath.Path) -> tuple[int, ...] | None:
+    """Tokens that end an answer; None where the directory leaves that to config.json."""
+    ids = read_generation(path).get("eos_token_id")
+    if ids is None:
+        return None
+    ids = ids if isinstance(ids, list) else [ids]
+    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+        raise ValueError(
+            f"{path / 'generation_config.json'}: eos_token_id: expected ids of tokens, got {ids!r}"
+        )
+    return tuple(ids)
+
+
+def sampling_of(path: epath.Path) -> dict[str, float]:
+    """Settings of sampling by the names of `decoding.Sampling`; none where answers are greedy.
+
+    transformers' defaults fill what a file that samples leaves out: temperature 1, the 50
+    likeliest tokens.
+
+    Raises:
+        ValueError: A setting is no number.
+    """
+    raw = read_generation(path)
+    settings = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0}
+    if not raw.get("do_sample"):
+        settings = {}
+    names = [*settings, "repetition_penalty"]
+    for name in names:
+        value = raw.get(name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(
+                f"{path / 'generation_config.json'}: {name}: expected a number, got {value!r}"
+            )
+        settings[name] = value
+    return settings
