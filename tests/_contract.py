@@ -825,7 +825,8 @@ ELSEWHERE = {
         training.TrainStep training.lock_workdir training.make_mesh training.make_writer
         training.train_loop training.watch_for_preemption models.Tokenizer models.config_from_hf
         models.first_layers models.from_linen models.from_nnx models.keep_layers models.load
-        models.load_config models.load_model models.load_tokenizer models.save_pretrained
+        models.load_config models.load_model models.load_sampling models.load_tokenizer
+        models.save_pretrained
         models.with_layout vision.load_encoder vision.load_torch_weights
         vision.zero_shot_classifier data.load_examples data.load_image_set data.load_splits
         data.pack data.pack_splits data.prepare data.token_windows storage.Manifest

@@ -117,7 +117,9 @@ def _prepare(config: Config) -> tuple[np.ndarray, int, Truth | None]:
     shape = (config.prompts, config.prompt_length)
     if config.model is None:
         return rng.integers(0, config.vocab_size, shape, np.int32), config.vocab_size, None
-    model, tokenizer = models.load(config.model, dtype=config.dtype, layout="listed")
+    model, tokenizer = models.load(
+        config.model, dtype=config.dtype, param_dtype=config.dtype, layout="listed"
+    )
     old = model.head_of()
     if old.bias is not None:
         raise ValueError("model: expected a head without biases, its rows span one dimension more")

@@ -21,10 +21,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from logitjax import decoding
+from logitjax import decoding, models
 from logitjax.commands.cli import field
 from logitjax.commands.strategies import strategy
-from logitjax.models import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,26 +39,30 @@ class Config:
     complete: bool = field(False, "Go on from the text, without the chat template.")
     system: str | None = field(None, "First message of a conversation.")
     max_new_tokens: int = field(256, "Most tokens of an answer.", minimum=1)
-    temperature: float = field(0.0, "Temperature of the draws; 0 takes the likeliest token.")
-    top_k: int = field(0, "Number of likeliest tokens to draw from; 0 for all.")
-    top_p: float = field(1.0, "Probability of the likeliest tokens to draw from.")
-    min_p: float = field(0.0, "Least probability of a token as a share of the highest.")
-    repetition_penalty: float = field(1.0, "Penalty of tokens that were there; above 1 for fewer.")
+    temperature: float | None = field(
+        None, "Temperature of the draws; 0 takes the likeliest token; else the model's own, or 0."
+    )
+    top_k: int | None = field(
+        None, "Number of likeliest tokens to draw from, 0 for all; else the model's own, or 0."
+    )
+    top_p: float | None = field(
+        None, "Probability of the likeliest tokens to draw from; else the model's own, or 1."
+    )
+    min_p: float | None = field(
+        None, "Least probability of a token as a share of the highest; else the model's own, or 0."
+    )
+    repetition_penalty: float | None = field(
+        None, "Penalty of tokens that were there, above 1 for fewer; else the model's own, or 1."
+    )
     seed: int = field(0, "Seed of the draws.")
     stop: tuple[str, ...] = field((), "Text that ends an answer.")
-    dtype: Literal["float32", "bfloat16"] = field("float32", "Compute type.")
+    dtype: Literal["float32", "bfloat16"] = field("float32", "Type of weights and computation.")
 
 
 def run(config: Config) -> None:
     """Loads the models once, then answers one prompt after another."""
-    sampling = decoding.Sampling(
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        min_p=config.min_p,
-        repetition_penalty=config.repetition_penalty,
-        seed=config.seed,
-    )
+    # Before models are loaded: it says which settings make no sense.
+    sampling = sampling_of(config)
     ensemble, tokenizer, ends = decoding.load_ensemble(
         config.model, config.expert, config.base, strategy(config.fusion), dtype=config.dtype
     )
@@ -95,6 +98,15 @@ def run(config: Config) -> None:
                 print(f"[{rate}]", file=sys.stderr)
     except KeyboardInterrupt:
         print()
+
+
+def sampling_of(config: Config) -> decoding.Sampling:
+    """What the flags say, and where they say nothing what the model's publisher does."""
+    settings = models.load_sampling(config.model)
+    for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"):
+        if getattr(config, name) is not None:
+            settings[name] = getattr(config, name)
+    return decoding.Sampling(**settings, seed=config.seed)  # type: ignore[arg-type]
 
 
 def _prompts(config: Config) -> Iterator[str]:
@@ -143,7 +155,7 @@ def answer(
 class Conversation:
     """Turns so far, and what the model is asked to go on from."""
 
-    def __init__(self, tokenizer: Tokenizer, system: str | None = None):
+    def __init__(self, tokenizer: models.Tokenizer, system: str | None = None):
         self._tokenizer = tokenizer
         self._messages = [] if system is None else [{"role": "system", "content": system}]
 

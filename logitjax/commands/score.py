@@ -50,7 +50,7 @@ class Config:
     choices: str | None = field(None, "File of questions with choices, in JSON lines.")
     max_length: int = field(1024, "Most tokens that are read at once.", minimum=2)
     batch_size: int = field(8, "Number of rows read at once.", minimum=1)
-    dtype: Literal["float32", "bfloat16"] = field("float32", "Compute type.")
+    dtype: Literal["float32", "bfloat16"] = field("float32", "Type of weights and computation.")
 
 
 Row = tuple[np.ndarray, np.ndarray]

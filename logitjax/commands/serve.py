@@ -34,7 +34,7 @@ class Config:
     base: tuple[str, ...] = field((), "What the experts were tuned from: one, or one each.")
     fusion: str | None = field(None, "How their logits become one: NAME or NAME:key=value,...")
     served_name: str | None = field(None, "Name of the model in the API; else that of --model.")
-    dtype: Literal["float32", "bfloat16"] = field("float32", "Compute type.")
+    dtype: Literal["float32", "bfloat16"] = field("float32", "Type of weights and computation.")
     host: str = field("127.0.0.1", "Address to listen on.")
     port: int = field(8000, "Port to listen on; 0 takes a free one.", minimum=0)
     api_key: str | None = field(None, "Key that clients have to show; without it anybody may ask.")

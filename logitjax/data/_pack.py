@@ -24,8 +24,6 @@ from logitjax.data._packed import KIND, PackedDataset, encode_row
 from logitjax.data._tokenizer import TokenizerLike
 from logitjax.storage import Manifest, ShardWriter, digest
 
-EncodeChat = Callable[[Any, Any], tuple[Sequence[int], Sequence[bool]]]
-
 _FORMAT = 1
 _ROWS_PER_SHARD = 1 << 16
 # Rows kept open for documents that fill their rest; more fill better and cost time.
@@ -34,14 +32,13 @@ _OPEN_ROWS = 64
 
 def pack(
     examples: Sequence[Example],
-    tokenizers: Mapping[str, TokenizerLike],
+    tokenizers: Mapping[str, TokenizerLike] | TokenizerLike,
     *,
     seq_len: int,
     directory: str | os.PathLike[str],
-    render: Render | Mapping[str, Render] = render_example,
+    render: Render | Mapping[str, Render] | None = None,
     add_bos: bool | Mapping[str, bool] | None = None,
     add_eos: bool = True,
-    encode_chat: EncodeChat | None = None,
     on_long: Literal["split", "skip", "raise"] = "split",
 ) -> PackedDataset:
     """Pack examples into rows of `seq_len` tokens, or reuse what an equal call has packed.
@@ -55,17 +52,17 @@ def pack(
 
     Args:
         examples: what :func:`logitjax.data.load_examples` returns, or any sequence of such rows.
-        tokenizers: a name of your choice to a tokenizer.
+        tokenizers: a name of your choice to a tokenizer (one alone is refused with what to write).
         seq_len: tokens a row.
         directory: where the rows go; may be remote (``gs://``).
         render: an example to (text, learnt) segments; per tokenizer if a mapping. A callable's
-            ``fingerprint`` attribute, else its qualified name, enters the fingerprint.
+            ``fingerprint`` attribute, else its qualified name, enters the fingerprint. When omitted
+            ``messages`` go through the chat template of each tokenizer that has one (a document
+            with all its marks, which cannot be cut) and through ChatML elsewhere; texts stay as
+            they are, and a prompt and its response are joined.
         add_bos: start documents with the beginning-of-sequence token; default: what the tokenizer's
             own ``add_bos`` says, else no.
         add_eos: end documents with the end-of-sequence token.
-        encode_chat: ``(tokenizer, messages) -> (ids, learnt)``, such as
-            ``models.Tokenizer.encode_chat``, used for ``messages`` in place of `render`. What it
-            returns has all its marks already and cannot be cut.
         on_long: what happens to a document longer than a row: it is cut, left out (and counted in
             ``.statistics``), or an error.
 
@@ -73,6 +70,7 @@ def pack(
         The rows as a :class:`logitjax.data.PackedDataset`.
 
     Raises:
+        TypeError: `tokenizers` is one tokenizer instead of a mapping.
         ValueError: nothing to pack, `directory` holds rows packed from something else (says from
             what), or a document is too long and may not be cut.
 
@@ -86,6 +84,11 @@ def pack(
     >>> len(rows), rows.batch(0, seed=0, batch_size=1)["pivot"]["segment_ids"].tolist()
     (1, [[1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 0, 0]])
     """
+    if not isinstance(tokenizers, Mapping):
+        raise TypeError(
+            "tokenizers: expected a mapping such as {'model': tokenizer}, "
+            f"got {type(tokenizers).__name__}"
+        )
     if not tokenizers:
         raise ValueError("tokenizers: expected at least one, got none")
     if "row" in tokenizers:
@@ -104,6 +107,9 @@ def pack(
         )
         for name, tokenizer in tokenizers.items()
     }
+    # Whoever renders says how; else the tokenizers' own templates do.
+    chats = [n for n, t in tokenizers.items() if render is None and _has_template(t)]
+    render = render_example if render is None else render
     renders = dict(render) if isinstance(render, Mapping) else dict.fromkeys(tokenizers, render)
     if set(renders) != set(tokenizers):
         raise ValueError(
@@ -117,7 +123,8 @@ def pack(
             name: [e.tokenizer.fingerprint, e.add_bos, e.add_eos] for name, e in encoders.items()
         },
         "render": {name: _name_of(r) for name, r in renders.items()},
-        "encode_chat": encode_chat and {name: _chat_of(t) for name, t in tokenizers.items()},
+        # A template decides the tokens as much as the vocabulary does.
+        "chat_templates": {n: digest(tokenizers[n].chat_template) for n in chats},  # type: ignore
         "on_long": on_long,
     }
     root = epath.Path(directory).expanduser()
@@ -128,7 +135,7 @@ def pack(
     statistics: dict[str, int] = {"documents": 0, "pieces": 0, "too_long": 0}
     statistics["malformed"] = examples.errors
     cut = functools.partial(
-        _cut, renders=renders, encoders=encoders, seq_len=seq_len, on_long=on_long, chat=encode_chat
+        _cut, renders=renders, encoders=encoders, seq_len=seq_len, on_long=on_long, chats=chats
     )
     pieces = _pieces(examples, cut, on_long, statistics)
     tokens, rows = dict.fromkeys(tokenizers, 0), 0
@@ -183,12 +190,16 @@ def _cut(
     encoders: Mapping[str, Encoder],
     seq_len: int,
     on_long: str,
-    chat: EncodeChat | None,
+    chats: Sequence[str],
 ) -> Iterator[Piece]:
-    if chat is not None and "messages" in example:
+    if chats and "messages" in example:
         piece = {}
         for name, encoder in encoders.items():
-            ids, learnt = chat(encoder.tokenizer, example["messages"])
+            if name not in chats:
+                piece[name] = encoder(renders[name](example), last=True)
+                continue
+            tokenizer: Any = encoder.tokenizer
+            ids, learnt = tokenizer.encode_chat(example["messages"])
             mask = np.asarray(learnt, bool)
             mask[:1] = False
             piece[name] = (np.asarray(ids, np.int32), mask)
@@ -262,9 +273,8 @@ def _adds_bos(
     return bool(getattr(tokenizer, "add_bos", False) if choice is None else choice)
 
 
-def _chat_of(tokenizer: TokenizerLike) -> str:
-    """The template decides the tokens as much as the vocabulary does."""
-    return digest(getattr(tokenizer, "chat_template", None))
+def _has_template(tokenizer: TokenizerLike) -> bool:
+    return getattr(tokenizer, "chat_template", None) is not None
 
 
 def _name_of(render: Callable[..., Any]) -> str:

@@ -93,10 +93,12 @@ def pack_splits(
 
     Returns:
         The `PackedSplits`.
+
+    Raises:
+        ValueError: Conversations, and a tokenizer without a chat template.
     """
     # Whoever only reads files needs neither jax nor a model.
     from logitjax import processes
-    from logitjax.models import Tokenizer
 
     by_fingerprint: dict[str, str] = {}
     names = {m: by_fingerprint.setdefault(t.fingerprint, m) for m, t in tokenizers.items()}
@@ -105,6 +107,9 @@ def pack_splits(
     with processes.first_before_others("load"):
         loaded = load_splits(spec, on_error=on_error)
     chat = "messages" in loaded["train"][0]
+    bare = [n for n, t in distinct.items() if getattr(t, "chat_template", None) is None]
+    if chat and bare:
+        raise ValueError(f"tokenizers: {bare[0]!r} has no chat template for conversations")
     for split, examples in loaded.items():
         with processes.first_before_others(f"pack {split}"):
             splits[split] = pack(
@@ -112,7 +117,6 @@ def pack_splits(
                 distinct,
                 seq_len=seq_len,
                 directory=epath.Path(directory) / split,
-                encode_chat=Tokenizer.encode_chat if chat else None,
                 on_long="skip" if chat else "split",
             )
         logging.info(

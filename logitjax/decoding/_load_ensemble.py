@@ -25,7 +25,7 @@ def load_ensemble(
         experts: Tuned small models.
         bases: What the experts were tuned from: one for all, or one each.
         fuse: Strategy of `logitjax.fusion`; None for the large model alone.
-        dtype: Compute type.
+        dtype: Type of parameters and computation.
 
     Returns:
         The ensemble, the large model's tokenizer, and the tokens that end an answer, ascending.
@@ -45,7 +45,9 @@ def load_ensemble(
     for mapping in maps:
         if not mapping.is_identity:
             fuse = fusion.OverlapFusion(strategy=fuse, token_map=mapping)
-    loaded = [models.load(s, dtype=dtype, layout="listed")[0] for s in (large, *small)]
+    loaded = [
+        models.load(s, dtype=dtype, param_dtype=dtype, layout="listed")[0] for s in (large, *small)
+    ]
     ends = {*loaded[0].config.eos_ids, *[i for i in (tokenizer.eos_id,) if i is not None]}
     count = 1 + len(experts)
     ensemble = Ensemble(loaded[0], experts=loaded[1:count], bases=loaded[count:], fuse=fuse)

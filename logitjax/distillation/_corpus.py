@@ -289,4 +289,6 @@ def _reader(
 def _load(reading: Reading, spec: str) -> tuple[models.Decoder, models.Tokenizer]:
     # Each process lets the teachers read its own share, on its own devices.
     here = training.make_mesh("fsdp:-1", devices=jax.local_devices())
-    return models.load(spec, mesh=here, dtype=reading.dtype, layout=reading.layout)
+    return models.load(
+        spec, mesh=here, dtype=reading.dtype, param_dtype=reading.dtype, layout=reading.layout
+    )

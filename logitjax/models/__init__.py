@@ -12,6 +12,7 @@ from logitjax.models._layout import keep_layers as keep_layers
 from logitjax.models._layout import with_layout as with_layout
 from logitjax.models._load import load_config as load_config
 from logitjax.models._load import load_model as load_model
+from logitjax.models._load import load_sampling as load_sampling
 from logitjax.models._load_pair import load as load
 from logitjax.models._load_tokenizer import load_tokenizer as load_tokenizer
 from logitjax.models._lora import Lora as Lora

@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
-from flax import nnx
+from flax import linen, nnx
 
 
-def from_nnx(module: nnx.Module, *, method: str | None = None) -> tuple[Callable, dict]:
+def from_nnx(module: Any, *, method: str | None = None) -> tuple[Callable, dict]:
     """Turn an nnx module into ``(apply_fn, params)``.
 
     ``params`` is a pure dict of the `nnx.Param` arrays; everything else the module holds (PRNG
@@ -21,12 +21,20 @@ def from_nnx(module: nnx.Module, *, method: str | None = None) -> tuple[Callable
     Returns:
       ``apply_fn(params, *args, **kwargs)`` and the parameters.
 
+    Raises:
+      TypeError: for something else, such as a Linen module.
+
     >>> import numpy as np
     >>> module = nnx.jit(lambda: nnx.Linear(2, 3, rngs=nnx.Rngs(0)))()
     >>> apply_fn, params = from_nnx(module)
     >>> apply_fn(params, np.ones((1, 2), np.float32)).shape
     (1, 3)
     """
+    if not isinstance(module, nnx.Module):
+        hint = (
+            "; from_linen(module, variables) takes it" if isinstance(module, linen.Module) else ""
+        )
+        raise TypeError(f"module: expected an nnx module, got {_described(module)}{hint}")
     graphdef, params, rest = nnx.split(module, nnx.Param, ...)
 
     def apply_fn(params: Any, *args: Any, **kwargs: Any) -> Any:
@@ -56,6 +64,7 @@ def from_linen(
       ``apply_fn(params, *args, rngs=None, **kwargs)`` and the parameters.
 
     Raises:
+      TypeError: for something else, such as an nnx module.
       ValueError: where ``variables`` has no ``params`` collection.
 
     >>> import jax, numpy as np
@@ -66,6 +75,9 @@ def from_linen(
     >>> jax.jit(apply_fn)(params, x).shape
     (1, 3)
     """
+    if not isinstance(module, linen.Module):
+        hint = "; from_nnx(module) takes it" if isinstance(module, nnx.Module) else ""
+        raise TypeError(f"module: expected a Linen module, got {_described(module)}{hint}")
     if "params" not in variables:
         raise ValueError(
             f"variables: expected a 'params' collection, got {sorted(variables)}; "
@@ -79,3 +91,9 @@ def from_linen(
         )
 
     return apply_fn, variables["params"]
+
+
+def _described(module: Any) -> str:
+    kind = "Linen" if isinstance(module, linen.Module) else "nnx"
+    known = isinstance(module, linen.Module | nnx.Module)
+    return f"the {kind} module {type(module).__name__}" if known else type(module).__name__

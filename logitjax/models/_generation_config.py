@@ -33,29 +33,3 @@ def end_ids(path: epath.Path) -> tuple[int, ...] | None:
             f"{path / 'generation_config.json'}: eos_token_id: expected ids of tokens, got {ids!r}"
         )
     return tuple(ids)
-
-
-def sampling_of(path: epath.Path) -> dict[str, float]:
-    """Settings of sampling by the names of `decoding.Sampling`; none where answers are greedy.
-
-    transformers' defaults fill what a file that samples leaves out: temperature 1, the 50
-    likeliest tokens.
-
-    Raises:
-        ValueError: A setting is no number.
-    """
-    raw = read_generation(path)
-    settings = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0}
-    if not raw.get("do_sample"):
-        settings = {}
-    names = [*settings, "repetition_penalty"]
-    for name in names:
-        value = raw.get(name)
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError(
-                f"{path / 'generation_config.json'}: {name}: expected a number, got {value!r}"
-            )
-        settings[name] = value
-    return settings

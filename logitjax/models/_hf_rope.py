@@ -135,7 +135,8 @@ def _scaling(scaling: dict, kind: str, fields: Fields, rotary: int) -> RopeScali
     factors = {}
     for name in ("short_factor", "long_factor"):
         values = scaling.get(name)
-        numbers = isinstance(values, list) and all(isinstance(v, int | float) for v in values)
+        values = values if isinstance(values, list) else []
+        numbers = all(isinstance(v, int | float) for v in values)
         if not numbers or len(values) != rotary // 2:
             raise ValueError(
                 f"{fields.where}: rope scaling longrope needs {rotary // 2} numbers {name}"

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 from logitjax import ops
 from logitjax.models._config import DecoderConfig
 from logitjax.models._decoder import Decoder
-from logitjax.models._generation_config import end_ids
+from logitjax.models._generation_config import end_ids, read_generation
 from logitjax.models._gguf import GgufSource
 from logitjax.models._gguf_config import gguf_config, is_rope_tensor
 from logitjax.models._hf_config import config_from_hf
@@ -74,6 +74,41 @@ def _directory_config(path: epath.Path) -> DecoderConfig:
     config = config_from_hf(read_json(path / "config.json"), where=str(path / "config.json"))
     ends = end_ids(path)
     return config if ends is None else dataclasses.replace(config, eos_ids=ends)
+
+
+def load_sampling(spec: str) -> dict[str, float]:
+    """How a model's publisher samples, by the names of `decoding.Sampling`.
+
+    That is what a directory's generation_config.json says; where it samples, transformers'
+    defaults fill what it leaves out (temperature 1, the 50 likeliest tokens).
+
+    Args:
+      spec: as for `load_model`.
+
+    Returns:
+      The settings; without a temperature where answers are greedy, empty where nothing is said.
+
+    Raises:
+      ValueError: one line naming the file and the setting that is no number.
+
+    >>> load_sampling("tiny")
+    {}
+    """
+    path = None if tiny_seed(spec) is not None else find_checkpoint(spec)
+    if path is None or not path.is_dir():
+        return {}
+    raw = read_generation(path)
+    defaults = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0}
+    settings = {**(defaults if raw.get("do_sample") else {}), "repetition_penalty": 1.0}
+    for name in settings:
+        value = raw.get(name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            file = path / "generation_config.json"
+            raise ValueError(f"{file}: {name}: expected a number, got {value!r}")
+        settings[name] = value
+    return settings
 
 
 def load_model(

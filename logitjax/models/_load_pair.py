@@ -16,6 +16,7 @@ def load(
     spec: str,
     *,
     dtype: Any = jnp.float32,
+    param_dtype: Any = jnp.float32,
     layout: str = "stacked",
     remat: str = "none",
     mesh: jax.sharding.Mesh | None = None,
@@ -25,6 +26,7 @@ def load(
     Args:
         spec: As for `load_model`.
         dtype: Compute dtype, also by its name.
+        param_dtype: Dtype of the parameters, also by its name. Whoever trains wants float32.
         layout: `'stacked'` for training, `'listed'` for decoding.
         remat: See `Decoder`.
         mesh: Devices over which `DECODER_RULES` split the parameters; each process reads only its
@@ -40,7 +42,13 @@ def load(
     """
     tokenizer = load_tokenizer(spec)
     model = load_model(
-        spec, dtype=jnp.dtype(dtype), layout=layout, remat=remat, mesh=mesh, rules=DECODER_RULES
+        spec,
+        dtype=jnp.dtype(dtype),
+        param_dtype=jnp.dtype(param_dtype),
+        layout=layout,
+        remat=remat,
+        mesh=mesh,
+        rules=DECODER_RULES,
     )
     check_tokenizer(model.config, tokenizer)
     return model, tokenizer

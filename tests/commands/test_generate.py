@@ -2,6 +2,7 @@
 
 import io
 
+import jax
 import pytest
 
 from logitjax import decoding, models
@@ -55,6 +56,29 @@ def test_reads_standard_input_and_fuses(directory, capsys, monkeypatch):
     assert texts[0].startswith("one")
     assert "\ntwo" in texts[0]
     assert texts[0] == texts[1]
+
+
+def test_what_no_flag_says_is_as_the_publisher_samples(directory, tmp_path):
+    def sampling(text, **flags):
+        (tmp_path / "generation_config.json").write_text(text)
+        return generate.sampling_of(generate.Config(model=str(tmp_path), **flags))
+
+    assert sampling('{"eos_token_id": 1}') == decoding.Sampling()
+    own = '{"do_sample": true, "temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.1}'
+    assert sampling(own) == decoding.Sampling(
+        temperature=0.6, top_k=50, top_p=0.9, repetition_penalty=1.1
+    )
+    assert sampling(own, temperature=0.0, top_k=0).temperature == 0
+    with pytest.raises(ValueError, match=r"generation_config\.json: top_p: expected a number"):
+        sampling('{"do_sample": true, "top_p": "most"}')
+    (tmp_path / "generation_config.json").write_text("[]")
+    with pytest.raises(ValueError, match="expected an object, got list"):
+        models.load_sampling(str(tmp_path))
+
+
+def test_weights_are_loaded_in_the_type_asked_for(directory):
+    ensemble, _, _ = decoding.load_ensemble(directory, dtype="bfloat16")
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(ensemble.params)} == {"bfloat16"}
 
 
 def test_mistakes_are_one_line(directory, tmp_path):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from logitjax.data import Examples, PackedDataset, pack
-from logitjax.data._documents import Encoder, split_document
+from logitjax.data._documents import Encoder, render_example, split_document
 from logitjax.data._pack import best_fit
 from logitjax.data._packed import _positions, read_ahead
 from logitjax.storage import _shards
@@ -207,17 +207,23 @@ def test_messages_are_learnt_where_the_assistant_speaks(tmp_path):
     assert learnt == "Hello<|im_end|>See you<|im_end|>"
 
 
+def test_one_tokenizer_instead_of_a_mapping_is_told_what_to_write(tmp_path):
+    with pytest.raises(TypeError, match=r"\{'model': tokenizer\}, got ByteTokenizer"):
+        pack([{"text": "a"}], ByteTokenizer(), seq_len=16, directory=tmp_path)
+
+
 def test_conversations_under_the_tokenizers_own_templates(tmp_path):
     class Chatty(ByteTokenizer):
         chat_template = "first"
 
-    def encode_chat(tokenizer, messages):
-        ids = [i for m in messages for i in [256, *tokenizer.encode(m["content"])]]
-        learnt = [m["role"] == "assistant" for m in messages for _ in range(len(m["content"]) + 1)]
-        return ids, learnt
+        def encode_chat(self, messages):
+            ids = [i for m in messages for i in [256, *self.encode(m["content"])]]
+            assistant = [m["role"] == "assistant" for m in messages]
+            learnt = [a for a, m in zip(assistant, messages) for _ in range(len(m["content"]) + 1)]
+            return ids, learnt
 
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-    arguments = {"seq_len": 16, "directory": tmp_path, "encode_chat": encode_chat}
+    arguments = {"seq_len": 16, "directory": tmp_path}
     examples = [{"messages": messages}, {"text": "plain"}]
     batch = everything(pack(examples, {"b": Chatty()}, **arguments))["b"]
     assert batch["tokens"][0, :9].tolist() == [256, *b"Hi", 256, *b"Hello"]
@@ -228,8 +234,21 @@ def test_conversations_under_the_tokenizers_own_templates(tmp_path):
     batch = everything(pack(reply, {"b": Chatty()}, **again))["b"]
     assert batch["loss_mask"][0].nonzero()[0].tolist() == [*range(1, 6), *range(7, 12)]
     Chatty.chat_template = "second"
-    with pytest.raises(ValueError, match="encode_chat"):
+    with pytest.raises(ValueError, match="chat_templates"):
         pack(examples, {"b": Chatty()}, **arguments)
+    # Whoever renders says how, and a tokenizer without a template is rendered.
+    rendered = pack(
+        examples[:1],
+        {"b": Chatty()},
+        seq_len=128,
+        directory=tmp_path / "own",
+        render=render_example,
+    )
+    assert everything(rendered)["b"]["tokens"][0, :12].tolist() == list(b"<|im_start|>")
+    both = {"b": Chatty(), "c": ByteTokenizer()}
+    batch = everything(pack(examples[:1], both, seq_len=128, directory=tmp_path / "both"))
+    assert batch["b"]["tokens"][0, :3].tolist() == [256, *b"Hi"]
+    assert batch["c"]["tokens"][0, :12].tolist() == list(b"<|im_start|>")
     long = [{"messages": [*messages, *messages]}, {"text": "plain"}]
     with pytest.raises(ValueError, match=r"example 0: .* chat template cannot be cut"):
         pack(long, {"b": Chatty()}, **arguments | {"directory": tmp_path / "long"})

@@ -81,3 +81,12 @@ def test_other_methods_and_collections():
     with pytest.raises(ValueError, match="expected a 'params' collection"):
         from_linen(linen, {"batch_stats": {}})
     assert jnp.ndim(params["Dense_0"]["bias"]) == 1
+
+
+def test_each_says_which_of_the_two_takes_the_other_kind():
+    with pytest.raises(TypeError, match=r"Linen module Dense; from_linen\(module, variables\)"):
+        from_nnx(flax.linen.Dense(3))
+    with pytest.raises(TypeError, match=r"nnx module Dropout; from_nnx\(module\) takes it"):
+        from_linen(nnx.Dropout(0.1), {"params": {}})
+    with pytest.raises(TypeError, match=r"expected an nnx module, got dict$"):
+        from_nnx({})
