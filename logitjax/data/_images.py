@@ -233,11 +233,22 @@ def read_picture(path: epath.Path) -> Any:
             # Pillow cuts greys of 16 bits off at 255; those of a file of that kind go to 65,535.
             picture = Image.fromarray(as_bytes(np.asarray(picture).clip(0).astype(np.uint16)))
         if "A" in picture.getbands() or "transparency" in picture.info:
-            picture = picture.convert("RGBA")
-            ground = Image.new("RGBA", picture.size, "white")
-            ground.alpha_composite(picture)
-            picture = ground
+            return _on_white(picture)
         return picture.convert("RGB")
+
+
+def _on_white(picture: Any) -> Any:
+    Image = require("PIL.Image", extra="vision")
+
+    out = Image.new("RGB", picture.size)
+    # In bands, for whole pictures of four bytes a pixel would be held four times.
+    for top in range(0, picture.height, 256):
+        box = (0, top, picture.width, min(top + 256, picture.height))
+        band = picture.crop(box).convert("RGBA")
+        ground = Image.new("RGBA", band.size, "white")
+        ground.alpha_composite(band)
+        out.paste(ground.convert("RGB"), box)
+    return out
 
 
 def check_numbers(numbers: np.ndarray, count: int, name: str) -> None:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from logitjax.models._template_limits import allowance, limited_sandbox
 from logitjax.storage import require
 
 Spans = list[tuple[int, int]]
@@ -19,7 +20,8 @@ def render_template(template: str, variables: Mapping[str, Any]) -> tuple[str, S
 
     The environment is that of `transformers.apply_chat_template`: the immutable sandbox, blocks
     trimmed, `break` and `continue`, `raise_exception`, `strftime_now`, and a `tojson` that keeps
-    the order of keys and escapes neither HTML nor other alphabets.
+    the order of keys and escapes neither HTML nor other alphabets. It takes so long and makes so
+    much text at the most (`storage.guard.LIMITS`).
 
     Args:
         template: Source in Jinja.
@@ -33,9 +35,10 @@ def render_template(template: str, variables: Mapping[str, Any]) -> tuple[str, S
     """
     track: _Track = ([], [])
     try:
-        compiled = _compiled(template)
-        for block in compiled.generate(**variables, **{_TRACK: track}):
-            track[0].append(block)
+        with allowance(variables):
+            compiled = _compiled(template)
+            for block in compiled.generate(**variables, **{_TRACK: track}):
+                track[0].append(block)
     except RecursionError:
         raise ValueError("chat template: nested too deeply") from None
     # A template is a program: any exception of Python's may come out of it.
@@ -109,7 +112,6 @@ def _environment() -> Any:
     jinja2 = require("jinja2", extra="models")
     nodes = require("jinja2.nodes", extra="models")
     extensions = require("jinja2.ext", extra="models")
-    sandbox = require("jinja2.sandbox", extra="models")
 
     class Generation(extensions.Extension):
         """`{% generation %} ... {% endgeneration %}`: its text, noted as the assistant's."""
@@ -150,12 +152,12 @@ def _environment() -> Any:
     def raise_exception(message: Any) -> None:
         raise jinja2.TemplateError(message)
 
-    environment = sandbox.ImmutableSandboxedEnvironment(
+    environment = limited_sandbox()(
         trim_blocks=True,
         lstrip_blocks=True,
         extensions=[Generation, extensions.loopcontrols],
     )
-    environment.filters["tojson"] = _tojson
+    environment.add_filter("tojson", _tojson)
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     environment.globals["namespace"] = Namespace

@@ -35,6 +35,8 @@ class _Header:
 
     def string(self, field: str) -> str:
         length = self.scalar("Q", f"length of {field}")
+        self.file.need(length, field)
+        guard.whole(length, f"length of {field}", most=guard.LIMITS.header_bytes // 2)
         return self.file.read(length, field).decode("utf-8", "replace")
 
     def values(self, count: int, least: int, field: str) -> int:

@@ -12,7 +12,9 @@ from typing import Any
 
 from etils import epath
 
+from logitjax.storage import guard
 from logitjax.storage._files import write_atomic
+from logitjax.storage.guard import read_json
 
 _NAME = "manifest.json"
 _FORMAT = 1
@@ -75,18 +77,20 @@ class Manifest:
         if not path.exists():
             raise FileNotFoundError(f"no {self.kind} in {root} (it has no {_NAME})")
         try:
-            record = json.loads(path.read_text())
+            record = read_json(path, form=dict)
             held, version = record.pop("kind"), record.pop("format")
             dict(record["made_from"])
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(
-                f"{path} is damaged ({type(error).__name__}: {error}); delete {root} and let it be "
+                f"{path} is damaged ({guard.one_line(error)}); delete {root} and let it be "
                 "made again"
             ) from None
         if held != self.kind:
-            raise ValueError(f"{root}: expected a {self.kind}, got a {held}")
+            raise ValueError(f"{root}: expected a {self.kind}, got a {_plain(held)}")
         if version != _FORMAT:
-            raise ValueError(f"{path}: expected format {_FORMAT}, got {version}; make it again")
+            raise ValueError(
+                f"{path}: expected format {_FORMAT}, got {_plain(version)}; make it again"
+            )
         return record
 
     def check(
@@ -124,6 +128,10 @@ class Manifest:
                 "(remove it or choose another directory)"
             )
         return record
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) and value.isprintable() else _SHORT.repr(value)
 
 
 def _differences(path: str, held: Any, expected: Any, at_least: tuple[str, ...]) -> Any:

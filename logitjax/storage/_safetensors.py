@@ -55,7 +55,7 @@ class SafetensorsSource:
                 files = [guard.inside(self.path, name, "weight_map") for name in sorted(names)]
             missing = [f.name for f in files if not f.exists()]
             if missing:
-                raise ValueError(f"{index}: shard {missing[0]} is not there")
+                raise ValueError(f"{index}: shard {missing[0]!r} is not there")
             return files
         single = self.path / "model.safetensors"
         if single.exists():

@@ -106,7 +106,7 @@ def test_wrong_files_are_named(llama, tmp_path):
 def test_missing_shard_is_named(tmp_path):
     directory = write_checkpoint("smollm2", tmp_path / "sharded", shards=3)
     (directory / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"shard model-00002-of-00003\.safetensors is not there"):
+    with pytest.raises(ValueError, match=r"shard 'model-00002-of-00003\.safetensors' is not there"):
         load_model(str(directory))
 
 
