@@ -1,5 +1,7 @@
 """Small files of every kind as people have them, and bombs written by hand."""
 
+# ruff: noqa: E501  a template or a header is one line
+
 import functools
 import gzip
 import io
@@ -19,24 +21,68 @@ from safetensors.numpy import save
 from experiments.benchmarks._files_mutate import deep
 
 LLAMA: dict[str, Any] = {
-    "model_type": "llama", "vocab_size": 259, "hidden_size": 32, "intermediate_size": 64,
-    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
-    "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu",
-    "tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": [2, 3], "rope_scaling": None,
-}  # fmt: skip
+    "model_type": "llama",
+    "vocab_size": 259,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": True,
+    "bos_token_id": 1,
+    "eos_token_id": [2, 3],
+    "rope_scaling": None,
+}
 CONFIGS = (
     LLAMA,
-    LLAMA | {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
-             "high_freq_factor": 4.0, "original_max_position_embeddings": 64}},
-    LLAMA | {"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 16,
-             "max_window_layers": 1, "layer_types": ["full_attention", "sliding_attention"]},
-    LLAMA | {"model_type": "gemma3_text", "sliding_window": 16, "query_pre_attn_scalar": 8,
-             "rope_local_base_freq": 10000.0, "hidden_activation": "gelu_pytorch_tanh"},
-    LLAMA | {"model_type": "phi3", "original_max_position_embeddings": 64, "rope_scaling": {
-             "type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}},
-    {"model_type": "gpt2", "vocab_size": 257, "n_embd": 32, "n_layer": 2, "n_head": 4,
-     "n_positions": 128, "layer_norm_epsilon": 1e-5, "activation_function": "gelu_new"},
-)  # fmt: skip
+    LLAMA
+    | {
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        }
+    },
+    LLAMA
+    | {
+        "model_type": "qwen3",
+        "use_sliding_window": True,
+        "sliding_window": 16,
+        "max_window_layers": 1,
+        "layer_types": ["full_attention", "sliding_attention"],
+    },
+    LLAMA
+    | {
+        "model_type": "gemma3_text",
+        "sliding_window": 16,
+        "query_pre_attn_scalar": 8,
+        "rope_local_base_freq": 10000.0,
+        "hidden_activation": "gelu_pytorch_tanh",
+    },
+    LLAMA
+    | {
+        "model_type": "phi3",
+        "original_max_position_embeddings": 64,
+        "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4},
+    },
+    {
+        "model_type": "gpt2",
+        "vocab_size": 257,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 128,
+        "layer_norm_epsilon": 1e-5,
+        "activation_function": "gelu_new",
+    },
+)
 
 
 def _random(*shape: int) -> np.ndarray:
@@ -73,10 +119,16 @@ def safetensors() -> bytes:
 
 
 _GGUF_NAMES = {
-    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
-}  # fmt: skip
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
 
 
 @functools.cache
@@ -213,10 +265,15 @@ def pictures() -> dict[str, bytes]:
     rgb, rgba = Image.fromarray(pixels[..., :3]), Image.fromarray(pixels)
     grey = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
     forms = {
-        "rgb.png": (rgb, "PNG"), "rgba.png": (rgba, "PNG"), "grey.png": (grey, "PNG"),
-        "a.jpg": (rgb, "JPEG"), "palette.png": (rgb.convert("P"), "PNG"), "gif.png": (rgb, "GIF"),
-        "bmp.jpg": (rgb, "BMP"), "webp.jpg": (rgb, "WEBP"),
-    }  # fmt: skip
+        "rgb.png": (rgb, "PNG"),
+        "rgba.png": (rgba, "PNG"),
+        "grey.png": (grey, "PNG"),
+        "a.jpg": (rgb, "JPEG"),
+        "palette.png": (rgb.convert("P"), "PNG"),
+        "gif.png": (rgb, "GIF"),
+        "bmp.jpg": (rgb, "BMP"),
+        "webp.jpg": (rgb, "WEBP"),
+    }
     out = {}
     for name, (picture, form) in forms.items():
         file = io.BytesIO()
@@ -343,17 +400,31 @@ def pickle_bombs() -> list[bytes]:
     listed = b"\x80\x02]q\x00(" + b"N" * 90_000 + b"e"
     copies = b"ctorch\nSize\nq\x01h\x00\x85R" + b"h\x01h\x00\x85R" * 20_000
     return [
-        call, call.replace(b"cos\nsystem", b"cbuiltins\neval"), b"\x80\x02c__builtin__\nexec\n(X\x01\0\0\0xtR.",
-        _steps(200), _steps(50), tuples + b"}h\xc8N\x73.".replace(b"h\xc8", b"h\xc7"), tuples + b"\x8f(h\xc7\x90.",
-        listed + copies + b".", b"\x80\x02" + b"]" * 200_000 + b"a" * 199_999 + b".",
-        b"\x80\x02" + b"(" * 400_000, b"\x80\x02" + b"}" * 400_000 + b".", b"\x80\x02" + b"N2" * 900_000 + b"."[:1],
-        b"\x80\x02Nr\xff\xff\xff\x7f0.", b"\x80\x05\x96" + (1 << 33).to_bytes(8, "little") + b"x.",
-        b"\x80\x04\x95" + b"\xff" * 8 + b"N.", b"\x80\x05\x8e" + (1 << 40).to_bytes(8, "little") + b".",
-        b"\x80\x02\x8b\xff\xff\xff\x7f.", b"I" + b"9" * 60_000 + b"\n.", b"\x80\x02ccollections\nOrderedDict\n(]"
-        b"(" + b"N" * 1000 + b"eetR.", b"\x80\x02cargparse\nNamespace\n)\x81}(" + _text("__class__") + b"NubK\x01b.",
+        call,
+        call.replace(b"cos\nsystem", b"cbuiltins\neval"),
+        b"\x80\x02c__builtin__\nexec\n(X\x01\0\0\0xtR.",
+        _steps(200),
+        _steps(50),
+        tuples + b"}h\xc8N\x73.".replace(b"h\xc8", b"h\xc7"),
+        tuples + b"\x8f(h\xc7\x90.",
+        listed + copies + b".",
+        b"\x80\x02" + b"]" * 200_000 + b"a" * 199_999 + b".",
+        b"\x80\x02" + b"(" * 400_000,
+        b"\x80\x02" + b"}" * 400_000 + b".",
+        b"\x80\x02" + b"N2" * 900_000 + b"."[:1],
+        b"\x80\x02Nr\xff\xff\xff\x7f0.",
+        b"\x80\x05\x96" + (1 << 33).to_bytes(8, "little") + b"x.",
+        b"\x80\x04\x95" + b"\xff" * 8 + b"N.",
+        b"\x80\x05\x8e" + (1 << 40).to_bytes(8, "little") + b".",
+        b"\x80\x02\x8b\xff\xff\xff\x7f.",
+        b"I" + b"9" * 60_000 + b"\n.",
+        b"\x80\x02ccollections\nOrderedDict\n(](" + b"N" * 1000 + b"eetR.",
+        b"\x80\x02cargparse\nNamespace\n)\x81}(" + _text("__class__") + b"NubK\x01b.",
         b"\x80\x02c__torch__.os\nsystem\n)\x81" + _text("touch ran") + b"b.",
-        b"\x80\x02" + b"X\xff\xff\xff\xff", b"\x80\x02(lp0\n(lp1\n" + b"g0\na" * 9, b"\x80\x02]q\x00h\x00a.",
-    ]  # fmt: skip
+        b"\x80\x02" + b"X\xff\xff\xff\xff",
+        b"\x80\x02(lp0\n(lp1\n" + b"g0\na" * 9,
+        b"\x80\x02]q\x00h\x00a.",
+    ]
 
 
 def zip_bombs() -> list[bytes]:
@@ -391,12 +462,18 @@ def zip_bombs() -> list[bytes]:
         + b"e."
     )
     return [
-        bomb, many.getvalue(), overlap, archive(_huge(), {"0": b"abcd"}),
-        archive(shared, {"0": bytes(1 << 20)}), archive(differing, {"0": bytes(1 << 20)}),
-        archive(_weights(), STORAGES).replace(b"PK\x01\x02\x14\x03\x14\x00\x00", b"PK\x01\x02\x14\x03\x14\x00\x01"),
+        bomb,
+        many.getvalue(),
+        overlap,
+        archive(_huge(), {"0": b"abcd"}),
+        archive(shared, {"0": bytes(1 << 20)}),
+        archive(differing, {"0": bytes(1 << 20)}),
+        archive(_weights(), STORAGES).replace(
+            b"PK\x01\x02\x14\x03\x14\x00\x00", b"PK\x01\x02\x14\x03\x14\x00\x01"
+        ),
         archive(b"\x80\x02" + b"N0" * 9_000_000 + b"N.", {}, zipfile.ZIP_DEFLATED),
         *(archive(data, STORAGES) for data in pickle_bombs()),
-    ]  # fmt: skip
+    ]
 
 
 def npz_bombs() -> list[bytes]:
@@ -433,18 +510,42 @@ def safetensors_bombs() -> list[bytes]:
         return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
 
     return [
-        _st([]), _st("x"), _st(3), _st(None), _st(b"[" * 100_000), _st(b'{"a":' * 100_000), _st(deep(900)),
-        b"\xff" * 8 + b"{}", b"\xff" * 7 + b"\x7f{}", (1 << 30).to_bytes(8, "little") + b"{}", b"", b"\0" * 8,
-        _st({"a": one([4], [0, 16]), "b": one([4], [8, 24])}, bytes(24)), _st({"a": one([-4], [0, 16])}, bytes(16)),
-        _st({"a": one([4], [-16, 0])}, bytes(16)), _st({"a": one([1 << 40, 1 << 40], [0, 16])}, bytes(16)),
-        _st({"a": one([0, 1 << 62], [0, 0])}), _st({"a": one([], [0, 4])}, bytes(4)), _st({"a": one([1.5], [0, 6])}, bytes(6)),
-        _st({"a": one([True], [0, 4])}, bytes(4)), _st({"a": one([1] * 100_000, [0, 4])}, bytes(4)), _st({"a": None}),
-        _st({"a": {}}), _st({"a": one([4], [16, 0])}, bytes(16)), _st({"a": one("4", [0, 16])}, bytes(16)),
-        _st({"a": one([4], [0, 16], [])}, bytes(16)), _st({"a": one([4], "ab")}, bytes(16)), _st(b" " * (1 << 26)),
-        _st(b"[" + b"[]," * 3_000_000 + b"[]]"), _st(b'{"a":"' + b"x" * (1 << 25) + b'"}'),
-        _st({f"{i}": one([0], [0, 0]) for i in range(50_000)}), _st({"a": one([4], [0, 16])} | {"__metadata__": deep(60)}, bytes(16)),
-        _st(b"{" + b'"a":1,' * 900_000 + b'"b":2}'), _st(b"9" * 100_000), _st(b"\xff\xfe{}"),
-    ]  # fmt: skip
+        _st([]),
+        _st("x"),
+        _st(3),
+        _st(None),
+        _st(b"[" * 100_000),
+        _st(b'{"a":' * 100_000),
+        _st(deep(900)),
+        b"\xff" * 8 + b"{}",
+        b"\xff" * 7 + b"\x7f{}",
+        (1 << 30).to_bytes(8, "little") + b"{}",
+        b"",
+        b"\0" * 8,
+        _st({"a": one([4], [0, 16]), "b": one([4], [8, 24])}, bytes(24)),
+        _st({"a": one([-4], [0, 16])}, bytes(16)),
+        _st({"a": one([4], [-16, 0])}, bytes(16)),
+        _st({"a": one([1 << 40, 1 << 40], [0, 16])}, bytes(16)),
+        _st({"a": one([0, 1 << 62], [0, 0])}),
+        _st({"a": one([], [0, 4])}, bytes(4)),
+        _st({"a": one([1.5], [0, 6])}, bytes(6)),
+        _st({"a": one([True], [0, 4])}, bytes(4)),
+        _st({"a": one([1] * 100_000, [0, 4])}, bytes(4)),
+        _st({"a": None}),
+        _st({"a": {}}),
+        _st({"a": one([4], [16, 0])}, bytes(16)),
+        _st({"a": one("4", [0, 16])}, bytes(16)),
+        _st({"a": one([4], [0, 16], [])}, bytes(16)),
+        _st({"a": one([4], "ab")}, bytes(16)),
+        _st(b" " * (1 << 26)),
+        _st(b"[" + b"[]," * 3_000_000 + b"[]]"),
+        _st(b'{"a":"' + b"x" * (1 << 25) + b'"}'),
+        _st({f"{i}": one([0], [0, 0]) for i in range(50_000)}),
+        _st({"a": one([4], [0, 16])} | {"__metadata__": deep(60)}, bytes(16)),
+        _st(b"{" + b'"a":1,' * 900_000 + b'"b":2}'),
+        _st(b"9" * 100_000),
+        _st(b"\xff\xfe{}"),
+    ]
 
 
 def gguf_bombs() -> list[bytes]:
@@ -472,22 +573,63 @@ def gguf_bombs() -> list[bytes]:
     nested = text("x") + i(9) + (i(9) + q(1)) * 100_000 + i(0) + q(0)
     pad = bytes(4096)
     return [
-        b"", b"GGUF", b"GGUF" + i(3) + b"\xff" * 16, b"GGUF" + i(3) + q(0) + b"\xff" * 8 + pad,
-        b"GGUF" + i(3) + q(1 << 40) + q(0) + pad, file(b"", 0, [q(1 << 62) + b"x"]), file(b"", 0, [q(-1) + b"x" * 99]),
-        file(b"", 0, [text("x") + i(9) + i(0) + q(1 << 40)]), file(b"", 0, [text("x") + i(9) + i(8) + q(1 << 40)]),
-        file(b"", 0, [arrays]), file(b"", 0, [nested]), file(b"", 0, [text("x") + i(99)]), file(b"", 0, [text("x") + i(9) + i(77) + q(1)]),
-        *(file(tensor([32, 4]), 1, [name, text("general.alignment") + i(kind) + value], pad)
-          for kind, value in ((4, i(0)), (4, i(1)), (4, i(3)), (10, q(1 << 62)), (5, b"\xff" * 4), (8, text("32")), (6, b"\0" * 4))),
-        *(file(tensor(dims, kind, at), 1, [name], pad)
-          for dims, kind, at in (([1 << 40, 1 << 40], 0, 0), ([0], 0, 0), ([], 0, 0), ([32, -1], 0, 0), ([31, 4], 2, 0), ([32, 4], 77, 0),
-                                 ([32, 4], 0, 1 << 62), ([32, 4], 0, (1 << 64) - 32), ([1 << 62], 0, 0), ([1] * 4, 0, 4096))),
-        file(text("x") + i(1 << 30), 1, [name], pad), file(tensor([32, 4]) * 2, 2, [name], pad),
-        file(tensor([32, 4]) + tensor([32, 4], name="b"), 2, [name], pad), file(b"", 0, [name] * 2), file(b"", 0, [name], pad),
-        file(b"", 0, [name, text("tokenizer.ggml.tokens") + i(9) + i(8) + q(3_000_000) + q(0) * 3_000_000]),
+        b"",
+        b"GGUF",
+        b"GGUF" + i(3) + b"\xff" * 16,
+        b"GGUF" + i(3) + q(0) + b"\xff" * 8 + pad,
+        b"GGUF" + i(3) + q(1 << 40) + q(0) + pad,
+        file(b"", 0, [q(1 << 62) + b"x"]),
+        file(b"", 0, [q(-1) + b"x" * 99]),
+        file(b"", 0, [text("x") + i(9) + i(0) + q(1 << 40)]),
+        file(b"", 0, [text("x") + i(9) + i(8) + q(1 << 40)]),
+        file(b"", 0, [arrays]),
+        file(b"", 0, [nested]),
+        file(b"", 0, [text("x") + i(99)]),
+        file(b"", 0, [text("x") + i(9) + i(77) + q(1)]),
+        *(
+            file(tensor([32, 4]), 1, [name, text("general.alignment") + i(kind) + value], pad)
+            for kind, value in (
+                (4, i(0)),
+                (4, i(1)),
+                (4, i(3)),
+                (10, q(1 << 62)),
+                (5, b"\xff" * 4),
+                (8, text("32")),
+                (6, b"\0" * 4),
+            )
+        ),
+        *(
+            file(tensor(dims, kind, at), 1, [name], pad)
+            for dims, kind, at in (
+                ([1 << 40, 1 << 40], 0, 0),
+                ([0], 0, 0),
+                ([], 0, 0),
+                ([32, -1], 0, 0),
+                ([31, 4], 2, 0),
+                ([32, 4], 77, 0),
+                ([32, 4], 0, 1 << 62),
+                ([32, 4], 0, (1 << 64) - 32),
+                ([1 << 62], 0, 0),
+                ([1] * 4, 0, 4096),
+            )
+        ),
+        file(text("x") + i(1 << 30), 1, [name], pad),
+        file(tensor([32, 4]) * 2, 2, [name], pad),
+        file(tensor([32, 4]) + tensor([32, 4], name="b"), 2, [name], pad),
+        file(b"", 0, [name] * 2),
+        file(b"", 0, [name], pad),
+        file(
+            b"",
+            0,
+            [name, text("tokenizer.ggml.tokens") + i(9) + i(8) + q(3_000_000) + q(0) * 3_000_000],
+        ),
         file(b"", 0, [name, text("x") + i(9) + i(0) + q(60 << 20) + bytes(60 << 20)]),
         file(b"", 0, [name, text("x") + i(8) + q(100 << 20) + bytes(100 << 20)]),
-        *(file(tensor([32, 257]), 1, [name, *sizes], bytes(32 * 257 * 4 + 64)) for sizes in _gguf_sizes(text, i, q)),
-    ]  # fmt: skip
+        *(
+            file(tensor([32, 257]), 1, [name, *sizes], bytes(32 * 257 * 4 + 64))
+            for sizes in _gguf_sizes(text, i, q)
+        ),
+    ]
 
 
 def _gguf_sizes(text: Any, i: Any, q: Any) -> list[list[bytes]]:
@@ -532,14 +674,39 @@ def picture_bombs() -> list[tuple[str, bytes]]:
     body = b"zTXt" + b"a\0\0" + text
     bomb = (len(body) - 4).to_bytes(4, "big") + body + zlib.crc32(body).to_bytes(4, "big")
     return [
-        ("a.png", png(65_535, 65_535)), ("a.png", png(30_000, 30_000, 0, 1)), ("a.png", png(13_000, 13_000, 0, 13_000)),
-        ("a.png", png(7000, 7000, 6, 7000)), ("a.png", png(8000, 8000, 2, 8000)), ("a.png", png(1, 1_000_000, 0, 1_000_000)),
-        ("a.png", png(1_000_000, 1, 2, 1)), ("a.png", png(20, 20, 2, 20, bomb)), ("a.png", png(0, 0)), ("a.png", b""),
-        ("a.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n(ran) (w) file closefile\nshowpage\n"),
-        ("a.png", b"\x0aPCX"), ("a.jpg", b"\xff\xd8\xff\xc0\x00\x11\x08\xff\xff\xff\xff\x03\x01\x22\x00\x02\x11\x01\x03\x11\x01\xff\xd9"),
-        ("a.png", b"GIF89a\xff\xff\xff\xff\x80\0\0" + bytes(6) + b",\0\0\0\0\xff\xff\xff\xff\0\x02\0;"),
-        ("a.png", b"BM" + bytes(12) + (40).to_bytes(4, "little") + b"\xff\xff\xff\x7f" * 2 + b"\x01\0\x18\0" + bytes(24)),
-    ]  # fmt: skip
+        ("a.png", png(65_535, 65_535)),
+        ("a.png", png(30_000, 30_000, 0, 1)),
+        ("a.png", png(13_000, 13_000, 0, 13_000)),
+        ("a.png", png(7000, 7000, 6, 7000)),
+        ("a.png", png(8000, 8000, 2, 8000)),
+        ("a.png", png(1, 1_000_000, 0, 1_000_000)),
+        ("a.png", png(1_000_000, 1, 2, 1)),
+        ("a.png", png(20, 20, 2, 20, bomb)),
+        ("a.png", png(0, 0)),
+        ("a.png", b""),
+        (
+            "a.jpg",
+            b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n(ran) (w) file closefile\nshowpage\n",
+        ),
+        ("a.png", b"\x0aPCX"),
+        (
+            "a.jpg",
+            b"\xff\xd8\xff\xc0\x00\x11\x08\xff\xff\xff\xff\x03\x01\x22\x00\x02\x11\x01\x03\x11\x01\xff\xd9",
+        ),
+        (
+            "a.png",
+            b"GIF89a\xff\xff\xff\xff\x80\0\0" + bytes(6) + b",\0\0\0\0\xff\xff\xff\xff\0\x02\0;",
+        ),
+        (
+            "a.png",
+            b"BM"
+            + bytes(12)
+            + (40).to_bytes(4, "little")
+            + b"\xff\xff\xff\x7f" * 2
+            + b"\x01\0\x18\0"
+            + bytes(24),
+        ),
+    ]
 
 
 def config_bombs() -> list[Any]:
@@ -557,8 +724,17 @@ def config_bombs() -> list[Any]:
         b"\xff\xfe",
         deep(900),
     ]
-    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-             "num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window")  # fmt: skip
+    sizes = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "max_position_embeddings",
+        "sliding_window",
+    )
     for base in CONFIGS[:5]:
         for key in sizes:
             out += [
@@ -569,9 +745,16 @@ def config_bombs() -> list[Any]:
         out += [CONFIGS[5] | {key: value} for value in (1_000_000, 10**12, -1, 0, "x")]
     out += [
         LLAMA | {"rope_scaling": value}
-        for value in ([], "x", {"rope_type": []}, {"rope_type": "yarn", "factor": 0}, {"rope_type": "linear"},
-                      {"rope_type": "longrope", "short_factor": 3, "long_factor": None}, {"rope_type": "llama3"})
-    ]  # fmt: skip
+        for value in (
+            [],
+            "x",
+            {"rope_type": []},
+            {"rope_type": "yarn", "factor": 0},
+            {"rope_type": "linear"},
+            {"rope_type": "longrope", "short_factor": 3, "long_factor": None},
+            {"rope_type": "llama3"},
+        )
+    ]
     out += [
         CONFIGS[2] | {"layer_types": value}
         for value in (3, ["x"], ["full_attention"] * 99_999, None, [[]])
@@ -590,8 +773,22 @@ def gzip_bombs() -> list[bytes]:
 
 def index_maps() -> list[Any]:
     """What a weight map may not name."""
-    names = ("../../x", "/etc/passwd", "../secret.safetensors", "link.safetensors", "", ".", "..", "a\0b",
-             "C:\\x", "..\\x", "sub/../../secret.safetensors", "/dev/zero", "fifo.safetensors", "file://x")  # fmt: skip
+    names = (
+        "../../x",
+        "/etc/passwd",
+        "../secret.safetensors",
+        "link.safetensors",
+        "",
+        ".",
+        "..",
+        "a\0b",
+        "C:\\x",
+        "..\\x",
+        "sub/../../secret.safetensors",
+        "/dev/zero",
+        "fifo.safetensors",
+        "file://x",
+    )
     return (
         [{"weight_map": {"a.weight": name}} for name in names]
         + [

@@ -218,10 +218,12 @@ def _tokenizer() -> Any:
 
 def _tokenizer_files() -> dict[str, Any]:
     settings = {
-        "bos_token": "<|end|>", "eos_token": {"content": "<|end|>"}, "pad_token": None,
+        "bos_token": "<|end|>",
+        "eos_token": {"content": "<|end|>"},
+        "pad_token": None,
         "chat_template": [{"name": "default", "template": bases.TEMPLATES[0]}],
         "added_tokens_decoder": {"256": {"content": "<|end|>", "special": True}},
-    }  # fmt: skip
+    }
     backend = json.loads(_tokenizer().backend.to_str())
     generation = {"eos_token_id": [256, 2], "temperature": 0.7, "top_p": 0.9, "top_k": 20}
     return {
@@ -422,8 +424,12 @@ def _same(content: bytes, rng: Random) -> bytes:
 KINDS: dict[str, Kind] = {
     "safetensors": Kind(
         count=14_000,
-        write=one_file("model.safetensors", bases.safetensors_bombs,
-                       lambda: [bases.safetensors()], mutate.safetensors),
+        write=one_file(
+            "model.safetensors",
+            bases.safetensors_bombs,
+            lambda: [bases.safetensors()],
+            mutate.safetensors,
+        ),
         load=_load_safetensors,
     ),
     "index": Kind(count=6000, write=_write_index, load=_load_index),
@@ -458,7 +464,7 @@ KINDS: dict[str, Kind] = {
     "head": Kind(count=500, write=_write_head, load=_load_head),
     "model": Kind(count=600, write=_write_model, load=_load_model),
     "model, gguf": Kind(count=400, write=_write_gguf_model, load=_load_model_gguf),
-}  # fmt: skip
+}
 
 
 def seeded(kind: str, number: int) -> Random:

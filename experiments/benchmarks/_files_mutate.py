@@ -1,5 +1,6 @@
 """Seeded damage to files: to any bytes, and to what readers understand of them."""
 
+import contextlib
 import copy
 import io
 import json
@@ -13,14 +14,59 @@ from typing import Any
 
 Random = random.Random
 
-_SIZES = (0, 1, 2, 255, 1 << 15, 1 << 20, (1 << 31) - 1, 1 << 31, (1 << 32) - 1, 1 << 40, 1 << 62,
-          (1 << 63) - 1, (1 << 64) - 1)  # fmt: skip
+_SIZES = (
+    0,
+    1,
+    2,
+    255,
+    1 << 15,
+    1 << 20,
+    (1 << 31) - 1,
+    1 << 31,
+    (1 << 32) - 1,
+    1 << 40,
+    1 << 62,
+    (1 << 63) - 1,
+    (1 << 64) - 1,
+)
 VALUES: tuple[Any, ...] = (
-    None, True, False, -1, 0, 1, 2, 1_000_000, 10**9, 1 << 31, 1 << 63, 10**30, -(10**18), 0.5, 1e308,
-    float("inf"), float("nan"), "", "x", "../../x", "/etc/passwd", "a\nb", "\u0000", [], {}, [[]],
-    [None], [-1], [1 << 62, 1 << 62], [1 << 62, -1], {"": None}, ["x"] * 50, {"a": {"b": {"c": []}}},
-    "9" * 5000, "x" * 20_000, [0] * 20_000,
-)  # fmt: skip
+    None,
+    True,
+    False,
+    -1,
+    0,
+    1,
+    2,
+    1_000_000,
+    10**9,
+    1 << 31,
+    1 << 63,
+    10**30,
+    -(10**18),
+    0.5,
+    1e308,
+    float("inf"),
+    float("nan"),
+    "",
+    "x",
+    "../../x",
+    "/etc/passwd",
+    "a\nb",
+    "\u0000",
+    [],
+    {},
+    [[]],
+    [None],
+    [-1],
+    [1 << 62, 1 << 62],
+    [1 << 62, -1],
+    {"": None},
+    ["x"] * 50,
+    {"a": {"b": {"c": []}}},
+    "9" * 5000,
+    "x" * 20_000,
+    [0] * 20_000,
+)
 
 
 def deep(depth: int, value: Any = 0) -> Any:
@@ -110,21 +156,56 @@ def safetensors(data: bytes, rng: Random) -> bytes:
 
 
 _STEPS = (
-    b"]", b"}", b")", b"(", b"N", b"0", b"2", b"a", b"e", b"s", b"u", b"t", b"\x85", b"\x86", b"\x87",
-    b"R", b"b", b"\x81", b"Q", b"K\x01", b"\x88", b"q\x00", b"h\x00", b"h\x01", b"\x94", b"\x8f",
-    b"\x90", b"\x91", b"r\xff\xff\xff\x7f", b"X\xff\xff\xff\xff", b"\x96" + b"\xff" * 8, b"l", b"d",
-    b"\x8a\x08" + b"\xff" * 8, b"cos\nsystem\n", b"cbuiltins\neval\n", b"ctorch\nFloatStorage\n",
-    b"ccollections\nOrderedDict\n", b"I999999999999\n", b"i__main__\nx\n", b"P1\n", b"\x95" + b"\0" * 8,
-)  # fmt: skip
+    b"]",
+    b"}",
+    b")",
+    b"(",
+    b"N",
+    b"0",
+    b"2",
+    b"a",
+    b"e",
+    b"s",
+    b"u",
+    b"t",
+    b"\x85",
+    b"\x86",
+    b"\x87",
+    b"R",
+    b"b",
+    b"\x81",
+    b"Q",
+    b"K\x01",
+    b"\x88",
+    b"q\x00",
+    b"h\x00",
+    b"h\x01",
+    b"\x94",
+    b"\x8f",
+    b"\x90",
+    b"\x91",
+    b"r\xff\xff\xff\x7f",
+    b"X\xff\xff\xff\xff",
+    b"\x96" + b"\xff" * 8,
+    b"l",
+    b"d",
+    b"\x8a\x08" + b"\xff" * 8,
+    b"cos\nsystem\n",
+    b"cbuiltins\neval\n",
+    b"ctorch\nFloatStorage\n",
+    b"ccollections\nOrderedDict\n",
+    b"I999999999999\n",
+    b"i__main__\nx\n",
+    b"P1\n",
+    b"\x95" + b"\0" * 8,
+)
 
 
 def a_pickle(data: bytes, rng: Random) -> bytes:
     """Steps of the first pickle taken out, doubled, exchanged, or put between others."""
     ends: list[int] = []
-    try:
+    with contextlib.suppress(ValueError):
         ends = [place for _, _, place in pickletools.genops(data) if place is not None]
-    except ValueError:
-        pass
     if len(ends) < 3 or rng.random() < 0.2:
         return any_bytes(data, rng)
     steps = [data[a:b] for a, b in zip(ends, [*ends[1:], ends[-1] + 1])]

@@ -20,10 +20,27 @@ from experiments.benchmarks._files_kinds import KINDS, seeded
 # A backstop: what asks for more at once fails at once.
 _ADDRESS_SPACE = 6 << 30
 _ACTIONS = (
-    "os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty", "os.remove",
-    "os.rename", "os.mkdir", "os.chmod", "os.symlink", "os.link", "os.putenv", "shutil.", "socket.",
-    "ctypes.dlopen", "pickle.find_class", "urllib.Request", "webbrowser.", "pty.spawn",
-)  # fmt: skip
+    "os.system",
+    "subprocess.Popen",
+    "os.exec",
+    "os.posix_spawn",
+    "os.fork",
+    "os.forkpty",
+    "os.remove",
+    "os.rename",
+    "os.mkdir",
+    "os.chmod",
+    "os.symlink",
+    "os.link",
+    "os.putenv",
+    "shutil.",
+    "socket.",
+    "ctypes.dlopen",
+    "pickle.find_class",
+    "urllib.Request",
+    "webbrowser.",
+    "pty.spawn",
+)
 
 
 class _Watch:
@@ -78,8 +95,13 @@ def read(kind: str, number: int, home: Path, watch: _Watch) -> dict[str, Any]:
     watch.seen.clear()
     shutil.rmtree(directory)
     return {
-        "number": number, "fate": fate, "text": text[:300], "seconds": seconds, "over": over, "ran": ran,
-    }  # fmt: skip
+        "number": number,
+        "fate": fate,
+        "text": text[:300],
+        "seconds": seconds,
+        "over": over,
+        "ran": ran,
+    }
 
 
 def main(kind: str, home: str) -> None:

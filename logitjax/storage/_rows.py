@@ -16,10 +16,12 @@ from absl import logging
 from etils import epath
 from tqdm import tqdm
 
+from logitjax.storage import guard
 from logitjax.storage._digest import digest
 from logitjax.storage._files import write_atomic
 from logitjax.storage._manifest import Manifest
 from logitjax.storage._shards import ShardReader, open_shard
+from logitjax.storage.guard import read_json
 
 Rows = Sequence[int] | np.ndarray
 
@@ -317,4 +319,17 @@ def _expand(ranges: Sequence[Sequence[int]]) -> list[int]:
 
 def _read_parts(root: epath.Path) -> list[dict]:
     names = sorted(p.name for p in root.iterdir() if re.fullmatch(r"part-.*\.json", p.name))
-    return [json.loads((root / name).read_text()) for name in names]
+    parts = []
+    for name in names:
+        part = read_json(root / name, form=dict)
+        with guard.naming(root / name):
+            shard, runs = part["shard"], part["rows"]
+            guard.whole(shard["bytes"], "bytes")
+            rows = guard.whole(shard["rows"], "rows", most=1 << 40)
+            guard.inside(root, shard["file"], "file")
+            ends = [(guard.whole(a, "rows"), guard.whole(b, "rows", least=a)) for a, b in runs]
+            # A list is made of them, as long as they say.
+            if sum(b - a for a, b in ends) != rows:
+                raise ValueError(f"rows: expected {rows} in all")
+        parts.append(part)
+    return parts
