@@ -815,7 +815,8 @@ ELSEWHERE = {
         distillation.train_student distillation.update_program distillation.visited_rows
         distillation.TeacherCache unlearning.make_answer_loss unlearning.make_assistant_loss
         unlearning.make_unlearning_loss unlearning.merge_by_distillation unlearning.paired_model
-        serving.Key serving.ServerConfig serving.build_app serving.read_keys
+        serving.Key serving.Listening serving.ServerConfig serving.build_app serving.read_keys
+        serving.run_server
         vq.HiddenCache vq.convert_head vq.load_head vq.save_head few_shot.choose_rows
         few_shot.encoder_views few_shot.sweep_program decoding.Engine decoding.generate
         decoding.PromptReader

@@ -33,7 +33,7 @@ LEVEL = {package: level for level, packages in enumerate(LAYERS) for package in 
 # Another is `decoding.PromptReader`, which a server fills its slots with.
 # Two are `storage.may_pass` and `storage.progress`, which decide how a run ends.
 # Another is `models.load_sampling`, how the publisher of a model samples.
-PUBLIC_NAMES = 260 + 39
+PUBLIC_NAMES = 260 + 41
 
 # The command of the benchmarks is the door to their package, not a package beside it.
 DOORS = {"experiments.benchmark": "experiments.benchmarks"}

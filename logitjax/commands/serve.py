@@ -4,10 +4,13 @@
     logitjax serve --model=DIR --expert=runs/expert --base=runs/base --fusion=dynamic
     logitjax serve --model=smollm2 --api_key=secret --top_logprobs=5 --bias=sampling --decimals=2
 
-It answers `/v1/completions`, `/v1/chat/completions`, `/v1/models`, `/health`, `/metrics` (for
-Prometheus) and `/openapi.json`; any OpenAI client works with `base_url=http://127.0.0.1:8000/v1`.
-Requests share the slots of one decoding engine and come and go independently. Where too many wait,
-others get 429 with `Retry-After`. It listens on loopback unless `--host` says otherwise.
+It says in one line where it listens, and answers `/v1/completions`, `/v1/chat/completions`,
+`/v1/models`, `/health`, `/ready` (once everything is compiled), `/metrics` (for Prometheus) and
+`/openapi.json`; any OpenAI client works with `base_url=http://127.0.0.1:8000/v1`.
+Requests share the slots of one decoding engine and come and go independently; where too many wait,
+others get 429 with `Retry-After`. Prompts are read in pieces while others go on, and what they
+begin with alike once. At SIGTERM what is under way may go on for `--drain` seconds. It listens on
+loopback unless `--host` says otherwise.
 
 What reported log-probabilities give away is set by the flags of the policy: `--top_logprobs`,
 `--sampled`, `--bias` (none, sampling, reported), `--decimals`, `--noise`, `--floor`, `--soft_cap`.
@@ -20,7 +23,7 @@ from typing import Literal
 
 from absl import logging
 
-from logitjax import decoding, leakage, storage
+from logitjax import decoding, leakage
 from logitjax.commands.cli import field
 from logitjax.commands.strategies import strategy
 
@@ -49,6 +52,19 @@ class Config:
     max_length: int = field(1024, "Most tokens of a request, prompt included.", minimum=2)
     max_tokens: int = field(256, "Most new tokens of a request.", minimum=1)
     max_body_bytes: int = field(1 << 20, "Most bytes of a request.", minimum=1)
+    max_connections: int = field(512, "Most connections at once.", minimum=1)
+    idle_timeout: float = field(15.0, "Seconds that a connection may wait for a request.")
+    body_timeout: float = field(30.0, "Seconds that the body of a request may take to come.")
+    request_timeout: float = field(600.0, "Seconds that an answer may take to be read.")
+    drain: float = field(30.0, "Seconds that answers may go on after the signal to end.")
+    prefill_chunk: int = field(128, "Prompt tokens read between decoding steps.", minimum=1)
+    prefill_rows: int = field(4, "Number of prompts read at once.", minimum=1)
+    prefix_cache_mb: int = field(
+        256, "Memory for what prompts began with; 0 reads every prompt whole.", minimum=0
+    )
+    audit_log: str | None = field(
+        None, "File that says what was given out to whom; budgets of keys go on from it."
+    )
     top_logprobs: int = field(5, "Number of log-probabilities reported per token.", minimum=0)
     bias: Literal["none", "sampling", "reported"] = field(
         "none", "Whether a logit bias is taken, and what it moves."
@@ -65,8 +81,7 @@ class Config:
 
 def run(config: Config) -> None:
     """Loads the models, then answers until it is stopped."""
-    uvicorn = storage.require("uvicorn", extra="serve")
-    from logitjax import serving  # needs the same extra
+    from logitjax import serving  # needs the extra `serve`
 
     policy = leakage.LogitPolicy(
         returns="logprobs" if config.top_logprobs or config.sampled else "token",
@@ -93,6 +108,11 @@ def run(config: Config) -> None:
         max_length=config.max_length,
         max_tokens=config.max_tokens,
         max_body_bytes=config.max_body_bytes,
+        body_seconds=config.body_timeout,
+        prefill_chunk=config.prefill_chunk,
+        prefill_rows=config.prefill_rows,
+        prefix_cache_bytes=config.prefix_cache_mb << 20,
+        audit_log=config.audit_log,
         keys=keys,
         allow_origins=config.allow_origin,
     )
@@ -100,11 +120,14 @@ def run(config: Config) -> None:
         config.model, config.expert, config.base, strategy(config.fusion), dtype=config.dtype
     )
     logging.set_verbosity(logging.INFO)
-    uvicorn.run(
+    serving.run_server(
         serving.build_app(ensemble, tokenizer, ends, server),
-        host=config.host,
-        port=config.port,
-        log_level="warning",
-        timeout_graceful_shutdown=10,
-        timeout_keep_alive=30,
+        serving.Listening(
+            host=config.host,
+            port=config.port,
+            connections=config.max_connections,
+            idle_seconds=config.idle_timeout,
+            request_seconds=config.request_timeout,
+            drain_seconds=config.drain,
+        ),
     )

@@ -7,10 +7,12 @@ policy lets out, `Key` whom it answers (`read_keys` has them from a file). It ne
 
 from logitjax import storage
 
-for _package in ("pydantic", "starlette", "prometheus_client", "llguidance"):
+for _package in ("pydantic", "starlette", "prometheus_client", "llguidance", "uvicorn"):
     storage.require(_package, extra="serve")
 
 from logitjax.serving._app import build_app as build_app  # noqa: E402
 from logitjax.serving._config import ServerConfig as ServerConfig  # noqa: E402
 from logitjax.serving._keys import Key as Key  # noqa: E402
 from logitjax.serving._keys import read_keys as read_keys  # noqa: E402
+from logitjax.serving._listen import Listening as Listening  # noqa: E402
+from logitjax.serving._listen import run_server as run_server  # noqa: E402

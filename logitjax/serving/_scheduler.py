@@ -121,7 +121,6 @@ class Scheduler:
         )
         self.failed: Exception | None = None
         self.ready = threading.Event()
-        self.drained = threading.Event()
         self._pace = pace
         self._disclosure = disclosure
         self._jobs: list[Job | None] = [None] * pace.slots
@@ -148,14 +147,17 @@ class Scheduler:
             self._thread.join(timeout=60)
 
     def drain(self, seconds: float) -> None:
-        """Takes no more; what is under way may go on so long, then ends as if it were too long."""
+        """What is under way may go on so long, then ends as if it were too long.
+
+        So do requests that were on their way in; no new ones can come where nobody listens.
+        """
         with self._wake:
             self._deadline = time.monotonic() + seconds
             self._wake.notify()
 
     @property
     def draining(self) -> bool:
-        """Whether no more is taken."""
+        """Whether the end has begun."""
         return self._deadline is not None
 
     @property
@@ -168,13 +170,11 @@ class Scheduler:
 
         Raises:
             OverloadedError: They would not fit into the queue.
-            ApiError: The engine has died, or the server is stopping.
+            ApiError: The engine has died.
         """
         with self._wake:
             if self.failed is not None:
                 raise ApiError(503, "the engine stopped")
-            if self.draining:
-                raise ApiError(503, "the server is stopping", headers={"Retry-After": "10"})
             free, queued = self._jobs.count(None), self._queued()
             if queued + len(jobs) > self._pace.max_waiting + free:
                 turns = 1 + queued / max(1, len(self._jobs))
@@ -230,12 +230,8 @@ class Scheduler:
 
     def _step(self) -> bool:
         with self._wake:
-            while not (self._closing or any(self._everybody()) or self.draining):
+            while not (self._closing or any(self._everybody())):
                 self._wake.wait()
-            if self.draining and not any(self._everybody()):
-                self.drained.set()
-                if not self._closing:
-                    self._wake.wait(timeout=1.0)
             if self._closing:
                 self._end_all(ApiError(503, "the server is stopping"))
                 return False

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import os
-import socket
+import resource
 import subprocess
 import sys
 import time
@@ -12,26 +12,35 @@ import urllib.request
 
 
 @contextlib.contextmanager
-def server(*arguments, timeout=180):
-    """Yields its address once it answers; ends it with SIGTERM."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "logitjax", "serve", f"--port={port}", *arguments]
-    environment = dict(os.environ, JAX_PLATFORMS="cpu")
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-    address = f"http://127.0.0.1:{port}"
+def server(*arguments, timeout=180, files=None):
+    """Yields its address once it is ready; ends it with SIGTERM. ``files``: most it may open."""
+    command = [sys.executable, "-m", "logitjax", "serve", "--port=0", *arguments]
+
+    process = subprocess.Popen(
+        command,
+        env=dict(os.environ, JAX_PLATFORMS="cpu"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    if files is not None:
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (files, files))
     try:
+        line = process.stdout.readline()
+        if not line.startswith("listening on http://"):
+            process.wait(timeout=10)
+            raise RuntimeError(f"the server said {line!r}: {process.stderr.read()[-2000:]}")
+        address = line.split()[-1]
         deadline = time.monotonic() + timeout
         while True:
             if process.poll() is not None:
                 raise RuntimeError(f"the server ended: {process.stderr.read()[-2000:]}")
             with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"{address}/health", timeout=2)
+                urllib.request.urlopen(f"{address}/ready", timeout=2)
                 break
             if time.monotonic() > deadline:
                 raise TimeoutError("the server did not come up")
-            time.sleep(0.2)
+            time.sleep(0.1)
         yield address, process
     finally:
         process.terminate()
