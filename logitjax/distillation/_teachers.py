@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import http.client
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -74,11 +74,12 @@ def teacher_record(
 def server_reader(
     url: str, *, k: int, tokenizer: str, vocab_size: int, api_key: str | None = None
 ) -> Reader:
-    """A server with OpenAI's completion API, asked once for each position that is to be learned.
+    """A server with OpenAI's completion API, asked once for each document of each row.
 
-    It has to report token ids, as `logitjax serve` and vLLM do, of the student's vocabulary. What
-    it says are log-probabilities, so their log-sum-exp is 0; the mean and deviation of all logits
-    are not known, and no loss may use them.
+    One that does not `echo` what it says of a prompt is asked once for each position that is to be
+    learned. It has to report token ids, as `logitjax serve` and vLLM do, of the student's
+    vocabulary. What it says are log-probabilities, so their log-sum-exp is 0; the mean and
+    deviation of all logits are not known, and no loss may use them.
 
     Args:
         url: Address of the server; on this machine, as for `leakage.HttpOracle`.
@@ -95,13 +96,15 @@ def server_reader(
     except ValueError as error:
         raise ValueError(f"teacher api:{url}: {error}") from None
 
+    echoes: list[bool] = []
+
     def read(columns: Mapping[str, Any], rows: np.ndarray) -> dict[str, Any]:
         tokens, segments = np.asarray(columns["tokens"]), np.asarray(columns["segment_ids"])
         wanted = np.argwhere(np.asarray(columns["loss_mask"])[:, 1:])
-        prompts = []
-        for row, place in wanted:
-            here = segments[row, : place + 1] == segments[row, place]
-            prompts.append(tokens[row, : place + 1][here].tolist())
+        documents = _documents(segments, wanted)
+        pieces = [tokens[row, start:stop] for row, start, stop in documents]
+        if pieces and not echoes:
+            echoes.append(_asked(url, k, lambda: _echoes(oracle, pieces[0])))
         shape = (len(tokens), tokens.shape[1] - 1)
         record = {
             "values": np.zeros((*shape, k), np.float32),
@@ -109,30 +112,62 @@ def server_reader(
             **dict.fromkeys(("log_z", "mean"), np.zeros(shape, np.float32)),
             "std": np.ones(shape, np.float32),
         }
-        if prompts:
-            answer = _asked(oracle, url, prompts, k)
-            places = tuple(wanted.T)
-            record["values"][places], record["indices"][places] = answer.values, answer.tokens
+        if pieces and echoes[0]:
+            places = [(row, slice(start, stop - 1)) for row, start, stop in documents]
+            answers = _asked(url, k, lambda: oracle.read(pieces))
+        elif pieces:
+            places = [tuple(wanted.T)]
+            answers = [_asked(url, k, lambda: oracle.ask(_prefixes(tokens, segments, wanted)))]
+        else:
+            places, answers = [], []
+        for place, answer in zip(places, answers, strict=True):
+            if answer.values.shape[-1] != k:
+                raise ValueError(
+                    f"teacher api:{url}: expected {k} log-probabilities an answer, got "
+                    f"{answer.values.shape[-1]}"
+                )
+            record["values"][place], record["indices"][place] = answer.values, answer.tokens
         return record
 
     return Reader(tokenizer=tokenizer, vocab_size=vocab_size, read=read)
 
 
-def _asked(oracle: Any, url: str, prompts: Sequence[Any], k: int) -> Any:
+def _documents(segments: np.ndarray, wanted: np.ndarray) -> list[tuple[int, int, int]]:
+    """Row, start and stop of each document of packed rows, up to the last target wanted of it."""
+    found: dict[tuple[int, int], int] = {}
+    for row, place in wanted.tolist():
+        start = int(np.argmax(segments[row] == segments[row, place]))
+        found[row, start] = max(found.get((row, start), 0), place + 2)
+    return [(row, start, stop) for (row, start), stop in found.items()]
+
+
+def _prefixes(tokens: np.ndarray, segments: np.ndarray, wanted: np.ndarray) -> list[np.ndarray]:
+    """What comes before each target that is wanted, of its own document."""
+    found = []
+    for row, place in wanted:
+        here = segments[row, : place + 1] == segments[row, place]
+        found.append(tokens[row, : place + 1][here])
+    return found
+
+
+def _echoes(oracle: Any, piece: np.ndarray) -> bool:
+    """Whether a server says what it makes of a prompt."""
     try:
-        answer = oracle.ask(prompts)
+        oracle.read([piece])
+    except (RuntimeError, KeyError, TypeError):
+        return False
+    return True
+
+
+def _asked(url: str, k: int, ask: Callable[[], Any]) -> Any:
+    try:
+        return ask()
     except (OSError, http.client.HTTPException) as error:
         raise ValueError(f"teacher api:{url}: no server answers ({error})") from None
     except (RuntimeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"teacher api:{url}: expected {k} log-probabilities with token ids ({error})"
         ) from None
-    if answer.values.shape != (len(prompts), k):
-        raise ValueError(
-            f"teacher api:{url}: expected {k} log-probabilities an answer, got "
-            f"{answer.values.shape[-1]}"
-        )
-    return answer
 
 
 def cache_teacher(

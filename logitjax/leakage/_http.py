@@ -70,18 +70,33 @@ class HttpOracle:
             biases.append(added)
         return self._all([(prompt, bias) for bias in biases], temperature)
 
+    def read(self, prompts: Sequence[Any]) -> list[Answer]:
+        """What the server says of every position of prompts after the first: one query each.
+
+        It has to know `echo`, as `logitjax serve` without a policy that forbids it and vLLM do.
+
+        Args:
+            prompts: Token ids, each of its own length n.
+
+        Returns:
+            For each prompt the `top_k` values and their tokens, `[n - 1, top_k]`, best first.
+
+        Raises:
+            RuntimeError: The server refuses, or reports something else.
+            BudgetExhaustedError: As for `ask`.
+        """
+        self._spend(len(prompts))
+        answers = list(self._pool.map(self._echoed, prompts))
+        self.values += sum(answer.values.size for answer in answers)
+        return answers
+
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _all(
         self, queries: Sequence[tuple[Any, Mapping[str, float] | None]], temperature: float
     ) -> Answer:
-        if self.budget is not None and self.queries + len(queries) > self.budget:
-            raise BudgetExhaustedError(
-                f"{len(queries)} queries would pass the budget: "
-                f"{self.queries} of {self.budget} are used"
-            )
-        self.queries += len(queries)
+        self._spend(len(queries))
         found = list(
             self._pool.map(lambda query: self._one(query[0], query[1], temperature), queries)
         )
@@ -93,6 +108,33 @@ class HttpOracle:
         )
         self.values += answer.values.size
         return answer
+
+    def _spend(self, count: int) -> None:
+        if self.budget is not None and self.queries + count > self.budget:
+            raise BudgetExhaustedError(
+                f"{count} queries would pass the budget: {self.queries} of {self.budget} are used"
+            )
+        self.queries += count
+
+    def _echoed(self, prompt: Any) -> Answer:
+        tokens, k = np.asarray(prompt).tolist(), self.policy.top_k
+        body = {
+            "prompt": tokens,
+            "max_tokens": 0,
+            "echo": True,
+            "temperature": 0,
+            "logprobs": k,
+            "return_tokens_as_token_ids": True,
+        }
+        said = self._post(json.dumps(body))["choices"][0]["logprobs"]["top_logprobs"][1:]
+        # A token of the prompt is listed beside the top ones where it is none of them.
+        rows = [sorted(tops.items(), key=lambda pair: -pair[1])[:k] for tops in said]
+        if len(rows) != len(tokens) - 1 or any(len(row) != k for row in rows):
+            raise RuntimeError(f"expected {k} values at each of {len(tokens) - 1} positions")
+        return Answer(
+            values=np.array([[value for _, value in row] for row in rows], np.float32),
+            tokens=np.array([[_token_id(name) for name, _ in row] for row in rows], np.int32),
+        )
 
     def _one(
         self, prompt: Any, bias: Mapping[str, float] | None, temperature: float
