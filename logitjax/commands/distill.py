@@ -158,6 +158,8 @@ def run(config: Config, out: epath.Path) -> None:
     ]
     if jax.process_index() == 0:
         _plot(found.trained, out / "curves.png")
+        scores = {"before": found.before, "after": found.after}
+        storage.write_atomic(out / "scores.json", json.dumps(scores, indent=1) + "\n")
         text = _report(config, packed, rows, found, note)
         storage.write_atomic(out / "report.md", text)
         print(text)

@@ -1,0 +1,145 @@
+"""A served model replicated by two commands, and by what it loses against seeing the model itself.
+
+    python -m experiments.benchmark replica
+
+A small model over bytes, taught on Wikipedia, is served with log-probabilities of two decimals.
+`logitjax audit` recovers the columns of its head; `logitjax distill --teacher=api:URL` trains a
+model of its shape behind them (``replica``). Beside it, with equal steps: the same with the
+teacher's directory in place of its server (``in process``), a head learned from nothing (``no
+head``), and text alone (``text only``). Perplexity is of held-out bytes, over the teacher's.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from experiments.benchmarks import _suite
+from experiments.benchmarks.serve import running
+from experiments.shared.report import spread
+from logitjax import leakage, models
+
+ARMS = ("replica", "in process", "no head", "text only")
+_TOKENS = 257
+
+
+def _command(*arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "logitjax", *arguments], check=True)
+
+
+def _untaught(directory: Path, *, width: int, layers: int, seed: int) -> None:
+    config = models.DecoderConfig(
+        vocab_size=_TOKENS,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_layers=layers,
+        num_heads=max(1, width // 16),
+        num_kv_heads=max(1, width // 16),
+        head_dim=min(16, width),
+        max_length=512,
+        tie_embeddings=False,
+    )
+    model = models.Decoder(config, rngs=nnx.Rngs(seed), layout="listed")
+    models.save_pretrained(model, models.load_tokenizer("tiny"), directory)
+
+
+def run(options: _suite.Options) -> _suite.Result:
+    root = options.directory.resolve()
+    smoke = options.smoke
+    width, layers, prompts, seeds = (16, 1, 40, 1) if smoke else (64, 4, 160, 3)
+    training = [
+        f"--data={'text:LICENSE' if smoke else 'tfds:wiki_summaries'}",
+        f"--seq_len={32 if smoke else 128}",
+        f"--batch_size={2 if smoke else 8}",
+        f"--eval_rows={4 if smoke else 128}",
+        "--learning_rate=3e-3",
+    ]
+    _untaught(root / "untaught", width=width, layers=layers, seed=0)
+    _command(
+        "distill",
+        f"--student={root}/untaught",
+        "--loss=sft",
+        f"--steps={3 if smoke else 1500}",
+        f"--out={root}/teacher",
+        *training,
+    )
+    teacher = root / "teacher" / "model"
+    taught = _scores(root / "teacher")
+    steps = f"--steps={3 if smoke else 600}"
+    mixed = ("--loss=kl:0.9", "--loss=sft:0.1", f"--cache_top_k={16 if smoke else 64}")
+    arms = ARMS[:1] if smoke else ARMS
+    found: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
+    serving = (f"--top_logprobs={_TOKENS}", "--bias=none", "--decimals=2", "--max_length=256")
+    with running(f"--model={teacher}", *serving) as (url, _):
+        _command(
+            "audit",
+            f"--url={url}",
+            f"--top_logprobs={_TOKENS}",
+            "--bias=none",
+            "--decimals=2",
+            f"--vocab_size={_TOKENS}",
+            f"--prompts={prompts}",
+            f"--workdir={root}/audit",
+        )
+        ways = {
+            "replica": (f"--teacher=api:{url}", f"--student_head={root}/audit", *mixed),
+            "in process": (f"--teacher={teacher}", f"--student_head={root}/audit", *mixed),
+            "no head": (f"--teacher=api:{url}", *mixed),
+            "text only": ("--loss=sft",),
+        }
+        for seed in range(seeds):
+            student = root / f"student-{seed}"
+            _untaught(student, width=width, layers=layers, seed=seed + 1)
+            for arm in arms:
+                out = root / f"{arm.replace(' ', '_')}-{seed}"
+                begin = ("distill", f"--student={student}", f"--seed={seed}", steps)
+                _command(*begin, *ways[arm], *training, f"--out={out}")
+                scores = _scores(out)
+                excess = 100 * (scores["perplexity"] / taught["perplexity"] - 1)
+                found[arm].append(scores | {"excess": excess})
+    width_seen, leak = _recovered(root / "audit", teacher)
+    table = [{"model": "teacher", "perplexity": taught["perplexity"]}]
+    for arm, runs in found.items():
+        table.append(
+            {
+                "model": arm,
+                "perplexity": spread(runs, "perplexity"),
+                "over the teacher's, %": spread(runs, "excess"),
+                "seeds": len(runs),
+            }
+        )
+    table.append({"model": f"head: width {width_seen} of {width}, leak {leak:.4g}"})
+    if smoke:
+        return _suite.Result(rows=table)
+    mean = {arm: float(np.mean([run["perplexity"] for run in runs])) for arm, runs in found.items()}
+    bars = [
+        _suite.Bar(name="width that the audit is off by", value=abs(width_seen - width), limit=0),
+        _suite.Bar(name="leak of the head", value=leak, limit=0.98, sense=">="),
+        _suite.Bar(
+            name="perplexity: replica / in process",
+            value=abs(mean["replica"] / mean["in process"] - 1),
+            limit=0.01,
+        ),
+        _suite.Bar(
+            name="perplexity: replica / text only",
+            value=mean["replica"] / mean["text only"],
+            limit=1.0,
+        ),
+    ]
+    return _suite.Result(rows=table, bars=bars)
+
+
+def _scores(out: Path) -> dict[str, Any]:
+    return json.loads((out / "scores.json").read_text())["after"]
+
+
+def _recovered(audit: Path, teacher: Path) -> tuple[int, float]:
+    """The width that was seen, and how much of the true head is in what was recovered."""
+    (path,) = (audit / "recovered").glob("*.npz")
+    basis = np.load(path)["basis"]
+    head = np.asarray(models.load_model(str(teacher)).head_of().rows, np.float32)
+    return basis.shape[1], leakage.align_head(basis, head).leak
