@@ -3,7 +3,7 @@
     make first-folio
     python -m experiments.dynamic_fusion --preset=demo --workdir=runs/dynamic_fusion
 
-prunes a small base from a large model and heals it on general text, tunes an expert from it on each
+cuts a small base out of a large model and heals it on general text, tunes an expert from it on each
 of two domains (Shakespeare in the spelling of 1623; which of 12 topics a Wikipedia article has),
 tunes the large model itself as the ceiling, and scores every way to fuse them: proxy-tuning with
 alpha = 1 and with the alpha that is best on validation data, the paper's grid, and the root and

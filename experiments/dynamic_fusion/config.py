@@ -5,6 +5,8 @@ from typing import Any
 
 from logitjax.commands.cli import field
 
+# SmolLM2-135M's dearest: those that its NLL misses most when each is left out alone.
+_LAYERS = (0, 1, 2, 8, 10, 11, 21, 23, 24, 27, 28, 29)
 _ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 
 
@@ -14,14 +16,14 @@ class Config:
 
     large: str = field("smollm2", "Large model: a directory, a .gguf file, a known name or tiny.")
     base: str = field("", "Small base model; cut from the large one and healed if empty.")
-    drop_layers: int = field(12, "Layers that a base cut from the large model goes without.")
+    small_layers: tuple[int, ...] = field(_LAYERS, "Layers of the large model that a cut keeps.")
     general: str = field("tfds:wiki_summaries", "Text to heal on, and to score as general text.")
     domain: str = field("tfds:first_folio", "Text of the first domain, or a task as gsm8k:DIR.")
     task: str = field("topics:tfds:wiki_summaries", "Second domain: topics:SOURCE or letters.")
     models_dir: str = field(".cache/dynamic_fusion", "Folder of the models, shared between runs.")
     seq_len: int = field(128, "Tokens a row.")
     batch_size: int = field(4, "Rows a step.")
-    heal_steps: int = field(120, "Training steps of healing.")
+    heal_steps: int = field(60, "Training steps of healing.")
     heal_learning_rate: float = field(5e-4, "Peak learning rate of healing.")
     tune_steps: int = field(24, "Training steps on the first domain.")
     task_length: int = field(48, "Tokens a question.")
@@ -64,7 +66,7 @@ class Config:
 PRESETS: dict[str, dict[str, Any]] = {
     "smoke": dict(
         large="tiny",
-        drop_layers=1,
+        small_layers=(0,),
         general="text:LICENSE",
         domain="text:LICENSE",
         task="letters",

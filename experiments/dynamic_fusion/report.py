@@ -68,7 +68,7 @@ def _which(domain: str) -> str:
 
 
 def _setting(config: Config, seeds: Sequence[Any]) -> str:
-    base = config.base or f"what is left of it without {config.drop_layers} layers, healed"
+    base = config.base or f"layers {', '.join(map(str, config.small_layers))} of it, healed"
     general = seeds[0]["single"]["domain"]["general"]
     perplexities = (f"{math.exp(general[name]['nll']):.4g}" for name in ("large", "base"))
     return (

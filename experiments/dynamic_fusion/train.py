@@ -23,8 +23,6 @@ from experiments.shared import fit
 from logitjax import distillation, losses, models, processes, storage, training, vq
 from logitjax.storage import digest
 
-# Batches of text that say which layers a base can do without.
-_CALIBRATION = 4
 _LAYERS_ONLY = r"(segments|final_norm)"
 
 #: `(model, batch, *constants)` to the summed loss and of how many positions it is.
@@ -62,7 +60,7 @@ class Lineup:
         cut = digest(
             source,
             texts["general"].fingerprint,
-            config.base or config.drop_layers,
+            config.base or config.small_layers,
             config.train_embeddings,
             config.layout,
             [config.batch_size, config.heal_steps, config.heal_learning_rate],
@@ -168,16 +166,13 @@ class Lineup:
         if config.base:
             return models.load(config.base, dtype=config.dtype, layout="listed")[0]
         large = self.large.model
-        general = self.texts["general"]
-        rows = [general.batch(i, seed=0, size=config.batch_size) for i in range(_CALIBRATION)]
-        pruned = distillation.prune_layers(large, rows, config.drop_layers, by="run")
-        logging.info("base: the large model without layers %s", sorted(pruned.dropped))
+        layers = [i for i in config.small_layers if i < large.config.num_layers]
         teacher, params = models.from_nnx(large)
         return self._train(
             self.base.directory,
-            models.keep_layers(large, pruned.kept),
+            models.keep_layers(large, layers),
             functools.partial(healing_loss, teacher.graphdef),
-            lambda step: general.batch(step, seed=0, size=config.batch_size),
+            lambda step: self.texts["general"].batch(step, seed=0, size=config.batch_size),
             steps=config.heal_steps,
             rate=config.heal_learning_rate,
             seed=0,
