@@ -53,13 +53,22 @@ def small_model(directory: pathlib.Path, vocab: int) -> Decoder:
 
 
 @contextlib.contextmanager
-def running(*arguments: str) -> Iterator[tuple[str, subprocess.Popen]]:
-    """A server of our own on a free loopback port; ended at the end."""
+def running(
+    *arguments: str, python: str = sys.executable
+) -> Iterator[tuple[str, subprocess.Popen]]:
+    """A server of our own on a free loopback port; ended at the end.
+
+    Another interpreter runs what is installed for it, not the files that lie here.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "logitjax", "serve", f"--port={port}", *arguments]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    command = [python, "-m", "logitjax", "serve", f"--port={port}", *arguments]
+    environment = dict(os.environ)
+    if python != sys.executable:
+        command.insert(1, "-P")
+        environment.pop("PYTHONPATH", None)
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment)
     address = f"http://127.0.0.1:{port}"
     try:
         for _ in range(600):

@@ -43,6 +43,7 @@ def _make_jobs(
     wrong = [i for i in asked.logit_bias if i >= service.vocab_size]
     if wrong:
         raise BadRequestError(f"logit_bias: there is no token {wrong[0]}", "logit_bias")
+    follower = None if asked.json_schema is None else service.formats.follow(asked.json_schema)
     jobs = []
     for number, prompt in enumerate(asked.prompts):
         tokens = _tokens(service, prompt, asked.chat)
@@ -53,7 +54,7 @@ def _make_jobs(
                 "messages" if asked.chat else "prompt",
             )
         # One key does not learn from time what another one asked.
-        shared = Prompt(salt=key.name)
+        shared = Prompt(salt=key.name, report=asked.echo and asked.logprobs is not None)
         for copy in range(asked.n):
             seed = secrets.randbits(32) if asked.seed is None else asked.seed
             seed = service.disclosure.seed((seed + number * asked.n + copy) % 2**32)
@@ -75,7 +76,8 @@ def _make_jobs(
                 logit_bias=asked.logit_bias or None,
                 extra=service.disclosure.extra(tokens),
             )
-            jobs.append((Job(request, shared, loop), tokens))
+            copied = None if follower is None else follower.copy()
+            jobs.append((Job(request, shared, loop, copied), tokens))
     return jobs
 
 

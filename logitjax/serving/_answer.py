@@ -26,11 +26,13 @@ class Answer:
         self.job = job
         self.index = index
         self.prompt_tokens = len(prompt)
+        self.shown: list[Token] = []
         self.finish: str | None = None
         self.tokens: list[Token] = []
         self.text = ""
         self._service = service
         self._asked = asked
+        self._prompt = prompt
         self._stream = TextStream(service.tokenizer, asked.stop)
         self._offset = 0
         self._begun = time.monotonic()
@@ -42,6 +44,8 @@ class Answer:
             if isinstance(item, ApiError):
                 self.finish = "error"
                 raise item
+            if self._asked.echo and not self.shown:
+                yield self._echoed()
             if isinstance(item, str):  # Ended between two tokens.
                 self.finish = item
                 text = self._stream.finish()
@@ -52,6 +56,7 @@ class Answer:
                 self._service.metrics.first_token.observe(time.monotonic() - self._begun)
             self._service.metrics.new_tokens.inc()
             self.tokens.append(item)
+            self.shown.append(item)
             # The end-of-text token ends the answer and is no part of its text.
             text = "" if item.stopped else self._stream.push([item.id])
             if self._stream.stopped:
@@ -62,6 +67,13 @@ class Answer:
                 text += self._stream.finish()
             self.text += text
             yield text, [item], self.finish
+
+    def _echoed(self) -> tuple[str, list[Token], None]:
+        """The prompt as if it were the answer's beginning; nothing predicts its first token."""
+        first = Token(self._prompt[0], None, ())
+        self.shown = [first, *self.job.prompt_report]
+        self.text = self._service.tokenizer.decode(self._prompt)
+        return self.text, list(self.shown), None
 
     @property
     def values(self) -> int:
@@ -80,19 +92,33 @@ class Answer:
             return None
         return (self._chat_logprobs if self._asked.chat else self._completion_logprobs)(tokens)
 
-    def _name(self, token: int) -> str:
-        if self._asked.tokens_as_ids:
-            return f"token_id:{token}"
-        return self._service.tokenizer.decode([token])
+    def _name(self, token: int) -> tuple[str, list[int]]:
+        """What a token is called, and its bytes, which may be a part of a character."""
+        text = self._service.tokenizer.decode([token])
+        held = text.encode()
+        if "\N{REPLACEMENT CHARACTER}" in text:
+            held = self._service.formats.bytes_of(token)
+            # As OpenAI's API writes what is no text.
+            text = "bytes:" + "".join(f"\\x{byte:02x}" for byte in held)
+        return f"token_id:{token}" if self._asked.tokens_as_ids else text, list(held)
+
+    def _by_name(self, top: Sequence[tuple[int, float]]) -> dict[str, float]:
+        named: dict[str, float] = {}
+        for token, value in top:
+            name, _ = self._name(token)
+            # Two tokens may read alike, as one with and one without a space in front.
+            named[f"token_id:{token}" if name in named else name] = value
+        return named
 
     def _completion_logprobs(self, tokens: Sequence[Token]) -> dict[str, Any]:
-        names = [self._name(t.id) for t in tokens]
+        names = [self._name(t.id)[0] for t in tokens]
         offsets = []
         for name in names:
             offsets.append(self._offset)
             self._offset += len(name)
         few = self._asked.logprobs or 0
-        tops = [{self._name(i): p for i, p in t.top[:few]} for t in tokens]
+        # Nothing predicts the first token of a prompt.
+        tops = [self._by_name(t.top[:few]) if t.top else None for t in tokens]
         return {
             "tokens": names,
             "token_logprobs": [t.logprob for t in tokens],
@@ -102,8 +128,8 @@ class Answer:
 
     def _chat_logprobs(self, tokens: Sequence[Token]) -> dict[str, Any]:
         def entry(id: int, logprob: float | None) -> dict[str, Any]:
-            name = self._name(id)
-            return {"token": name, "logprob": logprob, "bytes": list(name.encode())}
+            name, held = self._name(id)
+            return {"token": name, "logprob": logprob, "bytes": held}
 
         few = self._asked.logprobs or 0
         content = [

@@ -20,6 +20,7 @@ from logitjax.serving._admission import longest_token
 from logitjax.serving._completions import completions
 from logitjax.serving._config import ServerConfig, check_model
 from logitjax.serving._errors import ApiError, json_response
+from logitjax.serving._formats import Formats
 from logitjax.serving._keys import find_key
 from logitjax.serving._observed import Metrics, Observed
 from logitjax.serving._openapi import openapi
@@ -54,6 +55,7 @@ def build_app(
         metrics=metrics,
         accounts=Accounts(config.keys, config.audit_log),
         readers=ThreadPoolExecutor(2, "reader"),
+        formats=Formats(tokenizer, model.plan.vocab_size, end_ids),
         most_characters=config.max_length * longest_token(tokenizer),
     )
 

@@ -113,7 +113,7 @@ async def _whole(
             choice["message"] = {"role": "assistant", "content": answer.text}
         else:
             choice["text"] = answer.text
-        choice |= {"logprobs": answer.logprobs(answer.tokens), "finish_reason": answer.finish}
+        choice |= {"logprobs": answer.logprobs(answer.shown), "finish_reason": answer.finish}
         choices.append(choice)
     head = frame(service, asked, chunk=False)
     return json_response(head | {"choices": choices, "usage": usage(answers, asked)})

@@ -54,6 +54,7 @@ class Disclosure:
             top_logprobs=self.top_k,
             logprobs_of="biased" if policy.bias == "reported" else "model",
             repetition=True,
+            masks=True,
             max_logit_bias=0 if policy.bias == "none" else policy.max_biased,
             max_stop_ids=max(8, len(end_ids)),
             served=served,

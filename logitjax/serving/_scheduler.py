@@ -13,6 +13,7 @@ from absl import logging
 
 from logitjax.decoding import Emitted, Engine, PromptReader, Request
 from logitjax.serving._errors import ApiError, BadRequestError, OverloadedError
+from logitjax.serving._formats import Follower
 from logitjax.serving._policy import Disclosure
 
 
@@ -44,12 +45,20 @@ class Job:
     """An answer on its way. Its tokens arrive in `tokens`; a finish reason ends them early.
 
     `prompt_report` holds the prompt's tokens from the second on, where they were wanted, once
-    anything has arrived. A request for no new token ends without any.
+    anything has arrived. A request for no new token ends without any. `follower` says which tokens
+    may come next, None for all.
     """
 
-    def __init__(self, request: Request, prompt: Prompt, loop: asyncio.AbstractEventLoop):
+    def __init__(
+        self,
+        request: Request,
+        prompt: Prompt,
+        loop: asyncio.AbstractEventLoop,
+        follower: Follower | None = None,
+    ):
         self.request = request
         self.prompt = prompt
+        self.follower = follower
         self.tokens: asyncio.Queue[Token | str | ApiError] = asyncio.Queue()
         self.prompt_report: Sequence[Token] = ()
         self.cancelled = False
@@ -132,6 +141,9 @@ class Scheduler:
         self._deadline: float | None = None
         self._seconds = 1.0  # A running mean of how long a slot is taken.
         self._started = [0.0] * pace.slots
+        words = -(-self.engine.plan.vocab_size // 32)
+        self._allowed = np.full((pace.slots, words), 0xFFFFFFFF, np.uint32)
+        self._held = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -210,7 +222,8 @@ class Scheduler:
         self.reader.advance()
         self.reader.place(row, 0, Request(prompt=[0], max_new_tokens=1))
         self.reader.release(row)
-        self.engine.decode_chunk(self._pace.steps)
+        for steps in {1, self._pace.steps}:
+            self.engine.decode_chunk(steps)
         self.engine.evict(0)
         self.reader.tokens_read = 0
         self.ready.set()
@@ -243,7 +256,8 @@ class Scheduler:
         self._read += self.reader.advance()
         self._place()
         if any(self._jobs):
-            emitted = self.engine.decode_chunk(self._pace.steps)
+            # What may come next is known one token ahead.
+            emitted = self.engine.decode_chunk(1 if self._hold() else self._pace.steps)
             self._hand_out(emitted, range(len(self._jobs)))
         return True
 
@@ -306,9 +320,23 @@ class Scheduler:
             with self._wake:
                 self._release(row)
 
+    def _hold(self) -> bool:
+        """Tells the engine which tokens may come next; whether any slot is held to some."""
+        held = [(i, job.follower) for i, job in enumerate(self._jobs) if job and job.follower]
+        if held or self._held:
+            self._allowed[:] = 0xFFFFFFFF
+            for slot, follower in held:
+                self._allowed[slot] = follower.allowed
+            self.engine.allow(self._allowed)
+        self._held = bool(held)
+        return self._held
+
     def _fill(self, slot: int, row: int, job: Job) -> None:
+        request = job.request
+        if job.follower is not None:
+            request = dataclasses.replace(request, allowed=job.follower.allowed)
         try:
-            emitted = self.reader.place(row, slot, job.request)
+            emitted = self.reader.place(row, slot, request)
         except (ValueError, TypeError) as error:  # Slipped through the checks.
             job.give([BadRequestError(str(error))])
             return
@@ -356,6 +384,13 @@ class Scheduler:
             if job is None:
                 continue
             ended = not active[slot]
+            if job.follower is not None:
+                found = _followed(job.follower, found)
+                if job.follower.failed and not ended:
+                    job.give([BadRequestError("response_format: too complex", "response_format")])
+                    self._jobs[slot] = None
+                    self.engine.evict(slot)
+                    continue
             if ended and found:
                 found[-1] = dataclasses.replace(found[-1], last=True, stopped=bool(stopped[slot]))
             job.give(found)
@@ -363,3 +398,16 @@ class Scheduler:
                 self._jobs[slot] = None
                 spent = time.monotonic() - self._started[slot]
                 self._seconds += 0.1 * (spent - self._seconds)
+
+
+def _followed(follower: Follower, tokens: Sequence[Token]) -> list[Token]:
+    """Takes tokens, and takes back the values of those that only a schema made likely.
+
+    A schema chooses tokens as a bias does: their own values would be a way to read any.
+    """
+    kept = []
+    for token in tokens:
+        follower.take(token.id)
+        known = token.id in [id for id, _ in token.top]
+        kept.append(token if known else dataclasses.replace(token, logprob=None))
+    return kept

