@@ -17,11 +17,12 @@
 # DRY_RUN=1 prints the commands instead. The workdir must be one that all workers see (gs://), or
 # nothing survives the slice. No address is passed on: JAX asks the TPU runtime for the others.
 # More from the environment: PROJECT, RUNTIME (chosen by ACCELERATOR), NETWORK, SUBNETWORK,
-# SERVICE_ACCOUNT, INTERNAL_IPS=1, PYTHON_VERSION (3.12), DIRECTORY (logitjax), POLL seconds (30).
+# SERVICE_ACCOUNT, INTERNAL_IPS=1, PYTHON_VERSION (3.12), DIRECTORY (logitjax), POLL seconds (30),
+# ANSWERS (3): how often the cloud has to say that a slice is gone before `keep` deletes it.
 set -euo pipefail
 
 usage() {
-  sed -n '2,21s/^# \{0,1\}//p' "$0" >&2
+  sed -n '2,22s/^# \{0,1\}//p' "$0" >&2
   exit 2
 }
 if (($# == 0)); then usage; fi
@@ -69,25 +70,40 @@ create() {
     --accelerator-type="$ACCELERATOR" --runtime-version="$version" "${options[@]}"
 }
 
+# What the cloud says of the slice: ABSENT if it says that there is none, UNKNOWN if it says nothing.
 state() {
-  gcloud compute tpus queued-resources describe "$NAME" "${place[@]}" \
-    --format='value(state.state)' 2>/dev/null || echo ABSENT
+  local answer errors
+  errors=$(mktemp)
+  if answer=$(gcloud compute tpus queued-resources describe "$NAME" "${place[@]}" \
+    --format='value(state.state)' 2>"$errors"); then
+    echo "${answer:-UNKNOWN}"
+  elif grep -q NOT_FOUND "$errors"; then
+    echo ABSENT
+  else
+    echo UNKNOWN
+  fi
+  rm -f "$errors"
 }
 
+# Waits until the slice is there (0), or until the cloud has said ANSWERS times (3) running that it is
+# gone (1). A poll that fails says nothing; one that names another state begins the count anew.
 wait_for_slice() {
+  local now answers=0
   if [[ ${DRY_RUN:-} == 1 ]]; then
     do_it gcloud compute tpus queued-resources describe "$NAME" "${place[@]}" \
       --format='value(state.state)'
     return
   fi
-  local now
   while true; do
     now=$(state)
     echo "$(date +%T) $NAME: $now" >&2
     case $now in
-      ACTIVE) return ;;
-      FAILED | SUSPENDED | SUSPENDING | ABSENT) return 1 ;;
+      ACTIVE) return 0 ;;
+      FAILED | SUSPENDED | SUSPENDING | ABSENT) answers=$((answers + 1)) ;;
+      UNKNOWN) ;;
+      *) answers=0 ;;
     esac
+    if ((answers >= ${ANSWERS:-3})); then return 1; fi
     sleep "${POLL:-30}"
   done
 }
@@ -101,23 +117,23 @@ copy() {
   local root archive install
   root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
   archive=$(mktemp --suffix=.tar.gz)
-  do_it git -C "$root" archive --format=tar.gz --output="$archive" HEAD
-  do_it gcloud compute tpus tpu-vm scp "$archive" "$NAME:$directory.tar.gz" "${place[@]}" \
-    --worker=all
-  rm -f "$archive"
   # The machines' own Python may be older than 3.11: uv brings one.
   install="mkdir -p $directory && tar -xzf $directory.tar.gz -C $directory && cd $directory"
   install+=" && python3 -m pip install --quiet --user uv && export PATH=\$HOME/.local/bin:\$PATH"
   install+=" && uv venv --quiet --allow-existing --python ${PYTHON_VERSION:-3.12} .venv"
-  install+=" && uv pip install --quiet --python .venv/bin/python --editable '.[tpu,all]'"
-  ssh_to all "$install"
+  install+=" && uv pip install --quiet --python .venv/bin/python --editable '.[tpu,gcs,all]'"
+  # One after another: `keep` calls this where the shell does not stop at errors.
+  do_it git -C "$root" archive --format=tar.gz --output="$archive" HEAD &&
+    do_it gcloud compute tpus tpu-vm scp "$archive" "$NAME:$directory.tar.gz" "${place[@]}" \
+      --worker=all &&
+    rm -f "$archive" && ssh_to all "$install"
 }
 
 run() {
   if (($# == 0)); then usage; fi
   local command
   printf -v command '%q ' "$@"
-  ssh_to all "cd $directory && PATH=\$PWD/.venv/bin:\$PATH launch/background.sh ${command% }"
+  ssh_to all "cd $directory && PATH=\$PWD/.venv/bin:\$PATH LOGITJAX_RUN=$NAME launch/background.sh ${command% }"
 }
 
 status() {
@@ -131,14 +147,15 @@ delete() {
   do_it gcloud compute tpus queued-resources delete "$NAME" "${place[@]}" --force --quiet
 }
 
-# 0 when the command ended well on worker 0, 1 when it ended badly, 2 when the slice went away, 3
+# 0 when the command ended well on worker 0, 1 when it ended badly, 2 when the slice is gone, 3
 # when the run was only interrupted.
 follow() {
   local ended
   if [[ ${DRY_RUN:-} == 1 ]]; then return 0; fi
   while true; do
     sleep "${POLL:-30}"
-    if [[ $(state) != ACTIVE ]]; then return 2; fi
+    wait_for_slice || return 2
+    # Nothing where it still runs, and where the worker cannot be reached just now.
     ended=$(ssh_to 0 "cat $directory/run.status 2>/dev/null || true" 2>/dev/null || true)
     case $ended in
       '') ;;
@@ -153,19 +170,21 @@ keep() {
   local outcome
   if (($# == 0)); then usage; fi
   for ((restart = 0; restart <= ${MAX_RESTARTS:-20}; restart++)); do
-    if [[ ${DRY_RUN:-} == 1 || $(state) == ABSENT ]]; then create; fi
+    if [[ ${DRY_RUN:-} == 1 || $(state) == ABSENT ]]; then create || true; fi
     outcome=2
     if wait_for_slice; then
-      copy
-      run "$@"
-      outcome=0
-      follow || outcome=$?
+      outcome=3
+      if copy && run "$@"; then
+        outcome=0
+        follow || outcome=$?
+      fi
     fi
     case $outcome in
       0 | 1) return "$outcome" ;;
       2) delete || true ;;
     esac
     echo "tpu_vm: interrupted, restart $((restart + 1)) of ${MAX_RESTARTS:-20}" >&2
+    sleep "${POLL:-30}"
   done
   return 1
 }

@@ -118,12 +118,122 @@ def test_tpu_vm_keeps_a_run_alive():
     assert gone[3:6] == ["queued-resources", "delete", "fusion"]
 
 
+@pytest.fixture
+def gcloud(tmp_path):
+    """A `gcloud` that gives recorded answers, and a function that runs `tpu_vm.sh` with it.
+
+    Answers are (what the words must hold, status, output, errors); the first that fits is taken,
+    once unless it is the last of its kind.
+    """
+    tool = tmp_path / "bin" / "gcloud"
+    tool.parent.mkdir()
+    tool.write_text(
+        f"""#!{sys.executable}
+import json, pathlib, sys
+place = pathlib.Path({str(tmp_path)!r})
+answers, words = json.loads((place / "answers").read_text()), " ".join(sys.argv[1:])
+with (place / "calls").open("a") as file:
+    file.write(words + "\\n")
+fit = [a for a in answers if a[0] in words]
+if not fit:
+    sys.exit("gcloud: no recorded answer to " + words)
+if len([a for a in fit if a[0] == fit[0][0]]) > 1:
+    answers.remove(fit[0])
+(place / "answers").write_text(json.dumps(answers))
+sys.stdout.write(fit[0][2])
+sys.stderr.write(fit[0][3])
+sys.exit(fit[0][1])
+"""
+    )
+    tool.chmod(0o755)
+
+    def keep(*answers, code, **variables):
+        (tmp_path / "answers").write_text(json.dumps(answers))
+        (tmp_path / "calls").write_text("")
+        path = f"{tool.parent}{os.pathsep}{os.environ['PATH']}"
+        variables = {**SLICE, "POLL": "0", "PATH": path, **variables}
+        call("tpu_vm.sh", "keep", "train", code=code, **variables)
+        calls = (tmp_path / "calls").read_text().splitlines()
+        return [words.split()[3] for words in calls], calls
+
+    return keep
+
+
+# What the tool says, word for word where it matters.
+UP = ["describe", 0, "ACTIVE\n", ""]
+TAKEN = ["describe", 0, "SUSPENDED\n", ""]
+NONE = ["describe", 1, "", "ERROR: (gcloud.compute.tpus.queued-resources.describe) NOT_FOUND: x\n"]
+DOWN = ["describe", 1, "", "ERROR: gcloud crashed (ConnectionError): Max retries exceeded\n"]
+DENIED = [
+    "describe",
+    1,
+    "",
+    "ERROR: (gcloud.auth) Reauthentication failed. Please run gcloud auth\n",
+]
+REST = [["create", 0, "", ""], ["scp", 0, "", ""], ["delete", 0, "", ""]]
+RUNS, ENDED = ["run.status", 0, "", ""], ["run.status", 0, "0\n", ""]
+SSH = ["ssh", 0, "", ""]
+
+
+@pytest.mark.every_change
+@pytest.mark.slow
+def test_keep_deletes_no_slice_because_polls_fail(gcloud):
+    answers = [UP, UP, DOWN, DENIED, DOWN, DOWN, UP, RUNS, ENDED, SSH, *REST]
+    verbs, _ = gcloud(*answers, code=0)
+    assert "delete" not in verbs
+    assert "create" not in verbs
+
+
+@pytest.mark.every_change
+@pytest.mark.slow
+def test_keep_takes_one_odd_answer_for_none(gcloud):
+    odd = ["describe", 0, "PROVISIONING\n", ""]
+    answers = [UP, UP, TAKEN, TAKEN, odd, TAKEN, TAKEN, UP, ENDED, SSH, *REST]
+    verbs, _ = gcloud(*answers, code=0)
+    assert "delete" not in verbs
+
+
+@pytest.mark.every_change
+@pytest.mark.slow
+def test_keep_asks_for_another_slice_when_one_is_taken_away(gcloud):
+    first = [NONE, UP, TAKEN, TAKEN, TAKEN]
+    verbs, calls = gcloud(*first, NONE, UP, ENDED, SSH, *REST, code=0)
+    assert [verb for verb in verbs if verb in ("create", "delete")] == [
+        "create",
+        "delete",
+        "create",
+    ]
+    # The run is the same one for the workdir's lock.
+    assert len({word for call_ in calls for word in call_.split() if "LOGITJAX_RUN=" in word}) == 1
+
+
+@pytest.mark.every_change
+@pytest.mark.slow
+@pytest.mark.parametrize(("said", "code", "runs"), [("75", 0, 2), ("143", 0, 2), ("2", 1, 1)])
+def test_keep_runs_again_what_was_interrupted_on_the_same_slice(gcloud, said, code, runs):
+    status = ["run.status", 0, f"{said}\n", ""]
+    verbs, calls = gcloud(UP, status, ENDED, SSH, *REST, code=code)
+    assert sum("background.sh" in words for words in calls) == runs
+    assert "delete" not in verbs
+
+
+@pytest.mark.every_change
+@pytest.mark.slow
+def test_keep_tries_again_where_a_worker_cannot_be_reached(gcloud):
+    broken = ["scp", 255, "", "ssh: connect to host 10.0.0.1 port 22: Connection timed out\n"]
+    verbs, _ = gcloud(UP, ENDED, SSH, broken, *REST, code=0)
+    assert verbs.count("scp") == 2
+    assert "delete" not in verbs
+
+
 def test_xpk():
     cluster = dict(CLUSTER="pods", ZONE="us-east5-a")
     words = ["python", "-m", "experiments.graph_fusion", "--prompt=two words"]
     (command,) = dry("xpk.sh", "create", "fusion", *words, **cluster, DEVICE="v5p-256", IMAGE="i")
     assert command[:3] == ["xpk", "workload", "create"]
     assert {"--cluster=pods", "--workload=fusion", "--tpu-type=v5p-256"} < set(command)
+    # Beside those that xpk starts again by itself: 42, and 127 and above.
+    assert {"--restart-on-exit-codes=75", "--env=LOGITJAX_RUN=fusion"} < set(command)
     assert shlex.split(command[-1].removeprefix("--command=")) == words
     assert dry("xpk.sh", "delete", "fusion", **cluster)[0][:3] == ["xpk", "workload", "delete"]
     assert "set DEVICE" in call("xpk.sh", "create", "n", "true", code=1, **cluster)

@@ -1,9 +1,10 @@
-"""The run that the benchmark of faults kills: a small network, an update every few milliseconds.
+"""The run that benchmarks kill: a small network, an update every few milliseconds.
 
-``python -m experiments.benchmarks._faults_job WORKDIR STEPS``
+``python -m experiments.benchmarks._faults_job WORKDIR STEPS [SECONDS_A_STEP]``
 """
 
-import pathlib
+import functools
+import hashlib
 import sys
 import time
 from typing import Any
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from etils import epath
 
 from logitjax import training
 
@@ -34,20 +36,20 @@ def loss_fn(params: Any, batch: Any, rng: Any) -> tuple[Any, Any, dict]:
     return (error**2).sum(), error.size, {}
 
 
-def batches(step: int) -> dict[str, Any]:
-    time.sleep(0.004)
+def batches(step: int, seconds: float) -> dict[str, Any]:
+    time.sleep(seconds)
     return {"x": np.random.default_rng([3, step]).normal(size=(8, WIDTH)).astype(np.float32)}
 
 
-def train(workdir: pathlib.Path, steps: int) -> None:
+def train(workdir: epath.Path, steps: int, seconds: float) -> Any:
     mesh = training.make_mesh("data:1", devices=jax.devices()[:1])
     tx = training.Schedule(1e-2, warmup=2, total_steps=steps).optimizer()
     state = training.TrainState.create(init, tx, mesh=mesh)
     with training.Checkpointer(workdir / "checkpoints", max_to_keep=3) as checkpointer:
-        training.train_loop(
+        return training.train_loop(
             state,
             training.TrainStep(loss_fn, tx, mesh=mesh),
-            batches,
+            functools.partial(batches, seconds=seconds),
             total_steps=steps,
             workdir=workdir,
             checkpointer=checkpointer,
@@ -58,4 +60,10 @@ def train(workdir: pathlib.Path, steps: int) -> None:
 
 if __name__ == "__main__":
     logging.set_verbosity(logging.INFO)
-    train(pathlib.Path(sys.argv[1]), int(sys.argv[2]))
+    place, wanted, *more = sys.argv[1:]
+    with training.lock_workdir(place):
+        final = train(epath.Path(place), int(wanted), float(*more or ["0.004"]))
+    text = hashlib.sha256()
+    for leaf in jax.tree.leaves((final.params, final.opt_state, final.step)):
+        text.update(np.asarray(leaf).tobytes())
+    print("digest", text.hexdigest(), flush=True)

@@ -54,6 +54,7 @@ class Store:
     Attributes:
         faults: Those that hold now.
         requests: By "METHOD status" how many there were.
+        faulted: By kind how many a fault has met.
     """
 
     def __init__(self) -> None:
@@ -63,6 +64,7 @@ class Store:
         self._lock = threading.Lock()
         self.faults: list[Fault] = []
         self.requests: dict[str, int] = {}
+        self.faulted: dict[str, int] = {}
         store = self
 
         class Handler(_Handler):
@@ -200,6 +202,8 @@ class Store:
     def fault(self, method: str, name: str) -> str:
         for fault in list(self.faults):
             if not fault.concerns or re.search(fault.concerns, f"{method} {name}"):
+                with self._lock:
+                    self.faulted[fault.kind] = self.faulted.get(fault.kind, 0) + 1
                 return fault.kind
         return ""
 
@@ -275,7 +279,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         query = {k: v[-1] for k, v in urllib.parse.parse_qs(split.query, True).items()}
         body = self._body()
         parts = [urllib.parse.unquote(part) for part in split.path.strip("/").split("/")]
-        kind = self.held.fault(self.command, "/".join(parts))
+        kind = self.held.fault(
+            self.command, "/".join([*parts, query.get("name", query.get("prefix", ""))])
+        )
         if kind == "hang":
             time.sleep(3600)
         try:

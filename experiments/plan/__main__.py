@@ -3,6 +3,7 @@
     python -m experiments.plan --experiment=graph_fusion --preset=paper --chip=v5p:4x4x8
     python -m experiments.plan --experiment=graph_fusion --preset=paper --chip=h100 \
         --mesh=data:1,fsdp:32,tensor:2
+    python -m experiments.plan --experiment=graph_fusion --chip=v5p:4x4x8 --slices=2
     python -m experiments.plan --command=convert-head --chip=v5e:2x2 -- --model=DIR --data=text:FILE
 
 For TPUs the real compiler compiles ahead of time, on any machine, TPU or not (the extra `plan`,
@@ -27,7 +28,7 @@ from etils import epath
 
 from experiments.plan import chips, costs
 from experiments.shared.report import markdown_table
-from logitjax import training
+from logitjax import ops, training
 from logitjax.commands import cli
 
 # By experiment the slice to plan for where no chip is named.
@@ -51,7 +52,8 @@ class Plan:
     Attributes:
         chip: The chip, as it was asked for.
         estimate: Whether it was compiled for other devices than it is planned for.
-        devices: Number of devices that the program uses.
+        slices: Number of slices.
+        devices: Number of devices that share the work: those that only repeat it do not count.
         memory: Bytes that a device has; 0 where it is not known.
         argument_bytes: Bytes of the arguments on one device, as are all bytes.
         output_bytes: Bytes of the outputs, those in the place of donated arguments among them.
@@ -61,6 +63,10 @@ class Plan:
         flops: Floating-point work of all matrix products, on all devices together.
         calls: Number of collectives by kind, on one device.
         collective_bytes: Bytes of these collectives.
+        received: Bytes that reach a device from its slice at the least.
+        between_calls: Number of transfers to other slices by kind, on one device.
+        between_bytes: Bytes of these transfers.
+        gradient: Bytes of the gradient of all that is trained, whole; 0 where nothing is.
         unknown_loops: Number of loops that count once, for their length is not known.
         seconds: Seconds of the compilation.
         error: What the compiler says where the program does not fit.
@@ -75,6 +81,7 @@ class Plan:
     devices: int
     memory: float
     flops: float
+    slices: int = 1
     argument_bytes: int = 0
     output_bytes: int = 0
     alias_bytes: int = 0
@@ -82,6 +89,10 @@ class Plan:
     peak_bytes: int = 0
     calls: Mapping[str, int] = dataclasses.field(default_factory=dict)
     collective_bytes: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    received: float = 0.0
+    between_calls: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    between_bytes: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    gradient: float = 0.0
     unknown_loops: int = 0
     seconds: float = 0.0
     error: str = ""
@@ -92,6 +103,11 @@ class Plan:
         """Bytes of a device while the program runs."""
         held = self.argument_bytes + self.temp_bytes + self.output_bytes - self.alias_bytes
         return max(held, self.peak_bytes)
+
+    @property
+    def crossing(self) -> float:
+        """Bytes that one slice sends to the others."""
+        return sum(self.between_bytes.values()) * self.devices / self.slices
 
     @property
     def verdict(self) -> str:
@@ -111,6 +127,7 @@ def make_plan(traced: Any, chip: chips.Chip, *, devices: int, mesh: str = "", **
         chip=chip.topology or f"{chip.name}:{devices}",
         mesh=mesh,
         estimate=chip.kind == "gpu",
+        slices=chip.slices,
         devices=devices,
         memory=chip.memory,
         flops=costs.matmul_flops(traced.jaxpr),
@@ -135,6 +152,9 @@ def make_plan(traced: Any, chip: chips.Chip, *, devices: int, mesh: str = "", **
         peak_bytes=int(getattr(memory, "peak_memory_in_bytes", 0)),
         calls=sent.calls,
         collective_bytes=sent.bytes,
+        received=sent.received,
+        between_calls=sent.between_calls,
+        between_bytes=sent.between_bytes,
         unknown_loops=sent.unknown_loops,
         seconds=seconds,
     )
@@ -204,16 +224,28 @@ def _plans_of(
     else:
         made = training.make_mesh("data:1", devices=devices[:1])
     for program in programs(config, made):
-        yield make_plan(program.trace(), chip, devices=made.size, program=program.name, **names)
+        traced = program.trace()
+        devices = costs.devices_at_work(traced.jaxpr, program.arguments)
+        plan = make_plan(traced, chip, devices=devices, program=program.name, **names)
+        yield dataclasses.replace(plan, gradient=_gradient_bytes(program.arguments))
         if not every:
             return
+
+
+def _gradient_bytes(arguments: Sequence[Any]) -> float:
+    """Of what an update trains: Adam keeps a first moment of just that, in float32 as ours is."""
+    leaves = jax.tree_util.tree_flatten_with_path(arguments)[0]
+    moments = [leaf for path, leaf in leaves if "/mu/" in ops.sharding.path_string(path) + "/"]
+    return float(sum(4 * leaf.size for leaf in moments))
 
 
 def report(plan: Plan) -> str:
     """A plan in words."""
     lines = [
         f"{plan.experiment}, preset {plan.preset}: {plan.program}",
-        f"  on {plan.devices} devices of {plan.chip}"
+        f"  on {plan.devices} devices of "
+        + (f"{plan.slices} slices of " if plan.slices > 1 else "")
+        + plan.chip
         + (f", mesh {plan.mesh}" if plan.devices > 1 else ""),
         f"  {'ESTIMATE: ' if plan.estimate else ''}{plan.verdict}",
     ]
@@ -223,13 +255,30 @@ def report(plan: Plan) -> str:
         sizes = ", ".join(f"{name} {size / _GIB:.3f} GiB" for name, size in parts)
         lines.append(f"  a device holds {sizes}")
     lines.append(f"  matrix products: {plan.flops / 1e12:.4g} TFLOP in all")
-    peak = chips.parse_chip(plan.chip).flops
-    if peak:
-        seconds = plan.flops / plan.devices / peak
+    chip = chips.parse_chip(plan.chip)
+    if chip.flops:
+        seconds = plan.flops / plan.devices / chip.flops
         lines.append(f"  at the chips' bfloat16 peak that is {seconds:.3g} s, so no run takes less")
+    if chip.bandwidth and plan.received:
+        seconds = plan.received / chip.bandwidth
+        lines.append(
+            f"  at least {plan.received / _GIB:.4g} GiB reach a device from its slice: "
+            f"{seconds:.3g} s at the links' peak"
+        )
     for kind, calls in plan.calls.items():
         size = plan.collective_bytes[kind] / _GIB
         lines.append(f"  {kind}: {calls} calls, {size:.4g} GiB a device")
+    for kind, calls in plan.between_calls.items():
+        size = plan.between_bytes[kind] * plan.devices / plan.slices / _GIB
+        lines.append(f"  between slices, {kind}: {calls} calls, {size:.4g} GiB of a whole slice")
+    if plan.between_calls:
+        seconds = sum(plan.between_bytes.values()) / chip.between
+        lines.append(f"  at the network's peak that is {seconds:.3g} s")
+        if plan.gradient:
+            lines.append(
+                f"  the gradient has {plan.gradient / _GIB:.4g} GiB: "
+                f"{plan.crossing / plan.gradient:.3f} times that leaves a slice"
+            )
     if plan.unknown_loops:
         lines.append(f"  (what is in {plan.unknown_loops} loops of unknown length counts once)")
     lines.append(f"  compiled in {plan.seconds:.0f} s ({plan.versions})")
@@ -260,6 +309,7 @@ def markdown(found: Sequence[Plan]) -> str:
             | {
                 "devices": plan.devices,
                 "TFLOP": plan.flops / 1e12,
+                "seconds, at least": _seconds(plan),
                 "collectives of a device: GiB in calls": ", ".join(kinds) or "none",
             }
         )
@@ -267,6 +317,18 @@ def markdown(found: Sequence[Plan]) -> str:
     return "\n\n".join(
         [markdown_table(memory), markdown_table(work), f"Compiled with {'; '.join(versions)}."]
     )
+
+
+def _seconds(plan: Plan) -> str:
+    """Bounds below of multiplying, of the links of a slice and of the network between slices."""
+    chip = chips.parse_chip(plan.chip)
+    if not chip.flops:
+        return "-"
+    bounds = [("products", plan.flops / plan.devices / chip.flops)]
+    bounds += [("links", plan.received / chip.bandwidth)] if plan.received else []
+    sent = sum(plan.between_bytes.values())
+    bounds += [("network", sent / chip.between)] if sent else []
+    return ", ".join(f"{name} {seconds:.3g}" for name, seconds in bounds)
 
 
 def read(workdir: epath.Path) -> list[Plan]:
@@ -296,9 +358,16 @@ def _main(argv: Sequence[str]) -> None:
             )
         if argv[1:] and values.command is None:
             raise ValueError(f"unexpected argument {argv[1]!r}")
-        chip = chips.parse_chip(values.chip or EXPERIMENTS.get(values.experiment, "v5e:2x2"))
-        chips.prepare(chip, values.mesh or _mesh_of(values.experiment, values.preset))
-        options = {"mesh": values.mesh or "", "every": values.all}
+        chip = chips.parse_chip(
+            values.chip or EXPERIMENTS.get(values.experiment, "v5e:2x2"), values.slices
+        )
+        mesh = values.mesh or ""
+        if values.slices > 1 and "dcn_data" not in mesh:
+            # Each slice gets the preset's mesh.
+            own = mesh or _mesh_of(values.experiment, values.preset)
+            mesh = f"dcn_data:{values.slices},{own}"
+        chips.prepare(chip, mesh or _mesh_of(values.experiment, values.preset))
+        options = {"mesh": mesh, "every": values.all}
         if values.command:
             found = command_plans(values.command, argv[1:], chip, **options)
         else:
@@ -330,6 +399,12 @@ if __name__ == "__main__":
         "chip",
         None,
         "Chips to plan for: v5p:4x4x8, v5e:..., v6e:..., h100[:COUNT], h200[:COUNT] or cpu:COUNT.",
+    )
+    flags.DEFINE_integer(
+        "slices",
+        1,
+        "Number of such TPU slices; each has the mesh, joined by dcn_data.",
+        lower_bound=1,
     )
     flags.DEFINE_bool("all", False, "Plan every program of the experiment, not only the main one.")
     flags.DEFINE_string("workdir", "runs/plans", "Folder in which plans are kept.")

@@ -15,7 +15,10 @@ class Chip:
         kind: `tpu`, `gpu` or `cpu`.
         memory: Bytes that it holds; 0 where it is not known.
         flops: Operations a second in bfloat16 at its peak; 0 where it is not known.
+        bandwidth: Bytes a second that it takes in from its slice or node; 0 where it is not known.
+        between: Bytes a second that it takes in from other slices; 0 where it is not known.
         topology: The slice, as JAX names it, for TPUs.
+        slices: Number of such slices.
         count: Devices asked for, for GPUs and CPUs; 0: as many as the mesh has.
     """
 
@@ -23,28 +26,38 @@ class Chip:
     kind: str
     memory: float
     flops: float
+    bandwidth: float = 0.0
+    between: float = 0.0
     topology: str = ""
+    slices: int = 1
     count: int = 0
 
 
-# What the compilers have (TPUs, in GiB) and the makers' data sheets; dense bfloat16 peak.
-_TPUS = {"v5e": (15.75, 197e12), "v5p": (95.74, 459e12), "v6e": (31.25, 918e12)}
-_GPUS = {"h100": (80e9, 989e12), "h200": (141e9, 989e12)}
+# What the compilers have (TPUs, in GiB) and the makers' data sheets: dense bfloat16 peak, all links
+# of a chip in one direction, and its share of its host's network.
+_TPUS = {
+    "v5e": (15.75, 197e12, 200e9, 3.125e9),
+    "v5p": (95.74, 459e12, 600e9, 6.25e9),
+    "v6e": (31.25, 918e12, 400e9, 12.5e9),
+}
+_GPUS = {"h100": (80e9, 989e12, 450e9, 50e9), "h200": (141e9, 989e12, 450e9, 50e9)}
 
 
-def parse_chip(text: str) -> Chip:
+def parse_chip(text: str, slices: int = 1) -> Chip:
     """`v5p:4x4x8` (a slice), `h100` or `h100:64` (that many), `cpu:8` (of this machine).
 
-    >>> parse_chip("v5p:2x2x2").kind, parse_chip("h200:16").count
-    ('tpu', 16)
+    >>> parse_chip("v5p:2x2x2", slices=2).slices, parse_chip("h200:16").count
+    (2, 16)
     """
     name, _, size = text.partition(":")
     if name in _TPUS and all(side.isdigit() for side in size.split("x")):
-        gib, flops = _TPUS[name]
-        return Chip(name, "tpu", gib * 2.0**30, flops, topology=text)
+        gib, *rates = _TPUS[name]
+        return Chip(name, "tpu", gib * 2.0**30, *rates, topology=text, slices=slices)
+    if slices != 1:
+        raise ValueError(f"slices: expected 1, for only TPUs have them, got {slices}")
     if (name in _GPUS or name == "cpu") and (size.isdigit() or not size):
-        memory, flops = _GPUS.get(name, (0.0, 0.0))
-        return Chip(name, "gpu" if name in _GPUS else "cpu", memory, flops, count=int(size or 0))
+        rates = _GPUS.get(name, (0.0, 0.0, 0.0, 0.0))
+        return Chip(name, "gpu" if name in _GPUS else "cpu", *rates, count=int(size or 0))
     known = ", ".join([*(f"{tpu}:TOPOLOGY" for tpu in _TPUS), *_GPUS, "cpu:COUNT"])
     raise ValueError(f"chip: expected one of {known}, got {text!r}")
 
@@ -73,13 +86,15 @@ def prepare(chip: Chip, mesh: str) -> None:
 
 
 def devices_of(chip: Chip) -> list[Any]:
-    """Devices to compile for: of the slice, or as many of the host."""
+    """Devices to compile for: of the slices, or as many of the host."""
     if chip.kind != "tpu":
         return jax.devices("cpu")
     from jax.experimental import topologies
 
     try:
-        topology = topologies.get_topology_desc(platform="tpu", topology_name=chip.topology)
+        topology = topologies.get_topology_desc(
+            platform="tpu", topology_name=chip.topology, num_slices=chip.slices
+        )
     except Exception as error:
         line = str(error).splitlines()[0]
         raise ValueError(

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
 from jax.extend import core
 
 _BYTES = {
@@ -32,6 +33,7 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%([^ ]+) \(.*\{$")
 _INSTRUCTION = re.compile(
     r"^\s+(?:ROOT )?%(?P<name>\S+) = (?P<type>\(.*?\)|\S+) (?P<kind>[a-z][a-z0-9-]*)\((?P<rest>.*)"
 )
+_BETWEEN = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 
 
@@ -108,11 +110,17 @@ class Collectives:
         calls: By kind, how often.
         bytes: By kind, of the arrays as they are before they are split or after they are joined.
         unknown_loops: Loops whose length could not be read; what is in them counts once.
+        received: Bytes that reach the device at the least, whatever the algorithm.
+        between_calls: By kind, how often it sends to other slices.
+        between_bytes: Bytes of these.
     """
 
     calls: dict[str, int]
     bytes: dict[str, float]
     unknown_loops: int
+    received: float
+    between_calls: dict[str, int]
+    between_bytes: dict[str, float]
 
 
 def collectives(text: str) -> Collectives:
@@ -127,13 +135,19 @@ def collectives(text: str) -> Collectives:
     computations, entry = _parse(text)
     calls: dict[str, int] = dict.fromkeys(KINDS, 0)
     sizes: dict[str, float] = dict.fromkeys(KINDS, 0.0)
-    unknown = 0
+    between: dict[str, list[float]] = {}
+    unknown, received = 0, 0.0
 
     def visit(name: str, times: int) -> None:
-        nonlocal unknown
+        nonlocal unknown, received
         for instruction in computations.get(name, ()):
             kind = instruction.kind.removesuffix("-start")
-            if kind in KINDS:
+            # Between slices the compiler has the hosts send, whose runtime then sums or joins.
+            if found := instruction.kind == "send" and _BETWEEN.search(instruction.rest):
+                sent = between.setdefault(found[1].lower().replace("_", "-"), [0, 0.0])
+                sent[0] += times
+                sent[1] += times * _first_bytes(instruction)
+            elif kind in KINDS:
                 # The TPU compiler writes a reduce-scatter as an all-reduce that a fusion cuts.
                 if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
                     kind = "reduce-scatter"
@@ -144,6 +158,7 @@ def collectives(text: str) -> Collectives:
                         size *= _group_size(instruction.rest)
                 calls[kind] += times
                 sizes[kind] += times * size
+                received += times * size * _received_share(kind, _group_size(instruction.rest))
             elif instruction.kind == "while":
                 length = _trip_count(instruction, computations)
                 unknown += length is None
@@ -161,7 +176,21 @@ def collectives(text: str) -> Collectives:
         {kind: count for kind, count in calls.items() if count},
         {kind: size for kind, size in sizes.items() if calls[kind]},
         unknown,
+        received,
+        {kind: int(sent[0]) for kind, sent in between.items()},
+        {kind: sent[1] for kind, sent in between.items()},
     )
+
+
+def _received_share(kind: str, group: int) -> float:
+    """Of a collective's bytes those that have to reach a device of its group from the others."""
+    if kind == "collective-permute":
+        return 1.0
+    if kind == "all-to-all":
+        # What it counts is one device's share already, of which it keeps a part.
+        return 1.0 - 1.0 / group
+    # Each device has a part of the sum to make, and in an all-reduce gets the other parts too.
+    return (2.0 if kind == "all-reduce" else 1.0) * (1.0 - 1.0 / group)
 
 
 def _parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
@@ -191,6 +220,12 @@ def _result_bytes(instruction: Instruction) -> float:
     return sum(sizes[len(sizes) // 2 :])
 
 
+def _first_bytes(instruction: Instruction) -> float:
+    """Of the first array of a tuple: what is sent, without the marks beside it."""
+    kind, sides = _ARRAY.findall(instruction.type)[0]
+    return _BYTES.get(kind, 4) * math.prod(map(int, filter(None, sides.split(","))))
+
+
 def _group_size(rest: str) -> int:
     if found := re.search(r"replica_groups=\[\d+,(\d+)\]", rest):
         return int(found[1])
@@ -210,3 +245,33 @@ def _trip_count(loop: Instruction, computations: Mapping[str, list[Instruction]]
     if len(limits) == 1 and len(compared) == 1 and limits[0].isdigit():
         return int(limits[0])
     return None
+
+
+def devices_at_work(jaxpr: Any, arguments: Any) -> int:
+    """How many devices share a program's work; those that repeat what others do are left out.
+
+    An axis of the mesh counts if an argument or a constraint in the program is split over it, or if
+    `shard_map` takes it.
+    """
+    sizes: dict[str, int] = {}
+
+    def note(sharding: Any) -> None:
+        if isinstance(sharding, jax.sharding.NamedSharding):
+            for axes in sharding.spec:
+                for axis in (axes,) if isinstance(axes, str) else axes or ():
+                    sizes[axis] = sharding.mesh.shape[axis]
+
+    def visit(jaxpr: Any) -> None:
+        for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+            name, params = equation.primitive.name, equation.params
+            if name == "sharding_constraint":
+                note(params["sharding"])
+            elif name == "shard_map":
+                sizes.update({a: params["mesh"].shape[a] for a in params["newly_manual_axes"]})
+            for inner in _jaxprs(params):
+                visit(inner)
+
+    for leaf in jax.tree.leaves(arguments):
+        note(getattr(leaf, "sharding", None))
+    visit(jaxpr)
+    return math.prod(sizes.values())

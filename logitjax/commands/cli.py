@@ -271,6 +271,16 @@ def _fail(
     sys.exit(status)
 
 
+def _let_others_speak(error: BaseException) -> None:
+    """What fails in a collective fails because another process is gone, which may yet say why.
+
+    The watch then ends this process with the other's words.
+    """
+    failed = isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error)
+    if failed and training.distributed.is_joined():
+        time.sleep(3.0)
+
+
 def main(
     config_class: type,
     presets: Mapping[str, Mapping[str, Any]] | None,
@@ -337,6 +347,7 @@ def main(
                 write_config(config, workdir)
             run(config, workdir)
     except _ONE_LINE_ERRORS as error:
+        _let_others_speak(error)
         status = os.EX_TEMPFAIL if storage.may_pass(error) else 2
         _fail(error, status, details)
     except jax.errors.JaxRuntimeError as error:
@@ -345,8 +356,7 @@ def main(
             _fail(first, 2, details, "; a device's memory is too small for this")
         if not training.distributed.is_joined() and not storage.may_pass(error):
             raise
-        # What fails in a collective fails because another process is gone, which may yet say why.
-        time.sleep(3.0 if training.distributed.is_joined() else 0.0)
+        _let_others_speak(error)
         _fail(first, os.EX_TEMPFAIL, None, "; another process is gone, the same command goes on")
     except Exception as error:
         if storage.may_pass(error):

@@ -18,7 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 #: Mesh axes over which a batch is split, and a vocabulary: `logitjax.training.make_mesh`'s names.
-BATCH_AXES = ("data", "fsdp")
+BATCH_AXES = ("dcn_data", "data", "fsdp")
 VOCABULARY_AXES = ("tensor",)
 
 

@@ -1,9 +1,11 @@
 """Checkpoints of the whole training state, through orbax."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import logging as python_logging
+import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -19,15 +21,25 @@ from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import future as ocp_future
 
 from logitjax.ops.sharding import path_string
-from logitjax.storage import write_atomic
+from logitjax.storage import may_pass, write_atomic
+from logitjax.training import _watch
 
 _SIZES = "_SIZES"
 
 
 class _WithoutChatter(python_logging.Filter):
-    """Drops the dozens of lines that orbax logs for every save; its warnings stay."""
+    """Drops the dozens of lines that orbax logs for every save; its warnings stay.
+
+    A save that fails in one of several processes ends them all. Orbax logs the error, and holds it
+    back until the others have come to a barrier that they will not come to for minutes.
+    """
 
     def filter(self, record: python_logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        saving = record.pathname.endswith("async_checkpointer.py")
+        if saving and isinstance(error, Exception) and jax.process_count() > 1:
+            said = " ".join(str(error).split())
+            _watch.end(f"checkpoint: {said}", os.EX_TEMPFAIL if may_pass(error) else 1)
         return record.levelno > python_logging.INFO or "orbax" not in record.pathname
 
 
@@ -132,8 +144,14 @@ class Checkpointer:
     def __enter__(self) -> "Checkpointer":
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        self.close()
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if not isinstance(error, Exception):
+            self.close()
+        elif jax.process_count() == 1:
+            # What fails now fails for the same reason; the first error is the one to tell.
+            with contextlib.suppress(Exception):
+                self.close()
+        # Of several processes the others may never come to where this one would wait for them.
 
     def save(self, step: int, state: Any, extra: Mapping[str, Any] | None = None) -> bool:
         """Saves the state, unless this step is there already.
@@ -289,9 +307,14 @@ class Checkpointer:
             return
         for step in steps:
             record = self.directory / str(step) / _SIZES
-            if record.parent.is_dir() and not record.exists():
-                # Whole or not there: half a record would condemn a good checkpoint.
-                write_atomic(record, json.dumps(_sizes(record.parent)))
+            if not record.parent.is_dir() or record.exists():
+                continue
+            try:
+                sizes = _sizes(record.parent)
+            except FileNotFoundError:
+                continue  # Orbax is removing it, one file after another.
+            # Whole or not there: half a record would condemn a good checkpoint.
+            write_atomic(record, json.dumps(sizes))
 
     def _check_sizes(self, step: int) -> None:
         directory = self.directory / str(step)

@@ -24,6 +24,11 @@ def make_mesh(
     leaves out has size 1, and at most one size may be -1: whatever is left of the devices. All axes
     are ``Auto``: the compiler propagates shardings.
 
+    ``dcn_data`` is for several TPU slices, or nodes, between which the network is slow: copies of
+    the model too, of which each slice holds one, so that only gradients cross. It lies outermost,
+    its size is the number of slices (``dcn_data:-1`` counts them; processes, where devices know no
+    slices), and the other axes share the devices of one slice.
+
     Args:
       spec: comma-separated ``axis:size``, outermost axis first.
       devices: the devices, by default all of them; those of an ahead-of-time topology will do.
@@ -33,8 +38,9 @@ def make_mesh(
       The mesh over exactly these devices, or over the first of them with `partial`.
 
     Raises:
-      ValueError: on another axis or syntax, or sizes that do not multiply to the device count; with
-        `partial`, if a process would have none of the devices.
+      ValueError: on another axis or syntax, sizes that do not multiply to the device count, or a
+        ``dcn_data`` that is not the number of slices; with `partial`, if a process would have none
+        of the devices.
 
     >>> dict(make_mesh("fsdp:-1", devices=jax.devices()[:1]).shape)
     {'fsdp': 1, 'data': 1, 'tensor': 1}
@@ -55,10 +61,11 @@ def make_mesh(
             ) from None
         if sizes[name] == 0 or sizes[name] < -1:
             raise ValueError(f"mesh {spec!r}: a size is positive or -1, got {part!r}")
+    slices = _slices(spec, sizes.pop("dcn_data", None), devices)
     free = [name for name, size in sizes.items() if size == -1]
     if len(free) > 1:
         raise ValueError(f"mesh {spec!r}: only one axis may be -1, got {' and '.join(free)}")
-    fixed = int(np.prod([size for size in sizes.values() if size > 0], dtype=np.int64))
+    fixed = math.prod(size for size in sizes.values() if size > 0) * (slices or 1)
     if partial and not free:
         devices = devices[:fixed]
         without = {d.process_index for d in everything} - {d.process_index for d in devices}
@@ -74,7 +81,10 @@ def make_mesh(
     elif fixed != len(devices):
         raise ValueError(f"mesh {spec!r}: it needs {fixed} devices, there are {len(devices)}")
     for name in AXES:
-        sizes.setdefault(name, 1)
+        if name != "dcn_data":
+            sizes.setdefault(name, 1)
+    if slices is not None:
+        return _hybrid_mesh(slices, sizes, devices)
     types = (AxisType.Auto,) * len(sizes)
     try:
         return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=devices)
@@ -86,12 +96,44 @@ def make_mesh(
         return Mesh(grid, tuple(sizes), axis_types=types)
 
 
+def _slices(spec: str, asked: int | None, devices: Any) -> int | None:
+    """The size of ``dcn_data``, None where there is no such axis."""
+    # GPUs too have a slice_index, which says another thing.
+    tpu = devices[0].platform == "tpu"
+    key = "slice_index" if tpu else "process_index"
+    count = len({getattr(device, key, 0) for device in devices})
+    if asked is None and tpu and count > 1:
+        raise ValueError(
+            f"mesh {spec!r}: expected dcn_data:{count} too, for {count} slices, got none"
+        )
+    if asked is not None and asked != -1 and tpu and asked != count:
+        raise ValueError(f"mesh {spec!r}: expected dcn_data:{count}, one a slice, got {asked}")
+    return count if asked == -1 else asked
+
+
+def _hybrid_mesh(slices: int, sizes: dict[str, int], devices: Any) -> Mesh:
+    shape, names = tuple(sizes.values()), ("dcn_data", *sizes)
+    if devices[0].platform != "tpu" or slices == 1:
+        ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
+        grid = np.asarray(ordered).reshape(slices, *shape)
+    else:
+        outer = (slices, *(1 for _ in shape))
+        try:
+            grid = mesh_utils.create_hybrid_device_mesh((1, *shape), outer, devices)
+        except NotImplementedError:
+            grid = mesh_utils.create_hybrid_device_mesh(
+                (1, *shape), outer, devices, allow_split_physical_axes=True
+            )
+    return Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names))
+
+
 @dataclasses.dataclass(frozen=True)
 class BatchLayout:
     """How a batch lies on a mesh, and which of its rows this process feeds.
 
     Attributes:
-        mesh: The mesh. The first dimension of a batch is split over its ``data`` and ``fsdp``.
+        mesh: The mesh. The first dimension of a batch is split over its ``dcn_data``, ``data`` and
+            ``fsdp``.
 
     >>> layout = BatchLayout(make_mesh("data:1", devices=jax.devices()[:1]))
     >>> layout.share, layout.rows(4)

@@ -348,3 +348,40 @@ def test_commands_that_train_are_planned_with_their_own_flags():
     assert found.calls["all-reduce"] >= 1
     with pytest.raises(ValueError, match="command: expected one that trains, got 'prepare'"):
         next(plan.command_plans("prepare", [], CPU))
+
+
+SENT_BETWEEN = """
+HloModule jit_step
+
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %send.1 = (f32[16,128]{1,0:T(8,128)}, u32[]{:S(2)}, token[]) send(%x, %a), channel_id=2, \
+is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+  %send-done.1 = token[] send-done(%send.1), channel_id=2, is_host_transfer=true
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %all-reduce.1 = f32[1024]{0} all-reduce(%x), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  %all-gather.1 = bf16[512]{0} all-gather(%x), replica_groups=[2,4]<=[8], dimensions={0}
+  %while.1 = (s32[], f32[8]) while(%t), condition=%c, body=%body, \
+backend_config={"known_trip_count":{"n":"3"}}
+}
+"""
+
+
+def test_what_a_device_receives_and_what_leaves_its_slice():
+    found = costs.collectives(SENT_BETWEEN)
+    assert found.between_calls == {"all-reduce": 3}
+    assert found.between_bytes == {"all-reduce": 3 * 16 * 128 * 4}
+    # Of four devices each makes a quarter of the sum and gets the others' quarters.
+    assert found.received == 2 * 4096 * 3 / 4 + 1024 * 3 / 4
+
+
+def test_devices_that_repeat_the_work_of_others_do_not_count():
+    mesh = training.make_mesh("data:2,fsdp:4")
+
+    def row(*axes):
+        return jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=NamedSharding(mesh, P(*axes)))
+
+    for axes, devices in (((), 1), (("data",), 2), ((("data", "fsdp"),), 8)):
+        traced = jax.jit(lambda x: x @ x.T).trace(row(*axes))
+        assert costs.devices_at_work(traced.jaxpr, (row(*axes),)) == devices

@@ -136,6 +136,39 @@ def test_an_axis_may_take_a_part_of_a_torus_side(monkeypatch):
     assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
 
 
+class FakeTpu:
+    """A chip of one of several slices, as a topology has it."""
+
+    platform = "tpu"
+
+    def __init__(self, number, slices):
+        self.id, self.slice_index = number, number * slices // 8
+        self.process_index = self.slice_index
+
+
+def test_slices_need_an_axis_of_their_own_and_no_other_size():
+    chips = [FakeTpu(number, 2) for number in range(8)]
+    for spec, said in {
+        "data:-1,fsdp:2": "expected dcn_data:2 too, for 2 slices, got none",
+        "dcn_data:4,data:-1": "expected dcn_data:2, one a slice, got 4",
+        "dcn_data:2,fsdp:3": "it needs 6 devices, there are 8",
+    }.items():
+        with pytest.raises(ValueError, match=f"^mesh {spec!r}: {said}"):
+            training.make_mesh(spec, devices=chips)
+
+
+def test_gradients_alone_cross_between_slices():
+    mesh = training.make_mesh("fsdp:-1,dcn_data:2")
+    assert dict(mesh.shape) == {"dcn_data": 2, "fsdp": 4, "data": 1, "tensor": 1}
+    layout = training.BatchLayout(mesh)
+    assert (layout.pieces, layout.share) == (8, (0, 1))
+    # A copy of the model on each slice: no leaf is split over the slow axis.
+    state = training.TrainState.abstract({"kernel": jnp.ones((8, 8))}, optax.sgd(1.0), mesh=mesh)
+    specs = [leaf.sharding.spec for leaf in jax.tree.leaves(state)]
+    assert P("fsdp", None) in specs
+    assert not any("dcn_data" in spec for spec in specs)
+
+
 def _compiled_step(mesh, **biases):
     config = models.DecoderConfig(
         vocab_size=64,
