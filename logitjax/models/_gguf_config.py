@@ -4,6 +4,7 @@ from typing import Any
 
 from logitjax.models._config import DecoderConfig, RopeScaling
 from logitjax.models._gguf import GgufSource
+from logitjax.storage import guard
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "gpt2")
 
@@ -26,26 +27,31 @@ def gguf_config(source: GgufSource) -> tuple[DecoderConfig, str]:
             raise ValueError(f"{source.path}: metadata {architecture}.{key} is missing")
         return value
 
+    def size(key: str, default: int | None = None) -> int:
+        value = need(key) if default is None else get(key, default)
+        most = guard.LIMITS.layers if key == "block_count" else guard.LIMITS.width
+        return guard.whole(
+            value, f"{source.path}: metadata {architecture}.{key}", least=1, most=most
+        )
+
     names = source.names()
     if "token_embd.weight" not in names:
         raise ValueError(f"{source.path}: tensor 'token_embd.weight' is missing")
     vocab_size = source.shape("token_embd.weight")[0]
-    hidden, heads, layers = (
-        int(need(k)) for k in ("embedding_length", "attention.head_count", "block_count")
-    )
+    hidden, heads, layers = map(size, ("embedding_length", "attention.head_count", "block_count"))
     epsilon = "layer_norm_epsilon" if architecture == "gpt2" else "layer_norm_rms_epsilon"
     eos = source.metadata("tokenizer.ggml.eos_token_id")
-    head_dim = int(get("attention.key_length", hidden // heads))
+    head_dim = size("attention.key_length", hidden // heads)
     common: dict[str, Any] = {
         "vocab_size": vocab_size,
         "hidden_size": hidden,
-        "intermediate_size": int(need("feed_forward_length")),
+        "intermediate_size": size("feed_forward_length"),
         "num_layers": layers,
         "num_heads": heads,
-        "num_kv_heads": int(get("attention.head_count_kv", heads)),
+        "num_kv_heads": size("attention.head_count_kv", heads),
         "head_dim": head_dim,
         "family": "gemma3_text" if architecture == "gemma3" else architecture,
-        "max_length": int(need("context_length")),
+        "max_length": size("context_length"),
         "norm_eps": float(need(f"attention.{epsilon}")),
         "rope_theta": float(get("rope.freq_base", 10_000.0)),
         "rope_scaling": _rope_scaling(source, get),
@@ -58,7 +64,7 @@ def gguf_config(source: GgufSource) -> tuple[DecoderConfig, str]:
         "mlp_bias": "blk.0.ffn_up.bias" in names,
         "qk_norm": "blk.0.attn_q_norm.weight" in names,
     }
-    rotary = int(get("rope.dimension_count", head_dim))
+    rotary = size("rope.dimension_count", head_dim)
     if rotary != head_dim:
         common["rotary_dim"] = rotary
     window = get("attention.sliding_window")

@@ -7,6 +7,8 @@ something else than its configuration asks for is worse than none.
 from collections.abc import Mapping
 from typing import Any
 
+from logitjax.storage import guard
+
 _COMMON: dict[str, Any] = {
     "num_hidden_layers": 32,
     "num_attention_heads": 32,
@@ -218,12 +220,14 @@ class Fields:
         return self.raw.get(key, self._defaults[key]) if key in self._defaults else None
 
     def wrong(self, key: str, expected: str) -> ValueError:
-        return ValueError(f"{self.where}: {key}: expected {expected}, got {self[key]!r}")
+        return ValueError(f"{self.where}: {key}: expected {expected}, got {guard.short(self[key])}")
 
     def integer(self, key: str, least: int = 1) -> int:
         value = self.number(key)
-        if value != int(value) or value < least:
-            raise self.wrong(key, f"an integer of at least {least}")
+        # A billion of layers is a list of a billion before any weight is missed.
+        most = guard.LIMITS.layers if "layer" in key else guard.LIMITS.width
+        if not least <= value <= most or value != int(value):
+            raise self.wrong(key, f"an integer from {least} to {most}")
         return int(value)
 
     def number(self, key: str) -> float:

@@ -20,7 +20,7 @@ from logitjax.models._gguf_config import gguf_config, is_rope_tensor
 from logitjax.models._hf_config import config_from_hf
 from logitjax.models._tiny import tiny_config, tiny_decoder, tiny_seed
 from logitjax.models._weight_map import Path, TensorSpec, gguf_tensors, hf_tensors
-from logitjax.storage import hub_snapshot, package_file, read_json
+from logitjax.storage import guard, hub_snapshot, package_file, read_json
 from logitjax.storage.weights import SafetensorsSource
 
 # Buffers that old checkpoints carry and nothing reads.
@@ -67,13 +67,20 @@ def load_config(spec: str) -> DecoderConfig:
     if tiny_seed(spec) is not None:
         return tiny_config()
     path = find_checkpoint(spec)
-    return _directory_config(path) if path.is_dir() else gguf_config(GgufSource(path))[0]
+    return _directory_config(path) if path.is_dir() else _gguf_config(GgufSource(path))[0]
 
 
 def _directory_config(path: epath.Path) -> DecoderConfig:
-    config = config_from_hf(read_json(path / "config.json"), where=str(path / "config.json"))
+    file = path / "config.json"
+    with guard.naming(file):
+        config = config_from_hf(read_json(file, form=dict), where=str(file))
     ends = end_ids(path)
     return config if ends is None else dataclasses.replace(config, eos_ids=ends)
+
+
+def _gguf_config(source: GgufSource) -> tuple[DecoderConfig, str]:
+    with guard.naming(source.path):
+        return gguf_config(source)
 
 
 def load_sampling(spec: str) -> dict[str, float]:
@@ -158,7 +165,7 @@ def load_model(
         tensors = hf_tensors(config)
     else:
         source = GgufSource(path)
-        config, architecture = gguf_config(source)
+        config, architecture = _gguf_config(source)
         tensors = gguf_tensors(config, architecture)
     return build_decoder(
         config,
@@ -195,12 +202,13 @@ def build_decoder(
     **options: Any,
 ) -> Decoder:
     """A decoder whose parameters come from ``source`` by the map ``tensors``."""
+    # First: layers that no tensor backs shall not be traced, one by one.
+    tensors = _resolve_names(tensors, source, config, where)
     abstract = nnx.eval_shape(
         lambda: Decoder(config, rngs=nnx.Rngs(0), param_dtype=param_dtype, **options)
     )
     graphdef, state = nnx.split(abstract)
     shapes = nnx.to_pure_dict(state)
-    tensors = _resolve_names(tensors, source, config, where)
     pieces = _pieces(tensors, source, shapes, config, options["layout"], where)
 
     def build(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:

@@ -10,13 +10,17 @@ from logitjax.models._gguf import GgufSource
 from logitjax.models._load import find_checkpoint
 from logitjax.models._tiny import tiny_seed
 from logitjax.models._tokenizer import Tokenizer
-from logitjax.storage import read_json, require
+from logitjax.storage import guard, read_json, require
 
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+
+
+# Every way to split a token is tried.
+_LONGEST_TOKEN = 256
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
@@ -28,7 +32,12 @@ def load_tokenizer(spec: str) -> Tokenizer:
     if tiny_seed(spec) is not None:
         return byte_tokenizer()
     path = find_checkpoint(spec)
-    return _from_directory(path) if path.is_dir() else _from_gguf(GgufSource(path))
+    if not path.is_dir():
+        source = GgufSource(path)
+        with guard.naming(path, "a tokenizer"):
+            return _from_gguf(source)
+    with guard.naming(path, "a tokenizer"):
+        return _from_directory(path)
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -65,24 +74,26 @@ def _from_directory(path: epath.Path) -> Tokenizer:
     if not file.exists():
         raise ValueError(f"{file}: no such file")
     tokenizers = require("tokenizers", extra="models")
-    try:
-        backend = tokenizers.Tokenizer.from_str(file.read_text())
-    except Exception as error:
-        raise ValueError(f"{file}: not a tokenizer ({error})") from None
+    with guard.naming(file, "a tokenizer"):
+        content = guard.read_text(file, most=guard.LIMITS.tokenizer_bytes)
+        backend = tokenizers.Tokenizer.from_str(content)
     settings = {}
     if (path / "tokenizer_config.json").exists():
-        settings = read_json(path / "tokenizer_config.json")
+        settings = read_json(path / "tokenizer_config.json", form=dict)
     texts = _special_texts(path, settings)
     ids = {}
     for name in ("bos", "eos", "pad"):
         text = texts.get(f"{name}_token")
         ids[name] = None if text is None else backend.token_to_id(text)
     if (path / "config.json").exists():
-        config = read_json(path / "config.json")
+        config = read_json(path / "config.json", form=dict)
         for name, known in ids.items():
             fallback = config.get(f"{name}_token_id")
             if known is None and fallback is not None:
-                ids[name] = fallback[0] if isinstance(fallback, list) else fallback
+                one = fallback[0] if isinstance(fallback, list) and fallback else fallback
+                field = f"{path / 'config.json'}: {name}_token_id"
+                # -1 is a habit of old files.
+                ids[name] = None if one == -1 else guard.whole(one, field, most=guard.LIMITS.width)
     return Tokenizer(
         backend,
         bos_id=ids["bos"],
@@ -109,7 +120,8 @@ def _chat_template(path: epath.Path, settings: Mapping[str, Any]) -> str | dict[
     folder = path / "additional_chat_templates"
     if folder.exists():
         files |= {file.stem: file for file in sorted(folder.glob("*.jinja"))}
-    found = {name: file.read_text() for name, file in files.items() if file.exists()}
+    most = guard.LIMITS.template_bytes
+    found = {n: guard.read_text(file, most=most) for n, file in files.items() if file.exists()}
     if found:
         return found["default"] if list(found) == ["default"] else found
     template = settings.get("chat_template")
@@ -192,6 +204,8 @@ def _sentencepiece(source: GgufSource, tokens: list[str], types: list[int]) -> A
         raise ValueError(f"{source.path}: metadata tokenizer.ggml.scores is missing")
     vocab = {t: i for i, t in enumerate(tokens)}
     merges = []
+    longest = max(map(len, tokens), default=0)
+    guard.whole(longest, "tokenizer.ggml.tokens: longest token", most=_LONGEST_TOKEN)
     for token, score, kind in zip(tokens, scores, types):
         if kind not in (1, 4) or len(token) < 2:
             continue

@@ -114,7 +114,7 @@ def whole(value: Any, field: str, *, least: int = 0, most: int = 1 << 62) -> int
         value = int(value)
     if type(value) is not int or not least <= value <= most:
         raise ValueError(
-            f"{field}: expected a whole number from {least} to {most}, got {_short(value)}"
+            f"{field}: expected a whole number from {least} to {most}, got {short(value)}"
         )
     return value
 
@@ -126,7 +126,7 @@ def shape_of(value: Any, field: str) -> tuple[int, ...]:
         ValueError: It is something else; names the field.
     """
     if not isinstance(value, list | tuple) or len(value) > 32:
-        raise ValueError(f"{field}: expected at most 32 sizes, got {_short(value)}")
+        raise ValueError(f"{field}: expected at most 32 sizes, got {short(value)}")
     shape = tuple(whole(size, field) for size in value)
     # Numpy counts even where a size is nought.
     whole(math.prod(size or 1 for size in shape), field, most=1 << 58)
@@ -140,7 +140,7 @@ def fits(shape: tuple[int, ...], itemsize: int, have: int, field: str) -> None:
         ValueError: Names the field.
     """
     if math.prod(shape) * itemsize != have:
-        raise ValueError(f"{field}: {have} bytes, which is not its shape {_short(shape)}")
+        raise ValueError(f"{field}: {have} bytes, which is not its shape {short(shape)}")
 
 
 def apart(spans: Iterable[tuple[int, int, str]]) -> None:
@@ -166,7 +166,7 @@ def inside(directory: epath.PathLike, name: Any, field: str) -> epath.Path:
     root = epath.Path(directory)
     parts = re.split(r"[/\\]", name) if isinstance(name, str) else [".."]
     if ".." in parts or not parts[0] or ":" in parts[0] or "\0" in str(name) or parts == ["."]:
-        raise ValueError(f"{field}: expected a file's name in {root}, got {_short(name)}")
+        raise ValueError(f"{field}: expected a file's name in {root}, got {short(name)}")
     path = root / name
     if "://" not in os.fspath(path) and path.exists():
         # The cache of Hugging Face's hub links from snapshots/REVISION to blobs beside it.
@@ -175,7 +175,7 @@ def inside(directory: epath.PathLike, name: Any, field: str) -> epath.Path:
         if os.path.basename(os.path.dirname(home)) == "snapshots":
             homes.append(os.path.join(os.path.dirname(os.path.dirname(home)), "blobs"))
         if not any(real.startswith(place + os.sep) for place in homes):
-            raise ValueError(f"{field}: {_short(name)} links to a file outside of {root}")
+            raise ValueError(f"{field}: {short(name)} links to a file outside of {root}")
         plain_file(path)
     return path
 
@@ -256,7 +256,7 @@ def read_json(path: str | os.PathLike[str], *, form: type | tuple[type, ...] = o
     except ValueError as error:
         raise ValueError(f"{epath.Path(path)}: not valid JSON ({one_line(error)})") from None
     if not isinstance(found, form):
-        raise ValueError(f"{epath.Path(path)}: expected {_form_name(form)}, got {_short(found)}")
+        raise ValueError(f"{epath.Path(path)}: expected {_form_name(form)}, got {short(found)}")
     return found
 
 
@@ -266,7 +266,8 @@ def _form_name(form: type | tuple[type, ...]) -> str:
     return " or ".join(names.get(one, one.__name__) for one in forms)
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """What an error says of a value: one line, not for long."""
     # Of a list of a million lists not even the text should be made.
     if isinstance(value, dict | list) and len(value) > 8:
         return f"{type(value).__name__} of {len(value)}"
