@@ -223,6 +223,9 @@ def read_picture(path: epath.Path) -> Any:
 
     with guard.naming(path, "an image"), path.open("rb") as file:
         guard.plain_file(path)
+        # Pillow knows two of the formats only once their modules are there.
+        require("PIL.MpoImagePlugin", extra="vision")
+        require("PIL.WebPImagePlugin", extra="vision")
         # Other formats are large surfaces: Pillow runs Ghostscript for PostScript in a .png.
         picture = Image.open(file, formats=_FORMATS)
         width, height = picture.size

@@ -1,5 +1,6 @@
 """Tokenizers from tokenizer.json or rebuilt from GGUF metadata."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ _LLAMA3 = (
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 
 
+_LARGE_ID = re.compile(r":\s*(\d{8,})")
 # Every way to split a token is tried.
 _LONGEST_TOKEN = 256
 
@@ -76,6 +78,9 @@ def _from_directory(path: epath.Path) -> Tokenizer:
     tokenizers = require("tokenizers", extra="models")
     with guard.naming(file, "a tokenizer"):
         content = guard.read_text(file, most=guard.LIMITS.tokenizer_bytes)
+        # The library makes a place for every id up to the largest.
+        if found := _LARGE_ID.search(content):
+            raise ValueError(f"id: expected less than 10,000,000, got {found[1][:40]}")
         backend = tokenizers.Tokenizer.from_str(content)
     settings = {}
     if (path / "tokenizer_config.json").exists():
@@ -127,6 +132,10 @@ def _chat_template(path: epath.Path, settings: Mapping[str, Any]) -> str | dict[
     template = settings.get("chat_template")
     if isinstance(template, list):
         template = {entry["name"]: entry["template"] for entry in template}
+    texts = template.items() if isinstance(template, dict) else [("default", template)]
+    if not all(isinstance(part, str) for entry in texts for part in entry if part is not None):
+        field = f"{path / 'tokenizer_config.json'}: chat_template"
+        raise ValueError(f"{field}: expected a text, or texts by name, got {guard.short(template)}")
     return template
 
 

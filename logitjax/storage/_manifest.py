@@ -79,7 +79,8 @@ class Manifest:
         try:
             record = read_json(path, form=dict)
             held, version = record.pop("kind"), record.pop("format")
-            dict(record["made_from"])
+            if not isinstance(record["made_from"], dict):
+                raise TypeError("made_from is no object")
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(
                 f"{path} is damaged ({guard.one_line(error)}); delete {root} and let it be "

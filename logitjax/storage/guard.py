@@ -59,7 +59,7 @@ class Limits:
     free_expansion: int = 1 << 26
     layers: int = 10_000
     width: int = 1 << 24
-    pixels: int = 1 << 26
+    pixels: int = 50_000_000
     template_bytes: int = 1 << 18
     text: int = 1 << 25
     seconds: float = 5.0

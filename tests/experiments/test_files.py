@@ -1,0 +1,33 @@
+"""A share of the damaged files that `benchmark files` reads, without a process of their own."""
+
+import pytest
+
+from experiments.benchmarks import _files_worker, files
+from experiments.benchmarks._files_kinds import KINDS
+
+# Models and heads are compiled for.
+QUICK = sorted(set(KINDS) - {"model", "model, gguf", "head"})
+
+
+@pytest.fixture(scope="module")
+def watch():
+    return _files_worker.Watch()
+
+
+@pytest.mark.parametrize("kind", QUICK)
+def test_a_damaged_file_loads_or_ends_in_one_line(kind, tmp_path, watch, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for number in range(KINDS[kind].count - 5, KINDS[kind].count):
+        row = _files_worker.read(kind, number, tmp_path, watch)
+        assert not files.is_wrong(row), row
+
+
+@pytest.mark.slow
+def test_the_smoke_scale_of_the_benchmark_meets_its_bars(tmp_path):
+    from experiments.benchmarks import _suite
+
+    options = _suite.Options(directory=tmp_path, scale="smoke", only="safetensors,gzip")
+    result = files.run(options)
+    assert all(bar.met for bar in result.bars)
+    again = files.run(options)
+    assert again.rows == result.rows
