@@ -88,7 +88,7 @@ def test_missing_file_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"tokenizer\.json: no such file"):
         load_tokenizer(str(tmp_path))
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"tokenizer\.json: not a tokenizer"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json: cannot be read as a tokenizer"):
         load_tokenizer(str(tmp_path))
 
 
