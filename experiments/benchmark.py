@@ -26,6 +26,9 @@ _REPEATS = flags.DEFINE_integer(
 _ONLY = flags.DEFINE_string(
     "only", "", "Parts of a benchmark that has some: areas of mutations, with commas between them."
 )
+_TEMPLATES = flags.DEFINE_string(
+    "templates", None, "Folder of archives with chat templates, for compatibility."
+)
 _WORKDIR = flags.DEFINE_string("workdir", "runs/benchmarks", "Results go to WORKDIR/NAME.")
 _PAGE = flags.DEFINE_bool(
     "page", False, "Print what WORKDIR holds as the sections of docs/benchmarks.md, and stop."
@@ -107,6 +110,7 @@ def main(argv: Sequence[str]) -> None:
             scale=_SCALE.value,
             repeats=_REPEATS.value,
             only=_ONLY.value,
+            templates=None if _TEMPLATES.value is None else Path(_TEMPLATES.value),
         )
         result = module.run(options)
         print(f"\n## {name}\n\n{_suite.write(name, result, options)}", flush=True)

@@ -20,13 +20,15 @@ from experiments.shared.report import bar, markdown_table
 class Options:
     """Where results go, and how long a benchmark may take: ``scale`` is ``smoke`` or ``full``.
 
-    ``only`` names parts of a benchmark that has some, with commas between them.
+    ``only`` names parts of a benchmark that has some, with commas between them; ``templates`` is a
+    folder of archives with chat templates.
     """
 
     directory: Path
     scale: str = "full"
     repeats: int = 5
     only: str = ""
+    templates: Path | None = None
 
     @property
     def smoke(self) -> bool:

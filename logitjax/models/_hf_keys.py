@@ -101,7 +101,8 @@ READ: dict[str, dict[str, Any]] = {
         "pad_token_id": 32_000,
     },
     "gemma2": _GEMMA2,
-    "gemma3_text": _GEMMA2
+    # transformers heeds no attn_logit_softcapping here.
+    "gemma3_text": {k: v for k, v in _GEMMA2.items() if k != "attn_logit_softcapping"}
     | {
         "vocab_size": 262_208,
         "max_position_embeddings": 131_072,
@@ -109,7 +110,6 @@ READ: dict[str, dict[str, Any]] = {
         "rope_local_base_freq": 10_000.0,
         "sliding_window_pattern": 6,
         "final_logit_softcapping": None,
-        "attn_logit_softcapping": None,
     },
     "gpt2": {
         "vocab_size": 50_257,
@@ -168,7 +168,7 @@ _HARMLESS_OF: dict[str, set[str]] = {
     "qwen2": {"attention_bias"},
     "phi3": {"attention_bias"},
     # Read under the name hidden_activation.
-    "gemma2": {"hidden_act"},
+    "gemma2": {"hidden_act", "sliding_window_size"},
     "gemma3_text": {"hidden_act"},
     # Windows are read where there are any.
     "llama": {"max_window_layers", "use_sliding_window"},

@@ -39,6 +39,9 @@ def rope_settings(fields: Fields, family: str, head_dim: int) -> dict[str, Any]:
         if _kind(inner) != "default":
             raise fields.wrong("rope_parameters", "no scaling of layers with a window")
         _check(inner, "default", fields)
+        if "type" in given and "rope_type" not in given:
+            # transformers takes it for no scaling at all.
+            raise fields.wrong("rope_scaling", "its kind under the name rope_type")
         local = _number(inner, "rope_theta", fields, fields["rope_local_base_freq"])
         given = dict(parameters.get("full_attention") or {}) | given
     elif {"full_attention", "sliding_attention"} & set(parameters):

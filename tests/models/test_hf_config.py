@@ -1,6 +1,7 @@
 """What a config.json means: defaults of transformers, and nothing that is not understood."""
 
 import json
+import pathlib
 
 import jax
 import numpy as np
@@ -68,6 +69,8 @@ def test_a_layer_type_is_needed_where_no_window_is():
     ("name", "change", "message"),
     [
         ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True is"),
+        ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0 is not known"),
+        ("gemma3", {"rope_scaling": {"type": "yarn"}}, "its kind under the name rope_type"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx="),
         ("gpt2", {"add_cross_attention": True}, "add_cross_attention=True is not known of gpt2"),
         ("smollm2", {"sliding_window": 5}, "sliding_window=5 is not known of llama"),
@@ -155,3 +158,12 @@ def test_steps_beyond_the_original_length_turn_all_keys_as_a_long_sequence_does(
 
     ours, whole = steps(state)
     np.testing.assert_allclose(ours, whole, rtol=1e-5, atol=1e-5)
+
+
+def test_published_configurations_parse_and_come_back_the_same():
+    file = pathlib.Path(__file__).parents[2] / "experiments/benchmarks/published_configs.json"
+    published = json.loads(file.read_text())
+    assert len(published) >= 30
+    for name, entry in published.items():
+        config = config_from_hf(entry["config"], where=name)
+        assert config_from_hf(config_to_hf(config)) == config, name
