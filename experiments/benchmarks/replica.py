@@ -55,7 +55,7 @@ def run(options: _suite.Options) -> _suite.Result:
         f"--data={'text:LICENSE' if smoke else 'tfds:wiki_summaries'}",
         f"--seq_len={32 if smoke else 128}",
         f"--batch_size={2 if smoke else 8}",
-        f"--eval_rows={4 if smoke else 128}",
+        f"--eval_rows={4 if smoke else 96}",
         "--learning_rate=3e-3",
     ]
     _untaught(root / "untaught", width=width, layers=layers, seed=0)
@@ -63,13 +63,13 @@ def run(options: _suite.Options) -> _suite.Result:
         "distill",
         f"--student={root}/untaught",
         "--loss=sft",
-        f"--steps={3 if smoke else 1500}",
+        f"--steps={3 if smoke else 800}",
         f"--out={root}/teacher",
         *training,
     )
     teacher = root / "teacher" / "model"
     taught = _scores(root / "teacher")
-    steps = f"--steps={3 if smoke else 600}"
+    steps = f"--steps={3 if smoke else 300}"
     mixed = ("--loss=kl:0.9", "--loss=sft:0.1", f"--cache_top_k={16 if smoke else 64}")
     arms = ARMS[:1] if smoke else ARMS
     found: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
