@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from logitjax.storage import may_pass, write_atomic
+from logitjax.storage import may_pass, progress, write_atomic
 
 Task = TypeVar("Task")
 
@@ -70,6 +70,7 @@ def first_before_others(name: str) -> Iterator[None]:
 def _outcome_of_first(name: str) -> Iterator[None]:
     """Tells all processes how the body ended on process 0; a failure there is one everywhere."""
     first, failed = jax.process_index() == 0, None
+    progress.mark(name)
     try:
         yield
     except Exception as error:

@@ -252,6 +252,23 @@ def test_slurm():
     assert re.fullmatch(r"TERM@\d{3}", directives["signal"])
 
 
+@pytest.mark.parametrize(
+    ("status", "restarts", "queued"),
+    [(0, "0", False), (2, "0", False), (75, "0", True), (143, "19", True), (75, "20", False)],
+)
+def test_slurm_queues_again_what_was_interrupted(tmp_path, status, restarts, queued):
+    for tool, does in {"srun": f"exit {status}", "scontrol": f'echo "$@" >{tmp_path}/said'}.items():
+        (tmp_path / tool).write_text(
+            f'#!/bin/sh\ntest "$LOGITJAX_RUN" = slurm-7 || exit 99\n{does}\n'
+        )
+        (tmp_path / tool).chmod(0o755)
+    variables = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": restarts}
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    call("slurm.sbatch", "train", code=status, PATH=path, **variables)
+    assert (tmp_path / "said").exists() == queued
+    assert not queued or (tmp_path / "said").read_text() == "requeue 7\n"
+
+
 @pytest.mark.parametrize("path", JOBSETS, ids=lambda path: path.name)
 def test_jobset(path):
     (jobset,) = yaml.safe_load_all(path.read_text())

@@ -22,8 +22,8 @@ _ROOT = Path(__file__).parents[2]
 # Without any progress for so long a run ends, and may take so much longer to do so.
 _LIMIT, _MORE = 40.0, 30.0
 _PHASES = {
-    "pack": "/packed",
-    "source": "/source",
+    "pack": "/packed/",
+    "source": "/source/",
     "restore": "/checkpoints/",
     "first step": "/metrics.jsonl",
     "save": "/checkpoints/",
@@ -84,7 +84,8 @@ def _start(workdir: str, log: Path, **variables: str) -> subprocess.Popen:
 
 
 def _run(case: _Case, directory: Path, library: Path, store: Store) -> dict[str, Any]:
-    name = "-".join(str(part) for part in dataclasses.astuple(case)).replace(" ", "_")
+    words = (case.kind, "in", case.phase, "of", case.process, "store" if case.store else "disk")
+    name = "-".join(words).replace(" ", "_")
     log, fired = directory / f"{name}.log", directory / f"{name}.fired"
     workdir = f"gs://bucket/{name}" if case.store else str(directory / name)
     known = store.variables() if case.store else {}
@@ -145,7 +146,9 @@ def run(options: _suite.Options) -> _suite.Result:
     library = _library(directory)
     if library is None:
         return _suite.Result(rows=[{"skipped": "a C compiler on Linux is needed"}])
-    cases = _cases()
+    # `--only=save,source` for some phases.
+    wanted = tuple(filter(None, options.only.split(","))) or tuple(_PHASES)
+    cases = [case for case in _cases() if case.phase in wanted]
     if options.smoke:
         cases = [_Case("save", "ENOSPC", "1"), _Case("source", "EIO", "0")]
     store = Store()

@@ -3,7 +3,8 @@
     python -m experiments.plan --experiment=graph_fusion --preset=paper --chip=v5p:4x4x8
     python -m experiments.plan --experiment=graph_fusion --preset=paper --chip=h100 \
         --mesh=data:1,fsdp:32,tensor:2
-    python -m experiments.plan --experiment=graph_fusion --chip=v5p:4x4x8 --slices=2
+    python -m experiments.plan --experiment=graph_fusion --chip=v5p:4x4x8 --slices=2 \
+        -- --accumulate=1
     python -m experiments.plan --command=convert-head --chip=v5e:2x2 -- --model=DIR --data=text:FILE
 
 For TPUs the real compiler compiles ahead of time, on any machine, TPU or not (the extra `plan`,
@@ -177,15 +178,26 @@ def _versions(chip: chips.Chip) -> str:
 
 
 def plans(
-    experiment: str, preset: str, chip: chips.Chip, *, mesh: str = "", every: bool = False
+    experiment: str,
+    preset: str,
+    chip: chips.Chip,
+    *,
+    arguments: Sequence[str] = (),
+    mesh: str = "",
+    every: bool = False,
 ) -> Iterator[Plan]:
-    """The main program of a preset, or all that the experiment names, one after another."""
+    """The main program of a preset, or all that the experiment names, one after another.
+
+    The arguments are flags of the experiment, which override the preset.
+    """
     settings = importlib.import_module(f"experiments.{experiment}.config")
     module = importlib.import_module(f"experiments.{experiment}.programs")
     if preset not in settings.PRESETS:
         raise ValueError(f"preset: expected one of {', '.join(settings.PRESETS)}, got {preset!r}")
-    config = settings.Config(**settings.PRESETS[preset])
-    names = {"experiment": experiment, "preset": preset}
+    values = cli.define_flags(settings.Config, settings.PRESETS)
+    rest = values([experiment, f"--preset={preset}", *arguments])[1:]
+    config = cli.config_from_flags(settings.Config, settings.PRESETS, values, rest)
+    names = {"experiment": experiment, "preset": " ".join([preset, *arguments])}
     yield from _plans_of(module.programs, config, chip, mesh=mesh, every=every, **names)
 
 
@@ -310,6 +322,7 @@ def markdown(found: Sequence[Plan]) -> str:
                 "devices": plan.devices,
                 "TFLOP": plan.flops / 1e12,
                 "seconds, at least": _seconds(plan),
+                "leaves a slice": f"{plan.crossing / _GIB:.3g} GiB" if plan.between_calls else "-",
                 "collectives of a device: GiB in calls": ", ".join(kinds) or "none",
             }
         )
@@ -356,8 +369,6 @@ def _main(argv: Sequence[str]) -> None:
             raise ValueError(
                 f"experiment: expected one of {', '.join(EXPERIMENTS)}, or a --command that trains"
             )
-        if argv[1:] and values.command is None:
-            raise ValueError(f"unexpected argument {argv[1]!r}")
         chip = chips.parse_chip(
             values.chip or EXPERIMENTS.get(values.experiment, "v5e:2x2"), values.slices
         )
@@ -371,7 +382,7 @@ def _main(argv: Sequence[str]) -> None:
         if values.command:
             found = command_plans(values.command, argv[1:], chip, **options)
         else:
-            found = plans(values.experiment, values.preset, chip, **options)
+            found = plans(values.experiment, values.preset, chip, arguments=argv[1:], **options)
         for plan in found:
             print(report(plan), flush=True)
             keep(plan, workdir)
@@ -393,7 +404,9 @@ if __name__ == "__main__":
     flags.DEFINE_string(
         "command", None, "Command that trains, such as convert-head; its flags follow after --."
     )
-    flags.DEFINE_string("preset", "paper", "Preset of the experiment.")
+    flags.DEFINE_string(
+        "preset", "paper", "Preset of the experiment; its own flags, after --, override it."
+    )
     flags.DEFINE_string("mesh", None, "Axes and sizes of the mesh, in place of the preset's.")
     flags.DEFINE_string(
         "chip",

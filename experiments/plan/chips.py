@@ -71,6 +71,8 @@ def prepare(chip: Chip, mesh: str) -> None:
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+        # Kernels of this machine's CPU have no place in the program.
+        os.environ["LOGITJAX_NATIVE"] = "0"
         return
     count = chip.count
     if not count:

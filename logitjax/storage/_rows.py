@@ -16,7 +16,7 @@ from absl import logging
 from etils import epath
 from tqdm import tqdm
 
-from logitjax.storage import guard
+from logitjax.storage import guard, progress
 from logitjax.storage._digest import digest
 from logitjax.storage._files import write_atomic
 from logitjax.storage._manifest import Manifest
@@ -244,6 +244,7 @@ class RowCache:
                 "%s: %d rows to read, %.1f MB (all %d rows: %.1f MB)",
                 *(label, count, count * megabytes, len(wanted), len(wanted) * megabytes),
             )
+        progress.mark(f"reading rows of {label or self.directory}")
         with tqdm(total=count, desc=label, unit=" rows", disable=None) as bar:
             done = 0
             for part in todo:

@@ -194,7 +194,7 @@ def _is_ours(found: Any) -> bool:
 
 def _write(store: Any, run: str, generation: bytes) -> bytes | None:
     """Writes over this generation; the new one, or None where it is another by now."""
-    written = store.write("lock", _owner(run), if_equal=generation).result()
+    written = store.write("lock", _owner(run), if_equal=generation).result(timeout=_BEAT_SECONDS)
     # What was not written comes back with no generation.
     return written.generation or None
 

@@ -1,6 +1,7 @@
 """Flags to dataclass: presets, overrides, and a workdir that keeps its configuration."""
 
 import dataclasses
+import errno
 import subprocess
 import sys
 
@@ -118,3 +119,52 @@ def test_bad_input_is_one_line_that_names_the_culprit(tmp_path, arguments, culpr
     assert len(errors) == 1
     assert culprit in errors[0]
     assert "Traceback" not in done.stderr
+
+
+@pytest.fixture
+def ended(monkeypatch):
+    """What the process would have ended with."""
+
+    def leave(cause, status):
+        print(f"error: {cause}", file=sys.stderr)
+        raise SystemExit(status)
+
+    monkeypatch.setattr(cli.training.distributed, "leave", leave)
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), 75),
+        (ValueError("rate: expected less"), 2),
+    ],
+)
+@pytest.mark.usefixtures("ended")
+def test_an_error_is_one_line_and_its_status_says_whether_to_start_again(
+    tmp_path, capsys, error, status
+):
+    def run(config, workdir):
+        raise error
+
+    run.__module__ = __name__
+    with pytest.raises(SystemExit) as stop:
+        cli.main(Config, PRESETS, run, program="toy", arguments=[f"--workdir={tmp_path}"])
+    assert stop.value.code == status
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {error} (details: {tmp_path}/error.txt)")
+    assert type(error).__name__ in (tmp_path / "error.txt").read_text()
+    assert not (tmp_path / "lock").exists()
+
+
+@pytest.mark.usefixtures("ended")
+def test_a_disk_that_takes_no_details_does_not_hide_the_first_error(tmp_path, capsys):
+    def run(config, workdir):
+        (workdir / "error.txt").mkdir()
+        raise OSError(errno.EIO, "Input/output error")
+
+    run.__module__ = __name__
+    with pytest.raises(SystemExit) as stop:
+        cli.main(Config, PRESETS, run, program="toy", arguments=[f"--workdir={tmp_path}"])
+    assert stop.value.code == 75
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: [Errno 5] Input/output error; this may pass")
