@@ -33,7 +33,7 @@ _PASSING = {
 }
 # Orbax and tensorstore say what happened in the text of a ValueError.
 _SAID = re.compile(
-    r"\b(?:UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|DATA_LOSS)\b"
+    r"\b(?:UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED)\b"
     r"|No space left on device|Input/output error|Read-only file system|Disk quota exceeded"
     r"|Stale file handle|Connection (?:refused|reset|timed out|closed)|Transport endpoint"
     r"|\bHTTP(?: response code:| status|/[\d.]+)? ?(?:408|429|5\d\d)\b"

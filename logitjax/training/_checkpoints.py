@@ -6,7 +6,7 @@ import dataclasses
 import json
 import logging as python_logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -267,40 +267,33 @@ class Checkpointer:
 
     def _read(self, state: Any, step: int) -> Restored:
         self._manager.wait_until_finished()
-        said: str | None = None
-        mismatch: str | None = None
-        read: Any = None
-        # Failing reads leave asyncio tasks behind, which complain at length.
-        asyncio_log = python_logging.getLogger("asyncio")
-        level = asyncio_log.level
-        asyncio_log.setLevel(python_logging.CRITICAL + 1)
-        try:
+        wanted = _nested(jax.tree.map(_abstract, state))
+        mismatch: list[str | None] = []
+        read: list[Any] = []
+
+        def look() -> None:
             self._check_sizes(step)
-            wanted = _nested(jax.tree.map(_abstract, state))
-            mismatch = _mismatch(wanted, self._manager.item_metadata(step)["state"].tree)
-            if mismatch is None:
-                read = self._manager.restore(
-                    step,
-                    args=ocp.args.Composite(
-                        state=ocp.args.StandardRestore(wanted),
-                        meta=_MetaRestore(),
-                    ),
-                )
-        except Exception as error:
-            said = f"{type(error).__name__}: {str(error).splitlines()[0]}"[:200]
-        finally:
-            asyncio_log.setLevel(level)
-        if not _all_processes(said is None):
-            raise _UnreadableError(said or "another process could not read it")
-        if mismatch is not None:
-            raise ValueError(f"checkpoint {step} in {self.directory}: {mismatch}")
-        leaves = [_lookup(read["state"], path) for path in _paths(state)]
+            stored = self._manager.item_metadata(step)["state"].tree
+            mismatch.append(_mismatch(wanted, stored))
+
+        def restore() -> None:
+            state_args = ocp.args.StandardRestore(wanted)
+            args = ocp.args.Composite(state=state_args, meta=_MetaRestore())
+            read.append(self._manager.restore(step, args=args))
+
+        # All look before any restores: orbax has them meet in there.
+        _reading(look)
+        if mismatch[0] is not None:
+            raise ValueError(f"checkpoint {step} in {self.directory}: {mismatch[0]}")
+        _reading(restore)
+        (found,) = read
+        leaves = [_lookup(found["state"], path) for path in _paths(state)]
         restored = jax.tree.unflatten(jax.tree.structure(state), leaves)
-        expected = read["meta"].get("checksums", {})
+        expected = found["meta"].get("checksums", {})
         for name, value in _Checksums(restored).wait().items():
             if expected.get(name) != value:
                 raise _UnreadableError(f"the checksum of {name!r} differs")
-        return Restored(restored, step, read["meta"].get("extra", {}))
+        return Restored(restored, step, found["meta"].get("extra", {}))
 
     def _record_sizes(self, steps: list[int]) -> None:
         if jax.process_index() != 0:
@@ -369,6 +362,31 @@ def _hold(state: Any) -> tuple[list[np.ndarray], Any] | None:
 
 class _UnreadableError(Exception):
     pass
+
+
+def _reading(work: Callable[[], None]) -> None:
+    """Reads on all processes, and fails on all where one could not.
+
+    A disk or a store that fails says nothing of the checkpoint: that is raised as it is, and of
+    several processes it ends all, for the others wait for this one.
+    """
+    said: str | None = None
+    # Failing reads leave asyncio tasks behind, which complain at length.
+    asyncio_log = python_logging.getLogger("asyncio")
+    level = asyncio_log.level
+    asyncio_log.setLevel(python_logging.CRITICAL + 1)
+    try:
+        work()
+    except Exception as error:
+        if may_pass(error):
+            if jax.process_count() > 1:
+                _watch.end(f"checkpoint: {' '.join(str(error).split())[:300]}")
+            raise
+        said = f"{type(error).__name__}: {str(error).splitlines()[0]}"[:200]
+    finally:
+        asyncio_log.setLevel(level)
+    if not _all_processes(said is None):
+        raise _UnreadableError(said or "another process could not read it")
 
 
 def _paths(tree: Any) -> list[str]:
