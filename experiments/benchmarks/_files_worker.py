@@ -1,6 +1,6 @@
 """Reads files in a process that may be killed: one line of JSON for each, on the output.
 
-python -m experiments.benchmarks._files_worker KIND DIRECTORY < numbers
+python -m experiments.benchmarks._files_worker DIRECTORY < kinds_and_numbers
 """
 
 import contextlib
@@ -96,6 +96,7 @@ def read(kind: str, number: int, home: Path, watch: Watch) -> dict[str, Any]:
     watch.seen.clear()
     shutil.rmtree(directory)
     return {
+        "kind": kind,
         "number": number,
         "fate": fate,
         "text": text[:300],
@@ -105,18 +106,21 @@ def read(kind: str, number: int, home: Path, watch: Watch) -> dict[str, Any]:
     }
 
 
-def main(kind: str, home: str) -> None:
-    """Reads files of the numbers on the input, written into a directory."""
+def main(home: str) -> None:
+    """Reads files, `[kind, number]` a line of the input, written into a directory."""
     warnings.simplefilter("ignore")
     watch = Watch()
     with contextlib.suppress(ValueError):
         resource.setrlimit(resource.RLIMIT_AS, (_ADDRESS_SPACE, _ADDRESS_SPACE))
-    # What is loaded the first time for all files does not count for one.
-    with contextlib.suppress(Exception):
-        read(kind, KINDS[kind].count - 1, Path(home), watch)
+    known = set()
     for line in sys.stdin:
-        print(json.dumps(read(kind, int(line), Path(home), watch)), flush=True)
+        kind, number = json.loads(line)
+        if kind not in known:
+            # What is loaded the first time for all files does not count for one.
+            read(kind, KINDS[kind].warm, Path(home), watch)
+            known.add(kind)
+        print(json.dumps(read(kind, number, Path(home), watch)), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2])
+    main(sys.argv[1])

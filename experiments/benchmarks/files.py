@@ -30,45 +30,49 @@ _MEGABYTES = 200.0
 # Spread over the whole run: a few bombs, and others.
 _SMOKE = 12
 # Files of a part, which is what a kill of the whole can cost.
-_PART = 500
+_PART = 50
+_ROUNDS = 20
+_FILES = {"smoke": _SMOKE * len(KINDS), "full": 100_000}
 
 
-def read_files(kind: str, numbers: list[int]) -> Iterator[dict[str, Any]]:
-    """What came of files of a kind, one by one; those that had to be killed are `killed`."""
-    left = collections.deque(numbers)
+def read_files(wanted: list[tuple[str, int]]) -> Iterator[dict[str, Any]]:
+    """What came of files `(kind, number)`, one by one; those that had to be killed are `killed`."""
+    left = collections.deque(wanted)
     # In memory where that is to be had: a hundred thousand small files.
     memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
     while left:
         with tempfile.TemporaryDirectory(dir=memory, prefix="logitjax-files-") as home:
-            yield from _read_until_it_dies(kind, home, left)
+            yield from _read_until_it_dies(home, left)
 
 
 def _read_until_it_dies(
-    kind: str, home: str, left: collections.deque[int]
+    home: str, left: collections.deque[tuple[str, int]]
 ) -> Iterator[dict[str, Any]]:
     worker = subprocess.Popen(
-        [sys.executable, "-m", "experiments.benchmarks._files_worker", kind, home],
+        [sys.executable, "-m", "experiments.benchmarks._files_worker", home],
         cwd=Path(__file__).parents[2],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     )
+    last = ""
     with worker, cast(IO[str], worker.stdin) as asked, cast(IO[str], worker.stdout) as answers:
-        # The first answer takes as long as Python's imports and the making of bombs.
-        patience = 300.0
         while left and worker.poll() is None:
-            asked.write(f"{left[0]}\n")
+            kind, number = left[0]
+            # The first of a kind takes as long as imports and the making of bombs.
+            patience = 3 * _SECONDS if kind == last else 300.0
+            asked.write(json.dumps([kind, number]) + "\n")
             asked.flush()
             ready, _, _ = select.select([answers], [], [], patience)
             line = answers.readline() if ready else ""
+            left.popleft()
             if not line:
-                fate = "died" if ready else "killed"
                 worker.kill()
-                row = {"number": left.popleft(), "fate": fate, "text": fate, "ran": []}
+                fate = "died" if ready else "killed"
+                row = {"kind": kind, "number": number, "fate": fate, "text": fate, "ran": []}
                 yield row | {"seconds": patience, "over": 0}
                 return
-            patience = 3 * _SECONDS
-            left.popleft()
+            last = kind
             yield json.loads(line)
 
 
@@ -89,37 +93,51 @@ def table_row(kind: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def run(options: _suite.Options) -> _suite.Result:
     """Runs the kinds asked for, all if none is named."""
-    wanted = [kind for kind in KINDS if not options.only or kind in options.only]
-    table, notes = [], []
-    for kind in wanted:
-        rows = _rows_of(kind, options)
-        table.append(table_row(kind, rows))
-        notes += [{"kind": kind} | row for row in rows if is_wrong(row)]
-        print(json.dumps(table[-1]), flush=True)
-    write_atomic(options.directory / "wrong.json", json.dumps(notes, indent=1) + "\n")
+    home = options.directory / "parts" / options.scale
+    kinds = [kind for kind in KINDS if not options.only or kind in options.only]
+    done = [row for path in sorted(home.glob("*.json")) for row in json.loads(path.read_text())]
+    known = {(row["kind"], row["number"]) for row in done}
+    numbers = {
+        kind: numbers_of(kind, _SMOKE if options.smoke else KINDS[kind].count) for kind in kinds
+    }
+    # In rounds of a twentieth of each kind, so that a run that was ended has seen them all.
+    wanted = [
+        (kind, number)
+        for turn in range(_ROUNDS)
+        for kind in kinds
+        for number in numbers[kind][_share(numbers[kind], turn) : _share(numbers[kind], turn + 1)]
+    ]
+    fresh = read_files([file for file in wanted if file not in known])
+    for kind, rows in itertools.groupby(fresh, key=lambda row: row["kind"]):
+        while part := list(itertools.islice(rows, _PART)):
+            name = f"{kind.replace(', ', '-').replace(' ', '-')}-{part[0]['number']:06d}.json"
+            write_atomic(home / name, json.dumps(part) + "\n")
+            done += part
+        print(f"{kind}: {sum(row['kind'] == kind for row in done)} files", flush=True)
+    asked = set(wanted)
+    return report([row for row in done if (row["kind"], row["number"]) in asked], options)
+
+
+def _share(numbers: list[int], turn: int) -> int:
+    return len(numbers) * turn // _ROUNDS
+
+
+def report(rows: list[dict[str, Any]], options: _suite.Options) -> _suite.Result:
+    """The table and the bars, and the files that did what none may in `wrong.json`."""
+    wrong = [row for row in rows if is_wrong(row)]
+    write_atomic(options.directory / "wrong.json", json.dumps(wrong, indent=1) + "\n")
+    kinds = list(dict.fromkeys(row["kind"] for row in rows))
+    table = [table_row(kind, [row for row in rows if row["kind"] == kind]) for kind in kinds]
     worst = {key: max(row[key] for row in table) for key in list(table[0])[4:]}
     memory = "most memory over 1.3 x tensors, MB"
     bars = [
-        _suite.Bar(name="files", value=sum(row["files"] for row in table), limit=1, sense=">="),
+        _suite.Bar(name="files", value=len(rows), limit=_FILES[options.scale], sense=">="),
         _suite.Bar(name="neither loaded nor one line", value=worst["anything else"], limit=0),
         _suite.Bar(name="slowest, s", value=worst["slowest, s"], limit=_SECONDS),
         _suite.Bar(name=memory, value=worst[memory], limit=_MEGABYTES),
         _suite.Bar(name="code executed", value=worst["code executed"], limit=0),
     ]
     return _suite.Result(rows=table, bars=bars)
-
-
-def _rows_of(kind: str, options: _suite.Options) -> list[dict[str, Any]]:
-    """Rows of a kind from finished parts, and from files that are read now."""
-    home = options.directory / "parts" / f"{options.scale}-{kind.replace(', ', '-')}"
-    rows = [row for path in sorted(home.glob("*.json")) for row in json.loads(path.read_text())]
-    known = {row["number"] for row in rows}
-    count = _SMOKE if options.smoke else KINDS[kind].count
-    fresh = read_files(kind, [n for n in numbers_of(kind, count) if n not in known])
-    while part := list(itertools.islice(fresh, _PART)):
-        write_atomic(home / f"{part[0]['number']:06d}.json", json.dumps(part) + "\n")
-        rows += part
-    return rows
 
 
 def is_wrong(row: dict[str, Any]) -> bool:

@@ -26,7 +26,7 @@ class Limits:
     """The most that a file may ask for beside its tensors.
 
     The whole of it together takes less than 200 MB and ten seconds. Models with vocabularies of
-    half a million tokens stay within a half of each limit.
+    half a million tokens stay within each limit.
 
     Attributes:
         header_bytes: The header of a safetensors or GGUF file.
