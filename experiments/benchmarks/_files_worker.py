@@ -88,6 +88,8 @@ def read(kind: str, number: int, home: Path, watch: Watch) -> dict[str, Any]:
         named = rendering or str(directory) in text
         if "\n" in text or not named or "MemoryError" in text or "Unable to allocate" in text:
             fate = "wrong"
+    except KeyboardInterrupt:
+        raise
     except BaseException as error:  # PanicException of Rust is one
         fate, text = "wrong", f"{type(error).__name__}: {error}"
     seconds, watch.on = time.perf_counter() - start, False

@@ -11,6 +11,7 @@ that are missing.
 """
 
 import collections
+import contextlib
 import itertools
 import json
 import select
@@ -108,12 +109,14 @@ def run(options: _suite.Options) -> _suite.Result:
         for number in numbers[kind][_share(numbers[kind], turn) : _share(numbers[kind], turn + 1)]
     ]
     fresh = read_files([file for file in wanted if file not in known])
-    for kind, rows in itertools.groupby(fresh, key=lambda row: row["kind"]):
-        while part := list(itertools.islice(rows, _PART)):
-            name = f"{kind.replace(', ', '-').replace(' ', '-')}-{part[0]['number']:06d}.json"
-            write_atomic(home / name, json.dumps(part) + "\n")
-            done += part
-        print(f"{kind}: {sum(row['kind'] == kind for row in done)} files", flush=True)
+    # Ended by hand, it reports what it has read.
+    with contextlib.suppress(KeyboardInterrupt):
+        for kind, rows in itertools.groupby(fresh, key=lambda row: row["kind"]):
+            while part := list(itertools.islice(rows, _PART)):
+                name = f"{kind.replace(', ', '-').replace(' ', '-')}-{part[0]['number']:06d}.json"
+                write_atomic(home / name, json.dumps(part) + "\n")
+                done += part
+            print(f"{kind}: {sum(row['kind'] == kind for row in done)} files", flush=True)
     asked = set(wanted)
     return report([row for row in done if (row["kind"], row["number"]) in asked], options)
 
