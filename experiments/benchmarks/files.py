@@ -6,7 +6,7 @@
 A hundred thousand files, each made from its kind and its number: bombs written by hand first, then
 small files of the kind with seeded damage to bytes, to lengths, to the documents inside. A process
 reads them one after another. It is killed, and begun again behind the file, where one takes longer
-than ten seconds. Finished parts lie in WORKDIR/files/parts, and the same command goes on with those
+than two minutes. Finished parts lie in WORKDIR/files/parts, and the same command goes on with those
 that are missing.
 """
 
@@ -61,7 +61,7 @@ def _read_until_it_dies(
         while left and worker.poll() is None:
             kind, number = left[0]
             # The first of a kind takes as long as imports and the making of bombs.
-            patience = 3 * _SECONDS if kind == last else 300.0
+            patience = 12 * _SECONDS if kind == last else 300.0
             asked.write(json.dumps([kind, number]) + "\n")
             asked.flush()
             ready, _, _ = select.select([answers], [], [], patience)
@@ -86,7 +86,7 @@ def table_row(kind: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "loaded": fates["loaded"],
         "one-line errors": fates["error"],
         "anything else": len(rows) - fates["loaded"] - fates["error"],
-        "slowest, s": max(row["seconds"] for row in rows),
+        "slowest, CPU s": max(row["seconds"] for row in rows),
         "most memory over 1.3 x tensors, MB": max(row["over"] for row in rows) / 1e6,
         "code executed": sum(bool(row["ran"]) for row in rows),
     }
@@ -136,7 +136,7 @@ def report(rows: list[dict[str, Any]], options: _suite.Options) -> _suite.Result
     bars = [
         _suite.Bar(name="files", value=len(rows), limit=_FILES[options.scale], sense=">="),
         _suite.Bar(name="neither loaded nor one line", value=worst["anything else"], limit=0),
-        _suite.Bar(name="slowest, s", value=worst["slowest, s"], limit=_SECONDS),
+        _suite.Bar(name="slowest, CPU s", value=worst["slowest, CPU s"], limit=_SECONDS),
         _suite.Bar(name=memory, value=worst[memory], limit=_MEGABYTES),
         _suite.Bar(name="code executed", value=worst["code executed"], limit=0),
     ]

@@ -52,6 +52,7 @@ class SafetensorsSource:
                 names = {name for name in shards.values() if isinstance(name, str)}
                 if len(names) < len(set(map(str, shards.values()))):
                     raise ValueError("weight_map: expected files' names")
+                guard.whole(len(names), "weight_map: files", most=guard.LIMITS.shards)
                 files = [guard.inside(self.path, name, "weight_map") for name in sorted(names)]
             missing = [f.name for f in files if not f.exists()]
             if missing:
@@ -108,6 +109,8 @@ class SafetensorsSource:
         dtype = np.dtype(_DTYPES[dtype_name])
         first, last, _ = rows.indices(shape[0]) if shape else (0, 1, 1)
         stride = math.prod(shape[1:])
+        if not math.prod(shape):
+            return np.empty((max(0, last - first), *shape[1:]), dtype)
         with guard.naming(path, "safetensors"), path.open("rb") as opened:
             file = guard.Reader(opened)
             file.seek(offset + first * stride * dtype.itemsize)

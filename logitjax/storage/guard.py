@@ -37,6 +37,7 @@ class Limits:
         opcodes: Steps of a pickle.
         pickle_bytes: The pickle inside of a zip archive, without its tensors.
         members: Files in a zip archive.
+        shards: Files that an index of safetensors names.
         expansion: Times that compressed data may grow, beyond `free_expansion` bytes.
         free_expansion: Bytes that compressed data may always grow to.
         layers: Layers of a model.
@@ -55,6 +56,7 @@ class Limits:
     opcodes: int = 200_000
     pickle_bytes: int = 1 << 25
     members: int = 100_000
+    shards: int = 4096
     expansion: int = 16
     free_expansion: int = 1 << 26
     layers: int = 10_000
