@@ -798,6 +798,17 @@ ELSEWHERE = {
         storage.ArrayCodec transport.Refinement
         leakage.Audit
         leakage.BudgetExhaustedError leakage.LogitPolicy""",
+    "tests/distillation/test_cross_tokenizer.py": """
+        distillation.Chunks distillation.ChunkScores distillation.ChunkTokens distillation.Matches
+        distillation.TeacherView distillation.TokenProjection distillation.TokenSet
+        distillation.Vocabularies distillation.align_chunks distillation.binarized_divergence
+        distillation.boundary_tokens distillation.chunk_hybrid distillation.chunk_hybrid_kl
+        distillation.chunk_log_likelihood distillation.chunk_projected_kl
+        distillation.chunk_scores distillation.common_tokens distillation.hybrid_logit_distance
+        distillation.likelihood_matching distillation.linear_chunk_loss
+        distillation.linear_likelihood distillation.linear_projected_kl_divergence
+        distillation.loudest_columns
+        distillation.projected_kl_divergence distillation.token_projection""",
     "a switch for a mesh or for nothing": """
         ops.neginf_to_zero ops.psum""",
     "modules, whose arrays go through the functions above": """
@@ -806,7 +817,7 @@ ELSEWHERE = {
         distillation.DualHead models.Decoder vision.CLIP vision.ImageClassifier
         vision.create_classifier""",
     "functions of functions, models, texts or files": """
-        distillation.aligned_value_and_grad distillation.align_positions
+        distillation.aligned_value_and_grad
         distillation.check_vocabularies distillation.distill distillation.hidden_states
         distillation.load_corpus distillation.loss_function distillation.make_student
         distillation.make_update distillation.pack_corpus distillation.parse_gld

@@ -44,6 +44,9 @@ class Config:
     tail_samples: int = field(
         0, "Number of tokens per position drawn from the others, for KL without bias."
     )
+    likelihoods: bool = field(
+        False, "Whether likelihoods of labels and of words' beginnings are kept, for alm."
+    )
     api_key: str | None = field(None, "Key of the server.")
     batch_size: int = field(4, "Number of rows read at once by a process.")
     dtype: Literal["float32", "bfloat16"] = field("float32", "Compute type.")
@@ -77,6 +80,7 @@ def run(config: Config, workdir: epath.Path) -> None:
         dtype=config.dtype,
         layout=config.layout,
         api_key=config.api_key,
+        losses=("alm",) if config.likelihoods else (),
     )
     tokenizer = models.load_tokenizer(config.student)
     packed = distillation.pack_corpus(reading, tokenizer, workdir / "data")
@@ -122,6 +126,7 @@ def _announce(
             positions=reading.seq_len - 1,
             k=reading.top_k,
             tail_samples=reading.tail_samples,
+            likelihoods=reading.likelihoods,
         )
         count = sum(map(len, rows.values()))
         logging.info(

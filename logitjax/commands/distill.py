@@ -9,7 +9,8 @@
 
 The student is pruned if you ask for it, the teachers read the text once, and the student learns
 from the text (`sft`) and from them: `kl`, `rkl` and `jsd` compare token by token and need one
-vocabulary, `uld` and `gld` need none. A pruned student without a `--teacher` learns from the model
+vocabulary; from another tokenizer learn `first_piece`, `pkl`, `hybrid`, `hkl`, `alm`, `mined`,
+`uld` and `gld` (docs/any_tokenizer.md). A pruned student without a `--teacher` learns from the model
 that it was cut from. OUT/model is then a Hugging Face directory, which transformers, vLLM and every
 other command here read; OUT/report.md says what the student was before and after, with curves and
 samples.
@@ -46,10 +47,13 @@ class Config:
     data: str = field(REQUIRED, "Text to learn from: text:PATH, jsonl:PATH or tfds:NAME.")
     on_error: Literal["raise", "skip"] = field("raise", "What happens at a malformed row.")
     loss: tuple[str, ...] = field(
-        ("sft:0.5", "kl:0.5"), "Loss and its weight, as NAME:WEIGHT: sft, kl, rkl, jsd, uld or gld."
+        ("sft:0.5", "kl:0.5"),
+        "Loss and its weight, as NAME:WEIGHT: sft, kl, rkl, jsd; across tokenizers first_piece, "
+        "pkl, hkl, hybrid, alm, mined, uld or gld.",
     )
     student_temperature: float = field(1.0, "Temperature of the student in kl, rkl and jsd.")
     teacher_temperature: float = field(1.0, "Temperature of the teachers there.")
+    alm_temperature: float = field(100.0, "Divides log-probabilities of chunks in alm.")
     graph: str = field("rank/row_sum/closed_form", "Graph of gld, as NODE/FEATURE/VALUE.")
     graph_top_k: int = field(10, "Number of logits that uld and gld look at.", minimum=1)
     drop_layers: int = field(0, "Number of layers to prune from the student first.", minimum=0)
@@ -142,6 +146,9 @@ def run(config: Config, out: epath.Path) -> None:
     )
     rows = [_whole_row(config, whole, corpus, course, mesh, out)] if config.prunes else []
     del whole
+    if jax.process_index() == 0 and (table := corpus.tokenizer_table()):
+        storage.write_atomic(out / "tokenizers.md", markdown_table(table) + "\n")
+        print(markdown_table(table))
     student = distillation.make_student(
         model,
         freeze=freeze,
@@ -219,6 +226,7 @@ def _reading(config: Config) -> distillation.Reading:
         dtype=config.dtype,
         layout=config.layout,
         api_key=config.api_key,
+        losses=tuple(name for name, _ in distillation.parse_terms(config.loss)),
     )
 
 
@@ -229,6 +237,7 @@ def _objective(config: Config) -> distillation.Objective:
         teachers=config.teacher_weight or (1.0,) * len(config.teachers),
         student_temperature=config.student_temperature,
         teacher_temperature=config.teacher_temperature,
+        alm_temperature=config.alm_temperature,
         graph=graph,
     )
 

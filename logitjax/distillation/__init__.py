@@ -1,6 +1,7 @@
 from logitjax.distillation._align_gradients import align_gradients as align_gradients
 from logitjax.distillation._align_gradients import aligned_value_and_grad as aligned_value_and_grad
-from logitjax.distillation._alignment import align_positions as align_positions
+from logitjax.distillation._alignment import Chunks as Chunks
+from logitjax.distillation._alignment import align_chunks as align_chunks
 from logitjax.distillation._binary_kl import binary_kl as binary_kl
 from logitjax.distillation._binary_kl import binary_kl_norm as binary_kl_norm
 from logitjax.distillation._corpus import Corpus as Corpus
@@ -32,16 +33,43 @@ from logitjax.distillation._knowledge_distillation import (
     knowledge_distillation as knowledge_distillation,
 )
 from logitjax.distillation._knowledge_distillation import standardize_logits as standardize_logits
+from logitjax.distillation._likelihood_matching import ChunkScores as ChunkScores
+from logitjax.distillation._likelihood_matching import TokenSet as TokenSet
+from logitjax.distillation._likelihood_matching import (
+    binarized_divergence as binarized_divergence,
+)
+from logitjax.distillation._likelihood_matching import boundary_tokens as boundary_tokens
+from logitjax.distillation._likelihood_matching import chunk_log_likelihood as chunk_log_likelihood
+from logitjax.distillation._likelihood_matching import chunk_scores as chunk_scores
+from logitjax.distillation._likelihood_matching import likelihood_matching as likelihood_matching
+from logitjax.distillation._likelihood_matching import linear_likelihood as linear_likelihood
 from logitjax.distillation._linear_graph_fusion import linear_graph_fusion as linear_graph_fusion
+from logitjax.distillation._matched_tokens import Matches as Matches
+from logitjax.distillation._matched_tokens import hybrid_logit_distance as hybrid_logit_distance
 from logitjax.distillation._objective import Objective as Objective
+from logitjax.distillation._objective import TeacherView as TeacherView
+from logitjax.distillation._objective import Vocabularies as Vocabularies
 from logitjax.distillation._objective import loss_function as loss_function
 from logitjax.distillation._objective import parse_gld as parse_gld
 from logitjax.distillation._objective import parse_terms as parse_terms
 from logitjax.distillation._objective import score_function as score_function
 from logitjax.distillation._objective import targets as targets
+from logitjax.distillation._projected_kl import (
+    linear_projected_kl_divergence as linear_projected_kl_divergence,
+)
+from logitjax.distillation._projected_kl import projected_kl_divergence as projected_kl_divergence
+from logitjax.distillation._projection import TokenProjection as TokenProjection
+from logitjax.distillation._projection import token_projection as token_projection
 from logitjax.distillation._prune import LayerPruning as LayerPruning
 from logitjax.distillation._prune import prune_layers as prune_layers
 from logitjax.distillation._prune import prune_width as prune_width
+from logitjax.distillation._released_forms import ChunkTokens as ChunkTokens
+from logitjax.distillation._released_forms import chunk_hybrid as chunk_hybrid
+from logitjax.distillation._released_forms import chunk_hybrid_kl as chunk_hybrid_kl
+from logitjax.distillation._released_forms import chunk_projected_kl as chunk_projected_kl
+from logitjax.distillation._released_forms import common_tokens as common_tokens
+from logitjax.distillation._released_forms import linear_chunk_loss as linear_chunk_loss
+from logitjax.distillation._released_forms import loudest_columns as loudest_columns
 from logitjax.distillation._student import Student as Student
 from logitjax.distillation._student import hidden_states as hidden_states
 from logitjax.distillation._student import make_student as make_student

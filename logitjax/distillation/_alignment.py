@@ -1,5 +1,6 @@
-"""Which positions of two tokenizations of one text have read the same prefix."""
+"""Where two tokenizations of one text meet: chunks that both cut alike, and shared starts."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -8,42 +9,71 @@ import numpy as np
 # More bytes than any text, and more turns than any document, in a packed row has.
 _TEXT_STRIDE = 1 << 28
 _TURN_STRIDE = 1 << 16
+# More special tokens than follow one another; the first of its numbers is text itself.
+_SPECIALS = 1 << 4
 
 
-def _starts(columns: Mapping[str, Any], lengths: np.ndarray, by: str) -> np.ndarray:
-    """For each token, its text and the byte of it where the token begins, as one key."""
-    tokens = np.asarray(columns["tokens"])
-    texts = np.asarray(columns["segment_ids"], np.int64)
-    sizes = lengths[np.clip(tokens, 0, len(lengths) - 1)]
-    begin = np.cumsum(sizes, axis=1) - sizes
-    first = np.asarray(columns["positions"]) == 0
-    if by == "turn":
-        learnt = np.asarray(columns["loss_mask"])
-        turns = learnt & ~np.pad(learnt, ((0, 0), (1, 0)))[:, :-1]
-        texts = texts * _TURN_STRIDE + np.cumsum(turns, axis=1) - _at_start(turns, first)
-        first = turns
-    origin = np.maximum.accumulate(np.where(first, begin, 0), axis=1)
-    return texts * _TEXT_STRIDE + begin - origin
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chunks:
+    """How the labels of our positions and of another tokenizer's lie over one another.
+
+    Position t predicts token t + 1, its label. A chunk is a stretch of text, as short as possible,
+    at whose ends both tokenizers end a token; or a special token that both have in one place. All
+    of its tokens are labels that count, on both sides.
+
+    Attributes:
+        ours: int32 `[rows, length - 1]`, the chunk of each of our labels, from 0 in every row; -1
+            for none.
+        theirs: The same of the other's labels.
+        our_sizes: int32 `[rows, length - 1]`, how many of our labels each chunk has; 0 beyond the
+            last chunk of a row.
+        their_sizes: How many of theirs.
+        starts: bool `[rows, length - 1]`, our positions whose label begins where one of theirs
+            does: both models have read the same text. Where the row ends inside a chunk, its start
+            is here all the same.
+        places: int `[rows, length - 1]`, the other's positions there; 0 elsewhere.
+    """
+
+    ours: np.ndarray
+    theirs: np.ndarray
+    our_sizes: np.ndarray
+    their_sizes: np.ndarray
+    starts: np.ndarray
+    places: np.ndarray
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Chunks of each row, `[rows]`."""
+        return (self.our_sizes > 0).sum(-1)
+
+    @property
+    def one_to_one(self) -> np.ndarray:
+        """Our positions whose label is a chunk alone, and one token on the other side too."""
+        single = (self.our_sizes == 1) & (self.their_sizes == 1)
+        return (self.ours >= 0) & np.take_along_axis(single, np.maximum(self.ours, 0), axis=1)
 
 
-def _at_start(turns: np.ndarray, first: np.ndarray) -> np.ndarray:
-    """How many turns the row had before each token's segment."""
-    return np.maximum.accumulate(np.where(first, np.cumsum(turns, axis=1) - turns, 0), axis=1)
-
-
-def align_positions(
+def align_chunks(
     ours: Mapping[str, Any],
     theirs: Mapping[str, Any],
     *,
     our_lengths: np.ndarray,
     their_lengths: np.ndarray,
+    our_prefix: int = 0,
+    their_prefix: int = 0,
     by: Literal["document", "turn"] = "document",
-) -> tuple[np.ndarray, np.ndarray]:
-    """For each of our positions, the position of another tokenizer that predicts from there on.
+) -> Chunks:
+    """Cut packed rows of two tokenizers where both end a token.
 
-    Position t predicts token t + 1. Two positions correspond where both predict a token that begins
-    at the same byte of the same document: both models have then read exactly the same text. Where
-    our token begins in the middle of one of theirs there is no such position.
+    Bytes are counted from the ids, never from text that is encoded again: sampled ids are often not
+    what their text encodes to. A chunk that the end of a row cuts short is left out, and so is one
+    that holds a token which is not to be predicted. Special tokens are of no bytes; they pair with
+    special tokens of the same place, in their order, so that stopping is taught.
+
+    ::
+
+        A, B = cumulative lengths of ours, of theirs;   cuts = A intersect B
+        chunk(t) = number of cuts below A[t]
 
     Args:
         ours: one tokenizer's columns of a packed batch (`tokens`, `segment_ids`, `positions`,
@@ -52,38 +82,143 @@ def align_positions(
         our_lengths: `[vocab]`, how many bytes of text each of our tokens stands for; 0 for
             special tokens.
         their_lengths: the same of the other vocabulary.
+        our_prefix: bytes that our tokenizer writes before a text (the space of Llama 2).
+        their_prefix: the same of the other's.
         by: what bytes are counted in: the document, or each learnt part of it, which is what
             conversations have in common that two chat templates spell differently.
 
     Returns:
-        `places` int `[rows, length - 1]`, an index into the other's positions (0 where there is
-        none), and `where` bool of the same shape: both are to be predicted and they correspond.
+        The `Chunks`.
 
     >>> columns = lambda tokens: {
-    ...     "tokens": np.array([tokens]), "segment_ids": np.ones((1, len(tokens)), int),
-    ...     "positions": np.arange(len(tokens))[None], "loss_mask": np.ones((1, len(tokens)), bool)}
-    >>> ours, theirs = columns([1, 1, 2, 1]), columns([2, 2, 1])   # tokens are their own lengths
-    >>> lengths = np.arange(3)
-    >>> places, where = align_positions(ours, theirs, our_lengths=lengths, their_lengths=lengths)
-    >>> places.tolist(), where.tolist()
-    ([[0, 0, 1]], [[False, True, True]])
+    ...     "tokens": np.array([[0, *tokens]]), "segment_ids": np.ones((1, 5), int),
+    ...     "positions": np.arange(5)[None], "loss_mask": np.arange(5)[None] > 0}
+    >>> lengths = np.arange(4)   # tokens are their own lengths, and 0 is special
+    >>> chunks = align_chunks(
+    ...     columns([1, 2, 1, 3]), columns([3, 1, 1, 2]), our_lengths=lengths, their_lengths=lengths
+    ... )
+    >>> chunks.ours.tolist(), chunks.theirs.tolist()
+    ([[0, 0, 1, 2]], [[0, 1, 2, 2]])
+
+    References:
+        Minixhofer et al., ALM (arXiv 2503.20083), whose chunks these are; TRL's GOLD trainer cuts
+        by bytes as well.
     """
-    mine, other = (
-        _starts(columns, lengths, by)[:, 1:]
-        for columns, lengths in ((ours, our_lengths), (theirs, their_lengths))
+    mine = _Side.of(ours, our_lengths, our_prefix, by)
+    other = _Side.of(theirs, their_lengths, their_prefix, by)
+    shape, their_shape = mine.learnt[:, 1:].shape, other.learnt[:, 1:].shape
+    chunk, their_chunk = np.full(shape, -1, np.int32), np.full(their_shape, -1, np.int32)
+    sizes, their_sizes = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    starts, places = np.zeros(shape, bool), np.zeros(shape, np.int64)
+    for row in range(len(chunk)):
+        a, b = mine.ends(row), other.ends(row)
+        cuts = np.intersect1d(a, b)
+        one, two = mine.chunks(row, a, cuts), other.chunks(row, b, cuts)
+        whole = mine.whole(row, one, len(cuts)) & other.whole(row, two, len(cuts))
+        number = np.append(np.where(whole, np.cumsum(whole) - 1, -1), -1)
+        chunk[row], their_chunk[row] = number[one][1:], number[two][1:]
+        count = int(whole.sum())
+        sizes[row, :count] = np.bincount(chunk[row][chunk[row] >= 0], minlength=count)
+        their_sizes[row, :count] = np.bincount(
+            their_chunk[row][their_chunk[row] >= 0], minlength=count
+        )
+        starts[row], places[row] = _shared_starts(mine, other, row)
+    return Chunks(
+        ours=chunk,
+        theirs=their_chunk,
+        our_sizes=sizes,
+        their_sizes=their_sizes,
+        starts=starts,
+        places=places,
     )
-    wanted = np.asarray(ours["loss_mask"])[:, 1:]
-    known = np.asarray(theirs["loss_mask"])[:, 1:]
-    places = np.zeros(mine.shape, np.int64)
-    where = np.zeros(mine.shape, bool)
-    for row in range(len(mine)):
-        # A special token has length 0 and shares its start with the next one: the last counts.
-        candidates = np.flatnonzero(known[row])
-        keys = other[row, candidates]
-        if not len(keys):
-            continue
-        slot = np.searchsorted(keys, mine[row], side="right") - 1
-        found = (slot >= 0) & (keys[np.maximum(slot, 0)] == mine[row])
-        places[row] = np.where(found, candidates[np.maximum(slot, 0)], 0)
-        where[row] = found & wanted[row]
-    return np.where(where, places, 0), where
+
+
+def _shared_starts(mine: "_Side", other: "_Side", row: int) -> tuple[np.ndarray, np.ndarray]:
+    wanted, keys = mine.learnt[row, 1:], mine.begins[row, 1:]
+    places = np.flatnonzero(other.learnt[row, 1:])
+    known = other.begins[row, 1:][places]
+    if not len(known):
+        return np.zeros_like(wanted), np.zeros(len(wanted), np.int64)
+    slot = np.minimum(np.searchsorted(known, keys), len(known) - 1)
+    found = wanted & (known[slot] == keys)
+    return found, np.where(found, places[slot], 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Side:
+    """One tokenizer's rows as numbers that ascend along each row.
+
+    Attributes:
+        begins: where a token begins: its text and the byte of it; of special tokens also which of
+            those at this byte it is.
+        finish: where it ends; of special tokens the same as `begins`.
+        special: of no bytes.
+        learnt: to be predicted.
+        counted: part of a text that both sides have.
+    """
+
+    begins: np.ndarray
+    finish: np.ndarray
+    special: np.ndarray
+    learnt: np.ndarray
+    counted: np.ndarray
+
+    @classmethod
+    def of(cls, columns: Mapping[str, Any], lengths: np.ndarray, prefix: int, by: str) -> "_Side":
+        tokens = np.asarray(columns["tokens"])
+        texts = np.asarray(columns["segment_ids"], np.int64)
+        learnt, counted = np.asarray(columns["loss_mask"]), texts > 0
+        sizes = lengths[np.clip(tokens, 0, len(lengths) - 1)]
+        first = np.asarray(columns["positions"]) == 0
+        if prefix:
+            text = counted & (sizes > 0)
+            before = np.cumsum(text, axis=1) - text
+            sizes = sizes - prefix * (text & (before == _since(before, first)))
+        begin = np.cumsum(sizes, axis=1) - sizes
+        if by == "turn":
+            turns = learnt & ~np.pad(learnt, ((0, 0), (1, 0)))[:, :-1]
+            number = np.cumsum(turns, axis=1)
+            texts = texts * _TURN_STRIDE + number - _since(number - turns, first)
+            first, counted = turns, learnt
+        begin = texts * _TEXT_STRIDE + begin - _since(begin, first)
+        special = sizes == 0
+        # Which of the special tokens at one byte: their run so far, which text interrupts.
+        run = np.cumsum(special, axis=1)
+        rank = run - _since(run - special, first | np.pad(~special, ((0, 0), (1, 0)))[:, :-1])
+        rank = np.minimum(rank, _SPECIALS - 1)
+        begins = begin * _SPECIALS + np.where(special, rank, 0)
+        finish = np.where(special, begins, (begin + sizes) * _SPECIALS)
+        # Text that begins where special tokens lie comes after them.
+        begins = np.where(special, begins, begins + _SPECIALS - 1)
+        return cls(begins, finish, special, learnt, counted)
+
+    def ends(self, row: int) -> np.ndarray:
+        """Where the row's tokens end that may end a chunk."""
+        special = self.special[row]
+        return self.finish[row][np.where(special, self.learnt[row], self.counted[row])]
+
+    def chunks(self, row: int, ends: np.ndarray, cuts: np.ndarray) -> np.ndarray:
+        """The cut at the end of each token's chunk; `len(cuts)` for none."""
+        out = np.full(self.finish.shape[1], len(cuts))
+        if not len(cuts):
+            return out
+        special = self.special[row]
+        mine = np.where(special, self.learnt[row], self.counted[row])
+        slot = np.searchsorted(cuts, ends)
+        known = cuts[np.minimum(slot, len(cuts) - 1)]
+        stride = _TEXT_STRIDE * _SPECIALS
+        # The next cut may be another text's; a special token is a chunk alone.
+        same = np.where(special[mine], known == ends, known // stride == ends // stride)
+        out[mine] = np.where((slot < len(cuts)) & same, slot, len(cuts))
+        return out
+
+    def whole(self, row: int, chunks: np.ndarray, count: int) -> np.ndarray:
+        """Which chunks hold nothing but tokens that are to be predicted."""
+        # The first token of a row has no position that predicts it.
+        known = self.learnt[row] & (np.arange(len(chunks)) > 0)
+        return np.bincount(chunks[~known], minlength=count + 1)[:count] == 0
+
+
+def _since(values: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """The value at the last place that was a first one; values never fall."""
+    return np.maximum.accumulate(np.where(first, values, 0), axis=1)

@@ -11,8 +11,10 @@ from etils import epath
 from jax.sharding import Mesh
 
 from logitjax import data, losses, models, training
-from logitjax.distillation._alignment import align_positions
-from logitjax.distillation._objective import Objective
+from logitjax.distillation._alignment import Chunks, align_chunks
+from logitjax.distillation._likelihood_matching import boundary_tokens, chunk_scores
+from logitjax.distillation._objective import PROJECTIONS, Objective, TeacherView, Vocabularies
+from logitjax.distillation._projection import prefix_bytes, token_projection
 from logitjax.distillation._teacher_cache import TeacherCache
 from logitjax.distillation._teachers import (
     Reader,
@@ -38,6 +40,8 @@ class Reading:
         dtype: Type that teachers compute in.
         layout: Layout of teachers.
         api_key: Key of servers.
+        losses: Losses that will learn from it, as `Objective` names them: those across tokenizers
+            need projections, and `alm` more of the teachers.
     """
 
     data: str
@@ -50,6 +54,12 @@ class Reading:
     dtype: str = "float32"
     layout: str = "listed"
     api_key: str | None = None
+    losses: tuple[str, ...] = ()
+
+    @property
+    def likelihoods(self) -> bool:
+        """Whether teachers keep likelihoods."""
+        return "alm" in self.losses
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -65,36 +75,60 @@ class Source:
         columns: Which tokenizer's columns of a batch it reads.
         packed: The rows.
         caches: By split.
+        vocabularies: How its vocabulary lies over the student's.
     """
 
     columns: str
     packed: data.PackedSplits
     caches: Mapping[str, TeacherCache]
+    vocabularies: Vocabularies = Vocabularies()  # noqa: RUF009
 
     @functools.cached_property
-    def _token_lengths(self) -> Mapping[str, np.ndarray]:
-        """Bytes of text that each token stands for, by columns."""
-        return {n: t.byte_lengths() for n, t in self.packed.tokenizers.items()}
+    def _spelling(self) -> Mapping[str, tuple[np.ndarray, int]]:
+        """Bytes of text that each token stands for, and those before a text, by columns."""
+        tokenizers = self.packed.tokenizers
+        return {n: (t.byte_lengths(), prefix_bytes(t)) for n, t in tokenizers.items()}
 
-    def statistics(self, split: str, batch: Mapping[str, Any]) -> tuple[Any, np.ndarray]:
-        """`losses.GraphStatistics` at the student's positions, and where there are any."""
+    def chunks(self, batch: Mapping[str, Any]) -> Chunks:
+        """How the student's tokens of a batch lie over the teacher's."""
+        ours, theirs = self.packed.names["pivot"], self.columns
+        (our_lengths, our_prefix), (their_lengths, their_prefix) = (
+            self._spelling[name] for name in (ours, theirs)
+        )
+        return align_chunks(
+            batch[ours],
+            batch[theirs],
+            our_lengths=our_lengths,
+            their_lengths=their_lengths,
+            our_prefix=our_prefix,
+            their_prefix=their_prefix,
+            by="turn" if self.packed.chat else "document",
+        )
+
+    def view(self, split: str, batch: Mapping[str, Any]) -> TeacherView:
+        """What the teacher says at the student's positions, and at which."""
         cache = self.caches[split]
         found = cache.read(batch["row"])
-        where = batch[self.columns]["loss_mask"][:, 1:]
-        ours = self.packed.names["pivot"]
-        if self.columns != ours:
-            places, where = align_positions(
-                batch[ours],
-                batch[self.columns],
-                our_lengths=self._token_lengths[ours],
-                their_lengths=self._token_lengths[self.columns],
-                by="turn" if self.packed.chat else "document",
-            )
-            rows = np.arange(len(places))[:, None]
-            found = {name: array[rows, places] for name, array in found.items()}
+        where = single = batch[self.columns]["loss_mask"][:, 1:]
+        said = {n: found.pop(n) for n in ("label", "boundary") if n in found}
+        chunks = None
+        if self.columns != self.packed.names["pivot"] or self.vocabularies.boundary is not None:
+            chunks = self.chunks(batch)
+        if self.columns != self.packed.names["pivot"]:
+            assert chunks is not None
+            where, single = chunks.starts, chunks.one_to_one
+            rows = np.arange(len(where))[:, None]
+            found = {name: array[rows, chunks.places] for name, array in found.items()}
         drawn = {n: found.pop(f"tail_{n}") for n in ("values", "indices") if f"tail_{n}" in found}
         tail = losses.TailSample(**drawn) if drawn else None
-        return losses.GraphStatistics(**found, tail=tail, vocab_size=cache.vocab_size), where
+        scores = None
+        if said and chunks is not None and self.vocabularies.boundary is not None:
+            labels = batch[self.columns]["tokens"][:, 1:]
+            lengths, _ = self._spelling[self.columns]
+            special = lengths[np.minimum(labels, len(lengths) - 1)] == 0
+            scores = chunk_scores(chunks, said, special=special)
+        statistics = losses.GraphStatistics(**found, tail=tail, vocab_size=cache.vocab_size)
+        return TeacherView(statistics, where, single, scores)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,12 +148,37 @@ class Corpus:
         name = self.packed.names["pivot"]
         return self.packed.tokenizers[name].byte_lengths()
 
+    def tokenizer_table(self, rows: int = 64) -> list[dict[str, Any]]:
+        """Of each teacher of another tokenizer: projections, and how much of the text meets.
+
+        Args:
+            rows: Training rows that are looked at.
+        """
+        ours, out = self.packed.names["pivot"], []
+        split = self.packed.splits["train"]
+        batch = split.rows(np.arange(min(rows, len(split))))
+        wanted = batch[ours]["loss_mask"][:, 1:].sum()
+        for name, source in self.sources.items():
+            if source.columns == ours:
+                continue
+            chunks = source.chunks(batch)
+            meets = {
+                "teacher": name,
+                "chunks 1:1 %": 100 * float(_single_share(chunks)),
+                "labels in 1:1 %": 100 * float(chunks.one_to_one.sum() / wanted),
+                "labels in chunks %": 100 * float((chunks.ours >= 0).sum() / wanted),
+                "starts shared %": 100 * float(chunks.starts.sum() / wanted),
+            }
+            found = source.vocabularies.projections.values()
+            out += [meets | projection.summary() for projection in found] or [meets]
+        return out
+
     def batch(self, split: str, rows: Mapping[str, Any], *, taught: bool) -> dict[str, Any]:
         """The student's columns of some rows, with what the teachers say if that is wanted."""
         batch: dict[str, Any] = {"pivot": dict(self.packed.columns(rows, "pivot"))}
         if taught:
             batch["sources"] = {
-                name: source.statistics(split, rows) for name, source in self.sources.items()
+                name: source.view(split, rows) for name, source in self.sources.items()
             }
         return batch
 
@@ -137,9 +196,15 @@ class Corpus:
             labels = np.minimum(batch["pivot"]["tokens"][:, 1:], len(self._label_bytes) - 1)
             batch["bytes"] = self._label_bytes[labels].astype(np.int32)
             if first is not None and first.columns == self.packed.names["pivot"]:
-                statistics, _ = first.statistics(split, held)
+                statistics = first.view(split, held).statistics
                 batch["teacher"] = dataclasses.replace(statistics, tail=None)
             yield batch
+
+
+def _single_share(chunks: Chunks) -> float:
+    """The share of chunks that are one token on both sides."""
+    single = (chunks.our_sizes == 1) & (chunks.their_sizes == 1)
+    return single.sum() / max(chunks.counts.sum(), 1)
 
 
 def pack_corpus(
@@ -172,12 +237,17 @@ def check_vocabularies(
             if needs and packed.names[name] != packed.names["pivot"]:
                 raise ValueError(
                     f"loss {needs!r} needs one vocabulary, but teacher {spec!r} has another "
-                    "tokenizer than the student; use uld, or uld and gld"
+                    "tokenizer than the student; use first_piece, or alm, or uld"
                 )
             if "gld" in objective.weights and spec.startswith("api:"):
                 raise ValueError(
                     f"loss 'gld' needs the mean and deviation of all logits, which teacher "
                     f"{spec!r} does not say; use kl or uld"
+                )
+            if "alm" in objective.weights and spec.startswith("api:"):
+                raise ValueError(
+                    f"loss 'alm' needs the log-probability of every label, which teacher {spec!r} "
+                    "is not asked for; use first_piece or kl"
                 )
 
 
@@ -216,11 +286,32 @@ def load_corpus(
                 rows=rows,
                 k=reading.top_k,
                 tail_samples=0 if kind == "api" else reading.tail_samples,
+                likelihoods=reading.likelihoods,
                 batch_size=reading.batch_size,
                 directory=directory / name,
             )
-        found[name] = Source(columns, packed, caches)
+        if reading.likelihoods and not all(c.identity.likelihoods for c in caches.values()):
+            raise ValueError(
+                f"teacher {spec!r}: expected a cache with likelihoods for the loss 'alm', got one "
+                "without: write it with --likelihoods"
+            )
+        found[name] = Source(
+            columns, packed, caches, _vocabularies(reading, packed, columns, directory)
+        )
     return Corpus(packed=packed, sources=found)
+
+
+def _vocabularies(
+    reading: Reading, packed: data.PackedSplits, columns: str, directory: epath.Path
+) -> Vocabularies:
+    ours, theirs = (packed.tokenizers[n] for n in (packed.names["pivot"], columns))
+    rules = dict.fromkeys(PROJECTIONS[name] for name in reading.losses if name in PROJECTIONS)
+    return Vocabularies(
+        projections={
+            rule: token_projection(ours, theirs, rule=rule, directory=directory) for rule in rules
+        },
+        boundary=boundary_tokens(ours) if reading.likelihoods else None,
+    )
 
 
 def visited_rows(
@@ -283,7 +374,12 @@ def _reader(
     load = functools.partial(_load, reading, spec)
     if spec in known:
         load = functools.partial(known.get, spec)
-    return model_reader(load, k=reading.top_k, tail_samples=reading.tail_samples)  # type: ignore
+    return model_reader(
+        load,  # type: ignore
+        k=reading.top_k,
+        tail_samples=reading.tail_samples,
+        likelihoods=reading.likelihoods,
+    )
 
 
 def _load(reading: Reading, spec: str) -> tuple[models.Decoder, models.Tokenizer]:

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,16 @@ from jax.sharding import Mesh
 
 from logitjax import decoding, losses, models, processes, training
 from logitjax.distillation._corpus import Corpus, Reading
-from logitjax.distillation._objective import Objective, loss_function, score_function
+from logitjax.distillation._likelihood_matching import ChunkScores, TokenSet
+from logitjax.distillation._objective import (
+    PROJECTIONS,
+    Objective,
+    TeacherView,
+    Vocabularies,
+    loss_function,
+    score_function,
+)
+from logitjax.distillation._projection import TokenProjection
 from logitjax.distillation._student import Student, make_student
 
 
@@ -79,7 +88,7 @@ def make_update(
     student: Student,
     objective: Objective,
     course: Course,
-    sources: tuple[str, ...],
+    sources: Mapping[str, Vocabularies] | Sequence[str],
     *,
     mesh: Mesh,
 ) -> tuple[optax.GradientTransformation, training.TrainStep]:
@@ -120,15 +129,20 @@ def update_program(
         **options: For `make_student`.
     """
     made: list[Student] = []
+    sizes: list[int] = []
 
     def build() -> tuple[Any, Any]:
-        made.append(make_student(model(), **options))
+        decoder = model()
+        sizes.append(decoder.config.vocab_size)
+        made.append(make_student(decoder, **options))
         return made[0].trained, made[0].frozen
 
     trained, frozen = jax.eval_shape(build)
     student = Student(graphdef=made[0].graphdef, trained=trained, frozen=frozen)
     names = reading.names if objective.taught else ()
-    tx, step = make_update(student, objective, course, names, mesh=mesh)
+    # Of another vocabulary nothing is known here: as large as the student's, token by token.
+    sources = dict.fromkeys(names, _same_vocabulary(sizes[0]))
+    tx, step = make_update(student, objective, course, sources, mesh=mesh)
     rules, sharding = models.DECODER_RULES, training.BatchLayout(mesh).sharding
 
     def rows(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
@@ -146,7 +160,11 @@ def update_program(
             mean=mean,
             std=std,
         )
-        batch["sources"] = dict.fromkeys(names, (said, rows(jnp.bool_, length - 1)))
+        places, ids = rows(jnp.bool_, length - 1), rows(jnp.int32, length - 1)
+        chunks = None
+        if "alm" in objective.weights:
+            chunks = ChunkScores(ids=ids, ends=ids, scores=log_z, where=places)
+        batch["sources"] = dict.fromkeys(names, TeacherView(said, places, places, chunks))
     state = training.TrainState.abstract(trained, tx, mesh=mesh, rules=rules)
     placed = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
@@ -154,6 +172,15 @@ def update_program(
         rules.shardings(frozen, mesh),
     )
     return training.Program(name=name, jitted=step, arguments=(state, batch, placed))
+
+
+def _same_vocabulary(size: int) -> Vocabularies:
+    ids = np.arange(size, dtype=np.int32)[:, None]
+    one = TokenProjection(ids=ids, weights=np.ones(ids.shape, np.float32), size=size)
+    return Vocabularies(
+        projections=dict.fromkeys(PROJECTIONS.values(), one),
+        boundary=TokenSet(np.ones(size, bool)),
+    )
 
 
 class Scorer:
@@ -238,7 +265,7 @@ def train_student(
     Returns:
         The `Trained`.
     """
-    sources = tuple(corpus.sources) if objective.taught else ()
+    sources = {n: s.vocabularies for n, s in corpus.sources.items()} if objective.taught else {}
     tx, step = make_update(student, objective, course, sources, mesh=mesh)
     scorer = Scorer(student, corpus, course, mesh=mesh) if scorer is None else scorer
     frozen = models.DECODER_RULES.place(student.frozen, mesh)

@@ -5,11 +5,11 @@ and what the teachers say comes from their caches.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from logitjax import losses, ops
@@ -20,14 +20,66 @@ from logitjax.distillation._graph_fusion import (
     graph_fusion_objective,
 )
 from logitjax.distillation._graph_on_logits import GraphConfig
+from logitjax.distillation._likelihood_matching import (
+    ChunkScores,
+    Likelihood,
+    TokenSet,
+    likelihood_matching,
+    linear_likelihood,
+)
+from logitjax.distillation._matched_tokens import Matches, hybrid_logit_distance, with_rest
+from logitjax.distillation._projected_kl import linear_projected_kl_divergence, project_top_k
+from logitjax.distillation._projection import Members, Rule, TokenProjection
 from logitjax.distillation._student import Student, hidden_states
 
 # Those that compare token by token need one vocabulary.
 _SAME_VOCABULARY = ("kl", "rkl", "jsd", "dual")
-TERMS: tuple[str, ...] = ("sft", *_SAME_VOCABULARY, "uld", "gld")
+# Those that see another vocabulary through a projection, and its rule.
+PROJECTIONS: dict[str, Rule] = {
+    "first_piece": "first_piece",
+    "pkl": "spread",
+    "mined": "edit_distance",
+    "hybrid": "exact",
+    "hkl": "exact",
+}
+TERMS: tuple[str, ...] = ("sft", *_SAME_VOCABULARY, "uld", "gld", *PROJECTIONS, "alm")
 
 # What a cache holds of one teacher.
 CachedTeacher = tuple[ops.TopK, losses.TailSample | None]
+
+
+class TeacherView(NamedTuple):
+    """What one teacher says of a batch, at the student's positions.
+
+    Attributes:
+        statistics: `losses.GraphStatistics` of its next token.
+        where: Positions where both have read the same text and predict from there.
+        single: Those of them whose label is one token on both sides; None for all.
+        chunks: The `ChunkScores` of `alm`; None for none.
+    """
+
+    statistics: Any
+    where: Any
+    single: Any = None
+    chunks: Any = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Vocabularies:
+    """How a teacher's vocabulary lies over the student's.
+
+    Attributes:
+        projections: By their rule.
+        boundary: The student's tokens that begin a word, for `alm`.
+    """
+
+    projections: Mapping[str, TokenProjection] = dataclasses.field(default_factory=dict)
+    boundary: TokenSet | None = None
+
+    @functools.cached_property
+    def matches(self) -> Matches:
+        """The tokens that both have."""
+        return Matches.of(self.projections["exact"])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,6 +93,20 @@ class Objective:
         uld   universal logit distance                gld   graph-on-logits distillation
         dual  the KL norm of dual-head distillation, on a second head
 
+    Teachers of other tokenizers::
+
+        first_piece  KL over the teacher's vocabulary, where each token of the student is the first
+                     piece that the teacher cuts it into
+        pkl          the same, where it is spread over its pieces (X-Token)
+        hybrid       JSD of common tokens and the sorted distance of others (GOLD)
+        hkl          KL of common tokens and the sorted distance of others (X-Token)
+        alm          approximate likelihood matching of chunks of text
+        mined        KL by the nearest spelling, cross-entropy where tokens do not meet (MinED)
+
+    Each of these, `uld` and `gld` is a mean over what it sees: positions where both have read the
+    same text (`first_piece`, `pkl`), those whose label is one token on both sides (`hybrid`,
+    `hkl`), chunks (`alm`). `seen/NAME` in the metrics is how large a share of the text that is.
+
     `kl`, `rkl` and `jsd` know the teacher's top logits and the mass of all others, which is one
     bucket (or what was drawn from it, where the cache has draws: then `kl` is unbiased). At a
     temperature other than 1 that mass is not known: then they compare the top logits alone.
@@ -50,7 +116,9 @@ class Objective:
         teachers: Weights of the teachers, divided by their sum.
         student_temperature: Divides the student's logits in `kl`, `rkl` and `jsd`.
         teacher_temperature: Divides the teachers'.
-        beta: Share of the teacher in the mixture of `jsd`.
+        beta: Share of the teacher in the mixture of `jsd` and `hybrid`.
+        alm_temperature: Divides log-probabilities of chunks in `alm`, whose divergence is
+            multiplied by it.
         graph: Graph of `gld`; `uld` compares as many ranks.
 
     >>> objective = Objective(terms=parse_terms(["sft:0.5", "kl:0.5"]), teachers=(1.0, 3.0))
@@ -63,6 +131,7 @@ class Objective:
     student_temperature: float = 1.0
     teacher_temperature: float = 1.0
     beta: float = 0.5
+    alm_temperature: float = 100.0
     graph: GraphConfig = GraphConfig()  # noqa: RUF009
 
     def __post_init__(self) -> None:
@@ -103,6 +172,11 @@ class Objective:
         return next((name for name, _ in self.terms if name in _SAME_VOCABULARY), None)
 
     @property
+    def rules(self) -> tuple[str, ...]:
+        """The projections that it needs."""
+        return tuple(dict.fromkeys(PROJECTIONS[n] for n in self.weights if n in PROJECTIONS))
+
+    @property
     def fusion(self) -> GraphFusionConfig:
         """The part that sorts."""
         weights = self.weights
@@ -136,17 +210,26 @@ def targets(columns: Mapping[str, Any]) -> tuple[Any, Any]:
 
 
 def loss_function(
-    objective: Objective, student: Student, sources: Sequence[str] = ()
+    objective: Objective,
+    student: Student,
+    sources: Mapping[str, Vocabularies] | Sequence[str] = (),
 ) -> Callable[..., tuple[Any, Any, dict[str, tuple[Any, Any]]]]:
     """The objective as `loss_fn(trained, batch, rng, frozen) -> (sum, count, metrics)`.
 
     Args:
         objective: What is minimised.
         student: Whose `trained` and `frozen` the function takes.
-        sources: Names under which `batch["sources"]` holds what each teacher says, a
-            `losses.GraphStatistics` and a mask over its positions.
+        sources: Names under which `batch["sources"]` holds the `TeacherView` of each teacher, and
+            how its vocabulary lies over the student's, where it has another.
+
+    Raises:
+        ValueError: A projection that a loss needs is not there, or too large for it.
     """
     weights = objective.weights
+    known = dict(sources) if isinstance(sources, Mapping) else {n: Vocabularies() for n in sources}
+    if objective.taught:
+        for name, vocabularies in known.items():
+            _check_projections(objective, name, vocabularies)
 
     def loss_fn(trained: Any, batch: Mapping[str, Any], rng: Any, frozen: Any) -> Any:
         del rng
@@ -155,55 +238,95 @@ def loss_function(
         hidden = hidden_states(model, batch["pivot"], student.adapters(trained))
         head = model.head_of()
         count, counts = where.sum(), where.astype(jnp.float32)
-        held = [batch["sources"][name] for name in sources] if objective.taught else []
-        if not held:
+        names = known if objective.taught else {}
+        views = [TeacherView(*batch["sources"][name]) for name in names]
+        if not views:
             # A scalar is enough, so the head's gradient is formed in the forward sweep.
             sft = losses.linear_cross_entropy(hidden, head, labels, weights=counts)
             return weights["sft"] * sft, count, {"sft": (sft, count)}
-        teachers = [(teacher.top_k, teacher.tail) for teacher, _ in held]
-        ids = jnp.concatenate([cached_ids(*teacher) for teacher in teachers], axis=-1)
+        teachers = [
+            _prepare(objective, view, vocabularies, where)
+            for view, vocabularies in zip(views, names.values(), strict=True)
+        ]
+        metrics = _seen(objective, views, where)
+        ids = _gathered_ids(teachers)
+        own = max((t["top"].values.shape[-1] for t in teachers if "exact" in t), default=None)
+        pointwise = [n for n in weights if n in _POINTWISE]
         parts: dict[str, Any] = {}
-        if set(weights) <= {"sft", "kl", "rkl", "jsd"}:
+        value = 0.0
+        for name in weights:
+            # A vocabulary that is seen from a much smaller one: sums over whole rows.
+            for i, teacher in enumerate(teachers):
+                if name in teacher["wide"]:
+                    part = linear_projected_kl_divergence(
+                        hidden,
+                        head,
+                        teacher["top"],
+                        teacher["wide"][name],
+                        weights=objective.shares[i] * teacher["starts"] * counts,
+                    )
+                    value += weights[name] * part
+                    parts[name] = parts.get(name, 0.0) + part
+        if not {"uld", "gld", "dual", "alm"} & set(weights):
+            order = [{k: v for k, v in t.items() if k != "wide"} for t in teachers]
 
-            def mixed(readout: losses.Readout, teachers: Sequence[CachedTeacher]) -> Any:
+            def mixed(readout: losses.Readout, teachers: Sequence[Mapping[str, Any]]) -> Any:
                 return sum(
-                    weight * _at_positions(objective, name, readout, teachers)
-                    for name, weight in objective.terms
+                    weights[name] * _at_positions(objective, name, readout, teachers, known)
+                    for name in pointwise
                 )
 
             # Here too a scalar is enough: no logit is formed twice.
-            value, readout = losses.linear_fused_loss(
-                hidden, head, mixed, teachers, counts, labels=labels, ids=ids
+            fused, readout = losses.linear_fused_loss(
+                hidden, head, mixed, order, counts, labels=labels, ids=ids, top_k=own
             )
-            for name in weights:
-                at = _at_positions(objective, name, readout, teachers)
-                parts[name] = jnp.where(where, at, 0.0).sum()
-            return value, count, {name: (part, count) for name, part in parts.items()}
+            value = value + fused
+            for name in pointwise:
+                at = _at_positions(objective, name, readout, order, known)
+                parts[name] = parts.get(name, 0.0) + jnp.where(where, at, 0.0).sum()
+            return value, count, {n: (parts[n], count) for n in weights} | metrics
 
-        gathers, sorts = {"kl", "rkl", "jsd"} & set(weights), {"uld", "gld"} & set(weights)
+        sorts = {"uld", "gld"} & set(weights)
+        gathers = ids is not None and set(pointwise) - {"sft"}
+        likelihood = None
+        if "alm" in weights:
+            boundary = next(iter(known.values())).boundary
+            assert boundary is not None
+            likelihood = linear_likelihood(hidden, head, labels, boundary)
+            parts["alm"] = count * sum(
+                share * _mean_of_chunks(objective, likelihood, view.chunks)
+                for share, view in zip(objective.shares, views, strict=True)
+            )
+        if likelihood is not None and set(weights) <= {"sft", "alm"}:
+            if "sft" in weights:
+                parts["sft"] = -jnp.where(where, likelihood.label, 0.0).sum()
+            value = sum(weights[name] * part for name, part in parts.items())
+            return value, count, {n: (part, count) for n, part in parts.items()} | metrics
         readout = losses.linear_readout(
             hidden,
             head,
             labels=labels,
             ids=ids if gathers else None,
-            top_k=objective.fusion.k if sorts else None,
+            top_k=max(objective.fusion.k, own or 1) if sorts else own,
         )
-        for name in ("sft", "kl", "rkl", "jsd"):
-            if name in weights:
-                at = _at_positions(objective, name, readout, teachers)
-                parts[name] = jnp.where(where, at, 0.0).sum()
+        for name in pointwise:
+            at = _at_positions(objective, name, readout, teachers, known)
+            parts[name] = parts.get(name, 0.0) + jnp.where(where, at, 0.0).sum()
         if "dual" in weights:
             second = losses.Head(trained["auxiliary"]["head"]["kernel"], vocab_axis=1)
-            parts["dual"] = _dual(objective, hidden, second, teachers, where)
+            held = [(teacher["top"], teacher.get("tail")) for teacher in teachers]
+            parts["dual"] = _dual(objective, hidden, second, held, where)
         value = sum(weights[name] * part for name, part in parts.items())
-        metrics = {name: (part, count) for name, part in parts.items()}
+        metrics |= {name: (part, count) for name, part in parts.items()}
         if sorts:
             fused, found = graph_fusion_objective(
                 readout.statistics,
                 None,
                 [
-                    FusionTeacher(outputs=outputs, where=valid, weight=share, aligned=True)
-                    for (outputs, valid), share in zip(held, objective.shares, strict=True)
+                    FusionTeacher(
+                        outputs=view.statistics, where=view.where, weight=share, aligned=True
+                    )
+                    for view, share in zip(views, objective.shares, strict=True)
                 ],
                 where=where,
                 config=objective.fusion,
@@ -219,24 +342,171 @@ def loss_function(
     return loss_fn
 
 
+_POINTWISE = ("sft", "kl", "rkl", "jsd", *PROJECTIONS)
+# By how many of the student's tokens the top k of a teacher may be told at a position.
+MOST_MEMBERS = 4096
+
+
+def _check_projections(objective: Objective, name: str, vocabularies: Vocabularies) -> None:
+    for loss in objective.weights:
+        rule = PROJECTIONS.get(loss)
+        if rule is not None and rule not in vocabularies.projections:
+            raise ValueError(f"loss {loss!r}: expected the projection {rule!r} of {name}, got none")
+    if "alm" in objective.weights and vocabularies.boundary is None:
+        raise ValueError(f"loss 'alm': expected the boundary tokens of {name}, got none")
+
+
+def _prepare(
+    objective: Objective, view: TeacherView, vocabularies: Vocabularies, where: Any
+) -> dict[str, Any]:
+    """What the losses at positions need of one teacher: arrays, and `wide` projections."""
+    top = view.statistics.top_k
+    out: dict[str, Any] = {"top": top, "wide": {}}
+    names = set(objective.weights)
+    if names & {"kl", "rkl", "jsd", "dual"}:
+        out["tail"] = view.statistics.tail
+        out["ids"] = cached_ids(top, view.statistics.tail)
+    if names & set(PROJECTIONS):
+        single = view.where if view.single is None else view.single
+        for place, valid in (("starts", view.where), ("single", single)):
+            seen = valid & where
+            share = where.sum() / jnp.maximum(seen.sum(), 1)
+            out[place] = jnp.where(seen, share, 0.0)
+            out[f"{place}_where"] = seen
+    for name in ("first_piece", "pkl", "mined"):
+        if name not in names:
+            continue
+        projection = vocabularies.projections[PROJECTIONS[name]]
+        if projection.capacity(top.values.shape[-1]) <= MOST_MEMBERS:
+            out[PROJECTIONS[name]] = projection.members(top.indices)
+        elif name == "mined":
+            raise ValueError(
+                "loss 'mined': expected a student of a smaller vocabulary than its teacher's, got "
+                f"{projection.capacity(top.values.shape[-1])} tokens for its top "
+                f"{top.values.shape[-1]}; use first_piece"
+            )
+        else:
+            out["wide"][name] = projection
+    if names & {"hybrid", "hkl"}:
+        out["exact"] = vocabularies.matches.ids(top.indices)[0]
+    return out
+
+
+# The order of what is gathered of one teacher.
+_GATHERED = ("ids", "first_piece", "spread", "edit_distance", "exact")
+
+
+def _ids_of(held: Any) -> Any:
+    return held.ids if isinstance(held, Members) else held
+
+
+def _gathered_ids(teachers: Sequence[Mapping[str, Any]]) -> Any:
+    ids = [_ids_of(t[name]) for t in teachers for name in _GATHERED if name in t]
+    return jnp.concatenate(ids, axis=-1) if ids else None
+
+
+def _seen(objective: Objective, views: Sequence[TeacherView], where: Any) -> dict[str, Any]:
+    """How many of the labels each loss across tokenizers sees."""
+    found = {}
+    for name in objective.weights:
+        if name in ("kl", "rkl", "jsd", "dual", "sft"):
+            continue
+        shares = []
+        for view in views:
+            seen = view.where
+            if name in ("hybrid", "hkl", "mined") and view.single is not None:
+                seen = view.single
+            if name == "alm" and view.chunks is not None:
+                seen = view.chunks.ids >= 0
+            shares.append((seen & where).sum())
+        total = sum(s * n for s, n in zip(objective.shares, shares, strict=True))
+        found[f"seen/{name}"] = (total, where.sum())
+    return found
+
+
+def _mean_of_chunks(objective: Objective, likelihood: Likelihood, chunks: ChunkScores) -> Any:
+    tau = objective.alm_temperature
+    value = likelihood_matching(likelihood, chunks, temperature=tau)
+    return (tau if math.isfinite(tau) else 1.0) * value.sum() / jnp.maximum(chunks.where.sum(), 1)
+
+
 def cached_ids(top: ops.TopK, tail: losses.TailSample | None) -> Any:
     """Where a student's logits are needed for the divergence from a cached teacher."""
     return top.indices if tail is None else jnp.concatenate([top.indices, tail.indices], axis=-1)
 
 
 def _at_positions(
-    objective: Objective, name: str, readout: losses.Readout, teachers: Sequence[CachedTeacher]
+    objective: Objective,
+    name: str,
+    readout: losses.Readout,
+    teachers: Sequence[Mapping[str, Any]],
+    sources: Mapping[str, Vocabularies],
 ) -> Any:
     """One loss at each position; the readout has the logits at all teachers' ids, in turn."""
     if name == "sft":
         return readout.cross_entropy
     total, start = 0.0, 0
-    for (top, tail), share in zip(teachers, objective.shares, strict=True):
-        stop = start + cached_ids(top, tail).shape[-1]
-        student = ops.TopK(readout.gathered[..., start:stop], top.indices, readout.log_z)
-        total += share * _divergence(objective, name, student, top, tail)
-        start = stop
+    wanted = PROJECTIONS.get(name, "ids")
+    vocabularies = list(sources.values())
+    for teacher, share, known in zip(teachers, objective.shares, vocabularies, strict=True):
+        for held in _GATHERED:
+            if held not in teacher:
+                continue
+            ids = _ids_of(teacher[held])
+            stop = start + ids.shape[-1]
+            if held == wanted:
+                student = ops.TopK(readout.gathered[..., start:stop], ids, readout.log_z)
+                total += share * _from_teacher(objective, name, student, readout, teacher, known)
+            start = stop
     return total
+
+
+def _from_teacher(
+    objective: Objective,
+    name: str,
+    student: ops.TopK,
+    readout: losses.Readout,
+    teacher: Mapping[str, Any],
+    vocabularies: Vocabularies,
+) -> Any:
+    """One loss of one teacher; of those across tokenizers the mean over what they see."""
+    top = teacher["top"]
+    if name in ("kl", "rkl", "jsd"):
+        student = dataclasses.replace(student, indices=top.indices)
+        return _divergence(objective, name, student, top, teacher["tail"])
+    if name in ("first_piece", "pkl"):
+        projected = project_top_k(student, top, teacher[PROJECTIONS[name]])
+        return _scaled(losses.sparse_kl_divergence(*projected), teacher, "starts")
+    if name == "mined":
+        kl = losses.sparse_kl_divergence(student, _nearest(top, teacher["edit_distance"]))
+        return jnp.where(teacher["single_where"], kl, readout.cross_entropy)
+    own = readout.statistics.truncate(top.values.shape[-1]).top_k
+    matched, others = hybrid_logit_distance(
+        student,
+        own,
+        top,
+        vocabularies.matches,
+        kind="jsd" if name == "hybrid" else "kl",
+        beta=objective.beta,
+    )
+    return _scaled(matched + others, teacher, "single")
+
+
+def _scaled(values: Any, teacher: Mapping[str, Any], place: str) -> Any:
+    # Not a product alone: what is not seen may be infinite.
+    return jnp.where(teacher[f"{place}_where"], values, 0.0) * teacher[place]
+
+
+def _nearest(teacher: ops.TopK, members: Members) -> ops.TopK:
+    """MinED: each of our tokens has the logit of the nearest of theirs; what is left is a rest."""
+    there = members.slots < teacher.values.shape[-1]
+    at = jnp.minimum(members.slots, teacher.values.shape[-1] - 1)
+    values = jnp.where(there, jnp.take_along_axis(teacher.values, at, axis=-1), -jnp.inf)
+    log_p = values - teacher.log_z[..., None]
+    top = jnp.exp(teacher.values - teacher.log_z[..., None]).sum(-1)
+    # A token that several of ours share counts for each of them.
+    total = jnp.exp(log_p).sum(-1) + jnp.maximum(1.0 - top, 0.0)
+    return ops.TopK(log_p, members.ids, jnp.log(jnp.maximum(total, 1e-30)))
 
 
 def _divergence(
@@ -256,7 +526,7 @@ def _divergence(
             direction = "forward" if name == "kl" else "reverse"
             return losses.sparse_kl_divergence(ours, teacher, direction=direction)
         return losses.generalized_jensen_shannon(
-            _with_rest(ours), _with_rest(teacher), beta=objective.beta
+            with_rest(ours), with_rest(teacher), beta=objective.beta
         )
     # The mass of what is not kept is known at temperature 1 only.
     pair = (student.values[..., :k] / warm, teacher.values / theirs)
@@ -264,14 +534,6 @@ def _divergence(
         return warm**2 * losses.generalized_jensen_shannon(*pair, beta=objective.beta)
     direction = "forward" if name == "kl" else "reverse"
     return warm**2 * losses.kl_divergence(*pair, direction=direction)
-
-
-def _with_rest(top: ops.TopK) -> jax.Array:
-    """Log-probabilities of the kept tokens and, last, of all others together."""
-    known = top.values - top.log_z[..., None]
-    # The smallest mass that 1 - sum(p) resolves in float32.
-    rest = jnp.maximum(1.0 - jnp.exp(known).sum(-1, keepdims=True), 2.0**-24)
-    return jnp.concatenate([known, jnp.log(rest)], axis=-1)
 
 
 def _dual(

@@ -12,6 +12,7 @@ from jaxtyping import Int
 from logitjax.storage import ArrayCodec, Manifest, RowCache
 
 _MOMENTS = ("log_z", "mean", "std")
+_LIKELIHOODS = ("label", "boundary")
 KIND = "teacher cache"
 _DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
@@ -32,6 +33,8 @@ class TeacherIdentity:
       dtype: 'float16', 'bfloat16' or 'float32': how log-probabilities are stored.
       tail_samples: tokens a position drawn from outside the top k, for an unbiased estimate of
         divergences; 0 for none.
+      likelihoods: whether it keeps the log-probability of each label and that of a word's beginning
+        in its place, 8 bytes a position, for `alm`.
     """
 
     model: str
@@ -42,6 +45,7 @@ class TeacherIdentity:
     k: int
     dtype: str = "float16"
     tail_samples: int = 0
+    likelihoods: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in _DTYPES:
@@ -79,7 +83,8 @@ class _Codec:
             )
             for name, size in self.entries.items()
         }
-        moments = dict.fromkeys(_MOMENTS, (np.float32, (identity.positions,)))
+        names = (*_MOMENTS, *(_LIKELIHOODS if identity.likelihoods else ()))
+        moments = dict.fromkeys(names, (np.float32, (identity.positions,)))
         self._arrays = ArrayCodec({**lists, **moments})
         self.bytes_per_row = self._arrays.bytes_per_row
 
@@ -140,7 +145,7 @@ class TeacherCache(RowCache):
     """
 
     # A loss may use fewer logits than there are.
-    _at_least = ("k", "tail_samples")
+    _at_least = ("k", "tail_samples", "likelihoods")
 
     def __init__(self, directory: str | os.PathLike[str], identity: TeacherIdentity | None = None):
         if identity is None:
@@ -170,7 +175,8 @@ class TeacherCache(RowCache):
         Returns:
             `values` (float32) and `indices` (int32), both `[batch, positions, k]`; `log_z`, `mean`
             and `std`, float32 `[batch, positions]`; with `tail_samples` also `tail_values` and
-            `tail_indices`, the fields of `losses.TailSample`.
+            `tail_indices`, the fields of `losses.TailSample`; with `likelihoods` `label` and
+            `boundary`, float32 `[batch, positions]`.
 
         Raises:
             ValueError: The cache lacks a row.

@@ -13,6 +13,11 @@ from etils import epath
 from flax import nnx
 
 from logitjax import data, leakage, losses, models, processes
+from logitjax.distillation._likelihood_matching import (
+    TokenSet,
+    boundary_tokens,
+    linear_likelihood,
+)
 from logitjax.distillation._student import hidden_states
 from logitjax.distillation._teacher_cache import KIND, TeacherCache, TeacherIdentity
 from logitjax.storage import Manifest
@@ -34,13 +39,23 @@ class Reader:
 
 
 def model_reader(
-    load: Callable[[], tuple[models.Decoder, models.Tokenizer]], *, k: int, tail_samples: int = 0
+    load: Callable[[], tuple[models.Decoder, models.Tokenizer]],
+    *,
+    k: int,
+    tail_samples: int = 0,
+    likelihoods: bool = False,
 ) -> Reader:
-    """A decoder that says its top logits, and draws from what they leave out."""
+    """A decoder that says its top logits, draws from what they leave out, and likelihoods."""
     decoder, tokenizer = load()
     apply_fn, params = models.from_nnx(decoder)
     read = jax.jit(
-        functools.partial(teacher_record, apply_fn.graphdef, k=k, tail_samples=tail_samples)
+        functools.partial(
+            teacher_record,
+            apply_fn.graphdef,
+            k=k,
+            tail_samples=tail_samples,
+            boundary=boundary_tokens(tokenizer) if likelihoods else None,
+        )
     )
     return Reader(
         tokenizer=tokenizer.fingerprint,
@@ -50,7 +65,14 @@ def model_reader(
 
 
 def teacher_record(
-    graphdef: Any, params: Any, columns: Mapping[str, Any], rows: Any, *, k: int, tail_samples: int
+    graphdef: Any,
+    params: Any,
+    columns: Mapping[str, Any],
+    rows: Any,
+    *,
+    k: int,
+    tail_samples: int,
+    boundary: TokenSet | None = None,
 ) -> dict[str, Any]:
     """What a `TeacherCache` keeps of a batch; a tail's draws depend on its row alone."""
     model = nnx.merge(graphdef, params)
@@ -58,6 +80,9 @@ def teacher_record(
     statistics = losses.linear_readout(hidden, model.head_of(), top_k=k).statistics
     names = ("values", "indices", "log_z", "mean", "std")
     record = {name: getattr(statistics, name) for name in names}
+    if boundary is not None:
+        labels = jnp.asarray(columns["tokens"])[:, 1:]
+        record |= linear_likelihood(hidden, model.head_of(), labels, boundary)._asdict()
     if tail_samples:
 
         def draw(row: Any) -> losses.TailSample:
@@ -179,6 +204,7 @@ def cache_teacher(
     rows: Mapping[str, np.ndarray],
     k: int,
     tail_samples: int = 0,
+    likelihoods: bool = False,
     batch_size: int,
     directory: epath.Path,
 ) -> dict[str, TeacherCache]:
@@ -192,6 +218,7 @@ def cache_teacher(
         rows: Wanted rows of each split.
         k: Logits kept a position.
         tail_samples: Draws from what they leave out.
+        likelihoods: Whether those of labels and of words' beginnings are kept.
         batch_size: Rows at a time.
         directory: Where the caches go, a folder a split.
 
@@ -209,6 +236,7 @@ def cache_teacher(
             "data": dataset.fingerprint,
             "k": k,
             "tail_samples": tail_samples,
+            "likelihoods": likelihoods,
         }
         complete = Manifest(path, KIND).exists()
         if complete:

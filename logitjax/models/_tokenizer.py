@@ -1,5 +1,6 @@
 """Text to token ids and back, conversations under a chat template, and how much text a token is."""
 
+import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -190,32 +191,52 @@ class Tokenizer:
     def byte_lengths(self) -> np.ndarray:
         """UTF-8 bytes of text that each token stands for: what aligns two tokenizations of a text.
 
+        Returns:
+          int64 ``[vocab_size]``; 0 for special tokens and unused ids.
+        """
+        return np.array([len(text) for text in self.token_bytes()], np.int64)
+
+    def token_bytes(self) -> tuple[bytes, ...]:
+        """The bytes of text that each token stands for: none for special tokens and unused ids.
+
         Byte-level vocabularies (GPT-2, Llama 3, Qwen, SmolLM2) spell every byte as one character;
         SentencePiece vocabularies (Llama 2, Mistral, Gemma) spell text as it is, a space as one
         lower block and stray bytes as ``<0xNN>``.
 
-        Returns:
-          int64 ``[vocab_size]``; 0 for special tokens and unused ids.
-
         >>> from tokenizers import Tokenizer as Backend, models
         >>> backend = Backend(models.BPE({"a": 0, "▁the": 1, "<0x0A>": 2}, [], byte_fallback=True))
-        >>> Tokenizer(backend).byte_lengths().tolist()
-        [1, 4, 1]
+        >>> Tokenizer(backend).token_bytes()
+        (b'a', b' the', b'\\n')
         """
+        return self._token_bytes
+
+    @functools.cached_property
+    def _token_bytes(self) -> tuple[bytes, ...]:
         description = json.loads(self.backend.to_str())
-        special = {t["id"] for t in description["added_tokens"] if t["special"]}
-        added = {t["id"] for t in description["added_tokens"]}
+        added = {t["id"]: t["special"] for t in description["added_tokens"]}
         byte_level = "ByteLevel" in json.dumps(
             [description["pre_tokenizer"], description["decoder"]]
         )
-        lengths = np.zeros(self.vocab_size, np.int64)
+        out = [b""] * self.vocab_size
         for text, id_ in self.backend.get_vocab(with_added_tokens=True).items():
-            if id_ in special:
+            if added.get(id_):
                 continue
             if byte_level and id_ not in added:
-                lengths[id_] = len(text)
+                out[id_] = b"".join(_BYTE_OF.get(c, c.encode()) for c in text)
             elif _BYTE.fullmatch(text):
-                lengths[id_] = 1
+                out[id_] = bytes([int(text[3:5], 16)])
             else:
-                lengths[id_] = len(text.replace("▁", " ").encode())
-        return lengths
+                out[id_] = text.replace("▁", " ").encode()
+        return tuple(out)
+
+
+def _byte_of() -> dict[str, bytes]:
+    """GPT-2's characters and the bytes they spell: printable ones as they are, others from 256."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): bytes([byte]) for byte in plain} | {
+        chr(256 + i): bytes([byte]) for i, byte in enumerate(others)
+    }
+
+
+_BYTE_OF = _byte_of()

@@ -71,7 +71,7 @@ def test_a_students_rows_come_with_the_draws_of_the_teachers_tail(source, tmp_pa
     cache_logits.run(_config(source, rows="all", tail_samples=3), workdir)
     corpus = _corpus(workdir, source, 64, {"train": np.arange(8)})
     rows = corpus.packed.splits["train"].rows(np.arange(8))
-    statistics, _ = corpus.sources["source0"].statistics("train", rows)
+    statistics = corpus.sources["source0"].view("train", rows).statistics
     assert statistics.tail.values.shape == (8, 63, 3)
     # What is drawn is not among the top 16.
     assert (statistics.tail.indices[..., None] != statistics.indices[..., None, :]).all()

@@ -56,12 +56,15 @@ def test_hand_worked_row():
     lengths = np.array([len(token) for token in vocab])
     ours = columns([[["the", " cat", "s"], ["the", " cat"]]], vocab)
     theirs = columns([[["th", "e", " ", "cats"], ["the", " cat"]]], vocab)
-    places, where = distillation.align_positions(
-        ours, theirs, our_lengths=lengths, their_lengths=lengths
-    )
+    found = distillation.align_chunks(ours, theirs, our_lengths=lengths, their_lengths=lengths)
     # " cat" begins at byte 3, as does their " "; "s" begins inside "cats"; then document 2.
-    assert where[0].tolist() == [True, False, False, True, False]
-    assert places[0, [0, 3]].tolist() == [1, 4]
+    assert found.starts[0].tolist() == [True, False, False, True, False]
+    assert found.places[0, [0, 3]].tolist() == [1, 4]
+    # "the" is not predicted, so its bytes are no chunk.
+    assert found.ours[0].tolist() == [0, 0, -1, 1, -1]
+    assert found.theirs[0].tolist() == [-1, 0, 0, -1, 1, -1][: found.theirs.shape[1]]
+    assert (found.our_sizes[0, :2].tolist(), found.their_sizes[0, :2].tolist()) == ([2, 1], [2, 1])
+    assert found.one_to_one[0].tolist() == [False, False, False, True, False]
 
 
 @given(st.lists(st.sampled_from(["ab", "c", " d", "é"]), min_size=2, max_size=12), st.data())
@@ -73,18 +76,16 @@ def test_matches_are_exactly_the_common_boundaries(pieces, draw):
     vocab = {token: i for i, token in enumerate(dict.fromkeys([*pieces, *other]))}
     lengths = np.array([len(token.encode()) for token in vocab])
     ours, theirs = columns([[pieces]], vocab), columns([[other]], vocab)
-    places, where = distillation.align_positions(
-        ours, theirs, our_lengths=lengths, their_lengths=lengths
-    )
+    found = distillation.align_chunks(ours, theirs, our_lengths=lengths, their_lengths=lengths)
 
     def starts(tokens):
         return np.cumsum([0, *(len(token.encode()) for token in tokens)])[:-1]
 
     mine, known = starts(pieces), starts(other)
     expected = [t for t in range(len(pieces) - 1) if mine[t + 1] in known[1:]]
-    assert np.flatnonzero(where[0]).tolist() == expected
+    assert np.flatnonzero(found.starts[0]).tolist() == expected
     for t in expected:
-        assert known[places[0, t] + 1] == mine[t + 1]
+        assert known[found.places[0, t] + 1] == mine[t + 1]
 
 
 def test_turns_are_aligned_whatever_the_templates_put_between():
@@ -94,11 +95,13 @@ def test_turns_are_aligned_whatever_the_templates_put_between():
     theirs = columns([[["<s>", "[I]", "hi", "x", "a", "b", "c", "x", "x", "c", "a", "b"]]], vocab)
     ours["loss_mask"][0, :7] = [0, 0, 1, 1, 0, 1, 1]
     theirs["loss_mask"][0, :12] = [0, 0, 0, 0, 1, 1, 1, 0, 0, 1, 1, 1]
-    places, where = distillation.align_positions(
+    found = distillation.align_chunks(
         ours, theirs, our_lengths=lengths, their_lengths=lengths, by="turn"
     )
-    assert where[0].tolist() == [False, True, True, False, True, True, False]
-    assert (places[0][where[0]] + 1).tolist() == [4, 6, 9, 10]
+    assert found.starts[0].tolist() == [False, True, True, False, True, True, False]
+    assert (found.places[0][found.starts[0]] + 1).tolist() == [4, 6, 9, 10]
+    assert found.ours[0].tolist() == [-1, 0, 1, -1, 2, 3, -1]
+    assert found.theirs[0].tolist() == [-1, -1, -1, 0, 0, 1, -1, -1, 2, 3, 3, -1][:12]
 
 
 def test_byte_level_vocabulary_counts_bytes():
@@ -124,9 +127,122 @@ def test_same_tokenizer_aligns_every_predicted_position(tmp_path):
     packed = data.pack(examples, {"a": load_tokenizer("tiny")}, seq_len=64, directory=tmp_path)
     batch = packed.rows(range(len(packed)))["a"]
     lengths = load_tokenizer("tiny").byte_lengths()
-    places, where = distillation.align_positions(
-        batch, batch, our_lengths=lengths, their_lengths=lengths
-    )
+    found = distillation.align_chunks(batch, batch, our_lengths=lengths, their_lengths=lengths)
     wanted = batch["loss_mask"][:, 1:]
-    assert (where == wanted).all()
-    assert (places[where] == np.broadcast_to(np.arange(63), where.shape)[where]).all()
+    assert (found.starts == wanted).all()
+    assert (found.one_to_one == wanted).all()
+    assert (found.places[wanted] == np.broadcast_to(np.arange(63), wanted.shape)[wanted]).all()
+
+
+def slow_chunks(ours, theirs, our_lengths, their_lengths):
+    """What `align_chunks` gives of one row, by looking at every pair of tokens."""
+
+    def described(columns, lengths):
+        tokens, here, out = [], {}, []
+        for i, (token, text, learnt) in enumerate(zip(*columns, strict=True)):
+            begin = here.get(text, 0)
+            size = int(lengths[token])
+            rank = sum(k[:4] == (text, begin, begin, True) for k in tokens)
+            tokens.append((text, begin, begin + size, size == 0, rank))
+            here[text] = begin + size
+            if text and (size or learnt):
+                key = (text, begin, "special", rank) if not size else (text, begin + size, "text")
+                out.append((i, key, bool(learnt) and i > 0))
+        return out
+
+    mine, other = described(ours, our_lengths), described(theirs, their_lengths)
+    shared = {key for _, key, _ in mine} & {key for _, key, _ in other}
+
+    def chunk_of(tokens):
+        found, open_, bad = {}, [], set()
+        for i, key, learnt in tokens:
+            if key[2] == "special":
+                if key in shared:
+                    found[i] = key
+                    bad |= set() if learnt else {key}
+                continue
+            open_.append((i, learnt, key[0]))
+            open_ = [member for member in open_ if member[2] == key[0]]
+            if key in shared:
+                found |= {place: key for place, _, _ in open_}
+                bad |= set() if all(known for _, known, _ in open_) else {key}
+                open_ = []
+        return found, bad
+
+    (a, bad_a), (b, bad_b) = chunk_of(mine), chunk_of(other)
+    good = sorted(
+        (key for key in shared if key not in bad_a | bad_b),
+        key=lambda key: (key[0], key[1], key[2] == "special", key[3:]),
+    )
+    number = {key: i for i, key in enumerate(good)}
+    return (
+        [number.get(a.get(i), -1) for i in range(1, len(ours[0]))],
+        [number.get(b.get(i), -1) for i in range(1, len(theirs[0]))],
+    )
+
+
+def random_row(rng, lengths, bytes_of_texts, width, bos):
+    """Cuts texts into tokens of given lengths; the row ends where it is full."""
+    tokens, segments, positions, learnt = [], [], [], []
+    for text, total in enumerate(bytes_of_texts, 1):
+        place, left = 0, total
+        new = [0] if bos else []
+        while left:
+            size = int(rng.integers(1, min(left, lengths.max()) + 1))
+            new.append(size)
+            left -= size
+        new.append(0)
+        for token in new:
+            tokens.append(token)
+            segments.append(text)
+            positions.append(place)
+            learnt.append(place > (1 if text == 2 else 0))
+            place += 1
+    pad = max(width - len(tokens), 0)
+    return [np.array([*x, *[0] * pad])[:width] for x in (tokens, segments, positions, learnt)]
+
+
+def test_chunks_equal_those_of_a_slow_search():
+    rng, lengths = np.random.default_rng(0), np.arange(4)
+    for _ in range(300):
+        totals = rng.integers(1, 12, 3)
+        rows = [random_row(rng, lengths, totals, 20, bos) for bos in (False, True)]
+        names = ("tokens", "segment_ids", "positions", "loss_mask")
+        ours, theirs = (
+            {n: x[None].astype(bool) if n == "loss_mask" else x[None] for n, x in zip(names, row)}
+            for row in rows
+        )
+        found = distillation.align_chunks(ours, theirs, our_lengths=lengths, their_lengths=lengths)
+        slow = slow_chunks(*([row[0], row[1], row[3]] for row in rows), lengths, lengths)
+        assert (found.ours[0].tolist(), found.theirs[0].tolist()) == slow
+
+
+def test_the_space_before_a_text_of_llama_2_moves_no_byte():
+    vocab = {" ab": 0, "ab": 1, "c": 2}
+    lengths = np.array([len(token) for token in vocab])
+    ours = columns([[["ab", "c", "c"]]], vocab)
+    theirs = columns([[[" ab", "c", "c"]]], vocab)
+    found = distillation.align_chunks(
+        ours, theirs, our_lengths=lengths, their_lengths=lengths, their_prefix=1
+    )
+    assert found.ours[0].tolist() == [0, 1, -1]
+
+
+def test_what_ends_a_turn_pairs_with_what_ends_it_there():
+    vocab = {"<end>": 0, "ab": 1, "\n": 2}
+    lengths = np.array([0, 2, 1])
+    ours = columns([[["ab", "ab", "<end>"]]], vocab)
+    theirs = columns([[["ab", "ab", "<end>", "\n"]]], vocab)
+    found = distillation.align_chunks(ours, theirs, our_lengths=lengths, their_lengths=lengths)
+    assert found.ours[0].tolist() == [0, 1, -1]
+    assert found.starts[0].tolist() == [True, True, False]
+    assert found.places[0].tolist() == [0, 1, 0]
+
+
+def test_texts_that_share_no_byte_have_no_chunk():
+    lengths = np.array([0, 2, 3])
+    ours, theirs = columns([[[1, 1]]], [0, 1, 2]), columns([[[2, 2]]], [0, 1, 2])
+    found = distillation.align_chunks(ours, theirs, our_lengths=lengths, their_lengths=lengths)
+    assert not found.counts.any()
+    assert not found.starts.any()
+    assert (found.ours == -1).all()

@@ -1,0 +1,365 @@
+"""ALM: how likely two models find the same stretches of text, whatever their vocabularies."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Float, Int
+
+from logitjax.distillation._alignment import Chunks
+from logitjax.losses import Blocks, Head, sweep
+from logitjax.models import Tokenizer
+from logitjax.ops import Array, AxisName
+
+_LEAST = 1e-30
+# So that no chunk is certain: the gradient of the divergence has 1 - q below the line.
+_OFFSET = 1e-6
+
+Kind = Literal["cross_entropy", "kl", "reverse_kl", "log_ratio", "total_variation"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TokenSet:
+    """Some tokens of a vocabulary, as a static argument: equal to itself alone.
+
+    Attributes:
+        members: bool `[vocab]`.
+    """
+
+    members: np.ndarray
+
+
+def boundary_tokens(tokenizer: Tokenizer) -> TokenSet:
+    """Tokens that begin a word: those of a space or a line break first, and special ones."""
+    return TokenSet(
+        np.array([not text or text[:1] in b" \n\r\t" for text in tokenizer.token_bytes()])
+    )
+
+
+class Likelihood(NamedTuple):
+    """What a model says of its labels and of what follows them, `[*batch]` each.
+
+    Attributes:
+        label: log-probability of the label.
+        boundary: log-probability that a boundary token comes at the label's place.
+    """
+
+    label: Any
+    boundary: Any
+
+
+def linear_likelihood(
+    hidden: Float[Array, "*batch hidden"],
+    head: Head | Float[Array, "rows columns"],
+    labels: Int[Array, "*batch"],
+    boundary: TokenSet,
+    *,
+    blocks: Blocks | None = None,
+    axis_name: AxisName | None = None,
+) -> Likelihood:
+    """Two numbers a position of a linear head's logits, in one sweep over the vocabulary.
+
+    Args:
+        hidden: `[*batch, hidden]`.
+        head: a `Head`, or a kernel alone.
+        labels: `[*batch]`.
+        boundary: tokens that begin a word; static.
+        blocks: sizes of the blocks.
+        axis_name: mesh axis that splits the vocabulary, inside `jax.shard_map`.
+
+    Returns:
+        The `Likelihood`, differentiable.
+    """
+    return sweep.run(
+        _Likelihood(boundary),
+        hidden,
+        head,
+        tokens={"labels": labels},
+        blocks=blocks,
+        axis_name=axis_name,
+    )
+
+
+class _Sums(NamedTuple):
+    log_z: Any
+    label: Any
+    mass: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class _Likelihood(sweep.Statistic):
+    """The label's logit, and the mass of a set of tokens."""
+
+    boundary: TokenSet
+
+    def start(self, batch: tuple[int, ...], dtype: Any, passed: Any) -> Any:
+        return sweep.OnlineSums.start(batch, dtype, terms=1), jnp.zeros(batch, dtype)
+
+    def absorb(self, state: Any, block: sweep.LogitBlock, passed: Any) -> Any:
+        sums, label = state
+        hit = block.is_at(block.tokens["labels"])
+        label = label + jnp.where(hit, block.student, 0.0).sum(-1)
+        return sums.add(block.student, self._members(block)), label
+
+    def reduce(self, state: Any, axis_name: AxisName, passed: Any) -> Any:
+        sums, label = state
+        return sums.reduce(axis_name), lax.psum(label, axis_name)
+
+    def finish(self, state: Any, passed: Any) -> tuple[Any, Any]:
+        sums, label = state
+        total, mass = sums.sums
+        out = _Sums(sums.log_sum, label, mass / jnp.maximum(total, _LEAST))
+        return out, out
+
+    def gradient(self, residuals: Any, cotangents: Any, block: sweep.LogitBlock) -> jax.Array:
+        log_z, _, mass = residuals
+        q = jnp.exp(block.student - jnp.where(log_z == -jnp.inf, 0.0, log_z)[..., None])
+        inside = self._members(block) - mass[..., None]
+        slope = cotangents.log_z[..., None] + cotangents.mass[..., None] * inside
+        hit = block.is_at(block.tokens["labels"])
+        return q * slope + jnp.where(hit, cotangents.label[..., None], 0.0)
+
+    def losses(self, outputs: Any, tokens: Any) -> Likelihood:
+        boundary = jnp.log(jnp.maximum(outputs.mass, _LEAST))
+        return Likelihood(outputs.label - outputs.log_z, boundary)
+
+    def _members(self, block: sweep.LogitBlock) -> jax.Array:
+        known = jnp.asarray(self.boundary.members)
+        at = jnp.minimum(block.columns, len(known) - 1)
+        return jnp.where(block.columns < len(known), known[at], False).astype(block.student.dtype)
+
+
+def chunk_log_likelihood(
+    logprobs: Float[Array, "*batch positions"],
+    chunk_ids: Int[Array, "*batch positions"],
+    num_chunks: int,
+) -> Float[jax.Array, "*batch chunks"]:
+    """Log-probability of each chunk: the sum over its tokens.
+
+    Args:
+        logprobs: `[*batch, positions]`, of the labels.
+        chunk_ids: `[*batch, positions]`, the chunk of each label; -1 for none.
+        num_chunks: how many there may be.
+
+    Returns:
+        `[*batch, num_chunks]`; 0 for chunks without tokens.
+
+    >>> import jax, numpy as np
+    >>> logprobs, ids = np.array([-1.0, -2.0, -4.0]), np.array([0, 0, 1])
+    >>> jax.jit(chunk_log_likelihood, static_argnums=2)(logprobs, ids, 3).tolist()
+    [-3.0, -4.0, 0.0]
+    """
+    logprobs, ids = jnp.asarray(logprobs), jnp.asarray(chunk_ids)
+    rows = tuple(lax.broadcasted_iota(jnp.int32, ids.shape, a) for a in range(ids.ndim))
+    out = jnp.zeros((*ids.shape[:-1], num_chunks + 1), logprobs.dtype)
+    held = ids >= 0
+    place = jnp.where(held, ids, num_chunks)
+    return out.at[(*rows[:-1], place)].add(jnp.where(held, logprobs, 0.0))[..., :-1]
+
+
+def binarized_divergence(
+    student: Float[Array, "*batch"],
+    teacher: Float[Array, "*batch"],
+    *,
+    kind: Kind = "cross_entropy",
+    temperature: float = 100.0,
+) -> Float[jax.Array, "*batch"]:
+    """Divergence of two opinions on one event: this chunk, or not.
+
+    ::
+
+        p = exp(l_T / tau),  q = exp(l_S / tau),  l at most -1e-6
+        cross_entropy    -p log q - (1 - p) log(1 - q)
+        kl               p log(p/q) + (1 - p) log((1 - p) / (1 - q)); its gradient is that of
+                         cross_entropy; tau = inf: tau kl -> a log(a/b) + b - a, a = -l_T, b = -l_S
+        reverse_kl       with p and q exchanged
+        log_ratio        |l_T - l_S|
+        total_variation  |p - q|
+
+    Args:
+        student: `[*batch]`, log-probabilities of chunks.
+        teacher: `[*batch]`. Gets no gradient.
+        kind: as above.
+        temperature: tau, positive; infinity (with 'kl') gives the limit of tau times the
+            divergence.
+
+    Returns:
+        `[*batch]`, float32.
+
+    Raises:
+        ValueError: an unknown kind, or a temperature that is not positive.
+
+    >>> import jax, numpy as np
+    >>> student, teacher = np.log([[0.05], [0.2]])
+    >>> divergence = jax.jit(binarized_divergence, static_argnames=("kind", "temperature"))
+    >>> for temperature in (1.0, 100.0, float("inf")):
+    ...     value = divergence(student, teacher, kind="kl", temperature=temperature)
+    ...     print(f"{value[0]:.4f}")
+    0.1398
+    0.0038
+    0.3863
+
+    References:
+        Minixhofer et al., Universal cross-tokenizer distillation via approximate likelihood
+        matching, 2025 (arXiv 2503.20083); tokenkit.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature: expected a positive number, got {temperature}")
+    if kind not in ("cross_entropy", "kl", "reverse_kl", "log_ratio", "total_variation"):
+        raise ValueError(f"kind: expected one that is listed, got {kind!r}")
+    ours = jnp.minimum(jnp.asarray(student, jnp.float32), 0.0) - _OFFSET
+    theirs = jnp.minimum(lax.stop_gradient(jnp.asarray(teacher, jnp.float32)), 0.0) - _OFFSET
+    if kind == "log_ratio":
+        return jnp.abs(theirs - ours)
+    if math.isinf(temperature):
+        if kind != "kl":
+            raise ValueError(f"temperature: expected a number with kind {kind!r}, got infinity")
+        a, b = -theirs, -ours
+        return a * jnp.log(a / b) + b - a
+    ours, theirs = ours / temperature, theirs / temperature
+    if kind == "total_variation":
+        return jnp.abs(jnp.exp(theirs) - jnp.exp(ours))
+    if kind == "reverse_kl":
+        ours, theirs = theirs, ours
+    p, not_p, not_q = jnp.exp(theirs), _log1mexp(theirs), _log1mexp(ours)
+    if kind == "cross_entropy":
+        return -p * ours - jnp.exp(not_p) * not_q
+    return p * (theirs - ours) + jnp.exp(not_p) * (not_p - not_q)
+
+
+def _log1mexp(x: jax.Array) -> jax.Array:
+    """`log(1 - exp(x))` of negative numbers, exact near both ends."""
+    far = x < -math.log(2.0)
+    # The branch that is not taken must not have a nan for a derivative.
+    return jnp.where(
+        far,
+        jnp.log1p(-jnp.exp(jnp.where(far, x, -1.0))),
+        jnp.log(-jnp.expm1(jnp.where(far, -1.0, x))),
+    )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChunkScores:
+    """What a teacher says of stretches of text, in the student's positions.
+
+    Attributes:
+        ids: int32 `[rows, length - 1]`, the chunk of each of our labels; -1 for none.
+        ends: int32 `[rows, length - 1]`, for each chunk our position after its last label, which
+            predicts what follows; -1 where nothing is asked of it.
+        scores: float32 `[rows, length - 1]`, the teacher's log-probability of each chunk.
+        where: bool `[rows, length - 1]`, the chunks that there are.
+    """
+
+    ids: Any
+    ends: Any
+    scores: Any
+    where: Any
+
+
+def chunk_scores(
+    chunks: Chunks,
+    said: Mapping[str, np.ndarray],
+    *,
+    special: np.ndarray,
+    debias: bool = True,
+    least_boundary: float = 0.1,
+) -> ChunkScores:
+    """A teacher's two numbers a position, summed up over chunks; on the host.
+
+    A path of tokens also claims that no longer token covers where it ends. Two corrections, of
+    tokenkit's recommended recipe: chunks are joined until the teacher thinks it probable enough
+    that a word begins after them, and the log-probability of that is added, on both sides.
+
+    Args:
+        chunks: of `align_chunks`.
+        said: `label` and `boundary`, `[rows, their length - 1]`: log-probabilities at the
+            teacher's positions.
+        special: bool `[rows, their length - 1]`, labels that are special tokens.
+        debias: makes both corrections.
+        least_boundary: how probable the beginning of a word has to be.
+    """
+    theirs = np.asarray(chunks.theirs)
+    rows, places = np.nonzero(theirs >= 0)
+    shape = chunks.ours.shape
+    scores, ids = np.zeros(shape, np.float32), np.asarray(chunks.ours).copy()
+    np.add.at(scores, (rows, theirs[rows, places]), np.asarray(said["label"])[rows, places])
+    where = np.arange(shape[1]) < chunks.counts[:, None]
+    ends = np.full(shape, -1, np.int32)
+    if not debias:
+        return ChunkScores(ids=ids, ends=ends, scores=scores, where=where)
+    last = {name: _last(np.asarray(x), shape) for name, x in (("ours", ids), ("theirs", theirs))}
+    closing = np.zeros(shape, bool)
+    closing[rows, theirs[rows, places]] = special[rows, places]
+    # What follows a chunk is predicted from the position after its last label.
+    after = np.clip(last["theirs"] + 1, 0, theirs.shape[1] - 1)
+    boundary = np.take_along_axis(np.asarray(said["boundary"]), after, axis=1)
+    asked = where & ~closing
+    known = (last["theirs"] + 1 < theirs.shape[1]) & (last["ours"] + 1 < shape[1])
+    cut = where & (closing | (known & (boundary > np.log(least_boundary))))
+    # Text before a special token ends there, and so does what is not followed by more of it.
+    more = np.pad(where, ((0, 0), (0, 1)))[:, 1:]
+    first = np.pad(_first(ids, shape), ((0, 0), (0, 1)))[:, 1:]
+    before = np.pad(closing, ((0, 0), (0, 1)))[:, 1:]
+    cut |= where & known & more & (before | (first != last["ours"] + 1))
+    joined = np.cumsum(cut, axis=1) - cut
+    whole = joined < cut.sum(1, keepdims=True)
+    joined = np.where(where & whole, joined, -1)
+    ids = np.where(ids >= 0, np.take_along_axis(joined, np.maximum(ids, 0), axis=1), -1)
+    out = np.zeros(shape, np.float32)
+    row, old = np.nonzero(joined >= 0)
+    np.add.at(out, (row, joined[row, old]), scores[row, old])
+    row, old = np.nonzero(cut & asked)
+    out[row, joined[row, old]] += boundary[row, old]
+    ends[row, joined[row, old]] = last["ours"][row, old] + 1
+    return ChunkScores(
+        ids=ids.astype(np.int32),
+        ends=ends,
+        scores=out,
+        where=np.arange(shape[1]) < cut.sum(1, keepdims=True),
+    )
+
+
+def _last(ids: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The last position of each chunk, -9 for none."""
+    out = np.full(shape, -9)
+    row, place = np.nonzero(ids >= 0)
+    np.maximum.at(out, (row, ids[row, place]), place)
+    return out
+
+
+def _first(ids: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The first position of each chunk, a large number for none."""
+    out = np.full(shape, 1 << 30)
+    row, place = np.nonzero(ids >= 0)
+    np.minimum.at(out, (row, ids[row, place]), place)
+    return out
+
+
+def likelihood_matching(
+    student: Likelihood,
+    chunks: ChunkScores,
+    *,
+    kind: Kind = "kl",
+    temperature: float = 100.0,
+) -> Float[jax.Array, "*batch chunks"]:
+    """The divergence of each chunk, 0 where there is none.
+
+    Args:
+        student: of `linear_likelihood`, `[*batch, positions]`.
+        chunks: of `chunk_scores`.
+        kind: as in `binarized_divergence`.
+        temperature: likewise.
+    """
+    shape = chunks.ids.shape
+    ours = chunk_log_likelihood(student.label, chunks.ids, shape[-1])
+    ends = jnp.asarray(chunks.ends)
+    after = jnp.take_along_axis(student.boundary, jnp.maximum(ends, 0), axis=-1)
+    ours = ours + jnp.where(ends >= 0, after, 0.0)
+    value = binarized_divergence(ours, chunks.scores, kind=kind, temperature=temperature)
+    return jnp.where(chunks.where, value, 0.0)

@@ -1,0 +1,115 @@
+"""Hybrid distances: tokens that both vocabularies have are compared, all others are sorted."""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from logitjax import losses
+from logitjax.distillation._projection import TokenProjection
+from logitjax.ops import TopK
+
+_LEAST_MASS = 2.0**-24
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Matches:
+    """Which of our tokens is which of theirs, one to one.
+
+    Attributes:
+        ours: int32 `[theirs]`, our token of each of theirs; -1 for none.
+        matched: bool `[ours]`, those of ours that are some token of theirs.
+    """
+
+    ours: Any
+    matched: Any
+
+    @classmethod
+    def of(cls, projection: TokenProjection) -> "Matches":
+        """Of a projection by the rule `exact`; of several of ours the lowest id counts."""
+        only = projection.only
+        ours = np.full(projection.size, -1, np.int32)
+        for id_ in np.flatnonzero(only >= 0)[::-1]:
+            ours[only[id_]] = id_
+        matched = np.zeros(len(only), bool)
+        matched[ours[ours >= 0]] = True
+        return cls(ours=ours, matched=matched)
+
+    def ids(self, theirs: Any) -> tuple[jax.Array, jax.Array]:
+        """Our ids of theirs, and which of them there are."""
+        theirs = jnp.asarray(theirs)
+        size = len(self.ours)
+        found = jnp.where(theirs < size, jnp.asarray(self.ours)[jnp.minimum(theirs, size - 1)], -1)
+        return jnp.maximum(found, 0), found >= 0
+
+
+def hybrid_logit_distance(
+    student: TopK,
+    own: TopK,
+    teacher: TopK,
+    matches: Matches,
+    *,
+    kind: Literal["jsd", "kl"] = "jsd",
+    beta: float = 0.5,
+) -> tuple[Float[jax.Array, "*batch"], Float[jax.Array, "*batch"]]:
+    """GOLD's hybrid, or X-Token's H-KL, from top logits: the matched part and the sorted one.
+
+    Over the tokens of the teacher's top k that the student has, and ONE bucket for what it has not
+    and for what lies outside of the top k::
+
+        matched  JSD_beta(p, q)  or  KL(p || q),  over matched tokens and the bucket
+        sorted   sum_r |p_(r) - q_(r)|  over the unmatched of either side's top k, largest first
+
+    The bucket makes the first a divergence: 0 where both models say the same, and its gradient does
+    not push unmatched tokens down. No mass is renormalised, so the parts need no weights.
+
+    Args:
+        student: the student's `TopK` at `matches.ids(teacher.indices)`, `[*batch, k]`.
+        own: the student's own top logits, `[*batch, n]`.
+        teacher: `TopK`, `[*batch, k]`. Gets no gradient.
+        matches: which tokens are the same.
+        kind: the divergence of the matched part.
+        beta: share of the teacher in the mixture of 'jsd'.
+
+    Returns:
+        Both parts, `[*batch]` float32.
+
+    References:
+        TRL, GOLD trainer; X-Token (arXiv 2605.21699), H-KL. As released: `chunk_hybrid`,
+        `chunk_hybrid_kl`.
+    """
+    teacher = jax.lax.stop_gradient(teacher)
+    _, there = matches.ids(teacher.indices)
+    log_q = jnp.where(there, student.values - student.log_z[..., None], -jnp.inf)
+    ours = TopK(log_q, teacher.indices, jnp.zeros_like(teacher.log_z))
+    theirs = TopK(jnp.where(there, teacher.values, -jnp.inf), teacher.indices, teacher.log_z)
+    if kind == "kl":
+        matched = losses.sparse_kl_divergence(ours, theirs)
+    else:
+        matched = losses.generalized_jensen_shannon(with_rest(ours), with_rest(theirs), beta=beta)
+    p = jnp.where(there, 0.0, jnp.exp(teacher.values - teacher.log_z[..., None]))
+    known = jnp.asarray(matches.matched)
+    # The head may have more columns than the tokenizer has tokens.
+    at = jnp.minimum(own.indices, len(matches.matched) - 1)
+    mine = (own.indices < len(matches.matched)) & known[at]
+    q = jnp.where(mine, 0.0, jnp.exp(own.values - own.log_z[..., None]))
+    size = max(p.shape[-1], q.shape[-1])
+    p, q = (
+        jnp.pad(
+            jnp.sort(x, axis=-1, descending=True),
+            [(0, 0)] * (x.ndim - 1) + [(0, size - x.shape[-1])],
+        )
+        for x in (p, q)
+    )
+    return matched, jnp.abs(p - q).sum(-1)
+
+
+def with_rest(top: TopK) -> jax.Array:
+    """Log-probabilities of the kept tokens and, last, of all others together."""
+    known = top.values - top.log_z[..., None]
+    # The smallest mass that 1 - sum(p) resolves in float32.
+    rest = jnp.maximum(1.0 - jnp.exp(known).sum(-1, keepdims=True), _LEAST_MASS)
+    return jnp.concatenate([known, jnp.log(rest)], axis=-1)

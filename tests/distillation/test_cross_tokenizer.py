@@ -1,0 +1,473 @@
+"""Losses across tokenizers: values of the papers and of TRL, float64 oracles, blocked as dense."""
+
+import functools
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokenizers
+from etils import epath
+
+from logitjax import distillation, losses, models, ops
+from logitjax.distillation import _projected_kl, _projection
+from tests._compiled import compiled
+from tests.distillation.make_gold_goldens import OURS, PAIRS, THEIRS
+
+RNG = np.random.default_rng(0)
+VOCAB, OTHER, K, HIDDEN = 40, 30, 6, 8
+
+
+def log_softmax(x):
+    x = np.asarray(x, np.float64)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def random_projection(width):
+    ids = np.stack([RNG.permutation(OTHER)[:width] for _ in range(VOCAB)]).astype(np.int32)
+    ids[RNG.random(ids.shape) < 0.1] = -1
+    # Some of theirs have none of ours.
+    ids[ids < 4] = -1
+    weights = np.where(ids >= 0, RNG.random(ids.shape), 0.0)
+    weights = weights / np.maximum(weights.sum(-1, keepdims=True), 1e-9)
+    return distillation.TokenProjection(
+        ids=ids, weights=weights.astype(np.float32), size=OTHER, rule="spread"
+    )
+
+
+def projected_kl(hidden, kernel, teacher, projection):
+    """By definition, in float64, with W as a matrix; what no token of ours reaches is a rest."""
+    q = np.exp(log_softmax(hidden @ kernel)) @ projection.dense()
+    p = np.exp(log_softmax(teacher))
+    out = []
+    for here, there in zip(p, q, strict=True):
+        top = np.argsort(-here)[:K]
+        top = top[projection.sizes[top] > 0]
+        a = np.append(here[top], 1 - here[top].sum())
+        b = np.append(there[top], 1 - there[top].sum())
+        out.append((a * np.log(a / b)).sum())
+    return np.array(out)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_projected_kl_and_its_gradient_are_those_of_the_definition(wide, monkeypatch):
+    monkeypatch.setattr(_projected_kl, "_MOST_MEMBERS", 0 if wide else 4096)
+    projection = random_projection(3)
+    hidden, teacher = RNG.normal(size=(5, HIDDEN)), RNG.normal(size=(5, OTHER), scale=2)
+    kernel, weights = RNG.normal(size=(HIDDEN, VOCAB)), np.array([1.0, 0.5, 0.0, 2.0, 1.0])
+
+    @jax.jit
+    def blocked(hidden, kernel, teacher):
+        top = ops.TopK.of(teacher, K)
+        sizes = losses.Blocks(vocab=16, tokens=2)
+
+        def loss(hidden, kernel, weights=None):
+            return distillation.linear_projected_kl_divergence(
+                hidden, kernel, top, projection, weights=weights, blocks=sizes
+            )
+
+        w = jnp.asarray(weights, jnp.float32)
+        scalar = jax.value_and_grad(lambda *x: loss(*x, w), (0, 1))(hidden, kernel)
+        values, pull = jax.vjp(loss, hidden, kernel)
+        dense = distillation.projected_kl_divergence(hidden @ kernel, top, projection)
+        return scalar, values, pull(w), dense
+
+    (value, gradient), values, again, dense = jax.device_get(
+        blocked(*(x.astype(np.float32) for x in (hidden, kernel, teacher)))
+    )
+    expected = projected_kl(hidden, kernel, teacher, projection)
+    np.testing.assert_allclose(values, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(dense, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(value, (weights * expected).sum(), rtol=1e-5)
+    for ours, other in zip(gradient, again, strict=True):
+        np.testing.assert_allclose(ours, other, rtol=1e-4, atol=1e-5)
+    for place in [(0, 1), (3, 4), (4, 7)]:
+        step = np.zeros_like(hidden)
+        step[place] = 1e-6
+        ends = [
+            (weights * projected_kl(hidden + s, kernel, teacher, projection)).sum()
+            for s in (step, -step)
+        ]
+        np.testing.assert_allclose(
+            gradient[0][place], (ends[0] - ends[1]) / 2e-6, rtol=1e-3, atol=1e-5
+        )
+    for place in [(0, 1), (3, 24), (7, 39)]:
+        step = np.zeros_like(kernel)
+        step[place] = 1e-6
+        ends = [
+            (weights * projected_kl(hidden, kernel + s, teacher, projection)).sum()
+            for s in (step, -step)
+        ]
+        np.testing.assert_allclose(
+            gradient[1][place], (ends[0] - ends[1]) / 2e-6, rtol=1e-3, atol=1e-5
+        )
+
+
+def bpe(pieces):
+    """A byte-level tokenizer of these pieces, the bytes of letters and digits, and an end."""
+    alphabet = sorted(set("".join(pieces)) | set("Ġ"))
+    vocab = {piece: i for i, piece in enumerate(dict.fromkeys([*alphabet, *pieces]))}
+    merges = []
+    for piece in pieces:
+        for cut in range(1, len(piece)):
+            if piece[:cut] in vocab and piece[cut:] in vocab:
+                merges.append((piece[:cut], piece[cut:]))
+                break
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges))
+    backend.add_special_tokens(["<|end|>"])
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+        add_prefix_space=False, use_regex=False
+    )
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    return models.Tokenizer(backend, eos_id=len(vocab))
+
+
+def test_numerals_map_on_their_first_digit_or_are_spread_over_all():
+    ours, theirs = bpe(["x", "20", "201"]), bpe(["2", "0", "1", "x"])
+    ids = {text: ours.token_id(text) for text in ("201", "2", "0", "1", "x")}
+    q = np.zeros(ours.vocab_size)
+    q[list(ids.values())] = (0.5, 0.1, 0.1, 0.1, 0.2)
+    order = [theirs.token_id(text) for text in ("2", "0", "1", "x")]
+    first = distillation.token_projection(ours, theirs)
+    np.testing.assert_allclose((q @ first.dense())[order], (0.6, 0.1, 0.1, 0.2), atol=1e-7)
+    spread = distillation.token_projection(ours, theirs, rule="spread")
+    np.testing.assert_allclose((q @ spread.dense())[order], (0.5505, 0.145, 0.1045, 0.2), atol=1e-4)
+    exact = distillation.token_projection(ours, theirs, rule="exact")
+    assert exact.only[ids["201"]] == -1
+    assert exact.only[ids["x"]] == order[3]
+    assert first.only[ours.eos_id] == theirs.eos_id
+    assert first.summary()["largest bucket"] == 3
+    assert first.capacity(2) == 4
+
+
+def test_the_nearest_spelling_is_one_edit_away_or_the_first_piece():
+    ours, theirs = bpe(["ab", "abc", "de", "defg"]), bpe(["ab", "abd", "d", "e", "f", "g", "c"])
+    nearest = distillation.token_projection(ours, theirs, rule="edit_distance")
+    near = {t: theirs.token(int(nearest.only[ours.token_id(t)])) for t in ("abc", "ab", "defg")}
+    assert near == {"abc": "ab", "ab": "ab", "defg": "d"}
+
+
+def test_a_projection_is_built_once(tmp_path, monkeypatch):
+    tiny = models.load_tokenizer("tiny")
+    made = distillation.token_projection(tiny, tiny, directory=epath.Path(tmp_path))
+    monkeypatch.setattr(_projection, "_BUILDERS", {})
+    again = distillation.token_projection(tiny, tiny, directory=epath.Path(tmp_path))
+    assert (made.ids == again.ids).all()
+    assert again.size == 257
+
+
+@functools.cache
+def golden():
+    path = pathlib.Path(__file__).with_name("gold_goldens.json")
+    held = json.loads(path.read_text())
+    losses = held.pop("losses")
+    return {name: np.array(value) for name, value in held.items()}, losses
+
+
+def gold_chunks():
+    """The chunks of the golden row, from its byte lengths."""
+    held, _ = golden()
+
+    def columns(lengths):
+        size = len(lengths)
+        return {
+            "tokens": np.array([lengths]),
+            "segment_ids": np.ones((1, size), int),
+            "positions": np.arange(size)[None],
+            "loss_mask": np.arange(size)[None] > 0,
+        }
+
+    # Their row is one shorter; a token that is not to be predicted fills it up.
+    theirs = columns([*THEIRS, 0])
+    theirs["segment_ids"][0, -1] = theirs["loss_mask"][0, -1] = 0
+    chunks = distillation.align_chunks(
+        columns(OURS), theirs, our_lengths=np.arange(4), their_lengths=np.arange(4)
+    )
+    their_ids = np.pad(held["their_ids"], ((0, 0), (0, 1)))
+    return chunks, distillation.ChunkTokens.pair(chunks, held["our_ids"], their_ids)
+
+
+def matches():
+    ours = np.full(9, -1, np.int32)
+    ours[list(PAIRS)] = list(PAIRS.values())
+    return distillation.Matches(ours=ours, matched=np.isin(np.arange(7), list(PAIRS.values())))
+
+
+def test_gold_equals_trl_and_blocks_of_chunks_equal_all_at_once():
+    held, expected = golden()
+    chunks, (ours, theirs) = gold_chunks()
+    assert chunks.our_sizes[0, :4].tolist() == [2, 1, 1, 3]
+    assert chunks.their_sizes[0, :4].tolist() == [1, 1, 2, 2]
+    # Hidden states that are the logits, so that dense and blocked see the same.
+    heads = [losses.Head(jnp.eye(size), vocab_axis=1) for size in (7, 9)]
+    states = [jnp.asarray(held[n], jnp.float32) for n in ("student", "teacher")]
+
+    @jax.jit
+    def run(student, teacher):
+        out = {}
+        for beta in expected:
+            loss = functools.partial(distillation.chunk_hybrid, matches=matches(), beta=float(beta))
+            blocked = distillation.linear_chunk_loss(
+                loss, (student, heads[0]), (teacher, heads[1]), ours, theirs, block=3
+            )
+            dense = loss(student[0][ours.positions], teacher[0][theirs.positions], ours, theirs)
+            out[beta] = blocked.sum() / 4, dense.sum() / 4
+        return out
+
+    for beta, values in run(*states).items():
+        np.testing.assert_allclose(values, expected[beta], rtol=1e-5)
+
+
+def test_x_token_as_released_is_negative_where_chunks_are_long_and_corrected_is_zero():
+    """Rows (.9, .1), (.1, .9) on both sides: the geometric mean has mass below 1."""
+    logits = jnp.log(jnp.array([[[0.9, 0.1], [0.1, 0.9]]]))
+    chunk = distillation.ChunkTokens(
+        row=np.zeros(1, int),
+        positions=np.array([[0, 1]]),
+        labels=np.zeros((1, 2), int),
+        where=np.ones((1, 2), bool),
+    )
+    same = distillation.TokenProjection(
+        ids=np.arange(2, dtype=np.int32)[:, None], weights=np.ones((2, 1), np.float32), size=2
+    )
+
+    @jax.jit
+    def run(logits):
+        columns = distillation.loudest_columns(logits)
+        return [
+            (
+                distillation.chunk_projected_kl(
+                    logits, logits, chunk, chunk, same, columns, form=form
+                )[0],
+                distillation.chunk_hybrid_kl(
+                    logits, logits, chunk, chunk, distillation.common_tokens(same), form=form
+                )[0],
+            )
+            for form in ("released", "corrected")
+        ]
+
+    (released, hybrid), corrected = run(logits)
+    np.testing.assert_allclose(released, -0.3065, atol=1e-4)
+    np.testing.assert_allclose(hybrid, 0.0, atol=1e-6)
+    np.testing.assert_allclose(corrected, (0.0, 0.0), atol=1e-6)
+
+
+def test_the_hybrid_of_top_logits_is_its_definition_and_zero_where_both_say_the_same():
+    """Ours {201, 2, 0, 1, x}, theirs {2, 0, 1, x}: "201" is unmatched."""
+    match = distillation.Matches(
+        ours=np.array([1, 2, 3, 4], np.int32), matched=np.array([False, True, True, True, True])
+    )
+    q, p = np.array([0.5, 0.1, 0.1, 0.1, 0.2]), np.array([0.6, 0.1, 0.1, 0.2])
+
+    @jax.jit
+    def both(student, teacher):
+        top = ops.TopK.of(teacher, 2)
+        ids, _ = match.ids(top.indices)
+        at = ops.TopK(student[ids], ids, ops.logsumexp(student))
+        own = ops.TopK.of(student, 2)
+        return [
+            distillation.hybrid_logit_distance(at, own, top, match, kind=kind)
+            for kind in ("jsd", "kl")
+        ]
+
+    (jsd, others), (kl, _) = both(np.log(q), np.log(p))
+    # Their top two, "2" and "x", and the rest: (.6, .2, .2) against (.1, .2, .7).
+    a, b = np.array([0.6, 0.2, 0.2]), np.array([0.1, 0.2, 0.7])
+    mix = (a + b) / 2
+    half = 0.5 * (a * np.log(a / mix)).sum() + 0.5 * (b * np.log(b / mix)).sum()
+    np.testing.assert_allclose([jsd, kl], [half, (a * np.log(a / b)).sum()], rtol=1e-5)
+    np.testing.assert_allclose(others, 0.5, rtol=1e-6)
+
+
+def test_binarised_divergences_have_the_printed_values_and_gradients():
+    student, teacher = np.log(np.float32([0.05])), np.log(np.float32([0.2]))
+
+    @jax.jit
+    def run(student, teacher):
+        def kl(tau):
+            def value(s):
+                return distillation.binarized_divergence(
+                    s, teacher, kind="kl", temperature=tau
+                ).sum()
+
+            return jax.value_and_grad(value)(student)
+
+        return [kl(1.0), kl(100.0), kl(float("inf"))]
+
+    (one, d_one), (hundred, d_hundred), (limit, d_limit) = run(student, teacher)
+    np.testing.assert_allclose([one, hundred, limit], [0.13978, 0.0038324, 0.38634], rtol=2e-5)
+    for tau, found in ((1.0, d_one), (100.0, d_hundred)):
+        p, q = 0.2 ** (1 / tau), 0.05 ** (1 / tau)
+        np.testing.assert_allclose(found, [(q - p) / (tau * (1 - q))], rtol=1e-3)
+    np.testing.assert_allclose(d_limit, [np.log(0.2) / np.log(0.05) - 1], rtol=1e-4)
+
+
+def test_likelihoods_of_labels_and_of_words_beginnings_are_those_of_the_logits():
+    members = RNG.random(VOCAB) < 0.3
+    words = distillation.TokenSet(members)
+    hidden, kernel = RNG.normal(size=(5, HIDDEN)), RNG.normal(size=(HIDDEN, VOCAB))
+    labels = RNG.integers(0, VOCAB, 5)
+
+    @jax.jit
+    def run(hidden, kernel):
+        def blocked(hidden, kernel):
+            found = distillation.linear_likelihood(
+                hidden, kernel, labels, words, blocks=losses.Blocks(vocab=16, tokens=2)
+            )
+            return (2 * found.label + 3 * found.boundary).sum(), found
+
+        def dense(hidden, kernel):
+            log_p = jax.nn.log_softmax(hidden @ kernel)
+            label = jnp.take_along_axis(log_p, labels[:, None], axis=-1)[:, 0]
+            boundary = jax.nn.logsumexp(log_p, axis=-1, where=members)
+            return (2 * label + 3 * boundary).sum(), (label, boundary)
+
+        return [
+            jax.value_and_grad(f, (0, 1), has_aux=True)(hidden, kernel) for f in (blocked, dense)
+        ]
+
+    blocked, dense = jax.device_get(run(*(x.astype(np.float32) for x in (hidden, kernel))))
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5),
+        jax.tree.leaves(blocked),
+        jax.tree.leaves(dense),
+    )
+
+
+def test_chunks_join_until_a_word_begins_and_the_rest_of_a_row_is_left_out():
+    """Texts "ab|c d" and an end; the teacher doubts the first boundary."""
+    ids = np.array([[0, 1, 1, 2, 3, 4, -1, -1]])
+    sizes = np.array([[1, 2, 1, 1, 1, 0, 0, 0]])
+    chunks = distillation.Chunks(
+        ours=ids, theirs=ids, our_sizes=sizes, their_sizes=sizes, starts=ids >= 0, places=ids
+    )
+    label = -np.arange(1.0, 9.0)[None]
+    boundary = np.log(np.array([[0.5, 0.01, 0.9, 0.5, 0.8, 0.7, 0.6, 0.6]]))
+    special = np.array([[False, False, False, False, True, False, False, False]])
+    said = {"label": label, "boundary": boundary}
+    plain = distillation.chunk_scores(chunks, said, special=special, debias=False)
+    assert plain.scores[0, :5].tolist() == [-1, -5, -4, -5, -6]
+    assert (plain.ends == -1).all()
+    assert plain.where.sum() == 5
+    found = distillation.chunk_scores(chunks, said, special=special)
+    # The first chunk joins the second; what precedes the end closes; the end itself asks nothing.
+    assert found.ids[0].tolist() == [0, 0, 0, 1, 2, 3, -1, -1]
+    np.testing.assert_allclose(
+        found.scores[0, :4],
+        [-6 + np.log(0.5), -4 + np.log(0.8), -5, -6 + np.log(0.6)],
+        rtol=1e-6,
+    )
+    assert found.ends[0, :4].tolist() == [3, 4, -1, 6]
+    assert found.where[0].sum() == 4
+
+
+def columns_of(tokens):
+    return {
+        "tokens": tokens,
+        "segment_ids": np.ones_like(tokens),
+        "positions": np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape),
+        "loss_mask": np.arange(tokens.shape[1]) * np.ones_like(tokens) > 2,
+    }
+
+
+def test_a_teacher_of_the_same_tokenizer_is_the_same_through_a_projection():
+    """An identity: first_piece is KL, alone and beside a loss that needs another form of it."""
+    model = models.load_model("tiny")
+    tokens = RNG.integers(0, 256, (2, 12)).astype(np.int32)
+    columns = columns_of(tokens)
+    where = columns["loss_mask"][:, 1:]
+    teacher = RNG.normal(size=(2, 11, 257), scale=2).astype(np.float32)
+    statistics = compiled(losses.graph_statistics)(teacher, 8)
+    ids = np.arange(257, dtype=np.int32)[:, None]
+    same = distillation.TokenProjection(ids=ids, weights=np.ones(ids.shape, np.float32), size=257)
+    known = distillation.Vocabularies(
+        projections={"first_piece": same, "exact": same},
+        boundary=distillation.TokenSet(np.ones(257, bool)),
+    )
+    student = distillation.make_student(model)
+    place = np.cumsum(where, axis=1) - 1
+    chunk_ids = np.where(where, place, -1).astype(np.int32)
+    scores = distillation.chunk_scores(
+        distillation.Chunks(
+            ours=chunk_ids,
+            theirs=chunk_ids,
+            our_sizes=(np.arange(11) < 9).astype(int) * np.ones((2, 1), int),
+            their_sizes=(np.arange(11) < 9).astype(int) * np.ones((2, 1), int),
+            starts=where,
+            places=place,
+        ),
+        {"label": np.full((2, 11), -1.0), "boundary": np.zeros((2, 11))},
+        special=np.zeros((2, 11), bool),
+        debias=False,
+    )
+    # The second row is not seen by the teacher: means are over the first one.
+    half = where & np.array([[True], [False]])
+    view = distillation.TeacherView(statistics, half, half, scores)
+
+    def loss(*terms):
+        return distillation.loss_function(
+            distillation.Objective(terms=distillation.parse_terms(terms), teachers=(1.0,)),
+            student,
+            {"a": known},
+        )
+
+    fns = [loss("sft:0.5", "first_piece"), loss("sft", "alm"), loss("hkl", "alm", "sft:0.5")]
+    plain = loss("kl")
+
+    @jax.jit
+    def run(trained, frozen, view):
+        batch = {"pivot": columns, "sources": {"a": view}}
+        narrow = {
+            "pivot": columns | {"loss_mask": columns["loss_mask"] & np.array([[True], [False]])},
+            "sources": {"a": view},
+        }
+        return [f(trained, batch, None, frozen) for f in fns], plain(trained, narrow, None, frozen)
+
+    ((total, count, first), (_, _, alm), (_, _, both)), (kl, seen, _) = jax.device_get(
+        run(student.trained, student.frozen, view)
+    )
+    np.testing.assert_allclose(first["first_piece"][0] / count, kl / seen, rtol=1e-5)
+    np.testing.assert_allclose(total, 0.5 * first["sft"][0] + first["first_piece"][0], rtol=1e-5)
+    assert first["seen/first_piece"] == (half.sum(), where.sum())
+    np.testing.assert_allclose(alm["alm"][0], both["alm"][0], rtol=1e-5)
+    np.testing.assert_allclose(alm["sft"][0], both["sft"][0], rtol=1e-5)
+    np.testing.assert_allclose(both["hkl"][0] / count, kl / seen, rtol=1e-4)
+
+
+def test_nothing_that_meets_gives_a_value_and_a_gradient_of_zero():
+    model = models.load_model("tiny")
+    columns = columns_of(RNG.integers(0, 256, (1, 8)).astype(np.int32))
+    statistics = compiled(losses.graph_statistics)(
+        RNG.normal(size=(1, 7, 257)).astype(np.float32), 4
+    )
+    ids = np.arange(257, dtype=np.int32)[:, None]
+    same = distillation.TokenProjection(ids=ids, weights=np.ones(ids.shape, np.float32), size=257)
+    known = distillation.Vocabularies(
+        projections={"first_piece": same, "exact": same},
+        boundary=distillation.TokenSet(np.ones(257, bool)),
+    )
+    none = np.zeros((1, 7), bool)
+    empty = np.full((1, 7), -1, np.int32)
+    chunks = distillation.ChunkScores(
+        ids=empty, ends=empty, scores=np.zeros((1, 7), np.float32), where=none
+    )
+    view = distillation.TeacherView(statistics, none, none, chunks)
+    student = distillation.make_student(model)
+    terms = distillation.parse_terms(["first_piece", "hybrid", "alm"])
+    loss_fn = distillation.loss_function(
+        distillation.Objective(terms=terms, teachers=(1.0,)), student, {"a": known}
+    )
+
+    @jax.jit
+    def run(trained, frozen):
+        def value(trained):
+            batch = {"pivot": columns, "sources": {"a": view}}
+            return loss_fn(trained, batch, None, frozen)[0]
+
+        return jax.value_and_grad(value)(trained)
+
+    value, gradient = jax.device_get(run(student.trained, student.frozen))
+    assert value == 0.0
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(gradient))
