@@ -33,7 +33,9 @@ LEVEL = {package: level for level, packages in enumerate(LAYERS) for package in 
 # Another is `decoding.PromptReader`, which a server fills its slots with.
 # Two are `storage.may_pass` and `storage.progress`, which decide how a run ends.
 # Another is `models.load_sampling`, how the publisher of a model samples.
-PUBLIC_NAMES = 260 + 41
+# 25 are what learning from another tokenizer is made of: its alignment, projection and losses,
+# those of GOLD and X-Token as released among them, which docs/any_tokenizer.md shows.
+PUBLIC_NAMES = 260 + 41 + 25
 
 # The command of the benchmarks is the door to their package, not a package beside it.
 DOORS = {"experiments.benchmark": "experiments.benchmarks"}

@@ -7,6 +7,8 @@ from logitjax.commands.cli import field
 
 # KL alone is there to be seen beside SFT + KL.
 ARMS: tuple[str, ...] = ("sft", "kl", "uld", "gld", "uld+gld", "kl_only")
+# What is learnt from a source of another tokenizer (docs/any_tokenizer.md).
+CROSS: tuple[str, ...] = ("first_piece", "pkl", "hybrid", "hkl", "alm", "mined")
 # A second head learns the teachers' logits; it needs their vocabulary, as kl does.
 DUAL = "dual"
 
@@ -69,6 +71,14 @@ class Config:
         "listed", "Whether layers are stacked and scanned, or listed and unrolled."
     )
     remat: Literal["none", "dots", "full"] = field("none", "What the backward pass computes again.")
+    topic_rows: int = field(
+        0, "Test articles whose topic the student has to name; data has to have topics."
+    )
+    part: tuple[str, ...] = field(
+        (),
+        "Part of a report of student and source: pair, healed_own, healed_other, healed_both or "
+        "reverse; the whole configuration is one run if none is named.",
+    )
     profile_steps: int = field(
         0, "Steps of each arm that jax.profiler records, from the third step on."
     )
@@ -77,9 +87,16 @@ class Config:
     def __post_init__(self) -> None:
         if self.freeze_below and self.layout != "listed":
             raise ValueError("freeze_below: expected listed layers, stacked ones train together")
+        known = (*ARMS, *CROSS, DUAL)
         for arm in (*self.loss, *self.drop_arm):
-            if arm not in (*ARMS, DUAL):
-                raise ValueError(f"loss: expected some of {', '.join((*ARMS, DUAL))}, got {arm!r}")
+            if arm not in known:
+                raise ValueError(f"loss: expected some of {', '.join(known)}, got {arm!r}")
+        if unknown := set(self.part) - set(PARTS):
+            raise ValueError(
+                f"part: expected some of {', '.join(PARTS)}, got {sorted(unknown)[0]!r}"
+            )
+        if self.part and len(self.source) != 1:
+            raise ValueError(f"source: expected one other model with parts, got {len(self.source)}")
         grid = len(self.learning_rate) + len(self.mix) + len(self.gld) - 2
         if self.chooses and self.trials < grid:
             raise ValueError(f"trials: expected at least the {grid} of the grid, got {self.trials}")
@@ -87,6 +104,19 @@ class Config:
             raise ValueError(
                 f"source_weight: {len(self.source_weight)} weights for {len(self.sources)} sources"
             )
+
+    def of_part(self, name: str) -> "Config":
+        """The configuration of one part."""
+        both = {"student": self.student, "other": self.source[0]}
+        chosen = dict(PARTS[name])
+        student, sources = chosen.pop("who")
+        return dataclasses.replace(
+            self,
+            part=(),
+            student=both[student],
+            source=tuple(both[name] for name in sources),
+            **chosen,
+        )
 
     @property
     def chooses(self) -> bool:
@@ -98,6 +128,21 @@ class Config:
         """Models to learn from."""
         return self.source or (self.student,)
 
+
+# Who learns from whom, and what in other respects is not the run's own configuration.
+PARTS: dict[str, dict[str, Any]] = {
+    "pair": dict(who=("student", ("other",)), drop_layers=(0,)),
+    # InfiGFusion's own claim: several sources, one pivot.
+    "healed_own": dict(who=("student", ("student",)), loss=("sft", "first_piece")),
+    "healed_other": dict(who=("student", ("other",)), loss=("first_piece",)),
+    "healed_both": dict(who=("student", ("student", "other")), loss=("first_piece",)),
+    # The second pair of tokenizers: a large vocabulary that learns from a small one.
+    "reverse": dict(
+        who=("other", ("student",)),
+        drop_layers=(0,),
+        loss=("sft", "first_piece", "pkl", "hybrid", "hkl", "alm", "uld"),
+    ),
+}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "smoke": dict(
@@ -137,10 +182,15 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Another tokenizer and vocabulary: `make gemma` fetches the source (Gemma terms of use).
     "heterogeneous": dict(
         source=(".cache/models/gemma-3-270m.gguf",),
+        part=("pair", "healed_own", "healed_other", "healed_both", "reverse"),
         freeze_below=True,
-        loss=("sft", "uld", "uld+gld"),
+        loss=("sft", *CROSS, "uld", "uld+gld"),
+        mix=(0.5, 0.25, 0.75),
+        learning_rate=(2e-5, 5e-5, 1.25e-4),
+        trials=7,
         seeds=3,
         eval_rows=48,
+        topic_rows=40,
     ),
     # 130k examples, 4K inputs, four 14B-24B models: for a pod. Data: jsonl of prompt and response.
     "paper": dict(

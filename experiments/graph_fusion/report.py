@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 
 from experiments.graph_fusion.config import Config
@@ -18,6 +19,12 @@ NAMES = {
     "gld": "SFT + GLD",
     "uld+gld": "SFT + ULD + GLD (InfiGFusion)",
     "dual": "SFT + second head",
+    "first_piece": "SFT + first piece",
+    "pkl": "SFT + P-KL, corrected (X-Token)",
+    "hybrid": "SFT + hybrid, corrected (GOLD)",
+    "hkl": "SFT + H-KL, corrected (X-Token)",
+    "alm": "SFT + ALM",
+    "mined": "SFT + MinED",
 }
 
 # InfiGFusion, Table 3: averages over 18 reasoning tasks, Phi-4 14B pivot, accuracy in percent.
@@ -83,6 +90,8 @@ def _scores(records: Sequence[Mapping[str, Any]]) -> Record:
     return {
         "perplexity": spread(records, "perplexity"),
         "bits a byte": spread(records, "bits_per_byte"),
+        "topics %": spread(records, "topics", 100),
+        "seen %": spread(records, "seen", 100),
         "agreement %": spread(records, "agreement", 100),
         "KL": spread(records, "teacher_kl"),
         "parameters": f"{records[0]['parameters'] / 1e6:.4g} M",
@@ -104,6 +113,72 @@ def _by_layers(results: Record) -> list[Record]:
             row[f"{NAMES[arm]}, agreement %"] = spread(found["runs"], "agreement", 100)
         rows.append(row)
     return rows
+
+
+def write_parts(config: Config, found: Mapping[str, Record], workdir: epath.Path) -> str:
+    """The report of all parts: one table each, and what they were for."""
+    sections = []
+    for name, results in found.items():
+        chosen = config.of_part(name)
+        sources = " and ".join(f"`{source}`" for source in chosen.sources)
+        drop = results["drops"][0]
+        cut = f" without {drop['layers']} layers" if drop["layers"] else ", whole"
+        sections.append(
+            f"## {name}: {sources} into `{chosen.student}`{cut}\n\n"
+            f"{markdown_table(_rows(results, drop))}"
+        )
+    text = "\n\n".join(sections)
+    bars = _bars_of_parts(found)
+    if bars:
+        text += f"\n\n## Bars\n\n{markdown_table(bars)}"
+    if jax.process_index() == 0:
+        runs = [
+            {"part": name} | run
+            for name, results in found.items()
+            for arm in results["drops"][0]["arms"].values()
+            for run in arm["runs"]
+        ]
+        about = (
+            f"# Learning across tokenizers\n\n{config.seeds} seeds of {config.steps} steps of "
+            f"{config.batch_size} x {config.seq_len} tokens of `{config.data}`; {_CHOSEN}"
+            f"Scores are on {config.eval_rows} test rows, topics on {config.topic_rows} articles; "
+            "seen: share of the labels that a loss looks at. Spread is one standard deviation over "
+            "seeds. Each part has a report of its own in its folder.\n\n"
+        )
+        write_report(workdir, about + text + "\n", runs)
+    return text
+
+
+def _bars_of_parts(found: Mapping[str, Record]) -> list[Record]:
+    """Whether a source of another tokenizer helps beyond the spread, and whether two help more."""
+    bars = []
+
+    def runs(part: str, arm: str) -> np.ndarray:
+        arms = found[part]["drops"][0]["arms"]
+        return np.array([run["bits_per_byte"] for run in arms[arm]["runs"]])
+
+    for part in ("pair", "reverse"):
+        if part not in found or "sft" not in found[part]["drops"][0]["arms"]:
+            continue
+        plain = runs(part, "sft")
+        others = [arm for arm in found[part]["drops"][0]["arms"] if arm != "sft"]
+        if not others:
+            continue
+        best = min(others, key=lambda arm: runs(part, arm).mean())
+        gain = float(plain.mean() - runs(part, best).mean())
+        # Both have a spread; one seed has none to be beyond.
+        least = float(np.hypot(plain.std(), runs(part, best).std()))
+        name = f"{part}: bits a byte that {NAMES[best]} is below SFT"
+        bars.append(bar(name, gain, f"> {least:.2g}, the spread", gain > least))
+    healed = ("healed_own", "healed_other", "healed_both")
+    if set(healed) <= set(found):
+        own, other, both = (runs(part, "first_piece") for part in healed)
+        single = own if own.mean() < other.mean() else other
+        gain = float(single.mean() - both.mean())
+        least = float(np.hypot(single.std(), both.std()))
+        name = "healed: bits a byte that two teachers are below the better one"
+        bars.append(bar(name, gain, f"> {least:.2g}, the spread", gain > least))
+    return bars
 
 
 def _bars(drop: Record) -> list[Record]:

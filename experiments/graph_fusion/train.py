@@ -10,7 +10,7 @@ from absl import logging
 from etils import epath
 from jax.sharding import Mesh
 
-from experiments.graph_fusion import arms
+from experiments.graph_fusion import arms, topics
 from experiments.graph_fusion.config import DUAL, Config
 from experiments.shared.records import Record, kept
 from logitjax import data, distillation, models, processes, training
@@ -68,6 +68,7 @@ def make_reading(config: Config) -> distillation.Reading:
         batch_size=config.eval_batch,
         dtype=config.dtype,
         layout=config.layout,
+        losses=tuple(dict.fromkeys(name for arm in config.loss for name in arm.split("+"))),
     )
 
 
@@ -138,6 +139,15 @@ class Pruned:
         about = course(session.config, arms.first_settings(session.config, "sft"), 0)
         return distillation.Scorer(student, session.corpus, about, mesh=session.mesh)
 
+    @functools.cached_property
+    def topics(self) -> topics.Topics | None:
+        """Articles whose topic has to be named."""
+        config, packed = self.session.config, self.session.corpus.packed
+        if not config.topic_rows:
+            return None
+        tokenizer = packed.tokenizers[packed.names["pivot"]]
+        return topics.Topics.load(config.data, tokenizer, self.student, config.topic_rows)
+
     @property
     def directory(self) -> epath.Path:
         return self.session.workdir / f"drop-{self.layers}"
@@ -188,6 +198,7 @@ def run_all(config: Config, workdir: epath.Path) -> Record:
             lambda pruned=pruned: (
                 _scores(pruned.scorer, pruned.student.trained, session.mesh)
                 | {"parameters": pruned.student.size}
+                | _topics(pruned, pruned.student.trained)
             ),
         )
         for arm in config.loss if number == 0 else config.drop_arm or config.loss:
@@ -216,10 +227,15 @@ def _score_whole(session: Session) -> Record | None:
 
     def make() -> Record:
         pruned = Pruned(session=session, layers=0, model=session.whole)
-        scores = _scores(pruned.scorer, pruned.student.trained, session.mesh)
-        return scores | {"parameters": pruned.student.size}
+        student = pruned.student
+        scores = _scores(pruned.scorer, student.trained, session.mesh)
+        return scores | {"parameters": pruned.student.size} | _topics(pruned, student.trained)
 
     return kept(session.workdir / "whole.json", make)
+
+
+def _topics(pruned: Pruned, params: Any) -> Record:
+    return {} if pruned.topics is None else {"topics": pruned.topics.accuracy(params)}
 
 
 def _scores(scorer: distillation.Scorer, trained: Any, mesh: Mesh) -> Record:
@@ -257,6 +273,11 @@ def run_arm(
         _, text = scorer.sample(found.params)
         if validate:
             scores["validation_loss"] = scorer.scores(found.params, "validation")["loss"]
+        elif settings.arm != DUAL:
+            scores |= _topics(pruned, found.params)
+        seen = [points[-1][1] for points in found.seen.values() if points]
+        if seen:
+            scores["seen"] = max(seen)
         return scores | {
             **dataclasses.asdict(settings),
             "seed": seed,

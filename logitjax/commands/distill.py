@@ -10,10 +10,10 @@
 The student is pruned if you ask for it, the teachers read the text once, and the student learns
 from the text (`sft`) and from them: `kl`, `rkl` and `jsd` compare token by token and need one
 vocabulary; from another tokenizer learn `first_piece`, `pkl`, `hybrid`, `hkl`, `alm`, `mined`,
-`uld` and `gld` (docs/any_tokenizer.md). A pruned student without a `--teacher` learns from the model
-that it was cut from. OUT/model is then a Hugging Face directory, which transformers, vLLM and every
-other command here read; OUT/report.md says what the student was before and after, with curves and
-samples.
+`uld` and `gld` (docs/any_tokenizer.md). A pruned student without a `--teacher` learns from the
+model that it was cut from. OUT/model is then a Hugging Face directory, which transformers, vLLM and
+every other command here read; OUT/report.md says what the student was before and after, with curves
+and samples.
 
 A teacher is a model, `cache:DIR` as `logitjax cache-logits` writes it, or `api:URL`, a server on
 this machine that reports log-probabilities with token ids; `--student_head` gives the student the

@@ -76,12 +76,14 @@ class Trained:
         curve: Steps and the validation perplexity there; empty if `eval_every` is 0.
         parts: Steps and the mean since the last, of `loss` and of each loss that is part of it.
         tokens_per_second: Predicted tokens a second of training, the median over log lines.
+        seen: Steps and the share of the labels that each loss across tokenizers sees.
     """
 
     params: Any
     curve: tuple[tuple[int, float], ...]
     parts: Mapping[str, tuple[tuple[int, float], ...]]
     tokens_per_second: float
+    seen: Mapping[str, tuple[tuple[int, float], ...]] = dataclasses.field(default_factory=dict)
 
 
 def make_update(
@@ -308,6 +310,7 @@ def train_student(
         params=state.params,
         curve=_column(lines, "eval/perplexity"),
         parts={n: _column(lines, n) for n in ("loss", *objective.weights)},
+        seen={n: _column(lines, f"seen/{n}") for n in objective.weights},
         tokens_per_second=float(np.median([speed for _, speed in speeds[1:] or speeds] or [0.0])),
     )
 

@@ -245,7 +245,7 @@ def chunk_hybrid_kl(
 
 
 def common_tokens(projection: TokenProjection, least: float = 0.6) -> Matches:
-    """X-Token's common tokens: rows of a weight of at least so much, one of ours for each of theirs.
+    """X-Token's common tokens: rows of a large weight, one of ours for each of theirs.
 
     The highest weight wins, then the lowest id.
     """

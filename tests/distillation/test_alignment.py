@@ -185,19 +185,18 @@ def random_row(rng, lengths, bytes_of_texts, width, bos):
     """Cuts texts into tokens of given lengths; the row ends where it is full."""
     tokens, segments, positions, learnt = [], [], [], []
     for text, total in enumerate(bytes_of_texts, 1):
-        place, left = 0, total
+        left = total
         new = [0] if bos else []
         while left:
             size = int(rng.integers(1, min(left, lengths.max()) + 1))
             new.append(size)
             left -= size
         new.append(0)
-        for token in new:
+        for place, token in enumerate(new):
             tokens.append(token)
             segments.append(text)
             positions.append(place)
             learnt.append(place > (1 if text == 2 else 0))
-            place += 1
     pad = max(width - len(tokens), 0)
     return [np.array([*x, *[0] * pad])[:width] for x in (tokens, segments, positions, learnt)]
 

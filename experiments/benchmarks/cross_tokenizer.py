@@ -1,0 +1,223 @@
+"""Losses across tokenizers beside KL of one tokenizer: seconds, memory, and how tokenizers meet.
+
+    python -m experiments.benchmark cross_tokenizer
+
+Time and scratch memory are of a forward and backward pass to hidden states and head, float32. The
+projections are made up: every token of the student stands for one of the teacher's, tokens of low
+ids for more of ours than others, as the short pieces of real vocabularies do. The second table is
+of real tokenizers where their models are there (SmolLM2; Gemma after `make gemma`): chunks of a
+licence, of Markdown and of Python, against a slow search.
+"""
+
+import functools
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.benchmarks import _suite
+from experiments.shared import timing
+from logitjax import distillation, losses, models, ops
+
+# (T, H, our V, their V): a small model with SmolLM2's vocabulary under Gemma's, and Qwen's.
+SHAPES = ((1024, 576, 49152, 262144), (1024, 576, 152064, 49152))
+SMOKE_SHAPES = ((64, 32, 4096, 8192),)
+K = 64
+PEERS = ("dense KL", "same tokenizer", "first_piece", "first_piece scalar", "alm")
+TEXTS = {"licence": "LICENSE", "Markdown": "docs/distil.md", "Python": "experiments/benchmark.py"}
+GEMMA = ".cache/models/gemma-3-270m.gguf"
+
+Shape = tuple[int, int, int, int]
+
+
+def _projection(shape: Shape) -> distillation.TokenProjection:
+    _, _, ours, theirs = shape
+    rng = np.random.default_rng(0)
+    # Most tokens are there on both sides; the rest gather on pieces of low ids.
+    ids = np.where(np.arange(ours) < theirs, np.arange(ours), 0)
+    moved = (rng.random(ours) < 0.06) | (np.arange(ours) >= theirs)
+    ids = np.where(moved, (rng.random(ours) ** 3 * min(2048, theirs)).astype(np.int64), ids)
+    return distillation.TokenProjection(
+        ids=ids[:, None].astype(np.int32), weights=np.ones((ours, 1), np.float32), size=theirs
+    )
+
+
+def _inputs(shape: Shape) -> dict[str, jax.Array]:
+    tokens, width, ours, theirs = shape
+    rng = np.random.default_rng(0)
+    few = rng.standard_normal(1_000_003, np.float32)
+    top = np.sort(rng.normal(size=(tokens, K)), axis=-1)[:, ::-1].astype(np.float32)
+    return {
+        "hidden": jnp.asarray(np.resize(few, (tokens, width))),
+        "head": jnp.asarray(np.resize(few * np.float32(2 * width**-0.5), (width, ours))),
+        "values": jnp.asarray(top),
+        "same": jnp.asarray(_distinct(rng, tokens, ours)),
+        "other": jnp.asarray(_distinct(rng, tokens, theirs)),
+        "labels": jnp.asarray(rng.integers(0, ours, tokens)),
+    }
+
+
+def _distinct(rng: np.random.Generator, rows: int, vocab: int) -> np.ndarray:
+    """Different ids in each row."""
+    start, step = rng.integers(0, vocab, (rows, 1)), rng.integers(1, vocab // K, (rows, 1))
+    return ((start + step * np.arange(K)) % vocab).astype(np.int32)
+
+
+def _top(inputs: Any, which: str) -> ops.TopK:
+    return ops.TopK(inputs["values"], inputs[which], ops.logsumexp(inputs["values"]) + 0.1)
+
+
+def step(shape: Shape, peer: str, projection: distillation.TokenProjection) -> Callable[[Any], Any]:
+    """Mean loss with its gradients by the hidden states and the head."""
+    words = distillation.TokenSet(np.arange(shape[2]) % 3 == 0)
+
+    def loss(hidden: Any, head: Any, inputs: Any) -> Any:
+        if peer == "dense KL":
+            logits = hidden @ head
+            # What a dense loss across vocabularies holds of the student.
+            return losses.sparse_kl_divergence(logits, _top(inputs, "same")).mean()
+        if peer == "same tokenizer":
+            return losses.linear_sparse_kl_divergence(hidden, head, _top(inputs, "same")).mean()
+        if peer == "alm":
+            found = distillation.linear_likelihood(hidden, head, inputs["labels"], words)
+            ours = found.label + found.boundary
+            return distillation.binarized_divergence(ours, ours - 0.5, kind="kl").mean()
+        weights = jnp.full(len(hidden), 1 / len(hidden)) if "scalar" in peer else None
+        return distillation.linear_projected_kl_divergence(
+            hidden, head, _top(inputs, "other"), projection, weights=weights
+        ).mean()
+
+    def run(inputs: Any) -> Any:
+        return jax.value_and_grad(loss, (0, 1))(inputs["hidden"], inputs["head"], inputs)
+
+    return run
+
+
+def _measure(shape: Shape, options: _suite.Options) -> list[dict[str, Any]]:
+    inputs, projection = _inputs(shape), _projection(shape)
+    peers = {peer: step(shape, peer, projection) for peer in PEERS}
+    rows = []
+    for peer, function in peers.items():
+        rows.append(
+            {
+                "T": shape[0],
+                "H": shape[1],
+                "ours": shape[2],
+                "theirs": shape[3],
+                "loss": peer,
+                "members": projection.capacity(K) if "first" in peer else None,
+                "temp MiB": _suite.temp_bytes(function, inputs) / 2**20,
+            }
+        )
+    calls = {
+        peer: functools.partial(jax.jit(function), inputs)
+        for peer, function in peers.items()
+        if peer != "dense KL"
+    }
+    seconds = timing.paired_seconds(calls, repeats=options.repeats)
+    for row in rows:
+        peer = row["loss"]
+        if peer in seconds:
+            row["seconds"] = sorted(seconds[peer])[len(seconds[peer]) // 2]
+            row["/ same tokenizer"] = timing.paired_ratio(seconds[peer], seconds["same tokenizer"])
+    return rows
+
+
+def _bars(rows: list[dict[str, Any]]) -> list[_suite.Bar]:
+    bars = []
+    for row in rows:
+        if row["loss"] in ("dense KL", "same tokenizer"):
+            continue
+        where = f"{row['loss']}, V={row['ours']} from {row['theirs']}"
+        bars.append(
+            _suite.Bar(
+                name=f"{where}: seconds / same tokenizer", value=row["/ same tokenizer"], limit=1.3
+            )
+        )
+        if row["ours"] >= 150_000:
+            dense = next(r for r in rows if r["loss"] == "dense KL" and r["ours"] == row["ours"])
+            # Student and teacher are dense elsewhere: of this only the student's half is counted.
+            share = row["temp MiB"] / dense["temp MiB"]
+            bars.append(_suite.Bar(name=f"{where}: scratch / dense", value=share, limit=0.1))
+    return bars
+
+
+def slow_cuts(ours: np.ndarray, theirs: np.ndarray) -> list[tuple[int, int]]:
+    """How many tokens of each side every chunk has, looking at one byte after the other."""
+    ends = [set(np.cumsum(x).tolist()) for x in (ours, theirs)]
+    total, counts, out = int(min(ours.sum(), theirs.sum())), [0, 0], []
+    for byte in range(1, total + 1):
+        for side in (0, 1):
+            counts[side] += byte in ends[side]
+        if byte in ends[0] and byte in ends[1]:
+            out.append((counts[0], counts[1]))
+            counts = [0, 0]
+    return out
+
+
+def meetings() -> list[dict[str, Any]]:
+    """How each pair of tokenizers cuts texts, and whether the alignment is the slow search's."""
+    names = {"tiny": "tiny", "SmolLM2": "smollm2"}
+    if pathlib.Path(GEMMA).exists():
+        names["Gemma"] = GEMMA
+    known = {name: models.load_tokenizer(spec) for name, spec in names.items()}
+    rows = []
+    for first, ours in known.items():
+        for second, theirs in known.items():
+            if first == second or second == "tiny":
+                continue
+            for kind, place in TEXTS.items():
+                text = (pathlib.Path(__file__).parents[2] / place).read_text()[:20_000]
+                rows.append(
+                    {"ours": first, "theirs": second, "text": kind} | meet(ours, theirs, text)
+                )
+    return rows
+
+
+def meet(ours: models.Tokenizer, theirs: models.Tokenizer, text: str) -> dict[str, Any]:
+    lengths = [t.byte_lengths() for t in (ours, theirs)]
+    ids = [np.array(t.encode(text)) for t in (ours, theirs)]
+    size = max(map(len, ids)) + 1
+
+    def columns(tokens: np.ndarray, special: int) -> dict[str, np.ndarray]:
+        row = np.full((1, size), special)
+        row[0, 1 : len(tokens) + 1] = tokens
+        there = (np.arange(size) <= len(tokens))[None]
+        return {
+            "tokens": row,
+            "segment_ids": there.astype(int),
+            "positions": np.arange(size)[None] * there,
+            "loss_mask": there & (np.arange(size) > 0)[None],
+        }
+
+    chunks = distillation.align_chunks(
+        columns(ids[0], ours.eos_id or 0),
+        columns(ids[1], theirs.eos_id or 0),
+        our_lengths=lengths[0],
+        their_lengths=lengths[1],
+    )
+    count = int(chunks.counts[0])
+    found = list(zip(chunks.our_sizes[0, :count].tolist(), chunks.their_sizes[0, :count].tolist()))
+    slow = slow_cuts(lengths[0][ids[0]], lengths[1][ids[1]])
+    single = [pair == (1, 1) for pair in found]
+    return {
+        "chunks": count,
+        "1:1 %": 100 * sum(single) / max(count, 1),
+        "labels in 1:1 %": 100 * sum(single) / max(len(ids[0]), 1),
+        "longest": max(map(max, found), default=0),
+        "as slow": found == slow,
+    }
+
+
+def run(options: _suite.Options) -> _suite.Result:
+    rows: list[dict[str, Any]] = []
+    for shape in SMOKE_SHAPES if options.smoke else SHAPES:
+        rows += _measure(shape, options)
+    met = meetings()
+    bars = [] if options.smoke else _bars(rows)
+    wrong = sum(not row["as slow"] for row in met)
+    bars.append(_suite.Bar(name="texts that the slow search cuts otherwise", value=wrong, limit=0))
+    return _suite.Result(rows=[*rows, *met], bars=bars)
