@@ -66,7 +66,7 @@ class FusionTeacher:
         where: its valid positions, `[*batch, positions]`; None is all.
         weight: a number or `[*batch]`; weights are divided by their sum over the teachers.
         aligned: whether position t is the student's position t (of another tokenizer's outputs:
-            gathered where both have read the same text, see `align_positions`).
+            gathered where both have read the same text, see `align_chunks`).
             Then only positions valid on both sides are compared, by ULD and by GLD.
     """
 
