@@ -87,7 +87,7 @@ def _run(case: _Case, directory: Path, library: Path, store: Store) -> dict[str,
     words = (case.kind, "in", case.phase, "of", case.process, "store" if case.store else "disk")
     name = "-".join(words).replace(" ", "_")
     log, fired = directory / f"{name}.log", directory / f"{name}.fired"
-    workdir = f"gs://bucket/{name}" if case.store else str(directory / name)
+    workdir = f"gs://bucket/{directory.name}/{name}" if case.store else str(directory / name)
     known = store.variables() if case.store else {}
     if case.phase == "restore":
         if _start(workdir, log, PHASES_STEPS="4", **known).wait():
@@ -97,7 +97,7 @@ def _run(case: _Case, directory: Path, library: Path, store: Store) -> dict[str,
     variables = {"LOGITJAX_STALL_SECONDS": f"{_LIMIT:g}", "LOGITJAX_HEARTBEAT_SECONDS": "20"}
     before = sum(store.faulted.values())
     if case.store:
-        store.faults = [Fault(case.kind, f"{re.escape(name)}.*{part}")]
+        store.faults = [Fault(case.kind, f"{directory.name}/{re.escape(name)}.*{part}")]
     else:
         variables |= {
             "LD_PRELOAD": str(library),
@@ -139,6 +139,18 @@ def _run(case: _Case, directory: Path, library: Path, store: Store) -> dict[str,
     }
 
 
+def _until_it_happens(case: _Case, directory: Path, *given: Any) -> dict[str, Any]:
+    """On a machine that is busy a run may come to the limit before it comes to the fault."""
+    row: dict[str, Any] = {}
+    for attempt in range(3):
+        place = directory / f"attempt-{attempt}"
+        place.mkdir(exist_ok=True)
+        row = _run(case, place, *given)
+        if row["happened"]:
+            break
+    return row
+
+
 def run(options: _suite.Options) -> _suite.Result:
     """Two faults at the smoke scale, all of them at the full one."""
     directory = options.directory.resolve() / f"run-{time.time_ns()}"
@@ -146,14 +158,14 @@ def run(options: _suite.Options) -> _suite.Result:
     library = _library(directory)
     if library is None:
         return _suite.Result(rows=[{"skipped": "a C compiler on Linux is needed"}])
-    # `--only=save,source` for some phases.
-    wanted = tuple(filter(None, options.only.split(","))) or tuple(_PHASES)
-    cases = [case for case in _cases() if case.phase in wanted]
+    # `--only=save,source/EIO/1` for some phases, or single faults in them.
+    wanted = options.only.split(",")
+    cases = [c for c in _cases() if f"{c.phase}/{c.kind}/{c.process}".startswith(tuple(wanted))]
     if options.smoke:
         cases = [_Case("save", "ENOSPC", "1"), _Case("source", "EIO", "0")]
     store = Store()
     try:
-        rows = [_run(case, directory, library, store) for case in cases]
+        rows = [_until_it_happens(case, directory, library, store) for case in cases]
     finally:
         store.close()
     bar = _suite.Bar(
