@@ -41,7 +41,7 @@ def write_tasks(directory: pathlib.Path, count: int) -> list[str]:
             "logitjax_arithmetic",
             sums,
             output_type="loglikelihood",
-            doc_to_text="{{context}}",
+            doc_to_text="{{shots}}{{context}}",
             doc_to_target="{{completion}}",
             metrics={"acc": "mean", "perplexity": "perplexity"},
         ),

@@ -2,8 +2,8 @@
 
 Full scale installs this repository with the extra `serve` into an empty environment first, and the
 server runs there; the client is this interpreter's. SmolLM2-135M answers (at smoke scale a toy).
-The second part asks 200 times for JSON of a schema, eight at a time, checks each answer against its
-schema, and times the same prompts without one.
+The second part asks 200 times for JSON of a schema, as many at a time as there are slots, checks
+each answer against its schema, and times answers of the same lengths without one.
 """
 
 import collections
@@ -63,6 +63,7 @@ _SCHEMAS = (
         "additionalProperties": False,
     },
 )
+_SLOTS = 16
 _NEW = 48  # Tokens that any answer to these schemas fits into.
 
 
@@ -83,6 +84,7 @@ def run(options: _suite.Options) -> _suite.Result:
             f"--api_keys={keys}",
             "--bias=reported",
             f"--max_tokens={new}",
+            f"--slots={_SLOTS}",
             "--max_length=512",
             "--policy_seed=0",
         )
@@ -117,7 +119,7 @@ def _calls(address: str, new: int) -> list[dict[str, Any]]:
     import openai
 
     client: Any = openai.OpenAI(
-        base_url=f"{address}/v1", api_key="a-key", max_retries=0, timeout=300
+        base_url=f"{address}/v1", api_key="a-key", max_retries=0, timeout=3600
     )
     plain: dict[str, Any] = {"model": "served", "prompt": "One, two, three,", "max_tokens": 8}
     talk: Any = [{"role": "user", "content": "Say hello."}]
@@ -281,7 +283,7 @@ def _structured(address: str, count: int, new: int, options: _suite.Options) -> 
     import openai
 
     client: Any = openai.OpenAI(
-        base_url=f"{address}/v1", api_key="a-key", max_retries=0, timeout=600
+        base_url=f"{address}/v1", api_key="a-key", max_retries=0, timeout=3600
     )
 
     def ask(i: int, most: int, held: bool) -> tuple[bool, int]:
@@ -304,18 +306,18 @@ def _structured(address: str, count: int, new: int, options: _suite.Options) -> 
         return valid, answer.usage.completion_tokens
 
     def turn(numbers: range, most: list[int], held: bool) -> tuple[float, list[int], int]:
-        """Seconds a token, eight at a time; tokens of each answer; how many are valid."""
+        """Seconds a token, all slots busy; tokens of each answer; how many are valid."""
         start = time.perf_counter()
-        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        with concurrent.futures.ThreadPoolExecutor(_SLOTS) as pool:
             found = list(pool.map(lambda i, few: ask(i, few, held), numbers, most))
         spent = time.perf_counter() - start
         tokens = [count for _, count in found]
         return spent / sum(tokens), tokens, sum(valid for valid, _ in found)
 
-    size, valid = max(8, count // 10), 0
+    size, valid = min(count, 40), 0
     times: dict[bool, list[float]] = {True: [], False: []}
     for held in times:
-        turn(range(8), [new] * 8, held)  # What compiles, compiles here.
+        turn(range(_SLOTS), [4] * _SLOTS, held)  # What compiles, compiles here.
     for start in range(0, count, size):
         numbers = range(start, min(count, start + size))
         seconds, tokens, right = turn(numbers, [new] * len(numbers), True)

@@ -16,6 +16,8 @@ import sys
 import tempfile
 from typing import Any
 
+from absl import logging
+
 from experiments.benchmarks import _suite
 from experiments.benchmarks._judges_tasks import write_tasks
 from experiments.benchmarks.serve import running
@@ -26,7 +28,7 @@ _MAX_LENGTH = 512
 
 
 def run(options: _suite.Options) -> _suite.Result:
-    name, count = ("tiny", 8) if options.smoke else ("smollm2", 96)
+    name, count = ("tiny", 8) if options.smoke else ("smollm2", 16)
     judge = os.environ.get("LOGITJAX_LM_EVAL_PYTHON") or sys.executable
     torch = os.environ.get("LOGITJAX_TORCH_PYTHON")
     missing = _missing(judge, "lm_eval", "transformers", "aiohttp", "jax")
@@ -57,6 +59,7 @@ def run(options: _suite.Options) -> _suite.Result:
                 # It keeps one token for the answer that it asks for and does not want.
                 "max_length": _MAX_LENGTH + 1,
                 "max_retries": 1,
+                "timeout": 3600,
             }
             said["local-completions"] = _judged(
                 judge, place, ask | {"model": "local-completions"}, remote
@@ -103,7 +106,9 @@ def _judged(
     )
     if not answer.exists():
         raise RuntimeError(f"{order['model']}: {done.stderr[-3000:]}")
-    return json.loads(answer.read_text())
+    said = json.loads(answer.read_text())
+    logging.info("%s: %s", order["model"], said["metrics"])
+    return said
 
 
 def _result(said: dict[str, Any]) -> _suite.Result:

@@ -231,7 +231,7 @@ class PromptReader:
           request: whose prompt it is.
           salt: only prompts of the same one share what was read.
           report: also report log-probabilities of the prompt's tokens; it is read from its
-            beginning then.
+            beginning then. Where options remember tokens, an idle slot's extra is that of no token.
 
         Raises:
           ValueError: where no row is free, or a prompt is wrong or too long.
@@ -250,8 +250,14 @@ class PromptReader:
             names = self._names(np.asarray(request.prompt), salt)
         reading = _Reading(tokens, [len(s) for s in streams], 0, names, report)
         if report:
-            extra = self.engine.extra_of(request)
+            remember = self.engine.options.remember
+            # What a request brings follows its whole prompt; what is told here begins after one
+            # token, and must not depend on those that come later.
+            extra = self.engine.extra_of(request if remember is None else None)
             reading.extra = jax.tree.map(lambda leaf: np.asarray(leaf)[None], extra)
+            if remember is not None:
+                first = jnp.asarray(request.prompt[:1], jnp.int32)
+                reading.extra = remember(reading.extra, first, jnp.ones(1, bool))
         else:
             reading.at = self._reuse(row, names)
         self._rows[row] = reading

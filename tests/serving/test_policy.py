@@ -84,17 +84,21 @@ async def _attack(app, count):
             "repetition_penalty": float(rng.choice([0.1, 1.0, 10.0])),
             "min_p": float(rng.random()),
             "seed": int(rng.integers(2**32)),
+            "presence_penalty": float(rng.uniform(-2, 2)),
+            "frequency_penalty": float(rng.uniform(-2, 2)),
             "logit_bias": {str(token): 100, "11": -100},
             "return_tokens_as_token_ids": True,
         }
+        if rng.random() < 0.5:  # The same position as the last one of an echoed prompt.
+            body |= {"prompt": [11, 12, 13, token], "echo": True, "max_tokens": 0}
         return await call(app, "/v1/completions", body)
 
     for status, answer in await asyncio.gather(*[one(i % VOCAB) for i in range(count)]):
         assert status == 200, answer
         shown = answer["choices"][0]["logprobs"]
-        own = dict(zip(shown["tokens"], shown["token_logprobs"], strict=True))
+        own = {shown["tokens"][-1]: shown["token_logprobs"][-1]}
         untold += None in own.values()
-        for name, value in (own | (shown["top_logprobs"] or [{}])[0]).items():
+        for name, value in (own | ((shown["top_logprobs"] or [{}])[-1] or {})).items():
             if value is not None:
                 values.setdefault(name, set()).add(round(value, 4))
     return values, untold
