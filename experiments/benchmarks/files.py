@@ -1,4 +1,4 @@
-"""Files of all kinds, damaged or malicious: each loads or ends in one line, soon, in little memory.
+"""Files of every kind, damaged or malicious: each loads or ends in one line, soon, with little.
 
     nice -n 10 python -m experiments.benchmark files
     python -m experiments.benchmark files --scale=smoke --only='gguf,torch, zip'

@@ -258,7 +258,7 @@ def pot(pair: Pair, c: Any, d: Any, *, starts: int) -> dict[str, Any]:
             x, y, uniform, uniform, loss_fun="square_loss", G0=plan, log=True
         )
         seconds.append(time.perf_counter() - start)
-        values.append(float(log["gw_dist"]))
+        values.append(float(np.asarray(log["gw_dist"])))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     return {

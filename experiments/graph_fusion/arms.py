@@ -95,7 +95,9 @@ def choose(
     if len(config.learning_rate) > 1:
         least, second, *_ = sorted(config.learning_rate)
         step = second / least
-    searches = [("learning_rate", lambda rate: rate / step, lambda rate: rate * step)]
+    searches: list[tuple[str, Callable[[float], float], Callable[[float], float]]] = [
+        ("learning_rate", lambda rate: rate / step, lambda rate: rate * step)
+    ]
     if start.mixes:
         searches.append(("mix", lambda mix: mix / 2, lambda mix: (1 + mix) / 2))
     chosen = start

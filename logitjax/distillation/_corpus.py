@@ -14,7 +14,7 @@ from logitjax import data, losses, models, training
 from logitjax.distillation._alignment import Chunks, align_chunks
 from logitjax.distillation._likelihood_matching import boundary_tokens, chunk_scores
 from logitjax.distillation._objective import PROJECTIONS, Objective, TeacherView, Vocabularies
-from logitjax.distillation._projection import prefix_bytes, token_projection
+from logitjax.distillation._projection import Rule, prefix_bytes, token_projection
 from logitjax.distillation._teacher_cache import TeacherCache
 from logitjax.distillation._teachers import (
     Reader,
@@ -305,7 +305,7 @@ def _vocabularies(
     reading: Reading, packed: data.PackedSplits, columns: str, directory: epath.Path
 ) -> Vocabularies:
     ours, theirs = (packed.tokenizers[n] for n in (packed.names["pivot"], columns))
-    rules = dict.fromkeys(PROJECTIONS[name] for name in reading.losses if name in PROJECTIONS)
+    rules: list[Rule] = [PROJECTIONS[n] for n in reading.losses if n in PROJECTIONS]
     return Vocabularies(
         projections={
             rule: token_projection(ours, theirs, rule=rule, directory=directory) for rule in rules

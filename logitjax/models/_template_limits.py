@@ -161,7 +161,7 @@ _METHODS: dict[str, Callable[..., None]] = {
     "format_map": lambda text, values: _narrow(text, *values.values()),
     "encode": lambda text, *unused: _times(8, len(text)),
 }
-_FILTERS: dict[str, Callable[..., None]] = {
+_FILTERS: dict[str, Callable[..., Any]] = {
     "replace": lambda value, *rest: _replacing(str(value), *rest),
     "center": lambda value, width=80: _times(width, 1),
     "indent": lambda value, width=4, *unused: _times(

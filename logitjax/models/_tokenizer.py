@@ -222,7 +222,7 @@ class Tokenizer:
             if added.get(id_):
                 continue
             if byte_level and id_ not in added:
-                out[id_] = b"".join(_BYTE_OF.get(c, c.encode()) for c in text)
+                out[id_] = b"".join(_BYTE_OF[c] if c in _BYTE_OF else c.encode() for c in text)
             elif _BYTE.fullmatch(text):
                 out[id_] = bytes([int(text[3:5], 16)])
             else:

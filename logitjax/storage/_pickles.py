@@ -8,7 +8,7 @@ tensors need. What a pickle calls is a stand-in from the reader's table, whateve
 import collections
 import pickletools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import IO, Any, cast
 
 import numpy as np
 
@@ -63,7 +63,7 @@ class Machine:
         Raises:
             ValueError: It asks for something that is not allowed, for too much, or is damaged.
         """
-        steps = pickletools.genops(self._file)
+        steps = pickletools.genops(cast(IO[bytes], self._file))
         for count, (opcode, argument, _) in enumerate(steps):
             if count > guard.LIMITS.opcodes:
                 raise ValueError(f"expected at most {guard.LIMITS.opcodes} steps")
