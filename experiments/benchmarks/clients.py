@@ -24,7 +24,7 @@ import jsonschema
 from absl import logging
 
 from experiments.benchmarks import _suite
-from experiments.benchmarks.serve import running
+from experiments.benchmarks._server_client import running
 from experiments.shared.timing import paired_ratio
 from logitjax import models
 

@@ -20,7 +20,7 @@ from absl import logging
 
 from experiments.benchmarks import _suite
 from experiments.benchmarks._judges_tasks import write_tasks
-from experiments.benchmarks.serve import running
+from experiments.benchmarks._server_client import running
 from logitjax import models
 
 _WORKER = pathlib.Path(__file__).with_name("_judges_worker.py")

@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 
 from experiments.benchmarks import _suite
-from experiments.benchmarks.serve import running
+from experiments.benchmarks._server_client import running
 from experiments.shared.report import spread
 from logitjax import leakage, models
 

@@ -1,87 +1,93 @@
-"""The completion server under load, under nonsense, and under an audit, all over loopback.
+"""The completion server: its policy under attack, and under clients that mean it no good.
 
-A small random decoder answers, so that HTTP, scheduling and memory are what is measured: 200
-clients for a minute, fuzzed requests made from the server's own OpenAPI description, and one row of
-49,152 log-probabilities through the top 5 and a logit bias.
+Parts, for `--only`: `policy` (adversarial requests in one process with a tiny model: how many
+values of a position come out, and whether the width does), `prefix` (what 32 prompts with a common
+beginning cost), `health` (while 50 prompts of a megabyte come in), `gaps` (of other streams beside
+a prompt of 900 tokens), `half_open` (a thousand connections that say nothing, at 256 files),
+`signal` (SIGTERM among streams), `fuzz` (nonsense), `load` (200 clients for a minute), `described`
+(requests that schemathesis makes from the server's own description) and `row` (49,152
+log-probabilities through the top 5 and a reported bias). A small random decoder answers over
+loopback where not said otherwise; `health` and `gaps` ask SmolLM2-135M.
 """
 
 import collections
 import concurrent.futures
-import contextlib
 import http.client
-import json
 import os
 import pathlib
-import socket
 import subprocess
-import sys
 import tempfile
 import threading
 import time
-import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from flax import nnx
 
+from experiments.benchmarks import _server_hostile as hostile
+from experiments.benchmarks import _server_policy as inside
 from experiments.benchmarks import _suite
-from logitjax import leakage, models
-from logitjax.models import Decoder, DecoderConfig, save_pretrained
+from experiments.benchmarks._server_client import connect, post, running, small_model
+from experiments.benchmarks._server_hostile import Found
+from logitjax import leakage
 
-CLIENTS, SECONDS, FUZZED = 200, 60, 1000
-
-
-def small_model(directory: pathlib.Path, vocab: int) -> Decoder:
-    """One layer and a wide vocabulary, on disk as any model is."""
-    config = DecoderConfig(
-        vocab_size=vocab,
-        hidden_size=64,
-        intermediate_size=128,
-        num_layers=1,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=16,
-        max_length=512,
-    )
-    model = Decoder(config, rngs=nnx.Rngs(0), layout="listed")
-    save_pretrained(model, models.load_tokenizer("tiny"), directory)
-    return model
+CLIENTS, SECONDS, DESCRIBED, FUZZED = 200, 60, 1000, 50_000
 
 
-@contextlib.contextmanager
-def running(
-    *arguments: str, python: str = sys.executable
-) -> Iterator[tuple[str, subprocess.Popen]]:
-    """A server of our own on a free loopback port; ended at the end.
+def run(options: _suite.Options) -> _suite.Result:
+    smoke = options.smoke
+    described = int(os.environ.get("LOGITJAX_FUZZ", 40 if smoke else DESCRIBED))
+    rows: list[dict[str, Any]] = []
+    bars: list[_suite.Bar] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        small, wide = pathlib.Path(scratch) / "small", pathlib.Path(scratch) / "wide"
+        small_model(small, 1000)
+        real = str(small) if smoke else "smollm2"
+        parts: dict[str, Callable[[], Found]] = {
+            "policy": lambda: inside.policies(options),
+            "prefix": lambda: inside.prefixes(options),
+            "health": lambda: hostile.long_prompts(options, real),
+            "gaps": lambda: hostile.gaps(options, real),
+            "half_open": lambda: hostile.half_open(options, small),
+            "signal": lambda: hostile.ended_by_signal(options, small),
+            "fuzz": lambda: hostile.fuzz(options, small, 400 if smoke else FUZZED),
+            "load": lambda: _loaded(small, 8 if smoke else CLIENTS, 3 if smoke else SECONDS),
+            "described": lambda: _described_fuzz(small, described),
+            "row": lambda: _row(wide, 1000 if smoke else 49_152),
+        }
+        chosen = options.only.split(",") if options.only else list(parts)
+        unknown = set(chosen) - set(parts)
+        if unknown:
+            raise ValueError(f"only: expected some of {', '.join(parts)}, got {unknown}")
+        for name in chosen:
+            found, decided = parts[name]()
+            for row in found:
+                logging.info("%s: %s", name, row)
+            rows += [{"part": name} | row for row in found]
+            bars += decided
+    return _suite.Result(rows=rows, bars=bars)
 
-    Another interpreter runs what is installed for it, not the files that lie here.
-    """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [python, "-m", "logitjax", "serve", f"--port={port}", *arguments]
-    environment = dict(os.environ)
-    if python != sys.executable:
-        command.insert(1, "-P")
-        environment.pop("PYTHONPATH", None)
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment)
-    address = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(600):
-            if process.poll() is not None:
-                raise RuntimeError(f"the server ended with {process.returncode}")
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"{address}/health", timeout=2)
-                break
-            time.sleep(0.2)
-        yield address, process
-    finally:
-        process.terminate()
-        process.wait(timeout=60)
+
+def _loaded(directory: pathlib.Path, clients: int, seconds: float) -> Found:
+    flags = (f"--model={directory}", "--max_length=64", "--max_tokens=16")
+    with running(*flags, "--slots=16", "--max_waiting=64") as (address, process):
+        row = _load(address, process, clients, seconds)
+    return [row], [
+        _suite.Bar(name="load: 5xx or broken answers", value=row["5xx or broken"], limit=0),
+        _suite.Bar(name="429 without Retry-After", value=row["429 without Retry-After"], limit=0),
+        _suite.Bar(name="resident memory grew by", value=row["RSS grew by"], limit=0.05),
+    ]
+
+
+def _described_fuzz(directory: pathlib.Path, count: int) -> Found:
+    flags = (f"--model={directory}", "--max_length=64", "--max_tokens=16", "--bias=sampling")
+    with running(*flags, "--slots=16", "--max_waiting=64") as (address, process):
+        row = _described(address, process, count)
+    name = "described requests: 5xx or broken answers"
+    return [row], [_suite.Bar(name=name, value=row["5xx or broken"], limit=0)]
 
 
 def resident_bytes(process: subprocess.Popen) -> int:
@@ -89,14 +95,6 @@ def resident_bytes(process: subprocess.Popen) -> int:
         if line.startswith("VmRSS"):
             return int(line.split()[1]) * 1024
     raise RuntimeError("no VmRSS")
-
-
-def _post(connection: http.client.HTTPConnection, body: Any) -> tuple[int, Any]:
-    text = json.dumps(body)
-    connection.request("POST", "/v1/completions", text, {"Content-Type": "application/json"})
-    answer = connection.getresponse()
-    answer.read()
-    return answer.status, answer.headers
 
 
 def _load(address: str, process: subprocess.Popen, clients: int, seconds: float) -> dict[str, Any]:
@@ -110,12 +108,12 @@ def _load(address: str, process: subprocess.Popen, clients: int, seconds: float)
     def client(number: int) -> None:
         nonlocal without_hint
         rng = np.random.default_rng(number)
-        connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=120)
+        connection = connect(address)
         while time.monotonic() - begun < seconds:
             prompt = rng.integers(1, 200, rng.integers(2, 24)).tolist()
             body = {"prompt": prompt, "max_tokens": int(rng.integers(1, 17)), "logprobs": 2}
             try:
-                status, headers = _post(connection, body)
+                status, headers, _ = post(connection, body)
             except (OSError, http.client.HTTPException):
                 status, headers = 599, {}
                 connection.close()
@@ -150,7 +148,7 @@ def _load(address: str, process: subprocess.Popen, clients: int, seconds: float)
     }
 
 
-def _fuzz(address: str, process: subprocess.Popen, count: int) -> dict[str, Any]:
+def _described(address: str, process: subprocess.Popen, count: int) -> dict[str, Any]:
     import hypothesis
     import schemathesis
 
@@ -171,7 +169,7 @@ def _fuzz(address: str, process: subprocess.Popen, count: int) -> dict[str, Any]
         fuzz()
     # Bytes that are no request at all.
     rng = np.random.default_rng(0)
-    connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=60)
+    connection = connect(address)
     for _ in range(max(1, count // 10)):
         raw = rng.bytes(int(rng.integers(0, 400)))
         connection.request("POST", "/v1/completions", raw, {"Content-Type": "application/json"})
@@ -179,7 +177,7 @@ def _fuzz(address: str, process: subprocess.Popen, count: int) -> dict[str, Any]
         answer.read()
         codes[answer.status] += 1
     return {
-        "what": "fuzzed requests",
+        "what": "requests of the description",
         "requests": sum(codes.values()),
         "200": codes[200],
         "4xx": sum(n for code, n in codes.items() if 400 <= code < 500),
@@ -188,7 +186,7 @@ def _fuzz(address: str, process: subprocess.Popen, count: int) -> dict[str, Any]
     }
 
 
-def _audit(directory: pathlib.Path, vocab: int) -> tuple[dict[str, Any], list[_suite.Bar]]:
+def _row(directory: pathlib.Path, vocab: int) -> Found:
     model = small_model(directory, vocab)
     prompt = [72, 101, 108, 108, 111]
     hidden, _ = model.hidden_states(jnp.array([prompt]))
@@ -218,27 +216,4 @@ def _audit(directory: pathlib.Path, vocab: int) -> tuple[dict[str, Any], list[_s
             limit=1.0,
         ),
     ]
-    return record, bars
-
-
-def run(options: _suite.Options) -> _suite.Result:
-    clients, seconds, count = (8, 3, 40) if options.smoke else (CLIENTS, SECONDS, FUZZED)
-    count = int(os.environ.get("LOGITJAX_FUZZ", count))
-    with tempfile.TemporaryDirectory() as scratch:
-        directory = pathlib.Path(scratch)
-        small_model(directory / "small", 1000)
-        arguments = (f"--model={directory / 'small'}", "--max_length=64", "--max_tokens=16")
-        with running(*arguments, "--slots=16", "--max_waiting=64") as (address, process):
-            load = _load(address, process, clients, seconds)
-            logging.info("load: %s", load)
-            fuzz = _fuzz(address, process, count)
-            logging.info("fuzz: %s", fuzz)
-        audit, bars = _audit(directory / "wide", 1000 if options.smoke else 49_152)
-    broken = load["5xx or broken"] + fuzz["5xx or broken"]
-    bars = [
-        _suite.Bar(name="5xx or broken answers", value=broken, limit=0),
-        _suite.Bar(name="429 without Retry-After", value=load["429 without Retry-After"], limit=0),
-        _suite.Bar(name="resident memory grew by", value=load["RSS grew by"], limit=0.05),
-        *bars,
-    ]
-    return _suite.Result(rows=[load, fuzz, audit], bars=[] if options.smoke else bars)
+    return [record], bars

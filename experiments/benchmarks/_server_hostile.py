@@ -1,0 +1,343 @@
+"""Clients that would keep a server from its others: long prompts, silence, nonsense; its end."""
+
+import collections
+import concurrent.futures
+import contextlib
+import http.client
+import itertools
+import json
+import pathlib
+import resource
+import signal
+import socket
+import threading
+import time
+import urllib.request
+from typing import Any
+
+import numpy as np
+
+from experiments.benchmarks import _suite
+from experiments.benchmarks._server_client import COMPLETIONS, JSON, connect, post, running
+
+Found = tuple[list[dict[str, Any]], list[_suite.Bar]]
+
+
+def long_prompts(options: _suite.Options, model: str) -> Found:
+    """How quickly /health is answered while 50 prompts of a megabyte come in."""
+    count = 5 if options.smoke else 50
+    words = "the quick brown fox jumps over the lazy dog; "
+    rows = []
+    with running(f"--model={model}", "--max_waiting=64") as (address, _):
+        longest = 1024 * 100
+        for what, size in (("1 MB", (1 << 20) - 100), ("100 KB, all tokenised", longest)):
+            body = json.dumps({"prompt": (words * (size // len(words) + 1))[:size]}).encode()
+            seconds, codes = _health_beside(address, [body] * count)
+            rows.append(
+                {
+                    "what": f"{count} prompts of {what}",
+                    "answers": " ".join(f"{n} x {code}" for code, n in sorted(codes.items())),
+                    "/health asked": len(seconds),
+                    "/health median, ms": 1e3 * float(np.median(seconds)),
+                    "/health p99, ms": 1e3 * float(np.quantile(seconds, 0.99)),
+                }
+            )
+    bar = _suite.Bar(
+        name="/health p99 under 50 prompts of 1 MB, ms", value=rows[0]["/health p99, ms"], limit=100
+    )
+    return rows, [bar]
+
+
+def _health_beside(address: str, bodies: list[bytes]) -> tuple[np.ndarray, collections.Counter]:
+    seconds: list[float] = []
+    over = threading.Event()
+
+    def watch() -> None:
+        connection = connect(address)
+        while not over.is_set():
+            start = time.perf_counter()
+            connection.request("GET", "/health")
+            connection.getresponse().read()
+            seconds.append(time.perf_counter() - start)
+            time.sleep(0.005)
+
+    def one(body: bytes) -> int:
+        return post(connect(address), body)[0]
+
+    with concurrent.futures.ThreadPoolExecutor(len(bodies) + 1) as pool:
+        watcher = pool.submit(watch)
+        time.sleep(0.5)
+        codes = collections.Counter(pool.map(one, bodies))
+        time.sleep(0.5)
+        over.set()
+        watcher.result()
+    return np.array(seconds), codes
+
+
+def gaps(options: _suite.Options, model: str) -> Found:
+    """The longest that streams wait for a token, alone and beside a prompt of 900 tokens."""
+    rounds = 1 if options.smoke else 5
+    seconds = 1.5 if options.smoke else 8.0
+    rows = []
+    with running(f"--model={model}", "--max_length=1024", "--prefix_cache_mb=0") as (address, _):
+        for round_ in range(rounds):
+            arrivals: list[list[float]] = [[] for _ in range(4)]
+            over = threading.Event()
+
+            def follow(i: int, arrivals: Any = arrivals, over: Any = over) -> None:
+                while not over.is_set():
+                    _follow(address, arrivals[i], over)
+
+            rng = np.random.default_rng(round_)
+            body = {"prompt": rng.integers(1, 250, 900).tolist(), "max_tokens": 1}
+            with concurrent.futures.ThreadPoolExecutor(4) as pool:
+                for i in range(4):
+                    pool.submit(follow, i)
+                time.sleep(2.0 if options.smoke else 4.0)
+                begun = time.monotonic()
+                time.sleep(seconds)
+                asked = time.monotonic()
+                status, _, _ = post(connect(address), body)
+                answered = time.monotonic()
+                # As long as the prompt took at least, so that both had as much time for a hiccup.
+                time.sleep(max(0.0, seconds - (answered - asked)))
+                ended = time.monotonic()
+                over.set()
+            alone = _largest_gap(arrivals, begun, asked)
+            beside = _largest_gap(arrivals, asked, ended)
+            rows.append(
+                {
+                    "status": status,
+                    "900 tokens answered in, s": answered - asked,
+                    "largest gap alone, s": alone,
+                    "beside it, s": beside,
+                    "ratio": beside / alone,
+                }
+            )
+    median = float(np.median([row["ratio"] for row in rows]))
+    bar = _suite.Bar(
+        name="largest gap of streams beside a prompt of 900 tokens / alone", value=median, limit=3
+    )
+    return rows, [bar]
+
+
+def _follow(address: str, arrivals: list[float], over: threading.Event) -> None:
+    body = {"prompt": [72, 101], "max_tokens": 256, "stream": True, "temperature": 1.0}
+    connection = connect(address)
+    connection.request("POST", COMPLETIONS, json.dumps(body), JSON)
+    answer = connection.getresponse()
+    # A new answer's first token waits for its prompt: gaps are those within an answer.
+    arrivals.append(float("nan"))
+    for line in answer:
+        if line.startswith(b"data: {"):
+            arrivals.append(time.monotonic())
+        if over.is_set():
+            break
+    connection.close()
+
+
+def _largest_gap(arrivals: list[list[float]], start: float, end: float) -> float:
+    largest = 0.0
+    for times in arrivals:
+        for before, after in itertools.pairwise(times):
+            if before < end and after > start:
+                largest = max(largest, after - before)
+    return largest
+
+
+def half_open(options: _suite.Options, directory: pathlib.Path) -> Found:
+    """Answers for others while a thousand connections never finish their heads."""
+    count = 300 if options.smoke else 1000
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
+    served, seconds = 0, []
+    flags = (f"--model={directory}", "--max_length=64")
+    with running(*flags, files=256) as (address, process), contextlib.ExitStack() as stack:
+        host, port = address.removeprefix("http://").split(":")
+        for _ in range(count):
+            connection = socket.create_connection((host, int(port)), timeout=30)
+            connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nX-Slow: ")
+            stack.enter_context(connection)
+        for i in range(50):
+            start = time.perf_counter()
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                status, _, _ = post(connect(address, 60), {"prompt": [i + 1], "max_tokens": 2})
+                served += status == 200
+            seconds.append(time.perf_counter() - start)
+        alive = process.poll() is None
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    row = {
+        "half-open connections": count,
+        "others served, of 50": served,
+        "slowest, s": max(seconds),
+        "alive": alive,
+    }
+    name = "half-open connections at 256 files: others not served"
+    return [row], [_suite.Bar(name=name, value=50 - served, limit=0)]
+
+
+def ended_by_signal(options: _suite.Options, directory: pathlib.Path) -> Found:
+    """SIGTERM among streams: how each of them ends."""
+    count = 12 if options.smoke else 60
+    flags = (f"--model={directory}", "--max_length=1024", "--max_tokens=900", "--drain=2")
+    with running(*flags, "--slots=8", "--max_waiting=64") as (address, process):
+        with concurrent.futures.ThreadPoolExecutor(count) as pool:
+            streams = [pool.submit(_finish, address, seed) for seed in range(count)]
+            time.sleep(1.0)
+            process.send_signal(signal.SIGTERM)
+            start = time.monotonic()
+            ends = collections.Counter(stream.result() for stream in streams)
+        process.wait(timeout=60)
+        seconds = time.monotonic() - start
+    row = {
+        "streams": count,
+        "ends": " ".join(f"{n} x {end}" for end, n in sorted(ends.items())),
+        "stopped after, s": seconds,
+    }
+    without = count - ends["length"] - ends["stop"]
+    return [row], [
+        _suite.Bar(name="SIGTERM: streams without a finish_reason", value=without, limit=0)
+    ]
+
+
+def _finish(address: str, seed: int) -> str:
+    body = {"prompt": [5], "max_tokens": 900, "stream": True, "seed": seed, "temperature": 2.0}
+    request = urllib.request.Request(address + COMPLETIONS, json.dumps(body).encode(), JSON)
+    reason = "nothing"
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            for line in answer:
+                if line.startswith(b"data: {"):
+                    choice = json.loads(line[6:])["choices"][0]
+                    reason = choice["finish_reason"] or "cut"
+    except (OSError, http.client.HTTPException) as error:
+        return type(error).__name__
+    return reason
+
+
+# Values, as JSON text, that no field is made for.
+_NASTY = (
+    "9" * 4000,
+    "-" + "9" * 4000,
+    "0." + "1" * 4000,
+    "1e400",
+    "-1e400",
+    "NaN",
+    "Infinity",
+    "1e-400",
+    "null",
+    "true",
+    '""',
+    '"\\ud800"',
+    '"\\u0000"',
+    '"' + "a" * 3000 + '"',
+    "[]",
+    "{}",
+    "[" * 500 + "]" * 500,
+    '{"a":' * 300 + "1" + "}" * 300,
+    "[" * 5000,
+    "[" + ",".join(["1"] * 20000) + "]",
+    "[" + ",".join(["-1"] * 20000) + "]",
+    "{" + ",".join(f'"{i}":1' for i in range(3000)) + "}",
+    '{"\\udfff": 1}',
+    '{"type": "json_object"}',
+    '{"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": 7}}}',
+    '{"type": "json_schema", "json_schema": {"schema": {"$ref": "#"}}}',
+    "2147483648",
+    "4294967296",
+    "-0.0",
+    "1.0000001",
+    '[{"role": "user", "content": "\\udc00"}]',
+    '[{"role": 1}]',
+    '["a", [1], ["b"]]',
+)
+_FIELDS = (
+    *("prompt", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p"),
+    *("top_k", "min_p", "n", "seed", "stop", "stream", "stream_options", "logit_bias"),
+    *("logprobs", "top_logprobs", "repetition_penalty", "presence_penalty", "frequency_penalty"),
+    *("echo", "suffix", "user", "response_format", "best_of", "tools", "model", "unknown"),
+)
+_SENSIBLE = {
+    "prompt": '"ab"',
+    "max_tokens": "2",
+    "temperature": "0.5",
+    "logprobs": "2",
+    "n": "2",
+    "stop": '"x"',
+    "seed": "7",
+    "echo": "true",
+}
+
+
+def nonsense(rng: np.random.Generator) -> tuple[str, bytes]:
+    """A path, and a body with some fields that make sense and some that do not."""
+    chat = rng.random() < 0.3
+    fields = {name: text for name, text in _SENSIBLE.items() if rng.random() < 0.5}
+    fields.setdefault("prompt", '"a"')
+    if chat:
+        fields["messages"] = '[{"role": "user", "content": "a"}]'
+    for name in rng.choice(_FIELDS, int(rng.integers(1, 4))):
+        fields[str(name)] = str(rng.choice(_NASTY))
+    text = "{" + ",".join(f'"{name}": {value}' for name, value in fields.items()) + "}"
+    raw = text.encode()
+    kind = rng.random()
+    if kind < 0.05:
+        raw = raw[: int(rng.integers(0, len(raw)))]
+    elif kind < 0.1:
+        raw = bytes(rng.permutation(np.frombuffer(raw[:2000], np.uint8)))
+    elif kind < 0.12:
+        raw = rng.bytes(int(rng.integers(0, 300)))
+    return "/v1/chat/completions" if chat else COMPLETIONS, raw
+
+
+def fuzz(options: _suite.Options, directory: pathlib.Path, count: int) -> Found:
+    """Requests that are nearly right, and some that are none."""
+    clients = 8
+    codes: collections.Counter = collections.Counter()
+    wrong: collections.Counter = collections.Counter()
+    lock = threading.Lock()
+
+    def client(number: int) -> None:
+        rng = np.random.default_rng(number)
+        connection = connect(address)
+        for _ in range(count // clients):
+            path, raw = nonsense(rng)
+            try:
+                connection.request("POST", path, raw, JSON)
+                answer = connection.getresponse()
+                status, text = answer.status, answer.read()
+            except (OSError, http.client.HTTPException):
+                status, text = 599, b""
+                connection.close()
+            with lock:
+                codes[status] += 1
+                if status >= 500:
+                    wrong[raw[:300]] += 1
+                elif status != 200 and not _is_error(text):
+                    wrong[b"no error in OpenAI's form: " + text[:100]] += 1
+
+    flags = (f"--model={directory}", "--max_length=64", "--bias=sampling", "--max_tokens=8")
+    with running(*flags, "--slots=16", "--max_waiting=64") as (address, process):
+        with concurrent.futures.ThreadPoolExecutor(clients) as pool:
+            list(pool.map(client, range(clients)))
+        alive = process.poll() is None
+    for body, times in wrong.most_common(5):
+        print(f"{times} x {body!r}")
+    row = {
+        "what": "requests with fields that make no sense",
+        "requests": sum(codes.values()),
+        "answers": " ".join(f"{n} x {code}" for code, n in sorted(codes.items())),
+        "alive": alive,
+    }
+    broken = sum(n for code, n in codes.items() if code >= 500)
+    return [row], [
+        _suite.Bar(name="fuzzed requests: answers of 5xx", value=broken, limit=0),
+        _suite.Bar(name="fuzzed requests: errors in another form", value=len(wrong), limit=0),
+    ]
+
+
+def _is_error(text: bytes) -> bool:
+    try:
+        return bool(json.loads(text)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return False
