@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from logitjax.distillation._alignment import Chunks
 from logitjax.losses import Blocks, Head, sweep
 from logitjax.models import Tokenizer
-from logitjax.ops import Array, AxisName
+from logitjax.ops import Array, AxisName, Number, checks
 
 _LEAST = 1e-30
 # So that no chunk is certain: the gradient of the divergence has 1 - q below the line.
@@ -167,7 +167,7 @@ def binarized_divergence(
     teacher: Float[Array, "*batch"],
     *,
     kind: Kind = "cross_entropy",
-    temperature: float = 100.0,
+    temperature: Number = 100.0,
 ) -> Float[jax.Array, "*batch"]:
     """Divergence of two opinions on one event: this chunk, or not.
 
@@ -208,15 +208,14 @@ def binarized_divergence(
         Minixhofer et al., Universal cross-tokenizer distillation via approximate likelihood
         matching, 2025 (arXiv 2503.20083); tokenkit.
     """
-    if not temperature > 0:
-        raise ValueError(f"temperature: expected a positive number, got {temperature}")
+    checks.positive(temperature, "temperature")
     if kind not in ("cross_entropy", "kl", "reverse_kl", "log_ratio", "total_variation"):
         raise ValueError(f"kind: expected one that is listed, got {kind!r}")
     ours = jnp.minimum(jnp.asarray(student, jnp.float32), 0.0) - _OFFSET
     theirs = jnp.minimum(lax.stop_gradient(jnp.asarray(teacher, jnp.float32)), 0.0) - _OFFSET
     if kind == "log_ratio":
         return jnp.abs(theirs - ours)
-    if math.isinf(temperature):
+    if isinstance(temperature, float) and math.isinf(temperature):
         if kind != "kl":
             raise ValueError(f"temperature: expected a number with kind {kind!r}, got infinity")
         a, b = -theirs, -ours
@@ -346,7 +345,7 @@ def likelihood_matching(
     chunks: ChunkScores,
     *,
     kind: Kind = "kl",
-    temperature: float = 100.0,
+    temperature: Number = 100.0,
 ) -> Float[jax.Array, "*batch chunks"]:
     """The divergence of each chunk, 0 where there is none.
 

@@ -18,7 +18,7 @@ from logitjax.distillation._alignment import Chunks
 from logitjax.distillation._matched_tokens import Matches
 from logitjax.distillation._projection import TokenProjection
 from logitjax.losses import Head
-from logitjax.ops import Array
+from logitjax.ops import Array, Number
 
 Form = Literal["released", "corrected"]
 _LEAST = 1e-8
@@ -153,7 +153,7 @@ def chunk_projected_kl(
     columns: Any,
     *,
     form: Form = "released",
-    temperature: float = 1.0,
+    temperature: Number = 1.0,
 ) -> Float[jax.Array, " chunks"]:
     """X-Token's P-KL on some of the teacher's columns.
 
@@ -204,7 +204,7 @@ def chunk_hybrid_kl(
     matches: Matches,
     *,
     form: Form = "released",
-    temperature: float = 1.0,
+    temperature: Number = 1.0,
 ) -> Float[jax.Array, " chunks"]:
     """X-Token's H-KL: KL over common tokens, and L1 of the sorted others.
 
