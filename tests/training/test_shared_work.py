@@ -102,7 +102,7 @@ cli.main(Config, {"only": {}}, run)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "status", "said"),
-    [("ValueError", 2, "error: no such thing (details"), ("KeyError", 1, "Traceback")],
+    [("ValueError", 2, "process 1: no such thing (details"), ("KeyError", 1, "Traceback")],
 )
 def test_an_error_of_one_process_ends_the_job(tmp_path, monkeypatch, error, status, said):
     # The usual way out of Python would wait for the other process, which waits for this one.
