@@ -37,7 +37,7 @@ _TAIL = 64
 
 def run(options: _suite.Options) -> _suite.Result:
     seeds, steps, held_out, rows_a_step, length = (
-        (1, 3, 2, 2, 64) if options.smoke else (2, 40, 24, 1, 128)
+        (1, 3, 2, 2, 64) if options.smoke else (2, 40, 24, 1, 256)
     )
     teacher, tokenizer = models.load("tiny:1" if options.smoke else "smollm2")
     rows = _rows(tokenizer, length, options)
