@@ -83,7 +83,8 @@ def _rows(results: Record, drop: Record) -> list[Record]:
                 "seeds": len(runs),
             }
         )
-    return rows
+    known = {key for row in rows for key, value in row.items() if value is not None}
+    return [{key: value for key, value in row.items() if key in known} for row in rows]
 
 
 def _scores(records: Sequence[Mapping[str, Any]]) -> Record:
