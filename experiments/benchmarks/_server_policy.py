@@ -37,16 +37,17 @@ class Seen:
         default_factory=dict
     )
 
-    def take(self, prompt: Sequence[int], answer: Any) -> None:
+    def take(self, body: Any, answer: Any) -> None:
         shown = answer["choices"][0]["logprobs"]
-        context = tuple(prompt)
+        # An echo begins before the prompt's first token.
+        context = () if body["echo"] else tuple(body["prompt"])
         if shown is None:
             return
         tops = shown["top_logprobs"] or [{}] * len(shown["tokens"])
         names = zip(shown["tokens"], shown["token_logprobs"], tops, strict=True)
         for name, own, top in names:
             values = self.contexts.setdefault(context, {})
-            for told, value in itertools.chain(top.items(), [(name, own)]):
+            for told, value in itertools.chain((top or {}).items(), [(name, own)]):
                 if value is not None:
                     values.setdefault(_id(told), []).append(value)
             context = (*context, _id(name))
@@ -84,6 +85,7 @@ def _requests(prompts: np.ndarray, vocab: int, biased: bool, count: int) -> Iter
             "top_p": float(rng.choice([1e-6, 0.5, 1.0])),
             "min_p": float(rng.random()),
             "seed": int(rng.integers(2**32)),
+            "echo": bool(rng.random() < 0.1),
             "return_tokens_as_token_ids": True,
         }
         if biased:
@@ -104,7 +106,7 @@ async def _ask(app: Any, bodies: Iterator[Any]) -> Seen:
             status, answer = await call(app, body)
             seen.requests += 1
             if status == 200:
-                seen.take(body["prompt"], answer)
+                seen.take(body, answer)
             else:
                 seen.refused += 1
 
