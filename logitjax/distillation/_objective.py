@@ -478,7 +478,7 @@ def _from_teacher(
         projected = project_top_k(student, top, teacher[PROJECTIONS[name]])
         return _scaled(losses.sparse_kl_divergence(*projected), teacher, "starts")
     if name == "mined":
-        kl = losses.sparse_kl_divergence(student, _nearest(top, teacher["edit_distance"]))
+        kl = losses.sparse_kl_divergence(*_nearest(student, top, teacher["edit_distance"]))
         return jnp.where(teacher["single_where"], kl, readout.cross_entropy)
     own = readout.statistics.truncate(top.values.shape[-1]).top_k
     matched, others = hybrid_logit_distance(
@@ -497,16 +497,18 @@ def _scaled(values: Any, teacher: Mapping[str, Any], place: str) -> Any:
     return jnp.where(teacher[f"{place}_where"], values, 0.0) * teacher[place]
 
 
-def _nearest(teacher: ops.TopK, members: Members) -> ops.TopK:
+def _nearest(student: ops.TopK, teacher: ops.TopK, members: Members) -> tuple[ops.TopK, ops.TopK]:
     """MinED: each of our tokens has the logit of the nearest of theirs; what is left is a rest."""
     there = members.slots < teacher.values.shape[-1]
+    # Empty places hold our token 0, whose mass would be taken from our rest once for each of them.
+    ours = dataclasses.replace(student, values=jnp.where(there, student.values, -jnp.inf))
     at = jnp.minimum(members.slots, teacher.values.shape[-1] - 1)
     values = jnp.where(there, jnp.take_along_axis(teacher.values, at, axis=-1), -jnp.inf)
     log_p = values - teacher.log_z[..., None]
     top = jnp.exp(teacher.values - teacher.log_z[..., None]).sum(-1)
     # A token that several of ours share counts for each of them.
     total = jnp.exp(log_p).sum(-1) + jnp.maximum(1.0 - top, 0.0)
-    return ops.TopK(log_p, members.ids, jnp.log(jnp.maximum(total, 1e-30)))
+    return ours, ops.TopK(log_p, members.ids, jnp.log(jnp.maximum(total, 1e-30)))
 
 
 def _divergence(
