@@ -9,8 +9,10 @@ import os
 import resource
 import socket
 import time
+from collections.abc import Callable
 from typing import Any
 
+import h11
 import uvicorn
 from absl import logging
 from starlette.applications import Starlette
@@ -30,7 +32,9 @@ class Listening:
         host: Address.
         port: Port; 0 takes a free one.
         connections: Most connections at once; fewer where the process may open fewer files.
-        idle_seconds: How long a connection may be open without a whole request head.
+        idle_seconds: How long a connection may be open without a whole request head, or go on
+            sending a body after its answer.
+        discard_bytes: Most bytes of a body that are read after its answer, and thrown away.
         request_seconds: How long an answer may take to be read.
         drain_seconds: How long answers may go on after the signal to end.
     """
@@ -39,6 +43,7 @@ class Listening:
     port: int = 8000
     connections: int = 512
     idle_seconds: float = 15.0
+    discard_bytes: int = 64 << 20
     request_seconds: float = 600.0
     drain_seconds: float = 30.0
 
@@ -136,18 +141,74 @@ class _Doorkeeper:
             await asyncio.sleep(min(1.0, self.idle_seconds / 4))
 
 
+class _HalfClosing:
+    """A transport that, closed while the client still sends, only says that its answer is whole.
+
+    To close a socket that holds unread bytes resets the connection, and many clients send all of a
+    body before they read: they would see a broken pipe in place of the reason for it.
+
+    Args:
+        transport: Of a connection.
+        sending: Whether more is to come from the client.
+    """
+
+    def __init__(self, transport: Any, sending: Callable[[], bool]):
+        self._transport = transport
+        self._sending = sending
+        self.lingers = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def is_closing(self) -> bool:
+        return self.lingers or self._transport.is_closing()
+
+    def close(self) -> None:
+        if self.is_closing():
+            return
+        self.lingers = self._sending()
+        if self.lingers:
+            self._transport.resume_reading()
+            with contextlib.suppress(OSError):  # The client has gone.
+                self._transport.write_eof()
+        else:
+            self._transport.close()
+
+
 class _Protocol(H11Protocol):
-    """HTTP of uvicorn that tells a doorkeeper whether it waits for a request."""
+    """HTTP of uvicorn that tells a doorkeeper whether it waits for a request.
+
+    What a client sends of a body after its answer is thrown away, up to `discard_bytes`; the
+    doorkeeper bounds for how long.
+    """
 
     doorkeeper: _Doorkeeper
+    discard_bytes: int
 
     def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
+        self._discarded = 0
+        super().connection_made(_HalfClosing(transport, self._sending))  # pyright: ignore[reportArgumentType]
         self.doorkeeper.note(self, busy=False)
 
     def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        self._note()
+        if self._sending() and not self._busy:
+            self._discarded += len(data)
+            if self._discarded > self.discard_bytes:
+                self.transport.abort()
+        else:
+            self._discarded = 0
+        if not self.transport.is_closing():
+            super().data_received(data)
+            self._note()
+
+    def send_400_response(self, msg: str) -> None:
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+            self.transport.abort()  # It has its answer, or a part of it.
+            return
+        super().send_400_response(msg)
+        if self.cycle is not None:  # It waits for the rest of what was no body.
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -157,10 +218,54 @@ class _Protocol(H11Protocol):
         self.doorkeeper.forget(self)
         super().connection_lost(exc)
 
-    def _note(self) -> None:
+    def shutdown(self) -> None:
         if not self.transport.is_closing():
-            busy = self.cycle is not None and not self.cycle.response_complete
-            self.doorkeeper.note(self, busy=busy)
+            super().shutdown()
+
+    def _sending(self) -> bool:
+        """Whether the client is inside a body, or has sent what is no HTTP."""
+        return self.conn.their_state in (h11.SEND_BODY, h11.ERROR)
+
+    @property
+    def _busy(self) -> bool:
+        cycle = self.cycle
+        return cycle is not None and not (cycle.response_complete or cycle.disconnected)
+
+    def _note(self) -> None:
+        transport: Any = self.transport
+        if transport.lingers or not transport.is_closing():
+            self.doorkeeper.note(self, busy=self._busy)
+
+
+class _Refusal(asyncio.Protocol):
+    """Says that there are too many connections, and ends when the client has read it.
+
+    Args:
+        doorkeeper: Of those that are being refused.
+        discard_bytes: Most bytes of the request that are read, and thrown away.
+    """
+
+    def __init__(self, doorkeeper: _Doorkeeper, discard_bytes: int):
+        self.transport: Any = None
+        self._doorkeeper = doorkeeper
+        self._left = discard_bytes
+
+    def connection_made(self, transport: Any) -> None:
+        if self._doorkeeper.full:
+            self._doorkeeper.turn_out()
+        self.transport = transport
+        self._doorkeeper.note(self, busy=False)
+        transport.write(_FULL)
+        with contextlib.suppress(OSError):  # The client has gone.
+            transport.write_eof()
+
+    def data_received(self, data: bytes) -> None:
+        self._left -= len(data)
+        if self._left < 0:
+            self.transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._doorkeeper.forget(self)
 
 
 class _Server(uvicorn.Server):
@@ -169,7 +274,8 @@ class _Server(uvicorn.Server):
     def __init__(
         self, app: Starlette, listening: Listening, listener: socket.socket, keeper: _Doorkeeper
     ):
-        protocol: Any = type("_Kept", (_Protocol,), {"doorkeeper": keeper})
+        kept = {"doorkeeper": keeper, "discard_bytes": listening.discard_bytes}
+        protocol: Any = type("_Kept", (_Protocol,), kept)
         super().__init__(
             uvicorn.Config(
                 _with_deadline(app, listening.request_seconds),
@@ -187,6 +293,8 @@ class _Server(uvicorn.Server):
         self._listening = listening
         self._listener = listener
         self._keeper = keeper
+        # They hold files too, out of those that are spared.
+        self._refused = _Doorkeeper(_SPARE // 2, listening.idle_seconds)
         self._tasks: list[asyncio.Task] = []
 
     async def startup(self, sockets: Any = None) -> None:
@@ -197,15 +305,18 @@ class _Server(uvicorn.Server):
         self._tasks = [
             asyncio.create_task(self._accept()),
             asyncio.create_task(self._keeper.sweep()),
+            asyncio.create_task(self._refused.sweep()),
         ]
         self.started = True
 
     async def shutdown(self, sockets: Any = None) -> None:
-        for task in self._tasks:
-            task.cancel()
+        accepting, *sweeping = self._tasks
+        accepting.cancel()
         self._listener.close()
         self._app.state.service.scheduler.drain(self._listening.drain_seconds)
         await super().shutdown()
+        for task in sweeping:
+            task.cancel()
 
     async def _accept(self) -> None:
         loop, keeper = asyncio.get_running_loop(), self._keeper
@@ -216,16 +327,16 @@ class _Server(uvicorn.Server):
                 keeper.turn_out()
                 await asyncio.sleep(0.05)
                 continue
-            if keeper.full and not keeper.turn_out():
-                with contextlib.suppress(OSError):
-                    connection.send(_FULL)
-                connection.close()
-                continue
+            full = keeper.full and not keeper.turn_out()
             with contextlib.suppress(OSError):
                 # asyncio does so only to sockets that name their protocol; without it a head and
                 # a body in two pieces wait 40 ms for each other.
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                await loop.connect_accepted_socket(self._protocol, connection)
+                protocol = self._refusal if full else self._protocol
+                await loop.connect_accepted_socket(protocol, connection)
+
+    def _refusal(self) -> asyncio.Protocol:
+        return _Refusal(self._refused, self._listening.discard_bytes)
 
     def _protocol(self) -> asyncio.Protocol:
         make: Any = self.config.http_protocol_class

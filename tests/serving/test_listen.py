@@ -1,5 +1,6 @@
 """A server among connections that say nothing, and at its end."""
 
+import asyncio
 import concurrent.futures
 import contextlib
 import json
@@ -9,7 +10,12 @@ import time
 import urllib.request
 
 import pytest
+from starlette.applications import Starlette
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
 
+from logitjax.serving import Listening
+from logitjax.serving._listen import _Doorkeeper, _Server
 from tests.serving._server import post, server
 
 COMPLETIONS = "/v1/completions"
@@ -35,6 +41,82 @@ def stream(address, seed):
     with urllib.request.urlopen(request, timeout=60) as answer:
         lines = [line.decode().strip() for line in answer if line.strip()]
     return [line.removeprefix("data: ") for line in lines]
+
+
+async def refuse(request):
+    """Answers without a look at the body."""
+    closes = {"Connection": "close"} if request.url.path == "/closes" else {}
+    return PlainTextResponse("no", 401, closes)
+
+
+@contextlib.asynccontextmanager
+async def refusing(keeper=None, **options):
+    """The port of a server in this process that refuses everything."""
+    app = Starlette(routes=[Route("/{path:path}", refuse, methods=["POST"])])
+    said = Listening(port=0, **options)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setblocking(False)
+        keeper = keeper or _Doorkeeper(said.connections, said.idle_seconds)
+        server = _Server(app, said, listener, keeper)
+        server.config.load()
+        server.lifespan = server.config.lifespan_class(server.config)
+        await server.startup()
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            for task in server._tasks:
+                task.cancel()
+            await server.lifespan.shutdown()
+
+
+def ask(port, path, size, *, pause=0.0, pieces=16):
+    """What comes back to a client that reads only once it has sent everything."""
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        head = f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Length: {size}\r\n\r\n"
+        connection.sendall(head.encode())
+        for _ in range(pieces):
+            time.sleep(pause)
+            connection.sendall(b" " * (size // pieces))
+        found = b""
+        while not found.endswith((b"no", b"}}")):
+            found += connection.recv(1 << 16) or b"}}"
+        return found
+
+
+@pytest.mark.parametrize("path", ["/closes", "/keeps"])
+def test_who_still_sends_a_refused_body_reads_why(path):
+    async def fifty():
+        async with refusing() as port:
+            return [
+                await asyncio.to_thread(ask, port, path, 160_000, pause=0.0005) for _ in range(50)
+            ]
+
+    for answer in asyncio.run(fifty()):
+        assert answer.startswith(b"HTTP/1.1 401 ")
+        assert answer.endswith(b"no")
+
+
+def test_who_comes_when_all_connections_are_busy_is_told_so():
+    async def crowd():
+        # Nobody waits for a request, so that nobody can be turned out.
+        keeper = _Doorkeeper(0, 15.0)
+        async with refusing(keeper=keeper) as port:
+            return [await asyncio.to_thread(ask, port, "/keeps", 16_000) for _ in range(50)]
+
+    for answer in asyncio.run(crowd()):
+        assert answer.startswith(b"HTTP/1.1 429 ")
+        assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "overloaded"
+
+
+@pytest.mark.parametrize("path", ["/closes", "/keeps"])
+def test_a_refused_body_is_read_for_so_many_bytes_and_so_long(path):
+    async def too_much(size, **options):
+        async with refusing(**options) as port:
+            with pytest.raises(OSError, match=r"reset|[Bb]roken"):
+                await asyncio.to_thread(ask, port, path, size, pause=0.05)
+
+    asyncio.run(too_much(1_600_000, discard_bytes=200_000))
+    asyncio.run(too_much(160, idle_seconds=0.2))
 
 
 @pytest.mark.every_change
