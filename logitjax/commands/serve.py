@@ -19,6 +19,7 @@ docs/leakage.md for what each is worth, and `logitjax audit` to measure it.
 """
 
 import dataclasses
+import signal
 from typing import Literal
 
 from absl import logging
@@ -120,14 +121,18 @@ def run(config: Config) -> None:
         config.model, config.expert, config.base, strategy(config.fusion), dtype=config.dtype
     )
     logging.set_verbosity(logging.INFO)
-    serving.run_server(
-        serving.build_app(ensemble, tokenizer, ends, server),
-        serving.Listening(
-            host=config.host,
-            port=config.port,
-            connections=config.max_connections,
-            idle_seconds=config.idle_timeout,
-            request_seconds=config.request_timeout,
-            drain_seconds=config.drain,
-        ),
+    app = serving.build_app(ensemble, tokenizer, ends, server)
+    listening = serving.Listening(
+        host=config.host,
+        port=config.port,
+        connections=config.max_connections,
+        idle_seconds=config.idle_timeout,
+        request_seconds=config.request_timeout,
+        drain_seconds=config.drain,
     )
+    try:
+        serving.run_server(app, listening)
+    except KeyboardInterrupt:
+        # As at SIGTERM: a thread that still compiles must not be part of Python's own end.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGINT)

@@ -92,33 +92,19 @@ class Answer:
             return None
         return (self._chat_logprobs if self._asked.chat else self._completion_logprobs)(tokens)
 
-    def _name(self, token: int) -> tuple[str, list[int]]:
-        """What a token is called, and its bytes, which may be a part of a character."""
-        text = self._service.tokenizer.decode([token])
-        held = text.encode()
-        if "\N{REPLACEMENT CHARACTER}" in text:
-            held = self._service.formats.bytes_of(token)
-            # As OpenAI's API writes what is no text.
-            text = "bytes:" + "".join(f"\\x{byte:02x}" for byte in held)
-        return f"token_id:{token}" if self._asked.tokens_as_ids else text, list(held)
-
-    def _by_name(self, top: Sequence[tuple[int, float]]) -> dict[str, float]:
-        named: dict[str, float] = {}
-        for token, value in top:
-            name, _ = self._name(token)
-            # Two tokens may read alike, as one with and one without a space in front.
-            named[f"token_id:{token}" if name in named else name] = value
-        return named
+    def _name(self, token: int) -> str:
+        return f"token_id:{token}" if self._asked.tokens_as_ids else self._service.names(token)[0]
 
     def _completion_logprobs(self, tokens: Sequence[Token]) -> dict[str, Any]:
-        names = [self._name(t.id)[0] for t in tokens]
+        names = [self._name(t.id) for t in tokens]
         offsets = []
         for name in names:
             offsets.append(self._offset)
             self._offset += len(name)
-        few = self._asked.logprobs or 0
+        few, as_ids = self._asked.logprobs or 0, self._asked.tokens_as_ids
+        by_name = self._service.names.by_name
         # Nothing predicts the first token of a prompt.
-        tops = [self._by_name(t.top[:few]) if t.top else None for t in tokens]
+        tops = [by_name(t.top[:few], as_ids=as_ids) if t.top else None for t in tokens]
         return {
             "tokens": names,
             "token_logprobs": [t.logprob for t in tokens],
@@ -128,8 +114,8 @@ class Answer:
 
     def _chat_logprobs(self, tokens: Sequence[Token]) -> dict[str, Any]:
         def entry(id: int, logprob: float | None) -> dict[str, Any]:
-            name, held = self._name(id)
-            return {"token": name, "logprob": logprob, "bytes": held}
+            held = list(self._service.names(id)[1])
+            return {"token": self._name(id), "logprob": logprob, "bytes": held}
 
         few = self._asked.logprobs or 0
         content = [

@@ -22,6 +22,7 @@ from logitjax.serving._config import ServerConfig, check_model
 from logitjax.serving._errors import ApiError, json_response
 from logitjax.serving._formats import Formats
 from logitjax.serving._keys import find_key
+from logitjax.serving._names import TokenNames
 from logitjax.serving._observed import Metrics, Observed
 from logitjax.serving._openapi import openapi
 from logitjax.serving._policy import Disclosure
@@ -48,6 +49,7 @@ def build_app(
     service = Service(
         scheduler=scheduler,
         tokenizer=tokenizer,
+        names=TokenNames(tokenizer),
         vocab_size=model.plan.vocab_size,
         end_ids=tuple(end_ids),
         config=config,

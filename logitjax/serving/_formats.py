@@ -18,7 +18,7 @@ _MOST_BYTES = 1 << 15
 
 
 class Formats:
-    """Tokens of one model as bytes, and grammars over them; safe to use from several threads.
+    """Grammars over the tokens of one model; safe to use from several threads.
 
     Args:
         tokenizer: Of the model.
@@ -59,14 +59,6 @@ class Formats:
         if follower.failed:
             raise _refused(matcher.get_error().partition("<")[0])
         return follower
-
-    def bytes_of(self, token: int) -> bytes:
-        """What a token adds to a text, which need not be whole characters.
-
-        Raises:
-            BadRequestError: The library cannot read this model's tokens.
-        """
-        return self._trie().decode_bytes([token])
 
     def _trie(self) -> Any:
         with self._lock:  # A second of work for 50,000 tokens, once.

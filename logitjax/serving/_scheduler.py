@@ -16,6 +16,9 @@ from logitjax.serving._errors import ApiError, BadRequestError, OverloadedError
 from logitjax.serving._formats import Follower
 from logitjax.serving._policy import Disclosure
 
+# Seconds that the end waits for the engine's thread.
+_PATIENCE = 2.0
+
 
 @dataclasses.dataclass(frozen=True)
 class Token:
@@ -138,7 +141,8 @@ class Scheduler:
         self._read: list[int] = []
         self._wake = threading.Condition()
         self._closing = False
-        self._deadline: float | None = None
+        self._end: threading.Timer | None = None
+        self._expired = False
         self._seconds = 1.0  # A running mean of how long a slot is taken.
         self._started = [0.0] * pace.slots
         words = -(-self.engine.plan.vocab_size // 32)
@@ -151,26 +155,36 @@ class Scheduler:
         self._thread.start()
 
     def close(self) -> None:
-        """Ends the thread; jobs under way get an error."""
+        """Ends the thread, or leaves it alone in a long program; jobs under way get an error."""
+        if self._end is not None:
+            self._end.cancel()
         with self._wake:
             self._closing = True
+            self._end_all(ApiError(503, "the server is stopping"))
             self._wake.notify()
         if self._thread.is_alive():
-            self._thread.join(timeout=60)
+            # Nobody can interrupt a compilation, which may take minutes.
+            self._thread.join(timeout=_PATIENCE)
 
     def drain(self, seconds: float) -> None:
         """What is under way may go on so long, then ends as if it were too long.
 
-        So do requests that were on their way in; no new ones can come where nobody listens.
+        So do requests that were on their way in; no new ones can come where nobody listens. The
+        engine's thread need not notice: it may be compiling.
         """
+        self._end = threading.Timer(seconds, self._expire)
+        self._end.daemon = True
+        self._end.start()
+
+    def _expire(self) -> None:
         with self._wake:
-            self._deadline = time.monotonic() + seconds
-            self._wake.notify()
+            self._expired = True
+            self._end_all("length")
 
     @property
     def draining(self) -> bool:
         """Whether the end has begun."""
-        return self._deadline is not None
+        return self._end is not None
 
     @property
     def load(self) -> tuple[int, int]:
@@ -187,6 +201,10 @@ class Scheduler:
         with self._wake:
             if self.failed is not None:
                 raise ApiError(503, "the engine stopped")
+            if self._expired:
+                for job in jobs:
+                    job.give(["length"])
+                return
             free, queued = self._jobs.count(None), self._queued()
             if queued + len(jobs) > self._pace.max_waiting + free:
                 turns = 1 + queued / max(1, len(self._jobs))
@@ -234,23 +252,18 @@ class Scheduler:
             self._end_all(ApiError(503, "the engine stopped"))
 
     def _end_all(self, item: ApiError | str) -> None:
+        """Tells everybody; what they held, the engine's thread frees as that of who has left."""
         for job in self._everybody():
-            job.give([item])
-        self._waiting.clear()
-        for row in list(self._reading):
-            self._release(row)
-        self._jobs = [None] * len(self._jobs)
+            if not job.cancelled:
+                job.cancelled = True
+                job.give([item])
 
     def _step(self) -> bool:
         with self._wake:
             while not (self._closing or any(self._everybody())):
                 self._wake.wait()
             if self._closing:
-                self._end_all(ApiError(503, "the server is stopping"))
                 return False
-            if self._deadline is not None and time.monotonic() > self._deadline:
-                self._end_all("length")
-                self.engine.evict(list(range(len(self._jobs))))
         self._drop_cancelled()
         self._begin()
         self._read += self.reader.advance()
@@ -290,17 +303,19 @@ class Scheduler:
                 # What it shares with a prompt being read is not read twice.
                 if self.reader.waits(first.request.prompt, salt=first.prompt.salt):
                     return
-                group = self._waiting.popleft()
             try:
                 row = self.reader.begin(
                     first.request, salt=first.prompt.salt, report=first.prompt.report
                 )
             except (ValueError, TypeError) as error:  # Slipped through the checks.
+                with self._wake:
+                    group = self._waiting.popleft()
                 for job in group:
                     job.give([BadRequestError(str(error))])
                 continue
+            # At no time is it in neither: whoever ends all jobs finds it.
             with self._wake:
-                self._reading[row] = group
+                self._reading[row] = self._waiting.popleft()
 
     def _place(self) -> None:
         """Prompts that were read into free slots, in the order they were."""

@@ -7,6 +7,7 @@ from logitjax.models import Tokenizer
 from logitjax.serving._accounts import Accounts
 from logitjax.serving._config import ServerConfig
 from logitjax.serving._formats import Formats
+from logitjax.serving._names import TokenNames
 from logitjax.serving._observed import Metrics
 from logitjax.serving._policy import Disclosure
 from logitjax.serving._scheduler import Scheduler
@@ -20,6 +21,7 @@ class Service:
     Attributes:
         scheduler: Decodes.
         tokenizer: Of the model.
+        names: What its tokens are called.
         vocab_size: Number of tokens of the model.
         end_ids: Tokens that end an answer.
         config: What it takes and reports.
@@ -33,6 +35,7 @@ class Service:
 
     scheduler: Scheduler
     tokenizer: Tokenizer
+    names: TokenNames
     vocab_size: int
     end_ids: tuple[int, ...]
     config: ServerConfig

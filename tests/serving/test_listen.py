@@ -15,7 +15,8 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
 from logitjax.serving import Listening
-from logitjax.serving._listen import _Doorkeeper, _Server
+from logitjax.serving._connections import Doorkeeper
+from logitjax.serving._listen import _Server
 from tests.serving._server import post, server
 
 COMPLETIONS = "/v1/completions"
@@ -56,7 +57,7 @@ async def refusing(keeper=None, **options):
     said = Listening(port=0, **options)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.setblocking(False)
-        keeper = keeper or _Doorkeeper(said.connections, said.idle_seconds)
+        keeper = keeper or Doorkeeper(said.connections, said.idle_seconds)
         server = _Server(app, said, listener, keeper)
         server.config.load()
         server.lifespan = server.config.lifespan_class(server.config)
@@ -99,7 +100,7 @@ def test_who_still_sends_a_refused_body_reads_why(path):
 def test_who_comes_when_all_connections_are_busy_is_told_so():
     async def crowd():
         # Nobody waits for a request, so that nobody can be turned out.
-        keeper = _Doorkeeper(0, 15.0)
+        keeper = Doorkeeper(0, 15.0)
         async with refusing(keeper=keeper) as port:
             return [await asyncio.to_thread(ask, port, "/keeps", 16_000) for _ in range(50)]
 

@@ -1,0 +1,198 @@
+"""Connections: who waits for whom and how long, and what becomes of a body that nobody wants."""
+
+import asyncio
+import collections
+import contextlib
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from logitjax.serving._errors import ApiError
+
+
+class Doorkeeper:
+    """Knows every connection, and which of them wait for a request, the longest first."""
+
+    def __init__(self, most: int, idle_seconds: float):
+        self.most = most
+        self.idle_seconds = idle_seconds
+        self.open: set[Any] = set()
+        self._idle: collections.OrderedDict[Any, float] = collections.OrderedDict()
+
+    @property
+    def full(self) -> bool:
+        return len(self.open) >= self.most
+
+    def note(self, connection: Any, *, busy: bool) -> None:
+        """Whether it waits for a request; a byte more of one's head renews nothing."""
+        self.open.add(connection)
+        if busy:
+            self._idle.pop(connection, None)
+        elif connection not in self._idle:
+            self._idle[connection] = time.monotonic()
+
+    def forget(self, connection: Any) -> None:
+        self.open.discard(connection)
+        self._idle.pop(connection, None)
+
+    def turn_out(self, *, older_than: float = 0.0) -> bool:
+        """Closes the connection that has waited longest, so that somebody else may come in."""
+        if not self._idle:
+            return False
+        connection, since = next(iter(self._idle.items()))
+        if time.monotonic() - since < older_than:
+            return False
+        self.forget(connection)
+        connection.transport.abort()
+        return True
+
+    async def sweep(self) -> None:
+        """Turns out those that have waited too long, for ever."""
+        while True:
+            while self.turn_out(older_than=self.idle_seconds):
+                pass
+            await asyncio.sleep(min(1.0, self.idle_seconds / 4))
+
+
+class _HalfClosing:
+    """A transport that, closed while the client still sends, only says that its answer is whole.
+
+    To close a socket that holds unread bytes resets the connection, and many clients send all of a
+    body before they read: they would see a broken pipe in place of the reason for it.
+
+    Args:
+        transport: Of a connection.
+        sending: Whether more is to come from the client.
+    """
+
+    def __init__(self, transport: Any, sending: Callable[[], bool]):
+        self._transport = transport
+        self._sending = sending
+        self.lingers = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def is_closing(self) -> bool:
+        return self.lingers or self._transport.is_closing()
+
+    def close(self) -> None:
+        if self.is_closing():
+            return
+        self.lingers = self._sending()
+        if self.lingers:
+            self._transport.resume_reading()
+            with contextlib.suppress(OSError):  # The client has gone.
+                self._transport.write_eof()
+        else:
+            self._transport.close()
+
+
+class Protocol(H11Protocol):
+    """HTTP of uvicorn that tells a doorkeeper whether it waits for a request.
+
+    What a client sends of a body after its answer is thrown away, up to `discard_bytes`; the
+    doorkeeper bounds for how long.
+    """
+
+    doorkeeper: Doorkeeper
+    discard_bytes: int
+
+    def connection_made(self, transport: Any) -> None:
+        self._discarded = 0
+        super().connection_made(_HalfClosing(transport, self._sending))  # pyright: ignore[reportArgumentType]
+        self.doorkeeper.note(self, busy=False)
+
+    def data_received(self, data: bytes) -> None:
+        if self._sending() and not self._busy:
+            self._discarded += len(data)
+            if self._discarded > self.discard_bytes:
+                self.transport.abort()
+        else:
+            self._discarded = 0
+        if not self.transport.is_closing():
+            super().data_received(data)
+            self._note()
+
+    def send_400_response(self, msg: str) -> None:
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+            self.transport.abort()  # It has its answer, or a part of it.
+            return
+        super().send_400_response(msg)
+        if self.cycle is not None:  # It waits for the rest of what was no body.
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._note()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.doorkeeper.forget(self)
+        super().connection_lost(exc)
+
+    def shutdown(self) -> None:
+        if not self.transport.is_closing():
+            super().shutdown()
+
+    def _sending(self) -> bool:
+        """Whether the client is inside a body, or has sent what is no HTTP."""
+        return self.conn.their_state in (h11.SEND_BODY, h11.ERROR)
+
+    @property
+    def _busy(self) -> bool:
+        cycle = self.cycle
+        return cycle is not None and not (cycle.response_complete or cycle.disconnected)
+
+    def _note(self) -> None:
+        transport: Any = self.transport
+        if transport.lingers or not transport.is_closing():
+            self.doorkeeper.note(self, busy=self._busy)
+
+
+class Refusal(asyncio.Protocol):
+    """Says that there are too many connections, and ends when the client has read it.
+
+    Args:
+        doorkeeper: Of those that are being refused.
+        discard_bytes: Most bytes of the request that are read, and thrown away.
+    """
+
+    def __init__(self, doorkeeper: Doorkeeper, discard_bytes: int):
+        self.transport: Any = None
+        self._doorkeeper = doorkeeper
+        self._left = discard_bytes
+
+    def connection_made(self, transport: Any) -> None:
+        if self._doorkeeper.full:
+            self._doorkeeper.turn_out()
+        self.transport = transport
+        self._doorkeeper.note(self, busy=False)
+        transport.write(_FULL)
+        with contextlib.suppress(OSError):  # The client has gone.
+            transport.write_eof()
+
+    def data_received(self, data: bytes) -> None:
+        self._left -= len(data)
+        if self._left < 0:
+            self.transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._doorkeeper.forget(self)
+
+
+def _full() -> bytes:
+    error = ApiError(429, "too many connections", code="overloaded")
+    body = json.dumps(error.body()).encode()
+    head = (
+        "HTTP/1.1 429 Too Many Requests\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\nRetry-After: 1\r\nConnection: close\r\n\r\n"
+    )
+    return head.encode() + body
+
+
+_FULL = _full()

@@ -1,0 +1,52 @@
+"""What tokens are called in an answer, and the bytes that they stand for."""
+
+from collections.abc import Sequence
+
+from logitjax.models import Tokenizer
+
+
+class TokenNames:
+    """Tokens of one model as OpenAI's API writes them.
+
+    A token that is text is called by it, the space in front of a word included. One that holds only
+    a part of a character is called by its bytes, as `bytes:\\xc3`. Special tokens, which stand for
+    no text, are called as they are written.
+
+    Args:
+        tokenizer: Of the model.
+
+    >>> from tokenizers import Tokenizer as Backend, models
+    >>> backend = Backend(models.BPE({"▁a": 0, "a": 1, "<0xC3>": 2}, [], byte_fallback=True))
+    >>> names = TokenNames(Tokenizer(backend))
+    >>> [names(token) for token in range(3)]
+    [(' a', b' a'), ('a', b'a'), ('bytes:\\\\xc3', b'\\xc3')]
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._bytes = tokenizer.token_bytes()
+
+    def __call__(self, token: int) -> tuple[str, bytes]:
+        """A token's name and its bytes."""
+        held = self._bytes[token] if token < len(self._bytes) else b""
+        if not held:
+            name = self._tokenizer.decode([token])
+            return name, name.encode()
+        try:
+            return held.decode(), held
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in held), held
+
+    def by_name(self, top: Sequence[tuple[int, float]], *, as_ids: bool) -> dict[str, float]:
+        """Values by the tokens' names; a second one of a name is called by its number.
+
+        Args:
+            top: Tokens and their values, the likeliest first.
+            as_ids: Call all of them so.
+        """
+        named: dict[str, float] = {}
+        for token, value in top:
+            number = f"token_id:{token}"
+            name = number if as_ids else self(token)[0]
+            named[number if name in named else name] = value
+        return named

@@ -1,0 +1,68 @@
+"""The end of the engine's thread: nobody waits for it, whatever it does."""
+
+import asyncio
+import contextlib
+import threading
+import time
+
+from logitjax.decoding import Ensemble, Request
+from logitjax.leakage import LogitPolicy
+from logitjax.serving._policy import Disclosure
+from logitjax.serving._scheduler import Job, Pace, Prompt, Scheduler
+from tests.decoding._bags import bag_of_words
+
+
+@contextlib.contextmanager
+def compiling():
+    """A scheduler whose thread is inside a compilation, which lasts until the end."""
+    disclosure = Disclosure(LogitPolicy(top_k=1))
+    pace = Pace(slots=2, max_length=16, rows=2, piece=4)
+    scheduler = Scheduler(Ensemble(bag_of_words(2, 16)), disclosure, (), pace)
+    over = threading.Event()
+    scheduler.reader.compile = lambda **_: over.wait(60)
+    scheduler.start()
+    try:
+        yield scheduler
+    finally:
+        over.set()
+
+
+def ask(scheduler):
+    request = Request(prompt=[1], max_new_tokens=2)
+    job = Job(request, Prompt(), asyncio.get_running_loop())
+    scheduler.submit([job])
+    return job
+
+
+def test_answers_end_in_time_while_programs_are_being_compiled():
+    async def ended():
+        with compiling() as scheduler:
+            jobs = [ask(scheduler) for _ in range(3)]
+            assert not scheduler.draining
+            scheduler.drain(0.2)
+            assert scheduler.draining
+            start = time.monotonic()
+            async with asyncio.timeout(10):
+                first = [await job.tokens.get() for job in jobs]
+                took = time.monotonic() - start
+                late = await ask(scheduler).tokens.get()
+            return [*first, late], took
+
+    reasons, took = asyncio.run(ended())
+    assert reasons == ["length"] * 4
+    assert 0.1 < took < 5
+
+
+def test_an_end_does_not_wait_for_a_compilation():
+    async def closed():
+        with compiling() as scheduler:
+            job = ask(scheduler)
+            start = time.monotonic()
+            scheduler.close()
+            took = time.monotonic() - start
+            async with asyncio.timeout(10):
+                return await job.tokens.get(), took
+
+    told, took = asyncio.run(closed())
+    assert told.status == 503
+    assert took < 5
