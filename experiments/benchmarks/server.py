@@ -1,7 +1,8 @@
 """The completion server: its policy under attack, and under clients that mean it no good.
 
 Parts, for `--only`: `policy` (adversarial requests in one process with a tiny model: how many
-values of a position come out, and whether the width does), `prefix` (what 32 prompts with a common
+values of a position come out, and whether the width does), `attackers` (those of
+`logitjax.leakage`, over HTTP, before each policy), `prefix` (what 32 prompts with a common
 beginning cost), `health` (while 50 prompts of a megabyte come in), `gaps` (of other streams beside
 a prompt of 900 tokens), `half_open` (a thousand connections that say nothing, at 256 files),
 `signal` (SIGTERM among streams), `fuzz` (nonsense), `load` (200 clients for a minute), `described`
@@ -30,6 +31,7 @@ from absl import logging
 from experiments.benchmarks import _server_hostile as hostile
 from experiments.benchmarks import _server_policy as inside
 from experiments.benchmarks import _suite
+from experiments.benchmarks._server_attackers import attackers
 from experiments.benchmarks._server_client import connect, post, running, small_model
 from experiments.benchmarks._server_hostile import Found
 from logitjax import leakage
@@ -48,6 +50,7 @@ def run(options: _suite.Options) -> _suite.Result:
         real = str(small) if smoke else "smollm2"
         parts: dict[str, Callable[[], Found]] = {
             "policy": lambda: inside.policies(options),
+            "attackers": lambda: attackers(options, small),
             "prefix": lambda: inside.prefixes(options),
             "health": lambda: hostile.long_prompts(options, real),
             "gaps": lambda: hostile.gaps(options, real),
