@@ -204,7 +204,8 @@ def ended_by_signal(options: _suite.Options, directory: pathlib.Path) -> Found:
         "ends": " ".join(f"{n} x {end}" for end, n in sorted(ends.items())),
         "stopped after, s": seconds,
     }
-    without = count - ends["length"] - ends["stop"]
+    # Who comes when nobody listens any more has no stream.
+    without = count - ends["length"] - ends["stop"] - ends["refused"]
     return [row], [
         _suite.Bar(name="SIGTERM: streams without a finish_reason", value=without, limit=0)
     ]
@@ -221,7 +222,8 @@ def _finish(address: str, seed: int) -> str:
                     choice = json.loads(line[6:])["choices"][0]
                     reason = choice["finish_reason"] or "cut"
     except (OSError, http.client.HTTPException) as error:
-        return type(error).__name__
+        refused = isinstance(getattr(error, "reason", None), ConnectionRefusedError)
+        return "refused" if refused else type(error).__name__
     return reason
 
 

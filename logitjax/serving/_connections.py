@@ -104,6 +104,7 @@ class Protocol(H11Protocol):
 
     def connection_made(self, transport: Any) -> None:
         self._discarded = 0
+        self._last = False
         super().connection_made(_HalfClosing(transport, self._sending))  # pyright: ignore[reportArgumentType]
         self.doorkeeper.note(self, busy=False)
 
@@ -116,6 +117,8 @@ class Protocol(H11Protocol):
             self._discarded = 0
         if not self.transport.is_closing():
             super().data_received(data)
+            if self._last and self.cycle is not None:
+                self.cycle.keep_alive = False
             self._note()
 
     def send_400_response(self, msg: str) -> None:
@@ -136,7 +139,12 @@ class Protocol(H11Protocol):
         super().connection_lost(exc)
 
     def shutdown(self) -> None:
-        if not self.transport.is_closing():
+        """Ends with the answer under way, or with that to a request that lies there unread.
+
+        Who has sent nothing is the doorkeeper's to turn out.
+        """
+        self._last = True
+        if self._busy:
             super().shutdown()
 
     def _sending(self) -> bool:

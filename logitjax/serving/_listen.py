@@ -18,6 +18,9 @@ from logitjax.serving._errors import ApiError
 
 # Descriptors left for files, the accelerator and connections that are just being closed.
 _SPARE = 64
+_BACKLOG = 1024
+# At the end, how long a connection without a request still has for one.
+_LAST_SECONDS = 1.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,7 +73,7 @@ def _listener(listening: Listening) -> socket.socket:
         listening.host, listening.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )
     family, *_, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
-    listener = socket.create_server(address, family=family, backlog=1024)
+    listener = socket.create_server(address, family=family, backlog=_BACKLOG)
     listener.setblocking(False)
     return listener
 
@@ -138,7 +141,13 @@ class _Server(uvicorn.Server):
     async def shutdown(self, sockets: Any = None) -> None:
         accepting, *sweeping = self._tasks
         accepting.cancel()
+        # Whoever is in the backlog has a connection, and may have sent a request.
+        with contextlib.suppress(OSError):
+            for _ in range(_BACKLOG):
+                await self._let_in(self._listener.accept()[0])
         self._listener.close()
+        for keeper in (self._keeper, self._refused):
+            keeper.idle_seconds = min(keeper.idle_seconds, _LAST_SECONDS)
         self._app.state.service.scheduler.drain(self._listening.drain_seconds)
         await super().shutdown()
         for task in sweeping:
@@ -153,13 +162,17 @@ class _Server(uvicorn.Server):
                 keeper.turn_out()
                 await asyncio.sleep(0.05)
                 continue
-            full = keeper.full and not keeper.turn_out()
-            with contextlib.suppress(OSError):
-                # asyncio does so only to sockets that name their protocol; without it a head and
-                # a body in two pieces wait 40 ms for each other.
-                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                protocol = self._refusal if full else self._protocol
-                await loop.connect_accepted_socket(protocol, connection)
+            await asyncio.shield(self._let_in(connection))  # The end comes between two.
+
+    async def _let_in(self, connection: socket.socket) -> None:
+        full = self._keeper.full and not self._keeper.turn_out()
+        with contextlib.suppress(OSError):
+            connection.setblocking(False)
+            # asyncio does so only to sockets that name their protocol; without it a head and a
+            # body in two pieces wait 40 ms for each other.
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            protocol = self._refusal if full else self._protocol
+            await asyncio.get_running_loop().connect_accepted_socket(protocol, connection)
 
     def _refusal(self) -> asyncio.Protocol:
         return Refusal(self._refused, self._listening.discard_bytes)

@@ -8,6 +8,7 @@ import signal
 import socket
 import time
 import urllib.request
+from types import SimpleNamespace
 
 import pytest
 from starlette.applications import Starlette
@@ -52,8 +53,9 @@ async def refuse(request):
 
 @contextlib.asynccontextmanager
 async def refusing(keeper=None, **options):
-    """The port of a server in this process that refuses everything."""
+    """A server in this process that refuses everything, and its port in front."""
     app = Starlette(routes=[Route("/{path:path}", refuse, methods=["POST"])])
+    app.state.service = SimpleNamespace(scheduler=SimpleNamespace(drain=lambda seconds: None))
     said = Listening(port=0, **options)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.setblocking(False)
@@ -63,7 +65,7 @@ async def refusing(keeper=None, **options):
         server.lifespan = server.config.lifespan_class(server.config)
         await server.startup()
         try:
-            yield listener.getsockname()[1]
+            yield listener.getsockname()[1], server
         finally:
             for task in server._tasks:
                 task.cancel()
@@ -87,7 +89,7 @@ def ask(port, path, size, *, pause=0.0, pieces=16):
 @pytest.mark.parametrize("path", ["/closes", "/keeps"])
 def test_who_still_sends_a_refused_body_reads_why(path):
     async def fifty():
-        async with refusing() as port:
+        async with refusing() as (port, _):
             return [
                 await asyncio.to_thread(ask, port, path, 160_000, pause=0.0005) for _ in range(50)
             ]
@@ -101,7 +103,7 @@ def test_who_comes_when_all_connections_are_busy_is_told_so():
     async def crowd():
         # Nobody waits for a request, so that nobody can be turned out.
         keeper = Doorkeeper(0, 15.0)
-        async with refusing(keeper=keeper) as port:
+        async with refusing(keeper=keeper) as (port, _):
             return [await asyncio.to_thread(ask, port, "/keeps", 16_000) for _ in range(50)]
 
     for answer in asyncio.run(crowd()):
@@ -112,12 +114,31 @@ def test_who_comes_when_all_connections_are_busy_is_told_so():
 @pytest.mark.parametrize("path", ["/closes", "/keeps"])
 def test_a_refused_body_is_read_for_so_many_bytes_and_so_long(path):
     async def too_much(size, **options):
-        async with refusing(**options) as port:
+        async with refusing(**options) as (port, _):
             with pytest.raises(OSError, match=r"reset|[Bb]roken"):
                 await asyncio.to_thread(ask, port, path, size, pause=0.05)
 
     asyncio.run(too_much(1_600_000, discard_bytes=200_000))
     asyncio.run(too_much(160, idle_seconds=0.2))
+
+
+def test_who_has_asked_before_the_end_is_answered():
+    async def end():
+        async with refusing() as (port, server):
+            server._tasks[0].cancel()  # Nobody is let in, as where a loop is too busy for it.
+            await asyncio.sleep(0.05)
+            asking = [asyncio.to_thread(ask, port, "/keeps", 160) for _ in range(8)]
+            asking = [asyncio.ensure_future(one) for one in asking]
+            silent = socket.create_connection(("127.0.0.1", port), timeout=10)
+            await asyncio.sleep(0.3)
+            start = time.monotonic()
+            await server.shutdown()
+            silent.close()
+            return await asyncio.gather(*asking), time.monotonic() - start
+
+    answers, seconds = asyncio.run(end())
+    assert [answer[:13] for answer in answers] == [b"HTTP/1.1 401 "] * 8
+    assert seconds < 5
 
 
 @pytest.mark.every_change
