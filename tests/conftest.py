@@ -11,6 +11,9 @@ os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 # As `training.distributed.initialize` does.
 os.environ.setdefault("PJRT_NPROC", "24")
 os.environ.setdefault("MPLBACKEND", "Agg")
+# A second thread of BLAS waits longer than these small matrices take. Numpy may be here already; it
+# is not in the workers of `-n`, which inherit this.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 _CACHE = pathlib.Path(__file__).parents[1] / ".cache" / "jax"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 # Small programs too: most of those here are, and two workers and their children share them.
