@@ -221,6 +221,12 @@ NAMED: Sequence[tuple[str, str, str, str]] = (
         "finite",
     ),
     (
+        "empty places in the student's rest, of MinED",
+        "distillation/_objective",
+        "jnp.where(there, student.values, -jnp.inf)",
+        "student.values",
+    ),
+    (
         "prompts that were repeated, in the width of exact rows",
         "leakage/_width",
         "if seen.distinct(0.0) <= k:",
