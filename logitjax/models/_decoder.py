@@ -1,13 +1,14 @@
 """A decoder-only transformer in flax.nnx: embedding, segments of layers, norm, injected head."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Float, Int
 
 from logitjax import ops
@@ -100,6 +101,27 @@ def _over_batch(x: jax.Array) -> jax.Array:
     """
     axes = ops.sharding.auto_axes(ops.sharding.BATCH_AXES, x.shape[0])
     return jax.lax.with_sharding_constraint(x, PartitionSpec(axes)) if axes else x
+
+
+def _look_up(table: jax.Array, ids: Array, mode: str | None = None) -> jax.Array:
+    """Rows of a table; on a mesh of which `shard_map` has taken a part, in a way that compiles.
+
+    XLA ends the process at a gather from a table that is split there. So each device looks up all
+    ids in its part of the model dimension, as XLA chooses elsewhere.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    free = {name for name, kind in kinds if kind == AxisType.Auto}
+    take = functools.partial(jnp.take, axis=0, mode=mode)
+    if not free or AxisType.Manual not in mesh.axis_types:
+        return take(table, ids)
+    axes = ops.sharding.auto_axes(("fsdp",), table.shape[1])
+    return jax.shard_map(
+        take,
+        in_specs=(PartitionSpec(None, axes), PartitionSpec()),
+        out_specs=PartitionSpec(None, None, axes),
+        axis_names=free,
+    )(table, ids)
 
 
 class Segment(nnx.Module):
@@ -248,12 +270,12 @@ class Decoder(nnx.Module):
         self, tokens: Int[Array, "batch time"], positions: Int[Array, "batch time"]
     ) -> Float[jax.Array, "batch time hidden"]:
         """Input embeddings, scaled as the family asks, plus learned positions where it has them."""
-        x = jnp.take(self.embedding[...], tokens, axis=0).astype(self.dtype)
+        x = _look_up(self.embedding[...], tokens).astype(self.dtype)
         if self.config.embedding_scale != 1.0:
             x = x * jnp.asarray(self.config.embedding_scale, self.dtype)
         if self.config.position == "learned":
             table = self.position_embedding[...]
-            x += jnp.take(table, jnp.maximum(positions, 0), axis=0, mode="clip").astype(self.dtype)
+            x += _look_up(table, jnp.maximum(positions, 0), mode="clip").astype(self.dtype)
         return _over_batch(x)
 
     def hidden_states(

@@ -26,8 +26,8 @@ def auto_axes(names: Sequence[str], size: int) -> tuple[str, ...]:
     """Those of the named axes that a dimension of this size can be split over here.
 
     They are axes of the mesh in whose context this is traced; there are none without such a context
-    (`logitjax.training.TrainStep` makes one), where they do not divide the size, and where an
-    axis is Explicit or, inside `shard_map`, Manual: then the split is somebody else's.
+    (`logitjax.training.TrainStep` makes one), where they do not divide the size, and where an axis
+    of the mesh is Explicit. Axes that are Manual, inside `shard_map`, are split already.
 
     >>> auto_axes(BATCH_AXES, 8)
     ()
@@ -37,9 +37,10 @@ def auto_axes(names: Sequence[str], size: int) -> tuple[str, ...]:
     ('data',)
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if any(kind != AxisType.Auto for kind in mesh.axis_types):
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types))
+    if AxisType.Explicit in kinds.values():
         return ()
-    axes = tuple(name for name in names if name in mesh.axis_names)
+    axes = tuple(name for name in names if kinds.get(name) == AxisType.Auto)
     return () if size % math.prod(mesh.shape[name] for name in axes) else axes
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,7 +12,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from logitjax.ops.sharding import path_mask
+from logitjax.ops.sharding import BATCH_AXES, auto_axes, path_mask
 from logitjax.training._mesh import BatchLayout
 from logitjax.training._metrics import MetricAccumulator
 from logitjax.training._state import TrainState
@@ -38,8 +39,10 @@ class TrainStep:
 
     The gradient is that of ``sum of losses / count`` over the *global* batch: tokens weigh the same
     whichever microbatch, device or process they fall into. With ``accumulate`` the microbatches run
-    in a ``lax.scan`` and sum in float32. A step whose loss or gradient is not finite leaves
-    parameters and optimizer state as they were and says so in its output.
+    in a ``lax.scan`` and sum in float32. On several slices (``dcn_data``) each copy of the model
+    then calls the loss with its own rows and key, and sums cross the network once a step. A step
+    whose loss or gradient is not finite leaves parameters and optimizer state as they were and says
+    so in its output.
 
     Args:
         loss_fn: ``(params, batch, rng) -> (loss_sum, count, {name: (sum, count)})``; with constants
@@ -130,7 +133,7 @@ class TrainStep:
         key = jax.random.fold_in(state.rng, state.step)
         mask = None if self._trainable is None else path_mask(state.params, self._trainable)
 
-        def loss(params: Any, micro: Any, index: Any) -> Any:
+        def loss(params: Any, micro: Any, index: Any, key: Any) -> Any:
             if mask is not None:
                 params = jax.tree.map(
                     lambda leaf, kept: leaf if kept else jax.lax.stop_gradient(leaf), params, mask
@@ -144,10 +147,11 @@ class TrainStep:
 
         grad_fn = jax.grad(loss, has_aux=True)
         if self._accumulate == 1:
-            grads, sums = grad_fn(state.params, batch, 0)
+            grads, sums = grad_fn(state.params, batch, 0, key)
             grads = jax.tree.map(_float32, grads)
         else:
-            grads, sums = self._scan(grad_fn, state.params, batch)
+            self._check_rows(batch)
+            grads, sums = self._over_copies(grad_fn, mask, state.params, batch, key)
         count = jnp.maximum(sums["loss"][1], 1e-9)
         grads = jax.tree.map(lambda g, p: (g / count).astype(p.dtype), grads, state.params)
         norm = optax.tree.norm(jax.tree.map(_float32, grads))
@@ -167,33 +171,69 @@ class TrainStep:
         after = TrainState(step=state.step + 1, params=params, opt_state=opt_state, rng=state.rng)
         return after, StepOutput(metrics=sums, finite=finite)
 
-    def _scan(self, grad_fn: Any, params: Any, batch: Any) -> Any:
+    def _check_rows(self, batch: Any) -> None:
         parts = self._accumulate
-
-        def split(path: Any, leaf: Any) -> Any:
-            shards = 1 if self._mesh is None else BatchLayout(self._mesh).pieces
+        shards = 1 if self._mesh is None else BatchLayout(self._mesh).pieces
+        for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
             if leaf.shape[0] % (parts * shards):
                 name = jax.tree_util.keystr(path, simple=True, separator="/")
                 raise ValueError(
                     f"batch {name!r}: accumulate x data x fsdp = {parts} x {shards} does not "
                     f"divide the batch of {leaf.shape[0]}"
                 )
+
+    def _over_copies(self, grad_fn: Any, mask: Any, params: Any, batch: Any, key: Any) -> Any:
+        """Sums over microbatches, and then once over the copies of the model on several slices.
+
+        Left to the compiler every microbatch's gradient would cross the network between slices.
+        """
+        sizes = {} if self._mesh is None else self._mesh.shape
+        if sizes.get("dcn_data", 1) == 1:
+            return self._scan(grad_fn, params, batch, key)
+        # With `data` left out, each of a slice's copies would send the same sum to other slices.
+        axes = tuple(name for name in ("dcn_data", "data") if sizes[name] > 1)
+
+        def of_copy(params: Any, batch: Any, number: Any) -> Any:
+            own = jax.random.fold_in(key, number[0])
+            grads, sums = self._scan(grad_fn, params, batch, own)
+            if mask is not None:
+                # Zeros of parameters that are not trained need not cross.
+                grads = jax.tree.map(lambda g, kept: g if kept else None, grads, mask)
+            grads, sums = jax.lax.psum((grads, sums), axes)
+            if mask is not None:
+                grads = jax.tree.map(
+                    lambda p, g: jnp.zeros(p.shape, jnp.float32) if g is None else g, params, grads
+                )
+            return grads, sums
+
+        numbers = jnp.arange(math.prod(sizes[name] for name in axes))
+        # Losses need not know on which axes their values differ.
+        return jax.shard_map(
+            of_copy,
+            in_specs=(P(), P(axes), P(axes)),
+            out_specs=P(),
+            axis_names=set(axes),
+            check_vma=False,
+        )(params, batch, numbers)
+
+    def _scan(self, grad_fn: Any, params: Any, batch: Any, key: Any) -> Any:
+        parts = self._accumulate
+
+        def split(leaf: Any) -> Any:
             # Microbatch i takes rows i, i + parts, ...: each device splits the rows it has.
             leaf = leaf.reshape(leaf.shape[0] // parts, parts, *leaf.shape[1:]).swapaxes(0, 1)
-            if self._mesh is None:
-                return leaf
-            spec = P(None, *BatchLayout(self._mesh).sharding.spec)
-            return jax.lax.with_sharding_constraint(leaf, NamedSharding(self._mesh, spec))
+            axes = auto_axes(BATCH_AXES, leaf.shape[1])
+            return jax.lax.with_sharding_constraint(leaf, P(None, axes)) if axes else leaf
 
-        micros = jax.tree_util.tree_map_with_path(split, batch)
+        micros = jax.tree.map(split, batch)
 
         def body(carry: Any, item: Any) -> Any:
-            grads, sums = grad_fn(params, *item)
+            grads, sums = grad_fn(params, *item, key)
             return jax.tree.map(lambda a, b: a + _float32(b), carry, (grads, sums)), None
 
         # Zeros of the right structure: the metrics are known only to the loss.
         shapes = jax.eval_shape(
-            lambda: grad_fn(params, jax.tree.map(lambda leaf: leaf[0], micros), 0)
+            lambda: grad_fn(params, jax.tree.map(lambda leaf: leaf[0], micros), 0, key)
         )
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), shapes)
         return jax.lax.scan(body, zeros, (micros, jnp.arange(parts)))[0]

@@ -11,6 +11,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -385,3 +386,18 @@ def test_devices_that_repeat_the_work_of_others_do_not_count():
     for axes, devices in (((), 1), (("data",), 2), ((("data", "fsdp"),), 8)):
         traced = jax.jit(lambda x: x @ x.T).trace(row(*axes))
         assert costs.devices_at_work(traced.jaxpr, (row(*axes),)) == devices
+
+
+def test_gradients_cross_between_slices_once_a_step():
+    mesh, tx = training.make_mesh("dcn_data:2,data:4"), optax.sgd(0.1)
+    params = {"kernel": jax.ShapeDtypeStruct((64, 64), np.float32)}
+    state = training.TrainState.abstract(params, tx, mesh=mesh)
+    rows = jax.ShapeDtypeStruct((32, 64), np.float32, sharding=training.BatchLayout(mesh).sharding)
+
+    def loss_fn(params, batch, rng):
+        return ((batch @ params["kernel"]) ** 2).sum(), batch.size, {}
+
+    step = training.TrainStep(loss_fn, tx, accumulate=4, mesh=mesh)
+    found = costs.collectives(step.lower(state, rows).compile().as_text())
+    # Four microbatches in a loop, whose collectives would count four times.
+    assert 64 * 64 * 4 <= found.bytes["all-reduce"] <= 1.1 * 64 * 64 * 4

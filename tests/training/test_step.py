@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
-from logitjax import ops, training
+from logitjax import losses, models, ops, training
 from tests.training import toy
 
 
@@ -46,7 +47,12 @@ def reference():
 
 @pytest.mark.parametrize(
     ("mesh", "accumulate"),
-    [("data:1", 4), ("data:8", 1), ("data:2,fsdp:2,tensor:2", 2)],
+    [
+        ("data:1", 4),
+        ("data:8", 1),
+        ("data:2,fsdp:2,tensor:2", 2),
+        ("dcn_data:2,data:2,fsdp:2", 2),
+    ],
 )
 def test_equals_one_device_and_one_batch(reference, mesh, accumulate):
     devices = jax.devices()[:1] if mesh == "data:1" else None
@@ -113,10 +119,60 @@ def test_each_microbatch_of_each_step_draws_its_own_noise():
     assert means[0] != means[1]
 
 
+def test_each_slice_draws_its_own_noise():
+    def loss_fn(params, batch, rng):
+        return params["w"] * 0.0, 1.0, {"difference": (jax.random.uniform(rng) * batch[0], 1.0)}
+
+    mesh, tx = training.make_mesh("dcn_data:2", jax.devices()[:2]), optax.sgd(0.1)
+    state = training.TrainState.create({"w": np.ones((), np.float32)}, tx, mesh=mesh)
+    step = training.TrainStep(loss_fn, tx, accumulate=2, mesh=mesh)
+    _, output = step(state, np.array([-1.0, -1.0, 1.0, 1.0], np.float32))
+    assert abs(output.metrics["difference"][0]) > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.every_change
+@pytest.mark.parametrize("mesh", ["dcn_data:2,fsdp:2,tensor:2", "dcn_data:2,data:2,fsdp:2"])
+def test_a_decoder_and_a_blocked_loss_on_slices_equal_one_device(mesh):
+    config = models.DecoderConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+    )
+    apply_fn, params = models.from_nnx(models.Decoder(config, rngs=nnx.Rngs(0)))
+    tokens = np.random.default_rng(0).integers(0, 64, (16, 12), dtype=np.int32)
+
+    def loss_fn(params, batch, rng):
+        model = nnx.merge(apply_fn.graphdef, params)
+        hidden, _ = model.hidden_states(batch)
+        hidden, labels, weights = hidden[:, :-1], batch[:, 1:], (batch[:, 1:] % 3).astype(float)
+        total = losses.linear_cross_entropy(hidden, model.head_of(), labels, weights=weights)
+        each = losses.linear_cross_entropy(hidden, model.head_of(), labels)
+        return total + (each * weights).sum(), weights.sum(), {}
+
+    def trained(mesh, **options):
+        # Gradients and not Adam's signs of them.
+        tx = optax.sgd(1.0)
+        state = training.TrainState.create(params, tx, mesh=mesh, rules=models.DECODER_RULES)
+        state, output = training.TrainStep(loss_fn, tx, mesh=mesh, **options)(state, tokens)
+        return jax.device_get((state.params, output.metrics["loss"]))
+
+    found = trained(training.make_mesh(mesh), accumulate=2)
+    expected = trained(training.make_mesh("data:1", jax.devices()[:1]))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected
+    )
+
+
 def test_frozen_parameters_stay_and_have_no_state():
     schedule = training.Schedule(0.1, "constant")
     tx = schedule.optimizer(trainable="^head/")
-    state, _, _ = run("data:8", tx=tx, trainable="^head/", steps=2)
+    mesh = "dcn_data:2,data:4"
+    state, _, _ = run(mesh, accumulate=2, tx=tx, trainable="^head/", steps=2)
     before = start()
     np.testing.assert_array_equal(state.params["embedding"], before["embedding"])
     assert not np.allclose(state.params["head"]["kernel"], before["head"]["kernel"])

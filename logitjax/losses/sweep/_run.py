@@ -238,13 +238,15 @@ def _on_auto_mesh(local: Callable[..., Any], operands: Operands, weights: Array 
 
     student, *others = map(layout, operands.sides)
     teacher = others[0] if others else whole
-    # All axes where the others have one device: a part of a mesh is harder on the compiler.
-    alone = mesh.size == math.prod(mesh.shape[name] for name in rows + columns)
+    # All free axes where the others have one device: a part of a mesh is harder on the compiler.
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    free = [name for name, kind in kinds if kind == AxisType.Auto]
+    alone = all(mesh.shape[name] == 1 or name in rows + columns for name in free)
     everywhere = jax.shard_map(
         mine,
         in_specs=(Operands(student, teacher, by_column, by_row), by_row),
         out_specs=by_row if weights is None else (whole, by_row),
-        axis_names=set(mesh.axis_names if alone else rows + columns),
+        axis_names=set(free if alone else rows + columns),
     )
     # Outside of jit each of its operations would be a program over the mesh.
     return jax.jit(everywhere)(operands, weights)
