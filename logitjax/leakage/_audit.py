@@ -237,7 +237,8 @@ def _rows(oracle: Any, prompts: Any, vocab_size: int) -> np.ndarray:
     """Rows as a reader has them: of a top-k the rest is the k-th value, of one value it is even."""
     answer = oracle.ask(prompts)
     values, tokens = np.asarray(answer.values), np.asarray(answer.tokens)
-    if values.shape[1] == vocab_size:
+    # A server's top-k comes largest first, if it is of the whole vocabulary too.
+    if values.shape[1] == vocab_size and (tokens == np.arange(vocab_size)).all():
         return values
     rest = values.min(axis=1, keepdims=True)
     if values.shape[1] == 1:

@@ -12,6 +12,7 @@ from logitjax.leakage import (
     search_logits,
 )
 from logitjax.leakage._harvest import expected_distinct
+from logitjax.leakage._policy import Answer
 from logitjax.leakage._search import ASKERS, Boxes
 from tests.leakage._models import head_and_states, log_softmax, oracle_of
 
@@ -228,6 +229,24 @@ def test_an_audit_finds_the_width_behind_a_bias(name):
     assert found.utility["top1"] == 1.0
     assert found.utility["kl"] > 0.1
     assert oracle.queries == found.queries + 20
+
+
+def test_whole_rows_that_come_largest_first_are_put_in_order(monkeypatch):
+    """As servers report a top-k of all tokens."""
+    head, states = head_and_states(120, 8, 20)
+    oracle = oracle_of((states @ head.T).astype(np.float32), LogitPolicy(top_k=120))
+    in_order = oracle.ask
+
+    def largest_first(prompts):
+        values = np.asarray(in_order(prompts).values)
+        tokens = np.argsort(-values, axis=1)
+        return Answer(values=np.take_along_axis(values, tokens, axis=1), tokens=tokens)
+
+    monkeypatch.setattr(oracle, "ask", largest_first)
+    found = audit(oracle, [[i] for i in range(20)], 120, head=head)
+    assert found.width.certain
+    assert found.width.estimate == 8
+    assert found.leak > 0.999
 
 
 def test_an_audit_of_tokens_alone_reports_what_comparisons_find():
