@@ -9,7 +9,7 @@ from absl import logging
 from etils import epath
 
 from logitjax.data._examples import Examples, normalise, parse_split, slice_of
-from logitjax.storage import digest
+from logitjax.storage import digest, guard
 
 # A paragraph alone is too little context, and a book as one document leaves nothing to hold out.
 _MIN_DOCUMENT = 2000
@@ -138,7 +138,7 @@ def load_jsonl(
             if not line.strip():
                 continue
             try:
-                row = normalise(json.loads(line), columns)
+                row = normalise(guard.parse_json(line), columns)
             except json.JSONDecodeError as error:
                 errors.report(f"{file}:{number}", f"not JSON: {error.msg} at column {error.colno}")
             except ValueError as error:

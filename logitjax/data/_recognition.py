@@ -2,7 +2,6 @@
 
 import ast
 import dataclasses
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from etils import epath
 
 from logitjax.data._images import class_folders
-from logitjax.storage import package_file
+from logitjax.storage import guard, package_file, read_json
 
 _WORDNET = re.compile(r"n\d{8}")
 _SPLITS = ("train", "val", "test")
@@ -267,12 +266,13 @@ def files_of(
     path = home / which.split_file
     if not path.exists():
         raise FileNotFoundError(f"recognition:{name} is split by {path}, which is not there")
-    content = json.loads(path.read_text())
-    entries = content[split]
-    names_of = {label: name for part in _SPLITS for _, label, name in content[part]}
-    if sorted(names_of) != list(range(len(names_of))):
-        raise ValueError(f"{path} does not number its classes from 0 on")
-    files = [(home / which.images / file, int(label)) for file, label, _ in entries]
+    content = read_json(path, form=dict)
+    with guard.naming(path, "a split"):
+        entries = content[split]
+        names_of = {label: name for part in _SPLITS for _, label, name in content[part]}
+        if sorted(names_of) != list(range(len(names_of))):
+            raise ValueError(f"{path} does not number its classes from 0 on")
+        files = [(home / which.images / file, int(label)) for file, label, _ in entries]
     return files, [names_of[label] for label in sorted(names_of)]
 
 

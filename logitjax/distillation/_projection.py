@@ -17,7 +17,8 @@ from jaxtyping import Int
 
 from logitjax.models import Tokenizer
 from logitjax.ops import Array
-from logitjax.storage import digest, write_atomic
+from logitjax.storage import digest, guard, write_atomic
+from logitjax.storage.weights import read_npz
 
 Rule = Literal["first_piece", "exact", "spread", "spread_released", "edit_distance"]
 RULES: tuple[str, ...] = ("first_piece", "exact", "spread", "spread_released", "edit_distance")
@@ -146,20 +147,26 @@ class TokenProjection:
         """Writes the matrix and what it was made from."""
         about = {"fingerprint": fingerprint, "size": self.size, "rule": self.rule}
         file = io.BytesIO()
-        np.savez_compressed(file, ids=self.ids, weights=self.weights, about=json.dumps(about))
+        # Unpacked, padding of zeros would look like a bomb to the reader.
+        np.savez(file, ids=self.ids, weights=self.weights, about=json.dumps(about))
         write_atomic(path, file.getvalue())
 
     @classmethod
     def load(cls, path: epath.Path, fingerprint: str) -> "TokenProjection | None":
-        """What `save` wrote, None where it was made from something else."""
+        """What `save` wrote, None where it was made from something else.
+
+        Raises:
+            ValueError: The file is damaged; names it.
+        """
         if not path.exists():
             return None
-        with path.open("rb") as file:
-            held = dict(np.load(file))
-        about = json.loads(str(held["about"]))
-        if about["fingerprint"] != fingerprint:
-            return None
-        return cls(ids=held["ids"], weights=held["weights"], size=about["size"], rule=about["rule"])
+        held = read_npz(path)
+        with guard.naming(path, "a projection"):
+            about = guard.parse_json(str(held["about"]).encode())
+            if about["fingerprint"] != fingerprint:
+                return None
+            ids, weights = held["ids"], held["weights"]
+            return cls(ids=ids, weights=weights, size=about["size"], rule=about["rule"])
 
 
 def token_projection(

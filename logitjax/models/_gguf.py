@@ -150,13 +150,16 @@ class GgufSource:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._tensors[name][1]
 
-    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
-        """A tensor in float32, or a range of its first axis; blocks never cross rows."""
+    def read(self, name: str, rows: slice = slice(None), *, dtype: Any = None) -> np.ndarray:
+        """A tensor, or a range of its first axis; blocks never cross rows.
+
+        `dtype` is float32 where nothing else is said; a piece at a time becomes it.
+        """
         _, shape, offset = self._tensors[name]
         width, numbers = self._row_bytes(name), self._row_width(name)
         first, last, _ = rows.indices(shape[0]) if len(shape) > 1 else (0, 1, 1)
         kind, quants = self._kind(name), require("gguf.quants", extra="models")
-        out = np.empty((max(0, last - first), numbers), np.float32)
+        out = np.empty((max(0, last - first), numbers), dtype or np.float32)
         step = max(1, _PIECE // numbers)
         with guard.naming(self.path, "a GGUF file"), self.path.open("rb") as opened:
             file = guard.Reader(opened)

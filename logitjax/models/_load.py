@@ -37,7 +37,7 @@ _VISION = tuple(
 class TensorSource(Protocol):
     def names(self) -> set[str]: ...
     def shape(self, name: str) -> tuple[int, ...]: ...
-    def read(self, name: str, rows: slice = ...) -> np.ndarray: ...
+    def read(self, name: str, rows: slice = ..., *, dtype: Any = ...) -> np.ndarray: ...
 
 
 def find_checkpoint(spec: str) -> epath.Path:
@@ -330,12 +330,14 @@ def _pieces(
 ) -> dict[tuple[int | None, Path], Callable[[Sequence[Any]], list[np.ndarray]]]:
     """For every leaf of every layer a function from indices to their values."""
     leaf_shapes: dict[tuple[int | None, Path], tuple[int, ...]] = {}
+    leaf_dtypes = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(shapes)[0]:
         keys = tuple(str(p.key) for p in path)
         layers, inner = _layers_of(keys, config, layout)
         stacked = layout == "stacked" and keys[0] == "segments"
         for layer in layers:
             leaf_shapes[layer, inner] = leaf.shape[1:] if stacked else leaf.shape
+            leaf_dtypes[layer, inner] = leaf.dtype
     pieces = {}
     for spec in tensors:
         parts = [leaf_shapes[spec.layer, leaf] for leaf in spec.leaves]
@@ -350,19 +352,21 @@ def _pieces(
             )
         start = 0
         for leaf, size in zip(spec.leaves, sizes, strict=True):
-            pieces[spec.layer, leaf] = _reader(source, spec, start, size)
+            # What is shifted is shifted in the file's own type, and is small.
+            dtype = None if spec.shift else leaf_dtypes[spec.layer, leaf]
+            pieces[spec.layer, leaf] = _reader(source, spec, start, size, dtype)
             start += size
     return pieces
 
 
 def _reader(
-    source: TensorSource, spec: TensorSpec, start: int, size: int
+    source: TensorSource, spec: TensorSpec, start: int, size: int, dtype: Any
 ) -> Callable[[Sequence[Any]], list[np.ndarray]]:
     def read(indices: Sequence[Any]) -> list[np.ndarray]:
         indices = [tuple(reversed(i)) if spec.transpose else tuple(i) for i in indices]
         if spec.rope_heads or spec.axis == 1:
             # Interleaved or side-by-side parts do not lie in consecutive rows.
-            values, first = source.read(spec.name), 0
+            values, first = source.read(spec.name, dtype=dtype), 0
             if spec.rope_heads:
                 values = _deinterleave(values, spec.rope_heads)
             part = [slice(None)] * values.ndim
@@ -372,7 +376,8 @@ def _reader(
             # One read of all rows that any of the devices needs.
             ranges = [index[0].indices(size)[:2] for index in indices]
             first, last = min(r[0] for r in ranges), max(r[1] for r in ranges)
-            values = source.read(spec.name, slice(start + first, start + last))
+            rows = slice(start + first, start + last)
+            values = source.read(spec.name, rows, dtype=dtype)
         return [_part(values, index, first, spec) for index in indices]
 
     return read

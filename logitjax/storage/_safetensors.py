@@ -30,6 +30,8 @@ _DTYPES = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
+# Numbers that are held in both types at a time.
+_PIECE = 1 << 20
 
 
 class SafetensorsSource:
@@ -103,18 +105,29 @@ class SafetensorsSource:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._tensors[name][2]
 
-    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
-        """A tensor, or a range of its first axis."""
+    def read(self, name: str, rows: slice = slice(None), *, dtype: Any = None) -> np.ndarray:
+        """A tensor, or a range of its first axis.
+
+        `dtype` is the file's own where nothing else is said; a piece at a time becomes it.
+        """
         path, dtype_name, shape, offset = self._tensors[name]
-        dtype = np.dtype(_DTYPES[dtype_name])
+        stored = np.dtype(_DTYPES[dtype_name])
+        dtype = np.dtype(dtype or stored)
         first, last, _ = rows.indices(shape[0]) if shape else (0, 1, 1)
         stride = math.prod(shape[1:])
         if not math.prod(shape):
             return np.empty((max(0, last - first), *shape[1:]), dtype)
         with guard.naming(path, "safetensors"), path.open("rb") as opened:
             file = guard.Reader(opened)
-            file.seek(offset + first * stride * dtype.itemsize)
-            out = file.array(dtype, max(0, last - first) * stride, f"tensor {name!r}")
+            file.seek(offset + first * stride * stored.itemsize)
+            count, field = max(0, last - first) * stride, f"tensor {name!r}"
+            if dtype == stored:
+                out = file.array(stored, count, field)
+            else:
+                out = np.empty(count, dtype)
+                for begin in range(0, count, _PIECE):
+                    end = min(begin + _PIECE, count)
+                    out[begin:end] = file.array(stored, end - begin, field)
         return out.reshape((last - first, *shape[1:]) if shape else ())
 
 

@@ -45,7 +45,7 @@ class Limits:
         pixels: Pixels of a picture.
         template_bytes: The source of a chat template.
         text: Characters that a chat template may make, beside 64 times those it is given.
-        seconds: Time that a chat template may take.
+        seconds: Time of the processor that a chat template may take.
     """
 
     header_bytes: int = 1 << 26

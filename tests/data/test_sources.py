@@ -87,6 +87,7 @@ BAD = [
     ({"messages": [{"role": "assistant"}]}, "'role' and 'content'"),
     ({"messages": [{"role": "user", "content": "x"}]}, "no message of role 'assistant'"),
     (b'{"text": "\xff"}', "utf-8"),
+    ('{"text": ' + "[" * 100_000, "nested 100001 deep"),
 ]
 
 

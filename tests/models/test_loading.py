@@ -6,8 +6,10 @@ import pathlib
 import re
 import shutil
 import sys
+import tracemalloc
 
 import chex
+import gguf
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -219,9 +221,12 @@ def test_packaged_config():
     assert (config.vocab_size, config.num_layers, config.hidden_size) == (49152, 30, 576)
 
 
-@pytest.mark.parametrize("spec", ["data:8", "fsdp:8", "fsdp:4,tensor:2"])
-def test_a_process_reads_each_byte_once(tmp_path, monkeypatch, spec):
-    """However many of its devices hold a part of a tensor, or all of it."""
+@pytest.mark.parametrize(
+    ("spec", "dtype"),
+    [("data:8", "float32"), ("fsdp:8", "bfloat16"), ("fsdp:4,tensor:2", "float32")],
+)
+def test_a_process_reads_each_byte_once(tmp_path, monkeypatch, spec, dtype):
+    """However many of its devices hold a part of a tensor, or all; in the type asked for."""
     directory = write_checkpoint("smollm2", tmp_path / "in")
     source = sys.modules[load_model.__module__].SafetensorsSource
     read, counted = source.read, []
@@ -233,8 +238,39 @@ def test_a_process_reads_each_byte_once(tmp_path, monkeypatch, spec):
 
     monkeypatch.setattr(source, "read", counting)
     mesh = training.make_mesh(spec)
-    load_model(str(directory), mesh=mesh, rules=models.DECODER_RULES)
-    assert sum(counted) == sum(value.nbytes for value in tensors("smollm2").values())
+    load_model(str(directory), mesh=mesh, rules=models.DECODER_RULES, param_dtype=jnp.dtype(dtype))
+    numbers = sum(value.size for value in tensors("smollm2").values())
+    assert sum(counted) == numbers * jnp.dtype(dtype).itemsize
+
+
+@pytest.mark.parametrize("module", ["storage._safetensors", "models._gguf"])
+def test_another_type_costs_a_piece_at_a_time(tmp_path, monkeypatch, module):
+    """A vocabulary in float32 is twice what the parameters take that it is read for."""
+    values = np.arange(1 << 20, dtype=np.float32).reshape(4096, 256)
+    if module == "models._gguf":
+        path = tmp_path / "model.gguf"
+        writer = gguf.GGUFWriter(str(path), "llama")
+        writer.add_tensor("x", values)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    else:
+        path = tmp_path / "model.safetensors"
+        safetensors.numpy.save_file({"x": values}, path)
+    found = importlib.import_module(f"logitjax.{module}")
+    source = (found.GgufSource if "gguf" in module else found.SafetensorsSource)(path)
+    monkeypatch.setattr(found, "_PIECE", 1 << 15)
+    source.read("x", slice(0, 1))  # imports
+    tracemalloc.start()
+    try:
+        read = source.read("x", dtype=ml_dtypes.bfloat16)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert read.dtype == ml_dtypes.bfloat16
+    assert peak < 1.3 * read.nbytes
+    np.testing.assert_array_equal(read, values.astype(ml_dtypes.bfloat16))
 
 
 def test_a_decoder_inside_another_model_is_found(llama, tmp_path):

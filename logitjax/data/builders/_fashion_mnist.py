@@ -1,6 +1,5 @@
 """Fashion-MNIST from the Debian package dataset-fashion-mnist, images stored as PNG."""
 
-import gzip
 import io
 import os
 import struct
@@ -12,7 +11,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from logitjax.data.builders._base import Builder, find, manual_dir
-from logitjax.storage import require
+from logitjax.storage import guard, require
 
 _INSTALL = (
     "apt-get download dataset-fashion-mnist && dpkg-deb -x dataset-fashion-mnist_*.deb {manual_dir}"
@@ -81,7 +80,7 @@ def find_files(manual_dir: str | os.PathLike[str] | None = None) -> epath.Path:
 
 def read_idx(path: os.PathLike[str], magic: int) -> np.ndarray:
     """A gzipped IDX file of bytes."""
-    data = gzip.decompress(epath.Path(path).read_bytes())
+    data = guard.gunzip(epath.Path(path).read_bytes(), os.fspath(path))
     axes = magic % 256
     header = struct.unpack_from(f">{1 + axes}i", data) if len(data) >= 4 + 4 * axes else (0,)
     shape, start = header[1:], 4 + 4 * axes
