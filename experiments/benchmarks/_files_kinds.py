@@ -103,7 +103,7 @@ def _write_index(directory: Path, number: int, rng: Random) -> None:
     (directory.parent / "secret.safetensors").write_bytes(bases.safetensors())
     os.symlink(directory.parent / "secret.safetensors", directory / "link.safetensors")
     os.mkfifo(directory / "fifo.safetensors")
-    maps = bases.index_maps()
+    maps = _index_maps()
     index: Any = {"metadata": {"total_size": 1}, "weight_map": where}
     text = json.dumps(maps[number] if number < len(maps) else index).encode()
     if number > len(maps):
@@ -115,6 +115,9 @@ def _write_index(directory: Path, number: int, rng: Random) -> None:
     for name, content in shards.items():
         (directory / name).write_bytes(content)
     (directory / "model.safetensors.index.json").write_bytes(text)
+
+
+_index_maps = functools.cache(bases.index_maps)
 
 
 def _load_gguf(directory: Path) -> int:
@@ -283,7 +286,8 @@ def _write_template(directory: Path, number: int, rng: Random) -> None:
             numbers = [t for t in text.split() if t.isdigit()]
             if numbers:
                 text = text.replace(rng.choice(numbers), str(rng.choice(mutate.VALUES[5:9])))
-            text = "{% for i in range(99) %}" * rng.randint(0, 4) + text
+            # Four of them end at the limit of time, which is long.
+            text = "{% for i in range(99) %}" * rng.choice((0, 1, 1, 1, 2, 2, 2, 4)) + text
             text += "{% endfor %}" * text.count("range(99) %}")
     (directory / "chat_template.jinja").write_text(text, errors="replace")
 
@@ -430,7 +434,7 @@ def _same(content: bytes, rng: Random) -> bytes:
 
 KINDS: dict[str, Kind] = {
     "safetensors": Kind(
-        count=14_000,
+        count=16_000,
         write=one_file(
             "model.safetensors",
             bases.safetensors_bombs,
@@ -441,12 +445,12 @@ KINDS: dict[str, Kind] = {
     ),
     "index": Kind(count=6000, write=_write_index, load=_load_index),
     "gguf": Kind(
-        count=14_000,
+        count=16_000,
         write=one_file("model.gguf", bases.gguf_bombs, lambda: [bases.gguf_file()], _same),
         load=_load_gguf,
     ),
     "torch, zip": Kind(
-        count=10_000,
+        count=12_000,
         write=one_file("weights.pth", bases.zip_bombs, _torch_good, _in_zip),
         load=_load_torch,
     ),
@@ -463,7 +467,7 @@ KINDS: dict[str, Kind] = {
     "npz, npy": Kind(count=8000, write=_write_arrays, load=_load_arrays),
     "config": Kind(count=10_000, write=_write_config, load=_load_config),
     "tokenizer": Kind(count=4000, write=_write_tokenizer, load=_load_tokenizer),
-    "template": Kind(count=10_000, write=_write_template, load=_load_template),
+    "template": Kind(count=4000, write=_write_template, load=_load_template),
     "image": Kind(count=6000, write=_write_picture, load=_load_picture),
     "manifest": Kind(count=3000, write=_write_json, load=_load_json),
     "gzip": Kind(count=500, write=_write_merges, load=_load_merges),
