@@ -261,6 +261,7 @@ def test_a_class_at_minus_infinity_stays_there_in_every_method():
         methods.CaFo(),
         methods.LinearProbe(),
         methods.CrossModal(),
+        methods.CLAP(),
         methods.TipAdapter(),
     ):
         state = method.init(given)

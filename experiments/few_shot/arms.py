@@ -92,7 +92,7 @@ def _tuned(config: Config) -> dict[str, Arm]:
             method=methods.TipAdapterF(), recipe=cache, grid=cache_grid(0.5, 1.17, 3.0, 10.0)
         ),
         "cafo": Arm(method=methods.CaFo(), recipe=cache, grid=cache_grid(0.3, 0.6, 1.2, 2.4)),
-        "ape": Arm(method=methods.APE(), grid=cache_grid(0.5, 1.0, 2.0, 5.0)),
+        "ape": Arm(method=methods.APE(criterion="text"), grid=cache_grid(0.5, 1.0, 2.0, 5.0)),
         "clip_adapter": Arm(
             # A fourth is published; the small grid belongs to a run of minutes.
             method=methods.ClipAdapter(reduction=4 if full else 16),

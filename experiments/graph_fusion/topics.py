@@ -8,26 +8,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from logitjax import data, distillation, losses, models
+from logitjax import data, distillation, models
 
-# Tokens of an article with its topic.
+# Tokens of an article with its question, and articles that are read at once.
 _LENGTH = 160
+_BATCH = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Topics:
-    """Articles, each followed by every topic; the likeliest one is the answer.
+    """Articles that are each followed by a question; the likeliest topic is the answer.
+
+    Topics are told apart by their first tokens, so that an article is read once and not once a
+    topic.
 
     Attributes:
         student: Who answers.
-        tokens: int32 `[articles, topics, length]`.
-        answers: bool of the same shape, the tokens of the topic.
-        labels: int `[articles]`, the right ones.
+        tokens: int32 `[articles, length]`, zeros behind the question.
+        ends: int `[articles]`, the place of the question's last token.
+        firsts: int `[topics]`, the first token of each topic, all different.
+        labels: int `[articles]`, the right topics.
     """
 
     student: distillation.Student
     tokens: np.ndarray
-    answers: np.ndarray
+    ends: np.ndarray
+    firsts: np.ndarray
     labels: np.ndarray
 
     @classmethod
@@ -38,50 +44,58 @@ class Topics:
         student: distillation.Student,
         count: int,
     ) -> "Topics":
-        """The first test articles of a source.
+        """Test articles of a source in an order that is always the same.
 
         Raises:
-            ValueError: The source has no topics.
+            ValueError: The source has no topics, or two of them begin with the same token.
         """
         test = data.load_examples(source, split="test")
         if "topic" not in test[0]:
             raise ValueError(f"topic_rows: expected data with topics, {source} has none")
+        names = sorted({test[i]["topic"] for i in range(len(test))})
+        firsts = np.array([tokenizer.encode(f" {name}")[0] for name in names])
+        if len(set(firsts.tolist())) < len(names):
+            raise ValueError(f"topic_rows: two topics of {source} begin with the same token")
         order = np.random.default_rng(0).permutation(len(test))
         rows = [test[int(i)] for i in order[:count]]
-        names = sorted({test[i]["topic"] for i in range(len(test))})
-        tokens = np.zeros((len(rows), len(names), _LENGTH), np.int32)
-        answers = np.zeros(tokens.shape, bool)
+        tokens = np.zeros((len(rows), _LENGTH), np.int32)
+        ends = np.zeros(len(rows), np.int32)
+        question = tokenizer.encode("\nTopic:")
         for i, row in enumerate(rows):
-            for j, name in enumerate(names):
-                end = tokenizer.encode("\nTopic:")
-                topic = tokenizer.encode(f" {name}")
-                text = tokenizer.encode(row["text"], add_bos=True)
-                ids = text[: _LENGTH - len(end) - len(topic)] + end + topic
-                tokens[i, j, : len(ids)] = ids
-                answers[i, j, len(ids) - len(topic) : len(ids)] = True
+            text = tokenizer.encode(row["text"], add_bos=True)
+            # The last place predicts nothing.
+            ids = text[: _LENGTH - 1 - len(question)] + question
+            tokens[i, : len(ids)] = ids
+            ends[i] = len(ids) - 1
         labels = np.array([names.index(row["topic"]) for row in rows])
-        return cls(student=student, tokens=tokens, answers=answers, labels=labels)
+        return cls(student=student, tokens=tokens, ends=ends, firsts=firsts, labels=labels)
 
     @functools.cached_property
-    def _nll(self) -> Any:
+    def _answer(self) -> Any:
         @jax.jit
-        def nll(trained: Any, frozen: Any, tokens: Any, answers: Any) -> jax.Array:
+        def answer(trained: Any, frozen: Any, tokens: Any, ends: Any) -> jax.Array:
+            model = self.student.model(trained, frozen)
             columns = {
                 "tokens": tokens,
-                "positions": jnp.broadcast_to(jnp.arange(tokens.shape[-1]), tokens.shape),
+                "positions": jnp.broadcast_to(jnp.arange(_LENGTH), tokens.shape),
                 "segment_ids": jnp.ones_like(tokens),
             }
-            model = self.student.model(trained, frozen)
             hidden = distillation.hidden_states(model, columns, self.student.adapters(trained))
-            loss = losses.linear_cross_entropy(hidden, model.head_of(), tokens[:, 1:])
-            return jnp.where(answers[:, 1:], loss, 0.0).sum(-1)
+            last = hidden[jnp.arange(len(ends)), ends]
+            return model.logits(last[:, None])[:, 0, self.firsts].argmax(-1)
 
-        return nll
+        return answer
 
     def accuracy(self, params: Any) -> float:
         """Share of articles whose topic is likelier than the others."""
-        right = 0
-        for tokens, answers, label in zip(self.tokens, self.answers, self.labels, strict=True):
-            found = np.asarray(self._nll(params, self.student.frozen, tokens, answers))
-            right += int(found.argmin()) == label
-        return right / len(self.labels)
+        found = [
+            np.asarray(self._answer(params, self.student.frozen, tokens, ends))
+            for tokens, ends in self._batches()
+        ]
+        return float(np.mean(np.concatenate(found)[: len(self.labels)] == self.labels))
+
+    def _batches(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """All articles, the last batch filled up with its last one."""
+        count = len(self.labels)
+        places = np.minimum(np.arange(-(-count // _BATCH) * _BATCH), count - 1)
+        return [(self.tokens[part], self.ends[part]) for part in places.reshape(-1, _BATCH)]

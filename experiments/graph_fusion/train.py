@@ -256,11 +256,12 @@ def run_arm(
     """One run of one arm: trained, scored, kept as `outcome.json`."""
     session, name = pruned.session, f"{settings.name}/seed-{seed}"
     directory = pruned.directory / name
+    student, scorer = pruned.of_arm(settings.arm)
 
-    def make() -> Record:
+    @functools.cache
+    def trained() -> distillation.Trained:
         logging.info("drop %d, arm %s", pruned.layers, name)
-        student, scorer = pruned.of_arm(settings.arm)
-        found = distillation.train_student(
+        return distillation.train_student(
             student,
             session.corpus,
             settings.objective(session.config),
@@ -269,12 +270,13 @@ def run_arm(
             directory=directory,
             scorer=scorer,
         )
+
+    def make() -> Record:
+        found = trained()
         scores = scorer.scores(found.params, "test")
         _, text = scorer.sample(found.params)
         if validate:
             scores["validation_loss"] = scorer.scores(found.params, "validation")["loss"]
-        elif settings.arm != DUAL:
-            scores |= _topics(pruned, found.params)
         seen = [points[-1][1] for points in found.seen.values() if points]
         if seen:
             scores["seen"] = max(seen)
@@ -288,6 +290,9 @@ def run_arm(
         }
 
     record = kept(directory / "outcome.json", make)
+    if pruned.topics is not None and settings.arm != DUAL and not validate:
+        # Trials are not asked; the one that became the first run is trained again for it.
+        record |= kept(directory / "topics.json", lambda: _topics(pruned, trained().params))
     # What is finished needs no checkpoint, and many trials would fill a disk.
     processes.remove_directory(directory / "checkpoints")
     return record

@@ -1,11 +1,11 @@
-"""Few-shot methods that look images up among the labelled ones: Tip-Adapter, CaFo, APE."""
+"""Few-shot methods that look images up among the labelled ones: Tip-Adapter, CaFo, Tip-X, DMN."""
 
 import dataclasses
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from logitjax.few_shot._method import (
     FewShotTask,
@@ -14,7 +14,6 @@ from logitjax.few_shot._method import (
     State,
     needed,
     one_hot,
-    unit_rows,
     z_score,
 )
 from logitjax.ops import Array, Number, checks
@@ -148,100 +147,112 @@ class CaFo(Method):
         return cafo_bias(inputs.zero_shot, jnp.stack(candidates))
 
 
-def channel_criterion(
-    class_weights: Float[Array, "features classes"],
-    *,
-    similarity_weight: Number = 0.7,
-    variance_weight: Number = 0.3,
-) -> Float[jax.Array, " features"]:
-    """How well each channel tells classes apart, by the classifier's weights alone.
-
-    ::
-
-        -w0 * mean_{i != j}(W[:, i] W[:, j]) + w1 * var_i(W[:, i])
-
-    Args:
-        class_weights: `W`, `[features, classes]`, columns of length one.
-        similarity_weight: w0; .7 on ImageNet.
-        variance_weight: w1; .3 on ImageNet.
-
-    Returns:
-        `[features]`.
-
-    >>> bool(jnp.diff(channel_criterion(jnp.array([[0.6, 0.6], [0.8, -0.8]])))[0] > 0)
-    True
-
-    References:
-        Zhu et al., Not All Features Matter (arXiv 2304.01195), prior refinement, on text only.
-    """
-    weights = checks.as_float(class_weights, "class_weights")
-    classes = weights.shape[-1]
-    pairs = jnp.square(weights.sum(-1)) - jnp.square(weights).sum(-1)
-    similarity = pairs / max(classes * (classes - 1), 1)
-    variance = jnp.var(weights, axis=-1, ddof=1)
-    return jnp.multiply(variance_weight, variance) - jnp.multiply(similarity_weight, similarity)
-
-
-def label_divergence(
-    keys: Float[Array, "n features"],
-    class_weights: Float[Array, "features classes"],
-    labels: Int[Array, " n"],
-) -> Float[jax.Array, " n"]:
-    """Bits between an image's label and the unscaled zero-shot prediction for it.
-
-    ::
-
-        -log2 softmax(F @ W)[y]
-
-    >>> print(f"{label_divergence(jnp.eye(2), jnp.eye(2), jnp.array([0, 0]))[1]:.3f}")
-    1.895
-    """
-    log_p = jax.nn.log_softmax(
-        checks.as_float(keys, "keys") @ checks.as_float(class_weights, "class_weights")
-    )
-    hit = one_hot(labels, log_p.shape[-1], log_p.dtype)
-    return -(hit * log_p).sum(-1) / jnp.log(2.0)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class APE(Method):
-    """APE, without training: a cache on the channels that tell classes apart.
+class TipX(TipAdapter):
+    """Tip-X: Tip-Adapter beside a cache over what the zero-shot classifier says of the images.
 
-    Labelled images that the zero-shot classifier finds hard count more.
+    ::
+
+        p = softmax(f W0 / temperature);    u_i = KL(p || p_i)
+        s_bias = exp(-b (1 - f F')) L - text_share u' L
+
+    u' is u on the scale of the cosines: u's range among the labelled images becomes that of their
+    cosines. The released code takes both ranges over all test images, which is transductive, and
+    those of the divergences from the validation images.
 
     Attributes:
         beta: The paper's alpha.
-        sharpness: Sharpness of the cache.
-        hardness: gamma, of the weight of hard images.
-        channels: How many are kept (at most all).
-        similarity_weight: Weight of similarity in the criterion.
-        variance_weight: Weight of variance in the criterion.
+        text_share: The paper's gamma over its alpha.
+        temperature: Of the probabilities of cosines without a scale; .5 is published.
+
+    References:
+        Udandarao et al., SuS-X (ICCV 2023, arXiv 2211.16198).
     """
 
-    beta: Number = 2.0
-    sharpness: Number = 1.0
-    hardness: Number = 0.1
-    channels: int = 500
-    similarity_weight: Number = 0.7
-    variance_weight: Number = 0.3
+    text_share: Number = 0.1
+    temperature: Number = 0.5
+
+    def init(self, task: FewShotTask, *, key: jax.Array | None = None) -> State:
+        weights = needed(task.class_weights, "class_weights", self)
+        keys, values = super().init(task, key=key)
+        log_p = jax.nn.log_softmax(keys @ weights / self.temperature)
+        there = values.any(-1)
+        pairs = there[:, None] & there
+
+        def bounds(of: jax.Array) -> tuple[jax.Array, jax.Array]:
+            least = jnp.where(pairs, of, jnp.inf).min()
+            return least, jnp.where(pairs, of, -jnp.inf).max()
+
+        low, high = bounds(self._divergence(log_p, log_p))
+        near, far = bounds(keys @ keys.T)
+        slope = (far - near) / jnp.where(high > low, high - low, 1.0)
+        # u' = slope u + shift
+        return State(keys, (values, log_p, weights, slope, near - slope * low))
+
+    @staticmethod
+    def _divergence(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
+        """`KL(p || q_i)` for every row of q."""
+        p = jnp.exp(log_p)
+        return (p * log_p).sum(-1, keepdims=True) - p @ log_q.T
+
+    def bias(self, state: State, inputs: Inputs) -> jax.Array:
+        values, log_q, weights, slope, shift = state.fixed
+        features = needed(inputs.features, "features", self)
+        log_p = jax.nn.log_softmax(features @ weights / self.temperature)
+        text = slope * self._divergence(log_p, log_q) + shift
+        cached = cache_logits(features, state.trained, values, sharpness=self.sharpness)
+        return cached - self.text_share * (text @ values)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DMN(Method):
+    """The static memory of DMN: each class is what an image recalls of its text and its images.
+
+    ::
+
+        a_l = exp(-sharpness (1 - M_l . f));    s_bias_k = scale f . unit(sum_l a_l M_l)
+
+    where l goes over the class weight and the labelled images of class k. The dynamic memory of the
+    paper, of test images, is not here: it adapts at test time.
+
+    Attributes:
+        beta: A table of one weight a data set is published.
+        sharpness: 5.5 is published.
+        shots: Images of a class that the memory has room for, the first ones.
+        scale: Scale of the cosines.
+
+    References:
+        Zhang et al., Dual Memory Networks (CVPR 2024, arXiv 2403.17589).
+    """
+
+    sharpness: Number = 5.5
+    shots: int = 16
+    scale: Number = 100.0
     trains: ClassVar[bool] = False
 
     def init(self, task: FewShotTask, *, key: jax.Array | None = None) -> State:
         del key
         weights = needed(task.class_weights, "class_weights", self)
         keys = task.mean_view("features", self)
-        criterion = channel_criterion(
-            weights,
-            similarity_weight=self.similarity_weight,
-            variance_weight=self.variance_weight,
-        )
-        chosen = jax.lax.top_k(criterion, min(self.channels, len(criterion)))[1]
-        keys, weights = unit_rows(keys[:, chosen]), unit_rows(weights[chosen].T).T
-        hard = jnp.exp(self.hardness * label_divergence(keys, weights, task.labels))
-        values = one_hot(task.labels, weights.shape[-1], keys.dtype) * hard[:, None]
-        return State(keys, (values, chosen))
+        classes = task.num_classes
+        labels = jnp.asarray(task.labels)
+        hit = one_hot(labels, classes, jnp.int32)
+        # An image's place among those of its class; what has none goes where nothing is kept.
+        place = (jnp.cumsum(hit, 0) * hit).sum(-1)
+        fits = (place > 0) & (place <= self.shots)
+        where = jnp.where(fits, labels, classes), jnp.where(fits, place, 0)
+        memory = jnp.zeros((classes, self.shots + 1, keys.shape[-1]), keys.dtype)
+        memory = memory.at[:, 0].set(weights.T).at[where].set(keys, mode="drop")
+        there = jnp.zeros(memory.shape[:2], bool).at[:, 0].set(True)
+        return State(memory, there.at[where].set(True, mode="drop"))
 
     def bias(self, state: State, inputs: Inputs) -> jax.Array:
-        values, chosen = state.fixed
-        features = unit_rows(needed(inputs.features, "features", self)[..., chosen])
-        return cache_logits(features, state.trained, values, sharpness=self.sharpness)
+        features = needed(inputs.features, "features", self)
+        memory = state.trained
+        cosines = jnp.einsum("kld,...d->...kl", memory, features)
+        recalled = jnp.where(state.fixed, jnp.exp(-self.sharpness * (1.0 - cosines)), 0.0)
+        # The length of sum_l a_l M_l without an array of features for each image and class.
+        gram = jnp.einsum("kld,kmd->klm", memory, memory)
+        square = jnp.einsum("...kl,klm,...km->...k", recalled, gram, recalled)
+        length = jnp.sqrt(jnp.maximum(square, jnp.finfo(square.dtype).tiny))
+        return self.scale * (recalled * cosines).sum(-1) / length

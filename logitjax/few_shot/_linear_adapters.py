@@ -221,16 +221,29 @@ class LPPlusPlus(Method):
         V0 = class means                    blend0 = 250 mean_k <class mean_k, W0_k>
         lr_V = 4 n / lambda_max(F.T F)      lr_blend = n / (4 max_k sum_n (f_n W0_k)^2)
 
+    The released code is `start='sums', accumulate_blend=True`: its division by the number of images
+    is commented out, and the factors' gradient is never set to zero, so they step down the sum of
+    all gradients since the first.
+
     Attributes:
         beta: Share of the probe, as in :class:`LinearProbe`.
         iterations: Steps of gradient descent.
         momentum: Momentum of the prototypes.
         blend_every: Steps between those of the factors.
+        blend_scale: The factors begin at so many times the mean logit of a class's images.
+        start: Where the prototypes begin, class `'means'` or `'sums'`.
+        accumulate_blend: Whether the factors move down the sum of all gradients so far.
+
+    References:
+        Huang et al., LP++ (CVPR 2024, arXiv 2404.02285).
     """
 
     iterations: int = 300
     momentum: float = 0.9
     blend_every: int = 10
+    blend_scale: float = 250.0
+    start: Literal["means", "sums"] = "means"
+    accumulate_blend: bool = False
     trains: ClassVar[bool] = False
 
     def init(self, task: FewShotTask, *, key: jax.Array | None = None) -> State:
@@ -258,9 +271,9 @@ class LPPlusPlus(Method):
         blend_rate = count / (4.0 * jnp.square(text).sum(0).max())
         hit = one_hot(labels, classes, features.dtype)
         centroid_logits = (hit * text).sum(0) / jnp.maximum(hit.sum(0), 1)
-        blend = jnp.full((classes,), 250.0 * centroid_logits.mean(), features.dtype)
+        blend = jnp.full((classes,), self.blend_scale * centroid_logits.mean(), features.dtype)
         # Prototypes are sums of features: with fewer images than channels their coefficients move.
-        share = hit / jnp.maximum(hit.sum(0), 1)
+        share = hit / jnp.maximum(hit.sum(0), 1) if self.start == "means" else hit
         seen, start = (gram, share) if wide else (features, features.T @ share)
 
         def loss(logits: jax.Array) -> jax.Array:
@@ -268,18 +281,20 @@ class LPPlusPlus(Method):
             return jnp.where(there, values, 0.0).sum() / count
 
         def step(carry: Any, index: Any) -> tuple[Any, None]:
-            (moving, bias), blend, velocity = carry
+            (moving, bias), blend, velocity, before = carry
             slope = jax.grad(loss)(seen @ moving + bias + blend * text)
             down = (slope if wide else features.T @ slope, slope.sum(0))
             velocity = jax.tree.map(lambda v, g: self.momentum * v + g, velocity, down)
             moving, bias = jax.tree.map(lambda x, v: x - rate * v, (moving, bias), velocity)
             due = index % self.blend_every == self.blend_every - 1
-            blended = blend - blend_rate * (slope * text).sum(0)
-            return ((moving, bias), jnp.where(due, blended, blend), velocity), None
+            slope_of_blend = (slope * text).sum(0) + before
+            blended = blend - blend_rate * slope_of_blend
+            kept = slope_of_blend if self.accumulate_blend else before
+            return ((moving, bias), jnp.where(due, blended, blend), velocity, kept), None
 
         first = (start, jnp.zeros((classes,), features.dtype))
-        carry = (first, blend, jax.tree.map(jnp.zeros_like, first))
-        ((moving, bias), blend, _), _ = jax.lax.scan(step, carry, jnp.arange(self.iterations))
+        carry = (first, blend, jax.tree.map(jnp.zeros_like, first), jnp.zeros_like(blend))
+        ((moving, bias), blend, *_), _ = jax.lax.scan(step, carry, jnp.arange(self.iterations))
         prototypes = features.T @ moving if wide else moving
         return {"prototypes": prototypes, "bias": bias, "blend": blend}
 

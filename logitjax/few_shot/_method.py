@@ -29,6 +29,7 @@ class Inputs:
         zero_shot: `[*batch, classes]` logits of the zero-shot classifier.
         features: `[*batch, features]` of the encoder they come from, rows of length one.
         auxiliary: `[*batch, auxiliary]` of another encoder, rows of length one.
+        hidden: `[*batch, hidden]` of the first encoder before its last projection, of any length.
         weight: `[*batch, 1]`, filled in by :meth:`Method.prepare` where the fusion weight
             depends on the image alone.
     """
@@ -36,6 +37,7 @@ class Inputs:
     zero_shot: Any
     features: Any = None
     auxiliary: Any = None
+    hidden: Any = None
     weight: Any = None
 
     def __len__(self) -> int:
@@ -54,13 +56,17 @@ class FewShotTask:
         support: `[views * n, ...]` labelled images, view after view of all of them.
         labels: `[n]` classes; images with the label -1 are not there.
         class_weights: `[features, classes]` of the zero-shot classifier, columns of length one; for
-            methods that read them.
+            methods that read them. `methods.CLAP` takes columns of any length.
+        projection: `[hidden, features]`, the encoder's last one; for methods that train it.
+        projection_bias: `[features]`, what it adds; nothing if None.
         views: Augmented views of every image.
     """
 
     support: Inputs
     labels: Any
     class_weights: Any = None
+    projection: Any = None
+    projection_bias: Any = None
     views: int = dataclasses.field(default=1, metadata={"static": True})
 
     @property
@@ -99,6 +105,18 @@ class FewShotTask:
         if self.views == 1:
             return features
         return unit_rows(features.reshape(self.views, -1, features.shape[-1]).mean(0))
+
+    def every_view(self, name: str, method: Any) -> tuple[jax.Array, Any]:
+        """`[views * n, features]` of the encoder `name`, and a label for each row.
+
+        Raises:
+            ValueError: As of `mean_view`.
+        """
+        self.check()
+        labels = self.labels
+        if self.views > 1:
+            labels = jnp.tile(jnp.asarray(labels), self.views)
+        return needed(getattr(self.support, name), name, method), labels
 
 
 class State(NamedTuple):

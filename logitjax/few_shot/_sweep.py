@@ -28,7 +28,7 @@ class Runs:
 
     Attributes:
         numbers: `[runs]`; a run's random start follows from its number.
-        task: `[runs, ...]` images and labels; the class weights have no axis of runs.
+        task: `[runs, ...]` images and labels; what is of no image has no axis of runs.
         orders: `[runs, steps, batch]` rows of each step, see :func:`batch_order`.
         held_out: By name, images `[runs, m, ...]` and labels `[runs, m]` to score on.
     """
@@ -41,12 +41,25 @@ class Runs:
     def shardings(self, mesh: Mesh) -> "Runs":
         """Where every array goes: runs are split over the mesh's first axis."""
         split = NamedSharding(mesh, PartitionSpec(mesh.axis_names[0]))
-        placed = jax.tree.map(lambda _: split, self)
-        if self.task.class_weights is None:
-            return placed
         whole = NamedSharding(mesh, PartitionSpec())
-        task = dataclasses.replace(placed.task, class_weights=whole)
-        return dataclasses.replace(placed, task=task)
+        bare, shared = _apart(self)
+        return _with(jax.tree.map(lambda _: split, bare), jax.tree.map(lambda _: whole, shared))
+
+
+# Fields of a task that say nothing of an image: one for all runs.
+_SHARED = ("class_weights", "projection", "projection_bias")
+
+
+def _apart(runs: Runs) -> tuple[Runs, dict[str, Any]]:
+    """What has an axis of runs, and what has none."""
+    shared = {name: getattr(runs.task, name) for name in _SHARED}
+    bare = dataclasses.replace(runs.task, **dict.fromkeys(_SHARED))
+    return dataclasses.replace(runs, task=bare), shared
+
+
+def _with(runs: Runs, shared: Mapping[str, Any]) -> Runs:
+    """The inverse of `_apart`."""
+    return dataclasses.replace(runs, task=dataclasses.replace(runs.task, **shared))
 
 
 def with_settings(
@@ -97,9 +110,9 @@ def sweep(
 
     Args:
         method: The method.
-        task: `[runs, views * n, ...]` images and `[runs, n]` labels; class weights without an axis
-            of runs. Rows at the end may have the label -1, as many in each run: they are not there,
-            and calls with fewer of them share one program.
+        task: `[runs, views * n, ...]` images and `[runs, n]` labels; class weights and a projection
+            without an axis of runs. Rows at the end may have the label -1, as many in each run:
+            they are not there, and calls with fewer of them share one program.
         held_out: By name, images `[runs, m, ...]` and labels `[runs, m]` to score on; images with
             negative labels do not count.
         training: The optimizer's settings, for methods that train.
@@ -242,10 +255,8 @@ def _padded(runs: Runs, multiple: int) -> Runs:
     if count % multiple == 0:
         return runs
     rows = np.minimum(np.arange(-(-count // multiple) * multiple), count - 1)
-    weights = runs.task.class_weights
-    bare = dataclasses.replace(runs, task=dataclasses.replace(runs.task, class_weights=None))
-    bare = jax.tree.map(lambda x: x[rows], bare)
-    return dataclasses.replace(bare, task=dataclasses.replace(bare.task, class_weights=weights))
+    bare, shared = _apart(runs)
+    return _with(jax.tree.map(lambda x: x[rows], bare), shared)
 
 
 @functools.partial(jax.jit, static_argnames=("method", "training", "sequential", "mesh"))
@@ -272,9 +283,8 @@ def _compiled(
         sequential: Whether runs and settings take turns on a device.
         mesh: Mesh whose first axis splits the runs.
     """
-    weights = runs.task.class_weights
-    bare = dataclasses.replace(runs, task=dataclasses.replace(runs.task, class_weights=None))
-    arguments = (bare, settings, weights, steps, jax.random.key(seed))
+    bare, shared = _apart(runs)
+    arguments = (bare, settings, shared, steps, jax.random.key(seed))
     run = functools.partial(_sweep, method, training, sequential)
     if mesh is None or mesh.size == 1:
         return run(*arguments)
@@ -296,14 +306,14 @@ def _sweep(
     sequential: bool,
     runs: Runs,
     settings: dict[str, jax.Array],
-    class_weights: Any,
+    shared: Mapping[str, Any],
     steps: Any,
     key: jax.Array,
 ) -> Any:
     def one(run: Runs, setting: dict[str, jax.Array], batch_size: int = _SCORED) -> Any:
         given = {name: value for name, value in setting.items() if name}
         config, recipe = with_settings(method, training, given)
-        task = dataclasses.replace(run.task, class_weights=class_weights)
+        task = _with(run, shared).task
         state = config.init(task, key=jax.random.fold_in(key, run.numbers))
         if config.trains:
             state, _ = fit(config, task, state, run.orders, training=recipe, steps=steps)

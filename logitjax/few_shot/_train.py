@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from logitjax.ops import Array, checks
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """AdamW on mini-batches; the defaults are those of AMU's released code.
+    """AdamW or SGD on mini-batches; the defaults are those of AMU's released code.
 
     Numbers other than the counts may be traced, and so be part of a grid.
 
@@ -28,7 +28,8 @@ class Recipe:
         batch_size: Images of a step; the last batch of an epoch is short where they do not divide.
         learning_rate: Rate of the first step; a cosine brings it to 0, step by step.
         warmup: Steps from 0 to `learning_rate`, before the cosine.
-        weight_decay: Decoupled weight decay.
+        weight_decay: Weight decay, decoupled in AdamW.
+        algorithm: `'adamw'`, or `'sgd'` with momentum b1, which has no use for `eps` and b2.
         eps: What AdamW adds to the root of the second moment.
         b1: Decay of the first moment.
         b2: Decay of the second moment.
@@ -40,6 +41,7 @@ class Recipe:
     learning_rate: Any = 1e-3
     warmup: int = 0
     weight_decay: Any = 0.01
+    algorithm: Literal["adamw", "sgd"] = "adamw"
     eps: float = 1e-4
     b1: float = 0.9
     b2: float = 0.999
@@ -51,7 +53,10 @@ class Recipe:
 
     @classmethod
     def published(cls, method: str) -> "Recipe":
-        """The released code's settings: `amu`, `tip_adapter_f`, `cafo` or `cross_modal`.
+        """The released code's settings.
+
+        Args:
+            method: `amu`, `tip_adapter_f`, `cafo`, `cross_modal`, `ape_t`, `clap` or `pro_lip`.
 
         Raises:
             ValueError: Another name.
@@ -62,6 +67,15 @@ class Recipe:
             "cafo": dict(epochs=20, batch_size=256),
             # Weight decay 0, .01 and .0001 and rates 1e-3 and 1e-4 are searched there.
             "cross_modal": dict(steps=12_800, warmup=50, eps=1e-8),
+            "ape_t": dict(
+                epochs=20, batch_size=256, learning_rate=1e-4, weight_decay=0.1, eps=1e-3
+            ),
+            # Its first epoch runs at 1e-5 there.
+            "clap": dict(
+                epochs=300, batch_size=256, learning_rate=0.1, weight_decay=0.0, algorithm="sgd"
+            ),
+            # All images in every step, one view after another; any rate of 1e-5 to 1e-2.
+            "pro_lip": dict(epochs=300, batch_size=1 << 30, weight_decay=0.0),
         }
         if method not in known:
             raise ValueError(f"method: expected one of {', '.join(known)}, got {method!r}")
@@ -82,7 +96,7 @@ class Recipe:
         return self.steps or self.epochs * self.batches(num_examples)
 
     def optimizer(self, total_steps: Any) -> optax.GradientTransformation:
-        """AdamW with its course, a formula here because `total_steps` may be traced.
+        """The algorithm with its course, a formula here because `total_steps` may be traced.
 
         One program then serves every number of images; `training.Schedule` takes an `int`.
         """
@@ -95,6 +109,9 @@ class Recipe:
                 step < self.warmup, step / max(1, self.warmup), cosine
             )
 
+        if self.algorithm == "sgd":
+            decay = optax.add_decayed_weights(self.weight_decay)
+            return optax.chain(decay, optax.sgd(rate, momentum=self.b1))
         return optax.adamw(
             rate, b1=self.b1, b2=self.b2, eps=self.eps, weight_decay=self.weight_decay
         )

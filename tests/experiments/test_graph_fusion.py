@@ -7,9 +7,10 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
+from flax import nnx
 
 from experiments.graph_fusion import __main__ as graph_fusion
-from experiments.graph_fusion import arms, train
+from experiments.graph_fusion import arms, topics, train
 from experiments.graph_fusion.programs import programs
 from logitjax import distillation, models, training
 
@@ -201,3 +202,18 @@ def test_graph_losses_and_layers_are_tried(tmp_path):
     assert set(by_layers) == {0, 1}
     assert by_layers[0]["gld"] == by_layers[1]["gld"]
     assert "## Trials" in (workdir / "report.md").read_text()
+
+
+@pytest.mark.slow
+def test_topics_are_the_likeliest_first_token_after_the_question():
+    model, _ = models.load("tiny")
+    student = distillation.make_student(model)
+    rng = np.random.default_rng(0)
+    count, firsts = 11, np.array([7, 3, 40])
+    tokens = rng.integers(1, 200, (count, 160)).astype(np.int32)
+    ends = rng.integers(20, 158, count).astype(np.int32)
+    logits = np.asarray(nnx.jit(lambda model, tokens: model(tokens))(model, tokens))
+    best = logits[np.arange(count), ends][:, firsts].argmax(-1)
+    labels = np.where(np.arange(count) < 8, best, (best + 1) % 3)
+    asked = topics.Topics(student=student, tokens=tokens, ends=ends, firsts=firsts, labels=labels)
+    assert asked.accuracy(student.trained) == pytest.approx(8 / 11)

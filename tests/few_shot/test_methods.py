@@ -176,6 +176,12 @@ METHODS = {
     "linear_probe_auxiliary": few_shot.methods.LinearProbe(initial="features", source="auxiliary"),
     "cross_modal": few_shot.methods.CrossModal(),
     "lp_plus_plus": few_shot.methods.LPPlusPlus(),
+    "tip_x": few_shot.methods.TipX(beta=1.0, sharpness=5.5),
+    "dmn": few_shot.methods.DMN(beta=0.5, shots=4),
+    "ape_t": few_shot.methods.APET(channels=8),
+    "gda": few_shot.methods.GDA(beta=1.0),
+    "proker": few_shot.methods.ProKeR(scale=10.0),
+    "clap": few_shot.methods.CLAP(scale=10.0),
 }
 
 
@@ -232,7 +238,7 @@ def test_caches_and_fusions_are_the_published_formulas():
     kept, text = unit(features[:, chosen]), unit(weights[chosen].T).T
     divergence = -np.log2(oracle.softmax(kept @ text)[np.arange(len(LABELS)), LABELS])
     values = hit * np.exp(0.1 * divergence)[:, None]
-    config = few_shot.methods.APE(channels=5)
+    config = few_shot.methods.APE(channels=5, criterion="text")
     state = start(config, images, class_weights=class_weights)
     np.testing.assert_array_equal(state.fixed[1], chosen)
     expected = np.exp(-(1 - kept @ kept.T)) @ values

@@ -1,0 +1,215 @@
+"""Few-shot methods that need no gradient step but a linear system: GDA and ProKeR."""
+
+import dataclasses
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.scipy.linalg import cho_factor, cho_solve
+from jaxtyping import Float, Int
+
+from logitjax.few_shot._method import (
+    FewShotTask,
+    Inputs,
+    Method,
+    State,
+    class_means,
+    needed,
+    one_hot,
+)
+from logitjax.ops import Array, Number, checks
+
+# Examples whose outer products are summed at a time.
+_ROWS = 8192
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def gaussian_classifier(
+    features: Float[Array, "n features"],
+    labels: Int[Array, " n"],
+    num_classes: int,
+    *,
+    ddof: Literal["one", "classes"] = "one",
+) -> tuple[Float[jax.Array, "features classes"], Float[jax.Array, " classes"]]:
+    """Gaussian discriminant analysis with one covariance, shrunk towards its mean variance.
+
+    ::
+
+        mu_k = mean of class k;  C = f - mu_y;  t = |C|^2 / (n - 1)
+        P = d (C'C + t I)^-1;    W_k = P mu_k;  b_k = -log K - mu_k' P mu_k / 2
+
+    The condition of `C'C + t I` is at most n, so a Cholesky factor serves where the released code
+    takes a pseudo-inverse; with fewer examples than features it is that of `C C' + t I`.
+
+    Args:
+        features: `[n, features]`, rows of length one.
+        labels: `[n]` classes; a row with the label -1 is not there.
+        num_classes: K.
+        ddof: What is subtracted from n: `'one'` as in the released code, or the number of
+            `'classes'`, whose means were estimated.
+
+    Returns:
+        Weights `[features, classes]` and biases `[classes]`. A class without an example has zero
+        weights and the mean bias of the others. Where no class has two examples, all are zero.
+
+    >>> f = jnp.array([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0], [0.6, 0.8]])
+    >>> y = jnp.array([0, 0, 1, 1])
+    >>> weights, bias = jax.jit(gaussian_classifier, static_argnums=2)(f, y, 2)
+    >>> print(f"{weights[0, 0]:.4f} {weights[1, 0]:.4f} {bias[0]:.4f}")
+    6.9485 4.3015 -4.4652
+
+    References:
+        Wang et al., A Hard-to-Beat Baseline for Training-Free CLIP-Based Adaptation (ICLR 2024,
+        arXiv 2402.04087).
+    """
+    checks.shapes(features=(features, "float n features"), labels=(labels, "int n"))
+    features, labels = checks.as_float(features, "features"), jnp.asarray(labels)
+    count, width = features.shape
+    there = labels >= 0
+    means = class_means(features, labels, num_classes)
+
+    def centred(rows: jax.Array, own: jax.Array) -> jax.Array:
+        return jnp.where((own >= 0)[:, None], rows - means.T[jnp.maximum(own, 0)], 0.0)
+
+    freedom = there.sum() - (1 if ddof == "one" else num_classes)
+    if count < width:
+        small = centred(features, labels)
+        trace = jnp.square(small).sum() / jnp.maximum(freedom, 1)
+        flat = trace == 0
+        trace = jnp.where(flat, 1.0, trace)
+        inner = cho_factor(small @ small.T + trace * jnp.eye(count, dtype=features.dtype))
+        weights = width / trace * (means - small.T @ cho_solve(inner, small @ means))
+    else:
+        gram = _gram(features, labels, centred)
+        trace = jnp.trace(gram) / jnp.maximum(freedom, 1)
+        flat = trace == 0
+        trace = jnp.where(flat, 1.0, trace)
+        shrunk = gram + trace * jnp.eye(width, dtype=features.dtype)
+        factor = cho_factor(shrunk)
+        weights = cho_solve(factor, means)
+        # One step of refinement: the condition may be as large as n.
+        rest = means - jnp.matmul(shrunk, weights, precision=_HIGHEST)
+        weights = width * (weights + cho_solve(factor, rest))
+    known = one_hot(labels, num_classes).any(0)
+    bias = -jnp.log(float(num_classes)) - (means * weights).sum(0) / 2
+    bias = jnp.where(known, bias, bias.mean(where=known))
+    return jnp.where(flat, 0.0, weights), jnp.where(flat, 0.0, bias)
+
+
+def _gram(features: jax.Array, labels: jax.Array, centred: Any) -> jax.Array:
+    """`C'C`, blocks of rows at a time: C as a whole would be a second copy of the features."""
+    count, width = features.shape
+    rows = min(_ROWS, count)
+
+    def add(block: Any, gram: jax.Array) -> jax.Array:
+        start = jnp.minimum(block * rows, count - rows)
+        part = jax.lax.dynamic_slice_in_dim(features, start, rows)
+        own = jax.lax.dynamic_slice_in_dim(labels, start, rows)
+        # The last block slides back over rows that are counted already.
+        fresh = start + jnp.arange(rows) >= block * rows
+        part = centred(part, jnp.where(fresh, own, -1))
+        return gram + jnp.matmul(part.T, part, precision=_HIGHEST)
+
+    first = jnp.zeros((width, width), features.dtype)
+    return jax.lax.fori_loop(0, -(-count // rows), add, first)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GDA(Method):
+    """Gaussian discriminant analysis on the labelled images, every view of them an example.
+
+    ::
+
+        s_bias = f @ W + b        see :func:`gaussian_classifier`
+
+    The released code chooses beta on all of a data set's validation images, on ImageNet on the test
+    images.
+
+    Attributes:
+        beta: .0001 to 100 in factors of ten are searched.
+        ddof: `'one'` as released, or `'classes'`.
+    """
+
+    ddof: Literal["one", "classes"] = "one"
+    trains: ClassVar[bool] = False
+
+    def init(self, task: FewShotTask, *, key: jax.Array | None = None) -> State:
+        """The state before any gradient step, here the last one.
+
+        Raises:
+            ValueError: No class has two examples, so nothing says how wide a class is.
+        """
+        del key
+        features, labels = task.every_view("features", self)
+        if not isinstance(labels, Tracer):
+            known = np.asarray(labels)
+            known = known[known >= 0]
+            if len(np.unique(known)) == len(known):
+                raise ValueError(
+                    "labels: expected two images, or two views, of some class for the spread that "
+                    "GDA estimates, got one of each"
+                )
+        weights, bias = gaussian_classifier(features, labels, task.num_classes, ddof=self.ddof)
+        return State({"kernel": weights, "bias": bias}, None)
+
+    def bias(self, state: State, inputs: Inputs) -> jax.Array:
+        features = needed(inputs.features, "features", self)
+        return features @ state.trained["kernel"] + state.trained["bias"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProKeR(Method):
+    """ProKeR: kernel regression of what the zero-shot classifier leaves of the labels.
+
+    ::
+
+        k(a, b) = exp(-sharpness (1 - a.b));   R = Y - F W0
+        alpha = (K / penalty + I)^-1 R         as released
+        alpha = (K + penalty I)^-1 R           kernel ridge regression, 1 / penalty of it
+        s_bias = scale k(f, F) alpha
+
+    Cosines of the class weights enter without a scale, so `scale` brings the bias to that of the
+    zero-shot logits; the order of the classes is that of the released `f W0 + k alpha`. Every view
+    of an image is an example. A penalty near 0 leaves the released form at zero-shot, and a large
+    one makes it a cache of residuals; `'ridge'` needs one above 0.
+
+    Attributes:
+        sharpness: kappa; 1.5 to 10 are searched on ImageNet.
+        penalty: lambda; .05 to .25 are searched on ImageNet.
+        scale: Scale of the zero-shot logits' cosines.
+        form: `'released'` or `'ridge'`.
+
+    References:
+        Bendou et al., ProKeR (CVPR 2025, arXiv 2501.11175).
+    """
+
+    sharpness: Number = 3.0
+    penalty: Number = 0.25
+    scale: Number = 100.0
+    form: Literal["released", "ridge"] = "released"
+    trains: ClassVar[bool] = False
+
+    def _kernel(self, left: jax.Array, right: jax.Array) -> jax.Array:
+        return jnp.exp(-self.sharpness * (1.0 - left @ right.T))
+
+    def init(self, task: FewShotTask, *, key: jax.Array | None = None) -> State:
+        del key
+        weights = needed(task.class_weights, "class_weights", self)
+        features, labels = task.every_view("features", self)
+        there = labels >= 0
+        rest = one_hot(labels, task.num_classes, features.dtype) - features @ weights
+        rest = jnp.where(there[:, None], rest, 0.0)
+        kernel = jnp.where(there[:, None] & there, self._kernel(features, features), 0.0)
+        eye = jnp.eye(len(features), dtype=features.dtype)
+        # Both forms are this system; the released one is zero-shot where the penalty is 0.
+        safe = jnp.where(jnp.greater(self.penalty, 0), self.penalty, 1.0)
+        alpha = cho_solve(cho_factor(kernel + safe * eye), rest)
+        if self.form == "released":
+            alpha = jnp.where(jnp.greater(self.penalty, 0), safe * alpha, 0.0)
+        return State(alpha, features)
+
+    def bias(self, state: State, inputs: Inputs) -> jax.Array:
+        features = needed(inputs.features, "features", self)
+        return self.scale * (self._kernel(features, state.fixed) @ state.trained)

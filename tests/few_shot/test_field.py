@@ -1,0 +1,263 @@
+"""The methods of 2023 to 2025 by hand-worked values and by float64 oracles."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from logitjax import few_shot
+from logitjax.few_shot import methods
+from logitjax.few_shot._ape import channel_criterion
+from tests._compiled import compiled
+from tests.few_shot import _oracle as oracle
+
+# Four images of two classes on the unit circle, the classes' weights the axes.
+F = np.array([[1, 0], [0.8, 0.6], [0, 1], [0.6, 0.8]])
+Y = np.array([0, 0, 1, 1], np.int32)
+Q = np.array([[0.6, 0.8]])
+W0 = np.eye(2)
+
+
+def inputs(features, scale=100.0, weights=W0, **more):
+    return few_shot.Inputs(zero_shot=scale * features @ weights, features=features, **more)
+
+
+def task(**more):
+    return few_shot.FewShotTask(support=inputs(F), labels=Y, class_weights=W0, **more)
+
+
+@pytest.fixture(scope="module")
+def worked():
+    """What every method says of one query, in float64 and one program."""
+    kernel = dict(sharpness=2.0, penalty=0.5, scale=1.0)
+    chosen = {
+        "gda": methods.GDA(),
+        "proker": methods.ProKeR(**kernel),
+        "proker, ridge": methods.ProKeR(**kernel, form="ridge"),
+        "proker, large penalty": methods.ProKeR(**{**kernel, "penalty": 1e6}),
+        "proker, no penalty": methods.ProKeR(**{**kernel, "penalty": 0.0}),
+        "tip_x": methods.TipX(sharpness=1.0, text_share=0.3),
+        "dmn": methods.DMN(shots=2),
+    }
+
+    @jax.jit
+    def run(given, query):
+        states = {name: method.init(given) for name, method in chosen.items()}
+        biases = {name: method.bias(states[name], query) for name, method in chosen.items()}
+        return states, biases
+
+    with jax.enable_x64(True):
+        return jax.device_get(run(task(), inputs(Q)))
+
+
+def test_gda_by_hand(worked):
+    states, biases = worked
+    found = states["gda"].trained
+    expected = [[6.948529, 4.301471], [4.301471, 6.948529]]
+    np.testing.assert_allclose(found["kernel"], expected, atol=1e-6)
+    np.testing.assert_allclose(found["bias"], [-4.465206, -4.465206], atol=1e-6)
+    np.testing.assert_allclose(biases["gda"][0], [3.145088, 3.674500], atol=1e-6)
+
+
+def test_proker_by_hand(worked):
+    states, biases = worked
+    expected = [[-0.018525, 0.101186], [0.309253, -0.429987]]
+    found = states["proker"].trained
+    np.testing.assert_allclose(found[:2], expected, atol=1e-6)
+    np.testing.assert_allclose(found[2:], np.asarray(expected)[:, ::-1], atol=1e-6)
+    for name, logits in (
+        ("proker", [0.514993, 0.745374]),
+        ("proker, ridge", [0.429987, 0.690747]),
+        ("proker, large penalty", [0.184624, 0.446131]),
+        ("proker, no penalty", [0.6, 0.8]),
+    ):
+        np.testing.assert_allclose(Q[0] @ W0 + biases[name][0], logits, atol=1e-6, err_msg=name)
+
+
+def test_tip_x_by_hand(worked):
+    biases = worked[1]
+    # log of what the zero-shot classifier says of the labelled images and of the query
+    p = oracle.softmax(2 * F @ W0)
+    divergence = (oracle.softmax(2 * Q) * (np.log(oracle.softmax(2 * Q)) - np.log(p))).sum(-1)
+    np.testing.assert_allclose(divergence, [0.650763, 0.078950, 0.256013, 0], atol=1e-6)
+    among = (p[:, None] * (np.log(p)[:, None] - np.log(p))).sum(-1)
+    cosines = F @ F.T
+    scaled = (divergence - among.min()) / np.ptp(among) * np.ptp(cosines) + cosines.min()
+    cached = np.exp(Q @ F.T - 1)[0]
+    expected = (cached - 0.3 * scaled) @ np.eye(2)[Y]
+    np.testing.assert_allclose(biases["tip_x"][0], expected, rtol=1e-10)
+
+
+def test_dmn_is_the_cosine_of_what_is_recalled(worked):
+    biases = worked[1]
+    for k in range(2):
+        memory = np.concatenate([W0[:, k][None], F[k == Y]])
+        recalled = np.exp(-5.5 * (1 - memory @ Q[0])) @ memory
+        expected = 100 * Q[0] @ recalled / np.linalg.norm(recalled)
+        np.testing.assert_allclose(biases["dmn"][0, k], expected, rtol=1e-10)
+
+
+def test_what_is_held_near_its_start_by_hand():
+    hidden = np.eye(2)[:1]
+    of_hidden = few_shot.Inputs(zero_shot=hidden, hidden=hidden)
+    start = np.eye(2)
+    moved = np.array([[1, 0.5], [0, 1]])
+
+    @jax.jit
+    def run(given, w):
+        clap, free = methods.CLAP(scale=10.0), methods.CLAP(scale=10.0, penalty=0.0)
+        state = clap.init(given)
+        images = given.support
+        at = state._replace(trained=w)
+        parts = [m.loss(at, images, Y).mean() for m in (clap, free)]
+        lip = methods.ProLIP(scale=10.0, penalty=0.5)
+        of_lip = few_shot.FewShotTask(
+            support=of_hidden, labels=Y[:1], class_weights=W0, projection=start
+        )
+        shifted = lip.init(of_lip)._replace(trained=moved)
+        loss = lip.loss(shifted, of_hidden, Y[:1])
+        return state.fixed[1], clap.logits(state, images), parts, loss
+
+    # The zero-shot logits are at CLAP's own scale here.
+    given = dataclasses.replace(task(), support=inputs(F, 10.0))
+    with jax.enable_x64(True):
+        known, logits, (loss, free), lip = jax.device_get(
+            run(given, np.array([[0.9, 0.3], [0.1, 1]]))
+        )
+    np.testing.assert_allclose(known, [0.940376, 0.940376], atol=1e-6)
+    np.testing.assert_allclose(logits, 10 * F, atol=1e-12)  # before a step it is zero-shot
+    np.testing.assert_allclose(loss - free, 0.051721, atol=1e-6)
+    np.testing.assert_allclose(free, 0.131488, atol=1e-6)
+    p = oracle.softmax(10 * np.array([1, 0.5]) / np.sqrt(1.25))
+    np.testing.assert_allclose(lip[0], -np.log(p[0]) + 0.125, atol=1e-12)
+
+
+def test_the_released_criterion_of_ape_looks_at_the_keys_too():
+    given = dict(keys=F, labels=Y, similarity_weight=0.7, variance_weight=0.3)
+    found = compiled(channel_criterion)(W0, **given)
+    np.testing.assert_allclose(found, [0.019333, 0.019333], atol=1e-6)
+
+
+def test_ape_t_moves_a_class_and_its_keys_alike():
+    rng = np.random.default_rng(0)
+    f = rng.normal(size=(6, 5))
+    f /= np.linalg.norm(f, axis=1, keepdims=True)
+    w = f[:3].T
+    y = np.arange(6, dtype=np.int32) % 3
+    residual, weights = rng.normal(size=(3, 2)), rng.uniform(size=6)
+    method = methods.APET(channels=2, beta=1.5, sharpness=2.0)
+    given = few_shot.FewShotTask(support=inputs(f, weights=w), labels=y, class_weights=w)
+
+    @jax.jit
+    def run(given):
+        state = method.init(given)
+        trained = {"residual": residual, "weights": weights}
+        return state, method.logits(state._replace(trained=trained), given.support)
+
+    with jax.enable_x64(True):
+        state, logits = jax.device_get(run(given))
+    chosen = state.fixed[2]
+    whole = np.zeros((3, 5))
+    whole[:, chosen] = residual
+    cached = np.exp(-2 * (1 - f @ (f + whole[y]).T)) @ (weights[:, None] * np.eye(3)[y])
+    np.testing.assert_allclose(logits, 100 * f @ (w + whole.T) + 1.5 * cached, rtol=1e-10)
+
+
+@pytest.mark.parametrize("released", [False, True])
+def test_lp_plus_plus_by_hand(released):
+    options: dict = dict(start="sums", accumulate_blend=True) if released else {}
+    expected = {
+        False: {10: (6.625364, -5.425364, 1.002080), 20: (10.183454, -8.983454, 1.002558)},
+        True: {10: (6.674626, -4.274626, 1.085831), 20: (10.138357, -7.738357, 1.183141)},
+    }[released]
+
+    # The start at 225 is saturated; the values were worked from a blend of 1.
+    @jax.jit
+    def run(given):
+        made = [methods.LPPlusPlus(iterations=n, blend_scale=1 / 0.9, **options) for n in expected]
+        return [method.init(given).trained for method in made]
+
+    with jax.enable_x64(True):
+        found = jax.device_get(run(task()))
+    for state, (own, other, blend) in zip(found, expected.values(), strict=True):
+        np.testing.assert_allclose(state["prototypes"][0], [own, other], atol=2e-6)
+        np.testing.assert_allclose(state["blend"], blend, atol=2e-6)
+
+
+def gaussian_oracle(f, y, classes, ddof):
+    means = np.stack([f[y == k].mean(0) for k in range(classes)])
+    centred = f - means[y]
+    trace = np.square(centred).sum() / (len(f) - (1 if ddof == "one" else classes))
+    precision = f.shape[1] * np.linalg.inv(centred.T @ centred + trace * np.eye(f.shape[1]))
+    kernel = precision @ means.T
+    return kernel, -np.log(classes) - (means.T * kernel).sum(0) / 2
+
+
+def test_gda_is_the_inverse_whatever_is_longer():
+    rng = np.random.default_rng(0)
+    ddofs = ("one", "classes")
+    run = jax.jit(lambda given: [methods.GDA(ddof=ddof).init(given).trained for ddof in ddofs])
+    for count, width in ((9, 6), (9, 12)):
+        f = rng.normal(size=(2 * count, width))
+        f /= np.linalg.norm(f, axis=1, keepdims=True)
+        y = np.arange(count, dtype=np.int32) % 3
+        labels = np.concatenate([y, [-1]]).astype(np.int32)
+        # Two views, and a row that is not there.
+        views = np.concatenate([f[:count], f[:1], f[count:], f[:1]])
+        images = few_shot.Inputs(zero_shot=np.zeros((len(views), 3)), features=views)
+        given = few_shot.FewShotTask(support=images, labels=labels, views=2)
+        for x64, tolerance in ((True, 1e-10), (False, 1e-4)):
+            with jax.enable_x64(x64):
+                cast = np.float64 if x64 else np.float32
+                found = run(dataclasses.replace(given, support=jax.tree.map(cast, images)))
+            for ddof, trained in zip(ddofs, jax.device_get(found), strict=True):
+                kernel, bias = gaussian_oracle(f, np.tile(y, 2), 3, ddof)
+                np.testing.assert_allclose(
+                    trained["kernel"], kernel, rtol=tolerance, atol=tolerance
+                )
+                np.testing.assert_allclose(trained["bias"], bias, rtol=tolerance, atol=tolerance)
+
+
+def test_gda_of_classes_that_are_empty_or_have_no_spread():
+    f = np.float32(np.concatenate([F, F[:1]]))
+    images = few_shot.Inputs(zero_shot=np.zeros((5, 3), np.float32), features=f)
+    method = methods.GDA()
+    labels = np.array([0, 0, 1, 1, -1], np.int32)
+    given = few_shot.FewShotTask(support=images, labels=labels)
+    run = jax.jit(lambda given: method.bias(method.init(given), given.support))
+    bias = np.asarray(run(given))
+    assert np.isfinite(bias).all()
+    np.testing.assert_allclose(bias[:, 2], bias[0, 2])  # an empty class is told by zero-shot alone
+    lone = dataclasses.replace(given, labels=np.array([0, 1, 2, -1, -1], np.int32))
+    np.testing.assert_array_equal(run(lone), 0)
+    with pytest.raises(ValueError, match="GDA estimates, got one of each"):
+        method.init(lone)
+
+
+def test_proker_is_one_system_a_setting_and_one_program():
+    rng = np.random.default_rng(1)
+    f = rng.normal(size=(8, 5))
+    f /= np.linalg.norm(f, axis=1, keepdims=True)
+    y = np.array([0, 1, 2, 0, 1, 2, -1, 0], np.int32)
+    w = f[:3].T
+    images = inputs(f, weights=w)
+    given = few_shot.FewShotTask(support=images, labels=y, class_weights=w)
+
+    @jax.jit
+    def run(given, penalty):
+        def one(penalty):
+            method = methods.ProKeR(penalty=penalty)
+            return method.bias(method.init(given), given.support)
+
+        return jax.vmap(one)(penalty)
+
+    penalties = np.array([0.01, 0.25])
+    with jax.enable_x64(True):
+        found = np.asarray(run(given, penalties))
+    here = y >= 0
+    kernel = np.exp(-3 * (1 - f @ f[here].T))
+    rest = np.eye(3)[y[here]] - f[here] @ w
+    for bias, penalty in zip(found, penalties, strict=True):
+        alpha = np.linalg.solve(kernel[here] / penalty + np.eye(here.sum()), rest)
+        np.testing.assert_allclose(bias, 100 * kernel @ alpha, rtol=1e-9)
