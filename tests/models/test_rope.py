@@ -45,6 +45,12 @@ def frequencies(window=None, long=False, config=CONFIG, **scaling):
         # 32 turns fall between the second and the third pair and one on the fourth: from the
         # second on, the ramp is 0, 1/2, 1.
         ({"kind": "yarn"}, [1.0, 1.0, 1 / (0.5 + 0.5 / 4), 4.0], 0.1 * math.log(4) + 1),
+        # A single turn in 1e8 tokens is beyond all pairs: the ramp ends at dimension 7.
+        (
+            {"kind": "yarn", "beta_fast": 1000.0, "beta_slow": 1e-5},
+            [1 / (1 - k / 7 + k / 28) for k in range(4)],
+            0.1 * math.log(4) + 1,
+        ),
         ({"kind": "factors", "short_factors": (1.0, 2.0, 3.0, 4.0)}, [1.0, 2.0, 3.0, 4.0], 1.0),
     ],
 )
