@@ -255,4 +255,4 @@ class DMN(Method):
         gram = jnp.einsum("kld,kmd->klm", memory, memory)
         square = jnp.einsum("...kl,klm,...km->...k", recalled, gram, recalled)
         length = jnp.sqrt(jnp.maximum(square, jnp.finfo(square.dtype).tiny))
-        return self.scale * (recalled * cosines).sum(-1) / length
+        return jnp.multiply(self.scale, (recalled * cosines).sum(-1) / length)
