@@ -288,8 +288,9 @@ def nonsense(rng: np.random.Generator) -> tuple[str, bytes]:
     fields.setdefault("prompt", '"a"')
     if chat:
         fields["messages"] = '[{"role": "user", "content": "a"}]'
-    for name in rng.choice(_FIELDS, int(rng.integers(1, 4))):
-        fields[str(name)] = str(rng.choice(_NASTY))
+    for _ in range(int(rng.integers(1, 4))):
+        # Not `choice`, which would make an array of all of them, each as long as the longest.
+        fields[_FIELDS[rng.integers(len(_FIELDS))]] = _NASTY[rng.integers(len(_NASTY))]
     text = "{" + ",".join(f'"{name}": {value}' for name, value in fields.items()) + "}"
     raw = text.encode()
     kind = rng.random()
@@ -318,13 +319,13 @@ def fuzz(options: _suite.Options, directory: pathlib.Path, count: int) -> Found:
                 connection.request("POST", path, raw, JSON)
                 answer = connection.getresponse()
                 status, text = answer.status, answer.read()
-            except (OSError, http.client.HTTPException):
-                status, text = 599, b""
+            except (OSError, http.client.HTTPException) as error:
+                status, text = 599, repr(error).encode()
                 connection.close()
             with lock:
                 codes[status] += 1
                 if status >= 500:
-                    wrong[raw[:300]] += 1
+                    wrong[text[:100] + b" to " + raw[:300]] += 1
                 elif status != 200 and not _is_error(text):
                     wrong[b"no error in OpenAI's form: " + text[:100]] += 1
 

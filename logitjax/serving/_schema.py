@@ -270,6 +270,12 @@ def _wanted_schema(wanted: ResponseFormat | None) -> Mapping[str, Any] | None:
     return wanted.json_schema.given
 
 
+@functools.lru_cache(maxsize=16)
+def _properties(model: type[BaseModel]) -> Mapping[str, Any]:
+    """The fields' descriptions; making them takes longer than all else that a refusal does."""
+    return model.model_json_schema()["properties"]
+
+
 def _short(value: Any) -> str:
     # Not `repr`: of a value nested a thousand deep, or of a megabyte.
     text = _REPR.repr(value)
@@ -319,7 +325,7 @@ def _explained(
             "maximum": limits.bias_limit,
         }
     else:
-        described = model.model_json_schema()["properties"][name]
+        described = _properties(model)[name]
         schema = next((s for s in described["anyOf"] if s.get("type") != "null"), described)
     return BadRequestError(f"{name} must be {_expected(schema, value)}, got {_short(value)}", name)
 
