@@ -139,7 +139,9 @@ def policies(options: _suite.Options) -> tuple[list[dict[str, Any]], list[_suite
             model="tiny",
             policy=policy,
             slots=32,
-            max_length=16,
+            max_length=128,
+            # Sixteen of these prompts make one piece.
+            prefill_rows=16,
             max_tokens=4,
             max_waiting=2 * _WIDE,
         )

@@ -90,7 +90,11 @@ def build_app(
             "expose_headers": ["x-request-id", "retry-after"],
         }
         middleware.append(Middleware(CORSMiddleware, **cors))
-    handlers: Any = {HTTPException: _http_error, ApiError: _api_error}
+    handlers: Any = {
+        HTTPException: _http_error,
+        ApiError: _api_error,
+        Exception: _mistake,
+    }
     return Starlette(
         routes=routes, lifespan=lifespan, exception_handlers=handlers, middleware=middleware
     )
@@ -102,6 +106,11 @@ async def _http_error(_: HttpRequest, error: Any) -> Response:
 
 async def _api_error(_: HttpRequest, error: Any) -> Response:
     return error.response()
+
+
+async def _mistake(_: HttpRequest, error: Exception) -> Response:
+    # The exception goes on from here, is logged, and ends the connection.
+    return ApiError(500, "a mistake of the server", headers={"Connection": "close"}).response()
 
 
 def _models(service: Service) -> Any:

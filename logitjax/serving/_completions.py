@@ -120,8 +120,9 @@ async def _whole(
 
 
 async def _disconnected(http: HttpRequest) -> None:
-    while not await http.is_disconnected():
-        await asyncio.sleep(0.2)
+    # After a body nothing else comes. `is_disconnected` would have to be asked again and again.
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
 
 
 async def _stream(

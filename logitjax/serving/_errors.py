@@ -6,7 +6,12 @@ from typing import Any
 
 from starlette.responses import Response
 
-_KINDS = {401: "authentication_error", 429: "rate_limit_error", 503: "server_error"}
+_KINDS = {
+    401: "authentication_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "server_error",
+}
 
 
 class ApiError(Exception):

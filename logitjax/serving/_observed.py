@@ -92,6 +92,9 @@ class Observed:
         with self._metrics.open.track_inprogress():
             try:
                 await self._app(scope, receive, observed_send)
+            except Exception:
+                status = 500  # Sent by what lies around this.
+                raise
             finally:
                 self._metrics.requests.labels(path, status).inc()
                 self._metrics.seconds.labels(path).observe(time.monotonic() - start)

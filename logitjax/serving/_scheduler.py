@@ -319,21 +319,33 @@ class Scheduler:
 
     def _place(self) -> None:
         """Prompts that were read into free slots, in the order they were."""
+        placed: list[tuple[int, Emitted]] = []
         for row in list(self._read):
-            group = self._reading[row]
-            report = self._report_of(row) if group[0].prompt.report else ()
-            while group:
-                job = group[0]
-                job.prompt_report = report
-                if not job.request.max_new_tokens:
-                    job.give(["length"])
-                elif None in self._jobs:
-                    self._fill(self._jobs.index(None), row, job)
-                else:
-                    return
-                group.pop(0)
+            if not self._empty(row, placed):
+                break
             with self._wake:
                 self._release(row)
+        # Looked at together, so that the device is waited for once.
+        for slot, emitted in placed:
+            self._hand_out(emitted, [slot])
+
+    def _empty(self, row: int, placed: list[tuple[int, Emitted]]) -> bool:
+        """Puts the jobs of one prompt into slots, and whether there were enough."""
+        group = self._reading[row]
+        report = self._report_of(row) if group[0].prompt.report else ()
+        while group:
+            job = group[0]
+            job.prompt_report = report
+            if not job.request.max_new_tokens:
+                job.give(["length"])
+            elif None in self._jobs:
+                slot = self._jobs.index(None)
+                emitted = self._fill(slot, row, job)
+                placed += [] if emitted is None else [(slot, emitted)]
+            else:
+                return False
+            group.pop(0)
+        return True
 
     def _hold(self) -> bool:
         """Tells the engine which tokens may come next; whether any slot is held to some."""
@@ -346,7 +358,7 @@ class Scheduler:
         self._held = bool(held)
         return self._held
 
-    def _fill(self, slot: int, row: int, job: Job) -> None:
+    def _fill(self, slot: int, row: int, job: Job) -> Emitted | None:
         request = job.request
         if job.follower is not None:
             request = dataclasses.replace(request, allowed=job.follower.allowed)
@@ -354,10 +366,10 @@ class Scheduler:
             emitted = self.reader.place(row, slot, request)
         except (ValueError, TypeError) as error:  # Slipped through the checks.
             job.give([BadRequestError(str(error))])
-            return
+            return None
         self._jobs[slot] = job
         self._started[slot] = time.monotonic()
-        self._hand_out(emitted, [slot])
+        return emitted
 
     def _report_of(self, row: int) -> list[Token]:
         found: list[Token] = []

@@ -288,7 +288,7 @@ def _explained(
     """One line about the field at `at`, in the words of this API and with the schema's bounds."""
     name = str(at[0])
     value = body.get(name)
-    many = isinstance(value, list | dict)
+    many = isinstance(value, list)
     if name == "prompt":
         if value in ("", []) or (many and any(one in ("", []) for one in value)):
             return BadRequestError("prompt must not be empty", name)

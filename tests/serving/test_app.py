@@ -40,6 +40,19 @@ def test_answers_have_ids_and_keep_those_of_clients(client):
         assert client.get("/health", headers={"X-Request-Id": bad}).headers["x-request-id"] != bad
 
 
+def test_a_mistake_of_ours_has_the_form_of_an_error_and_is_counted(client, monkeypatch):
+    def fail(*_):
+        raise KeyError("x")
+
+    monkeypatch.setattr("logitjax.serving._completions.find_key", fail)
+    quiet = TestClient(client.app, raise_server_exceptions=False)
+    answer = quiet.post("/v1/completions", json={"prompt": "a"})
+    assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
+    assert answer.headers["connection"] == "close"
+    counted = 'logitjax_requests_total{path="/v1/completions",status="500"} 1.0'
+    assert counted in quiet.get("/metrics").text
+
+
 def test_metrics_count_requests_by_known_paths_only(client):
     for path in ("/nothing", "/v1/models/a", "/v1/models/b", "/health"):
         client.get(path)

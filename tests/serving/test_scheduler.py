@@ -19,12 +19,18 @@ def compiling():
     pace = Pace(slots=2, max_length=16, rows=2, piece=4)
     scheduler = Scheduler(Ensemble(bag_of_words(2, 16)), disclosure, (), pace)
     over = threading.Event()
-    scheduler.reader.compile = lambda **_: over.wait(60)
+
+    def compile(**_):
+        over.wait(60)
+        raise InterruptedError("the test is over")
+
+    scheduler.reader.compile = compile
     scheduler.start()
     try:
         yield scheduler
     finally:
         over.set()
+        scheduler._thread.join(10)
 
 
 def ask(scheduler):

@@ -45,6 +45,22 @@ def test_the_description_and_the_check_agree(body):
             schema.parse(body, LIMITS, chat=False)
 
 
+@pytest.mark.parametrize("chat", [False, True])
+def test_any_field_may_hold_any_kind_of_value(chat):
+    ground = {"messages": [{"role": "user", "content": "a"}]} if chat else {"prompt": "a"}
+    few = [None, True, -1, 10**30, 0.5, 1e308, "", "a", "\ud800", [], {}, [[]], [{}], {"": 1}]
+    many = [dict.fromkeys(map(str, range(20)), 1), [1] * 200, [None] * 9, {"type": {}}, [1, "a"]]
+    for name in schema.request_model(LIMITS, chat=chat).model_fields:
+        for value in few + many:
+            told = ""
+            try:
+                schema.parse(ground | {name: value}, LIMITS, chat=chat)
+            except BadRequestError as error:
+                told = f"{error.param}: {error}"
+            assert not told.startswith("None")
+            assert len(told) < 250
+
+
 def test_fields_left_out_have_openais_defaults():
     asked = schema.parse({"prompt": "a"}, LIMITS, chat=False)
     assert (asked.n, asked.max_tokens, asked.temperature, asked.top_p) == (1, 16, 1.0, 1.0)
