@@ -23,6 +23,7 @@ from logitjax import models, training
 from logitjax.models import load_config, load_model, save_pretrained
 from logitjax.models._hf_config import config_to_hf
 from logitjax.ops.sharding import ShardingRules
+from logitjax.storage._safetensors import SafetensorsSource
 from tests.models._checkpoints import tensors, write_checkpoint
 from tests.models._configs import HF_CONFIGS
 
@@ -271,6 +272,24 @@ def test_another_type_costs_a_piece_at_a_time(tmp_path, monkeypatch, module):
     assert read.dtype == ml_dtypes.bfloat16
     assert peak < 1.3 * read.nbytes
     np.testing.assert_array_equal(read, values.astype(ml_dtypes.bfloat16))
+
+
+def test_rows_of_a_tensor_without_numbers_are_counted(tmp_path):
+    path = tmp_path / "model.safetensors"
+    safetensors.numpy.save_file({"x": np.zeros((5, 0, 3), np.float32)}, path)
+    source = SafetensorsSource(path)
+    assert source.read("x", slice(1, 3)).shape == (2, 0, 3)
+    assert source.read("x", slice(4, 2)).shape == (0, 0, 3)
+
+
+def test_sampling_is_as_transformers_takes_it_where_a_file_says_nothing(llama, tmp_path):
+    shutil.copytree(llama, tmp_path / "m")
+    said = tmp_path / "m" / "generation_config.json"
+    said.write_text('{"do_sample": true}')
+    plain = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0}
+    assert models.load_sampling(str(tmp_path / "m")) == plain | {"repetition_penalty": 1.0}
+    said.write_text("{}")
+    assert models.load_sampling(str(tmp_path / "m")) == {"repetition_penalty": 1.0}
 
 
 def test_a_decoder_inside_another_model_is_found(llama, tmp_path):

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import dataclasses
 import io
 import os
 import pathlib
@@ -113,6 +114,22 @@ def tensor(storage: tuple, offset, size, stride) -> bytes:
         assert mine in data
         data = data.replace(mine, theirs)
     return data
+
+
+def test_parts_of_a_storage_are_copies_and_counted_and_the_whole_is_neither(tmp_path, monkeypatch):
+    # Nothing may be copied.
+    limits = dataclasses.replace(_torch_checkpoint.guard.LIMITS, free_expansion=0)
+    monkeypatch.setattr(_torch_checkpoint.guard, "LIMITS", limits)
+    monkeypatch.setattr(_torch_checkpoint, "_SHARED", 0)
+    data = {"0": np.arange(4, dtype="f4").tobytes()}
+
+    def read(size):
+        content = tensor(("storage", FloatStorage, "0", "cpu", 4), 0, size, (1,))
+        return read_torch_checkpoint(archive(tmp_path / "t.pth", content, data))
+
+    np.testing.assert_array_equal(read((4,))["w"], np.arange(4))
+    with pytest.raises(ValueError, match="repeat their storages more than 0 bytes long"):
+        read((3,))
 
 
 @pytest.mark.parametrize(
