@@ -231,6 +231,11 @@ def _group_size(rest: str) -> int:
         return int(found[1])
     if found := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
         return len(found[1].split(","))
+    # By axes of a mesh, or a part of one: mesh['fsdp'=4,'data'=2] {'fsdp','data':(1)2}.
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
+        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2])
+        return math.prod(int(part or sizes[name]) for name, part in axes)
     return 1
 
 

@@ -377,6 +377,14 @@ def test_what_a_device_receives_and_what_leaves_its_slice():
     assert found.received == 2 * 4096 * 3 / 4 + 1024 * 3 / 4
 
 
+@pytest.mark.parametrize(("axes", "devices"), [("'fsdp'", 4), ("'fsdp','data'", 8)])
+def test_groups_that_are_named_by_axes_of_a_mesh(axes, devices):
+    groups = f"replica_groups=mesh['fsdp'=4,'data'=2,'tensor'=1] {{{axes}}}"
+    text = SENT_BETWEEN.replace("replica_groups={{0,1,2,3},{4,5,6,7}}", groups)
+    whole = 2 * 4096 * (1 - 1 / devices)
+    assert costs.collectives(text).received == whole + 1024 * 3 / 4
+
+
 def test_devices_that_repeat_the_work_of_others_do_not_count():
     mesh = training.make_mesh("data:2,fsdp:4")
 
