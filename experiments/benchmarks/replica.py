@@ -7,7 +7,8 @@ A small model over bytes, taught on Wikipedia, is served with log-probabilities 
 model of its shape behind them (``replica``). Beside it, with equal steps: the same with the
 teacher's directory in place of its server (``in process``), a head learned from nothing (``no
 head``), and text alone (``text only``). The first and the third read the same rows: the server is
-asked once for both. Perplexity is of held-out bytes, over the teacher's.
+asked once for both. Perplexity is of held-out bytes, over the teacher's. A run that was ended goes
+on.
 """
 
 import json
@@ -75,7 +76,12 @@ def run(options: _suite.Options) -> _suite.Result:
     arms = ARMS[:1] if smoke else ARMS
     found: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
     serving = (f"--top_logprobs={_TOKENS}", "--bias=none", "--decimals=2", "--max_length=256")
+    # What was read of a server is kept under its address.
+    port = root / "port.txt"
+    if port.exists():
+        serving += (f"--port={port.read_text()}",)
     with running(f"--model={teacher}", *serving) as (url, _):
+        port.write_text(url.rpartition(":")[2])
         _command(
             "audit",
             f"--url={url}",
