@@ -15,6 +15,7 @@ class Chip:
         kind: `tpu`, `gpu` or `cpu`.
         memory: Bytes that it holds; 0 where it is not known.
         flops: Operations a second in bfloat16 at its peak; 0 where it is not known.
+        hbm: Bytes a second that it reads of its own memory; 0 where it is not known.
         bandwidth: Bytes a second that it takes in from its slice or node; 0 where it is not known.
         between: Bytes a second that it takes in from other slices; 0 where it is not known.
         topology: The slice, as JAX names it, for TPUs.
@@ -26,6 +27,7 @@ class Chip:
     kind: str
     memory: float
     flops: float
+    hbm: float = 0.0
     bandwidth: float = 0.0
     between: float = 0.0
     topology: str = ""
@@ -33,14 +35,16 @@ class Chip:
     count: int = 0
 
 
-# What the compilers have (TPUs, in GiB) and the makers' data sheets: dense bfloat16 peak, all links
-# of a chip in one direction, and its share of its host's network.
+# What the compilers have (TPUs, in GiB) and the makers' data sheets: dense bfloat16 peak, reads of
+# memory, all links of a chip in one direction, and its share of its host's network. A chip of TPU7x
+# is two devices; what its links take in, and what its compiler has, is not known here.
 _TPUS = {
-    "v5e": (15.75, 197e12, 200e9, 3.125e9),
-    "v5p": (95.74, 459e12, 600e9, 6.25e9),
-    "v6e": (31.25, 918e12, 400e9, 12.5e9),
+    "v5e": (15.75, 197e12, 819e9, 200e9, 3.125e9),
+    "v5p": (95.74, 459e12, 2765e9, 600e9, 6.25e9),
+    "v6e": (31.25, 918e12, 1638e9, 400e9, 12.5e9),
+    "tpu7x": (0.0, 1153.5e12, 3690e9, 0.0, 0.0),
 }
-_GPUS = {"h100": (80e9, 989e12, 450e9, 50e9), "h200": (141e9, 989e12, 450e9, 50e9)}
+_GPUS = {"h100": (80e9, 989e12, 3350e9, 450e9, 50e9), "h200": (141e9, 989e12, 4800e9, 450e9, 50e9)}
 
 
 def parse_chip(text: str, slices: int = 1) -> Chip:
@@ -56,7 +60,7 @@ def parse_chip(text: str, slices: int = 1) -> Chip:
     if slices != 1:
         raise ValueError(f"slices: expected 1, for only TPUs have them, got {slices}")
     if (name in _GPUS or name == "cpu") and (size.isdigit() or not size):
-        rates = _GPUS.get(name, (0.0, 0.0, 0.0, 0.0))
+        rates = _GPUS.get(name, (0.0, 0.0, 0.0, 0.0, 0.0))
         return Chip(name, "gpu" if name in _GPUS else "cpu", *rates, count=int(size or 0))
     known = ", ".join([*(f"{tpu}:TOPOLOGY" for tpu in _TPUS), *_GPUS, "cpu:COUNT"])
     raise ValueError(f"chip: expected one of {known}, got {text!r}")

@@ -34,6 +34,7 @@ _INSTRUCTION = re.compile(
     r"^\s+(?:ROOT )?%(?P<name>\S+) = (?P<type>\(.*?\)|\S+) (?P<kind>[a-z][a-z0-9-]*)\((?P<rest>.*)"
 )
 _BETWEEN = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 
 
@@ -86,12 +87,13 @@ def _jaxprs(params: Mapping[str, Any]) -> Iterator[Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """A line of HLO."""
+    """A line of HLO; `length` says how often a loop runs, where that could be read."""
 
     name: str
     type: str
     kind: str
     rest: str
+    length: int | None = None
 
     def called(self, *roles: str) -> list[str]:
         found = []
@@ -132,46 +134,31 @@ def collectives(text: str) -> Collectives:
     Args:
         text: What `compiled.as_text()` returns.
     """
-    computations, entry = _parse(text)
     calls: dict[str, int] = dict.fromkeys(KINDS, 0)
     sizes: dict[str, float] = dict.fromkeys(KINDS, 0.0)
     between: dict[str, list[float]] = {}
     unknown, received = 0, 0.0
-
-    def visit(name: str, times: int) -> None:
-        nonlocal unknown, received
-        for instruction in computations.get(name, ()):
-            kind = instruction.kind.removesuffix("-start")
-            # Between slices the compiler has the hosts send, whose runtime then sums or joins.
-            if found := instruction.kind == "send" and _BETWEEN.search(instruction.rest):
-                sent = between.setdefault(found[1].lower().replace("_", "-"), [0, 0.0])
-                sent[0] += times
-                sent[1] += times * _first_bytes(instruction)
-            elif kind in KINDS:
-                # The TPU compiler writes a reduce-scatter as an all-reduce that a fusion cuts.
-                if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
-                    kind = "reduce-scatter"
-                    size = _result_bytes(instruction)
-                else:
-                    size = _result_bytes(instruction)
-                    if kind == "reduce-scatter":
-                        size *= _group_size(instruction.rest)
-                calls[kind] += times
-                sizes[kind] += times * size
-                received += times * size * _received_share(kind, _group_size(instruction.rest))
-            elif instruction.kind == "while":
-                length = _trip_count(instruction, computations)
-                unknown += length is None
-                for body in instruction.called("body"):
-                    visit(body, times * (1 if length is None else length))
+    for name, instruction, times, _ in _executed(text):
+        kind = instruction.kind.removesuffix("-start")
+        # Between slices the compiler has the hosts send, whose runtime then sums or joins.
+        if found := instruction.kind == "send" and _BETWEEN.search(instruction.rest):
+            sent = between.setdefault(found[1].lower().replace("_", "-"), [0, 0.0])
+            sent[0] += times
+            sent[1] += times * _first_bytes(instruction)
+        elif kind in KINDS:
+            # The TPU compiler writes a reduce-scatter as an all-reduce that a fusion cuts.
+            if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
+                kind = "reduce-scatter"
+                size = _result_bytes(instruction)
             else:
-                roles = ("calls", "branch_computations", "true_computation", "false_computation")
-                if instruction.kind in ("call", "async-start"):
-                    roles += ("to_apply",)
-                for inner in instruction.called(*roles):
-                    visit(inner, times)
-
-    visit(entry, 1)
+                size = _result_bytes(instruction)
+                if kind == "reduce-scatter":
+                    size *= _group_size(instruction.rest)
+            calls[kind] += times
+            sizes[kind] += times * size
+            received += times * size * _received_share(kind, _group_size(instruction.rest))
+        elif instruction.kind == "while":
+            unknown += instruction.length is None
     return Collectives(
         {kind: count for kind, count in calls.items() if count},
         {kind: size for kind, size in sizes.items() if calls[kind]},
@@ -180,6 +167,46 @@ def collectives(text: str) -> Collectives:
         {kind: int(sent[0]) for kind, sent in between.items()},
         {kind: sent[1] for kind, sent in between.items()},
     )
+
+
+def estimated_cycles(text: str) -> float:
+    """What the TPU compiler thinks that a program takes, those of loops as often as they run.
+
+    It writes its estimate beside each fusion. What runs at the same time counts one after the
+    other, and copies that it starts early count nothing. Good for comparing programs of one chip.
+
+    Args:
+        text: What `compiled.as_text()` returns; 0 where no TPU compiler wrote it.
+    """
+    total = 0.0
+    for _, instruction, times, fused in _executed(text):
+        found = None if fused else _CYCLES.search(instruction.rest)
+        if found and instruction.kind != "while":
+            total += times * float(found[1])
+    return total
+
+
+def _executed(text: str) -> Iterator[tuple[str, Instruction, int, bool]]:
+    """Every instruction that runs: its computation, itself, how often, and whether it is fused."""
+    computations, entry = _parse(text)
+
+    def visit(name: str, times: int, fused: bool) -> Iterator[tuple[str, Instruction, int, bool]]:
+        for instruction in computations.get(name, ()):
+            if instruction.kind == "while":
+                length = _trip_count(instruction, computations)
+                instruction = dataclasses.replace(instruction, length=length)
+            yield name, instruction, times, fused
+            if instruction.kind == "while":
+                for body in instruction.called("body"):
+                    yield from visit(body, times * (1 if length is None else length), fused)
+                continue
+            roles = ("calls", "branch_computations", "true_computation", "false_computation")
+            if instruction.kind in ("call", "async-start"):
+                roles += ("to_apply",)
+            for inner in instruction.called(*roles):
+                yield from visit(inner, times, fused or instruction.kind == "fusion")
+
+    yield from visit(entry, 1, False)
 
 
 def _received_share(kind: str, group: int) -> float:
@@ -202,7 +229,9 @@ def _parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
             computations[name] = []
             entry = name if found[1] else entry
         elif found := _INSTRUCTION.match(line):
-            computations[name].append(Instruction(**found.groupdict()))
+            computations[name].append(
+                Instruction(found["name"], found["type"], found["kind"], found["rest"])
+            )
     return computations, entry
 
 

@@ -42,7 +42,7 @@ def linear_graph_fusion(
         where: `[*batch, positions]` boolean, the positions that count.
         config: weights and graph options.
         vocab_where: `[vocab]` boolean: True for the entries that exist.
-        blocks: sizes of the blocks; chosen from shapes and backend when None.
+        blocks: what may be held at a time; chosen from shapes and device when None.
         axis_name: mesh axis that splits the head's vocabulary, inside `jax.shard_map`.
         sequence_axis_name: mesh axis that splits positions, inside `jax.shard_map`.
 

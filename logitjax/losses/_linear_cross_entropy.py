@@ -43,10 +43,10 @@ def linear_cross_entropy(
         z_loss: `c`.
         temperature: divides the logits; positive; may be traced, but gets no gradient.
         vocab_where: `[vocab]` boolean: True for the entries that exist, as in a padded vocabulary.
-        weights: `[*batch]`. Gives the scalar `sum(weights * loss)` and forms gradients in the same
-            sweep as the value, so that nothing is computed twice. A position of weight 0 counts for
-            nothing whatever its label.
-        blocks: sizes of the blocks; chosen from shapes and backend when None.
+        weights: `[*batch]`. Gives the scalar `sum(weights * loss)`, whose gradients are formed in
+            the same sweep as the value where memory allows (see `Blocks`), so that nothing is
+            computed twice. A position of weight 0 counts for nothing whatever its label.
+        blocks: what may be held at a time; chosen from shapes and device when None.
         axis_name: inside `jax.shard_map` with the head's vocabulary split over this mesh axis: that
             axis. Labels count over the whole vocabulary.
 

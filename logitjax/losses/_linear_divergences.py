@@ -52,10 +52,10 @@ def linear_kl_divergence(
         direction: 'forward' for KL(teacher || student), 'reverse' for KL(student || teacher).
         temperature: `T`, positive; may be traced, but gets no gradient.
         vocab_where: `[vocab]` boolean: True for the entries that exist in both.
-        weights: `[*batch]`. Gives the scalar `sum(weights * loss)` and forms gradients in the same
-            sweep as the value: four matmuls in place of six. A position of weight 0 counts for
-            nothing.
-        blocks: sizes of the blocks; chosen from shapes and backend when None.
+        weights: `[*batch]`. Gives the scalar `sum(weights * loss)`, whose gradients are formed in
+            the same sweep as the value where memory allows (see `Blocks`): four matmuls in place of
+            six. A position of weight 0 counts for nothing.
+        blocks: what may be held at a time; chosen from shapes and device when None.
         axis_name: inside `jax.shard_map` with both heads' vocabulary split over this mesh axis:
             that axis.
 

@@ -64,7 +64,7 @@ def linear_readout(
         top_k: asks for `statistics` with so many entries, exact, ties lowest id first.
         temperature: divides the logits.
         vocab_where: `[vocab]` boolean: True for the entries that exist; the others are `-inf`.
-        blocks: sizes of the blocks; chosen from shapes and backend when None.
+        blocks: what may be held at a time; chosen from shapes and device when None.
         axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that axis;
             ids count over the whole vocabulary.
 

@@ -131,7 +131,7 @@ def linear_sparse_kl_divergence(
         vocab_where: `[vocab]` boolean: True for the entries that exist.
         weights: `[*batch]`. Gives the scalar `sum(weights * loss)` and forms gradients in the same
             sweep as the value. A position of weight 0 counts for nothing.
-        blocks: sizes of the blocks; chosen from shapes and backend when None.
+        blocks: what may be held at a time; chosen from shapes and device when None.
         axis_name: mesh axis that splits the head's vocabulary, inside `jax.shard_map`.
 
     Returns:

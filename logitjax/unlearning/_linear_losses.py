@@ -34,7 +34,7 @@ def linear_uniform_kl(
         head: a `logitjax.losses.Head`, or a kernel alone; entries whose bias is `-inf` do not
             exist.
         vocab_where: `[vocab]` boolean: True for the entries that exist.
-        blocks: sizes of the blocks; chosen from shapes and backend when None.
+        blocks: what may be held at a time; chosen from shapes and device when None.
         axis_name: inside `jax.shard_map` with the head's vocabulary split over this mesh axis: that
             axis.
 

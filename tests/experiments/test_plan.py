@@ -183,6 +183,14 @@ def test_the_tpu_compilers_way_to_write_them():
     }
 
 
+def test_estimated_cycles_count_a_loop_as_often_as_it_runs_and_nothing_inside_a_fusion():
+    estimate = ', backend_config={"window_config":{"estimated_cycles":"%d"}}'
+    text = re.sub("calls=%all-reduce-scatter.1", r"\g<0>" + estimate % 7, TPU_TEXT)
+    text = re.sub("(?<=replica_groups=){{0,2},{1,3}}", r"\g<0>" + estimate % 1000, text)
+    assert costs.estimated_cycles(text) == 40 * 7
+    assert costs.estimated_cycles(TPU_TEXT) == 0
+
+
 def test_chips():
     assert chips.parse_chip("v5p:4x4x8").topology == "v5p:4x4x8"
     assert chips.parse_chip("h100").memory == 80e9

@@ -484,12 +484,15 @@ def test_the_gradient_of_weights_is_the_losses_and_zero_where_a_silent_one_is_no
     labels, weights = np.array([1, 0, -100]), np.float32([0.5, 0.0, 0.0])
     head = losses.Head(FLAT, np.float32([0.0, 1.0, 2.0]), 0)
 
-    def loss(weights):
-        return losses.linear_cross_entropy(np.repeat(ONE, 3, 0), head, labels, weights=weights)
+    def loss(weights, engine):
+        blocks = losses.Blocks(engine=engine)
+        hidden = np.repeat(ONE, 3, 0)
+        return losses.linear_cross_entropy(hidden, head, labels, weights=weights, blocks=blocks)
 
     log_z = np.log(np.exp(np.arange(3.0)).sum())
-    gradient = jax.jit(jax.grad(loss))(weights)
-    np.testing.assert_allclose(gradient, [log_z - 1, log_z, 0.0], rtol=1e-6)
+    both = jax.jit(lambda weights: [jax.grad(loss)(weights, engine) for engine in ("rows", "scan")])
+    for gradient in both(weights):
+        np.testing.assert_allclose(gradient, [log_z - 1, log_z, 0.0], rtol=1e-6)
 
 
 def test_labels_and_ids_outside_the_vocabulary_have_no_number_in_a_readout():

@@ -62,8 +62,13 @@ def _unreduced(hidden, head, axis_name=None):
     return (values * WEIGHTS).sum()
 
 
-def _scalar(hidden, head):
-    return sweep.run(Entropy(), hidden, head, blocks=BLOCKS, weights=WEIGHTS)[0]
+def _scalar(hidden, head, engine=None):
+    blocks = dataclasses.replace(BLOCKS, engine=engine)
+    return sweep.run(Entropy(), hidden, head, blocks=blocks, weights=WEIGHTS)[0]
+
+
+def _scanned(hidden, head):
+    return _scalar(hidden, head, "scan")
 
 
 def _close(got, want):
@@ -72,7 +77,7 @@ def _close(got, want):
 
 def test_a_statistic_of_ones_own_runs_in_both_forms_and_over_a_split_vocabulary():
     want = jax.jit(jax.value_and_grad(_dense, (0, 1)))(HIDDENS, HEAD)
-    for form in (_unreduced, _scalar):
+    for form in (_unreduced, _scalar, _scanned):
         _close(jax.jit(jax.value_and_grad(form, (0, 1)))(HIDDENS, HEAD), want)
     mesh = jax.make_mesh((4,), ("tensor",), (AxisType.Auto,), devices=jax.devices()[:4])
     split = jax.shard_map(

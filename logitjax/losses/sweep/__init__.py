@@ -17,10 +17,16 @@ where it belongs.
 `run` does this for any statistic, and `logitjax.losses.linear_...` are such calls. It composes with
 `jit`, `grad`, `vmap` and `shard_map`. Nothing crosses positions, so a batch split over devices
 costs nothing; of a split vocabulary every shard sweeps its own columns and `Statistic.reduce` joins
-their states, once a sweep. With `weights` the weighted sum of the losses and its gradient come out
-of one sweep: the logits of a few hundred positions are kept over the whole vocabulary, just long
-enough to turn them into their gradient. A statistic may ask for several passes where its terms need
-a normaliser first. The head and its teacher's are `Head`s; `Blocks` are the sizes of blocks.
+their states, once a sweep. A statistic may ask for several passes where its terms need a normaliser
+first. The head and its teacher's are `Head`s.
+
+That engine is `scan`: a block of columns stays while its positions go by, so that the gradient of
+these columns is summed up in float32 and cast once. With the weights of the positions known there
+is `rows` as well: the weighted sum of the losses and its gradient come out of one sweep, the logits
+of some positions being kept over the whole vocabulary just long enough to turn them into their
+gradient. That is a product a logit less, for a gradient of the whole head in float32. `Blocks`
+holds the sizes of the blocks, the engine, and the rule that chooses them for a device and a budget
+of memory.
 
 A statistic of one's own: the entropy of the next token, with its gradient `-p (log p + H)`.
 

@@ -1,70 +1,217 @@
-"""How much of the logits a sweep holds at a time."""
+"""How much of the logits a sweep holds at a time, and which engine does: a rule of a few lines."""
 
 import dataclasses
 import math
+from typing import Any, Literal, NamedTuple
 
 import jax
 
-# Elements of logits that a block may hold. On CPU a block should stay near the caches; on an
-# accelerator it should be large enough that a matmul fills the chip.
-_BLOCK_ELEMENTS = {"cpu": 2**22}
-_BLOCK_ELEMENTS_ELSEWHERE = 2**26
-# The scalar form keeps whole rows of logits for so many elements, and never fewer than these rows:
-# each block of them reads the heads and reads and writes the head's gradient once.
-_ROW_ELEMENTS = {"cpu": 40_000_000}
-_ROW_ELEMENTS_ELSEWHERE = 2**28
-_LEAST_ROWS = 256
+Engine = Literal["rows", "scan"]
+
+# CPU: a block should stay near the caches. With weights whole rows of logits are kept for so many
+# elements, and never fewer than these rows: each block of them reads the heads and reads and writes
+# the head's gradient once.
+_CPU_BLOCK_ELEMENTS = 2**22
+_CPU_ROW_ELEMENTS = 40_000_000
+_CPU_LEAST_ROWS = 256
+# TPU and GPU: a block of this many rows turns each byte of a bfloat16 head into as many products,
+# above the ridge of every chip (560 a byte on v6e); fewer rows wait for memory.
+_LEAST_ROWS = 1024
+# More rows than that save no more time.
+_MOST_ROWS = 4096
+# Each block of columns reads all hidden states, and reads and writes their gradient in float32:
+# 2,048 columns are 1,200 products for each of these bytes, twice the ridge of any chip.
+_LEAST_COLUMNS = 2048
+_MOST_COLUMNS = 8192
+# Blocks of another number of rows lie across the tiles of an array, which costs copies.
+_TILE = 128
+# Of a budget, for what the sizes of arrays do not tell.
+_RESERVE = 0.1
+# A tenth of a small problem's logits is less than what is worth saving.
+_LEAST_BUDGET = 64 * 2**20
+
+
+class Sizes(NamedTuple):
+    """What a rule is asked about, on one device.
+
+    Attributes:
+        batch: shape of the positions.
+        vocab: entries of the vocabulary.
+        widths: entries of a hidden state: the student's, and a teacher's.
+        weighted: whether the weights of the positions are known.
+        platform: `cpu`, `tpu` or `gpu`.
+    """
+
+    batch: tuple[int, ...]
+    vocab: int
+    widths: tuple[int, ...]
+    weighted: bool
+    platform: str
+
+    @property
+    def positions(self) -> int:
+        return math.prod(self.batch)
+
+
+class Layout(NamedTuple):
+    """What a rule says: the engine, columns a block, positions of the last batch axis together."""
+
+    engine: Engine
+    columns: int
+    tokens: int | None  # None for all of them
 
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """Sizes of the blocks that a sweep visits; they change what it costs, never what it gives.
+    """What a sweep may hold at a time; it changes what a loss costs, never what it gives.
+
+    What is None follows from the shapes and from the device that the program is for: that of the
+    arrays' mesh, else of the mesh in use, else the default one.
+
+    | device   | weights | engine | because                                                        |
+    |----------|---------|--------|----------------------------------------------------------------|
+    | CPU      | known   | `rows` | one product a logit less; 256 rows do not wait for its memory  |
+    | TPU, GPU | known   | `rows` | where the budget has room for 1,024 rows, which feed a chip    |
+    | any      | any     | `scan` | otherwise: a gradient not known yet needs the logits once more |
 
     Attributes:
-        vocab: entries of the vocabulary; chosen from shape and backend when None.
-        tokens: positions along the last batch axis; likewise.
+        vocab: entries of the vocabulary that a block has.
+        tokens: positions along the last batch axis that it has.
+        engine: `rows` keeps the logits of some positions over the whole vocabulary, just long
+            enough to turn them into their gradient, and sums the head's gradient up in float32
+            over all of it; it needs the weights of the positions. A TPU's compiler holds that sum
+            twice. `scan` keeps a block of columns, whose gradient it sums up over the positions and
+            casts once, and forms each logit a second time for it.
+        memory_budget: bytes that a sweep may hold on a device beside the head's gradient, as near
+            as blocks can come to it; by default a tenth of all float32 logits of student and
+            teacher, and at least 64 MiB. Not asked on CPU, whose caches decide.
 
     Raises:
-        ValueError: a size is not positive.
+        ValueError: a size is not positive, or there is no such engine.
 
-    >>> Blocks(vocab=2048).columns(rows=512, vocab=50_000)
+    >>> Blocks(vocab=2048, tokens=512, engine="scan").vocab
     2048
     """
 
     vocab: int | None = None
     tokens: int | None = None
+    engine: Engine | None = None
+    memory_budget: int | None = None
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            size = getattr(self, field.name)
+        for name in ("vocab", "tokens", "memory_budget"):
+            size = getattr(self, name)
             if size is not None and size < 1:
-                raise ValueError(f"blocks.{field.name}: expected a positive size, got {size}")
+                raise ValueError(f"blocks.{name}: expected a positive size, got {size}")
+        if self.engine not in (None, "rows", "scan"):
+            raise ValueError(f"blocks.engine: expected 'rows' or 'scan', got {self.engine!r}")
 
-    def columns(self, rows: int, vocab: int) -> int:
-        """Columns a block that has `rows` positions or kernel rows, whichever are more."""
-        if self.vocab is not None:
-            return min(self.vocab, vocab)
-        budget = _BLOCK_ELEMENTS.get(jax.default_backend(), _BLOCK_ELEMENTS_ELSEWHERE)
-        most = max(512, budget // max(rows, 1))
-        # Equal blocks, so that the last one repeats few columns, and whole vector registers.
-        count = -(-vocab // most)
-        return min(vocab, -(-math.ceil(vocab / count) // 128) * 128)
+    def layout(self, sizes: Sizes) -> Layout:
+        """The rule.
 
-    def positions(self, batch: tuple[int, ...], vocab: int, *, scalar: bool) -> int | None:
-        """Positions along the last batch axis taken together; None for all of them."""
-        if self.tokens is not None:
-            return self.tokens
-        if not batch:
-            return None
-        lead = max(1, math.prod(batch[:-1]))
-        backend = jax.default_backend()
-        if scalar:
-            budget = _ROW_ELEMENTS.get(backend, _ROW_ELEMENTS_ELSEWHERE)
-            most = max(_LEAST_ROWS, budget // vocab)
+        Raises:
+            ValueError: `rows` is asked for and no weights are known.
+        """
+        if self.engine == "rows" and not sizes.weighted:
+            raise ValueError("blocks.engine: expected weights with 'rows', got none")
+        found = self._on_cpu(sizes) if sizes.platform == "cpu" else self._on_accelerator(sizes)
+        length = sizes.batch[-1] if sizes.batch else 1
+        columns = min(found.columns if self.vocab is None else self.vocab, sizes.vocab)
+        tokens = found.tokens if self.tokens is None else self.tokens
+        if tokens is not None and tokens >= length:
+            tokens = None
+        return Layout(found.engine, columns, tokens)
+
+    def _on_cpu(self, sizes: Sizes) -> Layout:
+        engine = self.engine or ("rows" if sizes.weighted else "scan")
+        if engine == "rows":
+            most = max(_CPU_LEAST_ROWS, _CPU_ROW_ELEMENTS // sizes.vocab)
         else:
-            most = _BLOCK_ELEMENTS.get(backend, _BLOCK_ELEMENTS_ELSEWHERE) // min(vocab, 512)
-        most = max(1, most // lead)
-        if batch[-1] <= most:
-            return None
-        count = -(-batch[-1] // most)
-        return -(-batch[-1] // count)
+            most = _CPU_BLOCK_ELEMENTS // min(sizes.vocab, 512)
+        tokens = self.tokens or _along_last_axis(sizes.batch, most)
+        rows = max(_together(sizes.batch, tokens), *sizes.widths)
+        columns = max(512, _CPU_BLOCK_ELEMENTS // max(rows, 1))
+        return Layout(engine, _equal_columns(sizes.vocab, columns), tokens)
+
+    def _on_accelerator(self, sizes: Sizes) -> Layout:
+        positions, vocab, width = sizes.positions, sizes.vocab, sizes.widths[0]
+        sides = len(sizes.widths)
+        budget = self.memory_budget
+        if budget is None:
+            budget = max(_LEAST_BUDGET, 4 * positions * vocab * sides // 10)
+        budget -= int(_RESERVE * budget)
+        # `rows`: the sum of the head's gradient before and after a block, of which one is allowed;
+        # the gradient of the hidden states in the type of the products; of each logit a float32
+        # and, of the student's, its gradient in that type.
+        fixed = 4 * width * vocab + 2 * positions * width
+        rows = max(0, budget - fixed) // ((4 * sides + 2) * vocab)
+        engine = self.engine
+        if engine is None:
+            enough = rows >= min(_LEAST_ROWS, positions)
+            engine = "rows" if sizes.weighted and enough else "scan"
+        if engine == "rows":
+            # Asked for by name it is for speed.
+            most = _MOST_ROWS if self.memory_budget is None else max(rows, _LEAST_ROWS)
+            tokens = self.tokens or _aligned(sizes.batch, min(most, _MOST_ROWS))
+            # One block of columns: nothing but the logits is kept, and each product is one.
+            return Layout(engine, vocab, tokens)
+        # `scan`: on its way there the logits of a block; on its way back the gradient of the last
+        # side's, which are never written, the hidden states once more, and their gradient in
+        # float32, which lies there twice where the positions are split.
+        there, back = budget // (4 * sides), budget - 6 * positions * width
+        columns = min(there, back // (4 * sides - 2)) // positions
+        tokens = self.tokens
+        if tokens is None and columns < _LEAST_COLUMNS and positions > _LEAST_ROWS:
+            back -= 4 * positions * width
+            most = min(there, back // (4 * sides - 2)) // _LEAST_COLUMNS
+            tokens = _aligned(sizes.batch, max(most, _LEAST_ROWS))
+        if tokens is not None:
+            columns = _LEAST_COLUMNS
+        columns = min(_MOST_COLUMNS, max(_LEAST_COLUMNS, columns))
+        return Layout(engine, _equal_columns(vocab, columns), tokens)
+
+
+def platform_of(*arrays: Any) -> str:
+    """What the program that is traced here will run on: `cpu`, `tpu` or `gpu`.
+
+    Programs are compiled for devices that are not there, so the arrays' own mesh goes before the
+    default device.
+    """
+    meshes = [jax.typeof(x).sharding.mesh for x in arrays]
+    for mesh in (*meshes, jax.sharding.get_abstract_mesh()):
+        if (device := mesh.abstract_device) is not None:
+            return device.platform
+    return jax.default_backend()
+
+
+def _together(batch: tuple[int, ...], tokens: int | None) -> int:
+    """Positions of a block: so many of the last axis, all of the others."""
+    length = batch[-1] if batch else 1
+    return math.prod(batch) // max(length, 1) * min(tokens or length, length)
+
+
+def _along_last_axis(batch: tuple[int, ...], most: int) -> int | None:
+    """Positions of the last axis that make blocks of at most so many; None for all of them."""
+    if not batch:
+        return None
+    most = max(1, most // max(1, math.prod(batch[:-1])))
+    # Equal blocks, so that the last one has little padding.
+    return None if batch[-1] <= most else -(-batch[-1] // -(-batch[-1] // most))
+
+
+def _aligned(batch: tuple[int, ...], most: int) -> int | None:
+    """The same in whole tiles of an accelerator, with no padding where there is a way."""
+    equal = _along_last_axis(batch, most)
+    if equal is None or equal < _TILE:
+        return equal
+    length, fewest = batch[-1], -(-batch[-1] // equal)
+    for count in range(fewest, 2 * fewest + 1):
+        if length % (count * _TILE) == 0:
+            return length // count
+    return equal // _TILE * _TILE
+
+
+def _equal_columns(vocab: int, most: int) -> int:
+    # Equal blocks, so that the last one repeats few columns, and whole vector registers.
+    count = -(-vocab // most)
+    return min(vocab, -(-math.ceil(vocab / count) // 128) * 128)

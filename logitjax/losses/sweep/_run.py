@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Bool, Float
 
 from logitjax import ops
-from logitjax.losses.sweep._blocks import Blocks
+from logitjax.losses.sweep._blocks import Blocks, Sizes, platform_of
 from logitjax.losses.sweep._engine import (
     Operands,
     Projection,
@@ -27,7 +27,7 @@ from logitjax.losses.sweep._engine import (
 )
 from logitjax.losses.sweep._head import Head
 from logitjax.losses.sweep._statistic import Statistic
-from logitjax.losses.sweep._weighted import run_weighted
+from logitjax.losses.sweep._weighted import run_weighted, weighted_sum
 from logitjax.ops import Array, AxisName, Number
 
 
@@ -47,9 +47,10 @@ def run(
     """Sum a statistic up over the vocabulary of a linear head, block by block.
 
     Differentiable by the hidden states and the head, in reverse mode; the gradient is once more, so
-    that `grad` of `grad` gives second derivatives. With the weights of the positions known, the
-    gradient is formed in the same sweep as the value and no logit is formed twice. A position whose
-    weight or cotangent is zero adds nothing, even where its hidden states are nan.
+    that `grad` of `grad` gives second derivatives. With the weights of the positions known and
+    memory for `rows` (see `Blocks`), the gradient is formed in the same sweep as the value and no
+    logit is formed twice. A position whose weight or cotangent is zero adds nothing, even where its
+    hidden states are nan.
 
     Args:
         statistic: what to sum up; static.
@@ -62,7 +63,7 @@ def run(
         temperature: divides all logits; may be traced, but gets no gradient.
         vocab_where: `[vocab]` boolean: True for the entries that exist.
         weights: `[*batch]`; a position of weight 0 counts for nothing.
-        blocks: sizes of the blocks; chosen from shapes and backend when None.
+        blocks: what may be held at a time; chosen from shapes and device when None.
         axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that axis.
 
     Returns:
@@ -124,29 +125,39 @@ def run(
             )
         weights = weights.astype(sum_dtype(sides[0]))
     sizes = Blocks() if blocks is None else blocks
+    platform = platform_of(operands.student.hidden, operands.student.head.kernel)
 
     def local(operands: Operands, weights: Array | None, axis_name: AxisName | None) -> Any:
         """Of the rows and columns that are here: all of them, or a device's."""
-        batch = operands.student.hidden.shape[:-1]
-        vocab = operands.student.head.vocab_size()
-        positions = sizes.positions(batch, vocab, scalar=weights is not None)
-        length = batch[-1] if batch else 1
-        together = math.prod(batch) // max(length, 1) * min(positions or length, length)
-        widths = [side.hidden.shape[-1] for side in operands.sides]
+        student, batch = operands.student, operands.student.hidden.shape[:-1]
+        layout = sizes.layout(
+            Sizes(
+                batch=batch,
+                vocab=student.head.vocab_size(),
+                widths=tuple(side.hidden.shape[-1] for side in operands.sides),
+                weighted=weights is not None,
+                platform=platform,
+            )
+        )
         varying = _varying((operands, weights), axis_name)
         config = Sweep(
             statistic=statistic,
-            block=sizes.columns(max(together, *widths), vocab),
-            token_block=positions,
+            block=layout.columns,
+            token_block=layout.tokens,
             axis_name=axis_name,
             varying=varying,
+            write_gradients=platform != "cpu",
         )
+        known = weights if layout.engine == "rows" else None
+        tokens = operands.tokens
         # Outside the custom rule, so that the transpose sums the gradients of replicated arrays.
-        operands, weights = jax.tree.map(lambda x: vary(x, varying), (operands, weights))
-        outputs = _on_explicit_mesh(config, operands, weights)
-        if axis_name is None:
+        operands, known = jax.tree.map(lambda x: vary(x, varying), (operands, known))
+        outputs = _on_explicit_mesh(config, operands, known)
+        if axis_name is not None:
+            outputs = jax.tree.map(lambda x: lax.psum(x, axis_name), outputs)
+        if weights is None or known is not None:
             return outputs
-        return jax.tree.map(lambda x: lax.psum(x, axis_name), outputs)
+        return weighted_sum(_losses(statistic, len(batch), outputs, tokens), weights), outputs
 
     if axis_name is None:
         outputs = _on_auto_mesh(local, operands, weights)

@@ -1,4 +1,4 @@
-"""The scalar form: with the weights of the positions known, one sweep gives value and gradients.
+"""The engine `rows`: with the weights of the positions known, one sweep gives value and gradients.
 
 Unreduced losses cannot do this, because their cotangents arrive only with the backward pass. Here
 the logits of a few positions are kept over the whole vocabulary, just long enough to turn them into
@@ -35,17 +35,35 @@ from logitjax.losses.sweep._engine import (
 from logitjax.losses.sweep._statistic import LogitBlock
 
 
+@jax.custom_vjp
+def weighted_sum(losses: jax.Array, weights: jax.Array) -> jax.Array:
+    """`sum(weights * losses)`; a weight of zero silences even an infinite or undefined loss."""
+    return jnp.sum(jnp.where(weights == 0, 0.0, losses * weights))
+
+
+def _weighted_sum_forward(losses: jax.Array, weights: jax.Array) -> Any:
+    return weighted_sum(losses, weights), (losses, weights)
+
+
+def _weighted_sum_backward(saved: Any, cotangent: jax.Array) -> Any:
+    losses, weights = saved
+    return cotangent * weights, cotangent * _slope_of_weights(losses, weights)
+
+
+weighted_sum.defvjp(_weighted_sum_forward, _weighted_sum_backward)
+
+
+def _slope_of_weights(losses: jax.Array, weights: jax.Array) -> jax.Array:
+    """The losses, those of silent positions only where they are numbers."""
+    return jnp.where((weights != 0) | jnp.isfinite(losses), losses, 0.0)
+
+
 def _value_only(sweep: Sweep, operands: Operands, weights):
     split = Split(sweep.token_block, operands.student.hidden.shape[:-1])
     tokens, place = split_operands(operands, split)
     outputs, _ = split.join(accumulate(sweep, operands, split, tokens, place))
     losses = sweep.statistic.losses(outputs, operands.tokens)
-    return first_shard(sweep, (_weighted_sum(losses, weights), outputs))
-
-
-def _weighted_sum(losses: jax.Array, weights: jax.Array) -> jax.Array:
-    """A weight of zero silences even an infinite or undefined loss."""
-    return jnp.sum(jnp.where(weights == 0, 0.0, losses * weights))
+    return first_shard(sweep, (weighted_sum(losses, weights), outputs))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -65,17 +83,15 @@ def _forward(sweep: Sweep, operands: Operands, weights: jax.Array):
 
     def positions(d_head, xs):
         losses, outputs, d_hidden, d_head = _one_block(sweep, place(xs[0]), xs[1], d_head)
-        return d_head, (losses, outputs, d_hidden)
+        # Whole here, so that only a block of them is ever held in float32.
+        return d_head, (losses, outputs, d_hidden.astype(student.hidden.dtype))
 
     start = sweep.vary(jax.tree.map(lambda x: jnp.zeros(x.shape, wide), student.head))
     d_head, per_token = split.each(positions, start, (tokens, split(weights)))
     losses, outputs, d_hidden = split.join(per_token)
-    total = first_shard(sweep, (_weighted_sum(losses, weights), outputs))
-    # The gradient of the weights: of what is silent only where it is a number.
-    losses = jnp.where((weights != 0) | jnp.isfinite(losses), losses, 0.0)
-    like = (student.hidden, student.head)
-    grads = jax.tree.map(lambda g, x: g.astype(x.dtype), (d_hidden, d_head), like)
-    return total, (grads, losses)
+    total = first_shard(sweep, (weighted_sum(losses, weights), outputs))
+    d_head = jax.tree.map(lambda g, x: g.astype(x.dtype), d_head, student.head)
+    return total, ((d_hidden, d_head), _slope_of_weights(losses, weights))
 
 
 def _one_block(sweep: Sweep, operands: Operands, weights, d_head):
@@ -124,7 +140,7 @@ def _one_block(sweep: Sweep, operands: Operands, weights, d_head):
         head = head_block(operands.student, start, sweep.block)
         raw = statistic.gradient(residuals, cotangents, block)
         raw = raw_gradient(operands, block, raw, counts)
-        d_hidden, block_head = head_and_hidden_gradient(operands, head, raw, d_hidden)
+        d_hidden, block_head = head_and_hidden_gradient(sweep, operands, head, raw, d_hidden)
         return (d_hidden, add_to_head(d_head, block_head, start)), None
 
     d_hidden = sweep.vary(jnp.zeros(operands.student.hidden.shape, dtype))

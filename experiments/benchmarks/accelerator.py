@@ -1,0 +1,240 @@
+"""Vocabulary losses compiled for TPUs that are not there: bytes, work, and the compiler's estimate.
+
+Cross-entropy and KL with their gradients in bfloat16, at 4096 x 1024 x 151,936 and
+32768 x 4096 x 128,256 (positions, hidden, vocabulary): dense, chunks of 1,024 positions under
+``jax.checkpoint``, tokamax's chunked form where it is installed (``pip install tokamax``), and ours
+by default, with the engine ``rows``, and unreduced; then ours over a mesh of 2 x 2, whose
+collectives are counted. Nothing runs: a TPU's compiler, which the extra ``plan`` brings on Python
+3.12 or newer, says what a program would hold and take. The smoke scale compiles for the CPU.
+
+``--only=v5p,kl,small`` compiles for one chip, one loss, one shape: names of `CHIPS`, `KINDS` and
+`SHAPES`, and ``mesh``. Columns: F is the work of one product of positions, hidden and vocabulary;
+the roofline's seconds are the longer of all products at the chip's peak and of reading arguments
+and writing results once; cycles are the TPU compiler's own, loops as often as they run.
+"""
+
+import functools
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from experiments.benchmarks import _suite
+from experiments.plan import chips, costs
+from logitjax import losses
+
+Shape = tuple[int, int, int]
+Loss = Callable[[Mapping[str, jax.Array]], jax.Array]
+
+SHAPES = {"small": (4096, 1024, 151936), "large": (32768, 4096, 128256)}
+SMOKE_SHAPES = {"smoke": (2048, 32, 8192)}
+KINDS = ("cross-entropy", "kl")
+CHIPS = {"v5e": "v5e:1x1", "v5p": "v5p:1x1x1", "v6e": "v6e:1x1", "tpu7x": "tpu7x:2x2x1"}
+MESH = "v5p:2x2x1"
+_CHUNK = 1024
+# Bars of the issue are about this chip.
+_BARS = "v5p"
+
+
+def _dense(kind: str, x: Mapping[str, jax.Array]) -> jax.Array:
+    logits = x["hidden"] @ x["head"]
+    if kind == "cross-entropy":
+        return losses.cross_entropy(logits, x["labels"])
+    teacher = jax.lax.stop_gradient(x["teacher_hidden"] @ x["teacher_head"])
+    return losses.kl_divergence(logits, teacher)
+
+
+def _chunked(kind: str, x: Mapping[str, jax.Array]) -> jax.Array:
+    rows = {name: x[name] for name in ("hidden", "teacher_hidden", "labels")}
+    heads = {name: x[name] for name in ("head", "teacher_head")}
+
+    @jax.checkpoint
+    def chunk(total: jax.Array, some: Mapping[str, jax.Array]) -> Any:
+        return total + _dense(kind, {**heads, **some}).sum(), None
+
+    chunks = jax.tree.map(lambda a: a.reshape(-1, _CHUNK, *a.shape[1:]), rows)
+    return jax.lax.scan(chunk, jnp.float32(0), chunks)[0] / len(x["hidden"])
+
+
+def _tokamax(kind: str, x: Mapping[str, jax.Array]) -> jax.Array:
+    import tokamax
+
+    return tokamax.linear_softmax_cross_entropy_loss(
+        x["hidden"], x["labels"], x["head"], reduction="mean", implementation="chunked_xla"
+    )
+
+
+def _ours(kind: str, x: Mapping[str, jax.Array], *, engine: Any, weighted: bool) -> jax.Array:
+    hidden, head = x["hidden"], x["head"]
+    options: dict[str, Any] = {"blocks": losses.Blocks(engine=engine)}
+    if weighted:
+        options["weights"] = jnp.full(len(hidden), 1 / len(hidden), jnp.float32)
+    if kind == "cross-entropy":
+        return losses.linear_cross_entropy(hidden, head, x["labels"], **options)
+    return losses.linear_kl_divergence(
+        hidden, head, x["teacher_hidden"], x["teacher_head"], **options
+    )
+
+
+def forms(kind: str) -> dict[str, Loss]:
+    """By name the losses that are compared, unreduced or their mean."""
+    found: dict[str, Loss] = {
+        "dense": functools.partial(_dense, kind),
+        "chunks + checkpoint": functools.partial(_chunked, kind),
+    }
+    if kind == "cross-entropy" and importlib.util.find_spec("tokamax"):
+        found["tokamax, chunked"] = functools.partial(_tokamax, kind)
+    ours = functools.partial(_ours, kind)
+    found["ours, default"] = functools.partial(ours, engine=None, weighted=True)
+    found["ours, rows"] = functools.partial(ours, engine="rows", weighted=True)
+    found["ours, unreduced"] = functools.partial(ours, engine=None, weighted=False)
+    return found
+
+
+def arguments(shape: Shape, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of the arrays, rows split over ``fsdp`` and heads over ``fsdp`` and ``tensor``."""
+    tokens, width, vocab = shape
+    rows, head = ((tokens, width), ("fsdp", None)), ((width, vocab), ("fsdp", "tensor"))
+    layouts: dict[str, Any] = {
+        "hidden": rows,
+        "head": head,
+        "teacher_hidden": rows,
+        "teacher_head": head,
+    }
+    layouts["labels"] = ((tokens,), ("fsdp",))
+    return {
+        name: jax.ShapeDtypeStruct(
+            size,
+            jnp.int32 if name == "labels" else jnp.bfloat16,
+            sharding=NamedSharding(mesh, PartitionSpec(*spec)),
+        )
+        for name, (size, spec) in layouts.items()
+    }
+
+
+def step(loss: Loss) -> Callable[..., Any]:
+    """Mean loss with its gradients by the hidden states and the head."""
+
+    def run(inputs: Mapping[str, jax.Array]) -> Any:
+        def mean(hidden: jax.Array, head: jax.Array) -> jax.Array:
+            return loss({**inputs, "hidden": hidden, "head": head}).mean()
+
+        return jax.value_and_grad(mean, (0, 1))(inputs["hidden"], inputs["head"])
+
+    return run
+
+
+def _compile(loss: Loss, shape: Shape, devices: Sequence[Any], sides: tuple[int, int]) -> Any:
+    """The traced and the compiled step on a mesh ``fsdp x tensor``."""
+    mesh = Mesh(np.array(devices).reshape(sides), ("fsdp", "tensor"), (AxisType.Auto,) * 2)
+    inputs = arguments(shape, mesh)
+    placed = (inputs["hidden"].sharding, inputs["head"].sharding)
+    whole = NamedSharding(mesh, PartitionSpec())
+    with jax.set_mesh(mesh):
+        traced = jax.jit(step(loss), out_shardings=(whole, placed)).trace(inputs)
+        return traced, traced.lower().compile()
+
+
+def _row(name: str, kind: str, shape: Shape, chip: chips.Chip, loss: Loss) -> dict[str, Any]:
+    traced, compiled = _compile(loss, shape, chips.devices_of(chip)[:1], (1, 1))
+    memory, flops = compiled.memory_analysis(), costs.matmul_flops(traced.jaxpr)
+    moved = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    row: dict[str, Any] = {"chip": chip.name, "loss": kind}
+    row |= {"T": shape[0], "H": shape[1], "V": shape[2], "form": name}
+    row["products, F"] = flops / (2.0 * shape[0] * shape[1] * shape[2])
+    row["temp MiB"] = memory.temp_size_in_bytes / 2**20
+    row["in and out MiB"] = moved / 2**20
+    if chip.flops:
+        row["roofline ms"] = 1e3 * max(flops / chip.flops, moved / chip.hbm)
+    row["Mcycles"] = costs.estimated_cycles(compiled.as_text()) / 1e6 or None
+    return row
+
+
+def _compare(rows: list[dict[str, Any]]) -> None:
+    """Each form beside dense, the rows of one chip, loss and shape."""
+    dense = next(row for row in rows if row["form"] == "dense")
+    for row in rows:
+        row["temp / dense"] = row["temp MiB"] / dense["temp MiB"]
+        if row["Mcycles"]:
+            row["cycles / dense"] = row["Mcycles"] / dense["Mcycles"]
+
+
+def _bars(rows: Sequence[Mapping[str, Any]]) -> list[_suite.Bar]:
+    bars = []
+    for row in rows:
+        if row["chip"] != _BARS or row["form"] not in ("ours, default", "ours, rows"):
+            continue
+        where = f"{row['loss']}, H={row['H']}, {row['form'].removeprefix('ours, ')}"
+        if row["form"] == "ours, default":
+            share = row["temp / dense"]
+            bars.append(_suite.Bar(name=f"{where}: temporaries / dense", value=share, limit=0.1))
+        # `rows` forms a logit once, `scan` twice, a teacher's too.
+        sides = 2 if row["loss"] == "kl" else 1
+        once = row["products, F"] < 2 + 1.5 * sides
+        most = 2 + sides * (1 if once else 2)
+        # The last block repeats columns of the one before.
+        work = row["products, F"] / most
+        bars.append(_suite.Bar(name=f"{where}: products / {most} F", value=work, limit=1.02))
+        if row["H"] == SHAPES["large"][1]:
+            limit, value = 1.1 if once else 1.3, row["cycles / dense"]
+            bars.append(_suite.Bar(name=f"{where}: cycles / dense", value=value, limit=limit))
+    return bars
+
+
+def _mesh_rows(shape: Shape, chip: chips.Chip, kinds: Sequence[str]) -> list[dict[str, Any]]:
+    """Collectives of a device where rows and heads are split over 2 x 2."""
+    rows = []
+    for kind in kinds:
+        for name, loss in forms(kind).items():
+            if not name.startswith("ours"):
+                continue
+            _, compiled = _compile(loss, shape, chips.devices_of(chip)[:4], (2, 2))
+            sent = costs.collectives(compiled.as_text())
+            row: dict[str, Any] = {"chip": f"{chip.name}, 2 x 2", "loss": kind}
+            row |= {"T": shape[0], "H": shape[1], "V": shape[2], "form": name}
+            row["temp MiB"] = compiled.memory_analysis().temp_size_in_bytes / 2**20
+            for collective in ("all-gather", "reduce-scatter", "all-reduce"):
+                row[f"{collective}s"] = sent.calls.get(collective, 0)
+                row[f"{collective} MiB"] = sent.bytes.get(collective, 0.0) / 2**20
+            rows.append(row)
+            logging.info("%s, %s over 2 x 2: done", kind, name)
+    return rows
+
+
+def run(options: _suite.Options) -> _suite.Result:
+    shapes: Mapping[str, Shape] = SMOKE_SHAPES if options.smoke else SHAPES
+    named = {"cpu": "cpu:1"} if options.smoke else CHIPS
+    parts = set(filter(None, options.only.split(",")))
+    groups = ({*CHIPS, "cpu", "mesh"}, set(KINDS), {*SHAPES, *SMOKE_SHAPES})
+    if unknown := parts - set().union(*groups):
+        raise ValueError(f"only: expected parts as in its help, got {', '.join(sorted(unknown))}")
+
+    def chosen(name: str) -> bool:
+        """Whether it was named, or nothing of its kind."""
+        group = next(group for group in groups if name in group)
+        return name in parts or not parts & group
+
+    kinds = [kind for kind in KINDS if chosen(kind)]
+    rows: list[dict[str, Any]] = []
+    for chip_name in filter(chosen, named):
+        chip = chips.parse_chip(named[chip_name])
+        chips.prepare(chip, "data:1")
+        for size in filter(chosen, shapes):
+            for kind in kinds:
+                found = []
+                for name, loss in forms(kind).items():
+                    found.append(_row(name, kind, shapes[size], chip, loss))
+                    logging.info("%s, %s, %s, %s: done", chip_name, kind, size, name)
+                _compare(found)
+                rows += found
+    bars = _bars(rows)
+    if not options.smoke and chosen("mesh"):
+        chip = chips.parse_chip(MESH)
+        chips.prepare(chip, "data:1")
+        rows += _mesh_rows(SHAPES["large"], chip, kinds)
+    return _suite.Result(rows=rows, bars=bars)
