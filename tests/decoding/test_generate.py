@@ -1,3 +1,4 @@
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -146,6 +147,15 @@ def test_sharded_equals_local(greedy):
     np.testing.assert_array_equal(out.tokens[:3], greedy.tokens)
     np.testing.assert_array_equal(out.tokens[3], greedy.tokens[0])
     np.testing.assert_allclose(out.logprobs[:3], greedy.logprobs, atol=1e-4)
+
+
+def test_a_cache_is_split_by_rows_and_by_heads():
+    mesh = training.make_mesh("data:2,fsdp:2,tensor:2")
+    engine = decoding.Engine(decoder(), slots=4, max_length=32, options=DecodeOptions(mesh=mesh))
+    split = {
+        name for leaf in jax.tree.leaves(engine.state.cache) for name in leaf.sharding.spec if name
+    }
+    assert split == {"data", "tensor"}
 
 
 @pytest.mark.parametrize("token", [-1, CONFIG.vocab_size, 2**40])
