@@ -139,6 +139,7 @@ def test_killed_anywhere_it_continues_bit_for_bit(text, tmp_path):
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
+@pytest.mark.every_change
 @pytest.mark.slow
 def test_a_served_model_is_replicated_from_its_answers_alone(text, tmp_path):
     """The head by `audit`, what it says by `distill`: two commands, nothing of the model itself."""
