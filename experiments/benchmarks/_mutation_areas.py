@@ -71,8 +71,7 @@ AREAS: Mapping[str, Area] = {
     "attention": Area(
         mutants=16,
         files={
-            # Families whose keys are rotated as they are read are of no other test.
-            "models/_attention": (*_DECODER, "models/test_families"),
+            "models/_attention": _DECODER,
             "models/_cache": _DECODER,
             "models/_rope": ("models/test_rope", "models/test_decoder"),
         },

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import chex
@@ -60,6 +61,26 @@ def test_packed_documents_do_not_see_each_other(name):
     out = run(model, packed, None, ids)
     np.testing.assert_allclose(out[:, :8], run(model, a), rtol=1e-5, atol=2e-6)
     np.testing.assert_allclose(out[:, 8:], run(model, b), rtol=1e-5, atol=2e-6)
+
+
+def test_a_cache_turns_its_keys_anew_when_a_row_outgrows_its_original_length():
+    """longrope: beyond 16 tokens all keys have the long factors, those read before them too.
+
+    One layer: what deeper ones have read before is of the short factors, as in transformers.
+    """
+    config = config_from_hf(HF_CONFIGS["phi4_mini_long"])
+    model = made(dataclasses.replace(config, num_layers=1))
+    graphdef, state = nnx.split(model)
+
+    @jax.jit
+    def in_two(state, tokens):
+        model = nnx.merge(graphdef, state)
+        _, cache = model.hidden_states(tokens[:, :10], cache=model.init_cache(2, 32))
+        hidden, _ = model.hidden_states(tokens[:, 10:], cache=cache)
+        return model.logits(hidden)
+
+    whole = run(model, TOKENS)[:, 10:]
+    np.testing.assert_allclose(in_two(state, TOKENS), whole, rtol=1e-5, atol=2e-6)
 
 
 def test_padding_changes_nothing_and_makes_no_nan():
