@@ -2,13 +2,15 @@
 
 `UNLEARNING_METHODS` are the methods that train a model's own weights (`make_unlearning_loss`). An
 `Assistant` is trained instead, by `make_assistant_loss`, and its logits are taken away while
-decoding (`paired_model`) or for good (`merge_by_distillation`). `unlearning.tofu` is the benchmark:
-its items, its measures and its logs.
+decoding (`paired_model`) or for good (`merge_by_distillation`). `Unlearning` does either on rows of
+one's own, and chooses without a retrained model. `unlearning.tofu` is the benchmark: its items, its
+measures and its logs.
 """
 
 from logitjax.unlearning import tofu as tofu
 from logitjax.unlearning._assistant import Assistant as Assistant
 from logitjax.unlearning._assistant_loss import make_assistant_loss as make_assistant_loss
+from logitjax.unlearning._deployed import Deployed as Deployed
 from logitjax.unlearning._linear_losses import linear_undial as linear_undial
 from logitjax.unlearning._linear_losses import linear_uniform_kl as linear_uniform_kl
 from logitjax.unlearning._losses import dpo as dpo
@@ -22,7 +24,24 @@ from logitjax.unlearning._method_loss import make_unlearning_loss as make_unlear
 from logitjax.unlearning._objective import UNLEARNING_METHODS as UNLEARNING_METHODS
 from logitjax.unlearning._objective import unlearning_objective as unlearning_objective
 from logitjax.unlearning._paired import paired_model as paired_model
+from logitjax.unlearning._questions import Questions as Questions
+from logitjax.unlearning._questions import fluency as fluency
+from logitjax.unlearning._round_weights import round_weights as round_weights
+from logitjax.unlearning._rows import Split as Split
+from logitjax.unlearning._rows import padded_rows as padded_rows
+from logitjax.unlearning._rows import read_rows as read_rows
+from logitjax.unlearning._rows import split_rows as split_rows
+from logitjax.unlearning._selection import Goal as Goal
+from logitjax.unlearning._selection import Limits as Limits
+from logitjax.unlearning._selection import share_interval as share_interval
 from logitjax.unlearning._targets import rmu as rmu
 from logitjax.unlearning._targets import rmu_direction as rmu_direction
 from logitjax.unlearning._targets import undial as undial
 from logitjax.unlearning._targets import uniform_kl as uniform_kl
+from logitjax.unlearning._unlearn import METHODS as METHODS
+from logitjax.unlearning._unlearn import Recipe as Recipe
+from logitjax.unlearning._unlearn import Unlearned as Unlearned
+from logitjax.unlearning._unlearn import Unlearning as Unlearning
+from logitjax.unlearning._unlearn import load_assistant as load_assistant
+from logitjax.unlearning._unlearn import save_assistant as save_assistant
+from logitjax.unlearning._unlearn import scaled as scaled

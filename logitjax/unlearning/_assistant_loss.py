@@ -16,7 +16,7 @@ from logitjax.unlearning._linear_losses import linear_assistant_objective
 def make_assistant_loss(
     base: Decoder,
     *,
-    retain_weight: float = 6.5,
+    retain_weight: float = 1.0,
     uniform: str = "answers",
     max_positions: int | None = None,
 ) -> tuple[LossFn, Any]:
@@ -37,7 +37,9 @@ def make_assistant_loss(
 
     Args:
         base: the `logitjax.unlearning.Assistant`'s, whose arrays are the large model's.
-        retain_weight: beta, 6.5 in the paper and 5 in its code.
+        retain_weight: beta, 6.5 in the paper and 5 in its code, with which a small assistant learns
+            silence first and little of what is to be forgotten; 0.5, 1 and 2 are alike
+            (docs/unlearning.md).
         uniform: where it has to be silent: where it would predict a token of an `'answers'`, or at
             `'all'` positions, prompt and padding included, as in the released code.
         max_positions: the most positions that count in any step, if that is known: the head, most

@@ -135,7 +135,7 @@ def rmu(
         mean_d (h_d - target_d)^2
 
     Args:
-        hidden: `[*batch, hidden]`, layer 7 of a 7B model as published.
+        hidden: `[*batch, hidden]`, after 8 of the 32 layers of a 7B model as published.
         target: `[hidden]`, or the shape of `hidden`; gets no gradient.
 
     Returns:
@@ -150,8 +150,9 @@ def rmu(
 
     References:
         Li et al., The WMDP benchmark, 2024 (arXiv 2403.03218), section 4; OpenUnlearning's `RMU`
-        (`EMBED_DIFF` is the retain term), which averages tokens within a sequence first, then
-        sequences.
+        (`EMBED_DIFF` is the retain term), which divides sums of sequences by counts of shape
+        `[batch, 1]`: the mean of all sums times the mean of all inverse counts, for answers of
+        different lengths neither a mean over tokens nor one over sequences.
     """
     hidden = checks.as_float(hidden, "hidden")
     target = lax.stop_gradient(as_losses(target, "target"))

@@ -45,7 +45,7 @@ def test_losses_from_hidden_states_are_those_of_logits():
             loss_fn = unlearning.make_unlearning_loss(
                 unlearning.UNLEARNING_METHODS[name],
                 model,
-                layer=1,
+                after_layers=1,
                 direction=direction,
                 most=None if more is None else {side: n + more for side, n in most.items()},
             )

@@ -14,7 +14,7 @@ from tests._modules import with_weights
 from tests.decoding._models import CONFIG, NEW, PROMPTS, decoder
 
 # Vocabulary of 64: a rate at which the filter changes some tokens and leaves others.
-DIFFERENCE = fusion.LogitDifference(alpha=0.9, rate=1e-3)
+DIFFERENCE = fusion.LogitDifference(alpha=0.9, filter="clean", rate=1e-3)
 
 
 @pytest.fixture(scope="module")
