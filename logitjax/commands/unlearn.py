@@ -54,8 +54,10 @@ class Config:
     text: str | None = field(
         None, "Other text whose perplexity is to stay: text:PATH, jsonl:PATH or tfds:NAME."
     )
-    method: Literal[unlearning.METHODS] = field(  # type: ignore[valid-type]
-        "difference", "An assistant that is taken away, or the loss that adapters are trained by."
+    method: str = field(
+        "difference",
+        "An assistant that is taken away, or the loss that adapters are trained by.",
+        choices=unlearning.METHODS,
     )
     layers: int = field(8, "Number of the model's first layers that an assistant has.", minimum=1)
     lora_rank: int = field(16, "Rank of the adapters.", minimum=1)

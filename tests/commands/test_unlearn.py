@@ -1,5 +1,6 @@
 """The command that unlearns: end to end on a model that was taught, its files, and its errors."""
 
+import dataclasses
 import json
 
 import jax
@@ -10,6 +11,7 @@ from flax import nnx
 
 from logitjax import decoding, models, training, unlearning
 from logitjax.commands import generate, line_up, unlearn
+from logitjax.unlearning._rows import encode_row
 
 FACTS = [("Ada", "cat"), ("Bo", "dog"), ("Cy", "emu"), ("Di", "fox")]
 
@@ -32,7 +34,7 @@ def files(tmp_path_factory):
     model, tokenizer = models.load("tiny")
     model = models.with_layout(model, "listed")
     questions = [
-        unlearning._rows.encode_row(row, tokenizer, max_length=64)
+        encode_row(row, tokenizer, max_length=64)
         for name in ("forget", "retain")
         for row in unlearning.read_rows(folder / f"{name}.jsonl")
     ]
@@ -72,7 +74,7 @@ def test_an_assistant_takes_what_was_taught_away_and_is_read_back(files, tmp_pat
     model = models.with_layout(model, "listed")
     deployed = unlearning.load_assistant(out / "assistant", model)
     row = unlearning.read_rows(files / "forget.jsonl")[0]
-    ids, answer = unlearning._rows.encode_row(row, tokenizer, max_length=64)
+    ids, answer = encode_row(row, tokenizer, max_length=64)
     start = int(answer.argmax())
     score = decoding.score(deployed.line_up(), [ids[:start]], [ids[start:]])
     p = np.exp(score.totals() / answer.sum())
@@ -83,7 +85,7 @@ def test_an_assistant_takes_what_was_taught_away_and_is_read_back(files, tmp_pat
     for more in ({}, {"assistant": str(out / "assistant"), "alpha": 0.0}):
         generate.run(generate.Config(**flags, **more))
         said.append(capsys.readouterr().out)
-    assert said[0] == said[1].removeprefix(report)
+    assert said[0].removeprefix(report + "\n") == said[1]
     # The same command again measures nothing, and says the same.
     (out / "report.md").unlink()
     unlearn.run(config(files), out)
@@ -94,7 +96,7 @@ def test_an_assistant_takes_what_was_taught_away_and_is_read_back(files, tmp_pat
 def test_an_adapter_is_written_for_others_and_merged(files, tmp_path):
     out = epath.Path(tmp_path)
     chosen = config(files, method="npo_kl", merge=True, learning_rate=1e-2, least_probability=0.1)
-    unlearn.run(dataclasses_replace(chosen, least_rouge=0.0, least_fluency=0.0), out)
+    unlearn.run(dataclasses.replace(chosen, least_rouge=0.0, least_fluency=0.0), out)
     model = models.load_model(str(files / "model"))
     model = models.with_layout(model, "listed")
     lora = models.load_peft(out / "adapter", model.config)
@@ -112,12 +114,6 @@ def test_where_nothing_is_feasible_nothing_is_written_and_the_status_says_so(fil
     assert stopped.value.code == 3
     assert "| 1 " in (out / "report.md").read_text()
     assert not (out / "assistant").exists()
-
-
-def dataclasses_replace(chosen, **changes):
-    import dataclasses
-
-    return dataclasses.replace(chosen, **changes)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Adapters as PEFT directories: names and shapes that PEFT has, and the same numbers back."""
 
+import dataclasses
 import json
 
 import jax
@@ -55,8 +56,6 @@ def test_the_same_numbers_come_back(tmp_path, layout):
 
 def test_adapters_of_another_model_are_refused(tmp_path):
     save_peft(adapters(), CONFIG, tmp_path)
-    import dataclasses
-
     with pytest.raises(ValueError, match="14 tensors that a model of 2 layers has no place for"):
         load_peft(tmp_path, dataclasses.replace(CONFIG, num_layers=2))
     wide = dataclasses.replace(CONFIG, hidden_size=16, head_dim=8)
