@@ -91,15 +91,7 @@ def _drawn(address: str, truth: np.ndarray, smoke: bool, values: bool) -> dict[s
 
 def _forced(address: str, truth: np.ndarray, smoke: bool, values: bool) -> dict[str, int]:
     policy = LogitPolicy(top_k=TOP if values else 0, sampled=True, bias="sampling")
-    wanted = np.arange(0, VOCAB, 20 if smoke else 1)
-    return _attack(
-        address,
-        policy,
-        lambda oracle: leakage.recover_log_probs(oracle, _PROMPT, VOCAB, tokens=wanted).log_probs[
-            wanted
-        ],
-        truth[wanted],
-    )
+    return _by_bias(address, policy, truth, np.arange(0, VOCAB, 20 if smoke else 1))
 
 
 def _lifted(address: str, truth: np.ndarray, smoke: bool, values: bool) -> dict[str, int]:
@@ -107,14 +99,19 @@ def _lifted(address: str, truth: np.ndarray, smoke: bool, values: bool) -> dict[
     if not values:
         return {"right": 0, "of": len(wanted), "queries": 0}
     policy = LogitPolicy(top_k=TOP, bias="reported", decimals=7)
-    return _attack(
-        address,
-        policy,
-        lambda oracle: leakage.recover_log_probs(oracle, _PROMPT, VOCAB, tokens=wanted).log_probs[
-            wanted
-        ],
-        truth[wanted],
-    )
+    return _by_bias(address, policy, truth, wanted)
+
+
+def _by_bias(
+    address: str, policy: LogitPolicy, truth: np.ndarray, wanted: np.ndarray
+) -> dict[str, int]:
+    """One token after another is lifted by a bias until its log-probability is told."""
+
+    def recovered(oracle: HttpOracle) -> np.ndarray:
+        found = leakage.recover_log_probs(oracle, _PROMPT, VOCAB, tokens=wanted)
+        return found.log_probs[wanted]
+
+    return _attack(address, policy, recovered, truth[wanted])
 
 
 def _searched(address: str, truth: np.ndarray, smoke: bool, values: bool) -> dict[str, int]:
