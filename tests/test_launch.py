@@ -239,6 +239,48 @@ def test_xpk():
     assert "set DEVICE" in call("xpk.sh", "create", "n", "true", code=1, **cluster)
 
 
+# The options of xpk 1.16.0's `workload` that its own parser takes, those it needs marked by `!`.
+XPK = {
+    "create": "command! workload! cluster! zone project tpu-type num-slices docker-image priority "
+    "max-restarts restart-on-exit-codes env",
+    "list": "cluster! zone project",
+    "delete": "cluster! workload zone project",
+}
+
+
+@pytest.mark.parametrize(
+    ("verb", "status", "answer"),
+    [
+        ("create", 0, "[XPK] Exiting XPK cleanly"),
+        ("create", 1, "[XPK] fusion already exists, XPK will not create this workload."),
+        ("list", 1, "[XPK] Get Cluster Credentials returned ERROR 1"),
+        ("delete", 0, "[XPK] Exiting XPK cleanly"),
+    ],
+)
+def test_xpk_takes_the_commands_and_what_it_answers_is_handed_on(tmp_path, verb, status, answer):
+    options = "\n".join(
+        f"parser.add_argument('--{name.rstrip('!')}', required={name.endswith('!')})"
+        for name in XPK[verb].split()
+    )
+    (tmp_path / "xpk").write_text(
+        f"""#!{sys.executable}
+import argparse, sys
+parser = argparse.ArgumentParser(allow_abbrev=False)
+parser.add_argument("words", nargs=2)
+{options}
+assert parser.parse_args().words == ["workload", {verb!r}]
+print({answer!r}, file=sys.stderr)
+sys.exit({status})
+"""
+    )
+    (tmp_path / "xpk").chmod(0o755)
+    variables = dict(CLUSTER="pods", ZONE="z", PROJECT="p", DEVICE="v5p-256", IMAGE="i")
+    words = {"create": ["fusion", "train", "--x=1"], "list": [], "delete": ["fusion"]}[verb]
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    said = call("xpk.sh", verb, *words, code=status, PATH=path, **variables)
+    assert status == 0 or answer in said
+
+
 def test_slurm():
     (command,) = dry(
         "slurm.sbatch", "python", "-m", "x", "--prompt=two words", SRUN_OPTIONS="-l -K"
@@ -401,6 +443,15 @@ trap 'echo noise >&2; exit 143' TERM; while true; do sleep 0.05; done"""
     assert "[0] noise" in said
     last = said.splitlines()[-1]
     assert last == "local: process 1 ended first, with status 75: error: disk full"
+
+
+def test_local_says_last_which_process_was_killed():
+    killed = """
+if test "$JAX_PROCESS_ID" = 1; then kill -KILL $$; fi
+trap 'echo "error: process 1 is gone" >&2; exit 75' TERM; while true; do sleep 0.05; done"""
+    said = call("local.sh", "2", "1", "bash", "-c", killed, GRACE="5", code=137)
+    last = said.splitlines()[-1]
+    assert last == "local: process 1 ended first, with status 137: it was killed"
 
 
 def test_local_ends_within_its_grace_when_told_to(tmp_path):

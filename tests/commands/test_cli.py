@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import os
 import subprocess
 import sys
 
@@ -156,10 +157,15 @@ def test_an_error_is_one_line_and_its_status_says_whether_to_start_again(
     assert not (tmp_path / "lock").exists()
 
 
+@pytest.mark.parametrize(
+    "spoil",
+    [lambda path: path.mkdir(), lambda path: os.symlink("/dev/full", path)],
+    ids=["unwritable", "full"],
+)
 @pytest.mark.usefixtures("ended")
-def test_a_disk_that_takes_no_details_does_not_hide_the_first_error(tmp_path, capsys):
+def test_a_disk_that_takes_no_details_does_not_hide_the_first_error(tmp_path, capsys, spoil):
     def run(config, workdir):
-        (workdir / "error.txt").mkdir()
+        spoil(workdir / "error.txt")
         raise OSError(errno.EIO, "Input/output error")
 
     run.__module__ = __name__
