@@ -779,8 +779,10 @@ ELSEWHERE = {
         kernels.largest_ids""",
     "tests/test_classifier_inputs.py": """
         few_shot.FewShotTask few_shot.Inputs few_shot.Method few_shot.Recipe few_shot.batch_order
-        few_shot.best_setting few_shot.fit few_shot.sweep few_shot.FeatureCache few_shot.Features
+        few_shot.best_setting few_shot.train few_shot.sweep few_shot.FeatureCache few_shot.Features
         few_shot.extract_features vision.Encoder data.ImageSet data.load_images""",
+    "tests/commands/test_few_shot.py": """
+        few_shot.Candidate few_shot.FittedHead few_shot.Pictures few_shot.fit""",
     "values that functions above take or give; what they refuse is tested beside them": """
         ops.Static losses.Blocks losses.Head losses.Readout losses.GraphStatistics
         distillation.FusionTeacher distillation.GraphConfig distillation.GraphFusionConfig
@@ -829,6 +831,7 @@ ELSEWHERE = {
         serving.Key serving.Listening serving.ServerConfig serving.build_app serving.read_keys
         serving.run_server
         vq.HiddenCache vq.convert_head vq.load_head vq.save_head few_shot.choose_rows
+        few_shot.candidates few_shot.load few_shot.read_pictures
         few_shot.encoder_views few_shot.sweep_program decoding.Engine decoding.generate
         decoding.PromptReader
         decoding.load_ensemble decoding.next_token_program decoding.nll_from_model decoding.score

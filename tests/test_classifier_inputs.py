@@ -46,7 +46,7 @@ def fitted(labels=LABELS, order=None, **options):
     method = methods.TaskRes()
     state = method.init(given)
     order = few_shot.batch_order(0, COUNT, RECIPE) if order is None else order
-    return few_shot.fit(method, given, state, order, training=RECIPE)
+    return few_shot.train(method, given, state, order, training=RECIPE)
 
 
 def decoupled(labels):

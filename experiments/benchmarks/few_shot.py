@@ -105,7 +105,7 @@ def _steps(shape: Shape, batch: int, steps: int | None = None) -> Callable[[], j
 
     @jax.jit
     def fit(task: few_shot.FewShotTask, order: jax.Array) -> Any:
-        state, losses = few_shot.fit(config, task, config.init(task), order, training=recipe)
+        state, losses = few_shot.train(config, task, config.init(task), order, training=recipe)
         return state.trained, losses
 
     return lambda: fit(task, order)

@@ -15,11 +15,10 @@ published setting on ImageNet and ten more data sets.
 
 Arms (`--arm`, repeatable): `amu` (the released code's form), `amu_kurtosis` (its weights by
 the kurtosis of probabilities over a fourth of the classes), `amu_paper` (the paper's figure),
-`amu_same_encoder` (the auxiliary features are the zero-shot encoder's own), `tip_adapter`,
-`tip_adapter_f`, `cafo`, `ape`, `clip_adapter`, `task_res`, `lp_plus_plus`,
-`linear_probe`, `linear_probe_auxiliary`, `cross_modal`: each tries as many settings as any
-other. `fixed` is AMU with beta 2 and nothing tuned, `fixed_...` its ablations.
-`docs/few_shot.md` has the results.
+`amu_same_encoder` (the auxiliary features are the zero-shot encoder's own), and the methods of
+`few_shot.candidates`: each tries as many settings as any other, by its published recipe, and the
+report says how many gradient steps that is. `fixed` is AMU with beta 2 and nothing tuned,
+`fixed_...` its ablations. `docs/few_shot.md` has the results.
 """
 
 import jax

@@ -1,7 +1,7 @@
 """What a run of `experiments.few_shot` is given, and its presets."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 from experiments.few_shot.sources import CLIP_SOURCES
 from logitjax.commands.cli import field
@@ -13,11 +13,18 @@ METHODS: tuple[str, ...] = (
     "amu_same_encoder",
     "tip_adapter",
     "tip_adapter_f",
+    "tip_x",
     "cafo",
     "ape",
+    "ape_t",
+    "dmn",
+    "gda",
+    "pro_ker",
     "clip_adapter",
     "task_res",
     "lp_plus_plus",
+    "clap",
+    "zs_lp",
     "linear_probe",
     "linear_probe_auxiliary",
     "cross_modal",
@@ -25,13 +32,13 @@ METHODS: tuple[str, ...] = (
 ABLATIONS: tuple[str, ...] = (
     "fixed",
     "fixed_kurtosis",
-    "fixed_kurtosis_of_logits",
     "fixed_no_branch_loss",
-    "fixed_branch_loss_only",
     "fixed_random_start",
-    "fixed_same_encoder",
 )
 MEASURES: tuple[str, ...] = (
+    "fixed_same_encoder",
+    "fixed_branch_loss_only",
+    "fixed_kurtosis_of_logits",
     "fixed_kurtosis_250",
     "fixed_entropy",
     "fixed_max",
@@ -58,7 +65,7 @@ class Config:
     runs: int = field(10, "Samples of each number of shots.")
     at_once: int = field(1, "Samples that a device trains together, if they fit.")
     arm: tuple[str, ...] = field(METHODS + ABLATIONS, "Arm to train")
-    grid: str = field("small", "How many settings an arm tries.", choices=("small", "full"))
+    grid: Literal["small", "full"] = field("small", "How many settings an arm tries: 4 or 12.")
     epochs: int = field(50, "Epochs of AMU.")
     batch_size: int = field(8, "Pictures of a step of AMU.")
     steps: int = field(60, "Steps of 32 pictures, of arms without a published recipe.")

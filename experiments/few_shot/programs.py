@@ -23,7 +23,7 @@ def programs(config: Config, mesh: Mesh) -> Iterator[Program]:
     known = arms(config)
     for name in ("amu", "tip_adapter_f", "cross_modal"):
         if name in config.arm:
-            arm = known[name]
+            arm = known[name].candidate
             task, held_out = _samples(config, mesh)
             program = few_shot.sweep_program(
                 arm.method,

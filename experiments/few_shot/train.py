@@ -66,6 +66,7 @@ def _load(config: Config, spec: str) -> Task:
 def train_arm(config: Config, task: Task, arm: Arm, shots: int, mesh: Mesh) -> Record:
     """Test accuracies of every sample at its chosen setting, and of the zero-shot classifier."""
     start = time.perf_counter()
+    candidate = arm.candidate.at_scale(task.scale)
     record: Record = {"test": [], "validation": [], "chosen": [], "zero_shot": []}
     record["shifted"] = {name: {"test": [], "zero_shot": []} for name in task.shifted}
     at_once = config.at_once * mesh.devices.shape[0]
@@ -78,11 +79,11 @@ def train_arm(config: Config, task: Task, arm: Arm, shots: int, mesh: Mesh) -> R
             samples = samples.with_one_encoder()
         held_out = samples.held_out
         scores = few_shot.sweep(
-            arm.at_scale(task.scale),
+            candidate.method,
             samples.task,
             held_out,
-            training=arm.recipe,
-            grid=arm.grid,
+            training=candidate.recipe,
+            grid=candidate.grid,
             seed=config.seed,
             first=first,
             sequential=config.at_once == 1,
@@ -100,7 +101,8 @@ def train_arm(config: Config, task: Task, arm: Arm, shots: int, mesh: Mesh) -> R
         if "auxiliary_accuracy" in scores["test"]:
             alone = scores["test"]["auxiliary_accuracy"][rows, best]
             record.setdefault("auxiliary", []).extend(alone.tolist())
-    record["grid"] = {name: list(column) for name, column in (arm.grid or {}).items()}
+    record["updates"] = candidate.updates(int((samples.task.labels[0] >= 0).sum()))
+    record["grid"] = {name: list(column) for name, column in (candidate.grid or {}).items()}
     record["seconds"] = time.perf_counter() - start
     return record
 

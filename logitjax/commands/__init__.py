@@ -17,6 +17,7 @@ COMMANDS = {
     "cache-logits": "Let teachers read text once, for training without them in memory.",
     "distill": "Prune a model, or teach it what other models know, and hand it on.",
     "extract-features": "Let frozen image encoders see pictures once, for training of heads.",
+    "few-shot": "Train heads on a few labelled pictures of each class, and keep the best.",
     "convert-head": "Replace a model's output head by a vector-quantised one that imitates it.",
     "gw": "Say how far apart two graphs are: proven bounds, beside a general solver.",
     "audit": "Measure what the API of your model gives away of its head.",

@@ -1,5 +1,6 @@
 """Labelled images as arrays: what a classifier trains on."""
 
+import collections
 import dataclasses
 import os
 from collections.abc import Iterator, Sequence
@@ -13,11 +14,11 @@ from logitjax.data._examples import parse_split, slice_of
 from logitjax.storage import guard, require
 from logitjax.storage.weights import read_npy
 
-_SUFFIXES = (".png", ".jpg", ".jpeg")
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 # The longer side in shorter ones.
 _LONGEST = 500
-# What lies under these names: MPO is a camera's JPEG, and collections from the web hold the others.
-_FORMATS = ("PNG", "JPEG", "MPO", "GIF", "BMP", "WEBP")
+# What lies under these names. Pillow's reader of JPEG reads a camera's MPO too, and has no other.
+_FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP")
 _CIFAR = {"train": "train.bin", "test": "test.bin"}
 _CIFAR_LENGTH = {"train": 50_000, "test": 10_000}
 
@@ -205,7 +206,25 @@ def class_folders(directory: epath.Path) -> tuple[list[tuple[epath.Path, int]], 
         files += [(path, number) for path in pictures_below(directory / name)]
     if not files:
         raise ValueError(f"{directory} has no class folders with images")
+    _report_skipped(directory, classes)
     return files, classes
+
+
+def _report_skipped(directory: epath.Path, classes: Sequence[str]) -> None:
+    """Counts the files of class folders that are not read, such as `.tiff` and `.heic`."""
+    suffixes = [p.suffix.lower() for name in classes for p in _files_below(directory / name)]
+    skipped = collections.Counter(suffix for suffix in suffixes if suffix not in _SUFFIXES)
+    if skipped:
+        counts = ", ".join(
+            f"{count} {suffix or 'without one'}" for suffix, count in skipped.items()
+        )
+        logging.warning(
+            "%s: skipped %d files that are not %s: %s",
+            directory,
+            skipped.total(),
+            ", ".join(_SUFFIXES),
+            counts,
+        )
 
 
 def pictures_below(directory: epath.Path) -> list[epath.Path]:
@@ -223,8 +242,7 @@ def read_picture(path: epath.Path) -> Any:
 
     with guard.naming(path, "an image"), path.open("rb") as file:
         guard.plain_file(path)
-        # Pillow knows two of the formats only once their modules are there.
-        require("PIL.MpoImagePlugin", extra="vision")
+        # Pillow knows this format only once its module is there.
         require("PIL.WebPImagePlugin", extra="vision")
         # Other formats are large surfaces: Pillow runs Ghostscript for PostScript in a .png.
         picture = Image.open(file, formats=_FORMATS)

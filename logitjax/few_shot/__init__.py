@@ -1,19 +1,28 @@
 """Learning from a few labelled images beside a frozen zero-shot classifier.
 
-- `methods`: the methods, `methods.AMU` and those it is compared with.
-- `Inputs` and `FewShotTask` are what they learn from, `fit` trains one by a `Recipe`, `sweep`
-trains and
-  scores one on many samples with a grid of settings.
+- `read_pictures` takes what encoders made of pictures, `fit` chooses and trains a `FittedHead`,
+  which predicts and saves itself; `load` reads it.
+- `methods`: the methods, `methods.AMU` and those it is compared with; `candidates` adds a recipe
+  and the settings to choose among.
+- `Inputs` and `FewShotTask` are what they learn from, `train` trains one by a `Recipe`, `sweep`
+  trains and scores one on many samples with a grid of settings.
 - `extract_features` fills the `FeatureCache` of a frozen encoder.
 """
 
 from logitjax.few_shot import methods as methods
+from logitjax.few_shot._candidates import Candidate as Candidate
+from logitjax.few_shot._candidates import candidates as candidates
 from logitjax.few_shot._extract import choose_rows as choose_rows
 from logitjax.few_shot._extract import encoder_views as encoder_views
 from logitjax.few_shot._extract import extract_features as extract_features
 from logitjax.few_shot._feature_cache import FeatureCache as FeatureCache
 from logitjax.few_shot._feature_cache import FeatureIdentity as FeatureIdentity
 from logitjax.few_shot._feature_cache import Features as Features
+from logitjax.few_shot._head import FittedHead as FittedHead
+from logitjax.few_shot._head import fit as fit
+from logitjax.few_shot._head import load as load
+from logitjax.few_shot._labelled import Pictures as Pictures
+from logitjax.few_shot._labelled import read_pictures as read_pictures
 from logitjax.few_shot._method import FewShotTask as FewShotTask
 from logitjax.few_shot._method import Inputs as Inputs
 from logitjax.few_shot._method import Method as Method
@@ -24,4 +33,4 @@ from logitjax.few_shot._sweep import sweep as sweep
 from logitjax.few_shot._sweep import sweep_program as sweep_program
 from logitjax.few_shot._train import Recipe as Recipe
 from logitjax.few_shot._train import batch_order as batch_order
-from logitjax.few_shot._train import fit as fit
+from logitjax.few_shot._train import train as train

@@ -135,22 +135,29 @@ class GDA(Method):
     ddof: Literal["one", "classes"] = "one"
     trains: ClassVar[bool] = False
 
-    def init(self, task: FewShotTask, *, key: jax.Array | None = None) -> State:
-        """The state before any gradient step, here the last one.
+    def check(self, task: FewShotTask) -> None:
+        """Refuses images none of which is the second of a class: nothing says how wide one is.
 
         Raises:
-            ValueError: No class has two examples, so nothing says how wide a class is.
+            TypeError: Labels that are not integers.
+            ValueError: No class has two examples.
         """
+        task.check()
+        if isinstance(task.labels, Tracer):
+            return
+        known = np.tile(np.asarray(task.labels), task.views)
+        known = known[known >= 0]
+        if len(np.unique(known)) == len(known):
+            raise ValueError(
+                "labels: expected two images, or two views, of some class for the spread that "
+                "GDA estimates, got one of each"
+            )
+
+    def init(self, task: FewShotTask, *, key: jax.Array | None = None) -> State:
+        """The state before any gradient step, here the last one; refuses what `check` does."""
         del key
+        self.check(task)
         features, labels = task.every_view("features", self)
-        if not isinstance(labels, Tracer):
-            known = np.asarray(labels)
-            known = known[known >= 0]
-            if len(np.unique(known)) == len(known):
-                raise ValueError(
-                    "labels: expected two images, or two views, of some class for the spread that "
-                    "GDA estimates, got one of each"
-                )
         weights, bias = gaussian_classifier(features, labels, task.num_classes, ddof=self.ddof)
         return State({"kernel": weights, "bias": bias}, None)
 

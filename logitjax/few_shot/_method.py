@@ -142,6 +142,15 @@ class Method:
     # Whether gradient steps are to follow `init`.
     trains: ClassVar[bool] = True
 
+    def check(self, task: FewShotTask) -> None:
+        """Refuses, outside of `jit`, images that it cannot learn from; by default as the task does.
+
+        Raises:
+            TypeError: Labels that are not integers.
+            ValueError: Images or labels that the method has no use for.
+        """
+        task.check()
+
     def init(self, task: FewShotTask, *, key: jax.Array | None = None) -> State:
         """The state before any gradient step; `key` is for methods that start at random."""
         raise NotImplementedError

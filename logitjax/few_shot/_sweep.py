@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from logitjax.few_shot._amu import AMU
 from logitjax.few_shot._method import FewShotTask, Inputs, Method, State
-from logitjax.few_shot._train import Recipe, batch_order, fit
+from logitjax.few_shot._train import Recipe, batch_order, train
 from logitjax.losses import cross_entropy
 from logitjax.ops import checks
 from logitjax.training import Program
@@ -316,7 +316,7 @@ def _sweep(
         task = _with(run, shared).task
         state = config.init(task, key=jax.random.fold_in(key, run.numbers))
         if config.trains:
-            state, _ = fit(config, task, state, run.orders, training=recipe, steps=steps)
+            state, _ = train(config, task, state, run.orders, training=recipe, steps=steps)
         return {
             name: _score(config, state, *images, batch_size=batch_size)
             for name, images in run.held_out.items()

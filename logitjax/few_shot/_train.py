@@ -154,7 +154,7 @@ def batch_order(
     return order.reshape(epochs * batches, batch)[:steps]
 
 
-def fit(
+def train(
     method: Method,
     task: FewShotTask,
     state: State,
@@ -191,7 +191,7 @@ def fit(
     >>> task = FewShotTask(support=images, labels=np.arange(4) % 3)
     >>> method, training = few_shot.methods.TaskRes(), Recipe(epochs=9, batch_size=4)
     >>> order = batch_order(0, 4, training)
-    >>> state, losses = fit(method, task, method.init(task), order, training=training)
+    >>> state, losses = train(method, task, method.init(task), order, training=training)
     >>> losses = np.asarray(losses)
     >>> bool(losses[-1] < losses[0])
     True

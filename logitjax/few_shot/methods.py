@@ -1,4 +1,4 @@
-"""Few-shot methods, each with its settings as fields: what `fit` trains and `sweep` compares.
+"""Few-shot methods, each with its settings as fields: what `train` trains and `sweep` compares.
 
 `AMU` with the `Uncertainty` that weighs its bias; the caches `TipAdapter`, `TipAdapterF`, `TipX`,
 `CaFo`, `APE`, `APET` and `DMN`; what solves a linear system: `GDA` and `ProKeR`; and what learns

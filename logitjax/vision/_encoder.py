@@ -57,6 +57,11 @@ class Encoder:
         head = f", {self.num_classes} classes" if self.num_classes else ""
         return f"Encoder({self.name!r}, {self.num_features} features{head})"
 
+    @property
+    def has_text(self) -> bool:
+        """Whether there is a text tower, which can name classes."""
+        return hasattr(self.model, "text_features")
+
     def placed(self, sharding: jax.sharding.Sharding) -> "Encoder":
         """The same encoder with its weights laid out like this, once and not on every call.
 
@@ -144,7 +149,7 @@ class Encoder:
         Raises:
           ValueError: this is no CLIP.
         """
-        if not isinstance(self.model, CLIP):
+        if not self.has_text:
             raise ValueError(f"encoder {self.name!r} has no text tower")
         return self._compiled("texts", self._state, tokens)
 

@@ -46,6 +46,17 @@ def test_folders_are_classes(tmp_path):
         data.load_image_set(f"folder:{tmp_path}", split="validation")
 
 
+def test_pictures_of_every_kind_are_read_and_others_counted(tmp_path, caplog):
+    for suffix in ("webp", "bmp", "gif"):
+        save(tmp_path / "cat" / f"a.{suffix}", (255, 255, 255))
+    for name in ("b.heic", "c.heic", "notes"):
+        (tmp_path / "cat" / name).write_text("")
+    images = data.load_image_set(f"folder:{tmp_path}")
+    assert [images[i][0].mean() for i in range(len(images))] == [255, 255, 255]
+    assert "skipped 3 files" in caplog.text
+    assert "2 .heic, 1 without one" in caplog.text
+
+
 def test_numbered_folders_are_sorted_as_numbers(tmp_path):
     for name in ("0", "1", "2", "10"):
         save(tmp_path / name / "a.png")

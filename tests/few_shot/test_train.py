@@ -67,7 +67,7 @@ def test_fifty_steps_are_those_of_the_published_optimizer(name):
             task = few_shot.FewShotTask(support=support, labels=labels)
             start = compiled(lambda config, task: config.init(task))(config, task)
             run = jax.jit(
-                lambda start, task=task: few_shot.fit(config, task, start, order, training=recipe)
+                lambda start, task=task: few_shot.train(config, task, start, order, training=recipe)
             )
             got, seen = run(start)
         tolerance = 1e-8 if x64 else 1e-6
@@ -132,7 +132,7 @@ def test_a_sweep_is_its_runs_one_by_one():
         @jax.jit
         def alone(task, order, held_out, run, method=method, settings=settings):
             state = method.init(task, key=jax.random.fold_in(jax.random.key(3), run))
-            state, _ = few_shot.fit(method, task, state, order, training=settings)
+            state, _ = few_shot.train(method, task, state, order, training=settings)
             return method.logits(state, held_out)
 
         order = few_shot.batch_order((3, run), 15, settings)
@@ -202,7 +202,7 @@ def test_training_beats_its_start_for_every_method_that_trains():
         @jax.jit
         def run(config=config, task=task):
             state = config.init(task)
-            after, _ = few_shot.fit(config, task, state, order, training=recipe)
+            after, _ = few_shot.train(config, task, state, order, training=recipe)
             return [config.loss(s, support, labels).mean() for s in (state, after)]
 
         before, after = run()

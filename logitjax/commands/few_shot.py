@@ -1,0 +1,374 @@
+"""Train heads on a few labelled pictures of each class, and keep the best.
+
+    logitjax few-shot --data=folder:PICTURES --encoder=hf:openai/clip-vit-base-patch32 \\
+        --prompts='a photo of a {}.' --shots=1,4,16 --out=runs/birds
+    logitjax few-shot --features=train.npz,train_moco.npz --test_features=test.npz,test_moco.npz \\
+        --class_weights=text.npz --method=gda --method=amu --shots=4 --out=runs/mine
+
+The pictures come from a folder with a folder for each class (or with folders `train` and `test` of
+such), from tfds, or encoded: a directory that `logitjax extract-features` filled, or an .npz or
+.safetensors with `features` [n, features] and `labels` [n], which any torch program can write. A
+second encoder (`--auxiliary`, or a second file) is for the methods that read one. Classes are
+named by `--prompts` through the encoder's text tower, or by `--class_weights`: .npy, or .npz or
+.safetensors with `class_weights` [features, classes] and perhaps `scale`.
+
+Every method tries as many settings, chooses on validation pictures of its own sample
+(`--validation=min4|shots`; with `none` it keeps its published setting) and is tested on the
+pictures that are left, or on the test ones. OUT/report.md has accuracies by method and shots,
+OUT/confusion.png which classes the best method takes for which, and OUT/heads/METHOD the head of
+the first sample at the most shots:
+
+    head = few_shot.load("OUT/heads/gda")
+    head.predict(features)
+
+What was trained is not trained again: kill it whenever you like. See docs/few_shot.md.
+"""
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from absl import logging
+from etils import epath
+
+from logitjax import data, few_shot, processes, storage, vision
+from logitjax.commands.cli import field
+from logitjax.commands.tables import markdown_table
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """What is learnt from what."""
+
+    data: str | None = field(None, "Pictures: folder:DIR, tfds:NAME, recognition:NAME, stamps, ...")
+    split: str | None = field(None, "Split to learn from; train where there is one, else all.")
+    test_split: str | None = field(
+        None, "Split to test on; test where there is one, else what a sample leaves."
+    )
+    encoder: str | None = field(None, "Encoder that names classes, by name or path.")
+    auxiliary: str | None = field(None, "Second encoder, by name or path.")
+    tokenizer: str | None = field(None, "Tokenizer of the encoder, where it brings none.")
+    prompts: tuple[str, ...] = field(("a photo of a {}.",), "Text with {} for a class's name.")
+    fit: Literal["crop", "pad"] = field("crop", "What a square loses or gains.")
+    rows: str = field("all", "Pictures to learn from: all, a number or per_class:N.")
+    batch_size: int = field(16, "Number of pictures encoded at once.", minimum=1)
+    features: str | None = field(None, "Encoded pictures, and after a comma the second encoder's.")
+    test_features: str | None = field(None, "The same of the pictures to test on.")
+    class_weights: str | None = field(None, "File of the zero-shot classifier.")
+    scale: float | None = field(None, "Scale of its cosines; the file's, or CLIP's 100.")
+    method: tuple[str, ...] = field(("all",), "Method, or all that the features allow.")
+    shots: tuple[int, ...] = field((1, 2, 4, 8, 16), "Pictures of each class to learn from.")
+    samples: int = field(3, "Samples of each number of shots.", minimum=1)
+    validation: Literal["min4", "shots", "none"] = field(
+        "min4", "Pictures of a class to choose settings on: as many as shots, at most 4; or none."
+    )
+    grid: Literal["small", "full"] = field("small", "Whether a method tries 4 settings or 12.")
+    steps: int = field(
+        60, "Steps of 32 pictures, of methods without a published recipe.", minimum=1
+    )
+    seed: int = field(0, "Seed of samples, of orders and of random starts.")
+
+    def __post_init__(self) -> None:
+        if (self.data is None) == (self.features is None):
+            raise ValueError("data, features: expected one of them")
+        if self.data is not None and self.encoder is None:
+            raise ValueError("encoder: expected one for the pictures, got none; give --encoder=...")
+        if self.features is not None and self.class_weights is None:
+            raise ValueError("class_weights: expected a file to go with --features, got none")
+        if not self.shots or min(self.shots) < 1:
+            raise ValueError(f"shots: expected positive numbers, got {self.shots}")
+        known = few_shot.candidates()
+        for name in self.method:
+            if name != "all" and name not in known:
+                raise ValueError(f"method: expected all or one of {', '.join(known)}, got {name!r}")
+        for prompt in self.prompts:
+            if "{}" not in prompt:
+                raise ValueError(f"prompts: expected {{}} where the name goes, got {prompt!r}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Problem:
+    """Encoded pictures, and how samples of them are drawn.
+
+    Attributes:
+        config: What was asked for.
+        pictures: What samples are drawn from.
+        test: Pictures to test on; what a sample leaves if None.
+    """
+
+    config: Config
+    pictures: few_shot.Pictures
+    test: few_shot.Pictures | None
+
+    def sample(self, shots: int, number: int) -> Any:
+        return self.pictures.sample(
+            shots,
+            validation=self.config.validation,
+            seed=(self.config.seed, number),
+            rest=self.test is None,
+        )
+
+    def score(self, candidate: few_shot.Candidate, shots: int) -> dict[str, Any]:
+        """Accuracies of every sample at its chosen setting; one program serves all shots."""
+        numbers = range(self.config.samples)
+        samples = [self.sample(shots, number) for number in numbers]
+        # The fewer the shots, the more is left to test on.
+        room = dataclasses.replace(
+            self.sample(max(self.config.shots), 0), rest=self.sample(1, 0).rest
+        )
+        task, held_out = self.pictures.stack(samples, room=room, test=self.test)
+        scores = few_shot.sweep(
+            candidate.method,
+            task,
+            held_out,
+            training=candidate.recipe,
+            grid=candidate.grid,
+            seed=self.config.seed,
+            sequential=True,
+        )
+        best = np.zeros(len(samples), int)
+        if "validation" in scores:
+            best = few_shot.best_setting(scores["validation"])
+        rows = np.arange(len(best))
+        record: dict[str, Any] = {"validation": [], "chosen": best.tolist()}
+        record |= {part: found["accuracy"][rows, best].tolist() for part, found in scores.items()}
+        images, labels = held_out["test"]
+        right = np.asarray(images.zero_shot).argmax(-1) == labels
+        record["zero_shot"] = (right.sum(1) / (labels >= 0).sum(1)).tolist()
+        record["updates"] = candidate.updates(len(samples[0].train))
+        return record
+
+    def head(self, candidate: few_shot.Candidate, setting: int) -> few_shot.FittedHead:
+        """The first sample's at the most shots: `few_shot.fit` on its parts makes the same."""
+        sample = self.sample(max(self.config.shots), 0)
+        chosen = candidate.chosen(setting)
+        return few_shot.fit(chosen, self.pictures[sample.train], seed=self.config.seed)
+
+    def confusion(self, head: few_shot.FittedHead) -> np.ndarray:
+        """`[classes, predicted]` counts of the pictures that `head` did not learn from."""
+        test = self.test
+        if test is None:
+            test = self.pictures[self.sample(max(self.config.shots), 0).rest]
+        predicted = head.predict(test.features, test.auxiliary, hidden=test.hidden)
+        counts = np.zeros((len(head.class_names),) * 2, np.int64)
+        np.add.at(counts, (test.labels, predicted), 1)
+        return counts
+
+
+def run(config: Config, out: epath.Path) -> None:
+    """Encodes what is not encoded, trains and tests every method, writes what came of it."""
+    problem = _read(config) if config.features else _encode(config, out)
+    processes.run_on_first("few-shot heads", lambda: _run(problem, out))
+
+
+def _run(problem: Problem, out: epath.Path) -> None:
+    config, most = problem.config, max(problem.config.shots)
+    chosen, left_out = _methods(problem)
+    records: dict[str, dict[int, Any]] = {name: {} for name in chosen}
+    for name, candidate in chosen.items():
+        for shots in sorted(config.shots):
+            path = out / "results" / f"{name}_{shots}.json"
+            if not path.exists():
+                record = problem.score(candidate, shots)
+                storage.write_atomic(path, json.dumps(record, indent=1) + "\n")
+            records[name][shots] = json.loads(path.read_text())
+            logging.info("%s, %d shots: %s", name, shots, _cell(records[name][shots]["test"]))
+        directory = out / "heads" / name
+        if not (directory / "head.json").exists():
+            setting = records[name][most]["chosen"][0]
+            problem.head(candidate, setting).save(directory)
+    # Without validation pictures nothing may choose among methods: the first is shown.
+    best = max(chosen, key=lambda name: _mean(records[name][most]["validation"]))
+    head = few_shot.load(out / "heads" / best)
+    confusion = problem.confusion(head)
+    _plot(confusion, head.class_names, out / "confusion.png")
+    text = _report(problem, chosen, records, left_out, best, confusion)
+    storage.write_atomic(out / "report.md", text)
+    print(text)
+
+
+def _read(config: Config) -> Problem:
+    """Encoded pictures from files."""
+
+    def read(spec: str) -> few_shot.Pictures:
+        first, _, second = spec.partition(",")
+        return few_shot.read_pictures(
+            first, second or None, class_weights=config.class_weights, scale=config.scale
+        )
+
+    assert config.features is not None
+    pictures = read(config.features)
+    return Problem(
+        config=config,
+        pictures=pictures,
+        test=None if config.test_features is None else read(config.test_features),
+    )
+
+
+def _encode(config: Config, out: epath.Path) -> Problem:
+    """Pictures through the encoders, and classes through the text tower."""
+    assert config.data is not None
+    assert config.encoder is not None
+    specs = [config.encoder, *([config.auxiliary] if config.auxiliary else [])]
+    encoders = [
+        vision.load_encoder(spec, tokenizer=None if number else config.tokenizer)
+        for number, spec in enumerate(specs)
+    ]
+    split, test_split = _splits(config)
+
+    def encode(split: str, chosen: str, weights: Any = None) -> few_shot.Pictures:
+        images = data.load_image_set(str(config.data), split=split)
+        if weights is None:
+            weights = _class_weights(config, encoders[0], images.class_names)
+        rows = few_shot.choose_rows(images, chosen, seed=config.seed)
+        caches = []
+        for spec, encoder in zip(specs, encoders):
+            views = few_shot.encoder_views(encoder, "plain", fit=config.fit)
+            directory = out / "features" / _slug(spec) / _slug(split)
+            cache = few_shot.extract_features(
+                encoder,
+                images,
+                directory,
+                views=views,
+                rows=rows,
+                batch_size=config.batch_size,
+                dtype="float32",
+            )
+            caches.append(cache.directory)
+        processes.barrier(f"features of {split}")
+        return few_shot.read_pictures(
+            *caches,
+            class_weights=weights,
+            class_names=images.class_names,
+            scale=config.scale,
+        )
+
+    pictures = encode(split, config.rows)
+    test = None
+    if test_split is not None:
+        test = encode(test_split, "all", pictures.class_weights)
+    if test is not None and test.class_names != pictures.class_names:
+        raise ValueError(f"test_split: expected the classes of {split}, got others")
+    return Problem(config=config, pictures=pictures, test=test)
+
+
+def _splits(config: Config) -> tuple[str, str | None]:
+    """Which to learn from, and which to test on if any."""
+    kind, _, place = str(config.data).partition(":")
+    parted = kind in ("tfds", "recognition", "synthetic")
+    if kind == "folder":
+        root = epath.Path(place).expanduser()
+        parted = (root / "train").is_dir() and (root / "test").is_dir()
+    split = config.split or ("train" if parted else "all")
+    test = config.test_split or ("test" if parted and config.split is None else None)
+    return split, test
+
+
+def _class_weights(config: Config, encoder: vision.Encoder, class_names: Sequence[str]) -> Any:
+    if config.class_weights is not None:
+        return config.class_weights
+    if not encoder.has_text:
+        raise ValueError(
+            f"class_weights: expected a file, for {encoder.name} has no text tower to name "
+            "classes with, got none"
+        )
+    words = [name.replace("_", " ") for name in class_names]
+    return np.asarray(vision.zero_shot_classifier(encoder, words, config.prompts))
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"\W+", "_", text).strip("_")
+
+
+def _methods(problem: Problem) -> tuple[dict[str, few_shot.Candidate], dict[str, str]]:
+    """The methods that were asked for, and of all of them those that cannot be, with a reason."""
+    config, pictures = problem.config, problem.pictures
+    chosen, left_out = {}, {}
+    for name, candidate in few_shot.candidates(config.grid, steps=config.steps).items():
+        if name not in config.method and "all" not in config.method:
+            continue
+        missing = [part for part in candidate.needs if getattr(pictures, part) is None]
+        if name == "gda" and max(config.shots) == 1:
+            missing = ["a second picture of a class"]
+        if not missing:
+            grid = None if config.validation == "none" else candidate.grid
+            candidate = dataclasses.replace(candidate, grid=grid)
+            chosen[name] = candidate.at_scale(pictures.scale)
+        elif name in config.method:
+            raise ValueError(f"method: expected {missing[0]}, which {name} needs, got none")
+        else:
+            left_out[name] = missing[0]
+    return chosen, left_out
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values) if values else 0.0
+
+
+def _cell(values: Sequence[float]) -> str:
+    return f"{100 * _mean(values):.1f} +- {100 * float(np.std(values)):.1f}"
+
+
+def _report(
+    problem: Problem,
+    chosen: Mapping[str, few_shot.Candidate],
+    records: Mapping[str, Mapping[int, Any]],
+    left_out: Mapping[str, str],
+    best: str,
+    confusion: np.ndarray,
+) -> str:
+    config, most = problem.config, max(problem.config.shots)
+    names = problem.pictures.class_names
+
+    def row(name: str, part: str, by_shots: Mapping[int, Any]) -> dict[str, Any]:
+        cells = {f"{n} a class": _cell(record[part]) for n, record in by_shots.items()}
+        return {"method": name, **cells}
+
+    rows = [row("zero-shot", "zero_shot", records[best])]
+    for name, by_shots in records.items():
+        cost = {"settings": chosen[name].settings, f"updates at {most}": by_shots[most]["updates"]}
+        rows.append(row(name, "test", by_shots) | cost)
+    wrong = confusion * (1 - np.eye(len(confusion), dtype=int))
+    pairs = sorted(np.argwhere(wrong), key=lambda at: -wrong[tuple(at)])[:10]
+    taken = [
+        {"class": names[i], "taken for": names[j], "pictures": int(wrong[i, j])} for i, j in pairs
+    ]
+    by = f"the best on validation pictures at {most} shots"
+    if config.validation == "none":
+        by = "the first, as nothing was held out to choose among them"
+    tested = f"{len(problem.test)} other pictures" if problem.test else "what a sample leaves"
+    parts = [
+        "# Few-shot heads",
+        f"{len(problem.pictures)} pictures of {len(names)} classes; accuracy (%) on {tested}, mean "
+        f"+- standard deviation of {config.samples} samples; settings chosen on pictures of each "
+        f"sample, `{config.validation}`.",
+        markdown_table(rows),
+        f'`{best}` is {by}; `few_shot.load("heads/{best}")` gives it back. What it takes for '
+        f"what, {int(np.trace(confusion))} of {int(confusion.sum())} pictures right:",
+        markdown_table(taken) if taken else "Nothing for anything else.",
+        "![confusion](confusion.png)",
+    ]
+    if left_out:
+        reasons = ", ".join(f"{name} ({reason})" for name, reason in left_out.items())
+        parts.append(f"Left out for what they need: {reasons}.")
+    return "\n\n".join(parts) + "\n"
+
+
+def _plot(confusion: np.ndarray, names: Sequence[str], path: epath.Path) -> None:
+    from matplotlib import pyplot
+
+    shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
+    side = min(12.0, 3 + 0.3 * len(names))
+    figure, axes = pyplot.subplots(figsize=(side, side), layout="constrained")
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.set(xlabel="predicted", ylabel="class")
+    if len(names) <= 60:
+        axes.set_xticks(range(len(names)), labels=names, rotation=90, fontsize=7)
+        axes.set_yticks(range(len(names)), labels=names, fontsize=7)
+    with path.open("wb") as file:
+        figure.savefig(file, format="png", dpi=120)
+    pyplot.close(figure)

@@ -1,0 +1,266 @@
+"""A trained few-shot head: fitted in one call, asked for classes, written to disk and read."""
+
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jaxtyping import Float, Int
+
+from logitjax.few_shot import methods
+from logitjax.few_shot._candidates import Candidate, candidates
+from logitjax.few_shot._labelled import Pictures
+from logitjax.few_shot._method import (
+    FewShotTask,
+    Inputs,
+    Method,
+    State,
+    unit_rows,
+    zero_shot_logits,
+)
+from logitjax.few_shot._sweep import best_setting, sweep
+from logitjax.few_shot._train import batch_order, train
+from logitjax.ops import Array
+from logitjax.storage import guard, read_json, require, write_atomic
+from logitjax.storage.weights import SafetensorsSource
+
+_KIND = "few-shot head"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FittedHead:
+    """A method that has learnt, with the zero-shot classifier that it is added to.
+
+    Attributes:
+        method: The method, at the setting that was chosen.
+        state: What it has learnt.
+        class_weights: `[features, classes]` of the zero-shot classifier.
+        scale: Of its cosines.
+        class_names: By class number.
+    """
+
+    method: Method
+    state: State
+    class_weights: Any
+    scale: float
+    class_names: tuple[str, ...]
+
+    def logits(
+        self,
+        features: Float[Array, "batch features"],
+        auxiliary: Float[Array, "batch auxiliary"] | None = None,
+        *,
+        hidden: Float[Array, "batch hidden"] | None = None,
+    ) -> Float[jax.Array, "batch classes"]:
+        """float32 `[batch, classes]`, the fused logits of pictures.
+
+        Args:
+            features: Of the encoder that names classes, of any length.
+            auxiliary: Of the other encoder, if the head was trained with one.
+            hidden: Of the first encoder before its last projection, for `methods.ProLIP`.
+
+        Raises:
+            ValueError: Features that the method needs are missing, or of another width.
+        """
+        width = self.class_weights.shape[0]
+        if np.ndim(features) != 2 or np.shape(features)[1] != width:
+            raise ValueError(f"features: expected [batch, {width}], got {np.shape(features)}")
+        learnt = (self.state, self.class_weights)
+        return _fused(learnt, features, auxiliary, hidden, method=self.method, scale=self.scale)
+
+    def predict(
+        self,
+        features: Float[Array, "batch features"],
+        auxiliary: Float[Array, "batch auxiliary"] | None = None,
+        *,
+        hidden: Float[Array, "batch hidden"] | None = None,
+    ) -> Int[np.ndarray, " batch"]:
+        """`[batch]` numbers of classes; see `logits`."""
+        return np.asarray(self.logits(features, auxiliary, hidden=hidden)).argmax(-1)
+
+    def accuracy(self, pictures: Pictures) -> float:
+        """Share of the pictures whose class is predicted."""
+        given = (pictures.features, pictures.auxiliary)
+        return float((self.predict(*given, hidden=pictures.hidden) == pictures.labels).mean())
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Writes the head as ``head.safetensors`` and ``head.json``, which names the method."""
+        root = epath.Path(directory)
+        root.mkdir(parents=True, exist_ok=True)
+        tensors = {"class_weights": np.ascontiguousarray(self.class_weights)}
+        state = _form(tuple(self.state), "state", tensors)
+        content = require("safetensors.numpy", extra="models").save(tensors)
+        write_atomic(root / "head.safetensors", lambda file: file.write(content))
+        record = {
+            "kind": _KIND,
+            "method": _described(self.method),
+            "state": state,
+            "scale": self.scale,
+            "class_names": list(self.class_names),
+        }
+        # Last: without it there is no head.
+        write_atomic(root / "head.json", json.dumps(record, indent=1) + "\n")
+
+
+@functools.partial(jax.jit, static_argnames=("method", "scale"))
+def _fused(
+    learnt: Any, features: Any, auxiliary: Any, hidden: Any, *, method: Method, scale: float
+) -> jax.Array:
+    state, class_weights = learnt
+    inputs = Inputs(
+        zero_shot=zero_shot_logits(features, class_weights, scale=scale),
+        features=unit_rows(features),
+        auxiliary=None if auxiliary is None else unit_rows(auxiliary),
+        hidden=hidden,
+    )
+    return method.logits(state, method.prepare(inputs))
+
+
+def fit(
+    candidate: Candidate | str,
+    pictures: Pictures,
+    validation: Pictures | None = None,
+    *,
+    seed: int = 0,
+) -> FittedHead:
+    """Chooses a method's setting on validation pictures and trains it at that.
+
+    Args:
+        candidate: The method with its recipe and settings, or its name in `candidates()`.
+        pictures: What it learns from.
+        validation: Other pictures to choose on, with features of the same encoders; without them
+            the method keeps its published setting, the protocol of CLAP.
+        seed: Seed of the order of pictures, and of a random start.
+
+    Raises:
+        ValueError: No such method, features that it needs are missing, or what the method refuses.
+
+    >>> rng = np.random.default_rng(0)
+    >>> labels = np.arange(12) % 3
+    >>> features = np.eye(8)[labels] + 0.1 * rng.normal(size=(12, 8))
+    >>> pictures = Pictures(features=features, labels=labels, class_weights=np.eye(8)[:, :3])
+    >>> head = fit("tip_adapter", pictures)
+    >>> head.predict(features[:4]).tolist()
+    [0, 1, 2, 0]
+    """
+    if isinstance(candidate, str):
+        known = candidates()
+        if candidate not in known:
+            raise ValueError(f"method: expected one of {', '.join(known)}, got {candidate!r}")
+        candidate = known[candidate]
+    candidate = candidate.at_scale(pictures.scale)
+    for name in candidate.needs:
+        if getattr(pictures, name) is None:
+            raise ValueError(f"{name}: expected features, which the method reads, got none")
+    if validation is not None and candidate.grid:
+        scores = sweep(
+            candidate.method,
+            dataclasses.replace(
+                pictures.task,
+                support=pictures.inputs[None],
+                labels=pictures.labels[None],
+            ),
+            {"validation": (validation.inputs[None], validation.labels[None])},
+            training=candidate.recipe,
+            grid=candidate.grid,
+            seed=seed,
+            sequential=True,
+        )
+        candidate = candidate.chosen(int(best_setting(scores["validation"])[0]))
+    return FittedHead(
+        method=candidate.method,
+        state=_learnt(candidate, pictures.task, seed),
+        class_weights=pictures.class_weights,
+        scale=pictures.scale,
+        class_names=pictures.class_names,
+    )
+
+
+def _learnt(candidate: Candidate, task: FewShotTask, seed: int) -> State:
+    """The first run of a `sweep` with this seed."""
+    method, recipe = candidate.method, candidate.recipe
+    method.check(task)
+    order = batch_order((seed, 0), len(task.labels), recipe) if method.trains else None
+
+    @jax.jit
+    def run(task: FewShotTask, order: Any) -> State:
+        state = method.init(task, key=jax.random.fold_in(jax.random.key(seed), 0))
+        return state if order is None else train(method, task, state, order, training=recipe)[0]
+
+    return run(task, order)
+
+
+def load(directory: str | os.PathLike[str]) -> FittedHead:
+    """Reads what `FittedHead.save` or `logitjax few-shot` wrote.
+
+    Raises:
+        FileNotFoundError: There is no head in the directory.
+        ValueError: It is damaged; names the file.
+    """
+    root = epath.Path(directory)
+    if not (root / "head.json").exists():
+        raise FileNotFoundError(f"no head in {root} (it has no head.json)")
+    record = read_json(root / "head.json", form=dict)
+    source = SafetensorsSource(root / "head.safetensors")
+    tensors = {name: source.read(name) for name in source.names()}
+    with guard.naming(root, "a few-shot head"):
+        if record.get("kind") != _KIND:
+            raise ValueError(f"kind: expected {_KIND!r}, got {guard.short(record.get('kind'))}")
+        weights, names = tensors["class_weights"], tuple(map(str, record["class_names"]))
+        if weights.ndim != 2 or weights.shape[1] != len(names):
+            raise ValueError(
+                f"class_weights: expected a column for each of {len(names)} classes, got "
+                f"{weights.shape}"
+            )
+        return FittedHead(
+            method=_method_of(record["method"]),
+            state=State(*_filled(record["state"], tensors)),
+            class_weights=weights,
+            scale=float(record["scale"]),
+            class_names=names,
+        )
+
+
+def _form(tree: Any, name: str, tensors: dict[str, np.ndarray]) -> Any:
+    """What of a state is no array, as JSON; its arrays go to `tensors`, under their names."""
+    if tree is None:
+        return None
+    if isinstance(tree, dict):
+        return {key: _form(value, f"{name}.{key}", tensors) for key, value in tree.items()}
+    if isinstance(tree, tuple):
+        return [_form(value, f"{name}.{i}", tensors) for i, value in enumerate(tree)]
+    tensors[name] = np.ascontiguousarray(tree)
+    return name
+
+
+def _filled(form: Any, tensors: Mapping[str, np.ndarray]) -> Any:
+    """The inverse of `_form`."""
+    if isinstance(form, dict):
+        return {key: _filled(value, tensors) for key, value in form.items()}
+    if isinstance(form, list):
+        return tuple(_filled(value, tensors) for value in form)
+    return None if form is None else tensors[form]
+
+
+def _described(value: Any) -> Any:
+    """A method or an `Uncertainty` as its name and its fields."""
+    if dataclasses.is_dataclass(value):
+        fields = dataclasses.fields(value)
+        settings = {field.name: _described(getattr(value, field.name)) for field in fields}
+        return {"name": type(value).__name__, "settings": settings}
+    return value
+
+
+def _method_of(record: Any) -> Any:
+    """The inverse of `_described`."""
+    if not isinstance(record, dict):
+        return record
+    kind: Any = getattr(methods, str(record["name"]), None)
+    if not dataclasses.is_dataclass(kind):
+        raise ValueError(f"method: expected one that is known, got {guard.short(record['name'])}")
+    return kind(**{name: _method_of(value) for name, value in record["settings"].items()})

@@ -1,0 +1,324 @@
+"""Encoded pictures with their classes, from files or memory, and samples of them."""
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from etils import epath
+from jaxtyping import Int
+
+from logitjax.few_shot._feature_cache import FeatureCache
+from logitjax.few_shot._method import FewShotTask, Inputs
+from logitjax.ops import checks
+from logitjax.storage import guard
+from logitjax.storage.weights import SafetensorsSource, read_npy, read_npz
+
+Validation = Literal["min4", "shots", "none"]
+"""How many pictures of a class settings are chosen on: see `Pictures.sample`."""
+
+_FEATURES = ("features", "auxiliary", "hidden")
+_CLASSIFIER = ("class_weights", "projection", "projection_bias")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pictures:
+    """What encoders made of pictures, their classes, and a zero-shot classifier of these.
+
+    Arrays are looked at when it is made; features and class weights are scaled to length one.
+
+    Attributes:
+        features: `[n, features]` of the encoder that names classes.
+        labels: `[n]` classes.
+        class_weights: `[features, classes]` of the zero-shot classifier, such as those of
+            `vision.zero_shot_classifier`.
+        auxiliary: `[n, auxiliary]` of another encoder, for methods that read it.
+        hidden: `[n, hidden]` of the first encoder before its last projection, for `methods.ProLIP`,
+            which also needs the next two.
+        projection: `[hidden, features]`.
+        projection_bias: `[features]`.
+        scale: Of the zero-shot classifier's cosines; CLIP's.
+        class_names: By class number; the numbers if there are none.
+
+    Raises:
+        TypeError: Labels that are not integers.
+        ValueError: Arrays of other shapes or lengths, numbers that are not finite, a picture whose
+            features are all 0, or a label that is no class.
+    """
+
+    features: Any
+    labels: Any
+    class_weights: Any
+    auxiliary: Any = None
+    hidden: Any = None
+    projection: Any = None
+    projection_bias: Any = None
+    scale: float = 100.0
+    class_names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        weights = _finite(self.class_weights, "class_weights", 2)
+        labels = np.asarray(self.labels)
+        made: dict[str, Any] = {"class_weights": _unit(weights.T, "class_weights").T}
+        for name in _FEATURES:
+            given = getattr(self, name)
+            if given is None:
+                continue
+            found = _finite(given, name, 2)
+            if labels.shape != found.shape[:1]:
+                raise ValueError(
+                    f"labels: expected one for each of {len(found)} rows of {name}, got shape "
+                    f"{labels.shape}"
+                )
+            made[name] = found if name == "hidden" else _unit(found, name)
+        width, classes = weights.shape
+        if made["features"].shape[1] != width:
+            turned = "; transposed, they would fit" if made["features"].shape[1] == classes else ""
+            raise ValueError(
+                f"class_weights: expected [{made['features'].shape[1]}, classes] for the features, "
+                f"got {weights.shape}{turned}"
+            )
+        for name in ("projection", "projection_bias"):
+            if getattr(self, name) is not None:
+                made[name] = _finite(getattr(self, name), name, 2 if name == "projection" else 1)
+        checks.ids(labels, classes, "labels")
+        made["labels"] = labels.astype(np.int32)
+        names = self.class_names or tuple(map(str, range(classes)))
+        if len(names) != classes:
+            raise ValueError(
+                f"class_names: expected {classes}, a name for each column of class_weights, got "
+                f"{len(names)}"
+            )
+        for name, value in (made | {"class_names": tuple(names)}).items():
+            object.__setattr__(self, name, value)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, rows: Any) -> "Pictures":
+        """Only these pictures: a slice or an array of numbers."""
+        held = {name: getattr(self, name) for name in _FEATURES}
+        chosen = {name: x[rows] for name, x in held.items() if x is not None}
+        return dataclasses.replace(self, labels=self.labels[rows], **chosen)
+
+    @property
+    def inputs(self) -> Inputs:
+        """The pictures as methods take them, with the zero-shot classifier's logits."""
+        held = {name: getattr(self, name) for name in _FEATURES}
+        # `zero_shot_logits` of rows of length one, without a program for each number of rows.
+        zero_shot = np.float32(self.scale) * (self.features @ self.class_weights)
+        return Inputs(zero_shot=zero_shot, **held)
+
+    @property
+    def task(self) -> FewShotTask:
+        """The pictures as what a method learns from."""
+        fixed = {name: getattr(self, name) for name in ("labels", *_CLASSIFIER)}
+        return FewShotTask(support=self.inputs, **fixed)
+
+    def sample(
+        self,
+        shots: int,
+        *,
+        validation: Validation = "min4",
+        seed: int | Sequence[int] = 0,
+        rest: bool = True,
+    ) -> "Sample":
+        """Draws pictures to learn from, to choose settings on and to test on.
+
+        Samples of one seed are nested: more shots contain fewer. A class with too few pictures
+        gives what it has, at least one for each part.
+
+        Args:
+            shots: Pictures of each class to learn from.
+            validation: Pictures of each class to choose on: `'shots'`, as many; `'min4'`, as many
+                but at most four, as CoOp has it; `'none'`.
+            seed: Seed of the draw.
+            rest: Whether a picture of each class has to remain to be tested on.
+
+        Raises:
+            ValueError: Another name, no shots, or a class without enough pictures.
+        """
+        if validation not in ("min4", "shots", "none"):
+            raise ValueError(f"validation: expected min4, shots or none, got {validation!r}")
+        if shots < 1:
+            raise ValueError(f"shots: expected at least 1, got {shots}")
+        held_out = {"min4": min(shots, 4), "shots": shots, "none": 0}[validation]
+        rng = np.random.default_rng(seed)
+        parts: tuple[list, list, list] = ([], [], [])
+        for number, name in enumerate(self.class_names):
+            rows = rng.permutation(np.flatnonzero(self.labels == number))
+            least = 1 + (held_out > 0) + rest
+            if len(rows) < least:
+                raise ValueError(
+                    f"shots: expected at least {least} pictures of each class, to learn from"
+                    f"{', choose on' if held_out else ''}{' and test on' if rest else ''}, got "
+                    f"{len(rows)} of {name!r}"
+                )
+            # Validation pictures come from the end, so that they are none of any shots'.
+            chosen_on = min(held_out, len(rows) - 1 - rest)
+            learnt = min(shots, len(rows) - chosen_on - rest)
+            parts[0].append(rows[:learnt])
+            parts[1].append(rows[len(rows) - chosen_on :])
+            parts[2].append(rows[learnt : len(rows) - chosen_on])
+        train, chosen, left = (np.concatenate(part).astype(np.int64) for part in parts)
+        return Sample(train=train, validation=chosen, rest=left)
+
+    def stack(
+        self, samples: Sequence["Sample"], *, room: "Sample", test: "Pictures | None" = None
+    ) -> tuple[FewShotTask, dict[str, tuple[Inputs, np.ndarray]]]:
+        """Samples with an axis of runs, padded, as `sweep` takes them.
+
+        Args:
+            samples: One for each run, of these pictures.
+            room: A sample with as many rows of each part as any that shall share a program.
+            test: Pictures to test on; the rest of each sample if None.
+
+        Returns:
+            What is learnt from, and by name what is `"validation"`, if any, and `"test"`.
+        """
+        inputs = self.inputs
+
+        def part(name: str) -> tuple[Inputs, np.ndarray]:
+            rows = np.full((len(samples), len(getattr(room, name))), -1)
+            for run, sample in enumerate(samples):
+                own = getattr(sample, name)
+                rows[run, : len(own)] = own
+            return inputs[rows], np.where(rows >= 0, self.labels[rows], -1)
+
+        support, labels = part("train")
+        fixed = {name: getattr(self, name) for name in _CLASSIFIER}
+        task = FewShotTask(support=support, labels=labels, **fixed)
+        held_out = {"validation": part("validation")} if len(room.validation) else {}
+        if test is None:
+            held_out["test"] = part("rest")
+        else:
+            whole = test.inputs, test.labels
+            held_out["test"] = jax.tree.map(lambda x: np.repeat(x[None], len(samples), 0), whole)
+        return task, held_out
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """Numbers of pictures: to learn from, to choose settings on, and the others."""
+
+    train: Int[np.ndarray, " train"]
+    validation: Int[np.ndarray, " validation"]
+    rest: Int[np.ndarray, " rest"]
+
+
+def read_pictures(
+    features: epath.PathLike,
+    auxiliary: epath.PathLike | None = None,
+    *,
+    class_weights: Any,
+    class_names: Sequence[str] = (),
+    scale: float | None = None,
+) -> Pictures:
+    """Pictures that were encoded before, by this library or by whatever else.
+
+    A file is a directory that `extract_features` filled with one view of each picture, or an
+    ``.npz`` or ``.safetensors`` with the arrays `features` `[n, features]` and `labels` `[n]`, and
+    perhaps `hidden` `[n, hidden]`. From torch::
+
+        numpy.savez("train.npz", features=features.numpy(), labels=labels.numpy())
+
+    Args:
+        features: Of the encoder that names classes.
+        auxiliary: Of another encoder, the same pictures in the same order.
+        class_weights: `[features, classes]`: an array, or a file of it: ``.npy``, or ``.npz`` or
+            ``.safetensors`` with `class_weights` and perhaps `projection`, `projection_bias` and
+            `scale`.
+        class_names: By class number; those of a cache if it has them.
+        scale: Of the zero-shot classifier's cosines; the file's, or else CLIP's 100.
+
+    Raises:
+        ValueError: A file is missing or not of such a kind, or what `Pictures` refuses.
+    """
+    first, names = _read_features(epath.Path(features))
+    second = None
+    if auxiliary is not None:
+        second, _ = _read_features(epath.Path(auxiliary))
+        if len(second["labels"]) != len(first["labels"]) or np.any(
+            second["labels"] != first["labels"]
+        ):
+            raise ValueError(
+                f"auxiliary: expected the pictures of {os.fspath(features)} in their order, got "
+                f"other labels in {os.fspath(auxiliary)}"
+            )
+    classifier = _read_classifier(class_weights)
+    fixed = float(np.asarray(classifier.pop("scale", 100.0)).reshape(()))
+    return Pictures(
+        **first,
+        **classifier,
+        auxiliary=None if second is None else second["features"],
+        scale=fixed if scale is None else scale,
+        class_names=tuple(class_names) or names,
+    )
+
+
+def _read_features(path: epath.Path) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+    if path.is_dir():
+        cache = FeatureCache(path)
+        rows = cache.all()
+        if rows.features.shape[1] != 1:
+            raise ValueError(
+                f"{path}: expected one view of each picture, got {rows.features.shape[1]}"
+            )
+        return {"features": rows.features[:, 0], "labels": rows.labels}, cache.class_names
+    arrays = _read_arrays(path, ("features", "labels"), ("hidden",))
+    return arrays, ()
+
+
+def _read_classifier(given: Any) -> dict[str, Any]:
+    if not isinstance(given, str | os.PathLike):
+        return {"class_weights": given}
+    path = epath.Path(given)
+    if path.suffix == ".npy":
+        return {"class_weights": read_npy(path)}
+    return _read_arrays(path, ("class_weights",), ("projection", "projection_bias", "scale"))
+
+
+def _read_arrays(
+    path: epath.Path, required: Sequence[str], optional: Sequence[str]
+) -> dict[str, np.ndarray]:
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or directory")
+    found: Mapping[str, np.ndarray]
+    if path.suffix == ".npz":
+        found = read_npz(path)
+    elif path.suffix == ".safetensors":
+        source = SafetensorsSource(path)
+        found = {name: source.read(name) for name in source.names()}
+    else:
+        raise ValueError(f"{path}: expected a feature cache, .npz or .safetensors")
+    with guard.naming(path, "encoded pictures"):
+        missing = [name for name in required if name not in found]
+        if missing:
+            there = ", ".join(sorted(found)[:5]) or "nothing"
+            raise ValueError(f"{missing[0]}: expected an array of that name, got {there}")
+    return {name: found[name] for name in (*required, *optional) if name in found}
+
+
+def _finite(values: Any, name: str, rank: int) -> np.ndarray:
+    found = np.asarray(values)
+    if found.ndim != rank or not found.size:
+        form = "[rows, columns]" if rank == 2 else "[numbers]"
+        raise ValueError(f"{name}: expected {form}, got shape {found.shape}")
+    found = checks.as_float(found, name)
+    found = np.asarray(found, np.float32)
+    if not np.isfinite(found).all():
+        row = int(np.argwhere(~np.isfinite(found))[0][0])
+        raise ValueError(f"{name}: expected finite numbers, got others in row {row}")
+    return found
+
+
+def _unit(values: np.ndarray, name: str) -> np.ndarray:
+    none = np.flatnonzero(~values.any(1))
+    if none.size:
+        raise ValueError(f"{name}: expected vectors with a direction, got zeros at {none[0]}")
+    length = np.linalg.norm(values.astype(np.float64), axis=1, keepdims=True)
+    # Those of length one stay as they are, to the last bit.
+    length = np.where(np.abs(length - 1) < 1e-6, 1.0, length)
+    return (values / length).astype(np.float32)
