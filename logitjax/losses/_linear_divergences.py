@@ -220,6 +220,10 @@ class _Normalised(Statistic):
 
     passes: ClassVar[int] = 2
 
+    @property
+    def in_tiles(self) -> bool:
+        return True
+
     def terms(self, log_q: jax.Array, log_p: jax.Array) -> tuple[jax.Array, jax.Array]:
         raise NotImplementedError
 

@@ -2,11 +2,11 @@
 
 import dataclasses
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 
-Engine = Literal["rows", "scan"]
+Engine = Literal["rows", "scan", "pallas"]
 
 # CPU: a block should stay near the caches. With weights whole rows of logits are kept for so many
 # elements, and never fewer than these rows: each block of them reads the heads and reads and writes
@@ -81,7 +81,10 @@ class Blocks:
             enough to turn them into their gradient, and sums the head's gradient up in float32
             over all of it; it needs the weights of the positions. A TPU's compiler holds that sum
             twice. `scan` keeps a block of columns, whose gradient it sums up over the positions and
-            casts once, and forms each logit a second time for it.
+            casts once, and forms each logit a second time for it. `pallas`, never chosen by the
+            rule because no time of it on a chip is known, is `scan` with the forward half in one
+            kernel, for statistics that say `in_tiles`; its tiles follow from the shapes, and on CPU
+            it is interpreted, slowly.
         memory_budget: bytes that a sweep may hold on a device beside the head's gradient, as near
             as blocks can come to it; by default a tenth of all float32 logits of student and
             teacher, and at least 64 MiB. Not asked on CPU, whose caches decide.
@@ -103,8 +106,9 @@ class Blocks:
             size = getattr(self, name)
             if size is not None and size < 1:
                 raise ValueError(f"blocks.{name}: expected a positive size, got {size}")
-        if self.engine not in (None, "rows", "scan"):
-            raise ValueError(f"blocks.engine: expected 'rows' or 'scan', got {self.engine!r}")
+        if self.engine not in (None, *get_args(Engine)):
+            engines = ", ".join(map(repr, get_args(Engine)))
+            raise ValueError(f"blocks.engine: expected one of {engines}, got {self.engine!r}")
 
     def layout(self, sizes: Sizes) -> Layout:
         """The rule.

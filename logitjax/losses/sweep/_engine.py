@@ -44,6 +44,7 @@ class Sweep:
     """The static half of a sweep.
 
     Attributes:
+        forward: what forms outputs and residuals in the place of `swept`.
         write_gradients: whether the gradient of a block is to be written before the two products
             that read it. A TPU's compiler would form it anew inside of each, at half their speed.
     """
@@ -53,6 +54,7 @@ class Sweep:
     token_block: int | None = None
     axis_name: AxisName | None = None
     varying: tuple[str, ...] = ()
+    forward: Callable[..., Any] | None = None
     write_gradients: bool = False
 
     def vary(self, tree: Any) -> Any:
@@ -96,13 +98,18 @@ def head_block(projection: Projection, start, size: int) -> Head:
 def block_logits(projection: Projection, head: Head, valid):
     hidden = projection.hidden.astype(head.kernel.dtype)
     logits = contract(hidden, (hidden.ndim - 1,), head.kernel, (1 - head.axis,))
+    return finished_logits(logits, head, projection.inverse_temperature, valid)
+
+
+def finished_logits(logits, head: Head, inverse_temperature, valid):
+    """From `hidden @ kernel` to what a statistic reads: bias, cap, temperature, then the mask."""
     if head.bias is not None:
         logits = logits + head.bias.astype(logits.dtype)
         # A cap would bring an entry at -inf to life; its bias tells, which is one row.
         valid = valid & (head.bias != -jnp.inf)
     if head.soft_cap is not None:
         logits = head.soft_cap * jnp.tanh(logits / head.soft_cap)
-    return jnp.where(valid, logits * projection.inverse_temperature, -jnp.inf)
+    return jnp.where(valid, logits * inverse_temperature, -jnp.inf)
 
 
 class Columns(NamedTuple):
@@ -283,10 +290,15 @@ def first_shard(sweep: Sweep, tree: Any) -> Any:
     return jax.tree.map(lambda x: jnp.where(first, x, jnp.zeros_like(x)), tree)
 
 
-def _forward(sweep: Sweep, operands: Operands):
+def swept(sweep: Sweep, operands: Operands) -> tuple[Any, Any]:
+    """Outputs and residuals of all positions, block by block."""
     split = Split(sweep.token_block, operands.student.hidden.shape[:-1])
     tokens, place = split_operands(operands, split)
-    outputs, residuals = split.join(accumulate(sweep, operands, split, tokens, place))
+    return split.join(accumulate(sweep, operands, split, tokens, place))
+
+
+def _forward(sweep: Sweep, operands: Operands):
+    outputs, residuals = (sweep.forward or swept)(sweep, operands)
     return first_shard(sweep, outputs), (operands, residuals)
 
 

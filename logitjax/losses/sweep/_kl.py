@@ -20,6 +20,10 @@ class KLStatistic(Statistic):
 
     reverse: bool = False
 
+    @property
+    def in_tiles(self) -> bool:
+        return True
+
     def start(self, batch: tuple[int, ...], dtype: Any, passed: Any) -> Any:
         return OnlineSums.start(batch, dtype, terms=2), OnlineSums.start(batch, dtype)
 

@@ -90,6 +90,10 @@ class ReadoutStatistic(Statistic):
     mean: bool = False
     moments: bool = False
 
+    @property
+    def in_tiles(self) -> bool:
+        return not self.ids and not self.k
+
     def start(self, batch: tuple[int, ...], dtype: Any, passed: Any) -> _State:
         def zeros(*shape):
             return jnp.zeros((*batch, *shape), dtype)

@@ -139,6 +139,11 @@ def run(
                 platform=platform,
             )
         )
+        if layout.engine == "pallas" and not statistic.in_tiles:
+            raise ValueError(
+                f"blocks.engine: expected 'scan' or 'rows' for {type(statistic).__name__}, which "
+                "no kernel can absorb, got 'pallas'"
+            )
         varying = _varying((operands, weights), axis_name)
         config = Sweep(
             statistic=statistic,
@@ -146,6 +151,7 @@ def run(
             token_block=layout.tokens,
             axis_name=axis_name,
             varying=varying,
+            forward=_kernel_for(platform) if layout.engine == "pallas" else None,
             write_gradients=platform != "cpu",
         )
         known = weights if layout.engine == "rows" else None
@@ -166,6 +172,13 @@ def run(
     if weights is not None:
         return outputs[0], lax.stop_gradient(outputs[1])
     return _losses(statistic, len(batch), outputs, tokens)
+
+
+def _kernel_for(platform: str) -> Callable[..., Any]:
+    # Pallas takes longer to import than all of this library.
+    from logitjax.losses.sweep import _pallas
+
+    return _pallas.FORWARD[platform]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -18,21 +18,23 @@ class LogitBlock(NamedTuple):
         student: `[*batch, block]`, float32; `-inf` where a column does not count, such as one that
             an earlier block had.
         teacher: the same of the teacher; None without one.
-        columns: `[block]` int32, ids in the whole vocabulary.
-        first: the place of the first column that no earlier block had.
+        columns: `[block]` int32, ids in the whole vocabulary; `[1, block]` in a kernel.
+        first: the place of the first column that no earlier block had; 0 where none repeats one.
         tokens: the arrays given to `run`, `[*batch, ...]`.
     """
 
     student: jax.Array
     teacher: jax.Array | None
     columns: jax.Array
-    first: jax.Array
+    first: jax.Array | int
     tokens: Any
 
     def is_at(self, ids: Array) -> jax.Array:
         """Where the block's columns are the ids, one a position: `[*batch, block]` boolean."""
-        new = jnp.arange(self.columns.size) >= self.first
-        return new & (self.columns == jnp.asarray(ids)[..., None])
+        there = self.columns == jnp.asarray(ids)[..., None]
+        if isinstance(self.first, int) and self.first == 0:
+            return there
+        return there & (jnp.arange(self.columns.size) >= self.first)
 
     def gather(self, ids: Array) -> jax.Array:
         """The student's logits at `ids`, `[*batch, n]`; zero for those of other blocks."""
@@ -69,6 +71,16 @@ class Statistic(abc.ABC):
     """
 
     passes: ClassVar[int] = 1
+
+    @property
+    def in_tiles(self) -> bool:
+        """Whether a kernel can run `start` and `absorb`, which then work on what is on chip.
+
+        They have to be made of elementwise operations, comparisons and sums and maxima over the
+        last axis (no gather, scatter or sort), with one number a position in each array of the
+        state and of what they read.
+        """
+        return False
 
     @abc.abstractmethod
     def start(self, batch: tuple[int, ...], dtype: Any, passed: Any) -> Any:

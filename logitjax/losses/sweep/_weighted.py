@@ -17,7 +17,6 @@ from logitjax.losses.sweep._engine import (
     Projection,
     Split,
     Sweep,
-    accumulate,
     add_to_head,
     block_numbers,
     column_block,
@@ -31,6 +30,7 @@ from logitjax.losses.sweep._engine import (
     silenced,
     split_operands,
     sum_dtype,
+    swept,
 )
 from logitjax.losses.sweep._statistic import LogitBlock
 
@@ -59,9 +59,7 @@ def _slope_of_weights(losses: jax.Array, weights: jax.Array) -> jax.Array:
 
 
 def _value_only(sweep: Sweep, operands: Operands, weights):
-    split = Split(sweep.token_block, operands.student.hidden.shape[:-1])
-    tokens, place = split_operands(operands, split)
-    outputs, _ = split.join(accumulate(sweep, operands, split, tokens, place))
+    outputs, _ = swept(sweep, operands)
     losses = sweep.statistic.losses(outputs, operands.tokens)
     return first_shard(sweep, (weighted_sum(losses, weights), outputs))
 

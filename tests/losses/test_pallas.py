@@ -1,0 +1,311 @@
+"""The kernels of a sweep's forward half: interpreted, and compiled for chips that are not there."""
+
+import functools
+import importlib.util
+import math
+import os
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from logitjax import losses
+from logitjax.losses import Blocks, Head
+from logitjax.losses.sweep import _pallas
+
+HIDDEN = 16
+
+
+def _case(vocab, length=35, seed=0):
+    """Rows that end inside a tile, an entry that cannot be, the last entry as a label, a mask."""
+    rng = np.random.default_rng(seed)
+    x, tx = (rng.normal(size=(2, length, HIDDEN)).astype(np.float32) for _ in range(2))
+    w, tw = (rng.normal(size=(vocab, HIDDEN)).astype(np.float32) for _ in range(2))
+    labels = rng.integers(0, vocab, (2, length)).astype(np.int32)
+    labels[0, 0] = vocab - 1
+    bias, where = rng.normal(size=vocab).astype(np.float32), rng.random(vocab) < 0.8
+    where[labels] = True
+    bias[~where & (rng.random(vocab) < 0.5)] = -np.inf
+    weights = rng.normal(size=(2, length)).astype(np.float32)
+    return x, w, tx, tw.T, bias, labels, where, weights
+
+
+def _cross_entropy(case, x, w, **options):
+    bias, labels, where = case[4:7]
+    head = Head(w, bias, vocab_axis=0, soft_cap=5.0)
+    return losses.linear_cross_entropy(
+        x, head, labels, z_loss=0.01, temperature=1.3, vocab_where=where, **options
+    )
+
+
+def _readout(case, x, w, **options):
+    out = losses.linear_readout(
+        x, Head(w, vocab_axis=0), labels=case[5], vocab_where=case[6], **options
+    )
+    return out.cross_entropy
+
+
+def _of_two(loss, **settings):
+    def call(case, x, w, **options):
+        heads = Head(w, vocab_axis=0), Head(case[3], vocab_axis=1)
+        return loss(x, heads[0], case[2], heads[1], vocab_where=case[6], **settings, **options)
+
+    return call
+
+
+LOSSES = {
+    "cross_entropy": _cross_entropy,
+    "readout": _readout,
+    "kl": _of_two(losses.linear_kl_divergence, temperature=2.0),
+    "reverse_kl": _of_two(losses.linear_kl_divergence, direction="reverse"),
+    "jensen_shannon": _of_two(losses.linear_generalized_jensen_shannon),
+    "total_variation": _of_two(losses.linear_total_variation),
+}
+
+
+def _by(engine, case, names=tuple(LOSSES), gradients=True):
+    """Losses, and the gradients of their sums with unequal weights, in one program."""
+    blocks = Blocks(engine=engine)
+
+    def run(x, w):
+        def one(loss):
+            def total(x, w):
+                found = loss(case, x, w, blocks=blocks)
+                return (found * case[7]).sum(), found
+
+            return (
+                jax.value_and_grad(total, (0, 1), has_aux=True)(x, w) if gradients else total(x, w)
+            )
+
+        return {name: one(LOSSES[name]) for name in names}
+
+    return jax.device_get(jax.jit(run)(*case[:2]))
+
+
+def _assert_close(got, want, rtol=1e-5):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert np.abs(a - b).max() <= rtol * max(1.0, np.abs(b).max())
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    monkeypatch.setattr(_pallas, "_ROWS", (32,))
+    monkeypatch.setattr(_pallas, "_COLUMNS", (128,))
+
+
+# On a GPU all is of a tile; the sums over tiles are what is its own.
+def _triton(monkeypatch):
+    state = functools.partial(_pallas._gpu_state, interpret=True)
+    monkeypatch.setitem(_pallas.FORWARD, "cpu", functools.partial(_pallas._flat, state))
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize(
+    ("kind", "names"), [("mosaic", ("cross_entropy", "jensen_shannon")), ("triton", ("kl",))]
+)
+def test_kernels_give_what_blocks_give(monkeypatch, kind, names):
+    case = _case(300)
+    if kind == "triton":
+        _triton(monkeypatch)
+    # The gradients are formed by the blocks of `scan`, from what the kernels give.
+    got, want = (_by(engine, case, names, gradients=False) for engine in ("pallas", "scan"))
+    _assert_close(got, want)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("kind", ["mosaic", "triton"])
+@pytest.mark.parametrize("vocab", [1, 127, 128, 257, 1000, 1111])
+def test_kernels_give_what_blocks_give_at_every_edge(monkeypatch, kind, vocab):
+    case = _case(vocab, length=3, seed=vocab)
+    if kind == "triton":
+        _triton(monkeypatch)
+    # Of one entry both distributions are 1, where total variation has a kink.
+    names = [name for name in LOSSES if vocab > 1 or name != "total_variation"]
+    _assert_close(_by("pallas", case, names), _by("scan", case, names))
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("mode", ["on_wait", pytest.param("eager", marks=pytest.mark.slow)])
+def test_copies_race_with_nothing_and_are_those_that_the_cost_counts(monkeypatch, mode):
+    # No public name tells what the interpreter saw.
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
+
+    params = pltpu.InterpretParams(
+        detect_races=True, uninitialized_memory="nan", dma_execution_mode=mode
+    )
+    monkeypatch.setattr(_pallas, "INTERPRET", params)
+    case = _case(300)
+    run = jax.jit(functools.partial(_cross_entropy, case, blocks=Blocks(engine="pallas")))
+    (call,) = _calls(jax.make_jaxpr(run)(*case[:2]).jaxpr)
+    assert np.isfinite(run(*case[:2])).all()
+    assert not interpreter.races.races_found
+    copies = [
+        copy
+        for accesses in (interpreter.races.reads, interpreter.races.writes)
+        for place, found in accesses.items()
+        if place[0] == "hbm"
+        for copy in found
+        if len(copy[3]) == 2
+    ]
+    # What is read at last, whole, are the results.
+    shapes = [v.aval.shape for v in call.outvars]
+    ends = [tuple(slice(0, n, 1) for n in shape) for shape in shapes]
+    copied = [copy[3] for copy in copies if copy[3] not in ends]
+    sizes = [int(np.prod([s.stop - s.start for s in slices])) for slices in copied]
+    cost = call.params["cost_estimate"]
+    assert cost.flops == 2 * 70 * 300 * HIDDEN
+    # Tiles reach over the ends of arrays: 96 rows for 70, 384 columns for 300.
+    assert cost.bytes_accessed <= 4 * sum(sizes) <= 1.4 * cost.bytes_accessed
+
+
+def _calls(jaxpr):
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "pallas_call":
+            yield equation
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from _calls(inner)
+
+
+@pytest.mark.slow
+@pytest.mark.every_change
+@pytest.mark.usefixtures("small_tiles")
+def test_vocabulary_shards_are_joined_and_second_derivatives_and_vmap_are_those_of_blocks():
+    case = _case(256, length=3)
+    mesh = jax.make_mesh((2,), ("tensor",), devices=jax.devices()[:2], axis_types=(AxisType.Auto,))
+    x, w, labels = case[0], case[1], case[5]
+
+    def total(x, w, engine, axis_name=None):
+        head = Head(w, vocab_axis=0)
+        options = dict(blocks=Blocks(engine=engine), axis_name=axis_name)
+        return (losses.linear_cross_entropy(x, head, labels, **options) * case[7]).sum()
+
+    def shard(x, w):
+        return total(x, w, "pallas", "tensor")
+
+    # The interpreter's own loop does not pass the check; compiled kernels do (see below).
+    split = jax.shard_map(
+        shard, mesh=mesh, in_specs=(P(), P("tensor")), out_specs=P(), check_vma=False
+    )
+
+    def curvature(engine, x, w):
+        slope = jax.grad(functools.partial(total, engine=engine))
+        return jax.grad(lambda x: (slope(x, w) ** 2).sum())(x)
+
+    def run(x, w):
+        sharded = jax.value_and_grad(split, (0, 1))(x, w)
+        local = jax.value_and_grad(functools.partial(total, engine="scan"), (0, 1))(x, w)
+        curved = [curvature(engine, x, w) for engine in ("pallas", "scan")]
+        many = [
+            jax.vmap(lambda w, e=e: total(x, w, e))(jnp.stack([w, 2 * w]))
+            for e in ("pallas", "scan")
+        ]
+        return (sharded, curved[0], many[0]), (local, curved[1], many[1])
+
+    _assert_close(*jax.device_get(jax.jit(run)(x, w)))
+
+
+def test_what_no_kernel_can_do_is_refused():
+    x, w = np.ones((2, 3), np.float32), np.ones((3, 4), np.float32)
+    with pytest.raises(
+        ValueError, match=r"blocks\.engine: expected 'scan' or 'rows' for \w+, which"
+    ):
+        losses.linear_readout(x, w, top_k=2, blocks=Blocks(engine="pallas"))
+    with pytest.raises(ValueError, match=r"blocks\.engine: .* 1000000 bytes, too wide for a tile"):
+        _pallas.choose_tiles(4096, 1000, [1_000_000], 3)
+
+
+def _abstract(kind, platform, cores):
+    device = AbstractDevice(device_kind=kind, num_cores=cores, platform=platform)
+    return AbstractMesh((1,), ("data",), axis_types=(AxisType.Auto,), abstract_device=device)
+
+
+def _tpu_mesh(topology, sides, names):
+    from jax.experimental import topologies
+
+    for name, value in {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    devices = np.array(devices[: math.prod(sides)]).reshape(sides)
+    return Mesh(devices, names, axis_types=(AxisType.Auto,) * len(names))
+
+
+def _large(place=None, rows=4096, width=1024, vocab=151936):
+    def array(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    side = array(rows, width), array(vocab, width)
+    return side + side + (array(rows, dtype=jnp.int32),)
+
+
+def _every_statistic(x, w, tx, tw, labels):
+    blocks = Blocks(engine="pallas")
+    capped = Head(w, jnp.zeros(w.shape[0], w.dtype), soft_cap=30.0)
+    given = {"temperature": 2.0, "blocks": blocks}
+    two = (x, w, tx, tw)
+    return (
+        losses.linear_cross_entropy(
+            x,
+            capped,
+            labels,
+            label_smoothing=0.1,
+            z_loss=1e-4,
+            vocab_where=jnp.arange(len(w)) > 3,
+            **given,
+        ),
+        losses.linear_kl_divergence(*two, **given),
+        losses.linear_kl_divergence(*two, direction="reverse", **given),
+        losses.linear_generalized_jensen_shannon(*two, **given),
+        losses.linear_total_variation(*two, **given),
+        losses.linear_readout(x, w, labels=labels, **given).cross_entropy,
+    )
+
+
+@pytest.mark.slow
+def test_every_statistic_is_lowered_for_a_gpu():
+    with jax.sharding.use_abstract_mesh(_abstract("NVIDIA H100 80GB HBM3", "gpu", None)):
+        text = jax.jit(_every_statistic).trace(*_large()).lower(lowering_platforms=("cuda",))
+    # Jensen-Shannon and total variation take two sweeps each.
+    assert text.as_text().count("__gpu$xla.gpu.triton") == 8
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra `plan`")
+@pytest.mark.parametrize("topology", ["v5e:1x1", "v5p:1x1x1", "v6e:1x1", "tpu7x:2x2x1"])
+def test_every_statistic_compiles_for_a_tpu_and_holds_no_logits(topology):
+    arguments = _large(NamedSharding(_tpu_mesh(topology, (1,), ("data",)), P()))
+    traced = jax.jit(_every_statistic).trace(*arguments)
+    compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+    # A number a position takes the lanes of a register; dense has 2,374 MiB of logits a side.
+    assert compiled.memory_analysis().temp_size_in_bytes < 100 * 2**20
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra `plan`")
+def test_kernels_are_split_over_a_mesh_whose_axes_are_checked():
+    mesh = _tpu_mesh("v5p:2x2x1", (2, 2), ("fsdp", "tensor"))
+
+    def array(shape, *spec, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*spec)))
+
+    hidden = array((8, 512, 1024), "fsdp")
+    labels = array((8, 512), "fsdp", dtype=jnp.int32)
+
+    def loss(hidden, kernel, labels):
+        return losses.linear_cross_entropy(hidden, kernel, labels, blocks=Blocks(engine="pallas"))
+
+    with jax.set_mesh(mesh):
+        traced = jax.jit(loss).trace(hidden, array((1024, 151936), "fsdp", "tensor"), labels)
+        text = traced.lower().compile().as_text()
+    # The head is gathered over `fsdp` once; its shards share a largest logit and two sums.
+    assert len(re.findall(r" = \S+ all-gather(?:-start)?\(", text)) == 1
+    assert "tpu_custom_call" in text
