@@ -93,6 +93,7 @@ def forms(kind: str) -> dict[str, Loss]:
     found["ours, default"] = functools.partial(ours, engine=None, weighted=True)
     found["ours, rows"] = functools.partial(ours, engine="rows", weighted=True)
     found["ours, unreduced"] = functools.partial(ours, engine=None, weighted=False)
+    found["ours, pallas"] = functools.partial(ours, engine="pallas", weighted=False)
     return found
 
 
@@ -206,6 +207,17 @@ def _mesh_rows(shape: Shape, chip: chips.Chip, kinds: Sequence[str]) -> list[dic
     return rows
 
 
+def _mesh_bars(rows: Sequence[Mapping[str, Any]]) -> list[_suite.Bar]:
+    """The head is gathered once a sweep, and its gradient scattered once; a teacher has no such."""
+    bars = []
+    for row in rows:
+        where = f"2 x 2, {row['loss']}, {row['form'].removeprefix('ours, ')}"
+        heads = 2 if row["loss"] == "kl" else 1
+        for kind, most in (("all-gathers", heads), ("reduce-scatters", 1)):
+            bars.append(_suite.Bar(name=f"{where}: {kind}", value=row[kind], limit=most))
+    return bars
+
+
 def run(options: _suite.Options) -> _suite.Result:
     shapes: Mapping[str, Shape] = SMOKE_SHAPES if options.smoke else SHAPES
     named = {"cpu": "cpu:1"} if options.smoke else CHIPS
@@ -236,5 +248,7 @@ def run(options: _suite.Options) -> _suite.Result:
     if not options.smoke and chosen("mesh"):
         chip = chips.parse_chip(MESH)
         chips.prepare(chip, "data:1")
-        rows += _mesh_rows(SHAPES["large"], chip, kinds)
+        found = _mesh_rows(SHAPES["large"], chip, kinds)
+        rows += found
+        bars += _mesh_bars(found)
     return _suite.Result(rows=rows, bars=bars)

@@ -282,9 +282,11 @@ def test_every_statistic_is_lowered_for_a_gpu():
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra `plan`")
 @pytest.mark.parametrize("topology", ["v5e:1x1", "v5p:1x1x1", "v6e:1x1", "tpu7x:2x2x1"])
 def test_every_statistic_compiles_for_a_tpu_and_holds_no_logits(topology):
-    arguments = _large(NamedSharding(_tpu_mesh(topology, (1,), ("data",)), P()))
-    traced = jax.jit(_every_statistic).trace(*arguments)
-    compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+    mesh = _tpu_mesh(topology, (1,), ("data",))
+    # The lowering of a kernel asks the mesh for its device, where the default one is no TPU.
+    with jax.set_mesh(mesh):
+        traced = jax.jit(_every_statistic).trace(*_large(NamedSharding(mesh, P())))
+        compiled = traced.lower(lowering_platforms=("tpu",)).compile()
     # A number a position takes the lanes of a register; dense has 2,374 MiB of logits a side.
     assert compiled.memory_analysis().temp_size_in_bytes < 100 * 2**20
 

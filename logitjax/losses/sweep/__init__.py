@@ -24,7 +24,8 @@ That engine is `scan`: a block of columns stays while its positions go by, so th
 these columns is summed up in float32 and cast once. With the weights of the positions known there
 is `rows` as well: the weighted sum of the losses and its gradient come out of one sweep, the logits
 of some positions being kept over the whole vocabulary just long enough to turn them into their
-gradient. That is a product a logit less, for a gradient of the whole head in float32. `Blocks`
+gradient. That is a product a logit less, for a gradient of the whole head in float32. And `pallas`
+is `scan` with the forward half in one kernel, for statistics that say `in_tiles`. `Blocks`
 holds the sizes of the blocks, the engine, and the rule that chooses them for a device and a budget
 of memory.
 
