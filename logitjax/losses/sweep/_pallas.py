@@ -119,7 +119,7 @@ FORWARD = {"tpu": on_tpu, "gpu": on_gpu, "cpu": interpreted}
 def _flat(state_of: Callable[..., Any], sweep: Sweep, operands: Operands) -> Any:
     batch = operands.student.hidden.shape[:-1]
 
-    def flat(x: jax.Array) -> jax.Array:
+    def flat(x: Any) -> jax.Array:
         return x.reshape(math.prod(batch), *x.shape[len(batch) :])
 
     sides = [side._replace(hidden=flat(side.hidden)) for side in operands.sides]
@@ -226,7 +226,6 @@ def _tpu_state(sweep: Sweep, operands: Operands, passed: Any, *, interpret: Any 
     def kernel(*refs: Any) -> None:
         tile = pl.program_id(1)
         at, out = jax.tree.unflatten(layout, refs[: len(arrays)]), refs[len(arrays) :]
-        kernels = [head.kernel for head in at.heads]
         heads = [dataclasses.replace(head, kernel=None) for head in at.heads]
         here = jax.tree.map(lambda ref: ref[...], at._replace(hidden=None, heads=heads))
         tokens, before = _as_given((here.tokens, here.passed), like)
@@ -241,11 +240,13 @@ def _tpu_state(sweep: Sweep, operands: Operands, passed: Any, *, interpret: Any 
 
         ids = tile * tiles.columns + lax.broadcasted_iota(jnp.int32, (1, tiles.columns), 1)
         valid = ids < vocab if here.where is None else (ids < vocab) & (here.where != 0)
+        products = [
+            _tpu_product(hidden, head.kernel, head.axis)
+            for hidden, head in zip(at.hidden, at.heads, strict=True)
+        ]
         sides = [
-            finished_logits(_tpu_product(*refs_of, head.axis), head, scale, valid)
-            for *refs_of, head, scale in zip(
-                at.hidden, kernels, here.heads, here.scales, strict=True
-            )
+            finished_logits(logits, head, scale, valid)
+            for logits, head, scale in zip(products, here.heads, here.scales, strict=True)
         ]
         state = jax.tree.unflatten(form, [ref[...][:, 0] for ref in out])
         store(_absorb(sweep, state, sides, here.start + ids, tokens, before))
@@ -271,13 +272,12 @@ def _tpu_product(hidden: Any, kernel: Any, axis: int) -> jax.Array:
     """Logits of a tile, a slice of the hidden axis at a time: what is sliced is copied."""
     width = hidden.shape[1]
     step = _TPU_STEP if width % 128 == 0 else width
-    total = None
+    parts = []
     for start in range(0, width, step):
         some = slice(start, min(start + step, width))
         w = kernel[:, some] if axis == 0 else kernel[some]
-        part = contract(hidden[:, some], (1,), w, (1 - axis,))
-        total = part if total is None else total + part
-    return total
+        parts.append(contract(hidden[:, some], (1,), w, (1 - axis,)))
+    return functools.reduce(jnp.add, parts)
 
 
 def _tpu_specs(inputs: _Inputs, tiles: Tiles) -> _Inputs:
@@ -301,7 +301,9 @@ def _tpu_specs(inputs: _Inputs, tiles: Tiles) -> _Inputs:
 
     each = jax.tree.map
     return _Inputs(
-        *each(by_row, inputs[:3]),
+        hidden=each(by_row, inputs.hidden),
+        tokens=each(by_row, inputs.tokens),
+        passed=each(by_row, inputs.passed),
         heads=[head(x) for x in inputs.heads],
         where=each(by_column, inputs.where),
         scales=each(once, inputs.scales),
