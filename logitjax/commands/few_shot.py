@@ -146,7 +146,8 @@ class Problem:
         """The first sample's at the most shots: `few_shot.fit` on its parts makes the same."""
         sample = self.sample(max(self.config.shots), 0)
         chosen = candidate.chosen(setting)
-        return few_shot.fit(chosen, self.pictures[sample.train], seed=self.config.seed)
+        validation = self.pictures[sample.validation] if len(sample.validation) else None
+        return few_shot.fit(chosen, self.pictures[sample.train], validation, seed=self.config.seed)
 
     def confusion(self, head: few_shot.FittedHead) -> np.ndarray:
         """`[classes, predicted]` counts of the pictures that `head` did not learn from."""
@@ -219,6 +220,9 @@ def _encode(config: Config, out: epath.Path) -> Problem:
         for number, spec in enumerate(specs)
     ]
     split, test_split = _splits(config)
+    scale = config.scale
+    if scale is None and config.class_weights is None:
+        scale = encoders[0].logit_scale
 
     def encode(split: str, chosen: str, weights: Any = None) -> few_shot.Pictures:
         images = data.load_image_set(str(config.data), split=split)
@@ -244,7 +248,7 @@ def _encode(config: Config, out: epath.Path) -> Problem:
             *caches,
             class_weights=weights,
             class_names=images.class_names,
-            scale=config.scale,
+            scale=scale,
         )
 
     pictures = encode(split, config.rows)
@@ -294,6 +298,8 @@ def _methods(problem: Problem) -> tuple[dict[str, few_shot.Candidate], dict[str,
         missing = [part for part in candidate.needs if getattr(pictures, part) is None]
         if name == "gda" and max(config.shots) == 1:
             missing = ["a second picture of a class"]
+        if candidate.stops and config.validation == "none":
+            missing = ["validation pictures"]
         if not missing:
             grid = None if config.validation == "none" else candidate.grid
             candidate = dataclasses.replace(candidate, grid=grid)

@@ -21,7 +21,7 @@ class ImageViews:
       resize: the shorter side before the middle is cut out of a plain view.
       interpolation: between pixels.
       fit: ``crop`` loses what lies beyond the square; ``pad`` puts the whole picture on a white
-        square first, as suits drawings.
+        square first, as suits drawings; ``squash`` scales both sides to ``size``.
       kind: ``plain`` is the one view that tests use; ``random`` cuts out a part, scales it to
         ``size`` and mirrors it half of the time.
       count: random views a picture.
@@ -36,7 +36,7 @@ class ImageViews:
     size: int
     resize: int
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
-    fit: Literal["crop", "pad"] = "crop"
+    fit: Literal["crop", "pad", "squash"] = "crop"
     kind: Literal["plain", "random"] = "plain"
     count: int = 1
     scale: tuple[float, float] = (0.5, 1.0)
@@ -44,7 +44,7 @@ class ImageViews:
 
     def __post_init__(self) -> None:
         for name, known in (
-            ("fit", ("crop", "pad")),
+            ("fit", ("crop", "pad", "squash")),
             ("kind", ("plain", "random")),
             ("interpolation", ("bilinear", "bicubic")),
         ):
@@ -105,6 +105,8 @@ class ImageViews:
 
     def _plain(self, picture: Any) -> np.ndarray:
         size = self.size
+        if self.fit == "squash":
+            return np.asarray(picture.resize((size, size), self._filter))
         target = size if self.fit == "pad" else self.resize
         # torchvision's Resize and CenterCrop round like this.
         short = min(picture.size)

@@ -23,7 +23,8 @@ def encoder_views(
     Args:
         encoder: Who will look at them.
         spec: `plain`, or `random:COUNT` for so many random crops of each picture.
-        fit: What a square loses (`crop`) or gains (`pad`).
+        fit: What a square loses (`crop`) or gains (`pad`). Encoders that were trained on pictures
+            without their proportions lose these instead of the margins.
         seed: Seed of random views.
 
     Raises:
@@ -32,7 +33,8 @@ def encoder_views(
     kind, _, count = spec.partition(":")
     if kind not in ("plain", "random") or (kind == "random") != count.isdigit():
         raise ValueError(f"views: expected plain or random:COUNT, got {spec!r}")
-    made: Any = {"fit": fit, "kind": kind}  # checked there
+    squash = fit == "crop" and encoder.preprocessing.fit == "squash"
+    made: Any = {"fit": "squash" if squash else fit, "kind": kind}  # checked there
     return data.ImageViews(
         size=encoder.preprocessing.size,
         resize=encoder.preprocessing.resize,

@@ -1,6 +1,7 @@
 """CLIP's byte-pair encoding."""
 
 import html
+import string
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,6 +13,7 @@ from logitjax.storage import guard, package_file, read_json, require
 
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 # OpenAI's file has more merges than the vocabulary.
 _MERGES = 49152 - 256 - 2
 _BPE_FILES = ("bpe_simple_vocab_16e6.txt.gz", "merges.txt")
@@ -53,6 +55,42 @@ class CLIPTokenizer:
                 raise ValueError(f"text {text!r} has {len(ids)} tokens, more than {room}")
             ids = [self.start, *ids[:room], self.end]
             rows[row, : len(ids)] = ids
+        return rows
+
+
+class SigLIPTokenizer:
+    """Texts to the rows of tokens that SigLIP's text tower takes, padded as it was trained.
+
+    Both versions were trained on lower-case texts; the first also on texts without punctuation.
+
+    Args:
+      tokenizer: of the checkpoint's ``tokenizer.json``: 32,000 pieces that end a text with ``</s>``
+        (version 1), or Gemma's with ``<eos>`` and ``<pad>`` (version 2).
+      context_length: tokens of a row.
+
+    Raises:
+      ValueError: it has neither end.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, context_length: int = 64):
+        self.tokenizer, self.context_length = tokenizer, context_length
+        end, pad = tokenizer.token_id("<eos>"), tokenizer.token_id("<pad>")
+        self.plain = end is None or pad is None
+        if self.plain:
+            end = pad = tokenizer.token_id("</s>")
+        if end is None or pad is None:
+            raise ValueError("not a tokenizer of SigLIP: it lacks </s>, and <eos> or <pad>")
+        self.end, self.pad = end, pad
+
+    def __call__(self, texts: Sequence[str]) -> Int[np.ndarray, "batch length"]:
+        """int32 ``[batch, context_length]``: text, end, padding; a long text is cut."""
+        rows = np.full((len(texts), self.context_length), self.pad, np.int32)
+        for row, text in enumerate(texts):
+            text = text.lower()
+            if self.plain:
+                text = " ".join(text.translate(_NO_PUNCTUATION).split())
+            ids = self.tokenizer.encode(text)[: self.context_length - 1]
+            rows[row, : len(ids) + 1] = [*ids, self.end]
         return rows
 
 

@@ -15,8 +15,7 @@ from jaxtyping import Float, Int, Num
 from logitjax.ops import Array
 from logitjax.storage import digest
 from logitjax.vision._classifier import ImageClassifier
-from logitjax.vision._clip import CLIP
-from logitjax.vision._clip_tokenizer import CLIPTokenizer
+from logitjax.vision._clip_tokenizer import CLIPTokenizer, SigLIPTokenizer
 from logitjax.vision._preprocessing import Preprocessing
 
 
@@ -32,7 +31,7 @@ class Encoder:
       preprocessing: size and colours; normalisation happens inside.
       num_features: length of a feature vector.
       num_classes: of the class head; 0 where there is none.
-      tokenizer: of CLIP's text tower, or None.
+      tokenizer: of the text tower, or None.
       dtype: the name of what it computes in.
     """
 
@@ -44,7 +43,7 @@ class Encoder:
         *,
         num_features: int,
         num_classes: int = 0,
-        tokenizer: CLIPTokenizer | None = None,
+        tokenizer: CLIPTokenizer | SigLIPTokenizer | None = None,
         dtype: Any = jnp.float32,
     ):
         self.name, self.model, self.preprocessing = name, model, preprocessing
@@ -61,6 +60,13 @@ class Encoder:
     def has_text(self) -> bool:
         """Whether there is a text tower, which can name classes."""
         return hasattr(self.model, "text_features")
+
+    @functools.cached_property
+    def logit_scale(self) -> float | None:
+        """What cosines of pictures and texts were trained with a factor of; None without texts."""
+        if not self.has_text:
+            return None
+        return float(np.exp(np.asarray(self.model.logit_scale[...]).reshape(())))
 
     def placed(self, sharding: jax.sharding.Sharding) -> "Encoder":
         """The same encoder with its weights laid out like this, once and not on every call.
@@ -147,7 +153,7 @@ class Encoder:
           float32 ``[batch, num_features]``.
 
         Raises:
-          ValueError: this is no CLIP.
+          ValueError: there is no text tower.
         """
         if not self.has_text:
             raise ValueError(f"encoder {self.name!r} has no text tower")
@@ -156,8 +162,9 @@ class Encoder:
     @functools.cached_property
     def fingerprint(self) -> str:
         """A sha256 of the architecture and every weight."""
-        # Neither attention heads nor CLIP's activation show in the weights.
-        config = repr(self.model.config) if isinstance(self.model, CLIP) else None
+        # Neither attention heads nor the activation show in the weights.
+        network = getattr(self.model, "backbone", self.model)
+        config = repr(network.config) if hasattr(network, "config") else None
         weights = {str(path): v[...] for path, v in nnx.to_flat_state(self._state)}
         return digest(type(self.model).__name__, config, weights)
 

@@ -38,6 +38,7 @@ def conv(
     pad: int | None = None,
     same: bool = False,
     use_bias: bool = False,
+    groups: int = 1,
     dtype: Any = None,
     rngs: nnx.Rngs,
 ) -> nnx.Conv:
@@ -53,6 +54,7 @@ def conv(
         strides=stride,
         padding="SAME" if same else [(side, side), (side, side)],
         use_bias=use_bias,
+        feature_group_count=groups,
         kernel_init=_he_fan_out,
         dtype=dtype,
         conv_general_dilated=_convolve,

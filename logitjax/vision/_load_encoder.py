@@ -1,5 +1,7 @@
 """Encoders by name, from a file or directory, or from the hub."""
 
+import dataclasses
+import os
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,21 +11,37 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
+from logitjax.models import load_tokenizer
 from logitjax.storage import hub_snapshot, package_file, read_json
 from logitjax.storage.weights import SafetensorsSource, read_numpy_pickle, read_state_dict
 from logitjax.vision._classifier import ImageClassifier, create_classifier
 from logitjax.vision._clip import CLIP
 from logitjax.vision._clip_config import clip_config, openai_names
-from logitjax.vision._clip_tokenizer import CLIPTokenizer, load_clip_tokenizer
+from logitjax.vision._clip_tokenizer import CLIPTokenizer, SigLIPTokenizer, load_clip_tokenizer
 from logitjax.vision._conv_features import alexnet_features, vgg16_features
+from logitjax.vision._convnext import ConvNeXt
 from logitjax.vision._encoder import Encoder
 from logitjax.vision._preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing
 from logitjax.vision._resnet import ResNet
 from logitjax.vision._torch_layout import blank, fill_weights, torch_name, torch_names, weight_paths
+from logitjax.vision._tower_names import (
+    PREFIX,
+    convnext_config,
+    convnext_names,
+    resnet_names,
+    siglip_config,
+    transformer_names,
+    vit_config,
+)
+from logitjax.vision._vit import SigLIP, ViT
 
 Weights = Mapping[str, np.ndarray]
 
 _IMAGENET = Preprocessing(size=224, resize=256)
+# SigLIP and ViT: both sides are scaled, and pixels lie between -1 and 1.
+_HALVES = Preprocessing(
+    size=224, resize=224, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), fit="squash"
+)
 _LITE_MEAN, _LITE_STD = 127 / 255, 128 / 255
 _LITE = Preprocessing(
     size=224,
@@ -52,17 +70,20 @@ def load_encoder(
     From a file (``.safetensors``, or ``.pth``, ``.pt``, ``.tar`` through an allow-list, TorchScript
     among them), a directory or a repository, ``hf:org/name``; what it is is told by its weights:
 
-    * CLIP in the names of OpenAI, open_clip or transformers, both towers.
-    * a ResNet as torchvision names it, among them those of MoCo v3 (``base_encoder.``); with its
-      class head where it has a linear one, features alone otherwise.
+    * CLIP in the names of OpenAI, open_clip or transformers, both towers, or a vision tower alone.
+    * SigLIP and SigLIP 2 of a fixed size in the names of transformers, both towers or one.
+    * ViT, DINOv2 with or without registers, ConvNeXt and ConvNeXt V2 in the names of transformers.
+    * a ResNet as torchvision or transformers names it, ResNeXt and wide ones and those of MoCo v3
+      (``base_encoder.``) among them; with its class head where it has a linear one, features alone
+      otherwise.
     * EfficientNet-Lite0, AlexNet and VGG-16, the last two without their linear layers.
 
     Args:
       spec: one of these.
-      size: of the pictures, where it shall not be the one the network was trained with. CLIP's
-        position embeddings are for one size.
+      size: of the pictures, where it shall not be the one the network was trained with. Position
+        embeddings are for one size, except DINOv2's.
       tokenizer: directory or file of merges for CLIP, or ``open_clip`` (`load_clip_tokenizer`),
-        where the checkpoint brings none.
+        where the checkpoint brings none; of SigLIP a directory with ``tokenizer.json``.
       dtype: of the computation; weights stay float32.
 
     Returns:
@@ -89,7 +110,9 @@ def load_encoder(
     else:
         encoder = _from_path(spec, tokenizer, dtype)
     if size is not None and size != encoder.preprocessing.size:
-        if isinstance(encoder.model, CLIP):
+        network = getattr(encoder.model, "backbone", encoder.model)
+        resizes = isinstance(network, ViT) and network.config.positions != "fixed"
+        if isinstance(network, CLIP | SigLIP | ViT) and not resizes:
             raise ValueError(
                 f"size: {spec} is made for {encoder.preprocessing.size} pixels, got {size}"
             )
@@ -106,16 +129,57 @@ def _from_path(spec: str, tokenizer: str | None, dtype: Any) -> Encoder:
         path = epath.Path(spec)
         if not path.exists():
             raise ValueError(f"encoder {spec!r}: no such file or directory")
-    weights = _read(path)
-    if any(name.startswith(("visual.", "vision_model.")) for name in weights):
-        return _clip(spec, path, weights, tokenizer, dtype)
-    encoder = _without_text(spec, weights, dtype)
+    weights, settings = _read(path), _settings(path)
+    bare = {PREFIX.sub("", name) for name in weights}
+    vision, text = (
+        any(name.startswith(f"{part}_model.") for name in weights) for part in ("vision", "text")
+    )
+    try:
+        if text and "logit_bias" in weights:
+            return _siglip(spec, path, weights, settings, tokenizer, dtype)
+        if any(n.startswith("visual.") for n in weights) or (vision and text):
+            return _clip(spec, path, weights, settings, tokenizer, dtype)
+        if any(name.startswith("embeddings.patch_embedding.") for name in bare) or (
+            "embeddings.patch_embeddings.projection.weight" in bare
+        ):
+            return _vision_transformer(spec, path, weights, settings, dtype)
+        if any(name.endswith(".dwconv.weight") for name in bare):
+            return _convnext(spec, path, weights, settings, dtype)
+        if "embedder.embedder.convolution.weight" in bare:
+            return _resnet(spec, resnet_names(weights), dtype)
+        encoder = _without_text(spec, weights, dtype)
+    except ValueError as error:
+        # Whose relative it is: the first weight that does not fit says little.
+        called = _architecture(settings)
+        raise ValueError(f"{path}: {called} {error}") from None
     if encoder is None:
         raise ValueError(
-            f"{path}: neither CLIP, a ResNet, EfficientNet-Lite0, AlexNet nor VGG-16; it holds "
+            f"{path}: {_architecture(settings)} neither CLIP, SigLIP, a ViT, DINOv2, ConvNeXt, a "
+            "ResNet, EfficientNet-Lite0, AlexNet nor VGG-16; it holds "
             f"{', '.join(sorted(weights)[:3])}, ..."
         )
     return encoder
+
+
+def _settings(path: epath.Path) -> dict[str, Any]:
+    """What open_clip's or transformers' file says of the network, if there is one."""
+    for file in ("open_clip_config.json", "config.json"):
+        if path.is_dir() and (path / file).exists():
+            return read_json(path / file, form=dict)
+    return {}
+
+
+def _architecture(settings: Mapping[str, Any]) -> str:
+    """What a configuration calls its network, to say in an error."""
+    vision = settings.get("model_cfg", {}).get("vision_cfg", {})
+    named = (
+        *(settings.get("architectures") or ())[:1],
+        settings.get("architecture"),  # timm
+        vision.get("timm_model_name"),
+        settings.get("model_type"),
+    )
+    name = next((name for name in named if name), None)
+    return f"{name}:" if name else "a network without a configuration:"
 
 
 def _read(path: epath.Path) -> dict[str, np.ndarray]:
@@ -164,18 +228,26 @@ def _shapes(make: Callable[[], Any]) -> Any:
     return nnx.eval_shape(make)
 
 
+def _filled(model: Any, weights: Weights) -> Any:
+    """A module whose weights are called as ours are, with its leaves filled in."""
+    fill_weights(model, weights, {torch_name(path): path for path in weight_paths(model)})
+    return model
+
+
 def _clip(
-    name: str, path: epath.Path, weights: Weights, tokenizer: str | None, dtype: Any
+    name: str,
+    path: epath.Path,
+    weights: Weights,
+    settings: Mapping[str, Any],
+    tokenizer: str | None,
+    dtype: Any,
 ) -> Encoder:
-    settings = {}
-    for file in ("open_clip_config.json", "config.json"):
-        if path.is_dir() and (path / file).exists():
-            settings = read_json(path / file)
-            break
+    if any(key.startswith("visual.trunk.") for key in weights):
+        raise ValueError("open_clip's towers of timm are not supported")
     named = openai_names(weights)
     config = clip_config(named, settings)
     model = _shapes(lambda: CLIP(config, dtype=dtype, rngs=nnx.Rngs(0)))
-    fill_weights(model, named, {torch_name(path): path for path in weight_paths(model)})
+    _filled(model, named)
     mean, std = _colours(path, settings)
     made = Preprocessing(size=config.image_size, resize=config.image_size, mean=mean, std=std)
     found: CLIPTokenizer | None = None
@@ -184,6 +256,121 @@ def _clip(
     elif path.is_dir() and any(list(path.glob(f)) for f in ("tokenizer.json", *_SMALL_FILES[1:])):
         found = load_clip_tokenizer(path, config.context_length)
     return Encoder(name, model, made, num_features=config.embed_dim, tokenizer=found, dtype=dtype)
+
+
+def _siglip(
+    name: str,
+    path: epath.Path,
+    weights: Weights,
+    settings: Mapping[str, Any],
+    tokenizer: str | None,
+    dtype: Any,
+) -> Encoder:
+    vision, text = (
+        transformer_names(
+            {k.removeprefix(part): v for k, v in weights.items() if k.startswith(part)}
+        )
+        for part in ("vision_model.", "text_model.")
+    )
+    config = siglip_config(vision, text, settings)
+    named = {name: weights[name] for name in ("logit_scale", "logit_bias")}
+    named |= {f"vision.{key}": value for key, value in vision.items()}
+    named |= {f"text.{key}": value for key, value in text.items()}
+    model = _filled(_shapes(lambda: SigLIP(config, dtype=dtype, rngs=nnx.Rngs(0))), named)
+    place = epath.Path(tokenizer) if tokenizer else path
+    found = None
+    if place.is_dir() and (place / "tokenizer.json").exists():
+        found = SigLIPTokenizer(load_tokenizer(os.fspath(place)), config.context_length)
+    size = config.vision.image_size
+    made = _preprocessing(path, dataclasses.replace(_HALVES, size=size, resize=size))
+    return Encoder(name, model, made, num_features=config.embed_dim, tokenizer=found, dtype=dtype)
+
+
+def _vision_transformer(
+    name: str, path: epath.Path, weights: Weights, settings: Mapping[str, Any], dtype: Any
+) -> Encoder:
+    named = transformer_names(weights)
+    # The tower of a model of two brings the settings of both.
+    config = vit_config(named, settings.get("vision_config") or settings)
+    size = config.image_size
+    default = dataclasses.replace(_HALVES, size=size, resize=size, interpolation="bilinear")
+    if config.positions != "fixed":
+        default = _IMAGENET
+    elif config.pre_norm:
+        default = Preprocessing(size=size, resize=size, mean=CLIP_MEAN, std=CLIP_STD)
+    elif config.pooling:
+        default = dataclasses.replace(default, interpolation="bicubic")
+    return _with_head(
+        name,
+        lambda: ViT(config, dtype=dtype, rngs=nnx.Rngs(0)),
+        named,
+        _preprocessing(path, default),
+        dtype,
+    )
+
+
+def _convnext(
+    name: str, path: epath.Path, weights: Weights, settings: Mapping[str, Any], dtype: Any
+) -> Encoder:
+    named = convnext_names(weights)
+    config = convnext_config(named, settings)
+    return _with_head(
+        name,
+        lambda: ConvNeXt(config, dtype=dtype, rngs=nnx.Rngs(0)),
+        named,
+        _preprocessing(path, _IMAGENET),
+        dtype,
+    )
+
+
+def _with_head(
+    name: str, make: Callable[[], Any], named: Weights, made: Preprocessing, dtype: Any
+) -> Encoder:
+    """An encoder with the class head that its file has, if it reads the features alone."""
+    model = _shapes(make)
+    features = model.num_features
+    head = named.get("fc.weight")
+    classes = len(head) if head is not None and head.shape[1] == features else 0
+    if classes:
+        linear = _shapes(lambda: nnx.Linear(features, classes, rngs=nnx.Rngs(0)))
+        model = ImageClassifier(model, linear)
+        fill_weights(model, named, torch_names(model))
+    else:
+        _filled(model, {k: v for k, v in named.items() if not k.startswith("fc.")})
+    return Encoder(name, model, made, num_features=features, num_classes=classes, dtype=dtype)
+
+
+def _preprocessing(path: epath.Path, default: Preprocessing) -> Preprocessing:
+    """What transformers' ``preprocessor_config.json`` says, and the family's where it does not."""
+    file = path / "preprocessor_config.json"
+    if not path.is_dir() or not file.exists():
+        return default
+    content = read_json(file, form=dict)
+
+    def side(value: Any) -> int | None:
+        if isinstance(value, Mapping):
+            value = value.get("height") or value.get("shortest_edge")
+        return int(value) if value else None
+
+    scaled, cut = side(content.get("size")), side(content.get("crop_size"))
+    size, resize, fit = default.size, default.resize, default.fit
+    if scaled and cut and content.get("do_center_crop", True):
+        size, resize, fit = cut, max(scaled, cut), "crop"
+    elif scaled and content.get("crop_pct"):
+        size, resize, fit = scaled, round(scaled / content["crop_pct"]), "crop"
+    elif scaled:
+        size, resize, fit = scaled, scaled, "squash"
+    interpolation: Any = {2: "bilinear", 3: "bicubic"}.get(
+        content.get("resample"), default.interpolation
+    )
+    return Preprocessing(
+        size=size,
+        resize=resize,
+        mean=tuple(content.get("image_mean") or default.mean),
+        std=tuple(content.get("image_std") or default.std),
+        interpolation=interpolation,
+        fit=fit,
+    )
 
 
 def _colours(path: epath.Path, settings: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -204,10 +391,14 @@ def _resnet(name: str, weights: Weights, dtype: Any) -> Encoder:
     bottleneck = "layer1.0.conv3.weight" in weights
     classes = len(weights["fc.bias"]) if np.ndim(weights.get("fc.weight", 0)) == 2 else 0
     width = 2048 if bottleneck else 512
+    inner, grouped = weights["layer1.0.conv1.weight"].shape[0], weights["layer1.0.conv2.weight"]
+    options: dict[str, Any] = {}
+    if bottleneck:
+        options = {"widen": inner // 64, "groups": grouped.shape[0] // grouped.shape[1]}
 
     def make() -> Any:
         rngs = nnx.Rngs(0)
-        backbone = ResNet(blocks, bottleneck=bottleneck, dtype=dtype, rngs=rngs)
+        backbone = ResNet(blocks, bottleneck=bottleneck, dtype=dtype, rngs=rngs, **options)
         head = nnx.Linear(width, classes, rngs=rngs) if classes else None
         return ImageClassifier(backbone, head) if head is not None else backbone
 

@@ -27,6 +27,8 @@ class Preprocessing:
       mean: of red, green and blue between 0 and 1.
       std: likewise.
       interpolation: between pixels when a picture is scaled.
+      fit: whether a picture that is no square loses its margins (``crop``) or its proportions
+        (``squash``).
     """
 
     size: int
@@ -34,6 +36,7 @@ class Preprocessing:
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    fit: Literal["crop", "squash"] = "crop"
 
     def __post_init__(self) -> None:
         if self.resize < self.size:

@@ -1,5 +1,6 @@
 """Residual networks: the 6n + 2 family for small images and torchvision's for ImageNet."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,15 +34,25 @@ class BasicBlock(nnx.Module):
 class Bottleneck(nnx.Module):
     """A 3x3 convolution of a quarter of the channels between two 1x1 ones, and a shortcut.
 
-    The 3x3 convolution has the stride, as in torchvision.
+    The 3x3 convolution has the stride, as in torchvision, and perhaps more channels (`widen`) or
+    several groups of them.
     """
 
-    def __init__(self, in_features: int, features: int, stride: int, options: dict[str, Any]):
+    def __init__(
+        self,
+        in_features: int,
+        features: int,
+        stride: int,
+        options: dict[str, Any],
+        *,
+        widen: int = 1,
+        groups: int = 1,
+    ):
         conv_options = {key: options[key] for key in ("dtype", "rngs")}
-        narrow = features // 4
+        narrow = features // 4 * widen
         self.conv1 = conv(in_features, narrow, 1, **conv_options)
         self.bn1 = batch_norm(narrow, **options)
-        self.conv2 = conv(narrow, narrow, 3, stride=stride, **conv_options)
+        self.conv2 = conv(narrow, narrow, 3, stride=stride, groups=groups, **conv_options)
         self.bn2 = batch_norm(narrow, **options)
         self.conv3 = conv(narrow, features, 1, **conv_options)
         self.bn3 = batch_norm(features, **options)
@@ -149,6 +160,9 @@ class ResNet(nnx.Module):
         bottlenecks, ResNet-50.
       channels: of the images.
       bottleneck: blocks of three convolutions and four times the features, 2048 in the end.
+      widen: factor of the channels of bottlenecks' 3x3 convolutions: 2 in wide ResNets and in
+        ResNeXt-50 32x4d.
+      groups: of these convolutions: 32 in ResNeXt-50 32x4d.
       small_stem: a 3x3 stem of stride 1 and no pooling, for small images. The released dual-head
         code trains this as its ImageNet student, which is not the usual one.
       axis_name: mesh axis of the batch inside ``shard_map`` or ``pmap``; not needed under ``jit``.
@@ -164,21 +178,26 @@ class ResNet(nnx.Module):
         *,
         channels: int = 3,
         bottleneck: bool = False,
+        widen: int = 1,
+        groups: int = 1,
         small_stem: bool = False,
         axis_name: str | None = None,
         dtype: Any = None,
         rngs: nnx.Rngs,
     ):
         options = {"axis_name": axis_name, "dtype": dtype, "rngs": rngs}
-        block, widen = (Bottleneck, 4) if bottleneck else (BasicBlock, 1)
-        self.num_features, self.small_stem = 512 * widen, small_stem
+        block: Any = BasicBlock
+        if bottleneck:
+            block = functools.partial(Bottleneck, widen=widen, groups=groups)
+        more = 4 if bottleneck else 1
+        self.num_features, self.small_stem = 512 * more, small_stem
         kernel, stride = (3, 1) if small_stem else (7, 2)
         self.conv1 = conv(channels, 64, kernel, stride=stride, dtype=dtype, rngs=rngs)
         self.bn1 = batch_norm(64, **options)
-        self.layer1 = _stage(64, 64 * widen, blocks[0], 1, options, block)
-        self.layer2 = _stage(64 * widen, 128 * widen, blocks[1], 2, options, block)
-        self.layer3 = _stage(128 * widen, 256 * widen, blocks[2], 2, options, block)
-        self.layer4 = _stage(256 * widen, 512 * widen, blocks[3], 2, options, block)
+        self.layer1 = _stage(64, 64 * more, blocks[0], 1, options, block)
+        self.layer2 = _stage(64 * more, 128 * more, blocks[1], 2, options, block)
+        self.layer3 = _stage(128 * more, 256 * more, blocks[2], 2, options, block)
+        self.layer4 = _stage(256 * more, 512 * more, blocks[3], 2, options, block)
 
     def __call__(
         self, images: Float[Array, "batch height width channels"], *, train: bool = False

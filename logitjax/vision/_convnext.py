@@ -1,0 +1,136 @@
+"""ConvNeXt and ConvNeXt V2."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Float
+
+from logitjax.ops import Array
+from logitjax.vision._layers import DepthwiseConv, conv, global_mean
+
+# What transformers has inside; the last norm's is the configuration's.
+_EPSILON = 1e-6
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConvNeXtConfig:
+    """Sizes.
+
+    Attributes:
+        depths: Blocks of the four stages.
+        widths: Their channels.
+        patch_size: Stride of the stem.
+        response_norm: V2's normalisation of responses instead of V1's factor for each channel.
+        epsilon: Of the last norm.
+    """
+
+    depths: tuple[int, ...]
+    widths: tuple[int, ...]
+    patch_size: int = 4
+    response_norm: bool = False
+    epsilon: float = 1e-12
+
+
+def _norm(width: int, rngs: nnx.Rngs, epsilon: float = _EPSILON) -> nnx.LayerNorm:
+    return nnx.LayerNorm(
+        width, epsilon=epsilon, use_fast_variance=False, dtype=jnp.float32, rngs=rngs
+    )
+
+
+class _Responses(nnx.Module):
+    """Channels compete: each is scaled by its length over positions, relative to the others'."""
+
+    def __init__(self, width: int):
+        self.scale = nnx.Param(jnp.zeros(width))
+        self.bias = nnx.Param(jnp.zeros(width))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        length = jnp.sqrt(jnp.square(wide).sum((1, 2), keepdims=True))
+        relative = length / (length.mean(-1, keepdims=True) + _EPSILON)
+        return (self.scale[...] * (wide * relative) + self.bias[...] + wide).astype(x.dtype)
+
+
+class _Block(nnx.Module):
+    def __init__(self, width: int, config: ConvNeXtConfig, *, dtype: Any, rngs: nnx.Rngs):
+        options: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
+        self.dwconv = DepthwiseConv(width, kernel=7, **options)
+        self.dwbias = nnx.Param(jnp.zeros(width))
+        self.norm = _norm(width, rngs)
+        self.up = nnx.Linear(width, 4 * width, **options)
+        self.grn: Any = _Responses(4 * width) if config.response_norm else None
+        self.down = nnx.Linear(4 * width, width, **options)
+        self.factor: Any = None if config.response_norm else nnx.Param(jnp.zeros(width))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        inner = self.dwconv(x)
+        inner = inner + self.dwbias[...].astype(inner.dtype)
+        inner = jax.nn.gelu(self.up(self.norm(inner).astype(inner.dtype)), approximate=False)
+        inner = self.down(inner if self.grn is None else self.grn(inner))
+        if self.factor is not None:
+            inner = inner * self.factor[...].astype(inner.dtype)
+        return x + inner
+
+
+class _Stage(nnx.Module):
+    def __init__(
+        self, inside: int | None, width: int, depth: int, config: ConvNeXtConfig, **options: Any
+    ):
+        self.norm: Any = None if inside is None else _norm(inside, options["rngs"])
+        self.reduce: Any = (
+            None
+            if inside is None
+            else conv(inside, width, 2, stride=2, pad=0, use_bias=True, **options)
+        )
+        self.blocks = nnx.List([_Block(width, config, **options) for _ in range(depth)])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if self.reduce is not None:
+            x = self.reduce(self.norm(x).astype(x.dtype))
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class ConvNeXt(nnx.Module):
+    """ConvNeXt: a stem of patches, four stages of depthwise convolutions, the mean, a norm.
+
+    Args:
+        config: Sizes.
+        dtype: Of the computation; parameters stay float32.
+        rngs: Needs `params`.
+
+    References:
+        Liu et al. (arXiv 2201.03545), Woo et al. (2301.00808); names are ours.
+    """
+
+    classifier_name = "fc"
+
+    def __init__(self, config: ConvNeXtConfig, *, dtype: Any = None, rngs: nnx.Rngs):
+        self.config, self.dtype = config, dtype
+        self.num_features = config.widths[-1]
+        options: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
+        patch, first = config.patch_size, config.widths[0]
+        self.patch = conv(3, first, patch, stride=patch, pad=0, use_bias=True, **options)
+        self.patch_norm = _norm(first, rngs)
+        inside = [None, *config.widths[:-1]]
+        self.stages = nnx.List(
+            [
+                _Stage(before, width, depth, config, **options)
+                for before, width, depth in zip(inside, config.widths, config.depths)
+            ]
+        )
+        self.norm = _norm(config.widths[-1], rngs, config.epsilon)
+
+    def __call__(
+        self, images: Float[Array, "batch height width channels"], *, train: bool = False
+    ) -> Float[jax.Array, "batch features"]:
+        del train  # nothing here depends on the batch
+        x = self.patch(jnp.asarray(images, self.dtype))
+        x = self.patch_norm(x).astype(x.dtype)
+        for stage in self.stages:
+            x = stage(x)
+        return self.norm(global_mean(x))

@@ -1,0 +1,253 @@
+"""Towers of transformers: the names of their weights in ours, and their sizes read off these."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from logitjax.vision._convnext import ConvNeXtConfig
+from logitjax.vision._vit import Activation, BlockConfig, SigLIPConfig, ViTConfig
+
+Weights = Mapping[str, np.ndarray]
+
+# What models of transformers are called that wrap a tower.
+PREFIX = re.compile(r"^(vision_model|vit|dinov2|dinov2_with_registers|resnet|convnext(v2)?)\.")
+_ACTIVATIONS: dict[str, Activation] = {
+    "gelu": "gelu",
+    "quick_gelu": "quick_gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+_TRANSFORMER = (
+    # CLIP and SigLIP.
+    (r"^embeddings\.class_embedding$", "class_token"),
+    (r"^embeddings\.patch_embedding\.", "patch."),
+    (r"^embeddings\.position_embedding\.weight$", "positions"),
+    (r"^pre_layrnorm\.", "pre_norm."),  # their spelling
+    (r"^post_layernorm\.", "norm."),
+    (r"^final_layer_norm\.", "norm."),
+    (r"^embeddings\.token_embedding\.", "tokens."),
+    (r"^encoder\.layers\.", "blocks."),
+    (r"\.layer_norm(\d)\.", r".norm\1."),
+    (r"\.self_attn\.out_proj\.", ".out."),
+    (r"\.self_attn\.([qkv])_proj\.", r".\1."),
+    (r"^head\.probe$", "pool.probe"),
+    (r"^head\.attention\.in_proj_(weight|bias)$", r"pool.qkv.\1"),
+    (r"^head\.attention\.out_proj\.", "pool.out."),
+    (r"^head\.layernorm\.", "pool.norm."),
+    (r"^head\.mlp\.", "pool.mlp."),
+    (r"^visual_projection\.", "projection."),
+    # ViT and DINOv2.
+    (r"^embeddings\.cls_token$", "class_token"),
+    (r"^embeddings\.register_tokens$", "registers"),
+    (r"^embeddings\.position_embeddings$", "positions"),
+    (r"^embeddings\.patch_embeddings\.projection\.", "patch."),
+    (r"^encoder\.layer\.", "blocks."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"\.attention\.attention\.(q|k|v)(uery|ey|alue)\.", r".\1."),
+    (r"\.attention\.output\.dense\.", ".out."),
+    (r"\.intermediate\.dense\.", ".up."),
+    (r"\.output\.dense\.", ".down."),
+    (r"\.layer_scale(\d)\.lambda1$", r".scale\1"),
+    (r"\.mlp\.weights_out\.", ".down."),
+    (r"\.mlp\.fc1\.", ".up."),
+    (r"\.mlp\.fc2\.", ".down."),
+    (r"^layernorm\.", "norm."),
+    (r"^classifier\.", "fc."),
+)
+_CONVNEXT = (
+    (r"^embeddings\.patch_embeddings\.", "patch."),
+    (r"^embeddings\.layernorm\.", "patch_norm."),
+    (r"^encoder\.stages\.", "stages."),
+    (r"\.downsampling_layer\.0\.", ".norm."),
+    (r"\.downsampling_layer\.1\.", ".reduce."),
+    (r"\.layers\.", ".blocks."),
+    (r"\.dwconv\.bias$", ".dwbias"),
+    (r"\.layernorm\.", ".norm."),
+    (r"\.pwconv1\.", ".up."),
+    (r"\.pwconv2\.", ".down."),
+    (r"\.layer_scale_parameter$", ".factor"),
+    (r"^layernorm\.", "norm."),
+    (r"^classifier\.", "fc."),
+)
+_RESNET = (
+    (r"^embedder\.embedder\.convolution\.", "conv1."),
+    (r"^embedder\.embedder\.normalization\.", "bn1."),
+    (r"\.shortcut\.convolution\.", ".downsample.0."),
+    (r"\.shortcut\.normalization\.", ".downsample.1."),
+    (r"^classifier\.1\.", "fc."),
+)
+# Masks, and positions' own numbers.
+_NO_WEIGHTS = re.compile(r"(^|\.)(position_ids|mask_token)$|^pooler\.")
+_TOKENS = ("class_token", "positions", "registers", "pool.probe")
+
+
+def _renamed(weights: Weights, rules: Any) -> dict[str, np.ndarray]:
+    named = {}
+    for name, value in weights.items():
+        name = PREFIX.sub("", name)
+        if _NO_WEIGHTS.search(name):
+            continue
+        for pattern, replacement in rules:
+            name = re.sub(pattern, replacement, name)
+        named[name] = value
+    return named
+
+
+def transformer_names(weights: Weights) -> dict[str, np.ndarray]:
+    """A tower of CLIP, SigLIP, ViT or DINOv2 in the names of `ViT`, its projections joined."""
+    named = _renamed(weights, _TRANSFORMER)
+    for name in [n for n in named if re.search(r"\.q\.(weight|bias)$", n)]:
+        q, k, v = (re.sub(r"\.q\.", f".{part}.", name) for part in "qkv")
+        if k not in named or v not in named:
+            raise ValueError(f"weights lack {k if k not in named else v}, which goes with {q}")
+        joined = np.concatenate([named.pop(part) for part in (q, k, v)])
+        named[re.sub(r"\.q\.", ".qkv.", name)] = joined
+    for name in [n for n in named if ".mlp.weights_in." in n]:
+        gate, up = np.split(named.pop(name), 2)
+        named[name.replace("mlp.weights_in", "gate")] = gate
+        named[name.replace("mlp.weights_in", "up")] = up
+    for name in _TOKENS:
+        if name in named:  # perhaps [1, tokens, width]
+            width = named[name].shape[-1]
+            table = named[name].reshape(-1, width)
+            named[name] = table[0] if name in ("class_token", "pool.probe") else table
+    return named
+
+
+def convnext_names(weights: Weights) -> dict[str, np.ndarray]:
+    """A ConvNeXt of transformers in the names of `ConvNeXt`."""
+    named = _renamed(weights, _CONVNEXT)
+    return {k: v.reshape(-1) if ".grn." in k else v for k, v in named.items()}
+
+
+def resnet_names(weights: Weights) -> dict[str, np.ndarray]:
+    """A ResNet of transformers in torchvision's names."""
+    named = {}
+    for name, value in _renamed(weights, _RESNET).items():
+        match = re.match(r"encoder\.stages\.(\d+)\.layers\.(\d+)\.(.*)", name)
+        if match:
+            rest = re.sub(
+                r"^layer\.(\d+)\.(convolution|normalization)\.",
+                lambda m: f"{'conv' if m[2][0] == 'c' else 'bn'}{int(m[1]) + 1}.",
+                match[3],
+            )
+            name = f"layer{int(match[1]) + 1}.{match[2]}.{rest}"
+        named[name] = value
+    return named
+
+
+def _count(named: Weights, prefix: str) -> int:
+    found = (re.match(rf"{re.escape(prefix)}\.(\d+)\.", name) for name in named)
+    return len({match[1] for match in found if match})
+
+
+def _blocks(named: Weights, settings: Mapping[str, Any], default: BlockConfig) -> BlockConfig:
+    """What shapes tell; heads, activation and the norms' epsilon come from the settings."""
+    width = named["norm.weight"].shape[0]
+    activation = settings.get("hidden_act")
+    gated = "blocks.0.gate.weight" in named
+    # What it says of gated blocks is not used: they have SiLU.
+    if activation is not None and activation not in _ACTIVATIONS and not gated:
+        raise ValueError(
+            f"hidden_act: expected one of {', '.join(_ACTIVATIONS)}, got {activation!r}"
+        )
+    return dataclasses.replace(
+        default,
+        width=width,
+        layers=_count(named, "blocks"),
+        heads=int(settings.get("num_attention_heads") or max(1, width // 64)),
+        hidden=named["blocks.0.up.weight"].shape[0],
+        activation=_ACTIVATIONS.get(str(activation), default.activation),
+        epsilon=float(settings.get("layer_norm_eps") or default.epsilon),
+        gated=gated,
+        layer_scale="blocks.0.scale1" in named,
+    )
+
+
+# What the families take where no settings say: activation and epsilon.
+_CLIP = BlockConfig(width=1, layers=1, heads=1, hidden=1, activation="quick_gelu", epsilon=1e-5)
+_SIGLIP = dataclasses.replace(_CLIP, activation="gelu_tanh", epsilon=1e-6)
+_DINO = dataclasses.replace(_CLIP, activation="gelu", epsilon=1e-6)
+_VIT = dataclasses.replace(_CLIP, activation="gelu", epsilon=1e-12)
+
+
+def vit_config(named: Weights, settings: Mapping[str, Any]) -> ViTConfig:
+    """Sizes of a tower in our names.
+
+    Args:
+        named: As of `transformer_names`.
+        settings: The tower's part of a ``config.json``.
+
+    Raises:
+        ValueError: A weight is missing that says how large it is, or what the settings name is not
+            supported.
+    """
+    try:
+        patch, positions = named["patch.weight"], named["positions"]
+        pooling, class_token = "pool.probe" in named, "class_token" in named
+        family = _VIT
+        if "blocks.0.scale1" in named:
+            family = _DINO
+        elif pooling:
+            family = _SIGLIP
+        elif "pre_norm.weight" in named:
+            family = _CLIP
+        grid = round((len(positions) - class_token) ** 0.5)
+        fits: Any = "fixed"
+        if family is _DINO:
+            fits = "antialias" if "registers" in named else "bicubic"
+        projection = named.get("projection.weight")
+        return ViTConfig(
+            blocks=_blocks(named, settings, family),
+            patch_size=patch.shape[-1],
+            grid=grid,
+            class_token=class_token,
+            registers=len(named.get("registers", ())),
+            patch_bias="patch.bias" in named,
+            pre_norm="pre_norm.weight" in named,
+            pooling=pooling,
+            embed_dim=0 if projection is None else len(projection),
+            positions=fits,
+        )
+    except KeyError as error:
+        raise ValueError(f"a vision tower without {error.args[0]!r}") from None
+
+
+def siglip_config(vision: Weights, text: Weights, settings: Mapping[str, Any]) -> SigLIPConfig:
+    """Sizes of both towers in our names.
+
+    Raises:
+        ValueError: As of `vit_config`.
+    """
+    try:
+        return SigLIPConfig(
+            vision=vit_config(vision, settings.get("vision_config") or {}),
+            text=_blocks(text, settings.get("text_config") or {}, _SIGLIP),
+            vocab_size=len(text["tokens.weight"]),
+            context_length=len(text["positions"]),
+            embed_dim=len(text["head.weight"]),
+        )
+    except KeyError as error:
+        raise ValueError(f"a text tower without {error.args[0]!r}") from None
+
+
+def convnext_config(named: Weights, settings: Mapping[str, Any]) -> ConvNeXtConfig:
+    """Sizes of a ConvNeXt in our names.
+
+    Raises:
+        ValueError: As of `vit_config`.
+    """
+    stages = range(_count(named, "stages"))
+    try:
+        return ConvNeXtConfig(
+            depths=tuple(_count(named, f"stages.{s}.blocks") for s in stages),
+            widths=tuple(len(named[f"stages.{s}.blocks.0.norm.weight"]) for s in stages),
+            patch_size=named["patch.weight"].shape[-1],
+            response_norm="stages.0.blocks.0.grn.weight" in named,
+            epsilon=float(settings.get("layer_norm_eps") or 1e-12),
+        )
+    except KeyError as error:
+        raise ValueError(f"a ConvNeXt without {error.args[0]!r}") from None

@@ -1,0 +1,367 @@
+"""Vision transformers of several families, and SigLIP's two towers, which are made of the same."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Float, Int
+
+from logitjax.ops import Array
+from logitjax.vision._layers import conv
+
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockConfig:
+    """A stack of transformer blocks, the norm before attention and MLP.
+
+    Attributes:
+        width: Channels.
+        layers: Blocks.
+        heads: Of attention.
+        hidden: Channels inside the MLP.
+        activation: Between its layers; of gated ones it is SiLU.
+        epsilon: Of the norms.
+        gated: Whether the MLP is a SwiGLU.
+        layer_scale: Whether a factor for each channel ends both halves of a block.
+    """
+
+    width: int
+    layers: int
+    heads: int
+    hidden: int
+    activation: Activation = "gelu"
+    epsilon: float = 1e-6
+    gated: bool = False
+    layer_scale: bool = False
+
+    def __post_init__(self) -> None:
+        if self.heads < 1 or self.width % self.heads:
+            raise ValueError(f"heads: expected a divisor of {self.width}, got {self.heads}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ViTConfig:
+    """A vision transformer.
+
+    Attributes:
+        blocks: Its blocks.
+        patch_size: Height and width of a patch.
+        grid: Patches of a side that there are positions for.
+        class_token: Whether a token of its own comes first, whose output is the feature.
+        registers: Tokens without a position after that.
+        patch_bias: Whether patches are projected with a bias.
+        pre_norm: Whether a norm comes before the blocks, as in CLIP.
+        pooling: Whether a learnt probe asks all patches, as in SigLIP, instead of a class token.
+        embed_dim: Features after a last projection; 0 for none.
+        positions: How positions fit pictures of another size: `fixed` not at all, `bicubic` as
+            torch resizes, `antialias` the same with a filter as wide as the scale.
+    """
+
+    blocks: BlockConfig
+    patch_size: int
+    grid: int
+    class_token: bool = True
+    registers: int = 0
+    patch_bias: bool = True
+    pre_norm: bool = False
+    pooling: bool = False
+    embed_dim: int = 0
+    positions: Literal["fixed", "bicubic", "antialias"] = "fixed"
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of the pictures that there are positions for."""
+        return self.grid * self.patch_size
+
+    @property
+    def num_features(self) -> int:
+        return self.embed_dim or self.blocks.width
+
+
+def _zeros(*shape: int) -> nnx.Param:
+    return nnx.Param(jnp.zeros(shape, jnp.float32))
+
+
+def _norm(config: BlockConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    return nnx.LayerNorm(
+        config.width,
+        epsilon=config.epsilon,
+        use_fast_variance=False,
+        dtype=jnp.float32,
+        rngs=rngs,
+    )
+
+
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, heads: int) -> jax.Array:
+    def split(x: jax.Array) -> jax.Array:
+        return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)
+
+    return jax.nn.dot_product_attention(split(q), split(k), split(v)).reshape(q.shape)
+
+
+class Block(nnx.Module):
+    """Attention and an MLP, each after a norm and added to what came in."""
+
+    def __init__(self, config: BlockConfig, *, dtype: Any, rngs: nnx.Rngs):
+        self.config = config
+        options: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
+        width, hidden = config.width, config.hidden
+        self.norm1, self.norm2 = _norm(config, rngs), _norm(config, rngs)
+        self.qkv = nnx.Linear(width, 3 * width, **options)
+        self.out = nnx.Linear(width, width, **options)
+        self.up = nnx.Linear(width, hidden, **options)
+        self.gate: Any = nnx.Linear(width, hidden, **options) if config.gated else None
+        self.down = nnx.Linear(hidden, width, **options)
+        self.scale1: Any = _zeros(width) if config.layer_scale else None
+        self.scale2: Any = _zeros(width) if config.layer_scale else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        q, k, v = jnp.split(self.qkv(self.norm1(x).astype(x.dtype)), 3, -1)
+        x = x + _scaled(self.out(_attend(q, k, v, self.config.heads)), self.scale1)
+        inner = self.norm2(x).astype(x.dtype)
+        if self.gate is not None:
+            inner = jax.nn.silu(self.gate(inner)) * self.up(inner)
+        else:
+            inner = ACTIVATIONS[self.config.activation](self.up(inner))
+        return x + _scaled(self.down(inner), self.scale2)
+
+
+def _scaled(x: jax.Array, scale: Any) -> jax.Array:
+    return x if scale is None else x * scale[...].astype(x.dtype)
+
+
+class _Probe(nnx.Module):
+    """A learnt query asks all patches; then an MLP."""
+
+    def __init__(self, config: BlockConfig, *, dtype: Any, rngs: nnx.Rngs):
+        self.config = config
+        options: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
+        self.probe = _zeros(config.width)
+        self.qkv = nnx.Linear(config.width, 3 * config.width, **options)
+        self.out = nnx.Linear(config.width, config.width, **options)
+        self.norm = _norm(config, rngs)
+        self.up = nnx.Linear(config.width, config.hidden, **options)
+        self.down = nnx.Linear(config.hidden, config.width, **options)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        probe = jnp.broadcast_to(self.probe[...].astype(x.dtype), (len(x), 1, x.shape[-1]))
+        # The whole projection of both: the query is one of 3 (N + 1) rows that are needed.
+        q = jnp.split(self.qkv(probe), 3, -1)[0]
+        _, k, v = jnp.split(self.qkv(x), 3, -1)
+        x = self.out(_attend(q, k, v, self.config.heads))[:, 0]
+        inner = ACTIVATIONS[self.config.activation](self.up(self.norm(x).astype(x.dtype)))
+        return x + self.down(inner)
+
+
+class ViT(nnx.Module):
+    """A vision transformer: CLIP's tower, ViT, DINOv2 with or without registers, SigLIP's tower.
+
+    Args:
+        config: Sizes and what the families differ in.
+        dtype: Of the computation; parameters stay float32.
+        rngs: Needs `params`.
+
+    >>> blocks = BlockConfig(width=8, layers=1, heads=2, hidden=16)
+    >>> config = ViTConfig(blocks=blocks, patch_size=4, grid=2)
+    >>> def features(images):
+    ...     return ViT(config, rngs=nnx.Rngs(0))(images)
+    >>> jax.eval_shape(features, jax.ShapeDtypeStruct((2, 8, 8, 3), "float32")).shape
+    (2, 8)
+
+    References:
+        Dosovitskiy et al. (arXiv 2010.11929), Oquab et al. (2304.07193), Darcet et al.
+        (2309.16588), Zhai et al. (2303.15343).
+    """
+
+    classifier_name = "fc"
+
+    def __init__(self, config: ViTConfig, *, dtype: Any = None, rngs: nnx.Rngs):
+        self.config, self.dtype = config, dtype
+        self.num_features = config.num_features
+        width = config.blocks.width
+        self.patch = conv(
+            3,
+            width,
+            config.patch_size,
+            stride=config.patch_size,
+            pad=0,
+            use_bias=config.patch_bias,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.class_token: Any = _zeros(width) if config.class_token else None
+        self.registers: Any = _zeros(config.registers, width) if config.registers else None
+        self.positions = _zeros(config.grid**2 + config.class_token, width)
+        self.pre_norm: Any = _norm(config.blocks, rngs) if config.pre_norm else None
+        self.blocks = nnx.List(
+            [Block(config.blocks, dtype=dtype, rngs=rngs) for _ in range(config.blocks.layers)]
+        )
+        self.norm = _norm(config.blocks, rngs)
+        self.pool: Any = _Probe(config.blocks, dtype=dtype, rngs=rngs) if config.pooling else None
+        self.projection: Any = (
+            nnx.Linear(width, config.embed_dim, use_bias=False, rngs=rngs)
+            if config.embed_dim
+            else None
+        )
+
+    def __call__(
+        self, images: Float[Array, "batch height width channels"], *, train: bool = False
+    ) -> Float[jax.Array, "batch features"]:
+        del train  # nothing here depends on the batch
+        patches = self.patch(jnp.asarray(images, self.dtype))
+        batch, rows, columns, width = patches.shape
+        x = patches.reshape(batch, -1, width)
+
+        def token(values: jax.Array) -> jax.Array:
+            return jnp.broadcast_to(values.astype(x.dtype), (batch, len(values), width))
+
+        if self.class_token is not None:
+            x = jnp.concatenate([token(self.class_token[...][None]), x], 1)
+        x = x + self._positions(rows, columns).astype(x.dtype)
+        if self.registers is not None:
+            x = jnp.concatenate([x[:, :1], token(self.registers[...]), x[:, 1:]], 1)
+        if self.pre_norm is not None:
+            x = self.pre_norm(x).astype(x.dtype)
+        for block in self.blocks:
+            x = block(x)
+        if self.pool is not None:
+            return jnp.asarray(self.pool(self.norm(x).astype(x.dtype)), jnp.float32)
+        x = self.norm(x[:, 0])
+        return x if self.projection is None else self.projection(x)
+
+    def _positions(self, rows: int, columns: int) -> jax.Array:
+        grid, table = self.config.grid, self.positions[...]
+        if (rows, columns) == (grid, grid):
+            return table
+        if self.config.positions == "fixed":
+            expected = self.config.image_size
+            size = (rows * self.config.patch_size, columns * self.config.patch_size)
+            raise ValueError(f"images: expected {expected} x {expected} pixels, got {size}")
+        antialias = self.config.positions == "antialias"
+        first, rest = table[: -(grid**2)], table[-(grid**2) :].reshape(grid, grid, -1)
+        down, across = (resize_matrix(grid, n, antialias=antialias) for n in (rows, columns))
+        rest = jnp.einsum("ig,jh,ghd->ijd", down, across, rest, precision="highest")
+        return jnp.concatenate([first, rest.reshape(rows * columns, -1)])
+
+
+def resize_matrix(source: int, target: int, *, antialias: bool) -> np.ndarray:
+    """`[target, source]` weights of torch's bicubic interpolation along an axis.
+
+    Without `antialias` the kernel has a = -.75, is as wide as the source's step and sees the edge
+    repeated; with it a = -.5, it is as wide as the target's step, and its part inside counts.
+
+    >>> resize_matrix(2, 4, antialias=True)[0].round(4).tolist()
+    [1.0667, -0.0667]
+    """
+    a, step = (-0.5 if antialias else -0.75), source / target
+    wide = max(step, 1.0) if antialias else 1.0
+    centre = (np.arange(target) + 0.5) * step - 0.5
+    # Twice the kernel's reach beyond both edges, which hold what is repeated.
+    places = np.arange(-2, source + 2) if not antialias else np.arange(source)
+    x = np.abs(places - centre[:, None]) / wide
+    near = (a + 2) * x**3 - (a + 3) * x**2 + 1
+    far = a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a
+    weights = np.where(x <= 1, near, np.where(x < 2, far, 0.0))
+    if antialias:
+        return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+    matrix = np.zeros((target, source))
+    for place, column in zip(np.clip(places, 0, source - 1), weights.T):
+        matrix[:, place] += column
+    return matrix.astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SigLIPConfig:
+    """SigLIP and SigLIP 2 of a fixed size.
+
+    Attributes:
+        vision: The vision tower.
+        text: Blocks of the text tower.
+        vocab_size: Of its tokenizer.
+        context_length: Tokens of a text, padding among them.
+        embed_dim: Features of a text, as many as of a picture.
+    """
+
+    vision: ViTConfig
+    text: BlockConfig
+    vocab_size: int
+    context_length: int = 64
+    embed_dim: int
+
+
+class _TextTower(nnx.Module):
+    """Attends in both directions, to padding too, and gives out its last position."""
+
+    def __init__(self, config: SigLIPConfig, *, dtype: Any, rngs: nnx.Rngs):
+        self.dtype, width = dtype, config.text.width
+        self.tokens = nnx.Embed(config.vocab_size, width, rngs=rngs)
+        self.positions = _zeros(config.context_length, width)
+        self.blocks = nnx.List(
+            [Block(config.text, dtype=dtype, rngs=rngs) for _ in range(config.text.layers)]
+        )
+        self.norm = _norm(config.text, rngs)
+        self.head = nnx.Linear(width, config.embed_dim, rngs=rngs)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        x = self.tokens.embedding[...][tokens] + self.positions[...]
+        x = x if self.dtype is None else x.astype(self.dtype)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x[:, -1]))
+
+
+class SigLIP(nnx.Module):
+    """Both towers of SigLIP. Called with pictures it is the vision tower.
+
+    The probability that a text is of a picture is `sigmoid(exp(logit_scale) cosine + logit_bias)`.
+
+    Args:
+        config: Sizes.
+        dtype: Of the computation; parameters stay float32.
+        rngs: Needs `params`.
+
+    References:
+        Zhai et al. (arXiv 2303.15343), Tschannen et al. (2502.14786).
+    """
+
+    def __init__(self, config: SigLIPConfig, *, dtype: Any = None, rngs: nnx.Rngs):
+        self.config, self.dtype = config, dtype
+        self.vision = ViT(config.vision, dtype=dtype, rngs=rngs)
+        self.text = _TextTower(config, dtype=dtype, rngs=rngs)
+        self.logit_scale, self.logit_bias = _zeros(1), _zeros(1)
+
+    def __call__(
+        self, images: Float[Array, "batch height width channels"]
+    ) -> Float[jax.Array, "batch features"]:
+        return self.vision(images)
+
+    def text_features(
+        self, tokens: Int[Array, "batch length"]
+    ) -> Float[jax.Array, "batch features"]:
+        """float32 `[batch, embed_dim]` of texts; not of length one.
+
+        Args:
+            tokens: `[batch, context_length]`, padded: the tower was trained to see the padding.
+
+        Raises:
+            ValueError: Another length.
+        """
+        tokens = jnp.asarray(tokens)
+        if tokens.shape[1] != self.config.context_length:
+            raise ValueError(
+                f"tokens: expected [batch, {self.config.context_length}], padded, got "
+                f"{tokens.shape}"
+            )
+        return jnp.asarray(self.text(tokens), jnp.float32)

@@ -1,0 +1,170 @@
+"""Writes towers.npz beside this file: what transformers and torchvision make of small towers.
+
+    python tests/vision/goldens/make_tower_goldens.py
+
+Needs torch, torchvision and transformers. Every weight is `tower_weight(name, shape)`, by the names
+of the *saved file*, which are not those in memory; only names, shapes and outputs are kept.
+"""
+
+import json
+import pathlib
+import sys
+import tempfile
+
+import numpy as np
+
+HERE = pathlib.Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+from make_vision_goldens import images, weight  # noqa: E402
+
+TOWER = dict(
+    hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8
+)
+TEXT = dict(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    vocab_size=30,
+    max_position_embeddings=8,
+)
+# SigLIP's texts, padded with 1.
+TOKENS = np.array([[5, 6, 7, 2, 1, 1, 1, 1], [9, 2, 1, 1, 1, 1, 1, 1]], np.int32)
+# Wider and narrower than the 32 pixels there are positions for.
+SIZES = {"dinov2": (40, 64), "dinov2_registers": (40, 24)}
+
+
+def tower_weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """A weight by its name and shape; tokens, tables and norms are no zeros and ones either."""
+    if not shape:
+        return np.float32(1.5)
+    value = weight(name, shape)
+    if "norm" in name and name.endswith("weight"):
+        value = value.reshape(shape) if len(shape) == 1 else 0.3 * value
+    return value
+
+
+def pictures(name: str) -> np.ndarray:
+    height, width = SIZES.get(name, (32, 32))
+    return images(max(height, width))[:, :height, :width]
+
+
+def models():
+    """By name: class, configuration."""
+    import transformers as t
+
+    siglip = dict(TOWER, intermediate_size=48)
+    dino = dict(TOWER, mlp_ratio=2, layerscale_value=0.5)
+    convolutions = dict(hidden_sizes=[8, 12, 16, 20], depths=[1, 2, 1, 1])
+    resnet = dict(hidden_sizes=[64, 128, 256, 512], depths=[1, 1, 2, 1])
+    deep = dict(resnet, hidden_sizes=[256, 512, 1024, 2048])
+    return {
+        "siglip": (
+            t.SiglipModel,
+            t.SiglipConfig(vision_config=siglip, text_config=dict(TEXT, projection_size=32)),
+        ),
+        "siglip_vision": (t.SiglipVisionModel, t.SiglipVisionConfig(**siglip)),
+        "clip_vision": (
+            t.CLIPVisionModelWithProjection,
+            t.CLIPVisionConfig(**siglip, projection_dim=16),
+        ),
+        "clip_vision_bare": (t.CLIPVisionModel, t.CLIPVisionConfig(**siglip, hidden_act="gelu")),
+        "vit": (t.ViTModel, t.ViTConfig(**siglip)),
+        "vit_classifier": (t.ViTForImageClassification, t.ViTConfig(**siglip, num_labels=5)),
+        "dinov2": (t.Dinov2Model, t.Dinov2Config(**dino)),
+        "dinov2_gated": (t.Dinov2Model, t.Dinov2Config(**dino, use_swiglu_ffn=True)),
+        "dinov2_registers": (
+            t.Dinov2WithRegistersModel,
+            t.Dinov2WithRegistersConfig(**dino, num_register_tokens=3),
+        ),
+        "convnext": (
+            t.ConvNextForImageClassification,
+            t.ConvNextConfig(**convolutions, num_labels=5),
+        ),
+        "convnextv2": (t.ConvNextV2Model, t.ConvNextV2Config(**convolutions)),
+        "hf_resnet": (t.ResNetModel, t.ResNetConfig(**resnet, layer_type="basic")),
+        "hf_resnet_bottleneck": (
+            t.ResNetForImageClassification,
+            t.ResNetConfig(**deep, layer_type="bottleneck", num_labels=5),
+        ),
+    }
+
+
+def of_transformers(name: str, kind, config) -> dict[str, np.ndarray]:
+    import safetensors.torch
+    import torch
+
+    with tempfile.TemporaryDirectory() as scratch:
+        kind(config).save_pretrained(scratch)
+        path = pathlib.Path(scratch) / "model.safetensors"
+        saved = safetensors.torch.load_file(path)
+        made = {
+            k: torch.from_numpy(
+                np.array(tower_weight(k, tuple(v.shape)), np.float32).reshape(v.shape)
+            )
+            if v.is_floating_point()
+            else v
+            for k, v in saved.items()
+        }
+        safetensors.torch.save_file(made, path, metadata={"format": "pt"})
+        model = kind.from_pretrained(scratch, attn_implementation=None).eval()
+        settings = json.loads((pathlib.Path(scratch) / "config.json").read_text())
+    pixels = torch.from_numpy(np.ascontiguousarray(pictures(name))).permute(0, 3, 1, 2)
+    shapes = {k: list(v.shape) for k, v in saved.items() if v.is_floating_point()}
+    found = {"shapes": np.array(json.dumps(shapes)), "config": np.array(json.dumps(settings))}
+    if name == "siglip":
+        found["features"] = _features(model.get_image_features(pixel_values=pixels))
+        tokens = torch.from_numpy(TOKENS).long()
+        found["texts"] = _features(model.get_text_features(input_ids=tokens))
+        return found
+    out = model(pixel_values=pixels)
+    if getattr(out, "logits", None) is not None:
+        found["logits"] = out.logits.numpy()
+    elif name == "clip_vision":
+        found["features"] = out.image_embeds.numpy()
+    elif name == "vit":
+        found["features"] = out.last_hidden_state[:, 0].numpy()
+    else:
+        found["features"] = out.pooler_output.flatten(1).numpy()
+    return found
+
+
+def _features(found) -> np.ndarray:
+    return (found if hasattr(found, "numpy") else found.pooler_output).numpy()
+
+
+def of_torchvision(groups: int, width_per_group: int) -> dict[str, np.ndarray]:
+    import torch
+    from torchvision.models.resnet import Bottleneck, ResNet
+
+    model = ResNet(
+        Bottleneck, [1, 1, 2, 1], num_classes=5, groups=groups, width_per_group=width_per_group
+    ).eval()
+    state = model.state_dict()
+    shapes = {k: list(v.shape) for k, v in state.items() if v.is_floating_point()}
+    made = {k: torch.from_numpy(tower_weight(k, tuple(shape))) for k, shape in shapes.items()}
+    model.load_state_dict(made, strict=False)
+    pixels = torch.from_numpy(images(32)).permute(0, 3, 1, 2)
+    return {
+        "shapes": np.array(json.dumps(shapes)),
+        "config": np.array("{}"),
+        "logits": model(pixels).numpy(),
+    }
+
+
+def main() -> None:
+    import torch
+
+    goldens = {}
+    with torch.no_grad():
+        found = {name: of_transformers(name, *made) for name, made in models().items()}
+        found["resnext"] = of_torchvision(32, 4)
+        found["wide_resnet"] = of_torchvision(1, 128)
+    for name, arrays in found.items():
+        goldens |= {f"{name}/{key}": value for key, value in arrays.items()}
+    np.savez_compressed(HERE / "towers.npz", **goldens)
+
+
+if __name__ == "__main__":
+    main()

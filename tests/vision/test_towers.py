@@ -1,0 +1,185 @@
+"""Towers that transformers and torchvision saved, against their numbers, and what is refused."""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import save_file
+
+from logitjax import models, vision
+from logitjax.vision._clip_tokenizer import SigLIPTokenizer
+from logitjax.vision._resnet import ResNet
+from logitjax.vision._vit import BlockConfig, SigLIP, SigLIPConfig, ViT, ViTConfig, resize_matrix
+from tests._modules import num_params
+from tests.vision.goldens.make_tower_goldens import TOKENS, pictures, tower_weight
+
+GOLDENS = np.load(pathlib.Path(__file__).parent / "goldens" / "towers.npz")
+FAMILIES = sorted({name.split("/")[0] for name in GOLDENS})
+
+
+def weights_of(name):
+    shapes = json.loads(str(GOLDENS[f"{name}/shapes"]))
+    made = {k: np.asarray(tower_weight(k, tuple(shape))) for k, shape in shapes.items()}
+    return {k: np.ascontiguousarray(v.reshape(shapes[k])) for k, v in made.items()}
+
+
+def saved(path, name, *, rename=lambda name: name, without=()):
+    weights = {rename(k): v for k, v in weights_of(name).items() if k not in without}
+    save_file(weights, path / "model.safetensors")
+    (path / "config.json").write_text(str(GOLDENS[f"{name}/config"]))
+    return str(path)
+
+
+def assert_close(found, expected, rtol=2e-5):
+    error = np.abs(np.asarray(found, np.float32) - expected).max() / np.abs(expected).max()
+    assert error < rtol
+
+
+@pytest.mark.every_change
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_outputs_are_those_of_the_original(tmp_path, name):
+    encoder = vision.load_encoder(saved(tmp_path, name))
+    pixels = pictures(name)
+    if f"{name}/logits" in GOLDENS:
+        assert encoder.num_classes == 5
+        assert_close(jax.jit(encoder.model)(pixels), GOLDENS[f"{name}/logits"])
+        return
+    features = jax.jit(encoder.model)(pixels)
+    assert features.shape[1] == encoder.num_features
+    assert_close(features, GOLDENS[f"{name}/features"])
+    if f"{name}/texts" in GOLDENS:
+        assert_close(encoder.text_features(TOKENS), GOLDENS[f"{name}/texts"])
+        with pytest.raises(ValueError, match=r"tokens: expected \[batch, 8\], padded"):
+            encoder.text_features(TOKENS[:, :5])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dinov2_registers", "siglip_vision", "convnextv2"])
+def test_bfloat16_is_near(tmp_path, name):
+    encoder = vision.load_encoder(saved(tmp_path, name), dtype=jnp.bfloat16)
+    assert_close(jax.jit(encoder.model)(pictures(name)), GOLDENS[f"{name}/features"], rtol=3e-2)
+
+
+@pytest.mark.slow
+def test_names_with_and_without_their_prefix_are_one_network(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    plain = vision.load_encoder(saved(tmp_path / "a", "siglip_vision"))
+    bare = vision.load_encoder(
+        saved(tmp_path / "b", "siglip_vision", rename=lambda k: f"vision_model.{k}")
+    )
+    assert plain.fingerprint == bare.fingerprint
+    assert plain.preprocessing.fit == "squash"
+    assert plain.preprocessing.size == 32
+    with pytest.raises(ValueError, match=r"size: .* is made for 32 pixels, got 48"):
+        vision.load_encoder(str(tmp_path / "a"), size=48)
+
+
+def test_what_the_files_say_of_pictures_is_kept(tmp_path):
+    path = saved(tmp_path, "dinov2")
+    assert vision.load_encoder(path).preprocessing.resize == 256
+    said = {
+        "size": {"shortest_edge": 48},
+        "crop_size": {"height": 40, "width": 40},
+        "resample": 2,
+        "image_mean": [0.1, 0.2, 0.3],
+    }
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
+    made = vision.load_encoder(path).preprocessing
+    assert (made.size, made.resize, made.fit) == (40, 48, "crop")
+    assert (made.interpolation, made.mean) == ("bilinear", (0.1, 0.2, 0.3))
+    assert vision.load_encoder(path, size=80).preprocessing.resize == 96
+
+
+def test_networks_that_are_not_known_are_called_by_their_name(tmp_path):
+    def refused(name, message, **changes):
+        saved(tmp_path, name, **{k: v for k, v in changes.items() if k != "config"})
+        if "config" in changes:
+            (tmp_path / "config.json").write_text(json.dumps(changes["config"]))
+        with pytest.raises(ValueError, match=message):
+            vision.load_encoder(str(tmp_path))
+
+    refused(
+        "vit",
+        r"DPTModel: .*embeddings\.cls_token",
+        rename=lambda k: k.replace("patch_embeddings.projection", "patches"),
+        config={"architectures": ["DPTModel"]},
+    )
+    refused(
+        "siglip",
+        r"SiglipModel: weights lack 1 entries, the first is 'text\.head\.bias'",
+        without=("text_model.head.bias",),
+    )
+    refused(
+        "siglip_vision",
+        r"SiglipVisionModel: weights lack blocks\.0\.k\.weight",
+        without=("encoder.layers.0.self_attn.k_proj.weight",),
+    )
+    refused(
+        "vit",
+        r"ViTModel: hidden_act: expected one of gelu, .*got 'swish'",
+        config={"architectures": ["ViTModel"], "hidden_act": "swish"},
+    )
+    refused(
+        "vit",
+        r"eva02_base: open_clip's towers of timm are not supported",
+        rename=lambda k: f"visual.trunk.{k}",
+        config={"model_cfg": {"vision_cfg": {"timm_model_name": "eva02_base"}}},
+    )
+
+
+def test_positions_are_resized_as_torch_does():
+    down = resize_matrix(4, 8, antialias=False)
+    np.testing.assert_allclose(down.sum(1), 1, rtol=1e-6)
+    # Worked by hand at offset .25 with a = -.75; the first column holds the repeated edge.
+    row = [-0.10546875, 0.87890625, 0.26171875, -0.03515625]
+    np.testing.assert_allclose(down[3, :4], row, rtol=1e-6)
+    wide = np.eye(6, dtype=np.float32)
+    expected = jax.image.resize(wide, (4, 6), "cubic")
+    np.testing.assert_allclose(resize_matrix(6, 4, antialias=True), expected, atol=1e-6)
+
+
+class _Pieces(models.Tokenizer):
+    """A tokenizer of letters."""
+
+    def __init__(self, *specials):
+        self.specials = {name: number for number, name in enumerate(specials)}
+
+    def token_id(self, token):
+        return self.specials.get(token)
+
+    def encode(self, text, add_bos=False):
+        return [ord(letter) for letter in text]
+
+
+def test_texts_of_siglip_are_padded_to_the_end_as_it_was_trained():
+    first = SigLIPTokenizer(_Pieces("<unk>", "</s>"), 8)
+    np.testing.assert_array_equal(first(["A, b!"]), [[97, 32, 98, 1, 1, 1, 1, 1]])
+    second = SigLIPTokenizer(_Pieces("<pad>", "<eos>"), 6)
+    np.testing.assert_array_equal(second(["A, b!"]), [[97, 44, 32, 98, 33, 1]])
+    np.testing.assert_array_equal(second(["a"]), [[97, 1, 0, 0, 0, 0]])
+    np.testing.assert_array_equal(second(["abcdefgh"]), [[97, 98, 99, 100, 101, 1]])
+    with pytest.raises(ValueError, match="not a tokenizer of SigLIP"):
+        SigLIPTokenizer(_Pieces("<pad>"))
+
+
+@pytest.mark.slow
+def test_towers_have_the_published_sizes():
+    base = BlockConfig(width=768, layers=12, heads=12, hidden=3072)
+    config = ViTConfig(blocks=base, patch_size=16, grid=14, class_token=False, pooling=True)
+    assert num_params(nnx.eval_shape(lambda: ViT(config, rngs=nnx.Rngs(0)))) == 92_884_224
+    both = SigLIPConfig(vision=config, text=base, vocab_size=32_000, embed_dim=768)
+    assert num_params(nnx.eval_shape(lambda: SigLIP(both, rngs=nnx.Rngs(0)))) == 203_155_970
+    small = BlockConfig(width=384, layers=12, heads=6, hidden=1536, layer_scale=True)
+    config = ViTConfig(blocks=small, patch_size=14, grid=37, registers=4)
+    # The published number is timm's, whose table has no row for the class token.
+    assert num_params(nnx.eval_shape(lambda: ViT(config, rngs=nnx.Rngs(0)))) == 22_057_344 + 384
+    blocks = (3, 4, 6, 3)
+    made = dict(bottleneck=True, widen=2, groups=32)
+    backbone = nnx.eval_shape(lambda: ResNet(blocks, rngs=nnx.Rngs(0), **made))
+    assert num_params(backbone) == 25_028_904 - 2049 * 1000
