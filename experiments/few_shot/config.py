@@ -23,6 +23,7 @@ METHODS: tuple[str, ...] = (
     "clip_adapter",
     "task_res",
     "lp_plus_plus",
+    "lp_plus_plus_released",
     "clap",
     "zs_lp",
     "linear_probe",

@@ -30,7 +30,9 @@ class Samples:
             return dataclasses.replace(images, auxiliary=images.features)
 
         return Samples(
-            task=dataclasses.replace(self.task, support=own(self.task.support)),
+            task=dataclasses.replace(
+                self.task, support=own(self.task.support), validation=None, validation_labels=None
+            ),
             held_out={name: (own(images), y) for name, (images, y) in self.held_out.items()},
         )
 
@@ -91,9 +93,12 @@ def draw(task: Task, shots: int, *, runs: Any, most: int, seed: int = 0) -> Samp
     held_out = {"validation": plain(padded(1))}
     held_out["test"] = plain(padded(2)) if task.test is None else whole(*task.test)
     held_out |= {name: whole(*found) for name, found in task.shifted.items()}
+    seen, known = held_out["validation"]
     sampled = few_shot.FewShotTask(
         support=support,
         labels=labels_of(rows),
+        validation=seen,
+        validation_labels=known,
         class_weights=task.class_weights,
         views=task.views,
     )

@@ -55,6 +55,11 @@ class Candidate:
         return max(map(len, (self.grid or {}).values()), default=1)
 
     @property
+    def stops(self) -> bool:
+        """Whether it needs validation images to train at all."""
+        return getattr(self.method, "keep", "last") == "best"
+
+    @property
     def needs(self) -> tuple[str, ...]:
         """Which features it reads beside those of the zero-shot encoder."""
         if isinstance(self.method, methods.ProLIP):
@@ -167,6 +172,10 @@ def candidates(
         # the zero-shot logits stays.
         "lp_plus_plus": Candidate(
             method=methods.LPPlusPlus(), grid={"beta": [(i + 1) / count for i in range(count)]}
+        ),
+        "lp_plus_plus_released": Candidate(
+            method=methods.LPPlusPlus(start="sums", accumulate_blend=True, keep="best"),
+            grid={"beta": [(i + 1) / count for i in range(count)]},
         ),
         "clap": Candidate(
             method=methods.CLAP(),

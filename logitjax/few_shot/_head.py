@@ -134,7 +134,8 @@ def fit(
         candidate: The method with its recipe and settings, or its name in `candidates()`.
         pictures: What it learns from.
         validation: Other pictures to choose on, with features of the same encoders; without them
-            the method keeps its published setting, the protocol of CLAP.
+            the method keeps its published setting, the protocol of CLAP. LP++ as released also
+            stops by them.
         seed: Seed of the order of pictures, and of a random start.
 
     Raises:
@@ -157,14 +158,17 @@ def fit(
     for name in candidate.needs:
         if getattr(pictures, name) is None:
             raise ValueError(f"{name}: expected features, which the method reads, got none")
+    task = pictures.task
+    if validation is not None and candidate.stops:
+        seen, known = validation.inputs, validation.labels
+        task = dataclasses.replace(task, validation=seen, validation_labels=known)
     if validation is not None and candidate.grid:
+        fixed = dict.fromkeys(("class_weights", "projection", "projection_bias"))
+        one = jax.tree.map(lambda x: x[None], dataclasses.replace(task, **fixed))
+        shared = {name: getattr(task, name) for name in fixed}
         scores = sweep(
             candidate.method,
-            dataclasses.replace(
-                pictures.task,
-                support=pictures.inputs[None],
-                labels=pictures.labels[None],
-            ),
+            dataclasses.replace(one, **shared),
             {"validation": (validation.inputs[None], validation.labels[None])},
             training=candidate.recipe,
             grid=candidate.grid,
@@ -174,7 +178,7 @@ def fit(
         candidate = candidate.chosen(int(best_setting(scores["validation"])[0]))
     return FittedHead(
         method=candidate.method,
-        state=_learnt(candidate, pictures.task, seed),
+        state=_learnt(candidate, task, seed),
         class_weights=pictures.class_weights,
         scale=pictures.scale,
         class_names=pictures.class_names,

@@ -189,8 +189,11 @@ class Pictures:
 
         support, labels = part("train")
         fixed = {name: getattr(self, name) for name in _CLASSIFIER}
-        task = FewShotTask(support=support, labels=labels, **fixed)
         held_out = {"validation": part("validation")} if len(room.validation) else {}
+        seen, known = held_out.get("validation", (None, None))
+        task = FewShotTask(
+            support=support, labels=labels, validation=seen, validation_labels=known, **fixed
+        )
         if test is None:
             held_out["test"] = part("rest")
         else:

@@ -93,7 +93,9 @@ class TaskRes(Method):
     Attributes:
         beta: The paper's alpha.
         scale: Scale of the zero-shot logits' cosines; CLIP's.
-        renormalize: Scale the columns of `W0 + beta R` to length one; needs class weights.
+        renormalize: Scale the columns of `W0 + beta R` to length one; needs class weights. The
+            released ones are text features of their own length, against which R is as small as that
+            is large: `FewShotTask.class_weights` may have columns of any length here.
     """
 
     beta: Number = 1.0
@@ -115,7 +117,7 @@ class TaskRes(Method):
             return super().logits(state, inputs)
         features = needed(inputs.features, "features", self)
         weights = unit_rows((state.fixed + self.beta * state.trained).T).T
-        return inputs.zero_shot + self.scale * features @ (weights - state.fixed)
+        return inputs.zero_shot + self.scale * features @ (weights - unit_rows(state.fixed.T).T)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -221,9 +223,10 @@ class LPPlusPlus(Method):
         V0 = class means                    blend0 = 250 mean_k <class mean_k, W0_k>
         lr_V = 4 n / lambda_max(F.T F)      lr_blend = n / (4 max_k sum_n (f_n W0_k)^2)
 
-    The released code is `start='sums', accumulate_blend=True`: its division by the number of images
-    is commented out, and the factors' gradient is never set to zero, so they step down the sum of
-    all gradients since the first.
+    The released code is `start='sums', accumulate_blend=True, keep='best'`: its division by the
+    number of images is commented out, the factors' gradient is never set to zero, so they step down
+    the sum of all gradients since the first, and of all iterations the last of those counts that
+    are best on as many validation images as it learns from.
 
     Attributes:
         beta: Share of the probe, as in :class:`LinearProbe`.
@@ -233,6 +236,7 @@ class LPPlusPlus(Method):
         blend_scale: The factors begin at so many times the mean logit of a class's images.
         start: Where the prototypes begin, class `'means'` or `'sums'`.
         accumulate_blend: Whether the factors move down the sum of all gradients so far.
+        keep: The `'last'` iteration, or the `'best'` on `FewShotTask.validation`.
 
     References:
         Huang et al., LP++ (CVPR 2024, arXiv 2404.02285).
@@ -244,13 +248,20 @@ class LPPlusPlus(Method):
     blend_scale: float = 250.0
     start: Literal["means", "sums"] = "means"
     accumulate_blend: bool = False
+    keep: Literal["last", "best"] = "last"
     trains: ClassVar[bool] = False
 
     def init(self, task: FewShotTask, *, key: jax.Array | None = None) -> State:
         del key
         weights = needed(task.class_weights, "class_weights", self)
         features = task.mean_view("features", self)
-        trained = self._solve(features, jnp.asarray(task.labels), weights)
+        seen = None
+        if self.keep == "best":
+            images = task.validation
+            if images is None or task.validation_labels is None:
+                raise ValueError("validation: expected images and labels to keep the best by")
+            seen = needed(images.features, "features", self), jnp.asarray(task.validation_labels)
+        trained = self._solve(features, jnp.asarray(task.labels), weights, seen)
         return State(trained, weights)
 
     def _solve(
@@ -258,6 +269,7 @@ class LPPlusPlus(Method):
         features: Float[Array, "n features"],
         labels: Int[Array, " n"],
         weights: Float[Array, "features classes"],
+        validation: tuple[jax.Array, jax.Array] | None,
     ) -> dict[str, jax.Array]:
         classes = weights.shape[-1]
         there = labels >= 0
@@ -276,12 +288,21 @@ class LPPlusPlus(Method):
         share = hit / jnp.maximum(hit.sum(0), 1) if self.start == "means" else hit
         seen, start = (gram, share) if wide else (features, features.T @ share)
 
+        def right(probe: Any) -> jax.Array:
+            """Validation images that a state of the probe has right."""
+            assert validation is not None
+            (moving, bias), blend = probe
+            images, known = validation
+            shown = images @ features.T if wide else images
+            logits = shown @ moving + bias + blend * (images @ weights)
+            return (logits.argmax(-1) == known).sum()
+
         def loss(logits: jax.Array) -> jax.Array:
             values = cross_entropy(logits, jnp.maximum(labels, 0))
             return jnp.where(there, values, 0.0).sum() / count
 
         def step(carry: Any, index: Any) -> tuple[Any, None]:
-            (moving, bias), blend, velocity, before = carry
+            ((moving, bias), blend, velocity, before), best = carry
             slope = jax.grad(loss)(seen @ moving + bias + blend * text)
             down = (slope if wide else features.T @ slope, slope.sum(0))
             velocity = jax.tree.map(lambda v, g: self.momentum * v + g, velocity, down)
@@ -290,11 +311,19 @@ class LPPlusPlus(Method):
             slope_of_blend = (slope * text).sum(0) + before
             blended = blend - blend_rate * slope_of_blend
             kept = slope_of_blend if self.accumulate_blend else before
-            return ((moving, bias), jnp.where(due, blended, blend), velocity, kept), None
+            blend = jnp.where(due, blended, blend)
+            if best is not None:
+                found = ((moving, bias), blend)
+                count, better = right(found), right(found) >= best[1]
+                best = jax.tree.map(lambda a, b: jnp.where(better, a, b), (found, count), best)
+            return (((moving, bias), blend, velocity, kept), best), None
 
         first = (start, jnp.zeros((classes,), features.dtype))
         carry = (first, blend, jax.tree.map(jnp.zeros_like, first), jnp.zeros_like(blend))
-        ((moving, bias), blend, *_), _ = jax.lax.scan(step, carry, jnp.arange(self.iterations))
+        # The first iteration is as good as any before it.
+        best = None if validation is None else ((first, blend), jnp.array(-1))
+        (last, best), _ = jax.lax.scan(step, (carry, best), jnp.arange(self.iterations))
+        (moving, bias), blend = last[:2] if best is None else best[0]
         prototypes = features.T @ moving if wide else moving
         return {"prototypes": prototypes, "bias": bias, "blend": blend}
 

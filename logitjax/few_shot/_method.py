@@ -56,9 +56,12 @@ class FewShotTask:
         support: `[views * n, ...]` labelled images, view after view of all of them.
         labels: `[n]` classes; images with the label -1 are not there.
         class_weights: `[features, classes]` of the zero-shot classifier, columns of length one; for
-            methods that read them. `methods.CLAP` takes columns of any length.
+            methods that read them. `methods.CLAP` and a `methods.TaskRes` that renormalises take
+            columns of any length.
         projection: `[hidden, features]`, the encoder's last one; for methods that train it.
         projection_bias: `[features]`, what it adds; nothing if None.
+        validation: Other images `[m, ...]`, for a method that stops by them.
+        validation_labels: `[m]` classes of these; -1 where there is none.
         views: Augmented views of every image.
     """
 
@@ -67,6 +70,8 @@ class FewShotTask:
     class_weights: Any = None
     projection: Any = None
     projection_bias: Any = None
+    validation: Inputs | None = None
+    validation_labels: Any = None
     views: int = dataclasses.field(default=1, metadata={"static": True})
 
     @property

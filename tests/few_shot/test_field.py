@@ -185,6 +185,61 @@ def test_lp_plus_plus_by_hand(released):
         np.testing.assert_allclose(state["blend"], blend, atol=2e-6)
 
 
+def unit_rows(values):
+    return values / np.linalg.norm(values, axis=-1, keepdims=True)
+
+
+def test_lp_plus_plus_keeps_the_last_of_its_best_iterations():
+    rng = np.random.default_rng(3)
+    f, images = (unit_rows(rng.normal(size=(n, 6))) for n in (9, 40))
+    w = unit_rows(rng.normal(size=(3, 6))).T
+    y, known = np.arange(9) % 3, rng.integers(-1, 3, 40)
+    given = few_shot.FewShotTask(
+        support=inputs(f, weights=w),
+        labels=y,
+        class_weights=w,
+        validation=inputs(images, weights=w),
+        validation_labels=known,
+    )
+    options: dict = dict(start="sums", accumulate_blend=True, blend_every=2, blend_scale=20.0)
+    made = [methods.LPPlusPlus(iterations=n, **options) for n in range(1, 9)]
+    best = methods.LPPlusPlus(iterations=8, keep="best", **options)
+
+    @jax.jit
+    def run(given):
+        states = [method.init(given) for method in (*made, best)]
+        logits = [best.logits(state, given.validation) for state in states]
+        return [state.trained for state in states], jax.numpy.stack(logits)
+
+    with jax.enable_x64(True):
+        states, logits = jax.device_get(run(given))
+    right = (logits[:-1].argmax(-1) == known).sum(1)
+    assert right.max() > right[-1]
+    chosen = len(right) - 1 - right[::-1].argmax()
+    for name, value in states[-1].items():
+        np.testing.assert_allclose(value, states[chosen][name], rtol=1e-10, err_msg=name)
+    with pytest.raises(ValueError, match="validation: expected images and labels"):
+        best.init(dataclasses.replace(given, validation=None))
+
+
+def test_task_res_moves_long_class_weights_less():
+    f, w = (unit_rows(np.random.default_rng(n).normal(size=(3, 5))) for n in (0, 1))
+    method = methods.TaskRes(beta=0.5, scale=10.0, renormalize=True)
+    residual = np.random.default_rng(2).normal(size=(5, 3))
+    images = few_shot.Inputs(zero_shot=10 * f @ w.T, features=f)
+
+    @jax.jit
+    def logits(weights, residual):
+        task = few_shot.FewShotTask(support=images, labels=np.arange(3), class_weights=weights)
+        return method.logits(method.init(task)._replace(trained=residual), images)
+
+    with jax.enable_x64(True):
+        short, long = logits(w.T, residual), logits(7 * w.T, 7 * residual)
+        np.testing.assert_allclose(long, short, rtol=1e-10)
+        expected = 10 * f @ unit_rows((w.T + 0.5 * residual).T).T
+        np.testing.assert_allclose(short, expected, rtol=1e-10)
+
+
 def gaussian_oracle(f, y, classes, ddof):
     means = np.stack([f[y == k].mean(0) for k in range(classes)])
     centred = f - means[y]
