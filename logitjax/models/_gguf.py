@@ -159,7 +159,7 @@ class GgufSource:
         width, numbers = self._row_bytes(name), self._row_width(name)
         first, last, _ = rows.indices(shape[0]) if len(shape) > 1 else (0, 1, 1)
         kind, quants = self._kind(name), require("gguf.quants", extra="models")
-        out = np.empty((max(0, last - first), numbers), dtype or np.float32)
+        out = guard.aligned((max(0, last - first), numbers), dtype or np.float32)
         step = max(1, _PIECE // numbers)
         with guard.naming(self.path, "a GGUF file"), self.path.open("rb") as opened:
             file = guard.Reader(opened)

@@ -222,7 +222,7 @@ def build_decoder(
             if not stacked:
                 return [part.astype(leaf.dtype, copy=False) for part in readers[0](indices)]
             shapes_ = [_sliced_shape(leaf.shape, index) for index in indices]
-            out = [np.empty(shape, leaf.dtype) for shape in shapes_]
+            out = [guard.aligned(shape, leaf.dtype) for shape in shapes_]
             for number, read in enumerate(readers):
                 wanted = [i for i, index in enumerate(indices) if _holds(index[0], number, layers)]
                 parts = read([indices[i][1:] for i in wanted]) if wanted else []

@@ -124,7 +124,7 @@ class SafetensorsSource:
             if dtype == stored:
                 out = file.array(stored, count, field)
             else:
-                out = np.empty(count, dtype)
+                out = guard.aligned(count, dtype)
                 for begin in range(0, count, _PIECE):
                     end = min(begin + _PIECE, count)
                     out[begin:end] = file.array(stored, end - begin, field)

@@ -272,6 +272,9 @@ def test_another_type_costs_a_piece_at_a_time(tmp_path, monkeypatch, module):
     assert read.dtype == ml_dtypes.bfloat16
     assert peak < 1.3 * read.nbytes
     np.testing.assert_array_equal(read, values.astype(ml_dtypes.bfloat16))
+    # It lies where JAX takes it as it is: no moment with two of them.
+    device = jax.local_devices(backend="cpu")[0]
+    assert jax.device_put(read, device).unsafe_buffer_pointer() == read.ctypes.data
 
 
 def test_rows_of_a_tensor_without_numbers_are_counted(tmp_path):
