@@ -24,6 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton as plgpu
 
+from logitjax.losses.sweep._bins import Binned, settle
 from logitjax.losses.sweep._engine import (
     Operands,
     Projection,
@@ -34,6 +35,7 @@ from logitjax.losses.sweep._engine import (
     sum_dtype,
     swept,
 )
+from logitjax.losses.sweep._readout import ReadoutStatistic
 from logitjax.losses.sweep._statistic import LogitBlock
 
 # What the interpreter is told; tests have it look for races.
@@ -43,8 +45,7 @@ _ON_CHIP = 48 * 2**20
 # As many rows as there is room for first: each byte of the head serves that many products.
 _ROWS = (1024, 512, 256, 128)
 _COLUMNS = (2048, 1024, 512, 256, 128)
-# A number a position fills the lanes of a vector register.
-_LANE_BYTES = 512
+_LANES = 128
 # Arrays of the size of a tile of logits that are alive at a time, float32.
 _TILE_ARRAYS = 5
 # Of the hidden axis, so much at a time is copied out of a tile for the product.
@@ -65,7 +66,13 @@ class Tiles(NamedTuple):
 
 
 def choose_tiles(
-    positions: int, vocab: int, widths: Sequence[int], scalars: int, most: int = _ON_CHIP
+    positions: int,
+    vocab: int,
+    widths: Sequence[int],
+    numbers: Sequence[int],
+    *,
+    multiple: int = _LANES,
+    most: int = _ON_CHIP,
 ) -> Tiles:
     """The largest tiles that fit on chip.
 
@@ -73,25 +80,30 @@ def choose_tiles(
         positions: of the batch.
         vocab: entries of the vocabulary.
         widths: bytes of one hidden state: the student's, and a teacher's.
-        scalars: numbers a position that go in or out.
+        numbers: how many numbers a position each other array has that goes in or out.
+        multiple: of which columns are a multiple.
         most: bytes there are.
 
     Raises:
         ValueError: not even the smallest tiles fit.
 
-    >>> choose_tiles(4096, 151936, [2048], 4)[:2], choose_tiles(32768, 128256, [8192], 4)[:2]
+    >>> four = [1, 1, 1, 1]
+    >>> choose_tiles(4096, 151936, [2048], four)[:2], choose_tiles(32768, 128256, [8192], four)[:2]
     ((1024, 1024), (1024, 512))
     """
+    # A number a position fills the lanes of a register too.
+    row_bytes = sum(4 * -(-number // _LANES) * _LANES for number in numbers)
     for rows in _ROWS:
         for columns in _COLUMNS:
+            columns = -(-columns // multiple) * multiple
             # All that moves is there twice: the next comes while one is read.
             moved = sum(2 * (rows + columns) * width for width in widths)
             logits = _TILE_ARRAYS * 4 * rows * columns * len(widths)
             copied = (rows + columns) * max(min(width, 4 * _TPU_STEP) for width in widths)
-            size = moved + logits + copied + 2 * scalars * rows * _LANE_BYTES
+            size = moved + logits + copied + 2 * rows * row_bytes
             if size <= most:
                 rows = min(rows, -(-positions // 32) * 32)
-                return Tiles(rows, min(columns, -(-vocab // 128) * 128), size)
+                return Tiles(rows, min(columns, -(-vocab // multiple) * multiple), size)
     raise ValueError(
         f"blocks.engine: expected 'scan' or 'rows' for hidden states of {max(widths)} bytes, too "
         "wide for a tile, got 'pallas'"
@@ -136,8 +148,15 @@ def _flat(state_of: Callable[..., Any], sweep: Sweep, operands: Operands) -> Any
 def _passes(state_of: Callable[..., Any], sweep: Sweep, operands: Operands) -> Any:
     statistic, passed = sweep.statistic, None
     outputs = residuals = None
+    binned = None
+    if isinstance(statistic, ReadoutStatistic) and statistic.k:
+        binned = Binned.of(statistic)
     for _ in range(statistic.passes):
-        state = state_of(sweep, operands, passed)
+        if binned is None:
+            state = state_of(sweep, operands, passed)
+        else:
+            kept = state_of(dataclasses.replace(sweep, statistic=binned), operands, passed)
+            state = settle(sweep, operands, binned, kept)
         if sweep.axis_name is not None:
             state = statistic.reduce(state, sweep.axis_name, passed)
         outputs, residuals = statistic.finish(state, passed)
@@ -213,12 +232,13 @@ def _tpu_state(sweep: Sweep, operands: Operands, passed: Any, *, interpret: Any 
     inputs = _inputs(sweep, operands, passed)
     like, dtype = _like((operands.tokens, passed)), sum_dtype(operands.student)
     positions, vocab = inputs.hidden[0].shape[0], operands.student.head.vocab_size()
-    leaves, form = jax.tree.flatten(
-        jax.eval_shape(lambda p: sweep.statistic.start((positions,), dtype, p), passed)
-    )
-    scalars = len(jax.tree.leaves(like)) + len(leaves)
+    state_like = jax.eval_shape(lambda p: sweep.statistic.start((positions,), dtype, p), passed)
+    leaves, form = jax.tree.flatten(state_like)
+    widths_out = [math.prod(x.shape[1:]) for x in leaves]
+    numbers = [math.prod(x.shape[1:]) for x in (*jax.tree.leaves(like), *leaves)]
     widths = [x.shape[1] * x.dtype.itemsize for x in inputs.hidden]
-    tiles = choose_tiles(positions, vocab, widths, scalars)
+    multiple = sweep.statistic.bins if isinstance(sweep.statistic, Binned) else _LANES
+    tiles = choose_tiles(positions, vocab, widths, numbers, multiple=multiple)
     grid = (pl.cdiv(positions, tiles.rows), pl.cdiv(vocab, tiles.columns))
     specs = _tpu_specs(inputs, tiles)
     arrays, layout = jax.tree.flatten(inputs)
@@ -232,7 +252,7 @@ def _tpu_state(sweep: Sweep, operands: Operands, passed: Any, *, interpret: Any 
 
         def store(state: Any) -> None:
             for ref, value in zip(out, jax.tree.leaves(state), strict=True):
-                ref[...] = value[:, None]
+                ref[...] = value[:, None] if value.ndim == 1 else value
 
         @pl.when(tile == 0)
         def _() -> None:
@@ -248,16 +268,19 @@ def _tpu_state(sweep: Sweep, operands: Operands, passed: Any, *, interpret: Any 
             finished_logits(logits, head, scale, valid)
             for logits, head, scale in zip(products, here.heads, here.scales, strict=True)
         ]
-        state = jax.tree.unflatten(form, [ref[...][:, 0] for ref in out])
+        state = _as_given(jax.tree.unflatten(form, [ref[...] for ref in out]), state_like)
         store(_absorb(sweep, state, sides, here.start + ids, tokens, before))
 
     found = pl.pallas_call(
         kernel,
         grid=grid,
         in_specs=jax.tree.leaves(specs),
-        out_specs=[pl.BlockSpec((tiles.rows, 1), lambda i, j: (i, 0)) for _ in leaves],
-        out_shape=[_shape_of((positions, 1), x.dtype, inputs) for x in leaves],
-        cost_estimate=_cost(inputs, vocab, len(leaves), grid),
+        out_specs=[pl.BlockSpec((tiles.rows, n), lambda i, j: (i, 0)) for n in widths_out],
+        out_shape=[
+            _shape_of((positions, n), x.dtype, inputs)
+            for n, x in zip(widths_out, leaves, strict=True)
+        ],
+        cost_estimate=_cost(inputs, vocab, sum(widths_out), grid),
         # The state of a tile of positions stays while the vocabulary goes by.
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
@@ -265,7 +288,7 @@ def _tpu_state(sweep: Sweep, operands: Operands, passed: Any, *, interpret: Any 
         ),
         interpret=interpret,
     )(*arrays)
-    return jax.tree.unflatten(form, [x[:, 0] for x in found])
+    return _as_given(jax.tree.unflatten(form, found), state_like)
 
 
 def _tpu_product(hidden: Any, kernel: Any, axis: int) -> jax.Array:
@@ -317,7 +340,7 @@ def _shape_of(shape: tuple[int, ...], dtype: Any, inputs: _Inputs) -> jax.ShapeD
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind)
 
 
-def _cost(inputs: _Inputs, vocab: int, leaves: int, grid: tuple[int, int]) -> pl.CostEstimate:
+def _cost(inputs: _Inputs, vocab: int, numbers: int, grid: tuple[int, int]) -> pl.CostEstimate:
     """What the compiler cannot see into a kernel for.
 
     A tile of positions is read once, as its columns go by; each column for every tile of positions,
@@ -329,7 +352,7 @@ def _cost(inputs: _Inputs, vocab: int, leaves: int, grid: tuple[int, int]) -> pl
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
     times = grid[0] if grid[1] > 1 else 1
-    moved = size(inputs[:3]) + times * size((inputs.heads, inputs.where)) + 4 * positions * leaves
+    moved = size(inputs[:3]) + times * size((inputs.heads, inputs.where)) + 4 * positions * numbers
     return pl.CostEstimate(
         flops=sum(2 * positions * vocab * x.shape[1] for x in inputs.hidden),
         bytes_accessed=moved,
@@ -345,6 +368,11 @@ def _gpu_state(sweep: Sweep, operands: Operands, passed: Any, *, interpret: bool
     leaves, form = jax.tree.flatten(
         jax.eval_shape(lambda p: sweep.statistic.start((positions,), dtype, p), passed)
     )
+    if any(len(x.shape) != 1 for x in (*leaves, *jax.tree.leaves(like))):
+        raise ValueError(
+            f"blocks.engine: expected 'scan' or 'rows' for a {type(sweep.statistic).__name__} on a "
+            "GPU, where a kernel has one number a position, got 'pallas'"
+        )
     grid = (pl.cdiv(positions, _GPU_TILE), pl.cdiv(vocab, _GPU_TILE))
     arrays, layout = jax.tree.flatten(inputs)
 
@@ -359,8 +387,6 @@ def _gpu_state(sweep: Sweep, operands: Operands, passed: Any, *, interpret: bool
         zero = jnp.int32(0)  # the interpreter takes no Python number in an index
 
         def of_rows(ref: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
-            if len(like.shape) != 1:
-                raise ValueError("blocks.engine: 'pallas' takes one number a position on a GPU")
             value = plgpu.load(ref.at[row, zero], mask=rows < positions, other=0)
             return value != 0 if like.dtype == jnp.bool_ else value
 

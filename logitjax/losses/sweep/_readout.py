@@ -92,7 +92,8 @@ class ReadoutStatistic(Statistic):
 
     @property
     def in_tiles(self) -> bool:
-        return not self.ids and not self.k
+        # The k largest come by bins.
+        return not self.ids
 
     def start(self, batch: tuple[int, ...], dtype: Any, passed: Any) -> _State:
         def zeros(*shape):
