@@ -63,6 +63,7 @@ class Arm:
         auxiliary: The second head, which then gets the logit loss.
         align: Project the logit loss's gradient: over the `trunk` or over `all` parameters.
         smooths: Alpha is label smoothing instead, alpha / (1 + alpha) of it.
+        warms: Alpha grows to its value over the first `config.warmup_epochs`.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Arm:
     auxiliary: Auxiliary | None = None
     align: str | None = None
     smooths: bool = False
+    warms: bool = False
 
     @property
     def has_alpha(self) -> bool:
@@ -86,9 +88,9 @@ def arms(config: Config) -> dict[str, Arm]:
         del labels
         return binary(student, teacher, temperature=config.binary_temperature)
 
-    def kd(student: Any, teacher: Any, labels: Any) -> Any:
+    def kd(student: Any, teacher: Any, labels: Any, *, temperature: float) -> Any:
         del labels
-        return distillation.knowledge_distillation(student, teacher, temperature=config.temperature)
+        return distillation.knowledge_distillation(student, teacher, temperature=temperature)
 
     def dkd(student: Any, teacher: Any, labels: Any) -> Any:
         return distillation.decoupled_knowledge_distillation(
@@ -107,8 +109,12 @@ def arms(config: Config) -> dict[str, Arm]:
     found = [
         Arm(name="ce"),
         Arm(name="label_smoothing", smooths=True),
-        Arm(name="kd", logit_loss=kd),
+        Arm(name="kd", logit_loss=functools.partial(kd, temperature=config.temperature)),
+        # What is published differs by pair of networks: a fair baseline tries temperatures too.
+        Arm(name="kd_t1", logit_loss=functools.partial(kd, temperature=1.0)),
+        Arm(name="kd_t2", logit_loss=functools.partial(kd, temperature=2.0)),
         Arm(name="dkd", logit_loss=dkd),
+        Arm(name="dkd_warm", logit_loss=dkd, warms=True),
         Arm(name="kd_standardized", logit_loss=standardized),
         Arm(name="dist", logit_loss=dist),
         Arm(name="single", logit_loss=logit_loss),

@@ -50,7 +50,7 @@ class Course:
 
 
 class Given(NamedTuple):
-    """What all steps of a program share; `on` is 0 once alpha is off."""
+    """What all steps of a program share; `on` is the share of alpha that counts."""
 
     inputs: Any
     labels: Any
@@ -252,10 +252,13 @@ class Trainer:
         """An epoch's order, which depends on the seed and the epoch alone, its key and `on`."""
         config, count = self.config, len(self.placed.task.train)
         order = np.random.default_rng([seed, number]).permutation(count)
+        on = float(not config.stop_epoch or number < config.stop_epoch)
+        if self.arm.warms:
+            on *= min(1.0, (number + 1) / config.warmup_epochs)
         return {
             "order": order[: self.steps * config.batch_size].reshape(self.steps, -1),
             "key": jax.random.fold_in(jax.random.key(seed), number),
-            "on": float(not config.stop_epoch or number < config.stop_epoch),
+            "on": on,
         }
 
 

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import math
 import signal
+import types
+from typing import Any
 
 import chex
 import jax
@@ -14,6 +16,7 @@ from etils import epath
 
 from experiments.dual_head import __main__ as dual_head
 from experiments.dual_head import arms as dual_head_arms
+from experiments.dual_head import config as dual_head_config
 from experiments.dual_head import data as dual_head_data
 from experiments.dual_head import diagnostics, report
 from experiments.dual_head import run as dual_head_run
@@ -135,6 +138,30 @@ def test_data_that_comes_in_pieces_trains_the_same(placed):
         state, loss = train_epoch(trainer)
         trained.append((state.params["params"], loss))
     chex.assert_trees_all_close(*trained, rtol=1e-4, atol=1e-6)
+
+
+def test_baselines_have_their_temperature_and_their_warm_up():
+    config = dataclasses.replace(TINY, warmup_epochs=4, stop_epoch=6)
+    known: Any = dual_head_arms.arms(config)
+    assert sorted(known) == sorted(dual_head_config.ARMS)
+
+    @jax.jit
+    def values(student, teacher, labels):
+        names = ("kd_t2", "kd", "dkd_warm")
+        return {name: known[name].logit_loss(student, teacher, labels) for name in names}
+
+    found = values(np.array([[2.0, 1, 0]]), np.array([[3.0, 0, 1]]), np.array([0]))
+    # Worked by hand at temperature 2.
+    np.testing.assert_allclose(found["kd_t2"], 0.302626, rtol=1e-5)
+    assert abs(found["kd"][0] - 0.302626) > 0.01
+    part = types.SimpleNamespace(task=types.SimpleNamespace(train=range(8)))
+    shares = {}
+    for name in ("dkd", "dkd_warm"):
+        given: Any = types.SimpleNamespace(config=config, placed=part, steps=1, arm=known[name])
+        batch = dual_head_train.Trainer.batch
+        shares[name] = [batch(given, epoch, seed=0)["on"] for epoch in range(7)]
+    assert shares["dkd"] == [1, 1, 1, 1, 1, 1, 0]
+    assert shares["dkd_warm"] == [0.25, 0.5, 0.75, 1, 1, 1, 0]
 
 
 def test_a_simplex_has_collapsed_and_noise_has_not():
