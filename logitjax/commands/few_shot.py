@@ -44,7 +44,7 @@ from logitjax.commands.tables import markdown_table
 class Config:
     """What is learnt from what."""
 
-    data: str | None = field(None, "Pictures: folder:DIR, tfds:NAME, recognition:NAME, stamps, ...")
+    data: str | None = field(None, "Pictures: folder:DIR, tfds:NAME, recognition:NAME or stamps.")
     split: str | None = field(None, "Split to learn from; train where there is one, else all.")
     test_split: str | None = field(
         None, "Split to test on; test where there is one, else what a sample leaves."
