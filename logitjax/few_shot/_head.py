@@ -265,6 +265,6 @@ def _method_of(record: Any) -> Any:
     if not isinstance(record, dict):
         return record
     kind: Any = getattr(methods, str(record["name"]), None)
-    if not dataclasses.is_dataclass(kind):
+    if not hasattr(kind, "__dataclass_fields__"):
         raise ValueError(f"method: expected one that is known, got {guard.short(record['name'])}")
     return kind(**{name: _method_of(value) for name, value in record["settings"].items()})

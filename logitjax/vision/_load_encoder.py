@@ -360,15 +360,15 @@ def _preprocessing(path: epath.Path, default: Preprocessing) -> Preprocessing:
         size, resize, fit = scaled, round(scaled / content["crop_pct"]), "crop"
     elif scaled:
         size, resize, fit = scaled, scaled, "squash"
-    interpolation: Any = {2: "bilinear", 3: "bicubic"}.get(
-        content.get("resample"), default.interpolation
-    )
+    known: dict[Any, Any] = {2: "bilinear", 3: "bicubic"}
+    mean: Any = tuple(content.get("image_mean") or default.mean)
+    std: Any = tuple(content.get("image_std") or default.std)
     return Preprocessing(
         size=size,
         resize=resize,
-        mean=tuple(content.get("image_mean") or default.mean),
-        std=tuple(content.get("image_std") or default.std),
-        interpolation=interpolation,
+        mean=mean,
+        std=std,
+        interpolation=known.get(content.get("resample"), default.interpolation),
         fit=fit,
     )
 

@@ -323,7 +323,7 @@ def test_every_statistic_compiles_for_a_tpu_and_holds_no_logits(topology):
     with jax.set_mesh(mesh):
         traced = jax.jit(_every_statistic).trace(*_large(NamedSharding(mesh, P())))
         compiled = traced.lower(lowering_platforms=("tpu",)).compile()
-    # A number a position takes the lanes of a register, and the bins for the 64 largest take 64 MiB;
+    # A number a position takes the lanes of a register; the bins for the 64 largest take 64 MiB;
     # dense has 2,374 MiB of logits a side.
     memory: Any = compiled.memory_analysis()
     assert memory.temp_size_in_bytes < 200 * 2**20
