@@ -60,9 +60,11 @@ AREAS: Mapping[str, Area] = {
             "distillation/_graph_on_logits": ("distillation/test_graph_on_logits",),
             "distillation/_knowledge_distillation": ("distillation/test_knowledge_distillation",),
             "distillation/_linear_graph_fusion": ("distillation/test_graph_fusion",),
+            "distillation/_loss_function": ("distillation/test_objective",),
             "distillation/_objective": ("distillation/test_objective",),
             "distillation/_prune": ("distillation/test_prune",),
             "distillation/_student": ("distillation/test_objective",),
+            "distillation/_teacher_terms": ("distillation/test_objective",),
             "distillation/_universal_logit_distance": (
                 "distillation/test_universal_logit_distance",
             ),
@@ -222,7 +224,7 @@ NAMED: Sequence[tuple[str, str, str, str]] = (
     ),
     (
         "empty places in the student's rest, of MinED",
-        "distillation/_objective",
+        "distillation/_teacher_terms",
         "jnp.where(there, student.values, -jnp.inf)",
         "student.values",
     ),

@@ -44,16 +44,14 @@ from logitjax.distillation._likelihood_matching import chunk_scores as chunk_sco
 from logitjax.distillation._likelihood_matching import likelihood_matching as likelihood_matching
 from logitjax.distillation._likelihood_matching import linear_likelihood as linear_likelihood
 from logitjax.distillation._linear_graph_fusion import linear_graph_fusion as linear_graph_fusion
+from logitjax.distillation._loss_function import loss_function as loss_function
+from logitjax.distillation._loss_function import score_function as score_function
+from logitjax.distillation._loss_function import targets as targets
 from logitjax.distillation._matched_tokens import Matches as Matches
 from logitjax.distillation._matched_tokens import hybrid_logit_distance as hybrid_logit_distance
 from logitjax.distillation._objective import Objective as Objective
-from logitjax.distillation._objective import TeacherView as TeacherView
-from logitjax.distillation._objective import Vocabularies as Vocabularies
-from logitjax.distillation._objective import loss_function as loss_function
 from logitjax.distillation._objective import parse_gld as parse_gld
 from logitjax.distillation._objective import parse_terms as parse_terms
-from logitjax.distillation._objective import score_function as score_function
-from logitjax.distillation._objective import targets as targets
 from logitjax.distillation._projected_kl import (
     linear_projected_kl_divergence as linear_projected_kl_divergence,
 )
@@ -75,6 +73,8 @@ from logitjax.distillation._student import hidden_states as hidden_states
 from logitjax.distillation._student import make_student as make_student
 from logitjax.distillation._teacher_cache import TeacherCache as TeacherCache
 from logitjax.distillation._teacher_cache import TeacherIdentity as TeacherIdentity
+from logitjax.distillation._teacher_terms import TeacherView as TeacherView
+from logitjax.distillation._teacher_terms import Vocabularies as Vocabularies
 from logitjax.distillation._teachers import teacher_record as teacher_record
 from logitjax.distillation._universal_logit_distance import (
     universal_logit_distance as universal_logit_distance,

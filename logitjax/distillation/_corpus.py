@@ -13,9 +13,10 @@ from jax.sharding import Mesh
 from logitjax import data, losses, models, training
 from logitjax.distillation._alignment import Chunks, align_chunks
 from logitjax.distillation._likelihood_matching import boundary_tokens, chunk_scores
-from logitjax.distillation._objective import PROJECTIONS, Objective, TeacherView, Vocabularies
+from logitjax.distillation._objective import PROJECTIONS, Objective
 from logitjax.distillation._projection import Rule, prefix_bytes, token_projection
 from logitjax.distillation._teacher_cache import TeacherCache
+from logitjax.distillation._teacher_terms import TeacherView, Vocabularies
 from logitjax.distillation._teachers import (
     Reader,
     cache_teacher,

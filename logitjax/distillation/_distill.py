@@ -17,16 +17,11 @@ from jax.sharding import Mesh
 from logitjax import decoding, losses, models, processes, training
 from logitjax.distillation._corpus import Corpus, Reading
 from logitjax.distillation._likelihood_matching import ChunkScores, TokenSet
-from logitjax.distillation._objective import (
-    PROJECTIONS,
-    Objective,
-    TeacherView,
-    Vocabularies,
-    loss_function,
-    score_function,
-)
+from logitjax.distillation._loss_function import loss_function, score_function
+from logitjax.distillation._objective import PROJECTIONS, Objective
 from logitjax.distillation._projection import TokenProjection
 from logitjax.distillation._student import Student, make_student
+from logitjax.distillation._teacher_terms import TeacherView, Vocabularies
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
