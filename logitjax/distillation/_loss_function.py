@@ -76,6 +76,7 @@ def loss_function(
         ]
         metrics = seen_shares(objective, views, where)
         ids = gathered_ids(teachers)
+        # GOLD and X-Token sort the student's own likeliest tokens beside the teacher's.
         own = max((t["top"].values.shape[-1] for t in teachers if "exact" in t), default=None)
         pointwise = [n for n in weights if n in POINTWISE]
         parts: dict[str, Any] = {}
@@ -93,6 +94,8 @@ def loss_function(
                     )
                     value += weights[name] * part
                     parts[name] = parts.get(name, 0.0) + part
+        # Without what sees more than one position, or has a head of its own, the loss is a sum over
+        # positions.
         if not {"uld", "gld", "dual", "alm"} & set(weights):
             order = [{k: v for k, v in t.items() if k != "wide"} for t in teachers]
 
@@ -112,10 +115,12 @@ def loss_function(
                 parts[name] = parts.get(name, 0.0) + jnp.where(where, at, 0.0).sum()
             return value, count, {n: (parts[n], count) for n in weights} | metrics
 
+        # From here on every logit is formed once more in the backward pass.
         sorts = {"uld", "gld"} & set(weights)
         gathers = ids is not None and set(pointwise) - {"sft"}
         likelihood = None
         if "alm" in weights:
+            # Of the student's vocabulary: the same for every teacher.
             boundary = next(iter(known.values())).boundary
             assert boundary is not None
             likelihood = linear_likelihood(hidden, head, labels, boundary)

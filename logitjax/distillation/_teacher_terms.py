@@ -87,6 +87,8 @@ def prepare(
         single = view.where if view.single is None else view.single
         for place, valid in (("starts", view.where), ("single", single)):
             seen = valid & where
+            # The sum of a loss is divided by all labels later: scaled up here, it is a mean over
+            # those that it sees.
             share = where.sum() / jnp.maximum(seen.sum(), 1)
             out[place] = jnp.where(seen, share, 0.0)
             out[f"{place}_where"] = seen
@@ -95,6 +97,7 @@ def prepare(
             continue
         projection = vocabularies.projections[PROJECTIONS[name]]
         if projection.capacity(top.values.shape[-1]) <= _MOST_MEMBERS:
+            # Few enough of the student's logits to be gathered, position by position.
             out[PROJECTIONS[name]] = projection.members(top.indices)
         elif name == "mined":
             raise ValueError(
@@ -124,6 +127,7 @@ def gathered_ids(teachers: Sequence[Mapping[str, Any]]) -> Any:
 
 def seen_shares(objective: Objective, views: Sequence[TeacherView], where: Any) -> dict[str, Any]:
     """How many of the labels each loss across tokenizers sees."""
+    # A loss that sees little of the text may be small for that alone.
     found = {}
     for name in objective.weights:
         if name in ("kl", "rkl", "jsd", "dual", "sft"):
@@ -142,6 +146,8 @@ def seen_shares(objective: Objective, views: Sequence[TeacherView], where: Any) 
 
 
 def mean_of_chunks(objective: Objective, likelihood: Likelihood, chunks: ChunkScores) -> Any:
+    # Log-probabilities divided by tau have gradients divided by it, hence the factor. Infinity
+    # gives the limit of the product by itself.
     tau = objective.alm_temperature
     value = likelihood_matching(likelihood, chunks, temperature=tau)
     return (tau if math.isfinite(tau) else 1.0) * value.sum() / jnp.maximum(chunks.where.sum(), 1)
@@ -172,6 +178,7 @@ def at_positions(
             ids = _ids_of(teacher[held])
             stop = start + ids.shape[-1]
             if held == wanted:
+                # The student's own normaliser, over its whole vocabulary.
                 student = ops.TopK(readout.gathered[..., start:stop], ids, readout.log_z)
                 total += share * _from_teacher(objective, name, student, readout, teacher, known)
             start = stop
