@@ -36,13 +36,12 @@ if jaxlib.version.__version_info__ < (0, 11):
     _flags.append("--xla_cpu_parallel_codegen_split_count=1")
 os.environ.setdefault("XLA_FLAGS", " ".join(_flags))
 
-import jaxtyping  # noqa: E402
+from tests import _typechecker  # noqa: E402
 
-import tests._typechecker  # noqa: E402, F401
-
-jaxtyping.install_import_hook("logitjax", "tests._typechecker.typechecker")
+_typechecker.install()
 
 import hypothesis  # noqa: E402
+import pytest  # noqa: E402
 
 hypothesis.settings.register_profile(
     "logitjax",
@@ -58,6 +57,15 @@ from tests import _budget, _executables  # noqa: E402
 
 def pytest_addoption(parser):
     parser.addoption("--strict-budget", action="store_true", help="too many programs fail a test")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collect_file(file_path):
+    """Doctests are the package's: of every function here the line was looked for, for nothing."""
+    collectors = yield
+    if ">>>" in file_path.read_text(errors="replace"):
+        return collectors
+    return [c for c in collectors if type(c) is pytest.Module]
 
 
 def pytest_configure(config):
