@@ -32,6 +32,8 @@ def refused(**values):
     return str(error.value)
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_goes_on_from_prompts(directory, capsys):
     tokenizer = load_tokenizer("tiny")
     out = decoding.generate(

@@ -136,6 +136,8 @@ def test_one_token_is_the_prompts_next():
     assert out.tokens.shape == out.logprobs.shape == (3, 1)
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_sharded_equals_local(greedy):
     mesh = training.make_mesh("data:2,fsdp:2,tensor:2")
     rules = models.DECODER_RULES

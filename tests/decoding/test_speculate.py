@@ -24,6 +24,7 @@ from logitjax.decoding._speculate import accept_or_redraw
 from logitjax.fusion._token_map import TokenMap
 from logitjax.models import DECODER_RULES, from_nnx, load_tokenizer
 from tests._compiled import compiled
+from tests._marks import EVERY_CHANGE
 from tests.decoding._bags import bag_logits, bag_of_words
 from tests.decoding._models import PROMPTS, decoder, disturbed
 
@@ -155,7 +156,9 @@ def exact(model, prompt, steps, temperature):
     return np.array(list(p.values()))
 
 
-@pytest.mark.parametrize("lengths", [(1,), (3,), (3, 0, 1)], ids=str)
+@pytest.mark.parametrize(
+    "lengths", [(1,), pytest.param((3,), marks=EVERY_CHANGE), (3, 0, 1)], ids=str
+)
 def test_continuations_follow_the_fused_distribution(lengths):
     rows, steps, prompt = 4000, 3, [1, 4]
     model = bags(rows)

@@ -15,6 +15,7 @@ from logitjax import vision
 from logitjax.distillation import DualHead, binary_kl, binary_kl_norm, dual_head_loss
 from logitjax.losses import cross_entropy
 from logitjax.vision._torch_layout import to_torch_weights
+from tests._marks import EVERY_CHANGE
 from tests._modules import call, num_params, with_weights
 
 FEATURES, CLASSES = 6, 10
@@ -102,7 +103,9 @@ def test_blocks_change_nothing_and_save_memory():
 whole_batch = jax.jit(jax.grad(objective, has_aux=True))
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    "kind", [AxisType.Auto, pytest.param(AxisType.Explicit, marks=EVERY_CHANGE)]
+)
 def test_batch_split_over_devices(kind):
     args = arrays(8, 4)
     expected = whole_batch(kernels(), *args)

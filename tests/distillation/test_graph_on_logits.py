@@ -13,6 +13,7 @@ from logitjax import losses
 from logitjax.distillation import GraphConfig, graph_on_logits
 from logitjax.losses import GraphStatistics
 from tests._compiled import compiled, values_and_gradient
+from tests._marks import EVERY_CHANGE
 
 CONFIGS = [
     GraphConfig(k=4),
@@ -198,7 +199,9 @@ def test_many_token_nodes_are_compacted():
         np.testing.assert_allclose(loss[0], expected, rtol=2e-4)
 
 
-@pytest.mark.parametrize("config", [CONFIGS[2], CONFIGS[5]], ids=str)
+@pytest.mark.parametrize(
+    "config", [CONFIGS[2], pytest.param(CONFIGS[5], marks=EVERY_CHANGE)], ids=str
+)
 def test_a_student_near_its_teacher_keeps_the_digits_of_the_cost(config):
     """As a difference of squares of C and D nothing was left of it."""
     rng = np.random.default_rng(6)
@@ -262,13 +265,10 @@ def test_metrics_show_degenerate_settings():
         assert value.shape == (2,)
 
 
-MORE = [pytest.mark.slow, pytest.mark.every_change]
-
-
 @pytest.mark.parametrize(
     "config",
     [
-        pytest.param(config, marks=MORE if i in (1, 2, 3) else [])
+        pytest.param(config, marks=EVERY_CHANGE if i in (1, 2, 3) else [])
         for i, config in enumerate(CONFIGS)
     ],
     ids=str,
@@ -289,9 +289,13 @@ def test_sharded_equals_local(config):
     np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize(
-    "config", [pytest.param(CONFIGS[0], marks=MORE), CONFIGS[4]], ids=["by rank", "by token"]
+    "kind", [AxisType.Auto, pytest.param(AxisType.Explicit, marks=EVERY_CHANGE)]
+)
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(CONFIGS[0], marks=EVERY_CHANGE), CONFIGS[4]],
+    ids=["by rank", "by token"],
 )
 def test_batch_sharded_on_both_kinds_of_mesh(config, kind):
     inputs = [np.repeat(x, 2, 0) for x in data()]

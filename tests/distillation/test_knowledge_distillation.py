@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from logitjax import distillation
 from tests._compiled import compiled, values_and_gradient
+from tests._marks import EVERY_CHANGE
 
 BATCH, CLASSES = 8, 16
 
@@ -242,7 +243,9 @@ def total(s, t, labels):
     return all_losses(s, t, labels).sum() + distillation.dist(s, t).sum()
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    "kind", [AxisType.Auto, pytest.param(AxisType.Explicit, marks=EVERY_CHANGE)]
+)
 def test_batch_split_over_devices(kind):
     s, t = logits(11).astype(np.float32), logits(12).astype(np.float32)
     labels = np.arange(BATCH)

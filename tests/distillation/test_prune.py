@@ -8,6 +8,7 @@ from flax import nnx
 from logitjax import losses, models
 from logitjax.distillation import _prune, prune_layers, prune_width
 from logitjax.models._tiny import tiny_config
+from tests._marks import EVERY_CHANGE
 from tests._modules import call, with_weights
 
 cross_entropy = jax.jit(losses.cross_entropy)
@@ -50,7 +51,7 @@ def perplexity(model):
     return np.exp(total / count)
 
 
-@pytest.mark.parametrize("layout", ["listed", "stacked"])
+@pytest.mark.parametrize("layout", ["listed", pytest.param("stacked", marks=EVERY_CHANGE)])
 def test_a_block_that_is_the_identity_has_no_influence_and_goes_first(layout):
     model = decoder(layout="listed")
     silence(model.segments[0].layers[2])
@@ -113,7 +114,7 @@ def test_too_few_layers_are_named():
         prune_layers(decoder(), [], 1)
 
 
-@pytest.mark.parametrize("layout", ["listed", "stacked"])
+@pytest.mark.parametrize("layout", ["listed", pytest.param("stacked", marks=EVERY_CHANGE)])
 def test_width_without_effect_can_go_without_a_trace(layout):
     """Heads and channels that put out nothing are the ones that go: the logits stay."""
     config = tiny_config(layers=2)

@@ -91,6 +91,8 @@ def scored():
     return [Scored(rng.normal(size=(11, 8)).astype(np.float32), labels) for _ in range(3)], head
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_scores_are_means_over_positions_whatever_the_block(scored):
     models, head = scored
     arms = {"proxy": ProxyTuning(), "jeffreys": DynamicFusion(method="jeffreys")}

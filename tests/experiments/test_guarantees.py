@@ -204,13 +204,9 @@ def test_a_problem_and_a_solution_of_ott_are_taken():
     assert answer.costs[0] >= answer.lower
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "factored",
-        pytest.param("weights, p = 1", marks=[pytest.mark.slow, pytest.mark.every_change]),
-    ],
-)
+@pytest.mark.every_change
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["factored", "weights, p = 1"])
 def test_a_few_cases_of_the_fuzzer(kind, monkeypatch):
     monkeypatch.setattr(fuzzer, "_SHAPES", ((6, 4),))
     cases = [case | {"kind": kind} for case in fuzzer.run(kind, 20, seed=0)]

@@ -145,6 +145,8 @@ def test_an_epoch_sees_every_row_once_whatever_the_size_of_a_step():
     assert unlearning_data.steps_an_epoch(rows, 4) == 3
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_a_model_with_its_assistant_is_scored_as_it_is_decoded():
     from logitjax import decoding
 

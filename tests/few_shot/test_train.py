@@ -10,6 +10,7 @@ import pytest
 from logitjax import few_shot, training
 from logitjax.few_shot import _sweep as few_shot_sweep
 from tests._compiled import compiled
+from tests._marks import EVERY_CHANGE
 from tests.few_shot import _oracle as oracle
 
 CLASSES, AUXILIARY = 5, 8
@@ -40,7 +41,9 @@ PRESETS = {
 }
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n == "paper" else EVERY_CHANGE) for n in PRESETS]
+)
 def test_fifty_steps_are_those_of_the_published_optimizer(name):
     config, measure = PRESETS[name]
     # 19 images in batches of 4: the last batch of an epoch holds three.

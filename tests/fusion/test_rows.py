@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from logitjax.fusion import DynamicFusion, _dynamic, _rows
+from tests._marks import EVERY_CHANGE
 from tests.fusion.test_dynamic import language_like
 
 VOCAB = 96
@@ -14,8 +15,8 @@ VOCAB = 96
     ("multi", "experts", "entries"),
     [
         ("project", 1, 1),
-        ("project", 1, 5 * VOCAB),
-        ("project", 2, 1),
+        pytest.param("project", 1, 5 * VOCAB, marks=EVERY_CHANGE),
+        pytest.param("project", 2, 1, marks=EVERY_CHANGE),
         ("single", 2, 5 * VOCAB),
         ("per_expert", 2, 1),
     ],

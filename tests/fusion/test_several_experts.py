@@ -7,7 +7,16 @@ import pytest
 import scipy.optimize
 
 from logitjax.fusion import DynamicFusion, _joint
-from tests.fusion.test_dynamic import BASE, BATCH, LARGE, fuse, language_like, log_softmax
+from tests._marks import EVERY_CHANGE
+from tests.fusion.test_dynamic import (
+    BASE,
+    BATCH,
+    FEWER,
+    LARGE,
+    fuse,
+    language_like,
+    log_softmax,
+)
 
 EXPERTS = np.stack(
     [language_like(np.random.default_rng(seed))[1] - BASE for seed in (10, 11)]
@@ -63,7 +72,7 @@ def test_inert_experts_dilute_the_papers_rule():
     assert np.asarray(four["alpha"][0])[useful].mean() < 0.8 * np.asarray(one["alpha"]).mean()
 
 
-@pytest.mark.parametrize("method", ["grid", "newton", "jeffreys", "budget", "project"])
+@pytest.mark.parametrize("method", FEWER)
 def test_single_follows_the_expert_of_the_least_summed_objective(method):
     info = fuse(method=method, multi="single")(LARGE, EXPERTS, BASE)[1]
     expert = np.asarray(info["expert"])
@@ -105,11 +114,13 @@ def test_joint_steps_meet_the_mean_divergence_where_they_can(method):
         assert better.mean() > 0.8
 
 
-def test_a_base_for_each_expert():
+@pytest.mark.parametrize(
+    "multi", ["project", *(pytest.param(m, marks=EVERY_CHANGE) for m in ("single", "per_expert"))]
+)
+def test_a_base_for_each_expert(multi):
     bases = np.stack([BASE, BASE])
-    for multi in ("project", "single", "per_expert"):
-        shared = fuse(multi=multi)(LARGE, EXPERTS, BASE)[0]
-        np.testing.assert_allclose(fuse(multi=multi)(LARGE, EXPERTS, bases)[0], shared, atol=1e-3)
+    shared = fuse(multi=multi)(LARGE, EXPERTS, BASE)[0]
+    np.testing.assert_allclose(fuse(multi=multi)(LARGE, EXPERTS, bases)[0], shared, atol=1e-3)
 
 
 def test_a_joint_grid_too_large_is_refused():
