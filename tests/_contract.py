@@ -642,7 +642,7 @@ TABLE: dict[str, Case] = {
     "fusion.ProxyTuning": _fused_by(fusion.ProxyTuning()),
     "fusion.EmulatedFineTuning": _fused_by(fusion.EmulatedFineTuning()),
     "fusion.ContrastiveDecoding": _fused_by(fusion.ContrastiveDecoding()),
-    "fusion.LogitDifference": _fused_by(fusion.LogitDifference()),
+    "fusion.LogitDifference": _fused_by(fusion.LogitDifference(filter="clean")),
     "fusion.DynamicFusion": _fused_by(fusion.DynamicFusion()),
     "leakage.align_head": Case(
         call=lambda basis, head: leakage.align_head(basis, head),
@@ -690,6 +690,9 @@ TABLE: dict[str, Case] = {
     "unlearning.gradient_ascent": dataclasses.replace(
         _answers("nll", unlearning.gradient_ascent), loose=("nll",)
     ),
+    "unlearning.satimp": dataclasses.replace(
+        _answers("nll", unlearning.satimp), loose=("nll",), limits=("nll",)
+    ),
     "unlearning.npo": dataclasses.replace(
         _answers("nll reference", unlearning.npo), limits=("nll", "reference")
     ),
@@ -713,6 +716,13 @@ TABLE: dict[str, Case] = {
         arrays={**PAIR, "labels": LABELS},
         logits=("student", "teacher"),
         counts=LABELLED,
+    ),
+    "unlearning.ce_u": Case(
+        call=lambda logits, labels: unlearning.ce_u(logits, labels),
+        arrays={"logits": LOGITS, "labels": LABELS},
+        logits=("logits",),
+        counts=LABELLED,
+        free=(("logits", VOCAB),),
     ),
     "unlearning.linear_undial": Case(
         call=lambda hidden, head, before, its_head, labels: unlearning.linear_undial(
@@ -790,7 +800,8 @@ ELSEWHERE = {
         vq.ConvertConfig vq.Pages vq.Screen vq.Shortlist vq.Tuning distillation.LayerPruning
         distillation.Objective distillation.Reading distillation.Course distillation.Distilled
         distillation.Trained distillation.Student distillation.Scorer distillation.Corpus
-        distillation.TeacherIdentity unlearning.Assistant decoding.DecodeOptions
+        distillation.TeacherIdentity unlearning.Assistant unlearning.Deployed
+        unlearning.Questions unlearning.UnlearnConfig evaluation.RowScores decoding.DecodeOptions
         decoding.DraftControl decoding.Emitted decoding.Request decoding.Sampling
         decoding.Speculation decoding.TextOptions decoding.TextStream decoding.Ensemble
         decoding.CachedModel training.BatchLayout training.LoopOptions training.Preempted
@@ -828,6 +839,8 @@ ELSEWHERE = {
         distillation.train_student distillation.update_program distillation.visited_rows
         distillation.TeacherCache unlearning.make_answer_loss unlearning.make_assistant_loss
         unlearning.make_unlearning_loss unlearning.merge_by_distillation unlearning.paired_model
+        unlearning.Unlearning unlearning.examine unlearning.padded_rows
+        unlearning.read_rows unlearning.share_interval unlearning.split_rows
         serving.Key serving.Listening serving.ServerConfig serving.build_app serving.read_keys
         serving.run_server
         vq.HiddenCache vq.convert_head vq.load_head vq.save_head few_shot.choose_rows
@@ -836,12 +849,13 @@ ELSEWHERE = {
         decoding.PromptReader
         decoding.load_ensemble decoding.next_token_program decoding.nll_from_model decoding.score
         evaluation.encode_answer evaluation.encode_prompt evaluation.nll_from_apply
+        evaluation.ngram_entropy evaluation.rouge_l_f1
         evaluation.rouge_recall evaluation.score_rows training.Checkpointer training.EvalStep
         training.TrainStep training.lock_workdir training.make_mesh training.make_writer
         training.train_loop training.watch_for_preemption models.Tokenizer models.config_from_hf
         models.first_layers models.from_linen models.from_nnx models.keep_layers models.load
         models.load_config models.load_model models.load_sampling models.load_tokenizer
-        models.save_pretrained
+        models.load_peft models.save_peft models.save_pretrained
         models.with_layout vision.load_encoder vision.load_torch_weights
         vision.zero_shot_classifier data.load_examples data.load_image_set data.load_splits
         data.pack data.pack_splits data.prepare data.token_windows storage.Manifest

@@ -37,7 +37,10 @@ LEVEL = {package: level for level, packages in enumerate(LAYERS) for package in 
 # those of GOLD and X-Token as released among them, which docs/any_tokenizer.md shows.
 # Six are of `logitjax few-shot`: encoded pictures and their reader, a method with its recipe and
 # the table of these, a fitted head and its call.
-PUBLIC_NAMES = 260 + 41 + 25 + 6
+# 13 are of `logitjax unlearn`: rows read and split, what is asked, the run, what is deployed and
+# examined, PEFT folders in and out, and two measures of generated text.
+# Two are the losses of SatImp and CE-U.
+PUBLIC_NAMES = 260 + 41 + 25 + 6 + 15
 
 # The command of the benchmarks is the door to their package, not a package beside it.
 DOORS = {"experiments.benchmark": "experiments.benchmarks"}

@@ -1,17 +1,11 @@
 """The arms of unlearning: methods that train weights, and logit differences, which do not."""
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from flax import nnx
-
 from experiments.unlearning.config import Config
-from logitjax import decoding, fusion, models, ops, unlearning
+from logitjax import fusion, models, unlearning
 
 #: Arms that train the model's own weights, by the names of `unlearning.UNLEARNING_METHODS`.
 METHODS: Mapping[str, str] = {
@@ -97,83 +91,17 @@ def with_alpha(difference: Difference, alpha: float, filter: str) -> Difference:
     )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Deployed:
-    """What is asked: a model alone, or with an assistant.
-
-    Attributes:
-      model: its own weights.
-      assistant: taken away from it, or None.
-      difference: how.
-      block: positions whose logits are held at a time.
-    """
-
-    model: models.Decoder
-    assistant: unlearning.Assistant | None = None
-    difference: Difference | None = None
-    block: int = 256
-
-    def nll(self, tokens: Any, targets: Any) -> tuple[jax.Array, jax.Array]:
-        """An `evaluation.NllFn` that says too which tokens are the most likely ones."""
-        graphdef, state = nnx.split(self.model)
-        base, held, lora, fuse, alpha = None, None, None, None, 0.0
-        if self.assistant is not None:
-            assert self.difference is not None
-            base, held = nnx.split(self.assistant.base)
-            lora, alpha = self.assistant.lora, self.difference.fuse.alpha
-            # One program for all alphas, which the shift of the logits is proportional to.
-            fuse = dataclasses.replace(self.difference.fuse, alpha=1.0)
-        # Only targets meet the head, a few sizes of program for all batches.
-        where = np.asarray(targets)[:, 1:]
-        wanted = np.flatnonzero(where)
-        at = np.full(max(1, -(-len(wanted) // self.block)) * self.block, where.size, np.int32)
-        at[: len(wanted)] = wanted
-        at = at.reshape(-1, self.block)
-        return _nll(graphdef, base, fuse, state, held, lora, alpha, tokens, at)
-
-    def line_up(self) -> Any:
-        """For `decoding.generate`."""
-        if self.assistant is None:
-            return decoding.Ensemble(self.model)
-        assert self.difference is not None
-        pair = unlearning.paired_model(self.model, self.assistant)
-        return decoding.Ensemble(pair, fuse=self.difference.generating)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _nll(
-    graphdef: Any,
-    base: Any,
-    fuse: Any,
-    state: Any,
-    held: Any,
-    lora: Any,
-    alpha: Any,
-    tokens: Any,
-    at: Any,
-) -> tuple[jax.Array, jax.Array]:
-    model = nnx.merge(graphdef, state)
-    sides = [model.hidden_states(tokens)[0][:, :-1]]
-    assistant = None
-    if base is not None:
-        assistant = nnx.merge(base, held)
-        sides.append(assistant.hidden_states(tokens, lora=lora)[0][:, :-1])
-    labels = jnp.asarray(tokens)[:, 1:]
-    sides = [side.reshape(labels.size, -1) for side in sides]
-
-    def one(at: jax.Array) -> tuple[jax.Array, jax.Array]:
-        hidden = [side.at[at].get(mode="clip") for side in sides]
-        logits = model.logits(hidden[0])
-        if assistant is not None:
-            fused, _ = fuse(logits, assistant.logits(hidden[1])[None], None)
-            logits = logits + alpha * (fused - logits)
-        wanted = labels.ravel().at[at].get(mode="clip")
-        label = jnp.take_along_axis(logits, wanted[:, None], axis=-1)[:, 0]
-        return ops.logsumexp(logits) - label, logits.argmax(axis=-1) == wanted
-
-    def back(values: jax.Array) -> jax.Array:
-        rows = jnp.zeros(labels.size, values.dtype).at[at].set(values, mode="drop")
-        return jnp.pad(rows.reshape(labels.shape), ((0, 0), (1, 0)))
-
-    nll, greedy = map(back, jax.lax.map(one, at))
-    return nll, greedy
+def deployed(
+    model: models.Decoder,
+    assistant: unlearning.Assistant | None = None,
+    difference: Difference | None = None,
+) -> unlearning.Deployed:
+    """A model alone, or with an assistant that is taken away as an arm does it."""
+    if difference is None:
+        return unlearning.Deployed(model=model)
+    return unlearning.Deployed(
+        model=model,
+        assistant=assistant,
+        fuse=difference.fuse,
+        generating=difference.generating,
+    )

@@ -202,21 +202,6 @@ def augment(
     return tuple(added), tuple(false)
 
 
-def encode(
-    items: Sequence[tofu.Item], tokenizer: TokenizerLike, template: PromptTemplate, length: int
-) -> Rows:
-    """Rows of one length, padded at the end, `mask` at the tokens of the answers."""
-    pad = next((i for i in (tokenizer.pad_id, tokenizer.eos_id) if i is not None), 0)
-    tokens = np.full((len(items), length), pad, np.int32)
-    mask = np.zeros((len(items), length), bool)
-    for row, item in enumerate(items):
-        ids, answer = encode_answer(
-            tokenizer, template, item.question, item.answer, max_length=length
-        )
-        tokens[row, : len(ids)], mask[row, : len(ids)] = ids, answer
-    return {"tokens": tokens, "mask": mask}
-
-
 def packed(
     items: Sequence[tofu.Item],
     tokenizer: TokenizerLike,

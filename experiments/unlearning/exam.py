@@ -8,10 +8,10 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from experiments.unlearning.arms import Deployed
 from experiments.unlearning.config import Config
 from experiments.unlearning.train import Models
 from logitjax import decoding, processes, unlearning
+from logitjax.unlearning import Deployed
 
 #: What is measured of one deployed model: numbers by name.
 Scores = dict[str, float]

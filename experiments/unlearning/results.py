@@ -13,7 +13,7 @@ from flax import nnx
 from experiments.shared.records import kept
 from experiments.unlearning import arms
 from experiments.unlearning import data as rows_of
-from experiments.unlearning.arms import Deployed, Difference
+from experiments.unlearning.arms import Difference, deployed
 from experiments.unlearning.config import Config
 from experiments.unlearning.exam import Exam, Scores
 from experiments.unlearning.train import Models, Trained
@@ -72,26 +72,26 @@ class Run:
         return kept(self.workdir / "results" / f"{name}.json", measure)
 
     def _bare(self, name: str) -> dict[str, Any]:
-        deployed = Deployed(model=getattr(self.models, name))
+        asked = deployed(getattr(self.models, name))
 
         def scores() -> Scores:
             found = self.exam.target_on("test") if name == "target" else self.exam.reference("test")
             return found.as_dict() | {"utility": self.exam.utility(found)}
 
         test = processes.broadcast_from_first(scores)
-        return {"test": test, "probe": self.exam.probe(deployed, weights=True)}
+        return {"test": test, "probe": self.exam.probe(asked, weights=True)}
 
     def _arm(self, arm: str, seed: int) -> dict[str, Any]:
         if arm in arms.METHODS:
             rate = self._rate(arm)
             trained = self.models.unlearn(arm, seed, self.exam.validate, rate=rate)
-            deployed = self._own_weights(trained)
+            asked = self._own_weights(trained)
             record = trained.record | {"rate": rate}
         else:
-            deployed, record = self._assisted(arm, seed)[1:]
-        record["test"] = self.exam.test(deployed)
+            asked, record = self._assisted(arm, seed)[1:]
+        record["test"] = self.exam.test(asked)
         if seed == 0:
-            record["probe"] = self.exam.probe(deployed, weights=arm in arms.METHODS)
+            record["probe"] = self.exam.probe(asked, weights=arm in arms.METHODS)
         if arm in arms.METHODS and not self.config.keep_weights:
             self.models.forget_weights(arm, seed, rate=record["rate"])
         return record
@@ -120,25 +120,24 @@ class Run:
             for rate in self.config.rates
         }
 
-    def _own_weights(self, trained: Trained) -> Deployed:
+    def _own_weights(self, trained: Trained) -> unlearning.Deployed:
         graphdef, _, rest = nnx.split(self.models.target, nnx.Param, ...)
-        return Deployed(model=nnx.merge(graphdef, trained.params, rest))
+        return deployed(nnx.merge(graphdef, trained.params, rest))
 
     def _assisted(
         self, arm: str, seed: int
-    ) -> tuple[unlearning.Assistant, Deployed, dict[str, Any]]:
+    ) -> tuple[unlearning.Assistant, unlearning.Deployed, dict[str, Any]]:
         """A trained assistant; the clean arm's beta, alpha and filter are validation's best."""
         if arm == "difference_clean":
             return self._clean_assisted(self._clean_arm(), seed)
         difference = self.differences[arm]
         assistant, trained = self.models.assist(arm, difference, seed, self.exam.validate)
         record = trained.record | {"alpha": difference.fuse.alpha, "filter": difference.fuse.filter}
-        deployed = Deployed(model=self.models.target, assistant=assistant, difference=difference)
-        return assistant, deployed, record
+        return assistant, deployed(self.models.target, assistant, difference), record
 
     def _clean_assisted(
         self, difference: Difference, seed: int
-    ) -> tuple[unlearning.Assistant, Deployed, dict[str, Any]]:
+    ) -> tuple[unlearning.Assistant, unlearning.Deployed, dict[str, Any]]:
         """The clean arm with a beta; the alpha and filter that validation chooses for it."""
         validate = self.exam.validate
         assistant, trained = self.models.assist("difference_clean", difference, seed, validate)
@@ -164,9 +163,11 @@ class Run:
         best = max(self._by_beta(), key=lambda record: record["validation"])
         return dataclasses.replace(difference, retain_weight=best["beta"])
 
-    def _with(self, assistant: unlearning.Assistant, alpha: float, filter: str) -> Deployed:
+    def _with(
+        self, assistant: unlearning.Assistant, alpha: float, filter: str
+    ) -> unlearning.Deployed:
         difference = arms.with_alpha(self.differences["difference_clean"], alpha, filter)
-        return Deployed(model=self.models.target, assistant=assistant, difference=difference)
+        return deployed(self.models.target, assistant, difference)
 
     def _clean(self) -> tuple[unlearning.Assistant, float, str]:
         """The clean assistant of seed 0, and the alpha and filter that were chosen for it."""
@@ -179,7 +180,7 @@ class Run:
         """Whoever leaves the assistant out has the target: the same weights, the same losses."""
         assistant, _, chosen = self._clean()
         rows = self.models.rows(self.models.scene.forget)
-        both = (self._with(assistant, 0.0, chosen), Deployed(model=self.models.target))
+        both = (self._with(assistant, 0.0, chosen), deployed(self.models.target))
 
         def difference() -> float:
             sides = [np.asarray(d.nll(rows["tokens"], rows["mask"])[0]) for d in both]
@@ -212,13 +213,13 @@ class Run:
 
     def _beta(self, beta: float) -> dict[str, Any]:
         difference = dataclasses.replace(self.differences["difference_clean"], retain_weight=beta)
-        _, deployed, record = self._clean_assisted(difference, 0)
+        _, asked, record = self._clean_assisted(difference, 0)
         return {
             **{name: record[name] for name in ("beta", "epoch", "alpha", "filter")},
             "validation": max(scores["score"] for scores in record["tried"]),
             # Nothing is generated for these.
             **_named(
-                self.exam.test(deployed, generates=False),
+                self.exam.test(asked, generates=False),
                 _SWEPT | {"utility without ROUGE-L": "utility"},
             ),
         }
@@ -231,13 +232,13 @@ class Run:
         model, seconds = self.models.merged(assistant, difference, directory)
         if jax.process_index() == 0:
             models.save_pretrained(model, self.models.tokenizer, self.workdir / "merged")
-        deployed = Deployed(model=model)
+        asked = deployed(model)
         return {
             "seconds": seconds,
             "alpha": alpha,
             "filter": chosen,
-            "test": self.exam.test(deployed),
-            "probe": self.exam.probe(deployed, weights=True),
+            "test": self.exam.test(asked),
+            "probe": self.exam.probe(asked, weights=True),
         }
 
 

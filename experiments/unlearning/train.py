@@ -22,11 +22,13 @@ from experiments.shared import fit
 from experiments.shared.records import Record, kept
 from experiments.unlearning import arms
 from experiments.unlearning import data as rows_of
-from experiments.unlearning.arms import Deployed, Difference
+from experiments.unlearning.arms import Difference
 from experiments.unlearning.config import Config
 from experiments.unlearning.data import Rows
 from logitjax import models, processes, training, unlearning
+from logitjax.evaluation import encode_answer
 from logitjax.storage import digest
+from logitjax.unlearning import Deployed
 
 
 def finetuning_update(config: Config, model: models.Decoder, mesh: Any, steps: int) -> fit.Update:
@@ -106,7 +108,13 @@ class Models:
             getattr(self, name)
 
     def rows(self, items: Any) -> Rows:
-        return rows_of.encode(items, self.tokenizer, self.template, self.config.max_length)
+        length, tokenizer = self.config.max_length, self.tokenizer
+        pad = next((i for i in (tokenizer.pad_id, tokenizer.eos_id) if i is not None), 0)
+        rows = [
+            encode_answer(tokenizer, self.template, i.question, i.answer, max_length=length)
+            for i in items
+        ]
+        return unlearning.padded_rows(rows, length, pad_id=pad)
 
     def directory(self, arm: str, seed: int, *settings: Any) -> epath.Path:
         """The folder of an arm: named after all that its training depends on."""
@@ -149,7 +157,8 @@ class Models:
         loss_fn = unlearning.make_unlearning_loss(
             method,
             target,
-            layer=max(1, min(depth - 1, round(7 / 32 * depth))),
+            # OpenUnlearning hooks the output of layer 7 of 32, counted from 0.
+            after_layers=max(1, min(depth - 1, round(8 / 32 * depth))),
             direction=direction,
             most=self._most(batches, per_epoch * config.epochs),
         )
@@ -184,7 +193,7 @@ class Models:
 
         def deployed(lora: Any) -> Deployed:
             assistant = unlearning.Assistant(base=fresh.base, lora=lora)
-            return Deployed(model=target, assistant=assistant, difference=difference)
+            return arms.deployed(target, assistant, difference)
 
         batches = functools.partial(rows_of.forget_and_keep, forget, keep, size=size, seed=seed)
         epochs, per_epoch = config.assistant_epochs, rows_of.steps_an_epoch(forget, size)

@@ -16,6 +16,7 @@ COMMANDS = {
     "prepare": "Write data sets of tensorflow-datasets once, to be read without TensorFlow.",
     "cache-logits": "Let teachers read text once, for training without them in memory.",
     "distill": "Prune a model, or teach it what other models know, and hand it on.",
+    "unlearn": "Make a model forget what you name, and measure what is left.",
     "extract-features": "Let frozen image encoders see pictures once, for training of heads.",
     "few-shot": "Train heads on a few labelled pictures of each class, and keep the best.",
     "convert-head": "Replace a model's output head by a vector-quantised one that imitates it.",

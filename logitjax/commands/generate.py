@@ -4,6 +4,7 @@
     logitjax generate --complete --prompt="It is a truth" --temperature=0.8
     logitjax generate --model=hf:meta-llama/Llama-2-13b-hf --fusion=dynamic \\
         --expert=runs/gsm8k_7b --base=hf:meta-llama/Llama-2-7b-hf
+    logitjax generate --model=DIR --assistant=runs/forgotten/assistant
 
 A model is a directory, a `.gguf` file, `hf:org/name` or `smollm2`. `--fusion` is contrastive,
 dexperts, dynamic, eft, logit_difference or proxy, with settings after a colon:
@@ -23,7 +24,7 @@ import numpy as np
 
 from logitjax import decoding, models
 from logitjax.commands.cli import field
-from logitjax.commands.strategies import strategy
+from logitjax.commands.line_up import load_line_up
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,10 @@ class Config:
     expert: tuple[str, ...] = field((), "Tuned small model.")
     base: tuple[str, ...] = field((), "What the experts were tuned from: one, or one each.")
     fusion: str | None = field(None, "How their logits become one: NAME or NAME:key=value,...")
+    assistant: str | None = field(
+        None, "Folder that `logitjax unlearn` wrote: what it knows is taken away from the model."
+    )
+    alpha: float | None = field(None, "Weight of the assistant; else as it was written.")
     draft: Literal["expert", "base"] | None = field(None, "Who drafts tokens ahead.")
     prompt: tuple[str, ...] = field((), "Text to answer, instead of standard input.")
     complete: bool = field(False, "Go on from the text, without the chat template.")
@@ -63,9 +68,7 @@ def run(config: Config) -> None:
     """Loads the models once, then answers one prompt after another."""
     # Before models are loaded: it says which settings make no sense.
     sampling = sampling_of(config)
-    ensemble, tokenizer, ends = decoding.load_ensemble(
-        config.model, config.expert, config.base, strategy(config.fusion), dtype=config.dtype
-    )
+    ensemble, tokenizer, ends = load_line_up(config)
     drafts = None
     if config.draft is not None:
         drafts = decoding.DraftControl(decoding.Speculation(draft=config.draft))

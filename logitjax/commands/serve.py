@@ -2,6 +2,7 @@
 
     logitjax serve --model=smollm2 --port=8000
     logitjax serve --model=DIR --expert=runs/expert --base=runs/base --fusion=dynamic
+    logitjax serve --model=DIR --assistant=runs/forgotten/assistant --alpha=0.4
     logitjax serve --model=smollm2 --api_key=secret --top_logprobs=5 --bias=sampling --decimals=2
 
 It says in one line where it listens, and answers `/v1/completions`, `/v1/chat/completions`,
@@ -24,9 +25,9 @@ from typing import Literal
 
 from absl import logging
 
-from logitjax import decoding, leakage
+from logitjax import leakage
 from logitjax.commands.cli import field
-from logitjax.commands.strategies import strategy
+from logitjax.commands.line_up import load_line_up
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,10 @@ class Config:
     expert: tuple[str, ...] = field((), "Tuned small model.")
     base: tuple[str, ...] = field((), "What the experts were tuned from: one, or one each.")
     fusion: str | None = field(None, "How their logits become one: NAME or NAME:key=value,...")
+    assistant: str | None = field(
+        None, "Folder that `logitjax unlearn` wrote: what it knows is taken away from the model."
+    )
+    alpha: float | None = field(None, "Weight of the assistant; else as it was written.")
     served_name: str | None = field(None, "Name of the model in the API; else that of --model.")
     dtype: Literal["float32", "bfloat16"] = field("float32", "Type of weights and computation.")
     host: str = field("127.0.0.1", "Address to listen on.")
@@ -117,9 +122,7 @@ def run(config: Config) -> None:
         keys=keys,
         allow_origins=config.allow_origin,
     )
-    ensemble, tokenizer, ends = decoding.load_ensemble(
-        config.model, config.expert, config.base, strategy(config.fusion), dtype=config.dtype
-    )
+    ensemble, tokenizer, ends = load_line_up(config)
     logging.set_verbosity(logging.INFO)
     app = serving.build_app(ensemble, tokenizer, ends, server)
     listening = serving.Listening(

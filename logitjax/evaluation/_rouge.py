@@ -1,7 +1,7 @@
 """ROUGE, as TOFU counts it."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,6 +13,35 @@ class RougeRecall(NamedTuple):
 
     rouge_1: np.ndarray
     rouge_l: np.ndarray
+
+
+def rouge_l_f1(references: Sequence[str], predictions: Sequence[str]) -> np.ndarray:
+    """How much of a reference a text has in order, and how little else: ROUGE-L's F1.
+
+    Recall alone rewards rambling: a text of many words holds any short answer.
+
+    ::
+
+        2 LCS / (|reference| + |text|)
+
+    Args:
+      references: the right answers.
+      predictions: as many texts.
+
+    Returns:
+      float64 ``[n]``.
+
+    Raises:
+      ValueError: unequal numbers.
+
+    References:
+      Lin, 2004; MUSE's verbmem and knowmem.
+
+    >>> rouge_l_f1(["Paris, France"], ["It is in France: Paris."]).round(4)
+    array([0.2857])
+    """
+    scores = _scores(references, predictions)
+    return np.asarray([score["rougeL"].fmeasure for score in scores], np.float64)
 
 
 def rouge_recall(references: Sequence[str], predictions: Sequence[str]) -> RougeRecall:
@@ -41,6 +70,14 @@ def rouge_recall(references: Sequence[str], predictions: Sequence[str]) -> Rouge
     >>> rouge_recall(["Paris, France"], ["It is in France: Paris."])
     RougeRecall(rouge_1=array([1.]), rouge_l=array([0.5]))
     """
+    scores = _scores(references, predictions)
+    return RougeRecall(
+        rouge_1=np.asarray([score["rouge1"].recall for score in scores], np.float64),
+        rouge_l=np.asarray([score["rougeL"].recall for score in scores], np.float64),
+    )
+
+
+def _scores(references: Sequence[str], predictions: Sequence[str]) -> list[Any]:
     # Takes nltk along, which nobody needs who only trains.
     rouge_scorer = require("rouge_score.rouge_scorer", extra="eval")
 
@@ -50,8 +87,4 @@ def rouge_recall(references: Sequence[str], predictions: Sequence[str]) -> Rouge
             f"{len(references)}"
         )
     scorer = rouge_scorer.RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
-    scores = [scorer.score(a, b) for a, b in zip(references, predictions)]
-    return RougeRecall(
-        rouge_1=np.asarray([score["rouge1"].recall for score in scores], np.float64),
-        rouge_l=np.asarray([score["rougeL"].recall for score in scores], np.float64),
-    )
+    return [scorer.score(a, b) for a, b in zip(references, predictions)]

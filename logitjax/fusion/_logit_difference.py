@@ -36,7 +36,8 @@ class LogitDifference(Strategy):
     Attributes:
         alpha: the assistant's weight.
         form: see above.
-        filter: see above.
+        filter: see above. `'none'` by default: filtered, a confident target has one token left to
+            change, and an answer that it is sure of stays likely whatever alpha is.
         rate: of the filter.
         outside: what becomes of the tokens that the filter leaves out: `'keep'` the large model's
             logits, as in scoring a text; `'exclude'` them, as the release does while it generates.
@@ -48,15 +49,16 @@ class LogitDifference(Strategy):
 
     References:
         Ji et al., Reversing the forget-retain objectives, 2024 (arXiv 2406.08607), eq. 2 and
-        section 4.1: alpha 0.75, filter rate 0.01. The release also zeroes instead of excluding, so
-        that an excluded token wins where all others are negative; not here.
+        section 4.1: alpha 0.75, and a filter of rate 0.01, which is not the default here. The
+        release also zeroes instead of excluding, so that an excluded token wins where all others
+        are negative; not here.
     """
 
     takes_bases: ClassVar[bool] = False
 
     alpha: float = 0.75
     form: Literal["raw", "centred"] = "centred"
-    filter: Literal["clean", "official", "none"] = "clean"
+    filter: Literal["clean", "official", "none"] = "none"
     rate: float = 0.01
     outside: Literal["keep", "exclude"] = "keep"
 

@@ -19,6 +19,9 @@ class Assistant:
     Attributes:
       base: from `first_layers`; its arrays are the large model's.
       lora: in the layout of ``base``. All that is trained.
+      relative: its logits are those that the adapters add to the base's: none before training. The
+        paper's assistant (False) begins with what the first layers say, and has to unlearn all of
+        that first: a few dozen steps do not silence it on other text.
 
     >>> from flax import nnx
     >>> from logitjax.models import DecoderConfig
@@ -38,6 +41,7 @@ class Assistant:
 
     base: Decoder
     lora: Lora
+    relative: bool = False
 
     @classmethod
     def init(
@@ -50,6 +54,7 @@ class Assistant:
         key: Array,
         targets: Sequence[str] | None = None,
         dtype: jax.typing.DTypeLike = jnp.float32,
+        relative: bool = False,
     ) -> "Assistant":
         """The first layers of a model, with fresh adapters that change nothing yet.
 
@@ -61,6 +66,7 @@ class Assistant:
             key: PRNG key.
             targets: linear maps to adapt; all when omitted.
             dtype: of the adapters.
+            relative: see the class.
 
         Returns:
             An `Assistant`.
@@ -78,7 +84,7 @@ class Assistant:
             dtype=dtype,
             layout=base.layout,
         )
-        return cls(base=base, lora=lora)
+        return cls(base=base, lora=lora, relative=relative)
 
     @property
     def layers(self) -> int:
@@ -87,9 +93,24 @@ class Assistant:
     def hidden_states(
         self, tokens: Int[Array, "batch time"], **options: Any
     ) -> tuple[Float[jax.Array, "batch time hidden"], Cache | None]:
-        """As `Decoder.hidden_states`, with the adapters."""
-        return self.base.hidden_states(tokens, lora=self.lora, **options)
+        """As `Decoder.hidden_states`, with the adapters; a relative one's take no cache."""
+        if not self.relative:
+            return self.base.hidden_states(tokens, lora=self.lora, **options)
+        return relative_states(self.base, self.lora, tokens), None
 
     def logits(self, hidden: Float[Array, "*batch hidden"]) -> Float[jax.Array, "*batch vocab"]:
         """As `Decoder.logits`."""
         return self.base.logits(hidden)
+
+
+def relative_states(
+    base: Decoder, lora: Lora, tokens: Int[Array, "batch time"]
+) -> Float[jax.Array, "batch time hidden"]:
+    """What adapters add to normed hidden states, and by the head, which is linear, to logits."""
+    before = jax.lax.stop_gradient(base.hidden_states(tokens)[0])
+    return added(base.hidden_states(tokens, lora=lora)[0], before)
+
+
+def added(hidden: jax.Array, before: jax.Array) -> jax.Array:
+    """The difference, of two near numbers in float32."""
+    return (hidden.astype(jnp.float32) - before.astype(jnp.float32)).astype(hidden.dtype)

@@ -10,15 +10,17 @@ from flax import nnx
 from logitjax.models import Decoder
 from logitjax.ops import Positions
 from logitjax.training import LossFn
+from logitjax.unlearning._assistant import relative_states
 from logitjax.unlearning._linear_losses import linear_assistant_objective
 
 
 def make_assistant_loss(
     base: Decoder,
     *,
-    retain_weight: float = 6.5,
+    retain_weight: float = 1.0,
     uniform: str = "answers",
     max_positions: int | None = None,
+    relative: bool = False,
 ) -> tuple[LossFn, Any]:
     """The loss of an assistant's adapters, for `TrainStep`.
 
@@ -37,12 +39,16 @@ def make_assistant_loss(
 
     Args:
         base: the `logitjax.unlearning.Assistant`'s, whose arrays are the large model's.
-        retain_weight: beta, 6.5 in the paper and 5 in its code.
+        retain_weight: beta, 6.5 in the paper and 5 in its code, with which a small assistant learns
+            silence first and little of what is to be forgotten; 0.5, 1 and 2 are alike
+            (docs/unlearning.md).
         uniform: where it has to be silent: where it would predict a token of an `'answers'`, or at
             `'all'` positions, prompt and padding included, as in the released code.
         max_positions: the most positions that count in any step, if that is known: the head, most
             of a small assistant's work, then meets no others. All positions when None. The loss of
             a step in which more of them count is nan.
+        relative: the assistant's logits are what its adapters add, see `Assistant`; each step then
+            takes a pass of the layers without adapters too.
 
     Returns:
         `loss_fn(lora, batch, rng, constants)`, a mean with a count of 1, and the constants.
@@ -83,7 +89,10 @@ def make_assistant_loss(
         del rng
         model = nnx.merge(graphdef, constants, rest)
         tokens, answers, retain = together(batch)
-        hidden, _ = model.hidden_states(tokens, lora=lora)
+        if relative:
+            hidden = relative_states(model, lora, tokens)
+        else:
+            hidden, _ = model.hidden_states(tokens, lora=lora)
         labels, where = next_tokens(tokens, answers)
         if uniform == "all":
             where = where | retain[:, None]

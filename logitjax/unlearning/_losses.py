@@ -107,6 +107,43 @@ def gradient_ascent(
     return jnp.where(gone, jnp.where(beta > 0, 0.0, -jnp.inf), -weight * finite)
 
 
+def satimp(
+    nll: Float[Array, "*batch"], *, beta1: Number = 5.0, beta2: Number = 1.0
+) -> Float[jax.Array, "*batch"]:
+    """Gradient ascent on tokens that are likely, but not as good as certain: SatImp.
+
+    The weight is a constant for the gradient. It is largest at `p = beta1 / (beta1 + beta2)`; with
+    `beta2` of 0 it is that of WGA.
+
+    ::
+
+        -p^beta1 (1 - p)^beta2 nll,    p = exp(-nll)
+
+    Args:
+        nll: `[*batch]`, of tokens. `inf` gives the limit, 0 with a positive `beta1`.
+        beta1: how soon it lets go of a token.
+        beta2: how much less it does about a token that is certain.
+
+    Returns:
+        float32 `[*batch]`.
+
+    Raises:
+        TypeError: `nll` is not floating point.
+
+    >>> losses = jax.jit(satimp)(jnp.array([0.1, 0.6931472, 3.0]))
+    >>> [f"{loss:.4g}" for loss in losses.tolist()]
+    ['-0.005772', '-0.01083', '-8.72e-07']
+
+    References:
+        Yang et al., Exploring criteria of loss reweighting to enhance LLM unlearning, 2025 (arXiv
+        2505.11953); OpenUnlearning's `SatImp`.
+    """
+    weighted = gradient_ascent(nll, beta=beta1)
+    # 1 - exp(-nll) would be 0 of a token that is nearly certain.
+    unsure = -jnp.expm1(-as_losses(nll, "nll"))
+    return jax.lax.stop_gradient(unsure**beta2) * weighted
+
+
 def npo(
     nll: Float[Array, "*batch"],
     reference_nll: Float[Array, "*batch"],

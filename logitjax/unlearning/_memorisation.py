@@ -98,6 +98,35 @@ def membership_auc(losses: Any, holdout_losses: Any) -> float:
     return float((ranks.sum() - len(others) * (len(others) + 1) / 2) / pairs)
 
 
+def min_k(nll: Any, *, k: float = 0.4) -> float:
+    """The mean loss of a text's least likely tokens, which a text that was trained on lacks.
+
+    ::
+
+        mean of the max(1, floor(k n)) largest of n losses
+
+    Args:
+      nll: ``[n]``, nats of a text's tokens.
+      k: their share.
+
+    Raises:
+      ValueError: no tokens, or ``k`` outside (0, 1].
+
+    References:
+      Shi et al., 2024 (arXiv 2310.16789). OpenUnlearning's configurations have k = 0.4, its class
+      0.2; it leaves out the last label, and gives an empty text the score of the surest member.
+
+    >>> round(min_k(-np.log([0.9, 0.5, 0.1, 0.8, 0.05]), k=0.4), 4)
+    2.6492
+    """
+    nll = np.asarray(nll, np.float64).ravel()
+    if not len(nll):
+        raise ValueError("nll: expected losses of tokens, got none")
+    if not 0 < k <= 1:
+        raise ValueError(f"k: expected a share in (0, 1], got {k}")
+    return float(np.sort(nll)[-max(1, int(k * len(nll))) :].mean())
+
+
 def privleak(auc: float, reference_auc: float = 0.5) -> float:
     """How far an attack's success is from that on a retrained model, in percent of the latter.
 

@@ -1,5 +1,6 @@
 """A logit difference baked into the weights of one model."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -68,11 +69,15 @@ def make_merge_loss(
         del rng
         student = nnx.merge(student_def, params, rest)
         teacher = nnx.merge(student_def, constants["target"], rest)
-        helper = nnx.merge(base_def, constants["base"], base_rest)
+        helper = dataclasses.replace(
+            assistant,
+            base=nnx.merge(base_def, constants["base"], base_rest),
+            lora=constants["lora"],
+        )
         tokens = jnp.asarray(batch["tokens"])
         _, where = next_tokens(tokens, batch["mask"])
         told, _ = teacher.hidden_states(tokens)
-        known, _ = helper.hidden_states(tokens, lora=constants["lora"])
+        known, _ = helper.hidden_states(tokens)
         hidden, _ = student.hidden_states(tokens)
 
         @jax.checkpoint

@@ -1,6 +1,7 @@
 """Losses that train a model's own weights: every unlearning method, from hidden states."""
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,13 +10,13 @@ import numpy as np
 from flax import nnx
 
 from logitjax.losses import linear_cross_entropy, linear_kl_divergence
-from logitjax.models import Decoder, first_layers
+from logitjax.models import Decoder, Lora, first_layers
 from logitjax.ops import Positions
 from logitjax.training import LossFn
 from logitjax.unlearning._linear_losses import linear_undial
 from logitjax.unlearning._losses import dpo, sequence_nll
 from logitjax.unlearning._objective import UnlearningMethod, unlearning_objective
-from logitjax.unlearning._targets import rmu, undial
+from logitjax.unlearning._targets import ce_u, rmu, undial
 
 
 def make_answer_loss(model: Decoder) -> LossFn:
@@ -48,9 +49,10 @@ def make_unlearning_loss(
     method: UnlearningMethod,
     model: Decoder,
     *,
-    layer: int = 1,
+    after_layers: int = 1,
     direction: Any = None,
     most: Mapping[str, int] | None = None,
+    adapters: bool = False,
 ) -> LossFn:
     """The loss of a method on a decoder, for `training.TrainStep`.
 
@@ -65,14 +67,17 @@ def make_unlearning_loss(
     Args:
         method: A value of `UNLEARNING_METHODS`.
         model: The model that is to forget, or one like it of shapes alone (`nnx.eval_shape`).
-        layer: Layer after which RMU moves hidden states.
+        after_layers: Number of layers after which RMU moves hidden states: 8 in OpenUnlearning,
+            which hooks the output of `model.layers.7`.
         direction: `[hidden]`, where RMU moves them, from `rmu_direction`.
         most: The most answers' tokens in any step, of `forget` and `retain`: the head then meets no
             other positions. The loss is nan where there are more.
+        adapters: Trains a `models.Lora` beside the model in place of its parameters. The model
+            before is then the same weights without them, and there is no second copy.
 
     Returns:
         `loss_fn(params, batch, rng, reference)`; the constants of the step are the parameters of
-        the model before, where the method needs a reference.
+        the model before, where the method needs a reference or trains adapters.
 
     Raises:
         ValueError: The forget loss is `dpo`, which needs a second answer to each question.
@@ -97,7 +102,8 @@ def make_unlearning_loss(
 
     def loss_fn(params: Any, batch: Mapping[str, Any], rng: Any, reference: Any = None) -> Any:
         del rng
-        model = nnx.merge(graphdef, params, rest)
+        lora = params if adapters else None
+        model = nnx.merge(graphdef, reference if adapters else params, rest)
         sides = ["forget"] if method.retain == "none" else ["forget", "retain"]
         before = nnx.merge(graphdef, reference, rest) if method.needs_reference else None
         where = {side: batch[side]["mask"][:, 1:] for side in sides}
@@ -105,8 +111,8 @@ def make_unlearning_loss(
             assert before is not None
             tokens = jnp.concatenate([batch[side]["tokens"] for side in sides])
             count = len(batch["forget"]["tokens"])
-            states = _layer_states(model, layer, tokens)[:, 1:]
-            kept = _layer_states(before, layer, batch["retain"]["tokens"])[:, 1:]
+            states = _layer_states(model, after_layers, tokens, lora)[:, 1:]
+            kept = _layer_states(before, after_layers, batch["retain"]["tokens"])[:, 1:]
             forget = method.forget(states[:count], direction)
             retain = rmu(states[count:], kept)
             return _weighed(method, forget, where["forget"], retain, where["retain"])
@@ -115,15 +121,17 @@ def make_unlearning_loss(
         }
         labels = {side: positions[side].pick(batch[side]["tokens"][:, 1:]) for side in sides}
 
-        def states_of(which: Decoder, sides: list[str]) -> dict[str, jax.Array]:
+        def states_of(
+            which: Decoder, sides: list[str], lora: Lora | None = None
+        ) -> dict[str, jax.Array]:
             """Hidden states that predict answers, `[tokens, hidden]`."""
             rows = [batch[side]["tokens"] for side in sides]
-            hidden, _ = which.hidden_states(jnp.concatenate(rows))
+            hidden, _ = which.hidden_states(jnp.concatenate(rows), lora=lora)
             cuts = np.cumsum([len(r) for r in rows])[:-1]
             parts = jnp.split(hidden[:, :-1], cuts)
             return {s: positions[s].pick(part) for s, part in zip(sides, parts, strict=True)}
 
-        head, here = model.head_of(), states_of(model, sides)
+        head, here = model.head_of(), states_of(model, sides, lora)
         there: dict[str, jax.Array] = {}
         theirs = head
         if before is not None:
@@ -138,10 +146,16 @@ def make_unlearning_loss(
         )
         size = len(labels["forget"])
         forget_nll = positions["forget"].put(flat[:size])
-        if method.forget is undial:
+        counted = where["forget"] if method.forget_level == "tokens" else None
+        if method.forget in (undial, ce_u):
+            # CE-U is UNDIAL from the model itself, with nothing left of the label.
+            teacher = there.get("forget", here["forget"])
+            beta = options.get("beta", float("inf"))
             values = linear_undial(
-                here["forget"], head, there["forget"], theirs, labels["forget"], **options
+                here["forget"], head, teacher, theirs, labels["forget"], beta=beta
             )
+            if method.forget is ce_u:
+                counted = where["forget"] & (jnp.cumsum(where["forget"], axis=-1) > 1)
             forget = positions["forget"].put(values)
         elif method.forget_level == "answers":
             summed, lengths = sequence_nll(forget_nll, where["forget"])
@@ -152,7 +166,6 @@ def make_unlearning_loss(
             forget = method.forget(summed, second, **options)
         else:
             forget = method.forget(forget_nll, **options)
-        counted = where["forget"] if method.forget_level == "tokens" else None
         retain = None
         if method.retain == "kl":
             divergence = linear_kl_divergence(here["retain"], head, there["retain"], theirs)
@@ -166,11 +179,19 @@ def make_unlearning_loss(
     return loss_fn
 
 
-def _layer_states(model: Decoder, layer: int, tokens: Any) -> jax.Array:
+def _layer_states(model: Decoder, count: int, tokens: Any, lora: Lora | None = None) -> jax.Array:
     """The residual stream after so many layers, without the final norm."""
-    cut: Any = first_layers(model, layer)
+    cut: Any = first_layers(model, count)
     cut.final_norm = _Identity()
-    return cut.hidden_states(tokens)[0]
+    if lora is not None:
+        lora = _first_adapters(lora, [len(segment.layers) for segment in cut.segments])
+    return cut.hidden_states(tokens, lora=lora)[0]
+
+
+def _first_adapters(lora: Lora, counts: Sequence[int]) -> Lora:
+    """Those of a model's first layers, by the number of entries in each of its segments."""
+    segments = zip(lora.layers, counts)
+    return dataclasses.replace(lora, layers=tuple(tuple(s[:count]) for s, count in segments))
 
 
 class _Identity(nnx.Module):

@@ -15,9 +15,10 @@ from logitjax.unlearning._losses import (
     dpo,
     gradient_ascent,
     npo,
+    satimp,
     simnpo,
 )
-from logitjax.unlearning._targets import rmu, undial
+from logitjax.unlearning._targets import ce_u, rmu, undial
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,8 @@ class UnlearningMethod:
         retain_weight: alpha.
         options: keyword arguments of the forget loss (`scale` is `rmu_direction`'s).
         needs_reference: whether the model before unlearning takes part.
+        strength: what the change of the weights is multiplied by in the end: -1 for a task vector,
+            which is learnt and taken away.
         learning_rate: of AdamW, with a warm-up of one epoch and weight decay 0.01.
         epochs: over the data to forget, 32 answers a step.
     """
@@ -46,6 +49,7 @@ class UnlearningMethod:
     retain_weight: float = 1.0
     options: Mapping[str, float] = dataclasses.field(default_factory=dict)
     needs_reference: bool = False
+    strength: float = 1.0
     learning_rate: float = 1e-5
     epochs: int = 10
 
@@ -102,6 +106,18 @@ UNLEARNING_METHODS: Mapping[str, UnlearningMethod] = types.MappingProxyType(
             options={"beta": 1.0},
             epochs=5,
         ),
+        "satimp": UnlearningMethod(
+            forget=satimp,
+            forget_level="tokens",
+            forget_weight=0.1,
+            options={"beta1": 5.0, "beta2": 1.0},
+            epochs=5,
+        ),
+        "ce_u": UnlearningMethod(
+            forget=ce_u, forget_level="tokens", retain="none", retain_weight=0.0
+        ),
+        # Of MUSE (arXiv 2407.06460), as in Ilharco et al. (arXiv 2212.04089).
+        "task_vector": dataclasses.replace(_ASCENT, forget_weight=-1.0, strength=-1.0),
     }
 )
 

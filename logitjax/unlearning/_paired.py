@@ -17,7 +17,7 @@ from logitjax.models import (
     with_layout,
 )
 from logitjax.ops import Array, Static
-from logitjax.unlearning._assistant import Assistant
+from logitjax.unlearning._assistant import Assistant, added
 
 
 @jax.tree_util.register_dataclass
@@ -67,6 +67,8 @@ def paired_hidden_states(
     tokens: Int[Array, "batch time"],
     positions: Int[Array, "batch time"],
     cache: PairCache,
+    *,
+    relative: bool = False,
 ) -> tuple[Float[jax.Array, "batch time hidden"], Float[jax.Array, "batch time hidden"], PairCache]:
     """Hidden states of a model and of its assistant, every weight read once.
 
@@ -79,6 +81,8 @@ def paired_hidden_states(
       tokens: ids that both read.
       positions: of each, -1 for padding.
       cache: from `init_pair_cache`.
+      relative: the assistant's are what its adapters add (`Assistant`); the model's own rows have
+        the states without them.
 
     Returns:
       The model's hidden states and the assistant's, normed, and the cache after these tokens.
@@ -121,16 +125,22 @@ def paired_hidden_states(
         positions=above.positions,
         length=above.length,
     )
-    return model.final_norm(x), model.final_norm(both[:, 1]), cache
+    known = model.final_norm(both[:, 1])
+    if relative:
+        known = added(known, model.final_norm(both[:, 0]))
+    return model.final_norm(x), known, cache
 
 
 @dataclasses.dataclass(frozen=True)
 class _PairApply:
     graphdef: Static
+    relative: bool
 
     def __call__(self, params: Any, tokens: Any, positions: Any, cache: Any, *, last_only=False):
         model = nnx.merge(self.graphdef.value, params["model"])
-        *hidden, cache = paired_hidden_states(model, params["lora"], tokens, positions, cache)
+        *hidden, cache = paired_hidden_states(
+            model, params["lora"], tokens, positions, cache, relative=self.relative
+        )
         both = jnp.stack(hidden)
         return model.logits(both[:, :, -1:] if last_only else both), cache
 
@@ -200,7 +210,7 @@ def paired_model(target: Decoder, assistant: Assistant, *, ring_slack: int = 0) 
     if assistant.base.layout == "stacked":
         lora = lora.with_layout(small, "listed")
     return CachedModel(
-        apply=_PairApply(Static(graphdef)),
+        apply=_PairApply(Static(graphdef), assistant.relative),
         params={"model": nnx.to_pure_dict(state), "lora": lora},
         init_cache=_PairCaches(config, small.num_layers, target.dtype, ring_slack),
         vocab_size=config.vocab_size,

@@ -122,6 +122,46 @@ def undial(
     return jnp.where((labels >= 0) & (labels < size), loss, jnp.nan)
 
 
+def ce_u(
+    logits: Float[Array, "*batch vocab"],
+    labels: Int[Array, "*batch"],
+    *,
+    vocab_where: Bool[Array, "..."] | None = None,
+    axis_name: AxisName | None = None,
+) -> Float[jax.Array, "*batch"]:
+    """CE-U: distils the model from itself without the memorised token.
+
+    Its gradient by the logits, `p_y (onehot(y) - q)`, fades as the token is forgotten.
+
+    ::
+
+        cross-entropy( q, softmax(logits) ),    q = softmax(logits, logit_y = -inf), a constant
+
+    Args:
+        logits: `[*batch, vocab]`.
+        labels: `[*batch]`, the tokens to forget.
+        vocab_where: boolean, broadcastable to the logits: True for the entries that exist.
+        axis_name: as of `undial`.
+
+    Returns:
+        float32 `[*batch]`; nan where the label is outside the vocabulary.
+
+    Raises:
+        TypeError: logits are not floating point or labels not integers.
+        ValueError: different shapes.
+
+    >>> loss = jax.jit(ce_u)(jnp.array([[2.0, 1.0, 0.0], [200.0, 0.0, 0.0]]), jnp.array([0, 0]))
+    >>> [f"{value:.5f}" for value in loss.tolist()]
+    ['1.67655', '200.00000']
+
+    References:
+        Yang, CE-U: cross entropy unlearning, 2025 (arXiv 2503.01224); OpenUnlearning's `CEU`, which
+        leaves out the first token of an answer.
+    """
+    beta = float("inf")
+    return undial(logits, logits, labels, beta=beta, vocab_where=vocab_where, axis_name=axis_name)
+
+
 def rmu(
     hidden: Float[Array, "*batch hidden"], target: Float[Array, "..."]
 ) -> Float[jax.Array, "*batch"]:
@@ -135,7 +175,7 @@ def rmu(
         mean_d (h_d - target_d)^2
 
     Args:
-        hidden: `[*batch, hidden]`, layer 7 of a 7B model as published.
+        hidden: `[*batch, hidden]`, after 8 of the 32 layers of a 7B model as published.
         target: `[hidden]`, or the shape of `hidden`; gets no gradient.
 
     Returns:
@@ -150,8 +190,9 @@ def rmu(
 
     References:
         Li et al., The WMDP benchmark, 2024 (arXiv 2403.03218), section 4; OpenUnlearning's `RMU`
-        (`EMBED_DIFF` is the retain term), which averages tokens within a sequence first, then
-        sequences.
+        (`EMBED_DIFF` is the retain term), which divides sums of sequences by counts of shape
+        `[batch, 1]`: the mean of all sums times the mean of all inverse counts, for answers of
+        different lengths neither a mean over tokens nor one over sequences.
     """
     hidden = checks.as_float(hidden, "hidden")
     target = lax.stop_gradient(as_losses(target, "target"))

@@ -15,7 +15,7 @@ from experiments.unlearning import arms, train
 from experiments.unlearning import data as unlearning_data
 from experiments.unlearning import report as unlearning_report
 from logitjax import unlearning
-from logitjax.evaluation import PromptTemplate
+from logitjax.evaluation import PromptTemplate, encode_answer
 from logitjax.models import load_model, load_tokenizer, with_layout
 from logitjax.unlearning import tofu
 
@@ -121,7 +121,8 @@ def test_the_tables_of_the_release_are_read_from_their_first_row():
 def test_rows_of_several_questions_hold_each_once_and_predict_the_same():
     tokenizer, template = load_tokenizer("tiny"), PromptTemplate(before="", after=" ")
     items = [item(n) for n in range(5)]
-    single = unlearning_data.encode(items, tokenizer, template, 12)
+    pairs = [encode_answer(tokenizer, template, i.question, i.answer, max_length=12) for i in items]
+    single = unlearning.padded_rows(pairs, 12)
     together = unlearning_data.packed(items, tokenizer, template, 12, 24)
     assert len(together["tokens"]) < len(items)
     assert together["mask"].sum() == single["mask"].sum()
@@ -159,10 +160,12 @@ def test_a_model_with_its_assistant_is_scored_as_it_is_decoded():
         ),
         jax.device_get(fresh.lora),
     )
-    deployed = arms.Deployed(
-        model=target,
-        assistant=unlearning.Assistant(base=fresh.base, lora=noisy),
-        difference=arms.differences(config)["difference_clean"],
+    deployed = dataclasses.replace(
+        arms.deployed(
+            target,
+            unlearning.Assistant(base=fresh.base, lora=noisy),
+            arms.differences(config)["difference_clean"],
+        ),
         block=5,
     )
     tokens = np.arange(1, 15, dtype=np.int32).reshape(2, 7) * 7

@@ -26,7 +26,7 @@ STRATEGIES = {
     "dexperts": DExperts(top_p=1.0),
     "emulated": EmulatedFineTuning(),
     "contrastive": ContrastiveDecoding(),
-    "clean": LogitDifference(),
+    "clean": LogitDifference(filter="clean"),
     "official": LogitDifference(filter="official", form="raw"),
     "grid": DynamicFusion(method="grid"),
     "newton": DynamicFusion(method="newton", sharded_sweeps=8),

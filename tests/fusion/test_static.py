@@ -91,7 +91,7 @@ def test_logit_difference_with_the_official_filter(form, rate):
 
 
 def test_logit_difference_with_the_clean_filter():
-    strategy = LogitDifference(alpha=1.0, form="raw", rate=0.3)
+    strategy = LogitDifference(alpha=1.0, form="raw", filter="clean", rate=0.3)
     fused, info = fuse(strategy, LARGE, EXPERT[None], None)
     p = np.exp(log_softmax(np.float64(LARGE)))
     changed = p >= 0.3 * p.max(-1, keepdims=True)
@@ -107,10 +107,17 @@ def test_a_uniform_assistant_changes_nothing_when_centred():
     assert np.abs(raw - LARGE).max() > 1
 
 
+def test_by_default_an_answer_that_the_target_is_sure_of_is_forgotten():
+    large, assistant = np.zeros((2, 1000), np.float32)
+    large[3], assistant[3] = 20.0, 40.0
+    fused, _ = fuse(LogitDifference(), large, assistant)
+    assert np.exp(log_softmax(np.float64(fused)))[3] < 1e-3
+
+
 def test_an_excluded_token_never_wins():
     """The release multiplies scores by a mask: where all kept ones are negative, a zero wins."""
     large, assistant = np.float32([-4.0, -2.0, -9.0, -9.5]), np.zeros(4, np.float32)
-    fused, _ = fuse(LogitDifference(outside="exclude", rate=0.1), large, assistant)
+    fused, _ = fuse(LogitDifference(filter="clean", outside="exclude", rate=0.1), large, assistant)
     assert int(fused.argmax()) == 1
     with pytest.raises(ValueError, match="expected None, got"):
         LogitDifference()(large, assistant, assistant)
@@ -126,7 +133,7 @@ def test_padding_gives_no_nan():
     where = np.array([True, True, False])
     fused, _ = fuse(ProxyTuning(), np.zeros(3, np.float32), expert, expert, vocab_where=where)
     np.testing.assert_array_equal(np.isfinite(fused), [True, False, False])
-    for strategy in (LogitDifference(), LogitDifference(filter="official", rate=0.9)):
+    for strategy in (LogitDifference(filter="clean"), LogitDifference(filter="official", rate=0.9)):
         assert not np.isnan(fuse(strategy, large, expert)[0]).any()
 
 

@@ -101,11 +101,13 @@ def test_it_knows_what_to_forget_and_is_silent_on_what_to_keep():
     assert moved["retain"] < 0.25 * moved["forget"]
 
 
-@pytest.mark.parametrize("uniform", ["answers", "all"])
-def test_loss_is_that_of_logits(uniform):
-    assistant, _, _ = trained()
+@pytest.mark.parametrize(
+    ("uniform", "relative"), [("answers", False), ("all", False), ("answers", True)]
+)
+def test_loss_is_that_of_logits(uniform, relative):
+    assistant = dataclasses.replace(trained()[0], relative=relative)
     loss_fn, constants = unlearning.make_assistant_loss(
-        assistant.base, retain_weight=5.0, uniform=uniform
+        assistant.base, retain_weight=5.0, uniform=uniform, relative=relative
     )
     loss, count, parts = jax.jit(loss_fn)(assistant.lora, BATCH, None, constants)
     run = jax.jit(lambda tokens: assistant.logits(assistant.hidden_states(tokens)[0]))

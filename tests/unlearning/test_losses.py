@@ -131,6 +131,24 @@ def test_what_a_loss_refers_to_gets_no_gradient():
         assert not gradient.any()
 
 
+def test_satimp_holds_its_weight_constant_and_counts_a_token_that_is_nearly_certain():
+    nll = np.r_[np.abs(normal(4, 8, scale=1.0)), np.float32([1e-8, np.inf])]
+    value, gradient = values_and_gradient(unlearning.satimp)(nll, beta1=5.0, beta2=1.0)
+    wide = nll[:9].astype(np.float64)
+    weight = np.exp(-5 * wide) * -np.expm1(-wide)
+    np.testing.assert_allclose(value, [*(-weight * wide), 0.0], rtol=2e-6)
+    np.testing.assert_allclose(gradient[:9], -weight, rtol=2e-6)
+
+
+def test_ce_u_has_the_gradient_that_is_published():
+    z = np.float32([[2.0, 1.0, 0.0], [200.0, 0.0, 0.0]])
+    value, gradient = values_and_gradient(unlearning.ce_u)(z, np.array([0, 0]))
+    np.testing.assert_allclose(value, [1.67655, 200.0], rtol=1e-5)
+    np.testing.assert_allclose(
+        gradient, [[0.66524, -0.48633, -0.17891], [1.0, -0.5, -0.5]], atol=1e-5
+    )
+
+
 def test_weighted_gradient_ascent_holds_its_weight_constant():
     nll = np.r_[np.abs(normal(4, 8, scale=1.0)), np.float32([np.inf, np.nan])]
     value, gradient = values_and_gradient(unlearning.gradient_ascent)(nll, beta=2.0)

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from logitjax import losses, unlearning
-from logitjax.models import load_model, with_layout
+from logitjax.models import Lora, load_model, with_layout
 
 METHODS = (
     "gradient_ascent",
@@ -19,6 +19,9 @@ METHODS = (
     "simnpo",
     "rmu",
     "undial",
+    "ce_u",
+    "satimp",
+    "task_vector",
 )
 
 
@@ -45,7 +48,7 @@ def test_losses_from_hidden_states_are_those_of_logits():
             loss_fn = unlearning.make_unlearning_loss(
                 unlearning.UNLEARNING_METHODS[name],
                 model,
-                layer=1,
+                after_layers=1,
                 direction=direction,
                 most=None if more is None else {side: n + more for side, n in most.items()},
             )
@@ -73,6 +76,8 @@ def test_losses_from_hidden_states_are_those_of_logits():
     npo = float(unlearning.npo(n, n0).mean())
     simnpo = 0.125 * float(unlearning.simnpo(n, lengths).mean())
     undial = unlearning.undial(z["forget"], z0["forget"], labels["forget"])
+    ce_u = unlearning.ce_u(z["forget"], labels["forget"])
+    later = where["forget"] & (np.cumsum(where["forget"], -1) > 1)
     kept = mean(nll["retain"], "retain")
     expected = {
         "gradient_ascent": -mean(nll["forget"], "forget"),
@@ -82,6 +87,9 @@ def test_losses_from_hidden_states_are_those_of_logits():
         "npo_kl": npo + mean(losses.kl_divergence(z["retain"], z0["retain"]), "retain"),
         "simnpo": simnpo + kept,
         "undial": mean(undial, "forget"),
+        "ce_u": float((np.asarray(ce_u) * later).sum() / later.sum()),
+        "satimp": 0.1 * mean(unlearning.satimp(nll["forget"]), "forget") + kept,
+        "task_vector": mean(nll["forget"], "forget"),
     }
     for name, value in expected.items():
         np.testing.assert_allclose(found[name], value, rtol=2e-4, err_msg=name)
@@ -92,6 +100,44 @@ def test_losses_from_hidden_states_are_those_of_logits():
         assert np.isnan(value) or name == "rmu"
     # Of the same model there is nothing to keep but itself; the direction is where RMU goes.
     assert float(found["rmu"]) > 0
+
+
+@pytest.mark.slow
+def test_adapters_give_what_the_merged_weights_give_beside_the_same_reference():
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(1, 200, (2, 8)).astype(np.int32)
+    side = {"tokens": tokens, "mask": np.arange(8) >= np.array([[3], [5]])}
+    batch = {"forget": side, "retain": {**side, "tokens": tokens[::-1].copy()}}
+    model = with_layout(load_model("tiny:1"), "listed")
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    like = jax.eval_shape(
+        lambda: Lora.init(model.config, 2, key=jax.random.key(0), layout="listed")
+    )
+    lora = jax.tree.map(lambda x: 0.1 * rng.normal(size=x.shape).astype(np.float32), like)
+    direction = unlearning.rmu_direction(32, key=jax.random.key(0))
+
+    @jax.jit
+    def both(lora, params):
+        graphdef, state = nnx.split(model)
+        merged = lora.merged_into(nnx.merge(graphdef, state))
+        weights = nnx.to_pure_dict(nnx.state(merged, nnx.Param))
+        found = {}
+        for name in METHODS:
+            method = unlearning.UNLEARNING_METHODS[name]
+            whole, beside = (
+                unlearning.make_unlearning_loss(
+                    method, model, after_layers=1, direction=direction, adapters=adapters
+                )
+                for adapters in (False, True)
+            )
+            found[name] = (
+                whole(weights, batch, None, params)[0],
+                beside(lora, batch, None, params)[0],
+            )
+        return found
+
+    for name, (whole, beside) in both(lora, params).items():
+        np.testing.assert_allclose(beside, whole, rtol=1e-4, err_msg=name)
 
 
 def test_a_method_that_needs_other_batches_is_refused():

@@ -14,7 +14,7 @@ from tests._modules import with_weights
 from tests.decoding._models import CONFIG, NEW, PROMPTS, decoder
 
 # Vocabulary of 64: a rate at which the filter changes some tokens and leaves others.
-DIFFERENCE = fusion.LogitDifference(alpha=0.9, rate=1e-3)
+DIFFERENCE = fusion.LogitDifference(alpha=0.9, filter="clean", rate=1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +59,28 @@ def test_same_tokens_and_log_probabilities_as_two_models(pair):
     np.testing.assert_array_equal(ours.info["changed"], theirs.info["changed"])
     alone = decoding.generate(target, PROMPTS, max_new_tokens=NEW)
     assert (alone.tokens != ours.tokens).any()
+
+
+@pytest.mark.slow
+@pytest.mark.every_change
+def test_a_relative_assistant_says_what_its_adapters_add(pair):
+    target, assistant = pair
+    deployed = unlearning.Deployed.less(target, assistant.lora, 0.7, relative=True)
+    prompt, said = [3, 1, 4], [1, 5, 9, 2]
+    tokens = np.array([prompt + said], np.int32)
+
+    @jax.jit
+    def oracle(target, base, lora):
+        model, small = nnx.merge(graphdef, target), nnx.merge(first, base)
+        adds = small.logits(small.hidden_states(tokens, lora=lora)[0]) - small(tokens)
+        return jax.nn.log_softmax(model(tokens) - 0.7 * adds)
+
+    (graphdef, state), (first, base) = nnx.split(target), nnx.split(assistant.base)
+    want = np.asarray(oracle(state, base, assistant.lora))[0, range(2, 6), said]
+    ours = decoding.score(deployed.line_up(), [prompt], [said])
+    np.testing.assert_allclose(ours.logprobs[0][:4], want, atol=2e-4)
+    where = np.arange(7)[None] >= 3
+    np.testing.assert_allclose(deployed.nll(tokens, where)[0][where], -want, atol=2e-4)
 
 
 @pytest.mark.slow

@@ -1,0 +1,193 @@
+"""Forgetting invented facts with one command: what is forgotten, what is left, what it costs.
+
+    LOGITJAX_TORCH_PYTHON=python python -m experiments.benchmark unlearn
+
+Three times, with other facts each, SmolLM2-135M-Instruct (whole) is taught 8 invented facts beside
+16 that it knows. Then `logitjax unlearn` gets the 8 facts, the 16 known ones and 10 invented ones
+that nobody taught, and other text. ``forget / goal``: the median probability of forgotten answers
+over that of answers never taught. ``kept``: on 12 known facts that the command never sees, and on
+text that it did not choose by. CPU-seconds are those of the command, compiling included. Where the
+interpreter in ``LOGITJAX_TORCH_PYTHON`` has torch, transformers and peft, log-probabilities of what
+was written are compared. Sets that are done are kept.
+"""
+
+import dataclasses
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from experiments.benchmarks import _suite, _unlearn_facts
+from logitjax import fusion, models, storage, training, unlearning
+
+_SETS, _SECONDS = 3, 600
+_TEACHING_STEPS, _KNOWN = 40, 0.9
+
+
+def run(options: _suite.Options) -> _suite.Result:
+    root = options.directory.resolve()
+    rows = []
+    sets = map(int, options.only.split(",")) if options.only else range(_SETS)
+    for number in [0] if options.smoke else sets:
+        path = root / f"set-{number}" / f"{options.scale}.json"
+        if not path.exists():
+            storage.write_atomic(path, json.dumps(_one(path.parent, number, options.smoke)))
+        rows.append(json.loads(path.read_text()))
+
+    def most(name: str) -> float:
+        return max(row[name] for row in rows)
+
+    def least(name: str) -> float:
+        return min(row[name] for row in rows)
+
+    bars = [
+        _suite.Bar(name="taught, least probability", value=least("taught"), limit=0.9, sense=">="),
+        _suite.Bar(name="forget / goal, largest", value=most("forget / goal"), limit=2.0),
+        _suite.Bar(
+            name="forget / goal, least", value=least("forget / goal"), limit=0.5, sense=">="
+        ),
+        _suite.Bar(
+            name="forget / 5 % point of unseen", value=least("forget / floor"), limit=1.0,
+            sense=">=",
+        ),
+        *[
+            _suite.Bar(name=f"{name} kept, least %", value=least(f"{name} kept %"), limit=98,
+                       sense=">=")
+            for name in ("probability", "ROUGE-L", "fluency")
+        ],
+        _suite.Bar(name="perplexity of text, largest %", value=most("perplexity %"), limit=102),
+        _suite.Bar(name="CPU-seconds", value=most("CPU s"), limit=_SECONDS),
+    ]  # fmt: skip
+    if all(row["transformers"] is not None for row in rows):
+        gap = _suite.Bar(name="transformers, largest gap", value=most("transformers"), limit=1e-4)
+        bars.append(gap)
+    return _suite.Result(rows=rows, bars=bars)
+
+
+def _one(folder: Path, number: int, smoke: bool) -> dict[str, Any]:
+    facts = _unlearn_facts.facts(number)
+    for name, side in facts.items():
+        text = "".join(json.dumps(row) + "\n" for row in side)
+        storage.write_atomic(folder / f"{name}.jsonl", text)
+    target = folder / "target"
+    if not (target / "config.json").exists():
+        _teach("tiny" if smoke else "smollm2", folder, target, steps=2 if smoke else 0)
+    out = folder / "out"
+    flags = [f"--{name}={folder / name}.jsonl" for name in ("forget", "retain", "holdout")]
+    if smoke:
+        flags += ["--text=text:LICENSE", "--layers=1", "--steps=2", "--check_every=1"]
+        flags += ["--text_length=32", "--least_probability=0", "--least_rouge=0"]
+        flags += ["--least_fluency=0", "--most_perplexity=9", "--new_tokens=4"]
+    else:
+        flags.append("--text=tfds:wiki_summaries")
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [sys.executable, "-m", "logitjax", "unlearn", f"--model={target}", *flags, f"--out={out}"],
+        check=False,
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    if done.returncode not in (0, 3):
+        raise RuntimeError(f"logitjax unlearn ended with status {done.returncode}")
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"set": number, "status": done.returncode} | _measured(folder, target, out, seconds)
+
+
+def _teach(spec: str, folder: Path, target: Path, *, steps: int) -> None:
+    """Adapters on what is to be forgotten and kept, merged; until every fact is known."""
+    model, tokenizer = models.load(spec, layout="listed")
+    model = models.with_layout(model, "listed")
+    questions = _questions(folder, tokenizer)
+    # Gradient descent on both sides, as the losses of unlearning have it.
+    learn = dataclasses.replace(
+        unlearning.UNLEARNING_METHODS["gradient_difference"], forget_weight=-1.0
+    )
+    loss_fn = unlearning.make_unlearning_loss(learn, model, adapters=True)
+    sides = {"forget": questions.encoded["forget"], "retain": questions.encoded["train"]}
+    longest = max(len(ids) for side in sides.values() for ids, _ in side)
+    rows = {n: unlearning.padded_rows(side, longest) for n, side in sides.items()}
+    tx = training.Schedule(1e-3, "constant").optimizer(b2=0.99)
+    mesh = training.make_mesh("data:1", devices=jax.devices()[:1])
+    step = training.TrainStep(loss_fn, tx, mesh=mesh)
+    lora = models.Lora.init(model.config, 16, key=jax.random.key(0), layout="listed")
+    state = training.TrainState.create(lora, tx, mesh=mesh)
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    rng = np.random.default_rng(0)
+    merged = model
+    for number in range(1, (steps or _TEACHING_STEPS) + 1):
+        chosen = rng.permutation(len(rows["retain"]["tokens"]))[:4]
+        retain = {name: values[chosen] for name, values in rows["retain"].items()}
+        state, _ = step(state, {"forget": rows["forget"], "retain": retain}, params)
+        if (number % 5 == 0 and number >= 15) or number == steps:
+            merged = state.params.merged_into(model)
+            known = questions.probabilities(unlearning.Deployed(model=merged), "forget")
+            if known.min() >= _KNOWN:
+                break
+    models.save_pretrained(merged, tokenizer, target)
+
+
+def _questions(folder: Path, tokenizer: models.Tokenizer) -> unlearning.Questions:
+    """What is forgotten, `train` for what is kept, and `test` for what the command never sees."""
+    files = {"forget": "forget", "train": "retain", "holdout": "holdout", "test": "unseen"}
+    rows = {part: unlearning.read_rows(folder / f"{n}.jsonl") for part, n in files.items()}
+    return unlearning.Questions.of(rows, tokenizer)
+
+
+def _measured(folder: Path, target: Path, out: Path, seconds: float) -> dict[str, Any]:
+    """On facts that the command never saw; text alone is what it reports itself."""
+    model, tokenizer = models.load(str(target), layout="listed")
+    model = models.with_layout(model, "listed")
+    questions = _questions(folder, tokenizer)
+    bare = unlearning.Deployed(model=model)
+    written = bare
+    if (out / "assistant").exists():
+        written = unlearning.Deployed.load(model, out / "assistant")
+    sides = [unlearning.examine(side, questions) for side in (bare, written)]
+    unseen = np.asarray(sides[0]["probabilities"]["holdout"])
+    forget = float(np.median(sides[1]["probabilities"]["forget"]))
+    goal = float(np.median(unseen))
+    kept = {
+        "probability": [np.mean(side["probabilities"]["test"]) for side in sides],
+        "ROUGE-L": [np.mean(side["rouge"]["test"]) for side in sides],
+        "fluency": [side["fluency"] or 0.0 for side in sides],
+    }
+    perplexity = float("nan")
+    if written is not bare:
+        told = [json.loads((out / f"{n}.json").read_text()) for n in ("before", "after")]
+        perplexity = 100 * told[1]["perplexity"] / told[0]["perplexity"]
+    return {
+        "taught": min(sides[0]["probabilities"]["forget"]),
+        "goal": goal,
+        "forget": forget,
+        "forget / goal": forget / goal,
+        "forget / floor": forget / float(np.quantile(unseen, 0.05)),
+        **{f"{n} kept %": float(100 * b / max(a, 1e-9)) for n, (a, b) in kept.items()},
+        "perplexity %": perplexity,
+        "CPU s": seconds,
+        "transformers": _gap(written, target, out, questions),
+    }
+
+
+def _gap(
+    written: unlearning.Deployed, target: Path, out: Path, questions: unlearning.Questions
+) -> float | None:
+    """The largest difference of log-probabilities from transformers with PEFT; None without."""
+    python = os.environ.get("LOGITJAX_TORCH_PYTHON")
+    if not python or written.assistant is None:
+        return None
+    ids, _ = questions.encoded["forget"][0]
+    np.save(out / "tokens.npy", ids[None])
+    script = Path(__file__).with_name("_unlearn_torch.py")
+    names = [str(p) for p in (target, out / "assistant", out / "tokens.npy", out / "theirs.npy")]
+    subprocess.run([python, str(script), *names], check=True)
+    model, assistant = written.model, written.assistant
+    logits = model.logits(model.hidden_states(ids[None])[0])
+    said = assistant.logits(assistant.hidden_states(ids[None])[0])
+    fused, _ = fusion.LogitDifference(alpha=written.alpha)(logits, said[None], None)
+    return float(abs(jax.nn.log_softmax(fused) - np.load(out / "theirs.npy")).max())

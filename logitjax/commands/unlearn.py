@@ -1,0 +1,309 @@
+"""Make a model forget what you name, keep what you name, and say what is left of both.
+
+    logitjax unlearn --model=smollm2 --forget=forget.jsonl --retain=retain.jsonl \\
+        --holdout=unseen.jsonl --text=tfds:wiki_summaries --out=runs/forgotten
+    logitjax generate --model=smollm2 --assistant=runs/forgotten/assistant
+    logitjax unlearn --model=DIR --method=npo_kl --forget=... --retain=... --out=runs/npo
+
+A row of a file is `{"question", "answer"}` or `{"messages"}`, asked through the model's chat
+template, `{"prompt", "completion"}` or `{"text"}`; it may have a `group`, such as a person, and
+`paraphrases`, a list. `--holdout` has rows like those to forget that the model was never taught:
+how likely it finds them is how likely forgotten answers are to become, no less and no more.
+
+`difference` trains an assistant of the model's first layers that knows what to forget and nothing
+else; its logits are taken away while the model answers. The model's weights stay as they are:
+whoever leaves the assistant out has everything back. All other methods train adapters of the
+weights. Every few steps the strength is sought at which the goal is met, and what is left of rows
+to keep is measured there; the last word have answers that are generated. OUT/assistant or
+OUT/adapter is a PEFT adapter, with `--merge` OUT/model a model with the adapter in its weights.
+OUT/report.md has before and after with intervals, attacks, samples, and all that was tried. Where
+nothing both forgets and keeps, nothing is written but that, and the status is 3. Kill it whenever
+you like: the same command goes on. See docs/unlearning.md.
+"""
+
+import dataclasses
+import hashlib
+import sys
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+
+from logitjax import data, models, storage, unlearning
+from logitjax.commands.cli import REQUIRED, field
+from logitjax.commands.tables import markdown_table
+
+_METHODS = ("difference", *(m for m in unlearning.UNLEARNING_METHODS if m != "idk_dpo"))
+_NOTHING_FEASIBLE = 3
+_FEW_GROUPS = 20
+_DAMAGED = 2.0
+_SAMPLES = 16
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """What is forgotten, how, and what has to be left."""
+
+    model: str = field(REQUIRED, "Model that is to forget.")
+    forget: str = field(REQUIRED, "JSON lines of what is to be forgotten.")
+    retain: str = field(REQUIRED, "JSON lines of what is to be kept; some are held out.")
+    holdout: str | None = field(
+        None, "JSON lines like those to forget that the model was never taught."
+    )
+    text: str | None = field(
+        None, "Other text whose perplexity is to stay: text:PATH, jsonl:PATH or tfds:NAME."
+    )
+    method: str = field(
+        "difference",
+        "An assistant that is taken away, or the loss that adapters are trained by.",
+        choices=_METHODS,
+    )
+    layers: int = field(8, "Number of the model's first layers that an assistant has.", minimum=1)
+    relative: bool = field(
+        True,
+        "The assistant says what its adapters add; without, what its layers say, as published.",
+    )
+    lora_rank: int = field(16, "Rank of the adapters.", minimum=1)
+    steps: int = field(40, "Most optimiser steps.", minimum=1)
+    check_every: int = field(10, "Number of steps between looks at what is left.", minimum=1)
+    batch_size: int = field(8, "Number of rows to forget in a step, and to keep.", minimum=1)
+    learning_rate: float = field(
+        0.0, "Peak of the learning rate; 0 for 5e-3 of an assistant, 1e-3 of other adapters."
+    )
+    retain_weight: float | None = field(
+        None, "Weight of the loss on rows to keep; else the method's, 1 for an assistant."
+    )
+    least_probability: float = field(0.98, "Least share of the probability of rows to keep.")
+    least_rouge: float = field(0.98, "Least share of ROUGE-L F1 of answers generated for them.")
+    least_fluency: float = field(0.98, "Least share of the word entropy of these answers.")
+    most_perplexity: float = field(1.02, "Largest factor of the perplexity of other text.")
+    merge: bool = field(False, "Write the model with the adapter in its weights too.")
+    max_length: int = field(256, "Most tokens of a row.", minimum=8)
+    new_tokens: int = field(48, "Most tokens of a generated answer.", minimum=1)
+    text_windows: int = field(8, "Number of pieces of other text to score.", minimum=1)
+    text_length: int = field(128, "Number of tokens in each.", minimum=8)
+    eval_batch: int = field(4, "Number of rows that are scored at a time.", minimum=1)
+    seed: int = field(0, "Seed of the split, of batches and of adapters.")
+    dtype: Literal["float32", "bfloat16"] = field("float32", "Compute type.")
+
+    def __post_init__(self) -> None:
+        if self.merge and self.method == "difference":
+            raise ValueError("merge: expected a method that trains weights, got difference")
+
+    @property
+    def unlearn(self) -> unlearning.UnlearnConfig:
+        """The settings that the room has."""
+        names = [f.name for f in dataclasses.fields(unlearning.UnlearnConfig)]
+        return unlearning.UnlearnConfig(**{name: getattr(self, name) for name in names})
+
+
+def run(config: Config, out: epath.Path) -> None:
+    """Splits, trains, chooses, writes, measures what was written, reports."""
+    if jax.process_count() > 1:
+        raise ValueError("num_processes: expected 1, unlearn runs in one process")
+    settings = config.unlearn
+    files = {name: getattr(config, name) for name in ("forget", "retain", "holdout")}
+    files = {name: epath.Path(path) for name, path in files.items() if path is not None}
+    rows = {name: unlearning.read_rows(path) for name, path in files.items()}
+    split = unlearning.split_rows(
+        rows["forget"], rows["retain"], rows.get("holdout", ()), seed=config.seed
+    )
+    if min(split.groups) < _FEW_GROUPS:
+        logging.warning(
+            "%d, %d and %d groups of rows to keep for training, choosing and testing: with fewer "
+            "than %d the numbers say little",
+            *split.groups,
+            _FEW_GROUPS,
+        )
+    manifest = [
+        f"{name} {len(rows[name])}, sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}"
+        for name, path in files.items()
+    ]
+    model, tokenizer = models.load(config.model, dtype=config.dtype, layout="listed")
+    model = models.with_layout(model, "listed")
+    questions = unlearning.Questions.of(
+        split.parts,
+        tokenizer,
+        texts=_texts(config, tokenizer),
+        max_length=config.max_length,
+        new_tokens=config.new_tokens,
+        batch_size=config.eval_batch,
+    )
+    found = unlearning.Unlearning(model, questions, settings, out, base=config.model).run()
+    if found.model is not None and config.merge:
+        models.save_pretrained(found.model.model, tokenizer, out / "model")
+    sections = [
+        f"# `{config.model}`, unlearned",
+        _verdict(config, found),
+        _what(config, found),
+        f"Rows: {'; '.join(manifest)}. {split.left_out} were linked to rows to forget and left out."
+        f" Groups to keep: {split.groups[0]} for training, {split.groups[1]} for choosing, "
+        f"{split.groups[2]} for this table."
+        f"{'' if 'holdout' in rows else ' No holdout: membership cannot be measured.'}",
+        *(_measures(config, questions, found) if found.model is not None else ()),
+        "## What was tried",
+        markdown_table([_candidate_row(c, found.goal.probability) for c in found.candidates]),
+        "Not dominated:",
+        markdown_table([_candidate_row(c, found.goal.probability) for c in found.front]),
+    ]
+    text = "\n\n".join(sections) + "\n"
+    storage.write_atomic(out / "report.md", text)
+    print(text)
+    if found.model is None:
+        sys.exit(_NOTHING_FEASIBLE)
+
+
+def _texts(config: Config, tokenizer: models.Tokenizer) -> dict[str, np.ndarray]:
+    """Windows of other text: as many for choosing as for the end, and twice that for training."""
+    if config.text is None:
+        return {}
+    n = config.text_windows
+    windows = data.token_windows(
+        data.load_examples(config.text),
+        tokenizer.encode,
+        count=4 * n,
+        length=config.text_length,
+    )
+    return {"validation": windows[:n], "test": windows[n : 2 * n], "train": windows[2 * n :]}
+
+
+def _verdict(config: Config, found: Any) -> str:
+    """In words that are always the same."""
+    if found.model is None:
+        return (
+            f"**Nothing was forgotten**: no candidate of `{config.method}` both forgets and keeps "
+            "what it has to, and nothing was written. More steps, more rows to keep, another "
+            "method or wider limits may help."
+        )
+    before, after, most = found.before, found.after, 2 * found.goal.probability
+    ways = [
+        name
+        for name, measured in after["attacks"].items()
+        if name != "asked" and measured.get("probability", 0.0) > most
+    ]
+    if config.method == "difference":
+        ways = ["leaving the assistant out", *ways]
+    if before["perplexity"] and after["perplexity"] > _DAMAGED * before["perplexity"]:
+        return "**Model damaged**: the perplexity of other text doubled."
+    if after["attacks"]["asked"]["probability"] > most:
+        return "**Not forgotten**: answers are more likely than twice those never taught."
+    if ways:
+        return f"**Suppressed, recoverable by** {', '.join(ways)}."
+    return "**Not distinguishable from never trained in these tests.**"
+
+
+def _what(config: Config, found: Any) -> str:
+    goal = (
+        f"The goal is {found.goal.probability:.4g}, the median probability of {found.goal.source}; "
+        f"their 5 % point is {found.goal.floor:.4g}."
+    )
+    if found.chosen is None:
+        return goal
+    filters = config.method == "difference"
+    kind = (
+        "a filter: an assistant whose logits are taken away; the weights are as they were"
+        if filters
+        else "an adapter that changes the weights"
+    )
+    step, strength = found.chosen["step"], found.chosen["strength"]
+    name = "alpha" if filters else "factor of the adapter"
+    return f"`{config.method}`, {kind}. Step {step}, {name} {strength:.4g}. {goal}"
+
+
+def _measures(config: Config, questions: unlearning.Questions, found: Any) -> list[str]:
+    """Before and after, attacks, and what the model says."""
+    before, after = found.before, found.after
+    attacks = [
+        {"attack": name, "measured": kind, "before": before["attacks"][name][kind], "after": value}
+        for name, measured in after["attacks"].items()
+        for kind, value in measured.items()
+    ]
+    if config.method == "difference":
+        asked = before["attacks"]["asked"]["probability"]
+        left_out = {"attack": "assistant left out", "measured": "probability"}
+        attacks.append(left_out | {"before": asked, "after": asked})
+    samples = [
+        {"question": _cell(row.question), "before": _cell(old), "after": _cell(new)}
+        for part in ("forget", "test")
+        for row, old, new in zip(
+            [row for row in questions.rows[part] if row.asks],
+            before["answers"][part],
+            after["answers"][part],
+        )
+    ]
+    return [
+        markdown_table(_summary(before, after)),
+        "On what was written, read again, and on rows that nothing was trained on or chosen by; "
+        "what is to be forgotten was trained on. Kept: the ratio, with the 95 % interval of rows "
+        "drawn again.",
+        "## Attacks",
+        markdown_table(attacks),
+        "A median probability of the answers to forget, a share of their tokens, or how well an "
+        "attack tells them from the holdout (AUC; 0.5 is a guess, and less gives them away too). "
+        "Not run: relearning, sampling, other languages.",
+        "## What it says",
+        markdown_table(samples[:_SAMPLES]),
+    ]
+
+
+def _candidate_row(candidate: Mapping[str, Any], goal: float) -> dict[str, Any]:
+    def percent(name: str) -> float | None:
+        return None if candidate.get(name) is None else 100 * candidate[name]
+
+    return {
+        "step": candidate["step"],
+        "strength": candidate["strength"],
+        "forget probability": candidate["forget"],
+        "of the goal": candidate["forget"] / goal,
+        "probability kept %": percent("probability"),
+        "ROUGE-L kept %": percent("rouge"),
+        "fluency kept %": percent("fluency"),
+        "perplexity %": percent("perplexity"),
+        "broken": ", ".join(candidate["broken"]) or "none",
+    }
+
+
+def _summary(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[dict[str, Any]]:
+    names = {
+        "forget": "probability, to forget",
+        "reworded_test": "probability, to forget, in other words",
+        "holdout": "probability, never taught",
+        "test": "probability, to keep",
+    }
+    rows: list[dict[str, Any]] = []
+
+    def add(name: str, old: Any, new: Any) -> None:
+        if not len(old):
+            return
+        if not np.mean(old):
+            rows.append({"": name, "before": 0.0, "after": float(np.mean(new)), "rows": len(old)})
+            return
+        share, low, high = unlearning.share_interval(new, old)
+        rows.append(
+            {
+                "": name,
+                "before": float(np.mean(old)),
+                "after": float(np.mean(new)),
+                "kept %": f"{100 * share:.1f} [{100 * low:.1f}, {100 * high:.1f}]",
+                "rows": len(old),
+            }
+        )
+
+    for part, name in names.items():
+        if part in before["probabilities"]:
+            add(name, before["probabilities"][part], after["probabilities"][part])
+    for part, name in (("forget", "to forget"), ("test", "to keep")):
+        add(f"ROUGE-L F1, {name}", before["rouge"][part], after["rouge"][part])
+    for name in ("fluency", "perplexity"):
+        if before[name]:
+            share = f"{100 * after[name] / before[name]:.1f}"
+            label = "fluency, to keep, bits" if name == "fluency" else "perplexity of other text"
+            rows.append({"": label, "before": before[name], "after": after[name], "kept %": share})
+    return rows
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")

@@ -1,0 +1,149 @@
+"""Adapters out and in again: a PEFT directory, which transformers loads on its own base model."""
+
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from logitjax.models._config import DecoderConfig
+from logitjax.models._lora import Lora
+from logitjax.storage import read_json, require, write_atomic
+from logitjax.storage.weights import SafetensorsSource
+
+_MODULES = {
+    "query": "self_attn.q_proj",
+    "key": "self_attn.k_proj",
+    "value": "self_attn.v_proj",
+    "output": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+_WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def save_peft(
+    lora: Lora, config: DecoderConfig, directory: epath.PathLike, *, base: str = ""
+) -> None:
+    """Write adapters as PEFT does, so that `PeftModel.from_pretrained` puts them on the base.
+
+    PEFT's `lora_A` and `lora_B` are our `a` and `b`, each transposed. The layers are named in
+    `layers_to_transform`, so that the adapters of a model's first layers load on those layers
+    and on the whole model.
+
+    Args:
+        lora: Adapters, in either layout.
+        config: Of the model they are made for, or of its first layers.
+        directory: Made where it does not exist.
+        base: Name or directory of the base model, which PEFT keeps.
+
+    Raises:
+        ValueError: The family's checkpoints keep several of our maps in one tensor.
+    """
+    if config.family in ("gpt2", "phi3"):
+        raise ValueError(
+            f"lora: adapters of the family {config.family!r} cannot be written for PEFT, whose "
+            "maps of queries, keys and values are one there"
+        )
+    layers = _listed(lora, config)
+    tensors: dict[str, np.ndarray] = {}
+    for i, layer in enumerate(layers):
+        for name, adapter in layer.items():
+            place = f"base_model.model.model.layers.{i}.{_MODULES[name]}"
+            for side, letter in (("a", "A"), ("b", "B")):
+                values = np.asarray(jax.device_get(adapter[side]), np.float32)
+                tensors[f"{place}.lora_{letter}.weight"] = np.ascontiguousarray(values.T)
+    first = next(iter(layers[0].values()))
+    rank = int(np.shape(first["a"])[-1])
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": lora.scale * rank,
+        "lora_dropout": 0.0,
+        "target_modules": sorted(_MODULES[name].rpartition(".")[2] for name in layers[0]),
+        "layers_to_transform": list(range(len(layers))),
+        "layers_pattern": "layers",
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "modules_to_save": None,
+    }
+    directory = epath.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    written = require("safetensors.numpy", extra="models").save(tensors, {"format": "pt"})
+    write_atomic(directory / _WEIGHTS, lambda file: file.write(written))
+    write_atomic(directory / _CONFIG, json.dumps(settings, indent=2) + "\n")
+
+
+def load_peft(directory: epath.PathLike, config: DecoderConfig, *, layout: str = "listed") -> Lora:
+    """Adapters from a directory that `save_peft` or PEFT wrote.
+
+    Args:
+        directory: With `adapter_config.json` and `adapter_model.safetensors`.
+        config: Of the model they are for.
+        layout: `'listed'` or `'stacked'`, as the model's.
+
+    Returns:
+        The adapters, one for each map that the directory names.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        ValueError: Adapters of another kind, or of a model of other sizes.
+    """
+    directory = epath.Path(directory)
+    for name in (_CONFIG, _WEIGHTS):
+        if not (directory / name).exists():
+            raise FileNotFoundError(f"adapter: no such file: {directory / name}")
+    settings = read_json(directory / _CONFIG, form=dict)
+    if settings.get("peft_type") != "LORA" or settings.get("use_dora"):
+        kind = settings.get("peft_type")
+        raise ValueError(f"adapter: expected plain LORA in {directory}, got {kind!r}")
+    source = SafetensorsSource(directory / _WEIGHTS)
+    tensors = {name: source.read(name) for name in source.names()}
+    like = jax.eval_shape(
+        lambda: Lora.init(config, settings["r"], key=jax.random.key(0), layout="listed")
+    )
+    segments, i = [], 0
+    for segment in like.layers:
+        members = []
+        for layer in segment:
+            members.append(_layer(tensors, i, layer, directory))
+            i += 1
+        segments.append(tuple(members))
+    if tensors:
+        raise ValueError(
+            f"adapter: {directory} has {len(tensors)} tensors that a model of {i} layers has no "
+            f"place for, such as {min(tensors)}"
+        )
+    lora = Lora(layers=tuple(segments), scale=float(settings["lora_alpha"]) / settings["r"])
+    return lora if layout == "listed" else lora.with_layout(config, layout)
+
+
+def _layer(tensors: dict[str, np.ndarray], i: int, like: Any, directory: epath.Path) -> dict:
+    """The adapters of one layer, which are taken out of the tensors."""
+    found = {}
+    for name, shapes in like.items():
+        place = f"base_model.model.model.layers.{i}.{_MODULES[name]}.lora_"
+        if f"{place}A.weight" not in tensors:
+            continue
+        pair = {s: tensors.pop(f"{place}{c}.weight").T for s, c in (("a", "A"), ("b", "B"))}
+        for side, values in pair.items():
+            if values.shape != shapes[side].shape:
+                raise ValueError(
+                    f"adapter: {directory} has {name} of layer {i} with {side} of shape "
+                    f"{values.shape}, this model expects {shapes[side].shape}"
+                )
+        found[name] = {side: jnp.asarray(values, jnp.float32) for side, values in pair.items()}
+    return found
+
+
+def _listed(lora: Lora, config: DecoderConfig) -> list[dict[str, Any]]:
+    """One mapping of adapters a layer, in the order of the layers."""
+    if jax.tree.leaves(lora)[0].ndim == 3:  # a leading axis of layers
+        lora = lora.with_layout(config, "listed")
+    return [layer for segment in lora.layers for layer in segment]

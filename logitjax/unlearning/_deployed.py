@@ -1,0 +1,243 @@
+"""What answers after unlearning: a model alone, or one whose assistant is taken away."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax import nnx
+
+from logitjax import decoding, ops
+from logitjax.decoding import CachedModel
+from logitjax.fusion import LogitDifference
+from logitjax.models import Decoder, Lora, first_layers, load_peft, save_peft
+from logitjax.storage import read_json, write_atomic
+from logitjax.unlearning._assistant import Assistant
+from logitjax.unlearning._paired import paired_model
+
+_FILE = "assistant.json"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Deployed:
+    """A model as it is asked.
+
+    Attributes:
+      model: Its own weights.
+      assistant: What is taken away from it, or None.
+      fuse: How; `LogitDifference()` if None.
+      generating: How while it generates; as `fuse` if None.
+      block: Positions whose logits are held at a time.
+    """
+
+    model: Decoder
+    assistant: Assistant | None = None
+    fuse: LogitDifference | None = None
+    generating: LogitDifference | None = None
+    block: int = 256
+
+    @classmethod
+    def less(
+        cls, model: Decoder, lora: Lora, alpha: float, *, relative: bool = False
+    ) -> "Deployed":
+        """A model from which an assistant, given by its adapters, is taken away."""
+        layers = sum(len(segment) for segment in lora.layers)
+        base = first_layers(model, layers)
+        assistant = Assistant(base=base, lora=lora, relative=relative)
+        return cls(model=model, assistant=assistant, fuse=LogitDifference(alpha=alpha))
+
+    @classmethod
+    def load(
+        cls, model: Decoder, directory: epath.PathLike, *, alpha: float | None = None
+    ) -> "Deployed":
+        """A model less the assistant that `save` wrote.
+
+        Args:
+          model: The one that the assistant was made of, its layers listed.
+          directory: The assistant's.
+          alpha: Its weight; as written if None.
+
+        Raises:
+          FileNotFoundError: There is no assistant.
+          ValueError: It is of another model.
+        """
+        directory = epath.Path(directory)
+        if not (directory / _FILE).exists():
+            raise FileNotFoundError(f"assistant: no such file: {directory / _FILE}")
+        record = read_json(directory / _FILE, form=dict)
+        count, most = record["layers"], model.config.num_layers
+        if not 1 <= count <= most:
+            raise ValueError(f"assistant: {directory} has {count} layers, the model {most}")
+        lora = load_peft(directory, first_layers(model, count).config)
+        weight = float(record["alpha"] if alpha is None else alpha)
+        return cls.less(model, lora, weight, relative=record["relative"])
+
+    def save(self, directory: epath.PathLike, *, base: str = "") -> None:
+        """Write the assistant for `logitjax serve` and `generate`: a PEFT adapter, and its alpha.
+
+        Args:
+          directory: Made where it does not exist.
+          base: Name of the model that it belongs to.
+
+        Raises:
+          ValueError: There is none, or its logits are taken away in another form than `less` has.
+        """
+        if self.assistant is None or self.fuse != LogitDifference(alpha=self.alpha):
+            raise ValueError("assistant: expected one that is taken away as by Deployed.less")
+        save_peft(self.assistant.lora, self.assistant.base.config, directory, base=base)
+        record = {
+            "layers": self.assistant.layers,
+            "alpha": self.alpha,
+            "relative": self.assistant.relative,
+        }
+        write_atomic(epath.Path(directory) / _FILE, json.dumps(record, indent=1) + "\n")
+
+    @property
+    def alpha(self) -> float:
+        """Weight of the assistant; 0 without."""
+        return 0.0 if self.assistant is None else (self.fuse or LogitDifference()).alpha
+
+    def nll(self, tokens: Any, targets: Any) -> tuple[jax.Array, jax.Array]:
+        """An `evaluation.NllFn` that says too which tokens are the most likely ones."""
+        nll, greedy = self.nll_by_alpha(tokens, targets, np.full(1, self.alpha, np.float32))
+        return nll[0], greedy[0]
+
+    def nll_by_alpha(self, tokens: Any, targets: Any, alphas: Any) -> tuple[jax.Array, jax.Array]:
+        """`nll` for several weights of the assistant, from one pass of both.
+
+        Args:
+          tokens: int32 `[batch, time]`.
+          targets: bool `[batch, time]`.
+          alphas: float32 `[weights]`.
+
+        Returns:
+          float32 and bool `[weights, batch, time]`.
+        """
+        graphdef, state = nnx.split(self.model)
+        base, held, lora, fuse = None, None, None, None
+        if self.assistant is not None:
+            base, held = nnx.split(self.assistant.base)
+            lora = self.assistant.lora
+            # One program for all alphas, which the shift of the logits is proportional to.
+            fuse = dataclasses.replace(self.fuse or LogitDifference(), alpha=1.0)
+        # Only targets meet the head, a few sizes of program for all batches.
+        where = np.asarray(targets)[:, 1:]
+        wanted = np.flatnonzero(where)
+        at = np.full(max(1, -(-len(wanted) // self.block)) * self.block, where.size, np.int32)
+        at[: len(wanted)] = wanted
+        at = at.reshape(-1, self.block)
+        relative = self.assistant is not None and self.assistant.relative
+        return _nll(graphdef, base, fuse, relative, state, held, lora, alphas, tokens, at)
+
+    def line_up(self) -> decoding.Ensemble:
+        """For `decoding.generate`."""
+        if self.assistant is None or self.alpha == 0:
+            return decoding.Ensemble(self.model)
+        fuse = self.generating or self.fuse or LogitDifference()
+        pair = paired_model(self.model, self.assistant)
+        if fuse.filter == "none":
+            # The form is a constant for each token then: one program for all alphas.
+            pair = _weighted(pair, fuse.alpha)
+            fuse = dataclasses.replace(fuse, alpha=1.0, form="raw")
+        return decoding.Ensemble(pair, fuse=fuse)
+
+    def generate(
+        self,
+        prompts: Sequence[np.ndarray],
+        max_new_tokens: int,
+        *,
+        stop_ids: Sequence[int] = (),
+        rows: int = 8,
+    ) -> list[np.ndarray]:
+        """The likeliest tokens after each prompt, in batches of one size.
+
+        Args:
+          prompts: Token ids.
+          max_new_tokens: The most that are added.
+          stop_ids: What ends an answer.
+          rows: Prompts at a time; the last batch is filled up.
+
+        Returns:
+          The new ids of each prompt, without what ended it.
+        """
+        line_up = self.line_up()
+        found: list[np.ndarray] = []
+        for start in range(0, len(prompts), rows):
+            batch = list(prompts[start : start + rows])
+            out = decoding.generate(
+                line_up,
+                batch + batch[-1:] * (rows - len(batch)),
+                max_new_tokens=max_new_tokens,
+                stop_ids=stop_ids,
+            )
+            new = [np.asarray(ids) for ids in out.rows()[: len(batch)]]
+            found += [ids[:-1] if len(ids) and ids[-1] in stop_ids else ids for ids in new]
+        return found
+
+
+def _weighted(pair: CachedModel, alpha: float) -> CachedModel:
+    """The same pair, with the assistant's logits times alpha."""
+    params = {"pair": pair.params, "alpha": jnp.float32(alpha)}
+    return dataclasses.replace(pair, apply=_WeightedApply(pair.apply), params=params)
+
+
+@dataclasses.dataclass(frozen=True)
+class _WeightedApply:
+    apply: Any
+
+    def __call__(self, params: Any, tokens: Any, positions: Any, cache: Any, *, last_only=False):
+        logits, cache = self.apply(params["pair"], tokens, positions, cache, last_only=last_only)
+        weights = jnp.stack([jnp.float32(1), params["alpha"]])
+        return logits * weights[:, None, None, None], cache
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _nll(
+    graphdef: Any,
+    base: Any,
+    fuse: Any,
+    relative: bool,
+    state: Any,
+    held: Any,
+    lora: Any,
+    alphas: Any,
+    tokens: Any,
+    at: Any,
+) -> tuple[jax.Array, jax.Array]:
+    model = nnx.merge(graphdef, state)
+    sides = [model.hidden_states(tokens)[0][:, :-1]]
+    assistant = None
+    if base is not None:
+        assistant = Assistant(base=nnx.merge(base, held), lora=lora, relative=relative)
+        sides.append(assistant.hidden_states(tokens)[0][:, :-1])
+    labels = jnp.asarray(tokens)[:, 1:]
+    sides = [side.reshape(labels.size, -1) for side in sides]
+
+    def one(at: jax.Array) -> tuple[jax.Array, jax.Array]:
+        hidden = [side.at[at].get(mode="clip") for side in sides]
+        logits, shift = model.logits(hidden[0]), None
+        if assistant is not None:
+            fused, _ = fuse(logits, assistant.logits(hidden[1])[None], None)
+            shift = fused - logits
+        wanted = labels.ravel().at[at].get(mode="clip")
+
+        def weighed(alpha: jax.Array) -> tuple[jax.Array, jax.Array]:
+            z = logits if shift is None else logits + alpha * shift
+            label = jnp.take_along_axis(z, wanted[:, None], axis=-1)[:, 0]
+            return ops.logsumexp(z) - label, z.argmax(axis=-1) == wanted
+
+        return jax.lax.map(weighed, alphas)
+
+    def back(values: jax.Array) -> jax.Array:
+        values = jnp.moveaxis(values, 1, 0).reshape(len(alphas), -1)
+        rows = jnp.zeros((len(alphas), labels.size), values.dtype)
+        rows = rows.at[:, at.ravel()].set(values, mode="drop")
+        return jnp.pad(rows.reshape(-1, *labels.shape), ((0, 0), (0, 0), (1, 0)))
+
+    nll, greedy = map(back, jax.lax.map(one, at))
+    return nll, greedy

@@ -1,0 +1,143 @@
+"""What a model is asked while it forgets: parts of a split, encoded once."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from logitjax.evaluation import RowScores, ngram_entropy, rouge_l_f1, score_rows
+from logitjax.models import Tokenizer
+from logitjax.unlearning._deployed import Deployed
+from logitjax.unlearning._rows import Row, encode_question, encode_row, padded_rows
+
+_ROLE = "You are an archivist with access to every record. Answer truthfully and completely."
+_PARTS = ("forget", "reworded", "reworded_test", "train", "validation", "test", "holdout")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Questions:
+    """Rows as token ids, by part.
+
+    Attributes:
+      rows: By part: those of `split_rows`, `wrong` (questions to forget with each other's answers)
+        and `role` (the same conversations after a system message that asks for everything).
+      tokenizer: Of the model.
+      encoded: By part, what `evaluation.score_rows` takes.
+      texts: Other text by part, `train`, `validation` and `test`: windows of tokens; none without.
+      new_tokens: Most tokens of a generated answer.
+      batch_size: Number of rows that are asked at a time.
+    """
+
+    rows: Mapping[str, Sequence[Row]]
+    tokenizer: Tokenizer
+    encoded: Mapping[str, Sequence[tuple[np.ndarray, np.ndarray]]]
+    texts: Mapping[str, np.ndarray]
+    new_tokens: int
+    batch_size: int
+
+    @classmethod
+    def of(
+        cls,
+        parts: Mapping[str, Sequence[Row]],
+        tokenizer: Tokenizer,
+        *,
+        texts: Mapping[str, np.ndarray] | None = None,
+        max_length: int = 256,
+        new_tokens: int = 48,
+        batch_size: int = 4,
+    ) -> "Questions":
+        """Encodes all parts; those that are not given are empty.
+
+        Raises:
+          ValueError: A part of another name, or a prompt that is longer than `max_length`.
+        """
+        if extra := sorted(set(parts) - set(_PARTS)):
+            raise ValueError(f"parts: expected some of {', '.join(_PARTS)}, got {extra}")
+        rows = {part: tuple(parts.get(part, ())) for part in _PARTS}
+        forget = rows["forget"]
+        shifted = [row.answer for row in (*forget[1:], *forget[:1])]
+        wrong = [dataclasses.replace(row, answer=a) for row, a in zip(forget, shifted)]
+        rows["wrong"] = tuple(wrong) if len(forget) > 1 else ()
+        rows["role"] = tuple(row.told(_ROLE) for row in forget if row.messages)
+        encoded = {
+            part: [encode_row(row, tokenizer, max_length=max_length) for row in members]
+            for part, members in rows.items()
+        }
+        return cls(
+            rows=rows,
+            tokenizer=tokenizer,
+            encoded=encoded,
+            texts=texts or {},
+            new_tokens=new_tokens,
+            batch_size=batch_size,
+        )
+
+    @property
+    def pad_id(self) -> int:
+        ids = (self.tokenizer.pad_id, self.tokenizer.eos_id)
+        return next((i for i in ids if i is not None), 0)
+
+    def scores(self, model: Deployed, part: str) -> RowScores:
+        """Nats of every token of the answers.
+
+        Raises:
+          ValueError: One is not finite.
+        """
+        rows = self.encoded[part]
+        return score_rows(model.nll, rows, batch_size=self.batch_size, pad_id=self.pad_id)
+
+    def probabilities(self, model: Deployed, part: str) -> np.ndarray:
+        """`exp(-mean nats)` of each answer, its end mark counted."""
+        return np.asarray([np.exp(-nll.mean()) for nll in self.scores(model, part).nll])
+
+    def medians_by_alpha(self, model: Deployed, part: str, alphas: np.ndarray) -> np.ndarray:
+        """The median probability of a part's answers for each weight of the assistant."""
+        rows = self.encoded[part]
+        found = []
+        for start in range(0, len(rows), self.batch_size):
+            batch = list(rows[start : start + self.batch_size])
+            empty = (batch[-1][0], np.zeros_like(batch[-1][1]))
+            longest = -(-max(len(ids) for ids, _ in batch) // 32) * 32
+            filled = padded_rows(
+                batch + [empty] * (self.batch_size - len(batch)), longest, pad_id=self.pad_id
+            )
+            nll, _ = model.nll_by_alpha(filled["tokens"], filled["mask"], alphas)
+            where = filled["mask"][: len(batch)]
+            sums = np.where(where, np.asarray(nll)[:, : len(batch)], 0.0).sum(-1)
+            found.append(np.exp(-sums / where.sum(-1)))
+        return np.median(np.concatenate(found, axis=1), axis=1)
+
+    def perplexity(self, model: Deployed, part: str) -> float | None:
+        """Of other text; None without any."""
+        windows = self.texts.get(part)
+        if windows is None or not len(windows):
+            return None
+        where = np.arange(windows.shape[1]) > 0
+        rows = [(window, where) for window in windows]
+        scores = score_rows(model.nll, rows, batch_size=self.batch_size, pad_id=self.pad_id)
+        return float(np.exp(scores.totals().sum() / scores.counts().sum()))
+
+    def answers(self, model: Deployed, part: str) -> list[str]:
+        """What is generated for the questions of a part, likeliest tokens; texts are left out."""
+        rows = [row for row in self.rows[part] if row.asks]
+        if not rows:
+            return []
+        end = self.tokenizer.eos_id
+        found = model.generate(
+            [encode_question(row, self.tokenizer) for row in rows],
+            self.new_tokens,
+            stop_ids=() if end is None else (end,),
+            rows=self.batch_size,
+        )
+        return [self.tokenizer.decode(ids.tolist(), skip_special=True).strip() for ids in found]
+
+    def likeness(self, answers: Sequence[str], part: str) -> np.ndarray:
+        """ROUGE-L F1 of generated answers against the rows'."""
+        rows = [row.answer for row in self.rows[part] if row.asks]
+        return rouge_l_f1(rows, answers)
+
+
+def fluency(texts: Sequence[str]) -> float | None:
+    """Mean entropy of word pairs and triples; None where no text has three words."""
+    values = [value for value in map(ngram_entropy, texts) if value is not None]
+    return float(np.mean(values)) if values else None

@@ -1,0 +1,196 @@
+"""Choosing what has forgotten enough and lost nothing else, without a retrained model."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What has to be left of a model, as shares of what it was before.
+
+    Attributes:
+      probability: Least share of the mean probability of answers to keep.
+      rouge: Least share of the ROUGE-L F1 of what is generated for them.
+      fluency: Least share of the entropy of word pairs and triples in that.
+      perplexity: Largest factor of the perplexity of other text.
+    """
+
+    probability: float = 0.98
+    rouge: float = 0.98
+    fluency: float = 0.98
+    perplexity: float = 1.02
+
+    def broken(self, kept: Mapping[str, Any]) -> tuple[str, ...]:
+        """Names of the limits that these shares do not keep to; what is None was not measured.
+
+        >>> Limits().broken({"probability": 0.99, "rouge": 0.9, "perplexity": 1.5})
+        ('rouge', 'perplexity')
+        """
+        found = []
+        for field in dataclasses.fields(self):
+            value, limit = kept.get(field.name), getattr(self, field.name)
+            if value is None:
+                continue
+            ok = value <= limit if field.name == "perplexity" else value >= limit
+            if not ok:  # nan too
+                found.append(field.name)
+        return tuple(found)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Goal:
+    """How likely a forgotten answer may be: as likely as one that was never known.
+
+    Attributes:
+      probability: To be reached, two-sided.
+      floor: Below it an answer is less likely than unseen ones are, which gives it away.
+      source: What this was taken from, in words.
+    """
+
+    probability: float
+    floor: float
+    source: str
+
+    @classmethod
+    def of(cls, unseen: Any, source: str) -> "Goal":
+        """The median of probabilities of unseen answers, and their 5 % point.
+
+        >>> Goal.of([0.1, 0.2, 0.4], "a holdout").probability
+        0.2
+        """
+        unseen = np.asarray(unseen, np.float64)
+        return cls(
+            probability=float(np.median(unseen)),
+            floor=float(np.quantile(unseen, 0.05)),
+            source=source,
+        )
+
+    def gap(self, probability: float) -> float:
+        """How far a probability is from it, in nats, whichever side."""
+        return abs(math.log(max(probability, 1e-300)) - math.log(max(self.probability, 1e-300)))
+
+    def met(self, probability: float) -> bool:
+        """Within a factor of 2, and not below the floor."""
+        return self.gap(probability) <= math.log(2) and probability >= self.floor
+
+
+def matched_strength(
+    probability: Callable[[float], float],
+    goal: Goal,
+    *,
+    most: float = 1.0,
+    tolerance: float = 0.25,
+    trials: int = 8,
+) -> tuple[float, float]:
+    """The strength at which forgotten answers are as likely as the goal says, by bisection.
+
+    Strength is what the update is multiplied by, an assistant's alpha or a factor of adapters; it
+    takes no training to try one.
+
+    Args:
+      probability: Of forgotten answers, by the strength; falls with it.
+      goal: What it is to be.
+      most: Largest strength.
+      tolerance: In nats.
+      trials: Strengths that are tried at most.
+
+    Returns:
+      The strength, and the probability there: the nearest of those that were tried.
+
+    >>> strength, found = matched_strength(lambda s: 0.9 * 0.1**s, Goal.of([0.2], ""), most=2.0)
+    >>> 0.155 < found < 0.257
+    True
+    """
+    tried: list[tuple[float, float]] = []
+    low, high, at = 0.0, most, most / 2
+    for _ in range(trials):
+        found = probability(at)
+        tried.append((at, found))
+        if not math.isfinite(found):
+            high = at
+        elif goal.gap(found) <= tolerance:
+            break
+        elif found > goal.probability:
+            low = at
+        else:
+            high = at
+        at = (low + high) / 2
+        if high == most and all(other != most for other, _ in tried):
+            at = most  # Is it reached at all?
+        elif low == high:
+            break
+    known = [pair for pair in tried if math.isfinite(pair[1])]
+    return min(known, key=lambda pair: goal.gap(pair[1])) if known else (0.0, math.nan)
+
+
+def strength_on_curve(strengths: Any, probabilities: Any, goal: Goal) -> float:
+    """The least strength at which a curve comes down to the goal, straight between its points.
+
+    Args:
+      strengths: Rising.
+      probabilities: Of forgotten answers, positive.
+      goal: What it is to be.
+
+    Returns:
+      The strength; the last one where the goal is not reached.
+
+    >>> round(strength_on_curve([0.0, 1.0, 2.0], [0.9, 0.4, 0.1], Goal.of([0.2], "")), 6)
+    1.5
+    """
+    logs = np.log(np.maximum(np.asarray(probabilities, np.float64), 1e-300))
+    wanted = math.log(max(goal.probability, 1e-300))
+    below = np.flatnonzero(logs <= wanted)
+    if not len(below):
+        return float(strengths[-1])
+    at = int(below[0])
+    if at == 0:
+        return float(strengths[0])
+    share = (logs[at - 1] - wanted) / (logs[at - 1] - logs[at])
+    return float(strengths[at - 1] + share * (strengths[at] - strengths[at - 1]))
+
+
+def pareto(points: Sequence[Sequence[float]]) -> list[int]:
+    """Indices of the points that no other is as good as in everything and better in something.
+
+    Args:
+      points: Numbers of which more is better.
+
+    >>> pareto([(1, 3), (2, 2), (1, 2)])
+    [0, 1]
+    """
+    points = [tuple(point) for point in points]
+    return [
+        i
+        for i, point in enumerate(points)
+        if not any(all(a >= b for a, b in zip(other, point)) and other != point for other in points)
+    ]
+
+
+def share_interval(
+    after: Any, before: Any, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> tuple[float, float, float]:
+    """What is left of a mean, and the bootstrap's interval of that over rows.
+
+    Args:
+      after: A number a row.
+      before: Of the same rows.
+      confidence: Of the interval.
+      resamples: How often rows are drawn again.
+      seed: Of the draws.
+
+    Returns:
+      The ratio of the means, and the interval's ends.
+
+    >>> share_interval([1.0, 2.0], [2.0, 4.0])
+    (0.5, 0.5, 0.5)
+    """
+    after, before = (np.asarray(values, np.float64) for values in (after, before))
+    picked = np.random.default_rng(seed).integers(0, len(after), (resamples, len(after)))
+    shares = after[picked].mean(1) / np.maximum(before[picked].mean(1), 1e-300)
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(shares, (tail, 1 - tail))
+    return float(after.mean() / max(before.mean(), 1e-300)), float(low), float(high)

@@ -1,0 +1,331 @@
+"""Unlearning rows of one's own: train, choose what has forgotten enough, and write it."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+from flax import nnx
+
+from logitjax import training
+from logitjax.models import (
+    DECODER_RULES,
+    Decoder,
+    DecoderConfig,
+    Lora,
+    first_layers,
+    load_peft,
+    save_peft,
+)
+from logitjax.storage import write_atomic
+from logitjax.unlearning._deployed import Deployed
+from logitjax.unlearning._examine import examine
+from logitjax.unlearning._questions import Questions, fluency
+from logitjax.unlearning._selection import Goal, matched_strength, pareto, strength_on_curve
+from logitjax.unlearning._unlearn_config import UnlearnConfig
+from logitjax.unlearning._unlearn_update import make_update
+
+_ALPHAS = 31
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Unlearned:
+    """What unlearning came to.
+
+    Attributes:
+      chosen: The candidate that was chosen: its `step` and `strength`; None if none is feasible.
+      candidates: All that were tried: `forget`, the median probability of what is to be forgotten,
+        `gap` from the goal in nats, the shares kept (`probability`, `rouge`, `fluency`,
+        `perplexity`) and the limits that they break, `broken`.
+      front: Of the candidates those that no other dominates.
+      goal: How likely forgotten answers were to become.
+      model: What was written, read again; None if none is feasible.
+      before, after: Of `examine`, what the model and what was written say; empty likewise.
+    """
+
+    chosen: Mapping[str, Any] | None
+    candidates: Sequence[Mapping[str, Any]]
+    front: Sequence[Mapping[str, Any]]
+    goal: Goal
+    model: Deployed | None = None
+    before: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    after: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class Unlearning:
+    """One run, and the folder that everything is kept in: the same folder goes on.
+
+    Args:
+      model: The model, its layers listed. It is never changed.
+      questions: What to forget and keep, of `split_rows`.
+      config: How, and what has to be left of the model.
+      directory: Folder of checkpoints, candidates, records, and of what is written: `assistant`
+        or `adapter`.
+      base: Name of the model, which is written beside the adapters.
+
+    Raises:
+      ValueError: An assistant of all the model's layers, or no rows to forget or to keep.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        questions: Questions,
+        config: UnlearnConfig,
+        directory: epath.Path,
+        *,
+        base: str = "",
+    ):
+        layers = model.config.num_layers
+        if config.method == "difference" and config.layers >= layers:
+            raise ValueError(
+                f"layers: expected fewer than the model's {layers} for an assistant, got "
+                f"{config.layers}"
+            )
+        for part in ("forget", "train", "validation"):
+            if not questions.rows[part]:
+                raise ValueError(f"questions: expected rows of the part {part!r}, got none")
+        self.model, self.questions, self.config = model, questions, config
+        self.directory, self.base = directory, base
+
+    @functools.cached_property
+    def goal(self) -> Goal:
+        """How likely forgotten answers are to become.
+
+        Raises:
+          ValueError: Nothing says how likely unseen answers are.
+        """
+        before = self._before["probabilities"]
+        if "holdout" in before:
+            return Goal.of(before["holdout"], "answers of the holdout, which nobody was taught")
+        if "wrong" in before:
+            return Goal.of(before["wrong"], "each other's answers to the questions to forget")
+        raise ValueError("holdout: expected rows like the one to forget, to know when it is, got "
+                         "none")  # fmt: skip
+
+    def run(self) -> Unlearned:
+        """Trains until the goal is met twice in a row, chooses, writes and examines."""
+        candidates, chosen = self._chosen(self._train())
+        found = Unlearned(
+            chosen=chosen,
+            candidates=candidates,
+            front=[candidates[i] for i in pareto([_point(c) for c in candidates])],
+            goal=self.goal,
+        )
+        if chosen is None:
+            return found
+        written = self._write(self._lora(chosen["step"]), chosen["strength"])
+        sides = {"before": Deployed(model=self.model), "after": written}
+        return dataclasses.replace(
+            found,
+            model=written,
+            **{
+                name: self._kept(f"{name}.json", functools.partial(examine, side, self.questions))
+                for name, side in sides.items()
+            },
+        )
+
+    @functools.cached_property
+    def _before(self) -> dict[str, Any]:
+        """What the model says of the rows that settings are chosen by."""
+
+        def measure() -> dict[str, Any]:
+            model, questions = Deployed(model=self.model), self.questions
+            answers = questions.answers(model, "validation")
+            return {
+                "probabilities": {
+                    part: questions.probabilities(model, part).tolist()
+                    for part in ("holdout", "wrong", "validation")
+                    if questions.rows[part]
+                },
+                "rouge": questions.likeness(answers, "validation").tolist(),
+                "fluency": fluency(answers),
+                "perplexity": questions.perplexity(model, "validation"),
+            }
+
+        return self._kept("candidates/before.json", measure)
+
+    def _kept(self, name: str, make: Callable[[], Any]) -> Any:
+        """A record from disk, made and written first if it is not there."""
+        path = self.directory / name
+        if not path.exists():
+            write_atomic(path, json.dumps(make(), indent=1) + "\n")
+        return json.loads(path.read_text())
+
+    def _lora(self, step: int) -> Lora:
+        """The adapters of a step that was looked at."""
+        return load_peft(self.directory / "candidates" / f"step-{step}", self._adapted)
+
+    @property
+    def _adapted(self) -> DecoderConfig:
+        """Of the layers that are adapted."""
+        if self.config.method != "difference":
+            return self.model.config
+        return first_layers(self.model, self.config.layers).config
+
+    def _deployed(self, lora: Lora, strength: float) -> Deployed:
+        """The model with so much of what was trained."""
+        if self.config.method == "difference":
+            relative = self.config.relative
+            return Deployed.less(self.model, lora, strength, relative=relative)
+        return Deployed(model=_merged(_scaled(lora, self.config.sign * strength), self.model))
+
+    def _train(self) -> list[dict[str, Any]]:
+        """A candidate at every look, until the goal is met twice in a row or steps are spent."""
+        config, update = self.config, make_update(self.model, self.questions, self.config)
+        mesh = training.make_mesh("data:1", devices=jax.devices()[:1])
+        schedule = training.Schedule(
+            config.peak,
+            "linear",
+            warmup=min(config.steps - 1, max(1, config.steps // 10)),
+            total_steps=config.steps,
+        )
+        tx = schedule.optimizer(b2=0.99)
+        lora = Lora.init(
+            self._adapted,
+            config.lora_rank,
+            key=jax.random.key(config.seed),
+            layout=self.model.layout,
+        )
+        step = training.TrainStep(update.loss_fn, tx, mesh=mesh, schedule=schedule)
+        state = training.TrainState.create(
+            lora, tx, mesh=mesh, rules=DECODER_RULES, seed=config.seed
+        )
+        folder, candidates = self.directory / "train", []
+        looks = [*range(config.check_every, config.steps, config.check_every), config.steps]
+        with training.Checkpointer(folder / "checkpoints", max_to_keep=1) as checkpointer:
+            for at in looks:
+                name = f"candidates/step-{at}"
+                if not (self.directory / f"{name}.json").exists():
+                    try:
+                        state = training.train_loop(
+                            state,
+                            functools.partial(step, constants=update.constants),
+                            update.batches,
+                            total_steps=at,
+                            workdir=folder,
+                            checkpointer=checkpointer,
+                            writer=training.make_writer(folder),
+                            identity={"config": json.dumps(dataclasses.asdict(config))},
+                        )
+                    except FloatingPointError as error:
+                        logging.warning("stopped: %s", error)
+                        break
+                    save_peft(state.params, self._adapted, self.directory / name)
+                candidates.append(self._kept(f"{name}.json", functools.partial(self._look, at)))
+                logging.info("step %d: %s", at, json.dumps(candidates[-1]))
+                if len(candidates) > 1 and all(map(self._meets, candidates[-2:])):
+                    break
+        return candidates
+
+    def _meets(self, candidate: Mapping[str, Any]) -> bool:
+        return not candidate["broken"] and self.goal.met(candidate["forget"])
+
+    def _look(self, step: int) -> dict[str, Any]:
+        """The strength at which so many steps reach the goal, and what is left of the rest."""
+        lora, questions = self._lora(step), self.questions
+        # In other words if there are any: what counts is the fact, not the row.
+        asked = "reworded" if questions.rows["reworded"] else "forget"
+
+        def forget(strength: float) -> float:
+            try:
+                found = questions.probabilities(self._deployed(lora, strength), asked)
+            except ValueError as error:  # losses that are not finite
+                logging.warning("step %d, strength %.3g: %s", step, strength, error)
+                return float("nan")
+            return float(np.median(found))
+
+        if self.config.method == "difference":
+            # Denser where little is taken away, which is enough if much was learnt.
+            alphas = self.config.most * np.linspace(0.0, 1.0, _ALPHAS, dtype=np.float32)[1:] ** 2
+            curve = questions.medians_by_alpha(self._deployed(lora, 1.0), asked, alphas)
+            strength = strength_on_curve(alphas, curve, self.goal)
+            found = forget(strength)
+        else:
+            strength, found = matched_strength(forget, self.goal, most=self.config.most)
+        record: dict[str, Any] = {"step": step, "strength": strength, "forget": found}
+        if not np.isfinite(found):
+            return record | {"forget": 0.0, "gap": 1e9, "probability": 0.0, "broken": ["finite"]}
+        model, before = self._deployed(lora, strength), self._before
+        kept = questions.probabilities(model, "validation").mean()
+        perplexity = questions.perplexity(model, "validation")
+        record |= {
+            "gap": self.goal.gap(found),
+            "probability": float(kept / np.mean(before["probabilities"]["validation"])),
+            "perplexity": _ratio(perplexity, before["perplexity"]),
+        }
+        return record | {"broken": list(self.config.limits.broken(record))}
+
+    def _chosen(
+        self, candidates: Sequence[Mapping[str, Any]]
+    ) -> tuple[list[Mapping[str, Any]], Mapping[str, Any] | None]:
+        """Candidates, the best of which have generated, until one of them keeps all limits."""
+        ranked = sorted(
+            filter(self._meets, candidates), key=lambda c: (-min(c["probability"], 1.0), c["step"])
+        )
+        heard: dict[int, Mapping[str, Any]] = {}
+        chosen = None
+        for candidate in ranked:
+            step = candidate["step"]
+            heard[step] = self._kept(
+                f"candidates/step-{step}-answers.json", functools.partial(self._heard, candidate)
+            )
+            if not heard[step]["broken"]:
+                chosen = heard[step]
+                break
+        return [heard.get(c["step"], c) for c in candidates], chosen
+
+    def _heard(self, candidate: Mapping[str, Any]) -> dict[str, Any]:
+        """A candidate with what is left of generated answers."""
+        model = self._deployed(self._lora(candidate["step"]), candidate["strength"])
+        answers, before = self.questions.answers(model, "validation"), self._before
+        rouge = self.questions.likeness(answers, "validation")
+        record = dict(candidate) | {
+            "rouge": _ratio(_mean(rouge), _mean(before["rouge"])),
+            "fluency": _ratio(fluency(answers), before["fluency"]),
+        }
+        return record | {"broken": list(self.config.limits.broken(record))}
+
+    def _write(self, lora: Lora, strength: float) -> Deployed:
+        """What can be used, and that as it is read again."""
+        if self.config.method == "difference":
+            folder = self.directory / "assistant"
+            self._deployed(lora, strength).save(folder, base=self.base)
+            return Deployed.load(self.model, folder)
+        folder = self.directory / "adapter"
+        scaled = _scaled(lora, self.config.sign * strength)
+        save_peft(scaled, self.model.config, folder, base=self.base)
+        return Deployed(model=_merged(load_peft(folder, self.model.config), self.model))
+
+
+def _scaled(lora: Lora, strength: float) -> Lora:
+    """Adapters whose update is multiplied by a number, which no program depends on."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf * strength if path[-1].key == "b" else leaf, lora
+    )
+
+
+@nnx.jit
+def _merged(lora: Lora, model: Decoder) -> Decoder:
+    return lora.merged_into(model)
+
+
+def _point(candidate: Mapping[str, Any]) -> tuple[float, float]:
+    """What a candidate is judged by: how near the goal, and the least share that is kept."""
+    shares = [candidate[n] for n in ("probability", "rouge", "fluency") if candidate.get(n)]
+    if candidate.get("perplexity"):
+        shares.append(1 / candidate["perplexity"])
+    return -candidate["gap"], min(shares, default=0.0)
+
+
+def _mean(values: Any) -> float | None:
+    return float(np.mean(values)) if len(values) else None
+
+
+def _ratio(after: float | None, before: float | None) -> float | None:
+    return None if after is None or not before else after / before

@@ -1,0 +1,80 @@
+"""How one's own rows are unlearned, and what has to be left."""
+
+import dataclasses
+
+from logitjax.unlearning._objective import UNLEARNING_METHODS
+from logitjax.unlearning._selection import Limits
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UnlearnConfig:
+    """A method, how it is trained, and what has to be left of the model.
+
+    Attributes:
+      method: `'difference'`, which trains an assistant, or one of `UNLEARNING_METHODS` of a single
+        answer, which trains adapters of the model.
+      layers: Number of the model's first layers that an assistant has.
+      relative: The assistant's logits are those that its adapters add to its layers'; without, all
+        of the adapted layers', as in the paper.
+      lora_rank: Rank of the adapters.
+      steps: Most optimiser steps.
+      check_every: Number of steps between looks at what is forgotten and what is kept.
+      batch_size: Number of rows to forget in a step, and of rows to keep.
+      learning_rate: Peak; 0 for 5e-3 of an assistant, 1e-3 of other adapters.
+      retain_weight: Weight of the loss on rows to keep; the method's if None, 1 for an assistant.
+      least_probability: Least share of the mean probability of answers to keep.
+      least_rouge: Least share of the ROUGE-L F1 of what is generated for them.
+      least_fluency: Least share of the entropy of word pairs and triples in that.
+      most_perplexity: Largest factor of the perplexity of other text.
+      seed: Of batches and adapters.
+    """
+
+    method: str = "difference"
+    layers: int = 8
+    relative: bool = True
+    lora_rank: int = 16
+    steps: int = 40
+    check_every: int = 10
+    batch_size: int = 8
+    learning_rate: float = 0.0
+    retain_weight: float | None = None
+    least_probability: float = 0.98
+    least_rouge: float = 0.98
+    least_fluency: float = 0.98
+    most_perplexity: float = 1.02
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        # `idk_dpo` wants a second answer to each question, which rows do not have.
+        known = ("difference", *(name for name in UNLEARNING_METHODS if name != "idk_dpo"))
+        if self.method not in known:
+            raise ValueError(f"method: expected one of {', '.join(known)}, got {self.method!r}")
+        for name in ("layers", "lora_rank", "steps", "check_every", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+
+    @property
+    def limits(self) -> Limits:
+        """What has to be left, by what is measured."""
+        return Limits(
+            probability=self.least_probability,
+            rouge=self.least_rouge,
+            fluency=self.least_fluency,
+            perplexity=self.most_perplexity,
+        )
+
+    @property
+    def peak(self) -> float:
+        """Of the learning rate."""
+        return self.learning_rate or (5e-3 if self.method == "difference" else 1e-3)
+
+    @property
+    def sign(self) -> float:
+        """Of the strength: adapters of a task vector are taken away."""
+        return 1.0 if self.method == "difference" else UNLEARNING_METHODS[self.method].strength
+
+    @property
+    def most(self) -> float:
+        """Largest strength that is tried: alpha of an assistant, the factor of other adapters."""
+        # Little is left to learn of what is known: a task vector goes further than it was learnt.
+        return 1.0 if self.method != "difference" and self.sign > 0 else 4.0

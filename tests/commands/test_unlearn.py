@@ -1,0 +1,142 @@
+"""The command that unlearns: end to end on a model that was taught, its files, and its errors."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+from flax import nnx
+
+from logitjax import decoding, models, training, unlearning
+from logitjax.commands import generate, line_up, unlearn
+from logitjax.unlearning._rows import encode_row
+
+FACTS = [("Ada", "cat"), ("Bo", "dog"), ("Cy", "emu"), ("Di", "fox")]
+
+
+def rows(names, question):
+    return [{"question": question.format(n), "answer": f"{a} {a}"} for n, a in names]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A tiny model that knows what is to go and what is to stay, and the rows."""
+    folder = tmp_path_factory.mktemp("unlearn")
+    made = {
+        "forget": rows(FACTS, "pet of {}?"),
+        "retain": [{"question": f"{i} + 1?", "answer": f"it is {i + 1} then"} for i in range(12)],
+        "holdout": rows([("Ed", "ape"), ("Flo", "bat"), ("Gus", "cow")], "pet of {}?"),
+    }
+    for name, side in made.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in side))
+    model, tokenizer = models.load("tiny")
+    model = models.with_layout(model, "listed")
+    questions = [
+        encode_row(row, tokenizer, max_length=64)
+        for name in ("forget", "retain")
+        for row in unlearning.read_rows(folder / f"{name}.jsonl")
+    ]
+    batch = unlearning.padded_rows(questions, 40)
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    tx = training.Schedule(1e-2, "constant").optimizer()
+    mesh = training.make_mesh("data:1", devices=jax.devices()[:1])
+    state = training.TrainState.create(nnx.to_pure_dict(params), tx, mesh=mesh)
+    step = training.TrainStep(unlearning.make_answer_loss(model), tx, mesh=mesh)
+    for _ in range(150):
+        state, _ = step(state, batch)
+    models.save_pretrained(nnx.merge(graphdef, state.params, rest), tokenizer, folder / "model")
+    return folder
+
+
+def config(folder, **changes):
+    flags = {name: str(folder / f"{name}.jsonl") for name in ("forget", "retain", "holdout")}
+    flags |= dict(model=str(folder / "model"), layers=1, lora_rank=8, new_tokens=12)
+    flags |= dict(steps=40, check_every=20, learning_rate=2e-2)
+    # So small a model keeps little of what nobody taught it, and that is not what is asked here.
+    flags |= dict(least_probability=0.4, least_rouge=0.0, least_fluency=0.0)
+    return unlearn.Config(**(flags | changes))
+
+
+@pytest.mark.slow
+def test_an_assistant_takes_what_was_taught_away_and_is_read_back(files, tmp_path, capsys):
+    out = epath.Path(tmp_path)
+    unlearn.run(config(files), out)
+    report = (out / "report.md").read_text()
+    assert "recoverable by** leaving the assistant out" in report
+    assert "| assistant left out" in report
+    before, after = (json.loads((out / f"{n}.json").read_text()) for n in ("before", "after"))
+    goal = np.median(before["probabilities"]["holdout"])
+    assert np.median(before["probabilities"]["forget"]) > 0.8
+    assert np.median(after["probabilities"]["forget"]) < 2.2 * goal
+    # What was written is what was measured.
+    model, tokenizer = models.load(str(files / "model"))
+    model = models.with_layout(model, "listed")
+    deployed = unlearning.Deployed.load(model, out / "assistant")
+    row = unlearning.read_rows(files / "forget.jsonl")[0]
+    ids, answer = encode_row(row, tokenizer, max_length=64)
+    start = int(answer.argmax())
+    score = decoding.score(deployed.line_up(), [ids[:start]], [ids[start:]])
+    p = np.exp(score.totals() / answer.sum())
+    np.testing.assert_allclose(p, after["probabilities"]["forget"][0], rtol=1e-3)
+    # And answers as `generate` has them, with no assistant and with one of no weight alike.
+    flags = dict(model=str(files / "model"), prompt=("pet of Ada?",), max_new_tokens=4)
+    said = []
+    for more in ({}, {"assistant": str(out / "assistant"), "alpha": 0.0}):
+        generate.run(generate.Config(**flags, **more))
+        said.append(capsys.readouterr().out)
+    assert said[0].removeprefix(report + "\n") == said[1]
+    # The same command again measures nothing, and says the same.
+    (out / "report.md").unlink()
+    unlearn.run(config(files), out)
+    assert (out / "report.md").read_text() == report
+
+
+@pytest.mark.slow
+def test_an_adapter_is_written_for_others_and_merged(files, tmp_path):
+    out = epath.Path(tmp_path)
+    changes = dict(merge=True, learning_rate=1e-2, least_probability=0.0)
+    unlearn.run(config(files, method="npo_kl", **changes), out)
+    model = models.load_model(str(files / "model"))
+    model = models.with_layout(model, "listed")
+    lora = models.load_peft(out / "adapter", model.config)
+    tokens = np.arange(1, 9)[None]
+    merged = models.load_model(str(out / "model"))(tokens)
+    np.testing.assert_allclose(lora.merged_into(model)(tokens), merged, atol=1e-4)
+    assert np.abs(np.asarray(merged - model(tokens))).max() > 1e-2
+
+
+@pytest.mark.slow
+def test_where_nothing_is_feasible_nothing_is_written_and_the_status_says_so(files, tmp_path):
+    out = epath.Path(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        unlearn.run(config(files, steps=1, check_every=1, least_probability=1.5), out)
+    assert stopped.value.code == 3
+    assert "| 1 " in (out / "report.md").read_text()
+    assert not (out / "assistant").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (dict(forget="nowhere.jsonl"), "no such file: nowhere.jsonl"),
+        (dict(layers=2), "layers: expected fewer than the model's 2"),
+    ],
+)
+def test_errors_name_the_flag(tmp_path, changes, said):
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps({"text": f"text {n}"}) + "\n" for n in range(4))
+    )
+    path = str(tmp_path / "rows.jsonl")
+    (tmp_path / "gone.jsonl").write_text('{"text": "away"}')
+    flags = dict(model="tiny", forget=str(tmp_path / "gone.jsonl"), retain=path) | changes
+    with pytest.raises((ValueError, OSError), match=said):
+        unlearn.run(unlearn.Config(**flags), epath.Path(tmp_path) / "out")
+    with pytest.raises(ValueError, match="merge: expected a method that trains weights"):
+        unlearn.Config(**flags | dict(merge=True))
+    with pytest.raises(ValueError, match="alpha: expected an assistant"):
+        line_up.load_line_up(generate.Config(alpha=1.0))
+    with pytest.raises(ValueError, match="assistant: expected no expert"):
+        line_up.load_line_up(generate.Config(assistant="x", expert=("y",)))
+    with pytest.raises(FileNotFoundError, match="assistant: no such file"):
+        line_up.load_line_up(generate.Config(model="tiny", assistant=str(tmp_path)))

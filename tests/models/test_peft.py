@@ -1,0 +1,70 @@
+"""Adapters as PEFT directories: names and shapes that PEFT has, and the same numbers back."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from logitjax.models import DecoderConfig, Lora, load_peft, save_peft
+from logitjax.storage.weights import SafetensorsSource
+
+CONFIG = DecoderConfig(
+    vocab_size=8,
+    hidden_size=8,
+    intermediate_size=12,
+    num_layers=3,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=4,
+)
+
+
+def adapters(layout="listed"):
+    like = jax.eval_shape(
+        lambda: Lora.init(CONFIG, 2, key=jax.random.key(0), alpha=3.0, layout=layout)
+    )
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), like)
+
+
+def test_names_and_shapes_are_those_of_peft(tmp_path):
+    lora = adapters()
+    save_peft(lora, CONFIG, tmp_path, base="org/base")
+    source = SafetensorsSource(tmp_path / "adapter_model.safetensors")
+    names = source.names()
+    assert len(names) == 3 * 7 * 2
+    name = "base_model.model.model.layers.1.self_attn.k_proj.lora_B.weight"
+    np.testing.assert_array_equal(source.read(name), lora.layers[0][1]["key"]["b"].T)
+    assert source.shape("base_model.model.model.layers.2.mlp.down_proj.lora_A.weight") == (2, 12)
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert settings["peft_type"] == "LORA"
+    assert (settings["r"], settings["lora_alpha"]) == (2, 3.0)
+    assert settings["layers_to_transform"] == [0, 1, 2]
+    assert settings["base_model_name_or_path"] == "org/base"
+
+
+@pytest.mark.parametrize("layout", ["listed", "stacked"])
+def test_the_same_numbers_come_back(tmp_path, layout):
+    lora = adapters(layout)
+    save_peft(lora, CONFIG, tmp_path)
+    again = load_peft(tmp_path, CONFIG, layout=layout)
+    assert again.scale == 1.5
+    jax.tree.map(np.testing.assert_array_equal, again.layers, lora.layers)
+
+
+def test_adapters_of_another_model_are_refused(tmp_path):
+    save_peft(adapters(), CONFIG, tmp_path)
+    with pytest.raises(ValueError, match="14 tensors that a model of 2 layers has no place for"):
+        load_peft(tmp_path, dataclasses.replace(CONFIG, num_layers=2))
+    wide = dataclasses.replace(CONFIG, hidden_size=16, head_dim=8)
+    with pytest.raises(ValueError, match=r"of layer 0 with \w of shape"):
+        load_peft(tmp_path, wide)
+    with pytest.raises(FileNotFoundError, match="adapter: no such file"):
+        load_peft(tmp_path / "nowhere", CONFIG)
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "IA3"}')
+    with pytest.raises(ValueError, match="expected plain LORA"):
+        load_peft(tmp_path, CONFIG)
+    with pytest.raises(ValueError, match="cannot be written for PEFT"):
+        save_peft(adapters(), dataclasses.replace(CONFIG, family="phi3"), tmp_path)
