@@ -178,9 +178,10 @@ _FILTERS: dict[str, Callable[..., Any]] = {
 
 
 def _bound(check: Callable[..., None], arguments: tuple, options: Mapping[str, Any]) -> None:
-    # Whatever order or name they are given in: each is looked at.
+    # Whatever order or name they are given in: each is looked at. Within a loop Jinja adds its own.
+    own = ("_loop_vars", "_block_vars")
     with contextlib.suppress(TypeError):
-        check(*arguments, *options.values())
+        check(*arguments, *(value for name, value in options.items() if name not in own))
 
 
 @functools.cache

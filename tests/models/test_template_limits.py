@@ -28,6 +28,10 @@ MESSAGES = [{"role": "user", "content": "a question"}]
          "{% endfor %}{{ {n.l: 1} }}", "too long as text"),
         ("{% set x %}{% for i in range(9999) %}{{ 'y' * 99999 }}{% endfor %}{% endset %}", "much"),
         ("{{ 'a' | center(9999999999) }}", "too much text"),
+        # In a loop Jinja hands its own arguments to whatever is called.
+        ("{% for i in range(9) %}{{ ('\t' * 9999).expandtabs(99999999) }}{% endfor %}", "too much"),
+        ("{% for i in range(9) %}{{ 'a'.zfill(99999999999) }}{% endfor %}", "too much text"),
+        ("{% for i in range(9) %}{{ '{x:9999999}'.format_map({'x': 1}) }}{% endfor %}", "too wide"),
         ("{{ '{:9999999999}'.format(1) }}", "too wide"),
         ("{{ '%9999999999d' % 1 }}", "too wide"),
         ("{{ 'a'.translate({97: 'b'}) }}", "translate"),
