@@ -56,7 +56,9 @@ class Config:
     fit: Literal["crop", "pad"] = field("crop", "What a square loses or gains.")
     rows: str = field("all", "Pictures to learn from: all, a number or per_class:N.")
     batch_size: int = field(16, "Number of pictures encoded at once.", minimum=1)
-    features: str | None = field(None, "Encoded pictures, and after a comma the second encoder's.")
+    features: str | None = field(
+        None, "Encoded pictures, and after a comma those of the second encoder."
+    )
     test_features: str | None = field(None, "The same of the pictures to test on.")
     class_weights: str | None = field(None, "File of the zero-shot classifier.")
     scale: float | None = field(None, "Scale of its cosines; the file's, or CLIP's 100.")
