@@ -2,9 +2,9 @@
 
     python -m experiments.benchmark cached_teacher
 
-The student is SmolLM2-135M without the six layers that `distillation.prune_layers` misses least,
-its embedding and the layers below the cut frozen, as in the demo of graph fusion; the teacher is
-the whole model, on packaged Wikipedia summaries. Four trainings see the same rows: ``sft``;
+The student is SmolLM2-135M without the six layers that `distillation.prune_layers` misses least, as
+in the demo of graph fusion; the teacher is the whole model, on packaged Wikipedia summaries. Four
+trainings see the same rows: ``sft``;
 ``cached``, half SFT and half KL to 64 cached logits and the exact mass of the rest; ``sampled``,
 the same with 64 draws from the rest, which make the KL unbiased; ``live``, the teacher run in the
 step and KL over the whole vocabulary. Seconds are of whole steps, optimizer included, taken in
@@ -32,7 +32,6 @@ _K = 64
 _LEARNING_RATE = 3e-4
 _MIX = 0.5
 ARMS = ("sft", "cached", "sampled", "live")
-_ASKED = ("live", "given")
 _TAIL = 64
 
 
@@ -40,8 +39,7 @@ def run(options: _suite.Options) -> _suite.Result:
     seeds, steps, held_out, rows_a_step, length = (
         (1, 3, 2, 2, 64) if options.smoke else (2, 40, 24, 1, 128)
     )
-    # Of stacked layers none could be frozen alone.
-    teacher, tokenizer = models.load("tiny:1" if options.smoke else "smollm2", layout="listed")
+    teacher, tokenizer = models.load("tiny:1" if options.smoke else "smollm2")
     rows = _rows(tokenizer, length, options)
     calibration = [
         rows["train"].rows(range(i, i + 2))["lm"]
@@ -52,7 +50,7 @@ def run(options: _suite.Options) -> _suite.Result:
     )
     student = models.keep_layers(teacher, pruned.kept)
     teacher_fn, teacher_params = models.from_nnx(teacher)
-    taught = distillation.make_student(student, freeze=pruned.below)
+    taught = distillation.make_student(student)
     read = jax.jit(
         functools.partial(
             distillation.teacher_record, teacher_fn.graphdef, k=_K, tail_samples=_TAIL
@@ -74,11 +72,7 @@ def run(options: _suite.Options) -> _suite.Result:
         for step in range(steps)
     }
     logging.info("the teacher has read %d batches", len(caches))
-    mesh = training.make_mesh()
-
-    def constants(arm: str) -> dict[str, Any]:
-        return {"frozen": taught.frozen} | ({"teacher": teacher_params} if arm in _ASKED else {})
-
+    constants, mesh = {"live": teacher_params}, training.make_mesh()
     functions = {arm: _loss(arm, taught, teacher_fn.graphdef) for arm in (*ARMS, "given")}
 
     def trainer(arm: str, seed: int) -> tuple[Any, training.TrainStep]:
@@ -106,7 +100,7 @@ def run(options: _suite.Options) -> _suite.Result:
                 continue
             state, step_fn = trainer(arm, seed)
             for step in range(steps):
-                state, _ = step_fn(state, inputs(arm, step, seed), constants(arm))
+                state, _ = step_fn(state, inputs(arm, step, seed), constants.get(arm))
             found = score.means(state.params, scored, taught.frozen)
             perplexities[arm].append(float(np.exp(found["loss"])))
             known[name] = perplexities[arm][-1]
@@ -186,7 +180,7 @@ def _hidden(graphdef: Any, params: Any, batch: Mapping[str, Any]) -> Any:
 
 
 def _loss(arm: str, student: distillation.Student, teacher_graphdef: Any) -> Callable[..., Any]:
-    """An arm's loss; its constants are what is frozen, and the teacher's parameters if asked."""
+    """An arm's loss; ``live`` and ``given`` take the teacher's parameters as step constants."""
     sft, cached = (
         distillation.loss_function(
             distillation.Objective(terms=terms, teachers=(1.0,)), student, ("teacher",)
@@ -194,17 +188,15 @@ def _loss(arm: str, student: distillation.Student, teacher_graphdef: Any) -> Cal
         for terms in ((("sft", 1.0),), (("sft", 1 - _MIX), ("kl", _MIX)))
     )
 
-    def loss_fn(params: Any, batch: Any, rng: Any, constants: Any) -> Any:
-        frozen = constants["frozen"]
+    def loss_fn(params: Any, batch: Any, rng: Any, teacher: Any = None) -> Any:
         if arm == "sft":
-            return sft(params, batch, rng, frozen)
+            return sft(params, batch, rng, student.frozen)
         if arm in ("cached", "sampled"):
             sources = {"teacher": (batch["teacher"], None)}
             given = {"pivot": batch["pivot"], "sources": sources}
-            return cached(params, given, rng, frozen)
+            return cached(params, given, rng, student.frozen)
         labels, where = distillation.targets(batch["pivot"])
-        model = student.model(params, frozen)
-        source = nnx.merge(teacher_graphdef, constants["teacher"])
+        model, source = student.model(params), nnx.merge(teacher_graphdef, teacher)
         hidden, head = (
             distillation.hidden_states(model, batch["pivot"]),
             model.head_of(),
@@ -227,7 +219,7 @@ def _loss(arm: str, student: distillation.Student, teacher_graphdef: Any) -> Cal
 def _timed(
     trainer: Callable[..., Any],
     inputs: Callable[..., Any],
-    constants: Callable[[str], Mapping[str, Any]],
+    constants: Mapping[str, Any],
     hidden: Callable[..., Any],
 ) -> dict[str, Callable[[], Any]]:
     """One more step of each training, again and again, its batch on the device already."""
@@ -235,9 +227,9 @@ def _timed(
     for arm in ("sft", "cached", "sampled", "given", "live"):
         state, step_fn = trainer(arm, 0)
         batch = inputs(arm, 0, 0)
-        given = constants(arm)
+        given = constants["live"] if arm in ("given", "live") else None
         if arm == "given":
-            batch["hidden"] = jax.jit(hidden)(given["teacher"], batch["pivot"])
+            batch["hidden"] = jax.jit(hidden)(given, batch["pivot"])
         calls[arm] = _repeated(step_fn, state, jax.device_put(batch), given)
     return calls
 

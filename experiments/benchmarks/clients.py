@@ -47,7 +47,7 @@ _SCHEMAS = (
     _PERSON,
     {
         "type": "array",
-        "items": {"type": "number", "minimum": 0, "maximum": 9},
+        "items": {"type": "integer", "minimum": 0, "maximum": 9},
         "minItems": 1,
         "maxItems": 4,
     },
