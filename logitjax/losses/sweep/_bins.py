@@ -126,6 +126,8 @@ def settle(sweep: Sweep, operands: Operands, binned: Binned, state: _State) -> A
     values, ids = -negative[:, :k], ids[:, :k]
     last = state.values[:, -binned.bins :]
     unsure = ((last >= values[:, -1:]) & (last != -jnp.inf)).any(-1)
+    # No comparison lets nan in, which a sort puts first.
+    unsure |= jnp.isnan(state.rest.sums.sums[0])
     most = -(-len(unsure) // _REREAD)
 
     def some(given: Any) -> Any:
