@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -26,8 +25,7 @@ from logitjax.few_shot._method import (
 from logitjax.few_shot._sweep import best_setting, sweep
 from logitjax.few_shot._train import batch_order, train
 from logitjax.ops import Array
-from logitjax.storage import guard, read_json, require, write_atomic
-from logitjax.storage.weights import SafetensorsSource
+from logitjax.storage import guard, read_head, write_head
 
 _KIND = "few-shot head"
 
@@ -90,12 +88,8 @@ class FittedHead:
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes the head as ``head.safetensors`` and ``head.json``, which names the method."""
-        root = epath.Path(directory)
-        root.mkdir(parents=True, exist_ok=True)
         tensors = {"class_weights": np.ascontiguousarray(self.class_weights)}
         state = _form(tuple(self.state), "state", tensors)
-        content = require("safetensors.numpy", extra="models").save(tensors)
-        write_atomic(root / "head.safetensors", lambda file: file.write(content))
         record = {
             "kind": _KIND,
             "method": _described(self.method),
@@ -103,8 +97,7 @@ class FittedHead:
             "scale": self.scale,
             "class_names": list(self.class_names),
         }
-        # Last: without it there is no head.
-        write_atomic(root / "head.json", json.dumps(record, indent=1) + "\n")
+        write_head(directory, record, tensors)
 
 
 @functools.partial(jax.jit, static_argnames=("method", "scale"))
@@ -206,13 +199,8 @@ def load(directory: str | os.PathLike[str]) -> FittedHead:
         FileNotFoundError: There is no head in the directory.
         ValueError: It is damaged; names the file.
     """
-    root = epath.Path(directory)
-    if not (root / "head.json").exists():
-        raise FileNotFoundError(f"no head in {root} (it has no head.json)")
-    record = read_json(root / "head.json", form=dict)
-    source = SafetensorsSource(root / "head.safetensors")
-    tensors = {name: source.read(name) for name in source.names()}
-    with guard.naming(root, "a few-shot head"):
+    record, tensors = read_head(directory)
+    with guard.naming(epath.Path(directory), "a few-shot head"):
         if record.get("kind") != _KIND:
             raise ValueError(f"kind: expected {_KIND!r}, got {guard.short(record.get('kind'))}")
         weights, names = tensors["class_weights"], tuple(map(str, record["class_names"]))

@@ -19,6 +19,8 @@ from logitjax.storage import weights as weights
 from logitjax.storage._digest import digest as digest
 from logitjax.storage._failures import may_pass as may_pass
 from logitjax.storage._files import write_atomic as write_atomic
+from logitjax.storage._heads import read_head as read_head
+from logitjax.storage._heads import write_head as write_head
 from logitjax.storage._hub import hub_snapshot as hub_snapshot
 from logitjax.storage._manifest import Manifest as Manifest
 from logitjax.storage._packages import package_file as package_file

@@ -1,7 +1,6 @@
 """From a model with a full head to the same model with a vector-quantised one."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
@@ -16,8 +15,7 @@ from jax.sharding import Mesh
 from logitjax import processes
 from logitjax.losses import Head
 from logitjax.ops import Array
-from logitjax.storage import guard, read_json, require, write_atomic
-from logitjax.storage.weights import SafetensorsSource
+from logitjax.storage import guard, read_head, write_head
 from logitjax.vq._assignment import (
     PerplexityFloor,
     VQFit,
@@ -238,8 +236,6 @@ def convert_head(
 
 def save_head(head: VQHead, directory: str | os.PathLike[str]) -> None:
     """Writes a `VQHead` or `ShortlistHead` as ``head.safetensors`` and ``head.json``."""
-    root = epath.Path(directory)
-    root.mkdir(parents=True, exist_ok=True)
     tensors = {
         "codebook": np.asarray(head.codebook[...]),
         "assignment": np.asarray(head.assignment[...]),
@@ -255,12 +251,7 @@ def save_head(head: VQHead, directory: str | os.PathLike[str]) -> None:
         tensors["calibration"] = np.asarray(head.calibration[...])
         if head.rows is not None:
             tensors["rows"] = np.asarray(head.rows[...])
-    (root / "head.safetensors").write_bytes(
-        require("safetensors.numpy", extra="models").save(tensors)
-    )
-    kind = type(head).__name__
-    # Last: without it there is no head.
-    write_atomic(root / "head.json", json.dumps({"kind": kind, "options": options}, indent=1))
+    write_head(directory, {"kind": type(head).__name__, "options": options}, tensors)
 
 
 def load_head(directory: str | os.PathLike[str], *, dtype: Any = jnp.float32) -> VQHead:
@@ -270,13 +261,8 @@ def load_head(directory: str | os.PathLike[str], *, dtype: Any = jnp.float32) ->
       FileNotFoundError: there is no head in the directory.
       ValueError: it is damaged; names the file.
     """
-    root = epath.Path(directory)
-    if not (root / "head.json").exists():
-        raise FileNotFoundError(f"no head in {root} (it has no head.json)")
-    record = read_json(root / "head.json", form=dict)
-    source = SafetensorsSource(root / "head.safetensors")
-    tensors = {name: source.read(name) for name in source.names()}
-    with guard.naming(root, "a head"):
+    record, tensors = read_head(directory)
+    with guard.naming(epath.Path(directory), "a head"):
         return _head_of(record, tensors, dtype)
 
 

@@ -1,0 +1,56 @@
+"""A trained head as two files: what it is as JSON, and its arrays."""
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from logitjax.storage._files import write_atomic
+from logitjax.storage._require import require
+from logitjax.storage._safetensors import SafetensorsSource
+from logitjax.storage.guard import read_json
+
+
+def write_head(
+    directory: str | os.PathLike[str], record: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
+) -> None:
+    """Writes ``head.safetensors`` and ``head.json``, each whole or not at all.
+
+    Args:
+        directory: Made where it is not there.
+        record: What goes into JSON.
+        tensors: Contiguous arrays by name.
+    """
+    root = epath.Path(directory)
+    root.mkdir(parents=True, exist_ok=True)
+    content = require("safetensors.numpy", extra="models").save(dict(tensors))
+    write_atomic(root / "head.safetensors", lambda file: file.write(content))
+    # Last: without it there is no head.
+    write_atomic(root / "head.json", json.dumps(record, indent=1) + "\n")
+
+
+def read_head(
+    directory: str | os.PathLike[str],
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Reads what `write_head` wrote: the record and the arrays.
+
+    Raises:
+        FileNotFoundError: There is no head in the directory.
+        ValueError: A file is damaged; names it.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     write_head(directory, {"kind": "mine"}, {"kernel": np.ones((2, 3), np.float32)})
+    ...     record, tensors = read_head(directory)
+    >>> record, tensors["kernel"].shape
+    ({'kind': 'mine'}, (2, 3))
+    """
+    root = epath.Path(directory)
+    if not (root / "head.json").exists():
+        raise FileNotFoundError(f"no head in {root} (it has no head.json)")
+    record = read_json(root / "head.json", form=dict)
+    source = SafetensorsSource(root / "head.safetensors")
+    return record, {name: source.read(name) for name in source.names()}
