@@ -1,11 +1,14 @@
 import dataclasses
 import json
 
+import jax
+import numpy as np
 import pytest
 from etils import epath
 
 from experiments.vq_head import __main__ as vq_head
-from experiments.vq_head import arms, config, measure
+from experiments.vq_head import arms, config, data, measure
+from logitjax import vq
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +32,25 @@ def test_smoke_run_leaves_a_report(finished):
         assert name in text
     assert (workdir / "frontier.png").read_bytes().startswith(b"\x89PNG")
     assert (workdir / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert (workdir / "heads" / "vq_likelihood_32" / "head.safetensors").exists()
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert {r["arm"] for r in records} >= {"full", "vq_paper", "vq_likelihood", "low_rank"}
     untouched = next(r for r in records if r["arm"] == "full")
     assert untouched["ratio"] == pytest.approx(1.0, abs=1e-4)
     assert untouched["top1"] > 0.99
+
+
+@pytest.mark.slow
+def test_the_saved_head_scores_as_the_report_says(finished):
+    settings, workdir = finished
+    saved = vq.load_head(workdir / "heads" / "vq_likelihood_32")
+    assert saved.codebook[...].shape[0] == 32
+    test = data.prepare(settings, workdir).splits["test"]
+    log_probs = jax.nn.log_softmax(saved(test.hidden), axis=-1)
+    nll = -np.take_along_axis(np.asarray(log_probs), np.asarray(test.labels)[:, None], axis=-1)
+    ratio = np.exp(nll.mean() - test.targets.nll.mean())
+    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    said = next(r for r in records if (r["arm"], r["codes"]) == ("vq_likelihood", 32))
+    assert ratio == pytest.approx(said["ratio"], rel=1e-4)
 
 
 @pytest.mark.slow
