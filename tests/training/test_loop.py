@@ -24,6 +24,12 @@ from tests.training import toy
 ROOT = pathlib.Path(__file__).parents[2]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def written_once(tmp_path_factory):
+    """A checkpoint is written by a program for each shard: whichever test is first would pay."""
+    toy.train(tmp_path_factory.mktemp("written"), steps=1)
+
+
 def start(workdir, *options, timeout=120):
     return subprocess.run(
         [sys.executable, "-m", "tests.training.toy", str(workdir), *options],
@@ -218,7 +224,6 @@ def test_saved_state_may_be_donated_at_once(tmp_path):
             np.testing.assert_array_equal(restored.state.params["w"], params["w"] - i)
 
 
-@pytest.mark.many_programs("a checkpoint is written by a program for each shard")
 def test_nonfinite_loss_stops_with_step_and_batch(tmp_path):
     def poisoned(step, *share):
         batch = toy.batches(step, *share)
