@@ -36,7 +36,7 @@ class Config:
     on_error: Literal["raise", "skip"] = field(
         "raise", "Whether a malformed row stops the run or is left out."
     )
-    loss: tuple[str, ...] = field(("sft", "kl", "uld", "uld+gld"), "Arm to train.")
+    loss: tuple[str, ...] = field(("sft", "kl", "uld", "uld+gld"), "Arm to train.", selects=True)
     drop_arm: tuple[str, ...] = field(
         (), "Arm to train at all numbers of layers but the first; all if none is named."
     )
@@ -78,6 +78,7 @@ class Config:
         (),
         "Part of a report of student and source: pair, healed_own, healed_other, healed_both or "
         "reverse; the whole configuration is one run if none is named.",
+        selects=True,
     )
     profile_steps: int = field(
         0, "Steps of each arm that jax.profiler records, from the third step on."
@@ -187,7 +188,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         loss=("sft", *CROSS, "uld", "uld+gld"),
         mix=(0.5, 0.25, 0.75),
         learning_rate=(2e-5, 5e-5, 1.25e-4),
-        trials=7,
+        trials=6,
         seeds=3,
         eval_rows=48,
         topic_rows=40,

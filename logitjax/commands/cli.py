@@ -58,6 +58,7 @@ def field(
     choices: Sequence[str] | None = None,
     minimum: float | None = None,
     positional: bool = False,
+    selects: bool = False,
 ) -> Any:
     """A dataclass field that becomes the flag of the same name.
 
@@ -67,8 +68,11 @@ def field(
         choices: All its values, for text.
         minimum: Lowest value, for numbers.
         positional: Whether arguments without a flag are its values; for one tuple of text.
+        selects: Whether it says what of a run is done now, and changes nothing of what is done: a
+            workdir may be continued with another value.
     """
     metadata = {"help": help, "choices": choices, "minimum": minimum, "positional": positional}
+    metadata["selects"] = selects
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -223,11 +227,13 @@ def write_config(config: Dataclass, workdir: epath.Path) -> None:
     path = workdir / "config.json"
     if path.exists() and path.read_text() != text:
         old, new = json.loads(path.read_text()), json.loads(text)
-        changed = sorted(k for k in {*old, *new} if old.get(k) != new.get(k))
-        raise ValueError(
-            f"workdir {workdir} belongs to a run with another configuration: it differs in "
-            f"{', '.join(changed)}; name a new --workdir"
-        )
+        free = {f.name for f in dataclasses.fields(config) if f.metadata.get("selects")}
+        changed = sorted(k for k in {*old, *new} - free if old.get(k) != new.get(k))
+        if changed:
+            raise ValueError(
+                f"workdir {workdir} belongs to a run with another configuration: it differs in "
+                f"{', '.join(changed)}; name a new --workdir"
+            )
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
         storage.write_atomic(path, text)

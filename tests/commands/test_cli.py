@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -19,6 +20,7 @@ class Config:
     kind: str = cli.field("x", "A choice.", choices=("x", "y"))
     layers: tuple[int, ...] = cli.field((), "Some layers.")
     source: tuple[str, ...] = cli.field(("s",), "A source.", positional=True)
+    part: str = cli.field("all", "What is done now.", selects=True)
     rate: float = cli.field(0.5, "A rate.")
     on: bool = cli.field(False, "A switch.")
 
@@ -99,8 +101,10 @@ def test_workdir_keeps_its_configuration(tmp_path):
     workdir = epath.Path(tmp_path)
     cli.write_config(Config(), workdir)
     cli.write_config(Config(), workdir)
-    with pytest.raises(ValueError, match="differs in rate"):
-        cli.write_config(Config(rate=0.7), workdir)
+    with pytest.raises(ValueError, match="differs in rate;"):
+        cli.write_config(Config(rate=0.7, part="first"), workdir)
+    cli.write_config(Config(part="first"), workdir)
+    assert json.loads((workdir / "config.json").read_text())["part"] == "first"
 
 
 @pytest.mark.parametrize(
