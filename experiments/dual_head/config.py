@@ -48,7 +48,7 @@ class Config:
     teacher_examples: int = field(0, "Training examples of the teacher; the students' if 0.")
     teacher_weights: str | None = field(None, "Torch checkpoint of the teacher; trained if none.")
     student: str = field("mlp-128", "Network of the student.")
-    arm: tuple[str, ...] = field(_MAIN, "Arm to train")
+    arm: tuple[str, ...] = field(_MAIN, "Arm to train", selects=True)
     alpha: tuple[float, ...] = field((0.01, 0.1, 1.0), "Weight of the distillation loss to try")
     seeds: int = field(1, "Runs of every arm.")
     epochs: int = field(20, "Epochs of the students.")

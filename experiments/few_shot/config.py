@@ -56,6 +56,7 @@ class Config:
     data: tuple[str, ...] = field(
         ("stamps", "fashion"),
         "Data set by name, NAME=SPEC where its pictures lie elsewhere, or synthetic:CLASSES",
+        selects=True,
     )
     encoder: str = field("efficientnet_lite0", "Encoder that names classes: a name or a path.")
     auxiliary: str = field("alexnet", "Second encoder, for the bias: a name or a path.")
@@ -65,7 +66,7 @@ class Config:
     shots: tuple[int, ...] = field((1, 2, 4, 8, 16), "Labelled pictures of each class")
     runs: int = field(10, "Samples of each number of shots.")
     at_once: int = field(1, "Samples that a device trains together, if they fit.")
-    arm: tuple[str, ...] = field(METHODS + ABLATIONS, "Arm to train")
+    arm: tuple[str, ...] = field(METHODS + ABLATIONS, "Arm to train", selects=True)
     grid: Literal["small", "full"] = field("small", "How many settings an arm tries: 4 or 12.")
     epochs: int = field(50, "Epochs of AMU.")
     batch_size: int = field(8, "Pictures of a step of AMU.")
