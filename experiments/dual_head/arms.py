@@ -140,8 +140,13 @@ def outputs(model: Any, inputs: Any, *, train: bool, key: Any = None) -> tuple[A
     return features, logits, logits
 
 
-def loss_function(arm: Arm, graphdef: Any) -> Callable[..., tuple[tuple[Any, Any], Any]]:
-    """`(params, stats, inputs, labels, teacher, alpha, key, train) -> ((task, logit), stats)`."""
+def loss_function(
+    arm: Arm, graphdef: Any, *, convex: bool = False
+) -> Callable[..., tuple[tuple[Any, Any], Any]]:
+    """`(params, stats, inputs, labels, teacher, alpha, key, train) -> ((task, logit), stats)`.
+
+    With `convex` the two weigh 1 / (1 + alpha) and alpha / (1 + alpha).
+    """
 
     def loss_fn(
         params: Any,
@@ -159,7 +164,9 @@ def loss_function(arm: Arm, graphdef: Any) -> Callable[..., tuple[tuple[Any, Any
         task = losses.cross_entropy(logits, labels, label_smoothing=smoothing).mean()
         logit = jnp.zeros(())
         if arm.logit_loss is not None:
-            logit = alpha * arm.logit_loss(other, teacher, labels).mean()
+            share = 1.0 / (1.0 + alpha) if convex else 1.0
+            task = share * task
+            logit = share * alpha * arm.logit_loss(other, teacher, labels).mean()
         return (task, logit), nnx.state(model, nnx.BatchStat)
 
     return loss_fn

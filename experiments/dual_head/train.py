@@ -126,7 +126,7 @@ class Trainer:
             optax.sgd(schedule, momentum=config.momentum),
         )
         self.prepare = prepare_inputs(task, config.augment)
-        self.loss_fn = loss_function(arm, self.graphdef)
+        self.loss_fn = loss_function(arm, self.graphdef, convex=config.convex)
         # The state leaves as it came, whatever the compiler would prefer: no second trace.
         compiled = functools.partial(jax.jit, out_shardings=placed.replicated)
         self.epoch = compiled(self._epoch, donate_argnums=0)
