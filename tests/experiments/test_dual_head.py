@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from flax import nnx
 
 from experiments.dual_head import __main__ as dual_head
 from experiments.dual_head import arms as dual_head_arms
@@ -67,6 +68,29 @@ def train_epoch(trainer, number=0, state=None):
 def placed(tmp_path):
     task = dual_head_data.load_task(TINY, epath.Path(tmp_path))
     return dual_head_data.place(task, training.make_mesh("data:8"))
+
+
+def test_convex_weights_are_the_sum_over_one_plus_alpha():
+    class Student(nnx.Module):
+        def __init__(self):
+            self.weight = nnx.Param(np.eye(3, dtype=np.float32))
+
+        def features(self, inputs, *, train):
+            return inputs @ self.weight[...]
+
+        def head(self, features):
+            return features
+
+    graphdef, params, stats = nnx.split(Student(), nnx.Param, nnx.BatchStat)
+    rng = np.random.default_rng(0)
+    inputs, teacher = (rng.normal(size=(4, 3)).astype(np.float32) for _ in range(2))
+    arm, found = dual_head_arms.arms(TINY)["kd"], {}
+    for convex in (False, True):
+        run = dual_head_arms.loss_function(arm, graphdef, convex=convex)
+        parts, _ = jax.jit(run)(params, stats, inputs, np.arange(4) % 3, teacher, 9.0)
+        found[convex] = np.array(parts)
+    np.testing.assert_allclose(found[True], found[False] / 10, rtol=1e-6)
+    assert (found[True] > 0).all()
 
 
 @pytest.mark.slow
