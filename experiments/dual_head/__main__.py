@@ -14,8 +14,7 @@ is the paper's method); `..._aligned` projects the logit loss's gradient in the 
 `..._aligned_all` over all parameters as released. Every arm tries the same values of alpha.
 
 Presets: `smoke` (synthetic images, seconds), `demo` (Fashion-MNIST, 10,000 images, ResNet-8),
-`report` (100 languages, an MLP, 5 seeds), `fashion` (an MLP, every baseline, nine alphas, 10
-seeds), `fashion_resnet` (the same with the demo's ResNet-8 and 3 seeds: seven hours on two cores),
+`report` (100 languages, an MLP, 5 seeds), `fashion` (an MLP, all baselines, 9 alphas, 10 seeds),
 `paper` (CIFAR-100), `paper_tiny_imagenet`, `paper_imagenet`; the last three need `--data`
 to point to the files. `docs/dual_head.md` has the results and how to get the data.
 """
