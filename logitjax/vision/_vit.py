@@ -13,12 +13,15 @@ from jaxtyping import Float, Int
 from logitjax.ops import Array
 from logitjax.vision._layers import conv
 
-Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "silu"]
+Pooling = Literal["class", "probe", "mean", "mean_then_norm"]
+Positions = Literal["fixed", "bicubic", "antialias", "rotary"]
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "silu": jax.nn.silu,
 }
 
 
@@ -31,9 +34,9 @@ class BlockConfig:
         layers: Blocks.
         heads: Of attention.
         hidden: Channels inside the MLP.
-        activation: Between its layers; of gated ones it is SiLU.
+        activation: Between its layers, or of the gate.
         epsilon: Of the norms.
-        gated: Whether the MLP is a SwiGLU.
+        gated: Whether a second projection of the MLP's input is a gate, as in SwiGLU.
         layer_scale: Whether a factor for each channel ends both halves of a block.
     """
 
@@ -58,15 +61,19 @@ class ViTConfig:
     Attributes:
         blocks: Its blocks.
         patch_size: Height and width of a patch.
-        grid: Patches of a side that there are positions for.
-        class_token: Whether a token of its own comes first, whose output is the feature.
+        grid: Patches of a side that there are positions for; 0 where these are angles.
+        class_token: Whether a token of its own comes first.
         registers: Tokens without a position after that.
         patch_bias: Whether patches are projected with a bias.
         pre_norm: Whether a norm comes before the blocks, as in CLIP.
-        pooling: Whether a learnt probe asks all patches, as in SigLIP, instead of a class token.
+        pooling: What the feature is: the output of the class token (`class`), what a learnt probe
+            asks of all patches (`probe`, as in SigLIP), or the mean of the patches, after the last
+            norm (`mean`) or before it (`mean_then_norm`).
         embed_dim: Features after a last projection; 0 for none.
         positions: How positions fit pictures of another size: `fixed` not at all, `bicubic` as
-            torch resizes, `antialias` the same with a filter as wide as the scale.
+            torch resizes, `antialias` the same with a filter as wide as the scale. `rotary` ones
+            are angles that queries and keys of patches are turned by, for any size.
+        theta: Of rotary positions, what the longest wave is longer by than the shortest.
     """
 
     blocks: BlockConfig
@@ -76,9 +83,15 @@ class ViTConfig:
     registers: int = 0
     patch_bias: bool = True
     pre_norm: bool = False
-    pooling: bool = False
+    pooling: Pooling = "class"
     embed_dim: int = 0
-    positions: Literal["fixed", "bicubic", "antialias"] = "fixed"
+    positions: Positions = "fixed"
+    theta: float = 100.0
+
+    def __post_init__(self) -> None:
+        turns = self.blocks.width // self.blocks.heads
+        if self.positions == "rotary" and turns % 4:
+            raise ValueError(f"heads: expected a multiple of 4 channels in each, got {turns}")
 
     @property
     def image_size(self) -> int:
@@ -104,11 +117,40 @@ def _norm(config: BlockConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
     )
 
 
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, heads: int) -> jax.Array:
-    def split(x: jax.Array) -> jax.Array:
-        return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)
+def _attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, heads: int, angles: np.ndarray | None = None
+) -> jax.Array:
+    def split(x: jax.Array, angles: np.ndarray | None = None) -> jax.Array:
+        x = x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)
+        return x if angles is None else _turned(x, angles)
 
-    return jax.nn.dot_product_attention(split(q), split(k), split(v)).reshape(q.shape)
+    return jax.nn.dot_product_attention(split(q, angles), split(k, angles), split(v)).reshape(
+        q.shape
+    )
+
+
+def _turned(x: jax.Array, angles: np.ndarray) -> jax.Array:
+    """`[batch, tokens, heads, width]`, of which the last tokens are patches, with these turned."""
+    patches = x[:, -len(angles) :].astype(jnp.float32)
+    first, second = jnp.split(patches, 2, -1)
+    cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
+    patches = patches * cos + jnp.concatenate([-second, first], -1) * sin
+    return jnp.concatenate([x[:, : -len(angles)], patches.astype(x.dtype)], 1)
+
+
+def patch_angles(rows: int, columns: int, width: int, theta: float) -> np.ndarray:
+    """`[rows * columns, width]`: what DINOv3 turns the channels of a head by.
+
+    A fourth of them has angles `2 pi y theta^(-4 m / width)`, the next the same of x, and the
+    other half repeats both; y and x are where the centre of a patch lies between -1 and 1.
+
+    >>> patch_angles(1, 2, 4, 100.0).astype(float).round(4).tolist()
+    [[0.0, -3.1416, 0.0, -3.1416], [0.0, 3.1416, 0.0, 3.1416]]
+    """
+    down, across = (2 * (np.arange(n) + 0.5) / n - 1 for n in (rows, columns))
+    centres = np.stack(np.meshgrid(down, across, indexing="ij"), -1).reshape(-1, 2, 1)
+    waves = 2 * np.pi * theta ** -(np.arange(width // 4) / (width // 4))
+    return np.tile((centres * waves).reshape(rows * columns, -1), 2).astype(np.float32)
 
 
 class Block(nnx.Module):
@@ -127,14 +169,14 @@ class Block(nnx.Module):
         self.scale1: Any = _zeros(width) if config.layer_scale else None
         self.scale2: Any = _zeros(width) if config.layer_scale else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, angles: np.ndarray | None = None) -> jax.Array:
         q, k, v = jnp.split(self.qkv(self.norm1(x).astype(x.dtype)), 3, -1)
-        x = x + _scaled(self.out(_attend(q, k, v, self.config.heads)), self.scale1)
-        inner = self.norm2(x).astype(x.dtype)
+        x = x + _scaled(self.out(_attend(q, k, v, self.config.heads, angles)), self.scale1)
+        inner, activation = self.norm2(x).astype(x.dtype), ACTIVATIONS[self.config.activation]
         if self.gate is not None:
-            inner = jax.nn.silu(self.gate(inner)) * self.up(inner)
+            inner = activation(self.gate(inner)) * self.up(inner)
         else:
-            inner = ACTIVATIONS[self.config.activation](self.up(inner))
+            inner = activation(self.up(inner))
         return x + _scaled(self.down(inner), self.scale2)
 
 
@@ -166,7 +208,7 @@ class _Probe(nnx.Module):
 
 
 class ViT(nnx.Module):
-    """A vision transformer: CLIP's tower, ViT, DINOv2 with or without registers, SigLIP's tower.
+    """A vision transformer: CLIP's tower, ViT, DINOv2 and DINOv3, SigLIP's tower.
 
     Args:
         config: Sizes and what the families differ in.
@@ -182,7 +224,7 @@ class ViT(nnx.Module):
 
     References:
         Dosovitskiy et al. (arXiv 2010.11929), Oquab et al. (2304.07193), Darcet et al.
-        (2309.16588), Zhai et al. (2303.15343).
+        (2309.16588), Zhai et al. (2303.15343), Simeoni et al. (2508.10104).
     """
 
     classifier_name = "fc"
@@ -203,13 +245,15 @@ class ViT(nnx.Module):
         )
         self.class_token: Any = _zeros(width) if config.class_token else None
         self.registers: Any = _zeros(config.registers, width) if config.registers else None
-        self.positions = _zeros(config.grid**2 + config.class_token, width)
+        rotary = config.positions == "rotary"
+        self.positions: Any = None if rotary else _zeros(config.grid**2 + config.class_token, width)
         self.pre_norm: Any = _norm(config.blocks, rngs) if config.pre_norm else None
         self.blocks = nnx.List(
             [Block(config.blocks, dtype=dtype, rngs=rngs) for _ in range(config.blocks.layers)]
         )
         self.norm = _norm(config.blocks, rngs)
-        self.pool: Any = _Probe(config.blocks, dtype=dtype, rngs=rngs) if config.pooling else None
+        probe = config.pooling == "probe"
+        self.pool: Any = _Probe(config.blocks, dtype=dtype, rngs=rngs) if probe else None
         self.projection: Any = (
             nnx.Linear(width, config.embed_dim, use_bias=False, rngs=rngs)
             if config.embed_dim
@@ -220,6 +264,19 @@ class ViT(nnx.Module):
         self, images: Float[Array, "batch height width channels"], *, train: bool = False
     ) -> Float[jax.Array, "batch features"]:
         del train  # nothing here depends on the batch
+        x = self.hidden(images)
+        return x if self.projection is None else self.projection(x)
+
+    @property
+    def last_projection(self) -> tuple[jax.Array, None] | None:
+        """`[hidden, embed_dim]`, and that there is no bias; None without a projection."""
+        return None if self.projection is None else (self.projection.kernel[...], None)
+
+    def hidden(
+        self, images: Float[Array, "batch height width channels"]
+    ) -> Float[jax.Array, "batch hidden"]:
+        """float32 `[batch, hidden]`, the features before a projection."""
+        config = self.config
         patches = self.patch(jnp.asarray(images, self.dtype))
         batch, rows, columns, width = patches.shape
         x = patches.reshape(batch, -1, width)
@@ -229,17 +286,27 @@ class ViT(nnx.Module):
 
         if self.class_token is not None:
             x = jnp.concatenate([token(self.class_token[...][None]), x], 1)
-        x = x + self._positions(rows, columns).astype(x.dtype)
+        angles = None
+        if self.positions is None:
+            angles = patch_angles(rows, columns, width // config.blocks.heads, config.theta)
+        else:
+            x = x + self._positions(rows, columns).astype(x.dtype)
         if self.registers is not None:
-            x = jnp.concatenate([x[:, :1], token(self.registers[...]), x[:, 1:]], 1)
+            first = int(config.class_token)
+            x = jnp.concatenate([x[:, :first], token(self.registers[...]), x[:, first:]], 1)
         if self.pre_norm is not None:
             x = self.pre_norm(x).astype(x.dtype)
         for block in self.blocks:
-            x = block(x)
-        if self.pool is not None:
-            return jnp.asarray(self.pool(self.norm(x).astype(x.dtype)), jnp.float32)
-        x = self.norm(x[:, 0])
-        return x if self.projection is None else self.projection(x)
+            x = block(x, angles)
+        if config.pooling == "class":
+            return self.norm(x[:, 0])
+        x = x[:, config.class_token + config.registers :]
+        if config.pooling == "mean_then_norm":
+            return self.norm(x.astype(jnp.float32).mean(1))
+        normed = self.norm(x)
+        if self.pool is None:
+            return normed.mean(1)
+        return jnp.asarray(self.pool(normed.astype(x.dtype)), jnp.float32)
 
     def _positions(self, rows: int, columns: int) -> jax.Array:
         grid, table = self.config.grid, self.positions[...]

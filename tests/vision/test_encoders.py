@@ -59,7 +59,7 @@ def test_efficientnet_equals_torch():
     np.testing.assert_allclose(
         floats, encoder.preprocessing.normalize(pictures(72)), rtol=1e-5, atol=1e-6
     )
-    assert encoder.fingerprint.startswith("6525081229")
+    assert encoder.fingerprint.startswith("dc501d4e78")
 
 
 @pytest.mark.every_change
@@ -124,6 +124,11 @@ def test_clip_vit_equals_transformers(tmp_path):
     np.testing.assert_allclose(np.ravel(white), [0.9, 1.6, 2.8], rtol=1e-6)
     features = jax.jit(encoder.model.image_features)(images(32))
     assert_close(unit(features), GOLDENS["vit_images"])
+    before = encoder.before_projection()
+    hidden = jax.jit(before.model)(images(32))
+    assert hidden.shape[1] == before.num_features == len(encoder.projection[0])
+    assert_close(hidden @ encoder.projection[0], features)
+    assert before.fingerprint != encoder.fingerprint
     assert_close(unit(encoder.text_features(TOKENS)), GOLDENS["vit_texts"])
     with pytest.raises(ValueError, match=r"size: .* is made for 32 pixels"):
         vision.load_encoder(str(tmp_path), size=64)

@@ -1,4 +1,4 @@
-"""Towers that transformers and torchvision saved, against their numbers, and what is refused."""
+"""Towers of transformers, timm and torchvision, against their numbers, and what is refused."""
 
 import json
 import pathlib
@@ -76,6 +76,9 @@ def test_names_with_and_without_their_prefix_are_one_network(tmp_path):
     assert plain.fingerprint == bare.fingerprint
     assert plain.preprocessing.fit == "squash"
     assert plain.preprocessing.size == 32
+    assert plain.projection is None
+    with pytest.raises(ValueError, match="has no linear projection at its end"):
+        plain.before_projection()
     with pytest.raises(ValueError, match=r"size: .* is made for 32 pixels, got 48"):
         vision.load_encoder(str(tmp_path / "a"), size=48)
 
@@ -94,6 +97,29 @@ def test_what_the_files_say_of_pictures_is_kept(tmp_path):
     assert (made.size, made.resize, made.fit) == (40, 48, "crop")
     assert (made.interpolation, made.mean) == ("bilinear", (0.1, 0.2, 0.3))
     assert vision.load_encoder(path, size=80).preprocessing.resize == 96
+
+
+def test_what_timm_says_of_pictures_is_kept(tmp_path):
+    path = saved(tmp_path, "timm_vit")
+    made = vision.load_encoder(path).preprocessing
+    assert (made.size, made.resize, made.fit, made.mean) == (32, 35, "crop", (0.5, 0.5, 0.5))
+    settings = json.loads(str(GOLDENS["timm_vit/config"]))
+
+    def said(**changes):
+        changed = settings | {"pretrained_cfg": settings["pretrained_cfg"] | changes}
+        (tmp_path / "config.json").write_text(json.dumps(changed))
+        return path
+
+    made = vision.load_encoder(said(crop_mode="squash", crop_pct=1, interpolation="bilinear"))
+    assert made.preprocessing.fit == "squash"
+    assert made.preprocessing.interpolation == "bilinear"
+    for changes, message in [
+        ({"crop_mode": "border"}, "crop_mode: expected center, or squash of all, got 'border'"),
+        ({"input_size": [3, 32, 64]}, "input_size: expected squares in colour"),
+        ({"interpolation": "lanczos"}, "interpolation: expected bilinear or bicubic"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            vision.load_encoder(said(**changes))
 
 
 def test_networks_that_are_not_known_are_called_by_their_name(tmp_path):
@@ -131,6 +157,17 @@ def test_networks_that_are_not_known_are_called_by_their_name(tmp_path):
         rename=lambda k: f"visual.trunk.{k}",
         config={"model_cfg": {"vision_cfg": {"timm_model_name": "eva02_base"}}},
     )
+    timm = json.loads(str(GOLDENS["timm_vit/config"])) | {"model_args": {}}
+    for changes, message in [
+        # Its rotations do not show in the weights.
+        ({"architecture": "vit_pe_core_base_patch16_224"}, r"vit_pe_core_base.*: of timm's"),
+        ({"architecture": "swin_tiny_patch4_window7_224"}, r"swin_tiny.*: of timm's"),
+        ({"model_args": {"act_layer": "relu"}}, r"model_args: act_layer is not supported"),
+        ({"global_pool": "avgmax"}, r"global_pool: expected one of token, avg, map, got 'avgmax'"),
+    ]:
+        refused("timm_vit", message, config=timm | changes)
+    refused("timm_vit", r"without a configuration: of timm's", config={})
+    refused("timm_dinov3", r"vit_small_patch16_224: pos_embed: expected a table", config=timm)
 
 
 def test_positions_are_resized_as_torch_does():
@@ -171,7 +208,7 @@ def test_texts_of_siglip_are_padded_to_the_end_as_it_was_trained():
 @pytest.mark.slow
 def test_towers_have_the_published_sizes():
     base = BlockConfig(width=768, layers=12, heads=12, hidden=3072)
-    config = ViTConfig(blocks=base, patch_size=16, grid=14, class_token=False, pooling=True)
+    config = ViTConfig(blocks=base, patch_size=16, grid=14, class_token=False, pooling="probe")
     assert num_params(nnx.eval_shape(lambda: ViT(config, rngs=nnx.Rngs(0)))) == 92_884_224
     both = SigLIPConfig(vision=config, text=base, vocab_size=32_000, embed_dim=768)
     assert num_params(nnx.eval_shape(lambda: SigLIP(both, rngs=nnx.Rngs(0)))) == 203_155_970
@@ -179,6 +216,11 @@ def test_towers_have_the_published_sizes():
     config = ViTConfig(blocks=small, patch_size=14, grid=37, registers=4)
     # The published number is timm's, whose table has no row for the class token.
     assert num_params(nnx.eval_shape(lambda: ViT(config, rngs=nnx.Rngs(0)))) == 22_057_344 + 384
+    small = BlockConfig(width=384, layers=12, heads=6, hidden=1536, layer_scale=True)
+    config = ViTConfig(blocks=small, patch_size=16, grid=0, registers=4, positions="rotary")
+    # DINOv3 has no bias of keys, and timm, whose number it is, none of queries and values.
+    biases = 12 * 3 * 384
+    assert num_params(nnx.eval_shape(lambda: ViT(config, rngs=nnx.Rngs(0)))) == 21_586_944 + biases
     blocks = (3, 4, 6, 3)
     made = dict(bottleneck=True, widen=2, groups=32)
     backbone = nnx.eval_shape(lambda: ResNet(blocks, rngs=nnx.Rngs(0), **made))

@@ -1,9 +1,9 @@
-"""Writes towers.npz beside this file: what transformers and torchvision make of small towers.
+"""Writes towers.npz beside this file: what transformers, timm and torchvision make of small towers.
 
     python tests/vision/goldens/make_tower_goldens.py
 
-Needs torch, torchvision and transformers. Every weight is `tower_weight(name, shape)`, by the names
-of the *saved file*, which are not those in memory; only names, shapes and outputs are kept.
+Needs torch, torchvision, transformers and timm. Every weight is `tower_weight(name, shape)`, by the
+names of the *saved file*, which are not those in memory; only names, shapes and outputs are kept.
 """
 
 import json
@@ -32,7 +32,13 @@ TEXT = dict(
 # SigLIP's texts, padded with 1.
 TOKENS = np.array([[5, 6, 7, 2, 1, 1, 1, 1], [9, 2, 1, 1, 1, 1, 1, 1]], np.int32)
 # Wider and narrower than the 32 pixels there are positions for.
-SIZES = {"dinov2": (40, 64), "dinov2_registers": (40, 24)}
+SIZES = {
+    "dinov2": (40, 64),
+    "dinov2_registers": (40, 24),
+    "dinov3": (40, 24),
+    "timm_dinov2": (40, 24),
+    "timm_dinov3": (40, 24),
+}
 
 
 def tower_weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -56,6 +62,7 @@ def models():
 
     siglip = dict(TOWER, intermediate_size=48)
     dino = dict(TOWER, mlp_ratio=2, layerscale_value=0.5)
+    dino3 = dict(TOWER, intermediate_size=48)
     convolutions = dict(hidden_sizes=[8, 12, 16, 20], depths=[1, 2, 1, 1])
     resnet = dict(hidden_sizes=[64, 128, 256, 512], depths=[1, 1, 2, 1])
     deep = dict(resnet, hidden_sizes=[256, 512, 1024, 2048])
@@ -78,6 +85,12 @@ def models():
             t.Dinov2WithRegistersModel,
             t.Dinov2WithRegistersConfig(**dino, num_register_tokens=3),
         ),
+        "dinov3": (t.DINOv3ViTModel, t.DINOv3ViTConfig(**dino3, num_register_tokens=3)),
+        "dinov3_gated": (
+            t.DINOv3ViTModel,
+            t.DINOv3ViTConfig(**dino3, use_gated_mlp=True, hidden_act="silu"),
+        ),
+        "dinov3_convnext": (t.DINOv3ConvNextModel, t.DINOv3ConvNextConfig(**convolutions)),
         "convnext": (
             t.ConvNextForImageClassification,
             t.ConvNextConfig(**convolutions, num_labels=5),
@@ -153,6 +166,55 @@ def of_torchvision(groups: int, width_per_group: int) -> dict[str, np.ndarray]:
     }
 
 
+# By name: architecture, and what makes it small.
+VIT = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4)
+TIMM = {
+    "timm_vit": ("vit_small_patch16_224", dict(VIT, num_classes=5)),
+    "timm_clip": ("vit_base_patch32_clip_quickgelu_224", dict(VIT, num_classes=5)),
+    # Of its registers positions have rows too, of DINOv2's not even the class token.
+    "timm_mean": (
+        "vit_medium_patch16_reg4_gap_256",
+        dict(VIT, num_classes=5, no_embed_class=False),
+    ),
+    "timm_siglip": ("vit_base_patch32_siglip_256", VIT),
+    "timm_dinov2": ("vit_giant_patch14_reg4_dinov2", dict(VIT, dynamic_img_size=True)),
+    "timm_dinov3": ("vit_small_plus_patch16_dinov3", VIT),
+    "timm_convnext": (
+        "convnext_nano",
+        dict(depths=[1, 2, 1, 1], dims=[8, 12, 16, 20], num_classes=5),
+    ),
+    "timm_convnextv2": (
+        "convnextv2_tiny",
+        dict(depths=[1, 2, 1, 1], dims=[8, 12, 16, 20], num_classes=0),
+    ),
+}
+
+
+def of_timm(name: str, architecture: str, arguments: dict) -> dict[str, np.ndarray]:
+    import timm
+    import torch
+    from timm.models._hub import save_for_hf
+
+    model = timm.create_model(architecture, **arguments).eval()
+    state = model.state_dict()
+    shapes = {k: list(v.shape) for k, v in state.items()}
+    made = {
+        k: torch.from_numpy(np.array(tower_weight(k, tuple(shape)), np.float32).reshape(shape))
+        for k, shape in shapes.items()
+    }
+    model.load_state_dict(made)
+    with tempfile.TemporaryDirectory() as scratch:
+        save_for_hf(model, scratch)
+        settings = json.loads((pathlib.Path(scratch) / "config.json").read_text())
+    pixels = torch.from_numpy(np.ascontiguousarray(pictures(name))).permute(0, 3, 1, 2)
+    kind = "logits" if model.num_classes else "features"
+    return {
+        "shapes": np.array(json.dumps(shapes)),
+        "config": np.array(json.dumps(settings)),
+        kind: model(pixels).numpy(),
+    }
+
+
 def main() -> None:
     import torch
 
@@ -161,6 +223,7 @@ def main() -> None:
         found = {name: of_transformers(name, *made) for name, made in models().items()}
         found["resnext"] = of_torchvision(32, 4)
         found["wide_resnet"] = of_torchvision(1, 128)
+        found |= {name: of_timm(name, *made) for name, made in TIMM.items()}
     for name, arrays in found.items():
         goldens |= {f"{name}/{key}": value for key, value in arrays.items()}
     np.savez_compressed(HERE / "towers.npz", **goldens)
