@@ -8,9 +8,10 @@
 The pictures come from a folder with a folder for each class (or with folders `train` and `test` of
 such), from tfds, or encoded: a directory that `logitjax extract-features` filled, or an .npz or
 .safetensors with `features` [n, features] and `labels` [n], which any torch program can write. A
-second encoder (`--auxiliary`, or a second file) is for the methods that read one. Classes are
-named by `--prompts` through the encoder's text tower, or by `--class_weights`: .npy, or .npz or
-.safetensors with `class_weights` [features, classes] and perhaps `scale`.
+second encoder (`--auxiliary`, or a second file) is for the methods that read one. With
+`--views=random:10` methods learn from ten random crops of each picture. Classes are named by
+`--prompts` through the encoder's text tower, or by `--class_weights`: .npy, or .npz or .safetensors
+with `class_weights` [features, classes] and perhaps `scale`.
 
 Every method tries as many settings, chooses on validation pictures of its own sample
 (`--validation=min4|shots`; with `none` it keeps its published setting) and is tested on the
@@ -55,6 +56,7 @@ class Config:
     prompts: tuple[str, ...] = field(("a photo of a {}.",), "Text with {} for a class's name.")
     fit: Literal["crop", "pad"] = field("crop", "What a square loses or gains.")
     rows: str = field("all", "Pictures to learn from: all, a number or per_class:N.")
+    views: str = field("plain", "Views of these to learn from: plain or random:COUNT.")
     batch_size: int = field(16, "Number of pictures encoded at once.", minimum=1)
     features: str | None = field(
         None, "Encoded pictures, and after a comma those of the second encoder."
@@ -79,6 +81,8 @@ class Config:
             raise ValueError("data, features: expected one of them")
         if self.data is not None and self.encoder is None:
             raise ValueError("encoder: expected one for the pictures, got none; give --encoder=...")
+        if self.features is not None and self.views != "plain":
+            raise ValueError(f"views: expected plain for --features, got {self.views!r}")
         if self.features is not None and self.class_weights is None:
             raise ValueError("class_weights: expected a file to go with --features, got none")
         if not self.shots or min(self.shots) < 1:
@@ -222,41 +226,52 @@ def _encode(config: Config, out: epath.Path) -> Problem:
         for number, spec in enumerate(specs)
     ]
     split, test_split = _splits(config)
+    names = encoders[0]
     scale = config.scale
     if scale is None and config.class_weights is None:
-        scale = encoders[0].logit_scale
+        scale = names.logit_scale
+    if names.projection is not None:
+        # What comes before it is what ProLIP reads; `read_pictures` makes the features of it.
+        encoders[0], specs[0] = names.before_projection(), f"{specs[0]} hidden"
 
-    def encode(split: str, chosen: str, weights: Any = None) -> few_shot.Pictures:
+    def encode(
+        split: str, chosen: str, kinds: Sequence[str], weights: Any = None
+    ) -> few_shot.Pictures:
         images = data.load_image_set(str(config.data), split=split)
         if weights is None:
-            weights = _class_weights(config, encoders[0], images.class_names)
+            weights = _class_weights(config, names, images.class_names)
         rows = few_shot.choose_rows(images, chosen, seed=config.seed)
-        caches = []
-        for spec, encoder in zip(specs, encoders):
-            views = few_shot.encoder_views(encoder, "plain", fit=config.fit)
-            directory = out / "features" / _slug(spec) / _slug(split)
-            cache = few_shot.extract_features(
-                encoder,
-                images,
-                directory,
-                views=views,
-                rows=rows,
-                batch_size=config.batch_size,
-                dtype="float32",
-            )
-            caches.append(cache.directory)
+        caches: list[list[epath.Path]] = []
+        for kind in kinds:
+            caches.append([])
+            for spec, encoder in zip(specs, encoders):
+                views = few_shot.encoder_views(encoder, kind, fit=config.fit, seed=config.seed)
+                directory = _slug(split if kind == "plain" else f"{split} {kind}")
+                cache = few_shot.extract_features(
+                    encoder,
+                    images,
+                    out / "features" / _slug(spec) / directory,
+                    views=views,
+                    rows=rows,
+                    batch_size=config.batch_size,
+                    dtype="float32",
+                )
+                caches[-1].append(cache.directory)
         processes.barrier(f"features of {split}")
+        plain, *others = caches
         return few_shot.read_pictures(
-            *caches,
+            *plain,
             class_weights=weights,
             class_names=images.class_names,
             scale=scale,
+            projection=names.projection,
+            views=others[0] if others else (),
         )
 
-    pictures = encode(split, config.rows)
+    pictures = encode(split, config.rows, list(dict.fromkeys(("plain", config.views))))
     test = None
     if test_split is not None:
-        test = encode(test_split, "all", pictures.class_weights)
+        test = encode(test_split, "all", ("plain",), pictures.class_weights)
     if test is not None and test.class_names != pictures.class_names:
         raise ValueError(f"test_split: expected the classes of {split}, got others")
     return Problem(config=config, pictures=pictures, test=test)
@@ -298,7 +313,7 @@ def _methods(problem: Problem) -> tuple[dict[str, few_shot.Candidate], dict[str,
         if name not in config.method and "all" not in config.method:
             continue
         missing = [part for part in candidate.needs if getattr(pictures, part) is None]
-        if name == "gda" and max(config.shots) == 1:
+        if name == "gda" and max(config.shots) == 1 and not pictures.views:
             missing = ["a second picture of a class"]
         if candidate.stops and config.validation == "none":
             missing = ["validation pictures"]

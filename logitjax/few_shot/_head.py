@@ -182,7 +182,9 @@ def _learnt(candidate: Candidate, task: FewShotTask, seed: int) -> State:
     """The first run of a `sweep` with this seed."""
     method, recipe = candidate.method, candidate.recipe
     method.check(task)
-    order = batch_order((seed, 0), len(task.labels), recipe) if method.trains else None
+    order = None
+    if method.trains:
+        order = batch_order((seed, 0), len(task.labels), recipe, views=task.views)
 
     @jax.jit
     def run(task: FewShotTask, order: Any) -> State:

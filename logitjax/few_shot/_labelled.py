@@ -41,11 +41,13 @@ class Pictures:
         projection_bias: `[features]`.
         scale: Of the zero-shot classifier's cosines; CLIP's.
         class_names: By class number; the numbers if there are none.
+        views: The same pictures seen otherwise, such as random crops of them, which methods learn
+            from instead. Settings are chosen and heads are tested on the pictures themselves.
 
     Raises:
         TypeError: Labels that are not integers.
         ValueError: Arrays of other shapes or lengths, numbers that are not finite, a picture whose
-            features are all 0, or a label that is no class.
+            features are all 0, a label that is no class, or views with other labels.
     """
 
     features: Any
@@ -57,6 +59,7 @@ class Pictures:
     projection_bias: Any = None
     scale: float = 100.0
     class_names: tuple[str, ...] = ()
+    views: tuple["Pictures", ...] = ()
 
     def __post_init__(self) -> None:
         weights = _finite(self.class_weights, "class_weights", 2)
@@ -91,6 +94,9 @@ class Pictures:
                 f"class_names: expected {classes}, a name for each column of class_weights, got "
                 f"{len(names)}"
             )
+        for view in self.views:
+            if not np.array_equal(view.labels, labels):
+                raise ValueError("views: expected the labels of the pictures, got others")
         for name, value in (made | {"class_names": tuple(names)}).items():
             object.__setattr__(self, name, value)
 
@@ -101,7 +107,8 @@ class Pictures:
         """Only these pictures: a slice or an array of numbers."""
         held = {name: getattr(self, name) for name in _FEATURES}
         chosen = {name: x[rows] for name, x in held.items() if x is not None}
-        return dataclasses.replace(self, labels=self.labels[rows], **chosen)
+        views = tuple(view[rows] for view in self.views)
+        return dataclasses.replace(self, labels=self.labels[rows], views=views, **chosen)
 
     @property
     def inputs(self) -> Inputs:
@@ -113,9 +120,11 @@ class Pictures:
 
     @property
     def task(self) -> FewShotTask:
-        """The pictures as what a method learns from."""
+        """The pictures, or view after view of them, as what a method learns from."""
         fixed = {name: getattr(self, name) for name in ("labels", *_CLASSIFIER)}
-        return FewShotTask(support=self.inputs, **fixed)
+        seen = [view.inputs for view in self.views or (self,)]
+        support = jax.tree.map(lambda *views: np.concatenate(views), *seen)
+        return FewShotTask(support=support, views=len(seen), **fixed)
 
     def sample(
         self,
@@ -178,21 +187,29 @@ class Pictures:
         Returns:
             What is learnt from, and by name what is `"validation"`, if any, and `"test"`.
         """
-        inputs = self.inputs
+        plain = [self.inputs]
+        views = [view.inputs for view in self.views] or plain
 
-        def part(name: str) -> tuple[Inputs, np.ndarray]:
+        def part(name: str, seen: Sequence[Inputs] = plain) -> tuple[Inputs, np.ndarray]:
             rows = np.full((len(samples), len(getattr(room, name))), -1)
             for run, sample in enumerate(samples):
                 own = getattr(sample, name)
                 rows[run, : len(own)] = own
-            return inputs[rows], np.where(rows >= 0, self.labels[rows], -1)
+            # [runs, views * n, ...]: view after view of a sample.
+            inputs = jax.tree.map(lambda *x: np.concatenate([v[rows] for v in x], 1), *seen)
+            return inputs, np.where(rows >= 0, self.labels[rows], -1)
 
-        support, labels = part("train")
+        support, labels = part("train", views)
         fixed = {name: getattr(self, name) for name in _CLASSIFIER}
         held_out = {"validation": part("validation")} if len(room.validation) else {}
         seen, known = held_out.get("validation", (None, None))
         task = FewShotTask(
-            support=support, labels=labels, validation=seen, validation_labels=known, **fixed
+            support=support,
+            labels=labels,
+            validation=seen,
+            validation_labels=known,
+            views=len(views),
+            **fixed,
         )
         if test is None:
             held_out["test"] = part("rest")
@@ -218,6 +235,8 @@ def read_pictures(
     class_weights: Any,
     class_names: Sequence[str] = (),
     scale: float | None = None,
+    projection: tuple[Any, Any] | None = None,
+    views: Sequence[epath.PathLike] = (),
 ) -> Pictures:
     """Pictures that were encoded before, by this library or by whatever else.
 
@@ -235,43 +254,61 @@ def read_pictures(
             `scale`.
         class_names: By class number; those of a cache if it has them.
         scale: Of the zero-shot classifier's cosines; the file's, or else CLIP's 100.
+        projection: Last one of the first encoder and its bias or None, `vision.Encoder.projection`,
+            if what is read of it came from `vision.Encoder.before_projection`.
+        views: Directories that `extract_features` filled with several views of the same pictures,
+            by the first encoder and by the second if there is one, to learn from.
 
     Raises:
         ValueError: A file is missing or not of such a kind, or what `Pictures` refuses.
     """
-    first, names = _read_features(epath.Path(features))
-    second = None
-    if auxiliary is not None:
-        second, _ = _read_features(epath.Path(auxiliary))
-        if len(second["labels"]) != len(first["labels"]) or np.any(
-            second["labels"] != first["labels"]
-        ):
-            raise ValueError(
-                f"auxiliary: expected the pictures of {os.fspath(features)} in their order, got "
-                f"other labels in {os.fspath(auxiliary)}"
-            )
+    encoded, names = _read_views(features, auxiliary)
+    if len(encoded) != 1:
+        raise ValueError(
+            f"{os.fspath(features)}: expected one view of each picture, got {len(encoded)}"
+        )
+    if views:
+        encoded += _read_views(*views)[0]
     classifier = _read_classifier(class_weights)
     fixed = float(np.asarray(classifier.pop("scale", 100.0)).reshape(()))
-    return Pictures(
-        **first,
-        **classifier,
-        auxiliary=None if second is None else second["features"],
-        scale=fixed if scale is None else scale,
-        class_names=tuple(class_names) or names,
-    )
+    if projection is not None:
+        kernel, bias = projection
+        classifier |= {"projection": kernel, "projection_bias": bias}
+        for view in encoded:
+            view["hidden"] = view["features"]
+            view["features"] = view["hidden"] @ kernel + (0 if bias is None else bias)
+    classifier |= {
+        "scale": fixed if scale is None else scale,
+        "class_names": tuple(class_names) or names,
+    }
+    plain, *others = (Pictures(**view, **classifier) for view in encoded)
+    return dataclasses.replace(plain, views=tuple(others))
 
 
-def _read_features(path: epath.Path) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+def _read_views(
+    features: epath.PathLike, auxiliary: epath.PathLike | None = None
+) -> tuple[list[dict[str, np.ndarray]], tuple[str, ...]]:
+    """Every view's arrays by the names that `Pictures` has for them, and names of classes."""
+    first, names = _read_features(epath.Path(features))
+    if auxiliary is not None:
+        second, _ = _read_features(epath.Path(auxiliary))
+        if len(second) != len(first) or not np.array_equal(second[0]["labels"], first[0]["labels"]):
+            raise ValueError(
+                f"auxiliary: expected the pictures of {os.fspath(features)} in their order, got "
+                f"other labels or views in {os.fspath(auxiliary)}"
+            )
+        for view, other in zip(first, second):
+            view["auxiliary"] = other["features"]
+    return first, names
+
+
+def _read_features(path: epath.Path) -> tuple[list[dict[str, np.ndarray]], tuple[str, ...]]:
     if path.is_dir():
         cache = FeatureCache(path)
         rows = cache.all()
-        if rows.features.shape[1] != 1:
-            raise ValueError(
-                f"{path}: expected one view of each picture, got {rows.features.shape[1]}"
-            )
-        return {"features": rows.features[:, 0], "labels": rows.labels}, cache.class_names
-    arrays = _read_arrays(path, ("features", "labels"), ("hidden",))
-    return arrays, ()
+        views = np.moveaxis(rows.features, 1, 0)
+        return [{"features": view, "labels": rows.labels} for view in views], cache.class_names
+    return [_read_arrays(path, ("features", "labels"), ("hidden",))], ()
 
 
 def _read_classifier(given: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from logitjax import few_shot
+from logitjax import data, few_shot, vision
 from logitjax.commands import few_shot as command
 
 CLASSES, WIDTH, AUXILIARY = 4, 12, 10
@@ -77,6 +77,30 @@ def test_pictures_of_a_sample_are_balanced_nested_and_apart(tmp_path):
         pictures[:8].sample(1)
 
 
+def test_methods_learn_from_views_and_are_judged_on_the_pictures():
+    rng, labels = np.random.default_rng(0), np.arange(18) % 3
+    pictures, *views = (
+        few_shot.Pictures(
+            features=rng.normal(size=(18, 5)), labels=labels, class_weights=np.eye(5)[:, :3]
+        )
+        for _ in range(3)
+    )
+    pictures = dataclasses.replace(pictures, views=tuple(views))
+    sample = pictures.sample(2, seed=0)
+    task = pictures[sample.train].task
+    assert (task.views, len(task.labels)) == (2, 6)
+    expected = np.concatenate([view.features[sample.train] for view in views])
+    np.testing.assert_array_equal(task.support.features, expected)
+    stacked, held_out = pictures.stack([sample], room=sample)
+    assert stacked.views == 2
+    np.testing.assert_array_equal(stacked.support.features[0], expected)
+    np.testing.assert_array_equal(stacked.labels[0], task.labels)
+    for part, rows in (("validation", sample.validation), ("test", sample.rest)):
+        np.testing.assert_array_equal(held_out[part][0].features[0], pictures.features[rows])
+    with pytest.raises(ValueError, match="views: expected the labels of the pictures"):
+        dataclasses.replace(pictures, views=(views[0][::-1],))
+
+
 WRONG = {
     "other labels": (
         lambda a: a | {"auxiliary_labels": a["labels"][::-1]},
@@ -128,6 +152,7 @@ def test_flags_that_do_not_go_together_are_refused(tmp_path):
         ({"features": "a.npz"}, "class_weights: expected a file"),
         (files | {"method": ("best",)}, "method: expected all or one of amu, "),
         (files | {"shots": (0,)}, "shots: expected positive numbers"),
+        (files | {"views": "random:2"}, "views: expected plain for --features"),
         (files | {"prompts": ("a photo",)}, "prompts: expected {}"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -207,16 +232,31 @@ def test_own_pictures_go_through_both_encoders(tmp_path):
         encoder=encoder,
         auxiliary="random:resnet8",
         class_weights=str(tmp_path / "text.npy"),
-        method=("amu",),
+        method=("amu", "pro_lip"),
         shots=(2,),
         samples=1,
         validation="shots",
+        views="random:2",
     )
     out = epath.Path(tmp_path) / "out"
     command.run(config, out)
     head = few_shot.load(out / "heads" / "amu")
     assert head.class_names == ("blue", "red", "white")
     assert "of 9 pictures right" in (out / "report.md").read_text()
+    # What the command encoded is what the encoder says, and the head reads it.
+    head, clip = few_shot.load(out / "heads" / "pro_lip"), vision.load_encoder(encoder)
+    (cached,) = (out / "features").glob("*hidden/test")
+    test = few_shot.read_pictures(
+        cached, class_weights=head.class_weights, scale=head.scale, projection=clip.projection
+    )
+    images = data.load_image_set(config.data, split="test")
+    views = few_shot.encoder_views(clip, "plain")
+    pixels = np.concatenate([views(images[row][0], row=row) for row in range(9)])
+    features = np.array(clip.features(pixels))
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    np.testing.assert_allclose(test.features, features, atol=1e-5)
+    record = json.loads((out / "results" / "pro_lip_2.json").read_text())
+    assert record["test"] == pytest.approx([head.accuracy(test)])
     without = dataclasses.replace(config, class_weights=None, encoder="random:resnet8")
     with pytest.raises(ValueError, match=r"class_weights: .* has no text tower"):
         command.run(without, epath.Path(tmp_path) / "other")
