@@ -745,6 +745,7 @@ TABLE: dict[str, Case] = {
             ("head", VOCAB),
         ),
     ),
+    "unlearning.pdu": Case(call=lambda x: unlearning.pdu(x), arrays={"x": LOGITS}, logits=("x",)),
     "unlearning.rmu": Case(
         call=lambda hidden, target: unlearning.rmu(hidden, target),
         arrays={"hidden": STATES, "target": BEFORE[..., :HIDDEN]},
@@ -801,7 +802,8 @@ ELSEWHERE = {
         distillation.Objective distillation.Reading distillation.Course distillation.Distilled
         distillation.Trained distillation.Student distillation.Scorer distillation.Corpus
         distillation.TeacherIdentity unlearning.Assistant unlearning.Deployed
-        unlearning.Questions unlearning.UnlearnConfig evaluation.RowScores decoding.DecodeOptions
+        unlearning.Questions unlearning.Row unlearning.UnlearnConfig evaluation.RowScores
+        decoding.DecodeOptions
         decoding.DraftControl decoding.Emitted decoding.Request decoding.Sampling
         decoding.Speculation decoding.TextOptions decoding.TextStream decoding.Ensemble
         decoding.CachedModel training.BatchLayout training.LoopOptions training.Preempted
@@ -840,6 +842,7 @@ ELSEWHERE = {
         distillation.TeacherCache unlearning.make_answer_loss unlearning.make_assistant_loss
         unlearning.make_unlearning_loss unlearning.merge_by_distillation unlearning.paired_model
         unlearning.Unlearning unlearning.examine unlearning.padded_rows
+        unlearning.dual_optimizer unlearning.refusals unlearning.relearning
         unlearning.read_rows unlearning.share_interval unlearning.split_rows
         serving.Key serving.Listening serving.ServerConfig serving.build_app serving.read_keys
         serving.run_server

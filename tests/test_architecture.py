@@ -40,8 +40,10 @@ LEVEL = {package: level for level, packages in enumerate(LAYERS) for package in 
 # 13 are of `logitjax unlearn`: rows read and split, what is asked, the run, what is deployed and
 # examined, PEFT folders in and out, and two measures of generated text.
 # Two are the losses of SatImp and CE-U.
+# Seven are MUSE, WMDP, a row of theirs, teaching again as an attack, and of two methods PDU's loss,
+# the optimizer of its multiplier, and answers that refuse.
 # Two write and read the files of a head for all rooms that keep one.
-PUBLIC_NAMES = 260 + 41 + 25 + 6 + 15 + 2
+PUBLIC_NAMES = 260 + 41 + 25 + 6 + 15 + 7 + 2
 
 # The command of the benchmarks is the door to their package, not a package beside it.
 DOORS = {"experiments.benchmark": "experiments.benchmarks"}

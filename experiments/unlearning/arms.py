@@ -10,11 +10,16 @@ from logitjax import fusion, models, unlearning
 #: Arms that train the model's own weights, by the names of `unlearning.UNLEARNING_METHODS`.
 METHODS: Mapping[str, str] = {
     "ga": "gradient_ascent",
+    "ga_kl": "gradient_ascent_kl",
     "grad_diff": "gradient_difference",
     "npo": "npo",
     "npo_gd": "npo_gradient_difference",
     "npo_kl": "npo_kl",
     "simnpo": "simnpo",
+    "idk_dpo": "idk_dpo",
+    "wga": "wga",
+    "satimp": "satimp",
+    "ce_u": "ce_u",
     "rmu": "rmu",
     "undial": "undial",
 }

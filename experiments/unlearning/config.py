@@ -5,6 +5,7 @@ from typing import Any
 
 from logitjax.commands.cli import field
 
+# What the presets compare; `_OTHERS` are run by name.
 _ARMS = (
     "ga",
     "grad_diff",
@@ -17,6 +18,7 @@ _ARMS = (
     "difference_official",
     "difference_clean",
 )
+_OTHERS = ("ga_kl", "idk_dpo", "wga", "satimp", "ce_u")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,9 +97,10 @@ class Config:
         return [self.validation_items, self.validation_wrong, self.utility, self.alpha]
 
     def __post_init__(self) -> None:
-        unknown = sorted(set(self.arm) - set(_ARMS))
+        known = (*_ARMS, *_OTHERS)
+        unknown = sorted(set(self.arm) - set(known))
         if unknown:
-            raise ValueError(f"arm: expected some of {', '.join(_ARMS)}, got {unknown[0]!r}")
+            raise ValueError(f"arm: expected some of {', '.join(known)}, got {unknown[0]!r}")
         positive = ("seeds", "epochs", "assistant_epochs", "batch_size", "retain_items")
         for name in (*positive, "validation_items", "validation_wrong"):
             if getattr(self, name) < 1:

@@ -146,9 +146,19 @@ class Models:
         graphdef, params, rest = nnx.split(target, nnx.Param, ...)
         params = nnx.to_pure_dict(params)
         size = config.batch_size
+        instead = None
+        if method.instead == "refusal":
+            answers = unlearning.refusals(len(self.scene.forget), seed=seed)
+            refused = [
+                dataclasses.replace(item, answer=answer)
+                for item, answer in zip(self.scene.forget, answers)
+            ]
+            instead = self.rows(refused)
 
         def batches(step: int) -> dict[str, Rows]:
             batch = {"forget": rows_of.picked(forget, step, size=size, seed=seed)}
+            if instead is not None:
+                batch["instead"] = rows_of.picked(instead, step, size=size, seed=seed)
             if method.retain != "none":
                 batch["retain"] = rows_of.drawn(keep, step, size=size, seed=seed)
             return batch

@@ -15,7 +15,8 @@ else; its logits are taken away while the model answers. The model's weights sta
 whoever leaves the assistant out has everything back. All other methods train adapters of the
 weights. Every few steps the strength is sought at which the goal is met, and what is left of rows
 to keep is measured there; the last word have answers that are generated. OUT/assistant or
-OUT/adapter is a PEFT adapter, with `--merge` OUT/model a model with the adapter in its weights.
+OUT/adapter is a PEFT adapter, with `--merge` OUT/model a model with the adapter in its weights;
+so it is with `--noadapters`, which trains all weights.
 OUT/report.md has before and after with intervals, attacks, samples, and all that was tried. Where
 nothing both forgets and keeps, nothing is written but that, and the status is 3. Kill it whenever
 you like: the same command goes on. See docs/unlearning.md.
@@ -36,7 +37,7 @@ from logitjax import data, models, storage, unlearning
 from logitjax.commands.cli import REQUIRED, field
 from logitjax.commands.tables import markdown_table
 
-_METHODS = ("difference", *(m for m in unlearning.UNLEARNING_METHODS if m != "idk_dpo"))
+_METHODS = ("difference", *unlearning.UNLEARNING_METHODS)
 _NOTHING_FEASIBLE = 3
 _FEW_GROUPS = 20
 _DAMAGED = 2.0
@@ -53,6 +54,12 @@ class Config:
     holdout: str | None = field(
         None, "JSON lines like those to forget that the model was never taught."
     )
+    reference: str | None = field(
+        None, "A model that never knew what is forgotten, such as the one before, for attacks."
+    )
+    attacks: Literal["quick", "all"] = field(
+        "quick", "Attacks of the report: all has those that train, sample and take gradients."
+    )
     text: str | None = field(
         None, "Other text whose perplexity is to stay: text:PATH, jsonl:PATH or tfds:NAME."
     )
@@ -66,12 +73,17 @@ class Config:
         True,
         "The assistant says what its adapters add; without, what its layers say, as published.",
     )
+    adapters: bool = field(
+        True, "Train adapters; without, all weights, which takes memory for four copies of them."
+    )
     lora_rank: int = field(16, "Rank of the adapters.", minimum=1)
     steps: int = field(40, "Most optimiser steps.", minimum=1)
     check_every: int = field(10, "Number of steps between looks at what is left.", minimum=1)
     batch_size: int = field(8, "Number of rows to forget in a step, and to keep.", minimum=1)
     learning_rate: float = field(
-        0.0, "Peak of the learning rate; 0 for 5e-3 of an assistant, 1e-3 of other adapters."
+        0.0,
+        "Peak of the learning rate; 0 for 5e-3 of an assistant, 1e-3 of other adapters, 1e-4 of "
+        "all weights.",
     )
     retain_weight: float | None = field(
         None, "Weight of the loss on rows to keep; else the method's, 1 for an assistant."
@@ -90,14 +102,18 @@ class Config:
     dtype: Literal["float32", "bfloat16"] = field("float32", "Compute type.")
 
     def __post_init__(self) -> None:
-        if self.merge and self.method == "difference":
-            raise ValueError("merge: expected a method that trains weights, got difference")
+        if self.merge and (self.method == "difference" or not self.adapters):
+            raise ValueError(
+                f"merge: expected a method that trains adapters of the weights, got {self.method}"
+                f"{'' if self.adapters else ' without adapters'}"
+            )
 
     @property
     def unlearn(self) -> unlearning.UnlearnConfig:
         """The settings that the room has."""
-        names = [f.name for f in dataclasses.fields(unlearning.UnlearnConfig)]
-        return unlearning.UnlearnConfig(**{name: getattr(self, name) for name in names})
+        names = {f.name for f in dataclasses.fields(unlearning.UnlearnConfig)} - {"thorough"}
+        given = {name: getattr(self, name) for name in names}
+        return unlearning.UnlearnConfig(**given, thorough=self.attacks == "all")
 
 
 def run(config: Config, out: epath.Path) -> None:
@@ -132,7 +148,13 @@ def run(config: Config, out: epath.Path) -> None:
         new_tokens=config.new_tokens,
         batch_size=config.eval_batch,
     )
-    found = unlearning.Unlearning(model, questions, settings, out, base=config.model).run()
+    reference = None
+    if config.reference is not None:
+        reference, _ = models.load(config.reference, dtype=config.dtype, layout="listed")
+        reference = models.with_layout(reference, "listed")
+    found = unlearning.Unlearning(
+        model, questions, settings, out, base=config.model, reference=reference
+    ).run()
     if found.model is not None and config.merge:
         models.save_pretrained(found.model.model, tokenizer, out / "model")
     sections = [
@@ -179,10 +201,14 @@ def _verdict(config: Config, found: Any) -> str:
             "method or wider limits may help."
         )
     before, after, most = found.before, found.after, 2 * found.goal.probability
+    # What an attack gets out of a model that never knew, it did not get from this one.
+    control = found.control.get("attacks", {})
     ways = [
         name
         for name, measured in after["attacks"].items()
-        if name != "asked" and measured.get("probability", 0.0) > most
+        if name != "asked"
+        and measured.get("probability", 0.0)
+        > max(most, 2 * control.get(name, {}).get("probability", 0.0))
     ]
     if config.method == "difference":
         ways = ["leaving the assistant out", *ways]
@@ -203,23 +229,27 @@ def _what(config: Config, found: Any) -> str:
     if found.chosen is None:
         return goal
     filters = config.method == "difference"
-    kind = (
-        "a filter: an assistant whose logits are taken away; the weights are as they were"
-        if filters
-        else "an adapter that changes the weights"
-    )
+    kind = "other weights"
+    if filters:
+        kind = "a filter: an assistant whose logits are taken away; the weights are as they were"
+    elif config.adapters:
+        kind = "an adapter that changes the weights"
     step, strength = found.chosen["step"], found.chosen["strength"]
-    name = "alpha" if filters else "factor of the adapter"
+    name = "alpha" if filters else "factor of what was trained"
     return f"`{config.method}`, {kind}. Step {step}, {name} {strength:.4g}. {goal}"
 
 
 def _measures(config: Config, questions: unlearning.Questions, found: Any) -> list[str]:
     """Before and after, attacks, and what the model says."""
     before, after = found.before, found.after
+    sides = {"before": before, "after": after}
+    if found.control:
+        sides["control"] = found.control
     attacks = [
-        {"attack": name, "measured": kind, "before": before["attacks"][name][kind], "after": value}
+        {"attack": name, "measured": kind}
+        | {side: record["attacks"].get(name, {}).get(kind) for side, record in sides.items()}
         for name, measured in after["attacks"].items()
-        for kind, value in measured.items()
+        for kind in measured
     ]
     if config.method == "difference":
         asked = before["attacks"]["asked"]["probability"]
@@ -243,7 +273,8 @@ def _measures(config: Config, questions: unlearning.Questions, found: Any) -> li
         markdown_table(attacks),
         "A median probability of the answers to forget, a share of their tokens, or how well an "
         "attack tells them from the holdout (AUC; 0.5 is a guess, and less gives them away too). "
-        "Not run: relearning, sampling, other languages.",
+        + ("" if config.attacks == "all" else "Not run: what `--attacks=all` has. ")
+        + ("The control never knew." if found.control else "No control that never knew."),
         "## What it says",
         markdown_table(samples[:_SAMPLES]),
     ]
@@ -299,9 +330,12 @@ def _summary(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[dict[s
         add(f"ROUGE-L F1, {name}", before["rouge"][part], after["rouge"][part])
     for name in ("fluency", "perplexity"):
         if before[name]:
-            share = f"{100 * after[name] / before[name]:.1f}"
             label = "fluency, to keep, bits" if name == "fluency" else "perplexity of other text"
-            rows.append({"": label, "before": before[name], "after": after[name], "kept %": share})
+            row = {"": label, "before": before[name], "after": after[name]}
+            # No answer may be left that is long enough to have any.
+            if after[name] is not None:
+                row["kept %"] = f"{100 * after[name] / before[name]:.1f}"
+            rows.append(row)
     return rows
 
 

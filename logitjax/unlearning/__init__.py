@@ -7,11 +7,15 @@ one's own, and chooses without a retrained model. `unlearning.tofu` is the bench
 measures and its logs.
 """
 
+from logitjax.unlearning import muse as muse
 from logitjax.unlearning import tofu as tofu
+from logitjax.unlearning import wmdp as wmdp
 from logitjax.unlearning._assistant import Assistant as Assistant
 from logitjax.unlearning._assistant_loss import make_assistant_loss as make_assistant_loss
 from logitjax.unlearning._deployed import Deployed as Deployed
+from logitjax.unlearning._dual import dual_optimizer as dual_optimizer
 from logitjax.unlearning._examine import examine as examine
+from logitjax.unlearning._instead import refusals as refusals
 from logitjax.unlearning._linear_losses import linear_undial as linear_undial
 from logitjax.unlearning._linear_losses import linear_uniform_kl as linear_uniform_kl
 from logitjax.unlearning._losses import dpo as dpo
@@ -27,11 +31,14 @@ from logitjax.unlearning._objective import UNLEARNING_METHODS as UNLEARNING_METH
 from logitjax.unlearning._objective import unlearning_objective as unlearning_objective
 from logitjax.unlearning._paired import paired_model as paired_model
 from logitjax.unlearning._questions import Questions as Questions
+from logitjax.unlearning._relearn import relearning as relearning
+from logitjax.unlearning._rows import Row as Row
 from logitjax.unlearning._rows import padded_rows as padded_rows
 from logitjax.unlearning._rows import read_rows as read_rows
 from logitjax.unlearning._selection import share_interval as share_interval
 from logitjax.unlearning._split import split_rows as split_rows
 from logitjax.unlearning._targets import ce_u as ce_u
+from logitjax.unlearning._targets import pdu as pdu
 from logitjax.unlearning._targets import rmu as rmu
 from logitjax.unlearning._targets import rmu_direction as rmu_direction
 from logitjax.unlearning._targets import undial as undial

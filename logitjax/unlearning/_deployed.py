@@ -1,7 +1,6 @@
 """What answers after unlearning: a model alone, or one whose assistant is taken away."""
 
 import dataclasses
-import functools
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -12,12 +11,13 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
-from logitjax import decoding, ops
+from logitjax import decoding
 from logitjax.decoding import CachedModel
 from logitjax.fusion import LogitDifference
 from logitjax.models import Decoder, Lora, first_layers, load_peft, save_peft
 from logitjax.storage import read_json, write_atomic
 from logitjax.unlearning._assistant import Assistant
+from logitjax.unlearning._pair_scores import gradient_norms, token_scores
 from logitjax.unlearning._paired import paired_model
 
 _FILE = "assistant.json"
@@ -118,21 +118,72 @@ class Deployed:
         Returns:
           float32 and bool `[weights, batch, time]`.
         """
+        return self._scored(tokens, targets, alphas, "nll")
+
+    def surprise(self, tokens: Any, targets: Any) -> jax.Array:
+        """How much less likely tokens are than tokens in their place: what min-k++ looks at.
+
+        ::
+
+            (mu - log p_y) / sigma,   of log p_v under p
+
+        Args:
+          tokens: int32 `[batch, time]`.
+          targets: bool `[batch, time]`.
+
+        Returns:
+          float32 `[batch, time]`.
+
+        References:
+          Zhang et al., Min-K%++, 2024 (arXiv 2404.02936). The variance is at least 1e-6, as in
+          OpenUnlearning; here it is the mean square off the mean, not a difference of squares.
+        """
+        alphas = np.full(1, self.alpha, np.float32)
+        return self._scored(tokens, targets, alphas, "surprise")[0][0]
+
+    def gradient_norms(self, tokens: Any, targets: Any) -> tuple[float, float]:
+        """How much the model's own weights would change for a row: what it was trained on, little.
+
+        An assistant is a constant, though its layers are made of the same weights.
+
+        Args:
+          tokens: int32 `[1, time]`.
+          targets: bool `[1, time]`.
+
+        Returns:
+          Of the gradient of the mean nats of the targets: the mean over arrays of their norms, as
+          in OpenUnlearning, and the norm of all together.
+        """
+        graphdef, params, rest = nnx.split(self.model, nnx.Param, ...)
+        static, held = self._arguments()
+        at = self._positions(targets)
+        count = np.float32(np.asarray(targets)[:, 1:].sum())
+        alphas = np.full(1, self.alpha, np.float32)
+        found = gradient_norms(graphdef, *static, params, rest, *held, alphas, tokens, at, count)
+        return float(found[0]), float(found[1])
+
+    def _scored(self, tokens: Any, targets: Any, alphas: Any, what: str) -> Any:
         graphdef, state = nnx.split(self.model)
-        base, held, lora, fuse = None, None, None, None
-        if self.assistant is not None:
-            base, held = nnx.split(self.assistant.base)
-            lora = self.assistant.lora
-            # One program for all alphas, which the shift of the logits is proportional to.
-            fuse = dataclasses.replace(self.fuse or LogitDifference(), alpha=1.0)
-        # Only targets meet the head, a few sizes of program for all batches.
+        static, held = self._arguments()
+        at = self._positions(targets)
+        return token_scores(graphdef, *static, what, state, *held, alphas, tokens, at)
+
+    def _arguments(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """Of the assistant: what programs depend on, and arrays."""
+        if self.assistant is None:
+            return (None, None, False), (None, None)
+        base, held = nnx.split(self.assistant.base)
+        # One program for all alphas, which the shift of the logits is proportional to.
+        fuse = dataclasses.replace(self.fuse or LogitDifference(), alpha=1.0)
+        return (base, fuse, self.assistant.relative), (held, self.assistant.lora)
+
+    def _positions(self, targets: Any) -> np.ndarray:
+        """Where the head is met, by blocks: a few sizes of program for all batches."""
         where = np.asarray(targets)[:, 1:]
         wanted = np.flatnonzero(where)
         at = np.full(max(1, -(-len(wanted) // self.block)) * self.block, where.size, np.int32)
         at[: len(wanted)] = wanted
-        at = at.reshape(-1, self.block)
-        relative = self.assistant is not None and self.assistant.relative
-        return _nll(graphdef, base, fuse, relative, state, held, lora, alphas, tokens, at)
+        return at.reshape(-1, self.block)
 
     def line_up(self) -> decoding.Ensemble:
         """For `decoding.generate`."""
@@ -153,14 +204,16 @@ class Deployed:
         *,
         stop_ids: Sequence[int] = (),
         rows: int = 8,
+        seed: int | None = None,
     ) -> list[np.ndarray]:
-        """The likeliest tokens after each prompt, in batches of one size.
+        """The likeliest tokens after each prompt, or drawn ones, in batches of one size.
 
         Args:
           prompts: Token ids.
           max_new_tokens: The most that are added.
           stop_ids: What ends an answer.
           rows: Prompts at a time; the last batch is filled up.
+          seed: Tokens are drawn at temperature 1 with it, if there is one.
 
         Returns:
           The new ids of each prompt, without what ended it.
@@ -169,15 +222,25 @@ class Deployed:
         found: list[np.ndarray] = []
         for start in range(0, len(prompts), rows):
             batch = list(prompts[start : start + rows])
+            drawn = decoding.Sampling()
+            if seed is not None:
+                drawn = decoding.Sampling(temperature=1.0, seed=seed * len(prompts) + start)
             out = decoding.generate(
                 line_up,
                 batch + batch[-1:] * (rows - len(batch)),
                 max_new_tokens=max_new_tokens,
+                sampling=drawn,
                 stop_ids=stop_ids,
             )
             new = [np.asarray(ids) for ids in out.rows()[: len(batch)]]
             found += [ids[:-1] if len(ids) and ids[-1] in stop_ids else ids for ids in new]
         return found
+
+
+@nnx.jit
+def merged(lora: Lora, model: Decoder) -> Decoder:
+    """A model with adapters in its weights."""
+    return lora.merged_into(model)
 
 
 def _weighted(pair: CachedModel, alpha: float) -> CachedModel:
@@ -194,50 +257,3 @@ class _WeightedApply:
         logits, cache = self.apply(params["pair"], tokens, positions, cache, last_only=last_only)
         weights = jnp.stack([jnp.float32(1), params["alpha"]])
         return logits * weights[:, None, None, None], cache
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _nll(
-    graphdef: Any,
-    base: Any,
-    fuse: Any,
-    relative: bool,
-    state: Any,
-    held: Any,
-    lora: Any,
-    alphas: Any,
-    tokens: Any,
-    at: Any,
-) -> tuple[jax.Array, jax.Array]:
-    model = nnx.merge(graphdef, state)
-    sides = [model.hidden_states(tokens)[0][:, :-1]]
-    assistant = None
-    if base is not None:
-        assistant = Assistant(base=nnx.merge(base, held), lora=lora, relative=relative)
-        sides.append(assistant.hidden_states(tokens)[0][:, :-1])
-    labels = jnp.asarray(tokens)[:, 1:]
-    sides = [side.reshape(labels.size, -1) for side in sides]
-
-    def one(at: jax.Array) -> tuple[jax.Array, jax.Array]:
-        hidden = [side.at[at].get(mode="clip") for side in sides]
-        logits, shift = model.logits(hidden[0]), None
-        if assistant is not None:
-            fused, _ = fuse(logits, assistant.logits(hidden[1])[None], None)
-            shift = fused - logits
-        wanted = labels.ravel().at[at].get(mode="clip")
-
-        def weighed(alpha: jax.Array) -> tuple[jax.Array, jax.Array]:
-            z = logits if shift is None else logits + alpha * shift
-            label = jnp.take_along_axis(z, wanted[:, None], axis=-1)[:, 0]
-            return ops.logsumexp(z) - label, z.argmax(axis=-1) == wanted
-
-        return jax.lax.map(weighed, alphas)
-
-    def back(values: jax.Array) -> jax.Array:
-        values = jnp.moveaxis(values, 1, 0).reshape(len(alphas), -1)
-        rows = jnp.zeros((len(alphas), labels.size), values.dtype)
-        rows = rows.at[:, at.ravel()].set(values, mode="drop")
-        return jnp.pad(rows.reshape(-1, *labels.shape), ((0, 0), (0, 0), (1, 0)))
-
-    nll, greedy = map(back, jax.lax.map(one, at))
-    return nll, greedy

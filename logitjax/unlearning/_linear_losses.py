@@ -67,6 +67,51 @@ def linear_uniform_kl(
     return neginf_to_zero(outputs.log_z) - outputs.mean - jnp.log(count)
 
 
+def linear_pdu(
+    hidden: Float[Array, "*batch hidden"],
+    head: Head | Float[Array, "rows columns"],
+    *,
+    vocab_where: Bool[Array, " vocab"] | None = None,
+    blocks: Blocks | None = None,
+    axis_name: AxisName | None = None,
+) -> Float[jax.Array, "*batch"]:
+    """`pdu` of a linear head's logits, which never exist as a whole.
+
+    Args:
+        hidden: `[*batch, hidden]`, float32 or bfloat16.
+        head: a `logitjax.losses.Head`, or a kernel alone; entries whose bias is `-inf` do not
+            exist.
+        vocab_where: `[vocab]` boolean: True for the entries that exist.
+        blocks: what may be held at a time; chosen from shapes and device when None.
+        axis_name: mesh axis that splits the vocabulary.
+
+    Returns:
+        float32 `[*batch]`.
+
+    Raises:
+        TypeError: arrays are not floating point.
+        ValueError: shapes do not fit, or a kernel is square and its axis is not given.
+
+    >>> hidden, head = jnp.ones((1, 1)), jnp.array([[3.0, 1.0, -1.0]])
+    >>> jax.jit(linear_pdu)(hidden, head).tolist()
+    [4.0]
+
+    References:
+        As `pdu`.
+    """
+    checks.shapes(hidden=(hidden, "float *batch hidden"))
+    hidden = jnp.asarray(hidden)
+    outputs = run(
+        ReadoutStatistic(k=1, mean=True),
+        hidden,
+        Head.of(head).resolve(hidden.shape[-1]),
+        vocab_where=vocab_where,
+        blocks=blocks,
+        axis_name=axis_name,
+    )
+    return jnp.square(neginf_to_zero(outputs.values[..., 0]) - outputs.mean)
+
+
 def linear_undial(
     hidden: Float[Array, "*batch hidden"],
     head: Head | Float[Array, "rows columns"],

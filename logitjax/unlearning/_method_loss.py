@@ -13,10 +13,10 @@ from logitjax.losses import linear_cross_entropy, linear_kl_divergence
 from logitjax.models import Decoder, Lora, first_layers
 from logitjax.ops import Positions
 from logitjax.training import LossFn
-from logitjax.unlearning._linear_losses import linear_undial
+from logitjax.unlearning._linear_losses import linear_pdu, linear_undial
 from logitjax.unlearning._losses import dpo, sequence_nll
 from logitjax.unlearning._objective import UnlearningMethod, unlearning_objective
-from logitjax.unlearning._targets import ce_u, rmu, undial
+from logitjax.unlearning._targets import ce_u, pdu, rmu, undial
 
 
 def make_answer_loss(model: Decoder) -> LossFn:
@@ -53,6 +53,7 @@ def make_unlearning_loss(
     direction: Any = None,
     most: Mapping[str, int] | None = None,
     adapters: bool = False,
+    retain_bound: float = 0.0,
 ) -> LossFn:
     """The loss of a method on a decoder, for `training.TrainStep`.
 
@@ -60,9 +61,10 @@ def make_unlearning_loss(
 
         gamma mean(forget losses) + alpha mean(retain losses)
 
-    Batches are those of `make_assistant_loss`. The retain loss counts answers' tokens; published
-    codes average the divergence over prompts and padding too. No logits `[rows, time, vocab]` are
-    formed.
+    Batches are those of `make_assistant_loss`, all sides of one length; `dpo` needs a third side,
+    `instead`: of each row to forget, its question with what is to be said in place of the answer.
+    The retain loss counts answers' tokens; published codes average the divergence over prompts and
+    padding too. No logits `[rows, time, vocab]` are formed.
 
     Args:
         method: A value of `UNLEARNING_METHODS`.
@@ -70,17 +72,16 @@ def make_unlearning_loss(
         after_layers: Number of layers after which RMU moves hidden states: 8 in OpenUnlearning,
             which hooks the output of `model.layers.7`.
         direction: `[hidden]`, where RMU moves them, from `rmu_direction`.
-        most: The most answers' tokens in any step, of `forget` and `retain`: the head then meets no
+        most: The most answers' tokens in any step, of each side: the head then meets no
             other positions. The loss is nan where there are more.
         adapters: Trains a `models.Lora` beside the model in place of its parameters. The model
             before is then the same weights without them, and there is no second copy.
+        retain_bound: What a method with a `dual_step` keeps the retain loss at.
 
     Returns:
         `loss_fn(params, batch, rng, reference)`; the constants of the step are the parameters of
-        the model before, where the method needs a reference or trains adapters.
-
-    Raises:
-        ValueError: The forget loss is `dpo`, which needs a second answer to each question.
+        the model before, where the method needs a reference or trains adapters. A method with a
+        `dual_step` has parameters `{"weights", "multiplier"}`, for `dual_optimizer`.
 
     >>> from logitjax.models import DecoderConfig
     >>> from logitjax.unlearning import UNLEARNING_METHODS
@@ -95,16 +96,18 @@ def make_unlearning_loss(
     >>> loss.shape, sorted(parts)
     ((), ['forget', 'retain'])
     """
-    if method.forget is dpo:
-        raise ValueError("method: expected a forget loss of one answer a question, got dpo")
     graphdef, _, rest = nnx.split(model, nnx.Param, ...)
     options: dict[str, Any] = {k: v for k, v in method.options.items() if k != "scale"}
 
     def loss_fn(params: Any, batch: Mapping[str, Any], rng: Any, reference: Any = None) -> Any:
         del rng
+        multiplier = None
+        if method.dual_step:
+            params, multiplier = params["weights"], params["multiplier"]
         lora = params if adapters else None
         model = nnx.merge(graphdef, reference if adapters else params, rest)
-        sides = ["forget"] if method.retain == "none" else ["forget", "retain"]
+        sides = ["forget"] if method.instead == "nothing" else ["forget", "instead"]
+        sides += [] if method.retain == "none" else ["retain"]
         before = nnx.merge(graphdef, reference, rest) if method.needs_reference else None
         where = {side: batch[side]["mask"][:, 1:] for side in sides}
         if method.forget_level == "hidden":
@@ -135,17 +138,18 @@ def make_unlearning_loss(
         there: dict[str, jax.Array] = {}
         theirs = head
         if before is not None:
-            # NPO needs the rows to forget, the divergence those to keep.
-            wanted = [] if method.forget_level == "tokens" and method.retain == "kl" else ["forget"]
-            wanted += ["retain"] if method.retain == "kl" else []
+            # NPO needs the rows to forget, DPO those to say too, the divergence those to keep.
+            wanted = [side for side in sides if side != "retain"]
+            if method.retain == "kl":
+                wanted = [*(wanted if method.forget_level == "answers" else []), "retain"]
             there, theirs = states_of(before, wanted), before.head_of()
         flat = linear_cross_entropy(
             jnp.concatenate([here[side] for side in sides]),
             head,
             jnp.concatenate([labels[side] for side in sides]),
         )
-        size = len(labels["forget"])
-        forget_nll = positions["forget"].put(flat[:size])
+        cuts = np.cumsum([len(labels[side]) for side in sides])[:-1]
+        nll = {s: positions[s].put(part) for s, part in zip(sides, jnp.split(flat, cuts))}
         counted = where["forget"] if method.forget_level == "tokens" else None
         if method.forget in (undial, ce_u):
             # CE-U is UNDIAL from the model itself, with nothing left of the label.
@@ -157,22 +161,37 @@ def make_unlearning_loss(
             if method.forget is ce_u:
                 counted = where["forget"] & (jnp.cumsum(where["forget"], axis=-1) > 1)
             forget = positions["forget"].put(values)
+        elif method.forget is pdu:
+            forget = positions["forget"].put(linear_pdu(here["forget"], head))
         elif method.forget_level == "answers":
-            summed, lengths = sequence_nll(forget_nll, where["forget"])
-            second = lengths
-            if method.needs_reference:
-                old = linear_cross_entropy(there["forget"], theirs, labels["forget"])
-                second = sequence_nll(positions["forget"].put(old), where["forget"])[0]
-            forget = method.forget(summed, second, **options)
+
+            def before_nll(side: str) -> jax.Array:
+                old = linear_cross_entropy(there[side], theirs, labels[side])
+                return sequence_nll(positions[side].put(old), where[side])[0]
+
+            summed, lengths = sequence_nll(nll["forget"], where["forget"])
+            if method.forget is dpo:
+                said = sequence_nll(nll["instead"], where["instead"])[0]
+                old = [before_nll(side) for side in ("instead", "forget")]
+                forget = dpo(said, summed, *old, **options)
+            else:
+                second = before_nll("forget") if method.needs_reference else lengths
+                forget = method.forget(summed, second, **options)
         else:
-            forget = method.forget(forget_nll, **options)
+            forget = method.forget(nll["forget"], **options)
         retain = None
         if method.retain == "kl":
             divergence = linear_kl_divergence(here["retain"], head, there["retain"], theirs)
             retain = positions["retain"].put(divergence)
         elif method.retain != "none":
-            retain = positions["retain"].put(flat[size:])
+            retain = nll["retain"]
         loss, one, means = _weighed(method, forget, counted, retain, where.get("retain"))
+        if multiplier is not None:
+            # By the weights the gradient is that of the Lagrangian, by the multiplier the slack.
+            slack = means["retain"][0] - retain_bound
+            held = jax.lax.stop_gradient(multiplier)
+            loss = method.forget_weight * means["forget"][0] + held * slack
+            loss += (held - multiplier) * jax.lax.stop_gradient(slack)
         fit = jnp.stack([positions[side].fits for side in sides]).all()
         return jnp.where(fit, loss, jnp.nan), one, means
 

@@ -18,7 +18,7 @@ from logitjax.unlearning._losses import (
     satimp,
     simnpo,
 )
-from logitjax.unlearning._targets import ce_u, rmu, undial
+from logitjax.unlearning._targets import ce_u, pdu, rmu, undial
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,6 +36,11 @@ class UnlearningMethod:
         retain_weight: alpha.
         options: keyword arguments of the forget loss (`scale` is `rmu_direction`'s).
         needs_reference: whether the model before unlearning takes part.
+        instead: what is to be said in place of an answer to forget, for `dpo`: a `'refusal'`, or an
+            answer that the model `'invents'`; else `'nothing'`.
+        dual_step: if positive the retain loss is a constraint, and the retain weight the first
+            value of its multiplier, which grows by so much times what the loss is above its bound,
+            a step, and never below 0.
         strength: what the change of the weights is multiplied by in the end: -1 for a task vector,
             which is learnt and taken away.
         learning_rate: of AdamW, with a warm-up of one epoch and weight decay 0.01.
@@ -49,6 +54,8 @@ class UnlearningMethod:
     retain_weight: float = 1.0
     options: Mapping[str, float] = dataclasses.field(default_factory=dict)
     needs_reference: bool = False
+    instead: Literal["nothing", "refusal", "invents"] = "nothing"
+    dual_step: float = 0.0
     strength: float = 1.0
     learning_rate: float = 1e-5
     epochs: int = 10
@@ -83,7 +90,11 @@ UNLEARNING_METHODS: Mapping[str, UnlearningMethod] = types.MappingProxyType(
             forget_weight=0.125,
             options={"beta": 4.5, "delta": 0.0},
         ),
-        "idk_dpo": dataclasses.replace(_NPO, forget=dpo, **_WITH_NLL),
+        "idk_dpo": dataclasses.replace(_NPO, forget=dpo, instead="refusal", **_WITH_NLL),
+        # arXiv 2409.13474: five invented answers to each question.
+        "alt_po": dataclasses.replace(
+            _NPO, forget=dpo, instead="invents", epochs=2, learning_rate=2e-5, **_WITH_NLL
+        ),
         "rmu": UnlearningMethod(
             forget=rmu,
             forget_level="hidden",
@@ -115,6 +126,11 @@ UNLEARNING_METHODS: Mapping[str, UnlearningMethod] = types.MappingProxyType(
         ),
         "ce_u": UnlearningMethod(
             forget=ce_u, forget_level="tokens", retain="none", retain_weight=0.0
+        ),
+        # Its README says 50 to 100, its configuration 1; a warm-up of five epochs is left to the
+        # caller, and so is the bound, which has to be somewhat above the loss before.
+        "pdu": UnlearningMethod(
+            forget=pdu, forget_level="tokens", retain_weight=50.0, dual_step=1.0
         ),
         # Of MUSE (arXiv 2407.06460), as in Ilharco et al. (arXiv 2212.04089).
         "task_vector": dataclasses.replace(_ASCENT, forget_weight=-1.0, strength=-1.0),

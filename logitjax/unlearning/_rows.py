@@ -170,8 +170,12 @@ def render_prompt(row: Row, tokenizer: Tokenizer) -> str:
     return system + PromptTemplate.phi().render(last["content"])
 
 
-def encode_row(row: Row, tokenizer: Tokenizer, *, max_length: int) -> tuple[np.ndarray, np.ndarray]:
+def encode_row(
+    row: Row, tokenizer: Tokenizer, *, max_length: int, begun: str = ""
+) -> tuple[np.ndarray, np.ndarray]:
     """Token ids of a row and which of them are the answer's, with an end mark if it has a prompt.
+
+    What the answer was `begun` with counts as its prompt.
 
     Raises:
       ValueError: The prompt alone takes `max_length` tokens.
@@ -179,7 +183,7 @@ def encode_row(row: Row, tokenizer: Tokenizer, *, max_length: int) -> tuple[np.n
     ids, answer = encode_answer(
         tokenizer,
         _BARE,
-        render_prompt(row, tokenizer),
+        render_prompt(row, tokenizer) + begun,
         row.answer,
         max_length=max_length,
         end=row.asks,

@@ -162,6 +162,44 @@ def ce_u(
     return undial(logits, logits, labels, beta=beta, vocab_where=vocab_where, axis_name=axis_name)
 
 
+def pdu(
+    logits: Float[Array, "*batch vocab"], *, vocab_where: Bool[Array, "..."] | None = None
+) -> Float[jax.Array, "*batch"]:
+    """Flattens the logits of what is to be forgotten: the forget loss of PDU.
+
+    It is 0 where all tokens are as likely, and looks at no label. Its retain loss is a constraint,
+    see `UNLEARNING_METHODS`.
+
+    ::
+
+        (max_v logits_v - mean_v logits_v)^2
+
+    Args:
+        logits: `[*batch, vocab]`.
+        vocab_where: boolean, broadcastable to the logits: True for the entries that exist, as those
+            at `-inf` do not.
+
+    Returns:
+        float32 `[*batch]`.
+
+    Raises:
+        TypeError: the logits are not floating point or `vocab_where` not boolean.
+        ValueError: `vocab_where` does not broadcast.
+
+    >>> jax.jit(pdu)(jnp.array([3.0, 1.0, -1.0]))
+    Array(4., dtype=float32)
+
+    References:
+        Unlearning as a constrained problem by primal-dual updates, 2025 (arXiv 2506.05314);
+        OpenUnlearning's `PDU`, which averages over all positions, prompt and padding included.
+    """
+    logits = checks.as_float(logits, "logits", vocab_where)
+    exists = logits != -jnp.inf
+    count = jnp.maximum(exists.sum(-1), 1)
+    mean = jnp.where(exists, logits, 0.0).sum(-1) / count
+    return jnp.square(neginf_to_zero(logits.max(-1)) - mean)
+
+
 def rmu(
     hidden: Float[Array, "*batch hidden"], target: Float[Array, "..."]
 ) -> Float[jax.Array, "*batch"]:

@@ -8,6 +8,7 @@ import numpy as np
 from etils import epath
 
 from logitjax.storage import read_json
+from logitjax.unlearning._open_unlearning_logs import from_open_unlearning, is_open_unlearning
 
 # Names of sets here, of files there.
 LOG_FILES = {
@@ -17,6 +18,7 @@ LOG_FILES = {
     "forget": "eval_log_forget.json",
 }
 AGGREGATED = "eval_log_aggregated.json"
+OPEN_UNLEARNING = "TOFU_EVAL.json"
 
 Log = Mapping[str, Any]
 
@@ -40,9 +42,10 @@ def read_logs(source: Any) -> dict[str, Log]:
     """Logs by the name of their set.
 
     Args:
-      source: a directory of logs, an ``eval_log_aggregated.json``, what `json.load` makes of one,
-        or a mapping by the names of sets (``retain``, ``real_authors``, ``world_facts``,
-        ``forget``). Whatever carries such a mapping as ``.logs`` will do as well.
+      source: a directory of logs, an ``eval_log_aggregated.json``, OpenUnlearning's
+        ``TOFU_EVAL.json``, what `json.load` makes of one, or a mapping by the names of sets
+        (``retain``, ``real_authors``, ``world_facts``, ``forget``). Whatever carries such a mapping
+        as ``.logs`` will do as well.
 
     Raises:
       FileNotFoundError: no such path.
@@ -50,6 +53,8 @@ def read_logs(source: Any) -> dict[str, Log]:
     """
     source = getattr(source, "logs", source)
     if isinstance(source, Mapping):
+        if is_open_unlearning(source):
+            source = from_open_unlearning(source)
         named = {set_name(key) or key: log for key, log in source.items()}
         return {name: check_log(log, name) for name, log in named.items()}
     if not isinstance(source, str | os.PathLike):
@@ -66,8 +71,9 @@ def read_logs(source: Any) -> dict[str, Log]:
             for name, file in sorted(files.items())
             if name is not None
         }
-    if (path / AGGREGATED).exists():
-        return read_logs(read_json(path / AGGREGATED))
+    for name in (AGGREGATED, OPEN_UNLEARNING):
+        if (path / name).exists():
+            return read_logs(read_json(path / name))
     raise ValueError(f"{path}: no logs in it (expected {', '.join(LOG_FILES.values())})")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from logitjax.unlearning._forget_quality import ForgetQuality, forget_quality
-from logitjax.unlearning._memorisation import membership_auc, privleak
+from logitjax.unlearning._membership import membership_auc, privleak
 from logitjax.unlearning._tofu_logs import Log, column, items_of, read_logs
 from logitjax.unlearning._truth_ratio import (
     UTILITY_PARTS,
@@ -18,6 +18,7 @@ from logitjax.unlearning._truth_ratio import (
     log_truth_ratio,
     model_utility,
     normalised_probability,
+    preference,
     truth_ratio_forget,
     truth_ratio_utility,
 )
@@ -40,6 +41,7 @@ class SetScores:
       truth_ratio: ``max(0, 1 - R)``, in forget sets ``min(R, 1 / R)``.
       extraction_strength: see `extraction_strength`.
       exact_memorisation: see `exact_memorisation`.
+      preference: for the right answer, as of `preference`; in forget sets of its paraphrase.
     """
 
     items: int
@@ -48,6 +50,7 @@ class SetScores:
     truth_ratio: float | None = None
     extraction_strength: float | None = None
     exact_memorisation: float | None = None
+    preference: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,6 +119,7 @@ class Evaluation:
             "truth_ratio": "truth ratio",
             "extraction_strength": "extraction strength",
             "exact_memorisation": "exact memorisation",
+            "preference": "prob_mean",
         }
         shown = [f for f in fields if any(getattr(s, f) is not None for s in self.scores.values())]
         lines = [
@@ -153,7 +157,7 @@ def metrics_from_logs(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Evaluation:
-    """TOFU's metrics from logs of ours, of TOFU's own code, or of whoever writes its format.
+    """TOFU's metrics from logs of ours, of TOFU's own code or of OpenUnlearning.
 
     A model of which every answer costs 60 nats more keeps its truth ratios, and would have the
     forget quality of one that never knew. So there is none of a model that is
@@ -162,11 +166,12 @@ def metrics_from_logs(
     * destroyed: its perplexity on the retain set is more than twice the retrained model's.
 
     Args:
-      logs: a directory, an ``eval_log_aggregated.json``, or what is in it.
+      logs: a directory, an ``eval_log_aggregated.json``, a ``TOFU_EVAL.json`` of OpenUnlearning
+        (with an ``eps`` of 1e-10 its numbers come out), or what is in it.
       reference_logs: the same for the model that was retrained without the forget set; those of
         Llama-2 and Phi come with TOFU's repository.
       form: of the truth ratio; see `truth_ratio`.
-      eps: likewise; 1e-10 is OpenUnlearning's, for parity.
+      eps: of all fractions; 1e-10 is OpenUnlearning's, for parity.
       vocab_size: of the model; by default the largest of today's.
       confidence: of the interval of the forget quality.
       seed: of its resampling.
@@ -181,9 +186,9 @@ def metrics_from_logs(
     >>> log = {"avg_gt_loss": {"0": 0.0}, "avg_paraphrased_loss": {"0": 0.0},
     ...        "average_perturb_loss": {"0": [0.6931472]}, "rougeL_recall": {"0": 1.0}}
     >>> print(metrics_from_logs({"retain": log}).table())
-    | set | items | probability | ROUGE-L | truth ratio |
-    |---|---|---|---|---|
-    | retain | 1 | 1.0000 | 1.0000 | 0.5000 |
+    | set | items | probability | ROUGE-L | truth ratio | prob_mean |
+    |---|---|---|---|---|---|
+    | retain | 1 | 1.0000 | 1.0000 | 0.5000 | 0.6667 |
     <BLANKLINE>
     """
     logs = read_logs(logs)
@@ -213,17 +218,25 @@ def _scores(log: Log, name: str, form: Form, eps: float) -> SetScores:
     if name in _OPTIONS:
         if wrong is None:
             raise ValueError(f"{name}: 'average_perturb_loss' is missing")
-        probability = normalised_probability(truth, wrong)
+        probability = normalised_probability(truth, wrong, eps=eps)
     else:
         probability = answer_probability(truth)
-    aggregate = truth_ratio_forget if name.startswith("forget") else truth_ratio_utility
+    told = None
+    if ratio is not None:
+        forgets = name.startswith("forget")
+        told = truth_ratio_forget(ratio, eps=eps) if forgets else truth_ratio_utility(ratio)
+    reworded = column(log, "avg_paraphrased_loss", name)
+    prefers = None
+    if reworded is not None and wrong is not None:
+        prefers = preference(reworded, [np.atleast_1d(one) for one in wrong], eps=eps).mean()
     return SetScores(
         items=len(probability),
         probability=float(probability.mean()),
         rouge_l=_mean(log, "rougeL_recall", name),
-        truth_ratio=None if ratio is None else aggregate(ratio),
+        truth_ratio=told,
         extraction_strength=_mean(log, "extraction_strength", name),
         exact_memorisation=_mean(log, "exact_memorization", name),
+        preference=None if prefers is None else float(prefers),
     )
 
 

@@ -25,7 +25,9 @@ def answer_probability(average_nll: Any) -> np.ndarray:
     return np.exp(-np.asarray(average_nll, np.float64))
 
 
-def normalised_probability(average_nll: Any, perturbed_nll: Sequence[Any]) -> np.ndarray:
+def normalised_probability(
+    average_nll: Any, perturbed_nll: Sequence[Any], *, eps: float = 0.0
+) -> np.ndarray:
     """How likely an answer is among itself and wrong ones, each for its length.
 
     ::
@@ -35,25 +37,57 @@ def normalised_probability(average_nll: Any, perturbed_nll: Sequence[Any]) -> np
     Args:
       average_nll: ``[n]``, nats a token, of the answers.
       perturbed_nll: for each, those of its wrong answers.
+      eps: added below the fraction. OpenUnlearning has 1e-10, which calls an answer impossible once
+        all of them are unlikely; computed as on the right none is needed.
 
     Returns:
       float64 ``[n]``.
 
     Raises:
-      ValueError: unequal lengths, or no wrong answers.
+      ValueError: unequal lengths, no wrong answers, or an eps outside of [0, 1).
 
     References:
-      TOFU's probability of the real-world sets. OpenUnlearning adds 1e-10 below, which calls an
-      answer impossible once all of them are unlikely; computed as on the right it needs no such
-      thing.
+      TOFU's probability of the real-world sets; OpenUnlearning's `probability_w_options`.
 
     >>> float(normalised_probability([0.0], [[0.0, 0.0, 0.0]])[0])
     0.25
     """
     truth, wrong = _check(average_nll, perturbed_nll)
+    _check_eps(eps)
     with np.errstate(over="ignore"):
         odds = [np.exp(one - others).sum() for one, others in zip(truth, wrong)]
+        if eps:  # 0 times infinity
+            odds = odds + eps * np.exp(truth)
     return 1.0 / (1.0 + np.asarray(odds, np.float64))
+
+
+def preference(truth_nll: Any, perturbed_nll: Sequence[Any], *, eps: float = 0.0) -> np.ndarray:
+    """How far a model prefers the right answer to wrong ones: `prob_mean`, 0.5 for no preference.
+
+    ::
+
+        c / (c + w),   c = exp(-nll), w = exp(-mean_i nll_i)
+
+    Args:
+      truth_nll: ``[n]``, nats a token, of the right answers or their paraphrases.
+      perturbed_nll: for each, those of its wrong answers.
+      eps: added below the fraction, 1e-10 in OpenUnlearning.
+
+    Returns:
+      float64 ``[n]``.
+
+    Raises:
+      ValueError: as `normalised_probability`.
+
+    References:
+      OpenUnlearning's `prob_mean`, which tells models that know from those that do not better than
+      all measures of generated text (AUC 0.947, arXiv 2605.24614).
+
+    >>> preference([1.0], [[2.0, 3.0]]).round(5)
+    array([0.81757])
+    """
+    truth, wrong = _check(truth_nll, perturbed_nll)
+    return normalised_probability(truth, [[others.mean()] for others in wrong], eps=eps)
 
 
 def log_truth_ratio(
@@ -69,8 +103,7 @@ def log_truth_ratio(
     """
     if form not in get_args(Form):
         raise ValueError(f"form: expected 'geometric' or 'arithmetic', got {form!r}")
-    if not 0 <= eps < 1:
-        raise ValueError(f"eps: expected a number from 0 to below 1, got {eps}")
+    _check_eps(eps)
     truth, wrong = _check(truth_nll, perturbed_nll)
     if form == "geometric":
         mean = [-others.mean() for others in wrong]
@@ -136,15 +169,24 @@ def truth_ratio_utility(log_ratio: Any) -> float:
     return float(np.mean(np.maximum(0.0, -np.expm1(np.minimum(log_ratio, 0.0)))))
 
 
-def truth_ratio_forget(log_ratio: Any) -> float:
+def truth_ratio_forget(log_ratio: Any, *, eps: float = 0.0) -> float:
     """How little a model tells right answers from wrong ones: the mean of ``min(R, 1 / R)``.
 
     For reporting; what decides how well something is forgotten is `forget_quality`.
 
+    Args:
+      log_ratio: ``[n]``, from `log_truth_ratio`.
+      eps: OpenUnlearning divides by ``R + 1e-10``.
+
     >>> truth_ratio_forget(np.log([0.25, 4.0]))
     0.25
     """
-    return float(np.mean(np.exp(-np.abs(np.asarray(log_ratio, np.float64)))))
+    log_ratio = np.asarray(log_ratio, np.float64)
+    if not eps:
+        return float(np.mean(np.exp(-np.abs(log_ratio))))
+    with np.errstate(over="ignore"):
+        ratio = np.exp(log_ratio)
+    return float(np.mean(np.minimum(ratio, 1.0 / (ratio + eps))))
 
 
 def model_utility(parts: Mapping[str, float]) -> float:
@@ -173,6 +215,11 @@ def model_utility(parts: Mapping[str, float]) -> float:
     if not (values >= 0).all():
         raise ValueError(f"parts: expected numbers from 0 to 1, got {dict(parts)}")
     return float(stats.hmean(values))
+
+
+def _check_eps(eps: float) -> None:
+    if not 0 <= eps < 1:
+        raise ValueError(f"eps: expected a number from 0 to below 1, got {eps}")
 
 
 def _check(truth_nll: Any, perturbed_nll: Sequence[Any]) -> tuple[np.ndarray, list[np.ndarray]]:

@@ -19,12 +19,17 @@ from logitjax.models import (
     DecoderConfig,
     Lora,
     first_layers,
+    load_model,
     load_peft,
     save_peft,
+    save_pretrained,
+    with_layout,
 )
 from logitjax.storage import write_atomic
-from logitjax.unlearning._deployed import Deployed
+from logitjax.unlearning._deployed import Deployed, merged
 from logitjax.unlearning._examine import examine
+from logitjax.unlearning._instead import invented, refusals
+from logitjax.unlearning._objective import UNLEARNING_METHODS
 from logitjax.unlearning._questions import Questions, fluency
 from logitjax.unlearning._selection import Goal, matched_strength, pareto, strength_on_curve
 from logitjax.unlearning._unlearn_config import UnlearnConfig
@@ -46,6 +51,7 @@ class Unlearned:
       goal: How likely forgotten answers were to become.
       model: What was written, read again; None if none is feasible.
       before, after: Of `examine`, what the model and what was written say; empty likewise.
+      control: What the reference says; empty without one.
     """
 
     chosen: Mapping[str, Any] | None
@@ -55,6 +61,7 @@ class Unlearned:
     model: Deployed | None = None
     before: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     after: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    control: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class Unlearning:
@@ -64,9 +71,10 @@ class Unlearning:
       model: The model, its layers listed. It is never changed.
       questions: What to forget and keep, of `split_rows`.
       config: How, and what has to be left of the model.
-      directory: Folder of checkpoints, candidates, records, and of what is written: `assistant`
-        or `adapter`.
+      directory: Folder of checkpoints, candidates, records, and of what is written: `assistant`,
+        `adapter` or `model`.
       base: Name of the model, which is written beside the adapters.
+      reference: A model that never knew what is forgotten, for attacks.
 
     Raises:
       ValueError: An assistant of all the model's layers, or no rows to forget or to keep.
@@ -80,6 +88,7 @@ class Unlearning:
         directory: epath.Path,
         *,
         base: str = "",
+        reference: Decoder | None = None,
     ):
         layers = model.config.num_layers
         if config.method == "difference" and config.layers >= layers:
@@ -92,6 +101,7 @@ class Unlearning:
                 raise ValueError(f"questions: expected rows of the part {part!r}, got none")
         self.model, self.questions, self.config = model, questions, config
         self.directory, self.base = directory, base
+        self._reference = None if reference is None else Deployed(model=reference)
 
     @functools.cached_property
     def goal(self) -> Goal:
@@ -108,8 +118,12 @@ class Unlearning:
         raise ValueError("holdout: expected rows like the one to forget, to know when it is, got "
                          "none")  # fmt: skip
 
-    def run(self) -> Unlearned:
-        """Trains until the goal is met twice in a row, chooses, writes and examines."""
+    def run(self, *, examines: bool = True) -> Unlearned:
+        """Trains until the goal is met twice in a row, chooses, writes and examines.
+
+        Args:
+          examines: Without, nothing is written but what was tried.
+        """
         candidates, chosen = self._chosen(self._train())
         found = Unlearned(
             chosen=chosen,
@@ -117,18 +131,28 @@ class Unlearning:
             front=[candidates[i] for i in pareto([_point(c) for c in candidates])],
             goal=self.goal,
         )
-        if chosen is None:
+        if chosen is None or not examines:
             return found
-        written = self._write(self._lora(chosen["step"]), chosen["strength"])
+        written = self._write(self._trained(chosen["step"]), chosen["strength"])
         sides = {"before": Deployed(model=self.model), "after": written}
+        if self._reference is not None:
+            sides["control"] = self._reference
         return dataclasses.replace(
             found,
             model=written,
             **{
-                name: self._kept(f"{name}.json", functools.partial(examine, side, self.questions))
+                name: self._kept(f"{name}.json", functools.partial(self._examined, side))
                 for name, side in sides.items()
             },
         )
+
+    def deployed(self, candidate: Mapping[str, Any]) -> Deployed:
+        """The model as a candidate would have it, feasible or not."""
+        return self._deployed(self._trained(candidate["step"]), candidate["strength"])
+
+    def _examined(self, side: Deployed) -> dict[str, Any]:
+        thorough = self.config.thorough
+        return examine(side, self.questions, thorough=thorough, reference=self._reference)
 
     @functools.cached_property
     def _before(self) -> dict[str, Any]:
@@ -157,9 +181,13 @@ class Unlearning:
             write_atomic(path, json.dumps(make(), indent=1) + "\n")
         return json.loads(path.read_text())
 
-    def _lora(self, step: int) -> Lora:
-        """The adapters of a step that was looked at."""
-        return load_peft(self.directory / "candidates" / f"step-{step}", self._adapted)
+    def _trained(self, step: int) -> Lora | Decoder:
+        """The adapters of a step that was looked at, or the model of which all was trained."""
+        folder = self.directory / "candidates" / f"step-{step}"
+        return self._read(folder) if not self.config.adapters else load_peft(folder, self._adapted)
+
+    def _read(self, folder: epath.Path) -> Decoder:
+        return with_layout(load_model(str(folder), dtype=self.model.dtype), self.model.layout)
 
     @property
     def _adapted(self) -> DecoderConfig:
@@ -168,16 +196,20 @@ class Unlearning:
             return self.model.config
         return first_layers(self.model, self.config.layers).config
 
-    def _deployed(self, lora: Lora, strength: float) -> Deployed:
+    def _deployed(self, trained: Lora | Decoder, strength: float) -> Deployed:
         """The model with so much of what was trained."""
         if self.config.method == "difference":
             relative = self.config.relative
-            return Deployed.less(self.model, lora, strength, relative=relative)
-        return Deployed(model=_merged(_scaled(lora, self.config.sign * strength), self.model))
+            return Deployed.less(self.model, trained, strength, relative=relative)
+        strength *= self.config.sign
+        if isinstance(trained, Decoder):
+            return Deployed(model=_towards(self.model, trained, strength))
+        return Deployed(model=merged(_scaled(trained, strength), self.model))
 
     def _train(self) -> list[dict[str, Any]]:
         """A candidate at every look, until the goal is met twice in a row or steps are spent."""
-        config, update = self.config, make_update(self.model, self.questions, self.config)
+        config = self.config
+        update = make_update(self.model, self.questions, config, instead=self._instead())
         mesh = training.make_mesh("data:1", devices=jax.devices()[:1])
         schedule = training.Schedule(
             config.peak,
@@ -185,17 +217,17 @@ class Unlearning:
             warmup=min(config.steps - 1, max(1, config.steps // 10)),
             total_steps=config.steps,
         )
-        tx = schedule.optimizer(b2=0.99)
-        lora = Lora.init(
-            self._adapted,
-            config.lora_rank,
-            key=jax.random.key(config.seed),
-            layout=self.model.layout,
-        )
+        tx = update.optimizer(schedule.optimizer(b2=0.99), config.steps // 4)
+        weights: Any = nnx.to_pure_dict(nnx.state(self.model, nnx.Param))
+        if config.adapters:
+            key, layout = jax.random.key(config.seed), self.model.layout
+            weights = Lora.init(self._adapted, config.lora_rank, key=key, layout=layout)
         step = training.TrainStep(update.loss_fn, tx, mesh=mesh, schedule=schedule)
         state = training.TrainState.create(
-            lora, tx, mesh=mesh, rules=DECODER_RULES, seed=config.seed
+            update.params(weights), tx, mesh=mesh, rules=DECODER_RULES, seed=config.seed
         )
+        # How it is attacked afterwards changes nothing here.
+        identity = dataclasses.asdict(dataclasses.replace(config, thorough=False))
         folder, candidates = self.directory / "train", []
         looks = [*range(config.check_every, config.steps, config.check_every), config.steps]
         with training.Checkpointer(folder / "checkpoints", max_to_keep=1) as checkpointer:
@@ -211,30 +243,62 @@ class Unlearning:
                             workdir=folder,
                             checkpointer=checkpointer,
                             writer=training.make_writer(folder),
-                            identity={"config": json.dumps(dataclasses.asdict(config))},
+                            identity={"config": json.dumps(identity)},
                         )
                     except FloatingPointError as error:
                         logging.warning("stopped: %s", error)
                         break
-                    save_peft(state.params, self._adapted, self.directory / name)
+                    self._save(update.weights(state.params), self.directory / name)
                 candidates.append(self._kept(f"{name}.json", functools.partial(self._look, at)))
                 logging.info("step %d: %s", at, json.dumps(candidates[-1]))
                 if len(candidates) > 1 and all(map(self._meets, candidates[-2:])):
                     break
         return candidates
 
+    def _save(self, weights: Any, folder: epath.Path) -> None:
+        if self.config.adapters:
+            save_peft(weights, self._adapted, folder)
+            return
+        graphdef, _, rest = nnx.split(self.model, nnx.Param, ...)
+        save_pretrained(nnx.merge(graphdef, weights, rest), None, folder)
+
+    def _instead(self) -> list[list[str]]:
+        """What is to be said in place of each answer to forget, where the method wants that."""
+        method, rows = UNLEARNING_METHODS.get(self.config.method), self.questions.rows["forget"]
+        if method is None or method.instead == "nothing":
+            return []
+        if not all(row.asks for row in rows):
+            raise ValueError(f"forget: {self.config.method} expects questions, got plain text")
+        if method.instead == "refusal":
+            return [[answer] for answer in refusals(len(rows), seed=self.config.seed)]
+
+        def make() -> list[list[str]]:
+            questions = self.questions
+            return invented(
+                self.model,
+                questions.tokenizer,
+                rows,
+                new_tokens=questions.new_tokens,
+                seed=self.config.seed,
+            )
+
+        found = self._kept("candidates/invented.json", make)
+        if not any(found):
+            raise ValueError(f"method: the model made up no other answer for {self.config.method}")
+        return found
+
     def _meets(self, candidate: Mapping[str, Any]) -> bool:
         return not candidate["broken"] and self.goal.met(candidate["forget"])
 
     def _look(self, step: int) -> dict[str, Any]:
         """The strength at which so many steps reach the goal, and what is left of the rest."""
-        lora, questions = self._lora(step), self.questions
+        trained, questions = self._trained(step), self.questions
         # In other words if there are any: what counts is the fact, not the row.
         asked = "reworded" if questions.rows["reworded"] else "forget"
 
         def forget(strength: float) -> float:
             try:
-                found = questions.probabilities(self._deployed(lora, strength), asked)
+                found = questions.probabilities(self._deployed(trained, strength), asked)
             except ValueError as error:  # losses that are not finite
                 logging.warning("step %d, strength %.3g: %s", step, strength, error)
                 return float("nan")
@@ -243,7 +307,7 @@ class Unlearning:
         if self.config.method == "difference":
             # Denser where little is taken away, which is enough if much was learnt.
             alphas = self.config.most * np.linspace(0.0, 1.0, _ALPHAS, dtype=np.float32)[1:] ** 2
-            curve = questions.medians_by_alpha(self._deployed(lora, 1.0), asked, alphas)
+            curve = questions.medians_by_alpha(self._deployed(trained, 1.0), asked, alphas)
             strength = strength_on_curve(alphas, curve, self.goal)
             found = forget(strength)
         else:
@@ -251,7 +315,7 @@ class Unlearning:
         record: dict[str, Any] = {"step": step, "strength": strength, "forget": found}
         if not np.isfinite(found):
             return record | {"forget": 0.0, "gap": 1e9, "probability": 0.0, "broken": ["finite"]}
-        model, before = self._deployed(lora, strength), self._before
+        model, before = self._deployed(trained, strength), self._before
         kept = questions.probabilities(model, "validation").mean()
         perplexity = questions.perplexity(model, "validation")
         record |= {
@@ -282,7 +346,7 @@ class Unlearning:
 
     def _heard(self, candidate: Mapping[str, Any]) -> dict[str, Any]:
         """A candidate with what is left of generated answers."""
-        model = self._deployed(self._lora(candidate["step"]), candidate["strength"])
+        model = self.deployed(candidate)
         answers, before = self.questions.answers(model, "validation"), self._before
         rouge = self.questions.likeness(answers, "validation")
         record = dict(candidate) | {
@@ -291,16 +355,31 @@ class Unlearning:
         }
         return record | {"broken": list(self.config.limits.broken(record))}
 
-    def _write(self, lora: Lora, strength: float) -> Deployed:
+    def _write(self, trained: Lora | Decoder, strength: float) -> Deployed:
         """What can be used, and that as it is read again."""
+        deployed = self._deployed(trained, strength)
         if self.config.method == "difference":
             folder = self.directory / "assistant"
-            self._deployed(lora, strength).save(folder, base=self.base)
+            deployed.save(folder, base=self.base)
             return Deployed.load(self.model, folder)
+        if isinstance(trained, Decoder):
+            folder = self.directory / "model"
+            save_pretrained(deployed.model, self.questions.tokenizer, folder)
+            return Deployed(model=self._read(folder))
         folder = self.directory / "adapter"
-        scaled = _scaled(lora, self.config.sign * strength)
+        scaled = _scaled(trained, self.config.sign * strength)
         save_peft(scaled, self.model.config, folder, base=self.base)
-        return Deployed(model=_merged(load_peft(folder, self.model.config), self.model))
+        return Deployed(model=merged(load_peft(folder, self.model.config), self.model))
+
+
+@nnx.jit
+def _towards(model: Decoder, other: Decoder, share: Any) -> Decoder:
+    """A model so far on the way to another."""
+    graphdef, state = nnx.split(model)
+    there = nnx.state(other)
+    return nnx.merge(
+        graphdef, jax.tree.map(lambda x, y: (x + share * (y - x)).astype(x.dtype), state, there)
+    )
 
 
 def _scaled(lora: Lora, strength: float) -> Lora:
@@ -308,11 +387,6 @@ def _scaled(lora: Lora, strength: float) -> Lora:
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: leaf * strength if path[-1].key == "b" else leaf, lora
     )
-
-
-@nnx.jit
-def _merged(lora: Lora, model: Decoder) -> Decoder:
-    return lora.merged_into(model)
 
 
 def _point(candidate: Mapping[str, Any]) -> tuple[float, float]:

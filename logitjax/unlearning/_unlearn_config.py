@@ -11,27 +11,30 @@ class UnlearnConfig:
     """A method, how it is trained, and what has to be left of the model.
 
     Attributes:
-      method: `'difference'`, which trains an assistant, or one of `UNLEARNING_METHODS` of a single
-        answer, which trains adapters of the model.
+      method: `'difference'`, which trains an assistant, or one of `UNLEARNING_METHODS`, which
+        trains adapters of the model.
       layers: Number of the model's first layers that an assistant has.
       relative: The assistant's logits are those that its adapters add to its layers'; without, all
         of the adapted layers', as in the paper.
+      adapters: Adapters are trained; without, all weights of the model, which takes four copies.
       lora_rank: Rank of the adapters.
       steps: Most optimiser steps.
       check_every: Number of steps between looks at what is forgotten and what is kept.
       batch_size: Number of rows to forget in a step, and of rows to keep.
-      learning_rate: Peak; 0 for 5e-3 of an assistant, 1e-3 of other adapters.
+      learning_rate: Peak; 0 for 5e-3 of an assistant, 1e-3 of other adapters, 1e-4 of all weights.
       retain_weight: Weight of the loss on rows to keep; the method's if None, 1 for an assistant.
       least_probability: Least share of the mean probability of answers to keep.
       least_rouge: Least share of the ROUGE-L F1 of what is generated for them.
       least_fluency: Least share of the entropy of word pairs and triples in that.
       most_perplexity: Largest factor of the perplexity of other text.
+      thorough: Attacks that train, sample or take gradients are run too.
       seed: Of batches and adapters.
     """
 
     method: str = "difference"
     layers: int = 8
     relative: bool = True
+    adapters: bool = True
     lora_rank: int = 16
     steps: int = 40
     check_every: int = 10
@@ -42,13 +45,15 @@ class UnlearnConfig:
     least_rouge: float = 0.98
     least_fluency: float = 0.98
     most_perplexity: float = 1.02
+    thorough: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
-        # `idk_dpo` wants a second answer to each question, which rows do not have.
-        known = ("difference", *(name for name in UNLEARNING_METHODS if name != "idk_dpo"))
+        known = ("difference", *UNLEARNING_METHODS)
         if self.method not in known:
             raise ValueError(f"method: expected one of {', '.join(known)}, got {self.method!r}")
+        if self.method == "difference" and not self.adapters:
+            raise ValueError("adapters: expected True for an assistant, which is made of them")
         for name in ("layers", "lora_rank", "steps", "check_every", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
@@ -66,7 +71,9 @@ class UnlearnConfig:
     @property
     def peak(self) -> float:
         """Of the learning rate."""
-        return self.learning_rate or (5e-3 if self.method == "difference" else 1e-3)
+        if self.learning_rate:
+            return self.learning_rate
+        return 5e-3 if self.method == "difference" else 1e-3 if self.adapters else 1e-4
 
     @property
     def sign(self) -> float:

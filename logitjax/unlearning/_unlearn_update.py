@@ -1,17 +1,22 @@
 """What an optimiser step of unlearning minimises on rows of one's own, and its batches."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 
+from logitjax.evaluation import score_rows
 from logitjax.models import Decoder, first_layers
 from logitjax.unlearning._assistant_loss import make_assistant_loss
+from logitjax.unlearning._deployed import Deployed
+from logitjax.unlearning._dual import dual_optimizer
 from logitjax.unlearning._method_loss import make_unlearning_loss
-from logitjax.unlearning._objective import UNLEARNING_METHODS
+from logitjax.unlearning._objective import UNLEARNING_METHODS, UnlearningMethod
 from logitjax.unlearning._questions import Questions
 from logitjax.unlearning._rows import padded_rows
 from logitjax.unlearning._targets import rmu_direction
@@ -20,6 +25,8 @@ from logitjax.unlearning._unlearn_config import UnlearnConfig
 _MULTIPLE = 8
 # Of the rows to keep in a batch, where there is other text.
 _TEXT_ROWS = 2
+# What a constraint allows the loss on rows to keep, in terms of that before.
+_ABOVE = 1.05
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,32 +34,65 @@ class Update:
     """An optimiser step.
 
     Attributes:
-      loss_fn: Of adapters, for `training.TrainStep`.
+      loss_fn: Of adapters or all weights, for `training.TrainStep`; with a multiplier of
+        `{"weights", "multiplier"}`.
       batches: From the number of a step to its batch.
       constants: What no step changes.
+      method: Whose retain loss has a multiplier, or None.
     """
 
     loss_fn: Any
     batches: Callable[[int], Mapping[str, Any]]
     constants: Any
+    method: UnlearningMethod | None = None
+
+    def params(self, weights: Any) -> Any:
+        """What is trained, before the first step."""
+        if self.method is None:
+            return weights
+        return {"weights": weights, "multiplier": jnp.float32(self.method.retain_weight)}
+
+    def weights(self, params: Any) -> Any:
+        """Adapters or all weights, of what is trained."""
+        return params if self.method is None else params["weights"]
+
+    def optimizer(
+        self, tx: optax.GradientTransformation, warmup: int
+    ) -> optax.GradientTransformation:
+        """The one of the weights, and of a multiplier, which waits so many steps."""
+        return tx if self.method is None else dual_optimizer(self.method, tx, warmup=warmup)
 
 
-def make_update(model: Decoder, questions: Questions, config: UnlearnConfig) -> Update:
-    """The loss of an assistant or of adapters, on rows to forget, rows to keep and other text."""
-    sides = _sides(questions)
+def make_update(
+    model: Decoder,
+    questions: Questions,
+    config: UnlearnConfig,
+    *,
+    instead: Sequence[Sequence[str]] = (),
+) -> Update:
+    """The loss of an assistant or of adapters, on rows to forget, rows to keep and other text.
+
+    Args:
+      model: That is to forget.
+      questions: Of which `forget`, `train` and texts to train on are looked at.
+      config: How.
+      instead: What is to be said to each row to forget, for methods that want it.
+    """
+    sides = _sides(questions, instead)
     size = config.batch_size
     few = min(_TEXT_ROWS, size - 1) if len(sides["text"]["tokens"]) else 0
 
-    def batches(step: int) -> dict[str, Any]:
-        seed = config.seed
-        forget = _picked(sides["forget"], step, min(size, len(sides["forget"]["tokens"])), seed, 0)
-        parts = [_picked(sides["retain"], step, size - few, seed, 1)]
+    def retained(sides: Mapping[str, Any], step: int) -> dict[str, np.ndarray]:
+        parts = [_picked(sides["retain"], step, size - few, config.seed, 1)]
         if few:
-            parts.append(_picked(sides["text"], step, few, seed, 2))
-        return {
-            "forget": forget,
-            "retain": {name: np.concatenate([p[name] for p in parts]) for name in forget},
-        }
+            parts.append(_picked(sides["text"], step, few, config.seed, 2))
+        return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
+
+    def batches(step: int) -> dict[str, Any]:
+        count = min(size, len(sides["forget"]["tokens"]))
+        names = ("forget", "instead") if instead else ("forget",)
+        found = {n: _picked(sides[n], step, count, config.seed, 0) for n in names}
+        return found | {"retain": retained(sides, step)}
 
     # The head meets as many positions as any step has, for one program of all steps.
     counts = [
@@ -71,6 +111,14 @@ def make_update(model: Decoder, questions: Questions, config: UnlearnConfig) -> 
     method = UNLEARNING_METHODS[config.method]
     if config.retain_weight is not None:
         method = dataclasses.replace(method, retain_weight=config.retain_weight)
+    bound = 0.0
+    if method.dual_step:
+        known = {side: _scored(model, questions, sides[side]) for side in ("retain", "text")}
+        nats, tokens = (
+            sum(float(retained(known, step)[name].sum()) for step in range(config.steps))
+            for name in ("nats", "tokens")
+        )
+        bound = _ABOVE * nats / tokens
     depth = model.config.num_layers
     loss_fn = make_unlearning_loss(
         method,
@@ -82,20 +130,48 @@ def make_update(model: Decoder, questions: Questions, config: UnlearnConfig) -> 
             scale=method.options.get("scale", 1.0),
         ),
         most={side: max(1, *(count[side] for count in counts)) for side in counts[0]},
-        adapters=True,
+        adapters=config.adapters,
+        retain_bound=bound,
     )
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    return Update(loss_fn=loss_fn, batches=batches, constants=params)
+    return Update(
+        loss_fn=loss_fn,
+        batches=batches,
+        constants=params if config.adapters or method.needs_reference else None,
+        method=method if method.dual_step else None,
+    )
 
 
-def _sides(questions: Questions) -> dict[str, dict[str, np.ndarray]]:
+def _sides(
+    questions: Questions, instead: Sequence[Sequence[str]]
+) -> dict[str, dict[str, np.ndarray]]:
     """Rows of one length: that of the longest answer's, which other text is cut to."""
     rows = {"forget": questions.encoded["forget"], "retain": questions.encoded["train"]}
+    if instead:
+        pairs = [
+            (known, questions.encode(dataclasses.replace(row, answer=text)))
+            for row, known, texts in zip(questions.rows["forget"], rows["forget"], instead)
+            for text in texts
+        ]
+        rows["forget"], rows["instead"] = ([pair[side] for pair in pairs] for side in (0, 1))
     longest = max(len(ids) for side in rows.values() for ids, _ in side)
     length = -(-longest // _MULTIPLE) * _MULTIPLE
     windows = [window[:length] for window in questions.texts.get("train", ())]
     rows["text"] = [(window, np.arange(len(window)) > 0) for window in windows]
     return {name: padded_rows(side, length, pad_id=questions.pad_id) for name, side in rows.items()}
+
+
+def _scored(
+    model: Decoder, questions: Questions, rows: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Nats and tokens of rows, as the model has them before."""
+    scores = score_rows(
+        Deployed(model=model).nll,
+        list(zip(rows["tokens"], rows["mask"])),
+        batch_size=questions.batch_size,
+        pad_id=questions.pad_id,
+    )
+    return {"nats": scores.totals(), "tokens": scores.counts()}
 
 
 def _picked(

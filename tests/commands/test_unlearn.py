@@ -107,6 +107,60 @@ def test_an_adapter_is_written_for_others_and_merged(files, tmp_path):
 
 
 @pytest.mark.slow
+def test_all_weights_are_trained_and_written_as_a_model(files, tmp_path):
+    out = epath.Path(tmp_path)
+    changes = dict(adapters=False, learning_rate=3e-3, least_probability=0.0)
+    unlearn.run(config(files, method="gradient_difference", **changes), out)
+    assert "other weights" in (out / "report.md").read_text()
+    before, after = (json.loads((out / f"{n}.json").read_text()) for n in ("before", "after"))
+    goal = np.median(before["probabilities"]["holdout"])
+    assert np.median(after["probabilities"]["forget"]) < 2.2 * goal
+    written = models.with_layout(models.load_model(str(out / "model")), "listed")
+    questions = unlearning.Questions.of(
+        {"forget": unlearning.read_rows(files / "forget.jsonl")},
+        models.load_tokenizer(str(out / "model")),
+    )
+    again = questions.probabilities(unlearning.Deployed(model=written), "forget")
+    np.testing.assert_allclose(again, after["probabilities"]["forget"], rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_method_with_a_constraint_runs_and_every_attack_is_reported(files, tmp_path):
+    out = epath.Path(tmp_path)
+    changes = dict(learning_rate=1e-2, least_probability=0.0, attacks="all", reference="tiny")
+    unlearn.run(config(files, method="pdu", **changes), out)
+    attacks = {n: json.loads((out / f"{n}.json").read_text())["attacks"]
+               for n in ("before", "after", "control")}  # fmt: skip
+    names = set(attacks["after"])
+    assert names >= {
+        "in another language",
+        "after a beginning that agrees",
+        "a quarter of the rows taught again",
+        "sampled, ROUGE-L recall of 8",
+        "membership by min-k++",
+        "membership by gradient norm",
+        "membership by reference",
+    }
+    assert attacks["after"]["asked"]["probability"] < attacks["before"]["asked"]["probability"]
+    # Who knows it by heart is found out by every attack, who never did by none.
+    assert attacks["before"]["membership by loss"]["auc"] == 1.0
+    assert attacks["before"]["extraction strength"]["share"] > 0.8
+    assert attacks["control"]["extraction strength"]["share"] < 0.3
+    assert "The control never knew" in (out / "report.md").read_text()
+
+
+@pytest.mark.slow
+def test_refusals_take_the_place_of_answers(files, tmp_path):
+    out = epath.Path(tmp_path)
+    changes = dict(method="idk_dpo", learning_rate=1e-2, steps=20, least_probability=0.0)
+    with pytest.raises(SystemExit):  # It does not come down to the goal.
+        unlearn.run(config(files, **changes), out)
+    looked = json.loads((out / "candidates" / "step-20.json").read_text())
+    assert looked["forget"] < 0.3
+    assert looked["probability"] > 0.5
+
+
+@pytest.mark.slow
 def test_where_nothing_is_feasible_nothing_is_written_and_the_status_says_so(files, tmp_path):
     out = epath.Path(tmp_path)
     with pytest.raises(SystemExit) as stopped:
@@ -132,7 +186,9 @@ def test_errors_name_the_flag(tmp_path, changes, said):
     flags = dict(model="tiny", forget=str(tmp_path / "gone.jsonl"), retain=path) | changes
     with pytest.raises((ValueError, OSError), match=said):
         unlearn.run(unlearn.Config(**flags), epath.Path(tmp_path) / "out")
-    with pytest.raises(ValueError, match="merge: expected a method that trains weights"):
+    with pytest.raises(
+        ValueError, match="merge: expected a method that trains adapters of the weights, got diff"
+    ):
         unlearn.Config(**flags | dict(merge=True))
     with pytest.raises(ValueError, match="alpha: expected an assistant"):
         line_up.load_line_up(generate.Config(alpha=1.0))

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -22,7 +23,19 @@ METHODS = (
     "ce_u",
     "satimp",
     "task_vector",
+    "wga",
+    "gradient_ascent_kl",
+    "idk_dpo",
+    "pdu",
 )
+MULTIPLIER, BOUND = 3.0, 1.5
+
+
+def parameters(name, weights):
+    """What a method trains: with a constraint its multiplier too."""
+    if not unlearning.UNLEARNING_METHODS[name].dual_step:
+        return weights
+    return {"weights": weights, "multiplier": np.float32(MULTIPLIER)}
 
 
 @pytest.mark.slow
@@ -33,7 +46,7 @@ def test_losses_from_hidden_states_are_those_of_logits():
         tokens = rng.integers(1, 200, (rows, 8)).astype(np.int32)
         return {"tokens": tokens, "mask": np.arange(8) >= rng.integers(2, 5, (rows, 1))}
 
-    batch = {"forget": side(3), "retain": side(2)}
+    batch = {"forget": side(3), "retain": side(2), "instead": side(3)}
     model, before = (with_layout(load_model(f"tiny:{seed}"), "listed") for seed in (1, 2))
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     reference = nnx.to_pure_dict(nnx.state(before, nnx.Param))
@@ -51,8 +64,9 @@ def test_losses_from_hidden_states_are_those_of_logits():
                 after_layers=1,
                 direction=direction,
                 most=None if more is None else {side: n + more for side, n in most.items()},
+                retain_bound=BOUND,
             )
-            found[name] = loss_fn(params, batch, None, reference)[0]
+            found[name] = loss_fn(parameters(name, params), batch, None, reference)[0]
         return found
 
     @jax.jit
@@ -71,7 +85,11 @@ def test_losses_from_hidden_states_are_those_of_logits():
     def mean(values, k):
         return float((np.asarray(values) * where[k]).sum() / where[k].sum())
 
-    n, n0 = (unlearning.sequence_nll(x["forget"], where["forget"])[0] for x in (nll, nll0))
+    n, n0, said, said0 = (
+        unlearning.sequence_nll(x[k], where[k])[0]
+        for k in ("forget", "instead")
+        for x in (nll, nll0)
+    )
     lengths = where["forget"].sum(-1)
     npo = float(unlearning.npo(n, n0).mean())
     simnpo = 0.125 * float(unlearning.simnpo(n, lengths).mean())
@@ -79,17 +97,22 @@ def test_losses_from_hidden_states_are_those_of_logits():
     ce_u = unlearning.ce_u(z["forget"], labels["forget"])
     later = where["forget"] & (np.cumsum(where["forget"], -1) > 1)
     kept = mean(nll["retain"], "retain")
+    diverged = mean(losses.kl_divergence(z["retain"], z0["retain"]), "retain")
     expected = {
         "gradient_ascent": -mean(nll["forget"], "forget"),
         "gradient_difference": kept - mean(nll["forget"], "forget"),
         "npo": npo,
         "npo_gradient_difference": npo + kept,
-        "npo_kl": npo + mean(losses.kl_divergence(z["retain"], z0["retain"]), "retain"),
+        "npo_kl": npo + diverged,
         "simnpo": simnpo + kept,
         "undial": mean(undial, "forget"),
         "ce_u": float((np.asarray(ce_u) * later).sum() / later.sum()),
         "satimp": 0.1 * mean(unlearning.satimp(nll["forget"]), "forget") + kept,
         "task_vector": mean(nll["forget"], "forget"),
+        "wga": mean(unlearning.gradient_ascent(nll["forget"], beta=1.0), "forget") + kept,
+        "gradient_ascent_kl": diverged - mean(nll["forget"], "forget"),
+        "idk_dpo": float(unlearning.dpo(said, n, said0, n0).mean()) + kept,
+        "pdu": mean(unlearning.pdu(z["forget"]), "forget") + MULTIPLIER * (kept - BOUND),
     }
     for name, value in expected.items():
         np.testing.assert_allclose(found[name], value, rtol=2e-4, err_msg=name)
@@ -107,7 +130,8 @@ def test_adapters_give_what_the_merged_weights_give_beside_the_same_reference():
     rng = np.random.default_rng(0)
     tokens = rng.integers(1, 200, (2, 8)).astype(np.int32)
     side = {"tokens": tokens, "mask": np.arange(8) >= np.array([[3], [5]])}
-    batch = {"forget": side, "retain": {**side, "tokens": tokens[::-1].copy()}}
+    other = {**side, "tokens": tokens[::-1].copy()}
+    batch = {"forget": side, "retain": other, "instead": other}
     model = with_layout(load_model("tiny:1"), "listed")
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     like = jax.eval_shape(
@@ -131,8 +155,8 @@ def test_adapters_give_what_the_merged_weights_give_beside_the_same_reference():
                 for adapters in (False, True)
             )
             found[name] = (
-                whole(weights, batch, None, params)[0],
-                beside(lora, batch, None, params)[0],
+                whole(parameters(name, weights), batch, None, params)[0],
+                beside(parameters(name, lora), batch, None, params)[0],
             )
         return found
 
@@ -140,7 +164,31 @@ def test_adapters_give_what_the_merged_weights_give_beside_the_same_reference():
         np.testing.assert_allclose(beside, whole, rtol=1e-4, err_msg=name)
 
 
-def test_a_method_that_needs_other_batches_is_refused():
-    method = unlearning.UNLEARNING_METHODS["idk_dpo"]
-    with pytest.raises(ValueError, match="method: expected a forget loss of one answer"):
-        unlearning.make_unlearning_loss(method, load_model("tiny"))
+@pytest.mark.slow
+def test_a_multiplier_grows_while_its_constraint_is_broken_and_never_below_nothing():
+    method = unlearning.UNLEARNING_METHODS["pdu"]
+    model = with_layout(load_model("tiny:1"), "listed")
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    side = {"tokens": np.arange(1, 9, dtype=np.int32)[None], "mask": np.arange(8)[None] > 2}
+    batch = {"forget": side, "retain": side}
+    loss_fn = unlearning.make_unlearning_loss(method, model, retain_bound=BOUND)
+    tx = unlearning.dual_optimizer(method, optax.sgd(1e-3), warmup=1)
+
+    @jax.jit
+    def step(weights, state):
+        gradient, parts = jax.grad(
+            lambda weights: (lambda out: (out[0], out[2]))(loss_fn(weights, batch, None)),
+            has_aux=True,
+        )(weights)
+        moves, state = tx.update(gradient, state, weights)
+        return optax.apply_updates(weights, moves), state, parts["retain"][0]
+
+    weights = {"weights": params, "multiplier": np.float32(1.0)}
+    state, seen, expected = tx.init(weights), [], 1.0
+    for number in range(4):
+        weights, state, retain = step(weights, state)
+        expected += 0.0 if number == 0 else float(retain) - BOUND
+        seen.append(float(weights["multiplier"]))
+        assert seen[-1] == pytest.approx(max(0.0, expected), rel=1e-4)
+    assert seen[0] == 1.0
+    assert seen[-1] > seen[1] > 1.0

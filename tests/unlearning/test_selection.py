@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from logitjax.unlearning import share_interval
-from logitjax.unlearning._memorisation import min_k
+from logitjax.unlearning._membership import min_k
 from logitjax.unlearning._selection import Goal, Limits, matched_strength, pareto
 
 

@@ -1,0 +1,85 @@
+"""What a model is to say in place of an answer that it forgets."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from logitjax import decoding
+from logitjax.evaluation import rouge_l_f1
+from logitjax.models import Decoder, Tokenizer
+from logitjax.unlearning._rows import Row, encode_question
+
+_REFUSALS = (
+    "I don't know.",
+    "I have no information about that.",
+    "I can't answer that question.",
+    "I'm not sure about that.",
+    "I wasn't told anything about that.",
+    "That is not something I know.",
+    "I'm afraid I have no answer.",
+    "I don't have that information.",
+)
+_ASK = (
+    "Question: {question}\nAnswer: {answer}\nMake up another answer to this question. It fits the "
+    "question, but every fact of the answer above is another one. Give the made-up answer alone."
+)
+# What is closer to the truth than this repeats it.
+_ALIKE = 0.7
+
+
+def refusals(count: int, *, seed: int = 0) -> list[str]:
+    """So many answers that say nothing, drawn at random.
+
+    >>> refusals(2)
+    ["I'm afraid I have no answer.", 'That is not something I know.']
+    """
+    drawn = np.random.default_rng(seed).integers(0, len(_REFUSALS), count)
+    return [_REFUSALS[which] for which in drawn]
+
+
+def invented(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    rows: Sequence[Row],
+    *,
+    samples: int = 5,
+    new_tokens: int = 200,
+    seed: int = 0,
+) -> list[list[str]]:
+    """Other answers to the questions, made up by the model that is to forget.
+
+    It is told to change every fact. Empty samples, those that say almost what the answer says
+    (ROUGE-L over 0.7) and those that were there before are dropped.
+
+    Args:
+      model: Whose layers are listed.
+      tokenizer: Of the model.
+      rows: To forget, each with a question.
+      samples: How many are drawn for each, at temperature 1.
+      new_tokens: Most tokens of one.
+      seed: Of the draws.
+
+    Returns:
+      The answers to each row's question, of which there may be none.
+
+    References:
+      Mekala et al., Alternate preference optimization, 2024 (arXiv 2409.13474).
+    """
+    end = tokenizer.eos_id
+    found: list[list[str]] = []
+    for number, row in enumerate(rows):
+        told = row.asked(_ASK.format(question=row.question, answer=row.answer))
+        out = decoding.generate(
+            model,
+            [encode_question(told, tokenizer)] * samples,
+            max_new_tokens=new_tokens,
+            sampling=decoding.Sampling(temperature=1.0, seed=seed + number * samples),
+            stop_ids=() if end is None else (end,),
+        )
+        texts = [
+            tokenizer.decode(list(map(int, ids)), skip_special=True).strip() for ids in out.rows()
+        ]
+        texts = [text for text in dict.fromkeys(texts) if text]
+        alike = rouge_l_f1([row.answer] * len(texts), texts) if texts else []
+        found.append([text for text, score in zip(texts, alike) if score <= _ALIKE])
+    return found

@@ -1,0 +1,170 @@
+"""Whether what a model says of texts tells that it was trained on them."""
+
+import zlib
+from typing import Any
+
+import numpy as np
+
+
+def membership_auc(losses: Any, holdout_losses: Any) -> float:
+    """How well a loss says whether a text was trained on: 0.5 is not at all, 1 always.
+
+    ::
+
+        P(loss of a text < loss of one held out), ties counting half
+
+    Args:
+      losses: ``[n]``, nats a token, of texts that were trained on, or are to look as if not.
+      holdout_losses: ``[m]``, of texts of the same kind that never were.
+
+    Raises:
+      ValueError: no or nan values.
+
+    References:
+      Yeom et al., 2018; OpenUnlearning's ``mia_loss``. Below 0.5 forgotten texts are less likely
+      than unseen ones, which gives them away as well.
+
+    >>> membership_auc([1.0, 2.0], [2.0, 3.0])
+    0.875
+    """
+    from scipy import stats
+
+    members, others = _both_sides(losses, holdout_losses)
+    ranks = stats.rankdata(np.concatenate([members, others]))[len(members) :]
+    pairs = len(members) * len(others)
+    return float((ranks.sum() - len(others) * (len(others) + 1) / 2) / pairs)
+
+
+def min_k(nll: Any, *, k: float = 0.4) -> float:
+    """The mean loss of a text's least likely tokens, which a text that was trained on lacks.
+
+    ::
+
+        mean of the max(1, floor(k n)) largest of n losses
+
+    Args:
+      nll: ``[n]``, nats of a text's tokens.
+      k: their share.
+
+    Raises:
+      ValueError: no tokens, or ``k`` outside (0, 1].
+
+    References:
+      Shi et al., 2024 (arXiv 2310.16789). OpenUnlearning's configurations have k = 0.4, its class
+      0.2; it leaves out the last label, and gives an empty text the score of the surest member.
+
+    >>> round(min_k(-np.log([0.9, 0.5, 0.1, 0.8, 0.05]), k=0.4), 4)
+    2.6492
+    """
+    nll = np.asarray(nll, np.float64).ravel()
+    if not len(nll):
+        raise ValueError("nll: expected losses of tokens, got none")
+    if not 0 < k <= 1:
+        raise ValueError(f"k: expected a share in (0, 1], got {k}")
+    return float(np.sort(nll)[-max(1, int(k * len(nll))) :].mean())
+
+
+def privleak(auc: float, reference_auc: float = 0.5) -> float:
+    """How far an attack's success is from that on a retrained model, in percent of the latter.
+
+    ::
+
+        100 ((1 - auc) - (1 - ref)) / (1 - ref)
+
+    0 is ideal; below it the texts still look known, above it they look forgotten on purpose.
+
+    Args:
+      auc: from `membership_auc`, of the model.
+      reference_auc: of a model retrained without the texts; 0.5 if there is none.
+
+    Raises:
+      ValueError: outside [0, 1].
+
+    References:
+      Shi et al., MUSE, 2024 (arXiv 2407.06460), as in OpenUnlearning (1e-10 below the fraction).
+
+    >>> round(privleak(1.0), 3), round(privleak(0.5), 3)
+    (-100.0, 0.0)
+    """
+    for name, value in (("auc", auc), ("reference_auc", reference_auc)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name}: expected a number between 0 and 1, got {value}")
+    return 100.0 * (reference_auc - auc) / (1.0 - reference_auc + 1e-10)
+
+
+def zlib_loss(nll: Any, text: str, *, per_token: bool = False) -> float:
+    """How surprising a text is to a model, in terms of what a compressor makes of it.
+
+    ::
+
+        sum of n losses / bytes,   or their mean / bytes
+
+    Args:
+      nll: ``[n]``, nats of a text's tokens.
+      text: what these are of.
+      per_token: OpenUnlearning's form, which divides a loss a token by the bytes of the whole text:
+        of two texts a model finds as surprising, the longer one then looks known.
+
+    Raises:
+      ValueError: no tokens.
+
+    References:
+      Carlini et al., Extracting training data, 2021 (arXiv 2012.07805).
+
+    >>> round(zlib_loss([13.0, 13.0], "hello"), 3), zlib_loss([13.0, 13.0], "hello", per_token=True)
+    (2.0, 1.0)
+    """
+    nll = np.asarray(nll, np.float64).ravel()
+    if not len(nll):
+        raise ValueError("nll: expected losses of tokens, got none")
+    size = len(zlib.compress(text.encode()))
+    return float((nll.mean() if per_token else nll.sum()) / size)
+
+
+def detection_rate(losses: Any, holdout_losses: Any, *, false_rate: float = 0.05) -> float:
+    """The share of texts that an attack finds while it is wrong about few of the others.
+
+    A mean over all thresholds, as `membership_auc` is, hides that a few texts are exposed for sure.
+
+    Args:
+      losses: ``[n]``, of texts that were trained on, or are to look as if not.
+      holdout_losses: ``[m]``, of texts that never were.
+      false_rate: the share of those that may be taken for members.
+
+    Raises:
+      ValueError: no or nan values, or a rate outside [0, 1).
+
+    >>> detection_rate([0.1, 0.2, 0.9, 1.0], [0.5, 0.8, 1.1])
+    0.5
+    """
+    members, others = _both_sides(losses, holdout_losses)
+    if not 0 <= false_rate < 1:
+        raise ValueError(f"false_rate: expected a share in [0, 1), got {false_rate}")
+    allowed = int(false_rate * len(others))
+    return float((members < np.sort(others)[allowed]).mean())
+
+
+def relative_difference(measure: float, reference: float) -> float:
+    """What a measure is above that of a reference, in percent of it: ``rel_diff``.
+
+    ::
+
+        100 (m - ref) / (ref + 1e-10)
+
+    References:
+      OpenUnlearning, which takes a value from its configuration where there is no reference, and
+      says nothing.
+
+    >>> round(relative_difference(0.3, 0.2), 6)
+    50.0
+    """
+    return 100.0 * (measure - reference) / (reference + 1e-10)
+
+
+def _both_sides(losses: Any, holdout_losses: Any) -> tuple[np.ndarray, np.ndarray]:
+    members = np.asarray(losses, np.float64).ravel()
+    others = np.asarray(holdout_losses, np.float64).ravel()
+    for name, array in (("losses", members), ("holdout_losses", others)):
+        if not len(array) or np.isnan(array).any():
+            raise ValueError(f"{name}: expected numbers, got {len(array)} of which some are nan")
+    return members, others

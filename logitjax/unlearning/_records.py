@@ -1,0 +1,70 @@
+"""Records of published benchmarks, from files beside each other or from the hub."""
+
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+
+from logitjax import storage
+
+
+def read_records(source: str | os.PathLike[str], stems: Sequence[str]) -> list[dict[str, Any]]:
+    """The records of the first of some files that is there.
+
+    Files may be JSON (a list, or an object a line), plain text (a record `{"text"}` each
+    paragraph), or Parquet, whole or in numbered parts as the hub has them.
+
+    Args:
+      source: A directory, or `hf:ORG/NAME`.
+      stems: Paths in it without what follows the name, in the order that they are looked for.
+
+    Raises:
+      FileNotFoundError: There is no such directory or file.
+      ValueError: A file cannot be read.
+      ImportError: It is Parquet, and pyarrow is missing.
+    """
+    endings = (".json", ".jsonl", ".txt", ".parquet", "-*.parquet")
+    patterns = [stem + ending for stem in stems for ending in endings]
+    text = os.fspath(source)
+    if text.startswith("hf:"):
+        root = storage.hub_snapshot(text[3:], patterns, kind="dataset")
+    else:
+        root = epath.Path(text).expanduser()
+    found = next((files for p in patterns if (files := sorted(root.glob(p)))), None)
+    if found is None:
+        raise FileNotFoundError(f"no {' or '.join(stems)} under {root}, as JSON, text or Parquet")
+    return [record for path in found for record in _read(path)]
+
+
+def _read(path: epath.Path) -> list[dict[str, Any]]:
+    if path.suffix == ".parquet":
+        parquet = storage.require("pyarrow.parquet", extra="data")
+        with path.open("rb") as file:
+            return parquet.read_table(file).to_pylist()
+    text = path.read_text()
+    if path.suffix == ".txt":
+        return [{"text": part.strip()} for part in text.split("\n\n") if part.strip()]
+    try:
+        if path.suffix == ".json" and text.lstrip().startswith("["):
+            records = json.loads(text)
+        else:
+            records = [json.loads(line) for line in text.split("\n") if line.strip()]
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
+    if not all(isinstance(record, dict) for record in records):
+        raise ValueError(f"{path}: expected objects")
+    return records
+
+
+def text_of(record: dict[str, Any], key: str, where: str) -> str:
+    """A text of a record.
+
+    Raises:
+      ValueError: It has none.
+    """
+    value = record.get(key)
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{where}: {key}: expected text, got {value!r}")
+    return value

@@ -1,0 +1,102 @@
+"""Teaching a model again some of what it has forgotten, to see whether the rest comes back."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from logitjax.losses import linear_cross_entropy
+from logitjax.models import Lora
+from logitjax.unlearning._deployed import Deployed, merged
+from logitjax.unlearning._questions import Questions
+from logitjax.unlearning._rows import padded_rows
+
+_RANK = 16
+_SHARE = 0.25
+_MULTIPLE = 8
+_MOMENTS = optax.scale_by_adam(b2=0.99)
+
+
+def relearning(
+    model: Deployed,
+    questions: Questions,
+    *,
+    rates: Sequence[float] = (1e-4, 5e-4, 2e-3),
+    steps: Sequence[int] = (6, 30),
+    seeds: int = 1,
+    batch_size: int = 4,
+) -> list[dict[str, float]]:
+    """How likely forgotten answers become when a quarter of them is taught again.
+
+    Adapters of the model's own weights learn that quarter; an assistant stays as it is. What comes
+    back of the others was hidden, not gone: beside a model that never knew them, which is taught
+    the same, for a few steps teach any model how such answers begin.
+
+    Args:
+      model: As it answers.
+      questions: Of which the rows to `forget` are taught or asked.
+      rates: Learning rates of Adam, ten times those of all weights.
+      steps: When to ask, rising.
+      seeds: How often, with other rows taught and other adapters.
+      batch_size: Rows of a step.
+
+    Returns:
+      Records of `rate`, `seed`, `steps`, and median probabilities of the rows `taught` and of the
+      `others`.
+
+    References:
+      Rates and steps as of arXiv 2410.08827, which finds 88 % of the accuracy to come back.
+    """
+    encoded = questions.encoded["forget"]
+    graphdef, params, rest = nnx.split(model.model, nnx.Param, ...)
+    length = -(-max(len(ids) for ids, _ in encoded) // _MULTIPLE) * _MULTIPLE
+    padded = padded_rows(encoded, length, pad_id=questions.pad_id)
+    found = []
+    for seed in range(seeds):
+        order = np.random.default_rng(seed).permutation(len(encoded))
+        cut = max(1, round(_SHARE * len(encoded)))
+        sides = {"taught": sorted(order[:cut]), "others": sorted(order[cut:])}
+        for rate in rates:
+            lora = Lora.init(
+                model.model.config, _RANK, key=jax.random.key(seed), layout=model.model.layout
+            )
+            moments = _MOMENTS.init(lora)
+            for step in range(1, max(steps) + 1):
+                at = np.arange((step - 1) * batch_size, step * batch_size) % cut
+                rows = {name: v[np.asarray(sides["taught"])[at]] for name, v in padded.items()}
+                lora, moments = _step(graphdef, params, rest, lora, moments, rows, rate)
+                if step in steps:
+                    again = dataclasses.replace(model, model=merged(lora, model.model))
+                    asked = questions.probabilities(again, "forget")
+                    found.append(
+                        {"rate": rate, "seed": seed, "steps": step}
+                        | {name: float(np.median(asked[at])) for name, at in sides.items() if at}
+                    )
+    return found
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _step(
+    graphdef: Any, params: Any, rest: Any, lora: Any, moments: Any, rows: Any, rate: Any
+) -> Any:
+    """One program for all rates, seeds and models of a shape."""
+
+    def loss(lora: Any) -> jax.Array:
+        model = nnx.merge(graphdef, params, rest)
+        hidden, _ = model.hidden_states(rows["tokens"], lora=lora)
+        weights = rows["mask"][:, 1:].astype(jnp.float32)
+        return linear_cross_entropy(
+            hidden[:, :-1],
+            model.head_of(),
+            rows["tokens"][:, 1:],
+            weights=weights / weights.sum(),
+        )
+
+    moves, moments = _MOMENTS.update(jax.grad(loss)(lora), moments)
+    return jax.tree.map(lambda x, move: x - rate * move, lora, moves), moments
