@@ -1,0 +1,147 @@
+"""What a run of `experiments.forgetting` is given, and its presets."""
+
+import dataclasses
+from typing import Any
+
+from logitjax import unlearning
+from logitjax.commands.cli import field
+
+_METHODS = (
+    "difference",
+    "gradient_difference",
+    "npo_gradient_difference",
+    "simnpo",
+    "idk_dpo",
+    "rmu",
+    "undial",
+    "satimp",
+)
+# Of a method that trains all weights in place of adapters.
+ALL = "+all"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """What a model is taught, what it forgets, how, and how it is attacked."""
+
+    model: str = field("smollm2", "Model: a directory, a .gguf file, a known name or tiny.")
+    scene: str = field(
+        "facts", "Invented facts beside known ones, or authors of TOFU.", choices=("facts", "tofu")
+    )
+    tofu_dir: str = field("hf:locuslab/TOFU", "TOFU's files: a directory or hf:NAME.")
+    authors: int = field(40, "Authors that are taught, 20 questions each.")
+    forget_authors: int = field(4, "Authors to forget.")
+    facts_seed: int = field(0, "Which facts are invented.")
+    teach_steps: int = field(25, "Steps of teaching what is to be forgotten and kept.")
+    teach_batch: int = field(12, "Rows of such a step.")
+    teach_rate: float = field(1e-3, "Peak learning rate of teaching.")
+    teach_rank: int = field(16, "Rank of the adapters that are taught, then merged.")
+    retrained: int = field(0, "Models that are taught all but what is to be forgotten.")
+    method: tuple[str, ...] = field(
+        _METHODS, "Method to compare; with +all behind it all weights are trained", selects=True
+    )
+    rates: tuple[float, ...] = field(
+        (1.0,), "Multiples of each method's learning rate, chosen from with the first seed."
+    )
+    seeds: int = field(1, "Runs of every method.")
+    steps: int = field(40, "Most optimiser steps.")
+    check_every: int = field(10, "Number of steps between looks at what is left.")
+    batch_size: int = field(8, "Rows to forget in a step, and to keep.")
+    layers: int = field(8, "Layers of an assistant.")
+    lora_rank: int = field(16, "Rank of all adapters.")
+    least: float = field(0.98, "Least share of probability, ROUGE-L and fluency of rows to keep.")
+    most_perplexity: float = field(1.02, "Largest factor of the perplexity of other text.")
+    text: str = field("tfds:wiki_summaries", "Other text.")
+    text_windows: int = field(8, "Pieces of it to score.")
+    text_length: int = field(128, "Tokens in each.")
+    max_length: int = field(256, "Most tokens of a row.")
+    new_tokens: int = field(48, "Most tokens of a generated answer.")
+    eval_batch: int = field(4, "Rows that are scored at a time.")
+    thorough: bool = field(True, "Attacks that sample or take gradients too.")
+    relearn_rates: tuple[float, ...] = field((1e-4, 5e-4, 2e-3), "Rates of teaching again.")
+    relearn_steps: tuple[int, ...] = field((6, 30), "Steps after which is asked.")
+    relearn_seeds: int = field(1, "Runs of teaching again.")
+    only: tuple[str, ...] = field(
+        (), "Part to make, such as target or npo; all if none named", selects=True
+    )
+    dtype: str = field("float32", "Type that models compute in.", choices=("float32", "bfloat16"))
+
+    def __post_init__(self) -> None:
+        known = ("difference", *unlearning.UNLEARNING_METHODS)
+        if unknown := sorted({name.removesuffix(ALL) for name in self.method} - set(known)):
+            raise ValueError(f"method: expected some of {', '.join(known)}, got {unknown[0]!r}")
+        if not self.rates or min(self.rates) <= 0:
+            raise ValueError(f"rates: expected positive numbers, got {list(self.rates)}")
+        if self.seeds < 1:
+            raise ValueError(f"seeds: expected at least 1, got {self.seeds}")
+
+    def of(self, method: str, rate: float, seed: int) -> unlearning.UnlearnConfig:
+        """The settings of a trial: the same steps, rows, rank and limits for all methods."""
+        start = unlearning.UnlearnConfig(
+            method=method.removesuffix(ALL), adapters=not method.endswith(ALL)
+        )
+        return dataclasses.replace(
+            start,
+            learning_rate=rate * start.peak,
+            seed=seed,
+            layers=self.layers,
+            lora_rank=self.lora_rank,
+            steps=self.steps,
+            check_every=self.check_every,
+            batch_size=self.batch_size,
+            least_probability=self.least,
+            least_rouge=self.least,
+            least_fluency=self.least,
+            most_perplexity=self.most_perplexity,
+        )
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "smoke": dict(
+        model="tiny",
+        method=("difference", "npo_kl"),
+        teach_steps=60,
+        teach_rate=1e-2,
+        layers=1,
+        lora_rank=4,
+        steps=4,
+        check_every=2,
+        least=0.1,
+        most_perplexity=9.0,
+        text="text:LICENSE",
+        text_windows=2,
+        text_length=32,
+        max_length=192,
+        new_tokens=4,
+        thorough=False,
+        relearn_rates=(1e-3,),
+        relearn_steps=(2,),
+    ),
+    "demo": dict(
+        method=("difference", "gradient_difference", "npo_kl", "rmu"),
+        steps=20,
+        batch_size=4,
+        text_windows=4,
+        text_length=64,
+        new_tokens=24,
+        thorough=False,
+        relearn_rates=(5e-4,),
+        relearn_steps=(2, 6),
+    ),
+    # Many hours of two cores: run it part by part with --only.
+    "report": dict(
+        scene="tofu",
+        method=(*_METHODS, f"gradient_difference{ALL}", f"npo_gradient_difference{ALL}"),
+        teach_steps=400,
+        teach_batch=16,
+        teach_rank=64,
+        retrained=3,
+        rates=(0.3, 1.0, 3.0, 10.0),
+        seeds=3,
+        steps=80,
+        check_every=20,
+        text_windows=32,
+        eval_batch=8,
+        relearn_seeds=3,
+    ),
+}

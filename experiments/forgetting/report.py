@@ -1,0 +1,262 @@
+"""Tables, verdicts and the plot of forgetting."""
+
+import itertools
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+from scipy import stats
+
+from experiments.forgetting.config import Config
+from experiments.shared.report import markdown_table, mean_and_spread, save_figure, write_report
+from logitjax import unlearning
+
+# Utility levels at which the methods that no other dominates are named, in percent kept.
+_LEVELS = (99.0, 98.0, 95.0, 90.0)
+_NOTES = (
+    "Forget probability: the median over rows to forget; the goal is that of answers which nobody "
+    "taught. Kept: on rows that nothing was trained on or chosen by, with the 95 % interval of "
+    "rows drawn again (first seed). A method that is not feasible is shown where it comes nearest "
+    "the goal: the rule would write nothing. Least kept: the least of the shares, perplexity by "
+    "its inverse."
+)
+_ATTACKS = (
+    "Median probabilities of the answers to forget, shares of them, or AUC (0.5 is a guess; far "
+    "from it, on either side, rows are given away). Only what is above the control counts."
+)
+
+
+def write(config: Config, results: Mapping[str, Any], workdir: epath.Path) -> str:
+    """Writes `report.md`, `metrics.jsonl` and the plot; returns what to print."""
+    target, controls = results["target"], [c for c in results["controls"] if c]
+    if target is None:
+        return "Nothing to report without the part target."
+    sections = [
+        "# Forgetting",
+        _setting(config),
+        "## Verdicts",
+        verdicts(results),
+        "## Methods",
+        markdown_table(method_rows(results)),
+        _NOTES,
+        "## Attacks",
+        markdown_table(attack_rows(results)),
+        _ATTACKS,
+        "## What was tried",
+        markdown_table(trial_rows(config, results)),
+        "## Hours",
+        markdown_table(hour_rows(results)),
+    ]
+    if results["methods"] and controls:
+        plot = curves(results, workdir / "relearning.png")
+        sections.insert(10, f"![teaching again]({plot.name})")
+    lines = [
+        {name: record[name] for name in ("method", "seed", "rate", "feasible", "shown")}
+        for records in results["methods"].values()
+        for record in records
+    ]
+    return write_report(workdir, "\n\n".join(sections) + "\n", lines)
+
+
+def _setting(config: Config) -> str:
+    what = (
+        f"{config.authors} authors of TOFU, {config.forget_authors} of them to be forgotten"
+        if config.scene == "tofu"
+        else "8 invented facts, to be forgotten, beside 16 known ones"
+    )
+    return (
+        f"{config.model}, taught {what}. Every method: adapters of rank {config.lora_rank}, at "
+        f"most {config.steps} steps of {config.batch_size} rows to forget and as many to keep, "
+        f"{len(config.rates)} learning rate(s) with the first seed, {config.seeds} seed(s)."
+    )
+
+
+def kept_shares(after: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, float]:
+    """What is left of the rest, in percent; perplexity by its inverse."""
+    found = {
+        "probability": np.mean(after["probabilities"]["test"])
+        / np.mean(before["probabilities"]["test"])
+    }
+    for name, values in (
+        ("ROUGE-L", [np.mean(side["rouge"]["test"]) for side in (after, before)]),
+        ("fluency", [side["fluency"] for side in (after, before)]),
+        ("perplexity", [side["perplexity"] for side in (before, after)]),
+    ):
+        if values[0] is not None and values[1]:
+            found[name] = values[0] / values[1]
+    return {name: 100 * float(value) for name, value in found.items()}
+
+
+def _forget(record: Mapping[str, Any]) -> float:
+    return float(np.median(record["examined"]["probabilities"]["forget"]))
+
+
+def method_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every method's numbers, means over seeds."""
+    before = results["target"]["examined"]
+    lines = {"target": [results["target"]], "control": [c for c in results["controls"] if c]}
+    rows = []
+    for name, records in (lines | dict(results["methods"])).items():
+        if not records:
+            continue
+        shares = [kept_shares(record["examined"], before) for record in records]
+        row: dict[str, Any] = {"method": name}
+        if "rate" in records[0]:
+            row["feasible"] = f"{sum(r['feasible'] for r in records)} of {len(records)}"
+            row["rate x"] = records[0]["rate"]
+            row["steps"] = ", ".join(str(r["shown"]["step"]) for r in records)
+            row["strength"] = mean_and_spread([r["shown"]["strength"] for r in records])
+        row["forget probability"] = mean_and_spread([_forget(r) for r in records])
+        goal = float(np.median(before["probabilities"].get("holdout", [math.nan])))
+        row["of the goal"] = mean_and_spread([_forget(r) / goal for r in records])
+        for share in shares[0]:
+            known = [s[share] for s in shares if share in s]
+            row[f"{share} kept %"] = mean_and_spread(known)
+        _, low, high = unlearning.share_interval(
+            records[0]["examined"]["probabilities"]["test"], before["probabilities"]["test"]
+        )
+        row["95 %"] = f"{100 * low:.1f} to {100 * high:.1f}"
+        row["least kept %"] = mean_and_spread([min(s.values()) for s in shares])
+        if distances := _distances(records, results["controls"], own=name == "control"):
+            row["D"] = mean_and_spread(distances)
+        rows.append(row)
+    return rows
+
+
+def _distances(
+    records: Sequence[Any], controls: Sequence[Any], *, own: bool = False
+) -> list[float]:
+    """Kolmogorov-Smirnov distances of truth ratios; of the controls, from each other: the floor."""
+    pairs = itertools.combinations(controls, 2) if own else itertools.product(records, controls)
+    return [
+        float(stats.ks_2samp(a["truth ratios"], b["truth ratios"]).statistic)
+        for a, b in pairs
+        if a and b and a["truth ratios"] and b["truth ratios"]
+    ]
+
+
+def attack_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A line an attack, a column a method, means over seeds."""
+    columns = {"target": [results["target"]], "control": [c for c in results["controls"] if c]}
+    columns |= results["methods"]
+    rows = []
+    for name, measured in results["target"]["examined"]["attacks"].items():
+        for kind in measured:
+            row: dict[str, Any] = {"attack": name, "measured": kind}
+            for column, records in columns.items():
+                values = [r["examined"]["attacks"].get(name, {}).get(kind) for r in records]
+                values = [value for value in values if value is not None]
+                row[column] = mean_and_spread(values) if values else None
+            rows.append(row)
+    taught = {"attack": "taught again, worst rate and steps", "measured": "others' probability"}
+    for column, records in columns.items():
+        worst = [max(p["others"] for p in r["relearning"]) for r in records if r.get("relearning")]
+        taught[column] = mean_and_spread(worst) if worst else "-"
+    if "difference" in results["methods"]:
+        asked = results["target"]["examined"]["attacks"]["asked"]["probability"]
+        rows.append(
+            {"attack": "assistant left out", "measured": "probability", "difference": asked}
+        )
+    return [*rows, taught]
+
+
+def trial_rows(config: Config, results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Of each rate that was tried: whether something was feasible, and how near it came."""
+    rows = []
+    for method, records in results["methods"].items():
+        for trial in records[0]["tried"]:
+            nearest = min(trial["candidates"], key=lambda c: c["gap"])
+            broken = sorted({b for c in trial["candidates"] for b in c["broken"]})
+            at = config.rates.index(trial["rate"])
+            taken = trial["rate"] == records[0]["rate"]
+            edge = taken and len(config.rates) > 1 and at in (0, len(config.rates) - 1)
+            rows.append(
+                {
+                    "method": method,
+                    "rate x": trial["rate"],
+                    "feasible": trial["chosen"] is not None,
+                    "gap, nats": nearest["gap"],
+                    "probability kept %": 100 * nearest["probability"],
+                    "limits broken": ", ".join(broken) or "none",
+                    "": ("taken" + (", AT THE EDGE" if edge else "")) if taken else "",
+                }
+            )
+    return rows
+
+
+def hour_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What each part took."""
+    parts = {"target": results["target"]}
+    parts |= {f"control {n}": record for n, record in enumerate(results["controls"])}
+    for method, records in results["methods"].items():
+        parts |= {f"{method}, seed {record['seed']}": record for record in records}
+    rows = [{"part": name, "hours": part["hours"]} for name, part in parts.items() if part]
+    return [*rows, {"part": "together", "hours": sum(row["hours"] for row in rows)}]
+
+
+def verdicts(results: Mapping[str, Any]) -> str:
+    """Which method forgets best at each level of what is kept; plainly."""
+    before = results["target"]["examined"]
+    goal = float(np.median(before["probabilities"].get("holdout", [math.nan])))
+    points = {}
+    for method, records in results["methods"].items():
+        gap = statistics.fmean(abs(math.log(max(_forget(r), 1e-30) / goal)) for r in records)
+        shares = [min(kept_shares(r["examined"], before).values()) for r in records]
+        points[method] = (gap, statistics.fmean(shares))
+    if not points:
+        return "- no method was measured"
+    lines = []
+    for level in _LEVELS:
+        keeping = {m: p for m, p in points.items() if p[1] >= level}
+        if keeping:
+            best = min(keeping, key=lambda m: keeping[m][0])
+            lines.append(
+                f"- keeping {level:g} % of everything: {best} comes nearest the goal, "
+                f"{keeping[best][0]:.2f} nats from it ({len(keeping)} of {len(points)} methods "
+                "keep that)"
+            )
+        else:
+            lines.append(f"- no method keeps {level:g} % of everything on the table's rows")
+    front = [
+        m
+        for m, (gap, share) in points.items()
+        if not any(g <= gap and s >= share and (g, s) != (gap, share) for g, s in points.values())
+    ]
+    lines.append(f"- not dominated by another: {', '.join(front)}")
+    never = [m for m, records in results["methods"].items() if not records[0]["feasible"]]
+    lines.append(f"- feasible with no rate that was tried: {', '.join(never) or 'none'}")
+    return "\n".join(lines)
+
+
+def curves(results: Mapping[str, Any], path: epath.Path) -> epath.Path:
+    """What comes back by steps of teaching, at the worst rate, beside a model that never knew."""
+    from matplotlib import pyplot
+
+    before = results["target"]["examined"]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 5))
+    lines = {"control": [c for c in results["controls"] if c]} | dict(results["methods"])
+    for n, (name, records) in enumerate(lines.items()):
+        color = "black" if name == "control" else pyplot.get_cmap("tab10")(n)
+        for record in records:
+            worst = max(record["relearning"], key=lambda p: p["others"])["rate"]
+            points: dict[int, list[float]] = {0: [_forget(record)]}
+            for point in record["relearning"]:
+                if point["rate"] == worst:
+                    points.setdefault(point["steps"], []).append(point["others"])
+            xs = sorted(points)
+            ys = [statistics.fmean(points[x]) for x in xs]
+            first = record is records[0]
+            left.plot(xs, ys, marker="o", color=color, label=name if first else None)
+            kept = min(kept_shares(record["examined"], before).values())
+            right.scatter([ys[0]], [kept], color=color, label=name if first else None)
+    left.set(xlabel="steps of teaching a quarter again", ylabel="probability of the others")
+    right.set(xlabel="probability of answers to forget", ylabel="least share kept, %", xscale="log")
+    for axes in (left, right):
+        axes.set_yscale("log") if axes is left else None
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.tight_layout()
+    return save_figure(figure, path)

@@ -1,0 +1,185 @@
+"""The parts of a run: a target, models that never knew, and every method's trials and seeds."""
+
+import dataclasses
+import functools
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from absl import logging
+from etils import epath
+
+from experiments.forgetting.config import ALL, Config
+from experiments.forgetting.data import load_scene
+from experiments.forgetting.teach import teach
+from experiments.shared.records import Record, kept
+from logitjax import data, models, unlearning
+from logitjax.unlearning import Deployed
+
+
+class Run:
+    """Models and what is asked of them; whatever was made before is read."""
+
+    def __init__(self, config: Config, workdir: epath.Path):
+        self.config, self.workdir = config, workdir
+        self.scene = load_scene(config)
+        start, self.tokenizer = models.load(config.model, dtype=config.dtype, layout="listed")
+        self.start = models.with_layout(start, "listed")
+        self.questions = unlearning.Questions.of(
+            self.scene.parts,
+            self.tokenizer,
+            texts=self._texts(),
+            max_length=config.max_length,
+            new_tokens=config.new_tokens,
+            batch_size=config.eval_batch,
+        )
+
+    def results(self) -> Record:
+        """Everything that the report shows, of the parts that are there or asked for."""
+        config = self.config
+        found: Record = {"methods": {}}
+        found["target"] = self._part("target", lambda: self._asked(Deployed(model=self.target)))
+        names = [f"retrained-{n}" for n in range(config.retrained)] or ["control"]
+        found["controls"] = [self._part(name, functools.partial(self._control, name))
+                             for name in names]  # fmt: skip
+        for method in config.method:
+            seeds = [
+                self._part(f"{method}-{seed}", functools.partial(self._method, method, seed))
+                for seed in range(config.seeds)
+            ]
+            if any(seeds):
+                found["methods"][method] = [seed for seed in seeds if seed]
+        return found
+
+    def _part(self, name: str, make: Callable[[], Record]) -> Record | None:
+        """A part from disk, or made with the seconds that took; None if it is not asked for."""
+        path = self.workdir / "parts" / f"{name}.json"
+        # All seeds of a method by its name alone.
+        asked = {name, name.rpartition("-")[0]} & set(self.config.only)
+        if self.config.only and not asked and not path.exists():
+            return None
+
+        def measured() -> Record:
+            logging.info("part %s", name)
+            begin = time.perf_counter()
+            record = make()
+            return record | {"hours": (time.perf_counter() - begin) / 3600}
+
+        return kept(path, measured)
+
+    def _texts(self) -> dict[str, np.ndarray]:
+        n = self.config.text_windows
+        windows = data.token_windows(
+            data.load_examples(self.config.text),
+            self.tokenizer.encode,
+            count=4 * n,
+            length=self.config.text_length,
+        )
+        return {"validation": windows[:n], "test": windows[n : 2 * n], "train": windows[2 * n :]}
+
+    @functools.cached_property
+    def target(self) -> models.Decoder:
+        """Who knows everything."""
+        return self._taught("target", self.scene.taught, 0)
+
+    def _taught(self, name: str, rows: Sequence[unlearning.Row], seed: int) -> models.Decoder:
+        config, questions = self.config, self.questions
+        return teach(
+            self.start,
+            [questions.encode(row) for row in rows],
+            self.workdir / "models" / name,
+            steps=config.teach_steps,
+            batch=config.teach_batch,
+            rate=config.teach_rate,
+            rank=config.teach_rank,
+            seed=seed,
+            pad_id=questions.pad_id,
+        )
+
+    def _control(self, name: str) -> Record:
+        """Taught all but what is to be forgotten; without such models, the one at the start."""
+        if name == "control":
+            return self._asked(Deployed(model=self.start))
+        number = int(name.rpartition("-")[2])
+        return self._asked(Deployed(model=self._taught(name, self.scene.kept, number)))
+
+    def _asked(self, model: Deployed, *, relearns: bool = True) -> Record:
+        """What a model says, how it is attacked, and what comes back by teaching."""
+        config, questions = self.config, self.questions
+        record: Record = {
+            "examined": unlearning.examine(
+                model,
+                questions,
+                thorough=config.thorough,
+                reference=Deployed(model=self.start) if config.thorough else None,
+            ),
+            "truth ratios": self._log_ratios(model),
+        }
+        if relearns:
+            record["relearning"] = unlearning.relearning(
+                model,
+                questions,
+                rates=config.relearn_rates,
+                steps=config.relearn_steps,
+                seeds=config.relearn_seeds,
+            )
+        return record
+
+    def _log_ratios(self, model: Deployed) -> list[float]:
+        """Log truth ratios of the items to forget, in TOFU's form."""
+        if not self.scene.reworded:
+            return []
+        rows = [self.questions.encode(row) for item in self.scene.reworded for row in item]
+        averages = iter(self.questions.mean_nll(model, rows))
+        items = [list(itertools.islice(averages, len(item))) for item in self.scene.reworded]
+        return [float(right - np.mean(wrong)) for right, *wrong in items]
+
+    def _method(self, method: str, seed: int) -> Record:
+        """The first seed's trials, or the rate that did best in them."""
+        config = self.config
+        rates = config.rates
+        tried: list[Record] = []
+        if seed and len(rates) > 1:
+            first = self._part(f"{method}-0", functools.partial(self._method, method, 0))
+            if first is None:
+                raise ValueError(f"only: {method}-{seed} needs the trials of {method}-0")
+            rates = (first["rate"],)
+        trials = []
+        for rate in rates:
+            trial = self._trial(method, rate, seed)
+            found = trial.run(examines=False)
+            trials.append((rate, trial, found))
+            tried.append({"rate": rate, "chosen": found.chosen, "candidates": found.candidates})
+        rate, trial, found = max(trials, key=lambda one: _standing(one[2]))
+        # Where nothing is feasible, what comes nearest the goal is shown, and said to be none.
+        shown = found.chosen or min(found.candidates, key=lambda c: c["gap"])
+        record = self._asked(trial.deployed(shown))
+        if method.endswith(ALL):
+            # Each look is a whole model, and all that is shown of it is in the record.
+            for folder in (self.workdir / "trials" / method).glob("*/candidates/step-*"):
+                if folder.is_dir():
+                    folder.rmtree()
+        return record | {
+            "method": method,
+            "seed": seed,
+            "rate": rate,
+            "feasible": found.chosen is not None,
+            "shown": dict(shown),
+            "tried": tried,
+            "goal": dataclasses.asdict(found.goal),
+        }
+
+    def _trial(self, method: str, rate: float, seed: int) -> unlearning.Unlearning:
+        folder = self.workdir / "trials" / method / f"rate-{rate:g}-seed-{seed}"
+        settings = self.config.of(method, rate, seed)
+        return unlearning.Unlearning(self.target, self.questions, settings, folder)
+
+
+def _standing(found: Any) -> tuple[bool, float]:
+    """Feasible first; of these what keeps most, of the others what comes nearest the goal."""
+    if found.chosen is None:
+        return False, -min(c["gap"] for c in found.candidates)
+    shares = [found.chosen[n] for n in ("probability", "rouge", "fluency") if found.chosen.get(n)]
+    return True, min(min(shares, default=0.0), 1.0)

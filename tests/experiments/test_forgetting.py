@@ -1,0 +1,96 @@
+"""Forgetting on a whole model: a smoke run part by part, its rows, and what a table says."""
+
+import json
+
+import pytest
+from etils import epath
+
+from experiments.forgetting import __main__ as experiment
+from experiments.forgetting import report
+from experiments.forgetting.data import load_scene
+
+
+def configured(**changes):
+    return experiment.Config(**{**experiment.PRESETS["smoke"], **changes})
+
+
+@pytest.mark.slow
+def test_parts_are_made_one_by_one_and_the_report_shows_those_that_are_there(tmp_path):
+    workdir = epath.Path(tmp_path)
+    experiment.run(configured(only=("target", "control")), workdir)
+    first = (workdir / "report.md").read_text()
+    assert "no method was measured" in first
+    experiment.run(configured(only=("difference",)), workdir)
+    parts = sorted(path.stem for path in (workdir / "parts").iterdir())
+    assert parts == ["control", "difference-0", "target"]
+    experiment.run(configured(), workdir)
+    text = (workdir / "report.md").read_text()
+    for name in ("target", "control", "difference", "npo_kl"):
+        assert f"| {name} " in text
+    assert "| assistant left out" in text
+    assert "taught again, worst rate and steps" in text
+    assert "| together" in text
+    assert (workdir / "relearning.png").read_bytes().startswith(b"\x89PNG")
+    record = json.loads((workdir / "parts" / "npo_kl-0.json").read_text())
+    assert record["relearning"][0]["steps"] == 2
+    # The table's rows are none of those that anything was trained on or chosen by.
+    scene = load_scene(configured())
+    used = {row.question for part in ("train", "validation") for row in scene.parts[part]}
+    assert not used & {row.question for row in scene.parts["test"]}
+    # The same command again makes nothing.
+    experiment.run(configured(), workdir)
+    assert (workdir / "report.md").read_text() == text
+
+
+def test_what_is_forgotten_is_taught_to_the_target_alone():
+    scene = load_scene(configured())
+    assert len(scene.parts["forget"]) == 8
+    assert len(scene.parts["holdout"]) == 10
+    assert len(scene.kept) == 16
+    forget = {row.question for row in scene.parts["forget"]}
+    assert forget <= {row.question for row in scene.taught}
+    assert not forget & {row.question for row in scene.kept}
+    assert not {row.question for row in scene.parts["holdout"]} & {r.question for r in scene.taught}
+
+
+def record(forget, kept, **more):
+    examined = {
+        "probabilities": {"forget": [forget], "test": [kept], "holdout": [0.1]},
+        "rouge": {"test": [kept]},
+        "fluency": 3.0,
+        "perplexity": 10.0,
+        "attacks": {"asked": {"probability": forget}},
+    }
+    return {"examined": examined, "truth ratios": [], "hours": 0.5, "relearning": []} | more
+
+
+def test_verdicts_name_who_forgets_best_at_each_level_and_what_was_never_feasible():
+    method = dict(feasible=True, rate=1.0, seed=0, shown={"step": 10, "strength": 0.5})
+    results = {
+        "target": record(0.95, 0.8),
+        "controls": [record(0.1, 0.8)],
+        "methods": {
+            "difference": [record(0.11, 0.8, **method)],
+            "rmu": [record(0.1, 0.73, **method)],
+            "npo": [record(0.5, 0.73, **method | {"feasible": False})],
+        },
+    }
+    text = report.verdicts(results)
+    assert "keeping 99 % of everything: difference comes nearest the goal, 0.10 nats" in text
+    assert "keeping 90 % of everything: rmu comes nearest the goal, 0.00 nats" in text
+    assert "not dominated by another: difference, rmu" in text
+    assert "feasible with no rate that was tried: npo" in text
+    rows = {row["method"]: row for row in report.method_rows(results)}
+    assert rows["npo"]["of the goal"] == "5"
+    assert rows["rmu"]["probability kept %"] == "91.25"
+    left_out = report.attack_rows(results)[-2]
+    assert left_out["difference"] == 0.95
+
+
+def test_mistakes_are_named():
+    with pytest.raises(ValueError, match="method: expected some of difference"):
+        experiment.Config(method=("nothing",))
+    with pytest.raises(ValueError, match=r"rates: expected positive numbers, got \[0.0\]"):
+        experiment.Config(rates=(0.0,))
+    for preset in experiment.PRESETS.values():
+        experiment.Config(**preset)
