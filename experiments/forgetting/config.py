@@ -54,6 +54,7 @@ class Config:
     text: str = field("tfds:wiki_summaries", "Other text.")
     text_windows: int = field(8, "Pieces of it to score.")
     text_length: int = field(128, "Tokens in each.")
+    topics: int = field(0, "Articles of it whose topic is asked for; none if 0.")
     max_length: int = field(256, "Most tokens of a row.")
     new_tokens: int = field(48, "Most tokens of a generated answer.")
     eval_batch: int = field(4, "Rows that are scored at a time.")
@@ -141,6 +142,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         steps=80,
         check_every=20,
         text_windows=32,
+        topics=100,
         eval_batch=8,
         relearn_seeds=3,
     ),

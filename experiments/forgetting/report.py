@@ -119,6 +119,8 @@ def method_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
             records[0]["examined"]["probabilities"]["test"], before["probabilities"]["test"]
         )
         row["95 %"] = f"{100 * low:.1f} to {100 * high:.1f}"
+        if "topics" in records[0]:
+            row["topics right %"] = mean_and_spread([100 * r["topics"] for r in records])
         row["least kept %"] = mean_and_spread([min(s.values()) for s in shares])
         if distances := _distances(records, results["controls"], own=name == "control"):
             row["D"] = mean_and_spread(distances)

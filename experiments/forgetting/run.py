@@ -14,6 +14,7 @@ from etils import epath
 from experiments.forgetting.config import ALL, Config
 from experiments.forgetting.data import load_scene
 from experiments.forgetting.teach import teach
+from experiments.forgetting.topics import Topics
 from experiments.shared.records import Record, kept
 from logitjax import data, models, unlearning
 from logitjax.unlearning import Deployed
@@ -80,6 +81,10 @@ class Run:
         return {"validation": windows[:n], "test": windows[n : 2 * n], "train": windows[2 * n :]}
 
     @functools.cached_property
+    def _topics(self) -> Topics:
+        return Topics.load(self.config.text, self.tokenizer, self.config.topics)
+
+    @functools.cached_property
     def target(self) -> models.Decoder:
         """Who knows everything."""
         return self._taught("target", self.scene.taught, 0)
@@ -117,6 +122,10 @@ class Run:
             ),
             "truth ratios": self._log_ratios(model),
         }
+        if config.topics:
+            record["topics"] = self._topics.accuracy(
+                model, batch_size=config.eval_batch, pad_id=questions.pad_id
+            )
         if relearns:
             record["relearning"] = unlearning.relearning(
                 model,
