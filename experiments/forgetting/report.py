@@ -134,7 +134,7 @@ def _distances(
     """Kolmogorov-Smirnov distances of truth ratios; of the controls, from each other: the floor."""
     pairs = itertools.combinations(controls, 2) if own else itertools.product(records, controls)
     return [
-        float(stats.ks_2samp(a["truth ratios"], b["truth ratios"]).statistic)
+        float(stats.ks_2samp(a["truth ratios"], b["truth ratios"])[0])
         for a, b in pairs
         if a and b and a["truth ratios"] and b["truth ratios"]
     ]

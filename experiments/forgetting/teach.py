@@ -43,7 +43,7 @@ def teach(
     padded = unlearning.padded_rows(rows, max(len(ids) for ids, _ in rows), pad_id=pad_id)
 
     def batches(step: int) -> dict[str, dict[str, np.ndarray]]:
-        places = np.arange(step * batch, (step + 1) * batch)
+        places = range(step * batch, (step + 1) * batch)
         picked = [
             np.random.default_rng([seed, place // len(rows)]).permutation(len(rows))[
                 place % len(rows)

@@ -145,7 +145,7 @@ def _memberships(
         words = {part: _without_end(questions, part, rows) for part, rows in surprise.items()}
         scores["min-k++"] = _each(words, min_k)
         norms = {part: questions.gradient_norms(model, part) for part in sides}
-        scores["gradient norm"] = {part: rows[:, 0] for part, rows in norms.items()}
+        scores["gradient norm"] = {part: rows[:, 0].tolist() for part, rows in norms.items()}
     if reference is not None:
         theirs = _each({part: questions.scores(reference, part).nll for part in sides}, np.mean)
         scores["reference"] = {

@@ -78,7 +78,7 @@ class Questions:
         )
         rows["few_shot"] = _after_others(forget) if tokenizer.chat_template is not None else ()
         # Other ways to ask are longer, whatever fits when asked straight.
-        room = dict.fromkeys(("role", "prefilled", "language"), 2 * max_length)
+        room: dict[str, int] = dict.fromkeys(("role", "prefilled", "language"), 2 * max_length)
         room["few_shot"] = (_SHOTS + 1) * max_length
         begun = {"prefilled": _BEGUN}
         encoded = {

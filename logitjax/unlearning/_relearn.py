@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +66,7 @@ def relearning(
             lora = Lora.init(
                 model.model.config, _RANK, key=jax.random.key(seed), layout=model.model.layout
             )
-            moments = _MOMENTS.init(lora)
+            moments: Any = _MOMENTS.init(cast("Any", lora))
             for step in range(1, max(steps) + 1):
                 at = np.arange((step - 1) * batch_size, step * batch_size) % cut
                 rows = {name: v[np.asarray(sides["taught"])[at]] for name, v in padded.items()}

@@ -198,12 +198,12 @@ class Unlearning:
 
     def _deployed(self, trained: Lora | Decoder, strength: float) -> Deployed:
         """The model with so much of what was trained."""
-        if self.config.method == "difference":
-            relative = self.config.relative
-            return Deployed.less(self.model, trained, strength, relative=relative)
         strength *= self.config.sign
         if isinstance(trained, Decoder):
             return Deployed(model=_towards(self.model, trained, strength))
+        if self.config.method == "difference":
+            relative = self.config.relative
+            return Deployed.less(self.model, trained, strength, relative=relative)
         return Deployed(model=merged(_scaled(trained, strength), self.model))
 
     def _train(self) -> list[dict[str, Any]]:
