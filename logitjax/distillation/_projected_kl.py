@@ -1,7 +1,6 @@
 """Divergences from a teacher of another vocabulary, in that vocabulary."""
 
 import dataclasses
-import math
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -17,8 +16,6 @@ from logitjax.ops import Array, AxisName, TopK, checks, gather_at, logsumexp
 # Logits of so many of our tokens a position are gathered; where there may be more, sums over the
 # whole vocabulary are cheaper.
 _MOST_MEMBERS = 4096
-# Elements of the whole rows that these sums hold at a time.
-_ROW_ELEMENTS = 1 << 25
 _LEAST = 1e-37
 
 
@@ -127,7 +124,7 @@ def linear_projected_kl_divergence(
 
     The sweep over the vocabulary picks the logits of our tokens that stand for the teacher's top k
     as it passes them. Where these may be too many (a large vocabulary seen from a small one), it
-    sums whole rows up by the teacher's tokens, a few positions at a time.
+    sums each block up by the teacher's tokens, and holds a byte for each of these a position.
 
     Args:
         hidden: `[*batch, hidden]`, the student's.
@@ -151,15 +148,14 @@ def linear_projected_kl_divergence(
     teacher = lax.stop_gradient(teacher)
     k = teacher.indices.shape[-1]
     if projection.capacity(k) > _MOST_MEMBERS:
-        largest = max(len(projection.ids), projection.size)
-        rows = max(1, _ROW_ELEMENTS // largest // max(1, math.prod(hidden.shape[:-2])))
         value = sweep.run(
             _BucketSums(projection=projection, k=k, direction=direction),
             hidden,
             head,
-            tokens={"teacher": teacher},
+            tokens={"teacher": teacher, "slots": _slots(teacher.indices, projection.size)},
             weights=weights,
-            blocks=blocks or Blocks(vocab=len(projection.ids), tokens=rows),
+            # Whole rows of logits would be most of the memory that this saves.
+            blocks=blocks or Blocks(engine="scan"),
             axis_name=axis_name,
         )
         return value if weights is None else value[0]
@@ -193,6 +189,22 @@ def _check(vocab: int, projection: TokenProjection) -> None:
         )
 
 
+def _slots(wanted: jax.Array, size: int) -> jax.Array:
+    """Which of the k `wanted` each of their tokens is, `[*batch, size + 1]`; k if none."""
+    k = wanted.shape[-1]
+    small = jnp.uint8 if k < 1 << 8 else jnp.int32
+    table = jnp.full((*wanted.shape[:-1], size + 1), k, small)
+    numbers = lax.broadcasted_iota(jnp.int32, wanted.shape, wanted.ndim - 1)
+    # What a model has beyond its tokenizer is nobody's.
+    return table.at[_rows(wanted)].set(numbers.astype(small), mode="drop").at[..., size].set(k)
+
+
+def _rows(ids: jax.Array) -> tuple[jax.Array, ...]:
+    """Indices of `ids` along the last axis of an array with the same others."""
+    batch = (lax.broadcasted_iota(jnp.int32, ids.shape, a) for a in range(ids.ndim - 1))
+    return (*batch, ids)
+
+
 class _Masses(NamedTuple):
     log_z: Any
     masses: Any
@@ -200,7 +212,11 @@ class _Masses(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _BucketSums(sweep.Statistic):
-    """The student's mass at each of the teacher's top k, from sums over all of its tokens."""
+    """The student's mass at each of the teacher's top k, from sums over all of its tokens.
+
+    A scatter of single numbers is slow everywhere. So whole columns of a block are added up, all
+    positions at once: those whose tokens stand for the same one of theirs.
+    """
 
     projection: TokenProjection
     k: int
@@ -212,11 +228,17 @@ class _BucketSums(sweep.Statistic):
     def absorb(self, state: Any, block: sweep.LogitBlock, passed: Any) -> Any:
         sums, masses = state
         new = sums.add(block.student)
-        table = jnp.zeros((*sums.peak.shape, self.projection.size + 1), masses.dtype)
         mass = jnp.exp(block.student - new.peak[..., None])
+        wanted = block.tokens["teacher"].indices
+        found = jnp.zeros_like(masses)
         for ids, weights in self._columns(block):
-            table = table.at[..., ids].add(mass * weights)
-        found = jnp.take_along_axis(table, block.tokens["teacher"].indices, axis=-1)
+            ordered = jnp.sort(ids)
+            place = jnp.searchsorted(ordered, ids)
+            columns = jnp.moveaxis(mass * weights, -1, 0)
+            table = jax.ops.segment_sum(columns, place, num_segments=len(ids))
+            at = jnp.minimum(jnp.searchsorted(ordered, wanted), len(ids) - 1)
+            here = table[(at, *_rows(at)[:-1])]
+            found += jnp.where(ordered[at] == wanted, here, 0.0)
         return new, masses * jnp.exp(sums.peak - new.peak)[..., None] + found
 
     def reduce(self, state: Any, axis_name: AxisName, passed: Any) -> Any:
@@ -233,13 +255,12 @@ class _BucketSums(sweep.Statistic):
     def gradient(self, residuals: Any, cotangents: Any, block: sweep.LogitBlock) -> jax.Array:
         log_z, masses = residuals
         q = jnp.exp(block.student - jnp.where(log_z == -jnp.inf, 0.0, log_z)[..., None])
-        wanted = block.tokens["teacher"].indices
-        rows = tuple(lax.broadcasted_iota(jnp.int32, wanted.shape, a) for a in range(wanted.ndim))
-        table = jnp.zeros((*log_z.shape, self.projection.size + 1), q.dtype)
-        table = table.at[(*rows[:-1], wanted)].add(cotangents.masses)
+        slots = block.tokens["slots"]
+        told = jnp.concatenate([cotangents.masses, jnp.zeros_like(log_z)[..., None]], axis=-1)
         slope = cotangents.log_z - (cotangents.masses * masses).sum(-1)
         slope = slope[..., None] + sum(
-            table[..., ids] * weights for ids, weights in self._columns(block)
+            jnp.take_along_axis(told, slots[..., ids].astype(jnp.int32), axis=-1) * weights
+            for ids, weights in self._columns(block)
         )
         return q * slope
 
