@@ -18,7 +18,7 @@ from logitjax.losses.sweep import (
     Statistic,
     run,
 )
-from logitjax.ops import Array, AxisName, Number, checks
+from logitjax.ops import Array, AxisName, Number, checks, neginf_to_zero
 
 
 def linear_kl_divergence(
@@ -93,7 +93,7 @@ def linear_kl_divergence(
 def linear_generalized_jensen_shannon(
     hidden: Float[Array, "*batch hidden"],
     head: Head | Float[Array, "rows columns"],
-    teacher_hidden: Float[Array, "*batch teacher_hidden"],
+    teacher_hidden: Float[Array, "*batch teacher_hidden"] | tuple[Any, Any],
     teacher_head: Head | Float[Array, "teacher_rows teacher_columns"],
     *,
     beta: float | int = 0.5,
@@ -116,7 +116,9 @@ def linear_generalized_jensen_shannon(
     Args:
         hidden: `[*batch, hidden]`, the student's.
         head: as in `linear_kl_divergence`.
-        teacher_hidden: `[*batch, teacher_hidden]`; gets no gradient.
+        teacher_hidden: `[*batch, teacher_hidden]`; gets no gradient. Where the
+            log-sum-exp of the teacher's logits over the temperature is known, `[*batch]`, as
+            `linear_readout` gives it: the pair of both, which spares a sweep over its head.
         teacher_head: as `head`, with the same vocabulary; gets no gradient.
         beta: the teacher's weight, in `[0, 1]`.
         temperature: `T`. The result is not multiplied by `T^2`.
@@ -139,11 +141,16 @@ def linear_generalized_jensen_shannon(
     0.6931
     """
     checks.between(beta, 0, 1, "beta")
+    states, known = _states(teacher_hidden)
+    statistic = KLStatistic(reverse=beta == 1)
+    if beta not in (0, 1):
+        statistic = _JensenShannon(beta=float(beta), known=bool(known))
     loss = run(
-        KLStatistic(reverse=beta == 1) if beta in (0, 1) else _JensenShannon(beta=float(beta)),
+        statistic,
         hidden,
         head,
-        teacher=(teacher_hidden, teacher_head),
+        teacher=(states, teacher_head),
+        tokens=known,
         temperature=temperature,
         vocab_where=vocab_where,
         weights=weights,
@@ -156,7 +163,7 @@ def linear_generalized_jensen_shannon(
 def linear_total_variation(
     hidden: Float[Array, "*batch hidden"],
     head: Head | Float[Array, "rows columns"],
-    teacher_hidden: Float[Array, "*batch teacher_hidden"],
+    teacher_hidden: Float[Array, "*batch teacher_hidden"] | tuple[Any, Any],
     teacher_head: Head | Float[Array, "teacher_rows teacher_columns"],
     *,
     temperature: Number = 1.0,
@@ -176,7 +183,9 @@ def linear_total_variation(
     Args:
         hidden: `[*batch, hidden]`, the student's.
         head: as in `linear_kl_divergence`.
-        teacher_hidden: `[*batch, teacher_hidden]`; gets no gradient.
+        teacher_hidden: `[*batch, teacher_hidden]`; gets no gradient. Where the
+            log-sum-exp of the teacher's logits over the temperature is known, `[*batch]`, as
+            `linear_readout` gives it: the pair of both, which spares a sweep over its head.
         teacher_head: as `head`, with the same vocabulary; gets no gradient.
         temperature: `T`.
         vocab_where: as in `linear_kl_divergence`, like all that follow.
@@ -197,11 +206,13 @@ def linear_total_variation(
     >>> print(f"{linear_total_variation(one, head, one, teacher_head):.2f}")
     0.25
     """
+    states, known = _states(teacher_hidden)
     loss = run(
-        _TotalVariation(),
+        _TotalVariation(known=bool(known)),
         hidden,
         head,
-        teacher=(teacher_hidden, teacher_head),
+        teacher=(states, teacher_head),
+        tokens=known,
         temperature=temperature,
         vocab_where=vocab_where,
         weights=weights,
@@ -211,14 +222,29 @@ def linear_total_variation(
     return loss if weights is None else loss[0]
 
 
+def _states(teacher: Any) -> tuple[Any, dict[str, Any]]:
+    """A teacher's hidden states, and what is known of them."""
+    if not isinstance(teacher, tuple):
+        return teacher, {}
+    hidden, log_z = teacher
+    checks.shapes(
+        teacher_hidden=(hidden, "float *batch hidden"), teacher_log_z=(log_z, "float *batch")
+    )
+    return hidden, {"teacher_log_z": log_z}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Normalised(Statistic):
     """Divergences whose terms need both normalisers first: two passes.
 
     `terms` gives, per column, the summand and its derivative by the student's log-probability.
+
+    Attributes:
+        known: whether the teacher's normaliser is, at `tokens["teacher_log_z"]`.
     """
 
     passes: ClassVar[int] = 2
+    known: bool = False
 
     @property
     def in_tiles(self) -> bool:
@@ -227,25 +253,35 @@ class _Normalised(Statistic):
     def terms(self, log_q: jax.Array, log_p: jax.Array) -> tuple[jax.Array, jax.Array]:
         raise NotImplementedError
 
+    def reads_teacher(self, number: int) -> bool:
+        return number > 0 or not self.known
+
     def start(self, batch: tuple[int, ...], dtype: Any, passed: Any) -> Any:
-        if passed is None:
-            return tuple(OnlineSums.start(batch, dtype) for _ in range(2))
-        return jnp.zeros(batch, dtype), jnp.zeros(batch, dtype)
+        if passed is not None:
+            return jnp.zeros(batch, dtype), jnp.zeros(batch, dtype)
+        sums = OnlineSums.start(batch, dtype)
+        return sums, jnp.zeros(batch, dtype) if self.known else sums
 
     def absorb(self, state: Any, block: LogitBlock, passed: Any) -> Any:
         if passed is None:
-            return state[0].add(block.student), state[1].add(block.teacher)
+            sums = state[0].add(block.student)
+            if self.known:
+                return sums, block.tokens["teacher_log_z"].astype(state[1].dtype)
+            return sums, state[1].add(block.teacher)
         terms = self.terms(*self._log_probabilities(block, passed))
         return tuple(total + term.sum(-1) for total, term in zip(state, terms))
 
     def reduce(self, state: Any, axis_name: AxisName, passed: Any) -> Any:
-        if passed is None:
-            return tuple(sums.reduce(axis_name) for sums in state)
-        return tuple(lax.psum(jnp.stack(state), axis_name))
+        if passed is not None:
+            return tuple(lax.psum(jnp.stack(state), axis_name))
+        student, teacher = state
+        return student.reduce(axis_name), teacher if self.known else teacher.reduce(axis_name)
 
     def finish(self, state: Any, passed: Any) -> tuple[Any, Any]:
         if passed is None:
-            return None, tuple(sums.log_z for sums in state)
+            student, teacher = state
+            known = neginf_to_zero(teacher) if self.known else teacher.log_z
+            return None, (student.log_z, known)
         return state[0], (*passed, state[1])
 
     def gradient(self, residuals: Any, cotangents: Any, block: LogitBlock) -> jax.Array:

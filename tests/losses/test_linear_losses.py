@@ -185,6 +185,27 @@ def test_bfloat16_stays_within_its_rounding(form):
         assert _relative(got, want) < 0.03
 
 
+def test_of_bfloat16_inputs_nothing_more_is_rounded():
+    """Normalisers are those of the inputs as they are; 1 - p is none of a rounded p."""
+    hidden, head = (x.astype(jnp.bfloat16) for x in (HIDDENS, HEAD))
+    # p = 0.9995 of the first of two entries: a bfloat16 next to it is 1.
+    sure, labels = np.array([[7.59375, 0.0]]).astype(jnp.bfloat16), np.zeros(1, np.int32)
+
+    def run(hidden, head, one):
+        def loss(one, engine):
+            blocks, weights = losses.Blocks(engine=engine), jnp.ones(1)
+            return losses.linear_cross_entropy(one, sure, labels, weights=weights, blocks=blocks)
+
+        slopes = [jax.grad(loss)(one, engine) for engine in ("scan", "rows")]
+        return losses.linear_readout(hidden, head, blocks=BLOCKS).log_z, slopes
+
+    log_z, slopes = jax.device_get(jax.jit(run)(hidden, head, np.ones((1, 1), jnp.bfloat16)))
+    logits = hidden.astype(np.float64) @ head.astype(np.float64)
+    np.testing.assert_allclose(log_z, np.log(np.exp(logits).sum(-1)), atol=1e-5)
+    for slope in slopes:
+        np.testing.assert_allclose(slope.astype(float), -7.59375 / (1 + np.exp(7.59375)), rtol=0.01)
+
+
 def test_head_layouts_agree_and_default_blocks_work():
     def loss(head):
         return losses.linear_cross_entropy(HIDDENS.astype(np.float32), head, LABELS).sum()
@@ -478,6 +499,21 @@ def test_a_teacher_gets_no_gradient_of_any_order():
     ours, theirs = jax.jit(jax.grad(slope, (0, 1)))(student, teacher)
     assert ours.any()
     assert not theirs.any()
+
+
+def test_a_known_normaliser_of_the_teacher_spares_one_product_with_its_head():
+    hidden, head = HIDDENS.astype(np.float32), HEAD.astype(np.float32)
+
+    def products(teacher):
+        def loss(hidden):
+            return losses.linear_generalized_jensen_shannon(hidden, head, teacher, head)
+
+        return str(jax.make_jaxpr(loss)(hidden)).count("dot_general[")
+
+    log_z = np.zeros((BATCH, LENGTH), np.float32)
+    assert (products(hidden), products((hidden, log_z))) == (4, 3)
+    with pytest.raises(ValueError, match=r"teacher_log_z: expected shape \[2, 11\]"):
+        products((hidden, log_z[0]))
 
 
 def test_the_gradient_of_weights_is_the_losses_and_zero_where_a_silent_one_is_no_number():

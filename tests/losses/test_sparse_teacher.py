@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 from logitjax import losses, ops
 from tests._compiled import compiled
@@ -269,3 +270,31 @@ def test_a_token_of_no_mass_may_be_missing_in_the_student():
     student, exists = np.zeros(3, np.float32), np.array([True, False, True])
     value = sparse_kl(student, teacher, tail="renormalize", vocab_where=exists)
     np.testing.assert_allclose(value, 0.0, atol=1e-6)
+
+
+@pytest.mark.parametrize("engine", ["scan", "rows"])
+def test_a_tpu_scatters_nothing(engine):
+    def array(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    def text(platform):
+        def loss(hidden, head, teacher):
+            blocks = losses.Blocks(engine=engine, vocab=128)
+            options = dict(weights=jnp.ones(16), blocks=blocks)
+            return losses.linear_sparse_kl_divergence(hidden, head, teacher, **options)
+
+        number = array(16, 8, dtype=jnp.float32)
+        teacher = ops.TopK(number, array(16, 8, dtype=jnp.int32), array(16, dtype=jnp.float32))
+        device = jax.sharding.AbstractDevice(
+            device_kind=platform, num_cores=None, platform=platform
+        )
+        axes = (("data",), (AxisType.Auto,))
+        mesh = jax.sharding.AbstractMesh((1,), *axes, abstract_device=device)
+        with jax.sharding.use_abstract_mesh(mesh):
+            traced = jax.jit(jax.grad(loss, (0, 1))).trace(array(16, 8), array(8, 1000), teacher)
+        return traced.lower(lowering_platforms=(platform,)).as_text()
+
+    assert "stablehlo.scatter" in text("cpu")
+    for_tpu = text("tpu")
+    assert "stablehlo.scatter" not in for_tpu
+    assert "stablehlo.gather" not in for_tpu

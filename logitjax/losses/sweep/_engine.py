@@ -47,6 +47,7 @@ class Sweep:
         forward: what forms outputs and residuals in the place of `swept`.
         write_gradients: whether the gradient of a block is to be written before the two products
             that read it. A TPU's compiler would form it anew inside of each, at half their speed.
+        together: as `LogitBlock.together`.
     """
 
     statistic: Statistic
@@ -56,6 +57,7 @@ class Sweep:
     varying: tuple[str, ...] = ()
     forward: Callable[..., Any] | None = None
     write_gradients: bool = False
+    together: int = 0
 
     def vary(self, tree: Any) -> Any:
         """Mark loop carries as device-varying, as `shard_map` asks of them."""
@@ -141,13 +143,14 @@ def column_block(sweep: Sweep, operands: Operands, index) -> Columns:
     return Columns(start, columns, first, valid, heads)
 
 
-def form_block(operands: Operands, columns: Columns) -> LogitBlock:
+def form_block(sweep: Sweep, operands: Operands, columns: Columns) -> LogitBlock:
     logits = [
         block_logits(side, head, columns.valid)
         for side, head in zip(operands.sides, columns.heads, strict=True)
     ]
     teacher = logits[1] if len(logits) == 2 else None
-    return LogitBlock(logits[0], teacher, columns.columns, columns.first, operands.tokens)
+    place = (columns.columns, columns.first)
+    return LogitBlock(logits[0], teacher, *place, operands.tokens, sweep.together)
 
 
 def raw_gradient(operands: Operands, block: LogitBlock, gradient, counts):
@@ -253,17 +256,20 @@ def block_numbers(sweep: Sweep, operands: Operands):
     return jnp.arange(count, dtype=jnp.int32)
 
 
-def accumulate(sweep: Sweep, operands: Operands, split: Split, tokens, place):
-    """All passes of the statistic: (outputs, residuals), still cut into blocks of positions."""
+def swept(sweep: Sweep, operands: Operands) -> tuple[Any, Any]:
+    """Outputs and residuals of all positions after all passes of the statistic, block by block."""
     statistic, passed = sweep.statistic, None
     dtype = sum_dtype(operands.student)
+    split = Split(sweep.token_block, operands.student.hidden.shape[:-1])
     for number in range(statistic.passes):
+        read = operands if statistic.reads_teacher(number) else operands._replace(teacher=None)
+        tokens, place = split_operands(read, split)
 
-        def step(state, index, passed=passed):
-            columns = column_block(sweep, operands, index)
+        def step(state, index, passed=passed, read=read, tokens=tokens, place=place):
+            columns = column_block(sweep, read, index)
 
             def absorb(carry, xs):
-                block = form_block(place(xs[0]), columns)
+                block = form_block(sweep, place(xs[0]), columns)
                 return carry, statistic.absorb(xs[1], block, xs[2])
 
             return split.each(absorb, (), (tokens, state, passed))[1], None
@@ -275,7 +281,7 @@ def accumulate(sweep: Sweep, operands: Operands, split: Split, tokens, place):
         outputs, residuals = statistic.finish(state, passed)
         if number + 1 < statistic.passes:
             passed = residuals
-    return outputs, residuals
+    return split.join((outputs, residuals))
 
 
 def first_shard(sweep: Sweep, tree: Any) -> Any:
@@ -288,13 +294,6 @@ def first_shard(sweep: Sweep, tree: Any) -> Any:
         return tree
     first = lax.axis_index(sweep.axis_name) == 0
     return jax.tree.map(lambda x: jnp.where(first, x, jnp.zeros_like(x)), tree)
-
-
-def swept(sweep: Sweep, operands: Operands) -> tuple[Any, Any]:
-    """Outputs and residuals of all positions, block by block."""
-    split = Split(sweep.token_block, operands.student.hidden.shape[:-1])
-    tokens, place = split_operands(operands, split)
-    return split.join(accumulate(sweep, operands, split, tokens, place))
 
 
 def _forward(sweep: Sweep, operands: Operands):
@@ -320,7 +319,7 @@ def _backward(sweep: Sweep, saved, cotangents):
         def differentiate(total, xs):
             tokens, residuals, cotangents, counts, d_hidden = xs
             here = place(tokens)
-            block = form_block(here, columns)
+            block = form_block(sweep, here, columns)
             raw = sweep.statistic.gradient(residuals, cotangents, block)
             raw = raw_gradient(here, block, raw, counts)
             d_hidden, d_head = head_and_hidden_gradient(sweep, here, head, raw, d_hidden)

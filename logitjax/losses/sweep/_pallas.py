@@ -35,13 +35,15 @@ from logitjax.losses.sweep._engine import (
     sum_dtype,
     swept,
 )
+from logitjax.losses.sweep._ids import NOWHERE
 from logitjax.losses.sweep._readout import ReadoutStatistic
 from logitjax.losses.sweep._statistic import LogitBlock
 
 # What the interpreter is told; tests have it look for races.
 INTERPRET: Any = True
-# Three quarters of the smallest on-chip memory of v5e, v5p, v6e and TPU7x: 64 MiB a core.
-_ON_CHIP = 48 * 2**20
+# Three quarters of the smallest on-chip memory of v5e, v5p, v6e and TPU7x: 64 MiB a core. A quarter
+# of what a kernel may take is for what the sizes of its tiles do not tell, at least so much.
+_ON_CHIP, _LEAST_SPARE = 48 * 2**20, 4 * 2**20
 # As many rows as there is room for first: each byte of the head serves that many products.
 _ROWS = (1024, 512, 256, 128)
 _COLUMNS = (2048, 1024, 512, 256, 128)
@@ -151,9 +153,10 @@ def _passes(state_of: Callable[..., Any], sweep: Sweep, operands: Operands) -> A
     binned = None
     if isinstance(statistic, ReadoutStatistic) and statistic.k:
         binned = Binned.of(statistic)
-    for _ in range(statistic.passes):
+    for number in range(statistic.passes):
         if binned is None:
-            state = state_of(sweep, operands, passed)
+            read = operands if statistic.reads_teacher(number) else operands._replace(teacher=None)
+            state = state_of(sweep, read, passed)
         else:
             kept = state_of(dataclasses.replace(sweep, statistic=binned), operands, passed)
             state = settle(sweep, operands, binned, kept)
@@ -223,8 +226,9 @@ def _as_given(values: Any, like: Any) -> Any:
 
 def _absorb(sweep: Sweep, state: Any, sides: list, ids: jax.Array, tokens: Any, passed: Any) -> Any:
     teacher = sides[1] if len(sides) == 2 else None
-    # No tile repeats a column of another.
-    return sweep.statistic.absorb(state, LogitBlock(sides[0], teacher, ids, 0, tokens), passed)
+    # No tile repeats a column of another, and few have more than one id of a position.
+    block = LogitBlock(sides[0], teacher, ids, 0, tokens, together=1)
+    return sweep.statistic.absorb(state, block, passed)
 
 
 def _tpu_state(sweep: Sweep, operands: Operands, passed: Any, *, interpret: Any = False) -> Any:
@@ -269,7 +273,9 @@ def _tpu_state(sweep: Sweep, operands: Operands, passed: Any, *, interpret: Any 
             for logits, head, scale in zip(products, here.heads, here.scales, strict=True)
         ]
         state = _as_given(jax.tree.unflatten(form, [ref[...] for ref in out]), state_like)
-        store(_absorb(sweep, state, sides, here.start + ids, tokens, before))
+        # Past the end of a shard are ids that are the next one's.
+        ids = jnp.where(ids < vocab, here.start + ids, NOWHERE)
+        store(_absorb(sweep, state, sides, ids, tokens, before))
 
     found = pl.pallas_call(
         kernel,
@@ -284,7 +290,7 @@ def _tpu_state(sweep: Sweep, operands: Operands, passed: Any, *, interpret: Any 
         # The state of a tile of positions stays while the vocabulary goes by.
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
-            vmem_limit_bytes=_ON_CHIP * 4 // 3,
+            vmem_limit_bytes=tiles.on_chip + max(tiles.on_chip // 3, _LEAST_SPARE),
         ),
         interpret=interpret,
     )(*arrays)
@@ -404,7 +410,7 @@ def _gpu_state(sweep: Sweep, operands: Operands, passed: Any, *, interpret: bool
             there = dataclasses.replace(head, bias=bias)
             sides.append(finished_logits(logits, there, scale[0, 0], valid))
         state = sweep.statistic.start((_GPU_TILE,), dtype, before)
-        ids = here.start[0, 0] + columns[None]
+        ids = jnp.where(columns < vocab, here.start[0, 0] + columns, NOWHERE)[None]
         state = _absorb(sweep, state, sides, ids, tokens, before)
         for ref, value in zip(refs[len(arrays) :], jax.tree.leaves(state), strict=True):
             plgpu.store(ref.at[pl.program_id(1), row], value, mask=rows < positions)

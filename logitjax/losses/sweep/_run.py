@@ -30,6 +30,10 @@ from logitjax.losses.sweep._statistic import Statistic
 from logitjax.losses.sweep._weighted import run_weighted, weighted_sum
 from logitjax.ops import Array, AxisName, Number
 
+# A TPU reads single numbers one after the other. Each id costs three operations a logit; with these
+# the logits wait for memory no longer.
+_IDS_TOGETHER = 4
+
 
 def run(
     statistic: Statistic,
@@ -153,6 +157,7 @@ def run(
             varying=varying,
             forward=_kernel_for(platform) if layout.engine == "pallas" else None,
             write_gradients=platform != "cpu",
+            together=_IDS_TOGETHER if platform == "tpu" else 0,
         )
         known = weights if layout.engine == "rows" else None
         tokens = operands.tokens

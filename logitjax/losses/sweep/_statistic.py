@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from logitjax import ops
+from logitjax.losses.sweep import _ids
 from logitjax.ops import Array, AxisName
 
 
@@ -18,9 +19,12 @@ class LogitBlock(NamedTuple):
         student: `[*batch, block]`, float32; `-inf` where a column does not count, such as one that
             an earlier block had.
         teacher: the same of the teacher; None without one.
-        columns: `[block]` int32, ids in the whole vocabulary; `[1, block]` in a kernel.
+        columns: `[block]` int32, ids in the whole vocabulary; in a kernel `[1, block]`, negative
+            past the end of the vocabulary.
         first: the place of the first column that no earlier block had; 0 where none repeats one.
         tokens: the arrays given to `run`, `[*batch, ...]`.
+        together: where gathers and scatters are slow, how many ids of a position are looked for at
+            a time by comparison; 0 where they are fast, as on a CPU.
     """
 
     student: jax.Array
@@ -28,6 +32,7 @@ class LogitBlock(NamedTuple):
     columns: jax.Array
     first: jax.Array | int
     tokens: Any
+    together: int = 0
 
     def is_at(self, ids: Array) -> jax.Array:
         """Where the block's columns are the ids, one a position: `[*batch, block]` boolean."""
@@ -38,22 +43,36 @@ class LogitBlock(NamedTuple):
 
     def gather(self, ids: Array) -> jax.Array:
         """The student's logits at `ids`, `[*batch, n]`; zero for those of other blocks."""
+        if self.together:
+            return _ids.pick(self.together, self.student, self._new_columns(), _as_int32(ids))
         places, inside = self._places(ids)
         return jnp.where(inside, jnp.take_along_axis(self.student, places, axis=-1), 0.0)
 
     def scatter(self, total: jax.Array, ids: Array, values: jax.Array) -> jax.Array:
         """`total`, `[*batch, block]`, with `values` added at `ids`, both `[*batch, n]`."""
+        if self.together:
+            columns = self._new_columns()
+            return _ids.place(self.together, total, columns, _as_int32(ids), values)
         places, inside = self._places(ids)
         rows = tuple(
             lax.broadcasted_iota(jnp.int32, places.shape, axis) for axis in range(places.ndim - 1)
         )
         return total.at[(*rows, places)].add(jnp.where(inside, values, 0.0))
 
+    def _new_columns(self) -> jax.Array:
+        if isinstance(self.first, int) and self.first == 0:
+            return self.columns
+        return jnp.where(jnp.arange(self.columns.size) < self.first, _ids.NOWHERE, self.columns)
+
     def _places(self, ids: Array) -> tuple[jax.Array, jax.Array]:
         """Where ids lie in the block, and which of them do (clipped where they do not)."""
         places = jnp.asarray(ids) - self.columns[0]
         inside = (places >= self.first) & (places < self.columns.size)
         return jnp.clip(places, 0, self.columns.size - 1), inside
+
+
+def _as_int32(ids: Array) -> jax.Array:
+    return jnp.asarray(ids).astype(jnp.int32)
 
 
 class Statistic(abc.ABC):
@@ -76,11 +95,15 @@ class Statistic(abc.ABC):
     def in_tiles(self) -> bool:
         """Whether a kernel can run `start` and `absorb`, which then work on what is on chip.
 
-        They have to be made of elementwise operations, comparisons and sums and maxima over the
-        last axis (no gather, scatter or sort), with one number a position in each array of the
-        state and of what they read.
+        They have to be made of elementwise operations, comparisons, `LogitBlock.gather`, and sums
+        and maxima over the last axis (no sort, no other gather); on a GPU with one number a
+        position in each array of the state and of what they read.
         """
         return False
+
+    def reads_teacher(self, number: int) -> bool:
+        """Whether this pass looks at the teacher's logits, which are not formed for another."""
+        return True
 
     @abc.abstractmethod
     def start(self, batch: tuple[int, ...], dtype: Any, passed: Any) -> Any:

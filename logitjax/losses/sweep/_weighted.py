@@ -100,14 +100,11 @@ def _one_block(sweep: Sweep, operands: Operands, weights, d_head):
 
     def first(state, index):
         columns = column_block(sweep, operands, index)
-        block = form_block(operands, columns)
+        block = form_block(sweep, operands, columns)
         return statistic.absorb(state, block, None), (block.student, block.teacher)
 
     def again(state, xs, passed):
-        index, (student, teacher) = xs
-        _, columns, first_column = column_ids(sweep, operands, index)
-        block = LogitBlock(student, teacher, columns, first_column, operands.tokens)
-        return statistic.absorb(state, block, passed), None
+        return statistic.absorb(state, kept_block(sweep, operands, *xs)[1], passed), None
 
     logits = passed = outputs = residuals = None
     for number in range(statistic.passes):
@@ -132,9 +129,7 @@ def _one_block(sweep: Sweep, operands: Operands, weights, d_head):
 
     def backward(carry, xs):
         d_hidden, d_head = carry
-        index, (student, teacher) = xs
-        start, columns, first_column = column_ids(sweep, operands, index)
-        block = LogitBlock(student, teacher, columns, first_column, operands.tokens)
+        start, block = kept_block(sweep, operands, *xs)
         head = head_block(operands.student, start, sweep.block)
         raw = statistic.gradient(residuals, cotangents, block)
         raw = raw_gradient(operands, block, raw, counts)
@@ -144,6 +139,12 @@ def _one_block(sweep: Sweep, operands: Operands, weights, d_head):
     d_hidden = sweep.vary(jnp.zeros(operands.student.hidden.shape, dtype))
     (d_hidden, d_head), _ = lax.scan(backward, (d_hidden, d_head), (numbers, logits))
     return losses, outputs, d_hidden, d_head
+
+
+def kept_block(sweep: Sweep, operands: Operands, index, logits):
+    """A block whose logits were kept, and its first column."""
+    start, columns, first = column_ids(sweep, operands, index)
+    return start, LogitBlock(*logits, columns, first, operands.tokens, sweep.together)
 
 
 def _backward(sweep: Sweep, saved, cotangents):
