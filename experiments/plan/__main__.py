@@ -69,6 +69,7 @@ class Plan:
         between_bytes: Bytes of these transfers.
         gradient: Bytes of the gradient of all that is trained, whole; 0 where nothing is.
         unknown_loops: Number of loops that count once, for their length is not known.
+        cycles: The TPU compiler's own estimate, loops as often as they run; 0 of another compiler.
         seconds: Seconds of the compilation.
         error: What the compiler says where the program does not fit.
     """
@@ -95,6 +96,7 @@ class Plan:
     between_bytes: Mapping[str, float] = dataclasses.field(default_factory=dict)
     gradient: float = 0.0
     unknown_loops: int = 0
+    cycles: float = 0.0
     seconds: float = 0.0
     error: str = ""
     versions: str = ""
@@ -143,7 +145,8 @@ def make_plan(traced: Any, chip: chips.Chip, *, devices: int, mesh: str = "", **
         return Plan(**known, error=_out_of_memory(str(error)), seconds=time.perf_counter() - start)
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
-    sent = costs.collectives(compiled.as_text())
+    text = compiled.as_text()
+    sent = costs.collectives(text)
     return Plan(
         **known,
         argument_bytes=int(memory.argument_size_in_bytes),
@@ -157,6 +160,7 @@ def make_plan(traced: Any, chip: chips.Chip, *, devices: int, mesh: str = "", **
         between_calls=sent.between_calls,
         between_bytes=sent.between_bytes,
         unknown_loops=sent.unknown_loops,
+        cycles=costs.estimated_cycles(text),
         seconds=seconds,
     )
 
@@ -271,6 +275,14 @@ def report(plan: Plan) -> str:
     if chip.flops:
         seconds = plan.flops / plan.devices / chip.flops
         lines.append(f"  at the chips' bfloat16 peak that is {seconds:.3g} s, so no run takes less")
+    if chip.hbm and not plan.error:
+        seconds = (plan.argument_bytes + plan.output_bytes) / chip.hbm
+        lines.append(f"  reading the arguments and writing the outputs once takes {seconds:.3g} s")
+    if plan.cycles:
+        estimate = f"{plan.cycles / 1e6:.4g} Mcycles"
+        if chip.clock:
+            estimate += f", {plan.cycles / chip.clock:.3g} s"
+        lines.append(f"  the compiler's estimate, collectives left out: {estimate}")
     if chip.bandwidth and plan.received:
         seconds = plan.received / chip.bandwidth
         lines.append(

@@ -18,6 +18,7 @@ class Chip:
         hbm: Bytes a second that it reads of its own memory; 0 where it is not known.
         bandwidth: Bytes a second that it takes in from its slice or node; 0 where it is not known.
         between: Bytes a second that it takes in from other slices; 0 where it is not known.
+        clock: Cycles a second of its matrix units; 0 where it is not known.
         topology: The slice, as JAX names it, for TPUs.
         slices: Number of such slices.
         count: Devices asked for, for GPUs and CPUs; 0: as many as the mesh has.
@@ -30,6 +31,7 @@ class Chip:
     hbm: float = 0.0
     bandwidth: float = 0.0
     between: float = 0.0
+    clock: float = 0.0
     topology: str = ""
     slices: int = 1
     count: int = 0
@@ -37,12 +39,13 @@ class Chip:
 
 # What the compilers have (TPUs, in GiB) and the makers' data sheets: dense bfloat16 peak, reads of
 # memory, all links of a chip in one direction, and its share of its host's network. A chip of TPU7x
-# is two devices; what its links take in, and what its compiler has, is not known here.
+# is two devices; what its links take in, and what its compiler has, is not known here. The clock is
+# the peak over two operations of each cell of 4 (v5e) or 8 (v5p) matrix units of 128 x 128.
 _TPUS = {
-    "v5e": (15.75, 197e12, 819e9, 200e9, 3.125e9),
-    "v5p": (95.74, 459e12, 2765e9, 600e9, 6.25e9),
-    "v6e": (31.25, 918e12, 1638e9, 400e9, 12.5e9),
-    "tpu7x": (0.0, 1153.5e12, 3690e9, 0.0, 0.0),
+    "v5e": (15.75, 197e12, 819e9, 200e9, 3.125e9, 1.5e9),
+    "v5p": (95.74, 459e12, 2765e9, 600e9, 6.25e9, 1.75e9),
+    "v6e": (31.25, 918e12, 1638e9, 400e9, 12.5e9, 0.0),
+    "tpu7x": (0.0, 1153.5e12, 3690e9, 0.0, 0.0, 0.0),
 }
 _GPUS = {"h100": (80e9, 989e12, 3350e9, 450e9, 50e9), "h200": (141e9, 989e12, 4800e9, 450e9, 50e9)}
 
