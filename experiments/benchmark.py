@@ -29,6 +29,9 @@ _ONLY = flags.DEFINE_string(
 _TEMPLATES = flags.DEFINE_string(
     "templates", None, "Folder of archives with chat templates, for compatibility."
 )
+_AGAINST = flags.DEFINE_string(
+    "against", "", "A commit: time its library beside this one, in vocabulary_losses."
+)
 _WORKDIR = flags.DEFINE_string("workdir", "runs/benchmarks", "Results go to WORKDIR/NAME.")
 _PAGE = flags.DEFINE_bool(
     "page", False, "Print what WORKDIR holds as the sections of docs/benchmarks.md, and stop."
@@ -111,6 +114,7 @@ def main(argv: Sequence[str]) -> None:
             repeats=_REPEATS.value,
             only=_ONLY.value,
             templates=None if _TEMPLATES.value is None else Path(_TEMPLATES.value),
+            against=_AGAINST.value,
         )
         result = module.run(options)
         print(f"\n## {name}\n\n{_suite.write(name, result, options)}", flush=True)

@@ -21,7 +21,7 @@ class Options:
     """Where results go, and how long a benchmark may take: ``scale`` is ``smoke`` or ``full``.
 
     ``only`` names parts of a benchmark that has some, with commas between them; ``templates`` is a
-    folder of archives with chat templates.
+    folder of archives with chat templates, ``against`` a commit to compare the library with.
     """
 
     directory: Path
@@ -29,6 +29,7 @@ class Options:
     repeats: int = 5
     only: str = ""
     templates: Path | None = None
+    against: str = ""
 
     @property
     def smoke(self) -> bool:

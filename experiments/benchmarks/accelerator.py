@@ -8,9 +8,11 @@ collectives are counted. Nothing runs: a TPU's compiler, which the extra ``plan`
 3.12 or newer, says what a program would hold and take. The smoke scale compiles for the CPU.
 
 ``--only=v5p,kl,small`` compiles for one chip, one loss, one shape: names of `CHIPS`, `KINDS` and
-`SHAPES`, and ``mesh``. Columns: F is the work of one product of positions, hidden and vocabulary;
-the roofline's seconds are the longer of all products at the chip's peak and of reading arguments
-and writing results once; cycles are the TPU compiler's own, loops as often as they run.
+`SHAPES`, ``mesh`` and ``padded``. Columns: F is the work of one product of positions, hidden and
+vocabulary; the roofline's time is the longer of all products at the chip's peak and of reading
+arguments and writing results once; cycles are the TPU compiler's own, loops as often as they run,
+and estimated time is these over the chip's clock, where that is known. ``padded`` runs on this
+machine: losses over a vocabulary that tokamax's blocks do not divide.
 """
 
 import functools
@@ -33,6 +35,8 @@ Loss = Callable[[Mapping[str, jax.Array]], jax.Array]
 
 SHAPES = {"small": (4096, 1024, 151936), "large": (32768, 4096, 128256)}
 SMOKE_SHAPES = {"smoke": (2048, 32, 8192)}
+# Of its blocks of 2,048 columns tokamax counts all.
+PADDED_SHAPE = (1024, 64, 1000)
 KINDS = ("cross-entropy", "kl")
 CHIPS = {"v5e": "v5e:1x1", "v5p": "v5p:1x1x1", "v6e": "v6e:1x1", "tpu7x": "tpu7x:2x2x1"}
 MESH = "v5p:2x2x1"
@@ -152,7 +156,10 @@ def _row(name: str, kind: str, shape: Shape, chip: chips.Chip, loss: Loss) -> di
     row["in and out MiB"] = moved / 2**20
     if chip.flops:
         row["roofline ms"] = 1e3 * max(flops / chip.flops, moved / chip.hbm)
-    row["Mcycles"] = costs.estimated_cycles(compiled.as_text()) / 1e6 or None
+    cycles = costs.estimated_cycles(compiled.as_text())
+    row["Mcycles"] = cycles / 1e6 or None
+    if chip.clock and cycles:
+        row["estimated ms"] = 1e3 * cycles / chip.clock
     return row
 
 
@@ -165,8 +172,35 @@ def _compare(rows: list[dict[str, Any]]) -> None:
             row["cycles / dense"] = row["Mcycles"] / dense["Mcycles"]
 
 
+def _padded() -> tuple[list[dict[str, Any]], list[_suite.Bar]]:
+    """Mean losses in float32 where the last block of columns is not full, beside float64."""
+    tokens, width, vocab = PADDED_SHAPE
+    rng = np.random.default_rng(0)
+    hidden, head = rng.normal(size=(tokens, width)), rng.normal(size=(width, vocab))
+    labels = rng.integers(0, vocab, tokens).astype(np.int32)
+    logits = hidden @ head / width**0.5
+    log_z = np.log(np.exp(logits).sum(-1))
+    mean = float((log_z - logits[np.arange(tokens), labels]).mean())
+    inputs = {"hidden": hidden, "head": head / width**0.5}
+    given = {name: x.astype(np.float32) for name, x in inputs.items()} | {"labels": labels}
+    rows, bars = [], []
+    for name, loss in forms("cross-entropy").items():
+        if name not in ("dense", "tokamax, chunked", "ours, default"):
+            continue
+        row: dict[str, Any] = {"chip": "this CPU", "loss": "cross-entropy"}
+        row |= {"T": tokens, "H": width, "V": vocab, "form": name}
+        found = jax.jit(lambda x, loss=loss: loss(x).mean())(given)
+        row["error of the mean"] = abs(float(found) - mean)
+        rows.append(row)
+        if name == "ours, default":
+            error = row["error of the mean"]
+            bars.append(_suite.Bar(name=f"V={vocab}: error of the mean", value=error, limit=1e-5))
+    return rows, bars
+
+
 def _bars(rows: Sequence[Mapping[str, Any]]) -> list[_suite.Bar]:
     bars = []
+    tokamax = {(row["chip"], row["T"]): row["temp MiB"] for row in rows if "tokamax" in row["form"]}
     for row in rows:
         if row["chip"] != _BARS or row["form"] not in ("ours, default", "ours, rows"):
             continue
@@ -174,6 +208,10 @@ def _bars(rows: Sequence[Mapping[str, Any]]) -> list[_suite.Bar]:
         if row["form"] == "ours, default":
             share = row["temp / dense"]
             bars.append(_suite.Bar(name=f"{where}: temporaries / dense", value=share, limit=0.1))
+            theirs = tokamax.get((row["chip"], row["T"]))
+            if theirs and row["loss"] == "cross-entropy":
+                share, name = row["temp MiB"] / theirs, f"{where}: temporaries / tokamax"
+                bars.append(_suite.Bar(name=name, value=share, limit=1.0))
         # `rows` forms a logit once, `scan` twice, a teacher's too.
         sides = 2 if row["loss"] == "kl" else 1
         once = row["products, F"] < 2 + 1.5 * sides
@@ -222,7 +260,7 @@ def run(options: _suite.Options) -> _suite.Result:
     shapes: Mapping[str, Shape] = SMOKE_SHAPES if options.smoke else SHAPES
     named = {"cpu": "cpu:1"} if options.smoke else CHIPS
     parts = set(filter(None, options.only.split(",")))
-    groups = ({*CHIPS, "cpu", "mesh"}, set(KINDS), {*SHAPES, *SMOKE_SHAPES})
+    groups = ({*CHIPS, "cpu", "mesh", "padded"}, set(KINDS), {*SHAPES, *SMOKE_SHAPES})
     if unknown := parts - set().union(*groups):
         raise ValueError(f"only: expected parts as in its help, got {', '.join(sorted(unknown))}")
 
@@ -251,4 +289,8 @@ def run(options: _suite.Options) -> _suite.Result:
         found = _mesh_rows(SHAPES["large"], chip, kinds)
         rows += found
         bars += _mesh_bars(found)
+    if options.smoke or chosen("padded"):
+        found, more = _padded()
+        rows += found
+        bars += more
     return _suite.Result(rows=rows, bars=bars)

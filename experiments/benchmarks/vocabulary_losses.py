@@ -7,13 +7,19 @@ chunked scan has to form every logit twice: 6 matmuls for KL where dense and sca
 
 Bars are about KL: scratch memory at V = 152,064 at most a tenth of dense; seconds of the scalar
 form at most dense's (1.2 times at H = 2048), and of both forms never more than the chunked scan's.
+
+``--against=COMMIT`` times our two forms alone beside those of an earlier commit, float32 and
+bfloat16, calls in turns; a second process of that commit says how far two of the same differ.
 """
 
 import concurrent.futures
+import contextlib
 import functools
+import itertools
 import json
 import multiprocessing
 import pathlib
+import statistics
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,13 +28,15 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from experiments.benchmarks import _suite
+from experiments.benchmarks import _commits, _suite
 from experiments.shared import timing
 from logitjax import losses, storage
 
 # (T, H, V): a small model, one with Qwen's vocabulary, one with Gemma's.
 SHAPES = ((2048, 576, 49152), (2048, 1024, 152064), (1024, 2048, 262144))
 SMOKE_SHAPES = ((256, 32, 8192),)
+# What a commit is compared at.
+AGAINST_SHAPE = (1024, 576, 49152)
 CHUNK = 256
 PEERS = ("dense", "chunked", "blocked scalar", "blocked unreduced")
 
@@ -204,7 +212,44 @@ def _plot(rows: list[dict[str, Any]], path: pathlib.Path) -> pathlib.Path:
     return path
 
 
+def _against(options: _suite.Options) -> _suite.Result:
+    """Seconds of ours as it is, of a commit's, and of the same commit's once more."""
+    shape = SMOKE_SHAPES[0] if options.smoke else AGAINST_SHAPE
+    script = pathlib.Path(__file__).with_name("_vocabulary_worker.py")
+    rows, bars = [], []
+    with contextlib.ExitStack() as stack:
+        before = stack.enter_context(_commits.checkout(options.against))
+        ask = {
+            name: stack.enter_context(_commits.worker(script, package, [str(n) for n in shape]))
+            for name, package in {"now": _commits.ROOT, "before": before, "again": before}.items()
+        }
+        cases = itertools.product(
+            ("cross-entropy", "kl"), ("float32", "bfloat16"), ("scalar", "unreduced")
+        )
+        for kind, dtype, form in cases:
+            seconds: dict[str, list[float]] = {name: [] for name in ask}
+            for turn in range(options.repeats + 1):
+                for name in list(ask)[:: 1 if turn % 2 else -1]:
+                    seconds[name].append(float(ask[name](f"{kind} {dtype} {form}")))
+            # The first call compiles.
+            seconds = {name: found[1:] for name, found in seconds.items()}
+            row = {"loss": kind, "type": dtype, "form": form}
+            row |= {"T": shape[0], "H": shape[1], "V": shape[2]}
+            row |= {f"seconds, {name}": statistics.median(seconds[name]) for name in ask}
+            for name in ("now", "again"):
+                row[f"{name} / before"] = timing.paired_ratio(seconds[name], seconds["before"])
+            rows.append(row)
+            logging.info("%s, %s, %s: done", kind, dtype, form)
+    for dtype in ("float32", "bfloat16"):
+        ratios = [row["now / before"] for row in rows if row["type"] == dtype]
+        name = f"{dtype}: seconds / those of {options.against}, geometric mean"
+        bars.append(_suite.Bar(name=name, value=statistics.geometric_mean(ratios), limit=1.02))
+    return _suite.Result(rows=rows, bars=bars)
+
+
 def run(options: _suite.Options) -> _suite.Result:
+    if options.against:
+        return _against(options)
     # Half an hour's work: what is measured is kept, and a run that was killed goes on from it.
     kept = options.directory / f"{options.scale}-{options.repeats}.partial.json"
     rows: list[dict[str, Any]] = json.loads(kept.read_text()) if kept.exists() else []
