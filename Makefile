@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Extras of setup.cfg to install; `dev,plan` brings the TPU's compiler, on Python 3.12 or newer.
+EXTRAS ?= dev
 export TFDS_DATA_DIR ?= $(CURDIR)/.cache/tfds
 
 # Their own requirements (a llama.cpp build, a voice assistant) are not ours: only the files inside are.
@@ -18,7 +20,7 @@ $(READY): setup.cfg pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("python 3.11 or newer is needed, found " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'
 	$(BIN)/python -m pip install --quiet --no-deps $(NO_DEPS)
 	$(BIN)/python -m logitjax.kernels || true # needs a C++ compiler, and nothing needs it
 	touch $@
