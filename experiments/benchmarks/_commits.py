@@ -41,13 +41,14 @@ def worker(script: pathlib.Path, package: pathlib.Path, arguments: Sequence[str]
         stdout=subprocess.PIPE,
         text=True,
     )
-    assert process.stdin is not None
-    assert process.stdout is not None
+    questions, answers = process.stdin, process.stdout
+    assert questions is not None
+    assert answers is not None
 
     def ask(line: str) -> str:
-        process.stdin.write(line + "\n")
-        process.stdin.flush()
-        answer = process.stdout.readline()
+        questions.write(line + "\n")
+        questions.flush()
+        answer = answers.readline()
         if not answer:
             raise RuntimeError(f"the worker of {package} ended with {process.wait()}")
         return answer.strip()
@@ -55,5 +56,5 @@ def worker(script: pathlib.Path, package: pathlib.Path, arguments: Sequence[str]
     try:
         yield ask
     finally:
-        process.stdin.close()
+        questions.close()
         process.wait()

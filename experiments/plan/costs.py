@@ -41,9 +41,9 @@ _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 def matmul_flops(jaxpr: Any) -> float:
     """Multiplications and additions of all matrix products and convolutions of a jaxpr.
 
-    Loops count as often as they run, a branch as its most expensive one. What `shard_map` runs on
-    every device counts that often. Elementwise work is left out. A `while` loop, whose length no
-    jaxpr says, counts once.
+    Loops and kernels count as often as they run, a branch as its most expensive one. What
+    `shard_map` runs on every device counts that often. Elementwise work is left out. A `while`
+    loop, whose length no jaxpr says, counts once.
 
     >>> import jax
     >>> x = jax.numpy.ones((2, 3))
@@ -70,6 +70,8 @@ def matmul_flops(jaxpr: Any) -> float:
             inside = sum(matmul_flops(inner) for inner in _jaxprs(params))
             if name == "scan":
                 inside *= params["length"]
+            elif name == "pallas_call":
+                inside *= math.prod(params["grid_mapping"].grid)
             elif name == "shard_map":
                 inside *= math.prod(
                     params["mesh"].shape[axis] for axis in params["newly_manual_axes"]

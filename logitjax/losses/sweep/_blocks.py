@@ -25,8 +25,8 @@ _LEAST_COLUMNS = 2048
 _MOST_COLUMNS = 8192
 # Blocks of another number of rows lie across the tiles of an array, which costs copies.
 _TILE = 128
-# Of a budget, for what the sizes of arrays do not tell.
-_RESERVE = 0.1
+# Of a budget, for what the sizes of arrays do not tell: an eighth, as compiled for v5p.
+_RESERVE = 0.15
 # A tenth of a small problem's logits is less than what is worth saving.
 _LEAST_BUDGET = 64 * 2**20
 
@@ -160,10 +160,12 @@ class Blocks:
             # One block of columns: nothing but the logits is kept, and each product is one.
             return Layout(engine, vocab, tokens)
         # `scan`: on its way there the logits of a block; on its way back the gradient of the last
-        # side's, which are never written, the hidden states once more, and their gradient in
-        # float32, which lies there twice where the positions are split.
+        # side's, which are never written, the columns of the heads and the gradient of one in
+        # float32, the hidden states once more, and their gradient in float32, which lies there
+        # twice where the positions are split.
         there, back = budget // (4 * sides), budget - 6 * positions * width
-        columns = min(there, back // (4 * sides - 2)) // positions
+        a_column = (4 * sides - 2) * positions + 4 * width + 2 * sum(sizes.widths)
+        columns = min(there // positions, back // a_column)
         tokens = self.tokens
         if tokens is None and columns < _LEAST_COLUMNS and positions > _LEAST_ROWS:
             back -= 4 * positions * width

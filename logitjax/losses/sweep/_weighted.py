@@ -143,8 +143,10 @@ def _one_block(sweep: Sweep, operands: Operands, weights, d_head):
 
 def kept_block(sweep: Sweep, operands: Operands, index, logits):
     """A block whose logits were kept, and its first column."""
+    student, teacher = logits
     start, columns, first = column_ids(sweep, operands, index)
-    return start, LogitBlock(*logits, columns, first, operands.tokens, sweep.together)
+    block = LogitBlock(student, teacher, columns, first, operands.tokens, sweep.together)
+    return start, block
 
 
 def _backward(sweep: Sweep, saved, cotangents):
