@@ -16,7 +16,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedShar
 from jax.sharding import PartitionSpec as P
 
 from logitjax import losses, ops
-from logitjax.losses import Blocks, Head
+from logitjax.losses import Blocks, Head, sweep
 from logitjax.losses.sweep import _bins, _pallas
 from tests._marks import EVERY_CHANGE
 
@@ -330,13 +330,13 @@ def test_the_largest_come_by_bins_and_rows_that_dropped_one_are_read_again(monke
 
 
 def test_what_no_kernel_can_do_is_refused():
-    class Sorted(losses.sweep.KLStatistic):
+    class Sorted(sweep.KLStatistic):
         in_tiles = False
 
     x, w = np.ones((2, 3), np.float32), np.ones((3, 4), np.float32)
     refusal = r"blocks\.engine: expected 'scan' or 'rows' for Sorted, which no kernel can absorb"
     with pytest.raises(ValueError, match=refusal):
-        losses.sweep.run(Sorted(), x, w, teacher=(x, w), blocks=Blocks(engine="pallas"))
+        sweep.run(Sorted(), x, w, teacher=(x, w), blocks=Blocks(engine="pallas"))
     with pytest.raises(ValueError, match=r"blocks\.engine: .* 1000000 bytes, too wide for a tile"):
         _pallas.choose_tiles(4096, 1000, [1_000_000], [1, 1])
 
