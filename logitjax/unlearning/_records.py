@@ -40,7 +40,7 @@ def read_records(source: str | os.PathLike[str], stems: Sequence[str]) -> list[d
 
 def _read(path: epath.Path) -> list[dict[str, Any]]:
     if path.suffix == ".parquet":
-        parquet = storage.require("pyarrow.parquet", extra="data")
+        parquet = storage.require("pyarrow.parquet", extra="eval")
         with path.open("rb") as file:
             return parquet.read_table(file).to_pylist()
     text = path.read_text()
