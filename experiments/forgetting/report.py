@@ -134,10 +134,15 @@ def _distances(
     """Kolmogorov-Smirnov distances of truth ratios; of the controls, from each other: the floor."""
     pairs = itertools.combinations(controls, 2) if own else itertools.product(records, controls)
     return [
-        float(stats.ks_2samp(a["truth ratios"], b["truth ratios"])[0])
+        _distance(a["truth ratios"], b["truth ratios"])
         for a, b in pairs
         if a and b and a["truth ratios"] and b["truth ratios"]
     ]
+
+
+def _distance(ratios: Sequence[float], others: Sequence[float]) -> float:
+    d, _ = map(float, stats.ks_2samp(ratios, others))
+    return d
 
 
 def attack_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
