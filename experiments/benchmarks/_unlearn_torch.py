@@ -1,6 +1,7 @@
 """Logits of a model less its assistant as transformers and PEFT have them.
 
-Run as ``python _unlearn_torch.py BASE ASSISTANT TOKENS.npy OUT.npy``, tokens ``[rows, time]``.
+Run as ``python _unlearn_torch.py BASE ASSISTANT TOKENS.npy OUT.npz``, tokens ``[rows, time]``. OUT
+has log-probabilities, computed in `float32` and in `float64`.
 """
 
 import json
@@ -14,13 +15,13 @@ import torch
 import transformers
 
 
-def main(base: str, assistant: str, tokens: str, out: str) -> None:
+def log_probs(base: str, assistant: str, ids: torch.Tensor, dtype: torch.dtype) -> np.ndarray:
     record = json.loads((pathlib.Path(assistant) / "assistant.json").read_text())
     load = transformers.AutoModelForCausalLM.from_pretrained
-    model = load(base, dtype=torch.float32).eval()
-    small = load(base, dtype=torch.float32, num_hidden_layers=record["layers"])
-    small = peft.PeftModel.from_pretrained(small, assistant).eval()
-    ids = torch.tensor(np.load(tokens), dtype=torch.long)
+    model = load(base, dtype=dtype).eval()
+    small = load(base, dtype=dtype, num_hidden_layers=record["layers"])
+    small = peft.PeftModel.from_pretrained(small, assistant, autocast_adapter_dtype=False)
+    small = small.to(dtype).eval()
     with torch.no_grad():
         said = small(ids).logits
         if record["relative"]:
@@ -28,7 +29,13 @@ def main(base: str, assistant: str, tokens: str, out: str) -> None:
                 said = said - small(ids).logits
         said = said.log_softmax(-1)
         logits = model(ids).logits - record["alpha"] * (said + math.log(said.shape[-1]))
-        np.save(out, logits.log_softmax(-1).numpy())
+        return logits.log_softmax(-1).numpy()
+
+
+def main(base: str, assistant: str, tokens: str, out: str) -> None:
+    ids = torch.tensor(np.load(tokens), dtype=torch.long)
+    kinds = {"float32": torch.float32, "float64": torch.float64}
+    np.savez(out, **{name: log_probs(base, assistant, ids, kind) for name, kind in kinds.items()})
 
 
 if __name__ == "__main__":

@@ -181,7 +181,7 @@ def _measured(folder: Path, target: Path, out: Path) -> dict[str, Any]:
         "forget / floor": forget / float(np.quantile(unseen, 0.05)),
         **{f"{n} kept %": float(100 * b / max(a, 1e-9)) for n, (a, b) in kept.items()},
         "perplexity %": perplexity,
-        "transformers": _gap(written, target, out, questions),
+        **_gaps(written, target, out, questions),
     }
 
 
@@ -190,22 +190,28 @@ def _fluency(answers: Sequence[str]) -> float:
     return float(np.mean(known)) if known else 0.0
 
 
-def _gap(
+def _gaps(
     written: unlearning.Deployed, target: Path, out: Path, questions: unlearning.Questions
-) -> float | None:
-    """The largest difference of log-probabilities from transformers with PEFT; None without."""
+) -> dict[str, float | None]:
+    """The largest differences of log-probabilities from transformers with PEFT; None without.
+
+    Of ours from theirs, and of both from theirs in float64, which is what rounding does to each.
+    """
+    names = ("transformers", "from float64", "theirs from float64")
     python = os.environ.get("LOGITJAX_TORCH_PYTHON")
     if not python or written.assistant is None:
-        return None
+        return dict.fromkeys(names)
     ids, _ = questions.encoded["forget"][0]
     np.save(out / "tokens.npy", ids[None])
     script = Path(__file__).with_name("_unlearn_torch.py")
-    names = [str(p) for p in (target, out / "assistant", out / "tokens.npy", out / "theirs.npy")]
+    paths = [str(p) for p in (target, out / "assistant", out / "tokens.npy", out / "theirs.npz")]
     # The benchmarks beside the script are named like packages that transformers looks for.
     env = {**os.environ, "PYTHONSAFEPATH": "1"}
-    subprocess.run([python, str(script), *names], env=env, check=True)
+    subprocess.run([python, str(script), *paths], env=env, check=True)
     model, assistant = written.model, written.assistant
     logits = model.logits(model.hidden_states(ids[None])[0])
     said = assistant.logits(assistant.hidden_states(ids[None])[0])
     fused, _ = fusion.LogitDifference(alpha=written.alpha)(logits, said[None], None)
-    return float(abs(jax.nn.log_softmax(fused) - np.load(out / "theirs.npy")).max())
+    ours, theirs = np.asarray(jax.nn.log_softmax(fused)), np.load(out / "theirs.npz")
+    pairs = ((ours, theirs["float32"]), (ours, theirs["float64"]), tuple(theirs.values()))
+    return {name: float(abs(a - b).max()) for name, (a, b) in zip(names, pairs, strict=True)}

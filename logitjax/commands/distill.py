@@ -82,7 +82,11 @@ class Config:
     batch_size: int = field(4, "Number of rows in a step, over all processes.", minimum=1)
     accumulate: int = field(1, "Number of microbatches in a step.", minimum=1)
     steps: int = field(200, "Number of optimiser steps.", minimum=1)
-    learning_rate: float = field(3e-4, "Peak of the learning rate.")
+    learning_rate: float | None = field(
+        None,
+        "Peak of the learning rate; 3e-4 for what was pruned and for adapters, 5e-5 for a whole "
+        "model, which more would harm.",
+    )
     warmup: float = field(0.1, "Share of the steps in which the learning rate rises.")
     weight_decay: float = field(0.01, "Weight decay of AdamW.")
     eval_rows: int = field(32, "Number of rows of validation and of test text to score.", minimum=1)
@@ -112,6 +116,13 @@ class Config:
     def prunes(self) -> bool:
         """Whether the student is not the model that is loaded."""
         return bool(self.drop_layers or self.keep_layers or self.kv_heads or self.mlp_channels)
+
+    @property
+    def peak(self) -> float:
+        """The learning rate."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return 3e-4 if self.prunes or self.lora_rank else 5e-5
 
     @property
     def teachers(self) -> tuple[str, ...]:
@@ -201,7 +212,7 @@ def _course(config: Config) -> distillation.Course:
         steps=config.steps,
         batch_size=config.batch_size,
         accumulate=config.accumulate,
-        learning_rate=config.learning_rate,
+        learning_rate=config.peak,
         warmup=config.warmup,
         weight_decay=config.weight_decay,
         eval_rows=config.eval_rows,
@@ -373,7 +384,7 @@ def _report(
     return (
         f"# `{config.student}`{', ' + note if note else ''}, taught\n\n"
         f"{' + '.join(config.loss)} with {teachers} on `{config.data}`: {config.steps} steps of "
-        f"{config.batch_size} x {config.seq_len} tokens, learning rate {config.learning_rate:g}, "
+        f"{config.batch_size} x {config.seq_len} tokens, learning rate {config.peak:g}, "
         f"{found.trained.tokens_per_second:.4g} predicted tokens a second.{long}\n\n"
         f"{markdown_table(rows)}\n\n"
         f"On {min(config.eval_rows, len(packed.splits['test']))} rows of test text. Agreement: "

@@ -213,6 +213,13 @@ def test_errors_name_the_culprit(text, changes, said, tmp_path):
     assert "\n" not in str(raised.value)
 
 
+def test_a_whole_model_learns_slower_than_what_was_pruned(text):
+    whole = config(text, learning_rate=None).peak
+    for changes in ({"drop_layers": 1}, {"keep_layers": (0,)}, {"lora_rank": 4}):
+        assert whole < config(text, learning_rate=None, **changes).peak
+    assert config(text, learning_rate=0.5).peak == 0.5
+
+
 def test_a_loss_that_needs_one_vocabulary_names_the_teacher(text, tmp_path):
     model, tokenizer = models.load("tiny:1")
     tokenizer.backend.add_tokens(["history"])
