@@ -34,8 +34,10 @@ def log_probs(base: str, assistant: str, ids: torch.Tensor, dtype: torch.dtype) 
 
 def main(base: str, assistant: str, tokens: str, out: str) -> None:
     ids = torch.tensor(np.load(tokens), dtype=torch.long)
-    kinds = {"float32": torch.float32, "float64": torch.float64}
-    np.savez(out, **{name: log_probs(base, assistant, ids, kind) for name, kind in kinds.items()})
+    single, double = (
+        log_probs(base, assistant, ids, dtype) for dtype in (torch.float32, torch.float64)
+    )
+    np.savez(out, float32=single, float64=double)
 
 
 if __name__ == "__main__":
