@@ -197,7 +197,7 @@ def pdu(
     exists = logits != -jnp.inf
     count = jnp.maximum(exists.sum(-1), 1)
     mean = jnp.where(exists, logits, 0.0).sum(-1) / count
-    return jnp.square(neginf_to_zero(logits.max(-1)) - mean)
+    return jnp.square(neginf_to_zero(logits.max(-1, initial=-jnp.inf)) - mean)
 
 
 def rmu(
