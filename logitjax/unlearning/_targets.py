@@ -184,7 +184,7 @@ def pdu(
 
     Raises:
         TypeError: the logits are not floating point or `vocab_where` not boolean.
-        ValueError: `vocab_where` does not broadcast.
+        ValueError: `vocab_where` does not broadcast, or the vocabulary is empty.
 
     >>> jax.jit(pdu)(jnp.array([3.0, 1.0, -1.0]))
     Array(4., dtype=float32)
@@ -194,10 +194,11 @@ def pdu(
         OpenUnlearning's `PDU`, which averages over all positions, prompt and padding included.
     """
     logits = checks.as_float(logits, "logits", vocab_where)
+    checks.axis(-1, logits.shape, "logits")
     exists = logits != -jnp.inf
     count = jnp.maximum(exists.sum(-1), 1)
     mean = jnp.where(exists, logits, 0.0).sum(-1) / count
-    return jnp.square(neginf_to_zero(logits.max(-1, initial=-jnp.inf)) - mean)
+    return jnp.square(neginf_to_zero(logits.max(-1)) - mean)
 
 
 def rmu(
