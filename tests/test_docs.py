@@ -28,9 +28,17 @@ def test_python_blocks_run(page):
         exec(compile(block, str(page), "exec"), names)
 
 
-def test_the_readmes_train_step_trains():
+def test_the_readmes_first_loss_is_eight_lines_that_run(capsys):
+    (block,) = blocks(ROOT / "README.md")
+    assert len([line for line in block.splitlines() if line.strip()]) <= 8
+    exec(block, {})
+    # Random rows of 64 numbers: some ten nats of uniform ones, and half their variance.
+    assert 10 < float(capsys.readouterr().out) < 60
+
+
+def test_the_train_step_of_ones_own_loop_trains():
     names: dict = {}
-    exec(blocks(ROOT / "README.md")[0], names)
+    exec(blocks(ROOT / "docs" / "use_it_in_your_trainer.md")[0], names)
     params = {"body": jnp.eye(8), "head": jnp.zeros((8, 32))}
     teacher = {"head": jnp.sin(jnp.arange(256.0)).reshape(8, 32)}
     batch = {"features": jnp.ones((2, 4, 8)), "mask": jnp.ones((2, 4), bool)}

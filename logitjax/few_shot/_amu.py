@@ -38,7 +38,7 @@ def auxiliary_logits(
     Args:
         auxiliary: `[*batch, features]`, rows of length one.
         kernel: `[features, classes]`, at first :func:`class_means` of the labelled images.
-        standardize: :func:`z_score`, as in the released code; the paper's figure has none.
+        standardize: `z_score`, as in the released code; the paper's figure has none.
 
     Returns:
         float32 `[*batch, classes]`.

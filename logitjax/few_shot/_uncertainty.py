@@ -33,7 +33,7 @@ class Uncertainty:
     std      `std(x)`, whatever rho
     ======== ==============================================================
 
-    z is :func:`z_score`. The kurtosis of probabilities grows with the number of classes K (one-hot:
+    z is `z_score`. The kurtosis of probabilities grows with the number of classes K (one-hot:
     about K), so a fixed normaliser makes beta mean something else on every data set;
     `'classes'`, K / 4, is 250 at K = 1000 and does not. The kurtosis of logits is 2 to 3 for any
     K and hardly depends on how sure the classifier is. A class at `-inf` is not there and not

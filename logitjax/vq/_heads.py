@@ -233,7 +233,8 @@ class ShortlistHead(VQHead):
       num_pages: pages re-scored per position.
       page_size: tokens per page.
       rows: ``[vocab, hidden]``, the head's own rows; None takes the embedding.
-      Others as `VQHead`.
+
+    Others as `VQHead`.
 
     >>> head = ShortlistHead(8, 20, 5, num_pages=2, page_size=4, rngs=nnx.Rngs(0))
     >>> head.cost().parameters
