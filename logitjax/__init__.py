@@ -6,7 +6,7 @@ Import the package you need (``from logitjax import losses``); nothing heavy is 
 import importlib
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _PACKAGES = (
     "commands",
