@@ -143,7 +143,18 @@ def test_a_cpu_holds_a_part_of_what_dense_holds_by_default(dtype):
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra `plan`")
-@pytest.mark.parametrize("topology", ["v5e:1x1", "v5p:1x1x1", "v6e:1x1", "tpu7x:2x2x1"])
+@pytest.mark.parametrize(
+    "topology",
+    [
+        "v5e:1x1",
+        "v5p:1x1x1",
+        "v6e:1x1",
+        pytest.param(
+            "tpu7x:2x2x1",
+            marks=pytest.mark.xfail(strict=True, reason="cross-entropy holds 1,086 MiB there"),
+        ),
+    ],
+)
 def test_a_tpu_holds_a_tenth_of_the_logits_by_default(topology):
     from jax.experimental import topologies
 

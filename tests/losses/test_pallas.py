@@ -420,7 +420,7 @@ def test_every_statistic_compiles_for_a_tpu_and_holds_no_logits(topology):
     # A number a position takes the lanes of a register; the bins for the 64 largest take 64 MiB;
     # dense has 2,374 MiB of logits a side.
     memory: Any = compiled.memory_analysis()
-    assert memory.temp_size_in_bytes < 200 * 2**20
+    assert memory.temp_size_in_bytes < 256 * 2**20
 
 
 @pytest.mark.slow
