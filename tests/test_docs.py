@@ -28,6 +28,8 @@ def test_python_blocks_run(page):
         exec(compile(block, str(page), "exec"), names)
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_the_readmes_first_loss_is_eight_lines_that_run(capsys):
     (block,) = blocks(ROOT / "README.md")
     assert len([line for line in block.splitlines() if line.strip()]) <= 8
@@ -36,6 +38,8 @@ def test_the_readmes_first_loss_is_eight_lines_that_run(capsys):
     assert 10 < float(capsys.readouterr().out) < 60
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_the_train_step_of_ones_own_loop_trains():
     names: dict = {}
     exec(blocks(ROOT / "docs" / "use_it_in_your_trainer.md")[0], names)

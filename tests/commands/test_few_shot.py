@@ -77,6 +77,8 @@ def test_pictures_of_a_sample_are_balanced_nested_and_apart(tmp_path):
         pictures[:8].sample(1)
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_methods_learn_from_views_and_are_judged_on_the_pictures():
     rng, labels = np.random.default_rng(0), np.arange(18) % 3
     pictures, *views = (

@@ -24,12 +24,6 @@ from tests.training import toy
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def written_once(tmp_path_factory):
-    """A checkpoint is written by a program for each shard: whichever test is first would pay."""
-    toy.train(tmp_path_factory.mktemp("written"), steps=1)
-
-
 def start(workdir, *options, timeout=120):
     return subprocess.run(
         [sys.executable, "-m", "tests.training.toy", str(workdir), *options],
@@ -224,6 +218,8 @@ def test_saved_state_may_be_donated_at_once(tmp_path):
             np.testing.assert_array_equal(restored.state.params["w"], params["w"] - i)
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_nonfinite_loss_stops_with_step_and_batch(tmp_path):
     def poisoned(step, *share):
         batch = toy.batches(step, *share)
@@ -294,6 +290,8 @@ def test_tensorboard_writer(tmp_path):
     assert len(list((tmp_path / "tensorboard").iterdir())) == 1
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_evaluation_and_throughput_are_logged(tmp_path):
     toy.train(
         tmp_path, steps=4, every=0, eval_fn=lambda state, step: {"x": float(step)}, eval_every=2

@@ -25,8 +25,8 @@ _LEAST_COLUMNS = 2048
 _MOST_COLUMNS = 8192
 # Blocks of another number of rows lie across the tiles of an array, which costs copies.
 _TILE = 128
-# Of a budget, for what the sizes of arrays do not tell: an eighth, as compiled for v5p.
-_RESERVE = 0.15
+# Of a budget, for what the sizes of arrays do not tell: a fifth, as compiled for v5p.
+_RESERVE = 0.22
 # A tenth of a small problem's logits is less than what is worth saving.
 _LEAST_BUDGET = 64 * 2**20
 
