@@ -164,6 +164,8 @@ def _measured(folder: Path, target: Path, out: Path) -> dict[str, Any]:
     known, forgotten = (questions.probabilities(side, "forget") for side in (before, after))
     goal, forget = float(np.median(unseen)), float(np.median(forgotten))
     said = [questions.answers(side, "test") for side in (before, after)]
+    both = dict(zip(("before", "after"), said, strict=True))
+    storage.write_atomic(out / "answers.json", json.dumps(both, indent=1) + "\n")
     kept = {
         "probability": [questions.probabilities(side, "test").mean() for side in (before, after)],
         "ROUGE-L": [questions.likeness(answers, "test").mean() for answers in said],

@@ -4,7 +4,8 @@ import dataclasses
 
 import numpy as np
 
-from logitjax import data, models
+from experiments.shared.topics import topic_articles
+from logitjax import models
 from logitjax.evaluation import score_rows
 from logitjax.unlearning import Deployed
 
@@ -26,27 +27,23 @@ class Topics:
     count: int
 
     @classmethod
-    def load(cls, source: str, tokenizer: models.Tokenizer, articles: int) -> "Topics":
+    def load(cls, source: str, tokenizer: models.Tokenizer, count: int) -> "Topics":
         """Test articles of a source in an order that is always the same.
 
         Raises:
             ValueError: The source has no topics.
         """
-        test = data.load_examples(source, split="test")
-        if "topic" not in test[0]:
-            raise ValueError(f"topics: expected data with topics, {source} has none")
-        names = sorted({test[i]["topic"] for i in range(len(test))})
+        names, articles = topic_articles(source, count)
         answers = [tokenizer.encode(f" {name}") for name in names]
         question = tokenizer.encode("\nTopic:")
         room = _LENGTH - len(question) - max(map(len, answers))
         rows, labels = [], []
-        for i in np.random.default_rng(0).permutation(len(test))[:articles]:
-            article = test[int(i)]
-            before = tokenizer.encode(article["text"], add_bos=True)[:room] + question
+        for text, label in articles:
+            before = tokenizer.encode(text, add_bos=True)[:room] + question
             for answer in answers:
                 ids = np.asarray(before + answer, np.int32)
                 rows.append((ids, np.arange(len(ids)) >= len(before)))
-            labels.append(names.index(article["topic"]))
+            labels.append(label)
         return cls(rows=rows, labels=np.asarray(labels), count=len(names))
 
     def accuracy(self, model: Deployed, *, batch_size: int, pad_id: int) -> float:

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from logitjax import data, distillation, models
+from experiments.shared.topics import topic_articles
+from logitjax import distillation, models
 
 # Tokens of an article with its question, and articles that are read at once.
 _LENGTH = 160
@@ -49,25 +50,19 @@ class Topics:
         Raises:
             ValueError: The source has no topics, or two of them begin with the same token.
         """
-        test = data.load_examples(source, split="test")
-        if "topic" not in test[0]:
-            raise ValueError(f"topic_rows: expected data with topics, {source} has none")
-        names = sorted({test[i]["topic"] for i in range(len(test))})
+        names, rows = topic_articles(source, count)
         firsts = np.array([tokenizer.encode(f" {name}")[0] for name in names])
         if len(set(firsts.tolist())) < len(names):
             raise ValueError(f"topic_rows: two topics of {source} begin with the same token")
-        order = np.random.default_rng(0).permutation(len(test))
-        rows = [test[int(i)] for i in order[:count]]
         tokens = np.zeros((len(rows), _LENGTH), np.int32)
         ends = np.zeros(len(rows), np.int32)
         question = tokenizer.encode("\nTopic:")
-        for i, row in enumerate(rows):
-            text = tokenizer.encode(row["text"], add_bos=True)
+        for i, (text, _) in enumerate(rows):
             # The last place predicts nothing.
-            ids = text[: _LENGTH - 1 - len(question)] + question
+            ids = tokenizer.encode(text, add_bos=True)[: _LENGTH - 1 - len(question)] + question
             tokens[i, : len(ids)] = ids
             ends[i] = len(ids) - 1
-        labels = np.array([names.index(row["topic"]) for row in rows])
+        labels = np.array([label for _, label in rows])
         return cls(student=student, tokens=tokens, ends=ends, firsts=firsts, labels=labels)
 
     @functools.cached_property

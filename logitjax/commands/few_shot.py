@@ -226,20 +226,20 @@ def _encode(config: Config, out: epath.Path) -> Problem:
         for number, spec in enumerate(specs)
     ]
     split, test_split = _splits(config)
-    names = encoders[0]
+    first = encoders[0]
     scale = config.scale
     if scale is None and config.class_weights is None:
-        scale = names.logit_scale
-    if names.projection is not None:
+        scale = first.logit_scale
+    if first.projection is not None:
         # What comes before it is what ProLIP reads; `read_pictures` makes the features of it.
-        encoders[0], specs[0] = names.before_projection(), f"{specs[0]} hidden"
+        encoders[0], specs[0] = first.before_projection(), f"{specs[0]} hidden"
 
     def encode(
         split: str, chosen: str, kinds: Sequence[str], weights: Any = None
     ) -> few_shot.Pictures:
         images = data.load_image_set(str(config.data), split=split)
         if weights is None:
-            weights = _class_weights(config, names, images.class_names)
+            weights = _class_weights(config, first, images.class_names)
         rows = few_shot.choose_rows(images, chosen, seed=config.seed)
         caches: list[list[epath.Path]] = []
         for kind in kinds:
@@ -264,7 +264,7 @@ def _encode(config: Config, out: epath.Path) -> Problem:
             class_weights=weights,
             class_names=images.class_names,
             scale=scale,
-            projection=names.projection,
+            projection=first.projection,
             views=others[0] if others else (),
         )
 
