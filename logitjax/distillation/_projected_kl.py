@@ -237,8 +237,10 @@ class _BucketSums(sweep.Statistic):
             columns = jnp.moveaxis(mass * weights, -1, 0)
             table = jax.ops.segment_sum(columns, place, num_segments=len(ids))
             at = jnp.minimum(jnp.searchsorted(ordered, wanted), len(ids) - 1)
-            here = table[(at, *_rows(at)[:-1])]
-            found += jnp.where(ordered[at] == wanted, here, 0.0)
+            # Most are in other blocks: these read one line of memory, not each its own.
+            here = ordered[at] == wanted
+            at = jnp.where(here, at, 0)
+            found += jnp.where(here, table[(at, *_rows(at)[:-1])], 0.0)
         return new, masses * jnp.exp(sums.peak - new.peak)[..., None] + found
 
     def reduce(self, state: Any, axis_name: AxisName, passed: Any) -> Any:

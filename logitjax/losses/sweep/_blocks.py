@@ -134,8 +134,12 @@ class Blocks:
             most = _CPU_BLOCK_ELEMENTS // min(sizes.vocab, 512)
         tokens = self.tokens or _along_last_axis(sizes.batch, most)
         rows = max(_together(sizes.batch, tokens), *sizes.widths)
-        columns = max(512, _CPU_BLOCK_ELEMENTS // max(rows, 1))
-        return Layout(engine, _equal_columns(sizes.vocab, columns), tokens)
+        columns = _equal_columns(sizes.vocab, max(512, _CPU_BLOCK_ELEMENTS // max(rows, 1)))
+        if columns % 1024 == 0 and columns < sizes.vocab:
+            # Rows a power of two of bytes apart share few lines of a cache: what goes down the
+            # columns of such a block takes twice as long and more.
+            columns = _equal_columns(sizes.vocab, columns - 128)
+        return Layout(engine, columns, tokens)
 
     def _on_accelerator(self, sizes: Sizes) -> Layout:
         positions, vocab, width = sizes.positions, sizes.vocab, sizes.widths[0]
