@@ -116,7 +116,8 @@ def try_wheel(wheel: pathlib.Path, scratch: pathlib.Path) -> None:
     binaries, folder = scratch / "user" / "bin", scratch / "folder"
     folder.mkdir()
     run(binaries / "python", "-m", "pip", "install", "--quiet", f"{wheel}[models]")
-    _, first_loss, *_ = re.split(r"```python\n|```\n", (ROOT / "README.md").read_text(), maxsplit=2)
+    readme = (ROOT / "README.md").read_text()
+    (first_loss,) = re.findall(r"^```python\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
     run(binaries / "python", "-c", first_loss, cwd=folder)
     run(binaries / "logitjax", "--version", cwd=folder)
     run(binaries / "logitjax", "--help", cwd=folder)
