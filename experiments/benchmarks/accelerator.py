@@ -1,4 +1,4 @@
-"""Vocabulary losses compiled for TPUs that are not there: bytes, work, and the compiler's estimate.
+"""Vocabulary losses compiled for absent TPUs: bytes, work, and the compiler's estimate of time.
 
 Cross-entropy and KL with their gradients in bfloat16, at 4096 x 1024 x 151,936 and
 32768 x 4096 x 128,256 (positions, hidden, vocabulary): dense, chunks of 1,024 positions under

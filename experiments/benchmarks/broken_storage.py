@@ -1,4 +1,4 @@
-"""Disks and stores that fail or hang in any process and phase: who ends when, with which words?
+"""A disk or store fails or hangs, in any process and phase: who ends when, with which message?
 
 A run of two processes packs, reads a source, restores, trains and saves; a library loaded before
 libc fails its calls on the files of one phase, in one process. On an emulated object store the

@@ -1,4 +1,4 @@
-"""Distilling from a cache of the teacher's top 64 logits: cost of a step, and what is lost by it.
+"""Distilling from a cache of the teacher's top 64 logits: the cost of a step, and what is lost.
 
     python -m experiments.benchmark cached_teacher
 

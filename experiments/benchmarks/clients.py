@@ -1,4 +1,4 @@
-"""OpenAI's own client against the server: every call, and answers that are held to JSON schemas.
+"""OpenAI's own client asks the server: every call, and answers that follow JSON schemas.
 
 Full scale installs this repository with the extra `serve` into an empty environment first, and the
 server runs there; the client is this interpreter's. SmolLM2-135M answers (at smoke scale a toy).

@@ -1,4 +1,4 @@
-"""Configurations, published ones and chat templates: the same as in transformers, or refused.
+"""Published configurations and chat templates: each equals transformers, or is refused.
 
 Needs torch and transformers beside the library. Of every family 60 configurations in which every
 two values of every two keys meet: a model of transformers is loaded, run whole and in cached

@@ -1,4 +1,4 @@
-"""Losses across tokenizers beside KL of one tokenizer: seconds, memory, and how tokenizers meet.
+"""Losses across tokenizers beside KL of one tokenizer: seconds, memory, overlap of tokenizers.
 
     python -m experiments.benchmark cross_tokenizer
 

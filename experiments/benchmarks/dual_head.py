@@ -1,4 +1,4 @@
-"""Training steps of ResNet-20: what a second head and aligned gradients cost beside plain KD.
+"""Training steps of ResNet-20: the cost of a second head and aligned gradients beside plain KD.
 
     python -m experiments.benchmark dual_head
 

@@ -1,4 +1,4 @@
-"""A run that is killed again and again at random moments: is a checkpoint lost, do bits differ?"""
+"""A run is killed at random moments, many times: is a checkpoint lost, do bits differ?"""
 
 import random
 import re

@@ -1,4 +1,4 @@
-"""A few-shot head of ImageNet's size trained on cached features, and eager torch beside it.
+"""A few-shot head of ImageNet's size trained on cached features, beside eager torch.
 
     python -m experiments.benchmark few_shot
 

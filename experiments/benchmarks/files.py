@@ -1,4 +1,4 @@
-"""Files of every kind, damaged or malicious: each loads or ends in one line, soon, with little.
+"""Damaged and malicious files of every kind: each loads or ends in one line, soon and cheaply.
 
     nice -n 10 python -m experiments.benchmark files
     python -m experiments.benchmark files --scale=smoke --only='gguf,torch, zip'

@@ -1,4 +1,4 @@
-"""Dynamic fusion: what choosing alpha costs beside the paper's grid, and beside the forward passes.
+"""Dynamic fusion: the cost of choosing alpha beside the paper's grid and the forward passes.
 
     python -m experiments.benchmark fusion
 

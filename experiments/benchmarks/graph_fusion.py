@@ -1,4 +1,4 @@
-"""A training step of SFT + ULD + GLD beside one of SFT + KL, the teacher's logits given."""
+"""A training step of SFT + ULD + GLD beside one of SFT + KL, with the teacher's logits given."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""Whatever is called a bound, against float64: violations, NaNs, what rounding bounds cost.
+"""Everything that is called a bound, against float64: violations, NaNs, the cost of rounding.
 
     python -m experiments.benchmark guarantees
     python -m experiments.benchmark guarantees --scale=smoke --only=transport

@@ -1,4 +1,4 @@
-"""Whole tasks of lm-evaluation-harness by three ways to the same weights: are the numbers equal?
+"""Tasks of lm-evaluation-harness in process, over HTTP and by transformers: equal numbers?
 
 In process (`logitjax.integrations.lm_eval`), over HTTP (`local-completions` against `logitjax
 serve`), and by transformers' own model (`hf`). The tasks' data is made here: sums to be judged and

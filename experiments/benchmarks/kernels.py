@@ -1,4 +1,4 @@
-"""Fuzzed calls of the native kernels for CPUs: equal to XLA's, and within their arrays.
+"""Fuzzed calls of the native kernels for CPUs: equal to XLA's, and within their arrays?
 
 Shapes and values are drawn from a seed: empty shapes, ties, both zeros, nans, infinities and ids
 out of range among them. Integers and places have to be equal bit for bit; so have products of small

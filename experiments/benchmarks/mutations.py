@@ -1,4 +1,4 @@
-"""Small faults put into the library one at a time: do the tests that should notice fail?
+"""Small faults are put into the library one at a time: do the tests that should notice fail?
 
 Mutants come from rules (`_mutants`) and are drawn by a seed; each goes into a copy of the tree and
 meets the tests that `_mutation_areas` names for its file, and the file's own doctests. What

@@ -1,4 +1,4 @@
-"""A served model replicated by two commands, and by what it loses against seeing the model itself.
+"""Two commands replicate a served model: what is lost against seeing the model itself?
 
     python -m experiments.benchmark replica
 

@@ -1,4 +1,4 @@
-"""A pod that is killed and started again on an object store: refused, or other bits? Two at once?
+"""A pod is killed and started again on an object store: is it refused, do bits differ?
 
 Every start is process 1 of a process namespace of its own, as a container's is, on a host that is
 called the same; the emulated store refuses writes whose generation does not match.

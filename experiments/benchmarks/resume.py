@@ -1,4 +1,4 @@
-"""`logitjax distill` killed with SIGKILL at a random step, started again: the same bits?"""
+"""`logitjax distill` is killed with SIGKILL at a random step and started again: the same bits?"""
 
 import random
 import signal

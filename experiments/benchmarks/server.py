@@ -1,4 +1,4 @@
-"""The completion server: its policy under attack, and under clients that mean it no good.
+"""The completion server under attack: its policy, and hostile clients, over loopback.
 
 Parts, for `--only`: `policy` (adversarial requests in one process with a tiny model: how many
 values of a position come out, and whether the width does), `attackers` (those of

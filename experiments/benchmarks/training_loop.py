@@ -1,4 +1,4 @@
-"""What a step of the main job costs beside its program: input, bookkeeping, pauses to save.
+"""The cost of the main job's step beside its program: input, bookkeeping, pauses to save.
 
 The demo of graph_fusion, its SFT + ULD + GLD arm: the loop (rows and the source's cached statistics
 from disk, metrics, log lines) beside the same compiled step fed again and again with one batch that

@@ -1,4 +1,4 @@
-"""Unlearning: an assistant's training step beside NPO + KL, and decoding with it beside without.
+"""Unlearning: an assistant's training step beside NPO + KL, and decoding with and without it.
 
     python -m experiments.benchmark unlearning
 
