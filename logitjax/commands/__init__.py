@@ -10,18 +10,18 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = {
-    "generate": "Talk with a model, or with a large one that small ones steer.",
-    "serve": "Serve a model, or several fused ones, over OpenAI's completion API.",
-    "score": "Say how well a model predicts texts, and which of several answers it holds likelier.",
-    "prepare": "Write data sets of tensorflow-datasets once, to be read without TensorFlow.",
-    "cache-logits": "Let teachers read text once, for training without them in memory.",
-    "distill": "Prune a model, or teach it what other models know, and hand it on.",
+    "generate": "Talk with a model, or with a large model that small ones steer.",
+    "serve": "Serve a model, or several fused ones, over OpenAI's API.",
+    "score": "Score texts, and the choices of questions, by a model.",
+    "prepare": "Prepare data sets of tensorflow-datasets once, to read them without TensorFlow.",
+    "cache-logits": "Keep teachers' logits on disk, to train without the teachers in memory.",
+    "distill": "Make a model smaller, or teach it what other models know.",
     "unlearn": "Make a model forget what you name, and measure what is left.",
-    "extract-features": "Let frozen image encoders see pictures once, for training of heads.",
-    "few-shot": "Train heads on a few labelled pictures of each class, and keep the best.",
+    "extract-features": "Keep features of frozen image encoders on disk, to train heads on them.",
+    "few-shot": "Train heads on a few labelled pictures of each class, and compare them.",
     "convert-head": "Replace a model's output head by a vector-quantised one that imitates it.",
-    "gw": "Say how far apart two graphs are: proven bounds, beside a general solver.",
-    "audit": "Measure what the API of your model gives away of its head.",
+    "gw": "Bound the Gromov-Wasserstein distance of two graphs, beside a general solver.",
+    "audit": "Measure what the API of your model gives away of its output head.",
 }
 
 

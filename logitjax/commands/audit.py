@@ -1,4 +1,4 @@
-"""Measure what the API of your own model gives away of its output head.
+"""Measure what the API of your model gives away of its output head.
 
     logitjax audit --model=DIR --policy=full --policy=round_2 --policy=top_5_bias --workdir=WORKDIR
     logitjax audit --model=DIR --url=http://127.0.0.1:8000 --corner=640 --workdir=WORKDIR
@@ -6,16 +6,18 @@
 With `--model` alone each `--policy` is put in front of the model in this process: `full`, `round_D`
 (D decimals), `noise_S` (S nats), `floor_F`, `top_K`, `top_K_bias` (a logit bias moves what is
 reported), `dummy_R_A`, `cap_C`, `draws` (the drawn token's own log-probability), `sampling` (the
-same, and a bias moves what is drawn), `argmax` (the token alone, and a bias moves it). With `--url`
-a server on this machine is asked instead, as `logitjax serve` or any other with OpenAI's completion
-API; --top_logprobs, --sampled, --bias, --decimals and --noise say what it is known to do (others
-than ours are `--sampled`). It has to report token ids by `return_tokens_as_token_ids`, as ours and
-vLLM do. Only loopback addresses are asked: audits are of what one runs.
+same, and a bias moves what is drawn) or `argmax` (the token alone, and a bias moves it).
 
-WORKDIR/report.md has a line for each policy: hidden width, share of the head that is out, cost
-in queries and to honest users, verdict. WORKDIR/recovered/POLICY.npz holds what was recovered:
+With `--url` a server on this machine is asked instead: `logitjax serve`, or any other with OpenAI's
+completion API that reports token ids (`return_tokens_as_token_ids`), as vLLM does.
+`--top_logprobs`, `--sampled`, `--bias`, `--decimals` and `--noise` say what the server is known to
+do; other servers than ours are `--sampled`. Only loopback addresses are asked, because you audit
+what you run.
+
+WORKDIR/report.md has a line for each policy: hidden width, share of the head that leaks, cost in
+queries, cost to honest users, verdict. WORKDIR/recovered/POLICY.npz holds what was recovered:
 `basis` (the head's columns up to an invertible matrix), `tokens` (of its rows), `singular_values`,
-and `log_probs` where a row came back. Finished policies are not asked again. See docs/leakage.md.
+and `log_probs` if a row was recovered. Finished policies are not asked again. See docs/leakage.md.
 """
 
 import dataclasses
@@ -34,36 +36,44 @@ from logitjax.commands.tables import markdown_table
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Whom to ask, what, and by which rules."""
+    """The model or server, its policies, and the prompts."""
 
-    model: str | None = field(None, "The model, which is also the truth that answers are held to.")
-    url: str | None = field(None, "Address of your server, instead of rules in this process.")
+    model: str | None = field(
+        None, "Model to audit. Its own head is what the recovered one is compared with."
+    )
+    url: str | None = field(
+        None, "Address of your server, to ask it instead of policies in this process."
+    )
     policy: tuple[str, ...] = field(
         ("full", "round_2", "noise_0.3", "top_5", "top_5_bias", "sampling", "argmax"),
-        "Rules of the API to audit.",
+        "Policy of the API to audit.",
     )
-    api_key: str | None = field(None, "Key of the server.")
-    top_logprobs: int = field(5, "Number of log-probabilities the server reports.", minimum=1)
+    api_key: str | None = field(None, "API key of the server.")
+    top_logprobs: int = field(5, "Number of log-probabilities that the server reports.", minimum=1)
     bias: Literal["none", "sampling", "reported"] = field(
         "reported", "What a logit bias moves at the server."
     )
     sampled: bool = field(
-        False, "Whether the server tells a chosen token's own value, whatever its rank."
+        False, "The server reports a chosen token's own value, whatever its rank."
     )
-    decimals: int | None = field(None, "Decimals that the server reports.")
+    decimals: int | None = field(None, "Number of decimals that the server reports.")
     noise: float = field(0.0, "Noise that the server adds, in nats.")
-    budget: int | None = field(None, "Most queries to the server; it is an error to need more.")
-    vocab_size: int = field(
-        0, "Number of tokens of the server's model, without --model.", minimum=0
+    budget: int | None = field(
+        None, "Largest number of queries to the server. It is an error to need more."
     )
-    data: str | None = field(None, "Text that prompts are cut from; else random tokens.")
+    vocab_size: int = field(
+        0, "Vocabulary size of the server's model, if --model is not given.", minimum=0
+    )
+    data: str | None = field(None, "Text to cut prompts from. By default random tokens.")
     prompts: int = field(
-        0, "Number of prompts; 0 takes a fifth more than the model is wide.", minimum=0
+        0, "Number of prompts. 0 takes a fifth more than the model is wide.", minimum=0
     )
     prompt_length: int = field(24, "Number of tokens in a prompt.", minimum=1)
     batch_size: int = field(16, "Number of prompts in a forward pass.", minimum=1)
     corner: int = field(
-        0, "Rows and columns of the corner asked for through a bias; 0 for none.", minimum=0
+        0,
+        "Number of rows and columns of the corner that is asked for through a bias. 0 for none.",
+        minimum=0,
     )
     seed: int = field(0, "Seed of noise, of random prompts and of dummy dimensions.")
     dtype: Literal["float32", "bfloat16"] = field("float32", "Compute type of the model.")

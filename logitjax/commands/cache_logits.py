@@ -1,4 +1,4 @@
-"""Let teachers read text once, so that no training run has to hold them in memory.
+"""Keep teachers' logits on disk, so that no training run has to hold the teachers in memory.
 
     logitjax cache-logits --teacher=hf:org/teacher --student=smollm2 \\
         --data=text:FILE --workdir=runs/cache
@@ -8,11 +8,13 @@ their log-sum-exp, mean and deviation, into WORKDIR/source0, WORKDIR/source1, ..
 
     logitjax distill --student=smollm2 --teacher=cache:runs/cache/source0 --data=text:FILE ...
 
-trains from it without loading the teacher. The packed rows have to be the same on both sides: give
-the same --student, teachers, --data and --seq_len; a cache that does not fit is an error that says
-what differs. `--teacher=api:URL` asks a server on this machine instead. The size on disk is logged
-before anybody reads anything. Kill it whenever you like: the same command goes on with the shard it
-was at. Several processes share the shards, and each reads with its own devices.
+trains from the cache without loading the teacher. Both commands have to pack the same rows: give
+the same --student, teachers, --data and --seq_len. A cache that does not fit is an error that says
+what differs. `--teacher=api:URL` asks a server on this machine instead.
+
+The size on disk is logged before the reading begins. You may kill the run at any time: the same
+command continues with the shard it was at. Several processes share the shards, and each reads with
+its own devices.
 """
 
 import dataclasses
@@ -31,24 +33,26 @@ from logitjax.data import SPLITS
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """What to read, and how much of it to keep."""
+    """The teachers, the text, and what is kept."""
 
-    student: str = field("smollm2", "Model that will be trained; its tokenizer shapes the rows.")
-    teacher: tuple[str, ...] = field(("smollm2",), "Model that reads, or api:URL.")
+    student: str = field("smollm2", "Model that will be trained. Its tokenizer packs the rows.")
+    teacher: tuple[str, ...] = field(("smollm2",), "Model that reads the text, or api:URL.")
     data: str = field("tfds:wiki_summaries", "Text to read: text:PATH, jsonl:PATH or tfds:NAME.")
-    on_error: Literal["raise", "skip"] = field("raise", "What happens at a malformed row.")
+    on_error: Literal["raise", "skip"] = field(
+        "raise", "Whether a malformed row is an error or is skipped."
+    )
     seq_len: int = field(256, "Number of tokens in a row.")
-    rows: str = field("all", "Rows of each split to read: all, or a number from the start.")
+    rows: str = field("all", "Rows of each split to read: all, or a number counted from the start.")
     splits: tuple[str, ...] = field(SPLITS, "Split to read.")
-    cache_top_k: int = field(64, "Number of logits kept per position.")
+    cache_top_k: int = field(64, "Number of top logits kept for each position.")
     tail_samples: int = field(
-        0, "Number of tokens per position drawn from the others, for KL without bias."
+        0, "Number of other tokens drawn for each position. It makes kl unbiased."
     )
     likelihoods: bool = field(
-        False, "Whether likelihoods of labels and of words' beginnings are kept, for alm."
+        False, "Also keep likelihoods of labels and of beginnings of words, for alm."
     )
-    api_key: str | None = field(None, "Key of the server.")
-    batch_size: int = field(4, "Number of rows read at once by a process.")
+    api_key: str | None = field(None, "API key of the server.")
+    batch_size: int = field(4, "Number of rows that a process reads at once.")
     dtype: Literal["float32", "bfloat16"] = field("float32", "Compute type.")
     layout: Literal["stacked", "listed"] = field(
         "listed",

@@ -81,12 +81,13 @@ class _Place:
     """Where a run lives, and which of its processes this is."""
 
     workdir: str = field(
-        REQUIRED, "Directory of the run, perhaps on an object store; the same one continues it."
+        REQUIRED,
+        "Directory of the run, also on an object store. The same directory continues the run.",
     )
     coordinator_address: str | None = field(
-        None, "Host and port of process 0, where no cluster says them."
+        None, "Host and port of process 0, if no cluster says them."
     )
-    num_processes: int | None = field(None, "Number of processes, where no cluster says it.")
+    num_processes: int | None = field(None, "Number of processes, if no cluster says it.")
     process_id: int | None = field(None, "Number of this process, from 0.")
 
 
@@ -198,7 +199,7 @@ def help_text(
     shown, rest = [], ""
     if presets:
         names = "|".join(presets)
-        shown.append((f"--preset={names}", "Named set of defaults, the first if none is named."))
+        shown.append((f"--preset={names}", "Named set of defaults. The first is the default."))
     for flag in itertools.chain(*map(_flags, classes)):
         metadata: Any = flag.field.metadata
         default: Any = flag.field.default

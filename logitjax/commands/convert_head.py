@@ -3,16 +3,16 @@
     logitjax convert-head --model=smollm2 --data=tfds:wiki_summaries --workdir=runs/head
     logitjax convert-head --model=DIR --data=text:FILE --kind=shortlist --codes=4096 --workdir=DIR2
 
-It reads the text once and keeps the hidden states, fits codes to the rows of the old head, tunes
-them to its distribution, and writes WORKDIR/head and WORKDIR/report.md: perplexity on held-out text
-and size, before and after. In Python,
+It reads the text once and keeps the hidden states. Then it fits codes to the rows of the old head
+and tunes them to the old head's distribution. It writes WORKDIR/head and WORKDIR/report.md, which
+compares perplexity on held-out text and size before and after. In Python,
 
     model = models.load("MODEL", layout="listed")[0].with_head(vq.load_head("WORKDIR/head"))
 
-is the converted model. `--kind=vq` gives one code to several tokens, and a bias to each;
-`--kind=shortlist` lets codes choose pages of tokens whose exact rows score them again. Kill it
-whenever you like: the same command goes on with the hidden states it has. docs/vq_logits.md says
-what to expect.
+is the converted model. `--kind=vq` gives one code to several tokens, and a bias to each token.
+`--kind=shortlist` lets codes choose pages of tokens, which their exact rows score again. You may
+kill the run at any time: the same command continues with the hidden states it has.
+docs/vq_logits.md says what to expect.
 """
 
 import dataclasses
@@ -30,23 +30,25 @@ from logitjax.commands.tables import markdown_table
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Which head becomes what, by which text."""
+    """The model, the kind of head, and the text to fit it on."""
 
     model: str = field(REQUIRED, "Model with a linear or tied head.")
     data: str = field(REQUIRED, "Text to fit on: text:PATH, jsonl:PATH or tfds:NAME.")
-    on_error: Literal["raise", "skip"] = field("raise", "What happens at a malformed row.")
+    on_error: Literal["raise", "skip"] = field(
+        "raise", "Whether a malformed row is an error or is skipped."
+    )
     kind: Literal["vq", "shortlist"] = field("vq", "Head to convert to.")
     codes: int = field(2048, "Number of codes.", minimum=1)
     pages: int = field(64, "Number of pages that a shortlist scores again.", minimum=1)
     page_size: int = field(8, "Number of tokens in a page.", minimum=1)
     seq_len: int = field(256, "Number of tokens in a row.", minimum=2)
-    batch_rows: int = field(8, "Number of rows at a time through the model.", minimum=1)
+    batch_rows: int = field(8, "Number of rows that the model reads at once.", minimum=1)
     tokens: int = field(100_000, "Number of positions to fit and tune on.", minimum=1)
     held_out_tokens: int = field(10_000, "Number of positions to report on.", minimum=1)
     steps: int = field(200, "Number of optimiser steps.", minimum=0)
     batch_size: int = field(2048, "Number of positions in a step.", minimum=1)
-    learning_rate: float = field(2e-3, "Peak of the learning rate.")
-    reassign_every: int = field(50, "Number of steps between reassignments; 0 for none.", minimum=0)
+    learning_rate: float = field(2e-3, "Peak learning rate.")
+    reassign_every: int = field(50, "Number of steps between reassignments. 0 for none.", minimum=0)
     seed: int = field(0, "Seed of the clustering and of the order of positions.")
     dtype: Literal["float32", "bfloat16"] = field("float32", "Compute type of the model.")
     mesh: str = field("data:-1", "Axes and sizes of the device mesh.")

@@ -1,4 +1,4 @@
-"""Make a model smaller, or better by what other models know, and hand it on.
+"""Make a model smaller, or teach it what other models know.
 
     logitjax distill --student=smollm2 --drop_layers=6 --data=tfds:wiki_summaries --out=runs/small
     logitjax distill --student=DIR --teacher=DIR2 --data=jsonl:chats.jsonl --out=runs/better
@@ -7,18 +7,19 @@
     logitjax distill --student=DIR --teacher=api:http://127.0.0.1:8000 --cache_top_k=5 \\
         --student_head=runs/audit --data=text:FILE --out=runs/replica
 
-The student is pruned if you ask for it, the teachers read the text once, and the student learns
-from the text (`sft`) and from them: `kl`, `rkl` and `jsd` compare token by token and need one
-vocabulary; from another tokenizer learn `first_piece`, `pkl`, `hybrid`, `hkl`, `alm`, `mined`,
-`uld` and `gld` (docs/any_tokenizer.md). A pruned student without a `--teacher` learns from the
-model that it was cut from. OUT/model is then a Hugging Face directory, which transformers, vLLM and
-every other command here read; OUT/report.md says what the student was before and after, with curves
-and samples.
+The student is pruned if you ask for it. The teachers read the text once. The student then learns
+from the text (`sft`) and from the teachers. `kl`, `rkl` and `jsd` compare token by token and need
+one vocabulary. `first_piece`, `pkl`, `hybrid`, `hkl`, `alm`, `mined`, `uld` and `gld` learn from
+another tokenizer (docs/any_tokenizer.md). A pruned student without a `--teacher` learns from the
+model that it was cut from.
+
+OUT/model is the result: a Hugging Face directory, which transformers, vLLM and every other command
+here read. OUT/report.md compares the student before and after, with curves and samples.
 
 A teacher is a model, `cache:DIR` as `logitjax cache-logits` writes it, or `api:URL`, a server on
-this machine that reports log-probabilities with token ids; `--student_head` gives the student the
-head that `logitjax audit` recovered from it. Kill the run whenever you like: the same command goes
-on where it was, bit for bit. See docs/distil.md.
+this machine that reports log-probabilities with token ids. `--student_head` gives the student the
+head that `logitjax audit` recovered from that server. You may kill the run at any time: the same
+command continues it, bit for bit. See docs/distil.md.
 """
 
 import dataclasses
@@ -39,66 +40,84 @@ from logitjax.commands.tables import markdown_table
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Who learns what from whom, and how."""
+    """The student, its teachers, the text and the training."""
 
     student: str = field(REQUIRED, "Model that learns.")
-    teacher: tuple[str, ...] = field((), "Model to learn from, or cache:DIR, or api:URL.")
-    teacher_weight: tuple[float, ...] = field((), "Weights of the teachers; equal if none.")
+    teacher: tuple[str, ...] = field((), "Model to learn from, cache:DIR or api:URL.")
+    teacher_weight: tuple[float, ...] = field((), "Weights of the teachers. Equal by default.")
     data: str = field(REQUIRED, "Text to learn from: text:PATH, jsonl:PATH or tfds:NAME.")
-    on_error: Literal["raise", "skip"] = field("raise", "What happens at a malformed row.")
+    on_error: Literal["raise", "skip"] = field(
+        "raise", "Whether a malformed row is an error or is skipped."
+    )
     loss: tuple[str, ...] = field(
         ("sft:0.5", "kl:0.5"),
-        "Loss and its weight, as NAME:WEIGHT: sft, kl, rkl, jsd; across tokenizers first_piece, "
-        "pkl, hkl, hybrid, alm, mined, uld or gld.",
+        "Loss and its weight, as NAME:WEIGHT. One vocabulary: sft, kl, rkl, jsd. Other tokenizers: "
+        "first_piece, pkl, hkl, hybrid, alm, mined, uld, gld.",
     )
     student_temperature: float = field(1.0, "Temperature of the student in kl, rkl and jsd.")
-    teacher_temperature: float = field(1.0, "Temperature of the teachers there.")
-    alm_temperature: float = field(100.0, "Divides log-probabilities of chunks in alm.")
+    teacher_temperature: float = field(1.0, "Temperature of the teachers in kl, rkl and jsd.")
+    alm_temperature: float = field(100.0, "Temperature of log-probabilities of chunks in alm.")
     graph: str = field("rank/row_sum/closed_form", "Graph of gld, as NODE/FEATURE/VALUE.")
-    graph_top_k: int = field(10, "Number of logits that uld and gld look at.", minimum=1)
+    graph_top_k: int = field(10, "Number of top logits that uld and gld compare.", minimum=1)
     drop_layers: int = field(0, "Number of layers to prune from the student first.", minimum=0)
     prune_by: Literal["influence", "run", "perplexity"] = field(
         "run",
-        "What says which layers go: how far each turns the stream, how far a run of them does, or "
-        "perplexity without each, one after the other.",
+        "Score that chooses the layers to drop: how far each turns the residual stream "
+        "(influence), how far a run of layers does, or the perplexity without each.",
     )
-    keep_layers: tuple[int, ...] = field((), "Layers to keep, instead.")
-    kv_heads: int = field(0, "Number of key-value heads to keep in a layer; 0 for all.", minimum=0)
-    mlp_channels: int = field(0, "Number of channels to keep in a layer; 0 for all.", minimum=0)
-    calibration_rows: int = field(16, "Number of rows that pruning looks at.", minimum=1)
-    lora_rank: int = field(0, "Rank of adapters to train in place of the model; 0 for none.")
+    keep_layers: tuple[int, ...] = field((), "Layers to keep, instead of drop_layers.")
+    kv_heads: int = field(
+        0, "Number of key-value heads to keep in each layer. 0 keeps all.", minimum=0
+    )
+    mlp_channels: int = field(
+        0, "Number of MLP channels to keep in each layer. 0 keeps all.", minimum=0
+    )
+    calibration_rows: int = field(
+        16, "Number of rows of text that pruning is chosen on.", minimum=1
+    )
+    lora_rank: int = field(
+        0, "Rank of adapters to train in place of the model. 0 trains the model."
+    )
     freeze: str | None = field(
         None,
-        "Regular expression of parameters that stay, by their path; below for the embedding and "
-        "the layers below those that go.",
+        "Regular expression for paths of parameters to freeze. `below` freezes the embedding and "
+        "the layers below those that are dropped.",
     )
     student_head: str | None = field(
-        None, "Output of `logitjax audit`, whose recovered head the student takes."
+        None, "Folder of `logitjax audit` with the recovered head for the student."
     )
-    cache_top_k: int = field(64, "Number of logits kept per position of a teacher.", minimum=1)
-    tail_samples: int = field(0, "Number of other tokens drawn per position, for kl without bias.")
-    api_key: str | None = field(None, "Key of the server.")
+    cache_top_k: int = field(
+        64, "Number of top logits kept for each position of a teacher.", minimum=1
+    )
+    tail_samples: int = field(
+        0, "Number of other tokens drawn for each position. It makes kl unbiased."
+    )
+    api_key: str | None = field(None, "API key of the server.")
     seq_len: int = field(256, "Number of tokens in a row.", minimum=2)
-    batch_size: int = field(4, "Number of rows in a step, over all processes.", minimum=1)
+    batch_size: int = field(4, "Number of rows in a step, summed over processes.", minimum=1)
     accumulate: int = field(1, "Number of microbatches in a step.", minimum=1)
     steps: int = field(200, "Number of optimiser steps.", minimum=1)
     learning_rate: float | None = field(
         None,
-        "Peak of the learning rate; 3e-4 for what was pruned and for adapters, 5e-5 for a whole "
-        "model, which more would harm.",
+        "Peak learning rate. By default 3e-4 for a pruned model or adapters, and 5e-5 for a whole "
+        "model, which a larger rate would harm.",
     )
     warmup: float = field(0.1, "Share of the steps in which the learning rate rises.")
     weight_decay: float = field(0.01, "Weight decay of AdamW.")
-    eval_rows: int = field(32, "Number of rows of validation and of test text to score.", minimum=1)
+    eval_rows: int = field(
+        32, "Number of rows to score of validation text, and of test text.", minimum=1
+    )
     eval_every: int = field(50, "Number of steps between validations.", minimum=0)
     checkpoint_every: int = field(50, "Number of steps between checkpoints.", minimum=0)
     log_every: int = field(10, "Number of steps between log lines.", minimum=1)
-    seed: int = field(0, "Seed of the order of rows and of adapters.")
+    seed: int = field(0, "Seed of the order of rows and of the adapters' start.")
     dtype: Literal["float32", "bfloat16"] = field("float32", "Compute type.")
     layout: Literal["stacked", "listed"] = field(
         "listed", "Whether layers are scanned (stacked) or unrolled (listed)."
     )
-    remat: Literal["none", "dots", "full"] = field("none", "What the backward pass computes again.")
+    remat: Literal["none", "dots", "full"] = field(
+        "none", "What the backward pass recomputes to save memory."
+    )
     mesh: str = field("data:-1,fsdp:1,tensor:1", "Axes and sizes of the device mesh.")
 
     def __post_init__(self) -> None:

@@ -1,14 +1,16 @@
-"""Let frozen encoders look at pictures once, so that heads can be trained without them.
+"""Keep features of frozen image encoders on disk, so that heads can be trained without encoders.
 
     logitjax extract-features --encoder=efficientnet_lite0 --encoder=alexnet \\
         --data=folder:PICTURES --size=160 --workdir=runs/features
 
-It writes, for every encoder, split and kind of view, features (and the class head's logits) with
-the labels into WORKDIR/ENCODER/SPLIT_VIEWS, array_record files that `few_shot.FeatureCache` reads
-and checks. `--views=random:10` are ten views a picture, cut out and mirrored at random but the same
-for every encoder and in every run. Kill it whenever you like: the same command goes on with the
-shard it was at. Several processes share the shards, and each encodes with its own devices. 435
-stamps at 160 pixels by both encoders took 15 s on two CPU cores; docs/vision.md has the tables.
+For every encoder, split and kind of view it writes features (and the class head's logits) with the
+labels into WORKDIR/ENCODER/SPLIT_VIEWS. These are array_record files, which `few_shot.FeatureCache`
+reads and checks. `--views=random:10` makes ten random crops of each picture, mirrored at random,
+the same for every encoder and in every run.
+
+You may kill the run at any time: the same command continues with the shard it was at. Several
+processes share the shards, and each encodes with its own devices. 435 stamps at 160 pixels by both
+encoders took 15 s on two CPU cores; docs/vision.md has the tables.
 """
 
 import dataclasses
@@ -27,21 +29,25 @@ from logitjax.commands.tables import markdown_table
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """What to encode, with what."""
+    """The pictures, their views and the encoders."""
 
-    encoder: tuple[str, ...] = field(("efficientnet_lite0",), "Encoder, by name or path.")
+    encoder: tuple[str, ...] = field(
+        ("efficientnet_lite0",), "Encoder, by name, file, directory or hf:org/name."
+    )
     data: str = field(
         "stamps",
         "Pictures: stamps, mnist_5k, emoji:VENDOR, tfds:NAME, folder:DIR, recognition:NAME, ...",
     )
-    split: tuple[str, ...] = field(("all",), "Split, perhaps sliced, such as test[:2000].")
+    split: tuple[str, ...] = field(("all",), "Split, which may be sliced: test[:2000].")
     views: tuple[str, ...] = field(("plain",), "Views of every picture: plain or random:COUNT.")
     fit: Literal["crop", "pad"] = field(
         "crop",
-        "Whether pictures lose their margins or gain some, to be square.",
+        "How pictures become square: cropped, or padded.",
     )
-    size: int = field(0, "Height and width of the views; 0 takes the encoder's own.")
-    rows: str = field("all", "Pictures: all, a number from the start, or per_class:N.")
+    size: int = field(0, "Height and width of the views in pixels. 0 takes the encoder's own.")
+    rows: str = field(
+        "all", "Pictures to encode: all, a number counted from the start, or per_class:N."
+    )
     seed: int = field(0, "Seed of random views and of the choice of pictures per class.")
     batch_size: int = field(
         16, "Number of pictures encoded at once, with all their views.", minimum=1

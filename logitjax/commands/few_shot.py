@@ -1,4 +1,4 @@
-"""Train heads on a few labelled pictures of each class, and keep the best.
+"""Train heads on a few labelled pictures of each class, and compare them.
 
     logitjax few-shot --data=folder:PICTURES --encoder=hf:openai/clip-vit-base-patch32 \\
         --prompts='a photo of a {}.' --shots=1,4,16 --out=runs/birds
@@ -6,23 +6,25 @@
         --class_weights=text.npz --method=gda --method=amu --shots=4 --out=runs/mine
 
 The pictures come from a folder with a folder for each class (or with folders `train` and `test` of
-such), from tfds, or encoded: a directory that `logitjax extract-features` filled, or an .npz or
-.safetensors with `features` [n, features] and `labels` [n], which any torch program can write. A
-second encoder (`--auxiliary`, or a second file) is for the methods that read one. With
-`--views=random:10` methods learn from ten random crops of each picture. Classes are named by
-`--prompts` through the encoder's text tower, or by `--class_weights`: .npy, or .npz or .safetensors
-with `class_weights` [features, classes] and perhaps `scale`.
+such), from tfds, or already encoded: a directory that `logitjax extract-features` filled, or an
+.npz or .safetensors file with `features` [n, features] and `labels` [n], which any torch program
+can write. Methods that read a second encoder take it from `--auxiliary`, or from a second file.
+With `--views=random:10` methods learn from ten random crops of each picture.
 
-Every method tries as many settings, chooses on validation pictures of its own sample
-(`--validation=min4|shots`; with `none` it keeps its published setting) and is tested on the
-pictures that are left, or on the test ones. OUT/report.md has accuracies by method and shots,
-OUT/confusion.png which classes the best method takes for which, and OUT/heads/METHOD the head of
+Classes are named by `--prompts` through the encoder's text tower, or by `--class_weights`: an .npy
+file, or .npz or .safetensors with `class_weights` [features, classes] and perhaps `scale`.
+
+Every method tries equally many settings and chooses on validation pictures of its own sample
+(`--validation=min4|shots`; with `none` it keeps its published setting). It is tested on the test
+pictures, or on those that a sample leaves. OUT/report.md has accuracies by method and shots,
+OUT/confusion.png shows which classes the best method confuses, and OUT/heads/METHOD is the head of
 the first sample at the most shots:
 
     head = few_shot.load("OUT/heads/gda")
     head.predict(features)
 
-What was trained is not trained again: kill it whenever you like. See docs/few_shot.md.
+You may kill the run at any time: the same command continues without training anything twice. See
+docs/few_shot.md.
 """
 
 import dataclasses
@@ -43,36 +45,46 @@ from logitjax.commands.tables import markdown_table
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """What is learnt from what."""
+    """The pictures or features, the methods, and the protocol."""
 
     data: str | None = field(None, "Pictures: folder:DIR, tfds:NAME, recognition:NAME or stamps.")
-    split: str | None = field(None, "Split to learn from; train where there is one, else all.")
-    test_split: str | None = field(
-        None, "Split to test on; test where there is one, else what a sample leaves."
+    split: str | None = field(
+        None, "Split to learn from. By default train if there is one, else all."
     )
-    encoder: str | None = field(None, "Encoder that names classes, by name or path.")
+    test_split: str | None = field(
+        None, "Split to test on. By default test if there is one, else what a sample leaves."
+    )
+    encoder: str | None = field(None, "Encoder that also names the classes, by name or path.")
     auxiliary: str | None = field(None, "Second encoder, by name or path.")
-    tokenizer: str | None = field(None, "Tokenizer of the encoder, where it brings none.")
-    prompts: tuple[str, ...] = field(("a photo of a {}.",), "Text with {} for a class's name.")
-    fit: Literal["crop", "pad"] = field("crop", "What a square loses or gains.")
-    rows: str = field("all", "Pictures to learn from: all, a number or per_class:N.")
-    views: str = field("plain", "Views of these to learn from: plain or random:COUNT.")
+    tokenizer: str | None = field(None, "Tokenizer of an encoder that brings none.")
+    prompts: tuple[str, ...] = field(
+        ("a photo of a {}.",), "Text of a class, with {} for its name."
+    )
+    fit: Literal["crop", "pad"] = field("crop", "How pictures become square: cropped, or padded.")
+    rows: str = field("all", "Pictures to learn from: all, a number, or per_class:N.")
+    views: str = field("plain", "Views of the pictures to learn from: plain or random:COUNT.")
     batch_size: int = field(16, "Number of pictures encoded at once.", minimum=1)
     features: str | None = field(
-        None, "Encoded pictures, and after a comma those of the second encoder."
+        None, "File of encoded pictures, and after a comma the file of the second encoder."
     )
-    test_features: str | None = field(None, "The same of the pictures to test on.")
-    class_weights: str | None = field(None, "File of the zero-shot classifier.")
-    scale: float | None = field(None, "Scale of its cosines; the file's, or CLIP's 100.")
+    test_features: str | None = field(None, "Files of the encoded pictures to test on, likewise.")
+    class_weights: str | None = field(None, "File of the zero-shot classifier's weights.")
+    scale: float | None = field(
+        None, "Scale of the classifier's cosines. By default the file's, or CLIP's 100."
+    )
     method: tuple[str, ...] = field(("all",), "Method, or all that the features allow.")
-    shots: tuple[int, ...] = field((1, 2, 4, 8, 16), "Pictures of each class to learn from.")
-    samples: int = field(3, "Samples of each number of shots.", minimum=1)
+    shots: tuple[int, ...] = field(
+        (1, 2, 4, 8, 16), "Number of pictures of each class to learn from."
+    )
+    samples: int = field(3, "Number of samples for each number of shots.", minimum=1)
     validation: Literal["min4", "shots", "none"] = field(
-        "min4", "Pictures of a class to choose settings on: as many as shots, at most 4; or none."
+        "min4",
+        "Pictures of each class to choose settings on: as many as shots but at most 4 (min4), as "
+        "many as shots, or none.",
     )
     grid: Literal["small", "full"] = field("small", "Whether a method tries 4 settings or 12.")
     steps: int = field(
-        60, "Steps of 32 pictures, of methods without a published recipe.", minimum=1
+        60, "Number of steps of 32 pictures, for methods without a published recipe.", minimum=1
     )
     seed: int = field(0, "Seed of samples, of orders and of random starts.")
 

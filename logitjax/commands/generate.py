@@ -6,12 +6,14 @@
         --expert=runs/gsm8k_7b --base=hf:meta-llama/Llama-2-7b-hf
     logitjax generate --model=DIR --assistant=runs/forgotten/assistant
 
-A model is a directory, a `.gguf` file, `hf:org/name` or `smollm2`. `--fusion` is contrastive,
-dexperts, dynamic, eft, logit_difference or proxy, with settings after a colon:
-`--fusion=dynamic:method=grid,num=21`. With `--draft=expert` the expert runs ahead and all models
-verify: the same distribution, faster where the expert guesses well. With a chat template prompts
-are turns of a conversation; `--complete` goes on from the text itself. Without `--prompt`, prompts
-are read from standard input, one a line, until its end.
+A model is a directory, a `.gguf` file, `hf:org/name` or `smollm2`. If it has a chat template,
+prompts are turns of a conversation; with `--complete` the model continues the text itself. Without
+`--prompt`, prompts are read from standard input, one a line.
+
+`--fusion` is contrastive, dexperts, dynamic, eft, logit_difference or proxy, with settings after a
+colon: `--fusion=dynamic:method=grid,num=21`. With `--draft=expert` the expert drafts tokens and all
+models verify them. The text follows the same distribution, and comes faster if the expert often
+guesses right.
 """
 
 import dataclasses
@@ -29,35 +31,46 @@ from logitjax.commands.line_up import load_line_up
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Who answers what, and how."""
+    """The models, how they are fused, the prompts and the sampling."""
 
     model: str = field("smollm2", "Model that answers alone or is steered.")
     expert: tuple[str, ...] = field((), "Tuned small model.")
-    base: tuple[str, ...] = field((), "What the experts were tuned from: one, or one each.")
-    fusion: str | None = field(None, "How their logits become one: NAME or NAME:key=value,...")
-    assistant: str | None = field(
-        None, "Folder that `logitjax unlearn` wrote: what it knows is taken away from the model."
+    base: tuple[str, ...] = field(
+        (), "Model that the experts were tuned from: one, or one for each."
     )
-    alpha: float | None = field(None, "Weight of the assistant; else as it was written.")
-    draft: Literal["expert", "base"] | None = field(None, "Who drafts tokens ahead.")
+    fusion: str | None = field(None, "Strategy that fuses their logits: NAME or NAME:key=value,...")
+    assistant: str | None = field(
+        None,
+        "Folder of an assistant by `logitjax unlearn`. The model forgets what the assistant knows.",
+    )
+    alpha: float | None = field(
+        None, "Weight of the assistant. By default the one that was written with it."
+    )
+    draft: Literal["expert", "base"] | None = field(
+        None, "Small model that drafts tokens for all to verify."
+    )
     prompt: tuple[str, ...] = field((), "Text to answer, instead of standard input.")
-    complete: bool = field(False, "Go on from the text, without the chat template.")
+    complete: bool = field(False, "Continue the text, without the chat template.")
     system: str | None = field(None, "First message of a conversation.")
     max_new_tokens: int = field(256, "Most tokens of an answer.", minimum=1)
     temperature: float | None = field(
-        None, "Temperature of the draws; 0 takes the likeliest token; else the model's own, or 0."
+        None,
+        "Temperature of the draws. 0 takes the likeliest token. By default the model's own, or 0.",
     )
     top_k: int | None = field(
-        None, "Number of likeliest tokens to draw from, 0 for all; else the model's own, or 0."
+        None,
+        "Number of likeliest tokens to draw from. 0 for all. By default the model's own, or 0.",
     )
     top_p: float | None = field(
-        None, "Probability of the likeliest tokens to draw from; else the model's own, or 1."
+        None,
+        "Total probability of the likeliest tokens to draw from. By default the model's own, or 1.",
     )
     min_p: float | None = field(
-        None, "Least probability of a token as a share of the highest; else the model's own, or 0."
+        None,
+        "Least probability of a token as a share of the highest. By default the model's own, or 0.",
     )
     repetition_penalty: float | None = field(
-        None, "Penalty of tokens that were there, above 1 for fewer; else the model's own, or 1."
+        None, "Penalty of repeated tokens; above 1 means fewer. By default the model's own, or 1."
     )
     seed: int = field(0, "Seed of the draws.")
     stop: tuple[str, ...] = field((), "Text that ends an answer.")

@@ -1,13 +1,13 @@
-"""Say how far apart two graphs are: proven bounds, and what a general solver makes of them.
+"""Bound the Gromov-Wasserstein distance of two graphs, with proofs, beside a general solver.
 
     logitjax gw A.npy B.npy
     logitjax gw A.npy B.npy --solver=ott --bounds=third
 
-A and B are square matrices, or with `--factors` the factors Z `[positions, nodes]` of graphs
-Z^T Z, as numpy writes them. Nodes have equal weights. The values are Gromov-Wasserstein costs with
-p = 2, in units of the mean squared entry of B. `gap` is the value over the lower bound: no
-solution can be better than the one shown by more than that. A solver's value is what its plan costs
-once its marginals are repaired. `--solver=pot` needs `pip install 'logitjax[benchmark]'`.
+A and B are square matrices, or with `--factors` the factors Z `[positions, nodes]` of graphs Z^T Z,
+in numpy's .npy format. Nodes have equal weights. The values are Gromov-Wasserstein costs with p =
+2, in units of the mean squared entry of B. `gap` is the value over the lower bound: no solution can
+be better than the one shown by more than that factor. A solver's value is the cost of its plan once
+its marginals are repaired. `--solver=pot` needs `pip install 'logitjax[benchmark]'`.
 """
 
 import dataclasses
@@ -26,17 +26,17 @@ from logitjax.transport import reference
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Which graphs, and what is worked out."""
+    """The two graphs, the bounds and the solver."""
 
     graphs: tuple[str, ...] = field(REQUIRED, "The two graphs, as .npy files.", positional=True)
-    factors: bool = field(False, "Whether the files hold factors Z rather than matrices.")
+    factors: bool = field(False, "Read the files as factors Z rather than matrices.")
     bounds: Literal["cheap", "sorted_rows", "third"] = field(
-        "cheap", "How much work the lower bound may take: n^2, n^2 log n or n^3."
+        "cheap", "Work for the lower bound: n^2 (cheap), n^2 log n (sorted_rows) or n^3 (third)."
     )
     refine: Literal["none", "exchange", "assignment", "search"] = field(
-        "exchange", "How the coupling is improved where both graphs have as many nodes."
+        "exchange", "How the coupling is improved, if both graphs have equally many nodes."
     )
-    solver: Literal["none", "ott", "pot"] = field("none", "General solver to hold beside it.")
+    solver: Literal["none", "ott", "pot"] = field("none", "General solver to compare with.")
 
 
 def run(config: Config) -> None:

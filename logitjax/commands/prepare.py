@@ -1,10 +1,10 @@
-"""Write tfds data sets as array_record, once, to be read without TensorFlow ever after.
+"""Prepare data sets of tensorflow-datasets once, to read them without TensorFlow.
 
     logitjax prepare wiki_summaries austen
 
-Our own data sets (`wiki_summaries`, `austen`, ...) need no TensorFlow. Those that come with tfds do
-while they are prepared: `pip install 'logitjax[prepare]'` first. One that is there already is left
-alone.
+The data sets are written as array_record files. Our own (`wiki_summaries`, `austen`, ...) need no
+TensorFlow. Those that come with tfds need it while they are prepared: first
+`pip install 'logitjax[prepare]'`. A data set that exists is left alone.
 """
 
 import dataclasses
@@ -15,14 +15,14 @@ from logitjax.commands.cli import REQUIRED, field
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """What to prepare, and where."""
+    """The data sets, and where they lie."""
 
     name: tuple[str, ...] = field(REQUIRED, "Data set, as NAME or NAME:CONFIG.", positional=True)
     data_dir: str | None = field(
-        None, "Directory of the data sets; else $TFDS_DATA_DIR or ~/tensorflow_datasets."
+        None, "Directory of the data sets. By default $TFDS_DATA_DIR or ~/tensorflow_datasets."
     )
     manual_dir: str | None = field(
-        None, "Directory of files fetched by hand; else DATA_DIR/downloads/manual."
+        None, "Directory of files fetched by hand. By default DATA_DIR/downloads/manual."
     )
 
 

@@ -1,18 +1,20 @@
-"""Say how well a model predicts texts, and which of several answers it holds likelier.
+"""Score texts, and the choices of questions, by a model.
 
     logitjax score --data=jsonl:texts.jsonl --out=runs/score
     logitjax score --model=DIR --choices=questions.jsonl --out=runs/choices
     logitjax score --model=DIR --expert=runs/expert --base=runs/base --fusion=dynamic \\
         --data=text:book.txt --out=runs/fused
 
-`--data` is text, or rows `{"text"}` or `{"prompt", "response"}`, of which responses are scored:
-nats, perplexity a token and bits a byte of UTF-8, which models with different tokenizers share. A
-text longer than `--max_length` is read in windows that overlap by half. `--choices` is a file of
-rows `{"prompt", "choices", "answer"}`, the answer a number from 0: the log-likelihood of every
-choice, and how often the right one is the likeliest, as it is and by the byte. Tasks of
-lm-evaluation-harness run over `logitjax.integrations.lm_eval`.
+`--data` is text, or rows `{"text"}` or `{"prompt", "response"}`, of which responses are scored.
+The scores are nats, perplexity a token, and bits a byte of UTF-8, by which models with different
+tokenizers can be compared. A text longer than `--max_length` is read in windows that overlap by
+half.
 
-It leaves `scores.jsonl` (a row each), `results.json` and `report.md`.
+`--choices` is a file of rows `{"prompt", "choices", "answer"}`, with answers counted from 0. The
+scores are the log-likelihood of every choice, and how often the right one is the likeliest, in
+total and per byte. Tasks of lm-evaluation-harness run over `logitjax.integrations.lm_eval`.
+
+OUT gets `scores.jsonl` (a line for each row), `results.json` and `report.md`.
 """
 
 import dataclasses
@@ -37,17 +39,19 @@ _NOTHING = evaluation.PromptTemplate(before="", after="", add_bos=False)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Who is asked about what."""
+    """The models, how they are fused, and the texts or questions."""
 
-    model: str = field("smollm2", "Model that is asked alone or steered.")
+    model: str = field("smollm2", "Model that scores alone or is steered.")
     expert: tuple[str, ...] = field((), "Tuned small model.")
-    base: tuple[str, ...] = field((), "What the experts were tuned from: one, or one each.")
-    fusion: str | None = field(None, "How their logits become one: NAME or NAME:key=value,...")
+    base: tuple[str, ...] = field(
+        (), "Model that the experts were tuned from: one, or one for each."
+    )
+    fusion: str | None = field(None, "Strategy that fuses their logits: NAME or NAME:key=value,...")
     data: str | None = field(
         None, "Texts, or prompts and responses: text:PATH, jsonl:PATH, tfds:NAME."
     )
-    split: str = field("train", "Split of the data, perhaps sliced: train[:100].")
-    choices: str | None = field(None, "File of questions with choices, in JSON lines.")
+    split: str = field("train", "Split of the data, which may be sliced: train[:100].")
+    choices: str | None = field(None, "File of questions with choices, as JSON lines.")
     max_length: int = field(1024, "Most tokens that are read at once.", minimum=2)
     batch_size: int = field(8, "Number of rows read at once.", minimum=1)
     dtype: Literal["float32", "bfloat16"] = field("float32", "Type of weights and computation.")

@@ -1,22 +1,24 @@
-"""Serve a model, or several fused ones, over OpenAI's completion API.
+"""Serve a model, or several fused ones, over OpenAI's API.
 
     logitjax serve --model=smollm2 --port=8000
     logitjax serve --model=DIR --expert=runs/expert --base=runs/base --fusion=dynamic
     logitjax serve --model=DIR --assistant=runs/forgotten/assistant --alpha=0.4
     logitjax serve --model=smollm2 --api_key=secret --top_logprobs=5 --bias=sampling --decimals=2
 
-It says in one line where it listens, and answers `/v1/completions`, `/v1/chat/completions`,
+It prints one line with its address, and answers `/v1/completions`, `/v1/chat/completions`,
 `/v1/models`, `/health`, `/ready` (once everything is compiled), `/metrics` (for Prometheus) and
-`/openapi.json`; any OpenAI client works with `base_url=http://127.0.0.1:8000/v1`.
-Requests share the slots of one decoding engine and come and go independently; where too many wait,
-others get 429 with `Retry-After`. Prompts are read in pieces while others go on, and what they
-begin with alike once. At SIGTERM what is under way may go on for `--drain` seconds. It listens on
+`/openapi.json`. Any OpenAI client works with `base_url=http://127.0.0.1:8000/v1`. It listens on
 loopback unless `--host` says otherwise.
 
-What reported log-probabilities give away is set by the flags of the policy: `--top_logprobs`,
+Requests share the slots of one decoding engine and come and go independently. If too many wait,
+others get 429 with `Retry-After`. Prompts are read in pieces while other requests decode, and a
+common beginning of prompts is read once. After SIGTERM running answers may go on for `--drain`
+seconds.
+
+The flags of the policy set what reported log-probabilities give away: `--top_logprobs`,
 `--sampled`, `--bias` (none, sampling, reported), `--decimals`, `--noise`, `--floor`, `--soft_cap`.
-A chosen token's own value is among the top ones or is not told, unless `--sampled`. See
-docs/leakage.md for what each is worth, and `logitjax audit` to measure it.
+A chosen token's own value is reported if it is among the top ones, or with `--sampled`. See
+docs/leakage.md for what each flag is worth, and `logitjax audit` to measure it.
 """
 
 import dataclasses
@@ -32,56 +34,70 @@ from logitjax.commands.line_up import load_line_up
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """What is served, to whom, and what is reported."""
+    """The models, the server's limits, and the policy of what is reported."""
 
     model: str = field("smollm2", "Model that is served alone or steered.")
     expert: tuple[str, ...] = field((), "Tuned small model.")
-    base: tuple[str, ...] = field((), "What the experts were tuned from: one, or one each.")
-    fusion: str | None = field(None, "How their logits become one: NAME or NAME:key=value,...")
-    assistant: str | None = field(
-        None, "Folder that `logitjax unlearn` wrote: what it knows is taken away from the model."
+    base: tuple[str, ...] = field(
+        (), "Model that the experts were tuned from: one, or one for each."
     )
-    alpha: float | None = field(None, "Weight of the assistant; else as it was written.")
-    served_name: str | None = field(None, "Name of the model in the API; else that of --model.")
+    fusion: str | None = field(None, "Strategy that fuses their logits: NAME or NAME:key=value,...")
+    assistant: str | None = field(
+        None,
+        "Folder of an assistant by `logitjax unlearn`. The model forgets what the assistant knows.",
+    )
+    alpha: float | None = field(
+        None, "Weight of the assistant. By default the one that was written with it."
+    )
+    served_name: str | None = field(
+        None, "Name of the model in the API. By default that of --model."
+    )
     dtype: Literal["float32", "bfloat16"] = field("float32", "Type of weights and computation.")
     host: str = field("127.0.0.1", "Address to listen on.")
-    port: int = field(8000, "Port to listen on; 0 takes a free one.", minimum=0)
-    api_key: str | None = field(None, "Key that clients have to show; without it anybody may ask.")
+    port: int = field(8000, "Port to listen on. 0 takes a free one.", minimum=0)
+    api_key: str | None = field(
+        None, "Key that clients have to send. Without keys anybody may ask."
+    )
     api_keys: str | None = field(
-        None, "File of keys, a JSON object a line: name, secret and what each may spend."
+        None, "File of keys, one JSON object a line: name, secret, and what the key may spend."
     )
     allow_origin: tuple[str, ...] = field(
-        (), "Origin whose pages may ask from a browser; * for all."
+        (), "Origin whose pages may ask from a browser. * allows all."
     )
     slots: int = field(8, "Number of requests decoded together.", minimum=1)
     max_waiting: int = field(64, "Number of requests that may wait for a slot.", minimum=0)
-    max_length: int = field(1024, "Most tokens of a request, prompt included.", minimum=2)
-    max_tokens: int = field(256, "Most new tokens of a request.", minimum=1)
-    max_body_bytes: int = field(1 << 20, "Most bytes of a request.", minimum=1)
-    max_connections: int = field(512, "Most connections at once.", minimum=1)
+    max_length: int = field(
+        1024, "Largest number of tokens of a request, prompt included.", minimum=2
+    )
+    max_tokens: int = field(256, "Largest number of new tokens of a request.", minimum=1)
+    max_body_bytes: int = field(1 << 20, "Largest number of bytes of a request.", minimum=1)
+    max_connections: int = field(512, "Largest number of connections at once.", minimum=1)
     idle_timeout: float = field(15.0, "Seconds that a connection may wait for a request.")
-    body_timeout: float = field(30.0, "Seconds that the body of a request may take to come.")
-    request_timeout: float = field(600.0, "Seconds that an answer may take to be read.")
-    drain: float = field(30.0, "Seconds that answers may go on after the signal to end.")
-    prefill_chunk: int = field(128, "Prompt tokens read between decoding steps.", minimum=1)
+    body_timeout: float = field(30.0, "Seconds that the body of a request may take to arrive.")
+    request_timeout: float = field(600.0, "Seconds that a client may take to read an answer.")
+    drain: float = field(30.0, "Seconds that answers may go on after SIGTERM.")
+    prefill_chunk: int = field(
+        128, "Number of prompt tokens read between decoding steps.", minimum=1
+    )
     prefill_rows: int = field(4, "Number of prompts read at once.", minimum=1)
     prefix_cache_mb: int = field(
-        256, "Memory for what prompts began with; 0 reads every prompt whole.", minimum=0
+        256, "Memory in MB for common beginnings of prompts. 0 reads every prompt whole.", minimum=0
     )
     audit_log: str | None = field(
-        None, "File that says what was given out to whom; budgets of keys go on from it."
+        None,
+        "File that records what was given to whom. After a restart keys' budgets go on from it.",
     )
-    top_logprobs: int = field(5, "Number of log-probabilities reported per token.", minimum=0)
+    top_logprobs: int = field(5, "Number of log-probabilities reported for each token.", minimum=0)
     bias: Literal["none", "sampling", "reported"] = field(
-        "none", "Whether a logit bias is taken, and what it moves."
+        "none", "Whether a logit bias is accepted, and what it moves."
     )
     decimals: int | None = field(None, "Decimals of reported log-probabilities.")
-    noise: float = field(0.0, "Noise on the logits in nats, the same for the same prompt.")
+    noise: float = field(0.0, "Noise on the logits in nats. The same prompt gets the same noise.")
     floor: float | None = field(None, "Lowest log-probability that is reported.")
     soft_cap: float | None = field(None, "Soft cap of the logits in nats.")
     sampled: bool = field(False, "Report a chosen token's own log-probability, whatever its rank.")
     policy_seed: int | None = field(
-        None, "Seed of the noise and of draws; by default another at every start."
+        None, "Seed of the noise and of draws. By default a new one at every start."
     )
 
 

@@ -1,4 +1,4 @@
-"""Make a model forget what you name, keep what you name, and say what is left of both.
+"""Make a model forget what you name, keep the rest, and measure what is left of both.
 
     logitjax unlearn --model=smollm2 --forget=forget.jsonl --retain=retain.jsonl \\
         --holdout=unseen.jsonl --text=tfds:wiki_summaries --out=runs/forgotten
@@ -6,20 +6,23 @@
     logitjax unlearn --model=DIR --method=npo_kl --forget=... --retain=... --out=runs/npo
 
 A row of a file is `{"question", "answer"}` or `{"messages"}`, asked through the model's chat
-template, `{"prompt", "completion"}` or `{"text"}`; it may have a `group`, such as a person, and
-`paraphrases`, a list. `--holdout` has rows like those to forget that the model was never taught:
-how likely it finds them is how likely forgotten answers are to become, no less and no more.
+template, `{"prompt", "completion"}` or `{"text"}`. It may have a `group`, such as a person, and
+`paraphrases`, a list. `--holdout` has rows like those to forget that the model was never taught.
+How likely the model finds them is the goal for forgotten answers, no less and no more.
 
 `difference` trains an assistant of the model's first layers that knows what to forget and nothing
-else; its logits are taken away while the model answers. The model's weights stay as they are:
+else. Its logits are subtracted while the model answers. The model's weights stay as they are:
 whoever leaves the assistant out has everything back. All other methods train adapters of the
-weights. Every few steps the strength is sought at which the goal is met, and what is left of rows
-to keep is measured there; the last word have answers that are generated. OUT/assistant or
-OUT/adapter is a PEFT adapter, with `--merge` OUT/model a model with the adapter in its weights;
-so it is with `--noadapters`, which trains all weights.
-OUT/report.md has before and after with intervals, attacks, samples, and all that was tried. Where
-nothing both forgets and keeps, nothing is written but that, and the status is 3. Kill it whenever
-you like: the same command goes on. See docs/unlearning.md.
+weights, or with `--noadapters` all weights.
+
+Every few steps the command finds the strength at which the goal is met, and measures there what is
+left of the rows to keep. Generated answers decide in the end. OUT/assistant or OUT/adapter is then
+a PEFT adapter. OUT/model is a model with the adapter in its weights (`--merge`), or with new
+weights (`--noadapters`).
+
+OUT/report.md compares before and after, with intervals, attacks, samples, and all that was tried.
+If nothing both forgets and keeps, only the report is written, and the status is 3. You may kill the
+run at any time: the same command continues it. See docs/unlearning.md.
 """
 
 import dataclasses
@@ -46,58 +49,68 @@ _SAMPLES = 16
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """What is forgotten, how, and what has to be left."""
+    """The model, the rows to forget and to keep, the method, and the limits."""
 
     model: str = field(REQUIRED, "Model that is to forget.")
-    forget: str = field(REQUIRED, "JSON lines of what is to be forgotten.")
-    retain: str = field(REQUIRED, "JSON lines of what is to be kept; some are held out.")
+    forget: str = field(REQUIRED, "JSON lines to forget.")
+    retain: str = field(REQUIRED, "JSON lines to keep. Some are held out of training.")
     holdout: str | None = field(
-        None, "JSON lines like those to forget that the model was never taught."
+        None, "JSON lines like those to forget, which the model was never taught."
     )
     reference: str | None = field(
-        None, "A model that never knew what is forgotten, such as the one before, for attacks."
+        None, "Model that never knew what is forgotten, as a control for attacks."
     )
     attacks: Literal["quick", "all"] = field(
-        "quick", "Attacks of the report: all has those that train, sample and take gradients."
+        "quick", "Attacks of the report. `all` adds those that train, sample and take gradients."
     )
     text: str | None = field(
-        None, "Other text whose perplexity is to stay: text:PATH, jsonl:PATH or tfds:NAME."
+        None, "Other text, whose perplexity has to stay: text:PATH, jsonl:PATH or tfds:NAME."
     )
     method: str = field(
         "difference",
-        "An assistant that is taken away, or the loss that adapters are trained by.",
+        "Method: an assistant (difference), or the loss that trains adapters.",
         choices=_METHODS,
     )
-    layers: int = field(8, "Number of the model's first layers that an assistant has.", minimum=1)
+    layers: int = field(8, "Number of the model's first layers in an assistant.", minimum=1)
     relative: bool = field(
         True,
-        "The assistant says what its adapters add; without, what its layers say, as published.",
+        "Subtract what the assistant's adapters add. Without, all that its layers say, as in the "
+        "paper.",
     )
     adapters: bool = field(
-        True, "Train adapters; without, all weights, which takes memory for four copies of them."
+        True,
+        "Train adapters. Without, train all weights, which takes memory for four copies of them.",
     )
     lora_rank: int = field(16, "Rank of the adapters.", minimum=1)
-    steps: int = field(40, "Most optimiser steps.", minimum=1)
-    check_every: int = field(10, "Number of steps between looks at what is left.", minimum=1)
+    steps: int = field(40, "Largest number of optimiser steps.", minimum=1)
+    check_every: int = field(10, "Number of steps between measurements of what is left.", minimum=1)
     batch_size: int = field(8, "Number of rows to forget in a step, and to keep.", minimum=1)
     learning_rate: float = field(
         0.0,
-        "Peak of the learning rate; 0 for 5e-3 of an assistant, 1e-3 of other adapters, 1e-4 of "
+        "Peak learning rate. 0 takes 5e-3 for an assistant, 1e-3 for other adapters, and 1e-4 for "
         "all weights.",
     )
     retain_weight: float | None = field(
-        None, "Weight of the loss on rows to keep; else the method's, 1 for an assistant."
+        None, "Weight of the loss on rows to keep. By default the method's own, 1 for an assistant."
     )
-    least_probability: float = field(0.98, "Least share of the probability of rows to keep.")
-    least_rouge: float = field(0.98, "Least share of ROUGE-L F1 of answers generated for them.")
-    least_fluency: float = field(0.98, "Least share of the word entropy of these answers.")
-    most_perplexity: float = field(1.02, "Largest factor of the perplexity of other text.")
-    merge: bool = field(False, "Write the model with the adapter in its weights too.")
-    max_length: int = field(256, "Most tokens of a row.", minimum=8)
-    new_tokens: int = field(48, "Most tokens of a generated answer.", minimum=1)
+    least_probability: float = field(
+        0.98, "Least share of their probability that rows to keep may have left."
+    )
+    least_rouge: float = field(
+        0.98, "Least share of ROUGE-L F1 that answers generated for them may have left."
+    )
+    least_fluency: float = field(
+        0.98, "Least share of word entropy that these answers may have left."
+    )
+    most_perplexity: float = field(
+        1.02, "Largest factor by which the perplexity of other text may rise."
+    )
+    merge: bool = field(False, "Also write the model with the adapter in its weights.")
+    max_length: int = field(256, "Largest number of tokens of a row.", minimum=8)
+    new_tokens: int = field(48, "Largest number of tokens of a generated answer.", minimum=1)
     text_windows: int = field(8, "Number of pieces of other text to score.", minimum=1)
-    text_length: int = field(128, "Number of tokens in each.", minimum=8)
-    eval_batch: int = field(4, "Number of rows that are scored at a time.", minimum=1)
+    text_length: int = field(128, "Number of tokens in each piece of other text.", minimum=8)
+    eval_batch: int = field(4, "Number of rows that are scored at once.", minimum=1)
     seed: int = field(0, "Seed of the split, of batches and of adapters.")
     dtype: Literal["float32", "bfloat16"] = field("float32", "Compute type.")
 
