@@ -1,22 +1,22 @@
-"""Dual-head knowledge distillation beside everything it has to beat, each with its own best alpha.
+"""Compare dual-head knowledge distillation with its competitors, each with its own best alpha.
 
     python -m experiments.dual_head --preset=demo --workdir=runs/dual_head
 
-trains a teacher, then one student per arm, seed and value of alpha, and writes `report.md` with
-the test accuracy of every arm at the alpha that was best on *validation* data, paired tests
-between arms, and plots of how the two gradients and the features develop. Kill it whenever you
-like: the same command continues where it stopped.
+trains a teacher, then one student for each arm, seed and value of alpha. `report.md` has the test
+accuracy of every arm at the alpha that was best on *validation* data, paired tests between arms,
+and plots of the two gradients and the features over training. You may kill it at any time: the same
+command continues where it stopped.
 
-Arms (`--arm`, repeatable): `ce`; `label_smoothing`; `kd`, `dkd`, `kd_standardized`,
-`dist` (cross-entropy plus alpha times that loss); `single` (cross-entropy plus alpha times the
-logit loss, on one head); `dual_linear` and `dual_mlp` (the logit loss on a second head, which
-is the paper's method); `..._aligned` projects the logit loss's gradient in the trunk,
-`..._aligned_all` over all parameters as released. Every arm tries the same values of alpha.
+Arms (`--arm`, repeatable): `ce`; `label_smoothing`; `kd`, `dkd`, `kd_standardized` and `dist`
+(cross-entropy plus alpha times that loss); `single` (cross-entropy plus alpha times the logit loss,
+on one head); `dual_linear` and `dual_mlp` (the logit loss on a second head, the paper's method).
+`..._aligned` projects the logit loss's gradient in the trunk, `..._aligned_all` over all parameters
+as released. Every arm tries the same values of alpha.
 
 Presets: `smoke` (synthetic images, seconds), `demo` (Fashion-MNIST, 10,000 images, ResNet-8),
 `report` (100 languages, an MLP, 5 seeds), `fashion` (an MLP, all baselines, 9 alphas, 10 seeds),
-`paper` (CIFAR-100), `paper_tiny_imagenet`, `paper_imagenet`; the last three need `--data`
-to point to the files. `docs/dual_head.md` has the results and how to get the data.
+`paper` (CIFAR-100), `paper_tiny_imagenet`, `paper_imagenet`. The last three need `--data` to point
+to the files. `docs/dual_head.md` has the results, and says how to get the data.
 """
 
 import jax

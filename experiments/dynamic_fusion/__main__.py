@@ -1,22 +1,24 @@
-"""Dynamic logit fusion: what small experts teach a large model while it decodes, token by token.
+"""Compare ways in which small experts steer a large model while it decodes.
 
     make first-folio
     python -m experiments.dynamic_fusion --preset=demo --workdir=runs/dynamic_fusion
 
-cuts a small base out of a large model and heals it on general text, tunes an expert from it on each
-of two domains (Shakespeare in the spelling of 1623; which of 12 topics a Wikipedia article has),
-tunes the large model itself as the ceiling, and scores every way to fuse them: proxy-tuning with
-alpha = 1 and with the alpha that is best on validation data, the paper's grid, and the root and
-minimum searches of `logitjax.fusion`; with one expert and with both; on held-out text of the
-domain and on general text. `report.md` gets NLL, accuracy, the share of the gap to the ceiling
-that is closed as (x - base) / (ceiling - base) and as the paper's ratio x / ceiling, how near the
-searches come to their global minimum, tokens a second, and a plot of alpha over tokens.
+first makes the models. It cuts a small base out of a large model and heals it on general text. It
+tunes an expert from the base on each of two domains: Shakespeare in the spelling of 1623, and which
+of 12 topics a Wikipedia article has. The large model itself is tuned as the ceiling.
+
+Then it scores every way to fuse them, with one expert and with both, on held-out text of the domain
+and on general text: proxy-tuning with alpha = 1 and with the alpha that is best on validation data,
+the paper's grid, and the root and minimum searches of `logitjax.fusion`. `report.md` has NLL,
+accuracy, the share of the gap to the ceiling that is closed, as (x - base) / (ceiling - base) and
+as the paper's ratio x / ceiling, how near the searches come to their global minimum, tokens a
+second, and a plot of alpha over tokens.
 
 With `--domain=gsm8k:DIR` (or `trivia_qa`, `cnn_dm`, `truthful_qa`, `mmlu`) experts learn
 a published task and every arm answers its test questions, which are graded as published.
 
-Models and what their heads see are kept in `--models_dir` and shared between runs. Kill it
-whenever you like: the same command continues where it stopped.
+Models and the hidden states that their heads see are kept in `--models_dir` and shared between
+runs. You may kill it at any time: the same command continues where it stopped.
 """
 
 import jax

@@ -15,42 +15,48 @@ class Config:
     """What one run of the experiment does."""
 
     large: str = field("smollm2", "Large model: a directory, a .gguf file, a known name or tiny.")
-    base: str = field("", "Small base model; cut from the large one and healed if empty.")
-    small_layers: tuple[int, ...] = field(_LAYERS, "Layers of the large model that a cut keeps.")
+    base: str = field("", "Small base model. If empty, it is cut from the large one and healed.")
+    small_layers: tuple[int, ...] = field(
+        _LAYERS, "Layers of the large model that the small base keeps."
+    )
     general: str = field("tfds:wiki_summaries", "Text to heal on, and to score as general text.")
     domain: str = field("tfds:first_folio", "Text of the first domain, or a task as gsm8k:DIR.")
     task: str = field("topics:tfds:wiki_summaries", "Second domain: topics:SOURCE or letters.")
-    models_dir: str = field(".cache/dynamic_fusion", "Folder of the models, shared between runs.")
-    seq_len: int = field(128, "Tokens a row.")
-    batch_size: int = field(4, "Rows a step.")
-    heal_steps: int = field(60, "Training steps of healing.")
+    models_dir: str = field(".cache/dynamic_fusion", "Folder of the models, which runs share.")
+    seq_len: int = field(128, "Number of tokens in a row.")
+    batch_size: int = field(4, "Number of rows in a step.")
+    heal_steps: int = field(60, "Number of training steps of healing.")
     heal_learning_rate: float = field(5e-4, "Peak learning rate of healing.")
-    tune_steps: int = field(24, "Training steps on the first domain.")
-    task_length: int = field(48, "Tokens a question.")
-    task_examples: int = field(4000, "Questions to train on.")
-    task_batch: int = field(8, "Questions a step.")
-    task_steps: int = field(32, "Training steps on the second domain.")
+    tune_steps: int = field(24, "Number of training steps on the first domain.")
+    task_length: int = field(48, "Number of tokens in a question.")
+    task_examples: int = field(4000, "Number of questions to train on.")
+    task_batch: int = field(8, "Number of questions in a step.")
+    task_steps: int = field(32, "Number of training steps on the second domain.")
     learning_rate: float = field(5e-4, "Peak learning rate of an expert.")
     large_learning_rate: float = field(2e-4, "Peak learning rate of the ceiling.")
     train_embeddings: bool = field(False, "Train embeddings and head as well as the layers.")
-    validation_tokens: int = field(512, "Tokens to choose the static alpha on.")
-    test_tokens: int = field(1024, "Tokens of each text to report on.")
-    validation_questions: int = field(96, "Questions to choose the static alpha on.")
-    test_questions: int = field(192, "Questions to report on.")
-    graded_questions: int = field(1000, "Questions to answer where the first domain is a task.")
+    validation_tokens: int = field(512, "Number of tokens to choose the static alpha on.")
+    test_tokens: int = field(1024, "Number of tokens of each text to report on.")
+    validation_questions: int = field(96, "Number of questions to choose the static alpha on.")
+    test_questions: int = field(192, "Number of questions to report on.")
+    graded_questions: int = field(
+        1000, "Number of questions to answer if the first domain is a task."
+    )
     static_alpha: tuple[float, ...] = field(_ALPHAS, "Static alphas to choose from.")
-    seeds: int = field(1, "Seeds, each with experts and a ceiling of its own.")
-    block_size: int = field(64, "Positions whose logits are held at a time.")
-    certify_rows: int = field(48, "Positions on which the searches are checked in float64.")
-    trace_tokens: int = field(96, "Positions in the plot of alpha.")
-    decode_tokens: int = field(32, "Tokens to generate to measure speeds; none if 0.")
-    prompt: str = field("Enter the King", "Beginning of the text that is generated.")
-    checkpoint_every: int = field(20, "Steps between checkpoints.")
-    log_every: int = field(8, "Steps between log lines.")
+    seeds: int = field(1, "Number of seeds, each with experts and a ceiling of its own.")
+    block_size: int = field(64, "Number of positions whose logits are held at once.")
+    certify_rows: int = field(
+        48, "Number of positions on which the searches are checked in float64."
+    )
+    trace_tokens: int = field(96, "Number of positions in the plot of alpha.")
+    decode_tokens: int = field(32, "Number of tokens to generate to measure speeds. 0 for none.")
+    prompt: str = field("Enter the King", "Beginning of the generated text.")
+    checkpoint_every: int = field(20, "Number of steps between checkpoints.")
+    log_every: int = field(8, "Number of steps between log lines.")
     dtype: str = field("float32", "Type that models compute in.", choices=("float32", "bfloat16"))
     layout: str = field(
         "listed",
-        "Layers in training: scanned or unrolled.",
+        "Whether layers are scanned (stacked) or unrolled (listed) in training.",
         choices=("stacked", "listed"),
     )
     mesh: str = field("data:-1", "Axes and sizes of the device mesh.")

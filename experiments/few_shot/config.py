@@ -55,22 +55,24 @@ class Config:
 
     data: tuple[str, ...] = field(
         ("stamps", "fashion"),
-        "Data set by name, NAME=SPEC where its pictures lie elsewhere, or synthetic:CLASSES",
+        "Data set by name, NAME=SPEC if its pictures lie elsewhere, or synthetic:CLASSES.",
         selects=True,
     )
-    encoder: str = field("efficientnet_lite0", "Encoder that names classes: a name or a path.")
+    encoder: str = field(
+        "efficientnet_lite0", "Encoder of the zero-shot classifier: a name or a path."
+    )
     auxiliary: str = field("alexnet", "Second encoder, for the bias: a name or a path.")
-    features: str = field("runs/features/few_shot", "Folder of encoded pictures, for all runs.")
+    features: str = field("runs/features/few_shot", "Folder of encoded pictures, which runs share.")
     views: str = field("plain", "Views of the pictures to learn from: plain or random:COUNT.")
-    encode_batch: int = field(32, "Pictures that are encoded at once.")
-    shots: tuple[int, ...] = field((1, 2, 4, 8, 16), "Labelled pictures of each class")
-    runs: int = field(10, "Samples of each number of shots.")
-    at_once: int = field(1, "Samples that a device trains together, if they fit.")
-    arm: tuple[str, ...] = field(METHODS + ABLATIONS, "Arm to train", selects=True)
-    grid: Literal["small", "full"] = field("small", "How many settings an arm tries: 4 or 12.")
-    epochs: int = field(50, "Epochs of AMU.")
-    batch_size: int = field(8, "Pictures of a step of AMU.")
-    steps: int = field(60, "Steps of 32 pictures, of arms without a published recipe.")
+    encode_batch: int = field(32, "Number of pictures that are encoded at once.")
+    shots: tuple[int, ...] = field((1, 2, 4, 8, 16), "Number of labelled pictures of each class.")
+    runs: int = field(10, "Number of samples for each number of shots.")
+    at_once: int = field(1, "Number of samples that a device trains together.")
+    arm: tuple[str, ...] = field(METHODS + ABLATIONS, "Arm to train.", selects=True)
+    grid: Literal["small", "full"] = field("small", "Whether an arm tries 4 settings or 12.")
+    epochs: int = field(50, "Number of epochs of AMU.")
+    batch_size: int = field(8, "Number of pictures in a step of AMU.")
+    steps: int = field(60, "Number of steps of 32 pictures, for arms without a published recipe.")
     seed: int = field(0, "Seed of samples and of the order of pictures.")
     mesh: str = field("data:-1", "Axes and sizes of the device mesh; `data` splits the samples.")
 

@@ -1,17 +1,20 @@
-"""Forgetting on a whole model: methods side by side, chosen without a retrained model, attacked.
+"""Compare unlearning methods on a whole model, chosen without a retrained model, under attack.
 
     python -m experiments.forgetting --preset=demo --workdir=runs/forgetting
     python -m experiments.forgetting --preset=report --tofu_dir=DIR --only=target --workdir=DIR2
 
-`demo` teaches SmolLM2-135M-Instruct, whole, 8 invented facts beside 16 that it knows, and has four
-methods forget the 8, at what is chosen by the rule of `logitjax unlearn`: answers to forget become
-as likely as answers to facts that nobody taught, and nothing else may change. `report` does so with
-authors of TOFU: 40 are taught, four forgotten, three models are taught all but these for the floor
-of the distance D between truth ratios, each method has as many steps and trials of learning rates,
-and three seeds. It takes many hours of two cores; each part (`target`, `retrained-0`, a method, or
-a method and a seed as in `rmu-2`) is made by itself with `--only`, and killed and started again as
-often as you like. `report.md` has what was kept and forgotten, one table of attacks on every
-method, curves of teaching it again beside a model that never knew, and the hours of each part.
+`demo` teaches the whole SmolLM2-135M-Instruct 8 invented facts beside 16 that it knows. Four
+methods then forget the 8, by the rule of `logitjax unlearn`: answers to forget become as likely as
+answers to facts that nobody taught, and nothing else may change.
+
+`report` does so with authors of TOFU. 40 are taught, and four of them forgotten. Three models are
+taught all but these, for the floor of the distance D between truth ratios. Each method has equally
+many steps and trials of learning rates, and three seeds. It takes many hours of two cores. Each
+part (`target`, `retrained-0`, a method, or a method and a seed as in `rmu-2`) is made by itself
+with `--only`, and may be killed and started again at any time.
+
+`report.md` has what was kept and forgotten, one table of attacks on every method, curves of
+teaching it again beside a model that never knew, and the hours of each part.
 """
 
 from etils import epath

@@ -26,44 +26,54 @@ class Config:
 
     model: str = field("smollm2", "Model: a directory, a .gguf file, a known name or tiny.")
     scene: str = field(
-        "facts", "Invented facts beside known ones, or authors of TOFU.", choices=("facts", "tofu")
+        "facts",
+        "What is taught and forgotten: invented facts beside known ones, or authors of TOFU.",
+        choices=("facts", "tofu"),
     )
     tofu_dir: str = field("hf:locuslab/TOFU", "TOFU's files: a directory or hf:NAME.")
-    authors: int = field(40, "Authors that are taught, 20 questions each.")
-    forget_authors: int = field(4, "Authors to forget.")
-    facts_seed: int = field(0, "Which facts are invented.")
-    teach_steps: int = field(25, "Steps of teaching what is to be forgotten and kept.")
-    teach_batch: int = field(12, "Rows of such a step.")
+    authors: int = field(40, "Number of authors that are taught, with 20 questions each.")
+    forget_authors: int = field(4, "Number of authors to forget.")
+    facts_seed: int = field(0, "Seed of the invented facts.")
+    teach_steps: int = field(25, "Number of steps of teaching.")
+    teach_batch: int = field(12, "Number of rows in a step of teaching.")
     teach_rate: float = field(1e-3, "Peak learning rate of teaching.")
-    teach_rank: int = field(16, "Rank of the adapters that are taught, then merged.")
-    retrained: int = field(0, "Models that are taught all but what is to be forgotten.")
+    teach_rank: int = field(16, "Rank of the adapters that are taught and then merged.")
+    retrained: int = field(0, "Number of models that are taught all but what is to be forgotten.")
     method: tuple[str, ...] = field(
-        _METHODS, "Method to compare; with +all behind it all weights are trained", selects=True
+        _METHODS, "Method to compare. NAME+all trains all weights.", selects=True
     )
     rates: tuple[float, ...] = field(
-        (1.0,), "Multiples of each method's learning rate, chosen from with the first seed."
+        (1.0,), "Multiples of each method's learning rate to choose from, with the first seed."
     )
-    seeds: int = field(1, "Runs of every method.")
-    steps: int = field(40, "Most optimiser steps.")
-    check_every: int = field(10, "Number of steps between looks at what is left.")
-    batch_size: int = field(8, "Rows to forget in a step, and to keep.")
-    layers: int = field(8, "Layers of an assistant.")
+    seeds: int = field(1, "Number of runs of every method.")
+    steps: int = field(40, "Largest number of optimiser steps.")
+    check_every: int = field(10, "Number of steps between measurements of what is left.")
+    batch_size: int = field(8, "Number of rows to forget in a step, and to keep.")
+    layers: int = field(8, "Number of layers of an assistant.")
     lora_rank: int = field(16, "Rank of all adapters.")
-    least: float = field(0.98, "Least share of probability, ROUGE-L and fluency of rows to keep.")
-    most_perplexity: float = field(1.02, "Largest factor of the perplexity of other text.")
-    text: str = field("tfds:wiki_summaries", "Other text.")
-    text_windows: int = field(8, "Pieces of it to score.")
-    text_length: int = field(128, "Tokens in each.")
-    topics: int = field(0, "Articles of it whose topic is asked for; none if 0.")
-    max_length: int = field(256, "Most tokens of a row.")
-    new_tokens: int = field(48, "Most tokens of a generated answer.")
-    eval_batch: int = field(4, "Rows that are scored at a time.")
-    thorough: bool = field(True, "Attacks that sample or take gradients too.")
-    relearn_rates: tuple[float, ...] = field((1e-4, 5e-4, 2e-3), "Rates of teaching again.")
-    relearn_steps: tuple[int, ...] = field((6, 30), "Steps after which is asked.")
-    relearn_seeds: int = field(1, "Runs of teaching again.")
+    least: float = field(
+        0.98, "Least share of probability, ROUGE-L and fluency that rows to keep may have left."
+    )
+    most_perplexity: float = field(
+        1.02, "Largest factor by which the perplexity of other text may rise."
+    )
+    text: str = field("tfds:wiki_summaries", "Other text, whose perplexity has to stay.")
+    text_windows: int = field(8, "Number of pieces of other text to score.")
+    text_length: int = field(128, "Number of tokens in each piece of other text.")
+    topics: int = field(0, "Number of articles of other text whose topic is asked for. 0 for none.")
+    max_length: int = field(256, "Largest number of tokens of a row.")
+    new_tokens: int = field(48, "Largest number of tokens of a generated answer.")
+    eval_batch: int = field(4, "Number of rows that are scored at once.")
+    thorough: bool = field(True, "Also run attacks that sample or take gradients.")
+    relearn_rates: tuple[float, ...] = field(
+        (1e-4, 5e-4, 2e-3), "Learning rates of teaching again."
+    )
+    relearn_steps: tuple[int, ...] = field(
+        (6, 30), "Numbers of steps of teaching again after which the model is asked."
+    )
+    relearn_seeds: int = field(1, "Number of runs of teaching again.")
     only: tuple[str, ...] = field(
-        (), "Part to make, such as target or npo; all if none named", selects=True
+        (), "Part to make, such as target or npo. By default all.", selects=True
     )
     dtype: str = field("float32", "Type that models compute in.", choices=("float32", "bfloat16"))
 

@@ -19,71 +19,74 @@ class Config:
 
     student: str = field("smollm2", "Model to prune and to heal.")
     drop_layers: tuple[int, ...] = field(
-        (6,), "Number of layers to prune; settings are chosen at the first of several."
+        (6,), "Number of layers to prune. Of several, settings are chosen at the first."
     )
     prune_by: Literal["influence", "run", "perplexity"] = field(
-        "run", "What says which layers go, as in `logitjax distill`."
+        "run", "Score that chooses the layers to drop, as in `logitjax distill`."
     )
-    calibration_rows: int = field(16, "Number of rows that pruning looks at.")
-    freeze_below: bool = field(
-        False, "Whether the embedding and the layers below the cut stay as they are."
-    )
-    source: tuple[str, ...] = field((), "Model to learn from; the whole student if none.")
-    source_weight: tuple[float, ...] = field((), "Weight of each source; equal if none is given.")
+    calibration_rows: int = field(16, "Number of rows of text that pruning is chosen on.")
+    freeze_below: bool = field(False, "Freeze the embedding and the layers below the cut.")
+    source: tuple[str, ...] = field((), "Model to learn from. By default the whole student.")
+    source_weight: tuple[float, ...] = field((), "Weight of each source. Equal by default.")
     data: str = field(
         "tfds:wiki_summaries", "Text to train on: tfds:NAME, text:PATH or jsonl:PATH."
     )
     on_error: Literal["raise", "skip"] = field(
-        "raise", "Whether a malformed row stops the run or is left out."
+        "raise", "Whether a malformed row is an error or is skipped."
     )
     loss: tuple[str, ...] = field(("sft", "kl", "uld", "uld+gld"), "Arm to train.", selects=True)
     drop_arm: tuple[str, ...] = field(
-        (), "Arm to train at all numbers of layers but the first; all if none is named."
+        (), "Arm to train at all numbers of layers but the first. By default all arms."
     )
     mix: tuple[float, ...] = field(
-        (0.5,), "Weight of the distillation terms beside SFT; the best of several is kept."
+        (0.5,), "Weight of the distillation terms beside SFT. The best of several is kept."
     )
     gld: tuple[str, ...] = field(
         ("rank/row_sum/closed_form:0.002",),
-        "Graph loss beside ULD, as NODE/FEATURE/VALUE:WEIGHT; the best of several is kept.",
+        "Graph loss beside ULD, as NODE/FEATURE/VALUE:WEIGHT. The best of several is kept.",
     )
-    top_k: int = field(10, "Logits of each position that ULD and GLD look at.")
-    cache_top_k: int = field(64, "Logits of each position that a cache keeps; KL uses them all.")
-    seq_len: int = field(128, "Tokens of a row.")
-    batch_size: int = field(1, "Rows of a step, over all processes.")
-    eval_batch: int = field(8, "Rows at a time that are scored or read by a source.")
-    accumulate: int = field(1, "Micro-batches of a step.")
-    steps: int = field(60, "Optimiser steps of each arm.")
+    top_k: int = field(10, "Number of top logits of each position that ULD and GLD compare.")
+    cache_top_k: int = field(
+        64, "Number of top logits that a cache keeps of each position. KL uses them all."
+    )
+    seq_len: int = field(128, "Number of tokens in a row.")
+    batch_size: int = field(1, "Number of rows in a step, summed over processes.")
+    eval_batch: int = field(8, "Number of rows that are scored, or read by a source, at once.")
+    accumulate: int = field(1, "Number of micro-batches in a step.")
+    steps: int = field(60, "Number of optimiser steps of each arm.")
     learning_rate: tuple[float, ...] = field(
-        (2e-4,), "Peak learning rate; the best of several is kept for each arm."
+        (2e-4,), "Peak learning rate. The best of several is kept for each arm."
     )
-    trials: int = field(9, "Runs in which each arm finds its settings where there are several.")
+    trials: int = field(9, "Number of runs in which each arm chooses among several settings.")
     warmup: float = field(0.1, "Share of the steps in which the learning rate rises.")
     weight_decay: float = field(0.01, "Weight decay of AdamW.")
-    seeds: int = field(1, "Runs of each arm at its best settings.")
-    eval_rows: int = field(32, "Rows of validation and of test that are scored.")
-    eval_every: int = field(0, "Steps between validations; 0 for none while training.")
-    checkpoint_every: int = field(50, "Steps between checkpoints.")
-    log_every: int = field(10, "Steps between log lines.")
+    seeds: int = field(1, "Number of runs of each arm at its best settings.")
+    eval_rows: int = field(32, "Number of rows to score of validation text, and of test text.")
+    eval_every: int = field(0, "Number of steps between validations. 0 for none while training.")
+    checkpoint_every: int = field(50, "Number of steps between checkpoints.")
+    log_every: int = field(10, "Number of steps between log lines.")
     dtype: Literal["float32", "bfloat16"] = field("float32", "Type that models compute in.")
     mesh: str = field("data:-1,fsdp:1,tensor:1", "Axes and sizes of the device mesh.")
     layout: Literal["stacked", "listed"] = field(
         "listed", "Whether layers are stacked and scanned, or listed and unrolled."
     )
-    remat: Literal["none", "dots", "full"] = field("none", "What the backward pass computes again.")
+    remat: Literal["none", "dots", "full"] = field(
+        "none", "What the backward pass recomputes to save memory."
+    )
     topic_rows: int = field(
-        0, "Test articles whose topic the student has to name; data has to have topics."
+        0,
+        "Number of test articles whose topic the student has to name. The data need topics.",
     )
     part: tuple[str, ...] = field(
         (),
         "Part of a report of student and source: pair, healed_own, healed_other, healed_both or "
-        "reverse; the whole configuration is one run if none is named.",
+        "reverse. By default the configuration is one run.",
         selects=True,
     )
     profile_steps: int = field(
-        0, "Steps of each arm that jax.profiler records, from the third step on."
+        0, "Number of steps of each arm that jax.profiler records, from the third step on."
     )
-    tensorboard: bool = field(False, "Write TensorBoard event files too.")
+    tensorboard: bool = field(False, "Also write TensorBoard event files.")
 
     def __post_init__(self) -> None:
         if self.freeze_below and self.layout != "listed":

@@ -1,17 +1,17 @@
-"""What the API of a model gives away, policy by policy, and what closing it costs.
+"""Measure what the API of a model gives away under each policy, and what each policy costs.
 
     python -m experiments.leakage_audit --preset=demo --workdir=runs/leakage_audit
 
-puts the rules of an API (`--policy`, repeatable) in front of a model in this process, asks what
-can be asked, and writes `report.md`: hidden width, how much of the head leaked, queries and
-values that took, what the policy costs honest users, and a verdict in words; with plots of the
-spectra and of leak against cost. Nothing but the model in this process is ever asked.
+puts the policies of an API (`--policy`, repeatable) in front of a model in this process and attacks
+each. `report.md` has the hidden width, how much of the head leaked, the queries and values that
+took, what the policy costs honest users, and a verdict in words, with plots of the spectra and of
+leak against cost. Nothing but the model in this process is ever asked.
 
-Policies: `full`, `round_D` (D decimals), `noise_S` (S nats), `floor_F`, `top_K` (without
-a bias; the reader fills in the K-th value), `top_K_bias` (a whole row and a corner of the matrix
-through the bias), `sampling` (the same by forcing tokens), `draws` (a row harvested at
-temperature 2), `argmax` (by comparisons of tokens), `dummy_R_A` (R directions of relative size A),
-`cap_C`. Kill it whenever you like: finished policies are kept.
+Policies: `full`, `round_D` (D decimals), `noise_S` (S nats), `floor_F`, `top_K` (without a bias;
+the reader fills in the K-th value), `top_K_bias` (a whole row and a corner of the matrix through
+the bias), `sampling` (the same by forcing tokens), `draws` (a row harvested at temperature 2),
+`argmax` (by comparisons of tokens), `dummy_R_A` (R directions of relative size A), `cap_C`. You may
+kill it at any time: finished policies are kept.
 """
 
 import functools

@@ -55,13 +55,15 @@ class Config:
     """What one run of the experiment does."""
 
     model: str = field("smollm2", "Model: tiny, smollm2, hf:REPO, gguf:PATH or a directory.")
-    data: str = field("tfds:wiki_summaries", "Text that prompts are cut from.")
-    prompts: int = field(700, "Prompts, one row of logits each.")
-    prompt_length: int = field(24, "Tokens of a prompt.")
-    batch_size: int = field(25, "Prompts a forward pass.")
-    policy: tuple[str, ...] = field(DEMO, "Rules of the API to audit")
-    seeds: int = field(1, "Seeds of noise and dummy dimensions; other policies run once.")
-    corner: int = field(0, "Rows and columns of the corner asked for through a bias; none if 0.")
+    data: str = field("tfds:wiki_summaries", "Text to cut prompts from.")
+    prompts: int = field(700, "Number of prompts, with one row of logits each.")
+    prompt_length: int = field(24, "Number of tokens in a prompt.")
+    batch_size: int = field(25, "Number of prompts in a forward pass.")
+    policy: tuple[str, ...] = field(DEMO, "Policy of the API to audit.")
+    seeds: int = field(1, "Number of seeds of noise and dummy dimensions. Other policies run once.")
+    corner: int = field(
+        0, "Number of rows and columns of the corner that is asked for through a bias. 0 for none."
+    )
 
     def __post_init__(self) -> None:
         for name in self.policy:

@@ -1,4 +1,4 @@
-"""Will it fit? Compile a preset's programs for a slice that is not there, and count.
+"""Does a run fit? Compile a preset's programs for a slice that you do not have, and count.
 
     python -m experiments.plan --experiment=graph_fusion --preset=paper --chip=v5p:4x4x8
     python -m experiments.plan --experiment=graph_fusion --preset=paper --chip=h100 \
@@ -7,11 +7,11 @@
         -- --accumulate=1
     python -m experiments.plan --command=convert-head --chip=v5e:2x2 -- --model=DIR --data=text:FILE
 
-For TPUs the real compiler compiles ahead of time, on any machine, TPU or not (the extra `plan`,
-Python 3.12 or newer): bytes of a device, floating-point work, collectives by kind and bytes, and
-the compiler's own verdict. No weight and no data is read. For GPUs the program is compiled for as
-many CPU devices in the same mesh: an estimate, and called one. Results are kept under
-`--workdir`; `--markdown` prints all that are there as the tables of docs/plans.md.
+For TPUs the real compiler compiles ahead of time, on any machine (the extra `plan`, Python 3.12 or
+newer). It gives bytes of a device, floating-point work, collectives by kind and bytes, and the
+compiler's own verdict. No weights and no data are read. For GPUs the program is compiled for as
+many CPU devices in the same mesh, which gives an estimate, and is called one. Results are kept
+under `--workdir`; `--markdown` prints all of them as the tables of docs/plans.md.
 """
 
 import dataclasses

@@ -1,18 +1,17 @@
-"""Students of a model of which only the answers, and with them the head, are known.
+"""Train students of a model of which only the answers, and with them the head, are known.
 
     python -m experiments.replication --preset=report --workdir=runs/replication
 
 trains a teacher, recovers the column space of its head from log-probabilities (a `LogitOracle` with
-a policy), distils students of several depths behind it, and compares them with students whose head
-was copied, with ones that have to learn a head, with the teacher's own layers dropped, and with the
-same network trained on text alone. `report.md`: perplexity (of the next token, pads left out, and
-as the released code computes it), parameters, measured speed, and the geometry of the last hidden
-states beside its null.
+a policy), and distils students of several depths behind that head. Other students copy the head,
+learn a head from nothing, keep some of the teacher's own layers, or see text alone. `report.md` has
+perplexity (of the next token, pads left out, and as the released code computes it), parameters,
+measured speed, and the geometry of the last hidden states beside its null.
 
-Arms (`--arm`, repeatable) are `KIND_LAYERS`: `recovered`, `copied` (what the released code
-does), `official` (its loss too: all positions, pads included, summed over each sequence),
-`none`, `dropped`, `scratch`. Every arm tries the same learning rates on validation data. Kill
-it whenever you like: finished runs are kept.
+Arms (`--arm`, repeatable) are `KIND_LAYERS`, with kinds `recovered`, `copied` (as the released code
+does), `official` (also with its loss: all positions, pads included, summed over each sequence),
+`none`, `dropped` and `scratch`. Every arm tries the same learning rates on validation data. You may
+kill it at any time: finished runs are kept.
 """
 
 import functools

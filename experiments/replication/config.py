@@ -14,33 +14,37 @@ _ARMS += ("recovered_4", "copied_4", "none_4", "dropped_4", "scratch_4")
 class Config:
     """What one run of the experiment does."""
 
-    tokenizer: str = field("smollm2", "Model whose tokenizer is used, its most frequent tokens.")
-    data: str = field("tfds:wiki_summaries", "text:PATH, jsonl:PATH or tfds:NAME.")
+    tokenizer: str = field(
+        "smollm2", "Model whose tokenizer is used, with its most frequent tokens."
+    )
+    data: str = field(
+        "tfds:wiki_summaries", "Text to train on: text:PATH, jsonl:PATH or tfds:NAME."
+    )
     splits: tuple[str, ...] = field(
         ("train[:90%]", "train[90%:95%]", "train[95%:]"),
-        "Training, validation and test split of the text",
+        "Training, validation and test split of the text.",
     )
-    vocab: int = field(8192, "Tokens of the small vocabulary.")
+    vocab: int = field(8192, "Number of tokens of the small vocabulary.")
     width: int = field(256, "Hidden width of teacher and students.")
-    teacher_layers: int = field(6, "Layers of the teacher.")
-    seq_len: int = field(128, "Tokens a row.")
-    batch_size: int = field(16, "Rows a step.")
-    teacher_steps: int = field(800, "Training steps of the teacher.")
-    steps: int = field(500, "Training steps of every student.")
+    teacher_layers: int = field(6, "Number of layers of the teacher.")
+    seq_len: int = field(128, "Number of tokens in a row.")
+    batch_size: int = field(16, "Number of rows in a step.")
+    teacher_steps: int = field(800, "Number of training steps of the teacher.")
+    steps: int = field(500, "Number of training steps of every student.")
     teacher_learning_rate: float = field(2e-3, "Peak learning rate of the teacher.")
     learning_rate: tuple[float, ...] = field(
         (1e-3, 3e-3), "Peak learning rates of the students to choose from."
     )
     temperature: float = field(2.0, "Temperature of the distillation.")
     ce_weight: float = field(0.1, "Weight of the cross-entropy beside the distillation.")
-    arm: tuple[str, ...] = field(_ARMS, "Student to train, as KIND_LAYERS")
-    seeds: int = field(1, "Runs of every student.")
-    prompts: int = field(320, "Prompts that the head is recovered from.")
-    decimals: int = field(2, "Decimals of the log-probabilities that are seen.")
-    timing_repeats: int = field(10, "Timed forward passes of each model.")
-    checkpoint_every: int = field(200, "Steps between checkpoints.")
+    arm: tuple[str, ...] = field(_ARMS, "Student to train, as KIND_LAYERS.")
+    seeds: int = field(1, "Number of runs of every student.")
+    prompts: int = field(320, "Number of prompts that the head is recovered from.")
+    decimals: int = field(2, "Number of decimals of the reported log-probabilities.")
+    timing_repeats: int = field(10, "Number of timed forward passes of each model.")
+    checkpoint_every: int = field(200, "Number of steps between checkpoints.")
     mesh: str = field("data:-1", "Axes and sizes of the device mesh.")
-    cache_dir: str | None = field(None, "Folder of the packed text; WORKDIR/cache if none.")
+    cache_dir: str | None = field(None, "Folder of the packed text. By default WORKDIR/cache.")
 
     def __post_init__(self) -> None:
         for arm in self.arm:

@@ -1,19 +1,20 @@
-"""Replace a model's output head by a vector-quantised one, beside its baselines.
+"""Replace a model's output head by a vector-quantised one, and by its competitors.
 
     python -m experiments.vq_head --preset=demo --workdir=runs/vq_head
 
-reads text, computes the model's hidden states once, lets its own head speak once, and then fits and
-tunes one head after another on what is cached: codes with and without biases, with the mapping of
-the paper and with better ones, shortlists re-scored with exact and with product-quantised rows,
-low-rank, product-quantised and adaptive heads, all but the last also as screens for exact rows, and
-as a control the full head tuned on that text.
-`report.md` gets what is left of the head's bytes, held-out perplexity against the untouched head
-and against the tuned one with biases, agreement in the first and first five tokens, and times.
+reads text and computes the model's hidden states and its own head's distribution once. It then fits
+and tunes one head after another on the cache: codes with and without biases, with the mapping of
+the paper and with better ones; shortlists re-scored with exact and with product-quantised rows; low
+rank, product-quantised and adaptive heads, all but the last also as screens for exact rows; and, as
+a control, the full head tuned on that text.
 
-Arms (`--arm`, repeatable) are tuned to the old head's distribution, those that end in `_labels`
-and `adaptive` to the text. With several learning rates each arm picks its own on validation data
-with the first seed at the first size of the codebook. Kill it whenever you like: finished arms are
-kept.
+`report.md` has what is left of the head's bytes, held-out perplexity relative to the untouched head
+and to the tuned one with biases, agreement in the first and first five tokens, and times.
+
+Arms (`--arm`, repeatable) are tuned to the old head's distribution; those that end in `_labels` and
+`adaptive` are tuned to the text. With several learning rates each arm picks its own on validation
+data, with the first seed at the first size of the codebook. You may kill it at any time: finished
+arms are kept.
 """
 
 import functools
