@@ -1,3 +1,15 @@
+"""Learning from other models: losses, teachers' caches, pruning, and the training of a student.
+
+- `distill` trains a `Student` (`make_student`) on a `Corpus` that teachers have read
+  (`pack_corpus`, `visited_rows`, `load_corpus`), by the losses of an `Objective`.
+- `prune_layers` and `prune_width` choose what a smaller student keeps.
+- Losses on arrays: `knowledge_distillation` and its relatives, `graph_on_logits` and
+  `graph_fusion_objective` (InfiGFusion), `dual_head_loss`, `universal_logit_distance`.
+- Across tokenizers: `align_chunks`, `token_projection`, `projected_kl_divergence`,
+  `hybrid_logit_distance`, `likelihood_matching`.
+- `TeacherCache` keeps a teacher's top logits on disk.
+"""
+
 from logitjax.distillation._align_gradients import align_gradients as align_gradients
 from logitjax.distillation._align_gradients import aligned_value_and_grad as aligned_value_and_grad
 from logitjax.distillation._alignment import Chunks as Chunks

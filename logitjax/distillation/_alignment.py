@@ -15,11 +15,11 @@ _SPECIALS = 1 << 4
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chunks:
-    """How the labels of our positions and of another tokenizer's lie over one another.
+    """How the labels of two tokenizers align on the same text: ours and the other's.
 
     Position t predicts token t + 1, its label. A chunk is a stretch of text, as short as possible,
-    at whose ends both tokenizers end a token; or a special token that both have in one place. All
-    of its tokens are labels that count, on both sides.
+    at whose ends both tokenizers end a token, or a special token that both have in one place. All
+    its tokens are labels that count, on both sides.
 
     Attributes:
         ours: int32 `[rows, length - 1]`, the chunk of each of our labels, from 0 in every row; -1
@@ -30,7 +30,7 @@ class Chunks:
         their_sizes: How many of theirs.
         starts: bool `[rows, length - 1]`, our positions whose label begins where one of theirs
             does: both models have read the same text. Where the row ends inside a chunk, its start
-            is here all the same.
+            is still here.
         places: int `[rows, length - 1]`, the other's positions there; 0 elsewhere.
     """
 
@@ -84,8 +84,8 @@ def align_chunks(
         their_lengths: the same of the other vocabulary.
         our_prefix: bytes that our tokenizer writes before a text (the space of Llama 2).
         their_prefix: the same of the other's.
-        by: what bytes are counted in: the document, or each learnt part of it, which is what
-            conversations have in common that two chat templates spell differently.
+        by: where counting of bytes restarts: at each document, or at each learnt part of it, as in
+            conversations, which two chat templates spell differently.
 
     Returns:
         The `Chunks`.

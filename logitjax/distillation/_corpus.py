@@ -28,21 +28,21 @@ from logitjax.distillation._teachers import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reading:
-    """What is read, by whom, and how much of what they say is kept.
+    """The text, the teachers that read it, and how much of their output is kept.
 
     Attributes:
         data: Text, as for `data.load_examples`.
         teachers: Each a model, `cache:DIR` as `logitjax cache-logits` writes it, or `api:URL`.
         seq_len: Tokens of a row.
-        on_error: What a malformed row of the text does.
+        on_error: Whether a malformed row of the text is an error ('raise') or left out ('skip').
         top_k: Logits of each position that are kept, or that a server reports.
-        tail_samples: Draws from the other tokens, for `kl` without bias.
-        batch_size: Rows at a time through a teacher.
+        tail_samples: Number of draws from the other tokens, which make `kl` unbiased.
+        batch_size: Number of rows that a teacher reads at once.
         dtype: Type that teachers compute in.
         layout: Layout of teachers.
         api_key: Key of servers.
-        losses: Losses that will learn from it, as `Objective` names them: those across tokenizers
-            need projections, and `alm` more of the teachers.
+        losses: Names of the losses that will use it, as in `Objective`: those across tokenizers
+            need projections, and `alm` needs more from the teachers.
     """
 
     data: str
@@ -138,7 +138,7 @@ class Corpus:
 
     Attributes:
         packed: The rows, under every model's tokenizer; the student's is called `pivot`.
-        sources: What each teacher says, by its name.
+        sources: Each teacher's output, by its name.
     """
 
     packed: data.PackedSplits
@@ -259,12 +259,12 @@ def load_corpus(
     directory: epath.Path,
     known: Mapping[str, tuple[models.Decoder, models.Tokenizer]] | None = None,
 ) -> Corpus:
-    """Lets each teacher read the rows that some run visits.
+    """The teachers' output on the rows that some run visits, from their caches or read now.
 
     Args:
         reading: The teachers.
         packed: Rows of `pack_corpus`.
-        rows: Those of each split that are visited, see `visited_rows`.
+        rows: The rows of each split that are visited, see `visited_rows`.
         directory: Where the teachers' caches go.
         known: Teachers that are loaded already, by their spec.
 
@@ -324,7 +324,7 @@ def visited_rows(
     eval_rows: int,
     splits: Sequence[str] = data.SPLITS[1:],
 ) -> dict[str, np.ndarray]:
-    """The rows of each split whose statistics some run reads, ascending.
+    """The rows of each split for which some run needs the teachers' output, ascending.
 
     Args:
         packed: The rows.
@@ -332,7 +332,7 @@ def visited_rows(
         batch_size: Rows of a step.
         seeds: Seeds of the runs; none where nothing is learned from teachers.
         eval_rows: Rows of each held-out split that are scored.
-        splits: The held-out splits that are.
+        splits: The held-out splits that are scored.
     """
     train = packed.splits["train"]
     visited = [

@@ -32,11 +32,11 @@ class Course:
         steps: Optimiser steps.
         batch_size: Rows of a step, over all processes.
         accumulate: Microbatches of a step.
-        learning_rate: Peak, after a linear rise; then down to a tenth by a cosine.
+        learning_rate: Peak learning rate. It rises linearly, then falls to a tenth by a cosine.
         warmup: Share of the steps in which it rises.
         weight_decay: Weight decay of AdamW.
         eval_rows: Rows of a held-out split that are scored.
-        eval_batch: Rows at a time that are scored; `batch_size` if 0.
+        eval_batch: Number of rows that are scored at once; `batch_size` if 0.
         seed: Seed of the order of rows and of new parameters.
         tensorboard: Also writes event files.
         loop: How often to save, log and evaluate.
@@ -64,14 +64,14 @@ class Course:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Trained:
-    """What a training came to.
+    """The result of a training.
 
     Attributes:
-        params: What the student trained.
-        curve: Steps and the validation perplexity there; empty if `eval_every` is 0.
-        parts: Steps and the mean since the last, of `loss` and of each loss that is part of it.
+        params: The trained parameters.
+        curve: Pairs of a step and its validation perplexity; empty if `eval_every` is 0.
+        parts: For `loss` and each of its terms, pairs of a step and the mean since the last one.
         tokens_per_second: Predicted tokens a second of training, the median over log lines.
-        seen: Steps and the share of the labels that each loss across tokenizers sees.
+        seen: For each loss across tokenizers, pairs of a step and the share of the labels it uses.
     """
 
     params: Any
@@ -89,7 +89,7 @@ def make_update(
     *,
     mesh: Mesh,
 ) -> tuple[optax.GradientTransformation, training.TrainStep]:
-    """The optimiser and the compiled step, whose constants are what the student does not train."""
+    """The optimiser and the compiled step; frozen parameters are constants of the step."""
     schedule = training.Schedule(
         course.learning_rate, warmup=int(course.warmup * course.steps), total_steps=course.steps
     )
@@ -114,13 +114,13 @@ def update_program(
     name: str = "update of the student",
     **options: Any,
 ) -> training.Program:
-    """The update of a student for a plan: nothing is loaded, and no number is made.
+    """The update of a student, for a plan: no weights are loaded or initialised.
 
     Args:
         model: Makes the decoder; it is only traced.
         objective: What is minimised.
         course: How long and how fast.
-        reading: Sizes of rows and of what teachers say.
+        reading: Sizes of rows and of the teachers' output.
         mesh: Mesh of the state.
         name: What the program does, in words.
         **options: For `make_student`.
@@ -181,12 +181,12 @@ def _same_vocabulary(size: int) -> Vocabularies:
 
 
 class Scorer:
-    """Held-out scores and samples of a student, with one program for all that it may become.
+    """Held-out scores and samples of a student; one compiled program serves all its parameters.
 
     Args:
         student: The student.
-        corpus: Held-out rows.
-        course: How many of them, and how many at a time.
+        corpus: Text and teachers, of which the held-out rows are used.
+        course: How many rows are scored, and how many at once.
         mesh: Mesh of what is scored.
     """
 
@@ -199,8 +199,8 @@ class Scorer:
     def scores(self, params: Any, split: str) -> dict[str, float]:
         """Perplexity, accuracy, bits a byte, and agreement and KL with the first teacher.
 
-        The latter two need a teacher of the same vocabulary. `tokens_per_second` that were read
-        comes from the fastest batch after the first, which compiles.
+        Agreement and KL need a teacher of the same vocabulary. `tokens_per_second` counts tokens
+        read, in the fastest batch after the first, which compiles.
         """
         batches = self._corpus.scored(
             split, self._mesh, batch_size=self._size, rows=self._course.eval_rows
@@ -221,7 +221,7 @@ class Scorer:
         return means
 
     def sample(self, params: Any, *, length: int = 32) -> tuple[str, str]:
-        """The beginning of a held-out text, and how the student goes on, likeliest token first."""
+        """The beginning of a held-out text, and the student's greedy continuation."""
         packed = self._corpus.packed
         name = packed.names["pivot"]
         tokenizer = packed.tokenizers[name]
@@ -248,16 +248,16 @@ def train_student(
     directory: epath.Path,
     scorer: Scorer | None = None,
 ) -> Trained:
-    """Trains, goes on from the newest checkpoint bit for bit, or reads what is finished.
+    """Train a student; continue bit for bit from the newest checkpoint, or read a finished run.
 
     Args:
-        student: What is trained, and what is not.
+        student: The trained and the frozen parameters.
         corpus: Text and teachers.
         objective: What is minimised.
         course: How long and how fast.
         mesh: Mesh of the state.
         directory: Folder of checkpoints and of `metrics.jsonl`.
-        scorer: Scores validation rows on the way.
+        scorer: Scores validation rows during training.
 
     Returns:
         The `Trained`.
@@ -332,7 +332,7 @@ class Distilled:
         before: Scores on test rows before training.
         after: Scores after it.
         trained: The training.
-        samples: What is said about the same beginning, `prompt`, `before` and `after`.
+        samples: A `prompt`, and the student's continuation `before` and `after` training.
     """
 
     model: models.Decoder
@@ -351,12 +351,12 @@ def distill(
     mesh: Mesh,
     workdir: epath.Path,
 ) -> Distilled:
-    """Train a student on text and on what its teachers say of it, and measure what that brought.
+    """Train a student on text and on its teachers' output, and score it before and after.
 
-    The whole of it can be killed and called again: it goes on where it was.
+    The call may be killed and repeated: it continues where it was.
 
     Args:
-        student: What of a decoder is trained, see `make_student`.
+        student: The decoder and what of it is trained, see `make_student`.
         corpus: Text and teachers, see `load_corpus`.
         objective: What is minimised.
         course: How long and how fast.

@@ -18,7 +18,7 @@ from logitjax.ops import Array
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GraphFusionConfig:
-    """How the three parts add up.
+    """Weights of the three parts, and options of the graph.
 
     Attributes:
         mix: lambda in `(1 - lambda) SFT + lambda (ULD + GLD)`, between 0 and 1.
@@ -45,7 +45,7 @@ class GraphFusionConfig:
 
     @property
     def k(self) -> int:
-        """How many logits of a position the `GraphStatistics` must hold."""
+        """Number of logits that the `GraphStatistics` must hold for each position."""
         kept = [self._uld_k] if self.uld_weight else []
         kept += [self.graph.k] if self.gld_weight else []
         return max(kept, default=1)

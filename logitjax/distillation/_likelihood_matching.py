@@ -25,7 +25,7 @@ Kind = Literal["cross_entropy", "kl", "reverse_kl", "log_ratio", "total_variatio
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TokenSet:
-    """Some tokens of a vocabulary, as a static argument: equal to itself alone.
+    """A set of tokens, as a static argument that is equal only to itself.
 
     Attributes:
         members: bool `[vocab]`.
@@ -35,7 +35,7 @@ class TokenSet:
 
 
 def boundary_tokens(tokenizer: Tokenizer) -> TokenSet:
-    """Tokens that begin a word: those of a space or a line break first, and special ones."""
+    """Tokens that begin a word: those that start with a space or a line break, and special ones."""
     return TokenSet(
         np.array([not text or text[:1] in b" \n\r\t" for text in tokenizer.token_bytes()])
     )
@@ -62,7 +62,7 @@ def linear_likelihood(
     blocks: Blocks | None = None,
     axis_name: AxisName | None = None,
 ) -> Likelihood:
-    """Two numbers a position of a linear head's logits, in one sweep over the vocabulary.
+    """Log-probabilities of labels and of beginnings of words, in one sweep over the vocabulary.
 
     Args:
         hidden: `[*batch, hidden]`.
@@ -169,7 +169,7 @@ def binarized_divergence(
     kind: Kind = "cross_entropy",
     temperature: Number = 100.0,
 ) -> Float[jax.Array, "*batch"]:
-    """Divergence of two opinions on one event: this chunk, or not.
+    """Divergence between two probabilities of one event: that this chunk comes, or not.
 
     ::
 
@@ -245,12 +245,12 @@ def _log1mexp(x: jax.Array) -> jax.Array:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChunkScores:
-    """What a teacher says of stretches of text, in the student's positions.
+    """A teacher's log-probabilities of chunks of text, at the student's positions.
 
     Attributes:
         ids: int32 `[rows, length - 1]`, the chunk of each of our labels; -1 for none.
         ends: int32 `[rows, length - 1]`, for each chunk our position after its last label, which
-            predicts what follows; -1 where nothing is asked of it.
+            predicts what follows; -1 where that is not used.
         scores: float32 `[rows, length - 1]`, the teacher's log-probability of each chunk.
         where: bool `[rows, length - 1]`, the chunks that there are.
     """
@@ -269,11 +269,11 @@ def chunk_scores(
     debias: bool = True,
     least_boundary: float = 0.1,
 ) -> ChunkScores:
-    """A teacher's two numbers a position, summed up over chunks; on the host.
+    """Sum a teacher's numbers over chunks, on the host.
 
-    A path of tokens also claims that no longer token covers where it ends. Two corrections, of
-    tokenkit's recommended recipe: chunks are joined until the teacher thinks it probable enough
-    that a word begins after them, and the log-probability of that is added, on both sides.
+    A sequence of tokens also claims that no longer token covers its end. Two corrections follow
+    tokenkit's recommended recipe. Chunks are joined until the teacher finds it probable enough that
+    a word begins after them. The log-probability of that is added, on both sides.
 
     Args:
         chunks: of `align_chunks`.

@@ -44,7 +44,7 @@ def loss_function(
 
     Args:
         objective: What is minimised.
-        student: Whose `trained` and `frozen` the function takes.
+        student: The student, whose `trained` and `frozen` the function takes.
         sources: Names under which `batch["sources"]` holds the `TeacherView` of each teacher, and
             how its vocabulary lies over the student's, where it has another.
 
@@ -178,10 +178,10 @@ def score_function(
 ) -> Callable[..., tuple[Any, Any, dict[str, tuple[Any, Any]]]]:
     """Held-out scores as `score(trained, batch, rng, frozen) -> (sum, count, metrics)`.
 
-    The sum is of negative log-likelihoods. `accuracy` is next to it; with `batch["bytes"]`, the
-    bytes that each label stands for, `bits_per_byte`; with `batch["teacher"]`, what a teacher of
-    the same vocabulary says, `agreement` of the likeliest tokens and `teacher_kl`, the divergence
-    from it by its top logits and the mass of all others.
+    The sum is of negative log-likelihoods. The metrics have `accuracy`. With `batch["bytes"]`, the
+    number of bytes of each label, they have `bits_per_byte`. With `batch["teacher"]`, the output of
+    a teacher of the same vocabulary, they have `agreement` of the likeliest tokens and `teacher_kl`,
+    the divergence from the teacher by its top logits and the mass of all others.
     """
 
     def score(trained: Any, batch: Mapping[str, Any], rng: Any, frozen: Any) -> Any:

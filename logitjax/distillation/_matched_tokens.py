@@ -17,7 +17,7 @@ _LEAST_MASS = 2.0**-24
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Matches:
-    """Which of our tokens is which of theirs, one to one.
+    """One-to-one matches between our tokens and theirs.
 
     Attributes:
         ours: int32 `[theirs]`, our token of each of theirs; -1 for none.
@@ -29,7 +29,7 @@ class Matches:
 
     @classmethod
     def of(cls, projection: TokenProjection) -> "Matches":
-        """Of a projection by the rule `exact`; of several of ours the lowest id counts."""
+        """The matches of a projection by the rule `exact`. Of several tokens the lowest id counts."""
         only = projection.only
         ours = np.full(projection.size, -1, np.int32)
         for id_ in np.flatnonzero(only >= 0)[::-1]:
@@ -57,14 +57,14 @@ def hybrid_logit_distance(
 ) -> tuple[Float[jax.Array, "*batch"], Float[jax.Array, "*batch"]]:
     """GOLD's hybrid, or X-Token's H-KL, from top logits: the matched part and the sorted one.
 
-    Over the tokens of the teacher's top k that the student has, and ONE bucket for what it has not
-    and for what lies outside of the top k::
+    The matched part compares the tokens of the teacher's top k that the student has, and ONE bucket
+    for all others::
 
         matched  JSD_beta(p, q)  or  KL(p || q),  over matched tokens and the bucket
         sorted   sum_r |p_(r) - q_(r)|  over the unmatched of either side's top k, largest first
 
-    The bucket makes the first a divergence: 0 where both models say the same, and its gradient does
-    not push unmatched tokens down. No mass is renormalised, so the parts need no weights.
+    The bucket makes the first part a divergence: it is 0 where both models agree, and its gradient
+    does not push unmatched tokens down. No mass is renormalised, so the parts need no weights.
 
     Args:
         student: the student's `TopK` at `matches.ids(teacher.indices)`, `[*batch, k]`.

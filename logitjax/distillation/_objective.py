@@ -23,7 +23,7 @@ TERMS: tuple[str, ...] = ("sft", *_SAME_VOCABULARY, "uld", "gld", *PROJECTIONS, 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Objective:
-    """A sum of losses by their weights; one that has several teachers is their mean.
+    """A weighted sum of losses. A loss with several teachers is the mean over them.
 
     ::
 
@@ -42,13 +42,13 @@ class Objective:
         alm          approximate likelihood matching of chunks of text
         mined        KL by the nearest spelling, cross-entropy where tokens do not meet (MinED)
 
-    Each of these, `uld` and `gld` is a mean over what it sees: positions where both have read the
-    same text (`first_piece`, `pkl`), those whose label is one token on both sides (`hybrid`,
-    `hkl`), chunks (`alm`). `seen/NAME` in the metrics is how large a share of the text that is.
+    Each of these, `uld` and `gld` is a mean over the places it can use: positions where both models
+    have read the same text (`first_piece`, `pkl`), positions whose label is one token on both sides
+    (`hybrid`, `hkl`), or chunks (`alm`). `seen/NAME` in the metrics is their share of the text.
 
-    `kl`, `rkl` and `jsd` know the teacher's top logits and the mass of all others, which is one
-    bucket (or what was drawn from it, where the cache has draws: then `kl` is unbiased). At a
-    temperature other than 1 that mass is not known: then they compare the top logits alone.
+    `kl`, `rkl` and `jsd` use the teacher's top logits and the mass of all others as one bucket. If
+    the cache has draws from the others, they use these, and `kl` is unbiased. At a temperature other
+    than 1 that mass is not known, and they compare the top logits alone.
 
     Attributes:
         terms: Names and weights.
@@ -112,12 +112,12 @@ class Objective:
 
     @property
     def rules(self) -> tuple[str, ...]:
-        """The projections that it needs."""
+        """The rules of the projections that the losses need."""
         return tuple(dict.fromkeys(PROJECTIONS[n] for n in self.weights if n in PROJECTIONS))
 
     @property
     def fusion(self) -> GraphFusionConfig:
-        """The part that sorts."""
+        """The configuration of `uld` and `gld`."""
         weights = self.weights
         return GraphFusionConfig(
             mix=1.0,

@@ -65,8 +65,8 @@ def projected_kl_divergence(
 ) -> Float[jax.Array, "*batch"]:
     """KL divergence from a teacher of another vocabulary, known by its top k logits.
 
-    The student's probabilities are summed up by the teacher's token that each token stands for;
-    what is outside of the teacher's top k, or of no token of ours, is one bucket.
+    The student's probabilities are summed up over its tokens that stand for the same token of the
+    teacher. One bucket holds what is outside the teacher's top k, and what stands for no token.
 
     ::
 
@@ -123,8 +123,9 @@ def linear_projected_kl_divergence(
     """`projected_kl_divergence` of a linear head's logits, which never exist as a whole.
 
     The sweep over the vocabulary picks the logits of our tokens that stand for the teacher's top k
-    as it passes them. Where these may be too many (a large vocabulary seen from a small one), it
-    sums each block up by the teacher's tokens, and holds a byte for each of these a position.
+    as it passes them. Where these may be too many (the teacher's vocabulary is much smaller), it
+    sums each block over tokens that stand for the same one, which takes a byte for each of the
+    teacher's tokens and each position.
 
     Args:
         hidden: `[*batch, hidden]`, the student's.

@@ -74,11 +74,11 @@ class TokenProjection:
 
     @property
     def sizes(self) -> np.ndarray:
-        """How many of our tokens stand for each of theirs, `[size]`."""
+        """Number of our tokens that stand for each of theirs, `[size]`."""
         return np.diff(self._by_theirs[0])
 
     def capacity(self, k: int) -> int:
-        """The most of our tokens that any k different ones of theirs have."""
+        """Largest number of our tokens that stand for any k different ones of theirs."""
         return max(int(np.sort(self.sizes)[::-1][:k].sum()), 1)
 
     def members(self, ids: Int[Array, "*batch k"]) -> Members:
@@ -128,7 +128,7 @@ class TokenProjection:
         return np.take_along_axis(self.ids, best, axis=-1)[:, 0]
 
     def summary(self) -> dict[str, Any]:
-        """A row of a table: how much of either vocabulary the projection reaches."""
+        """A row of a table: the share of either vocabulary that the projection covers."""
         sizes = self.sizes
         mapped = (self.ids >= 0).any(-1)
         return {
@@ -153,7 +153,7 @@ class TokenProjection:
 
     @classmethod
     def load(cls, path: epath.Path, fingerprint: str) -> "TokenProjection | None":
-        """What `save` wrote, None where it was made from something else.
+        """The matrix that `save` wrote, or None if it was made from something else.
 
         Raises:
             ValueError: The file is damaged; names it.
@@ -189,8 +189,8 @@ def token_projection(
 
     With `first_piece`, `q'_j = sum_{s: first(s) = j} q_s` is the probability that the student's
     next text begins as their token j does. Special tokens of one role (end of text, end of a turn)
-    are each other's; of others `first_piece` and `exact` know nothing. Our tokens that end inside a
-    character which they spell whole have no first piece either.
+    stand for each other; other special tokens have no match by `first_piece` and `exact`. Our
+    tokens that end inside a character which they spell whole have no first piece either.
 
     Args:
         ours: the student's tokenizer.

@@ -17,13 +17,13 @@ from logitjax import losses, models
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerPruning:
-    """Which layers of a decoder to keep.
+    """The layers of a decoder to keep, and those to drop.
 
     Attributes:
         kept: Layers to keep, ascending; what `models.keep_layers` takes.
         dropped: The others, in the order in which they were chosen.
-        scores: What each layer was judged by before any was dropped, see `prune_layers`; low means
-            that it may go.
+        scores: Score of each layer before any was dropped, see `prune_layers`. Low means that it
+            may go.
     """
 
     kept: tuple[int, ...]
@@ -32,7 +32,7 @@ class LayerPruning:
 
     @property
     def below(self) -> str:
-        """What lies below the cut, as `make_student` takes it to be frozen: of listed layers.
+        """Paths of what lies below the cut, for `freeze` of `make_student`; for listed layers.
 
         >>> LayerPruning(kept=(0, 1, 4), dropped=(3, 2), scores=()).below
         'embedding|layers/(0|1)/'
@@ -51,9 +51,9 @@ def prune_layers(
 
     With x_i the residual stream before layer i, averaged over positions t::
 
-        influence   1 - mean_t cos(x_i, x_{i+1}); the layers of the least go
-        run         1 - mean_t cos(x_i, x_{i+count}); the least says where the run begins that goes
-        perplexity  of the model without layer i; the least goes, and the rest is judged again
+        influence   1 - mean_t cos(x_i, x_{i+1}); the layers with the least are dropped
+        run         1 - mean_t cos(x_i, x_{i+count}); the run with the least is dropped
+        perplexity  of the model without layer i; the least is dropped, and the rest scored again
 
     The first two cost one forward pass, the last about `count * layers` of them; it is the only one
     that sees what layers do together.
@@ -112,14 +112,14 @@ def prune_width(
     kv_heads: int | None = None,
     mlp_channels: int | None = None,
 ) -> models.Decoder:
-    """A narrower decoder: in each layer, the heads and channels that are most active on the text.
+    """A narrower decoder that keeps, in each layer, the heads and channels most active on the text.
 
-    An activation counts by its mean over a row's positions, rows by their root of squares::
+    Activations are averaged over a row's positions, and rows are joined by the root of squares::
 
         channel   sqrt(sum_rows (mean_t |a_t|)^2)
         head      the same of |output_t|, the norm over the query heads of one key-value head
 
-    Key-value heads go with all query heads that share them: a model of grouped queries stays one.
+    A key-value head is dropped with all query heads that share it, so queries stay grouped.
 
     Args:
         model: The decoder; it stays as it is.

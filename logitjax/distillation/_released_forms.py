@@ -111,8 +111,8 @@ def chunk_hybrid(
         merge  (prod of the probabilities of the actual earlier tokens) P(. | last token)
         loss   w JSD_beta(p_M, q_M) + (1 - w) sum_r |sort(p_U)_r - sort(q_U)_r|,  w = |M| / V_T
 
-    Its other merge, `observed`, multiplies rows that predict one token as if they predicted the
-    one before; it is not here.
+    GOLD's other merge, `observed`, multiplies rows that predict one token as if they predicted the
+    one before. It is not implemented.
 
     Args:
         student: logits of each chunk's tokens.
@@ -260,7 +260,7 @@ def common_tokens(projection: TokenProjection, least: float = 0.6) -> Matches:
 
 
 def loudest_columns(teacher: Float[Array, "*batch vocab"], size: int = 8192) -> jax.Array:
-    """The columns of the largest logit that any position has, as X-Token chooses them."""
+    """The columns with the largest logits over all positions, as X-Token chooses them."""
     peak = jnp.max(teacher, axis=tuple(range(teacher.ndim - 1)))
     return jax.lax.top_k(peak, min(size, peak.shape[-1]))[1]
 

@@ -17,8 +17,8 @@ from logitjax import heads, models, ops
 class Student:
     """A decoder as a function of what is trained.
 
-    Parameters that stay are kept apart, so that no gradient, no moment and no checkpoint holds
-    them: they are the constants of a train step.
+    Frozen parameters are kept apart: they are constants of the train step, so no gradient, no
+    moment and no checkpoint holds them.
 
     Attributes:
         graphdef: The decoder without its numbers.
@@ -42,7 +42,7 @@ class Student:
         return nnx.merge(self.graphdef, _nested(flat))
 
     def adapters(self, trained: Any) -> models.Lora | None:
-        """What is trained beside the decoder, where that is all."""
+        """The adapters, if only they are trained."""
         return models.Lora(trained["lora"], self.scale) if "lora" in trained else None
 
     def finished(self, trained: Any) -> models.Decoder:
@@ -67,7 +67,7 @@ def make_student(
     auxiliary_head: bool = False,
     seed: int = 0,
 ) -> Student:
-    """Say what of a decoder is trained.
+    """A student from a decoder: what of it is trained, and what is frozen.
 
     Args:
         model: The decoder; its arrays are used as they are.

@@ -21,7 +21,7 @@ Statistics = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TeacherIdentity:
-    """What a cache was made from; losses may only be computed where all of it matches.
+    """What a cache was made from. Losses may use a cache only if all of it matches.
 
     Attributes:
       model: the teacher, as its user names it.
@@ -110,10 +110,10 @@ class _Codec:
 
 
 class TeacherCache(RowCache):
-    """What a teacher says about the rows it has read, found by their index in the packed data.
+    """A teacher's output on the rows it has read, by their index in the packed data.
 
-    So training may visit rows in any order and as often as it likes. `fill` lets the teacher read
-    rows that are not there yet; its `compute` gives a mapping or an object with the fields of
+    Training may visit rows in any order and as often as it likes. `fill` lets the teacher read
+    missing rows; its `compute` gives a mapping or an object with the fields of
     `losses.GraphStatistics`, `[batch_size, positions, k]` and `[batch_size, positions]`, and, with
     `tail_samples`, `tail_values` and `tail_indices`.
 

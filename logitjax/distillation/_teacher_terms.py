@@ -26,7 +26,7 @@ CachedTeacher = tuple[ops.TopK, losses.TailSample | None]
 
 
 class TeacherView(NamedTuple):
-    """What one teacher says of a batch, at the student's positions.
+    """One teacher's output on a batch, at the student's positions.
 
     Attributes:
         statistics: `losses.GraphStatistics` of its next token.
@@ -43,7 +43,7 @@ class TeacherView(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Vocabularies:
-    """How a teacher's vocabulary lies over the student's.
+    """How a teacher's vocabulary relates to the student's.
 
     Attributes:
         projections: By their rule.

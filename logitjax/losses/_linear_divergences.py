@@ -116,9 +116,9 @@ def linear_generalized_jensen_shannon(
     Args:
         hidden: `[*batch, hidden]`, the student's.
         head: as in `linear_kl_divergence`.
-        teacher_hidden: `[*batch, teacher_hidden]`; gets no gradient. Where the
-            log-sum-exp of the teacher's logits over the temperature is known, `[*batch]`, as
-            `linear_readout` gives it: the pair of both, which spares a sweep over its head.
+        teacher_hidden: `[*batch, teacher_hidden]`; gets no gradient. May be a pair of these and the
+            log-sum-exp of the teacher's logits over the temperature, `[*batch]`, as from
+            `linear_readout`, which saves a sweep over the teacher's head.
         teacher_head: as `head`, with the same vocabulary; gets no gradient.
         beta: the teacher's weight, in `[0, 1]`.
         temperature: `T`. The result is not multiplied by `T^2`.
@@ -183,9 +183,9 @@ def linear_total_variation(
     Args:
         hidden: `[*batch, hidden]`, the student's.
         head: as in `linear_kl_divergence`.
-        teacher_hidden: `[*batch, teacher_hidden]`; gets no gradient. Where the
-            log-sum-exp of the teacher's logits over the temperature is known, `[*batch]`, as
-            `linear_readout` gives it: the pair of both, which spares a sweep over its head.
+        teacher_hidden: `[*batch, teacher_hidden]`; gets no gradient. May be a pair of these and the
+            log-sum-exp of the teacher's logits over the temperature, `[*batch]`, as from
+            `linear_readout`, which saves a sweep over the teacher's head.
         teacher_head: as `head`, with the same vocabulary; gets no gradient.
         temperature: `T`.
         vocab_where: as in `linear_kl_divergence`, like all that follow.

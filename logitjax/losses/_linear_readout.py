@@ -14,7 +14,7 @@ from logitjax.ops import Array, AxisName, Number, TopK, checks, neginf_to_zero
 
 
 class Readout(NamedTuple):
-    """What `linear_readout` gives, float32; None for what was not asked.
+    """The numbers that `linear_readout` returns, in float32; None for those not asked for.
 
     Attributes:
         log_z: `[*batch]` log-sum-exp of the logits.
@@ -49,7 +49,7 @@ def linear_readout(
     blocks: Blocks | None = None,
     axis_name: AxisName | None = None,
 ) -> Readout:
-    """Whatever several losses need of the logits, in one sweep over the vocabulary.
+    """The numbers that losses need of the logits, in one sweep over the vocabulary.
 
     A loss that is a function of a few numbers per position (the log-normaliser, the logits of the
     label or of a teacher's top tokens, the own top k with mean and deviation) can be written on top

@@ -63,7 +63,7 @@ class Layout(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """What a sweep may hold at a time; it changes what a loss costs, never what it gives.
+    """What a sweep may hold at a time: it changes the cost of a loss, never its value.
 
     What is None follows from the shapes and from the device that the program is for: that of the
     arrays' mesh, else of the mesh in use, else the default one.
@@ -87,7 +87,7 @@ class Blocks:
             it is interpreted, slowly.
         memory_budget: bytes that a sweep may hold on a device beside the head's gradient, as near
             as blocks can come to it; by default a tenth of all float32 logits of student and
-            teacher, and at least 64 MiB. Not asked on CPU, whose caches decide.
+            teacher, and at least 64 MiB. Ignored on CPU, where caches decide.
 
     Raises:
         ValueError: a size is not positive, or there is no such engine.
