@@ -165,12 +165,12 @@ def dual_head_loss(
 ) -> tuple[Float[jax.Array, "*batch"], dict[str, Float[jax.Array, "*batch"]]]:
     """Cross-entropy on one head plus a logit loss on the other, for any backbone.
 
-    On a shared head the two losses conflict: cross-entropy wants margins without bound, a logit loss
-    fixes the logits at the teacher's. Here they share only the features.
+    On a shared head the two losses conflict: cross-entropy wants margins without bound, a logit
+    loss fixes the logits at the teacher's. Here they share only the features.
 
-    For language models, whose logits are large, give a `block_size`, and the teacher's hidden states
-    with its head in place of its logits. Blocks of positions are then computed one after another,
-    forward and backward, so that the logits of one block exist at a time.
+    For language models, whose logits are large, give a `block_size`, and the teacher's hidden
+    states with its head in place of its logits. Blocks of positions are then computed one after
+    another, forward and backward, so that the logits of one block exist at a time.
 
     ::
 

@@ -180,8 +180,8 @@ def score_function(
 
     The sum is of negative log-likelihoods. The metrics have `accuracy`. With `batch["bytes"]`, the
     number of bytes of each label, they have `bits_per_byte`. With `batch["teacher"]`, the output of
-    a teacher of the same vocabulary, they have `agreement` of the likeliest tokens and `teacher_kl`,
-    the divergence from the teacher by its top logits and the mass of all others.
+    a teacher of the same vocabulary, they have `agreement` of the likeliest tokens and
+    `teacher_kl`, the divergence from the teacher by its top logits and the mass of all others.
     """
 
     def score(trained: Any, batch: Mapping[str, Any], rng: Any, frozen: Any) -> Any:

@@ -29,7 +29,7 @@ class Matches:
 
     @classmethod
     def of(cls, projection: TokenProjection) -> "Matches":
-        """The matches of a projection by the rule `exact`. Of several tokens the lowest id counts."""
+        """The matches of a projection by `exact`. Of several tokens the lowest id counts."""
         only = projection.only
         ours = np.full(projection.size, -1, np.int32)
         for id_ in np.flatnonzero(only >= 0)[::-1]:

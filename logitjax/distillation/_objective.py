@@ -47,8 +47,8 @@ class Objective:
     (`hybrid`, `hkl`), or chunks (`alm`). `seen/NAME` in the metrics is their share of the text.
 
     `kl`, `rkl` and `jsd` use the teacher's top logits and the mass of all others as one bucket. If
-    the cache has draws from the others, they use these, and `kl` is unbiased. At a temperature other
-    than 1 that mass is not known, and they compare the top logits alone.
+    the cache has draws from the others, they use these, and `kl` is unbiased. At a temperature
+    other than 1 that mass is not known, and they compare the top logits alone.
 
     Attributes:
         terms: Names and weights.
