@@ -1,23 +1,23 @@
 """Decoding with key/value caches: one model or several fused ones, in batches or step by step.
 
 - `generate(model, prompts, max_new_tokens=...)` continues prompts of any lengths in one compiled
-  loop; `score` says how likely given continuations are, `nll_from_model` says so to `evaluation`.
+    loop. `score` gives log-probabilities of given continuations, `nll_from_model` gives them to
+  `evaluation`.
 - `Ensemble(large, experts=..., bases=..., fuse=...)` steps several models together, each on its
-  own prompt, and decodes from what ``fuse`` makes of their logits. Whatever takes a model here
-  takes an ensemble.
-- `load_ensemble` does so by the models' names.
+  own prompt, and decodes from the fused logits. Functions that take a model take an ensemble.
+- `load_ensemble` makes an ensemble by the models' names.
 - `Engine` is what `generate` is built on: slots that are filled (`Engine.prefill` with a
-  `Request`), stepped (`Engine.decode_chunk`) and emptied (`Engine.evict`) independently, which is
-  all that continuous batching needs. `DecodeOptions` says what is reported, `Emitted` reports it.
-- `PromptReader` fills slots from prompts that it reads in pieces, while the others decode, and
-  reads what prompts have in common once.
+  `Request`), stepped (`Engine.decode_chunk`) and emptied (`Engine.evict`) independently, as
+  continuous batching needs. `DecodeOptions` chooses what is reported, `Emitted` has it.
+- `PromptReader` fills slots from prompts that it reads in pieces while other slots decode. It
+  reads a common beginning of prompts once.
 - `generate(..., drafts=DraftControl(Speculation(...)))` lets a small member of an ensemble draft
-  and all members verify in one pass: the same distribution, the same greedy tokens, faster where
-  drafts are accepted. `Speculation` says who drafts, `DraftControl` how much.
-- `Sampling` is how a row chooses its tokens. `TextOptions` asks for texts, `TextStream` turns
-  tokens into text as they come and sees stop strings.
-- A model is a `logitjax.models.Decoder`, or anybody's ``(apply_fn, params, cache)``, or a
-  `CachedModel`, which says what such a function has to keep to.
+  and all members verify in one pass: the same distribution and the same greedy tokens, faster
+  where drafts are accepted. `Speculation` names the drafting member, `DraftControl` the lengths.
+- `Sampling` is how a row chooses its tokens. `TextOptions` asks for text. `TextStream` turns
+  tokens into text as they come and finds stop strings.
+- A model is a `logitjax.models.Decoder`, a triple ``(apply_fn, params, cache)`` of your own, or a
+  `CachedModel`, whose docstring has the contract of such a function.
 """
 
 from logitjax.decoding._cached_model import CachedModel as CachedModel

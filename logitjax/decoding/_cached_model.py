@@ -14,31 +14,31 @@ from logitjax.ops import Static
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class CachedModel:
-    """A model as decoding sees it.
+    """A model as decoding uses it: a function, its parameters and its cache.
 
     ``apply(params, tokens, positions, cache) -> (logits, cache)`` with int32 ``tokens`` and
-    ``positions`` ``[rows, time]`` and float ``logits [rows, time, vocab]``. What it has to keep to:
+    ``positions`` ``[rows, time]`` and float ``logits [rows, time, vocab]``. Its contract:
 
-    - a token of position p >= 0 is remembered under p and attends to what is remembered of
-      positions up to p; handing in p again replaces what was there, and whatever the cache holds
-      of later positions is not seen (that is how rejected drafts are taken back);
-    - position -1 is padding: neither remembered nor attended, its logits are ignored;
+    - a token of position p >= 0 is stored under p and attends to what is stored of positions up to
+      p; passing p again replaces what was there, and what the cache holds of later positions is not
+      seen (so rejected drafts can be taken back);
+    - position -1 is padding: neither stored nor attended to, and its logits are ignored;
     - ``rows`` is axis 0 of every leaf of the cache, and rows do not mix.
 
     Attributes:
       apply: the function; hashable, equal for models that can be stacked.
       params: a pytree of arrays.
-      init_cache: ``(rows, max_length) -> cache``, an empty one. Of a frozen dataclass with a field
-        `ring_slack`, as that `of` a decoder is, drafts raise that to their length; its method
+      init_cache: ``(rows, max_length) -> cache``, an empty one. May be a frozen dataclass, as for a
+        decoder. Drafts then raise its field `ring_slack` to their length. Its method
         ``slot_axes(cache)``, the axis of each leaf along which slot p holds position p (-1: none),
         lets prompts share prefixes.
       vocab_size: last axis of the logits.
-      experts: where one pass gives several models' logits, as two models with the same first
-        layers do, ``apply`` returns ``[1 + experts + bases, rows, time, vocab]``: the large
-        model's, so many experts', so many bases'.
+      experts: number of experts whose logits the same pass gives, as for models with the same first
+        layers. ``apply`` then returns ``[1 + experts + bases, rows, time, vocab]``: the large
+        model's logits, then the experts', then the bases'.
       bases: see ``experts``.
       takes_last_only: ``apply`` understands ``last_only=True``: logits of the last token only.
-      max_length: most tokens that the model was made to read; None: unknown.
+      max_length: largest number of tokens that the model was made to read; None: unknown.
     """
 
     apply: Callable[..., Any]
@@ -52,13 +52,13 @@ class CachedModel:
 
     @classmethod
     def of(cls, model: Any, *, ring_slack: int = 0) -> "CachedModel":
-        """A `CachedModel` of whatever decodes.
+        """A `CachedModel` from anything that decodes.
 
         Args:
           model: a `logitjax.models.Decoder` (a stacked one is converted to listed layers, which
-            decode faster); a triple ``(apply_fn, params, cache)`` whose function keeps to what
-            `CachedModel` says and whose cache is empty, with as many rows as will be decoded
-            together; or a `CachedModel`, which comes back as it is.
+            decode faster); a triple ``(apply_fn, params, cache)`` whose function keeps the
+            contract of `CachedModel` and whose cache is empty, with as many rows as are decoded
+            together; or a `CachedModel`, which is returned as it is.
           ring_slack: extra slots of windowed layers' rings, as many as drafts may be taken back.
 
         Returns:

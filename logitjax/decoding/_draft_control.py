@@ -10,17 +10,17 @@ from logitjax.decoding._speculate import Speculation
 class DraftControl:
     """Chooses draft lengths by measured costs and acceptance.
 
-    A round of length d brings ``(1 - a^(d+1)) / (1 - a)`` tokens where drafts are accepted with
-    probability a. It pays where that is more than its time over a plain step's. Where no length
-    pays, rows go on step by step, and a draft is tried now and then, as often as its loss stays
-    below ``loss`` of the time. Costs are medians of the last few; calls that compiled do not count.
-    Reuse one control for calls of one kind: what it knows of costs and acceptance then stays.
+    A round of length d gives ``(1 - a^(d+1)) / (1 - a)`` tokens if drafts are accepted with
+    probability a. It pays if that is more than its time divided by a plain step's. If no length
+    pays, rows decode step by step, and a draft is tried now and then, as often as that costs less
+    than ``loss`` of the time. Costs are medians of the last few calls, without those that compiled.
+    Reuse one control for calls of one kind, so that it keeps its estimates.
 
     Args:
       speculation: who drafts, and the lengths that may be chosen; 0 always may.
-      length: draft always so many, one of these lengths, instead of adapting.
-      loss: share of the time that looking may cost.
-      memory: about so many tested tokens are remembered for the acceptance.
+      length: always draft this many, one of the lengths, instead of adapting.
+      loss: share of the time that trying drafts may cost.
+      memory: about the number of tested tokens that the acceptance is estimated from.
 
     >>> control = DraftControl(Speculation(lengths=(2, 5)))
     >>> for length, seconds in ((0, 1.0), (2, 1.4), (5, 2.0)):
@@ -75,7 +75,7 @@ class DraftControl:
         return expected_tokens(self.acceptance, length) * plain / cost
 
     def choose(self, kind: Hashable = None) -> int:
-        """The next length; ``kind`` tells apart what costs differently (batch sizes)."""
+        """The next length; ``kind`` tells apart calls that cost differently, such as batch sizes."""
         if self._fixed is not None:
             return self._fixed
         plain = self.cost(0, kind)
@@ -114,10 +114,10 @@ class DraftControl:
           length: drafted tokens a round; 0: plain steps.
           seconds: of the call.
           rounds: rounds (or steps) in it.
-          tokens: that a row got in a round on average; 1 for plain steps, by the acceptance where
-            omitted.
+          tokens: average number that a row got in a round; 1 for plain steps; from the acceptance
+            if omitted.
           tested: drafted tokens that were compared.
-          accepted: those that were accepted.
+          accepted: drafted tokens that were accepted.
           kind: as of `choose`.
           program: tells apart calls of one kind and length that are compiled each for itself.
         """

@@ -64,21 +64,21 @@ def _laid_out(plan: Plan, options: DecodeOptions, state: DecodeState):
 class Engine:
     """A fixed number of slots, each with its own prompt, settings and end.
 
-    Slots do not see each other: what a slot emits does not depend on what else is decoded, and
-    every program is compiled once, for all slots. Fill a slot (``prefill``), let all run for some
-    tokens (``decode_chunk``), look at what came, empty slots and fill them again: that is
-    continuous batching, and `generate` is the same thing with all slots filled at once.
+    Slots are independent: what a slot emits does not depend on the others. Every program is
+    compiled once, for all slots. For continuous batching, fill a slot (``prefill``), let all decode
+    some tokens (``decode_chunk``), read what they emitted, empty slots and fill them again.
+    `generate` does the same with all slots filled at once.
 
     Args:
       model: a `Decoder`, a `CachedModel`, ``(apply_fn, params, cache)`` or an `Ensemble`.
       slots: how many rows are decoded together.
-      max_length: most tokens of a slot, prompt included.
+      max_length: largest number of tokens of a slot, prompt included.
       options: what is reported, and what requests may ask for.
-      extra: one slot's value of ``state.extra`` where a request brings none; a pytree of arrays.
-      speculation: who drafts where ``speculate`` is to be called; caches then have room for drafts
+      extra: one slot's value of ``state.extra`` if a request brings none; a pytree of arrays.
+      speculation: the drafting member, for calls of ``speculate``; caches then have room for drafts
         that are taken back.
-      rings: windowed layers forget what lies before their window; False keeps all positions, which
-        a `PromptReader` that shares prefixes needs.
+      rings: let windowed layers forget what lies before their window; False keeps all positions,
+        which a `PromptReader` that shares prefixes needs.
 
     Raises:
       ValueError: for a drafting member that the model does not have.
@@ -170,7 +170,7 @@ class Engine:
     def place(
         self, slot: int, request: Request, lengths: list[int], cache: Any, logits: Any
     ) -> Emitted:
-        """Go on in a slot from a cache of one row that has read a request's prompts.
+        """Fill a slot from a cache of one row that has read a request's prompts.
 
         Args:
           slot: which.
@@ -196,7 +196,7 @@ class Engine:
         return self.plan.init_cache(1, self._room)
 
     def extra_of(self, request: Request | None) -> Any:
-        """What a slot keeps in ``state.extra`` for a request; for None an idle slot's."""
+        """A slot's value of ``state.extra`` for a request; for None, that of an idle slot."""
         given = None if request is None else request.extra
         return self._extra if given is None else given
 
@@ -217,7 +217,7 @@ class Engine:
         return emitted
 
     def decode_chunk(self, steps: int) -> Emitted:
-        """Go on by at most ``steps`` tokens in every active slot.
+        """Decode at most ``steps`` tokens in every active slot.
 
         Returns:
           `Emitted` of ``[slots, steps]``; ``valid`` tells which tokens are there.
@@ -228,10 +228,10 @@ class Engine:
         return emitted
 
     def speculate(self, length: int, rounds: int = 1) -> tuple[Emitted, Drafted]:
-        """Go on by 1 to ``length + 1`` tokens a round in every active slot.
+        """Decode 1 to ``length + 1`` tokens a round in every active slot.
 
         One member drafts ``length`` tokens, one pass of all members verifies them, and every slot
-        goes as far as its draft is accepted. Tokens are distributed as ``decode_chunk``'s are.
+        advances as far as its draft is accepted. Tokens are distributed as ``decode_chunk``'s are.
 
         Returns:
           `Emitted` of ``[slots, rounds * (length + 1)]``, each slot's tokens without gaps, and
@@ -261,9 +261,9 @@ class Engine:
         return emitted, drafted
 
     def allow(self, allowed: np.ndarray) -> None:
-        """Say which tokens every slot may emit next, and after that until this is said again.
+        """Set which tokens every slot may emit, until it is set again.
 
-        Whoever changes it from token to token decodes chunks of one step.
+        To change it from token to token, decode chunks of one step.
 
         Args:
           allowed: uint32 ``[slots, words]``, bit ``v % 32`` of word ``v // 32`` for token v.

@@ -194,14 +194,13 @@ class Ensemble:
     Args:
       large: the model whose distribution is moved: a `Decoder`, a triple or a `CachedModel`.
       experts: models tuned towards something.
-      bases: what the experts were tuned from: one for all, or one an expert.
+      bases: models that the experts were tuned from: one for all, or one for each expert.
       fuse: ``fuse(large, experts, bases, vocab_where=None) -> (fused, info)`` with logits
         ``[*batch, vocab]``, experts and bases along a new leading axis (of length 1 for
         a base that serves all, of length 0 for none); any strategy of `logitjax.fusion`.
-        ``info`` is a pytree of arrays, handed through to the caller. A strategy with a
+        ``info`` is a pytree of arrays for the caller. A strategy with a
         ``token_map`` gets the small models' logits as they are, and they read mapped tokens.
-      stack: whether small models of one architecture become one call. Their parameters are copied
-        then.
+      stack: run small models of one architecture as one call. This copies their parameters.
       ring_slack: see `cached_model`.
 
     Raises:

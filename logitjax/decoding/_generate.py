@@ -51,24 +51,24 @@ def generate(
 ) -> Generated:
     """Continue prompts of any lengths, all rows together, in one compiled loop.
 
-    With ``drafts`` it is faster where a member of the ensemble guesses the fused tokens: that
-    member runs ahead by some tokens, one pass of all members verifies them, and each row goes as
-    far as its draft is accepted: by the *fused* distribution, which tokens therefore follow
-    exactly, whoever drafts. Greedy tokens are those without drafts. How much is drafted follows
-    measured costs and acceptance; where drafting does not pay, rows go on step by step.
+    ``drafts`` make it faster if a member of the ensemble often guesses the fused tokens. That
+    member drafts some tokens, one pass of all members verifies them, and each row advances as far
+    as its draft is accepted. Acceptance uses the *fused* distribution, so tokens follow it exactly,
+    whoever drafts. Greedy tokens are the same as without drafts. The draft length follows measured
+    costs and acceptance; where drafting does not pay, rows decode step by step.
 
     Args:
       model: a `Decoder`, a `CachedModel`, ``(apply_fn, params, cache)`` or an `Ensemble`. A stacked
-        decoder is converted on every call: hand in a listed one to decode often.
+        decoder is converted on every call: pass a listed one to decode often.
       prompts: token ids, one prompt or several.
-      max_new_tokens: how many to add at most.
+      max_new_tokens: largest number of tokens to add.
       sampling: for all rows (row i draws with ``seed + i``) or one a row.
       others: prompts of the experts, then of the bases, each a list with one a row; None: the same.
       stop_ids: rows end after any of these; the token itself is kept.
       logit_bias: added to the logits of these tokens, in every row.
-      text: texts, stop strings, and who sees tokens as they come.
-      drafts: who drafts and how much, for an ensemble whose members have passes of their own. What
-        a control has learnt of costs and acceptance serves later calls of the same kind.
+      text: asks for text, stop strings, and a function that receives tokens as they come.
+      drafts: the drafting member and the lengths, for an ensemble whose members have passes of
+        their own. A control's estimates serve later calls of the same kind.
       options: what else to report; room for penalties, biases and stop tokens is made as needed.
 
     Returns:

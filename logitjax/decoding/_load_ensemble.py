@@ -15,7 +15,7 @@ def load_ensemble(
     *,
     dtype: str = "float32",
 ) -> tuple[Ensemble, models.Tokenizer, tuple[int, ...]]:
-    """Load models by name and let them decode together.
+    """Load models by name as one ensemble.
 
     Small models whose tokenizer differs from the large one's are fused over the tokens that both
     have.
@@ -23,7 +23,7 @@ def load_ensemble(
     Args:
         large: The model that is steered, or decodes alone; as for `logitjax.models.load`.
         experts: Tuned small models.
-        bases: What the experts were tuned from: one for all, or one each.
+        bases: Models that the experts were tuned from: one for all, or one for each.
         fuse: Strategy of `logitjax.fusion`; None for the large model alone.
         dtype: Type of parameters and computation.
 

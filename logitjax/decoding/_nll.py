@@ -10,13 +10,13 @@ from logitjax.decoding._score import score
 
 
 def nll_from_model(model: Any) -> Callable[[Any, Any], tuple[np.ndarray, np.ndarray]]:
-    """A function for the negative log-likelihood of given tokens under what a model decodes from.
+    """A function for the negative log-likelihood of given tokens under a model or ensemble.
 
     ::
 
         nll[b, t] = -log p(tokens[b, t] | tokens[b, :t])   where targets[b, t], else 0
 
-    What stands before a row's first target is read through the cache, without logits: many short
+    Tokens before a row's first target are read through the cache, without logits. So many short
     answers to long questions cost little more than the questions.
 
     Args:

@@ -173,20 +173,20 @@ class _Reading:
 class PromptReader:
     """Reads prompts in pieces of a fixed size, several at a time, and puts them into slots.
 
-    Between two pieces an engine's slots decode, so that a long prompt holds nobody up for longer
-    than a piece takes. Every piece has one of three shapes, whatever comes: one prompt by
-    ``chunk`` or ``chunk // rows`` tokens, or all ``rows`` of them by ``chunk // rows``.
+    Between two pieces an engine's slots decode, so a long prompt delays the others by no more than
+    a piece takes. Every piece has one of three shapes: one prompt with ``chunk`` or ``chunk //
+    rows`` tokens, or all ``rows`` prompts with ``chunk // rows``.
 
     Args:
-      engine: whose model reads, and whose slots are filled.
-      rows: how many prompts are on their way at most.
-      chunk: most tokens of a piece, of all prompts together; ``rows`` divides it.
-      prefix_bytes: how much is kept of prompts that were read, for prompts that begin alike. Only
-        of models whose caches say where positions lie, as decoders' do.
+      engine: its model reads, and its slots are filled.
+      rows: largest number of prompts that are read at once.
+      chunk: largest number of tokens of a piece, over all prompts; ``rows`` divides it.
+      prefix_bytes: memory for what was read, for prompts with a common beginning. Needs a model
+        whose caches say where positions lie, as decoders' do.
 
     Attributes:
-      tokens_read: tokens that went through the model.
-      tokens_reused: tokens that did not have to.
+      tokens_read: number of tokens that went through the model.
+      tokens_reused: number of tokens that were read before.
 
     Raises:
       ValueError: for a ``chunk`` that ``rows`` does not divide, or an engine whose windowed layers
@@ -215,7 +215,7 @@ class PromptReader:
         return None in self._rows
 
     def waits(self, prompt: Prompt, *, salt: str = "") -> bool:
-        """Whether what this prompt needs next is being read for another one."""
+        """Whether the next piece of this prompt is being read for another prompt."""
         if not self.prefixes.limit:
             return False
         names = self._names(np.asarray(prompt), salt)
@@ -228,10 +228,11 @@ class PromptReader:
         """Take a prompt; returns the row that reads it.
 
         Args:
-          request: whose prompt it is.
-          salt: only prompts of the same one share what was read.
-          report: also report log-probabilities of the prompt's tokens; it is read from its
-            beginning then. Where options remember tokens, an idle slot's extra is that of no token.
+          request: the request with the prompt.
+          salt: only prompts with the same salt share what was read.
+          report: also report log-probabilities of the prompt's tokens; the prompt is then read
+            from its beginning. Where options remember tokens, an idle slot's extra is that of no
+            token.
 
         Raises:
           ValueError: where no row is free, or a prompt is wrong or too long.
@@ -265,7 +266,7 @@ class PromptReader:
         return row
 
     def advance(self) -> list[int]:
-        """Read one piece; returns the rows that are through with their prompts."""
+        """Read one piece; returns the rows that have read their whole prompts."""
         turns = [row for row in self._turns if self._reading(row).left]
         if not turns:
             return []
@@ -287,7 +288,7 @@ class PromptReader:
         return [row for row in read if not self._reading(row).left]
 
     def place(self, row: int, slot: int, request: Request) -> Emitted:
-        """Put what a row has read into a slot, as often as wanted, and choose the first token.
+        """Put what a row has read into a slot, also into several, and choose the first token.
 
         Returns:
           `Emitted` of one row.

@@ -27,21 +27,21 @@ _ROW_FIELDS = (
 class Sampling:
     """How the next token is chosen.
 
-    Applied in the order of transformers: penalties, temperature, top-k, top-p of what top-k left,
+    The order is that of transformers: penalties, temperature, top-k, top-p of what top-k left,
     min-p. Entries that tie with the last one kept are kept too.
 
     Attributes:
-      temperature: 0 takes the most likely token; the rest below then changes nothing but the
-        penalties.
+      temperature: 0 takes the most likely token; of the fields below only the penalties then
+          matter.
       top_k: keep this many of the largest logits; 0 keeps all.
       top_p: keep the fewest most likely tokens that together have this probability.
       min_p: keep tokens at least this fraction as likely as the most likely one.
       repetition_penalty: logits of tokens seen in the prompt or generated are divided by it where
         positive, multiplied where negative.
       presence_penalty: subtracted from the logits of tokens that were generated, once each.
-      frequency_penalty: the same, as often as they were generated.
-      seed: of the row's own noise: what a row draws depends on its seed and how many tokens it has
-        generated, not on its neighbours.
+      frequency_penalty: the same, once for every time that they were generated.
+      seed: seed of the row's own noise. What a row draws depends on its seed and on how many tokens
+        it has generated, not on its neighbours.
 
     >>> Sampling(temperature=0.7, top_p=0.9).top_k
     0

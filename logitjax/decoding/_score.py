@@ -62,17 +62,17 @@ def score(
     info: bool = False,
     block: int = 64,
 ) -> Scores:
-    """Log-probabilities of continuations, each after its prompt, under what `generate` draws from.
+    """Log-probabilities of continuations, each after its prompt, by a model or ensemble.
 
-    Teacher-forced in blocks, so that logits of ``block`` positions at most are held at once; the
-    models of an `Ensemble` read their own prompts and then the same continuation.
+    Continuations are read in blocks, so that logits of at most ``block`` positions are held at
+    once. The models of an `Ensemble` read their own prompts and then the same continuation.
 
     Args:
       model: as for `generate`.
       prompts: token ids, at least one each.
       continuations: as many.
       others: as for `generate`.
-      info: report what the fusion says about every position.
+      info: report the fusion's ``info`` of every position.
       block: positions at a time.
 
     Returns:

@@ -28,16 +28,16 @@ _DRAFT, _ACCEPT, _INSTEAD = 1, 2, 3
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Speculation:
-    """Who drafts, how much, and how drafts are accepted.
+    """The drafting member, the draft lengths, and how drafts are accepted.
 
     Attributes:
       draft: the member that drafts: ``'expert'`` or ``'base'`` (the first of them), or its place
         among large model, experts and bases.
-      lengths: numbers of tokens that may be drafted at a time, ascending; each is a program.
-      acceptance: ``'rejection'`` accepts with probability min(1, p / q) and draws from what is left
-        of p otherwise, which accepts the most. ``'coupled'`` lets draft and target draw with the
-        same noise and accepts where they agree: a little less often, but the tokens are those that
-        plain decoding draws from the same seed, whatever the draft and its length.
+      lengths: numbers of tokens that may be drafted at once, ascending; each compiles a program.
+        acceptance: ``'rejection'`` accepts with probability min(1, p / q) and draws from what is
+        left of p otherwise, which accepts the most. ``'coupled'`` lets draft and target draw with
+        the same noise and accepts where they agree: a little less often, but the tokens are those
+        that plain decoding draws from the same seed, whatever the draft and its length.
     """
 
     draft: str | int = "expert"

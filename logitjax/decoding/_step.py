@@ -22,7 +22,7 @@ from logitjax.ops import log_softmax, top_k
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecodeOptions:
-    """What a compiled step does beside stepping; every field costs only where it is used.
+    """What a compiled step reports and supports beside stepping. A field costs only if it is used.
 
     Attributes:
       logprobs: report the log-probability of every chosen token.
@@ -30,12 +30,12 @@ class DecodeOptions:
       logprobs_of: ``'model'``: of the (fused) logits as they are served; ``'biased'``: after logit
         bias; ``'adjusted'``: after processors and repetition penalty too. Before temperature and
         truncation always.
-      info: report what the fusion says about every token.
+      info: report the fusion's ``info`` of every token.
       repetition: keep track of seen tokens and of how often they were generated, which penalties
         need.
-      masks: let requests say which tokens may come next, see `Engine.allow`.
-      max_logit_bias: entries of a slot's logit bias.
-      max_stop_ids: stop tokens of a slot.
+      masks: let requests restrict the next token, see `Engine.allow`.
+      max_logit_bias: largest number of entries of a slot's logit bias.
+      max_stop_ids: largest number of stop tokens of a slot.
       pad_id: what frozen rows emit.
       served: a function ``(logits [rows, vocab], extra) -> logits`` of what is served before any
         request moves it, noise and caps of an API; ``extra`` is what each slot was given.

@@ -8,10 +8,10 @@ from logitjax.models import Tokenizer
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextOptions:
-    """Texts of what is generated, and who sees them as they come.
+    """Asks for generated text, and for a function that receives it as it comes.
 
-    Where somebody does (``stream``, ``stop_strings``) the steps run in chunks and the host looks in
-    between; tokens are the same.
+    With ``stream`` or ``stop_strings`` the steps run in chunks, and the host reads tokens between
+    them. The tokens are the same.
 
     Attributes:
       tokenizer: of the model, to make texts.
@@ -37,9 +37,9 @@ class TextOptions:
 
 
 class TextStream:
-    """The text of a growing list of tokens, handed out once it can no longer change.
+    """The text of a growing list of tokens, returned once it can no longer change.
 
-    Held back are the bytes of an unfinished character, and an end of the text that may become a
+    It holds back the bytes of an unfinished character, and an end of the text that may become a
     stop string. Special tokens leave no text.
 
     Args:
@@ -68,7 +68,7 @@ class TextStream:
         self._prefix = self._read = 0
 
     def push(self, tokens: Sequence[int]) -> str:
-        """Take more tokens; the text that is certain by now and was not given before.
+        """Take more tokens, and return the text that is newly certain.
 
         Tokens after the one that completes a stop string are not taken.
         """

@@ -52,15 +52,15 @@ class DynamicFusion:
         budget    KL(P_a||P) = KL(Q_t||Q): the largest shift within the expert's divergence
         project   the P_a nearest to P with E_{P_a}[log Q_t/Q] >= KL(Q_t||Q)
 
-    The first two search an objective with several minima; the last three are each the root of one
+    The first two search an objective with several minima. The last three are each the root of one
     growing function. All of them give alpha = 1 where P equals Q.
 
-    With several experts `multi` says how they share::
+    With several experts `multi` says how alphas are chosen::
 
-        single      one expert a token, the one that comes nearest to the mean of the divergences
-                    (the paper's rule; an expert that changed nothing halves the others' say)
+                single      one expert a token, the one that comes nearest to the mean of the
+                    divergences (the paper's rule; an expert that changed nothing halves that mean)
         joint       all alphas for the mean divergences: on the full grid, or the shortest step;
-                    of `method='project'` by `jeffreys`, for a mean of constraints is none
+                    with `method='project'` by `jeffreys`, as constraints have no mean
         per_expert  each alpha by itself, and the shifts add up
         project     the nearest P_a that satisfies `project` for all experts: convex, and an expert
                     that changed nothing changes nothing
@@ -68,15 +68,15 @@ class DynamicFusion:
     Attributes:
         method: see above. Grid is the paper's; the default closed most of the gap between a large
             model and its tuned self in the experiment of docs/dynamic_fusion.md.
-        multi: see above; of no effect with one expert. `'project'` takes the place of `method`. The
-            default did best with experts of two domains, where the sum of what each wants is too
+        multi: see above; without effect for one expert. `'project'` takes the place of `method`.
+            The default did best with experts of two domains, where the sum of all shifts is too
             much.
         alpha_range: least and largest alpha.
         num: points of the grid, the ends included.
-        max_sweeps: evaluations of a search at most.
-        sharded_sweeps: evaluations of a search with `axis_name`: just so many, for each is an
-            all-reduce. Newton starts from the whole grid then, which is one.
-        tolerance: of the root searches, on the divergence, relative.
+        max_sweeps: largest number of evaluations of a search.
+        sharded_sweeps: exact number of evaluations of a search with `axis_name`, each of which is
+            an all-reduce. Newton then starts from the whole grid, which takes one.
+        tolerance: relative tolerance of the root searches on the divergence.
 
     >>> large = jnp.array([2.0, 1.0, 0.0])
     >>> expert, base = jnp.array([0.0, 2.0, 0.0]), jnp.array([2.0, 1.0, 0.0])

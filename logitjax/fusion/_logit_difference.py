@@ -17,30 +17,30 @@ _FORMS, _FILTERS, _OUTSIDE = ("raw", "centred"), ("clean", "official", "none"), 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LogitDifference(Strategy):
-    """Takes away what an assistant, trained to know the data to forget and nothing else, says.
+    """Subtracts an assistant's logits; the assistant knows the data to forget and nothing else.
 
     ::
 
         large - alpha * assistant                                      raw
         large - alpha * (assistant - log sum exp assistant + log V)    centred
 
-    Both are one distribution as long as all entries are changed. A filter leaves the assistant's
-    say to tokens that the large model finds likely, and then the constant matters: a raw assistant
-    with flat logits c moves those tokens by `-alpha c` against the others, a centred one by 0.
-    The two want different alphas.
+    Both give the same distribution if all entries are changed. A filter changes only tokens that
+    the large model finds likely, and then the constant matters: a raw assistant with flat logits c
+    moves those tokens by `-alpha c` against the others, a centred one by 0. The two forms need
+    different alphas.
 
-    Filters: `'clean'` changes tokens with `p_large >= rate * max p_large`; `'official'` is
-    what was released, which also changes the `int(rate * V)` most likely tokens, so in effect
-    those; `'none'` changes all.
+    Filters: `'clean'` changes tokens with `p_large >= rate * max p_large`. `'official'` is the
+    released filter, which also changes the `int(rate * V)` most likely tokens, so in effect those.
+    `'none'` changes all tokens.
 
     Attributes:
         alpha: the assistant's weight.
         form: see above.
-        filter: see above. `'none'` by default: filtered, a confident target has one token left to
-            change, and an answer that it is sure of stays likely whatever alpha is.
-        rate: of the filter.
-        outside: what becomes of the tokens that the filter leaves out: `'keep'` the large model's
-            logits, as in scoring a text; `'exclude'` them, as the release does while it generates.
+        filter: see above. `'none'` by default: a filter leaves a confident target one token to
+            change, so an answer that it is sure of stays likely whatever alpha is.
+        rate: rate of the filter.
+        outside: the tokens that the filter leaves out: `'keep'` their logits of the large model,
+            as in scoring a text, or `'exclude'` them, as the release does while it generates.
 
     >>> large, assistant = jnp.array([3.0, 2.0, -5.0]), jnp.array([4.0, 0.0, 0.0])
     >>> fused, _ = jax.jit(LogitDifference(alpha=0.5, form="raw"))(large, assistant)

@@ -13,14 +13,13 @@ from logitjax.ops import AxisName, checks, log_softmax
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProxyTuning(Strategy):
-    """Adds what experts have learnt beyond their bases, at every token by the same weight.
+    """Adds the difference of experts and their bases, with the same weight at every token.
 
     ::
 
         large + alpha * sum_t (expert_t - base_t)
 
-    With alpha = 1 the fused model is what tuning the large model would give if both learnt the
-    same log-ratio.
+    With alpha = 1 this equals tuning the large model, if both learnt the same log-ratio.
 
     Attributes:
         alpha: the weight.
@@ -43,7 +42,7 @@ class ProxyTuning(Strategy):
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DExperts(Strategy):
-    """Towards an expert and away from an anti-expert, among what the large model finds plausible.
+    """Moves towards an expert and away from an anti-expert, within the large model's top-p set.
 
     ::
 
@@ -92,13 +91,13 @@ class DExperts(Strategy):
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EmulatedFineTuning(Strategy):
-    """A large pre-trained model under the reward that tuning a small one implies.
+    """Tilts a large pre-trained model by the reward that tuning a small one implies.
 
     ::
 
         log pi = log pi_large + beta * (log pi_tuned - log pi_base) - log Z
 
-    The distribution is that of `ProxyTuning` with alpha = beta; what comes out is normalised.
+    The distribution is that of `ProxyTuning` with alpha = beta; the result is normalised.
 
     Attributes:
         beta: weight of the implied reward.
@@ -122,17 +121,17 @@ class EmulatedFineTuning(Strategy):
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ContrastiveDecoding(Strategy):
-    """What the large model finds more likely than an amateur, among what it finds plausible.
+    """Prefers tokens that the large model finds likelier than an amateur, among plausible ones.
 
     ::
 
         weight * large - amateur_weight * amateur   where p_large >= plausibility * max p_large
 
-    The amateur comes as the base, and there are no experts.
+    The amateur is passed as the base, and there are no experts.
 
     Attributes:
-        weight: of the large model.
-        amateur_weight: of the amateur.
+        weight: weight of the large model.
+        amateur_weight: weight of the amateur.
         plausibility: least probability as a fraction of the largest; 0 keeps all.
 
     >>> fuse = jax.jit(ContrastiveDecoding())

@@ -26,7 +26,7 @@ _NOWHERE = -1e30
 
 @dataclasses.dataclass(frozen=True)
 class TokenMap:
-    """Which token of a small vocabulary each token of a large one is.
+    """The token of a small vocabulary for each token of a large one.
 
     Hashable by what it maps, so that it may be a static argument.
 
@@ -114,7 +114,7 @@ class OverlapFusion:
     """A strategy for experts and bases whose vocabulary is not the large model's.
 
     On tokens that both have, the fused logits are the strategy's, by differences of
-    log-probabilities; others keep the large model's logits, up to what normalisation does. A token
+    log-probabilities. Other tokens keep the large model's logits, up to normalisation. A token
     that some of the small models have at ``-inf`` and others do not is ``-inf``.
 
     Attributes:
@@ -194,9 +194,9 @@ def vocabulary_map(
 ) -> TokenMap:
     """The token map of two vocabularies of one tokenizer; different tokenizers are refused.
 
-    Fusing next-token distributions makes sense only where both models cut text alike. With
-    tokenizers this is tried on `probes`. Of plain vocabularies it can be judged only by their
-    spelling and numbering: tokenizers that were derived from one another keep the order of ids.
+    Fusing next-token distributions makes sense only if both models cut text alike. With tokenizers,
+    `probes` test this. Plain vocabularies can be judged only by their spelling and numbering:
+    tokenizers that were derived from one another keep the order of ids.
 
     Args:
         large: a tokenizer (with `encode` and `get_vocab`, itself or in its `backend`), a
@@ -209,7 +209,7 @@ def vocabulary_map(
         `TokenMap`.
 
     Raises:
-        ValueError: the two are not one tokenizer; says how that shows.
+        ValueError: the two are different tokenizers; the message gives the evidence.
 
     >>> vocabulary_map(["a", "b", "ab", "<new>"], {"a": 0, "b": 1, "ab": 2}).small_ids
     array([ 0,  1,  2, -1], dtype=int32)
