@@ -75,7 +75,7 @@ class DraftControl:
         return expected_tokens(self.acceptance, length) * plain / cost
 
     def choose(self, kind: Hashable = None) -> int:
-        """The next length; ``kind`` tells apart calls that cost differently, such as batch sizes."""
+        """The next length; ``kind`` tells apart calls of different cost, such as batch sizes."""
         if self._fixed is not None:
             return self._fixed
         plain = self.cost(0, kind)

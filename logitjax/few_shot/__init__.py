@@ -1,11 +1,11 @@
 """Learning from a few labelled images beside a frozen zero-shot classifier.
 
-- `read_pictures` takes what encoders made of pictures, `fit` chooses and trains a `FittedHead`,
-  which predicts and saves itself; `load` reads it.
-- `methods`: the methods, `methods.AMU` and those it is compared with; `candidates` adds a recipe
-  and the settings to choose among.
-- `Inputs` and `FewShotTask` are what they learn from, `train` trains one by a `Recipe`, `sweep`
-  trains and scores one on many samples with a grid of settings.
+- `read_pictures` reads encoded pictures. `fit` chooses and trains a `FittedHead`, which predicts
+  and saves itself; `load` reads it.
+- `methods` has the methods: `methods.AMU` and those it is compared with. `candidates` adds a
+  recipe and the settings to choose among.
+- Methods learn from `Inputs` and a `FewShotTask`. `train` trains one by a `Recipe`, `sweep` trains
+  and scores one on many samples with a grid of settings.
 - `extract_features` fills the `FeatureCache` of a frozen encoder.
 """
 

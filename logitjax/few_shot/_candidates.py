@@ -21,8 +21,8 @@ class Candidate:
 
     Attributes:
         method: The method at its published setting, which holds where nothing can be chosen.
-        recipe: How it is trained, if it is.
-        grid: Columns of equal length, as of `sweep`; nothing to choose if None.
+        recipe: How it is trained; None for a method without training.
+        grid: Columns of equal length, as for `sweep`; None if there is nothing to choose.
     """
 
     method: Method
@@ -40,7 +40,7 @@ class Candidate:
         return dataclasses.replace(self, method=dataclasses.replace(self.method, scale=scale))
 
     def chosen(self, number: int) -> "Candidate":
-        """The setting with this number, and nothing left to choose."""
+        """The candidate with the setting of this number, and nothing left to choose."""
         settings = {name: float(column[number]) for name, column in (self.grid or {}).items()}
         method, recipe = with_settings(self.method, self.recipe, settings)
         return Candidate(method=method, recipe=recipe)
@@ -51,7 +51,7 @@ class Candidate:
 
     @property
     def settings(self) -> int:
-        """How many settings there are to choose among."""
+        """Number of settings to choose among."""
         return max(map(len, (self.grid or {}).values()), default=1)
 
     @property
@@ -61,7 +61,7 @@ class Candidate:
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """Which features it reads beside those of the zero-shot encoder."""
+        """Features that it needs beside those of the zero-shot encoder."""
         if isinstance(self.method, methods.ProLIP):
             return ("hidden",)
         reads = isinstance(self.method, methods.AMU | methods.CaFo)
@@ -75,20 +75,19 @@ def candidates(
     batch_size: int = 8,
     steps: int = 60,
 ) -> dict[str, Candidate]:
-    """Every method by name, with as many settings to choose among as any other.
+    """Every method by name, each with the same number of settings to choose among.
 
-    Grids are products of two columns where a method has two numbers that are searched in its
-    paper, and one column otherwise. Recipes are the published ones; methods without one for
-    features of any kind take `steps` of 32 images.
+    A method whose paper searches two numbers has a grid of two columns, others of one. Recipes are
+    the published ones. Methods without a recipe for arbitrary features take `steps` of 32 images.
 
     Args:
         grid: `'small'` for 4 settings, `'full'` for 12.
-        epochs: Of AMU.
-        batch_size: Of AMU.
-        steps: Of methods without a published recipe.
+                epochs: Number of epochs of AMU.
+        batch_size: Number of images in a batch of AMU.
+        steps: Number of steps of methods without a published recipe.
 
     Raises:
-        ValueError: Another name of a grid.
+        ValueError: An unknown grid.
 
     >>> {len(next(iter(c.grid.values()))) for c in candidates().values()}
     {4}

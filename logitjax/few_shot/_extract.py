@@ -21,10 +21,10 @@ def encoder_views(
     """Views of pictures as an encoder takes them, in its size and by its interpolation.
 
     Args:
-        encoder: Who will look at them.
+        encoder: The encoder that will read them.
         spec: `plain`, or `random:COUNT` for so many random crops of each picture.
-        fit: What a square loses (`crop`) or gains (`pad`). Encoders that were trained on pictures
-            without their proportions lose these instead of the margins.
+        fit: How pictures become square: `crop` or `pad`. For encoders that were trained on squeezed
+            pictures, `crop` squeezes instead.
         seed: Seed of random views.
 
     Raises:
@@ -77,18 +77,18 @@ def extract_features(
     dtype: str = "float16",
     rows_per_shard: int = 256,
 ) -> FeatureCache:
-    """Encode pictures once and keep what a frozen encoder sees.
+    """Encode pictures once by a frozen encoder, and keep the features.
 
-    Rows that the directory already holds are left alone, so that a call that was killed goes on.
-    Every view of a batch is encoded in one call, spread over this process's devices; processes
-    share the shards.
+    Rows that the directory already holds are left alone, so a killed call continues when it is
+    repeated. All views of a batch are encoded in one call, spread over this process's devices.
+    Processes share the shards.
 
     Args:
         encoder: The frozen encoder.
         images: Pictures with their labels.
-        directory: Becomes the cache, or is one of the same encoder, pictures and views.
-        views: What is seen of each picture, as of `encoder_views`.
-        rows: Numbers of the pictures, as of `choose_rows`; all if omitted.
+        directory: Folder of the cache: empty, or a cache of the same encoder, pictures and views.
+        views: Views of each picture, from `encoder_views`.
+        rows: Numbers of the pictures, from `choose_rows`; all if omitted.
         batch_size: Pictures encoded together, with all their views.
         dtype: Type on disk.
         rows_per_shard: Pictures a file.
@@ -96,7 +96,7 @@ def extract_features(
     Raises:
         TypeError: Rows that are not integers, such as a mask.
         ValueError: The directory holds the features of something else (it says which part differs),
-            or a row is none of the pictures.
+            or a row does not exist.
     """
     chosen = np.arange(len(images)) if rows is None else np.asarray(rows)
     checks.ids(chosen, len(images), "rows")
@@ -141,8 +141,8 @@ def choose_rows(images: data.ImageSet, spec: str, *, seed: int = 0) -> np.ndarra
     """Numbers of pictures by a spec, ascending.
 
     Args:
-        images: What they are chosen from.
-        spec: `all`, a number from the start, or `per_class:N` at random.
+        images: Pictures to choose from.
+        spec: `all`, a number counted from the start, or `per_class:N` at random.
         seed: Seed of the choice.
 
     Raises:

@@ -30,12 +30,12 @@ class FeatureIdentity:
       preprocessing: how colours become inputs.
       views: how pictures were scaled and cut (``str`` of `ImageViews`).
       data: the pictures' source.
-      data_fingerprint: of the pictures.
-      class_names: by class number.
-      num_views: a row.
-      num_features: a view.
-      num_logits: a view; 0 where the encoder has no class head.
-      compute_dtype: what the encoder computed in.
+      data_fingerprint: a fingerprint of the pictures.
+      class_names: names by class number.
+      num_views: views in a row.
+      num_features: features of a view.
+      num_logits: logits of a view; 0 if the encoder has no class head.
+      compute_dtype: type that the encoder computed in.
       dtype: 'float32' or 'float16': how both are stored.
     """
 
@@ -120,10 +120,10 @@ class _Codec:
 
 
 class FeatureCache(RowCache):
-    """What an encoder makes of pictures, found by their number in the image set.
+    """Features of pictures by one encoder, found by their number in the image set.
 
-    `fill` encodes pictures that are not there yet; its `compute` gives `Features`. `read` returns
-    them, in the order asked for.
+    `fill` encodes missing pictures; its `compute` gives `Features`. `read` returns them in the
+    requested order.
 
     >>> import tempfile
     >>> identity = FeatureIdentity(

@@ -32,14 +32,14 @@ _KIND = "few-shot head"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FittedHead:
-    """A method that has learnt, with the zero-shot classifier that it is added to.
+    """A trained method, with the zero-shot classifier that it is added to.
 
     Attributes:
-        method: The method, at the setting that was chosen.
-        state: What it has learnt.
+        method: The method, at the chosen setting.
+        state: Its trained state.
         class_weights: `[features, classes]` of the zero-shot classifier.
-        scale: Of its cosines.
-        class_names: By class number.
+        scale: Scale of the classifier's cosines.
+        class_names: Names by class number.
     """
 
     method: Method
@@ -58,9 +58,10 @@ class FittedHead:
         """float32 `[batch, classes]`, the fused logits of pictures.
 
         Args:
-            features: Of the encoder that names classes, of any length.
-            auxiliary: Of the other encoder, if the head was trained with one.
-            hidden: Of the first encoder before its last projection, for `methods.ProLIP`.
+            features: Features of the encoder that names classes, of any length.
+            auxiliary: Features of the other encoder, if the head was trained with one.
+            hidden: Features of the first encoder before its last projection, for
+                `methods.ProLIP`.
 
         Raises:
             ValueError: Features that the method needs are missing, or of another width.
@@ -121,18 +122,18 @@ def fit(
     *,
     seed: int = 0,
 ) -> FittedHead:
-    """Chooses a method's setting on validation pictures and trains it at that.
+    """Choose a method's setting on validation pictures, and train it with that setting.
 
     Args:
         candidate: The method with its recipe and settings, or its name in `candidates()`.
-        pictures: What it learns from.
-        validation: Other pictures to choose on, with features of the same encoders; without them
-            the method keeps its published setting, the protocol of CLAP. LP++ as released also
-            stops by them.
+        pictures: Pictures to learn from.
+        validation: Other pictures to choose on, with features of the same encoders. Without them
+            the method keeps its published setting, which is CLAP's protocol. LP++ as released
+            also stops by them.
         seed: Seed of the order of pictures, and of a random start.
 
     Raises:
-        ValueError: No such method, features that it needs are missing, or what the method refuses.
+        ValueError: An unknown method, missing features, or pictures that the method refuses.
 
     >>> rng = np.random.default_rng(0)
     >>> labels = np.arange(12) % 3

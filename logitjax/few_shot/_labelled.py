@@ -25,9 +25,9 @@ _CLASSIFIER = ("class_weights", "projection", "projection_bias")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pictures:
-    """What encoders made of pictures, their classes, and a zero-shot classifier of these.
+    """Encoded pictures with their labels, and a zero-shot classifier of their classes.
 
-    Arrays are looked at when it is made; features and class weights are scaled to length one.
+    Arrays are checked at construction. Features and class weights are scaled to length one.
 
     Attributes:
         features: `[n, features]` of the encoder that names classes.
@@ -39,10 +39,10 @@ class Pictures:
             which also needs the next two.
         projection: `[hidden, features]`.
         projection_bias: `[features]`.
-        scale: Of the zero-shot classifier's cosines; CLIP's.
-        class_names: By class number; the numbers if there are none.
-        views: The same pictures seen otherwise, such as random crops of them, which methods learn
-            from instead. Settings are chosen and heads are tested on the pictures themselves.
+        scale: Scale of the zero-shot classifier's cosines; CLIP's by default.
+        class_names: Names by class number; the numbers if omitted.
+        views: Other views of the same pictures, such as random crops, which methods learn from
+            instead. Settings are chosen and heads are tested on the pictures themselves.
 
     Raises:
         TypeError: Labels that are not integers.
@@ -120,7 +120,7 @@ class Pictures:
 
     @property
     def task(self) -> FewShotTask:
-        """The pictures, or view after view of them, as what a method learns from."""
+        """The task of learning from these pictures, or from their views."""
         fixed = {name: getattr(self, name) for name in ("labels", *_CLASSIFIER)}
         seen = [view.inputs for view in self.views or (self,)]
         support = jax.tree.map(lambda *views: np.concatenate(views), *seen)
@@ -134,17 +134,17 @@ class Pictures:
         seed: int | Sequence[int] = 0,
         rest: bool = True,
     ) -> "Sample":
-        """Draws pictures to learn from, to choose settings on and to test on.
+        """Draw pictures to learn from, to choose settings on and to test on.
 
-        Samples of one seed are nested: more shots contain fewer. A class with too few pictures
-        gives what it has, at least one for each part.
+        Samples of one seed are nested: those with more shots contain those with fewer. A class with
+        too few pictures gives what it has, at least one for each part.
 
         Args:
             shots: Pictures of each class to learn from.
-            validation: Pictures of each class to choose on: `'shots'`, as many; `'min4'`, as many
-                but at most four, as CoOp has it; `'none'`.
+            validation: Pictures of each class to choose on: as many as shots (`'shots'`), as many
+                but at most four, as in CoOp (`'min4'`), or `'none'`.
             seed: Seed of the draw.
-            rest: Whether a picture of each class has to remain to be tested on.
+            rest: Whether a picture of each class has to remain for testing.
 
         Raises:
             ValueError: Another name, no shots, or a class without enough pictures.
@@ -177,15 +177,17 @@ class Pictures:
     def stack(
         self, samples: Sequence["Sample"], *, room: "Sample", test: "Pictures | None" = None
     ) -> tuple[FewShotTask, dict[str, tuple[Inputs, np.ndarray]]]:
-        """Samples with an axis of runs, padded, as `sweep` takes them.
+        """Samples stacked along an axis of runs and padded, for `sweep`.
 
         Args:
             samples: One for each run, of these pictures.
-            room: A sample with as many rows of each part as any that shall share a program.
+            room: A sample that sets the number of rows of each part, so that several calls share
+                one program.
             test: Pictures to test on; the rest of each sample if None.
 
         Returns:
-            What is learnt from, and by name what is `"validation"`, if any, and `"test"`.
+            The task to learn from, and by name the pictures of `"validation"`, if any, and
+            `"test"`.
         """
         plain = [self.inputs]
         views = [view.inputs for view in self.views] or plain
@@ -238,7 +240,7 @@ def read_pictures(
     projection: tuple[Any, Any] | None = None,
     views: Sequence[epath.PathLike] = (),
 ) -> Pictures:
-    """Pictures that were encoded before, by this library or by whatever else.
+    """Read pictures that this library or another program has encoded.
 
     A file is a directory that `extract_features` filled with one view of each picture, or an
     ``.npz`` or ``.safetensors`` with the arrays `features` `[n, features]` and `labels` `[n]`, and
@@ -247,15 +249,16 @@ def read_pictures(
         numpy.savez("train.npz", features=features.numpy(), labels=labels.numpy())
 
     Args:
-        features: Of the encoder that names classes.
-        auxiliary: Of another encoder, the same pictures in the same order.
+        features: File of the encoder that names classes.
+        auxiliary: File of another encoder, with the same pictures in the same order.
         class_weights: `[features, classes]`: an array, or a file of it: ``.npy``, or ``.npz`` or
             ``.safetensors`` with `class_weights` and perhaps `projection`, `projection_bias` and
             `scale`.
-        class_names: By class number; those of a cache if it has them.
-        scale: Of the zero-shot classifier's cosines; the file's, or else CLIP's 100.
-        projection: Last one of the first encoder and its bias or None, `vision.Encoder.projection`,
-            if what is read of it came from `vision.Encoder.before_projection`.
+        class_names: Names by class number; by default those of a cache.
+        scale: Scale of the zero-shot classifier's cosines; by default the file's, or CLIP's 100.
+        projection: The first encoder's last projection and its bias or None,
+            `vision.Encoder.projection`, if its features are from
+            `vision.Encoder.before_projection`.
         views: Directories that `extract_features` filled with several views of the same pictures,
             by the first encoder and by the second if there is one, to learn from.
 

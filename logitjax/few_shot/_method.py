@@ -23,7 +23,7 @@ from logitjax.ops import Array, Number, checks
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """Cached images, the last axis being classes or features; absent ones are None.
+    """Cached features of images. The last axis is classes or features; what is absent is None.
 
     Attributes:
         zero_shot: `[*batch, classes]` logits of the zero-shot classifier.
@@ -50,16 +50,16 @@ class Inputs:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FewShotTask:
-    """What a method learns from: labelled images, and weights of the zero-shot classifier.
+    """Labelled images to learn from, and the zero-shot classifier's weights.
 
     Attributes:
         support: `[views * n, ...]` labelled images, view after view of all of them.
-        labels: `[n]` classes; images with the label -1 are not there.
+        labels: `[n]` classes; images with the label -1 are padding.
         class_weights: `[features, classes]` of the zero-shot classifier, columns of length one; for
             methods that read them. `methods.CLAP` and a `methods.TaskRes` that renormalises take
             columns of any length.
         projection: `[hidden, features]`, the encoder's last one; for methods that train it.
-        projection_bias: `[features]`, what it adds; nothing if None.
+        projection_bias: `[features]`, the projection's bias; None for none.
         validation: Other images `[m, ...]`, for a method that stops by them.
         validation_labels: `[m]` classes of these; -1 where there is none.
         views: Augmented views of every image.
@@ -133,10 +133,9 @@ class State(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Method:
-    """A method: how its bias starts, what it is, and what it is trained on.
+    """A few-shot method: the initial state, the bias and the loss.
 
-    Fields that are numbers may be traced, so a grid of them is a `vmap` over
-    `dataclasses.replace`.
+    Numeric fields may be traced, so a grid over them is a `vmap` over `dataclasses.replace`.
 
     Attributes:
         beta: Factor of the bias.
@@ -173,7 +172,7 @@ class Method:
         return checks.as_float(inputs.zero_shot, "zero_shot") + self.beta * self.bias(state, inputs)
 
     def loss(self, state: State, inputs: Inputs, labels: Any) -> jax.Array:
-        """What a gradient step lowers, `[*batch]`: the cross-entropy of the fused logits."""
+        """The training loss, `[*batch]`: the cross-entropy of the fused logits."""
         return cross_entropy(self.logits(state, inputs), labels)
 
 

@@ -191,7 +191,7 @@ def sweep_program(
     grid: Mapping[str, Sequence[float]] | None = None,
     sequential: bool = False,
 ) -> Program:
-    """What :func:`sweep` compiles, with abstract arguments, for a plan.
+    """The program of :func:`sweep` with abstract arguments, for a plan.
 
     Args:
         method: The method.
@@ -363,9 +363,9 @@ def _score(
 
 
 def best_setting(scores: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Of every run the setting with the best accuracy, of equal ones that of lower cross-entropy.
+    """The setting of each run with the best accuracy; among equals, with the lower cross-entropy.
 
-    A setting with a score that is nan is none: its logits were not numbers.
+    A setting with a nan score is never chosen: its logits were not numbers.
 
     Args:
         scores: Scores of validation images, as :func:`sweep` returns them; never of test images.

@@ -26,11 +26,11 @@ class Recipe:
         epochs: Passes over the labelled images.
         steps: Steps of the whole run, instead of `epochs`.
         batch_size: Images of a step; the last batch of an epoch is short where they do not divide.
-        learning_rate: Rate of the first step; a cosine brings it to 0, step by step.
+        learning_rate: Learning rate of the first step, which a cosine lowers to 0 step by step.
         warmup: Steps from 0 to `learning_rate`, before the cosine.
         weight_decay: Weight decay, decoupled in AdamW.
-        algorithm: `'adamw'`, or `'sgd'` with momentum b1, which has no use for `eps` and b2.
-        eps: What AdamW adds to the root of the second moment.
+        algorithm: `'adamw'`, or `'sgd'` with momentum b1, which ignores `eps` and b2.
+        eps: Term that AdamW adds to the root of the second moment.
         b1: Decay of the first moment.
         b2: Decay of the second moment.
     """
@@ -165,9 +165,9 @@ def train(
 ) -> tuple[State, jax.Array]:
     """Trains a few-shot head: a pure function to `jit` and `vmap`.
 
-    Everything but the trained arrays is constant, so a step gathers cached rows and nothing else.
-    The steps are one scan, mapped over samples and settings; `training.TrainStep` makes an
-    update that the host calls once for a batch and that sums in float32, and serves neither.
+    Everything but the trained arrays is constant, so a step only gathers cached rows. The steps are
+    one scan, which is mapped over samples and settings. (`training.TrainStep` cannot do this: the
+    host calls its update once for each batch.)
 
     Args:
         method: The method.
@@ -175,11 +175,11 @@ def train(
         state: Where training starts, see :meth:`Method.init`.
         order: `[steps, batch]` rows of `task.support`, see :func:`batch_order`; -1 is none.
         training: The optimizer's settings.
-        steps: How many steps of the order to take; all when omitted. It may be traced, so that one
-            program serves any number of images; the rest of the order is not looked at.
+        steps: Number of steps of the order to take; all when omitted. It may be traced, so that one
+            program serves any number of images. The rest of the order is ignored.
 
     Returns:
-        The trained state and the loss of every step, `[steps]` (0 where it has not come to it).
+        The trained state and the loss of every step, `[steps]` (0 for steps that were not taken).
 
     Raises:
         TypeError: Labels or an order that are not integers.

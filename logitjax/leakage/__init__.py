@@ -1,10 +1,10 @@
 """What a logit API gives away about the model behind it, and what defences cost.
 
-For those who run a model and choose what its API reports: `LogitOracle` puts a `LogitPolicy` in
-front of a model in the same process and counts what is asked; `audit` asks all of it and says
-what it comes to; `recover_log_probs`, `harvest_log_probs`, `search_logits` and
-`estimate_output_subspace` are what could be done with the answers; `align_head` and `utility_loss`
-say how much of the head has leaked and what a defence takes from honest users.
+It is for those who run a model and choose what its API reports. `LogitOracle` puts a `LogitPolicy`
+in front of a model in the same process and counts queries. `audit` runs all attacks and sums them
+up. The attacks are `recover_log_probs`, `harvest_log_probs`, `search_logits` and
+`estimate_output_subspace`. `align_head` measures how much of the head has leaked, `utility_loss`
+what a defence costs honest users.
 """
 
 from logitjax.leakage._alignment import align_head as align_head

@@ -46,7 +46,7 @@ def align_head(
     centre: bool = True,
     rotation: bool = False,
 ) -> HeadAlignment:
-    """Aligns a recovered subspace to the true head, up to GL(h): an audit knows both.
+    """Align a recovered subspace to the true head, up to GL(h); an audit knows both.
 
     ::
 
@@ -58,7 +58,7 @@ def align_head(
         the vocabulary does not depend on it.
       centre: compare with ``W`` less its mean over the vocabulary, which is all that
         log-probabilities hold.
-      rotation: also align by a scaled rotation only, for a basis whose G the norm layer settled.
+      rotation: also align by a scaled rotation only, for a basis whose G `settle_by_norm` fixed.
 
     Returns:
       `HeadAlignment`.

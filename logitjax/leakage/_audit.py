@@ -36,15 +36,15 @@ class Audit:
 
     Attributes:
         prompts: Number of prompts whose values the subspace comes from, or of rows.
-        queries: Number of queries that took.
-        values: Number of values they reported.
+        queries: Number of queries that were asked.
+        values: Number of values that were reported.
         subspace: The recovered subspace, with the hidden dimension as `width`; None without one.
         tokens: Tokens that the rows of its basis stand for; None for all.
-        alignment: The subspace beside the true head at those tokens, where that is known.
-        utility: What honest users lose, where the truth is known; see `utility_loss`. Of an API
+        alignment: The subspace aligned to the true head at those tokens, if that is known.
+        utility: What honest users lose, if the truth is known; see `utility_loss`. For an API
             that reports tokens only, `top1`.
-        row: A row of log-probabilities, as far as it came back token by token.
-        row_error: Its largest error in nats over the likeliest tokens, where the truth is known.
+        row: A row of log-probabilities, as far as it was recovered token by token.
+        row_error: Its largest error in nats over the likeliest tokens, if the truth is known.
     """
 
     prompts: int
@@ -59,12 +59,12 @@ class Audit:
 
     @property
     def width(self) -> OutputWidth | None:
-        """What the subspace says of the hidden dimension."""
+        """The hidden dimension that the subspace shows."""
         return None if self.subspace is None else self.subspace.width
 
     @property
     def leak(self) -> float | None:
-        """Share of the head beyond chance that is out; None where none of it was recovered."""
+        """Share of the head beyond chance that leaked; None if nothing was recovered."""
         return None if self.alignment is None else self.alignment.leak
 
 
@@ -77,14 +77,16 @@ def audit(
     logits: Float[Array, "n vocab"] | None = None,
     corner: int = 0,
 ) -> Audit:
-    """Ask an API what it answers anybody, and work out what that says of the head.
+    """Attack an API by the queries that anybody may ask, and measure how much of the head leaks.
 
-    Where whole rows or a top-k are reported, the subspace comes from one answer a prompt; a reader
-    fills in the k-th value for what a top-k leaves out. Where a bias moves what is reported, or
-    what is drawn and then reported, the first prompt's row is recovered token by token, and the
-    subspace comes from a corner of the matrix of log-probabilities. Where the drawn token's value
-    is reported and no bias is taken, a row is harvested by draws at temperature 2; where nothing
-    but the token is, some of it is searched for by comparisons.
+    - If whole rows or a top-k are reported, the subspace comes from one answer a prompt. The k-th
+      value is filled in for what a top-k leaves out.
+    - If a bias moves what is reported, or what is drawn and then reported, the first prompt's row
+      is recovered token by token. The subspace comes from a corner of the matrix of
+      log-probabilities.
+    - If the drawn token's value is reported and no bias is taken, a row is harvested by draws at
+      temperature 2.
+    - If nothing but the token is reported, part of a row is searched for by comparisons.
 
     Args:
         oracle: A `LogitOracle` of a model in this process, or an `HttpOracle` of one's own server.
@@ -92,7 +94,8 @@ def audit(
         vocab_size: Number of tokens.
         head: `[vocab, hidden]`, the true head, for the share that leaked.
         logits: `[n, vocab]`, the true logits of the prompts, for errors and for what users lose.
-        corner: Number of prompts and of tokens in the corner asked for through a bias; 0 for none.
+        corner: Number of prompts and of tokens in the corner that is asked for through a bias; 0
+            for none.
 
     Raises:
         BudgetExhaustedError: The oracle's budget does not suffice.
@@ -144,13 +147,13 @@ def verdict(
     sees_width: bool = True,
     row: tuple[float, int, float] | None = None,
 ) -> str:
-    """What an operator should take from an audit, in words.
+    """The conclusion of an audit for the operator, in words.
 
     Args:
-        leak: Share of the head beyond chance that is out; None where the head is not known.
+        leak: Share of the head beyond chance that leaked; None if the head is not known.
         loss: Divergence in nats that honest users pay.
-        sees_width: Whether the hidden dimension came out right.
-        row: Error in nats, number of queries and share of the tokens of a row, where one came back.
+        sees_width: Whether the hidden dimension was found.
+        row: Error in nats, number of queries and share of the tokens of a recovered row, if any.
     """
     if row is not None:
         error, queries, share = row

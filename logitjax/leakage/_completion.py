@@ -42,21 +42,21 @@ def complete_rows(
     held_out: float = 0.1,
     limit: float = 0.1,
 ) -> Completion:
-    """Alternating least squares on the given entries, judged on some that are kept back.
+    """Complete a low-rank matrix by alternating least squares, judged on held-out entries.
 
-    With k <= rank values a row *every* basis in general position fits exactly: for each row k
-    equations, ``rank`` unknowns. Then there is nothing in the values about the head, and the
-    verdict says so, whatever the misfit. Counting asks for ``n k >= rank (vocab + n - rank)``;
-    values chosen by size, as an API's top-k, need several times that.
+    With k <= rank values a row, *every* basis in general position fits exactly: each row has k
+    equations and ``rank`` unknowns. The values then say nothing about the head, and so does the
+    verdict, whatever the misfit. By counting, ``n k >= rank (vocab + n - rank)`` are needed; values
+    chosen by size, as an API's top-k, need several times that.
 
     Args:
       values: ``[n, vocab]``; anything where ``vocab_where`` is False.
       vocab_where: ``[n, vocab]``, True where a value is given.
-      rank: of the matrix, usually the hidden dimension.
-      key: of the start and of the choice of held-out values.
-      iterations: of both half steps.
-      ridge: added to the normal equations, relative to their mean diagonal.
-      held_out: share of the given values that the fit does not see.
+            rank: rank of the matrix, usually the hidden dimension.
+      key: key of the start and of the choice of held-out values.
+      iterations: number of pairs of half steps.
+      ridge: term added to the normal equations, relative to their mean diagonal.
+      held_out: share of the given values that the fit does not use.
       limit: held-out error, relative to the values' spread, up to which rows count as found.
 
     Returns:

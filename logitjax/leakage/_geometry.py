@@ -33,14 +33,14 @@ def compare_geometry(
     held_out: float = 0.5,
     paired: bool = True,
 ) -> Geometry:
-    """Compares hidden states of two models at the same positions.
+    """Compare hidden states of two models at the same positions.
 
     Args:
       states: ``[n, width]``, e.g. a student's.
       others: ``[n, other]``, the teacher's.
-      seed: of the split into fitted and scored rows.
+      seed: seed of the split into fitted and scored rows.
       held_out: share of the rows that score the rotation.
-      paired: False breaks the pairing: what unrelated states of this kind reach.
+      paired: False breaks the pairing, for the level of unrelated states.
 
     Returns:
       `Geometry`.

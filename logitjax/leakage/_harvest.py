@@ -18,26 +18,27 @@ def harvest_log_probs(
     queries: int,
     temperature: float = 2.0,
 ) -> RecoveredRow:
-    """Collects the log-probabilities that an API reports of the tokens it draws.
+    """Collect the log-probabilities that an API reports of the tokens it draws.
 
-    They are reported at temperature 1 whatever the token was drawn at, so a higher one brings
-    rarer tokens: for 1,536 of 50,257 (normal logits of standard deviation 3.34) it takes 7,200
-    draws at temperature 1, 1,800 at temperature 2. The likely ones come first; with a basis of the
-    head known, twice its width of them complete the row (`OutputSubspace.complete`).
+    They are reported at temperature 1 whatever the token was drawn at, so a higher temperature
+    reaches rarer tokens. For 1,536 of 50,257 tokens (normal logits of standard deviation 3.34) it
+    takes 7,200 draws at temperature 1, and 1,800 at temperature 2. Likely tokens come first. If a
+    basis of the head is known, values of twice its width complete the row
+    (`OutputSubspace.complete`).
 
     Args:
-        oracle: What to ask; its policy reports the drawn token's own value.
+        oracle: The API; its policy reports the drawn token's own value.
         prompt: Token ids.
         vocab_size: V.
         queries: Number of draws.
-        temperature: Of the draws.
+        temperature: Temperature of the draws.
 
     Returns:
         `RecoveredRow`.
 
     Raises:
         ValueError: The API does not report the drawn token's value.
-        BudgetExhaustedError: The oracle's.
+        BudgetExhaustedError: The oracle's budget is spent.
 
     >>> from logitjax.leakage import LogitOracle, LogitPolicy
     >>> table = np.log(np.array([[0.5, 0.3, 0.2, 1e-30]], np.float32))

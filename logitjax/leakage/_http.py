@@ -20,11 +20,11 @@ class HttpOracle:
     """Asks a completion server, one token at a time, and counts.
 
     Args:
-        address: `http://127.0.0.1:PORT`. Only loopback: audits are of servers one runs.
+        address: `http://127.0.0.1:PORT`. Only loopback: you audit a server that you run.
         policy: What the server is known to do; `top_k` values are asked for.
-        api_key: Key of the server.
-        workers: Number of requests under way at once.
-        budget: Number of queries that may be asked; None for any.
+        api_key: API key of the server.
+        workers: Number of concurrent requests.
+        budget: Largest number of queries; None for any.
 
     Raises:
         ValueError: The address is not of this machine.
@@ -71,9 +71,10 @@ class HttpOracle:
         return self._all([(prompt, bias) for bias in biases], temperature)
 
     def read(self, prompts: Sequence[Any]) -> list[Answer]:
-        """What the server says of every position of prompts after the first: one query each.
+        """The server's values at every position of prompts after the first, by one query each.
 
-        It has to know `echo`, as `logitjax serve` without a policy that forbids it and vLLM do.
+        The server has to support `echo`, as vLLM does, and `logitjax serve` unless its policy
+        forbids it.
 
         Args:
             prompts: Token ids, each of its own length n.

@@ -17,9 +17,9 @@ def norm_kind(
 ) -> str:
     """``layer_norm`` or ``rms_norm``: whether hidden states lie on a hyperplane.
 
-    LayerNorm takes their mean out before gain and bias, so they fill h - 1 dimensions and an affine
-    offset; subtracting the mean over prompts then lowers the rank of the rows by one. After RMSNorm
-    it does not.
+    LayerNorm removes the mean of hidden states before gain and bias, so they fill h - 1 dimensions
+    and an affine offset. Subtracting the mean over prompts then lowers the rank of the rows by one.
+    After RMSNorm it does not.
 
     Args:
       rows: ``[n, vocab]``, n > dimension + 1.

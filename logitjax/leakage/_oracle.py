@@ -13,28 +13,28 @@ from logitjax.ops import Array, checks
 
 
 class BudgetExhaustedError(RuntimeError):
-    """A query past the budget; nothing of it was answered."""
+    """A query exceeded the budget and was not answered."""
 
 
 class LogitOracle:
     """Answers queries about a model as an API with a given policy would, and counts them.
 
-    For operators: what does the API that we plan give away? The model runs here; nothing else is
-    ever asked. Last-position logits are kept per prompt, so that many queries about one prompt,
-    which differ in their bias, cost one forward pass.
+    An operator learns from it what a planned API would give away. The model runs in this process;
+    nothing else is ever asked. Last-position logits are kept for each prompt, so many queries about
+    one prompt, which differ in their bias, cost one forward pass.
 
     Args:
       apply_fn: ``tokens [n, length] -> [n, vocab]``: logits of the position after the last.
       policy: what the API does.
-      budget: queries that may be asked; None for any number.
-      seed: of the API's noise and dummy dimensions.
-      batch_size: prompts a forward pass.
-      cache_size: prompts whose logits are kept.
+      budget: largest number of queries; None for any.
+      seed: seed of the API's noise and dummy dimensions.
+      batch_size: number of prompts in a forward pass.
+      cache_size: number of prompts whose logits are kept.
 
     Attributes:
-      queries: answered so far.
-      values: numbers they reported so far.
-      prompts: forward passes so far, by prompt: what the queries cost the operator.
+      queries: number of queries answered so far.
+      values: number of values reported so far.
+      prompts: number of prompts that went through the model so far, the operator's cost.
 
     >>> table = np.arange(12.0).reshape(3, 4)
     >>> oracle = LogitOracle(lambda tokens: table[np.asarray(tokens)[:, -1]],
@@ -76,13 +76,13 @@ class LogitOracle:
 
         Args:
           prompts: ``n`` sequences of token ids, of any lengths.
-          temperature: at which the token is drawn, anew in every query.
+          temperature: temperature of the drawn token, which every query draws anew.
 
         Returns:
           `Answer` ``[n, k]`` on the host.
 
         Raises:
-          BudgetExhaustedError: it would pass the budget.
+          BudgetExhaustedError: the budget would be exceeded.
         """
         self._charge(len(prompts))
         answers = []
@@ -111,13 +111,13 @@ class LogitOracle:
           prompt: token ids.
           bias_tokens: ``[n, biased]``.
           bias_values: ``[n, biased]`` in nats.
-          temperature: at which the token is drawn, anew in every query.
+          temperature: temperature of the drawn token, which every query draws anew.
 
         Returns:
           `Answer` ``[n, k]`` on the host.
 
         Raises:
-          BudgetExhaustedError: it would pass the budget.
+          BudgetExhaustedError: the budget would be exceeded.
           ValueError: the policy refuses the bias.
         """
         tokens = np.asarray(bias_tokens, np.int32)
@@ -149,7 +149,7 @@ class LogitOracle:
         )
 
     def true_log_probs(self, prompts: Sequence[Sequence[int] | Array] | Array) -> np.ndarray:
-        """``[n, vocab]``: what the model says before any policy. For the auditor; not counted."""
+        """``[n, vocab]``: the model's own log-probabilities, for the auditor; not counted."""
         parts = []
         for start in range(0, len(prompts), self._batch_size):
             parts.append(self._logits(prompts[start : start + self._batch_size]))

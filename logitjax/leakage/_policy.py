@@ -31,7 +31,7 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LogitPolicy:
-    """The rules of a logit API: what it reports, and what it does to it before.
+    """The policy of a logit API: what it reports, and how it changes logits before.
 
     ::
 
@@ -44,21 +44,21 @@ class LogitPolicy:
 
     Attributes:
       returns: ``logits`` or ``logprobs``; ``token`` for the drawn token alone.
-      top_k: how many of the largest values an answer holds; None for all.
-      sampled: whether it holds the drawn token's own value, top k or not, as completion APIs do;
-        ``top_k`` may then be 0.
-      bias: ``none``: a query with a bias is refused; ``sampling``: accepted, but the reported
-        values are those without it (what commercial APIs changed to in 2024), and it moves the
-        token that is drawn; ``reported``: it moves both.
-      max_biased: how many tokens a query may bias.
-      bias_limit: the largest bias, in nats.
-      decimals: reported values are rounded to so many.
+      top_k: number of the largest values in an answer; None for all.
+      sampled: whether an answer holds the drawn token's own value, whatever its rank, as completion
+        APIs do; ``top_k`` may then be 0.
+      bias: ``none``: a query with a bias is refused. ``sampling``: a bias moves the drawn token,
+        but the reported values are those without it (commercial APIs changed to this in 2024).
+        ``reported``: a bias moves both.
+      max_biased: largest number of tokens that a query may bias.
+      bias_limit: largest bias, in nats.
+      decimals: number of decimals of reported values.
       noise: standard deviation of Gaussian noise on the logits, in nats.
-      noise_per: ``prompt``: the same prompt gets the same noise, so asking again averages nothing;
-        ``query``: fresh noise, the mistake.
-      floor: reported values below it are reported as it.
-      dummy_dims: random directions added to the logits, which hide the hidden dimension.
-      dummy_scale: their size against the logits' standard deviation.
+      noise_per: ``prompt``: the same prompt gets the same noise, so repeated queries average
+        nothing. ``query``: fresh noise, which can be averaged away.
+      floor: smaller values are reported as this one.
+      dummy_dims: number of random directions added to the logits, to hide the hidden dimension.
+      dummy_scale: their size relative to the logits' standard deviation.
       soft_cap: as in `losses`, in nats.
 
     References:
@@ -154,7 +154,7 @@ class LogitPolicy:
 
     @staticmethod
     def prompt_number(prompt: Sequence[int] | Array) -> int:
-        """32 bits that name a prompt, the same in every process: what noise is keyed by.
+        """32 bits that identify a prompt in every process, as the key of its noise.
 
         >>> LogitPolicy.prompt_number([1, 2]) == LogitPolicy.prompt_number(np.array([1, 2]))
         True
@@ -170,13 +170,13 @@ class LogitPolicy:
         api_key: Key[jax.Array, ""],
         noise_key: Key[jax.Array, "*batch"] | None = None,
     ) -> Float[jax.Array, "*batch vocab"]:
-        """What the API does to logits whoever asks: soft cap, dummy dimensions, noise.
+        """Logits after soft cap, dummy dimensions and noise, before any request changes them.
 
         Args:
           logits: ``[*batch, vocab]``.
           prompt_key: ``[*batch]``, one a prompt: the same prompt, the same key.
-          api_key: of the API: draws the dummy directions.
-          noise_key: ``[*batch]``, where noise is fresh for every query.
+          api_key: key of the API, which draws the dummy directions.
+          noise_key: ``[*batch]``, for noise that is fresh in every query.
 
         Returns:
           ``[*batch, vocab]``, float32.
@@ -209,14 +209,14 @@ class LogitPolicy:
         temperature: Number = 1.0,
         key: Key[jax.Array, ""] | None = None,
     ) -> Answer:
-        """What is reported of logits that `disturb` made.
+        """The answer about logits from `disturb`.
 
         Args:
           served: ``[*batch, vocab]``.
           bias_tokens: ``[*batch, biased]`` the tokens of a query's bias.
           bias_values: ``[*batch, biased]`` in nats.
-          temperature: the token is drawn at; values are reported at 1.
-          key: of the draw; without one the likeliest token is taken, as at temperature 0.
+          temperature: temperature of the drawn token; values are reported at 1.
+          key: key of the draw; without one the likeliest token is taken, as at temperature 0.
 
         Returns:
           `Answer`, ``[*batch, top_k]`` or ``[*batch, vocab]``, one more with ``sampled``.

@@ -70,34 +70,34 @@ def recover_log_probs(
     tokens: Sequence[int] | Array | None = None,
     largest_error: float = 0.1,
 ) -> RecoveredRow:
-    """Every log-probability of the next token, from answers to biased queries.
+    """Recover all log-probabilities of the next token from answers to biased queries.
 
-    Where a bias moves the token that is drawn and its own value is reported as it is without the
-    bias, each token is forced, and the answer is what is wanted: V queries a row.
+    If a bias moves only the drawn token, whose own value is reported without the bias, each token
+    is forced in turn: V queries a row.
 
-    Where it moves what is reported, one query without a bias gives the most likely token and its
-    log-probability: the reference. Each further one lifts it and k - 1 tokens by the same bias to
-    the top of the answer, and is undone with `unbias_by_reference`. The bias has to exceed the
-    range of the logits, else tokens stay below the top k: those are asked for again together with
-    the reference unbiased (`unbias_by_visible`), and what is still missing is reported, not
-    guessed.
+    If a bias moves what is reported, one query without a bias gives the most likely token and its
+    log-probability, the reference. Each further query lifts the reference and k - 1 tokens by the
+    same bias to the top of the answer, and is undone with `unbias_by_reference`. The bias has to
+    exceed the range of the logits, else tokens stay below the top k. These are asked for again
+    together with the unbiased reference (`unbias_by_visible`). What is still missing is reported as
+    missing, not guessed.
 
     Args:
-      oracle: what to ask, e.g. a `LogitOracle`.
+      oracle: the API, e.g. a `LogitOracle`.
       prompt: token ids.
       vocab_size: V.
-      bias: nats; by default 30, then 80 for tokens that did not come up, or what the policy takes.
-      tokens: only these are wanted; by default all. An API of logits then gives their differences
-        to the most likely token: the normaliser is a sum over all.
-      largest_error: nats; a setting whose answers cannot be undone better is refused.
+      bias: in nats; by default 30, then 80 for tokens that stay below, or what the policy allows.
+      tokens: the tokens to recover; by default all. An API of logits then gives their differences
+        to the most likely token, because the normaliser is a sum over all.
+      largest_error: in nats; a setting whose answers cannot be undone to this error is refused.
 
     Returns:
       `RecoveredRow`.
 
     Raises:
-      ValueError: the API lets no bias choose what it reports, its answers have too few decimals, or
-        the setting is too ill-conditioned; says which.
-      BudgetExhaustedError: the oracle's.
+      ValueError: the API's answers do not depend on a bias, have too few decimals, or the setting
+        is too ill-conditioned; the message says which.
+      BudgetExhaustedError: the oracle's budget is spent.
 
     References:
       openlogprobs; Carlini et al., 2024, section 5. Departs from both in the reference token: their

@@ -116,30 +116,31 @@ def search_logits(
     span: float = 40.0,
     tolerance: float = 0.01,
 ) -> SearchedLogits:
-    """Logits of tokens from nothing but which token an API draws at temperature 0.
+    """Search for logits when an API reports nothing but the token it draws at temperature 0.
 
-    Whatever token t is drawn under biases b, `z_j + b_j <= z_t + b_t` for all j. Tokens are asked
-    for in batches with the one that is drawn without a bias, which no token outside can beat.
+    If token t is drawn under biases b, then `z_j + b_j <= z_t + b_t` for all j. Tokens are asked
+    for in batches together with the token that is drawn without a bias, which no other token can
+    beat.
 
     - `bisection`: one token against the winner, `log2(span / tolerance)` queries each;
     - `simultaneous`: all tokens at the middles of their bounds;
-    - `one_of_n`: all tokens biased so that each is as likely to be drawn, which is within a factor
-      two of the best that one of N answers can say: 2.6 queries a token to a span's 1e-4.
+    - `one_of_n`: all tokens biased so that each is equally likely to be drawn, within a factor two
+      of the best that one of N answers can tell: 2.6 queries a token to 1e-4 of the span.
 
     Args:
-        oracle: What to ask; its bias moves the token that is drawn.
+        oracle: The API; its bias moves the drawn token.
         prompt: Token ids.
         tokens: `[m]` distinct token ids.
         asker: As above.
-        span: Range of the logits in nats, at most the largest bias; what lies deeper is not found.
-        tolerance: Nats between the bounds at which to stop.
+        span: Range of the logits in nats, at most the largest bias; lower tokens are not found.
+        tolerance: Distance of the bounds, in nats, at which to stop.
 
     Returns:
         `SearchedLogits`.
 
     Raises:
         ValueError: The API takes no bias, or less than the span; an unknown asker.
-        BudgetExhaustedError: The oracle's.
+        BudgetExhaustedError: The oracle's budget is spent.
 
     References:
         Carlini et al., 2024 (arXiv:2403.06634), for APIs without log-probabilities. Their code

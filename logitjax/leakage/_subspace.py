@@ -110,11 +110,11 @@ def estimate_output_subspace(
     key: Key[jax.Array, ""] | None = None,
     block_size: int = 8192,
 ) -> OutputSubspace:
-    """Estimates hidden dimension and column space from rows of logits or log-probabilities.
+    """Estimate hidden dimension and column space from rows of logits or log-probabilities.
 
-    Rows are W h_i (- c_i 1), so they span at most h dimensions, h + 1 with the normalisers;
-    centring each row removes those and leaves the head modulo multiples of the ones vector. Three
-    ways:
+    Rows are W h_i (- c_i 1), so they span at most h dimensions, h + 1 with the normalisers.
+    Centring each row removes the normalisers and leaves the head modulo multiples of the ones
+    vector. There are three methods:
 
     - ``gram``: float64 n x n Gram matrix by blocks of the vocabulary, then its eigenvectors: exact
       to half of float64's digits, cheapest up to about twice h rows, n^2 + V h numbers.
@@ -125,16 +125,15 @@ def estimate_output_subspace(
     randomised SVD with it. Only the Gram matrix shows a whole spectrum, from which noise can be
     fitted; the others give the width of exact rows.
 
-    The width is judged, not read off: everything beyond k directions has to be rounding, or white
-    noise of a fitted size (`OutputWidth`). A token with a NaN or an infinity in some row is left
-    out.
+    The width is tested: everything beyond k directions has to be rounding, or white noise of a
+    fitted size (`OutputWidth`). A token with a NaN or an infinity in some row is left out.
 
     Args:
       rows: ``[n, vocab]``, n > h. They are never copied whole, unless tokens are left out.
-      dimension: columns of the basis, where the width is known; it is judged all the same.
-      noise: standard deviation of what the API adds to a value, 0 for nothing, None if not known.
-        It is held against the rows, and refines what few rows say.
-      decimals: to how many the API rounds a value, which is more noise.
+      dimension: columns of the basis, if the width is known; the width is still tested.
+      noise: standard deviation of the API's noise on a value, 0 for none, None if not known. It is
+        compared with the rows, and sharpens the result of few rows.
+      decimals: number of decimals to which the API rounds, which is more noise.
       centre: see above; False for logits.
       method: as above.
       max_rank: an upper bound of h, for ``sketch`` and ``randomised``; by default half the rows.
