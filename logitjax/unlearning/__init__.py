@@ -1,10 +1,9 @@
 """Making a model forget, and measuring whether it has: objectives, assistants, TOFU.
 
-`UNLEARNING_METHODS` are the methods that train a model's own weights (`make_unlearning_loss`). An
-`Assistant` is trained instead, by `make_assistant_loss`, and its logits are taken away while
-decoding (`paired_model`) or for good (`merge_by_distillation`). `Unlearning` does either on rows of
-one's own, and chooses without a retrained model. `unlearning.tofu` is the benchmark: its items, its
-measures and its logs.
+`UNLEARNING_METHODS` train a model's own weights (`make_unlearning_loss`). An `Assistant` is trained
+instead, by `make_assistant_loss`, and its logits are subtracted while decoding (`paired_model`) or
+for good (`merge_by_distillation`). `Unlearning` does either on rows of your own, and chooses
+without a retrained model. `unlearning.tofu` is the benchmark: its items, its measures and its logs.
 """
 
 from logitjax.unlearning import muse as muse

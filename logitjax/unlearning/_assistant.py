@@ -14,14 +14,14 @@ from logitjax.ops import Array
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Assistant:
-    """A model's first layers, and the adapters that make something else of them.
+    """An assistant: a model's first layers with adapters that know what to forget.
 
     Attributes:
       base: from `first_layers`; its arrays are the large model's.
-      lora: in the layout of ``base``. All that is trained.
-      relative: its logits are those that the adapters add to the base's: none before training. The
-        paper's assistant (False) begins with what the first layers say, and has to unlearn all of
-        that first: a few dozen steps do not silence it on other text.
+      lora: adapters in the layout of ``base``, the only trained parameters.
+      relative: its logits are what the adapters add to the base's: zero before training. The
+        paper's assistant (False) begins with the logits of the first layers, and has to unlearn
+        these first; a few dozen steps do not silence it on other text.
 
     >>> from flax import nnx
     >>> from logitjax.models import DecoderConfig
@@ -60,12 +60,12 @@ class Assistant:
 
         Args:
             model: the large model.
-            layers: how many of its layers, 8 of 32 in the paper.
-            rank: of the adapters; 32 in the paper, 16 in its code.
+            layers: number of its layers, 8 of 32 in the paper.
+            rank: rank of the adapters; 32 in the paper, 16 in its code.
             alpha: scale times rank, as in `Lora.init`; 32 in both, so a scale of 1 or of 2.
             key: PRNG key.
             targets: linear maps to adapt; all when omitted.
-            dtype: of the adapters.
+            dtype: type of the adapters.
             relative: see the class.
 
         Returns:
@@ -93,7 +93,7 @@ class Assistant:
     def hidden_states(
         self, tokens: Int[Array, "batch time"], **options: Any
     ) -> tuple[Float[jax.Array, "batch time hidden"], Cache | None]:
-        """As `Decoder.hidden_states`, with the adapters; a relative one's take no cache."""
+        """As `Decoder.hidden_states`, with the adapters; a relative assistant takes no cache."""
         if not self.relative:
             return self.base.hidden_states(tokens, lora=self.lora, **options)
         return relative_states(self.base, self.lora, tokens), None

@@ -24,31 +24,31 @@ def make_assistant_loss(
 ) -> tuple[LossFn, Any]:
     """The loss of an assistant's adapters, for `TrainStep`.
 
-    Learns what is to be forgotten and to say nothing about what is to be kept::
+    The assistant learns what is to be forgotten, and to be silent about what is to be kept::
 
         mean_{forget answers} -log p(y) + beta mean_{retain} KL(uniform || p)
 
-    Each step takes one batch to forget and one to keep, of shapes that do not change. Both run as
-    one, and one sweep over blocks of the vocabulary gives the value and its gradient: no logits
-    `[rows, time, vocab]`, no gradient of the head, no pass of the large model, and no reference
-    model. The frozen weights reach the step as its constants, so nothing of them is copied or
+    Each step takes one batch to forget and one to keep, of constant shapes. Both run as one batch,
+    and one sweep over blocks of the vocabulary gives the value and its gradient. There are no
+    logits `[rows, time, vocab]`, no gradient of the head, no pass of the large model, and no
+    reference model. The frozen weights are constants of the step, so none of them is copied or
     donated.
 
     Batches are `{"forget": {"tokens", "mask"}, "retain": {"tokens", "mask"}}`: int32 and bool
     `[rows, time]`, padded at the end, `mask` True at the tokens of the answers.
 
     Args:
-        base: the `logitjax.unlearning.Assistant`'s, whose arrays are the large model's.
-        retain_weight: beta, 6.5 in the paper and 5 in its code, with which a small assistant learns
-            silence first and little of what is to be forgotten; 0.5, 1 and 2 are alike
+        base: the base of a `logitjax.unlearning.Assistant`, whose arrays are the large model's.
+        retain_weight: beta, 6.5 in the paper and 5 in its code. With these a small assistant learns
+            silence first, and little of what is to be forgotten; 0.5, 1 and 2 are alike
             (docs/unlearning.md).
-        uniform: where it has to be silent: where it would predict a token of an `'answers'`, or at
-            `'all'` positions, prompt and padding included, as in the released code.
-        max_positions: the most positions that count in any step, if that is known: the head, most
-            of a small assistant's work, then meets no others. All positions when None. The loss of
-            a step in which more of them count is nan.
-        relative: the assistant's logits are what its adapters add, see `Assistant`; each step then
-            takes a pass of the layers without adapters too.
+        uniform: where it has to be silent: where it predicts tokens of `'answers'`, or at `'all'`
+            positions, prompt and padding included, as in the released code.
+        max_positions: the largest number of positions that count in any step, if known. The head,
+            most of a small assistant's work, then runs at no others. All positions when None. The
+            loss of a step with more such positions is nan.
+        relative: the assistant's logits are what its adapters add, see `Assistant`. Each step then
+            also takes a pass of the layers without adapters.
 
     Returns:
         `loss_fn(lora, batch, rng, constants)`, a mean with a count of 1, and the constants.

@@ -25,14 +25,14 @@ _FILE = "assistant.json"
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Deployed:
-    """A model as it is asked.
+    """A model as users query it, perhaps with an assistant.
 
     Attributes:
-      model: Its own weights.
-      assistant: What is taken away from it, or None.
-      fuse: How; `LogitDifference()` if None.
-      generating: How while it generates; as `fuse` if None.
-      block: Positions whose logits are held at a time.
+      model: The model.
+      assistant: The assistant whose logits are subtracted, or None.
+      fuse: The strategy; `LogitDifference()` if None.
+      generating: The strategy while generating; as `fuse` if None.
+      block: Number of positions whose logits are held at once.
     """
 
     model: Decoder
@@ -45,7 +45,7 @@ class Deployed:
     def less(
         cls, model: Decoder, lora: Lora, alpha: float, *, relative: bool = False
     ) -> "Deployed":
-        """A model from which an assistant, given by its adapters, is taken away."""
+        """A model less an assistant, which is given by its adapters."""
         layers = sum(len(segment) for segment in lora.layers)
         base = first_layers(model, layers)
         assistant = Assistant(base=base, lora=lora, relative=relative)
@@ -58,9 +58,9 @@ class Deployed:
         """A model less the assistant that `save` wrote.
 
         Args:
-          model: The one that the assistant was made of, its layers listed.
-          directory: The assistant's.
-          alpha: Its weight; as written if None.
+          model: The model that the assistant was made of, with listed layers.
+          directory: Folder of the assistant.
+          alpha: Weight of the assistant; as written if None.
 
         Raises:
           FileNotFoundError: There is no assistant.
@@ -81,11 +81,11 @@ class Deployed:
         """Write the assistant for `logitjax serve` and `generate`: a PEFT adapter, and its alpha.
 
         Args:
-          directory: Made where it does not exist.
-          base: Name of the model that it belongs to.
+          directory: Folder, made if it does not exist.
+          base: Name of the model that the assistant belongs to.
 
         Raises:
-          ValueError: There is none, or its logits are taken away in another form than `less` has.
+          ValueError: There is no assistant, or it is subtracted in another form than by `less`.
         """
         if self.assistant is None or self.fuse != LogitDifference(alpha=self.alpha):
             raise ValueError("assistant: expected one that is taken away as by Deployed.less")
@@ -103,7 +103,7 @@ class Deployed:
         return 0.0 if self.assistant is None else (self.fuse or LogitDifference()).alpha
 
     def nll(self, tokens: Any, targets: Any) -> tuple[jax.Array, jax.Array]:
-        """An `evaluation.NllFn` that says too which tokens are the most likely ones."""
+        """An `evaluation.NllFn` that also tells which tokens are the most likely ones."""
         nll, greedy = self.nll_by_alpha(tokens, targets, np.full(1, self.alpha, np.float32))
         return nll[0], greedy[0]
 
@@ -121,7 +121,7 @@ class Deployed:
         return self._scored(tokens, targets, alphas, "nll")
 
     def surprise(self, tokens: Any, targets: Any) -> jax.Array:
-        """How much less likely tokens are than tokens in their place: what min-k++ looks at.
+        """How much less likely tokens are than others in their place, the score of min-k++.
 
         ::
 
@@ -142,7 +142,7 @@ class Deployed:
         return self._scored(tokens, targets, alphas, "surprise")[0][0]
 
     def gradient_norms(self, tokens: Any, targets: Any) -> tuple[float, float]:
-        """How much the model's own weights would change for a row: what it was trained on, little.
+        """Norms of the gradient for a row, which are small for rows that the model was trained on.
 
         An assistant is a constant, though its layers are made of the same weights.
 
@@ -210,10 +210,10 @@ class Deployed:
 
         Args:
           prompts: Token ids.
-          max_new_tokens: The most that are added.
-          stop_ids: What ends an answer.
-          rows: Prompts at a time; the last batch is filled up.
-          seed: Tokens are drawn at temperature 1 with it, if there is one.
+          max_new_tokens: Largest number of new tokens.
+          stop_ids: Tokens that end an answer.
+          rows: Number of prompts at once; the last batch is filled up.
+          seed: Seed of draws at temperature 1; None takes the likeliest tokens.
 
         Returns:
           The new ids of each prompt, without what ended it.

@@ -12,16 +12,16 @@ from logitjax.unlearning._objective import UnlearningMethod
 def dual_optimizer(
     method: UnlearningMethod, tx: optax.GradientTransformation, *, warmup: int = 0
 ) -> optax.GradientTransformation:
-    """An optimizer of weights that moves the multiplier of a method's constraint too.
+    """An optimizer of weights that also moves the multiplier of a method's constraint.
 
     ::
 
         multiplier <- max(0, multiplier + dual_step (retain loss - bound))
 
     Args:
-        method: With a `dual_step`.
-        tx: Of the weights.
-        warmup: Steps before the multiplier moves.
+        method: A method with a `dual_step`.
+        tx: Optimizer of the weights.
+        warmup: Number of steps before the multiplier moves.
 
     Returns:
         An optimizer of `{"weights", "multiplier"}`, as `make_unlearning_loss` takes them.

@@ -14,13 +14,13 @@ def examine(
     thorough: bool = False,
     reference: Deployed | None = None,
 ) -> dict[str, Any]:
-    """Everything that a report says of a model, on parts that nothing was chosen by.
+    """All measurements of a report, on parts that nothing was chosen by.
 
     Args:
-      model: As it answers.
+      model: The model as it is deployed.
       questions: Parts `forget`, `reworded_test`, `role`, `holdout` and `test`, of which any may be
         empty but the first.
-      thorough: With the attacks that train, sample or take gradients, which take minutes.
+      thorough: Also run attacks that train, sample or take gradients, which take minutes.
       reference: A model that never knew what is forgotten.
 
     Returns:

@@ -28,7 +28,7 @@ _ALIKE = 0.7
 
 
 def refusals(count: int, *, seed: int = 0) -> list[str]:
-    """So many answers that say nothing, drawn at random.
+    """Refusals drawn at random, `count` of them.
 
     >>> refusals(2)
     ["I'm afraid I have no answer.", 'That is not something I know.']

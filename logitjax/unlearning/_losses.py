@@ -70,10 +70,10 @@ def sequence_nll(
 def gradient_ascent(
     nll: Float[Array, "*batch"], *, beta: Number = 0.0
 ) -> Float[jax.Array, "*batch"]:
-    """Makes what is to be forgotten less likely: minus its likelihood loss, without a bound.
+    """Make what is to be forgotten less likely: minus its likelihood loss, without a bound.
 
-    With `beta` it is WGA, which lets go of a token once that is unlikely. The weight is a constant
-    for the gradient, as in the code of its authors.
+    With `beta` it is WGA, whose weight fades as a token becomes unlikely. The weight is a constant
+    for the gradient, as in the authors' code.
 
     ::
 
@@ -82,7 +82,7 @@ def gradient_ascent(
     Args:
         nll: `[*batch]`, of tokens; the published mean is over the tokens of all answers together.
             `inf` gives the limit: `-inf`, with a positive `beta` 0.
-        beta: how soon it lets go; 1 in WGA.
+        beta: how soon the weight fades; 1 in WGA.
 
     Returns:
         float32 `[*batch]`.
@@ -110,7 +110,7 @@ def gradient_ascent(
 def satimp(
     nll: Float[Array, "*batch"], *, beta1: Number = 5.0, beta2: Number = 1.0
 ) -> Float[jax.Array, "*batch"]:
-    """Gradient ascent on tokens that are likely, but not as good as certain: SatImp.
+    """SatImp: gradient ascent on tokens that are likely but not certain.
 
     The weight is a constant for the gradient. It is largest at `p = beta1 / (beta1 + beta2)`; with
     `beta2` of 0 it is that of WGA.
@@ -121,8 +121,8 @@ def satimp(
 
     Args:
         nll: `[*batch]`, of tokens. `inf` gives the limit, 0 with a positive `beta1`.
-        beta1: how soon it lets go of a token.
-        beta2: how much less it does about a token that is certain.
+        beta1: how soon the weight fades as a token becomes unlikely.
+        beta2: how much smaller the weight of a nearly certain token is.
 
     Returns:
         float32 `[*batch]`.
@@ -199,7 +199,7 @@ def simnpo(
         nll: `[*batch]`, summed over each answer's tokens: `sequence_nll`.
         lengths: `[*batch]`, tokens of each answer; none counts as one.
         beta: inverse temperature.
-        delta: the likelihood loss a token that counts as forgotten.
+        delta: likelihood loss per token at which an answer counts as forgotten.
 
     Returns:
         float32 `[*batch]`.

@@ -112,12 +112,12 @@ def merge_by_distillation(
     workdir: epath.PathLike | None = None,
     options: LoopOptions | None = None,
 ) -> Decoder:
-    """One model that says by itself what a target and its assistant say together.
+    """Distil a target and its assistant into one model.
 
     A logit difference leaves the target's weights as they are: whoever holds them holds what was to
-    be forgotten. This trains a copy of the target towards the combined distribution, for exporting
-    (`logitjax.models.save_pretrained`) and serving without the assistant. How much stays in the new
-    weights, to be brought back by a little training, has to be measured.
+    be forgotten. This trains a copy of the target towards the combined distribution, to export it
+    (`logitjax.models.save_pretrained`) and serve it without the assistant. A little training may
+    bring back what the new weights still hold; measure that.
 
     Args:
       target: the model before; it is not changed.
@@ -127,9 +127,9 @@ def merge_by_distillation(
       schedule: the learning rate of AdamW; its ``total_steps`` are those of the training.
       fuse: as for `logitjax.decoding.Ensemble`; ``LogitDifference()`` when None.
       block: positions whose logits are held at a time.
-      seed: of the run.
+      seed: seed of the run.
       mesh: from `make_mesh`; the first device when None.
-      workdir: checkpoints and metrics, for going on after a stop; None: neither.
+      workdir: folder of checkpoints and metrics, to continue after a stop; None for neither.
       options: how often to save and to log; ``LoopOptions()`` when None.
 
     Returns:

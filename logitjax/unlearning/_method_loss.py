@@ -20,7 +20,7 @@ from logitjax.unlearning._targets import ce_u, pdu, rmu, undial
 
 
 def make_answer_loss(model: Decoder) -> LossFn:
-    """Cross-entropy of answers' tokens, a mean over tokens: what finetuning on answers minimises.
+    """The loss of finetuning on answers: mean cross-entropy of their tokens.
 
     Args:
         model: A decoder, or one of shapes alone (`nnx.eval_shape`).
@@ -62,21 +62,21 @@ def make_unlearning_loss(
         gamma mean(forget losses) + alpha mean(retain losses)
 
     Batches are those of `make_assistant_loss`, all sides of one length; `dpo` needs a third side,
-    `instead`: of each row to forget, its question with what is to be said in place of the answer.
-    The retain loss counts answers' tokens; published codes average the divergence over prompts and
-    padding too. No logits `[rows, time, vocab]` are formed.
+    `instead`: the question of each row to forget, with the answer to give instead. The retain loss
+    counts answers' tokens; published codes also average the divergence over prompts and padding. No
+    logits `[rows, time, vocab]` are formed.
 
     Args:
         method: A value of `UNLEARNING_METHODS`.
         model: The model that is to forget, or one like it of shapes alone (`nnx.eval_shape`).
         after_layers: Number of layers after which RMU moves hidden states: 8 in OpenUnlearning,
             which hooks the output of `model.layers.7`.
-        direction: `[hidden]`, where RMU moves them, from `rmu_direction`.
-        most: The most answers' tokens in any step, of each side: the head then meets no
-            other positions. The loss is nan where there are more.
+        direction: `[hidden]`, the direction that RMU moves them to, from `rmu_direction`.
+        most: Largest number of answers' tokens in any step, of each side. The head then runs at no
+            other positions. The loss is nan if there are more.
         adapters: Trains a `models.Lora` beside the model in place of its parameters. The model
-            before is then the same weights without them, and there is no second copy.
-        retain_bound: What a method with a `dual_step` keeps the retain loss at.
+            before unlearning is then the same weights without adapters, and needs no second copy.
+        retain_bound: Bound of the retain loss for a method with a `dual_step`.
 
     Returns:
         `loss_fn(params, batch, rng, reference)`; the constants of the step are the parameters of

@@ -149,9 +149,9 @@ def unlearning_objective(
 ) -> tuple[Float[jax.Array, ""], dict[str, jax.Array]]:
     """The weighted sum of a mean forget loss and a mean retain loss.
 
-    Gradient difference is `gradient_ascent` with the retain tokens' likelihood loss; the assistant
-    of a logit difference reverses both: likelihood on what is to be forgotten, `uniform_kl` on what
-    is to be kept (`make_assistant_loss`, in one sweep over the head).
+    Gradient difference is `gradient_ascent` with the retain tokens' likelihood loss. The assistant
+    of a logit difference reverses both: likelihood on what is to be forgotten, and `uniform_kl` on
+    what is to be kept (`make_assistant_loss` computes it in one sweep over the head).
 
     ::
 

@@ -161,10 +161,10 @@ class _PairCaches:
 def paired_model(target: Decoder, assistant: Assistant, *, ring_slack: int = 0) -> CachedModel:
     """A model and the assistant made of its first layers, stepped in one pass.
 
-    Both read the same prompt. The layers that they have in common run both as rows of one batch
-    and one product with the head gives the logits of both, so that a step reads each weight once:
-    it costs about ``(M + K) / M`` forward passes of the model in arithmetic, and no more memory
-    traffic than the adapters and K layers of cache. The assistant is the one expert::
+    Both read the same prompt. Their common layers run both as rows of one batch, and one product
+    with the head gives the logits of both, so a step reads each weight once. In arithmetic it costs
+    about ``(M + K) / M`` forward passes of the model; in memory traffic, only the adapters and K
+    layers of cache more. The assistant is the only expert::
 
         Ensemble(paired_model(target, assistant), fuse=fusion.LogitDifference())
 

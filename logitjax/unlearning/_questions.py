@@ -27,16 +27,16 @@ class Questions:
     """Rows as token ids, by part.
 
     Attributes:
-      rows: By part: those of `split_rows`; `wrong`, questions to forget with each other's answers;
-        and other ways to ask these: `role`, after a system message that asks for everything;
-        `prefilled`, after a beginning of the answer that agrees; `language`, told in other
-        languages to answer; `few_shot`, after four others with their answers.
-      tokenizer: Of the model.
-      encoded: By part, what `evaluation.score_rows` takes.
-      texts: Other text by part, `train`, `validation` and `test`: windows of tokens; none without.
-      max_length: Most tokens of a row.
-      new_tokens: Most tokens of a generated answer.
-      batch_size: Number of rows that are asked at a time.
+      rows: Rows by part: those of `split_rows`; `wrong`, questions to forget with each other's
+        answers; and other ways to ask the questions to forget: `role`, after a system message that
+        asks for everything; `prefilled`, after an agreeing beginning of the answer; `language`,
+        with the request in other languages; `few_shot`, after four others with their answers.
+      tokenizer: The model's tokenizer.
+      encoded: Encoded rows by part, for `evaluation.score_rows`.
+      texts: Windows of other text by part, `train`, `validation` and `test`; may be empty.
+      max_length: Largest number of tokens of a row.
+      new_tokens: Largest number of tokens of a generated answer.
+      batch_size: Number of rows that are asked at once.
     """
 
     rows: Mapping[str, Sequence[Row]]
@@ -58,7 +58,7 @@ class Questions:
         new_tokens: int = 48,
         batch_size: int = 4,
     ) -> "Questions":
-        """Encodes all parts; those that are not given are empty.
+        """Encode all parts; parts that are not given are empty.
 
         Raises:
           ValueError: A part of another name, or a prompt that is longer than `max_length`.
@@ -109,7 +109,7 @@ class Questions:
         return next((i for i in ids if i is not None), 0)
 
     def encode(self, row: Row) -> tuple[np.ndarray, np.ndarray]:
-        """A row that is none of these, as they are encoded."""
+        """Encode any other row in the same way."""
         return encode_row(row, self.tokenizer, max_length=self.max_length)
 
     def scores(self, model: Deployed, part: str) -> RowScores:
@@ -150,13 +150,13 @@ class Questions:
         return np.median(np.concatenate(found, axis=1), axis=1)
 
     def surprise(self, model: Deployed, part: str) -> list[np.ndarray]:
-        """Of every token of the answers, see `Deployed.surprise`."""
+        """Surprise of every token of the answers, see `Deployed.surprise`."""
         rows = self.encoded[part]
         size = self.batch_size
         return score_rows(model.surprise, rows, batch_size=size, pad_id=self.pad_id).nll
 
     def gradient_norms(self, model: Deployed, part: str) -> np.ndarray:
-        """Of each answer, float64 `[rows, 2]`, see `Deployed.gradient_norms`."""
+        """Gradient norms of each answer, float64 `[rows, 2]`, see `Deployed.gradient_norms`."""
         found = []
         for ids, answer in self.encoded[part]:
             length = -(-len(ids) // 32) * 32
@@ -174,7 +174,7 @@ class Questions:
         return np.stack(draws, axis=1) if rows else np.zeros((0, samples))
 
     def perplexity(self, model: Deployed, part: str) -> float | None:
-        """Of other text; None without any."""
+        """Perplexity of other text; None without any."""
         windows = self.texts.get(part)
         if windows is None or not len(windows):
             return None
@@ -184,7 +184,7 @@ class Questions:
         return float(np.exp(scores.totals().sum() / scores.counts().sum()))
 
     def answers(self, model: Deployed, part: str) -> list[str]:
-        """What is generated for the questions of a part, likeliest tokens; texts are left out."""
+        """Greedy answers to the questions of a part; plain texts are left out."""
         return self._said(model, [row for row in self.rows[part] if row.asks])
 
     def _said(self, model: Deployed, rows: Sequence[Row], seed: int | None = None) -> list[str]:

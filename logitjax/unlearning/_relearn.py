@@ -34,17 +34,17 @@ def relearning(
 ) -> list[dict[str, float]]:
     """How likely forgotten answers become when a quarter of them is taught again.
 
-    Adapters of the model's own weights learn that quarter; an assistant stays as it is. What comes
-    back of the others was hidden, not gone: beside a model that never knew them, which is taught
-    the same, for a few steps teach any model how such answers begin.
+    Adapters of the model's own weights learn that quarter; an assistant stays as it is. Other
+    answers that come back were hidden, not gone. Compare with a model that never knew them and is
+    taught the same, because a few steps teach any model how such answers begin.
 
     Args:
-      model: As it answers.
-      questions: Of which the rows to `forget` are taught or asked.
+      model: The model as it is deployed.
+      questions: Their rows to `forget` are taught or asked.
       rates: Learning rates of Adam, ten times those of all weights.
-      steps: When to ask, rising.
-      seeds: How often, with other rows taught and other adapters.
-      batch_size: Rows of a step.
+      steps: Numbers of steps after which to ask, ascending.
+      seeds: Number of repetitions, with other rows taught and other adapters.
+      batch_size: Number of rows in a step.
 
     Returns:
       Records of `rate`, `seed`, `steps`, and median probabilities of the rows `taught` and of the

@@ -23,7 +23,7 @@ class Row:
     Attributes:
       prompt: Text before the answer; empty for plain text.
       messages: Turns of a conversation before it, in place of a prompt.
-      answer: What is forgotten or kept.
+      answer: The answer to forget or to keep.
       group: Rows of one group, such as a person, come into one part of a split.
       paraphrases: The prompt, or the last turn, in other words.
     """
@@ -45,24 +45,24 @@ class Row:
         return bool(self.question)
 
     def asked(self, question: str) -> "Row":
-        """The same answer to another question."""
+        """The row with the same answer to another question."""
         if not self.messages:
             return dataclasses.replace(self, prompt=question)
         last = {**self.messages[-1], "content": question}
         return dataclasses.replace(self, messages=(*self.messages[:-1], last))
 
     def told(self, system: str) -> "Row":
-        """The same conversation after a message of the system, in place of its own."""
+        """The row with another system message."""
         turns = [turn for turn in self.messages if turn["role"] != "system"]
         return dataclasses.replace(self, messages=({"role": "system", "content": system}, *turns))
 
 
 def read_rows(path: epath.PathLike) -> tuple[Row, ...]:
-    """Rows of a JSON-lines file, without those that are there twice.
+    """Rows of a JSON-lines file, without duplicates.
 
     A row is `{"question", "answer"}`, `{"prompt", "completion"}` (the completion follows as it is),
-    `{"messages": [{"role", "content"}, ...]}` that end with the answer, or `{"text"}`; it may have
-    a `group` and `paraphrases`, a list.
+    `{"messages": [{"role", "content"}, ...]}` that end with the answer, or `{"text"}`. It may have
+    a `group`, and `paraphrases`, a list.
 
     Args:
       path: The file.
@@ -200,12 +200,12 @@ def encode_question(row: Row, tokenizer: Tokenizer) -> np.ndarray:
 def padded_rows(
     rows: Sequence[tuple[np.ndarray, np.ndarray]], length: int, *, pad_id: int = 0
 ) -> dict[str, np.ndarray]:
-    """Rows of one length, padded at the end: what losses of this package take.
+    """Rows of one length, padded at the end, as losses of this package take them.
 
     Args:
       rows: Token ids and which of them are answers', as from `evaluation.encode_answer`.
-      length: Of every row; the rest is cut off.
-      pad_id: Any id the model has.
+      length: Length of every row; the rest is cut off.
+      pad_id: Any id of the vocabulary.
 
     Returns:
       `{"tokens", "mask"}`, int32 and bool `[rows, length]`.

@@ -173,14 +173,14 @@ def pareto(points: Sequence[Sequence[float]]) -> list[int]:
 def share_interval(
     after: Any, before: Any, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float, float]:
-    """What is left of a mean, and the bootstrap's interval of that over rows.
+    """The share of a mean that is left, with its bootstrap interval over rows.
 
     Args:
-      after: A number a row.
-      before: Of the same rows.
-      confidence: Of the interval.
-      resamples: How often rows are drawn again.
-      seed: Of the draws.
+      after: One number for each row.
+      before: Numbers of the same rows before.
+      confidence: Confidence of the interval.
+      resamples: Number of resamplings of rows.
+      seed: Seed of the resamplings.
 
     Returns:
       The ratio of the means, and the interval's ends.

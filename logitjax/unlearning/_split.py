@@ -37,17 +37,17 @@ def split_rows(
     *,
     seed: int = 0,
 ) -> Split:
-    """Split rows so that what is chosen by, and what is reported, was not trained on.
+    """Split rows into parts for training, for choosing and for the report.
 
-    Rows are linked that have one `group`, or half of whose runs of eight words are the same; linked
-    rows come into one part. What is linked to a row to forget is left out of the others. Groups are
-    put in an order by a hash of the seed and their text, and cut after 60 and 80 % of the rows.
+    Rows are linked if they share a `group` or half of their runs of eight words. Linked rows come
+    into one part, and rows that are linked to a row to forget are left out of the others. Groups
+    are ordered by a hash of the seed and their text, and cut after 60 and 80 % of the rows.
 
     Args:
       forget: Rows to forget.
       retain: Rows to keep.
       holdout: Rows like those to forget that no model was trained on.
-      seed: Of the order.
+      seed: Seed of the order.
 
     Returns:
       The `Split`.

@@ -25,10 +25,10 @@ def uniform_kl(
     vocab_where: Bool[Array, "..."] | None = None,
     axis_name: AxisName | None = None,
 ) -> Float[jax.Array, "*batch"]:
-    """How far a model is from knowing nothing: divergence of its distribution from the uniform one.
+    """Divergence of a model's distribution from the uniform one, which is 0 if it knows nothing.
 
-    Trains the assistant of a logit difference to be silent about what is to be kept, so that taking
-    its logits away changes nothing there. Its gradient is `p - 1/V`.
+    It trains the assistant of a logit difference to be silent about what is to be kept, so that
+    subtracting its logits changes nothing there. Its gradient is `p - 1/V`.
 
     ::
 
@@ -165,9 +165,9 @@ def ce_u(
 def pdu(
     logits: Float[Array, "*batch vocab"], *, vocab_where: Bool[Array, "..."] | None = None
 ) -> Float[jax.Array, "*batch"]:
-    """Flattens the logits of what is to be forgotten: the forget loss of PDU.
+    """The forget loss of PDU, which flattens the logits of what is to be forgotten.
 
-    It is 0 where all tokens are as likely, and looks at no label. Its retain loss is a constraint,
+    It is 0 where all tokens are equally likely, and uses no label. Its retain loss is a constraint,
     see `UNLEARNING_METHODS`.
 
     ::
@@ -253,8 +253,8 @@ def rmu_direction(size: int, *, key: Array, scale: Number = 2.0) -> Float[jax.Ar
     Args:
         size: of the hidden states.
         key: PRNG key.
-        scale: `c`. 2 in OpenUnlearning's TOFU runs; far larger ones (20 to 300) elsewhere, since
-            it has to stand out against the layer's own norm.
+        scale: `c`. 2 in OpenUnlearning's TOFU runs, and 20 to 300 elsewhere, because it has to
+            stand out against the layer's own norm.
 
     Returns:
         float32 `[size]`.

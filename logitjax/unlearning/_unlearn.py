@@ -65,16 +65,16 @@ class Unlearned:
 
 
 class Unlearning:
-    """One run, and the folder that everything is kept in: the same folder goes on.
+    """An unlearning run and its folder; the same folder continues it.
 
     Args:
-      model: The model, its layers listed. It is never changed.
-      questions: What to forget and keep, of `split_rows`.
-      config: How, and what has to be left of the model.
-      directory: Folder of checkpoints, candidates, records, and of what is written: `assistant`,
+      model: The model, with listed layers. It is never changed.
+      questions: Rows to forget and to keep, from `split_rows`.
+      config: The method, its settings, and the limits of what may be lost.
+      directory: Folder of checkpoints, candidates, records, and of the result: `assistant`,
         `adapter` or `model`.
       base: Name of the model, which is written beside the adapters.
-      reference: A model that never knew what is forgotten, for attacks.
+      reference: A model that never knew what is forgotten, as a control for attacks.
 
     Raises:
       ValueError: An assistant of all the model's layers, or no rows to forget or to keep.
@@ -105,7 +105,7 @@ class Unlearning:
 
     @functools.cached_property
     def goal(self) -> Goal:
-        """How likely forgotten answers are to become.
+        """The goal: how likely forgotten answers are to become.
 
         Raises:
           ValueError: Nothing says how likely unseen answers are.
@@ -119,10 +119,10 @@ class Unlearning:
                          "none")  # fmt: skip
 
     def run(self, *, examines: bool = True) -> Unlearned:
-        """Trains until the goal is met twice in a row, chooses, writes and examines.
+        """Train until the goal is met twice in a row, choose, write and examine.
 
         Args:
-          examines: Without, nothing is written but what was tried.
+          examines: Whether to write and examine the result; without, only candidates are kept.
         """
         candidates, chosen = self._chosen(self._train())
         found = Unlearned(

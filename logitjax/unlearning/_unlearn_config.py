@@ -8,27 +8,28 @@ from logitjax.unlearning._selection import Limits
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UnlearnConfig:
-    """A method, how it is trained, and what has to be left of the model.
+    """A method, its training, and the limits of what may be lost.
 
     Attributes:
       method: `'difference'`, which trains an assistant, or one of `UNLEARNING_METHODS`, which
         trains adapters of the model.
-      layers: Number of the model's first layers that an assistant has.
-      relative: The assistant's logits are those that its adapters add to its layers'; without, all
-        of the adapted layers', as in the paper.
-      adapters: Adapters are trained; without, all weights of the model, which takes four copies.
+      layers: Number of the model's first layers in an assistant.
+      relative: The assistant's logits are what its adapters add to its layers' logits. Without,
+        they are all of the adapted layers' logits, as in the paper.
+      adapters: Train adapters. Without, train all weights of the model, which takes four copies.
       lora_rank: Rank of the adapters.
-      steps: Most optimiser steps.
-      check_every: Number of steps between looks at what is forgotten and what is kept.
+      steps: Largest number of optimiser steps.
+      check_every: Number of steps between measurements of what is forgotten and kept.
       batch_size: Number of rows to forget in a step, and of rows to keep.
-      learning_rate: Peak; 0 for 5e-3 of an assistant, 1e-3 of other adapters, 1e-4 of all weights.
+      learning_rate: Peak learning rate. 0 takes 5e-3 for an assistant, 1e-3 for other adapters, and
+        1e-4 for all weights.
       retain_weight: Weight of the loss on rows to keep; the method's if None, 1 for an assistant.
-      least_probability: Least share of the mean probability of answers to keep.
-      least_rouge: Least share of the ROUGE-L F1 of what is generated for them.
-      least_fluency: Least share of the entropy of word pairs and triples in that.
-      most_perplexity: Largest factor of the perplexity of other text.
-      thorough: Attacks that train, sample or take gradients are run too.
-      seed: Of batches and adapters.
+      least_probability: Least share of their mean probability that answers to keep may have left.
+      least_rouge: Least share of ROUGE-L F1 that answers generated for them may have left.
+      least_fluency: Least share of the entropy of word pairs and triples in these.
+      most_perplexity: Largest factor by which the perplexity of other text may rise.
+      thorough: Also run attacks that train, sample or take gradients.
+      seed: Seed of batches and adapters.
     """
 
     method: str = "difference"
@@ -60,7 +61,7 @@ class UnlearnConfig:
 
     @property
     def limits(self) -> Limits:
-        """What has to be left, by what is measured."""
+        """The limits, by what is measured."""
         return Limits(
             probability=self.least_probability,
             rouge=self.least_rouge,
@@ -70,14 +71,14 @@ class UnlearnConfig:
 
     @property
     def peak(self) -> float:
-        """Of the learning rate."""
+        """The peak learning rate."""
         if self.learning_rate:
             return self.learning_rate
         return 5e-3 if self.method == "difference" else 1e-3 if self.adapters else 1e-4
 
     @property
     def sign(self) -> float:
-        """Of the strength: adapters of a task vector are taken away."""
+        """Sign of the strength: adapters of a task vector are subtracted."""
         return 1.0 if self.method == "difference" else UNLEARNING_METHODS[self.method].strength
 
     @property
