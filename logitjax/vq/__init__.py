@@ -1,6 +1,6 @@
-"""Heads that share codes among tokens, and heads that score again what a cheap one finds.
+"""Heads whose tokens share codes, and heads that re-score what a cheap head finds.
 
-- `fit_assignment`, `perplexity_floor`: which tokens share a code, and what that can reach.
+- `fit_assignment` chooses which tokens share a code, `perplexity_floor` bounds what that can reach.
 - `vq_nll`, `vq_logits`, `vq_tables`, `vq_topk`, `vq_sample`: the vector-quantised head as functions
   of arrays, `VQHead` as a module.
 - `ProductCodes`: rows of a code in each group of dimensions; `ProductHead` as a module.

@@ -46,31 +46,31 @@ def fit_assignment(
     weight_power: float = 0.5,
     iterations: int = 20,
 ) -> VQFit:
-    """Fits mapping, codebook and biases to the rows of a full head.
+    """Fit mapping, codebook and biases to the rows of a full head.
 
-    What one code for several tokens costs is, to second order, half the variance of what it gets
-    wrong about their logits, under the head's own probabilities. Hence ``'weighted_kmeans'``: rows
-    in the covariance metric of the hidden states, weighted by ``unigram ** weight_power``. ::
+    To second order, sharing a code costs half the variance of the error in the tokens' logits,
+    under the head's own probabilities. So ``'weighted_kmeans'`` clusters rows in the covariance
+    metric of the hidden states, weighted by ``unigram ** weight_power``. ::
 
         sum_v u_v^p (w_v - C_{m(v)})^T Cov(h) (w_v - C_{m(v)})
 
-    The others: ``'random'`` clusters of equal size; ``'frequency'``, neighbours in frequency,
-    equal size; ``'kmeans'``, rows as they are, unweighted (the paper's). `reassign` goes on from
-    here by what the full head says on hidden states.
+    The other methods are ``'random'``, clusters of equal size; ``'frequency'``, neighbours in
+    frequency, of equal size; and ``'kmeans'``, plain rows, unweighted (the paper's). `reassign`
+    improves the mapping by the full head's distribution on hidden states.
 
     Blocks keep memory at the rows themselves plus 2,048 x codes, whatever the vocabulary.
 
     Args:
-      rows: ``[vocab, hidden]``, rows of the full head; bfloat16 will do.
+      rows: ``[vocab, hidden]``, rows of the full head, also in bfloat16.
       unigram: ``[vocab]``, probabilities or counts.
       hidden_mean: ``[hidden]``, mean of the hidden states.
       hidden_cov: ``[hidden, hidden]``, their covariance.
       num_codes: clusters K, at most vocab.
       method: see above.
       row_bias: ``[vocab]``, bias of the full head.
-      key: of random choices.
-      weight_power: the power p: 0.5 to 1 are sensible.
-      iterations: of Lloyd's algorithm.
+      key: key of random choices.
+      weight_power: the power p; 0.5 to 1 are sensible.
+      iterations: number of iterations of Lloyd's algorithm.
 
     Returns:
       `VQFit`.
@@ -397,14 +397,14 @@ class PerplexityFloor:
 def perplexity_floor(
     assignment: Int[Array, " vocab"], unigram: Float[Array, " vocab"]
 ) -> PerplexityFloor:
-    """What no training can better, if all tokens of a cluster share one logit.
+    """The least perplexity that any training can reach if all tokens of a cluster share one logit.
 
     ::
 
         perplexity >= exp(E log n_{m(X)})
         excess >= sum_k u_k KL(u(. | k) || uniform over the cluster)
 
-    A bias per token removes both; what is left then is how much the context says about the token
+    A bias per token removes both. What is then still lost is what the context says about the token
     within its cluster.
 
     Args:

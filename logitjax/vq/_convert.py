@@ -32,25 +32,25 @@ from logitjax.vq._tune import Tuning, tune_vq_head
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConvertConfig:
-    """How a head is converted.
+    """Sizes and budget of converting a head.
 
     Attributes:
-      num_codes: clusters K.
+      num_codes: number of clusters K.
       method: the mapping, see `logitjax.vq.fit_assignment`. ``'likelihood'`` is weighted k-means
         here, reassigned while tuning.
-      weight_power: rows weigh ``unigram ** weight_power``.
-      kmeans_iterations: of Lloyd's algorithm.
+      weight_power: rows are weighted by ``unigram ** weight_power``.
+      kmeans_iterations: number of iterations of Lloyd's algorithm.
       use_bias: False converts to the head as published.
-      num_pages: pages of a `ShortlistHead`; 0 makes a `VQHead`.
-      page_size: tokens a page.
-      max_tokens: positions that are cached and tuned on.
-      steps: of tuning; 0 leaves the head as fitted.
-      batch_size: positions a step.
-      learning_rate: peak.
-      reassign_every: steps between reassignments of tokens to codes; 0 never.
+      num_pages: number of pages of a `ShortlistHead`; 0 makes a `VQHead`.
+      page_size: number of tokens in a page.
+      max_tokens: number of positions that are cached and tuned on.
+      steps: number of tuning steps; 0 leaves the head as fitted.
+      batch_size: number of positions in a step.
+      learning_rate: peak learning rate.
+      reassign_every: number of steps between reassignments of tokens to codes; 0 for never.
       min_count: expected targets below which a token is not reassigned.
-      top: probabilities kept per position while tuning.
-      seed: of k-means and of the order of positions.
+      top: number of probabilities kept for each position while tuning.
+      seed: seed of k-means and of the order of positions.
     """
 
     num_codes: int = 4096
@@ -84,16 +84,16 @@ class ConvertConfig:
         start: VQFit | None = None,
         mesh: Mesh | None = None,
     ) -> tuple[VQHead, dict[str, list[float]]]:
-        """Fits and tunes a head on cached hidden states: `convert_head` without the model.
+        """Fit and tune a head on cached hidden states: `convert_head` without the model.
 
         Args:
-          head: the old one.
+                    head: the old head.
           hidden: ``[count, hidden]``.
-          targets: of `HiddenCache.head_targets`, for the same positions.
-          statistics: of ``hidden``.
-          unigram: ``[vocab]`` counts; what the old head expects when omitted.
+          targets: from `HiddenCache.head_targets`, for the same positions.
+          statistics: statistics of ``hidden``.
+          unigram: ``[vocab]`` counts; by default the counts that the old head expects.
           start: a fit to tune, instead of a new one.
-          mesh: as of `Tuning.run`.
+          mesh: as for `Tuning.run`.
 
         Returns:
           The head, and the tuning's history (``loss``: KL divergence from the old head, ``moved``).
@@ -180,14 +180,14 @@ def convert_head(
     source: str = "",
     mesh: Mesh | None = None,
 ) -> Conversion:
-    """Replaces a decoder's head by a vector-quantised one that imitates it.
+    """Replace a decoder's head by a vector-quantised one that imitates it.
 
-    Hidden states are computed once and kept in ``workdir``; so is what the old head says on them.
-    Then mapping and codebook are fitted to the old rows, codebook and biases tuned to the old
-    head's distribution, tokens reassigned in between, and the head is written to
-    ``workdir/head``. A call that was killed goes on after the hidden states it has, and another
-    configuration of the same ``max_tokens`` reuses them. What is of another
-    model, head or ``source`` is refused.
+    Hidden states, and the old head's distribution on them, are computed once and kept in
+    ``workdir``. Mapping and codebook are fitted to the old rows. Codebook and biases are tuned to
+    the old head's distribution, with tokens reassigned in between. The head is written to
+    ``workdir/head``. A killed call continues with the hidden states it has, and another
+    configuration with the same ``max_tokens`` reuses them. A workdir of another model, head or
+    ``source`` is refused.
 
     Args:
       model: a `logitjax.models.Decoder` with a linear or tied head.

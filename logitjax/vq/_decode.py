@@ -50,10 +50,10 @@ def vq_tables(
     temperature: float | Array = 1.0,
     vocab_where: Bool[Array, " vocab"] | None = None,
 ) -> VQTables:
-    """Sorts every cluster by bias, for `vq_topk` and `vq_sample`.
+    """Sort every cluster by bias, for `vq_topk` and `vq_sample`.
 
-    O(V log V), once for a bias and a temperature. The temperature is applied here to the biases and
-    there to the scores.
+    It takes O(V log V), once for a bias and a temperature. The temperature divides the biases here,
+    and the scores in those functions.
 
     Args:
       bias: ``[vocab]``, or None for the head as published.
@@ -125,9 +125,9 @@ def vq_topk(
 ) -> TopK:
     """The k largest logits in O(K d + k^2) per token, exactly those of `vq_logits`.
 
-    Inside a cluster the order is that of the biases whatever the hidden state, and each of the k
-    best clusters offers a token that beats all tokens of clusters ranked lower. So k tokens from
-    each of k clusters are enough. Equal logits come lowest token first, as `jax.lax.top_k` has it.
+    Inside a cluster the order is that of the biases, whatever the hidden state. Each of the k best
+    clusters has a token that beats all tokens of clusters ranked lower. So k tokens from each of k
+    clusters are enough. Of equal logits the lowest token comes first, as in `jax.lax.top_k`.
 
     Args:
       hidden: ``[*batch, hidden]``.
@@ -181,11 +181,11 @@ def vq_sample(
     soft_cap: float | None = None,
     axis_name: AxisName | None = None,
 ) -> Int[jax.Array, "*batch"]:
-    """Draws tokens from the whole distribution in O(K d + log V) per token, exactly.
+    """Draw tokens from the exact distribution in O(K d + log V) per token.
 
-    First the cluster, ``k ~ softmax(z + log B)``, then a token within it, ``v ~ exp(b_v) / B_k``,
-    by inverting a cumulative table of that cluster alone: one table over all V would be too coarse
-    in float32.
+    It draws the cluster, ``k ~ softmax(z + log B)``, then a token within it, ``v ~ exp(b_v) /
+    B_k``, by inverting a cumulative table of that cluster alone. One table over all V would be too
+    coarse in float32.
 
     Args:
       key: a `jax.random.key`.

@@ -24,17 +24,16 @@ _TABLE_FIELDS = tuple(field.name for field in dataclasses.fields(VQTables))
 class VQHead(VocabularyHead):
     """One code for several tokens, and a bias for each: O(K) training and decoding.
 
-    As a decoder's ``head`` it gives all V logits, so everything works with it; `nll`, `top_k` and
-    `sample` give the same without them. Sharding: split ``codebook`` along its first axis over the
-    tensor axis of the mesh or replicate it, replicate ``bias`` and ``assignment``.
+    As a decoder's ``head`` it gives all V logits, so everything works with it. `nll`, `top_k` and
+    `sample` give the same results without making them. Sharding: split ``codebook`` along its first
+    axis over the tensor axis of the mesh or replicate it, replicate ``bias`` and ``assignment``.
 
     Args:
       hidden_size: d.
       vocab_size: V.
       num_codes: K.
       assignment: ``[vocab]``, e.g. of `fit_assignment`; balanced and random when omitted.
-      unigram: ``[vocab]`` counts or probabilities: biases begin at its logarithm, as they
-        should.
+      unigram: ``[vocab]`` counts or probabilities; biases start at its logarithm.
       use_bias: False is the head as published.
       soft_cap: of the cluster scores.
       dtype: compute dtype.
@@ -142,10 +141,10 @@ class VQHead(VocabularyHead):
         return vq_tables(bias, assignment, self.num_codes, width=width, **options)
 
     def prepare(self, width: int = 64) -> None:
-        """Makes the tables for `top_k` up to ``width`` and keeps them, as decoding code expects.
+        """Make the tables for `top_k` up to ``width`` and keep them, as decoding code expects.
 
         Without it `top_k` and `sample` sort the vocabulary on every call. Call it again after
-        training: the tables hold the biases of now.
+        training, because the tables hold the biases of the time of the call.
         """
         tables = self.tables(width=width)
         for name in _TABLE_FIELDS:
@@ -226,8 +225,8 @@ class VQHead(VocabularyHead):
 class ShortlistHead(VQHead):
     """Codes choose a shortlist, rows of the (tied) embedding re-score it.
 
-    The natural head for a tied model: the rows are in memory anyway, and decoding reads few of
-    them. Its logits are those of the full head inside the shortlist.
+    It suits a tied model, whose rows are in memory anyway; decoding reads few of them. Inside the
+    shortlist its logits are those of the full head.
 
     Args:
       num_pages: pages re-scored per position.
@@ -265,7 +264,7 @@ class ShortlistHead(VQHead):
         self.make_pages()
 
     def make_pages(self, rows: Array | None = None, hidden_cov: Array | None = None) -> None:
-        """Cuts the clusters into pages anew; with rows and covariance ranks them by their reach."""
+        """Cut the clusters into pages anew; with rows and covariance, rank them by their reach."""
         codebook, bias, assignment = self._biased()
         margin = None
         if rows is not None and hidden_cov is not None:
@@ -276,11 +275,11 @@ class ShortlistHead(VQHead):
 
     @property
     def pages(self) -> Pages:
-        """The pages; their biases are those of the last `make_pages`, call it after training."""
+        """The pages, with the biases of the last `make_pages`; call that after training."""
         return Pages(**{name: getattr(self, f"page_{name}")[...] for name in _PAGE_FIELDS})
 
     def set_pages(self, pages: Pages) -> None:
-        """Replaces the pages, e.g. by those of a checkpoint."""
+        """Replace the pages, e.g. by those of a checkpoint."""
         for name in _PAGE_FIELDS:
             setattr(self, f"page_{name}", Assignment(getattr(pages, name)))
 
@@ -343,7 +342,7 @@ class ShortlistHead(VQHead):
         return VocabularyHead.sample(self, key, hidden, embedding, temperature=temperature)
 
     def prepare(self, width: int = 64) -> None:
-        """Gives the pages the biases of now; `make_pages` also cuts and ranks them anew."""
+        """Give the pages the current biases; `make_pages` also cuts and ranks them anew."""
         if self.bias is not None:
             self.set_pages(self.pages.with_biases(self.bias[...]))
 

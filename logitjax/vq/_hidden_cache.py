@@ -101,11 +101,11 @@ class HiddenCache:
         source: str = "",
         log_every: int = 20,
     ) -> "HiddenCache":
-        """Run a decoder over packed batches once and keep what its head sees.
+        """Run a decoder over packed batches once, and keep the hidden states that its head reads.
 
-        A directory that already holds the cache is read instead, if it is of this model and
-        ``source``, and a run that was killed goes on after the batches it has finished. Positions
-        whose next token is not to be predicted are left out.
+        If the directory already holds the cache of this model and ``source``, it is read instead. A
+        killed run continues after the batches it has finished. Positions whose next token is not to
+        be predicted are left out.
 
         Args:
           model: a `logitjax.models.Decoder`, or anything with its ``hidden_states``.
@@ -178,7 +178,7 @@ class HiddenCache:
 
     @classmethod
     def open(cls, directory: str | os.PathLike[str]) -> "HiddenCache":
-        """A finished cache, for those who no longer have the model that it was made with."""
+        """A finished cache, without the model that it was made with."""
         root = epath.Path(directory)
         Manifest(root, _KIND).read()
         return cls(
@@ -196,7 +196,7 @@ class HiddenCache:
     def head_targets(
         self, directory: str | os.PathLike[str], head: Head, *, top: int = 64, block_size: int = 512
     ) -> HeadTargets:
-        """What a full head says here, kept in a directory, which is read the next time.
+        """A full head's distribution at these positions, kept in a directory for the next time.
 
         Args:
           directory: where they are or will be.

@@ -108,7 +108,7 @@ def vq_logits(
     vocab_where: Bool[Array, " vocab"] | None = None,
     axis_name: AxisName | None = None,
 ) -> Float[jax.Array, "*batch vocab"]:
-    """All V logits: what the head means, for checks and for code that wants logits.
+    """All V logits of the head, for checks and for code that needs logits.
 
     Training with it costs the memory of a full head; `vq_nll` and `vq_topk` give the same
     numbers without it. ::

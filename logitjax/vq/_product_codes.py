@@ -26,7 +26,7 @@ _CODES = 16
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ProductCodes:
-    """Rows of a head, a code in each group of dimensions.
+    """Rows of a head as product codes: one code in each group of dimensions.
 
     ::
 
@@ -63,11 +63,11 @@ class ProductCodes:
           rows: ``[vocab, hidden]``.
           unigram: ``[vocab]`` probabilities or counts; rows are weighted by a power of it.
           hidden_cov: ``[hidden, hidden]``.
-          groups: into how many parts the hidden dimensions are cut.
-          num_codes: codes per group; with at most 256 a code is one byte.
-          key: of the initial centres.
-          iterations: of Lloyd's algorithm.
-          weight_power: rows weigh ``unigram ** weight_power``.
+          groups: number of parts into which the hidden dimensions are cut.
+          num_codes: number of codes in a group; with at most 256 a code is one byte.
+          key: key of the initial centres.
+          iterations: number of iterations of Lloyd's algorithm.
+          weight_power: rows are weighted by ``unigram ** weight_power``.
 
         Returns:
           `ProductCodes` without a bias; the codes are uint8 or uint16.

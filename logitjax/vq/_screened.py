@@ -34,10 +34,9 @@ class Screen:
     def logits(self, hidden: Float[Array, "*batch hidden"]) -> Float[jax.Array, "*batch vocab"]:
         """Logits of a cheap head, the largest of them replaced by those of better rows.
 
-        The candidates are shared out by the better logits; how much they get in all is what the
-        cheap head says, as in `Shortlist.nll`: its logits are only known up to a number that
-        depends on the context, which a head tuned to imitate another's probabilities may well
-        learn. ::
+        The better logits divide the candidates' mass; the cheap head says how large that mass is,
+        as in `Shortlist.nll`. The cheap logits are only known up to a number that depends on the
+        context, which a head tuned to imitate another's probabilities may well learn. ::
 
             s = cheap(h),  c = the num_candidates largest of it
             l_v = rescore(h, v)       v in c
@@ -165,8 +164,8 @@ class Screen:
 class ScreenedHead(VocabularyHead):
     """A cheap head screens, rows of the (tied) embedding re-score.
 
-    The head for a model whose embedding is in memory anyway and which wants its own logits back
-    while reading a tenth of them.
+    It suits a model whose embedding is in memory anyway: it gets its own logits back while reading
+    a tenth of the rows.
 
     Args:
       screen: any head that makes V cheap logits: a `ProductHead`, a `LowRankHead`, a `VQHead`.

@@ -115,7 +115,7 @@ class Pages:
         assignment: Int[Array, " vocab"],
         hidden_cov: Float[Array, "hidden hidden"],
     ) -> Float[jax.Array, " vocab"]:
-        """Standard deviation, over hidden states, of what the codebook gets wrong about each token.
+        """Standard deviation, over hidden states, of the codebook's error in each token's logit.
 
         ::
 
@@ -166,7 +166,7 @@ def rescoring(rows: Rescore | Head | Array) -> Rescore:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shortlist:
-    """Which tokens better rows re-score, and how.
+    """A shortlist: the pages of tokens to re-score, and the better rows.
 
     Attributes:
       pages: of `Pages.cut`.
@@ -206,10 +206,10 @@ class Shortlist:
     ) -> Float[jax.Array, "*batch"]:
         """Cross-entropy of a shortlist head, normalised over the whole vocabulary.
 
-        The ``num_pages`` best pages are shared out by the better logits; all other tokens keep
-        their VQ logits. How much the chosen pages get in all is what the codes say, since a logit
-        by itself means nothing: the two kinds differ by a number that depends on the context. It is
-        a proper distribution, and the one `top_k` decodes from. ::
+        The better logits divide the mass of the ``num_pages`` best pages; all other tokens keep
+        their VQ logits. The codes say how large that mass is, because the two kinds of logits
+        differ by a number that depends on the context. The result is a proper distribution, the one
+        that `top_k` decodes from. ::
 
             g = logsumexp_{chosen pages} s - logsumexp_{other pages} s,    s = z_code + log mass
             l_v = rescore(h, v) + shift(h)      v in a chosen page
@@ -296,8 +296,8 @@ class Shortlist:
           k: how many.
           temperature: divides the logits. Other than 1 it costs O(V) a call.
           soft_cap: as `nll`.
-          with_tail: False looks at the chosen pages alone, which is cheaper, and what one wants
-            when the better logits are all that is trusted.
+          with_tail: False uses the chosen pages alone, which is cheaper, and right if you trust
+            only the better logits.
           block_size: positions at a time.
 
         Returns:
@@ -354,7 +354,7 @@ class Shortlist:
         *,
         soft_cap: float | None = None,
     ) -> Float[jax.Array, "*batch vocab"]:
-        """All V logits of a shortlist head: what `nll` and `top_k` mean.
+        """All V logits of a shortlist head, those that `nll` and `top_k` use.
 
         Args: as there.
 

@@ -27,7 +27,7 @@ _REPLICATED = ShardingRules()
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """Budget of tuning a head: Adam with a cosine schedule on mini-batches of cached positions.
+    """Tunes a head by Adam with a cosine schedule, on mini-batches of cached positions.
 
     Attributes:
         steps: Steps of the whole run.
@@ -108,8 +108,8 @@ class Tuning:
             params: Pytree of trained arrays.
             arrays: `[count, ...]` each, sampled together: hidden states, labels, ...
             constants: Pytree that is not trained: assignments, tables.
-            between: `(step, params, constants)`, called after so many steps, to None or to others
-                to go on with, as reassignment does. The moments of the optimizer stay.
+            between: `(step, params, constants)`, called after so many steps; returns None, or
+                others to continue with, as reassignment does. The moments of the optimizer stay.
             mesh: Its data and fsdp axes share the positions of a step; parameters and constants are
                 on every device. Every process has all `arrays` and gets all results.
 
@@ -289,8 +289,8 @@ def reassign_from_labels(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`logitjax.vq.reassign` from the labels of a training run, between two of its steps.
 
-    The periodic reassignment of training from scratch: gather hidden states and labels of a few
-    hundred recent batches, call this, go on with the new mapping and biases.
+    It is the periodic reassignment of training from scratch. Gather hidden states and labels of a
+    few hundred recent batches, call this, and continue with the new mapping and biases.
 
     Args:
       codebook: ``[codes, hidden]``.
