@@ -10,9 +10,8 @@ def from_nnx(module: Any, *, method: str | None = None) -> tuple[Callable, dict]
     """Turn an nnx module into ``(apply_fn, params)``.
 
     ``params`` is a pure dict of the `nnx.Param` arrays; everything else the module holds (PRNG
-    streams, statistics) stays fixed inside ``apply_fn``. ``apply_fn.graphdef`` is there for those
-    who write ``nnx.merge(apply_fn.graphdef, params, apply_fn.rest)`` themselves, to call several
-    methods.
+    streams, statistics) stays fixed inside ``apply_fn``. To call several methods, write
+    ``nnx.merge(apply_fn.graphdef, params, apply_fn.rest)`` yourself.
 
     Args:
       module: any nnx module.

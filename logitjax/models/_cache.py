@@ -13,7 +13,7 @@ from logitjax.ops import Array
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """What a decoder remembers of the tokens before.
+    """A decoder's keys and values of the tokens before.
 
     ``keys`` and ``values`` follow the model's segments: per segment, one array a pattern entry
     ``[repeats, batch, kv_heads, slots, head_dim]`` when stacked, one a layer without ``repeats``
@@ -21,7 +21,8 @@ class Cache:
     ``positions[kind]`` is the position held by each slot, -1 for none, for all layers of one
     attention window. ``length`` is each row's next position. A token of position ``p`` lives in
     slot ``p % slots``: windowed layers keep a ring of their window's size. Going back to an earlier
-    position forgets what came after, on windowed layers by as many as the ring has spare slots.
+    position forgets what came after. On windowed layers one may go back by as many positions as
+    the ring has spare slots.
     """
 
     keys: tuple
@@ -51,8 +52,8 @@ class Cache:
           max_length: slots of layers without a window.
           dtype: of keys and values.
           layout: ``'listed'`` or ``'stacked'``, as the model's.
-          ring_slack: slots of windowed layers beyond their window: by so many tokens one may go
-            back without losing what the window still needs.
+          ring_slack: slots of windowed layers beyond their window: the number of tokens by which
+            one may go back without losing what the window still needs.
 
         Returns:
           A `Cache`.

@@ -48,9 +48,9 @@ class SegmentSpec:
 class DecoderConfig:
     """Sizes and switches of a decoder-only transformer.
 
-    ``windows`` holds one entry a layer: ``None`` attends to everything before, an int to that many
-    last positions, itself included. Empty means ``None`` everywhere. Layers with a window use
-    ``rope_local_theta`` (unscaled) where it is set. ``segment_boundaries`` are layer indices where
+    ``windows`` holds one entry a layer: ``None`` attends to all earlier positions, an int to that
+    many last positions, itself included. Empty means ``None`` everywhere. Layers with a window use
+    ``rope_local_theta`` (unscaled) if it is set. ``segment_boundaries`` are layer indices at which
     a segment must end, for edits that treat the layers before and after differently.
 
     >>> config = DecoderConfig(vocab_size=256, hidden_size=32, intermediate_size=64, num_layers=3,

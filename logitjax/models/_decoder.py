@@ -344,9 +344,9 @@ class Decoder(nnx.Module):
         lora: Lora | None = None,
         lora_rows: Array | None = None,
     ) -> tuple[Float[jax.Array, "batch time hidden"], Cache]:
-        """Activations after some of the layers: for steps that regroup rows between layers.
+        """Activations after some of the layers, for steps that regroup rows between layers.
 
-        ``final_norm(x)`` after all of them are the hidden states of `hidden_states`.
+        After all layers, ``final_norm(x)`` gives the hidden states of `hidden_states`.
 
         Args:
           x: activations before these layers, from `embed` before the first.
@@ -435,7 +435,7 @@ class Decoder(nnx.Module):
         return dataclasses.replace(head, soft_cap=self.config.logits_softcap)
 
     def with_head(self, head: nnx.Module) -> "Decoder":
-        """The same decoder, parameters shared, with another head and no soft cap of its own."""
+        """The same decoder with shared parameters, another head, and no soft cap of its own."""
         graphdef, state = nnx.split(self)
         new = nnx.merge(graphdef, state)
         new.head = head

@@ -67,7 +67,7 @@ def save_pretrained(
     *,
     max_shard_bytes: int = 4 * 2**30,
 ) -> None:
-    """Write a model so that others can serve it; loading it again gives the same bits.
+    """Write a model as a Hugging Face directory; loading it again gives the same bits.
 
     Safetensors shards (with an index where there are several), config.json,
     generation_config.json, and tokenizer.json with its tokenizer_config.json. Tensors keep the
@@ -76,11 +76,12 @@ def save_pretrained(
     Args:
       model: a decoder with a full or tied head.
       tokenizer: written along, unless None.
-      directory: made where it does not exist.
-      max_shard_bytes: a new shard is begun before this size is passed.
+      directory: folder, made if it does not exist.
+      max_shard_bytes: largest size of a shard.
 
     Raises:
-      ValueError: for what the format of the model's family cannot say, or a head of another kind.
+      ValueError: for a setting that the format of the model's family lacks, or a head of another
+        kind.
     """
     directory = epath.Path(directory)
     _check_head(model)

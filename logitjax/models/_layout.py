@@ -15,8 +15,8 @@ from logitjax.models._stacking import convert, list_layers, stack_layers, twin
 def with_layout(model: Decoder, layout: str) -> Decoder:
     """The same model with its layers ``'stacked'`` (for training) or ``'listed'`` (for decoding).
 
-    Values are copied unchanged, so converting there and back is exact. The model handed in stays
-    as it is; what is not a layer is shared with it.
+    Values are copied unchanged, so converting there and back is exact. The given model is
+    unchanged; what is not a layer is shared with it.
 
     >>> config = DecoderConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=2,
     ...                        num_heads=2, num_kv_heads=1, head_dim=4)
@@ -41,11 +41,11 @@ def with_layout(model: Decoder, layout: str) -> Decoder:
 def keep_layers(model: Decoder, indices: Sequence[int]) -> Decoder:
     """A smaller model made of copies of the embedding, the chosen layers, norm and head.
 
-    Every array is copied, so training or donating the new model leaves the old one alone.
+    Every array is copied, so training or donating the new model does not affect the old one.
 
     Args:
       model: the model to cut from.
-      indices: layers to keep, in the order they shall run.
+      indices: layers to keep, in the order in which they run.
 
     Returns:
       A decoder of ``len(indices)`` layers in the same layout.
@@ -105,10 +105,10 @@ def _set_config(model: Decoder, config: DecoderConfig) -> None:
 
 
 def first_layers(model: Decoder, count: int) -> Decoder:
-    """The model that ends after so many layers: embedding, layers, final norm and head.
+    """The model of the first layers: embedding, these layers, final norm and head.
 
-    Nothing is copied: its parameters are the very arrays of the model handed in, so it must not be
-    trained or donated as a whole. `keep_layers` makes copies.
+    Nothing is copied: its parameters are the arrays of the given model, so it must not be trained
+    or donated as a whole. `keep_layers` makes copies.
 
     Args:
       model: the model to cut.

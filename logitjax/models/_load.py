@@ -84,16 +84,16 @@ def _gguf_config(source: GgufSource) -> tuple[DecoderConfig, str]:
 
 
 def load_sampling(spec: str) -> dict[str, float]:
-    """How a model's publisher samples, by the names of `decoding.Sampling`.
+    """The publisher's sampling settings of a model, by the names of `decoding.Sampling`.
 
-    That is what a directory's generation_config.json says; where it samples, transformers'
-    defaults fill what it leaves out (temperature 1, the 50 likeliest tokens).
+    They come from a directory's generation_config.json. If that samples, transformers' defaults
+    fill what it leaves out (temperature 1, the 50 likeliest tokens).
 
     Args:
       spec: as for `load_model`.
 
     Returns:
-      The settings; without a temperature where answers are greedy, empty where nothing is said.
+      The settings; without a temperature if answers are greedy, and empty if there are none.
 
     Raises:
       ValueError: one line naming the file and the setting that is no number.
@@ -131,9 +131,9 @@ def load_model(
 ) -> Decoder:
     """Load a decoder from a Hugging Face directory, a GGUF file, or by name.
 
-    Tensors are read one at a time, cast, and put where they shall live; the host never holds more
-    than the parameters placed on it plus one of them. With a mesh each process reads only the
-    rows its devices need.
+    Tensors are read one at a time, cast, and placed on their devices. The host never holds more
+    than the parameters placed on it plus one of them. With a mesh each process reads only the rows
+    that its devices need.
 
     Args:
       spec: a directory with config.json and safetensors; a ``.gguf`` path; ``'smollm2'``, the
@@ -144,8 +144,8 @@ def load_model(
       layout: ``'stacked'`` for training, ``'listed'`` for decoding.
       remat: see `Decoder`.
       mesh: devices to spread the parameters over.
-      rules: how, such as `DECODER_RULES`; paths are those of
-        ``segments/0/layers/0/attention/query/kernel``. Every device holds all of it when omitted.
+      rules: how they are spread, such as `DECODER_RULES`; paths are like
+        ``segments/0/layers/0/attention/query/kernel``. Without rules every device holds everything.
       attention: see `Decoder`.
 
     Returns:

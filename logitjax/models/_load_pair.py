@@ -26,7 +26,7 @@ def load(
     Args:
         spec: As for `load_model`.
         dtype: Compute dtype, also by its name.
-        param_dtype: Dtype of the parameters, also by its name. Whoever trains wants float32.
+        param_dtype: Dtype of the parameters, also by its name. Take float32 to train.
         layout: `'stacked'` for training, `'listed'` for decoding.
         remat: See `Decoder`.
         mesh: Devices over which `DECODER_RULES` split the parameters; each process reads only its

@@ -38,7 +38,7 @@ class Lora:
         dtype: jax.typing.DTypeLike = jnp.float32,
         layout: str = "stacked",
     ) -> "Lora":
-        """Adapters that change nothing yet: random ``a``, zero ``b``.
+        """Adapters that change nothing before training: random ``a``, zero ``b``.
 
         Args:
           config: the decoder's configuration.
@@ -51,7 +51,7 @@ class Lora:
           layout: ``'stacked'`` or ``'listed'``, as the model's.
 
         Returns:
-          A `Lora` to hand to ``hidden_states(..., lora=)``.
+          A `Lora` for ``hidden_states(..., lora=)``.
 
         Raises:
           ValueError: for an unknown target.
@@ -101,9 +101,9 @@ class Lora:
         return dataclasses.replace(self, layers=tuple(layers))
 
     def merged_into(self, model: "Decoder") -> "Decoder":
-        """A model of its own whose kernels are ``kernel + a @ b * scale``.
+        """The model with the adapters in its kernels, ``kernel + a @ b * scale``.
 
-        The adapted kernels are new arrays, all others are shared with the model handed in.
+        The adapted kernels are new arrays; all others are shared with the given model.
 
         Args:
           model: the decoder under the adapters, in their layout.

@@ -37,7 +37,7 @@ def save_peft(
     Args:
         lora: Adapters, in either layout.
         config: Of the model they are made for, or of its first layers.
-        directory: Made where it does not exist.
+        directory: Folder, made if it does not exist.
         base: Name or directory of the base model, which PEFT keeps.
 
     Raises:

@@ -24,9 +24,9 @@ _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 class Tokenizer:
     """Text to token ids and back, with the ids a decoder needs to know.
 
-    ``fingerprint`` is a sha256 of everything that decides the ids; two tokenizers with the same
-    one encode alike. ``chat_template`` is one template, or several by name (``default`` and
-    ``tool_use``); ``special_tokens`` are the texts that templates know as ``bos_token`` and so on.
+    ``fingerprint`` is a sha256 of everything that decides the ids: tokenizers with the same one
+    encode alike. ``chat_template`` is one template, or several by name (``default`` and
+    ``tool_use``). ``special_tokens`` are the texts that templates know as ``bos_token`` and so on.
     """
 
     def __init__(
@@ -152,11 +152,11 @@ class Tokenizer:
     ) -> tuple[list[int], list[bool]]:
         """Tokens of a conversation, and which of them are to be learnt.
 
-        A template that marks what the assistant wrote (`{% generation %}`) is believed: the tokens
-        that overlap such a part are learnt, as transformers counts them. Under any other template
-        what a message of the role `learn` adds beyond the generation prompt (its text and its
-        end-of-turn token) is to be predicted, and a token counts where it begins inside such a
-        part. The whole text is encoded at once, so that no token boundary is invented.
+        If a template marks what the assistant wrote (`{% generation %}`), the tokens that overlap
+        such a part are learnt, as transformers counts them. Under any other template, what a
+        message of the role `learn` adds beyond the generation prompt (its text and its end-of-turn
+        token) is learnt; a token counts if it begins inside such a part. The whole text is encoded
+        at once, so no token boundary is invented.
 
         Args:
           messages: as for `render_chat`.
@@ -189,7 +189,7 @@ class Tokenizer:
         return encoded.ids, [any(a <= start < b for a, b in spans) for start in starts]
 
     def byte_lengths(self) -> np.ndarray:
-        """UTF-8 bytes of text that each token stands for: what aligns two tokenizations of a text.
+        """Number of UTF-8 bytes of each token's text, by which two tokenizations are aligned.
 
         Returns:
           int64 ``[vocab_size]``; 0 for special tokens and unused ids.
@@ -197,7 +197,7 @@ class Tokenizer:
         return np.array([len(text) for text in self.token_bytes()], np.int64)
 
     def token_bytes(self) -> tuple[bytes, ...]:
-        """The bytes of text that each token stands for: none for special tokens and unused ids.
+        """The bytes of each token's text; empty for special tokens and unused ids.
 
         Byte-level vocabularies (GPT-2, Llama 3, Qwen, SmolLM2) spell every byte as one character;
         SentencePiece vocabularies (Llama 2, Mistral, Gemma) spell text as it is, a space as one

@@ -1,7 +1,7 @@
 """A server with OpenAI's completion API over a decoder or an ensemble of them.
 
-`build_app` makes an ASGI application of a model; `ServerConfig` says what it takes and what its
-policy lets out, `Key` whom it answers (`read_keys` has them from a file). It needs the extra
+`build_app` makes an ASGI application of a model. `ServerConfig` has its limits and the policy of
+what it reports, and `Key` says who may ask (`read_keys` reads keys from a file). It needs the extra
 `serve`.
 """
 

@@ -35,10 +35,10 @@ def build_app(
 ) -> Starlette:
     """The application of one model or several fused ones, ready for any ASGI server.
 
-    It starts the decoding engine when it starts, and ends it with itself.
+    The decoding engine starts and ends with the application.
 
     Args:
-        model: What decodes.
+        model: The model, or several fused ones.
         tokenizer: Its tokenizer.
         end_ids: Tokens that end an answer.
         config: Limits, slots and the policy of what is reported.

@@ -12,27 +12,27 @@ from logitjax.serving._schema import ServerLimits
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ServerConfig:
-    """How a server treats requests.
+    """A server's limits, and the policy of what it reports.
 
     Attributes:
         model: Name of the model in the API.
-        policy: What is reported of its log-probabilities, and whether a logit bias is taken.
-        policy_seed: Seed of the policy's noise and of draws; None takes another at every start.
+        policy: What is reported of its log-probabilities, and whether a logit bias is accepted.
+        policy_seed: Seed of the policy's noise and of draws; None takes a new one at every start.
         slots: Number of requests decoded together.
         max_waiting: Number of requests that may wait for a slot.
-        max_length: Most tokens of a request, prompt included.
-        max_tokens: Most new tokens of a request.
-        max_body_bytes: Most bytes of a request.
-        body_seconds: Most time that the body of a request may take to come.
-        prefill_chunk: Most prompt tokens read between two decoding steps.
+        max_length: Largest number of tokens of a request, prompt included.
+        max_tokens: Largest number of new tokens of a request.
+        max_body_bytes: Largest number of bytes of a request.
+        body_seconds: Longest time that the body of a request may take to arrive.
+        prefill_chunk: Largest number of prompt tokens read between two decoding steps.
         prefill_rows: Number of prompts read at once.
-        prefix_cache_bytes: Memory for what prompts began with; 0 shares nothing.
-        audit_log: File that says what was given out to whom; None for none.
-        keys: Whom it answers, and what each may spend.
+        prefix_cache_bytes: Memory for common beginnings of prompts; 0 shares nothing.
+        audit_log: File that records what was given to whom; None for none.
+        keys: Keys of those who may ask, and what each may spend.
         allow_origins: Origins whose pages may ask from a browser; `*` for all.
 
     Raises:
-        ValueError: The policy is none that a server can keep.
+        ValueError: A server cannot keep this policy.
     """
 
     model: str
@@ -57,7 +57,7 @@ class ServerConfig:
 
     @property
     def pace(self) -> Pace:
-        """How many at once."""
+        """Limits of how many requests are handled at once."""
         return Pace(
             slots=self.slots,
             max_length=self.max_length,
@@ -69,7 +69,7 @@ class ServerConfig:
 
     @property
     def limits(self) -> ServerLimits:
-        """What one request may ask for."""
+        """Limits of one request."""
         return ServerLimits(
             max_tokens=self.max_tokens,
             max_length=self.max_length,

@@ -15,12 +15,12 @@ class Key:
     """One API key and what it may spend.
 
     Attributes:
-        name: What logs and metrics call it; never the secret.
-        secret: What the client shows; None lets anybody ask.
-        queries: Most answers ever (prompts times copies).
-        tokens: Most tokens ever, of prompts and answers.
-        queries_per_minute: Most answers a minute.
-        tokens_per_minute: Most tokens a minute.
+        name: Name in logs and metrics, where the secret never appears.
+        secret: Text that the client has to send; None lets anybody ask.
+        queries: Largest number of answers in all (prompts times copies).
+        tokens: Largest number of tokens in all, of prompts and answers.
+        queries_per_minute: Largest number of answers a minute.
+        tokens_per_minute: Largest number of tokens a minute.
     """
 
     name: str = "anybody"
@@ -54,8 +54,8 @@ def read_keys(path: str) -> tuple[Key, ...]:
     """The keys of a file: one JSON object a line, with the fields of `Key`.
 
     Raises:
-        ValueError: A line is no key, or names or secrets are there twice; the line is named, never
-            what it says.
+        ValueError: A line is not a key, or a name or secret occurs twice; the message has the
+            line's number, never its text.
     """
     keys: list[Key] = []
     fields = {field.name for field in dataclasses.fields(Key)}

@@ -25,17 +25,19 @@ _LAST_SECONDS = 1.0
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Listening:
-    """Where a server listens, and for how long it bears with a connection.
+    """The address of a server, and the limits of its connections.
 
     Attributes:
         host: Address.
         port: Port; 0 takes a free one.
-        connections: Most connections at once; fewer where the process may open fewer files.
-        idle_seconds: How long a connection may be open without a whole request head, or go on
-            sending a body after its answer.
-        discard_bytes: Most bytes of a body that are read after its answer, and thrown away.
-        request_seconds: How long an answer may take to be read.
-        drain_seconds: How long answers may go on after the signal to end.
+        connections: Largest number of connections at once; fewer if the process may open fewer
+            files.
+        idle_seconds: Longest time that a connection may be open without a whole request head, or
+            keep sending a body after its answer.
+        discard_bytes: Largest number of bytes of a body that are read after its answer, and thrown
+            away.
+        request_seconds: Longest time that a client may take to read an answer.
+        drain_seconds: Longest time that answers may go on after SIGTERM.
     """
 
     host: str = "127.0.0.1"
@@ -48,17 +50,17 @@ class Listening:
 
 
 def run_server(app: Starlette, listening: Listening) -> None:
-    """Answers until a signal ends it, and says where in one line.
+    """Serve until a signal ends it; prints one line with the address.
 
-    SIGTERM and SIGINT let what is under way go on for `drain_seconds`; it then ends with the
+    After SIGTERM and SIGINT running answers may go on for `drain_seconds`; they then end with the
     reason `length`.
 
     Args:
-        app: Of `build_app`.
-        listening: Where, and how long.
+        app: The application, from `build_app`.
+        listening: The address and the limits.
 
     Raises:
-        OSError: The address cannot be had.
+        OSError: The address is not available.
     """
     with contextlib.closing(_listener(listening)) as listener:
         doorkeeper = Doorkeeper(_most_connections(listening), listening.idle_seconds)

@@ -1,4 +1,4 @@
-"""Training: mesh, sharding, one jitted step, checkpoints, metrics, a loop that survives.
+"""Training: mesh, sharding, one jitted step, checkpoints, metrics, and a loop that resumes.
 
 A run is a few calls: `distributed.initialize`, `make_mesh`, `Schedule.optimizer`,
 `TrainState.create`, `TrainStep`, `train_loop`.

@@ -90,12 +90,12 @@ class Restored(NamedTuple):
 class Checkpointer:
     """Saves and restores a state with its step and a JSON dictionary beside it.
 
-    Saving is asynchronous: it returns once the state is copied to the host (one process on a CPU:
-    held, so that the next step is not given its buffers), and the files appear under their final
-    name only when they are complete. What goes wrong then is raised by the next call. Each
-    checkpoint carries a checksum of every leaf, so that not only a missing or short file but a
-    changed bit is noticed. All processes must call every method. Leaves are stored under their
-    path, and restore into any tree with these paths.
+    Saving is asynchronous. It returns once the state is copied to the host (one process on a CPU:
+    held, so that the next step does not get its buffers). The files appear under their final name
+    only when they are complete. A failure of a save is raised by the next call. Each checkpoint
+    has a checksum of every leaf, so a changed bit is noticed, and not only a missing or short file.
+    All processes must call every method. Leaves are stored under their path, and restore into any
+    tree with these paths.
 
     Args:
       directory: of the checkpoints; ``gs://`` works.
@@ -208,7 +208,7 @@ class Checkpointer:
     def restore_latest(self, state: Any) -> Restored | None:
         """Restores the newest checkpoint that can be read.
 
-        One that cannot is reported in the log and renamed to ``corrupt_STEP``, and the one before
+        An unreadable one is reported in the log and renamed to ``corrupt_STEP``, and the one before
         it is used.
 
         Args:

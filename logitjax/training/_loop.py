@@ -39,7 +39,7 @@ class NonFiniteError(FloatingPointError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoopOptions:
-    """How often `train_loop` does what is not training.
+    """How often `train_loop` saves, logs, evaluates and profiles.
 
     Attributes:
       checkpoint_every: steps between checkpoints; the last step is always saved.
@@ -47,8 +47,8 @@ class LoopOptions:
         (by the count of the loss) and ``seconds_per_step``.
       eval_every: steps between evaluations; the last step is always evaluated.
       progress: a tqdm bar, if standard error is a terminal.
-      profile_steps: so many steps are traced by ``jax.profiler`` into ``workdir/profile``, from the
-        third on that this call takes: the first one compiles.
+      profile_steps: number of steps that ``jax.profiler`` traces into ``workdir/profile``, from
+        this call's third step on, because the first one compiles.
     """
 
     checkpoint_every: int = 0
@@ -71,20 +71,20 @@ def train_loop(
     identity: Mapping[str, Any] | None = None,
     options: LoopOptions | None = None,
 ) -> TrainState:
-    """Trains to ``total_steps``, from the newest checkpoint if there is one, bit for bit.
+    """Train to ``total_steps``, continuing bit for bit from the newest checkpoint, if any.
 
     Steps count finished updates. Update ``s + 1`` uses ``batches(s)``, which must depend on ``s``
-    alone: the data state of a checkpoint is its step. The host runs ahead of the device by one step
-    and waits for it only to log, evaluate and save. SIGTERM (to any of the processes) saves and
-    raises :class:`Preempted`; the same call continues.
+    alone, because a checkpoint's only data state is its step. The host runs one step ahead of the
+    device and waits for it only to log, evaluate and save. SIGTERM (to any of the processes) saves
+    and raises :class:`Preempted`; the same call continues.
 
     Args:
-      state: at step 0, or where to go on without a checkpoint. It is consumed.
+      state: the state to start from if there is no checkpoint. It is consumed.
       step_fn: a `TrainStep`; with constants, ``functools.partial`` of it.
       batches: step -> this process's rows of the global batch.
       total_steps: number of updates at the end.
       workdir: locked while the loop runs; gets ``nonfinite/step_STEP.npz``.
-      checkpointer: saves and resumes; it is left open.
+      checkpointer: saves and restores; it is left open.
       eval_fn: ``(state, step) -> scalars``, logged as ``eval/NAME``.
       writer: where metrics go (:func:`make_writer`).
       identity: a JSON dictionary kept in the checkpoints, such as the fingerprint of the data. A

@@ -17,22 +17,22 @@ AXES = (*BATCH_AXES, *VOCABULARY_AXES)
 def make_mesh(
     spec: str = "data:-1,fsdp:1,tensor:1", devices: Any = None, *, partial: bool = False
 ) -> Mesh:
-    """Makes the mesh that a specification such as ``data:-1,fsdp:2`` describes.
+    """Make the mesh that a specification such as ``data:-1,fsdp:2`` describes.
 
     The axes are ``data`` (copies of the model), ``fsdp`` (the batch *and* the parameters are split)
     and ``tensor`` (heads, feed-forward and vocabulary are split). An axis that the specification
     leaves out has size 1, and at most one size may be -1: whatever is left of the devices. All axes
     are ``Auto``: the compiler propagates shardings.
 
-    ``dcn_data`` is for several TPU slices, or nodes, between which the network is slow: copies of
-    the model too, of which each slice holds one, so that only gradients cross. It lies outermost,
-    its size is the number of slices (``dcn_data:-1`` counts them; processes, where devices know no
-    slices), and the other axes share the devices of one slice.
+    ``dcn_data`` is for several TPU slices, or nodes, with a slow network between them. Each slice
+    holds a copy of the model, so only gradients cross. It is the outermost axis, and its size is
+    the number of slices (``dcn_data:-1`` counts them, or processes if devices have no slices). The
+    other axes share the devices of one slice.
 
     Args:
       spec: comma-separated ``axis:size``, outermost axis first.
       devices: the devices, by default all of them; those of an ahead-of-time topology will do.
-      partial: a specification without a -1 takes only so many of the devices.
+      partial: a specification without a -1 uses only the first devices, as many as it names.
 
     Returns:
       The mesh over exactly these devices, or over the first of them with `partial`.
@@ -129,7 +129,7 @@ def _hybrid_mesh(slices: int, sizes: dict[str, int], devices: Any) -> Mesh:
 
 @dataclasses.dataclass(frozen=True)
 class BatchLayout:
-    """How a batch lies on a mesh, and which of its rows this process feeds.
+    """How a batch is laid out on a mesh, and which of its rows this process feeds.
 
     Attributes:
         mesh: The mesh. The first dimension of a batch is split over its ``dcn_data``, ``data`` and
@@ -151,7 +151,7 @@ class BatchLayout:
 
     @property
     def pieces(self) -> int:
-        """Into how many pieces the mesh cuts a batch."""
+        """Number of pieces into which the mesh cuts a batch."""
         return math.prod(self.mesh.shape[name] for name in self._axes)
 
     @property
@@ -160,10 +160,10 @@ class BatchLayout:
 
     @property
     def share(self) -> tuple[int, int]:
-        """Which share of a global batch this process feeds: ``(index, count)``.
+        """The share of a global batch that this process feeds: ``(index, count)``.
 
-        Usually the process's own index and count. Processes that the ``tensor`` axis joins hold the
-        same rows and so get the same index.
+        It is usually the process's own index and count. Processes that the ``tensor`` axis joins
+        hold the same rows, so they get the same index.
 
         Raises:
             ValueError: Processes would share rows unevenly.
@@ -182,7 +182,7 @@ class BatchLayout:
         return shares.index(tuple(sorted(rows[jax.process_index()]))), len(shares)
 
     def rows(self, batch_size: int) -> slice:
-        """Which rows of a global batch this process feeds.
+        """The rows of a global batch that this process feeds.
 
         Raises:
             ValueError: The processes cannot share so many rows.
@@ -194,7 +194,7 @@ class BatchLayout:
         return slice(index * share, (index + 1) * share)
 
     def place(self, batch: Any) -> Any:
-        """Makes one global array of every process's rows.
+        """Make one global array of every process's rows.
 
         Args:
             batch: A pytree of numpy arrays ``[local_batch, ...]``, this process's `share`.

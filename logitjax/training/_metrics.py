@@ -197,7 +197,7 @@ class MultiWriter(NullWriter):
 def make_writer(
     workdir: epath.PathLike | None, *, log: bool = True, tensorboard: bool = False
 ) -> MetricWriter:
-    """The usual writers: ``metrics.jsonl`` and the log; nothing off process 0.
+    """The usual writers, ``metrics.jsonl`` and the log; only process 0 writes.
 
     Args:
       workdir: where ``metrics.jsonl`` and ``tensorboard/`` go; None for the log alone.

@@ -24,8 +24,8 @@ class Schedule:
         constant until the last fifth, then linear to ``final``; ``rsqrt``, with the inverse root of
         the step.
       warmup: steps from 0 to the peak.
-      total_steps: of the run; needed by all but ``constant`` and ``rsqrt``.
-      final: what is left of the peak at the end, as a fraction.
+      total_steps: steps of the run; needed by all but ``constant`` and ``rsqrt``.
+      final: fraction of the peak that is left at the end.
 
     Raises:
       ValueError: on another course, or a course without its ``total_steps``.
@@ -96,12 +96,12 @@ class Schedule:
         Args:
             kind: ``adamw``, ``lion``, ``adafactor`` or ``sgd`` (with momentum ``b1``).
             weight_decay: decoupled weight decay.
-            no_decay: parameters whose path matches this regular expression do not decay. Dimensions
-                would not tell: the norms of a stack of layers are matrices.
+            no_decay: parameters whose path matches this regular expression do not decay. The number
+                of dimensions cannot decide this: the norms of a stack of layers are matrices.
             clip: bound on the global norm of the gradient, or None.
             b1: decay of the first moment.
             b2: decay of the second.
-            eps: of ``adamw``.
+            eps: epsilon of ``adamw``.
             moment_dtype: dtype of the first moment, by default the parameters'.
             trainable: if given, parameters whose path it does not match are frozen, without any
                 state.

@@ -23,11 +23,11 @@ class Preempted(SystemExit):
 
 @contextlib.contextmanager
 def watch_for_preemption() -> Iterator[Callable[[int], bool]]:
-    """Gives a function that says, once per step, whether to save and stop now.
+    """Return a function to ask once per step whether to save and stop now.
 
-    One process notices its SIGTERM; a second SIGTERM ends it at once. With several, JAX's
-    preemption service does: a SIGTERM to any of them makes all say yes at the same step, so all
-    must ask at every step.
+    A single process notices its own SIGTERM; a second SIGTERM ends it at once. With several
+    processes, JAX's preemption service notices it. A SIGTERM to any process makes all answer yes at
+    the same step, so all must ask at every step.
 
     >>> with watch_for_preemption() as told_to_stop:
     ...     told_to_stop(1)

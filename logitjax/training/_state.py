@@ -23,7 +23,7 @@ class TrainState:
     Attributes:
       step: int32 scalar, the number of updates so far. The data state is this number too.
       params: any pytree of arrays: a dict, an ``nnx.State``, LoRA matrices alone.
-      opt_state: of the optax transformation.
+      opt_state: state of the optax transformation.
       rng: a typed key that stays the same; the key of a step is folded from it.
     """
 
@@ -55,7 +55,7 @@ class TrainState:
             tx: the optimizer.
             mesh: the mesh.
             rules: where each leaf goes.
-            seed: of the initial parameters and of the steps' keys.
+            seed: seed of the initial parameters and of the steps' keys.
 
         Returns:
             The state at step 0.
@@ -83,9 +83,9 @@ class TrainState:
         mesh: Mesh,
         rules: ShardingRules = FSDP_RULES,
     ) -> "TrainState":
-        """The state's shapes, dtypes and shardings, without a byte of it in memory.
+        """The state's shapes, dtypes and shardings, without its arrays.
 
-        It is what a checkpoint restores into, and what compiles a step ahead of time for a pod.
+        A checkpoint restores into it, and a step for a pod is compiled ahead of time with it.
 
         Args:
             params: a pytree of arrays or ``ShapeDtypeStruct``, or a function from a key to it.

@@ -23,7 +23,7 @@ LossFn = Callable[..., tuple[Any, Any, dict[str, tuple[Any, Any]]]]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StepOutput:
-    """What a step reports, all on the device: reading it waits for the step.
+    """The output of a step, on the device: reading it waits for the step.
 
     Attributes:
       metrics: name -> (sum, count). ``loss`` and ``grad_norm`` are always there.
@@ -38,11 +38,11 @@ class TrainStep:
     """One jitted update with a donated state: ``step(state, batch, constants=None)``.
 
     The gradient is that of ``sum of losses / count`` over the *global* batch: tokens weigh the same
-    whichever microbatch, device or process they fall into. With ``accumulate`` the microbatches run
-    in a ``lax.scan`` and sum in float32. On several slices (``dcn_data``) each copy of the model
-    then calls the loss with its own rows and key, and sums cross the network once a step. A step
-    whose loss or gradient is not finite leaves parameters and optimizer state as they were and says
-    so in its output.
+    whichever microbatch, device or process they are in. With ``accumulate`` the microbatches run in
+    a ``lax.scan`` and sum in float32. On several slices (``dcn_data``) each copy of the model then
+    calls the loss with its own rows and key, and sums cross the network once a step. A step whose
+    loss or gradient is not finite leaves parameters and optimizer state unchanged and reports it in
+    its output.
 
     Args:
         loss_fn: ``(params, batch, rng) -> (loss_sum, count, {name: (sum, count)})``; with constants
@@ -109,11 +109,11 @@ class TrainStep:
         return self._compiled_for(state)(state, batch, constants)
 
     def lower(self, state: Any, batch: Any, constants: Any = None) -> Any:
-        """Lowers the step for abstract arguments with shardings: compile for a pod from a desk."""
+        """Lower the step for abstract arguments with shardings, e.g. of devices elsewhere."""
         return self.trace(state, batch, constants).lower()
 
     def trace(self, state: Any, batch: Any, constants: Any = None) -> Any:
-        """Traces the step for the same arguments: a ``jax.stages.Traced`` with its jaxpr."""
+        """Trace the step for the same arguments: a ``jax.stages.Traced`` with its jaxpr."""
         return self._compiled_for(state).trace(state, batch, constants)
 
     def _compiled_for(self, state: TrainState) -> Any:

@@ -34,17 +34,17 @@ class WorkdirInUseError(ValueError):
 
 @contextlib.contextmanager
 def lock_workdir(workdir: epath.PathLike) -> Iterator[None]:
-    """Holds the lock of a workdir, so that a second run on it is refused.
+    """Hold the lock of a workdir, so that a second run on it is refused.
 
-    On a file system the operating system holds the lock and drops it with the process, however that
-    ends. On an object store it is an object that is only ever written over the generation that was
-    read, so that of two runs that start at once one wins. The holder writes it anew every ten
-    seconds; whoever finds it waits for that, and takes the lock over when nothing has come for 45
-    seconds. No clock is compared. A run that is started again by what started it before
-    (`LOGITJAX_RUN` is the same, which `launch/` sets) takes it over at once. A holder that finds
-    its lock taken, or cannot write it for as long, ends with status 75.
+    On a file system the operating system holds the lock, and drops it when the process ends. On an
+    object store the lock is an object that is only written over the generation that was read, so of
+    two runs that start at once one wins. The holder renews it every ten seconds. Another run takes
+    it over when it has not been renewed for 45 seconds. No clock is compared. A restart by the
+    script that started the run (with the same `LOGITJAX_RUN`, which `launch/` sets) takes it over
+    at once. A holder that finds its lock taken, or cannot renew it for as long, ends with status
+    75.
 
-    What lies within a workdir that this process holds is held too. Process 0 locks for all.
+    Folders within a locked workdir are locked too. Process 0 locks for all.
 
     Args:
         workdir: Folder or prefix; made if needed.
