@@ -124,7 +124,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         test_examples=128,
         teacher="resnet8",
         student="resnet8",
-        arm=("ce", "kd", "single", "dual_mlp_aligned"),
+        arm=("ce", "single", "dual_mlp_aligned"),
         alpha=(0.1,),
         # The teacher learns the task, and its students some of it: otherwise arms do not differ.
         epochs=6,

@@ -29,6 +29,7 @@ def configured(**changes):
             **experiment.PRESETS["smoke"],
             "arm": ARMS,
             "alphas": (0.75,),
+            "betas": (6.5, 1.0),
             "rates": (0.5, 1.0),
             **changes,
         }
