@@ -146,11 +146,16 @@ def _compile(loss: Loss, shape: Shape, devices: Sequence[Any], sides: tuple[int,
 
 
 def _row(name: str, kind: str, shape: Shape, chip: chips.Chip, loss: Loss) -> dict[str, Any]:
-    traced, compiled = _compile(loss, shape, chips.devices_of(chip)[:1], (1, 1))
-    memory, flops = compiled.memory_analysis(), costs.matmul_flops(traced.jaxpr)
-    moved = memory.argument_size_in_bytes + memory.output_size_in_bytes
     row: dict[str, Any] = {"chip": chip.name, "loss": kind}
     row |= {"T": shape[0], "H": shape[1], "V": shape[2], "form": name}
+    try:
+        traced, compiled = _compile(loss, shape, chips.devices_of(chip)[:1], (1, 1))
+    except jax.errors.JaxRuntimeError as error:
+        # What a chip cannot hold is a row of the table.
+        refused, wanted = costs.out_of_memory(error)
+        return row | {"temp MiB": wanted and wanted / 2**20, "does not fit": refused}
+    memory, flops = compiled.memory_analysis(), costs.matmul_flops(traced.jaxpr)
+    moved = memory.argument_size_in_bytes + memory.output_size_in_bytes
     row["products, F"] = flops / (2.0 * shape[0] * shape[1] * shape[2])
     row["temp MiB"] = memory.temp_size_in_bytes / 2**20
     row["in and out MiB"] = moved / 2**20
@@ -169,9 +174,9 @@ def _compare(rows: list[dict[str, Any]]) -> None:
     """Each form beside dense, the rows of one chip, loss and shape."""
     dense = next(row for row in rows if row["form"] == "dense")
     for row in rows:
-        row["temp / dense"] = row["temp MiB"] / dense["temp MiB"]
-        if row["Mcycles"]:
-            row["cycles / dense"] = row["Mcycles"] / dense["Mcycles"]
+        for share, name in (("temp / dense", "temp MiB"), ("cycles / dense", "Mcycles")):
+            if row.get(name) and dense.get(name):
+                row[share] = row[name] / dense[name]
 
 
 def _padded() -> tuple[list[dict[str, Any]], list[_suite.Bar]]:

@@ -140,9 +140,8 @@ def make_plan(traced: Any, chip: chips.Chip, *, devices: int, mesh: str = "", **
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return Plan(**known, error=_out_of_memory(str(error)), seconds=time.perf_counter() - start)
+        refused, _ = costs.out_of_memory(error)
+        return Plan(**known, error=refused, seconds=time.perf_counter() - start)
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     text = compiled.as_text()
@@ -163,14 +162,6 @@ def make_plan(traced: Any, chip: chips.Chip, *, devices: int, mesh: str = "", **
         cycles=costs.estimated_cycles(text),
         seconds=seconds,
     )
-
-
-def _out_of_memory(text: str) -> str:
-    """The sentence with the numbers out of a page of allocations."""
-    found = re.search(
-        r"(?:required|Used).*?[\d.]+[KMGT]\)? (?:exceeds|of) .*?[\d.]+[KMGT]\)?", text
-    )
-    return found[0] if found else text.splitlines()[0][:200]
 
 
 def _versions(chip: chips.Chip) -> str:

@@ -188,6 +188,23 @@ def estimated_cycles(text: str) -> float:
     return total
 
 
+def out_of_memory(error: jax.errors.JaxRuntimeError) -> tuple[str, float | None]:
+    """Of a page of allocations the sentence with the numbers, and the bytes that were wanted.
+
+    Raises:
+      JaxRuntimeError: `error`, if it is about something else.
+    """
+    text = str(error)
+    if "RESOURCE_EXHAUSTED" not in text:
+        raise error
+    found = re.search(
+        r"(?:required|Used).*?([\d.]+)([KMGT])\)? (?:exceeds|of) .*?[\d.]+[KMGT]\)?", text
+    )
+    if not found:
+        return text.splitlines()[0][:200], None
+    return found[0], float(found[1]) * 1024 ** (1 + "KMGT".index(found[2]))
+
+
 def _executed(text: str) -> Iterator[tuple[str, Instruction, int, bool]]:
     """Every instruction that runs: its computation, itself, how often, and whether it is fused."""
     computations, entry = _parse(text)

@@ -227,7 +227,10 @@ def test_verdicts():
         "required for HLO temporaries (24.19G) exceeds available HBM (15.75G). HLO module: jit_f."
     )
     sentence = "required for HLO temporaries (24.19G) exceeds available HBM (15.75G)"
-    assert plan._out_of_memory(said) == sentence
+    found, wanted = costs.out_of_memory(jax.errors.JaxRuntimeError(said))
+    assert (found, wanted) == (sentence, pytest.approx(24.19 * 2**30))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        costs.out_of_memory(jax.errors.JaxRuntimeError("INTERNAL: no"))
     text = plan.markdown([fits, plan.dataclasses.replace(over, estimate=True, error=sentence)])
     assert "estimate: does not fit: required" in text
     assert "all-gather 1 in 3" in text
