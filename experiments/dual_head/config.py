@@ -36,45 +36,59 @@ class Config:
         "tfds:udhr", "Data set: tfds:NAME, cifar100:DIR, folder:DIR or synthetic:CLASSES."
     )
     image_size: int = field(32, "Height and width of images from a folder.")
-    train_examples: int = field(0, "Training examples; all if 0.")
+    train_examples: int = field(0, "Number of training examples. 0 takes all.")
     validation_examples: int = field(
-        2000, "Examples held out of training where the data have no validation split."
+        2000, "Number of examples held out of training, if the data have no validation split."
     )
-    test_examples: int = field(0, "Test examples; all if 0.")
+    test_examples: int = field(0, "Number of test examples. 0 takes all.")
     augment: str = field(
         "none", "How images are augmented.", choices=("none", "crop_flip", "resized_crop")
     )
     teacher: str = field("mlp-512-256", "Network of the teacher.")
-    teacher_examples: int = field(0, "Training examples of the teacher; the students' if 0.")
-    teacher_weights: str | None = field(None, "Torch checkpoint of the teacher; trained if none.")
+    teacher_examples: int = field(
+        0, "Number of training examples of the teacher. 0 takes the students'."
+    )
+    teacher_weights: str | None = field(
+        None, "Torch checkpoint of the teacher. By default the teacher is trained."
+    )
     student: str = field("mlp-128", "Network of the student.")
-    arm: tuple[str, ...] = field(_MAIN, "Arm to train", selects=True)
-    alpha: tuple[float, ...] = field((0.01, 0.1, 1.0), "Weight of the distillation loss to try")
+    arm: tuple[str, ...] = field(_MAIN, "Arm to train.", selects=True)
+    alpha: tuple[float, ...] = field((0.01, 0.1, 1.0), "Weight of the distillation loss to try.")
     convex: bool = field(
         False,
-        "Whether both losses are divided by 1 + alpha, so that a large alpha is no large step.",
+        "Divide both losses by 1 + alpha, so that a large alpha is not a large step.",
     )
-    seeds: int = field(1, "Runs of every arm.")
-    epochs: int = field(20, "Epochs of the students.")
-    teacher_epochs: int = field(20, "Epochs of the teacher.")
-    batch_size: int = field(64, "Examples of a step, over all devices.")
-    learning_rate: float = field(0.05, "Rate of the students; a tenth of it after each decay_at.")
-    teacher_learning_rate: float = field(0.05, "Rate of the teacher, which falls likewise.")
-    decay_at: tuple[float, ...] = field((0.625, 0.75, 0.875), "Share of epochs to cut the rate at")
+    seeds: int = field(1, "Number of runs of every arm.")
+    epochs: int = field(20, "Number of epochs of the students.")
+    teacher_epochs: int = field(20, "Number of epochs of the teacher.")
+    batch_size: int = field(64, "Number of examples in a step, summed over devices.")
+    learning_rate: float = field(
+        0.05, "Learning rate of the students, divided by ten at each decay_at."
+    )
+    teacher_learning_rate: float = field(
+        0.05, "Learning rate of the teacher, which falls likewise."
+    )
+    decay_at: tuple[float, ...] = field(
+        (0.625, 0.75, 0.875), "Share of the epochs at which the learning rate falls."
+    )
     momentum: float = field(0.9, "Momentum of SGD.")
     weight_decay: float = field(5e-4, "Weight decay of all parameters, norms included.")
     warmup_epochs: int = field(
-        1, "Epochs over which alpha grows in arms that warm up; DKD's are 20 of 240.", minimum=1
+        1,
+        "Number of epochs over which alpha grows in arms that warm up. DKD has 20 of 240.",
+        minimum=1,
     )
-    stop_epoch: int = field(0, "Epoch from which alpha is 0; never if 0.")
+    stop_epoch: int = field(0, "Epoch from which alpha is 0. 0 for never.")
     temperature: float = field(4.0, "Temperature of kd, dkd and dist.")
     dkd_beta: float = field(8.0, "Weight of the other classes in dkd.")
     binary_temperature: float = field(2.0, "Temperature of the logit loss.")
     logit_loss: str = field(
         "binary_kl_norm", "Loss of single and dual.", choices=("binary_kl_norm", "binary_kl")
     )
-    diagnose_every: int = field(2, "Epochs between measures of collapse (first seed).")
-    checkpoint_every: int = field(10, "Epochs between checkpoints.")
+    diagnose_every: int = field(
+        2, "Number of epochs between measures of neural collapse, with the first seed."
+    )
+    checkpoint_every: int = field(10, "Number of epochs between checkpoints.")
     mesh: str = field("data:-1", "Axes and sizes of the device mesh.")
 
     def __post_init__(self) -> None:

@@ -26,68 +26,84 @@ class Config:
     """What one run of the experiment does."""
 
     model: str = field("smollm2", "Model: a directory, a .gguf file, a known name or tiny.")
-    layers: tuple[int, ...] = field((0, 1, 28, 29), "Layers of the model to keep; all if none.")
+    layers: tuple[int, ...] = field((0, 1, 28, 29), "Layers of the model to keep. All if empty.")
     template: str = field("chatml", "Template of the prompts.", choices=("chatml", "llama2", "phi"))
     tofu_dir: str = field("hf:locuslab/TOFU", "TOFU's files: a directory, hf:NAME, or toy.")
-    augmentation_dir: str = field("", "Folder of paraphrases and wrong answers; tofu_dir if empty.")
-    augment: bool = field(True, "Let assistants learn paraphrases and wrong answers too.")
-    paraphrases: int = field(2, "Paraphrases a question.")
-    wrong_added: int = field(2, "Wrong answers a question to be silent about.")
-    authors: int = field(3, "Authors in all, 20 questions each.")
-    forget_authors: int = field(1, "Authors to forget.")
+    augmentation_dir: str = field(
+        "", "Folder of paraphrases and wrong answers. If empty, tofu_dir."
+    )
+    augment: bool = field(True, "Let assistants also learn paraphrases and wrong answers.")
+    paraphrases: int = field(2, "Number of paraphrases of a question.")
+    wrong_added: int = field(2, "Number of wrong answers to a question to be silent about.")
+    authors: int = field(3, "Number of authors in all, with 20 questions each.")
+    forget_authors: int = field(1, "Number of authors to forget.")
     utility: str = field(
         "retain",
-        "What utility is made of: TOFU's nine numbers, or those of the data to keep alone, as for "
-        "a cut model, which knows nothing of the world.",
+        "Utility: TOFU's nine numbers (tofu), or those of the data to keep alone (retain), for a "
+        "cut model, which knows nothing of the world.",
         choices=("retain", "tofu"),
     )
-    max_length: int = field(96, "Tokens of question and answer; the rest is cut off.")
-    row_length: int = field(192, "Tokens of a row of several questions, in finetuning.")
-    finetune_epochs: int = field(15, "Epochs of training target and retrained model.")
-    finetune_batch: int = field(4, "Rows a step of finetuning.")
+    max_length: int = field(96, "Number of tokens of question and answer. The rest is cut off.")
+    row_length: int = field(192, "Number of tokens in a row of several questions, in finetuning.")
+    finetune_epochs: int = field(15, "Number of epochs of training target and retrained model.")
+    finetune_batch: int = field(4, "Number of rows in a step of finetuning.")
     finetune_learning_rate: float = field(1e-3, "Peak learning rate of finetuning.")
-    arm: tuple[str, ...] = field(_ARMS, "Arm to run")
-    seeds: int = field(1, "Runs of every arm.")
-    epochs: int = field(3, "Epochs over the data to forget, of arms that train the model.")
-    batch_size: int = field(5, "Questions to forget a step, and as many to keep.")
+    arm: tuple[str, ...] = field(_ARMS, "Arm to run.")
+    seeds: int = field(1, "Number of runs of every arm.")
+    epochs: int = field(
+        3, "Number of epochs over the data to forget, for arms that train the model."
+    )
+    batch_size: int = field(5, "Number of questions to forget in a step, and to keep.")
     learning_rate: float = field(3e-4, "Peak learning rate of arms that train the model.")
     rates: tuple[float, ...] = field(
         (1.0,), "Multiples of --learning_rate to choose from, on validation with the first seed."
     )
-    rmu_scale: float = field(0.0, "Length of the vector that RMU moves states to; 0: its default.")
-    assistant_layers: int = field(1, "Layers of the target that assistants have.")
-    rank: int = field(32, "Rank of an assistant's adapters; the official arm has half.")
+    rmu_scale: float = field(
+        0.0, "Length of the vector that RMU moves states to. 0 takes its default."
+    )
+    assistant_layers: int = field(1, "Number of the target's layers in an assistant.")
+    rank: int = field(32, "Rank of an assistant's adapters. The official arm has half.")
     betas: tuple[float, ...] = field(
         (6.5,),
         "Weights of silence to choose from, on validation with the first seed.",
     )
     alpha: float = field(0.75, "Weight of the assistant's logits, while the clean arm trains.")
-    assistant_epochs: int = field(6, "Epochs over the data to forget and their paraphrases.")
+    assistant_epochs: int = field(
+        6, "Number of epochs over the data to forget and their paraphrases."
+    )
     assistant_learning_rate: float = field(1e-2, "Peak learning rate of assistants.")
     alphas: tuple[float, ...] = field(
         (0.5, 0.6, 0.75, 1.0), "Weights of an assistant to choose from."
     )
     filters: tuple[str, ...] = field(
         ("none", "clean"),
-        "Which tokens the clean arm changes, to choose from; epochs are chosen with the first.",
+        "Filters of tokens that the clean arm chooses from. Epochs are chosen with the first.",
     )
-    retain_items: int = field(10, "Questions of the data to keep on the test.")
-    validation_items: int = field(10, "Questions of the data to keep on validation.")
-    validation_wrong: int = field(2, "Wrong answers a question of validation is held against.")
-    world_items: int = field(0, "Questions of each real-world set; all if 0.")
-    wrong_answers: int = field(3, "Wrong answers a question is held against; all if 0.")
-    new_tokens: int = field(48, "Tokens of a generated answer.")
-    eval_batch: int = field(10, "Rows that are scored at a time.")
+    retain_items: int = field(10, "Number of questions to keep in the test.")
+    validation_items: int = field(10, "Number of questions to keep in validation.")
+    validation_wrong: int = field(
+        2, "Number of wrong answers to compare a question of validation with."
+    )
+    world_items: int = field(0, "Number of questions of each real-world set. 0 takes all.")
+    wrong_answers: int = field(
+        3, "Number of wrong answers to compare a question with. 0 takes all."
+    )
+    new_tokens: int = field(48, "Number of tokens of a generated answer.")
+    eval_batch: int = field(10, "Number of rows that are scored at once.")
     relearn_share: float = field(0.25, "Share of the forgotten questions that is taught again.")
-    relearn_steps: int = field(6, "Steps of teaching them again; none if 0.")
+    relearn_steps: int = field(6, "Number of steps of teaching them again. 0 for none.")
     relearn_learning_rate: float = field(1e-4, "Learning rate of teaching them again.")
-    merge_steps: int = field(16, "Steps of distilling the difference into one model; none if 0.")
+    merge_steps: int = field(
+        16, "Number of steps of distilling the difference into one model. 0 for none."
+    )
     merge_learning_rate: float = field(1e-4, "Peak learning rate of that distillation.")
-    models_dir: str = field(".cache/unlearning", "Folder of the models; the workdir if empty.")
-    checkpoint_every: int = field(40, "Steps between checkpoints of finetuning and merging.")
-    resume_arms: bool = field(False, "Write checkpoints within an arm too, after every epoch.")
+    models_dir: str = field(".cache/unlearning", "Folder of the models. If empty, the workdir.")
+    checkpoint_every: int = field(
+        40, "Number of steps between checkpoints of finetuning and merging."
+    )
+    resume_arms: bool = field(False, "Also write checkpoints within an arm, after every epoch.")
     keep_weights: bool = field(False, "Keep the weights of arms that are measured.")
-    log_every: int = field(10, "Steps between log lines.")
+    log_every: int = field(10, "Number of steps between log lines.")
     dtype: str = field("float32", "Type that models compute in.", choices=("float32", "bfloat16"))
     mesh: str = field("data:1", "Axes and sizes of the device mesh.")
 
