@@ -1,7 +1,7 @@
 """Decoding with key/value caches: one model or several fused ones, in batches or step by step.
 
 - `generate(model, prompts, max_new_tokens=...)` continues prompts of any lengths in one compiled
-    loop. `score` gives log-probabilities of given continuations, `nll_from_model` gives them to
+  loop. `score` gives log-probabilities of given continuations, `nll_from_model` gives them to
   `evaluation`.
 - `Ensemble(large, experts=..., bases=..., fuse=...)` steps several models together, each on its
   own prompt, and decodes from the fused logits. Functions that take a model take an ensemble.

@@ -82,7 +82,7 @@ def candidates(
 
     Args:
         grid: `'small'` for 4 settings, `'full'` for 12.
-                epochs: Number of epochs of AMU.
+        epochs: Number of epochs of AMU.
         batch_size: Number of images in a batch of AMU.
         steps: Number of steps of methods without a published recipe.
 

@@ -57,7 +57,7 @@ class DynamicFusion:
 
     With several experts `multi` says how alphas are chosen::
 
-                single      one expert a token, the one that comes nearest to the mean of the
+        single      one expert a token, the one that comes nearest to the mean of the
                     divergences (the paper's rule; an expert that changed nothing halves that mean)
         joint       all alphas for the mean divergences: on the full grid, or the shortest step;
                     with `method='project'` by `jeffreys`, as constraints have no mean

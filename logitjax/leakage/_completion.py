@@ -52,7 +52,7 @@ def complete_rows(
     Args:
       values: ``[n, vocab]``; anything where ``vocab_where`` is False.
       vocab_where: ``[n, vocab]``, True where a value is given.
-            rank: rank of the matrix, usually the hidden dimension.
+      rank: rank of the matrix, usually the hidden dimension.
       key: key of the start and of the choice of held-out values.
       iterations: number of pairs of half steps.
       ridge: term added to the normal equations, relative to their mean diagonal.

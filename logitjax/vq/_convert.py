@@ -87,7 +87,7 @@ class ConvertConfig:
         """Fit and tune a head on cached hidden states: `convert_head` without the model.
 
         Args:
-                    head: the old head.
+          head: the old head.
           hidden: ``[count, hidden]``.
           targets: from `HiddenCache.head_targets`, for the same positions.
           statistics: statistics of ``hidden``.
