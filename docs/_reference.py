@@ -107,8 +107,8 @@ def _module(module: types.ModuleType, line: str) -> str:
 def _commands() -> str:
     text = _title("Commands", "=")
     text += (
-        "``logitjax NAME --flag=value``; a flag may be given several times where its default is "
-        "a list. ``logitjax NAME --help`` prints what stands here.\n\n"
+        "``logitjax NAME --flag=value`` runs a command. A flag whose default is a list may be "
+        "given several times. ``logitjax NAME --help`` prints the same.\n\n"
     )
     for name, summary in COMMANDS.items():
         module = importlib.import_module(f"logitjax.commands.{name.replace('-', '_')}")

@@ -194,8 +194,18 @@ def help_text(
     doc: str | None,
     classes: Sequence[type],
     presets: Mapping[str, Any] | None = None,
+    *,
+    workdir: str = "workdir",
 ) -> str:
-    """What `--help` prints: the docstring, then each flag of the classes with its help."""
+    """What `--help` prints: the docstring, then each flag of the classes with its help.
+
+    Args:
+        program: What was called.
+        doc: Its docstring.
+        classes: Dataclasses whose fields are flags.
+        presets: Named sets of defaults.
+        workdir: What the program calls the flag of its directory.
+    """
     shown, rest = [], ""
     if presets:
         names = "|".join(presets)
@@ -214,7 +224,8 @@ def help_text(
         elif default not in (None, (), ""):
             shown_default = ", ".join(map(str, default)) if flag.several else default
             says += f" Default: {shown_default}."
-        name = f"--{flag.field.name}={'|'.join(flag.choices) or value}"
+        name = workdir if flag.field.name == "workdir" else flag.field.name
+        name = f"--{name}={'|'.join(flag.choices) or value}"
         shown.append((f"--[no]{flag.field.name}" if flag.kind is bool else name, says))
     lines = [f"usage: {program} [--flag=value ...]{rest}", "", inspect.cleandoc(doc or ""), ""]
     for name, says in shown:
@@ -319,7 +330,9 @@ def main(
     kept = {"workdir", "out"} & set(inspect.signature(run).parameters)
     if set(arguments) & set(_HELP):
         classes = (_Place, config_class) if kept else (config_class,)
-        print(help_text(program, doc.__doc__, classes, presets))
+        # A command that calls its directory `out` documents that name.
+        name = next(iter(kept), "workdir")
+        print(help_text(program, doc.__doc__, classes, presets, workdir=name))
         return
     logging.use_absl_handler()
     logging.get_absl_handler().addFilter(_is_ours)

@@ -37,7 +37,12 @@ def load_splits(spec: str, *, on_error: Literal["raise", "skip"] = "raise") -> d
     examples = load_examples(spec, on_error=on_error)
     held = max(1, len(examples) // 10)
     if len(examples) < 3:
-        raise ValueError(f"data: {spec} has {len(examples)} documents, too few to hold some out")
+        # A text file is cut into documents between paragraphs, see `load_examples`.
+        hint = "; give a longer text" if spec.startswith("text:") else ""
+        raise ValueError(
+            f"data: expected at least 3 documents in {spec}, to hold some out, got "
+            f"{len(examples)}{hint}"
+        )
     cuts = (0, len(examples) - 2 * held, len(examples) - held, len(examples))
     return {s: examples[cuts[i] : cuts[i + 1]] for i, s in enumerate(SPLITS)}
 

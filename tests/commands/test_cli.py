@@ -78,6 +78,15 @@ def test_help_shows_the_docstring_and_every_flag_with_its_default():
     assert "--preset=small|large" in text
 
 
+def test_help_calls_the_directory_as_the_command_does():
+    @dataclasses.dataclass(frozen=True)
+    class Kept:
+        workdir: str = cli.field(cli.REQUIRED, "Folder of the run.")
+
+    assert "--out=TEXT\n" in cli.help_text("toy", None, [Kept], workdir="out")
+    assert "--workdir=TEXT\n" in cli.help_text("toy", None, [Kept])
+
+
 def run_alone(config):
     print(config)
 
