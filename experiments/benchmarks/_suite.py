@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import json
-import platform
 import re
 import resource
 import sys
@@ -13,7 +12,8 @@ from typing import Any
 
 import jax
 
-from experiments.shared.report import bar, markdown_table
+from experiments.shared.report import bar, command, environment, markdown_table
+from logitjax.commands import figures
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,11 +55,11 @@ class Bar:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Result:
-    """Rows of a table (any columns), the bars they decide, and the plots written beside them."""
+    """Rows of a table (any columns), the bars they decide, and pictures by the names of files."""
 
     rows: Sequence[Mapping[str, Any]]
     bars: Sequence[Bar] = ()
-    plots: Sequence[Path] = ()
+    pictures: Mapping[str, figures.Picture] = dataclasses.field(default_factory=dict)
 
 
 def temp_bytes(function: Callable[..., Any], *arguments: Any) -> int:
@@ -81,27 +81,19 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def environment() -> dict[str, Any]:
-    device = jax.devices()[0]
-    return {
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "device": f"{jax.device_count()} x {device.device_kind}",
-        "processor": platform.processor() or platform.machine(),
-    }
-
-
 def write(name: str, result: Result, options: Options) -> str:
-    """Write ``results.json``, ``table.csv`` and ``table.md`` and return what to print."""
+    """Write ``results.json``, ``table.csv``, ``table.md``, pictures; return what to print."""
     options.directory.mkdir(parents=True, exist_ok=True)
     rows = [dict(row) for row in result.rows]
     bars = [bar.as_row() for bar in result.bars]
     record = {
         "name": name,
         "scale": options.scale,
+        "command": command(),
         "environment": environment(),
         "rows": rows,
         "bars": [dataclasses.asdict(bar) | {"met": bar.met} for bar in result.bars],
+        "pictures": {name: dataclasses.asdict(p) for name, p in result.pictures.items()},
     }
     (options.directory / "results.json").write_text(json.dumps(record, indent=1) + "\n")
     columns = list(dict.fromkeys(column for row in rows for column in row))
@@ -113,4 +105,6 @@ def write(name: str, result: Result, options: Options) -> str:
     if bars:
         text += "\n\n" + markdown_table(bars)
     (options.directory / "table.md").write_text(text + "\n")
-    return text + "".join(f"\nplot: {path}" for path in result.plots)
+    for name, picture in result.pictures.items():
+        text += f"\nplot: {figures.draw(options.directory / f'{name}.png', picture)}"
+    return text

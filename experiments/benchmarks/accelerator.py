@@ -29,6 +29,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from experiments.benchmarks import _suite
 from experiments.plan import chips, costs
 from logitjax import losses
+from logitjax.commands import figures
 
 Shape = tuple[int, int, int]
 Loss = Callable[[Mapping[str, jax.Array]], jax.Array]
@@ -300,4 +301,29 @@ def run(options: _suite.Options) -> _suite.Result:
         found, more = _padded()
         rows += found
         bars += more
-    return _suite.Result(rows=rows, bars=bars)
+    return _suite.Result(rows=rows, bars=bars, pictures={"accelerator": picture(rows)})
+
+
+def picture(rows: Sequence[Mapping[str, Any]]) -> figures.Picture:
+    """Memory and estimated time beside dense's; of kernels the compiler estimates no time."""
+    panels: dict[str, list[figures.Series]] = {}
+    for row in rows:
+        if row.get("cycles / dense"):
+            of = f"{row['chip']}, {row['loss']}, {row['T']} x {row['H']} x {row['V']}"
+            points = [[(row["temp / dense"], row["cycles / dense"])]]
+            series = figures.Series(name=row["form"], runs=points, line=False)
+            panels.setdefault(of, []).append(series)
+    return figures.Picture(
+        panels=[
+            figures.Panel(
+                x="scratch memory / dense's",
+                y="estimated time / dense's",
+                title=of,
+                log="x",
+                series=series,
+                names="beside",
+            )
+            for of, series in panels.items()
+        ],
+        columns=2,
+    )

@@ -28,6 +28,7 @@ from flax import nnx
 from experiments.benchmarks import _suite
 from experiments.shared import timing
 from logitjax import data, losses, models, transport
+from logitjax.commands import figures
 from logitjax.transport import FactoredGraph, reference
 
 _TOKENS = (4, 512)
@@ -64,11 +65,11 @@ def run(options: _suite.Options) -> _suite.Result:
                     flush=True,
                 )
     scaling = measure_scaling((200, 2_000) if options.smoke else _SCALING, options.repeats)
-    plots = [] if options.smoke else [plot(rows, options)]
+    pictures = {} if options.smoke else {"gromov_wasserstein": picture(rows)}
     return _suite.Result(
         rows=rows + scaling.rows,
         bars=bars(rows) + scaling.bars,
-        plots=plots,
+        pictures=pictures,
     )
 
 
@@ -372,31 +373,22 @@ def seconds_at_equal_quality(
     return other["seconds"] / min(ours) if ours else math.nan
 
 
-def plot(rows: Sequence[dict[str, Any]], options: _suite.Options):
-    import matplotlib
+def picture(rows: Sequence[dict[str, Any]]) -> figures.Picture:
+    """Time and value of every method on token graphs, by nodes."""
+    token = [row for row in rows if row["graph"] == "token"]
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    def series(column: str) -> list[figures.Series]:
+        points: dict[str, list[tuple[float, float]]] = {}
+        for row in token:
+            if row.get(column):
+                name = row["method"].partition(", best")[0]
+                points.setdefault(name, []).append((row["n"], row[column]))
+        return [figures.Series(name=name, runs=[found]) for name, found in points.items()]
 
-    options.directory.mkdir(parents=True, exist_ok=True)
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
-    methods = list(dict.fromkeys(row["method"].partition(", best")[0] for row in rows))
-    for method in methods:
-        for axis, graph, column in ((axes[0], "token", "seconds"), (axes[1], "token", "gap")):
-            points = [
-                (row["n"], row[column])
-                for row in rows
-                if row["method"].startswith(method)
-                and row["method"].partition(", best")[0] == method
-                and row["graph"] == graph
-                and row.get(column)
-            ]
-            if points:
-                axis.loglog(*zip(*points), marker="o", label=method)
-    axes[0].set(xlabel="nodes", ylabel="seconds", title="token graphs: time")
-    axes[1].set(xlabel="nodes", ylabel="value / best known", title="token graphs: value")
-    axes[0].legend(fontsize=7)
-    path = options.directory / "gromov_wasserstein.png"
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-    return path
+    named: dict[str, Any] = {"x": "nodes of each graph", "log": "xy"}
+    return figures.Picture(
+        panels=[
+            figures.Panel(y="seconds", series=series("seconds"), **named),
+            figures.Panel(y="value / best known value", series=series("gap"), **named),
+        ]
+    )

@@ -20,7 +20,7 @@ import json
 import multiprocessing
 import pathlib
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,6 +31,7 @@ from absl import logging
 from experiments.benchmarks import _commits, _suite
 from experiments.shared import timing
 from logitjax import losses, storage
+from logitjax.commands import figures
 
 # (T, H, V): a small model, one with Qwen's vocabulary, one with Gemma's.
 SHAPES = ((2048, 576, 49152), (2048, 1024, 152064), (1024, 2048, 262144))
@@ -182,34 +183,37 @@ def _bars(rows: list[dict[str, Any]]) -> list[_suite.Bar]:
     return bars
 
 
-def _plot(rows: list[dict[str, Any]], path: pathlib.Path) -> pathlib.Path:
-    import matplotlib.pyplot as plt
+def picture(rows: Sequence[Mapping[str, Any]]) -> figures.Picture:
+    """Seconds and scratch memory of every form, by shape."""
+    shapes = list(dict.fromkeys((r["T"], r["H"], r["V"]) for r in rows))
+    ticks = {f"{t} x\n{h} x\n{v}": float(i) for i, (t, h, v) in enumerate(shapes)}
 
-    groups = list(dict.fromkeys((r["loss"], r["T"], r["H"], r["V"]) for r in rows))
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    for axis, column in zip(axes, ("seconds", "temp MiB"), strict=True):
-        for i, form in enumerate(PEERS):
-            values = [
-                next(
-                    (
-                        r.get(column) or np.nan
-                        for r in rows
-                        if (r["loss"], r["T"], r["H"], r["V"]) == group and r["form"] == form
-                    ),
-                    np.nan,
-                )
-                for group in groups
+    def panel(kind: str, column: str, unit: str) -> figures.Panel:
+        series = []
+        for form in PEERS:
+            points = [
+                (float(shapes.index((r["T"], r["H"], r["V"]))), r[column])
+                for r in rows
+                if (r["loss"], r["form"]) == (kind, form) and r.get(column)
             ]
-            axis.bar(np.arange(len(groups)) + 0.2 * (i - 1.5), values, 0.2, label=form)
-        axis.set_xticks(range(len(groups)), [f"{g[0]}\n{g[1]} x {g[2]}\nx {g[3]}" for g in groups])
-        axis.tick_params(axis="x", labelsize=7)
-        axis.set_yscale("log")
-        axis.set_ylabel(column)
-    axes[0].legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-    return path
+            series.append(figures.Series(name=form, runs=[points]))
+        return figures.Panel(
+            x="positions x width x vocabulary",
+            y=unit,
+            title=kind,
+            log="y",
+            x_ticks=ticks,
+            series=series,
+        )
+
+    return figures.Picture(
+        panels=[
+            panel(kind, *column)
+            for column in (("seconds", "seconds"), ("temp MiB", "scratch memory, MiB"))
+            for kind in dict.fromkeys(r["loss"] for r in rows)
+        ],
+        columns=2,
+    )
 
 
 def _against(options: _suite.Options) -> _suite.Result:
@@ -262,6 +266,6 @@ def run(options: _suite.Options) -> _suite.Result:
             options.directory.mkdir(parents=True, exist_ok=True)
             storage.write_atomic(kept, json.dumps(rows))
             logging.info("%s at T, H, V = %s done", kind, shape)
-    plot = _plot(rows, options.directory / "vocabulary_losses.png")
     kept.unlink()
-    return _suite.Result(rows=rows, bars=_bars(rows), plots=[plot])
+    pictures = {"vocabulary_losses": picture(rows)}
+    return _suite.Result(rows=rows, bars=_bars(rows), pictures=pictures)

@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 
 from experiments.benchmarks._suite import (
@@ -26,6 +25,7 @@ from experiments.benchmarks._suite import (
 )
 from experiments.shared.timing import paired_ratio, paired_seconds
 from logitjax import heads, losses, ops, vq
+from logitjax.commands import figures
 
 #: Hidden size, vocabulary, codes.
 SIZES = ((576, 49_152, 2048), (1024, 152_064, 4096), (2304, 256_000, 4096))
@@ -274,16 +274,16 @@ def run(options: Options) -> Result:
                 bars.append(Bar(name="training speed-up", value=ratio, limit=15, sense=">="))
                 bars.append(Bar(name="training temp memory", value=share, limit=1 / 15))
         del case, compared, jitted
-    growth, plots = _growth(options)
+    growth, picture = _growth(options)
     rows += growth["rows"]
     fit, fit_bar = _fit(options)
     rows.append(fit)
     if not options.smoke:
         bars += [*growth["bars"], fit_bar]
-    return Result(rows=rows, bars=bars, plots=plots)
+    return Result(rows=rows, bars=bars, pictures={"growth": picture})
 
 
-def _growth(options: Options) -> tuple[dict[str, Any], list[Any]]:
+def _growth(options: Options) -> tuple[dict[str, Any], figures.Picture]:
     """How times grow with V at fixed K and with K at fixed V, as powers."""
     hidden, count = (32, 64) if options.smoke else (1024, 512)
     vocab, codes = (2_000, 64) if options.smoke else (152_064, 4096)
@@ -300,17 +300,18 @@ def _growth(options: Options) -> tuple[dict[str, Any], list[Any]]:
         rows.append({"what": f"{what}: time ~ K^a", "d": hidden, "head": "vq", "power": in_codes})
         bars.append(Bar(name=f"{what}: power of V", value=in_vocab, limit=0.25))
         bars.append(Bar(name=f"{what}: power of K", value=in_codes, limit=0.6, sense=">="))
-    options.directory.mkdir(parents=True, exist_ok=True)
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5))
-    for axis, what in zip(axes, ("train", "decode")):
-        axis.loglog(by_vocab, [1e3 * s[what] for s in seen_vocab], "o-", label="V, K fixed")
-        axis.loglog(by_codes, [1e3 * s[what] for s in seen_codes], "s-", label="K, V fixed")
-        axis.set(title=what, xlabel="V or K", ylabel="milliseconds")
-        axis.legend()
-    path = options.directory / "growth.png"
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    panels = []
+    for what in ("train", "decode"):
+        series = [
+            figures.Series(name=name, runs=[[(s, 1e3 * t[what]) for s, t in zip(sizes, seen)]])
+            for name, sizes, seen in (
+                ("V, at fixed K", by_vocab, seen_vocab),
+                ("K, at fixed V", by_codes, seen_codes),
+            )
+        ]
+        panels.append(
+            figures.Panel(title=what, x="V or K", y="milliseconds", log="xy", series=series)
+        )
     if any(not math.isfinite(row["power"]) for row in rows):
         raise ValueError("growth: a timing came out as zero")
-    return {"rows": rows, "bars": bars}, [path]
+    return {"rows": rows, "bars": bars}, figures.Picture(panels=panels)

@@ -9,7 +9,8 @@ from etils import epath
 
 from experiments.dual_head import diagnostics
 from experiments.dual_head.config import Config
-from experiments.shared.report import markdown_table, mean_and_spread, paired
+from experiments.shared.report import markdown_table, mean_and_spread, paired, write_report
+from logitjax.commands import figures
 
 # Top-1 accuracy on CIFAR-100 that the READMEs of mdistiller and LSKD print (teacher, student).
 PUBLISHED: dict[tuple[str, str], dict[str, float]] = {
@@ -123,8 +124,9 @@ def verdict(results: Mapping[str, Any]) -> str:
 
 
 def write(config: Config, results: Mapping[str, Any], workdir: epath.Path) -> str:
-    """Write `report.md` and its plots; returns the text."""
-    plots = [_plot_alpha(results, workdir), _plot_diagnostics(results, workdir)]
+    """Writes `report.md`, `results.json` and the pictures; returns the text."""
+    tables = {"arms": summarise(config, results), "alphas": sensitivity(results)}
+    pictures = {"alpha": by_alpha(results), "collapse": collapse(results)}
     seeds = len(next(iter(results["arms"].values())))
     text = "\n\n".join(
         [
@@ -134,18 +136,17 @@ def write(config: Config, results: Mapping[str, Any], workdir: epath.Path) -> st
             f"{seeds} seed(s). Each arm at the alpha of "
             f"{', '.join(f'{a:g}' for a in config.alpha)} with the best "
             "mean validation accuracy; differences are points of test accuracy, paired by seed.",
-            markdown_table(summarise(config, results)),
+            markdown_table(tables["arms"]),
             "## Does a second head pay?",
             verdict(results) or "No dual arm was run.",
             "## Test accuracy (%) by alpha",
-            markdown_table(sensitivity(results)),
+            markdown_table(tables["alphas"]),
             "## Last values of the collapse diagnostics (first seed, chosen alpha)",
             markdown_table(_last_measures(results)),
-            "\n".join(f"![{path.stem}]({path.name})" for path in plots),
+            "\n".join(f"![{name}]({name}.png)" for name in pictures),
         ]
     )
-    (workdir / "report.md").write_text(text + "\n")
-    return text
+    return write_report(workdir, text, tables=tables, pictures=pictures)
 
 
 def _measures(records: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:
@@ -168,45 +169,42 @@ def _last_measures(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def _plot_alpha(results: Mapping[str, Any], workdir: epath.Path) -> epath.Path:
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 5))
+def by_alpha(results: Mapping[str, Any]) -> figures.Picture:
+    """Test accuracy of every arm by alpha; what diverged is below the picture."""
+    series, rules, chosen = [], {}, []
     for name, records in results["arms"].items():
         alphas = records[0]["alphas"]
         test = 100 * np.array([record["test"] for record in records])
-        spread = test.std(0, ddof=1) if len(test) > 1 else None
+        chosen.append(float(test.mean(0)[best_alpha(records)]))
         if len(alphas) == 1 and not alphas[0]:
-            axes.axhline(test.mean(), color="black", linestyle=":", label=name)
+            rules[name] = chosen[-1]
         else:
-            axes.errorbar(alphas, test.mean(0), spread, label=name, marker="o", markersize=3)
-    axes.set(xscale="log", xlabel="alpha", ylabel="test accuracy (%)")
-    axes.legend(fontsize=7)
-    return _save(figure, workdir / "alpha.png")
+            runs = [list(zip(alphas, run.tolist(), strict=True)) for run in test]
+            series.append(figures.Series(name=name, runs=runs))
+    low = min(chosen) - 3  # points of accuracy
+    shown = [y for one in series for run in one.runs for _, y in run]
+    panel = figures.Panel(
+        x="alpha, weight of the logit loss",
+        y="test accuracy, %",
+        log="x",
+        series=series,
+        rules=rules,
+        x_ticks={f"{x:g}": x for one in series for x, _ in one.runs[0]},
+        low=low if min(shown, default=low) < low else None,
+        height=3.6,
+    )
+    return figures.Picture(panels=[panel])
 
 
-def _plot_diagnostics(results: Mapping[str, Any], workdir: epath.Path) -> epath.Path:
-    from matplotlib import pyplot
-
-    figure, grid = pyplot.subplots(2, 4, figsize=(15, 6.5))
-    for axes, measure in zip(grid.flat, diagnostics.MEASURES, strict=True):
+def collapse(results: Mapping[str, Any]) -> figures.Picture:
+    """The diagnostics of every arm by epoch, of the first seed at its chosen alpha."""
+    panels = []
+    for measure in diagnostics.MEASURES:
+        series = []
         for name, records in results["arms"].items():
             values = _measures(records, measure)
             if values and not (measure == "cosine_head" and "dual" in name):
-                axes.plot(*zip(*values), label=name)
-        axes.set(title=measure, xlabel="epoch")
-        if measure in ("within", "ratio_trunk"):
-            axes.set_yscale("log")
-    handles, labels = grid.flat[-1].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=7, fontsize=7)
-    return _save(figure, workdir / "collapse.png", bottom=0.1)
-
-
-def _save(figure: Any, path: epath.Path, *, bottom: float = 0.0) -> epath.Path:
-    from matplotlib import pyplot
-
-    figure.tight_layout(rect=(0, bottom, 1, 1))
-    with path.open("wb") as file:
-        figure.savefig(file, format="png", dpi=110)
-    pyplot.close(figure)
-    return path
+                series.append(figures.Series(name=name, runs=[values]))
+        log = "y" if measure in ("within", "ratio_trunk") else ""
+        panels.append(figures.Panel(x="epoch", y=measure, log=log, series=series, height=2.2))
+    return figures.Picture(panels=panels, columns=2)

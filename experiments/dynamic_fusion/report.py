@@ -12,10 +12,10 @@ from experiments.dynamic_fusion.config import Config
 from experiments.shared.report import (
     markdown_table,
     mean_and_spread,
-    save_figure,
     spread,
     write_report,
 )
+from logitjax.commands import figures
 
 #: What is compared by which measure: (name, the greater the better).
 MEASURES = {"domain": ("nll", False), "task": ("accuracy", True), "general": ("nll", False)}
@@ -50,9 +50,9 @@ def write(config: Config, results: Mapping[str, Any], workdir: epath.Path) -> st
     text += f"\n## The searches against a dense scan in float64\n\n{_searches(results)}\n"
     if results["speeds"]:
         text += f"\n## Greedy decoding, one row\n\n{markdown_table(results['speeds'])}\n"
-    plot = plot_traces(results["traces"], workdir / "alpha.png")
-    text += f"\n![alpha over tokens]({plot.name})\n\n{_NOTES}\n"
-    return write_report(workdir, text, seeds)
+    text += f"\n![alpha over tokens](alpha.png)\n\n{_NOTES}\n"
+    pictures = {"alpha": traces(results["traces"])}
+    return write_report(workdir, text, records=seeds, tables=dict(tables), pictures=pictures)
 
 
 _NOTES = (
@@ -220,25 +220,30 @@ def _searches(results: Mapping[str, Any]) -> str:
     return markdown_table(rows)
 
 
-def plot_traces(traces: Mapping[str, Any], path: epath.Path) -> epath.Path:
+def traces(found: Mapping[str, Any]) -> figures.Picture:
     """Alpha over tokens: one expert on its domain, and both over three kinds of text."""
-    from matplotlib import pyplot
 
-    several = {k: v for k, v in traces["several"].items() if "jeffreys, joint" not in k}
-    figure, axes = pyplot.subplots(
-        1 + len(several), 1, figsize=(11, 2.2 * (1 + len(several))), sharex=False
-    )
-    for name, alphas in traces["single"].items():
-        axes[0].plot(alphas[0], label=name, linewidth=1)
-    axes[0].set(title="one expert, text of its domain", ylabel="alpha")
-    axes[0].legend(ncols=5, fontsize=7, loc="upper right")
-    for place, (name, alphas) in zip(axes[1:], several.items(), strict=True):
-        for label, values in zip(("first domain", "second domain"), alphas, strict=True):
-            place.plot(values, label=f"expert of the {label}", linewidth=1)
-        for cut in (traces["part"], 2 * traces["part"]):
-            place.axvline(cut, color="grey", linewidth=0.5)
-        place.set(title=f"{name}: first domain | questions | general text", ylabel="alpha")
-        place.legend(ncols=2, fontsize=7, loc="upper right")
-    axes[-1].set_xlabel("token")
-    figure.tight_layout()
-    return save_figure(figure, path)
+    def series(name: str, alphas: Sequence[float]) -> figures.Series:
+        return figures.Series(name=name, runs=[list(enumerate(alphas))])
+
+    named: dict[str, Any] = {"x": "token", "y": "alpha", "height": 1.9}
+    panels = [
+        figures.Panel(
+            title="one expert, text of its domain",
+            series=[series(name, alphas[0]) for name, alphas in found["single"].items()],
+            **named,
+        )
+    ]
+    for name, alphas in found["several"].items():
+        if "jeffreys, joint" in name:
+            continue
+        experts = ("expert of the first domain", "of the second")
+        panels.append(
+            figures.Panel(
+                title=name,
+                series=[series(*one) for one in zip(experts, alphas, strict=True)],
+                marks={"questions": found["part"], "general text": 2 * found["part"]},
+                **named,
+            )
+        )
+    return figures.Picture(panels=panels)

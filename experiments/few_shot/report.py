@@ -9,8 +9,9 @@ from etils import epath
 from experiments.few_shot.arms import FIXED_BETA
 from experiments.few_shot.config import METHODS, Config
 from experiments.few_shot.sources import CLIP_SOURCES
-from experiments.shared.report import markdown_table, paired
+from experiments.shared.report import markdown_table, paired, write_report
 from logitjax import few_shot
+from logitjax.commands import figures
 
 Records = Mapping[str, Mapping[int, Mapping[str, Any]]]  # by arm, by shots
 Row = dict[str, Any]
@@ -137,8 +138,7 @@ def differences(arms: Records, reference: str) -> list[Row]:
 
 
 def write(config: Config, results: Mapping[str, Records], workdir: epath.Path) -> str:
-    """Write `report.md` and its plot; returns the text."""
-    plot = _plot(results, workdir)
+    """Writes `report.md`, `results.json` and the picture; returns the text."""
     parts = [
         "# Few-shot logit bias",
         f"Zero-shot: {config.encoder} by class names; auxiliary encoder: {config.auxiliary}. "
@@ -148,14 +148,15 @@ def write(config: Config, results: Mapping[str, Records], workdir: epath.Path) -
     ]
     for name, arms in results.items():
         parts += _of_data_set(name, arms)
+    tables = {name: accuracies(name, arms) for name, arms in results.items()}
     if len(results) > 2:
-        parts += [f"## {_MEAN.capitalize()}", markdown_table(means(results))]
+        tables[_MEAN] = means(results)
+        parts += [f"## {_MEAN.capitalize()}", markdown_table(tables[_MEAN])]
     records = [r for arms in results.values() for by in arms.values() for r in by.values()]
     seconds = math.fsum(record["seconds"] for record in records)
-    parts += [f"Training and scoring took {seconds:.0f} s.", f"![accuracy]({plot.name})"]
-    text = "\n\n".join(parts)
-    (workdir / "report.md").write_text(text + "\n")
-    return text
+    parts += [f"Training and scoring took {seconds:.0f} s.", "![accuracy](accuracy.png)"]
+    pictures = {"accuracy": picture(results)}
+    return write_report(workdir, "\n\n".join(parts), tables=tables, pictures=pictures)
 
 
 def _of_data_set(name: str, arms: Records) -> list[str]:
@@ -178,39 +179,29 @@ def _of_data_set(name: str, arms: Records) -> list[str]:
     return parts
 
 
-def _plot(results: Mapping[str, Records], workdir: epath.Path) -> epath.Path:
-    from matplotlib import pyplot
-
-    width = 6.5 * len(results)
-    figure, grid = pyplot.subplots(
-        1, len(results), figsize=(width, 5), squeeze=False, layout="constrained"
-    )
-    for axes, (name, arms) in zip(grid.flat, results.items()):
-        first = next(iter(arms.values()))
-        zero = [_mean(record["zero_shot"]) for record in first.values()]
-        axes.plot(list(first), zero, "k:", label="zero-shot")
-        for number, (arm, by_shots) in enumerate(arms.items()):
-            if arm not in METHODS and arm != "fixed":
-                continue
-            own = arm.startswith(("amu", "fixed"))
-            axes.plot(
-                list(by_shots),
-                [_mean(record["test"]) for record in by_shots.values()],
-                "o-" if own else ".--",
-                color=pyplot.get_cmap("tab20")(number % 20),
-                label=arm,
-                linewidth=2 if own else 1,
+def picture(results: Mapping[str, Records]) -> figures.Picture:
+    """Every tuned method's accuracies at the fewest, some and the most shots, the best on top."""
+    panels = []
+    for name, arms in results.items():
+        shown = [arm for arm in arms if arm in METHODS or arm == "fixed"] or list(arms)
+        shots = list(arms[shown[0]])
+        most = arms[shown[0]][shots[-1]]
+        shown.sort(key=lambda arm: math.fsum(arms[arm][shots[-1]]["test"]))
+        series = []
+        for n in dict.fromkeys((shots[0], shots[len(shots) // 2], shots[-1])):
+            scores = [arms[arm][n]["test"] for arm in shown]
+            runs = [[(100 * a, float(row)) for row, a in enumerate(run)] for run in zip(*scores)]
+            series.append(figures.Series(name=f"{n} a class", runs=runs, line=False))
+        panels.append(
+            figures.Panel(
+                x="accuracy on test pictures, %",
+                y="method",
+                title=name,
+                series=series,
+                marks={"zero-shot": 100 * math.fsum(most["zero_shot"]) / len(most["zero_shot"])},
+                y_ticks={arm: float(row) for row, arm in enumerate(shown)},
+                names="beside",
+                height=1.0 + 0.17 * len(shown),
             )
-        axes.set(title=name, xscale="log", xlabel="pictures of a class", ylabel="accuracy (%)")
-        axes.set_xticks(list(first), labels=[str(n) for n in first], minor=False)
-        axes.minorticks_off()
-    grid.flat[0].legend(fontsize=7)
-    path = workdir / "accuracy.png"
-    with path.open("wb") as file:
-        figure.savefig(file, format="png", dpi=110)
-    pyplot.close(figure)
-    return path
-
-
-def _mean(values: Sequence[float]) -> float:
-    return 100 * math.fsum(values) / len(values)
+        )
+    return figures.Picture(panels=panels)

@@ -11,8 +11,9 @@ from etils import epath
 from scipy import stats
 
 from experiments.forgetting.config import Config
-from experiments.shared.report import markdown_table, mean_and_spread, save_figure, write_report
+from experiments.shared.report import markdown_table, mean_and_spread, write_report
 from logitjax import unlearning
+from logitjax.commands import figures
 
 # Utility levels at which the methods that no other dominates are named, in percent kept.
 _LEVELS = (99.0, 98.0, 95.0, 90.0)
@@ -31,34 +32,38 @@ _ATTACKS = (
 
 def write(config: Config, results: Mapping[str, Any], workdir: epath.Path) -> str:
     """Writes `report.md`, `metrics.jsonl` and the plot; returns what to print."""
-    target, controls = results["target"], [c for c in results["controls"] if c]
+    target, controls = results["target"], _controls(results)
     if target is None:
         return "Nothing to report without the part target."
+    tables = {"methods": method_rows(results), "attacks": attack_rows(results)}
     sections = [
         "# Forgetting",
         _setting(config),
         "## Verdicts",
         verdicts(results),
         "## Methods",
-        markdown_table(method_rows(results)),
+        markdown_table(tables["methods"]),
         _NOTES,
         "## Attacks",
-        markdown_table(attack_rows(results)),
+        markdown_table(tables["attacks"]),
         _ATTACKS,
         "## What was tried",
         markdown_table(trial_rows(config, results)),
         "## Hours",
         markdown_table(hour_rows(results)),
     ]
+    pictures = {}
     if results["methods"] and controls:
-        plot = curves(results, workdir / "relearning.png")
-        sections.insert(10, f"![teaching again]({plot.name})")
+        pictures["relearning"] = relearning(results)
+        sections.insert(10, "![teaching again](relearning.png)")
     lines = [
         {name: record[name] for name in ("method", "seed", "rate", "feasible", "shown")}
         for records in results["methods"].values()
         for record in records
     ]
-    return write_report(workdir, "\n\n".join(sections) + "\n", lines)
+    return write_report(
+        workdir, "\n\n".join(sections), records=lines, tables=tables, pictures=pictures
+    )
 
 
 def _setting(config: Config) -> str:
@@ -97,7 +102,7 @@ def _forget(record: Mapping[str, Any]) -> float:
 def method_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Every method's numbers, means over seeds."""
     before = results["target"]["examined"]
-    lines = {"target": [results["target"]], "control": [c for c in results["controls"] if c]}
+    lines = {"target": [results["target"]], "control": _controls(results)}
     rows = []
     for name, records in (lines | dict(results["methods"])).items():
         if not records:
@@ -147,7 +152,7 @@ def _distance(ratios: Sequence[float], others: Sequence[float]) -> float:
 
 def attack_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A line an attack, a column a method, means over seeds."""
-    columns = {"target": [results["target"]], "control": [c for c in results["controls"] if c]}
+    columns = {"target": [results["target"]], "control": _controls(results)}
     columns |= results["methods"]
     rows = []
     for name, measured in results["target"]["examined"]["attacks"].items():
@@ -238,32 +243,41 @@ def verdicts(results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def curves(results: Mapping[str, Any], path: epath.Path) -> epath.Path:
+def relearning(results: Mapping[str, Any]) -> figures.Picture:
     """What comes back by steps of teaching, at the worst rate, beside a model that never knew."""
-    from matplotlib import pyplot
-
     before = results["target"]["examined"]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 5))
-    lines = {"control": [c for c in results["controls"] if c]} | dict(results["methods"])
-    for n, (name, records) in enumerate(lines.items()):
-        color = "black" if name == "control" else pyplot.get_cmap("tab10")(n)
+    back, kept = [], []
+    for name, records in ({"control": _controls(results)} | dict(results["methods"])).items():
+        curves, shares = [], []
         for record in records:
             worst = max(record["relearning"], key=lambda p: p["others"])["rate"]
             points: dict[int, list[float]] = {0: [_forget(record)]}
             for point in record["relearning"]:
                 if point["rate"] == worst:
                     points.setdefault(point["steps"], []).append(point["others"])
-            xs = sorted(points)
-            ys = [statistics.fmean(points[x]) for x in xs]
-            first = record is records[0]
-            left.plot(xs, ys, marker="o", color=color, label=name if first else None)
-            kept = min(kept_shares(record["examined"], before).values())
-            right.scatter([ys[0]], [kept], color=color, label=name if first else None)
-    left.set(xlabel="steps of teaching a quarter again", ylabel="probability of the others")
-    right.set(xlabel="probability of answers to forget", ylabel="least share kept, %", xscale="log")
-    for axes in (left, right):
-        axes.set_yscale("log") if axes is left else None
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-    figure.tight_layout()
-    return save_figure(figure, path)
+            curves.append([(x, statistics.fmean(points[x])) for x in sorted(points)])
+            share = min(kept_shares(record["examined"], before).values())
+            shares.append([(_forget(record), share)])
+        back.append(figures.Series(name=name, runs=curves))
+        kept.append(figures.Series(name=name, runs=shares, line=False))
+    return figures.Picture(
+        panels=[
+            figures.Panel(
+                x="steps of teaching a quarter again",
+                y="probability of the other answers",
+                log="y",
+                series=back,
+            ),
+            figures.Panel(
+                x="probability of answers to forget",
+                y="least share kept, %",
+                log="x",
+                series=kept,
+                names="beside",
+            ),
+        ]
+    )
+
+
+def _controls(results: Mapping[str, Any]) -> list[Any]:
+    return [control for control in results["controls"] if control]

@@ -9,7 +9,8 @@ from etils import epath
 
 from experiments.graph_fusion.config import Config
 from experiments.shared.records import Record
-from experiments.shared.report import bar, markdown_table, save_figure, spread, write_report
+from experiments.shared.report import bar, markdown_table, spread, write_report
+from logitjax.commands import figures
 
 NAMES = {
     "sft": "SFT",
@@ -43,13 +44,14 @@ _CHOSEN = (
 def write(config: Config, results: Record, workdir: epath.Path) -> str:
     """Writes `report.md`, `metrics.jsonl` and `report.png`; returns the tables."""
     first = results["drops"][0]
-    tables = [markdown_table(_rows(results, first))]
+    rows = _rows(results, first)
+    parts = [markdown_table(rows)]
     if len(results["drops"]) > 1:
-        tables.append(f"## By layers dropped\n\n{markdown_table(_by_layers(results))}")
+        parts.append(f"## By layers dropped\n\n{markdown_table(_by_layers(results))}")
     bars = _bars(first)
     if bars and config.seeds > 1:
-        tables.append(f"## Bars\n\n{markdown_table(bars)}")
-    table = "\n\n".join(tables)
+        parts.append(f"## Bars\n\n{markdown_table(bars)}")
+    table = "\n\n".join(parts)
     if jax.process_index() != 0:
         return table
     runs = [
@@ -58,8 +60,8 @@ def write(config: Config, results: Record, workdir: epath.Path) -> str:
         for arm in drop["arms"].values()
         for run in arm["runs"]
     ]
-    plot(config, first, workdir / "report.png")
-    write_report(workdir, _text(config, results, table), runs)
+    text, pictures = _text(config, results, table), {"report": picture(first)}
+    write_report(workdir, text, records=runs, tables={"arms": rows}, pictures=pictures)
     return f"{table}\n\nreport: {workdir}/report.md\nplot:   {workdir}/report.png"
 
 
@@ -146,7 +148,8 @@ def write_parts(config: Config, found: Mapping[str, Record], workdir: epath.Path
             "seen: share of the labels that a loss looks at. Spread is one standard deviation over "
             "seeds. Each part has a report of its own in its folder.\n\n"
         )
-        write_report(workdir, about + text + "\n", runs)
+        tables = {name: _rows(results, results["drops"][0]) for name, results in found.items()}
+        write_report(workdir, about + text, records=runs, tables=tables, pictures={})
     return text
 
 
@@ -201,35 +204,24 @@ def _bars(drop: Record) -> list[Record]:
     ]
 
 
-def plot(config: Config, drop: Record, path: epath.Path) -> None:
+def picture(drop: Mapping[str, Any]) -> figures.Picture:
     """Cross-entropy of the text in training, and where each arm ended."""
-    from matplotlib import pyplot
-
-    figure, (curves, ends) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    compares = "agreement" in drop["before"]
-    key = "agreement" if compares else "accuracy"
-    for i, (arm, found) in enumerate(drop["arms"].items()):
-        for j, run in enumerate(found["runs"]):
-            label = NAMES[arm] if j == 0 else None
-            points = run["curve"] or [(0, float("nan"))]
-            curves.plot(
-                *zip(*points, strict=True),
-                "o-",
-                color=f"C{i}",
-                markersize=3,
-                alpha=0.8,
-                label=label,
-            )
-            ends.plot(
-                run["perplexity"], 100 * run[key], "o", color=f"C{i}", markersize=7, label=label
-            )
-    curves.set(xlabel="step", ylabel="cross-entropy in training (nats)")
-    curves.legend(fontsize=8)
-    what = "top-1 agreement with the first source" if compares else "next-token accuracy"
-    ends.set(xlabel="test perplexity (lower is better)", ylabel=f"{what} (%)")
-    for axes in (curves, ends):
-        axes.grid(alpha=0.3)
-    save_figure(figure, path)
+    key = "agreement" if "agreement" in drop["before"] else "accuracy"
+    what = "top-1 agreement, %" if key == "agreement" else "next-token accuracy, %"
+    arms = [(NAMES[arm], found["runs"]) for arm, found in drop["arms"].items()]
+    curves = [figures.Series(name=name, runs=[r["curve"] for r in runs]) for name, runs in arms]
+    ends = [
+        figures.Series(
+            name=name, runs=[[(r["perplexity"], 100 * r[key])] for r in runs], line=False
+        )
+        for name, runs in arms
+    ]
+    return figures.Picture(
+        panels=[
+            figures.Panel(x="step", y="cross-entropy in training, nats", series=curves),
+            figures.Panel(x="test perplexity", y=what, series=ends, names="beside"),
+        ]
+    )
 
 
 def _text(config: Config, results: Record, table: str) -> str:

@@ -1,6 +1,5 @@
 """The audit's table, plots and verdict."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,8 +9,9 @@ from etils import epath
 from experiments.leakage_audit.config import Config
 from experiments.leakage_audit.data import Rows
 from experiments.shared.records import by_key
-from experiments.shared.report import bar, markdown_table, save_figure, spread, write_report
+from experiments.shared.report import bar, markdown_table, spread, write_report
 from logitjax import leakage
+from logitjax.commands import figures
 
 
 def verdict(group: Sequence[Mapping[str, Any]], width: int) -> str:
@@ -53,9 +53,11 @@ def write(
     bars = _bars(groups, rows)
     if bars:
         parts += ["## Bars\n", markdown_table(bars), ""]
-    for path in (_plot_spectra(groups, rows, workdir), _plot_frontier(groups, workdir)):
-        parts.append(f"![{path.stem}]({path.name})\n")
-    return write_report(workdir, "\n".join(parts), records)
+    pictures = {"spectra": spectra(groups, rows.width), "frontier": frontier(groups)}
+    parts += [f"![{name}]({name}.png)\n" for name in pictures]
+    text = "\n".join(parts)
+    tables = {"policies": table}
+    return write_report(workdir, text, records=records, tables=tables, pictures=pictures)
 
 
 def _row(name: str, group: Sequence[Mapping[str, Any]], width: int) -> dict[str, Any]:
@@ -101,54 +103,40 @@ def _bars(groups: Mapping[str, Any], rows: Rows) -> list[dict[str, Any]]:
     return found
 
 
-def _plot_spectra(groups: Mapping[str, Any], rows: Rows, workdir: epath.Path) -> epath.Path:
-    from matplotlib import pyplot as plt
+def spectra(groups: Mapping[str, Any], width: int) -> figures.Picture:
+    """Singular values of what each policy gives away; an honest one drops at the width."""
+    series = []
+    for name, group in groups.items():
+        if "spectrum" in group[0]:
+            step = max(1, group[0]["prompts"] // 500)
+            values = enumerate(group[0]["spectrum"])
+            points = [(1 + i * step, value) for i, value in values]
+            series.append(figures.Series(name=name, runs=[points]))
+    panel = figures.Panel(
+        x="number of the singular value",
+        y="singular value of the rows",
+        log="y",
+        series=series,
+        marks={f"width {width}": width},
+        height=4.0,
+    )
+    return figures.Picture(panels=[panel])
 
-    figure, axis = plt.subplots(figsize=(7, 4.4), constrained_layout=True)
-    colours = plt.get_cmap("turbo")
-    shown = {name: group[0] for name, group in groups.items() if "spectrum" in group[0]}
-    for number, (name, record) in enumerate(shown.items()):
-        step = max(1, record["prompts"] // 500)
-        places = [1 + i * step for i in range(len(record["spectrum"]))]
-        colour = colours((number + 0.5) / len(shown))
-        axis.plot(places, record["spectrum"], label=name, linewidth=1, color=colour)
-    axis.axvline(rows.width, color="black", linewidth=0.8, linestyle=":")
-    axis.set(yscale="log", xlabel="singular value", ylabel="size", title="spectra of the rows")
-    axis.legend(fontsize=7, ncols=2)
-    return save_figure(figure, workdir / "spectra.png")
 
-
-def _places(groups: Mapping[str, Any]) -> list[tuple[float, float, list[str]]]:
-    """Loss and leak of policies; those whose labels would lie on each other share a place."""
-    found: list[tuple[float, float, list[str]]] = []
+def frontier(groups: Mapping[str, Any]) -> figures.Picture:
+    """What leaks by what honest users lose: down is safe, left is cheap."""
+    series = []
     for name, group in groups.items():
         if any(record.get(key) is None for record in group for key in ("kl", "leak")):
             continue  # A row came back, but no subspace was asked for.
-        x = max(1e-6, sum(r["kl"] for r in group) / len(group))
-        y = sum(r["leak"] for r in group) / len(group)
-        for other_x, other_y, names in found:
-            if abs(math.log10(x / other_x)) < 0.5 and abs(y - other_y) < 0.025:
-                names.append(name)
-                break
-        else:
-            found.append((x, y, [name]))
-    return found
-
-
-def _plot_frontier(groups: Mapping[str, Any], workdir: epath.Path) -> epath.Path:
-    from matplotlib import pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(6.4, 4.4), constrained_layout=True)
-    for x, y, names in _places(groups):
-        axis.scatter(x, y, s=18, color="tab:blue")
-        label = ", ".join(names)
-        axis.annotate(label, (x, y), fontsize=7, xytext=(4, 4), textcoords="offset points")
-    # Room for the labels of what costs most.
-    axis.set(
-        xscale="log",
-        xlim=(5e-7, 200.0),
-        xlabel="KL to the true distribution, nats (users' loss)",
-        ylabel="leak",
-        title="defences: down is safe, left is cheap",
+        runs = [[(max(1e-6, record["kl"]), record["leak"])] for record in group]
+        series.append(figures.Series(name=name, runs=runs, line=False))
+    panel = figures.Panel(
+        x="KL to the true distribution, nats (what users lose)",
+        y="leak, share of the head's subspace",
+        log="x",
+        series=series,
+        names="beside",
+        height=4.0,
     )
-    return save_figure(figure, workdir / "frontier.png")
+    return figures.Picture(panels=[panel])

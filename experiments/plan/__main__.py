@@ -11,7 +11,8 @@ For TPUs the real compiler compiles ahead of time, on any machine (the extra `pl
 newer). It gives bytes of a device, floating-point work, collectives by kind and bytes, and the
 compiler's own verdict. No weights and no data are read. For GPUs the program is compiled for as
 many CPU devices in the same mesh, which gives an estimate, and is called one. Results are kept
-under `--workdir`; `--markdown` prints all of them as the tables of docs/plans.md.
+under `--workdir`; `--markdown` prints all of them as the tables of docs/plans.md, and `--report`
+leaves these with a picture in WORKDIR/report.
 """
 
 import dataclasses
@@ -28,9 +29,9 @@ from absl import app, flags
 from etils import epath
 
 from experiments.plan import chips, costs
-from experiments.shared.report import markdown_table
+from experiments.shared.report import markdown_table, write_report
 from logitjax import ops, training
-from logitjax.commands import cli
+from logitjax.commands import cli, figures
 
 # By experiment the slice to plan for where no chip is named.
 EXPERIMENTS = {
@@ -300,8 +301,8 @@ def report(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def markdown(found: Sequence[Plan]) -> str:
-    """Tables of memory and of work, a line a program."""
+def tables(found: Sequence[Plan]) -> dict[str, list[dict[str, Any]]]:
+    """Rows of memory and of work, one a program."""
     memory, work = [], []
     for plan in found:
         name = {"experiment": plan.experiment, "program": plan.program, "chip": plan.chip}
@@ -329,10 +330,43 @@ def markdown(found: Sequence[Plan]) -> str:
                 "collectives of a device: GiB in calls": ", ".join(kinds) or "none",
             }
         )
+    return {"memory": memory, "work": work}
+
+
+def markdown(found: Sequence[Plan]) -> str:
+    """Both tables as text."""
     versions = sorted({plan.versions for plan in found})
-    return "\n\n".join(
-        [markdown_table(memory), markdown_table(work), f"Compiled with {'; '.join(versions)}."]
+    shown = map(markdown_table, tables(found).values())
+    return "\n\n".join([*shown, f"Compiled with {'; '.join(versions)}."])
+
+
+def picture(found: Sequence[Plan]) -> figures.Picture:
+    """What a device needs and what it has, a row a plan; what does not fit has no need known."""
+    rows = list(reversed(found))
+
+    def name(plan: Plan) -> str:
+        slices = f"{plan.slices} slices of " if plan.slices > 1 else ""
+        mesh = f"\n{plan.mesh}" if plan.devices > 1 else ""
+        return f"{plan.experiment}, {slices}{plan.chip}{mesh}"
+
+    def series(what: str, size: Callable[[Plan], float]) -> figures.Series:
+        points = [(size(plan) / _GIB, float(row)) for row, plan in enumerate(rows) if size(plan)]
+        return figures.Series(name=what, runs=[points], line=False)
+
+    panel = figures.Panel(
+        x="memory of a device, GiB",
+        y="program",
+        log="x",
+        series=[
+            series("arguments", lambda plan: plan.argument_bytes),
+            series("needed", lambda plan: plan.needed),
+            series("there is", lambda plan: plan.memory),
+        ],
+        y_ticks={name(plan): float(row) for row, plan in enumerate(rows)},
+        names="beside",
+        height=1.0 + 0.3 * len(rows),
     )
+    return figures.Picture(panels=[panel])
 
 
 def _seconds(plan: Plan) -> str:
@@ -368,6 +402,16 @@ def _main(argv: Sequence[str]) -> None:
         print(markdown(read(workdir)))
         return
     try:
+        if values.report:
+            found = read(workdir)
+            compiled = sorted({plan.versions for plan in found})
+            write_report(
+                workdir / "report",
+                f"# Plans\n\n{markdown(found)}\n\n![memory of a device](memory.png)",
+                tables=tables(found) | {"compiled with": [{"versions": v} for v in compiled]},
+                pictures={"memory": picture(found)},
+            )
+            return
         if (values.experiment is None) == (values.command is None):
             raise ValueError(
                 f"experiment: expected one of {', '.join(EXPERIMENTS)}, or a --command that trains"
@@ -425,4 +469,5 @@ if __name__ == "__main__":
     flags.DEFINE_bool("all", False, "Plan every program of the experiment, not only the main one.")
     flags.DEFINE_string("workdir", "runs/plans", "Folder in which plans are kept.")
     flags.DEFINE_bool("markdown", False, "Print the plans that are kept as tables, and stop.")
+    flags.DEFINE_bool("report", False, "Leave them, and a picture, in WORKDIR/report, and stop.")
     app.run(_main)

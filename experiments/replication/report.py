@@ -12,10 +12,10 @@ from experiments.shared.records import by_key
 from experiments.shared.report import (
     markdown_table,
     mean_and_spread,
-    save_figure,
     spread,
     write_report,
 )
+from logitjax.commands import figures
 
 # What the paper's abstract states, of students of distilGPT2 (6 layers).
 PAPER = {
@@ -49,9 +49,13 @@ def write(
         _paper(rows),
         "![curves](curves.png)\n",
     ]
-    text = "\n".join(parts)
-    _plot(groups, workdir / "curves.png")
-    return write_report(workdir, text, [teacher, *records])
+    return write_report(
+        workdir,
+        "\n".join(parts),
+        records=[teacher, *records],
+        tables={"students": rows},
+        pictures={"curves": curves(groups)},
+    )
 
 
 def _row(name: str, group: Sequence[Mapping[str, Any]], teacher: Mapping[str, Any]) -> dict:
@@ -95,17 +99,16 @@ def _paper(rows: Sequence[Mapping[str, Any]]) -> str:
     return f"## Beside the paper\n\n{markdown_table(found)}\n" if found else ""
 
 
-def _plot(groups: Mapping[str, Sequence[Mapping[str, Any]]], path: epath.Path) -> None:
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
+def curves(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> figures.Picture:
+    """Losses in training of those that are distilled, and of those that read text alone."""
+    distilled, alone = [], []
     for name, group in groups.items():
-        axis = axes[1] if name.startswith("scratch") else axes[0]
         if not name.startswith("official"):  # A sum over positions: another scale.
-            axis.plot(*zip(*group[0]["curve"], strict=True), label=name)
-    axes[0].set(xlabel="step", ylabel="loss", title="distilled")
-    axes[1].set(xlabel="step", ylabel="cross-entropy", title="on text alone")
-    for axis in axes:
-        if axis.lines:
-            axis.legend(fontsize=7)
-    save_figure(figure, path)
+            series = figures.Series(name=name, runs=[record["curve"] for record in group])
+            (alone if name.startswith("scratch") else distilled).append(series)
+    return figures.Picture(
+        panels=[
+            figures.Panel(x="step", y="loss, nats", title="distilled", series=distilled),
+            figures.Panel(x="step", y="cross-entropy, nats", title="on text alone", series=alone),
+        ]
+    )

@@ -1,15 +1,21 @@
 """Tables and files that experiments leave for people: Markdown in, nothing to compute."""
 
+import dataclasses
 import json
 import math
+import platform
+import shlex
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 
 from logitjax import storage
+from logitjax.commands import figures
 from logitjax.commands.tables import format_value as format_value
 from logitjax.commands.tables import markdown_table as markdown_table
 
@@ -30,28 +36,67 @@ def bar(name: str, seen: float, promised: str, met: bool, **more: Any) -> dict[s
     return {"bar": name, **more, "seen": seen, "promised": promised, "": verdict}
 
 
-def save_figure(figure: Any, path: epath.Path) -> epath.Path:
-    """Writes a matplotlib figure as PNG and closes it."""
-    from matplotlib import pyplot
-
-    with path.open("wb") as file:
-        figure.savefig(file, format="png", dpi=140)
-    pyplot.close(figure)
-    return path
-
-
 def spread(records: Sequence[Mapping[str, Any]], name: str, factor: float = 1.0) -> str | None:
     """`mean_and_spread` of a number over the records that have it; None where none has."""
     values = [factor * record[name] for record in records if record.get(name) is not None]
     return mean_and_spread(values) if values else None
 
 
-def write_report(workdir: epath.Path, text: str, records: Sequence[Mapping[str, Any]]) -> str:
-    """Writes `report.md` and its records to `metrics.jsonl`, a line each; returns the text."""
+def write_report(
+    workdir: epath.Path,
+    text: str,
+    *,
+    records: Sequence[Mapping[str, Any]] | None = None,
+    tables: Mapping[str, Sequence[Mapping[str, Any]]],
+    pictures: Mapping[str, figures.Picture],
+) -> str:
+    """Writes what a finished run leaves for people.
+
+    Args:
+        workdir: Gets `report.md`, `results.json` with tables and pictures as numbers, which
+            `python -m experiments.gallery --add` takes, and a PNG file a picture.
+        text: The report.
+        records: What else was measured, for `metrics.jsonl`, a line each.
+        tables: Rows by the table's name.
+        pictures: By name, which is that of the file.
+
+    Returns:
+        The text.
+    """
+    text = text.rstrip() + "\n"
     storage.write_atomic(workdir / "report.md", text)
-    lines = [json.dumps(record) + "\n" for record in records]
-    storage.write_atomic(workdir / "metrics.jsonl", "".join(lines))
+    if records is not None:
+        lines = [json.dumps(record) + "\n" for record in records]
+        storage.write_atomic(workdir / "metrics.jsonl", "".join(lines))
+    results = {
+        "command": command(),
+        "environment": environment(),
+        "tables": tables,
+        "pictures": {name: dataclasses.asdict(picture) for name, picture in pictures.items()},
+    }
+    storage.write_atomic(workdir / "results.json", json.dumps(results) + "\n")
+    for name, picture in pictures.items():
+        figures.draw(workdir / f"{name}.png", picture)
     return text
+
+
+def command() -> str:
+    """The command that runs, but for where its files go."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    name = spec.name.removesuffix(".__main__") if spec else "NAME"
+    flags = [flag for flag in sys.argv[1:] if not flag.startswith("--workdir")]
+    return shlex.join(["python", "-m", name, *flags])
+
+
+def environment() -> dict[str, Any]:
+    """What a measurement was made with."""
+    device = jax.devices()[0]
+    return {
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "device": f"{jax.device_count()} x {device.device_kind}",
+        "processor": platform.processor() or platform.machine(),
+    }
 
 
 def paired(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:

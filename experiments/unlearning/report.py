@@ -9,11 +9,11 @@ from etils import epath
 from experiments.shared.report import (
     markdown_table,
     mean_and_spread,
-    save_figure,
     spread,
     write_report,
 )
 from experiments.unlearning.config import Config
+from logitjax.commands import figures
 
 _NOTES = (
     "D is the Kolmogorov-Smirnov distance of truth ratios on the forget set from those of the "
@@ -54,14 +54,15 @@ def write(config: Config, results: Mapping[str, Any], workdir: epath.Path) -> st
             "\n## Beta, an assistant each\n\nThe best score on validation, seed 0, and the same "
             f"assistant on the test.\n\n{markdown_table(results['betas'])}\n"
         )
-    plot = scatter(results, workdir / "scatter.png")
-    text += f"\n![forgetting and utility]({plot.name})\n"
+    text += "\n![forgetting and utility](scatter.png)\n"
     lines = [
         {"arm": arm, "seed": seed, **{k: v for k, v in record.items() if k != "history"}}
         for arm, records in results["arms"].items()
         for seed, record in enumerate(records)
     ]
-    return write_report(workdir, text, lines)
+    tables = {"arms": arm_rows(results), "what comes back": probe_rows(results)}
+    pictures = {"scatter": scatter(results)}
+    return write_report(workdir, text, records=lines, tables=tables, pictures=pictures)
 
 
 def _setting(config: Config) -> str:
@@ -231,33 +232,27 @@ def _against(d: float, best: float) -> str:
     return f", {'smaller' if d < best else 'NOT smaller'} than the best of the others ({best:.3f})"
 
 
-def scatter(results: Mapping[str, Any], path: epath.Path) -> epath.Path:
+def scatter(results: Mapping[str, Any]) -> figures.Picture:
     """Forgetting against utility: right and up is better."""
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(12, 5))
     lines = {"target": [results["target"]], "retrained": [results["retrained"]], **results["arms"]}
     if "merged" in results:
         lines["merged"] = [results["merged"]]
     measures: Sequence[tuple[str, str, Callable[[float], float]]] = (
-        ("forget_quality.statistic", "1 - D", lambda d: 1 - d),
-        ("forget_quality.log10_p_value", "log10 p (forget quality)", lambda p: p),
+        ("forget_quality.statistic", "1 - D, of truth ratios on the forget set", lambda d: 1 - d),
+        ("forget_quality.log10_p_value", "log10 p, TOFU's forget quality", lambda p: p),
     )
-    for place, (name, label, value) in zip(axes, measures, strict=True):
-        for n, (arm, records) in enumerate(lines.items()):
+    panels = []
+    for name, label, value in measures:
+        series = []
+        for arm, records in lines.items():
             # The retrained model is the reference: nothing is between it and itself.
-            points = [
-                (value(r["test"].get(name, 0.0)), r["test"]["utility"])
+            runs = [
+                [(value(r["test"].get(name, 0.0)), r["test"]["utility"])]
                 for r in records
                 if name in r["test"] or arm == "retrained"
             ]
-            if not points:
-                continue
-            marker = "*" if arm.startswith("difference") else ("s" if n < 2 else "o")
-            color = pyplot.get_cmap("tab20")(n)
-            place.scatter(*zip(*points, strict=True), label=arm, marker=marker, s=60, color=color)
-        place.set(xlabel=label, ylabel="utility")
-        place.grid(alpha=0.3)
-    axes[0].legend(fontsize=7)
-    figure.tight_layout()
-    return save_figure(figure, path)
+            series.append(figures.Series(name=arm, runs=runs, line=False))
+        panels.append(
+            figures.Panel(x=label, y="utility", series=series, names="beside", height=3.4)
+        )
+    return figures.Picture(panels=panels)

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -14,11 +14,11 @@ from experiments.shared.report import (
     format_value,
     markdown_table,
     mean_and_spread,
-    save_figure,
     spread,
     write_report,
 )
 from experiments.vq_head.data import Context
+from logitjax.commands import figures
 
 NAMES = {
     "full": "full head, untouched",
@@ -63,20 +63,21 @@ def write(
         groups.setdefault((record["arm"], record["codes"]), []).append(record)
     control = [r["nll"] for r in records if r["arm"] == "full_bias_labels"]
     tuned = sum(control) / len(control) if control else None
-    rows = [_row(group, full, tuned, ctx) for group in groups.values()]
-    tables = [markdown_table(rows)]
+    rows = {"heads": [_row(group, full, tuned, ctx) for group in groups.values()]}
     by_arm = by_key(scratch, "arm")
     if scratch:
-        tables.append(markdown_table(_scratch_rows(by_arm)))
+        rows["from scratch"] = _scratch_rows(by_arm)
+    tables = [markdown_table(table) for table in rows.values()]
     bars = _bars(groups, full)
-    plots = [
-        _frontier(groups, full, workdir / "frontier.png"),
-        _curves(groups, by_arm, workdir / "curves.png"),
-    ]
-    write_report(workdir, _text(ctx, tables, bars), [*records, *scratch])
-    listed = "\n".join(f"plot:   {path}" for path in plots)
+    write_report(
+        workdir,
+        _text(ctx, tables, bars),
+        records=[*records, *scratch],
+        tables=rows,
+        pictures={"frontier": frontier(groups, full), "curves": curves(groups, by_arm)},
+    )
     promised = markdown_table(bars) if bars else ""
-    return "\n\n".join([*tables, promised, f"report: {workdir}/report.md\n{listed}"])
+    return "\n\n".join([*tables, promised, f"report: {workdir}/report.md"])
 
 
 def _row(
@@ -192,41 +193,45 @@ def _bar(name: str, value: float, sense: str, limit: float, head: str) -> dict[s
     return bar(name, value, f"{sense} {limit:g}", met, head=head)
 
 
-def _frontier(
-    groups: Mapping[tuple[str, int], Sequence[Mapping[str, Any]]],
-    full: Mapping[str, Any],
-    path: epath.Path,
-) -> epath.Path:
+def frontier(
+    groups: Mapping[tuple[str, int], Sequence[Mapping[str, Any]]], full: Mapping[str, Any]
+) -> figures.Picture:
     """Down and left is better in both; what differs in size alone is joined by a line."""
-    lines: dict[str, list[tuple[float, float, float]]] = {}
+    lines: dict[str, list[Sequence[Mapping[str, Any]]]] = {}
     for (arm, codes), group in groups.items():
-        if arm == "full":
-            continue
-        share = 100 * group[0]["cost"]["read_bytes"] / full["cost"]["read_bytes"]
-        ratio, top1 = (sum(r[name] for r in group) / len(group) for name in ("ratio", "top1"))
-        lines.setdefault(_line(arm, codes), []).append((share, ratio, 100 * (1 - top1)))
-    from matplotlib import pyplot as plt
+        if arm != "full":
+            lines.setdefault(_line(arm, codes), []).append(group)
 
-    figure, axes = plt.subplots(1, 2, figsize=(12, 5.5), sharex=True)
-    markers = "os^vDP*X<>ph"
-    for number, (name, points) in enumerate(lines.items()):
-        share, *values = zip(*sorted(points))
-        style = {"marker": markers[number % len(markers)], "color": f"C{number % 10}"}
-        for axis, value in zip(axes, values):
-            # Perfect agreement has no logarithm: it lies on the lower edge.
-            axis.plot(share, [max(v, 0.01) for v in value], ms=5, lw=1, label=name, **style)
-    axes[0].axhline(1.04, color="grey", lw=0.5)
-    axes[1].axhline(1, color="grey", lw=0.5)
-    axes[0].set(ylabel="held-out perplexity / untouched head", yscale="log")
-    axes[1].set(ylabel="top-1 disagreement, %", yscale="log")
-    for axis in axes:
-        axis.set(xlabel="head bytes read per token, % of the full head", xscale="log")
-    figure.legend(
-        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=7
+    def share(record: Mapping[str, Any]) -> float:
+        return 100 * record["cost"]["read_bytes"] / full["cost"]["read_bytes"]
+
+    def series(value: Callable[[Mapping[str, Any]], float]) -> list[figures.Series]:
+        found = []
+        for name, by_size in lines.items():
+            by_size = sorted(by_size, key=lambda group: share(group[0]))
+            runs = [[(share(r), value(r)) for r in seeds] for seeds in zip(*by_size)]
+            found.append(figures.Series(name=name, runs=runs))
+        return found
+
+    named: dict[str, Any] = {
+        "x": "head bytes read a token, % of the full head",
+        "log": "xy",
+        "names": "beside",
+        "height": 4.2,
+    }
+    # Perfect agreement has no logarithm: it lies on the lower edge.
+    wrong = series(lambda record: max(100 * (1 - record["top1"]), 0.01))
+    return figures.Picture(
+        panels=[
+            figures.Panel(
+                y="held-out perplexity / untouched head",
+                series=series(lambda record: record["ratio"]),
+                rules={"+4 %": 1.04},
+                **named,
+            ),
+            figures.Panel(y="top-1 disagreement, %", series=wrong, rules={"1 %": 1.0}, **named),
+        ]
     )
-    bottom = 0.12 + 0.035 * -(-len(lines) // 3)
-    figure.subplots_adjust(bottom=bottom, top=0.97, left=0.06, right=0.98, wspace=0.17)
-    return save_figure(figure, path)
 
 
 def _line(arm: str, codes: int) -> str:
@@ -237,27 +242,30 @@ def _line(arm: str, codes: int) -> str:
     return _name(arm)
 
 
-def _curves(
+def curves(
     groups: Mapping[tuple[str, int], Sequence[Mapping[str, Any]]],
     by_arm: Mapping[str, Sequence[Mapping[str, Any]]],
-    path: epath.Path,
-) -> epath.Path:
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5))
-    for (arm, codes), group in groups.items():
-        curve = group[0]["curve"]
-        if curve and arm in NAMES and "labels" not in arm and arm != "adaptive":
-            axes[0].plot(curve, label=f"{arm} {codes}", lw=1)
-    for arm, group in by_arm.items():
-        axes[1].plot(*zip(*group[0]["curve"]), label=arm, lw=1)
-    axes[0].set(xlabel="step", ylabel="KL divergence from the old head, nats", yscale="log")
-    axes[1].set(xlabel="step", ylabel="training loss from scratch, nats")
-    for axis in axes:
-        if axis.lines:
-            axis.legend(fontsize=6, ncols=2)
-    figure.tight_layout()
-    return save_figure(figure, path)
+) -> figures.Picture:
+    """How heads learn from the old one, and how models learn from scratch."""
+    tuned = [
+        figures.Series(
+            name=f"{arm} {codes}", runs=[list(enumerate(record["curve"])) for record in group]
+        )
+        for (arm, codes), group in groups.items()
+        if group[0]["curve"] and arm in NAMES and "labels" not in arm and arm != "adaptive"
+    ]
+    scratch = [
+        figures.Series(name=arm, runs=[record["curve"] for record in group])
+        for arm, group in by_arm.items()
+    ]
+    panels = [
+        figures.Panel(
+            x="step", y="KL divergence from the old head, nats", log="y", series=tuned, height=3.6
+        )
+    ]
+    if scratch:
+        panels.append(figures.Panel(x="step", y="training loss from scratch, nats", series=scratch))
+    return figures.Picture(panels=panels)
 
 
 def _text(ctx: Context, tables: Sequence[str], bars: Sequence[Mapping[str, Any]]) -> str:

@@ -34,6 +34,7 @@ from etils import epath
 from flax import nnx
 
 from logitjax import data, distillation, models, processes, storage, training
+from logitjax.commands import figures
 from logitjax.commands.cli import REQUIRED, field
 from logitjax.commands.tables import markdown_table
 
@@ -421,22 +422,13 @@ def _cell(text: str) -> str:
 
 
 def _plot(trained: distillation.Trained, path: epath.Path) -> None:
+    losses = [figures.Series(name=name, runs=[points]) for name, points in trained.parts.items()]
+    curve = [figures.Series(name="validation", runs=[trained.curve])] if trained.curve else []
+    panels = [
+        figures.Panel(x="step", y="loss in training, nats", log="y", series=losses),
+        figures.Panel(x="step", y="perplexity of a token", series=curve),
+    ]
     try:
-        pyplot = storage.require("matplotlib.pyplot", extra="plots")
+        figures.draw(path, figures.Picture(panels=panels))
     except ImportError as error:
         logging.warning("no picture of the curves: %s", error)
-        return
-    pyplot.switch_backend("Agg")
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    for name, points in trained.parts.items():
-        left.plot(*zip(*points, strict=True), label=name)
-    left.set(xlabel="step", ylabel="losses in training", yscale="log")
-    left.legend(fontsize=8)
-    if trained.curve:
-        right.plot(*zip(*trained.curve, strict=True), marker="o")
-    right.set(xlabel="step", ylabel="perplexity, validation")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-    with path.open("wb") as file:
-        figure.savefig(file, dpi=130, format="png")
-    pyplot.close(figure)

@@ -39,6 +39,7 @@ from absl import logging
 from etils import epath
 
 from logitjax import data, few_shot, processes, storage, vision
+from logitjax.commands import figures
 from logitjax.commands.cli import field
 from logitjax.commands.tables import markdown_table
 
@@ -394,16 +395,5 @@ def _report(
 
 
 def _plot(confusion: np.ndarray, names: Sequence[str], path: epath.Path) -> None:
-    from matplotlib import pyplot
-
     shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
-    side = min(12.0, 3 + 0.3 * len(names))
-    figure, axes = pyplot.subplots(figsize=(side, side), layout="constrained")
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    axes.set(xlabel="predicted", ylabel="class")
-    if len(names) <= 60:
-        axes.set_xticks(range(len(names)), labels=names, rotation=90, fontsize=7)
-        axes.set_yticks(range(len(names)), labels=names, fontsize=7)
-    with path.open("wb") as file:
-        figure.savefig(file, format="png", dpi=120)
-    pyplot.close(figure)
+    figures.draw_matrix(path, shares, names, x="predicted class", y="pictures of a class")

@@ -234,6 +234,14 @@ def test_verdicts():
     text = plan.markdown([fits, plan.dataclasses.replace(over, estimate=True, error=sentence)])
     assert "estimate: does not fit: required" in text
     assert "all-gather 1 in 3" in text
+    (panel,) = plan.picture([fits, over]).panels
+    sizes = {series.name: series.runs[0] for series in panel.series}
+    # The first is on top: row 1 of rows 0 and 1.
+    assert sizes == {
+        "arguments": [(8.0, 0.0), (8.0, 1.0)],
+        "needed": [(17.0, 0.0), (12.0, 1.0)],
+        "there is": [(16.0, 0.0), (16.0, 1.0)],
+    }
     report = plan.report(fits)
     assert "at the chips' bfloat16 peak that is 0.00127 s" in report
     # 10 GiB at 819 GB/s; at 1.5 GHz.
@@ -262,6 +270,9 @@ def test_command_estimates_for_gpus_and_keeps_what_it_found(tmp_path):
     assert json.loads(path.read_text())["estimate"] is True
     page = command("--markdown", f"--workdir={tmp_path}")
     assert "| vq_head" in page.stdout
+    assert command("--report", f"--workdir={tmp_path}").returncode == 0
+    assert page.stdout.strip() in (tmp_path / "report" / "report.md").read_text()
+    assert (tmp_path / "report" / "memory.png").read_bytes().startswith(b"\x89PNG")
     elsewhere = ("--experiment=leakage_audit", "--preset=smoke", f"--workdir={tmp_path}")
     wrong = command(*elsewhere, "--chip=h100", "--mesh=data:2")
     assert wrong.returncode == 2

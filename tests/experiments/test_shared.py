@@ -80,6 +80,7 @@ def test_reports_leave_text_and_a_line_a_record(tmp_path):
     assert spread(records, "accuracy") is None
     assert bar("speed", 2.0, ">= 6", False)[""] == "MISSED"
     workdir = epath.Path(tmp_path)
-    assert write_report(workdir, "# A\n", records) == (workdir / "report.md").read_text()
+    written = write_report(workdir, "# A", records=records, tables={}, pictures={})
+    assert written == (workdir / "report.md").read_text()
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == records
