@@ -42,7 +42,7 @@ def test_smoke_through_the_command_line_and_again_without_training(tmp_path):
     assert "### Scored on noisier" in text
     assert (workdir / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     again = subprocess.run(
-        [*command, "--data=nowhere"], env=environment, capture_output=True, text=True, check=False
+        [*command, "--seed=7"], env=environment, capture_output=True, text=True, check=False
     )
     assert again.returncode == 2
     assert "belongs to a run with another configuration" in again.stderr
