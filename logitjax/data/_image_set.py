@@ -152,7 +152,8 @@ def load_image_set(
     Args:
       spec: one of the above.
       split: a name, perhaps sliced: ``test[:2000]``.
-      data_dir: of tfds; what is fetched by hand is looked for in ``<data_dir>/downloads/manual``.
+      data_dir: data directory of tfds; what is fetched by hand is looked for in
+          ``<data_dir>/downloads/manual``.
 
     Returns:
       The pictures.

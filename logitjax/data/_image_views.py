@@ -20,13 +20,13 @@ class ImageViews:
       size: height and width of a view.
       resize: the shorter side before the middle is cut out of a plain view.
       interpolation: between pixels.
-      fit: ``crop`` loses what lies beyond the square; ``pad`` puts the whole picture on a white
-        square first, as suits drawings; ``squash`` scales both sides to ``size``.
+      fit: ``crop`` cuts off what lies beyond the square; ``pad`` puts the whole picture on a white
+        square first, which suits drawings; ``squash`` scales both sides to ``size``.
       kind: ``plain`` is the one view that tests use; ``random`` cuts out a part, scales it to
         ``size`` and mirrors it half of the time.
-      count: random views a picture.
-      scale: how much of the area a random view keeps, at least and at most.
-      seed: of the random ones.
+      count: number of random views of a picture.
+      scale: smallest and largest share of the area that a random view keeps.
+      seed: seed of the random views.
 
     >>> views = ImageViews(size=8, resize=9, kind="random", count=2)
     >>> views(np.zeros((20, 30, 3), np.uint8), row=5).shape

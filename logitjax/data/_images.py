@@ -79,7 +79,7 @@ def load_images(
     Args:
       spec: one of the above.
       split: a name, perhaps sliced: ``train[:45000]``, ``train[90%:]``.
-      data_dir: of tfds.
+      data_dir: data directory of tfds.
       size: height and width of the result, for ``folder``.
       cache_dir: where ``folder`` keeps the decoded arrays, once, as a memory map; in memory when
         omitted.

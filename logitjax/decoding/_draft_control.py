@@ -112,7 +112,7 @@ class DraftControl:
 
         Args:
           length: drafted tokens a round; 0: plain steps.
-          seconds: of the call.
+          seconds: seconds of the call.
           rounds: rounds (or steps) in it.
           tokens: average number that a row got in a round; 1 for plain steps; from the acceptance
             if omitted.

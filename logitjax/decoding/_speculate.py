@@ -132,7 +132,7 @@ def accept_or_redraw(
         x ~ q;   accept with probability min(1, p(x) / q(x)),   else draw from (p - q)+ / |(p - q)+|
 
     Args:
-      logits: of the target before temperature and truncation.
+      logits: logits of the target before temperature and truncation.
       draft_logits: whose softmax the draft was drawn from (what `sampling_logits` gives).
       drafted: the draft.
       rows: each row's settings; rows of temperature 0 give the most likely token.

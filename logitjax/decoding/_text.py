@@ -14,7 +14,7 @@ class TextOptions:
     them. The tokens are the same.
 
     Attributes:
-      tokenizer: of the model, to make texts.
+      tokenizer: tokenizer of the model, to make texts.
       stop_strings: rows end with the token that completes one; needs ``tokenizer``.
       stream: called with (row, new tokens, new text) after every chunk, the text ``''`` without
         a tokenizer.
@@ -43,7 +43,7 @@ class TextStream:
     stop string. Special tokens leave no text.
 
     Args:
-      tokenizer: of the model.
+      tokenizer: tokenizer of the model.
       stop_strings: the text ends before the first of them.
 
     >>> from tokenizers import Tokenizer as Backend, decoders, models

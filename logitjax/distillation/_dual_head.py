@@ -18,12 +18,12 @@ class MLPHead(nnx.Module):
     """The published nonlinear second head: linear, dropout, batch normalisation, ReLU, linear.
 
     Args:
-        in_features: of the backbone.
-        num_classes: of the logits.
+        in_features: number of features of the backbone.
+        num_classes: number of classes of the logits.
         hidden_features: in between.
         dropout: rate, before the normalisation (as in the released code).
         axis_name: mesh axis of the batch inside `shard_map` or `pmap`; not needed under `jit`.
-        dtype: of the computation.
+        dtype: type of the computation.
         rngs: needs `params`.
     """
 
@@ -67,14 +67,14 @@ class DualHead(nnx.Module):
     the logits of the two; `without_auxiliary` is what to export.
 
     Args:
-        in_features: of the backbone.
-        num_classes: of both heads.
+        in_features: number of features of the backbone.
+        num_classes: number of classes of both heads.
         auxiliary: `'linear'`, or `'mlp'` (see :class:`MLPHead`) where teacher and student differ
             in structure.
-        hidden_features: of the MLP.
-        dropout: of the MLP.
+        hidden_features: number of hidden features of the MLP.
+        dropout: dropout rate of the MLP.
         axis_name: mesh axis of the batch inside `shard_map` or `pmap`; not needed under `jit`.
-        dtype: of the computation; logits are float32.
+        dtype: type of the computation; logits are float32.
         rngs: needs `params`.
 
     Raises:

@@ -276,7 +276,7 @@ def chunk_scores(
     a word begins after them. The log-probability of that is added, on both sides.
 
     Args:
-        chunks: of `align_chunks`.
+        chunks: chunks from `align_chunks`.
         said: `label` and `boundary`, `[rows, their length - 1]`: log-probabilities at the
             teacher's positions.
         special: bool `[rows, their length - 1]`, labels that are special tokens.
@@ -350,8 +350,8 @@ def likelihood_matching(
     """The divergence of each chunk, 0 where there is none.
 
     Args:
-        student: of `linear_likelihood`, `[*batch, positions]`.
-        chunks: of `chunk_scores`.
+        student: likelihoods from `linear_likelihood`, `[*batch, positions]`.
+        chunks: chunks from `chunk_scores`.
         kind: as in `binarized_divergence`.
         temperature: likewise.
     """

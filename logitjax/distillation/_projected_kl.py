@@ -32,7 +32,7 @@ def project_top_k(student: TopK, teacher: TopK, members: Members) -> tuple[TopK,
     Args:
         student: the student's `TopK` at `members.ids`, `[*batch, m]`.
         teacher: `TopK`, `[*batch, k]`.
-        members: of `TokenProjection.members(teacher.indices)`.
+        members: members from `TokenProjection.members(teacher.indices)`.
 
     Returns:
         Both as `TopK` `[*batch, k]`: the student's `log q'` with a `log_z` of 0, the teacher's.

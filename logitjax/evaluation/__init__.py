@@ -1,8 +1,8 @@
-"""What a model says to given text, whatever the model is.
+"""Measures of what a model says about given text, for any model.
 
 Everything here takes a function, not a model: one for the negative log-likelihood of given tokens
-(`nll_from_apply` makes it of any ``tokens -> logits``). A single model, two models whose logits are
-subtracted while decoding, or an API do equally.
+(`nll_from_apply` makes it from any ``tokens -> logits``). It may stand for a single model, for two
+models whose logits are subtracted while decoding, or for an API.
 
 - `score_rows`: nats of given tokens, row by row.
 - `PromptTemplate`, `encode_prompt`, `encode_answer`: questions and answers as rows, the same for

@@ -9,15 +9,15 @@ from logitjax.data import TokenizerLike
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PromptTemplate:
-    """What stands around a question.
+    """The text around a question.
 
     The answer follows directly. Use one template for training, scoring and generating: the release
     of logit-difference unlearning has other spaces in one of them.
 
     Attributes:
-      before: what comes before the question.
-      after: what follows it, up to the answer.
-      add_bos: begin with the tokenizer's beginning mark; None: if its ``add_bos`` says so.
+      before: text before the question.
+      after: text after it, up to the answer.
+      add_bos: begin with the tokenizer's beginning mark; None: as its ``add_bos`` says.
 
     >>> PromptTemplate.llama2().render("Who?")
     '[INST] Who? [/INST]'
@@ -66,16 +66,16 @@ def encode_answer(
 ) -> tuple[np.ndarray, np.ndarray]:
     """A question with its answer, and which tokens are the answer's, an end mark included.
 
-    Text is encoded as one where its tokens begin with those of the prompt (as they do in TOFU's
-    code, which relies on it), otherwise prompt and answer apart: the row always begins with what
-    `encode_prompt` gives.
+    The row always begins with what `encode_prompt` gives. If the tokens of the whole text begin so
+    (TOFU's code relies on it), it is encoded as one; otherwise prompt and answer are encoded apart.
 
     Args:
-      tokenizer: of the model.
+      tokenizer: tokenizer of the model.
       template: what stands around the question.
-      question: of the item.
+      question: question of the item.
       answer: right or wrong.
-      max_length: of the row; the rest is cut off. TOFU's is 200, OpenUnlearning's 512.
+      max_length: largest length of the row; the rest is cut off. TOFU's is 200, OpenUnlearning's
+          512.
       eos_id: the end mark, if it is not the tokenizer's.
       end: False for an answer without an end mark.
 

@@ -16,9 +16,9 @@ class RougeRecall(NamedTuple):
 
 
 def rouge_l_f1(references: Sequence[str], predictions: Sequence[str]) -> np.ndarray:
-    """How much of a reference a text has in order, and how little else: ROUGE-L's F1.
+    """ROUGE-L F1: how much of a reference a text has in order, and how little else.
 
-    Recall alone rewards rambling: a text of many words holds any short answer.
+    Recall alone rewards rambling, because a long text contains any short answer.
 
     ::
 

@@ -13,7 +13,7 @@ LENGTH_STEP = 32
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RowScores:
-    """What a model says about the targets of each row.
+    """Scores of the targets of each row.
 
     Attributes:
       nll: one float64 array a row, over its targets.
@@ -50,7 +50,7 @@ def score_rows(
     Args:
       nll_fn: see `nll_from_apply`.
       rows: token ids and which of them are targets, as from `encode_answer`.
-      batch_size: of every batch.
+      batch_size: size of every batch.
       pad_id: any id the model has.
       length_step: lengths are multiples of it.
       progress: told how many rows were done.

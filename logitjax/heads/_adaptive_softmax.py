@@ -60,7 +60,7 @@ class AdaptiveConfig:
         """Random parameters, with biases at the unigram distribution.
 
         Args:
-          key: of the random numbers.
+          key: key of the random numbers.
           unigram: ``[vocab]`` probabilities or counts, by which tokens are ranked.
 
         Returns:
@@ -172,7 +172,7 @@ def adaptive_nll(
 
     Args:
       hidden: ``[*batch, hidden]``.
-      params: of `AdaptiveConfig.init`.
+      params: parameters from `AdaptiveConfig.init`.
       labels: ``[*batch]``.
       z_loss: weight of the squared log-normaliser of the head.
       block_size: positions at a time in a tail.
@@ -243,14 +243,14 @@ def adaptive_log_probs(
 
 
 def adaptive_topk(hidden: Float[Array, "*batch hidden"], params: dict[str, Any], k: int) -> TopK:
-    """The k most probable tokens; a tail is looked into only if it could hold one of them.
+    """The k most probable tokens; a tail is computed only if it could hold one of them.
 
-    No token of a tail is more probable than the tail. That bound is exact, and saves the tails most
-    of the time when decoding one sequence; in a batch any row may need them.
+    No token of a tail is more probable than the tail. This bound is exact. It saves the tails most
+    of the time when one sequence is decoded; in a batch any row may need them.
 
     Args:
       hidden: ``[*batch, hidden]``.
-      params: of `AdaptiveConfig.init`.
+      params: parameters from `AdaptiveConfig.init`.
       k: at most the number of frequent tokens.
 
     Returns:
@@ -302,7 +302,7 @@ class AdaptiveHead(VocabularyHead):
     Args:
       config: sizes.
       unigram: ``[vocab]`` counts or probabilities, by which tokens are ranked.
-      params: of `AdaptiveConfig.fit`; random when omitted.
+      params: parameters from `AdaptiveConfig.fit`; random when omitted.
       dtype: compute dtype.
       rngs: source of the initial weights.
 

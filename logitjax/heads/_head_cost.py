@@ -11,7 +11,7 @@ class HeadCost:
       parameters: trained numbers of its own; a tied embedding is not counted.
       stored_bytes: parameters and look-up tables, assignments included. Tables of decoding (a
         sorted copy of tokens and biases) count too.
-      read_bytes: what decoding one token greedily has to read, for one sequence.
+      read_bytes: bytes that greedy decoding reads for one token of one sequence.
       decode_flops: multiplications and additions to decode one token.
       train_flops: the same for loss and gradient of one token.
       exact: whether it can represent the full head.

@@ -103,7 +103,7 @@ class LowRankHead(VocabularyHead):
     Args:
       hidden_size: d.
       vocab_size: V.
-      rank: of the bottleneck.
+      rank: rank of the bottleneck.
       unigram: ``[vocab]`` counts or probabilities: biases begin at its logarithm.
       dtype: compute dtype.
       param_dtype: dtype of the parameters.

@@ -17,8 +17,8 @@ class BasisFit:
       rows: ``[n, vocab]``, float64.
       coefficients: ``[n, rank]``.
       residual: root mean square of what the given values leave unexplained, in their units.
-      condition: of the basis at the chosen tokens: by it errors of the values are multiplied at
-        most.
+      condition: condition number of the basis at the chosen tokens: by it errors of the values are
+        multiplied at most.
     """
 
     rows: np.ndarray

@@ -59,7 +59,7 @@ def holds_vector(
 
     Args:
         inside: The vector's products with the singular vectors.
-        squared_norm: Of the vector.
+        squared_norm: Squared norm of the vector.
         values: Their singular values.
         noise: See above.
     """

@@ -19,7 +19,7 @@ class RowSketch:
     Attributes:
       columns: ``[vocab, k]``.
       rows: how many rows it has seen.
-      key: of the next draw.
+      key: key of the next draw.
     """
 
     columns: jax.Array
@@ -107,7 +107,7 @@ def randomised_svd(
     Args:
       rows: ``[n, vocab]``.
       rank: how many.
-      key: of the test matrix.
+      key: key of the test matrix.
       oversample: further columns of the test matrix, which are dropped at the end.
       power_iterations: with noise 1 suffices for the accuracy of a full SVD, 0 does not.
       centre: subtract each row's mean first.

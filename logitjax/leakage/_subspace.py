@@ -41,7 +41,7 @@ class OutputSubspace:
       basis: ``[vocab, dimension]`` float32, orthonormal: the head is ``basis @ G``, G unknown. Zero
         for tokens that ``vocab_where`` leaves out.
       width: the hidden dimension as an interval with its reason, or a refusal.
-      singular_values: of the rows, falling; as many as the method finds.
+      singular_values: singular values of the rows, falling; as many as the method finds.
       vocab_where: ``[vocab]``, tokens whose values were finite in all rows.
       count: number of rows.
       method: what was computed.

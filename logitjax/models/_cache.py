@@ -50,7 +50,7 @@ class Cache:
           config: the decoder's configuration.
           batch: number of rows.
           max_length: slots of layers without a window.
-          dtype: of keys and values.
+          dtype: type of keys and values.
           layout: ``'listed'`` or ``'stacked'``, as the model's.
           ring_slack: slots of windowed layers beyond their window: the number of tokens by which
             one may go back without losing what the window still needs.

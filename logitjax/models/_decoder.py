@@ -295,7 +295,7 @@ class Decoder(nnx.Module):
           positions: position of each token, -1 for padding, which is never attended. Counted
             from 0 (within each segment) or on from ``cache.length`` when omitted.
           segment_ids: packed documents; tokens attend within equal ids only. Not with a cache.
-          cache: of `init_cache`, in the model's layout.
+          cache: cache from `init_cache`, in the model's layout.
           lora: adapters in the model's layout.
           lora_rows: bool ``[batch]``, the rows that use the adapters; all when omitted.
 

@@ -198,8 +198,8 @@ def config_to_hf(config: DecoderConfig, *, dtype: str = "float32") -> dict[str, 
     """The ``config.json`` of a configuration; `config_from_hf` gives the same one back.
 
     Args:
-      config: of one of the known families.
-      dtype: of the stored tensors.
+      config: configuration of one of the known families.
+      dtype: type of the stored tensors.
 
     Returns:
       A dict for JSON, in the field names that transformers and vLLM read.

@@ -47,7 +47,7 @@ class Lora:
           alpha: the update is scaled by ``alpha / rank``; ``rank`` when omitted.
           targets: linear maps to adapt, of ``query key value output gate up down``; all when
             omitted.
-          dtype: of the adapters.
+          dtype: type of the adapters.
           layout: ``'stacked'`` or ``'listed'``, as the model's.
 
         Returns:

@@ -36,7 +36,7 @@ def save_peft(
 
     Args:
         lora: Adapters, in either layout.
-        config: Of the model they are made for, or of its first layers.
+        config: Configuration of the model they are made for, or of its first layers.
         directory: Folder, made if it does not exist.
         base: Name or directory of the base model, which PEFT keeps.
 
@@ -85,7 +85,7 @@ def load_peft(directory: epath.PathLike, config: DecoderConfig, *, layout: str =
 
     Args:
         directory: With `adapter_config.json` and `adapter_model.safetensors`.
-        config: Of the model they are for.
+        config: Configuration of the model they are for.
         layout: `'listed'` or `'stacked'`, as the model's.
 
     Returns:

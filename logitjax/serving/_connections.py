@@ -65,7 +65,7 @@ class _HalfClosing:
     body before they read: they would see a broken pipe in place of the reason for it.
 
     Args:
-        transport: Of a connection.
+        transport: Transport of a connection.
         sending: Whether more is to come from the client.
     """
 

@@ -21,7 +21,7 @@ class Formats:
     """Grammars over the tokens of one model; safe to use from several threads.
 
     Args:
-        tokenizer: Of the model.
+        tokenizer: Tokenizer of the model.
         vocab_size: Number of tokens of the model.
         end_ids: Tokens that end an answer, allowed where it is complete.
     """

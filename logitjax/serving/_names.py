@@ -13,7 +13,7 @@ class TokenNames:
     no text, are called as they are written.
 
     Args:
-        tokenizer: Of the model.
+        tokenizer: Tokenizer of the model.
 
     >>> from tokenizers import Tokenizer as Backend, models
     >>> backend = Backend(models.BPE({"▁a": 0, "a": 1, "<0xC3>": 2}, [], byte_fallback=True))

@@ -25,7 +25,8 @@ class Disclosure:
 
     Args:
         policy: What is reported, and whether a logit bias is taken.
-        seed: Of the policy's noise and of what seeds of requests are mixed with; None draws one.
+        seed: Seed of the policy's noise and of what seeds of requests are mixed with; None draws
+            one.
 
     Raises:
         ValueError: The policy is none that a server can keep.

@@ -20,7 +20,7 @@ class Service:
 
     Attributes:
         scheduler: Decodes.
-        tokenizer: Of the model.
+        tokenizer: Tokenizer of the model.
         names: What its tokens are called.
         vocab_size: Number of tokens of the model.
         end_ids: Tokens that end an answer.

@@ -12,7 +12,7 @@ from etils import epath
 
 
 def digest(*values: Any, length: int = 64, sample: int | None = None) -> str:
-    """A sha256 of what values say, the same in every process and run.
+    """A sha256 of values, the same in every process and run.
 
     Two values get the same digest if they are equal and of the same kind; a list and a tuple, and a
     dataclass and the dictionary of its fields, are of one kind. A mapping's order does not matter.

@@ -26,7 +26,7 @@ def hub_snapshot(
     """The local directory of ``org/name`` or ``org/name@revision``, downloaded where needed.
 
     Args:
-      name: of the repository.
+      name: name of the repository.
       files: patterns of what to download.
       kind: what the repository holds.
 

@@ -10,7 +10,7 @@ def package_file(package: str, pattern: str, *, what: str, install: str) -> epat
 
     Args:
       package: its import name; the package is not imported.
-      pattern: of the path inside it, as for ``glob``.
+      pattern: pattern of the path inside it, as for ``glob``.
       what: named in the error.
       install: the pip requirement that has the file.
 

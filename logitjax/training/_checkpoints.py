@@ -98,7 +98,7 @@ class Checkpointer:
     tree with these paths.
 
     Args:
-      directory: of the checkpoints; ``gs://`` works.
+      directory: directory of the checkpoints; ``gs://`` works.
       max_to_keep: how many to keep; None for all.
       asynchronous: write in the background.
 

@@ -85,7 +85,7 @@ class JsonlWriter(NullWriter):
     Object stores cannot append: there the file is written anew at every flush.
 
     Args:
-      path: of the file.
+      path: path of the file.
     """
 
     def __init__(self, path: epath.PathLike):
@@ -138,7 +138,7 @@ class TensorBoardWriter(NullWriter):
     """TensorBoard event files, through tensorboardX (the extra ``tensorboard``).
 
     Args:
-      directory: of the event files.
+      directory: directory of the event files.
     """
 
     def __init__(self, directory: epath.PathLike):

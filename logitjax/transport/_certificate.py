@@ -104,15 +104,15 @@ def certificate(
 ) -> Certificate:
     """Bound the Gromov-Wasserstein cost of two graphs from both sides.
 
-    Both bounds are theorems about the numbers given: what rounding may have added is subtracted
-    from the lower one and added to the upper one. Called with arrays it computes in float64 (but
-    on a TPU), where that is next to nothing. Under ``jit``, ``vmap`` and ``grad`` it computes in
-    float32, and the bounds of large or nearly equal graphs are wider. Graphs of any scale are
-    divided by a power of two first, so that nothing over- or underflows on the way.
+    Both bounds are theorems about the given numbers: a bound of the rounding is subtracted from the
+    lower one and added to the upper one. Called with arrays it computes in float64 (except on a
+    TPU), where rounding is next to nothing. Under ``jit``, ``vmap`` and ``grad`` it computes in
+    float32, and the bounds of large or nearly equal graphs are wider. Graphs are first divided by a
+    power of two, so that nothing overflows or underflows.
 
-    Upper: nodes are matched in the order of their row means, row RMS and row deviations; the
-    cheapest of these couplings and of ``candidates`` is kept, then improved by ``refine``, and its
-    cost is evaluated. Improvement never makes it worse. Lower: the largest of the bounds asked for.
+    The upper bound is the cost of a coupling. Nodes are matched in the order of their row means,
+    row RMS and row deviations. The cheapest of these couplings and of ``candidates`` is improved by
+    ``refine``, which never makes it worse. The lower bound is the largest of the chosen ``bounds``.
 
     Args:
         c: matrix ``[n, n]`` or `FactoredGraph`; or, without d, a ``QuadraticProblem`` of ott with

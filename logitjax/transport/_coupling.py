@@ -30,9 +30,9 @@ _BLOCK_ENTRIES = 1 << 22
 
 
 def gw_at_coupling(c: Graph, d: Graph, coupling: Coupling, *, p: int = 2) -> Float[Array, ""]:
-    """What a coupling costs: but for rounding, at least the Gromov-Wasserstein optimum.
+    """The cost of a coupling, which up to rounding is at least the Gromov-Wasserstein optimum.
 
-    `certificate` adds what rounding may have taken away.
+    `certificate` adds a bound of the rounding.
 
     ::
 

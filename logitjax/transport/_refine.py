@@ -15,14 +15,14 @@ _GAIN = 1e-6
 
 @dataclasses.dataclass(frozen=True)
 class Refinement:
-    """How a matching of two graphs is improved, for `certificate`.
+    """How `certificate` improves a matching of two graphs.
 
     Attributes:
         kind: ``exchange`` swaps pairs of nodes, an n^3 matrix product a step; ``assignment`` takes
             conditional-gradient steps (Hungarian algorithm); ``search`` both, then ``restarts``
             times from a shaken matching.
-        steps: at most this many of each kind of step in a row.
-        restarts: of ``search``.
+        steps: largest number of steps of each kind in a row.
+        restarts: number of restarts of ``search``.
 
     >>> Refinement("exchange").steps
     100

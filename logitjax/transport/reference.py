@@ -153,11 +153,11 @@ def low_rank_gw(
     Args:
         c: matrix ``[n, n]`` or `FactoredGraph`.
         d: matrix ``[m, m]`` or `FactoredGraph`.
-        rank: of the plan.
+        rank: rank of the plan.
         c_weights: node weights that sum to one; uniform if left out.
         d_weights: the same for d.
         marginal_tolerance: L1 error of the marginals above which a plan is refused.
-        max_iterations: of the mirror descent.
+        max_iterations: largest number of iterations of the mirror descent.
 
     Returns:
         `Converged` or `Unconverged`.

@@ -49,13 +49,13 @@ class Options:
       batch_size: rows of tokens at a time; lengths are padded to multiples of 32.
       generate_batch_size: prompts at a time, those of like lengths together; default
         ``batch_size``. The last batch is filled up, so that all are of one size.
-      max_length: of prompt and answer; TOFU's is 200, OpenUnlearning's 512.
-      max_new_tokens: of generated answers.
+      max_length: largest length of prompt and answer; TOFU's is 200, OpenUnlearning's 512.
+      max_new_tokens: largest number of tokens of generated answers.
       eos_id: the end mark, if it is not the tokenizer's.
       limit: take only the first items of each set; TOFU's code takes 300.
-      form: of the truth ratio in the metrics. Logs hold the geometric one, as TOFU's.
-      confidence: of the interval of the forget quality.
-      seed: of its resampling.
+      form: form of the truth ratio in the metrics. Logs hold the geometric one, as TOFU's.
+      confidence: confidence of the interval of the forget quality.
+      seed: seed of its resampling.
     """
 
     batch_size: int = 16
@@ -108,13 +108,13 @@ def evaluate(
         the answers' tokens without the end mark.
       generate_fn: ``(prompts, max_new_tokens)``, a list of int32 arrays and a number, to what
         follows each prompt, greedily. None leaves out ROUGE and with it the model utility.
-      tokenizer: of the model.
+      tokenizer: tokenizer of the model.
       sets: by name. ``retain``, ``real_authors``, ``world_facts`` make the model utility,
         ``forget`` the forget quality; ``holdout`` (only its losses are taken) allows a membership
         attack. Others are reported as the first are; with names that begin in ``forget``, as that.
       template: what stands around the question; the one the model was trained with.
       options: `Options`; the defaults are TOFU's.
-      reference_logs: of the model retrained without the forget set: its `Evaluation`, or what
+      reference_logs: logs of the model retrained without the forget set: its `Evaluation`, or what
         `metrics_from_logs` takes.
       workdir: for the logs; one model each. Only process 0 writes; all must be able to read.
       model_fingerprint: changes with the model, such as `logitjax.storage.digest` of its parameters

@@ -15,11 +15,11 @@ class ForgetQuality:
 
     Attributes:
       statistic: D of Kolmogorov and Smirnov, 0 (alike) to 1.
-      interval: of ``statistic``, from resampled items.
+      interval: interval of ``statistic``, from resampled items.
       p_value: what TOFU calls forget quality: of a D at least this large, were the two alike. It
         measures the number of items as much as the model: read ``statistic`` beside it.
       log10_p_value: finite where ``p_value`` is too small for a float.
-      items: of the model and of the reference.
+      items: items of the model and of the reference.
     """
 
     statistic: float
@@ -63,7 +63,7 @@ def forget_quality(
       reference_ratios: ``[m]``, of the retrained model.
       paired: both are about the same items in the same order, which are then drawn together;
         default: if there are as many.
-      confidence: of the interval.
+      confidence: confidence of the interval.
       resamples: for the interval.
       seed: likewise.
 

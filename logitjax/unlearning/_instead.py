@@ -53,11 +53,11 @@ def invented(
 
     Args:
       model: Whose layers are listed.
-      tokenizer: Of the model.
+      tokenizer: Tokenizer of the model.
       rows: To forget, each with a question.
       samples: How many are drawn for each, at temperature 1.
       new_tokens: Most tokens of one.
-      seed: Of the draws.
+      seed: Seed of the draws.
 
     Returns:
       The answers to each row's question, of which there may be none.

@@ -75,7 +75,7 @@ def privleak(auc: float, reference_auc: float = 0.5) -> float:
 
     Args:
       auc: from `membership_auc`, of the model.
-      reference_auc: of a model retrained without the texts; 0.5 if there is none.
+      reference_auc: AUC of a model retrained without the texts; 0.5 if there is none.
 
     Raises:
       ValueError: outside [0, 1].

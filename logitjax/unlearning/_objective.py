@@ -43,7 +43,7 @@ class UnlearningMethod:
             a step, and never below 0.
         strength: what the change of the weights is multiplied by in the end: -1 for a task vector,
             which is learnt and taken away.
-        learning_rate: of AdamW, with a warm-up of one epoch and weight decay 0.01.
+        learning_rate: learning rate of AdamW, with a warm-up of one epoch and weight decay 0.01.
         epochs: over the data to forget, 32 answers a step.
     """
 

@@ -79,7 +79,7 @@ def paired_hidden_states(
       model: the large model, its layers listed.
       lora: the assistant's adapters, for as many layers as it has.
       tokens: ids that both read.
-      positions: of each, -1 for padding.
+      positions: positions of each, -1 for padding.
       cache: from `init_pair_cache`.
       relative: the assistant's are what its adapters add (`Assistant`); the model's own rows have
         the states without them.

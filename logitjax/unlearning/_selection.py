@@ -92,7 +92,7 @@ def matched_strength(
     takes no training to try one.
 
     Args:
-      probability: Of forgotten answers, by the strength; falls with it.
+      probability: Probability of forgotten answers, by the strength; falls with it.
       goal: What it is to be.
       most: Largest strength.
       tolerance: In nats.
@@ -132,7 +132,7 @@ def strength_on_curve(strengths: Any, probabilities: Any, goal: Goal) -> float:
 
     Args:
       strengths: Rising.
-      probabilities: Of forgotten answers, positive.
+      probabilities: Probabilities of forgotten answers, positive.
       goal: What it is to be.
 
     Returns:

@@ -251,7 +251,7 @@ def rmu_direction(size: int, *, key: Array, scale: Number = 2.0) -> Float[jax.Ar
         c u / |u|,    u ~ uniform(0, 1)^d
 
     Args:
-        size: of the hidden states.
+        size: size of the hidden states.
         key: PRNG key.
         scale: `c`. 2 in OpenUnlearning's TOFU runs, and 20 to 300 elsewhere, because it has to
             stand out against the layer's own norm.

@@ -36,7 +36,8 @@ class SetScores:
 
     Attributes:
       items: how many.
-      probability: of the answer, for its length; in the real-world sets among the wrong answers.
+      probability: probability of the answer, for its length; in the real-world sets among the wrong
+          answers.
       rouge_l: recall of the generated answer.
       truth_ratio: ``max(0, 1 - R)``, in forget sets ``min(R, 1 / R)``.
       extraction_strength: see `extraction_strength`.
@@ -59,7 +60,7 @@ class Membership:
 
     Attributes:
       auc: 0.5 where it learns nothing.
-      reference_auc: of the retrained model, if its logs have a held-out set; else 0.5.
+      reference_auc: AUC of the retrained model, if its logs have a held-out set; else 0.5.
       privleak: 0 where ``auc`` is the reference's.
     """
 
@@ -80,7 +81,7 @@ class Evaluation:
       damage: why there is no forget quality of a model: ``over-forgotten`` or ``destroyed``, and
         what says so; else None.
       membership: None without a set ``holdout``.
-      form: of the truth ratio.
+      form: form of the truth ratio.
       logs: by set, item by item, in TOFU's format; hand them on as ``reference_logs``.
     """
 
@@ -170,11 +171,11 @@ def metrics_from_logs(
         (with an ``eps`` of 1e-10 its numbers come out), or what is in it.
       reference_logs: the same for the model that was retrained without the forget set; those of
         Llama-2 and Phi come with TOFU's repository.
-      form: of the truth ratio; see `truth_ratio`.
-      eps: of all fractions; 1e-10 is OpenUnlearning's, for parity.
-      vocab_size: of the model; by default the largest of today's.
-      confidence: of the interval of the forget quality.
-      seed: of its resampling.
+      form: form of the truth ratio; see `truth_ratio`.
+      eps: epsilon of all fractions; 1e-10 is OpenUnlearning's, for parity.
+      vocab_size: vocabulary size of the model; by default the largest of today's.
+      confidence: confidence of the interval of the forget quality.
+      seed: seed of its resampling.
 
     Returns:
       `Evaluation`. Sets that are missing leave None where they are asked for.

@@ -82,12 +82,12 @@ def evaluate(
 
     Args:
       model: As it answers.
-      tokenizer: Of the model.
+      tokenizer: Tokenizer of the model.
       sets: By name. Of `..._verbmem` and `..._knowmem` the mean ROUGE-L F1 of what is generated,
         128 and 32 tokens at most, the likeliest ones; of `forget` and `holdout`, plain text, the
         AUC of min-k with k = 0.4, and PrivLeak.
       examples: Of the kind of `knowmem`; they come before each of its questions.
-      reference_auc: Of the retrained model.
+      reference_auc: AUC of the retrained model.
       batch_size: Rows at a time.
       max_length: Most tokens of a text; of prompts, those at their end.
 

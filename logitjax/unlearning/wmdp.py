@@ -94,7 +94,7 @@ def load_corpus(source: str | os.PathLike[str], name: str) -> tuple[Row, ...]:
 
     Args:
       source: A directory, or `hf:cais/wmdp-corpora`; that of biology to forget has to be asked for.
-      name: Of the corpus.
+      name: Name of the corpus.
 
     Raises:
       FileNotFoundError: There is no such file.
@@ -116,8 +116,8 @@ def accuracy(
 
     Args:
       model: As it answers.
-      tokenizer: Of the model.
-      items: Of `load`.
+      tokenizer: Tokenizer of the model.
+      items: Items from `load`.
       batch_size: Rows at a time.
       max_length: Most tokens of a question with an answer.
 

@@ -77,12 +77,12 @@ def create_classifier(
     Args:
       name: such as ``resnet20``, ``resnet32x4``, ``wrn_16_2``, ``vgg8``,
         ``mobilenet_v2``, ``shufflenet_v2``, ``imagenet_resnet18`` or ``efficientnet_lite0``.
-      num_classes: of the head.
-      channels: of the images.
+      num_classes: number of classes of the head.
+      channels: number of channels of the images.
       head: makes the head, called as ``head(num_features, num_classes, rngs=rngs)``; a linear layer
         when omitted.
       axis_name: mesh axis of the batch inside ``shard_map`` or ``pmap``; not needed under ``jit``.
-      dtype: of the backbone's computation.
+      dtype: type of the backbone's computation.
       rngs: needs ``params``.
 
     Returns:

@@ -93,7 +93,7 @@ class VisionTransformer(nnx.Module):
 
     Args:
       config: sizes.
-      dtype: of the computation; parameters stay float32.
+      dtype: type of the computation; parameters stay float32.
       rngs: needs ``params``.
 
     References:
@@ -195,7 +195,7 @@ class ModifiedResNet(nnx.Module):
 
     Args:
       config: sizes.
-      dtype: of the computation; parameters stay float32.
+      dtype: type of the computation; parameters stay float32.
       rngs: needs ``params``.
 
     References:
@@ -258,7 +258,7 @@ class CLIP(nnx.Module):
 
     Args:
       config: sizes.
-      dtype: of the computation; parameters stay float32.
+      dtype: type of the computation; parameters stay float32.
       rngs: needs ``params``.
 
     >>> import numpy as np

@@ -19,13 +19,13 @@ class CLIPConfig:
       image_size: height and width of pictures.
       vision_layers: blocks of a transformer, or of the four stages of a ResNet.
       vision_width: channels of the transformer, or of the ResNet's stem.
-      vision_heads: of the transformer, or of the ResNet's attention pool.
-      patch_size: of the transformer; 0 for a ResNet.
+      vision_heads: number of heads of the transformer, or of the ResNet's attention pool.
+      patch_size: patch size of the transformer; 0 for a ResNet.
       text_width: channels of the text tower.
-      text_heads: of its attention.
+      text_heads: number of heads of its attention.
       text_layers: its blocks.
       context_length: tokens of a text.
-      vocab_size: of the tokenizer; its last token ends a text.
+      vocab_size: vocabulary size of the tokenizer; its last token ends a text.
       activation: ``quick_gelu`` in all models of OpenAI.
     """
 

@@ -64,8 +64,8 @@ class SigLIPTokenizer:
     Both versions were trained on lower-case texts; the first also on texts without punctuation.
 
     Args:
-      tokenizer: of the checkpoint's ``tokenizer.json``: 32,000 pieces that end a text with ``</s>``
-        (version 1), or Gemma's with ``<eos>`` and ``<pad>`` (version 2).
+      tokenizer: tokenizer of the checkpoint's ``tokenizer.json``: 32,000 pieces that end a text
+        with ``</s>`` (version 1), or Gemma's with ``<eos>`` and ``<pad>`` (version 2).
       context_length: tokens of a row.
 
     Raises:

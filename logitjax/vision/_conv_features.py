@@ -29,8 +29,8 @@ class ConvFeatures(nnx.Module):
     Args:
       layers: ``(channels, kernel, stride, padding)`` of a convolution, or the kernel of a
         max-pooling.
-      channels: of the images.
-      dtype: of the computation; parameters stay float32.
+      channels: number of channels of the images.
+      dtype: type of the computation; parameters stay float32.
       rngs: needs ``params``.
     """
 

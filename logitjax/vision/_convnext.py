@@ -24,8 +24,8 @@ class ConvNeXtConfig:
         widths: Their channels.
         patch_size: Stride of the stem.
         response_norm: V2's normalisation of responses instead of V1's factor for each channel.
-        epsilon: Of the norms.
-        last_epsilon: Of the last one; None for the same.
+        epsilon: Epsilon of the norms.
+        last_epsilon: Epsilon of the last one; None for the same.
     """
 
     depths: tuple[int, ...]
@@ -102,7 +102,7 @@ class ConvNeXt(nnx.Module):
 
     Args:
         config: Sizes.
-        dtype: Of the computation; parameters stay float32.
+        dtype: Type of the computation; parameters stay float32.
         rngs: Needs `params`.
 
     References:

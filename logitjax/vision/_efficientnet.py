@@ -61,9 +61,9 @@ class EfficientNetLite0(nnx.Module):
     """EfficientNet-Lite0: 4.7 million weights, 1280 features, made for 224 pixels.
 
     Args:
-      channels: of the images.
+      channels: number of channels of the images.
       axis_name: mesh axis of the batch inside ``shard_map`` or ``pmap``; not needed under ``jit``.
-      dtype: of the computation; parameters stay float32.
+      dtype: type of the computation; parameters stay float32.
       rngs: needs ``params``.
 
     References:

@@ -20,7 +20,7 @@ from logitjax.vision._preprocessing import Preprocessing
 
 
 class Encoder:
-    """A network with fixed weights, and what its pictures have to look like.
+    """A network with fixed weights, and the size and colours that its pictures need.
 
     Every method is compiled once for a shape of its input; inside ``jit`` it becomes part of that.
     Pictures must have the size ``preprocessing.size`` unless the network takes any.
@@ -30,8 +30,8 @@ class Encoder:
       model: the `flax.nnx` module.
       preprocessing: size and colours; normalisation happens inside.
       num_features: length of a feature vector.
-      num_classes: of the class head; 0 where there is none.
-      tokenizer: of the text tower, or None.
+      num_classes: number of classes of the class head; 0 where there is none.
+      tokenizer: tokenizer of the text tower, or None.
       dtype: the name of what it computes in.
     """
 
@@ -63,9 +63,9 @@ class Encoder:
 
     @functools.cached_property
     def projection(self) -> tuple[np.ndarray, np.ndarray | None] | None:
-        """The linear map that features come out of last: ``[hidden, features]`` and a bias.
+        """The last linear map before the features: ``[hidden, features]`` and a bias.
 
-        That of CLIP; None where there is none, as in SigLIP, whose last part is an MLP.
+        CLIP has one. None if there is none, as in SigLIP, whose last part is an MLP.
         """
         last = getattr(self.model, "last_projection", None)
         if last is None:
@@ -74,7 +74,7 @@ class Encoder:
         return np.asarray(kernel), None if bias is None else np.asarray(bias)
 
     def before_projection(self) -> "Encoder":
-        """An encoder with the same weights that gives what `projection` makes features of.
+        """An encoder with the same weights, whose features are the inputs of `projection`.
 
         Raises:
           ValueError: there is no such projection.
@@ -91,13 +91,13 @@ class Encoder:
 
     @functools.cached_property
     def logit_scale(self) -> float | None:
-        """What cosines of pictures and texts were trained with a factor of; None without texts."""
+        """The trained scale of cosines of pictures and texts; None without texts."""
         if not self.has_text:
             return None
         return float(np.exp(np.asarray(self.model.logit_scale[...]).reshape(())))
 
     def placed(self, sharding: jax.sharding.Sharding) -> "Encoder":
-        """The same encoder with its weights laid out like this, once and not on every call.
+        """The same encoder with its weights placed in this sharding, once and not on every call.
 
         It shares what was compiled. For pictures that are spread over devices weights should be
         replicated on these: ``NamedSharding(mesh, PartitionSpec())``.

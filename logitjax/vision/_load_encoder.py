@@ -73,7 +73,8 @@ def load_encoder(
     * ``random:NETWORK``: a network of `create_classifier` with weights nobody trained, for tests.
 
     From a file (``.safetensors``, or ``.pth``, ``.pt``, ``.tar`` through an allow-list, TorchScript
-    among them), a directory or a repository, ``hf:org/name``; what it is is told by its weights:
+    among them), a directory or a repository, ``hf:org/name``. The network is recognised by its
+    weights:
 
     * CLIP in the names of OpenAI, open_clip or transformers, both towers, or a vision tower alone.
     * SigLIP and SigLIP 2 of a fixed size in the names of transformers, both towers or one.
@@ -88,11 +89,11 @@ def load_encoder(
 
     Args:
       spec: one of these.
-      size: of the pictures, where it shall not be the one the network was trained with. Position
-        embeddings are for one size, except those of DINO and timm.
+      size: size of the pictures, where it shall not be the one the network was trained with.
+        Position embeddings are for one size, except those of DINO and timm.
       tokenizer: directory or file of merges for CLIP, or ``open_clip`` (`load_clip_tokenizer`),
         where the checkpoint brings none; of SigLIP a directory with ``tokenizer.json``.
-      dtype: of the computation; weights stay float32.
+      dtype: type of the computation; weights stay float32.
 
     Returns:
       The encoder.

@@ -48,9 +48,9 @@ class MobileNetV2(nnx.Module):
     Args:
       width: factor of the channels; the last layer has at least 1280.
       expand: expansion of the inverted residuals.
-      channels: of the images.
+      channels: number of channels of the images.
       axis_name: mesh axis of the batch inside ``shard_map`` or ``pmap``; not needed under ``jit``.
-      dtype: of the computation; parameters stay float32.
+      dtype: type of the computation; parameters stay float32.
       rngs: needs ``params``.
 
     References:

@@ -24,7 +24,7 @@ class Preprocessing:
     Attributes:
       size: height and width of its pictures.
       resize: the shorter side before ``size`` pixels are cut out of the middle.
-      mean: of red, green and blue between 0 and 1.
+      mean: mean of red, green and blue between 0 and 1.
       std: likewise.
       interpolation: between pixels when a picture is scaled.
       fit: whether a picture that is no square loses its margins (``crop``) or its proportions

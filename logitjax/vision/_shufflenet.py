@@ -79,9 +79,9 @@ class ShuffleNetV2(nnx.Module):
 
     Args:
       size: 0.5, 1, 1.5 or 2.
-      channels: of the images.
+      channels: number of channels of the images.
       axis_name: mesh axis of the batch inside ``shard_map`` or ``pmap``; not needed under ``jit``.
-      dtype: of the computation; parameters stay float32.
+      dtype: type of the computation; parameters stay float32.
       rngs: needs ``params``.
 
     Raises:

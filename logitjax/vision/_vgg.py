@@ -27,9 +27,9 @@ class VGG(nnx.Module):
 
     Args:
       depth: 8, 11, 13, 16 or 19.
-      channels: of the images.
+      channels: number of channels of the images.
       axis_name: mesh axis of the batch inside ``shard_map`` or ``pmap``; not needed under ``jit``.
-      dtype: of the computation; parameters stay float32.
+      dtype: type of the computation; parameters stay float32.
       rngs: needs ``params``.
 
     Raises:

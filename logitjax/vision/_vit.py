@@ -32,10 +32,10 @@ class BlockConfig:
     Attributes:
         width: Channels.
         layers: Blocks.
-        heads: Of attention.
+        heads: Number of heads of attention.
         hidden: Channels inside the MLP.
         activation: Between its layers, or of the gate.
-        epsilon: Of the norms.
+        epsilon: Epsilon of the norms.
         gated: Whether a second projection of the MLP's input is a gate, as in SwiGLU.
         layer_scale: Whether a factor for each channel ends both halves of a block.
     """
@@ -212,7 +212,7 @@ class ViT(nnx.Module):
 
     Args:
         config: Sizes and what the families differ in.
-        dtype: Of the computation; parameters stay float32.
+        dtype: Type of the computation; parameters stay float32.
         rngs: Needs `params`.
 
     >>> blocks = BlockConfig(width=8, layers=1, heads=2, hidden=16)
@@ -356,7 +356,7 @@ class SigLIPConfig:
     Attributes:
         vision: The vision tower.
         text: Blocks of the text tower.
-        vocab_size: Of its tokenizer.
+        vocab_size: Vocabulary size of its tokenizer.
         context_length: Tokens of a text, padding among them.
         embed_dim: Features of a text, as many as of a picture.
     """
@@ -396,7 +396,7 @@ class SigLIP(nnx.Module):
 
     Args:
         config: Sizes.
-        dtype: Of the computation; parameters stay float32.
+        dtype: Type of the computation; parameters stay float32.
         rngs: Needs `params`.
 
     References:

@@ -52,9 +52,9 @@ class WideResNet(nnx.Module):
     Args:
       depth: 16, 22, 28, 40, ...
       widen: factor of the stages' 16, 32 and 64 channels.
-      channels: of the images.
+      channels: number of channels of the images.
       axis_name: mesh axis of the batch inside ``shard_map`` or ``pmap``; not needed under ``jit``.
-      dtype: of the computation; parameters stay float32.
+      dtype: type of the computation; parameters stay float32.
       rngs: needs ``params``.
 
     Raises:

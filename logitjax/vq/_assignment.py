@@ -188,7 +188,7 @@ def expected_targets(
       hidden: ``[count, hidden]``.
       rows: ``[vocab, hidden]`` of the full head.
       row_bias: ``[vocab]``, its bias.
-      soft_cap: of its logits.
+      soft_cap: soft cap of its logits.
       block_size: hidden states at a time; memory is block_size x vocab.
 
     Returns:
@@ -251,7 +251,7 @@ def reassign(
       counts: ``[vocab]``, how often it is.
       hidden: ``[count, hidden]``, the hidden states these came from.
       min_count: tokens with less evidence keep code and bias.
-      soft_cap: of the scores; ranking by ``hbar . C`` then is an approximation.
+      soft_cap: soft cap of the scores; ranking by ``hbar . C`` then is an approximation.
       block_size: rows at a time.
 
     Returns:

@@ -132,7 +132,7 @@ def vq_topk(
     Args:
       hidden: ``[*batch, hidden]``.
       codebook: ``[codes, hidden]``; inside `jax.shard_map` this shard's codes.
-      tables: of `vq_tables`, with ``width >= k``.
+      tables: tables from `vq_tables`, with ``width >= k``.
       k: how many.
       soft_cap: as `code_scores`.
       axis_name: inside `jax.shard_map` with the codebook split over this mesh axis: that axis.
@@ -191,7 +191,7 @@ def vq_sample(
       key: a `jax.random.key`.
       hidden: ``[*batch, hidden]``.
       codebook: ``[codes, hidden]``; inside `jax.shard_map` this shard's codes.
-      tables: of `vq_tables`, made with the temperature to sample at.
+      tables: tables from `vq_tables`, made with the temperature to sample at.
       soft_cap: as `code_scores`.
       axis_name: inside `jax.shard_map` with the codebook split over this mesh axis: that axis.
 

@@ -35,7 +35,7 @@ class VQHead(VocabularyHead):
       assignment: ``[vocab]``, e.g. of `fit_assignment`; balanced and random when omitted.
       unigram: ``[vocab]`` counts or probabilities; biases start at its logarithm.
       use_bias: False is the head as published.
-      soft_cap: of the cluster scores.
+      soft_cap: soft cap of the cluster scores.
       dtype: compute dtype.
       param_dtype: dtype of the parameters.
       rngs: source of the initial codebook.

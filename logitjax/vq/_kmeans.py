@@ -52,7 +52,7 @@ def fit_kmeans(
       weights: ``[points]``, not negative.
       metric: ``[dim, dim]``, positive semidefinite; None for the Euclidean one.
       num_centres: at most the number of points.
-      key: of the start.
+      key: key of the start.
       iterations: updates of the centres.
       block_size: points at a time; memory beyond the points is block_size x num_centres.
       seeding_rounds: batches of the start.

@@ -169,7 +169,7 @@ class Shortlist:
     """A shortlist: the pages of tokens to re-score, and the better rows.
 
     Attributes:
-      pages: of `Pages.cut`.
+      pages: pages from `Pages.cut`.
       rescore: a `Head` with better rows, or `ProductCodes.logits_at`.
       num_pages: pages that are re-scored.
       calibration: ``[scale, offset]`` of the log-odds of the shortlist; (1, 0) when omitted.

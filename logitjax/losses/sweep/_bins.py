@@ -100,7 +100,7 @@ def settle(sweep: Sweep, operands: Operands, binned: Binned, state: _State) -> A
 
     Args:
         sweep: with the statistic itself.
-        operands: of `[T]` positions.
+        operands: operands of `[T]` positions.
         binned: what stood for it.
         state: what came of that.
     """

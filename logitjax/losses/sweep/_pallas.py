@@ -79,7 +79,7 @@ def choose_tiles(
     """The largest tiles that fit on chip.
 
     Args:
-        positions: of the batch.
+        positions: positions of the batch.
         vocab: entries of the vocabulary.
         widths: bytes of one hidden state: the student's, and a teacher's.
         numbers: how many numbers a position each other array has that goes in or out.
