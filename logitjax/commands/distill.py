@@ -407,13 +407,13 @@ def _report(
         f"{config.batch_size} x {config.seq_len} tokens, learning rate {config.peak:g}, "
         f"{found.trained.tokens_per_second:.4g} predicted tokens a second.{long}\n\n"
         f"{markdown_table(rows)}\n\n"
-        f"On {min(config.eval_rows, len(packed.splits['test']))} rows of test text. Agreement: "
-        "share of positions where the likeliest token is the first teacher's; KL from its "
-        f"distribution, with all but its top {config.cache_top_k} tokens as one; tokens/s: read, "
-        "not written.\n\n"
+        f"Scores are on {min(config.eval_rows, len(packed.splits['test']))} rows of test text. "
+        "Agreement is the share of positions where the likeliest token is the first teacher's. KL "
+        f"is from its distribution, with all but its top {config.cache_top_k} tokens as one. "
+        "tokens/s counts tokens read, not written.\n\n"
         "![validation perplexity and loss](curves.png)\n\n"
         f"{markdown_table(samples)}\n\n"
-        "The model lies in `model/`, as a Hugging Face directory.\n"
+        "`model/` has the model as a Hugging Face directory.\n"
     )
 
 

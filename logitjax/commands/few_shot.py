@@ -383,14 +383,14 @@ def _report(
         f"+- standard deviation of {config.samples} samples; settings chosen on pictures of each "
         f"sample, `{config.validation}`.",
         markdown_table(rows),
-        f'`{best}` is {by}; `few_shot.load("heads/{best}")` gives it back. What it takes for '
-        f"what, {int(np.trace(confusion))} of {int(confusion.sum())} pictures right:",
-        markdown_table(taken) if taken else "Nothing for anything else.",
+        f'`{best}` is {by}; `few_shot.load("heads/{best}")` loads it. It classifies '
+        f"{int(np.trace(confusion))} of {int(confusion.sum())} pictures right. Its confusions:",
+        markdown_table(taken) if taken else "None.",
         "![confusion](confusion.png)",
     ]
     if left_out:
         reasons = ", ".join(f"{name} ({reason})" for name, reason in left_out.items())
-        parts.append(f"Left out for what they need: {reasons}.")
+        parts.append(f"Methods that were left out, and what they need: {reasons}.")
     return "\n\n".join(parts) + "\n"
 
 
