@@ -11,14 +11,13 @@ from logitjax.commands.figures import (
     Panel,
     Picture,
     Series,
-    apart,
     compose,
     draw,
     draw_matrix,
-    extent,
     interval,
     look,
 )
+from logitjax.commands.labels import apart, extent
 
 
 def names_of(axes):
@@ -122,6 +121,7 @@ def test_what_nothing_is_known_of_has_no_panel():
     some, none = (Series(name="ours", runs=[points]) for points in ([(0.0, 1.0)], []))
     panels = [Panel(x="x", y="y", series=series) for series in ([none], [], [some])]
     assert len(compose(Picture(panels=panels)).axes) == 1
+    assert len(compose(Picture(panels=[Panel(x="x", y="y", series=[], names="beside")])).axes) == 1
 
 
 def test_what_lies_below_is_said_to():
