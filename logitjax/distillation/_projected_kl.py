@@ -31,7 +31,7 @@ def project_top_k(student: TopK, teacher: TopK, members: Members) -> tuple[TopK,
 
     Args:
         student: the student's `TopK` at `members.ids`, `[*batch, m]`.
-        teacher: `TopK`, `[*batch, k]`.
+        teacher: `TopK`, `[*batch, k]`, of `TokenProjection.merged`.
         members: members from `TokenProjection.members(teacher.indices)`.
 
     Returns:
@@ -66,14 +66,15 @@ def projected_kl_divergence(
     """KL divergence from a teacher of another vocabulary, known by its top k logits.
 
     The student's probabilities are summed up over its tokens that stand for the same token of the
-    teacher. One bucket holds what is outside the teacher's top k, and what stands for no token.
+    teacher, and the teacher's over its tokens that count as the same one. One bucket holds what is
+    outside the teacher's top k, and what stands for no token.
 
     ::
 
-        sum_{i<=k} p_i log(p_i / q'_i) + p_rest log(p_rest / q'_rest),   q' = W^T q
+        sum_{i<=k} p'_i log(p'_i / q'_i) + p_rest log(p_rest / q'_rest),   q' = W^T q
 
-    With the rule `first_piece` it is sound wherever both models have read the same text: `q'_j` is
-    the probability that the student's next text begins as the teacher's token j does.
+    With the rule `first_piece` it is sound wherever both models have read the same text: `q'_j` and
+    `p'_j` are the probabilities that the next text begins with the token j of both.
 
     Args:
         student: logits `[*batch, vocab]`.
@@ -103,7 +104,7 @@ def projected_kl_divergence(
     """
     logits = checks.as_float(student, "student")
     _check(logits.shape[-1], projection)
-    teacher = lax.stop_gradient(teacher)
+    teacher = projection.merged(lax.stop_gradient(teacher))
     members = projection.members(teacher.indices)
     held = TopK(gather_at(logits, members.ids), members.ids, logsumexp(logits))
     return _divergence(*project_top_k(held, teacher, members), direction)
@@ -146,7 +147,7 @@ def linear_projected_kl_divergence(
     """
     head = Head.of(head).resolve(jnp.shape(hidden)[-1])
     _check(head.vocab_size(axis_name), projection)
-    teacher = lax.stop_gradient(teacher)
+    teacher = projection.merged(lax.stop_gradient(teacher))
     k = teacher.indices.shape[-1]
     if projection.capacity(k) > _MOST_MEMBERS:
         value = sweep.run(

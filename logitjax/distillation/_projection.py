@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax import lax
 from jaxtyping import Int
 
 from logitjax.models import Tokenizer
-from logitjax.ops import Array
+from logitjax.ops import Array, TopK
 from logitjax.storage import digest, guard, write_atomic
 from logitjax.storage.weights import read_npz
 
@@ -27,7 +28,8 @@ RULES: tuple[str, ...] = ("first_piece", "exact", "spread", "spread_released", "
 _DECAY = (0.9, 0.09, 0.009, 0.0009)
 _WIDTH, _KEPT, _SCALE_TRICK = 32, 4, 0.2
 _LEAST_SIMILARITY, _SPECIAL_WEIGHT = 0.3, 0.8
-_FORMAT = 1
+_FORMAT = 2
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
 @jax.tree_util.register_dataclass
@@ -55,12 +57,15 @@ class TokenProjection:
         weights: float32 `[ours, r]`; 0 for none.
         size: Entries of their vocabulary.
         rule: How it was made.
+        merges: int32 `[size]`, the token of theirs that each of theirs counts as; -1 for none. None
+            if each counts as itself.
     """
 
     ids: np.ndarray
     weights: np.ndarray
     size: int
     rule: str = "first_piece"
+    merges: np.ndarray | None = None
 
     @functools.cached_property
     def _by_theirs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -85,7 +90,8 @@ class TokenProjection:
         """Our tokens for the top k of theirs at each position, `m = capacity(k)` of them.
 
         Args:
-            ids: `[*batch, k]`, different ones at each position.
+            ids: `[*batch, k]`, different ones at each position, as `merged` gives them. Those of
+                `size` and beyond are nobody's.
 
         >>> projection = TokenProjection(
         ...     ids=np.array([[0], [2], [2], [-1]], np.int32), weights=np.ones((4, 1)), size=3)
@@ -94,10 +100,10 @@ class TokenProjection:
         ([1, 2, 0], [0, 0, 2])
         """
         starts, ours, weights = self._by_theirs
-        ids = jnp.asarray(ids)
+        ids = jnp.minimum(jnp.asarray(ids), self.size)
         k, size = ids.shape[-1], self.capacity(ids.shape[-1])
         first = jnp.asarray(starts)[ids]
-        counts = jnp.asarray(starts)[ids + 1] - first
+        counts = jnp.asarray(starts)[jnp.minimum(ids + 1, self.size)] - first
         ends = jnp.cumsum(counts, axis=-1)
         # How many slots have ended before each place: ones at their ends, summed up.
         places = jnp.arange(size, dtype=jnp.int32)
@@ -113,6 +119,35 @@ class TokenProjection:
             ids=jnp.where(there, 0 if empty else jnp.asarray(ours)[at], 0),
             slots=jnp.where(there, slots, k).astype(jnp.int32),
             weights=jnp.where(there, 0.0 if empty else jnp.asarray(weights)[at], 0.0),
+        )
+
+    def merged(self, teacher: TopK) -> TopK:
+        """A teacher's top k with the mass of tokens that count as the same one added up.
+
+        Args:
+            teacher: `TopK`, `[*batch, k]`.
+
+        Returns:
+            `TopK` `[*batch, k]` of different tokens; `-inf` and an index of `size` where fewer are
+            left. The mass of tokens that count as none is part of the rest.
+        """
+        if self.merges is None:
+            return teacher
+        known = np.append(np.where(self.merges < 0, self.size, self.merges), self.size)
+        ids = jnp.asarray(known, jnp.int32)[jnp.minimum(teacher.indices, self.size)]
+        values = jnp.where(ids < self.size, teacher.values, -jnp.inf)
+        ids, values = lax.sort((ids, values), dimension=-1, num_keys=1)
+        new = jnp.concatenate(
+            [jnp.ones_like(ids[..., :1], bool), ids[..., 1:] != ids[..., :-1]], axis=-1
+        )
+        peak = values.max(-1, keepdims=True)
+        mass = jnp.exp(values - jnp.where(peak == -jnp.inf, 0.0, peak))
+        rows = (lax.broadcasted_iota(jnp.int32, ids.shape, a) for a in range(ids.ndim - 1))
+        at = (*rows, jnp.cumsum(new, axis=-1) - 1)
+        return TopK(
+            jnp.log(jnp.zeros_like(mass).at[at].add(mass)) + peak,
+            jnp.full_like(ids, self.size).at[at].set(ids),
+            teacher.log_z,
         )
 
     def dense(self) -> np.ndarray:
@@ -131,14 +166,18 @@ class TokenProjection:
         """A row of a table: the share of either vocabulary that the projection covers."""
         sizes = self.sizes
         mapped = (self.ids >= 0).any(-1)
+        own = np.arange(self.size)
+        counts_as = own if self.merges is None else self.merges
+        reached = (counts_as >= 0) & (sizes[counts_as] > 0)
         return {
             "rule": self.rule,
             "ours": len(self.ids),
             "theirs": self.size,
             "ours that map": int(mapped.sum()),
             "ours lost": int((~mapped).sum()),
-            "theirs reached": int((sizes > 0).sum()),
-            "theirs lost": int((sizes == 0).sum()),
+            "theirs reached": int(reached.sum()),
+            "theirs lost": int((~reached).sum()),
+            "theirs told apart": int((sizes > 0).sum()),
             "largest bucket": int(sizes.max(initial=0)),
             "members of 64 at most": self.capacity(64),
         }
@@ -148,7 +187,8 @@ class TokenProjection:
         about = {"fingerprint": fingerprint, "size": self.size, "rule": self.rule}
         file = io.BytesIO()
         # Unpacked, padding of zeros would look like a bomb to the reader.
-        np.savez(file, ids=self.ids, weights=self.weights, about=json.dumps(about))
+        merges = {} if self.merges is None else {"merges": self.merges}
+        np.savez(file, ids=self.ids, weights=self.weights, about=json.dumps(about), **merges)
         write_atomic(path, file.getvalue())
 
     @classmethod
@@ -165,8 +205,9 @@ class TokenProjection:
             about = guard.parse_json(str(held["about"]).encode())
             if about["fingerprint"] != fingerprint:
                 return None
-            ids, weights = held["ids"], held["weights"]
-            return cls(ids=ids, weights=weights, size=about["size"], rule=about["rule"])
+            ids, weights, merges = held["ids"], held["weights"], held.get("merges")
+            size, rule = about["size"], about["rule"]
+            return cls(ids=ids, weights=weights, size=size, rule=rule, merges=merges)
 
 
 def token_projection(
@@ -180,17 +221,21 @@ def token_projection(
 
     ::
 
-        first_piece      the first piece that they cut our token into, weight 1
+        first_piece      the first piece that both have, of our tokens and of theirs, weight 1
         exact            their token of the same bytes, else none
         spread           X-Token: our pieces of theirs and theirs of ours, weights that decay
         spread_released  the same with its renormalisation on an arbitrary piece, and special tokens
                          by how alike their names are
         edit_distance    MinED: their token of least edit distance
 
-    With `first_piece`, `q'_j = sum_{s: first(s) = j} q_s` is the probability that the student's
-    next text begins as their token j does. Special tokens of one role (end of text, end of a turn)
-    stand for each other; other special tokens have no match by `first_piece` and `exact`. Our
-    tokens that end inside a character which they spell whole have no first piece either.
+    With `first_piece`, a token that both have stands for itself. One that only we have is cut as
+    they cut it, one that only they have as we cut it, and counts as its first piece; again, until
+    that is a token of both. `q'_j = sum_{s: first(s) = j} q_s` and the teacher's `p'_j`, which
+    `TokenProjection.merged` adds up, are then the probabilities of the same beginning of text.
+
+    Special tokens of one role (end of text, end of a turn) stand for each other; other special
+    tokens have no match by `first_piece` and `exact`. Our tokens that end inside a character which
+    they spell whole have no first piece either.
 
     Args:
         ours: the student's tokenizer.
@@ -213,7 +258,9 @@ def token_projection(
     References:
         X-Token (arXiv 2605.21699) and its release in NeMo-RL for `spread`; MinED: FuseLLM
         (arXiv 2401.10491). `first_piece` is ours: X-Token's later pieces of a token are no
-        continuations of what was read, and its mass on them pulls at other tokens.
+        continuations of what was read, and its mass on them pulls at other tokens. A token of both
+        stands for itself alone there, so what the teacher says with a longer token (" Gains") pulls
+        at the student's way to begin it (" G").
     """
     if rule not in RULES:
         raise ValueError(f"rule: expected one of {', '.join(RULES)}, got {rule!r}")
@@ -222,11 +269,16 @@ def token_projection(
     if path is not None and (known := TokenProjection.load(path, fingerprint)) is not None:
         return known
     ids, weights = _BUILDERS[rule](ours, theirs)
+    merges = None
+    if rule == "first_piece":
+        merges = _common_pieces(ids[:, 0], ours, theirs)
+        ids = np.where(ids < 0, -1, merges[ids])
     made = TokenProjection(
         ids=ids.astype(np.int32),
-        weights=weights.astype(np.float32),
+        weights=(weights * (ids >= 0)).astype(np.float32),
         size=theirs.vocab_size,
         rule=rule,
+        merges=merges,
     )
     if path is not None:
         made.save(path, fingerprint)
@@ -261,6 +313,10 @@ def _turn_ends(tokenizer: Tokenizer) -> list[int]:
     return [id_ for id_, counts in zip(ids, learnt, strict=True) if counts and not texts[id_]]
 
 
+def _is_byte(tokenizer: Tokenizer, id_: int) -> bool:
+    return bool(_BYTE.fullmatch(tokenizer.token(id_) or ""))
+
+
 class _Cutter:
     """Cuts bytes into a tokenizer's pieces, as it would cut them where a text goes on."""
 
@@ -269,8 +325,9 @@ class _Cutter:
         self.bytes = tokenizer.token_bytes()
         self.ids: dict[bytes, int] = {}
         for id_, text in enumerate(self.bytes):
-            if text:
-                self.ids.setdefault(text, id_)
+            # SentencePiece spells a comma twice. What stands for a stray byte is never read.
+            if text and (text not in self.ids or _is_byte(tokenizer, self.ids[text])):
+                self.ids[text] = id_
         self._longest = max(map(len, self.ids), default=0)
         self._whole = any(len(text) > 1 and text[0] >= 0x80 for text in self.ids) and not any(
             0x80 <= text[0] < 0xC0 and len(text) > 1 for text in self.ids
@@ -316,6 +373,26 @@ def _first_piece(ours: Tokenizer, theirs: Tokenizer) -> tuple[np.ndarray, np.nda
     # A token that they have is what they read, whatever their merges would make of it alone.
     found = [cut.ids.get(text, p[0] if p else -1) for text, p in zip(texts, pieces, strict=True)]
     return _single(found, ours, theirs)
+
+
+def _common_pieces(first: np.ndarray, ours: Tokenizer, theirs: Tokenizer) -> np.ndarray:
+    """Which token of both each of theirs begins with; `first` of ours are tokens of theirs."""
+    cut, known = _Cutter(ours), _Cutter(theirs).ids
+    texts = theirs.token_bytes()
+    found = np.array([known.get(text, -1) for text in texts])
+    unknown = [i for i, text in enumerate(texts) if text and text not in cut.ids]
+    pieces = dict(zip(unknown, cut([texts[i] for i in unknown]), strict=True))
+    # Of a token that only they have, their token for the first piece that we cut it into.
+    for i, ids in pieces.items():
+        found[i] = first[ids[0]] if ids else -1
+    passing = np.zeros(len(texts) + 1, bool)
+    passing[unknown] = True
+    # Each round is a shorter text.
+    while (moving := passing[found]).any():
+        found[moving] = found[found[moving]]
+    for b in special_pairs(ours, theirs).values():
+        found[b] = b
+    return found.astype(np.int32)
 
 
 def _exact(ours: Tokenizer, theirs: Tokenizer) -> tuple[np.ndarray, np.ndarray]:

@@ -98,7 +98,9 @@ def prepare(
         projection = vocabularies.projections[PROJECTIONS[name]]
         if projection.capacity(top.values.shape[-1]) <= _MOST_MEMBERS:
             # Few enough of the student's logits to be gathered, position by position.
-            out[PROJECTIONS[name]] = projection.members(top.indices)
+            merged = projection.merged(top)
+            out[PROJECTIONS[name]] = projection.members(merged.indices)
+            out[f"{PROJECTIONS[name]}_top"] = merged
         elif name == "mined":
             raise ValueError(
                 "loss 'mined': expected a student of a smaller vocabulary than its teacher's, got "
@@ -199,7 +201,8 @@ def _from_teacher(
         student = dataclasses.replace(student, indices=top.indices)
         return _divergence(objective, name, student, top, teacher["tail"])
     if name in ("first_piece", "pkl"):
-        projected = project_top_k(student, top, teacher[PROJECTIONS[name]])
+        rule = PROJECTIONS[name]
+        projected = project_top_k(student, teacher[f"{rule}_top"], teacher[rule])
         return _scaled(losses.sparse_kl_divergence(*projected), teacher, "starts")
     if name == "mined":
         kl = losses.sparse_kl_divergence(*_nearest(student, top, teacher["edit_distance"]))

@@ -25,15 +25,23 @@ def log_softmax(x):
     return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
 
-def random_projection(width):
+def random_projection(width, merging=False):
     ids = np.stack([RNG.permutation(OTHER)[:width] for _ in range(VOCAB)]).astype(np.int32)
     ids[RNG.random(ids.shape) < 0.1] = -1
+    merges = None
+    if merging:
+        # Odd ones count as an even one, or as none.
+        merges = np.where(
+            np.arange(OTHER) % 2, 2 * RNG.integers(0, OTHER // 2, OTHER), range(OTHER)
+        )
+        merges[[5, 11, 17]] = -1
+        ids[ids % 2 == 1] = -1
     # Some of theirs have none of ours.
     ids[ids < 4] = -1
     weights = np.where(ids >= 0, RNG.random(ids.shape), 0.0)
     weights = weights / np.maximum(weights.sum(-1, keepdims=True), 1e-9)
     return distillation.TokenProjection(
-        ids=ids, weights=weights.astype(np.float32), size=OTHER, rule="spread"
+        ids=ids, weights=weights.astype(np.float32), size=OTHER, rule="spread", merges=merges
     )
 
 
@@ -44,6 +52,11 @@ def projected_kl(hidden, kernel, teacher, projection):
     out = []
     for here, there in zip(p, q, strict=True):
         top = np.argsort(-here)[:K]
+        if projection.merges is not None:
+            merged = np.zeros(OTHER + 1)
+            np.add.at(merged, projection.merges[top], here[top])
+            here, top = merged[:-1], np.unique(projection.merges[top])
+            top = top[top >= 0]
         top = top[projection.sizes[top] > 0]
         a = np.append(here[top], 1 - here[top].sum())
         b = np.append(there[top], 1 - there[top].sum())
@@ -51,10 +64,10 @@ def projected_kl(hidden, kernel, teacher, projection):
     return np.array(out)
 
 
-@pytest.mark.parametrize("wide", [False, True])
-def test_projected_kl_and_its_gradient_are_those_of_the_definition(wide, monkeypatch):
+@pytest.mark.parametrize(("wide", "merging"), [(False, False), (True, True), (False, True)])
+def test_projected_kl_and_its_gradient_are_those_of_the_definition(wide, merging, monkeypatch):
     monkeypatch.setattr(_projected_kl, "_MOST_MEMBERS", 0 if wide else 4096)
-    projection = random_projection(3)
+    projection = random_projection(3, merging)
     hidden, teacher = RNG.normal(size=(5, HIDDEN)), RNG.normal(size=(5, OTHER), scale=2)
     kernel, weights = RNG.normal(size=(HIDDEN, VOCAB)), np.array([1.0, 0.5, 0.0, 2.0, 1.0])
 
@@ -122,6 +135,38 @@ def bpe(pieces):
     )
     backend.decoder = tokenizers.decoders.ByteLevel()
     return models.Tokenizer(backend, eos_id=len(vocab))
+
+
+def test_a_longer_token_of_theirs_counts_as_our_way_to_begin_it():
+    ours, theirs = bpe(["x", "G", "ains"]), bpe(["x", "G", "Ga", "Gains"])
+    projection = distillation.token_projection(ours, theirs)
+    p, q = np.full(theirs.vocab_size, 1e-9), np.full(ours.vocab_size, 1e-9)
+    for text, mass in (("Gains", 0.6), ("G", 0.1), ("Ga", 0.1), ("x", 0.2)):
+        p[theirs.token_id(text)] = mass
+    for text, mass in (("G", 0.8), ("x", 0.2)):
+        q[ours.token_id(text)] = mass
+    top = ops.TopK.of(jnp.log(p.astype(np.float32)), 4)
+    merged = jax.device_get(projection.merged(top))
+    found = dict(zip(merged.indices.tolist(), np.exp(merged.values).tolist(), strict=True))
+    assert found[theirs.token_id("G")] == pytest.approx(0.8, rel=1e-5)
+    assert found[theirs.token_id("x")] == pytest.approx(0.2, rel=1e-5)
+    assert found[theirs.vocab_size] == 0.0
+    # Both models say the same.
+    student = np.log(q.astype(np.float32))
+    kl = jax.jit(lambda s: distillation.projected_kl_divergence(s, top, projection))
+    assert kl(student) == pytest.approx(0.0, abs=1e-5)
+    assert jax.grad(kl)(student) == pytest.approx(0.0, abs=1e-5)
+    summary = projection.summary()
+    assert summary["theirs reached"] == summary["theirs told apart"] + 2
+
+
+@pytest.mark.parametrize("rule", ["first_piece", "exact", "spread", "edit_distance"])
+def test_a_comma_is_the_token_that_is_read_not_the_one_for_a_stray_byte(rule):
+    ours = bpe([",", "x"])
+    vocab = {"<0x2C>": 0, "<0x78>": 1, ",": 2, "x": 3}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [], byte_fallback=True))
+    found = distillation.token_projection(ours, models.Tokenizer(backend), rule=rule)
+    assert found.only[[ours.token_id(","), ours.token_id("x")]].tolist() == [2, 3]
 
 
 def test_numerals_map_on_their_first_digit_or_are_spread_over_all():
