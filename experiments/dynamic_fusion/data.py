@@ -122,7 +122,8 @@ def _questions(
     for i, (text, question, _) in enumerate(rows):
         asked = tokenizer.encode(question)
         # The beginning of an article says most of what it is about.
-        ids = [*tokenizer.encode(text[: 12 * length])[: length - len(asked)], *asked]
+        known = tokenizer.encode(text[: 12 * length], add_bos=None)
+        ids = [*known[: length - len(asked)], *asked]
         tokens[i, : len(ids)] = ids
         last[i] = len(ids) - 1
     return Questions(tokens, last, np.array([first[answer] for *_, answer in rows], np.int32))

@@ -231,7 +231,7 @@ def grade(
         part = questions[start : start + batch_size]
         out = decoding.generate(
             model,
-            [tokenizer.encode(q.prompt)[-max_prompt:] for q in part],
+            [_prompt(tokenizer, q.prompt, max_prompt) for q in part],
             max_new_tokens=kind.max_new_tokens,
             stop_ids=() if tokenizer.eos_id is None else (tokenizer.eos_id,),
             text=decoding.TextOptions(tokenizer=tokenizer, stop_strings=kind.stop_strings),
@@ -239,6 +239,11 @@ def grade(
         assert out.texts is not None
         grades += [kind.grade(text, q.right) for text, q in zip(out.texts, part, strict=True)]
     return grades
+
+
+def _prompt(tokenizer: Tokenizer, text: str, most: int) -> list[int]:
+    start = tokenizer.start
+    return [*start, *tokenizer.encode(text)[len(start) - most :]]
 
 
 def _grade_choices(
@@ -250,7 +255,7 @@ def _grade_choices(
 ) -> list[float]:
     rows = [(i, choice) for i, q in enumerate(questions) for choice in q.choices]
     totals = np.zeros(len(rows))
-    prompts = [tokenizer.encode(q.prompt)[-max_prompt:] for q in questions]
+    prompts = [_prompt(tokenizer, q.prompt, max_prompt) for q in questions]
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
         scores = decoding.score(

@@ -215,7 +215,7 @@ class Measured:
         """Tokens a second of greedy decoding, one row."""
         config = self.config
         large, base, expert = (v.model for v in self.models(["domain"], 0))
-        prompt = self.tokenizer.encode(config.prompt)
+        prompt = self.tokenizer.encode(config.prompt, add_bos=None)
         lines: dict[str, Any] = {
             "large": None,
             "proxy": ProxyTuning(),

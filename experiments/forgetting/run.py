@@ -77,6 +77,7 @@ class Run:
             self.tokenizer.encode,
             count=4 * n,
             length=self.config.text_length,
+            start=self.tokenizer.start,
         )
         return {"validation": windows[:n], "test": windows[n : 2 * n], "train": windows[2 * n :]}
 

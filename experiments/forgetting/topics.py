@@ -39,7 +39,7 @@ class Topics:
         room = _LENGTH - len(question) - max(map(len, answers))
         rows, labels = [], []
         for text, label in articles:
-            before = tokenizer.encode(text, add_bos=True)[:room] + question
+            before = tokenizer.encode(text, add_bos=None)[:room] + question
             for answer in answers:
                 ids = np.asarray(before + answer, np.int32)
                 rows.append((ids, np.arange(len(ids)) >= len(before)))

@@ -59,7 +59,7 @@ class Topics:
         question = tokenizer.encode("\nTopic:")
         for i, (text, _) in enumerate(rows):
             # The last place predicts nothing.
-            ids = tokenizer.encode(text, add_bos=True)[: _LENGTH - 1 - len(question)] + question
+            ids = tokenizer.encode(text, add_bos=None)[: _LENGTH - 1 - len(question)] + question
             tokens[i, : len(ids)] = ids
             ends[i] = len(ids) - 1
         labels = np.array([label for _, label in rows])

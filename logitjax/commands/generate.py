@@ -102,7 +102,8 @@ def run(config: Config) -> None:
             start = time.perf_counter()
             text, count = answer(
                 ensemble,
-                talk.ask(prompt) if chat else prompt,
+                # A template writes the beginning mark itself.
+                tokenizer.encode(talk.ask(prompt)) if chat else tokenizer.encode(prompt, None),
                 config.max_new_tokens,
                 options,
             )
@@ -141,7 +142,7 @@ def _prompts(config: Config) -> Iterator[str]:
 
 def answer(
     ensemble: decoding.Ensemble,
-    prompt: str,
+    tokens: list[int],
     max_new_tokens: int,
     options: dict[str, Any],
 ) -> tuple[str, int]:
@@ -151,8 +152,8 @@ def answer(
         ValueError: The prompt leaves no room in what the models can read.
     """
     tokenizer = options["text"].tokenizer
-    tokens = tokenizer.encode(prompt)
     if not tokens and tokenizer.bos_id is not None:
+        # Something has to be read.
         tokens = [tokenizer.bos_id]
     most = ensemble.max_length
     room = max_new_tokens if most is None else most - len(tokens)

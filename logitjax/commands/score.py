@@ -34,7 +34,7 @@ from logitjax.commands.tables import markdown_table
 
 # What is lost if a run is killed: less than so many rows.
 _PART = 256
-_NOTHING = evaluation.PromptTemplate(before="", after="", add_bos=False)
+_NOTHING = evaluation.PromptTemplate(before="", after="")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

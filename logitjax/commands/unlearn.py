@@ -201,6 +201,7 @@ def _texts(config: Config, tokenizer: models.Tokenizer) -> dict[str, np.ndarray]
         tokenizer.encode,
         count=4 * n,
         length=config.text_length,
+        start=tokenizer.start,
     )
     return {"validation": windows[:n], "test": windows[n : 2 * n], "train": windows[2 * n :]}
 

@@ -12,6 +12,7 @@ def token_windows(
     *,
     count: int,
     length: int,
+    start: Sequence[int] = (),
 ) -> np.ndarray:
     """The beginnings of documents, then what follows them; no two windows alike.
 
@@ -20,6 +21,7 @@ def token_windows(
         encode: Text to token ids.
         count: Number of windows.
         length: Number of tokens in each.
+        start: Token ids that each begins with, `Tokenizer.start` of a model; they count.
 
     Returns:
         `[count, length]` int32.
@@ -32,17 +34,17 @@ def token_windows(
            [ 99, 100]], dtype=int32)
     """
     found: dict[bytes, np.ndarray] = {}
-    start, longest = 0, 1
-    while start < longest:
+    begin, longest, part = 0, 1, length - len(start)
+    while begin < longest:
         for i in range(len(examples)):
             tokens = encode(examples[i]["text"])
             longest = max(longest, len(tokens))
-            window = np.asarray(list(tokens[start : start + length]), np.int32)
+            window = np.asarray([*start, *tokens[begin : begin + part]], np.int32)
             if len(window) == length:
                 found.setdefault(window.tobytes(), window)
             if len(found) == count:
                 return np.stack(list(found.values()))
-        start += length
+        begin += part
     raise ValueError(
         f"data: expected {count} different windows of {length} tokens, got {len(found)}"
     )

@@ -47,7 +47,8 @@ class LogitjaxLM(TemplateLM):
             say.
         max_gen_toks: Most tokens of an answer where a task does not say.
         batch_size: Number of rows read or continued together.
-        add_bos: Begin every text with the beginning mark, as some tokenizers do by themselves.
+        add_bos: Begin every text with the beginning mark; None for what the tokenizer says. The
+            harness's `hf` model adds it only for Gemma, or with its `add_bos_token=True`.
         device: Ignored; the harness hands it to every model.
         max_batch_size: Ignored, likewise.
     """
@@ -60,7 +61,7 @@ class LogitjaxLM(TemplateLM):
         max_length: int | None = None,
         max_gen_toks: int = 256,
         batch_size: int | str = 8,
-        add_bos: bool = False,
+        add_bos: bool | None = None,
         device: Any = None,
         max_batch_size: Any = None,
     ):
@@ -71,7 +72,7 @@ class LogitjaxLM(TemplateLM):
         self.max_length = int(max_length or self.model.max_length or 2048)
         self.max_gen_toks = int(max_gen_toks)
         self.batch_size = int(batch_size)
-        self._add_bos = bool(add_bos)
+        self._add_bos = self.tokenizer.add_bos if add_bos is None else bool(add_bos)
         self._nll = decoding.nll_from_model(self.model)
 
     @property
@@ -92,13 +93,7 @@ class LogitjaxLM(TemplateLM):
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
         add_bos = self._add_bos if add_special_tokens is None else add_special_tokens
-        ids = self.tokenizer.encode(string, add_bos=add_bos and self._add_bos)
-        # A chat template may have written the mark already.
-        return (
-            ids[1:]
-            if add_bos and len(ids) > 1 and ids[0] == ids[1] == self.tokenizer.bos_id
-            else ids
-        )
+        return self.tokenizer.encode(string, add_bos=add_bos and self._add_bos)
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True

@@ -106,6 +106,8 @@ def _from_directory(path: epath.Path) -> Tokenizer:
         pad_id=ids["pad"],
         chat_template=_chat_template(path, settings),
         special_tokens=texts if settings or texts else None,
+        # As transformers has it: what is said here wins over the backend's post-processor.
+        add_bos=said if isinstance(said := settings.get("add_bos_token"), bool) else None,
         extra=settings,
     )
 
@@ -161,6 +163,13 @@ def _from_gguf(source: GgufSource) -> Tokenizer:
     backend.add_special_tokens([t for t in marked if t.special])
     backend.add_tokens([t for t in marked if not t.special])
     ids = {n: source.metadata(f"tokenizer.ggml.{n}_token_id") for n in ("bos", "eos", "padding")}
+    # llama.cpp's default, where a file does not say.
+    if ids["bos"] is not None and source.metadata("tokenizer.ggml.add_bos_token", kind == "llama"):
+        # Part of the backend, so that it is written with it.
+        mark = tokens[ids["bos"]]
+        backend.post_processor = tokenizers.processors.TemplateProcessing(
+            single=f"{mark} $A", pair=f"{mark} $A {mark} $B", special_tokens=[(mark, ids["bos"])]
+        )
     return Tokenizer(
         backend,
         bos_id=ids["bos"],

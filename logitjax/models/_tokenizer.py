@@ -27,6 +27,9 @@ class Tokenizer:
     ``fingerprint`` is a sha256 of everything that decides the ids: tokenizers with the same one
     encode alike. ``chat_template`` is one template, or several by name (``default`` and
     ``tool_use``). ``special_tokens`` are the texts that templates know as ``bos_token`` and so on.
+    ``add_bos`` says whether the model expects every text to begin with ``bos_id`` (Gemma, Llama,
+    Mistral); if omitted, whatever the backend does where it adds special tokens. A Gemma that does
+    not read it predicts nothing of use.
     """
 
     def __init__(
@@ -38,6 +41,7 @@ class Tokenizer:
         pad_id: int | None = None,
         chat_template: str | Mapping[str, str] | None = None,
         special_tokens: Mapping[str, str] | None = None,
+        add_bos: bool | None = None,
         extra: dict[str, Any] | None = None,
     ):
         self.backend = backend
@@ -50,16 +54,34 @@ class Tokenizer:
         self.special_tokens = names if special_tokens is None else dict(special_tokens)
         self.extra = dict(extra or {})
         self.fingerprint = digest(backend.to_str(), bos_id, eos_id, pad_id)
+        if add_bos is None:
+            add_bos = backend.encode("").ids[:1] == [bos_id]
+        self.add_bos = bool(add_bos) and bos_id is not None
 
     @property
     def vocab_size(self) -> int:
         """One more than the largest id."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
-    def encode(self, text: str, add_bos: bool = False) -> list[int]:
-        """Token ids of ``text``; special tokens written out in it are recognised."""
+    @property
+    def start(self) -> list[int]:
+        """The ids that a text begins with: ``bos_id`` where the model expects it, else none."""
+        return [self.bos_id] if self.add_bos and self.bos_id is not None else []
+
+    def encode(self, text: str, add_bos: bool | None = False) -> list[int]:
+        """Token ids of ``text``; special tokens written out in it are recognised.
+
+        Args:
+          text: a text, or a part of one.
+          add_bos: whether to begin with the beginning mark (once, also where the text spells it
+            out); None for a text from its beginning, as the model expects it.
+        """
         ids = self.backend.encode(text, add_special_tokens=False).ids
-        return [self.bos_id, *ids] if add_bos and self.bos_id is not None else ids
+        if add_bos is None:
+            add_bos = self.add_bos
+        if not add_bos or self.bos_id is None or ids[:1] == [self.bos_id]:
+            return ids
+        return [self.bos_id, *ids]
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
         """The text of token ids."""

@@ -97,6 +97,9 @@ def _tokens(service: Service, prompt: Any, chat: bool) -> list[int]:
         except (TypeError, UnicodeError):  # Lone surrogates, which JSON can spell.
             raise BadRequestError(f"{name} is not valid Unicode", name) from None
         tokens = encoded[0].ids
+        start = [] if chat else service.tokenizer.start
+        if tokens[:1] != start:
+            tokens = [*start, *tokens]
     else:
         tokens = list(prompt)
     if not tokens:

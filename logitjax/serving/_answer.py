@@ -72,7 +72,10 @@ class Answer:
         """The prompt as if it were the answer's beginning; nothing predicts its first token."""
         first = Token(self._prompt[0], None, ())
         self.shown = [first, *self.job.prompt_report]
-        self.text = self._service.tokenizer.decode(self._prompt)
+        # The beginning mark is a token of the prompt, and no part of the text that was sent.
+        start = self._service.tokenizer.start
+        marked = self._prompt[: len(start)] == start
+        self.text = self._service.tokenizer.decode(self._prompt[len(start) if marked else 0 :])
         return self.text, list(self.shown), None
 
     @property
@@ -97,10 +100,10 @@ class Answer:
 
     def _completion_logprobs(self, tokens: Sequence[Token]) -> dict[str, Any]:
         names = [self._name(t.id) for t in tokens]
-        offsets = []
-        for name in names:
+        offsets, marks = [], self._service.tokenizer.start
+        for token, name in zip(tokens, names, strict=True):
             offsets.append(self._offset)
-            self._offset += len(name)
+            self._offset += 0 if token.id in marks else len(name)
         few, as_ids = self._asked.logprobs or 0, self._asked.tokens_as_ids
         by_name = self._service.names.by_name
         # Nothing predicts the first token of a prompt.
