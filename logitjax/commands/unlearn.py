@@ -175,13 +175,13 @@ def run(config: Config, out: epath.Path) -> None:
         _verdict(config, found),
         _what(config, found),
         f"Rows: {'; '.join(manifest)}. {split.left_out} were linked to rows to forget and left out."
-        f" Groups to keep: {split.groups[0]} for training, {split.groups[1]} for choosing, "
+        f" Groups of rows to keep: {split.groups[0]} for training, {split.groups[1]} for choosing, "
         f"{split.groups[2]} for this table."
         f"{'' if 'holdout' in rows else ' No holdout: membership cannot be measured.'}",
         *(_measures(config, questions, found) if found.model is not None else ()),
         "## What was tried",
         markdown_table([_candidate_row(c, found.goal.probability) for c in found.candidates]),
-        "Not dominated:",
+        "Candidates that no other dominates:",
         markdown_table([_candidate_row(c, found.goal.probability) for c in found.front]),
     ]
     text = "\n\n".join(sections) + "\n"
@@ -210,8 +210,8 @@ def _verdict(config: Config, found: Any) -> str:
     """In words that are always the same."""
     if found.model is None:
         return (
-            f"**Nothing was forgotten**: no candidate of `{config.method}` both forgets and keeps "
-            "what it has to, and nothing was written. More steps, more rows to keep, another "
+            f"**Nothing was forgotten**: no candidate of `{config.method}` both forgets and stays "
+            "within the limits, so no model was written. More steps, more rows to keep, another "
             "method or wider limits may help."
         )
     before, after, most = found.before, found.after, 2 * found.goal.probability
@@ -229,7 +229,7 @@ def _verdict(config: Config, found: Any) -> str:
     if before["perplexity"] and after["perplexity"] > _DAMAGED * before["perplexity"]:
         return "**Model damaged**: the perplexity of other text doubled."
     if after["attacks"]["asked"]["probability"] > most:
-        return "**Not forgotten**: answers are more likely than twice those never taught."
+        return "**Not forgotten**: answers are more than twice as likely as those never taught."
     if ways:
         return f"**Suppressed, recoverable by** {', '.join(ways)}."
     return "**Not distinguishable from never trained in these tests.**"
@@ -245,7 +245,7 @@ def _what(config: Config, found: Any) -> str:
     filters = config.method == "difference"
     kind = "other weights"
     if filters:
-        kind = "a filter: an assistant whose logits are taken away; the weights are as they were"
+        kind = "a filter: an assistant whose logits are subtracted; the weights are as they were"
     elif config.adapters:
         kind = "an adapter that changes the weights"
     step, strength = found.chosen["step"], found.chosen["strength"]
@@ -280,15 +280,20 @@ def _measures(config: Config, questions: unlearning.Questions, found: Any) -> li
     ]
     return [
         markdown_table(_summary(before, after)),
-        "On what was written, read again, and on rows that nothing was trained on or chosen by; "
-        "what is to be forgotten was trained on. Kept: the ratio, with the 95 % interval of rows "
-        "drawn again.",
+        "Measured on the written result, read again. Nothing was trained on or chosen by these "
+        "rows, except that the rows to forget were trained on. `kept %` is the ratio with its 95 % "
+        "bootstrap interval over rows.",
         "## Attacks",
         markdown_table(attacks),
-        "A median probability of the answers to forget, a share of their tokens, or how well an "
-        "attack tells them from the holdout (AUC; 0.5 is a guess, and less gives them away too). "
-        + ("" if config.attacks == "all" else "Not run: what `--attacks=all` has. ")
-        + ("The control never knew." if found.control else "No control that never knew."),
+        "`measured` is the median probability of the answers to forget, a share of their tokens, "
+        "or how well an attack tells them from the holdout (AUC: 0.5 is a guess, and less also "
+        "gives them away). "
+        + ("" if config.attacks == "all" else "`--attacks=all` runs more attacks. ")
+        + (
+            "The control never knew the answers."
+            if found.control
+            else "There is no control: name one by `--reference`."
+        ),
         "## What it says",
         markdown_table(samples[:_SAMPLES]),
     ]
