@@ -1,7 +1,7 @@
 """Learn from a teacher of another tokenizer: a student of bytes, a teacher of subwords.
 
 A toy teacher with pieces of a byte-level BPE learns some text. Where both models have read the same
-text, the student's next byte is then compared with the first byte of the teacher's next piece; the
+text, the student's next byte is compared with the first byte of the teacher's next piece. The
 student never sees the labels. `logitjax distill --loss=first_piece:1` is this with flags, and
 docs/any_tokenizer.md has the other losses.
 

@@ -1,8 +1,8 @@
 """Audit a server of your own: what its API gives away of the model's head.
 
 Two servers of one toy model answer OpenAI's completion API on this machine. The first reports the
-log-probabilities of all tokens: the width of the model and its head's subspace come back. The other
-reports five, takes no bias, and gives nothing away. Audit what you run before others do:
+log-probabilities of all tokens, which gives away the model's width and its head's subspace. The
+other reports five, takes no bias, and gives nothing away. Audit what you run before others do:
 `logitjax audit --url=http://127.0.0.1:PORT` is this with flags, on the loopback interface only.
 
     python examples/audit_a_server.py     # offline, half a minute on a CPU

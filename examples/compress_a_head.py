@@ -1,7 +1,7 @@
 """Compress an output head: tokens share the rows of a codebook, and the loss never sees V logits.
 
 A head of 4,096 rows is replaced by 256 codes and a bias for each token. `vq_nll` is its exact
-cross-entropy at the cost of the codes. The rows come in families here, as those of real heads do in
+cross-entropy at the cost of the codes. The rows come in families here, as real heads' rows do in
 part. `logitjax convert-head` does this to a checkpoint and trains the codes; docs/vq_logits.md says
 what that costs in perplexity on real models.
 

@@ -1,9 +1,9 @@
 """Distil with a cached teacher: it reads the text once, and training costs what it costs alone.
 
-A toy teacher learns some text. What it says of each position, its top 16 logits and the exact mass
-of all others, goes to disk; a student then learns from that and never sees the labels. The same
-calls take real models ("smollm2", "hf:org/name", a directory), and killed and started again with
-the same folder they go on bit for bit. `logitjax distill` is this with flags.
+A toy teacher learns some text. Its top 16 logits at each position, and the exact mass of all
+others, go to disk. A student then learns from them and never sees the labels. The same calls take
+real models ("smollm2", "hf:org/name", a directory). With the same folder a killed run continues bit
+for bit. `logitjax distill` is this with flags.
 
     python examples/distil_with_cached_teacher.py     # offline, half a minute on a CPU
 """

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Tune a large model by a small one, while decoding
 #
-# A small model is finetuned; the large one is not touched. While decoding, what the finetuning
-# changed in the small model's logits is added to the large one's (proxy-tuning). All models are
+# A small model is finetuned; the large one is not touched. While decoding, the change of the small
+# model's logits by finetuning is added to the large one's (proxy-tuning). All models are
 # toys here; `decoding.load_ensemble` takes real ones by name. Offline, some seconds on a CPU.
 
 # %%

@@ -1,8 +1,8 @@
 """A mesh of eight devices: batch, parameters and vocabulary split, and the same loss as on one.
 
 Eight CPU devices stand for accelerators, two for each axis: `data` copies the model, `fsdp` splits
-batch and parameters, `tensor` splits heads and vocabulary. On a machine with eight accelerators
-leave the environment variables out; docs/multi_host.md goes on with several processes.
+batch and parameters, `tensor` splits heads and vocabulary. On a machine with eight accelerators,
+leave the environment variables out. docs/multi_host.md continues with several processes.
 
     python examples/mesh_of_eight_devices.py     # offline, some seconds on a CPU
 """
