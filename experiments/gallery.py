@@ -1,12 +1,12 @@
-"""The page of results: docs/gallery.md and its pictures, of docs/results/*.json alone.
+"""Make the page of results: docs/gallery.md and its pictures, from docs/results/*.json alone.
 
     python -m experiments.gallery
     python -m experiments.gallery --add=runs/few_shot --name=few_shot_stamps --page=few_shot.md
 
-The second takes what a finished run of an experiment, a benchmark or the planner left in its
-workdir into a small file of its own first: command, versions, rows of tables, points of pictures.
-A table of another page below `<!-- results: NAME/TABLE -->` has to say what the file says: its rows
-and columns may be fewer, its cells may not differ.
+The second command first copies the results of a finished run of an experiment, a benchmark or the
+planner from its workdir into a small file: command, versions, rows of tables, points of pictures. A
+table of another page below `<!-- results: NAME/TABLE -->` has to agree with the file: it may have
+fewer rows and columns, but no other cells.
 """
 
 import ast
@@ -31,9 +31,9 @@ _INTRODUCTION = """\
 # Result gallery
 
 `python -m experiments.gallery` makes every table and picture of this page from the files in
-`docs/results`. Each file holds what one finished run left. Small points are seeds or samples, large
-ones their means, and bars the 95 % intervals of the means (Student's t). Longer runs, from before
-there were such files, are on the pages of their papers only.
+`docs/results`. Each file holds the results of one finished run. Small points are seeds or samples,
+large ones their means, and bars the 95 % intervals of the means (Student's t). Longer runs without
+such a file are only on the pages of their papers.
 """
 
 

@@ -170,10 +170,11 @@ def probe_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _probe_notes(config: Config) -> str:
     return (
-        "Probability of the answer, for its length. `taught` and `others` are two parts of the "
-        f"forget set; `relearned`: after {config.relearn_steps} steps on `taught` alone (the "
-        "retrained model's row says what that gives to a model that never knew). `difference, "
-        "bypassed` are the target's own numbers: its weights were never touched."
+        "The numbers are probabilities of the answer, for its length. `taught` and `others` are "
+        f"two parts of the forget set. `relearned` is after {config.relearn_steps} steps on "
+        "`taught` alone; the retrained model's row shows what that does to a model that never "
+        "knew. `difference, bypassed` has the target's own numbers, because its weights were never "
+        "touched."
     )
 
 
