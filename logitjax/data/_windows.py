@@ -32,6 +32,9 @@ def token_windows(
     >>> token_windows([{"text": "abcd"}, {"text": "ab"}], lambda t: t.encode(), count=2, length=2)
     array([[ 97,  98],
            [ 99, 100]], dtype=int32)
+    >>> token_windows([{"text": "abc"}], lambda t: t.encode(), count=2, length=2, start=[1])
+    array([[ 1, 97],
+           [ 1, 98]], dtype=int32)
     """
     found: dict[bytes, np.ndarray] = {}
     begin, longest, part = 0, 1, length - len(start)

@@ -187,7 +187,7 @@ class TokenProjection:
         about = {"fingerprint": fingerprint, "size": self.size, "rule": self.rule}
         file = io.BytesIO()
         # Unpacked, padding of zeros would look like a bomb to the reader.
-        merges = {} if self.merges is None else {"merges": self.merges}
+        merges: dict[str, Any] = {} if self.merges is None else {"merges": self.merges}
         np.savez(file, ids=self.ids, weights=self.weights, about=json.dumps(about), **merges)
         write_atomic(path, file.getvalue())
 

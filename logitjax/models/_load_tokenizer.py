@@ -13,6 +13,7 @@ from logitjax.models._tiny import tiny_seed
 from logitjax.models._tokenizer import Tokenizer
 from logitjax.storage import guard, read_json, require
 
+_LLAMA3_NAMES = ("llama-bpe", "llama3")
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -164,11 +165,12 @@ def _from_gguf(source: GgufSource) -> Tokenizer:
     backend.add_tokens([t for t in marked if not t.special])
     ids = {n: source.metadata(f"tokenizer.ggml.{n}_token_id") for n in ("bos", "eos", "padding")}
     # llama.cpp's default, where a file does not say.
-    if ids["bos"] is not None and source.metadata("tokenizer.ggml.add_bos_token", kind == "llama"):
+    usual = kind == "llama" or source.metadata("tokenizer.ggml.pre") in _LLAMA3_NAMES
+    mark = None if ids["bos"] is None else backend.id_to_token(ids["bos"])
+    if mark is not None and source.metadata("tokenizer.ggml.add_bos_token", usual):
         # Part of the backend, so that it is written with it.
-        mark = tokens[ids["bos"]]
         backend.post_processor = tokenizers.processors.TemplateProcessing(
-            single=f"{mark} $A", pair=f"{mark} $A {mark} $B", special_tokens=[(mark, ids["bos"])]
+            single=[mark, "$A"], pair=[mark, "$A", mark, "$B"], special_tokens=[(mark, ids["bos"])]
         )
     return Tokenizer(
         backend,
@@ -206,7 +208,7 @@ def _byte_level(source: GgufSource, tokens: list[str]) -> Any:
     if kind not in known:
         raise ValueError(f"{source.path}: unknown pre-tokenizer {kind!r}")
     vocab = {t: i for i, t in enumerate(tokens)}
-    ignore = kind in ("llama-bpe", "llama3")
+    ignore = kind in _LLAMA3_NAMES
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, pairs, ignore_merges=ignore))
     backend.pre_tokenizer = known[kind]()
     backend.decoder = tokenizers.decoders.ByteLevel()

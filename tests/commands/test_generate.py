@@ -102,3 +102,21 @@ def test_conversations_keep_their_turns():
     assert talk.ask("hi") == "[system]be brief[user]hi[assistant]"
     talk.answered("yes")
     assert talk.ask("so?").endswith("[user]hi[assistant]yes[user]so?[assistant]")
+
+
+@pytest.mark.slow
+def test_a_prompt_begins_with_the_mark_that_the_model_expects(tmp_path, capsys, monkeypatch):
+    marked = models.Tokenizer(
+        load_tokenizer("tiny").backend, bos_id=256, eos_id=256, extra={"add_bos_token": True}
+    )
+    models.save_pretrained(load_model("tiny:3"), marked, tmp_path)
+    asked, original = [], decoding.generate
+
+    def generate_and_keep(model, prompts, **options):
+        asked.extend(prompt.tolist() for prompt in prompts)
+        return original(model, prompts, **options)
+
+    monkeypatch.setattr(decoding, "generate", generate_and_keep)
+    shown = said(capsys, model=str(tmp_path), prompt=("abc",), **FEW)
+    assert asked == [[256, *marked.encode("abc")]]
+    assert shown.startswith("abc")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from logitjax.models import config_from_hf, load_model
+from logitjax.models import config_from_hf, load_model, load_tokenizer
 from tests.models._checkpoints import tensors, write_checkpoint
 from tests.models._configs import HF_CONFIGS
 
@@ -97,6 +97,30 @@ def write_gguf(name: str, architecture: str, path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+@pytest.mark.parametrize(
+    ("kind", "said", "begins"),
+    [("llama", None, True), ("llama", False, False), ("gpt2", None, False), ("gpt2", True, True)],
+)
+def test_a_file_says_whether_texts_begin_with_a_mark(tmp_path, kind, said, begins):
+    writer = gguf.GGUFWriter(str(tmp_path / "tokenizer.gguf"), "llama")
+    writer.add_tokenizer_model(kind)
+    writer.add_token_list(["<unk>", "<s>", "a", "b", "c", "bc"])
+    writer.add_token_scores([0.0, 0.0, -1.0, -2.0, -3.0, -4.0])
+    writer.add_token_types([2, 3, 1, 1, 1, 1])
+    writer.add_token_merges(["b c"])
+    writer.add_bos_token_id(1)
+    writer.add_add_space_prefix(False)
+    if said is not None:
+        writer.add_add_bos_token(said)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    tokenizer = load_tokenizer(str(tmp_path / "tokenizer.gguf"))
+    assert tokenizer.encode("ab", add_bos=None) == [1] * begins + [2, 3]
+    # What is written elsewhere says so too.
+    assert tokenizer.backend.encode("ab").ids == [1] * begins + [2, 3]
 
 
 @pytest.mark.parametrize(
