@@ -60,6 +60,7 @@ def load(config: Config, workdir: epath.Path) -> Rows:
         tokenizer.encode,
         count=config.prompts,
         length=config.prompt_length,
+        start=tokenizer.start,
     )
     cache = storage.RowCache(
         workdir / "cache",

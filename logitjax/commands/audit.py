@@ -139,7 +139,11 @@ def _prepare(config: Config) -> tuple[np.ndarray, int, Truth | None]:
     if config.data:
         examples = data.load_examples(config.data)
         prompts = data.token_windows(
-            examples, tokenizer.encode, count=count, length=config.prompt_length
+            examples,
+            tokenizer.encode,
+            count=count,
+            length=config.prompt_length,
+            start=tokenizer.start,
         )
     else:
         prompts = rng.integers(0, vocab, (count, config.prompt_length), np.int32)
