@@ -107,8 +107,6 @@ def _from_directory(path: epath.Path) -> Tokenizer:
         pad_id=ids["pad"],
         chat_template=_chat_template(path, settings),
         special_tokens=texts if settings or texts else None,
-        # As transformers has it: what is said here wins over the backend's post-processor.
-        add_bos=said if isinstance(said := settings.get("add_bos_token"), bool) else None,
         extra=settings,
     )
 

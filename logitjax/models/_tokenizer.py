@@ -28,8 +28,8 @@ class Tokenizer:
     encode alike. ``chat_template`` is one template, or several by name (``default`` and
     ``tool_use``). ``special_tokens`` are the texts that templates know as ``bos_token`` and so on.
     ``add_bos`` says whether the model expects every text to begin with ``bos_id`` (Gemma, Llama,
-    Mistral); if omitted, whatever the backend does where it adds special tokens. A Gemma that does
-    not read it predicts nothing of use.
+    Mistral): the backend's post-processor does, as transformers 5 has it. A Gemma that does not
+    read the mark predicts nothing of use.
     """
 
     def __init__(
@@ -41,7 +41,6 @@ class Tokenizer:
         pad_id: int | None = None,
         chat_template: str | Mapping[str, str] | None = None,
         special_tokens: Mapping[str, str] | None = None,
-        add_bos: bool | None = None,
         extra: dict[str, Any] | None = None,
     ):
         self.backend = backend
@@ -54,9 +53,7 @@ class Tokenizer:
         self.special_tokens = names if special_tokens is None else dict(special_tokens)
         self.extra = dict(extra or {})
         self.fingerprint = digest(backend.to_str(), bos_id, eos_id, pad_id)
-        if add_bos is None:
-            add_bos = backend.encode("").ids[:1] == [bos_id]
-        self.add_bos = bool(add_bos) and bos_id is not None
+        self.add_bos = bos_id is not None and backend.encode("").ids[:1] == [bos_id]
 
     @property
     def vocab_size(self) -> int:

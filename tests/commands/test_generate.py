@@ -8,6 +8,7 @@ import pytest
 from logitjax import decoding, models
 from logitjax.commands import generate
 from logitjax.models import load_model, load_tokenizer
+from tests.models._marks import with_mark
 
 FEW = dict(max_new_tokens=6)
 
@@ -106,9 +107,7 @@ def test_conversations_keep_their_turns():
 
 @pytest.mark.slow
 def test_a_prompt_begins_with_the_mark_that_the_model_expects(tmp_path, capsys, monkeypatch):
-    marked = models.Tokenizer(
-        load_tokenizer("tiny").backend, bos_id=256, eos_id=256, extra={"add_bos_token": True}
-    )
+    marked = with_mark(load_tokenizer("tiny"), 256)
     models.save_pretrained(load_model("tiny:3"), marked, tmp_path)
     asked, original = [], decoding.generate
 

@@ -6,9 +6,10 @@ import pytest
 
 from logitjax.decoding import Ensemble
 from logitjax.leakage import LogitPolicy
-from logitjax.models import Tokenizer, load_tokenizer
+from logitjax.models import load_tokenizer
 from logitjax.serving import ServerConfig, build_app
 from tests.decoding._bags import bag_of_words
+from tests.models._marks import with_mark
 from tests.serving._inside import call, running
 
 VOCAB, MARK = 257, 256
@@ -16,7 +17,7 @@ VOCAB, MARK = 257, 256
 
 @pytest.mark.slow
 def test_texts_begin_with_the_mark_ids_as_they_are_given_and_an_echo_is_what_was_sent():
-    tokenizer = Tokenizer(load_tokenizer("tiny").backend, bos_id=MARK, add_bos=True)
+    tokenizer = with_mark(load_tokenizer("tiny"), MARK)
     config = ServerConfig(
         model="bag", policy=LogitPolicy(top_k=2), slots=2, max_length=16, max_tokens=4
     )
