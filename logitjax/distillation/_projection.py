@@ -384,7 +384,10 @@ def _common_pieces(first: np.ndarray, ours: Tokenizer, theirs: Tokenizer) -> np.
     pieces = dict(zip(unknown, cut([texts[i] for i in unknown]), strict=True))
     # Of a token that only they have, their token for the first piece that we cut it into.
     for i, ids in pieces.items():
-        found[i] = first[ids[0]] if ids else -1
+        piece = first[ids[0]] if ids else -1
+        # What a normaliser makes of a text is no beginning of it, and may lead back to it.
+        begins = piece >= 0 and len(texts[piece]) < len(texts[i])
+        found[i] = piece if begins and texts[i].startswith(texts[piece]) else -1
     passing = np.zeros(len(texts) + 1, bool)
     passing[unknown] = True
     # Each round is a shorter text.

@@ -160,6 +160,15 @@ def test_a_longer_token_of_theirs_counts_as_our_way_to_begin_it():
     assert summary["theirs reached"] == summary["theirs told apart"] + 2
 
 
+def test_tokens_that_normalisers_make_of_each_other_count_as_none():
+    ours, theirs = bpe(["a", "x"]), bpe(["a", "y"])
+    ours.backend.normalizer = tokenizers.normalizers.Replace("y", "x")
+    theirs.backend.normalizer = tokenizers.normalizers.Replace("x", "y")
+    projection = distillation.token_projection(ours, theirs)
+    assert projection.merges[theirs.token_id("a")] == theirs.token_id("a")
+    assert projection.merges[theirs.token_id("y")] == -1
+
+
 @pytest.mark.parametrize("rule", ["first_piece", "exact", "spread", "edit_distance"])
 def test_a_comma_is_the_token_that_is_read_not_the_one_for_a_stray_byte(rule):
     ours = bpe([",", "x"])
