@@ -145,17 +145,25 @@ def test_a_longer_token_of_theirs_counts_as_our_way_to_begin_it():
         p[theirs.token_id(text)] = mass
     for text, mass in (("G", 0.8), ("x", 0.2)):
         q[ours.token_id(text)] = mass
-    top = ops.TopK.of(jnp.log(p.astype(np.float32)), 4)
-    merged = jax.device_get(projection.merged(top))
-    found = dict(zip(merged.indices.tolist(), np.exp(merged.values).tolist(), strict=True))
-    assert found[theirs.token_id("G")] == pytest.approx(0.8, rel=1e-5)
-    assert found[theirs.token_id("x")] == pytest.approx(0.2, rel=1e-5)
-    assert found[theirs.vocab_size] == 0.0
+
+    @jax.jit
+    def found(student, teacher):
+        top = ops.TopK.of(teacher, 4)
+
+        def kl(student):
+            return distillation.projected_kl_divergence(student, top, projection)
+
+        return projection.merged(top), *jax.value_and_grad(kl)(student)
+
+    logs = [np.log(x.astype(np.float32)) for x in (q, p)]
+    merged, kl, gradient = jax.device_get(found(*logs))
+    masses = dict(zip(merged.indices.tolist(), np.exp(merged.values).tolist(), strict=True))
+    assert masses[theirs.token_id("G")] == pytest.approx(0.8, rel=1e-5)
+    assert masses[theirs.token_id("x")] == pytest.approx(0.2, rel=1e-5)
+    assert masses[theirs.vocab_size] == 0.0
     # Both models say the same.
-    student = np.log(q.astype(np.float32))
-    kl = jax.jit(lambda s: distillation.projected_kl_divergence(s, top, projection))
-    assert kl(student) == pytest.approx(0.0, abs=1e-5)
-    assert jax.grad(kl)(student) == pytest.approx(0.0, abs=1e-5)
+    assert kl == pytest.approx(0.0, abs=1e-5)
+    assert gradient == pytest.approx(0.0, abs=1e-5)
     summary = projection.summary()
     assert summary["theirs reached"] == summary["theirs told apart"] + 2
 
