@@ -4,7 +4,8 @@
 
 Time and scratch memory are of a forward and backward pass to hidden states and head, float32. The
 projections are made up: every token of the student stands for one of the teacher's, tokens of low
-ids for more of ours than others, as the short pieces of real vocabularies do. The second table is
+ids for more of ours than others, as the short pieces of real vocabularies do; the teacher's others
+count as such a piece. The second table is
 of real tokenizers that are there (SmolLM2; Gemma after `make gemma`; GPT-2, Qwen and Llama 2 after
 `make tokenizers`): chunks of a licence, of Markdown, of Python and of many scripts, against a slow
 search.
@@ -45,8 +46,12 @@ def _projection(shape: Shape) -> distillation.TokenProjection:
     ids = np.where(np.arange(ours) < theirs, np.arange(ours), 0)
     moved = (rng.random(ours) < 0.06) | (np.arange(ours) >= theirs)
     ids = np.where(moved, (rng.random(ours) ** 3 * min(2048, theirs)).astype(np.int64), ids)
+    own, pieces = np.arange(theirs), rng.random(theirs) ** 3 * min(2048, theirs)
     return distillation.TokenProjection(
-        ids=ids[:, None].astype(np.int32), weights=np.ones((ours, 1), np.float32), size=theirs
+        ids=ids[:, None].astype(np.int32),
+        weights=np.ones((ours, 1), np.float32),
+        size=theirs,
+        merges=np.where(np.isin(own, ids), own, pieces).astype(np.int32),
     )
 
 
