@@ -69,7 +69,6 @@ from logitjax.distillation._projected_kl import (
 )
 from logitjax.distillation._projected_kl import projected_kl_divergence as projected_kl_divergence
 from logitjax.distillation._projection import TokenProjection as TokenProjection
-from logitjax.distillation._projection import token_projection as token_projection
 from logitjax.distillation._prune import LayerPruning as LayerPruning
 from logitjax.distillation._prune import prune_layers as prune_layers
 from logitjax.distillation._prune import prune_width as prune_width
@@ -88,6 +87,7 @@ from logitjax.distillation._teacher_cache import TeacherIdentity as TeacherIdent
 from logitjax.distillation._teacher_terms import TeacherView as TeacherView
 from logitjax.distillation._teacher_terms import Vocabularies as Vocabularies
 from logitjax.distillation._teachers import teacher_record as teacher_record
+from logitjax.distillation._token_pieces import token_projection as token_projection
 from logitjax.distillation._universal_logit_distance import (
     universal_logit_distance as universal_logit_distance,
 )

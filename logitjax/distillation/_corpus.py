@@ -14,7 +14,6 @@ from logitjax import data, losses, models, training
 from logitjax.distillation._alignment import Chunks, align_chunks
 from logitjax.distillation._likelihood_matching import boundary_tokens, chunk_scores
 from logitjax.distillation._objective import PROJECTIONS, Objective
-from logitjax.distillation._projection import Rule, prefix_bytes, token_projection
 from logitjax.distillation._teacher_cache import TeacherCache
 from logitjax.distillation._teacher_terms import TeacherView, Vocabularies
 from logitjax.distillation._teachers import (
@@ -24,6 +23,7 @@ from logitjax.distillation._teachers import (
     open_teacher_caches,
     server_reader,
 )
+from logitjax.distillation._token_pieces import Rule, prefix_bytes, token_projection
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ import tokenizers
 from etils import epath
 
 from logitjax import distillation, losses, models, ops
-from logitjax.distillation import _projected_kl, _projection
+from logitjax.distillation import _projected_kl, _token_pieces
 from tests._compiled import compiled
 from tests.distillation.make_gold_goldens import OURS, PAIRS, THEIRS
 
@@ -214,7 +214,7 @@ def test_the_nearest_spelling_is_one_edit_away_or_the_first_piece():
 def test_a_projection_is_built_once(tmp_path, monkeypatch):
     tiny = models.load_tokenizer("tiny")
     made = distillation.token_projection(tiny, tiny, directory=epath.Path(tmp_path))
-    monkeypatch.setattr(_projection, "_BUILDERS", {})
+    monkeypatch.setattr(_token_pieces, "_BUILDERS", {})
     again = distillation.token_projection(tiny, tiny, directory=epath.Path(tmp_path))
     assert (made.ids == again.ids).all()
     assert again.size == 257

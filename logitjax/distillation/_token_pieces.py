@@ -1,0 +1,337 @@
+"""Which of another vocabulary's tokens each of ours stands for, from the bytes of their texts."""
+
+import difflib
+import functools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from etils import epath
+
+from logitjax.distillation._projection import TokenProjection
+from logitjax.models import Tokenizer
+from logitjax.storage import digest
+
+Rule = Literal["first_piece", "exact", "spread", "spread_released", "edit_distance"]
+RULES: tuple[str, ...] = ("first_piece", "exact", "spread", "spread_released", "edit_distance")
+
+# X-Token's constants: weights of a token's pieces, entries of a row, and what the last one becomes.
+_DECAY = (0.9, 0.09, 0.009, 0.0009)
+_WIDTH, _KEPT, _SCALE_TRICK = 32, 4, 0.2
+_LEAST_SIMILARITY, _SPECIAL_WEIGHT = 0.3, 0.8
+_FORMAT = 2
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
+
+
+def token_projection(
+    ours: Tokenizer,
+    theirs: Tokenizer,
+    *,
+    rule: Rule = "first_piece",
+    directory: epath.Path | None = None,
+) -> TokenProjection:
+    """Build the projection of one vocabulary on another, from the bytes of their tokens.
+
+    ::
+
+        first_piece      the first piece that both have, of our tokens and of theirs, weight 1
+        exact            their token of the same bytes, else none
+        spread           X-Token: our pieces of theirs and theirs of ours, weights that decay
+        spread_released  the same with its renormalisation on an arbitrary piece, and special tokens
+                         by how alike their names are
+        edit_distance    MinED: their token of least edit distance
+
+    With `first_piece`, a token that both have stands for itself. One that only we have is cut as
+    they cut it, one that only they have as we cut it, and counts as its first piece; again, until
+    that is a token of both. `q'_j = sum_{s: first(s) = j} q_s` and the teacher's `p'_j`, which
+    `TokenProjection.merged` adds up, are then the probabilities of the same beginning of text.
+
+    Special tokens of one role (end of text, end of a turn) stand for each other; other special
+    tokens have no match by `first_piece` and `exact`. Our tokens that end inside a character which
+    they spell whole have no first piece either.
+
+    Args:
+        ours: the student's tokenizer.
+        theirs: the teacher's.
+        rule: as above. Edits are looked for up to one byte; beyond it the first piece is taken.
+        directory: keeps what was built, a file for each pair and rule.
+
+    Returns:
+        The `TokenProjection`.
+
+    Raises:
+        ValueError: an unknown rule.
+
+    >>> from logitjax.models import load_tokenizer
+    >>> tiny = load_tokenizer("tiny")
+    >>> projection = token_projection(tiny, tiny)
+    >>> bool((projection.ids[:, 0] == np.arange(257)).all()), projection.summary()["largest bucket"]
+    (True, 1)
+
+    References:
+        X-Token (arXiv 2605.21699) and its release in NeMo-RL for `spread`; MinED: FuseLLM
+        (arXiv 2401.10491). `first_piece` is ours: X-Token's later pieces of a token are no
+        continuations of what was read, and its mass on them pulls at other tokens. A token of both
+        stands for itself alone there, so what the teacher says with a longer token (" Gains") pulls
+        at the student's way to begin it (" G").
+    """
+    if rule not in RULES:
+        raise ValueError(f"rule: expected one of {', '.join(RULES)}, got {rule!r}")
+    fingerprint = digest(_FORMAT, rule, ours.fingerprint, theirs.fingerprint)
+    path = None if directory is None else directory / f"projection-{fingerprint[:16]}.npz"
+    if path is not None and (known := TokenProjection.load(path, fingerprint)) is not None:
+        return known
+    ids, weights = _BUILDERS[rule](ours, theirs)
+    merges = None
+    if rule == "first_piece":
+        merges = _common_pieces(ids[:, 0], ours, theirs)
+        ids = np.where(ids < 0, -1, merges[ids])
+    made = TokenProjection(
+        ids=ids.astype(np.int32),
+        weights=(weights * (ids >= 0)).astype(np.float32),
+        size=theirs.vocab_size,
+        rule=rule,
+        merges=merges,
+    )
+    if path is not None:
+        made.save(path, fingerprint)
+    return made
+
+
+def prefix_bytes(tokenizer: Tokenizer) -> int:
+    """Bytes that a tokenizer writes before a text: 1 for the space of Llama 2, else 0."""
+    texts = tokenizer.token_bytes()
+    return sum(len(texts[id_]) for id_ in tokenizer.encode("a")) - 1
+
+
+def special_pairs(ours: Tokenizer, theirs: Tokenizer) -> dict[int, int]:
+    """Special tokens of one role: those that end texts, and those that end a turn."""
+    pairs: dict[int, int] = {}
+    for role in ("bos_id", "eos_id"):
+        a, b = getattr(ours, role), getattr(theirs, role)
+        if a is not None and b is not None:
+            pairs[a] = b
+    ends = [_turn_ends(tokenizer) for tokenizer in (ours, theirs)]
+    return dict(zip(*ends, strict=False)) | pairs if all(ends) else pairs
+
+
+def _turn_ends(tokenizer: Tokenizer) -> list[int]:
+    """Special tokens that an answer ends with under the chat template."""
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    try:
+        ids, learnt = tokenizer.encode_chat(messages)
+    except (ValueError, TypeError):
+        return []
+    texts = tokenizer.token_bytes()
+    return [id_ for id_, counts in zip(ids, learnt, strict=True) if counts and not texts[id_]]
+
+
+def _is_byte(tokenizer: Tokenizer, id_: int) -> bool:
+    return bool(_BYTE.fullmatch(tokenizer.token(id_) or ""))
+
+
+class _Cutter:
+    """Cuts bytes into a tokenizer's pieces, as it would cut them where a text goes on."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer, self._plain = tokenizer, prefix_bytes(tokenizer) == 0
+        self.bytes = tokenizer.token_bytes()
+        self.ids: dict[bytes, int] = {}
+        for id_, text in enumerate(self.bytes):
+            # SentencePiece spells a comma twice. What stands for a stray byte is never read.
+            if text and (text not in self.ids or _is_byte(tokenizer, self.ids[text])):
+                self.ids[text] = id_
+        self._longest = max(map(len, self.ids), default=0)
+        self._whole = any(len(text) > 1 and text[0] >= 0x80 for text in self.ids) and not any(
+            0x80 <= text[0] < 0xC0 and len(text) > 1 for text in self.ids
+        )
+
+    def __call__(self, texts: Sequence[bytes]) -> list[list[int]]:
+        """The pieces of each text; none where a text is only part of a character."""
+        out: list[list[int]] = [[]] * len(texts)
+        words: dict[int, str] = {}
+        for place, text in enumerate(texts):
+            try:
+                words[place] = text.decode()
+            except UnicodeDecodeError:
+                out[place] = [] if self._whole else self._greedy(text)
+        if not self._plain:
+            return [self._greedy(t) if i in words else out[i] for i, t in enumerate(texts)]
+        encoded = self._tokenizer.backend.encode_batch(
+            list(words.values()), add_special_tokens=False
+        )
+        for place, found in zip(words, encoded, strict=True):
+            # A text that spells a special token has no pieces of text.
+            out[place] = [i for i in found.ids if self.bytes[i]]
+        return out
+
+    def _greedy(self, text: bytes) -> list[int]:
+        """The longest piece first, for what cannot be handed over as a text."""
+        out, place = [], 0
+        while place < len(text):
+            for size in range(min(self._longest, len(text) - place), 0, -1):
+                id_ = self.ids.get(text[place : place + size])
+                if id_ is not None:
+                    out.append(id_)
+                    place += size
+                    break
+            else:
+                return out
+        return out
+
+
+def _first_piece(ours: Tokenizer, theirs: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    texts, cut = ours.token_bytes(), _Cutter(theirs)
+    pieces = cut(texts)
+    # A token that they have is what they read, whatever their merges would make of it alone.
+    found = [cut.ids.get(text, p[0] if p else -1) for text, p in zip(texts, pieces, strict=True)]
+    return _single(found, ours, theirs)
+
+
+def _common_pieces(first: np.ndarray, ours: Tokenizer, theirs: Tokenizer) -> np.ndarray:
+    """Which token of both each of theirs begins with; `first` of ours are tokens of theirs."""
+    cut, known = _Cutter(ours), _Cutter(theirs).ids
+    texts = theirs.token_bytes()
+    found = np.array([known.get(text, -1) for text in texts])
+    unknown = [i for i, text in enumerate(texts) if text and text not in cut.ids]
+    pieces = dict(zip(unknown, cut([texts[i] for i in unknown]), strict=True))
+    # Of a token that only they have, their token for the first piece that we cut it into.
+    for i, ids in pieces.items():
+        piece = first[ids[0]] if ids else -1
+        # What a normaliser makes of a text is no beginning of it, and may lead back to it.
+        begins = piece >= 0 and len(texts[piece]) < len(texts[i])
+        found[i] = piece if begins and texts[i].startswith(texts[piece]) else -1
+    passing = np.zeros(len(texts) + 1, bool)
+    passing[unknown] = True
+    # Each round is a shorter text.
+    while (moving := passing[found]).any():
+        found[moving] = found[found[moving]]
+    for b in special_pairs(ours, theirs).values():
+        found[b] = b
+    return found.astype(np.int32)
+
+
+def _exact(ours: Tokenizer, theirs: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    known = _Cutter(theirs).ids
+    return _single([known.get(text, -1) for text in ours.token_bytes()], ours, theirs)
+
+
+def _edit_distance(ours: Tokenizer, theirs: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    texts, cut = ours.token_bytes(), _Cutter(theirs)
+    pieces = cut(texts)
+    unknown = {text for text in texts if text and text not in cut.ids}
+    # Two texts are one edit apart where leaving out at most one byte of either makes them equal.
+    wanted = {shorter for text in unknown for shorter in _shorter(text)}
+    near: dict[bytes, int] = {}
+    for id_, text in enumerate(cut.bytes):
+        for shorter in _shorter(text) if text else ():
+            if shorter in wanted:
+                near.setdefault(shorter, id_)
+    found = []
+    for text, piece in zip(texts, pieces, strict=True):
+        edits = [near[s] for s in _shorter(text) if s in near] if text in unknown else []
+        close = min((e for e in edits if _one_edit(text, cut.bytes[e])), default=None)
+        fallback = piece[0] if piece else -1
+        found.append(cut.ids.get(text, fallback if close is None else close))
+    return _single(found, ours, theirs)
+
+
+def _shorter(text: bytes) -> list[bytes]:
+    return [text, *(text[:i] + text[i + 1 :] for i in range(len(text)))]
+
+
+def _one_edit(a: bytes, b: bytes) -> bool:
+    if len(a) == len(b):
+        return sum(x != y for x, y in zip(a, b)) <= 1
+    longer, shorter = (a, b) if len(a) > len(b) else (b, a)
+    return shorter in _shorter(longer)
+
+
+def _single(found: Any, ours: Tokenizer, theirs: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    ids = np.asarray(found, np.int64)[:, None]
+    for a, b in special_pairs(ours, theirs).items():
+        ids[a] = b
+    return ids, (ids >= 0).astype(np.float32)
+
+
+def _spread(
+    ours: Tokenizer, theirs: Tokenizer, *, released: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    cut, back = _Cutter(theirs), _Cutter(ours)
+    rows: list[dict[int, float]] = [{} for _ in back.bytes]
+    for row, pieces in zip(rows, cut(back.bytes), strict=True):
+        for id_, weight in _decayed(pieces):
+            row[id_] = row.get(id_, 0.0) + weight
+    for id_, pieces in enumerate(back(cut.bytes)):
+        for ours_id, weight in _decayed(pieces):
+            rows[ours_id][id_] = rows[ours_id].get(id_, 0.0) + weight
+    if released:
+        for a, (b, weight) in _similar_specials(ours, theirs).items():
+            rows[a][b] = rows[a].get(b, 0.0) + weight
+    width = _WIDTH if released else _KEPT
+    ids = np.full((len(rows), width), -1, np.int64)
+    weights = np.zeros((len(rows), width))
+    for place, row in enumerate(rows):
+        best = sorted(row.items(), key=lambda item: (-item[1], item[0]))[:width]
+        total = sum(weight for _, weight in best)
+        for i, (id_, weight) in enumerate(best):
+            ids[place, i], weights[place, i] = id_, weight / total
+    if released:
+        # Of a row that is not full the last entry is whatever lies there: their token 0.
+        weights[:, -1] = _SCALE_TRICK
+        ids[:, -1] = np.maximum(ids[:, -1], 0)
+        weights /= weights.sum(-1, keepdims=True)
+        order = np.argsort(-weights, axis=-1, kind="stable")[:, :_KEPT]
+        ids, weights = (np.take_along_axis(x, order, axis=-1) for x in (ids, weights))
+    for place, text in enumerate(back.bytes):
+        if text in cut.ids:
+            ids[place], weights[place] = -1, 0.0
+            ids[place, 0], weights[place, 0] = cut.ids[text], 1.0
+    if not released:
+        for a, b in special_pairs(ours, theirs).items():
+            ids[a], weights[a] = -1, 0.0
+            ids[a, 0], weights[a, 0] = b, 1.0
+    return ids, weights
+
+
+def _decayed(pieces: list[int]) -> list[tuple[int, float]]:
+    total = sum(_DECAY[: len(pieces)])
+    return [(id_, weight / total) for id_, weight in zip(pieces, _DECAY)]
+
+
+def _similar_specials(ours: Tokenizer, theirs: Tokenizer) -> dict[int, tuple[int, float]]:
+    """X-Token's: 0.6 of difflib's ratio and 0.4 of the share of common words."""
+
+    def names(tokenizer: Tokenizer) -> Mapping[int, str]:
+        added = json.loads(tokenizer.backend.to_str())["added_tokens"]
+        return {token["id"]: token["content"] for token in added if token["special"]}
+
+    def words(name: str) -> set[str]:
+        return set(re.findall("[a-z]+", name.lower()))
+
+    out = {}
+    for a, name in names(ours).items():
+        best, chosen = _LEAST_SIMILARITY, None
+        for b, other in names(theirs).items():
+            common, both = words(name) & words(other), words(name) | words(other)
+            score = 0.4 * len(common) / max(len(both), 1)
+            match = difflib.SequenceMatcher(None, name, other)
+            if score + 0.6 * match.real_quick_ratio() <= best:
+                continue
+            score += 0.6 * match.ratio()
+            if score > best or (score == best and chosen is None):
+                best, chosen = score, b
+        if chosen is not None:
+            out[a] = (chosen, _SPECIAL_WEIGHT * best)
+    return out
+
+
+_BUILDERS = {
+    "first_piece": _first_piece,
+    "exact": _exact,
+    "spread": _spread,
+    "spread_released": functools.partial(_spread, released=True),
+    "edit_distance": _edit_distance,
+}
