@@ -143,17 +143,16 @@ PRESETS: dict[str, dict[str, Any]] = {
     "report": dict(
         scene="tofu",
         method=(*_METHODS, f"gradient_difference{ALL}", f"npo_gradient_difference{ALL}"),
-        teach_steps=400,
+        # Five epochs, as TOFU's own models were taught.
+        teach_steps=250,
         teach_batch=16,
         teach_rank=64,
         retrained=3,
         rates=(0.3, 1.0, 3.0, 10.0),
         seeds=3,
-        steps=80,
-        check_every=20,
-        text_windows=32,
-        topics=100,
-        eval_batch=8,
-        relearn_seeds=3,
+        text_windows=16,
+        topics=60,
+        eval_batch=16,
+        dtype="bfloat16",
     ),
 }

@@ -7,9 +7,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from absl import logging
 from etils import epath
+from flax import nnx
 
 from experiments.forgetting.config import ALL, Config
 from experiments.forgetting.data import load_scene
@@ -26,7 +28,9 @@ class Run:
     def __init__(self, config: Config, workdir: epath.Path):
         self.config, self.workdir = config, workdir
         self.scene = load_scene(config)
-        start, self.tokenizer = models.load(config.model, dtype=config.dtype, layout="listed")
+        start, self.tokenizer = models.load(
+            config.model, dtype=config.dtype, param_dtype=config.dtype, layout="listed"
+        )
         self.start = models.with_layout(start, "listed")
         self.questions = unlearning.Questions.of(
             self.scene.parts,
@@ -184,7 +188,14 @@ class Run:
     def _trial(self, method: str, rate: float, seed: int) -> unlearning.Unlearning:
         folder = self.workdir / "trials" / method / f"rate-{rate:g}-seed-{seed}"
         settings = self.config.of(method, rate, seed)
-        return unlearning.Unlearning(self.target, self.questions, settings, folder)
+        target = self.target
+        if not settings.adapters:
+            # bfloat16 would round small updates of the weights away.
+            graphdef, weights = nnx.split(target)
+            target = nnx.merge(
+                graphdef, jax.tree.map(lambda leaf: leaf.astype(np.float32), weights)
+            )
+        return unlearning.Unlearning(target, self.questions, settings, folder)
 
 
 def _standing(found: Any) -> tuple[bool, float]:

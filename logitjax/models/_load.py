@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from logitjax import ops
+from logitjax.models._bfloat16 import use_cpu_products
 from logitjax.models._config import DecoderConfig
 from logitjax.models._decoder import Decoder
 from logitjax.models._generation_config import end_ids, read_generation
@@ -167,7 +168,7 @@ def load_model(
         source = GgufSource(path)
         config, architecture = _gguf_config(source)
         tensors = gguf_tensors(config, architecture)
-    return build_decoder(
+    model = build_decoder(
         config,
         source,
         tensors,
@@ -179,6 +180,10 @@ def load_model(
         remat=remat,
         attention=attention,
     )
+    device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
+    if device.platform == "cpu" and model.dtype == jnp.bfloat16:
+        use_cpu_products(model)
+    return model
 
 
 def _shardings(

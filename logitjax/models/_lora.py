@@ -167,7 +167,8 @@ def project(
     if lora is None or name not in lora:
         return y
     a, b = (lora[name][n].astype(y.dtype) for n in ("a", "b"))
-    update = (x @ a) @ b
+    contract = (((x.ndim - 1,), (0,)), ((), ()))
+    update = linear.dot_general(linear.dot_general(x, a, contract), b, contract)
     if rows is not None:
         update = jnp.where(rows.reshape(-1, *(1,) * (update.ndim - 1)), update, 0)
     return y + update

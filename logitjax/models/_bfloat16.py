@@ -1,0 +1,70 @@
+"""Products in bfloat16 on a CPU, where XLA has fast ones only if they end in float32."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+
+def use_cpu_products(model: nnx.Module) -> None:
+    """Makes the linear layers of a model multiply with `dot_general`, in place.
+
+    Only for a model that computes in bfloat16 on a CPU; other devices have one product for both.
+    """
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, nnx.Linear):
+            module.dot_general = dot_general
+
+
+def dot_general(
+    lhs: jax.Array, rhs: jax.Array, dimension_numbers: Any, **options: Any
+) -> jax.Array:
+    """`jax.lax.dot_general` of `[*batch, inner]` and `[inner, outer]` by a faster way.
+
+    XLA's CPU compiler widens a product of bfloat16 arrays to float32 unless its result is float32:
+    then it uses the processor's own instructions (AMX, AVX512-BF16). So the result is asked for in
+    float32 and then rounded, which is what happens on other devices anyway. JAX's own derivative of
+    that would multiply float32 by bfloat16, slowly again; this one rounds what comes back first. It
+    has no forward mode. A single row is multiplied as two, as its own product is slow too.
+
+    Args:
+        lhs: The left array.
+        rhs: The right one. Whatever is not two bfloat16 arrays goes to `jax.lax.dot_general`.
+        dimension_numbers: As there; last dimension and first, without batches.
+        options: As there.
+
+    Returns:
+        The product, in bfloat16.
+    """
+    plain = dimension_numbers == (((lhs.ndim - 1,), (0,)), ((), ()))
+    if not (plain and rhs.ndim == 2 and lhs.dtype == rhs.dtype == jnp.bfloat16):
+        return lax.dot_general(lhs, rhs, dimension_numbers, **options)
+    if lhs.size > lhs.shape[-1]:
+        return _product(lhs, rhs)
+    row = lhs.reshape(1, -1)
+    return _product(jnp.concatenate([row, row]), rhs)[0].reshape(*lhs.shape[:-1], -1)
+
+
+@jax.custom_vjp
+def _product(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+    return _contract(lhs, rhs, (lhs.ndim - 1,), (0,))
+
+
+def _contract(a: jax.Array, b: jax.Array, a_dims: tuple[int, ...], b_dims: tuple[int, ...]) -> Any:
+    dims = ((a_dims, b_dims), ((), ()))
+    return lax.dot_general(a, b, dims, preferred_element_type=jnp.float32).astype(a.dtype)
+
+
+def _forward(lhs: jax.Array, rhs: jax.Array) -> tuple[jax.Array, Any]:
+    return _product(lhs, rhs), (lhs, rhs)
+
+
+def _backward(arrays: Any, bar: jax.Array) -> tuple[jax.Array, jax.Array]:
+    lhs, rhs = arrays
+    rows = tuple(range(lhs.ndim - 1))
+    return _contract(bar, rhs, (bar.ndim - 1,), (1,)), _contract(lhs, bar, rows, rows)
+
+
+_product.defvjp(_forward, _backward)

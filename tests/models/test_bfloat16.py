@@ -1,0 +1,74 @@
+"""Products in bfloat16 on a CPU: values, derivatives, and a loaded model that uses them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from logitjax import models
+from logitjax.models import _bfloat16
+from tests.models._checkpoints import write_checkpoint
+
+CONTRACT = (((2,), (0,)), ((), ()))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_product_and_derivatives_are_those_of_float64_rounded_once(rows):
+    rng = np.random.default_rng(0)
+    shapes = {"x": (1, rows, 32), "kernel": (32, 16), "bar": (1, rows, 16)}
+    arrays = {n: jnp.asarray(rng.normal(size=s), jnp.bfloat16) for n, s in shapes.items()}
+    x, kernel, bar = arrays.values()
+
+    @jax.jit
+    def products(x, kernel, bar):
+        out, pull = jax.vjp(lambda x, k: _bfloat16.dot_general(x, k, CONTRACT), x, kernel)
+        return out, *pull(bar)
+
+    found = products(x, kernel, bar)
+    x, kernel, bar = (np.asarray(array, np.float64) for array in (x, kernel, bar))
+    expected = (x @ kernel, bar @ kernel.T, np.einsum("btd,btv->dv", x, bar))
+    for got, want in zip(found, expected, strict=True):
+        assert got.dtype == jnp.bfloat16
+        # Half a unit in the last of 8 places, and what float32 sums lose.
+        np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=2**-8, atol=1e-5)
+
+
+def test_other_products_are_left_to_lax():
+    def shapes(a, b, dims):
+        return jax.eval_shape(lambda a, b: _bfloat16.dot_general(a, b, dims), a, b)
+
+    wide = jax.ShapeDtypeStruct((1, 2, 4), jnp.float32), jax.ShapeDtypeStruct((4, 3), jnp.float32)
+    assert shapes(*wide, CONTRACT).dtype == jnp.float32
+    batched = (((2,), (1,)), ((0,), (0,)))
+    sides = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((2, 3, 4), (2, 4, 5)))
+    assert shapes(*sides, batched).shape == (2, 3, 5)
+
+
+def linear_products(jaxpr):
+    """Types of both sides and the result of all products without batches, wherever they are."""
+    for equation in jaxpr.eqns:
+        dot = equation.primitive.name == "dot_general"
+        if dot and not any(equation.params["dimension_numbers"][1]):
+            yield tuple(str(v.aval.dtype) for v in (*equation.invars, *equation.outvars))
+        for inner in jax.tree.leaves(equation.params, is_leaf=lambda leaf: hasattr(leaf, "eqns")):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from linear_products(inner)
+
+
+def test_a_model_in_bfloat16_that_is_loaded_on_a_cpu_multiplies_so(tmp_path):
+    checkpoint = write_checkpoint("smollm2", tmp_path / "llama")
+    model = models.load_model(str(checkpoint), dtype="bfloat16", layout="listed")
+    lora = jax.eval_shape(
+        lambda: models.Lora.init(model.config, 2, key=jax.random.key(0), layout="listed")
+    )
+    graphdef, params = nnx.split(model)
+
+    def loss(params, lora):
+        model, tokens = nnx.merge(graphdef, params), jnp.ones((1, 4), jnp.int32)
+        hidden, _ = model.hidden_states(tokens, lora=lora)
+        return jnp.sum(hidden.astype(jnp.float32) ** 2)
+
+    found = set(linear_products(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(params, lora).jaxpr))
+    assert found == {("bfloat16", "bfloat16", "float32")}
