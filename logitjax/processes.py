@@ -1,7 +1,7 @@
-"""What several processes of one run must agree on: who writes, and what is already done.
+"""How several processes of one run agree on who writes and on what is already done.
 
-Process 0 is the one that writes and decides. With one process every function here is as good as
-free, so code that calls them runs everywhere.
+Process 0 writes and decides. With a single process these functions cost almost nothing, so the same
+code runs everywhere.
 """
 
 import contextlib
@@ -20,9 +20,10 @@ Task = TypeVar("Task")
 
 
 def broadcast_from_first(make: Callable[[], Any]) -> Any:
-    """What `make()` returns on process 0, on all processes; only process 0 calls it.
+    """Returns on all processes what `make()` returns on process 0; only process 0 calls it.
 
-    Looking at a shared disk at different moments may differ: let one look and tell the others.
+    Processes that look at a shared disk at different moments may see different things. So one looks
+    and tells the others.
 
     Args:
         make: Returns anything that JSON can hold.
@@ -40,7 +41,7 @@ def broadcast_from_first(make: Callable[[], Any]) -> Any:
 
 
 def run_on_first(name: str, work: Callable[[], Any]) -> None:
-    """Process 0 does something that needs no other process; nobody goes on before it is done.
+    """Process 0 does work that needs no other process; the others wait until it is done.
 
     Raises:
         Exception: What `work` raised, on process 0; on the others an error of the same kind.
@@ -52,7 +53,7 @@ def run_on_first(name: str, work: Callable[[], Any]) -> None:
 
 @contextlib.contextmanager
 def first_before_others(name: str) -> Iterator[None]:
-    """Process 0 runs the body first; the others run it after, and find what it left on disk.
+    """Process 0 runs the body first. The others run it afterwards, and find its files on disk.
 
     Raises:
         Exception: What the body raised on process 0; on the others an error of the same kind.
@@ -105,7 +106,7 @@ def barrier(name: str) -> None:
 
 
 def local_share(tasks: Sequence[Task]) -> Sequence[Task]:
-    """This process's share of tasks that do not need each other: every `process_count`-th one."""
+    """This process's share of independent tasks: every `process_count`-th one."""
     return tasks[jax.process_index() :: jax.process_count()]
 
 
@@ -130,11 +131,11 @@ def local_copy(tree: Any) -> Any:
 
 
 def write_json(path: epath.Path, record: Any) -> None:
-    """Process 0 writes a JSON file, whole or not at all; the others go on at once."""
+    """Process 0 writes a JSON file, whole or not at all; the others do not wait."""
     if jax.process_index() == 0:
         write_atomic(path, json.dumps(record, indent=1) + "\n")
 
 
 def remove_directory(directory: epath.Path) -> None:
-    """Process 0 removes a folder that may be there; nobody goes on before it is gone."""
+    """Process 0 removes a folder if it is there; the others wait until it is gone."""
     run_on_first(f"remove {directory.name}", lambda: directory.exists() and directory.rmtree())

@@ -11,7 +11,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from experiments.graph_fusion import arms, topics
-from experiments.graph_fusion.config import DUAL, Config
+from experiments.graph_fusion.config import CROSS, DUAL, Config
 from experiments.shared.records import Record, kept
 from logitjax import data, distillation, models, processes, training
 
@@ -59,6 +59,10 @@ def course(config: Config, settings: arms.Settings, seed: int) -> distillation.C
 
 def make_reading(config: Config) -> distillation.Reading:
     """What the sources read, and how much of what they say is kept."""
+    losses = dict.fromkeys(name for arm in config.loss for name in arm.split("+"))
+    if losses.keys() & set(CROSS):
+        # A run with one arm leaves caches that another arm of the same folder can use.
+        losses["alm"] = None
     return distillation.Reading(
         data=config.data,
         teachers=config.sources,
@@ -68,7 +72,7 @@ def make_reading(config: Config) -> distillation.Reading:
         batch_size=config.eval_batch,
         dtype=config.dtype,
         layout=config.layout,
-        losses=tuple(dict.fromkeys(name for arm in config.loss for name in arm.split("+"))),
+        losses=tuple(losses),
     )
 
 

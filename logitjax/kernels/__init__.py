@@ -1,21 +1,20 @@
-"""Kernels for CPUs, where XLA's compiler has no fast form of what decoding a cheap head needs.
+"""C++ kernels for CPUs, for operations that XLA's compiler does slowly when a cheap head decodes.
 
-Sums of look-ups in small tables, products with chosen rows, and the places of the largest entries,
-in C++ that XLA calls (``jax.ffi``). Nothing needs them: `logitjax.ops` and `logitjax.vq` give
-the same results without, and take these where they are built and a program has one device, a CPU ::
+They compute sums of look-ups in small tables, products with chosen rows, and the indices of the
+largest entries. XLA calls them through ``jax.ffi``. They are optional: `logitjax.ops` and
+`logitjax.vq` return the same results without them, and use them where they are built and a program
+has one device, a CPU ::
 
     python -m logitjax.kernels
 
 builds them with the machine's C++ compiler (``CXX``, else c++, g++ or clang++) into the user's
-cache. ``LOGITJAX_NATIVE=0`` leaves them unused, e.g. for ``jax.export``; ``LOGITJAX_NATIVE=1`` uses
-them with several devices too, each of which then gets all rows of what they are given.
+cache. With ``LOGITJAX_NATIVE=0`` they are not used, e.g. for ``jax.export``. With
+``LOGITJAX_NATIVE=1`` they are used with several devices too; each device then gets all rows of
+their arguments.
 
-A checksum lies beside the library: a file that was cut short is never loaded, and built again when
-asked for. ``CXXFLAGS`` adds flags of the compiler, e.g. a sanitizer's, and makes a library of its
-own.
-
-Operations stand over these: `ops` chooses between a kernel and XLA, and a kernel knows nothing of
-what calls it.
+A checksum lies beside the library. A file that was cut short is never loaded, and the command
+builds it again. ``CXXFLAGS`` adds flags for the compiler, e.g. of a sanitizer; each set of flags
+has a library of its own.
 """
 
 import ctypes
@@ -43,10 +42,10 @@ _TARGETS = ("lookup_sums", "row_products", "largest_ids")
 
 
 def build() -> pathlib.Path:
-    """Compiles the kernels for this machine, unless they are, and says where they lie.
+    """Compiles the kernels for this machine unless that is done, and returns the library's path.
 
     Raises:
-      RuntimeError: there is no C++ compiler, or it fails; with what it said.
+      RuntimeError: there is no C++ compiler, or it fails; the message has what it printed.
     """
     library = _library()
     if _whole(library):
@@ -58,7 +57,7 @@ def build() -> pathlib.Path:
         raise RuntimeError("no C++ compiler: install g++ or clang++, or name one in CXX")
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as directory:
-        # Another process may be building too: whole or not there.
+        # Another process may be building too: the library appears whole or not at all.
         made = pathlib.Path(directory) / library.name
         flags = [*_FLAGS, *_extra_flags(), f"-I{jax.ffi.include_dir()}"]
         command = [*compiler, *flags, str(_SOURCE), "-o", str(made)]
@@ -67,16 +66,16 @@ def build() -> pathlib.Path:
             raise RuntimeError(f"{shlex.join(command)} failed:\n{done.stderr[-4000:]}")
         checksum = digest(made)
         made.replace(library)
-        # Last: a library without its checksum is one that is built again.
+        # Last, because a library without its checksum is built again.
         write_atomic(_checksum_of(library), checksum)
     return library
 
 
 def in_use() -> bool:
-    """Whether programs traced now take the kernels when they run on a CPU.
+    """Whether programs that are traced now use the kernels when they run on a CPU.
 
     Raises:
-      RuntimeError: ``LOGITJAX_NATIVE=1``, and they are not built.
+      RuntimeError: ``LOGITJAX_NATIVE=1``, but the kernels are not built.
     """
     wish = os.environ.get("LOGITJAX_NATIVE", "")
     if wish == "0" or (not wish and jax.device_count() != 1):
@@ -87,7 +86,7 @@ def in_use() -> bool:
 
 
 def on_cpu(native: Callable[..., Any], otherwise: Callable[..., Any], *args: jax.Array) -> Any:
-    """``native(*args)`` where that runs on a CPU and kernels are `in_use`, else ``otherwise``."""
+    """``native(*args)`` on a CPU if the kernels are `in_use`, else ``otherwise(*args)``."""
     if not in_use():
         return otherwise(*args)
     return lax.platform_dependent(*args, cpu=native, default=otherwise)
@@ -112,18 +111,18 @@ def lookup_sums(tables: jax.Array, blocks: jax.Array) -> jax.Array:
 
 
 def row_products(vectors: jax.Array, rows: jax.Array, ids: jax.Array) -> jax.Array:
-    """Products of each vector with rows of its own, which are read where they lie.
+    """Products of each vector with rows chosen for it; the rows are not copied.
 
     Args:
       vectors: ``[n, d]``, float32.
       rows: ``[v, d]``, float32 or bfloat16.
-      ids: ``[n, m]``, int32; what lies outside is taken for the nearest end.
+      ids: ``[n, m]``, int32; an id outside of the rows stands for the nearest one.
 
     Returns:
       ``[n, m]``, float32.
 
     Raises:
-      ValueError: there are no rows to take the nearest of.
+      ValueError: there are no rows.
     """
     if not rows.shape[0] and ids.size:
         raise ValueError(f"rows: expected at least one row, got shape {rows.shape}")
@@ -131,14 +130,14 @@ def row_products(vectors: jax.Array, rows: jax.Array, ids: jax.Array) -> jax.Arr
 
 
 def largest_ids(values: jax.Array, k: int) -> jax.Array:
-    """Where the k largest entries of each row are, in the order of `jax.lax.top_k`.
+    """Indices of the k largest entries of each row, in the order of `jax.lax.top_k`.
 
-    Largest first, equal ones lowest index first. 0.0 is larger than -0.0, and nan larger than all;
-    with its sign set it is smaller than all.
+    The largest comes first; of equal entries the lowest index does. 0.0 is larger than -0.0. A nan
+    is larger than all numbers, or smaller than all if its sign is set.
 
     Args:
       values: ``[n, v]``, float32.
-      k: how many, 1..v.
+      k: number of entries, 1 to v.
 
     Returns:
       ``[n, k]``, int32.
@@ -155,12 +154,12 @@ def _call(name: str, result: Any) -> Callable[..., Any]:
 
 @functools.cache
 def _loaded() -> bool:
-    """Loads what `build` left, once a process."""
+    """Loads the library that `build` made, once a process."""
     try:
         library = _library()
         if not library.exists():
             return False
-        # The loader maps a file that was cut short, and dies of what is missing.
+        # The loader would map a file that was cut short, and crash at what is missing.
         if not _whole(library):
             raise OSError(f"{library} differs from its checksum: python -m logitjax.kernels")
         symbols = ctypes.CDLL(str(library))
@@ -193,7 +192,7 @@ def _extra_flags() -> list[str]:
 
 @functools.cache
 def _library() -> pathlib.Path:
-    """A file of this source, these flags, this jax and this processor."""
+    """The library's path, which depends on source, flags, version of jax and processor."""
     info = pathlib.Path("/proc/cpuinfo")
     text = info.read_text() if info.exists() else ""
     flags = [line for line in text.splitlines() if line.startswith(("flags", "Features"))][:1]

@@ -1,7 +1,8 @@
-"""Operations the other packages share: top-k, safe softmax, means.
+"""Operations that the other packages share: top-k, a safe softmax, masked means.
 
-`ops.checks` refuses arguments and says which, what was expected and what came; `ops.sharding` is
-for code that runs on a mesh: names of axes, rows of a batch, rules for the leaves of a pytree.
+`ops.checks` checks arguments: its errors name the argument, what was expected and what came.
+`ops.sharding` is for code that runs on a mesh: names of axes, rows of a batch, and rules that say
+how the leaves of a pytree are split.
 """
 
 from logitjax.ops import checks as checks

@@ -1,4 +1,4 @@
-"""logsumexp and log_softmax that stay finite in the gradient whatever is masked."""
+"""logsumexp and log_softmax whose gradients stay finite whatever is masked."""
 
 import functools
 
@@ -88,26 +88,26 @@ def log_softmax(
 
 
 def soft_cap(logits: jax.Array, cap: float) -> jax.Array:
-    """Bounds logits smoothly, `cap tanh(logits / cap)`; those at `-inf` stay there."""
-    # The cap of -inf would be -cap: an entry that does not exist would come to life.
+    """Bounds logits smoothly by `cap tanh(logits / cap)`; `-inf` stays `-inf`."""
+    # The formula makes -inf a finite -cap: an entry that does not exist would get a probability.
     return jnp.where(logits == -jnp.inf, -jnp.inf, cap * jnp.tanh(logits / cap))
 
 
 def neginf_to_zero(values: jax.Array) -> jax.Array:
-    """Replaces `-inf`, what there is none of, by zero, without a gradient there.
+    """Replaces `-inf`, which stands for an entry that does not exist, by zero without a gradient.
 
-    An infinity or a nan stays: a number made of it shall not pass for one.
+    `inf` and nan stay, so that what is computed from them shows that something went wrong.
     """
     return jnp.where(values == -jnp.inf, 0.0, values)
 
 
 def psum(values: jax.Array, axis_name: AxisName | None) -> jax.Array:
-    """Sums over the shards of the vocabulary, if there are any."""
+    """Sums over the shards of a vocabulary; without an axis name there is one shard."""
     return values if axis_name is None else lax.psum(values, axis_name)
 
 
-# A rule of its own, so that the derivative is one pass exp(logits - log Z) over what is there
-# anyway: autodiff would keep exp(logits - max) from the forward pass.
+# With a rule of its own the derivative is one pass, exp(logits - log Z), over logits that are kept
+# anyway. Autodiff would keep exp(logits - max) from the forward pass too.
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def _logsumexp(logits: jax.Array, axis: int, axis_name: AxisName | None) -> jax.Array:
     peak = logits.max(axis)

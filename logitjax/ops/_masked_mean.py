@@ -1,4 +1,4 @@
-"""The mean over the positions that count, and gradients from them alone."""
+"""The mean over the positions that a mask keeps, and gradients from these positions alone."""
 
 from typing import Any
 
@@ -50,14 +50,14 @@ def masked_mean(
 def gradient_where(
     values: Float[Array, "..."], where: Bool[Array, "..."]
 ) -> Float[jax.Array, "..."]:
-    """The values as they are, with a derivative of zero where `where` is False.
+    """The values unchanged, with a derivative of zero where `where` is False.
 
-    A loss that masks its result still multiplies a cotangent of zero with the derivative at what it
-    masked, which is nan where that is infinite or nan. This stops it, at one select in the backward
-    pass and nothing in the forward one.
+    A loss that masks its result still multiplies a cotangent of zero by the derivative at each
+    masked position. Where that derivative is infinite or nan, the product is nan. This function
+    prevents it. It costs one select in the backward pass and nothing in the forward pass.
 
     Args:
-        values: `[*batch, ...]`, any number of axes behind those of `where`.
+        values: `[*batch, ...]`, with any number of axes after those of `where`.
         where: `[*batch]` boolean.
 
     Returns:
@@ -65,7 +65,7 @@ def gradient_where(
 
     Raises:
         TypeError: `where` is not boolean.
-        ValueError: its axes are not the first ones of `values`.
+        ValueError: the axes of `where` are not the first ones of `values`.
 
     >>> import numpy as np
     >>> def loss(x, where):

@@ -1,4 +1,4 @@
-"""The few positions that count, in an array of fixed length."""
+"""Gathers the few positions that count into an array of fixed length."""
 
 import math
 from typing import Any
@@ -10,23 +10,24 @@ from logitjax.ops import checks
 
 
 class Positions:
-    """Where something counts, gathered first of all, and the way back.
+    """Gathers the positions of a batch that count, and puts results back where they came from.
 
-    Of a batch of questions only answers' tokens meet the head, whose product is most of the work of
-    a small model. How many those are differs from step to step, shapes may not: they go into
-    `most` places, the rest of which holds some position again, which `counted` leaves out.
+    In a batch of questions and answers only the tokens of answers need the head, whose product is
+    most of the work of a small model. Their number differs from step to step, but shapes must not.
+    So they are gathered into `most` places. Places that are left over repeat some position, and
+    `counted` is False for them.
 
     Attributes:
-        counted: bool `[most]`, which of the places hold a position that counts; `where` itself
-            when all positions are kept.
-        fits: bool scalar, whether the positions that count are at most `most`. If not, the last
-            ones are missing.
+        counted: bool `[most]`, True for places that hold a position that counts. It is `where`
+            itself when all positions are kept.
+        fits: bool scalar, whether at most `most` positions count. If more do, the last ones are
+            missing.
 
     Args:
         where: bool `[...]`, which positions count.
-        most: places; all positions stay where they are when None, or when there are no more of
-            them. Leave it None where positions are split over devices: gathering them would move
-            them.
+        most: number of places. With None, or with no more positions than that, all positions stay
+            where they are. Leave it None where positions are split over devices, because gathering
+            would move them between devices.
 
     Raises:
         ValueError: `most` is not positive.
@@ -58,7 +59,7 @@ class Positions:
             self.fits = where.sum() <= most
 
     def pick(self, values: Any) -> jax.Array:
-        """`[..., *rest]` to `[most, *rest]`."""
+        """Gathers `[..., *rest]` into `[most, *rest]`."""
         values = jnp.asarray(values)
         if values.shape[: len(self._shape)] != self._shape:
             raise ValueError(f"values: expected {self._shape} first, got shape {values.shape}")
@@ -68,7 +69,7 @@ class Positions:
         return flat.at[self._at].get(mode="clip")
 
     def put(self, values: Any) -> jax.Array:
-        """`[most, *rest]` back to `[..., *rest]`, zero where nothing counts."""
+        """Puts `[most, *rest]` back into `[..., *rest]`, with zeros where nothing counts."""
         values = jnp.asarray(values)
         if self._at is None:
             return values

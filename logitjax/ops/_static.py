@@ -1,12 +1,12 @@
-"""Python values as arguments that `jax.jit` compares."""
+"""Python values as static arguments of `jax.jit`."""
 
 from typing import Any
 
 
 class Static:
-    """A value that jit compares by what it is made of, its hash taken once.
+    """A static argument that `jax.jit` compares by value; its hash is taken once.
 
-    What cannot be hashed, as a strategy that holds arrays, equals only itself.
+    A value that cannot be hashed, such as a strategy that holds arrays, equals only itself.
 
     >>> Static((1, 2)) == Static((1, 2))
     True

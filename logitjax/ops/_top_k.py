@@ -27,22 +27,21 @@ def top_k(
     axis_name: AxisName | None = None,
     group_size: int = 128,
 ) -> tuple[Shaped[jax.Array, "*batch k"], Int[jax.Array, "*batch k"]]:
-    """The k largest entries along the last axis, largest first, and where they are.
+    """The k largest entries along the last axis, largest first, and their indices.
 
-    Gives what `jax.lax.top_k` gives, equal values lowest index first. The k largest entries lie in
-    the k groups with the largest maxima, so it is enough to look for them there: maximum of each
-    group of `group_size` neighbours, top-k groups, top-k of their entries. Where that saves nothing
-    (small vocabulary, large k) it is `jax.lax.top_k` itself.
+    It returns what `jax.lax.top_k` returns; of equal values the lowest index comes first. The k
+    largest entries lie in the k groups with the largest maxima. So it takes the maximum of each
+    group of `group_size` neighbours, then the top k groups, then the top k of their entries. Where
+    that saves nothing (small vocabulary, large k) it calls `jax.lax.top_k` itself.
 
     Args:
-        values: `[*batch, vocab]`. `-inf` entries come last. Two stages of XLA may miss a nan, and
-            take a -0.0 where a 0.0 of another group would come first; one stage, and
-            `logitjax.kernels`, have the order of `jax.lax.top_k` for these too.
-        k: how many, at most the vocabulary.
+        values: `[*batch, vocab]`. `-inf` entries come last. The two stages in XLA may miss a nan,
+            and may take a -0.0 where a 0.0 of another group should come first. A single stage and
+            `logitjax.kernels` order these too as `jax.lax.top_k` does.
+        k: number of entries, at most the size of the vocabulary.
         axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that axis.
-            Each shard then sends its own k candidates, and the indices count over the whole
-            vocabulary.
-        group_size: neighbours per group.
+            Each shard then sends its own k candidates, and indices refer to the whole vocabulary.
+        group_size: number of neighbours in a group.
 
     Returns:
         `(values, indices)`, both `[*batch, k]`: the dtype of `values`, and int32. Differentiable in
@@ -86,18 +85,18 @@ def gather_at(
 
     Args:
         values: `[*batch, vocab]`.
-        ids: `[*batch, k]`, within the vocabulary. Under `jit`, an id that is not gives nan (of
-            integers the smallest).
+        ids: `[*batch, k]`, within the vocabulary. Under `jit`, an id outside of it gives nan (the
+            smallest integer where `values` are integers).
         axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that axis.
-            `ids` count over the whole vocabulary.
+            `ids` then refer to the whole vocabulary.
 
     Returns:
         `[*batch, k]`, the dtype of `values`.
 
     Raises:
         TypeError: `ids` are not integers.
-        ValueError: the leading axes differ, an id is outside of the vocabulary, or this is sharded
-            over an Explicit mesh axis and `axis_name` is not given.
+        ValueError: the leading axes differ, an id is outside of the vocabulary, or the vocabulary
+            is sharded over an Explicit mesh axis and `axis_name` is not given.
 
     >>> import jax.numpy as jnp
     >>> gather_at(jnp.array([[1.0, 2.0, 3.0]]), jnp.array([[2, 0]]))
@@ -150,13 +149,11 @@ class TopK:
         vocab_where: Bool[Array, "..."] | None = None,
         axis_name: AxisName | None = None,
     ) -> "TopK":
-        """The top k of full logits.
-
-        For a temperature, give `logits / temperature`.
+        """The top k of full logits; for a temperature, give `logits / temperature`.
 
         Args:
             logits: `[*batch, vocab]`.
-            k: how many to keep, at most the vocabulary.
+            k: number of logits to keep, at most the size of the vocabulary.
             vocab_where: boolean, broadcastable to `logits`: True for the entries that exist.
             axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis: that
                 axis.

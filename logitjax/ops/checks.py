@@ -1,8 +1,8 @@
 """Argument checks: each error names the argument, what was expected and what came.
 
-Shapes and types are looked at wherever a function is called. Values are looked at outside of `jit`
-alone, and only where that is cheap: in arrays of numpy, and in those of a device up to
-`MOST_FETCHED` entries. Nothing else is fetched, so no step ever waits for a check of its logits.
+Shapes and types are checked wherever a function is called. Values are checked only outside of
+`jit`, and only where that is cheap: in numpy arrays, and in device arrays of at most `MOST_FETCHED`
+entries. Nothing else is fetched, so no step ever waits for a check of its logits.
 """
 
 from collections.abc import Callable
@@ -30,9 +30,9 @@ MOST_FETCHED = 2**18
 def as_float(
     values: Array, name: str, vocab_where: Array | None = None, where_name: str = "vocab_where"
 ) -> jax.Array:
-    """Returns `values` in float32 (float64 stays where x64 is on); integers are a TypeError.
+    """Returns `values` in float32, with `-inf` where `vocab_where` excludes an entry.
 
-    Of logits, those that `vocab_where` excludes are `-inf`.
+    float64 stays float64 where x64 is on. Integers raise a TypeError.
     """
     values = jnp.asarray(values)
     if not jnp.issubdtype(values.dtype, jnp.floating):
@@ -91,7 +91,7 @@ def shapes(**arrays: tuple[Any, str]) -> None:
 
 
 def axis(axis: int, shape: tuple[int, ...], name: str) -> int:
-    """Returns `axis` counted from the front; there has to be something along it."""
+    """Returns `axis` counted from the front, and checks that it has at least one entry."""
     ndim = len(shape)
     if not -ndim <= axis < ndim:
         raise ValueError(f"axis: expected one of the {ndim} axes of {name}, got {axis}")
@@ -101,7 +101,7 @@ def axis(axis: int, shape: tuple[int, ...], name: str) -> int:
 
 
 def ids(values: Any, count: int, name: str, *, least: int = 0) -> None:
-    """Checks integers, and that those that can be looked at are `least` to `count - 1`."""
+    """Checks that values are integers and, where they can be read, `least` to `count - 1`."""
     if not jnp.issubdtype(values.dtype, jnp.integer):
         raise TypeError(f"{name}: expected integers, got {values.dtype}")
     held = _held(values)
@@ -110,25 +110,25 @@ def ids(values: Any, count: int, name: str, *, least: int = 0) -> None:
 
 
 def values(values: Any, fine: Callable[[np.ndarray], np.ndarray], name: str, expected: str) -> None:
-    """Checks numbers that can be looked at, each for itself."""
+    """Checks each number by itself, where numbers can be read."""
     held = _held(values)
     if held is not None:
         _refuse(held, ~fine(held), name, expected)
 
 
 def unit_rows(values: Any, name: str) -> None:
-    """Checks that rows that can be looked at have length one; a row of zeros stands for none."""
+    """Checks that rows have length one, where they can be read; a row of zeros means no row."""
     held = _held(values)
     if held is None:
         return
     length = np.sqrt(np.square(held.astype(np.float32)).sum(-1))
-    # Rows that a cache held in half precision are off by a thousandth.
+    # Rows from a cache in half precision are off by a thousandth.
     wrong = ~(np.abs(length - 1) <= 1e-2) & (length != 0)
     _refuse(length, wrong, name, "rows of length one")
 
 
 def _held(values: Any) -> np.ndarray | None:
-    """Values on the host, where looking at them costs nothing; else None."""
+    """Values on the host, where reading them costs nothing; else None."""
     if isinstance(values, np.ndarray):
         return values
     fetched = isinstance(values, jax.Array) and not isinstance(values, Tracer)

@@ -1,7 +1,7 @@
-"""Where things lie on a mesh: rows of a batch, and the leaves of a pytree by rules on their paths.
+"""How rows of a batch and leaves of a pytree are split over a mesh.
 
-JAX asks of gathers, sorts and scatters where their result lies when an axis is Explicit. They never
-move data between rows of the batch, so the answer is always: as the input does.
+When a mesh axis is Explicit, JAX wants to know how the result of a gather, sort or scatter is
+split. These never move data between rows of a batch, so the answer is always: as the input is.
 """
 
 import dataclasses
@@ -23,11 +23,12 @@ VOCABULARY_AXES = ("tensor",)
 
 
 def auto_axes(names: Sequence[str], size: int) -> tuple[str, ...]:
-    """Those of the named axes that a dimension of this size can be split over here.
+    """Which of the named axes a dimension of this size can be split over here.
 
-    They are axes of the mesh in whose context this is traced; there are none without such a context
-    (`logitjax.training.TrainStep` makes one), where they do not divide the size, and where an axis
-    of the mesh is Explicit. Axes that are Manual, inside `shard_map`, are split already.
+    The axes are those of the mesh in whose context this is traced (`logitjax.training.TrainStep`
+    makes such a context). The result is empty without a context, where the axes do not divide the
+    size, and where an axis of the mesh is Explicit. Axes that are Manual, inside `shard_map`, are
+    split already and left out.
 
     >>> auto_axes(BATCH_AXES, 8)
     ()
@@ -49,9 +50,9 @@ def over_batch(fn: Callable[..., Any], out_ndims: tuple[int, ...], *args: jax.Ar
 
     Args:
         fn: returns a tuple of arrays, as many as `out_ndims` has entries.
-        out_ndims: per result, its number of axes; the leading ones are the batch axes of `args[0]`
-            and are laid out like those.
-        *args: arrays that share the leading axes of the first, or are the same for all of them.
+        out_ndims: number of axes of each result. The leading ones are the batch axes of `args[0]`,
+            and are split in the same way.
+        *args: arrays that share the leading axes of the first, or belong to all rows.
     """
     sharding = jax.typeof(args[0]).sharding
     mesh = sharding.mesh
@@ -93,17 +94,18 @@ def path_mask(tree: Any, pattern: str) -> Any:
 class ShardingRules:
     """An ordered list of `(path regular expression, PartitionSpec)`: the first match decides.
 
-    A specification is for the *last* dimensions of the leaf: one rule fits a layer and a stack of
-    layers, whose leading dimension stays whole. Optimizer states carry their parameters' paths, and
-    so the same rules shard them; leaves with fewer dimensions than the specification (counters,
-    factored moments) are replicated.
+    A specification is for the *last* dimensions of a leaf. So one rule fits a layer and also a
+    stack of layers, whose leading dimension stays whole. The paths of an optimizer's state contain
+    those of its parameters, so the same rules shard it. Leaves with fewer dimensions than the
+    specification (counters, factored moments) are replicated.
 
     Attributes:
-        rules: the list. Matching is `re.search` in `layers/0/attention/query/kernel`.
-        unmatched: what happens to a leaf that no rule matches: `replicate`, or `fsdp`, its
-            largest dimension that the `fsdp` axis divides.
-        strict: raise if a mesh axis does not divide its dimension. Otherwise that dimension of that
-            leaf stays whole (3 key-value heads on `tensor:2`), which is logged.
+        rules: the list. Matching is `re.search` in a path such as
+            `layers/0/attention/query/kernel`.
+        unmatched: what happens to a leaf that no rule matches: `replicate`, or `fsdp`, which splits
+            its largest dimension that the `fsdp` axis divides.
+        strict: whether it is an error if a mesh axis does not divide its dimension. Otherwise that
+            dimension stays whole (3 key-value heads on `tensor:2`), which is logged.
 
     >>> from jax.sharding import PartitionSpec as P
     >>> rules = ShardingRules(rules=(("kernel$", P("fsdp", "tensor")),))
