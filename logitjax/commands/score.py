@@ -10,6 +10,9 @@ The scores are nats, perplexity a token, and bits a byte of UTF-8, by which mode
 tokenizers can be compared. A text longer than `--max_length` is read in windows that overlap by
 half.
 
+A space at the end of a prompt is scored with the answer, as lm-evaluation-harness does: most tokens
+of words begin with their space.
+
 `--choices` is a file of rows `{"prompt", "choices", "answer"}`, with answers counted from 0. The
 scores are the log-likelihood of every choice, and how often the right one is the likeliest, in
 total and per byte. Tasks of lm-evaluation-harness run over `logitjax.integrations.lm_eval`.
@@ -194,6 +197,9 @@ def _windows(ids: np.ndarray, most: int) -> list[Row]:
 
 def _answer_row(tokenizer: models.Tokenizer, prompt: str, answer: str, most: int, name: str) -> Row:
     """A prompt's last tokens and its answer."""
+    # Cut apart, "is " and "Paris" would be tokens that no text has.
+    begins = prompt.rstrip(" ")
+    prompt, answer = begins, prompt[len(begins) :] + answer
     if not prompt:
         ids = np.asarray([_first_id(tokenizer), *tokenizer.encode(answer)], np.int32)
         where = np.arange(len(ids)) > 0

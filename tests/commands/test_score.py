@@ -35,6 +35,18 @@ def test_a_row_that_is_no_question_is_refused_with_its_line(tmp_path):
         score.run(score.Config(), epath.Path(tmp_path))
 
 
+def test_a_space_at_a_prompts_end_is_read_with_the_answer():
+    tokenizer = models.load_tokenizer("smollm2")
+    rows = [
+        score._answer_row(tokenizer, prompt, answer, 64, "row")
+        for prompt, answer in (("The capital is ", "Paris."), ("The capital is", " Paris."))
+    ]
+    for found, expected in zip(*rows, strict=True):
+        np.testing.assert_array_equal(found, expected)
+    ids, where = rows[0]
+    assert tokenizer.decode(ids[where].tolist()) == " Paris."
+
+
 @pytest.mark.every_change
 @pytest.mark.slow
 def test_scores_are_the_sums_of_the_models_own_log_probabilities(tmp_path):
