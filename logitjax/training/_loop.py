@@ -43,8 +43,8 @@ class LoopOptions:
 
     Attributes:
       checkpoint_every: steps between checkpoints; the last step is always saved.
-      log_every: steps between log lines: means of all metrics since the last, ``tokens_per_second``
-        (by the count of the loss) and ``seconds_per_step``.
+      log_every: steps between log lines: means of all metrics since the last, ``seconds_per_step``,
+        and ``tokens_per_second`` by the count of the loss, unless that counts one a step.
       eval_every: steps between evaluations; the last step is always evaluated.
       progress: a tqdm bar, if standard error is a terminal.
       profile_steps: number of steps that ``jax.profiler`` traces into ``workdir/profile``, from
@@ -149,7 +149,10 @@ def train_loop(
                 elapsed = time.perf_counter() - clock
                 if step > logged:
                     scalars["seconds_per_step"] = elapsed / (step - logged)
-                    scalars["tokens_per_second"] = (sums["loss"][1] - untimed) / elapsed
+                    counted = sums["loss"][1] - untimed
+                    # A loss that is the mean of a batch counts steps.
+                    if counted > step - logged:
+                        scalars["tokens_per_second"] = counted / elapsed
                 writer.write_scalars(step, scalars)
                 if bar is not None:
                     bar.set_postfix(loss=f"{scalars['loss']:.4g}")

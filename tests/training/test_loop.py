@@ -333,6 +333,24 @@ def test_host_stays_one_step_ahead():
     assert events.index(("read", 2)) > events.index(("dispatch", 3))
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_tokens_a_second_are_those_of_a_loss_that_counts_tokens(count, tmp_path):
+    def step_fn(state, batch):
+        return state, StepOutput({"loss": (1.0, float(count))}, True)
+
+    training.train_loop(
+        TrainState(np.int32(0), {}, {}, None),
+        step_fn,
+        lambda step: step,
+        total_steps=3,
+        writer=training.make_writer(tmp_path),
+        options=training.LoopOptions(log_every=1),
+    )
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert ("tokens_per_second" in last) == (count > 1)
+    assert last["seconds_per_step"] > 0
+
+
 @pytest.mark.every_change
 @pytest.mark.slow
 def test_steps_are_profiled_on_request(tmp_path):
