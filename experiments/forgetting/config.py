@@ -64,7 +64,9 @@ class Config:
     max_length: int = field(256, "Largest number of tokens of a row.")
     new_tokens: int = field(48, "Largest number of tokens of a generated answer.")
     eval_batch: int = field(4, "Number of rows that are scored at once.")
-    thorough: bool = field(True, "Also run attacks that sample or take gradients.")
+    thorough: bool = field(
+        True, "Also run attacks that sample or take gradients, on the first seed."
+    )
     relearn_rates: tuple[float, ...] = field(
         (1e-4, 5e-4, 2e-3), "Learning rates of teaching again."
     )

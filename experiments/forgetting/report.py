@@ -26,7 +26,8 @@ _NOTES = (
 )
 _ATTACKS = (
     "Median probabilities of the answers to forget, shares of them, or AUC (0.5 is a guess; far "
-    "from it, on either side, rows are given away). Only what is above the control counts."
+    "from it, on either side, rows are given away). Only what is above the control counts. Attacks "
+    "that sample or take gradients: first seed."
 )
 
 

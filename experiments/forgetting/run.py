@@ -113,17 +113,19 @@ class Run:
         if name == "control":
             return self._asked(Deployed(model=self.start))
         number = int(name.rpartition("-")[2])
-        return self._asked(Deployed(model=self._taught(name, self.scene.kept, number)))
+        taught = self._taught(name, self.scene.kept, number)
+        return self._asked(Deployed(model=taught), seed=number)
 
-    def _asked(self, model: Deployed, *, relearns: bool = True) -> Record:
+    def _asked(self, model: Deployed, *, seed: int = 0) -> Record:
         """What a model says, how it is attacked, and what comes back by teaching."""
         config, questions = self.config, self.questions
+        thorough = config.thorough and not seed
         record: Record = {
             "examined": unlearning.examine(
                 model,
                 questions,
-                thorough=config.thorough,
-                reference=Deployed(model=self.start) if config.thorough else None,
+                thorough=thorough,
+                reference=Deployed(model=self.start) if thorough else None,
             ),
             "truth ratios": self._log_ratios(model),
         }
@@ -131,14 +133,13 @@ class Run:
             record["topics"] = self._topics.accuracy(
                 model, batch_size=config.eval_batch, pad_id=questions.pad_id
             )
-        if relearns:
-            record["relearning"] = unlearning.relearning(
-                model,
-                questions,
-                rates=config.relearn_rates,
-                steps=config.relearn_steps,
-                seeds=config.relearn_seeds,
-            )
+        record["relearning"] = unlearning.relearning(
+            model,
+            questions,
+            rates=config.relearn_rates,
+            steps=config.relearn_steps,
+            seeds=config.relearn_seeds,
+        )
         return record
 
     def _log_ratios(self, model: Deployed) -> list[float]:
@@ -169,7 +170,7 @@ class Run:
         rate, trial, found = max(trials, key=lambda one: _standing(one[2]))
         # Where nothing is feasible, what comes nearest the goal is shown, and said to be none.
         shown = found.chosen or min(found.candidates, key=lambda c: c["gap"])
-        record = self._asked(trial.deployed(shown))
+        record = self._asked(trial.deployed(shown), seed=seed)
         if method.endswith(ALL):
             # Each look is a whole model, and all that is shown of it is in the record.
             for folder in (self.workdir / "trials" / method).glob("*/candidates/step-*"):

@@ -44,7 +44,7 @@ def attacks(
     Args:
       model: As it answers.
       questions: What it is asked.
-      thorough: Those that train, sample or take gradients too, which take minutes.
+      thorough: Those that sample or take gradients too, which take minutes.
       reference: A model that never knew, for the attack that compares.
 
     Returns:
@@ -67,7 +67,7 @@ def attacks(
         nll = questions.scores(_rounded(model, bits), "forget").nll
         found[f"weights rounded to {bits} bits"] = _probability(nll)
     if thorough:
-        found |= _relearned(model, questions) | _sampled(model, questions)
+        found |= _sampled(model, questions)
     found["extraction strength"] = _share(extraction_strength, words)
     found["exact memorisation"] = _share(exact_memorisation, words)
     if questions.rows["holdout"]:
@@ -85,8 +85,8 @@ def _rounded(model: Deployed, bits: int) -> Deployed:
     return dataclasses.replace(model, model=rounded, assistant=assistant)
 
 
-def _relearned(model: Deployed, questions: Questions) -> Attacks:
-    """The worst of a few rates and steps."""
+def relearned(model: Deployed, questions: Questions) -> Attacks:
+    """What comes back when a quarter is taught again, by the worst of a few rates and steps."""
     if len(questions.rows["forget"]) < 2:
         return {}
     tried = relearning(model, questions)

@@ -20,7 +20,7 @@ def examine(
       model: The model as it is deployed.
       questions: Parts `forget`, `reworded_test`, `role`, `holdout` and `test`, of which any may be
         empty but the first.
-      thorough: Also run attacks that train, sample or take gradients, which take minutes.
+      thorough: Also run attacks that sample or take gradients, which take minutes.
       reference: A model that never knew what is forgotten.
 
     Returns:

@@ -26,6 +26,7 @@ from logitjax.models import (
     with_layout,
 )
 from logitjax.storage import write_atomic
+from logitjax.unlearning._attacks import relearned
 from logitjax.unlearning._deployed import Deployed, merged
 from logitjax.unlearning._examine import examine
 from logitjax.unlearning._instead import invented, refusals
@@ -152,7 +153,10 @@ class Unlearning:
 
     def _examined(self, side: Deployed) -> dict[str, Any]:
         thorough = self.config.thorough
-        return examine(side, self.questions, thorough=thorough, reference=self._reference)
+        found = examine(side, self.questions, thorough=thorough, reference=self._reference)
+        if thorough:
+            found["attacks"] |= relearned(side, self.questions)
+        return found
 
     @functools.cached_property
     def _before(self) -> dict[str, Any]:

@@ -146,7 +146,7 @@ def test_a_method_with_a_constraint_runs_and_every_attack_is_reported(files, tmp
     assert attacks["before"]["membership by loss"]["auc"] == 1.0
     assert attacks["before"]["extraction strength"]["share"] > 0.8
     assert attacks["control"]["extraction strength"]["share"] < 0.3
-    assert "The control never knew." in (out / "report.md").read_text()
+    assert "The control never knew the answers." in (out / "report.md").read_text()
 
 
 @pytest.mark.slow
