@@ -71,12 +71,14 @@ def _rows(results: Record, drop: Record) -> list[Record]:
         rows.append({"arm": "whole"} | _scores([results["whole"]]))
     name = f"without {drop['layers']} layers" if drop["layers"] else "before"
     rows.append({"arm": name} | _scores([drop["before"]]))
+    plain = drop["arms"].get("sft", {"runs": ()})["runs"]
     for arm, found in drop["arms"].items():
         runs = found["runs"]
         rows.append(
             {"arm": NAMES[arm]}
             | _scores(runs)
             | {
+                "bits a byte below SFT": _below(runs, plain) if arm != "sft" else None,
                 "trained tokens/s": spread(runs, "trained_tokens_per_second"),
                 "rate": f"{runs[0]['learning_rate']:.3g}",
                 "mix": runs[0]["mix"] if arm not in ("sft", "kl_only") else None,
@@ -100,6 +102,13 @@ def _scores(records: Sequence[Mapping[str, Any]]) -> Record:
         "parameters": f"{records[0]['parameters'] / 1e6:.4g} M",
         "tokens/s": spread(records, "tokens_per_second"),
     }
+
+
+def _below(runs: Sequence[Record], plain: Sequence[Record]) -> str | None:
+    """How far runs are below those of SFT that saw the same rows in the same order."""
+    pairs = [(run, other) for run in runs for other in plain if run["seed"] == other["seed"]]
+    gains = [{"gain": other["bits_per_byte"] - run["bits_per_byte"]} for run, other in pairs]
+    return spread(gains, "gain")
 
 
 def _by_layers(results: Record) -> list[Record]:
@@ -146,7 +155,8 @@ def write_parts(config: Config, found: Mapping[str, Record], workdir: epath.Path
             f"{config.batch_size} x {config.seq_len} tokens of `{config.data}`; {_CHOSEN}"
             f"Scores are on {config.eval_rows} test rows, topics on {config.topic_rows} articles; "
             "seen: share of the labels that a loss looks at. Spread is one standard deviation over "
-            "seeds. Each part has a report of its own in its folder.\n\n"
+            "seeds. What is below SFT is paired by seed: the same rows in the same order. Each "
+            "part has a report of its own in its folder.\n\n"
         )
         tables = {name: _rows(results, results["drops"][0]) for name, results in found.items()}
         write_report(workdir, about + text, records=runs, tables=tables, pictures={})

@@ -10,7 +10,7 @@ from etils import epath
 from flax import nnx
 
 from experiments.graph_fusion import __main__ as graph_fusion
-from experiments.graph_fusion import arms, topics, train
+from experiments.graph_fusion import arms, report, topics, train
 from experiments.graph_fusion.programs import programs
 from logitjax import distillation, models, training
 
@@ -205,6 +205,15 @@ def test_graph_losses_and_layers_are_tried(tmp_path):
 
 
 @pytest.mark.slow
+def test_what_is_below_sft_is_paired_by_seed():
+    def runs(*bits):
+        return [{"seed": n, "bits_per_byte": b} for n, b in enumerate(bits)]
+
+    # Seeds differ by ten times what the arms do.
+    assert report._below(runs(0.9, 0.8, 0.7), runs(0.92, 0.81, 0.72)) == "0.01667 +- 0.005774"
+    assert report._below(runs(0.9), ()) is None
+
+
 def test_topics_are_the_likeliest_first_token_after_the_question():
     model, _ = models.load("tiny")
     student = distillation.make_student(model)
