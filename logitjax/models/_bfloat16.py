@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from logitjax import ops
+
 
 def use_cpu_products(model: nnx.Module) -> None:
     """Makes the linear layers of a model multiply with `dot_general`, in place.
@@ -41,6 +43,9 @@ def dot_general(
     plain = dimension_numbers == (((lhs.ndim - 1,), (0,)), ((), ()))
     if not (plain and rhs.ndim == 2 and lhs.dtype == rhs.dtype == jnp.bfloat16):
         return lax.dot_general(lhs, rhs, dimension_numbers, **options)
+    # In `shard_map` both sides of the rule's derivative differ wherever either does.
+    axes = ops.sharding.varying_axes(lhs) | ops.sharding.varying_axes(rhs)
+    lhs, rhs = (ops.sharding.vary(side, sorted(axes)) for side in (lhs, rhs))
     if lhs.size > lhs.shape[-1]:
         return _product(lhs, rhs)
     row = lhs.reshape(1, -1)

@@ -7,7 +7,7 @@ split. These never move data between rows of a batch, so the answer is always: a
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -69,6 +69,17 @@ def over_batch(fn: Callable[..., Any], out_ndims: tuple[int, ...], *args: jax.Ar
 
     out_sharding = tuple(spec(ndim) for ndim in out_ndims)
     return jax.sharding.auto_axes(fn, axes=explicit, out_sharding=out_sharding)(*args)
+
+
+def varying_axes(x: Any) -> frozenset[str]:
+    """Mesh axes over which `jax.shard_map` knows x to differ."""
+    return jax.typeof(x).manual_axis_type.varying
+
+
+def vary(x: Any, axes: Iterable[str]) -> Any:
+    """Marks x as differing over axes, as carries and rules of one's own need it in `shard_map`."""
+    missing = tuple(axis for axis in axes if axis not in varying_axes(x))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
 def path_string(path: Any) -> str:

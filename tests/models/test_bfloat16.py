@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from logitjax import models
 from logitjax.models import _bfloat16
@@ -41,8 +43,8 @@ def test_other_products_are_left_to_lax():
     wide = jax.ShapeDtypeStruct((1, 2, 4), jnp.float32), jax.ShapeDtypeStruct((4, 3), jnp.float32)
     assert shapes(*wide, CONTRACT).dtype == jnp.float32
     batched = (((2,), (1,)), ((0,), (0,)))
-    sides = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((2, 3, 4), (2, 4, 5)))
-    assert shapes(*sides, batched).shape == (2, 3, 5)
+    a, b = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((2, 3, 4), (2, 4, 5)))
+    assert shapes(a, b, batched).shape == (2, 3, 5)
 
 
 def linear_products(jaxpr):
@@ -72,3 +74,19 @@ def test_a_model_in_bfloat16_that_is_loaded_on_a_cpu_multiplies_so(tmp_path):
 
     found = set(linear_products(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(params, lora).jaxpr))
     assert found == {("bfloat16", "bfloat16", "float32")}
+
+
+def test_a_kernel_that_all_devices_share_gets_the_sum_of_their_gradients():
+    mesh = jax.make_mesh((2,), ("data",), (AxisType.Auto,), devices=jax.devices()[:2])
+
+    def gradient(x, kernel):
+        return jax.grad(lambda k: _bfloat16.dot_general(x, k, CONTRACT).astype("float32").sum())(
+            kernel
+        )
+
+    rng = np.random.default_rng(0)
+    x, kernel = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in ((4, 3, 8), (8, 2)))
+    split = jax.shard_map(gradient, mesh=mesh, in_specs=(P("data"), P()), out_specs=P())
+    want = np.asarray(x, np.float64).sum((0, 1))[:, None]
+    # Each device rounds its sum.
+    np.testing.assert_allclose(jax.jit(split)(x, kernel), want + np.zeros((8, 2)), atol=0.05)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from logitjax import ops
 from logitjax.losses.sweep._head import Head
 from logitjax.losses.sweep._statistic import LogitBlock, Statistic
 from logitjax.ops import Array, AxisName
@@ -61,17 +62,7 @@ class Sweep:
 
     def vary(self, tree: Any) -> Any:
         """Mark loop carries as device-varying, as `shard_map` asks of them."""
-        return jax.tree.map(lambda x: vary(x, self.varying), tree)
-
-
-def varying_axes(x: Any) -> frozenset[str]:
-    """Mesh axes over which `shard_map` knows x to differ."""
-    return jax.typeof(x).manual_axis_type.varying
-
-
-def vary(x: Any, axes: tuple[str, ...]) -> Any:
-    missing = tuple(a for a in axes if a not in varying_axes(x))
-    return lax.pcast(x, missing, to="varying") if missing else x
+        return jax.tree.map(lambda x: ops.sharding.vary(x, self.varying), tree)
 
 
 def contract(a, a_dims, b, b_dims):
