@@ -28,6 +28,7 @@ def test_the_smoke_scale_of_the_benchmark_meets_its_bars(tmp_path):
 
     options = _suite.Options(directory=tmp_path, scale="smoke", only="safetensors,gzip")
     result = files.run(options)
-    assert all(bar.met for bar in result.bars)
+    # Two kinds alone are not as many files as all.
+    assert [bar.name for bar in result.bars if not bar.met] == ["files"]
     again = files.run(options)
     assert again.rows == result.rows
