@@ -150,7 +150,8 @@ def report(rows: list[dict[str, Any]], options: _suite.Options) -> _suite.Result
     """The table and the bars, and the files that did what none may in `wrong.json`."""
     wrong = [row for row in rows if is_wrong(row)]
     write_atomic(options.directory / "wrong.json", json.dumps(wrong, indent=1) + "\n")
-    kinds = list(dict.fromkeys(row["kind"] for row in rows))
+    # Of an earlier run they come in another order.
+    kinds = [kind for kind in KINDS if any(row["kind"] == kind for row in rows)]
     table = [table_row(kind, [row for row in rows if row["kind"] == kind]) for kind in kinds]
     worst = {key: max(row[key] for row in table) for key in list(table[0])[4:]}
     memory = "most memory over 1.3 x tensors, MB"
