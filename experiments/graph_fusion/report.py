@@ -106,8 +106,9 @@ def _scores(records: Sequence[Mapping[str, Any]]) -> Record:
 
 def _below(runs: Sequence[Record], plain: Sequence[Record]) -> str | None:
     """How far runs are below those of SFT that saw the same rows in the same order."""
+    key = "bits_per_byte"
     pairs = [(run, other) for run in runs for other in plain if run["seed"] == other["seed"]]
-    gains = [{"gain": other["bits_per_byte"] - run["bits_per_byte"]} for run, other in pairs]
+    gains = [{"gain": other[key] - run[key]} for run, other in pairs if key in run and key in other]
     return spread(gains, "gain")
 
 

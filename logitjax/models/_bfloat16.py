@@ -1,11 +1,13 @@
 """Products in bfloat16 on a CPU, where XLA has fast ones only if they end in float32."""
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.sharding import AxisType
 
 from logitjax import ops
 
@@ -33,20 +35,25 @@ def dot_general(
 
     Args:
         lhs: The left array.
-        rhs: The right one. Whatever is not two bfloat16 arrays goes to `jax.lax.dot_general`.
+        rhs: The right one. Whatever is not two such arrays in bfloat16, has options, or lies on an
+            Explicit mesh goes to `jax.lax.dot_general`.
         dimension_numbers: As there; last dimension and first, without batches.
         options: As there.
 
     Returns:
         The product, in bfloat16.
     """
-    plain = dimension_numbers == (((lhs.ndim - 1,), (0,)), ((), ()))
-    if not (plain and rhs.ndim == 2 and lhs.dtype == rhs.dtype == jnp.bfloat16):
+    plain = dimension_numbers == (((lhs.ndim - 1,), (0,)), ((), ())) and rhs.ndim == 2
+    narrow = lhs.dtype == rhs.dtype == jnp.bfloat16
+    asked = any(value is not None for value in options.values())
+    # There JAX itself knows how a derivative is split, and a rule would have to be told.
+    explicit = AxisType.Explicit in jax.typeof(lhs).sharding.mesh.axis_types
+    if not (plain and narrow) or asked or explicit:
         return lax.dot_general(lhs, rhs, dimension_numbers, **options)
     # In `shard_map` both sides of the rule's derivative differ wherever either does.
     axes = ops.sharding.varying_axes(lhs) | ops.sharding.varying_axes(rhs)
     lhs, rhs = (ops.sharding.vary(side, sorted(axes)) for side in (lhs, rhs))
-    if lhs.size > lhs.shape[-1]:
+    if math.prod(lhs.shape[:-1]) != 1:
         return _product(lhs, rhs)
     row = lhs.reshape(1, -1)
     return _product(jnp.concatenate([row, row]), rhs)[0].reshape(*lhs.shape[:-1], -1)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from logitjax import models
@@ -45,6 +45,23 @@ def test_other_products_are_left_to_lax():
     batched = (((2,), (1,)), ((0,), (0,)))
     a, b = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((2, 3, 4), (2, 4, 5)))
     assert shapes(a, b, batched).shape == (2, 3, 5)
+
+
+def test_no_rows_and_rows_on_an_explicit_mesh_have_derivatives():
+    def gradients(x, kernel):
+        def total(x, kernel):
+            return _bfloat16.dot_general(x, kernel, CONTRACT).astype("float32").sum()
+
+        return jax.grad(total, argnums=(0, 1))(x, kernel)
+
+    kernel = jax.ShapeDtypeStruct((8, 2), jnp.bfloat16)
+    none = jax.ShapeDtypeStruct((0, 3, 8), jnp.bfloat16)
+    assert [g.shape for g in jax.eval_shape(gradients, none, kernel)] == [(0, 3, 8), (8, 2)]
+    mesh = jax.make_mesh((2,), ("data",), (AxisType.Explicit,), devices=jax.devices()[:2])
+    rows = jax.ShapeDtypeStruct((4, 3, 8), jnp.bfloat16, sharding=NamedSharding(mesh, P("data")))
+    kernel = jax.ShapeDtypeStruct((8, 2), jnp.bfloat16, sharding=NamedSharding(mesh, P()))
+    with jax.set_mesh(mesh):
+        assert jax.eval_shape(gradients, rows, kernel)[0].sharding.spec[0] == "data"
 
 
 def linear_products(jaxpr):
