@@ -1,15 +1,12 @@
-"""Small files of every kind as people have them, and bombs written by hand."""
+"""Small files of every kind as people have them."""
 
 # ruff: noqa: E501  a template or a header is one line
 
 import functools
-import gzip
 import io
-import json
 import pickle
 import tempfile
 import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +14,6 @@ import gguf
 import numpy as np
 from PIL import Image
 from safetensors.numpy import save
-
-from experiments.benchmarks._files_mutate import deep
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -177,7 +172,7 @@ def gguf_file() -> bytes:
     return path.read_bytes()
 
 
-def _text(value: str) -> bytes:
+def pickled_text(value: str) -> bytes:
     return b"X" + len(value).to_bytes(4, "little") + value.encode()
 
 
@@ -190,7 +185,13 @@ def tensor_steps(key: str, count: int, size: tuple[int, ...], kind: str = "Float
     strides = [int(np.prod(size[i + 1 :])) for i in range(len(size))]
     sizes = b"(" + b"".join(map(_whole, size)) + b"t"
     steps = b"(" + b"".join(map(_whole, strides)) + b"t"
-    storage = b"(" + _text("storage") + f"ctorch\n{kind}\n".encode() + _text(key) + _text("cpu")
+    storage = (
+        b"("
+        + pickled_text("storage")
+        + f"ctorch\n{kind}\n".encode()
+        + pickled_text(key)
+        + pickled_text("cpu")
+    )
     storage += _whole(count) + b"tQ"
     tail = b"\x89ccollections\nOrderedDict\n)Rt"
     return (
@@ -198,11 +199,11 @@ def tensor_steps(key: str, count: int, size: tuple[int, ...], kind: str = "Float
     )
 
 
-def _weights() -> bytes:
+def pickled_weights() -> bytes:
     steps = b"\x80\x02ccollections\nOrderedDict\n)R("
-    steps += _text("conv.weight") + tensor_steps("0", 30, (6, 5))
-    steps += _text("conv.bias") + tensor_steps("1", 7, (7,), "HalfStorage")
-    steps += _text("epoch") + _whole(7) + _text("opt") + b"(" + b"N\x88K\x01tu."
+    steps += pickled_text("conv.weight") + tensor_steps("0", 30, (6, 5))
+    steps += pickled_text("conv.bias") + tensor_steps("1", 7, (7,), "HalfStorage")
+    steps += pickled_text("epoch") + _whole(7) + pickled_text("opt") + b"(" + b"N\x88K\x01tu."
     return steps
 
 
@@ -222,13 +223,13 @@ def archive(data: bytes, storages: dict[str, bytes], how: int = zipfile.ZIP_STOR
 
 @functools.cache
 def torch_zip() -> bytes:
-    return archive(_weights(), STORAGES)
+    return archive(pickled_weights(), STORAGES)
 
 
 @functools.cache
 def torch_legacy() -> bytes:
     start = [0x1950A86A20F9469CFC6C, 1001, {"little_endian": True, "protocol_version": 1001}]
-    parts = [pickle.dumps(value, protocol=2) for value in start] + [_weights()]
+    parts = [pickle.dumps(value, protocol=2) for value in start] + [pickled_weights()]
     parts.append(pickle.dumps(sorted(STORAGES), protocol=2))
     for key in sorted(STORAGES):
         count = len(STORAGES[key]) // (4 if key == "0" else 2)
@@ -296,504 +297,3 @@ TEMPLATES = (
     "{% set rows = [] %}{% for i in range(3) %}{% set rows = rows + [i, i ** 2] %}{% endfor %}{{ rows }}"
     "{{ dict(a=1).items() | list }}{{ messages | map(attribute='role') | unique | sort | batch(2) | list }}",
 )
-LOOPS = (
-    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-    "{% for i in range(99999) %}{% for j in range(99999) if j > i and i > j %}{{ j }}{% endfor %}{% endfor %}",
-    "{% macro f(n) %}{{ f(n - 1) ~ f(n - 1) if n > 0 }}{% endmacro %}{{ f(40) }}",
-    "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}",
-    "{{ 'a' * 9999999999 }}",
-    "{{ ['a'] * 9999999999 }}",
-    "{{ 9 ** 9 ** 9 }}",
-    "{{ 2 ** 2 ** 2 ** 2 ** 2 ** 2 }}",
-    "{% set ns = namespace(s='ab') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
-    "{% set ns = namespace(s='ab') %}{% for i in range(60) %}{% set ns.s = ns.s + ns.s %}{% endfor %}",
-    "{% set ns = namespace(s='ab') %}{% for i in range(60) %}{% set ns.s = ns.s | replace('a', ns.s) "
-    "%}{% endfor %}{{ ns.s }}",
-    "{% set ns = namespace(s='ab') %}{% for i in range(60) %}{% set ns.s = ns.s.replace('a', ns.s) "
-    "%}{% endfor %}{{ ns.s }}",
-    "{% set ns = namespace(s='ab') %}{% for i in range(60) %}{% set ns.s = ns.s.join([ns.s, ns.s, ns.s]) "
-    "%}{% endfor %}{{ ns.s }}",
-    "{% set ns = namespace(s='ab') %}{% for i in range(60) %}{% set ns.s = [ns.s, ns.s] | join(ns.s) "
-    "%}{% endfor %}{{ ns.s }}",
-    "{% set ns = namespace(l=[1]) %}{% for i in range(60) %}{% set ns.l = [ns.l, ns.l] %}{% endfor %}{{ ns.l }}",
-    "{% set ns = namespace(l=[1]) %}{% for i in range(60) %}{% set ns.l = ns.l + ns.l %}{% endfor %}{{ ns.l }}",
-    "{% set ns = namespace(l=(1,)) %}{% for i in range(60) %}{% set ns.l = (ns.l, ns.l) %}{% endfor %}"
-    "{{ {ns.l: 1} }}",
-    "{% set a = namespace(l=[1]) %}{% set b = namespace(l=[1]) %}{% for i in range(60) %}{% set a.l = "
-    "[a.l, a.l] %}{% set b.l = [b.l, b.l] %}{% endfor %}{{ a.l == b.l }}",
-    "{% set ns = namespace(l=[1]) %}{% for i in range(60) %}{% set ns.l = dict(a=ns.l, b=ns.l) %}{% endfor %}"
-    "{{ ns.l | tojson }}",
-    "{% set a = namespace(x=1) %}{% for i in range(60) %}{% set b = namespace(x=[a, a]) %}{% set a.y = b %}"
-    "{% endfor %}{{ a }}",
-    "{{ 'a' | center(9999999999) }}",
-    "{{ 'a'.ljust(9999999999) }}",
-    "{{ ('\\t' * 9999).expandtabs(99999999) }}",
-    "{{ '%9999999999d' % 1 }}",
-    "{{ '%*d' % (999999999, 1) }}",
-    "{{ '%999999999d' | format(1) }}",
-    "{{ '{:9999999999}'.format(1) }}",
-    "{{ '{:{w}}'.format(1, w='9999999999') }}",
-    "{{ '{0:{1}}'.format('a', 999999999) }}",
-    "{{ 'a'.zfill(9999999999) }}",
-    "{{ [1] | batch(9999999999, 'x') | list }}",
-    "{{ [1] | slice(999999999) | list }}",
-    "{{ ('a\\n' * 9999) | indent(9999999) }}",
-    "{{ messages | tojson(indent=999999999) }}",
-    "{{ lipsum(n=999999) }}",
-    "{{ ('<!--' * 999999) | striptags }}",
-    "{{ ('www.' * 999999) | urlize }}",
-    "{{ ('a ' * 999999) | wordwrap(3) }}",
-    "{{ range(99999) | list | map('string') | map('center', 9999) | join }}",
-    "{{ ([[1]] * 99999) | sum(start=[]) }}",
-    "{{ 1.5 | round(999999999) }}",
-    "{{ ().__class__.__base__.__subclasses__() }}",
-    "{{ cycler.__init__.__globals__.os.system('touch ran') }}",
-    "{{ self.__init__.__globals__ }}",
-    "{% include 'x' %}",
-    "{% import 'os' as os %}{{ os.system('x') }}",
-    "{% extends 'x' %}",
-    "{{ messages.append(1) }}",
-    "{% for i in range(99999) %}{{ 'xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx' * 999 }}{% endfor %}",
-    "{% set ns = namespace(l=[]) %}{% for i in range(99999) %}{% set ns.l = ns.l + [i] %}{% endfor %}",
-    "{% for i in range(99999) recursive %}{{ loop(range(99999)) }}{% endfor %}",
-    "{% for c in [[]] recursive %}{{ loop([[], []]) if loop.depth < 60 }}{% endfor %}",
-    "{{ 'a'.translate({97: 'b' * 99999}) }}",
-    "(" * 100 + "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}",
-    "{% if true %}" * 150 + "{% endif %}" * 150,
-    "{{ " + "-" * 5000 + "1 }}",
-    "{{ 'a'" + " ~ 'a'" * 5000 + " }}",
-    "{% set ns = namespace(d='x') %}{% for i in range(99999) %}{% set ns.d = ns.d ~ ('y' * 9999) %}{% endfor %}",
-    "{% filter indent(99999) %}{% for i in range(9999) %}a\n{% endfor %}{% endfilter %}",
-    "{% set x %}{% for i in range(99999) %}{{ 'y' * 9999 }}{% endfor %}{% endset %}{{ x }}",
-    "{% call(x) range(99999999) %}{% endcall %}",
-    "{{ joiner(['a'] * 99999)() }}{{ namespace }}{{ dict.fromkeys(range(99999), 'a' * 9999) }}",
-    "{{ (range(99999) | list | string) * 99 }}",
-    "{{ messages | map('tojson') | map('replace', '', 'a' * 9999) | map('replace', '', 'b' * 9999) | join }}",
-    "{{ ('a' * 99999).count('') }}{{ ('a' * 99999).split('a') * 999 }}",
-    "{% for i in range(9999) %}{{ 'ab' * 9999 in ('aab' * 9999) }}{% endfor %}",
-    "{{ 'x'.encode('utf-32') * 999999999 }}",
-    "{{ -9 ** 99999999 }}{{ 9.9 ** 9999 }}{{ 1 // 0 }}{{ 1 % 0 }}",
-    "{{ strftime_now('%Y' * 99999) }}{{ strftime_now('%9999999999Y') }}",
-)
-
-
-def _steps(count: int) -> bytes:
-    """A list of itself twice, so often: a kilobyte that never ends."""
-    steps = b"\x80\x02]q\x00"
-    for level in range(count):
-        steps += (
-            b"]q" + bytes([level + 1]) + b"(h" + bytes([level]) * 1 + b"h" + bytes([level]) + b"e"
-        )
-    return steps + b"."
-
-
-def _huge(key: bytes = b"0") -> bytes:
-    return b"\x80\x02}" + _text("w") + tensor_steps("0", 1 << 29, (1 << 29,)) + b"s."
-
-
-def pickle_bombs() -> list[bytes]:
-    """For every reader of pickles."""
-    call = b"\x80\x02cos\nsystem\n" + _text("touch ran") + b"\x85R."
-    tuples = b"\x80\x02K\x01\x85q\x00" + b"".join(
-        b"h" + bytes([i]) + b"h" + bytes([i]) + b"\x86q" + bytes([i + 1]) for i in range(200)
-    )
-    listed = b"\x80\x02]q\x00(" + b"N" * 90_000 + b"e"
-    copies = b"ctorch\nSize\nq\x01h\x00\x85R" + b"h\x01h\x00\x85R" * 20_000
-    return [
-        call,
-        call.replace(b"cos\nsystem", b"cbuiltins\neval"),
-        b"\x80\x02c__builtin__\nexec\n(X\x01\0\0\0xtR.",
-        _steps(200),
-        _steps(50),
-        tuples + b"}h\xc8N\x73.".replace(b"h\xc8", b"h\xc7"),
-        tuples + b"\x8f(h\xc7\x90.",
-        listed + copies + b".",
-        b"\x80\x02" + b"]" * 200_000 + b"a" * 199_999 + b".",
-        b"\x80\x02" + b"(" * 400_000,
-        b"\x80\x02" + b"}" * 400_000 + b".",
-        b"\x80\x02" + b"N2" * 900_000 + b"."[:1],
-        b"\x80\x02Nr\xff\xff\xff\x7f0.",
-        b"\x80\x05\x96" + (1 << 33).to_bytes(8, "little") + b"x.",
-        b"\x80\x04\x95" + b"\xff" * 8 + b"N.",
-        b"\x80\x05\x8e" + (1 << 40).to_bytes(8, "little") + b".",
-        b"\x80\x02\x8b\xff\xff\xff\x7f.",
-        b"I" + b"9" * 60_000 + b"\n.",
-        b"\x80\x02ccollections\nOrderedDict\n(](" + b"N" * 1000 + b"eetR.",
-        b"\x80\x02cargparse\nNamespace\n)\x81}(" + _text("__class__") + b"NubK\x01b.",
-        b"\x80\x02c__torch__.os\nsystem\n)\x81" + _text("touch ran") + b"b.",
-        b"\x80\x02" + b"X\xff\xff\xff\xff",
-        b"\x80\x02(lp0\n(lp1\n" + b"g0\na" * 9,
-        b"\x80\x02]q\x00h\x00a.",
-    ]
-
-
-def zip_bombs() -> list[bytes]:
-    """Archives that grow, overlap or lie about themselves."""
-    zeros = bytes(1 << 20) * 300
-    bomb = archive(_huge(), {"0": zeros}, zipfile.ZIP_DEFLATED)
-    many = io.BytesIO()
-    with zipfile.ZipFile(many, "w") as file:
-        for number in range(20_000):
-            file.writestr(f"archive/{number}", b"")
-    # One member under many names: each entry of the directory points at the first.
-    one = archive(_weights(), {"0": bytes(1 << 20), "1": STORAGES["1"]})
-    at = one.rindex(b"PK\x05\x06")
-    start = int.from_bytes(one[at + 16 : at + 20], "little")
-    entry = next(e for e in one[start:at].split(b"PK\x01\x02") if b"data/0" in e)
-    extra = b"".join(
-        b"PK\x01\x02" + entry.replace(b"data/0", b"d%05d" % i)[: len(entry)] for i in range(3000)
-    )
-    directory = one[start:at] + extra
-    count = (one.count(b"PK\x01\x02") + 3000).to_bytes(2, "little")
-    overlap = one[:start] + directory + b"PK\x05\x06" + bytes(4) + count * 2
-    overlap += len(directory).to_bytes(4, "little") + start.to_bytes(4, "little") + bytes(2)
-    shared = (
-        b"\x80\x02]("
-        + tensor_steps("0", 1 << 18, (1 << 18,))
-        + b"".join(
-            tensor_steps("0", 1 << 18, (512, 511)).replace(b"storage", b"storage")
-            for _ in range(3000)
-        )
-        + b"e."
-    )
-    differing = (
-        b"\x80\x02]("
-        + b"".join(tensor_steps("0", 1 << 18, (200, n)) for n in range(200, 1300))
-        + b"e."
-    )
-    return [
-        bomb,
-        many.getvalue(),
-        overlap,
-        archive(_huge(), {"0": b"abcd"}),
-        archive(shared, {"0": bytes(1 << 20)}),
-        archive(differing, {"0": bytes(1 << 20)}),
-        archive(_weights(), STORAGES).replace(
-            b"PK\x01\x02\x14\x03\x14\x00\x00", b"PK\x01\x02\x14\x03\x14\x00\x01"
-        ),
-        archive(b"\x80\x02" + b"N0" * 9_000_000 + b"N.", {}, zipfile.ZIP_DEFLATED),
-        *(archive(data, STORAGES) for data in pickle_bombs()),
-    ]
-
-
-def npz_bombs() -> list[bytes]:
-    """Arrays of zeros that take a thousandth of themselves, and claims that nothing backs."""
-    out = []
-    head = b"\x93NUMPY\x01\x00"
-    text = b"{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000,), }\n"
-    claim = head + len(text).to_bytes(2, "little") + text
-    for contents, how in (
-        ({"a.npy": claim + bytes(300 << 20)}, zipfile.ZIP_DEFLATED),
-        ({"a.npy": claim}, zipfile.ZIP_STORED),
-        ({f"{i}.npy": claim + bytes(30 << 20) for i in range(8)}, zipfile.ZIP_DEFLATED),
-        ({"a.npy": head + b"\xff\xff" + b"(" * 65_535}, zipfile.ZIP_STORED),
-        ({"a.npy": b""}, zipfile.ZIP_STORED),
-        ({"a.npy": pickle.dumps([1])}, zipfile.ZIP_STORED),
-    ):
-        file = io.BytesIO()
-        with zipfile.ZipFile(file, "w", how) as archive_:
-            for name, content in contents.items():
-                archive_.writestr(name, content)
-        out.append(file.getvalue())
-    return [*out, *zip_bombs()[:3]]
-
-
-def _st(header: Any, data: bytes = b"") -> bytes:
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return len(text).to_bytes(8, "little") + text + data
-
-
-def safetensors_bombs() -> list[bytes]:
-    """Headers that are no objects, too deep, too long; tensors that overlap or are nowhere."""
-
-    def one(shape: Any, offsets: Any, dtype: Any = "F32") -> dict[str, Any]:
-        return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
-
-    return [
-        _st([]),
-        _st("x"),
-        _st(3),
-        _st(None),
-        _st(b"[" * 100_000),
-        _st(b'{"a":' * 100_000),
-        _st(deep(900)),
-        b"\xff" * 8 + b"{}",
-        b"\xff" * 7 + b"\x7f{}",
-        (1 << 30).to_bytes(8, "little") + b"{}",
-        b"",
-        b"\0" * 8,
-        _st({"a": one([4], [0, 16]), "b": one([4], [8, 24])}, bytes(24)),
-        _st({"a": one([-4], [0, 16])}, bytes(16)),
-        _st({"a": one([4], [-16, 0])}, bytes(16)),
-        _st({"a": one([1 << 40, 1 << 40], [0, 16])}, bytes(16)),
-        _st({"a": one([0, 1 << 62], [0, 0])}),
-        _st({"a": one([], [0, 4])}, bytes(4)),
-        _st({"a": one([1.5], [0, 6])}, bytes(6)),
-        _st({"a": one([True], [0, 4])}, bytes(4)),
-        _st({"a": one([1] * 100_000, [0, 4])}, bytes(4)),
-        _st({"a": None}),
-        _st({"a": {}}),
-        _st({"a": one([4], [16, 0])}, bytes(16)),
-        _st({"a": one("4", [0, 16])}, bytes(16)),
-        _st({"a": one([4], [0, 16], [])}, bytes(16)),
-        _st({"a": one([4], "ab")}, bytes(16)),
-        _st(b" " * (1 << 26)),
-        _st(b"[" + b"[]," * 3_000_000 + b"[]]"),
-        _st(b'{"a":"' + b"x" * (1 << 25) + b'"}'),
-        _st({f"{i}": one([0], [0, 0]) for i in range(50_000)}),
-        _st({"a": one([4], [0, 16])} | {"__metadata__": deep(60)}, bytes(16)),
-        _st(b"{" + b'"a":1,' * 900_000 + b'"b":2}'),
-        _st(b"9" * 100_000),
-        _st(b"\xff\xfe{}"),
-    ]
-
-
-def gguf_bombs() -> list[bytes]:
-    """Lengths, counts, alignments and offsets that no file has."""
-
-    def q(number: int) -> bytes:
-        return (number % (1 << 64)).to_bytes(8, "little")
-
-    def i(number: int) -> bytes:
-        return number.to_bytes(4, "little")
-
-    def text(value: str) -> bytes:
-        return q(len(value)) + value.encode()
-
-    def file(tensors: bytes, count: int, entries: list[bytes], tail: bytes = b"") -> bytes:
-        return b"GGUF" + i(3) + q(count) + q(len(entries)) + b"".join(entries) + tensors + tail
-
-    def tensor(
-        dims: list[int], kind: int = 0, at: int = 0, name: str = "token_embd.weight"
-    ) -> bytes:
-        return text(name) + i(len(dims)) + b"".join(map(q, dims)) + i(kind) + q(at)
-
-    name = text("general.architecture") + i(8) + text("llama")
-    arrays = text("x") + i(9) + i(9) + q(1) + i(9) + q(1)
-    nested = text("x") + i(9) + (i(9) + q(1)) * 100_000 + i(0) + q(0)
-    pad = bytes(4096)
-    return [
-        b"",
-        b"GGUF",
-        b"GGUF" + i(3) + b"\xff" * 16,
-        b"GGUF" + i(3) + q(0) + b"\xff" * 8 + pad,
-        b"GGUF" + i(3) + q(1 << 40) + q(0) + pad,
-        file(b"", 0, [q(1 << 62) + b"x"]),
-        file(b"", 0, [q(-1) + b"x" * 99]),
-        file(b"", 0, [text("x") + i(9) + i(0) + q(1 << 40)]),
-        file(b"", 0, [text("x") + i(9) + i(8) + q(1 << 40)]),
-        file(b"", 0, [arrays]),
-        file(b"", 0, [nested]),
-        file(b"", 0, [text("x") + i(99)]),
-        file(b"", 0, [text("x") + i(9) + i(77) + q(1)]),
-        *(
-            file(tensor([32, 4]), 1, [name, text("general.alignment") + i(kind) + value], pad)
-            for kind, value in (
-                (4, i(0)),
-                (4, i(1)),
-                (4, i(3)),
-                (10, q(1 << 62)),
-                (5, b"\xff" * 4),
-                (8, text("32")),
-                (6, b"\0" * 4),
-            )
-        ),
-        *(
-            file(tensor(dims, kind, at), 1, [name], pad)
-            for dims, kind, at in (
-                ([1 << 40, 1 << 40], 0, 0),
-                ([0], 0, 0),
-                ([], 0, 0),
-                ([32, -1], 0, 0),
-                ([31, 4], 2, 0),
-                ([32, 4], 77, 0),
-                ([32, 4], 0, 1 << 62),
-                ([32, 4], 0, (1 << 64) - 32),
-                ([1 << 62], 0, 0),
-                ([1] * 4, 0, 4096),
-            )
-        ),
-        file(text("x") + i(1 << 30), 1, [name], pad),
-        file(tensor([32, 4]) * 2, 2, [name], pad),
-        file(tensor([32, 4]) + tensor([32, 4], name="b"), 2, [name], pad),
-        file(b"", 0, [name] * 2),
-        file(b"", 0, [name], pad),
-        file(
-            b"",
-            0,
-            [name, text("tokenizer.ggml.tokens") + i(9) + i(8) + q(3_000_000) + q(0) * 3_000_000],
-        ),
-        file(b"", 0, [name, text("x") + i(9) + i(0) + q(60 << 20) + bytes(60 << 20)]),
-        file(b"", 0, [name, text("x") + i(8) + q(100 << 20) + bytes(100 << 20)]),
-        *(
-            file(tensor([32, 257]), 1, [name, *sizes], bytes(32 * 257 * 4 + 64))
-            for sizes in _gguf_sizes(text, i, q)
-        ),
-    ]
-
-
-def _gguf_sizes(text: Any, i: Any, q: Any) -> list[list[bytes]]:
-    """Whole numbers of a llama that the weights do not back."""
-    keys = (
-        "embedding_length",
-        "attention.head_count",
-        "block_count",
-        "feed_forward_length",
-        "context_length",
-    )
-    good = dict(zip(keys, (32, 4, 2, 64, 128), strict=True))
-    epsilon = text("llama.attention.layer_norm_rms_epsilon") + i(6) + b"\xac\xc5\x27\x37"
-    out = []
-    for key in keys:
-        for value in (0, 1_000_000, (1 << 32) - 1):
-            sizes = good | {key: value}
-            out.append([*(text(f"llama.{k}") + i(4) + i(v) for k, v in sizes.items()), epsilon])
-    return out
-
-
-def picture_bombs() -> list[tuple[str, bytes]]:
-    """Pictures of gigapixels in kilobytes, lines of pixels, and what is no picture."""
-
-    def png(width: int, height: int, kind: int = 2, rows: int = 0, extra: bytes = b"") -> bytes:
-        def chunk(name: bytes, content: bytes) -> bytes:
-            crc = zlib.crc32(name + content).to_bytes(4, "big")
-            return len(content).to_bytes(4, "big") + name + content + crc
-
-        head = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, kind, 0, 0, 0])
-        channels = {0: 1, 2: 3, 6: 4}[kind]
-        data = zlib.compress(bytes((width * channels + 1) * rows), 9)
-        return (
-            b"\x89PNG\r\n\x1a\n"
-            + chunk(b"IHDR", head)
-            + extra
-            + chunk(b"IDAT", data)
-            + chunk(b"IEND", b"")
-        )
-
-    text = zlib.compress(bytes(100 << 20), 9)
-    body = b"zTXt" + b"a\0\0" + text
-    bomb = (len(body) - 4).to_bytes(4, "big") + body + zlib.crc32(body).to_bytes(4, "big")
-    return [
-        ("a.png", png(65_535, 65_535)),
-        ("a.png", png(30_000, 30_000, 0, 1)),
-        ("a.png", png(13_000, 13_000, 0, 13_000)),
-        ("a.png", png(7000, 7000, 6, 7000)),
-        ("a.png", png(8000, 8000, 2, 8000)),
-        ("a.png", png(1, 1_000_000, 0, 1_000_000)),
-        ("a.png", png(1_000_000, 1, 2, 1)),
-        ("a.png", png(20, 20, 2, 20, bomb)),
-        ("a.png", png(0, 0)),
-        ("a.png", b""),
-        (
-            "a.jpg",
-            b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n(ran) (w) file closefile\nshowpage\n",
-        ),
-        ("a.png", b"\x0aPCX"),
-        (
-            "a.jpg",
-            b"\xff\xd8\xff\xc0\x00\x11\x08\xff\xff\xff\xff\x03\x01\x22\x00\x02\x11\x01\x03\x11\x01\xff\xd9",
-        ),
-        (
-            "a.png",
-            b"GIF89a\xff\xff\xff\xff\x80\0\0" + bytes(6) + b",\0\0\0\0\xff\xff\xff\xff\0\x02\0;",
-        ),
-        (
-            "a.png",
-            b"BM"
-            + bytes(12)
-            + (40).to_bytes(4, "little")
-            + b"\xff\xff\xff\x7f" * 2
-            + b"\x01\0\x18\0"
-            + bytes(24),
-        ),
-    ]
-
-
-def config_bombs() -> list[Any]:
-    """Sizes and forms that no configuration has, as values or as bytes."""
-    out: list[Any] = [
-        [],
-        "x",
-        3,
-        None,
-        {},
-        b"",
-        b"[" * 100_000,
-        b'{"a":' * 100_000,
-        b"{",
-        b"\xff\xfe",
-        deep(900),
-    ]
-    sizes = (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "max_position_embeddings",
-        "sliding_window",
-    )
-    for base in CONFIGS[:5]:
-        for key in sizes:
-            out += [
-                base | {key: value}
-                for value in (1_000_000, 10**12, 10**400, -1, 0, 1e308, "9", [2], {}, True, 2.5)
-            ]
-    for key in ("n_layer", "n_embd", "n_head", "n_inner", "n_positions"):
-        out += [CONFIGS[5] | {key: value} for value in (1_000_000, 10**12, -1, 0, "x")]
-    out += [
-        LLAMA | {"rope_scaling": value}
-        for value in (
-            [],
-            "x",
-            {"rope_type": []},
-            {"rope_type": "yarn", "factor": 0},
-            {"rope_type": "linear"},
-            {"rope_type": "longrope", "short_factor": 3, "long_factor": None},
-            {"rope_type": "llama3"},
-        )
-    ]
-    out += [
-        CONFIGS[2] | {"layer_types": value}
-        for value in (3, ["x"], ["full_attention"] * 99_999, None, [[]])
-    ]
-    return out
-
-
-def gzip_bombs() -> list[bytes]:
-    return [
-        gzip.compress(bytes(300 << 20), 9),
-        gzip.compress(b"#v\na b\n")[:-9],
-        b"\x1f\x8b",
-        b"\xff\xfe",
-    ]
-
-
-def index_maps() -> list[Any]:
-    """What a weight map may not name."""
-    names = (
-        "../../x",
-        "/etc/passwd",
-        "../secret.safetensors",
-        "link.safetensors",
-        "",
-        ".",
-        "..",
-        "a\0b",
-        "C:\\x",
-        "..\\x",
-        "sub/../../secret.safetensors",
-        "/dev/zero",
-        "fifo.safetensors",
-        "file://x",
-    )
-    return (
-        [{"weight_map": {"a.weight": name}} for name in names]
-        + [
-            {"weight_map": value}
-            for value in ([], 3, None, {}, {"a": None}, {"a": ["x"]}, {"a": {}}, "x")
-        ]
-        + [[], "x", {}, {"weight_map": {f"{i}": f"{i}.safetensors" for i in range(50_000)}}]
-    )

@@ -16,6 +16,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from experiments.benchmarks import _files_bases as bases
+from experiments.benchmarks import _files_bombs
 from experiments.benchmarks import _files_mutate as mutate
 from logitjax import data, models, storage, vq
 from logitjax.storage.weights import (
@@ -117,7 +118,7 @@ def _write_index(directory: Path, number: int, rng: Random) -> None:
     (directory / "model.safetensors.index.json").write_bytes(text)
 
 
-_index_maps = functools.cache(bases.index_maps)
+_index_maps = functools.cache(_files_bombs.index_maps)
 
 
 def _load_gguf(directory: Path) -> int:
@@ -177,7 +178,7 @@ def _load_pickle(directory: Path) -> int:
 
 def _legacy_bombs() -> list[bytes]:
     head = bases.torch_legacy()[: bases.torch_legacy().index(b"\x80\x02ccollections")]
-    return [head + bomb for bomb in bases.pickle_bombs()]
+    return [head + bomb for bomb in _files_bombs.pickle_bombs()]
 
 
 def _write_arrays(directory: Path, number: int, rng: Random) -> None:
@@ -191,7 +192,7 @@ def _write_arrays(directory: Path, number: int, rng: Random) -> None:
         (directory / "a.npy").write_bytes(mutate.npy("", bases.npy_file(), rng))
 
 
-_npz_bombs = functools.cache(bases.npz_bombs)
+_npz_bombs = functools.cache(_files_bombs.npz_bombs)
 
 
 def _load_arrays(directory: Path) -> int:
@@ -211,7 +212,7 @@ def _write_config(directory: Path, number: int, rng: Random) -> None:
     (directory / "config.json").write_bytes(text)
 
 
-_config_bombs = functools.cache(bases.config_bombs)
+_config_bombs = functools.cache(_files_bombs.config_bombs)
 
 
 def _load_config(directory: Path) -> int:
@@ -265,7 +266,7 @@ def _load_tokenizer(directory: Path) -> int:
 
 
 def _write_template(directory: Path, number: int, rng: Random) -> None:
-    loops = bases.LOOPS
+    loops = _files_bombs.LOOPS
     if number < len(loops):
         text = loops[number]
     else:
@@ -310,7 +311,7 @@ def _write_picture(directory: Path, number: int, rng: Random) -> None:
     (directory / "train" / "a" / name).write_bytes(content)
 
 
-_picture_bombs = functools.cache(bases.picture_bombs)
+_picture_bombs = functools.cache(_files_bombs.picture_bombs)
 
 
 def _load_picture(directory: Path) -> int:
@@ -331,7 +332,7 @@ def _write_merges(directory: Path, number: int, rng: Random) -> None:
     (directory / "bpe_simple_vocab_16e6.txt.gz").write_bytes(content)
 
 
-_gzip_bombs = functools.cache(bases.gzip_bombs)
+_gzip_bombs = functools.cache(_files_bombs.gzip_bombs)
 
 
 def _load_merges(directory: Path) -> int:
@@ -437,7 +438,7 @@ KINDS: dict[str, Kind] = {
         count=16_000,
         write=one_file(
             "model.safetensors",
-            bases.safetensors_bombs,
+            _files_bombs.safetensors_bombs,
             lambda: [bases.safetensors()],
             mutate.safetensors,
         ),
@@ -446,12 +447,12 @@ KINDS: dict[str, Kind] = {
     "index": Kind(count=6000, write=_write_index, load=_load_index),
     "gguf": Kind(
         count=16_000,
-        write=one_file("model.gguf", bases.gguf_bombs, lambda: [bases.gguf_file()], _same),
+        write=one_file("model.gguf", _files_bombs.gguf_bombs, lambda: [bases.gguf_file()], _same),
         load=_load_gguf,
     ),
     "torch, zip": Kind(
         count=12_000,
-        write=one_file("weights.pth", bases.zip_bombs, _torch_good, _in_zip),
+        write=one_file("weights.pth", _files_bombs.zip_bombs, _torch_good, _in_zip),
         load=_load_torch,
     ),
     "torch, older": Kind(
@@ -461,7 +462,9 @@ KINDS: dict[str, Kind] = {
     ),
     "numpy pickle": Kind(
         count=6000,
-        write=one_file("weights.ckpt", bases.pickle_bombs, bases.numpy_pickles, mutate.a_pickle),
+        write=one_file(
+            "weights.ckpt", _files_bombs.pickle_bombs, bases.numpy_pickles, mutate.a_pickle
+        ),
         load=_load_pickle,
     ),
     "npz, npy": Kind(count=8000, write=_write_arrays, load=_load_arrays),
