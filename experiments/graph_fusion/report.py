@@ -258,7 +258,7 @@ Student `{config.student}`{f" without layers {cut}" if cut else ""}, chosen by {
 {", ".join(f"`{source}`" for source in config.sources)}; data `{config.data}`. Every arm trained
 {config.steps} steps of {config.batch_size} x {config.seq_len} tokens{
         "; the embedding and what lies below the cut are frozen" if config.freeze_below else ""
-    }.
+    }{f"; frozen is what matches `{config.freeze}`" if config.freeze else ""}.
 {_CHOSEN if config.chooses else ""}Scores are on {config.eval_rows} test rows.{
         at_edge
     } Agreement: share of positions where the likeliest token is

@@ -161,7 +161,7 @@ def prune(session: Session, layers: int) -> Pruned:
     """Chooses the layers that go, on training text; what was chosen lies on disk."""
     config, packed = session.config, session.corpus.packed
     if not layers:
-        return Pruned(session=session, layers=0, model=session.whole)
+        return Pruned(session=session, layers=0, freeze=config.freeze, model=session.whole)
     split = packed.splits["train"]
     count = min(config.calibration_rows, len(split))
     size = min(config.eval_batch, count)
@@ -175,11 +175,12 @@ def prune(session: Session, layers: int) -> Pruned:
     record = kept(session.workdir / f"drop-{layers}" / "pruning.json", make)
     chosen = distillation.LayerPruning(**{name: tuple(value) for name, value in record.items()})
     logging.info("without layers %s", sorted(chosen.dropped))
+    frozen = [config.freeze, chosen.below if config.freeze_below else None]
     return Pruned(
         session=session,
         layers=layers,
         dropped=tuple(sorted(chosen.dropped)),
-        freeze=chosen.below if config.freeze_below else None,
+        freeze="|".join(filter(None, frozen)) or None,
         model=models.keep_layers(session.whole, chosen.kept),
     )
 
