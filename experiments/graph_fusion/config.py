@@ -147,7 +147,8 @@ PARTS: dict[str, dict[str, Any]] = {
     "reverse": dict(
         who=("other", ("student",)),
         drop_layers=(0,),
-        loss=("sft", "first_piece", "hybrid", "alm", "uld", "hkl", "pkl"),
+        # One of each kind: a step takes twice the time of one of the other pair.
+        loss=("sft", "first_piece", "hybrid", "alm", "uld"),
         # Most of a small model of 262,144 tokens is its embedding. Few rows of it occur in 5,120
         # tokens, and to train it takes half the time of a step.
         freeze="embedding",
