@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import types
 
 import jax
 import numpy as np
@@ -118,6 +119,20 @@ def test_wrong_names_and_numbers_are_refused():
         config(source_weight=(1.0, 2.0))
     with pytest.raises(ValueError, match=r"loss: expected some of sft, .*got 'jsd'"):
         config(loss=("jsd",))
+
+
+def test_what_a_flag_freezes_is_not_trained(tmp_path):
+    whole, _ = models.load("tiny", layout="listed")
+    session = train.Session(
+        config=config(layout="listed", freeze="embedding"),
+        workdir=epath.Path(tmp_path),
+        mesh=training.make_mesh("data:1", devices=jax.devices()[:1]),
+        whole=whole,
+        corpus=types.SimpleNamespace(packed=None),
+    )
+    student = train.prune(session, 0).student
+    assert list(student.frozen["model"]) == ["embedding"]
+    assert "embedding" not in student.trained["model"]
 
 
 @pytest.mark.parametrize(
