@@ -31,6 +31,9 @@ class Config:
     )
     source: tuple[str, ...] = field((), "Model to learn from. By default the whole student.")
     source_weight: tuple[float, ...] = field((), "Weight of each source. Equal by default.")
+    fit_to: tuple[str, ...] = field(
+        (), "Model whose tokenizer also cuts the rows, as that of a source does."
+    )
     data: str = field(
         "tfds:wiki_summaries", "Text to train on: tfds:NAME, text:PATH or jsonl:PATH."
     )
@@ -117,6 +120,7 @@ class Config:
         both = {"student": self.student, "other": self.source[0]}
         chosen = dict(PARTS[name])
         student, sources = chosen.pop("who")
+        chosen["fit_to"] = tuple(both[name] for name in chosen.get("fit_to", ()))
         return dataclasses.replace(
             self,
             part=(),
@@ -140,7 +144,10 @@ class Config:
 PARTS: dict[str, dict[str, Any]] = {
     "pair": dict(who=("student", ("other",)), drop_layers=(0,)),
     # InfiGFusion's own claim: several sources, one pivot.
-    "healed_own": dict(who=("student", ("student",)), loss=("sft", "first_piece")),
+    # All on the rows that both tokenizers cut, or bits a byte would be those of other texts.
+    "healed_own": dict(
+        who=("student", ("student",)), fit_to=("other",), loss=("sft", "first_piece")
+    ),
     "healed_other": dict(who=("student", ("other",)), loss=("first_piece",)),
     "healed_both": dict(who=("student", ("student", "other")), loss=("first_piece",)),
     # The second pair of tokenizers: a large vocabulary that learns from a small one.

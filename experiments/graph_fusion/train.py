@@ -73,6 +73,7 @@ def make_reading(config: Config) -> distillation.Reading:
         dtype=config.dtype,
         layout=config.layout,
         losses=tuple(losses),
+        fit_to=config.fit_to,
     )
 
 

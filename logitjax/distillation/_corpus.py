@@ -43,6 +43,8 @@ class Reading:
         api_key: Key of servers.
         losses: Names of the losses that will use it, as in `Objective`: those across tokenizers
             need projections, and `alm` needs more from the teachers.
+        fit_to: Models whose tokenizers cut the rows as the teachers' do: runs with other teachers
+            then learn from the same rows, and their scores can be compared.
     """
 
     data: str
@@ -56,6 +58,7 @@ class Reading:
     layout: str = "listed"
     api_key: str | None = None
     losses: tuple[str, ...] = ()
+    fit_to: tuple[str, ...] = ()
 
     @property
     def likelihoods(self) -> bool:
@@ -215,6 +218,8 @@ def pack_corpus(
     tokenizers = {"pivot": tokenizer}
     for name, spec in zip(reading.names, reading.teachers, strict=True):
         tokenizers[name] = _tokenizer_of(spec, tokenizer)
+    for i, spec in enumerate(reading.fit_to):
+        tokenizers[f"fit{i}"] = _tokenizer_of(spec, tokenizer)
     return data.pack_splits(
         reading.data,
         tokenizers,

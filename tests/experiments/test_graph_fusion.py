@@ -121,6 +121,25 @@ def test_wrong_names_and_numbers_are_refused():
         config(loss=("jsd",))
 
 
+@pytest.mark.every_change
+def test_one_teacher_learns_from_the_rows_of_two(tmp_path):
+    sources = {"own": ("smollm2",), "other": ("tiny",), "both": ("smollm2", "tiny")}
+    rows = {}
+    for name, source in sources.items():
+        chosen = config(source=source, fit_to=("tiny",) if name == "own" else (), seq_len=48)
+        packed = distillation.pack_corpus(
+            train.make_reading(chosen),
+            models.load_tokenizer("smollm2"),
+            epath.Path(tmp_path / name),
+        )
+        split = packed.splits["train"]
+        rows[name] = split.rows(np.arange(len(split)))["pivot"]["tokens"]
+    np.testing.assert_array_equal(rows["own"], rows["other"])
+    np.testing.assert_array_equal(rows["own"], rows["both"])
+    part = graph_fusion.Config(**graph_fusion.PRESETS["heterogeneous"]).of_part("healed_own")
+    assert part.fit_to == (".cache/models/gemma-3-270m.gguf",)
+
+
 def test_what_a_flag_freezes_is_not_trained(tmp_path):
     whole, _ = models.load("tiny", layout="listed")
     session = train.Session(
