@@ -1,7 +1,5 @@
 """Small files of every kind as people have them."""
 
-# ruff: noqa: E501  a template or a header is one line
-
 import functools
 import io
 import pickle
@@ -14,6 +12,8 @@ import gguf
 import numpy as np
 from PIL import Image
 from safetensors.numpy import save
+
+from experiments.benchmarks._files_templates import TEMPLATES
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -281,19 +281,3 @@ def pictures() -> dict[str, bytes]:
         picture.save(file, form)
         out[name] = file.getvalue()
     return out
-
-
-TEMPLATES = (
-    "{% for m in messages %}<|{{ m.role }}|>{{ m['content'] | trim }}<|end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}",
-    "{%- set ns = namespace(found=false, text='') -%}{%- for m in messages -%}{%- if loop.first and "
-    "m.role == 'system' -%}{%- set ns.found = true -%}{%- endif -%}{%- set ns.text = ns.text ~ m.content "
-    "-%}{%- endfor -%}{{ ns.text }}{{ ns.found }}",
-    "{% macro show(v, n) %}{% if n > 0 %}[{{ show(v, n - 1) }}]{% else %}{{ v | tojson }}{% endif %}"
-    "{% endmacro %}{{ show(messages, 3) }}{{ '%s-%5d' % ('a', 3) }}{{ 'x' * 3 }}{{ [1, 2] + [3] }}",
-    "{% for m in messages if m.role != 'tool' %}{{ m.content.split('a') | join('b') | replace('c', 'dd') "
-    "| upper | indent(2) }}{{ range(3) | list }}{{ m.content[::2] ~ loop.index }}{% endfor %}"
-    "{{ '{:>5}'.format(3) }}{{ raise_exception('no') if messages | length > 9 }}",
-    "{% set rows = [] %}{% for i in range(3) %}{% set rows = rows + [i, i ** 2] %}{% endfor %}{{ rows }}"
-    "{{ dict(a=1).items() | list }}{{ messages | map(attribute='role') | unique | sort | batch(2) | list }}",
-)

@@ -18,6 +18,7 @@ from safetensors.numpy import save
 from experiments.benchmarks import _files_bases as bases
 from experiments.benchmarks import _files_bombs
 from experiments.benchmarks import _files_mutate as mutate
+from experiments.benchmarks._files_templates import LOOPS, TEMPLATES
 from logitjax import data, models, storage, vq
 from logitjax.storage.weights import (
     SafetensorsSource,
@@ -230,7 +231,7 @@ def _tokenizer_files() -> dict[str, Any]:
         "bos_token": "<|end|>",
         "eos_token": {"content": "<|end|>"},
         "pad_token": None,
-        "chat_template": [{"name": "default", "template": bases.TEMPLATES[0]}],
+        "chat_template": [{"name": "default", "template": TEMPLATES[0]}],
         "added_tokens_decoder": {"256": {"content": "<|end|>", "special": True}},
     }
     backend = json.loads(_tokenizer().backend.to_str())
@@ -252,7 +253,7 @@ def _write_tokenizer(directory: Path, number: int, rng: Random) -> None:
         if name == chosen and number:
             text = bombs[number] if number < len(bombs) else mutate.json_text(value, rng)
         (directory / name).write_bytes(text)
-    template = bases.TEMPLATES[1].encode()
+    template = TEMPLATES[1].encode()
     if rng.random() < 0.2:
         (directory / "chat_template.jinja").write_bytes(mutate.any_bytes(template, rng))
 
@@ -266,21 +267,20 @@ def _load_tokenizer(directory: Path) -> int:
 
 
 def _write_template(directory: Path, number: int, rng: Random) -> None:
-    loops = _files_bombs.LOOPS
-    if number < len(loops):
-        text = loops[number]
+    if number < len(LOOPS):
+        text = LOOPS[number]
     else:
-        text = rng.choice((*bases.TEMPLATES, *bases.TEMPLATES, rng.choice(loops)))
+        text = rng.choice((*TEMPLATES, *TEMPLATES, rng.choice(LOOPS)))
         edit = rng.randrange(4)
         if edit == 0:
             text = mutate.any_bytes(text.encode(), rng).decode("utf-8", "replace")
         elif edit == 1:
-            other = rng.choice((*bases.TEMPLATES, *loops))
+            other = rng.choice((*TEMPLATES, *LOOPS))
             at, cut = rng.randrange(len(text)), rng.randrange(len(other))
             text = text[:at] + other[cut : cut + rng.randint(1, 80)] + text[at:]
         elif edit == 2:
             # Two expressions inside of each other, or one behind the other.
-            pieces = [t for t in loops if t.startswith("{{")]
+            pieces = [t for t in LOOPS if t.startswith("{{")]
             inner = [rng.choice(pieces).strip("{} ") for _ in range(2)]
             text = "{{ (" + ") ~ (".join(inner) + ") }}" + text
         else:
