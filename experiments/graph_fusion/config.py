@@ -32,7 +32,8 @@ class Config:
     source: tuple[str, ...] = field((), "Model to learn from. By default the whole student.")
     source_weight: tuple[float, ...] = field((), "Weight of each source. Equal by default.")
     fit_to: tuple[str, ...] = field(
-        (), "Model whose tokenizer also cuts the rows, as that of a source does."
+        (),
+        "Model whose tokenizer cuts the rows too. Runs with other sources then see the same rows.",
     )
     data: str = field(
         "tfds:wiki_summaries", "Text to train on: tfds:NAME, text:PATH or jsonl:PATH."
@@ -120,12 +121,13 @@ class Config:
         both = {"student": self.student, "other": self.source[0]}
         chosen = dict(PARTS[name])
         student, sources = chosen.pop("who")
-        chosen["fit_to"] = tuple(both[name] for name in chosen.get("fit_to", ()))
+        fit_to = (*self.fit_to, *(both[name] for name in chosen.pop("fit_to", ())))
         return dataclasses.replace(
             self,
             part=(),
             student=both[student],
             source=tuple(both[name] for name in sources),
+            fit_to=fit_to,
             **chosen,
         )
 

@@ -136,9 +136,10 @@ def write_parts(config: Config, found: Mapping[str, Record], workdir: epath.Path
         sources = " and ".join(f"`{source}`" for source in chosen.sources)
         drop = results["drops"][0]
         cut = f" without {drop['layers']} layers" if drop["layers"] else ", whole"
+        topics = f", topics on {chosen.topic_rows} articles" if chosen.topic_rows else ""
         sections.append(
-            f"## {name}: {sources} into `{chosen.student}`{cut}\n\n"
-            f"{markdown_table(_rows(results, drop))}"
+            f"## {name}: {sources} into `{chosen.student}`{cut}\n\n{chosen.steps} steps"
+            f"{_frozen(chosen, drop)}{topics}.\n\n{markdown_table(_rows(results, drop))}"
         )
     text = "\n\n".join(sections)
     bars = _bars_of_parts(found)
@@ -152,16 +153,25 @@ def write_parts(config: Config, found: Mapping[str, Record], workdir: epath.Path
             for run in arm["runs"]
         ]
         about = (
-            f"# Learning across tokenizers\n\n{config.seeds} seeds of {config.steps} steps of "
-            f"{config.batch_size} x {config.seq_len} tokens of `{config.data}`; {_CHOSEN}"
-            f"Scores are on {config.eval_rows} test rows, topics on {config.topic_rows} articles; "
-            "seen: share of the labels that a loss looks at. Spread is one standard deviation over "
-            "seeds. What is below SFT is paired by seed: the same rows in the same order. Each "
-            "part has a report of its own in its folder.\n\n"
+            f"# Learning across tokenizers\n\n{config.seeds} seeds, steps of {config.batch_size} x "
+            f"{config.seq_len} tokens of `{config.data}`. {_CHOSEN}Scores are on "
+            f"{config.eval_rows} test rows; seen: share of the labels that a loss looks at. "
+            "Spread is one standard deviation over seeds. What is below SFT is paired by seed: the "
+            "same rows in the same order. Each part has a report of its own in its folder.\n\n"
         )
         tables = {name: _rows(results, results["drops"][0]) for name, results in found.items()}
         write_report(workdir, about + text, records=runs, tables=tables, pictures={})
     return text
+
+
+def _frozen(config: Config, drop: Record) -> str:
+    """What was not trained, in words."""
+    frozen = []
+    if config.freeze_below and drop["layers"]:
+        frozen.append("the embedding and what lies below the cut")
+    if config.freeze:
+        frozen.append(f"what matches `{config.freeze}`")
+    return f"; {' and '.join(frozen)} stayed as before" if frozen else ""
 
 
 def _bars_of_parts(found: Mapping[str, Record]) -> list[Record]:
@@ -181,8 +191,7 @@ def _bars_of_parts(found: Mapping[str, Record]) -> list[Record]:
             continue
         best = min(others, key=lambda arm: runs(part, arm).mean())
         gain = float(plain.mean() - runs(part, best).mean())
-        # Both have a spread; one seed has none to be beyond.
-        least = float(np.hypot(plain.std(), runs(part, best).std()))
+        least = _joint_spread(plain, runs(part, best))
         name = f"{part}: bits a byte that {NAMES[best]} is below SFT"
         bars.append(bar(name, gain, f"> {least:.2g}, the spread", gain > least))
     healed = ("healed_own", "healed_other", "healed_both")
@@ -190,10 +199,15 @@ def _bars_of_parts(found: Mapping[str, Record]) -> list[Record]:
         own, other, both = (runs(part, "first_piece") for part in healed)
         single = own if own.mean() < other.mean() else other
         gain = float(single.mean() - both.mean())
-        least = float(np.hypot(single.std(), both.std()))
+        least = _joint_spread(single, both)
         name = "healed: bits a byte that two teachers are below the better one"
         bars.append(bar(name, gain, f"> {least:.2g}, the spread", gain > least))
     return bars
+
+
+def _joint_spread(one: np.ndarray, other: np.ndarray) -> float:
+    """Standard deviation of a difference over seeds; one seed has none to be beyond."""
+    return float(np.hypot(one.std(ddof=1), other.std(ddof=1))) if len(one) > 1 else 0.0
 
 
 def _bars(drop: Record) -> list[Record]:
@@ -252,13 +266,11 @@ def _text(config: Config, results: Record, table: str) -> str:
     at_edge = f" At an edge of what was tried: {', '.join(edges)}." if edges else ""
     return f"""# Prune and heal
 
-Student `{config.student}`{f" without layers {cut}" if cut else ""}, chosen by {
-        config.prune_by
+Student `{config.student}`{
+        f" without layers {cut}, chosen by {config.prune_by}" if cut else ""
     }; sources
 {", ".join(f"`{source}`" for source in config.sources)}; data `{config.data}`. Every arm trained
-{config.steps} steps of {config.batch_size} x {config.seq_len} tokens{
-        "; the embedding and what lies below the cut are frozen" if config.freeze_below else ""
-    }{f"; frozen is what matches `{config.freeze}`" if config.freeze else ""}.
+{config.steps} steps of {config.batch_size} x {config.seq_len} tokens{_frozen(config, drop)}.
 {_CHOSEN if config.chooses else ""}Scores are on {config.eval_rows} test rows.{
         at_edge
     } Agreement: share of positions where the likeliest token is

@@ -143,15 +143,39 @@ def test_one_teacher_learns_from_the_rows_of_two(tmp_path):
 def test_what_a_flag_freezes_is_not_trained(tmp_path):
     whole, _ = models.load("tiny", layout="listed")
     session = train.Session(
-        config=config(layout="listed", freeze="embedding"),
+        config=config(freeze="final_norm", freeze_below=True),
         workdir=epath.Path(tmp_path),
         mesh=training.make_mesh("data:1", devices=jax.devices()[:1]),
         whole=whole,
-        corpus=types.SimpleNamespace(packed=None),
+        corpus=types.SimpleNamespace(packed=types.SimpleNamespace(splits={"train": range(1)})),
     )
+    (tmp_path / "drop-1").mkdir()
+    chosen = {"kept": [1], "dropped": [0], "scores": [0.0, 0.0]}
+    (tmp_path / "drop-1" / "pruning.json").write_text(json.dumps(chosen))
     student = train.prune(session, 0).student
-    assert list(student.frozen["model"]) == ["embedding"]
-    assert "embedding" not in student.trained["model"]
+    assert list(student.frozen["model"]) == ["final_norm/scale"]
+    student = train.prune(session, 1).student
+    assert set(student.frozen["model"]) == {"final_norm/scale", "embedding"}
+
+
+def test_parts_compare_differences_with_their_spread_over_seeds():
+    def part(**arms):
+        runs = {
+            arm: {"runs": [{"bits_per_byte": value} for value in values]}
+            for arm, values in arms.items()
+        }
+        return {"drops": [{"layers": 0, "arms": runs}]}
+
+    found = {"pair": part(sft=[1.0, 1.2], kl=[1.3, 1.3], alm=[0.8, 1.0])}
+    found |= {f"healed_{name}": part(first_piece=[value]) for name, value in
+              {"own": 1.0, "other": 2.0, "both": 0.9}.items()}  # fmt: skip
+    first, second = report._bars_of_parts(found)
+    assert first["bar"].endswith("SFT + ALM is below SFT")
+    assert first["seen"] == pytest.approx(0.2)
+    # The sample standard deviation of either is .1414.
+    assert first["promised"] == "> 0.2, the spread"
+    assert second["seen"] == pytest.approx(0.1)
+    assert second[""] == "met"
 
 
 @pytest.mark.parametrize(
