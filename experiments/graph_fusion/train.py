@@ -90,6 +90,8 @@ def open_session(config: Config, workdir: epath.Path) -> Session:
     objectives = [arms.first_settings(config, arm).objective(config) for arm in config.loss]
     distillation.check_vocabularies(reading, packed, objectives)
     whole, _ = models.load(config.student, mesh=mesh, **decoder_options(config))
+    if config.freeze:  # What is wrong with it is said before sources read for hours.
+        distillation.make_student(whole, freeze=config.freeze)
     taught = any(objective.taught for objective in objectives)
     rows = distillation.visited_rows(
         packed,

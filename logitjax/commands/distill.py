@@ -162,6 +162,15 @@ def run(config: Config, out: epath.Path) -> None:
         config.student, mesh=mesh, dtype=config.dtype, layout=config.layout, remat=config.remat
     )
     model, note, freeze = _pruned(config, whole, packed, out)
+    # Before teachers read for hours: what is wrong with it is said at once.
+    student = distillation.make_student(
+        model,
+        freeze=freeze,
+        lora_rank=config.lora_rank,
+        head_basis=basis,
+        seed=config.seed,
+    )
+    del model
     corpus = distillation.load_corpus(
         reading,
         packed,
@@ -180,14 +189,6 @@ def run(config: Config, out: epath.Path) -> None:
     if jax.process_index() == 0 and (table := corpus.tokenizer_table()):
         storage.write_atomic(out / "tokenizers.md", markdown_table(table) + "\n")
         print(markdown_table(table))
-    student = distillation.make_student(
-        model,
-        freeze=freeze,
-        lora_rank=config.lora_rank,
-        head_basis=basis,
-        seed=config.seed,
-    )
-    del model
     found = distillation.distill(student, corpus, objective, course, mesh=mesh, workdir=out)
     models.save_pretrained(found.model, tokenizer, out / "model")
     rows += [

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -83,7 +83,8 @@ def make_student(
         The `Student`.
 
     Raises:
-        ValueError: Nothing matches `freeze`, or everything; or a head of another vocabulary.
+        ValueError: `freeze` is no regular expression, matches nothing or everything, or comes with
+            adapters; or a head of another vocabulary.
 
     >>> student = make_student(models.load_model("tiny"), freeze="embedding|layers/0/mlp")
     >>> "embedding" in student.frozen["model"], "embedding" in student.trained["model"]
@@ -92,6 +93,8 @@ def make_student(
     >>> logits(student.trained, jnp.ones((1, 2), int)).shape[:2]
     (1, 2)
     """
+    if freeze and lora_rank:
+        raise ValueError("freeze: expected none with lora_rank, as adapters change no parameter")
     trained: dict[str, Any] = {}
     frozen: dict[str, Any] = {}
     if head_basis is not None:
@@ -100,10 +103,7 @@ def make_student(
     flat = _flat(params)
     if head_basis is not None:
         del flat["head/kernel"]
-    stays = set(flat) if lora_rank else {n for n in flat if freeze and re.search(freeze, n)}
-    if freeze and not lora_rank and len(stays) in (0, len(flat)):
-        which = "every" if stays else "no"
-        raise ValueError(f"freeze: expected to match some parameters, {freeze!r} matches {which}")
+    stays = set(flat) if lora_rank else _matching(flat, freeze)
     frozen["model"] = {name: leaf for name, leaf in flat.items() if name in stays}
     trained["model"] = {name: leaf for name, leaf in flat.items() if name not in stays}
     if lora_rank:
@@ -115,6 +115,24 @@ def make_student(
         kernel = jnp.array(model.head_of().rows.T)
         trained["auxiliary"] = {"head": {"kernel": kernel}}
     return Student(graphdef=apply_fn.graphdef, trained=trained, frozen=frozen)
+
+
+def _matching(names: Iterable[str], freeze: str | None) -> set[str]:
+    """The names that a regular expression matches: some, but not all."""
+    if not freeze:
+        return set()
+    try:
+        search = re.compile(freeze).search
+    except re.error as error:
+        raise ValueError(
+            f"freeze: expected a regular expression, got {freeze!r}: {error}"
+        ) from error
+    names = set(names)
+    found = {name for name in names if search(name)}
+    if len(found) in (0, len(names)):
+        which = "every" if found else "no"
+        raise ValueError(f"freeze: expected to match some parameters, {freeze!r} matches {which}")
+    return found
 
 
 def hidden_states(

@@ -264,5 +264,9 @@ def test_what_no_student_can_be_is_named():
     for freeze, which in (("nothing_like_it", "no"), (".", "every")):
         with pytest.raises(ValueError, match=f"freeze: .* matches {which}"):
             make_student(model, freeze=freeze)
+    with pytest.raises(ValueError, match="freeze: expected a regular expression"):
+        make_student(model, freeze="(")
+    with pytest.raises(ValueError, match="freeze: expected none with lora_rank"):
+        make_student(model, freeze="embedding", lora_rank=2)
     with pytest.raises(ValueError, match="a row for each of the student's 257 tokens, got 5"):
         make_student(model, head_basis=np.ones((5, 32)))
