@@ -142,16 +142,25 @@ class Config:
         return self.source or (self.student,)
 
 
+# What layers are missing from learns faster than what is whole.
+_HEALING = (1.25e-4, 3.125e-4, 7.8125e-4)
 # Who learns from whom, and what in other respects is not the run's own configuration.
 PARTS: dict[str, dict[str, Any]] = {
     "pair": dict(who=("student", ("other",)), drop_layers=(0,)),
     # InfiGFusion's own claim: several sources, one pivot.
     # All on the rows that both tokenizers cut, or bits a byte would be those of other texts.
     "healed_own": dict(
-        who=("student", ("student",)), fit_to=("other",), loss=("sft", "first_piece")
+        who=("student", ("student",)),
+        fit_to=("other",),
+        loss=("sft", "first_piece"),
+        learning_rate=_HEALING,
     ),
-    "healed_other": dict(who=("student", ("other",)), loss=("first_piece",)),
-    "healed_both": dict(who=("student", ("student", "other")), loss=("first_piece",)),
+    "healed_other": dict(
+        who=("student", ("other",)), loss=("first_piece",), learning_rate=_HEALING
+    ),
+    "healed_both": dict(
+        who=("student", ("student", "other")), loss=("first_piece",), learning_rate=_HEALING
+    ),
     # The second pair of tokenizers: a large vocabulary that learns from a small one.
     "reverse": dict(
         who=("other", ("student",)),
