@@ -36,6 +36,8 @@ PAPER = (
 )
 
 
+# Parts whose students lack layers and see the same rows.
+_HEALED = ("healed_own", "healed_other", "healed_both")
 _CHOSEN = (
     "Rate, mix and graph loss were chosen on validation data, in as many trials for every arm. "
 )
@@ -65,13 +67,14 @@ def write(config: Config, results: Record, workdir: epath.Path) -> str:
     return f"{table}\n\nreport: {workdir}/report.md\nplot:   {workdir}/report.png"
 
 
-def _rows(results: Record, drop: Record) -> list[Record]:
+def _rows(results: Record, drop: Record, plain: Sequence[Record] = ()) -> list[Record]:
+    """A row an arm, beside runs of SFT: the arm's own, or those of another part."""
     rows = []
     if results["whole"] is not None:
         rows.append({"arm": "whole"} | _scores([results["whole"]]))
     name = f"without {drop['layers']} layers" if drop["layers"] else "before"
     rows.append({"arm": name} | _scores([drop["before"]]))
-    plain = drop["arms"].get("sft", {"runs": ()})["runs"]
+    plain = drop["arms"].get("sft", {"runs": plain})["runs"]
     for arm, found in drop["arms"].items():
         runs = found["runs"]
         rows.append(
@@ -130,16 +133,17 @@ def _by_layers(results: Record) -> list[Record]:
 
 def write_parts(config: Config, found: Mapping[str, Record], workdir: epath.Path) -> str:
     """The report of all parts: one table each, and what they were for."""
-    sections = []
+    sections, tables = [], {}
     for name, results in found.items():
         chosen = config.of_part(name)
         sources = " and ".join(f"`{source}`" for source in chosen.sources)
         drop = results["drops"][0]
         cut = f" without {drop['layers']} layers" if drop["layers"] else ", whole"
         topics = f", topics on {chosen.topic_rows} articles" if chosen.topic_rows else ""
+        tables[name] = _rows(results, drop, _plain_healed(found) if name in _HEALED else ())
         sections.append(
             f"## {name}: {sources} into `{chosen.student}`{cut}\n\n{chosen.steps} steps"
-            f"{_frozen(chosen, drop)}{topics}.\n\n{markdown_table(_rows(results, drop))}"
+            f"{_frozen(chosen, drop)}{topics}.\n\n{markdown_table(tables[name])}"
         )
     text = "\n\n".join(sections)
     bars = _bars_of_parts(found)
@@ -159,7 +163,6 @@ def write_parts(config: Config, found: Mapping[str, Record], workdir: epath.Path
             "Spread is one standard deviation over seeds. What is below SFT is paired by seed: the "
             "same rows in the same order. Each part has a report of its own in its folder.\n\n"
         )
-        tables = {name: _rows(results, results["drops"][0]) for name, results in found.items()}
         write_report(workdir, about + text, records=runs, tables=tables, pictures={})
     return text
 
@@ -172,6 +175,12 @@ def _frozen(config: Config, drop: Record) -> str:
     if config.freeze:
         frozen.append(f"what matches `{config.freeze}`")
     return f"; {' and '.join(frozen)} stayed as before" if frozen else ""
+
+
+def _plain_healed(found: Mapping[str, Record]) -> Sequence[Record]:
+    """Runs of SFT on the rows that all healed students saw."""
+    own = found.get("healed_own")
+    return own["drops"][0]["arms"].get("sft", {"runs": ()})["runs"] if own else ()
 
 
 def _bars_of_parts(found: Mapping[str, Record]) -> list[Record]:
@@ -194,9 +203,8 @@ def _bars_of_parts(found: Mapping[str, Record]) -> list[Record]:
         least = _joint_spread(plain, runs(part, best))
         name = f"{part}: bits a byte that {NAMES[best]} is below SFT"
         bars.append(bar(name, gain, f"> {least:.2g}, the spread", gain > least))
-    healed = ("healed_own", "healed_other", "healed_both")
-    if set(healed) <= set(found):
-        own, other, both = (runs(part, "first_piece") for part in healed)
+    if set(_HEALED) <= set(found):
+        own, other, both = (runs(part, "first_piece") for part in _HEALED)
         single = own if own.mean() < other.mean() else other
         gain = float(single.mean() - both.mean())
         least = _joint_spread(single, both)

@@ -178,6 +178,27 @@ def test_parts_compare_differences_with_their_spread_over_seeds():
     assert second[""] == "met"
 
 
+def test_healed_students_are_compared_with_sft_of_the_same_seed():
+    def part(**arms):
+        runs = {
+            arm: {"runs": [dict(row, bits_per_byte=value, seed=seed, **about)
+                           for seed, value in enumerate(values)], "trials": []}
+            for arm, values in arms.items()
+        }  # fmt: skip
+        return {"whole": None, "drops": [{"layers": 6, "before": row, "arms": runs}]}
+
+    row = {"parameters": 1, "bits_per_byte": 2.0}
+    about = {"learning_rate": 1e-3, "mix": 0.5}
+    found = {"healed_own": part(sft=[1.0, 1.5], first_piece=[0.9, 1.6])}
+    found["healed_other"] = part(first_piece=[0.75, 1.25])
+    plain = report._plain_healed(found)
+    drop = found["healed_other"]["drops"][0]
+    assert report._rows(found["healed_other"], drop, plain)[-1]["bits a byte below SFT"] == (
+        "0.25 +- 0"
+    )
+    assert "bits a byte below SFT" not in report._rows(found["healed_other"], drop)[-1]
+
+
 @pytest.mark.parametrize(
     "gld", ["rank/row_sum:1", "rank/row_sum/closed_form", "rank/row_sum/closed_form:heavy"]
 )
