@@ -12,6 +12,9 @@ from logitjax.ops import Array
 
 # A batch that its queries do not narrow any more is given up: answers contradict each other.
 _STUCK = 20
+# An API adds biases to logits in float32, which rounds sums of up to 64 nats by as much on each
+# side of a comparison.
+_ROUNDED = 2.0**-18
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,7 +27,8 @@ class SearchedLogits:
         upper: `[m]`.
         queries: What it took.
         contradictions: Answers that no logits agree with, which were left out: the API adds fresh
-            noise, and the bounds hold up to it only.
+            noise, and the bounds hold up to it only. Most answers under noise agree with some
+            logits, so none is no proof.
     """
 
     tokens: np.ndarray
@@ -49,6 +53,7 @@ class Boxes:
     Args:
         count: Number of tokens, N.
         winner: Place of the token that is drawn without a bias.
+        slack: How far a drawn token may have been below another all the same, by rounding.
 
     >>> boxes = Boxes(3, 0)
     >>> boxes.learn(1, np.array([0.0, 0.5, 0.5]))
@@ -57,8 +62,8 @@ class Boxes:
     [1.  0.5 0. ] [1. 1. 1.]
     """
 
-    def __init__(self, count: int, winner: int):
-        self.winner = winner
+    def __init__(self, count: int, winner: int, slack: float = 0.0):
+        self.winner, self.slack = winner, slack
         self.apart = np.ones((count, count))
         self.apart[winner] = 0.0
         np.fill_diagonal(self.apart, 0.0)
@@ -73,7 +78,7 @@ class Boxes:
 
     def learn(self, drawn: int, bias: np.ndarray) -> bool:
         """Takes in that a token was drawn under a bias; False if that contradicts what is known."""
-        out = np.minimum(self.apart[drawn], bias[drawn] - bias)
+        out = np.minimum(self.apart[drawn], bias[drawn] - bias + self.slack)
         out = (out[:, None] + self.apart).min(axis=0)
         if out[drawn] < 0:
             return False
@@ -133,7 +138,8 @@ def search_logits(
         tokens: `[m]` distinct token ids.
         asker: As above.
         span: Range of the logits in nats, at most the largest bias; lower tokens are not found.
-        tolerance: Distance of the bounds, in nats, at which to stop.
+        tolerance: Distance of the bounds, in nats, at which to stop. Some 1e-5 nats, which float32
+            rounds away, come on top.
 
     Returns:
         `SearchedLogits`.
@@ -200,17 +206,21 @@ def _narrow(
     tolerance: float,
 ) -> tuple[Boxes, int, int]:
     """Bounds of one batch, the winner first, with the numbers of queries and contradictions."""
-    boxes, queries, contradictions = Boxes(len(batch), 0), 0, 0
+    boxes, queries, contradictions = Boxes(len(batch), 0, 2 * _ROUNDED / span), 0, 0
     places = {int(token): place for place, token in enumerate(batch)}
     in_row = 0
-    while (boxes.upper - boxes.lower).max() * span > tolerance and in_row < _STUCK:
+    # Rounding leaves a slack on both sides, which no query closes.
+    least = tolerance / span + 2 * boxes.slack
+    while (boxes.upper - boxes.lower).max() > least and in_row < _STUCK:
         bias = bias_of(boxes.lower, boxes.upper)
         nats = (bias * span).astype(np.float32)
         answer = oracle.ask_biased(prompt, batch[None], nats[None])
         drawn = places.get(int(np.asarray(answer.tokens)[0, 0]))
         queries += 1
+        known = boxes.apart
         # The bias as it was sent: the rounded one is what was compared.
-        learned = drawn is not None and boxes.learn(drawn, nats.astype(np.float64) / span)
-        in_row = 0 if learned else in_row + 1
-        contradictions += not learned
+        agrees = drawn is not None and boxes.learn(drawn, nats.astype(np.float64) / span)
+        narrows = (known - boxes.apart).max() > boxes.slack
+        in_row = 0 if narrows else in_row + 1
+        contradictions += not agrees
     return boxes, queries, contradictions
