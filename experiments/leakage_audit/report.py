@@ -13,6 +13,9 @@ from experiments.shared.report import bar, markdown_table, spread, write_report
 from logitjax import leakage
 from logitjax.commands import figures
 
+# Least number of points that a picture shows of a spectrum.
+_POINTS = 150
+
 
 def verdict(group: Sequence[Mapping[str, Any]], width: int) -> str:
     """What an operator should take from it."""
@@ -109,8 +112,8 @@ def spectra(groups: Mapping[str, Any], width: int) -> figures.Picture:
     for name, group in groups.items():
         if "spectrum" in group[0]:
             step = max(1, group[0]["prompts"] // 500)
-            values = enumerate(group[0]["spectrum"])
-            points = [(1 + i * step, value) for i, value in values]
+            values = [(1 + i * step, value) for i, value in enumerate(group[0]["spectrum"])]
+            points = values[:: max(1, len(values) // _POINTS)]
             series.append(figures.Series(name=name, runs=[points]))
     panel = figures.Panel(
         x="number of the singular value",
