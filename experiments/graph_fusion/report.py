@@ -149,6 +149,7 @@ def write_parts(config: Config, found: Mapping[str, Record], workdir: epath.Path
     bars = _bars_of_parts(found)
     if bars:
         text += f"\n\n## Bars\n\n{markdown_table(bars)}"
+        tables["bars"] = bars
     if jax.process_index() == 0:
         runs = [
             {"part": name} | run
@@ -188,28 +189,26 @@ def _bars_of_parts(found: Mapping[str, Record]) -> list[Record]:
     bars = []
 
     def runs(part: str, arm: str) -> np.ndarray:
-        arms = found[part]["drops"][0]["arms"]
-        return np.array([run["bits_per_byte"] for run in arms[arm]["runs"]])
+        arms = found[part]["drops"][0]["arms"] if part in found else {}
+        return np.array([run["bits_per_byte"] for run in arms.get(arm, {"runs": ()})["runs"]])
 
-    for part in ("pair", "reverse"):
-        if part not in found or "sft" not in found[part]["drops"][0]["arms"]:
-            continue
-        plain = runs(part, "sft")
-        others = [arm for arm in found[part]["drops"][0]["arms"] if arm != "sft"]
-        if not others:
-            continue
-        best = min(others, key=lambda arm: runs(part, arm).mean())
-        gain = float(plain.mean() - runs(part, best).mean())
-        least = _joint_spread(plain, runs(part, best))
-        name = f"{part}: bits a byte that {NAMES[best]} is below SFT"
-        bars.append(bar(name, gain, f"> {least:.2g}, the spread", gain > least))
-    if set(_HEALED) <= set(found):
-        own, other, both = (runs(part, "first_piece") for part in _HEALED)
+    def compare(who: str, worse: np.ndarray, better: np.ndarray) -> None:
+        if len(worse) and len(better):
+            gain, least = float(worse.mean() - better.mean()), _joint_spread(worse, better)
+            bars.append(
+                bar(f"{who}, bits a byte", gain, f"> {least:.2g}, the spread", gain > least)
+            )
+
+    for part in [name for name in ("pair", "reverse") if name in found]:
+        taught = {arm: runs(part, arm) for arm in found[part]["drops"][0]["arms"]}
+        plain = taught.pop("sft", np.array([]))
+        best = min(taught, key=lambda arm: taught[arm].mean(), default="sft")
+        compare(f"{part}: {NAMES[best]} below SFT", plain, taught.get(best, np.array([])))
+    own, other, both = (runs(part, "first_piece") for part in _HEALED)
+    compare("healed: a teacher of another tokenizer below SFT", runs("healed_own", "sft"), other)
+    if len(own) and len(other):
         single = own if own.mean() < other.mean() else other
-        gain = float(single.mean() - both.mean())
-        least = _joint_spread(single, both)
-        name = "healed: bits a byte that two teachers are below the better one"
-        bars.append(bar(name, gain, f"> {least:.2g}, the spread", gain > least))
+        compare("healed: two teachers below the better one", single, both)
     return bars
 
 

@@ -169,11 +169,13 @@ def test_parts_compare_differences_with_their_spread_over_seeds():
     found = {"pair": part(sft=[1.0, 1.2], kl=[1.3, 1.3], alm=[0.8, 1.0])}
     found |= {f"healed_{name}": part(first_piece=[value]) for name, value in
               {"own": 1.0, "other": 2.0, "both": 0.9}.items()}  # fmt: skip
-    first, second = report._bars_of_parts(found)
-    assert first["bar"].endswith("SFT + ALM is below SFT")
+    found["healed_own"]["drops"][0]["arms"]["sft"] = {"runs": [{"bits_per_byte": 1.5}]}
+    first, other, second = report._bars_of_parts(found)
+    assert first["bar"] == "pair: SFT + ALM below SFT, bits a byte"
     assert first["seen"] == pytest.approx(0.2)
     # The sample standard deviation of either is .1414.
     assert first["promised"] == "> 0.2, the spread"
+    assert other["seen"] == pytest.approx(-0.5)
     assert second["seen"] == pytest.approx(0.1)
     assert second[""] == "met"
 
