@@ -36,6 +36,22 @@ NAMES = {
     "packed_product": "product quantisation, 16 codes a group, + bias",
     "adaptive": "adaptive softmax, tuned on labels",
 }
+# The same beside lines of a picture, where there is less room.
+_LINES = {
+    "full_bias_labels": "tuned biases",
+    "full_labels": "tuned rows and biases",
+    "vq_paper": "VQ as published",
+    "vq_plain": "VQ, weighted",
+    "vq_random": "VQ + bias, random",
+    "vq_bias": "VQ + bias",
+    "vq_likelihood": "VQ + bias, reassigned",
+    "vq_likelihood_labels": "VQ + bias, on labels",
+    "low_rank": "low rank",
+    "wide_low_rank": "wider low rank",
+    "product": "product codes",
+    "packed_product": "packed product codes",
+    "adaptive": "adaptive softmax",
+}
 SCRATCH_NAMES = {
     "full_bias": "full softmax + bias (control)",
     "full": "full softmax",
@@ -216,7 +232,6 @@ def frontier(
     named: dict[str, Any] = {
         "x": "head bytes read a token, % of the full head",
         "log": "xy",
-        "names": "beside",
         "height": 4.2,
     }
     # Perfect agreement has no logarithm: it lies on the lower edge.
@@ -236,10 +251,12 @@ def frontier(
 
 def _line(arm: str, codes: int) -> str:
     """What a point of the frontier belongs to: shortlists by codebook, others by kind."""
-    if arm.startswith("shortlist") and not arm.endswith("_tuned"):
-        rows = "product-quantised" if "product" in arm else "exact"
-        return f"shortlists, {rows} rows, K = {codes}"
-    return _name(arm)
+    if arm.startswith("screened"):
+        return f"{_LINES[arm.removeprefix('screened_').rpartition('_')[0]]} + exact rows"
+    if arm in _LINES:
+        return _LINES[arm]
+    rows = "product rows, " if "product" in arm else "tuned, " if arm.endswith("_tuned") else ""
+    return f"shortlist, {rows}K = {codes}"
 
 
 def curves(
