@@ -12,7 +12,7 @@ from logitjax.ops import Array
 
 # A batch that its queries do not narrow any more is given up: answers contradict each other.
 _STUCK = 20
-# An API adds biases to logits in float32, which rounds sums of up to 64 nats by as much on each
+# An API adds biases to logits in float32, which rounds sums of up to 128 nats by as much on each
 # side of a comparison.
 _ROUNDED = 2.0**-18
 
