@@ -225,8 +225,15 @@ def _blank(height: float) -> Any:
 
 
 def _save(figure: Any, path: str | os.PathLike[str], made_of: str) -> None:
-    metadata = {"Software": None, "Source": made_of}
-    storage.write_atomic(path, lambda file: figure.savefig(file, format="png", metadata=metadata))
+    # matplotlib needs Pillow anyway.
+    from PIL import Image, PngImagePlugin
+
+    about = PngImagePlugin.PngInfo()
+    about.add_text("Source", made_of)
+    figure.canvas.draw()
+    # A palette is a third of the size of full colours, and holds all that a few lines need.
+    drawn = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB").quantize(128)
+    storage.write_atomic(path, lambda file: drawn.save(file, "PNG", pnginfo=about, optimize=True))
 
 
 def _fill(axes: Any, panel: Panel, looks: Mapping[str, dict[str, Any]]) -> list[Label]:

@@ -146,6 +146,14 @@ def test_searches_ask_what_they_ask_by_hand(asker):
     assert ((found.lower <= HAND + 1e-6) & (found.upper >= HAND - 1e-6)).all()
 
 
+def test_a_tie_that_rounding_breaks_both_ways_is_no_contradiction():
+    # .3 - .1 and .2 differ in their last digit, so a tie has the two tokens below each other.
+    for slack, agrees in ((0.0, False), (1e-7, True)):
+        boxes = Boxes(3, 0, slack)
+        assert boxes.learn(1, np.array([0.0, 0.3, 0.1]))
+        assert boxes.learn(2, np.array([0.0, 0.2, 0.0])) == agrees
+
+
 @pytest.mark.parametrize("seed", range(2))
 def test_what_an_api_rounds_is_neither_a_contradiction_nor_an_endless_search(seed):
     # As a model's: many tokens, a wide row, and sums with biases in float32.
