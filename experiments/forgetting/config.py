@@ -156,6 +156,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         batch_size=4,
         text_windows=16,
         topics=60,
+        relearn_rates=(5e-4, 2e-3),
+        relearn_steps=(6, 20),
         eval_batch=16,
         dtype="bfloat16",
     ),

@@ -130,9 +130,7 @@ class Run:
             "truth ratios": self._log_ratios(model),
         }
         if config.topics:
-            record["topics"] = self._topics.accuracy(
-                model, batch_size=config.eval_batch, pad_id=questions.pad_id
-            )
+            record["topics"] = self._topics.accuracy(model, batch_size=config.eval_batch)
         record["relearning"] = unlearning.relearning(
             model,
             questions,
@@ -196,7 +194,8 @@ class Run:
             target = nnx.merge(
                 graphdef, jax.tree.map(lambda leaf: leaf.astype(np.float32), weights)
             )
-        return unlearning.Unlearning(target, self.questions, settings, folder)
+        before = self.workdir / "trials" / "before.json"
+        return unlearning.Unlearning(target, self.questions, settings, folder, before=before)
 
 
 def _standing(found: Any) -> tuple[bool, float]:

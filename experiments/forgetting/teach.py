@@ -10,6 +10,29 @@ from flax import nnx
 from experiments.shared import fit
 from logitjax import models, training, unlearning
 
+# Lengths are multiples of it, for few programs.
+_MULTIPLE = 16
+
+
+def batch_of_alike(lengths: np.ndarray, step: int, batch: int, seed: int) -> np.ndarray:
+    """The rows of a step: alike in length, so that little is padded, and all in every epoch.
+
+    Args:
+        lengths: Of the rows.
+        step: Of training.
+        batch: Number of rows.
+        seed: Of the order.
+
+    Returns:
+        Indices of rows. What fills no batch is left out of an epoch, others in each.
+    """
+    count = max(1, len(lengths) // batch)
+    epoch, place = divmod(step, count)
+    rng = np.random.default_rng([seed, epoch])
+    drawn = rng.permutation(len(lengths))[: count * batch]
+    alike = drawn[np.argsort(lengths[drawn], kind="stable")]
+    return np.array_split(alike, count)[rng.permutation(count)[place]]
+
 
 def teach(
     model: models.Decoder,
@@ -36,22 +59,18 @@ def teach(
         seed: Of the order and of the adapters.
         pad_id: Any id the model has.
     """
-    # What a task vector learns is what is to be forgotten.
-    loss_fn = unlearning.make_unlearning_loss(
-        unlearning.UNLEARNING_METHODS["task_vector"], model, adapters=True
-    )
-    padded = unlearning.padded_rows(rows, max(len(ids) for ids, _ in rows), pad_id=pad_id)
 
     def batches(step: int) -> dict[str, dict[str, np.ndarray]]:
-        places = range(step * batch, (step + 1) * batch)
-        picked = [
-            np.random.default_rng([seed, place // len(rows)]).permutation(len(rows))[
-                place % len(rows)
-            ]
-            for place in places
-        ]
-        return {"forget": {name: values[picked] for name, values in padded.items()}}
+        picked = [rows[i] for i in batch_of_alike(lengths, step, batch, seed)]
+        longest = -(-max(len(ids) for ids, _ in picked) // _MULTIPLE) * _MULTIPLE
+        return {"forget": unlearning.padded_rows(picked, longest, pad_id=pad_id)}
 
+    lengths = np.asarray([len(ids) for ids, _ in rows])
+    most = max(int(batches(step)["forget"]["mask"].sum()) for step in range(steps))
+    # What a task vector learns is what is to be forgotten.
+    loss_fn = unlearning.make_unlearning_loss(
+        unlearning.UNLEARNING_METHODS["task_vector"], model, adapters=True, most={"forget": most}
+    )
     schedule = training.Schedule(rate, "linear", warmup=max(1, steps // 10), total_steps=steps)
     update = fit.make_update(
         loss_fn,

@@ -1,53 +1,59 @@
 """What a model knows beside the rows: the topic of an article, asked for after its text."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
 from experiments.shared.topics import topic_articles
-from logitjax import models
-from logitjax.evaluation import score_rows
+from logitjax import decoding, models
 from logitjax.unlearning import Deployed
 
 _LENGTH = 160
+# More than any two logits differ by.
+_ALLOWED = 1e3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Topics:
-    """Articles, each once with every topic behind it; the likeliest one is the answer.
+    """Articles, and of every topic the first token, by which topics differ.
 
     Attributes:
-        rows: Token ids and which of them are the topic's, all topics of an article together.
-        labels: int `[articles]`, the right ones.
-        count: Of topics.
+        prompts: Token ids of each article and the question behind it.
+        labels: int `[articles]`, the right topics.
+        firsts: The first token of each topic.
     """
 
-    rows: list[tuple[np.ndarray, np.ndarray]]
+    prompts: Sequence[Sequence[int]]
     labels: np.ndarray
-    count: int
+    firsts: Sequence[int]
 
     @classmethod
     def load(cls, source: str, tokenizer: models.Tokenizer, count: int) -> "Topics":
         """Test articles of a source in an order that is always the same.
 
         Raises:
-            ValueError: The source has no topics.
+            ValueError: The source has no topics, or two of them begin with one token.
         """
         names, articles = topic_articles(source, count)
-        answers = [tokenizer.encode(f" {name}") for name in names]
+        firsts = [tokenizer.encode(f" {name}")[0] for name in names]
+        if len(set(firsts)) < len(firsts):
+            raise ValueError(f"topics: expected first tokens that differ, got {names}")
         question = tokenizer.encode("\nTopic:")
-        room = _LENGTH - len(question) - max(map(len, answers))
-        rows, labels = [], []
-        for text, label in articles:
-            before = tokenizer.encode(text, add_bos=None)[:room] + question
-            for answer in answers:
-                ids = np.asarray(before + answer, np.int32)
-                rows.append((ids, np.arange(len(ids)) >= len(before)))
-            labels.append(label)
-        return cls(rows=rows, labels=np.asarray(labels), count=len(names))
+        room = _LENGTH - len(question)
+        prompts = [tokenizer.encode(text, add_bos=None)[:room] + question for text, _ in articles]
+        return cls(prompts=prompts, labels=np.asarray([n for _, n in articles]), firsts=firsts)
 
-    def accuracy(self, model: Deployed, *, batch_size: int, pad_id: int) -> float:
-        """The share of articles whose topic is the likeliest one, a token."""
-        scores = score_rows(model.nll, self.rows, batch_size=batch_size, pad_id=pad_id)
-        averages = (scores.totals() / scores.counts()).reshape(-1, self.count)
-        return float((averages.argmin(axis=1) == self.labels).mean())
+    def accuracy(self, model: Deployed, *, batch_size: int) -> float:
+        """The share of articles whose topic has the likeliest first token."""
+        line_up, found = model.line_up(), []
+        for start in range(0, len(self.prompts), batch_size):
+            prompts = list(self.prompts[start : start + batch_size])
+            out = decoding.generate(
+                line_up,
+                prompts + prompts[-1:] * (batch_size - len(prompts)),
+                max_new_tokens=1,
+                logit_bias=dict.fromkeys(self.firsts, _ALLOWED),
+            )
+            found += [self.firsts.index(int(ids[0])) for ids in out.rows()[: len(prompts)]]
+        return float(np.mean(np.asarray(found) == self.labels))

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from logitjax.evaluation import RowScores
 from logitjax.models import first_layers
 from logitjax.unlearning._deployed import Deployed
 from logitjax.unlearning._membership import detection_rate, membership_auc, min_k, zlib_loss
@@ -30,11 +31,13 @@ _MORE_WAYS = {
 }
 
 Attacks = dict[str, dict[str, float]]
+Scores = Callable[[str], RowScores]
 
 
 def attacks(
     model: Deployed,
     questions: Questions,
+    scores: Scores,
     *,
     thorough: bool = False,
     reference: Deployed | None = None,
@@ -44,6 +47,7 @@ def attacks(
     Args:
       model: As it answers.
       questions: What it is asked.
+      scores: What it says of each part of them.
       thorough: Those that sample or take gradients too, which take minutes.
       reference: A model that never knew, for the attack that compares.
 
@@ -51,7 +55,7 @@ def attacks(
       By name a median `probability` of the answers to forget, a `share` of them or of the rows, or
       an `auc`.
     """
-    forget = questions.scores(model, "forget")
+    forget = scores("forget")
     assert forget.greedy is not None
     rest = [nll[max(1, round(_PREFIX * len(nll))) :] for nll in forget.nll]
     # OpenUnlearning counts no end mark here.
@@ -62,7 +66,7 @@ def attacks(
     }
     for part, name in (_WAYS | _MORE_WAYS if thorough else _WAYS).items():
         if questions.rows[part]:
-            found[name] = _probability(questions.scores(model, part).nll)
+            found[name] = _probability(scores(part).nll)
     for bits in _BITS:
         nll = questions.scores(_rounded(model, bits), "forget").nll
         found[f"weights rounded to {bits} bits"] = _probability(nll)
@@ -71,7 +75,7 @@ def attacks(
     found["extraction strength"] = _share(extraction_strength, words)
     found["exact memorisation"] = _share(exact_memorisation, words)
     if questions.rows["holdout"]:
-        found |= _memberships(model, questions, thorough, reference)
+        found |= _memberships(model, questions, scores, thorough, reference)
     return found
 
 
@@ -124,11 +128,15 @@ def leak_at(values: Any, k: int) -> float:
 
 
 def _memberships(
-    model: Deployed, questions: Questions, thorough: bool, reference: Deployed | None
+    model: Deployed,
+    questions: Questions,
+    said: Scores,
+    thorough: bool,
+    reference: Deployed | None,
 ) -> Attacks:
     """How well what a model says of rows tells whether it was trained on them."""
     sides = ("forget", "holdout")
-    nll = {part: questions.scores(model, part).nll for part in sides}
+    nll = {part: said(part).nll for part in sides}
     texts = {part: [row.answer for row in questions.rows[part]] for part in sides}
     # Min-k(++) is of the answer without its end mark.
     words = {part: _without_end(questions, part, rows) for part, rows in nll.items()}

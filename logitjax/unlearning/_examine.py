@@ -1,10 +1,11 @@
 """What a model still says of rows to forget and to keep, asked straight and under attack."""
 
+import functools
 from typing import Any
 
 from logitjax.unlearning._attacks import attacks
 from logitjax.unlearning._deployed import Deployed
-from logitjax.unlearning._questions import Questions, fluency
+from logitjax.unlearning._questions import Questions, answer_probabilities, fluency
 
 
 def examine(
@@ -30,9 +31,11 @@ def examine(
     """
     parts = ("forget", "reworded_test", "holdout", "test")
     answers = {part: questions.answers(model, part) for part in ("forget", "test")}
+    # Attacks read off the same scores.
+    scores = functools.cache(functools.partial(questions.scores, model))
     return {
         "probabilities": {
-            part: questions.probabilities(model, part).tolist()
+            part: answer_probabilities(scores(part)).tolist()
             for part in parts
             if questions.rows[part]
         },
@@ -40,5 +43,5 @@ def examine(
         "fluency": fluency(answers["test"]),
         "perplexity": questions.perplexity(model, "test"),
         "answers": answers,
-        "attacks": attacks(model, questions, thorough=thorough, reference=reference),
+        "attacks": attacks(model, questions, scores, thorough=thorough, reference=reference),
     }

@@ -130,7 +130,7 @@ class Questions:
 
     def probabilities(self, model: Deployed, part: str) -> np.ndarray:
         """`exp(-mean nats)` of each answer, its end mark counted."""
-        return np.asarray([np.exp(-nll.mean()) for nll in self.scores(model, part).nll])
+        return answer_probabilities(self.scores(model, part))
 
     def medians_by_alpha(self, model: Deployed, part: str, alphas: np.ndarray) -> np.ndarray:
         """The median probability of a part's answers for each weight of the assistant."""
@@ -205,6 +205,11 @@ class Questions:
         """ROUGE-L F1 of generated answers against the rows'."""
         rows = [row.answer for row in self.rows[part] if row.asks]
         return rouge_l_f1(rows, answers)
+
+
+def answer_probabilities(scores: RowScores) -> np.ndarray:
+    """`exp(-mean nats)` of each row."""
+    return np.asarray([np.exp(-nll.mean()) for nll in scores.nll])
 
 
 def _after_others(rows: Sequence[Row]) -> tuple[Row, ...]:

@@ -83,11 +83,14 @@ def matched_strength(
     goal: Goal,
     *,
     most: float = 1.0,
+    without: float = math.nan,
     tolerance: float = 0.25,
     trials: int = 8,
 ) -> tuple[float, float]:
-    """The strength at which forgotten answers are as likely as the goal says, by bisection.
+    """The strength at which forgotten answers are as likely as the goal says, by false position.
 
+    Between two strengths around the goal the next one is where a straight line through their
+    logarithms meets it, but no nearer to either than a tenth; the middle where one is not known.
     Strength is what the update is multiplied by, an assistant's alpha or a factor of adapters; it
     takes no training to try one.
 
@@ -95,6 +98,7 @@ def matched_strength(
       probability: Probability of forgotten answers, by the strength; falls with it.
       goal: What it is to be.
       most: Largest strength.
+      without: Probability at a strength of 0, if known.
       tolerance: In nats.
       trials: Strengths that are tried at most.
 
@@ -106,25 +110,31 @@ def matched_strength(
     True
     """
     tried: list[tuple[float, float]] = []
-    low, high, at = 0.0, most, most / 2
+    # A strength, and how far above the goal it leaves answers, in nats.
+    low, high, at = (0.0, _above(goal, without)), (most, math.nan), most / 2
     for _ in range(trials):
         found = probability(at)
         tried.append((at, found))
-        if not math.isfinite(found):
-            high = at
-        elif goal.gap(found) <= tolerance:
+        if math.isfinite(found) and goal.gap(found) <= tolerance:
             break
-        elif found > goal.probability:
-            low = at
+        if found > goal.probability:
+            low = (at, _above(goal, found))
         else:
-            high = at
-        at = (low + high) / 2
-        if high == most and all(other != most for other, _ in tried):
+            high = (at, _above(goal, found))
+        if high[0] == most and all(other != most for other, _ in tried):
             at = most  # Is it reached at all?
-        elif low == high:
+        elif low[0] == high[0]:
             break
+        else:
+            share = low[1] / (low[1] - high[1])
+            share = min(max(share, 0.1), 0.9) if math.isfinite(share) else 0.5
+            at = low[0] + share * (high[0] - low[0])
     known = [pair for pair in tried if math.isfinite(pair[1])]
     return min(known, key=lambda pair: goal.gap(pair[1])) if known else (0.0, math.nan)
+
+
+def _above(goal: Goal, probability: float) -> float:
+    return math.copysign(goal.gap(probability), probability - goal.probability)
 
 
 def strength_on_curve(strengths: Any, probabilities: Any, goal: Goal) -> float:

@@ -76,6 +76,8 @@ class Unlearning:
         `adapter` or `model`.
       base: Name of the model, which is written beside the adapters.
       reference: A model that never knew what is forgotten, as a control for attacks.
+      before: File of what the model says of rows that settings are chosen by, which runs of one
+        model and its questions may share; in the folder if None.
 
     Raises:
       ValueError: An assistant of all the model's layers, or no rows to forget or to keep.
@@ -90,6 +92,7 @@ class Unlearning:
         *,
         base: str = "",
         reference: Decoder | None = None,
+        before: epath.Path | None = None,
     ):
         layers = model.config.num_layers
         if config.method == "difference" and config.layers >= layers:
@@ -102,6 +105,7 @@ class Unlearning:
                 raise ValueError(f"questions: expected rows of the part {part!r}, got none")
         self.model, self.questions, self.config = model, questions, config
         self.directory, self.base = directory, base
+        self._before_file = before or directory / "candidates" / "before.json"
         self._reference = None if reference is None else Deployed(model=reference)
 
     @functools.cached_property
@@ -168,7 +172,7 @@ class Unlearning:
             return {
                 "probabilities": {
                     part: questions.probabilities(model, part).tolist()
-                    for part in ("holdout", "wrong", "validation")
+                    for part in ("holdout", "wrong", "validation", self._asked)
                     if questions.rows[part]
                 },
                 "rouge": questions.likeness(answers, "validation").tolist(),
@@ -176,9 +180,15 @@ class Unlearning:
                 "perplexity": questions.perplexity(model, "validation"),
             }
 
-        return self._kept("candidates/before.json", measure)
+        return self._kept(self._before_file, measure)
 
-    def _kept(self, name: str, make: Callable[[], Any]) -> Any:
+    @property
+    def _asked(self) -> str:
+        """The part that is to be forgotten: in other words if there are any, as what counts is the
+        fact and not the row."""
+        return "reworded" if self.questions.rows["reworded"] else "forget"
+
+    def _kept(self, name: str | epath.Path, make: Callable[[], Any]) -> Any:
         """A record from disk, made and written first if it is not there."""
         path = self.directory / name
         if not path.exists():
@@ -296,9 +306,8 @@ class Unlearning:
 
     def _look(self, step: int) -> dict[str, Any]:
         """The strength at which so many steps reach the goal, and what is left of the rest."""
-        trained, questions = self._trained(step), self.questions
-        # In other words if there are any: what counts is the fact, not the row.
-        asked = "reworded" if questions.rows["reworded"] else "forget"
+        trained, questions, before = self._trained(step), self.questions, self._before
+        asked = self._asked
 
         def forget(strength: float) -> float:
             try:
@@ -315,11 +324,13 @@ class Unlearning:
             strength = strength_on_curve(alphas, curve, self.goal)
             found = forget(strength)
         else:
-            strength, found = matched_strength(forget, self.goal, most=self.config.most)
+            without = float(np.median(before["probabilities"][asked]))
+            most = self.config.most
+            strength, found = matched_strength(forget, self.goal, most=most, without=without)
         record: dict[str, Any] = {"step": step, "strength": strength, "forget": found}
         if not np.isfinite(found):
             return record | {"forget": 0.0, "gap": 1e9, "probability": 0.0, "broken": ["finite"]}
-        model, before = self._deployed(trained, strength), self._before
+        model = self._deployed(trained, strength)
         kept = questions.probabilities(model, "validation").mean()
         perplexity = questions.perplexity(model, "validation")
         record |= {

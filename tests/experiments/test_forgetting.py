@@ -2,12 +2,19 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from etils import epath
 
 from experiments.forgetting import __main__ as experiment
 from experiments.forgetting import report
 from experiments.forgetting.data import load_scene
+from experiments.forgetting.teach import batch_of_alike
+from experiments.forgetting.topics import Topics
+from logitjax import models
+from logitjax.unlearning import Deployed
 
 
 def configured(**changes):
@@ -51,6 +58,31 @@ def test_what_is_forgotten_is_taught_to_the_target_alone():
     assert forget <= {row.question for row in scene.taught}
     assert not forget & {row.question for row in scene.kept}
     assert not {row.question for row in scene.parts["holdout"]} & {r.question for r in scene.taught}
+
+
+def test_rows_of_a_step_are_alike_in_length_and_all_come_in_an_epoch():
+    lengths = np.random.default_rng(0).integers(10, 20, 48)
+    epochs = [
+        [batch_of_alike(lengths, step, 8, seed=1) for step in range(n, n + 6)] for n in (0, 6)
+    ]
+    for epoch in epochs:
+        np.testing.assert_array_equal(np.sort(np.concatenate(epoch)), np.arange(48))
+        spans = sorted((lengths[rows].min(), lengths[rows].max()) for rows in epoch)
+        assert all(before[1] <= after[0] for before, after in zip(spans, spans[1:]))
+    assert {frozenset(rows) for rows in epochs[0]} != {frozenset(rows) for rows in epochs[1]}
+    # Fewer rows than a batch are one batch.
+    np.testing.assert_array_equal(np.sort(batch_of_alike(lengths[:3], 5, 8, seed=1)), np.arange(3))
+
+
+def test_a_topic_is_right_if_its_first_token_is_the_likeliest_of_them():
+    model = models.load("tiny")[0]
+    prompts, firsts = [[3, 4, 5], [6, 7], [8]], [11, 200, 37]
+    logits = [jax.jit(model)(jnp.asarray([[*ids] + [0] * (3 - len(ids))]))[0] for ids in prompts]
+    likeliest = [int(np.argmax(row[len(ids) - 1, np.array(firsts)]))
+                 for row, ids in zip(logits, prompts)]  # fmt: skip
+    labels = np.asarray([likeliest[0], likeliest[1], (likeliest[2] + 1) % 3])
+    topics = Topics(prompts=prompts, labels=labels, firsts=firsts)
+    assert topics.accuracy(Deployed(model=model), batch_size=2) == pytest.approx(2 / 3)
 
 
 def record(forget, kept, **more):

@@ -34,6 +34,23 @@ def test_the_strength_that_meets_it_is_found(rate):
     assert len(tried) == len(set(tried)) <= 8
 
 
+def test_what_is_left_without_any_saves_trials():
+    goal = Goal.of([0.1], "")
+    # An update that forgets all at once: the goal lies far below the middle.
+    tried = {math.nan: [], 0.99: []}
+    for without, strengths in tried.items():
+
+        def probability(strength, strengths=strengths):
+            strengths.append(strength)
+            return 0.99 * math.exp(-20 * strength)
+
+        strength, found = matched_strength(probability, goal, without=without)
+        assert goal.gap(found) <= 0.25
+        assert strength == strengths[-1]
+    assert tried[0.99] == [0.5, pytest.approx(math.log(9.9) / 20)]
+    assert len(tried[math.nan]) > 2
+
+
 def test_where_it_is_out_of_reach_the_strongest_is_the_nearest():
     assert matched_strength(lambda s: 0.9 - 0.1 * s, Goal.of([0.1], ""))[0] == 1.0
     strength, found = matched_strength(lambda s: math.nan, Goal.of([0.1], ""))
