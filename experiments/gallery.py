@@ -7,6 +7,9 @@ The second command first copies the results of a finished run of an experiment, 
 planner from its workdir into a small file: command, versions, rows of tables, points of pictures. A
 table of another page below `<!-- results: NAME/TABLE -->` has to agree with the file: it may have
 fewer rows and columns, but no other cells.
+
+`--parts` also keeps the records of the parts of a long run, in `docs/results/NAME`. Copied to
+`WORKDIR/parts` they continue it, or draw its report again.
 """
 
 import ast
@@ -75,6 +78,26 @@ def take(workdir: pathlib.Path, name: str, page: str, docs: pathlib.Path = DOCS)
     path = docs / "results" / f"{name}.json"
     storage.write_atomic(path, "{\n" + ",\n".join(lines) + "\n}\n")
     return path
+
+
+def take_parts(workdir: pathlib.Path, name: str, docs: pathlib.Path = DOCS) -> list[pathlib.Path]:
+    """Keeps the records of a run that is made in parts.
+
+    Args:
+        workdir: Of the run.
+        name: Of the folder.
+        docs: The folder of pages.
+
+    Returns:
+        A file for each part.
+    """
+    records = {path.name: path.read_text() for path in (workdir / "parts").glob("*.json")}
+    found = []
+    for part, text in sorted(records.items()):
+        found.append(docs / "results" / name / part)
+        found[-1].parent.mkdir(parents=True, exist_ok=True)
+        storage.write_atomic(found[-1], json.dumps(_rounded(json.loads(text))) + "\n")
+    return found
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -172,6 +195,8 @@ def main(argv: Sequence[str]) -> None:
         if values.add:
             name = values.name or pathlib.Path(values.add).name
             print(take(pathlib.Path(values.add), name, values.page))
+            if values.parts:
+                print(*take_parts(pathlib.Path(values.add), name), sep="\n")
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -188,4 +213,5 @@ if __name__ == "__main__":
         "name", None, "Name of its file in docs/results, in place of the workdir's."
     )
     flags.DEFINE_string("page", "benchmarks.md", "Page that discusses it.")
+    flags.DEFINE_bool("parts", False, "Keep the records of the run's parts too.")
     app.run(main)

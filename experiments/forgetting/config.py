@@ -68,7 +68,8 @@ class Config:
         True, "Also run attacks that sample or take gradients, on the first seed."
     )
     relearn_rates: tuple[float, ...] = field(
-        (1e-4, 5e-4, 2e-3), "Learning rates of teaching again."
+        (1e-4, 5e-4, 2e-3),
+        "Learning rates of teaching again; other seeds than the first take its worst.",
     )
     relearn_steps: tuple[int, ...] = field(
         (6, 30), "Numbers of steps of teaching again after which the model is asked."
@@ -152,13 +153,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         retrained=3,
         rates=(0.3, 1.0, 3.0, 10.0),
         seeds=3,
-        check_every=20,
+        steps=30,
+        check_every=30,
         batch_size=4,
-        text_windows=16,
-        topics=60,
+        topics=40,
         relearn_rates=(5e-4, 2e-3),
         relearn_steps=(6, 20),
-        eval_batch=16,
+        eval_batch=40,
         dtype="bfloat16",
     ),
 }

@@ -11,16 +11,21 @@ from etils import epath
 from scipy import stats
 
 from experiments.forgetting.config import Config
-from experiments.shared.report import markdown_table, mean_and_spread, write_report
+from experiments.shared.report import (
+    markdown_table,
+    mean_and_spread,
+    text_cell,
+    write_report,
+)
 from logitjax import unlearning
 from logitjax.commands import figures
 
 # Utility levels at which the methods that no other dominates are named, in percent kept.
-_LEVELS = (99.0, 98.0, 95.0, 90.0)
+_LEVELS = (98.0, 95.0, 90.0, 75.0, 50.0)
 _NOTES = (
     "Forget probability: the median over rows to forget; the goal is that of answers which nobody "
     "taught. Kept: on rows that nothing was trained on or chosen by, with the 95 % interval of "
-    "rows drawn again (first seed). A method that is not feasible is shown where it comes nearest "
+    "rows drawn again (first seed). A method that is not feasible is shown where it keeps most at "
     "the goal: the rule would write nothing. Least kept: the least of the shares, perplexity by "
     "its inverse."
 )
@@ -36,7 +41,11 @@ def write(config: Config, results: Mapping[str, Any], workdir: epath.Path) -> st
     target, controls = results["target"], _controls(results)
     if target is None:
         return "Nothing to report without the part target."
-    tables = {"methods": method_rows(results), "attacks": attack_rows(results)}
+    tables = {
+        "methods": method_rows(results),
+        "attacks": attack_rows(results),
+        "answers": answer_rows(results),
+    }
     sections = [
         "# Forgetting",
         _setting(config),
@@ -48,6 +57,9 @@ def write(config: Config, results: Mapping[str, Any], workdir: epath.Path) -> st
         "## Attacks",
         markdown_table(tables["attacks"]),
         _ATTACKS,
+        "## What is said",
+        markdown_table(tables["answers"]),
+        "Likeliest answers to the first question of each part, of the first seed.",
         "## What was tried",
         markdown_table(trial_rows(config, results)),
         "## Hours",
@@ -174,6 +186,18 @@ def attack_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
             {"attack": "assistant left out", "measured": "probability", "difference": asked}
         )
     return [*rows, taught]
+
+
+def answer_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What is said to the first question to forget and the first to keep."""
+    columns = {"target": [results["target"]], "control": _controls(results)}
+    sides = {"to a question to forget": "forget", "to one to keep": "test"}
+    return [
+        {"model": name}
+        | {side: text_cell(r[0]["examined"]["answers"][part][0]) for side, part in sides.items()}
+        for name, r in (columns | dict(results["methods"])).items()
+        if r
+    ]
 
 
 def trial_rows(config: Config, results: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -3,8 +3,9 @@
 import dataclasses
 import functools
 import itertools
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +21,9 @@ from experiments.forgetting.topics import Topics
 from experiments.shared.records import Record, kept
 from logitjax import data, models, unlearning
 from logitjax.unlearning import Deployed
+
+# Answers of each part that are kept to be read.
+_SHOWN = 4
 
 
 class Run:
@@ -113,20 +117,35 @@ class Run:
         if name == "control":
             return self._asked(Deployed(model=self.start))
         number = int(name.rpartition("-")[2])
+        first = self._first("retrained", lambda: self._control("retrained-0")) if number else None
         taught = self._taught(name, self.scene.kept, number)
-        return self._asked(Deployed(model=taught), seed=number)
+        return self._asked(Deployed(model=taught), first=first)
 
-    def _asked(self, model: Deployed, *, seed: int = 0) -> Record:
-        """What a model says, how it is attacked, and what comes back by teaching."""
+    def _first(self, name: str, make: Callable[[], Record]) -> Record:
+        """The part of the first seed, which others follow."""
+        first = self._part(f"{name}-0", make)
+        if first is None:
+            raise ValueError(f"only: other seeds of {name} need the part {name}-0")
+        return first
+
+    def _asked(self, model: Deployed, *, first: Record | None = None) -> Record:
+        """What a model says, how it is attacked, and what comes back by teaching.
+
+        Other seeds than the `first` are taught again at the rate at which most came back there.
+        """
         config, questions = self.config, self.questions
-        thorough = config.thorough and not seed
+        thorough, rates = config.thorough and first is None, config.relearn_rates
+        if first is not None:
+            rates = (max(first["relearning"], key=lambda point: point["others"])["rate"],)
+        examined = unlearning.examine(
+            model,
+            questions,
+            thorough=thorough,
+            reference=Deployed(model=self.start) if thorough else None,
+        )
+        said = {part: texts[:_SHOWN] for part, texts in examined["answers"].items()}
         record: Record = {
-            "examined": unlearning.examine(
-                model,
-                questions,
-                thorough=thorough,
-                reference=Deployed(model=self.start) if thorough else None,
-            ),
+            "examined": examined | {"answers": said},
             "truth ratios": self._log_ratios(model),
         }
         if config.topics:
@@ -134,7 +153,7 @@ class Run:
         record["relearning"] = unlearning.relearning(
             model,
             questions,
-            rates=config.relearn_rates,
+            rates=rates,
             steps=config.relearn_steps,
             seeds=config.relearn_seeds,
         )
@@ -152,23 +171,20 @@ class Run:
     def _method(self, method: str, seed: int) -> Record:
         """The first seed's trials, or the rate that did best in them."""
         config = self.config
-        rates = config.rates
+        first = self._first(method, lambda: self._method(method, 0)) if seed else None
+        rates = config.rates if first is None else (first["rate"],)
         tried: list[Record] = []
-        if seed and len(rates) > 1:
-            first = self._part(f"{method}-0", functools.partial(self._method, method, 0))
-            if first is None:
-                raise ValueError(f"only: {method}-{seed} needs the trials of {method}-0")
-            rates = (first["rate"],)
         trials = []
         for rate in rates:
             trial = self._trial(method, rate, seed)
             found = trial.run(examines=False)
             trials.append((rate, trial, found))
             tried.append({"rate": rate, "chosen": found.chosen, "candidates": found.candidates})
-        rate, trial, found = max(trials, key=lambda one: _standing(one[2]))
-        # Where nothing is feasible, what comes nearest the goal is shown, and said to be none.
-        shown = found.chosen or min(found.candidates, key=lambda c: c["gap"])
-        record = self._asked(trial.deployed(shown), seed=seed)
+        rate, trial, found, shown = max(
+            ((*one, shown) for one in trials for shown in one[2].candidates),
+            key=lambda one: standing(one[3], chosen=one[3] == one[2].chosen),
+        )
+        record = self._asked(trial.deployed(shown), first=first)
         if method.endswith(ALL):
             # Each look is a whole model, and all that is shown of it is in the record.
             for folder in (self.workdir / "trials" / method).glob("*/candidates/step-*"):
@@ -198,9 +214,12 @@ class Run:
         return unlearning.Unlearning(target, self.questions, settings, folder, before=before)
 
 
-def _standing(found: Any) -> tuple[bool, float]:
-    """Feasible first; of these what keeps most, of the others what comes nearest the goal."""
-    if found.chosen is None:
-        return False, -min(c["gap"] for c in found.candidates)
-    shares = [found.chosen[n] for n in ("probability", "rouge", "fluency") if found.chosen.get(n)]
-    return True, min(min(shares, default=0.0), 1.0)
+def standing(candidate: Mapping[str, Any], *, chosen: bool) -> tuple[bool, bool, float]:
+    """By what one is shown: feasible, at the goal, what is kept; else how near the goal it is.
+
+    A method of which nothing is feasible is so shown at its best, and said to be infeasible.
+    """
+    met = candidate["gap"] <= math.log(2)
+    shares = [candidate[n] for n in ("probability", "rouge", "fluency") if candidate.get(n)]
+    shares += [1 / candidate["perplexity"]] if candidate.get("perplexity") else []
+    return chosen, met, min(*shares, 1.0) if met and shares else -candidate["gap"]

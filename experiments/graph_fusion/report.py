@@ -9,7 +9,7 @@ from etils import epath
 
 from experiments.graph_fusion.config import Config
 from experiments.shared.records import Record
-from experiments.shared.report import bar, markdown_table, spread, write_report
+from experiments.shared.report import bar, markdown_table, spread, text_cell, write_report
 from logitjax.commands import figures
 
 NAMES = {
@@ -259,11 +259,11 @@ def picture(drop: Mapping[str, Any]) -> figures.Picture:
 def _text(config: Config, results: Record, table: str) -> str:
     drop = results["drops"][0]
     cut = ", ".join(map(str, drop["dropped"]))
-    samples = [{"arm": "before", "continuation": _cell(drop["before"]["sample"])}]
+    samples = [{"arm": "before", "continuation": text_cell(drop["before"]["sample"])}]
     if results["whole"] is not None:
-        samples.insert(0, {"arm": "whole", "continuation": _cell(results["whole"]["sample"])})
+        samples.insert(0, {"arm": "whole", "continuation": text_cell(results["whole"]["sample"])})
     for arm, found in drop["arms"].items():
-        samples.append({"arm": NAMES[arm], "continuation": _cell(found["runs"][0]["sample"])})
+        samples.append({"arm": NAMES[arm], "continuation": text_cell(found["runs"][0]["sample"])})
     tried = [
         {"arm": NAMES[arm], "settings": name, "validation loss": loss}
         for arm, found in drop["arms"].items()
@@ -297,7 +297,7 @@ not perplexity, so its numbers are no bar for this run:
 
 ## Samples
 
-Likeliest continuations of "{_cell(drop["before"]["prompt"])}":
+Likeliest continuations of "{text_cell(drop["before"]["prompt"])}":
 
 {markdown_table(samples)}
 {
@@ -309,7 +309,3 @@ Likeliest continuations of "{_cell(drop["before"]["prompt"])}":
         if tried
         else ""
     }"""
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")

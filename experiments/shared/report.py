@@ -18,6 +18,7 @@ from logitjax import storage
 from logitjax.commands import figures
 from logitjax.commands.tables import format_value as format_value
 from logitjax.commands.tables import markdown_table as markdown_table
+from logitjax.commands.tables import text_cell as text_cell
 
 
 def mean_and_spread(values: Sequence[float]) -> str:

@@ -36,7 +36,7 @@ from flax import nnx
 from logitjax import data, distillation, models, processes, storage, training
 from logitjax.commands import figures
 from logitjax.commands.cli import REQUIRED, field
-from logitjax.commands.tables import markdown_table
+from logitjax.commands.tables import markdown_table, text_cell
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -401,7 +401,7 @@ def _report(
     )
     teachers = ", ".join(f"`{spec}`" for spec in config.teachers) or "no teacher"
     names = ("prompt", "before", "after")
-    samples = [{"": n, "text": _cell(found.samples[n])} for n in names]
+    samples = [{"": n, "text": text_cell(found.samples[n])} for n in names]
     return (
         f"# `{config.student}`{', ' + note if note else ''}, taught\n\n"
         f"{' + '.join(config.loss)} with {teachers} on `{config.data}`: {config.steps} steps of "
@@ -416,10 +416,6 @@ def _report(
         f"{markdown_table(samples)}\n\n"
         "`model/` has the model as a Hugging Face directory.\n"
     )
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
 
 
 def _plot(trained: distillation.Trained, path: epath.Path) -> None:

@@ -16,6 +16,15 @@ def format_value(value: Any) -> str:
     return f"{value:.4g}"
 
 
+def text_cell(text: str) -> str:
+    """Any text in one cell of a table.
+
+    >>> print(text_cell("a | b\n c"))
+    a \\| b c
+    """
+    return " ".join(text.split()).replace("|", "\\|")
+
+
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """A Markdown table, one line a row; its columns are the union of the rows' keys, in order."""
     columns = list(dict.fromkeys(column for row in rows for column in row))

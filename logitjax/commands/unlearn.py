@@ -38,7 +38,7 @@ from etils import epath
 
 from logitjax import data, models, storage, unlearning
 from logitjax.commands.cli import REQUIRED, field
-from logitjax.commands.tables import markdown_table
+from logitjax.commands.tables import markdown_table, text_cell
 
 _METHODS = ("difference", *unlearning.UNLEARNING_METHODS)
 _NOTHING_FEASIBLE = 3
@@ -270,7 +270,7 @@ def _measures(config: Config, questions: unlearning.Questions, found: Any) -> li
         left_out = {"attack": "assistant left out", "measured": "probability"}
         attacks.append(left_out | {"before": asked, "after": asked})
     samples = [
-        {"question": _cell(row.question), "before": _cell(old), "after": _cell(new)}
+        {"question": text_cell(row.question), "before": text_cell(old), "after": text_cell(new)}
         for part in ("forget", "test")
         for row, old, new in zip(
             [row for row in questions.rows[part] if row.asks],
@@ -356,7 +356,3 @@ def _summary(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[dict[s
                 row["kept %"] = f"{100 * after[name] / before[name]:.1f}"
             rows.append(row)
     return rows
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")

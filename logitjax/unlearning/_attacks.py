@@ -68,7 +68,7 @@ def attacks(
         if questions.rows[part]:
             found[name] = _probability(scores(part).nll)
     for bits in _BITS:
-        nll = questions.scores(_rounded(model, bits), "forget").nll
+        nll = questions.scores(_rounded(model, bits), "forget", few=True).nll
         found[f"weights rounded to {bits} bits"] = _probability(nll)
     if thorough:
         found |= _sampled(model, questions)

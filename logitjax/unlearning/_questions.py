@@ -2,10 +2,18 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from logitjax.evaluation import RowScores, ngram_entropy, rouge_l_f1, rouge_recall, score_rows
+from logitjax.evaluation import (
+    NllFn,
+    RowScores,
+    ngram_entropy,
+    rouge_l_f1,
+    rouge_recall,
+    score_rows,
+)
 from logitjax.models import Tokenizer
 from logitjax.unlearning._deployed import Deployed
 from logitjax.unlearning._rows import Row, encode_question, encode_row, padded_rows
@@ -19,6 +27,8 @@ _LANGUAGES = (
 )
 # Questions and answers that come before one, and so how much longer its row may be.
 _SHOTS = 4
+# Rows of a part that are attacked in costly ways.
+_COSTLY = 40
 _PARTS = ("forget", "reworded", "reworded_test", "train", "validation", "test", "holdout")
 
 
@@ -28,9 +38,10 @@ class Questions:
 
     Attributes:
       rows: Rows by part: those of `split_rows`; `wrong`, questions to forget with each other's
-        answers; and other ways to ask the questions to forget: `role`, after a system message that
-        asks for everything; `prefilled`, after an agreeing beginning of the answer; `language`,
-        with the request in other languages; `few_shot`, after four others with their answers.
+        answers; and other ways to ask at most 40 of the questions to forget: `role`, after a system
+        message that asks for everything; `prefilled`, after an agreeing beginning of the answer;
+        `language`, with the request in one of three other languages; `few_shot`, after four others
+        with their answers.
       tokenizer: The model's tokenizer.
       encoded: Encoded rows by part, for `evaluation.score_rows`.
       texts: Windows of other text by part, `train`, `validation` and `test`; may be empty.
@@ -70,13 +81,15 @@ class Questions:
         shifted = [row.answer for row in (*forget[1:], *forget[:1])]
         wrong = [dataclasses.replace(row, answer=a) for row, a in zip(forget, shifted)]
         rows["wrong"] = tuple(wrong) if len(forget) > 1 else ()
-        rows["role"] = tuple(row.told(_ROLE) for row in forget if row.messages)
-        asking = tuple(row for row in forget if row.asks)
+        few = _evenly(forget)
+        rows["role"] = tuple(row.told(_ROLE) for row in few if row.messages)
+        asking = tuple(row for row in few if row.asks)
         rows["prefilled"] = asking
         rows["language"] = tuple(
-            row.asked(text.format(row.question)) for row in asking for text in _LANGUAGES
+            row.asked(_LANGUAGES[i % len(_LANGUAGES)].format(row.question))
+            for i, row in enumerate(asking)
         )
-        rows["few_shot"] = _after_others(forget) if tokenizer.chat_template is not None else ()
+        rows["few_shot"] = _after_others(few) if tokenizer.chat_template is not None else ()
         # Other ways to ask are longer, whatever fits when asked straight.
         room: dict[str, int] = dict.fromkeys(("role", "prefilled", "language"), 2 * max_length)
         room["few_shot"] = (_SHOTS + 1) * max_length
@@ -112,21 +125,26 @@ class Questions:
         """Encode any other row in the same way."""
         return encode_row(row, self.tokenizer, max_length=self.max_length)
 
-    def scores(self, model: Deployed, part: str) -> RowScores:
-        """Nats of every token of the answers.
+    def scores(self, model: Deployed, part: str, *, few: bool = False) -> RowScores:
+        """Nats of every token of the answers, or of at most 40 evenly spaced ones.
 
         Raises:
           ValueError: One is not finite.
         """
         rows = self.encoded[part]
-        return score_rows(model.nll, rows, batch_size=self.batch_size, pad_id=self.pad_id)
+        return self._scored(model.nll, _evenly(rows) if few else rows)
 
     def mean_nll(
         self, model: Deployed, rows: Sequence[tuple[np.ndarray, np.ndarray]]
     ) -> np.ndarray:
         """Nats a token of the answers of rows of `encode`."""
-        scores = score_rows(model.nll, rows, batch_size=self.batch_size, pad_id=self.pad_id)
+        scores = self._scored(model.nll, rows)
         return scores.totals() / scores.counts()
+
+    def _scored(self, nll: NllFn, rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> RowScores:
+        """In batches that are no larger than there are rows."""
+        size = max(1, min(self.batch_size, len(rows)))
+        return score_rows(nll, rows, batch_size=size, pad_id=self.pad_id)
 
     def probabilities(self, model: Deployed, part: str) -> np.ndarray:
         """`exp(-mean nats)` of each answer, its end mark counted."""
@@ -151,14 +169,15 @@ class Questions:
 
     def surprise(self, model: Deployed, part: str) -> list[np.ndarray]:
         """Surprise of every token of the answers, see `Deployed.surprise`."""
-        rows = self.encoded[part]
-        size = self.batch_size
-        return score_rows(model.surprise, rows, batch_size=size, pad_id=self.pad_id).nll
+        return self._scored(model.surprise, self.encoded[part]).nll
 
     def gradient_norms(self, model: Deployed, part: str) -> np.ndarray:
-        """Gradient norms of each answer, float64 `[rows, 2]`, see `Deployed.gradient_norms`."""
+        """Gradient norms of answers, float64 `[rows, 2]`, see `Deployed.gradient_norms`.
+
+        Of a part with more than 40 rows, 40 evenly spaced ones, as of `sampled_recall`.
+        """
         found = []
-        for ids, answer in self.encoded[part]:
+        for ids, answer in _evenly(self.encoded[part]):
             length = -(-len(ids) // 32) * 32
             row = padded_rows([(ids, answer)], length, pad_id=self.pad_id)
             found.append(model.gradient_norms(row["tokens"], row["mask"]))
@@ -166,7 +185,7 @@ class Questions:
 
     def sampled_recall(self, model: Deployed, part: str, samples: int) -> np.ndarray:
         """ROUGE-L recall of answers drawn at temperature 1, `[rows, samples]`."""
-        rows = [row for row in self.rows[part] if row.asks]
+        rows = _evenly([row for row in self.rows[part] if row.asks])
         draws = [
             rouge_recall([row.answer for row in rows], self._said(model, rows, seed)).rouge_l
             for seed in range(samples)
@@ -180,7 +199,7 @@ class Questions:
             return None
         where = np.arange(windows.shape[1]) > 0
         rows = [(window, where) for window in windows]
-        scores = score_rows(model.nll, rows, batch_size=self.batch_size, pad_id=self.pad_id)
+        scores = self._scored(model.nll, rows)
         return float(np.exp(scores.totals().sum() / scores.counts().sum()))
 
     def answers(self, model: Deployed, part: str) -> list[str]:
@@ -205,6 +224,11 @@ class Questions:
         """ROUGE-L F1 of generated answers against the rows'."""
         rows = [row.answer for row in self.rows[part] if row.asks]
         return rouge_l_f1(rows, answers)
+
+
+def _evenly(rows: Sequence[Any]) -> Sequence[Any]:
+    """Rows for attacks of which there are many, or which take seconds for each."""
+    return rows[:: -(-len(rows) // _COSTLY) or 1]
 
 
 def answer_probabilities(scores: RowScores) -> np.ndarray:

@@ -28,7 +28,7 @@ def test_marked_tables_say_what_their_files_say():
 
 
 def test_files_are_small_and_name_no_machine():
-    for path in (gallery.DOCS / "results").iterdir():
+    for path in (gallery.DOCS / "results").rglob("*.json"):
         assert path.stat().st_size < 60_000, path.name
         assert not any(map(gallery._ABSOLUTE.search, gallery._texts(json.loads(path.read_text()))))
 
@@ -59,6 +59,14 @@ def test_a_finished_run_is_taken_in(docs):
         {"arm": "other", "score": None},
     ]
     assert [path.name for path in gallery.pictures(docs)] == ["demo-one.png"]
+
+
+def test_parts_of_a_long_run_are_kept(tmp_path):
+    (tmp_path / "run" / "parts").mkdir(parents=True)
+    (tmp_path / "run" / "parts" / "npo-0.json").write_text('{"p": [0.123456789, 1], "text": "a"}')
+    (path,) = gallery.take_parts(tmp_path / "run", "long", docs=tmp_path)
+    assert path == tmp_path / "results" / "long" / "npo-0.json"
+    assert json.loads(path.read_text()) == {"p": [0.123457, 1], "text": "a"}
 
 
 @pytest.mark.parametrize(("cell", "agrees"), [("0.1235", True), ("0.1236", False)])
