@@ -17,10 +17,10 @@ def format_value(value: Any) -> str:
 
 
 def text_cell(text: str) -> str:
-    """Any text in one cell of a table.
+    r"""Any text in one cell of a table.
 
     >>> print(text_cell("a | b\n c"))
-    a \\| b c
+    a \| b c
     """
     return " ".join(text.split()).replace("|", "\\|")
 

@@ -75,6 +75,8 @@ def test_rows_of_a_step_are_alike_in_length_and_all_come_in_an_epoch():
     np.testing.assert_array_equal(np.sort(batch_of_alike(lengths[:3], 5, 8, seed=1)), np.arange(3))
 
 
+@pytest.mark.slow
+@pytest.mark.every_change
 def test_a_topic_is_right_if_its_first_token_is_the_likeliest_of_them():
     model = models.load("tiny")[0]
     prompts, firsts = [[3, 4, 5], [6, 7], [8]], [11, 200, 37]
