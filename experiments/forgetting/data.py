@@ -57,7 +57,7 @@ def _tofu(config: Config) -> Scene:
     )
     split = unlearning.split_rows(forget, retain, holdout)
     parts = {
-        name: rows[:: max(1, -(-len(rows) // _MOST.get(name, 1000)))]
+        name: rows[:: -(-len(rows) // _MOST[name])] if name in _MOST else rows
         for name, rows in split.parts.items()
     }
     reworded = tuple(

@@ -126,8 +126,9 @@ def matched_strength(
         elif low[0] == high[0]:
             break
         else:
-            share = low[1] / (low[1] - high[1])
-            share = min(max(share, 0.1), 0.9) if math.isfinite(share) else 0.5
+            share = 0.5
+            if low[1] > 0 > high[1]:
+                share = min(max(low[1] / (low[1] - high[1]), 0.1), 0.9)
             at = low[0] + share * (high[0] - low[0])
     known = [pair for pair in tried if math.isfinite(pair[1])]
     return min(known, key=lambda pair: goal.gap(pair[1])) if known else (0.0, math.nan)

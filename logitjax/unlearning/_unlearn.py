@@ -184,8 +184,8 @@ class Unlearning:
 
     @property
     def _asked(self) -> str:
-        """The part that is to be forgotten: in other words if there are any, as what counts is the
-        fact and not the row."""
+        """The part that is to be forgotten."""
+        # In other words if there are any: what counts is the fact, not the row.
         return "reworded" if self.questions.rows["reworded"] else "forget"
 
     def _kept(self, name: str | epath.Path, make: Callable[[], Any]) -> Any:

@@ -51,6 +51,12 @@ def test_what_is_left_without_any_saves_trials():
     assert len(tried[math.nan]) > 2
 
 
+def test_what_is_below_the_goal_already_and_does_not_move_is_left_alone():
+    strength, found = matched_strength(lambda s: 0.01, Goal.of([0.1], ""), without=0.01)
+    assert 0 <= strength <= 1
+    assert found == 0.01
+
+
 def test_where_it_is_out_of_reach_the_strongest_is_the_nearest():
     assert matched_strength(lambda s: 0.9 - 0.1 * s, Goal.of([0.1], ""))[0] == 1.0
     strength, found = matched_strength(lambda s: math.nan, Goal.of([0.1], ""))
