@@ -12,6 +12,7 @@ from etils import epath
 from experiments.forgetting import __main__ as experiment
 from experiments.forgetting import report
 from experiments.forgetting.data import load_scene
+from experiments.forgetting.run import standing
 from experiments.forgetting.teach import batch_of_alike
 from experiments.forgetting.topics import Topics
 from logitjax import models
@@ -120,6 +121,16 @@ def test_verdicts_name_who_forgets_best_at_each_level_and_what_was_never_feasibl
     assert rows["rmu"]["probability kept %"] == "91.25"
     left_out = report.attack_rows(results)[-2]
     assert left_out["difference"] == 0.95
+
+
+def test_what_keeps_most_at_the_goal_is_shown_and_not_what_comes_nearest_it():
+    near = {"gap": 0.001, "probability": 0.1, "perplexity": 1.0}
+    keeps = {"gap": 0.3, "probability": 0.7, "perplexity": 1.25}
+    broken = {"gap": 0.3, "probability": 0.9, "perplexity": 2.0}
+    far = {"gap": 2.0, "probability": 1.0, "perplexity": 1.0}
+    ranked = sorted((near, keeps, broken, far), key=lambda c: standing(c, chosen=False))
+    assert ranked == [far, near, broken, keeps]
+    assert standing(far, chosen=True) > standing(keeps, chosen=False)
 
 
 def test_mistakes_are_named():
