@@ -165,9 +165,16 @@ def run(config: Config, out: epath.Path) -> None:
     if config.reference is not None:
         reference, _ = models.load(config.reference, dtype=config.dtype, layout="listed")
         reference = models.with_layout(reference, "listed")
-    found = unlearning.Unlearning(
+    forgetting = unlearning.Unlearning(
         model, questions, settings, out, base=config.model, reference=reference
-    ).run()
+    )
+    goal = forgetting.goal
+    if forgetting.known <= goal.probability:
+        raise ValueError(
+            f"forget: expected answers that the model was taught, got a median probability of "
+            f"{forgetting.known:.3g}, no more than the {goal.probability:.3g} of {goal.source}"
+        )
+    found = forgetting.run()
     if found.model is not None and config.merge:
         models.save_pretrained(found.model.model, tokenizer, out / "model")
     sections = [

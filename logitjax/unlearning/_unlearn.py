@@ -183,6 +183,11 @@ class Unlearning:
         return self._kept(self._before_file, measure)
 
     @property
+    def known(self) -> float:
+        """How likely what is to be forgotten is before: the median probability."""
+        return float(np.median(self._before["probabilities"][self._asked]))
+
+    @property
     def _asked(self) -> str:
         """The part that is to be forgotten."""
         # In other words if there are any: what counts is the fact, not the row.
@@ -324,9 +329,8 @@ class Unlearning:
             strength = strength_on_curve(alphas, curve, self.goal)
             found = forget(strength)
         else:
-            without = float(np.median(before["probabilities"][asked]))
             most = self.config.most
-            strength, found = matched_strength(forget, self.goal, most=most, without=without)
+            strength, found = matched_strength(forget, self.goal, most=most, without=self.known)
         record: dict[str, Any] = {"step": step, "strength": strength, "forget": found}
         if not np.isfinite(found):
             return record | {"forget": 0.0, "gap": 1e9, "probability": 0.0, "broken": ["finite"]}
