@@ -18,6 +18,9 @@ _METHODS = (
 )
 # Of a method that trains all weights in place of adapters.
 ALL = "+all"
+# Middle of the grid of learning rates of `report`: ten times less where all weights are trained,
+# more where the loss on what is to be forgotten has a small weight or fades.
+_MIDDLE = {"difference": 5e-3, "simnpo": 1e-2, "satimp": 1e-2, "rmu": 3e-3}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,7 +46,9 @@ class Config:
         _METHODS, "Method to compare. NAME+all trains all weights.", selects=True
     )
     rates: tuple[float, ...] = field(
-        (1.0,), "Multiples of each method's learning rate to choose from, with the first seed."
+        (),
+        "Multiples of a middle learning rate of each method to choose from, with the first seed. "
+        "By default its one rate of `logitjax unlearn`.",
     )
     seeds: int = field(1, "Number of runs of every method.")
     steps: int = field(40, "Largest number of optimiser steps.")
@@ -84,19 +89,25 @@ class Config:
         known = ("difference", *unlearning.UNLEARNING_METHODS)
         if unknown := sorted({name.removesuffix(ALL) for name in self.method} - set(known)):
             raise ValueError(f"method: expected some of {', '.join(known)}, got {unknown[0]!r}")
-        if not self.rates or min(self.rates) <= 0:
+        if self.rates and min(self.rates) <= 0:
             raise ValueError(f"rates: expected positive numbers, got {list(self.rates)}")
         if self.seeds < 1:
             raise ValueError(f"seeds: expected at least 1, got {self.seeds}")
 
+    def learning_rates(self, method: str) -> list[float]:
+        """Those that are tried with the first seed, in order."""
+        name, every = method.removesuffix(ALL), method.endswith(ALL)
+        if not self.rates:
+            return [unlearning.UnlearnConfig(method=name, adapters=not every).peak]
+        middle = 1e-4 if every else _MIDDLE.get(name, 1e-3)
+        return sorted(float(f"{rate * middle:.6g}") for rate in self.rates)
+
     def of(self, method: str, rate: float, seed: int) -> unlearning.UnlearnConfig:
         """The settings of a trial: the same steps, rows, rank and limits for all methods."""
-        start = unlearning.UnlearnConfig(
-            method=method.removesuffix(ALL), adapters=not method.endswith(ALL)
-        )
-        return dataclasses.replace(
-            start,
-            learning_rate=rate * start.peak,
+        return unlearning.UnlearnConfig(
+            method=method.removesuffix(ALL),
+            adapters=not method.endswith(ALL),
+            learning_rate=rate,
             seed=seed,
             layers=self.layers,
             lora_rank=self.lora_rank,

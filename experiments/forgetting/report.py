@@ -88,7 +88,7 @@ def _setting(config: Config) -> str:
     return (
         f"{config.model}, taught {what}. Every method: adapters of rank {config.lora_rank}, at "
         f"most {config.steps} steps of {config.batch_size} rows to forget and as many to keep, "
-        f"{len(config.rates)} learning rate(s) with the first seed, {config.seeds} seed(s)."
+        f"{len(config.rates) or 1} learning rate(s) with the first seed, {config.seeds} seed(s)."
     )
 
 
@@ -124,7 +124,7 @@ def method_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"method": name}
         if "rate" in records[0]:
             row["feasible"] = f"{sum(r['feasible'] for r in records)} of {len(records)}"
-            row["rate x"] = records[0]["rate"]
+            row["learning rate"] = records[0]["rate"]
             row["steps"] = ", ".join(str(r["shown"]["step"]) for r in records)
             row["strength"] = mean_and_spread([r["shown"]["strength"] for r in records])
         row["forget probability"] = mean_and_spread([_forget(r) for r in records])
@@ -204,16 +204,16 @@ def trial_rows(config: Config, results: Mapping[str, Any]) -> list[dict[str, Any
     """Of each rate that was tried: whether something was feasible, and how near it came."""
     rows = []
     for method, records in results["methods"].items():
+        rates = config.learning_rates(method)
         for trial in records[0]["tried"]:
             nearest = min(trial["candidates"], key=lambda c: c["gap"])
             broken = sorted({b for c in trial["candidates"] for b in c["broken"]})
-            at = config.rates.index(trial["rate"])
             taken = trial["rate"] == records[0]["rate"]
-            edge = taken and len(config.rates) > 1 and at in (0, len(config.rates) - 1)
+            edge = taken and len(rates) > 1 and trial["rate"] in (rates[0], rates[-1])
             rows.append(
                 {
                     "method": method,
-                    "rate x": trial["rate"],
+                    "learning rate": trial["rate"],
                     "feasible": trial["chosen"] is not None,
                     "gap, nats": nearest["gap"],
                     "probability kept %": 100 * nearest["probability"],

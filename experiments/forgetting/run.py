@@ -170,9 +170,8 @@ class Run:
 
     def _method(self, method: str, seed: int) -> Record:
         """The first seed's trials, or the rate that did best in them."""
-        config = self.config
         first = self._first(method, lambda: self._method(method, 0)) if seed else None
-        rates = config.rates if first is None else (first["rate"],)
+        rates = self.config.learning_rates(method) if first is None else [first["rate"]]
         tried: list[Record] = []
         trials = []
         for rate in rates:

@@ -133,10 +133,20 @@ def test_what_keeps_most_at_the_goal_is_shown_and_not_what_comes_nearest_it():
     assert standing(far, chosen=True) > standing(keeps, chosen=False)
 
 
+def test_a_method_has_a_grid_of_its_own_or_the_rate_of_the_command():
+    grid = experiment.Config(rates=(3.0, 0.3))
+    assert grid.learning_rates("difference") == [0.0015, 0.015]
+    assert grid.learning_rates("npo") == [0.0003, 0.003]
+    assert grid.learning_rates("npo+all") == [0.00003, 0.0003]
+    for method in ("difference", "npo", "npo+all"):
+        (rate,) = experiment.Config().learning_rates(method)
+        assert rate == experiment.Config().of(method, 0.0, 0).peak
+
+
 def test_mistakes_are_named():
     with pytest.raises(ValueError, match="method: expected some of difference"):
         experiment.Config(method=("nothing",))
-    with pytest.raises(ValueError, match=r"rates: expected positive numbers, got \[0.0\]"):
-        experiment.Config(rates=(0.0,))
+    with pytest.raises(ValueError, match=r"rates: expected positive numbers, got \[-1.0\]"):
+        experiment.Config(rates=(-1.0,))
     for preset in experiment.PRESETS.values():
         experiment.Config(**preset)
