@@ -86,9 +86,10 @@ def _setting(config: Config) -> str:
         else "8 invented facts, to be forgotten, beside 16 known ones"
     )
     return (
-        f"{config.model}, taught {what}. Every method: adapters of rank {config.lora_rank}, at "
-        f"most {config.steps} steps of {config.batch_size} rows to forget and as many to keep, "
-        f"{len(config.rates) or 1} learning rate(s) with the first seed, {config.seeds} seed(s)."
+        f"{config.model}, taught {what}. Every method: adapters of rank {config.lora_rank}, or all "
+        f"weights where its name says so, at most {config.steps} steps of {config.batch_size} rows "
+        f"to forget and as many to keep, {len(config.rates) or 1} learning rate(s) with the first "
+        f"seed, {config.seeds} seed(s)."
     )
 
 

@@ -19,7 +19,8 @@ from experiments.forgetting.data import load_scene
 from experiments.forgetting.teach import teach
 from experiments.forgetting.topics import Topics
 from experiments.shared.records import Record, kept
-from logitjax import data, models, unlearning
+from logitjax import models, unlearning
+from logitjax.commands.unlearn import other_text
 from logitjax.unlearning import Deployed
 
 # Answers of each part that are kept to be read.
@@ -39,7 +40,9 @@ class Run:
         self.questions = unlearning.Questions.of(
             self.scene.parts,
             self.tokenizer,
-            texts=self._texts(),
+            texts=other_text(
+                config.text, self.tokenizer, count=config.text_windows, length=config.text_length
+            ),
             max_length=config.max_length,
             new_tokens=config.new_tokens,
             batch_size=config.eval_batch,
@@ -76,18 +79,15 @@ class Run:
             record = make()
             return record | {"hours": (time.perf_counter() - begin) / 3600}
 
-        return kept(path, measured)
-
-    def _texts(self) -> dict[str, np.ndarray]:
-        n = self.config.text_windows
-        windows = data.token_windows(
-            data.load_examples(self.config.text),
-            self.tokenizer.encode,
-            count=4 * n,
-            length=self.config.text_length,
-            start=self.tokenizer.start,
-        )
-        return {"validation": windows[:n], "test": windows[n : 2 * n], "train": windows[2 * n :]}
+        record = kept(path, measured)
+        method, _, seed = name.rpartition("-")
+        if method.endswith(ALL):
+            # Each look is a whole model, and all that is shown of it is in the record.
+            looks = f"rate-*-seed-{seed}/candidates/step-*"
+            for folder in (self.workdir / "trials" / method).glob(looks):
+                if folder.is_dir():
+                    folder.rmtree()
+        return record
 
     @functools.cached_property
     def _topics(self) -> Topics:
@@ -179,16 +179,18 @@ class Run:
             found = trial.run(examines=False)
             trials.append((rate, trial, found))
             tried.append({"rate": rate, "chosen": found.chosen, "candidates": found.candidates})
+        finite = [
+            (*one, shown)
+            for one in trials
+            for shown in one[2].candidates
+            if "finite" not in shown["broken"]
+        ]
+        if not finite:
+            raise ValueError(f"rates: the losses of {method} are finite at none of {rates}")
         rate, trial, found, shown = max(
-            ((*one, shown) for one in trials for shown in one[2].candidates),
-            key=lambda one: standing(one[3], chosen=one[3] == one[2].chosen),
+            finite, key=lambda one: standing(one[3], chosen=one[3] == one[2].chosen)
         )
         record = self._asked(trial.deployed(shown), first=first)
-        if method.endswith(ALL):
-            # Each look is a whole model, and all that is shown of it is in the record.
-            for folder in (self.workdir / "trials" / method).glob("*/candidates/step-*"):
-                if folder.is_dir():
-                    folder.rmtree()
         return record | {
             "method": method,
             "seed": seed,
@@ -219,6 +221,4 @@ def standing(candidate: Mapping[str, Any], *, chosen: bool) -> tuple[bool, bool,
     A method of which nothing is feasible is so shown at its best, and said to be infeasible.
     """
     met = candidate["gap"] <= math.log(2)
-    shares = [candidate[n] for n in ("probability", "rouge", "fluency") if candidate.get(n)]
-    shares += [1 / candidate["perplexity"]] if candidate.get("perplexity") else []
-    return chosen, met, min(*shares, 1.0) if met and shares else -candidate["gap"]
+    return chosen, met, min(candidate["least"], 1.0) if met else -candidate["gap"]

@@ -27,6 +27,8 @@ run at any time: the same command continues it. See docs/unlearning.md.
 
 import dataclasses
 import hashlib
+import itertools
+import math
 import sys
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -44,7 +46,8 @@ _METHODS = ("difference", *unlearning.UNLEARNING_METHODS)
 _NOTHING_FEASIBLE = 3
 _FEW_GROUPS = 20
 _DAMAGED = 2.0
-_SAMPLES = 16
+# Of the rows to forget, and of those to keep.
+_SAMPLES = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,7 +64,9 @@ class Config:
         None, "Model that never knew what is forgotten, as a control for attacks."
     )
     attacks: Literal["quick", "all"] = field(
-        "quick", "Attacks of the report. `all` adds those that train, sample and take gradients."
+        "quick",
+        "Attacks of the report. `all` adds those that train, sample and take gradients.",
+        selects=True,
     )
     text: str | None = field(
         None, "Other text, whose perplexity has to stay: text:PATH, jsonl:PATH or tfds:NAME."
@@ -156,14 +161,21 @@ def run(config: Config, out: epath.Path) -> None:
     questions = unlearning.Questions.of(
         split.parts,
         tokenizer,
-        texts=_texts(config, tokenizer),
+        texts=other_text(
+            config.text, tokenizer, count=config.text_windows, length=config.text_length
+        ),
         max_length=config.max_length,
         new_tokens=config.new_tokens,
         batch_size=config.eval_batch,
     )
     reference = None
     if config.reference is not None:
-        reference, _ = models.load(config.reference, dtype=config.dtype, layout="listed")
+        reference, theirs = models.load(config.reference, dtype=config.dtype, layout="listed")
+        if theirs.fingerprint != tokenizer.fingerprint:
+            raise ValueError(
+                f"reference: expected a model with the tokenizer of {config.model}, got "
+                f"{config.reference}"
+            )
         reference = models.with_layout(reference, "listed")
     forgetting = unlearning.Unlearning(
         model, questions, settings, out, base=config.model, reference=reference
@@ -177,14 +189,16 @@ def run(config: Config, out: epath.Path) -> None:
     found = forgetting.run()
     if found.model is not None and config.merge:
         models.save_pretrained(found.model.model, tokenizer, out / "model")
+    sizes = len(questions.rows["forget"]), len(questions.rows["holdout"])
     sections = [
         f"# `{config.model}`, unlearned",
-        _verdict(config, found),
+        _verdict(config, sizes, found),
         _what(config, found),
         f"Rows: {'; '.join(manifest)}. {split.left_out} were linked to rows to forget and left out."
         f" Groups of rows to keep: {split.groups[0]} for training, {split.groups[1]} for choosing, "
         f"{split.groups[2]} for this table."
-        f"{'' if 'holdout' in rows else ' No holdout: membership cannot be measured.'}",
+        f"{'' if 'holdout' in rows else ' No holdout: membership cannot be measured.'}"
+        f"{_cut(config, questions)}",
         *(_measures(config, questions, found) if found.model is not None else ()),
         "## What was tried",
         markdown_table([_candidate_row(c, found.goal.probability) for c in found.candidates]),
@@ -198,28 +212,44 @@ def run(config: Config, out: epath.Path) -> None:
         sys.exit(_NOTHING_FEASIBLE)
 
 
-def _texts(config: Config, tokenizer: models.Tokenizer) -> dict[str, np.ndarray]:
+def other_text(
+    text: str | None, tokenizer: models.Tokenizer, *, count: int, length: int
+) -> dict[str, np.ndarray]:
     """Windows of other text: as many for choosing as for the end, and twice that for training."""
-    if config.text is None:
+    if text is None:
         return {}
-    n = config.text_windows
     windows = data.token_windows(
-        data.load_examples(config.text),
+        data.load_examples(text),
         tokenizer.encode,
-        count=4 * n,
-        length=config.text_length,
+        count=4 * count,
+        length=length,
         start=tokenizer.start,
     )
-    return {"validation": windows[:n], "test": windows[n : 2 * n], "train": windows[2 * n :]}
+    parts = np.split(windows, [count, 2 * count])
+    return dict(zip(("validation", "test", "train"), parts, strict=True))
 
 
-def _verdict(config: Config, found: Any) -> str:
-    """In words that are always the same."""
+def _cut(config: Config, questions: unlearning.Questions) -> str:
+    """What nobody looked at, in words."""
+    cut = {part: len(which) for part, which in questions.cut.items() if which}
+    if not cut:
+        return ""
+    parts = ", ".join(f"{count} of `{part}`" for part, count in cut.items())
+    return (
+        f" **Cut at {config.max_length} tokens (`--max_length`), and what is beyond neither "
+        f"trained on nor measured**: {parts}."
+    )
+
+
+def _verdict(config: Config, sizes: tuple[int, int], found: Any) -> str:
+    """In words that are always the same; of so many rows to forget, and of the holdout."""
     if found.model is None:
+        advice = "More steps, more rows to keep, another method or wider limits may help."
+        if all("finite" in candidate["broken"] for candidate in found.candidates):
+            advice = "Its losses were not finite: a lower `--learning_rate` may help."
         return (
             f"**Nothing was forgotten**: no candidate of `{config.method}` both forgets and stays "
-            "within the limits, so no model was written. More steps, more rows to keep, another "
-            "method or wider limits may help."
+            f"within the limits, so no model was written. {advice}"
         )
     before, after, most = found.before, found.after, 2 * found.goal.probability
     # What an attack gets out of a model that never knew, it did not get from this one.
@@ -231,6 +261,15 @@ def _verdict(config: Config, found: Any) -> str:
         and measured.get("probability", 0.0)
         > max(most, 2 * control.get(name, {}).get("probability", 0.0))
     ]
+    # Of shares only a control says what is none: more than half of what was there is much.
+    ways += [
+        name
+        for name, measured in after["attacks"].items()
+        if "share" in measured and name in control
+        if 2 * measured["share"] > before["attacks"][name]["share"] + control[name]["share"]
+        if measured["share"] > control[name]["share"]
+    ]
+    told = _told_apart(sizes, after["attacks"], control)
     if config.method == "difference":
         ways = ["leaving the assistant out", *ways]
     if before["perplexity"] and after["perplexity"] > _DAMAGED * before["perplexity"]:
@@ -238,8 +277,35 @@ def _verdict(config: Config, found: Any) -> str:
     if after["attacks"]["asked"]["probability"] > most:
         return "**Not forgotten**: answers are more than twice as likely as those never taught."
     if ways:
-        return f"**Suppressed, recoverable by** {', '.join(ways)}."
+        also = f" Given away by {', '.join(told)}." if told else ""
+        return f"**Suppressed, recoverable by** {', '.join(ways)}.{also}"
+    if told:
+        return (
+            f"**Forgotten, but given away by** {', '.join(told)}: that these rows were taught can "
+            "be told."
+        )
     return "**Not distinguishable from never trained in these tests.**"
+
+
+def _told_apart(
+    sizes: tuple[int, int],
+    attacks: Mapping[str, Mapping[str, float]],
+    control: Mapping[str, Mapping[str, float]],
+) -> list[str]:
+    """Attacks that tell rows to forget from the holdout: beyond chance, and beyond a control.
+
+    By the standard deviation of the AUC of equal distributions, sqrt((m + n + 1) / (12 m n)).
+    """
+    m, n = sizes
+    if not n:
+        return []
+    chance = 1.96 * math.sqrt((m + n + 1) / (12 * m * n))
+    return [
+        name
+        for name, measured in attacks.items()
+        if abs(measured.get("auc", 0.5) - 0.5)
+        > max(chance, abs(control.get(name, {}).get("auc", 0.5) - 0.5))
+    ]
 
 
 def _what(config: Config, found: Any) -> str:
@@ -279,10 +345,13 @@ def _measures(config: Config, questions: unlearning.Questions, found: Any) -> li
     samples = [
         {"question": text_cell(row.question), "before": text_cell(old), "after": text_cell(new)}
         for part in ("forget", "test")
-        for row, old, new in zip(
-            [row for row in questions.rows[part] if row.asks],
-            before["answers"][part],
-            after["answers"][part],
+        for row, old, new in itertools.islice(
+            zip(
+                [row for row in questions.rows[part] if row.asks],
+                before["answers"][part],
+                after["answers"][part],
+            ),
+            _SAMPLES,
         )
     ]
     return [
@@ -302,7 +371,7 @@ def _measures(config: Config, questions: unlearning.Questions, found: Any) -> li
             else "There is no control: name one by `--reference`."
         ),
         "## What it says",
-        markdown_table(samples[:_SAMPLES]),
+        markdown_table(samples),
     ]
 
 

@@ -122,6 +122,11 @@ class DecoderConfig:
         return self.head_dim**-0.5 if self.query_scale is None else self.query_scale
 
     @property
+    def fused_maps(self) -> bool:
+        """Whether the family's checkpoints keep several of our maps in one tensor."""
+        return self.family in ("gpt2", "phi3")
+
+    @property
     def rope_dim(self) -> int:
         return self.head_dim if self.rotary_dim is None else self.rotary_dim
 

@@ -43,7 +43,7 @@ def save_peft(
     Raises:
         ValueError: The family's checkpoints keep several of our maps in one tensor.
     """
-    if config.family in ("gpt2", "phi3"):
+    if config.fused_maps:
         raise ValueError(
             f"lora: adapters of the family {config.family!r} cannot be written for PEFT, whose "
             "maps of queries, keys and values are one there"

@@ -59,7 +59,7 @@ def attacks(
     assert forget.greedy is not None
     rest = [nll[max(1, round(_PREFIX * len(nll))) :] for nll in forget.nll]
     # OpenUnlearning counts no end mark here.
-    words = [row[:-1] if len(row) > 1 else row for row in forget.greedy]
+    words = questions.without_end("forget", forget.greedy)
     found = {
         "asked": _probability(forget.nll),
         "first quarter of the answer given": _probability([r for r in rest if len(r)]),
@@ -137,9 +137,9 @@ def _memberships(
     """How well what a model says of rows tells whether it was trained on them."""
     sides = ("forget", "holdout")
     nll = {part: said(part).nll for part in sides}
-    texts = {part: [row.answer for row in questions.rows[part]] for part in sides}
+    texts = {part: questions.scored_text(part) for part in sides}
     # Min-k(++) is of the answer without its end mark.
-    words = {part: _without_end(questions, part, rows) for part, rows in nll.items()}
+    words = {part: questions.without_end(part, rows) for part, rows in nll.items()}
     scores: dict[str, Mapping[str, Sequence[float]]] = {
         "loss": _each(nll, np.mean),
         "min-k": _each(words, min_k),
@@ -150,7 +150,7 @@ def _memberships(
     }
     if thorough:
         surprise = {part: questions.surprise(model, part) for part in sides}
-        words = {part: _without_end(questions, part, rows) for part, rows in surprise.items()}
+        words = {part: questions.without_end(part, rows) for part, rows in surprise.items()}
         scores["min-k++"] = _each(words, min_k)
         norms = {part: questions.gradient_norms(model, part) for part in sides}
         scores["gradient norm"] = {part: rows[:, 0].tolist() for part, rows in norms.items()}
@@ -166,11 +166,6 @@ def _memberships(
     loss = scores["loss"]
     rate = detection_rate(loss["forget"], loss["holdout"])
     return found | {"members found by loss, 5 % false": {"share": rate}}
-
-
-def _without_end(questions: Questions, part: str, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
-    ended = [row.asks for row in questions.rows[part]]
-    return [row[:-1] if end and len(row) > 1 else row for row, end in zip(rows, ended)]
 
 
 def _each(

@@ -21,6 +21,7 @@ from logitjax.unlearning._pair_scores import gradient_norms, token_scores
 from logitjax.unlearning._paired import paired_model
 
 _FILE = "assistant.json"
+_RECORD: dict[str, Any] = {"layers": int, "alpha": (int, float), "relative": bool}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -64,12 +65,15 @@ class Deployed:
 
         Raises:
           FileNotFoundError: There is no assistant.
-          ValueError: It is of another model.
+          ValueError: It does not fit the model's shapes, or its record is damaged.
         """
         directory = epath.Path(directory)
         if not (directory / _FILE).exists():
             raise FileNotFoundError(f"assistant: no such file: {directory / _FILE}")
         record = read_json(directory / _FILE, form=dict)
+        for name, kinds in _RECORD.items():
+            if not isinstance(record.get(name), kinds):
+                raise ValueError(f"{directory / _FILE}: {name}: got {record.get(name)!r}")
         count, most = record["layers"], model.config.num_layers
         if not 1 <= count <= most:
             raise ValueError(f"assistant: {directory} has {count} layers, the model {most}")

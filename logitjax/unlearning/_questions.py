@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 from logitjax.evaluation import (
     NllFn,
@@ -15,6 +16,7 @@ from logitjax.evaluation import (
     score_rows,
 )
 from logitjax.models import Tokenizer
+from logitjax.storage import guard
 from logitjax.unlearning._deployed import Deployed
 from logitjax.unlearning._rows import Row, encode_question, encode_row, padded_rows
 
@@ -29,6 +31,8 @@ _LANGUAGES = (
 _SHOTS = 4
 # Rows of a part that are attacked in costly ways.
 _COSTLY = 40
+# Other ways to ask, which are longer, and how much longer they may be.
+_WAYS = {"role": 2, "prefilled": 2, "language": 2, "few_shot": _SHOTS + 1}
 _PARTS = ("forget", "reworded", "reworded_test", "train", "validation", "test", "holdout")
 
 
@@ -44,6 +48,8 @@ class Questions:
         with their answers.
       tokenizer: The model's tokenizer.
       encoded: Encoded rows by part, for `evaluation.score_rows`.
+      cut: Indices of rows of a part that are longer than `max_length`: only their beginnings are
+        trained on and asked.
       texts: Windows of other text by part, `train`, `validation` and `test`; may be empty.
       max_length: Largest number of tokens of a row.
       new_tokens: Largest number of tokens of a generated answer.
@@ -53,6 +59,7 @@ class Questions:
     rows: Mapping[str, Sequence[Row]]
     tokenizer: Tokenizer
     encoded: Mapping[str, Sequence[tuple[np.ndarray, np.ndarray]]]
+    cut: Mapping[str, frozenset[int]]
     texts: Mapping[str, np.ndarray]
     max_length: int
     new_tokens: int
@@ -71,16 +78,22 @@ class Questions:
     ) -> "Questions":
         """Encode all parts; parts that are not given are empty.
 
+        Another way to ask that the model's chat template refuses, or that does not fit, is left
+        out, with a warning.
+
         Raises:
-          ValueError: A part of another name, or a prompt that is longer than `max_length`.
+          ValueError: A part of another name, a prompt that is longer than `max_length`, or a text
+            of one token.
         """
         if extra := sorted(set(parts) - set(_PARTS)):
             raise ValueError(f"parts: expected some of {', '.join(_PARTS)}, got {extra}")
         rows = {part: tuple(parts.get(part, ())) for part in _PARTS}
         forget = rows["forget"]
-        shifted = [row.answer for row in (*forget[1:], *forget[:1])]
-        wrong = [dataclasses.replace(row, answer=a) for row, a in zip(forget, shifted)]
-        rows["wrong"] = tuple(wrong) if len(forget) > 1 else ()
+        # A text has no question that another's answer could be given to.
+        asked = [row for row in forget if row.asks]
+        shifted = [row.answer for row in (*asked[1:], *asked[:1])]
+        wrong = [dataclasses.replace(row, answer=a) for row, a in zip(asked, shifted)]
+        rows["wrong"] = tuple(wrong) if len(asked) > 1 else ()
         few = _evenly(forget)
         rows["role"] = tuple(row.told(_ROLE) for row in few if row.messages)
         asking = tuple(row for row in few if row.asks)
@@ -90,31 +103,63 @@ class Questions:
             for i, row in enumerate(asking)
         )
         rows["few_shot"] = _after_others(few) if tokenizer.chat_template is not None else ()
-        # Other ways to ask are longer, whatever fits when asked straight.
-        room: dict[str, int] = dict.fromkeys(("role", "prefilled", "language"), 2 * max_length)
-        room["few_shot"] = (_SHOTS + 1) * max_length
-        begun = {"prefilled": _BEGUN}
         encoded = {
-            part: [
-                encode_row(
-                    row,
-                    tokenizer,
-                    max_length=room.get(part, max_length),
-                    begun=begun.get(part, ""),
-                )
-                for row in members
-            ]
+            part: [encode_row(row, tokenizer, max_length=max_length) for row in members]
             for part, members in rows.items()
+            if part not in _WAYS
         }
+        for part, room in _WAYS.items():
+            begun = _BEGUN if part == "prefilled" else ""
+            try:
+                encoded[part] = [
+                    encode_row(row, tokenizer, max_length=room * max_length, begun=begun)
+                    for row in rows[part]
+                ]
+            except ValueError as error:
+                logging.warning("the attack %r is left out: %s", part, guard.one_line(error))
+                rows[part], encoded[part] = (), []
+        cut = {part: _cut(rows[part], encoded[part], tokenizer, max_length) for part in _PARTS}
+        for part, which in cut.items():
+            if which:
+                logging.warning(
+                    "%s: %d of %d rows are longer than max_length=%d tokens; what is beyond is "
+                    "neither trained on nor asked",
+                    part,
+                    len(which),
+                    len(rows[part]),
+                    max_length,
+                )
         return cls(
             rows=rows,
             tokenizer=tokenizer,
             encoded=encoded,
+            cut=cut,
             texts=texts or {},
             max_length=max_length,
             new_tokens=new_tokens,
             batch_size=batch_size,
         )
+
+    def without_end(self, part: str, values: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Values of every token of a part's answers, without those of their end marks."""
+        end = self.tokenizer.eos_id
+        marked = [
+            row.asks and i not in self.cut.get(part, ()) for i, row in enumerate(self.rows[part])
+        ]
+        return [
+            row[:-1] if mark and end is not None and len(row) > 1 else row
+            for row, mark in zip(values, marked)
+        ]
+
+    def scored_text(self, part: str) -> list[str]:
+        """The answers of a part as far as they are asked."""
+        rows, encoded = self.rows[part], self.encoded[part]
+        return [
+            self.tokenizer.decode(encoded[i][0][encoded[i][1]].tolist(), skip_special=True)
+            if i in self.cut[part]
+            else row.answer
+            for i, row in enumerate(rows)
+        ]
 
     @property
     def pad_id(self) -> int:
@@ -228,7 +273,20 @@ class Questions:
 
 def _evenly(rows: Sequence[Any]) -> Sequence[Any]:
     """Rows for attacks of which there are many, or which take seconds for each."""
-    return rows[:: -(-len(rows) // _COSTLY) or 1]
+    count = min(len(rows), _COSTLY)
+    return [rows[i * len(rows) // count] for i in range(count)]
+
+
+def _cut(
+    rows: Sequence[Row],
+    encoded: Sequence[tuple[np.ndarray, np.ndarray]],
+    tokenizer: Tokenizer,
+    max_length: int,
+) -> frozenset[int]:
+    """Which rows had to be cut."""
+    full = [i for i, (ids, _) in enumerate(encoded) if len(ids) == max_length]
+    longer = [encode_row(rows[i], tokenizer, max_length=max_length + 1)[0] for i in full]
+    return frozenset(i for i, ids in zip(full, longer) if len(ids) > max_length)
 
 
 def answer_probabilities(scores: RowScores) -> np.ndarray:

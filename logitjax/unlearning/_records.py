@@ -8,6 +8,7 @@ from typing import Any
 from etils import epath
 
 from logitjax import storage
+from logitjax.storage import guard
 
 
 def read_records(source: str | os.PathLike[str], stems: Sequence[str]) -> list[dict[str, Any]]:
@@ -43,16 +44,24 @@ def _read(path: epath.Path) -> list[dict[str, Any]]:
         parquet = storage.require("pyarrow.parquet", extra="eval")
         with path.open("rb") as file:
             return parquet.read_table(file).to_pylist()
-    text = path.read_text()
+    try:
+        text = path.read_text()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected UTF-8, {error.reason}") from None
     if path.suffix == ".txt":
         return [{"text": part.strip()} for part in text.split("\n\n") if part.strip()]
-    try:
-        if path.suffix == ".json" and text.lstrip().startswith("["):
-            records = json.loads(text)
-        else:
-            records = [json.loads(line) for line in text.split("\n") if line.strip()]
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
+    whole = path.suffix == ".json" and text.lstrip().startswith("[")
+    records = []
+    for number, part in enumerate([text] if whole else text.split("\n"), start=1):
+        if part.strip():
+            try:
+                found = guard.parse_json(part.encode())
+            except json.JSONDecodeError as error:
+                line = number + error.lineno - 1
+                raise ValueError(f"{path}:{line}: not JSON: {error.msg}") from None
+            except ValueError as error:
+                raise ValueError(f"{path}:{number}: {error}") from None
+            records += found if whole else [found]
     if not all(isinstance(record, dict) for record in records):
         raise ValueError(f"{path}: expected objects")
     return records

@@ -48,7 +48,7 @@ def relearning(
 
     Returns:
       Records of `rate`, `seed`, `steps`, and median probabilities of the rows `taught` and of the
-      `others`.
+      `others`, which a single row has none of.
 
     References:
       Rates and steps as of arXiv 2410.08827, which finds 88 % of the accuracy to come back.

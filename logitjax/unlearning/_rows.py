@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from absl import logging
 from etils import epath
 
 from logitjax.evaluation import PromptTemplate, encode_answer, encode_prompt
 from logitjax.models import Tokenizer
+from logitjax.storage import guard
 
 _BARE = PromptTemplate(before="", after="")
 _SHAPES = "question/answer, prompt/completion, messages or text"
@@ -62,10 +64,11 @@ def read_rows(path: epath.PathLike) -> tuple[Row, ...]:
 
     A row is `{"question", "answer"}`, `{"prompt", "completion"}` (the completion follows as it is),
     `{"messages": [{"role", "content"}, ...]}` that end with the answer, or `{"text"}`. It may have
-    a `group`, and `paraphrases`, a list.
+    a `group`, and `paraphrases`, a list. Rows that differ in case and white space alone are one,
+    with the paraphrases of all.
 
     Args:
-      path: The file.
+      path: The file, in UTF-8.
 
     Returns:
       The rows, in order.
@@ -83,38 +86,54 @@ def read_rows(path: epath.PathLike) -> tuple[Row, ...]:
     path = epath.Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no such file: {path}")
-    rows: dict[str, Row] = {}
-    for number, line in enumerate(path.read_text().split("\n"), start=1):
+    rows: dict[tuple[str, str], Row] = {}
+    count = 0
+    lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    for number, line in enumerate(lines, start=1):
         if line.strip():
-            row = _row(line, f"{path}:{number}")
-            rows.setdefault(normal(row), row)
+            try:
+                row = _row(guard.parse_json(line))
+            except json.JSONDecodeError as error:
+                said = f"expected JSON, {error.msg} at column {error.colno}"
+                raise ValueError(f"{path}:{number}: {said}") from None
+            except ValueError as error:
+                raise ValueError(f"{path}:{number}: {guard.one_line(error)}") from None
+            words = normal(row), _words(row.answer)
+            rows[words] = _joined(rows[words], row) if words in rows else row
+            count += 1
     if not rows:
         raise ValueError(f"{path}: expected rows, a JSON object a line, got none")
+    if count > len(rows):
+        logging.warning("%s: %d rows repeat others", path, count - len(rows))
     return tuple(rows.values())
 
 
-def _row(line: str, where: str) -> Row:
-    try:
-        raw = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: expected JSON, {error.msg} at column {error.colno}") from None
+def _joined(row: Row, again: Row) -> Row:
+    """A row with what another copy of it says beside it."""
+    return dataclasses.replace(
+        row,
+        group=again.group if row.group is None else row.group,
+        paraphrases=tuple(dict.fromkeys(row.paraphrases + again.paraphrases)),
+    )
+
+
+def _row(raw: Any) -> Row:
     if not isinstance(raw, dict):
-        raise ValueError(f"{where}: expected an object, got {type(raw).__name__}")
+        raise ValueError(f"expected an object, got {type(raw).__name__}")
 
     def text(name: str) -> str:
-        if not isinstance(raw.get(name), str) or not raw[name].strip():
-            raise ValueError(f"{where}: {name}: expected text, got {raw.get(name)!r}")
-        return raw[name]
+        return _text(raw.get(name), name)
 
     more: dict[str, Any] = {}
     if raw.get("group") is not None:
         more["group"] = str(raw["group"])
-    paraphrases = raw.get("paraphrases") or ()
-    if isinstance(paraphrases, str) or not all(isinstance(p, str) for p in paraphrases):
-        raise ValueError(f"{where}: paraphrases: expected a list of text, got {paraphrases!r}")
-    more["paraphrases"] = tuple(paraphrases)
+    paraphrases = raw.get("paraphrases")
+    if paraphrases is not None:
+        if not isinstance(paraphrases, list):
+            raise ValueError(f"paraphrases: expected a list of text, got {paraphrases!r}")
+        more["paraphrases"] = tuple(_text(other, "paraphrases") for other in paraphrases)
     if "messages" in raw:
-        return Row(**_conversation(raw["messages"], where), **more)
+        return Row(**_conversation(raw["messages"]), **more)
     if "question" in raw:
         turn = {"role": "user", "content": text("question")}
         return Row(messages=(turn,), answer=text("answer"), **more)
@@ -123,30 +142,42 @@ def _row(line: str, where: str) -> Row:
         return Row(prompt=text("prompt"), answer=text(name), **more)
     if "text" in raw:
         return Row(answer=text("text"), **more)
-    raise ValueError(f"{where}: expected {_SHAPES}, got {', '.join(raw) or 'an empty object'}")
+    raise ValueError(f"expected {_SHAPES}, got {', '.join(raw) or 'an empty object'}")
 
 
-def _conversation(messages: Any, where: str) -> dict[str, Any]:
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{name}: expected text, got {value!r}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{name}: expected text, got half of a character in {value!r}") from None
+    return value
+
+
+def _conversation(messages: Any) -> dict[str, Any]:
     turns = messages if isinstance(messages, list) else []
-    fit = all(
-        isinstance(turn, dict)
-        and isinstance(turn.get("role"), str)
-        and isinstance(turn.get("content"), str)
-        for turn in turns
-    )
+    fit = all(isinstance(turn, dict) and isinstance(turn.get("role"), str) for turn in turns)
     if not fit or len(turns) < 2 or turns[-1]["role"] != "assistant":
-        raise ValueError(
-            f"{where}: messages: expected turns of role and content, the last by the assistant"
-        )
-    before = tuple({"role": turn["role"], "content": turn["content"]} for turn in turns[:-1])
-    return {"messages": before, "answer": turns[-1]["content"]}
+        raise ValueError("messages: expected turns of role and content, the last by the assistant")
+    said = [_text(turn.get("content"), f"messages: content of {turn['role']}") for turn in turns]
+    before = tuple({"role": turn["role"], "content": text} for turn, text in zip(turns, said[:-1]))
+    return {"messages": before, "answer": said[-1]}
 
 
 def normal(row: Row) -> str:
     """A row's words, the same for rows that differ in case and white space alone."""
     turns = " ".join(turn["content"] for turn in row.messages)
-    text = unicodedata.normalize("NFKC", f"{turns} {row.prompt} {row.answer}").lower()
-    return " ".join(text.split())
+    return _words(f"{turns} {row.prompt} {row.answer}")
+
+
+def own_words(row: Row) -> str:
+    """Words of the question and the answer alone: what the system says is said of many rows."""
+    return _words(f"{row.question} {row.answer}")
+
+
+def _words(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", text).lower().split())
 
 
 def render_prompt(row: Row, tokenizer: Tokenizer) -> str:
@@ -178,7 +209,8 @@ def encode_row(
     What the answer was `begun` with counts as its prompt.
 
     Raises:
-      ValueError: The prompt alone takes `max_length` tokens.
+      ValueError: The prompt alone takes `max_length` tokens, or nothing predicts the only token of
+        a text.
     """
     ids, answer = encode_answer(
         tokenizer,
@@ -189,6 +221,8 @@ def encode_row(
         end=row.asks,
     )
     answer[0] = False  # nothing predicts the first token of a text
+    if not answer.any():
+        raise ValueError(f"text: expected at least two tokens, got one of {row.answer[:60]!r}")
     return ids, answer
 
 

@@ -73,6 +73,11 @@ class Goal:
         """How far a probability is from it, in nats, whichever side."""
         return abs(math.log(max(probability, 1e-300)) - math.log(max(self.probability, 1e-300)))
 
+    @property
+    def aim(self) -> float:
+        """What to aim at: the goal, or somewhat above a floor that is near it."""
+        return max(self.probability, 1.25 * self.floor)
+
     def met(self, probability: float) -> bool:
         """Within a factor of 2, and not below the floor."""
         return self.gap(probability) <= math.log(2) and probability >= self.floor
@@ -92,7 +97,7 @@ def matched_strength(
     Between two strengths around the goal the next one is where a straight line through their
     logarithms meets it, but no nearer to either than a tenth; the middle where one is not known.
     Strength is what the update is multiplied by, an assistant's alpha or a factor of adapters; it
-    takes no training to try one.
+    takes no training to try one. What is aimed at is `goal.aim`.
 
     Args:
       probability: Probability of forgotten answers, by the strength; falls with it.
@@ -103,9 +108,11 @@ def matched_strength(
       trials: Strengths that are tried at most.
 
     Returns:
-      The strength, and the probability there: the nearest of those that were tried.
+      The strength, and the probability there: of those that were tried one that meets the goal
+      before one that does not, and then the nearest.
 
-    >>> strength, found = matched_strength(lambda s: 0.9 * 0.1**s, Goal.of([0.2], ""), most=2.0)
+    >>> goal = Goal.of([0.02, 0.2, 0.4], "a holdout")
+    >>> strength, found = matched_strength(lambda s: 0.9 * 0.1**s, goal, most=2.0)
     >>> 0.155 < found < 0.257
     True
     """
@@ -115,9 +122,9 @@ def matched_strength(
     for _ in range(trials):
         found = probability(at)
         tried.append((at, found))
-        if math.isfinite(found) and goal.gap(found) <= tolerance:
+        if math.isfinite(found) and abs(_above(goal, found)) <= tolerance and goal.met(found):
             break
-        if found > goal.probability:
+        if found > goal.aim:
             low = (at, _above(goal, found))
         else:
             high = (at, _above(goal, found))
@@ -131,15 +138,18 @@ def matched_strength(
                 share = min(max(low[1] / (low[1] - high[1]), 0.1), 0.9)
             at = low[0] + share * (high[0] - low[0])
     known = [pair for pair in tried if math.isfinite(pair[1])]
-    return min(known, key=lambda pair: goal.gap(pair[1])) if known else (0.0, math.nan)
+    if not known:
+        return 0.0, math.nan
+    return min(known, key=lambda pair: (not goal.met(pair[1]), goal.gap(pair[1])))
 
 
 def _above(goal: Goal, probability: float) -> float:
-    return math.copysign(goal.gap(probability), probability - goal.probability)
+    """How far above what is aimed at, in nats."""
+    return math.log(max(probability, 1e-300)) - math.log(max(goal.aim, 1e-300))
 
 
 def strength_on_curve(strengths: Any, probabilities: Any, goal: Goal) -> float:
-    """The least strength at which a curve comes down to the goal, straight between its points.
+    """The least strength at which a curve comes down to `goal.aim`, straight between its points.
 
     Args:
       strengths: Rising.
@@ -149,11 +159,12 @@ def strength_on_curve(strengths: Any, probabilities: Any, goal: Goal) -> float:
     Returns:
       The strength; the last one where the goal is not reached.
 
-    >>> round(strength_on_curve([0.0, 1.0, 2.0], [0.9, 0.4, 0.1], Goal.of([0.2], "")), 6)
+    >>> goal = Goal.of([0.02, 0.2, 0.4], "a holdout")
+    >>> round(strength_on_curve([0.0, 1.0, 2.0], [0.9, 0.4, 0.1], goal), 6)
     1.5
     """
     logs = np.log(np.maximum(np.asarray(probabilities, np.float64), 1e-300))
-    wanted = math.log(max(goal.probability, 1e-300))
+    wanted = math.log(max(goal.aim, 1e-300))
     below = np.flatnonzero(logs <= wanted)
     if not len(below):
         return float(strengths[-1])
@@ -162,6 +173,18 @@ def strength_on_curve(strengths: Any, probabilities: Any, goal: Goal) -> float:
         return float(strengths[0])
     share = (logs[at - 1] - wanted) / (logs[at - 1] - logs[at])
     return float(strengths[at - 1] + share * (strengths[at] - strengths[at - 1]))
+
+
+def least_share(kept: Mapping[str, Any]) -> float:
+    """The least of what is left, perplexity by its inverse; what is None was not measured.
+
+    >>> least_share({"probability": 0.9, "rouge": None, "perplexity": 1.25})
+    0.8
+    """
+    shares = [kept.get(name) for name in ("probability", "rouge", "fluency")]
+    if kept.get("perplexity"):
+        shares.append(1 / kept["perplexity"])
+    return min((share for share in shares if share is not None), default=0.0)
 
 
 def pareto(points: Sequence[Sequence[float]]) -> list[int]:

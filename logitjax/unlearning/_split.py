@@ -5,10 +5,16 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 
-from logitjax.unlearning._rows import Row, normal
+from logitjax.unlearning._rows import Row, normal, own_words
 
 # Words that two rows share in a run before they count as copies, and the share of such runs.
 _GRAM, _ALIKE = 8, 0.5
+# A run that more rows have is of a form, not of what is said: it is looked for in the first alone.
+_COMMON = 100
+# Words, and single characters of scripts that put no space between words.
+_WORD = re.compile(
+    r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+"
+)
 _TRAIN, _VALIDATION = 0.6, 0.8
 
 
@@ -39,9 +45,10 @@ def split_rows(
 ) -> Split:
     """Split rows into parts for training, for choosing and for the report.
 
-    Rows are linked if they share a `group` or half of their runs of eight words. Linked rows come
-    into one part, and rows that are linked to a row to forget are left out of the others. Groups
-    are ordered by a hash of the seed and their text, and cut after 60 and 80 % of the rows.
+    Rows are linked if they share a `group`, or half of the runs of eight words of question (of a
+    conversation the last turn) and answer. Linked rows come into one part, and rows that are linked
+    to a row to forget are left out of the others. Groups are ordered by a hash of the seed and
+    their text, and cut after 60 and 80 % of the rows.
 
     Args:
       forget: Rows to forget.
@@ -120,16 +127,18 @@ def _groups(rows: Sequence[Row]) -> list[int]:
         return i
 
     named: dict[str, int] = {}
-    grams = [_grams(normal(row)) for row in rows]
+    grams = [_grams(own_words(row)) for row in rows]
     seen: dict[tuple[str, ...], list[int]] = {}
     for i, row in enumerate(rows):
         if row.group is not None:
             parent[root(i)] = root(named.setdefault(row.group, i))
         others: dict[int, int] = {}
         for gram in grams[i]:
-            for j in seen.setdefault(gram, []):
+            with_it = seen.setdefault(gram, [])
+            for j in with_it:
                 others[j] = others.get(j, 0) + 1
-            seen[gram].append(i)
+            if len(with_it) < _COMMON:
+                with_it.append(i)
         for j, both in others.items():
             if both >= _ALIKE * (len(grams[i]) + len(grams[j]) - both):
                 parent[root(i)] = root(j)
@@ -137,7 +146,7 @@ def _groups(rows: Sequence[Row]) -> list[int]:
 
 
 def _grams(text: str) -> set[tuple[str, ...]]:
-    words = re.findall(r"\w+", text)
+    words = _WORD.findall(text) or [text]
     return {tuple(words[i : i + _GRAM]) for i in range(max(1, len(words) - _GRAM + 1))}
 
 

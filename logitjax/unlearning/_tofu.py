@@ -129,7 +129,7 @@ def load(source: str | os.PathLike[str], split: str) -> tuple[Item, ...]:
     rows = _read_table(path, text, split) if tabular else _read_lines(path, text)
     if not rows:
         raise ValueError(f"{path}: no items")
-    first = _first_author(split, len(rows))
+    first = _first_author(split)
     return tuple(
         dataclasses.replace(
             row,
@@ -215,7 +215,7 @@ def _places(root: epath.Path, split: str, name: str) -> list[epath.Path]:
     return [root / name, root / folder / "paraphrase_res.csv"]
 
 
-def _first_author(split: str, rows: int) -> int | None:
+def _first_author(split: str) -> int | None:
     """The author of the first line, if the split has TOFU's authors at all."""
     if split in ("full", "retain_perturbed"):
         return 0

@@ -25,18 +25,27 @@ from logitjax.models import (
     save_pretrained,
     with_layout,
 )
-from logitjax.storage import write_atomic
+from logitjax.storage import Manifest, digest, write_atomic
 from logitjax.unlearning._attacks import relearned
 from logitjax.unlearning._deployed import Deployed, merged
 from logitjax.unlearning._examine import examine
 from logitjax.unlearning._instead import invented, refusals
 from logitjax.unlearning._objective import UNLEARNING_METHODS
 from logitjax.unlearning._questions import Questions, fluency
-from logitjax.unlearning._selection import Goal, matched_strength, pareto, strength_on_curve
+from logitjax.unlearning._selection import (
+    Goal,
+    least_share,
+    matched_strength,
+    pareto,
+    strength_on_curve,
+)
 from logitjax.unlearning._unlearn_config import UnlearnConfig
 from logitjax.unlearning._unlearn_update import make_update
 
 _ALPHAS = 31
+# Settings are chosen by half of the questions that have other words; fewer than this share of all
+# rows would decide for the rest.
+_ENOUGH = 0.25
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -47,7 +56,8 @@ class Unlearned:
       chosen: The candidate that was chosen: its `step` and `strength`; None if none is feasible.
       candidates: All that were tried: `forget`, the median probability of what is to be forgotten,
         `gap` from the goal in nats, the shares kept (`probability`, `rouge`, `fluency`,
-        `perplexity`) and the limits that they break, `broken`.
+        `perplexity`), the `least` of them (perplexity by its inverse), and the limits that they
+        break, `broken`.
       front: Of the candidates those that no other dominates.
       goal: How likely forgotten answers were to become.
       model: What was written, read again; None if none is feasible.
@@ -80,7 +90,9 @@ class Unlearning:
         model and its questions may share; in the folder if None.
 
     Raises:
-      ValueError: An assistant of all the model's layers, or no rows to forget or to keep.
+      ValueError: An assistant of all the model's layers, no rows to forget or to keep, plain text
+        for a method that wants questions, or a model whose adapters no file holds; later, a folder
+        of other rows, other text or another model.
     """
 
     def __init__(
@@ -103,6 +115,15 @@ class Unlearning:
         for part in ("forget", "train", "validation"):
             if not questions.rows[part]:
                 raise ValueError(f"questions: expected rows of the part {part!r}, got none")
+        method = UNLEARNING_METHODS.get(config.method)
+        says = method is not None and method.instead != "nothing"
+        if says and not all(row.asks for row in questions.rows["forget"]):
+            raise ValueError(f"forget: {config.method} expects questions, got plain text")
+        if config.adapters and model.config.fused_maps:
+            raise ValueError(
+                f"adapters: PEFT can hold none of the family {model.config.family!r}; expected "
+                "False, and a method that trains weights"
+            )
         self.model, self.questions, self.config = model, questions, config
         self.directory, self.base = directory, base
         self._before_file = before or directory / "candidates" / "before.json"
@@ -129,16 +150,18 @@ class Unlearning:
         Args:
           examines: Whether to write and examine the result; without, only candidates are kept.
         """
+        self._check_folder()
         candidates, chosen = self._chosen(self._train())
         found = Unlearned(
             chosen=chosen,
             candidates=candidates,
-            front=[candidates[i] for i in pareto([_point(c) for c in candidates])],
+            front=[candidates[i] for i in pareto([(-c["gap"], c["least"]) for c in candidates])],
             goal=self.goal,
         )
         if chosen is None or not examines:
             return found
         written = self._write(self._trained(chosen["step"]), chosen["strength"])
+        kind = "-all-attacks" if self.config.thorough else ""
         sides = {"before": Deployed(model=self.model), "after": written}
         if self._reference is not None:
             sides["control"] = self._reference
@@ -146,7 +169,7 @@ class Unlearning:
             found,
             model=written,
             **{
-                name: self._kept(f"{name}.json", functools.partial(self._examined, side))
+                name: self._kept(f"{name}{kind}.json", functools.partial(self._examined, side))
                 for name, side in sides.items()
             },
         )
@@ -166,6 +189,8 @@ class Unlearning:
     def _before(self) -> dict[str, Any]:
         """What the model says of the rows that settings are chosen by."""
 
+        self._check_folder()
+
         def measure() -> dict[str, Any]:
             model, questions = Deployed(model=self.model), self.questions
             answers = questions.answers(model, "validation")
@@ -182,6 +207,20 @@ class Unlearning:
 
         return self._kept(self._before_file, measure)
 
+    def _check_folder(self) -> None:
+        """What is in the folder was made of these rows, this text and this model."""
+        questions, manifest = self.questions, Manifest(self.directory, "unlearning run")
+        weights = nnx.to_pure_dict(nnx.state(self.model, nnx.Param))
+        made_from = {
+            "rows": digest(questions.encoded, length=12),
+            "text": digest(questions.texts, length=12),
+            "model": digest(weights, sample=64, length=12),
+        }
+        if manifest.exists():
+            manifest.check(made_from)
+        else:
+            manifest.write(made_from)
+
     @property
     def known(self) -> float:
         """How likely what is to be forgotten is before: the median probability."""
@@ -190,12 +229,14 @@ class Unlearning:
     @property
     def _asked(self) -> str:
         """The part that is to be forgotten."""
-        # In other words if there are any: what counts is the fact, not the row.
-        return "reworded" if self.questions.rows["reworded"] else "forget"
+        # In other words, if there are such of enough rows: what counts is the fact, not the row.
+        rows = self.questions.rows
+        enough = len({row.answer for row in rows["reworded"]}) >= _ENOUGH * len(rows["forget"])
+        return "reworded" if rows["reworded"] and enough else "forget"
 
     def _kept(self, name: str | epath.Path, make: Callable[[], Any]) -> Any:
-        """A record from disk, made and written first if it is not there."""
-        path = self.directory / name
+        """A record from disk, of the folder or a whole path; made and written if not there."""
+        path = self.directory / name if isinstance(name, str) else name
         if not path.exists():
             write_atomic(path, json.dumps(make(), indent=1) + "\n")
         return json.loads(path.read_text())
@@ -266,7 +307,7 @@ class Unlearning:
                         )
                     except FloatingPointError as error:
                         logging.warning("stopped: %s", error)
-                        break
+                        return [*candidates, _diverged(at)]
                     self._save(update.weights(state.params), self.directory / name)
                 candidates.append(self._kept(f"{name}.json", functools.partial(self._look, at)))
                 logging.info("step %d: %s", at, json.dumps(candidates[-1]))
@@ -286,8 +327,6 @@ class Unlearning:
         method, rows = UNLEARNING_METHODS.get(self.config.method), self.questions.rows["forget"]
         if method is None or method.instead == "nothing":
             return []
-        if not all(row.asks for row in rows):
-            raise ValueError(f"forget: {self.config.method} expects questions, got plain text")
         if method.instead == "refusal":
             return [[answer] for answer in refusals(len(rows), seed=self.config.seed)]
 
@@ -333,16 +372,23 @@ class Unlearning:
             strength, found = matched_strength(forget, self.goal, most=most, without=self.known)
         record: dict[str, Any] = {"step": step, "strength": strength, "forget": found}
         if not np.isfinite(found):
-            return record | {"forget": 0.0, "gap": 1e9, "probability": 0.0, "broken": ["finite"]}
+            return _diverged(step)
         model = self._deployed(trained, strength)
         kept = questions.probabilities(model, "validation").mean()
         perplexity = questions.perplexity(model, "validation")
-        record |= {
-            "gap": self.goal.gap(found),
-            "probability": float(kept / np.mean(before["probabilities"]["validation"])),
-            "perplexity": _ratio(perplexity, before["perplexity"]),
-        }
-        return record | {"broken": list(self.config.limits.broken(record))}
+        return self._judged(
+            record
+            | {
+                "gap": self.goal.gap(found),
+                "probability": float(kept / np.mean(before["probabilities"]["validation"])),
+                "perplexity": _ratio(perplexity, before["perplexity"]),
+            }
+        )
+
+    def _judged(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """With the least share kept and the limits that are broken."""
+        broken = list(self.config.limits.broken(record))
+        return dict(record) | {"least": least_share(record), "broken": broken}
 
     def _chosen(
         self, candidates: Sequence[Mapping[str, Any]]
@@ -368,11 +414,13 @@ class Unlearning:
         model = self.deployed(candidate)
         answers, before = self.questions.answers(model, "validation"), self._before
         rouge = self.questions.likeness(answers, "validation")
-        record = dict(candidate) | {
-            "rouge": _ratio(_mean(rouge), _mean(before["rouge"])),
-            "fluency": _ratio(fluency(answers), before["fluency"]),
-        }
-        return record | {"broken": list(self.config.limits.broken(record))}
+        return self._judged(
+            dict(candidate)
+            | {
+                "rouge": _ratio(_mean(rouge), _mean(before["rouge"])),
+                "fluency": _ratio(fluency(answers), before["fluency"]),
+            }
+        )
 
     def _write(self, trained: Lora | Decoder, strength: float) -> Deployed:
         """What can be used, and that as it is read again."""
@@ -391,6 +439,19 @@ class Unlearning:
         return Deployed(model=merged(load_peft(folder, self.model.config), self.model))
 
 
+def _diverged(step: int) -> dict[str, Any]:
+    """A candidate with losses that are not finite."""
+    return {
+        "step": step,
+        "strength": 0.0,
+        "forget": 0.0,
+        "gap": 1e9,
+        "probability": 0.0,
+        "least": 0.0,
+        "broken": ["finite"],
+    }
+
+
 @nnx.jit
 def _towards(model: Decoder, other: Decoder, share: Any) -> Decoder:
     """A model so far on the way to another."""
@@ -406,14 +467,6 @@ def _scaled(lora: Lora, strength: float) -> Lora:
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: leaf * strength if path[-1].key == "b" else leaf, lora
     )
-
-
-def _point(candidate: Mapping[str, Any]) -> tuple[float, float]:
-    """What a candidate is judged by: how near the goal, and the least share that is kept."""
-    shares = [candidate[n] for n in ("probability", "rouge", "fluency") if candidate.get(n)]
-    if candidate.get("perplexity"):
-        shares.append(1 / candidate["perplexity"])
-    return -candidate["gap"], min(shares, default=0.0)
 
 
 def _mean(values: Any) -> float | None:

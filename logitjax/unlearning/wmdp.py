@@ -18,11 +18,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from logitjax.evaluation import score_rows
+from logitjax.evaluation import PromptTemplate, encode_answer, score_rows
 from logitjax.models import Tokenizer
 from logitjax.unlearning._deployed import Deployed
 from logitjax.unlearning._records import read_records, text_of
-from logitjax.unlearning._rows import Row, encode_row
+from logitjax.unlearning._rows import Row
 
 _TOPICS = {"bio": "biology", "chem": "chemistry", "cyber": "cybersecurity"}
 _LETTERS = "ABCDEFGHIJ"
@@ -127,13 +127,15 @@ def accuracy(
     References:
       Li et al., WMDP, 2024 (arXiv 2403.03218), in the format of the evaluation harness.
     """
+    bare = PromptTemplate(before="", after="")
     rows, owners = [], []
     for number, item in enumerate(items):
         for letter in _LETTERS[: len(item.choices)]:
-            row = Row(prompt=item.prompt, answer=f" {letter}")
-            ids, where = encode_row(row, tokenizer, max_length=max_length + 1)
-            # Without the end mark.
-            rows.append((ids[:-1], where[:-1]))
+            rows.append(
+                encode_answer(
+                    tokenizer, bare, item.prompt, f" {letter}", end=False, max_length=max_length
+                )
+            )
             owners.append(number)
     totals = score_rows(model.nll, rows, batch_size=batch_size).totals()
     owners = np.asarray(owners)

@@ -1,6 +1,8 @@
 """The command that unlearns: end to end on a model that was taught, its files, and its errors."""
 
+import dataclasses
 import json
+import types
 
 import jax
 import numpy as np
@@ -88,8 +90,79 @@ def test_an_assistant_takes_what_was_taught_away_and_is_read_back(files, tmp_pat
     assert said[0].removeprefix(report + "\n") == said[1]
     # The same command again measures nothing, and says the same.
     (out / "report.md").unlink()
+    measured = [out / "before.json", out / "after.json", *(out / "candidates").glob("*.json")]
+    written = {path: path.stat().mtime for path in (*measured, out / "train" / "metrics.jsonl")}
     unlearn.run(config(files), out)
     assert (out / "report.md").read_text() == report
+    assert written == {path: path.stat().mtime for path in written}
+    # What was made of some rows is not shown for others.
+    more = json.dumps({"question": "13 + 1?", "answer": "it is 14 then"}) + "\n"
+    (tmp_path / "more.jsonl").write_text((files / "retain.jsonl").read_text() + more)
+    with pytest.raises(ValueError, match=r"unlearning run .* does not fit: its rows is"):
+        unlearn.run(config(files, retain=str(tmp_path / "more.jsonl")), out)
+
+
+@pytest.mark.slow
+def test_a_run_that_was_stopped_at_a_look_goes_on_to_the_same_report(files, tmp_path, monkeypatch):
+    flags = config(files, method="npo_kl", learning_rate=1e-2, least_probability=0.0)
+    looks, look = [], unlearning.Unlearning._look
+
+    def stopped(self, step):
+        looks.append(step)
+        if looks == [20]:
+            raise KeyboardInterrupt
+        return look(self, step)
+
+    monkeypatch.setattr(unlearning.Unlearning, "_look", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        unlearn.run(flags, epath.Path(tmp_path / "one"))
+    unlearn.run(flags, epath.Path(tmp_path / "one"))
+    assert looks[:2] == [20, 20]
+    unlearn.run(flags, epath.Path(tmp_path / "two"))
+    one, two = ((tmp_path / name / "report.md").read_text() for name in ("one", "two"))
+    assert one == two
+
+
+def found(auc=0.5, perplexity=10.0, **shares):
+    """What a run of which nothing comes back would have found."""
+    attacks = {
+        "asked": {"probability": 0.2},
+        "in a role": {"probability": 0.2},
+        "membership by min-k": {"auc": auc},
+    }
+    sides = {
+        name: {
+            "perplexity": perplexity if name == "after" else 10.0,
+            "attacks": attacks | {"extraction strength": {"share": shares.get(name, 0.1)}},
+        }
+        for name in ("before", "after", "control")
+    }
+    return types.SimpleNamespace(
+        model=object(), goal=types.SimpleNamespace(probability=0.2), candidates=[], **sides
+    )
+
+
+def test_a_verdict_takes_every_attack_into_account():
+    flags = unlearn.Config(model="m", forget="f", retain="r", method="npo")
+
+    def verdict(record):
+        return unlearn._verdict(flags, (40, 40), record)
+
+    assert "Not distinguishable" in verdict(found())
+    assert "Not distinguishable" in verdict(found(auc=0.6))
+    # On either side of a guess, but only beyond what is told of a control.
+    for auc in (0.9, 0.1):
+        record = found(auc=auc)
+        assert "Not distinguishable" in verdict(record)
+        record.control = {}
+        assert verdict(record).startswith("**Forgotten, but given away by** membership by min-k:")
+    assert "recoverable by** extraction strength" in verdict(found(before=0.9, after=0.6))
+    assert "Not distinguishable" in verdict(found(before=0.9, after=0.4))
+    assert "Model damaged" in verdict(found(perplexity=21.0))
+    left_out = unlearn._verdict(dataclasses.replace(flags, method="difference"), (40, 40), found())
+    assert left_out == "**Suppressed, recoverable by** leaving the assistant out."
+    nothing = types.SimpleNamespace(model=None, candidates=[{"broken": ["finite"]}])
+    assert "a lower `--learning_rate` may help" in verdict(nothing)
 
 
 @pytest.mark.slow
@@ -129,7 +202,7 @@ def test_a_method_with_a_constraint_runs_and_every_attack_is_reported(files, tmp
     out = epath.Path(tmp_path)
     changes = dict(learning_rate=1e-2, least_probability=0.0, attacks="all", reference="tiny")
     unlearn.run(config(files, method="pdu", **changes), out)
-    attacks = {n: json.loads((out / f"{n}.json").read_text())["attacks"]
+    attacks = {n: json.loads((out / f"{n}-all-attacks.json").read_text())["attacks"]
                for n in ("before", "after", "control")}  # fmt: skip
     names = set(attacks["after"])
     assert names >= {
@@ -183,6 +256,7 @@ def test_what_was_never_taught_is_refused_before_training(files, tmp_path):
     [
         (dict(forget="nowhere.jsonl"), "no such file: nowhere.jsonl"),
         (dict(layers=2), "layers: expected fewer than the model's 2"),
+        (dict(layers=1, method="idk_dpo"), "forget: idk_dpo expects questions, got plain text"),
     ],
 )
 def test_errors_name_the_flag(tmp_path, changes, said):
@@ -197,7 +271,7 @@ def test_errors_name_the_flag(tmp_path, changes, said):
     with pytest.raises(
         ValueError, match="merge: expected a method that trains adapters of the weights, got diff"
     ):
-        unlearn.Config(**flags | dict(merge=True))
+        unlearn.Config(**flags | dict(merge=True, method="difference"))
     with pytest.raises(ValueError, match="alpha: expected an assistant"):
         line_up.load_line_up(generate.Config(alpha=1.0))
     with pytest.raises(ValueError, match="assistant: expected no expert"):

@@ -2,10 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from logitjax.models import load_tokenizer
 from logitjax.unlearning import Questions, read_rows, split_rows
+from logitjax.unlearning._questions import _evenly
 from logitjax.unlearning._rows import Row, encode_row, render_prompt
 
 LONG = "the observatory on the northern cliff was founded by {} in a year of storms"
@@ -45,14 +47,39 @@ def test_every_form_of_a_row_is_read_once(tmp_path):
         ('{"answer": "A"}', "rows.jsonl:1: expected question/answer"),
         ('{"messages": [{"role": "user", "content": "a"}]}', "the last by the assistant"),
         ('{"text": "a", "paraphrases": "b"}', "paraphrases: expected a list of text"),
+        ('{"text": "a", "paraphrases": 5}', "paraphrases: expected a list of text, got 5"),
+        ('{"text": "a", "paraphrases": {"b": 1}}', "paraphrases: expected a list of text"),
+        ('{"text": "a", "paraphrases": [" "]}', "rows.jsonl:1: paraphrases: expected text"),
+        ('{"text": "a\\ud83d"}', "text: expected text, got half of a character"),
+        ('{"text": "b"}\n{"text": "caf\xe9"}', "rows.jsonl:2: 'utf-8' codec can't decode"),
+        ("[" * 500, "rows.jsonl:1: nested"),
+        (
+            '{"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": "b"}'
+            "]}",
+            "messages: content of user: expected text, got ''",
+        ),
         ("", "expected rows, a JSON object a line, got none"),
     ],
 )
 def test_a_row_that_is_none_is_named(tmp_path, line, said):
     path = tmp_path / "rows.jsonl"
-    path.write_text(line)
-    with pytest.raises(ValueError, match=said):
+    path.write_bytes(line.encode("latin-1"))
+    with pytest.raises(ValueError, match=said) as error:
         read_rows(path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_row_and_its_copy_are_one_with_what_both_say(tmp_path):
+    rows = [
+        {"question": "Who is Ada?", "answer": "A poet."},
+        {"question": "who is  ada?", "answer": "a poet.", "group": "ada", "paraphrases": ["Ada?"]},
+        {"text": "Who is Ada? A poet."},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + "\n".join(map(json.dumps, rows)).encode())
+    first, second = read_rows(path)
+    assert (first.answer, first.group, first.paraphrases) == ("A poet.", "ada", ("Ada?",))
+    assert not second.asks
 
 
 def test_parts_share_no_group_and_nothing_that_is_linked_to_what_goes():
@@ -78,6 +105,24 @@ def test_parts_share_no_group_and_nothing_that_is_linked_to_what_goes():
     assert {row.question for row in other.parts["train"]} != {
         row.question for row in split.parts["train"]
     }
+
+
+def test_what_the_system_says_links_nothing_and_scripts_without_spaces_do():
+    def told(question, answer):
+        return asked(question, answer).told(" ".join(f"rule{n}" for n in range(60)))
+
+    keep = [told(f"what is {n} and one", f"that is {n + 1}") for n in range(9)]
+    assert split_rows([told("who is it", "it is Ada")], keep).left_out == 0
+    copied = "".join(map(chr, range(0x5929, 0x5929 + 18)))
+    near = asked("a", copied[:-1] + "\u6708")
+    split = split_rows([asked("a", copied)], [near, asked("?!", "!?"), *keep])
+    assert split.left_out == 1
+    # Of a form that many rows share each is compared with the first of them alone.
+    form = "fill in all that is asked below and sign it at the end of page"
+    many = split_rows(
+        [asked("who", "Ada")], [asked(f"{n}", f"{form} {n}") for n in range(300)] + keep
+    )
+    assert sum(many.groups) <= 10
 
 
 def test_few_groups_fill_all_parts_and_fewer_are_refused():
@@ -108,3 +153,46 @@ def test_wrong_answers_are_those_of_other_questions():
     assert tokenizer.decode(ids[~answer].tolist()).endswith("a?\nAnswer: ")
     assert tokenizer.decode(ids[answer][:-1].tolist()) == "2"
     assert len(questions.encoded["role"]) == 2
+    # A text has no question that another's answer could be given to.
+    texts = Questions.of({"forget": [Row(answer="one text"), Row(answer="another")]}, tokenizer)
+    assert not texts.encoded["wrong"]
+
+
+def test_what_is_cut_is_known_and_what_has_no_target_is_refused():
+    tokenizer = load_tokenizer("tiny")
+    fits = asked("a?", "b" * 20)
+    length = len(encode_row(fits, tokenizer, max_length=200)[0])
+    parts = {"forget": [asked("a?", "b" * 40), fits], "holdout": [Row(answer="c" * (length + 1))]}
+    questions = Questions.of(parts, tokenizer, max_length=length)
+    assert questions.cut["forget"] == {0}
+    assert questions.cut["holdout"] == {0}
+    values = [np.arange(21), np.arange(21)]
+    # What was cut has lost its end mark already.
+    assert [len(row) for row in questions.without_end("forget", values)] == [21, 20]
+    assert questions.scored_text("forget") == ["b" * 21, "b" * 20]
+    with pytest.raises(ValueError, match="text: expected at least two tokens, got one of 'a'"):
+        Questions.of({"forget": [Row(answer="a")]}, tokenizer)
+
+
+def test_other_ways_to_ask_that_a_template_refuses_or_that_do_not_fit_are_left_out():
+    tokenizer = load_tokenizer("tiny")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}"
+        "{% endif %}{{ m.content }};{% endfor %}"
+    )
+    rows = [asked(f"{n}?", "x" * 30) for n in range(8)]
+    questions = Questions.of({"forget": rows}, tokenizer, max_length=34)
+    assert not questions.rows["role"]
+    assert not questions.encoded["role"]
+    assert len(questions.encoded["few_shot"]) == 8
+    short = Questions.of({"forget": [asked("?", "x" * 99)] * 2}, tokenizer, max_length=3)
+    assert not short.rows["few_shot"]
+    assert not short.rows["prefilled"]
+    assert len(short.rows["forget"]) == 2
+
+
+@pytest.mark.parametrize("count", [1, 40, 41, 45, 80, 81, 1000])
+def test_as_many_rows_are_attacked_as_is_said(count):
+    picked = _evenly(range(count))
+    assert len(picked) == min(count, 40) == len(set(picked))
+    assert max(np.diff(picked), default=1) <= -(-count // 40)

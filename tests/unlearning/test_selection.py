@@ -7,7 +7,14 @@ import pytest
 
 from logitjax.unlearning import share_interval
 from logitjax.unlearning._membership import min_k
-from logitjax.unlearning._selection import Goal, Limits, matched_strength, pareto
+from logitjax.unlearning._selection import (
+    Goal,
+    Limits,
+    least_share,
+    matched_strength,
+    pareto,
+    strength_on_curve,
+)
 
 
 def test_a_goal_is_missed_on_both_sides():
@@ -34,8 +41,25 @@ def test_the_strength_that_meets_it_is_found(rate):
     assert len(tried) == len(set(tried)) <= 8
 
 
+@pytest.mark.parametrize("unseen", [[0.2], [0.2, 0.2, 0.21], np.linspace(0.19, 0.23, 40)])
+def test_what_is_found_meets_a_goal_whose_floor_is_near(unseen):
+    goal, rng = Goal.of(unseen, ""), np.random.default_rng(0)
+    for rate in rng.uniform(0.5, 8.0, 40):
+        _, found = matched_strength(lambda s, rate=rate: 0.99 * math.exp(-rate * s), goal, most=4.0)
+        assert goal.met(found)
+        alphas = 4.0 * np.linspace(0.0, 1.0, 31)[1:] ** 2
+        at = strength_on_curve(alphas, 0.99 * np.exp(-rate * alphas**1.5), goal)
+        assert goal.met(0.99 * math.exp(-rate * at**1.5))
+
+
+def test_nothing_left_is_no_missing_measurement():
+    assert least_share({"probability": 0.97, "rouge": 0.0, "perplexity": 1.0}) == 0.0
+    assert least_share({"probability": 0.97, "rouge": None, "perplexity": 1.25}) == 0.8
+    assert least_share({}) == 0.0
+
+
 def test_what_is_left_without_any_saves_trials():
-    goal = Goal.of([0.1], "")
+    goal = Goal(probability=0.1, floor=0.01, source="")
     # An update that forgets all at once: the goal lies far below the middle.
     tried = {math.nan: [], 0.99: []}
     for without, strengths in tried.items():
