@@ -48,7 +48,7 @@ class Config:
         ("full", "round_2", "noise_0.3", "top_5", "top_5_bias", "sampling", "argmax"),
         "Policy of the API to audit.",
     )
-    api_key: str | None = field(None, "API key of the server.")
+    api_key: str | None = field(None, "API key of the server.", secret=True)
     top_logprobs: int = field(5, "Number of log-probabilities that the server reports.", minimum=1)
     bias: Literal["none", "sampling", "reported"] = field(
         "reported", "What a logit bias moves at the server."
@@ -108,6 +108,16 @@ def _run(config: Config, workdir: epath.Path) -> None:
     if config.url:
         # Where a bias moves what is drawn, the token alone answers comparisons.
         names = ("server", "draws") if config.bias == "sampling" else ("server",)
+    # What is in the folder was asked of this head, with these prompts.
+    manifest = storage.Manifest(workdir, "audit")
+    made_from = {
+        "prompts": storage.digest(prompts, length=12),
+        "model": None if truth is None else storage.digest(truth.head, sample=256, length=12),
+    }
+    if manifest.exists():
+        manifest.check(made_from)
+    else:
+        manifest.write(made_from)
     records = []
     for name in names:
         path = workdir / "policies" / f"{name}.json"

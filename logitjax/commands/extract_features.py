@@ -25,6 +25,7 @@ from etils import epath
 from logitjax import data, few_shot, processes, vision
 from logitjax.commands.cli import field
 from logitjax.commands.tables import markdown_table
+from logitjax.storage import digest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,8 +67,11 @@ def run(config: Config, workdir: epath.Path) -> None:
         for split in config.split:
             images = data.load_image_set(config.data, split=split)
             rows = few_shot.choose_rows(images, config.rows, seed=config.seed)
-            for kind in config.views:
-                views = few_shot.encoder_views(encoder, kind, fit=config.fit, seed=config.seed)
+            kinds = {
+                kind: few_shot.encoder_views(encoder, kind, fit=config.fit, seed=config.seed)
+                for kind in config.views
+            }
+            for kind, views in kinds.items():
                 directory = workdir / _slug(spec) / f"{_slug(split)}_{_slug(kind)}"
                 start = time.perf_counter()
                 cache = few_shot.extract_features(
@@ -102,4 +106,6 @@ def run(config: Config, workdir: epath.Path) -> None:
 
 
 def _slug(text: str) -> str:
-    return re.sub(r"\W+", "_", text).strip("_")
+    """Part of a folder's name; other slices of a split have other ones."""
+    name = re.sub(r"\W+", "_", text).strip("_")
+    return f"{name}_{digest(text, length=6)}" if "[" in text else name

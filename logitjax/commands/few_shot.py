@@ -96,6 +96,16 @@ class Config:
             raise ValueError("encoder: expected one for the pictures, got none; give --encoder=...")
         if self.features is not None and self.views != "plain":
             raise ValueError(f"views: expected plain for --features, got {self.views!r}")
+        if self.features is not None:
+            for name in ("split", "test_split", "encoder", "auxiliary", "tokenizer"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name}: expected none beside --features")
+        if self.data is not None and self.test_features is not None:
+            raise ValueError("test_features: expected --test_split beside --data")
+        if self.test_features is not None and self.test_features == self.features:
+            raise ValueError("test_features: expected other pictures than --features")
+        if self.test_split is not None and self.test_split == (self.split or "train"):
+            raise ValueError(f"test_split: expected another than --split, got {self.test_split!r}")
         if self.features is not None and self.class_weights is None:
             raise ValueError("class_weights: expected a file to go with --features, got none")
         if not self.shots or min(self.shots) < 1:
@@ -188,6 +198,16 @@ def run(config: Config, out: epath.Path) -> None:
 def _run(problem: Problem, out: epath.Path) -> None:
     config, most = problem.config, max(problem.config.shots)
     chosen, left_out = _methods(problem)
+    # What is in the folder was made of these pictures.
+    manifest = storage.Manifest(out / "results", "results")
+    made_from = {
+        name: None if side is None else storage.digest(dataclasses.asdict(side), length=12)
+        for name, side in (("pictures", problem.pictures), ("test", problem.test))
+    }
+    if manifest.exists():
+        manifest.check(made_from)
+    else:
+        manifest.write(made_from)
     records: dict[str, dict[int, Any]] = {name: {} for name in chosen}
     for name, candidate in chosen.items():
         for shots in sorted(config.shots):
@@ -281,12 +301,32 @@ def _encode(config: Config, out: epath.Path) -> Problem:
             views=others[0] if others else (),
         )
 
+    # What can be refused is refused before hours of encoding.
+    known = few_shot.candidates(config.grid, steps=config.steps)
+    for name in config.method:
+        if name != "all" and "auxiliary" in known[name].needs and config.auxiliary is None:
+            raise ValueError(f"method: expected auxiliary, which {name} needs, got none")
+    few_shot.encoder_views(first, config.views, fit=config.fit, seed=config.seed)
+    images = data.load_image_set(str(config.data), split=split)
+    if test_split is not None:
+        others = data.load_image_set(str(config.data), split=test_split)
+        if others.class_names != images.class_names:
+            raise ValueError(f"test_split: expected the classes of {split}, got others")
+    counts = np.bincount(
+        images.labels[few_shot.choose_rows(images, config.rows, seed=config.seed)],
+        minlength=len(images.class_names),
+    )
+    least = 1 + (config.validation != "none") + (test_split is None)
+    if counts.min() < least:
+        scarce = images.class_names[int(counts.argmin())]
+        raise ValueError(
+            f"data: expected at least {least} pictures of each class, got {counts.min()} of "
+            f"{scarce!r}"
+        )
     pictures = encode(split, config.rows, list(dict.fromkeys(("plain", config.views))))
     test = None
     if test_split is not None:
         test = encode(test_split, "all", ("plain",), pictures.class_weights)
-    if test is not None and test.class_names != pictures.class_names:
-        raise ValueError(f"test_split: expected the classes of {split}, got others")
     return Problem(config=config, pictures=pictures, test=test)
 
 
@@ -298,7 +338,7 @@ def _splits(config: Config) -> tuple[str, str | None]:
         root = epath.Path(place).expanduser()
         parted = (root / "train").is_dir() and (root / "test").is_dir()
     split = config.split or ("train" if parted else "all")
-    test = config.test_split or ("test" if parted and config.split is None else None)
+    test = config.test_split or ("test" if parted and split.partition("[")[0] != "test" else None)
     return split, test
 
 
@@ -315,7 +355,9 @@ def _class_weights(config: Config, encoder: vision.Encoder, class_names: Sequenc
 
 
 def _slug(text: str) -> str:
-    return re.sub(r"\W+", "_", text).strip("_")
+    """Part of a folder's name; other slices of a split have other ones."""
+    name = re.sub(r"\W+", "_", text).strip("_")
+    return f"{name}_{storage.digest(text, length=6)}" if "[" in text else name
 
 
 def _methods(problem: Problem) -> tuple[dict[str, few_shot.Candidate], dict[str, str]]:
@@ -325,8 +367,12 @@ def _methods(problem: Problem) -> tuple[dict[str, few_shot.Candidate], dict[str,
     for name, candidate in few_shot.candidates(config.grid, steps=config.steps).items():
         if name not in config.method and "all" not in config.method:
             continue
-        missing = [part for part in candidate.needs if getattr(pictures, part) is None]
-        if name == "gda" and max(config.shots) == 1 and not pictures.views:
+        sides = [pictures] if problem.test is None else [pictures, problem.test]
+        missing = [
+            part for part in candidate.needs if any(getattr(side, part) is None for side in sides)
+        ]
+        learnt = problem.sample(max(config.shots), 0).train
+        if name == "gda" and len(learnt) == len(pictures.class_names) and not pictures.views:
             missing = ["a second picture of a class"]
         if candidate.stops and config.validation == "none":
             missing = ["validation pictures"]

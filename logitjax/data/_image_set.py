@@ -175,6 +175,10 @@ def load_image_set(
         found = _tfds(location, name, data_dir)
     elif kind == "folder" and location:
         root = epath.Path(location).expanduser()
+        if name == "all" and (splits := _splits_in(root)):
+            raise ValueError(
+                f"split: expected one of {', '.join(splits)}, which {root} has in place of classes"
+            )
         files, classes = class_folders(root if name == "all" else root / name)
         found = _files(files, classes)
     elif kind == "recognition" and location:
@@ -199,6 +203,16 @@ def load_image_set(
     if start is not None or stop is not None:
         found = found[slice_of(start, stop, len(found))]
     found.source = f"{spec}[{split}]"
+    return found
+
+
+def _splits_in(root: epath.Path) -> list[str]:
+    """Folders with a split's name that hold folders, and no pictures of their own."""
+    found = []
+    for name in ("train", "val", "valid", "validation", "test"):
+        inside = list((root / name).iterdir()) if (root / name).is_dir() else []
+        if any(path.is_dir() for path in inside) and all(path.is_dir() for path in inside):
+            found.append(name)
     return found
 
 

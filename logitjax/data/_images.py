@@ -198,7 +198,9 @@ def class_folders(directory: epath.Path) -> tuple[list[tuple[epath.Path, int]], 
     """
     if not directory.is_dir():
         raise FileNotFoundError(f"no image folder {directory}")
-    classes = sorted(path.name for path in directory.iterdir() if path.is_dir())
+    classes = sorted(
+        path.name for path in directory.iterdir() if path.is_dir() and not path.name.startswith(".")
+    )
     if all(name.isdecimal() for name in classes):
         classes.sort(key=int)  # ImageNet-V2 has 0, 1, ... 999
     files: list[tuple[epath.Path, int]] = []

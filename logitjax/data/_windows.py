@@ -27,7 +27,8 @@ def token_windows(
         `[count, length]` int32.
 
     Raises:
-        ValueError: There are not so many different windows.
+        ValueError: There are not so many different windows, a document has no text, or a window
+            holds nothing but `start`.
 
     >>> token_windows([{"text": "abcd"}, {"text": "ab"}], lambda t: t.encode(), count=2, length=2)
     array([[ 97,  98],
@@ -38,8 +39,15 @@ def token_windows(
     """
     found: dict[bytes, np.ndarray] = {}
     begin, longest, part = 0, 1, length - len(start)
+    if part < 1:
+        raise ValueError(
+            f"length: expected more than the {len(start)} tokens that each window begins with, got "
+            f"{length}"
+        )
     while begin < longest:
         for i in range(len(examples)):
+            if "text" not in examples[i]:
+                raise ValueError(f"data: expected documents with a text, got {sorted(examples[i])}")
             tokens = encode(examples[i]["text"])
             longest = max(longest, len(tokens))
             window = np.asarray([*start, *tokens[begin : begin + part]], np.int32)

@@ -63,7 +63,7 @@ class Candidate:
     def needs(self) -> tuple[str, ...]:
         """Features that it needs beside those of the zero-shot encoder."""
         if isinstance(self.method, methods.ProLIP):
-            return ("hidden",)
+            return ("hidden", "projection")
         reads = isinstance(self.method, methods.AMU | methods.CaFo)
         return ("auxiliary",) if reads or getattr(self.method, "source", "") == "auxiliary" else ()
 

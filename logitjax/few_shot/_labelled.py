@@ -13,7 +13,7 @@ from jaxtyping import Int
 from logitjax.few_shot._feature_cache import FeatureCache
 from logitjax.few_shot._method import FewShotTask, Inputs
 from logitjax.ops import checks
-from logitjax.storage import guard
+from logitjax.storage import digest, guard
 from logitjax.storage.weights import SafetensorsSource, read_npy, read_npz
 
 Validation = Literal["min4", "shots", "none"]
@@ -165,9 +165,11 @@ class Pictures:
                     f"{', choose on' if held_out else ''}{' and test on' if rest else ''}, got "
                     f"{len(rows)} of {name!r}"
                 )
-            # Validation pictures come from the end, so that they are none of any shots'.
-            chosen_on = min(held_out, len(rows) - 1 - rest)
-            learnt = min(shots, len(rows) - chosen_on - rest)
+            # Validation pictures come from the end, so that they are none of any shots', and are at
+            # most half of what there is: more shots never learn from fewer.
+            spare = len(rows) - rest
+            chosen_on = min(held_out, spare // 2)
+            learnt = min(shots, spare - chosen_on)
             parts[0].append(rows[:learnt])
             parts[1].append(rows[len(rows) - chosen_on :])
             parts[2].append(rows[learnt : len(rows) - chosen_on])
@@ -284,7 +286,8 @@ def read_pictures(
         "scale": fixed if scale is None else scale,
         "class_names": tuple(class_names) or names,
     }
-    plain, *others = (Pictures(**view, **classifier) for view in encoded)
+    with guard.naming(epath.Path(features), "encoded pictures"):
+        plain, *others = (Pictures(**view, **classifier) for view in encoded)
     return dataclasses.replace(plain, views=tuple(others))
 
 
@@ -292,26 +295,30 @@ def _read_views(
     features: epath.PathLike, auxiliary: epath.PathLike | None = None
 ) -> tuple[list[dict[str, np.ndarray]], tuple[str, ...]]:
     """Every view's arrays by the names that `Pictures` has for them, and names of classes."""
-    first, names = _read_features(epath.Path(features))
+    first, names, rows = _read_features(epath.Path(features))
     if auxiliary is not None:
-        second, _ = _read_features(epath.Path(auxiliary))
-        if len(second) != len(first) or not np.array_equal(second[0]["labels"], first[0]["labels"]):
+        second, _, others = _read_features(epath.Path(auxiliary))
+        alike = len(second) == len(first) and (rows == others or "" in (rows, others))
+        if not alike or not np.array_equal(second[0]["labels"], first[0]["labels"]):
             raise ValueError(
                 f"auxiliary: expected the pictures of {os.fspath(features)} in their order, got "
-                f"other labels or views in {os.fspath(auxiliary)}"
+                f"other pictures, labels or views in {os.fspath(auxiliary)}"
             )
         for view, other in zip(first, second):
             view["auxiliary"] = other["features"]
     return first, names
 
 
-def _read_features(path: epath.Path) -> tuple[list[dict[str, np.ndarray]], tuple[str, ...]]:
+def _read_features(path: epath.Path) -> tuple[list[dict[str, np.ndarray]], tuple[str, ...], str]:
+    """Arrays by view, names of classes, and a fingerprint of the pictures where there is one."""
     if path.is_dir():
         cache = FeatureCache(path)
         rows = cache.all()
         views = np.moveaxis(rows.features, 1, 0)
-        return [{"features": view, "labels": rows.labels} for view in views], cache.class_names
-    return [_read_arrays(path, ("features", "labels"), ("hidden",))], ()
+        pictures = digest(cache.identity.data_fingerprint, np.asarray(cache.row_numbers))
+        found = [{"features": view, "labels": rows.labels} for view in views]
+        return found, cache.class_names, pictures
+    return [_read_arrays(path, ("features", "labels"), ("hidden",))], (), ""
 
 
 def _read_classifier(given: Any) -> dict[str, Any]:

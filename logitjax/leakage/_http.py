@@ -83,7 +83,7 @@ class HttpOracle:
             For each prompt the `top_k` values and their tokens, `[n - 1, top_k]`, best first.
 
         Raises:
-            RuntimeError: The server refuses, or reports something else.
+            ValueError: The server refuses, or reports something else.
             BudgetExhaustedError: As for `ask`.
         """
         self._spend(len(prompts))
@@ -131,7 +131,7 @@ class HttpOracle:
         # A token of the prompt is listed beside the top ones where it is none of them.
         rows = [sorted(tops.items(), key=lambda pair: -pair[1])[:k] for tops in said]
         if len(rows) != len(tokens) - 1 or any(len(row) != k for row in rows):
-            raise RuntimeError(f"expected {k} values at each of {len(tokens) - 1} positions")
+            raise ValueError(f"url: expected {k} values at each of {len(tokens) - 1} positions")
         return Answer(
             values=np.array([[value for _, value in row] for row in rows], np.float32),
             tokens=np.array([[_token_id(name) for name, _ in row] for row in rows], np.int32),
@@ -159,7 +159,8 @@ class HttpOracle:
         own = [(drawn, said["token_logprobs"][0])] if self.policy.sampled else []
         tops = said["top_logprobs"][0] if self.policy.top_k else {}
         found = [(_token_id(name), value) for name, value in tops.items()]
-        return own + sorted(found, key=lambda pair: -pair[1])
+        # Other servers list the drawn token too where it is none of the top ones.
+        return own + sorted(found, key=lambda pair: -pair[1])[: self.policy.top_k]
 
     def _post(self, body: str) -> Any:
         for _ in range(200):
@@ -167,9 +168,9 @@ class HttpOracle:
             if status == 200:
                 return json.loads(text)
             if status != 429:
-                raise RuntimeError(f"the server answered {status}: {text[:200]!r}")
+                raise ValueError(f"url: the server answered {status}: {text[:200]!r}")
             time.sleep(float(headers.get("Retry-After", "1")))
-        raise RuntimeError("the server stayed overloaded")
+        raise ConnectionError("url: the server stayed overloaded")
 
     def _send(self, body: str) -> tuple[int, Any, bytes]:
         for fresh in (False, True):

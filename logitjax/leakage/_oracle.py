@@ -12,7 +12,7 @@ from logitjax.leakage._policy import Answer, LogitPolicy
 from logitjax.ops import Array, checks
 
 
-class BudgetExhaustedError(RuntimeError):
+class BudgetExhaustedError(ValueError):
     """A query exceeded the budget and was not answered."""
 
 

@@ -82,6 +82,7 @@ class ConvertConfig:
         statistics: HeadStatistics | None = None,
         unigram: Array | None = None,
         start: VQFit | None = None,
+        rows: Array | None = None,
         mesh: Mesh | None = None,
     ) -> tuple[VQHead, dict[str, list[float]]]:
         """Fit and tune a head on cached hidden states: `convert_head` without the model.
@@ -93,6 +94,7 @@ class ConvertConfig:
           statistics: statistics of ``hidden``.
           unigram: ``[vocab]`` counts; by default the counts that the old head expects.
           start: a fit to tune, instead of a new one.
+          rows: ``[vocab, hidden]`` that a shortlist re-scores; None takes the model's embedding.
           mesh: as for `Tuning.run`.
 
         Returns:
@@ -144,7 +146,9 @@ class ConvertConfig:
         )
         if not self.num_pages:
             return VQHead.from_fit(fit, use_bias=self.use_bias), history
-        new = ShortlistHead.from_fit(fit, num_pages=self.num_pages, page_size=self.page_size)
+        new = ShortlistHead.from_fit(
+            fit, num_pages=self.num_pages, page_size=self.page_size, rows=rows
+        )
         new.make_pages(head.rows, statistics.cov)
         return new, history
 
@@ -215,12 +219,26 @@ def convert_head(
     config = ConvertConfig() if config is None else config
     root = epath.Path(workdir)
     old = model.head_of()
+    if config.num_codes > old.rows.shape[0]:
+        raise ValueError(
+            f"num_codes: expected at most the vocabulary of {old.rows.shape[0]}, got "
+            f"{config.num_codes}"
+        )
+    if config.num_pages and (old.soft_cap is not None or old.bias is not None):
+        raise ValueError("num_pages: a shortlist's rows have no soft cap and no bias, as this head")
     with processes.first_before_others("hidden states"):
         cache = HiddenCache.of(
             model, batches, root / "hidden", max_tokens=config.max_tokens, source=source
         )
         targets = cache.head_targets(root / f"targets_{config.top}", old, top=config.top)
-    head, history = config.fit(old, cache.hidden, targets, unigram=unigram, mesh=mesh)
+    head, history = config.fit(
+        old,
+        cache.hidden,
+        targets,
+        unigram=unigram,
+        rows=None if model.config.tie_embeddings else jnp.asarray(old.rows),
+        mesh=mesh,
+    )
     logging.info("head converted: KL divergence %s nats", history["loss"][-1:] or "not tuned")
     if jax.process_index() == 0:
         save_head(head, root / "head")

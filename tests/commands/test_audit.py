@@ -1,5 +1,6 @@
 """The command that audits one's own model, in this process and behind one's own server."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -44,6 +45,9 @@ def test_rules_are_audited_and_what_leaked_is_written(tmp_path, monkeypatch):
     # What is finished is not asked again.
     monkeypatch.setattr(leakage, "audit", None)
     audit.run(config, workdir)
+    # And is not shown for another model.
+    with pytest.raises(ValueError, match=r"audit .* does not fit: its model is"):
+        audit.run(dataclasses.replace(config, model="tiny:1"), workdir)
 
 
 @pytest.mark.slow

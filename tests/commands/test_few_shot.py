@@ -1,6 +1,7 @@
 """`logitjax few-shot`: own features and own pictures to a report and a head, as the API has it."""
 
 import dataclasses
+import itertools
 import json
 from typing import Any
 
@@ -57,6 +58,10 @@ def test_own_features_give_a_report_and_the_head_of_the_python_interface(tmp_pat
     # What was trained is not trained again.
     monkeypatch.setattr(few_shot, "sweep", None)
     command.run(config, out)
+    # And is not shown for other pictures.
+    write_features(tmp_path, count=76)
+    with pytest.raises(ValueError, match=r"results .* does not fit: its pictures is"):
+        command.run(config, out)
 
 
 def test_pictures_of_a_sample_are_balanced_nested_and_apart(tmp_path):
@@ -75,6 +80,26 @@ def test_pictures_of_a_sample_are_balanced_nested_and_apart(tmp_path):
     assert len(pictures.sample(50, validation="none").train) == 19 * CLASSES
     with pytest.raises(ValueError, match=r"at least 3 pictures of each class.*got 2 of '0'"):
         pictures[:8].sample(1)
+
+
+@pytest.mark.parametrize("count", [3, 4, 5, 6, 9, 24])
+@pytest.mark.parametrize("validation", ["min4", "shots"])
+@pytest.mark.parametrize("rest", [False, True])
+def test_more_shots_never_learn_from_fewer_pictures(count, validation, rest):
+    labels = np.arange(2 * count) % 2
+    pictures = few_shot.Pictures(
+        features=np.ones((2 * count, 3)), labels=labels, class_weights=np.eye(3)[:, :2]
+    )
+    samples = [
+        pictures.sample(shots, validation=validation, rest=rest) for shots in (1, 2, 4, 8, 16)
+    ]
+    for few, many in itertools.pairwise(samples):
+        assert set(few.train) <= set(many.train)
+        assert len(few.validation) <= len(many.validation)
+    # Every sample fits where one at the most shots does, as a sweep needs.
+    assert max(len(sample.train) for sample in samples) == len(samples[-1].train)
+    assert not set(samples[-1].train) & set(samples[-1].validation)
+    assert min(len(sample.rest) for sample in samples) >= 2 * rest
 
 
 @pytest.mark.every_change
@@ -259,6 +284,15 @@ def test_own_pictures_go_through_both_encoders(tmp_path):
     np.testing.assert_allclose(test.features, features, atol=1e-5)
     record = json.loads((out / "results" / "pro_lip_2.json").read_text())
     assert record["test"] == pytest.approx([head.accuracy(test)])
+    for changes, said in (
+        (dict(auxiliary=None), "method: expected auxiliary, which amu needs, got none"),
+        (dict(views="random:0"), "count: expected at least 1"),
+        (dict(rows="1"), "data: expected at least 2 pictures of each class, got 0 of 'red'"),
+        (dict(test_split="train"), "test_split: expected another than --split"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            command.run(dataclasses.replace(config, **changes), epath.Path(tmp_path) / "early")
+    assert not (tmp_path / "early").exists()
     without = dataclasses.replace(config, class_weights=None, encoder="random:resnet8")
     with pytest.raises(ValueError, match=r"class_weights: .* has no text tower"):
         command.run(without, epath.Path(tmp_path) / "other")

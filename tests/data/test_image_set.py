@@ -46,6 +46,20 @@ def test_folders_are_classes(tmp_path):
         data.load_image_set(f"folder:{tmp_path}", split="validation")
 
 
+def test_splits_are_not_taken_for_classes(tmp_path):
+    for split in ("train", "val"):
+        for name in ("cat", "dog", ".ipynb_checkpoints"):
+            save(tmp_path / split / name / "one.png")
+    with pytest.raises(ValueError, match="split: expected one of train, val, which"):
+        data.load_image_set(f"folder:{tmp_path}")
+    found = data.load_image_set(f"folder:{tmp_path}", split="val")
+    assert found.class_names == ("cat", "dog")
+    # A class may have the name of a split.
+    save(tmp_path / "train" / "engine.png")
+    (tmp_path / "val").rename(tmp_path / "ship")
+    assert data.load_image_set(f"folder:{tmp_path}").class_names == ("ship", "train")
+
+
 def test_pictures_of_every_kind_are_read_and_others_counted(tmp_path, caplog):
     for suffix in ("webp", "bmp", "gif"):
         save(tmp_path / "cat" / f"a.{suffix}", (255, 255, 255))

@@ -278,3 +278,25 @@ def test_damage_is_named(tmp_path):
     manifest.write_text(manifest.read_text()[:40])
     with pytest.raises(ValueError, match=r"manifest\.json is damaged"):
         few_shot.FeatureCache(tmp_path)
+
+
+def test_features_of_other_pictures_are_not_paired(tmp_path):
+    def compute(rows):
+        features = np.ones((len(rows), 1, FEATURES)) + np.asarray(rows)[:, None, None]
+        return few_shot.Features(features=features, logits=None, labels=np.zeros(len(rows), int))
+
+    plain = dict(num_views=1, num_logits=0)
+    for name, rows, changes in (
+        ("first", (0, 2, 4), {}),
+        ("same", (0, 2, 4), dict(encoder_fingerprint="n1")),
+        ("rows", (0, 2, 5), dict(encoder_fingerprint="n1")),
+        ("set", (0, 2, 4), dict(data_fingerprint="p1")),
+    ):
+        write(tmp_path / name, identity(**plain, **changes), rows, compute, batch_size=4)
+    weights = np.eye(FEATURES)[:, :3]
+    first = tmp_path / "first"
+    found = few_shot.read_pictures(first, tmp_path / "same", class_weights=weights)
+    assert found.auxiliary is not None
+    for name in ("rows", "set"):
+        with pytest.raises(ValueError, match=r"auxiliary: expected the pictures of .* in their"):
+            few_shot.read_pictures(first, tmp_path / name, class_weights=weights)

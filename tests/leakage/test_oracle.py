@@ -1,10 +1,12 @@
 """A policy does what it says, and the oracle counts."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
 
-from logitjax.leakage import BudgetExhaustedError, LogitPolicy
+from logitjax.leakage import BudgetExhaustedError, HttpOracle, LogitPolicy
 from logitjax.leakage._policy import Answer
 from tests.leakage._models import log_softmax, oracle_of
 
@@ -109,6 +111,25 @@ def test_a_budget_is_kept_and_nothing_is_answered_past_it():
     assert oracle.queries == 2
     oracle.ask([[1]])
     assert oracle.queries == 3
+
+
+def test_a_server_may_list_the_drawn_token_beside_the_top_ones(monkeypatch):
+    policy = LogitPolicy(top_k=2, sampled=True, bias="sampling")
+    oracle = HttpOracle("http://127.0.0.1:9", policy)
+
+    def post(body):
+        drawn = "token_id:7" if json.loads(body).get("logit_bias") else "token_id:1"
+        tops = {"token_id:1": -0.5, "token_id:2": -1.0} | (
+            {drawn: -9.0} if drawn[-1] == "7" else {}
+        )
+        said = {"tokens": [drawn], "token_logprobs": [tops[drawn]], "top_logprobs": [tops]}
+        return {"choices": [{"logprobs": said}]}
+
+    monkeypatch.setattr(oracle, "_post", post)
+    answer = oracle.ask_biased([1], [[7]], [[5.0]])
+    plain = oracle.ask([[1]])
+    np.testing.assert_array_equal(answer.tokens, [[7, 1, 2]])
+    np.testing.assert_array_equal(plain.tokens, [[1, 1, 2]])
 
 
 def test_prompts_of_several_lengths_and_a_forward_pass_each():

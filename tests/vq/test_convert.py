@@ -325,6 +325,31 @@ def test_caches_of_another_model_text_or_head_are_not_taken_for_this_one(model, 
             positions.head_targets(path, other, top=top)
 
 
+def test_a_shortlist_scores_by_the_rows_of_an_untied_head(tmp_path):
+    config = dataclasses.replace(CONFIG, tie_embeddings=False)
+    model = with_weights(lambda: Decoder(config, rngs=nnx.Rngs(0), layout="listed"))
+    options = vq.ConvertConfig(
+        num_codes=16, num_pages=16, page_size=8, max_tokens=60, steps=2, batch_size=16, top=8
+    )
+    found = vq.convert_head(model, _batches(), workdir=tmp_path / "one", config=options)
+    hidden = np.asarray(found.cache.hidden[:4], np.float32)
+    # All pages: every logit is the old head's, up to the scale and offset of what is left out.
+    best = np.asarray(call(found.head, hidden, 1, model.embedding[...], method="top_k").indices)
+    np.testing.assert_array_equal(
+        best[:, 0], np.asarray(call(model, hidden, method="logits")).argmax(-1)
+    )
+    capped = with_weights(
+        lambda: Decoder(
+            dataclasses.replace(CONFIG, logits_softcap=5.0), rngs=nnx.Rngs(0), layout="listed"
+        )
+    )
+    with pytest.raises(ValueError, match="num_pages: a shortlist's rows have no soft cap"):
+        vq.convert_head(capped, iter(()), workdir=tmp_path / "two", config=options)
+    many = dataclasses.replace(options, num_codes=VOCAB + 1)
+    with pytest.raises(ValueError, match="num_codes: expected at most the vocabulary of 96"):
+        vq.convert_head(model, iter(()), workdir=tmp_path / "two", config=many)
+
+
 def test_a_part_of_a_cache_belongs_to_one_model(model, tmp_path):
     def killed():
         yield next(_batches())
