@@ -2,6 +2,7 @@
 
 import json
 import operator
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,6 +18,10 @@ from logitjax.models._tokenizer import Tokenizer
 from logitjax.models._weight_map import TensorSpec, hf_tensors
 from logitjax.ops import Array
 from logitjax.storage import require, write_atomic
+
+# Shards that are being written, and those of a model that is replaced.
+_PART = ".model-part-"
+_SHARDS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
 def checkpoint_tensors(model: Decoder) -> Iterator[tuple[str, np.ndarray]]:
@@ -89,9 +94,6 @@ def save_pretrained(
     writer = jax.process_index() == 0
     if writer:
         directory.mkdir(parents=True, exist_ok=True)
-        # A directory written before may have had other shards.
-        for old in directory.glob("model*.safetensors*"):
-            old.unlink()
     shards: list[list[str]] = []
     shard: dict[str, np.ndarray] = {}
     size = total = 0
@@ -99,7 +101,7 @@ def save_pretrained(
 
     def flush() -> None:
         if writer:
-            _write_shard(directory / f"model-part-{len(shards)}.safetensors", shard)
+            _write_shard(directory / f"{_PART}{len(shards)}", shard)
         shards.append(list(shard))
         shard.clear()
 
@@ -114,23 +116,30 @@ def save_pretrained(
     flush()
     if not writer:
         return
+    # What was there before is replaced now that the new one is whole. Without a config.json, which
+    # is written last, it is no model: none is half of one and half of another.
+    (directory / "config.json").unlink(missing_ok=True)
+    for old in directory.iterdir():
+        stopped = old.name.startswith(_PART) and int(old.name.removeprefix(_PART)) >= len(shards)
+        if stopped or _SHARDS.fullmatch(old.name):
+            old.unlink()
     count = len(shards)
     weight_map = {}
     for i, names in enumerate(shards):
         final = (
             f"model-{i + 1:05d}-of-{count:05d}.safetensors" if count > 1 else "model.safetensors"
         )
-        (directory / f"model-part-{i}.safetensors").rename(directory / final)
+        (directory / f"{_PART}{i}").rename(directory / final)
         weight_map |= dict.fromkeys(names, final)
     if count > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _write_json(directory / "model.safetensors.index.json", index)
-    _write_json(directory / "config.json", config)
     tokens = {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
     generation = {k: v for k, v in tokens.items() if v is not None}
     _write_json(directory / "generation_config.json", generation)
     if tokenizer is not None:
         _write_tokenizer(tokenizer, directory)
+    _write_json(directory / "config.json", config)
 
 
 def _check_head(model: Decoder) -> None:
@@ -158,7 +167,7 @@ def _write_json(path: epath.Path, value: Any) -> None:
 
 
 def _write_tokenizer(tokenizer: Tokenizer, directory: epath.Path) -> None:
-    (directory / "tokenizer.json").write_text(tokenizer.backend.to_str(pretty=True))
+    write_atomic(directory / "tokenizer.json", tokenizer.backend.to_str(pretty=True))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", **tokenizer.extra}
     settings.setdefault("clean_up_tokenization_spaces", False)
     for name in ("bos", "eos", "pad"):

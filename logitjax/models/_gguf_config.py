@@ -6,6 +6,9 @@ from logitjax.models._config import DecoderConfig, RopeScaling
 from logitjax.models._gguf import GgufSource
 from logitjax.storage import guard
 
+# Tokens that end a turn, as chat models of several families spell them.
+_TURN_ENDS = frozenset({"<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>"})
+
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "gpt2")
 
 
@@ -40,7 +43,11 @@ def gguf_config(source: GgufSource) -> tuple[DecoderConfig, str]:
     vocab_size = source.shape("token_embd.weight")[0]
     hidden, heads, layers = map(size, ("embedding_length", "attention.head_count", "block_count"))
     epsilon = "layer_norm_epsilon" if architecture == "gpt2" else "layer_norm_rms_epsilon"
-    eos = source.metadata("tokenizer.ggml.eos_token_id")
+    ends = [source.metadata(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    # As llama.cpp does: files of chat models often name the end of a text alone.
+    tokens = source.metadata("tokenizer.ggml.tokens") or ()
+    types = source.metadata("tokenizer.ggml.token_type") or ()
+    ends += [i for i, (t, kind) in enumerate(zip(tokens, types)) if kind == 3 and t in _TURN_ENDS]
     head_dim = size("attention.key_length", hidden // heads)
     common: dict[str, Any] = {
         "vocab_size": vocab_size,
@@ -57,7 +64,7 @@ def gguf_config(source: GgufSource) -> tuple[DecoderConfig, str]:
         "rope_scaling": _rope_scaling(source, get),
         "tie_embeddings": "output.weight" not in names,
         "bos_id": source.metadata("tokenizer.ggml.bos_token_id"),
-        "eos_ids": () if eos is None else (int(eos),),
+        "eos_ids": tuple(dict.fromkeys(int(id) for id in ends if id is not None)),
         "pad_id": source.metadata("tokenizer.ggml.padding_token_id"),
         "qkv_bias": "blk.0.attn_q.bias" in names or "blk.0.attn_qkv.bias" in names,
         "output_bias": "blk.0.attn_output.bias" in names,

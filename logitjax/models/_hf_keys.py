@@ -172,6 +172,11 @@ _HARMLESS_OF: dict[str, set[str]] = {
     "gemma3_text": {"hidden_act"},
     # Windows are read where there are any.
     "llama": {"max_window_layers", "use_sliding_window"},
+    "gpt2": {"n_special", "output_past", "predict_special_tokens"},
+}
+# What changes nothing at these values.
+_HARMLESS_AT: dict[str, dict[str, Any]] = {
+    "phi3": {"full_attn_mod": 1, "interpolate_factor": 1},
 }
 # Of the vision half, which is not read.
 _MULTIMODAL = {
@@ -198,6 +203,8 @@ def check_keys(raw: Mapping[str, Any], family: str, where: str) -> None:
             continue
         # A switch that is off, or nothing at all.
         if value in (None, False, 0, "", [], {}):
+            continue
+        if key in (at := _HARMLESS_AT.get(family, {})) and value == at[key]:
             continue
         shown = repr(value)
         shown = shown if len(shown) <= 60 else shown[:57] + "..."

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from logitjax.models._decoder import Decoder
-from logitjax.models._load import load_model
+from logitjax.models._load import load_config, load_model
 from logitjax.models._load_tokenizer import check_tokenizer, load_tokenizer
 from logitjax.models._rules import DECODER_RULES
 from logitjax.models._tokenizer import Tokenizer
@@ -41,6 +41,7 @@ def load(
     True
     """
     tokenizer = load_tokenizer(spec)
+    check_tokenizer(load_config(spec), tokenizer)
     model = load_model(
         spec,
         dtype=jnp.dtype(dtype),
@@ -50,5 +51,4 @@ def load(
         mesh=mesh,
         rules=DECODER_RULES,
     )
-    check_tokenizer(model.config, tokenizer)
     return model, tokenizer

@@ -1,5 +1,6 @@
 """Tokenizers from tokenizer.json or rebuilt from GGUF metadata."""
 
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -83,6 +84,15 @@ def _from_directory(path: epath.Path) -> Tokenizer:
         if found := _LARGE_ID.search(content):
             raise ValueError(f"id: expected less than 10,000,000, got {found[1][:40]}")
         backend = tokenizers.Tokenizer.from_str(content)
+        config = (
+            read_json(path / "config.json", form=dict) if (path / "config.json").exists() else {}
+        )
+        known = (config.get("text_config") or config).get("vocab_size")
+        if isinstance(known, int) and backend.get_vocab_size() > known:
+            backend = tokenizers.Tokenizer.from_str(_without_added(content, known))
+    # Files keep what their last user cut and padded texts to; here callers say how long texts are.
+    backend.no_truncation()
+    backend.no_padding()
     settings = {}
     if (path / "tokenizer_config.json").exists():
         settings = read_json(path / "tokenizer_config.json", form=dict)
@@ -91,15 +101,13 @@ def _from_directory(path: epath.Path) -> Tokenizer:
     for name in ("bos", "eos", "pad"):
         text = texts.get(f"{name}_token")
         ids[name] = None if text is None else backend.token_to_id(text)
-    if (path / "config.json").exists():
-        config = read_json(path / "config.json", form=dict)
-        for name, known in ids.items():
-            fallback = config.get(f"{name}_token_id")
-            if known is None and fallback is not None:
-                one = fallback[0] if isinstance(fallback, list) and fallback else fallback
-                field = f"{path / 'config.json'}: {name}_token_id"
-                # -1 is a habit of old files.
-                ids[name] = None if one == -1 else guard.whole(one, field, most=guard.LIMITS.width)
+    for name, id in ids.items():
+        fallback = config.get(f"{name}_token_id")
+        if id is None and fallback is not None:
+            one = fallback[0] if isinstance(fallback, list) and fallback else fallback
+            field = f"{path / 'config.json'}: {name}_token_id"
+            # -1 is a habit of old files.
+            ids[name] = None if one == -1 else guard.whole(one, field, most=guard.LIMITS.width)
     return Tokenizer(
         backend,
         bos_id=ids["bos"],
@@ -109,6 +117,13 @@ def _from_directory(path: epath.Path) -> Tokenizer:
         special_tokens=texts if settings or texts else None,
         extra=settings,
     )
+
+
+def _without_added(content: str, size: int) -> str:
+    """A tokenizer without added tokens that the model has no row for, such as those of pictures."""
+    record = json.loads(content)
+    record["added_tokens"] = [t for t in record.get("added_tokens") or () if t["id"] < size]
+    return json.dumps(record)
 
 
 def _special_texts(path: epath.Path, settings: Mapping[str, Any]) -> dict[str, str]:

@@ -10,7 +10,7 @@ from etils import epath
 
 from logitjax.models._config import DecoderConfig
 from logitjax.models._lora import Lora
-from logitjax.storage import read_json, require, write_atomic
+from logitjax.storage import guard, read_json, require, write_atomic
 from logitjax.storage.weights import SafetensorsSource
 
 _MODULES = {
@@ -23,6 +23,8 @@ _MODULES = {
     "down": "mlp.down_proj",
 }
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
+# Settings of PEFT that change what an adapter does, and are not read.
+_UNKNOWN = ("alora_invocation_tokens", "alpha_pattern", "layer_replication", "rank_pattern")
 
 
 def save_peft(
@@ -76,6 +78,8 @@ def save_peft(
     directory = epath.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     written = require("safetensors.numpy", extra="models").save(tensors, {"format": "pt"})
+    # Without it there is no adapter, so that none is half of one and half of another.
+    (directory / _CONFIG).unlink(missing_ok=True)
     write_atomic(directory / _WEIGHTS, lambda file: file.write(written))
     write_atomic(directory / _CONFIG, json.dumps(settings, indent=2) + "\n")
 
@@ -103,11 +107,20 @@ def load_peft(directory: epath.PathLike, config: DecoderConfig, *, layout: str =
     if settings.get("peft_type") != "LORA" or settings.get("use_dora"):
         kind = settings.get("peft_type")
         raise ValueError(f"adapter: expected plain LORA in {directory}, got {kind!r}")
+    for name in _UNKNOWN:
+        if settings.get(name):
+            raise ValueError(
+                f"adapter: {directory / _CONFIG}: expected no {name}, got "
+                f"{guard.short(settings[name])}"
+            )
+    field = f"adapter: {directory / _CONFIG}: "
+    rank = guard.whole(settings.get("r"), f"{field}r", least=1, most=guard.LIMITS.width)
+    alpha = settings.get("lora_alpha")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+        raise ValueError(f"{field}lora_alpha: expected a number, got {alpha!r}")
     source = SafetensorsSource(directory / _WEIGHTS)
     tensors = {name: source.read(name) for name in source.names()}
-    like = jax.eval_shape(
-        lambda: Lora.init(config, settings["r"], key=jax.random.key(0), layout="listed")
-    )
+    like = jax.eval_shape(lambda: Lora.init(config, rank, key=jax.random.key(0), layout="listed"))
     segments, i = [], 0
     for segment in like.layers:
         members = []
@@ -120,7 +133,9 @@ def load_peft(directory: epath.PathLike, config: DecoderConfig, *, layout: str =
             f"adapter: {directory} has {len(tensors)} tensors that a model of {i} layers has no "
             f"place for, such as {min(tensors)}"
         )
-    lora = Lora(layers=tuple(segments), scale=float(settings["lora_alpha"]) / settings["r"])
+    # Rank-stabilised LoRA (arXiv 2312.03732) divides by the root of the rank.
+    scale = float(alpha) / (rank**0.5 if settings.get("use_rslora") else rank)
+    lora = Lora(layers=tuple(segments), scale=scale)
     return lora if layout == "listed" else lora.with_layout(config, layout)
 
 
@@ -131,6 +146,8 @@ def _layer(tensors: dict[str, np.ndarray], i: int, like: Any, directory: epath.P
         place = f"base_model.model.model.layers.{i}.{_MODULES[name]}.lora_"
         if f"{place}A.weight" not in tensors:
             continue
+        if f"{place}B.weight" not in tensors:
+            raise ValueError(f"adapter: {directory / _WEIGHTS}: no tensor {place}B.weight")
         pair = {s: tensors.pop(f"{place}{c}.weight").T for s, c in (("a", "A"), ("b", "B"))}
         for side, values in pair.items():
             if values.shape != shapes[side].shape:

@@ -27,8 +27,9 @@ def write_head(
     root = epath.Path(directory)
     root.mkdir(parents=True, exist_ok=True)
     content = require("safetensors.numpy", extra="models").save(dict(tensors))
+    # Without it there is no head, so that none is ever half of one and half of another.
+    (root / "head.json").unlink(missing_ok=True)
     write_atomic(root / "head.safetensors", lambda file: file.write(content))
-    # Last: without it there is no head.
     write_atomic(root / "head.json", json.dumps(record, indent=1) + "\n")
 
 

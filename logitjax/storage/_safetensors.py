@@ -45,6 +45,10 @@ class SafetensorsSource:
                 self._read_header(file)
 
     def _files(self) -> list[epath.Path]:
+        # As transformers looks for them: an index may be left from a model before.
+        single = self.path / "model.safetensors"
+        if single.exists():
+            return [single]
         index = self.path / "model.safetensors.index.json"
         if index.exists():
             shards = guard.read_json(index, form=dict).get("weight_map")
@@ -60,9 +64,6 @@ class SafetensorsSource:
             if missing:
                 raise ValueError(f"{index}: shard {missing[0]!r} is not there")
             return files
-        single = self.path / "model.safetensors"
-        if single.exists():
-            return [single]
         files = sorted(self.path.glob("*.safetensors"))
         if not files:
             raise ValueError(f"{self.path}: no .safetensors file there")

@@ -163,8 +163,14 @@ def _from_path(spec: str, tokenizer: str | None, dtype: Any) -> Encoder:
         if any(_DEPTHWISE.search(name) for name in bare):
             return _convnext(spec, path, weights, settings, dtype)
         if "embedder.embedder.convolution.weight" in bare:
-            return _resnet(spec, resnet_names(weights), dtype)
-        encoder = _without_text(spec, weights, dtype)
+            made = _preprocessing(path, _IMAGENET)
+            if settings.get("downsample_in_bottleneck"):
+                raise ValueError("downsample_in_bottleneck: expected false, got true")
+            return _resnet(spec, resnet_names(weights), made, dtype)
+        if str(settings.get("architecture")).startswith(("resnetaa", "resnetblur")):
+            raise ValueError("anti-aliased strides are not supported")
+        made = timm_preprocessing(settings) if "pretrained_cfg" in settings else _IMAGENET
+        encoder = _without_text(spec, weights, made, dtype)
     except ValueError as error:
         # Whose relative it is: the first weight that does not fit says little.
         called = _architecture(settings)
@@ -215,7 +221,7 @@ def _read(path: epath.Path) -> dict[str, np.ndarray]:
     raise ValueError(f"{path}: neither .safetensors nor {', '.join(_PICKLES)} there")
 
 
-def _without_text(name: str, weights: Weights, dtype: Any) -> Encoder | None:
+def _without_text(name: str, weights: Weights, made: Preprocessing, dtype: Any) -> Encoder | None:
     if any(key.startswith("base_encoder.") for key in weights):
         prefix = "base_encoder."
         weights = {
@@ -225,7 +231,7 @@ def _without_text(name: str, weights: Weights, dtype: Any) -> Encoder | None:
             if key.startswith(prefix) and not key.startswith(f"{prefix}fc.")
         }
     if "layer1.0.conv1.weight" in weights:
-        return _resnet(name, weights, dtype)
+        return _resnet(name, weights, made, dtype)
     if "_conv_stem.weight" in weights:
         return _efficientnet(name, weights, dtype)
     if "features.0.weight" in weights:
@@ -265,8 +271,10 @@ def _clip(
     config = clip_config(named, settings)
     model = _shapes(lambda: CLIP(config, dtype=dtype, rngs=nnx.Rngs(0)))
     _filled(model, named)
-    mean, std = _colours(path, settings)
-    made = Preprocessing(size=config.image_size, resize=config.image_size, mean=mean, std=std)
+    size = config.image_size
+    made = Preprocessing(size=size, resize=size, mean=CLIP_MEAN, std=CLIP_STD)
+    said = settings.get("preprocess_cfg")
+    made = _open_clip_preprocessing(made, said) if said else _preprocessing(path, made)
     found: CLIPTokenizer | None = None
     if tokenizer is not None:
         found = load_clip_tokenizer(tokenizer, config.context_length)
@@ -309,6 +317,8 @@ def _vision_transformer(
     named = transformer_names(weights)
     # The tower of a model of two brings the settings of both.
     config = vit_config(named, settings.get("vision_config") or settings)
+    if config.pooling == "class" and not config.class_token:
+        raise ValueError("pooling: expected a class token or a pooling head, got neither")
     size = config.image_size
     default = dataclasses.replace(_HALVES, size=size, resize=size, interpolation="bilinear")
     if config.positions == "rotary":
@@ -371,10 +381,19 @@ def _preprocessing(path: epath.Path, default: Preprocessing) -> Preprocessing:
 
     scaled, cut = side(content.get("size")), side(content.get("crop_size"))
     size, resize, fit = default.size, default.resize, default.fit
-    if scaled and cut and content.get("do_center_crop", True):
+    processor = f"{content.get('image_processor_type')} {content.get('feature_extractor_type')}"
+    if "convnext" in processor.lower() and scaled:
+        # Smaller pictures are cut out of larger ones, larger ones lose their proportions.
+        share = content.get("crop_pct") or 224 / 256
+        size, fit = scaled, "crop" if scaled < 384 else "squash"
+        resize = int(scaled / share) if fit == "crop" else scaled
+    elif scaled and cut and content.get("do_center_crop", True):
         size, resize, fit = cut, max(scaled, cut), "crop"
-    elif scaled and content.get("crop_pct"):
-        size, resize, fit = scaled, round(scaled / content["crop_pct"]), "crop"
+        if scaled > cut and "height" in (said := content["size"]) and isinstance(said, Mapping):
+            raise ValueError(
+                f"{file}: size: expected shortest_edge beside a crop_size that is smaller, got "
+                f"{said}"
+            )
     elif scaled:
         size, resize, fit = scaled, scaled, "squash"
     known: dict[Any, Any] = {2: "bilinear", 3: "bicubic"}
@@ -390,17 +409,29 @@ def _preprocessing(path: epath.Path, default: Preprocessing) -> Preprocessing:
     )
 
 
-def _colours(path: epath.Path, settings: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Mean and deviation that open_clip's or transformers' files name, OpenAI's otherwise."""
-    named = settings.get("preprocess_cfg", {})
-    file = path / "preprocessor_config.json"
-    if path.is_dir() and not named and file.exists():
-        content = read_json(file)
-        named = {"mean": content.get("image_mean"), "std": content.get("image_std")}
-    return tuple(named.get("mean") or CLIP_MEAN), tuple(named.get("std") or CLIP_STD)
+def _open_clip_preprocessing(default: Preprocessing, said: Mapping[str, Any]) -> Preprocessing:
+    """What open_clip's ``preprocess_cfg`` says, and OpenAI's where it does not.
+
+    Raises:
+        ValueError: Borders around pictures, or another interpolation.
+    """
+    mode, interpolation = said.get("resize_mode"), said.get("interpolation") or "bicubic"
+    if mode not in (None, "shortest", "squash"):
+        raise ValueError(f"resize_mode: expected shortest or squash, got {mode!r}")
+    if interpolation not in ("bilinear", "bicubic"):
+        raise ValueError(f"interpolation: expected bilinear or bicubic, got {interpolation!r}")
+    mean: Any = tuple(said.get("mean") or default.mean)
+    std: Any = tuple(said.get("std") or default.std)
+    return dataclasses.replace(
+        default,
+        mean=mean,
+        std=std,
+        interpolation=interpolation,
+        fit="squash" if mode == "squash" else "crop",
+    )
 
 
-def _resnet(name: str, weights: Weights, dtype: Any) -> Encoder:
+def _resnet(name: str, weights: Weights, made: Preprocessing, dtype: Any) -> Encoder:
     blocks = [
         len({key.split(".")[1] for key in weights if key.startswith(f"layer{stage}.")})
         for stage in (1, 2, 3, 4)
@@ -426,7 +457,7 @@ def _resnet(name: str, weights: Weights, dtype: Any) -> Encoder:
         names = {torch_name(path): path for path in weight_paths(model)}
         weights = {key: value for key, value in weights.items() if not key.startswith("fc.")}
     fill_weights(model, weights, names)
-    return Encoder(name, model, _IMAGENET, num_features=width, num_classes=classes, dtype=dtype)
+    return Encoder(name, model, made, num_features=width, num_classes=classes, dtype=dtype)
 
 
 def _efficientnet(name: str, weights: Weights, dtype: Any) -> Encoder:

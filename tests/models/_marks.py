@@ -1,4 +1,4 @@
-"""A tokenizer whose model expects a beginning mark."""
+"""Tokenizers that treat the beginning of a text in a way of its own."""
 
 import tokenizers
 
@@ -19,3 +19,17 @@ def with_mark(tokenizer: Tokenizer, mark: int) -> Tokenizer:
         pad_id=tokenizer.pad_id,
         chat_template=tokenizer.chat_template,
     )
+
+
+def llama_like() -> Tokenizer:
+    """A few words; a space at the beginning of a text is taken off, as by Llama-2's decoder."""
+    pieces = ["<s>", "▁The", "▁capital", "▁is", "▁Paris", "▁now", "."]
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.BPE({piece: i for i, piece in enumerate(pieces)}, [])
+    )
+    backend.add_special_tokens(["<s>"])
+    decoders = tokenizers.decoders
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return Tokenizer(backend, bos_id=0)

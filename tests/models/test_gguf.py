@@ -7,6 +7,8 @@ import pytest
 from flax import nnx
 
 from logitjax.models import config_from_hf, load_model, load_tokenizer
+from logitjax.models._gguf import GgufSource
+from logitjax.models._gguf_config import gguf_config
 from tests.models._checkpoints import tensors, write_checkpoint
 from tests.models._configs import HF_CONFIGS
 
@@ -146,6 +148,21 @@ def test_gguf_equals_safetensors(tmp_path, name, architecture):
     fields = [f for f in vars(here.config) if f not in ("family", "norm_eps", "query_scale")]
     for field in fields:
         assert getattr(here.config, field) == getattr(there.config, field), field
+
+
+def test_a_turn_ends_where_its_tokens_say_so(tmp_path, monkeypatch):
+    write_gguf("smollm2", "llama", tmp_path / "m.gguf")
+    source = GgufSource(tmp_path / "m.gguf")
+    said = {
+        "tokenizer.ggml.eos_token_id": 5,
+        "tokenizer.ggml.eot_token_id": 3,
+        "tokenizer.ggml.tokens": ["<unk>", "<|end|>", "<|im_end|>", "<e>", "a", "</s>"],
+        "tokenizer.ggml.token_type": [2, 3, 1, 3, 1, 3],
+    }
+    plain = source.metadata
+    monkeypatch.setattr(source, "metadata", lambda key, *more: said.get(key, plain(key, *more)))
+    config, _ = gguf_config(source)
+    assert config.eos_ids == (5, 3, 1)
 
 
 def test_unknown_architecture_is_named(tmp_path):

@@ -88,6 +88,7 @@ def test_a_layer_type_is_needed_where_no_window_is():
         ("qwen2", {"hidden_act": "relu"}, "hidden_act: expected one of silu"),
         ("gemma3", {"rope_parameters": {"rope_theta": 3.0}}, "an object for each kind of layer"),
         ("gpt2", {"eos_token_id": ["a"]}, "eos_token_id: expected ids of tokens"),
+        ("phi4_mini", {"interpolate_factor": 2}, "interpolate_factor=2 is not known of phi3"),
     ],
 )
 def test_what_is_not_understood_is_refused_by_name(name, change, message):
@@ -108,6 +109,17 @@ def test_switches_that_are_off_and_notes_change_nothing():
         "pad_token_id": -1,
     }
     assert config_from_hf(raw | notes) == config_from_hf(raw)
+
+
+@pytest.mark.parametrize(
+    ("name", "notes"),
+    [
+        ("gpt2", {"predict_special_tokens": True, "output_past": True, "n_special": 0}),
+        ("phi4_mini", {"full_attn_mod": 1, "interpolate_factor": 1}),
+    ],
+)
+def test_what_published_files_of_a_family_say_beside_it_changes_nothing(name, notes):
+    assert config_from_hf(HF_CONFIGS[name] | notes) == config_from_hf(HF_CONFIGS[name])
 
 
 def test_gpt2_without_scaled_scores_has_none():

@@ -1,5 +1,6 @@
 """What goes in: files in every form, wrong files of every kind, and where parameters land."""
 
+import dataclasses
 import importlib.util
 import json
 import pathlib
@@ -20,7 +21,7 @@ from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
 
 from logitjax import models, training
-from logitjax.models import load_config, load_model, save_pretrained
+from logitjax.models import _export, load_config, load_model, save_pretrained
 from logitjax.models._hf_config import config_to_hf
 from logitjax.ops.sharding import ShardingRules
 from logitjax.storage._safetensors import SafetensorsSource
@@ -111,6 +112,50 @@ def test_missing_shard_is_named(tmp_path):
     (directory / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(ValueError, match=r"shard 'model-00002-of-00003\.safetensors' is not there"):
         load_model(str(directory))
+
+
+def test_an_index_that_was_left_behind_is_not_read(tmp_path):
+    path = write_checkpoint("smollm2", tmp_path / "m", shards=2)
+    for shard in path.glob("model-*.safetensors"):
+        shard.unlink()
+    write_checkpoint("smollm2", path)
+    assert len(SafetensorsSource(path).names()) == len(tensors("smollm2"))
+
+
+def test_an_export_that_is_stopped_leaves_the_one_before(llama, tmp_path, monkeypatch):
+    model = load_model(str(llama))
+    save_pretrained(model, None, tmp_path / "m")
+    (tmp_path / "m" / "model_ema.safetensors").write_bytes(b"mine")
+    before = {f.name: f.read_bytes() for f in (tmp_path / "m").iterdir()}
+    written = []
+
+    def full(path, shard):
+        written.append(path)
+        if len(written) == 2:
+            raise OSError("No space left on device")
+        path.write_bytes(b"half")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(_export, "_write_shard", full)
+        with pytest.raises(OSError, match="No space"):
+            save_pretrained(model, None, tmp_path / "m", max_shard_bytes=40_000)
+    left = {f.name: f.read_bytes() for f in (tmp_path / "m").iterdir()}
+    assert {name: left.get(name) for name in before} == before
+    # The next one takes its place, and clears what was begun.
+    save_pretrained(model, None, tmp_path / "m")
+    assert {f.name: f.read_bytes() for f in (tmp_path / "m").iterdir()} == before
+
+
+def test_added_tokens_that_a_model_has_no_row_for_are_text(tmp_path):
+    model, tokenizer = models.load("tiny")
+    config = dataclasses.replace(model.config, vocab_size=tokenizer.vocab_size)
+    tokenizer.backend.add_special_tokens(["<picture>"])
+    (tmp_path / "tokenizer.json").write_text(tokenizer.backend.to_str())
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": config.vocab_size}))
+    found = models.load_tokenizer(str(tmp_path))
+    assert found.vocab_size == config.vocab_size
+    assert max(found.encode("a <picture>")) < config.vocab_size
+    assert found.decode(found.encode("a <picture>")) == "a <picture>"
 
 
 def test_hub_names_give_one_line(monkeypatch):

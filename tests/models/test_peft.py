@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from logitjax.models import DecoderConfig, Lora, load_peft, save_peft
+from logitjax.models import DecoderConfig, Lora, _peft, load_peft, save_peft
 from logitjax.storage.weights import SafetensorsSource
 
 CONFIG = DecoderConfig(
@@ -52,6 +52,43 @@ def test_the_same_numbers_come_back(tmp_path, layout):
     again = load_peft(tmp_path, CONFIG, layout=layout)
     assert again.scale == 1.5
     jax.tree.map(np.testing.assert_array_equal, again.layers, lora.layers)
+
+
+def said(path, **changes):
+    """A directory whose settings say something else."""
+    save_peft(adapters(), CONFIG, path)
+    file = path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return path
+
+
+def test_a_scale_is_that_of_rank_stabilised_adapters_where_they_say_so(tmp_path):
+    found = load_peft(said(tmp_path, use_rslora=True, lora_alpha=4), CONFIG)
+    assert found.scale == pytest.approx(4 / 2**0.5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"alpha_pattern": {"q_proj": 64}}, "json: expected no alpha_pattern, got"),
+        ({"rank_pattern": {"q_proj": 1}}, "json: expected no rank_pattern, got"),
+        ({"alora_invocation_tokens": [1]}, "json: expected no alora_invocation_tokens, got"),
+        ({"r": None}, "adapter_config.json: r: expected a whole number"),
+        ({"lora_alpha": None}, "lora_alpha: expected a number, got None"),
+    ],
+)
+def test_settings_that_change_an_adapter_are_refused_by_name(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        load_peft(said(tmp_path, **changes), CONFIG)
+
+
+def test_an_adapter_that_is_replaced_is_never_half_of_another(tmp_path, monkeypatch):
+    save_peft(adapters(), CONFIG, tmp_path)
+    monkeypatch.setattr(_peft, "write_atomic", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError, match="full"):
+        save_peft(adapters(), CONFIG, tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no such file: .*adapter_config.json"):
+        load_peft(tmp_path, CONFIG)
 
 
 def test_adapters_of_another_model_are_refused(tmp_path):

@@ -128,3 +128,14 @@ def test_a_text_begins_as_its_file_says_and_the_mark_is_written_once(
     assert 0 not in bare
     assert tokenizer.encode("hi", add_bos=None) == tokenizer.start + bare
     assert tokenizer.encode("[end]hi", add_bos=True) == [0, *bare]
+
+
+def test_a_text_is_neither_cut_nor_padded_to_what_a_file_was_last_used_with(characters, tmp_path):
+    backend = tokenizers.Tokenizer.from_str(characters.backend.to_str())
+    backend.enable_truncation(4)
+    backend.enable_padding(length=8, pad_id=0, pad_token="[end]")
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(str(tmp_path))
+    for text in ("hi", "hello you."):
+        assert tokenizer.encode(text) == characters.encode(text)
+        assert tokenizer.backend.encode_batch([text])[0].ids == characters.encode(text)

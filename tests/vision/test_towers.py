@@ -7,11 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from flax import nnx
 from safetensors.numpy import save_file
 
 from logitjax import models, vision
+from logitjax.vision import _load_encoder
 from logitjax.vision._clip_tokenizer import SigLIPTokenizer
+from logitjax.vision._preprocessing import Preprocessing
 from logitjax.vision._resnet import ResNet
 from logitjax.vision._vit import BlockConfig, SigLIP, SigLIPConfig, ViT, ViTConfig, resize_matrix
 from tests._modules import num_params
@@ -97,6 +100,43 @@ def test_what_the_files_say_of_pictures_is_kept(tmp_path):
     assert (made.size, made.resize, made.fit) == (40, 48, "crop")
     assert (made.interpolation, made.mean) == ("bilinear", (0.1, 0.2, 0.3))
     assert vision.load_encoder(path, size=80).preprocessing.resize == 96
+
+
+@pytest.mark.parametrize(
+    ("said", "made"),
+    [
+        # As transformers' processors of the kind do it.
+        ({"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 224}},
+         (224, 256, "crop")),
+        ({"feature_extractor_type": "ConvNextFeatureExtractor", "size": 224, "crop_pct": 0.95},
+         (224, 235, "crop")),
+        ({"image_processor_type": "ConvNextImageProcessorFast", "size": {"shortest_edge": 384},
+          "crop_pct": 0.875}, (384, 384, "squash")),
+        ({"size": {"height": 48, "width": 48}}, (48, 48, "squash")),
+    ],
+)  # fmt: skip
+def test_pictures_are_scaled_as_the_processor_does(tmp_path, said, made):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
+    found = _load_encoder._preprocessing(epath.Path(tmp_path), Preprocessing(size=8, resize=8))
+    assert (found.size, found.resize, found.fit) == made
+
+
+def test_pictures_that_are_squashed_and_cut_are_refused(tmp_path):
+    said = {"size": {"height": 256, "width": 256}, "crop_size": 224}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
+    with pytest.raises(ValueError, match="size: expected shortest_edge beside a crop_size"):
+        _load_encoder._preprocessing(epath.Path(tmp_path), Preprocessing(size=8, resize=8))
+
+
+def test_what_open_clip_says_of_pictures_is_kept():
+    plain = Preprocessing(size=8, resize=8)
+    said = {"resize_mode": "squash", "interpolation": "bilinear", "mean": [0.5, 0.5, 0.5]}
+    made = _load_encoder._open_clip_preprocessing(plain, said)
+    assert (made.fit, made.interpolation, made.mean) == ("squash", "bilinear", (0.5, 0.5, 0.5))
+    assert made.std == plain.std
+    for wrong in ({"resize_mode": "longest"}, {"interpolation": "random"}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected"):
+            _load_encoder._open_clip_preprocessing(plain, wrong)
 
 
 def test_what_timm_says_of_pictures_is_kept(tmp_path):
