@@ -81,19 +81,21 @@ def run(config: Config) -> None:
     """Loads the models once, then answers one prompt after another."""
     # Before models are loaded: it says which settings make no sense.
     sampling = sampling_of(config)
+    _check(config)
     ensemble, tokenizer, ends = load_line_up(config)
     drafts = None
     if config.draft is not None:
         drafts = decoding.DraftControl(decoding.Speculation(draft=config.draft))
+    chat = tokenizer.chat_template is not None and not config.complete
     # Few steps a call, so that text comes as it is made.
     shown = decoding.TextOptions(
         tokenizer=tokenizer,
         stop_strings=config.stop,
         stream=lambda row, new, text: print(text, end="", flush=True),
         chunk=4 if drafts is None else 6,
+        continues=not chat,
     )
     options: dict[str, Any] = dict(sampling=sampling, stop_ids=ends, text=shown, drafts=drafts)
-    chat = tokenizer.chat_template is not None and not config.complete
     talk = Conversation(tokenizer, config.system)
     try:
         for prompt in _prompts(config):
@@ -115,6 +117,22 @@ def run(config: Config) -> None:
                 print(f"[{rate}]", file=sys.stderr)
     except KeyboardInterrupt:
         print()
+
+
+def _check(config: Config) -> None:
+    """Refuses flags that do not fit together.
+
+    Raises:
+        ValueError: Nobody drafts, or no template takes the system message.
+    """
+    if config.draft is not None and not getattr(config, config.draft):
+        raise ValueError(f"draft: expected a model by --{config.draft} to draft, got none")
+    if config.system is None:
+        return
+    if config.complete:
+        raise ValueError("system: expected a chat template that takes it, got --complete")
+    if models.load_tokenizer(config.model).chat_template is None:
+        raise ValueError(f"system: expected a chat template that takes it, {config.model} has none")
 
 
 def sampling_of(config: Config) -> decoding.Sampling:

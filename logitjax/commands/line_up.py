@@ -2,6 +2,8 @@
 
 from typing import Protocol, runtime_checkable
 
+from etils import epath
+
 from logitjax import decoding, models, unlearning
 from logitjax.commands.strategies import strategy
 
@@ -47,6 +49,10 @@ def load_line_up(config: LineUp) -> tuple[decoding.Ensemble, models.Tokenizer, t
         )
     if config.expert or config.base or config.fusion:
         raise ValueError("assistant: expected no expert, base or fusion beside it")
+    # Before the model's weights are read.
+    record = epath.Path(config.assistant) / "assistant.json"
+    if not record.exists():
+        raise FileNotFoundError(f"assistant: no such file: {record}")
     model, tokenizer = models.load(
         config.model, dtype=config.dtype, param_dtype=config.dtype, layout="listed"
     )
@@ -55,3 +61,8 @@ def load_line_up(config: LineUp) -> tuple[decoding.Ensemble, models.Tokenizer, t
     )
     ends = {*model.config.eos_ids, *[i for i in (tokenizer.eos_id,) if i is not None]}
     return deployed.line_up(), tokenizer, tuple(sorted(ends))
+
+
+def longest(*specs: str) -> int:
+    """Most tokens that each of some models can read; no weights are read for it."""
+    return min(models.load_config(spec).max_length for spec in specs)

@@ -8,7 +8,8 @@
 `--data` is text, or rows `{"text"}` or `{"prompt", "response"}`, of which responses are scored.
 The scores are nats, perplexity a token, and bits a byte of UTF-8, by which models with different
 tokenizers can be compared. A text longer than `--max_length` is read in windows that overlap by
-half.
+half, each with the mark that the model expects in front. A prompt that does not fit loses its
+beginning; `scores.jsonl` says of which rows, `results.json` and the report of how many.
 
 A space at the end of a prompt is scored with the answer, as lm-evaluation-harness does: most tokens
 of words begin with their space.
@@ -26,12 +27,14 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
+import jax
 import numpy as np
 from absl import logging
 from etils import epath
 
-from logitjax import data, decoding, evaluation, models, processes, storage
+from logitjax import data, decoding, evaluation, fusion, models, processes, storage
 from logitjax.commands.cli import field
+from logitjax.commands.line_up import longest
 from logitjax.commands.strategies import strategy
 from logitjax.commands.tables import markdown_table
 
@@ -86,12 +89,50 @@ def run(config: Config, out: epath.Path) -> None:
 
 
 def _run(config: Config, out: epath.Path) -> None:
+    fuse = strategy(config.fusion)
+    _check_fusion(fuse)
+    # Before any weights are read: it says what is wrong with the data.
+    sources = _sources(config)
     ensemble, tokenizer, _ = decoding.load_ensemble(
-        config.model, config.expert, config.base, strategy(config.fusion), dtype=config.dtype
+        config.model, config.expert, config.base, fuse, dtype=config.dtype
     )
-    most = config.max_length
-    if ensemble.max_length is not None:
-        most = min(most, ensemble.max_length)
+    weights = storage.digest(jax.tree.leaves(ensemble.params), sample=64)
+    nll_fn = decoding.nll_from_model(ensemble)
+    lines, results = [], {}
+    for name, fingerprint, items in sources:
+        # What was scored of data, or by models, that have changed since is no part of this run.
+        key = storage.digest(fingerprint, weights, tokenizer.fingerprint, length=12)
+        parts = out / "parts" / f"{name}-{key}"
+        records = _records(nll_fn, items, config.batch_size, parts)
+        lines += records
+        results[name] = _text_results(records) if name == "texts" else _choice_results(records)
+    storage.write_atomic(out / "scores.jsonl", "".join(json.dumps(one) + "\n" for one in lines))
+    storage.write_atomic(out / "results.json", json.dumps(results, indent=1) + "\n")
+    table = markdown_table([{"what": name} | row for name, row in results.items()])
+    shown = f"{table}{_cut(config, results)}\n"
+    report = f"# Scores\n\n`{config.model}`: {config.data or ''} {config.choices or ''}\n\n{shown}"
+    storage.write_atomic(out / "report.md", report)
+    print(shown, end="")
+
+
+def _check_fusion(fuse: Any) -> None:
+    """Refuses a strategy that rules tokens out: of a text they may be, which is then impossible."""
+    for kind, name, keeps_all in (
+        (fusion.DExperts, "top_p", 1),
+        (fusion.ContrastiveDecoding, "plausibility", 0),
+        (fusion.LogitDifference, "outside", "keep"),
+    ):
+        if isinstance(fuse, kind) and getattr(fuse, name) != keeps_all:
+            raise ValueError(
+                f"fusion: expected {name}={keeps_all}, which rules no token of a text out, got "
+                f"{name}={getattr(fuse, name)}"
+            )
+
+
+def _sources(config: Config) -> list[tuple[str, str, list[_Item]]]:
+    """What is scored: its kind, its fingerprint and its rows, none longer than models read."""
+    tokenizer = models.load_tokenizer(config.model)
+    most = min(config.max_length, longest(config.model, *config.expert, *config.base))
     sources: list[tuple[str, str, list[_Item]]] = []
     if config.data:
         examples = data.load_examples(config.data, split=config.split)
@@ -101,22 +142,19 @@ def _run(config: Config, out: epath.Path) -> None:
         questions = _questions(config.choices)
         items = [_choice_item(tokenizer, row, most) for row in questions]
         sources.append(("choices", storage.digest(questions), items))
-    nll_fn = decoding.nll_from_model(ensemble)
-    lines, results = [], {}
-    for name, fingerprint, items in sources:
-        # What was scored of a file that has changed since is no part of this run.
-        parts = out / "parts" / f"{name}-{fingerprint[:12]}"
-        records = _records(nll_fn, items, config.batch_size, parts)
-        lines += records
-        results[name] = _text_results(records) if name == "texts" else _choice_results(records)
-    storage.write_atomic(out / "scores.jsonl", "".join(json.dumps(one) + "\n" for one in lines))
-    storage.write_atomic(out / "results.json", json.dumps(results, indent=1) + "\n")
-    table = markdown_table([{"what": name} | row for name, row in results.items()])
-    report = (
-        f"# Scores\n\n`{config.model}`: {config.data or ''} {config.choices or ''}\n\n{table}\n"
+    return sources
+
+
+def _cut(config: Config, results: dict[str, Any]) -> str:
+    """What no model read, in words."""
+    cut = {name: row["cut prompts"] for name, row in results.items() if row["cut prompts"]}
+    if not cut:
+        return ""
+    rows = ", ".join(f"{count} of the {name}" for name, count in cut.items())
+    return (
+        "\n\n**Prompts that lost their beginning to "
+        f"`--max_length={config.max_length}`, or to what the models can read**: {rows}."
     )
-    storage.write_atomic(out / "report.md", report)
-    print(table)
 
 
 def _records(
@@ -138,7 +176,10 @@ def _scored(
     nll_fn: Callable[..., Any], items: Sequence[_Item], batch_size: int
 ) -> list[dict[str, Any]]:
     rows = [row for item in items for group in item.groups for row in group]
-    found = evaluation.score_rows(nll_fn, rows, batch_size=batch_size)
+    ids = [item.record["id"] for item in items for group in item.groups for _ in group]
+    found = evaluation.score_rows(
+        nll_fn, rows, batch_size=batch_size, describe=lambda row: str(ids[row])
+    )
     nats, tokens = iter(found.totals()), iter(found.counts())
 
     def totals(values: Iterator[Any], item: _Item) -> list[Any]:
@@ -168,10 +209,12 @@ def _text_item(tokenizer: models.Tokenizer, row: dict[str, Any], most: int) -> _
             f"data: expected text, or prompt and response, got messages in {row['id']}"
         )
     if "prompt" in row:
-        answer = _answer_row(tokenizer, row["prompt"], row["response"], most, row["id"])
-        return _Item(record, [[answer]], [len(row["response"].encode())])
+        answer = _answer_row(tokenizer, row["prompt"], row["response"])
+        record["cut"] = len(answer[0]) > most
+        fitted = _fitted(answer, most, tokenizer.start, row["id"])
+        return _Item(record, [[fitted]], [len(row["response"].encode())])
     ids = np.asarray([_first_id(tokenizer), *tokenizer.encode(row["text"])], np.int32)
-    return _Item(record, [_windows(ids, most)], [len(row["text"].encode())])
+    return _Item(record, [_windows(ids, most, tokenizer.start)], [len(row["text"].encode())])
 
 
 def _first_id(tokenizer: models.Tokenizer) -> int:
@@ -184,37 +227,56 @@ def _first_id(tokenizer: models.Tokenizer) -> int:
     )
 
 
-def _windows(ids: np.ndarray, most: int) -> list[Row]:
-    """Rows of at most `most` tokens, overlapping by half; all but the first token scored once."""
-    rows, scored = [], 1
+def _windows(ids: np.ndarray, most: int, mark: Sequence[int] = ()) -> list[Row]:
+    """Rows of at most `most` tokens, overlapping by half; all but the first token scored once.
+
+    `mark` is what a model expects in front; the first row has it already.
+    """
+    rows: list[Row] = []
+    scored = 1
     while scored < len(ids):
-        start = 0 if scored == 1 else scored - most // 2
-        window = ids[start : start + most]
-        rows.append((window, np.arange(start, start + len(window)) >= scored))
-        scored = start + len(window)
+        before = np.asarray(mark if rows else (), np.int32)
+        room = most - len(before)
+        start = scored - room // 2 if rows else 0
+        window = np.concatenate([before, ids[start : start + room]])
+        rows.append((window, np.arange(len(window)) >= len(before) + scored - start))
+        scored = start + len(window) - len(before)
     return rows
 
 
-def _answer_row(tokenizer: models.Tokenizer, prompt: str, answer: str, most: int, name: str) -> Row:
-    """A prompt's last tokens and its answer."""
+def _answer_row(tokenizer: models.Tokenizer, prompt: str, answer: str) -> Row:
+    """A prompt and its answer, of which the answer is scored."""
     # Cut apart, "is " and "Paris" would be tokens that no text has.
     begins = prompt.rstrip(" ")
     prompt, answer = begins, prompt[len(begins) :] + answer
     if not prompt:
         ids = np.asarray([_first_id(tokenizer), *tokenizer.encode(answer)], np.int32)
-        where = np.arange(len(ids)) > 0
-    else:
-        ids, where = evaluation.encode_answer(
-            tokenizer, _NOTHING, prompt, answer, max_length=1 << 30, end=False
-        )
+        return ids, np.arange(len(ids)) > 0
+    return evaluation.encode_answer(
+        tokenizer, _NOTHING, prompt, answer, max_length=1 << 30, end=False
+    )
+
+
+def _fitted(row: Row, most: int, mark: Sequence[int], name: str) -> Row:
+    """A row without what is too long of its prompt's beginning, after the mark in front of it.
+
+    Raises:
+        ValueError: The answer alone does not fit.
+    """
+    ids, where = row
     if where.sum() >= most:
         raise ValueError(f"{name}: {where.sum()} tokens of an answer, max_length is {most}")
-    return ids[-most:], where[-most:]
+    if len(ids) <= most:
+        return row
+    kept = len(mark) if ids[: len(mark)].tolist() == list(mark) else 0
+    picked = np.r_[:kept, len(ids) - most + kept : len(ids)]
+    return ids[picked], where[picked]
 
 
 def _questions(path: str) -> list[dict[str, Any]]:
     rows = []
-    for number, line in enumerate(epath.Path(path).read_text().splitlines(), 1):
+    # Not `splitlines`: JSON may hold U+2028 and other ends of lines as they are.
+    for number, line in enumerate(epath.Path(path).read_text().split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -239,18 +301,22 @@ def _questions(path: str) -> list[dict[str, Any]]:
 
 
 def _choice_item(tokenizer: models.Tokenizer, row: dict[str, Any], most: int) -> _Item:
-    groups = [
-        [_answer_row(tokenizer, row["prompt"], choice, most, row["id"])]
-        for choice in row["choices"]
-    ]
-    record = {"id": row["id"], "answer": row["answer"]}
+    rows = [_answer_row(tokenizer, row["prompt"], choice) for choice in row["choices"]]
+    groups = [[_fitted(one, most, tokenizer.start, row["id"])] for one in rows]
+    cut = any(len(ids) > most for ids, _ in rows)
+    record = {"id": row["id"], "answer": row["answer"], "cut": cut}
     return _Item(record, groups, [len(choice.encode()) for choice in row["choices"]])
+
+
+def _count_cut(records: Sequence[dict[str, Any]]) -> int:
+    return sum(one.get("cut", False) for one in records)
 
 
 def _text_results(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     nats, tokens, size = (sum(one[name] for one in records) for name in ("nats", "tokens", "bytes"))
     return {
         "rows": len(records),
+        "cut prompts": _count_cut(records),
         "tokens": tokens,
         "bytes": size,
         "nats a token": nats / max(1, tokens),
@@ -265,6 +331,7 @@ def _choice_results(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
     return {
         "rows": len(records),
+        "cut prompts": _count_cut(records),
         "right": share("chosen"),
         "right by the byte": share("chosen_by_byte"),
         "chance": sum(1 / len(one["nats"]) for one in records) / len(records),

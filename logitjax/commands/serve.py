@@ -29,7 +29,10 @@ from absl import logging
 
 from logitjax import leakage
 from logitjax.commands.cli import field
-from logitjax.commands.line_up import load_line_up
+from logitjax.commands.line_up import load_line_up, longest
+
+# Most tokens of a request, where neither flags nor models say less.
+_USUAL_LENGTH = 1024
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,8 +69,11 @@ class Config:
     )
     slots: int = field(8, "Number of requests decoded together.", minimum=1)
     max_waiting: int = field(64, "Number of requests that may wait for a slot.", minimum=0)
-    max_length: int = field(
-        1024, "Largest number of tokens of a request, prompt included.", minimum=2
+    max_length: int | None = field(
+        None,
+        "Largest number of tokens of a request, prompt included. By default 1024, or fewer if the "
+        "models read no more.",
+        minimum=2,
     )
     max_tokens: int = field(256, "Largest number of new tokens of a request.", minimum=1)
     max_body_bytes: int = field(1 << 20, "Largest number of bytes of a request.", minimum=1)
@@ -127,7 +133,7 @@ def run(config: Config) -> None:
         policy_seed=config.policy_seed,
         slots=config.slots,
         max_waiting=config.max_waiting,
-        max_length=config.max_length,
+        max_length=_max_length(config),
         max_tokens=config.max_tokens,
         max_body_bytes=config.max_body_bytes,
         body_seconds=config.body_timeout,
@@ -138,6 +144,9 @@ def run(config: Config) -> None:
         keys=keys,
         allow_origins=config.allow_origin,
     )
+    if config.audit_log is not None:
+        # Nor may it turn out after the models are loaded that nothing can be written.
+        open(config.audit_log, "a").close()
     ensemble, tokenizer, ends = load_line_up(config)
     logging.set_verbosity(logging.INFO)
     app = serving.build_app(ensemble, tokenizer, ends, server)
@@ -155,3 +164,20 @@ def run(config: Config) -> None:
         # As at SIGTERM: a thread that still compiles must not be part of Python's own end.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.raise_signal(signal.SIGINT)
+
+
+def _max_length(config: Config) -> int:
+    """Most tokens of a request.
+
+    Raises:
+        ValueError: More are asked for than one of the models can read.
+    """
+    most = longest(config.model, *config.expert, *config.base)
+    if config.max_length is None:
+        return min(_USUAL_LENGTH, most)
+    if config.max_length > most:
+        raise ValueError(
+            f"max_length: expected at most {most}, which the models can read, got "
+            f"{config.max_length}"
+        )
+    return config.max_length

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import re
 from typing import Any
 
 from logitjax import fusion
@@ -14,6 +15,8 @@ STRATEGIES: dict[str, type] = {
     "logit_difference": fusion.LogitDifference,
     "proxy": fusion.ProxyTuning,
 }
+# What lies between commas, those in brackets aside.
+_SETTING = re.compile(r"(?:\([^)]*\)|\[[^\]]*\]|[^,])+")
 
 
 def strategy(spec: str | None) -> Any:
@@ -23,23 +26,38 @@ def strategy(spec: str | None) -> Any:
     11
 
     Raises:
-        ValueError: There is no such strategy, or it has no such field.
+        ValueError: There is no such strategy, or it has no such field, or a field is no number.
     """
     if spec is None:
         return None
     name, _, settings = spec.partition(":")
     if name not in STRATEGIES:
         raise ValueError(f"fusion: expected one of {', '.join(STRATEGIES)}, got {name!r}")
-    fields = {field.name for field in dataclasses.fields(STRATEGIES[name])}
+    fields = {field.name: field.default for field in dataclasses.fields(STRATEGIES[name])}
     arguments = {}
-    for setting in filter(None, settings.split(",")):
+    for setting in _SETTING.findall(settings):
         key, equals, value = setting.partition("=")
         if not equals or key not in fields:
             raise ValueError(
                 f"fusion: {name} takes {', '.join(sorted(fields))} as key=value, got {setting!r}"
             )
-        try:
-            arguments[key] = ast.literal_eval(value)
-        except (SyntaxError, ValueError):
-            arguments[key] = value
+        arguments[key] = _value(f"{name}:{key}", value, fields[key])
     return STRATEGIES[name](**arguments)
+
+
+def _value(name: str, text: str, default: Any) -> Any:
+    """What a flag says, of the kind that the default is; texts are checked by the strategy."""
+    try:
+        value = ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        value = text
+    kinds = {
+        int: (int, "a whole number"),
+        float: (int | float, "a number"),
+        tuple: (tuple | list, "numbers in brackets"),
+    }
+    kind, words = kinds.get(type(default), (object, ""))
+    if not isinstance(value, kind) or (kind is not object and isinstance(value, bool)):
+        raise ValueError(f"fusion: {name}: expected {words}, got {text!r}")
+    # Strategies are hashed.
+    return tuple(value) if isinstance(value, list) else value

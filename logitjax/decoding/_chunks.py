@@ -11,10 +11,9 @@ import numpy as np
 
 from logitjax.decoding._drafting import Drafting
 from logitjax.decoding._engine import Engine
-from logitjax.decoding._requests import Request
+from logitjax.decoding._requests import Prompt, Request
 from logitjax.decoding._step import Emitted
-from logitjax.decoding._text import TextOptions, TextStream
-from logitjax.models import Tokenizer
+from logitjax.decoding._text import TextOptions, TextStream, last_whole
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,7 +74,7 @@ def in_chunks(
 
     A call may bring each row another number of tokens; what the fusion said ends in rows then.
     """
-    rows = [_Row(text.tokenizer, text.stop_strings) for _ in requests]
+    rows = [_Row(text, request.prompt) for request in requests]
     parts = [one_step(jax.tree.map(np.asarray, engine.prefill_all(requests)))]
     while True:
         active = engine.active
@@ -93,7 +92,7 @@ def in_chunks(
     emitted = _without_gaps(parts, lengths, requests[0].max_new_tokens, engine.options.pad_id)
     stopped = np.asarray(engine.state.stopped) | cut
     texts = None if text.tokenizer is None else tuple(row.text for row in rows)
-    return replace(generated(emitted, stopped, None), texts=texts)
+    return replace(generated(emitted, stopped), texts=texts)
 
 
 def _without_gaps(
@@ -121,8 +120,11 @@ def _without_gaps(
 class _Row:
     """What the host keeps of a row between chunks."""
 
-    def __init__(self, tokenizer: Tokenizer | None, stop_strings: Sequence[str]):
-        self._stream = None if tokenizer is None else TextStream(tokenizer, stop_strings)
+    def __init__(self, text: TextOptions, prompt: Prompt):
+        context = np.asarray(prompt).tolist() if text.continues else []
+        self._stream = None
+        if text.tokenizer is not None:
+            self._stream = TextStream(text.tokenizer, text.stop_strings, context)
         self.length = 0
 
     @property
@@ -146,16 +148,24 @@ class _Row:
         return new, text
 
 
-def generated(emitted: Emitted, stopped: np.ndarray, tokenizer: Tokenizer | None) -> Generated:
-    """Of whole rows; with texts where there is a tokenizer."""
+def with_texts(out: Generated, requests: Sequence[Request], text: TextOptions) -> Generated:
+    """With the texts of whole rows, if there is a tokenizer."""
+    tokenizer = text.tokenizer
+    if tokenizer is None:
+        return out
+    texts = []
+    for row, request in zip(out.rows(), requests, strict=True):
+        prompt = np.asarray(request.prompt).tolist() if text.continues else []
+        context = last_whole(tokenizer, prompt)
+        before = tokenizer.decode(context, skip_special=True)
+        texts.append(tokenizer.decode([*context, *row], skip_special=True)[len(before) :])
+    return replace(out, texts=tuple(texts))
+
+
+def generated(emitted: Emitted, stopped: np.ndarray) -> Generated:
+    """Of whole rows."""
     emitted = jax.tree.map(np.asarray, emitted)
     lengths = emitted.valid.sum(axis=1).astype(np.int32)
-    texts = None
-    if tokenizer is not None:
-        texts = tuple(
-            tokenizer.decode(row[:n].tolist(), skip_special=True)
-            for row, n in zip(emitted.tokens, lengths, strict=True)
-        )
     return Generated(
         tokens=emitted.tokens,
         lengths=lengths,
@@ -164,5 +174,4 @@ def generated(emitted: Emitted, stopped: np.ndarray, tokenizer: Tokenizer | None
         top_ids=emitted.top_ids,
         top_logprobs=emitted.top_logprobs,
         info=emitted.info,
-        texts=texts,
     )

@@ -293,8 +293,8 @@ class Engine:
         """
         streams = request.streams(self.plan)
         longest = max(map(len, streams))
-        # The last token is emitted, not fed.
-        if longest + request.max_new_tokens - 1 > self.max_length:
+        # The last new token is emitted, not fed; without any, the prompt is all that is fed.
+        if longest + max(request.max_new_tokens, 1) - 1 > self.max_length:
             raise ValueError(
                 f"request: {longest} prompt tokens and {request.max_new_tokens} new ones do "
                 f"not fit max_length={self.max_length}"

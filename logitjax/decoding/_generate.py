@@ -8,7 +8,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from logitjax.decoding._chunks import Generated, generated, in_chunks, joined, one_step
+from logitjax.decoding._chunks import (
+    Generated,
+    generated,
+    in_chunks,
+    joined,
+    one_step,
+    with_texts,
+)
 from logitjax.decoding._draft_control import DraftControl
 from logitjax.decoding._drafting import Rounds
 from logitjax.decoding._engine import Engine
@@ -127,7 +134,7 @@ def generate(
     state, emitted = _generate(
         plan, options, ensemble.params, state, *left_padded(rows), steps=max_new_tokens
     )
-    return generated(emitted, np.asarray(state.stopped), text.tokenizer)
+    return with_texts(generated(emitted, np.asarray(state.stopped)), requests, text)
 
 
 def as_requests(

@@ -31,13 +31,14 @@ def load_ensemble(
         The ensemble, the large model's tokenizer, and the tokens that end an answer, ascending.
 
     Raises:
-        ValueError: Small models without a strategy or a strategy without them, or small models
-            that number their tokens differently.
+        ValueError: Small models without a strategy, a strategy without the models that it takes or
+            with others, or small models that number their tokens differently.
     """
     small = (*experts, *bases)
     if (fuse is None) == bool(small):
         raise ValueError("fusion: experts or bases need a strategy, and a strategy needs them")
     # Before any weights are read.
+    _check_members(fuse, len(experts), len(bases))
     tokenizer = models.load_tokenizer(large)
     maps = {fusion.vocabulary_map(tokenizer, models.load_tokenizer(s)) for s in small}
     if len(maps) > 1:
@@ -52,3 +53,20 @@ def load_ensemble(
     count = 1 + len(experts)
     ensemble = Ensemble(loaded[0], experts=loaded[1:count], bases=loaded[count:], fuse=fuse)
     return ensemble, tokenizer, tuple(sorted(ends))
+
+
+def _check_members(fuse: Any, experts: int, bases: int) -> None:
+    """Refuses numbers of small models that a strategy of `logitjax.fusion` would refuse later."""
+    kind = type(fuse).__name__
+    for name, count in (("expert", experts), ("base", bases)):
+        # Any function may fuse; only strategies are known to take both, or say what they take.
+        both = True if isinstance(fuse, fusion.DynamicFusion) else None
+        takes = getattr(fuse, f"takes_{name}s", both)
+        if takes is not None and takes != bool(count):
+            wanted = f"a model, which {kind} needs" if takes else f"none, {kind} takes none"
+            raise ValueError(f"{name}: expected {wanted}, got {count}")
+    if isinstance(fuse, fusion.LogitDifference) and experts > 1:
+        raise ValueError(f"expert: expected one, which {kind} subtracts, got {experts}")
+    if bases not in (0, 1, max(1, experts)):
+        wanted = f"one or {experts}, as many as experts" if experts > 1 else "one"
+        raise ValueError(f"base: expected {wanted}, got {bases}")

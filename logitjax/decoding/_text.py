@@ -5,6 +5,9 @@ from collections.abc import Callable, Sequence
 
 from logitjax.models import Tokenizer
 
+# Tokens of a prompt that its continuation is decoded after.
+_CONTEXT = 8
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextOptions:
@@ -20,12 +23,16 @@ class TextOptions:
         a tokenizer.
       chunk: about so many tokens between two looks of the host; more where drafts do not pay and
         nobody looks.
+      continues: texts go on from their prompts, so that a first word has the space before it that
+        decoders of Llama-2's kind take from the beginning of a text. By default they begin anew, as
+        answers do.
     """
 
     tokenizer: Tokenizer | None = None
     stop_strings: Sequence[str] = ()
     stream: Callable[[int, list[int], str], None] | None = None
     chunk: int = 8
+    continues: bool = False
 
     def __post_init__(self) -> None:
         if self.stop_strings and self.tokenizer is None:
@@ -34,6 +41,14 @@ class TextOptions:
     @property
     def watched(self) -> bool:
         return self.stream is not None or bool(self.stop_strings)
+
+
+def last_whole(tokenizer: Tokenizer, prompt: Sequence[int]) -> list[int]:
+    """A prompt's last tokens, which tell how the next is spelt; none after half a character."""
+    last = [int(token) for token in prompt[-_CONTEXT:]]
+    # The rest of the character would be lost, as what was there before.
+    cut = tokenizer.decode(last, skip_special=True).endswith("\N{REPLACEMENT CHARACTER}")
+    return [] if cut else last
 
 
 class TextStream:
@@ -45,6 +60,7 @@ class TextStream:
     Args:
       tokenizer: tokenizer of the model.
       stop_strings: the text ends before the first of them.
+      context: tokens that the text goes on from; none for a text that begins anew.
 
     >>> from tokenizers import Tokenizer as Backend, decoders, models
     >>> backend = Backend(models.BPE({"a": 0, "b": 1, "!": 2}, []))
@@ -56,7 +72,12 @@ class TextStream:
     ('aba', True, 5)
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str] = ()):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop_strings: Sequence[str] = (),
+        context: Sequence[int] = (),
+    ):
         if any(not string for string in stop_strings):
             raise ValueError("stop_strings: an empty string would stop everything")
         self.tokenizer = tokenizer
@@ -65,7 +86,8 @@ class TextStream:
         self.stopped = False
         self.text = ""
         self._sent = 0
-        self._prefix = self._read = 0
+        self._ids = last_whole(tokenizer, context)
+        self._prefix, self._read = 0, len(self._ids)
 
     def push(self, tokens: Sequence[int]) -> str:
         """Take more tokens, and return the text that is newly certain.
@@ -76,6 +98,7 @@ class TextStream:
             if self.stopped:
                 break
             self.tokens.append(int(token))
+            self._ids.append(int(token))
             self.text += self._new_text()
             self._cut()
         return self._give(len(self.text) if self.stopped else len(self.text) - self._held())
@@ -84,7 +107,7 @@ class TextStream:
         """The text that was held back, once no more tokens come."""
         if not self.stopped:
             self.text += self._decode(self._prefix)[len(self._decode(self._prefix, self._read)) :]
-            self._prefix = self._read = len(self.tokens)
+            self._prefix = self._read = len(self._ids)
             self._cut()
         return self._give(len(self.text))
 
@@ -93,7 +116,7 @@ class TextStream:
         return self.text[start : self._sent]
 
     def _decode(self, start: int, stop: int | None = None) -> str:
-        return self.tokenizer.decode(self.tokens[start:stop], skip_special=True)
+        return self.tokenizer.decode(self._ids[start:stop], skip_special=True)
 
     def _new_text(self) -> str:
         """Decoded with the tokens before, since a decoder may treat the first one differently."""
@@ -101,7 +124,7 @@ class TextStream:
         now = self._decode(self._prefix)
         if now.endswith("\N{REPLACEMENT CHARACTER}"):
             return ""
-        self._prefix, self._read = self._read, len(self.tokens)
+        self._prefix, self._read = self._read, len(self._ids)
         return now[len(before) :]
 
     def _cut(self) -> None:

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from absl import logging
 
@@ -72,6 +72,7 @@ class Accounts:
         clock: Seconds.
 
     Raises:
+        OSError: The log cannot be written.
         ValueError: A line of the log is none of ours.
     """
 
@@ -97,8 +98,10 @@ class Accounts:
         self._writer: threading.Thread | None = None
         if log is not None:
             self._sum_up(Path(log))
+            # Here, so that who cannot log does not serve; the thread would die alone.
+            file = open(log, "a")  # noqa: SIM115 (the thread closes it)
             self._writer = threading.Thread(
-                target=self._write, args=(log,), name="audit log", daemon=True
+                target=self._write, args=(file,), name="audit log", daemon=True
             )
             self._writer.start()
 
@@ -128,7 +131,8 @@ class Accounts:
         waits = {name: rate.wait(wanted[name]) for name, rate in rates}
         slowest = max(waits, key=lambda name: waits[name], default=None)
         if slowest is not None and waits[slowest] > 0:
-            seconds = min(3600, int(waits[slowest]) + 1)
+            # A rate of nothing waits without end.
+            seconds = 3600 if waits[slowest] >= 3600 else int(waits[slowest]) + 1
             raise ApiError(
                 429,
                 f"too many {slowest} a minute for this key",
@@ -188,9 +192,9 @@ class Accounts:
             except (ValueError, KeyError, TypeError):
                 raise ValueError(f"{path}:{number}: expected a line of an audit log") from None
 
-    def _write(self, path: str) -> None:
+    def _write(self, file: TextIO) -> None:
         # In a thread of its own: a slow disk must not hold up the event loop.
-        with open(path, "a") as file:
+        with file:
             while (line := self._lines.get()) is not None:
                 try:
                     file.write(line + "\n")

@@ -47,7 +47,8 @@ def _make_jobs(
     jobs = []
     for number, prompt in enumerate(asked.prompts):
         tokens = _tokens(service, prompt, asked.chat)
-        if len(tokens) + asked.max_tokens - 1 > service.config.max_length:
+        # The last new token is not read; without any, the prompt's last one is.
+        if len(tokens) + max(asked.max_tokens, 1) - 1 > service.config.max_length:
             raise BadRequestError(
                 f"{len(tokens)} prompt tokens and max_tokens={asked.max_tokens} do not fit "
                 f"{service.config.max_length}",

@@ -33,7 +33,9 @@ class Answer:
         self._service = service
         self._asked = asked
         self._prompt = prompt
-        self._stream = TextStream(service.tokenizer, asked.stop)
+        # A chat's answer is a text of its own: none of its words goes on from the template's.
+        context = () if asked.chat else prompt
+        self._stream = TextStream(service.tokenizer, asked.stop, context)
         self._offset = 0
         self._begun = time.monotonic()
 

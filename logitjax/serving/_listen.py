@@ -21,6 +21,8 @@ _SPARE = 64
 _BACKLOG = 1024
 # At the end, how long a connection without a request still has for one.
 _LAST_SECONDS = 1.0
+# Between two looks whether the engine has started.
+_LOOK_SECONDS = 0.2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,6 +63,7 @@ def run_server(app: Starlette, listening: Listening) -> None:
 
     Raises:
         OSError: The address is not available.
+        RuntimeError: The engine died before it could answer anything.
     """
     with contextlib.closing(_listener(listening)) as listener:
         doorkeeper = Doorkeeper(_most_connections(listening), listening.idle_seconds)
@@ -68,6 +71,9 @@ def run_server(app: Starlette, listening: Listening) -> None:
         host = f"[{listening.host}]" if ":" in listening.host else listening.host
         print(f"listening on http://{host}:{listener.getsockname()[1]}", flush=True)
         server.run()
+    scheduler = app.state.service.scheduler
+    if scheduler.failed is not None and not scheduler.ready.is_set():
+        raise RuntimeError("the engine stopped before it was ready") from scheduler.failed
 
 
 def _listener(listening: Listening) -> socket.socket:
@@ -137,11 +143,12 @@ class _Server(uvicorn.Server):
             asyncio.create_task(self._accept()),
             asyncio.create_task(self._keeper.sweep()),
             asyncio.create_task(self._refused.sweep()),
+            asyncio.create_task(self._until_ready()),
         ]
         self.started = True
 
     async def shutdown(self, sockets: Any = None) -> None:
-        accepting, *sweeping = self._tasks
+        accepting, *others = self._tasks
         accepting.cancel()
         # Whoever is in the backlog has a connection, and may have sent a request.
         with contextlib.suppress(OSError):
@@ -152,8 +159,15 @@ class _Server(uvicorn.Server):
             keeper.idle_seconds = min(keeper.idle_seconds, _LAST_SECONDS)
         self._app.state.service.scheduler.drain(self._listening.drain_seconds)
         await super().shutdown()
-        for task in sweeping:
+        for task in others:
             task.cancel()
+
+    async def _until_ready(self) -> None:
+        """Ends a server whose engine never starts: it would listen for ever, and answer nothing."""
+        scheduler = self._app.state.service.scheduler
+        while not scheduler.ready.is_set() and not self.should_exit:
+            self.should_exit = scheduler.failed is not None
+            await asyncio.sleep(_LOOK_SECONDS)
 
     async def _accept(self) -> None:
         loop, keeper = asyncio.get_running_loop(), self._keeper

@@ -292,6 +292,10 @@ def _explained(
     if name == "prompt":
         if value in ("", []) or (many and any(one in ("", []) for one in value)):
             return BadRequestError("prompt must not be empty", name)
+        ids = [one for one in (value, *value) if _is_ids(one)] if many else []
+        longest = max(map(len, ids), default=0)
+        if longest > limits.max_length:
+            return BadRequestError(f"{longest} prompt tokens do not fit {limits.max_length}", name)
         if many and len(value) > limits.max_prompts and not isinstance(value[0], int):
             return BadRequestError(f"at most {limits.max_prompts} prompts, got {len(value)}", name)
         kinds = "a string, a list of strings or token ids"
@@ -328,6 +332,11 @@ def _explained(
         described = _properties(model)[name]
         schema = next((s for s in described["anyOf"] if s.get("type") != "null"), described)
     return BadRequestError(f"{name} must be {_expected(schema, value)}, got {_short(value)}", name)
+
+
+def _is_ids(value: Any) -> bool:
+    """Whether a value is a prompt of token ids, by its first one."""
+    return isinstance(value, list) and bool(value) and isinstance(value[0], int)
 
 
 def _expected(schema: Mapping[str, Any], value: Any) -> str:

@@ -5,8 +5,9 @@ import io
 import jax
 import pytest
 
-from logitjax import decoding, models
+from logitjax import decoding, fusion, models
 from logitjax.commands import generate
+from logitjax.commands.strategies import strategy
 from logitjax.models import load_model, load_tokenizer
 from tests.models._marks import with_mark
 
@@ -93,6 +94,43 @@ def test_mistakes_are_one_line(directory, tmp_path):
     assert "nowhere" in refused(model=str(tmp_path / "nowhere"), prompt=("a",))
     assert "at most 512" in refused(model=directory, prompt=("a" * 512,), **FEW)
     assert "temperature" in refused(model=directory, temperature=-1.0)
+
+
+def test_flags_that_do_not_fit_are_refused_before_weights_are_read(
+    directory, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("weights are read"))
+    small, pair = dict(expert=("tiny",)), dict(expert=("tiny",), base=("tiny",))
+    for said, values in (
+        ("base: expected a model, which ProxyTuning needs", dict(fusion="proxy", **small)),
+        ("base: expected a model, which DynamicFusion needs", dict(fusion="dynamic", **small)),
+        ("expert: expected none, Contrastive", dict(fusion="contrastive", **pair)),
+        ("base: expected one, got 2", dict(fusion="contrastive", base=("tiny", "tiny"))),
+        ("expert: expected one, ", dict(fusion="logit_difference", expert=("tiny", "tiny"))),
+        (
+            "base: expected one or 3, as many as experts, got 2",
+            dict(fusion="proxy", expert=("tiny",) * 3, base=("tiny",) * 2),
+        ),
+        ("proxy:alpha: expected a number, got 'O.5'", dict(fusion="proxy:alpha=O.5", **pair)),
+        ("dynamic:num: expected a whole number", dict(fusion="dynamic:num=2.5", **pair)),
+        ("draft: expected a model by --expert", dict(draft="expert")),
+        ("draft: expected a model by --expert", dict(draft="expert", assistant=directory)),
+        ("system: expected a chat template that takes it", dict(system="a", complete=True)),
+        ("system: expected a chat template that takes it", dict(system="a")),
+    ):
+        assert said in refused(model=directory, **values)
+    typo = str(tmp_path / "typo")
+    with pytest.raises(FileNotFoundError, match="assistant: no such file"):
+        generate.run(generate.Config(model=directory, assistant=typo))
+
+
+def test_settings_of_a_strategy_may_be_pairs():
+    assert strategy("dynamic:alpha_range=(0,1),num=3") == fusion.DynamicFusion(
+        alpha_range=(0, 1), num=3
+    )
+    assert strategy("dynamic:num=3,alpha_range=[0.5, 1.5]").alpha_range == (0.5, 1.5)
+    with pytest.raises(ValueError, match="alpha_range: expected numbers in brackets, got '0'"):
+        strategy("dynamic:alpha_range=0,1")
 
 
 def test_conversations_keep_their_turns():

@@ -25,6 +25,87 @@ def test_windows_overlap_by_half_and_score_every_token_once():
     assert all(np.flatnonzero(where)[0] == 4 for _, where in rows[1:])
 
 
+def test_every_window_and_what_is_left_of_a_prompt_begin_with_the_mark():
+    ids = np.r_[99, np.arange(1, 23)].astype(np.int32)
+    for most in (2, 3, 8):
+        rows = score._windows(ids, most, [99])
+        assert all(len(window) <= most and window[0] == 99 for window, _ in rows)
+        assert not any(where[0] for _, where in rows)
+        assert [i for window, where in rows for i in window[where]] == list(range(1, 23))
+    row = ids, np.arange(23) >= 20
+    cut, where = score._fitted(row, 8, [99], "row")
+    assert cut.tolist() == [99, *range(16, 23)]
+    assert cut[where].tolist() == [20, 21, 22]
+    # Without a mark, or where the row does not begin with it, the last tokens are kept.
+    for mark in ([], [98]):
+        assert score._fitted(row, 8, mark, "row")[0].tolist() == list(range(15, 23))
+    assert score._fitted(row, 23, [99], "row") is row
+    with pytest.raises(ValueError, match="row: 3 tokens of an answer, max_length is 3"):
+        score._fitted(row, 3, [99], "row")
+
+
+def test_a_prompt_that_was_cut_is_told(tmp_path):
+    tokenizer = models.load_tokenizer("tiny")
+    asked = {"id": "q:1", "prompt": "abcdef", "choices": ["g", "hij"], "answer": 0}
+    answered = {"id": "t:1", "prompt": "abcdef", "response": "g"}
+    for most, cut in ((9, False), (8, True)):
+        assert score._choice_item(tokenizer, asked, most).record["cut"] is cut
+    for most, cut in ((7, False), (6, True)):
+        assert score._text_item(tokenizer, answered, most).record["cut"] is cut
+    records = [{"cut": cut, "nats": 1.0, "tokens": 1, "bytes": 1} for cut in (True, False, True)]
+    results = {"texts": score._text_results(records)}
+    assert results["texts"]["cut prompts"] == 2
+    assert "`--max_length=6`, or to what the models can read**: 2 of the texts." in score._cut(
+        score.Config(max_length=6), results
+    )
+    assert not score._cut(score.Config(), {"texts": score._text_results(records[1:2])})
+
+
+def test_questions_may_hold_any_end_of_line(tmp_path):
+    asked = {"prompt": "a\u2028b\x85c", "choices": [" 2", " 3"], "answer": 0}
+    path = tmp_path / "q.jsonl"
+    path.write_text(json.dumps(asked, ensure_ascii=False) + "\r\n" + json.dumps(asked))
+    found = score._questions(str(path))
+    assert [row["id"] for row in found] == ["q.jsonl:1", "q.jsonl:2"]
+    assert all(row["prompt"] == asked["prompt"] for row in found)
+
+
+def test_mistakes_are_told_before_weights_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(decoding, "load_ensemble", lambda *_, **__: pytest.fail("weights are read"))
+
+    def refused(**values):
+        with pytest.raises(ValueError, match=r"^\S") as error:
+            score.run(score.Config(model="tiny", **values), epath.Path(tmp_path / "out"))
+        return str(error.value)
+
+    questions = write(tmp_path / "q.jsonl", [{"prompt": "a"}])
+    assert "q.jsonl:1: expected a prompt" in refused(choices=questions)
+    long = write(tmp_path / "t.jsonl", [{"prompt": "a", "response": "b" * 600}])
+    assert "600 tokens of an answer, max_length is 512" in refused(data=f"jsonl:{long}")
+    for spec, said in (
+        ("dexperts", "top_p=1, which rules no token of a text out, got top_p=0.9"),
+        ("contrastive", "plausibility=0, "),
+        ("logit_difference:filter=clean,outside=exclude", "outside=keep, "),
+    ):
+        assert said in refused(choices=questions, fusion=spec)
+    for spec in ("dexperts:top_p=1", "contrastive:plausibility=0"):
+        assert "q.jsonl:1" in refused(choices=questions, fusion=spec)
+
+
+def test_a_loss_that_is_not_finite_is_told_with_its_row():
+    row = np.arange(4, dtype=np.int32), np.arange(4) > 0
+    items = [score._Item({"id": f"t.jsonl:{i}"}, [[row, row]], [4]) for i in (1, 2)]
+
+    def nll_fn(tokens, targets):
+        # Batches of one keep their order: the third row is the second item's first.
+        nll_fn.calls += 1
+        return np.where(targets, np.inf if nll_fn.calls == 3 else 1.0, 0.0)
+
+    nll_fn.calls = 0
+    with pytest.raises(ValueError, match=r"^t\.jsonl:2: 3 of 3 losses are not finite"):
+        score._scored(nll_fn, items, 1)
+
+
 def test_a_row_that_is_no_question_is_refused_with_its_line(tmp_path):
     good = {"prompt": "1 + 1 =", "choices": [" 2", " 3"], "answer": 0}
     for wrong in ({"answer": 2}, {"answer": None}, {"choices": " 2"}, {"choices": ["", " 2"]}):
@@ -38,7 +119,7 @@ def test_a_row_that_is_no_question_is_refused_with_its_line(tmp_path):
 def test_a_space_at_a_prompts_end_is_read_with_the_answer():
     tokenizer = models.load_tokenizer("smollm2")
     rows = [
-        score._answer_row(tokenizer, prompt, answer, 64, "row")
+        score._answer_row(tokenizer, prompt, answer)
         for prompt, answer in (("The capital is ", "Paris."), ("The capital is", " Paris."))
     ]
     for found, expected in zip(*rows, strict=True):
@@ -79,3 +160,12 @@ def test_scores_are_the_sums_of_the_models_own_log_probabilities(tmp_path):
     (out / "scores.jsonl").unlink()
     score.run(config, out)
     assert [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()] == lines
+    # But not for other weights under the same name.
+    moved = {"tiny": models.load("tiny:1", layout="listed")}
+    load = models.load
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "load", lambda spec, **options: moved.get(spec) or load(spec))
+        score.run(config, out)
+    again = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in again] == [line["id"] for line in lines]
+    assert abs(again[0]["nats"] - lines[0]["nats"]) > 1e-3

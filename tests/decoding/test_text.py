@@ -1,7 +1,11 @@
+import numpy as np
 import pytest
 
-from logitjax.decoding import TextStream
+from logitjax.decoding import TextOptions, TextStream
+from logitjax.decoding._chunks import Generated, _Row, with_texts
+from logitjax.decoding._requests import Request
 from logitjax.models import load_tokenizer
+from tests.models._marks import llama_like
 
 
 def test_characters_come_whole():
@@ -35,3 +39,33 @@ def test_what_was_held_back_comes_at_the_end():
     assert stream.finish() == "EN"
     with pytest.raises(ValueError, match="stop_strings"):
         TextStream(tokenizer, [""])
+
+
+def test_a_continuation_keeps_the_space_of_its_first_word():
+    tokenizer, prompt, new = llama_like(), [0, 1, 2, 3], [4, 5, 6]
+    alone, after = TextStream(tokenizer), TextStream(tokenizer, context=prompt)
+    assert [alone.push([token]) for token in new] == ["Paris", " now", "."]
+    assert [after.push([token]) for token in new] == [" Paris", " now", "."]
+    assert after.finish() == ""
+    assert (after.text, after.tokens) == (" Paris now.", new)
+    # A text that only a mark stands before begins with no space.
+    assert TextStream(tokenizer, context=[0]).push(new) == "Paris now."
+
+
+def test_a_character_that_a_prompt_began_is_not_lost():
+    tokenizer = load_tokenizer("tiny")
+    *begun, last = tokenizer.encode("a漢")
+    stream = TextStream(tokenizer, context=begun)
+    shown = stream.push([last]) + stream.finish()
+    assert shown == "\N{REPLACEMENT CHARACTER}"
+
+
+@pytest.mark.parametrize("continues", [False, True])
+def test_texts_with_and_without_a_look_between_go_on_alike(continues):
+    text = TextOptions(tokenizer=llama_like(), continues=continues)
+    request = Request(prompt=np.array([0, 1, 2, 3]), max_new_tokens=3)
+    out = Generated(tokens=np.array([[4, 5, 6]]), lengths=np.array([3]), stopped=np.array([False]))
+    row = _Row(text, request.prompt)
+    shown = row.take(out.tokens[0], last=True)[1]
+    assert with_texts(out, [request], text).texts == (shown,)
+    assert shown == " " * continues + "Paris now."

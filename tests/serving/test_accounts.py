@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from logitjax.commands import serve
 from logitjax.decoding import Ensemble
 from logitjax.leakage import LogitPolicy
 from logitjax.models import load_tokenizer
@@ -65,6 +66,23 @@ def test_rates_say_when_to_come_back():
     clock.now += 30
     accounts.reserve(key, queries=1, tokens=900)
     assert refused(accounts, key, queries=1, tokens=100).headers["Retry-After"] == "41"
+
+
+def test_a_rate_of_nothing_is_refused_as_any_other():
+    key = Key(name="anna", queries_per_minute=0)
+    error = refused(Accounts([key]), key, queries=1, tokens=1)
+    assert error.headers["Retry-After"] == "3600"
+
+
+def test_a_log_that_cannot_be_written_is_told_at_the_start(tmp_path):
+    for path in (tmp_path, tmp_path / "missing" / "audit.jsonl"):
+        with pytest.raises(OSError, match=str(path)):
+            Accounts([Key()], str(path))
+        config = serve.Config(model="tiny", audit_log=str(path))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(serve, "load_line_up", lambda _: pytest.fail("weights are read"))
+            with pytest.raises(OSError, match=str(path)):
+                serve.run(config)
 
 
 def test_a_log_is_what_a_restart_goes_on_from(tmp_path):

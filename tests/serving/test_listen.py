@@ -6,6 +6,7 @@ import contextlib
 import json
 import signal
 import socket
+import threading
 import time
 import urllib.request
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
-from logitjax.serving import Listening
+from logitjax.serving import Listening, run_server
 from logitjax.serving._connections import Doorkeeper
 from logitjax.serving._listen import _Server
 from tests.serving._server import post, server
@@ -51,11 +52,18 @@ async def refuse(request):
     return PlainTextResponse("no", 401, closes)
 
 
+def started():
+    """What a server asks of the thread that decodes."""
+    ready = threading.Event()
+    ready.set()
+    return SimpleNamespace(drain=lambda seconds: None, ready=ready, failed=None)
+
+
 @contextlib.asynccontextmanager
-async def refusing(keeper=None, **options):
+async def refusing(keeper=None, scheduler=None, **options):
     """A server in this process that refuses everything, and its port in front."""
     app = Starlette(routes=[Route("/{path:path}", refuse, methods=["POST"])])
-    app.state.service = SimpleNamespace(scheduler=SimpleNamespace(drain=lambda seconds: None))
+    app.state.service = SimpleNamespace(scheduler=scheduler or started())
     said = Listening(port=0, **options)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.setblocking(False)
@@ -168,3 +176,30 @@ def test_half_open_connections_keep_nobody_out_and_a_signal_ends_answers():
         process.wait(timeout=30)
         with pytest.raises(OSError, match="refused"):
             urllib.request.urlopen(f"{address}/health", timeout=5)
+
+
+def test_a_server_whose_engine_dies_before_it_is_ready_ends():
+    scheduler = started()
+    scheduler.ready.clear()
+
+    async def ended():
+        async with refusing(scheduler=scheduler) as (_, server):
+            await asyncio.sleep(0.5)
+            assert not server.should_exit
+            scheduler.failed = ValueError("a strategy needs a base")
+            async with asyncio.timeout(10):
+                while not server.should_exit:
+                    await asyncio.sleep(0.05)
+
+    asyncio.run(ended())
+
+
+def test_the_end_of_such_a_server_is_an_error(monkeypatch):
+    scheduler = started()
+    scheduler.ready.clear()
+    scheduler.failed = ValueError("a strategy needs a base")
+    app = Starlette()
+    app.state.service = SimpleNamespace(scheduler=scheduler)
+    with pytest.raises(RuntimeError, match="stopped before it was ready") as error:
+        run_server(app, Listening(port=0))
+    assert error.value.__cause__ is scheduler.failed

@@ -5,6 +5,9 @@ import contextlib
 import threading
 import time
 
+import pytest
+
+from logitjax.commands import serve
 from logitjax.decoding import Ensemble, Request
 from logitjax.leakage import LogitPolicy
 from logitjax.serving._policy import Disclosure
@@ -72,3 +75,19 @@ def test_an_end_does_not_wait_for_a_compilation():
     told, took = asyncio.run(closed())
     assert told.status == 503
     assert took < 5
+
+
+def test_a_prompt_to_be_told_alone_has_to_fit_too():
+    with compiling() as scheduler:
+        engine = scheduler.engine
+        for new in (0, 1):
+            engine.streams_of(Request(prompt=[1] * 16, max_new_tokens=new))
+            with pytest.raises(ValueError, match="do not fit max_length=16"):
+                engine.streams_of(Request(prompt=[1] * 17, max_new_tokens=new))
+
+
+def test_no_more_is_read_than_the_models_can():
+    short, tiny = serve.Config(model="tiny", max_length=512), serve.Config(model="tiny")
+    assert [serve._max_length(config) for config in (short, tiny)] == [512, 512]
+    with pytest.raises(ValueError, match=r"max_length: expected at most 512, .* got 513"):
+        serve.run(serve.Config(model="tiny", max_length=513))

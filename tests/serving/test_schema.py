@@ -93,3 +93,12 @@ def test_what_depends_on_several_fields_is_said():
     closed = schema.ServerLimits(logit_bias=False)
     with pytest.raises(BadRequestError, match="takes no logit_bias"):
         schema.parse({"prompt": "a", "logit_bias": {"1": 1}}, closed, chat=False)
+
+
+def test_too_many_token_ids_are_refused_as_that():
+    limits = schema.ServerLimits(max_length=4)
+    for prompt in ([1] * 5, [[1], [2] * 5], ["a", [2] * 5]):
+        with pytest.raises(BadRequestError, match=r"^5 prompt tokens do not fit 4$"):
+            schema.parse({"prompt": prompt}, limits, chat=False)
+    with pytest.raises(BadRequestError, match="at most 16 prompts, got 20"):
+        schema.parse({"prompt": ["a"] * 20}, limits, chat=False)

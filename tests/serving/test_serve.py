@@ -231,6 +231,7 @@ def test_models_and_health(client, address):
         ({"prompt": ""}, "prompt", "must not be empty"),
         ({"prompt": [300]}, "prompt", "there is no token 300"),
         ({"prompt": "a" * 90, "max_tokens": 20}, "prompt", "do not fit 96"),
+        ({"prompt": "a" * 97, "max_tokens": 0, "echo": True}, "prompt", "do not fit 96"),
         ({"prompt": "a", "max_tokens": 0}, "max_tokens", "only with echo"),
         ({"prompt": "a", "max_tokens": 33}, "max_tokens", "between 0 and 32"),
         ({"prompt": "a", "max_tokens": True}, "max_tokens", "must be an integer"),
