@@ -51,7 +51,7 @@ class Config:
     likelihoods: bool = field(
         False, "Also keep likelihoods of labels and of beginnings of words, for alm."
     )
-    api_key: str | None = field(None, "API key of the server.")
+    api_key: str | None = field(None, "API key of the server.", secret=True)
     batch_size: int = field(4, "Number of rows that a process reads at once.")
     dtype: Literal["float32", "bfloat16"] = field("float32", "Compute type.")
     layout: Literal["stacked", "listed"] = field(

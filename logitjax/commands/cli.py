@@ -59,6 +59,7 @@ def field(
     minimum: float | None = None,
     positional: bool = False,
     selects: bool = False,
+    secret: bool = False,
 ) -> Any:
     """A dataclass field that becomes the flag of the same name.
 
@@ -70,9 +71,11 @@ def field(
         positional: Whether arguments without a flag are its values; for one tuple of text.
         selects: Whether it says what of a run is done now, and changes nothing of what is done: a
             workdir may be continued with another value.
+        secret: Whether it is a key or a password: it is not written to disk, and a workdir may be
+            continued with another one.
     """
     metadata = {"help": help, "choices": choices, "minimum": minimum, "positional": positional}
-    metadata["selects"] = selects
+    metadata |= {"selects": selects, "secret": secret}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -234,12 +237,15 @@ def help_text(
 
 
 def write_config(config: Dataclass, workdir: epath.Path) -> None:
-    """Write `config.json`; a workdir that holds another configuration is refused."""
-    text = json.dumps(dataclasses.asdict(config), indent=1, sort_keys=True) + "\n"
+    """Write `config.json` without secrets; a workdir of another configuration is refused."""
+    fields = dataclasses.fields(config)
+    secrets = {f.name for f in fields if f.metadata.get("secret")}
+    shown = {k: v for k, v in dataclasses.asdict(config).items() if k not in secrets}
+    text = json.dumps(shown, indent=1, sort_keys=True) + "\n"
     path = workdir / "config.json"
     if path.exists() and path.read_text() != text:
         old, new = json.loads(path.read_text()), json.loads(text)
-        free = {f.name for f in dataclasses.fields(config) if f.metadata.get("selects")}
+        free = secrets | {f.name for f in fields if f.metadata.get("selects")}
         changed = sorted(k for k in {*old, *new} - free if old.get(k) != new.get(k))
         if changed:
             raise ValueError(

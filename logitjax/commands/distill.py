@@ -93,7 +93,7 @@ class Config:
     tail_samples: int = field(
         0, "Number of other tokens drawn for each position. It makes kl unbiased."
     )
-    api_key: str | None = field(None, "API key of the server.")
+    api_key: str | None = field(None, "API key of the server.", secret=True)
     seq_len: int = field(256, "Number of tokens in a row.", minimum=2)
     batch_size: int = field(4, "Number of rows in a step, summed over processes.", minimum=1)
     accumulate: int = field(1, "Number of microbatches in a step.", minimum=1)
@@ -155,12 +155,20 @@ def run(config: Config, out: epath.Path) -> None:
     objective, course, reading = _objective(config), _course(config), _reading(config)
     basis = _recovered(config.student_head) if config.student_head else None
     mesh = training.make_mesh(config.mesh)
+    course.check(mesh)
+    longest = models.load_config(config.student).max_length
+    if config.seq_len > longest:
+        raise ValueError(
+            f"seq_len: expected at most {longest}, the length that {config.student!r} reads, got "
+            f"{config.seq_len}"
+        )
     tokenizer = models.load_tokenizer(config.student)
     packed = distillation.pack_corpus(reading, tokenizer, out / "data")
     distillation.check_vocabularies(reading, packed, [objective])
     whole, _ = models.load(
         config.student, mesh=mesh, dtype=config.dtype, layout=config.layout, remat=config.remat
     )
+    _check_weights(config, whole, out)
     model, note, freeze = _pruned(config, whole, packed, out)
     # Before teachers read for hours: what is wrong with it is said at once.
     student = distillation.make_student(
@@ -274,6 +282,18 @@ def _objective(config: Config) -> distillation.Objective:
     )
 
 
+def _check_weights(config: Config, whole: models.Decoder, out: epath.Path) -> None:
+    """What is in the folder was chosen for the weights that the student has now."""
+    path, weights = out / "student.json", distillation.make_student(whole).fingerprint
+    if not processes.broadcast_from_first(path.exists):
+        processes.write_json(path, {"weights": weights})
+    if processes.broadcast_from_first(lambda: json.loads(path.read_text()))["weights"] != weights:
+        raise ValueError(
+            f"student: expected the weights that {out} was begun with, got others in "
+            f"{config.student!r}; name a new --out"
+        )
+
+
 def _pruned(
     config: Config, whole: models.Decoder, packed: data.PackedSplits, out: epath.Path
 ) -> tuple[models.Decoder, str, str | None]:
@@ -288,6 +308,13 @@ def _pruned(
         raise ValueError(
             f"keep_layers: expected layers 0 to {layers - 1} of {config.student!r}, got "
             f"{list(config.keep_layers)}"
+        )
+    heads = whole.config.num_kv_heads
+    if whole.config.family == "gpt2" and 0 < config.kv_heads < heads:
+        # Of all families and ways to prune, only this could not be written in the end.
+        raise ValueError(
+            f"kv_heads: expected {heads} for GPT-2, whose Hugging Face form knows no width of a "
+            f"head, got {config.kv_heads}"
         )
     split = packed.splits["train"]
     count = min(config.calibration_rows, len(split))
@@ -390,15 +417,16 @@ def _report(
     found: distillation.Distilled,
     note: str,
 ) -> str:
-    left_out = {
-        split: packed.splits[split].statistics.get("too_long", 0) for split in packed.splits
-    }
-    skipped = sum(left_out.values())
+    counted = ("too_long", "unlearnt")
+    skipped, unlearnt = (
+        sum(rows.statistics.get(name, 0) for rows in packed.splits.values()) for name in counted
+    )
     long = (
         f" {skipped} conversations are longer than {config.seq_len} tokens and were left out."
         if skipped
         else ""
     )
+    long += f" {unlearnt} pieces hold nothing to learn and were left out." if unlearnt else ""
     teachers = ", ".join(f"`{spec}`" for spec in config.teachers) or "no teacher"
     names = ("prompt", "before", "after")
     samples = [{"": n, "text": text_cell(found.samples[n])} for n in names]

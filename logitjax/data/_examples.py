@@ -20,7 +20,7 @@ class Examples(Sequence):
     Args:
         rows: the examples; anything with a length and random access.
         fingerprint: a hash that changes with the content; computed from the rows when not given.
-        errors: how many malformed rows the source skipped.
+        errors: how many malformed rows the source skipped; a slice has those of the whole.
         source: the specification they were read from, for messages.
 
     >>> examples = Examples([{"id": "a", "text": "one"}, {"id": "b", "text": "two"}])
@@ -60,9 +60,9 @@ class Examples(Sequence):
         start, stop, step = index.indices(len(self))
         picked = [self._rows[i] for i in range(start, stop, step)]
         fingerprint = digest(self.fingerprint, start, stop, step)
-        return Examples(
-            picked, fingerprint=fingerprint, source=f"{self.source}[{start}:{stop}:{step}]"
-        )
+        source = f"{self.source}[{start}:{stop}:{step}]"
+        # Where the malformed rows were is not known: each part says how many its source had.
+        return Examples(picked, fingerprint=fingerprint, errors=self.errors, source=source)
 
     def __iter__(self) -> Iterator[Example]:
         return iter(self._rows)
@@ -118,8 +118,19 @@ def normalise(row: Any, columns: Mapping[str, str] | None = None) -> dict[str, A
             raise ValueError(f"{key!r}: expected a string, got {type(value).__name__}")
         if key != "prompt" and not value.strip():
             raise ValueError(f"{key!r} is empty")
+        _check_encodable(key, value)
         kept[key] = value
     return kept
+
+
+def _check_encodable(key: str, value: str) -> None:
+    # JSON may hold half of a surrogate pair, at which tokenizers fail with a TypeError.
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{key!r}: expected Unicode text, got half a surrogate pair at character {error.start}"
+        ) from None
 
 
 def _check_messages(messages: Any) -> list[dict[str, str]]:
@@ -131,6 +142,8 @@ def _check_messages(messages: Any) -> list[dict[str, str]]:
         )
         if not valid:
             raise ValueError(f"message: expected strings 'role' and 'content', got {message!r}")
+        for key in ("role", "content"):
+            _check_encodable(key, message[key])
     if not any(m["role"] == "assistant" for m in messages):
         raise ValueError("'messages' has no message of role 'assistant', so nothing to learn from")
     return [{"role": m["role"], "content": m["content"]} for m in messages]

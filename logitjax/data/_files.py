@@ -15,6 +15,7 @@ from logitjax.storage import digest, guard
 _MIN_DOCUMENT = 2000
 _MAX_WARNINGS = 10
 _HELD_OUT = ("validation", "test")
+_BOM = b"\xef\xbb\xbf"
 
 
 class _Errors:
@@ -75,6 +76,21 @@ def _held_out(file: epath.Path, root: epath.Path) -> bool:
     return first.partition(".")[0] in _HELD_OUT
 
 
+def held_out_splits(path: str, suffixes: tuple[str, ...]) -> set[str]:
+    """Which held-out splits a folder has as files or folders of their own."""
+    root = epath.Path(path).expanduser()
+    if not path or not root.is_dir():
+        return set()
+    places = [place for place in root.iterdir() if _held_out(place, root)]
+    return {
+        place.name.partition(".")[0]
+        for place in places
+        # A folder `test` of something else is no split.
+        for file in (_walk(place) if place.is_dir() else [place])
+        if file.name.endswith(suffixes)
+    }
+
+
 def _no_split(spec: str, name: str) -> str:
     return (
         f"{spec} has no split {name!r}: take a part of it (split='train[95%:]') or give a "
@@ -132,7 +148,8 @@ def load_jsonl(
     held: list[Any] = [dict(columns or {})]
     rows: list[dict[str, Any]] = []
     for file in _files(path, (".jsonl",), name, spec):
-        content = file.read_bytes()
+        # A mark that some editors write, and no part of the first row.
+        content = file.read_bytes().removeprefix(_BOM)
         held.append(digest(content))
         for number, line in enumerate(content.split(b"\n"), start=1):
             if not line.strip():

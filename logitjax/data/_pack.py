@@ -39,7 +39,8 @@ def pack(
     render: Render | Mapping[str, Render] | None = None,
     add_bos: bool | Mapping[str, bool] | None = None,
     add_eos: bool = True,
-    on_long: Literal["split", "skip", "raise"] = "split",
+    on_long: Literal["split", "skip", "split_or_skip", "raise"] = "split",
+    on_error: Literal["raise", "skip"] = "raise",
 ) -> PackedDataset:
     """Pack examples into rows of `seq_len` tokens, or reuse what an equal call has packed.
 
@@ -47,6 +48,8 @@ def pack(
     is full when it is full for any of them. Documents that fit into a row are never cut (best fit
     among the open rows); longer ones are cut before white space, at one place for all tokenizers.
     The rows depend on nothing but the arguments, so hosts without a common disk may each pack.
+    A piece with nothing to learn, such as the beginning of a prompt longer than a row, is left out
+    and counted in ``.statistics["unlearnt"]``.
 
     On several hosts with a common disk let process 0 pack and the others call it after a barrier.
 
@@ -64,7 +67,10 @@ def pack(
             own ``add_bos`` says, else no.
         add_eos: end documents with the end-of-sequence token.
         on_long: what happens to a document longer than a row: it is cut, left out (and counted in
-            ``.statistics``), or an error.
+            ``.statistics``), or an error; with ``"split_or_skip"`` a conversation is left out and
+            other text is cut.
+        on_error: what an example does that cannot be read, or that a tokenizer or its chat template
+            refuses: it is an error that names it, or left out and counted as malformed.
 
     Returns:
         The rows as a :class:`logitjax.data.PackedDataset`.
@@ -72,7 +78,7 @@ def pack(
     Raises:
         TypeError: `tokenizers` is one tokenizer instead of a mapping.
         ValueError: nothing to pack, `directory` holds rows packed from something else (says from
-            what), or a document is too long and may not be cut.
+            what), a document is too long and may not be cut, or an example is refused.
 
     >>> import tempfile
     >>> class Bytes:
@@ -95,8 +101,12 @@ def pack(
         raise ValueError("tokenizers: the name 'row' is taken by the row indices of a batch")
     if seq_len < 2:
         raise ValueError(f"seq_len: expected at least 2, got {seq_len}")
-    if on_long not in ("split", "skip", "raise"):
-        raise ValueError(f"on_long: expected 'split', 'skip' or 'raise', got {on_long!r}")
+    if on_long not in ("split", "skip", "split_or_skip", "raise"):
+        raise ValueError(
+            f"on_long: expected 'split', 'skip', 'split_or_skip' or 'raise', got {on_long!r}"
+        )
+    if on_error not in ("raise", "skip"):
+        raise ValueError(f"on_error: expected 'raise' or 'skip', got {on_error!r}")
     if not isinstance(examples, Examples):
         examples = Examples(examples)
     if not len(examples):
@@ -132,12 +142,15 @@ def pack(
         Manifest(root, KIND).check(made_from)
         return PackedDataset(root)
 
-    statistics: dict[str, int] = {"documents": 0, "pieces": 0, "too_long": 0}
+    names = ("documents", "pieces", "too_long", "unlearnt", "malformed")
+    statistics: dict[str, int] = dict.fromkeys(names, 0)
     statistics["malformed"] = examples.errors
     cut = functools.partial(
         _cut, renders=renders, encoders=encoders, seq_len=seq_len, on_long=on_long, chats=chats
     )
-    pieces = _pieces(examples, cut, on_long, statistics)
+    pieces = _pieces(
+        examples, cut, statistics, skip_long="skip" in on_long, skip_errors=on_error == "skip"
+    )
     tokens, rows = dict.fromkeys(tokenizers, 0), 0
     pad_ids = {name: _pad_id(tokenizer) for name, tokenizer in tokenizers.items()}
     with ShardWriter(root, _ROWS_PER_SHARD) as writer:
@@ -147,9 +160,11 @@ def pack(
             for name in tokens:
                 tokens[name] += sum(len(piece[name][0]) for piece in row)
     if not rows:
-        raise ValueError(f"{examples.source}: every document is longer than seq_len={seq_len}")
+        raise ValueError(_nothing_left(examples.source, seq_len, statistics))
+    # Rows that an earlier version packed with such pieces must not pass for these.
+    without = {"unlearnt": statistics["unlearnt"]} if statistics["unlearnt"] else {}
     contents = {
-        "fingerprint": digest(made_from),
+        "fingerprint": digest(made_from | without),
         "source": examples.source,
         "seq_len": seq_len,
         "tokenizers": list(tokenizers),
@@ -163,24 +178,72 @@ def pack(
     return PackedDataset(root)
 
 
+def _nothing_left(source: str, seq_len: int, statistics: Mapping[str, int]) -> str:
+    if statistics["too_long"] == statistics["documents"]:
+        return f"{source}: every document is longer than seq_len={seq_len}"
+    return (
+        f"{source}: expected something to learn, got none: {statistics['too_long']} documents are "
+        f"longer than seq_len={seq_len}, {statistics['malformed']} are malformed, "
+        f"{statistics['unlearnt']} pieces hold no token to learn"
+    )
+
+
 def _pieces(
-    examples: Iterable[Example],
+    examples: Examples,
     cut: Callable[[Example], Iterator[Piece]],
-    on_long: str,
     statistics: dict[str, int],
+    *,
+    skip_long: bool,
+    skip_errors: bool,
 ) -> Iterator[Piece]:
-    for number, example in enumerate(
-        tqdm(examples, desc="packing", unit="doc", leave=False, disable=not sys.stderr.isatty())
+    rows = _readable(examples, statistics) if skip_errors else enumerate(examples)
+    for number, example in tqdm(
+        rows,
+        desc="packing",
+        unit="doc",
+        total=len(examples),
+        leave=False,
+        disable=not sys.stderr.isatty(),
     ):
         statistics["documents"] += 1
         try:
-            for piece in cut(example):
-                statistics["pieces"] += 1
-                yield piece
+            # All of a document or nothing: its last piece may be the one that is refused.
+            pieces = list(cut(example))
         except DocumentTooLong as error:
-            if on_long != "skip":
+            if not skip_long:
                 raise DocumentTooLong(f"example {example.get('id', number)}: {error}") from None
             statistics["too_long"] += 1
+            continue
+        except (ValueError, TypeError) as error:
+            # A chat template that refuses a conversation, a tokenizer that refuses a text.
+            said = f"example {example.get('id', number)}: {' '.join(str(error).split())}"
+            if not skip_errors:
+                raise ValueError(f"{examples.source}, {said}") from error
+            _skipped(said, statistics)
+            continue
+        for piece in pieces:
+            # A row of such pieces alone would be a step without a loss.
+            if not any(learnt.any() for _, learnt in piece.values()):
+                statistics["unlearnt"] += 1
+                continue
+            statistics["pieces"] += 1
+            yield piece
+
+
+def _readable(examples: Examples, statistics: dict[str, int]) -> Iterator[tuple[int, Example]]:
+    """The examples that can be read, with their numbers; a dataset reads when asked for a row."""
+    for number in range(len(examples)):
+        try:
+            example = examples[number]
+        except ValueError as error:
+            _skipped(str(error), statistics)
+        else:
+            yield number, example
+
+
+def _skipped(said: str, statistics: dict[str, int]) -> None:
+    statistics["malformed"] += 1
+    logging.log_first_n(logging.WARNING, "skipped malformed %s", 10, said)
 
 
 def _cut(
@@ -211,7 +274,8 @@ def _cut(
         yield piece
         return
     rendered = {name: render(example) for name, render in renders.items()}
-    yield from split_document(rendered, encoders, seq_len, may_split=on_long == "split")
+    may_split = on_long == "split" or (on_long == "split_or_skip" and "messages" not in example)
+    yield from split_document(rendered, encoders, seq_len, may_split=may_split)
 
 
 def best_fit(

@@ -9,6 +9,7 @@ from absl import logging
 from etils import epath
 
 from logitjax.data._examples import Examples
+from logitjax.data._files import held_out_splits
 from logitjax.data._load import load_examples
 from logitjax.data._pack import pack
 from logitjax.data._packed import PackedDataset
@@ -20,7 +21,8 @@ SPLITS = ("train", "validation", "test")
 def load_splits(spec: str, *, on_error: Literal["raise", "skip"] = "raise") -> dict[str, Examples]:
     """Training, validation and test examples of a source.
 
-    The source's own splits where it has them; else the last two tenths are held out.
+    The source's own splits where it has them; for each of validation and test that it lacks, a
+    tenth is held out from the end of the training examples, the test examples last.
 
     Args:
         spec: As for `load_examples`, without a split.
@@ -32,27 +34,31 @@ def load_splits(spec: str, *, on_error: Literal["raise", "skip"] = "raise") -> d
     Raises:
         ValueError: There are too few documents to hold some out.
     """
-    if spec.startswith("tfds:") or _has_splits(spec):
-        return {s: load_examples(spec, split=s, on_error=on_error) for s in SPLITS}
-    examples = load_examples(spec, on_error=on_error)
-    held = max(1, len(examples) // 10)
-    if len(examples) < 3:
+    kind, _, place = spec.partition(":")
+    suffixes = {"text": (".txt",), "jsonl": (".jsonl",)}.get(kind, ())
+    own = set(SPLITS[1:]) if kind == "tfds" else held_out_splits(place, suffixes)
+    loaded = {s: load_examples(spec, split=s, on_error=on_error) for s in ("train", *sorted(own))}
+    lacking = [s for s in SPLITS if s not in loaded]
+    if lacking:
+        loaded |= _cut(loaded["train"], ("train", *lacking), spec)
+    return {s: loaded[s] for s in SPLITS}
+
+
+def _cut(examples: Examples, names: tuple[str, ...], spec: str) -> dict[str, Examples]:
+    """All but the last tenths for the first name, and a tenth for each of the others."""
+    if len(examples) < len(names):
         # A text file is cut into documents between paragraphs, see `load_examples`.
         hint = "; give a longer text" if spec.startswith("text:") else ""
         raise ValueError(
-            f"data: expected at least 3 documents in {spec}, to hold some out, got "
+            f"data: expected at least {len(names)} documents in {spec}, to hold some out, got "
             f"{len(examples)}{hint}"
         )
-    cuts = (0, len(examples) - 2 * held, len(examples) - held, len(examples))
-    return {s: examples[cuts[i] : cuts[i + 1]] for i, s in enumerate(SPLITS)}
-
-
-def _has_splits(spec: str) -> bool:
-    root = epath.Path(spec.partition(":")[2]).expanduser()
-    if not root.is_dir():
-        return False
-    names = {path.name.partition(".")[0] for path in root.iterdir()}
-    return {"validation", "test"} <= names
+    held = max(1, len(examples) // 10)
+    stops = [len(examples) - held * i for i in reversed(range(len(names)))]
+    return {
+        name: examples[start:stop]
+        for name, start, stop in zip(names, [0, *stops], stops, strict=False)
+    }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,7 +69,7 @@ class PackedSplits:
         splits: By the names in `SPLITS`.
         names: Which columns of a batch each model reads; models of one tokenizer share them.
         tokenizers: By those columns.
-        chat: Whether the rows are conversations, each model's under its own template.
+        chat: Whether there are conversations among the rows, each model's under its own template.
     """
 
     splits: Mapping[str, PackedDataset]
@@ -94,13 +100,15 @@ def pack_splits(
         tokenizers: A model's name to its tokenizer.
         seq_len: Tokens a row.
         directory: Where the rows go, a folder a split; may be remote.
-        on_error: What a malformed row does, as for `load_examples`.
+        on_error: What a malformed row does, as for `load_examples`, or one that a tokenizer or its
+            chat template refuses, as for `pack`.
 
     Returns:
         The `PackedSplits`.
 
     Raises:
-        ValueError: Conversations, and a tokenizer without a chat template.
+        ValueError: Conversations, and a tokenizer without a chat template; or conversations beside
+            other text, and several tokenizers.
     """
     # Whoever only reads files needs neither jax nor a model.
     from logitjax import processes
@@ -111,10 +119,16 @@ def pack_splits(
     splits = {}
     with processes.first_before_others("load"):
         loaded = load_splits(spec, on_error=on_error)
-    chat = "messages" in loaded["train"][0]
+    chat, plain = _forms(loaded, skip=on_error == "skip")
     bare = [n for n, t in distinct.items() if getattr(t, "chat_template", None) is None]
     if chat and bare:
         raise ValueError(f"tokenizers: {bare[0]!r} has no chat template for conversations")
+    if chat and plain and len(distinct) > 1:
+        # They are aligned turn by turn, or document by document.
+        raise ValueError(
+            f"data: expected rows of one form for models of several tokenizers, got {chat} with "
+            f"'messages' and {plain} without"
+        )
     for split, examples in loaded.items():
         with processes.first_before_others(f"pack {split}"):
             splits[split] = pack(
@@ -122,14 +136,34 @@ def pack_splits(
                 distinct,
                 seq_len=seq_len,
                 directory=epath.Path(directory) / split,
-                on_long="skip" if chat else "split",
+                on_long="split" if not chat else "split_or_skip" if plain else "skip",
+                on_error=on_error,
             )
+        malformed = splits[split].statistics.get("malformed", 0)
         logging.info(
             "%s: %d documents in %d rows of %d tokens%s",
             split,
             len(examples),
             len(splits[split]),
             seq_len,
-            f", {examples.errors} malformed rows skipped" if examples.errors else "",
+            f", {malformed} malformed rows skipped" if malformed else "",
         )
-    return PackedSplits(splits=splits, names=names, tokenizers=distinct, chat=chat)
+    return PackedSplits(splits=splits, names=names, tokenizers=distinct, chat=chat is not None)
+
+
+def _forms(loaded: Mapping[str, Examples], *, skip: bool) -> tuple[str | None, str | None]:
+    """The first conversation and the first other row of all splits, as errors name them."""
+    found: dict[bool, str] = {}
+    for split, examples in loaded.items():
+        for number in range(len(examples)):
+            try:
+                row = examples[number]
+            except ValueError:
+                if skip:
+                    continue
+                raise
+            found.setdefault("messages" in row, f"{split} row {row.get('id', number)!r}")
+            # The rows of a dataset have one form, and to read all would take as long as packing.
+            if examples.source.startswith("tfds:"):
+                break
+    return found.get(True), found.get(False)

@@ -25,6 +25,9 @@ from logitjax.distillation._teachers import (
 )
 from logitjax.distillation._token_pieces import Rule, prefix_bytes, token_projection
 
+# Teachers that are no model on this machine.
+_NO_MODELS = ("cache", "api")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reading:
@@ -214,10 +217,21 @@ def _single_share(chunks: Chunks) -> float:
 def pack_corpus(
     reading: Reading, tokenizer: models.Tokenizer, directory: epath.Path
 ) -> data.PackedSplits:
-    """The rows under the tokenizers of the student and of every teacher."""
+    """The rows under the tokenizers of the student and of every teacher.
+
+    Raises:
+        ValueError: Rows longer than a teacher can read, or what `data.pack_splits` refuses.
+    """
     tokenizers = {"pivot": tokenizer}
     for name, spec in zip(reading.names, reading.teachers, strict=True):
         tokenizers[name] = _tokenizer_of(spec, tokenizer)
+        if spec.partition(":")[0] not in _NO_MODELS:
+            longest = models.load_config(spec).max_length
+            if reading.seq_len > longest:
+                raise ValueError(
+                    f"seq_len: expected at most {longest}, the length that teacher {spec!r} reads, "
+                    f"got {reading.seq_len}"
+                )
     for i, spec in enumerate(reading.fit_to):
         tokenizers[f"fit{i}"] = _tokenizer_of(spec, tokenizer)
     return data.pack_splits(
@@ -239,6 +253,12 @@ def check_vocabularies(
     """
     for objective in objectives:
         for name, spec in zip(reading.names, reading.teachers, strict=True):
+            compared = next((n for n in ("uld", "gld") if n in objective.weights), None)
+            if compared and (kept := _kept(reading, spec)) < objective.graph.k:
+                raise ValueError(
+                    f"loss {compared!r} compares the top {objective.graph.k} logits, but of "
+                    f"teacher {spec!r} {kept} are kept"
+                )
             needs = objective.same_vocabulary
             if needs and packed.names[name] != packed.names["pivot"]:
                 raise ValueError(
@@ -276,35 +296,55 @@ def load_corpus(
     Raises:
         ValueError: A cache of something else, or a server that does not answer.
     """
-    found = {}
-    for name, spec in zip(reading.names, reading.teachers, strict=True):
-        kind, _, place = spec.partition(":")
+    named = dict(zip(reading.names, reading.teachers, strict=True))
+    # What is refused, or does not answer, is said before models read for hours.
+    order = {"cache": 0, "api": 1}
+    soonest = sorted(named, key=lambda name: order.get(named[name].partition(":")[0], 2))
+    caches = {
+        name: _caches(reading, packed, rows, directory, known or {}, name=name) for name in soonest
+    }
+    sources = {}
+    for name in named:
         columns = packed.names[name]
-        if kind == "cache":
-            fingerprint = packed.tokenizers[columns].fingerprint
-            caches = open_teacher_caches(epath.Path(place), packed, fingerprint, rows)
-        else:
-            caches = cache_teacher(
-                spec,
-                functools.partial(_reader, reading, spec, packed.tokenizers[columns], known or {}),
-                columns=columns,
-                packed=packed,
-                rows=rows,
-                k=reading.top_k,
-                tail_samples=0 if kind == "api" else reading.tail_samples,
-                likelihoods=reading.likelihoods,
-                batch_size=reading.batch_size,
-                directory=directory / name,
-            )
-        if reading.likelihoods and not all(c.identity.likelihoods for c in caches.values()):
-            raise ValueError(
-                f"teacher {spec!r}: expected a cache with likelihoods for the loss 'alm', got one "
-                "without: write it with --likelihoods"
-            )
-        found[name] = Source(
-            columns, packed, caches, _vocabularies(reading, packed, columns, directory)
+        vocabularies = _vocabularies(reading, packed, columns, directory)
+        sources[name] = Source(columns, packed, caches[name], vocabularies)
+    return Corpus(packed=packed, sources=sources)
+
+
+def _caches(
+    reading: Reading,
+    packed: data.PackedSplits,
+    rows: Mapping[str, np.ndarray],
+    directory: epath.Path,
+    known: Mapping[str, tuple[models.Decoder, models.Tokenizer]],
+    *,
+    name: str,
+) -> dict[str, TeacherCache]:
+    """One teacher's output by split, from its caches or read now."""
+    spec, columns = reading.teachers[reading.names.index(name)], packed.names[name]
+    kind, _, place = spec.partition(":")
+    if kind == "cache":
+        fingerprint = packed.tokenizers[columns].fingerprint
+        caches = open_teacher_caches(epath.Path(place), packed, fingerprint, rows)
+    else:
+        caches = cache_teacher(
+            spec,
+            functools.partial(_reader, reading, spec, packed.tokenizers[columns], known),
+            columns=columns,
+            packed=packed,
+            rows=rows,
+            k=reading.top_k,
+            tail_samples=0 if kind == "api" else reading.tail_samples,
+            likelihoods=reading.likelihoods,
+            batch_size=reading.batch_size,
+            directory=directory / name,
         )
-    return Corpus(packed=packed, sources=found)
+    if reading.likelihoods and not all(c.identity.likelihoods for c in caches.values()):
+        raise ValueError(
+            f"teacher {spec!r}: expected a cache with likelihoods for the loss 'alm', got one "
+            "without: write it with --likelihoods"
+        )
+    return caches
 
 
 def _vocabularies(
@@ -349,6 +389,14 @@ def visited_rows(
     for split in splits:
         rows[split] = np.arange(min(eval_rows, len(packed.splits[split])))
     return rows
+
+
+def _kept(reading: Reading, spec: str) -> int:
+    """Logits of each position that a teacher's cache holds."""
+    kind, _, place = spec.partition(":")
+    if kind != "cache":
+        return reading.top_k
+    return TeacherCache(epath.Path(place) / data.SPLITS[0]).identity.k
 
 
 def _tokenizer_of(spec: str, students: models.Tokenizer) -> models.Tokenizer:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ import optax
 from etils import epath
 from jax.sharding import Mesh
 
-from logitjax import decoding, losses, models, processes, training
+from logitjax import decoding, losses, models, processes, storage, training
 from logitjax.distillation._corpus import Corpus, Reading
 from logitjax.distillation._likelihood_matching import ChunkScores, TokenSet
 from logitjax.distillation._loss_function import loss_function, score_function
@@ -60,6 +61,23 @@ class Course:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup: expected a share of the steps, got {self.warmup}")
+
+    def check(self, mesh: Mesh) -> None:
+        """Refuse batches that the devices of a mesh cannot share.
+
+        Raises:
+            ValueError: Names `batch_size` or `eval_batch`.
+        """
+        pieces = training.BatchLayout(mesh).pieces
+        if self.batch_size % (self.accumulate * pieces):
+            raise ValueError(
+                "batch_size: expected a multiple of accumulate x data x fsdp = "
+                f"{self.accumulate} x {pieces}, got {self.batch_size}"
+            )
+        if self.eval_batch % pieces:
+            raise ValueError(
+                f"eval_batch: expected a multiple of data x fsdp = {pieces}, got {self.eval_batch}"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -200,7 +218,7 @@ class Scorer:
         """Perplexity, accuracy, bits a byte, and agreement and KL with the first teacher.
 
         Agreement and KL need a teacher of the same vocabulary. `tokens_per_second` counts tokens
-        read, in the fastest batch after the first, which compiles.
+        read, in the fastest batch after the first, which compiles. What no label counts for is nan.
         """
         batches = self._corpus.scored(
             split, self._mesh, batch_size=self._size, rows=self._course.eval_rows
@@ -214,7 +232,10 @@ class Scorer:
             speeds.append(tokens / (time.perf_counter() - begin))
             for name, pair in sums.items():
                 totals[name] = totals.get(name, 0.0) + np.asarray(pair, np.float64)
-        means = {name: float(total / max(count, 1e-9)) for name, (total, count) in totals.items()}
+        # Of no label nothing is known: a zero would be the best of all losses.
+        means = {
+            n: float(total / count) if count else math.nan for n, (total, count) in totals.items()
+        }
         means["perplexity"] = float(np.exp(means["loss"]))
         if len(speeds) > 1:
             means["tokens_per_second"] = max(speeds[1:])
@@ -320,7 +341,9 @@ def _lines(path: epath.Path) -> list[Mapping[str, float]]:
 
 
 def _column(lines: list[Mapping[str, float]], name: str) -> tuple[tuple[int, float], ...]:
-    return tuple((int(line["step"]), float(line[name])) for line in lines if name in line)
+    # A mean over no label was written as null.
+    known = [line for line in lines if line.get(name) is not None]
+    return tuple((int(line["step"]), float(line[name])) for line in known)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -353,7 +376,8 @@ def distill(
 ) -> Distilled:
     """Train a student on text and on its teachers' output, and score it before and after.
 
-    The call may be killed and repeated: it continues where it was.
+    The call may be killed and repeated: it continues where it was. A folder of another student,
+    text, teacher, objective or course is refused.
 
     Args:
         student: The decoder and what of it is trained, see `make_student`.
@@ -365,7 +389,13 @@ def distill(
 
     Returns:
         The `Distilled`.
+
+    Raises:
+        ValueError: The folder was begun with something else (names all that differs), or the
+            devices cannot share a batch.
     """
+    course.check(mesh)
+    _check_folder(_made_from(student, corpus, objective, course), workdir)
     scorer = Scorer(student, corpus, course, mesh=mesh)
     first = workdir / "before.json"
     if not processes.broadcast_from_first(first.exists):
@@ -385,3 +415,34 @@ def distill(
         trained=trained,
         samples={"prompt": prompt, "before": before["sample"][1], "after": said},
     )
+
+
+def _made_from(
+    student: Student, corpus: Corpus, objective: Objective, course: Course
+) -> dict[str, Any]:
+    """All that decides what a training gives."""
+    chosen = dataclasses.asdict(course)
+    # When a run saves, logs and scores changes nothing of what it learns.
+    for name in ("loop", "tensorboard", "eval_batch"):
+        del chosen[name]
+    said = {
+        name: {split: cache.identity for split, cache in source.caches.items()}
+        for name, source in corpus.sources.items()
+    }
+    text = {split: rows.fingerprint for split, rows in corpus.packed.splits.items()}
+    return {
+        "student": student.fingerprint,
+        "text": storage.digest(text, length=12),
+        "teachers": {name: storage.digest(caches, length=12) for name, caches in said.items()},
+        "objective": dataclasses.asdict(objective),
+        "course": chosen,
+    }
+
+
+def _check_folder(made_from: Mapping[str, Any], workdir: epath.Path) -> None:
+    manifest = storage.Manifest(workdir, "distillation run")
+    with processes.first_before_others("distillation run"):
+        if manifest.exists():
+            manifest.check(made_from)
+        elif jax.process_index() == 0:
+            manifest.write(made_from)

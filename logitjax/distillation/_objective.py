@@ -86,7 +86,7 @@ class Objective:
             raise ValueError(f"teacher: expected one for the loss {self.taught!r}, got none")
         if any(weight <= 0 for weight in self.teachers):
             raise ValueError(f"teacher_weight: expected positive ones, got {self.teachers}")
-        for name in ("student_temperature", "teacher_temperature"):
+        for name in ("student_temperature", "teacher_temperature", "alm_temperature"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
 

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx, traverse_util
 
-from logitjax import heads, models, ops
+from logitjax import heads, models, ops, processes
+from logitjax.storage import digest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +51,23 @@ class Student:
         model = self.model(trained)
         lora = self.adapters(trained)
         return model if lora is None else lora.merged_into(model)
+
+    @property
+    def fingerprint(self) -> str:
+        """Twelve digits that tell its weights from others; all processes must ask for them.
+
+        Of what is computed when it is made (adapters, `mix`, a second head) only the shapes count:
+        another machine may round it differently.
+        """
+        made = {name: value for name, value in self.trained.items() if name != "model"}
+        return digest(
+            weights_digest({**self.frozen["model"], **self.trained["model"]}),
+            sorted(self.frozen["model"]),
+            self.frozen.get("basis"),
+            [leaf.shape for leaf in jax.tree.leaves(made)],
+            self.scale,
+            length=12,
+        )
 
     @property
     def size(self) -> int:
@@ -115,6 +133,21 @@ def make_student(
         kernel = jnp.array(model.head_of().rows.T)
         trained["auxiliary"] = {"head": {"kernel": kernel}}
     return Student(graphdef=apply_fn.graphdef, trained=trained, frozen=frozen)
+
+
+def weights_digest(arrays: Any) -> str:
+    """Twelve digits that tell trained arrays apart; of global ones all processes must ask."""
+    return digest(jax.device_get(processes.local_copy(_thinned(arrays))), length=12)
+
+
+@jax.jit
+def _thinned(arrays: Any) -> Any:
+    # On the devices: a whole array of a large model may not fit one of them, or take long to fetch.
+    # Training changes every array, so a few evenly spaced numbers of each are enough.
+    def thin(leaf: Any) -> Any:
+        return leaf[tuple(slice(None, None, max(1, size // 8)) for size in leaf.shape)]
+
+    return jax.tree.map(thin, arrays)
 
 
 def _matching(names: Iterable[str], freeze: str | None) -> set[str]:

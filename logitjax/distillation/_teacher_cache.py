@@ -35,6 +35,7 @@ class TeacherIdentity:
         divergences; 0 for none.
       likelihoods: whether it keeps the log-probability of each label and that of a word's beginning
         in its place, 8 bytes a position, for `alm`.
+      weights: digest of the teacher's weights, which its name does not tell; empty if not known.
     """
 
     model: str
@@ -46,6 +47,7 @@ class TeacherIdentity:
     dtype: str = "float16"
     tail_samples: int = 0
     likelihoods: bool = False
+    weights: str = ""
 
     def __post_init__(self) -> None:
         if self.dtype not in _DTYPES:
@@ -153,7 +155,10 @@ class TeacherCache(RowCache):
         self.identity = identity
         codec = _Codec(identity)
         self._entries = codec.entries
-        super().__init__(directory, codec, made_from=dataclasses.asdict(identity), kind=KIND)
+        made_from = dataclasses.asdict(identity)
+        if not identity.weights:
+            del made_from["weights"]  # As caches of earlier versions have it.
+        super().__init__(directory, codec, made_from=made_from, kind=KIND)
 
     def __repr__(self) -> str:
         return (

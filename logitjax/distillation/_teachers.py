@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import http.client
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from logitjax.distillation._likelihood_matching import (
     boundary_tokens,
     linear_likelihood,
 )
-from logitjax.distillation._student import hidden_states
+from logitjax.distillation._student import hidden_states, weights_digest
 from logitjax.distillation._teacher_cache import KIND, TeacherCache, TeacherIdentity
 from logitjax.storage import Manifest
 
@@ -31,11 +31,13 @@ class Reader:
         tokenizer: Fingerprint of its tokenizer.
         vocab_size: Entries of its vocabulary.
         read: Columns `[rows, length]` and the rows' numbers to a record of a `TeacherCache`.
+        weights: Digest of its weights; empty for a server, which does not show them.
     """
 
     tokenizer: str
     vocab_size: int
     read: Callable[[Mapping[str, Any], np.ndarray], Mapping[str, Any]]
+    weights: str = ""
 
 
 def model_reader(
@@ -61,6 +63,7 @@ def model_reader(
         tokenizer=tokenizer.fingerprint,
         vocab_size=decoder.config.vocab_size,
         read=lambda columns, rows: jax.device_get(read(params, columns, rows)),
+        weights=weights_digest(params),
     )
 
 
@@ -179,7 +182,8 @@ def _echoes(oracle: Any, piece: np.ndarray) -> bool:
     """Whether a server says what it makes of a prompt."""
     try:
         oracle.read([piece])
-    except (RuntimeError, KeyError, TypeError):
+    except (RuntimeError, KeyError, TypeError, ValueError):
+        # Refused, or without what was asked for; asking place by place says what is wrong.
         return False
     return True
 
@@ -224,49 +228,62 @@ def cache_teacher(
 
     Returns:
         The caches by split.
+
+    Raises:
+        ValueError: A cache of other rows, or of other weights where there is something to read.
     """
     ready = functools.cache(reader)
-    caches = {}
-    for split, wanted in rows.items():
-        if not len(wanted):
-            continue
+    rows = {split: wanted for split, wanted in rows.items() if len(wanted)}
+    kept = {"k": k, "tail_samples": tail_samples, "likelihoods": likelihoods}
+    expected = {
+        split: {"model": spec, "data": packed.splits[split].fingerprint, **kept} for split in rows
+    }
+    # All of them before the teacher reads for hours.
+    caches = {
+        split: TeacherCache(directory / split)
+        for split in rows
+        if Manifest(directory / split, KIND).exists()
+    }
+    for split, cache in caches.items():
+        cache.check(**expected[split])
+    complete = [s for s in rows if s in caches and not len(caches[s].missing(rows[s]))]
+    complete = processes.broadcast_from_first(lambda: complete)
+    lacking = [split for split in rows if split not in complete]
+    if lacking:
+        _check_weights(caches.values(), ready().weights)
+    for split in lacking:
         path, dataset = directory / split, packed.splits[split]
-        expected = {
-            "model": spec,
-            "data": dataset.fingerprint,
-            "k": k,
-            "tail_samples": tail_samples,
-            "likelihoods": likelihoods,
-        }
-        complete = Manifest(path, KIND).exists()
-        if complete:
-            cache = TeacherCache(path)
-            cache.check(**expected)
-            complete = not len(cache.missing(wanted))
-        if not processes.broadcast_from_first(lambda done=complete: done):
-            identity = TeacherIdentity(
-                **expected,
-                tokenizer=ready().tokenizer,
-                vocab_size=ready().vocab_size,
-                positions=dataset.seq_len - 1,
-            )
+        identity = TeacherIdentity(
+            **expected[split],
+            tokenizer=ready().tokenizer,
+            vocab_size=ready().vocab_size,
+            positions=dataset.seq_len - 1,
+            weights=caches[split].identity.weights if split in caches else ready().weights,
+        )
 
-            def compute(chunk: np.ndarray, dataset: Any = dataset) -> Any:
-                return ready().read(dataset.rows(chunk)[columns], chunk)
+        def compute(chunk: np.ndarray, dataset: Any = dataset) -> Any:
+            return ready().read(dataset.rows(chunk)[columns], chunk)
 
-            TeacherCache(path, identity).fill(
-                wanted,
-                compute,
-                batch_size=batch_size,
-                rows_per_shard=64,
-                label=spec,
-                process_index=jax.process_index(),
-                process_count=jax.process_count(),
-            )
-            processes.barrier(f"read {path}")
-            cache = TeacherCache(path)
-        caches[split] = cache
-    return caches
+        TeacherCache(path, identity).fill(
+            rows[split],
+            compute,
+            batch_size=batch_size,
+            rows_per_shard=64,
+            label=spec,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        processes.barrier(f"read {path}")
+        caches[split] = TeacherCache(path)
+    return {split: caches[split] for split in rows}
+
+
+def _check_weights(caches: Iterable[TeacherCache], weights: str) -> None:
+    """A teacher that was trained since may not read the rest."""
+    for cache in caches:
+        # A cache of an earlier version does not know its teacher's.
+        if cache.identity.weights:
+            cache.check(weights=weights)
 
 
 def open_teacher_caches(

@@ -123,6 +123,8 @@ def train_loop(
         def save(step: int) -> None:
             check_finite(0)
             progress.mark(f"saving checkpoint {step}")
+            # A run that goes on from this checkpoint has no other way to what led to it.
+            writer.flush()
             if checkpointer is not None and checkpointer.save(step, state, identity):
                 logging.info("saving checkpoint %d", step)
 
@@ -171,16 +173,15 @@ def train_loop(
                 save(step)
                 if checkpointer is not None:
                     checkpointer.wait()
-                writer.flush()
                 logging.warning("SIGTERM: stopped after step %d", step)
                 raise Preempted(step)
             clock += time.perf_counter() - paused
             progress.mark(f"taking step {step + 1}" if step > start + 1 else "")
         check_finite(0)
+        writer.flush()
         if checkpointer is not None:
             progress.mark(f"saving checkpoint {total_steps}")
             checkpointer.wait()
-        writer.flush()
         progress.mark("going on after the training")
     return state
 

@@ -53,6 +53,8 @@ def test_options_that_make_no_sense_are_named(source, tmp_path):
         cache_logits.run(_config(source, splits=("dev",)), workdir)
     with pytest.raises(ValueError, match="rows: expected all or a positive number"):
         cache_logits.run(_config(source, rows="none"), workdir)
+    with pytest.raises(ValueError, match=r"at most 512, the length that teacher 'tiny:1' reads"):
+        cache_logits.run(_config(source, seq_len=513), workdir / "long")
 
 
 def _corpus(workdir, source, seq_len, rows):

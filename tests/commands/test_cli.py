@@ -11,7 +11,7 @@ import pytest
 from absl import flags
 from etils import epath
 
-from logitjax.commands import cli
+from logitjax.commands import audit, cache_logits, cli, distill
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Config:
     part: str = cli.field("all", "What is done now.", selects=True)
     rate: float = cli.field(0.5, "A rate.")
     on: bool = cli.field(False, "A switch.")
+    key: str | None = cli.field(None, "A key.", secret=True)
 
 
 PRESETS = {"small": {"rate": 0.1}, "large": {"name": "big", "layers": (1, 2)}}
@@ -114,6 +115,26 @@ def test_workdir_keeps_its_configuration(tmp_path):
         cli.write_config(Config(rate=0.7, part="first"), workdir)
     cli.write_config(Config(part="first"), workdir)
     assert json.loads((workdir / "config.json").read_text())["part"] == "first"
+
+
+def test_a_secret_is_not_written_and_may_change(tmp_path):
+    workdir = epath.Path(tmp_path)
+    # As an earlier version wrote it.
+    old = dataclasses.asdict(Config(key="first-key"))
+    (tmp_path / "config.json").write_text(json.dumps(old, indent=1, sort_keys=True) + "\n")
+    for key in ("first-key", "second-key", None):
+        cli.write_config(Config(key=key), workdir)
+        text = (workdir / "config.json").read_text()
+        assert json.loads(text)["name"] == "a"
+        assert "key" not in text
+    with pytest.raises(ValueError, match="differs in rate;"):
+        cli.write_config(Config(rate=0.7, key="second-key"), workdir)
+
+
+@pytest.mark.parametrize("command", [audit, cache_logits, distill])
+def test_the_keys_of_servers_are_secrets(command):
+    (field,) = [f for f in dataclasses.fields(command.Config) if f.name == "api_key"]
+    assert field.metadata["secret"]
 
 
 @pytest.mark.parametrize(

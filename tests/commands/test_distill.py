@@ -1,5 +1,6 @@
 """The command that prunes and teaches: what it writes is read back, killed it goes on, errors."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
+from flax import nnx
 
 from logitjax import distillation, models
 from logitjax.commands import audit, cache_logits, distill
@@ -78,6 +80,9 @@ def test_adapters_of_a_whole_student_learn_from_two_teachers(text, tmp_path):
     before, after = models.load_model("tiny"), models.load_model(str(out / "model"))
     assert np.abs(np.asarray(after(tokens()) - before(tokens()))).max() > 1e-3
     np.testing.assert_array_equal(after.embedding[...], before.embedding[...])
+    other = dataclasses.replace(chosen, student_temperature=2.0)
+    with pytest.raises(ValueError, match=r"its objective\.student_temperature is 1\.0, not 2\.0"):
+        distill.run(other, out)
 
 
 @pytest.mark.slow
@@ -107,6 +112,10 @@ def test_conversations_are_learnt_from_their_answers(tmp_path):
     prompt = next(line for line in report.splitlines() if line.startswith("| prompt"))
     assert prompt.rstrip("| ").endswith(";a:")
     assert models.load_tokenizer(str(out / "model")).chat_template == template
+    # Another model under the student's name does not go on with what was chosen for the first.
+    models.save_pretrained(models.load_model("tiny:1"), tokenizer, folder)
+    with pytest.raises(ValueError, match=r"student: expected the weights that .* was begun with"):
+        distill.run(chosen, out)
 
 
 @pytest.mark.every_change
@@ -205,12 +214,45 @@ def test_a_served_model_is_replicated_from_its_answers_alone(text, tmp_path):
         (dict(teacher=("api:http://127.0.0.1:9",), loss=("gld",)), "'gld' needs the mean"),
         (dict(teacher=("cache:nowhere",)), "nowhere"),
         (dict(loss=("sft",), student_head="nowhere"), "student_head: no such file"),
+        # What no run can be made of is said before a teacher reads.
+        (
+            dict(loss=("sft",), mesh="data:-1"),
+            r"batch_size: .* of accumulate x data x fsdp = 1 x 8, got 2",
+        ),
+        (
+            dict(loss=("sft",), accumulate=3),
+            r"batch_size: .* of accumulate x data x fsdp = 3 x 2, got 2",
+        ),
+        (
+            dict(loss=("sft",), alm_temperature=0.0),
+            "alm_temperature: expected a positive number, got 0",
+        ),
+        (
+            dict(loss=("sft",), seq_len=513),
+            "seq_len: expected at most 512, .* 'tiny' reads, got 513",
+        ),
+        (
+            dict(teacher=("tiny:1",), loss=("uld",), cache_top_k=5),
+            "loss 'uld' compares the top 10 logits, but of teacher 'tiny:1' 5 are kept",
+        ),
     ],
 )
 def test_errors_name_the_culprit(text, changes, said, tmp_path):
     with pytest.raises((ValueError, OSError), match=said) as raised:
         distill.run(config(text, **changes), epath.Path(tmp_path))
     assert "\n" not in str(raised.value)
+
+
+def test_heads_that_no_file_can_hold_are_refused_before_anything_is_read(text, tmp_path):
+    shape = {"model_type": "gpt2", "vocab_size": 257, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    whole = nnx.eval_shape(
+        lambda: models.Decoder(models.config_from_hf(shape), rngs=nnx.Rngs(0), layout="listed")
+    )
+    chosen, folder = config(text, kv_heads=2), epath.Path(tmp_path)
+    reading = distillation.Reading(data=text, seq_len=64)
+    packed = distillation.pack_corpus(reading, models.load_tokenizer("tiny"), folder)
+    with pytest.raises(ValueError, match=r"kv_heads: expected 4 for GPT-2, .* got 2"):
+        distill._pruned(chosen, whole, packed, folder)
 
 
 def test_a_whole_model_learns_slower_than_what_was_pruned(text):
@@ -225,6 +267,9 @@ def test_a_loss_that_needs_one_vocabulary_names_the_teacher(text, tmp_path):
     tokenizer.backend.add_tokens(["history"])
     grown = models.Tokenizer(tokenizer.backend, eos_id=256, pad_id=256)
     models.save_pretrained(model, grown, tmp_path / "teacher")
+    # A token that the model has no row for would not count.
+    file = tmp_path / "teacher" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"vocab_size": 258}))
     chosen = config(text, teacher=(str(tmp_path / "teacher"),), loss=("sft", "kl"))
     with pytest.raises(ValueError, match=r"loss 'kl' needs one vocabulary, but teacher .*teacher'"):
         distill.run(chosen, epath.Path(tmp_path) / "out")

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from logitjax.data import Examples, PackedDataset, pack
+from logitjax.data import Examples, PackedDataset, pack, pack_splits
 from logitjax.data._documents import Encoder, render_example, split_document
 from logitjax.data._pack import best_fit
 from logitjax.data._packed import _positions, read_ahead
-from logitjax.storage import _shards
+from logitjax.storage import _shards, digest
 from tests.data._tokenizers import ByteTokenizer, WordTokenizer
 
 TEXTS = [f"Document {i} " + "has a few more words " * (i % 5) for i in range(40)]
@@ -153,6 +153,105 @@ def test_on_long(tmp_path):
     dataset = pack(examples, tokenizers, seq_len=16, directory=tmp_path, on_long="skip")
     assert dataset.statistics["too_long"] == 1
     assert dataset.statistics["pieces"] == 1
+
+
+def test_pieces_with_nothing_to_learn_are_left_out_and_counted(tmp_path):
+    """A row of them would be a step without a loss, and scores of nothing."""
+    tokenizers = {"b": ByteTokenizer()}
+    long = {"prompt": "what? " * 20, "response": "that"}
+    packed = pack([long, {"text": "plain"}], tokenizers, seq_len=16, directory=tmp_path / "a")
+    assert everything(packed)["b"]["loss_mask"].any(axis=1).all()
+    assert packed.statistics["unlearnt"] > 5
+    # Nobody takes them for the rows that held these pieces; all other rows keep their name.
+    made_from = json.loads((tmp_path / "a" / "manifest.json").read_text())["made_from"]
+    assert packed.fingerprint != digest(made_from)
+    usual = pack([{"text": "plain"}], tokenizers, seq_len=16, directory=tmp_path / "b")
+    made_from = json.loads((tmp_path / "b" / "manifest.json").read_text())["made_from"]
+    assert usual.fingerprint == digest(made_from)
+    cut = [{"prompt": "what? " * 20, "response": "x"}]
+    with pytest.raises(ValueError, match=r"expected something to learn, .* pieces hold no token"):
+        pack(
+            cut,
+            tokenizers,
+            seq_len=16,
+            directory=tmp_path / "c",
+            render=lambda example: [(example["prompt"], False)],
+        )
+
+
+class Chatty(ByteTokenizer):
+    """A template that wants the user to speak first."""
+
+    chat_template, fingerprint = "mine", "chatty"
+
+    def encode_chat(self, messages):
+        if messages[0]["role"] != "user":
+            raise ValueError("roles must\nalternate")
+        ids = [i for m in messages for i in [256, *self.encode(m["content"])]]
+        return ids, [True] * len(ids)
+
+
+def chat(text, *roles):
+    return {"messages": [{"role": role, "content": text} for role in roles]}
+
+
+def test_what_a_template_or_a_tokenizer_refuses_is_named_or_skipped(tmp_path):
+    class Picky(Chatty):
+        def encode(self, text, add_bos=False):
+            if "bad" in text:
+                raise TypeError("argument 'text': cannot be converted")
+            return super().encode(text)
+
+    rows = [chat("ok", "user", "assistant"), {"id": "f.jsonl:2", **chat("no", "assistant")}]
+    examples = Examples([*rows, {"id": "f.jsonl:3", "text": "bad"}], source="jsonl:f.jsonl")
+    arguments = {"seq_len": 16, "directory": tmp_path}
+    said = r"^jsonl:f\.jsonl, example f\.jsonl:2: roles must alternate$"
+    with pytest.raises(ValueError, match=said):
+        pack(examples, {"b": Picky()}, **arguments)
+    last = Examples([examples[2]], source="jsonl:f.jsonl")
+    with pytest.raises(ValueError, match=r"example f\.jsonl:3: argument 'text': cannot be"):
+        pack(last, {"b": Picky()}, **arguments)
+    packed = pack(examples, {"b": Picky()}, **arguments, on_error="skip")
+    assert packed.statistics["malformed"] == 2
+    assert packed.statistics["pieces"] == 1
+
+
+def test_a_row_that_cannot_be_read_is_skipped_where_that_is_asked_for(tmp_path):
+    class Lazy(list):
+        def __getitem__(self, index):
+            if index == 1:
+                raise ValueError("tfds x, row 1: 'text' is empty")
+            return super().__getitem__(index)
+
+    rows = Examples(Lazy(EXAMPLES[:3]), fingerprint="lazy")
+    packed = pack(rows, {"b": ByteTokenizer()}, seq_len=128, directory=tmp_path, on_error="skip")
+    assert (packed.statistics["malformed"], packed.statistics["documents"]) == (1, 2)
+
+
+def test_conversations_and_texts_of_one_source_are_each_treated_as_what_they_are(tmp_path):
+    rows = [{"text": f"{i} " * 30} for i in range(10, 18)]
+    rows += [chat("hi", "user", "assistant"), chat("a" * 40, "user", "assistant")] * 8
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    spec, sizes = f"jsonl:{path}", {"seq_len": 32}
+    packed = pack_splits(spec, {"m": Chatty()}, **sizes, directory=tmp_path / "one")
+    train = packed.splits["train"]
+    assert packed.chat
+    # Texts are cut, and only conversations that do not fit are left out.
+    inside = everything(train)["m"]["tokens"]
+    assert (inside == ord("1")).sum() == 8 * 30 + sum(
+        f"{i}".count("1") - 1 for i in range(10, 18)
+    ) * 30
+    assert train.statistics["too_long"] == 6
+    with pytest.raises(ValueError, match="'m' has no chat template"):
+        pack_splits(spec, {"m": ByteTokenizer()}, **sizes, directory=tmp_path / "bare")
+
+    class Other(Chatty):
+        fingerprint = "other"
+
+    said = r"rows of one form .* got train row 'rows.jsonl:9' with .*'rows.jsonl:1' without"
+    with pytest.raises(ValueError, match=said):
+        pack_splits(spec, {"m": Chatty(), "o": Other()}, **sizes, directory=tmp_path / "two")
 
 
 def test_a_row_too_short_for_a_character(tmp_path):

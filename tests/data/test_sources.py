@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from logitjax.data import load_examples
+from logitjax.data import load_examples, load_splits
 
 
 def write_rows(path, rows):
@@ -86,6 +86,11 @@ BAD = [
     ({"messages": []}, "not empty"),
     ({"messages": [{"role": "assistant"}]}, "'role' and 'content'"),
     ({"messages": [{"role": "user", "content": "x"}]}, "no message of role 'assistant'"),
+    (
+        {"text": "a\ud800"},
+        "'text': expected Unicode text, got half a surrogate pair at character 1",
+    ),
+    ({"messages": [{"role": "assistant", "content": "\ud800"}]}, "'content': expected Unicode"),
     (b'{"text": "\xff"}', "utf-8"),
     ('{"text": ' + "[" * 100_000, "nested 100001 deep"),
 ]
@@ -110,6 +115,35 @@ def test_a_malformed_row_is_reported_with_file_and_line(tmp_path, row, message):
     examples = load_examples(f"jsonl:{path}", on_error="skip")
     assert [e["text"] for e in examples] == ["first", "last"]
     assert examples.errors == 1
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + b'{"text": "first"}\n')
+    assert [e["text"] for e in load_examples(f"jsonl:{path}")] == ["first"]
+
+
+def test_a_slice_says_how_many_rows_its_source_skipped(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [{"text": str(i)} for i in range(9)] + ["{"])
+    examples = load_examples(f"jsonl:{path}", on_error="skip")
+    assert (examples[2:5].errors, len(examples[2:5])) == (1, 3)
+
+
+@pytest.mark.parametrize("own", [("validation",), ("test",), ("validation", "test"), ()])
+def test_a_split_of_ones_own_is_used_and_a_lacking_one_is_cut_from_the_training_rows(tmp_path, own):
+    write_rows(tmp_path / "train.jsonl", [{"text": f"t{i}"} for i in range(10)])
+    for name in own:
+        write_rows(tmp_path / f"{name}.jsonl", [{"text": name}])
+    (tmp_path / "test.md").write_text("notes are no split")
+    if "validation" not in own:
+        (tmp_path / "validation").mkdir()
+    found = {s: [e["text"] for e in rows] for s, rows in load_splits(f"jsonl:{tmp_path}").items()}
+    assert list(found) == ["train", "validation", "test"]
+    for name in ("validation", "test"):
+        assert (found[name] == [name]) == (name in own)
+    cut = [text for s in found.values() for text in s if text.startswith("t") and len(text) == 2]
+    assert cut == [f"t{i}" for i in range(10)]
+    assert len(found["train"]) == 10 - (2 - len(own))
 
 
 def test_columns_are_renamed(tmp_path):

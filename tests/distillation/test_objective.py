@@ -1,17 +1,27 @@
 """What a student minimises is the stated sum of dense losses, whatever part of it trains."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from flax import nnx
 
-from logitjax import distillation, losses, models
-from logitjax.distillation import Objective, loss_function, make_student, parse_terms
+from logitjax import data, distillation, losses, models, training
+from logitjax.distillation import (
+    Objective,
+    _distill,
+    loss_function,
+    make_student,
+    parse_terms,
+)
+from logitjax.distillation._corpus import Source
 from tests._compiled import compiled
 from tests._modules import call
+from tests.data._tokenizers import ByteTokenizer
 
 SHARES = (0.25, 0.75)
 RNG = np.random.default_rng(0)
@@ -270,3 +280,76 @@ def test_what_no_student_can_be_is_named():
         make_student(model, freeze="embedding", lora_rank=2)
     with pytest.raises(ValueError, match="a row for each of the student's 257 tokens, got 5"):
         make_student(model, head_basis=np.ones((5, 32)))
+
+
+def test_a_mean_over_no_label_is_no_point_of_a_curve():
+    """`metrics.jsonl` has null for it, and a finished run is read again from there."""
+    lines = [{"step": 1, "loss": None}, {"step": 2, "loss": 3.0}, {"step": 3}]
+    assert _distill._column(lines, "loss") == ((2, 3.0),)
+
+
+def test_scores_of_no_label_are_nan_and_not_the_best():
+    scorer = object.__new__(distillation.Scorer)
+    batch = {"pivot": {"tokens": TOKENS}}
+    scorer._corpus = types.SimpleNamespace(scored=lambda *_, **__: iter([batch]))
+    scorer._course, scorer._size, scorer._mesh = distillation.Course(), 2, None
+    scorer._frozen = {}
+    scorer._step = lambda *_: {"loss": (0.0, 0.0), "accuracy": (1.0, 2.0)}
+    found = scorer.scores({}, "test")
+    assert np.isnan(found["loss"])
+    assert np.isnan(found["perplexity"])
+    assert found["accuracy"] == 0.5
+
+
+def test_a_folder_belongs_to_one_student_corpus_objective_and_course(tmp_path):
+    def begin(weight=1.0, temperature=1.0, k=4, text="a", **course):
+        kernel = np.full((20, 3), weight, np.float32)
+        student = distillation.Student(
+            graphdef=None, trained={"model": {"up": kernel}}, frozen={"model": {"down": kernel}}
+        )
+        tokenizers = {"pivot": ByteTokenizer()}
+        rows = data.pack([{"text": text}], tokenizers, seq_len=5, directory=tmp_path / text)
+        names = {"pivot": "pivot", "source0": "pivot"}
+        packed = data.PackedSplits(
+            splits={"train": rows}, names=names, tokenizers=tokenizers, chat=False
+        )
+        identity = distillation.TeacherIdentity(
+            model="m", tokenizer="t", data=text, vocab_size=9, positions=4, k=k
+        )
+        cache = distillation.TeacherCache(tmp_path / f"{text}{k}", identity)
+        source = Source("pivot", packed, {"train": cache})
+        objective = Objective(
+            terms=parse_terms(["sft", "kl"]), teachers=(1.0,), teacher_temperature=temperature
+        )
+        corpus = distillation.Corpus(packed=packed, sources={"source0": source})
+        made_from = _distill._made_from(student, corpus, objective, distillation.Course(**course))
+        _distill._check_folder(made_from, epath.Path(tmp_path))
+
+    begin()
+    begin(eval_batch=8, tensorboard=True, loop=training.LoopOptions(log_every=1))
+    for changes, said in (
+        (dict(weight=2.0), "its student is"),
+        (dict(text="b"), "its text is .* its teachers.source0 is"),
+        (dict(k=5), "its teachers.source0 is"),
+        (dict(temperature=2.0), r"its objective\.teacher_temperature is 1.0, not 2.0"),
+        (dict(batch_size=8), r"its course\.batch_size is 4, not 8"),
+    ):
+        with pytest.raises(ValueError, match=f"distillation run .* does not fit: .*{said}"):
+            begin(**changes)
+
+
+def test_a_student_is_known_by_its_weights_and_by_what_of_it_moves():
+    def known(trained, frozen, **more):
+        names = {name: np.ones((20, 3), np.float32) for name in frozen}
+        student = distillation.Student(
+            graphdef=None, trained={"model": trained, **more}, frozen={"model": names}
+        )
+        return student.fingerprint
+
+    one = {"a": np.ones((20, 3), np.float32)}
+    first = known(one, ["b"])
+    assert known(one, ["b"]) == first
+    assert known({"b": one["a"]}, ["a"]) != first
+    # Adapters begin with random numbers, which only their shape decides.
+    adapted = [known(one, ["b"], lora={"q": np.full(4, x)}) for x in (0.0, 1.0)]
+    assert adapted[0] == adapted[1] != first

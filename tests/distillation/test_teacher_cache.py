@@ -4,8 +4,13 @@ import dataclasses
 
 import numpy as np
 import pytest
+from etils import epath
 
-from logitjax import distillation
+from logitjax import data, distillation
+from logitjax.distillation import _corpus
+from logitjax.distillation._teachers import Reader, cache_teacher
+from logitjax.storage import Manifest
+from tests.data._tokenizers import ByteTokenizer
 
 K, POSITIONS = 4, 6
 
@@ -186,6 +191,88 @@ def test_wrong_shapes_and_options_are_errors(tmp_path):
         identity(dtype="int8")
     with pytest.raises(ValueError, match="k: expected a number in"):
         identity(k=1001)
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    rows = [{"text": "three 3"[:6]} for _ in range(9)]
+    folder, tokenizers = tmp_path_factory.mktemp("packed"), {"pivot": ByteTokenizer()}
+    splits = {
+        name: data.pack(rows, tokenizers, seq_len=POSITIONS + 1, directory=folder / name)
+        for name in ("train", "test")
+    }
+    return data.PackedSplits(
+        splits=splits, names={"pivot": "pivot"}, tokenizers=tokenizers, chat=False
+    )
+
+
+def let_read(directory, packed, weights, *, k=K, **rows):
+    """The caches, and which rows the teacher was asked for."""
+    asked = []
+
+    def reader():
+        def read(columns, chunk):
+            asked.append(chunk)
+            top = ("values", "indices")
+            return {n: a[..., :k] if n in top else a for n, a in say(chunk).items()}
+
+        return Reader(tokenizer="tok", vocab_size=1000, read=read, weights=weights)
+
+    caches = cache_teacher(
+        "teacher",
+        reader,
+        columns="pivot",
+        packed=packed,
+        rows={name: np.arange(count) for name, count in rows.items()},
+        k=k,
+        batch_size=3,
+        directory=epath.Path(directory),
+    )
+    return caches, np.unique(np.concatenate([*asked, []])).tolist()
+
+
+def test_a_teacher_that_was_trained_since_does_not_read_the_rest(tmp_path, packed):
+    let_read(tmp_path, packed, "first", train=3)
+    with pytest.raises(ValueError, match="its weights is 'first', not 'second'"):
+        let_read(tmp_path, packed, "second", train=6)
+    with pytest.raises(ValueError, match="its weights is 'first', not 'second'"):
+        let_read(tmp_path, packed, "second", train=3, test=3)
+    caches, asked = let_read(tmp_path, packed, "first", train=6, test=3)
+    assert list(caches) == ["train", "test"]
+    assert asked == list(range(6))
+    # Where nothing is left to read, no teacher is loaded.
+    assert let_read(tmp_path, packed, "second", train=6)[1] == []
+
+
+def test_a_cache_that_does_not_know_its_teachers_weights_is_continued(tmp_path, packed):
+    let_read(tmp_path, packed, "", train=3)
+    assert "weights" not in Manifest(tmp_path / "train", "teacher cache").read()["made_from"]
+    caches, asked = let_read(tmp_path, packed, "some", train=6)
+    assert asked == [3, 4, 5]
+    assert caches["train"].identity.weights == ""
+    check_rows(caches["train"], range(6), tolerance=1e-2)
+
+
+def test_a_cache_that_does_not_fit_is_named_before_another_is_filled(tmp_path, packed):
+    let_read(tmp_path, packed, "a", test=3, k=2)
+    with pytest.raises(ValueError, match="its k is 2, not 4"):
+        let_read(tmp_path, packed, "a", train=3, test=3)
+    assert not (tmp_path / "train").exists()
+
+
+def test_teachers_that_may_be_refused_come_before_models_that_read(tmp_path, packed, monkeypatch):
+    """A second teacher's lacking rows, or server that is down, is said before the first reads."""
+    looked = []
+    monkeypatch.setattr(_corpus, "open_teacher_caches", lambda *_: looked.append("cache") or {})
+    monkeypatch.setattr(_corpus, "cache_teacher", lambda spec, *_, **__: looked.append(spec) or {})
+    teachers = ("tiny", "api:http://127.0.0.1:9", "tiny:1", "cache:DIR")
+    reading = distillation.Reading(data="text:FILE", teachers=teachers)
+    names = dict.fromkeys(("pivot", *reading.names), "pivot")
+    corpus = distillation.load_corpus(
+        reading, dataclasses.replace(packed, names=names), {}, epath.Path(tmp_path)
+    )
+    assert looked == ["cache", "api:http://127.0.0.1:9", "tiny", "tiny:1"]
+    assert tuple(corpus.sources) == reading.names
 
 
 def test_identity_tells_its_size():

@@ -16,7 +16,12 @@ import pytest
 
 from logitjax import training
 from logitjax.training._loop import NonFiniteError
-from logitjax.training._metrics import JsonlWriter, MetricAccumulator, MetricWriter
+from logitjax.training._metrics import (
+    JsonlWriter,
+    MetricAccumulator,
+    MetricWriter,
+    NullWriter,
+)
 from logitjax.training._state import TrainState
 from logitjax.training._step import StepOutput
 from tests.training import toy
@@ -331,6 +336,45 @@ def test_host_stays_one_step_ahead():
     )
     assert events.index(("read", 1)) > events.index(("dispatch", 2))
     assert events.index(("read", 2)) > events.index(("dispatch", 3))
+
+
+def test_metrics_are_on_disk_before_a_checkpoint_that_follows_them(tmp_path):
+    """A store that cannot append has no line before a flush; a killed run has no end."""
+    events = []
+
+    class Writer(NullWriter):
+        def write_scalars(self, step, scalars):
+            events.append(("write", step))
+
+        def flush(self):
+            events.append(("flush", None))
+
+    class Checkpointer(training.Checkpointer):
+        def __init__(self):
+            pass
+
+        def steps(self):
+            return []
+
+        def save(self, step, state, extra):
+            events.append(("save", step))
+
+        def wait(self):
+            events.append(("wait", None))
+
+    training.train_loop(
+        TrainState(np.int32(0), {}, {}, None),
+        lambda state, batch: (state, StepOutput({"loss": (1.0, 1.0)}, True)),
+        lambda step: step,
+        total_steps=4,
+        checkpointer=Checkpointer(),
+        writer=Writer(),
+        options=training.LoopOptions(log_every=1, checkpoint_every=2),
+    )
+    for place, (kind, _) in enumerate(events):
+        if kind in ("save", "wait"):
+            since = [name for name, _ in events[:place] if name in ("write", "flush")]
+            assert since[-1] == "flush"
 
 
 @pytest.mark.parametrize("count", [1, 3])
