@@ -122,6 +122,7 @@ def test_wrong_names_and_numbers_are_refused():
 
 
 @pytest.mark.every_change
+@pytest.mark.slow
 def test_one_teacher_learns_from_the_rows_of_two(tmp_path):
     sources = {"own": ("smollm2",), "other": ("tiny",), "both": ("smollm2", "tiny")}
     rows = {}

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from logitjax import losses, ops
 from tests._compiled import compiled
+from tests._marks import EVERY_CHANGE
 
 BATCH, LENGTH, HIDDEN, VOCAB = 4, 6, 8, 4 * 50
 BLOCKS = losses.Blocks(vocab=24, tokens=4)
@@ -130,7 +131,7 @@ def _vocabulary_parallel(form, check_vma):
     )
 
 
-@pytest.mark.parametrize("form", ["everything", "every_scalar"])
+@pytest.mark.parametrize("form", ["everything", pytest.param("every_scalar", marks=EVERY_CHANGE)])
 def test_vocabulary_parallel_equals_local(form):
     run = jax.jit(jax.value_and_grad(_vocabulary_parallel(form, True), (0, 1)))
     _close(run(*ARGUMENTS), _expected(form))

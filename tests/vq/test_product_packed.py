@@ -13,6 +13,7 @@ from logitjax import losses, vq
 from logitjax.vq import _product_codes
 from logitjax.vq._product_codes import PackedCodes
 from tests._compiled import compiled
+from tests._marks import EVERY_CHANGE
 from tests._modules import call
 
 pack_codes, unpack = compiled(_product_codes.pack_codes), compiled(_product_codes.unpack_codes)
@@ -147,7 +148,9 @@ def test_packing_is_traceable():
     np.testing.assert_array_equal(pack_codes(codes), _product_codes.pack_codes(codes))
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    "kind", [AxisType.Auto, pytest.param(AxisType.Explicit, marks=EVERY_CHANGE)]
+)
 def test_positions_may_be_split_over_a_mesh(kind):
     hidden, codebooks, chosen, bias = _setup(positions=8)
     codes = vq.ProductCodes(codebooks, chosen, bias)
