@@ -1,7 +1,6 @@
 """What the few-shot experiment learns from: features of two encoders, and names of classes."""
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from experiments.few_shot import synsets as few_shot_synsets
 from experiments.few_shot.config import Config
 from experiments.few_shot.sources import Source, source_of
 from logitjax import data, few_shot, vision
+from logitjax.commands.extract_features import slug
 
 # Of a class, for samples of 16 and 4 to validate on: enough that two samples differ.
 _PER_CLASS = "per_class:32"
@@ -71,9 +71,9 @@ def load_task(config: Config, spec: str) -> Task:
                 encoder,
                 images,
                 epath.Path(config.features)
-                / _slug(place)
-                / _slug(encoder.name)
-                / f"{_slug(split)}_{_slug(views)}",
+                / slug(place)
+                / slug(encoder.name)
+                / f"{slug(split)}_{slug(views)}",
                 views=few_shot.encoder_views(encoder, views, fit=source.fit),
                 rows=chosen,
                 batch_size=config.encode_batch,
@@ -118,10 +118,6 @@ def load_task(config: Config, spec: str) -> Task:
         scale=source.scale,
         shifted={key: held_out(*place) for key, place in source.shifted.items()},
     )
-
-
-def _slug(text: str) -> str:
-    return re.sub(r"\W+", "_", text).strip("_")
 
 
 def _class_weights(

@@ -20,8 +20,14 @@ _METHODS = (
 ALL = "+all"
 # Middle of the grid of learning rates of `report`: ten times less where all weights are trained,
 # more where the loss on what is to be forgotten has a small weight or fades.
-_MIDDLE = dict.fromkeys(("simnpo", "idk_dpo", "undial", "satimp"), 1e-2)
-_MIDDLE |= {"difference": 5e-3, "rmu": 3e-3}
+_MIDDLE = {
+    "difference": 5e-3,
+    "idk_dpo": 1e-2,
+    "rmu": 3e-3,
+    "satimp": 1e-2,
+    "simnpo": 1e-2,
+    "undial": 1e-2,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

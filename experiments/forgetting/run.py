@@ -212,7 +212,10 @@ class Run:
                 graphdef, jax.tree.map(lambda leaf: leaf.astype(np.float32), weights)
             )
         before = self.workdir / "trials" / "before.json"
-        return unlearning.Unlearning(target, self.questions, settings, folder, before=before)
+        # Who is merged anew at every start is not the same everywhere to the last bit.
+        return unlearning.Unlearning(
+            target, self.questions, settings, folder, before=before, identity="target"
+        )
 
 
 def standing(candidate: Mapping[str, Any], *, chosen: bool) -> tuple[bool, bool, float]:

@@ -25,7 +25,6 @@ from etils import epath
 from logitjax import data, few_shot, processes, vision
 from logitjax.commands.cli import field
 from logitjax.commands.tables import markdown_table
-from logitjax.storage import digest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,7 +71,7 @@ def run(config: Config, workdir: epath.Path) -> None:
                 for kind in config.views
             }
             for kind, views in kinds.items():
-                directory = workdir / _slug(spec) / f"{_slug(split)}_{_slug(kind)}"
+                directory = workdir / slug(spec) / f"{slug(split)}_{slug(kind)}"
                 start = time.perf_counter()
                 cache = few_shot.extract_features(
                     encoder,
@@ -89,7 +88,7 @@ def run(config: Config, workdir: epath.Path) -> None:
                 files = directory.glob("*.array_record")
                 table.append(
                     {
-                        "cache": f"{_slug(spec)}/{directory.name}",
+                        "cache": f"{slug(spec)}/{directory.name}",
                         "pictures": len(rows),
                         "views": views.count,
                         "features": encoder.num_features,
@@ -105,7 +104,8 @@ def run(config: Config, workdir: epath.Path) -> None:
         print(text)
 
 
-def _slug(text: str) -> str:
+def slug(text: str) -> str:
     """Part of a folder's name; other slices of a split have other ones."""
-    name = re.sub(r"\W+", "_", text).strip("_")
-    return f"{name}_{digest(text, length=6)}" if "[" in text else name
+    spelt = text.replace(":", "_to_") if "[" in text else text
+    spelt = spelt.replace("%", "pct").replace("[-", "[minus").replace("_to_-", "_to_minus")
+    return re.sub(r"\W+", "_", spelt).strip("_")

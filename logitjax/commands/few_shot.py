@@ -30,7 +30,6 @@ docs/few_shot.md.
 import dataclasses
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -41,6 +40,7 @@ from etils import epath
 from logitjax import data, few_shot, processes, storage, vision
 from logitjax.commands import figures
 from logitjax.commands.cli import field
+from logitjax.commands.extract_features import slug
 from logitjax.commands.tables import markdown_table
 
 
@@ -127,11 +127,13 @@ class Problem:
         config: What was asked for.
         pictures: What samples are drawn from.
         test: Pictures to test on; what a sample leaves if None.
+        made_of: Digests of what the pictures and the classifier are read from.
     """
 
     config: Config
     pictures: few_shot.Pictures
     test: few_shot.Pictures | None
+    made_of: Mapping[str, str | None]
 
     def sample(self, shots: int, number: int) -> Any:
         return self.pictures.sample(
@@ -199,15 +201,11 @@ def _run(problem: Problem, out: epath.Path) -> None:
     config, most = problem.config, max(problem.config.shots)
     chosen, left_out = _methods(problem)
     # What is in the folder was made of these pictures.
-    manifest = storage.Manifest(out / "results", "results")
-    made_from = {
-        name: None if side is None else storage.digest(dataclasses.asdict(side), length=12)
-        for name, side in (("pictures", problem.pictures), ("test", problem.test))
-    }
+    manifest = storage.Manifest(out, "few-shot run")
     if manifest.exists():
-        manifest.check(made_from)
+        manifest.check(problem.made_of)
     else:
-        manifest.write(made_from)
+        manifest.write(problem.made_of)
     records: dict[str, dict[int, Any]] = {name: {} for name in chosen}
     for name, candidate in chosen.items():
         for shots in sorted(config.shots):
@@ -242,11 +240,29 @@ def _read(config: Config) -> Problem:
 
     assert config.features is not None
     pictures = read(config.features)
+    test = config.test_features
     return Problem(
         config=config,
         pictures=pictures,
-        test=None if config.test_features is None else read(config.test_features),
+        test=None if test is None else read(test),
+        made_of={
+            "pictures": _digest(config.features.split(",")),
+            "test": None if test is None else _digest(test.split(",")),
+            "class_weights": _digest([config.class_weights]),
+        },
     )
+
+
+def _digest(places: Sequence[Any]) -> str:
+    """Of files, and of the pictures and encoders of caches: features differ by the machine."""
+    found: list[Any] = []
+    for place in map(epath.Path, places):
+        if place.is_dir():
+            cache = few_shot.FeatureCache(place)
+            found.append((cache.identity, np.asarray(cache.row_numbers)))
+        else:
+            found.append(place)
+    return storage.digest(*found, length=12)
 
 
 def _encode(config: Config, out: epath.Path) -> Problem:
@@ -267,6 +283,10 @@ def _encode(config: Config, out: epath.Path) -> Problem:
         # What comes before it is what ProLIP reads; `read_pictures` makes the features of it.
         encoders[0], specs[0] = first.before_projection(), f"{specs[0]} hidden"
 
+    made_of: dict[str, str | None] = {"pictures": None, "test": None}
+    if config.class_weights is not None:
+        made_of["class_weights"] = _digest([config.class_weights])
+
     def encode(
         split: str, chosen: str, kinds: Sequence[str], weights: Any = None
     ) -> few_shot.Pictures:
@@ -279,11 +299,11 @@ def _encode(config: Config, out: epath.Path) -> Problem:
             caches.append([])
             for spec, encoder in zip(specs, encoders):
                 views = few_shot.encoder_views(encoder, kind, fit=config.fit, seed=config.seed)
-                directory = _slug(split if kind == "plain" else f"{split} {kind}")
+                directory = slug(split if kind == "plain" else f"{split} {kind}")
                 cache = few_shot.extract_features(
                     encoder,
                     images,
-                    out / "features" / _slug(spec) / directory,
+                    out / "features" / slug(spec) / directory,
                     views=views,
                     rows=rows,
                     batch_size=config.batch_size,
@@ -291,6 +311,8 @@ def _encode(config: Config, out: epath.Path) -> Problem:
                 )
                 caches[-1].append(cache.directory)
         processes.barrier(f"features of {split}")
+        part = "pictures" if made_of["pictures"] is None else "test"
+        made_of[part] = _digest([directory for kind in caches for directory in kind])
         plain, *others = caches
         return few_shot.read_pictures(
             *plain,
@@ -327,7 +349,7 @@ def _encode(config: Config, out: epath.Path) -> Problem:
     test = None
     if test_split is not None:
         test = encode(test_split, "all", ("plain",), pictures.class_weights)
-    return Problem(config=config, pictures=pictures, test=test)
+    return Problem(config=config, pictures=pictures, test=test, made_of=made_of)
 
 
 def _splits(config: Config) -> tuple[str, str | None]:
@@ -338,8 +360,9 @@ def _splits(config: Config) -> tuple[str, str | None]:
         root = epath.Path(place).expanduser()
         parted = (root / "train").is_dir() and (root / "test").is_dir()
     split = config.split or ("train" if parted else "all")
-    test = config.test_split or ("test" if parted and split.partition("[")[0] != "test" else None)
-    return split, test
+    # Of a source that is read from elsewhere nobody knows which splits it has.
+    known = config.split is None or (kind == "folder" and split.partition("[")[0] == "train")
+    return split, config.test_split or ("test" if parted and known else None)
 
 
 def _class_weights(config: Config, encoder: vision.Encoder, class_names: Sequence[str]) -> Any:
@@ -352,12 +375,6 @@ def _class_weights(config: Config, encoder: vision.Encoder, class_names: Sequenc
         )
     words = [name.replace("_", " ") for name in class_names]
     return np.asarray(vision.zero_shot_classifier(encoder, words, config.prompts))
-
-
-def _slug(text: str) -> str:
-    """Part of a folder's name; other slices of a split have other ones."""
-    name = re.sub(r"\W+", "_", text).strip("_")
-    return f"{name}_{storage.digest(text, length=6)}" if "[" in text else name
 
 
 def _methods(problem: Problem) -> tuple[dict[str, few_shot.Candidate], dict[str, str]]:

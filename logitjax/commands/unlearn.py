@@ -38,7 +38,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from logitjax import data, models, storage, unlearning
+from logitjax import data, fusion, models, storage, unlearning
 from logitjax.commands.cli import REQUIRED, field
 from logitjax.commands.tables import markdown_table, text_cell
 
@@ -171,7 +171,7 @@ def run(config: Config, out: epath.Path) -> None:
     reference = None
     if config.reference is not None:
         reference, theirs = models.load(config.reference, dtype=config.dtype, layout="listed")
-        if theirs.fingerprint != tokenizer.fingerprint:
+        if not fusion.vocabulary_map(tokenizer, theirs).is_identity:
             raise ValueError(
                 f"reference: expected a model with the tokenizer of {config.model}, got "
                 f"{config.reference}"
@@ -265,7 +265,7 @@ def _verdict(config: Config, sizes: tuple[int, int], found: Any) -> str:
     ways += [
         name
         for name, measured in after["attacks"].items()
-        if "share" in measured and name in control
+        if "share" in measured and name in control and not name.startswith("member")
         if 2 * measured["share"] > before["attacks"][name]["share"] + control[name]["share"]
         if measured["share"] > control[name]["share"]
     ]
@@ -294,9 +294,10 @@ def _told_apart(
 ) -> list[str]:
     """Attacks that tell rows to forget from the holdout: beyond chance, and beyond a control.
 
-    By the standard deviation of the AUC of equal distributions, sqrt((m + n + 1) / (12 m n)).
+    By the standard deviation of the AUC of equal distributions, sqrt((m + n + 1) / (12 m n)), as of
+    the fewest rows that any of them asks.
     """
-    m, n = sizes
+    m, n = (min(size, unlearning.Questions.costly) for size in sizes)
     if not n:
         return []
     chance = 1.96 * math.sqrt((m + n + 1) / (12 * m * n))

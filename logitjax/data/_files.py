@@ -81,14 +81,14 @@ def held_out_splits(path: str, suffixes: tuple[str, ...]) -> set[str]:
     root = epath.Path(path).expanduser()
     if not path or not root.is_dir():
         return set()
-    places = [place for place in root.iterdir() if _held_out(place, root)]
-    return {
-        place.name.partition(".")[0]
-        for place in places
+    found = set()
+    for name in _HELD_OUT:
+        files = [root / (name + suffix) for suffix in suffixes]
         # A folder `test` of something else is no split.
-        for file in (_walk(place) if place.is_dir() else [place])
-        if file.name.endswith(suffixes)
-    }
+        inside = _walk(root / name) if (root / name).is_dir() else iter(())
+        if any(file.exists() for file in files) or any(f.name.endswith(suffixes) for f in inside):
+            found.add(name)
+    return found
 
 
 def _no_split(spec: str, name: str) -> str:

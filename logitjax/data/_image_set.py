@@ -211,6 +211,7 @@ def _splits_in(root: epath.Path) -> list[str]:
     found = []
     for name in ("train", "val", "valid", "validation", "test"):
         inside = list((root / name).iterdir()) if (root / name).is_dir() else []
+        inside = [path for path in inside if not path.name.startswith(".")]
         if any(path.is_dir() for path in inside) and all(path.is_dir() for path in inside):
             found.append(name)
     return found

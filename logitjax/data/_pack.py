@@ -179,7 +179,7 @@ def pack(
 
 
 def _nothing_left(source: str, seq_len: int, statistics: Mapping[str, int]) -> str:
-    if statistics["too_long"] == statistics["documents"]:
+    if statistics["documents"] and statistics["too_long"] == statistics["documents"]:
         return f"{source}: every document is longer than seq_len={seq_len}"
     return (
         f"{source}: expected something to learn, got none: {statistics['too_long']} documents are "

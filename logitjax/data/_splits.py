@@ -22,7 +22,8 @@ def load_splits(spec: str, *, on_error: Literal["raise", "skip"] = "raise") -> d
     """Training, validation and test examples of a source.
 
     The source's own splits where it has them; for each of validation and test that it lacks, a
-    tenth is held out from the end of the training examples, the test examples last.
+    tenth is held out from the end of the training examples, the test examples last. Data of tfds
+    have to have all three.
 
     Args:
         spec: As for `load_examples`, without a split.

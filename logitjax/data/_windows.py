@@ -47,7 +47,8 @@ def token_windows(
     while begin < longest:
         for i in range(len(examples)):
             if "text" not in examples[i]:
-                raise ValueError(f"data: expected documents with a text, got {sorted(examples[i])}")
+                said = getattr(examples, "source", "examples")
+                raise ValueError(f"{said}: expected a text, got {sorted(examples[i])}")
             tokens = encode(examples[i]["text"])
             longest = max(longest, len(tokens))
             window = np.asarray([*start, *tokens[begin : begin + part]], np.int32)

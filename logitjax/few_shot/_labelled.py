@@ -286,8 +286,7 @@ def read_pictures(
         "scale": fixed if scale is None else scale,
         "class_names": tuple(class_names) or names,
     }
-    with guard.naming(epath.Path(features), "encoded pictures"):
-        plain, *others = (Pictures(**view, **classifier) for view in encoded)
+    plain, *others = (Pictures(**view, **classifier) for view in encoded)
     return dataclasses.replace(plain, views=tuple(others))
 
 
@@ -348,6 +347,9 @@ def _read_arrays(
         if missing:
             there = ", ".join(sorted(found)[:5]) or "nothing"
             raise ValueError(f"{missing[0]}: expected an array of that name, got {there}")
+        for name in ("features", "hidden"):
+            if name in found:
+                _finite(found[name], name, 2)
     return {name: found[name] for name in (*required, *optional) if name in found}
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from absl import logging
@@ -29,8 +29,6 @@ _LANGUAGES = (
 )
 # Questions and answers that come before one, and so how much longer its row may be.
 _SHOTS = 4
-# Rows of a part that are attacked in costly ways.
-_COSTLY = 40
 # Other ways to ask, which are longer, and how much longer they may be.
 _WAYS = {"role": 2, "prefilled": 2, "language": 2, "few_shot": _SHOTS + 1}
 _PARTS = ("forget", "reworded", "reworded_test", "train", "validation", "test", "holdout")
@@ -64,6 +62,8 @@ class Questions:
     max_length: int
     new_tokens: int
     batch_size: int
+    # Rows of a part that are attacked in costly ways.
+    costly: ClassVar[int] = 40
 
     @classmethod
     def of(
@@ -273,7 +273,7 @@ class Questions:
 
 def _evenly(rows: Sequence[Any]) -> Sequence[Any]:
     """Rows for attacks of which there are many, or which take seconds for each."""
-    count = min(len(rows), _COSTLY)
+    count = min(len(rows), Questions.costly)
     return [rows[i * len(rows) // count] for i in range(count)]
 
 

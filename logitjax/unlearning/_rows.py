@@ -128,7 +128,7 @@ def _row(raw: Any) -> Row:
     if raw.get("group") is not None:
         more["group"] = str(raw["group"])
     paraphrases = raw.get("paraphrases")
-    if paraphrases is not None:
+    if paraphrases not in (None, ""):
         if not isinstance(paraphrases, list):
             raise ValueError(f"paraphrases: expected a list of text, got {paraphrases!r}")
         more["paraphrases"] = tuple(_text(other, "paraphrases") for other in paraphrases)
@@ -160,6 +160,8 @@ def _conversation(messages: Any) -> dict[str, Any]:
     fit = all(isinstance(turn, dict) and isinstance(turn.get("role"), str) for turn in turns)
     if not fit or len(turns) < 2 or turns[-1]["role"] != "assistant":
         raise ValueError("messages: expected turns of role and content, the last by the assistant")
+    # A system that says nothing is none.
+    turns = [turn for turn in turns if turn["role"] != "system" or turn.get("content") != ""]
     said = [_text(turn.get("content"), f"messages: content of {turn['role']}") for turn in turns]
     before = tuple({"role": turn["role"], "content": text} for turn, text in zip(turns, said[:-1]))
     return {"messages": before, "answer": said[-1]}

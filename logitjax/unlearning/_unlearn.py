@@ -86,6 +86,8 @@ class Unlearning:
         `adapter` or `model`.
       base: Name of the model, which is written beside the adapters.
       reference: A model that never knew what is forgotten, as a control for attacks.
+      identity: What the model is known by, where its weights are computed and not the same to the
+        last bit everywhere; a digest of them if None. A folder of another model is refused.
       before: File of what the model says of rows that settings are chosen by, which runs of one
         model and its questions may share; in the folder if None.
 
@@ -105,6 +107,7 @@ class Unlearning:
         base: str = "",
         reference: Decoder | None = None,
         before: epath.Path | None = None,
+        identity: str | None = None,
     ):
         layers = model.config.num_layers
         if config.method == "difference" and config.layers >= layers:
@@ -125,7 +128,7 @@ class Unlearning:
                 "False, and a method that trains weights"
             )
         self.model, self.questions, self.config = model, questions, config
-        self.directory, self.base = directory, base
+        self.directory, self.base, self._identity = directory, base, identity
         self._before_file = before or directory / "candidates" / "before.json"
         self._reference = None if reference is None else Deployed(model=reference)
 
@@ -210,11 +213,16 @@ class Unlearning:
     def _check_folder(self) -> None:
         """What is in the folder was made of these rows, this text and this model."""
         questions, manifest = self.questions, Manifest(self.directory, "unlearning run")
-        weights = nnx.to_pure_dict(nnx.state(self.model, nnx.Param))
+        tokenizer, model = questions.tokenizer, self._identity
+        if model is None:
+            weights = nnx.to_pure_dict(nnx.state(self.model, nnx.Param))
+            model = digest(weights, sample=64, length=12)
+        # Not the encoded rows: a chat template may say what day it is.
+        asked = questions.rows, tokenizer.fingerprint, tokenizer.chat_template
         made_from = {
-            "rows": digest(questions.encoded, length=12),
+            "rows": digest(*asked, length=12),
             "text": digest(questions.texts, length=12),
-            "model": digest(weights, sample=64, length=12),
+            "model": model,
         }
         if manifest.exists():
             manifest.check(made_from)

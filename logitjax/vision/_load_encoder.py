@@ -389,7 +389,8 @@ def _preprocessing(path: epath.Path, default: Preprocessing) -> Preprocessing:
         resize = int(scaled / share) if fit == "crop" else scaled
     elif scaled and cut and content.get("do_center_crop", True):
         size, resize, fit = cut, max(scaled, cut), "crop"
-        if scaled > cut and "height" in (said := content["size"]) and isinstance(said, Mapping):
+        said = content["size"]
+        if scaled > cut and isinstance(said, Mapping) and "height" in said:
             raise ValueError(
                 f"{file}: size: expected shortest_edge beside a crop_size that is smaller, got "
                 f"{said}"

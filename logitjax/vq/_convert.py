@@ -225,7 +225,9 @@ def convert_head(
             f"{config.num_codes}"
         )
     if config.num_pages and (old.soft_cap is not None or old.bias is not None):
-        raise ValueError("num_pages: a shortlist's rows have no soft cap and no bias, as this head")
+        raise ValueError(
+            f"num_pages: expected 0 for a head with a soft cap or biases, got {config.num_pages}"
+        )
     with processes.first_before_others("hidden states"):
         cache = HiddenCache.of(
             model, batches, root / "hidden", max_tokens=config.max_tokens, source=source

@@ -60,7 +60,7 @@ def test_own_features_give_a_report_and_the_head_of_the_python_interface(tmp_pat
     command.run(config, out)
     # And is not shown for other pictures.
     write_features(tmp_path, count=76)
-    with pytest.raises(ValueError, match=r"results .* does not fit: its pictures is"):
+    with pytest.raises(ValueError, match=r"few-shot run .* does not fit: its pictures is"):
         command.run(config, out)
 
 

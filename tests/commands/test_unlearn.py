@@ -150,6 +150,13 @@ def test_a_verdict_takes_every_attack_into_account():
 
     assert "Not distinguishable" in verdict(found())
     assert "Not distinguishable" in verdict(found(auc=0.6))
+    assert "Not distinguishable" in unlearn._verdict(flags, (4000, 4000), found(auc=0.6))
+    # Who is found is not brought back.
+    record = found()
+    for side, share in (("before", 1.0), ("after", 0.9), ("control", 0.05)):
+        members = {"members found by loss, 5 % false": {"share": share}}
+        getattr(record, side)["attacks"] = getattr(record, side)["attacks"] | members
+    assert "Not distinguishable" in verdict(record)
     # On either side of a guess, but only beyond what is told of a control.
     for auc in (0.9, 0.1):
         record = found(auc=auc)

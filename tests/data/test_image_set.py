@@ -50,6 +50,7 @@ def test_splits_are_not_taken_for_classes(tmp_path):
     for split in ("train", "val"):
         for name in ("cat", "dog", ".ipynb_checkpoints"):
             save(tmp_path / split / name / "one.png")
+        (tmp_path / split / ".DS_Store").write_bytes(b"")
     with pytest.raises(ValueError, match="split: expected one of train, val, which"):
         data.load_image_set(f"folder:{tmp_path}")
     found = data.load_image_set(f"folder:{tmp_path}", split="val")

@@ -25,7 +25,14 @@ def test_every_form_of_a_row_is_read_once(tmp_path):
     rows = [
         {"question": "Who?", "answer": "Ada.", "paraphrases": ["Who is it?"], "group": 7},
         {"prompt": "2 + 2 = ", "completion": "4"},
-        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]},
+        {
+            "messages": [
+                {"role": "system", "content": ""},
+                {"role": "user", "content": "Hi"},
+                {"role": "assistant", "content": "Ho"},
+            ],
+            "paraphrases": "",
+        },
         {"text": "Ada  was here."},
         {"text": "ada was here."},
     ]
@@ -34,6 +41,7 @@ def test_every_form_of_a_row_is_read_once(tmp_path):
     first, second, third, fourth = read_rows(path)
     assert (first.question, first.group, first.paraphrases) == ("Who?", "7", ("Who is it?",))
     assert (second.prompt, second.answer, third.answer) == ("2 + 2 = ", "4", "Ho")
+    assert [turn["role"] for turn in third.messages] == ["user"]
     assert not fourth.asks
     assert first.asked("Which?").question == "Which?"
 

@@ -113,6 +113,7 @@ def test_what_the_files_say_of_pictures_is_kept(tmp_path):
         ({"image_processor_type": "ConvNextImageProcessorFast", "size": {"shortest_edge": 384},
           "crop_pct": 0.875}, (384, 384, "squash")),
         ({"size": {"height": 48, "width": 48}}, (48, 48, "squash")),
+        ({"size": 256, "crop_size": 224}, (224, 256, "crop")),
     ],
 )  # fmt: skip
 def test_pictures_are_scaled_as_the_processor_does(tmp_path, said, made):

@@ -343,7 +343,7 @@ def test_a_shortlist_scores_by_the_rows_of_an_untied_head(tmp_path):
             dataclasses.replace(CONFIG, logits_softcap=5.0), rngs=nnx.Rngs(0), layout="listed"
         )
     )
-    with pytest.raises(ValueError, match="num_pages: a shortlist's rows have no soft cap"):
+    with pytest.raises(ValueError, match="num_pages: expected 0 for a head with a soft cap"):
         vq.convert_head(capped, iter(()), workdir=tmp_path / "two", config=options)
     many = dataclasses.replace(options, num_codes=VOCAB + 1)
     with pytest.raises(ValueError, match="num_codes: expected at most the vocabulary of 96"):
