@@ -70,9 +70,9 @@ def sharded(name):
     return jax.jit(run).lower(*args).compile(), args
 
 
-# These two take seconds to compile.
+# These take seconds to compile.
 LARGE_PROGRAMS = {
-    name: [pytest.mark.slow, pytest.mark.every_change] for name in ("project", "joint")
+    name: [pytest.mark.slow, pytest.mark.every_change] for name in ("newton", "project", "joint")
 }
 
 

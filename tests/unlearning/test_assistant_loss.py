@@ -123,6 +123,8 @@ def test_loss_is_that_of_logits(uniform, relative):
     np.testing.assert_allclose(loss, forget + 5.0 * retain, rtol=1e-4)
 
 
+@pytest.mark.every_change
+@pytest.mark.slow
 def test_a_soft_capped_model_is_unlearned_by_its_capped_logits():
     model = target(logits_softcap=2.0, num_layers=2)
     assistant = Assistant.init(model, 1, rank=4, key=jax.random.key(0))
