@@ -2,6 +2,7 @@ import itertools
 import json
 import threading
 import time
+import traceback
 
 import numpy as np
 import pytest
@@ -218,15 +219,14 @@ def test_what_a_template_or_a_tokenizer_refuses_is_named_or_skipped(tmp_path):
 
 def test_a_row_that_cannot_be_read_is_skipped_where_that_is_asked_for(tmp_path):
     class Lazy(list):
-        broken = False  # at first: who checks types looks at any row
-
         def __getitem__(self, index):
-            if index == 1 and self.broken:
+            # Who checks types looks at any row too.
+            reads = any(f.name == "_readable" for f in traceback.extract_stack(limit=5))
+            if index == 1 and reads:
                 raise ValueError("tfds x, row 1: 'text' is empty")
             return super().__getitem__(index)
 
     rows = Examples(Lazy(EXAMPLES[:3]), fingerprint="lazy")
-    Lazy.broken = True
     packed = pack(rows, {"b": ByteTokenizer()}, seq_len=128, directory=tmp_path, on_error="skip")
     assert (packed.statistics["malformed"], packed.statistics["documents"]) == (1, 2)
 
