@@ -22,6 +22,7 @@ from logitjax.vision._conv_features import alexnet_features, vgg16_features
 from logitjax.vision._convnext import ConvNeXt
 from logitjax.vision._encoder import Encoder
 from logitjax.vision._preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing
+from logitjax.vision._processor_files import open_clip_preprocessing, processor_preprocessing
 from logitjax.vision._resnet import ResNet
 from logitjax.vision._timm import timm_preprocessing, timm_vit
 from logitjax.vision._torch_layout import blank, fill_weights, torch_name, torch_names, weight_paths
@@ -163,7 +164,7 @@ def _from_path(spec: str, tokenizer: str | None, dtype: Any) -> Encoder:
         if any(_DEPTHWISE.search(name) for name in bare):
             return _convnext(spec, path, weights, settings, dtype)
         if "embedder.embedder.convolution.weight" in bare:
-            made = _preprocessing(path, _IMAGENET)
+            made = processor_preprocessing(path, _IMAGENET)
             if settings.get("downsample_in_bottleneck"):
                 raise ValueError("downsample_in_bottleneck: expected false, got true")
             return _resnet(spec, resnet_names(weights), made, dtype)
@@ -274,7 +275,7 @@ def _clip(
     size = config.image_size
     made = Preprocessing(size=size, resize=size, mean=CLIP_MEAN, std=CLIP_STD)
     said = settings.get("preprocess_cfg")
-    made = _open_clip_preprocessing(made, said) if said else _preprocessing(path, made)
+    made = open_clip_preprocessing(made, said) if said else processor_preprocessing(path, made)
     found: CLIPTokenizer | None = None
     if tokenizer is not None:
         found = load_clip_tokenizer(tokenizer, config.context_length)
@@ -307,7 +308,7 @@ def _siglip(
     if place.is_dir() and (place / "tokenizer.json").exists():
         found = SigLIPTokenizer(load_tokenizer(os.fspath(place)), config.context_length)
     size = config.vision.image_size
-    made = _preprocessing(path, dataclasses.replace(_HALVES, size=size, resize=size))
+    made = processor_preprocessing(path, dataclasses.replace(_HALVES, size=size, resize=size))
     return Encoder(name, model, made, num_features=config.embed_dim, tokenizer=found, dtype=dtype)
 
 
@@ -333,7 +334,7 @@ def _vision_transformer(
         name,
         lambda: ViT(config, dtype=dtype, rngs=nnx.Rngs(0)),
         named,
-        _preprocessing(path, default),
+        processor_preprocessing(path, default),
         dtype,
     )
 
@@ -344,7 +345,7 @@ def _convnext(
     named = convnext_names(weights)
     config = convnext_config(named, settings)
     timm = "pretrained_cfg" in settings
-    made = timm_preprocessing(settings) if timm else _preprocessing(path, _IMAGENET)
+    made = timm_preprocessing(settings) if timm else processor_preprocessing(path, _IMAGENET)
     return _with_head(
         name, lambda: ConvNeXt(config, dtype=dtype, rngs=nnx.Rngs(0)), named, made, dtype
     )
@@ -365,71 +366,6 @@ def _with_head(
     else:
         _filled(model, {k: v for k, v in named.items() if not k.startswith("fc.")})
     return Encoder(name, model, made, num_features=features, num_classes=classes, dtype=dtype)
-
-
-def _preprocessing(path: epath.Path, default: Preprocessing) -> Preprocessing:
-    """What transformers' ``preprocessor_config.json`` says, and the family's where it does not."""
-    file = path / "preprocessor_config.json"
-    if not path.is_dir() or not file.exists():
-        return default
-    content = read_json(file, form=dict)
-
-    def side(value: Any) -> int | None:
-        if isinstance(value, Mapping):
-            value = value.get("height") or value.get("shortest_edge")
-        return int(value) if value else None
-
-    scaled, cut = side(content.get("size")), side(content.get("crop_size"))
-    size, resize, fit = default.size, default.resize, default.fit
-    processor = f"{content.get('image_processor_type')} {content.get('feature_extractor_type')}"
-    if "convnext" in processor.lower() and scaled:
-        # Smaller pictures are cut out of larger ones, larger ones lose their proportions.
-        share = content.get("crop_pct") or 224 / 256
-        size, fit = scaled, "crop" if scaled < 384 else "squash"
-        resize = int(scaled / share) if fit == "crop" else scaled
-    elif scaled and cut and content.get("do_center_crop", True):
-        size, resize, fit = cut, max(scaled, cut), "crop"
-        said = content["size"]
-        if scaled > cut and isinstance(said, Mapping) and "height" in said:
-            raise ValueError(
-                f"{file}: size: expected shortest_edge beside a crop_size that is smaller, got "
-                f"{said}"
-            )
-    elif scaled:
-        size, resize, fit = scaled, scaled, "squash"
-    known: dict[Any, Any] = {2: "bilinear", 3: "bicubic"}
-    mean: Any = tuple(content.get("image_mean") or default.mean)
-    std: Any = tuple(content.get("image_std") or default.std)
-    return Preprocessing(
-        size=size,
-        resize=resize,
-        mean=mean,
-        std=std,
-        interpolation=known.get(content.get("resample"), default.interpolation),
-        fit=fit,
-    )
-
-
-def _open_clip_preprocessing(default: Preprocessing, said: Mapping[str, Any]) -> Preprocessing:
-    """What open_clip's ``preprocess_cfg`` says, and OpenAI's where it does not.
-
-    Raises:
-        ValueError: Borders around pictures, or another interpolation.
-    """
-    mode, interpolation = said.get("resize_mode"), said.get("interpolation") or "bicubic"
-    if mode not in (None, "shortest", "squash"):
-        raise ValueError(f"resize_mode: expected shortest or squash, got {mode!r}")
-    if interpolation not in ("bilinear", "bicubic"):
-        raise ValueError(f"interpolation: expected bilinear or bicubic, got {interpolation!r}")
-    mean: Any = tuple(said.get("mean") or default.mean)
-    std: Any = tuple(said.get("std") or default.std)
-    return dataclasses.replace(
-        default,
-        mean=mean,
-        std=std,
-        interpolation=interpolation,
-        fit="squash" if mode == "squash" else "crop",
-    )
 
 
 def _resnet(name: str, weights: Weights, made: Preprocessing, dtype: Any) -> Encoder:

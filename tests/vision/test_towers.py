@@ -12,9 +12,9 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from logitjax import models, vision
-from logitjax.vision import _load_encoder
 from logitjax.vision._clip_tokenizer import SigLIPTokenizer
 from logitjax.vision._preprocessing import Preprocessing
+from logitjax.vision._processor_files import open_clip_preprocessing, processor_preprocessing
 from logitjax.vision._resnet import ResNet
 from logitjax.vision._vit import BlockConfig, SigLIP, SigLIPConfig, ViT, ViTConfig, resize_matrix
 from tests._modules import num_params
@@ -118,7 +118,7 @@ def test_what_the_files_say_of_pictures_is_kept(tmp_path):
 )  # fmt: skip
 def test_pictures_are_scaled_as_the_processor_does(tmp_path, said, made):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
-    found = _load_encoder._preprocessing(epath.Path(tmp_path), Preprocessing(size=8, resize=8))
+    found = processor_preprocessing(epath.Path(tmp_path), Preprocessing(size=8, resize=8))
     assert (found.size, found.resize, found.fit) == made
 
 
@@ -126,18 +126,18 @@ def test_pictures_that_are_squashed_and_cut_are_refused(tmp_path):
     said = {"size": {"height": 256, "width": 256}, "crop_size": 224}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
     with pytest.raises(ValueError, match="size: expected shortest_edge beside a crop_size"):
-        _load_encoder._preprocessing(epath.Path(tmp_path), Preprocessing(size=8, resize=8))
+        processor_preprocessing(epath.Path(tmp_path), Preprocessing(size=8, resize=8))
 
 
 def test_what_open_clip_says_of_pictures_is_kept():
     plain = Preprocessing(size=8, resize=8)
     said = {"resize_mode": "squash", "interpolation": "bilinear", "mean": [0.5, 0.5, 0.5]}
-    made = _load_encoder._open_clip_preprocessing(plain, said)
+    made = open_clip_preprocessing(plain, said)
     assert (made.fit, made.interpolation, made.mean) == ("squash", "bilinear", (0.5, 0.5, 0.5))
     assert made.std == plain.std
     for wrong in ({"resize_mode": "longest"}, {"interpolation": "random"}):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected"):
-            _load_encoder._open_clip_preprocessing(plain, wrong)
+            open_clip_preprocessing(plain, wrong)
 
 
 def test_what_timm_says_of_pictures_is_kept(tmp_path):

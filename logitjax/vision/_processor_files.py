@@ -1,0 +1,75 @@
+"""How pictures are scaled and coloured, by what transformers' and open_clip's files say."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from logitjax.storage import read_json
+from logitjax.vision._preprocessing import Preprocessing
+
+
+def processor_preprocessing(path: epath.Path, default: Preprocessing) -> Preprocessing:
+    """What transformers' ``preprocessor_config.json`` says, and the family's where it does not."""
+    file = path / "preprocessor_config.json"
+    if not path.is_dir() or not file.exists():
+        return default
+    content = read_json(file, form=dict)
+
+    def side(value: Any) -> int | None:
+        if isinstance(value, Mapping):
+            value = value.get("height") or value.get("shortest_edge")
+        return int(value) if value else None
+
+    scaled, cut = side(content.get("size")), side(content.get("crop_size"))
+    size, resize, fit = default.size, default.resize, default.fit
+    processor = f"{content.get('image_processor_type')} {content.get('feature_extractor_type')}"
+    if "convnext" in processor.lower() and scaled:
+        # Smaller pictures are cut out of larger ones, larger ones lose their proportions.
+        share = content.get("crop_pct") or 224 / 256
+        size, fit = scaled, "crop" if scaled < 384 else "squash"
+        resize = int(scaled / share) if fit == "crop" else scaled
+    elif scaled and cut and content.get("do_center_crop", True):
+        size, resize, fit = cut, max(scaled, cut), "crop"
+        said = content["size"]
+        if scaled > cut and isinstance(said, Mapping) and "height" in said:
+            raise ValueError(
+                f"{file}: size: expected shortest_edge beside a crop_size that is smaller, got "
+                f"{said}"
+            )
+    elif scaled:
+        size, resize, fit = scaled, scaled, "squash"
+    known: dict[Any, Any] = {2: "bilinear", 3: "bicubic"}
+    mean: Any = tuple(content.get("image_mean") or default.mean)
+    std: Any = tuple(content.get("image_std") or default.std)
+    return Preprocessing(
+        size=size,
+        resize=resize,
+        mean=mean,
+        std=std,
+        interpolation=known.get(content.get("resample"), default.interpolation),
+        fit=fit,
+    )
+
+
+def open_clip_preprocessing(default: Preprocessing, said: Mapping[str, Any]) -> Preprocessing:
+    """What open_clip's ``preprocess_cfg`` says, and OpenAI's where it does not.
+
+    Raises:
+        ValueError: Borders around pictures, or another interpolation.
+    """
+    mode, interpolation = said.get("resize_mode"), said.get("interpolation") or "bicubic"
+    if mode not in (None, "shortest", "squash"):
+        raise ValueError(f"resize_mode: expected shortest or squash, got {mode!r}")
+    if interpolation not in ("bilinear", "bicubic"):
+        raise ValueError(f"interpolation: expected bilinear or bicubic, got {interpolation!r}")
+    mean: Any = tuple(said.get("mean") or default.mean)
+    std: Any = tuple(said.get("std") or default.std)
+    return dataclasses.replace(
+        default,
+        mean=mean,
+        std=std,
+        interpolation=interpolation,
+        fit="squash" if mode == "squash" else "crop",
+    )
