@@ -18,16 +18,6 @@ _METHODS = (
 )
 # Of a method that trains all weights in place of adapters.
 ALL = "+all"
-# Middle of the grid of learning rates of `report`: ten times less where all weights are trained,
-# more where the loss on what is to be forgotten has a small weight or fades.
-_MIDDLE = {
-    "difference": 5e-3,
-    "idk_dpo": 1e-2,
-    "rmu": 3e-3,
-    "satimp": 1e-2,
-    "simnpo": 1e-2,
-    "undial": 1e-2,
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,9 +43,9 @@ class Config:
         _METHODS, "Method to compare. NAME+all trains all weights.", selects=True
     )
     rates: tuple[float, ...] = field(
-        (),
-        "Multiples of a middle learning rate of each method to choose from, with the first seed. "
-        "By default its one rate of `logitjax unlearn`.",
+        (1.0,),
+        "Multiples of each method's learning rate in `logitjax unlearn` to choose from, with the "
+        "first seed.",
     )
     seeds: int = field(1, "Number of runs of every method.")
     steps: int = field(40, "Largest number of optimiser steps.")
@@ -96,18 +86,15 @@ class Config:
         known = ("difference", *unlearning.UNLEARNING_METHODS)
         if unknown := sorted({name.removesuffix(ALL) for name in self.method} - set(known)):
             raise ValueError(f"method: expected some of {', '.join(known)}, got {unknown[0]!r}")
-        if self.rates and min(self.rates) <= 0:
+        if not self.rates or min(self.rates) <= 0:
             raise ValueError(f"rates: expected positive numbers, got {list(self.rates)}")
         if self.seeds < 1:
             raise ValueError(f"seeds: expected at least 1, got {self.seeds}")
 
     def learning_rates(self, method: str) -> list[float]:
         """Those that are tried with the first seed, in order."""
-        name, every = method.removesuffix(ALL), method.endswith(ALL)
-        if not self.rates:
-            return [unlearning.UnlearnConfig(method=name, adapters=not every).peak]
-        middle = 1e-4 if every else _MIDDLE.get(name, 1e-3)
-        return sorted(float(f"{rate * middle:.6g}") for rate in self.rates)
+        default = self.of(method, 0.0, 0).peak
+        return sorted(float(f"{rate * default:.6g}") for rate in self.rates)
 
     def of(self, method: str, rate: float, seed: int) -> unlearning.UnlearnConfig:
         """The settings of a trial: the same steps, rows, rank and limits for all methods."""

@@ -61,7 +61,7 @@ def write(config: Config, results: Mapping[str, Any], workdir: epath.Path) -> st
         markdown_table(tables["answers"]),
         "Likeliest answers to the first question of each part, of the first seed.",
         "## What was tried",
-        markdown_table(trial_rows(config, results)),
+        markdown_table(trial_rows(results)),
         "## Hours",
         markdown_table(hour_rows(results)),
     ]
@@ -88,7 +88,7 @@ def _setting(config: Config) -> str:
     return (
         f"{config.model}, taught {what}. Every method: adapters of rank {config.lora_rank}, or all "
         f"weights where its name says so, at most {config.steps} steps of {config.batch_size} rows "
-        f"to forget and as many to keep, {len(config.rates) or 1} learning rate(s) with the first "
+        f"to forget and as many to keep, {len(config.rates)} learning rate(s) with the first "
         f"seed, {config.seeds} seed(s)."
     )
 
@@ -201,11 +201,11 @@ def answer_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def trial_rows(config: Config, results: Mapping[str, Any]) -> list[dict[str, Any]]:
+def trial_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Of each rate that was tried: whether something was feasible, and how near it came."""
     rows = []
     for method, records in results["methods"].items():
-        rates = config.learning_rates(method)
+        rates = sorted(trial["rate"] for trial in records[0]["tried"])
         for trial in records[0]["tried"]:
             nearest = min(trial["candidates"], key=lambda c: c["gap"])
             broken = sorted({b for c in trial["candidates"] for b in c["broken"]})

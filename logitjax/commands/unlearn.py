@@ -92,8 +92,8 @@ class Config:
     batch_size: int = field(8, "Number of rows to forget in a step, and to keep.", minimum=1)
     learning_rate: float = field(
         0.0,
-        "Peak learning rate. 0 takes 5e-3 for an assistant, 1e-3 for other adapters, and 1e-4 for "
-        "all weights.",
+        "Peak learning rate. 0 takes the method's: 5e-3 for an assistant, 1e-3 to 3e-2 for other "
+        "adapters, and 1e-4 for all weights.",
     )
     retain_weight: float | None = field(
         None, "Weight of the loss on rows to keep. By default the method's own, 1 for an assistant."

@@ -131,10 +131,25 @@ def test_what_keeps_most_at_the_goal_is_shown_and_not_what_comes_nearest_it():
     assert standing(far, chosen=True) > standing(keeps, chosen=False)
 
 
-def test_a_method_has_a_grid_of_its_own_or_the_rate_of_the_command():
+def test_a_rate_at_the_edge_of_those_that_were_tried_is_said_to_be():
+    candidate = {"gap": 0.1, "probability": 0.5, "broken": []}
+    tried = [{"rate": r, "chosen": None, "candidates": [candidate]} for r in (0.1, 0.03, 0.3)]
+
+    def said(rate, number):
+        records = [record(0.1, 0.5, rate=rate, tried=tried[:number])]
+        rows = report.trial_rows({"methods": {"undial": records}})
+        return {row["learning rate"]: row[""] for row in rows}
+
+    assert said(0.1, 2) == {0.1: "taken, AT THE EDGE", 0.03: ""}
+    assert said(0.1, 3) == {0.1: "taken", 0.03: "", 0.3: ""}
+    assert said(0.1, 1) == {0.1: "taken"}
+
+
+def test_a_method_has_a_grid_around_the_rate_of_the_command():
     grid = experiment.Config(rates=(3.0, 0.3))
     assert grid.learning_rates("difference") == [0.0015, 0.015]
     assert grid.learning_rates("npo") == [0.0003, 0.003]
+    assert grid.learning_rates("undial") == [0.009, 0.09]
     assert grid.learning_rates("npo+all") == [0.00003, 0.0003]
     for method in ("difference", "npo", "npo+all"):
         (rate,) = experiment.Config().learning_rates(method)
@@ -144,7 +159,8 @@ def test_a_method_has_a_grid_of_its_own_or_the_rate_of_the_command():
 def test_mistakes_are_named():
     with pytest.raises(ValueError, match="method: expected some of difference"):
         experiment.Config(method=("nothing",))
-    with pytest.raises(ValueError, match=r"rates: expected positive numbers, got \[-1.0\]"):
-        experiment.Config(rates=(-1.0,))
+    for rates in ((-1.0,), ()):
+        with pytest.raises(ValueError, match=r"rates: expected positive numbers, got \["):
+            experiment.Config(rates=rates)
     for preset in experiment.PRESETS.values():
         experiment.Config(**preset)
