@@ -93,7 +93,7 @@ class Config:
     learning_rate: float = field(
         0.0,
         "Peak learning rate. 0 takes the method's: 5e-3 for an assistant, 1e-3 to 3e-2 for other "
-        "adapters, and 1e-4 for all weights.",
+        "adapters, and 3e-4 for all weights.",
     )
     retain_weight: float | None = field(
         None, "Weight of the loss on rows to keep. By default the method's own, 1 for an assistant."

@@ -5,7 +5,7 @@ import dataclasses
 from logitjax.unlearning._objective import UNLEARNING_METHODS
 from logitjax.unlearning._selection import Limits
 
-# Peak learning rates of adapters: the middle of a grid of which the best was not at an edge (the
+# Peak learning rates of adapters, the middle of a grid of which the best was not at an edge (the
 # report of `experiments.forgetting`). Losses that fade as an answer is forgotten need more.
 _PEAKS = {
     "difference": 5e-3,
@@ -33,7 +33,7 @@ class UnlearnConfig:
       check_every: Number of steps between measurements of what is forgotten and kept.
       batch_size: Number of rows to forget in a step, and of rows to keep.
       learning_rate: Peak learning rate. 0 takes the method's: 5e-3 for an assistant, 1e-3 to 3e-2
-        for other adapters, and 1e-4 for all weights.
+        for other adapters, and 3e-4 for all weights.
       retain_weight: Weight of the loss on rows to keep; the method's if None, 1 for an assistant.
       least_probability: Least share of their mean probability that answers to keep may have left.
       least_rouge: Least share of ROUGE-L F1 that answers generated for them may have left.
@@ -85,7 +85,7 @@ class UnlearnConfig:
         """The peak learning rate."""
         if self.learning_rate:
             return self.learning_rate
-        return _PEAKS.get(self.method, 1e-3) if self.adapters else 1e-4
+        return _PEAKS.get(self.method, 1e-3) if self.adapters else 3e-4
 
     @property
     def sign(self) -> float:

@@ -150,7 +150,7 @@ def test_a_method_has_a_grid_around_the_rate_of_the_command():
     assert grid.learning_rates("difference") == [0.0015, 0.015]
     assert grid.learning_rates("npo") == [0.0003, 0.003]
     assert grid.learning_rates("undial") == [0.009, 0.09]
-    assert grid.learning_rates("npo+all") == [0.00003, 0.0003]
+    assert grid.learning_rates("npo+all") == [0.00009, 0.0009]
     for method in ("difference", "npo", "npo+all"):
         (rate,) = experiment.Config().learning_rates(method)
         assert rate == experiment.Config().of(method, 0.0, 0).peak
