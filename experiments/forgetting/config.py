@@ -138,7 +138,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     "demo": dict(
         method=("difference", "gradient_difference", "npo_kl", "rmu"),
+        teach_steps=16,
+        teach_rate=2e-3,
         steps=20,
+        check_every=20,
         batch_size=4,
         text_windows=4,
         text_length=64,

@@ -11,7 +11,7 @@ from experiments.shared import fit
 from logitjax import models, training, unlearning
 
 # Lengths are multiples of it, for few programs.
-_MULTIPLE = 16
+_MULTIPLE = 32
 
 
 def batch_of_alike(lengths: np.ndarray, step: int, batch: int, seed: int) -> np.ndarray:
@@ -88,4 +88,5 @@ def teach(
         constants=nnx.to_pure_dict(nnx.state(model, nnx.Param)),
         checkpoint_every=50,
     )
-    return nnx.jit(lambda lora, model: lora.merged_into(model))(lora, model)
+    # Off the mesh of the training: else every program is compiled for models on it and off it.
+    return nnx.jit(lambda lora, model: lora.merged_into(model))(jax.device_get(lora), model)
