@@ -246,6 +246,8 @@ def _fill(axes: Any, panel: Panel, looks: Mapping[str, dict[str, Any]]) -> list[
         axes.margins(0.08)
     names = []
     for series in panel.series:
+        if not any(series.runs):
+            continue
         runs = np.asarray(series.runs, np.float64).reshape(len(series.runs), -1, 2)
         if not np.isfinite(runs).all(-1).any():
             continue

@@ -124,6 +124,13 @@ def test_what_nothing_is_known_of_has_no_panel():
     assert len(compose(Picture(panels=[Panel(x="x", y="y", series=[], names="beside")])).axes) == 1
 
 
+def test_what_nothing_is_known_of_has_no_name_beside_what_is_known():
+    known = Series(name="known", runs=[[(0.0, 1.0)]])
+    unknown = [Series(name="no run", runs=[]), Series(name="no point", runs=[[], []])]
+    axes = compose(Picture(panels=[Panel(x="x", y="y", series=[*unknown, known])])).axes[0]
+    assert list(names_of(axes)) == ["known"]
+
+
 def test_what_lies_below_is_said_to():
     series = [Series(name="fell", runs=[[(0.0, 90.0), (1.0, 10.0)]])]
     axes = compose(Picture(panels=[Panel(x="x", y="%", series=series, low=80.0)])).axes[0]
