@@ -38,7 +38,7 @@ def write(
         f"{len(scene.text.unigram):,}, {teacher['parameters']:,} parameters, test perplexity "
         f"{math.exp(teacher['nll']):.4g} (unshifted, as the released code logs it, NLL "
         f"{teacher['unshifted_nll']:.4g}). Its head from {seen['queries']:,} queries of "
-        f"log-probabilities with {config.decimals} decimals: dimension {seen['dimension']}, leak "
+        f"log-probabilities with {config.decimals} decimals: width {seen['width']}, leak "
         f"{seen['leak']:.4f}, relative rms {seen['relative_rms']:.2g}. Its own states behind the "
         f"head of that subspace nearest to its own: perplexity "
         f"{100 * math.expm1(teacher['nll_behind'] - teacher['nll']):+.3g} %.\n",
@@ -108,7 +108,8 @@ def curves(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> figures.Picture
             (alone if name.startswith("scratch") else distilled).append(series)
     return figures.Picture(
         panels=[
-            figures.Panel(x="step", y="loss, nats", title="distilled", series=distilled),
+            # Behind a recovered head the first steps are far off.
+            figures.Panel(x="step", y="loss, nats", title="distilled", series=distilled, log="y"),
             figures.Panel(x="step", y="cross-entropy, nats", title="on text alone", series=alone),
         ]
     )

@@ -173,7 +173,7 @@ def _recover(
         basis = (np.asarray(found.basis) * scale).astype(np.float32)
         storage.write_atomic(path, lambda file: np.save(file, basis))
     return {
-        "dimension": found.width.estimate,
+        "width": str(found.width),
         "leak": aligned.leak,
         "relative_rms": aligned.relative_rms,
         "queries": oracle.queries,

@@ -36,7 +36,7 @@ def test_the_report_holds_teacher_and_students(finished):
         assert math.isfinite(record["nll"])
         assert abs(record["null_procrustes_r2"]) < 0.2
     text = (workdir / "report.md").read_text()
-    assert "dimension 16" in text
+    assert "decimals: width 16" in text
     assert "recovered_1" in text
     assert (workdir / "curves.png").read_bytes().startswith(b"\x89PNG")
 
