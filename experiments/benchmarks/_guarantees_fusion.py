@@ -205,18 +205,19 @@ def _searches(method: Any) -> tuple[Callable[..., Any], Callable[..., Any] | Non
 def _before() -> Any:
     """`DynamicFusion` at `BEFORE`, under a package name of its own; None without that commit."""
     root = Path(__file__).parents[2]
-    command = ["git", "-C", str(root), "archive", BEFORE, "logitjax/fusion"]
+    # With what it stood on: of that, too, names have changed.
+    command = ["git", "-C", str(root), "archive", BEFORE, "logitjax/fusion", "logitjax/ops"]
     archive = subprocess.run(command, capture_output=True, check=False)
     if archive.returncode:
         return None
     directory = Path(tempfile.mkdtemp())
     with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tar:
         tar.extractall(directory, filter="data")
-    package = (directory / "logitjax/fusion").rename(directory / "fusion_before")
-    for file in package.glob("*.py"):
-        file.write_text(file.read_text().replace("logitjax.fusion", "fusion_before"))
+    package = (directory / "logitjax").rename(directory / "logitjax_before")
+    for file in package.rglob("*.py"):
+        file.write_text(file.read_text().replace("logitjax.", "logitjax_before."))
     sys.path.insert(0, str(directory))
-    return importlib.import_module("fusion_before").DynamicFusion
+    return importlib.import_module("logitjax_before.fusion").DynamicFusion
 
 
 def _seconds(calls: Sequence[Callable[..., Any]], logits: Logits) -> list[float]:

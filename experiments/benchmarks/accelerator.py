@@ -301,7 +301,10 @@ def run(options: _suite.Options) -> _suite.Result:
         found, more = _padded()
         rows += found
         bars += more
-    return _suite.Result(rows=rows, bars=bars, pictures={"accelerator": picture(rows)})
+    # A scale or a selection without two forms of one loss has nothing to draw.
+    drawn = picture(rows)
+    pictures = {"accelerator": drawn} if drawn.panels else {}
+    return _suite.Result(rows=rows, bars=bars, pictures=pictures)
 
 
 def picture(rows: Sequence[Mapping[str, Any]]) -> figures.Picture:

@@ -50,7 +50,9 @@ def _curves(workdir: Path) -> list[float]:
 
 _JOBS = {
     "graph_fusion": _Job(
-        "--loss=uld+gld --steps={steps} --batch_size=8 --log_every=1", _logged, "data:-1,fsdp:2"
+        "--loss=uld+gld --steps={steps} --batch_size=8 --eval_batch=8 --eval_rows=8 --log_every=1",
+        _logged,
+        "data:-1,fsdp:2",
     ),
     "vq_head": _Job(
         "--arm=vq_likelihood --steps={steps} --scratch_arm=full_bias --scratch_arm=vq_reassigned "
