@@ -106,5 +106,8 @@ def write(name: str, result: Result, options: Options) -> str:
         text += "\n\n" + markdown_table(bars)
     (options.directory / "table.md").write_text(text + "\n")
     for name, picture in result.pictures.items():
+        # A scale or a selection of parts may leave nothing to draw.
+        if not picture.panels:
+            continue
         text += f"\nplot: {figures.draw(options.directory / f'{name}.png', picture)}"
     return text
