@@ -814,15 +814,14 @@ ELSEWHERE = {
         leakage.Audit
         leakage.BudgetExhaustedError leakage.LogitPolicy""",
     "tests/distillation/test_cross_tokenizer.py": """
-        distillation.Chunks distillation.ChunkScores distillation.ChunkTokens distillation.Matches
+        distillation.Chunks distillation.ChunkScores distillation.Matches
         distillation.TeacherView distillation.TokenProjection distillation.TokenSet
         distillation.Vocabularies distillation.align_chunks distillation.binarized_divergence
-        distillation.boundary_tokens distillation.chunk_hybrid distillation.chunk_hybrid_kl
-        distillation.chunk_log_likelihood distillation.chunk_projected_kl
-        distillation.chunk_scores distillation.common_tokens distillation.hybrid_logit_distance
-        distillation.likelihood_matching distillation.linear_chunk_loss
+        distillation.boundary_tokens
+        distillation.chunk_log_likelihood
+        distillation.chunk_scores distillation.hybrid_logit_distance
+        distillation.likelihood_matching
         distillation.linear_likelihood distillation.linear_projected_kl_divergence
-        distillation.loudest_columns
         distillation.projected_kl_divergence distillation.token_projection""",
     "a switch for a mesh or for nothing": """
         ops.neginf_to_zero ops.psum""",

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from logitjax import distillation, losses, ops, vq
-from logitjax.distillation._likelihood_matching import Likelihood
+from logitjax.distillation.tokenizers._likelihood_matching import Likelihood
 
 HIDDEN, VOCAB, CODES = 4, 12, 5
 
@@ -33,19 +33,6 @@ VQ = HEAD[0], CODEBOOK, BIAS, ASSIGNMENT
 SCREEN = vq.Screen(cheap=lambda h: h @ HEADS[3], rescore=HEAD[1].T, num_candidates=4)
 PAGES = vq.Pages.cut(BIAS, ASSIGNMENT, size=4)
 SHORTLIST = vq.Shortlist(pages=PAGES, rescore=HEAD[1].T, num_pages=2)
-# One chunk of two labels, the same on both sides.
-CHUNK = distillation.ChunkTokens(
-    row=np.zeros(1, np.int32),
-    positions=np.array([[0, 1]]),
-    labels=np.array([[1, 5]]),
-    where=np.ones((1, 2), bool),
-)
-PAIRED = PAIR[0][None, :2], PAIR[1][None, :2], CHUNK, CHUNK
-SAME = distillation.TokenProjection(
-    ids=np.arange(VOCAB, dtype=np.int32)[:, None],
-    weights=np.ones((VOCAB, 1), np.float32),
-    size=VOCAB,
-)
 SCORES = distillation.ChunkScores(
     ids=np.array([[0, 0]]),
     ends=np.array([[-1, -1]]),
@@ -82,12 +69,6 @@ OF_TEMPERATURE = {
     distillation: {
         "binarized_divergence": with_temperature(
             distillation.binarized_divergence, np.float32([-1.0]), np.float32([-2.0])
-        ),
-        "chunk_hybrid_kl": with_temperature(
-            distillation.chunk_hybrid_kl, *PAIRED, distillation.common_tokens(SAME)
-        ),
-        "chunk_projected_kl": with_temperature(
-            distillation.chunk_projected_kl, *PAIRED, SAME, np.arange(VOCAB)
         ),
         "likelihood_matching": with_temperature(distillation.likelihood_matching, SAID, SCORES),
         "binary_kl": with_temperature(distillation.binary_kl, *PAIR),

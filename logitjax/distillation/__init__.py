@@ -12,24 +12,8 @@
 
 from logitjax.distillation._align_gradients import align_gradients as align_gradients
 from logitjax.distillation._align_gradients import aligned_value_and_grad as aligned_value_and_grad
-from logitjax.distillation._alignment import Chunks as Chunks
-from logitjax.distillation._alignment import align_chunks as align_chunks
 from logitjax.distillation._binary_kl import binary_kl as binary_kl
 from logitjax.distillation._binary_kl import binary_kl_norm as binary_kl_norm
-from logitjax.distillation._corpus import Corpus as Corpus
-from logitjax.distillation._corpus import Reading as Reading
-from logitjax.distillation._corpus import check_vocabularies as check_vocabularies
-from logitjax.distillation._corpus import load_corpus as load_corpus
-from logitjax.distillation._corpus import pack_corpus as pack_corpus
-from logitjax.distillation._corpus import visited_rows as visited_rows
-from logitjax.distillation._distill import Course as Course
-from logitjax.distillation._distill import Distilled as Distilled
-from logitjax.distillation._distill import Scorer as Scorer
-from logitjax.distillation._distill import Trained as Trained
-from logitjax.distillation._distill import distill as distill
-from logitjax.distillation._distill import make_update as make_update
-from logitjax.distillation._distill import train_student as train_student
-from logitjax.distillation._distill import update_program as update_program
 from logitjax.distillation._dual_head import DualHead as DualHead
 from logitjax.distillation._dual_head import dual_head_loss as dual_head_loss
 from logitjax.distillation._graph_fusion import FusionTeacher as FusionTeacher
@@ -45,49 +29,68 @@ from logitjax.distillation._knowledge_distillation import (
     knowledge_distillation as knowledge_distillation,
 )
 from logitjax.distillation._knowledge_distillation import standardize_logits as standardize_logits
-from logitjax.distillation._likelihood_matching import ChunkScores as ChunkScores
-from logitjax.distillation._likelihood_matching import TokenSet as TokenSet
-from logitjax.distillation._likelihood_matching import (
-    binarized_divergence as binarized_divergence,
-)
-from logitjax.distillation._likelihood_matching import boundary_tokens as boundary_tokens
-from logitjax.distillation._likelihood_matching import chunk_log_likelihood as chunk_log_likelihood
-from logitjax.distillation._likelihood_matching import chunk_scores as chunk_scores
-from logitjax.distillation._likelihood_matching import likelihood_matching as likelihood_matching
-from logitjax.distillation._likelihood_matching import linear_likelihood as linear_likelihood
 from logitjax.distillation._linear_graph_fusion import linear_graph_fusion as linear_graph_fusion
-from logitjax.distillation._loss_function import loss_function as loss_function
-from logitjax.distillation._loss_function import score_function as score_function
-from logitjax.distillation._loss_function import targets as targets
-from logitjax.distillation._matched_tokens import Matches as Matches
-from logitjax.distillation._matched_tokens import hybrid_logit_distance as hybrid_logit_distance
 from logitjax.distillation._objective import Objective as Objective
 from logitjax.distillation._objective import parse_gld as parse_gld
 from logitjax.distillation._objective import parse_terms as parse_terms
-from logitjax.distillation._projected_kl import (
-    linear_projected_kl_divergence as linear_projected_kl_divergence,
-)
-from logitjax.distillation._projected_kl import projected_kl_divergence as projected_kl_divergence
-from logitjax.distillation._projection import TokenProjection as TokenProjection
-from logitjax.distillation._prune import LayerPruning as LayerPruning
-from logitjax.distillation._prune import prune_layers as prune_layers
-from logitjax.distillation._prune import prune_width as prune_width
-from logitjax.distillation._released_forms import ChunkTokens as ChunkTokens
-from logitjax.distillation._released_forms import chunk_hybrid as chunk_hybrid
-from logitjax.distillation._released_forms import chunk_hybrid_kl as chunk_hybrid_kl
-from logitjax.distillation._released_forms import chunk_projected_kl as chunk_projected_kl
-from logitjax.distillation._released_forms import common_tokens as common_tokens
-from logitjax.distillation._released_forms import linear_chunk_loss as linear_chunk_loss
-from logitjax.distillation._released_forms import loudest_columns as loudest_columns
-from logitjax.distillation._student import Student as Student
-from logitjax.distillation._student import hidden_states as hidden_states
-from logitjax.distillation._student import make_student as make_student
-from logitjax.distillation._teacher_cache import TeacherCache as TeacherCache
-from logitjax.distillation._teacher_cache import TeacherIdentity as TeacherIdentity
 from logitjax.distillation._teacher_terms import TeacherView as TeacherView
 from logitjax.distillation._teacher_terms import Vocabularies as Vocabularies
-from logitjax.distillation._teachers import teacher_record as teacher_record
-from logitjax.distillation._token_pieces import token_projection as token_projection
 from logitjax.distillation._universal_logit_distance import (
     universal_logit_distance as universal_logit_distance,
 )
+from logitjax.distillation.tokenizers._alignment import Chunks as Chunks
+from logitjax.distillation.tokenizers._alignment import align_chunks as align_chunks
+from logitjax.distillation.tokenizers._likelihood_matching import ChunkScores as ChunkScores
+from logitjax.distillation.tokenizers._likelihood_matching import TokenSet as TokenSet
+from logitjax.distillation.tokenizers._likelihood_matching import (
+    binarized_divergence as binarized_divergence,
+)
+from logitjax.distillation.tokenizers._likelihood_matching import boundary_tokens as boundary_tokens
+from logitjax.distillation.tokenizers._likelihood_matching import (
+    chunk_log_likelihood as chunk_log_likelihood,
+)
+from logitjax.distillation.tokenizers._likelihood_matching import chunk_scores as chunk_scores
+from logitjax.distillation.tokenizers._likelihood_matching import (
+    likelihood_matching as likelihood_matching,
+)
+from logitjax.distillation.tokenizers._likelihood_matching import (
+    linear_likelihood as linear_likelihood,
+)
+from logitjax.distillation.tokenizers._matched_tokens import Matches as Matches
+from logitjax.distillation.tokenizers._matched_tokens import (
+    hybrid_logit_distance as hybrid_logit_distance,
+)
+from logitjax.distillation.tokenizers._projected_kl import (
+    linear_projected_kl_divergence as linear_projected_kl_divergence,
+)
+from logitjax.distillation.tokenizers._projected_kl import (
+    projected_kl_divergence as projected_kl_divergence,
+)
+from logitjax.distillation.tokenizers._projection import TokenProjection as TokenProjection
+from logitjax.distillation.tokenizers._token_pieces import token_projection as token_projection
+from logitjax.distillation.training._corpus import Corpus as Corpus
+from logitjax.distillation.training._corpus import Reading as Reading
+from logitjax.distillation.training._corpus import check_vocabularies as check_vocabularies
+from logitjax.distillation.training._corpus import load_corpus as load_corpus
+from logitjax.distillation.training._corpus import pack_corpus as pack_corpus
+from logitjax.distillation.training._corpus import visited_rows as visited_rows
+from logitjax.distillation.training._distill import Course as Course
+from logitjax.distillation.training._distill import Distilled as Distilled
+from logitjax.distillation.training._distill import Scorer as Scorer
+from logitjax.distillation.training._distill import Trained as Trained
+from logitjax.distillation.training._distill import distill as distill
+from logitjax.distillation.training._distill import make_update as make_update
+from logitjax.distillation.training._distill import train_student as train_student
+from logitjax.distillation.training._distill import update_program as update_program
+from logitjax.distillation.training._loss_function import loss_function as loss_function
+from logitjax.distillation.training._loss_function import score_function as score_function
+from logitjax.distillation.training._loss_function import targets as targets
+from logitjax.distillation.training._prune import LayerPruning as LayerPruning
+from logitjax.distillation.training._prune import prune_layers as prune_layers
+from logitjax.distillation.training._prune import prune_width as prune_width
+from logitjax.distillation.training._student import Student as Student
+from logitjax.distillation.training._student import hidden_states as hidden_states
+from logitjax.distillation.training._student import make_student as make_student
+from logitjax.distillation.training._teacher_cache import TeacherCache as TeacherCache
+from logitjax.distillation.training._teacher_cache import TeacherIdentity as TeacherIdentity
+from logitjax.distillation.training._teachers import teacher_record as teacher_record

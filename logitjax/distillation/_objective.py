@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from logitjax.distillation._graph_fusion import GraphFusionConfig
 from logitjax.distillation._graph_on_logits import GraphConfig
-from logitjax.distillation._token_pieces import Rule
+from logitjax.distillation.tokenizers._token_pieces import Rule
 
 # Those that compare token by token need one vocabulary.
 _SAME_VOCABULARY = ("kl", "rkl", "jsd", "dual")

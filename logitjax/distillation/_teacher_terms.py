@@ -10,16 +10,20 @@ import jax.numpy as jnp
 
 from logitjax import losses, ops
 from logitjax.distillation._binary_kl import binary_kl_norm
-from logitjax.distillation._likelihood_matching import (
+from logitjax.distillation._objective import PROJECTIONS, Objective
+from logitjax.distillation.tokenizers._likelihood_matching import (
     ChunkScores,
     Likelihood,
     TokenSet,
     likelihood_matching,
 )
-from logitjax.distillation._matched_tokens import Matches, hybrid_logit_distance, with_rest
-from logitjax.distillation._objective import PROJECTIONS, Objective
-from logitjax.distillation._projected_kl import project_top_k
-from logitjax.distillation._projection import Members, TokenProjection
+from logitjax.distillation.tokenizers._matched_tokens import (
+    Matches,
+    hybrid_logit_distance,
+    with_rest,
+)
+from logitjax.distillation.tokenizers._projected_kl import project_top_k
+from logitjax.distillation.tokenizers._projection import Members, TokenProjection
 
 # What a cache holds of one teacher.
 CachedTeacher = tuple[ops.TopK, losses.TailSample | None]

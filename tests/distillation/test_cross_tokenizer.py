@@ -12,8 +12,9 @@ import tokenizers
 from etils import epath
 
 from logitjax import distillation, losses, models, ops
-from logitjax.distillation import _projected_kl, _token_pieces
+from logitjax.distillation.tokenizers import _projected_kl, _token_pieces
 from tests._compiled import compiled
+from tests.distillation import _released_forms
 from tests.distillation.make_gold_goldens import OURS, PAIRS, THEIRS
 
 RNG = np.random.default_rng(0)
@@ -248,7 +249,7 @@ def gold_chunks():
         columns(OURS), theirs, our_lengths=np.arange(4), their_lengths=np.arange(4)
     )
     their_ids = np.pad(held["their_ids"], ((0, 0), (0, 1)))
-    return chunks, distillation.ChunkTokens.pair(chunks, held["our_ids"], their_ids)
+    return chunks, _released_forms.ChunkTokens.pair(chunks, held["our_ids"], their_ids)
 
 
 def matches():
@@ -270,8 +271,10 @@ def test_gold_equals_trl_and_blocks_of_chunks_equal_all_at_once():
     def run(student, teacher):
         out = {}
         for beta in expected:
-            loss = functools.partial(distillation.chunk_hybrid, matches=matches(), beta=float(beta))
-            blocked = distillation.linear_chunk_loss(
+            loss = functools.partial(
+                _released_forms.chunk_hybrid, matches=matches(), beta=float(beta)
+            )
+            blocked = _released_forms.linear_chunk_loss(
                 loss, (student, heads[0]), (teacher, heads[1]), ours, theirs, block=3
             )
             dense = loss(student[0][ours.positions], teacher[0][theirs.positions], ours, theirs)
@@ -285,7 +288,7 @@ def test_gold_equals_trl_and_blocks_of_chunks_equal_all_at_once():
 def test_x_token_as_released_is_negative_where_chunks_are_long_and_corrected_is_zero():
     """Rows (.9, .1), (.1, .9) on both sides: the geometric mean has mass below 1."""
     logits = jnp.log(jnp.array([[[0.9, 0.1], [0.1, 0.9]]]))
-    chunk = distillation.ChunkTokens(
+    chunk = _released_forms.ChunkTokens(
         row=np.zeros(1, int),
         positions=np.array([[0, 1]]),
         labels=np.zeros((1, 2), int),
@@ -297,14 +300,14 @@ def test_x_token_as_released_is_negative_where_chunks_are_long_and_corrected_is_
 
     @jax.jit
     def run(logits):
-        columns = distillation.loudest_columns(logits)
+        columns = _released_forms.loudest_columns(logits)
         return [
             (
-                distillation.chunk_projected_kl(
+                _released_forms.chunk_projected_kl(
                     logits, logits, chunk, chunk, same, columns, form=form
                 )[0],
-                distillation.chunk_hybrid_kl(
-                    logits, logits, chunk, chunk, distillation.common_tokens(same), form=form
+                _released_forms.chunk_hybrid_kl(
+                    logits, logits, chunk, chunk, _released_forms.common_tokens(same), form=form
                 )[0],
             )
             for form in ("released", "corrected")

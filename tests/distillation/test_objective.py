@@ -13,12 +13,12 @@ from flax import nnx
 from logitjax import data, distillation, losses, models, training
 from logitjax.distillation import (
     Objective,
-    _distill,
     loss_function,
     make_student,
     parse_terms,
 )
-from logitjax.distillation._corpus import Source
+from logitjax.distillation.training import _distill
+from logitjax.distillation.training._corpus import Source
 from tests._compiled import compiled
 from tests._modules import call
 from tests.data._tokenizers import ByteTokenizer

@@ -6,7 +6,8 @@ import pytest
 from flax import nnx
 
 from logitjax import losses, models
-from logitjax.distillation import _prune, prune_layers, prune_width
+from logitjax.distillation import prune_layers, prune_width
+from logitjax.distillation.training import _prune
 from logitjax.models._tiny import tiny_config
 from tests._marks import EVERY_CHANGE
 from tests._modules import call, with_weights

@@ -8,7 +8,7 @@ import threading
 import numpy as np
 import pytest
 
-from logitjax.distillation._teachers import server_reader
+from logitjax.distillation.training._teachers import server_reader
 
 K, VOCAB = 3, 7
 

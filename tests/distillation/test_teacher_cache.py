@@ -7,8 +7,8 @@ import pytest
 from etils import epath
 
 from logitjax import data, distillation
-from logitjax.distillation import _corpus
-from logitjax.distillation._teachers import Reader, cache_teacher
+from logitjax.distillation.training import _corpus
+from logitjax.distillation.training._teachers import Reader, cache_teacher
 from logitjax.storage import Manifest
 from tests.data._tokenizers import ByteTokenizer
 

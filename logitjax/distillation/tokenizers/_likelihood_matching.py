@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Float, Int
 
-from logitjax.distillation._alignment import Chunks
+from logitjax.distillation.tokenizers._alignment import Chunks
 from logitjax.losses import Blocks, Head, sweep
 from logitjax.models import Tokenizer
 from logitjax.ops import Array, AxisName, Number, checks

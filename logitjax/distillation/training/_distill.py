@@ -16,13 +16,13 @@ from etils import epath
 from jax.sharding import Mesh
 
 from logitjax import decoding, losses, models, processes, storage, training
-from logitjax.distillation._corpus import Corpus, Reading
-from logitjax.distillation._likelihood_matching import ChunkScores, TokenSet
-from logitjax.distillation._loss_function import loss_function, score_function
 from logitjax.distillation._objective import PROJECTIONS, Objective
-from logitjax.distillation._projection import TokenProjection
-from logitjax.distillation._student import Student, make_student
 from logitjax.distillation._teacher_terms import TeacherView, Vocabularies
+from logitjax.distillation.tokenizers._likelihood_matching import ChunkScores, TokenSet
+from logitjax.distillation.tokenizers._projection import TokenProjection
+from logitjax.distillation.training._corpus import Corpus, Reading
+from logitjax.distillation.training._loss_function import loss_function, score_function
+from logitjax.distillation.training._student import Student, make_student
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

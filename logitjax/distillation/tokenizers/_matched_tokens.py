@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from logitjax import losses
-from logitjax.distillation._projection import TokenProjection
+from logitjax.distillation.tokenizers._projection import TokenProjection
 from logitjax.ops import TopK
 
 _LEAST_MASS = 2.0**-24
@@ -78,8 +78,7 @@ def hybrid_logit_distance(
         Both parts, `[*batch]` float32.
 
     References:
-        TRL, GOLD trainer; X-Token (arXiv 2605.21699), H-KL. As released: `chunk_hybrid`,
-        `chunk_hybrid_kl`.
+        TRL, GOLD trainer; X-Token (arXiv 2605.21699), H-KL.
     """
     teacher = jax.lax.stop_gradient(teacher)
     _, there = matches.ids(teacher.indices)

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from logitjax.distillation._alignment import Chunks
-from logitjax.distillation._matched_tokens import Matches
-from logitjax.distillation._projection import TokenProjection
+from logitjax.distillation.tokenizers._alignment import Chunks
+from logitjax.distillation.tokenizers._matched_tokens import Matches
+from logitjax.distillation.tokenizers._projection import TokenProjection
 from logitjax.losses import Head
 from logitjax.ops import Array, Number
 

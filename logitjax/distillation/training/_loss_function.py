@@ -12,10 +12,7 @@ import jax.numpy as jnp
 
 from logitjax import losses
 from logitjax.distillation._graph_fusion import FusionTeacher, graph_fusion_objective
-from logitjax.distillation._likelihood_matching import linear_likelihood
 from logitjax.distillation._objective import Objective
-from logitjax.distillation._projected_kl import linear_projected_kl_divergence
-from logitjax.distillation._student import Student, hidden_states
 from logitjax.distillation._teacher_terms import (
     POINTWISE,
     TeacherView,
@@ -28,6 +25,9 @@ from logitjax.distillation._teacher_terms import (
     prepare,
     seen_shares,
 )
+from logitjax.distillation.tokenizers._likelihood_matching import linear_likelihood
+from logitjax.distillation.tokenizers._projected_kl import linear_projected_kl_divergence
+from logitjax.distillation.training._student import Student, hidden_states
 
 
 def targets(columns: Mapping[str, Any]) -> tuple[Any, Any]:

@@ -11,19 +11,19 @@ from etils import epath
 from jax.sharding import Mesh
 
 from logitjax import data, losses, models, training
-from logitjax.distillation._alignment import Chunks, align_chunks
-from logitjax.distillation._likelihood_matching import boundary_tokens, chunk_scores
 from logitjax.distillation._objective import PROJECTIONS, Objective
-from logitjax.distillation._teacher_cache import TeacherCache
 from logitjax.distillation._teacher_terms import TeacherView, Vocabularies
-from logitjax.distillation._teachers import (
+from logitjax.distillation.tokenizers._alignment import Chunks, align_chunks
+from logitjax.distillation.tokenizers._likelihood_matching import boundary_tokens, chunk_scores
+from logitjax.distillation.tokenizers._token_pieces import Rule, prefix_bytes, token_projection
+from logitjax.distillation.training._teacher_cache import TeacherCache
+from logitjax.distillation.training._teachers import (
     Reader,
     cache_teacher,
     model_reader,
     open_teacher_caches,
     server_reader,
 )
-from logitjax.distillation._token_pieces import Rule, prefix_bytes, token_projection
 
 # Teachers that are no model on this machine.
 _NO_MODELS = ("cache", "api")

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from etils import epath
 
-from logitjax.distillation._projection import TokenProjection
+from logitjax.distillation.tokenizers._projection import TokenProjection
 from logitjax.models import Tokenizer
 from logitjax.storage import digest
 

@@ -13,13 +13,13 @@ from etils import epath
 from flax import nnx
 
 from logitjax import data, leakage, losses, models, processes
-from logitjax.distillation._likelihood_matching import (
+from logitjax.distillation.tokenizers._likelihood_matching import (
     TokenSet,
     boundary_tokens,
     linear_likelihood,
 )
-from logitjax.distillation._student import hidden_states, weights_digest
-from logitjax.distillation._teacher_cache import KIND, TeacherCache, TeacherIdentity
+from logitjax.distillation.training._student import hidden_states, weights_digest
+from logitjax.distillation.training._teacher_cache import KIND, TeacherCache, TeacherIdentity
 from logitjax.storage import Manifest
 
 

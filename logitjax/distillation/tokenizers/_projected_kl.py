@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Float
 
 from logitjax import losses
-from logitjax.distillation._projection import Members, TokenProjection
+from logitjax.distillation.tokenizers._projection import Members, TokenProjection
 from logitjax.losses import Blocks, Head, sweep
 from logitjax.ops import Array, AxisName, TopK, checks, gather_at, logsumexp
 
@@ -99,8 +99,7 @@ def projected_kl_divergence(
 
     References:
         X-Token (arXiv 2605.21699), its P-KL: there W spreads each token over its pieces, a chunk's
-        teacher is a mean of logarithms, and both are renormalised over 8192 columns
-        (`chunk_projected_kl`).
+        teacher is a mean of logarithms, and both are renormalised over 8192 columns.
     """
     logits = checks.as_float(student, "student")
     _check(logits.shape[-1], projection)

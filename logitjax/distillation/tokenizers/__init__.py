@@ -1,0 +1,1 @@
+"""Other tokenizers: alignment of texts, projections between vocabularies, likelihood matching."""
