@@ -8,7 +8,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 # From below. A package imports only what stands in a line before its own.
 LAYERS = (
-    {"storage"},
+    {"storage", "registry"},
     {"kernels", "processes"},
     {"ops"},
     {"transport", "fusion", "leakage", "losses"},
