@@ -27,13 +27,15 @@ course = distillation.Course(steps=80, batch_size=8, learning_rate=1e-2, eval_ro
 
 def learn(model, tokenizer, loss, *teachers):
     source = f"text:{folder / 'text.txt'}"
-    reading = distillation.Reading(data=source, teachers=teachers, losses=(loss,), seq_len=64)
+    objective = distillation.Objective(terms=distillation.parse_terms([loss]))
+    terms = tuple(term for term, _ in objective.terms)
+    reading = distillation.Reading(data=source, teachers=teachers, terms=terms, seq_len=64)
     packed = distillation.pack_corpus(reading, tokenizer, folder / loss / "data")
     rows = distillation.visited_rows(packed, steps=80, batch_size=8, seeds=(0,), eval_rows=8)
     return distillation.distill(
         distillation.make_student(model),
         distillation.load_corpus(reading, packed, rows, folder / loss / "teachers"),
-        distillation.Objective(terms=((loss, 1.0),), teachers=(1.0,) * len(teachers)),
+        objective,
         course,
         mesh=training.make_mesh("data:1", devices=jax.devices()[:1]),
         workdir=folder / loss,

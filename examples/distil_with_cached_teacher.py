@@ -40,7 +40,7 @@ def learn(spec, loss, *teachers):
     found = distillation.distill(
         distillation.make_student(model),
         distillation.load_corpus(reading, packed, rows, place / "teachers"),
-        distillation.Objective(terms=((loss, 1.0),), teachers=(1.0,) * len(teachers)),
+        distillation.Objective(terms=distillation.parse_terms([loss])),
         course,
         mesh=training.make_mesh("data:1", devices=jax.devices()[:1]),
         workdir=place,

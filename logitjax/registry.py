@@ -12,6 +12,7 @@ import functools
 import importlib
 import importlib.metadata
 import inspect
+import math
 import os
 import re
 import sys
@@ -135,16 +136,18 @@ def _options(kind: str, name: str, text: str) -> dict[str, Any]:
         assert isinstance(call, ast.Call)
         if call.args or not all(keyword.arg for keyword in call.keywords):
             raise SyntaxError
-        return {
-            str(keyword.arg): keyword.value.id
-            if isinstance(keyword.value, ast.Name)
-            else ast.literal_eval(keyword.value)
-            for keyword in call.keywords
-        }
+        return {str(keyword.arg): _literal(keyword.value) for keyword in call.keywords}
     except (SyntaxError, ValueError):
         raise ValueError(
             f"{kind} {name}: expected option=value, with literal values, got {text!r}"
         ) from None
+
+
+def _literal(node: ast.expr) -> Any:
+    """A literal, `inf` or a bare word."""
+    if isinstance(node, ast.Name):
+        return math.inf if node.id == "inf" else node.id
+    return ast.literal_eval(node)
 
 
 def _with_options(name: str, member: Any, options: Mapping[str, Any]) -> Any:

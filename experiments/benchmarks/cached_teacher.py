@@ -182,17 +182,19 @@ def _hidden(graphdef: Any, params: Any, batch: Mapping[str, Any]) -> Any:
 def _loss(arm: str, student: distillation.Student, teacher_graphdef: Any) -> Callable[..., Any]:
     """An arm's loss; ``live`` and ``given`` take the teacher's parameters as step constants."""
     sft, cached = (
-        distillation.loss_function(
-            distillation.Objective(terms=terms, teachers=(1.0,)), student, ("teacher",)
+        distillation.LossFunction(
+            distillation.Objective(terms=distillation.parse_terms(terms), teachers=(1.0,)),
+            student,
+            ("teacher",),
         )
-        for terms in ((("sft", 1.0),), (("sft", 1 - _MIX), ("kl", _MIX)))
+        for terms in (["sft"], [f"sft:{1 - _MIX}", f"kl:{_MIX}"])
     )
 
     def loss_fn(params: Any, batch: Any, rng: Any, teacher: Any = None) -> Any:
         if arm == "sft":
             return sft(params, batch, rng, student.frozen)
         if arm in ("cached", "sampled"):
-            sources = {"teacher": (batch["teacher"], None)}
+            sources = {"teacher": distillation.Teacher(statistics=batch["teacher"])}
             given = {"pivot": batch["pivot"], "sources": sources}
             return cached(params, given, rng, student.frozen)
         labels, where = distillation.targets(batch["pivot"])

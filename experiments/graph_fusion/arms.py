@@ -41,18 +41,38 @@ class Settings:
 
     def objective(self, config: Config) -> distillation.Objective:
         """What the arm minimises."""
-        graph, weight = distillation.parse_gld(self.gld, k=config.top_k)
         if self.arm in ("sft", "kl_only"):
-            terms = ((self.arm.removesuffix("_only"), 1.0),)
+            terms = distillation.parse_terms([self.arm.removesuffix("_only")])
         else:
-            names = self.arm.split("+")
-            parts = tuple((n, self.mix * (weight if n == "gld" else 1.0)) for n in names)
-            terms = (("sft", 1 - self.mix), *parts) if self.mix < 1 else parts
+            gld, weight = graph_term(self.gld, k=config.top_k)
+            of_graphs = {
+                "gld": (gld, self.mix * weight),
+                "uld": (distillation.terms.ULD(k=config.top_k), self.mix),
+            }
+            parts = tuple(
+                of_graphs.get(name) or (distillation.terms.TERMS.parse(name), self.mix)
+                for name in self.arm.split("+")
+            )
+            sft = ((distillation.terms.SFT(), 1 - self.mix),) if self.mix < 1 else ()
+            terms = (*sft, *parts)
         return distillation.Objective(
-            terms=terms,
-            teachers=config.source_weight or (1.0,) * len(config.sources),
-            graph=graph,
+            terms=terms, teachers=config.source_weight or (1.0,) * len(config.sources)
         )
+
+
+def graph_term(text: str, *, k: int) -> tuple[distillation.terms.GLD, float]:
+    """`NODE/FEATURE/VALUE:WEIGHT`, such as `rank/row_sum/closed_form:0.002`.
+
+    >>> graph_term("token/row_rms/closed_form:0.5", k=10)[1]
+    0.5
+    """
+    kind, _, weight = text.partition(":")
+    try:
+        node, feature, value = kind.split("/")
+        term = distillation.terms.GLD(k=k, node=node, feature=feature, compare=value)  # type: ignore
+        return term, float(weight)
+    except ValueError as error:
+        raise ValueError(f"gld {text!r}: expected NODE/FEATURE/VALUE:WEIGHT ({error})") from None
 
 
 def first_settings(config: Config, arm: str) -> Settings:

@@ -6,7 +6,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from experiments.graph_fusion import arms, train
-from experiments.graph_fusion.config import DUAL, Config
+from experiments.graph_fusion.config import Config
 from experiments.shared import shapes
 from logitjax import distillation, models
 from logitjax.training import Program
@@ -29,5 +29,4 @@ def programs(config: Config, mesh: Mesh) -> Iterator[Program]:
             train.make_reading(config),
             mesh=mesh,
             name=f"update of the {arm} arm",
-            auxiliary_head=arm == DUAL,
         )

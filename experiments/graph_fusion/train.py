@@ -11,7 +11,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from experiments.graph_fusion import arms, topics
-from experiments.graph_fusion.config import CROSS, DUAL, Config
+from experiments.graph_fusion.config import CROSS, Config
 from experiments.shared.records import Record, kept
 from logitjax import data, distillation, models, processes, training
 
@@ -59,10 +59,11 @@ def course(config: Config, settings: arms.Settings, seed: int) -> distillation.C
 
 def make_reading(config: Config) -> distillation.Reading:
     """What the sources read, and how much of what they say is kept."""
-    losses = dict.fromkeys(name for arm in config.loss for name in arm.split("+"))
-    if losses.keys() & set(CROSS):
+    objectives = [arms.first_settings(config, arm).objective(config) for arm in config.loss]
+    terms = dict.fromkeys(term for objective in objectives for term, _ in objective.terms)
+    if set(config.loss) & set(CROSS):
         # A run with one arm leaves caches that another arm of the same folder can use.
-        losses["alm"] = None
+        terms[distillation.terms.ALM()] = None
     return distillation.Reading(
         data=config.data,
         teachers=config.sources,
@@ -72,7 +73,7 @@ def make_reading(config: Config) -> distillation.Reading:
         batch_size=config.eval_batch,
         dtype=config.dtype,
         layout=config.layout,
-        losses=tuple(losses),
+        terms=tuple(terms),
         fit_to=config.fit_to,
     )
 
@@ -135,10 +136,12 @@ class Pruned:
         return self._scorer(self.student)
 
     def of_arm(self, arm: str) -> tuple[distillation.Student, distillation.Scorer]:
-        """An arm's student and its scorer: the dual arm trains a second head beside."""
-        if arm != DUAL:
+        """An arm's student and its scorer: a term may train arrays of its own beside."""
+        config = self.session.config
+        objective = arms.first_settings(config, arm).objective(config)
+        student = distillation.make_student(self.model, freeze=self.freeze, objective=objective)
+        if "terms" not in student.trained:
             return self.student, self.scorer
-        student = distillation.make_student(self.model, freeze=self.freeze, auxiliary_head=True)
         return student, self._scorer(student)
 
     def _scorer(self, student: distillation.Student) -> distillation.Scorer:
@@ -298,7 +301,7 @@ def run_arm(
         }
 
     record = kept(directory / "outcome.json", make)
-    if pruned.topics is not None and settings.arm != DUAL and not validate:
+    if pruned.topics is not None and student is pruned.student and not validate:
         # Trials are not asked; the one that became the first run is trained again for it.
         record |= kept(directory / "topics.json", lambda: _topics(pruned, trained().params))
     # What is finished needs no checkpoint, and many trials would fill a disk.

@@ -84,7 +84,7 @@ def run(config: Config, workdir: epath.Path) -> None:
         dtype=config.dtype,
         layout=config.layout,
         api_key=config.api_key,
-        losses=("alm",) if config.likelihoods else (),
+        terms=(distillation.terms.ALM(),) if config.likelihoods else (),
     )
     tokenizer = models.load_tokenizer(config.student)
     packed = distillation.pack_corpus(reading, tokenizer, workdir / "data")

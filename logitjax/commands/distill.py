@@ -52,14 +52,14 @@ class Config:
     )
     loss: tuple[str, ...] = field(
         ("sft:0.5", "kl:0.5"),
-        "Loss and its weight, as NAME:WEIGHT. One vocabulary: sft, kl, rkl, jsd. Other tokenizers: "
-        "first_piece, pkl, hkl, hybrid, alm, mined, uld, gld.",
+        "Loss, its options and its weight, as kl(temperature=2):0.5, or a term of your own as "
+        "package.module:Name:0.5. `help` lists them.",
     )
-    student_temperature: float = field(1.0, "Temperature of the student in kl, rkl and jsd.")
-    teacher_temperature: float = field(1.0, "Temperature of the teachers in kl, rkl and jsd.")
-    alm_temperature: float = field(100.0, "Temperature of log-probabilities of chunks in alm.")
-    graph: str = field("rank/row_sum/closed_form", "Graph of gld, as NODE/FEATURE/VALUE.")
-    graph_top_k: int = field(10, "Number of top logits that uld and gld compare.", minimum=1)
+    teacher_reads: Literal["cache", "live"] = field(
+        "cache",
+        "Whether teachers read the text before the training, into a cache on disk, or beside the "
+        "student.",
+    )
     drop_layers: int = field(0, "Number of layers to prune from the student first.", minimum=0)
     prune_by: Literal["influence", "run", "perplexity"] = field(
         "run",
@@ -176,6 +176,7 @@ def run(config: Config, out: epath.Path) -> None:
         freeze=freeze,
         lora_rank=config.lora_rank,
         head_basis=basis,
+        objective=objective,
         seed=config.seed,
     )
     del model
@@ -266,19 +267,15 @@ def _reading(config: Config) -> distillation.Reading:
         dtype=config.dtype,
         layout=config.layout,
         api_key=config.api_key,
-        losses=tuple(name for name, _ in distillation.parse_terms(config.loss)),
+        terms=tuple(term for term, _ in distillation.parse_terms(config.loss)),
+        teacher_reads=config.teacher_reads,
     )
 
 
 def _objective(config: Config) -> distillation.Objective:
-    graph, _ = distillation.parse_gld(f"{config.graph}:1", k=config.graph_top_k)
     return distillation.Objective(
         terms=distillation.parse_terms(config.loss),
         teachers=config.teacher_weight or (1.0,) * len(config.teachers),
-        student_temperature=config.student_temperature,
-        teacher_temperature=config.teacher_temperature,
-        alm_temperature=config.alm_temperature,
-        graph=graph,
     )
 
 

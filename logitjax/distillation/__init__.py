@@ -1,7 +1,9 @@
 """Learning from other models: losses, teachers' caches, pruning, and the training of a student.
 
 - `distill` trains a `Student` (`make_student`) on a `Corpus` that teachers have read
-  (`pack_corpus`, `visited_rows`, `load_corpus`), by the losses of an `Objective`.
+  (`pack_corpus`, `visited_rows`, `load_corpus`), by the terms of an `Objective`.
+- A `Term` is a loss as a value that declares what it needs; `distillation.terms` has ours. An
+  objective runs in any trainer: `Objective.value` takes hidden states, a head and `Teacher`s.
 - `prune_layers` and `prune_width` choose what a smaller student keeps.
 - Losses on arrays: `knowledge_distillation` and its relatives, `graph_on_logits` and
   `graph_fusion_objective` (InfiGFusion), `dual_head_loss`, `universal_logit_distance`.
@@ -10,6 +12,7 @@
 - `TeacherCache` keeps a teacher's top logits on disk.
 """
 
+from logitjax.distillation import terms as terms
 from logitjax.distillation._align_gradients import align_gradients as align_gradients
 from logitjax.distillation._align_gradients import aligned_value_and_grad as aligned_value_and_grad
 from logitjax.distillation._binary_kl import binary_kl as binary_kl
@@ -31,10 +34,12 @@ from logitjax.distillation._knowledge_distillation import (
 from logitjax.distillation._knowledge_distillation import standardize_logits as standardize_logits
 from logitjax.distillation._linear_graph_fusion import linear_graph_fusion as linear_graph_fusion
 from logitjax.distillation._objective import Objective as Objective
-from logitjax.distillation._objective import parse_gld as parse_gld
 from logitjax.distillation._objective import parse_terms as parse_terms
-from logitjax.distillation._teacher_terms import TeacherView as TeacherView
-from logitjax.distillation._teacher_terms import Vocabularies as Vocabularies
+from logitjax.distillation._teacher import Teacher as Teacher
+from logitjax.distillation._teacher import Vocabularies as Vocabularies
+from logitjax.distillation._term import StudentNeeds as StudentNeeds
+from logitjax.distillation._term import TeacherNeeds as TeacherNeeds
+from logitjax.distillation._term import Term as Term
 from logitjax.distillation._universal_logit_distance import (
     universal_logit_distance as universal_logit_distance,
 )
@@ -82,7 +87,7 @@ from logitjax.distillation.training._distill import distill as distill
 from logitjax.distillation.training._distill import make_update as make_update
 from logitjax.distillation.training._distill import train_student as train_student
 from logitjax.distillation.training._distill import update_program as update_program
-from logitjax.distillation.training._loss_function import loss_function as loss_function
+from logitjax.distillation.training._loss_function import LossFunction as LossFunction
 from logitjax.distillation.training._loss_function import score_function as score_function
 from logitjax.distillation.training._loss_function import targets as targets
 from logitjax.distillation.training._prune import LayerPruning as LayerPruning

@@ -1,161 +1,276 @@
-"""What a student minimises: a weighted mix of losses, by name."""
+"""What a student minimises: terms and their weights, and one sweep that serves them all."""
 
 import dataclasses
+import functools
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from logitjax.distillation._graph_fusion import GraphFusionConfig
-from logitjax.distillation._graph_on_logits import GraphConfig
-from logitjax.distillation.tokenizers._token_pieces import Rule
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float
 
-# Those that compare token by token need one vocabulary.
-_SAME_VOCABULARY = ("kl", "rkl", "jsd", "dual")
-# Those that see another vocabulary through a projection, and its rule.
-PROJECTIONS: dict[str, Rule] = {
-    "first_piece": "first_piece",
-    "pkl": "spread",
-    "mined": "edit_distance",
-    "hybrid": "exact",
-    "hkl": "exact",
-}
-TERMS: tuple[str, ...] = ("sft", *_SAME_VOCABULARY, "uld", "gld", *PROJECTIONS, "alm")
+from logitjax import losses, ops
+from logitjax.distillation._part import Part, declared_attributes
+from logitjax.distillation._sweep import grouped, swept
+from logitjax.distillation._teacher import Teacher
+from logitjax.distillation._term import Term
+from logitjax.distillation.terms import TERMS
+from logitjax.losses import Head
+
+_WEIGHTED = re.compile(r"(.*?)(?::([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?))?", re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Objective:
-    """A weighted sum of losses. A loss with several teachers is the mean over them.
+    """A weighted sum of terms. A term with several teachers is the mean over them.
 
     ::
 
-        sft   cross-entropy of the text               rkl   KL(student || teacher)
-        kl    KL(teacher || student)                  jsd   generalised Jensen-Shannon divergence
-        uld   universal logit distance                gld   graph-on-logits distillation
-        dual  the KL norm of dual-head distillation, on a second head
+        L = sum_t weight_t  sum_i share_i  (sum seen_ti value_ti) / (sum seen_ti)
 
-    Teachers of other tokenizers::
-
-        first_piece  KL over the teacher's vocabulary, where each token of the student is the first
-                     piece that the teacher cuts it into
-        pkl          the same, where it is spread over its pieces (X-Token)
-        hybrid       JSD of common tokens and the sorted distance of others (GOLD)
-        hkl          KL of common tokens and the sorted distance of others (X-Token)
-        alm          approximate likelihood matching of chunks of text
-        mined        KL by the nearest spelling, cross-entropy where tokens do not meet (MinED)
-
-    Each of these, `uld` and `gld` is a mean over the places it can use: positions where both models
-    have read the same text (`first_piece`, `pkl`), positions whose label is one token on both sides
-    (`hybrid`, `hkl`), or chunks (`alm`). `seen/NAME` in the metrics is their share of the text.
-
-    `kl`, `rkl` and `jsd` use the teacher's top logits and the mass of all others as one bucket. If
-    the cache has draws from the others, they use these, and `kl` is unbiased. At a temperature
-    other than 1 that mass is not known, and they compare the top logits alone.
+    Each term is averaged over what it has seen: all labels, or positions where both models have
+    read the same text, or chunks. `seen/NAME` in the metrics is the share of the labels that it
+    learns from.
 
     Attributes:
-        terms: Names and weights.
-        teachers: Weights of the teachers, divided by their sum.
-        student_temperature: Divides the student's logits in `kl`, `rkl` and `jsd`.
-        teacher_temperature: Divides the teachers'.
-        beta: Share of the teacher in the mixture of `jsd` and `hybrid`.
-        alm_temperature: Divides log-probabilities of chunks in `alm`, whose divergence is
-            multiplied by it.
-        graph: Graph of `gld`; `uld` compares as many ranks.
+        terms: Terms and their weights.
+        teachers: Weights of the teachers, divided by their sum; equal if empty.
 
-    >>> objective = Objective(terms=parse_terms(["sft:0.5", "kl:0.5"]), teachers=(1.0, 3.0))
-    >>> objective.shares, objective.same_vocabulary
-    ((0.25, 0.75), 'kl')
+    Raises:
+        ValueError: No terms, the same one twice, or weights that are not positive.
+
+    >>> from logitjax.distillation.terms import KL, SFT
+    >>> objective = Objective(terms=((SFT(), 0.5), (KL(temperature=2.0), 0.5)), teachers=(1.0, 3.0))
+    >>> objective.shares, objective.names
+    ((0.25, 0.75), ('sft', 'kl'))
+
+    References:
+        docs/distil.md lists the terms.
     """
 
-    terms: tuple[tuple[str, float], ...]
+    terms: tuple[tuple[Term, float], ...]
     teachers: tuple[float, ...] = ()
-    student_temperature: float = 1.0
-    teacher_temperature: float = 1.0
-    beta: float = 0.5
-    alm_temperature: float = 100.0
-    graph: GraphConfig = GraphConfig()  # noqa: RUF009
 
     def __post_init__(self) -> None:
-        names = [name for name, _ in self.terms]
-        for name in names:
-            if name not in TERMS:
-                raise ValueError(f"loss: expected one of {', '.join(TERMS)}, got {name!r}")
-        if not names or len(set(names)) < len(names):
-            raise ValueError(f"loss: expected each loss once, got {', '.join(names) or 'none'}")
-        if any(weight <= 0 or not math.isfinite(weight) for _, weight in self.terms):
-            raise ValueError(f"loss: expected positive weights, got {dict(self.terms)}")
-        if self.taught and not self.teachers:
-            raise ValueError(f"teacher: expected one for the loss {self.taught!r}, got none")
+        for term, _ in self.terms:
+            if not isinstance(term, Term):
+                raise TypeError(f"loss: expected a Term, got {term!r}")
+            hash(term)  # It is a static argument of the sweep.
+        values = [term for term, _ in self.terms]
+        if not values or len(set(values)) < len(values):
+            listed = ", ".join(map(str, values)) or "none"
+            raise ValueError(f"loss: expected each loss once, got {listed}")
+        for term, weight in self.terms:
+            if not 0 < weight < math.inf:
+                raise ValueError(f"loss: expected positive weights, got {term}:{weight}")
         if any(weight <= 0 for weight in self.teachers):
             raise ValueError(f"teacher_weight: expected positive ones, got {self.teachers}")
-        for name in ("student_temperature", "teacher_temperature", "alm_temperature"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
-
-    @property
-    def weights(self) -> dict[str, float]:
-        """Weights by name."""
-        return dict(self.terms)
 
     @property
     def shares(self) -> tuple[float, ...]:
         """The teachers' weights, summing to one."""
         return tuple(weight / sum(self.teachers) for weight in self.teachers)
 
-    @property
-    def taught(self) -> str | None:
-        """The first loss that needs a teacher."""
-        return next((name for name, _ in self.terms if name != "sft"), None)
-
-    @property
-    def same_vocabulary(self) -> str | None:
-        """The first loss that needs teachers of the student's vocabulary."""
-        return next((name for name, _ in self.terms if name in _SAME_VOCABULARY), None)
-
-    @property
-    def rules(self) -> tuple[str, ...]:
-        """The rules of the projections that the losses need."""
-        return tuple(dict.fromkeys(PROJECTIONS[n] for n in self.weights if n in PROJECTIONS))
-
-    @property
-    def fusion(self) -> GraphFusionConfig:
-        """The configuration of `uld` and `gld`."""
-        weights = self.weights
-        return GraphFusionConfig(
-            mix=1.0,
-            uld_weight=weights.get("uld", 0.0),
-            gld_weight=weights.get("gld", 0.0),
-            graph=self.graph,
+    @functools.cached_property
+    def names(self) -> tuple[str, ...]:
+        """A name for each term in metrics; of several of one name, those with their options."""
+        plain = [term.name or type(term).__name__ for term, _ in self.terms]
+        return tuple(
+            name if plain.count(name) == 1 else str(term)
+            for name, (term, _) in zip(plain, self.terms, strict=True)
         )
 
+    @property
+    def taught(self) -> Term | None:
+        """The first term that needs a teacher."""
+        return next((term for term, _ in self.terms if term.teacher is not None), None)
 
-def parse_terms(texts: Sequence[str]) -> tuple[tuple[str, float], ...]:
-    """Losses as flags name them, `NAME` or `NAME:WEIGHT`; the weight is 1 where none is given.
+    def init(self, key: jax.Array, head: Head) -> dict[str, Any]:
+        """The arrays of terms that have some of their own, by the terms' names.
 
-    >>> parse_terms(["sft", "gld:0.002"])
-    (('sft', 1.0), ('gld', 0.002))
+        Args:
+            key: A key of `jax.random`.
+            head: The student's head.
+        """
+        arrays = {
+            name: term.init(jax.random.fold_in(key, number), head)
+            for number, (name, (term, _)) in enumerate(zip(self.names, self.terms, strict=True))
+        }
+        return {name: array for name, array in arrays.items() if array is not None}
+
+    def counts(
+        self, batch: Mapping[str, Any], teachers: Sequence[Teacher] = (), *, where: Any
+    ) -> dict[str, Any]:
+        """What the terms see of a batch, for `value` of its parts.
+
+        Sums over micro-batches and shards of these are the counts of the whole.
+
+        Args:
+            batch: As in `value`, like all that follow.
+            teachers: The teachers.
+            where: Positions whose labels count.
+        """
+        teachers = [_with_statistics(self, teacher, None) for teacher in teachers]
+        parts = self._parts(batch, teachers, {}, where)
+        seen = {part.key: part.seen.sum() for part in parts if part.seen is not None}
+        return {"labels": where.sum(), "seen": seen}
+
+    def value(
+        self,
+        hidden: Float[ops.Array, "*batch hidden"],
+        head: Head | Float[ops.Array, "rows columns"],
+        batch: Mapping[str, Any],
+        teachers: Sequence[Teacher] = (),
+        params: Mapping[str, Any] | None = None,
+        *,
+        where: Any,
+        teacher_weights: Any = None,
+        counts: Mapping[str, Any] | None = None,
+        axis_name: ops.AxisName | None = None,
+    ) -> tuple[jax.Array, jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:
+        """The loss summed over the labels, their number, and metrics; pure.
+
+        `sum / count` is the loss. Over micro-batches or shards, sums and counts add up to those of
+        the whole batch if `counts` are the whole's.
+
+        Args:
+            hidden: `[*batch, hidden]`, the student's, at positions that predict `labels`.
+            head: Its `losses.Head`, or a kernel alone. Entries that do not exist have a bias of
+                `-inf`.
+            batch: `labels`, `[*batch]`, and what terms declare in `Term.batch`.
+            teachers: A `Teacher` each, if a term needs them.
+            params: The arrays of `init`.
+            where: `[*batch]` boolean: positions whose labels count. At others nothing is looked at,
+                not even a NaN.
+            teacher_weights: `[teachers]`, or `[rows, teachers]` to send each row to its teacher;
+                `teachers` of the objective by default.
+            counts: The result of `counts` for the whole batch, where this is a part of it.
+            axis_name: Inside `jax.shard_map` with the head's vocabulary split over this mesh axis:
+                that axis.
+
+        Returns:
+            The sum, float32; the number of labels; for each term the pair of its sum and that
+            number, and for a term that sees a part of the text `seen/NAME`.
+
+        Raises:
+            ValueError: A need that nobody provides, or one that was not declared; names the term.
+        """
+        hidden, where = jnp.asarray(hidden), jnp.asarray(where)
+        head = Head.of(head).resolve(hidden.shape[-1])
+        teachers = [_with_statistics(self, teacher, axis_name) for teacher in teachers]
+        parts = self._parts(batch, teachers, params or {}, where, teacher_weights)
+        known = self.counts(batch, teachers, where=where) if counts is None else counts
+        for part in parts:
+            part.weigh(where, known)
+        count, value = where.sum(), jnp.float32(0.0)
+        sums: dict[str, Any] = {}
+        for members in grouped(parts):
+            total, values = swept(members, hidden, head, where, axis_name)
+            value = value + total
+            for part, part_value in zip(members, values, strict=True):
+                sums[part.name] = sums.get(part.name, 0.0) + part_value
+        metrics = {name: (jax.lax.stop_gradient(sums[name]), count) for name in self.names}
+        return value, count, metrics | _shares_seen(parts, where)
+
+    def _parts(
+        self,
+        batch: Mapping[str, Any],
+        teachers: Sequence[Teacher],
+        params: Mapping[str, Any],
+        where: Any,
+        teacher_weights: Any = None,
+    ) -> list[Part]:
+        """Each term with each of its teachers, declared needs checked."""
+        if self.teachers and teachers and len(self.teachers) != len(teachers):
+            raise ValueError(f"teachers: expected {len(self.teachers)}, got {len(teachers)}")
+        default = self.shares or (1.0 / max(len(teachers), 1),) * len(teachers)
+        shares = _shares(default, teacher_weights)
+        parts = []
+        for name, (term, weight) in zip(self.names, self.terms, strict=True):
+            columns = {"labels": batch["labels"], "where": where}
+            for column in term.batch:
+                if column not in batch:
+                    raise ValueError(
+                        f"loss {name!r}: expected batch[{column!r}], got {', '.join(batch)}"
+                    )
+                columns[column] = batch[column]
+            if term.teacher is not None and not teachers:
+                raise ValueError(f"loss {name!r}: expected a teacher, got none")
+            of_text = term.teacher is None
+            for number, teacher in enumerate([None] if of_text else teachers):
+                parts.append(
+                    Part(
+                        name=name,
+                        term=term,
+                        weight=weight,
+                        number=number,
+                        share=1.0 if of_text else shares[number],
+                        teacher=teacher,
+                        attributes=declared_attributes(name, term, teacher, where),
+                        columns=columns,
+                        params=params.get(name),
+                        mean_share=1.0 if of_text else default[number],
+                    )
+                )
+        return parts
+
+
+def parse_terms(texts: Sequence[str]) -> tuple[tuple[Term, float], ...]:
+    """Terms as flags name them: `NAME`, `NAME(option=value)` or `package:Name`, and a weight.
+
+    The weight follows a colon; it is 1 where none is given.
+
+    Raises:
+        ValueError: No such term, module or option.
+
+    >>> [(str(term), weight) for term, weight in parse_terms(["sft", "kl(temperature=2):0.3"])]
+    [('sft', 1.0), ('kl(temperature=2.0)', 0.3)]
     """
     terms = []
     for text in texts:
-        name, _, weight = text.partition(":")
-        try:
-            terms.append((name, float(weight or 1.0)))
-        except ValueError:
-            raise ValueError(f"loss: expected NAME or NAME:WEIGHT, got {text!r}") from None
+        match = _WEIGHTED.fullmatch(text)
+        assert match is not None
+        terms.append((TERMS.parse(match[1]), float(match[2] or 1.0)))
     return tuple(terms)
 
 
-def parse_gld(text: str, *, k: int) -> tuple[GraphConfig, float]:
-    """`NODE/FEATURE/VALUE:WEIGHT`, such as `rank/row_sum/closed_form:0.002`.
+def _with_statistics(objective: Objective, teacher: Teacher, axis_name: Any) -> Teacher:
+    """A teacher with the statistics that terms declare, read of its hidden states if need be."""
+    teacher = jax.lax.stop_gradient(teacher)
+    needs = [term.teacher for term, _ in objective.terms if term.teacher is not None]
+    top_k = max((n.top_k for n in needs), default=0)
+    if teacher.statistics is not None or teacher.hidden is None or not top_k:
+        return teacher
+    head = Head.of(teacher.head).resolve(teacher.hidden.shape[-1])
+    top_k = min(max(top_k, teacher.top_k), head.vocab_size(axis_name))
+    readout = losses.linear_readout(teacher.hidden, head, top_k=top_k, axis_name=axis_name)
+    statistics = jax.lax.stop_gradient(readout.statistics)
+    return dataclasses.replace(teacher, statistics=statistics)
 
-    >>> parse_gld("token/row_rms/closed_form:0.5", k=10)[1]
-    0.5
-    """
-    kind, _, weight = text.partition(":")
-    names = kind.split("/")
-    try:
-        if len(names) != 3:
-            raise ValueError("expected NODE/FEATURE/VALUE:WEIGHT")
-        node, feature, value = names
-        graph = GraphConfig(k=k, node=node, feature=feature, value=value)  # type: ignore
-        return graph, float(weight)
-    except ValueError as error:
-        raise ValueError(f"gld {text!r}: {error}") from None
+
+def _shares(default: Sequence[float], weights: Any) -> Sequence[Any]:
+    if weights is None:
+        return default
+    weights = jnp.asarray(weights, jnp.float32)
+    if weights.ndim not in (1, 2) or weights.shape[-1] != len(default):
+        raise ValueError(
+            f"teacher_weights: expected [{len(default)}] or [rows, {len(default)}], got "
+            f"{weights.shape}"
+        )
+    total = weights.sum(-1, keepdims=True)
+    weights = weights / jnp.where(total > 0, total, 1.0)
+    return [weights[..., number] for number in range(len(default))]
+
+
+def _shares_seen(parts: Sequence[Part], where: Any) -> dict[str, tuple[Any, Any]]:
+    """How many of the labels each term that sees a part of the text learns from."""
+    # A loss that sees little of the text may be small for that alone.
+    totals: dict[str, Any] = {}
+    for part in parts:
+        labels = part.term.labels_seen(*part.views)
+        if labels is not None:
+            share = part.mean_share
+            totals[part.name] = totals.get(part.name, 0.0) + share * (labels & where).sum()
+    return {f"seen/{name}": (total, where.sum()) for name, total in totals.items()}

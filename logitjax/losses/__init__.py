@@ -15,6 +15,7 @@ from logitjax.losses._linear_divergences import linear_total_variation as linear
 from logitjax.losses._linear_readout import Readout as Readout
 from logitjax.losses._linear_readout import linear_fused_loss as linear_fused_loss
 from logitjax.losses._linear_readout import linear_readout as linear_readout
+from logitjax.losses._linear_readout import readout_statistic as readout_statistic
 from logitjax.losses._sparse_teacher import (
     linear_sparse_kl_divergence as linear_sparse_kl_divergence,
 )

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from logitjax.losses._graph_statistics import GraphStatistics
-from logitjax.losses.sweep import Blocks, Head, ReadoutStatistic, run
+from logitjax.losses.sweep import Blocks, Head, LossOf, ReadoutStatistic, run
 from logitjax.ops import Array, AxisName, Number, TopK, checks, neginf_to_zero
 
 
@@ -84,9 +84,11 @@ def linear_readout(
     checks.shapes(hidden=(hidden, "float *batch hidden"))
     hidden = jnp.asarray(hidden)
     head = Head.of(head).resolve(hidden.shape[-1])
-    options, tokens = _plan(head, labels, ids, top_k, axis_name)
+    statistic, tokens = readout_statistic(
+        head, labels=labels, ids=ids, top_k=top_k, axis_name=axis_name
+    )
     return run(
-        _Reading(**options),
+        statistic,
         hidden,
         head,
         tokens=tokens,
@@ -157,17 +159,19 @@ def linear_fused_loss(
     checks.shapes(hidden=(hidden, "float *batch hidden"), weights=(weights, "float *batch"))
     hidden = jnp.asarray(hidden)
     head = Head.of(head).resolve(hidden.shape[-1])
-    options, columns = _plan(head, labels, ids, top_k, axis_name)
+    statistic, columns = readout_statistic(
+        head, labels=labels, ids=ids, top_k=top_k, axis_name=axis_name
+    )
     value, outputs = run(
-        _Fused(**options, loss=loss),
+        LossOf(statistic, loss),
         hidden,
         head,
-        tokens=columns | {"loss": tokens},
+        tokens={"statistic": columns, "loss": tokens},
         weights=weights,
         blocks=blocks,
         axis_name=axis_name,
     )
-    return value, _Reading(**options).losses(outputs, columns)
+    return value, statistic.losses(outputs, columns)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -198,20 +202,29 @@ class _Reading(ReadoutStatistic):
         return Readout(outputs.log_z, outputs.label, gathered, statistics, entropy)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Fused(_Reading):
-    """Gives a loss made of a `Readout`."""
+def readout_statistic(
+    head: Head,
+    *,
+    labels: Array | None = None,
+    ids: Array | None = None,
+    top_k: int | None = None,
+    axis_name: AxisName | None = None,
+) -> tuple[ReadoutStatistic, dict[str, jax.Array]]:
+    """The statistic whose results are a `Readout`, and the tokens it reads, for `sweep.run`.
 
-    loss: Callable[[Readout, Any], jax.Array]
+    It is what `linear_readout` runs; with `sweep.Several` it shares a sweep with others.
 
-    def losses(self, outputs: Any, tokens: Any) -> jax.Array:
-        return self.loss(super().losses(outputs, tokens), tokens["loss"])
+    Args:
+        head: A `Head` that knows its vocabulary axis.
+        labels: As in `linear_readout`, like all that follow.
+        ids: `[*batch, n]`.
+        top_k: Number of entries.
+        axis_name: Mesh axis that splits the vocabulary.
 
-
-def _plan(
-    head: Head, labels: Array | None, ids: Array | None, top_k: int | None, axis_name: Any
-) -> tuple[dict[str, Any], dict[str, jax.Array]]:
-    """The fields of a `_Reading`, and what it reads of the positions."""
+    Raises:
+        TypeError: Labels or ids are no integers.
+        ValueError: `top_k` is not within the vocabulary.
+    """
     vocab = head.vocab_size(axis_name)
     if top_k is not None and not 1 <= top_k <= vocab:
         raise ValueError(f"top_k: expected 1 to the vocabulary size {vocab}, got {top_k}")
@@ -220,11 +233,11 @@ def _plan(
     for name, value in tokens.items():
         if not jnp.issubdtype(value.dtype, jnp.integer):
             raise TypeError(f"{name}: expected integers, got {value.dtype}")
-    options = dict(
+    statistic = _Reading(
         labels="labels" in tokens,
         ids=tokens["ids"].shape[-1] if "ids" in tokens else 0,
         k=top_k or 0,
         moments=bool(top_k),
         vocab=vocab,
     )
-    return options, tokens
+    return statistic, tokens

@@ -53,6 +53,8 @@ class TrainStep:
         trainable: a regular expression; parameters whose path it does not match get no gradient.
             Give the same one to `Schedule.optimizer`, so that they have no optimizer state either.
         schedule: the learning rate as a function of the step, to be reported.
+        counts: ``(batch, constants) -> pytree`` of the whole global batch. The loss then takes it
+            as its last argument: what means over a part of the labels are divided by.
 
     Attributes:
         traces: How often it was traced: once per shape of the batch.
@@ -82,12 +84,14 @@ class TrainStep:
         mesh: Mesh | None = None,
         trainable: str | None = None,
         schedule: Callable[[Any], Any] | None = None,
+        counts: Callable[[Any, Any], Any] | None = None,
     ):
         if accumulate < 1:
             raise ValueError(f"accumulate: expected at least 1 microbatch, got {accumulate}")
         self.traces = 0
         self._loss_fn, self._tx, self._accumulate = loss_fn, tx, accumulate
         self._mesh, self._trainable, self._schedule = mesh, trainable, schedule
+        self._counts = counts
         self._jitted: Any = None
 
     def __call__(
@@ -133,12 +137,15 @@ class TrainStep:
         key = jax.random.fold_in(state.rng, state.step)
         mask = None if self._trainable is None else path_mask(state.params, self._trainable)
 
+        extra = () if constants is None else (constants,)
+        if self._counts is not None:
+            extra += (self._counts(batch, constants),)
+
         def loss(params: Any, micro: Any, index: Any, key: Any) -> Any:
             if mask is not None:
                 params = jax.tree.map(
                     lambda leaf, kept: leaf if kept else jax.lax.stop_gradient(leaf), params, mask
                 )
-            extra = () if constants is None else (constants,)
             total, count, metrics = self._loss_fn(
                 params, micro, jax.random.fold_in(key, index), *extra
             )

@@ -80,8 +80,8 @@ def test_adapters_of_a_whole_student_learn_from_two_teachers(text, tmp_path):
     before, after = models.load_model("tiny"), models.load_model(str(out / "model"))
     assert np.abs(np.asarray(after(tokens()) - before(tokens()))).max() > 1e-3
     np.testing.assert_array_equal(after.embedding[...], before.embedding[...])
-    other = dataclasses.replace(chosen, student_temperature=2.0)
-    with pytest.raises(ValueError, match=r"its objective\.student_temperature is 1\.0, not 2\.0"):
+    other = dataclasses.replace(chosen, loss=("kl(temperature=2):0.5", "jsd:0.5"))
+    with pytest.raises(ValueError, match=r"its objective\.terms is .*temperature=1\.0"):
         distill.run(other, out)
 
 
@@ -204,7 +204,7 @@ def test_a_served_model_is_replicated_from_its_answers_alone(text, tmp_path):
         (dict(keep_layers=(0, 5)), r"keep_layers: expected layers 0 to 1 of .tiny., got \[0, 5\]"),
         (dict(loss=("kl",)), "teacher: expected one for the loss 'kl', got none"),
         (dict(freeze="below"), "freeze: expected drop_layers and listed layers"),
-        (dict(loss=("nll",)), "loss: expected one of sft"),
+        (dict(loss=("nll",)), "loss: expected one of alm"),
         (dict(loss=("sft",), freeze="nothing"), "freeze: .* matches no"),
         (
             dict(teacher=("api:http://127.0.0.1:9",), loss=("kl",)),
@@ -224,8 +224,8 @@ def test_a_served_model_is_replicated_from_its_answers_alone(text, tmp_path):
             r"batch_size: .* of accumulate x data x fsdp = 3 x 2, got 2",
         ),
         (
-            dict(loss=("sft",), alm_temperature=0.0),
-            "alm_temperature: expected a positive number, got 0",
+            dict(loss=("alm(temperature=0)",)),
+            "loss alm: temperature: expected a positive number, got 0",
         ),
         (
             dict(loss=("sft",), seq_len=513),

@@ -67,7 +67,7 @@ def projected_kl(hidden, kernel, teacher, projection):
 
 @pytest.mark.parametrize(("wide", "merging"), [(False, False), (True, True), (False, True)])
 def test_projected_kl_and_its_gradient_are_those_of_the_definition(wide, merging, monkeypatch):
-    monkeypatch.setattr(_projected_kl, "_MOST_MEMBERS", 0 if wide else 4096)
+    monkeypatch.setattr(_projected_kl, "MOST_MEMBERS", 0 if wide else 4096)
     projection = random_projection(3, merging)
     hidden, teacher = RNG.normal(size=(5, HIDDEN)), RNG.normal(size=(5, OTHER), scale=2)
     kernel, weights = RNG.normal(size=(HIDDEN, VOCAB)), np.array([1.0, 0.5, 0.0, 2.0, 1.0])
@@ -469,10 +469,10 @@ def test_a_teacher_of_the_same_tokenizer_is_the_same_through_a_projection():
     )
     # The second row is not seen by the teacher: means are over the first one.
     half = where & np.array([[True], [False]])
-    view = distillation.TeacherView(statistics, half, half, scores)
+    view = distillation.Teacher(statistics=statistics, where=half, single=half, chunks=scores)
 
     def loss(*terms):
-        return distillation.loss_function(
+        return distillation.LossFunction(
             distillation.Objective(terms=distillation.parse_terms(terms), teachers=(1.0,)),
             student,
             {"a": known},
@@ -518,10 +518,10 @@ def test_nothing_that_meets_gives_a_value_and_a_gradient_of_zero():
     chunks = distillation.ChunkScores(
         ids=empty, ends=empty, scores=np.zeros((1, 7), np.float32), where=none
     )
-    view = distillation.TeacherView(statistics, none, none, chunks)
+    view = distillation.Teacher(statistics=statistics, where=none, single=none, chunks=chunks)
     student = distillation.make_student(model)
     terms = distillation.parse_terms(["first_piece", "hybrid", "alm"])
-    loss_fn = distillation.loss_function(
+    loss_fn = distillation.LossFunction(
         distillation.Objective(terms=terms, teachers=(1.0,)), student, {"a": known}
     )
 

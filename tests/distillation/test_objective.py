@@ -12,11 +12,13 @@ from flax import nnx
 
 from logitjax import data, distillation, losses, models, training
 from logitjax.distillation import (
+    LossFunction,
     Objective,
-    loss_function,
+    Teacher,
     make_student,
     parse_terms,
 )
+from logitjax.distillation.terms import MinED
 from logitjax.distillation.training import _distill
 from logitjax.distillation.training._corpus import Source
 from tests._compiled import compiled
@@ -49,7 +51,7 @@ def tiny_logits():
 @functools.cache
 def batch(k=257):
     held = {
-        f"source{i}": (compiled(losses.graph_statistics)(teacher, k), WHERE)
+        f"source{i}": Teacher(statistics=compiled(losses.graph_statistics)(teacher, k), where=WHERE)
         for i, teacher in enumerate(TEACHERS)
     }
     return {"pivot": COLUMNS, "sources": held}
@@ -57,7 +59,7 @@ def batch(k=257):
 
 def value_of(objective, student, k=257, transform=lambda total: total):
     """`(value, (count, metrics))`, or what `transform` makes of the function that gives them."""
-    loss_fn = loss_function(objective, student, ("source0", "source1"))
+    loss_fn = LossFunction(objective, student, ("source0", "source1"))
 
     @jax.jit
     def run(trained, frozen, batch):
@@ -94,35 +96,30 @@ def dense(logits, name, student_temperature=1.0, teacher_temperature=1.0):
 @pytest.mark.parametrize(
     ("terms", "temperatures"),
     [
-        (("sft:0.5", "kl:0.5"), (1.0, 1.0)),
-        (("kl:0.2", "rkl:0.3", "jsd:2"), (1.0, 1.0)),
-        (("sft", "kl", "jsd"), (2.0, 3.0)),
-        (("sft:0.5", "kl:0.25", "uld:0.25"), (1.0, 1.0)),
+        (("sft:0.5", "kl:0.5"), {}),
+        (("kl:0.2", "rkl:0.3", "jsd:2"), {}),
+        (
+            ("sft", "kl(temperature=2,teacher_temperature=3)", "jsd(temperature=2)"),
+            {"kl": (2.0, 3.0), "jsd": (2.0, 2.0)},
+        ),
+        (("sft:0.5", "kl:0.25", "uld:0.25"), {}),
     ],
 )
 def test_a_mix_is_the_weighted_sum_of_dense_losses(terms, temperatures):
     """The whole vocabulary is kept, so that nothing is approximate."""
-    objective = Objective(
-        terms=parse_terms(terms),
-        teachers=(1.0, 3.0),
-        student_temperature=temperatures[0],
-        teacher_temperature=temperatures[1],
-    )
+    objective = Objective(terms=parse_terms(terms), teachers=(1.0, 3.0))
     value, (count, metrics) = value_of(objective, make_student(tiny()))
 
     @jax.jit
     def by_definition(logits):
-        warm = ("kl", "rkl", "jsd")
-        return {
-            name: dense(logits, name, *(temperatures if name in warm else ()))
-            for name in objective.weights
-        }
+        return {name: dense(logits, name, *temperatures.get(name, ())) for name in objective.names}
 
     expected = jax.device_get(by_definition(tiny_logits()))
     assert int(count) == WHERE.sum()
     for name, part in expected.items():
         np.testing.assert_allclose(metrics[name][0], part, rtol=2e-4)
-    total = sum(weight * expected[name] for name, weight in objective.terms)
+    weights = [weight for _, weight in objective.terms]
+    total = sum(w * expected[name] for w, name in zip(weights, objective.names, strict=True))
     np.testing.assert_allclose(value, total, rtol=2e-4)
 
 
@@ -158,12 +155,13 @@ def test_mined_is_kl_from_the_nearest_spelling_and_cross_entropy_where_tokens_do
         rule="edit_distance",
     )
     student = make_student(tiny())
-    loss_fn = loss_function(
-        Objective(terms=(("mined", 1.0),), teachers=(1.0,)),
+    loss_fn = LossFunction(
+        Objective(terms=((MinED(), 1.0),), teachers=(1.0,)),
         student,
         {"other": distillation.Vocabularies(projections={"edit_distance": projection})},
     )
-    held = (compiled(losses.graph_statistics)(teacher, k), WHERE, meet)
+    statistics = compiled(losses.graph_statistics)(teacher, k)
+    held = Teacher(statistics=statistics, where=WHERE, single=meet)
     batch = {"pivot": COLUMNS, "sources": {"other": held}}
     value, _, metrics = jax.jit(loss_fn)(student.trained, batch, None, student.frozen)
 
@@ -186,7 +184,7 @@ def test_mined_is_kl_from_the_nearest_spelling_and_cross_entropy_where_tokens_do
 def test_the_dual_term_trains_a_second_head_that_starts_as_a_copy():
     model = tiny()
     objective = Objective(terms=parse_terms(["sft:0.5", "dual:0.5"]), teachers=(1.0, 3.0))
-    student = make_student(model, auxiliary_head=True)
+    student = make_student(model, objective=objective)
     (value, (_, metrics)), gradient = value_and_grad(objective, student)
     metrics = jax.device_get(metrics)
     hidden, _ = call(model, TOKENS, method="hidden_states")
@@ -200,12 +198,12 @@ def test_the_dual_term_trains_a_second_head_that_starts_as_a_copy():
         ]
         return 0.5 * jnp.where(WHERE, sum(distances), 0.0).sum()
 
-    second = student.trained["auxiliary"]["head"]["kernel"]
+    second = student.trained["terms"]["dual"]["head"]["kernel"]
     expected, expected_gradient = jax.device_get(dual(second))
     np.testing.assert_allclose(0.5 * metrics["dual"][0], expected, rtol=1e-4)
     np.testing.assert_allclose(value, 0.5 * metrics["sft"][0] + expected, rtol=1e-4)
     np.testing.assert_allclose(
-        gradient["auxiliary"]["head"]["kernel"], expected_gradient, rtol=1e-3, atol=1e-5
+        gradient["terms"]["dual"]["head"]["kernel"], expected_gradient, rtol=1e-3, atol=1e-5
     )
     # The model to hand on is the first head's.
     assert student.size == sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
@@ -257,11 +255,11 @@ def test_a_recovered_head_gives_its_columns_and_the_mix_is_trained():
 @pytest.mark.parametrize(
     ("terms", "said"),
     [
-        (["nll"], "loss: expected one of sft, kl, .*got 'nll'"),
-        (["kl:much"], "loss: expected NAME or NAME:WEIGHT, got 'kl:much'"),
+        (["nll"], "loss: expected one of alm, dual, .*got 'nll'"),
+        (["kl:much"], "loss kl:much: expected what can be imported"),
+        (["kl(heat=2)"], "loss kl: expected one of temperature, .*got 'heat'"),
         (["kl", "kl:2"], "loss: expected each loss once"),
         (["sft:-1"], "loss: expected positive weights"),
-        (["kl"], "teacher: expected one for the loss 'kl', got none"),
     ],
 )
 def test_a_mix_that_makes_no_sense_is_named(terms, said):
@@ -319,7 +317,7 @@ def test_a_folder_belongs_to_one_student_corpus_objective_and_course(tmp_path):
         cache = distillation.TeacherCache(tmp_path / f"{text}{k}", identity)
         source = Source("pivot", packed, {"train": cache})
         objective = Objective(
-            terms=parse_terms(["sft", "kl"]), teachers=(1.0,), teacher_temperature=temperature
+            terms=parse_terms(["sft", f"kl(temperature={temperature})"]), teachers=(1.0,)
         )
         corpus = distillation.Corpus(packed=packed, sources={"source0": source})
         made_from = _distill._made_from(student, corpus, objective, distillation.Course(**course))
@@ -331,7 +329,10 @@ def test_a_folder_belongs_to_one_student_corpus_objective_and_course(tmp_path):
         (dict(weight=2.0), "its student is"),
         (dict(text="b"), "its text is .* its teachers.source0 is"),
         (dict(k=5), "its teachers.source0 is"),
-        (dict(temperature=2.0), r"its objective\.teacher_temperature is 1.0, not 2.0"),
+        (
+            dict(temperature=2.0),
+            r"its objective\.terms.* is .*temperature=1.0.*, not .*temperature=2.0",
+        ),
         (dict(batch_size=8), r"its course\.batch_size is 4, not 8"),
     ):
         with pytest.raises(ValueError, match=f"distillation run .* does not fit: .*{said}"):

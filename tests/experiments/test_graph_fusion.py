@@ -214,7 +214,10 @@ def test_a_wrong_graph_loss_is_named(gld):
 def test_arms_are_sums_of_their_losses():
     chosen = config(mix=(0.25,), gld=("rank/row_sum/closed_form:0.1",))
     terms = {
-        arm: dict(arms.first_settings(chosen, arm).objective(chosen).terms)
+        arm: {
+            term.name: weight
+            for term, weight in arms.first_settings(chosen, arm).objective(chosen).terms
+        }
         for arm in ("sft", "kl_only", "kl", "uld+gld")
     }
     assert terms["sft"] == {"sft": 1.0}

@@ -76,7 +76,7 @@ def linear_likelihood(
         The `Likelihood`, differentiable.
     """
     return sweep.run(
-        _Likelihood(boundary),
+        LikelihoodStatistic(boundary),
         hidden,
         head,
         tokens={"labels": labels},
@@ -92,7 +92,7 @@ class _Sums(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Likelihood(sweep.Statistic):
+class LikelihoodStatistic(sweep.Statistic):
     """The label's logit, and the mass of a set of tokens."""
 
     boundary: TokenSet

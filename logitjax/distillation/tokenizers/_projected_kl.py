@@ -15,7 +15,7 @@ from logitjax.ops import Array, AxisName, TopK, checks, gather_at, logsumexp
 
 # Logits of so many of our tokens a position are gathered; where there may be more, sums over the
 # whole vocabulary are cheaper.
-_MOST_MEMBERS = 4096
+MOST_MEMBERS = 4096
 _LEAST = 1e-37
 
 
@@ -146,20 +146,20 @@ def linear_projected_kl_divergence(
     """
     head = Head.of(head).resolve(jnp.shape(hidden)[-1])
     _check(head.vocab_size(axis_name), projection)
-    teacher = projection.merged(lax.stop_gradient(teacher))
-    k = teacher.indices.shape[-1]
-    if projection.capacity(k) > _MOST_MEMBERS:
+    teacher = lax.stop_gradient(teacher)
+    if projection.capacity(teacher.indices.shape[-1]) > MOST_MEMBERS:
+        statistic, tokens, scan = bucket_sums(teacher, projection, direction=direction)
         value = sweep.run(
-            _BucketSums(projection=projection, k=k, direction=direction),
+            statistic,
             hidden,
             head,
-            tokens={"teacher": teacher, "slots": _slots(teacher.indices, projection.size)},
+            tokens=tokens,
             weights=weights,
-            # Whole rows of logits would be most of the memory that this saves.
-            blocks=blocks or Blocks(engine="scan"),
+            blocks=blocks or scan,
             axis_name=axis_name,
         )
         return value if weights is None else value[0]
+    teacher = projection.merged(teacher)
     members = projection.members(teacher.indices)
     told = {"teacher": teacher, "members": members}
     loss = _forward if direction == "forward" else _reverse
@@ -167,6 +167,18 @@ def linear_projected_kl_divergence(
     if weights is None:
         return loss(losses.linear_readout(hidden, head, **options), told)
     return losses.linear_fused_loss(hidden, head, loss, told, weights, **options)[0]
+
+
+def bucket_sums(
+    teacher: TopK, projection: TokenProjection, *, direction: str = "forward"
+) -> tuple[sweep.Statistic, Any, Blocks]:
+    """The statistic of a projected divergence from sums over whole rows, its tokens and blocks."""
+    teacher = projection.merged(teacher)
+    k = teacher.indices.shape[-1]
+    statistic = _BucketSums(projection=projection, k=k, direction=direction)
+    tokens = {"teacher": teacher, "slots": _slots(teacher.indices, projection.size)}
+    # Whole rows of logits would be most of the memory that this saves.
+    return statistic, tokens, Blocks(engine="scan")
 
 
 def _forward(readout: losses.Readout, told: Any, direction: str = "forward") -> jax.Array:

@@ -11,11 +11,12 @@ from etils import epath
 from jax.sharding import Mesh
 
 from logitjax import data, losses, models, training
-from logitjax.distillation._objective import PROJECTIONS, Objective
-from logitjax.distillation._teacher_terms import TeacherView, Vocabularies
+from logitjax.distillation._objective import Objective
+from logitjax.distillation._teacher import Teacher, Vocabularies
+from logitjax.distillation._term import TeacherNeeds, Term
 from logitjax.distillation.tokenizers._alignment import Chunks, align_chunks
 from logitjax.distillation.tokenizers._likelihood_matching import boundary_tokens, chunk_scores
-from logitjax.distillation.tokenizers._token_pieces import Rule, prefix_bytes, token_projection
+from logitjax.distillation.tokenizers._token_pieces import prefix_bytes, token_projection
 from logitjax.distillation.training._teacher_cache import TeacherCache
 from logitjax.distillation.training._teachers import (
     Reader,
@@ -44,8 +45,10 @@ class Reading:
         dtype: Type that teachers compute in.
         layout: Layout of teachers.
         api_key: Key of servers.
-        losses: Names of the losses that will use it, as in `Objective`: those across tokenizers
-            need projections, and `alm` needs more from the teachers.
+        terms: The terms that will use it: what they declare of teachers is read and kept.
+        teacher_reads: Whether teachers read the text once, before the training, into a `'cache'` on
+            disk, or beside the student (`'live'`): then they stay in memory, nothing is kept, and
+            terms may ask for their hidden states.
         fit_to: Models whose tokenizers cut the rows as the teachers' do: runs with other teachers
             then learn from the same rows, and their scores can be compared.
     """
@@ -60,13 +63,31 @@ class Reading:
     dtype: str = "float32"
     layout: str = "listed"
     api_key: str | None = None
-    losses: tuple[str, ...] = ()
+    terms: tuple[Term, ...] = ()
+    teacher_reads: Literal["cache", "live"] = "cache"
     fit_to: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.teacher_reads not in ("cache", "live"):
+            raise ValueError(
+                f"teacher_reads: expected 'cache' or 'live', got {self.teacher_reads!r}"
+            )
+        taught = next((str(term) for term in self.terms if term.teacher is not None), None)
+        if taught and not self.teachers:
+            raise ValueError(f"teacher: expected one for the loss {taught!r}, got none")
+        for spec in self.teachers:
+            if self.teacher_reads == "live" and spec.partition(":")[0] in _NO_MODELS:
+                raise ValueError(f"teacher_reads: expected 'cache' for {spec!r}, got 'live'")
+
+    @property
+    def needs(self) -> list[TeacherNeeds]:
+        """What the terms declare of teachers."""
+        return [term.teacher for term in self.terms if term.teacher is not None]
 
     @property
     def likelihoods(self) -> bool:
         """Whether teachers keep likelihoods."""
-        return "alm" in self.losses
+        return any(needs.chunks for needs in self.needs)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -76,19 +97,28 @@ class Reading:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What one teacher says about the rows that matter, from its caches on disk.
+    """What one teacher says about the rows that matter, from its caches on disk or read live.
 
     Attributes:
         columns: Which tokenizer's columns of a batch it reads.
         packed: The rows.
-        caches: By split.
+        caches: By split; empty for a live teacher.
         vocabularies: How its vocabulary lies over the student's.
+        reader: A live teacher; None for one whose output is cached.
     """
 
     columns: str
     packed: data.PackedSplits
     caches: Mapping[str, TeacherCache]
     vocabularies: Vocabularies = Vocabularies()  # noqa: RUF009
+    reader: Reader | None = None
+
+    @property
+    def identity(self) -> Any:
+        """What its output is made from."""
+        if self.reader is not None:
+            return {"live": (self.reader.tokenizer, self.reader.weights)}
+        return {split: cache.identity for split, cache in self.caches.items()}
 
     @functools.cached_property
     def _spelling(self) -> Mapping[str, tuple[np.ndarray, int]]:
@@ -112,10 +142,13 @@ class Source:
             by="turn" if self.packed.chat else "document",
         )
 
-    def view(self, split: str, batch: Mapping[str, Any]) -> TeacherView:
+    def view(self, split: str, batch: Mapping[str, Any]) -> Teacher:
         """What the teacher says at the student's positions, and at which."""
-        cache = self.caches[split]
-        found = cache.read(batch["row"])
+        if self.reader is None:
+            found, vocab_size = self.caches[split].read(batch["row"]), self.caches[split].vocab_size
+        else:
+            found = dict(self.reader.read(batch[self.columns], batch["row"]))
+            vocab_size = self.reader.vocab_size
         where = single = batch[self.columns]["loss_mask"][:, 1:]
         said = {n: found.pop(n) for n in ("label", "boundary") if n in found}
         chunks = None
@@ -134,8 +167,11 @@ class Source:
             lengths, _ = self._spelling[self.columns]
             special = lengths[np.minimum(labels, len(lengths) - 1)] == 0
             scores = chunk_scores(chunks, said, special=special)
-        statistics = losses.GraphStatistics(**found, tail=tail, vocab_size=cache.vocab_size)
-        return TeacherView(statistics, where, single, scores)
+        hidden = found.pop("hidden", None)
+        statistics = losses.GraphStatistics(**found, tail=tail, vocab_size=vocab_size)
+        return Teacher(
+            statistics=statistics, hidden=hidden, where=where, single=single, chunks=scores
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,6 +185,15 @@ class Corpus:
 
     packed: data.PackedSplits
     sources: Mapping[str, Source]
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """What a step takes beside a batch: heads of live teachers whose hidden states are read."""
+        readers = {name: source.reader for name, source in self.sources.items()}
+        heads = {
+            name: r.head for name, r in readers.items() if r is not None and r.head is not None
+        }
+        return {"teachers": heads} if heads else {}
 
     @functools.cached_property
     def _label_bytes(self) -> np.ndarray:
@@ -204,6 +249,7 @@ class Corpus:
             batch["bytes"] = self._label_bytes[labels].astype(np.int32)
             if first is not None and first.columns == self.packed.names["pivot"]:
                 statistics = first.view(split, held).statistics
+                assert statistics is not None
                 batch["teacher"] = dataclasses.replace(statistics, tail=None)
             yield batch
 
@@ -252,29 +298,41 @@ def check_vocabularies(
         ValueError: Names the loss and the teacher.
     """
     for objective in objectives:
-        for name, spec in zip(reading.names, reading.teachers, strict=True):
-            compared = next((n for n in ("uld", "gld") if n in objective.weights), None)
-            if compared and (kept := _kept(reading, spec)) < objective.graph.k:
-                raise ValueError(
-                    f"loss {compared!r} compares the top {objective.graph.k} logits, but of "
-                    f"teacher {spec!r} {kept} are kept"
-                )
-            needs = objective.same_vocabulary
-            if needs and packed.names[name] != packed.names["pivot"]:
-                raise ValueError(
-                    f"loss {needs!r} needs one vocabulary, but teacher {spec!r} has another "
-                    "tokenizer than the student; use first_piece, or alm, or uld"
-                )
-            if "gld" in objective.weights and spec.startswith("api:"):
-                raise ValueError(
-                    f"loss 'gld' needs the mean and deviation of all logits, which teacher "
-                    f"{spec!r} does not say; use kl or uld"
-                )
-            if "alm" in objective.weights and spec.startswith("api:"):
-                raise ValueError(
-                    f"loss 'alm' needs the log-probability of every label, which teacher {spec!r} "
-                    "is not asked for; use first_piece or kl"
-                )
+        terms = zip(objective.names, (term for term, _ in objective.terms), strict=True)
+        for loss, needs in [(loss, term.teacher) for loss, term in terms if term.teacher]:
+            for name, spec in zip(reading.names, reading.teachers, strict=True):
+                other = packed.names[name] != packed.names["pivot"]
+                _check_needs(reading, loss, needs, spec, other_tokenizer=other)
+
+
+def _check_needs(
+    reading: Reading, loss: str, needs: TeacherNeeds, spec: str, *, other_tokenizer: bool
+) -> None:
+    if needs.top_k > 1 and (kept := _kept(reading, spec)) < needs.top_k:
+        raise ValueError(
+            f"loss {loss!r} compares the top {needs.top_k} logits, but of teacher {spec!r} {kept} "
+            "are kept"
+        )
+    if needs.same_vocabulary and other_tokenizer:
+        raise ValueError(
+            f"loss {loss!r} needs one vocabulary, but teacher {spec!r} has another tokenizer than "
+            "the student; use first_piece, or alm, or uld"
+        )
+    if needs.moments and spec.startswith("api:"):
+        raise ValueError(
+            f"loss {loss!r} needs the mean and deviation of all logits, which teacher {spec!r} "
+            "does not say; use kl or uld"
+        )
+    if needs.chunks and spec.startswith("api:"):
+        raise ValueError(
+            f"loss {loss!r} needs the log-probability of every label, which teacher {spec!r} is "
+            "not asked for; use first_piece or kl"
+        )
+    if needs.hidden and reading.teacher_reads != "live":
+        raise ValueError(
+            f"loss {loss!r} needs hidden states of teacher {spec!r}, which no cache keeps; read "
+            "live (--teacher_reads=live), or use kl"
+        )
 
 
 def load_corpus(
@@ -297,6 +355,8 @@ def load_corpus(
         ValueError: A cache of something else, or a server that does not answer.
     """
     named = dict(zip(reading.names, reading.teachers, strict=True))
+    if reading.teacher_reads == "live":
+        return Corpus(packed=packed, sources=_live_sources(reading, packed, directory, known or {}))
     # What is refused, or does not answer, is said before models read for hours.
     order = {"cache": 0, "api": 1}
     soonest = sorted(named, key=lambda name: order.get(named[name].partition(":")[0], 2))
@@ -309,6 +369,21 @@ def load_corpus(
         vocabularies = _vocabularies(reading, packed, columns, directory)
         sources[name] = Source(columns, packed, caches[name], vocabularies)
     return Corpus(packed=packed, sources=sources)
+
+
+def _live_sources(
+    reading: Reading,
+    packed: data.PackedSplits,
+    directory: epath.Path,
+    known: Mapping[str, tuple[models.Decoder, models.Tokenizer]],
+) -> dict[str, Source]:
+    sources = {}
+    for name, spec in zip(reading.names, reading.teachers, strict=True):
+        columns = packed.names[name]
+        reader = _reader(reading, spec, packed.tokenizers[columns], known)
+        vocabularies = _vocabularies(reading, packed, columns, directory)
+        sources[name] = Source(columns, packed, {}, vocabularies, reader)
+    return sources
 
 
 def _caches(
@@ -341,8 +416,8 @@ def _caches(
         )
     if reading.likelihoods and not all(c.identity.likelihoods for c in caches.values()):
         raise ValueError(
-            f"teacher {spec!r}: expected a cache with likelihoods for the loss 'alm', got one "
-            "without: write it with --likelihoods"
+            f"teacher {spec!r}: expected a cache with likelihoods, as a loss of chunks needs, got "
+            "one without: write it with --likelihoods"
         )
     return caches
 
@@ -351,7 +426,7 @@ def _vocabularies(
     reading: Reading, packed: data.PackedSplits, columns: str, directory: epath.Path
 ) -> Vocabularies:
     ours, theirs = (packed.tokenizers[n] for n in (packed.names["pivot"], columns))
-    rules: list[Rule] = [PROJECTIONS[n] for n in reading.losses if n in PROJECTIONS]
+    rules: Any = [needs.projection for needs in reading.needs if needs.projection]
     return Vocabularies(
         projections={
             rule: token_projection(ours, theirs, rule=rule, directory=directory) for rule in rules
@@ -433,6 +508,7 @@ def _reader(
         k=reading.top_k,
         tail_samples=reading.tail_samples,
         likelihoods=reading.likelihoods,
+        hidden=any(needs.hidden for needs in reading.needs),
     )
 
 

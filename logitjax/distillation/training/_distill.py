@@ -5,7 +5,7 @@ import functools
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,12 +16,12 @@ from etils import epath
 from jax.sharding import Mesh
 
 from logitjax import decoding, losses, models, processes, storage, training
-from logitjax.distillation._objective import PROJECTIONS, Objective
-from logitjax.distillation._teacher_terms import TeacherView, Vocabularies
+from logitjax.distillation._objective import Objective
+from logitjax.distillation._teacher import Teacher, Vocabularies
 from logitjax.distillation.tokenizers._likelihood_matching import ChunkScores, TokenSet
 from logitjax.distillation.tokenizers._projection import TokenProjection
 from logitjax.distillation.training._corpus import Corpus, Reading
-from logitjax.distillation.training._loss_function import loss_function, score_function
+from logitjax.distillation.training._loss_function import LossFunction, score_function
 from logitjax.distillation.training._student import Student, make_student
 
 
@@ -112,12 +112,15 @@ def make_update(
         course.learning_rate, warmup=int(course.warmup * course.steps), total_steps=course.steps
     )
     tx = schedule.optimizer(weight_decay=course.weight_decay)
+    loss = LossFunction(objective, student, sources)
     step = training.TrainStep(
-        loss_function(objective, student, sources),
+        loss,
         tx,
         mesh=mesh,
         accumulate=course.accumulate,
         schedule=schedule,
+        # Of one microbatch the loss counts itself.
+        counts=loss.counts if course.accumulate > 1 else None,
     )
     return tx, step
 
@@ -149,14 +152,16 @@ def update_program(
     def build() -> tuple[Any, Any]:
         decoder = model()
         sizes.append(decoder.config.vocab_size)
-        made.append(make_student(decoder, **options))
+        made.append(make_student(decoder, objective=objective, **options))
         return made[0].trained, made[0].frozen
 
     trained, frozen = jax.eval_shape(build)
     student = Student(graphdef=made[0].graphdef, trained=trained, frozen=frozen)
     names = reading.names if objective.taught else ()
+    needs = [term.teacher for term, _ in objective.terms if term.teacher is not None]
     # Of another vocabulary nothing is known here: as large as the student's, token by token.
-    sources = dict.fromkeys(names, _same_vocabulary(sizes[0]))
+    rules_needed = {n.projection for n in needs if n.projection}
+    sources = dict.fromkeys(names, _same_vocabulary(sizes[0], rules_needed))
     tx, step = make_update(student, objective, course, sources, mesh=mesh)
     rules, sharding = models.DECODER_RULES, training.BatchLayout(mesh).sharding
 
@@ -177,9 +182,10 @@ def update_program(
         )
         places, ids = rows(jnp.bool_, length - 1), rows(jnp.int32, length - 1)
         chunks = None
-        if "alm" in objective.weights:
+        if any(n.chunks for n in needs):
             chunks = ChunkScores(ids=ids, ends=ids, scores=log_z, where=places)
-        batch["sources"] = dict.fromkeys(names, TeacherView(said, places, places, chunks))
+        teacher = Teacher(statistics=said, where=places, single=places, chunks=chunks)
+        batch["sources"] = dict.fromkeys(names, teacher)
     state = training.TrainState.abstract(trained, tx, mesh=mesh, rules=rules)
     placed = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
@@ -189,11 +195,11 @@ def update_program(
     return training.Program(name=name, jitted=step, arguments=(state, batch, placed))
 
 
-def _same_vocabulary(size: int) -> Vocabularies:
+def _same_vocabulary(size: int, rules: Iterable[str]) -> Vocabularies:
     ids = np.arange(size, dtype=np.int32)[:, None]
     one = TokenProjection(ids=ids, weights=np.ones(ids.shape, np.float32), size=size)
     return Vocabularies(
-        projections=dict.fromkeys(PROJECTIONS.values(), one),
+        projections=dict.fromkeys(rules, one),
         boundary=TokenSet(np.ones(size, bool)),
     )
 
@@ -286,7 +292,7 @@ def train_student(
     sources = {n: s.vocabularies for n, s in corpus.sources.items()} if objective.taught else {}
     tx, step = make_update(student, objective, course, sources, mesh=mesh)
     scorer = Scorer(student, corpus, course, mesh=mesh) if scorer is None else scorer
-    frozen = models.DECODER_RULES.place(student.frozen, mesh)
+    frozen = models.DECODER_RULES.place(student.frozen | corpus.constants, mesh)
     state = training.TrainState.create(
         student.trained, tx, mesh=mesh, rules=models.DECODER_RULES, seed=course.seed
     )
@@ -325,14 +331,14 @@ def train_student(
     return Trained(
         params=state.params,
         curve=_column(lines, "eval/perplexity"),
-        parts={n: _column(lines, n) for n in ("loss", *objective.weights)},
-        seen={n: _column(lines, f"seen/{n}") for n in objective.weights},
+        parts={n: _column(lines, n) for n in ("loss", *objective.names)},
+        seen={n: _column(lines, f"seen/{n}") for n in objective.names},
         tokens_per_second=float(np.median([speed for _, speed in speeds[1:] or speeds] or [0.0])),
     )
 
 
 def _identity(objective: Objective, course: Course) -> str:
-    terms = "+".join(f"{name}:{weight:g}" for name, weight in objective.terms)
+    terms = "+".join(f"{term!r}:{weight:g}" for term, weight in objective.terms)
     return f"{terms}, rate {course.learning_rate:g}, seed {course.seed}, {course.steps} steps"
 
 
@@ -425,16 +431,16 @@ def _made_from(
     # When a run saves, logs and scores changes nothing of what it learns.
     for name in ("loop", "tensorboard", "eval_batch"):
         del chosen[name]
-    said = {
-        name: {split: cache.identity for split, cache in source.caches.items()}
-        for name, source in corpus.sources.items()
-    }
+    teachers = {name: source.identity for name, source in corpus.sources.items()}
     text = {split: rows.fingerprint for split, rows in corpus.packed.splits.items()}
     return {
         "student": student.fingerprint,
         "text": storage.digest(text, length=12),
-        "teachers": {name: storage.digest(caches, length=12) for name, caches in said.items()},
-        "objective": dataclasses.asdict(objective),
+        "teachers": {name: storage.digest(made, length=12) for name, made in teachers.items()},
+        "objective": {
+            "terms": [f"{term!r}:{weight:g}" for term, weight in objective.terms],
+            "teachers": objective.teachers,
+        },
         "course": chosen,
     }
 

@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx, traverse_util
 
 from logitjax import heads, models, ops, processes
+from logitjax.distillation._objective import Objective
 from logitjax.storage import digest
 
 
@@ -24,7 +25,7 @@ class Student:
     Attributes:
         graphdef: The decoder without its numbers.
         trained: What a train state holds: `model`, arrays by their path; `lora`, adapters; `mix`,
-            the unknown factor of a head whose columns are known; `auxiliary`, a second head.
+            the unknown factor of a head whose columns are known; `terms`, arrays of terms' own.
         frozen: The rest: `model`, and `basis`, the known columns of a head.
         scale: Factor of the adapters.
     """
@@ -47,7 +48,7 @@ class Student:
         return models.Lora(trained["lora"], self.scale) if "lora" in trained else None
 
     def finished(self, trained: Any) -> models.Decoder:
-        """The model to hand on: adapters merged, a second head left out."""
+        """The model to hand on: adapters merged, arrays of terms left out."""
         model = self.model(trained)
         lora = self.adapters(trained)
         return model if lora is None else lora.merged_into(model)
@@ -56,7 +57,7 @@ class Student:
     def fingerprint(self) -> str:
         """Twelve digits that tell its weights from others; all processes must ask for them.
 
-        Of what is computed when it is made (adapters, `mix`, a second head) only the shapes count:
+        Of what is computed when it is made (adapters, `mix`, arrays of terms) only shapes count:
         another machine may round it differently.
         """
         made = {name: value for name, value in self.trained.items() if name != "model"}
@@ -82,7 +83,7 @@ def make_student(
     freeze: str | None = None,
     lora_rank: int = 0,
     head_basis: ops.Array | None = None,
-    auxiliary_head: bool = False,
+    objective: Objective | None = None,
     seed: int = 0,
 ) -> Student:
     """A student from a decoder: what of it is trained, and what is frozen.
@@ -94,8 +95,8 @@ def make_student(
         lora_rank: Trains adapters of this rank in place of the model; 0 for none.
         head_basis: `[vocab, width]`, columns that span those of the head to imitate, as an audit
             recovers them. The head becomes their product with a matrix that is trained.
-        auxiliary_head: Trains a second head beside the first, which starts as its copy.
-        seed: Seed of the adapters.
+        objective: Terms that may have arrays of their own, which train beside the student.
+        seed: Seed of the adapters and of terms' arrays.
 
     Returns:
         The `Student`.
@@ -129,9 +130,8 @@ def make_student(
             model.config, lora_rank, key=jax.random.key(seed), layout=model.layout
         )
         trained["lora"] = lora.layers
-    if auxiliary_head:
-        kernel = jnp.array(model.head_of().rows.T)
-        trained["auxiliary"] = {"head": {"kernel": kernel}}
+    if objective is not None and (own := objective.init(jax.random.key(seed), model.head_of())):
+        trained["terms"] = own
     return Student(graphdef=apply_fn.graphdef, trained=trained, frozen=frozen)
 
 

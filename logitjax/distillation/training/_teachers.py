@@ -32,12 +32,14 @@ class Reader:
         vocab_size: Entries of its vocabulary.
         read: Columns `[rows, length]` and the rows' numbers to a record of a `TeacherCache`.
         weights: Digest of its weights; empty for a server, which does not show them.
+        head: Its `losses.Head`, if hidden states are among what it reads.
     """
 
     tokenizer: str
     vocab_size: int
     read: Callable[[Mapping[str, Any], np.ndarray], Mapping[str, Any]]
     weights: str = ""
+    head: Any = None
 
 
 def model_reader(
@@ -46,8 +48,9 @@ def model_reader(
     k: int,
     tail_samples: int = 0,
     likelihoods: bool = False,
+    hidden: bool = False,
 ) -> Reader:
-    """A decoder that says its top logits, draws from what they leave out, and likelihoods."""
+    """A decoder that says its top logits, draws from what they leave out, likelihoods, states."""
     decoder, tokenizer = load()
     apply_fn, params = models.from_nnx(decoder)
     read = jax.jit(
@@ -57,6 +60,7 @@ def model_reader(
             k=k,
             tail_samples=tail_samples,
             boundary=boundary_tokens(tokenizer) if likelihoods else None,
+            with_hidden=hidden,
         )
     )
     return Reader(
@@ -64,6 +68,7 @@ def model_reader(
         vocab_size=decoder.config.vocab_size,
         read=lambda columns, rows: jax.device_get(read(params, columns, rows)),
         weights=weights_digest(params),
+        head=jax.device_get(decoder.head_of()) if hidden else None,
     )
 
 
@@ -76,13 +81,19 @@ def teacher_record(
     k: int,
     tail_samples: int,
     boundary: TokenSet | None = None,
+    with_hidden: bool = False,
 ) -> dict[str, Any]:
-    """What a `TeacherCache` keeps of a batch; a tail's draws depend on its row alone."""
+    """What a `TeacherCache` keeps of a batch; a tail's draws depend on its row alone.
+
+    A live teacher's hidden states are there too `with_hidden`.
+    """
     model = nnx.merge(graphdef, params)
     hidden = hidden_states(model, columns)
     statistics = losses.linear_readout(hidden, model.head_of(), top_k=k).statistics
     names = ("values", "indices", "log_z", "mean", "std")
     record = {name: getattr(statistics, name) for name in names}
+    if with_hidden:
+        record["hidden"] = hidden
     if boundary is not None:
         labels = jnp.asarray(columns["tokens"])[:, 1:]
         record |= linear_likelihood(hidden, model.head_of(), labels, boundary)._asdict()

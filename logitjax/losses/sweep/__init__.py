@@ -81,6 +81,9 @@ from logitjax.losses.sweep._head import Head as Head
 from logitjax.losses.sweep._kl import KLStatistic as KLStatistic
 from logitjax.losses.sweep._readout import ReadoutStatistic as ReadoutStatistic
 from logitjax.losses.sweep._run import run as run
+from logitjax.losses.sweep._several import LossOf as LossOf
+from logitjax.losses.sweep._several import Several as Several
+from logitjax.losses.sweep._several import Tempered as Tempered
 from logitjax.losses.sweep._statistic import LogitBlock as LogitBlock
 from logitjax.losses.sweep._statistic import OnlineSums as OnlineSums
 from logitjax.losses.sweep._statistic import Statistic as Statistic

@@ -1,0 +1,184 @@
+"""One term and one teacher of an objective: what was declared, and nothing else."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from logitjax.distillation._teacher import Teacher
+from logitjax.distillation._term import Declared, StudentNeeds, Term
+from logitjax.losses import Head
+
+# Of a teacher what belongs to no position.
+_NOT_AT_POSITIONS = ("vocabularies", "hidden", "head")
+
+
+@dataclasses.dataclass(kw_only=True, eq=False)
+class Part:
+    """One term and one of its teachers.
+
+    Attributes:
+        number: Which teacher.
+        share: The teacher's weight, a number or an array, `[]` or `[rows]`.
+        attributes: What the term declared of it.
+        columns: What it declared of the batch.
+        mean_share: The share as a number, for metrics.
+        scale: By what its values are multiplied; None for one at every label.
+    """
+
+    name: str
+    term: Term
+    weight: float
+    number: int
+    share: Any
+    teacher: Teacher | None
+    attributes: dict[str, Any]
+    columns: dict[str, Any]
+    params: Any
+    mean_share: float
+    scale: Any = None
+
+    @property
+    def key(self) -> str:
+        return f"{self.name}/{self.number}"
+
+    @functools.cached_property
+    def views(self) -> tuple[Any, Any]:
+        """The teacher and the batch, as the term may look at them."""
+        return self.view(self.attributes, self.columns)
+
+    def view(self, attributes: Mapping[str, Any], columns: Mapping[str, Any]) -> tuple[Any, Any]:
+        teacher = None
+        if self.teacher is not None:
+            teacher = Declared(self.term, "teacher", attributes)
+        return teacher, _Columns(self.name, columns)
+
+    @functools.cached_property
+    def needs(self) -> StudentNeeds:
+        return self.term.student(self.views[0])
+
+    @functools.cached_property
+    def seen(self) -> Any:
+        seen = self.term.seen(*self.views)
+        where = self.columns["where"]
+        if seen is None or seen.shape != where.shape:
+            return seen
+        return seen & where if seen.dtype == jnp.bool_ else jnp.where(where, seen, 0.0)
+
+    def weigh(self, where: Any, counts: Mapping[str, Any]) -> None:
+        """Sets `scale`: a sum, divided by the number of labels, is then a mean over `seen`."""
+        if self.seen is not None:
+            ratio = counts["labels"] / jnp.maximum(counts["seen"][self.key], 1)
+            seen = self.seen
+            self.scale = jnp.where(seen, ratio, 0.0) if seen.dtype == jnp.bool_ else seen * ratio
+        if not isinstance(self.share, float):
+            scale = where.astype(jnp.float32) if self.scale is None else self.scale
+            share = self.share.reshape(self.share.shape + (1,) * (scale.ndim - self.share.ndim))
+            self.scale, self.share = scale * share, 1.0
+
+    @property
+    def head(self) -> Head | None:
+        return None if self.params is None else self.term.own_head(self.params)
+
+    @property
+    def sweep(self) -> tuple[str, int | None, str]:
+        """What parts of one sweep share: a head, a teacher whose logits are formed, itself."""
+        statistic = self.needs.statistic
+        own = self.name if self.head is not None else ""
+        if statistic is None:
+            return own, None, ""
+        formed = self.term.teacher is not None and self.term.teacher.hidden
+        alone = self.key if statistic.passes > 1 else ""
+        return own, self.number if formed else None, alone
+
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether its gradient may be formed in the sweep, where only tokens are at hand."""
+        return self.term.pointwise and (self.params is None or self.head is not None)
+
+    def tokens(self) -> dict[str, Any]:
+        """What its value needs at a position."""
+        positions = {n: a for n, a in self.attributes.items() if n not in _NOT_AT_POSITIONS}
+        optional = {"ids": self.needs.ids, "beside": self.needs.beside, "scale": self.scale}
+        given = {name: array for name, array in optional.items() if array is not None}
+        return {"teacher": positions, "batch": self.columns, **given}
+
+    def values(self, readout: Any, statistic: Any, tokens: Mapping[str, Any]) -> Any:
+        """Its values, scaled, with its teacher's share."""
+        everywhere = {n: a for n, a in self.attributes.items() if n in _NOT_AT_POSITIONS}
+        teacher, batch = self.view(everywhere | tokens["teacher"], tokens["batch"])
+        read = {"statistic": statistic, "beside": tokens.get("beside")}
+        if readout is not None:
+            read |= readout._asdict()
+            if "ids" in tokens:
+                # With the student's own normaliser, over its whole vocabulary.
+                read["top"] = readout.gathered_top_k(tokens["ids"])
+        read = Declared(self.term, "read", {n: read[n] for n in self.needs.names})
+        params = None if self.head is not None else self.params
+        value = self.term.value(read, teacher, batch, params)
+        if "scale" in tokens:
+            # Not a product alone: what is not seen may be infinite.
+            value = jnp.where(tokens["scale"] != 0, value, 0.0) * tokens["scale"]
+        return self.share * value
+
+
+class _Columns(dict):
+    """The columns that a term has declared, and an error for any other."""
+
+    def __init__(self, name: str, columns: Mapping[str, Any]):
+        super().__init__(columns)
+        self._name = name
+
+    def __missing__(self, column: str) -> Any:
+        raise ValueError(
+            f"loss {self._name!r}: reads batch[{column!r}], which it does not declare (it declares "
+            f"{', '.join(sorted(self))})"
+        )
+
+
+def declared_attributes(
+    name: str, term: Term, teacher: Teacher | None, where: Any
+) -> dict[str, Any]:
+    """What a term has declared of a teacher.
+
+    Raises:
+        ValueError: Nobody provides it.
+    """
+    needs = term.teacher
+    if needs is None or teacher is None:
+        return {}
+    statistics, known = teacher.statistics, teacher.vocabularies
+    if (needs.top_k or needs.moments or needs.tail) and statistics is None:
+        raise ValueError(
+            f"loss {name!r}: expected a teacher's statistics, or its hidden states and head, got "
+            "neither"
+        )
+    if needs.top_k and statistics.values.shape[-1] < needs.top_k:  # type: ignore[union-attr]
+        kept = statistics.values.shape[-1]  # type: ignore[union-attr]
+        raise ValueError(
+            f"loss {name!r}: expected at least {needs.top_k} top logits of a teacher, got {kept}"
+        )
+    if needs.hidden and (teacher.hidden is None or teacher.head is None):
+        raise ValueError(
+            f"loss {name!r}: expected a teacher's hidden states and head, got what a cache keeps; "
+            "read it live"
+        )
+    if needs.projection and needs.projection not in known.projections:
+        raise ValueError(f"loss {name!r}: expected the projection {needs.projection!r}, got none")
+    if needs.chunks and (teacher.chunks is None or known.boundary is None):
+        raise ValueError(f"loss {name!r}: expected chunks and boundary tokens, got none")
+    seen = jnp.ones(where.shape, bool) if teacher.where is None else jnp.asarray(teacher.where)
+    values = {
+        "where": seen,
+        "single": seen if teacher.single is None else jnp.asarray(teacher.single),
+        "statistics": statistics,
+        "hidden": teacher.hidden,
+        "head": teacher.head,
+        "chunks": teacher.chunks,
+        "vocabularies": known,
+    }
+    if statistics is not None:
+        values |= {"top": teacher.top, "tail": teacher.tail}
+    return {attribute: values[attribute] for attribute in needs.names}

@@ -1,0 +1,79 @@
+"""What a term may know of one teacher on a batch."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from logitjax.distillation.tokenizers._likelihood_matching import ChunkScores, TokenSet
+from logitjax.distillation.tokenizers._matched_tokens import Matches
+from logitjax.distillation.tokenizers._projection import TokenProjection
+from logitjax.losses import GraphStatistics, Head, TailSample
+from logitjax.ops import TopK
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Vocabularies:
+    """How a teacher's vocabulary relates to the student's; equal only to itself.
+
+    Attributes:
+        projections: By their rule.
+        boundary: The student's tokens that begin a word, for `terms.ALM`.
+    """
+
+    projections: Mapping[str, TokenProjection] = dataclasses.field(default_factory=dict)
+    boundary: TokenSet | None = None
+
+    @functools.cached_property
+    def matches(self) -> Matches:
+        """The tokens that both have, by the projection `exact`."""
+        return Matches.of(self.projections["exact"])
+
+
+SAME_VOCABULARY = Vocabularies()
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """One teacher on a batch, at the student's positions, whatever is known of it.
+
+    A cache gives `statistics`; a model that runs beside the student gives `hidden` and `head`, from
+    which an objective reads the statistics that its terms declare.
+
+    Attributes:
+        statistics: `losses.GraphStatistics` of the next token, `[*batch]`.
+        hidden: `[*batch, width]` hidden states. They get no gradient.
+        head: Their `losses.Head`.
+        where: `[*batch]` positions where both models have read the same text and predict what
+            follows; None for all.
+        single: Those of them whose label is one token on both sides; None for the same.
+        chunks: `ChunkScores` of the text.
+        vocabularies: How its vocabulary relates to the student's; static.
+        top_k: Number of top logits that are read of hidden states; static.
+    """
+
+    statistics: GraphStatistics | None = None
+    hidden: Any = None
+    head: Head | None = None
+    where: Any = None
+    single: Any = None
+    chunks: ChunkScores | None = None
+    vocabularies: Vocabularies = dataclasses.field(
+        default=SAME_VOCABULARY, metadata={"static": True}
+    )
+    top_k: int = dataclasses.field(default=64, metadata={"static": True})
+
+    @property
+    def top(self) -> TopK:
+        """Its top logits."""
+        assert self.statistics is not None
+        return self.statistics.top_k
+
+    @property
+    def tail(self) -> TailSample | None:
+        """Draws from what its top logits leave out, if its cache has any."""
+        assert self.statistics is not None
+        return self.statistics.tail

@@ -1,0 +1,177 @@
+"""A loss as a value: what it needs, declared, and what it makes of that."""
+
+import abc
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+
+from logitjax.losses import Blocks, Head
+from logitjax.losses.sweep import Statistic
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class StudentNeeds:
+    """What a term reads of the student's logits; one sweep over the vocabulary serves all terms.
+
+    Attributes:
+        label: `read.label_logit` and `read.cross_entropy` of the labels.
+        ids: `[*batch, n]` tokens whose logits are `read.gathered`, and with the normaliser
+            `read.top`, a `TopK`.
+        top_k: Number of the student's own largest logits, `read.statistics`.
+        statistic: A `sweep.Statistic` of the term's own, whose results are `read.statistic`. It may
+            look at the logits of a teacher that gives hidden states and a head.
+        tokens: Arrays `[*batch, ...]` that the statistic reads beside the `labels`.
+        blocks: Sizes of the sweep's blocks, if the statistic has to choose them.
+        beside: Arrays `[*batch, ...]` that the term has worked out of its teacher for this,
+            handed back as `read.beside`.
+    """
+
+    label: bool = False
+    ids: Any = None
+    top_k: int = 0
+    statistic: Statistic | None = None
+    tokens: Any = None
+    blocks: Blocks | None = None
+    beside: Any = None
+
+    @property
+    def names(self) -> set[str]:
+        """The attributes of `read` that there will be."""
+        names = {"label_logit", "cross_entropy", "log_z"} if self.label else set()
+        names |= {"gathered", "top", "log_z"} if self.ids is not None else set()
+        names |= {"statistics", "log_z"} if self.top_k else set()
+        names |= {"statistic"} if self.statistic is not None else set()
+        return names | ({"beside"} if self.beside is not None else set())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TeacherNeeds:
+    """What a term reads of each teacher.
+
+    Attributes:
+        top_k: Least number of its top logits, `teacher.top`; 0 for none. A term gets all that are
+            kept or read.
+        moments: Also mean and deviation of all its logits, `teacher.statistics`.
+        tail: Also draws from what they leave out, `teacher.tail`, which may be None.
+        hidden: Its hidden states and head.
+        same_vocabulary: Whether it must have the student's vocabulary.
+        projection: Rule of the projection between the vocabularies, see `token_projection`.
+        chunks: `teacher.chunks`, its log-probabilities of stretches of text, and the student's
+            tokens that begin a word.
+    """
+
+    top_k: int = 0
+    moments: bool = False
+    tail: bool = False
+    hidden: bool = False
+    same_vocabulary: bool = False
+    projection: str | None = None
+    chunks: bool = False
+
+    @property
+    def names(self) -> set[str]:
+        """The attributes of `teacher` that there will be."""
+        names = {"where", "single"}
+        names |= {"top"} if self.top_k else set()
+        names |= {"statistics"} if self.moments else set()
+        names |= {"tail"} if self.tail else set()
+        names |= {"hidden", "head"} if self.hidden else set()
+        names |= {"vocabularies"} if self.projection or self.chunks else set()
+        return names | ({"chunks"} if self.chunks else set())
+
+
+class Term(abc.ABC):
+    """A loss that a student learns from: declared needs, and a value for one teacher.
+
+    A term is a frozen, keyword-only dataclass whose fields are its options. It is hashable and
+    holds no arrays; its repr belongs to the identity of a run. Its machinery, `Objective`, reads
+    the student and the teachers by what the term declares, and hands it nothing else: to look at
+    more is an error that names the term.
+
+    Attributes:
+        name: Its name in flags and metrics.
+        teacher: What it reads of each teacher; None for a term of the text alone, which is taken
+            once.
+        batch: Names of what else it reads of the batch, `[*batch]` each, such as the sampled
+            `log_probs` or `rewards`.
+        pointwise: Whether its values are `[*batch]` and each is a function of its own position.
+            Where all terms are, the gradient is formed in the sweep that reads the student.
+
+    See docs/add_a_term.md.
+    """
+
+    name: ClassVar[str] = ""
+    teacher: ClassVar[TeacherNeeds | None] = None
+    batch: ClassVar[tuple[str, ...]] = ()
+    pointwise: ClassVar[bool] = True
+
+    def __str__(self) -> str:
+        fields = dataclasses.fields(self)  # type: ignore[arg-type]
+        changed = [f for f in fields if getattr(self, f.name) != f.default]
+        options = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in changed)
+        return f"{self.name or type(self).__name__}" + (f"({options})" if options else "")
+
+    def init(self, key: jax.Array, head: Head) -> Any:
+        """Arrays of the term's own that train beside the student, or None.
+
+        Args:
+            key: A key of `jax.random`.
+            head: The student's head, which tells the sizes.
+        """
+        return None
+
+    def own_head(self, params: Any) -> Head | None:
+        """A head of the term's own, through which it reads the student's hidden states."""
+        return None
+
+    @abc.abstractmethod
+    def student(self, teacher: Any) -> StudentNeeds:
+        """What is to be read of the student.
+
+        Args:
+            teacher: The declared attributes of a `Teacher`; None for a term of the text alone.
+        """
+
+    def seen(self, teacher: Any, batch: Mapping[str, Any]) -> Any:
+        """What the values are averaged over: a mask or weights of their shape; None for all labels.
+
+        It is asked before the student is read, since a sweep has to know what a position weighs.
+        """
+        return None
+
+    def labels_seen(self, teacher: Any, batch: Mapping[str, Any]) -> Any:
+        """`[*batch]` mask of the labels that the term learns from; None for all."""
+        return self.seen(teacher, batch)
+
+    @abc.abstractmethod
+    def value(self, read: Any, teacher: Any, batch: Mapping[str, Any], params: Any) -> Any:
+        """The loss for one teacher, not reduced.
+
+        Args:
+            read: What was read of the student: the attributes that `student` asked for.
+            teacher: The declared attributes of a `Teacher`.
+            batch: `labels`, `where` they count, and what `batch` names.
+            params: The arrays of `init`; None in a sweep, if the term has a head of its own.
+
+        Returns:
+            `[*batch]`, or, of a term that is not pointwise, whatever shape `seen` has.
+        """
+
+
+class Declared:
+    """The attributes that a term has declared, and an error for any other."""
+
+    def __init__(self, term: Term, argument: str, values: Mapping[str, Any]):
+        self._term, self._argument, self._values = term, argument, values
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if name in self._values:
+            return self._values[name]
+        raise ValueError(
+            f"loss {str(self._term)!r}: reads {self._argument}.{name}, which it does not declare "
+            f"(it declares {', '.join(sorted(self._values)) or 'nothing'})"
+        )

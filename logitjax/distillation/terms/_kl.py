@@ -1,0 +1,39 @@
+"""KL(teacher || student) from cached top logits."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from logitjax import losses, ops
+from logitjax.distillation._term import StudentNeeds, TeacherNeeds
+from logitjax.distillation.terms._sparse import SparseDivergence
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KL(SparseDivergence):
+    """KL(teacher || student); with draws of the tail its estimate is unbiased."""
+
+    name = "kl"
+    teacher = TeacherNeeds(top_k=1, tail=True, same_vocabulary=True)
+
+    def student(self, teacher: Any) -> StudentNeeds:
+        ids = teacher.top.indices
+        if teacher.tail is not None:
+            ids = jnp.concatenate([ids, teacher.tail.indices], axis=-1)
+        return StudentNeeds(ids=ids)
+
+    def value(self, read: Any, teacher: Any, batch: Mapping[str, Any], params: Any) -> Any:
+        at_one = self.temperature == 1.0 == (self.teacher_temperature or 1.0)
+        if teacher.tail is not None and at_one:
+            student = dataclasses.replace(read.top, indices=teacher.top.indices)
+            return losses.sparse_kl_divergence(student, teacher.top, tail=teacher.tail)
+        return super().value(read, teacher, batch, params)
+
+    def whole(self, student: ops.TopK, teacher: Any) -> jax.Array:
+        return losses.sparse_kl_divergence(student, teacher.top)
+
+    def renormalised(self, student: jax.Array, teacher: jax.Array) -> jax.Array:
+        return losses.kl_divergence(student, teacher)

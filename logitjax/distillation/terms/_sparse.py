@@ -1,0 +1,54 @@
+"""Divergences from a teacher of the same vocabulary that is known by its top logits."""
+
+import abc
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from logitjax import ops
+from logitjax.distillation._term import StudentNeeds, TeacherNeeds, Term
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SparseDivergence(Term):
+    """A divergence over a teacher's top logits, with all others as one bucket.
+
+    At a temperature other than 1 the mass of the others is not known, and the top logits alone are
+    compared; the value is multiplied by the square of the student's temperature.
+
+    Attributes:
+        temperature: Divides the student's logits.
+        teacher_temperature: Divides the teacher's; the student's if None.
+    """
+
+    temperature: float = 1.0
+    teacher_temperature: float | None = None
+    teacher = TeacherNeeds(top_k=1, same_vocabulary=True)
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "teacher_temperature"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}: expected a positive number, got {value}")
+
+    def student(self, teacher: Any) -> StudentNeeds:
+        return StudentNeeds(ids=teacher.top.indices)
+
+    def value(self, read: Any, teacher: Any, batch: Mapping[str, Any], params: Any) -> Any:
+        warm, theirs = self.temperature, self.teacher_temperature or self.temperature
+        top = teacher.top
+        k = top.values.shape[-1]
+        if (warm, theirs) == (1.0, 1.0):
+            return self.whole(ops.TopK(read.gathered[..., :k], top.indices, read.log_z), teacher)
+        pair = (read.gathered[..., :k] / warm, top.values / theirs)
+        return warm**2 * self.renormalised(*pair)
+
+    @abc.abstractmethod
+    def whole(self, student: ops.TopK, teacher: Any) -> jax.Array:
+        """The divergence with a bucket for all other tokens."""
+
+    @abc.abstractmethod
+    def renormalised(self, student: jax.Array, teacher: jax.Array) -> jax.Array:
+        """The divergence of two softmaxes over the top tokens alone."""

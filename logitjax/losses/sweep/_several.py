@@ -1,0 +1,151 @@
+"""Several statistics in one sweep, and a loss made of a statistic."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from logitjax.losses.sweep._statistic import LogitBlock, Statistic
+from logitjax.ops import AxisName
+
+
+@dataclasses.dataclass(frozen=True)
+class Several(Statistic):
+    """Statistics of one pass each that share a sweep: their gradients are added block by block.
+
+    The tokens given to `run` are `{"0": ..., "1": ...}`, those of each statistic by its number.
+    `run` returns a tuple of what each statistic gives.
+
+    Attributes:
+        statistics: The statistics.
+
+    Raises:
+        ValueError: One needs more than one pass over the vocabulary.
+    """
+
+    statistics: tuple[Statistic, ...]
+
+    def __post_init__(self) -> None:
+        for statistic in self.statistics:
+            if statistic.passes > 1:
+                name = type(statistic).__name__
+                raise ValueError(f"statistics: expected one pass each, got {name}")
+
+    @property
+    def in_tiles(self) -> bool:
+        return all(statistic.in_tiles for statistic in self.statistics)
+
+    def reads_teacher(self, number: int) -> bool:
+        return any(statistic.reads_teacher(number) for statistic in self.statistics)
+
+    def start(self, batch: tuple[int, ...], dtype: Any, passed: Any) -> Any:
+        return tuple(statistic.start(batch, dtype, None) for statistic in self.statistics)
+
+    def absorb(self, state: Any, block: LogitBlock, passed: Any) -> Any:
+        return tuple(
+            statistic.absorb(part, self._block(block, i), None)
+            for i, (statistic, part) in enumerate(zip(self.statistics, state, strict=True))
+        )
+
+    def reduce(self, state: Any, axis_name: AxisName, passed: Any) -> Any:
+        pairs = zip(self.statistics, state, strict=True)
+        return tuple(statistic.reduce(part, axis_name, None) for statistic, part in pairs)
+
+    def finish(self, state: Any, passed: Any) -> tuple[Any, Any]:
+        pairs = zip(self.statistics, state, strict=True)
+        outputs, residuals = zip(*(statistic.finish(part, None) for statistic, part in pairs))
+        return outputs, residuals
+
+    def gradient(self, residuals: Any, cotangents: Any, block: LogitBlock) -> jax.Array:
+        parts = [
+            statistic.gradient(residuals[i], cotangents[i], self._block(block, i))
+            for i, statistic in enumerate(self.statistics)
+        ]
+        return sum(parts[1:], parts[0])
+
+    def losses(self, outputs: Any, tokens: Any) -> Any:
+        return tuple(
+            statistic.losses(outputs[i], tokens.get(str(i), {}))
+            for i, statistic in enumerate(self.statistics)
+        )
+
+    def _block(self, block: LogitBlock, number: int) -> LogitBlock:
+        return block._replace(tokens=block.tokens.get(str(number), {}))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Wrapped(Statistic):
+    """A statistic whose blocks are changed on their way to it."""
+
+    statistic: Statistic
+
+    @property
+    def passes(self) -> int:  # type: ignore[override]
+        return self.statistic.passes
+
+    @property
+    def in_tiles(self) -> bool:
+        return self.statistic.in_tiles
+
+    def reads_teacher(self, number: int) -> bool:
+        return self.statistic.reads_teacher(number)
+
+    def start(self, batch: tuple[int, ...], dtype: Any, passed: Any) -> Any:
+        return self.statistic.start(batch, dtype, passed)
+
+    def absorb(self, state: Any, block: LogitBlock, passed: Any) -> Any:
+        return self.statistic.absorb(state, self._block(block), passed)
+
+    def reduce(self, state: Any, axis_name: AxisName, passed: Any) -> Any:
+        return self.statistic.reduce(state, axis_name, passed)
+
+    def finish(self, state: Any, passed: Any) -> tuple[Any, Any]:
+        return self.statistic.finish(state, passed)
+
+    def gradient(self, residuals: Any, cotangents: Any, block: LogitBlock) -> jax.Array:
+        return self.statistic.gradient(residuals, cotangents, self._block(block))
+
+    def losses(self, outputs: Any, tokens: Any) -> Any:
+        return self.statistic.losses(outputs, tokens)
+
+    def _block(self, block: LogitBlock) -> LogitBlock:
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Tempered(_Wrapped):
+    """A statistic of both models' logits over a temperature of its own.
+
+    Attributes:
+        temperature: Divides the logits.
+    """
+
+    temperature: float
+
+    def gradient(self, residuals: Any, cotangents: Any, block: LogitBlock) -> jax.Array:
+        return super().gradient(residuals, cotangents, block) / self.temperature
+
+    def _block(self, block: LogitBlock) -> LogitBlock:
+        teacher = None if block.teacher is None else block.teacher / self.temperature
+        return block._replace(student=block.student / self.temperature, teacher=teacher)
+
+
+@dataclasses.dataclass(frozen=True)
+class LossOf(_Wrapped):
+    """A loss a position made of what a statistic gives, so that a weighted sum takes one sweep.
+
+    The tokens given to `run` are `{"statistic": ..., "loss": ...}`.
+
+    Attributes:
+        loss: `(results, tokens) -> [*batch]`. It is called on a few positions at a time, and must
+            not refer to traced arrays of its surroundings.
+    """
+
+    loss: Callable[[Any, Any], jax.Array]
+
+    def losses(self, outputs: Any, tokens: Any) -> jax.Array:
+        return self.loss(super().losses(outputs, tokens["statistic"]), tokens["loss"])
+
+    def _block(self, block: LogitBlock) -> LogitBlock:
+        return block._replace(tokens=block.tokens["statistic"])
