@@ -50,10 +50,7 @@ class Part:
         return self.view(self.attributes, self.columns)
 
     def view(self, attributes: Mapping[str, Any], columns: Mapping[str, Any]) -> tuple[Any, Any]:
-        teacher = None
-        if self.teacher is not None:
-            teacher = Declared(self.term, "teacher", attributes)
-        return teacher, _Columns(self.name, columns)
+        return Declared(self.term, "teacher", attributes), _Columns(self.name, columns)
 
     @functools.cached_property
     def needs(self) -> StudentNeeds:

@@ -131,7 +131,7 @@ class Term(abc.ABC):
         """What is to be read of the student.
 
         Args:
-            teacher: The declared attributes of a `Teacher`; None for a term of the text alone.
+            teacher: The declared attributes of a `Teacher`; of a term of the text alone none.
         """
 
     def seen(self, teacher: Any, batch: Mapping[str, Any]) -> Any:
