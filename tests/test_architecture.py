@@ -43,7 +43,8 @@ LEVEL = {package: level for level, packages in enumerate(LAYERS) for package in 
 # Seven are MUSE, WMDP, a row of theirs, teaching again as an attack, and of two methods PDU's loss,
 # the optimizer of its multiplier, and answers that refuse.
 # Two write and read the files of a head for all rooms that keep one.
-PUBLIC_NAMES = 260 + 41 + 25 + 6 + 15 + 7 + 2
+# One marks fields of configurations that are no part of what a run makes.
+PUBLIC_NAMES = 260 + 41 + 25 + 6 + 15 + 7 + 2 + 1
 
 # The command of the benchmarks is the door to their package, not a package beside it.
 DOORS = {"experiments.benchmark": "experiments.benchmarks"}

@@ -52,7 +52,7 @@ class Config:
         None, "Torch checkpoint of the teacher. By default the teacher is trained."
     )
     student: str = field("mlp-128", "Network of the student.")
-    arm: tuple[str, ...] = field(_MAIN, "Arm to train.", selects=True)
+    arm: tuple[str, ...] = field(_MAIN, "Arm to train.", execution=True)
     alpha: tuple[float, ...] = field((0.01, 0.1, 1.0), "Weight of the distillation loss to try.")
     convex: bool = field(
         False,

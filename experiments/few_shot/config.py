@@ -56,7 +56,7 @@ class Config:
     data: tuple[str, ...] = field(
         ("stamps", "fashion"),
         "Data set by name, NAME=SPEC if its pictures lie elsewhere, or synthetic:CLASSES.",
-        selects=True,
+        execution=True,
     )
     encoder: str = field(
         "efficientnet_lite0", "Encoder of the zero-shot classifier: a name or a path."
@@ -68,7 +68,7 @@ class Config:
     shots: tuple[int, ...] = field((1, 2, 4, 8, 16), "Number of labelled pictures of each class.")
     runs: int = field(10, "Number of samples for each number of shots.")
     at_once: int = field(1, "Number of samples that a device trains together.")
-    arm: tuple[str, ...] = field(METHODS + ABLATIONS, "Arm to train.", selects=True)
+    arm: tuple[str, ...] = field(METHODS + ABLATIONS, "Arm to train.", execution=True)
     grid: Literal["small", "full"] = field("small", "Whether an arm tries 4 settings or 12.")
     epochs: int = field(50, "Number of epochs of AMU.")
     batch_size: int = field(8, "Number of pictures in a step of AMU.")

@@ -40,7 +40,7 @@ class Config:
     teach_rank: int = field(16, "Rank of the adapters that are taught and then merged.")
     retrained: int = field(0, "Number of models that are taught all but what is to be forgotten.")
     method: tuple[str, ...] = field(
-        _METHODS, "Method to compare. NAME+all trains all weights.", selects=True
+        _METHODS, "Method to compare. NAME+all trains all weights.", execution=True
     )
     rates: tuple[float, ...] = field(
         (1.0,),
@@ -78,7 +78,7 @@ class Config:
     )
     relearn_seeds: int = field(1, "Number of runs of teaching again.")
     only: tuple[str, ...] = field(
-        (), "Part to make, such as target or npo. By default all.", selects=True
+        (), "Part to make, such as target or npo. By default all.", execution=True
     )
     dtype: str = field("float32", "Type that models compute in.", choices=("float32", "bfloat16"))
 

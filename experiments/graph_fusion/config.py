@@ -41,7 +41,7 @@ class Config:
     on_error: Literal["raise", "skip"] = field(
         "raise", "Whether a malformed row is an error or is skipped."
     )
-    loss: tuple[str, ...] = field(("sft", "kl", "uld", "uld+gld"), "Arm to train.", selects=True)
+    loss: tuple[str, ...] = field(("sft", "kl", "uld", "uld+gld"), "Arm to train.", execution=True)
     drop_arm: tuple[str, ...] = field(
         (), "Arm to train at all numbers of layers but the first. By default all arms."
     )
@@ -88,7 +88,7 @@ class Config:
         (),
         "Part of a report of student and source: pair, healed_own, healed_other, healed_both or "
         "reverse. By default the configuration is one run.",
-        selects=True,
+        execution=True,
     )
     profile_steps: int = field(
         0, "Number of steps of each arm that jax.profiler records, from the third step on."

@@ -190,10 +190,9 @@ def plans(
     module = importlib.import_module(f"experiments.{experiment}.programs")
     if preset not in settings.PRESETS:
         raise ValueError(f"preset: expected one of {', '.join(settings.PRESETS)}, got {preset!r}")
-    values = cli.define_flags(settings.Config, settings.PRESETS)
-    rest = values([experiment, f"--preset={preset}", *arguments])[1:]
-    config = cli.config_from_flags(settings.Config, settings.PRESETS, values, rest)
-    names = {"experiment": experiment, "preset": " ".join([preset, *arguments])}
+    arguments = [f"--preset={preset}", *arguments]
+    (config,) = cli.parse([settings.Config], settings.PRESETS, arguments)
+    names = {"experiment": experiment, "preset": " ".join([preset, *arguments[1:]])}
     yield from _plans_of(module.programs, config, chip, mesh=mesh, every=every, **names)
 
 
@@ -204,9 +203,7 @@ def command_plans(
     module = importlib.import_module(f"logitjax.commands.{command.replace('-', '_')}")
     if not hasattr(module, "programs"):
         raise ValueError(f"command: expected one that trains, got {command!r}")
-    values = cli.define_flags(module.Config)
-    rest = values([command, *arguments])[1:]
-    config = cli.config_from_flags(module.Config, None, values, rest)
+    (config,) = cli.parse([module.Config], None, arguments)
     names = {"experiment": f"logitjax {command}", "preset": " ".join(arguments)}
     yield from _plans_of(module.programs, config, chip, mesh=mesh, every=every, **names)
 

@@ -47,7 +47,7 @@ class Config:
     train_tokens: int = field(96_000, "Number of positions to fit and tune on.")
     validation_tokens: int = field(6_000, "Number of positions to choose learning rates on.")
     test_tokens: int = field(14_000, "Number of positions to report on.")
-    arm: tuple[str, ...] = field(ARMS, "Head to convert to.", selects=True)
+    arm: tuple[str, ...] = field(ARMS, "Head to convert to.", execution=True)
     codes: tuple[int, ...] = field((2048,), "Sizes of the codebook.")
     seeds: int = field(1, "Number of runs of each arm at its best learning rate.")
     learning_rate: tuple[float, ...] = field((2e-3,), "Peak learning rates to choose from.")

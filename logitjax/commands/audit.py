@@ -1,7 +1,7 @@
 """Measure what the API of your model gives away of its output head.
 
-    logitjax audit --model=DIR --policy=full --policy=round_2 --policy=top_5_bias --workdir=WORKDIR
-    logitjax audit --model=DIR --url=http://127.0.0.1:8000 --corner=640 --workdir=WORKDIR
+    logitjax audit --model=DIR --policy=full --policy=round_2 --policy=top_5_bias --out=OUT
+    logitjax audit --model=DIR --url=http://127.0.0.1:8000 --corner=640 --out=OUT
 
 With `--model` alone each `--policy` is put in front of the model in this process: `full`, `round_D`
 (D decimals), `noise_S` (S nats), `floor_F`, `top_K`, `top_K_bias` (a logit bias moves what is
@@ -14,8 +14,8 @@ completion API that reports token ids (`return_tokens_as_token_ids`), as vLLM do
 do; other servers than ours are `--sampled`. Only loopback addresses are asked, because you audit
 what you run.
 
-WORKDIR/report.md has a line for each policy: hidden width, share of the head that leaks, cost in
-queries, cost to honest users, verdict. WORKDIR/recovered/POLICY.npz holds what was recovered:
+OUT/report.md has a line for each policy: hidden width, share of the head that leaks, cost in
+queries, cost to honest users, verdict. OUT/recovered/POLICY.npz holds what was recovered:
 `basis` (the head's columns up to an invertible matrix), `tokens` (of its rows), `singular_values`,
 and `log_probs` if a row was recovered. Finished policies are not asked again. See docs/leakage.md.
 """
@@ -97,19 +97,19 @@ class Truth:
     logits: np.ndarray
 
 
-def run(config: Config, workdir: epath.Path) -> None:
+def run(config: Config, out: epath.Path) -> None:
     """Asks, policy by policy, and writes what came of it; of several processes the first."""
-    processes.run_on_first("audit", lambda: _run(config, workdir))
+    processes.run_on_first("audit", lambda: _run(config, out))
 
 
-def _run(config: Config, workdir: epath.Path) -> None:
+def _run(config: Config, out: epath.Path) -> None:
     prompts, vocab, truth = _prepare(config)
     names = config.policy
     if config.url:
         # Where a bias moves what is drawn, the token alone answers comparisons.
         names = ("server", "draws") if config.bias == "sampling" else ("server",)
     # What is in the folder was asked of this head, with these prompts.
-    manifest = storage.Manifest(workdir, "audit")
+    manifest = storage.Manifest(out, "audit")
     made_from = {
         "prompts": storage.digest(prompts, length=12),
         "model": None if truth is None else storage.digest(truth.head, sample=256, length=12),
@@ -120,14 +120,14 @@ def _run(config: Config, workdir: epath.Path) -> None:
         manifest.write(made_from)
     records = []
     for name in names:
-        path = workdir / "policies" / f"{name}.json"
+        path = out / "policies" / f"{name}.json"
         if not path.exists():
-            record = _audit(config, name, prompts, vocab, truth, workdir)
+            record = _audit(config, name, prompts, vocab, truth, out)
             storage.write_atomic(path, json.dumps(record, indent=1) + "\n")
         records.append(json.loads(path.read_text()))
         logging.info("%s: %s", name, records[-1]["verdict"])
     text = _report(config, prompts, vocab, truth, records)
-    storage.write_atomic(workdir / "report.md", text)
+    storage.write_atomic(out / "report.md", text)
     print(text)
 
 
@@ -207,7 +207,7 @@ def _audit(
     prompts: np.ndarray,
     vocab: int,
     truth: Truth | None,
-    workdir: epath.Path,
+    out: epath.Path,
 ) -> dict[str, Any]:
     oracle = _oracle(config, name, prompts, truth)
     found = leakage.audit(
@@ -218,7 +218,7 @@ def _audit(
         logits=None if truth is None else truth.logits,
         corner=min(config.corner, len(prompts)),
     )
-    _write_recovered(found, workdir / "recovered" / f"{name}.npz")
+    _write_recovered(found, out / "recovered" / f"{name}.npz")
     row = None
     if found.row is not None:
         error = found.row.error_bound if found.row_error is None else found.row_error

@@ -1,10 +1,10 @@
 """Keep teachers' logits on disk, so that no training run has to hold the teachers in memory.
 
     logitjax cache-logits --teacher=hf:org/teacher --student=smollm2 \\
-        --data=text:FILE --workdir=runs/cache
+        --data=text:FILE --out=runs/cache
 
 It packs the text and writes, for each teacher and split, the top logits of every position with
-their log-sum-exp, mean and deviation, into WORKDIR/source0, WORKDIR/source1, ... Then
+their log-sum-exp, mean and deviation, into OUT/source0, OUT/source1, ... Then
 
     logitjax distill --student=smollm2 --teacher=cache:runs/cache/source0 --data=text:FILE ...
 
@@ -68,7 +68,7 @@ def _wanted(config: Config, dataset: data.PackedDataset) -> np.ndarray:
     return np.arange(min(int(config.rows), len(dataset)))
 
 
-def run(config: Config, workdir: epath.Path) -> None:
+def run(config: Config, out: epath.Path) -> None:
     """Pack, estimate, read."""
     unknown = sorted(set(config.splits) - set(SPLITS))
     if unknown:
@@ -87,10 +87,10 @@ def run(config: Config, workdir: epath.Path) -> None:
         terms=(distillation.terms.ALM(),) if config.likelihoods else (),
     )
     tokenizer = models.load_tokenizer(config.student)
-    packed = distillation.pack_corpus(reading, tokenizer, workdir / "data")
+    packed = distillation.pack_corpus(reading, tokenizer, out / "data")
     rows = {split: _wanted(config, packed.splits[split]) for split in config.splits}
     _announce(reading, packed, rows)
-    corpus = distillation.load_corpus(reading, packed, rows, workdir)
+    corpus = distillation.load_corpus(reading, packed, rows, out)
     table = []
     for name, spec in zip(reading.names, config.teacher, strict=True):
         for split, cache in corpus.sources[name].caches.items():
@@ -107,12 +107,12 @@ def run(config: Config, workdir: epath.Path) -> None:
             )
     if jax.process_index() == 0:
         text = markdown_table(table)
-        uses = " ".join(f"--teacher=cache:{workdir / name}" for name in reading.names)
+        uses = " ".join(f"--teacher=cache:{out / name}" for name in reading.names)
         text += (
             f"\n\nTrain from it: logitjax distill --student={config.student} {uses} "
             f"--data={config.data} --seq_len={config.seq_len} ...\n"
         )
-        (workdir / "report.md").write_text(text)
+        (out / "report.md").write_text(text)
         print(text)
 
 

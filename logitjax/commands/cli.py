@@ -1,32 +1,37 @@
-"""From absl flags to one frozen dataclass, and from an error to one line.
+"""From flags to one frozen dataclass, and from an error to one line.
 
-A command or an experiment is a frozen dataclass `Config` whose fields carry their help, and
-`run(config, workdir)`, or `run(config)` where nothing is kept. `main(Config, PRESETS, run)` does
-the rest: `--help`, flags, presets below them, `config.json`, several processes, exit statuses.
+A command or an experiment is a frozen dataclass `Config`, which may nest dataclasses of the
+library, and `run(config, out)`, or `run(config)` where nothing is kept; experiments call their
+folder `workdir`. `main(Config, PRESETS, run)` does the rest: `--help`, flags and `--config=FILE`,
+presets below them, `config.json`, several processes, exit statuses.
 """
 
 import contextlib
 import dataclasses
 import inspect
-import itertools
-import json
 import logging as py_logging
 import os
+import pathlib
+import signal
 import sys
-import textwrap
 import threading
 import time
 import traceback
-import types
-import typing
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NoReturn, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn
 
 import jax
-from absl import flags, logging
+from absl import flags as absl_flags
+from absl import logging
 from etils import epath
 
+import logitjax
 from logitjax import processes, storage, training
+from logitjax.commands import _config_file, _flags
+from logitjax.commands._flags import REQUIRED as REQUIRED
+from logitjax.commands._flags import Dataclass as Dataclass
+from logitjax.commands._flags import field as field
+from logitjax.commands._flags import nested as nested
 
 _COMPILED = str(epath.Path("~/.cache/logitjax/compiled").expanduser())
 # What a user can mend. Anything else is a fault of ours and shows its traceback.
@@ -38,55 +43,16 @@ _ONE_LINE_ERRORS = (
     FloatingPointError,
 )
 _HELP = ("--help", "-h", "-help", "--helpfull", "--helpshort")
-
-
-@typing.runtime_checkable
-class Dataclass(Protocol):
-    """An instance of whatever dataclass."""
-
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-
-
-REQUIRED: Any = dataclasses.MISSING
-"""Default of a `field` that has to be given."""
-
-
-def field(
-    default: Any,
-    help: str,
-    *,
-    choices: Sequence[str] | None = None,
-    minimum: float | None = None,
-    positional: bool = False,
-    selects: bool = False,
-    secret: bool = False,
-) -> Any:
-    """A dataclass field that becomes the flag of the same name.
-
-    Args:
-        default: Its value where neither a flag nor a preset gives one; `REQUIRED` for none.
-        help: What it is, as a whole phrase.
-        choices: All its values, for text.
-        minimum: Lowest value, for numbers.
-        positional: Whether arguments without a flag are its values; for one tuple of text.
-        selects: Whether it says what of a run is done now, and changes nothing of what is done: a
-            workdir may be continued with another value.
-        secret: Whether it is a key or a password: it is not written to disk, and a workdir may be
-            continued with another one.
-    """
-    metadata = {"help": help, "choices": choices, "minimum": minimum, "positional": positional}
-    metadata |= {"selects": selects, "secret": secret}
-    return dataclasses.field(default=default, metadata=metadata)
+_INTERRUPTED = 128 + signal.SIGINT
+_GRACE_SECONDS = 5.0
+_interrupted = threading.Event()
+_PACKAGE = str(pathlib.Path(logitjax.__file__).parent)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Place:
-    """Where a run lives, and which of its processes this is."""
+class _Processes:
+    """Which of several processes this is."""
 
-    workdir: str = field(
-        REQUIRED,
-        "Directory of the run, also on an object store. The same directory continues the run.",
-    )
     coordinator_address: str | None = field(
         None, "Host and port of process 0, if no cluster says them."
     )
@@ -94,172 +60,55 @@ class _Place:
     process_id: int | None = field(None, "Number of this process, from 0.")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Flag:
-    """A field of a configuration as a flag.
-
-    Attributes:
-        field: Its name, default and help.
-        kind: Type of its value, or of each of its values.
-        several: Whether it is a tuple.
-        choices: All its values, where they are named.
-    """
-
-    field: dataclasses.Field
-    kind: Any
-    several: bool
-    choices: Sequence[str]
+def _folder_class(name: str) -> type:
+    """A configuration with the flag of a run's folder."""
+    says = "Folder of the run, also on an object store. The same folder continues the run."
+    return dataclasses.make_dataclass("Folder", [(name, str, field(REQUIRED, says))])
 
 
-def _flags(config_class: type) -> list[_Flag]:
-    hints = typing.get_type_hints(config_class)
-    made = []
-    for field_ in dataclasses.fields(config_class):
-        kind, choices = hints[field_.name], field_.metadata["choices"] or ()
-        if typing.get_origin(kind) in (types.UnionType, typing.Union):
-            kind = next(a for a in typing.get_args(kind) if a is not type(None))
-        several = typing.get_origin(kind) is tuple
-        kind = typing.get_args(kind)[0] if several else kind
-        if typing.get_origin(kind) is typing.Literal:
-            kind, choices = str, typing.get_args(kind)
-        made.append(_Flag(field_, kind, several, tuple(choices)))
-    return made
-
-
-def define_flags(
-    config_class: type, presets: Mapping[str, Mapping[str, Any]] | None = None
-) -> flags.FlagValues:
-    """A flag for each field, and `--preset` where there are any."""
-    values = flags.FlagValues()
-    if presets:
-        first = next(iter(presets))
-        flags.DEFINE_enum("preset", first, list(presets), "", flag_values=values)
-    for flag in _flags(config_class):
-        name, least = flag.field.name, flag.field.metadata["minimum"]
-        # None throughout: what was not given is left to the preset and the dataclass.
-        if flag.several:
-            flags.DEFINE_multi_string(name, None, "", flag_values=values)
-        elif flag.choices:
-            flags.DEFINE_enum(name, None, flag.choices, "", flag_values=values)
-        elif flag.kind is bool:
-            flags.DEFINE_bool(name, None, "", flag_values=values)
-        elif flag.kind is int:
-            flags.DEFINE_integer(name, None, "", lower_bound=least, flag_values=values)
-        elif flag.kind is float:
-            flags.DEFINE_float(name, None, "", lower_bound=least, flag_values=values)
-        else:
-            flags.DEFINE_string(name, None, "", flag_values=values)
-    return values
-
-
-def config_from_flags(
-    config_class: type,
+def parse(
+    classes: Sequence[type],
     presets: Mapping[str, Mapping[str, Any]] | None,
-    values: flags.FlagValues,
-    rest: Sequence[str] = (),
-) -> Any:
-    """The preset's values, overridden by the flags that were given.
+    arguments: Sequence[str],
+    *,
+    program: str = "",
+) -> list[Any]:
+    """Configurations from a preset, below a file, below flags.
 
     Args:
-        config_class: The dataclass.
-        presets: Its defaults by name.
-        values: Flags of `define_flags`, parsed.
-        rest: Arguments without a flag.
+        classes: Dataclasses whose fields are the flags.
+        presets: Defaults by name; the first ones hold if none is named.
+        arguments: The command line after the program.
+        program: What was called.
 
     Raises:
-        ValueError: A value of the wrong type, a required one that is missing, or an argument
-            that nothing takes.
+        absl.flags.Error: A flag does not exist.
+        ValueError: A value of the wrong type, a required one that is missing, a name in a file
+            that no flag has, or an argument that nothing takes.
     """
-    chosen = dict(presets[values.preset]) if presets else {}
-    for flag in _flags(config_class):
-        name, given = flag.field.name, values[flag.field.name].value
-        if rest and flag.field.metadata["positional"]:
-            given, rest = [*(given or []), *rest], ()
-        if given is None:
-            if name not in chosen and flag.field.default is REQUIRED:
-                raise ValueError(f"{name}: expected a value, got none; give --{name}=...")
-            continue
-        if flag.several:
-            if flag.kind is not str:
-                given = [item for one in given for item in one.split(",")]
-            try:
-                given = tuple(flag.kind(item) for item in given if item)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
-        chosen[name] = given
-    if rest:
-        raise ValueError(f"unexpected argument {rest[0]!r}")
-    return config_class(**chosen)
-
-
-def help_text(
-    program: str,
-    doc: str | None,
-    classes: Sequence[type],
-    presets: Mapping[str, Any] | None = None,
-    *,
-    workdir: str = "workdir",
-) -> str:
-    """What `--help` prints: the docstring, then each flag of the classes with its help.
-
-    Args:
-        program: What was called.
-        doc: Its docstring.
-        classes: Dataclasses whose fields are flags.
-        presets: Named sets of defaults.
-        workdir: What the program calls the flag of its directory.
-    """
-    shown, rest = [], ""
+    flags = _flags.flags_of(*classes)
+    known = {flag.name for flag in flags}
+    others = {"config": ()} | ({"preset": tuple(presets)} if presets else {})
+    given = _flags.read_command_line(program, flags, others, arguments)
+    file, chosen = given.pop("config", None), {}
+    if file is not None:
+        sections = {name for flag in flags for name in flag.path[:-1]}
+        given = _config_file.read_config(file, sections, {*known, *others}) | given
     if presets:
-        names = "|".join(presets)
-        shown.append((f"--preset={names}", "Named set of defaults. The first is the default."))
-    for flag in itertools.chain(*map(_flags, classes)):
-        metadata: Any = flag.field.metadata
-        default: Any = flag.field.default
-        says = metadata["help"].rstrip(".") + "."
-        if metadata["positional"]:
-            rest = f" {flag.field.name.upper()} ..."
-        value = "TEXT" if flag.kind is str else "NUMBER"
-        if flag.several:
-            says += " May be repeated." if flag.kind is str else " Commas separate several."
-        if default is REQUIRED:
-            says += " Required."
-        elif default not in (None, (), ""):
-            shown_default = ", ".join(map(str, default)) if flag.several else default
-            says += f" Default: {shown_default}."
-        name = workdir if flag.field.name == "workdir" else flag.field.name
-        name = f"--{name}={'|'.join(flag.choices) or value}"
-        shown.append((f"--[no]{flag.field.name}" if flag.kind is bool else name, says))
-    lines = [f"usage: {program} [--flag=value ...]{rest}", "", inspect.cleandoc(doc or ""), ""]
-    for name, says in shown:
-        lines += [f"  {name}", textwrap.indent(textwrap.fill(says, 90), " " * 6)]
-    return "\n".join(lines)
-
-
-def write_config(config: Dataclass, workdir: epath.Path) -> None:
-    """Write `config.json` without secrets; a workdir of another configuration is refused."""
-    fields = dataclasses.fields(config)
-    secrets = {f.name for f in fields if f.metadata.get("secret")}
-    shown = {k: v for k, v in dataclasses.asdict(config).items() if k not in secrets}
-    text = json.dumps(shown, indent=1, sort_keys=True) + "\n"
-    path = workdir / "config.json"
-    if path.exists() and path.read_text() != text:
-        old, new = json.loads(path.read_text()), json.loads(text)
-        free = secrets | {f.name for f in fields if f.metadata.get("selects")}
-        changed = sorted(k for k in {*old, *new} - free if old.get(k) != new.get(k))
-        if changed:
-            raise ValueError(
-                f"workdir {workdir} belongs to a run with another configuration: it differs in "
-                f"{', '.join(changed)}; name a new --workdir"
-            )
-    if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        storage.write_atomic(path, text)
+        name = given.pop("preset", next(iter(presets)))
+        if name not in presets:
+            raise ValueError(f"preset: expected one of {', '.join(presets)}, got {name!r}")
+        _flags.check_names(f"preset {name}", presets[name], known)
+        chosen = presets[name]
+    values = {**chosen, **given}
+    read = {flag.name: flag.read(values[flag.name]) for flag in flags if flag.name in values}
+    return [_flags.build(one, read) for one in classes]
 
 
 def _is_ours(record: Any) -> bool:
-    """Libraries' own progress notes would bury the experiment's; their warnings stay."""
-    return record.levelno > py_logging.INFO or "site-packages" not in record.pathname
+    """Libraries' own progress notes would bury ours, which may lie among theirs; warnings stay."""
+    ours = record.pathname.startswith(_PACKAGE) or "site-packages" not in record.pathname
+    return ours or record.levelno > py_logging.INFO
 
 
 def _write_details(workdir: epath.Path) -> str:
@@ -285,6 +134,8 @@ def _fail(
     error: BaseException, status: int, workdir: epath.Path | None, note: str = ""
 ) -> NoReturn:
     """One line about an error, and the end: at once where others wait or a thread may hang."""
+    if _interrupted.is_set():
+        raise KeyboardInterrupt
     said = " ".join(str(error).split()) or type(error).__name__
     details = _write_details(workdir) if workdir else ""
     if status == os.EX_TEMPFAIL:
@@ -305,6 +156,54 @@ def _let_others_speak(error: BaseException) -> None:
         time.sleep(3.0)
 
 
+@contextlib.contextmanager
+def _interruptible(says: str) -> Iterator[None]:
+    """Ctrl-C ends the process with one line: once all is unwound, or after a few seconds.
+
+    Python raises KeyboardInterrupt when the main thread comes back from what it waits for, which
+    may be a compiler for minutes. A thread hears of the signal at once, and waits no longer.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    ending = threading.Lock()
+
+    def end() -> None:
+        ending.acquire()  # By whoever comes first, for ever.
+        if training.distributed.is_joined():
+            training.distributed.leave(says, _INTERRUPTED)
+        logging.flush()
+        sys.stdout.flush()
+        print(says, file=sys.stderr, flush=True)
+        # Threads that still compile or write must not be part of Python's own end.
+        os._exit(_INTERRUPTED)
+
+    def listen() -> None:
+        while received := os.read(reader, 1):
+            if received[0] == signal.SIGINT:
+                _interrupted.set()
+                time.sleep(_GRACE_SECONDS)
+                end()
+        os.close(reader)
+
+    _interrupted.clear()
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    threading.Thread(target=listen, name="interrupts", daemon=True).start()
+    try:
+        yield
+    except BaseException as error:
+        # What fails in a callback or a thread that was interrupted fails with errors of others.
+        if isinstance(error, KeyboardInterrupt) or _interrupted.is_set():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            end()
+        raise
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(writer)
+
+
 def main(
     config_class: type,
     presets: Mapping[str, Mapping[str, Any]] | None,
@@ -316,62 +215,65 @@ def main(
     """Parse flags, join the other processes, run; what a user can mend ends as one line.
 
     A wrong flag, wrong data and a missing package end with status 2; a disk, a store, a hub or a
-    network that fails ends with 75, after which the same command may be started again. All
-    processes of a run end with the status of the first that fails. A `run` that takes a workdir
-    gets one, locked and with `config.json` in it; one that calls it `out` lets users call it so
-    too.
+    network that fails ends with 75, after which the same command may be started again; Ctrl-C ends
+    with 130. All processes of a run end with the status of the first that fails.
 
     Args:
-        config_class: The dataclass that `run` is given.
-        presets: Its defaults by name; the first ones hold if none is named.
-        run: `(config, workdir)` or `(config, out)`, which every process calls, or `(config)`.
+        config_class: The dataclass that `run` is given. It may nest others.
+        presets: Its defaults by name, flat; the first ones hold if none is named.
+        run: `(config, out)` or `(config, workdir)`, which every process calls with a folder that is
+            locked and has `config.json` in it, or `(config)`. The folder's flag has that name.
         program: What `--help` calls it; the module's name if omitted.
         arguments: What follows the program on the command line; `sys.argv`'s if omitted.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    doc = sys.modules[run.__module__]
+    module = sys.modules[run.__module__]
     if program is None:
-        spec = doc.__spec__
+        spec = module.__spec__
         program = f"python -m {spec.name.removesuffix('.__main__')}" if spec else sys.argv[0]
-    kept = {"workdir", "out"} & set(inspect.signature(run).parameters)
+    parameters = inspect.signature(run).parameters
+    kept = next((name for name in ("out", "workdir") if name in parameters), "")
+    classes = [_folder_class(kept), _Processes, config_class] if kept else [config_class]
     if set(arguments) & set(_HELP):
-        classes = (_Place, config_class) if kept else (config_class,)
-        # A command that calls its directory `out` documents that name.
-        name = next(iter(kept), "workdir")
-        print(help_text(program, doc.__doc__, classes, presets, workdir=name))
+        print(_flags.help_text(program, module.__doc__, _flags.flags_of(*classes), presets))
         return
+    says = "interrupted; the same command continues" if kept else "interrupted"
+    with _interruptible(says):
+        _main(classes, presets, run, program, arguments, kept)
+
+
+def _main(
+    classes: list[type],
+    presets: Mapping[str, Mapping[str, Any]] | None,
+    run: Callable[..., None],
+    program: str,
+    arguments: Sequence[str],
+    kept: str,
+) -> None:
+    """As `main`, once it is known whether a folder is kept, and what its flag is called."""
     logging.use_absl_handler()
     logging.get_absl_handler().addFilter(_is_ours)
-    flags.FLAGS.mark_as_parsed()  # absl's logging waits for it
-    place, details = None, None
+    absl_flags.FLAGS.mark_as_parsed()  # absl's logging waits for it
+    details = None
     try:
-        values = define_flags(config_class, presets)
-        if kept:
-            values.append_flag_values(define_flags(_Place))
-            for name in kept - {"workdir"}:
-                flags.DEFINE_alias(name, "workdir", flag_values=values)
-        rest = values([program, *arguments])[1:]
-        place = config_from_flags(_Place, None, values) if kept else None
-    except (flags.Error, ValueError) as error:
+        *place, config = parse(classes, presets, arguments, program=program)
+    except (absl_flags.Error, ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", _COMPILED)
     try:
-        config = config_from_flags(config_class, presets, values, rest)
-        if place is None:
+        if not kept:
             run(config)
             return
         logging.set_verbosity(logging.INFO)
-        training.distributed.initialize(
-            place.coordinator_address, place.num_processes, place.process_id
-        )
-        workdir = epath.Path(place.workdir)
-        with training.lock_workdir(workdir):
-            details = workdir  # Before, it may be another run's.
+        training.distributed.initialize(**dataclasses.asdict(place[1]))
+        folder = epath.Path(getattr(place[0], kept))
+        with training.lock_workdir(folder):
+            details = folder  # Before, it may be another run's.
             with processes.first_before_others("config"):
-                write_config(config, workdir)
-            run(config, workdir)
+                _config_file.write_config(config, folder, kept)
+            run(config, folder)
     except _ONE_LINE_ERRORS as error:
         _let_others_speak(error)
         status = os.EX_TEMPFAIL if storage.may_pass(error) else 2

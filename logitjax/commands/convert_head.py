@@ -1,13 +1,13 @@
 """Replace a model's output head by a vector-quantised one that imitates it.
 
-    logitjax convert-head --model=smollm2 --data=tfds:wiki_summaries --workdir=runs/head
-    logitjax convert-head --model=DIR --data=text:FILE --kind=shortlist --codes=4096 --workdir=DIR2
+    logitjax convert-head --model=smollm2 --data=tfds:wiki_summaries --out=runs/head
+    logitjax convert-head --model=DIR --data=text:FILE --kind=shortlist --codes=4096 --out=DIR2
 
 It reads the text once and keeps the hidden states. Then it fits codes to the rows of the old head
-and tunes them to the old head's distribution. It writes WORKDIR/head and WORKDIR/report.md, which
+and tunes them to the old head's distribution. It writes OUT/head and OUT/report.md, which
 compares perplexity on held-out text and size before and after. In Python,
 
-    model = models.load("MODEL", layout="listed")[0].with_head(vq.load_head("WORKDIR/head"))
+    model = models.load("MODEL", layout="listed")[0].with_head(vq.load_head("OUT/head"))
 
 is the converted model. `--kind=vq` gives one code to several tokens, and a bias to each token.
 `--kind=shortlist` lets codes choose pages of tokens, which their exact rows score again. You may
@@ -54,7 +54,7 @@ class Config:
     mesh: str = field("data:-1", "Axes and sizes of the device mesh.")
 
 
-def run(config: Config, workdir: epath.Path) -> None:
+def run(config: Config, out: epath.Path) -> None:
     """Packs, converts, measures both heads on text that neither was fitted to."""
     model, tokenizer = models.load(config.model, dtype=config.dtype, layout="listed")
     mesh = training.make_mesh(config.mesh, partial=True)
@@ -63,12 +63,12 @@ def run(config: Config, workdir: epath.Path) -> None:
         {"model": tokenizer},
         seq_len=config.seq_len,
         on_error=config.on_error,
-        directory=workdir / "data",
+        directory=out / "data",
     ).splits
     conversion = vq.convert_head(
         model,
         _batches(packed["train"], config.batch_rows),
-        workdir=workdir,
+        workdir=out,
         config=vq.ConvertConfig(
             num_codes=config.codes,
             num_pages=config.pages if config.kind == "shortlist" else 0,
@@ -87,13 +87,13 @@ def run(config: Config, workdir: epath.Path) -> None:
         held_out = vq.HiddenCache.of(
             model,
             _batches(packed["test"], config.batch_rows),
-            workdir / "held_out",
+            out / "held_out",
             max_tokens=config.held_out_tokens,
             source=_source(packed["test"], config),
         )
     if jax.process_index() == 0:
         text = _report(config, model, conversion.model, held_out)
-        storage.write_atomic(workdir / "report.md", text)
+        storage.write_atomic(out / "report.md", text)
         print(text)
 
 

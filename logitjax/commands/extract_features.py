@@ -1,10 +1,10 @@
 """Keep features of frozen image encoders on disk, so that heads can be trained without encoders.
 
     logitjax extract-features --encoder=efficientnet_lite0 --encoder=alexnet \\
-        --data=folder:PICTURES --size=160 --workdir=runs/features
+        --data=folder:PICTURES --size=160 --out=runs/features
 
 For every encoder, split and kind of view it writes features (and the class head's logits) with the
-labels into WORKDIR/ENCODER/SPLIT_VIEWS. These are array_record files, which `few_shot.FeatureCache`
+labels into OUT/ENCODER/SPLIT_VIEWS. These are array_record files, which `few_shot.FeatureCache`
 reads and checks. `--views=random:10` makes ten random crops of each picture, mirrored at random,
 the same for every encoder and in every run.
 
@@ -56,7 +56,7 @@ class Config:
     dtype: Literal["float16", "float32"] = field("float16", "Type of the numbers on disk.")
 
 
-def run(config: Config, workdir: epath.Path) -> None:
+def run(config: Config, out: epath.Path) -> None:
     """Read, encode, write; then a table of what there is."""
     table = []
     for spec in config.encoder:
@@ -71,7 +71,7 @@ def run(config: Config, workdir: epath.Path) -> None:
                 for kind in config.views
             }
             for kind, views in kinds.items():
-                directory = workdir / slug(spec) / f"{slug(split)}_{slug(kind)}"
+                directory = out / slug(spec) / f"{slug(split)}_{slug(kind)}"
                 start = time.perf_counter()
                 cache = few_shot.extract_features(
                     encoder,
@@ -100,7 +100,7 @@ def run(config: Config, workdir: epath.Path) -> None:
                 del cache
     if jax.process_index() == 0:
         text = markdown_table(table)
-        (workdir / "report.md").write_text(text + "\n")
+        (out / "report.md").write_text(text + "\n")
         print(text)
 
 

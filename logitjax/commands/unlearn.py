@@ -66,7 +66,7 @@ class Config:
     attacks: Literal["quick", "all"] = field(
         "quick",
         "Attacks of the report. `all` adds those that train, sample and take gradients.",
-        selects=True,
+        execution=True,
     )
     text: str | None = field(
         None, "Other text, whose perplexity has to stay: text:PATH, jsonl:PATH or tfds:NAME."

@@ -23,6 +23,7 @@ from logitjax.storage._heads import read_head as read_head
 from logitjax.storage._heads import write_head as write_head
 from logitjax.storage._hub import hub_snapshot as hub_snapshot
 from logitjax.storage._manifest import Manifest as Manifest
+from logitjax.storage._option import option as option
 from logitjax.storage._packages import package_file as package_file
 from logitjax.storage._require import require as require
 from logitjax.storage._rows import ArrayCodec as ArrayCodec

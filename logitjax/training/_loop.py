@@ -15,7 +15,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from logitjax.ops.sharding import path_string
-from logitjax.storage import progress, write_atomic
+from logitjax.storage import option, progress, write_atomic
 from logitjax.training._checkpoints import Checkpointer
 from logitjax.training._metrics import MetricAccumulator, MetricWriter, NullWriter
 from logitjax.training._preemption import Preempted, watch_for_preemption
@@ -51,11 +51,11 @@ class LoopOptions:
         this call's third step on, because the first one compiles.
     """
 
-    checkpoint_every: int = 0
-    log_every: int = 10
+    checkpoint_every: int = option(0, execution=True)
+    log_every: int = option(10, execution=True)
     eval_every: int = 0
-    progress: bool = True
-    profile_steps: int = 0
+    progress: bool = option(True, execution=True)
+    profile_steps: int = option(0, execution=True)
 
 
 def train_loop(

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -11,7 +12,8 @@ import pytest
 from absl import flags
 from etils import epath
 
-from logitjax.commands import audit, cache_logits, cli, distill
+from logitjax import training
+from logitjax.commands import _config_file, _flags, audit, cache_logits, cli, distill
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,8 +22,8 @@ class Config:
     kind: str = cli.field("x", "A choice.", choices=("x", "y"))
     layers: tuple[int, ...] = cli.field((), "Some layers.")
     source: tuple[str, ...] = cli.field(("s",), "A source.", positional=True)
-    part: str = cli.field("all", "What is done now.", selects=True)
-    rate: float = cli.field(0.5, "A rate.")
+    part: str = cli.field("all", "What is done now.", execution=True)
+    rate: float = cli.field(0.5, "A rate.", minimum=0)
     on: bool = cli.field(False, "A switch.")
     key: str | None = cli.field(None, "A key.", secret=True)
 
@@ -29,10 +31,9 @@ class Config:
 PRESETS = {"small": {"rate": 0.1}, "large": {"name": "big", "layers": (1, 2)}}
 
 
-def parse(*arguments: str) -> Config:
-    values = cli.define_flags(Config, PRESETS)
-    rest = values(["program", *arguments])[1:]
-    return cli.config_from_flags(Config, PRESETS, values, rest)
+def parse(*arguments: str, config_class=Config, presets=PRESETS):
+    (config,) = cli.parse([config_class], presets, arguments)
+    return config
 
 
 def test_first_preset_is_the_default():
@@ -56,48 +57,141 @@ def test_bad_values_are_refused(argument):
         parse(argument)
 
 
+def test_a_name_in_a_preset_that_no_flag_has_is_refused():
+    with pytest.raises(ValueError, match=r"preset bad: expected .*, perhaps rate, got 'raet'"):
+        parse(presets={"bad": {"raet": 1}})
+
+
 def test_arguments_without_a_flag_go_to_the_field_that_takes_them():
     assert parse("p", "--source=q", "r").source == ("q", "p", "r")
 
 
-def test_a_required_value_is_asked_for():
-    @dataclasses.dataclass(frozen=True)
-    class Needy:
-        model: str = cli.field(cli.REQUIRED, "A model.")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Course:
+    """A course.
 
-    values = cli.define_flags(Needy)
-    values(["program"])
-    with pytest.raises(ValueError, match="model: expected a value, got none; give --model="):
-        cli.config_from_flags(Needy, None, values)
+    Attributes:
+      top: number of ``steps``,
+        all told.
+      data: Text.
+      loop: The loop.
+    """
+
+    data: str
+    top: int = 3
+    loop: training.LoopOptions = training.LoopOptions()  # noqa: RUF009
+
+    def __post_init__(self):
+        if self.top < 1:
+            raise ValueError(f"top: expected at least 1, got {self.top}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Nest:
+    rate: float = cli.field(0.5, "A rate.")
+    course: Course = cli.nested(without=["progress"], rename={"top": "steps"})
+
+
+def nest(*arguments):
+    return parse(*arguments, config_class=Nest, presets=None)
+
+
+def test_fields_of_what_a_configuration_nests_are_flags_under_flat_names():
+    config = nest("--data=d", "--steps=5", "--eval_every=7", "--rate=1")
+    loop = training.LoopOptions(eval_every=7)
+    assert config == Nest(rate=1.0, course=Course(data="d", top=5, loop=loop))
+    text = _flags.help_text("toy", None, _flags.flags_of(Nest))
+    assert "--steps=NUMBER\n      Number of `steps`, all told. Default: 3." in text
+    assert "--profile_steps=NUMBER" in text
+    assert "--data=TEXT\n      Text. Required." in text
+    assert "progress" not in text
+
+
+def test_what_a_nested_dataclass_refuses_is_said_of_the_flag():
+    with pytest.raises(ValueError, match=r"^steps: expected at least 1, got 0$"):
+        nest("--data=d", "--steps=0")
+    with pytest.raises(ValueError, match=r"^data: expected a value, got none; give --data=...$"):
+        nest()
+
+
+def test_two_fields_of_one_name_are_refused_with_both_owners():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Clash:
+        top: int = cli.field(1, "Another.")
+        course: Course = cli.nested()
+
+    with pytest.raises(TypeError, match=r"^top: expected one field, .*Clash and .*Course"):
+        _flags.flags_of(Clash)
+
+
+def test_a_file_gives_flags_values_and_the_command_line_wins(tmp_path):
+    path = tmp_path / "run.yaml"
+    # PyYAML reads 3e-4, which has no point, as text.
+    path.write_text("rate: 3e-4\ncourse:\n  data: d\n  loop: {eval_every: 7}\nsteps: 4\n")
+    config = nest(f"--config={path}", "--eval_every=8")
+    loop = training.LoopOptions(eval_every=8)
+    assert config == Nest(rate=3e-4, course=Course(data="d", top=4, loop=loop))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("raet: 1", "config: .*run.yaml: expected the name of a flag, perhaps rate, got 'raet'"),
+        ("rate: yes", "rate: expected a number, got True"),
+        ("top: 3", "got 'top'"),
+        ("- rate", "config: expected names and values in "),
+        ("rate: [", "config: expected YAML in "),
+    ],
+)
+def test_what_a_file_may_not_say_is_refused(tmp_path, text, said):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ValueError, match=said):
+        nest(f"--config={tmp_path / 'run.yaml'}")
+
+
+def test_what_is_written_beside_a_result_gives_the_same_configuration(tmp_path):
+    config = nest("--data=d", "--steps=5", "--eval_every=7")
+    _config_file.write_config(config, epath.Path(tmp_path), "out")
+    assert nest(f"--config={tmp_path / 'config.json'}") == config
 
 
 def test_help_shows_the_docstring_and_every_flag_with_its_default():
-    text = cli.help_text("logitjax toy", "What it does.", [Config], PRESETS)
+    text = _flags.help_text("logitjax toy", "What it does.", _flags.flags_of(Config), PRESETS)
     assert text.startswith("usage: logitjax toy [--flag=value ...] SOURCE ...\n\nWhat it does.")
     assert "--kind=x|y\n      A choice. Default: x." in text
     assert "--[no]on\n" in text
     assert "--preset=small|large" in text
 
 
-def test_help_calls_the_directory_as_the_command_does():
-    @dataclasses.dataclass(frozen=True)
-    class Kept:
-        workdir: str = cli.field(cli.REQUIRED, "Folder of the run.")
-
-    assert "--out=TEXT\n" in cli.help_text("toy", None, [Kept], workdir="out")
-    assert "--workdir=TEXT\n" in cli.help_text("toy", None, [Kept])
-
-
 def run_alone(config):
     print(config)
+
+
+def run_out(config, out):
+    (out / "made").write_text(config.name)
+
+
+def run_workdir(config, workdir):
+    raise AssertionError
+
+
+@pytest.mark.parametrize(("run", "name"), [(run_out, "out"), (run_workdir, "workdir")])
+def test_the_flag_of_the_folder_is_what_the_run_calls_it(capsys, run, name):
+    cli.main(Config, PRESETS, run, program="toy", arguments=["--help"])
+    assert f"--{name}=TEXT\n" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        cli.main(Config, PRESETS, run, program="toy", arguments=[])
+    assert f"error: {name}: expected a value, got none; give --{name}=" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["--nmae=b"], "error: Unknown command line flag 'nmae'. Did you mean: name ?"),
-        (["--kind=z"], "error: flag --kind=z: value should be one of <x|y>"),
-        (["--rate=fast"], "error: flag --rate=fast: could not convert string to float: 'fast'"),
+        (["--kind=z"], "error: kind: expected one of x, y, got 'z'"),
+        (["--rate=fast"], "error: rate: expected a number, got 'fast'"),
+        (["--rate=-1"], "error: rate: expected at least 0, got '-1'"),
+        (["--config=/no/such"], "error: config: no such file: /no/such"),
     ],
 )
 def test_a_wrong_flag_is_one_line_and_status_2(capsys, arguments, said):
@@ -107,34 +201,120 @@ def test_a_wrong_flag_is_one_line_and_status_2(capsys, arguments, said):
     assert capsys.readouterr().err == said + "\n"
 
 
-def test_workdir_keeps_its_configuration(tmp_path):
-    workdir = epath.Path(tmp_path)
-    cli.write_config(Config(), workdir)
-    cli.write_config(Config(), workdir)
-    with pytest.raises(ValueError, match="differs in rate;"):
-        cli.write_config(Config(rate=0.7, part="first"), workdir)
-    cli.write_config(Config(part="first"), workdir)
-    assert json.loads((workdir / "config.json").read_text())["part"] == "first"
+def test_a_folder_with_results_keeps_its_configuration(tmp_path):
+    folder = epath.Path(tmp_path)
+
+    def write(**changes):
+        _config_file.write_config(Config(**changes), folder, "out")
+
+    write()
+    (tmp_path / "result").touch()
+    write()
+    with pytest.raises(ValueError, match=r"^out: .* where rate is another; name a new --out$"):
+        write(rate=0.7, part="first")
+    write(part="first")
+    assert json.loads((folder / "config.json").read_text())["part"] == "first"
+
+
+def test_a_run_that_made_nothing_does_not_claim_its_folder(tmp_path):
+    folder = epath.Path(tmp_path)
+    _config_file.write_config(Config(name="tpyo"), folder, "out")
+    # As a run leaves it that was killed, or failed, before it made anything.
+    for name in ("lock", "error.txt", "error.1.txt", "data/.unfinished-x/rows"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    _config_file.write_config(Config(name="typo"), folder, "out")
+    (folder / "data" / "rows").touch()
+    with pytest.raises(ValueError, match="where name is another"):
+        _config_file.write_config(Config(name="tpyo"), folder, "out")
 
 
 def test_a_secret_is_not_written_and_may_change(tmp_path):
-    workdir = epath.Path(tmp_path)
+    folder = epath.Path(tmp_path)
     # As an earlier version wrote it.
     old = dataclasses.asdict(Config(key="first-key"))
     (tmp_path / "config.json").write_text(json.dumps(old, indent=1, sort_keys=True) + "\n")
+    (tmp_path / "result").touch()
     for key in ("first-key", "second-key", None):
-        cli.write_config(Config(key=key), workdir)
-        text = (workdir / "config.json").read_text()
+        _config_file.write_config(Config(key=key), folder, "out")
+        text = (folder / "config.json").read_text()
         assert json.loads(text)["name"] == "a"
         assert "key" not in text
-    with pytest.raises(ValueError, match="differs in rate;"):
-        cli.write_config(Config(rate=0.7, key="second-key"), workdir)
 
 
 @pytest.mark.parametrize("command", [audit, cache_logits, distill])
 def test_the_keys_of_servers_are_secrets(command):
-    (field,) = [f for f in dataclasses.fields(command.Config) if f.name == "api_key"]
-    assert field.metadata["secret"]
+    (flag,) = [flag for flag in _flags.flags_of(command.Config) if flag.name == "api_key"]
+    assert flag.metadata["secret"]
+
+
+@pytest.mark.parametrize(
+    ("place", "level", "shown"),
+    [
+        ("{package}/training/_loop.py", "INFO", True),
+        ("{package}/site-packages.py", "INFO", True),
+        ("/venv/site-packages/orbax/checkpoint.py", "INFO", False),
+        ("/venv/site-packages/orbax/checkpoint.py", "WARNING", True),
+        ("/home/me/experiments/train.py", "INFO", True),
+    ],
+)
+def test_notes_of_ours_are_shown_wherever_the_package_is_installed(
+    monkeypatch, place, level, shown
+):
+    # Where `pip install` puts it.
+    monkeypatch.setattr(cli, "_PACKAGE", "/venv/site-packages/logitjax")
+    path = place.format(package="/venv/site-packages/logitjax")
+    record = logging.LogRecord("absl", getattr(logging, level), path, 1, "said", None, None)
+    assert cli._is_ours(record) == shown
+
+
+# A command, interrupted in its own code, in a thread's, or in a compiler that no signal reaches.
+INTERRUPTED = """
+import dataclasses, os, signal, sys, threading, time
+from logitjax.commands import cli
+cli._GRACE_SECONDS = 0.5
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    how: str = cli.field("", "Where.")
+
+def sleep(config):
+    later = threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT))
+    later.start()
+    try:
+        if config.how == "deaf":
+            # Another thread takes the signal, and nothing wakes this one.
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        time.sleep(60)
+    except KeyboardInterrupt:
+        if config.how == "disguised":
+            raise ValueError("a callback failed")
+        if config.how == "thread":
+            threading.Thread(target=lambda: time.sleep(60)).start()
+        raise
+
+def run(config, out):
+    sleep(config)
+
+def alone(config):
+    sleep(config)
+
+cli.main(Config, None, alone if "--how=alone" in sys.argv else run)
+"""
+
+
+@pytest.mark.every_change
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["code", "deaf", "thread", "disguised", "alone"])
+def test_an_interrupt_is_one_line_and_status_130(tmp_path, how):
+    command = [sys.executable, "-c", INTERRUPTED, f"--how={how}"]
+    command += [] if how == "alone" else [f"--out={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    says = "interrupted" if how == "alone" else "interrupted; the same command continues"
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (130, says)
+    assert "Traceback" not in done.stderr
+    # What nothing wakes unlocks nothing; the operating system does.
+    assert (tmp_path / "lock").exists() == (how == "deaf")
 
 
 @pytest.mark.parametrize(

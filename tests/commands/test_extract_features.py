@@ -102,7 +102,7 @@ def start(workdir, *arguments):
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     root = pathlib.Path(__file__).parents[2]
     return subprocess.Popen(
-        [*command, f"--workdir={workdir}", *arguments],
+        [*command, f"--out={workdir}", *arguments],
         cwd=root,
         env=environment,
         stdout=subprocess.PIPE,

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from logitjax import commands
-from logitjax.commands import cli
+from logitjax.commands import _flags
 
 
 def test_the_list_of_commands_needs_nothing_heavy():
@@ -27,7 +27,9 @@ def test_every_command_explains_itself_in_whole_phrases(name):
     module = importlib.import_module(f"logitjax.commands.{name.replace('-', '_')}")
     assert f"logitjax {name} " in module.__doc__
     assert callable(module.run)
-    for line in cli.help_text(name, "", [module.Config]).splitlines():
+    flags = _flags.flags_of(module.Config)
+    assert [flag.name for flag in flags if not flag.help] == []
+    for line in _flags.help_text(name, "", flags).splitlines():
         assert "'s." not in line
         assert not line.strip().startswith(("Of ", "of "))
 
@@ -40,9 +42,9 @@ def test_every_command_explains_itself_in_whole_phrases(name):
             "error: command: expected one that `logitjax --help` lists, perhaps gen",
         ),
         (["serve", "--prot=1"], "error: Unknown command line flag 'prot'. Did you mean: port ?"),
-        (["generate", "--top_k=a"], "error: flag --top_k=a: "),
+        (["generate", "--top_k=a"], "error: top_k: expected a whole number, got 'a'"),
         (["prepare"], "error: name: expected a value, got none"),
-        (["extract-features"], "error: workdir: expected a value, got none"),
+        (["extract-features"], "error: out: expected a value, got none"),
     ],
 )
 def test_mistakes_are_one_line_and_status_2(arguments, said, capsys):

@@ -1,0 +1,90 @@
+"""Configurations in files: those that a user writes, and the one beside a result."""
+
+import json
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import jax
+from etils import epath
+
+from logitjax import storage
+from logitjax.commands import _flags
+
+
+def read_config(path: str, sections: Collection[str], known: Collection[str]) -> dict[str, Any]:
+    """Values by flags' names from a YAML file, of which `config.json` beside a result is one.
+
+    Args:
+        path: The file.
+        sections: Names of nested dataclasses, under which a file may gather values.
+        known: Names of flags.
+
+    Raises:
+        ValueError: It is no YAML, or holds a name that no flag has.
+    """
+    import yaml
+
+    place = epath.Path(path)
+    if not place.exists():
+        raise FileNotFoundError(f"config: no such file: {path}")
+    try:
+        record = yaml.safe_load(place.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"config: expected YAML in {path}, got {error}") from None
+    values: dict[str, Any] = {}
+
+    def gather(mapping: Any) -> None:
+        if not isinstance(mapping, Mapping):
+            raise ValueError(f"config: expected names and values in {path}, got {mapping!r:.40}")
+        for name, value in mapping.items():
+            if name in sections and name not in known:
+                gather(value)
+            else:
+                _flags.check_names(f"config: {path}", [name], known)
+                values[name] = value
+
+    gather(record)
+    return values
+
+
+def write_config(config: _flags.Dataclass, folder: epath.Path, flag: str) -> None:
+    """Write `config.json` without secrets; a folder of another configuration is refused.
+
+    Fields that say how a run executes are written and not compared. A folder that holds nothing
+    but the record of a run belongs to nobody: the run failed, or was killed, before it made
+    anything, and the next one may be another. This asks what is there and not how the last run
+    ended, so it holds after a kill too, and no process has to take anything back.
+
+    Args:
+        config: The configuration.
+        folder: Where it is written.
+        flag: Name of the flag of the folder.
+
+    Raises:
+        ValueError: The folder has results of another configuration.
+    """
+    values = _flags.flatten(config)
+    text = json.dumps(values, indent=1, sort_keys=True) + "\n"
+    path = folder / "config.json"
+    if path.exists() and path.read_text() != text:
+        old, new = storage.read_json(path), json.loads(text)
+        flags = _flags.flags_of(type(config))
+        free = {f.name for f in flags if f.metadata.get("execution") or f.metadata.get("secret")}
+        changed = sorted(k for k in {*old, *new} - free if old.get(k) != new.get(k))
+        if changed and _has_results(folder):
+            raise ValueError(
+                f"{flag}: expected a folder of this configuration, got {folder}, where "
+                f"{', '.join(changed)} is another; name a new --{flag}"
+            )
+    if jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        storage.write_atomic(path, text)
+
+
+def _has_results(folder: epath.Path) -> bool:
+    """Whether there is a file besides the record of a run and what was left unfinished."""
+    for path in folder.iterdir():
+        record = path.name in ("config.json", "lock") or path.name.startswith((".", "error."))
+        if not record and (_has_results(path) if path.is_dir() else True):
+            return True
+    return False
