@@ -15,7 +15,7 @@ import re
 import textwrap
 import types
 import typing
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 from absl import flags as absl_flags
@@ -43,6 +43,7 @@ def field(
     positional: bool = False,
     execution: bool = False,
     secret: bool = False,
+    listing: Callable[[], str] | None = None,
 ) -> Any:
     """A dataclass field with what its flag needs.
 
@@ -56,9 +57,10 @@ def field(
             result is: a folder may be continued with another value.
         secret: Whether it is a key or a password: it is written to no file, and a folder may be
             continued with another one.
+        listing: Makes a line for each of the values that have names; `--NAME=help` prints it.
     """
     metadata = {"help": help, "choices": choices, "minimum": minimum, "positional": positional}
-    metadata |= {"execution": execution, "secret": secret}
+    metadata |= {"execution": execution, "secret": secret, "listing": listing}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -365,6 +367,8 @@ def help_text(
         says = flag.help.rstrip(".") + "."
         if flag.metadata.get("positional"):
             rest = f" {flag.name.upper()} ..."
+        if flag.metadata.get("listing"):
+            says += f" `--{flag.name}=help` lists them."
         if flag.several:
             says += " May be repeated." if flag.kind is str else " Commas separate several."
         if flag.default is REQUIRED:

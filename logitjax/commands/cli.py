@@ -30,6 +30,7 @@ from logitjax import processes, storage, training
 from logitjax.commands import _config_file, _flags
 from logitjax.commands._flags import REQUIRED as REQUIRED
 from logitjax.commands._flags import Dataclass as Dataclass
+from logitjax.commands._flags import build as build
 from logitjax.commands._flags import field as field
 from logitjax.commands._flags import nested as nested
 
@@ -251,6 +252,10 @@ def _main(
     kept: str,
 ) -> None:
     """As `main`, once it is known whether a folder is kept, and what its flag is called."""
+    for flag in _flags.flags_of(*classes):
+        if f"--{flag.name}=help" in arguments and flag.metadata.get("listing"):
+            print(flag.metadata["listing"]())
+            return
     logging.use_absl_handler()
     logging.get_absl_handler().addFilter(_is_ours)
     absl_flags.FLAGS.mark_as_parsed()  # absl's logging waits for it

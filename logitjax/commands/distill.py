@@ -35,7 +35,7 @@ from flax import nnx
 
 from logitjax import data, distillation, models, processes, storage, training
 from logitjax.commands import figures
-from logitjax.commands.cli import REQUIRED, field
+from logitjax.commands.cli import REQUIRED, field, nested
 from logitjax.commands.tables import markdown_table, text_cell
 
 
@@ -44,38 +44,18 @@ class Config:
     """The student, its teachers, the text and the training."""
 
     student: str = field(REQUIRED, "Model that learns.")
-    teacher: tuple[str, ...] = field((), "Model to learn from, cache:DIR or api:URL.")
-    teacher_weight: tuple[float, ...] = field((), "Weights of the teachers. Equal by default.")
-    data: str = field(REQUIRED, "Text to learn from: text:PATH, jsonl:PATH or tfds:NAME.")
-    on_error: Literal["raise", "skip"] = field(
-        "raise", "Whether a malformed row is an error or is skipped."
+    reading: distillation.Reading = nested(
+        without=("terms", "fit_to", "batch_size", "dtype", "layout"),
+        rename={"teachers": "teacher", "top_k": "cache_top_k"},
     )
+    teacher_weight: tuple[float, ...] = field((), "Weights of the teachers. Equal by default.")
     loss: tuple[str, ...] = field(
         ("sft:0.5", "kl:0.5"),
         "Loss, its options and its weight, as kl(temperature=2):0.5, or a term of your own as "
-        "package.module:Name:0.5. `help` lists them.",
+        "package.module:Name:0.5.",
+        listing=distillation.terms.TERMS.help,
     )
-    teacher_reads: Literal["cache", "live"] = field(
-        "cache",
-        "Whether teachers read the text before the training, into a cache on disk, or beside the "
-        "student.",
-    )
-    drop_layers: int = field(0, "Number of layers to prune from the student first.", minimum=0)
-    prune_by: Literal["influence", "run", "perplexity"] = field(
-        "run",
-        "Score that chooses the layers to drop: how far each turns the residual stream "
-        "(influence), how far a run of layers does, or the perplexity without each.",
-    )
-    keep_layers: tuple[int, ...] = field((), "Layers to keep, instead of drop_layers.")
-    kv_heads: int = field(
-        0, "Number of key-value heads to keep in each layer. 0 keeps all.", minimum=0
-    )
-    mlp_channels: int = field(
-        0, "Number of MLP channels to keep in each layer. 0 keeps all.", minimum=0
-    )
-    calibration_rows: int = field(
-        16, "Number of rows of text that pruning is chosen on.", minimum=1
-    )
+    pruning: distillation.Pruning = distillation.Pruning()  # noqa: RUF009
     lora_rank: int = field(
         0, "Rank of adapters to train in place of the model. 0 trains the model."
     )
@@ -87,67 +67,47 @@ class Config:
     student_head: str | None = field(
         None, "Folder of `logitjax audit` with the recovered head for the student."
     )
-    cache_top_k: int = field(
-        64, "Number of top logits kept for each position of a teacher.", minimum=1
+    course: distillation.Course = nested(
+        distillation.Course(loop=training.LoopOptions(checkpoint_every=50, eval_every=50)),
+        without=("learning_rate", "eval_batch", "progress"),
     )
-    tail_samples: int = field(
-        0, "Number of other tokens drawn for each position. It makes kl unbiased."
-    )
-    api_key: str | None = field(None, "API key of the server.", secret=True)
-    seq_len: int = field(256, "Number of tokens in a row.", minimum=2)
-    batch_size: int = field(4, "Number of rows in a step, summed over processes.", minimum=1)
-    accumulate: int = field(1, "Number of microbatches in a step.", minimum=1)
-    steps: int = field(200, "Number of optimiser steps.", minimum=1)
     learning_rate: float | None = field(
         None,
         "Peak learning rate. By default 3e-4 for a pruned model or adapters, and 5e-5 for a whole "
         "model, which a larger rate would harm.",
     )
-    warmup: float = field(0.1, "Share of the steps in which the learning rate rises.")
-    weight_decay: float = field(0.01, "Weight decay of AdamW.")
-    eval_rows: int = field(
-        32, "Number of rows to score of validation text, and of test text.", minimum=1
-    )
-    eval_every: int = field(50, "Number of steps between validations.", minimum=0)
-    checkpoint_every: int = field(50, "Number of steps between checkpoints.", minimum=0)
-    log_every: int = field(10, "Number of steps between log lines.", minimum=1)
-    seed: int = field(0, "Seed of the order of rows and of the adapters' start.")
     dtype: Literal["float32", "bfloat16"] = field("float32", "Compute type.")
     layout: Literal["stacked", "listed"] = field(
         "listed", "Whether layers are scanned (stacked) or unrolled (listed)."
     )
     remat: Literal["none", "dots", "full"] = field(
-        "none", "What the backward pass recomputes to save memory."
+        "none", "What the backward pass recomputes to save memory.", execution=True
     )
-    mesh: str = field("data:-1,fsdp:1,tensor:1", "Axes and sizes of the device mesh.")
+    mesh: str = field(
+        "data:-1,fsdp:1,tensor:1", "Axes and sizes of the device mesh.", execution=True
+    )
 
     def __post_init__(self) -> None:
-        if self.drop_layers and self.keep_layers:
-            raise ValueError("drop_layers, keep_layers: expected one of them, got both")
-        if self.freeze == "below" and (not self.drop_layers or self.layout != "listed"):
+        if self.freeze == "below" and (not self.pruning.drop_layers or self.layout != "listed"):
             raise ValueError("freeze: expected drop_layers and listed layers with below")
-        if self.teacher_weight and len(self.teacher_weight) != len(self.teacher):
+        named = self.reading.teachers
+        if self.teacher_weight and len(self.teacher_weight) != len(named):
             raise ValueError(
-                f"teacher_weight: expected {len(self.teacher)}, one a teacher, got "
+                f"teacher_weight: expected {len(named)}, one a teacher, got "
                 f"{len(self.teacher_weight)}"
             )
-
-    @property
-    def prunes(self) -> bool:
-        """Whether the student is not the model that is loaded."""
-        return bool(self.drop_layers or self.keep_layers or self.kv_heads or self.mlp_channels)
 
     @property
     def peak(self) -> float:
         """The learning rate."""
         if self.learning_rate is not None:
             return self.learning_rate
-        return 3e-4 if self.prunes or self.lora_rank else 5e-5
+        return 3e-4 if self.pruning.prunes or self.lora_rank else 5e-5
 
     @property
     def teachers(self) -> tuple[str, ...]:
         """Those that are named, else the model that the student is cut from."""
-        return self.teacher or ((self.student,) if self.prunes else ())
+        return self.reading.teachers or ((self.student,) if self.pruning.prunes else ())
 
 
 def run(config: Config, out: epath.Path) -> None:
@@ -157,10 +117,10 @@ def run(config: Config, out: epath.Path) -> None:
     mesh = training.make_mesh(config.mesh)
     course.check(mesh)
     longest = models.load_config(config.student).max_length
-    if config.seq_len > longest:
+    if config.reading.seq_len > longest:
         raise ValueError(
             f"seq_len: expected at most {longest}, the length that {config.student!r} reads, got "
-            f"{config.seq_len}"
+            f"{config.reading.seq_len}"
         )
     tokenizer = models.load_tokenizer(config.student)
     packed = distillation.pack_corpus(reading, tokenizer, out / "data")
@@ -177,7 +137,7 @@ def run(config: Config, out: epath.Path) -> None:
         lora_rank=config.lora_rank,
         head_basis=basis,
         objective=objective,
-        seed=config.seed,
+        seed=config.course.seed,
     )
     del model
     corpus = distillation.load_corpus(
@@ -185,15 +145,15 @@ def run(config: Config, out: epath.Path) -> None:
         packed,
         distillation.visited_rows(
             packed,
-            steps=config.steps,
-            batch_size=config.batch_size,
-            seeds=(config.seed,) if objective.taught else (),
-            eval_rows=config.eval_rows,
+            steps=config.course.steps,
+            batch_size=config.course.batch_size,
+            seeds=(config.course.seed,) if objective.taught else (),
+            eval_rows=config.course.eval_rows,
         ),
         out / "teachers",
         {config.student: (whole, tokenizer)} if jax.process_count() == 1 else None,
     )
-    rows = [_whole_row(config, whole, corpus, course, mesh, out)] if config.prunes else []
+    rows = [_whole_row(config, whole, corpus, course, mesh, out)] if config.pruning.prunes else []
     del whole
     if jax.process_index() == 0 and (table := corpus.tokenizer_table()):
         storage.write_atomic(out / "tokenizers.md", markdown_table(table) + "\n")
@@ -216,7 +176,7 @@ def run(config: Config, out: epath.Path) -> None:
 def programs(config: Config, mesh: jax.sharding.Mesh) -> Iterator[training.Program]:
     """The update of the student, for `python -m experiments.plan --command=distill`."""
     shape = models.load_config(config.student)
-    layers = len(config.keep_layers) or shape.num_layers - config.drop_layers
+    layers = len(config.pruning.keep_layers) or shape.num_layers - config.pruning.drop_layers
     shape = dataclasses.replace(
         shape, num_layers=layers, windows=shape.windows[:layers], segment_boundaries=()
     )
@@ -238,37 +198,17 @@ def programs(config: Config, mesh: jax.sharding.Mesh) -> Iterator[training.Progr
 
 
 def _course(config: Config) -> distillation.Course:
-    return distillation.Course(
-        steps=config.steps,
-        batch_size=config.batch_size,
-        accumulate=config.accumulate,
-        learning_rate=config.peak,
-        warmup=config.warmup,
-        weight_decay=config.weight_decay,
-        eval_rows=config.eval_rows,
-        seed=config.seed,
-        loop=training.LoopOptions(
-            checkpoint_every=config.checkpoint_every,
-            log_every=config.log_every,
-            eval_every=config.eval_every,
-        ),
-    )
+    return dataclasses.replace(config.course, learning_rate=config.peak)
 
 
 def _reading(config: Config) -> distillation.Reading:
-    return distillation.Reading(
-        data=config.data,
+    return dataclasses.replace(
+        config.reading,
         teachers=config.teachers,
-        seq_len=config.seq_len,
-        on_error=config.on_error,
-        top_k=config.cache_top_k,
-        tail_samples=config.tail_samples,
-        batch_size=config.batch_size,
+        batch_size=config.course.batch_size,
         dtype=config.dtype,
         layout=config.layout,
-        api_key=config.api_key,
         terms=tuple(term for term, _ in distillation.parse_terms(config.loss)),
-        teacher_reads=config.teacher_reads,
     )
 
 
@@ -296,37 +236,37 @@ def _pruned(
 ) -> tuple[models.Decoder, str, str | None]:
     """The student as it begins, what was cut from it in words, and what of it stays."""
     layers, notes = whole.config.num_layers, []
-    if config.drop_layers >= layers:
+    if config.pruning.drop_layers >= layers:
         raise ValueError(
             f"drop_layers: expected fewer than the {layers} layers of {config.student!r}, got "
-            f"{config.drop_layers}"
+            f"{config.pruning.drop_layers}"
         )
-    if any(not 0 <= i < layers for i in config.keep_layers):
+    if any(not 0 <= i < layers for i in config.pruning.keep_layers):
         raise ValueError(
             f"keep_layers: expected layers 0 to {layers - 1} of {config.student!r}, got "
-            f"{list(config.keep_layers)}"
+            f"{list(config.pruning.keep_layers)}"
         )
     heads = whole.config.num_kv_heads
-    if whole.config.family == "gpt2" and 0 < config.kv_heads < heads:
+    if whole.config.family == "gpt2" and 0 < config.pruning.kv_heads < heads:
         # Of all families and ways to prune, only this could not be written in the end.
         raise ValueError(
             f"kv_heads: expected {heads} for GPT-2, whose Hugging Face form knows no width of a "
-            f"head, got {config.kv_heads}"
+            f"head, got {config.pruning.kv_heads}"
         )
     split = packed.splits["train"]
-    count = min(config.calibration_rows, len(split))
+    count = min(config.pruning.calibration_rows, len(split))
 
     def calibration() -> list[Mapping[str, Any]]:
-        size = config.batch_size
+        size = config.course.batch_size
         starts = range(0, count - count % size or count, size)
         return [split.rows(range(i, min(i + size, count)))[packed.names["pivot"]] for i in starts]
 
-    kept, freeze = config.keep_layers, config.freeze
-    if config.drop_layers:
+    kept, freeze = config.pruning.keep_layers, config.freeze
+    if config.pruning.drop_layers:
         path = out / "pruning.json"
         if not processes.broadcast_from_first(path.exists):
             chosen = distillation.prune_layers(
-                whole, calibration(), config.drop_layers, by=config.prune_by
+                whole, calibration(), config.pruning.drop_layers, by=config.pruning.prune_by
             )
             processes.write_json(path, dataclasses.asdict(chosen))
         record = processes.broadcast_from_first(lambda: json.loads(path.read_text()))
@@ -337,12 +277,12 @@ def _pruned(
         gone = sorted(set(range(layers)) - set(kept))
         logging.info("student without layers %s", gone)
         notes.append(f"without layers {', '.join(map(str, gone))}")
-    if config.kv_heads or config.mlp_channels:
+    if config.pruning.kv_heads or config.pruning.mlp_channels:
         model = distillation.prune_width(
             model,
             calibration(),
-            kv_heads=config.kv_heads or None,
-            mlp_channels=config.mlp_channels or None,
+            kv_heads=config.pruning.kv_heads or None,
+            mlp_channels=config.pruning.mlp_channels or None,
         )
         heads, inner = model.config.num_heads, model.config.intermediate_size
         notes.append(f"with {heads} heads and {inner} channels a layer")
@@ -414,12 +354,13 @@ def _report(
     found: distillation.Distilled,
     note: str,
 ) -> str:
+    reading, course = config.reading, config.course
     counted = ("too_long", "unlearnt")
     skipped, unlearnt = (
         sum(rows.statistics.get(name, 0) for rows in packed.splits.values()) for name in counted
     )
     long = (
-        f" {skipped} conversations are longer than {config.seq_len} tokens and were left out."
+        f" {skipped} conversations are longer than {reading.seq_len} tokens and were left out."
         if skipped
         else ""
     )
@@ -429,13 +370,13 @@ def _report(
     samples = [{"": n, "text": text_cell(found.samples[n])} for n in names]
     return (
         f"# `{config.student}`{', ' + note if note else ''}, taught\n\n"
-        f"{' + '.join(config.loss)} with {teachers} on `{config.data}`: {config.steps} steps of "
-        f"{config.batch_size} x {config.seq_len} tokens, learning rate {config.peak:g}, "
+        f"{' + '.join(config.loss)} with {teachers} on `{reading.data}`: {course.steps} steps of "
+        f"{course.batch_size} x {reading.seq_len} tokens, learning rate {config.peak:g}, "
         f"{found.trained.tokens_per_second:.4g} predicted tokens a second.{long}\n\n"
         f"{markdown_table(rows)}\n\n"
-        f"Scores are on {min(config.eval_rows, len(packed.splits['test']))} rows of test text. "
+        f"Scores are on {min(course.eval_rows, len(packed.splits['test']))} rows of test text. "
         "Agreement is the share of positions where the likeliest token is the first teacher's. KL "
-        f"is from its distribution, with all but its top {config.cache_top_k} tokens as one. "
+        f"is from its distribution, with all but its top {reading.top_k} tokens as one. "
         "tokens/s counts tokens read, not written.\n\n"
         "![validation perplexity and loss](curves.png)\n\n"
         f"{markdown_table(samples)}\n\n"

@@ -91,6 +91,7 @@ from logitjax.distillation.training._loss_function import LossFunction as LossFu
 from logitjax.distillation.training._loss_function import score_function as score_function
 from logitjax.distillation.training._loss_function import targets as targets
 from logitjax.distillation.training._prune import LayerPruning as LayerPruning
+from logitjax.distillation.training._prune import Pruning as Pruning
 from logitjax.distillation.training._prune import prune_layers as prune_layers
 from logitjax.distillation.training._prune import prune_width as prune_width
 from logitjax.distillation.training._student import Student as Student

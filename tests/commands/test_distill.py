@@ -15,7 +15,7 @@ from etils import epath
 from flax import nnx
 
 from logitjax import distillation, models
-from logitjax.commands import audit, cache_logits, distill
+from logitjax.commands import audit, cache_logits, cli, distill
 from tests.serving._server import server
 
 TEXT = "\n\n".join(f"paragraph {i} " + "word " * 60 for i in range(120))
@@ -32,7 +32,7 @@ def config(text, **changes):
     small = dict(student="tiny", data=text, seq_len=64, batch_size=2, cache_top_k=16)
     few = dict(steps=4, eval_rows=4, eval_every=2, checkpoint_every=2, log_every=1)
     few |= dict(learning_rate=1e-2, mesh="data:2,tensor:4")
-    return distill.Config(**(small | few | changes))
+    return cli.build(distill.Config, small | few | changes)
 
 
 def tokens(seed=0):
@@ -83,6 +83,59 @@ def test_adapters_of_a_whole_student_learn_from_two_teachers(text, tmp_path):
     other = dataclasses.replace(chosen, loss=("kl(temperature=2):0.5", "jsd:0.5"))
     with pytest.raises(ValueError, match=r"its objective\.terms is .*temperature=1\.0"):
         distill.run(other, out)
+
+
+STRANGER = """
+import dataclasses
+
+from logitjax import losses
+from logitjax.distillation import StudentNeeds, TeacherNeeds, Term
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TopKL(Term):
+    "KL of a teacher's top logits."
+
+    name = "kl"
+    teacher = TeacherNeeds(top_k=1, same_vocabulary=True)
+
+    def student(self, teacher):
+        return StudentNeeds(ids=teacher.top.indices)
+
+    def value(self, read, teacher, batch, params):
+        return losses.sparse_kl_divergence(read.top, teacher.top)
+
+
+class Forgetful(TopKL):
+    teacher = None
+"""
+
+
+@pytest.mark.every_change
+@pytest.mark.slow
+def test_a_strangers_term_trains_as_the_built_in_does_on_a_cached_and_on_a_live_teacher(
+    text, tmp_path, monkeypatch
+):
+    (tmp_path / "a_stranger.py").write_text(STRANGER)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def train(name, loss, **changes):
+        out = epath.Path(tmp_path) / name
+        chosen = config(text, teacher=("tiny:1",), loss=("sft:0.7", loss), steps=2, **changes)
+        distill.run(chosen, out)
+        return (out / "model" / "model.safetensors").read_bytes()
+
+    assert train("own", "a_stranger:TopKL:0.3") == train("built_in", "kl:0.3")
+    # A cache keeps log-probabilities in float16.
+    live = dict(teacher_reads="live")
+    assert train("live", "a_stranger:TopKL:0.3", **live) == train("also_live", "kl:0.3", **live)
+    train("full", "full_kl:0.3", **live)
+    with pytest.raises(
+        ValueError, match=r"loss 'kl': reads teacher.top, which it does not declare"
+    ):
+        train("refused", "a_stranger:Forgetful:0.3")
+    with pytest.raises(ValueError, match="loss 'full_kl' needs hidden states of teacher 'tiny:1'"):
+        train("unfit", "full_kl:0.3")
 
 
 @pytest.mark.slow
@@ -174,7 +227,7 @@ def test_a_served_model_is_replicated_from_its_answers_alone(text, tmp_path):
         distill.run(chosen, workdir / "out")
     cache = distillation.TeacherCache(workdir / "out" / "teachers" / "source0" / "test")
     packed = distillation.pack_corpus(
-        distillation.Reading(data=text, teachers=chosen.teacher, seq_len=24),
+        distillation.Reading(data=text, teachers=chosen.teachers, seq_len=24),
         models.load_tokenizer("tiny"),
         workdir / "out" / "data",
     )

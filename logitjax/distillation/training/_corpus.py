@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from logitjax import data, losses, models, training
+from logitjax import data, losses, models, storage, training
 from logitjax.distillation._objective import Objective
 from logitjax.distillation._teacher import Teacher, Vocabularies
 from logitjax.distillation._term import TeacherNeeds, Term
@@ -35,11 +35,13 @@ class Reading:
     """The text, the teachers that read it, and how much of their output is kept.
 
     Attributes:
-        data: Text, as for `data.load_examples`.
-        teachers: Each a model, `cache:DIR` as `logitjax cache-logits` writes it, or `api:URL`.
-        seq_len: Tokens of a row.
-        on_error: Whether a malformed row of the text is an error ('raise') or left out ('skip').
-        top_k: Logits of each position that are kept, or that a server reports.
+        data: Text to learn from: text:PATH, jsonl:PATH or tfds:NAME, as for `data.load_examples`.
+        teachers: Models to learn from, `cache:DIR` as `logitjax cache-logits` writes it, or
+            `api:URL`.
+        seq_len: Number of tokens in a row.
+        on_error: Whether a malformed row of the text is an error (raise) or left out (skip).
+        top_k: Number of top logits of each position of a teacher that are kept, or that a server
+            reports.
         tail_samples: Number of draws from the other tokens, which make `kl` unbiased.
         batch_size: Number of rows that a teacher reads at once.
         dtype: Type that teachers compute in.
@@ -62,12 +64,15 @@ class Reading:
     batch_size: int = 4
     dtype: str = "float32"
     layout: str = "listed"
-    api_key: str | None = None
+    api_key: str | None = storage.option(None, secret=True)
     terms: tuple[Term, ...] = ()
     teacher_reads: Literal["cache", "live"] = "cache"
     fit_to: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for name, least in (("seq_len", 2), ("top_k", 1), ("tail_samples", 0), ("batch_size", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
         if self.teacher_reads not in ("cache", "live"):
             raise ValueError(
                 f"teacher_reads: expected 'cache' or 'live', got {self.teacher_reads!r}"

@@ -30,16 +30,16 @@ class Course:
     """How long and how fast a student is trained.
 
     Attributes:
-        steps: Optimiser steps.
-        batch_size: Rows of a step, over all processes.
-        accumulate: Microbatches of a step.
+        steps: Number of optimiser steps.
+        batch_size: Number of rows in a step, summed over processes.
+        accumulate: Number of microbatches in a step.
         learning_rate: Peak learning rate. It rises linearly, then falls to a tenth by a cosine.
-        warmup: Share of the steps in which it rises.
+        warmup: Share of the steps in which the learning rate rises.
         weight_decay: Weight decay of AdamW.
-        eval_rows: Rows of a held-out split that are scored.
+        eval_rows: Number of rows to score of validation text, and of test text.
         eval_batch: Number of rows that are scored at once; `batch_size` if 0.
         seed: Seed of the order of rows and of new parameters.
-        tensorboard: Also writes event files.
+        tensorboard: Also write TensorBoard event files.
         loop: How often to save, log and evaluate.
     """
 
@@ -50,9 +50,9 @@ class Course:
     warmup: float = 0.1
     weight_decay: float = 0.01
     eval_rows: int = 32
-    eval_batch: int = 0
+    eval_batch: int = storage.option(0, execution=True)
     seed: int = 0
-    tensorboard: bool = False
+    tensorboard: bool = storage.option(False, execution=True)
     loop: training.LoopOptions = training.LoopOptions()  # noqa: RUF009
 
     def __post_init__(self) -> None:

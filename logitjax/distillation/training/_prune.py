@@ -16,6 +16,42 @@ from logitjax import losses, models
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Pruning:
+    """What is cut from a model before it is healed, and on which text that is chosen.
+
+    Attributes:
+        drop_layers: Number of layers to drop.
+        prune_by: Score that chooses the layers to drop: how far each turns the residual stream
+            (influence), how far a run of layers does, or the perplexity without each.
+        keep_layers: Layers to keep, instead of `drop_layers`.
+        kv_heads: Number of key-value heads to keep in each layer; 0 keeps all.
+        mlp_channels: Number of MLP channels to keep in each layer; 0 keeps all.
+        calibration_rows: Number of rows of text that pruning is chosen on.
+    """
+
+    drop_layers: int = 0
+    prune_by: Literal["influence", "run", "perplexity"] = "run"
+    keep_layers: tuple[int, ...] = ()
+    kv_heads: int = 0
+    mlp_channels: int = 0
+    calibration_rows: int = 16
+
+    def __post_init__(self) -> None:
+        for name in ("drop_layers", "kv_heads", "mlp_channels"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
+        if self.calibration_rows < 1:
+            raise ValueError(f"calibration_rows: expected at least 1, got {self.calibration_rows}")
+        if self.drop_layers and self.keep_layers:
+            raise ValueError("drop_layers, keep_layers: expected one of them, got both")
+
+    @property
+    def prunes(self) -> bool:
+        """Whether anything is cut."""
+        return bool(self.drop_layers or self.keep_layers or self.kv_heads or self.mlp_channels)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerPruning:
     """The layers of a decoder to keep, and those to drop.
 
