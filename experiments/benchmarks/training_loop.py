@@ -19,6 +19,7 @@ from experiments.graph_fusion import __main__ as graph_fusion
 from experiments.graph_fusion import arms, train
 from experiments.shared import timing
 from logitjax import distillation, models, training
+from logitjax.commands import cli
 
 
 def _seconds(function: Any, *arguments: Any) -> float:
@@ -33,7 +34,7 @@ def run(options: _suite.Options) -> _suite.Result:
     steps = 4 if options.smoke else 10
     preset = graph_fusion.PRESETS["smoke" if options.smoke else "demo"]
     changed = dict(loss=("uld+gld",), steps=steps, eval_rows=2)
-    config = graph_fusion.Config(**{**preset, **changed, "mesh": "data:1"})
+    config = cli.build(graph_fusion.Config, {**preset, **changed, "mesh": "data:1"})
     workdir = epath.Path(options.directory.resolve()) / f"run-{time.time_ns()}"
     session = train.open_session(config, workdir)
     settings = arms.first_settings(config, "uld+gld")
@@ -50,7 +51,7 @@ def run(options: _suite.Options) -> _suite.Result:
     packed = session.corpus.packed.splits["train"]
 
     def batches(number: int) -> dict[str, Any]:
-        rows = packed.batch(number, seed=0, batch_size=config.batch_size)
+        rows = packed.batch(number, seed=0, batch_size=config.course.batch_size)
         return session.corpus.batch("train", rows, taught=True)
 
     def start() -> training.TrainState:

@@ -3,7 +3,8 @@
 import dataclasses
 from typing import Any, Literal
 
-from logitjax.commands.cli import field
+from logitjax import distillation, training
+from logitjax.commands.cli import build, field, flatten, nested
 
 # KL alone is there to be seen beside SFT + KL.
 ARMS: tuple[str, ...] = ("sft", "kl", "uld", "gld", "uld+gld", "kl_only")
@@ -11,6 +12,10 @@ ARMS: tuple[str, ...] = ("sft", "kl", "uld", "gld", "uld+gld", "kl_only")
 CROSS: tuple[str, ...] = ("first_piece", "pkl", "hybrid", "hkl", "alm", "mined")
 # A second head learns the teachers' logits; it needs their vocabulary, as kl does.
 DUAL = "dual"
+# What the arms or the models decide.
+_NOT_READ = (
+    "terms", "teacher_reads", "tail_samples", "api_key", "batch_size", "dtype", "layout"
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,26 +26,19 @@ class Config:
     drop_layers: tuple[int, ...] = field(
         (6,), "Number of layers to prune. Of several, settings are chosen at the first."
     )
-    prune_by: Literal["influence", "run", "perplexity"] = field(
-        "run", "Score that chooses the layers to drop, as in `logitjax distill`."
+    pruning: distillation.Pruning = nested(
+        without=("drop_layers", "keep_layers", "kv_heads", "mlp_channels")
     )
-    calibration_rows: int = field(16, "Number of rows of text that pruning is chosen on.")
     freeze_below: bool = field(False, "Freeze the embedding and the layers below the cut.")
     freeze: str | None = field(
         None, "Regular expression of what else stays as it is, such as embedding."
     )
-    source: tuple[str, ...] = field((), "Model to learn from. By default the whole student.")
+    reading: distillation.Reading = nested(
+        distillation.Reading(data="tfds:wiki_summaries", seq_len=128),
+        without=_NOT_READ,
+        rename={"teachers": "source", "top_k": "cache_top_k"},
+    )
     source_weight: tuple[float, ...] = field((), "Weight of each source. Equal by default.")
-    fit_to: tuple[str, ...] = field(
-        (),
-        "Model whose tokenizer cuts the rows too. Runs with other sources then see the same rows.",
-    )
-    data: str = field(
-        "tfds:wiki_summaries", "Text to train on: tfds:NAME, text:PATH or jsonl:PATH."
-    )
-    on_error: Literal["raise", "skip"] = field(
-        "raise", "Whether a malformed row is an error or is skipped."
-    )
     loss: tuple[str, ...] = field(("sft", "kl", "uld", "uld+gld"), "Arm to train.", execution=True)
     drop_arm: tuple[str, ...] = field(
         (), "Arm to train at all numbers of layers but the first. By default all arms."
@@ -53,25 +51,17 @@ class Config:
         "Graph loss beside ULD, as NODE/FEATURE/VALUE:WEIGHT. The best of several is kept.",
     )
     top_k: int = field(10, "Number of top logits of each position that ULD and GLD compare.")
-    cache_top_k: int = field(
-        64, "Number of top logits that a cache keeps of each position. KL uses them all."
-    )
-    seq_len: int = field(128, "Number of tokens in a row.")
-    batch_size: int = field(1, "Number of rows in a step, summed over processes.")
-    eval_batch: int = field(8, "Number of rows that are scored, or read by a source, at once.")
-    accumulate: int = field(1, "Number of micro-batches in a step.")
-    steps: int = field(60, "Number of optimiser steps of each arm.")
     learning_rate: tuple[float, ...] = field(
         (2e-4,), "Peak learning rate. The best of several is kept for each arm."
     )
+    course: distillation.Course = nested(
+        distillation.Course(
+            steps=60, batch_size=1, eval_batch=8, loop=training.LoopOptions(checkpoint_every=50)
+        ),
+        without=("learning_rate", "seed", "progress"),
+    )
     trials: int = field(9, "Number of runs in which each arm chooses among several settings.")
-    warmup: float = field(0.1, "Share of the steps in which the learning rate rises.")
-    weight_decay: float = field(0.01, "Weight decay of AdamW.")
     seeds: int = field(1, "Number of runs of each arm at its best settings.")
-    eval_rows: int = field(32, "Number of rows to score of validation text, and of test text.")
-    eval_every: int = field(0, "Number of steps between validations. 0 for none while training.")
-    checkpoint_every: int = field(50, "Number of steps between checkpoints.")
-    log_every: int = field(10, "Number of steps between log lines.")
     dtype: Literal["float32", "bfloat16"] = field("float32", "Type that models compute in.")
     mesh: str = field("data:-1,fsdp:1,tensor:1", "Axes and sizes of the device mesh.")
     layout: Literal["stacked", "listed"] = field(
@@ -90,10 +80,6 @@ class Config:
         "reverse. By default the configuration is one run.",
         execution=True,
     )
-    profile_steps: int = field(
-        0, "Number of steps of each arm that jax.profiler records, from the third step on."
-    )
-    tensorboard: bool = field(False, "Also write TensorBoard event files.")
 
     def __post_init__(self) -> None:
         if self.freeze_below and self.layout != "listed":
@@ -106,8 +92,10 @@ class Config:
             raise ValueError(
                 f"part: expected some of {', '.join(PARTS)}, got {sorted(unknown)[0]!r}"
             )
-        if self.part and len(self.source) != 1:
-            raise ValueError(f"source: expected one other model with parts, got {len(self.source)}")
+        if self.part and len(self.reading.teachers) != 1:
+            raise ValueError(
+                f"source: expected one other model with parts, got {len(self.reading.teachers)}"
+            )
         grid = len(self.learning_rate) + len(self.mix) + len(self.gld) - 2
         if self.chooses and self.trials < grid:
             raise ValueError(f"trials: expected at least the {grid} of the grid, got {self.trials}")
@@ -118,18 +106,15 @@ class Config:
 
     def of_part(self, name: str) -> "Config":
         """The configuration of one part."""
-        both = {"student": self.student, "other": self.source[0]}
+        both = {"student": self.student, "other": self.reading.teachers[0]}
         chosen = dict(PARTS[name])
         student, sources = chosen.pop("who")
-        fit_to = (*self.fit_to, *(both[name] for name in chosen.pop("fit_to", ())))
-        return dataclasses.replace(
-            self,
-            part=(),
-            student=both[student],
-            source=tuple(both[name] for name in sources),
-            fit_to=fit_to,
-            **chosen,
+        chosen["fit_to"] = (
+            *self.reading.fit_to,
+            *(both[name] for name in chosen.pop("fit_to", ())),
         )
+        chosen |= {"student": both[student], "source": tuple(both[name] for name in sources)}
+        return build(Config, flatten(self) | {"part": ()} | chosen)
 
     @property
     def chooses(self) -> bool:
@@ -139,7 +124,7 @@ class Config:
     @property
     def sources(self) -> tuple[str, ...]:
         """Models to learn from."""
-        return self.source or (self.student,)
+        return self.reading.teachers or (self.student,)
 
 
 # What layers are missing from learns faster than what is whole.

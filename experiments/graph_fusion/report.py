@@ -158,9 +158,10 @@ def write_parts(config: Config, found: Mapping[str, Record], workdir: epath.Path
             for run in arm["runs"]
         ]
         about = (
-            f"# Learning across tokenizers\n\n{config.seeds} seeds, steps of {config.batch_size} x "
-            f"{config.seq_len} tokens of `{config.data}`. {_CHOSEN}Scores are on "
-            f"{config.eval_rows} test rows; seen: share of the labels that a loss looks at. "
+            f"# Learning across tokenizers\n\n{config.seeds} seeds, steps of "
+            f"{config.course.batch_size} x {config.reading.seq_len} tokens of "
+            f"`{config.reading.data}`. {_CHOSEN}Scores are on "
+            f"{config.course.eval_rows} test rows; seen: share of the labels that a loss looks at. "
             "Spread is one standard deviation over seeds. What is below SFT is paired by seed: the "
             "same rows in the same order. Each part has a report of its own in its folder.\n\n"
         )
@@ -274,14 +275,18 @@ def _text(config: Config, results: Record, table: str) -> str:
     return f"""# Prune and heal
 
 Student `{config.student}`{
-        f" without layers {cut}, chosen by {config.prune_by}" if cut else ""
+        f" without layers {cut}, chosen by {config.pruning.prune_by}" if cut else ""
     }; sources
-{", ".join(f"`{source}`" for source in config.sources)}; data `{config.data}`. Every arm trained
-{config.steps} steps of {config.batch_size} x {config.seq_len} tokens{_frozen(config, drop)}.
-{_CHOSEN if config.chooses else ""}Scores are on {config.eval_rows} test rows.{
+{", ".join(f"`{source}`" for source in config.sources)}; data `{
+        config.reading.data
+    }`. Every arm trained
+{config.course.steps} steps of {config.course.batch_size} x {config.reading.seq_len} tokens{
+        _frozen(config, drop)
+    }.
+{_CHOSEN if config.chooses else ""}Scores are on {config.course.eval_rows} test rows.{
         at_edge
     } Agreement: share of positions where the likeliest token is
-the first source's; KL from its distribution, with all but its top {config.cache_top_k} tokens as
+the first source's; KL from its distribution, with all but its top {config.reading.top_k} tokens as
 one; tokens/s: read. Spread is one standard deviation over seeds.
 
 {table}

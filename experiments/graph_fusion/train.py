@@ -37,24 +37,7 @@ class Session:
 
 def course(config: Config, settings: arms.Settings, seed: int) -> distillation.Course:
     """How long and how fast a run trains."""
-    return distillation.Course(
-        steps=config.steps,
-        batch_size=config.batch_size,
-        accumulate=config.accumulate,
-        learning_rate=settings.learning_rate,
-        warmup=config.warmup,
-        weight_decay=config.weight_decay,
-        eval_rows=config.eval_rows,
-        eval_batch=config.eval_batch,
-        seed=seed,
-        tensorboard=config.tensorboard,
-        loop=training.LoopOptions(
-            checkpoint_every=config.checkpoint_every,
-            log_every=config.log_every,
-            eval_every=config.eval_every,
-            profile_steps=config.profile_steps,
-        ),
-    )
+    return dataclasses.replace(config.course, learning_rate=settings.learning_rate, seed=seed)
 
 
 def make_reading(config: Config) -> distillation.Reading:
@@ -64,17 +47,13 @@ def make_reading(config: Config) -> distillation.Reading:
     if set(config.loss) & set(CROSS):
         # A run with one arm leaves caches that another arm of the same folder can use.
         terms[distillation.terms.ALM()] = None
-    return distillation.Reading(
-        data=config.data,
+    return dataclasses.replace(
+        config.reading,
         teachers=config.sources,
-        seq_len=config.seq_len,
-        on_error=config.on_error,
-        top_k=config.cache_top_k,
-        batch_size=config.eval_batch,
+        batch_size=config.course.eval_batch,
         dtype=config.dtype,
         layout=config.layout,
         terms=tuple(terms),
-        fit_to=config.fit_to,
     )
 
 
@@ -96,11 +75,11 @@ def open_session(config: Config, workdir: epath.Path) -> Session:
     taught = any(objective.taught for objective in objectives)
     rows = distillation.visited_rows(
         packed,
-        steps=config.steps,
-        batch_size=config.batch_size,
+        steps=config.course.steps,
+        batch_size=config.course.batch_size,
         seeds=range(config.seeds) if taught else (),
-        eval_rows=config.eval_rows,
-        splits=data.SPLITS[1:] if config.chooses or config.eval_every else ("test",),
+        eval_rows=config.course.eval_rows,
+        splits=data.SPLITS[1:] if config.chooses or config.course.loop.eval_every else ("test",),
     )
     known = {config.student: (whole, tokenizer)} if jax.process_count() == 1 else None
     corpus = distillation.load_corpus(reading, packed, rows, workdir / "sources", known)
@@ -156,7 +135,7 @@ class Pruned:
         if not config.topic_rows:
             return None
         tokenizer = packed.tokenizers[packed.names["pivot"]]
-        return topics.Topics.load(config.data, tokenizer, self.student, config.topic_rows)
+        return topics.Topics.load(config.reading.data, tokenizer, self.student, config.topic_rows)
 
     @property
     def directory(self) -> epath.Path:
@@ -169,13 +148,15 @@ def prune(session: Session, layers: int) -> Pruned:
     if not layers:
         return Pruned(session=session, layers=0, freeze=config.freeze, model=session.whole)
     split = packed.splits["train"]
-    count = min(config.calibration_rows, len(split))
-    size = min(config.eval_batch, count)
+    count = min(config.pruning.calibration_rows, len(split))
+    size = min(config.course.eval_batch, count)
 
     def make() -> Record:
         starts = range(0, count - count % size, size)
         batches = [split.rows(np.arange(i, i + size))[packed.names["pivot"]] for i in starts]
-        chosen = distillation.prune_layers(session.whole, batches, layers, by=config.prune_by)
+        chosen = distillation.prune_layers(
+            session.whole, batches, layers, by=config.pruning.prune_by
+        )
         return dataclasses.asdict(chosen)
 
     record = kept(session.workdir / f"drop-{layers}" / "pruning.json", make)

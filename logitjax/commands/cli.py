@@ -32,6 +32,7 @@ from logitjax.commands._flags import REQUIRED as REQUIRED
 from logitjax.commands._flags import Dataclass as Dataclass
 from logitjax.commands._flags import build as build
 from logitjax.commands._flags import field as field
+from logitjax.commands._flags import flatten as flatten
 from logitjax.commands._flags import nested as nested
 
 _COMPILED = str(epath.Path("~/.cache/logitjax/compiled").expanduser())

@@ -14,6 +14,7 @@ from experiments.graph_fusion import __main__ as graph_fusion
 from experiments.graph_fusion import arms, report, topics, train
 from experiments.graph_fusion.programs import programs
 from logitjax import distillation, models, training
+from logitjax.commands import cli
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -24,7 +25,7 @@ def config(**changes):
         "data": f"text:{ROOT / 'LICENSE'}",
         "mesh": "data:2,tensor:4",
     }
-    return graph_fusion.Config(**{**smoke, **changes})
+    return cli.build(graph_fusion.Config, {**smoke, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +95,7 @@ def test_an_arm_is_traced_once(tmp_path):
     state = training.TrainState.create(student.trained, tx, mesh=session.mesh, rules=rules)
     rows = session.corpus.packed.splits["train"]
     for number in range(3):
-        batch = rows.batch(number, seed=0, batch_size=chosen.batch_size)
+        batch = rows.batch(number, seed=0, batch_size=chosen.course.batch_size)
         state, output = step(
             state, session.corpus.batch("train", batch, taught=True), {"model": {}}
         )
@@ -137,8 +138,10 @@ def test_one_teacher_learns_from_the_rows_of_two(tmp_path):
         rows[name] = split.rows(np.arange(len(split)))["pivot"]["tokens"]
     np.testing.assert_array_equal(rows["own"], rows["other"])
     np.testing.assert_array_equal(rows["own"], rows["both"])
-    part = graph_fusion.Config(**graph_fusion.PRESETS["heterogeneous"]).of_part("healed_own")
-    assert part.fit_to == (".cache/models/gemma-3-270m.gguf",)
+    part = cli.build(graph_fusion.Config, graph_fusion.PRESETS["heterogeneous"]).of_part(
+        "healed_own"
+    )
+    assert part.reading.fit_to == (".cache/models/gemma-3-270m.gguf",)
 
 
 def test_what_a_flag_freezes_is_not_trained(tmp_path):
@@ -263,7 +266,7 @@ def test_a_search_goes_on_beyond_an_edge():
 
 def test_paper_preset_traces_on_a_mesh():
     """Phi-4's shape, 4K inputs, three sources: the whole update, abstractly."""
-    paper = graph_fusion.Config(**graph_fusion.PRESETS["paper"])
+    paper = cli.build(graph_fusion.Config, graph_fusion.PRESETS["paper"])
     program = next(programs(paper, training.make_mesh("data:1,fsdp:4,tensor:2")))
     assert program.name == "update of the uld+gld arm"
     state = program.trace().args_info[0][0]

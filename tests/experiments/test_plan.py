@@ -21,6 +21,7 @@ from experiments.graph_fusion.programs import programs
 from experiments.plan import __main__ as plan
 from experiments.plan import chips, costs
 from logitjax import training
+from logitjax.commands import cli
 
 ROOT = pathlib.Path(__file__).parents[2]
 MESHES = ("data:8", "data:2,fsdp:4", "data:2,fsdp:2,tensor:2")
@@ -29,7 +30,7 @@ CPU = chips.parse_chip("cpu:8")
 
 def smoke(mesh, **changes):
     chosen = {**graph_fusion.PRESETS["smoke"], "mesh": mesh, "batch_size": 8, **changes}
-    return graph_fusion.Config(**chosen)
+    return cli.build(graph_fusion.Config, chosen)
 
 
 @pytest.fixture
