@@ -142,7 +142,7 @@ def write_parts(config: Config, found: Mapping[str, Record], workdir: epath.Path
         topics = f", topics on {chosen.topic_rows} articles" if chosen.topic_rows else ""
         tables[name] = _rows(results, drop, _plain_healed(found) if name in _HEALED else ())
         sections.append(
-            f"## {name}: {sources} into `{chosen.student}`{cut}\n\n{chosen.steps} steps"
+            f"## {name}: {sources} into `{chosen.student}`{cut}\n\n{chosen.course.steps} steps"
             f"{_frozen(chosen, drop)}{topics}.\n\n{markdown_table(tables[name])}"
         )
     text = "\n\n".join(sections)

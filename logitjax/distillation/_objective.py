@@ -241,7 +241,7 @@ def _with_statistics(objective: Objective, teacher: Teacher, axis_name: Any) -> 
     teacher = jax.lax.stop_gradient(teacher)
     needs = [term.teacher for term, _ in objective.terms if term.teacher is not None]
     top_k = max((n.top_k for n in needs), default=0)
-    if teacher.statistics is not None or teacher.hidden is None or not top_k:
+    if teacher.statistics is not None or teacher.head is None or not top_k:
         return teacher
     head = Head.of(teacher.head).resolve(teacher.hidden.shape[-1])
     top_k = min(max(top_k, teacher.top_k), head.vocab_size(axis_name))

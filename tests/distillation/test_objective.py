@@ -299,6 +299,19 @@ def test_scores_of_no_label_are_nan_and_not_the_best():
     assert found["accuracy"] == 0.5
 
 
+def test_a_term_that_sees_none_of_the_text_is_named_before_anything_is_trained():
+    objective, none = Objective(terms=parse_terms(["sft", "uld(k=3)"])), np.zeros_like(WHERE)
+    teacher = Teacher(statistics=batch(10)["sources"]["source0"].statistics, where=none)
+    loss = LossFunction(objective, make_student(tiny()), ("source0",))
+    rows = {"pivot": COLUMNS, "sources": {"source0": teacher}}
+    course = distillation.Course(steps=2, batch_size=2)
+    mesh = training.make_mesh("data:1", devices=jax.devices()[:1])
+    with pytest.raises(
+        ValueError, match=r"loss 'uld': expected some .*got none in 4 rows of source0"
+    ):
+        _distill._check_seen(loss, lambda number: rows, {}, course, mesh=mesh)
+
+
 def test_a_folder_belongs_to_one_student_corpus_objective_and_course(tmp_path):
     def begin(weight=1.0, temperature=1.0, k=4, text="a", **course):
         kernel = np.full((20, 3), weight, np.float32)

@@ -292,7 +292,7 @@ def train_student(
     sources = {n: s.vocabularies for n, s in corpus.sources.items()} if objective.taught else {}
     tx, step = make_update(student, objective, course, sources, mesh=mesh)
     scorer = Scorer(student, corpus, course, mesh=mesh) if scorer is None else scorer
-    frozen = models.DECODER_RULES.place(student.frozen | corpus.constants, mesh)
+    frozen = models.DECODER_RULES.place({**student.frozen, **corpus.constants}, mesh)
     state = training.TrainState.create(
         student.trained, tx, mesh=mesh, rules=models.DECODER_RULES, seed=course.seed
     )
@@ -308,6 +308,8 @@ def train_student(
             process_count=count,
         )
         return corpus.batch("train", here, taught=bool(sources))
+
+    _check_seen(LossFunction(objective, student, sources), batch, frozen, course, mesh=mesh)
 
     def validate(state: training.TrainState, step: int) -> dict[str, float]:
         return scorer.scores(state.params, "validation")
@@ -335,6 +337,46 @@ def train_student(
         seen={n: _column(lines, f"seen/{n}") for n in objective.names},
         tokens_per_second=float(np.median([speed for _, speed in speeds[1:] or speeds] or [0.0])),
     )
+
+
+# Rows in which a term has to find something to learn from.
+_ROWS_LOOKED_AT = 64
+
+
+def _check_seen(
+    loss: LossFunction,
+    batch: Callable[[int], Any],
+    frozen: Any,
+    course: Course,
+    *,
+    mesh: Mesh,
+) -> None:
+    """Refuse a term that sees none of the text, which would train on zeros without a word.
+
+    Raises:
+        ValueError: Names the term.
+    """
+    first = batch(0)
+    if not jax.eval_shape(loss.counts, first, frozen)["seen"]:
+        return
+
+    def count(params: Any, batch: Any, rng: Any, frozen: Any) -> Any:
+        seen = loss.counts(batch, frozen)["seen"]
+        return 0.0, 1, {name: (total, 1) for name, total in seen.items()}
+
+    batches = [
+        first,
+        *map(batch, range(1, min(course.steps, _ROWS_LOOKED_AT // course.batch_size))),
+    ]
+    step = training.EvalStep(count, mesh=mesh)
+    means = step.means({}, batches, frozen)
+    for name, seen in means.items():
+        if name != "loss" and not seen:
+            term, _, number = name.partition("/")
+            raise ValueError(
+                f"loss {term!r}: expected some of the text to learn from, got none in "
+                f"{len(batches) * course.batch_size} rows of source{number}"
+            )
 
 
 def _identity(objective: Objective, course: Course) -> str:
