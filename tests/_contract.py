@@ -814,15 +814,13 @@ ELSEWHERE = {
         leakage.Audit
         leakage.BudgetExhaustedError leakage.LogitPolicy""",
     "tests/distillation/test_cross_tokenizer.py": """
-        distillation.Chunks distillation.ChunkScores distillation.Matches
-        distillation.TeacherView distillation.TokenProjection distillation.TokenSet
+        distillation.Chunks
+        distillation.Teacher distillation.TokenProjection distillation.TokenSet
         distillation.Vocabularies distillation.align_chunks distillation.binarized_divergence
-        distillation.boundary_tokens
-        distillation.chunk_log_likelihood
-        distillation.chunk_scores distillation.hybrid_logit_distance
-        distillation.likelihood_matching
         distillation.linear_likelihood distillation.linear_projected_kl_divergence
-        distillation.projected_kl_divergence distillation.token_projection""",
+        distillation.token_projection""",
+    "tests/distillation/test_terms.py": """
+        losses.readout_statistic""",
     "a switch for a mesh or for nothing": """
         ops.neginf_to_zero ops.psum""",
     "modules, whose arrays go through the functions above": """
@@ -833,8 +831,9 @@ ELSEWHERE = {
     "functions of functions, models, texts or files": """
         distillation.aligned_value_and_grad
         distillation.check_vocabularies distillation.distill distillation.hidden_states
-        distillation.load_corpus distillation.loss_function distillation.make_student
-        distillation.make_update distillation.pack_corpus distillation.parse_gld
+        distillation.load_corpus distillation.LossFunction distillation.make_student
+        distillation.make_update distillation.pack_corpus distillation.Pruning
+        distillation.StudentNeeds distillation.TeacherNeeds distillation.Term
         distillation.parse_terms distillation.prune_layers distillation.prune_width
         distillation.score_function distillation.targets distillation.teacher_record
         distillation.train_student distillation.update_program distillation.visited_rows

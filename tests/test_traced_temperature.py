@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from logitjax import distillation, losses, ops, vq
-from logitjax.distillation.tokenizers._likelihood_matching import Likelihood
 
 HIDDEN, VOCAB, CODES = 4, 12, 5
 
@@ -33,13 +32,6 @@ VQ = HEAD[0], CODEBOOK, BIAS, ASSIGNMENT
 SCREEN = vq.Screen(cheap=lambda h: h @ HEADS[3], rescore=HEAD[1].T, num_candidates=4)
 PAGES = vq.Pages.cut(BIAS, ASSIGNMENT, size=4)
 SHORTLIST = vq.Shortlist(pages=PAGES, rescore=HEAD[1].T, num_pages=2)
-SCORES = distillation.ChunkScores(
-    ids=np.array([[0, 0]]),
-    ends=np.array([[-1, -1]]),
-    scores=np.float32([[-1.5, 0.0]]),
-    where=np.array([[True, False]]),
-)
-SAID = Likelihood(label=np.float32([[-1.0, -2.0]]), boundary=np.float32([[-1, -1]]))
 
 
 def with_temperature(function, *arguments, **options):
@@ -70,7 +62,6 @@ OF_TEMPERATURE = {
         "binarized_divergence": with_temperature(
             distillation.binarized_divergence, np.float32([-1.0]), np.float32([-2.0])
         ),
-        "likelihood_matching": with_temperature(distillation.likelihood_matching, SAID, SCORES),
         "binary_kl": with_temperature(distillation.binary_kl, *PAIR),
         "binary_kl_norm": with_temperature(distillation.binary_kl_norm, *PAIR),
         "decoupled_knowledge_distillation": with_temperature(

@@ -75,7 +75,7 @@ def run(options: _suite.Options) -> _suite.Result:
             total_steps=steps,
             workdir=directory,
             writer=training.make_writer(directory),
-            options=training.LoopOptions(log_every=config.log_every, progress=False),
+            options=training.LoopOptions(log_every=config.course.loop.log_every, progress=False),
         )
 
     alone(start())

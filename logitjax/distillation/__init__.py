@@ -7,8 +7,8 @@
 - `prune_layers` and `prune_width` choose what a smaller student keeps.
 - Losses on arrays: `knowledge_distillation` and its relatives, `graph_on_logits` and
   `graph_fusion_objective` (InfiGFusion), `dual_head_loss`, `universal_logit_distance`.
-- Across tokenizers: `align_chunks`, `token_projection`, `projected_kl_divergence`,
-  `hybrid_logit_distance`, `likelihood_matching`.
+- Across tokenizers: `align_chunks`, `token_projection`, `linear_projected_kl_divergence`,
+  `linear_likelihood`.
 - `TeacherCache` keeps a teacher's top logits on disk.
 """
 
@@ -45,31 +45,15 @@ from logitjax.distillation._universal_logit_distance import (
 )
 from logitjax.distillation.tokenizers._alignment import Chunks as Chunks
 from logitjax.distillation.tokenizers._alignment import align_chunks as align_chunks
-from logitjax.distillation.tokenizers._likelihood_matching import ChunkScores as ChunkScores
 from logitjax.distillation.tokenizers._likelihood_matching import TokenSet as TokenSet
 from logitjax.distillation.tokenizers._likelihood_matching import (
     binarized_divergence as binarized_divergence,
 )
-from logitjax.distillation.tokenizers._likelihood_matching import boundary_tokens as boundary_tokens
-from logitjax.distillation.tokenizers._likelihood_matching import (
-    chunk_log_likelihood as chunk_log_likelihood,
-)
-from logitjax.distillation.tokenizers._likelihood_matching import chunk_scores as chunk_scores
-from logitjax.distillation.tokenizers._likelihood_matching import (
-    likelihood_matching as likelihood_matching,
-)
 from logitjax.distillation.tokenizers._likelihood_matching import (
     linear_likelihood as linear_likelihood,
 )
-from logitjax.distillation.tokenizers._matched_tokens import Matches as Matches
-from logitjax.distillation.tokenizers._matched_tokens import (
-    hybrid_logit_distance as hybrid_logit_distance,
-)
 from logitjax.distillation.tokenizers._projected_kl import (
     linear_projected_kl_divergence as linear_projected_kl_divergence,
-)
-from logitjax.distillation.tokenizers._projected_kl import (
-    projected_kl_divergence as projected_kl_divergence,
 )
 from logitjax.distillation.tokenizers._projection import TokenProjection as TokenProjection
 from logitjax.distillation.tokenizers._token_pieces import token_projection as token_projection

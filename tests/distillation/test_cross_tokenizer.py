@@ -12,7 +12,12 @@ import tokenizers
 from etils import epath
 
 from logitjax import distillation, losses, models, ops
-from logitjax.distillation.tokenizers import _projected_kl, _token_pieces
+from logitjax.distillation.tokenizers import (
+    _likelihood_matching,
+    _matched_tokens,
+    _projected_kl,
+    _token_pieces,
+)
 from tests._compiled import compiled
 from tests.distillation import _released_forms
 from tests.distillation.make_gold_goldens import OURS, PAIRS, THEIRS
@@ -85,7 +90,7 @@ def test_projected_kl_and_its_gradient_are_those_of_the_definition(wide, merging
         w = jnp.asarray(weights, jnp.float32)
         scalar = jax.value_and_grad(lambda *x: loss(*x, w), (0, 1))(hidden, kernel)
         values, pull = jax.vjp(loss, hidden, kernel)
-        dense = distillation.projected_kl_divergence(hidden @ kernel, top, projection)
+        dense = _projected_kl.projected_kl_divergence(hidden @ kernel, top, projection)
         return scalar, values, pull(w), dense
 
     (value, gradient), values, again, dense = jax.device_get(
@@ -152,7 +157,7 @@ def test_a_longer_token_of_theirs_counts_as_our_way_to_begin_it():
         top = ops.TopK.of(teacher, 4)
 
         def kl(student):
-            return distillation.projected_kl_divergence(student, top, projection)
+            return _projected_kl.projected_kl_divergence(student, top, projection)
 
         return projection.merged(top), *jax.value_and_grad(kl)(student)
 
@@ -255,7 +260,7 @@ def gold_chunks():
 def matches():
     ours = np.full(9, -1, np.int32)
     ours[list(PAIRS)] = list(PAIRS.values())
-    return distillation.Matches(ours=ours, matched=np.isin(np.arange(7), list(PAIRS.values())))
+    return _matched_tokens.Matches(ours=ours, matched=np.isin(np.arange(7), list(PAIRS.values())))
 
 
 def test_gold_equals_trl_and_blocks_of_chunks_equal_all_at_once():
@@ -321,7 +326,7 @@ def test_x_token_as_released_is_negative_where_chunks_are_long_and_corrected_is_
 
 def test_the_hybrid_of_top_logits_is_its_definition_and_zero_where_both_say_the_same():
     """Ours {201, 2, 0, 1, x}, theirs {2, 0, 1, x}: "201" is unmatched."""
-    match = distillation.Matches(
+    match = _matched_tokens.Matches(
         ours=np.array([1, 2, 3, 4], np.int32), matched=np.array([False, True, True, True, True])
     )
     q, p = np.array([0.5, 0.1, 0.1, 0.1, 0.2]), np.array([0.6, 0.1, 0.1, 0.2])
@@ -333,7 +338,7 @@ def test_the_hybrid_of_top_logits_is_its_definition_and_zero_where_both_say_the_
         at = ops.TopK(student[ids], ids, ops.logsumexp(student))
         own = ops.TopK.of(student, 2)
         return [
-            distillation.hybrid_logit_distance(at, own, top, match, kind=kind)
+            _matched_tokens.hybrid_logit_distance(at, own, top, match, kind=kind)
             for kind in ("jsd", "kl")
         ]
 
@@ -412,11 +417,11 @@ def test_chunks_join_until_a_word_begins_and_the_rest_of_a_row_is_left_out():
     boundary = np.log(np.array([[0.5, 0.01, 0.9, 0.5, 0.8, 0.7, 0.6, 0.6]]))
     special = np.array([[False, False, False, False, True, False, False, False]])
     said = {"label": label, "boundary": boundary}
-    plain = distillation.chunk_scores(chunks, said, special=special, debias=False)
+    plain = _likelihood_matching.chunk_scores(chunks, said, special=special, debias=False)
     assert plain.scores[0, :5].tolist() == [-1, -5, -4, -5, -6]
     assert (plain.ends == -1).all()
     assert plain.where.sum() == 5
-    found = distillation.chunk_scores(chunks, said, special=special)
+    found = _likelihood_matching.chunk_scores(chunks, said, special=special)
     # The first chunk joins the second; what precedes the end closes; the end itself asks nothing.
     assert found.ids[0].tolist() == [0, 0, 0, 1, 2, 3, -1, -1]
     np.testing.assert_allclose(
@@ -454,7 +459,7 @@ def test_a_teacher_of_the_same_tokenizer_is_the_same_through_a_projection():
     student = distillation.make_student(model)
     place = np.cumsum(where, axis=1) - 1
     chunk_ids = np.where(where, place, -1).astype(np.int32)
-    scores = distillation.chunk_scores(
+    scores = _likelihood_matching.chunk_scores(
         distillation.Chunks(
             ours=chunk_ids,
             theirs=chunk_ids,
@@ -515,7 +520,7 @@ def test_nothing_that_meets_gives_a_value_and_a_gradient_of_zero():
     )
     none = np.zeros((1, 7), bool)
     empty = np.full((1, 7), -1, np.int32)
-    chunks = distillation.ChunkScores(
+    chunks = _likelihood_matching.ChunkScores(
         ids=empty, ends=empty, scores=np.zeros((1, 7), np.float32), where=none
     )
     view = distillation.Teacher(statistics=statistics, where=none, single=none, chunks=chunks)
