@@ -210,16 +210,6 @@ def _dual(features: Any, labels: Any, teacher: Any) -> Any:
     return distillation.dual_head_loss(features, head, head, labels, teacher)
 
 
-# Three frequent tokens and a tail of four, one wide.
-ADAPTIVE = {
-    "head": _normal(11, 4, HIDDEN),
-    "head_bias": _normal(12, 4),
-    "tails": [{"down": _normal(13, HIDDEN, 1), "kernel": _normal(14, 4, 1), "bias": BIAS[:4]}],
-    "order": np.arange(VOCAB, dtype=np.int32),
-    "rank": np.arange(VOCAB, dtype=np.int32),
-}
-
-
 TABLE: dict[str, Case] = {
     # ops
     "ops.logsumexp": Case(call=lambda x: ops.logsumexp(x), arrays={"x": LOGITS}, logits=("x",)),
@@ -354,14 +344,6 @@ TABLE: dict[str, Case] = {
         counts=LABELLED,
     ),
     # heads and vq
-    "heads.adaptive_nll": Case(
-        call=lambda hidden, labels: heads.adaptive_nll(hidden, ADAPTIVE, labels),
-        arrays={"hidden": STATES, "labels": LABELS},
-        counts=LABELLED,
-    ),
-    "heads.adaptive_topk": Case(
-        call=lambda hidden: heads.adaptive_topk(hidden, ADAPTIVE, 2), arrays={"hidden": STATES}
-    ),
     "heads.fit_low_rank": Case(
         single=True,
         integers=("unigram",),
@@ -797,7 +779,7 @@ ELSEWHERE = {
     "values that functions above take or give; what they refuse is tested beside them": """
         ops.Static losses.Blocks losses.Head losses.Readout losses.GraphStatistics
         distillation.FusionTeacher distillation.GraphConfig distillation.GraphFusionConfig
-        few_shot.FeatureIdentity heads.AdaptiveConfig heads.HeadCost heads.Assignment
+        few_shot.FeatureIdentity heads.HeadCost heads.Assignment
         vq.ConvertConfig vq.Pages vq.Screen vq.Shortlist vq.Tuning distillation.LayerPruning
         distillation.Objective distillation.Reading distillation.Course distillation.Distilled
         distillation.Trained distillation.Student distillation.Scorer distillation.Corpus
@@ -826,7 +808,7 @@ ELSEWHERE = {
     "a switch for a mesh or for nothing": """
         ops.neginf_to_zero ops.psum""",
     "modules, whose arrays go through the functions above": """
-        heads.AdaptiveHead heads.LinearHead heads.LowRankHead heads.TiedHead heads.VocabularyHead
+        heads.LinearHead heads.LowRankHead heads.TiedHead heads.VocabularyHead
         heads.torch_linear vq.VQHead vq.ProductHead vq.ScreenedHead vq.ShortlistHead
         distillation.DualHead models.Decoder vision.CLIP vision.ImageClassifier
         vision.create_classifier""",
