@@ -634,39 +634,8 @@ TABLE: dict[str, Case] = {
         looks=("basis", "head"),
         rows=False,
     ),
-    "leakage.compare_geometry": Case(
-        call=lambda states, others: leakage.compare_geometry(states, others),
-        arrays={"states": _normal(20, 12, HIDDEN), "others": _normal(21, 12, CODES)},
-        free=(("states", HIDDEN), ("others", CODES)),
-        host=True,
-        looks=("states", "others"),
-        rows=False,
-    ),
     "leakage.estimate_output_subspace": Case(
         call=_subspace, arrays={"rows": OBSERVED}, host=True, rows=False
-    ),
-    "leakage.norm_kind": Case(
-        call=lambda rows: leakage.norm_kind(rows, HIDDEN, centre=False),
-        arrays={"rows": OBSERVED},
-        host=True,
-        looks=("rows",),
-        rows=False,
-    ),
-    "leakage.settle_by_norm": Case(
-        call=lambda coefficients: leakage.settle_by_norm(coefficients),
-        arrays={"coefficients": DIRECTIONS / np.linalg.norm(DIRECTIONS, axis=1, keepdims=True)},
-        host=True,
-        looks=("coefficients",),
-        rows=False,
-    ),
-    "leakage.complete_rows": Case(
-        call=lambda values, given: (
-            leakage.complete_rows(values, given, 1, key=jax.random.key(0), iterations=1).rows
-        ),
-        arrays={"values": OBSERVED, "given": np.ones(OBSERVED.shape, bool)},
-        host=True,
-        looks=("values",),
-        rows=False,
     ),
     # unlearning
     "unlearning.gradient_ascent": dataclasses.replace(

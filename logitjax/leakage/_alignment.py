@@ -20,8 +20,6 @@ class HeadAlignment:
       relative_rms: ``|W - basis G| / |W|``.
       rms: root mean square of ``W - basis G``.
       r2: ``1 - relative_rms^2``.
-      r2_rotation: the same where G may only be a scaled orthogonal matrix; None unless basis is
-        already the head up to one.
       overlap: mean squared cosine of the principal angles, over the head's dimensions.
       max_angle: the largest principal angle, degrees.
       chance: overlap of a random subspace of this size: dimension / V.
@@ -32,7 +30,6 @@ class HeadAlignment:
     relative_rms: float
     rms: float
     r2: float
-    r2_rotation: float | None
     overlap: float
     max_angle: float
     chance: float
@@ -44,7 +41,6 @@ def align_head(
     head: Float[Array, "_ hidden"],
     *,
     centre: bool = True,
-    rotation: bool = False,
 ) -> HeadAlignment:
     """Align a recovered subspace to the true head, up to GL(h); an audit knows both.
 
@@ -58,7 +54,6 @@ def align_head(
         the vocabulary does not depend on it.
       centre: compare with ``W`` less its mean over the vocabulary, which is all that
         log-probabilities hold.
-      rotation: also align by a scaled rotation only, for a basis whose G `settle_by_norm` fixed.
 
     Returns:
       `HeadAlignment`.
@@ -95,15 +90,11 @@ def align_head(
     overlap = float((cosines**2).sum() / width)
     chance = dimension / vocab
     smallest = cosines.min() if dimension >= width else 0.0
-    turned = None
-    if rotation:
-        turned = _rotation_r2(np.asarray(basis), np.asarray(head))
     return HeadAlignment(
         transform=transform,
         relative_rms=float(error / norm),
         rms=float(error / np.sqrt(head.size)),
         r2=float(1 - (error / norm) ** 2),
-        r2_rotation=turned,
         overlap=overlap,
         max_angle=float(np.degrees(np.arccos(smallest))),
         chance=chance,
@@ -123,14 +114,6 @@ def _orthonormal(columns: np.ndarray) -> np.ndarray:
     # The second pass sees what the first left: near the identity, or the Gram matrix lost it.
     lost = abs(np.diag(factor) - 1).max() > 0.1
     return np.linalg.qr(columns)[0] if lost else q
-
-
-def _rotation_r2(basis: np.ndarray, head: np.ndarray) -> float:
-    if basis.shape != head.shape:
-        raise ValueError(f"basis: expected shape {head.shape}, as of head, got {basis.shape}")
-    # min |W - s B R|: s R from the singular values of B^T W.
-    kept = np.linalg.svd(basis.T @ head, compute_uv=False).sum()
-    return float(kept**2 / (np.linalg.norm(basis) * np.linalg.norm(head)) ** 2)
 
 
 def utility_loss(
