@@ -4,7 +4,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
@@ -141,19 +140,6 @@ def fill_weights(
             )
         flat[path] = variable.replace(jnp.asarray(value.astype(variable.dtype), variable.dtype))
     nnx.update(model, nnx.from_flat_state(flat.items()))
-
-
-def to_torch_weights(model: ImageClassifier) -> dict[str, np.ndarray]:
-    """A classifier's weights by their torch names, in torch's layout.
-
-    Of a dual head the first head is written, as the classifier's only one.
-    """
-    flat = dict(nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat))))
-    weights = {}
-    for name, path in torch_names(model).items():
-        value = np.asarray(jax.device_get(flat[path][...]))
-        weights[name] = np.ascontiguousarray(_to_torch(value, str(path[-1])))
-    return weights
 
 
 def blank(model: Any, names: Mapping[str, tuple[Any, ...]]) -> dict[str, np.ndarray]:
