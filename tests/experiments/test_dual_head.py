@@ -21,7 +21,7 @@ from experiments.dual_head import __main__ as dual_head
 from experiments.dual_head import arms as dual_head_arms
 from experiments.dual_head import config as dual_head_config
 from experiments.dual_head import data as dual_head_data
-from experiments.dual_head import diagnostics, report
+from experiments.dual_head import diagnostics, report, udhr
 from experiments.dual_head import run as dual_head_run
 from experiments.dual_head import train as dual_head_train
 from experiments.dual_head.score import Scorer
@@ -366,3 +366,18 @@ def test_the_student_of_the_paper_computes_what_torch_does():
     logits = nnx.jit(lambda model, x: model(x))(model, goldens.images(32))
     expected = np.load(GOLDENS / "vision.npz")["shufflenet_v2"]
     np.testing.assert_allclose(logits, expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_udhr_keeps_paragraphs_in_one_split(tmp_path):
+    page = "<html><head><title>x</title></head><body>{}</body></html>"
+    texts = [f"paragraph {i} of words &amp; letters " + "abc " * i for i in range(30)]
+    (tmp_path / "eng.html").write_text(page.format("".join(f"<p>{t}</p>" for t in texts)))
+    paragraphs = udhr.read_paragraphs(tmp_path / "eng.html")
+    assert paragraphs[3] == "paragraph 3 of words & letters abc abc abc"
+    pieces = {s: [text for _, text in udhr.windows(paragraphs, s)] for s in udhr._STRIDE}
+    assert all(len(text) == 24 for texts in pieces.values() for text in texts)
+    assert all(pieces.values())
+    firsts = {s: {t for t in texts if t.startswith("paragraph")} for s, texts in pieces.items()}
+    assert not firsts["train"] & firsts["test"]
+    assert not firsts["train"] & firsts["validation"]
+    assert len(set(udhr.LANGUAGES)) == 100

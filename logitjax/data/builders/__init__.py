@@ -1,3 +1,9 @@
 """Datasets of this package as tfds builders; importing this package imports tfds."""
 
-from logitjax.data.builders._table import BUILDERS as BUILDERS
+from typing import Any
+
+from logitjax.data.builders._fashion_mnist import FashionMnistPng
+from logitjax.data.builders._wiki_summaries import WikiSummaries
+
+#: By the names that `tfds:NAME` has.
+BUILDERS: dict[str, Any] = {builder.name: builder for builder in (FashionMnistPng, WikiSummaries)}

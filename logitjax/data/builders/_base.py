@@ -1,11 +1,9 @@
-"""What the builders share: a version, and files that somebody fetched by hand."""
+"""What the builders share: a version, and how to get their files."""
 
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import tensorflow_datasets as tfds
-from etils import epath
 
 
 class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -29,34 +27,3 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def _info(self) -> tfds.core.DatasetInfo:
         features = tfds.features.FeaturesDict(self.INFO["features"])
         return tfds.core.DatasetInfo(builder=self, **{**self.INFO, "features": features})
-
-
-def manual_dir(dl_manager: Any) -> Any:
-    """Where the user's files lie, or None; the property of the same name insists on the folder."""
-    return getattr(dl_manager, "_manual_dir", None)
-
-
-def find(
-    places: Sequence[str],
-    manual_dir: str | os.PathLike[str] | None,
-    *,
-    holds: Callable[[epath.Path], bool],
-    missing: str,
-) -> epath.Path:
-    """The first place that holds the files.
-
-    Args:
-        places: Relative to `manual_dir`, or absolute.
-        manual_dir: The folder of the user's files; here if None.
-        holds: Whether a place has them.
-        missing: The error, with `{manual_dir}`.
-
-    Raises:
-        FileNotFoundError: None of them does.
-    """
-    for place in places:
-        # An absolute place stays itself.
-        path = epath.Path(manual_dir or ".") / place
-        if holds(path):
-            return path
-    raise FileNotFoundError(missing.format(manual_dir=manual_dir or "MANUAL_DIR"))
