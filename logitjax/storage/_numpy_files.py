@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from logitjax.storage import guard
+from logitjax.storage import _guard as guard
 
 
 def read_npz(path: epath.PathLike) -> dict[str, np.ndarray]:

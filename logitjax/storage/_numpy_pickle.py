@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from logitjax.storage import guard
+from logitjax.storage import _guard as guard
 from logitjax.storage._pickles import ALLOWED, Dtype, Machine, StandIn, plain
 
 

@@ -12,7 +12,7 @@ from typing import IO, Any, cast
 
 import numpy as np
 
-from logitjax.storage import guard
+from logitjax.storage import _guard as guard
 
 _VALUES = {
     "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "STRING",

@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
-from logitjax.storage import guard
+from logitjax.storage import _guard as guard
 from logitjax.storage._pickles import ALLOWED, Attributes, Machine, StandIn, plain
 from logitjax.storage._safetensors import SafetensorsSource
 
