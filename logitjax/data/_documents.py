@@ -92,11 +92,6 @@ def split_document(
     """Pieces that hold the same text for every tokenizer and fit into `seq_len` tokens of each.
 
     A document is cut only when it does not fit, before white space where there is some.
-
-    Raises:
-        DocumentTooLong: it does not fit and `may_split` is false, or the tokenizers' texts differ
-            (each has its own chat format), so that there is no common place to cut.
-        ValueError: not even one character fits.
     """
     names = list(encoders)
     text = "".join(t for t, _ in rendered[names[0]])

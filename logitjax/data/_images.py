@@ -235,11 +235,7 @@ def pictures_below(directory: epath.Path) -> list[epath.Path]:
 
 
 def read_picture(path: epath.Path) -> Any:
-    """A PIL image in RGB; what is transparent lies on white.
-
-    Raises:
-      ValueError: it is not a readable image.
-    """
+    """A PIL image in RGB; what is transparent lies on white."""
     Image = require("PIL.Image", extra="vision")
 
     with guard.naming(path, "an image"), path.open("rb") as file:
@@ -285,11 +281,7 @@ def check_numbers(numbers: np.ndarray, count: int, name: str) -> None:
 
 
 def as_bytes(pixels: Any) -> np.ndarray:
-    """Pixels of 8 or 16 bits as uint8.
-
-    Raises:
-      TypeError: they have another type, whose range nobody knows.
-    """
+    """Pixels of 8 or 16 bits as uint8."""
     pixels = np.asarray(pixels)
     if pixels.dtype == np.uint16:
         # 65,535 is 255 and half-way is half-way: the nearest of pixels / 257.

@@ -77,9 +77,6 @@ class RecognitionSet:
     def prompts(self, class_names: Sequence[str]) -> list[list[str]]:
         """Every template with every class's name: ``[classes][templates]``.
 
-        Raises:
-          ValueError: the names are WordNet's numbers, as ImageNet's folders and tfds have them.
-
         >>> RECOGNITION_SETS["dtd"].prompts(["polka-dotted"])
         [['polka-dotted texture.']]
         """
@@ -221,11 +218,7 @@ def recognition_set(name: str) -> RecognitionSet:
 
 
 def tfds_source(name: str, split: str, manual: epath.Path) -> tuple[str, str]:
-    """The tfds source and split of one of `RECOGNITION_SETS`; it was not found in ``manual``.
-
-    Raises:
-      ValueError: tfds does not have it, or no such split of it.
-    """
+    """The tfds source and split of one of `RECOGNITION_SETS`; it was not found in ``manual``."""
     which = recognition_set(name)
     if which.tfds is None:
         raise ValueError(
@@ -249,10 +242,6 @@ def files_of(
       name: one of `RECOGNITION_SETS`.
       root: the directory of all data sets.
       split: train, val or test.
-
-    Raises:
-      FileNotFoundError: something is not where that layout has it.
-      ValueError: there is no such split.
     """
     which = recognition_set(name)
     known = tuple(which.folders) or _SPLITS
@@ -302,9 +291,6 @@ def class_names_of(name: str, classes: Sequence[str], directory: epath.Path) -> 
       name: one of `RECOGNITION_SETS`.
       classes: names in the data set, or numbers of WordNet, or 0 to 999 in the order of those.
       directory: where ``classnames.txt`` may be.
-
-    Raises:
-      ValueError: the file lacks a class.
     """
     which = recognition_set(name)
     if which.num_classes != 1000:

@@ -80,12 +80,7 @@ def load_tfds(
 def open_prepared(
     name: str, *, split: str, data_dir: str | os.PathLike[str] | None, spec: str
 ) -> Any:
-    """The builder of a dataset that is there, or that we can make without asking.
-
-    Raises:
-      FileNotFoundError: it is not there.
-      ValueError: it cannot be read without TensorFlow, or lacks the split.
-    """
+    """The builder of a dataset that is there, or that we can make without asking."""
     root = epath.Path(data_dir).expanduser() if data_dir else default_data_dir()
     directory = _find(name, root)
     if directory is None and _parsed(name)[0] is not None:

@@ -105,11 +105,7 @@ def fresh_rows(
     cache: Any,
     extra: Any = None,
 ) -> DecodeState:
-    """The state of rows that have not read their prompts yet; an empty ``cache`` of as many rows.
-
-    Raises:
-      ValueError: for settings that the compiled options leave no room for.
-    """
+    """The state of rows that have not read their prompts yet; an empty ``cache`` of as many rows."""
     count = len(requests)
     for request in requests:
         if request.max_new_tokens < 1:

@@ -97,9 +97,6 @@ class SamplingRows:
 def sampling_rows(sampling: Sampling | list[Sampling] | tuple[Sampling, ...], rows: int):
     """Arrays of ``rows`` rows; from a single setting, row i draws with ``seed + i``.
 
-    Raises:
-      ValueError: where a sequence has not one setting a row.
-
     >>> sampling_rows(Sampling(seed=5), 3).seed
     array([5, 6, 7], dtype=uint32)
     """

@@ -95,11 +95,7 @@ class Drafter:
 
 
 def find_drafter(plan: Plan, draft: str | int) -> Drafter:
-    """The member that ``draft`` names.
-
-    Raises:
-      ValueError: where there is none, or it has no pass of its own.
-    """
+    """The member that ``draft`` names."""
     if plan.outputs != plan.streams:
         raise ValueError("draft: the members share one pass, none can run ahead of the others")
     places = {"expert": 1 if plan.experts else None, "base": plan.experts + 1}

@@ -96,7 +96,6 @@ def cafo_bias(
 
     Args:
         zero_shot: `s0`, `[*batch, classes]`.
-        candidates: `[models, *batch, classes]`.
 
     Returns:
         float32 `[*batch, classes]`.

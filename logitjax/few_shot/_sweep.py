@@ -67,9 +67,6 @@ def with_settings(
 ) -> tuple[Method, Recipe]:
     """Replaces fields: `beta`, `uncertainty.exponent`, `training.learning_rate`.
 
-    Raises:
-        ValueError: A name that is no field.
-
     >>> config, _ = with_settings(AMU(), Recipe(), {"uncertainty.exponent": 0.1})
     >>> config.uncertainty.exponent
     0.1

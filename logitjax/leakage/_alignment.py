@@ -122,7 +122,6 @@ def utility_loss(
     """What a defence costs the honest user.
 
     Args:
-      true_log_probs: ``[n, vocab]``.
       served_log_probs: ``[n, vocab]`` as an API reports them; renormalised here.
 
     Returns:

@@ -34,9 +34,6 @@ def corner_matrix(
       ``[n, m]``, float32. Rows differ by their normalisers: subtract the row means, or expect a
       rank of h + 1.
 
-    Raises:
-      ValueError: a value could not be had.
-
     References:
       Carlini et al., 2024, section 4.2, for the corner.
     """

@@ -26,7 +26,6 @@ def gram_matrix(
     loses every direction below 3e-4 of the first.
 
     Args:
-      rows: ``[n, vocab]``.
       centre: subtract each row's mean first, which removes the normaliser of log-probabilities.
       block_size: columns at a time; memory is n x block_size.
       axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis.

@@ -33,14 +33,10 @@ def choose_tokens(basis: Float[Array, "vocab rank"], count: int) -> Int[np.ndarr
     Pivoted QR picks the first ``rank``; the rest have the largest rows of the basis that remain.
 
     Args:
-      basis: ``[vocab, rank]``.
       count: how many, at least the rank; twice the rank is a good number.
 
     Returns:
       ``[count]`` token ids.
-
-    Raises:
-      ValueError: too few or too many.
 
     >>> choose_tokens(np.array([[0.1, 0.0], [2.0, 0.0], [0.0, 1.0]]), 2)
     array([1, 2])
@@ -73,16 +69,9 @@ def rows_from_basis(
     Args:
       basis: ``[vocab, rank]``, orthonormal or not.
       tokens: ``[m]`` where the values were taken, distinct.
-      values: ``[n, m]``.
       unknown_shift: whether rows are log-probabilities, of which each has its own normaliser, while
         the basis is of centred rows.
       largest_condition: beyond it the setting is refused.
-
-    Returns:
-      `BasisFit`.
-
-    Raises:
-      ValueError: fewer values than unknowns, or ill-conditioned ones: says what to do.
 
     >>> basis = np.array([[1.0], [2.0], [4.0]])
     >>> fit = rows_from_basis(basis, np.array([0, 1]), np.array([[3.0, 6.0]]), unknown_shift=False)

@@ -51,7 +51,6 @@ def update_sketch(
 
     Args:
       sketch: so far.
-      rows: ``[n, vocab]``.
       centre: subtract each row's mean first.
       axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis.
 
@@ -105,7 +104,6 @@ def randomised_svd(
     """The largest singular values and right singular vectors of rows that are in memory.
 
     Args:
-      rows: ``[n, vocab]``.
       rank: how many.
       key: key of the test matrix.
       oversample: further columns of the test matrix, which are dropped at the end.
@@ -115,9 +113,6 @@ def randomised_svd(
 
     Returns:
       ``[rank]`` singular values, falling, and ``[vocab, rank]``, float32.
-
-    Raises:
-      ValueError: ``rank`` is more than the rows can have.
 
     References:
       Halko, Martinsson and Tropp, 2011, algorithms 4.4 and 5.1, with CholeskyQR2 for QR.

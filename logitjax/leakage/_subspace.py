@@ -69,9 +69,6 @@ class OutputSubspace:
 
         Args:
           count: how many, at least the dimension; twice the dimension is a good number.
-
-        Raises:
-          ValueError: too few or too many.
         """
         return choose_tokens(np.asarray(self.basis), count)
 
@@ -82,14 +79,10 @@ class OutputSubspace:
 
         Args:
           tokens: ``[m]`` where the values were taken, distinct.
-          values: ``[n, m]``.
           **options: ``unknown_shift`` and ``largest_condition`` of `rows_from_basis`.
 
         Returns:
           `BasisFit`, whose ``rows`` are ``[n, vocab]``, NaN where ``vocab_where`` is False.
-
-        Raises:
-          ValueError: fewer values than unknowns, or ill-conditioned ones: says what to do.
         """
         if not self.vocab_where[np.asarray(tokens)].all():
             raise ValueError("tokens: expected some that the basis knows, got one that was masked")

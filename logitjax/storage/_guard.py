@@ -122,11 +122,7 @@ def whole(value: Any, field: str, *, least: int = 0, most: int = 1 << 62) -> int
 
 
 def shape_of(value: Any, field: str) -> tuple[int, ...]:
-    """A shape that a file states: at most 32 sizes that are not negative.
-
-    Raises:
-        ValueError: It is something else; names the field.
-    """
+    """A shape that a file states: at most 32 sizes that are not negative."""
     if not isinstance(value, list | tuple) or len(value) > 32:
         raise ValueError(f"{field}: expected at most 32 sizes, got {short(value)}")
     shape = tuple(whole(size, field) for size in value)
@@ -136,11 +132,7 @@ def shape_of(value: Any, field: str) -> tuple[int, ...]:
 
 
 def fits(shape: tuple[int, ...], itemsize: int, have: int, field: str) -> None:
-    """Raises unless an array of this shape takes as many bytes as there are.
-
-    Raises:
-        ValueError: Names the field.
-    """
+    """Raises unless an array of this shape takes as many bytes as there are."""
     if math.prod(shape) * itemsize != have:
         raise ValueError(f"{field}: {have} bytes, which is not its shape {short(shape)}")
 
@@ -160,11 +152,7 @@ def apart(spans: Iterable[tuple[int, int, str]]) -> None:
 
 
 def inside(directory: epath.PathLike, name: Any, field: str) -> epath.Path:
-    """The file of a directory that another file of it names.
-
-    Raises:
-        ValueError: The name, or what it links to, lies elsewhere; or it is no plain file.
-    """
+    """The file of a directory that another file of it names."""
     root = epath.Path(directory)
     parts = re.split(r"[/\\]", name) if isinstance(name, str) else [".."]
     if ".." in parts or not parts[0] or ":" in parts[0] or "\0" in str(name) or parts == ["."]:
@@ -345,11 +333,7 @@ def aligned(shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
 
 
 def fill(view: memoryview, file: Any, field: str) -> None:
-    """Fills memory from a file, in pieces: some file systems hand back a copy of what was asked.
-
-    Raises:
-        ValueError: The file ends before; names the field.
-    """
+    """Fills memory from a file, in pieces: some file systems hand back a copy of what was asked."""
     done = 0
     while done < len(view):
         piece = file.read(min(len(view) - done, 1 << 24))
@@ -360,11 +344,7 @@ def fill(view: memoryview, file: Any, field: str) -> None:
 
 
 def open_zip(file: Any, limits: Limits = LIMITS) -> zipfile.ZipFile:
-    """A zip archive whose members are not larger together than an archive of its size can be.
-
-    Raises:
-        ValueError: It is none, members share their bytes, or they grow beyond the limits.
-    """
+    """A zip archive whose members are not larger together than an archive of its size can be."""
     size = Reader(file).size
     try:
         archive = zipfile.ZipFile(file)

@@ -245,9 +245,6 @@ def read_torch_checkpoint(path: epath.PathLike) -> Any:
 
     Returns:
       The object, usually a dictionary.
-
-    Raises:
-      ValueError: the file asks for something outside the allow-list, or is damaged.
     """
     path = epath.Path(path)
     with guard.naming(path, "a torch checkpoint"):

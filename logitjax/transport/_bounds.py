@@ -179,9 +179,6 @@ def sorted_rows_lower_bound(c: Graph, d: Graph, *, p: int = 2) -> Float[Array, "
     Returns:
         A scalar.
 
-    Raises:
-        ValueError: if the numbers of nodes differ.
-
     >>> import jax, numpy as np
     >>> print(f"{jax.jit(sorted_rows_lower_bound)(np.diag([2.0, 0.0]), np.zeros((2, 2))):.4f}")
     1.0000

@@ -68,9 +68,6 @@ def clip_config(weights: Weights, settings: Mapping[str, Any] | None = None) -> 
       weights: as `openai_names` gives them.
       settings: a ``config.json`` of transformers or an ``open_clip_config.json``, for what shapes
         do not tell: heads (64 channels each otherwise) and the activation (``quick_gelu``).
-
-    Raises:
-      ValueError: a weight is missing that says how large the model is.
     """
     try:
         return _config(weights, dict(settings or {}))

@@ -42,9 +42,6 @@ class CLIPTokenizer:
         Args:
           texts: HTML entities are resolved; case and runs of white space do not matter.
           truncate: a long text loses its last tokens before the end; otherwise it is an error.
-
-        Raises:
-          ValueError: a text is too long and must not be cut.
         """
         rows = np.zeros((len(texts), self.context_length), np.int32)
         for row, text in enumerate(texts):
@@ -67,9 +64,6 @@ class SigLIPTokenizer:
       tokenizer: tokenizer of the checkpoint's ``tokenizer.json``: 32,000 pieces that end a text
         with ``</s>`` (version 1), or Gemma's with ``<eos>`` and ``<pad>`` (version 2).
       context_length: tokens of a row.
-
-    Raises:
-      ValueError: it has neither end.
     """
 
     def __init__(self, tokenizer: Tokenizer, context_length: int = 64):
@@ -102,9 +96,6 @@ def load_clip_tokenizer(path: epath.PathLike, context_length: int = 77) -> CLIPT
         ``bpe_simple_vocab_16e6.txt.gz``); or such a file of merges; or ``open_clip`` for the one in
         the package open_clip_torch, which is not imported.
       context_length: tokens of a row.
-
-    Raises:
-      ValueError: nothing of the kind is there.
     """
     if str(path) == "open_clip":
         path = package_file(

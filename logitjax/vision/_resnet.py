@@ -107,9 +107,6 @@ class CifarResNet(nnx.Module):
       dtype: type of the computation; parameters stay float32.
       rngs: needs ``params``.
 
-    Raises:
-      ValueError: a depth that is not 6n + 2.
-
     >>> def features(images):
     ...     return CifarResNet(8, rngs=nnx.Rngs(0))(images)
     >>> jax.eval_shape(features, jax.ShapeDtypeStruct((2, 32, 32, 3), "float32")).shape

@@ -119,9 +119,6 @@ def fill_weights(
       names: the path in ``model`` of every torch name.
       keep_misfits_of: modules at the top of ``model`` that keep what they have where a shape
         differs.
-
-    Raises:
-      ValueError: weights are missing, unknown or of another shape.
     """
     weights = {k: v for k, v in weights.items() if not _IGNORED.search(k)}
     if missing := sorted(set(names) - set(weights)):

@@ -421,9 +421,6 @@ class SigLIP(nnx.Module):
 
         Args:
             tokens: `[batch, context_length]`, padded: the tower was trained to see the padding.
-
-        Raises:
-            ValueError: Another length.
         """
         tokens = jnp.asarray(tokens)
         if tokens.shape[1] != self.config.context_length:

@@ -185,7 +185,6 @@ def expected_targets(
         counts_v = sum_n p(v | h_n),    sums_v = sum_n p(v | h_n) h_n
 
     Args:
-      hidden: ``[count, hidden]``.
       rows: ``[vocab, hidden]`` of the full head.
       row_bias: ``[vocab]``, its bias.
       soft_cap: soft cap of its logits.
@@ -243,9 +242,6 @@ def reassign(
         b_v  <- log counts_v - A_{m(v)}
 
     Args:
-      codebook: ``[codes, hidden]``.
-      bias: ``[vocab]``.
-      assignment: ``[vocab]``.
       sums: ``[vocab, hidden]``, summed hidden states where the token is the target: of
         `expected_targets`, or of labels.
       counts: ``[vocab]``, how often it is.
@@ -315,16 +311,10 @@ def matched_bias(
         b_v <- log counts_v - A_{m(v)},      A_k = log sum_n exp(z_nk - log Z_n)
 
     Args:
-      codebook: ``[codes, hidden]``.
       bias: ``[vocab]``, from which ``log Z`` is computed.
-      assignment: ``[vocab]``.
       counts: ``[vocab]``, how often a token is the target.
-      hidden: ``[count, hidden]``.
       min_count: tokens with less evidence count as having so much.
       block_size: hidden states at a time.
-
-    Returns:
-      ``[vocab]``, float32.
 
     >>> codebook, bias, assignment = np.zeros((1, 2)), np.zeros(2), np.zeros(2, int)
     >>> bias = matched_bias(codebook, bias, assignment, np.array([3.0, 1.0]), np.zeros((4, 2)))

@@ -57,12 +57,6 @@ def fit_kmeans(
       block_size: points at a time; memory beyond the points is block_size x num_centres.
       seeding_rounds: batches of the start.
 
-    Returns:
-      `KMeans`.
-
-    Raises:
-      ValueError: ``num_centres`` is not in 1..points.
-
     >>> points = jnp.array([[0.0], [0.1], [5.0], [5.1]])
     >>> found = fit_kmeans(points, jnp.ones(4), None, 2, key=jax.random.key(0))
     >>> [f"{centre:.2f}" for centre in jnp.sort(found.centres[:, 0])]

@@ -55,13 +55,8 @@ def code_scores(
     """Scores of the clusters: inputs in the dtype of ``hidden``, sums and result in float32.
 
     Args:
-      hidden: ``[*batch, hidden]``.
-      codebook: ``[codes, hidden]``.
       soft_cap: bounds the scores smoothly, ``cap * tanh(score / cap)``. It acts before the bias of
         a token is added: that keeps the loss O(K).
-
-    Returns:
-      ``[*batch, codes]``, float32.
 
     >>> code_scores(jnp.ones((2, 3)), jnp.ones((4, 3))).shape
     (2, 4)

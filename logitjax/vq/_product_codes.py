@@ -225,15 +225,8 @@ class PackedCodes:
         The integers are the same on all platforms. A logit is at most ``groups * s / 2`` from that
         of `ProductCodes`, and of the order of ``s sqrt(groups / 12)``: enough to screen.
 
-        Args:
-          hidden: ``[*batch, hidden]``.
-
         Returns:
           ``[*batch, vocab]``, float32. Gradients are those of `ProductCodes`: of what was rounded.
-
-        Raises:
-          ValueError: the codes are not of that vocabulary and that many groups, or there are more
-            than 16 of them.
 
         >>> codes = ProductCodes(np.arange(4.0).reshape(2, 2, 1), np.array([[0, 1]]))
         >>> jax.jit(lambda hidden: codes.packed().logits(hidden))(np.ones((1, 2)))
@@ -275,10 +268,6 @@ def pack_codes(codes: Integer[Array, "vocab groups"]) -> UInt8[jax.Array, "block
 
     Returns:
       ``[ceil(vocab / 32), ceil(groups / 2), 32]``, uint8.
-
-    Raises:
-      TypeError: the codes are not integers.
-      ValueError: a concrete code is not in 0..15.
 
     >>> packed = np.asarray(jax.jit(pack_codes)(np.array([[1, 2], [3, 4]])))
     >>> packed[0, 0, :2], jax.eval_shape(pack_codes, np.ones((40, 3), int)).shape

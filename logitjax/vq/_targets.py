@@ -67,7 +67,6 @@ def head_targets(
     """Run the full head once over cached hidden states; O(N V d), the only time it is needed.
 
     Args:
-      hidden: ``[count, hidden]``.
       head: the full head.
       labels: ``[count]``; its loss on them is kept too.
       top: probabilities kept per position.

@@ -179,9 +179,6 @@ def vq_distillation_loss(
       hidden: ``[n, hidden]``.
       top_probs: ``[n, k]``.
       top_tokens: ``[n, k]``.
-
-    Returns:
-      ``[n]``.
     """
     codebook, assignment = params["codebook"], constants["assignment"]
     bias = params.get("bias")
@@ -224,9 +221,6 @@ def tune_vq_head(
 
     Returns:
         `(codebook, bias, assignment, history)`; history holds `loss` and `moved`.
-
-    Raises:
-        ValueError: `reassign_every` without biases.
     """
     if reassign_every is not None and bias is None:
         raise ValueError("reassign_every: expected biases beside it, got bias=None")

@@ -86,9 +86,6 @@ def choose_tiles(
         multiple: of which columns are a multiple.
         most: bytes there are.
 
-    Raises:
-        ValueError: not even the smallest tiles fit.
-
     >>> four = [1, 1, 1, 1]
     >>> choose_tiles(4096, 151936, [2048], four)[:2], choose_tiles(32768, 128256, [8192], four)[:2]
     ((1024, 1024), (1024, 512))
