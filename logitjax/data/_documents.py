@@ -28,13 +28,6 @@ def render_example(example: Mapping[str, Any]) -> list[tuple[str, bool]]:
     """Text as it is; prompt and response joined as they are; messages in ChatML.
 
     Only responses and what the assistant says (with the end mark) are learnt.
-
-    >>> render_example({"prompt": "2 + 2 = ", "response": "4"})
-    [('2 + 2 = ', False), ('4', True)]
-    >>> render_example({"messages": [{"role": "user", "content": "Hi"},
-    ...                              {"role": "assistant", "content": "Hello"}]})
-    [('<|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n', False),
-     ('Hello<|im_end|>', True), ('\\n', False)]
     """
     if "text" in example:
         return [(example["text"], True)]

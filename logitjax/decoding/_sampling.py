@@ -95,11 +95,7 @@ class SamplingRows:
 
 
 def sampling_rows(sampling: Sampling | list[Sampling] | tuple[Sampling, ...], rows: int):
-    """Arrays of ``rows`` rows; from a single setting, row i draws with ``seed + i``.
-
-    >>> sampling_rows(Sampling(seed=5), 3).seed
-    array([5, 6, 7], dtype=uint32)
-    """
+    """Arrays of ``rows`` rows; from a single setting, row i draws with ``seed + i``."""
     if isinstance(sampling, Sampling):
         settings = [
             dataclasses.replace(sampling, seed=(sampling.seed + i) % 2**32) for i in range(rows)
@@ -237,12 +233,6 @@ def truncate(
 
     Returns:
       float32 logits.
-
-    >>> row = np.log(np.array([[0.5, 0.3, 0.15, 0.05]], np.float32))
-    >>> np.isfinite(jax.jit(truncate)(row, top_p=np.array([0.7])))
-    array([[ True,  True, False, False]])
-    >>> np.isfinite(jax.jit(truncate)(row, top_k=np.array([3]), min_p=np.array([0.4])))
-    array([[ True,  True, False, False]])
     """
     logits = checks.as_float(logits, "logits")
     peak = logits.max(axis=-1, keepdims=True)
@@ -308,10 +298,6 @@ def sample(
 
     Returns:
       int32 tokens.
-
-    >>> rows = sampling_rows(Sampling(), 1)
-    >>> jax.jit(sample)(np.array([[0.0, 2.0, 1.0]]), rows, np.array([0]))
-    Array([1], dtype=int32)
     """
     logits = checks.as_float(logits, "logits")
     greedy = logits.argmax(axis=-1).astype(jnp.int32)

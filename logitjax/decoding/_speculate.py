@@ -138,13 +138,6 @@ def accept_or_redraw(
     Returns:
       int32 tokens; the draft was accepted where they equal it.
 
-    >>> import numpy as np
-    >>> from logitjax.decoding._sampling import Sampling, sampling_rows
-    >>> rows = sampling_rows(Sampling(temperature=1.0), 1)
-    >>> target, draft = np.log(np.array([[[1e-9, 1.0]], [[1.0, 1e-9]]], np.float32))
-    >>> jax.jit(accept_or_redraw)(target, draft, np.array([0]), rows, np.array([0]))
-    Array([1], dtype=int32)
-
     References:
       Leviathan et al., Fast inference from transformers via speculative decoding, 2023
       (arXiv 2211.17192), algorithm 1. That p may be a fused distribution: Fu et al., Speculative

@@ -19,11 +19,7 @@ def low_rank_logits(
     kernel: Float[Array, "vocab rank"],
     bias: Float[Array, " vocab"] | None = None,
 ) -> Float[jax.Array, "*batch vocab"]:
-    """All V logits of a low-rank head, ``(h D) W^T + b``: O(rank (d + V)) per token.
-
-    >>> jax.jit(low_rank_logits)(jnp.ones((1, 3)), jnp.ones((3, 1)), jnp.array([[1.0], [2.0]]))
-    Array([[3., 6.]], dtype=float32)
-    """
+    """All V logits of a low-rank head, ``(h D) W^T + b``: O(rank (d + V)) per token."""
     narrow = jnp.asarray(hidden) @ jnp.asarray(down)
     wide = jnp.promote_types(narrow.dtype, jnp.float32)
     logits = jnp.einsum("...r,vr->...v", narrow, kernel, preferred_element_type=wide)

@@ -37,9 +37,6 @@ def choose_tokens(basis: Float[Array, "vocab rank"], count: int) -> Int[np.ndarr
 
     Returns:
       ``[count]`` token ids.
-
-    >>> choose_tokens(np.array([[0.1, 0.0], [2.0, 0.0], [0.0, 1.0]]), 2)
-    array([1, 2])
     """
     basis = np.asarray(basis, np.float64)
     vocab, rank = basis.shape
@@ -72,11 +69,6 @@ def rows_from_basis(
       unknown_shift: whether rows are log-probabilities, of which each has its own normaliser, while
         the basis is of centred rows.
       largest_condition: beyond it the setting is refused.
-
-    >>> basis = np.array([[1.0], [2.0], [4.0]])
-    >>> fit = rows_from_basis(basis, np.array([0, 1]), np.array([[3.0, 6.0]]), unknown_shift=False)
-    >>> print(fit.rows.round(6))
-    [[ 3.  6. 12.]]
     """
     basis = np.asarray(basis, np.float64)
     tokens = np.asarray(tokens)

@@ -42,10 +42,6 @@ def diagonal_lower_bound(c: Graph, d: Graph) -> Float[jax.Array, ""]:
     Returns:
         A scalar.
 
-    >>> import jax, numpy as np
-    >>> print(f"{jax.jit(diagonal_lower_bound)(np.diag([2.0, 0.0]), np.zeros((2, 2))):.4f}")
-    1.0000
-
     References:
         A relaxation of the bound of Gilmore (1962) and Lawler (1963) by Gelbrich's moments; its use
         for Gromov-Wasserstein is ours.
@@ -78,10 +74,6 @@ def gilmore_lawler_lower_bound(c: Graph, d: Graph, *, branches: int = 8) -> Floa
     Returns:
         A scalar without gradient, at least `third_lower_bound` up to rounding.
 
-    >>> import jax, numpy as np
-    >>> print(f"{jax.jit(gilmore_lawler_lower_bound)(np.diag([2.0, 0.0]), np.zeros((2, 2))):.4f}")
-    1.0000
-
     References:
         Gilmore, Optimal and suboptimal algorithms for the quadratic assignment problem (1962);
         Lawler, The quadratic assignment problem (1963).
@@ -107,10 +99,6 @@ def spectral_lower_bound(c: Graph, d: Graph) -> Float[jax.Array, ""]:
 
     Returns:
         A scalar without gradient.
-
-    >>> import jax, numpy as np
-    >>> print(f"{jax.jit(spectral_lower_bound)(np.diag([2.0, 0.0]), np.zeros((2, 2))):.3f}")
-    1.000
 
     References:
         Hadley, Rendl, Wolkowicz, A new lower bound via projection for the quadratic assignment

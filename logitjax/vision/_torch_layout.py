@@ -28,12 +28,6 @@ def torch_names(model: ImageClassifier) -> dict[str, tuple[Any, ...]]:
     """The name each weight has in a torch state dict, and its path in ours.
 
     Only a linear head has a name there: a dual head's own weights are left out.
-
-    >>> from logitjax.vision import create_classifier
-    >>> model = nnx.eval_shape(lambda: create_classifier("resnet8", rngs=nnx.Rngs(0)))
-    >>> names = torch_names(model)
-    >>> names["layer2.0.downsample.0.weight"]
-    ('backbone', 'layer2', 0, 'downsample', 0, 'kernel')
     """
     names = {}
     for path in weight_paths(model):
@@ -54,11 +48,7 @@ def weight_paths(model: nnx.Module) -> list[tuple[Any, ...]]:
 
 
 def torch_name(path: tuple[Any, ...]) -> str:
-    """What torch calls the weight at a path of a module that is named as torch's is.
-
-    >>> torch_name(("layer1", 0, "bn1", "scale"))
-    'layer1.0.bn1.weight'
-    """
+    """What torch calls the weight at a path of a module that is named as torch's is."""
     return ".".join([*map(str, path[:-1]), _LEAVES.get(str(path[-1]), str(path[-1]))])
 
 

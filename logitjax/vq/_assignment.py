@@ -192,10 +192,6 @@ def expected_targets(
 
     Returns:
       ``(sums [vocab, hidden], counts [vocab])``, float32.
-
-    >>> sums, counts = map(np.asarray, expected_targets(np.ones((3, 2)), np.zeros((6, 2))))
-    >>> print(counts[0].round(3), sums[0].round(3))
-    0.5 [0.5 0.5]
     """
     rows = jnp.asarray(rows, jnp.float32)
     added = jnp.zeros(rows.shape[0]) if row_bias is None else jnp.asarray(row_bias, jnp.float32)
@@ -252,12 +248,6 @@ def reassign(
 
     Returns:
       ``(assignment, bias, moved)``: the new ones, and how many tokens moved.
-
-    >>> codebook, hidden = np.array([[1.0], [-1.0]]), np.array([[2.0], [-2.0]])
-    >>> arrays = (codebook, np.zeros(2), np.array([1, 0]), hidden, np.ones(2), hidden)
-    >>> new, bias, moved = reassign(*arrays)
-    >>> print(new, moved)
-    [0 1] 2
 
     References:
       Our derivation: hard EM on the mapping with the codebook fixed. It wants about a million

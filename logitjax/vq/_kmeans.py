@@ -57,11 +57,6 @@ def fit_kmeans(
       block_size: points at a time; memory beyond the points is block_size x num_centres.
       seeding_rounds: batches of the start.
 
-    >>> points = jnp.array([[0.0], [0.1], [5.0], [5.1]])
-    >>> found = fit_kmeans(points, jnp.ones(4), None, 2, key=jax.random.key(0))
-    >>> [f"{centre:.2f}" for centre in jnp.sort(found.centres[:, 0])]
-    ['0.05', '5.05']
-
     References:
       Arthur and Vassilvitskii, k-means++, 2007. Bahmani et al., Scalable k-means++, 2012.
     """

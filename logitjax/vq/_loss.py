@@ -29,11 +29,6 @@ def cluster_log_mass(
 
     Returns:
       ``[codes]``, float32; ``-inf`` where a cluster is empty.
-
-    >>> import numpy as np
-    >>> mass = jax.jit(cluster_log_mass, static_argnums=2)
-    >>> print(np.exp(mass(np.zeros(5), np.array([0, 0, 2, 0, 2]), 4)).round(1))
-    [3. 0. 2. 0.]
     """
     bias = _float32(bias)
     peak = lax.stop_gradient(jax.ops.segment_max(bias, assignment, num_segments=num_codes))
@@ -57,9 +52,6 @@ def code_scores(
     Args:
       soft_cap: bounds the scores smoothly, ``cap * tanh(score / cap)``. It acts before the bias of
         a token is added: that keeps the loss O(K).
-
-    >>> code_scores(jnp.ones((2, 3)), jnp.ones((4, 3))).shape
-    (2, 4)
     """
     hidden = jnp.asarray(hidden)
     codebook = jnp.asarray(codebook, hidden.dtype)

@@ -269,10 +269,6 @@ def pack_codes(codes: Integer[Array, "vocab groups"]) -> UInt8[jax.Array, "block
     Returns:
       ``[ceil(vocab / 32), ceil(groups / 2), 32]``, uint8.
 
-    >>> packed = np.asarray(jax.jit(pack_codes)(np.array([[1, 2], [3, 4]])))
-    >>> packed[0, 0, :2], jax.eval_shape(pack_codes, np.ones((40, 3), int)).shape
-    (array([1, 3], dtype=uint8), (2, 2, 32))
-
     References:
       Andre et al., Cache locality is not enough: high-performance nearest neighbor search with
       product quantization fast scan, 2015, for the layout's idea.
@@ -311,9 +307,6 @@ def unpack_codes(
 
     Returns:
       ``[vocab, groups]``, uint8, 0..15.
-
-    >>> jax.jit(lambda codes: unpack_codes(pack_codes(codes), 1, 3))(np.array([[1, 2, 3]]))
-    Array([[1, 2, 3]], dtype=uint8)
     """
     packed = jnp.asarray(packed)
     blocks, pairs, _ = packed.shape

@@ -30,9 +30,6 @@ def row_products(
     Returns:
       ``[n, chosen]``: inputs in the dtype of ``vectors``, sums and result in float32 at least.
       Differentiable in vectors and rows.
-
-    >>> jax.jit(row_products)(jnp.array([[1.0, 2.0]]), jnp.eye(2), jnp.array([[1, 0, 1]]))
-    Array([[2., 1., 2.]], dtype=float32)
     """
     vectors, rows = jnp.asarray(vectors), jnp.asarray(rows)
     ids = jnp.asarray(ids)

@@ -147,10 +147,6 @@ def rescoring(rows: Rescore | Head | Array) -> Rescore:
     Returns:
       A `Rescore`: inputs in the dtype of ``hidden``, sums and result in float32. Tokens outside of
       the vocabulary are taken for its nearest end.
-
-    >>> rescore = jax.jit(rescoring(Head(np.eye(3), vocab_axis=0)))
-    >>> rescore(np.array([[1.0, 2.0, 3.0]]), np.array([[2, 0]]))
-    Array([[3., 1.]], dtype=float32)
     """
     if callable(rows):
         return rows
