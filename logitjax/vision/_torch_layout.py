@@ -67,8 +67,6 @@ def _to_torch(value: np.ndarray, leaf: str) -> np.ndarray:
 def load_torch_weights(
     model: ImageClassifier,
     weights: epath.PathLike | Mapping[str, np.ndarray],
-    *,
-    strict_head: bool = True,
 ) -> ImageClassifier:
     """Fill a classifier with the weights of a torch checkpoint, without torch.
 
@@ -80,7 +78,6 @@ def load_torch_weights(
     Args:
       model: as :func:`create_classifier` makes it; it is updated in place.
       weights: a file, or the arrays by their torch names.
-      strict_head: False keeps the model's own head where the file's has another number of classes.
 
     Returns:
       The model.
@@ -89,8 +86,7 @@ def load_torch_weights(
       ValueError: weights are missing, unknown, of another shape, or the file is not safe to read.
     """
     state_dict = dict(weights) if isinstance(weights, Mapping) else read_state_dict(weights)
-    keep = () if strict_head else ("head",)
-    fill_weights(model, state_dict, torch_names(model), keep_misfits_of=keep)
+    fill_weights(model, state_dict, torch_names(model))
     return model
 
 
@@ -98,8 +94,6 @@ def fill_weights(
     model: nnx.Module,
     weights: Mapping[str, np.ndarray],
     names: Mapping[str, tuple[Any, ...]],
-    *,
-    keep_misfits_of: tuple[str, ...] = (),
 ) -> None:
     """Put torch's arrays, turned into our layout, where ``names`` says; all of them must fit.
 
@@ -107,8 +101,6 @@ def fill_weights(
       model: updated in place; its leaves may be shapes alone.
       weights: by torch name.
       names: the path in ``model`` of every torch name.
-      keep_misfits_of: modules at the top of ``model`` that keep what they have where a shape
-        differs.
     """
     weights = {k: v for k, v in weights.items() if not _IGNORED.search(k)}
     if missing := sorted(set(names) - set(weights)):
@@ -119,8 +111,6 @@ def fill_weights(
     for name, path in names.items():
         value, variable = _to_ours(np.asarray(weights[name]), str(path[-1])), flat[path]
         if value.shape != variable.shape:
-            if path[0] in keep_misfits_of:
-                continue
             raise ValueError(
                 f"weight {name!r}: expected shape {variable.shape} (in our layout), got "
                 f"{value.shape}"
