@@ -101,7 +101,7 @@ def fresh_rows(
     cache: Any,
     extra: Any = None,
 ) -> DecodeState:
-    """The state of rows that have not read their prompts yet; an empty ``cache`` of as many rows."""
+    """The state of rows that have not read their prompts; an empty ``cache`` of as many rows."""
     count = len(requests)
     for request in requests:
         if request.max_new_tokens < 1:
