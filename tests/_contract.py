@@ -763,7 +763,7 @@ ELSEWHERE = {
         data.PackedDataset data.PackedSplits data.TokenizerLike evaluation.PromptTemplate
         storage.ArrayCodec transport.Refinement
         leakage.Audit
-        leakage.BudgetExhaustedError leakage.LogitPolicy""",
+        leakage.LogitPolicy""",
     "tests/distillation/test_cross_tokenizer.py": """
         distillation.Chunks distillation.ChunkScores distillation.Matches
         distillation.TeacherView distillation.TokenProjection distillation.TokenSet

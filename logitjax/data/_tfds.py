@@ -11,7 +11,7 @@ from absl import logging
 from etils import epath
 from tensorflow_datasets.core.registered import DatasetNotFoundError
 
-from logitjax.data import builders
+from logitjax.data import _builders
 from logitjax.data._examples import Examples, normalise, parse_split
 from logitjax.data._places import default_data_dir
 from logitjax.storage import digest
@@ -117,7 +117,7 @@ def _parsed(name: str) -> tuple[Any, str, str]:
         builder = getattr(importlib.import_module(module), attribute)
         return builder, builder.name, ""
     dataset, _, config = name.replace(":", "/").partition("/")
-    return builders.BUILDERS.get(dataset), dataset, config
+    return _builders.BUILDERS.get(dataset), dataset, config
 
 
 def _find(name: str, root: epath.Path) -> epath.Path | None:

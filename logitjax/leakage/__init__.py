@@ -13,7 +13,6 @@ from logitjax.leakage._audit import audit as audit
 from logitjax.leakage._audit import verdict as verdict
 from logitjax.leakage._harvest import harvest_log_probs as harvest_log_probs
 from logitjax.leakage._http import HttpOracle as HttpOracle
-from logitjax.leakage._oracle import BudgetExhaustedError as BudgetExhaustedError
 from logitjax.leakage._oracle import LogitOracle as LogitOracle
 from logitjax.leakage._policy import LogitPolicy as LogitPolicy
 from logitjax.leakage._recover_row import recover_log_probs as recover_log_probs

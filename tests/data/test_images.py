@@ -66,7 +66,7 @@ def idx(values: np.ndarray) -> bytes:
 
 
 def test_fashion_mnist_is_built_from_the_debian_files(tmp_path, monkeypatch):
-    from logitjax.data.builders import _fashion_mnist
+    from logitjax.data._builders import _fashion_mnist
 
     rng = np.random.default_rng(0)
     manual = tmp_path / "downloads" / "manual" / _fashion_mnist._FOLDER

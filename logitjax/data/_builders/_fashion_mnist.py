@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
-from logitjax.data.builders._base import Builder
+from logitjax.data._builders._base import Builder
 from logitjax.storage import guard, require
 
 _INSTALL = (
