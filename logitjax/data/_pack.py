@@ -90,6 +90,11 @@ def pack(
     >>> len(rows), rows.batch(0, seed=0, batch_size=1)["pivot"]["segment_ids"].tolist()
     (1, [[1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 0, 0]])
     """
+    if not isinstance(tokenizers, Mapping):
+        raise TypeError(
+            "tokenizers: expected a mapping such as {'model': tokenizer}, "
+            f"got {type(tokenizers).__name__}"
+        )
     _check_arguments(tokenizers, seq_len, on_long, on_error)
     if not isinstance(examples, Examples):
         examples = Examples(examples)
@@ -142,12 +147,9 @@ def pack(
     return PackedDataset(root)
 
 
-def _check_arguments(tokenizers: Any, seq_len: int, on_long: str, on_error: str) -> None:
-    if not isinstance(tokenizers, Mapping):
-        raise TypeError(
-            "tokenizers: expected a mapping such as {'model': tokenizer}, "
-            f"got {type(tokenizers).__name__}"
-        )
+def _check_arguments(
+    tokenizers: Mapping[str, TokenizerLike], seq_len: int, on_long: str, on_error: str
+) -> None:
     if not tokenizers:
         raise ValueError("tokenizers: expected at least one, got none")
     if "row" in tokenizers:
