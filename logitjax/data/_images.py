@@ -28,10 +28,10 @@ class LabelledImages:
     """Images and their classes.
 
     Attributes:
-      images: uint8 ``[count, height, width, channels]``; perhaps on disk (a memory map).
-      labels: int32 ``[count]``.
-      num_classes: how many classes there are, seen or not.
-      source: where they came from.
+        images: uint8 ``[count, height, width, channels]``; perhaps on disk (a memory map).
+        labels: int32 ``[count]``.
+        num_classes: how many classes there are, seen or not.
+        source: where they came from.
     """
 
     images: np.ndarray
@@ -77,19 +77,19 @@ def load_images(
     * ``synthetic:CLASSES``: noisy prototypes, for tests.
 
     Args:
-      spec: one of the above.
-      split: a name, perhaps sliced: ``train[:45000]``, ``train[90%:]``.
-      data_dir: data directory of tfds.
-      size: height and width of the result, for ``folder``.
-      cache_dir: where ``folder`` keeps the decoded arrays, once, as a memory map; in memory when
-        omitted.
+        spec: one of the above.
+        split: a name, perhaps sliced: ``train[:45000]``, ``train[90%:]``.
+        data_dir: data directory of tfds.
+        size: height and width of the result, for ``folder``.
+        cache_dir: where ``folder`` keeps the decoded arrays, once, as a memory map; in memory when
+            omitted.
 
     Returns:
-      The images.
+        The images.
 
     Raises:
-      FileNotFoundError: nothing lies there.
-      ValueError: an unknown source, or files that are not what they should be.
+        FileNotFoundError: nothing lies there.
+        ValueError: an unknown source, or files that are not what they should be.
 
     >>> digits = load_images("synthetic:10", split="train[:100]")
     >>> digits.images.shape, digits.num_classes

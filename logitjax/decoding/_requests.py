@@ -20,15 +20,15 @@ class Request:
     """A prompt and how to go on from it.
 
     Attributes:
-      prompt: token ids, at least one.
-      others: the prompts of the experts, then of the bases, where theirs differ; None (for one of
-        them, or for all) is the same prompt.
-      max_new_tokens: the row freezes after so many.
-      sampling: how tokens are chosen.
-      stop_ids: the row freezes after any of these, which is still emitted.
-      logit_bias: added to the logits of these tokens.
-      allowed: which tokens may come first, as a row of `Engine.allow`; None for all.
-      extra: what the engine's processors shall find in ``state.extra`` for this slot.
+        prompt: token ids, at least one.
+        others: the prompts of the experts, then of the bases, where theirs differ; None (for one of
+            them, or for all) is the same prompt.
+        max_new_tokens: the row freezes after so many.
+        sampling: how tokens are chosen.
+        stop_ids: the row freezes after any of these, which is still emitted.
+        logit_bias: added to the logits of these tokens.
+        allowed: which tokens may come first, as a row of `Engine.allow`; None for all.
+        extra: what the engine's processors shall find in ``state.extra`` for this slot.
     """
 
     prompt: Prompt
@@ -44,8 +44,8 @@ class Request:
         """One prompt a model.
 
         Raises:
-          TypeError: for prompts that are no integers.
-          ValueError: for empty prompts, a wrong number of them, or ids out of the vocabulary.
+            TypeError: for prompts that are no integers.
+            ValueError: for empty prompts, a wrong number of them, or ids out of the vocabulary.
         """
         count = plan.streams - 1
         others = [None] * count if self.others is None else list(self.others)

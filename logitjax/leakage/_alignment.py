@@ -16,14 +16,14 @@ class HeadAlignment:
     """A recovered subspace beside the head that made it.
 
     Attributes:
-      transform: ``[dimension, hidden]``, G: the head is about ``basis @ G``.
-      relative_rms: ``|W - basis G| / |W|``.
-      rms: root mean square of ``W - basis G``.
-      r2: ``1 - relative_rms^2``.
-      overlap: mean squared cosine of the principal angles, over the head's dimensions.
-      max_angle: the largest principal angle, degrees.
-      chance: overlap of a random subspace of this size: dimension / V.
-      leak: overlap beyond chance: 0 for a random subspace, 1 for the head's own.
+        transform: ``[dimension, hidden]``, G: the head is about ``basis @ G``.
+        relative_rms: ``|W - basis G| / |W|``.
+        rms: root mean square of ``W - basis G``.
+        r2: ``1 - relative_rms^2``.
+        overlap: mean squared cosine of the principal angles, over the head's dimensions.
+        max_angle: the largest principal angle, degrees.
+        chance: overlap of a random subspace of this size: dimension / V.
+        leak: overlap beyond chance: 0 for a random subspace, 1 for the head's own.
     """
 
     transform: np.ndarray
@@ -49,20 +49,20 @@ def align_head(
         G = argmin |W - basis G|_F,     leak = (mean cos^2 - d / V) / (1 - d / V)
 
     Args:
-      basis: ``[vocab, dimension]``, any columns that span the subspace.
-      head: ``[vocab, hidden]``, W with its final norm's gain or without: the span of the rows over
-        the vocabulary does not depend on it.
-      centre: compare with ``W`` less its mean over the vocabulary, which is all that
-        log-probabilities hold.
+        basis: ``[vocab, dimension]``, any columns that span the subspace.
+        head: ``[vocab, hidden]``, W with its final norm's gain or without: the span of the rows
+            over the vocabulary does not depend on it.
+        centre: compare with ``W`` less its mean over the vocabulary, which is all that
+            log-probabilities hold.
 
     Returns:
-      `HeadAlignment`.
+        `HeadAlignment`.
 
     Raises:
-      ValueError: vocabularies differ.
+        ValueError: vocabularies differ.
 
     References:
-      Carlini et al., 2024, appendix B: error after least squares. Chance correction ours.
+        Carlini et al., 2024, appendix B: error after least squares. Chance correction ours.
 
     >>> head = np.random.default_rng(0).standard_normal((30, 2))
     >>> found = align_head(head @ np.array([[2.0, 1.0], [0.0, 1.0]]), head, centre=False)
@@ -122,10 +122,10 @@ def utility_loss(
     """What a defence costs the honest user.
 
     Args:
-      served_log_probs: ``[n, vocab]`` as an API reports them; renormalised here.
+        served_log_probs: ``[n, vocab]`` as an API reports them; renormalised here.
 
     Returns:
-      ``kl`` in nats, mean; ``top1``, share of equal first tokens; ``top5``, mean overlap of five.
+        ``kl`` in nats, mean; ``top1``, share of equal first tokens; ``top5``, mean overlap of five.
     """
     truth = np.asarray(true_log_probs, np.float32)
     served = np.asarray(served_log_probs, np.float32)

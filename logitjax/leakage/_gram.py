@@ -26,12 +26,12 @@ def gram_matrix(
     loses every direction below 3e-4 of the first.
 
     Args:
-      centre: subtract each row's mean first, which removes the normaliser of log-probabilities.
-      block_size: columns at a time; memory is n x block_size.
-      axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis.
+        centre: subtract each row's mean first, which removes the normaliser of log-probabilities.
+        block_size: columns at a time; memory is n x block_size.
+        axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis.
 
     Returns:
-      ``[n, n]``, float32 or float64.
+        ``[n, n]``, float32 or float64.
     """
     checks.positive(block_size, "block_size")
     rows = jnp.asarray(rows)
@@ -75,14 +75,14 @@ def cholesky_qr(
     float64.
 
     Args:
-      columns: ``[vocab, k]``, k <= vocab.
-      axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis.
+        columns: ``[vocab, k]``, k <= vocab.
+        axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis.
 
     Returns:
-      ``[vocab, k]``, the dtype of ``columns``.
+        ``[vocab, k]``, the dtype of ``columns``.
 
     References:
-      Yamamoto et al., Roundoff error analysis of the CholeskyQR2 algorithm, 2015.
+        Yamamoto et al., Roundoff error analysis of the CholeskyQR2 algorithm, 2015.
     """
     columns = jnp.asarray(columns)
     for _ in range(2):

@@ -17,9 +17,9 @@ class RowSketch:
     """``X = Q^T Psi`` with Gaussian Psi, drawn as the rows come.
 
     Attributes:
-      columns: ``[vocab, k]``.
-      rows: how many rows it has seen.
-      key: key of the next draw.
+        columns: ``[vocab, k]``.
+        rows: how many rows it has seen.
+        key: key of the next draw.
     """
 
     columns: jax.Array
@@ -46,12 +46,12 @@ def update_sketch(
     """Adds rows; they need not be kept. Every process of a sharded vocabulary draws the same Psi.
 
     Args:
-      sketch: so far.
-      centre: subtract each row's mean first.
-      axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis.
+        sketch: so far.
+        centre: subtract each row's mean first.
+        axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis.
 
     Returns:
-      The new sketch.
+        The new sketch.
     """
     rows = jnp.asarray(rows, jnp.float32)
     key, draw = jax.random.split(sketch.key)
@@ -73,7 +73,7 @@ def sketch_basis(
     `randomised_svd` with a power iteration, or a Gram matrix.
 
     References:
-      Halko, Martinsson and Tropp, 2011, section 5.5 (single pass).
+        Halko, Martinsson and Tropp, 2011, section 5.5 (single pass).
     """
     return cholesky_qr(sketch.columns, axis_name=axis_name)
 
@@ -95,18 +95,18 @@ def randomised_svd(
     """The largest singular values and right singular vectors of rows that are in memory.
 
     Args:
-      rank: how many.
-      key: key of the test matrix.
-      oversample: further columns of the test matrix, which are dropped at the end.
-      power_iterations: with noise 1 suffices for the accuracy of a full SVD, 0 does not.
-      centre: subtract each row's mean first.
-      axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis.
+        rank: how many.
+        key: key of the test matrix.
+        oversample: further columns of the test matrix, which are dropped at the end.
+        power_iterations: with noise 1 suffices for the accuracy of a full SVD, 0 does not.
+        centre: subtract each row's mean first.
+        axis_name: inside `jax.shard_map` with the vocabulary split over this mesh axis.
 
     Returns:
-      ``[rank]`` singular values, falling, and ``[vocab, rank]``, float32.
+        ``[rank]`` singular values, falling, and ``[vocab, rank]``, float32.
 
     References:
-      Halko, Martinsson and Tropp, 2011, algorithms 4.4 and 5.1, with CholeskyQR2 for QR.
+        Halko, Martinsson and Tropp, 2011, algorithms 4.4 and 5.1, with CholeskyQR2 for QR.
     """
     rows = jnp.asarray(rows, jnp.float32)
     count, vocab = rows.shape

@@ -28,8 +28,8 @@ class NonFiniteError(FloatingPointError):
     """The loss or its gradient stopped being finite.
 
     Attributes:
-      step: the update that failed, counted from 1.
-      path: the file with its batch, if a workdir was given.
+        step: the update that failed, counted from 1.
+        path: the file with its batch, if a workdir was given.
     """
 
     def __init__(self, message: str, step: int, path: str | None):
@@ -42,13 +42,14 @@ class LoopOptions:
     """How often `train_loop` saves, logs, evaluates and profiles.
 
     Attributes:
-      checkpoint_every: steps between checkpoints; the last step is always saved.
-      log_every: steps between log lines: means of all metrics since the last, ``seconds_per_step``,
-        and ``tokens_per_second`` by the count of the loss, unless that counts one a step.
-      eval_every: steps between evaluations; the last step is always evaluated.
-      progress: a tqdm bar, if standard error is a terminal.
-      profile_steps: number of steps that ``jax.profiler`` traces into ``workdir/profile``, from
-        this call's third step on, because the first one compiles.
+        checkpoint_every: steps between checkpoints; the last step is always saved.
+        log_every: steps between log lines: means of all metrics since the last,
+            ``seconds_per_step``, and ``tokens_per_second`` by the count of the loss, unless that
+            counts one a step.
+        eval_every: steps between evaluations; the last step is always evaluated.
+        progress: a tqdm bar, if standard error is a terminal.
+        profile_steps: number of steps that ``jax.profiler`` traces into ``workdir/profile``, from
+            this call's third step on, because the first one compiles.
     """
 
     checkpoint_every: int = option(0, execution=True)
@@ -79,26 +80,26 @@ def train_loop(
     and raises :class:`Preempted`; the same call continues.
 
     Args:
-      state: the state to start from if there is no checkpoint. It is consumed.
-      step_fn: a `TrainStep`; with constants, ``functools.partial`` of it.
-      batches: step -> this process's rows of the global batch.
-      total_steps: number of updates at the end.
-      workdir: locked while the loop runs; gets ``nonfinite/step_STEP.npz``.
-      checkpointer: saves and restores; it is left open.
-      eval_fn: ``(state, step) -> scalars``, logged as ``eval/NAME``.
-      writer: where metrics go (:func:`make_writer`).
-      identity: a JSON dictionary kept in the checkpoints, such as the fingerprint of the data. A
-        checkpoint with another one is refused.
-      options: how often to save, log and evaluate.
+        state: the state to start from if there is no checkpoint. It is consumed.
+        step_fn: a `TrainStep`; with constants, ``functools.partial`` of it.
+        batches: step -> this process's rows of the global batch.
+        total_steps: number of updates at the end.
+        workdir: locked while the loop runs; gets ``nonfinite/step_STEP.npz``.
+        checkpointer: saves and restores; it is left open.
+        eval_fn: ``(state, step) -> scalars``, logged as ``eval/NAME``.
+        writer: where metrics go (:func:`make_writer`).
+        identity: a JSON dictionary kept in the checkpoints, such as the fingerprint of the data. A
+            checkpoint with another one is refused.
+        options: how often to save, log and evaluate.
 
     Returns:
-      The final state.
+        The final state.
 
     Raises:
-      NonFiniteError: after the batch is saved; the update was not applied.
-      Preempted: after SIGTERM and saving.
-      WorkdirInUseError: if another run holds the workdir.
-      ValueError: if the checkpoint is of another state or identity, or a profile has no workdir.
+        NonFiniteError: after the batch is saved; the update was not applied.
+        Preempted: after SIGTERM and saving.
+        WorkdirInUseError: if another run holds the workdir.
+        ValueError: if the checkpoint is of another state or identity, or a profile has no workdir.
     """
     options = LoopOptions() if options is None else options
     if options.profile_steps and workdir is None:

@@ -31,8 +31,9 @@ class ImageClassifier(nnx.Module):
     """A backbone, which makes features of images, and a head, which makes logits of features.
 
     Args:
-      backbone: a module ``(inputs, train=) -> [batch, num_features]``; of images or anything else.
-      head: a module ``features -> logits``: ``nnx.Linear``, `distillation.DualHead`, ...
+        backbone: a module ``(inputs, train=) -> [batch, num_features]``; of images or anything
+            else.
+        head: a module ``features -> logits``: ``nnx.Linear``, `distillation.DualHead`, ...
     """
 
     def __init__(self, backbone: nnx.Module, head: nnx.Module):
@@ -64,20 +65,21 @@ def create_classifier(
     """A network of the literature by its name.
 
     Args:
-      name: such as ``resnet20``, ``resnet32x4``, ``imagenet_resnet18`` or ``efficientnet_lite0``.
-      num_classes: number of classes of the head.
-      channels: number of channels of the images.
-      head: makes the head, called as ``head(num_features, num_classes, rngs=rngs)``; a linear layer
-        when omitted.
-      axis_name: mesh axis of the batch inside ``shard_map`` or ``pmap``; not needed under ``jit``.
-      dtype: type of the backbone's computation.
-      rngs: needs ``params``.
+        name: such as ``resnet20``, ``resnet32x4``, ``imagenet_resnet18`` or ``efficientnet_lite0``.
+        num_classes: number of classes of the head.
+        channels: number of channels of the images.
+        head: makes the head, called as ``head(num_features, num_classes, rngs=rngs)``; a linear
+            layer when omitted.
+        axis_name: mesh axis of the batch inside ``shard_map`` or ``pmap``; not needed under
+            ``jit``.
+        dtype: type of the backbone's computation.
+        rngs: needs ``params``.
 
     Returns:
-      The classifier.
+        The classifier.
 
     Raises:
-      ValueError: an unknown name.
+        ValueError: an unknown name.
 
     >>> def logits(images):
     ...     return create_classifier("resnet8", 10, rngs=nnx.Rngs(0))(images)

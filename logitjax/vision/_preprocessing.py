@@ -22,13 +22,13 @@ class Preprocessing:
     """Size and colours an encoder was trained with.
 
     Attributes:
-      size: height and width of its pictures.
-      resize: the shorter side before ``size`` pixels are cut out of the middle.
-      mean: mean of red, green and blue between 0 and 1.
-      std: likewise.
-      interpolation: between pixels when a picture is scaled.
-      fit: whether a picture that is no square loses its margins (``crop``) or its proportions
-        (``squash``).
+        size: height and width of its pictures.
+        resize: the shorter side before ``size`` pixels are cut out of the middle.
+        mean: mean of red, green and blue between 0 and 1.
+        std: likewise.
+        interpolation: between pixels when a picture is scaled.
+        fit: whether a picture that is no square loses its margins (``crop``) or its proportions
+            (``squash``).
     """
 
     size: int

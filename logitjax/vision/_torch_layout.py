@@ -76,14 +76,14 @@ def load_torch_weights(
     the ``module.`` prefix of data-parallel training.
 
     Args:
-      model: as :func:`create_classifier` makes it; it is updated in place.
-      weights: a file, or the arrays by their torch names.
+        model: as :func:`create_classifier` makes it; it is updated in place.
+        weights: a file, or the arrays by their torch names.
 
     Returns:
-      The model.
+        The model.
 
     Raises:
-      ValueError: weights are missing, unknown, of another shape, or the file is not safe to read.
+        ValueError: weights are missing, unknown, of another shape, or the file is not safe to read.
     """
     state_dict = dict(weights) if isinstance(weights, Mapping) else read_state_dict(weights)
     fill_weights(model, state_dict, torch_names(model))
@@ -98,9 +98,9 @@ def fill_weights(
     """Put torch's arrays, turned into our layout, where ``names`` says; all of them must fit.
 
     Args:
-      model: updated in place; its leaves may be shapes alone.
-      weights: by torch name.
-      names: the path in ``model`` of every torch name.
+        model: updated in place; its leaves may be shapes alone.
+        weights: by torch name.
+        names: the path in ``model`` of every torch name.
     """
     weights = {k: v for k, v in weights.items() if not _IGNORED.search(k)}
     if missing := sorted(set(names) - set(weights)):

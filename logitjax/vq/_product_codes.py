@@ -33,9 +33,9 @@ class ProductCodes:
         w_v = [C^1_{m_1(v)}; ...; C^G_{m_G(v)}]
 
     Attributes:
-      codebooks: ``[groups, codes, hidden / groups]``.
-      codes: ``[vocab, groups]``, the code of each entry in each group.
-      bias: ``[vocab]``, or None.
+        codebooks: ``[groups, codes, hidden / groups]``.
+        codes: ``[vocab, groups]``, the code of each entry in each group.
+        bias: ``[vocab]``, or None.
     """
 
     codebooks: Any
@@ -60,27 +60,27 @@ class ProductCodes:
         Each group uses its own block of the covariance: correlations between groups are left out.
 
         Args:
-          rows: ``[vocab, hidden]``.
-          unigram: ``[vocab]`` probabilities or counts; rows are weighted by a power of it.
-          hidden_cov: ``[hidden, hidden]``.
-          groups: number of parts into which the hidden dimensions are cut.
-          num_codes: number of codes in a group; with at most 256 a code is one byte.
-          key: key of the initial centres.
-          iterations: number of iterations of Lloyd's algorithm.
-          weight_power: rows are weighted by ``unigram ** weight_power``.
+            rows: ``[vocab, hidden]``.
+            unigram: ``[vocab]`` probabilities or counts; rows are weighted by a power of it.
+            hidden_cov: ``[hidden, hidden]``.
+            groups: number of parts into which the hidden dimensions are cut.
+            num_codes: number of codes in a group; with at most 256 a code is one byte.
+            key: key of the initial centres.
+            iterations: number of iterations of Lloyd's algorithm.
+            weight_power: rows are weighted by ``unigram ** weight_power``.
 
         Returns:
-          `ProductCodes` without a bias; the codes are uint8 or uint16.
+            `ProductCodes` without a bias; the codes are uint8 or uint16.
 
         Raises:
-          ValueError: ``groups`` does not divide the hidden dimensions.
+            ValueError: ``groups`` does not divide the hidden dimensions.
 
         >>> found = ProductCodes.fit(np.eye(4), np.ones(4), np.eye(4), groups=2, num_codes=3)
         >>> np.allclose(jax.jit(ProductCodes.kernel)(found), np.eye(4))
         True
 
         References:
-          Jegou et al., Product quantization for nearest neighbor search, 2011.
+            Jegou et al., Product quantization for nearest neighbor search, 2011.
         """
         rows, cov = jnp.asarray(rows), jnp.asarray(hidden_cov, jnp.float32)
         vocab, width = rows.shape
@@ -129,10 +129,10 @@ class ProductCodes:
             logit_v = sum_g (h_g . C^g_{m_g(v)}) + b_v
 
         Args:
-          hidden: ``[*batch, hidden]``.
+            hidden: ``[*batch, hidden]``.
 
         Returns:
-          ``[*batch, vocab]``, float32.
+            ``[*batch, vocab]``, float32.
 
         >>> codes = ProductCodes(np.arange(4.0).reshape(2, 2, 1), np.array([[0, 1]]))
         >>> jax.jit(ProductCodes.logits)(codes, np.ones((1, 2)))
@@ -205,9 +205,9 @@ class PackedCodes:
     """`ProductCodes` of at most 16 codes a group, half a byte each.
 
     Attributes:
-      codebooks: ``[groups, codes, hidden / groups]``.
-      codes: ``[blocks, pairs, 32]`` bytes, as `pack_codes` lays them out.
-      bias: ``[vocab]``.
+        codebooks: ``[groups, codes, hidden / groups]``.
+        codes: ``[blocks, pairs, 32]`` bytes, as `pack_codes` lays them out.
+        bias: ``[vocab]``.
     """
 
     codebooks: Any
@@ -226,7 +226,8 @@ class PackedCodes:
         of `ProductCodes`, and of the order of ``s sqrt(groups / 12)``: enough to screen.
 
         Returns:
-          ``[*batch, vocab]``, float32. Gradients are those of `ProductCodes`: of what was rounded.
+            ``[*batch, vocab]``, float32. Gradients are those of `ProductCodes`: of what was
+            rounded.
 
         >>> codes = ProductCodes(np.arange(4.0).reshape(2, 2, 1), np.array([[0, 1]]))
         >>> jax.jit(lambda hidden: codes.packed().logits(hidden))(np.ones((1, 2)))
@@ -262,16 +263,16 @@ def pack_codes(codes: Integer[Array, "vocab groups"]) -> UInt8[jax.Array, "block
     Tokens and groups that complete a block or a pair have code 0.
 
     Args:
-      codes: ``[vocab, groups]`` integers, 0..15, e.g. of ``ProductCodes.fit(..., num_codes=16)``.
-        While it is traced nobody can look at a code: one outside is taken for the nearest end,
-        so that it cannot change the code of another token in the same byte.
+        codes: ``[vocab, groups]`` integers, 0..15, e.g. of ``ProductCodes.fit(..., num_codes=16)``.
+            While it is traced nobody can look at a code: one outside is taken for the nearest end,
+            so that it cannot change the code of another token in the same byte.
 
     Returns:
-      ``[ceil(vocab / 32), ceil(groups / 2), 32]``, uint8.
+        ``[ceil(vocab / 32), ceil(groups / 2), 32]``, uint8.
 
     References:
-      Andre et al., Cache locality is not enough: high-performance nearest neighbor search with
-      product quantization fast scan, 2015, for the layout's idea.
+        Andre et al., Cache locality is not enough: high-performance nearest neighbor search with
+        product quantization fast scan, 2015, for the layout's idea.
     """
     codes = jnp.asarray(codes)
     if not jnp.issubdtype(codes.dtype, jnp.integer):
@@ -301,12 +302,12 @@ def unpack_codes(
     """What `pack_codes` packed.
 
     Args:
-      packed: ``[ceil(vocab / 32), ceil(groups / 2), 32]``.
-      vocab: tokens that were packed.
-      groups: groups that were packed.
+        packed: ``[ceil(vocab / 32), ceil(groups / 2), 32]``.
+        vocab: tokens that were packed.
+        groups: groups that were packed.
 
     Returns:
-      ``[vocab, groups]``, uint8, 0..15.
+        ``[vocab, groups]``, uint8, 0..15.
     """
     packed = jnp.asarray(packed)
     blocks, pairs, _ = packed.shape
