@@ -61,13 +61,7 @@ class LinearHead(FullHead):
     """A head with its own kernel ``[hidden, vocab]``.
 
     Args:
-        hidden_size: d.
-        vocab_size: V.
         use_bias: one number a vocabulary entry.
-        unigram: ``[vocab]`` counts or probabilities: biases begin at its logarithm.
-        dtype: compute dtype.
-        param_dtype: dtype of the parameters.
-        rngs: source of the initial kernel.
 
     >>> head = nnx.jit(lambda: LinearHead(4, 10, rngs=nnx.Rngs(0)))()
     >>> head(jnp.ones((2, 4))).shape
@@ -105,7 +99,6 @@ class TiedHead(FullHead):
 
     Args:
         bias: ``[vocab]``, where its biases begin: its only parameters. None for none.
-        dtype: compute dtype.
 
     >>> TiedHead(bias=jnp.zeros(5))(jnp.ones((1, 2)), jnp.ones((5, 2))).shape
     (1, 5)

@@ -97,13 +97,7 @@ class LowRankHead(VocabularyHead):
     """`low_rank_logits` as a module, to be injected into a decoder.
 
     Args:
-        hidden_size: d.
-        vocab_size: V.
         rank: rank of the bottleneck.
-        unigram: ``[vocab]`` counts or probabilities: biases begin at its logarithm.
-        dtype: compute dtype.
-        param_dtype: dtype of the parameters.
-        rngs: source of the initial weights.
 
     >>> make = lambda: LowRankHead(8, 20, 3, rngs=nnx.Rngs(0))
     >>> nnx.jit(lambda hidden: make()(hidden))(jnp.ones((2, 8))).shape

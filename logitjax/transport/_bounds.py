@@ -5,6 +5,9 @@ matrices, metrics or not, in this order::
 
     first <= moment <= third <= GW,   second <= sorted_rows <= third
 
+Graphs are matrices or `FactoredGraph`; all but the first two bounds form the matrix of the latter.
+Weights are uniform where they are left out. The result is a scalar.
+
 What rounding may have added is subtracted from each, so that the order holds up to rounding and the
 last inequality without exception; `logitjax.transport._rounding` says why. Bounds that hold for
 matchings only, and are nearer, are in `logitjax.transport._matching_bounds`.
@@ -159,16 +162,6 @@ def second_lower_bound(
 ) -> Float[Array, ""]:
     """Memoli's second lower bound: transport of all entries, O(n^2 log n).
 
-    Args:
-        c: matrix ``[n, n]`` or `FactoredGraph` (whose matrix is formed).
-        d: matrix ``[m, m]`` or `FactoredGraph`.
-        c_weights: node weights that sum to one; uniform if left out.
-        d_weights: the same for d.
-        p: power of the cost.
-
-    Returns:
-        A scalar.
-
     References:
         Memoli (2011), section 6.
     """
@@ -186,14 +179,6 @@ def sorted_rows_lower_bound(c: Graph, d: Graph, *, p: int = 2) -> Float[Array, "
     letting every column be matched on its own. Between the second and the third bound::
 
         mean_ij | sort_columns(sort_rows(C))_ij - sort_columns(sort_rows(D))_ij |^p <= GW_p^p
-
-    Args:
-        c: matrix ``[n, n]`` or `FactoredGraph` (whose matrix is formed).
-        d: the same, with as many nodes; uniform weights.
-        p: power of the cost.
-
-    Returns:
-        A scalar.
     """
     check_equal_sizes(c, d, "sorted_rows_lower_bound")
     x, y, _, _, root = _dense(c, d, None, None)
@@ -221,15 +206,7 @@ def third_lower_bound(
     transport problem is ascended. In both cases the value of a dual solution counts, which is a
     lower bound however far from the optimum it may be.
 
-    Args:
-        c: matrix ``[n, n]`` or `FactoredGraph` (whose matrix is formed).
-        d: matrix ``[m, m]`` or `FactoredGraph`.
-        c_weights: node weights that sum to one; uniform if left out.
-        d_weights: the same for d.
-        p: power of the cost.
-
-    Returns:
-        A scalar. The gradient is that of the cost at the matching found.
+    The gradient is that of the cost at the matching found.
 
     References:
         Memoli (2011), section 6.

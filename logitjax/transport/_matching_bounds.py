@@ -75,13 +75,7 @@ def gilmore_lawler_lower_bound(c: Graph, d: Graph, *, branches: int = 8) -> Floa
         min_q sum_i [(C_ii - D_qq)^2 + sum_j (sort(C_i.)_j - sort(D_q.)_j)^2] / n^2 <= GW_2^2
 
     Args:
-        c: symmetric positive semi-definite matrix ``[n, n]``, or `FactoredGraph` (whose matrix is
-            formed).
-        d: the same, with as many nodes; uniform weights.
         branches: assignments solved beyond the first; 0 for the plain bound.
-
-    Returns:
-        A scalar without gradient, at least `third_lower_bound` up to rounding.
 
     References:
         Gilmore, Optimal and suboptimal algorithms for the quadratic assignment problem (1962);
@@ -100,14 +94,6 @@ def spectral_lower_bound(c: Graph, d: Graph) -> Float[jax.Array, ""]:
     bound counts::
 
         (|C|^2 + |D|^2 - 2 max_P (...)) / n^2 <= GW_2^2(C, D)
-
-    Args:
-        c: symmetric positive semi-definite matrix ``[n, n]``, or `FactoredGraph`. (A permutation
-            is then an optimal coupling; the bound holds for permutations of any symmetric ones.)
-        d: the same, with as many nodes; uniform weights.
-
-    Returns:
-        A scalar without gradient.
 
     References:
         Hadley, Rendl, Wolkowicz, A new lower bound via projection for the quadratic assignment

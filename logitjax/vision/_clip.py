@@ -93,8 +93,6 @@ class VisionTransformer(nnx.Module):
 
     Args:
         config: sizes.
-        dtype: type of the computation; parameters stay float32.
-        rngs: needs ``params``.
 
     References:
         Radford et al. (arXiv 2103.00020); names as in OpenAI's code.
@@ -195,8 +193,6 @@ class ModifiedResNet(nnx.Module):
 
     Args:
         config: sizes.
-        dtype: type of the computation; parameters stay float32.
-        rngs: needs ``params``.
 
     References:
         Radford et al. (arXiv 2103.00020); names as in OpenAI's code.
@@ -258,8 +254,6 @@ class CLIP(nnx.Module):
 
     Args:
         config: sizes.
-        dtype: type of the computation; parameters stay float32.
-        rngs: needs ``params``.
 
     >>> import numpy as np
     >>> config = CLIPConfig(

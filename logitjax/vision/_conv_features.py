@@ -29,9 +29,6 @@ class ConvFeatures(nnx.Module):
     Args:
         layers: ``(channels, kernel, stride, padding)`` of a convolution, or the kernel of a
             max-pooling.
-        channels: number of channels of the images.
-        dtype: type of the computation; parameters stay float32.
-        rngs: needs ``params``.
     """
 
     def __init__(

@@ -102,11 +102,6 @@ class CifarResNet(nnx.Module):
         depth: 8, 14, 20, 32, 44, 56, 110, ...
         widths: channels of the stem and of the three stages; the ``x4`` models quadruple the stages
             and double the stem.
-        channels: number of channels of the images.
-        axis_name: mesh axis of the batch inside ``shard_map`` or ``pmap``; not needed under
-            ``jit``.
-        dtype: type of the computation; parameters stay float32.
-        rngs: needs ``params``.
 
     >>> def features(images):
     ...     return CifarResNet(8, rngs=nnx.Rngs(0))(images)
@@ -156,17 +151,12 @@ class ResNet(nnx.Module):
     Args:
         blocks: blocks of the four stages: (2, 2, 2, 2) is ResNet-18, (3, 4, 6, 3) ResNet-34 or, of
             bottlenecks, ResNet-50.
-        channels: number of channels of the images.
         bottleneck: blocks of three convolutions and four times the features, 2048 in the end.
         widen: factor of the channels of bottlenecks' 3x3 convolutions: 2 in wide ResNets and in
             ResNeXt-50 32x4d.
         groups: number of groups of these convolutions: 32 in ResNeXt-50 32x4d.
         small_stem: a 3x3 stem of stride 1 and no pooling, for small images. The released dual-head
             code trains this as its ImageNet student, which is not the usual one.
-        axis_name: mesh axis of the batch inside ``shard_map`` or ``pmap``; not needed under
-            ``jit``.
-        dtype: type of the computation; parameters stay float32.
-        rngs: needs ``params``.
     """
 
     classifier_name = "fc"

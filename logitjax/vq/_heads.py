@@ -29,16 +29,10 @@ class VQHead(VocabularyHead):
     axis over the tensor axis of the mesh or replicate it, replicate ``bias`` and ``assignment``.
 
     Args:
-        hidden_size: d.
-        vocab_size: V.
         num_codes: K.
         assignment: ``[vocab]``, e.g. of `fit_assignment`; balanced and random when omitted.
-        unigram: ``[vocab]`` counts or probabilities; biases start at its logarithm.
         use_bias: False is the head as published.
         soft_cap: soft cap of the cluster scores.
-        dtype: compute dtype.
-        param_dtype: dtype of the parameters.
-        rngs: source of the initial codebook.
 
     >>> make = lambda: VQHead(8, 20, 5, rngs=nnx.Rngs(0))
     >>> nnx.jit(lambda hidden: make()(hidden))(jnp.ones((2, 8))).shape
